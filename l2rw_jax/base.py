@@ -1,0 +1,246 @@
+"""Floor 0: the types every other file speaks, and the only collectives.
+
+Letters used in every docstring: `B` training batch, `M` meta (clean) batch,
+`C` classes, `N` training set. `meta_` marks what belongs to the clean set.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+PyTree = Any
+# One dictionary of arrays with a common leading axis. Always has "index" [B],
+# the row of each example in its training set, beside the model's own inputs.
+Batch = dict[str, Any]
+LossesFn = Callable[..., Any]
+
+
+class InputError(ValueError):
+  """A mistake of the caller, told in one line: what is wrong and how to mend it.
+
+  Experiments print it without a traceback and exit with status 2.
+  """
+
+
+class Linearized(NamedTuple):
+  """A batch of per-example losses l(p) in R^B, linearised at `params`.
+
+  With J the Jacobian dl/dp:
+
+  Attributes:
+    losses: l(p), shape [B].
+    directional: `v -> J v`, shape [B]; `v` is shaped like `params`. How fast
+      each example's loss grows along v.
+    weighted_gradient: `w [B] -> J^T w`, shaped like `params`. The gradient of
+      sum_i w_i l_i(p).
+    aux: what the losses function returned beside the losses, else None.
+  """
+
+  losses: Array
+  directional: Callable[[PyTree], Array]
+  weighted_gradient: Callable[[Array], PyTree]
+  aux: Any = None
+
+
+class Inputs(NamedTuple):
+  """What a method sees of one training step.
+
+  Attributes:
+    params: network parameters.
+    model_state: non-trained variables (BatchNorm statistics), possibly `{}`.
+    opt_state: state of the outer optimiser.
+    batch: this device's share of the training batch, leading axis B.
+    meta_batch: this device's share of the clean batch, leading axis M, or None
+      in a run without a meta set.
+    step: number of updates done so far, int32 scalar.
+    key: a typed PRNG key, the same on every device and new at every step.
+  """
+
+  params: PyTree
+  model_state: PyTree
+  opt_state: PyTree
+  batch: Batch
+  meta_batch: Batch | None
+  step: Array
+  key: Array
+
+
+class Gradients(NamedTuple):
+  """What a method makes of one training step.
+
+  Attributes:
+    grads: gradient of sum_i weights_i * losses_i over the *global* batch,
+      already summed over devices; shaped like `params`.
+    weights: this device's example weights [B]; uniform is 1 / B_global.
+    losses: this device's unweighted losses [B].
+    model_state: the variables after this batch.
+    metrics: scalars to log, the same on every device.
+  """
+
+  grads: PyTree
+  weights: Array
+  losses: Array
+  model_state: PyTree
+  metrics: dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """The learning problem as pure functions, handed to every method.
+
+  Attributes:
+    forward: `(params, model_state, batch, key, train) -> (outputs, model_state)`;
+      `outputs` are logits [B, C], or a tuple that begins with them.
+    loss: `(outputs, batch) -> [B]` unreduced losses.
+    linearize: the engine, `(losses_fn, params, batch, *, has_aux) -> Linearized`.
+    num_classes: C.
+    class_counts: training examples of each class, [C].
+    num_examples: N.
+    num_steps: length of the run in updates.
+    axis_name: mapped device axis, or None outside `pmap`.
+  """
+
+  forward: Callable[..., tuple[Any, PyTree]]
+  loss: Callable[[Any, Batch], Array]
+  linearize: Callable[..., Linearized]
+  num_classes: int
+  class_counts: Array
+  num_examples: int
+  num_steps: int
+  axis_name: str | None = None
+
+  def losses_fn(
+    self, model_state: PyTree, key: Array
+  ) -> Callable[[PyTree, Batch], tuple[Array, PyTree]]:
+    """Training-mode `(params, batch) -> (losses [B], new model_state)`."""
+
+    def losses(params, batch):
+      outputs, new_state = self.forward(params, model_state, batch, key, True)
+      return self.loss(outputs, batch), new_state
+
+    return losses
+
+
+class EpochView(NamedTuple):
+  """What `Method.refresh` and `Method.sample` may look at, on the host.
+
+  Attributes:
+    epoch: the epoch about to start, counted from 0.
+    params: current parameters (unreplicated).
+    model_state: current variables (unreplicated).
+    train: the whole training set as NumPy arrays, leading axis N.
+    rng: NumPy generator seeded by (seed, epoch): same numbers after a resume.
+  """
+
+  epoch: int
+  params: PyTree
+  model_state: PyTree
+  train: Batch
+  rng: np.random.Generator
+
+
+def no_state(key: Array, task: Task, params: PyTree) -> PyTree:
+  """`Method.init` of a method that carries nothing from step to step."""
+  del key, task, params
+  return ()
+
+
+def keep_state(state: PyTree, task: Task, view: EpochView) -> PyTree:
+  """`Method.refresh` that changes nothing."""
+  del task, view
+  return state
+
+
+def permutation(state: PyTree, task: Task, view: EpochView) -> np.ndarray:
+  """`Method.sample` that visits every example once, in random order."""
+  del state, task
+  return view.rng.permutation(len(view.train["index"]))
+
+
+class Method(NamedTuple):
+  """A way to turn a batch into a gradient; the loop knows nothing more.
+
+  Attributes:
+    gradients: `(state, task, inputs) -> (Gradients, state)`; traced, pure.
+    init: `(key, task, params) -> state`, a pytree of arrays.
+    refresh: `(state, task, view) -> state`, on the host before every epoch.
+    sample: `(state, task, view) -> int array`: the rows of the training set to
+      visit in the coming epoch, in order. Batches are cut from it.
+    needs_meta: whether `inputs.meta_batch` must be there.
+  """
+
+  gradients: Callable[[PyTree, Task, Inputs], tuple[Gradients, PyTree]]
+  init: Callable[[Array, Task, PyTree], PyTree] = no_state
+  refresh: Callable[[PyTree, Task, EpochView], PyTree] = keep_state
+  sample: Callable[[PyTree, Task, EpochView], np.ndarray] = permutation
+  needs_meta: bool = False
+
+
+def psum(tree: PyTree, axis_name: str | None) -> PyTree:
+  """Sum over the devices of `axis_name`; the identity when it is None.
+
+  Never differentiate through this under `pmap`: the transpose of psum is psum
+  there, and the result comes out too large by the number of devices.
+  """
+  return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+
+def pmean(tree: PyTree, axis_name: str | None) -> PyTree:
+  """Mean over the devices of `axis_name`; the identity when it is None."""
+  return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
+def local(tree: PyTree, axis_name: str | None) -> PyTree:
+  """Marks `tree` as this device's own, so that its gradient stays local too.
+
+  Only `shard_map` with `check_vma=True` tells apart values that are equal on
+  every device from values that vary, and silently sums the gradient of the
+  former. Everywhere else this is the identity.
+  """
+  if axis_name is None:
+    return tree
+  if axis_name not in _varying_axes(jax.lax.axis_index(axis_name)):
+    return tree
+
+  def mark(x):
+    if axis_name in _varying_axes(x):
+      return x
+    return jax.lax.pcast(x, axis_name, to="varying")
+
+  return jax.tree.map(mark, tree)
+
+
+def _varying_axes(x: Any) -> frozenset[str]:
+  return getattr(jax.typeof(x), "vma", frozenset())
+
+
+def global_size(local_size: int, axis_name: str | None) -> int:
+  """Number of examples over all devices, each holding `local_size`."""
+  if axis_name is None:
+    return local_size
+  return local_size * jax.lax.axis_size(axis_name)
+
+
+def all_finite(tree: PyTree) -> Array:
+  """True when no leaf of `tree` holds a NaN or an infinity; bool scalar."""
+  leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+  return jnp.stack(
+    [jnp.all(jnp.isfinite(x)) for x in leaves] or [jnp.array(True)]
+  ).all()
+
+
+def check_vector(name: str, value: Any) -> None:
+  """Raises ValueError unless `value` has shape [B] (one number an example)."""
+  try:
+    chex.assert_rank(value, 1)
+  except AssertionError:
+    raise InputError(
+      f"{name} must be one number per example, shape [B]; got shape"
+      f" {jnp.shape(value)}. Do not average over the batch."
+    ) from None
