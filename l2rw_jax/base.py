@@ -227,6 +227,22 @@ def global_size(local_size: int, axis_name: str | None) -> int:
   return local_size * jax.lax.axis_size(axis_name)
 
 
+def gather(local_values: Array, axis_name: str | None) -> Array:
+  """This device's [B] values to those of the global batch, in device order."""
+  if axis_name is None:
+    return local_values
+  return jax.lax.all_gather(local_values, axis_name, tiled=True)
+
+
+def own_part(global_values: Array, axis_name: str | None) -> Array:
+  """The inverse of `gather`: this device's [B] slice of the global batch."""
+  if axis_name is None:
+    return global_values
+  size = global_values.shape[0] // jax.lax.axis_size(axis_name)
+  start = jax.lax.axis_index(axis_name) * size
+  return jax.lax.dynamic_slice_in_dim(global_values, start, size)
+
+
 def all_finite(tree: PyTree) -> Array:
   """True when no leaf of `tree` holds a NaN or an infinity; bool scalar."""
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]

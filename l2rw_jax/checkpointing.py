@@ -1,0 +1,258 @@
+"""Floor 4: checkpoints that survive a kill, a full disk and a damaged file."""
+
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import re
+import shutil
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from l2rw_jax import base
+
+_log = logging.getLogger(__name__)
+
+
+class Restored(NamedTuple):
+  """A checkpoint read back.
+
+  Attributes:
+    step: the step it was saved at.
+    state: the pytree that was saved, bit for bit.
+    host: the JSON value that was saved beside it.
+  """
+
+  step: int
+  state: base.PyTree
+  host: dict[str, Any]
+
+
+class Checkpointer:
+  """The last checkpoints of one run, each verified by a checksum when read."""
+
+  def __init__(self, directory: str | os.PathLike, *, max_to_keep: int = 2):
+    """Opens `directory`, making it if need be, and clears away half-written saves.
+
+    Args:
+      directory: holds the checkpoints of one run and nothing else.
+      max_to_keep: how many to keep; an older one is deleted only after a newer
+        one is complete.
+
+    Raises:
+      InputError: the directory cannot be written.
+    """
+    # Orbax logs every failure with a traceback before raising it; what the user
+    # should read is said here, in one line.
+    logging.getLogger("absl").addFilter(_not_from_orbax)
+    self._directory = pathlib.Path(directory).absolute()
+    try:
+      self._directory.mkdir(parents=True, exist_ok=True)
+      self._clear_partial()
+      options = ocp.CheckpointManagerOptions(
+        max_to_keep=max_to_keep, enable_async_checkpointing=False
+      )
+      self._manager = ocp.CheckpointManager(self._directory, options=options)
+    except OSError as error:
+      raise base.InputError(
+        f"cannot write checkpoints in {directory}: {error.strerror}"
+      ) from error
+
+  def save(self, step: int, state: base.PyTree, host: dict[str, Any]) -> None:
+    """Returns once the checkpoint is complete on disk.
+
+    Args:
+      step: must be greater than that of every checkpoint in the directory.
+      state: pytree of JAX and NumPy arrays of any shape, typed PRNG keys and
+        Python scalars. Sharded arrays must be addressable by this process.
+      host: what JSON can hold, for instance the position of a data iterator.
+
+    Raises:
+      InputError: the checkpoint cannot be written. Earlier ones are intact.
+      TypeError: a leaf of `state`, or `host`, is of a kind that cannot be kept.
+      ValueError: `step` is not greater than the last one.
+    """
+    last = self._manager.latest_step()
+    if last is not None and step <= last:
+      raise ValueError(f"step {step} does not come after the saved step {last}")
+    leaves, arrays = _pack(state)
+    # As it will be read back: tuples become lists, and keys strings.
+    record = json.loads(json.dumps({"step": step, "leaves": leaves, "host": host}))
+    record["sha256"] = _digest(record, arrays)
+    items = ocp.args.Composite(
+      arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)
+    )
+    try:
+      self._manager.save(step, args=items, force=True)
+    except (OSError, ValueError, RuntimeError) as error:
+      self._clear_partial()
+      start = "the start" if last is None else f"step {last}"
+      raise base.InputError(
+        f"cannot write the checkpoint of step {step} in {self._directory}:"
+        f" {_reason(error)}. Free some space and run the same command again: it"
+        f" continues from {start}"
+      ) from error
+
+  def restore_latest(self, like: base.PyTree) -> Restored | None:
+    """The newest checkpoint that is intact; damaged ones are deleted.
+
+    Args:
+      like: pytree of the structure, shapes and dtypes of what was saved; its
+        values do not matter, and `jax.eval_shape` gives one.
+
+    Returns:
+      The checkpoint, or None when there is none. Each leaf is of the type that
+      was saved: JAX arrays come back on the default device, not sharded; NumPy
+      arrays and scalars as NumPy arrays.
+
+    Raises:
+      InputError: the checkpoint is intact but does not fit `like`.
+    """
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        record, arrays = self._read(step)
+      except (MemoryError, PermissionError):
+        raise  # Says nothing about the checkpoint, so do not delete it.
+      except Exception as error:  # Damage can surface as anything.
+        self._manager.delete(step)
+        _log.warning(
+          "checkpoint of step %d in %s is damaged, deleted it: %s",
+          step,
+          self._directory,
+          _reason(error),
+        )
+        continue
+      _check_fits(record["leaves"], like, self._directory)
+      leaves = [
+        _unpack_leaf(leaf, arrays.get(str(i)))
+        for i, leaf in enumerate(record["leaves"])
+      ]
+      state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+      return Restored(step, state, record["host"])
+    return None
+
+  def close(self) -> None:
+    """Frees what Orbax holds; the checkpointer cannot be used afterwards."""
+    self._manager.close()
+
+  def _read(self, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    items = ocp.args.Composite(
+      arrays=ocp.args.StandardRestore(), record=ocp.args.JsonRestore()
+    )
+    saved = self._manager.restore(step, args=items)
+    record = dict(saved.record)
+    expected = record.pop("sha256")
+    if record["step"] != step or _digest(record, saved.arrays) != expected:
+      raise ValueError("checksum does not match")
+    return record, saved.arrays
+
+  def _clear_partial(self) -> None:
+    for partial in self._directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+      shutil.rmtree(partial, ignore_errors=True)
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+  return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _pack(state: base.PyTree) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+  """Every leaf described in JSON, and the arrays by the number of their leaf.
+
+  Orbax takes neither empty containers nor arrays of size 0. The structure is
+  left to the `like` of the restore, and empty arrays to their description.
+  """
+  leaves, raw = [], {}
+  for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+    described = _describe(jax.tree_util.keystr(path), leaf)
+    if described["kind"] == "scalar":
+      described["value"] = leaf
+    elif described["kind"] == "key":
+      described["impl"] = str(jax.random.key_impl(leaf))
+      raw[str(len(leaves))] = jax.random.key_data(leaf)
+    elif leaf.size:
+      raw[str(len(leaves))] = leaf
+    leaves.append(described)
+  arrays = {name: np.asarray(x) for name, x in jax.device_get(raw).items()}
+  return leaves, arrays or {"none": np.zeros(1, np.uint8)}
+
+
+def _describe(path: str, leaf: Any) -> dict[str, Any]:
+  if type(leaf) in (bool, int, float):
+    return {"path": path, "kind": "scalar", "dtype": type(leaf).__name__, "shape": []}
+  if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+    raise TypeError(f"cannot keep {path or 'the state'}, a {type(leaf).__name__}")
+  dtype = leaf.dtype
+  described = {"path": path, "dtype": str(dtype), "shape": list(leaf.shape)}
+  if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    return described | {"kind": "key"}
+  # Orbax would store the other byte order as the native one, and turn down the
+  # rest only after it has begun to write.
+  numeric = jnp.issubdtype(dtype, np.number) or dtype == np.bool_
+  if not numeric or not dtype.isnative:
+    raise TypeError(f"cannot keep {path or 'the state'}, an array of {dtype}")
+  if not isinstance(leaf, jax.Array):
+    return described | {"kind": "numpy"}
+  return described | {"kind": "jax", "weak": leaf.weak_type}
+
+
+def _unpack_leaf(leaf: dict[str, Any], array: np.ndarray | None) -> Any:
+  if leaf["kind"] == "scalar":
+    return leaf["value"]
+  if array is None:
+    array = np.zeros(leaf["shape"], jnp.dtype(leaf["dtype"]))
+  if leaf["kind"] == "key":
+    return jax.random.wrap_key_data(jnp.asarray(array), impl=leaf["impl"])
+  if leaf["kind"] == "numpy":
+    return array
+  if leaf["weak"] and array.ndim == 0:
+    # A weak type decides the dtypes of what is computed from it, and only a
+    # Python scalar makes one.
+    weak = jnp.asarray(array.item())
+    if weak.dtype == array.dtype:
+      return weak
+  return jnp.asarray(array)
+
+
+def _check_fits(
+  leaves: list[dict[str, Any]], like: base.PyTree, directory: pathlib.Path
+) -> None:
+  flat = jax.tree_util.tree_flatten_with_path(like)[0]
+  wanted = [_describe(jax.tree_util.keystr(path), leaf) for path, leaf in flat]
+  old, new = ({x["path"]: _signature(x) for x in xs} for xs in (leaves, wanted))
+  for path in sorted(old.keys() | new.keys()):
+    was, now = old.get(path, "absent"), new.get(path, "absent")
+    if was != now:
+      raise base.InputError(
+        f"{directory} holds checkpoints of another model or method: {path} was"
+        f" {was}, now {now}. Choose another --workdir or delete it."
+      )
+
+
+def _signature(leaf: dict[str, Any]) -> str:
+  return f"{leaf['dtype']}{leaf['shape']}"
+
+
+def _digest(record: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
+  """SHA-256 over the whole record and every array's name, dtype, shape and bytes."""
+  digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+  for name in sorted(arrays):
+    array = arrays[name]
+    digest.update(f"{name} {array.dtype} {array.shape};".encode())
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+  return digest.hexdigest()
+
+
+def _reason(error: Exception) -> str:
+  """One short line out of what Orbax and TensorStore spread over many."""
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
+  code = re.search(r"os_error_code='(\d+)'", str(error))
+  if code:
+    return os.strerror(int(code[1]))
+  first_line = (str(error).splitlines() or [""])[0]
+  return f"{type(error).__name__}: {first_line[:200]}"

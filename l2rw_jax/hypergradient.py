@@ -1,0 +1,199 @@
+"""The derivative of a meta loss through one optimiser step.
+
+With M(p) the mean loss of the meta batch and one optax step
+
+    step(g) = apply_updates(p, optimizer.update(g, opt_state, p)[0])
+
+taken with the weighted gradient g(w) = J^T w of a batch (see `linearization`):
+
+    look-ahead        p' = step(g(w))
+    direction         v  = (d step / d g)^T grad M(p')    one cheap vjp, O(params)
+    weight gradient   dM/dw = J v                         all B numbers at once
+    network gradient  dM/dphi = (dw/dphi)^T (dM/dw)       when phi makes w
+
+which equals differentiating the unrolled step (`unrolled_weight_gradient`, kept
+as the definition) to rounding, at roughly half its cost. Nothing here
+differentiates a collective: the meta gradient is averaged over devices first.
+
+Reference: Ren et al., "Learning to Reweight Examples for Robust Deep Learning"
+(2018), eq. (4)-(7) and appendix A; any optax optimiser in place of their SGD.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import checkify
+import jax.numpy as jnp
+import optax
+
+from l2rw_jax import base
+from l2rw_jax import linearization
+
+_TRAP = (
+  "the meta gradient is finite but is not after the look-ahead optimiser."
+  " Optimisers that divide by the root of a squared gradient (adam, adamw, lamb,"
+  " muon, clip_by_global_norm) have no derivative at the zero gradient where"
+  " example weights are linearised. Use optimizer=optax.sgd(...), or adam with"
+  " eps_root > 0."
+)
+_META = "the meta loss or its gradient is NaN or infinite: check meta_batch and params."
+
+
+class Direction(NamedTuple):
+  """How the meta loss feels a change of the inner gradient.
+
+  Attributes:
+    vector: v, shaped like `params`; dM/dw = J v for any example weights w.
+    meta_loss: M at the looked-ahead parameters, scalar, global mean.
+    finite: False when `vector` holds a NaN or an infinity; bool scalar.
+    aux: what the meta losses function returned beside its losses, else None.
+  """
+
+  vector: base.PyTree
+  meta_loss: base.Array
+  finite: base.Array
+  aux: Any = None
+
+
+def look_ahead(
+  params: base.PyTree,
+  gradient: base.PyTree,
+  optimizer: optax.GradientTransformation,
+  opt_state: base.PyTree,
+) -> base.PyTree:
+  """Parameters after one optimiser step; the state it would leave is dropped."""
+  updates, _ = optimizer.update(gradient, opt_state, params)
+  return optax.apply_updates(params, updates)
+
+
+def direction(
+  meta_losses_fn: base.LossesFn,
+  params: base.PyTree,
+  meta_batch: Any,
+  inner_gradient: base.PyTree | None = None,
+  *,
+  optimizer: optax.GradientTransformation,
+  opt_state: base.PyTree,
+  has_aux: bool = False,
+  axis_name: str | None = None,
+) -> Direction:
+  """The direction v = (d step / d g)^T grad M(step(g)) at g = `inner_gradient`.
+
+  Args:
+    meta_losses_fn: `(params, meta_batch) -> [M]` (with `has_aux`, and aux).
+    params: current parameters.
+    meta_batch: this device's clean examples.
+    inner_gradient: gradient of the look-ahead step, the same on every device;
+      None is zero, where L2RW stands.
+    optimizer: the look-ahead optimiser.
+    opt_state: its state at `params`.
+    has_aux: whether `meta_losses_fn` returns something beside its losses.
+    axis_name: mapped axis over which `meta_batch` is sharded.
+
+  Returns:
+    A `Direction`, the same on every device.
+
+  Raises:
+    FloatingPointError: outside `jit`, if the direction is not finite; the
+      message names the optimiser trap. Under `jit` see `Direction.finite`, or
+      functionalise with `checkify.checkify`, which then carries the same error.
+  """
+  select, fill = linearization.differentiable(params)
+  leaves = select(params)
+  if inner_gradient is None:
+    inner_gradient = jax.tree.map(linearization.zero, params)
+
+  def step(gradient_leaves):
+    gradient = fill(gradient_leaves, zeros=True)
+    return select(look_ahead(params, gradient, optimizer, opt_state))
+
+  def meta_loss(leaves):
+    losses, aux = meta_losses_fn(fill(leaves), meta_batch), None
+    if has_aux:
+      losses, aux = losses
+    base.check_vector("meta_losses_fn's result", losses)
+    return jnp.mean(losses), aux
+
+  ahead, transpose = jax.vjp(step, select(inner_gradient))
+  ahead = base.local(ahead, axis_name)
+  (loss, aux), meta_gradient = jax.value_and_grad(meta_loss, has_aux=True)(ahead)
+  loss, meta_gradient = base.pmean((loss, meta_gradient), axis_name)
+  (vector,) = transpose(
+    [g.astype(x.dtype) for g, x in zip(meta_gradient, leaves, strict=True)]
+  )
+  finite = _check_finite(vector, meta_gradient)
+  return Direction(fill(vector, zeros=True), loss, finite, aux)
+
+
+def weight_gradient(
+  linearized: base.Linearized, direction: Direction, axis_name: str | None = None
+) -> base.Array:
+  """dM/dw, shape [B]: the gradient of the meta loss in this device's weights."""
+  return linearized.directional(base.local(direction.vector, axis_name))
+
+
+def network_gradient(
+  weights_fn: Callable[[base.PyTree], base.Array],
+  phi: base.PyTree,
+  weight_gradient: base.Array,
+  *,
+  axis_name: str | None = None,
+) -> base.PyTree:
+  """dM/dphi = (dw/dphi)^T dM/dw for a network that makes the weights.
+
+  Args:
+    weights_fn: `phi -> w [B]`, this device's weights as they entered the inner
+      gradient sum_i w_i l_i (including any 1/B).
+    phi: parameters of the weighting network.
+    weight_gradient: dM/dw at those weights, [B].
+    axis_name: mapped axis over which the batch is sharded.
+
+  Returns:
+    The gradient summed over devices, shaped like `phi`.
+  """
+  _, pull = jax.vjp(weights_fn, base.local(phi, axis_name))
+  return base.psum(pull(weight_gradient)[0], axis_name)
+
+
+def unrolled_weight_gradient(
+  losses_fn: base.LossesFn,
+  meta_losses_fn: base.LossesFn,
+  params: base.PyTree,
+  batch: Any,
+  meta_batch: Any,
+  weights: base.Array,
+  *,
+  optimizer: optax.GradientTransformation,
+  opt_state: base.PyTree,
+) -> base.Array:
+  """dM/dw [B] as it is defined: `jax.grad` through the unrolled inner step.
+
+  The literal reference of this file: reverse over reverse, one device, weights
+  of any value. Use `direction` and `weight_gradient` for the same numbers in
+  about half the time.
+  """
+
+  def meta_loss(weights):
+    def weighted_loss(params):
+      return jnp.sum(weights * losses_fn(params, batch))
+
+    gradient = jax.grad(weighted_loss)(params)
+    ahead = look_ahead(params, gradient, optimizer, opt_state)
+    return jnp.mean(meta_losses_fn(ahead, meta_batch))
+
+  return jax.grad(meta_loss)(weights)
+
+
+def _check_finite(vector: base.PyTree, meta_gradient: base.PyTree) -> base.Array:
+  finite = base.all_finite(vector)
+  meta_finite = base.all_finite(meta_gradient)
+  if isinstance(finite, jax.core.Tracer):
+    # Both are no-ops unless the caller functionalises with checkify.
+    checkify.debug_check(meta_finite, "non-finite direction: " + _META)
+    checkify.debug_check(finite | ~meta_finite, "non-finite direction: " + _TRAP)
+  elif not finite:
+    raise FloatingPointError(
+      "non-finite direction: " + (_TRAP if meta_finite else _META)
+    )
+  return finite

@@ -1,0 +1,209 @@
+"""What every paper here compares with: simple weightings and samplings.
+
+Each factory returns a `base.Method`. Unless said otherwise the loss is the
+weighted sum with weights that add up to 1 over the global batch.
+
+References:
+  Ren, Zeng, Yang, Urtasun, "Learning to Reweight Examples for Robust Deep
+  Learning", ICML 2018, section 4.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2rw_jax import base
+from l2rw_jax import class_balance
+from l2rw_jax import normalization
+
+
+def weighted_gradients(
+  task: base.Task,
+  inputs: base.Inputs,
+  weights_fn: Callable[[base.Array], base.Array],
+) -> base.Gradients:
+  """Gradients of the batch under weights that are a function of its losses.
+
+  Args:
+    task: the learning problem.
+    inputs: the step's inputs.
+    weights_fn: this device's losses [B] -> its weights [B], held constant.
+  """
+  linearized = task.linearize(
+    task.losses_fn(inputs.model_state, inputs.key),
+    base.local(inputs.params, task.axis_name),
+    inputs.batch,
+    has_aux=True,
+  )
+  weights = weights_fn(linearized.losses)
+  grads = base.psum(linearized.weighted_gradient(weights), task.axis_name)
+  return base.Gradients(grads, weights, linearized.losses, linearized.aux, {})
+
+
+def uniform() -> base.Method:
+  """Weight 1 / B for everyone: the plain mean loss."""
+
+  def gradients(state, task, inputs):
+    def weights(losses):
+      size = base.global_size(losses.shape[0], task.axis_name)
+      return jnp.full_like(losses, 1 / size)
+
+    return weighted_gradients(task, inputs, weights), state
+
+  return base.Method(gradients)
+
+
+def random() -> base.Method:
+  """Rectified Gaussian weights max(z, 0) / sum, z ~ N(0, 1), new every step."""
+
+  def gradients(state, task, inputs):
+    def weights(losses):
+      size = base.global_size(losses.shape[0], task.axis_name)
+      noise = jax.random.normal(inputs.key, (size,), losses.dtype)
+      return base.own_part(normalization.rectify(noise), task.axis_name)
+
+    return weighted_gradients(task, inputs, weights), state
+
+  return base.Method(gradients)
+
+
+def class_proportion(variant: str = "paper") -> base.Method:
+  """Weights in proportion to 1 / (number of training examples of the class).
+
+  Args:
+    variant: "paper" keeps a weighted average, w_i = N / (C n_y) / B.
+      "official_code" is what was released: w_i = 1 - n_y / N without dividing
+      by B, so that its effective step is up to 18 times larger on MNIST.
+  """
+  _check_variant("class_proportion", variant)
+
+  def gradients(state, task, inputs):
+    counts = jnp.asarray(task.class_counts, jnp.float32)
+    if variant == "paper":
+      size = base.global_size(inputs.batch["label"].shape[0], task.axis_name)
+      per_class = class_balance.inverse_frequency(counts) / size
+    else:
+      per_class = 1 - counts / counts.sum()
+    weights = per_class[inputs.batch["label"]]
+    return weighted_gradients(task, inputs, lambda _: weights), state
+
+  return base.Method(gradients)
+
+
+def resampling() -> base.Method:
+  """Class-balanced batches: every class equally often, drawn with replacement.
+
+  Any run of C consecutive examples holds one of each class, so a batch whose
+  size is a multiple of C is exactly balanced.
+  """
+
+  def sample(state, task, view):
+    del state, task
+    labels = view.train["label"]
+    classes = np.unique(labels)
+    rounds = len(labels) // len(classes)
+    columns = [
+      view.rng.choice(np.flatnonzero(labels == c), size=rounds) for c in classes
+    ]
+    return view.rng.permuted(np.stack(columns, axis=1), axis=1).ravel()
+
+  return uniform()._replace(sample=sample)
+
+
+def hard_mining(variant: str = "paper") -> base.Method:
+  """All minority examples and the hardest of the majority, weighted equally.
+
+  Of the global batch, keeps every example outside the largest training class
+  and the k examples of that class with the highest losses, k = the number of
+  the others in the batch, at least 1. Weights are 1 / (number kept).
+
+  Args:
+    variant: "paper" ranks by each example's loss. "official_code" repeats the
+      released code's accident: it ranks by a loss already averaged over the
+      batch, so ties keep the first k, which is random under-sampling.
+  """
+  _check_variant("hard_mining", variant)
+
+  def gradients(state, task, inputs):
+    majority_class = jnp.argmax(jnp.asarray(task.class_counts))
+
+    def weights(losses):
+      losses = base.gather(losses, task.axis_name)
+      labels = base.gather(inputs.batch["label"], task.axis_name)
+      kept = hardest(
+        losses if variant == "paper" else jnp.zeros_like(losses),
+        labels == majority_class,
+      )
+      uniform_weights = normalization.sum_to_one(kept.astype(losses.dtype))
+      return base.own_part(uniform_weights, task.axis_name)
+
+    return weighted_gradients(task, inputs, weights), state
+
+  return base.Method(gradients)
+
+
+def hardest(losses: base.Array, majority: base.Array) -> base.Array:
+  """Which examples hard mining keeps, bool [B].
+
+  Args:
+    losses: [B].
+    majority: whether each example is of the majority class, bool [B].
+
+  >>> import jax.numpy as jnp
+  >>> print(hardest(jnp.array([1., 3., 2., 0.]), jnp.array([True, True, True, False])))
+  [False  True False  True]
+  """
+  base.check_vector("losses", losses)
+  num_kept = jnp.maximum(jnp.sum(~majority), 1)
+  order = jnp.argsort(jnp.where(majority, -losses, jnp.inf), stable=True)
+  rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
+  return ~majority | (rank < num_kept)
+
+
+def clean_only() -> base.Method:
+  """Trains on the clean set alone; the training batch gets weight 0."""
+
+  def gradients(state, task, inputs):
+    losses_fn = task.losses_fn(inputs.model_state, inputs.key)
+    losses, _ = losses_fn(inputs.params, inputs.batch)
+    clean, state = mean_over_clean(
+      state, task, inputs._replace(batch=inputs.meta_batch)
+    )
+    return clean._replace(weights=jnp.zeros_like(losses), losses=losses), state
+
+  mean_over_clean = uniform().gradients
+  return base.Method(gradients, needs_meta=True)
+
+
+def fine_tuning(num_steps: int, method: base.Method | None = None) -> base.Method:
+  """A method, then `num_steps` last steps on the clean set alone.
+
+  Args:
+    num_steps: length of the second phase, at the end of the run.
+    method: the first phase; `uniform()` if None.
+  """
+  first = method or uniform()
+  second = clean_only()
+
+  def gradients(state, task, inputs):
+    def clean(state):
+      found, _ = second.gradients((), task, inputs)
+      return found._replace(metrics={}), state
+
+    def initial(state):
+      found, state = first.gradients(state, task, inputs)
+      return found._replace(metrics={}), state
+
+    is_last = inputs.step >= task.num_steps - num_steps
+    return jax.lax.cond(is_last, clean, initial, state)
+
+  return first._replace(gradients=gradients, needs_meta=True)
+
+
+def _check_variant(name, variant):
+  if variant not in ("paper", "official_code"):
+    raise base.InputError(
+      f"{name}: variant={variant!r}; choose 'paper' or 'official_code'."
+    )

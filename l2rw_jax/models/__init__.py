@@ -1,0 +1,1 @@
+"""Flax linen networks; they know nothing of weights."""

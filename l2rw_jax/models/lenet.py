@@ -1,0 +1,32 @@
+"""LeNet, as in the released code of L2RW."""
+
+from flax import linen as nn
+import jax
+
+from l2rw_jax.models import pooling
+
+_normal = nn.initializers.truncated_normal(0.1)
+
+
+class LeNet(nn.Module):
+  """Three 5x5 convolutions, each max-pooled 3x3/2 then rectified, two dense layers.
+
+  28x28 inputs go 28 -> 14 -> 7 -> 4; 167,113 parameters with `num_outputs=1`.
+  Weights N(0, 0.1) truncated at two standard deviations, biases 0.
+
+  Attributes:
+    num_outputs: logits per example (1 for the binary task of the paper).
+  """
+
+  num_outputs: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Images [B, H, W, C] to logits [B, num_outputs]."""
+    del train
+    for features in (16, 32, 64):
+      x = nn.Conv(features, (5, 5), padding="SAME", kernel_init=_normal)(x)
+      x = nn.relu(pooling.max_pool(x, 3, 2))
+    x = x.reshape(x.shape[0], -1)
+    x = nn.relu(nn.Dense(100, kernel_init=_normal)(x))
+    return nn.Dense(self.num_outputs, kernel_init=_normal)(x)

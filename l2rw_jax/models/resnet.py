@@ -1,0 +1,64 @@
+"""Residual network for small images, with BatchNorm."""
+
+import functools
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class ResNet(nn.Module):
+  """Post-activation residual network (He et al., 2016, section 4.2).
+
+  `6 * blocks + 2` layers: a 3x3 stem, then three stages of `blocks` two-layer
+  blocks with 16, 32 and 64 features, strides 1, 2, 2, option-A shortcuts
+  (subsampled, zero-padded channels: no parameters), global average pool.
+
+  Attributes:
+    num_outputs: logits per example.
+    blocks: blocks a stage; 5 is ResNet-32.
+    width: features of the first stage.
+    axis_name: mapped axis whose devices share batch statistics.
+    dtype: of the computation.
+  """
+
+  num_outputs: int
+  blocks: int = 5
+  width: int = 16
+  axis_name: str | None = None
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Images [B, H, W, C] to logits [B, num_outputs]."""
+    conv = functools.partial(
+      nn.Conv,
+      kernel_size=(3, 3),
+      use_bias=False,
+      kernel_init=nn.initializers.he_normal(),
+      dtype=self.dtype,
+    )
+    norm = functools.partial(
+      nn.BatchNorm,
+      use_running_average=not train,
+      momentum=0.9,
+      axis_name=self.axis_name,
+      dtype=self.dtype,
+    )
+    x = nn.relu(norm()(conv(self.width)(x)))
+    for stage in range(3):
+      for block in range(self.blocks):
+        stride = 2 if stage > 0 and block == 0 else 1
+        features = self.width * 2**stage
+        y = nn.relu(norm()(conv(features, strides=stride)(x)))
+        y = norm()(conv(features)(y))
+        x = nn.relu(y + _shortcut(x, features, stride))
+    x = x.mean(axis=(1, 2))
+    return nn.Dense(self.num_outputs, dtype=self.dtype)(x)
+
+
+def _shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
+  x = x[:, ::stride, ::stride]
+  extra = features - x.shape[-1]
+  return jnp.pad(x, [(0, 0)] * 3 + [(extra // 2, extra - extra // 2)])

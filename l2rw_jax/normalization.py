@@ -1,0 +1,31 @@
+"""Floor 1: raw scores to example weights."""
+
+import jax.numpy as jnp
+
+from l2rw_jax import base
+
+
+def sum_to_one(scores: base.Array, axis_name: str | None = None) -> base.Array:
+  """Divides non-negative scores [B] by their sum over all devices.
+
+  All-zero scores stay all zero: the paper's delta guard,
+  w_i = s_i / (S + delta(S)) with delta(S) = 1 if S = 0 else 0.
+  NaN stays NaN, so that a broken score is never mistaken for a rejection.
+
+  References:
+    Ren et al., "Learning to Reweight Examples for Robust Deep Learning" (2018),
+    eq. (8)-(9).
+  """
+  base.check_vector("scores", scores)
+  total = base.psum(jnp.sum(scores), axis_name)
+  return scores / jnp.where(total == 0, 1, total)
+
+
+def rectify(scores: base.Array, axis_name: str | None = None) -> base.Array:
+  """max(scores, 0) made to sum to one over all devices, shape [B].
+
+  >>> import jax.numpy as jnp
+  >>> print(rectify(jnp.array([3., -2., 1.])))
+  [0.75 0.   0.25]
+  """
+  return sum_to_one(jnp.maximum(scores, 0), axis_name)

@@ -1,0 +1,29 @@
+"""Eight virtual CPU devices for every test; where real data lies."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
+
+_REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def tfds_dir() -> pathlib.Path:
+  """Folder of prepared TFDS sets: L2RW_TEST_DATA_DIR, or a shared checkout's."""
+  default = _REPOSITORY.parent / "shared" / "tensorflow_datasets"
+  folder = pathlib.Path(os.environ.get("L2RW_TEST_DATA_DIR", default))
+  if not (folder / "mnist").is_dir():
+    pytest.skip(f"no prepared MNIST in {folder}; set L2RW_TEST_DATA_DIR")
+  return folder
+
+
+@pytest.fixture
+def x64():
+  """Double precision, for finite differences."""
+  with jax.enable_x64(True):
+    yield
