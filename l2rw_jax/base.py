@@ -128,7 +128,7 @@ class Task:
 
 
 class EpochView(NamedTuple):
-  """What `Method.refresh` and `Method.sample` may look at, on the host.
+  """What `Method.refresh` may look at, on the host, before an epoch.
 
   Attributes:
     epoch: the epoch about to start, counted from 0.
@@ -157,10 +157,12 @@ def keep_state(state: PyTree, task: Task, view: EpochView) -> PyTree:
   return state
 
 
-def permutation(state: PyTree, task: Task, view: EpochView) -> np.ndarray:
+def permutation(
+  state: PyTree, task: Task, train: Batch, rng: np.random.Generator
+) -> np.ndarray:
   """`Method.sample` that visits every example once, in random order."""
   del state, task
-  return view.rng.permutation(len(view.train["index"]))
+  return rng.permutation(len(train["index"]))
 
 
 class Method(NamedTuple):
@@ -170,15 +172,17 @@ class Method(NamedTuple):
     gradients: `(state, task, inputs) -> (Gradients, state)`; traced, pure.
     init: `(key, task, params) -> state`, a pytree of arrays.
     refresh: `(state, task, view) -> state`, on the host before every epoch.
-    sample: `(state, task, view) -> int array`: the rows of the training set to
-      visit in the coming epoch, in order. Batches are cut from it.
+    sample: `(state, task, train, rng) -> int array`: the rows of the training
+      set to visit in an epoch, in order; batches are cut from it. It may depend
+      on what `refresh` left in the state, not on what `gradients` changes, so
+      that an interrupted epoch can be resumed.
     needs_meta: whether `inputs.meta_batch` must be there.
   """
 
   gradients: Callable[[PyTree, Task, Inputs], tuple[Gradients, PyTree]]
   init: Callable[[Array, Task, PyTree], PyTree] = no_state
   refresh: Callable[[PyTree, Task, EpochView], PyTree] = keep_state
-  sample: Callable[[PyTree, Task, EpochView], np.ndarray] = permutation
+  sample: Callable[[PyTree, Task, Batch, np.random.Generator], np.ndarray] = permutation
   needs_meta: bool = False
 
 
@@ -217,7 +221,7 @@ def local(tree: PyTree, axis_name: str | None) -> PyTree:
 
 
 def _varying_axes(x: Any) -> frozenset[str]:
-  return getattr(jax.typeof(x), "vma", frozenset())
+  return jax.typeof(x).manual_axis_type.varying
 
 
 def global_size(local_size: int, axis_name: str | None) -> int:

@@ -107,8 +107,8 @@ class Checkpointer:
 
     Returns:
       The checkpoint, or None when there is none. Each leaf is of the type that
-      was saved: JAX arrays come back on the default device, not sharded; NumPy
-      arrays and scalars as NumPy arrays.
+      was saved: JAX arrays come back on the default device, not sharded, and
+      weakly typed only if of shape []; NumPy arrays and scalars as NumPy arrays.
 
     Raises:
       InputError: the checkpoint is intact but does not fit `like`.
@@ -127,13 +127,13 @@ class Checkpointer:
           _reason(error),
         )
         continue
-      _check_fits(record["leaves"], like, self._directory)
-      leaves = [
-        _unpack_leaf(leaf, arrays.get(str(i)))
-        for i, leaf in enumerate(record["leaves"])
-      ]
-      state = jax.tree.unflatten(jax.tree.structure(like), leaves)
-      return Restored(step, state, record["host"])
+      misfit = _misfit(record["leaves"], like)
+      if misfit:
+        raise base.InputError(
+          f"{self._directory} holds checkpoints of another model or method:"
+          f" {misfit}. Choose another --workdir or delete it."
+        )
+      return Restored(step, _unpack(record["leaves"], arrays, like), record["host"])
     return None
 
   def close(self) -> None:
@@ -166,7 +166,8 @@ def _pack(state: base.PyTree) -> tuple[list[dict[str, Any]], dict[str, np.ndarra
   Orbax takes neither empty containers nor arrays of size 0. The structure is
   left to the `like` of the restore, and empty arrays to their description.
   """
-  leaves, raw = [], {}
+  leaves: list[dict[str, Any]] = []
+  raw = {}
   for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
     described = _describe(jax.tree_util.keystr(path), leaf)
     if described["kind"] == "scalar":
@@ -200,6 +201,19 @@ def _describe(path: str, leaf: Any) -> dict[str, Any]:
   return described | {"kind": "jax", "weak": leaf.weak_type}
 
 
+def _unpack(
+  leaves: list[dict[str, Any]], arrays: dict[str, np.ndarray], like: base.PyTree
+) -> base.PyTree:
+  # By path, not by position: a dict and an OrderedDict differ in their order.
+  values = {
+    leaf["path"]: _unpack_leaf(leaf, arrays.get(str(i)))
+    for i, leaf in enumerate(leaves)
+  }
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: values[jax.tree_util.keystr(path)], like
+  )
+
+
 def _unpack_leaf(leaf: dict[str, Any], array: np.ndarray | None) -> Any:
   if leaf["kind"] == "scalar":
     return leaf["value"]
@@ -218,19 +232,16 @@ def _unpack_leaf(leaf: dict[str, Any], array: np.ndarray | None) -> Any:
   return jnp.asarray(array)
 
 
-def _check_fits(
-  leaves: list[dict[str, Any]], like: base.PyTree, directory: pathlib.Path
-) -> None:
+def _misfit(leaves: list[dict[str, Any]], like: base.PyTree) -> str:
+  """The first leaf in which what was saved differs from `like`; "" when none."""
   flat = jax.tree_util.tree_flatten_with_path(like)[0]
   wanted = [_describe(jax.tree_util.keystr(path), leaf) for path, leaf in flat]
   old, new = ({x["path"]: _signature(x) for x in xs} for xs in (leaves, wanted))
   for path in sorted(old.keys() | new.keys()):
     was, now = old.get(path, "absent"), new.get(path, "absent")
     if was != now:
-      raise base.InputError(
-        f"{directory} holds checkpoints of another model or method: {path} was"
-        f" {was}, now {now}. Choose another --workdir or delete it."
-      )
+      return f"{path or 'the state'} was {was}, now {now}"
+  return ""
 
 
 def _signature(leaf: dict[str, Any]) -> str:
@@ -243,7 +254,7 @@ def _digest(record: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
   for name in sorted(arrays):
     array = arrays[name]
     digest.update(f"{name} {array.dtype} {array.shape};".encode())
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
   return digest.hexdigest()
 
 

@@ -1,14 +1,15 @@
 """Floor 4: the metrics of a run, the same to the byte after a kill and a resume."""
 
 from collections.abc import Mapping
+import contextlib
 import csv
-import importlib
 import io
 import json
 import logging
 import math
 import os
 import pathlib
+import time
 from typing import Any
 
 from l2rw_jax import base
@@ -53,16 +54,18 @@ class MetricWriter:
     kept = [line for line, row in _rows(self._path) if row["step"] <= last]
     workdir.write_text(self._path, "".join(f"{line}\n" for line in kept))
     self._file = open(self._path, "a", encoding="utf-8", newline="")  # noqa: SIM115
-    self._board = None
-    if tensorboard:
-      first = 0 if resume_step is None else resume_step + 1
-      self._board = _summary_writer(self._folder / _TENSORBOARD, first)
+    first = 0 if resume_step is None else resume_step + 1
+    self._events = _open_events(self._folder / _TENSORBOARD, first, tensorboard)
 
   def __enter__(self) -> "MetricWriter":
     return self
 
-  def __exit__(self, *exception: Any) -> None:
-    self.close()
+  def __exit__(self, kind: type | None, *exception: Any) -> None:
+    try:
+      self.close()
+    except base.InputError:
+      if kind is None:  # Else it would hide what went wrong first.
+        raise
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """Appends one row and hands it to the operating system.
@@ -88,20 +91,11 @@ class MetricWriter:
         f"cannot write {self._path}: {error.strerror}."
         " Free some space and run the same command again."
       ) from error
-    self._write_board(int(step), finite)
-
-  def _write_board(self, step: int, values: dict[str, float]) -> None:
-    if self._board is None:
-      return
     try:
-      for name, value in values.items():
-        self._board.add_scalar(name, value, step)
-      # A full disk kills the thread behind the queue of tensorboardX, and then
-      # add_scalar blocks for ever. Flushing raises here, before that.
-      self._board.flush()
+      self._events.write(int(step), finite)
     except OSError as error:
       _log.warning("TensorBoard events are not written any more: %s", error)
-      self._board = None
+      self._events = _NoEvents()
 
   def close(self) -> None:
     """Writes `metrics.csv`: "step", then every metric by name; safe to repeat.
@@ -113,9 +107,11 @@ class MetricWriter:
     """
     if self._file.closed:
       return
-    self._file.close()
-    if self._board is not None:
-      self._board.close()
+    # What a full disk refuses here, `write` has reported already.
+    with contextlib.suppress(OSError):
+      self._file.close()
+    with contextlib.suppress(OSError):
+      self._events.close()
     workdir.write_text(self._folder / _CSV, _table(read(self._folder)))
 
 
@@ -144,8 +140,9 @@ def _rows(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
   for number, line in enumerate(lines, start=1):
     try:
       row = json.loads(line)
-      row["step"] + 0  # noqa: B018
-    except (ValueError, TypeError, KeyError):
+      if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise ValueError("not a row")
+    except ValueError:
       if number == len(lines):
         break
       raise base.InputError(
@@ -164,10 +161,59 @@ def _table(rows: list[dict[str, Any]]) -> str:
   return text.getvalue()
 
 
-def _summary_writer(folder: pathlib.Path, first_step: int) -> Any:
+class _NoEvents:
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    pass
+
+  def close(self) -> None:
+    pass
+
+
+class _Events(_NoEvents):
+  """A TensorBoard file, written by this thread.
+
+  `tensorboardX.SummaryWriter` leaves that to a thread behind a queue. A full
+  disk kills the thread, and then the next few values block the run for ever.
+  """
+
+  def __init__(self, folder: pathlib.Path, first_step: int):
+    from tensorboardX import event_file_writer
+    from tensorboardX.proto import event_pb2
+    from tensorboardX.proto import summary_pb2
+
+    self._event_pb2, self._summary_pb2 = event_pb2, summary_pb2
+    folder.mkdir(exist_ok=True)
+    # The name has a resolution of one second: a quick restart must not get the
+    # same one, for the old file would be emptied.
+    self._writer = event_file_writer.EventsWriter(
+      str(folder / "events"), f".{os.getpid()}.{first_step}"
+    )
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    # TensorBoard forgets what an earlier session wrote from this step on.
+    self._write_event(first_step, session_log=start)
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    value_type = self._summary_pb2.Summary.Value
+    value = [value_type(tag=name, simple_value=x) for name, x in values.items()]
+    self._write_event(step, summary=self._summary_pb2.Summary(value=value))
+
+  def _write_event(self, step: int, **content: Any) -> None:
+    self._writer.write_event(
+      self._event_pb2.Event(step=step, wall_time=time.time(), **content)
+    )
+    self._writer.flush()
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+def _open_events(folder: pathlib.Path, first_step: int, wanted: bool) -> _NoEvents:
+  if not wanted:
+    return _NoEvents()
   try:
-    tensorboardx = importlib.import_module("tensorboardX")
+    return _Events(folder, first_step)
   except ImportError:
     _log.info("no TensorBoard events: tensorboardX is not installed")
-    return None
-  return tensorboardx.SummaryWriter(str(folder), purge_step=first_step)
+  except OSError as error:
+    _log.warning("TensorBoard events are not written: %s", error)
+  return _NoEvents()

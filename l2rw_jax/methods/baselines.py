@@ -99,15 +99,13 @@ def resampling() -> base.Method:
   size is a multiple of C is exactly balanced.
   """
 
-  def sample(state, task, view):
+  def sample(state, task, train, rng):
     del state, task
-    labels = view.train["label"]
+    labels = train["label"]
     classes = np.unique(labels)
     rounds = len(labels) // len(classes)
-    columns = [
-      view.rng.choice(np.flatnonzero(labels == c), size=rounds) for c in classes
-    ]
-    return view.rng.permuted(np.stack(columns, axis=1), axis=1).ravel()
+    columns = [rng.choice(np.flatnonzero(labels == c), size=rounds) for c in classes]
+    return rng.permuted(np.stack(columns, axis=1), axis=1).ravel()
 
   return uniform()._replace(sample=sample)
 

@@ -1,0 +1,46 @@
+# Two whole set-ups on a machine that has git, make and a Python >= 3.11:
+#   make demo   trains on real data and shows that it works
+#   make test   runs every test
+# PYTHON=python3.12 make test chooses the interpreter.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+  && echo $$p && break; done)
+VENV ?= .venv
+TAG := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
+BIN := $(VENV)/bin
+# Stamps say what is installed, for which interpreter and which setup.py.
+CREATED := $(VENV)/.python-$(TAG)
+DEMO := $(VENV)/.demo-$(TAG)
+TEST := $(VENV)/.test-$(TAG)
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(DEMO)
+	$(BIN)/python -m experiments.digits_noise
+
+test: $(TEST)
+	$(BIN)/python -m pytest -n 2
+
+lint: $(TEST)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(CREATED):
+	@test -n "$(TAG)" || { echo "error: no Python >= 3.11 found; name one: PYTHON=/path/to/python make" >&2; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(DEMO): setup.py | $(CREATED)
+	$(INSTALL) '.[experiments]'
+	@touch $@
+
+$(TEST): setup.py | $(CREATED)
+	$(INSTALL) '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,1 @@
+"""One script a table; absl flags live only here."""

@@ -1,0 +1,102 @@
+"""What every script shares: flags, one-line errors, the folder of the run."""
+
+from collections.abc import Callable
+import os
+import pathlib
+import sys
+
+from absl import app
+from absl import flags
+from absl import logging
+
+from l2rw_jax import base
+from l2rw_jax import workdir
+
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of this experiment; run again to continue. [runs/NAME]"
+)
+_DATA_DIR = flags.DEFINE_string(
+  "data_dir", None, "Folder of prepared TFDS data sets. [TFDS_DATA_DIR, or TFDS's own]"
+)
+_CACHE_DIR = flags.DEFINE_string(
+  "cache_dir", None, "Where decoded data sets are kept. [~/.cache/l2rw_jax]"
+)
+_NUM_DEVICES = flags.DEFINE_integer(
+  "num_devices", None, "Local devices to train on. [all]", lower_bound=1
+)
+_CHECKPOINT_EVERY = flags.DEFINE_integer(
+  "checkpoint_every", 1000, "Steps between two checkpoints.", lower_bound=1
+)
+
+# Where things lie does not change what comes out of them.
+_PLACES = ("workdir", "data_dir", "cache_dir")
+
+
+def data_folders() -> dict[str, str | None]:
+  """`data_dir` and `cache_dir`, as `sources.load` takes them."""
+  return {"data_dir": _DATA_DIR.value, "cache_dir": _CACHE_DIR.value}
+
+
+def run_config() -> dict[str, int | None]:
+  """`num_devices` and `checkpoint_every`, as `training.config.Config` takes them."""
+  return {
+    "num_devices": _NUM_DEVICES.value,
+    "checkpoint_every": _CHECKPOINT_EVERY.value,
+  }
+
+
+def prepare(name: str, module: str, extendable: tuple[str, ...]) -> pathlib.Path:
+  """Opens the folder of the experiment; refuses one of other settings.
+
+  Args:
+    name: of the experiment, for the default folder.
+    module: whose flags decide the outcome.
+    extendable: flags that choose which runs to do, not how; a later call may
+      give others and adds to the folder.
+  """
+  settings = {
+    flag.name: flag.value
+    for flag in flags.FLAGS.get_flags_for_module(module)
+    if flag.name not in extendable
+  }
+  settings |= {"experiment": name, **run_config()}
+  return workdir.prepare(_WORKDIR.value or f"runs/{name}", settings)
+
+
+def flags_of(module: str) -> dict[str, object]:
+  """Every flag of a script with its value, for the record."""
+  return {f.name: f.value for f in flags.FLAGS.get_flags_for_module(module)}
+
+
+def run(main: Callable[[], None]) -> None:
+  """Parses the flags and calls `main`; mistakes end with one line and status 2."""
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  logging.set_verbosity(logging.WARNING)
+
+  def guarded(argv):
+    try:
+      if len(argv) > 1:
+        raise base.InputError(f"unexpected argument {argv[1]!r}: flags begin with --.")
+      main()
+    except (base.InputError, flags.Error) as error:
+      _give_up(error)
+    except OSError as error:
+      _give_up(f"{error.filename or 'input/output'}: {error.strerror}")
+    except KeyboardInterrupt:
+      print("\ninterrupted; the same command continues.", file=sys.stderr)
+      sys.exit(130)
+
+  app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    _give_up(error)
+    raise  # not reached
+
+
+def _give_up(error: object) -> None:
+  print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+  sys.exit(2)

@@ -1,0 +1,1 @@
+"""Data sets in memory: sources, their decoded cache, and wrong-on-purpose splits."""

@@ -1,0 +1,211 @@
+"""Floor 4: train, meta, validation and test sets cut out of a source, disjoint.
+
+What every builder of splits needs: the types it returns, `assemble` to make
+them, and the checks of what it was given.
+"""
+
+from collections.abc import Mapping
+import hashlib
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+
+from l2rw_jax import base
+from l2rw_jax import corruption
+from l2rw_jax.data import sources
+
+
+class Examples(NamedTuple):
+  """One part of the data, N examples, possibly none.
+
+  Attributes:
+    image: float32 [N, ...]; uint8 pixels become [0, 1], floats stay as they are.
+    label: int32 [N], what training sees.
+    true_label: int32 [N].
+    index: int32 [N], 0 .. N - 1, the row in this part.
+    source_index: int32 [N], the row in the source split, ascending.
+  """
+
+  image: np.ndarray
+  label: np.ndarray
+  true_label: np.ndarray
+  index: np.ndarray  # type: ignore[assignment]  # hides tuple.index, unused here
+  source_index: np.ndarray
+
+
+class Splits(NamedTuple):
+  """The four parts of a learning problem.
+
+  Attributes:
+    train: with the wrong labels or counts.
+    meta: clean and class-balanced; N = 0 without a meta set.
+    validation: wrong like `train`, for tuning; N = 0 if not asked for.
+    test: clean.
+    num_classes: C.
+    fingerprint: 16 hex digits of a SHA-256 over data set names and versions,
+      and over the source rows and labels of all four parts.
+  """
+
+  train: Examples
+  meta: Examples
+  validation: Examples
+  test: Examples
+  num_classes: int
+  fingerprint: str
+
+
+def class_counts(examples: Examples, num_classes: int) -> np.ndarray:
+  """How often each class occurs among the labels that training sees, int64 [C]."""
+  return np.bincount(examples.label, minlength=num_classes).astype(np.int64)
+
+
+def assemble(
+  train: sources.Source,
+  test: sources.Source,
+  rows: Mapping[str, np.ndarray],
+  *,
+  labels: np.ndarray,
+  true_labels: np.ndarray,
+  test_labels: np.ndarray,
+  num_classes: int,
+  meta_in_train: bool = False,
+) -> Splits:
+  """Cuts the parts out of their sources, once they are seen to be disjoint.
+
+  Args:
+    train: source of train, meta and validation; N images.
+    test: source of test; N' images.
+    rows: source rows by part (`train`, `meta`, `validation`, `test`), in any
+      order; a missing meta or validation is empty.
+    labels: what training sees, for the whole of `train`, int32 [N].
+    true_labels: the truth for the whole of `train`, int32 [N].
+    test_labels: the truth for the whole of `test`, int32 [N'].
+    num_classes: C of these labels.
+    meta_in_train: whether meta may share images with train.
+
+  Returns:
+    The parts and their fingerprint.
+
+  Raises:
+    InputError: two parts share an image.
+  """
+  apart = dict(rows)
+  if _origin(train) != _origin(test):
+    del apart["test"]
+  if meta_in_train:
+    check_disjoint({name: part for name, part in apart.items() if name != "train"})
+    del apart["meta"]
+  check_disjoint(apart)
+  none = np.zeros(0, np.int64)
+  parts = {
+    name: _cut(train.images, rows.get(name, none), labels, true_labels)
+    for name in ("train", "meta", "validation")
+  }
+  parts["test"] = _cut(test.images, rows["test"], test_labels, test_labels)
+  return Splits(
+    **parts, num_classes=num_classes, fingerprint=_fingerprint(train, test, parts)
+  )
+
+
+def _origin(source: sources.Source) -> tuple[str, str, str]:
+  return source.name, source.version, source.split
+
+
+def _cut(
+  images: np.ndarray, rows: np.ndarray, labels: np.ndarray, true_labels: np.ndarray
+) -> Examples:
+  rows = np.sort(rows)
+  chosen = images[rows]
+  if chosen.dtype == np.uint8:
+    chosen = np.divide(chosen, np.float32(255), dtype=np.float32)
+  return Examples(
+    image=chosen.astype(np.float32, copy=False),
+    label=labels[rows].astype(np.int32),
+    true_label=true_labels[rows].astype(np.int32),
+    index=np.arange(len(rows), dtype=np.int32),
+    source_index=rows.astype(np.int32),
+  )
+
+
+def _fingerprint(
+  train: sources.Source, test: sources.Source, parts: Mapping[str, Examples]
+) -> str:
+  digest = hashlib.sha256(repr((_origin(train), _origin(test))).encode())
+  for name, part in parts.items():
+    digest.update(repr((name, len(part.label))).encode())
+    for column in (part.source_index, part.label):
+      digest.update(column.astype("<i4").tobytes())
+  return digest.hexdigest()[:16]
+
+
+def generators(seed: int, number: int) -> list[np.random.Generator]:
+  """Independent generators of one seed, for draws that must not disturb others.
+
+  Raises:
+    InputError: `seed` is not an integer of at least 0.
+  """
+  check_sizes(seed=seed)
+  children = np.random.SeedSequence(seed).spawn(number)
+  return [np.random.default_rng(child) for child in children]
+
+
+def check_disjoint(rows: Mapping[str, np.ndarray]) -> None:
+  """Raises InputError when two parts share a row of their common source.
+
+  Args:
+    rows: source rows by name of the part.
+  """
+  for (one, a), (other, b) in itertools.combinations(rows.items(), 2):
+    shared = np.intersect1d(a, b)
+    if len(shared):
+      raise base.InputError(
+        f"{one} and {other} share {len(shared)} images, the first is row"
+        f" {shared[0]} of the source; every image may be in one part only"
+      )
+
+
+def check_images(images: np.ndarray, what: str) -> None:
+  """Raises InputError unless the images are uint8, or floats that are finite.
+
+  Args:
+    images: [N, ...].
+    what: how the message calls them.
+  """
+  if images.dtype == np.uint8:
+    return
+  if not np.issubdtype(images.dtype, np.floating):
+    raise base.InputError(f"{what} must be uint8 or floating; got {images.dtype}")
+  bad = np.flatnonzero(~np.isfinite(images).all(axis=tuple(range(1, images.ndim))))
+  if len(bad):
+    raise base.InputError(
+      f"{len(bad)} of {what} hold NaN or infinite pixels, the first at index"
+      f" {bad[0]}; drop or mend them"
+    )
+
+
+def check_sources(train: sources.Source, test: sources.Source) -> None:
+  """Raises InputError unless two splits are sound and fit together."""
+  for source in (train, test):
+    what = f"{source.name} {source.split}"
+    corruption.check_labels(f"labels of {what}", source.labels, source.num_classes)
+    if len(source.images) != len(source.labels):
+      raise base.InputError(
+        f"{what} has {len(source.images)} images and {len(source.labels)} labels"
+      )
+    check_images(source.images, f"the images of {what}")
+  one, other = (
+    (source.images.shape[1:], source.num_classes) for source in (train, test)
+  )
+  if one != other:
+    raise base.InputError(
+      f"train and test do not fit: images of shape {one[0]} in {one[1]} classes"
+      f" against {other[0]} in {other[1]}"
+    )
+
+
+def check_sizes(**sizes: int) -> None:
+  """Raises InputError, by name, for a size that is no integer of at least 0."""
+  for name, size in sizes.items():
+    if not isinstance(size, int | np.integer) or size < 0:
+      raise base.InputError(f"{name} must be an integer of at least 0; got {size!r}")

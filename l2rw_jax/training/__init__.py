@@ -1,0 +1,1 @@
+"""The only loop, for every method: see `loop.train`."""

@@ -1,0 +1,84 @@
+"""How a run is set up, and whether its settings and data fit each other."""
+
+from collections.abc import Sequence
+import dataclasses
+
+import numpy as np
+
+from l2rw_jax import base
+from l2rw_jax.data import splits as splits_lib
+from l2rw_jax.training import devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """How to run.
+
+  Attributes:
+    num_steps: updates.
+    batch_size: B, over all devices.
+    meta_batch_size: M, over all devices; every clean example if None.
+    seeds: one run for each; initialisation, batch order and method noise.
+    log_every: steps between two rows of training metrics.
+    eval_every: steps between two evaluations.
+    checkpoint_every: steps between two checkpoints.
+    num_devices: local devices to use; all if None.
+  """
+
+  num_steps: int
+  batch_size: int = 100
+  meta_batch_size: int | None = None
+  seeds: tuple[int, ...] = (0,)
+  log_every: int = 100
+  eval_every: int = 500
+  checkpoint_every: int = 1000
+  num_devices: int | None = None
+
+
+def check(
+  config: Config, method: base.Method, splits: Sequence[splits_lib.Splits]
+) -> None:
+  """Raises InputError unless `train` can start with these."""
+  num_devices = len(devices.choose(config.num_devices))
+  if config.batch_size % num_devices:
+    raise base.InputError(
+      f"--batch_size={config.batch_size} does not divide among {num_devices}"
+      " devices; choose a multiple, or fewer with --num_devices."
+    )
+  for seed, split in zip(config.seeds, splits, strict=True):
+    for part in ("train", "meta", "test"):
+      _check_labels(
+        getattr(split, part).label, split.num_classes, f"seed {seed} {part}"
+      )
+    if config.batch_size > len(split.train.label):
+      raise base.InputError(
+        f"--batch_size={config.batch_size} is larger than the"
+        f" {len(split.train.label)} training examples."
+      )
+    _check_meta(config, method, len(split.meta.label))
+  if len({len(s.train.label) for s in splits}) > 1:
+    raise base.InputError("splits trained side by side must be of one size.")
+
+
+def _check_labels(labels, num_classes, where):
+  wrong = (labels < 0) | (labels >= num_classes)
+  if wrong.any():
+    raise base.InputError(
+      f"label out of range in {where}: example {int(np.argmax(wrong))} has label"
+      f" {int(labels[np.argmax(wrong)])}, classes are 0 to {num_classes - 1}."
+    )
+
+
+def _check_meta(config, method, num_meta):
+  if method.needs_meta and num_meta == 0:
+    raise base.InputError(
+      "this method needs a clean meta set and it is empty: raise --num_meta, or"
+      " choose a --methods that needs none."
+    )
+  if config.meta_batch_size is not None and (
+    config.meta_batch_size > num_meta or config.meta_batch_size < 1
+  ):
+    raise base.InputError(
+      f"--meta_batch_size={config.meta_batch_size} must lie between 1 and the"
+      f" {num_meta} clean examples."
+    )

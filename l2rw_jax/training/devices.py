@@ -1,0 +1,94 @@
+"""Where the step meets the machine: the only pmap.
+
+Arrays of a run carry two leading axes, `[D, R, ...]`: D local devices and R runs
+side by side (splits of the data, seeds), trained by one compiled step.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2rw_jax import base
+
+AXIS_NAME = "devices"
+
+
+def choose(num_devices: int | None) -> list[jax.Device]:
+  """The first `num_devices` local devices; all of them if None.
+
+  Raises:
+    InputError: there are not that many.
+  """
+  available = jax.local_devices()
+  if num_devices is None:
+    return available
+  if not 1 <= num_devices <= len(available):
+    raise base.InputError(
+      f"--num_devices={num_devices}: this machine has {len(available)}"
+      f" {available[0].platform} device(s)."
+    )
+  return available[:num_devices]
+
+
+def replicate(tree: base.PyTree, devices: list[jax.Device]) -> base.PyTree:
+  """`[...]` leaves to `[D, ...]`, one copy on every device."""
+  copy = jax.pmap(lambda _, x: x, in_axes=(0, None), devices=devices)
+  return copy(np.arange(len(devices)), tree)
+
+
+def unreplicate(tree: base.PyTree) -> base.PyTree:
+  """The first device's copy of `[D, ...]` leaves, without gathering the rest."""
+  return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
+
+
+def shard(batch: base.Batch, devices: list[jax.Device]) -> base.Batch:
+  """`[R, B, ...]` NumPy arrays to `[D, R, B / D, ...]`, examples in order."""
+
+  def split(x):
+    runs, size, *shape = x.shape
+    x = x.reshape(runs, len(devices), size // len(devices), *shape)
+    return np.moveaxis(x, 1, 0)
+
+  return jax.tree.map(split, batch)
+
+
+def repeat(batch: base.Batch, devices: list[jax.Device]) -> base.Batch:
+  """`[R, M, ...]` NumPy arrays to `[D, R, M, ...]`, the same on every device."""
+  return jax.tree.map(lambda x: np.broadcast_to(x, (len(devices), *x.shape)), batch)
+
+
+def unshard(values: Any) -> np.ndarray:
+  """`[D, R, B / D]` to `[R, B]` on the host; the inverse of `shard`."""
+  values = np.asarray(values)
+  return np.moveaxis(values, 0, 1).reshape(values.shape[1], -1)
+
+
+def over_runs(fun: Callable[..., Any], num_runs: int) -> Callable[..., Any]:
+  """Maps `fun` over the leading axis R of all its arguments.
+
+  One run is not vmapped but unpacked: XLA:CPU takes a slower path for a
+  convolution whose kernel has a batch axis, even of size one.
+  """
+  if num_runs > 1:
+    return jax.vmap(fun)
+
+  def single(*args):
+    result = fun(*jax.tree.map(lambda x: x[0], args))
+    return jax.tree.map(lambda x: jnp.asarray(x)[None], result)
+
+  return single
+
+
+def pmap_step(
+  step: Callable[..., Any], num_runs: int, devices: list[jax.Device]
+) -> Callable[..., Any]:
+  """Compiles `step` for `[D, R, ...]` arguments; the first one is donated."""
+  return jax.pmap(
+    over_runs(step, num_runs),
+    axis_name=AXIS_NAME,
+    devices=devices,
+    donate_argnums=(0,),
+  )

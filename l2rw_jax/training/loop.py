@@ -1,0 +1,336 @@
+"""The training loop: any method, any optax optimiser, exact resumption.
+
+    folder/checkpoints/         the last two states (orbax)
+    folder/seed-S/metrics.*     JSON lines, CSV and TensorBoard, a folder a run
+    folder/seed-S/weights.csv   per-example weights
+    folder/seed-S/results.json  written last: a finished run is not repeated
+
+The same call continues an interrupted run and ends with the same bytes in these
+files as an uninterrupted one, on the same number of devices.
+"""
+
+from collections.abc import Sequence
+import functools
+import pathlib
+import time
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from l2rw_jax import base
+from l2rw_jax import checkpointing
+from l2rw_jax import metric_writer
+from l2rw_jax import workdir
+from l2rw_jax.data import splits as splits_lib
+from l2rw_jax.models import classifier
+from l2rw_jax.training import batches as batches_lib
+from l2rw_jax.training import config as config_lib
+from l2rw_jax.training import devices as devices_lib
+from l2rw_jax.training import evaluation
+from l2rw_jax.training import progress
+from l2rw_jax.training import results
+from l2rw_jax.training import step as step_lib
+from l2rw_jax.training import stream
+from l2rw_jax.training import weight_log
+
+
+def train(
+  config: config_lib.Config,
+  model: classifier.Classifier,
+  method: base.Method,
+  optimizer: optax.GradientTransformation,
+  splits: Sequence[splits_lib.Splits],
+  folder: pathlib.Path,
+  evaluators: Sequence[evaluation.Evaluator] = (evaluation.accuracy,),
+  name: str = "train",
+) -> list[results.Result]:
+  """Trains one run for every seed, side by side, or finishes an interrupted one.
+
+  Args:
+    config: how to run.
+    model: the network and its loss.
+    method: turns batches into gradients.
+    optimizer: takes them.
+    splits: the data of each seed; all of one size.
+    folder: where everything is kept. Must belong to these very settings.
+    evaluators: what to measure on the test set.
+    name: for the progress bar and messages.
+
+  Returns:
+    A `Result` per seed, read back from disk.
+
+  Raises:
+    InputError: settings and data do not fit each other; losses or gradients
+      became NaN or infinite (the last good state is in the checkpoint); a file
+      could not be written.
+  """
+  folders = [folder / f"seed-{seed}" for seed in config.seeds]
+  if not all((f / results.RESULTS).exists() for f in folders):
+    config_lib.check(config, method, splits)
+    run = _Run(config, model, method, optimizer, splits, folder, evaluators, name)
+    try:
+      run.finish()
+    finally:
+      run.close()
+  return [results.read(f) for f in folders]
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(model, method, optimizer, num_examples, num_steps, num_runs, devices):
+  """`(init, step)` for arrays of R runs; the same for every split of a table.
+
+  A script trains one split after the other; keeping the functions keeps what
+  was compiled for them.
+  """
+
+  def task(class_counts, axis_name=None):
+    return model.task(
+      class_counts=class_counts,
+      num_examples=num_examples,
+      num_steps=num_steps,
+      axis_name=axis_name,
+    )
+
+  def init(key, class_counts, example):
+    params, model_state = model.init(jax.random.fold_in(key, 0), example)
+    method_state = method.init(jax.random.fold_in(key, 1), task(class_counts), params)
+    return step_lib.init_state(params, model_state, method_state, optimizer)
+
+  def step(state, batch, meta_batch, key, class_counts):
+    return step_lib.train_step(
+      state,
+      batch,
+      meta_batch,
+      key,
+      task=task(class_counts, devices_lib.AXIS_NAME),
+      method=method,
+      optimizer=optimizer,
+    )
+
+  return (
+    jax.jit(devices_lib.over_runs(init, num_runs)),
+    devices_lib.pmap_step(step, num_runs, list(devices)),
+  )
+
+
+class _Run:
+  """R runs in progress: device state, host state and open files."""
+
+  def __init__(
+    self, config, model, method, optimizer, splits, folder, evaluators, name
+  ):
+    self.config, self.model, self.method = config, model, method
+    self.optimizer, self.splits, self.name = optimizer, splits, name
+    self.folder, self.evaluators = folder, evaluators
+    self.folders = [folder / f"seed-{seed}" for seed in config.seeds]
+    self.num_runs = len(config.seeds)
+    self.devices = devices_lib.choose(config.num_devices)
+    counts = [splits_lib.class_counts(s.train, s.num_classes) for s in splits]
+    self.class_counts = jnp.asarray(np.stack(counts), jnp.int32)
+    self.pending: list[tuple[np.ndarray, step_lib.StepOutput]] = []
+    self.writers: list[metric_writer.MetricWriter] = []
+    self.init_fn, self.step_fn = _compiled(
+      model,
+      method,
+      optimizer,
+      self._num_examples(),
+      config.num_steps,
+      self.num_runs,
+      tuple(self.devices),
+    )
+    self.checkpointer = checkpointing.Checkpointer(folder / "checkpoints")
+    self._restore_or_init()
+    self.constants = devices_lib.replicate(
+      (self._keys(1), self.class_counts), self.devices
+    )
+
+  def close(self) -> None:
+    """Closes every file."""
+    for writer in self.writers:
+      writer.close()
+    self.checkpointer.close()
+
+  # -- state ---------------------------------------------------------------
+
+  def _restore_or_init(self):
+    state = self.init_fn(self._keys(0), self.class_counts, self._first_examples())
+    log = weight_log.WeightLog.empty(self.num_runs, self._num_examples())
+    step, positions = None, None
+    restored = self.checkpointer.restore_latest((state, log))
+    if restored is not None:
+      (state, log), step = restored.state, restored.step
+      positions = [stream.Position(*p) for p in restored.host["positions"]]
+      logging.info("%s: continuing from step %d", self.name, step)
+    self.step = self.saved_step = step or 0
+    self.log = weight_log.WeightLog(*(np.array(x) for x in log))
+    self.state = devices_lib.replicate(state, self.devices)
+    self.source = batches_lib.BatchSource(
+      self.config,
+      self.splits,
+      self._epoch_order,
+      self.method.needs_meta,
+      self.devices,
+      positions,
+    )
+    for folder in self.folders:
+      folder.mkdir(parents=True, exist_ok=True)
+      self.writers.append(metric_writer.MetricWriter(folder, resume_step=step))
+
+  def _keys(self, purpose: int) -> base.Array:
+    keys = [jax.random.key(seed) for seed in self.config.seeds]
+    return jnp.stack([jax.random.fold_in(key, purpose) for key in keys])
+
+  def _first_examples(self) -> base.Batch:
+    firsts = [batches_lib.examples_dict(s.train) for s in self.splits]
+    return {k: np.stack([f[k][:1] for f in firsts]) for k in firsts[0]}
+
+  def _num_examples(self) -> int:
+    return len(self.splits[0].train.label)
+
+  def _of_run(self, run: int) -> tuple[step_lib.TrainState, base.Task]:
+    """One run's state, unreplicated, and its task outside the devices' axis."""
+    state = devices_lib.unreplicate(self.state)
+    own = jax.tree.map(lambda x: x[run], state)
+    task = self.model.task(
+      class_counts=self.class_counts[run],
+      num_examples=self._num_examples(),
+      num_steps=self.config.num_steps,
+    )
+    return own, task
+
+  # -- epochs --------------------------------------------------------------
+
+  def _epoch_order(self, run, epoch, rng):
+    if self.method.sample is base.permutation:  # spare a look at the devices
+      return rng.permutation(self._num_examples())
+    state, task = self._of_run(run)
+    train = batches_lib.examples_dict(self.splits[run].train)
+    return self.method.sample(state.method_state, task, train, rng)
+
+  def _refresh(self):
+    """Lets the method look at the training set of runs about to start an epoch."""
+    starting = [s.starts_epoch() for s in self.source.streams]
+    if self.method.refresh is base.keep_state or not any(starting):
+      return
+    states = []
+    for run, seed in enumerate(self.config.seeds):
+      state, task = self._of_run(run)
+      states.append(state.method_state)
+      if starting[run]:
+        epoch = self.source.streams[run].position.epoch
+        view = base.EpochView(
+          epoch=epoch,
+          params=state.params,
+          model_state=state.model_state,
+          train=batches_lib.examples_dict(self.splits[run].train),
+          rng=stream.generator(seed, "refresh", epoch),
+        )
+        states[run] = self.method.refresh(state.method_state, task, view)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
+    self.state = self.state._replace(
+      method_state=devices_lib.replicate(stacked, self.devices)
+    )
+
+  # -- the loop ------------------------------------------------------------
+
+  def finish(self) -> None:
+    """Runs to the last step and writes the results."""
+    first, started = self.step, time.perf_counter()
+    self._raise_on_failure()
+    with progress.bar(self.config.num_steps, first, self.name) as bar:
+      while self.step < self.config.num_steps:
+        self._refresh()
+        rows, batch, meta_batch = self.source.next(self.step)
+        self.state, output = self.step_fn(
+          self.state, batch, meta_batch, *self.constants
+        )
+        self.pending.append((rows, output))
+        self.step += 1
+        bar.update()
+        self._after_step(bar)
+    self._write_results()
+    timing = {"seconds": time.perf_counter() - started, "steps": self.step - first}
+    workdir.write_json(self.folder / "timing.json", timing)
+
+  def _after_step(self, bar):
+    config = self.config
+
+    def due(every):
+      return self.step % every == 0 or self.step == config.num_steps
+
+    if due(config.log_every) or due(config.eval_every) or due(config.checkpoint_every):
+      self._flush(bar)
+    if due(config.eval_every):
+      self._evaluate()
+    if due(config.checkpoint_every):
+      self._save()
+
+  def _flush(self, bar):
+    """Brings the steps since the last flush to the host: the only waiting."""
+    rows, outputs = [r for r, _ in self.pending], [o for _, o in self.pending]
+    self.pending = []
+    outputs = jax.device_get(outputs)
+    self._raise_on_failure()
+    for row, output in zip(rows, outputs, strict=True):
+      self.log.add(row, devices_lib.unshard(output.weights))
+    for run, writer in enumerate(self.writers):
+      means = {
+        f"train/{name}": np.mean([o.metrics[name][0, run] for o in outputs])
+        for name in outputs[0].metrics
+      }
+      writer.write(self.step, means)
+    bar.set_postfix(loss=f"{np.mean(outputs[-1].metrics['loss']):.3f}")
+
+  def _raise_on_failure(self):
+    failure = jax.device_get(devices_lib.unreplicate(self.state.failure))
+    failed = np.flatnonzero(failure.step >= 0)
+    if not failed.size:
+      return
+    run = failed[np.argmin(failure.step[failed])]
+    self.step, count = int(failure.step[run]), int(failure.losses[run])
+    what = f"{count} of {self.config.batch_size} losses are"
+    if not count:
+      what = "the meta gradient is" if failure.direction[run] else "the gradient is"
+    if self.step > self.saved_step:
+      self._save()
+    raise base.InputError(
+      f"{self.name}, seed {self.config.seeds[run]}: {what} NaN or infinite at step"
+      f" {self.step}. The last good parameters are kept in {self.folder}"
+      "/checkpoints. Lower --learning_rate or look at the data, and start again in"
+      " another --workdir."
+    )
+
+  def _evaluate(self):
+    for run, writer in enumerate(self.writers):
+      state, task = self._of_run(run)
+      test = batches_lib.examples_dict(self.splits[run].test)
+      predictions = evaluation.predict(task, state.params, state.model_state, test)
+      found = {}
+      for evaluator in self.evaluators:
+        found.update(evaluator(predictions))
+      writer.write(self.step, {f"test/{k}": v for k, v in found.items()})
+      logging.info(
+        "%s, seed %d, step %d: test accuracy %.4f",
+        self.name,
+        self.config.seeds[run],
+        self.step,
+        found["accuracy"],
+      )
+
+  def _save(self):
+    state = devices_lib.unreplicate(self.state)
+    positions = [list(p) for p in self.source.positions()]
+    self.checkpointer.save(self.step, (state, self.log), {"positions": positions})
+    self.saved_step = self.step
+
+  def _write_results(self):
+    for run, (folder, seed) in enumerate(
+      zip(self.folders, self.config.seeds, strict=True)
+    ):
+      self.writers[run].close()
+      params = jax.device_get(self._of_run(run)[0].params)
+      facts = {"seed": seed, "num_steps": self.step, **workdir.run_info()}
+      results.write(folder, params, self.log, run, self.splits[run], facts)

@@ -1,0 +1,104 @@
+"""What a finished run leaves on disk, and how it is read back."""
+
+import csv
+import hashlib
+import io
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from l2rw_jax import base
+from l2rw_jax import metric_writer
+from l2rw_jax import workdir
+from l2rw_jax.data import splits as splits_lib
+from l2rw_jax.training import weight_log
+
+RESULTS = "results.json"
+_WEIGHTS = "weights.csv"
+
+
+class Result(NamedTuple):
+  """One finished run.
+
+  Attributes:
+    metrics: the content of `results.json`.
+    weights: the columns of `weights.csv`, arrays [N] by name: index,
+      source_index, label, true_label, mean_weight, last_weight (in units of the
+      uniform weight), seen, rejected (batches).
+  """
+
+  metrics: dict[str, Any]
+  weights: dict[str, np.ndarray]
+
+
+def write(
+  folder: pathlib.Path,
+  params: base.PyTree,
+  log: weight_log.WeightLog,
+  run: int,
+  split: splits_lib.Splits,
+  facts: dict[str, Any],
+) -> None:
+  """Writes `weights.csv` and then `results.json`, which marks the run finished.
+
+  Args:
+    folder: of this run, with its closed metrics.
+    params: of this run, on the host.
+    log: of all runs.
+    run: which one this is.
+    split: its data.
+    facts: further entries of `results.json`.
+  """
+  columns = {
+    "index": split.train.index,
+    "source_index": split.train.source_index,
+    "label": split.train.label,
+    "true_label": split.train.true_label,
+    "mean_weight": log.mean()[run],
+    "last_weight": log.last[run],
+    "seen": log.seen[run],
+    "rejected": log.rejected[run],
+  }
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator="\n")
+  writer.writerow(columns)
+  writer.writerows(zip(*(c.tolist() for c in columns.values()), strict=True))
+  workdir.write_text(folder / _WEIGHTS, text.getvalue())
+  results = {
+    **facts,
+    "data": split.fingerprint,
+    "params_sha256": _sha256(params),
+    **_last_and_best(metric_writer.read(folder)),
+  }
+  workdir.write_json(folder / RESULTS, results)
+
+
+def read(folder: pathlib.Path) -> Result:
+  """Reads a finished run back."""
+  table = np.genfromtxt(folder / _WEIGHTS, delimiter=",", names=True)
+  weights = {name: table[name] for name in table.dtype.names}
+  return Result(json.loads((folder / RESULTS).read_text()), weights)
+
+
+def _last_and_best(rows: list[dict[str, Any]]) -> dict[str, Any]:
+  tests = [row for row in rows if row.get("test/accuracy") is not None]
+  last = {
+    k.removeprefix("test/"): v for k, v in tests[-1].items() if k.startswith("test/")
+  }
+  best = max(tests, key=lambda row: row["test/accuracy"])
+  return {
+    "last": last,
+    "best_accuracy": best["test/accuracy"],
+    "best_step": best["step"],
+  }
+
+
+def _sha256(tree: base.PyTree) -> str:
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    digest.update(jax.tree_util.keystr(path).encode())
+    digest.update(np.ascontiguousarray(leaf).tobytes())
+  return digest.hexdigest()

@@ -1,0 +1,147 @@
+"""One update of one run on one device, as a pure function."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from l2rw_jax import base
+
+
+class Failure(NamedTuple):
+  """The first step that gave NaN or infinity; all later ones were not taken.
+
+  Attributes:
+    step: the step, counted from 0, or -1 while all is well; int32 scalar.
+    losses: how many of its losses were not finite (0: only the gradient).
+    direction: whether a meta-learned method's direction was not finite, bool.
+  """
+
+  step: base.Array
+  losses: base.Array
+  direction: base.Array
+
+
+class TrainState(NamedTuple):
+  """Everything that changes from step to step.
+
+  Attributes:
+    step: updates done, int32 scalar.
+    params: network parameters.
+    model_state: non-trained variables.
+    opt_state: outer optimiser state.
+    method_state: whatever the method carries.
+    failure: see `Failure`.
+  """
+
+  step: base.Array
+  params: base.PyTree
+  model_state: base.PyTree
+  opt_state: base.PyTree
+  method_state: base.PyTree
+  failure: Failure
+
+
+class StepOutput(NamedTuple):
+  """What one step shows.
+
+  Attributes:
+    metrics: scalars, the same on every device.
+    weights: this device's example weights times the global batch size, so that
+      uniform is 1; [B].
+  """
+
+  metrics: dict[str, base.Array]
+  weights: base.Array
+
+
+def init_state(
+  params: base.PyTree,
+  model_state: base.PyTree,
+  method_state: base.PyTree,
+  optimizer: optax.GradientTransformation,
+) -> TrainState:
+  """State before the first step."""
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    model_state=model_state,
+    opt_state=optimizer.init(params),
+    method_state=method_state,
+    failure=Failure(
+      jnp.full((), -1, jnp.int32), jnp.zeros((), jnp.int32), jnp.array(False)
+    ),
+  )
+
+
+def train_step(
+  state: TrainState,
+  batch: base.Batch,
+  meta_batch: base.Batch | None,
+  key: base.Array,
+  *,
+  task: base.Task,
+  method: base.Method,
+  optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, StepOutput]:
+  """One update, or none at all from the first non-finite step on.
+
+  Args:
+    state: the state.
+    batch: this device's training examples.
+    meta_batch: this device's clean examples, or None.
+    key: the run's key; folded with the step here.
+    task: the learning problem.
+    method: how the batch becomes a gradient.
+    optimizer: what takes the gradient.
+  """
+  inputs = base.Inputs(
+    params=state.params,
+    model_state=state.model_state,
+    opt_state=state.opt_state,
+    batch=batch,
+    meta_batch=meta_batch,
+    step=state.step,
+    key=jax.random.fold_in(key, state.step),
+  )
+  found, method_state = method.gradients(state.method_state, task, inputs)
+  updates, opt_state = optimizer.update(found.grads, state.opt_state, state.params)
+  proposed = TrainState(
+    step=state.step + 1,
+    params=optax.apply_updates(state.params, updates),
+    model_state=found.model_state,
+    opt_state=opt_state,
+    method_state=method_state,
+    failure=state.failure,
+  )
+  return _keep_last_good(state, proposed, found, task), _output(found, task)
+
+
+def _keep_last_good(state, proposed, found, task):
+  bad_losses = base.psum(jnp.sum(~jnp.isfinite(found.losses)), task.axis_name)
+  healthy = (bad_losses == 0) & base.all_finite(found.grads)
+  going = healthy & (state.failure.step < 0)
+  kept = jax.tree.map(lambda new, old: jnp.where(going, new, old), proposed, state)
+  direction = found.metrics.get("direction_finite", jnp.ones(())) == 0
+  now = Failure(state.step, bad_losses.astype(jnp.int32), direction)
+  is_first = ~healthy & (state.failure.step < 0)
+  failure = jax.tree.map(
+    lambda new, old: jnp.where(is_first, new, old), now, state.failure
+  )
+  return kept._replace(failure=failure)
+
+
+def _output(found: base.Gradients, task: base.Task) -> StepOutput:
+  size = base.global_size(found.weights.shape[0], task.axis_name)
+  total = base.psum(jnp.sum(found.weights), task.axis_name)
+  squares = base.psum(jnp.sum(found.weights**2), task.axis_name)
+  metrics: dict[str, Any] = {
+    "loss": base.pmean(jnp.mean(found.losses), task.axis_name),
+    "weighted_loss": base.psum(jnp.sum(found.weights * found.losses), task.axis_name),
+    # Kish's effective sample size, as a share of the batch.
+    "effective_share": total**2 / jnp.where(squares > 0, squares, 1) / size,
+    "grad_norm": optax.tree.norm(found.grads),
+    **found.metrics,
+  }
+  return StepOutput(metrics, found.weights * size)

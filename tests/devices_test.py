@@ -1,0 +1,373 @@
+"""One device, two or eight, and every way to map over them: the same numbers."""
+
+import functools
+from typing import Any, NamedTuple
+
+import chex
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+import optax
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax import linearization
+from l2rw_jax import losses
+from l2rw_jax.methods import baselines
+from l2rw_jax.methods import l2rw
+from l2rw_jax.models import mlp
+from l2rw_jax.models import resnet
+
+_AXIS = "devices"
+_B, _M, _CLASSES = 16, 8, 3
+_TOLERANCE = 1e-5
+
+
+def _assert_close(actual, expected):
+  actual, expected = jax.device_get((actual, expected))
+  chex.assert_trees_all_close(actual, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
+
+
+class _Problem(NamedTuple):
+  """Pure functions and data; `losses_fn(axis_name)` is what one device runs."""
+
+  losses_fn: Any
+  params: Any
+  batch: Any
+  meta_batch: Any
+
+
+class _Net(nn.Module):
+  """The smallest network with batch statistics shared over the devices."""
+
+  axis_name: str | None
+
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.Dense(6)(x)
+    x = nn.BatchNorm(use_running_average=not train, axis_name=self.axis_name)(x)
+    return nn.Dense(_CLASSES)(nn.tanh(x))
+
+
+def _examples(rng, size, shape):
+  return {
+    "x": rng.normal(size=(size, *shape)).astype(np.float32),
+    "label": rng.integers(_CLASSES, size=size, dtype=np.int32),
+  }
+
+
+def _init(model, x):
+  """NumPy variables: one program, and none to compile for every eager reshape."""
+  variables = jax.jit(lambda key: model.init(key, x, train=True))(jax.random.key(0))
+  return jax.device_get(variables)
+
+
+def _network_problem(make_model, shape):
+  rng = np.random.default_rng(0)
+  batch, meta_batch = (_examples(rng, size, shape) for size in (_B, _M))
+  variables = _init(make_model(None), batch["x"])
+  params = variables.pop("params")
+
+  def losses_fn(axis_name):
+    model = make_model(axis_name)
+
+    def losses_of(params, batch):
+      logits, _ = model.apply(
+        {"params": params, **variables}, batch["x"], train=True, mutable="batch_stats"
+      )
+      return losses.softmax_cross_entropy(logits, batch["label"])
+
+    return losses_of
+
+  return _Problem(losses_fn, params, batch, meta_batch)
+
+
+def _one_shard_problem():
+  """Squared losses at zero; the first two examples alone agree with the clean."""
+  rng = np.random.default_rng(1)
+
+  def examples(targets):
+    x = rng.uniform(0.5, 1.5, size=(len(targets), 4)).astype(np.float32)
+    return {"x": x, "y": np.asarray(targets, np.float32)}
+
+  def losses_fn(axis_name):
+    del axis_name
+    return lambda params, batch: (batch["x"] @ params["p"] - batch["y"]) ** 2
+
+  batch = examples([1.0, 2.0] + [-1.0] * (_B - 2))
+  params = {"p": np.zeros(4, np.float32)}
+  return _Problem(losses_fn, params, batch, examples([1.0] * _M))
+
+
+@functools.cache
+def _problem(name):
+  if name == "mlp":
+    return _network_problem(lambda _: mlp.MLP(_CLASSES, hidden=(8,)), (5,))
+  if name == "batch_norm":
+    return _network_problem(_Net, (5,))
+  if name == "resnet":
+    return _network_problem(
+      lambda axis: resnet.ResNet(_CLASSES, blocks=1, width=4, axis_name=axis), (8, 8, 3)
+    )
+  return _one_shard_problem()
+
+
+def _verdict(problem, axis_name):
+  """Both public entry points in one program, for one device's share."""
+  losses_fn = problem.losses_fn(axis_name)
+
+  def verdict(params, batch, meta_batch):
+    info = l2rw.example_weights(
+      losses_fn, params, batch, meta_batch, axis_name=axis_name
+    )
+    (loss, fused), grads = l2rw.weighted_value_and_grad(losses_fn, axis_name=axis_name)(
+      params, batch, meta_batch
+    )
+    own = {
+      "weights": info.weights,
+      "scores": info.scores,
+      "losses": info.losses,
+      "fused_weights": fused.weights,
+    }
+    shared = {
+      "meta_loss": info.meta_loss,
+      "finite": info.finite,
+      "loss": loss,
+      "grads": grads,
+    }
+    return own, shared
+
+  return verdict
+
+
+@functools.cache
+def _expected(name):
+  problem = _problem(name)
+  return jax.jit(_verdict(problem, None))(*problem[1:])
+
+
+def _shard(tree, num_devices):
+  return jax.tree.map(lambda x: x.reshape(num_devices, -1, *x.shape[1:]), tree)
+
+
+def _on_device(tree, index):
+  return jax.tree.map(lambda x: x[index], tree)
+
+
+def _stacked(map_fn, problem, num_devices):
+  """Runs under a map that stacks its outputs; checks that the shared are equal."""
+  mapped = map_fn(_verdict(problem, _AXIS), axis_name=_AXIS, in_axes=(None, 0, 0))
+  own, shared = jax.device_get(
+    mapped(problem.params, *(_shard(x, num_devices) for x in problem[2:]))
+  )
+  for index in range(1, num_devices):
+    _assert_close(_on_device(shared, index), _on_device(shared, 0))
+  return jax.tree.map(np.ravel, own), _on_device(shared, 0)
+
+
+def _pmap(problem, num_devices):
+  map_fn = functools.partial(jax.pmap, devices=jax.devices()[:num_devices])
+  return _stacked(map_fn, problem, num_devices)
+
+
+def _vmap(problem, num_devices):
+  return _stacked(
+    lambda f, **options: jax.jit(jax.vmap(f, **options)), problem, num_devices
+  )
+
+
+def _mesh(num_devices):
+  return jax.make_mesh(
+    (num_devices,),
+    (_AXIS,),
+    axis_types=(jax.sharding.AxisType.Auto,),
+    devices=jax.devices()[:num_devices],
+  )
+
+
+def _shard_map(problem, num_devices, check_vma):
+  whole, split = PartitionSpec(), PartitionSpec(_AXIS)
+  mapped = jax.shard_map(
+    _verdict(problem, _AXIS),
+    mesh=_mesh(num_devices),
+    in_specs=(whole, split, split),
+    out_specs=(split, whole),
+    check_vma=check_vma,
+  )
+  return jax.jit(mapped)(*problem[1:])
+
+
+def _sharded_arrays(problem, num_devices, split_params):
+  """Plain jit: no axis name, XLA inserts the collectives."""
+  mesh = _mesh(num_devices)
+  split = NamedSharding(mesh, PartitionSpec(_AXIS))
+
+  def place(x):
+    can_split = split_params and x.ndim and x.shape[0] % num_devices == 0
+    return jax.device_put(
+      x, split if can_split else NamedSharding(mesh, PartitionSpec())
+    )
+
+  params = jax.tree.map(place, problem.params)
+  batches = (jax.device_put(x, split) for x in problem[2:])
+  return jax.jit(_verdict(problem, None))(params, *batches)
+
+
+_MAPS = {
+  "pmap": _pmap,
+  "vmap": _vmap,
+  "shard_map": functools.partial(_shard_map, check_vma=True),
+  "shard_map_unchecked": functools.partial(_shard_map, check_vma=False),
+  "jit_replicated": functools.partial(_sharded_arrays, split_params=False),
+  "jit_sharded": functools.partial(_sharded_arrays, split_params=True),
+}
+
+
+@pytest.mark.parametrize("map_name", _MAPS)
+@pytest.mark.parametrize(
+  ("problem_name", "num_devices"),
+  [("mlp", 1), ("mlp", 2), ("mlp", 8), ("batch_norm", 8), ("one_shard", 8)],
+)
+def test_every_map_gives_the_numbers_of_one_device(map_name, problem_name, num_devices):
+  actual = _MAPS[map_name](_problem(problem_name), num_devices)
+  _assert_close(actual, _expected(problem_name))
+
+
+@pytest.mark.parametrize("map_name", ["pmap", "shard_map", "jit_sharded"])
+def test_a_residual_network_with_shared_batch_statistics(map_name):
+  _assert_close(_MAPS[map_name](_problem("resnet"), 8), _expected("resnet"))
+
+
+def test_the_examples_differ_enough_to_tell():
+  own, shared = _expected("mlp")
+  assert 2 < np.count_nonzero(own["weights"]) < _B
+  assert abs(own["weights"].sum() - 1) < 1e-6
+  assert bool(shared["finite"])
+  scores = _expected("one_shard")[0]["scores"]
+  assert (scores[:2] > 0).all()
+  assert (scores[2:] < 0).all()
+
+
+_NUM_STEPS = 4
+_OUTER = optax.sgd(0.3, momentum=0.9)
+_METHODS = {
+  "uniform": baselines.uniform(),
+  "random": baselines.random(),
+  "class_proportion": baselines.class_proportion(),
+  "class_proportion_code": baselines.class_proportion("official_code"),
+  "resampling": baselines.resampling(),
+  "hard_mining": baselines.hard_mining(),
+  "hard_mining_code": baselines.hard_mining("official_code"),
+  "clean_only": baselines.clean_only(),
+  "fine_tuning": baselines.fine_tuning(2),
+  "fine_tuning_l2rw": baselines.fine_tuning(2, l2rw.l2rw()),
+  "l2rw": l2rw.l2rw(),
+  "l2rw_momentum": l2rw.l2rw(_OUTER),
+}
+
+
+def _task(axis_name):
+  model = _Net(axis_name)
+
+  def forward(params, model_state, batch, key, train):
+    del key
+    return model.apply(
+      {"params": params, **model_state}, batch["x"], train, mutable="batch_stats"
+    )
+
+  return base.Task(
+    forward=forward,
+    loss=lambda logits, batch: losses.softmax_cross_entropy(logits, batch["label"]),
+    linearize=linearization.linearize,
+    num_classes=_CLASSES,
+    class_counts=jnp.array([50, 30, 20]),
+    num_examples=100,
+    num_steps=_NUM_STEPS,
+    axis_name=axis_name,
+  )
+
+
+def _step_fn(axis_name):
+  """One update of every method at once: one program to compile, not twelve."""
+  task = _task(axis_name)
+
+  def update(method, carry, batch, meta_batch, step):
+    params, model_state, opt_state = carry
+    key = jax.random.fold_in(jax.random.key(7), step)
+    inputs = base.Inputs(params, model_state, opt_state, batch, meta_batch, step, key)
+    found, _ = method.gradients((), task, inputs)
+    updates, opt_state = _OUTER.update(found.grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    return (params, found.model_state, opt_state), found
+
+  def step_fn(carries, batch, meta_batch, step):
+    results = {
+      name: update(method, carries[name], batch, meta_batch, step)
+      for name, method in _METHODS.items()
+    }
+    carries = {name: carry for name, (carry, _) in results.items()}
+    return carries, {name: found for name, (_, found) in results.items()}
+
+  return step_fn
+
+
+@functools.cache
+def _histories(num_devices):
+  """`Gradients` of every update by method, and the last parameters.
+
+  Stacked over devices; `num_devices` None is plain jit without an axis.
+  """
+  rng = np.random.default_rng(3)
+  batches = [_examples(rng, _B, (5,)) for _ in range(_NUM_STEPS)]
+  meta_batches = [_examples(rng, _M, (5,)) for _ in range(_NUM_STEPS)]
+  variables = _init(_Net(None), batches[0]["x"])
+  params = variables.pop("params")
+  carries = dict.fromkeys(_METHODS, (params, variables, _OUTER.init(params)))
+  if num_devices is None:
+    step_fn = jax.jit(_step_fn(None))
+  else:
+    devices = jax.devices()[:num_devices]
+    step_fn = jax.pmap(_step_fn(_AXIS), _AXIS, in_axes=(0, 0, 0, None), devices=devices)
+    carries = jax.tree.map(lambda x: np.stack([x] * num_devices), carries)
+  history = []
+  for step, batch, meta_batch in zip(
+    range(_NUM_STEPS), batches, meta_batches, strict=True
+  ):
+    if num_devices is not None:
+      batch, meta_batch = (_shard(x, num_devices) for x in (batch, meta_batch))
+    carries, found = step_fn(carries, batch, meta_batch, np.int32(step))
+    history.append(jax.device_get(found))
+  return history, jax.device_get({name: carry[0] for name, carry in carries.items()})
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 8])
+@pytest.mark.parametrize("name", _METHODS)
+def test_a_method_trains_alike_on_any_number_of_devices(name, num_devices):
+  expected_history, expected_params = _histories(None)
+  history, params = _histories(num_devices)
+  for index in {0, num_devices - 1}:
+    _assert_close(_on_device(params[name], index), expected_params[name])
+  for found, expected in zip(history, expected_history, strict=True):
+    own = found[name]._replace(
+      weights=found[name].weights.ravel(), losses=found[name].losses.ravel()
+    )
+    for index in {0, num_devices - 1}:
+      shared = own._replace(
+        grads=_on_device(own.grads, index),
+        model_state=_on_device(own.model_state, index),
+        metrics=_on_device(own.metrics, index),
+      )
+      _assert_close(shared, expected[name])
+
+
+def test_fine_tuning_was_seen_in_both_phases():
+  history, _ = _histories(None)
+  assert [bool(found["fine_tuning"].weights.any()) for found in history] == [
+    True,
+    True,
+    False,
+    False,
+  ]
