@@ -48,7 +48,8 @@ def uniform_flip(
 
   References:
     Ren et al., "Learning to Reweight Examples for Robust Deep Learning"
-    (https://arxiv.org/abs/1803.09050), 2018, section 4.3, "UniformFlip".
+    (https://arxiv.org/abs/1803.09050), 2018, "UniformFlip" in the CIFAR noisy label
+    experiments.
   """
   noisy = check_labels("labels", labels, num_classes)
   _check_variant(variant, num_classes)
@@ -94,7 +95,8 @@ def background_flip(
 
   References:
     Ren et al., "Learning to Reweight Examples for Robust Deep Learning"
-    (https://arxiv.org/abs/1803.09050), 2018, section 4.3, "BackgroundFlip".
+    (https://arxiv.org/abs/1803.09050), 2018, "BackgroundFlip" in the CIFAR noisy
+    label experiments.
   """
   noisy = check_labels("labels", labels, num_classes)
   _check_variant(variant, num_classes)

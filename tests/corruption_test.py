@@ -15,7 +15,8 @@ def problems(draw):
   labels = draw(st.lists(st.integers(0, num_classes - 1), max_size=60))
   fraction = draw(st.floats(0, 1))
   seed = draw(st.integers(0, 2**32 - 1))
-  return np.array(labels, np.int64), num_classes, fraction, seed
+  dtype = draw(st.sampled_from([np.int32, np.int64, np.uint8]))
+  return np.array(labels, dtype), num_classes, fraction, seed
 
 
 def balanced(num_classes, each):

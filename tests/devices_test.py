@@ -31,6 +31,15 @@ def _assert_close(actual, expected):
   chex.assert_trees_all_close(actual, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compilation():
+  """A third of the time; what is compared here does not depend on it."""
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)
+
+
 class _Problem(NamedTuple):
   """Pure functions and data; `losses_fn(axis_name)` is what one device runs."""
 
@@ -38,6 +47,7 @@ class _Problem(NamedTuple):
   params: Any
   batch: Any
   meta_batch: Any
+  is_slow: bool = False
 
 
 class _Net(nn.Module):
@@ -109,9 +119,9 @@ def _problem(name):
   if name == "batch_norm":
     return _network_problem(_Net, (5,))
   if name == "resnet":
-    return _network_problem(
-      lambda axis: resnet.ResNet(_CLASSES, blocks=1, width=4, axis_name=axis), (8, 8, 3)
-    )
+    make_model = functools.partial(resnet.ResNet, _CLASSES, blocks=1, width=4)
+    problem = _network_problem(lambda axis: make_model(axis_name=axis), (8, 8, 3))
+    return problem._replace(is_slow=True)
   return _one_shard_problem()
 
 
@@ -120,25 +130,15 @@ def _verdict(problem, axis_name):
   losses_fn = problem.losses_fn(axis_name)
 
   def verdict(params, batch, meta_batch):
-    info = l2rw.example_weights(
-      losses_fn, params, batch, meta_batch, axis_name=axis_name
-    )
-    (loss, fused), grads = l2rw.weighted_value_and_grad(losses_fn, axis_name=axis_name)(
-      params, batch, meta_batch
-    )
-    own = {
-      "weights": info.weights,
-      "scores": info.scores,
-      "losses": info.losses,
-      "fused_weights": fused.weights,
-    }
-    shared = {
-      "meta_loss": info.meta_loss,
-      "finite": info.finite,
-      "loss": loss,
-      "grads": grads,
-    }
-    return own, shared
+    data = (params, batch, meta_batch)
+    fused = l2rw.weighted_value_and_grad(losses_fn, axis_name=axis_name)
+    (loss, info), grads = fused(*data)
+    own = {"weights": info.weights, "scores": info.scores, "losses": info.losses}
+    if not problem.is_slow:
+      alone = l2rw.example_weights(losses_fn, *data, axis_name=axis_name)
+      own |= {"alone": alone.weights, "alone_scores": alone.scores}
+    shared = {"meta_loss": info.meta_loss, "loss": loss, "grads": grads}
+    return own, shared | {"finite": info.finite}
 
   return verdict
 
@@ -146,7 +146,7 @@ def _verdict(problem, axis_name):
 @functools.cache
 def _expected(name):
   problem = _problem(name)
-  return jax.jit(_verdict(problem, None))(*problem[1:])
+  return jax.jit(_verdict(problem, None))(*problem[1:4])
 
 
 def _shard(tree, num_devices):
@@ -161,7 +161,7 @@ def _stacked(map_fn, problem, num_devices):
   """Runs under a map that stacks its outputs; checks that the shared are equal."""
   mapped = map_fn(_verdict(problem, _AXIS), axis_name=_AXIS, in_axes=(None, 0, 0))
   own, shared = jax.device_get(
-    mapped(problem.params, *(_shard(x, num_devices) for x in problem[2:]))
+    mapped(problem.params, *(_shard(x, num_devices) for x in problem[2:4]))
   )
   for index in range(1, num_devices):
     _assert_close(_on_device(shared, index), _on_device(shared, 0))
@@ -197,7 +197,7 @@ def _shard_map(problem, num_devices, check_vma):
     out_specs=(split, whole),
     check_vma=check_vma,
   )
-  return jax.jit(mapped)(*problem[1:])
+  return jax.jit(mapped)(*problem[1:4])
 
 
 def _sharded_arrays(problem, num_devices, split_params):
@@ -212,7 +212,7 @@ def _sharded_arrays(problem, num_devices, split_params):
     )
 
   params = jax.tree.map(place, problem.params)
-  batches = (jax.device_put(x, split) for x in problem[2:])
+  batches = (jax.device_put(x, split) for x in problem[2:4])
   return jax.jit(_verdict(problem, None))(params, *batches)
 
 
@@ -236,7 +236,7 @@ def test_every_map_gives_the_numbers_of_one_device(map_name, problem_name, num_d
   _assert_close(actual, _expected(problem_name))
 
 
-@pytest.mark.parametrize("map_name", ["pmap", "shard_map", "jit_sharded"])
+@pytest.mark.parametrize("map_name", ["pmap", "shard_map"])
 def test_a_residual_network_with_shared_batch_statistics(map_name):
   _assert_close(_MAPS[map_name](_problem("resnet"), 8), _expected("resnet"))
 
@@ -258,7 +258,6 @@ _METHODS = {
   "random": baselines.random(),
   "class_proportion": baselines.class_proportion(),
   "class_proportion_code": baselines.class_proportion("official_code"),
-  "resampling": baselines.resampling(),
   "hard_mining": baselines.hard_mining(),
   "hard_mining_code": baselines.hard_mining("official_code"),
   "clean_only": baselines.clean_only(),
@@ -291,7 +290,7 @@ def _task(axis_name):
 
 
 def _step_fn(axis_name):
-  """One update of every method at once: one program to compile, not twelve."""
+  """One update of every method at once: one program to compile, not eleven."""
   task = _task(axis_name)
 
   def update(method, carry, batch, meta_batch, step):
@@ -343,7 +342,7 @@ def _histories(num_devices):
   return history, jax.device_get({name: carry[0] for name, carry in carries.items()})
 
 
-@pytest.mark.parametrize("num_devices", [1, 2, 8])
+@pytest.mark.parametrize("num_devices", [2, 8])
 @pytest.mark.parametrize("name", _METHODS)
 def test_a_method_trains_alike_on_any_number_of_devices(name, num_devices):
   expected_history, expected_params = _histories(None)
@@ -365,9 +364,5 @@ def test_a_method_trains_alike_on_any_number_of_devices(name, num_devices):
 
 def test_fine_tuning_was_seen_in_both_phases():
   history, _ = _histories(None)
-  assert [bool(found["fine_tuning"].weights.any()) for found in history] == [
-    True,
-    True,
-    False,
-    False,
-  ]
+  weighs = [bool(found["fine_tuning"].weights.any()) for found in history]
+  assert weighs == [True, True, False, False]

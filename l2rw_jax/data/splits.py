@@ -62,7 +62,7 @@ def four_versus_nine(
 
   References:
     Ren et al., "Learning to Reweight Examples for Robust Deep Learning"
-    (https://arxiv.org/abs/1803.09050), 2018, section 4.1.
+    (https://arxiv.org/abs/1803.09050), 2018, MNIST data imbalance experiments.
   """
   parts.check_sources(train, test)
   if not 0 < majority < 1:
@@ -70,19 +70,8 @@ def four_versus_nine(
   parts.check_sizes(num_train=num_train, num_meta=num_meta, num_test=num_test or 0)
   _check_even(num_meta=num_meta, num_test=num_test or 0)
   rng, test_rng = parts.generators(seed, 2)
-  sizes = [math.floor(num_train * (1 - majority)), math.floor(num_train * majority)]
-  pools = [np.flatnonzero(train.labels == digit) for digit in (4, 9)]
-  _check_pools(train, pools, sizes, num_train, majority)
   kept = 0 if include_meta else num_meta // 2
-  if min(sizes) < num_meta // 2 or min(sizes) <= kept:
-    raise base.InputError(
-      f"nothing is left to train on: num_train={num_train} at majority={majority}"
-      f" draws {sizes[0]} fours and {sizes[1]} nines and num_meta={num_meta} needs"
-      f" {num_meta // 2} of each; raise num_train or lower num_meta or majority"
-    )
-  drawn = [
-    rng.permutation(pool)[:size] for pool, size in zip(pools, sizes, strict=True)
-  ]
+  drawn = _draw_digits(train, majority, num_train, max(kept + 1, num_meta // 2), rng)
   labels = (train.labels == 9).astype(np.int32)
   return parts.assemble(
     train,
@@ -100,21 +89,34 @@ def four_versus_nine(
   )
 
 
-def _check_pools(
+def _draw_digits(
   train: sources.Source,
-  pools: list[np.ndarray],
-  sizes: list[int],
-  num_train: int,
   majority: float,
-) -> None:
+  num_train: int,
+  least: int,
+  rng: np.random.Generator,
+) -> list[np.ndarray]:
+  """Rows of the fours and of the nines, `least` or more of either."""
+  sizes = [math.floor(num_train * (1 - majority)), math.floor(num_train * majority)]
+  asked = (
+    f"num_train={num_train} at majority={majority} draws {sizes[0]} fours and"
+    f" {sizes[1]} nines"
+  )
+  pools = [np.flatnonzero(train.labels == digit) for digit in (4, 9)]
   fours, nines = (len(pool) for pool in pools)
   if sizes[0] > fours or sizes[1] > nines:
     most = int(min(fours / (1 - majority), nines / majority))
     raise base.InputError(
-      f"num_train={num_train} at majority={majority} needs {sizes[0]} fours and"
-      f" {sizes[1]} nines; {train.name} {train.split} has {fours} and {nines}."
+      f"{asked}; {train.name} {train.split} has {fours} and {nines}."
       f" Use num_train={most} or less, or a larger data set"
     )
+  if min(sizes) < least:
+    raise base.InputError(
+      f"nothing is left to train on: {asked}, and at least {least} of each are"
+      " needed to fill the meta set and train; raise num_train or lower num_meta"
+      " or majority"
+    )
+  return [rng.permutation(pool)[:size] for pool, size in zip(pools, sizes, strict=True)]
 
 
 def _balanced_test(
@@ -125,8 +127,9 @@ def _balanced_test(
   half = most if num_test is None else num_test // 2
   if not 0 < half <= most:
     raise base.InputError(
-      f"num_test={num_test} needs between 1 and {most} each of fours and nines in"
-      f" {test.name} {test.split}; use a num_test from 2 to {2 * most}"
+      f"num_test={num_test} needs {half} fours and {half} nines; {test.name}"
+      f" {test.split} has {len(pools[0])} and {len(pools[1])}. Use an even num_test"
+      f" from 2 to {2 * most}, or another data set"
     )
   return np.concatenate([rng.choice(pool, half, replace=False) for pool in pools])
 
@@ -169,8 +172,8 @@ def noisy_labels(
 
   References:
     Ren et al., "Learning to Reweight Examples for Robust Deep Learning"
-    (https://arxiv.org/abs/1803.09050), 2018, section 4.3. The authors' program
-    draws its meta set at random, unbalanced.
+    (https://arxiv.org/abs/1803.09050), 2018, CIFAR noisy label experiments. The
+    authors' program draws its meta set at random, unbalanced.
   """
   parts.check_sources(train, test)
   parts.check_sizes(

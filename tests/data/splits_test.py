@@ -21,6 +21,7 @@ def source(split, counts):
 
 DIGITS = source("train", [7] * 4 + [5842] + [7] * 4 + [5949])
 DIGITS_TEST = source("test", [3] * 4 + [982] + [3] * 4 + [1009])
+NO_NINES = source("test", [3] * 9 + [0])
 
 
 def four_versus_nine(train=DIGITS, test=DIGITS_TEST, **options):
@@ -111,13 +112,17 @@ def test_splits_of_bundled_digits_never_change():
     ({"num_meta": -2}, "num_meta must be an integer of at least 0; got -2"),
     ({"num_train": 99.5}, "num_train must be an integer of at least 0; got 99.5"),
     ({"num_test": 501}, "num_test must be even.*got 501"),
-    ({"num_test": 1966}, "between 1 and 982 .* toy test; .* from 2 to 1964"),
-    ({"num_test": 0}, "num_test=0 needs between 1 and 982"),
+    ({"num_test": 1966}, "983 nines; toy test has 982 and 1009. Use .* 2 to 1964"),
+    ({"num_test": 0}, "num_test=0 needs 0 fours"),
     ({"seed": -1}, "seed must be an integer of at least 0; got -1"),
-    ({"num_train": 6000}, "needs 30 fours and 5970 nines; toy train has 5842 and 5949"),
-    ({"num_train": 1000}, "nothing is left.*draws 5 fours and 995 nines and num_meta"),
+    ({"num_train": 6000}, "draws 30 fours and 5970 nines; toy train has 5842 and 5949"),
+    (
+      {"num_train": 1000},
+      "nothing is left.*draws 5 fours and 995 nines, and at least 6 ",
+    ),
     ({"num_train": 100, "num_meta": 0}, "nothing is left.*draws 0 fours and 99 nines"),
     ({"num_train": 100, "include_meta": True}, "nothing is left.*draws 0 fours"),
+    ({"test": NO_NINES}, "num_test=None needs 0 fours .* toy test has 3 and 0"),
     ({"num_train": 0}, "nothing is left.*draws 0 fours and 0 nines"),
   ],
 )

@@ -1,0 +1,233 @@
+r"""L2RW against its baselines on handwritten digits with wrong labels.
+
+The demonstration that needs no download: scikit-learn's bundled 8x8 digits,
+1,297 to train on with 40% of the labels flipped to another class, 5 clean
+images a class, 500 clean test images.
+Command: python -m experiments.digits_noise
+Device, time: 2 CPU cores, under 3 minutes.
+Published: nothing; the task is ours, the noise is that of Ren et al. (2018).
+Ours: results/digits_noise.
+"""
+
+import pathlib
+from typing import Any
+
+from absl import flags
+import numpy as np
+import optax
+from sklearn import metrics as sklearn_metrics
+
+from experiments import _launch
+from experiments import _report
+from l2rw_jax import base
+from l2rw_jax.data import sources
+from l2rw_jax.data import splits as splits_lib
+from l2rw_jax.methods import baselines
+from l2rw_jax.methods import l2rw
+from l2rw_jax.models import classifier
+from l2rw_jax.models import mlp
+from l2rw_jax.training import config as config_lib
+from l2rw_jax.training import loop
+from l2rw_jax.training import results as results_lib
+
+METHODS = [
+  "uniform",
+  "random",
+  "proportion",
+  "resampling",
+  "hard_mining",
+  "clean_only",
+  "fine_tuning",
+  "l2rw",
+]
+Runs = dict[str, list[results_lib.Result]]
+
+_METHODS = flags.DEFINE_list("methods", METHODS, f"Of {', '.join(METHODS)}.")
+_BUILDER = flags.DEFINE_enum(
+  "noise", "uniform_flip", ["uniform_flip", "background_flip"], "How labels go wrong."
+)
+_FRACTION = flags.DEFINE_float(
+  "noise_fraction", 0.4, "Share of training labels that is flipped.", 0.0, 1.0
+)
+_NUM_META = flags.DEFINE_integer("num_meta", 5, "Clean images a class.")
+_NUM_SEEDS = flags.DEFINE_integer("num_seeds", 3, "Repetitions.", lower_bound=1)
+_NUM_STEPS = flags.DEFINE_integer("num_steps", 3000, "Updates.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 100, "Batch size.", lower_bound=1)
+_META_BATCH_SIZE = flags.DEFINE_integer(
+  "meta_batch_size", None, "Clean examples a step. [all]"
+)
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.1, "Of SGD.", lower_bound=0.0)
+_MOMENTUM = flags.DEFINE_float("momentum", 0.0, "Of SGD.", lower_bound=0.0)
+_EXTENDABLE = ("methods",)
+
+
+def make_method(name: str, num_steps: int) -> base.Method:
+  """The `Method` behind a name of `--methods`."""
+  methods = {
+    "uniform": baselines.uniform,
+    "random": baselines.random,
+    "proportion": baselines.class_proportion,
+    "resampling": baselines.resampling,
+    "hard_mining": baselines.hard_mining,
+    "clean_only": baselines.clean_only,
+    "fine_tuning": lambda: baselines.fine_tuning(num_steps // 10),
+    "l2rw": l2rw.l2rw,
+  }
+  if name not in methods:
+    raise base.InputError(f"--methods={name}: choose among {', '.join(methods)}.")
+  return methods[name]()
+
+
+def make_splits() -> list[splits_lib.Splits]:
+  """The data of every seed."""
+  train, test = (sources.load("digits", part) for part in ("train", "test"))
+  return [
+    splits_lib.noisy_labels(
+      train,
+      test,
+      builder=_BUILDER.value,
+      fraction=_FRACTION.value,
+      num_meta_per_class=_NUM_META.value,
+      seed=seed,
+    )
+    for seed in range(_NUM_SEEDS.value)
+  ]
+
+
+def train_all(
+  methods: dict[str, base.Method],
+  splits: list[splits_lib.Splits],
+  folder: pathlib.Path,
+) -> Runs:
+  """Trains every method, its seeds side by side."""
+  config = config_lib.Config(
+    num_steps=_NUM_STEPS.value,
+    batch_size=_BATCH_SIZE.value,
+    meta_batch_size=_META_BATCH_SIZE.value,
+    seeds=tuple(range(len(splits))),
+    **_launch.run_config(),
+  )
+  model = classifier.Classifier(mlp.MLP(splits[0].num_classes), splits[0].num_classes)
+  optimizer = optax.sgd(_LEARNING_RATE.value, momentum=_MOMENTUM.value)
+  return {
+    name: loop.train(config, model, method, optimizer, splits, folder / name, name=name)
+    for name, method in methods.items()
+  }
+
+
+def auroc(weights: dict[str, np.ndarray]) -> float | None:
+  """How well low weight finds wrong labels; 0.5 is chance, None if undefined."""
+  is_clean = weights["label"] == weights["true_label"]
+  known = np.isfinite(weights["mean_weight"])
+  is_clean, mean = is_clean[known], weights["mean_weight"][known]
+  if is_clean.all() or not is_clean.any() or np.ptp(mean) == 0:
+    return None
+  return float(sklearn_metrics.roc_auc_score(is_clean, mean))
+
+
+def result_rows(runs: Runs) -> list[dict[str, Any]]:
+  """One line of `results.csv` for every run."""
+  return [
+    {
+      "method": name,
+      "accuracy_percent": 100 * result.metrics["last"]["accuracy"],
+      "weight_auroc": auroc(result.weights),
+      **_report.run_fields(result.metrics),
+    }
+    for name, results in runs.items()
+    for result in results
+  ]
+
+
+def summarise(rows: list[dict[str, Any]]) -> str:
+  """The table printed at the end."""
+  lines = []
+  for method in dict.fromkeys(r["method"] for r in rows):
+    own = [r for r in rows if r["method"] == method]
+    last = _report.interval([r["accuracy_percent"] for r in own])
+    best = _report.interval([100 * r["best_accuracy"] for r in own])
+    scores = [r["weight_auroc"] for r in own if r["weight_auroc"] is not None]
+    found = f"{np.mean(scores):.3f}" if scores else "-"
+    lines.append((method, last, best, found, last.count))
+  header = (
+    "method",
+    "test accuracy % (95% interval)",
+    "best step's",
+    "AUROC of weights",
+    "seeds",
+  )
+  return _report.table(header, lines)
+
+
+def draw(runs: Runs, rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+  """Accuracy of every method; L2RW's weights, clean against flipped labels."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+  for i, method in enumerate(runs):
+    ours = _report.interval(
+      [r["accuracy_percent"] for r in rows if r["method"] == method]
+    )
+    error = np.nan_to_num(ours.half_width)
+    left.barh(
+      i, ours.mean, xerr=error, capsize=3, color="C1" if method == "l2rw" else "C0"
+    )
+    left.text(2, i, f"{ours.mean:.1f}", va="center", color="white")
+  left.set_yticks(range(len(runs)), list(runs))
+  left.invert_yaxis()
+  left.set_xlim(0, 100)
+  left.set_xlabel("test accuracy (%)")
+  left.set_title(f"digits, {_FRACTION.value:.0%} wrong labels")
+  if "l2rw" in runs:
+    draw_weights(right, [result.weights for result in runs["l2rw"]])
+  else:
+    right.set_axis_off()
+  figure.tight_layout()
+  figure.savefig(path, dpi=150)
+  plt.close(figure)
+
+
+def draw_weights(axes: Any, weights: list[dict[str, np.ndarray]]) -> None:
+  """Histogram of mean weights, all seeds together."""
+  mean = np.concatenate([w["mean_weight"] for w in weights])
+  is_clean = np.concatenate([w["label"] == w["true_label"] for w in weights])
+  known = np.isfinite(mean)
+  bins = np.linspace(0, np.quantile(mean[known], 0.995), 41)
+  for chosen, label, color in (
+    (is_clean, "clean label", "C0"),
+    (~is_clean, "flipped label", "C3"),
+  ):
+    axes.hist(
+      np.minimum(mean[chosen & known], bins[-1]),
+      bins,
+      alpha=0.6,
+      label=label,
+      color=color,
+    )
+  axes.axvline(1, color="black", linewidth=0.8, linestyle=":", label="uniform weight")
+  scores = [s for s in (auroc(w) for w in weights) if s is not None]
+  title = "L2RW's weights" + (f", AUROC {np.mean(scores):.3f}" if scores else "")
+  axes.set_title(title)
+  axes.set_xlabel("mean weight over training (uniform = 1)")
+  axes.set_ylabel("training examples")
+  axes.legend()
+
+
+def main() -> None:
+  """Trains what is missing, then prints and writes the comparison."""
+  methods = {name: make_method(name, _NUM_STEPS.value) for name in _METHODS.value}
+  splits = make_splits()
+  folder = _launch.prepare("digits_noise", __name__, _EXTENDABLE)
+  runs = train_all(methods, splits, folder)
+  rows = result_rows(runs)
+  _report.save(folder, rows, _launch.flags_of(__name__))
+  draw(runs, rows, folder / "figure.png")
+  print(summarise(rows))
+  print(f"\nwritten: {folder}/results.json, results.csv, figure.png")
+
+
+if __name__ == "__main__":
+  _launch.run(main)

@@ -1,0 +1,342 @@
+"""The meta loss through one optimiser step, against three independent truths:
+
+the literal unrolled derivative, finite differences, and a closed form.
+"""
+
+import functools
+
+import chex
+from flax import linen as nn
+import jax
+from jax.experimental import checkify
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from l2rw_jax import hypergradient
+from l2rw_jax import linearization
+from l2rw_jax import losses
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+_B, _M, _CLASSES = 5, 4, 2
+_DECAY = 0.1
+
+
+def _examples(rng, size):
+  return {
+    "x": rng.normal(size=(size, 3)),
+    "label": rng.integers(_CLASSES, size=size),
+  }
+
+
+@functools.cache
+def _data():
+  rng = np.random.default_rng(0)
+  return _examples(rng, _B), _examples(rng, _M)
+
+
+def _params():
+  rng = np.random.default_rng(1)
+  shapes = {"w1": (3, 4), "b1": (4,), "w2": (4, _CLASSES)}
+  return {name: rng.normal(size=shape) for name, shape in shapes.items()}
+
+
+def _losses_fn(params, batch):
+  hidden = jnp.tanh(batch["x"] @ params["w1"] + params["b1"])
+  return losses.softmax_cross_entropy(hidden @ params["w2"], batch["label"])
+
+
+def _decayed_losses_fn(params, batch):
+  return _losses_fn(params, batch) + _DECAY / 2 * optax.tree.norm(params, squared=True)
+
+
+def _ours(losses_fn, params, batch, meta_batch, weights, optimizer, opt_state):
+  linearized = linearization.linearize(losses_fn, params, batch)
+  direction = hypergradient.direction(
+    losses_fn,
+    params,
+    meta_batch,
+    linearized.weighted_gradient(weights),
+    optimizer=optimizer,
+    opt_state=opt_state,
+  )
+  return hypergradient.weight_gradient(linearized, direction)
+
+
+def _meta_loss(losses_fn, params, batch, meta_batch, weights, optimizer, opt_state):
+  gradient = jax.grad(lambda p: jnp.sum(weights * losses_fn(p, batch)))(params)
+  ahead = hypergradient.look_ahead(params, gradient, optimizer, opt_state)
+  return jnp.mean(losses_fn(ahead, meta_batch))
+
+
+def _finite_differences(meta_loss_of, weights, step=1e-5):
+  moved = step * jnp.eye(weights.size)
+  up, down = (jax.vmap(meta_loss_of)(weights + s * moved) for s in (1, -1))
+  return (up - down) / (2 * step)
+
+
+def _three_ways(losses_fn, optimizer):
+  """Jitted `(opt_state, weights) -> (ours, unrolled, finite differences)`."""
+  batch, meta_batch = _data()
+  params = _params()
+
+  def three_ways(opt_state, weights):
+    data = (losses_fn, params, batch, meta_batch)
+    unrolled = hypergradient.unrolled_weight_gradient(
+      losses_fn, *data, weights, optimizer=optimizer, opt_state=opt_state
+    )
+
+    def meta_loss_of(w):
+      return _meta_loss(*data, w, optimizer, opt_state)
+
+    ours = _ours(*data, weights, optimizer, opt_state)
+    return ours, unrolled, _finite_differences(meta_loss_of, weights)
+
+  return jax.jit(three_ways)
+
+
+def _warm(optimizer, params, num_updates=3):
+  """The state that a few real updates leave, as in the middle of a run."""
+  state = optimizer.init(params)
+  for i in range(num_updates):
+    gradient = jax.tree.map(lambda p, i=i: np.cos(3 * p + i), params)
+    _, state = optimizer.update(gradient, state, params)
+  return state
+
+
+_SCHEDULE = optax.cosine_decay_schedule(0.3, 10)
+_OPTIMIZERS = {
+  "sgd": optax.sgd(0.3),
+  "momentum": optax.sgd(0.3, momentum=0.9),
+  "nesterov": optax.sgd(0.3, momentum=0.9, nesterov=True),
+  "sgd_schedule": optax.sgd(_SCHEDULE),
+  "decay_in_the_optimizer": optax.chain(
+    optax.add_decayed_weights(_DECAY), optax.sgd(0.3, momentum=0.9)
+  ),
+  "adam": optax.adam(0.1, eps_root=1e-3),
+  "adamw": optax.adamw(0.1, eps_root=1e-3, weight_decay=0.1),
+  "injected": optax.inject_hyperparams(optax.sgd)(_SCHEDULE, momentum=0.5),
+  "partition": optax.partition(
+    {
+      "a": optax.adam(0.1, eps_root=1e-3),
+      "s": optax.sgd(0.3),
+      "z": optax.set_to_zero(),
+    },
+    {"w1": "a", "b1": "z", "w2": "s"},
+  ),
+}
+
+
+def _assert_close(actual, expected, tolerance):
+  """Relative to the largest entry: scores are compared with one another."""
+  scale = np.abs(expected).max()
+  assert scale > 1e-6
+  np.testing.assert_allclose(actual / scale, expected / scale, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", _OPTIMIZERS)
+def test_equals_the_unrolled_step_and_finite_differences(name):
+  optimizer = _OPTIMIZERS[name]
+  three_ways = _three_ways(_losses_fn, optimizer)
+  for state in (optimizer.init(_params()), _warm(optimizer, _params())):
+    for weights in (jnp.zeros(_B), jnp.full(_B, 1 / _B)):
+      ours, unrolled, differences = three_ways(state, weights)
+      _assert_close(ours, unrolled, 1e-12)
+      _assert_close(ours, differences, 1e-6)
+
+
+def test_decay_in_the_loss_equals_the_unrolled_step():
+  three_ways = _three_ways(_decayed_losses_fn, optax.sgd(0.3))
+  state = optax.sgd(0.3).init(_params())
+  ours, unrolled, differences = three_ways(state, jnp.full(_B, 1 / _B))
+  _assert_close(ours, unrolled, 1e-12)
+  _assert_close(ours, differences, 1e-6)
+
+
+def test_no_inner_gradient_is_a_zero_one():
+  batch, meta_batch = _data()
+  optimizer = optax.sgd(0.1)
+  state = optimizer.init(_params())
+  ours = _ours(
+    _losses_fn, _params(), batch, meta_batch, jnp.zeros(_B), optimizer, state
+  )
+  direction = hypergradient.direction(
+    _losses_fn, _params(), meta_batch, optimizer=optimizer, opt_state=state
+  )
+  linearized = linearization.linearize(_losses_fn, _params(), batch)
+  actual = hypergradient.weight_gradient(linearized, direction)
+  np.testing.assert_allclose(actual, ours, rtol=1e-13)
+  np.testing.assert_allclose(
+    direction.meta_loss, _losses_fn(_params(), meta_batch).mean(), rtol=1e-13
+  )
+
+
+def test_ridge_regression_in_closed_form():
+  rng = np.random.default_rng(2)
+  x, y, z, t = (rng.normal(size=s) for s in [(_B, 3), _B, (_M, 3), _M])
+  p, weights, rate = rng.normal(size=3), rng.uniform(size=_B), 0.2
+
+  def losses_fn(params, batch):
+    inputs, targets = batch
+    return (inputs @ params - targets) ** 2 / 2 + _DECAY / 2 * params @ params
+
+  gradients = x * (x @ p - y)[:, None] + _DECAY * p
+  ahead = p - rate * weights @ gradients
+  meta_gradient = z.T @ (z @ ahead - t) / _M + _DECAY * ahead
+  expected = -rate * gradients @ meta_gradient
+  optimizer = optax.sgd(rate)
+  actual = _ours(
+    losses_fn, p, (x, y), (z, t), jnp.asarray(weights), optimizer, optimizer.init(p)
+  )
+  np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+class _Net(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(4, param_dtype=float)(x)
+    x = nn.BatchNorm(use_running_average=False, param_dtype=float)(x)
+    return nn.Dense(_CLASSES, param_dtype=float)(nn.tanh(x))
+
+
+def test_through_batch_statistics():
+  batch, meta_batch = _data()
+  variables = _Net().init(jax.random.key(0), batch["x"])
+  params = variables.pop("params")
+
+  def losses_fn(params, batch):
+    logits, _ = _Net().apply(
+      {"params": params, **variables}, batch["x"], mutable="batch_stats"
+    )
+    return losses.softmax_cross_entropy(logits, batch["label"])
+
+  optimizer = optax.sgd(0.3, momentum=0.9)
+  data = (losses_fn, params, batch, meta_batch)
+  options = {"optimizer": optimizer, "opt_state": _warm(optimizer, params)}
+  for weights in (jnp.zeros(_B), jnp.full(_B, 1 / _B)):
+    expected = hypergradient.unrolled_weight_gradient(
+      losses_fn, *data, weights, **options
+    )
+    _assert_close(_ours(*data, weights, **options), expected, 1e-12)
+
+
+def test_leaves_that_are_not_floating_point_stay():
+  batch, meta_batch = _data()
+  fixed = {"count": jnp.int32(2**24 + 1), "mask": jnp.array([True, False]), "no": None}
+  optimizer = optax.sgd(0.3)
+
+  def losses_fn(params, batch):
+    return _losses_fn(params["net"], batch) * (params["count"] - 2**24)
+
+  params = {"net": _params(), **fixed}
+  weights, state = jnp.full(_B, 1 / _B), optimizer.init(params)
+  actual = _ours(losses_fn, params, batch, meta_batch, weights, optimizer, state)
+  expected = _ours(_losses_fn, _params(), batch, meta_batch, weights, optimizer, state)
+  np.testing.assert_allclose(actual, expected, rtol=1e-13)
+  direction = hypergradient.direction(
+    losses_fn, params, meta_batch, optimizer=optimizer, opt_state=state
+  )
+  chex.assert_trees_all_equal_shapes_and_dtypes(direction.vector, params)
+  assert not direction.vector["mask"].any()
+
+
+def test_network_gradient_is_the_gradient_of_the_unrolled_meta_loss():
+  batch, meta_batch = _data()
+  params, optimizer = _params(), optax.sgd(0.3, momentum=0.9)
+  state = _warm(optimizer, params)
+  rng = np.random.default_rng(4)
+  phi = {"hidden": rng.normal(size=(1, 3)), "out": rng.normal(size=3)}
+  constants = jax.lax.stop_gradient(_losses_fn(params, batch))
+
+  def weights_fn(phi):
+    return (
+      jax.nn.sigmoid(jnp.tanh(constants[:, None] @ phi["hidden"]) @ phi["out"]) / _B
+    )
+
+  def meta_loss(phi):
+    return _meta_loss(
+      _losses_fn, params, batch, meta_batch, weights_fn(phi), optimizer, state
+    )
+
+  found = _ours(
+    _losses_fn, params, batch, meta_batch, weights_fn(phi), optimizer, state
+  )
+  actual = hypergradient.network_gradient(weights_fn, phi, found)
+  expected = jax.grad(meta_loss)(phi)
+  assert optax.tree.norm(expected) > 1e-3
+  chex.assert_trees_all_close(actual, expected, rtol=1e-11)
+
+
+def _direction(optimizer, meta_batch, params=None):
+  params = _params() if params is None else params
+  return hypergradient.direction(
+    _losses_fn,
+    params,
+    meta_batch,
+    optimizer=optimizer,
+    opt_state=optimizer.init(params),
+  )
+
+
+_TRAPS = {
+  "adam": optax.adam(0.1),
+  "clip_by_global_norm": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
+}
+
+
+@pytest.mark.parametrize("name", _TRAPS)
+def test_an_optimizer_without_a_derivative_at_zero_is_named(name):
+  _, meta_batch = _data()
+  with pytest.raises(FloatingPointError, match="meta gradient is finite but.*adam"):
+    _direction(_TRAPS[name], meta_batch)
+  checked = checkify.checkify(
+    jax.jit(lambda batch: _direction(_TRAPS[name], batch).finite)
+  )
+  error, finite = checked(meta_batch)
+  assert not finite
+  assert "adam with eps_root > 0" in error.get()
+  assert not jax.jit(lambda batch: _direction(_TRAPS[name], batch).finite)(meta_batch)
+
+
+def test_a_broken_meta_batch_is_told_apart_from_a_broken_optimizer():
+  _, meta_batch = _data()
+  meta_batch = {**meta_batch, "x": meta_batch["x"] * np.nan}
+  with pytest.raises(FloatingPointError, match="check meta_batch"):
+    _direction(optax.sgd(0.1), meta_batch)
+  checked = checkify.checkify(
+    jax.jit(lambda batch: _direction(optax.adam(0.1), batch).finite)
+  )
+  error, finite = checked(meta_batch)
+  assert not finite
+  assert "check meta_batch" in error.get()
+  assert "eps_root" not in error.get()
+
+
+def test_checkify_has_nothing_to_say_of_a_finite_direction():
+  _, meta_batch = _data()
+  checked = checkify.checkify(
+    jax.jit(lambda batch: _direction(optax.sgd(0.1), batch).finite)
+  )
+  error, finite = checked(meta_batch)
+  error.throw()
+  assert finite
+
+
+def test_lion_takes_the_sign_and_so_has_no_direction():
+  direction = _direction(optax.lion(0.1), _data()[1])
+  assert direction.finite
+  assert optax.tree.norm(direction.vector) == 0
+
+
+def test_meta_losses_must_be_one_a_meta_example():
+  optimizer = optax.sgd(0.1)
+  with pytest.raises(ValueError, match=r"meta_losses_fn's result .*got shape \(\)"):
+    hypergradient.direction(
+      lambda params, batch: _losses_fn(params, batch).mean(),
+      _params(),
+      _data()[1],
+      optimizer=optimizer,
+      opt_state=optimizer.init(_params()),
+    )
