@@ -4,6 +4,7 @@ from collections.abc import Callable
 import os
 import pathlib
 import sys
+from typing import Any
 
 from absl import app
 from absl import flags
@@ -11,6 +12,7 @@ from absl import logging
 
 from l2rw_jax import base
 from l2rw_jax import workdir
+from l2rw_jax.training import config as config_lib
 
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of this experiment; run again to continue. [runs/NAME]"
@@ -37,12 +39,13 @@ def data_folders() -> dict[str, str | None]:
   return {"data_dir": _DATA_DIR.value, "cache_dir": _CACHE_DIR.value}
 
 
-def run_config() -> dict[str, int | None]:
-  """`num_devices` and `checkpoint_every`, as `training.config.Config` takes them."""
-  return {
-    "num_devices": _NUM_DEVICES.value,
-    "checkpoint_every": _CHECKPOINT_EVERY.value,
-  }
+def run_config(**settings: Any) -> config_lib.Config:
+  """How to run, with the flags that every script shares filled in."""
+  return config_lib.Config(
+    num_devices=_NUM_DEVICES.value,
+    checkpoint_every=_CHECKPOINT_EVERY.value,
+    **settings,
+  )
 
 
 def prepare(name: str, module: str, extendable: tuple[str, ...]) -> pathlib.Path:
@@ -59,7 +62,7 @@ def prepare(name: str, module: str, extendable: tuple[str, ...]) -> pathlib.Path
     for flag in flags.FLAGS.get_flags_for_module(module)
     if flag.name not in extendable
   }
-  settings |= {"experiment": name, **run_config()}
+  settings |= {"experiment": name, "num_devices": _NUM_DEVICES.value}
   return workdir.prepare(_WORKDIR.value or f"runs/{name}", settings)
 
 

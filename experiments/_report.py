@@ -17,11 +17,11 @@ class Interval(NamedTuple):
 
   mean: float
   half_width: float
-  count: int
+  repeats: int
 
   def __str__(self) -> str:
     """For a table cell."""
-    if self.count < 2:
+    if self.repeats < 2:
       return f"{self.mean:.2f}"
     return f"{self.mean:.2f} ± {self.half_width:.2f}"
 

@@ -26,7 +26,6 @@ from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
-from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import loop
 from l2rw_jax.training import results as results_lib
 
@@ -100,12 +99,11 @@ def train_all(
   folder: pathlib.Path,
 ) -> Runs:
   """Trains every method, its seeds side by side."""
-  config = config_lib.Config(
+  config = _launch.run_config(
     num_steps=_NUM_STEPS.value,
     batch_size=_BATCH_SIZE.value,
     meta_batch_size=_META_BATCH_SIZE.value,
     seeds=tuple(range(len(splits))),
-    **_launch.run_config(),
   )
   model = classifier.Classifier(mlp.MLP(splits[0].num_classes), splits[0].num_classes)
   optimizer = optax.sgd(_LEARNING_RATE.value, momentum=_MOMENTUM.value)
@@ -148,7 +146,7 @@ def summarise(rows: list[dict[str, Any]]) -> str:
     best = _report.interval([100 * r["best_accuracy"] for r in own])
     scores = [r["weight_auroc"] for r in own if r["weight_auroc"] is not None]
     found = f"{np.mean(scores):.3f}" if scores else "-"
-    lines.append((method, last, best, found, last.count))
+    lines.append((method, last, best, found, last.repeats))
   header = (
     "method",
     "test accuracy % (95% interval)",

@@ -171,11 +171,10 @@ def run_config(name: str) -> tuple[config_lib.Config, Protocol]:
   batch_size = _BATCH_SIZE.value
   if name == "hard_mining" and not flags.FLAGS["batch_size"].present:
     batch_size = protocol.hard_mining_batch
-  config = config_lib.Config(
+  config = _launch.run_config(
     num_steps=_NUM_STEPS.value or steps,
     batch_size=batch_size,
     eval_every=_EVAL_EVERY.value,
-    **_launch.run_config(),
   )
   return config, protocol
 
@@ -262,7 +261,7 @@ def summarise(rows: list[dict[str, Any]]) -> str:
     beside = "-"
     if published is not None:
       beside = f"{published:.2f} ± {own[0]['published_error_bar']:.2f}"
-    lines.append((f"{majority:g}", method, ours, beside, ours.count))
+    lines.append((f"{majority:g}", method, ours, beside, ours.repeats))
   header = ("majority", "method", "error % (95% interval)", "published", "splits")
   return _report.table(header, lines)
 
@@ -279,27 +278,18 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
   figure, axes = plt.subplots(figsize=(1.5 + 1.1 * len(majorities) + 3, 3.6))
   width = 0.8 / len(methods)
   for i, method in enumerate(methods):
-    places = np.arange(len(majorities)) + (i - (len(methods) - 1) / 2) * width
-    cells = [
-      [r for r in rows if r["method"] == method and r["majority"] == m]
-      for m in majorities
-    ]
-    ours = [_report.interval([r["error_percent"] for r in c]) for c in cells if c]
-    places = [p for p, c in zip(places, cells, strict=True) if c]
-    axes.bar(
-      places,
-      [o.mean for o in ours],
-      width * 0.9,
-      yerr=np.nan_to_num([o.half_width for o in ours]),
-      capsize=2,
-      label=method,
-      color=f"C{i}",
-    )
-    published = [c[0]["published_error_percent"] for c in cells if c]
-    known = [(p, v) for p, v in zip(places, published, strict=True) if v is not None]
-    if known:
-      axes.plot(*zip(*known, strict=True), "D", color="black", markersize=4)
-  axes.plot([], [], "D", color="black", markersize=4, label="published mean")
+    for j, majority in enumerate(majorities):
+      own = [r for r in rows if (r["method"], r["majority"]) == (method, majority)]
+      if not own:
+        continue
+      place = j + (i - (len(methods) - 1) / 2) * width
+      ours = _report.interval([r["error_percent"] for r in own])
+      error = np.nan_to_num(ours.half_width)
+      axes.bar(place, ours.mean, width * 0.9, yerr=error, capsize=2, color=f"C{i}")
+      if own[0]["published_error_percent"] is not None:
+        axes.plot(place, own[0]["published_error_percent"], "kD", markersize=4)
+    axes.bar(0, 0, color=f"C{i}", label=method)
+  axes.plot([], [], "kD", markersize=4, label="published mean")
   axes.set_xticks(range(len(majorities)), [f"{m:g}" for m in majorities])
   axes.set_xlabel("share of the majority class")
   axes.set_ylabel("test error (%)")

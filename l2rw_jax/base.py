@@ -8,7 +8,6 @@ from collections.abc import Callable
 import dataclasses
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -256,11 +255,15 @@ def all_finite(tree: PyTree) -> Array:
 
 
 def check_vector(name: str, value: Any) -> None:
-  """Raises ValueError unless `value` has shape [B] (one number an example)."""
-  try:
-    chex.assert_rank(value, 1)
-  except AssertionError:
+  """Raises InputError unless `value` has shape [B] (one number an example)."""
+  # Not chex.assert_rank: it takes a tuple (losses, aux) for a list of arrays.
+  if not hasattr(value, "shape"):
+    raise InputError(
+      f"{name} must be an array of shape [B]; got a {type(value).__name__}."
+      " If it is (losses, aux), pass has_aux=True."
+    )
+  if len(value.shape) != 1:
     raise InputError(
       f"{name} must be one number per example, shape [B]; got shape"
-      f" {jnp.shape(value)}. Do not average over the batch."
-    ) from None
+      f" {value.shape}. Do not average over the batch."
+    )

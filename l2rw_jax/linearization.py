@@ -11,7 +11,7 @@ per-example losses and J their Jacobian:
 without ever holding a per-example gradient.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 from typing import Any
 
@@ -87,9 +87,13 @@ def linearize(
 
   leaves = select(params)
   if derivative == "forward":
-    with _no_forward_derivative():
+    try:
       losses, push, aux = jax.linearize(losses_and_aux, leaves, has_aux=True)
+    except (TypeError, NotImplementedError, ValueError) as error:
+      jax.eval_shape(losses_and_aux, leaves)  # Lets errors of losses_fn itself pass.
+      raise _no_forward_derivative(error) from error
     pull = jax.linear_transpose(push, leaves)
+    push = _forward(push, losses)
   else:
     losses, pull, aux = jax.vjp(losses_and_aux, leaves, has_aux=True)
     if derivative == "reverse":
@@ -98,8 +102,7 @@ def linearize(
       push = _central_difference(lambda x: losses_and_aux(x)[0], leaves)
 
   def directional(vector):
-    with _no_forward_derivative():
-      return push(select(vector))
+    return push(select(vector))
 
   def weighted_gradient(weights):
     return fill(pull(weights.astype(losses.dtype))[0], zeros=True)
@@ -107,13 +110,17 @@ def linearize(
   return base.Linearized(losses, directional, weighted_gradient, aux)
 
 
-def differentiable(params):
+def differentiable(
+  params: base.PyTree,
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
   """The trainable leaves of a pytree, and how to put them back.
 
   Returns:
     select: pytree like `params` -> list of its inexact leaves.
     fill: such a list -> pytree; the other leaves as in `params`, or zeros.
   """
+  all_leaves: list[Any]
+  treedef: Any
   all_leaves, treedef = jax.tree.flatten(params)
   inexact = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in all_leaves]
 
@@ -152,7 +159,7 @@ def _central_difference(losses_of, leaves):
   step at the cube root of eps; it is taken relative to the parameters' norm,
   because a direction (a gradient) has a scale of its own.
   """
-  epsilon = max((float(jnp.finfo(x.dtype).eps) for x in leaves), default=0.0)
+  epsilon = max((float(jnp.finfo(x.dtype).eps) for x in leaves), default=1.0)
   relative_step = 0.2 * epsilon ** (1 / 3)
 
   def push(vector):
@@ -173,18 +180,35 @@ def _central_difference(losses_of, leaves):
   return push
 
 
-@contextlib.contextmanager
-def _no_forward_derivative() -> Iterator[None]:
-  """Turns JAX's refusal of forward mode into one that names the way out."""
-  try:
-    yield
-  except (TypeError, NotImplementedError, ValueError) as error:
-    text = str(error)
-    if "custom_vjp" not in text and "JVP" not in text and "jvp" not in text:
-      raise
-    raise base.InputError(
-      "losses_fn contains an operation without a forward-mode derivative"
-      f" ({text.splitlines()[0]}) Pass derivative='reverse' (exact), or"
-      " derivative='difference' (two more forward passes, works through any"
-      " kernel)."
-    ) from error
+def _forward(push, losses):
+  """`push`, but refusing a `jax.custom_vjp` in words that name the way out."""
+
+  def checked(vector):
+    # JAX itself refuses at once when run eagerly, under `jit` only while compiling.
+    traced = any(isinstance(x, jax.core.Tracer) for x in (losses, *vector))
+    if traced and _has_custom_vjp(jax.make_jaxpr(push)(vector).jaxpr):
+      raise _no_forward_derivative("it is a jax.custom_vjp")
+    try:
+      return push(vector)
+    except TypeError as error:
+      if "custom_vjp" not in str(error):
+        raise
+      raise _no_forward_derivative(error) from error
+
+  return checked
+
+
+def _has_custom_vjp(jaxpr):
+  return any(
+    eqn.primitive.name == "custom_lin"
+    or any(map(_has_custom_vjp, jax.extend.core.jaxprs_in_params(eqn.params)))
+    for eqn in jaxpr.eqns
+  )
+
+
+def _no_forward_derivative(reason):
+  return base.InputError(
+    "losses_fn contains an operation without a forward-mode derivative"
+    f" ({str(reason).splitlines()[0]}). Pass derivative='reverse' (exact), or"
+    " derivative='difference' (two more forward passes, works through any kernel)."
+  )

@@ -1,6 +1,7 @@
 """The data of R runs side by side, cut into batches on the devices."""
 
 from collections.abc import Callable, Sequence
+import functools
 from typing import NamedTuple
 
 import jax
@@ -55,14 +56,13 @@ class BatchSource:
     self._train = [examples_dict(split.train) for split in splits]
     self._meta = [examples_dict(split.meta) for split in splits]
 
-    def order(run, epoch):
-      return epoch_order(
-        run, epoch, stream.generator(config.seeds[run], "order", epoch)
-      )
+    def order(run: int, epoch: int) -> np.ndarray:
+      rng = stream.generator(config.seeds[run], "order", epoch)
+      return epoch_order(run, epoch, rng)
 
     self.streams = [
       stream.TrainStream(
-        lambda epoch, run=run: order(run, epoch),
+        functools.partial(order, run),
         config.batch_size,
         positions[run] if positions else stream.Position(0, 0),
       )

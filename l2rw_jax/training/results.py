@@ -79,7 +79,7 @@ def write(
 def read(folder: pathlib.Path) -> Result:
   """Reads a finished run back."""
   table = np.genfromtxt(folder / _WEIGHTS, delimiter=",", names=True)
-  weights = {name: table[name] for name in table.dtype.names}
+  weights = {name: table[name] for name in table.dtype.names or ()}
   return Result(json.loads((folder / RESULTS).read_text()), weights)
 
 

@@ -1,0 +1,80 @@
+"""The floor plan, kept true: who imports whom, where flags and collectives live."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+# First match wins; see "Floor plan" in BUILD.md.
+FLOORS = [
+  (r"l2rw_jax/__init__\.py", 4),
+  (r"l2rw_jax/base\.py", 0),
+  (r"l2rw_jax/(losses|normalization|class_balance|corruption)\.py", 1),
+  (r"l2rw_jax/(linearization|hypergradient)\.py", 2),
+  (r"l2rw_jax/(models|methods)/.*", 3),
+  (r"l2rw_jax/(data/.*|workdir\.py|checkpointing\.py|metric_writer\.py)", 4),
+  (r"l2rw_jax/training/.*", 5),
+  (r"experiments/.*", 6),
+]
+FILES = sorted(
+  str(path.relative_to(REPOSITORY))
+  for folder in ("l2rw_jax", "experiments")
+  for path in (REPOSITORY / folder).rglob("*.py")
+)
+
+
+def floor(path: str) -> int:
+  for pattern, number in FLOORS:
+    if re.fullmatch(pattern, path):
+      return number
+  raise AssertionError(f"{path} has no floor: give it one here and in BUILD.md")
+
+
+def tree(path: str) -> ast.Module:
+  return ast.parse((REPOSITORY / path).read_text())
+
+
+def imported(path: str) -> set[str]:
+  """Files of this repository that `path` imports."""
+  names = []
+  for node in ast.walk(tree(path)):
+    if isinstance(node, ast.Import):
+      names += [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and node.module:
+      names += [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+  return {name.replace(".", "/") + ".py" for name in names} & set(FILES)
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_imports_only_from_lower_floors(path):
+  own = floor(path)
+  for other in imported(path):
+    same_room = pathlib.Path(other).parent == pathlib.Path(path).parent
+    assert floor(other) < own or (floor(other) == own and same_room), other
+
+
+@pytest.mark.parametrize(
+  ("pattern", "home"),
+  [
+    (r"jax\.pmap\(", "l2rw_jax/training/devices.py"),
+    (r"lax\.(psum|pmean|all_gather|pcast|axis_index)\(", "l2rw_jax/base.py"),
+    (r"from absl import flags", "experiments/"),
+  ],
+)
+def test_some_words_have_one_home(pattern, home):
+  users = [f for f in FILES if re.search(pattern, (REPOSITORY / f).read_text())]
+  assert users and all(f.startswith(home) for f in users), users
+
+
+def test_training_knows_no_method():
+  for path in FILES:
+    if floor(path) == 5:
+      assert not any(floor(other) == 3 for other in imported(path)), path
+
+
+def test_every_file_is_of_readable_size():
+  for path in FILES:
+    lines = len((REPOSITORY / path).read_text().splitlines())
+    assert lines <= 350, f"{path} has {lines} lines: find it a second room"
