@@ -259,7 +259,8 @@ def check_vector(name: str, value: Any) -> None:
   # Not chex.assert_rank: it takes a tuple (losses, aux) for a list of arrays.
   if not hasattr(value, "shape"):
     raise InputError(
-      f"{name} must be an array of shape [B]; got a {type(value).__name__}."
+      f"{name} must be an array of shape [B]; got a value of type"
+      f" {type(value).__name__}."
       " If it is (losses, aux), pass has_aux=True."
     )
   if len(value.shape) != 1:

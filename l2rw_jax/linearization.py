@@ -11,11 +11,11 @@ per-example losses and J their Jacobian:
 without ever holding a per-example gradient.
 """
 
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.extend import core as jax_core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -163,9 +163,12 @@ def _central_difference(losses_of, leaves):
   relative_step = 0.2 * epsilon ** (1 / 3)
 
   def push(vector):
-    length = optax.tree.norm(vector)
-    size = relative_step * jnp.maximum(optax.tree.norm(leaves), 1.0)
-    step = size / jnp.where(length > 0, length, 1.0)
+    # The squares in the norm of a gradient of 1e-20 would vanish in float32.
+    largest = optax.tree.norm(vector, ord="inf")
+    largest = jnp.where(largest == 0, 1.0, largest)
+    vector = optax.tree.scale(1 / largest, vector)
+    length = jnp.maximum(optax.tree.norm(vector), 1.0)
+    step = relative_step * jnp.maximum(optax.tree.norm(leaves), 1.0) / length
 
     def losses_at(sign):
       return losses_of(
@@ -175,7 +178,7 @@ def _central_difference(losses_of, leaves):
         ]
       )
 
-    return (losses_at(1.0) - losses_at(-1.0)) / (2 * step)
+    return (losses_at(1.0) - losses_at(-1.0)) / (2 * step) * largest
 
   return push
 
@@ -201,7 +204,7 @@ def _forward(push, losses):
 def _has_custom_vjp(jaxpr):
   return any(
     eqn.primitive.name == "custom_lin"
-    or any(map(_has_custom_vjp, jax.extend.core.jaxprs_in_params(eqn.params)))
+    or any(map(_has_custom_vjp, jax_core.jaxprs_in_params(eqn.params)))
     for eqn in jaxpr.eqns
   )
 
@@ -209,6 +212,6 @@ def _has_custom_vjp(jaxpr):
 def _no_forward_derivative(reason):
   return base.InputError(
     "losses_fn contains an operation without a forward-mode derivative"
-    f" ({str(reason).splitlines()[0]}). Pass derivative='reverse' (exact), or"
+    f" ({str(reason).splitlines()[0].rstrip('.')}). Pass derivative='reverse' (exact), or"
     " derivative='difference' (two more forward passes, works through any kernel)."
   )

@@ -71,7 +71,7 @@ def test_some_words_have_one_home(pattern, home):
 def test_training_knows_no_method():
   for path in FILES:
     if floor(path) == 5:
-      assert not any(floor(other) == 3 for other in imported(path)), path
+      assert not any("/methods/" in other for other in imported(path)), path
 
 
 def test_every_file_is_of_readable_size():
