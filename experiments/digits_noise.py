@@ -26,6 +26,7 @@ from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
+from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import loop
 from l2rw_jax.training import results as results_lib
 
@@ -57,6 +58,7 @@ _META_BATCH_SIZE = flags.DEFINE_integer(
 )
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.1, "Of SGD.", lower_bound=0.0)
 _MOMENTUM = flags.DEFINE_float("momentum", 0.0, "Of SGD.", lower_bound=0.0)
+flags.adopt_module_key_flags(_launch)
 _EXTENDABLE = ("methods",)
 
 
@@ -93,22 +95,28 @@ def make_splits() -> list[splits_lib.Splits]:
   ]
 
 
+def make_config() -> config_lib.Config:
+  """How every method is run, its seeds side by side."""
+  return _launch.run_config(
+    num_steps=_NUM_STEPS.value,
+    batch_size=_BATCH_SIZE.value,
+    meta_batch_size=_META_BATCH_SIZE.value,
+    seeds=tuple(range(_NUM_SEEDS.value)),
+  )
+
+
 def train_all(
   methods: dict[str, base.Method],
   splits: list[splits_lib.Splits],
   folder: pathlib.Path,
 ) -> Runs:
-  """Trains every method, its seeds side by side."""
-  config = _launch.run_config(
-    num_steps=_NUM_STEPS.value,
-    batch_size=_BATCH_SIZE.value,
-    meta_batch_size=_META_BATCH_SIZE.value,
-    seeds=tuple(range(len(splits))),
-  )
+  """Trains every method."""
   model = classifier.Classifier(mlp.MLP(splits[0].num_classes), splits[0].num_classes)
   optimizer = optax.sgd(_LEARNING_RATE.value, momentum=_MOMENTUM.value)
   return {
-    name: loop.train(config, model, method, optimizer, splits, folder / name, name=name)
+    name: loop.train(
+      make_config(), model, method, optimizer, splits, folder / name, name=name
+    )
     for name, method in methods.items()
   }
 
@@ -218,6 +226,8 @@ def main() -> None:
   """Trains what is missing, then prints and writes the comparison."""
   methods = {name: make_method(name, _NUM_STEPS.value) for name in _METHODS.value}
   splits = make_splits()
+  for method in methods.values():  # mistakes show before anything is written
+    config_lib.check(make_config(), method, splits)
   folder = _launch.prepare("digits_noise", __name__, _EXTENDABLE)
   runs = train_all(methods, splits, folder)
   rows = result_rows(runs)

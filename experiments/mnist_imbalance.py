@@ -10,9 +10,11 @@ Published (error %, majority 0.995): baseline 18.26, proportion 8.30, hard
   mining 7.74, L2RW 3.62. Ours: results/mnist_imbalance.
 """
 
+from collections.abc import Sequence
 import dataclasses
+import functools
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 import jax
@@ -138,7 +140,7 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 100, "Batch size.", lower_bound
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Of SGD.", lower_bound=0.0)
 _MOMENTUM = flags.DEFINE_float("momentum", 0.9, "Of SGD.", lower_bound=0.0)
 _NUM_TRAIN = flags.DEFINE_integer(
-  "num_train", None, "Images before the clean ones are set aside. [5000; digits: 140]"
+  "num_train", None, "Images before the clean ones are set aside. [5000; digits: 136]"
 )
 _NUM_META = flags.DEFINE_integer(
   "num_meta", None, "Clean images, half of each digit. [10; digits: 4]"
@@ -146,6 +148,7 @@ _NUM_META = flags.DEFINE_integer(
 _EVAL_EVERY = flags.DEFINE_integer(
   "eval_every", 500, "Steps between two evaluations.", lower_bound=1
 )
+flags.adopt_module_key_flags(_launch)
 _EXTENDABLE = ("majority", "methods", "num_splits", "splits_at_once")
 
 
@@ -164,89 +167,93 @@ def make_method(name: str, protocol: Protocol, num_steps: int) -> base.Method:
   return methods[name]()
 
 
-def run_config(name: str) -> tuple[config_lib.Config, Protocol]:
+class Cell(NamedTuple):
+  """One method at one majority."""
+
+  name: str
+  majority: float
+  protocol: Protocol
+  config: config_lib.Config
+  method: base.Method
+
+
+def make_cell(name: str, majority: float) -> Cell:
   """How a method is run: the protocol's settings under the flags given."""
   protocol = PROTOCOLS[_PROTOCOL.value]
   steps = protocol.l2rw_steps if name == "l2rw" else protocol.num_steps
+  steps = _NUM_STEPS.value or steps
   batch_size = _BATCH_SIZE.value
   if name == "hard_mining" and not flags.FLAGS["batch_size"].present:
     batch_size = protocol.hard_mining_batch
   config = _launch.run_config(
-    num_steps=_NUM_STEPS.value or steps,
-    batch_size=batch_size,
-    eval_every=_EVAL_EVERY.value,
+    num_steps=steps, batch_size=batch_size, eval_every=_EVAL_EVERY.value
   )
-  return config, protocol
+  return Cell(name, majority, protocol, config, make_method(name, protocol, steps))
 
 
-def make_splits(
-  majority: float, include_meta: bool, num_test: int | None
-) -> list[splits_lib.Splits]:
-  """The data of every split."""
-  small = _DATASET.value == "digits"
-  train, test = (
-    sources.load(_DATASET.value, part, **_launch.data_folders())
-    for part in ("train", "test")
-  )
-  num_meta = _NUM_META.value
+@functools.cache
+def load(split: str) -> sources.Source:
+  """A split of `--dataset`, read once."""
+  return sources.load(_DATASET.value, split, **_launch.data_folders())
+
+
+def make_splits(cell: Cell, seeds: Sequence[int]) -> list[splits_lib.Splits]:
+  """The data of some of the random splits."""
+  small, num_meta = _DATASET.value == "digits", _NUM_META.value
   return [
     splits_lib.four_versus_nine(
-      train,
-      test,
-      majority=majority,
+      load("train"),
+      load("test"),
+      majority=cell.majority,
       seed=seed,
-      num_train=_NUM_TRAIN.value or (140 if small else 5000),
+      num_train=_NUM_TRAIN.value or (136 if small else 5000),
       num_meta=num_meta if num_meta is not None else (4 if small else 10),
-      include_meta=include_meta,
-      num_test=None if small else num_test,
+      include_meta=cell.protocol.clean_in_train and not cell.method.needs_meta,
+      num_test=None if small else cell.protocol.num_test,
     )
-    for seed in range(_NUM_SPLITS.value)
+    for seed in seeds
   ]
 
 
-def train_all(name: str, majority: float, folder: pathlib.Path) -> list[dict[str, Any]]:
-  """Trains one method at one majority on every split; a result row for each."""
-  config, protocol = run_config(name)
-  method = make_method(name, protocol, config.num_steps)
-  include_meta = protocol.clean_in_train and not method.needs_meta
-  splits = make_splits(majority, include_meta, protocol.num_test)
+def train(cell: Cell, folder: pathlib.Path) -> list[dict[str, Any]]:
+  """Trains a cell on every split; a result row for each."""
   model = classifier.Classifier(lenet.LeNet(1), num_classes=2)
   optimizer = optax.sgd(_LEARNING_RATE.value, momentum=_MOMENTUM.value)
-  at_once = _AT_ONCE.value or (1 if jax.default_backend() == "cpu" else len(splits))
+  num_splits = _NUM_SPLITS.value
+  at_once = _AT_ONCE.value or (1 if jax.default_backend() == "cpu" else num_splits)
   rows = []
-  for first in range(0, len(splits), at_once):
-    group = splits[first : first + at_once]
-    seeds = tuple(range(first, first + len(group)))
+  for first in range(0, num_splits, at_once):
+    seeds = tuple(range(first, min(first + at_once, num_splits)))
     results = loop.train(
-      dataclasses.replace(config, seeds=seeds),
+      dataclasses.replace(cell.config, seeds=seeds),
       model,
-      method,
+      cell.method,
       optimizer,
-      group,
-      folder / f"majority-{majority:g}-{name}" / f"splits-{seeds[0]}-{seeds[-1]}",
+      make_splits(cell, seeds),
+      folder
+      / f"majority-{cell.majority:g}-{cell.name}"
+      / f"splits-{seeds[0]}-{seeds[-1]}",
       evaluators=(evaluation.accuracy, evaluation.per_class_accuracy),
-      name=f"{name} at {majority:g}",
+      name=f"{cell.name} at {cell.majority:g}",
     )
-    rows += [row(name, majority, config.batch_size, r.metrics) for r in results]
+    rows += [row(cell, result.metrics) for result in results]
   return rows
 
 
-def row(
-  name: str, majority: float, batch_size: int, metrics: dict[str, Any]
-) -> dict[str, Any]:
+def row(cell: Cell, metrics: dict[str, Any]) -> dict[str, Any]:
   """One run's line of `results.csv`."""
-  published = PUBLISHED.get(name, {}).get(majority, (None, None))
-  if _DATASET.value != "mnist":
-    published = (None, None)
+  published: tuple[float | None, float | None] = (None, None)
+  if _DATASET.value == "mnist":
+    published = PUBLISHED.get(cell.name, {}).get(cell.majority, published)
   return {
     "dataset": _DATASET.value,
     "protocol": _PROTOCOL.value,
-    "method": name,
-    "majority": majority,
+    "method": cell.name,
+    "majority": cell.majority,
     "error_percent": 100 * (1 - metrics["last"]["accuracy"]),
     "published_error_percent": published[0],
     "published_error_bar": published[1],
-    "batch_size": batch_size,
+    "batch_size": cell.config.batch_size,
     **_report.run_fields(metrics),
   }
 
@@ -311,11 +318,11 @@ def main() -> None:
     majorities = [0.9, 0.95, 0.98, 0.99, 0.995]
     if _DATASET.value == "digits":
       majorities = [0.9, 0.95]
+  cells = [make_cell(name, m) for m in majorities for name in _METHODS.value]
+  for cell in cells:  # mistakes show before anything is written
+    config_lib.check(cell.config, cell.method, make_splits(cell, [0]))
   folder = _launch.prepare("mnist_imbalance", __name__, _EXTENDABLE)
-  rows = []
-  for majority in majorities:
-    for name in _METHODS.value:
-      rows += train_all(name, majority, folder)
+  rows = [row for cell in cells for row in train(cell, folder)]
   _report.save(folder, rows, _launch.flags_of(__name__))
   draw(rows, folder / "figure.png")
   print(summarise(rows))

@@ -165,8 +165,8 @@ def _central_difference(losses_of, leaves):
   def push(vector):
     # The squares in the norm of a gradient of 1e-20 would vanish in float32.
     largest = optax.tree.norm(vector, ord="inf")
-    largest = jnp.where(largest == 0, 1.0, largest)
-    vector = optax.tree.scale(1 / largest, vector)
+    largest = jnp.where(largest > 0, largest, 1.0)
+    vector = [v / largest for v in vector]
     length = jnp.maximum(optax.tree.norm(vector), 1.0)
     step = relative_step * jnp.maximum(optax.tree.norm(leaves), 1.0) / length
 
