@@ -22,7 +22,7 @@ demo: $(DEMO)
 	$(BIN)/python -m experiments.digits_noise
 
 test: $(TEST)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist=loadfile
 
 lint: $(TEST)
 	$(BIN)/ruff check .

@@ -274,7 +274,7 @@ def summarise(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-  """The figure: ours as bars with intervals, the published values as diamonds."""
+  """The figure: a bar with its interval and a dot a split; diamonds as published."""
   import matplotlib
 
   matplotlib.use("Agg")
@@ -282,26 +282,32 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
 
   majorities = sorted({r["majority"] for r in rows})
   methods = list(dict.fromkeys(r["method"] for r in rows))
-  figure, axes = plt.subplots(figsize=(1.5 + 1.1 * len(majorities) + 3, 3.6))
-  width = 0.8 / len(methods)
+  figure, axes = plt.subplots(figsize=(4 + 1.1 * len(majorities), 3.6))
+  width, top = 0.8 / len(methods), 0.0
   for i, method in enumerate(methods):
+    axes.bar(0, 0, color=f"C{i}", label=method)
     for j, majority in enumerate(majorities):
       own = [r for r in rows if (r["method"], r["majority"]) == (method, majority)]
       if not own:
         continue
       place = j + (i - (len(methods) - 1) / 2) * width
-      ours = _report.interval([r["error_percent"] for r in own])
-      error = np.nan_to_num(ours.half_width)
-      axes.bar(place, ours.mean, width * 0.9, yerr=error, capsize=2, color=f"C{i}")
-      if own[0]["published_error_percent"] is not None:
-        axes.plot(place, own[0]["published_error_percent"], "kD", markersize=4)
-    axes.bar(0, 0, color=f"C{i}", label=method)
-  axes.plot([], [], "kD", markersize=4, label="published mean")
+      errors = [r["error_percent"] for r in own]
+      ours = _report.interval(errors)
+      bar = np.nan_to_num(ours.half_width)
+      axes.bar(place, ours.mean, width * 0.9, yerr=bar, capsize=2, color=f"C{i}")
+      axes.plot([place + 0.3 * width] * len(errors), errors, "k.", markersize=3)
+      published = own[0]["published_error_percent"]
+      if published is not None:
+        axes.plot(place - 0.3 * width, published, "kD", markersize=4)
+      top = max(top, ours.mean + bar, *errors, published or 0)
+  axes.plot([], [], "k.", markersize=3, label="one split")
+  if any(r["published_error_percent"] is not None for r in rows):
+    axes.plot([], [], "kD", markersize=4, label="published mean")
   axes.set_xticks(range(len(majorities)), [f"{m:g}" for m in majorities])
   axes.set_xlabel("share of the majority class")
-  axes.set_ylabel("test error (%)")
-  axes.set_title(f"{rows[0]['dataset']}, 4 against 9")
-  axes.set_ylim(bottom=0)
+  axes.set_ylabel("test error (%), mean and 95% interval")
+  axes.set_title(f"{rows[0]['dataset']}, 4 against 9, {rows[0]['protocol']} protocol")
+  axes.set_ylim(0, min(1.05 * top, 100))
   axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
   figure.savefig(path, dpi=150, bbox_inches="tight")
   plt.close(figure)

@@ -30,7 +30,8 @@ import optax
 from l2rw_jax import base
 from l2rw_jax import linearization
 
-_TRAP = (
+# Said wherever a direction is found not to be finite.
+OPTIMIZER_TRAP = (
   "the meta gradient is finite but is not after the look-ahead optimiser."
   " Optimisers that divide by the root of a squared gradient (adam, adamw, lamb,"
   " muon, clip_by_global_norm) have no derivative at the zero gradient where"
@@ -191,9 +192,11 @@ def _check_finite(vector: base.PyTree, meta_gradient: base.PyTree) -> base.Array
   if isinstance(finite, jax.core.Tracer):
     # Both are no-ops unless the caller functionalises with checkify.
     checkify.debug_check(meta_finite, "non-finite direction: " + _META)
-    checkify.debug_check(finite | ~meta_finite, "non-finite direction: " + _TRAP)
+    checkify.debug_check(
+      finite | ~meta_finite, "non-finite direction: " + OPTIMIZER_TRAP
+    )
   elif not finite:
     raise FloatingPointError(
-      "non-finite direction: " + (_TRAP if meta_finite else _META)
+      "non-finite direction: " + (OPTIMIZER_TRAP if meta_finite else _META)
     )
   return finite

@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 
 from l2rw_jax import base
+from l2rw_jax.data import parts
 from l2rw_jax.data import splits as splits_lib
 from l2rw_jax.training import devices
 
@@ -47,9 +48,9 @@ def check(
     )
   for seed, split in zip(config.seeds, splits, strict=True):
     for part in ("train", "meta", "test"):
-      _check_labels(
-        getattr(split, part).label, split.num_classes, f"seed {seed} {part}"
-      )
+      examples = getattr(split, part)
+      _check_labels(examples.label, split.num_classes, f"{part} of seed {seed}")
+      parts.check_images(examples.image, f"the {part} images of seed {seed}")
     if config.batch_size > len(split.train.label):
       raise base.InputError(
         f"--batch_size={config.batch_size} is larger than the"

@@ -22,6 +22,7 @@ import optax
 
 from l2rw_jax import base
 from l2rw_jax import checkpointing
+from l2rw_jax import hypergradient
 from l2rw_jax import metric_writer
 from l2rw_jax import workdir
 from l2rw_jax.data import splits as splits_lib
@@ -291,16 +292,19 @@ class _Run:
       return
     run = failed[np.argmin(failure.step[failed])]
     self.step, count = int(failure.step[run]), int(failure.losses[run])
-    what = f"{count} of {self.config.batch_size} losses are"
-    if not count:
-      what = "the meta gradient is" if failure.direction[run] else "the gradient is"
+    if count:
+      what = f"{count} of {self.config.batch_size} losses are NaN or infinite"
+      advice = "Lower --learning_rate or look at the data."
+    elif failure.direction[run]:
+      what, advice = "the direction is NaN or infinite", hypergradient.OPTIMIZER_TRAP
+    else:
+      what, advice = "the gradient is NaN or infinite", "Lower --learning_rate."
     if self.step > self.saved_step:
       self._save()
     raise base.InputError(
-      f"{self.name}, seed {self.config.seeds[run]}: {what} NaN or infinite at step"
-      f" {self.step}. The last good parameters are kept in {self.folder}"
-      "/checkpoints. Lower --learning_rate or look at the data, and start again in"
-      " another --workdir."
+      f"{self.name}, seed {self.config.seeds[run]}, step {self.step}: {what}; the"
+      f" last good parameters are in {self.folder}/checkpoints. {advice} Start again"
+      " in another --workdir."
     )
 
   def _evaluate(self):
