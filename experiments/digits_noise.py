@@ -225,6 +225,8 @@ def draw_weights(axes: Any, weights: list[dict[str, np.ndarray]]) -> None:
 def main() -> None:
   """Trains what is missing, then prints and writes the comparison."""
   methods = {name: make_method(name, _NUM_STEPS.value) for name in _METHODS.value}
+  if not methods:
+    raise base.InputError(f"--methods= is empty: choose among {', '.join(METHODS)}.")
   splits = make_splits()
   for method in methods.values():  # mistakes show before anything is written
     config_lib.check(make_config(), method, splits)

@@ -140,7 +140,10 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 100, "Batch size.", lower_bound
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Of SGD.", lower_bound=0.0)
 _MOMENTUM = flags.DEFINE_float("momentum", 0.9, "Of SGD.", lower_bound=0.0)
 _NUM_TRAIN = flags.DEFINE_integer(
-  "num_train", None, "Images before the clean ones are set aside. [5000; digits: 136]"
+  "num_train",
+  None,
+  "Images before the clean ones are set aside. [5000; digits: 136]",
+  lower_bound=1,
 )
 _NUM_META = flags.DEFINE_integer(
   "num_meta", None, "Clean images, half of each digit. [10; digits: 4]"
@@ -316,7 +319,8 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
 def main() -> None:
   """Trains what is missing, then prints and writes the comparison."""
   known = FIGURE_METHODS + MORE_METHODS
-  for name in _METHODS.value:
+  names = list(dict.fromkeys(_METHODS.value))
+  for name in names or [""]:
     if name not in known:
       raise base.InputError(f"--methods={name}: choose among {', '.join(known)}.")
   majorities = _MAJORITY.value
@@ -324,7 +328,7 @@ def main() -> None:
     majorities = [0.9, 0.95, 0.98, 0.99, 0.995]
     if _DATASET.value == "digits":
       majorities = [0.9, 0.95]
-  cells = [make_cell(name, m) for m in majorities for name in _METHODS.value]
+  cells = [make_cell(name, m) for m in dict.fromkeys(majorities) for name in names]
   for cell in cells:  # mistakes show before anything is written
     config_lib.check(cell.config, cell.method, make_splits(cell, [0]))
   folder = _launch.prepare("mnist_imbalance", __name__, _EXTENDABLE)

@@ -210,8 +210,9 @@ def _has_custom_vjp(jaxpr):
 
 
 def _no_forward_derivative(reason):
+  first_line = str(reason).partition("\n")[0].rstrip(".")
   return base.InputError(
     "losses_fn contains an operation without a forward-mode derivative"
-    f" ({str(reason).splitlines()[0].rstrip('.')}). Pass derivative='reverse' (exact), or"
+    f" ({first_line}). Pass derivative='reverse' (exact), or"
     " derivative='difference' (two more forward passes, works through any kernel)."
   )

@@ -27,4 +27,9 @@ def _pool_axis(x, window, stride, axis):
   x = jnp.pad(x, padding, constant_values=-jnp.inf)
   end = (size - 1) * stride + 1
   shifted = [jax.lax.slice_in_dim(x, i, i + end, stride, axis) for i in range(window)]
-  return functools.reduce(lambda a, b: jnp.where(a >= b, a, b), shifted)
+  return functools.reduce(_first_maximum, shifted)
+
+
+def _first_maximum(a, b):
+  # Alone, a >= b would drop a NaN in a.
+  return jnp.where((a >= b) | jnp.isnan(a), a, b)

@@ -5,6 +5,7 @@ side by side (splits of the data, seeds), trained by one compiled step.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -35,8 +36,16 @@ def choose(num_devices: int | None) -> list[jax.Device]:
 
 def replicate(tree: base.PyTree, devices: list[jax.Device]) -> base.PyTree:
   """`[...]` leaves to `[D, ...]`, one copy on every device."""
-  copy = jax.pmap(lambda _, x: x, in_axes=(0, None), devices=devices)
-  return copy(np.arange(len(devices)), tree)
+  return _copier(tuple(devices))(np.arange(len(devices)), tree)
+
+
+@functools.lru_cache(maxsize=8)
+def _copier(devices):
+  # Over the step's own axis: given arrays of another one, the step would be
+  # compiled a second time when it first meets its own output.
+  return jax.pmap(
+    lambda _, x: x, axis_name=AXIS_NAME, in_axes=(0, None), devices=devices
+  )
 
 
 def unreplicate(tree: base.PyTree) -> base.PyTree:

@@ -10,6 +10,7 @@ files as an uninterrupted one, on the same number of devices.
 """
 
 from collections.abc import Sequence
+import contextlib
 import functools
 import pathlib
 import time
@@ -72,10 +73,8 @@ def train(
   if not all((f / results.RESULTS).exists() for f in folders):
     config_lib.check(config, method, splits)
     run = _Run(config, model, method, optimizer, splits, folder, evaluators, name)
-    try:
+    with run.files:
       run.finish()
-    finally:
-      run.close()
   return [results.read(f) for f in folders]
 
 
@@ -142,17 +141,13 @@ class _Run:
       self.num_runs,
       tuple(self.devices),
     )
+    self.files = contextlib.ExitStack()
     self.checkpointer = checkpointing.Checkpointer(folder / "checkpoints")
+    self.files.callback(self.checkpointer.close)
     self._restore_or_init()
     self.constants = devices_lib.replicate(
       (self._keys(1), self.class_counts), self.devices
     )
-
-  def close(self) -> None:
-    """Closes every file."""
-    for writer in self.writers:
-      writer.close()
-    self.checkpointer.close()
 
   # -- state ---------------------------------------------------------------
 
@@ -165,7 +160,7 @@ class _Run:
       (state, log), step = restored.state, restored.step
       positions = [stream.Position(*p) for p in restored.host["positions"]]
       logging.info("%s: continuing from step %d", self.name, step)
-    self.step = self.saved_step = step or 0
+    self.step, self.saved_step = step or 0, -1 if step is None else step
     self.log = weight_log.WeightLog(*(np.array(x) for x in log))
     self.state = devices_lib.replicate(state, self.devices)
     self.source = batches_lib.BatchSource(
@@ -178,7 +173,8 @@ class _Run:
     )
     for folder in self.folders:
       folder.mkdir(parents=True, exist_ok=True)
-      self.writers.append(metric_writer.MetricWriter(folder, resume_step=step))
+      writer = metric_writer.MetricWriter(folder, resume_step=step)
+      self.writers.append(self.files.enter_context(writer))
 
   def _keys(self, purpose: int) -> base.Array:
     keys = [jax.random.key(seed) for seed in self.config.seeds]
@@ -296,9 +292,10 @@ class _Run:
       what = f"{count} of {self.config.batch_size} losses are NaN or infinite"
       advice = "Lower --learning_rate or look at the data."
     elif failure.direction[run]:
-      what, advice = "the direction is NaN or infinite", hypergradient.OPTIMIZER_TRAP
+      what = "the direction is NaN or infinite"
+      advice = f"If the clean images are sound, {hypergradient.OPTIMIZER_TRAP}"
     else:
-      what, advice = "the gradient is NaN or infinite", "Lower --learning_rate."
+      what, advice = "the update is NaN or infinite", "Lower --learning_rate."
     if self.step > self.saved_step:
       self._save()
     raise base.InputError(

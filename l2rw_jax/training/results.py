@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -86,7 +87,10 @@ def read(folder: pathlib.Path) -> Result:
 def _last_and_best(rows: list[dict[str, Any]]) -> dict[str, Any]:
   tests = [row for row in rows if row.get("test/accuracy") is not None]
   last = {
-    k.removeprefix("test/"): v for k, v in tests[-1].items() if k.startswith("test/")
+    # JSON has no NaN; a loss can overflow where the accuracy is still a number.
+    k.removeprefix("test/"): v if math.isfinite(v) else None
+    for k, v in tests[-1].items()
+    if k.startswith("test/")
   }
   best = max(tests, key=lambda row: row["test/accuracy"])
   return {

@@ -14,7 +14,8 @@ class Failure(NamedTuple):
 
   Attributes:
     step: the step, counted from 0, or -1 while all is well; int32 scalar.
-    losses: how many of its losses were not finite (0: only the gradient).
+    losses: how many of its losses were not finite (0: only the gradient, or what
+      it made of the parameters).
     direction: whether a meta-learned method's direction was not finite, bool.
   """
 
@@ -120,7 +121,8 @@ def train_step(
 
 def _keep_last_good(state, proposed, found, task):
   bad_losses = base.psum(jnp.sum(~jnp.isfinite(found.losses)), task.axis_name)
-  healthy = (bad_losses == 0) & base.all_finite(found.grads)
+  made = (found.grads, proposed.params, proposed.model_state)
+  healthy = (bad_losses == 0) & base.all_finite(made)
   going = healthy & (state.failure.step < 0)
   kept = jax.tree.map(lambda new, old: jnp.where(going, new, old), proposed, state)
   direction = found.metrics.get("direction_finite", jnp.ones(())) == 0
