@@ -1,6 +1,7 @@
 """What every script shares: flags, one-line errors, the folder of the run."""
 
 from collections.abc import Callable
+import math
 import os
 import pathlib
 import sys
@@ -24,14 +25,14 @@ _CACHE_DIR = flags.DEFINE_string(
   "cache_dir", None, "Where decoded data sets are kept. [~/.cache/l2rw_jax]"
 )
 _NUM_DEVICES = flags.DEFINE_integer(
-  "num_devices", None, "Local devices to train on. [all]", lower_bound=1
+  "num_devices",
+  None,
+  "Local devices to train on. [the most that divide the batch]",
+  lower_bound=1,
 )
 _CHECKPOINT_EVERY = flags.DEFINE_integer(
   "checkpoint_every", 1000, "Steps between two checkpoints.", lower_bound=1
 )
-
-# Where things lie does not change what comes out of them.
-_PLACES = ("workdir", "data_dir", "cache_dir")
 
 
 def data_folders() -> dict[str, str | None]:
@@ -54,32 +55,33 @@ def prepare(name: str, module: str, extendable: tuple[str, ...]) -> pathlib.Path
   Args:
     name: of the experiment, for the default folder.
     module: whose flags decide the outcome.
-    extendable: flags that choose which runs to do, not how; a later call may
-      give others and adds to the folder.
+    extendable: flags that choose which runs to do, not how. A later call may
+      give others: runs already there are not repeated, and the table holds
+      what the last call asked for.
   """
-  settings = {
-    flag.name: flag.value
-    for flag in flags.FLAGS.get_flags_for_module(module)
-    if flag.name not in extendable
-  }
-  settings |= {"experiment": name, "num_devices": _NUM_DEVICES.value}
+  settings = {k: v for k, v in flags_of(module).items() if k not in extendable}
+  settings["experiment"] = name
   return workdir.prepare(_WORKDIR.value or f"runs/{name}", settings)
 
 
 def flags_of(module: str) -> dict[str, object]:
-  """Every flag of a script with its value, for the record."""
-  return {f.name: f.value for f in flags.FLAGS.get_flags_for_module(module)}
+  """Every flag that decides a script's outcome, with its value."""
+  found = {f.name: f.value for f in flags.FLAGS.get_flags_for_module(module)}
+  shared = (_NUM_DEVICES, _CHECKPOINT_EVERY)
+  return found | {holder.name: holder.value for holder in shared}
 
 
 def run(main: Callable[[], None]) -> None:
   """Parses the flags and calls `main`; mistakes end with one line and status 2."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   logging.set_verbosity(logging.WARNING)
+  sys.unraisablehook = _report_unraisable
 
   def guarded(argv):
     try:
       if len(argv) > 1:
         raise base.InputError(f"unexpected argument {argv[1]!r}: flags begin with --.")
+      _check_numbers()
       main()
     except (base.InputError, flags.Error) as error:
       _give_up(error)
@@ -92,12 +94,27 @@ def run(main: Callable[[], None]) -> None:
   app.run(guarded, flags_parser=_parse)
 
 
+def _report_unraisable(unraisable: Any) -> None:
+  # After a failed read or write TensorStore still answers Orbax, whose event loop
+  # is closed by then: a traceback for each answer, around our one line.
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
+
+
 def _parse(argv: list[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
     _give_up(error)
     raise  # not reached
+
+
+def _check_numbers() -> None:
+  """absl's bounds let NaN through, and infinity where only one side is bound."""
+  for name, given in flags.FLAGS.flag_values_dict().items():
+    for value in given if isinstance(given, list) else [given]:
+      if isinstance(value, float) and not math.isfinite(value):
+        raise base.InputError(f"--{name}={value} is not a finite number.")
 
 
 def _give_up(error: object) -> None:

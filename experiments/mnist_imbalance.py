@@ -22,6 +22,7 @@ import numpy as np
 import optax
 
 from experiments import _launch
+from experiments import _published
 from experiments import _report
 from l2rw_jax import base
 from l2rw_jax.data import sources
@@ -34,53 +35,7 @@ from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import evaluation
 from l2rw_jax.training import loop
 
-# Test error in % and the drawn error bar (its type is not stated), read off the
-# coordinates of the paper's figure.
-PUBLISHED = {
-  "uniform": {
-    0.9: (1.62, 0.21),
-    0.95: (2.86, 0.30),
-    0.98: (5.80, 0.61),
-    0.99: (10.48, 1.00),
-    0.995: (18.26, 1.72),
-  },
-  "random": {
-    0.9: (1.78, 0.20),
-    0.95: (2.82, 0.55),
-    0.98: (5.62, 0.52),
-    0.99: (9.52, 1.42),
-    0.995: (17.74, 1.97),
-  },
-  "proportion": {
-    0.9: (1.22, 0.17),
-    0.95: (2.04, 0.32),
-    0.98: (3.32, 0.44),
-    0.99: (5.40, 0.58),
-    0.995: (8.30, 1.35),
-  },
-  "resampling": {
-    0.9: (1.40, 0.24),
-    0.95: (1.78, 0.20),
-    0.98: (3.38, 0.41),
-    0.99: (5.96, 0.86),
-    0.995: (9.62, 1.09),
-  },
-  "hard_mining": {
-    0.9: (1.34, 0.39),
-    0.95: (1.48, 0.53),
-    0.98: (2.16, 0.52),
-    0.99: (4.50, 0.87),
-    0.995: (7.74, 1.98),
-  },
-  "l2rw": {
-    0.9: (1.28, 0.54),
-    0.95: (1.44, 0.58),
-    0.98: (1.96, 0.62),
-    0.99: (2.50, 0.75),
-    0.995: (3.62, 0.65),
-  },
-}
-FIGURE_METHODS = list(PUBLISHED)
+FIGURE_METHODS = list(_published.MNIST_IMBALANCE)
 MORE_METHODS = ["fine_tuning", "clean_only"]
 
 
@@ -94,7 +49,7 @@ class Protocol:
     hard_mining_batch: batch size of hard mining.
     variant: of `class_proportion` and `hard_mining`, see there.
     clean_in_train: whether baselines also train on the clean images.
-    num_test: balanced test images; every 4 and 9 there is if None.
+    num_test: balanced test images; 0 for as many as there are.
   """
 
   num_steps: int
@@ -102,13 +57,13 @@ class Protocol:
   hard_mining_batch: int
   variant: str
   clean_in_train: bool
-  num_test: int | None
+  num_test: int
 
 
 # Neither the paper nor its figure mentions momentum; both presets take the
 # code's 0.9. Neither decays the learning rate: the code's decay is dead.
 PROTOCOLS = {
-  "paper": Protocol(8000, 8000, 100, "paper", False, None),
+  "paper": Protocol(8000, 8000, 100, "paper", False, 0),
   "official_code": Protocol(8000, 4000, 500, "official_code", True, 500),
 }
 
@@ -117,6 +72,32 @@ _DATASET = flags.DEFINE_enum(
 )
 _PROTOCOL = flags.DEFINE_enum(
   "protocol", "paper", list(PROTOCOLS), "Whose settings; other flags override."
+)
+_L2RW_STEPS = flags.DEFINE_integer(
+  "l2rw_steps", None, "Updates of L2RW. [the protocol's]", lower_bound=1
+)
+_HARD_MINING_BATCH = flags.DEFINE_integer(
+  "hard_mining_batch",
+  None,
+  "Batch size of hard mining. [the protocol's]",
+  lower_bound=1,
+)
+_VARIANT = flags.DEFINE_enum(
+  "variant",
+  None,
+  ["paper", "official_code"],
+  "Of proportion and hard mining. [the protocol's]",
+)
+_CLEAN_IN_TRAIN = flags.DEFINE_bool(
+  "clean_in_train",
+  None,
+  "Whether baselines train on the clean images too. [the protocol's]",
+)
+_NUM_TEST = flags.DEFINE_integer(
+  "num_test",
+  None,
+  "Balanced test images; 0 for as many as there are. [the protocol's]",
+  lower_bound=0,
 )
 _MAJORITY = flags.DEFINE_multi_float(
   "majority", None, "Shares of the 9s; repeat the flag. [the paper's five]"
@@ -134,9 +115,11 @@ _AT_ONCE = flags.DEFINE_integer(
   lower_bound=1,
 )
 _NUM_STEPS = flags.DEFINE_integer(
-  "num_steps", None, "Updates, for every method. [the protocol's]", lower_bound=1
+  "num_steps", None, "Updates of the baselines. [the protocol's]", lower_bound=1
 )
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 100, "Batch size.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size", 100, "Batch size, but for hard mining.", lower_bound=1
+)
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Of SGD.", lower_bound=0.0)
 _MOMENTUM = flags.DEFINE_float("momentum", 0.9, "Of SGD.", lower_bound=0.0)
 _NUM_TRAIN = flags.DEFINE_integer(
@@ -164,7 +147,7 @@ def make_method(name: str, protocol: Protocol, num_steps: int) -> base.Method:
     "resampling": baselines.resampling,
     "hard_mining": lambda: baselines.hard_mining(protocol.variant),
     "l2rw": l2rw.l2rw,
-    "fine_tuning": lambda: baselines.fine_tuning(num_steps // 10),
+    "fine_tuning": lambda: baselines.fine_tuning(max(1, num_steps // 10)),
     "clean_only": baselines.clean_only,
   }
   return methods[name]()
@@ -180,13 +163,27 @@ class Cell(NamedTuple):
   method: base.Method
 
 
+def make_protocol() -> Protocol:
+  """The protocol with the flags that override it."""
+  given: dict[str, Any] = {
+    "num_steps": _NUM_STEPS.value,
+    "l2rw_steps": _L2RW_STEPS.value,
+    "hard_mining_batch": _HARD_MINING_BATCH.value,
+    "variant": _VARIANT.value,
+    "clean_in_train": _CLEAN_IN_TRAIN.value,
+    "num_test": _NUM_TEST.value,
+  }
+  preset = PROTOCOLS[_PROTOCOL.value]
+  given = {k: v for k, v in given.items() if v is not None}
+  return dataclasses.replace(preset, **given)
+
+
 def make_cell(name: str, majority: float) -> Cell:
   """How a method is run: the protocol's settings under the flags given."""
-  protocol = PROTOCOLS[_PROTOCOL.value]
+  protocol = make_protocol()
   steps = protocol.l2rw_steps if name == "l2rw" else protocol.num_steps
-  steps = _NUM_STEPS.value or steps
   batch_size = _BATCH_SIZE.value
-  if name == "hard_mining" and not flags.FLAGS["batch_size"].present:
+  if name == "hard_mining":
     batch_size = protocol.hard_mining_batch
   config = _launch.run_config(
     num_steps=steps, batch_size=batch_size, eval_every=_EVAL_EVERY.value
@@ -212,7 +209,7 @@ def make_splits(cell: Cell, seeds: Sequence[int]) -> list[splits_lib.Splits]:
       num_train=_NUM_TRAIN.value or (136 if small else 5000),
       num_meta=num_meta if num_meta is not None else (4 if small else 10),
       include_meta=cell.protocol.clean_in_train and not cell.method.needs_meta,
-      num_test=None if small else cell.protocol.num_test,
+      num_test=(not small and cell.protocol.num_test) or None,
     )
     for seed in seeds
   ]
@@ -234,7 +231,7 @@ def train(cell: Cell, folder: pathlib.Path) -> list[dict[str, Any]]:
       optimizer,
       make_splits(cell, seeds),
       folder
-      / f"majority-{cell.majority:g}-{cell.name}"
+      / f"majority-{cell.majority}-{cell.name}"
       / f"splits-{seeds[0]}-{seeds[-1]}",
       evaluators=(evaluation.accuracy, evaluation.per_class_accuracy),
       name=f"{cell.name} at {cell.majority:g}",
@@ -247,7 +244,9 @@ def row(cell: Cell, metrics: dict[str, Any]) -> dict[str, Any]:
   """One run's line of `results.csv`."""
   published: tuple[float | None, float | None] = (None, None)
   if _DATASET.value == "mnist":
-    published = PUBLISHED.get(cell.name, {}).get(cell.majority, published)
+    published = _published.MNIST_IMBALANCE.get(cell.name, {}).get(
+      cell.majority, published
+    )
   return {
     "dataset": _DATASET.value,
     "protocol": _PROTOCOL.value,

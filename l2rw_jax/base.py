@@ -18,6 +18,8 @@ PyTree = Any
 # the row of each example in its training set, beside the model's own inputs.
 Batch = dict[str, Any]
 LossesFn = Callable[..., Any]
+# One mapped axis, several ("data", "model"), or None outside any mapping.
+AxisName = str | tuple[str, ...] | None
 
 
 class InputError(ValueError):
@@ -112,7 +114,7 @@ class Task:
   class_counts: Array
   num_examples: int
   num_steps: int
-  axis_name: str | None = None
+  axis_name: AxisName = None
 
   def losses_fn(
     self, model_state: PyTree, key: Array
@@ -185,7 +187,7 @@ class Method(NamedTuple):
   needs_meta: bool = False
 
 
-def psum(tree: PyTree, axis_name: str | None) -> PyTree:
+def psum(tree: PyTree, axis_name: AxisName) -> PyTree:
   """Sum over the devices of `axis_name`; the identity when it is None.
 
   Never differentiate through this under `pmap`: the transpose of psum is psum
@@ -194,12 +196,17 @@ def psum(tree: PyTree, axis_name: str | None) -> PyTree:
   return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
-def pmean(tree: PyTree, axis_name: str | None) -> PyTree:
+def pmean(tree: PyTree, axis_name: AxisName) -> PyTree:
   """Mean over the devices of `axis_name`; the identity when it is None."""
   return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
-def local(tree: PyTree, axis_name: str | None) -> PyTree:
+def pmax(value: Array, axis_name: AxisName) -> Array:
+  """Maximum over the devices of `axis_name`; the identity when it is None."""
+  return value if axis_name is None else jax.lax.pmax(value, axis_name)
+
+
+def local(tree: PyTree, axis_name: AxisName) -> PyTree:
   """Marks `tree` as this device's own, so that its gradient stays local too.
 
   Only `shard_map` with `check_vma=True` tells apart values that are equal on
@@ -208,13 +215,11 @@ def local(tree: PyTree, axis_name: str | None) -> PyTree:
   """
   if axis_name is None:
     return tree
-  if axis_name not in _varying_axes(jax.lax.axis_index(axis_name)):
-    return tree
+  tracked = _varying_axes(jax.lax.axis_index(axis_name))
 
   def mark(x):
-    if axis_name in _varying_axes(x):
-      return x
-    return jax.lax.pcast(x, axis_name, to="varying")
+    missing = tuple(tracked - _varying_axes(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
   return jax.tree.map(mark, tree)
 
@@ -223,21 +228,21 @@ def _varying_axes(x: Any) -> frozenset[str]:
   return jax.typeof(x).manual_axis_type.varying
 
 
-def global_size(local_size: int, axis_name: str | None) -> int:
+def global_size(local_size: int, axis_name: AxisName) -> int:
   """Number of examples over all devices, each holding `local_size`."""
   if axis_name is None:
     return local_size
   return local_size * jax.lax.axis_size(axis_name)
 
 
-def gather(local_values: Array, axis_name: str | None) -> Array:
+def gather(local_values: Array, axis_name: AxisName) -> Array:
   """This device's [B] values to those of the global batch, in device order."""
   if axis_name is None:
     return local_values
   return jax.lax.all_gather(local_values, axis_name, tiled=True)
 
 
-def own_part(global_values: Array, axis_name: str | None) -> Array:
+def own_part(global_values: Array, axis_name: AxisName) -> Array:
   """The inverse of `gather`: this device's [B] slice of the global batch."""
   if axis_name is None:
     return global_values

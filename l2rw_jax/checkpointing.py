@@ -116,16 +116,18 @@ class Checkpointer:
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
         record, arrays = self._read(step)
-      except (MemoryError, PermissionError):
+      except MemoryError:
         raise  # Says nothing about the checkpoint, so do not delete it.
+      except OSError as error:
+        if isinstance(error, FileNotFoundError):
+          self._drop(step, error)
+          continue
+        raise base.InputError(
+          f"cannot read the checkpoint of step {step} in {self._directory}:"
+          f" {_reason(error)}"
+        ) from error
       except Exception as error:  # Damage can surface as anything.
-        self._manager.delete(step)
-        _log.warning(
-          "checkpoint of step %d in %s is damaged, deleted it: %s",
-          step,
-          self._directory,
-          _reason(error),
-        )
+        self._drop(step, error)
         continue
       misfit = _misfit(record["leaves"], like)
       if misfit:
@@ -150,6 +152,15 @@ class Checkpointer:
     if record["step"] != step or _digest(record, saved.arrays) != expected:
       raise ValueError("checksum does not match")
     return record, saved.arrays
+
+  def _drop(self, step: int, error: Exception) -> None:
+    self._manager.delete(step)
+    _log.warning(
+      "checkpoint of step %d in %s is damaged, deleted it: %s",
+      step,
+      self._directory,
+      _reason(error),
+    )
 
   def _clear_partial(self) -> None:
     for partial in self._directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):

@@ -22,6 +22,7 @@ def inverse_frequency(class_counts: base.Array) -> base.Array:
   [0.6666667 2.       ]
   """
   counts = jnp.asarray(class_counts, jnp.float32)
+  base.check_vector("class_counts", counts)
   present = counts > 0
   inverse = jnp.where(present, 1 / jnp.where(present, counts, 1), 0)
   return inverse * counts.sum() / jnp.maximum(present.sum(), 1)

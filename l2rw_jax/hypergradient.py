@@ -32,11 +32,14 @@ from l2rw_jax import linearization
 
 # Said wherever a direction is found not to be finite.
 OPTIMIZER_TRAP = (
-  "the meta gradient is finite but is not after the look-ahead optimiser."
-  " Optimisers that divide by the root of a squared gradient (adam, adamw, lamb,"
+  "optimisers that divide by the root of a squared gradient (adam, adamw, lamb,"
   " muon, clip_by_global_norm) have no derivative at the zero gradient where"
   " example weights are linearised. Use optimizer=optax.sgd(...), or adam with"
   " eps_root > 0."
+)
+_TRAPPED = (
+  "the meta gradient is finite, but not after the look-ahead optimiser: "
+  + OPTIMIZER_TRAP
 )
 _META = "the meta loss or its gradient is NaN or infinite: check meta_batch and params."
 
@@ -77,7 +80,7 @@ def direction(
   optimizer: optax.GradientTransformation,
   opt_state: base.PyTree,
   has_aux: bool = False,
-  axis_name: str | None = None,
+  axis_name: base.AxisName = None,
 ) -> Direction:
   """The direction v = (d step / d g)^T grad M(step(g)) at g = `inner_gradient`.
 
@@ -114,6 +117,8 @@ def direction(
     if has_aux:
       losses, aux = losses
     base.check_vector("meta_losses_fn's result", losses)
+    if losses.size == 0:
+      raise base.InputError("meta_batch is empty: a meta loss needs an example.")
     return jnp.mean(losses), aux
 
   ahead, transpose = jax.vjp(step, select(inner_gradient))
@@ -128,7 +133,7 @@ def direction(
 
 
 def weight_gradient(
-  linearized: base.Linearized, direction: Direction, axis_name: str | None = None
+  linearized: base.Linearized, direction: Direction, axis_name: base.AxisName = None
 ) -> base.Array:
   """dM/dw, shape [B]: the gradient of the meta loss in this device's weights."""
   return linearized.directional(base.local(direction.vector, axis_name))
@@ -139,7 +144,7 @@ def network_gradient(
   phi: base.PyTree,
   weight_gradient: base.Array,
   *,
-  axis_name: str | None = None,
+  axis_name: base.AxisName = None,
 ) -> base.PyTree:
   """dM/dphi = (dw/dphi)^T dM/dw for a network that makes the weights.
 
@@ -192,11 +197,9 @@ def _check_finite(vector: base.PyTree, meta_gradient: base.PyTree) -> base.Array
   if isinstance(finite, jax.core.Tracer):
     # Both are no-ops unless the caller functionalises with checkify.
     checkify.debug_check(meta_finite, "non-finite direction: " + _META)
-    checkify.debug_check(
-      finite | ~meta_finite, "non-finite direction: " + OPTIMIZER_TRAP
-    )
+    checkify.debug_check(finite | ~meta_finite, "non-finite direction: " + _TRAPPED)
   elif not finite:
     raise FloatingPointError(
-      "non-finite direction: " + (OPTIMIZER_TRAP if meta_finite else _META)
+      "non-finite direction: " + (_TRAPPED if meta_finite else _META)
     )
   return finite

@@ -105,6 +105,11 @@ def linearize(
     return push(select(vector))
 
   def weighted_gradient(weights):
+    weights = jnp.asarray(weights)
+    if weights.shape != losses.shape:
+      raise base.InputError(
+        f"weights must be one number per loss, {losses.shape}; got {weights.shape}."
+      )
     return fill(pull(weights.astype(losses.dtype))[0], zeros=True)
 
   return base.Linearized(losses, directional, weighted_gradient, aux)
@@ -122,7 +127,7 @@ def differentiable(
   all_leaves: list[Any]
   treedef: Any
   all_leaves, treedef = jax.tree.flatten(params)
-  inexact = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in all_leaves]
+  inexact = [jnp.issubdtype(_type(x), jnp.inexact) for x in all_leaves]
 
   def select(tree):
     leaves = treedef.flatten_up_to(tree)
@@ -136,6 +141,16 @@ def differentiable(
     )
 
   return select, fill
+
+
+def _type(leaf: Any) -> Any:
+  try:
+    return jnp.result_type(leaf)
+  except TypeError:
+    raise base.InputError(
+      f"params holds a {type(leaf).__name__}, which is no array: split it off, for"
+      " instance by eqx.partition(model, eqx.is_inexact_array)."
+    ) from None
 
 
 def zero(x: Any) -> Any:

@@ -1,6 +1,5 @@
 """Floor 1: per-example losses, arrays in, [B] out."""
 
-import chex
 import jax.numpy as jnp
 import optax
 
@@ -37,7 +36,8 @@ def sigmoid_cross_entropy(logits: base.Array, labels: base.Array) -> base.Array:
 
 def predictions(logits: base.Array) -> base.Array:
   """Predicted class [B]: the largest logit, or the sign of a single one."""
-  chex.assert_rank(logits, 2)
+  if logits.ndim != 2:
+    raise base.InputError(f"logits must be [B, C]; got {logits.shape}.")
   if logits.shape[1] == 1:
     return (logits[:, 0] > 0).astype(jnp.int32)
   return jnp.argmax(logits, axis=-1)

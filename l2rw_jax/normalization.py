@@ -5,23 +5,26 @@ import jax.numpy as jnp
 from l2rw_jax import base
 
 
-def sum_to_one(scores: base.Array, axis_name: str | None = None) -> base.Array:
+def sum_to_one(scores: base.Array, axis_name: base.AxisName = None) -> base.Array:
   """Divides non-negative scores [B] by their sum over all devices.
 
   All-zero scores stay all zero: the paper's delta guard,
   w_i = s_i / (S + delta(S)) with delta(S) = 1 if S = 0 else 0.
-  NaN stays NaN, so that a broken score is never mistaken for a rejection.
+  NaN stays NaN, so that a broken score is never mistaken for a rejection, and
+  the largest score is divided out first, so that no sum overflows.
 
   References:
     Ren et al., "Learning to Reweight Examples for Robust Deep Learning" (2018),
     eq. (8)-(9).
   """
   base.check_vector("scores", scores)
+  largest = base.pmax(jnp.max(scores, initial=0), axis_name)
+  scores = scores / jnp.where(largest == 0, 1, largest)
   total = base.psum(jnp.sum(scores), axis_name)
   return scores / jnp.where(total == 0, 1, total)
 
 
-def rectify(scores: base.Array, axis_name: str | None = None) -> base.Array:
+def rectify(scores: base.Array, axis_name: base.AxisName = None) -> base.Array:
   """max(scores, 0) made to sum to one over all devices, shape [B].
 
   >>> import jax.numpy as jnp

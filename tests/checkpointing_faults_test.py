@@ -1,5 +1,6 @@
 """Checkpoints that were damaged, half written, or refused by the disk."""
 
+import errno
 import logging
 import pathlib
 import shutil
@@ -10,6 +11,7 @@ import sys
 import checkpointing_test
 import pytest
 
+from l2rw_jax import base
 from l2rw_jax import checkpointing
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -146,15 +148,22 @@ def test_all_damaged_starts_over(two, caplog):
   _assert_same(checkpointer.restore_latest(_state()).state, _state(1))
 
 
-@pytest.mark.parametrize("error", [PermissionError(), MemoryError()])
-def test_what_is_not_damage_deletes_nothing(two, monkeypatch, error):
+@pytest.mark.parametrize(
+  ("error", "raised"),
+  [
+    (PermissionError(errno.EACCES, "Permission denied"), base.InputError),
+    (OSError(errno.EMFILE, "Too many open files"), base.InputError),
+    (MemoryError(), MemoryError),
+  ],
+)
+def test_what_is_not_damage_deletes_nothing(two, monkeypatch, error, raised):
   checkpointer = _open(two)
 
   def fail(*args):
     raise error
 
   monkeypatch.setattr(checkpointing, "_digest", fail)
-  with pytest.raises(type(error)):
+  with pytest.raises(raised):
     checkpointer.restore_latest(_state())
   assert _names(two) == ["1", "2"]
 

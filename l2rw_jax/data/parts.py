@@ -197,6 +197,13 @@ def check_sources(train: sources.Source, test: sources.Source) -> None:
   one, other = (
     (source.images.shape[1:], source.num_classes) for source in (train, test)
   )
+  if train[:2] == test[:2] and train.split != test.split:
+    whole = [source.split.partition("[")[0] for source in (train, test)]
+    if whole[0] == whole[1]:
+      raise base.InputError(
+        f"{train.split} and {test.split} of {train.name} may share images; give the"
+        f" whole split {whole[0]} twice, or take test from another split"
+      )
   if one != other:
     raise base.InputError(
       f"train and test do not fit: images of shape {one[0]} in {one[1]} classes"

@@ -95,8 +95,8 @@ def class_proportion(variant: str = "paper") -> base.Method:
 def resampling() -> base.Method:
   """Class-balanced batches: every class equally often, drawn with replacement.
 
-  Any run of C consecutive examples holds one of each class, so a batch whose
-  size is a multiple of C is exactly balanced.
+  Examples come in rounds of C, one of each class, so a batch whose size is a
+  multiple of C is exactly balanced.
   """
 
   def sample(state, task, train, rng):
@@ -179,9 +179,14 @@ def fine_tuning(num_steps: int, method: base.Method | None = None) -> base.Metho
   """A method, then `num_steps` last steps on the clean set alone.
 
   Args:
-    num_steps: length of the second phase, at the end of the run.
+    num_steps: length of the second phase, at the end of the run; at least 1.
     method: the first phase; `uniform()` if None.
+
+  Raises:
+    InputError: `num_steps` is less than 1.
   """
+  if num_steps < 1:
+    raise base.InputError(f"fine_tuning: num_steps={num_steps} must be at least 1.")
   first = method or uniform()
   second = clean_only()
 

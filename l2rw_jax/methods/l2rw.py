@@ -32,6 +32,7 @@ References:
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -50,8 +51,9 @@ class ExampleWeights(NamedTuple):
       per unit of weight: how much one example's step lowers the clean loss.
     meta_loss: mean loss of the clean batch at the look-ahead, scalar.
     losses: the batch's own losses, [B].
-    finite: False if the meta gradient or its way through the optimiser was NaN
-      or infinite (then so are scores and weights); bool scalar.
+    finite: False if a score was NaN or infinite (then so are the weights),
+      because of a loss, the meta gradient or its way through the optimiser;
+      bool scalar.
     aux: what `losses_fn` returned beside the losses of `batch`, else None.
   """
 
@@ -72,7 +74,7 @@ def example_weights(
   optimizer: optax.GradientTransformation | None = None,
   opt_state: base.PyTree = None,
   meta_losses_fn: base.LossesFn | None = None,
-  axis_name: str | None = None,
+  axis_name: base.AxisName = None,
   has_aux: bool = False,
   derivative: str = "forward",
 ) -> ExampleWeights:
@@ -99,13 +101,13 @@ def example_weights(
     derivative: see `linearization.linearize`; for models with a `jax.custom_vjp`.
 
   Returns:
-    An `ExampleWeights`. Constants: no gradient should be taken through them.
+    An `ExampleWeights`; no gradient flows through its weights and scores.
 
   Raises:
     InputError: losses are not of shape [B], or the model has no forward
       derivative (a ValueError, at trace time).
-    FloatingPointError: outside `jit`, when the direction is not finite; under
-      `jit` look at `.finite`.
+    FloatingPointError: outside `jit`, when the direction or a score is not
+      finite; under `jit` look at `.finite`.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -143,7 +145,7 @@ def weigh(
   *,
   optimizer: optax.GradientTransformation | None = None,
   opt_state: base.PyTree = None,
-  axis_name: str | None = None,
+  axis_name: base.AxisName = None,
   has_aux: bool = False,
 ) -> ExampleWeights:
   """`example_weights` of a batch that is already linearised at `params`."""
@@ -160,14 +162,26 @@ def weigh(
     axis_name=axis_name,
   )
   scores = -hypergradient.weight_gradient(linearized, direction, axis_name)
+  # Constants, also when called inside the loss that is being differentiated.
+  scores = jax.lax.stop_gradient(scores)
   return ExampleWeights(
     weights=normalization.rectify(scores, axis_name),
     scores=scores,
     meta_loss=direction.meta_loss,
     losses=linearized.losses,
-    finite=direction.finite,
+    finite=direction.finite & _check_finite(scores, axis_name),
     aux=linearized.aux,
   )
+
+
+def _check_finite(scores: base.Array, axis_name: base.AxisName) -> base.Array:
+  num_bad = base.psum(jnp.sum(~jnp.isfinite(scores)), axis_name)
+  if not isinstance(num_bad, jax.core.Tracer) and num_bad:
+    raise FloatingPointError(
+      f"{num_bad} of {scores.size} scores are NaN or infinite: look at the losses of"
+      " batch and their gradients."
+    )
+  return num_bad == 0
 
 
 def weighted_value_and_grad(
@@ -175,7 +189,7 @@ def weighted_value_and_grad(
   *,
   optimizer: optax.GradientTransformation | None = None,
   meta_losses_fn: base.LossesFn | None = None,
-  axis_name: str | None = None,
+  axis_name: base.AxisName = None,
   has_aux: bool = False,
   derivative: str = "forward",
 ) -> Callable[..., tuple[tuple[base.Array, ExampleWeights], base.PyTree]]:

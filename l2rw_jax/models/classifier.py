@@ -59,7 +59,7 @@ class Classifier(NamedTuple):
     class_counts: base.Array,
     num_examples: int,
     num_steps: int,
-    axis_name: str | None = None,
+    axis_name: base.AxisName = None,
   ) -> base.Task:
     """The learning problem of this classifier; arguments as in `base.Task`."""
     return base.Task(

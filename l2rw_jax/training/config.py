@@ -23,7 +23,7 @@ class Config:
     log_every: steps between two rows of training metrics.
     eval_every: steps between two evaluations.
     checkpoint_every: steps between two checkpoints.
-    num_devices: local devices to use; all if None.
+    num_devices: local devices to use; if None, the most that divide the batch.
   """
 
   num_steps: int
@@ -40,12 +40,7 @@ def check(
   config: Config, method: base.Method, splits: Sequence[splits_lib.Splits]
 ) -> None:
   """Raises InputError unless `train` can start with these."""
-  num_devices = len(devices.choose(config.num_devices))
-  if config.batch_size % num_devices:
-    raise base.InputError(
-      f"--batch_size={config.batch_size} does not divide among {num_devices}"
-      " devices; choose a multiple, or fewer with --num_devices."
-    )
+  devices.choose(config.num_devices, config.batch_size)
   for seed, split in zip(config.seeds, splits, strict=True):
     for part in ("train", "meta", "test"):
       examples = getattr(split, part)

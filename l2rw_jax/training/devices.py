@@ -17,19 +17,29 @@ from l2rw_jax import base
 AXIS_NAME = "devices"
 
 
-def choose(num_devices: int | None) -> list[jax.Device]:
-  """The first `num_devices` local devices; all of them if None.
+def choose(num_devices: int | None, batch_size: int) -> list[jax.Device]:
+  """The first `num_devices` local devices.
+
+  Args:
+    num_devices: how many; if None, the most that divide the batch evenly.
+    batch_size: B.
 
   Raises:
-    InputError: there are not that many.
+    InputError: there are not that many, or the batch does not divide among them.
   """
   available = jax.local_devices()
   if num_devices is None:
-    return available
+    most = min(len(available), batch_size)
+    return available[: next(n for n in range(most, 0, -1) if batch_size % n == 0)]
   if not 1 <= num_devices <= len(available):
     raise base.InputError(
       f"--num_devices={num_devices}: this machine has {len(available)}"
       f" {available[0].platform} device(s)."
+    )
+  if batch_size % num_devices:
+    raise base.InputError(
+      f"--batch_size={batch_size} does not divide among --num_devices={num_devices};"
+      " choose a multiple, or fewer devices."
     )
   return available[:num_devices]
 

@@ -72,10 +72,30 @@ def train(
   folders = [folder / f"seed-{seed}" for seed in config.seeds]
   if not all((f / results.RESULTS).exists() for f in folders):
     config_lib.check(config, method, splits)
-    run = _Run(config, model, method, optimizer, splits, folder, evaluators, name)
-    with run.files:
-      run.finish()
+    _check_model(model, splits[0])
+    with contextlib.ExitStack() as files:
+      _Run(
+        config, model, method, optimizer, splits, folder, evaluators, name, files
+      ).finish()
   return [results.read(f) for f in folders]
+
+
+def _check_model(model: classifier.Classifier, split: splits_lib.Splits) -> None:
+  """Raises InputError unless the network has the data's number of classes."""
+  batch = batches_lib.examples_dict(split.test)
+
+  def logits(key):
+    params, model_state = model.init(key, batch)
+    return model.forward(params, model_state, batch, key, False)[0]
+
+  width = jax.eval_shape(logits, jax.random.key(0)).shape[-1]
+  if model.num_classes != split.num_classes or width not in (
+    {1, 2} if split.num_classes == 2 else {split.num_classes}
+  ):
+    raise base.InputError(
+      f"a classifier of {model.num_classes} classes with {width} logits does not fit"
+      f" data of {split.num_classes} classes."
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -120,14 +140,14 @@ class _Run:
   """R runs in progress: device state, host state and open files."""
 
   def __init__(
-    self, config, model, method, optimizer, splits, folder, evaluators, name
+    self, config, model, method, optimizer, splits, folder, evaluators, name, files
   ):
     self.config, self.model, self.method = config, model, method
     self.optimizer, self.splits, self.name = optimizer, splits, name
     self.folder, self.evaluators = folder, evaluators
     self.folders = [folder / f"seed-{seed}" for seed in config.seeds]
     self.num_runs = len(config.seeds)
-    self.devices = devices_lib.choose(config.num_devices)
+    self.devices = devices_lib.choose(config.num_devices, config.batch_size)
     counts = [splits_lib.class_counts(s.train, s.num_classes) for s in splits]
     self.class_counts = jnp.asarray(np.stack(counts), jnp.int32)
     self.pending: list[tuple[np.ndarray, step_lib.StepOutput]] = []
@@ -141,7 +161,7 @@ class _Run:
       self.num_runs,
       tuple(self.devices),
     )
-    self.files = contextlib.ExitStack()
+    self.files = files
     self.checkpointer = checkpointing.Checkpointer(folder / "checkpoints")
     self.files.callback(self.checkpointer.close)
     self._restore_or_init()
