@@ -27,3 +27,12 @@ def x64():
   """Double precision, for finite differences."""
   with jax.enable_x64(True):
     yield
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+  """A third of the compile time, for tests of what does not depend on XLA's care."""
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)

@@ -18,7 +18,7 @@ from l2rw_jax import hypergradient
 from l2rw_jax import linearization
 from l2rw_jax import losses
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "x64")
 
 _B, _M, _CLASSES = 5, 4, 2
 _DECAY = 0.1
@@ -111,7 +111,6 @@ _OPTIMIZERS = {
   "sgd": optax.sgd(0.3),
   "momentum": optax.sgd(0.3, momentum=0.9),
   "nesterov": optax.sgd(0.3, momentum=0.9, nesterov=True),
-  "sgd_schedule": optax.sgd(_SCHEDULE),
   "decay_in_the_optimizer": optax.chain(
     optax.add_decayed_weights(_DECAY), optax.sgd(0.3, momentum=0.9)
   ),
@@ -158,19 +157,22 @@ def test_decay_in_the_loss_equals_the_unrolled_step():
 def test_no_inner_gradient_is_a_zero_one():
   batch, meta_batch = _data()
   optimizer = optax.sgd(0.1)
-  state = optimizer.init(_params())
-  ours = _ours(
-    _losses_fn, _params(), batch, meta_batch, jnp.zeros(_B), optimizer, state
-  )
-  direction = hypergradient.direction(
-    _losses_fn, _params(), meta_batch, optimizer=optimizer, opt_state=state
-  )
-  linearized = linearization.linearize(_losses_fn, _params(), batch)
-  actual = hypergradient.weight_gradient(linearized, direction)
-  np.testing.assert_allclose(actual, ours, rtol=1e-13)
-  np.testing.assert_allclose(
-    direction.meta_loss, _losses_fn(_params(), meta_batch).mean(), rtol=1e-13
-  )
+
+  @jax.jit
+  def both(params):
+    state = optimizer.init(params)
+    direction = hypergradient.direction(
+      _losses_fn, params, meta_batch, optimizer=optimizer, opt_state=state
+    )
+    linearized = linearization.linearize(_losses_fn, params, batch)
+    actual = hypergradient.weight_gradient(linearized, direction)
+    expected = _ours(
+      _losses_fn, params, batch, meta_batch, jnp.zeros(_B), optimizer, state
+    )
+    meta_loss = _losses_fn(params, meta_batch).mean()
+    return (actual, direction.meta_loss), (expected, meta_loss)
+
+  chex.assert_trees_all_close(*both(_params()), rtol=1e-13)
 
 
 def test_ridge_regression_in_closed_form():
@@ -203,7 +205,7 @@ class _Net(nn.Module):
 
 def test_through_batch_statistics():
   batch, meta_batch = _data()
-  variables = _Net().init(jax.random.key(0), batch["x"])
+  variables = jax.jit(_Net().init)(jax.random.key(0), batch["x"])
   params = variables.pop("params")
 
   def losses_fn(params, batch):
@@ -215,11 +217,16 @@ def test_through_batch_statistics():
   optimizer = optax.sgd(0.3, momentum=0.9)
   data = (losses_fn, params, batch, meta_batch)
   options = {"optimizer": optimizer, "opt_state": _warm(optimizer, params)}
-  for weights in (jnp.zeros(_B), jnp.full(_B, 1 / _B)):
+
+  @jax.jit
+  def both(weights):
     expected = hypergradient.unrolled_weight_gradient(
       losses_fn, *data, weights, **options
     )
-    _assert_close(_ours(*data, weights, **options), expected, 1e-12)
+    return _ours(*data, weights, **options), expected
+
+  for weights in (jnp.zeros(_B), jnp.full(_B, 1 / _B)):
+    _assert_close(*both(weights), 1e-12)
 
 
 def test_leaves_that_are_not_floating_point_stay():
@@ -289,7 +296,7 @@ _TRAPS = {
 @pytest.mark.parametrize("name", _TRAPS)
 def test_an_optimizer_without_a_derivative_at_zero_is_named(name):
   _, meta_batch = _data()
-  with pytest.raises(FloatingPointError, match="meta gradient is finite but.*adam"):
+  with pytest.raises(FloatingPointError, match=r"meta gradient is finite.*adam"):
     _direction(_TRAPS[name], meta_batch)
   checked = checkify.checkify(
     jax.jit(lambda batch: _direction(_TRAPS[name], batch).finite)

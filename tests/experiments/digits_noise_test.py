@@ -1,0 +1,199 @@
+"""The demonstration as its users meet it: what it leaves, and every mistake."""
+
+import re
+
+import numpy as np
+import pytest
+import scripts
+
+_NAME = "digits_noise"
+_SMALL = ("--num_steps=4", "--num_seeds=2", "--num_devices=1")
+_FLAGS = {
+  "methods": ["l2rw", "uniform"],
+  "noise": "uniform_flip",
+  "noise_fraction": 0.3,
+  "num_meta": 5,
+  "num_seeds": 2,
+  "num_steps": 4,
+  "batch_size": 100,
+  "meta_batch_size": None,
+  "learning_rate": 0.1,
+  "momentum": 0.0,
+  "num_devices": 1,
+  "checkpoint_every": 1000,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """Where a short run was started, without --workdir, and what it printed."""
+  cwd = tmp_path_factory.mktemp(_NAME)
+  (cwd / "flags.txt").write_text("\n".join([*_SMALL, "--noise_fraction=0.3"]))
+  done = scripts.run(_NAME, "--flagfile=flags.txt", "--methods=l2rw,uniform", cwd=cwd)
+  assert done.status == 0 and done.complaints == "", done.complaints
+  return cwd, done.printed
+
+
+def test_the_table_and_where_it_was_written(run):
+  _, printed = run
+  header, *lines = scripts.table(printed)
+  assert header[0] == "method" and header[-1] == "seeds"
+  assert [(line[0], line[-1]) for line in lines] == [("l2rw", "2"), ("uniform", "2")]
+  assert all(re.fullmatch(r"\d+\.\d\d ± \d+\.\d\d", line[1]) for line in lines)
+  last = printed.splitlines()[-1]
+  assert last == "written: runs/digits_noise/results.json, results.csv, figure.png"
+
+
+def test_each_row_tells_all_about_its_run(run):
+  cwd, printed = run
+  folder = cwd / "runs" / _NAME
+  rows, csv_rows, flags = scripts.saved_rows(folder)
+  assert flags == _FLAGS
+  order = [("l2rw", 0), ("l2rw", 1), ("uniform", 0), ("uniform", 1)]
+  assert [(row["method"], row["seed"]) for row in rows] == order
+  for row, csv_row in zip(rows, csv_rows, strict=True):
+    assert re.fullmatch(r"[0-9a-f]{40}(\+dirty)?|unknown", row["commit"])
+    assert row["platform"] == "cpu" and row["device_count"] == 8
+    for name in ("python", "jax", "jaxlib", "flax", "optax", "numpy"):
+      assert re.match(r"\d+\.\d+", row[name])
+    assert row["num_steps"] == 4 and 0 < row["accuracy_percent"] < 100
+    assert len(row["params_sha256"]) == 64 and len(row["data"]) == 16
+    expected = {k: "" if v is None else str(v) for k, v in row.items()}
+    given = csv_row.pop("flags")
+    assert csv_row == expected
+    assert "--noise_fraction=0.3" in given and "--methods=l2rw,uniform" in given
+  assert rows[0]["data"] == rows[2]["data"] != rows[1]["data"]
+  mean = np.mean([row["accuracy_percent"] for row in rows[:2]])
+  assert scripts.table(printed)[1][1].startswith(f"{mean:.2f} ")
+  assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+_MISTAKES = {
+  "unknown_flag": (["--nonsense=1"], "Unknown command line flag 'nonsense'"),
+  "unknown_method": (["--methods=l2rw,magic"], "--methods=magic: choose among uniform"),
+  "no_method": (["--methods="], "--methods= is empty: choose among uniform"),
+  "unknown_noise": (["--noise=salt"], "<uniform_flip|background_flip>"),
+  "noise_fraction": (["--noise_fraction=1.5"], "1.5 is not a number in the range"),
+  "noise_nan": (
+    ["--noise_fraction=nan"],
+    "--noise_fraction=nan is not a finite number.",
+  ),
+  "meta_too_many": (["--num_meta=1000"], "class 0 has 128 images in digits train"),
+  "meta_negative": (["--num_meta=-1"], "num_meta_per_class must be an integer"),
+  "meta_none": (["--num_meta=0"], "needs a clean meta set and it is empty"),
+  "meta_batch": (["--meta_batch_size=51"], "between 1 and the 50 clean examples"),
+  "meta_batch_zero": (["--meta_batch_size=0"], "between 1 and the 50 clean examples"),
+  "batch": (["--batch_size=1248"], "is larger than the 1247 training examples"),
+  "batch_zero": (["--batch_size=0"], "0 is not a positive integer"),
+  "indivisible": (["--num_devices=3"], "=100 does not divide among --num_devices=3"),
+  "devices": (["--num_devices=9"], "--num_devices=9: this machine has 8 cpu device(s)"),
+  "steps": (["--num_steps=many"], "invalid literal for int()"),
+  "learning_rate": (["--learning_rate=-1"], "-1.0 is not a non-negative number"),
+  "learning_rate_inf": (["--learning_rate=inf"], "is not a finite number"),
+  "positional": (["l2rw"], "unexpected argument 'l2rw': flags begin with --."),
+  "flagfile": (["--flagfile=/nowhere/flags.txt"], "Unable to open flagfile"),
+  "not_a_folder": (["--workdir={tmp}/file/run"], "/file/run: cannot write (Not a dir"),
+  "other_settings": (
+    ["--workdir={run}/runs/digits_noise"],
+    "holds a run with other settings: noise_fraction was 0.3, now 0.4",
+  ),
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes(run, tmp_path_factory):
+  """Outcome and folder of every mistake, and whether it left the run alone."""
+  folder = tmp_path_factory.mktemp("mistakes")
+  (folder / "file").touch()
+  commands = [
+    [*_SMALL, f"--workdir={folder}/{name}"]
+    + [a.format(tmp=folder, run=run[0]) for a in arguments]
+    for name, (arguments, _) in _MISTAKES.items()
+  ]
+  before = scripts.contents(run[0])
+  outcomes = scripts.run_many(_NAME, commands)
+  assert scripts.contents(run[0]) == before
+  return dict(zip(_MISTAKES, outcomes, strict=True)), folder
+
+
+@pytest.mark.parametrize("name", _MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
+  outcomes, folder = mistakes
+  scripts.assert_one_line(outcomes[name], _MISTAKES[name][1])
+  assert [path.name for path in folder.iterdir()] == ["file"]
+
+
+def test_a_mistake_from_the_shell_ends_the_same_way(tmp_path):
+  done = scripts.run(_NAME, "--num_metas=3", cwd=tmp_path)
+  scripts.assert_one_line(done, "Unknown command line flag 'num_metas'. Did you mean")
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_flag(tmp_path):
+  done = scripts.run(_NAME, "--help", cwd=tmp_path)
+  assert done.status == 1 and done.complaints == ""  # As in every absl program.
+  for name in (*_FLAGS, "workdir", "data_dir", "cache_dir"):
+    assert re.search(rf"^  --{name}:", done.printed, re.MULTILINE), name
+  assert done.printed.startswith("L2RW against its baselines")
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path):
+  flags = [*_SMALL, "--methods=uniform", "--workdir=run"]
+  module = f"experiments.{_NAME}"
+  done = scripts.start("-c", scripts.FULL_DISK, module, 200_000, *flags, cwd=tmp_path)
+  scripts.assert_one_line(done, "cannot write the checkpoint of step 4")
+  assert "File too large. Free some space and run the same command" in done.complaints
+  assert not list(tmp_path.rglob("results.json"))
+  done = scripts.run(_NAME, *flags, cwd=tmp_path)
+  assert done.status == 0 and done.complaints == ""
+  assert len(scripts.table(done.printed)) == 2
+
+
+def test_divergence_is_one_line_and_stays_so(tmp_path):
+  small = ["--num_seeds=1", "--num_devices=1", "--methods=uniform"]
+  diverging = [*small, f"--workdir={tmp_path}/run", "--learning_rate=1e20"]
+  finished = [*small, f"--workdir={tmp_path}/short", "--learning_rate=1e20"]
+  many = "--num_steps=9"
+  first, again, short = scripts.run_many(
+    _NAME, [[*diverging, many], [*diverging, many], [*finished, "--num_steps=1"]]
+  )
+  scripts.assert_one_line(first, "uniform, seed 0, step 1: ")
+  assert "losses are NaN or infinite; the last good parameters" in first.complaints
+  assert again == first
+  assert not list((tmp_path / "run").rglob("results.json"))
+  # Its only step was sound, so there is a result: bad, but no number is missing.
+  assert short.status is None and len(scripts.table(short.printed)) == 2
+
+
+_FUNCTIONS = """
+import numpy as np
+from experiments import digits_noise
+nan = float("nan")
+
+def auroc(labels, mean):
+  return digits_noise.auroc({
+    "label": np.array(labels), "true_label": np.zeros(len(labels)),
+    "mean_weight": np.array(mean),
+  })
+
+print(auroc([0, 0, 1, 1], [3, 2, 1, 0]), auroc([0, 0, 1, 1], [0, 1, 2, 3]))
+print(auroc([0, 1, 0, 1], [2, 1, 0, nan]), auroc([0, 1, 0], [nan, nan, nan]))
+print(auroc([0, 0], [1, 2]), auroc([1, 1], [1, 2]), auroc([0, 1], [1, 1]))
+row = {"method": "l2rw", "best_accuracy": 0.5}
+print(digits_noise.summarise([
+  {**row, "accuracy_percent": 40.0, "weight_auroc": 0.75},
+  {**row, "accuracy_percent": 60.0, "weight_auroc": None},
+  {**row, "method": "uniform", "accuracy_percent": 30.0, "weight_auroc": None},
+]))
+"""
+
+
+def test_auroc_and_summary_by_hand():
+  done = scripts.start("-c", _FUNCTIONS)
+  assert done.complaints == ""
+  assert done.printed.splitlines()[:3] == ["1.0 0.0", "0.5 None", "None None None"]
+  # Two values: their mean, and t(0.975, 1) = 12.706 standard errors of 10.
+  assert scripts.table(done.printed)[1:] == [
+    ["l2rw", "50.00 ± 127.06", "50.00 ± 0.00", "0.750", "2"],
+    ["uniform", "30.00", "50.00", "-", "1"],
+  ]

@@ -1,0 +1,208 @@
+"""The MNIST imbalance figure on a small scale: what it leaves, and every mistake."""
+
+import re
+
+import pytest
+import scripts
+
+_NAME = "mnist_imbalance"
+_STEPS = ("--num_steps=2", "--l2rw_steps=2", "--num_devices=1")
+_SMALL = (*_STEPS, "--dataset=digits", "--num_splits=2", "--hard_mining_batch=50")
+_FLAGS = (
+  "dataset",
+  "protocol",
+  "l2rw_steps",
+  "hard_mining_batch",
+  "variant",
+  "clean_in_train",
+  "num_test",
+  "majority",
+  "methods",
+  "num_splits",
+  "splits_at_once",
+  "num_steps",
+  "batch_size",
+  "learning_rate",
+  "momentum",
+  "num_train",
+  "num_meta",
+  "eval_every",
+  "num_devices",
+  "checkpoint_every",
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A short run's folder and what it printed."""
+  cwd = tmp_path_factory.mktemp(_NAME)
+  (cwd / "flags.txt").write_text("\n".join([*_SMALL, "--splits_at_once=2"]))
+  done = scripts.run(
+    _NAME, "--flagfile=flags.txt", "--majority=0.9", "--methods=l2rw,uniform", cwd=cwd
+  )
+  assert done.status == 0 and done.complaints == "", done.complaints
+  return cwd / "runs" / _NAME, done.printed
+
+
+def test_what_a_run_leaves(run):
+  folder, printed = run
+  header, *lines = scripts.table(printed)
+  assert header == [
+    "majority",
+    "method",
+    "error % (95% interval)",
+    "published",
+    "splits",
+  ]
+  # Nothing was published for digits.
+  found = [(line[0], line[1], *line[3:]) for line in lines]
+  assert found == [("0.9", "l2rw", "-", "2"), ("0.9", "uniform", "-", "2")]
+  assert printed.splitlines()[-1].startswith("written: runs/mnist_imbalance/results")
+  rows, csv_rows, flags = scripts.saved_rows(folder)
+  assert set(flags) == set(_FLAGS) and flags["majority"] == [0.9]
+  order = [("l2rw", 0), ("l2rw", 1), ("uniform", 0), ("uniform", 1)]
+  assert [(row["method"], row["seed"]) for row in rows] == order
+  for row, csv_row in zip(rows, csv_rows, strict=True):
+    assert re.fullmatch(r"[0-9a-f]{40}(\+dirty)?|unknown", row["commit"])
+    assert row["platform"] == "cpu" and re.match(r"\d+\.\d+", row["jax"])
+    assert (row["dataset"], row["protocol"]) == ("digits", "paper")
+    assert row["published_error_percent"] is None
+    given = csv_row.pop("flags")
+    assert csv_row == {k: "" if v is None else str(v) for k, v in row.items()}
+    assert "--majority=0.9 " in given and "--splits_at_once=2" in given
+  assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_more_methods_are_added_to_a_folder_without_repeating(run):
+  folder, _ = run
+  parts = {p: p.stat().st_mtime_ns for p in folder.glob("majority-*/**/*")}
+  flags = [*_SMALL, "--splits_at_once=2", "--majority=0.9", "--majority=0.9"]
+  # What is asked for twice is still one method at one majority.
+  methods = "--methods=hard_mining,hard_mining,uniform"
+  (done,) = scripts.run_many(_NAME, [[*flags, methods, f"--workdir={folder}"]])
+  assert done.status is None and done.complaints == "", done
+  lines = scripts.table(done.printed)[1:]
+  assert [(line[1], line[-1]) for line in lines] == [
+    ("hard_mining", "2"),
+    ("uniform", "2"),
+  ]
+  assert {p: p.stat().st_mtime_ns for p in parts} == parts
+
+
+_MISTAKES = {
+  "unknown_flag": (["--nonsense=1"], "Unknown command line flag 'nonsense'"),
+  "unknown_method": (["--methods=magic"], "--methods=magic: choose among uniform"),
+  "no_method": (["--methods="], "--methods=: choose among uniform"),
+  "unknown_data": (["--dataset=nmist"], "should be one of <mnist|digits>"),
+  "no_data": (["--dataset=mnist", "--data_dir={tmp}/none"], "'mnist' is not there"),
+  "protocol": (["--protocol=ours"], "should be one of <paper|official_code>"),
+  "majority_0": (["--majority=0"], "majority must lie between 0 and 1; got 0.0"),
+  "majority_1": (["--majority=1"], "majority must lie between 0 and 1; got 1.0"),
+  "majority_1.5": (["--majority=1.5"], "majority must lie between 0 and 1; got 1.5"),
+  "majority_nan": (["--majority=nan"], "--majority=nan is not a finite number"),
+  "majority_second": (
+    ["--majority=0.9", "--majority=0.999"],
+    "Use num_train=130 or less",
+  ),
+  "majority_text": (["--majority=most"], "could not convert string to float: 'most'"),
+  "meta_many": (["--num_meta=140"], "nothing is left to train on"),
+  "meta_odd": (["--num_meta=3"], "num_meta must be even"),
+  "meta_negative": (["--num_meta=-2"], "num_meta must be an integer of at least 0"),
+  "meta_none": (["--num_meta=0"], "needs a clean meta set and it is empty"),
+  "train_many": (["--num_train=5000"], "Use num_train=144 or less"),
+  "train_none": (["--num_train=0"], "0 is not a positive integer"),
+  "batch": (["--batch_size=132"], "is larger than the 131 training examples"),
+  "indivisible": (["--num_devices=3"], "=100 does not divide among --num_devices=3"),
+  "devices": (["--num_devices=9"], "--num_devices=9: this machine has 8 cpu device(s)"),
+  "splits": (["--num_splits=0"], "0 is not a positive integer"),
+  "positional": (["digits"], "unexpected argument 'digits': flags begin with --."),
+  "not_a_folder": (["--workdir={tmp}/file/run"], "/file/run: cannot write (Not a dir"),
+  "other_settings": (["--workdir={run}", "--momentum=0"], "momentum was 0.9, now 0.0"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes(run, tmp_path_factory):
+  """Outcome of every mistake and the folder they were to write in."""
+  folder = tmp_path_factory.mktemp("mistakes")
+  (folder / "file").touch()
+  commands = [
+    [*_SMALL, f"--workdir={folder}/{name}"]
+    + [a.format(tmp=folder, run=run[0]) for a in arguments]
+    for name, (arguments, _) in _MISTAKES.items()
+  ]
+  before = scripts.contents(run[0])
+  outcomes = scripts.run_many(_NAME, commands)
+  assert scripts.contents(run[0]) == before
+  return dict(zip(_MISTAKES, outcomes, strict=True)), folder
+
+
+@pytest.mark.parametrize("name", _MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
+  outcomes, folder = mistakes
+  scripts.assert_one_line(outcomes[name], _MISTAKES[name][1])
+  assert [path.name for path in folder.iterdir()] == ["file"]
+
+
+def test_missing_data_says_where_it_looked_and_how_to_get_them(mistakes):
+  outcomes, folder = mistakes
+  said = outcomes["no_data"].complaints
+  assert f"{folder}/none/mnist" in said
+  assert "--data_dir=" in said and "download_and_prepare()" in said
+
+
+def test_helpfull_names_every_flag(tmp_path):
+  done = scripts.run(_NAME, "--helpfull", cwd=tmp_path)
+  assert done.status == 1 and done.complaints == ""  # As in every absl program.
+  for name in (*_FLAGS, "workdir", "data_dir", "cache_dir", "flagfile"):
+    assert re.search(rf"^  --(\[no\])?{name}:", done.printed, re.MULTILINE), name
+  assert "Ren et al." in done.printed
+
+
+_FUNCTIONS = """
+from experiments import mnist_imbalance
+l2rw = {
+  "majority": 0.995, "method": "l2rw",
+  "published_error_percent": 3.62, "published_error_bar": 0.65,
+}
+none = {"published_error_percent": None, "published_error_bar": None}
+rows = [{**l2rw, "error_percent": e} for e in (3.0, 4.0, 5.0)]
+rows.append({**l2rw, **none, "method": "clean_only", "error_percent": 7.5})
+rows.append({**l2rw, **none, "majority": 0.9, "error_percent": 1.0})
+print(mnist_imbalance.summarise(rows))
+"""
+
+
+def test_the_summary_puts_ours_beside_what_was_published():
+  done = scripts.start("-c", _FUNCTIONS)
+  assert done.complaints == ""
+  # t(0.975, 2) = 4.3027 standard errors of 1 / sqrt(3).
+  assert scripts.table(done.printed)[1:] == [
+    ["0.995", "l2rw", "4.00 ± 2.48", "3.62 ± 0.65", "3"],
+    ["0.995", "clean_only", "7.50", "-", "1"],
+    ["0.9", "l2rw", "1.00", "-", "1"],
+  ]
+
+
+@pytest.mark.real_data
+def test_the_right_end_of_the_figure_on_mnist(tfds_dir, tmp_path):
+  done = scripts.run(
+    _NAME,
+    f"--data_dir={tfds_dir}",
+    "--cache_dir=cache",
+    "--workdir=run",
+    "--majority=0.995",
+    "--methods=l2rw,hard_mining",
+    "--num_splits=1",
+    "--protocol=official_code",
+    *_STEPS,
+    cwd=tmp_path,
+  )
+  assert done.status == 0 and done.complaints == "", done.complaints
+  lines = scripts.table(done.printed)[1:]
+  assert [line[3] for line in lines] == ["3.62 ± 0.65", "7.74 ± 1.98"]
+  rows, _, flags = scripts.saved_rows(tmp_path / "run")
+  assert [row["batch_size"] for row in rows] == [100, 500]
+  assert [row["published_error_percent"] for row in rows] == [3.62, 7.74]
+  assert flags["dataset"] == "mnist"
+  assert (tmp_path / "run" / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,64 @@
+"""Intervals and tables of results, by hand."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import _report
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0], [3.5, 4.5, 4.0, 10.0, -2.0]])
+def test_interval_is_that_of_student(values):
+  found = _report.interval(values)
+  low, high = stats.t.interval(
+    0.95, len(values) - 1, loc=np.mean(values), scale=stats.sem(values)
+  )
+  assert found.mean == pytest.approx((low + high) / 2)
+  assert found.half_width == pytest.approx((high - low) / 2)
+  assert found.repeats == len(values)
+
+
+def test_interval_by_hand():
+  # Mean 20, standard deviation 10, t(0.975, 2) = 4.302653.
+  found = _report.interval([10.0, 20.0, 30.0])
+  assert found.half_width == pytest.approx(4.302653 * 10 / math.sqrt(3), rel=1e-6)
+  assert str(found) == "20.00 ± 24.84"
+
+
+def test_a_single_number_has_no_interval():
+  found = _report.interval([2.345])
+  assert math.isnan(found.half_width) and str(found) == "2.35"
+
+
+def test_table_is_aligned_markdown():
+  assert _report.table(["a", "method"], [[1, "x"], ["long", None]]) == (
+    "| a    | method |\n|------|--------|\n| 1    | x      |\n| long | None   |"
+  )
+
+
+def test_saved_rows_carry_the_flags(tmp_path):
+  flags = {"steps": 3, "methods": ["a", "b"], "meta": None}
+  rows = [{"method": "a, really", "score": 0.1}, {"method": "b", "score": None}]
+  _report.save(tmp_path, rows, flags)
+  assert json.loads((tmp_path / "results.json").read_text()) == {
+    "flags": flags,
+    "rows": rows,
+  }
+  with open(tmp_path / "results.csv", newline="") as file:
+    read = list(csv.DictReader(file))
+  given = "--steps=3 --methods=a,b"
+  assert read == [
+    {"method": "a, really", "score": "0.1", "flags": given},
+    {"method": "b", "score": "", "flags": given},
+  ]
+
+
+def test_run_fields_need_every_fact_of_a_run():
+  metrics = {name: name for name in _report.RUN_FIELDS}
+  assert _report.run_fields({**metrics, "last": {}}) == metrics
+  with pytest.raises(KeyError):
+    _report.run_fields({"seed": 0})

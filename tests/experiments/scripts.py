@@ -1,0 +1,116 @@
+"""Runs a script as its users do, or many times over in one process."""
+
+import csv
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+
+# One process for many command lines: each sees fresh flags, and its exit status
+# and outputs are kept apart.
+_MANY = """
+import contextlib, importlib, io, json, sys
+from absl.testing import flagsaver
+from experiments import _launch
+module = importlib.import_module(sys.argv[1])
+outcomes = []
+for arguments in json.load(sys.stdin):
+  printed, complaints = io.StringIO(), io.StringIO()
+  sys.argv = ["script", *arguments]
+  if hasattr(module, "load"):
+    module.load.cache_clear()
+  with (
+    flagsaver.flagsaver(),
+    contextlib.redirect_stdout(printed),
+    contextlib.redirect_stderr(complaints),
+  ):
+    try:
+      _launch.run(module.main)
+    except SystemExit as error:
+      status = error.code
+    except BaseException as error:
+      status = repr(error)
+  outcomes.append((status, printed.getvalue(), complaints.getvalue()))
+json.dump(outcomes, sys.stdout)
+"""
+
+# A disk that takes small files only; the process is the very script otherwise.
+FULL_DISK = """
+import resource, runpy, sys
+limit = (int(sys.argv.pop(2)), resource.RLIM_INFINITY)
+resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+
+class Outcome(NamedTuple):
+  """How a command ended."""
+
+  status: Any
+  printed: str
+  complaints: str
+
+
+def start(*arguments: Any, cwd=REPOSITORY, stdin: str | None = None) -> Outcome:
+  """Runs Python with these arguments, where the script sees eight devices."""
+  hidden = ("JAX_", "TFDS_", "GIT_")
+  env = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
+  env |= {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "8",
+    "PYTHONPATH": str(REPOSITORY),
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # Compiles sooner.
+  }
+  process = subprocess.run(
+    [sys.executable, *map(str, arguments)],
+    check=False,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    cwd=cwd,
+    env=env,
+    input=stdin,
+  )
+  return Outcome(process.returncode, process.stdout, process.stderr)
+
+
+def run(name: str, *arguments: Any, cwd=REPOSITORY) -> Outcome:
+  """`python -m experiments.NAME`."""
+  return start("-m", f"experiments.{name}", *arguments, cwd=cwd)
+
+
+def run_many(name: str, commands: list[list[str]]) -> list[Outcome]:
+  """As `run`, for many command lines; only faster."""
+  done = start("-c", _MANY, f"experiments.{name}", stdin=json.dumps(commands))
+  assert done.status == 0 and done.complaints == "", done.complaints
+  return [Outcome(*outcome) for outcome in json.loads(done.printed)]
+
+
+def assert_one_line(outcome: Outcome, message: str) -> None:
+  """Status 2, nothing printed, and one line of complaint that holds `message`."""
+  assert outcome.status == 2, outcome
+  assert outcome.printed == ""
+  (line,) = outcome.complaints.splitlines()
+  assert line.startswith("error: ") and message in line, line
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+  """Every file below a folder."""
+  return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def table(printed: str) -> list[list[str]]:
+  """The cells of the Markdown table in what was printed, header first."""
+  lines = [line for line in printed.splitlines() if line.startswith("| ")]
+  return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def saved_rows(folder: pathlib.Path) -> tuple[list[dict], list[dict], dict]:
+  """Rows of `results.json` and of `results.csv`, and the flags."""
+  results = json.loads((folder / "results.json").read_text())
+  with open(folder / "results.csv", newline="") as file:
+    return results["rows"], list(csv.DictReader(file)), results["flags"]

@@ -1,0 +1,158 @@
+"""What a training step costs, counted by the compiler: nothing is run here."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax import hypergradient
+from l2rw_jax import linearization
+from l2rw_jax import losses
+from l2rw_jax.methods import baselines
+from l2rw_jax.methods import l2rw
+from l2rw_jax.models import lenet
+from l2rw_jax.models import resnet
+
+# The count is the same, and it is taken in half the time.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+_B = 100
+_OPTIMIZER = optax.sgd(0.1)
+_NETWORKS = {
+  "lenet": (lenet.LeNet(10), (28, 28, 1)),
+  "resnet": (resnet.ResNet(10, blocks=1), (16, 16, 3)),
+}
+
+
+class _Problem(NamedTuple):
+  """Shapes only: `jax.eval_shape` makes the variables."""
+
+  task: base.Task
+  params: Any
+  model_state: Any
+  batch: Any
+
+  def meta_batch(self, size):
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), self.batch
+    )
+
+
+@functools.cache
+def _problem(name):
+  model, shape = _NETWORKS[name]
+  batch = {
+    "x": jax.ShapeDtypeStruct((_B, *shape), jnp.float32),
+    "label": jax.ShapeDtypeStruct((_B,), jnp.int32),
+  }
+  variables = jax.eval_shape(model.init, jax.random.key(0), batch["x"])
+  params = variables.pop("params")
+
+  def forward(params, model_state, batch, key, train):
+    del key
+    return model.apply(
+      {"params": params, **model_state}, batch["x"], train, mutable="batch_stats"
+    )
+
+  task = base.Task(
+    forward=forward,
+    loss=lambda logits, batch: losses.softmax_cross_entropy(logits, batch["label"]),
+    linearize=linearization.linearize,
+    num_classes=10,
+    class_counts=jnp.full(10, 100),
+    num_examples=1000,
+    num_steps=10,
+  )
+  return _Problem(task, params, variables, batch)
+
+
+def _updated(params, grads):
+  updates, _ = _OPTIMIZER.update(grads, _OPTIMIZER.init(params), params)
+  return optax.apply_updates(params, updates)
+
+
+def _flops(step_fn, *shapes):
+  return jax.jit(step_fn).lower(*shapes).compile().cost_analysis()["flops"]
+
+
+@functools.cache
+def _plain_flops(name):
+  task, params, model_state, batch = _problem(name)
+
+  def step_fn(params, model_state, batch):
+    def mean_loss(params):
+      values, new_state = task.losses_fn(model_state, None)(params, batch)
+      return values.mean(), (values, new_state)
+
+    grads, aux = jax.grad(mean_loss, has_aux=True)(params)
+    return _updated(params, grads), aux
+
+  return _flops(step_fn, params, model_state, batch)
+
+
+def _method_flops(method, name, num_meta):
+  task, params, model_state, batch = _problem(name)
+
+  def step_fn(params, model_state, batch, meta_batch):
+    opt_state, step = _OPTIMIZER.init(params), jnp.int32(0)
+    inputs = base.Inputs(
+      params, model_state, opt_state, batch, meta_batch, step, jax.random.key(0)
+    )
+    found, _ = method.gradients((), task, inputs)
+    return _updated(params, found.grads), found
+
+  meta_batch = _problem(name).meta_batch(num_meta)
+  return _flops(step_fn, params, model_state, batch, meta_batch)
+
+
+@functools.cache
+def _l2rw_flops(name, num_meta):
+  return _method_flops(l2rw.l2rw(), name, num_meta)
+
+
+def _literal_flops(name, num_meta):
+  """Algorithm 1 as it is written: reverse over reverse, then a second pass."""
+  task, params, model_state, batch = _problem(name)
+
+  def step_fn(params, model_state, batch, meta_batch):
+    def losses_of(params, batch):
+      return task.losses_fn(model_state, None)(params, batch)[0]
+
+    scores = -hypergradient.unrolled_weight_gradient(
+      losses_of,
+      losses_of,
+      params,
+      batch,
+      meta_batch,
+      jnp.zeros(_B),
+      optimizer=_OPTIMIZER,
+      opt_state=_OPTIMIZER.init(params),
+    )
+    weights = jnp.maximum(scores, 0) / jnp.maximum(scores, 0).sum()
+    grads = jax.grad(lambda p: weights @ losses_of(p, batch))(params)
+    return _updated(params, grads), weights
+
+  meta_batch = _problem(name).meta_batch(num_meta)
+  return _flops(step_fn, params, model_state, batch, meta_batch)
+
+
+@pytest.mark.parametrize("name", _NETWORKS)
+@pytest.mark.parametrize(("num_meta", "limit"), [(_B, 2.70), (_B // 10, 1.80)])
+def test_a_step_of_l2rw_costs_no_more_than_promised(name, num_meta, limit):
+  ratio = _l2rw_flops(name, num_meta) / _plain_flops(name)
+  assert 1 < ratio <= limit
+
+
+@pytest.mark.parametrize("name", _NETWORKS)
+def test_the_literal_form_costs_more(name):
+  assert _literal_flops(name, _B // 10) > 1.1 * _l2rw_flops(name, _B // 10)
+
+
+@pytest.mark.parametrize("name", _NETWORKS)
+def test_uniform_weights_cost_nothing(name):
+  flops = _method_flops(baselines.uniform(), name, _B)
+  assert flops <= 1.01 * _plain_flops(name)

@@ -1,0 +1,219 @@
+"""The weights of each baseline, by hand."""
+
+import functools
+
+import chex
+import hypothesis
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax import linearization
+from l2rw_jax import losses
+from l2rw_jax.methods import baselines
+from l2rw_jax.methods import l2rw
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+_CLASSES, _NUM_STEPS = 3, 10
+_COUNTS = np.array([60, 30, 10])
+_LABELS = np.array([0, 0, 0, 1, 0, 2])
+
+
+def _examples(labels, seed=0):
+  x = np.random.default_rng(seed).normal(size=(len(labels), 4)).astype(np.float32)
+  return {"x": x, "label": np.asarray(labels, np.int32)}
+
+
+_BATCH, _META = _examples(_LABELS), _examples([0, 1, 2, 1], seed=1)
+_PARAMS = np.random.default_rng(2).normal(size=(4, _CLASSES)).astype(np.float32)
+
+
+def _forward(params, model_state, batch, key, train):
+  del key, train
+  return batch["x"] @ params, {"seen": model_state["seen"] + batch["x"].sum()}
+
+
+_TASK = base.Task(
+  forward=_forward,
+  loss=lambda logits, batch: losses.softmax_cross_entropy(logits, batch["label"]),
+  linearize=linearization.linearize,
+  num_classes=_CLASSES,
+  class_counts=_COUNTS,
+  num_examples=100,
+  num_steps=_NUM_STEPS,
+)
+
+
+def _losses_of(params, batch):
+  return _TASK.loss(batch["x"] @ params, batch)
+
+
+@functools.cache
+def _gradients_fn(method):
+  return jax.jit(functools.partial(method.gradients, (), _TASK))
+
+
+def _run(method, batch=_BATCH, step=0, seed=0):
+  inputs = base.Inputs(
+    params=_PARAMS,
+    model_state={"seen": jnp.float32(0)},
+    opt_state=(),
+    batch=batch,
+    meta_batch=_META,
+    step=jnp.int32(step),
+    key=jax.random.key(seed),
+  )
+  found, state = _gradients_fn(method)(inputs)
+  assert state == ()
+  return found
+
+
+def _assert_is_gradient_of(found, batch, weights):
+  expected = jax.grad(lambda p: jnp.sum(weights * _losses_of(p, batch)))(_PARAMS)
+  np.testing.assert_allclose(found.grads, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("method", "weights"),
+  [
+    (baselines.uniform(), np.full(6, 1 / 6)),
+    (baselines.resampling(), np.full(6, 1 / 6)),
+    # N / (C n_y) / B = 100 / (3 * 60 * 6) for class 0, and so on.
+    (
+      baselines.class_proportion(),
+      np.array([100 / 60, 100 / 30, 100 / 10])[_LABELS] / (3 * 6),
+    ),
+    (
+      baselines.class_proportion("official_code"),
+      np.array([0.4, 0.7, 0.9])[_LABELS],
+    ),
+    # Two of the minority, so the first two of the majority: its ties are exact.
+    (
+      baselines.hard_mining("official_code"),
+      np.array([1, 1, 0, 1, 0, 1]) / 4,
+    ),
+  ],
+  ids=["uniform", "resampling", "proportion", "proportion_code", "mining_code"],
+)
+def test_weights_by_hand(method, weights):
+  found = _run(method)
+  np.testing.assert_allclose(found.weights, weights, rtol=1e-6)
+  np.testing.assert_allclose(found.losses, _losses_of(_PARAMS, _BATCH), rtol=1e-5)
+  np.testing.assert_allclose(
+    found.model_state["seen"], _BATCH["x"].sum(), rtol=1e-5, atol=1e-6
+  )
+  _assert_is_gradient_of(found, _BATCH, weights)
+  assert not method.needs_meta
+
+
+def test_random_weights_are_rectified_noise_that_sums_to_one():
+  first, again, other = (_run(baselines.random(), seed=s) for s in (0, 0, 1))
+  np.testing.assert_array_equal(first.weights, again.weights)
+  assert (first.weights != other.weights).any()
+  noise = np.maximum(jax.random.normal(jax.random.key(0), (6,)), 0)
+  np.testing.assert_allclose(first.weights, noise / noise.sum(), rtol=1e-6)
+  np.testing.assert_allclose(first.weights.sum(), 1, rtol=1e-6)
+  _assert_is_gradient_of(first, _BATCH, first.weights)
+
+
+def _brute_force(values, majority):
+  """All of the minority, and as many of the majority, hardest first."""
+  kept = ~majority
+  wanted = max(kept.sum(), 1)
+  for i in sorted(np.flatnonzero(majority), key=lambda i: (-values[i], i))[:wanted]:
+    kept = kept | (np.arange(len(values)) == i)
+  return kept
+
+
+_hardest = jax.jit(baselines.hardest)
+
+
+@hypothesis.given(
+  st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=5, max_size=5)
+)
+@hypothesis.settings(deadline=None, max_examples=60)
+def test_hardest_is_the_brute_force(examples):
+  values = np.array([v for v, _ in examples], np.float32)
+  majority = np.array([m for _, m in examples])
+  np.testing.assert_array_equal(
+    _hardest(values, majority), _brute_force(values, majority)
+  )
+
+
+def test_hard_mining_keeps_the_highest_losses_of_the_largest_class():
+  found = _run(baselines.hard_mining())
+  kept = _brute_force(np.asarray(found.losses), _LABELS == 0)
+  assert kept.sum() == 4
+  np.testing.assert_allclose(found.weights, kept / 4, rtol=1e-6)
+  _assert_is_gradient_of(found, _BATCH, kept / 4)
+
+
+@pytest.mark.parametrize("variant", ["paper", "official_code"])
+def test_hard_mining_without_a_minority_keeps_one(variant):
+  found = _run(baselines.hard_mining(variant), _examples([0] * 6))
+  best = np.argmax(found.losses) if variant == "paper" else 0
+  np.testing.assert_array_equal(found.weights, np.arange(6) == best)
+
+
+def test_hard_mining_without_a_majority_keeps_all():
+  found = _run(baselines.hard_mining(), _examples([1, 2, 1, 1, 2, 2]))
+  np.testing.assert_allclose(found.weights, np.full(6, 1 / 6), rtol=1e-6)
+
+
+def test_clean_only_is_the_gradient_of_the_mean_clean_loss():
+  method = baselines.clean_only()
+  found = _run(method)
+  _assert_is_gradient_of(found, _META, np.full(4, 1 / 4))
+  assert not found.weights.any()
+  np.testing.assert_allclose(found.losses, _losses_of(_PARAMS, _BATCH), rtol=1e-5)
+  np.testing.assert_allclose(
+    found.model_state["seen"], _META["x"].sum(), rtol=1e-5, atol=1e-6
+  )
+  assert method.needs_meta
+
+
+@pytest.mark.parametrize("first", [None, l2rw.l2rw()], ids=["uniform", "l2rw"])
+def test_fine_tuning_switches_exactly(first):
+  method = baselines.fine_tuning(3, first)
+  initial = _run(first or baselines.uniform())._replace(metrics={})
+  clean = _run(baselines.clean_only())
+  for step in range(_NUM_STEPS):
+    found = _run(method, step=step)
+    expected = initial if step < _NUM_STEPS - 3 else clean
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-7)
+  assert method.needs_meta
+
+
+def test_fine_tuning_keeps_the_sampling_of_its_first_phase():
+  first = baselines.resampling()
+  assert baselines.fine_tuning(3, first).sample is first.sample
+  assert baselines.fine_tuning(3).sample is base.permutation
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 10])
+def test_resampling_is_exactly_balanced(num_classes):
+  rng = np.random.default_rng(0)
+  labels = np.concatenate(
+    [np.arange(num_classes), rng.geometric(0.5, size=200).clip(max=num_classes) - 1]
+  )
+  train = {"label": rng.permutation(labels), "index": np.arange(len(labels))}
+  sample = baselines.resampling().sample
+  rows = sample((), _TASK, train, np.random.default_rng(1))
+  rounds = train["label"][rows].reshape(-1, num_classes)
+  assert len(rounds) == len(labels) // num_classes
+  np.testing.assert_array_equal(
+    np.sort(rounds, axis=1), np.tile(np.arange(num_classes), (len(rounds), 1))
+  )
+  assert (rounds != np.arange(num_classes)).any()
+  again = sample((), _TASK, train, np.random.default_rng(1))
+  np.testing.assert_array_equal(rows, again)
+
+
+@pytest.mark.parametrize("factory", [baselines.class_proportion, baselines.hard_mining])
+def test_an_unknown_variant_is_refused(factory):
+  with pytest.raises(base.InputError, match=f"{factory.__name__}: variant='code'"):
+    factory("code")

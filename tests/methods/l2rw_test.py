@@ -1,0 +1,290 @@
+"""L2RW: the paper's equations, its guards, and the drop-in gradient."""
+
+import functools
+
+import chex
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax import hypergradient
+from l2rw_jax import linearization
+from l2rw_jax import losses
+from l2rw_jax.methods import l2rw
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+_B, _M, _CLASSES = 6, 4, 3
+
+
+def _examples(seed, size):
+  rng = np.random.default_rng(seed)
+  return {
+    "x": rng.normal(size=(size, 4)).astype(np.float32),
+    "label": rng.integers(_CLASSES, size=size, dtype=np.int32),
+  }
+
+
+_BATCH, _META = _examples(0, _B), _examples(1, _M)
+
+
+def _params(seed=2):
+  rng = np.random.default_rng(seed)
+  shapes = {"w": (4, 5), "out": (5, _CLASSES)}
+  return {k: rng.normal(size=v).astype(np.float32) for k, v in shapes.items()}
+
+
+def _losses_fn(params, batch):
+  logits = jnp.tanh(batch["x"] @ params["w"]) @ params["out"]
+  return losses.softmax_cross_entropy(logits, batch["label"])
+
+
+_example_weights = jax.jit(functools.partial(l2rw.example_weights, _losses_fn))
+
+
+def _squared(params, batch):
+  return (batch["x"] @ params - batch["y"]) ** 2 / 2
+
+
+def _hand_case(**meta):
+  batch = {"x": jnp.eye(2), "y": jnp.array([1.0, -1.0])}
+  return jnp.zeros(2), batch, {k: jnp.array(v) for k, v in meta.items()}
+
+
+def test_computed_by_hand():
+  # grad l = [-1, 0], [0, 1]; grad M = -2 * [1, -0.5]: scores 2 and 1.
+  data = _hand_case(x=[[1.0, -0.5]], y=[2.0])
+  info = l2rw.example_weights(_squared, *data)
+  np.testing.assert_allclose(info.scores, [2.0, 1.0], rtol=1e-6)
+  np.testing.assert_allclose(info.weights, [2 / 3, 1 / 3], rtol=1e-6)
+  np.testing.assert_allclose(info.losses, [0.5, 0.5], rtol=1e-6)
+  np.testing.assert_allclose(info.meta_loss, 2.0, rtol=1e-6)
+  assert info.finite
+  assert info.aux is None
+  (loss, _), grads = l2rw.weighted_value_and_grad(_squared)(*data)
+  np.testing.assert_allclose(loss, 0.5, rtol=1e-6)
+  np.testing.assert_allclose(grads, [-2 / 3, 1 / 3], rtol=1e-6)
+
+
+def test_all_examples_rejected_is_no_step_and_no_nan():
+  data = _hand_case(x=[[-1.0, 1.0]], y=[2.0])
+  (loss, info), grads = l2rw.weighted_value_and_grad(_squared)(*data)
+  assert (info.scores < 0).all()
+  assert not info.weights.any()
+  assert loss == 0
+  assert not grads.any()
+
+
+def test_scores_are_inner_products_of_gradients():
+  params, info = _params(), _example_weights(_params(), _BATCH, _META)
+  jacobian = jax.jit(jax.jacrev(_losses_fn))(params, _BATCH)
+  meta_gradient = jax.jit(jax.grad(lambda p: _losses_fn(p, _META).mean()))(params)
+  products = jax.tree.map(
+    lambda j, g: (j * g).reshape(_B, -1).sum(axis=1), jacobian, meta_gradient
+  )
+  np.testing.assert_allclose(info.scores, sum(products.values()), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(info.weights.sum(), 1, rtol=1e-6)
+  rectified = np.maximum(info.scores, 0)
+  np.testing.assert_allclose(info.weights, rectified / rectified.sum(), rtol=1e-6)
+  assert 0 < np.count_nonzero(info.weights) < _B
+
+
+@pytest.mark.parametrize("rate", [1e-4, 1e3])
+def test_the_learning_rate_of_the_look_ahead_cancels(rate):
+  expected = _example_weights(_params(), _BATCH, _META)
+  actual = l2rw.example_weights(
+    _losses_fn, _params(), _BATCH, _META, optimizer=optax.sgd(rate)
+  )
+  np.testing.assert_allclose(actual.weights, expected.weights, rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose(actual.scores, rate * expected.scores, rtol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_of_examples_does_not_matter(seed):
+  rng = np.random.default_rng(seed)
+  order, meta_order = rng.permutation(_B), rng.permutation(_M)
+  expected = _example_weights(_params(), _BATCH, _META)
+  batch = {k: v[order] for k, v in _BATCH.items()}
+  meta_batch = {k: v[meta_order] for k, v in _META.items()}
+  actual = _example_weights(_params(), batch, meta_batch)
+  np.testing.assert_allclose(
+    actual.weights, expected.weights[order], rtol=1e-4, atol=1e-6
+  )
+
+
+def _unrolled(losses_fn, params, optimizer, opt_state, meta=None):
+  meta_losses_fn, meta_batch = meta or (losses_fn, _META)
+  unrolled = functools.partial(
+    hypergradient.unrolled_weight_gradient,
+    losses_fn,
+    meta_losses_fn,
+    optimizer=optimizer,
+    opt_state=opt_state,
+  )
+  return jax.jit(unrolled)(params, _BATCH, meta_batch, jnp.zeros(_B))
+
+
+def test_another_loss_and_another_shape_for_the_clean_batch():
+  target = np.random.default_rng(7).normal(size=(_M, 4)).astype(np.float32)
+
+  def meta_losses_fn(params, meta_batch):
+    return jnp.sum((params["w"].sum(axis=1) - meta_batch) ** 2, axis=1)
+
+  info = l2rw.example_weights(
+    _losses_fn, _params(), _BATCH, target, meta_losses_fn=meta_losses_fn
+  )
+  (_, fused), _ = l2rw.weighted_value_and_grad(
+    _losses_fn, meta_losses_fn=meta_losses_fn
+  )(_params(), _BATCH, target)
+  optimizer = optax.sgd(1.0)
+  expected = -_unrolled(
+    _losses_fn,
+    _params(),
+    optimizer,
+    optimizer.init(_params()),
+    (meta_losses_fn, target),
+  )
+  for found in (info, fused):
+    np.testing.assert_allclose(found.scores, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("derivative", linearization.DERIVATIVES)
+def test_drop_in_equals_the_three_lines_of_the_readme(derivative):
+  params = _params()
+  optimizer = optax.sgd(0.1, momentum=0.9)
+  _, opt_state = optimizer.update(params, optimizer.init(params), params)
+  drop_in = l2rw.weighted_value_and_grad(
+    _losses_fn, optimizer=optimizer, derivative=derivative
+  )
+  (loss, info), grads = jax.jit(drop_in)(params, _BATCH, _META, opt_state)
+
+  @jax.jit
+  def three_lines(params):
+    w = l2rw.example_weights(
+      _losses_fn,
+      params,
+      _BATCH,
+      _META,
+      optimizer=optimizer,
+      opt_state=opt_state,
+      derivative=derivative,
+    )
+    return w, jax.value_and_grad(lambda p: jnp.sum(w.weights * _losses_fn(p, _BATCH)))(
+      params
+    )
+
+  w, (expected, expected_grads) = three_lines(params)
+  tolerance = 1e-3 if derivative == "difference" else 1e-5
+  np.testing.assert_allclose(info.weights, w.weights, atol=tolerance)
+  np.testing.assert_allclose(loss, expected, rtol=tolerance)
+  chex.assert_trees_all_close(grads, expected_grads, rtol=1e-4, atol=tolerance)
+
+
+def test_vmap_over_seeds_is_a_loop_over_seeds():
+  seeds = range(3)
+  stacked = jax.tree.map(lambda *x: np.stack(x), *map(_params, seeds))
+  run = l2rw.weighted_value_and_grad(_losses_fn)
+  (loss, info), grads = jax.jit(jax.vmap(run, in_axes=(0, None, None)))(
+    stacked, _BATCH, _META
+  )
+  jitted = jax.jit(run)
+  for seed in seeds:
+    expected = jitted(_params(seed), _BATCH, _META)
+    actual = jax.tree.map(
+      lambda x, seed=seed: x[seed], ((loss, info._replace(aux=None)), grads)
+    )
+    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_vmap_needs_no_jit():
+  _, batch, meta_batch = _hand_case(x=[[1.0, -0.5]], y=[2.0])
+  weigh = functools.partial(l2rw.example_weights, _squared)
+  info = jax.vmap(weigh, in_axes=(0, None, None))(jnp.zeros((2, 2)), batch, meta_batch)
+  np.testing.assert_allclose(info.weights, [[2 / 3, 1 / 3]] * 2, rtol=1e-6)
+  assert info.finite.all()
+
+
+def test_nan_is_not_taken_for_a_rejection():
+  batch = {**_BATCH, "x": _BATCH["x"].copy()}
+  batch["x"][0] = np.nan
+  info = _example_weights(_params(), batch, _META)
+  assert np.isnan(info.scores[0])
+  assert np.isnan(info.weights[0])
+  meta_batch = {**_META, "x": _META["x"] * np.nan}
+  info = _example_weights(_params(), _BATCH, meta_batch)
+  assert not info.finite
+  assert np.isnan(info.weights).all()
+  with pytest.raises(FloatingPointError, match="check meta_batch"):
+    l2rw.example_weights(_losses_fn, _params(), _BATCH, meta_batch)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_losses_of_another_shape_are_refused(wrap):
+  def mean(params, batch):
+    return _losses_fn(params, batch).mean()
+
+  def column(params, batch):
+    return _losses_fn(params, batch)[:, None]
+
+  for broken, shape in ((mean, r"\(\)"), (column, r"\(6, 1\)")):
+    run = wrap(functools.partial(l2rw.example_weights, broken))
+    with pytest.raises(base.InputError, match=f"losses_fn's result.*{shape}"):
+      run(_params(), _BATCH, _META)
+  run = wrap(functools.partial(l2rw.example_weights, _losses_fn, meta_losses_fn=mean))
+  with pytest.raises(ValueError, match=r"meta_losses_fn's result.*\(\)"):
+    run(_params(), _BATCH, _META)
+
+
+class _Net(nn.Module):
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.BatchNorm(use_running_average=not train)(nn.Dense(5)(x))
+    return nn.Dense(_CLASSES)(nn.tanh(x))
+
+
+def _task():
+  def forward(params, model_state, batch, key, train):
+    del key
+    variables = {"params": params, **model_state}
+    return _Net().apply(variables, batch["x"], train, mutable="batch_stats")
+
+  return base.Task(
+    forward=forward,
+    loss=lambda logits, batch: losses.softmax_cross_entropy(logits, batch["label"]),
+    linearize=linearization.linearize,
+    num_classes=_CLASSES,
+    class_counts=jnp.array([4, 4, 4]),
+    num_examples=12,
+    num_steps=10,
+  )
+
+
+def test_only_the_training_batch_moves_the_running_statistics():
+  task, key = _task(), jax.random.key(0)
+  variables = jax.jit(_Net().init, static_argnums=2)(key, _BATCH["x"], True)
+  params, outer = variables.pop("params"), optax.sgd(0.1, momentum=0.9)
+  _, opt_state = outer.update(params, outer.init(params), params)
+  inputs = base.Inputs(params, variables, opt_state, _BATCH, _META, jnp.int32(3), key)
+  losses_of = task.losses_fn(variables, key)
+  want_losses, want_state = jax.jit(losses_of)(params, _BATCH)
+  for optimizer in (None, outer):
+    method = l2rw.l2rw(optimizer)
+    assert method.needs_meta
+    found, state = jax.jit(lambda i, m=method: m.gradients((), task, i))(inputs)
+    assert state == ()
+    chex.assert_trees_all_close(found.model_state, want_state, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(found.losses, want_losses, rtol=1e-5)
+    scores = -_unrolled(
+      lambda p, b: losses_of(p, b)[0],
+      params,
+      optimizer or optax.sgd(1.0),
+      opt_state if optimizer else optax.sgd(1.0).init(params),
+    )
+    expected = np.maximum(scores, 0) / np.maximum(scores, 0).sum()
+    np.testing.assert_allclose(found.weights, expected, rtol=1e-3, atol=1e-5)
+    assert found.metrics["rejected"] == np.mean(expected == 0)
+    assert found.metrics["direction_finite"] == 1

@@ -1,0 +1,62 @@
+"""Scores to weights: sums, the guard against zero, NaN."""
+
+import hypothesis
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax import normalization
+
+_sum_to_one = jax.jit(normalization.sum_to_one)
+_rectify = jax.jit(normalization.rectify)
+_SCORES = st.lists(st.floats(-1e6, 1e6, width=32), min_size=4, max_size=4)
+
+
+def test_by_hand():
+  np.testing.assert_allclose(_sum_to_one(jnp.array([1.0, 0.0, 3.0])), [0.25, 0, 0.75])
+  np.testing.assert_allclose(_rectify(jnp.array([3.0, -2.0, 1.0])), [0.75, 0, 0.25])
+
+
+@hypothesis.given(_SCORES)
+@hypothesis.settings(deadline=None, max_examples=60)
+def test_rectified_scores_sum_to_one_or_are_all_zero(scores):
+  scores = np.array(scores, np.float32)
+  scores[np.abs(scores) < 1e-30] = 0  # XLA flushes what is not normal.
+  weights = np.asarray(_rectify(scores))
+  assert (weights >= 0).all()
+  if (scores > 0).any():
+    np.testing.assert_allclose(weights.sum(), 1, rtol=1e-5)
+    np.testing.assert_array_equal(weights[scores <= 0], 0)
+  else:
+    assert not weights.any()
+
+
+@hypothesis.given(_SCORES, st.sampled_from([1e-3, 0.5, 64.0]))
+@hypothesis.settings(deadline=None, max_examples=30)
+def test_the_scale_of_the_scores_cancels(scores, scale):
+  scores = np.array(scores, np.float32)
+  scores[np.abs(scores) < 1e-20] = 0
+  np.testing.assert_allclose(
+    _rectify(scores * np.float32(scale)), _rectify(scores), rtol=1e-4, atol=1e-7
+  )
+
+
+@pytest.mark.parametrize("scores", [[0.0, 0.0], [-1.0, -2.0], [-0.0, 0.0]])
+def test_nothing_to_share_is_zero_and_not_nan(scores):
+  assert not _rectify(jnp.array(scores)).any()
+  assert np.isfinite(jax.jacobian(_rectify)(jnp.array(scores))).all()
+
+
+def test_nan_stays():
+  assert np.isnan(_rectify(jnp.array([1.0, jnp.nan, -1.0]))).all()
+  assert np.isnan(_sum_to_one(jnp.array([1.0, jnp.nan]))).all()
+
+
+@pytest.mark.parametrize("shape", [(), (3, 1)])
+def test_scores_are_one_number_an_example(shape):
+  for normalize in (_sum_to_one, _rectify):
+    with pytest.raises(base.InputError, match="scores must be one number per example"):
+      normalize(jnp.ones(shape))

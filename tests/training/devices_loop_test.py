@@ -1,0 +1,92 @@
+"""Arrays go to the devices and come back; runs side by side are mapped."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax.training import devices
+
+
+def _choose(count):
+  return devices.choose(count, 8)
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_shard_and_unshard_are_inverse(count):
+  chosen = _choose(count)
+  batch = {"x": np.arange(3 * 16).reshape(3, 16), "y": np.ones((3, 16, 2, 5))}
+  sharded = devices.shard(batch, chosen)
+  assert sharded["x"].shape == (count, 3, 16 // count)
+  assert sharded["y"].shape == (count, 3, 16 // count, 2, 5)
+  np.testing.assert_array_equal(devices.unshard(sharded["x"]), batch["x"])
+
+
+def test_shard_keeps_examples_in_order():
+  sharded = devices.shard({"x": np.array([[0, 1, 2, 3], [4, 5, 6, 7]])}, _choose(2))
+  assert sharded["x"].tolist() == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+
+
+def test_repeat_gives_every_device_the_same():
+  repeated = devices.repeat({"x": np.arange(6).reshape(2, 3)}, _choose(4))
+  assert repeated["x"].shape == (4, 2, 3)
+  assert (repeated["x"] == np.arange(6).reshape(2, 3)).all()
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_replicate_and_unreplicate_are_inverse(count):
+  chosen = _choose(count)
+  tree = {"a": jnp.arange(3.0), "key": jax.random.key(7), "n": np.int32(4), "empty": ()}
+  copies = devices.replicate(tree, chosen)
+  assert copies["a"].shape == (count, 3) and copies["n"].shape == (count,)
+  assert copies["a"].sharding.device_set == set(chosen)
+  back = devices.unreplicate(copies)
+  np.testing.assert_array_equal(back["a"], tree["a"])
+  assert back["n"] == 4 and back["n"].dtype == jnp.int32 and back["empty"] == ()
+  np.testing.assert_array_equal(
+    jax.random.key_data(back["key"]), jax.random.key_data(tree["key"])
+  )
+  assert back["a"].sharding.device_set == {chosen[0]}
+
+
+def test_what_a_step_returns_fits_what_it_took():
+  chosen, traces = _choose(2), []
+
+  def step(state, x):
+    traces.append(0)
+    return state + jax.lax.psum(x.sum(), devices.AXIS_NAME)
+
+  mapped = devices.pmap_step(step, 3, chosen)
+  state = devices.replicate(jnp.zeros(3), chosen)
+  batch = devices.shard(np.arange(12.0, dtype=np.float32).reshape(3, 4), chosen)
+  for _ in range(3):
+    state = mapped(state, batch)
+  assert len(traces) == 1
+  np.testing.assert_array_equal(devices.unreplicate(state), [18.0, 66.0, 114.0])
+
+
+def test_choose_takes_the_first_or_the_most_that_divide():
+  available = jax.local_devices()
+  assert devices.choose(3, 9) == available[:3]
+  for batch_size, count in {16: 8, 100: 5, 9: 3, 7: 7, 11: 1, 1: 1, 2: 2}.items():
+    assert devices.choose(None, batch_size) == available[:count]
+
+
+@pytest.mark.parametrize("count", [0, -1, 9])
+def test_choose_refuses_what_is_not_there(count):
+  with pytest.raises(base.InputError, match=f"--num_devices={count}: .* has 8 cpu"):
+    devices.choose(count, 72)
+
+
+def test_choose_refuses_a_batch_that_does_not_divide():
+  with pytest.raises(base.InputError, match=r"--batch_size=8 .* --num_devices=3"):
+    devices.choose(3, 8)
+
+
+@pytest.mark.parametrize("num_runs", [1, 3])
+def test_over_runs_maps_all_arguments(num_runs):
+  x = jnp.arange(2.0 * num_runs).reshape(num_runs, 2)
+  total, constant = devices.over_runs(lambda a, b: ((a * b).sum(), 1.0), num_runs)(x, x)
+  np.testing.assert_array_equal(total, (x**2).sum(axis=1))
+  assert constant.shape == (num_runs,)

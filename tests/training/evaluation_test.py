@@ -1,0 +1,113 @@
+"""Held-out measures by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax import linearization
+from l2rw_jax import losses
+from l2rw_jax.training import evaluation
+
+
+def _predictions(labels, predicted, num_classes=3):
+  labels, predicted = np.array(labels), np.array(predicted)
+  found = np.arange(len(labels), dtype=np.float32)
+  return evaluation.Predictions(labels, predicted, found, num_classes)
+
+
+def test_accuracy_and_loss():
+  found = evaluation.accuracy(_predictions([0, 1, 2, 2], [0, 1, 1, 2]))
+  assert found == {"accuracy": 0.75, "loss": 1.5}
+
+
+def test_accuracy_of_each_class_and_balanced():
+  found = evaluation.per_class_accuracy(
+    _predictions([0, 0, 0, 0, 1, 2], [0, 0, 0, 1, 1, 0])
+  )
+  assert found == {
+    "accuracy_class_0": 0.75,
+    "accuracy_class_1": 1.0,
+    "accuracy_class_2": 0.0,
+    "balanced_accuracy": pytest.approx(7 / 12),
+  }
+
+
+def test_a_class_that_is_absent_does_not_count():
+  found = evaluation.per_class_accuracy(_predictions([2, 0, 2], [2, 1, 0]))
+  assert found == {
+    "accuracy_class_0": 0.0,
+    "accuracy_class_2": 0.5,
+    "balanced_accuracy": 0.25,
+  }
+
+
+def _task(loss=losses.softmax_cross_entropy, wrap=lambda logits: logits):
+  """Logits are x @ p, plus what BatchNorm would add in training."""
+
+  def forward(params, model_state, batch, key, train):
+    del key
+    logits = batch["x"] @ params
+    if train:
+      logits, model_state = logits + 100, model_state + 1
+    return wrap(logits), model_state
+
+  def loss_of(outputs, batch):
+    logits = outputs[0] if isinstance(outputs, tuple) else outputs
+    return loss(logits, batch["label"])
+
+  return base.Task(
+    forward=forward,
+    loss=loss_of,
+    linearize=linearization.linearize,
+    num_classes=3,
+    class_counts=jnp.array([1, 1, 1]),
+    num_examples=3,
+    num_steps=1,
+  )
+
+
+def _predict(task, params, x, labels, **settings):
+  examples = {"x": np.array(x, np.float32), "label": np.array(labels, np.int32)}
+  return evaluation.predict(
+    task, jnp.array(params), jnp.zeros(()), examples, **settings
+  )
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 500])
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, x)])
+def test_predictions_by_hand_in_batches_of_any_size(batch_size, wrap):
+  logits = np.array([[0.0, 2, 1], [3, 0, 0], [0, 0, 5]], np.float32)
+  found = _predict(
+    _task(wrap=wrap), logits, np.eye(3), [1, 2, 2], batch_size=batch_size
+  )
+  assert found.predicted.tolist() == [1, 0, 2] and found.labels.tolist() == [1, 2, 2]
+  picked = logits[np.arange(3), [1, 2, 2]]
+  expected = np.log(np.exp(logits).sum(axis=1)) - picked
+  np.testing.assert_allclose(found.losses, expected, rtol=1e-6)
+  assert found.num_classes == 3
+
+
+def test_a_single_logit_decides_by_its_sign():
+  task = _task(losses.sigmoid_cross_entropy)
+  found = _predict(task, [[1.0]], [[-2.0], [0.0], [3.0], [3.0]], [0, 0, 1, 0])
+  assert found.predicted.tolist() == [0, 0, 1, 1]
+  expected = np.log1p(np.exp([-2.0, 0.0, -3.0, 3.0]))
+  np.testing.assert_allclose(found.losses, expected, rtol=1e-6)
+  assert evaluation.accuracy(found)["accuracy"] == 0.75
+
+
+def test_predictions_are_those_of_evaluation_mode():
+  # In training mode the toy adds 100, which the sigmoid's loss would show.
+  task = _task(losses.sigmoid_cross_entropy)
+  found = _predict(task, [[1.0]], [[0.0]], [0])
+  np.testing.assert_allclose(found.losses, [np.log(2)], rtol=1e-6)
+
+
+def test_one_program_serves_every_evaluation():
+  task = _task()
+  params, x, labels = np.eye(3, dtype=np.float32), np.eye(3), [0, 1, 2]
+  _predict(task, params, x, labels)
+  with jax.no_tracing():
+    _predict(task, 2 * params, x, labels)

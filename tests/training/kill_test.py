@@ -1,0 +1,220 @@
+"""A real script, killed for real: the same command ends with the same bytes."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+_MODULE = "experiments.digits_noise"
+_FLAGS = (
+  "--num_steps=60",
+  "--num_seeds=2",
+  "--methods=l2rw,uniform",
+  "--checkpoint_every=20",
+)
+_RUNS = tuple(f"{m}/seed-{s}" for m in ("l2rw", "uniform") for s in (0, 1))
+# What must come out the same to the byte; the rest tells times and places.
+_SAME = (
+  "settings.json",
+  "results.json",
+  "results.csv",
+  *(
+    f"{run}/{name}"
+    for run in _RUNS
+    for name in ("metrics.jsonl", "metrics.csv", "weights.csv", "results.json")
+  ),
+)
+# A killed process can only be told where it should die before it starts. It is
+# the very script otherwise.
+_KILLED = """
+import os, pathlib, runpy, signal, sys
+from l2rw_jax import workdir
+from l2rw_jax.training import batches
+
+def kill_before(module, function, is_here):
+  original = getattr(module, function)
+  def call(*args, **kwargs):
+    if is_here(*args):
+      os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+  setattr(module, function, call)
+
+kind, where = sys.argv[1].split(":")
+del sys.argv[1]
+if kind == "step":
+  kill_before(batches.BatchSource, "next", lambda _, step: step == int(where))
+elif kind == "rename":
+  kill_before(os, "rename", lambda _, made: pathlib.Path(made).name == where)
+else:
+  kill_before(workdir, "write_json", lambda path, _: str(path).endswith(where))
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  """Compiled programs: most processes here need not compile them again."""
+  return tmp_path_factory.mktemp("compiled")
+
+
+def _environment(cache):
+  env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+  # No commit in the results: it may change while this test runs.
+  env |= {"JAX_PLATFORMS": "cpu", "GIT_DIR": os.devnull}
+  if cache is not None:
+    env["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+  return env
+
+
+def _start(arguments, folder, cache):
+  return subprocess.Popen(
+    [sys.executable, *arguments, *_FLAGS, f"--workdir={folder}"],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env=_environment(cache),
+    cwd=_REPOSITORY,
+  )
+
+
+def _run(folder, cache=None):
+  """Runs the script to its end; what it printed and what it complained of."""
+  process = _start(["-m", _MODULE], folder, cache)
+  printed, complaints = process.communicate(timeout=300)
+  assert process.returncode == 0, complaints
+  return printed, complaints
+
+
+def _run_until(point, folder, cache):
+  process = _start(["-c", _KILLED, point, _MODULE], folder, cache)
+  _, complaints = process.communicate(timeout=300)
+  assert process.returncode == -signal.SIGKILL, complaints
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+  """The folder of an uninterrupted run, and the table it printed."""
+  folder = tmp_path_factory.mktemp("reference") / "run"
+  printed, complaints = _run(folder)
+  assert complaints == ""
+  return folder, printed.splitlines()[:-1]
+
+
+def _checkpoints(folder):
+  """Steps of the finished checkpoints of L2RW."""
+  paths = (folder / "l2rw" / "checkpoints").glob("*")
+  return sorted(int(p.name) for p in paths if p.name.isdigit())
+
+
+def _assert_same_end(folder, printed, reference):
+  expected, table = reference
+  assert printed.splitlines()[:-1] == table
+  for name in _SAME:
+    assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
+  for method in ("l2rw", "uniform"):
+    ours, theirs = (_last_checkpoint(f / method) for f in (folder, expected))
+    assert ours[0]["sha256"] == theirs[0]["sha256"]
+    assert ours[1].keys() == theirs[1].keys() and len(ours[1]) > 6
+    for name, array in ours[1].items():
+      assert array.dtype == theirs[1][name].dtype
+      np.testing.assert_array_equal(array, theirs[1][name])
+  assert not list(folder.rglob("*.tmp")) + list(folder.rglob("*orbax-checkpoint-tmp*"))
+
+
+def _last_checkpoint(folder):
+  saved = folder / "checkpoints" / "60"
+  record = json.loads((saved / "record" / "metadata").read_text())
+  with ocp.StandardCheckpointer() as checkpointer:
+    return record, checkpointer.restore(saved / "arrays")
+
+
+def test_the_reference_is_whole(reference):
+  folder, table = reference
+  assert [line.split()[1] for line in table[2:4]] == ["l2rw", "uniform"]
+  assert _checkpoints(folder) == [40, 60]
+  rows = json.loads((folder / "results.json").read_text())["rows"]
+  assert [r["method"] for r in rows] == ["l2rw", "l2rw", "uniform", "uniform"]
+  for row, run in zip(rows, _RUNS, strict=True):
+    results = json.loads((folder / run / "results.json").read_text())
+    assert results["params_sha256"] == row["params_sha256"]
+    lines = (folder / run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(x)["step"] for x in lines] == [20, 40, 60, 60]
+  assert len({row["params_sha256"] for row in rows}) == 4
+
+
+def test_killed_from_outside_before_the_first_checkpoint(reference, tmp_path):
+  process = _start(["-m", _MODULE], tmp_path / "run", cache=None)
+  begun = tmp_path / "run" / "l2rw" / "seed-1" / "metrics.jsonl"
+  # The first steps are still to be compiled when this file appears.
+  deadline = time.monotonic() + 240
+  while not begun.exists() and process.poll() is None and time.monotonic() < deadline:
+    time.sleep(0.01)
+  process.kill()
+  _, complaints = process.communicate(timeout=60)
+  assert process.returncode == -signal.SIGKILL, complaints
+  assert not (tmp_path / "run" / "l2rw" / "seed-0" / "results.json").exists()
+  printed, _ = _run(tmp_path / "run")
+  _assert_same_end(tmp_path / "run", printed, reference)
+
+
+@pytest.fixture(scope="module")
+def killed_at_50(tmp_path_factory, cache):
+  """Ten steps after the second checkpoint."""
+  folder = tmp_path_factory.mktemp("killed") / "run"
+  _run_until("step:50", folder, cache)
+  assert _checkpoints(folder) == [20, 40]
+  return folder
+
+
+def test_killed_between_checkpoints(reference, killed_at_50, tmp_path, cache):
+  folder = pathlib.Path(shutil.copytree(killed_at_50, tmp_path / "run"))
+  printed, complaints = _run(folder, cache)
+  assert complaints == ""
+  _assert_same_end(folder, printed, reference)
+
+
+def test_killed_and_the_last_checkpoint_damaged(
+  reference, killed_at_50, tmp_path, cache
+):
+  folder = pathlib.Path(shutil.copytree(killed_at_50, tmp_path / "run"))
+  newest = folder / "l2rw" / "checkpoints" / "40"
+  files = [path for path in newest.rglob("*") if path.is_file()]
+  largest = max(files, key=lambda path: path.stat().st_size)
+  os.truncate(largest, largest.stat().st_size // 2)
+  printed, complaints = _run(folder, cache)
+  (warning,) = complaints.splitlines()
+  assert "checkpoint of step 40" in warning and "is damaged" in warning
+  _assert_same_end(folder, printed, reference)
+
+
+def test_killed_inside_a_checkpoint_write(reference, tmp_path, cache):
+  folder = tmp_path / "run"
+  _run_until("rename:40", folder, cache)
+  assert _checkpoints(folder) == [20]
+  partial = [p.name for p in (folder / "l2rw" / "checkpoints").glob("40.*")]
+  assert len(partial) == 1  # Written, and not yet given its name.
+  printed, complaints = _run(folder, cache)
+  assert complaints == ""
+  _assert_same_end(folder, printed, reference)
+
+
+def test_killed_before_the_last_results_are_written(reference, tmp_path, cache):
+  folder = tmp_path / "run"
+  _run_until("write:seed-1/results.json", folder, cache)
+  assert _checkpoints(folder) == [40, 60]
+  assert (folder / "l2rw" / "seed-0" / "results.json").exists()
+  assert (folder / "l2rw" / "seed-1" / "weights.csv").exists()
+  assert not (folder / "l2rw" / "seed-1" / "results.json").exists()
+  printed, complaints = _run(folder, cache)
+  assert complaints == ""
+  _assert_same_end(folder, printed, reference)

@@ -1,0 +1,229 @@
+"""One update by hand, and none at all from the first bad step on."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax import linearization
+from l2rw_jax.methods import baselines
+from l2rw_jax.methods import l2rw
+from l2rw_jax.training import devices
+from l2rw_jax.training import step as step_lib
+
+_SGD = optax.sgd(0.1, momentum=0.9)
+_UNIFORM = baselines.uniform()
+
+
+def _task(axis_name=None):
+  """Squared errors of x @ p; the model state is the largest prediction seen."""
+
+  def forward(params, model_state, batch, key, train):
+    del key, train
+    outputs = batch["x"] @ params["p"]
+    largest = jnp.max(jax.lax.stop_gradient(outputs))
+    return outputs, {"largest": jnp.maximum(model_state["largest"], largest)}
+
+  return base.Task(
+    forward=forward,
+    loss=lambda outputs, batch: (outputs - batch["y"]) ** 2,
+    linearize=linearization.linearize,
+    num_classes=2,
+    class_counts=jnp.array([2, 2]),
+    num_examples=4,
+    num_steps=10,
+    axis_name=axis_name,
+  )
+
+
+def _counting(method):
+  """The method, with a state that tells how many steps were taken."""
+
+  def gradients(state, task, inputs):
+    found, _ = method.gradients((), task, inputs)
+    return found, state + 1
+
+  return method._replace(gradients=gradients)
+
+
+def _state(optimizer=_SGD):
+  params = {"p": jnp.array([1.0, -2.0])}
+  model_state = {"largest": jnp.array(-5.0)}
+  return step_lib.init_state(params, model_state, jnp.zeros((), jnp.int32), optimizer)
+
+
+_X = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [2.0, 0.0]], np.float32)
+_Y = np.array([0.0, 0.0, 0.0, 2.0], np.float32)
+_GOOD = {"x": _X, "y": _Y, "label": np.zeros(4, np.int32)}
+_META = {"x": np.ones((1, 2), np.float32), "y": np.ones(1, np.float32)}
+
+
+@functools.lru_cache
+def _compiled(method, optimizer):
+  return jax.jit(
+    functools.partial(
+      step_lib.train_step, task=_task(), method=method, optimizer=optimizer
+    )
+  )
+
+
+def _step(state, batch=_GOOD, method=_UNIFORM, meta=None, optimizer=_SGD):
+  return _compiled(method, optimizer)(state, batch, meta, jax.random.key(0))
+
+
+def test_a_good_step_by_hand():
+  counting = _counting(_UNIFORM)
+  state, output = _step(_state(), method=counting)
+  # Residuals 1, -2, -1, 0 of the four examples: losses 1, 4, 1, 0.
+  gradient = 2 * np.array([1.0, -2.0, -1.0, 0.0]) @ _X / 4
+  np.testing.assert_allclose(state.params["p"], [1.0, -2.0] - 0.1 * gradient, rtol=1e-6)
+  np.testing.assert_allclose(state.opt_state[0].trace["p"], gradient, rtol=1e-6)
+  assert state.model_state["largest"] == 2.0
+  assert (state.step, state.method_state, state.failure.step) == (1, 1, -1)
+  np.testing.assert_allclose(output.weights, np.ones(4))
+  assert output.metrics["loss"] == output.metrics["weighted_loss"] == 1.5
+  np.testing.assert_allclose(output.metrics["effective_share"], 1)
+  norm = np.linalg.norm(gradient)
+  np.testing.assert_allclose(output.metrics["grad_norm"], norm, rtol=1e-6)
+
+
+def _weighted(weights):
+  def gradients(state, task, inputs):
+    return baselines.weighted_gradients(
+      task, inputs, lambda losses: jnp.array(weights, losses.dtype)
+    ), state
+
+  return base.Method(gradients)
+
+
+@pytest.mark.parametrize(
+  ("weights", "share"),
+  [
+    ([0.5, 0.5, 0, 0], 0.5),
+    ([1, 0, 0, 0], 0.25),
+    ([0, 0, 0, 0], 0),
+    ([0.75, 0.25, 0, 0], 1 / (0.5625 + 0.0625) / 4),
+  ],
+)
+def test_weights_are_told_in_units_of_the_uniform_one(weights, share):
+  _, output = _step(_state(), method=_weighted(weights))
+  np.testing.assert_allclose(output.weights, 4 * np.array(weights))
+  np.testing.assert_allclose(output.metrics["effective_share"], share, rtol=1e-6)
+  expected = np.dot(weights, [1, 4, 1, 0])
+  np.testing.assert_allclose(output.metrics["weighted_loss"], expected, rtol=1e-6)
+  assert output.metrics["loss"] == 1.5
+
+
+def _with(**columns):
+  return {**_GOOD, **{k: np.asarray(v, np.float32) for k, v in columns.items()}}
+
+
+def _nan_gradient(state, task, inputs):
+  found, state = _UNIFORM.gradients(state, task, inputs)
+  bad = jnp.where(inputs.step >= 0, jnp.nan, 0.0)
+  return found._replace(grads=jax.tree.map(lambda g: g + bad, found.grads)), state
+
+
+_NAN_GRADIENT = base.Method(_nan_gradient)
+_L2RW = l2rw.l2rw()
+_HUGE_STEP = optax.sgd(3e38)
+_CASES = {
+  "nan_loss": ({"batch": _with(y=[np.nan, 0, 0, np.nan])}, 2, False),
+  "infinite_loss": ({"batch": _with(y=[0, 1e30, 0, 0])}, 1, False),
+  "nan_gradient": ({"method": _NAN_GRADIENT}, 0, False),
+  "direction": (
+    {"method": _L2RW, "meta": {**_META, "y": _META["y"] + np.nan}},
+    0,
+    True,
+  ),
+  "loss_and_direction": (
+    {
+      "method": _L2RW,
+      "batch": _with(y=[np.nan, 0, 0, 0]),
+      "meta": {**_META, "y": _META["y"] + np.nan},
+    },
+    1,
+    True,
+  ),
+  "parameters": ({"optimizer": _HUGE_STEP}, 0, False),
+}
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_a_bad_step_leaves_everything_as_it_was(name):
+  case, losses, direction = _CASES[name]
+  optimizer = case.get("optimizer", _SGD)
+  method = _counting(case.get("method", _UNIFORM))
+  meta = case.get("meta", _META if case.get("method") is _L2RW else None)
+  case = {**case, "method": method, "meta": meta}
+  before = _state(optimizer)
+  if optimizer is _SGD:  # A momentum to lose.
+    before, _ = _step(before, method=_counting(_UNIFORM))
+  after, _ = _step(before, **case)
+  chex.assert_trees_all_equal(
+    after._replace(failure=None), before._replace(failure=None)
+  )
+  failure = jax.device_get(after.failure)
+  assert failure.step == before.step
+  assert failure.losses == losses and failure.direction == direction
+
+
+def test_the_first_failure_stays_and_no_later_step_is_taken():
+  counting = _counting(_UNIFORM)
+  state, _ = _step(_state(), method=counting)
+  failed, _ = _step(state, _with(y=[np.nan, np.nan, 0, 0]), method=counting)
+  for batch in (_GOOD, _with(y=[np.nan] * 4), _GOOD):
+    later, _ = _step(failed, batch, method=counting)
+    chex.assert_trees_all_equal(later, failed)
+  assert (failed.failure.step, failed.failure.losses) == (1, 2)
+  chex.assert_trees_all_equal(failed.params, state.params)
+
+
+def test_a_bad_running_statistic_is_not_kept():
+  def gradients(state, task, inputs):
+    found, state = _UNIFORM.gradients(state, task, inputs)
+    return found._replace(model_state={"largest": jnp.array(jnp.inf)}), state
+
+  state, _ = _step(_state(), method=base.Method(gradients))
+  assert state.model_state["largest"] == -5.0 and state.step == 0
+  assert (state.failure.step, state.failure.losses) == (0, 0)
+
+
+def test_a_nan_on_one_device_stops_all():
+  chosen = jax.local_devices()[:2]
+  step = jax.pmap(
+    functools.partial(
+      step_lib.train_step,
+      task=_task(devices.AXIS_NAME),
+      method=_UNIFORM,
+      optimizer=_SGD,
+    ),
+    axis_name=devices.AXIS_NAME,
+    in_axes=(None, 0, None, None),
+    devices=chosen,
+  )
+  halves = jax.tree.map(
+    lambda x: x.reshape(2, 2, *x.shape[1:]), _with(y=[np.nan, 0, 0, 0])
+  )
+  after, output = step(_state(), halves, None, jax.random.key(0))
+  for device in range(2):
+    own = jax.tree.map(lambda x, device=device: x[device], after)
+    chex.assert_trees_all_equal(own.params, _state().params)
+    assert (own.failure.step, own.failure.losses, own.step) == (0, 1, 0)
+  np.testing.assert_allclose(output.weights, np.ones((2, 2)))
+
+
+def test_every_step_has_its_own_key():
+  random = baselines.random()
+  state = _state()
+  drawn = []
+  for _ in range(3):
+    state, output = _step(state, method=random)
+    drawn.append(tuple(output.weights.tolist()))
+  _, again = _step(_state(), method=random)
+  assert len(set(drawn)) == 3 and tuple(again.weights.tolist()) == drawn[0]
