@@ -5,7 +5,7 @@ Paper: Ren et al., "Learning to Reweight Examples for Robust Deep Learning"
   images, 10 clean ones, 10 splits.
 Command: python -m experiments.mnist_imbalance --data_dir=DIR
   whole figure; --majority=0.995 --num_splits=3 for its right end.
-Device, time: 2 CPU cores, 4 to 8 minutes a run.
+Device, time: one CPU core, 8 to 14 minutes a run.
 Published (error %, majority 0.995): baseline 18.26, proportion 8.30, hard
   mining 7.74, L2RW 3.62. Ours: results/mnist_imbalance.
 """
