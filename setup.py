@@ -34,7 +34,7 @@ TEST = [
 setuptools.setup(
   name="l2rw_jax",
   version=VERSION,
-  description="Training on data that is wrong, in JAX: example weights as pure functions",
+  description="Training on data that is wrong, in JAX: per-example weights",
   long_description=(HERE / "README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   author="The l2rw_jax authors",
@@ -60,7 +60,13 @@ setuptools.setup(
     "cuda13": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
   },
-  keywords=["jax", "noisy labels", "class imbalance", "example weighting", "meta-learning"],
+  keywords=[
+    "jax",
+    "noisy labels",
+    "class imbalance",
+    "example weighting",
+    "meta-learning",
+  ],
   classifiers=[
     "Development Status :: 4 - Beta",
     "Intended Audience :: Science/Research",

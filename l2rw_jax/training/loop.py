@@ -58,7 +58,7 @@ def train(
     optimizer: takes them.
     splits: the data of each seed; all of one size.
     folder: where everything is kept. Must belong to these very settings.
-    evaluators: what to measure on the test set.
+    evaluators: what to measure on the test set; one of them must tell `accuracy`.
     name: for the progress bar and messages.
 
   Returns:
