@@ -21,6 +21,21 @@ class Classifier(NamedTuple):
   model: nn.Module
   num_classes: int
 
+  def check(self, batch: base.Batch, num_classes: int) -> None:
+    """Raises InputError unless the network has the data's number of classes."""
+
+    def logits(key):
+      params, model_state = self.init(key, batch)
+      return self.forward(params, model_state, batch, key, False)[0]
+
+    width = jax.eval_shape(logits, jax.random.key(0)).shape[-1]
+    allowed = {1, 2} if num_classes == 2 else {num_classes}
+    if self.num_classes != num_classes or width not in allowed:
+      raise base.InputError(
+        f"a classifier of {self.num_classes} classes with {width} logits does not fit"
+        f" data of {num_classes} classes."
+      )
+
   def init(self, key: base.Array, batch: base.Batch) -> tuple[base.PyTree, base.PyTree]:
     """Fresh `(params, model_state)` for images of this batch's shape."""
     variables = dict(self.model.init(key, batch["image"][:1]))

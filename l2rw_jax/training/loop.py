@@ -72,30 +72,12 @@ def train(
   folders = [folder / f"seed-{seed}" for seed in config.seeds]
   if not all((f / results.RESULTS).exists() for f in folders):
     config_lib.check(config, method, splits)
-    _check_model(model, splits[0])
+    model.check(batches_lib.examples_dict(splits[0].test), splits[0].num_classes)
     with contextlib.ExitStack() as files:
       _Run(
         config, model, method, optimizer, splits, folder, evaluators, name, files
       ).finish()
   return [results.read(f) for f in folders]
-
-
-def _check_model(model: classifier.Classifier, split: splits_lib.Splits) -> None:
-  """Raises InputError unless the network has the data's number of classes."""
-  batch = batches_lib.examples_dict(split.test)
-
-  def logits(key):
-    params, model_state = model.init(key, batch)
-    return model.forward(params, model_state, batch, key, False)[0]
-
-  width = jax.eval_shape(logits, jax.random.key(0)).shape[-1]
-  if model.num_classes != split.num_classes or width not in (
-    {1, 2} if split.num_classes == 2 else {split.num_classes}
-  ):
-    raise base.InputError(
-      f"a classifier of {model.num_classes} classes with {width} logits does not fit"
-      f" data of {split.num_classes} classes."
-    )
 
 
 @functools.lru_cache(maxsize=8)
