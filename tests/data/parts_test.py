@@ -164,3 +164,13 @@ def test_sources_that_are_unsound_or_do_not_fit(changes, message):
   parts.check_sources(source(), source("test"))
   with pytest.raises(base.InputError, match=message):
     parts.check_sources(source(), source("test")._replace(**changes))
+
+
+@pytest.mark.parametrize(
+  "others", [("train[:90%]", "train[50%:]"), ("train", "train[:5]")]
+)
+def test_slices_of_one_split_may_share_images_and_are_refused(others):
+  one, other = (source(split) for split in others)
+  with pytest.raises(base.InputError, match="may share images"):
+    parts.check_sources(one, other)
+  parts.check_sources(one, source("test"))
