@@ -50,6 +50,7 @@ class Checkpointer:
     # Orbax logs every failure with a traceback before raising it; what the user
     # should read is said here, in one line.
     logging.getLogger("absl").addFilter(_not_from_orbax)
+    logging.getLogger("asyncio").addFilter(_not_from_tensorstore)
     self._directory = pathlib.Path(directory).absolute()
     try:
       self._directory.mkdir(parents=True, exist_ok=True)
@@ -169,6 +170,13 @@ class Checkpointer:
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
   return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _not_from_tensorstore(record: logging.LogRecord) -> bool:
+  # Orbax reads all arrays at once and raises the first failure. The others come
+  # to asyncio's log whenever their tasks are collected, on top of what we say.
+  error = record.exc_info[1] if record.exc_info else None
+  return "tensorstore_spec=" not in str(error)
 
 
 def _pack(state: base.PyTree) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
