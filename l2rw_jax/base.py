@@ -49,6 +49,22 @@ class Linearized(NamedTuple):
   aux: Any = None
 
 
+class LinearizedOutputs(NamedTuple):
+  """Whatever a network makes of a batch, linearised at `params`.
+
+  Attributes:
+    outputs: f(p), a pytree of arrays, such as logits.
+    push: `v -> J v`, shaped like `outputs`; `v` is shaped like `params`.
+    pull: `c -> J^T c`, shaped like `params`; `c` is shaped like `outputs`.
+    aux: what the outputs function returned beside the outputs, else None.
+  """
+
+  outputs: PyTree
+  push: Callable[[PyTree], PyTree]
+  pull: Callable[[PyTree], PyTree]
+  aux: Any = None
+
+
 class Inputs(NamedTuple):
   """What a method sees of one training step.
 
@@ -105,6 +121,9 @@ class Task:
     num_examples: N.
     num_steps: length of the run in updates.
     axis_name: mapped device axis, or None outside `pmap`.
+    features: like `forward`, but stops at the penultimate layer: outputs [B, d].
+      None if the model cannot be split there.
+    head: `(params, features) -> logits`; forward is head after features.
   """
 
   forward: Callable[..., tuple[Any, PyTree]]
@@ -115,6 +134,8 @@ class Task:
   num_examples: int
   num_steps: int
   axis_name: AxisName = None
+  features: Callable[..., tuple[Any, PyTree]] | None = None
+  head: Callable[[PyTree, Any], Any] | None = None
 
   def losses_fn(
     self, model_state: PyTree, key: Array

@@ -74,35 +74,16 @@ def linearize(
     >>> print(lin.weighted_gradient(jnp.array([0., 1.])))
     [0. 4.]
   """
-  if derivative not in DERIVATIVES:
-    raise base.InputError(f"derivative={derivative!r}: choose one of {DERIVATIVES}.")
-  select, fill = differentiable(params)
 
-  def losses_and_aux(leaves):
-    losses, aux = losses_fn(fill(leaves), batch), None
-    if has_aux:
-      losses, aux = losses
+  def checked(params, batch):
+    losses, aux = (
+      losses_fn(params, batch) if has_aux else (losses_fn(params, batch), None)
+    )
     base.check_vector("losses_fn's result", losses)
     return losses, aux
 
-  leaves = select(params)
-  if derivative == "forward":
-    try:
-      losses, push, aux = jax.linearize(losses_and_aux, leaves, has_aux=True)
-    except (TypeError, NotImplementedError, ValueError) as error:
-      jax.eval_shape(losses_and_aux, leaves)  # Lets errors of losses_fn itself pass.
-      raise _no_forward_derivative(error) from error
-    pull = jax.linear_transpose(push, leaves)
-    push = _forward(push, losses)
-  else:
-    losses, pull, aux = jax.vjp(losses_and_aux, leaves, has_aux=True)
-    if derivative == "reverse":
-      push = _double_reverse(pull, losses)
-    else:
-      push = _central_difference(lambda x: losses_and_aux(x)[0], leaves)
-
-  def directional(vector):
-    return push(select(vector))
+  found = linearize_outputs(checked, params, batch, has_aux=True, derivative=derivative)
+  losses = found.outputs
 
   def weighted_gradient(weights):
     weights = jnp.asarray(weights)
@@ -110,9 +91,75 @@ def linearize(
       raise base.InputError(
         f"weights must be one number per loss, {losses.shape}; got {weights.shape}."
       )
-    return fill(pull(weights.astype(losses.dtype))[0], zeros=True)
+    return found.pull(weights.astype(losses.dtype))
 
-  return base.Linearized(losses, directional, weighted_gradient, aux)
+  return base.Linearized(losses, found.push, weighted_gradient, found.aux)
+
+
+def linearize_outputs(
+  outputs_fn: Callable[..., Any],
+  params: base.PyTree,
+  batch: Any,
+  *,
+  has_aux: bool = False,
+  derivative: str = "forward",
+) -> base.LinearizedOutputs:
+  """Linearises what a network makes of one batch, at `params`.
+
+  For methods that change the loss after the network (a rectified logit, a gated
+  feature): the network is passed through once, whatever comes after it is cheap.
+
+  Args:
+    outputs_fn: `(params, batch) -> outputs`, a pytree of float arrays, or
+      `(outputs, aux)` with `has_aux`.
+    params: as in `linearize`.
+    batch: whatever `outputs_fn` takes.
+    has_aux: whether `outputs_fn` returns something beside the outputs.
+    derivative: as in `linearize`, which also tells the costs.
+
+  Returns:
+    A `base.LinearizedOutputs`.
+
+  Raises:
+    InputError: as in `linearize`, but for the shape.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> lin = linearize_outputs(lambda p, x: x * p, jnp.array([1., 2.]), jnp.eye(2))
+    >>> print(lin.push(jnp.array([1., 0.])))
+    [[1. 0.]
+     [0. 0.]]
+  """
+  if derivative not in DERIVATIVES:
+    raise base.InputError(f"derivative={derivative!r}: choose one of {DERIVATIVES}.")
+  select, fill = differentiable(params)
+
+  def outputs_and_aux(leaves):
+    found = outputs_fn(fill(leaves), batch)
+    return found if has_aux else (found, None)
+
+  leaves = select(params)
+  if derivative == "forward":
+    try:
+      outputs, push, aux = jax.linearize(outputs_and_aux, leaves, has_aux=True)
+    except (TypeError, NotImplementedError, ValueError) as error:
+      jax.eval_shape(outputs_and_aux, leaves)  # Lets errors of its own pass.
+      raise _no_forward_derivative(error) from error
+    pull = jax.linear_transpose(push, leaves)
+    push = _forward(push, outputs)
+  else:
+    outputs, pull, aux = jax.vjp(outputs_and_aux, leaves, has_aux=True)
+    if derivative == "reverse":
+      push = _double_reverse(pull, outputs)
+    else:
+      push = _central_difference(lambda x: outputs_and_aux(x)[0], leaves)
+
+  return base.LinearizedOutputs(
+    outputs,
+    lambda vector: push(select(vector)),
+    lambda cotangent: fill(pull(cotangent)[0], zeros=True),
+    aux,
+  )
 
 
 def differentiable(
@@ -160,14 +207,14 @@ def zero(x: Any) -> Any:
   return jnp.zeros_like(x)
 
 
-def _double_reverse(pull, losses):
+def _double_reverse(pull, outputs):
   # `pull` is linear, so the point where it is differentiated is free; ones keep
   # a backward rule that divides by its cotangent finite.
-  _, push = jax.vjp(lambda w: pull(w)[0], jnp.ones_like(losses))
+  _, push = jax.vjp(lambda c: pull(c)[0], jax.tree.map(jnp.ones_like, outputs))
   return lambda vector: push(vector)[0]
 
 
-def _central_difference(losses_of, leaves):
+def _central_difference(outputs_of, leaves):
   """Directional derivative from two forward passes.
 
   The balance of truncation (h^2) and rounding (eps / h) puts the best relative
@@ -185,25 +232,30 @@ def _central_difference(losses_of, leaves):
     length = jnp.maximum(optax.tree.norm(vector), 1.0)
     step = relative_step * jnp.maximum(optax.tree.norm(leaves), 1.0) / length
 
-    def losses_at(sign):
-      return losses_of(
+    def outputs_at(sign):
+      return outputs_of(
         [
           (x + sign * step * v).astype(x.dtype)
           for x, v in zip(leaves, vector, strict=True)
         ]
       )
 
-    return (losses_at(1.0) - losses_at(-1.0)) / (2 * step) * largest
+    return jax.tree.map(
+      lambda ahead, behind: (ahead - behind) / (2 * step) * largest,
+      outputs_at(1.0),
+      outputs_at(-1.0),
+    )
 
   return push
 
 
-def _forward(push, losses):
+def _forward(push, outputs):
   """`push`, but refusing a `jax.custom_vjp` in words that name the way out."""
 
   def checked(vector):
     # JAX itself refuses at once when run eagerly, under `jit` only while compiling.
-    traced = any(isinstance(x, jax.core.Tracer) for x in (losses, *vector))
+    leaves = (*jax.tree.leaves(outputs), *vector)
+    traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
     if traced and _has_custom_vjp(jax.make_jaxpr(push)(vector).jaxpr):
       raise _no_forward_derivative("it is a jax.custom_vjp")
     try:

@@ -1,11 +1,15 @@
 """A network and a loss as the pure functions of a task."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from l2rw_jax import base
 from l2rw_jax.models import classifier
+from l2rw_jax.models import lenet
 from l2rw_jax.models import mlp
+from l2rw_jax.models import resnet
 
 BATCH = {"image": jnp.zeros((2, 4, 4, 1)), "label": jnp.zeros(2, jnp.int32)}
 
@@ -24,3 +28,52 @@ def test_networks_that_do_not_fit_are_refused(outputs, claimed, num_classes):
   message = f"{claimed} classes with {outputs} logits .* {num_classes} classes"
   with pytest.raises(base.InputError, match=message):
     model.check(BATCH, num_classes)
+
+
+@pytest.mark.parametrize(
+  "model",
+  [mlp.MLP(10, (3, 4)), lenet.LeNet(10), resnet.ResNet(10, blocks=1, width=2)],
+  ids=lambda model: type(model).__name__,
+)
+@pytest.mark.parametrize("train", [False, True])
+def test_a_network_is_its_head_after_its_features(model, train):
+  images = np.random.default_rng(0).normal(size=(4, 12, 12, 1)).astype(np.float32)
+  batch = {"image": images, "index": np.arange(4)}
+  task = classifier.Classifier(model, 10).task(
+    class_counts=jnp.ones(10), num_examples=4, num_steps=1
+  )
+  key = jax.random.key(0)
+  params, state = classifier.Classifier(model, 10).init(key, batch)
+  logits, new_state = task.forward(params, state, batch, key, train)
+  features, state_too = task.features(params, state, batch, key, train)
+  assert features.ndim == 2 and features.shape[1] != 10
+  np.testing.assert_allclose(task.head(params, features), logits, rtol=1e-6)
+  jax.tree.map(np.testing.assert_array_equal, new_state, state_too)
+
+
+def _jitter(images, keys, train):
+  if not train:
+    assert keys is None
+    return images * 2
+  noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(keys)
+  return images * 2 + noise
+
+
+def test_augmentation_is_drawn_for_an_example_wherever_it_stands():
+  model = classifier.Classifier(mlp.MLP(3, (2,)), 3, preprocess=_jitter)
+  images = np.random.default_rng(0).normal(size=(4, 2, 2, 1)).astype(np.float32)
+  batch = {"image": images, "index": np.arange(4)}
+  key = jax.random.key(0)
+  params, state = model.init(key, batch)
+
+  def forward(batch, key, train):
+    return model.forward(params, state, batch, key, train)[0]
+
+  whole = forward(batch, key, True)
+  half = forward({k: v[2:] for k, v in batch.items()}, key, True)
+  np.testing.assert_allclose(whole[2:], half, rtol=1e-5)
+  assert not np.allclose(whole, forward(batch, jax.random.key(1), True))
+  plain = model._replace(preprocess=None)
+  doubled = {**batch, "image": 2 * images}
+  expected = plain.forward(params, state, doubled, key, False)[0]
+  np.testing.assert_allclose(forward(batch, key, False), expected, rtol=1e-6)

@@ -280,3 +280,27 @@ def test_complex_parameters_agree_with_the_unrolled_step():
 def test_an_unknown_derivative_is_refused():
   with pytest.raises(base.InputError, match=r"'backward'.*forward.*reverse"):
     linearization.linearize(_scaled(1.0), jnp.ones(3), _x(), derivative="backward")
+
+
+@pytest.mark.parametrize("derivative", linearization.DERIVATIVES)
+def test_outputs_of_any_structure_are_pushed_and_pulled(x64, derivative):
+  def outputs_fn(params, x):
+    hidden = jnp.tanh(x @ params["w"])
+    return {"logits": hidden @ params["v"], "features": hidden}, jnp.sum(x)
+
+  rng = np.random.default_rng(0)
+  params = {"w": rng.normal(size=(3, 4)), "v": rng.normal(size=(4, 2))}
+  vector = {"w": rng.normal(size=(3, 4)), "v": rng.normal(size=(4, 2))}
+  x = rng.normal(size=(5, 3))
+  found = linearization.linearize_outputs(
+    outputs_fn, params, x, has_aux=True, derivative=derivative
+  )
+  outputs, tangent, aux = jax.jvp(
+    lambda p: outputs_fn(p, x), (params,), (vector,), has_aux=True
+  )
+  cotangent = jax.tree.map(lambda y: rng.normal(size=y.shape), outputs)
+  _, pull, _ = jax.vjp(lambda p: outputs_fn(p, x), params, has_aux=True)
+  chex.assert_trees_all_close(found.outputs, outputs)
+  chex.assert_trees_all_close(found.push(vector), tangent, rtol=1e-5, atol=1e-8)
+  chex.assert_trees_all_close(found.pull(cotangent), pull(cotangent)[0], rtol=1e-6)
+  np.testing.assert_allclose(found.aux, aux)

@@ -1,5 +1,6 @@
 """A flax module and a loss, as the pure functions that a `base.Task` is made of."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -14,12 +15,19 @@ class Classifier(NamedTuple):
   """A linen network that maps `batch["image"]` to logits.
 
   Attributes:
-    model: module with `__call__(images, train) -> logits [B, C or 1]`.
+    model: module with `__call__(images, train) -> logits [B, C or 1]`, equal to
+      `head(features(images, train))` if it has these methods; a method that acts
+      on features (`advisor`) needs them.
     num_classes: C; a model with one output is a binary classifier, C = 2.
+    preprocess: `(images, keys, train) -> images`: scaling, and in training
+      augmentation, drawn from a key an example, `keys` [B] (None in evaluation).
+      The keys follow the examples' "index", so what is drawn does not depend on
+      the number of devices.
   """
 
   model: nn.Module
   num_classes: int
+  preprocess: Callable[..., Any] | None = None
 
   def check(self, batch: base.Batch, num_classes: int) -> None:
     """Raises InputError unless the network has the data's number of classes."""
@@ -38,7 +46,7 @@ class Classifier(NamedTuple):
 
   def init(self, key: base.Array, batch: base.Batch) -> tuple[base.PyTree, base.PyTree]:
     """Fresh `(params, model_state)` for images of this batch's shape."""
-    variables = dict(self.model.init(key, batch["image"][:1]))
+    variables = dict(self.model.init(key, self._images(batch, None, False)[:1]))
     return variables.pop("params"), variables
 
   def forward(
@@ -50,17 +58,46 @@ class Classifier(NamedTuple):
     train: bool,
   ) -> tuple[Any, base.PyTree]:
     """`(outputs, model_state)`, see `base.Task.forward`."""
+    return self._apply("__call__", params, model_state, batch, key, train)
+
+  def features(
+    self,
+    params: base.PyTree,
+    model_state: base.PyTree,
+    batch: base.Batch,
+    key: base.Array,
+    train: bool,
+  ) -> tuple[base.Array, base.PyTree]:
+    """`(features [B, d], model_state)`, what `head` makes logits of."""
+    return self._apply("features", params, model_state, batch, key, train)
+
+  def head(self, params: base.PyTree, features: base.Array) -> base.Array:
+    """Features [B, d] to logits [B, C]."""
+    return self.model.apply({"params": params}, features, method="head")
+
+  def _apply(self, method, params, model_state, batch, key, train):
     variables = {"params": params, **model_state}
+    images = self._images(batch, key, train)
     if not train:
-      return self.model.apply(variables, batch["image"]), model_state
+      return self.model.apply(variables, images, method=method), model_state
     outputs, changed = self.model.apply(
       variables,
-      batch["image"],
+      images,
       train=True,
       mutable=list(model_state),
       rngs={"dropout": jax.random.fold_in(key, 0)},
+      method=method,
     )
     return outputs, {**model_state, **changed}
+
+  def _images(self, batch, key, train):
+    if self.preprocess is None:
+      return batch["image"]
+    keys = None
+    if train:
+      fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+      keys = fold(jax.random.fold_in(key, 1), batch["index"])
+    return self.preprocess(batch["image"], keys, train)
 
   def loss(self, outputs: base.Array, batch: base.Batch) -> base.Array:
     """Cross-entropy [B], in nats."""
@@ -77,9 +114,12 @@ class Classifier(NamedTuple):
     axis_name: base.AxisName = None,
   ) -> base.Task:
     """The learning problem of this classifier; arguments as in `base.Task`."""
+    splits = hasattr(self.model, "features") and hasattr(self.model, "head")
     return base.Task(
       forward=self.forward,
       loss=self.loss,
+      features=self.features if splits else None,
+      head=self.head if splits else None,
       linearize=linearization.linearize,
       num_classes=self.num_classes,
       class_counts=class_counts,

@@ -20,13 +20,24 @@ class LeNet(nn.Module):
 
   num_outputs: int
 
+  def setup(self) -> None:
+    """The output layer, named as in one plain sequence of layers."""
+    self.output = nn.Dense(self.num_outputs, kernel_init=_normal, name="Dense_1")
+
   @nn.compact
-  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """Images [B, H, W, C] to logits [B, num_outputs]."""
+  def features(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Images [B, H, W, C] to [B, 100], non-negative."""
     del train
     for features in (16, 32, 64):
       x = nn.Conv(features, (5, 5), padding="SAME", kernel_init=_normal)(x)
       x = nn.relu(pooling.max_pool(x, 3, 2))
     x = x.reshape(x.shape[0], -1)
-    x = nn.relu(nn.Dense(100, kernel_init=_normal)(x))
-    return nn.Dense(self.num_outputs, kernel_init=_normal)(x)
+    return nn.relu(nn.Dense(100, kernel_init=_normal)(x))
+
+  def head(self, features: jax.Array) -> jax.Array:
+    """Features to logits [B, num_outputs]."""
+    return self.output(features)
+
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Images [B, H, W, C] to logits [B, num_outputs]."""
+    return self.head(self.features(x, train))

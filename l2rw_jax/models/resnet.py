@@ -29,9 +29,13 @@ class ResNet(nn.Module):
   axis_name: str | None = None
   dtype: Any = jnp.float32
 
+  def setup(self) -> None:
+    """The output layer, named as in one plain sequence of layers."""
+    self.output = nn.Dense(self.num_outputs, dtype=self.dtype, name="Dense_0")
+
   @nn.compact
-  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """Images [B, H, W, C] to logits [B, num_outputs]."""
+  def features(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Images [B, H, W, C] to [B, 4 width], non-negative."""
     conv = functools.partial(
       nn.Conv,
       kernel_size=(3, 3),
@@ -54,8 +58,15 @@ class ResNet(nn.Module):
         y = nn.relu(norm()(conv(features, strides=stride)(x)))
         y = norm()(conv(features)(y))
         x = nn.relu(y + _shortcut(x, features, stride))
-    x = x.mean(axis=(1, 2))
-    return nn.Dense(self.num_outputs, dtype=self.dtype)(x)
+    return x.mean(axis=(1, 2))
+
+  def head(self, features: jax.Array) -> jax.Array:
+    """Features to logits [B, num_outputs]."""
+    return self.output(features)
+
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Images [B, H, W, C] to logits [B, num_outputs]."""
+    return self.head(self.features(x, train))
 
 
 def _shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
