@@ -2,8 +2,14 @@
 
 "40% noise" means different things in different papers and programs: name the
 builder and its variant beside every number. N labels, C classes.
+
+Two families. `uniform_flip` and `background_flip` choose an exact number of
+examples. The others are a row-stochastic transition matrix T [C, C] from which
+`resample` draws every label anew, P(new = j | true = i) = T[i, j]: the number of
+wrong labels then varies a little with the seed.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -131,6 +137,161 @@ def draw_background(
   return int(rng.integers(0, num_classes - (variant == "official_code")))
 
 
+def symmetric_matrix(num_classes: int, rate: float) -> np.ndarray:
+  """Diagonal 1 - rate, every other class rate / (C - 1).
+
+  Truly wrong in expectation: `rate`.
+
+  Args:
+    num_classes: C, at least 2.
+    rate: probability of a wrong label, in [0, 1].
+
+  Returns:
+    T, float64 [C, C].
+
+  Raises:
+    InputError: an argument out of range.
+
+  References:
+    Patel, Sastry, "Adaptive Sample Selection for Robust Learning under Label
+    Noise" (BARE), WACV 2023: symmetric noise.
+  """
+  _check_matrix(num_classes, rate)
+  matrix = np.full((num_classes, num_classes), rate / (num_classes - 1))
+  np.fill_diagonal(matrix, 1 - rate)
+  return matrix
+
+
+def uniform_matrix(num_classes: int, rate: float) -> np.ndarray:
+  """(1 - rate) I + rate / C: drawn anew from all classes, the true one included.
+
+  Truly wrong in expectation: rate (1 - 1/C), which is 0.36 for 0.4 of 10 classes.
+
+  Args:
+    num_classes: C, at least 2.
+    rate: probability of a new draw, in [0, 1].
+
+  Returns:
+    T, float64 [C, C].
+
+  Raises:
+    InputError: an argument out of range.
+
+  References:
+    Shu et al., "Meta-Weight-Net" (NeurIPS 2019), released code: uniform noise.
+  """
+  _check_matrix(num_classes, rate)
+  return (1 - rate) * np.eye(num_classes) + rate / num_classes
+
+
+def pair_matrix(num_classes: int, rate: float, pairs: Mapping[int, int]) -> np.ndarray:
+  """Classes that are mistaken for one other class with probability `rate`.
+
+  Truly wrong in expectation: rate times the share of the classes in `pairs`.
+
+  Args:
+    num_classes: C, at least 2.
+    rate: in [0, 1].
+    pairs: true class -> the class it is taken for; all others stay right.
+
+  Returns:
+    T, float64 [C, C].
+
+  Raises:
+    InputError: an argument out of range.
+
+  References:
+    Patel, Sastry, "Adaptive Sample Selection for Robust Learning under Label
+    Noise" (BARE), WACV 2023: class-conditional noise.
+  """
+  _check_matrix(num_classes, rate)
+  matrix = np.eye(num_classes)
+  for true, taken in pairs.items():
+    if true == taken or not {true, taken} <= set(range(num_classes)):
+      raise base.InputError(
+        f"pairs must lead from a class to another one, of 0 to {num_classes - 1};"
+        f" got {true}: {taken}"
+      )
+    matrix[true, true] -= rate
+    matrix[true, taken] += rate
+  return matrix
+
+
+def flip_matrix(
+  num_classes: int,
+  rate: float,
+  *,
+  num_targets: int,
+  rng: np.random.Generator | np.random.RandomState,
+) -> np.ndarray:
+  """Each class is mistaken for a few random other ones, in equal parts.
+
+  Truly wrong in expectation: `rate`. From rate 1/2 on (two targets: from 2/3 on)
+  a class's own label is no longer the most frequent one it gets.
+
+  Args:
+    num_classes: C, more than `num_targets`.
+    rate: in [0, 1].
+    num_targets: 1 is Meta-Weight-Net's "flip", 2 its "flip2", the one in the
+      paper's tables.
+    rng: draws the targets, class by class.
+
+  Returns:
+    T, float64 [C, C].
+
+  Raises:
+    InputError: an argument out of range.
+
+  References:
+    Shu et al., "Meta-Weight-Net" (NeurIPS 2019), released code: flip noise.
+  """
+  _check_matrix(num_classes, rate)
+  if not 1 <= num_targets < num_classes:
+    raise base.InputError(
+      f"{num_targets} other classes to flip to need num_classes of at least"
+      f" {num_targets + 1}; got {num_classes}"
+    )
+  matrix = np.eye(num_classes) * (1 - rate)
+  for true in range(num_classes):
+    others = np.delete(np.arange(num_classes), true)
+    targets = rng.choice(others, num_targets, replace=False)
+    matrix[true, targets] = rate / num_targets
+  return matrix
+
+
+def resample(
+  labels: Any, matrix: np.ndarray, *, rng: np.random.Generator
+) -> np.ndarray:
+  """Every label y drawn anew from row T[y], independently of the others.
+
+  Args:
+    labels: integers in 0 .. C - 1, shape [N]; not modified.
+    matrix: T [C, C], rows non-negative with sum 1.
+    rng: source of all randomness.
+
+  Returns:
+    Noisy labels, int32 [N].
+
+  Raises:
+    InputError: labels out of range, or T is not row-stochastic.
+  """
+  matrix = np.asarray(matrix, np.float64)
+  if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+    raise base.InputError(f"matrix must have shape [C, C]; got {matrix.shape}")
+  wrong = ~((matrix >= 0).all(1) & (abs(matrix.sum(1) - 1) < 1e-9))
+  if wrong.any():
+    raise base.InputError(
+      f"matrix must have non-negative rows with sum 1; row {np.argmax(wrong)} is"
+      f" {matrix[np.argmax(wrong)].tolist()}"
+    )
+  true = check_labels("labels", labels, len(matrix))
+  noisy = true.copy()
+  for label, row in enumerate(matrix):
+    members = np.flatnonzero(true == label)
+    noisy[members] = rng.choice(len(row), size=len(members), p=row)
+  return noisy
+
+
 def check_labels(what: str, labels: Any, num_classes: int) -> np.ndarray:
   """A copy of `labels` as int32 [N], once they are seen to be classes.
 
@@ -168,9 +329,18 @@ def _check_variant(variant: str, num_classes: int) -> None:
     )
 
 
-def _choose(size: int, fraction: float, rng: np.random.Generator) -> np.ndarray:
+def _check_matrix(num_classes: int, rate: float) -> None:
+  _check_variant(VARIANTS[0], num_classes)
+  _check_fraction(rate)
+
+
+def _check_fraction(fraction: float) -> None:
   if not 0 <= fraction <= 1:
     raise base.InputError(
       f"fraction must lie in [0, 1] (0.4 flips 40% of the labels); got {fraction}"
     )
+
+
+def _choose(size: int, fraction: float, rng: np.random.Generator) -> np.ndarray:
+  _check_fraction(fraction)
   return rng.choice(size, size=round(fraction * size), replace=False)

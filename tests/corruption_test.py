@@ -214,3 +214,111 @@ def test_background_out_of_range(background):
       rng=np.random.default_rng(0),
       background=background,
     )
+
+
+def test_matrices_by_hand():
+  np.testing.assert_allclose(
+    corruption.symmetric_matrix(4, 0.6),
+    [
+      [0.4, 0.2, 0.2, 0.2],
+      [0.2, 0.4, 0.2, 0.2],
+      [0.2, 0.2, 0.4, 0.2],
+      [0.2, 0.2, 0.2, 0.4],
+    ],
+  )
+  np.testing.assert_allclose(
+    corruption.uniform_matrix(4, 0.6),
+    [
+      [0.55, 0.15, 0.15, 0.15],
+      [0.15, 0.55, 0.15, 0.15],
+      [0.15, 0.15, 0.55, 0.15],
+      [0.15, 0.15, 0.15, 0.55],
+    ],
+  )
+  np.testing.assert_allclose(
+    corruption.pair_matrix(4, 0.3, {3: 0, 1: 2, 2: 1}),
+    [[1, 0, 0, 0], [0, 0.7, 0.3, 0], [0, 0.3, 0.7, 0], [0.3, 0, 0, 0.7]],
+  )
+
+
+@pytest.mark.parametrize("num_targets", [1, 2])
+def test_flip_matrix_has_its_targets_off_the_diagonal(num_targets):
+  seen = np.zeros((5, 5))
+  for seed in range(40):
+    rng = np.random.default_rng(seed)
+    matrix = corruption.flip_matrix(5, 0.4, num_targets=num_targets, rng=rng)
+    np.testing.assert_allclose(np.diag(matrix), 0.6)
+    hit = matrix - np.diag(np.diag(matrix))
+    np.testing.assert_allclose(
+      np.sort(hit, 1),
+      np.tile([0.0] * (5 - num_targets) + [0.4 / num_targets] * num_targets, (5, 1)),
+    )
+    seen += hit > 0
+  # Every other class is drawn for every class, at even odds.
+  assert np.all(seen[~np.eye(5, dtype=bool)] > 40 * num_targets / 4 / 4)
+
+
+@pytest.mark.parametrize(
+  ("matrix", "wrong"),
+  [
+    (corruption.symmetric_matrix(10, 0.4), 0.4),
+    (corruption.uniform_matrix(10, 0.4), 0.36),
+    (corruption.uniform_matrix(100, 0.6), 0.594),
+    (corruption.pair_matrix(10, 0.4, {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}), 0.2),
+    (
+      corruption.flip_matrix(10, 0.4, num_targets=2, rng=np.random.default_rng(0)),
+      0.4,
+    ),
+  ],
+)
+def test_resampled_labels_follow_the_matrix(matrix, wrong):
+  labels = balanced(len(matrix), 100_000 // len(matrix))
+  before = labels.copy()
+  noisy = corruption.resample(labels, matrix, rng=np.random.default_rng(0))
+  np.testing.assert_array_equal(labels, before)
+  assert noisy.dtype == np.int32
+  # Five standard deviations of a share of 100,000 are at most 0.008.
+  assert abs(np.mean(noisy != labels) - wrong) < 0.006
+  found = np.zeros_like(matrix)
+  np.add.at(found, (labels, noisy), len(matrix) / 100_000)
+  assert not found[matrix == 0].any()
+  np.testing.assert_allclose(found, matrix, atol=0.03)
+
+
+def test_resampled_examples_are_independent_of_one_another():
+  matrix = corruption.symmetric_matrix(2, 0.5)
+  noisy = corruption.resample(
+    np.zeros(40_000, int), matrix, rng=np.random.default_rng(0)
+  )
+  pairs = np.bincount(2 * noisy[::2] + noisy[1::2], minlength=4) / 20_000
+  np.testing.assert_allclose(pairs, 0.25, atol=0.016)
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (lambda: corruption.symmetric_matrix(1, 0.1), "num_classes must be at least 2"),
+    (lambda: corruption.uniform_matrix(3, 1.1), r"fraction must lie in .* got 1.1"),
+    (lambda: corruption.uniform_matrix(3, float("nan")), "fraction must lie.*nan"),
+    (lambda: corruption.pair_matrix(3, 0.1, {0: 3}), "of 0 to 2; got 0: 3"),
+    (lambda: corruption.pair_matrix(3, 0.1, {1: 1}), "to another one.*got 1: 1"),
+    (
+      lambda: corruption.flip_matrix(
+        2, 0.1, num_targets=2, rng=np.random.default_rng(0)
+      ),
+      "2 other classes to flip to need num_classes of at least 3; got 2",
+    ),
+    (lambda: _resample([0], [[1.0, 0.0]]), r"shape \[C, C\]; got \(1, 2\)"),
+    (lambda: _resample([0], [[1, 0], [0.5, 0.6]]), "sum 1; row 1 is .0.5, 0.6."),
+    (lambda: _resample([0], [[1.5, -0.5], [0, 1]]), "non-negative.*row 0"),
+    (lambda: _resample([2], np.eye(2)), "labels must lie in 0 .. 1"),
+  ],
+)
+def test_bad_matrices_are_told(call, message):
+  with pytest.raises(base.InputError, match=message) as error:
+    call()
+  assert "\n" not in str(error.value)
+
+
+def _resample(labels, matrix):
+  return corruption.resample(labels, matrix, rng=np.random.default_rng(0))

@@ -25,6 +25,9 @@ class Examples(NamedTuple):
     true_label: int32 [N].
     index: int32 [N], 0 .. N - 1, the row in this part.
     source_index: int32 [N], the row in the source split, ascending.
+    group: int32 [N], the attribute in which the examples are to be treated alike;
+      None stands for the true class. A truth, like `true_label`: what a method
+      may know is the group of the meta set.
   """
 
   image: np.ndarray
@@ -32,6 +35,7 @@ class Examples(NamedTuple):
   true_label: np.ndarray
   index: np.ndarray  # type: ignore[assignment]  # hides tuple.index, unused here
   source_index: np.ndarray
+  group: np.ndarray | None = None
 
 
 class Splits(NamedTuple):
@@ -44,7 +48,8 @@ class Splits(NamedTuple):
     test: clean.
     num_classes: C.
     fingerprint: 16 hex digits of a SHA-256 over data set names and versions,
-      and over the source rows and labels of all four parts.
+      and over the source rows and labels of all four parts, and their groups
+      if they are not the classes.
   """
 
   train: Examples
@@ -70,6 +75,8 @@ def assemble(
   test_labels: np.ndarray,
   num_classes: int,
   meta_in_train: bool = False,
+  groups: np.ndarray | None = None,
+  test_groups: np.ndarray | None = None,
 ) -> Splits:
   """Cuts the parts out of their sources, once they are seen to be disjoint.
 
@@ -83,6 +90,8 @@ def assemble(
     test_labels: the truth for the whole of `test`, int32 [N'].
     num_classes: C of these labels.
     meta_in_train: whether meta may share images with train.
+    groups: of the whole of `train`, int32 [N]; the true labels if None.
+    test_groups: of the whole of `test`, int32 [N'], likewise.
 
   Returns:
     The parts and their fingerprint.
@@ -99,13 +108,31 @@ def assemble(
   check_disjoint(apart)
   none = np.zeros(0, np.int64)
   parts = {
-    name: _cut(train.images, rows.get(name, none), labels, true_labels)
+    name: _cut(train.images, rows.get(name, none), labels, true_labels, groups)
     for name in ("train", "meta", "validation")
   }
-  parts["test"] = _cut(test.images, rows["test"], test_labels, test_labels)
-  return Splits(
-    **parts, num_classes=num_classes, fingerprint=_fingerprint(train, test, parts)
-  )
+  parts["test"] = _cut(test.images, rows["test"], test_labels, test_labels, test_groups)
+  fingerprint = _fingerprint(train, test, parts)
+  return Splits(**parts, num_classes=num_classes, fingerprint=fingerprint)
+
+
+def keep_train(splits: Splits, rows: np.ndarray) -> Splits:
+  """The same problem with only some of its training examples.
+
+  Args:
+    splits: the whole.
+    rows: of the training set to keep, all different.
+
+  Returns:
+    Splits whose train has `index` 0 .. len(rows) - 1 in the old order, under a
+    fingerprint of its own.
+  """
+  rows = np.sort(rows)
+  kept = Examples(*(None if x is None else x[rows] for x in splits.train))
+  kept = kept._replace(index=np.arange(len(rows), dtype=np.int32))
+  digest = hashlib.sha256(splits.fingerprint.encode())
+  digest.update(rows.astype("<i4").tobytes())
+  return splits._replace(train=kept, fingerprint=digest.hexdigest()[:16])
 
 
 def _origin(source: sources.Source) -> tuple[str, str, str]:
@@ -113,7 +140,11 @@ def _origin(source: sources.Source) -> tuple[str, str, str]:
 
 
 def _cut(
-  images: np.ndarray, rows: np.ndarray, labels: np.ndarray, true_labels: np.ndarray
+  images: np.ndarray,
+  rows: np.ndarray,
+  labels: np.ndarray,
+  true_labels: np.ndarray,
+  groups: np.ndarray | None,
 ) -> Examples:
   rows = np.sort(rows)
   chosen = images[rows]
@@ -125,6 +156,7 @@ def _cut(
     true_label=true_labels[rows].astype(np.int32),
     index=np.arange(len(rows), dtype=np.int32),
     source_index=rows.astype(np.int32),
+    group=(true_labels if groups is None else groups)[rows].astype(np.int32),
   )
 
 
@@ -136,6 +168,8 @@ def _fingerprint(
     digest.update(repr((name, len(part.label))).encode())
     for column in (part.source_index, part.label):
       digest.update(column.astype("<i4").tobytes())
+    if part.group is not None and not np.array_equal(part.group, part.true_label):
+      digest.update(b"group" + part.group.astype("<i4").tobytes())
   return digest.hexdigest()[:16]
 
 

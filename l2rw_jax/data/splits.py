@@ -5,14 +5,12 @@ from another, is a function of its seed alone, and says by `Splits.fingerprint`
 exactly which examples and labels came out.
 """
 
-import functools
 import math
-from typing import Any
 
 import numpy as np
 
 from l2rw_jax import base
-from l2rw_jax import corruption
+from l2rw_jax.data import noise
 from l2rw_jax.data import parts
 from l2rw_jax.data import sources
 
@@ -20,6 +18,8 @@ from l2rw_jax.data import sources
 Examples = parts.Examples
 Splits = parts.Splits
 class_counts = parts.class_counts
+BUILDERS = noise.BUILDERS
+ANNOTATIONS = tuple(noise.ANNOTATIONS)
 
 
 def four_versus_nine(
@@ -139,36 +139,42 @@ def noisy_labels(
   test: sources.Source,
   *,
   builder: str,
-  fraction: float,
+  fraction: float | None = None,
   num_meta_per_class: int,
   num_validation: int = 0,
   seed: int,
   variant: str = "paper",
+  annotation: str | None = None,
 ) -> Splits:
   """Flipped labels in train and validation, none in meta and test.
 
   First the meta set is drawn, the same number of every class; then, from the
-  rest, validation; what remains is train. Train and validation are corrupted
-  each by itself, so that the number of flips is exact in both, with one shared
-  background class. The draws do not depend on one another: neither another
-  fraction nor another validation size changes the meta set.
+  rest, validation; what remains is train: disjoint for every seed, where several
+  released programs leak the meta set into train. Train and validation are
+  corrupted each by itself, so that the number of flips is exact in both where the
+  builder's is, with one shared background class or transition matrix. The draws
+  do not depend on one another: neither another fraction nor another validation
+  size changes the meta set.
 
   Args:
     train: the split to draw train, meta and validation from; N images.
     test: the split that is used whole as test.
-    builder: `"uniform_flip"` or `"background_flip"`, see `l2rw_jax.corruption`.
-    fraction: share of the labels to draw anew, in [0, 1].
+    builder: one of `BUILDERS`; `l2rw_jax.data.noise` tells what they do.
+    fraction: the builder's parameter, in [0, 1]; what it truly flips differs
+      between builders. None for `human`.
     num_meta_per_class: meta images of every class.
     num_validation: validation images.
     seed: of all draws, at least 0.
-    variant: of the builder, `"paper"` or `"official_code"`.
+    variant: of the builder, `"paper"` or `"official_code"`; the `bare_` builders,
+      `mwn_uniform` and `human` have but one.
+    annotation: of the builder `human`, one of `ANNOTATIONS`.
 
   Returns:
     The parts.
 
   Raises:
-    InputError: an argument out of range, too few images of a class, or nothing
-      left to train on.
+    InputError: an argument out of range, a builder that does not fit the data
+      set, too few images of a class, or nothing left to train on.
 
   References:
     Ren et al., "Learning to Reweight Examples for Robust Deep Learning"
@@ -179,8 +185,9 @@ def noisy_labels(
   parts.check_sizes(
     num_meta_per_class=num_meta_per_class, num_validation=num_validation
   )
-  meta_rng, rows_rng, background_rng, *noise_rngs = parts.generators(seed, 5)
-  flip = _noise(builder, background_rng, fraction, train.num_classes, variant)
+  meta_rng, rows_rng, shared_rng, *noise_rngs = parts.generators(seed, 5)
+  request = noise.Request(train, fraction, variant, annotation, shared_rng)
+  flip = noise.flip(builder, request)
   meta = _per_class(train, num_meta_per_class, meta_rng)
   rest = np.setdiff1d(np.arange(len(train.labels)), meta)
   if len(rest) <= num_validation:
@@ -193,7 +200,7 @@ def noisy_labels(
   rows = {"train": rest[num_validation:], "validation": rest[:num_validation]}
   labels = train.labels.copy()
   for part, rng in zip(rows.values(), noise_rngs, strict=True):
-    labels[part] = flip(train.labels[part], rng=rng)
+    labels[part] = flip(part, rng)
   return parts.assemble(
     train,
     test,
@@ -202,28 +209,6 @@ def noisy_labels(
     true_labels=train.labels,
     test_labels=test.labels,
     num_classes=train.num_classes,
-  )
-
-
-def _noise(
-  builder: str,
-  rng: np.random.Generator,
-  fraction: float,
-  num_classes: int,
-  variant: str,
-) -> Any:
-  given: dict[str, Any] = {
-    "fraction": fraction,
-    "num_classes": num_classes,
-    "variant": variant,
-  }
-  if builder == "uniform_flip":
-    return functools.partial(corruption.uniform_flip, **given)
-  if builder == "background_flip":
-    background = corruption.draw_background(num_classes, rng=rng, variant=variant)
-    return functools.partial(corruption.background_flip, background=background, **given)
-  raise base.InputError(
-    f"builder must be uniform_flip or background_flip; got {builder!r}"
   )
 
 
