@@ -1,6 +1,7 @@
 """The derivative of a meta loss through one optimiser step.
 
-With M(p) the mean loss of the meta batch and one optax step
+With M(p) the mean loss of the meta batch (or another objective of its losses)
+and one optax step
 
     step(g) = apply_updates(p, optimizer.update(g, opt_state, p)[0])
 
@@ -13,7 +14,8 @@ taken with the weighted gradient g(w) = J^T w of a batch (see `linearization`):
 
 which equals differentiating the unrolled step (`unrolled_weight_gradient`, kept
 as the definition) to rounding, at roughly half its cost. Nothing here
-differentiates a collective: the meta gradient is averaged over devices first.
+differentiates a collective: the meta gradient is averaged over devices first, and
+an objective is differentiated where its losses are already gathered.
 
 Reference: Ren et al., "Learning to Reweight Examples for Robust Deep Learning"
 (2018), eq. (4)-(7) and appendix A; any optax optimiser in place of their SGD.
@@ -30,6 +32,8 @@ import optax
 from l2rw_jax import base
 from l2rw_jax import linearization
 
+# The losses [M] of the global meta batch to the meta loss, a scalar.
+Objective = Callable[[base.Array], base.Array]
 # Said wherever a direction is found not to be finite.
 OPTIMIZER_TRAP = (
   "optimisers that divide by the root of a squared gradient (adam, adamw, lamb,"
@@ -49,7 +53,7 @@ class Direction(NamedTuple):
 
   Attributes:
     vector: v, shaped like `params`; dM/dw = J v for any example weights w.
-    meta_loss: M at the looked-ahead parameters, scalar, global mean.
+    meta_loss: M at the looked-ahead parameters, scalar, of the global meta batch.
     finite: False when `vector` holds a NaN or an infinity; bool scalar.
     aux: what the meta losses function returned beside its losses, else None.
   """
@@ -79,6 +83,7 @@ def direction(
   *,
   optimizer: optax.GradientTransformation,
   opt_state: base.PyTree,
+  objective: Objective | None = None,
   has_aux: bool = False,
   axis_name: base.AxisName = None,
 ) -> Direction:
@@ -92,6 +97,10 @@ def direction(
       None is zero, where L2RW stands.
     optimizer: the look-ahead optimiser.
     opt_state: its state at `params`.
+    objective: `losses [M] -> M(p)`, of the losses of all devices in device order
+      (`base.gather` what else it needs, such as groups); None is their mean. It
+      should not change when every example is repeated, for a meta batch that
+      does not divide among the devices is repeated on each.
     has_aux: whether `meta_losses_fn` returns something beside its losses.
     axis_name: mapped axis over which `meta_batch` is sharded.
 
@@ -112,24 +121,36 @@ def direction(
     gradient = fill(gradient_leaves, zeros=True)
     return select(look_ahead(params, gradient, optimizer, opt_state))
 
-  def meta_loss(leaves):
+  def meta_losses(leaves):
     losses, aux = meta_losses_fn(fill(leaves), meta_batch), None
     if has_aux:
       losses, aux = losses
     base.check_vector("meta_losses_fn's result", losses)
     if losses.size == 0:
       raise base.InputError("meta_batch is empty: a meta loss needs an example.")
-    return jnp.mean(losses), aux
+    return losses, aux
 
   ahead, transpose = jax.vjp(step, select(inner_gradient))
-  ahead = base.local(ahead, axis_name)
-  (loss, aux), meta_gradient = jax.value_and_grad(meta_loss, has_aux=True)(ahead)
-  loss, meta_gradient = base.pmean((loss, meta_gradient), axis_name)
+  losses, pull, aux = jax.vjp(meta_losses, base.local(ahead, axis_name), has_aux=True)
+  loss, cotangent = _meta_loss(objective, losses, axis_name)
+  meta_gradient = base.psum(pull(cotangent)[0], axis_name)
   (vector,) = transpose(
     [g.astype(x.dtype) for g, x in zip(meta_gradient, leaves, strict=True)]
   )
   finite = _check_finite(vector, meta_gradient)
   return Direction(fill(vector, zeros=True), loss, finite, aux)
+
+
+def _meta_loss(objective, losses, axis_name):
+  """The global meta loss, and its gradient in this device's own losses."""
+  if objective is None:
+    loss = base.pmean(jnp.mean(losses), axis_name)
+    size = base.global_size(losses.size, axis_name)
+    return loss, jnp.full_like(losses, 1 / size)
+  # Every device differentiates the same function of the same gathered losses, so
+  # no collective is transposed; each then pulls back the part that is its own.
+  loss, gradient = jax.value_and_grad(objective)(base.gather(losses, axis_name))
+  return base.pmean(loss, axis_name), base.own_part(gradient, axis_name)
 
 
 def weight_gradient(
@@ -172,6 +193,7 @@ def unrolled_weight_gradient(
   *,
   optimizer: optax.GradientTransformation,
   opt_state: base.PyTree,
+  objective: Objective = jnp.mean,
 ) -> base.Array:
   """dM/dw [B] as it is defined: `jax.grad` through the unrolled inner step.
 
@@ -186,7 +208,7 @@ def unrolled_weight_gradient(
 
     gradient = jax.grad(weighted_loss)(params)
     ahead = look_ahead(params, gradient, optimizer, opt_state)
-    return jnp.mean(meta_losses_fn(ahead, meta_batch))
+    return objective(meta_losses_fn(ahead, meta_batch))
 
   return jax.grad(meta_loss)(weights)
 

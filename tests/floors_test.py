@@ -11,7 +11,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 FLOORS = [
   (r"l2rw_jax/__init__\.py", 4),
   (r"l2rw_jax/base\.py", 0),
-  (r"l2rw_jax/(losses|normalization|class_balance|corruption)\.py", 1),
+  (r"l2rw_jax/(losses|normalization|class_balance|group_objectives|corruption)\.py", 1),
   (r"l2rw_jax/(linearization|hypergradient)\.py", 2),
   (r"l2rw_jax/(models|methods)/.*", 3),
   (r"l2rw_jax/(data/.*|workdir\.py|checkpointing\.py|metric_writer\.py)", 4),

@@ -13,7 +13,7 @@ from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import devices as devices_lib
 from l2rw_jax.training import stream
 
-_FIELDS = ("image", "label", "index")
+_FIELDS = ("image", "label", "index", "group")
 
 
 class Batches(NamedTuple):
@@ -95,6 +95,8 @@ class BatchSource:
 
 def examples_dict(examples: splits_lib.Examples) -> base.Batch:
   """The fields of a split that networks and methods may see."""
+  if examples.group is None:
+    examples = examples._replace(group=examples.true_label)
   return {name: getattr(examples, name) for name in _FIELDS}
 
 

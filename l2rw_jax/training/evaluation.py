@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -19,12 +20,14 @@ class Predictions(NamedTuple):
     predicted: classes with the highest score, [N].
     losses: [N].
     num_classes: C.
+    groups: attribute of each example, [N]; None stands for the classes.
   """
 
   labels: np.ndarray
   predicted: np.ndarray
   losses: np.ndarray
   num_classes: int
+  groups: np.ndarray | None = None
 
 
 Evaluator = Callable[[Predictions], dict[str, float]]
@@ -50,7 +53,7 @@ def predict(
     task: the learning problem.
     params: one run's parameters.
     model_state: its variables.
-    examples: arrays with leading axis N, among them "label".
+    examples: arrays with leading axis N, among them "label"; "group" if known.
     batch_size: examples a forward pass.
   """
   size = len(examples["label"])
@@ -65,6 +68,7 @@ def predict(
     np.concatenate(predicted),
     np.concatenate(found),
     task.num_classes,
+    None if "group" not in examples else np.asarray(examples["group"]),
   )
 
 
@@ -83,3 +87,52 @@ def per_class_accuracy(predictions: Predictions) -> dict[str, float]:
     if members.any():
       by_class[f"accuracy_class_{c}"] = float(right[members].mean())
   return {**by_class, "balanced_accuracy": float(np.mean(list(by_class.values())))}
+
+
+def equal_opportunity(predictions: Predictions) -> dict[str, float]:
+  """How far true-positive rates are from equal, and how the worst group fares.
+
+  The true-positive rate of class c is the accuracy on class c. Where the groups
+  are the classes, rates of two classes are compared:
+
+    tpr_gap_max, tpr_gap_mean    over all pairs of classes
+    worst_group_accuracy         the lowest accuracy of a class
+
+  Where they are an attribute, rates of two groups within each class:
+
+    tpr_gap_max, tpr_gap_mean    over all classes and pairs of groups
+    worst_group_accuracy         the lowest accuracy of an attribute group
+    worst_cell_accuracy          the lowest of a (class, attribute) cell
+    accuracy_group_G             of attribute group G
+
+  Classes, groups and cells without an example do not count; a gap without a pair
+  is 0.
+  """
+  labels, groups = predictions.labels, predictions.groups
+  right = predictions.predicted == labels
+  if groups is None or np.array_equal(groups, labels):
+    rates = _rates(right, labels)
+    gaps = _gaps(list(rates.values()))
+    return {**_gap_summary(gaps), "worst_group_accuracy": min(rates.values())}
+  cells = [_rates(right[labels == c], groups[labels == c]) for c in np.unique(labels)]
+  by_group = _rates(right, groups)
+  gaps = [gap for cell in cells for gap in _gaps(list(cell.values()))]
+  return {
+    **_gap_summary(gaps),
+    "worst_group_accuracy": min(by_group.values()),
+    "worst_cell_accuracy": min(min(cell.values()) for cell in cells),
+    **{f"accuracy_group_{g}": rate for g, rate in by_group.items()},
+  }
+
+
+def _rates(right: np.ndarray, groups: np.ndarray) -> dict[int, float]:
+  return {int(g): float(right[groups == g].mean()) for g in np.unique(groups)}
+
+
+def _gaps(rates: list[float]) -> list[float]:
+  return [abs(a - b) for a, b in itertools.combinations(rates, 2)]
+
+
+def _gap_summary(gaps: list[float]) -> dict[str, float]:
+  gaps = gaps or [0.0]
+  return {"tpr_gap_max": max(gaps), "tpr_gap_mean": float(np.mean(gaps))}

@@ -81,6 +81,8 @@ def test_fingerprint_sees_everything_that_matters():
     assemble(rows, train=source(name="other")).fingerprint,
     assemble(rows, train=source(version="1.0.1")).fingerprint,
     assemble(rows, test=source(split="val")).fingerprint,
+    assemble(rows, groups=np.zeros(6, np.int32)).fingerprint,
+    assemble(rows, test_groups=np.ones(6, np.int32)).fingerprint,
   ]
   assert len(set(fingerprints)) == len(fingerprints)
   assert all(len(f) == 16 and int(f, 16) >= 0 for f in fingerprints)
@@ -90,6 +92,36 @@ def test_fingerprint_ignores_the_order_of_drawing():
   one = assemble({"train": np.array([0, 1, 5]), "test": np.array([3, 2])})
   other = assemble({"test": np.array([2, 3]), "train": np.array([5, 0, 1])})
   assert one.fingerprint == other.fingerprint
+
+
+def test_groups_are_the_true_classes_unless_given():
+  rows = {"train": np.array([0, 4]), "meta": np.array([2]), "test": np.array([3, 5])}
+  splits = assemble(rows)
+  for part in splits[:4]:
+    np.testing.assert_array_equal(part.group, part.true_label)
+  groups = np.array([5, 0, 7, 0, 6, 0])
+  splits = assemble(rows, groups=groups, test_groups=groups[::-1])
+  np.testing.assert_array_equal(splits.train.group, [5, 6])
+  np.testing.assert_array_equal(splits.meta.group, [7])
+  np.testing.assert_array_equal(splits.test.group, [7, 5])
+  assert splits.train.group.dtype == np.int32
+  given = assemble(rows, groups=source().labels, test_groups=source().labels)
+  assert given.fingerprint == assemble(rows).fingerprint
+
+
+def test_fewer_training_examples_are_another_problem():
+  splits = assemble({"train": np.arange(5), "test": np.array([1])})
+  kept = parts.keep_train(splits, np.array([3, 0]))
+  np.testing.assert_array_equal(kept.train.source_index, [0, 3])
+  np.testing.assert_array_equal(kept.train.index, [0, 1])
+  for one, whole in zip(kept.train, splits.train, strict=True):
+    if one is not kept.train.index:
+      np.testing.assert_array_equal(one, whole[[0, 3]])
+  for part in ("meta", "validation", "test"):
+    assert getattr(kept, part) is getattr(splits, part)
+  others = [splits, kept, parts.keep_train(splits, np.array([0, 4]))]
+  assert len({s.fingerprint for s in others}) == 3
+  assert parts.keep_train(splits, np.array([0, 3])).fingerprint == kept.fingerprint
 
 
 def test_overlap_is_told():

@@ -11,10 +11,11 @@ from l2rw_jax import losses
 from l2rw_jax.training import evaluation
 
 
-def _predictions(labels, predicted, num_classes=3):
+def _predictions(labels, predicted, num_classes=3, groups=None):
   labels, predicted = np.array(labels), np.array(predicted)
   found = np.arange(len(labels), dtype=np.float32)
-  return evaluation.Predictions(labels, predicted, found, num_classes)
+  groups = None if groups is None else np.array(groups)
+  return evaluation.Predictions(labels, predicted, found, num_classes, groups)
 
 
 def test_accuracy_and_loss():
@@ -40,6 +41,40 @@ def test_a_class_that_is_absent_does_not_count():
     "accuracy_class_0": 0.0,
     "accuracy_class_2": 0.5,
     "balanced_accuracy": 0.25,
+  }
+
+
+def test_opportunity_of_the_classes():
+  # Rates 3/4, 1 and 0: gaps 1/4, 3/4 and 1.
+  labels, predicted = [0, 0, 0, 0, 1, 2], [0, 0, 0, 1, 1, 0]
+  expected = {
+    "tpr_gap_max": 1.0,
+    "tpr_gap_mean": pytest.approx(2 / 3),
+    "worst_group_accuracy": 0.0,
+  }
+  for groups in (None, labels):
+    found = evaluation.equal_opportunity(_predictions(labels, predicted, groups=groups))
+    assert found == expected
+  found = evaluation.equal_opportunity(_predictions([2, 2], [2, 1]))
+  assert found["tpr_gap_max"] == found["tpr_gap_mean"] == 0
+  assert found["worst_group_accuracy"] == 0.5
+
+
+def test_opportunity_of_an_attribute_is_compared_within_each_class():
+  # Class 0: rates 1, 1/2, 0 of groups 0, 1, 4; class 1: 1 and 1 of groups 0 and 1;
+  # class 2: group 0 alone, no pair.
+  labels = [0, 0, 0, 0, 1, 1, 2, 2, 2]
+  groups = [0, 1, 1, 4, 0, 1, 0, 0, 0]
+  predicted = [0, 0, 1, 1, 1, 1, 2, 0, 0]
+  found = evaluation.equal_opportunity(_predictions(labels, predicted, groups=groups))
+  assert found == {
+    "tpr_gap_max": 1.0,
+    "tpr_gap_mean": (0.5 + 1 + 0.5 + 0) / 4,
+    "worst_group_accuracy": 0.0,
+    "worst_cell_accuracy": 0.0,
+    "accuracy_group_0": 0.6,
+    "accuracy_group_1": pytest.approx(2 / 3),
+    "accuracy_group_4": 0.0,
   }
 
 
@@ -103,6 +138,14 @@ def test_predictions_are_those_of_evaluation_mode():
   task = _task(losses.sigmoid_cross_entropy)
   found = _predict(task, [[1.0]], [[0.0]], [0])
   np.testing.assert_allclose(found.losses, [np.log(2)], rtol=1e-6)
+
+
+def test_groups_of_the_examples_are_handed_on():
+  examples = {"x": np.eye(3, dtype=np.float32), "label": np.arange(3)}
+  run = (_task(), jnp.eye(3), jnp.zeros(()))
+  assert evaluation.predict(*run, examples).groups is None
+  found = evaluation.predict(*run, {**examples, "group": np.array([1, 0, 1])})
+  assert found.groups.tolist() == [1, 0, 1]
 
 
 def test_one_program_serves_every_evaluation():

@@ -1,0 +1,165 @@
+"""Floor 1: example losses and their groups to one fairness objective.
+
+With L_g the mean loss of group g in the batch:
+
+    mean      average loss, whatever the groups
+    gap       mean or maximum over pairs of groups of |L_a - L_b|
+    worst     max_g L_g, or a smooth maximum
+    soft_tpr  either of the last two on 1 - mean p(label) instead of L_g
+
+Equality of opportunity asks for equal true-positive rates (Hardt, Price, Srebro,
+arXiv:1610.02413). Those are steps in the parameters; these can be differentiated.
+Groups without a member in the batch do not count. M examples, G groups.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from l2rw_jax import base
+
+
+def group_means(
+  values: base.Array, groups: base.Array, num_groups: int
+) -> tuple[base.Array, base.Array]:
+  """Mean of each group, and whether it has a member.
+
+  Args:
+    values: [M].
+    groups: group of each example, integers, [M]; others than 0 .. G - 1 belong
+      to no group.
+    num_groups: G.
+
+  Returns:
+    Means [G], 0 where a group is absent; presence, bool [G].
+  """
+  _check(values, groups)
+  member = groups[:, None] == jnp.arange(num_groups)
+  counts = member.sum(axis=0)
+  # Not a matrix product: it would round on TPU, and spread a NaN to all groups.
+  totals = jnp.where(member, values[:, None], 0).sum(axis=0)
+  return totals / jnp.maximum(counts, 1), counts > 0
+
+
+def mean(losses: base.Array) -> base.Array:
+  """Average exemplar loss [M] -> scalar, whatever the groups."""
+  base.check_vector("losses", losses)
+  return jnp.mean(losses)
+
+
+def gap(
+  losses: base.Array,
+  groups: base.Array,
+  num_groups: int,
+  *,
+  reduction: str = "mean",
+  mean_coefficient: float = 0.0,
+) -> base.Array:
+  """Difference between the groups' mean losses, over pairs of groups.
+
+  Pairs of which a group has no member do not count; equal groups give a zero
+  gradient; with fewer than two groups present the gap is 0.
+
+  Args:
+    losses: of the exemplars, [M].
+    groups: of the exemplars, [M].
+    num_groups: G.
+    reduction: "mean" or "max" over pairs; tied pairs share the gradient.
+    mean_coefficient: times the mean loss is added.
+
+  Returns:
+    A scalar.
+
+  >>> import jax.numpy as jnp
+  >>> losses, groups = jnp.array([1., 3., 5.]), jnp.array([0, 0, 2])
+  >>> print(gap(losses, groups, num_groups=3))
+  3.0
+  """
+  _choose("reduction", reduction, ("mean", "max"))
+  means, present = group_means(losses, groups, num_groups)
+  pairs = jnp.triu(present[:, None] & present[None, :], k=1)
+  gaps = jnp.where(pairs, jnp.abs(means[:, None] - means[None, :]), 0)
+  found = gaps.max() if reduction == "max" else gaps.sum() / jnp.maximum(pairs.sum(), 1)
+  return found + mean_coefficient * jnp.mean(losses)
+
+
+def worst(
+  losses: base.Array,
+  groups: base.Array,
+  num_groups: int,
+  *,
+  temperature: float = 0.0,
+) -> base.Array:
+  """Mean loss of the worst group that has a member.
+
+  Args:
+    losses: of the exemplars, [M].
+    groups: of the exemplars, [M].
+    num_groups: G.
+    temperature: T; 0 is the maximum itself, whose gradient tied groups share.
+      T > 0 is the smooth maximum T log sum_g exp(L_g / T), at most T log G above
+      it. Only the hard maximum stays put when a group is listed twice: the
+      smooth one then grows, by up to T log 2.
+
+  Returns:
+    A scalar; 0 when no group has a member.
+
+  >>> import jax.numpy as jnp
+  >>> print(worst(jnp.array([1., 3., 2.5]), jnp.array([0, 0, 2]), num_groups=3))
+  2.5
+  """
+  if temperature < 0:
+    raise base.InputError(f"temperature={temperature} must be at least 0.")
+  means, present = group_means(losses, groups, num_groups)
+  any_present = present.any()
+  # Minus infinity, so that the absent weigh nothing; finite when all are absent.
+  lifted = jnp.where(present | ~any_present, means, -jnp.inf)
+  if temperature == 0:
+    return lifted.max()
+  smooth = temperature * jax.nn.logsumexp(lifted / temperature)
+  return jnp.where(any_present, smooth, 0)
+
+
+def soft_tpr(
+  probabilities: base.Array,
+  groups: base.Array,
+  num_groups: int,
+  *,
+  reduction: str = "mean",
+  mean_coefficient: float = 0.0,
+  temperature: float = 0.0,
+) -> base.Array:
+  """`gap` or `worst` of 1 - mean p(label), a true-positive rate without steps.
+
+  Args:
+    probabilities: that the model gives the exemplars' labels, [M]; exp(-loss)
+      for cross-entropy.
+    groups: of the exemplars, [M].
+    num_groups: G.
+    reduction: "mean" or "max" over pairs of groups, or "worst".
+    mean_coefficient: of "mean" and "max", see `gap`.
+    temperature: of "worst", see there.
+
+  Returns:
+    A scalar.
+  """
+  _choose("reduction", reduction, ("mean", "max", "worst"))
+  misses = 1 - probabilities
+  if reduction == "worst":
+    return worst(misses, groups, num_groups, temperature=temperature)
+  return gap(
+    misses, groups, num_groups, reduction=reduction, mean_coefficient=mean_coefficient
+  )
+
+
+def _check(values, groups):
+  base.check_vector("losses", values)
+  if groups.shape != values.shape:
+    raise base.InputError(
+      f"groups must be one integer an exemplar, shape {values.shape}; got"
+      f" {groups.shape}."
+    )
+
+
+def _choose(what, given, allowed):
+  if given not in allowed:
+    raise base.InputError(f"{what}={given!r}: choose one of {allowed}.")
