@@ -94,7 +94,8 @@ class Gradients(NamedTuple):
   Attributes:
     grads: gradient of sum_i weights_i * losses_i over the *global* batch,
       already summed over devices; shaped like `params`.
-    weights: this device's example weights [B]; uniform is 1 / B_global.
+    weights: this device's example weights [B]; uniform is 1 / B_global. Methods
+      that change the loss instead of weighing it say what they put here.
     losses: this device's unweighted losses [B].
     model_state: the variables after this batch.
     metrics: scalars to log, the same on every device.
@@ -153,6 +154,7 @@ class EpochView(NamedTuple):
   """What `Method.refresh` may look at, on the host, before an epoch.
 
   Attributes:
+    seed: of the run.
     epoch: the epoch about to start, counted from 0.
     params: current parameters (unreplicated).
     model_state: current variables (unreplicated).
@@ -160,6 +162,7 @@ class EpochView(NamedTuple):
     rng: NumPy generator seeded by (seed, epoch): same numbers after a resume.
   """
 
+  seed: int
   epoch: int
   params: PyTree
   model_state: PyTree

@@ -10,14 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
-import optax
 import pytest
 
-from l2rw_jax import base
 from l2rw_jax import hypergradient
-from l2rw_jax import linearization
 from l2rw_jax import losses
-from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 from l2rw_jax.models import mlp
 from l2rw_jax.models import resnet
@@ -243,108 +239,3 @@ def test_the_examples_differ_enough_to_tell():
   scores = _expected("one_shard")[0]["scores"]
   assert (scores[:2] > 0).all()
   assert (scores[2:] < 0).all()
-
-
-_NUM_STEPS = 4
-_OUTER = optax.sgd(0.3, momentum=0.9)
-_METHODS = {
-  "uniform": baselines.uniform(),
-  "random": baselines.random(),
-  "class_proportion": baselines.class_proportion(),
-  "hard_mining": baselines.hard_mining(),
-  "clean_only": baselines.clean_only(),
-  "fine_tuning_l2rw": baselines.fine_tuning(2, l2rw.l2rw()),
-  "l2rw": l2rw.l2rw(),
-  "l2rw_momentum": l2rw.l2rw(_OUTER),
-}
-
-
-def _task(axis_name):
-  model = _Net(axis_name)
-
-  def forward(params, model_state, batch, key, train):
-    del key
-    return model.apply(
-      {"params": params, **model_state}, batch["x"], train, mutable="batch_stats"
-    )
-
-  return base.Task(
-    forward=forward,
-    loss=lambda logits, batch: losses.softmax_cross_entropy(logits, batch["label"]),
-    linearize=linearization.linearize,
-    num_classes=_CLASSES,
-    class_counts=jnp.array([50, 30, 20]),
-    num_examples=100,
-    num_steps=_NUM_STEPS,
-    axis_name=axis_name,
-  )
-
-
-def _step_fn(axis_name):
-  """One update of every method at once: one program to compile, not eight."""
-  task = _task(axis_name)
-
-  def update(method, carry, batch, meta_batch, step):
-    params, model_state, opt_state = carry
-    key = jax.random.fold_in(jax.random.key(7), step)
-    inputs = base.Inputs(params, model_state, opt_state, batch, meta_batch, step, key)
-    found, _ = method.gradients((), task, inputs)
-    updates, opt_state = _OUTER.update(found.grads, opt_state, params)
-    params = optax.apply_updates(params, updates)
-    return (params, found.model_state, opt_state), found
-
-  def step_fn(carries, batch, meta_batch, step):
-    results = {
-      name: update(method, carries[name], batch, meta_batch, step)
-      for name, method in _METHODS.items()
-    }
-    carries = {name: carry for name, (carry, _) in results.items()}
-    return carries, {name: found for name, (_, found) in results.items()}
-
-  return step_fn
-
-
-@functools.cache
-def _histories(num_devices):
-  """`Gradients` of every update by method, and the last parameters.
-
-  Stacked over devices; `num_devices` None is plain jit without an axis.
-  """
-  rng = np.random.default_rng(3)
-  data = [[_examples(rng, n, (5,)) for n in (_B, _M)] for _ in range(_NUM_STEPS)]
-  variables = _init(_Net(None), data[0][0]["x"])
-  params = variables.pop("params")
-  carries = dict.fromkeys(_METHODS, (params, variables, _OUTER.init(params)))
-  if num_devices is None:
-    step_fn = jax.jit(_step_fn(None))
-  else:
-    step_fn = jax.pmap(_step_fn(_AXIS), _AXIS, in_axes=(0, 0, 0, None))
-    carries = jax.tree.map(lambda x: np.stack([x] * num_devices), carries)
-  history = []
-  for step, batches in enumerate(data):
-    if num_devices is not None:
-      batches = _shard(batches, num_devices)
-    carries, found = step_fn(carries, *batches, np.int32(step))
-    history.append(jax.device_get(found))
-  return history, jax.device_get({name: carry[0] for name, carry in carries.items()})
-
-
-@pytest.mark.parametrize("num_devices", [2, 8])
-@pytest.mark.parametrize("name", _METHODS)
-def test_a_method_trains_alike_on_any_number_of_devices(name, num_devices):
-  expected_history, expected_params = _histories(None)
-  history, params = _histories(num_devices)
-  for index in {0, num_devices - 1}:
-    _assert_close(_on_device(params[name], index), expected_params[name])
-  for found, expected in zip(history, expected_history, strict=True):
-    for index in {0, num_devices - 1}:
-      seen = _on_device(found[name], index)
-      weights, values = found[name].weights.ravel(), found[name].losses.ravel()
-      _assert_close(seen._replace(weights=weights, losses=values), expected[name])
-
-
-def test_the_updates_show_fine_tuning_in_both_phases_and_mining_at_work():
-  history, _ = _histories(None)
-  weighs = [bool(found["fine_tuning_l2rw"].weights.any()) for found in history]
-  assert weighs == [True, True, False, False]
-  assert all(0 < (found["hard_mining"].weights == 0).sum() < _B for found in history)

@@ -73,7 +73,8 @@ class Classifier(NamedTuple):
 
   def head(self, params: base.PyTree, features: base.Array) -> base.Array:
     """Features [B, d] to logits [B, C]."""
-    return self.model.apply({"params": params}, features, method="head")
+    logits: Any = self.model.apply({"params": params}, features, method="head")
+    return logits
 
   def _apply(self, method, params, model_state, batch, key, train):
     variables = {"params": params, **model_state}

@@ -221,6 +221,7 @@ class _Run:
       if starting[run]:
         epoch = self.source.streams[run].position.epoch
         view = base.EpochView(
+          seed=seed,
           epoch=epoch,
           params=state.params,
           model_state=state.model_state,

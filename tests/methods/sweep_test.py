@@ -1,0 +1,198 @@
+"""What holds for every method: any number of devices, runs side by side, state."""
+
+import functools
+
+import chex
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax.methods import baselines
+from l2rw_jax.methods import l2rw
+from l2rw_jax.models import classifier
+from l2rw_jax.training import step as step_lib
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+_AXIS = "devices"
+_B, _M, _CLASSES, _N, _NUM_STEPS = 16, 8, 3, 40, 4
+_TOLERANCE = 1e-5
+_OUTER = optax.sgd(0.3, momentum=0.9)
+# Add a method here, with settings under which it does something in four steps.
+_METHODS = {
+  "uniform": baselines.uniform(),
+  "random": baselines.random(),
+  "class_proportion": baselines.class_proportion(),
+  "hard_mining": baselines.hard_mining(),
+  "clean_only": baselines.clean_only(),
+  "fine_tuning_l2rw": baselines.fine_tuning(2, l2rw.l2rw()),
+  "l2rw": l2rw.l2rw(),
+  "l2rw_momentum": l2rw.l2rw(_OUTER),
+}
+
+
+class _Net(nn.Module):
+  """The smallest network with features and batch statistics shared by devices."""
+
+  axis_name: str | None
+
+  def setup(self):
+    self.output = nn.Dense(_CLASSES)
+
+  @nn.compact
+  def features(self, x, train=False):
+    x = nn.Dense(6)(x)
+    x = nn.BatchNorm(use_running_average=not train, axis_name=self.axis_name)(x)
+    return nn.tanh(x)
+
+  def head(self, features):
+    return self.output(features)
+
+  def __call__(self, x, train=False):
+    return self.head(self.features(x, train))
+
+
+def _examples(rng, size):
+  return {
+    "image": rng.normal(size=(size, 5)).astype(np.float32),
+    "label": rng.choice(_CLASSES, size, p=[0.6, 0.2, 0.2]).astype(np.int32),
+    "group": rng.permutation(np.arange(size) % 2).astype(np.int32),
+    "index": rng.permutation(_N)[:size].astype(np.int32),
+  }
+
+
+@functools.cache
+def _data():
+  rng = np.random.default_rng(3)
+  return [(_examples(rng, _B), _examples(rng, _M)) for _ in range(_NUM_STEPS)]
+
+
+def _model(axis_name):
+  return classifier.Classifier(_Net(axis_name), _CLASSES)
+
+
+def _task(axis_name):
+  return _model(axis_name).task(
+    class_counts=jnp.array([24, 8, 8]),
+    num_examples=_N,
+    num_steps=_NUM_STEPS,
+    axis_name=axis_name,
+  )
+
+
+@functools.cache
+def _initial(name, seed=0):
+  def init(key):
+    params, model_state = _model(None).init(key, _data()[0][0])
+    state = _METHODS[name].init(jax.random.fold_in(key, 1), _task(None), params)
+    return step_lib.init_state(params, model_state, state, _OUTER)
+
+  return jax.device_get(jax.jit(init)(jax.random.key(seed)))
+
+
+def _step_fn(name, axis_name):
+  def step(state, batch, meta_batch):
+    # The loop's own step, and what a method told it.
+    found, _ = _METHODS[name].gradients(
+      state.method_state, _task(axis_name), _inputs(state, batch, meta_batch)
+    )
+    new_state, _ = step_lib.train_step(
+      state,
+      batch,
+      meta_batch,
+      jax.random.key(7),
+      task=_task(axis_name),
+      method=_METHODS[name],
+      optimizer=_OUTER,
+    )
+    return new_state, found
+
+  return step
+
+
+def _inputs(state, batch, meta_batch):
+  key = jax.random.fold_in(jax.random.key(7), state.step)
+  return base.Inputs(
+    state.params, state.model_state, state.opt_state, batch, meta_batch, state.step, key
+  )
+
+
+@functools.cache
+def _history(name, num_devices, seed=0):
+  """`Gradients` of every update and the last state; None is jit without an axis."""
+  state = _initial(name, seed)
+  if num_devices is None:
+    step_fn = jax.jit(_step_fn(name, None))
+  else:
+    devices = jax.devices()[:num_devices]
+    step_fn = jax.pmap(_step_fn(name, _AXIS), _AXIS, devices=devices)
+    state = jax.tree.map(lambda x: np.stack([x] * num_devices), state)
+  history = []
+  for batches in _data():
+    if num_devices is not None:
+      batches = jax.tree.map(
+        lambda x: x.reshape(num_devices, -1, *x.shape[1:]), batches
+      )
+    state, found = step_fn(state, *batches)
+    history.append(jax.device_get(found))
+  return history, jax.device_get(state)
+
+
+def _on_device(tree, index):
+  return jax.tree.map(lambda x: x[index], tree)
+
+
+def _assert_close(actual, expected):
+  chex.assert_trees_all_close(actual, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
+
+
+@pytest.mark.parametrize("num_devices", [2, 8])
+@pytest.mark.parametrize("name", _METHODS)
+def test_trains_alike_on_any_number_of_devices(name, num_devices):
+  expected_history, expected_state = _history(name, None)
+  history, state = _history(name, num_devices)
+  for index in {0, num_devices - 1}:
+    _assert_close(_on_device(state, index), expected_state)
+  for found, expected in zip(history, expected_history, strict=True):
+    for index in {0, num_devices - 1}:
+      seen = _on_device(found, index)
+      weights, values = found.weights.ravel(), found.losses.ravel()
+      _assert_close(seen._replace(weights=weights, losses=values), expected)
+
+
+@pytest.mark.parametrize("name", _METHODS)
+def test_trains_side_by_side_as_alone(name):
+  states = [_initial(name, seed) for seed in (0, 1)]
+  stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
+  step_fn = jax.jit(jax.vmap(_step_fn(name, None), in_axes=(0, None, None)))
+  for batches in _data():
+    stacked, _ = step_fn(stacked, *batches)
+  for run, seed in enumerate((0, 1)):
+    _, alone = _history(name, None, seed)
+    _assert_close(_on_device(jax.device_get(stacked), run), alone)
+
+
+@pytest.mark.parametrize("name", _METHODS)
+def test_says_what_the_loop_expects(name):
+  history, state = _history(name, None)
+  assert state.failure.step == -1  # Every number was finite.
+  for found in history:
+    assert found.weights.shape == found.losses.shape == (_B,)
+    assert (found.weights >= 0).all()
+    assert all(np.shape(value) == () for value in found.metrics.values())
+    chex.assert_trees_all_equal_shapes_and_dtypes(found.grads, state.params)
+  before = _initial(name)
+  chex.assert_trees_all_equal_shapes_and_dtypes(state, before)
+  moved = jax.tree.map(lambda a, b: np.any(a != b), state.params, before.params)
+  assert any(jax.tree.leaves(moved))
+
+
+def test_the_updates_show_fine_tuning_in_both_phases_and_mining_at_work():
+  weighs = [bool(f.weights.any()) for f in _history("fine_tuning_l2rw", None)[0]]
+  assert weighs == [True, True, False, False]
+  kept = [(f.weights == 0).sum() for f in _history("hard_mining", None)[0]]
+  assert all(0 < count < _B for count in kept)
