@@ -15,6 +15,7 @@ FLOORS = [
   (r"l2rw_jax/(linearization|hypergradient)\.py", 2),
   (r"l2rw_jax/(models|methods)/.*", 3),
   (r"l2rw_jax/(data/.*|workdir\.py|checkpointing\.py|metric_writer\.py)", 4),
+  (r"l2rw_jax/(mentor_file|loss_dump)\.py", 4),
   (r"l2rw_jax/training/.*", 5),
   (r"experiments/.*", 6),
 ]
