@@ -254,7 +254,8 @@ def flip_matrix(
   matrix = np.eye(num_classes) * (1 - rate)
   for true in range(num_classes):
     others = np.delete(np.arange(num_classes), true)
-    targets = rng.choice(others, num_targets, replace=False)
+    # One target: as the released code draws it, which `replace=False` would not.
+    targets = rng.choice(others, num_targets, replace=num_targets == 1)
     matrix[true, targets] = rate / num_targets
   return matrix
 

@@ -1,5 +1,7 @@
 """The shipped networks: sizes, shapes, pooling, batch statistics."""
 
+import functools
+
 import chex
 from flax import linen as nn
 import jax
@@ -7,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from l2rw_jax.models import dropout
 from l2rw_jax.models import lenet
 from l2rw_jax.models import mlp
 from l2rw_jax.models import pooling
+from l2rw_jax.models import preactivation_resnet
 from l2rw_jax.models import resnet
+from l2rw_jax.models import wide_resnet
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -23,6 +28,10 @@ def _shapes(model, *shape):
 
 def _size(tree):
   return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def _full(model):
+  return functools.partial(model, full_first_stage=True)
 
 
 def test_lenet_has_the_parameters_of_the_released_code():
@@ -59,13 +68,101 @@ def test_resnet_takes_images_of_any_size_and_halves_them_twice(size):
   assert found == widths
 
 
-def test_running_statistics_move_only_in_training():
-  model = resnet.ResNet(3, blocks=1, width=2)
+@pytest.mark.parametrize(
+  ("model", "classes", "size"),
+  [
+    # By hand, ResNet-32: convolutions 461,232, output 650, BN shifts 1,072; the
+    # first stage's other four BNs are 64 more.
+    (preactivation_resnet.resnet_32, 10, 462_954),
+    (_full(preactivation_resnet.resnet_32), 10, 463_018),
+    (preactivation_resnet.wrn_28_10, 10, 36_211_178),
+    (preactivation_resnet.wrn_28_10, 100, 36_268_868),
+    # As PyTorch counts them.
+    (wide_resnet.WideResNet, 10, 36_479_194),
+    (wide_resnet.WideResNet, 100, 36_536_884),
+  ],
+)
+def test_parameters_of_the_released_networks(model, classes, size):
+  logits, variables = _shapes(model(classes), 2, 32, 32, 3)
+  assert logits.shape == (2, classes)
+  assert _size(variables["params"]) == size
+
+
+def test_l2rw_networks_shift_and_do_not_scale():
+  _, variables = _shapes(preactivation_resnet.resnet_32(10), 2, 32, 32, 3)
+  norms = [v for k, v in variables["params"].items() if k.startswith("BatchNorm")]
+  # One in each of the 5 units of the first stage, two in the others, stem, end.
+  assert len(norms) == 5 + 2 * 10 + 2
+  assert all(set(norm) == {"bias"} for norm in norms)
+  _, variables = _shapes(wide_resnet.WideResNet(10, widen=1), 2, 32, 32, 3)
+  assert set(variables["params"]["BatchNorm_0"]) == {"bias", "scale"}
+
+
+def test_l2rw_shortcut_by_hand():
+  x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+  found = preactivation_resnet._shortcut(x, 3, 2)
+  np.testing.assert_array_equal(found[0, :, :, 1], [[2.5, 4.5], [10.5, 12.5]])
+  assert not found[..., 0].any() and not found[..., 2].any()
+  np.testing.assert_array_equal(preactivation_resnet._shortcut(x, 1, 1), x)
+
+
+def _paddings(model):
+  """Padding of every 3x3 convolution."""
+  x = jnp.zeros((1, 8, 8, 3))
+  variables = jax.eval_shape(model.init, jax.random.key(0), x)
+  return {
+    equation.params["padding"]
+    for equation in jax.make_jaxpr(model.apply)(variables, x).eqns
+    if equation.primitive.name == "conv_general_dilated"
+    and equation.invars[1].aval.shape[:2] == (3, 3)
+  }
+
+
+def test_padding_is_that_of_the_framework_it_comes_from():
+  both = ((1, 1), (1, 1))
+  assert _paddings(resnet.ResNet(3, blocks=1, width=2)) == {both}
+  assert _paddings(wide_resnet.WideResNet(3, blocks=1, widen=1)) == {both}
+  # TensorFlow pads a stride of 2 behind only.
+  small = preactivation_resnet.PreActivationResNet(
+    3, blocks=1, widths=(2, 4, 8), stem=2
+  )
+  assert _paddings(small) == {both, ((0, 1), (0, 1))}
+
+
+@pytest.mark.parametrize(
+  ("model", "kernel", "spread"),
+  [
+    (preactivation_resnet.resnet_32(10), "Conv_30", (2 / (9 * 64)) ** 0.5 * 0.88),
+    (resnet.ResNet(10), "Conv_30", (2 / (9 * 64)) ** 0.5),
+    (wide_resnet.WideResNet(10, widen=2), "Conv_27", (2 / (9 * 128)) ** 0.5),
+  ],
+)
+def test_kernels_start_as_in_the_released_code(model, kernel, spread):
+  init = jax.jit(lambda key: model.init(key, jnp.zeros((1, 8, 8, 3)))["params"])
+  values = init(jax.random.key(0))[kernel]["kernel"]
+  # Some 37,000 values or more; truncation at two deviations leaves 0.88 of one.
+  assert np.std(values) == pytest.approx(spread, rel=0.02)
+
+
+BATCH_NORM_MODELS = [
+  resnet.ResNet(3, blocks=1, width=2),
+  preactivation_resnet.PreActivationResNet(
+    3, blocks=2, widths=(2, 4, 8), stem=2, dropout=0.3, full_first_stage=True
+  ),
+  wide_resnet.WideResNet(3, blocks=1, widen=1, dropout=0.3),
+]
+
+
+@pytest.mark.parametrize("model", BATCH_NORM_MODELS, ids=lambda m: type(m).__name__)
+def test_running_statistics_move_only_in_training(model):
   x = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
   variables = jax.jit(model.init)(jax.random.key(0), x)
 
   def run(train):
-    apply = jax.jit(lambda v: model.apply(v, x, train=train, mutable=["batch_stats"]))
+    rngs = {"dropout": jax.random.key(2)}
+    apply = jax.jit(
+      lambda v: model.apply(v, x, train=train, mutable=["batch_stats"], rngs=rngs)
+    )
     return apply(variables)
 
   logits, state = run(train=False)
@@ -77,6 +174,51 @@ def test_running_statistics_move_only_in_training():
     lambda a, b: bool((a != b).any()), state["batch_stats"], variables["batch_stats"]
   )
   assert all(jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize("model", BATCH_NORM_MODELS, ids=lambda m: type(m).__name__)
+def test_logits_are_the_head_of_the_features(model):
+  x = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
+  variables = jax.jit(model.init)(jax.random.key(0), x)
+  features = model.apply(variables, x, method="features")
+  assert features.ndim == 2 and (features >= 0).all()
+  np.testing.assert_array_equal(
+    model.apply(variables, features, method="head"), model.apply(variables, x)
+  )
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_networks_do_not_depend_on_the_number_of_devices(devices):
+  """Statistics of the global batch, and dropout masks by place in it."""
+  model = preactivation_resnet.PreActivationResNet(
+    3, blocks=2, widths=(2, 4, 8), stem=2, dropout=0.5, full_first_stage=True
+  )
+  x = jax.random.normal(jax.random.key(1), (16, 8, 8, 3))
+  variables = jax.jit(model.init)(jax.random.key(0), x)
+
+  def apply(model, x):
+    rngs = {"dropout": jax.random.key(2)}
+    return model.apply(variables, x, train=True, mutable=["batch_stats"], rngs=rngs)
+
+  expected, expected_state = jax.jit(lambda x: apply(model, x))(x)
+  shared = model.clone(axis_name="devices")
+  shards = x.reshape(devices, -1, *x.shape[1:])
+  found, state = jax.pmap(lambda x: apply(shared, x), "devices")(shards)
+  np.testing.assert_allclose(found.reshape(16, 3), expected, atol=1e-5)
+  first = jax.tree.map(lambda x: x[0], state)
+  chex.assert_trees_all_close(first, expected_state, atol=1e-5)
+
+
+def test_dropout_keeps_the_mean_and_differs_between_examples():
+  layer = dropout.Dropout(0.3)
+  x = jnp.full((50, 1000), 2.0)
+  found = layer.apply({}, x, True, rngs={"dropout": jax.random.key(0)})
+  kept = found > 0
+  np.testing.assert_allclose(found[kept], 2 / 0.7, rtol=1e-6)
+  # Four standard deviations of 50,000 coins.
+  assert np.mean(kept) == pytest.approx(0.7, abs=0.0083)
+  assert len({row.tobytes() for row in np.asarray(kept)}) == 50
+  np.testing.assert_array_equal(layer.apply({}, x, False), x)
 
 
 def test_mlp_flattens_and_counts():

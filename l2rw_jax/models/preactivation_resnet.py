@@ -1,0 +1,120 @@
+"""The pre-activation residual networks of L2RW: ResNet-32 and WRN-28-10."""
+
+import functools
+import math
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from l2rw_jax.models import dropout as dropout_lib
+
+
+class PreActivationResNet(nn.Module):
+  """Residual network with BatchNorm before its convolutions, as released by L2RW.
+
+  3x3 stem, BN, ReLU; three stages of units (BN, ReLU, dropout, 3x3 convolution,
+  BN, ReLU, 3x3 convolution) with strides 1, 2, 2; BN, ReLU, global average pool.
+  Shortcuts have no parameters: average pooling by the stride, and zero channels
+  on both sides. BN shifts but does not scale. Dropout precedes the first
+  convolution of a unit.
+
+  The released code departs from the usual network in its first stage, where a
+  flag is set for the first unit and never reset: all its units begin with their
+  convolution, without BN, ReLU or dropout. `full_first_stage` spares only the
+  very first unit, whose input the stem has already activated.
+
+  Convolutions start from N(0, 2 / (k^2 C_out)) truncated at two standard
+  deviations, the output layer from U(+-sqrt(3 / d)), biases at 0.
+
+  References:
+    Ren et al., "Learning to Reweight Examples for Robust Deep Learning", ICML
+    2018, released code. He et al., "Identity Mappings in Deep Residual Networks",
+    2016.
+
+  Attributes:
+    num_outputs: logits per example.
+    blocks: units a stage; 5 is ResNet-32, 4 is WRN-28.
+    widths: features of the three stages, none below that of the stem.
+    stem: features of the first convolution.
+    dropout: rate.
+    full_first_stage: see above.
+    axis_name: mapped axis whose devices share batch statistics.
+    dtype: of the computation.
+  """
+
+  num_outputs: int
+  blocks: int = 5
+  widths: tuple[int, int, int] = (16, 32, 64)
+  stem: int = 16
+  dropout: float = 0.0
+  full_first_stage: bool = False
+  axis_name: str | None = None
+  dtype: Any = jnp.float32
+
+  def setup(self) -> None:
+    """The output layer, named as in one plain sequence of layers."""
+    self.output = nn.Dense(
+      self.num_outputs,
+      kernel_init=nn.initializers.lecun_uniform(),
+      dtype=self.dtype,
+      name="Dense_0",
+    )
+
+  @nn.compact
+  def features(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Images [B, H, W, C] to [B, widths[-1]], non-negative."""
+    norm = functools.partial(
+      nn.BatchNorm,
+      use_running_average=not train,
+      use_scale=False,
+      momentum=0.999,
+      epsilon=1e-3,
+      axis_name=self.axis_name,
+      dtype=self.dtype,
+    )
+    x = nn.relu(norm()(_conv(self.stem, 1, self.dtype)(x)))
+    for stage, width in enumerate(self.widths):
+      for block in range(self.blocks):
+        stride = 2 if stage > 0 and block == 0 else 1
+        y = x
+        if stage > 0 or (self.full_first_stage and block > 0):
+          y = nn.relu(norm()(y))
+          y = dropout_lib.Dropout(self.dropout, self.axis_name)(y, train)
+        y = nn.relu(norm()(_conv(width, stride, self.dtype)(y)))
+        x = _shortcut(x, width, stride) + _conv(width, 1, self.dtype)(y)
+    return nn.relu(norm()(x)).mean(axis=(1, 2))
+
+  def head(self, features: jax.Array) -> jax.Array:
+    """Features to logits [B, num_outputs]."""
+    return self.output(features)
+
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Images [B, H, W, C] to logits [B, num_outputs]."""
+    return self.head(self.features(x, train))
+
+
+resnet_32 = PreActivationResNet
+wrn_28_10 = functools.partial(
+  PreActivationResNet, blocks=4, widths=(160, 320, 640), dropout=0.3
+)
+
+
+def _conv(features: int, stride: int, dtype: Any) -> nn.Conv:
+  return nn.Conv(
+    features,
+    (3, 3),
+    stride,
+    use_bias=False,
+    kernel_init=nn.initializers.truncated_normal(math.sqrt(2 / (9 * features))),
+    dtype=dtype,
+  )
+
+
+def _shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
+  if stride > 1:
+    window = (stride, stride)
+    x = nn.avg_pool(x, window, window, "SAME", count_include_pad=False)
+  extra = features - x.shape[-1]
+  return jnp.pad(x, [(0, 0)] * 3 + [(extra // 2, extra - extra // 2)])

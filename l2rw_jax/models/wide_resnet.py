@@ -1,0 +1,87 @@
+"""The wide residual network of Meta-Weight-Net."""
+
+import functools
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from l2rw_jax.models import dropout as dropout_lib
+
+
+class WideResNet(nn.Module):
+  """Wide residual network (Zagoruyko, Komodakis, 2016), as Meta-Weight-Net has it.
+
+  3x3 stem of 16 features; three stages of pre-activation blocks (BN, ReLU, 3x3
+  convolution, BN, ReLU, dropout, 3x3 convolution) with strides 1, 2, 2; BN, ReLU,
+  global average pool. The first block of a stage activates its shortcut's input
+  too and projects it by a 1x1 convolution. 36,479,194 parameters with 10 outputs.
+
+  Convolutions start from N(0, 2 / (k^2 C_out)), the output layer from
+  U(+-1 / sqrt(d)) and bias 0.
+
+  Attributes:
+    num_outputs: logits per example.
+    blocks: blocks a stage, (depth - 4) / 6; 4 is WRN-28.
+    widen: factor on the widths 16, 32 and 64.
+    dropout: rate; 0 in Meta-Weight-Net.
+    axis_name: mapped axis whose devices share batch statistics.
+    dtype: of the computation.
+  """
+
+  num_outputs: int
+  blocks: int = 4
+  widen: int = 10
+  dropout: float = 0.0
+  axis_name: str | None = None
+  dtype: Any = jnp.float32
+
+  def setup(self) -> None:
+    """The output layer, named as in one plain sequence of layers."""
+    self.output = nn.Dense(
+      self.num_outputs,
+      kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+      dtype=self.dtype,
+      name="Dense_0",
+    )
+
+  @nn.compact
+  def features(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Images [B, H, W, C] to [B, 64 widen], non-negative."""
+    norm = functools.partial(
+      nn.BatchNorm,
+      use_running_average=not train,
+      momentum=0.9,
+      axis_name=self.axis_name,
+      dtype=self.dtype,
+    )
+    conv = functools.partial(
+      nn.Conv,
+      use_bias=False,
+      kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+      dtype=self.dtype,
+    )
+    # As in PyTorch: one pixel on every side, also where a stride of 2 would let
+    # "SAME" pad only below and on the right.
+    conv_3x3 = functools.partial(conv, kernel_size=(3, 3), padding=1)
+    x = conv_3x3(16)(x)
+    for stage in range(3):
+      width = 16 * self.widen * 2**stage
+      for block in range(self.blocks):
+        stride = 2 if stage > 0 and block == 0 else 1
+        y = nn.relu(norm()(x))
+        if x.shape[-1] != width:
+          x = conv(width, (1, 1), stride, padding=0)(y)
+        y = nn.relu(norm()(conv_3x3(width, strides=stride)(y)))
+        y = dropout_lib.Dropout(self.dropout, self.axis_name)(y, train)
+        x = x + conv_3x3(width)(y)
+    return nn.relu(norm()(x)).mean(axis=(1, 2))
+
+  def head(self, features: jax.Array) -> jax.Array:
+    """Features to logits [B, num_outputs]."""
+    return self.output(features)
+
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Images [B, H, W, C] to logits [B, num_outputs]."""
+    return self.head(self.features(x, train))
