@@ -12,8 +12,11 @@ arXiv:1610.02413). Those are steps in the parameters; these can be differentiate
 Groups without a member in the batch do not count. M examples, G groups.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from l2rw_jax import base
 
@@ -149,6 +152,37 @@ def soft_tpr(
   return gap(
     misses, groups, num_groups, reduction=reduction, mean_coefficient=mean_coefficient
   )
+
+
+def check_groups(groups: Any, num_groups: int, where: str = "the exemplar set") -> None:
+  """Raises InputError unless every group has a member, and only groups do.
+
+  Call it once, on the host, before training: inside `jit` an absent group is
+  left out and an unknown one ignored, without a word.
+
+  Args:
+    groups: of all exemplars, integers [M].
+    num_groups: G.
+    where: how the message calls them.
+  """
+  array = np.asarray(groups)
+  if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+    raise base.InputError(
+      f"groups of {where} must be integers of shape [M]; got {array.dtype} of shape"
+      f" {array.shape}."
+    )
+  unknown = np.setdiff1d(array, np.arange(num_groups))
+  if unknown.size:
+    raise base.InputError(
+      f"{where} has group {unknown[0]}, groups are 0 to {num_groups - 1}: mend the"
+      " groups or num_groups."
+    )
+  absent = np.setdiff1d(np.arange(num_groups), array)
+  if absent.size:
+    raise base.InputError(
+      f"group {absent[0]} has no member in {where} ({absent.size} of {num_groups}"
+      " groups have none): add exemplars of it."
+    )
 
 
 def _check(values, groups):

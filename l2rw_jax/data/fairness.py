@@ -10,6 +10,7 @@ ours; no published number belongs to it.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -106,7 +107,7 @@ def fairness(
     num_classes=train.num_classes,
     rng=noise_rng,
   )
-  given = {}
+  given: dict[str, Any] = {}
   test_labels, true_labels = test.labels, train.labels
   if groups == "inverted":
     minority = [max(1, round(minority_share * len(r))) for r in kept]

@@ -128,8 +128,15 @@ def keep_train(splits: Splits, rows: np.ndarray) -> Splits:
     fingerprint of its own.
   """
   rows = np.sort(rows)
-  kept = Examples(*(None if x is None else x[rows] for x in splits.train))
-  kept = kept._replace(index=np.arange(len(rows), dtype=np.int32))
+  whole = splits.train
+  kept = Examples(
+    image=whole.image[rows],
+    label=whole.label[rows],
+    true_label=whole.true_label[rows],
+    index=np.arange(len(rows), dtype=np.int32),
+    source_index=whole.source_index[rows],
+    group=None if whole.group is None else whole.group[rows],
+  )
   digest = hashlib.sha256(splits.fingerprint.encode())
   digest.update(rows.astype("<i4").tobytes())
   return splits._replace(train=kept, fingerprint=digest.hexdigest()[:16])

@@ -240,12 +240,12 @@ def make_objective(
   if name not in OBJECTIVES:
     raise base.InputError(f"objective={name!r}: choose one of {OBJECTIVES}.")
   # Settings that do not fit show here, not in the middle of a trace.
-  jax.eval_shape(objective, jnp.zeros(1), jnp.zeros(1, jnp.int32), 1)
+  jax.eval_shape(lambda x: objective(x, jnp.zeros(1, int), 1), jnp.zeros(1))
   return objective
 
 
 def forml(
-  learning_rate: float = 0.01,
+  learning_rate: float = 0.1,
   objective: str = "gap",
   num_groups: int | None = None,
   *,
@@ -263,7 +263,9 @@ def forml(
   step is the outer optimiser's, on the updated weights.
 
   Args:
-    learning_rate: eta, in units of weight (sum 1 over the batch) per dF/dw.
+    learning_rate: eta, in units of weight (sum 1 over the batch) per dF/dw. Only
+      eta alpha counts, but for where F is asked. With 0.1 a weight crosses the
+      uniform one, 1 / 100, in one to ten visits early in training.
     objective: one of `OBJECTIVES`; see the module for what is ours.
     num_groups: G; the number of classes if None.
     inner_learning_rate: alpha, of the look-ahead by plain SGD.

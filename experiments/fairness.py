@@ -1,0 +1,341 @@
+r"""FORML against its baselines on data that are unfair to some groups.
+
+Paper: Yan, Seto, Apostoloff, "FORML: Learning to Reweight Data for Fairness"
+  (DataPerf at ICML 2022). Its tables, surrogate and sizes could not be read, so
+  the protocol here is ours: a long tail of classes (groups are the classes), or
+  few inverted images (--groups=inverted, groups are inverted or not), wrong labels
+  on request, and a balanced, clean exemplar set.
+Command: python -m experiments.fairness --data_dir=DIR
+  without a download: --dataset=digits; data condensation: --condense=10,25,50,75
+Device, time: one CPU core, under 10 minutes (MNIST, perceptron, 3 seeds).
+Published: improved equality of opportunity, no number to put beside ours.
+Ours: results/fairness.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import pathlib
+from typing import NamedTuple
+
+from absl import flags
+import jax
+import numpy as np
+import optax
+
+from experiments import _fairness_report
+from experiments import _launch
+from experiments import _report
+from l2rw_jax import base
+from l2rw_jax import group_objectives
+from l2rw_jax.data import fairness
+from l2rw_jax.data import parts
+from l2rw_jax.data import sources
+from l2rw_jax.methods import baselines
+from l2rw_jax.methods import forml
+from l2rw_jax.methods import l2rw
+from l2rw_jax.models import classifier
+from l2rw_jax.models import lenet
+from l2rw_jax.models import mlp
+from l2rw_jax.models import resnet
+from l2rw_jax.training import config as config_lib
+from l2rw_jax.training import devices
+from l2rw_jax.training import evaluation
+from l2rw_jax.training import loop
+from l2rw_jax.training import results as results_lib
+
+FORML = [f"forml_{name}" for name in forml.OBJECTIVES]
+METHODS = ["uniform", "class_proportion", "l2rw", "forml_gap", "forml_worst"]
+KNOWN = ["uniform", "class_proportion", "l2rw", "clean_only", *FORML]
+
+_DATASET = flags.DEFINE_enum(
+  "dataset", "mnist", ["mnist", "digits", "cifar10"], "Which images."
+)
+_GROUPS = flags.DEFINE_enum(
+  "groups", "class", fairness.GROUPS, "Between whom to be fair."
+)
+_IMBALANCE = flags.DEFINE_float(
+  "imbalance", None, "Largest over smallest class. [100; digits: 10; inverted: 1]"
+)
+_NOISE_FRACTION = flags.DEFINE_float(
+  "noise_fraction", 0.0, "Share of training labels that is flipped.", 0.0, 1.0
+)
+_MINORITY_SHARE = flags.DEFINE_float(
+  "minority_share", 0.05, "Share of inverted training images."
+)
+_NUM_EXEMPLARS = flags.DEFINE_integer(
+  "num_exemplars", None, "Of each class (with each attribute). [10; digits: 5]"
+)
+_MODEL = flags.DEFINE_enum(
+  "model", None, ["mlp", "lenet", "resnet"], "784-256-10, ... [mlp; cifar10: resnet]"
+)
+_METHODS = flags.DEFINE_list("methods", METHODS, f"Of {', '.join(KNOWN)}.")
+_WEIGHT_LEARNING_RATE = flags.DEFINE_float(
+  "weight_learning_rate", 0.1, "Of FORML's weights.", lower_bound=0.0
+)
+_INNER_LEARNING_RATE = flags.DEFINE_float(
+  "inner_learning_rate", None, "Of the look-ahead. [--learning_rate]", lower_bound=0.0
+)
+_REDUCTION = flags.DEFINE_enum(
+  "reduction", "mean", ["mean", "max"], "Over pairs of groups, of gap and soft_tpr."
+)
+_MEAN_COEFFICIENT = flags.DEFINE_float(
+  "mean_coefficient", 1.0, "Of the mean in gap and soft_tpr.", lower_bound=0.0
+)
+_TEMPERATURE = flags.DEFINE_float(
+  "temperature", 0.0, "Of worst; 0 is the hard maximum.", lower_bound=0.0
+)
+_CONDENSE = flags.DEFINE_list(
+  "condense", [], "Percentages: train uniformly on the top q% by FORML weight."
+)
+_CONDENSE_BY = flags.DEFINE_string(
+  "condense_by", None, "Whose weights. [the first forml_ of --methods]"
+)
+_NUM_SEEDS = flags.DEFINE_integer("num_seeds", 3, "Repetitions.", lower_bound=1)
+_NUM_STEPS = flags.DEFINE_integer(
+  "num_steps", None, "Updates. [3000; cifar10: 20000]", lower_bound=1
+)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 100, "Batch size.", lower_bound=1)
+_META_BATCH_SIZE = flags.DEFINE_integer(
+  "meta_batch_size", None, "Exemplars a step. [all; cifar10: 100]"
+)
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.1, "Of SGD.", lower_bound=0.0)
+_MOMENTUM = flags.DEFINE_float("momentum", 0.0, "Of SGD.", lower_bound=0.0)
+_EVAL_EVERY = flags.DEFINE_integer(
+  "eval_every", 500, "Steps between two evaluations.", lower_bound=1
+)
+flags.adopt_module_key_flags(_launch)
+_EXTENDABLE = ("methods", "condense", "condense_by")
+
+
+class Setting(NamedTuple):
+  """What one line of the table is trained on; `percent` None is everything."""
+
+  method: str
+  percent: int | None = None
+  kept: str = ""
+
+  @property
+  def name(self) -> str:
+    """Of its folder."""
+    if self.percent is None:
+      return self.method
+    return f"condensed-{self.method}-{self.kept}-{self.percent}"
+
+
+def make_method(name: str) -> base.Method:
+  """The `Method` behind a name of `--methods`."""
+  if name not in KNOWN:
+    raise base.InputError(f"--methods={name}: choose among {', '.join(KNOWN)}.")
+  if name in FORML:
+    inner = _INNER_LEARNING_RATE.value
+    return forml.forml(
+      _WEIGHT_LEARNING_RATE.value,
+      name.removeprefix("forml_"),
+      _num_groups(),
+      inner_learning_rate=_LEARNING_RATE.value if inner is None else inner,
+      reduction=_REDUCTION.value,
+      mean_coefficient=_MEAN_COEFFICIENT.value,
+      temperature=_TEMPERATURE.value,
+    )
+  methods = {
+    "uniform": baselines.uniform,
+    "class_proportion": baselines.class_proportion,
+    "l2rw": l2rw.l2rw,
+    "clean_only": baselines.clean_only,
+  }
+  return methods[name]()
+
+
+def _num_groups() -> int:
+  return load("train").num_classes if _GROUPS.value == "class" else 2
+
+
+@functools.cache
+def load(split: str) -> sources.Source:
+  """A split of `--dataset`, read once."""
+  return sources.load(_DATASET.value, split, **_launch.data_folders())
+
+
+def make_splits() -> list[parts.Splits]:
+  """The data of every seed."""
+  small = _DATASET.value == "digits"
+  imbalance, num_exemplars = _IMBALANCE.value, _NUM_EXEMPLARS.value
+  if imbalance is None:
+    imbalance = 1.0 if _GROUPS.value == "inverted" else 10.0 if small else 100.0
+  if num_exemplars is None:
+    num_exemplars = 5 if small else 10
+  splits = [
+    fairness.fairness(
+      load("train"),
+      load("test"),
+      groups=_GROUPS.value,
+      imbalance=imbalance,
+      noise_fraction=_NOISE_FRACTION.value,
+      minority_share=_MINORITY_SHARE.value,
+      num_exemplars=num_exemplars,
+      seed=seed,
+    )
+    for seed in range(_NUM_SEEDS.value)
+  ]
+  return splits
+
+
+def make_model() -> classifier.Classifier:
+  """The network of `--model`."""
+  num_classes = load("train").num_classes
+  default = "resnet" if _DATASET.value == "cifar10" else "mlp"
+  models = {
+    "mlp": lambda: mlp.MLP(num_classes, hidden=(256,)),
+    "lenet": lambda: lenet.LeNet(num_classes),
+    "resnet": lambda: resnet.ResNet(num_classes, axis_name=devices.AXIS_NAME),
+  }
+  return classifier.Classifier(models[_MODEL.value or default](), num_classes)
+
+
+def make_config() -> config_lib.Config:
+  """How every method is run."""
+  large = _DATASET.value == "cifar10"
+  return _launch.run_config(
+    num_steps=_NUM_STEPS.value or (20000 if large else 3000),
+    batch_size=_BATCH_SIZE.value,
+    meta_batch_size=_meta_batch_size(large),
+    eval_every=_EVAL_EVERY.value,
+    seeds=tuple(range(_NUM_SEEDS.value)),
+  )
+
+
+def _meta_batch_size(large: bool) -> int | None:
+  if _META_BATCH_SIZE.value is None and large:
+    return 100
+  return _META_BATCH_SIZE.value
+
+
+def train(
+  setting: Setting,
+  method: base.Method,
+  splits: Sequence[parts.Splits],
+  folder: pathlib.Path,
+) -> list[results_lib.Result]:
+  """Trains every seed of a setting: side by side, but convolutions on CPU."""
+  model, config = make_model(), make_config()
+  flat = isinstance(model.model, mlp.MLP)
+  at_once = len(splits) if flat or jax.default_backend() != "cpu" else 1
+  found = []
+  for first in range(0, len(splits), at_once):
+    seeds = config.seeds[first : first + at_once]
+    found += loop.train(
+      dataclasses.replace(config, seeds=seeds),
+      model,
+      method,
+      optax.sgd(_LEARNING_RATE.value, momentum=_MOMENTUM.value),
+      splits[first : first + at_once],
+      folder / setting.name / f"seeds-{seeds[0]}-{seeds[-1]}",
+      evaluators=(
+        evaluation.accuracy,
+        evaluation.per_class_accuracy,
+        evaluation.equal_opportunity,
+      ),
+      name=setting.name,
+    )
+  return found
+
+
+def condensed(
+  splits: parts.Splits, last_weight: np.ndarray, percent: int, kept: str, seed: int
+) -> parts.Splits:
+  """The problem with a part of its training set.
+
+  Args:
+    splits: the whole.
+    last_weight: the weight each training example had last, [N]; NaN, of one never
+      seen, counts as the uniform 1 it began with. Ties are broken at random.
+    percent: how much to keep.
+    kept: "top" by weight, or "random".
+    seed: of the draw.
+  """
+  rng = np.random.default_rng([seed, percent])
+  order = rng.permutation(len(last_weight))
+  if kept == "top":
+    weights = np.nan_to_num(last_weight, nan=1.0)
+    order = order[np.argsort(-weights[order], kind="stable")]
+  return parts.keep_train(splits, order[: num_kept(len(order), percent)])
+
+
+def num_kept(size: int, percent: int) -> int:
+  """How many of `size` examples are `percent` of them."""
+  return round(size * percent / 100)
+
+
+def condensations(methods: Sequence[str], size: int) -> list[Setting]:
+  """What `--condense` asks for, once it is seen to be possible."""
+  by = _CONDENSE_BY.value or next((m for m in methods if m in FORML), "")
+  settings = []
+  for text in _CONDENSE.value:
+    if not text.isdecimal() or not 1 <= int(text) <= 99:
+      raise base.InputError(
+        f"--condense={text}: give whole percentages between 1 and 99, such as 10,25,50."
+      )
+    if num_kept(size, int(text)) < _BATCH_SIZE.value:
+      raise base.InputError(
+        f"--condense={text} keeps {num_kept(size, int(text))} of {size} images, less"
+        f" than --batch_size={_BATCH_SIZE.value}; raise it or lower the batch size."
+      )
+    settings += [Setting(by, int(text), kept) for kept in ("top", "random")]
+  if settings and (by not in FORML or by not in methods):
+    raise base.InputError(
+      f"--condense needs the weights of a forml_ method of --methods; --condense_by"
+      f" is {by!r}. Choose among {', '.join(FORML)}, and list it in --methods too."
+    )
+  return settings
+
+
+def check(methods: dict[str, base.Method], splits: Sequence[parts.Splits]) -> None:
+  """Mistakes show before anything is written."""
+  if not methods:
+    raise base.InputError(f"--methods= is empty: choose among {', '.join(KNOWN)}.")
+  for name, method in methods.items():
+    config_lib.check(make_config(), method, splits)
+    if name in FORML:
+      for split in splits:
+        _check_exemplars(split)
+
+
+def _check_exemplars(split: parts.Splits) -> None:
+  try:
+    group_objectives.check_groups(split.meta.group, _num_groups())
+  except base.InputError as error:
+    raise base.InputError(f"{error} Raise --num_exemplars.") from error
+
+
+def main() -> None:
+  """Trains what is missing, then prints and writes the comparison."""
+  methods = {name: make_method(name) for name in _METHODS.value}
+  splits = make_splits()
+  check(methods, splits)
+  settings = condensations(list(methods), len(splits[0].train.label))
+  folder = _launch.prepare("fairness", __name__, _EXTENDABLE)
+  runs = {
+    Setting(name): train(Setting(name), method, splits, folder)
+    for name, method in methods.items()
+  }
+  for setting in settings:
+    weights = [r.weights["last_weight"] for r in runs[Setting(setting.method)]]
+    smaller = [
+      condensed(split, weight, setting.percent or 0, setting.kept, seed)
+      for seed, (split, weight) in enumerate(zip(splits, weights, strict=True))
+    ]
+    runs[setting] = train(setting, baselines.uniform(), smaller, folder)
+  rows = [
+    _fairness_report.row(_DATASET.value, _GROUPS.value, *setting, result.metrics)
+    for setting, results in runs.items()
+    for result in results
+  ]
+  _report.save(folder, rows, _launch.flags_of(__name__))
+  _fairness_report.draw(rows, folder / "figure.png")
+  print(_fairness_report.summarise(rows))
+  print(f"\nwritten: {folder}/results.json, results.csv, figure.png")
+
+
+if __name__ == "__main__":
+  _launch.run(main)
