@@ -1,0 +1,123 @@
+"""Images made ready for a network, on the device: crops, flips, scaling.
+
+Every example draws from a key of its own; with keys that follow the example
+(`Classifier.preprocess`) nothing depends on how a batch lies on the devices.
+Pixels come in as floats in [0, 1].
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from l2rw_jax import base
+
+PADDINGS = {"zero": "constant", "reflect": "reflect"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+  """Crop and flip in training, then scaling; what `Classifier.preprocess` takes.
+
+  Training and meta batches are augmented alike, as in the released codes of L2RW,
+  Meta-Weight-Net and WarPI; evaluation only scales.
+
+  Attributes:
+    pad: pixels added on every side before cropping back to size; 0 for no crop.
+    padding: `"zero"` (black) or `"reflect"` (mirrored without the border).
+    flip: whether half of the images are mirrored left to right.
+    mean: of each channel, or one for all; subtracted after the crop.
+    std: of each channel, or one for all; divided by.
+    standardize: instead, each image by its own mean and deviation.
+  """
+
+  pad: int = 0
+  padding: str = "zero"
+  flip: bool = False
+  mean: tuple[float, ...] = (0.0,)
+  std: tuple[float, ...] = (1.0,)
+  standardize: bool = False
+
+  def __call__(
+    self, images: base.Array, keys: base.Array | None, train: bool
+  ) -> base.Array:
+    """Images [B, H, W, C] with typed keys [B], or None when `train` is False."""
+    if train:
+      crop_keys, flip_keys = (
+        jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i) for i in (0, 1)
+      )
+      if self.pad:
+        images = random_crop(images, crop_keys, self.pad, self.padding)
+      if self.flip:
+        images = random_flip(images, flip_keys)
+    if self.standardize:
+      return standardize(images)
+    return normalize(images, self.mean, self.std)
+
+
+def random_crop(
+  images: base.Array, keys: base.Array, pad: int, padding: str = "zero"
+) -> base.Array:
+  """Pads every side, then cuts a window of the old size anywhere.
+
+  Args:
+    images: [B, H, W, C].
+    keys: one typed key an image, [B].
+    pad: pixels, at least 0; each of the (2 pad + 1)^2 windows is as likely.
+    padding: one of `PADDINGS`; `"reflect"` needs pad < H and W.
+
+  Returns:
+    [B, H, W, C].
+
+  Raises:
+    InputError: unknown padding, or a pad that does not fit the images.
+  """
+  if padding not in PADDINGS:
+    raise base.InputError(
+      f"padding must be one of {', '.join(PADDINGS)}; got {padding!r}"
+    )
+  limit = min(images.shape[1:3])
+  if pad < 0 or (padding == "reflect" and pad >= limit):
+    raise base.InputError(
+      f"pad={pad} must lie between 0 and {limit - 1} for images of"
+      f" {images.shape[1]}x{images.shape[2]} pixels"
+    )
+  sides = ((0, 0), (pad, pad), (pad, pad), (0, 0))
+  padded = jnp.pad(images, sides, mode=PADDINGS[padding])
+
+  def crop(image, key):
+    top, left = jax.random.randint(key, (2,), 0, 2 * pad + 1)
+    return jax.lax.dynamic_slice(image, (top, left, 0), images.shape[1:])
+
+  return jax.vmap(crop)(padded, keys)
+
+
+def random_flip(images: base.Array, keys: base.Array) -> base.Array:
+  """Mirrors an image left to right with probability 1/2.
+
+  Args:
+    images: [B, H, W, C].
+    keys: one typed key an image, [B].
+  """
+  flipped = jax.vmap(jax.random.bernoulli)(keys)
+  return jnp.where(flipped[:, None, None, None], images[:, :, ::-1], images)
+
+
+def normalize(
+  images: base.Array, mean: tuple[float, ...], std: tuple[float, ...]
+) -> base.Array:
+  """(images - mean) / std by channel; mean = std = 1/2 scales [0, 1] to [-1, 1]."""
+  return (images - jnp.asarray(mean, images.dtype)) / jnp.asarray(std, images.dtype)
+
+
+def standardize(images: base.Array) -> base.Array:
+  """Each image minus its mean, over its deviation but at least 1 / sqrt(pixels).
+
+  Args:
+    images: [B, H, W, C].
+  """
+  axes = tuple(range(1, images.ndim))
+  size = images[0].size
+  mean = images.mean(axes, keepdims=True)
+  deviation = images.std(axes, keepdims=True)
+  return (images - mean) / jnp.maximum(deviation, size**-0.5)

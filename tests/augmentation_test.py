@@ -1,0 +1,147 @@
+"""Crops, flips and scaling: by hand, by frequency, on any number of devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax.models import augmentation
+from l2rw_jax.models import classifier
+from l2rw_jax.models import mlp
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def keys(number, seed=0):
+  return jax.random.split(jax.random.key(seed), number)
+
+
+@pytest.mark.parametrize("padding", augmentation.PADDINGS)
+def test_crops_are_the_windows_of_the_padded_image_evenly(padding):
+  image = np.arange(1.0, 13.0).reshape(3, 4, 1)
+  mode = {"zero": "constant", "reflect": "reflect"}[padding]
+  padded = np.pad(image, ((1, 1), (1, 1), (0, 0)), mode=mode)
+  windows = [padded[i : i + 3, j : j + 4].tobytes() for i in range(3) for j in range(3)]
+  images = jnp.tile(image[None], (1800, 1, 1, 1))
+  found = augmentation.random_crop(images, keys(1800), 1, padding)
+  assert found.shape == images.shape
+  counts = [0] * 9
+  for crop in np.asarray(found, padded.dtype):
+    counts[windows.index(crop.tobytes())] += 1
+  # 200 each, deviation 13.3.
+  assert min(counts) > 140 and max(counts) < 260
+
+
+def test_half_of_the_images_are_mirrored_left_to_right():
+  images = jnp.tile(jnp.arange(6.0).reshape(1, 2, 3, 1), (1000, 1, 1, 1))
+  found = np.asarray(augmentation.random_flip(images, keys(1000)))
+  mirrored = (found == np.asarray(images)[:, :, ::-1]).all((1, 2, 3))
+  same = (found == np.asarray(images)).all((1, 2, 3))
+  assert (mirrored ^ same).all()
+  assert 437 < mirrored.sum() < 563  # Four deviations.
+
+
+def test_scaling_by_hand():
+  images = jnp.array([0.0, 0.25, 1.0]).reshape(1, 1, 1, 3)
+  np.testing.assert_allclose(
+    augmentation.normalize(images, (0.5,), (0.5,)).ravel(), [-1, -0.5, 1]
+  )
+  np.testing.assert_allclose(
+    augmentation.normalize(images, (0.0, 0.5, 0.5), (1.0, 0.25, 2.0)).ravel(),
+    [0, -1, 0.25],
+  )
+  pair = jnp.stack([jnp.array([1.0, 3.0]), jnp.array([4.0, 4.0])]).reshape(2, 1, 2, 1)
+  np.testing.assert_allclose(
+    augmentation.standardize(pair).ravel(), [-1, 1, 0, 0], atol=1e-6
+  )
+  # A nearly flat image is divided by 1 / sqrt(2), not by its deviation.
+  flat = jnp.array([0.0, 0.2]).reshape(1, 1, 2, 1)
+  np.testing.assert_allclose(
+    augmentation.standardize(flat).ravel(), [-0.1 * 2**0.5, 0.1 * 2**0.5], rtol=1e-5
+  )
+
+
+CIFAR = augmentation.Preprocess(
+  pad=4, padding="reflect", flip=True, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)
+)
+
+
+def test_evaluation_only_scales():
+  images = jax.random.uniform(jax.random.key(0), (5, 8, 8, 3))
+  np.testing.assert_array_equal(
+    CIFAR(images, None, False), augmentation.normalize(images, CIFAR.mean, CIFAR.std)
+  )
+  standardize = augmentation.Preprocess(standardize=True)
+  np.testing.assert_array_equal(
+    standardize(images, None, False), augmentation.standardize(images)
+  )
+
+
+def test_padding_is_black_before_the_scaling():
+  images = jnp.ones((200, 3, 3, 1))
+  to_one = augmentation.Preprocess(pad=2, mean=(0.5,), std=(0.5,))
+  found = to_one(images, keys(200), True)
+  assert set(np.unique(found)) == {-1, 1}
+
+
+def test_crop_and_flip_are_independent():
+  marked = jnp.zeros((1, 5, 5, 1)).at[0, 2, 1].set(1)
+  images = jnp.tile(marked, (3000, 1, 1, 1))
+  both = augmentation.Preprocess(pad=1, flip=True)
+  found = np.asarray(both(images, keys(3000), True))
+  _, row, column, _ = (found == 1).nonzero()
+  # Rows 1 to 3; columns 0 to 2 and, mirrored, 4 to 2: 2 is hit from both sides.
+  shares = np.array([[1, 1, 2, 1, 1]] * 3) / 18
+  counts = np.zeros((5, 5))
+  np.add.at(counts, (row, column), 1 / 3000)
+  np.testing.assert_allclose(counts[1:4], shares, atol=0.025)
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_what_an_example_gets_depends_on_its_key_alone(devices):
+  images = jax.random.uniform(jax.random.key(1), (16, 8, 8, 3))
+  alone = jax.jit(lambda x, k: CIFAR(x, k, True))(images, keys(16))
+  shards = images.reshape(devices, -1, 8, 8, 3)
+  spread = jax.pmap(lambda x, k: CIFAR(x, k, True))(
+    shards, keys(16).reshape(devices, -1)
+  )
+  np.testing.assert_allclose(spread.reshape(alone.shape), alone, atol=1e-6)
+  order = np.random.default_rng(0).permutation(16)
+  shuffled = jax.jit(lambda x, k: CIFAR(x, k, True))(images[order], keys(16)[order])
+  np.testing.assert_allclose(shuffled, alone[order], atol=1e-6)
+
+
+def test_a_classifier_augments_in_training_only_and_anew_every_step():
+  model = classifier.Classifier(mlp.MLP(2, hidden=()), 2, preprocess=CIFAR)
+  batch = {
+    "image": jax.random.uniform(jax.random.key(0), (4, 8, 8, 3)),
+    "label": jnp.zeros(4, jnp.int32),
+    "index": jnp.arange(4),
+  }
+  params, state = model.init(jax.random.key(1), batch)
+
+  def logits(train, step, batch=batch):
+    key = jax.random.key(step)
+    return np.asarray(model.forward(params, state, batch, key, train)[0])
+
+  np.testing.assert_array_equal(logits(False, 0), logits(False, 1))
+  np.testing.assert_array_equal(logits(True, 0), logits(True, 0))
+  assert (logits(True, 0) != logits(True, 1)).any(1).all()
+  same = {**batch, "image": jnp.tile(batch["image"][:1], (4, 1, 1, 1))}
+  assert len(np.unique(logits(True, 0, same), axis=0)) == 4
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"pad": 8, "padding": "reflect"}, "pad=8 must lie between 0 and 7 .* 8x9 pixels"),
+    ({"pad": -1}, "pad=-1 must lie between 0 and 7"),
+    ({"pad": 1, "padding": "black"}, "padding must be one of zero, reflect.*'black'"),
+  ],
+)
+def test_bad_settings_are_told(options, message):
+  preprocess = augmentation.Preprocess(**options)
+  with pytest.raises(base.InputError, match=message) as error:
+    preprocess(jnp.zeros((2, 8, 9, 3)), keys(2), True)
+  assert "\n" not in str(error.value)
