@@ -6,6 +6,7 @@ Pixels come in as floats in [0, 1].
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,10 +39,8 @@ class Preprocess:
   std: tuple[float, ...] = (1.0,)
   standardize: bool = False
 
-  def __call__(
-    self, images: base.Array, keys: base.Array | None, train: bool
-  ) -> base.Array:
-    """Images [B, H, W, C] with typed keys [B], or None when `train` is False."""
+  def __call__(self, images: base.Array, keys: Any, train: bool) -> base.Array:
+    """Images [B, H, W, C]; typed keys [B], which only training needs (else None)."""
     if train:
       crop_keys, flip_keys = (
         jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i) for i in (0, 1)
