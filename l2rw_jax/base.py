@@ -125,6 +125,7 @@ class Task:
     features: like `forward`, but stops at the penultimate layer: outputs [B, d].
       None if the model cannot be split there.
     head: `(params, features) -> logits`; forward is head after features.
+    num_features: d.
   """
 
   forward: Callable[..., tuple[Any, PyTree]]
@@ -137,6 +138,7 @@ class Task:
   axis_name: AxisName = None
   features: Callable[..., tuple[Any, PyTree]] | None = None
   head: Callable[[PyTree, Any], Any] | None = None
+  num_features: int | None = None
 
   def losses_fn(
     self, model_state: PyTree, key: Array

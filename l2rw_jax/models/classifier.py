@@ -15,9 +15,9 @@ class Classifier(NamedTuple):
   """A linen network that maps `batch["image"]` to logits.
 
   Attributes:
-    model: module with `__call__(images, train) -> logits [B, C or 1]`, equal to
-      `head(features(images, train))` if it has these methods; a method that acts
-      on features (`advisor`) needs them.
+    model: module with `__call__(images, train) -> logits [B, C or 1]`. If it also
+      tells `num_features`, that is `head(features(images, train))`, and methods
+      that act on features (`advisor`) can be used.
     num_classes: C; a model with one output is a binary classifier, C = 2.
     preprocess: `(images, keys, train) -> images`: scaling, and in training
       augmentation, drawn from a key an example, `keys` [B] (None in evaluation).
@@ -115,12 +115,13 @@ class Classifier(NamedTuple):
     axis_name: base.AxisName = None,
   ) -> base.Task:
     """The learning problem of this classifier; arguments as in `base.Task`."""
-    splits = hasattr(self.model, "features") and hasattr(self.model, "head")
+    num_features = getattr(self.model, "num_features", None)
     return base.Task(
       forward=self.forward,
       loss=self.loss,
-      features=self.features if splits else None,
-      head=self.head if splits else None,
+      features=None if num_features is None else self.features,
+      head=None if num_features is None else self.head,
+      num_features=num_features,
       linearize=linearization.linearize,
       num_classes=self.num_classes,
       class_counts=class_counts,

@@ -24,6 +24,11 @@ class LeNet(nn.Module):
     """The output layer, named as in one plain sequence of layers."""
     self.output = nn.Dense(self.num_outputs, kernel_init=_normal, name="Dense_1")
 
+  @property
+  def num_features(self) -> int:
+    """Width of the penultimate layer."""
+    return 100
+
   @nn.compact
   def features(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Images [B, H, W, C] to [B, 100], non-negative."""

@@ -21,6 +21,11 @@ class MLP(nn.Module):
     """The output layer, named as in one plain sequence of layers."""
     self.output = nn.Dense(self.num_outputs, name=f"Dense_{len(self.hidden)}")
 
+  @property
+  def num_features(self) -> int:
+    """Width of the penultimate layer."""
+    return self.hidden[-1]
+
   @nn.compact
   def features(self, x: jax.Array, train: bool = False) -> jax.Array:
     """[B, ...] to [B, hidden[-1]], non-negative."""

@@ -39,6 +39,11 @@ class ResNet(nn.Module):
       self.num_outputs, kernel_init=_kaiming, dtype=self.dtype, name="Dense_0"
     )
 
+  @property
+  def num_features(self) -> int:
+    """Width of the penultimate layer."""
+    return 4 * self.width
+
   @nn.compact
   def features(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Images [B, H, W, C] to [B, 4 width], non-negative."""

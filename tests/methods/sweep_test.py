@@ -11,8 +11,11 @@ import optax
 import pytest
 
 from l2rw_jax import base
+from l2rw_jax.methods import advisor
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
+from l2rw_jax.methods import meta_weight_net
+from l2rw_jax.methods import warpi
 from l2rw_jax.models import classifier
 from l2rw_jax.training import step as step_lib
 
@@ -22,6 +25,8 @@ _AXIS = "devices"
 _B, _M, _CLASSES, _N, _NUM_STEPS = 16, 8, 3, 40, 4
 _TOLERANCE = 1e-5
 _OUTER = optax.sgd(0.3, momentum=0.9)
+# Plain SGD: a meta gradient too large by the number of devices would show.
+_META = optax.sgd(3.0)
 # Add a method here, with settings under which it does something in four steps.
 _METHODS = {
   "uniform": baselines.uniform(),
@@ -32,6 +37,12 @@ _METHODS = {
   "fine_tuning_l2rw": baselines.fine_tuning(2, l2rw.l2rw()),
   "l2rw": l2rw.l2rw(),
   "l2rw_momentum": l2rw.l2rw(_OUTER),
+  "meta_weight_net": meta_weight_net.meta_weight_net(0.3, optimizer=_META),
+  "meta_weight_net_imbalance": meta_weight_net.meta_weight_net(
+    0.3, "imbalance", optimizer=_META, every=2
+  ),
+  "warpi": warpi.warpi(0.3, optimizer=_META),
+  "advisor": advisor.advisor(0.3, optimizer=_META),
 }
 
 
@@ -39,6 +50,8 @@ class _Net(nn.Module):
   """The smallest network with features and batch statistics shared by devices."""
 
   axis_name: str | None
+
+  num_features = 6
 
   def setup(self):
     self.output = nn.Dense(_CLASSES)

@@ -1,0 +1,196 @@
+"""A network inside the training loss, taught by the meta loss.
+
+Meta-Weight-Net, WarPI and the advisor share one iteration. With phi the network's
+parameters, z(p) what the classifier makes of a batch (losses, logits, features)
+and L(z, phi) the inner loss:
+
+    inner gradient    G = J^T dL/dz                    at phi
+    direction         v = (d step / d G)^T grad M(step(G))
+    lesson            dM/dphi = grad_phi [ dL/dz . J v ]
+    then              phi moves, and the classifier steps on J^T dL/dz at the new phi
+
+One forward pass of the batch serves both of its gradients and the directional
+derivative; phi is differentiated only through L, never through the classifier.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from l2rw_jax import base
+from l2rw_jax import hypergradient
+
+LossFn = Callable[[Any, base.PyTree], base.Array]
+Schedule = float | Callable[[base.Array], base.Array]
+
+
+class Lesson(NamedTuple):
+  """What the meta batch says of the network.
+
+  Attributes:
+    gradient: dM/dphi, the same on every device.
+    meta_loss: M at the looked-ahead parameters, scalar.
+    finite: False when the direction held a NaN or an infinity; bool scalar.
+  """
+
+  gradient: base.PyTree
+  meta_loss: base.Array
+  finite: base.Array
+
+
+class State(NamedTuple):
+  """What a method with a network carries from step to step.
+
+  Attributes:
+    params: phi.
+    opt_state: of the meta optimiser.
+    meta_loss: of the last lesson, NaN before the first; scalar.
+    finite: whether that lesson's direction was; bool scalar.
+  """
+
+  params: base.PyTree
+  opt_state: base.PyTree
+  meta_loss: base.Array
+  finite: base.Array
+
+
+def dense(width: int, fan_in: int) -> nn.Dense:
+  """A layer with kernel and bias uniform in +-1 / sqrt(fan_in), as released."""
+  bound = fan_in**-0.5
+
+  def uniform(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return nn.Dense(width, kernel_init=uniform, bias_init=uniform)
+
+
+def init(params: base.PyTree, optimizer: optax.GradientTransformation) -> State:
+  """State before the first lesson."""
+  return State(params, optimizer.init(params), jnp.full((), jnp.nan), jnp.array(True))
+
+
+def learn(
+  state: State,
+  lesson_fn: Callable[[base.PyTree], Lesson],
+  optimizer: optax.GradientTransformation,
+  step: base.Array,
+  every: int = 1,
+) -> State:
+  """The state after a step of the meta optimiser, taken `every` so many steps.
+
+  Args:
+    state: before.
+    lesson_fn: `phi -> Lesson`. Not computed between lessons, which is what makes
+      `every` cheaper; runs side by side under one `vmap` compute it regardless.
+    optimizer: the meta optimiser.
+    step: of the run, counted from 0; int32 scalar.
+    every: steps from one lesson to the next.
+  """
+
+  def taught(state):
+    found = lesson_fn(state.params)
+    updates, opt_state = optimizer.update(found.gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return State(params, opt_state, found.meta_loss.astype(jnp.float32), found.finite)
+
+  if every == 1:
+    return taught(state)
+  return jax.lax.cond(step % every == 0, taught, lambda state: state, state)
+
+
+def check_every(method: str, every: int) -> None:
+  """Raises InputError unless `every` is a number of steps."""
+  if every < 1:
+    raise base.InputError(f"{method}: every={every} must be at least 1 step.")
+
+
+def look_ahead(learning_rate: Schedule, inputs: base.Inputs) -> dict[str, Any]:
+  """Arguments of the papers' look-ahead in the loop: plain SGD, at this step's rate.
+
+  Losses functions of a `base.Task` return new variables too, hence `has_aux`.
+  """
+  if callable(learning_rate):
+    learning_rate = learning_rate(inputs.step)
+  optimizer = optax.sgd(learning_rate)
+  return {
+    "optimizer": optimizer,
+    "opt_state": optimizer.init(inputs.params),
+    "has_aux": True,
+  }
+
+
+def metrics(state: State) -> dict[str, base.Array]:
+  """What to log of the last lesson."""
+  return {
+    "meta_loss": state.meta_loss,
+    "direction_finite": state.finite.astype(jnp.float32),
+  }
+
+
+def lesson(
+  linearized: base.LinearizedOutputs,
+  loss_fn: LossFn,
+  phi: base.PyTree,
+  meta_losses_fn: base.LossesFn,
+  params: base.PyTree,
+  meta_batch: Any,
+  *,
+  optimizer: optax.GradientTransformation,
+  opt_state: base.PyTree = None,
+  has_aux: bool = False,
+  axis_name: base.AxisName = None,
+) -> Lesson:
+  """dM/dphi for a network phi inside the inner loss.
+
+  Args:
+    linearized: the batch, linearised at `params`.
+    loss_fn: `(outputs, phi) -> scalar`: this device's part of the inner loss,
+      which is their sum over devices. What phi's network is fed must be held
+      constant inside by the caller where the method says so.
+    phi: the network's parameters.
+    meta_losses_fn: `(params, meta_batch) -> [M]` (with `has_aux`, and aux).
+    params: of the classifier.
+    meta_batch: this device's clean examples.
+    optimizer: takes the look-ahead step.
+    opt_state: its state; fresh if None.
+    has_aux: whether `meta_losses_fn` returns something beside its losses.
+    axis_name: mapped axis over which both batches are sharded.
+
+  Raises:
+    FloatingPointError: outside `jit`, if the direction is not finite.
+  """
+  outputs = linearized.outputs
+  inner = linearized.pull(jax.grad(loss_fn)(outputs, phi))
+  found = hypergradient.direction(
+    meta_losses_fn,
+    params,
+    meta_batch,
+    base.psum(inner, axis_name),
+    optimizer=optimizer,
+    opt_state=optimizer.init(params) if opt_state is None else opt_state,
+    has_aux=has_aux,
+    axis_name=axis_name,
+  )
+  tangent = linearized.push(base.local(found.vector, axis_name))
+
+  def slope(phi):
+    return jax.jvp(lambda z: loss_fn(z, phi), (outputs,), (tangent,))[1]
+
+  gradient = jax.grad(slope)(base.local(phi, axis_name))
+  return Lesson(base.psum(gradient, axis_name), found.meta_loss, found.finite)
+
+
+def weighted_gradient(
+  linearized: base.LinearizedOutputs,
+  loss_fn: LossFn,
+  phi: base.PyTree,
+  axis_name: base.AxisName = None,
+) -> base.PyTree:
+  """The classifier's own gradient of the inner loss, summed over devices."""
+  return base.psum(
+    linearized.pull(jax.grad(loss_fn)(linearized.outputs, phi)), axis_name
+  )

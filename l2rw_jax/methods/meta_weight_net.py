@@ -1,0 +1,349 @@
+r"""Meta-Weight-Net: a small network turns losses into weights (Shu et al., 2019).
+
+V(l; phi) in (0, 1) is a multilayer perceptron of one number, the example's loss.
+Every iteration, with M the mean loss of a clean batch:
+
+    look-ahead    p' = p - a sum_i w_i(phi) grad l_i(p)
+    network       phi moves along -dM(p')/dphi, by any optax optimiser
+    classifier    p moves along -sum_i w_i(phi_new) grad l_i(p)
+
+`network_gradient` gives dM/dphi alone. In closed form, for SGD and weights
+w_i = V_i / B: dM/dphi = -(a / B) sum_i <grad l_i(p), grad M(p')> dV(l_i)/dphi.
+
+Where the papers and the three released programs differ, by name:
+
+* `normalization`: "mean" is w_i = V_i / B (the later noise release); "sum" is
+  w_i = V_i / sum_j V_j over the global batch (imbalance release, first noise
+  release; all zero if the sum is).
+* `detached`: V's input is held constant in the look-ahead (both noise releases,
+  and the algorithm as published). The imbalance release lets the inner gradient
+  flow through it, which adds w'_i(l) l_i.
+* `PRESETS`: the meta optimiser, normalisation and input of each release.
+
+The default is the preset "noise_stable": its published algorithm is the
+detached one, and a mean does not change the classifier's effective step from
+batch to batch. The look-ahead is plain SGD with the classifier's learning rate,
+as in all releases; BatchNorm's running statistics are left alone by it.
+
+References:
+  Shu, Xie, Yi, Zhao, Zhou, Xu, Meng, "Meta-Weight-Net: Learning an Explicit
+  Mapping For Sample Weighting", NeurIPS 2019, arXiv:1902.07379.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from l2rw_jax import base
+from l2rw_jax import hypergradient
+from l2rw_jax import linearization
+from l2rw_jax import meta_network
+from l2rw_jax import normalization as normalization_lib
+
+WeightFn = Callable[[base.PyTree, base.Array], base.Array]
+NORMALIZATIONS = ("mean", "sum")
+
+
+class WeightNet(nn.Module):
+  """V: a loss to a weight in (0, 1), each example by itself.
+
+  Kernels and biases start uniform in +-1 / sqrt(fan-in), as in the releases.
+
+  Attributes:
+    hidden: widths of the rectified layers; (100,) has 301 parameters.
+  """
+
+  hidden: Sequence[int] = (100,)
+
+  @nn.compact
+  def __call__(self, losses: jax.Array) -> jax.Array:
+    """Losses [B] to V [B]."""
+    x = losses[:, None]
+    for width in self.hidden:
+      x = nn.relu(meta_network.dense(width, x.shape[-1])(x))
+    return nn.sigmoid(meta_network.dense(1, x.shape[-1])(x)[:, 0])
+
+
+def example_weights(
+  weight_fn: WeightFn,
+  phi: base.PyTree,
+  losses: base.Array,
+  *,
+  normalization: str = "mean",
+  axis_name: base.AxisName = None,
+) -> base.Array:
+  """w(phi) [B] of this device's losses [B]; sum_i w_i l_i is the loss to train on.
+
+  Args:
+    weight_fn: `(phi, losses [B]) -> V [B]`, for instance `WeightNet().apply`.
+    phi: its parameters.
+    losses: [B], held constant.
+    normalization: "mean" or "sum", see the head of this file.
+    axis_name: mapped axis over which the batch is sharded.
+
+  Raises:
+    InputError: an unknown normalisation.
+
+  >>> import jax.numpy as jnp
+  >>> print(example_weights(lambda k, l: l > k, 1., jnp.array([0., 2., 3., 4.])))
+  [0.   0.25 0.25 0.25]
+  """
+  values = weight_fn(phi, jax.lax.stop_gradient(losses)).astype(losses.dtype)
+  base.check_vector("weight_fn's result", values)
+  if normalization == "sum":
+    return normalization_lib.sum_to_one(values, axis_name)
+  _check(normalization)
+  return values / base.global_size(values.shape[0], axis_name)
+
+
+def inner_weights(
+  weight_fn: WeightFn,
+  phi: base.PyTree,
+  losses: base.Array,
+  *,
+  normalization: str = "mean",
+  detached: bool = True,
+) -> base.Array:
+  """dL/dl [B] of the look-ahead's loss L = sum_i w_i l_i, for the whole batch.
+
+  Detached these are the weights. Otherwise the loss also moves the weights, and
+  each gets w'(l) l on top (through the sum, with "sum", of all the others too).
+  """
+
+  def weights(losses):
+    values = weight_fn(phi, losses).astype(losses.dtype)
+    if normalization == "sum":
+      return normalization_lib.sum_to_one(values)
+    return values / values.shape[0]
+
+  _check(normalization)
+  if detached:
+    return weights(jax.lax.stop_gradient(losses))
+  return jax.grad(lambda losses: jnp.sum(weights(losses) * losses))(losses)
+
+
+def network_gradient(
+  weight_fn: WeightFn,
+  phi: base.PyTree,
+  losses_fn: base.LossesFn,
+  params: base.PyTree,
+  batch: Any,
+  meta_batch: Any,
+  *,
+  optimizer: optax.GradientTransformation,
+  opt_state: base.PyTree = None,
+  meta_losses_fn: base.LossesFn | None = None,
+  normalization: str = "mean",
+  detached: bool = True,
+  axis_name: base.AxisName = None,
+  has_aux: bool = False,
+  derivative: str = "forward",
+) -> meta_network.Lesson:
+  """dM/dphi: how the weighting network should change, by one clean batch.
+
+  Pure; works inside `jit`, `vmap`, `pmap` and `shard_map`.
+
+  Args:
+    weight_fn: `(phi, losses [B]) -> V [B]`, applied to each example by itself.
+    phi: parameters of the weighting network.
+    losses_fn: `(params, batch) -> losses [B]`.
+    params: of the classifier.
+    batch: the examples to weigh.
+    meta_batch: clean examples.
+    optimizer: takes the look-ahead step; the paper's is `optax.sgd` with the
+      classifier's learning rate.
+    opt_state: its state; fresh if None.
+    meta_losses_fn: like `losses_fn`, for `meta_batch`, if it differs.
+    normalization: "mean" or "sum".
+    detached: whether V's input is constant in the look-ahead.
+    axis_name: mapped axis over which both batches are sharded.
+    has_aux: both losses functions return `(losses, aux)`.
+    derivative: see `linearization.linearize`.
+
+  Returns:
+    `.gradient` shaped like phi, `.meta_loss` after the look-ahead, `.finite`.
+
+  Raises:
+    InputError: losses are not of shape [B], an unknown option, or a model
+      without forward derivative.
+    FloatingPointError: outside `jit`, if the direction is not finite.
+
+  Example:
+    >>> import jax.numpy as jnp, optax
+    >>> losses_fn = lambda p, b: (b["x"] * p - b["y"]) ** 2
+    >>> batch = {"x": jnp.ones(2), "y": jnp.array([1., -3.])}  # the second is wrong
+    >>> lesson = network_gradient(
+    ...     lambda k, l: jnp.exp(-k * l), 0., losses_fn, 0., batch,
+    ...     {"x": jnp.ones(1), "y": jnp.ones(1)}, optimizer=optax.sgd(0.1))
+    >>> bool(lesson.gradient < 0)  # the heavier the loss, the less weight
+    True
+  """
+  local_params = base.local(params, axis_name)
+  return lesson(
+    linearization.linearize(
+      losses_fn, local_params, batch, has_aux=has_aux, derivative=derivative
+    ),
+    weight_fn,
+    phi,
+    meta_losses_fn or losses_fn,
+    params,
+    meta_batch,
+    normalization=normalization,
+    detached=detached,
+    optimizer=optimizer,
+    opt_state=optimizer.init(params) if opt_state is None else opt_state,
+    has_aux=has_aux,
+    axis_name=axis_name,
+  )
+
+
+def lesson(
+  linearized: base.Linearized,
+  weight_fn: WeightFn,
+  phi: base.PyTree,
+  meta_losses_fn: base.LossesFn,
+  params: base.PyTree,
+  meta_batch: Any,
+  *,
+  normalization: str = "mean",
+  detached: bool = True,
+  axis_name: base.AxisName = None,
+  **look_ahead: Any,
+) -> meta_network.Lesson:
+  """`network_gradient` of a batch that is already linearised at `params`."""
+  # Every device weighs the global batch: the sum of "sum" is then differentiated
+  # without a collective, and the network is too small for it to matter.
+  losses = base.gather(linearized.losses, axis_name)
+
+  def weights_fn(phi):
+    return inner_weights(
+      weight_fn, phi, losses, normalization=normalization, detached=detached
+    )
+
+  own = base.own_part(weights_fn(phi), axis_name)
+  found = hypergradient.direction(
+    meta_losses_fn,
+    params,
+    meta_batch,
+    base.psum(linearized.weighted_gradient(own), axis_name),
+    axis_name=axis_name,
+    **look_ahead,
+  )
+  slopes = hypergradient.weight_gradient(linearized, found, axis_name)
+  gradient = hypergradient.network_gradient(
+    weights_fn, phi, base.gather(slopes, axis_name)
+  )
+  return meta_network.Lesson(gradient, found.meta_loss, found.finite)
+
+
+class Preset(NamedTuple):
+  """One released variant."""
+
+  normalization: str
+  detached: bool
+  optimizer: optax.GradientTransformation
+
+
+def _sgd(learning_rate):
+  return optax.chain(
+    optax.add_decayed_weights(5e-4),
+    optax.sgd(learning_rate, momentum=0.9, nesterov=True),
+  )
+
+
+PRESETS = {
+  "imbalance": Preset("sum", False, _sgd(1e-5)),
+  "noise": Preset("sum", True, _sgd(1e-3)),
+  "noise_stable": Preset(
+    "mean", True, optax.chain(optax.add_decayed_weights(1e-4), optax.adam(1e-3))
+  ),
+}
+
+
+def meta_weight_net(
+  learning_rate: meta_network.Schedule,
+  preset: str = "noise_stable",
+  *,
+  hidden: Sequence[int] = (100,),
+  normalization: str | None = None,
+  detached: bool | None = None,
+  optimizer: optax.GradientTransformation | None = None,
+  every: int = 1,
+) -> base.Method:
+  """Meta-Weight-Net for the training loop.
+
+  Args:
+    learning_rate: of the look-ahead; the classifier's, number or schedule.
+    preset: a key of `PRESETS`.
+    hidden: widths of the weighting network.
+    normalization: None for the preset's.
+    detached: None for the preset's.
+    optimizer: of the weighting network; None for the preset's.
+    every: steps from one lesson of the network to the next; weights are
+      recomputed at each step. More than 1 is not in the paper.
+
+  Returns:
+    A `base.Method` that needs a meta batch; its state is a `meta_network.State`.
+
+  Raises:
+    InputError: an unknown preset or normalisation, or `every` less than 1.
+  """
+  if preset not in PRESETS:
+    raise base.InputError(
+      f"meta_weight_net: preset={preset!r}; choose among {', '.join(PRESETS)}."
+    )
+  chosen = PRESETS[preset]
+  normalization = normalization or chosen.normalization
+  detached = chosen.detached if detached is None else detached
+  _check(normalization)
+  meta_optimizer = optimizer or chosen.optimizer
+  meta_network.check_every("meta_weight_net", every)
+  net = WeightNet(tuple(hidden))
+
+  def init(key, task, params):
+    del task, params
+    return meta_network.init(net.init(key, jnp.zeros(1)), meta_optimizer)
+
+  def gradients(state, task, inputs):
+    losses_fn = task.losses_fn(inputs.model_state, inputs.key)
+    params = base.local(inputs.params, task.axis_name)
+    linearized = task.linearize(losses_fn, params, inputs.batch, has_aux=True)
+
+    def lesson_fn(phi):
+      return lesson(
+        linearized,
+        net.apply,
+        phi,
+        losses_fn,
+        inputs.params,
+        inputs.meta_batch,
+        normalization=normalization,
+        detached=detached,
+        axis_name=task.axis_name,
+        **meta_network.look_ahead(learning_rate, inputs),
+      )
+
+    state = meta_network.learn(state, lesson_fn, meta_optimizer, inputs.step, every)
+    weights = example_weights(
+      net.apply,
+      state.params,
+      linearized.losses,
+      normalization=normalization,
+      axis_name=task.axis_name,
+    )
+    grads = base.psum(linearized.weighted_gradient(weights), task.axis_name)
+    total = base.psum(jnp.sum(weights), task.axis_name)  # "mean": mean V; "sum": 1
+    metrics = {**meta_network.metrics(state), "total_weight": total}
+    losses, model_state = linearized.losses, linearized.aux
+    return base.Gradients(grads, weights, losses, model_state, metrics), state
+
+  return base.Method(gradients, init, needs_meta=True)
+
+
+def _check(normalization):
+  if normalization not in NORMALIZATIONS:
+    raise base.InputError(f"normalization={normalization!r}; choose 'mean' or 'sum'.")
