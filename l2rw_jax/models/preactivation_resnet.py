@@ -1,4 +1,4 @@
-"""The pre-activation residual networks of L2RW: ResNet-32 and WRN-28-10."""
+"""Pre-activation residual networks: L2RW's two, MentorNet's student."""
 
 import functools
 import math
@@ -85,6 +85,88 @@ class PreActivationResNet(nn.Module):
         y = nn.relu(norm()(_conv(width, stride, self.dtype)(y)))
         x = _shortcut(x, width, stride) + _conv(width, 1, self.dtype)(y)
     return nn.relu(norm()(x)).mean(axis=(1, 2))
+
+  def head(self, features: jax.Array) -> jax.Array:
+    """Features to logits [B, num_outputs]."""
+    return self.output(features)
+
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Images [B, H, W, C] to logits [B, num_outputs]."""
+    return self.head(self.features(x, train))
+
+
+class LeakyWideResNet(nn.Module):
+  """MentorNet's "ResNet-101" student: pre-activation, wide, leaky ReLU.
+
+  3x3 stem; three stages of units (BN, leaky ReLU, 3x3 convolution, twice) with
+  strides 1, 2, 2 and the shortcuts of `PreActivationResNet`; BN, leaky ReLU,
+  global average pool. The very first unit instead rectifies first, normalises
+  then, and hands that to its shortcut too, as released.
+
+  Convolutions start from N(0, 2 / (k^2 C_out)), the output layer from
+  U(+-sqrt(3 / d)) and bias 0.
+
+  References:
+    Jiang et al., "MentorNet: Learning Data-Driven Curriculum for Very Deep Neural
+    Networks on Corrupted Labels", ICML 2018, released code.
+
+  Attributes:
+    num_outputs: logits per example.
+    blocks: units a stage.
+    widths: features of the three stages, none below that of the stem.
+    stem: features of the first convolution.
+    slope: of the leaky ReLU below 0.
+    axis_name: mapped axis whose devices share batch statistics.
+    dtype: of the computation.
+  """
+
+  num_outputs: int
+  blocks: int = 9
+  widths: tuple[int, int, int] = (160, 320, 640)
+  stem: int = 16
+  slope: float = 0.1
+  axis_name: str | None = None
+  dtype: Any = jnp.float32
+
+  def setup(self) -> None:
+    """The output layer, named as in one plain sequence of layers."""
+    self.output = nn.Dense(
+      self.num_outputs,
+      kernel_init=nn.initializers.lecun_uniform(),
+      dtype=self.dtype,
+      name="Dense_0",
+    )
+
+  @nn.compact
+  def features(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Images [B, H, W, C] to [B, widths[-1]]."""
+    norm = functools.partial(
+      nn.BatchNorm,
+      use_running_average=not train,
+      momentum=0.9,
+      epsilon=1e-3,
+      axis_name=self.axis_name,
+      dtype=self.dtype,
+    )
+    conv = functools.partial(
+      nn.Conv,
+      kernel_size=(3, 3),
+      use_bias=False,
+      kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+      dtype=self.dtype,
+    )
+    rectify = functools.partial(nn.leaky_relu, negative_slope=self.slope)
+    x = conv(self.stem)(x)
+    for stage, width in enumerate(self.widths):
+      for block in range(self.blocks):
+        stride = 2 if stage > 0 and block == 0 else 1
+        if stage == 0 and block == 0:
+          x = y = norm()(rectify(x))
+        else:
+          y = rectify(norm()(x))
+        y = rectify(norm()(conv(width, strides=stride)(y)))
+        x = _shortcut(x, width, stride) + conv(width)(y)
+    return rectify(norm()(x)).mean(axis=(1, 2))
 
   def head(self, features: jax.Array) -> jax.Array:
     """Features to logits [B, num_outputs]."""
