@@ -44,8 +44,8 @@ class LossDump(NamedTuple):
   loss: np.ndarray
 
 
-# (epoch, indices [n], losses [n])
-Sink = Callable[[int, np.ndarray, np.ndarray], None]
+# (seed of the run, epoch, indices [n], losses [n])
+Sink = Callable[[int, int, np.ndarray, np.ndarray], None]
 
 
 def recording(
@@ -59,14 +59,13 @@ def recording(
   """`method`, with the training set's losses shown to `sink` before an epoch.
 
   Losses are those of the network as it is evaluated, not as it is trained (no
-  dropout, running batch statistics). An interrupted run shows the epoch that it
-  resumes in again only if it had not begun. Train one run at a time: several
-  side by side would all speak to the same sink.
+  dropout, running batch statistics). A run that is continued after a kill shows
+  the epochs since its last checkpoint a second time.
 
   Args:
     method: trains as without this.
-    sink: called on the host with the epoch, counted from 0, the examples'
-      indices and their losses.
+    sink: called on the host with the run's seed, the epoch, counted from 0, the
+      examples' indices and their losses.
     every: epochs between two records.
     num_examples: records a random sample of so many, new each time; all if None.
     batch_size: examples a forward pass.
@@ -81,9 +80,10 @@ def recording(
     if view.epoch % every == 0:
       index = np.asarray(view.train["index"])
       # A generator of its own leaves the draws of the method's refresh alone.
-      rows = np.random.default_rng(view.epoch).permutation(len(index))
+      rows = np.random.default_rng([view.seed, view.epoch]).permutation(len(index))
       rows = np.sort(rows[:num_examples])
-      sink(view.epoch, index[rows], _losses(task, view, rows, batch_size))
+      found = _losses(task, view, rows, batch_size)
+      sink(view.seed, view.epoch, index[rows], found)
     return method.refresh(state, task, view)
 
   return method._replace(refresh=refresh)
@@ -107,48 +107,54 @@ def _batch_losses(forward, loss, params, model_state, batch):
 
 
 class Writer:
-  """A sink that keeps each epoch in a file of its own, so that runs can resume."""
+  """A sink that keeps each epoch in a file of its own, so that runs can resume.
+
+  folder/seed-S/epoch-E.npz   "index" and "loss"
+  """
 
   def __init__(self, folder: str | os.PathLike):
-    """Makes `folder`, which must belong to one run.
-
-    Raises:
-      InputError: it cannot be written.
-    """
+    """Keeps everything in `folder`, which must belong to one set of runs."""
     self.folder = pathlib.Path(folder)
-    try:
-      self.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise base.InputError(f"cannot write {folder}: {error.strerror}") from error
 
-  def __call__(self, epoch: int, index: np.ndarray, losses: np.ndarray) -> None:
+  def __call__(
+    self, seed: int, epoch: int, index: np.ndarray, losses: np.ndarray
+  ) -> None:
     """Keeps an epoch; one that is there already is replaced by the same.
 
     Raises:
-      InputError: what is there is of another run, or the disk is full.
+      InputError: what is there is of other settings, or it cannot be written.
     """
-    path = self.folder / f"epoch-{epoch:05d}.npz"
+    path = self._of_run(seed) / f"epoch-{epoch:05d}.npz"
     if path.exists():
-      kept = _load(path, "index", "loss")
+      kept = _load_epoch(path)
       same = np.array_equal(kept["index"], index)
       # Not to the last bit: the run may have resumed on another machine.
-      if not (same and np.allclose(kept["loss"], losses, rtol=1e-2, atol=1e-3)):
+      if not (
+        same and np.allclose(kept["loss"], losses, rtol=1e-2, atol=1e-3, equal_nan=True)
+      ):
         raise base.InputError(
-          f"{path} holds other losses: record one run at a time, in its own folder."
+          f"{path} holds the losses of other settings; delete {self.folder} or record"
+          " in another --workdir."
         )
+    try:
+      path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise base.InputError(f"cannot write {path}: {error.strerror}") from error
     _save(path, index=index.astype(np.int32), loss=losses.astype(np.float32))
 
   def combine(
     self,
+    seed: int,
     label: np.ndarray,
     true_label: np.ndarray,
     *,
     batch_size: int,
     num_steps: int,
   ) -> LossDump:
-    """All that was recorded, in order of epoch and example.
+    """All that was recorded of a run, in order of epoch and example.
 
     Args:
+      seed: of the run.
       label: of the training set, [N].
       true_label: of the training set, [N].
       batch_size: of the run.
@@ -158,20 +164,25 @@ class Writer:
       InputError: nothing was recorded, a file is damaged, or of more examples.
     """
     columns = []
-    for path in sorted(self.folder.glob("epoch-*.npz")):
-      kept = _load(path, "index", "loss")
+    for path in sorted(self._of_run(seed).glob("epoch-*.npz")):
+      kept = _load_epoch(path)
       index = kept["index"]
       if len(index) and index.max() >= len(label):
         raise base.InputError(
-          f"{path} is of more than these {len(label)} examples; delete the folder and"
-          " record again."
+          f"{path} is of more than these {len(label)} examples; delete {self.folder}"
+          " and record again."
         )
       steps = int(path.stem.removeprefix("epoch-")) * (len(label) // batch_size)
       percent = np.full(len(index), min(100 * steps // num_steps, 99))
       columns.append((index, percent, label[index], true_label[index], kept["loss"]))
     if not columns:
-      raise base.InputError(f"{self.folder} holds no recorded losses.")
+      raise base.InputError(
+        f"{self._of_run(seed)} holds no recorded losses: record the run from its start."
+      )
     return _dump(*(np.concatenate(c) for c in zip(*columns, strict=True)))
+
+  def _of_run(self, seed):
+    return self.folder / f"seed-{seed}"
 
 
 def _dump(*columns):
@@ -204,40 +215,56 @@ def read_dump(path: str | os.PathLike) -> LossDump:
     InputError: there is no such file, it is damaged, or a column is missing.
   """
   path = pathlib.Path(path)
-  if path.suffix != ".csv":
-    columns = _load(path, *_DTYPES)
-    return _dump(*(columns[name] for name in _DTYPES))
+  try:
+    columns = _read_csv(path) if path.suffix == ".csv" else _load(path, *_DTYPES)
+    if len({column.shape for column in columns.values()}) != 1:
+      raise ValueError("its columns differ in length")
+    if not all(np.isfinite(columns[name]).all() for name in list(_DTYPES)[:-1]):
+      raise ValueError("a number is missing")
+  except ValueError as error:
+    raise base.InputError(
+      f"--dump={path}: cannot read it ({error}); name a dump that was recorded with"
+      " --dump_losses, as .npz or .csv."
+    ) from error
+  return _dump(*(columns[name] for name in _DTYPES))
+
+
+def _read_csv(path):
   try:
     with open(path, encoding="utf-8") as file:
       if file.readline().strip() != ",".join(_DTYPES):
         raise ValueError(f"its first line is not {','.join(_DTYPES)}")
-      table = np.loadtxt(file, delimiter=",", ndmin=2)
-    if table.shape[1:] != (len(_DTYPES),):
-      raise ValueError("it has no rows" if not table.size else "a column is missing")
+      lines = file.readlines()
   except OSError as error:
-    raise _unreadable(path, error.strerror) from error
-  except ValueError as error:
-    raise _unreadable(path, error) from error
-  return _dump(*table.T)
+    raise ValueError(error.strerror) from error
+  if not lines:
+    raise ValueError("it has no rows")
+  table = np.loadtxt(lines, delimiter=",", ndmin=2)
+  if table.shape[1] != len(_DTYPES):
+    raise ValueError("a column is missing")
+  return dict(zip(_DTYPES, table.T, strict=True))
 
 
 def _load(path, *names):
+  """Arrays by name; a ValueError tells what is wrong with the file."""
   try:
     with np.load(path, allow_pickle=False) as kept:
       return {name: kept[name] for name in names}
-  except OSError as error:
-    raise _unreadable(path, error.strerror or "not an npz file") from error
   except KeyError as error:
-    raise _unreadable(path, f"there is no column {error}") from error
-  except (ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
-    raise _unreadable(path, "damaged, or not an npz file") from error
+    raise ValueError(f"no column {error.args[0].split()[0]}") from error
+  except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    # np.load takes anything that is no archive for a pickle.
+    reason = getattr(error, "strerror", None) or "damaged, or not an npz file"
+    raise ValueError(reason) from error
 
 
-def _unreadable(path, reason):
-  return base.InputError(
-    f"--dump={path}: cannot read it ({reason}); name a dump that was recorded with"
-    " --dump_losses, as .npz or .csv."
-  )
+def _load_epoch(path):
+  try:
+    return _load(path, "index", "loss")
+  except ValueError as error:
+    raise base.InputError(
+      f"{path}: cannot read it ({error}); delete its folder and record again."
+    ) from error
 
 
 def _save(path, **arrays):

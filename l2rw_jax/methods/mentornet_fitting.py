@@ -181,28 +181,37 @@ def fit(
       f"labels must lie between 0 and {network.num_labels - 1}; got"
       f" {rows.labels.min()} to {rows.labels.max()}."
     )
-  settings = (network, num_steps, batch_size, is_binary(rows.targets))
-  key, data = jax.random.key(seed), jax.tree.map(jnp.asarray, rows)
-  schedule = optax.exponential_decay(learning_rate, 1000, 0.9, staircase=True)
-  tx = optax.chain(optax.clip_by_global_norm(5.0), optax.adam(schedule))
-
-  # One program for all steps: a dispatch costs more than such a step.
-  @jax.jit
-  @functools.partial(jax.vmap, in_axes=(0, None))
-  def fit_one(start, data):
-    return _fit_one(jax.random.fold_in(key, start), data, tx, *settings)
-
-  variables, found = jax.device_get(fit_one(jnp.arange(restarts), data))
+  key = jax.random.key(seed)
+  keys = jnp.stack([jax.random.fold_in(key, start) for start in range(restarts)])
+  variables, found = jax.device_get(
+    _fit_all(
+      network,
+      batch_size,
+      is_binary(rows.targets),
+      keys,
+      jax.tree.map(jnp.asarray, rows),
+      num_steps,
+      learning_rate,
+    )
+  )
   if not np.isfinite(found).any():
     raise base.InputError("the mentor's fit diverged: lower --learning_rate.")
   return jax.tree.map(lambda x: x[np.nanargmin(found)], variables)
 
 
-def _fit_one(key, rows, tx, network, num_steps, batch_size, is_binary):
-  """`(variables, mean loss over all rows)` from one start."""
+# One program for all steps: a dispatch costs more than such a step.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.vmap, in_axes=(None, None, None, 0, None, None, None))
+def _fit_all(network, batch_size, is_binary, key, rows, num_steps, learning_rate):
+  """`(variables, mean loss over all rows)` from the start of each key."""
   init_key, batch_key = jax.random.split(key)
   variables = dict(network.init(init_key, *(x[:1] for x in rows[:4])))
   params = variables.pop("params")
+
+  def schedule(count):
+    return learning_rate * 0.9 ** (count // 1000)
+
+  tx = optax.chain(optax.clip_by_global_norm(5.0), optax.adam(schedule))
 
   def mean_loss(params, batch):
     logits = network.apply({"params": params, **variables}, *batch[:4])

@@ -13,7 +13,9 @@ import pytest
 from l2rw_jax import base
 from l2rw_jax.methods import advisor
 from l2rw_jax.methods import baselines
+from l2rw_jax.methods import forml
 from l2rw_jax.methods import l2rw
+from l2rw_jax.methods import mentornet
 from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.methods import warpi
 from l2rw_jax.models import classifier
@@ -37,10 +39,18 @@ _METHODS = {
   "fine_tuning_l2rw": baselines.fine_tuning(2, l2rw.l2rw()),
   "l2rw": l2rw.l2rw(),
   "l2rw_momentum": l2rw.l2rw(_OUTER),
+  "mentornet": mentornet.mentornet(
+    mentornet.spcl_linear,
+    percentile=60.0,
+    dropout=((0.5, 17), (0.25, 83)),
+    weight_decay=0.1,
+  ),
   "meta_weight_net": meta_weight_net.meta_weight_net(0.3, optimizer=_META),
   "meta_weight_net_imbalance": meta_weight_net.meta_weight_net(
     0.3, "imbalance", optimizer=_META, every=2
   ),
+  "forml_gap": forml.forml(0.3, "gap", 2, inner_learning_rate=0.3),
+  "forml_worst": forml.forml(0.3, "worst", inner_learning_rate=0.3),
   "warpi": warpi.warpi(0.3, optimizer=_META),
   "advisor": advisor.advisor(0.3, optimizer=_META),
 }
