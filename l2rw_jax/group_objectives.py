@@ -80,7 +80,9 @@ def gap(
   _choose("reduction", reduction, ("mean", "max"))
   means, present = group_means(losses, groups, num_groups)
   pairs = jnp.triu(present[:, None] & present[None, :], k=1)
-  gaps = jnp.where(pairs, jnp.abs(means[:, None] - means[None, :]), 0)
+  difference = jnp.where(pairs, means[:, None] - means[None, :], 0)
+  # Not jnp.abs: its slope at 0 is 1 in JAX, and equal groups shall be left alone.
+  gaps = difference * jnp.sign(difference)
   found = gaps.max() if reduction == "max" else gaps.sum() / jnp.maximum(pairs.sum(), 1)
   return found + mean_coefficient * jnp.mean(losses)
 

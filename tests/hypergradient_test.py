@@ -154,6 +154,99 @@ def test_decay_in_the_loss_equals_the_unrolled_step():
   _assert_close(ours, differences, 1e-6)
 
 
+def _peaked(values):
+  """No mean: an objective whose gradient in a loss depends on all of them."""
+  return jax.nn.logsumexp(3 * values) / 3 + (values[0] - values[-1]) ** 2
+
+
+def test_another_objective_than_the_mean():
+  batch, meta_batch = _data()
+  optimizer, weights = optax.sgd(0.3), jnp.full(_B, 1 / _B)
+  options = {"optimizer": optimizer, "opt_state": optimizer.init(_params())}
+  options["objective"] = _peaked
+
+  @jax.jit
+  def both(params):
+    linearized = linearization.linearize(_losses_fn, params, batch)
+    gradient = linearized.weighted_gradient(weights)
+    direction = hypergradient.direction(
+      _losses_fn, params, meta_batch, gradient, **options
+    )
+    unrolled = hypergradient.unrolled_weight_gradient(
+      _losses_fn, _losses_fn, params, batch, meta_batch, weights, **options
+    )
+    ahead = jax.tree.map(lambda p, g: p - 0.3 * g, params, gradient)
+    value = _peaked(_losses_fn(ahead, meta_batch))
+    found = hypergradient.weight_gradient(linearized, direction)
+    return (found, direction.meta_loss), (unrolled, value)
+
+  found, expected = both(_params())
+  _assert_close(found[0], expected[0], 1e-12)
+  np.testing.assert_allclose(found[1], expected[1], rtol=1e-13)
+
+
+def _shard_map(check_vma):
+  def wrap(fun, axis_name):
+    mesh = jax.make_mesh(
+      (2,),
+      (axis_name,),
+      axis_types=(jax.sharding.AxisType.Auto,),
+      devices=jax.devices()[:2],
+    )
+    split, whole = jax.sharding.PartitionSpec(axis_name), jax.sharding.PartitionSpec()
+    return jax.shard_map(
+      fun, mesh=mesh, in_specs=(whole, split), out_specs=whole, check_vma=check_vma
+    )
+
+  return wrap
+
+
+def _stacked(map_fn):
+  def wrap(fun, axis_name):
+    mapped = map_fn(fun, axis_name=axis_name, in_axes=(None, 0))
+
+    def run(params, meta_batch):
+      parts = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), meta_batch)
+      found = mapped(params, parts)
+      first, second = (jax.tree.map(lambda x, i=i: x[i], found) for i in (0, 1))
+      chex.assert_trees_all_close(second, first, rtol=1e-13)
+      return first
+
+    return run
+
+  return wrap
+
+
+@pytest.mark.parametrize(
+  "wrap",
+  [_stacked(jax.pmap), _stacked(jax.vmap), _shard_map(True), _shard_map(False)],
+  ids=["pmap", "vmap", "shard_map", "shard_map_unchecked"],
+)
+@pytest.mark.parametrize("objective", [None, _peaked], ids=["mean", "peaked"])
+def test_an_objective_is_of_the_losses_of_all_devices(wrap, objective):
+  optimizer = optax.sgd(0.3)
+
+  def run(axis_name):
+    def direction(params, meta_batch):
+      found = hypergradient.direction(
+        _losses_fn,
+        params,
+        meta_batch,
+        optimizer=optimizer,
+        opt_state=optimizer.init(params),
+        objective=objective,
+        axis_name=axis_name,
+      )
+      return found.vector, found.meta_loss
+
+    return direction
+
+  meta_batch = _data()[1]
+  expected = jax.jit(run(None))(_params(), meta_batch)
+  found = wrap(run("parts"), "parts")(_params(), meta_batch)
+  chex.assert_trees_all_close(found, expected, rtol=1e-12)
+
+
 def test_no_inner_gradient_is_a_zero_one():
   batch, meta_batch = _data()
   optimizer = optax.sgd(0.1)

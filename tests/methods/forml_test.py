@@ -1,0 +1,345 @@
+"""FORML: its first-order identity, its weights that stay, its guards."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax import group_objectives
+from l2rw_jax import hypergradient
+from l2rw_jax import linearization
+from l2rw_jax import losses
+from l2rw_jax.methods import forml
+from l2rw_jax.methods import l2rw
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+_B, _M, _CLASSES, _N = 6, 8, 3, 20
+_ALPHA, _ETA = 0.2, 0.3
+_GROUPS = np.arange(_M) % _CLASSES
+
+
+def _examples(seed, size):
+  rng = np.random.default_rng(seed)
+  return {
+    "x": rng.normal(size=(size, 4)),
+    "label": rng.integers(_CLASSES, size=size),
+    "index": rng.permutation(_N)[:size],
+    "group": np.arange(size) % _CLASSES,
+  }
+
+
+_BATCH, _META = _examples(0, _B), _examples(1, _M)
+_WEIGHTS = np.random.default_rng(3).uniform(0.5, 1.5, size=_B)
+
+
+def _params(seed=2):
+  rng = np.random.default_rng(seed)
+  shapes = {"w": (4, 5), "out": (5, _CLASSES)}
+  return {k: rng.normal(size=v) for k, v in shapes.items()}
+
+
+def _losses_fn(params, batch):
+  logits = jnp.tanh(batch["x"] @ params["w"]) @ params["out"]
+  return losses.softmax_cross_entropy(logits, batch["label"])
+
+
+_SETTINGS = {
+  "mean": {"name": "mean"},
+  "gap": {"name": "gap"},
+  "gap_max": {"name": "gap", "reduction": "max", "mean_coefficient": 0.5},
+  "worst": {"name": "worst"},
+  "worst_smooth": {"name": "worst", "temperature": 0.3},
+  "soft_tpr": {"name": "soft_tpr"},
+  "soft_tpr_max": {"name": "soft_tpr", "reduction": "max"},
+  "soft_tpr_worst": {"name": "soft_tpr", "reduction": "worst", "temperature": 0.1},
+}
+
+
+def _objective(setting):
+  made = forml.make_objective(**_SETTINGS[setting])
+  return lambda values: made(values, jnp.asarray(_GROUPS), _CLASSES)
+
+
+def _run(objective, weights=_WEIGHTS, params=None, **options):
+  given = {"learning_rate": _ETA, "inner_learning_rate": _ALPHA, **options}
+  run = functools.partial(forml.example_weights, _losses_fn, **given)
+  return jax.jit(lambda p, w: run(p, _BATCH, _META, w, objective))(
+    params or _params(), jnp.asarray(weights)
+  )
+
+
+def _fair_loss(objective, params, weights):
+  weighted = jax.grad(lambda p: jnp.sum(weights * _losses_fn(p, _BATCH)))(params)
+  ahead = jax.tree.map(lambda p, g: p - _ALPHA * g, params, weighted)
+  return objective(_losses_fn(ahead, _META)), ahead
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("setting", _SETTINGS)
+def test_first_order_identity_and_finite_differences(setting):
+  objective, params = _objective(setting), _params()
+  weights = _WEIGHTS / _WEIGHTS.sum()
+  found = _run(objective)
+  value, ahead = _fair_loss(objective, params, weights)
+  np.testing.assert_allclose(found.objective, value, rtol=1e-12)
+  # dF/dw_i = -alpha <grad F(p'), grad l_i(p)>.
+  slope = jax.grad(lambda p: objective(_losses_fn(p, _META)))(ahead)
+  jacobian = jax.jacrev(_losses_fn)(params, _BATCH)
+  products = jax.tree.map(
+    lambda j, g: (j * g).reshape(_B, -1).sum(axis=1), jacobian, slope
+  )
+  np.testing.assert_allclose(found.gradient, -_ALPHA * sum(products.values()), 1e-10)
+  step = 1e-6
+
+  @jax.jit
+  def difference(move):
+    up, down = (_fair_loss(objective, params, weights + s * move) for s in (1, -1))
+    return (up[0] - down[0]) / (2 * step)
+
+  differences = jax.vmap(difference)(step * jnp.eye(_B))
+  np.testing.assert_allclose(found.gradient, differences, rtol=1e-5, atol=1e-8)
+  expected = np.maximum(weights - _ETA * found.gradient, 0)
+  np.testing.assert_allclose(found.weights, expected / expected.sum(), rtol=1e-12)
+  np.testing.assert_allclose(found.losses, _losses_fn(params, _BATCH), rtol=1e-12)
+  assert found.finite and found.aux is None
+
+
+def test_the_scale_of_the_given_weights_does_not_matter():
+  objective = _objective("worst")
+  expected, found = _run(objective), _run(objective, 50 * _WEIGHTS)
+  np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-5)
+
+
+def test_from_zero_weights_the_mean_is_l2rw():
+  found = _run(_objective("mean"), np.zeros(_B), learning_rate=1.0)
+  run = functools.partial(l2rw.example_weights, _losses_fn)
+  expected = jax.jit(run)(_params(), _BATCH, _META)
+  np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-4, atol=1e-6)
+
+
+def _squared(params, batch):
+  return (batch["x"] @ params - batch["y"]) ** 2
+
+
+def _two_groups(targets, objective, weights=(1.0, 1.0)):
+  """Two parameters, one a group: example i helps group i alone."""
+  batch = {"x": jnp.eye(2), "y": jnp.ones(2)}
+  exemplars = {"x": jnp.eye(2), "y": jnp.asarray(targets)}
+  return forml.example_weights(
+    _squared,
+    jnp.zeros(2),
+    batch,
+    exemplars,
+    jnp.asarray(weights),
+    lambda values: objective(values, jnp.arange(2), 2),
+    learning_rate=0.1,
+    inner_learning_rate=0.1,
+  )
+
+
+def test_by_hand():
+  # p' = 0 + 0.1 * 0.5 * 2 = 0.1 in both; exemplar losses 0.9^2 and 2.9^2.
+  found = _two_groups([1.0, 3.0], group_objectives.worst)
+  np.testing.assert_allclose(found.objective, 8.41, rtol=1e-6)
+  # -0.1 * (-2 * 2.9) * (-2) = -1.16 for the example of the worse group.
+  np.testing.assert_allclose(found.gradient, [0, -1.16], rtol=1e-5)
+  np.testing.assert_allclose(found.weights, np.array([0.5, 0.616]) / 1.116, rtol=1e-5)
+  found = _two_groups([1.0, 3.0], group_objectives.gap)
+  np.testing.assert_allclose(found.gradient, [0.36, -1.16], rtol=1e-5)
+  np.testing.assert_allclose(found.weights, np.array([0.464, 0.616]) / 1.08, rtol=1e-5)
+
+
+@pytest.mark.parametrize("objective", [group_objectives.gap, group_objectives.worst])
+def test_reversed_roles_reverse_the_update(objective):
+  one = _two_groups([1.0, 3.0], objective)
+  other = _two_groups([3.0, 1.0], objective)
+  assert one.weights[1] > 0.5 > one.weights[0]
+  np.testing.assert_allclose(other.weights, one.weights[::-1], rtol=1e-6)
+  np.testing.assert_allclose(other.gradient, one.gradient[::-1], rtol=1e-6)
+
+
+def test_groups_that_fare_alike_leave_the_weights_alone_for_the_gap():
+  found = _two_groups([3.0, 3.0], group_objectives.gap, (1.0, 1.0))
+  assert not found.gradient.any()
+  np.testing.assert_allclose(found.weights, [0.5, 0.5])
+
+
+def test_weights_that_all_fall_to_zero_stay_zero():
+  weights, gradient = jnp.array([0.5, 0.5]), jnp.array([6.0, 9.0])
+  assert not forml.update_weights(weights, gradient, 0.1).any()
+  np.testing.assert_allclose(
+    forml.update_weights(weights, gradient, 1 / 15), [1.0, 0.0], rtol=1e-5
+  )
+  # From zero the guard leaves the look-ahead where it is: no NaN, and a way back.
+  found = _two_groups([1.0, 3.0], group_objectives.worst, (0.0, 0.0))
+  np.testing.assert_allclose(found.weights, [0.0, 1.0])
+
+
+def test_no_gradient_flows_through_the_weights():
+  def total(params):
+    found = forml.example_weights(
+      _losses_fn,
+      params,
+      _BATCH,
+      _META,
+      jnp.asarray(_WEIGHTS),
+      _objective("gap"),
+      learning_rate=_ETA,
+      inner_learning_rate=_ALPHA,
+    )
+    return jnp.sum(found.weights * jnp.arange(_B))
+
+  slopes = jax.jit(jax.grad(total))(_params())
+  assert not any(x.any() for x in jax.tree.leaves(slopes))
+
+
+def test_nan_is_told():
+  params = _params()
+  params["w"] = params["w"] * np.nan
+  found = _run(_objective("worst"), params=params)
+  assert not found.finite
+  assert np.isnan(found.weights).any()
+
+
+def _task(axis_name=None):
+  def forward(params, model_state, batch, key, train):
+    del key, train
+    logits = jnp.tanh(batch["x"] @ params["w"]) @ params["out"]
+    return logits, model_state
+
+  return base.Task(
+    forward=forward,
+    loss=lambda logits, batch: losses.softmax_cross_entropy(logits, batch["label"]),
+    linearize=linearization.linearize,
+    num_classes=_CLASSES,
+    class_counts=jnp.array([10, 6, 4]),
+    num_examples=_N,
+    num_steps=5,
+    axis_name=axis_name,
+  )
+
+
+def _inputs(batch, meta_batch=_META):
+  key = jax.random.key(0)
+  return base.Inputs(_params(), {}, (), batch, meta_batch, jnp.int32(0), key)
+
+
+def test_weights_are_kept_per_example_in_units_of_the_uniform_one():
+  method = forml.forml(_ETA, "worst", inner_learning_rate=_ALPHA)
+  assert method.needs_meta
+  state = method.init(jax.random.key(0), _task(), _params())
+  np.testing.assert_array_equal(state, np.ones(_N))
+  run = jax.jit(lambda s, b: method.gradients(s, _task(), _inputs(b)))
+  found, state = run(state, _BATCH)
+  expected = _run(_objective("worst"), np.ones(_B))
+  np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-4)
+  np.testing.assert_allclose(state[_BATCH["index"]], _B * found.weights, rtol=1e-6)
+  assert np.ptp(found.weights) > 0.01
+  others = np.setdiff1d(np.arange(_N), _BATCH["index"])
+  np.testing.assert_array_equal(state[others], np.ones(_N - _B))
+  weighted = jax.grad(lambda p: jnp.sum(found.weights * _losses_fn(p, _BATCH)))
+  chex.assert_trees_all_close(found.grads, weighted(_params()), rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(found.metrics["objective"], expected.objective, rtol=1e-5)
+  # The next visit starts where this one ended.
+  again, _ = run(state, _BATCH)
+  expected = _run(_objective("worst"), found.weights)
+  np.testing.assert_allclose(again.weights, expected.weights, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_devices", [2, 4])
+@pytest.mark.parametrize("repeats", [False, True])
+def test_weights_and_state_on_any_number_of_devices(num_devices, repeats):
+  """Exemplars shared out among the devices, or repeated on each of them."""
+  batch = _examples(5, 8)
+  method = forml.forml(_ETA, "gap", inner_learning_rate=_ALPHA)
+
+  def step(axis_name, state, batch, meta_batch):
+    inputs = _inputs(batch, meta_batch)
+    return method.gradients(state, _task(axis_name), inputs)
+
+  expected, expected_state = jax.jit(functools.partial(step, None))(
+    jnp.ones(_N), batch, _META
+  )
+  share = functools.partial(
+    jax.tree.map, lambda x: x.reshape(num_devices, -1, *x.shape[1:])
+  )
+  mapped = jax.pmap(
+    functools.partial(step, "d"), "d", in_axes=(None, 0, None if repeats else 0)
+  )
+  meta_batch = _META if repeats else share(_META)
+  found, state = mapped(jnp.ones(_N), share(batch), meta_batch)
+  np.testing.assert_allclose(found.weights.ravel(), expected.weights, rtol=1e-4)
+  for index in range(num_devices):
+    np.testing.assert_allclose(state[index], expected_state, rtol=1e-4)
+    own = jax.tree.map(lambda x, i=index: x[i], (found.grads, found.metrics))
+    chex.assert_trees_all_close(
+      own, (expected.grads, expected.metrics), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_another_way_to_form_groups():
+  method = forml.forml(
+    _ETA,
+    "worst",
+    2,
+    inner_learning_rate=_ALPHA,
+    groups_fn=lambda batch: batch["label"] // 2,
+  )
+  found, _ = method.gradients(jnp.ones(_N), _task(), _inputs(_BATCH))
+  objective = functools.partial(
+    group_objectives.worst, groups=jnp.asarray(_META["label"] // 2), num_groups=2
+  )
+  expected = _run(objective, np.ones(_B))
+  np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-4)
+
+
+def test_exemplars_without_groups_are_refused_but_for_the_mean():
+  plain = {k: v for k, v in _META.items() if k != "group"}
+  for name in ("gap", "worst", "soft_tpr"):
+    with pytest.raises(base.InputError, match=f"no 'group', .* objective='{name}'"):
+      forml.forml(objective=name).gradients(
+        jnp.ones(_N), _task(), _inputs(_BATCH, plain)
+      )
+  found, _ = forml.forml(objective="mean").gradients(
+    jnp.ones(_N), _task(), _inputs(_BATCH, plain)
+  )
+  np.testing.assert_allclose(found.weights.sum(), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"objective": "fair"}, "objective='fair': choose one of"),
+    ({"reduction": "sum"}, "reduction='sum': choose one of"),
+    ({"objective": "worst", "temperature": -0.1}, "temperature=-0.1 must be at least"),
+    ({"learning_rate": -1.0}, "forml: learning_rate=-1.0 must be at least 0"),
+    ({"inner_learning_rate": -1.0}, "inner_learning_rate=-1.0 must be at least 0"),
+  ],
+)
+def test_settings_out_of_range(settings, message):
+  with pytest.raises(base.InputError, match=message):
+    forml.forml(**settings)
+
+
+def test_the_unrolled_definition_takes_an_objective_too():
+  objective, optimizer = _objective("worst"), optax.sgd(_ALPHA)
+  expected = jax.jit(
+    lambda p, w: hypergradient.unrolled_weight_gradient(
+      _losses_fn,
+      _losses_fn,
+      p,
+      _BATCH,
+      _META,
+      w,
+      optimizer=optimizer,
+      opt_state=optimizer.init(p),
+      objective=objective,
+    )
+  )(_params(), _WEIGHTS / _WEIGHTS.sum())
+  np.testing.assert_allclose(_run(objective).gradient, expected, rtol=1e-4, atol=1e-6)
