@@ -49,7 +49,9 @@ def run_config(**settings: Any) -> config_lib.Config:
   )
 
 
-def prepare(name: str, module: str, extendable: tuple[str, ...]) -> pathlib.Path:
+def prepare(
+  name: str, module: str, extendable: tuple[str, ...], *more_modules: str
+) -> pathlib.Path:
   """Opens the folder of the experiment; refuses one of other settings.
 
   Args:
@@ -58,15 +60,21 @@ def prepare(name: str, module: str, extendable: tuple[str, ...]) -> pathlib.Path
     extendable: flags that choose which runs to do, not how. A later call may
       give others: runs already there are not repeated, and the table holds
       what the last call asked for.
+    *more_modules: whose flags decide it too.
   """
-  settings = {k: v for k, v in flags_of(module).items() if k not in extendable}
+  found = flags_of(module, *more_modules)
+  settings = {k: v for k, v in found.items() if k not in extendable}
   settings["experiment"] = name
   return workdir.prepare(_WORKDIR.value or f"runs/{name}", settings)
 
 
-def flags_of(module: str) -> dict[str, object]:
+def flags_of(*modules: str) -> dict[str, object]:
   """Every flag that decides a script's outcome, with its value."""
-  found = {f.name: f.value for f in flags.FLAGS.get_flags_for_module(module)}
+  found = {
+    f.name: f.value
+    for module in modules
+    for f in flags.FLAGS.get_flags_for_module(module)
+  }
   shared = (_NUM_DEVICES, _CHECKPOINT_EVERY)
   return found | {holder.name: holder.value for holder in shared}
 

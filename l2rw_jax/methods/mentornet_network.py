@@ -130,5 +130,7 @@ class Mentor:
     if self.num_classes is None:
       labels = jnp.zeros(losses.shape[:1], jnp.int32)
     features = (losses, differences, labels, epoch)
-    logits: Any = self.network.apply(self.variables, *features)
+    # An embedding kept as a NumPy array cannot be indexed by a traced epoch.
+    variables = jax.tree.map(jnp.asarray, self.variables)
+    logits: Any = self.network.apply(variables, *features)
     return jax.nn.sigmoid(logits)

@@ -1,0 +1,310 @@
+"""What the label-noise experiments share: cells, rows, tables and figures."""
+
+from collections.abc import Sequence
+import dataclasses
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from sklearn import metrics as sklearn_metrics
+
+from experiments import _methods
+from experiments import _report
+from l2rw_jax import base
+from l2rw_jax import loss_dump
+from l2rw_jax.data import splits as splits_lib
+from l2rw_jax.methods import meta_weight_net
+from l2rw_jax.models import classifier
+from l2rw_jax.training import config as config_lib
+from l2rw_jax.training import evaluation
+from l2rw_jax.training import loop
+from l2rw_jax.training import results as results_lib
+
+_GRID = np.concatenate([np.linspace(0, 10, 101), np.linspace(10.5, 20, 20)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimisation:
+  """How a classifier is optimised.
+
+  Attributes:
+    name: "sgd" or "adam".
+    learning_rate: at the start.
+    momentum: of SGD.
+    nesterov: whether it is Nesterov's.
+    weight_decay: L2, added to the gradient of every parameter.
+    drops: (share of the run done, factor on the learning rate), accumulating.
+  """
+
+  name: str = "sgd"
+  learning_rate: float = 0.1
+  momentum: float = 0.9
+  nesterov: bool = False
+  weight_decay: float = 0.0
+  drops: tuple[tuple[float, float], ...] = ()
+
+  def schedule(self, num_steps: int) -> optax.Schedule:
+    """`step -> learning rate`."""
+    boundaries = {round(share * num_steps): factor for share, factor in self.drops}
+    return optax.piecewise_constant_schedule(self.learning_rate, boundaries)
+
+  def optimizer(self, num_steps: int) -> optax.GradientTransformation:
+    """The optax optimiser."""
+    schedule = self.schedule(num_steps)
+    if self.name == "adam":
+      step = optax.adam(schedule)
+    else:
+      step = optax.sgd(schedule, self.momentum or None, nesterov=self.nesterov)
+    if not self.weight_decay:
+      return step
+    return optax.chain(optax.add_decayed_weights(self.weight_decay), step)
+
+
+class Cell(NamedTuple):
+  """One method under one noise.
+
+  Attributes:
+    name: of the method.
+    noise: of the labels, for rows and folders: builder, fraction and so on.
+    config: how to run.
+    optimisation: of the classifier.
+    model: the network.
+    method: the method.
+  """
+
+  name: str
+  noise: dict[str, Any]
+  config: config_lib.Config
+  optimisation: Optimisation
+  model: classifier.Classifier
+  method: base.Method
+
+  def folder(self) -> str:
+    """Where its runs are kept."""
+    told = (str(v) for v in self.noise.values() if v is not None)
+    return "-".join([*told, self.name])
+
+
+def make_cell(
+  name: str,
+  noise: dict[str, Any],
+  config: config_lib.Config,
+  optimisation: Optimisation,
+  model: classifier.Classifier,
+  noise_fraction: float,
+) -> Cell:
+  """A cell with its method made; arguments as in `Cell` and `_methods.Setting`."""
+  setting = _methods.Setting(
+    optimisation.schedule(config.num_steps),
+    config.num_steps,
+    noise_fraction,
+    model.num_classes,
+  )
+  method = _methods.make(name, setting)
+  return Cell(name, noise, config, optimisation, model, method)
+
+
+def train(
+  cell: Cell,
+  splits: Sequence[splits_lib.Splits],
+  folder: pathlib.Path,
+  *,
+  dump_losses: bool = False,
+  evaluators: Sequence[evaluation.Evaluator] = (evaluation.accuracy,),
+) -> list[results_lib.Result]:
+  """Trains a cell on every split, as many side by side as `config.seeds`.
+
+  Args:
+    cell: what to train.
+    splits: of each of the cell's seeds.
+    folder: of the experiment.
+    dump_losses: keeps the training losses of every hundredth of the run in
+      `losses-seed-S.npz`, for experiments.mentornet_pretrain.
+    evaluators: of the test set.
+  """
+  own = folder / cell.folder()
+  method = cell.method
+  if cell.name == "meta_weight_net":
+    method = _record_curves(method, own)
+  writer = loss_dump.Writer(own / "losses")
+  steps_per_epoch = len(splits[0].train.label) // cell.config.batch_size
+  if dump_losses:
+    num_epochs = -(-cell.config.num_steps // steps_per_epoch)
+    method = loss_dump.recording(
+      method, writer, every=max(1, num_epochs // 100), num_examples=10_000
+    )
+  found = loop.train(
+    cell.config,
+    cell.model,
+    method,
+    cell.optimisation.optimizer(cell.config.num_steps),
+    splits,
+    own,
+    evaluators,
+    name=cell.folder(),
+  )
+  if dump_losses:
+    for seed, split in zip(cell.config.seeds, splits, strict=True):
+      dump = writer.combine(
+        seed,
+        split.train.label,
+        split.train.true_label,
+        batch_size=cell.config.batch_size,
+        num_steps=cell.config.num_steps,
+      )
+      loss_dump.write_dump(own / f"losses-seed-{seed}.npz", dump)
+  return found
+
+
+def _record_curves(method: base.Method, folder: pathlib.Path) -> base.Method:
+  """Keeps Meta-Weight-Net's curve from before every epoch, for `draw_curves`."""
+
+  def refresh(state, task, view):
+    net = meta_weight_net.WeightNet()
+    curve = net.apply(jax.device_get(state.params), _GRID.astype(np.float32))
+    own = folder / "curves" / f"seed-{view.seed}"
+    own.mkdir(parents=True, exist_ok=True)
+    np.savetxt(own / f"epoch-{view.epoch:05d}.txt", np.asarray(curve), "%.6g")
+    return method.refresh(state, task, view)
+
+  return method._replace(refresh=refresh)
+
+
+def row(cell: Cell, result: results_lib.Result, **facts: Any) -> dict[str, Any]:
+  """One run's line of `results.csv`; `facts` go in front."""
+  metrics = result.metrics
+  optimisation = dataclasses.asdict(cell.optimisation)
+  drops = " ".join(f"{share:g}:{factor:g}" for share, factor in optimisation["drops"])
+  return {
+    **facts,
+    "method": cell.name,
+    **cell.noise,
+    "accuracy_percent": 100 * metrics["last"]["accuracy"],
+    "best_percent": 100 * metrics["best_accuracy"],
+    "weight_auroc": auroc(result.weights),
+    "batch_size": cell.config.batch_size,
+    **optimisation,
+    "drops": drops,
+    **_report.run_fields(metrics),
+  }
+
+
+def auroc(weights: dict[str, np.ndarray]) -> float | None:
+  """How well low weight finds wrong labels; 0.5 is chance, None if undefined."""
+  is_clean = weights["label"] == weights["true_label"]
+  known = np.isfinite(weights["mean_weight"])
+  is_clean, mean = is_clean[known], weights["mean_weight"][known]
+  if is_clean.all() or not is_clean.any() or np.ptp(mean) < 1e-9:
+    return None
+  return float(sklearn_metrics.roc_auc_score(is_clean, mean))
+
+
+def summarise(rows: list[dict[str, Any]], columns: Sequence[str]) -> str:
+  """The table: a line per noise and method, ours beside the published value.
+
+  Args:
+    rows: with `published_percent` and `published_spread`.
+    columns: which of a row's entries tell the noise.
+  """
+  keys = (*columns, "method")
+  lines = []
+  for key in dict.fromkeys(tuple(r[k] for k in keys) for r in rows):
+    own = [r for r in rows if tuple(r[k] for k in keys) == key]
+    last = _report.interval([r["accuracy_percent"] for r in own])
+    best = _report.interval([r["best_percent"] for r in own])
+    scores = [r["weight_auroc"] for r in own if r["weight_auroc"] is not None]
+    published = own[0]["published_percent"]
+    beside = "-"
+    if published is not None:
+      beside = f"{published:.2f} ± {own[0]['published_spread']:.2f}"
+    found = f"{np.mean(scores):.3f}" if scores else "-"
+    lines.append((*key, last, best, beside, found, last.repeats))
+  header = (
+    *columns,
+    "method",
+    "test accuracy % (95% interval)",
+    "best on test",
+    "published",
+    "AUROC of weights",
+    "seeds",
+  )
+  return _report.table(header, lines)
+
+
+def draw(rows: list[dict[str, Any]], columns: Sequence[str], path: pathlib.Path):
+  """A panel per noise: a bar per method, a dot a run, a diamond as published."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  panels = list(dict.fromkeys(tuple(r[c] for c in columns) for r in rows))
+  methods = list(dict.fromkeys(r["method"] for r in rows))
+  figure, axes = plt.subplots(
+    1,
+    len(panels),
+    figsize=(2.2 + 3.6 * len(panels), 1.4 + 0.36 * len(methods)),
+    sharey=True,
+    squeeze=False,
+  )
+  for panel, ax in zip(panels, axes[0], strict=True):
+    here = [r for r in rows if tuple(r[c] for c in columns) == panel]
+    for i, method in enumerate(methods):
+      own = [r for r in here if r["method"] == method]
+      if not own:
+        continue
+      values = [r["accuracy_percent"] for r in own]
+      color = "C7" if method == "uniform" else "C0"
+      ax.barh(i, np.mean(values), color=color, height=0.7)
+      ax.plot(values, [i] * len(values), "k.", markersize=4)
+      ax.text(1.5, i, f"{np.mean(values):.1f}", va="center", color="white", fontsize=8)
+      if own[0]["published_percent"] is not None:
+        ax.plot(own[0]["published_percent"], i, "D", color="C1", markersize=5)
+    told = (f"{p:g}" if isinstance(p, float) else str(p) for p in panel)
+    ax.set_title(" ".join(told), fontsize=10)
+    ax.set_xlim(0, 100)
+    ax.set_xlabel("test accuracy (%), last step")
+  axes[0, 0].set_yticks(range(len(methods)), methods)
+  axes[0, 0].invert_yaxis()
+  axes[0, -1].plot([], [], "k.", label="one seed")
+  if any(r["published_percent"] is not None for r in rows):
+    axes[0, -1].plot([], [], "D", color="C1", label="published mean")
+  axes[0, -1].legend(
+    fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
+  )
+  figure.savefig(path, dpi=150, bbox_inches="tight")
+  plt.close(figure)
+
+
+def draw_curves(cell: Cell, folder: pathlib.Path, path: pathlib.Path) -> bool:
+  """Meta-Weight-Net's weight against loss over the epochs of its first seed.
+
+  Returns:
+    Whether there was anything to draw.
+  """
+  own = folder / cell.folder() / "curves" / f"seed-{cell.config.seeds[0]}"
+  files = sorted(own.glob("epoch-*.txt"))
+  if not files:
+    return False
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  chosen = sorted({round(i) for i in np.linspace(0, len(files) - 1, 7)})
+  figure, axes = plt.subplots(figsize=(5, 3.4))
+  for i in chosen:
+    epoch = int(files[i].stem.removeprefix("epoch-"))
+    shade = plt.get_cmap("viridis")(0.9 * i / max(1, len(files) - 1))
+    axes.plot(_GRID, np.loadtxt(files[i]), color=shade, label=f"before epoch {epoch}")
+  axes.set_xlabel("training loss of an example")
+  axes.set_ylabel("weight V (before averaging)")
+  axes.set_ylim(0, 1)
+  axes.set_title(f"Meta-Weight-Net, {cell.folder()}", fontsize=10)
+  axes.legend(fontsize=8, frameon=False)
+  figure.tight_layout()
+  figure.savefig(path, dpi=150)
+  plt.close(figure)
+  return True

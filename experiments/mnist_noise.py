@@ -1,0 +1,260 @@
+r"""MNIST with wrong labels: every method that learns to weigh, side by side.
+
+Paper: the setting of BARE's MNIST table (Patel and Sastry, WACV 2023): an MLP
+  784-256-10, symmetric noise 0.5 and 0.7; it lists plain cross-entropy, L2RW and
+  Meta-Weight-Net. Noise builders of L2RW, Meta-Weight-Net and BARE, by name.
+Command: python -m experiments.mentornet_pretrain --curriculum=pd --workdir=runs/pd
+  python -m experiments.mnist_noise --data_dir=DIR --mentor=runs/pd/mentor.json
+Device, time: one CPU core, 3 to 15 minutes a method and noise (MLP, 3 seeds).
+Published (accuracy %, sym 0.5 / 0.7): cross-entropy 74.30 / 61.19, L2RW 90.39 /
+  85.10, Meta-Weight-Net 74.94 / 65.52, under --preset=bare. Ours:
+  results/mnist_noise.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+from typing import Any
+
+from absl import flags
+import jax
+
+from experiments import _launch
+from experiments import _methods
+from experiments import _noise
+from experiments import _published
+from experiments import _report
+from l2rw_jax.data import sources
+from l2rw_jax.data import splits as splits_lib
+from l2rw_jax.models import classifier
+from l2rw_jax.models import lenet
+from l2rw_jax.models import mlp
+from l2rw_jax.training import config as config_lib
+
+_METHODS_SO_FAR = [
+  "uniform",
+  "l2rw",
+  "meta_weight_net",
+  "mentornet_pd",
+  "warpi",
+  "advisor",
+]
+_SGD = _noise.Optimisation
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+  """One way to train.
+
+  Attributes:
+    num_epochs: passes over the training set.
+    batch_size: B.
+    meta_batch_size: M.
+    optimisation: of every method but those of `own`.
+    own: by method.
+  """
+
+  num_epochs: int
+  batch_size: int
+  meta_batch_size: int
+  optimisation: _noise.Optimisation
+  own: dict[str, _noise.Optimisation] = dataclasses.field(default_factory=dict)
+
+
+# "shared" is ours: one schedule for all. "bare" is the table's, but for its
+# learning rate's drops on a plateau of the validation loss. "own" gives each
+# method the optimiser of its paper's image experiments, for as many epochs.
+_DROPS = ((2 / 3, 0.1), (5 / 6, 0.1))
+PRESETS = {
+  "shared": Preset(30, 100, 100, _SGD("sgd", 0.1, 0.0)),
+  "bare": Preset(200, 128, 128, _noise.Optimisation("adam", 2e-4)),
+  "own": Preset(
+    30,
+    100,
+    100,
+    _SGD("sgd", 0.1, 0.0),
+    {
+      "l2rw": _SGD("sgd", 1e-3, 0.9),
+      "meta_weight_net": _SGD("sgd", 0.1, 0.9, False, 5e-4, _DROPS),
+      "mentornet_pd": _SGD("sgd", 0.1, 0.9, False, 2e-4, _DROPS),
+      "mentornet_dd": _SGD("sgd", 0.1, 0.9, False, 2e-4, _DROPS),
+      "warpi": _SGD("sgd", 0.1, 0.9, False, 5e-4, _DROPS),
+      "advisor": _SGD("sgd", 0.01, 0.9, False, 1e-4, ((0.5, 0.1), (0.85, 0.1))),
+    },
+  ),
+}
+
+_DATASET = flags.DEFINE_enum("dataset", "mnist", ["mnist", "digits"], "Which digits.")
+_PRESET = flags.DEFINE_enum(
+  "preset", "shared", list(PRESETS), "How to train; other flags override."
+)
+_NETWORK = flags.DEFINE_enum(
+  "network", "mlp", ["mlp", "lenet"], "MLP 784-256-10, or L2RW's LeNet."
+)
+_NOISE = flags.DEFINE_enum(
+  "noise",
+  "bare_symmetric",
+  [name for name in splits_lib.BUILDERS if name != "human"],
+  "Builder of the wrong labels.",
+)
+_VARIANT = flags.DEFINE_enum(
+  "variant", "paper", ["paper", "official_code"], "Of the builder."
+)
+_FRACTIONS = flags.DEFINE_multi_float(
+  "noise_fraction", None, "The builder's parameter; repeat the flag. [0.5 and 0.7]"
+)
+_METHODS = flags.DEFINE_list(
+  "methods", _METHODS_SO_FAR, f"Comma-separated, of {', '.join(_methods.NAMES)}."
+)
+_NUM_SEEDS = flags.DEFINE_integer("num_seeds", 3, "Repetitions.", lower_bound=1)
+_AT_ONCE = flags.DEFINE_integer(
+  "seeds_at_once",
+  None,
+  "Seeds trained side by side. [all; LeNet on CPU: 1]",
+  lower_bound=1,
+)
+_NUM_EPOCHS = flags.DEFINE_integer(
+  "num_epochs", None, "Passes over the training set. [the preset's]", lower_bound=1
+)
+_NUM_META = flags.DEFINE_integer(
+  "num_meta", 100, "Clean images a class; digits: at most 20 are sensible."
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size", None, "Batch size. [the preset's]", lower_bound=1
+)
+_META_BATCH_SIZE = flags.DEFINE_integer(
+  "meta_batch_size", None, "Clean examples a step. [the preset's]", lower_bound=1
+)
+_LEARNING_RATE = flags.DEFINE_float(
+  "learning_rate", None, "At the start. [the preset's]", lower_bound=0.0
+)
+_MOMENTUM = flags.DEFINE_float(
+  "momentum", None, "Of SGD. [the preset's]", lower_bound=0.0
+)
+_DUMP_LOSSES = flags.DEFINE_bool(
+  "dump_losses",
+  False,
+  "Keep training losses in losses-seed-S.npz, to fit a MentorNet-DD to.",
+)
+flags.adopt_module_key_flags(_methods)
+flags.adopt_module_key_flags(_launch)
+_EXTENDABLE = ("noise_fraction", "methods", "mentor")
+
+
+@functools.cache
+def load(split: str) -> sources.Source:
+  """A split of `--dataset`, read once."""
+  return sources.load(_DATASET.value, split, **_launch.data_folders())
+
+
+def make_splits(fraction: float, seeds: Sequence[int]) -> list[splits_lib.Splits]:
+  """The data of some seeds."""
+  return [
+    splits_lib.noisy_labels(
+      load("train"),
+      load("test"),
+      builder=_NOISE.value,
+      fraction=fraction,
+      num_meta_per_class=_NUM_META.value,
+      seed=seed,
+      variant=_VARIANT.value,
+    )
+    for seed in seeds
+  ]
+
+
+def make_cell(name: str, fraction: float, split: splits_lib.Splits) -> _noise.Cell:
+  """How a method is run: the preset's settings under the flags given."""
+  preset = PRESETS[_PRESET.value]
+  optimisation = preset.own.get(name, preset.optimisation)
+  given = {"learning_rate": _LEARNING_RATE.value, "momentum": _MOMENTUM.value}
+  given = {k: v for k, v in given.items() if v is not None}
+  batch_size = _BATCH_SIZE.value or preset.batch_size
+  meta_batch_size = _META_BATCH_SIZE.value or min(
+    preset.meta_batch_size, max(1, len(split.meta.label))
+  )
+  steps = max(1, len(split.train.label) // batch_size)  # an epoch
+  config = _launch.run_config(
+    num_steps=(_NUM_EPOCHS.value or preset.num_epochs) * steps,
+    batch_size=batch_size,
+    meta_batch_size=meta_batch_size if len(split.meta.label) else None,
+    eval_every=steps,
+  )
+  network = mlp.MLP(10, (256,)) if _NETWORK.value == "mlp" else lenet.LeNet(10)
+  return _noise.make_cell(
+    name,
+    {"noise": _NOISE.value, "variant": _VARIANT.value, "fraction": fraction},
+    config,
+    dataclasses.replace(optimisation, **given),
+    classifier.Classifier(network, 10),
+    fraction,
+  )
+
+
+def train(cell: _noise.Cell, folder: Any) -> list[dict[str, Any]]:
+  """Trains a cell for every seed; a result row for each."""
+  alone = _NETWORK.value == "lenet" and jax.default_backend() == "cpu"
+  at_once = _AT_ONCE.value or (1 if alone else _NUM_SEEDS.value)
+  rows = []
+  for first in range(0, _NUM_SEEDS.value, at_once):
+    seeds = tuple(range(first, min(first + at_once, _NUM_SEEDS.value)))
+    config = dataclasses.replace(cell.config, seeds=seeds)
+    results = _noise.train(
+      cell._replace(config=config),
+      make_splits(cell.noise["fraction"], seeds),
+      folder / f"seeds-{seeds[0]}-{seeds[-1]}",
+      dump_losses=_DUMP_LOSSES.value,
+    )
+    rows += [row(cell, result) for result in results]
+  return rows
+
+
+def row(cell: _noise.Cell, result: Any) -> dict[str, Any]:
+  """One run's line of `results.csv`."""
+  published: tuple[float | None, float | None] = (None, None)
+  is_theirs = _DATASET.value == "mnist" and _NETWORK.value == "mlp"
+  if is_theirs:
+    key = (cell.noise["noise"], cell.noise["fraction"])
+    published = _published.MNIST_NOISE.get(key, {}).get(cell.name, published)
+  facts = {
+    "dataset": _DATASET.value,
+    "network": _NETWORK.value,
+    "preset": _PRESET.value,
+    "published_percent": published[0],
+    "published_spread": published[1],
+    "num_meta": 10 * _NUM_META.value,
+  }
+  return _noise.row(cell, result, **facts)
+
+
+def main() -> None:
+  """Trains what is missing, then prints and writes the comparison."""
+  names = _methods.check(_METHODS.value)
+  fractions = list(dict.fromkeys(_FRACTIONS.value or [0.5, 0.7]))
+  cells = []
+  for fraction in fractions:  # mistakes show before anything is written
+    (split,) = make_splits(fraction, [0])
+    for name in names:
+      cell = make_cell(name, fraction, split)
+      config_lib.check(cell.config, cell.method, [split])
+      cells.append(cell)
+  modules = (__name__, _methods.__name__)
+  folder = _launch.prepare("mnist_noise", modules[0], _EXTENDABLE, modules[1])
+  rows = [row for cell in cells for row in train(cell, folder)]
+  _report.save(folder, rows, _launch.flags_of(*modules))
+  columns = ("noise", "fraction")
+  _noise.draw(rows, columns, folder / "figure.png")
+  written = ["results.json", "results.csv", "figure.png"]
+  for cell in cells:
+    name = f"curve-{cell.noise['fraction']:g}.png"
+    first = sorted(folder.glob("seeds-0-*"))
+    if cell.name == "meta_weight_net" and _noise.draw_curves(
+      cell, first[0], folder / name
+    ):
+      written.append(name)
+  print(_noise.summarise(rows, columns))
+  print(f"\nwritten: {folder}/{', '.join(written)}")
+
+
+if __name__ == "__main__":
+  _launch.run(main)
