@@ -1,0 +1,200 @@
+"""The fairness experiment on digits: what it leaves, condensation, every mistake."""
+
+import numpy as np
+import pytest
+import scripts
+
+_NAME = "fairness"
+_SMALL = ("--dataset=digits", "--num_steps=4", "--num_seeds=2", "--num_devices=1")
+_SETTINGS = ["forml_worst", "uniform", "l2rw"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A short run's folder and what it printed."""
+  cwd = tmp_path_factory.mktemp(_NAME)
+  methods = f"--methods={','.join(_SETTINGS)}"
+  done = scripts.run(_NAME, *_SMALL, methods, "--condense=50,30", cwd=cwd)
+  assert done.status == 0 and done.complaints == "", done.complaints
+  return cwd / "runs" / _NAME, done.printed
+
+
+def test_the_table(run):
+  _, printed = run
+  header, *lines = scripts.table(printed)
+  assert header == [
+    "method",
+    "accuracy %",
+    "worst group %",
+    "largest TPR gap %",
+    "mean TPR gap %",
+    "seeds",
+  ]
+  assert [line[0] for line in lines] == [
+    *_SETTINGS,
+    "uniform on top 50% by forml_worst",
+    "uniform on random 50%",
+    "uniform on top 30% by forml_worst",
+    "uniform on random 30%",
+  ]
+  assert {line[-1] for line in lines} == {"2"}
+  last = printed.splitlines()[-1]
+  assert last == "written: runs/fairness/results.json, results.csv, figure.png"
+
+
+def test_each_row_tells_its_run(run):
+  folder, _ = run
+  rows, csv_rows, flags = scripts.saved_rows(folder)
+  assert flags["condense"] == ["50", "30"] and flags["groups"] == "class"
+  assert len(rows) == 2 * 7
+  for row, csv_row in zip(rows, csv_rows, strict=True):
+    given = csv_row.pop("flags")
+    assert csv_row == {k: "" if v is None else str(v) for k, v in row.items()}
+    assert "--dataset=digits" in given and "--condense=50,30" in given
+    assert row["worst_cell_percent"] is None
+    assert 0 <= row["worst_group_percent"] <= row["accuracy_percent"] <= 100
+    assert 0 <= row["gap_mean_percent"] <= row["gap_max_percent"] <= 100
+  # The same data for every method, other data for every seed and condensation.
+  assert len({row["data"] for row in rows}) == 2 * 5
+  assert rows[0]["data"] == rows[2]["data"] != rows[1]["data"]
+  assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_condensation_keeps_those_with_the_highest_last_weight(run):
+  folder, _ = run
+
+  def weights(setting, seed=0):
+    path = folder / setting / "seeds-0-1" / f"seed-{seed}" / "weights.csv"
+    return np.genfromtxt(path, delimiter=",", names=True)
+
+  whole = weights("forml_worst")
+  last_weight = np.nan_to_num(whole["last_weight"], nan=1)
+  by_row = dict(zip(whole["source_index"], last_weight, strict=True))
+  assert len(set(by_row.values())) > 50
+  kept = weights("condensed-forml_worst-top-30")["source_index"]
+  assert len(kept) == round(0.3 * len(whole))
+  dropped = set(by_row) - set(kept)
+  assert min(by_row[i] for i in kept) >= max(by_row[i] for i in dropped)
+  assert set(kept) < set(weights("condensed-forml_worst-top-50")["source_index"])
+  other = weights("condensed-forml_worst-random-30")["source_index"]
+  assert len(other) == len(kept) and set(other) != set(kept)
+
+
+def test_a_finished_run_is_not_repeated_and_an_attribute_has_cells(run):
+  folder, printed = run
+  metrics = {p: p.stat().st_mtime_ns for p in folder.rglob("metrics.jsonl")}
+  methods = f"--methods={','.join(_SETTINGS)}"
+  again, inverted = scripts.run_many(
+    _NAME,
+    [
+      [*_SMALL, methods, "--condense=50,30", f"--workdir={folder}"],
+      [
+        *_SMALL,
+        "--groups=inverted",
+        "--methods=uniform,forml_gap",
+        f"--workdir={folder.parent}/inverted",
+      ],
+    ],
+  )
+  assert again.status is None and again.complaints == "", again
+  assert scripts.table(again.printed) == scripts.table(printed)
+  assert {p: p.stat().st_mtime_ns for p in metrics} == metrics
+  assert inverted.status is None and inverted.complaints == "", inverted
+  assert scripts.table(inverted.printed)[0][3] == "worst class and group %"
+  rows, _, _ = scripts.saved_rows(folder.parent / "inverted")
+  for row in rows:
+    assert row["groups"] == "inverted"
+    assert row["worst_cell_percent"] <= row["worst_group_percent"]
+    assert row["worst_group_percent"] <= row["accuracy_percent"]
+
+
+_MISTAKES = {
+  "unknown_method": (["--methods=magic"], "--methods=magic: choose among uniform"),
+  "no_method": (["--methods="], "--methods= is empty: choose among uniform"),
+  "unknown_groups": (["--groups=gender"], "should be one of <class|inverted>"),
+  "no_data": (["--dataset=mnist", "--data_dir={tmp}/none"], "'mnist' is not there"),
+  "imbalance": (["--imbalance=0.5"], "imbalance must be a number of at least 1"),
+  "imbalance_large": (["--imbalance=500"], "use imbalance=121 or less"),
+  "imbalance_nan": (["--imbalance=nan"], "--imbalance=nan is not a finite number"),
+  "share": (
+    ["--groups=inverted", "--minority_share=1"],
+    "minority_share must lie between 0 and 1; got 1.0",
+  ),
+  "noise": (["--noise_fraction=2"], "2.0 is not a number in the range [0.0, 1.0]"),
+  "no_exemplars": (
+    ["--num_exemplars=0"],
+    "group 0 has no member in the exemplar set (10 of 10 groups have none): add"
+    " exemplars of it. Raise --num_exemplars.",
+  ),
+  "no_inverted_exemplars": (
+    ["--groups=inverted", "--num_exemplars=0", "--methods=forml_gap"],
+    "(2 of 2 groups have none): add exemplars of it. Raise --num_exemplars.",
+  ),
+  "exemplars_many": (["--num_exemplars=200"], "lower num_exemplars"),
+  "meta_batch": (["--meta_batch_size=51"], "between 1 and the 50 clean examples"),
+  "batch": (["--batch_size=1000"], "is larger than the"),
+  "temperature": (["--temperature=-1"], "-1.0 is not a non-negative number"),
+  "reduction": (["--reduction=sum"], "should be one of <mean|max>"),
+  "condense_0": (["--condense=0"], "--condense=0: give whole percentages between 1"),
+  "condense_text": (["--condense=ten"], "--condense=ten: give whole percentages"),
+  "condense_small": (
+    ["--condense=10"],
+    "keeps 49 of 491 images, less than --batch_size=100",
+  ),
+  "condense_without": (
+    ["--condense=50", "--methods=uniform"],
+    "--condense needs the weights of a forml_ method of --methods",
+  ),
+  "condense_by": (
+    ["--condense=50", "--condense_by=forml_mean"],
+    "--condense_by is 'forml_mean'. Choose among forml_mean",
+  ),
+  "other_settings": (
+    ["--workdir={run}", "--momentum=0.9"],
+    "momentum was 0.0, now 0.9",
+  ),
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes(run, tmp_path_factory):
+  """Outcome of every mistake and the folder they were to write in."""
+  folder = tmp_path_factory.mktemp("mistakes")
+  commands = [
+    [*_SMALL, f"--workdir={folder}/{name}"]
+    + [a.format(tmp=folder, run=run[0]) for a in arguments]
+    for name, (arguments, _) in _MISTAKES.items()
+  ]
+  before = scripts.contents(run[0])
+  outcomes = scripts.run_many(_NAME, commands)
+  assert scripts.contents(run[0]) == before
+  return dict(zip(_MISTAKES, outcomes, strict=True)), folder
+
+
+@pytest.mark.parametrize("name", _MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
+  outcomes, folder = mistakes
+  scripts.assert_one_line(outcomes[name], _MISTAKES[name][1])
+  assert list(folder.iterdir()) == []
+
+
+_FUNCTIONS = """
+import numpy as np
+from experiments import _fairness_report as report
+whole = {"method": "uniform", "kept_percent": None, "kept": ""}
+part = {"method": "forml_gap", "kept_percent": 9, "kept": "top"}
+measured = dict.fromkeys(report.MEASURES, 1.0) | {"worst_cell_percent": None}
+rows = [{**whole, **measured, "accuracy_percent": a} for a in (40.0, 60.0)]
+rows.append({**part, **measured})
+print(report.summarise(rows))
+"""
+
+
+def test_the_summary_by_hand():
+  done = scripts.start("-c", _FUNCTIONS)
+  assert done.complaints == ""
+  # Two values: their mean, and t(0.975, 1) = 12.706 standard errors of 10.
+  assert scripts.table(done.printed)[1:] == [
+    ["uniform", "50.00 ± 127.06", *["1.00 ± 0.00"] * 3, "2"],
+    ["uniform on top 9% by forml_gap", *["1.00"] * 4, "1"],
+  ]
