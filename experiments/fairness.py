@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 from absl import flags
 import jax
-import numpy as np
 import optax
 
+from experiments import _condensation
 from experiments import _fairness_report
 from experiments import _launch
 from experiments import _report
@@ -256,32 +256,6 @@ def train(
   return found
 
 
-def condensed(
-  splits: parts.Splits, last_weight: np.ndarray, percent: int, kept: str, seed: int
-) -> parts.Splits:
-  """The problem with a part of its training set.
-
-  Args:
-    splits: the whole.
-    last_weight: the weight each training example had last, [N]; NaN, of one never
-      seen, counts as the uniform 1 it began with. Ties are broken at random.
-    percent: how much to keep.
-    kept: "top" by weight, or "random".
-    seed: of the draw.
-  """
-  rng = np.random.default_rng([seed, percent])
-  order = rng.permutation(len(last_weight))
-  if kept == "top":
-    weights = np.nan_to_num(last_weight, nan=1.0)
-    order = order[np.argsort(-weights[order], kind="stable")]
-  return parts.keep_train(splits, order[: num_kept(len(order), percent)])
-
-
-def num_kept(size: int, percent: int) -> int:
-  """How many of `size` examples are `percent` of them."""
-  return round(size * percent / 100)
-
-
 def condensations(methods: Sequence[str], size: int) -> list[Setting]:
   """What `--condense` asks for, once it is seen to be possible."""
   by = _CONDENSE_BY.value or next((m for m in reversed(methods) if m in FORML), "")
@@ -291,9 +265,9 @@ def condensations(methods: Sequence[str], size: int) -> list[Setting]:
       raise base.InputError(
         f"--condense={text}: give whole percentages between 1 and 99, such as 10,25,50."
       )
-    if num_kept(size, int(text)) < _BATCH_SIZE.value:
+    if _condensation.num_kept(size, int(text)) < _BATCH_SIZE.value:
       raise base.InputError(
-        f"--condense={text} keeps {num_kept(size, int(text))} of {size} images, less"
+        f"--condense={text} keeps {_condensation.num_kept(size, int(text))} of {size} images, less"
         f" than --batch_size={_BATCH_SIZE.value}; raise it or lower the batch size."
       )
     settings += [Setting(by, int(text), kept) for kept in ("top", "random")]
@@ -337,7 +311,7 @@ def main() -> None:
   for setting in settings:
     weights = [r.weights["last_weight"] for r in runs[Setting(setting.method)]]
     smaller = [
-      condensed(split, weight, setting.percent or 0, setting.kept, seed)
+      _condensation.condensed(split, weight, setting.percent or 0, setting.kept, seed)
       for seed, (split, weight) in enumerate(zip(splits, weights, strict=True))
     ]
     runs[setting] = train(setting, baselines.uniform(), smaller, folder)
