@@ -265,12 +265,13 @@ def condensations(methods: Sequence[str], size: int) -> list[Setting]:
       raise base.InputError(
         f"--condense={text}: give whole percentages between 1 and 99, such as 10,25,50."
       )
-    if _condensation.num_kept(size, int(text)) < _BATCH_SIZE.value:
+    kept = _condensation.num_kept(size, int(text))
+    if kept < _BATCH_SIZE.value:
       raise base.InputError(
-        f"--condense={text} keeps {_condensation.num_kept(size, int(text))} of {size} images, less"
+        f"--condense={text} keeps {kept} of {size} images, less"
         f" than --batch_size={_BATCH_SIZE.value}; raise it or lower the batch size."
       )
-    settings += [Setting(by, int(text), kept) for kept in ("top", "random")]
+    settings += [Setting(by, int(text), which) for which in ("top", "random")]
   if settings and (by not in FORML or by not in methods):
     raise base.InputError(
       f"--condense needs the weights of a forml_ method of --methods; --condense_by"
