@@ -89,7 +89,9 @@ def test_refresh_sees_what_was_learned_and_its_own_training_set(tmp_path):
   np.testing.assert_array_equal(seen[1], learned[kernel][0])
   assert not np.array_equal(seen[0], seen[1])
   train = toy_runs.make_splits(1).train
-  assert first.train.keys() == {"image", "label", "index"}
+  # No groups were given: they are the true classes.
+  train = train._replace(group=train.true_label)
+  assert first.train.keys() == {"image", "label", "index", "group"}
   for name in first.train:
     np.testing.assert_array_equal(first.train[name], getattr(train, name))
 
