@@ -136,10 +136,6 @@ class Writer:
           f"{path} holds the losses of other settings; delete {self.folder} or record"
           " in another --workdir."
         )
-    try:
-      path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise base.InputError(f"cannot write {path}: {error.strerror}") from error
     _save(path, index=index.astype(np.int32), loss=losses.astype(np.float32))
 
   def combine(
@@ -192,6 +188,8 @@ def _dump(*columns):
 
 def write_dump(path: str | os.PathLike, dump: LossDump) -> None:
   """Writes a dump, whole or not at all: CSV if `path` ends so, else NumPy's npz.
+
+  Makes the folder if need be.
 
   Raises:
     InputError: the file cannot be written.
@@ -276,11 +274,15 @@ def _save(path, **arrays):
 def _replace(path, content):
   partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
-    with open(partial, "wb") as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(partial, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+      os.replace(partial, path)
+    except BaseException:
+      partial.unlink(missing_ok=True)
+      raise
   except OSError as error:
-    partial.unlink(missing_ok=True)
     raise base.InputError(f"cannot write {path}: {error.strerror}") from error

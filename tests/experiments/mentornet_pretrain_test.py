@@ -1,0 +1,205 @@
+"""Fitting mentors by command, and students that load them."""
+
+import json
+import shutil
+
+import numpy as np
+import optax
+import pytest
+import scripts
+
+from l2rw_jax import base
+from l2rw_jax import loss_dump
+from l2rw_jax import mentor_file
+from l2rw_jax.data import sources
+from l2rw_jax.data import splits as splits_lib
+from l2rw_jax.methods import baselines
+from l2rw_jax.methods import mentornet
+from l2rw_jax.models import classifier
+from l2rw_jax.models import mlp
+from l2rw_jax.training import config as config_lib
+from l2rw_jax.training import loop
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+_NAME = "mentornet_pretrain"
+_SMALL = ("--num_steps=400", "--restarts=2")
+_MODEL = classifier.Classifier(mlp.MLP(10, hidden=(32,)), 10)
+_OPTIMIZER = optax.sgd(0.5)
+_STEPS = 120
+
+
+def _splits():
+  return splits_lib.noisy_labels(
+    sources.load("digits", "train"),
+    sources.load("digits", "test"),
+    builder="uniform_flip",
+    fraction=0.4,
+    num_meta_per_class=1,
+    seed=0,
+  )
+
+
+def _train(folder, method):
+  config = config_lib.Config(num_steps=_STEPS, log_every=10, num_devices=1)
+  (result,) = loop.train(config, _MODEL, method, _OPTIMIZER, [_splits()], folder)
+  return result
+
+
+@pytest.fixture(scope="module")
+def dump(tmp_path_factory):
+  """A real student's recorded losses, as a script would dump them."""
+  folder = tmp_path_factory.mktemp("student")
+  writer = loss_dump.Writer(folder / "losses")
+  _train(folder / "run", loss_dump.recording(baselines.uniform(), writer))
+  train = _splits().train
+  path = folder / "dump.npz"
+  found = writer.combine(
+    0, train.label, train.true_label, batch_size=100, num_steps=_STEPS
+  )
+  loss_dump.write_dump(path, found)
+  return path
+
+
+_RUNS = {
+  "pd": ["--curriculum=pd", "--num_rows=2000"],
+  "dd": ["--curriculum=dd", "--dump={dump}", "--percentile=60"],
+  "labels": ["--curriculum=dd", "--dump={dump}", "--use_labels", "--compat=paper"],
+}
+_MISTAKES = {
+  "curriculum": (["--curriculum=easy"], "<self_paced|hard|focal|spcl|pd|dd>"),
+  "no_dump": (["--curriculum=dd"], "--curriculum=dd needs --dump=FILE: losses of a"),
+  "missing_dump": (
+    ["--curriculum=dd", "--dump=/nowhere/dump.csv"],
+    "--dump=/nowhere/dump.csv: cannot read it (No such file",
+  ),
+  "dump_of_pd": (["--dump=x.npz"], "--dump is for --curriculum=dd."),
+  "labels_of_pd": (["--use_labels"], "--use_labels is for --curriculum=dd."),
+  "fraction": (
+    ["--curriculum=dd", "--dump={dump}", "--percentile=0.75"],
+    "percentile=0.75 counts from 0 to 100; write 75.",
+  ),
+  "percentile": (
+    ["--curriculum=dd", "--dump={dump}", "--percentile=101"],
+    "percentile=101.0 must lie between 0 and 100.",
+  ),
+  "compat": (["--compat=keras"], "should be one of <official_code|paper>"),
+  "rows": (["--num_rows=1200001"], "--num_rows=1200001 must lie between 2 and 1200000"),
+  "one_row": (["--num_rows=1"], "1 is not integer >= 2"),
+  "rate_nan": (["--learning_rate=nan"], "--learning_rate=nan is not a finite number."),
+  "restarts": (["--restarts=0"], "0 is not a positive integer"),
+  "other_settings": (["--workdir={runs}/pd", "--seed=1"], "seed was 0, now 1"),
+  "damaged": (
+    ["--workdir={runs}/damaged", *_RUNS["pd"]],
+    "damaged/mentor.json is damaged: fit another",
+  ),
+}
+
+
+@pytest.fixture(scope="module")
+def done(dump, tmp_path_factory):
+  """Folders of the runs, their outcomes, and the outcomes of all mistakes."""
+  folder = tmp_path_factory.mktemp(_NAME)
+  places = {"dump": dump, "runs": folder}
+  commands = [
+    [*_SMALL, f"--workdir={folder}/{name}", *(a.format(**places) for a in arguments)]
+    for name, arguments in _RUNS.items()
+  ]
+  runs = scripts.run_many(_NAME, commands)
+  shutil.copytree(folder / "pd", folder / "damaged")
+  (folder / "damaged" / "mentor.json").write_text('{"kind": ')
+  before = scripts.contents(folder)
+  mistakes = [
+    [*_SMALL, f"--workdir={folder}/none-{name}"]
+    + [argument.format(**places) for argument in arguments]
+    for name, (arguments, _) in _MISTAKES.items()
+  ]
+  # A finished run that is called again, after the mistakes.
+  *failed, again = scripts.run_many(_NAME, [*mistakes, commands[0]])
+  after = scripts.contents(folder)
+  return (
+    folder,
+    dict(zip(_RUNS, runs, strict=False)),
+    dict(zip(_MISTAKES, failed, strict=True)),
+    (again, before, after),
+  )
+
+
+@pytest.mark.parametrize("name", _RUNS)
+def test_what_a_run_leaves(done, name):
+  folder, runs, _, _ = done
+  assert runs[name].status is None and runs[name].complaints == "", runs[name]
+  header, *lines = scripts.table(runs[name].printed)
+  assert header == ["curriculum", "rows", "number", "mean squared error", "accuracy %"]
+  assert [line[1] for line in lines] == ["train", "test"]
+  assert (
+    runs[name]
+    .printed.splitlines()[-1]
+    .endswith(f"{name}/mentor.json, results.json, results.csv, figure.png")
+  )
+  rows, csv_rows, flags = scripts.saved_rows(folder / name)
+  assert [row["rows"] for row in rows] == [row["rows"] for row in csv_rows]
+  for row, line in zip(rows, lines, strict=True):
+    assert f"{row['mse']:.5f}" == line[3] and row["num_rows"] == int(line[2])
+    assert 0 <= row["accuracy"] <= 1
+  assert rows[0]["num_rows"] == 4 * rows[1]["num_rows"] or name in ("dd", "labels")
+  assert flags["restarts"] == 2 and flags["num_steps"] == 400
+  assert (folder / name / "figure.png").read_bytes().startswith(b"\x89PNG")
+  # Better than the best constant.
+  assert rows[1]["mse"] < rows[1]["mean_target"] * (1 - rows[1]["mean_target"])
+
+
+@pytest.mark.parametrize("name", _MISTAKES)
+def test_a_mistake_is_one_line(done, name):
+  scripts.assert_one_line(done[2][name], _MISTAKES[name][1])
+
+
+def test_mistakes_leave_runs_alone_and_a_finished_run_is_not_repeated(done):
+  folder, _, _, (again, before, after) = done
+  assert again.status is None
+  mentors = {k: v for k, v in after.items() if k.endswith("mentor.json")}
+  assert mentors == {k: v for k, v in before.items() if k.endswith("mentor.json")}
+  assert {path.name for path in folder.iterdir()} == {*_RUNS, "damaged"}
+
+
+def test_another_dump_in_a_finished_folder_is_one_line(done, dump):
+  folder = done[0]
+  kept = dump.read_bytes()
+  recorded = loss_dump.read_dump(dump)
+  loss_dump.write_dump(dump, recorded._replace(loss=recorded.loss + 1))
+  (outcome,) = scripts.run_many(
+    _NAME,
+    [[*_SMALL, f"--workdir={folder}/dd", *(a.format(dump=dump) for a in _RUNS["dd"])]],
+  )
+  dump.write_bytes(kept)
+  scripts.assert_one_line(outcome, "was fitted to other losses than those of --dump=")
+
+
+@pytest.mark.parametrize(
+  ("name", "preset"), [("pd", "pd"), ("dd", "dd_resnet"), ("labels", "dd_inception")]
+)
+def test_a_student_learns_under_the_loaded_mentor(done, tmp_path, name, preset):
+  mentor = mentor_file.load(done[0] / name / "mentor.json", num_classes=10)
+  method = mentornet.mentornet(mentor, **mentornet.preset(preset, 0.4))
+  result = _train(tmp_path / "run", method)
+  assert result.metrics["last"]["accuracy"] > 0.5  # Chance is 0.1.
+  rows = (tmp_path / "run" / "seed-0" / "metrics.jsonl").read_text().splitlines()
+  last = [r for r in map(json.loads, rows) if "train/mean_weight" in r][-1]
+  assert 0.1 < last["train/mean_weight"] < 0.99
+  assert last["train/percentile"] > 0
+
+
+def test_a_mentor_of_other_classes_is_one_line(done):
+  path = done[0] / "labels" / "mentor.json"
+  with pytest.raises(base.InputError, match="labels of 10 classes, the data have 2"):
+    mentor_file.load(path, num_classes=2)
+
+
+def test_a_mentor_of_recorded_losses_tells_right_labels_from_wrong(done, dump):
+  mentor = mentor_file.load(done[0] / "dd" / "mentor.json")
+  recorded = loss_dump.read_dump(dump)
+  late = recorded.epoch_percent > 50
+  losses = recorded.loss[late]
+  weights = mentor(losses, losses - np.percentile(recorded.loss, 60), None, 80)
+  right = recorded.label[late] == recorded.true_label[late]
+  assert np.mean(weights[right]) > np.mean(weights[~right]) + 0.3
