@@ -1,0 +1,332 @@
+"""CIFAR's presets by the numbers of the papers, a run of few steps, mistakes."""
+
+import io
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scripts
+
+from experiments import _cifar
+from experiments import _methods
+from experiments import _published_cifar
+from l2rw_jax.data import noise
+from l2rw_jax.data import sources
+
+_NAME = "cifar_noise"
+_SMALL = ("--smoke", "--num_devices=1", "--num_seeds=1")
+
+
+def _prepare(root, name, num_classes, sizes):
+  """Made-up images in TFDS's format, with human labels if it is cifar10_n."""
+  from PIL import Image
+  import tensorflow_datasets as tfds
+
+  label = tfds.features.ClassLabel(num_classes=num_classes)
+  fields = noise.ANNOTATIONS.values() if name == "cifar10_n" else ()
+  features = {
+    "image": tfds.features.Image(shape=(32, 32, 3)),
+    "label": label,
+    **dict.fromkeys(fields, label),
+  }
+
+  class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+      return tfds.core.DatasetInfo(
+        builder=self, features=tfds.features.FeaturesDict(features)
+      )
+
+    def _split_generators(self, _):
+      return {split: self._generate_examples(size) for split, size in sizes.items()}
+
+    def _generate_examples(self, size):
+      rng = np.random.default_rng(size)
+      for i in range(size):
+        file = io.BytesIO()
+        image = rng.integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(image).save(file, "PNG", compress_level=0)
+        file.seek(0)
+        wrong = dict.fromkeys(fields, (i + 1) % num_classes)
+        yield i, {"image": file, "label": i % num_classes, **wrong}
+
+  Prepared.name = name
+  tfds.disable_progress_bar()
+  Prepared(data_dir=root, file_format="array_record").download_and_prepare(
+    download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+  )
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+  """A folder of small cifar10, cifar100 and cifar10_n, and of them decoded."""
+  root = tmp_path_factory.mktemp("data")
+  _prepare(root, "cifar10", 10, {"train": 200, "test": 50})
+  _prepare(root, "cifar10_n", 10, {"train": 200, "test": 50})
+  _prepare(root, "cifar100", 100, {"train": 500, "test": 100})
+  for name, split in itertools.product(
+    ("cifar10", "cifar10_n", "cifar100"), ("train", "test")
+  ):
+    sources.load(name, split, data_dir=root, cache_dir=root / "cache")
+  return root
+
+
+@pytest.fixture(scope="module")
+def run(data_dir, tmp_path_factory):
+  """A short run's folder and what it printed."""
+  cwd = tmp_path_factory.mktemp(_NAME)
+  folders = [f"--data_dir={data_dir}", f"--cache_dir={data_dir}/cache"]
+  done = scripts.run(_NAME, *_SMALL, *folders, "--methods=uniform", cwd=cwd)
+  assert done.status == 0 and done.complaints == "", done.complaints
+  return cwd / "runs" / _NAME, done.printed
+
+
+def test_what_a_run_leaves(run):
+  folder, printed = run
+  header, *lines = scripts.table(printed)
+  assert header[:4] == ["dataset", "noise", "fraction", "method"]
+  expected = ["cifar10", "background_flip", "0.4", "uniform"]
+  assert [line[:4] for line in lines] == [expected]
+  (row,), csv_rows, flags = scripts.saved_rows(folder)
+  assert len(csv_rows) == 1 and flags["smoke"] and flags["preset"] == "l2rw_background"
+  assert (row["network"], row["augmentation"]) == ("resnet_8", "l2rw")
+  # 20 clean images and 20 for validation are taken out of 200.
+  assert (row["num_train"], row["num_meta"], row["num_steps"]) == (160, 20, 3)
+  assert 20 < row["wrong_percent"] <= 40 and row["published_percent"] is None
+  assert 0 <= row["accuracy_percent"] <= row["best_percent"] <= 100
+  assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _commands(data_dir, folder, commands):
+  shared = [*_SMALL, f"--data_dir={data_dir}", f"--cache_dir={data_dir}/cache"]
+  return [
+    [*shared, f"--workdir={folder}/{i}", *command] for i, command in enumerate(commands)
+  ]
+
+
+def test_flags_override_the_preset(data_dir, tmp_path):
+  commands = _commands(
+    data_dir,
+    tmp_path,
+    [
+      ["--network=mlp", "--preset=mwn_flip", "--methods=l2rw,meta_weight_net"],
+      [
+        "--network=mlp",
+        "--preset=warpi",
+        "--dataset=cifar100",
+        "--methods=uniform",
+        "--noise=bare_symmetric",
+        "--noise_fraction=0.9",
+        "--num_steps=6",
+        "--decay_steps=2,4",
+        "--learning_rate=0.5",
+        "--momentum=0",
+        "--nesterov",
+        "--weight_decay=0.25",
+        "--batch_size=10",
+        "--num_meta=0",
+        "--num_validation=100",
+        "--augmentation=none",
+        "--dump_losses",
+      ],
+      ["--network=mlp", "--noise=human", "--annotation=aggre", "--methods=uniform"],
+    ],
+  )
+  for done in scripts.run_many(_NAME, commands):
+    assert done.status is None and done.complaints == "", done
+  (l2rw, flip), (own,), (human,) = (
+    scripts.saved_rows(tmp_path / str(i))[0] for i in range(3)
+  )
+  assert (l2rw["method"], flip["method"]) == ("l2rw", "meta_weight_net")
+  assert flip["noise"] == "mwn_flip2" and flip["nesterov"] and flip["decay_all"]
+  assert (tmp_path / "0" / "curve.png").exists()
+  expected = {
+    "dataset": "cifar100",
+    "noise": "bare_symmetric",
+    "fraction": 0.9,
+    "num_steps": 6,
+    "learning_rate": 0.5,
+    "momentum": 0,
+    "nesterov": True,
+    "weight_decay": 0.25,
+    "batch_size": 10,
+    "num_meta": 0,
+    "num_train": 400,
+    "augmentation": "none",
+    "drops": "0.333333:0.1 0.666667:0.1",
+  }
+  assert {name: own[name] for name in expected} == expected
+  assert list((tmp_path / "1").glob("**/losses-seed-0.npz"))
+  assert (human["dataset"], human["annotation"]) == ("cifar10_n", "aggre")
+  assert human["fraction"] is None and human["wrong_percent"] == 100
+
+
+_MISTAKES = {
+  "preset": (["--preset=ours"], "should be one of <l2rw_uniform|"),
+  "method": (["--methods=magic"], "--methods=magic: choose among uniform"),
+  "dataset": (["--dataset=cifar"], "should be one of <cifar10|cifar100|cifar10_n>"),
+  "network": (["--network=vgg"], "should be one of <resnet_32|"),
+  "noise": (["--noise=flip"], "should be one of <uniform_flip|"),
+  "no_data": (["--data_dir=nowhere"], "'cifar10' is not there"),
+  "human_where": (["--noise=human", "--dataset=cifar10"], "needs the data set cifar10"),
+  "human_much": (["--noise=human", "--noise_fraction=0.2"], "human takes no fraction"),
+  "not_human": (["--annotation=aggre"], "is for the builder human only"),
+  "fraction": (["--noise_fraction=1.5"], "noise_fraction"),
+  "alike": (
+    ["--noise=bare_class_conditional", "--dataset=cifar100"],
+    "choose another builder for cifar100",
+  ),
+  "decay": (["--decay_steps=40k"], "--decay_steps=40k: give numbers of updates"),
+  "no_meta": (["--num_meta=0"], "needs a clean meta set and it is empty: raise --num"),
+  "much_meta": (["--num_meta=30"], "the meta set needs 30: lower num_meta_per_class"),
+  "meta_batch": (["--meta_batch_size=21"], "=21 must lie between 1 and the 20 clean"),
+  "batch": (["--batch_size=161"], "larger than the 160 training examples"),
+  "nothing_left": (["--num_validation=180"], "nothing is left to train on"),
+  "mentor": (["--methods=mentornet_pd"], "needs a mentor of that curriculum"),
+  "other": (["--workdir={run}", "--momentum=0"], "momentum was"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes(run, data_dir, tmp_path_factory):
+  """Outcome of every mistake, in one process."""
+  folder = tmp_path_factory.mktemp("mistakes")
+  arguments = [[a.format(run=run[0]) for a in given] for given, _ in _MISTAKES.values()]
+  commands = _commands(data_dir, folder, arguments)
+  outcomes = scripts.run_many(_NAME, commands)
+  assert not list(folder.iterdir())
+  return dict(zip(_MISTAKES, outcomes, strict=True))
+
+
+@pytest.mark.parametrize("name", _MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
+  scripts.assert_one_line(mistakes[name], _MISTAKES[name][1])
+
+
+@pytest.mark.parametrize(
+  ("name", "facts"),
+  [
+    # network, steps, decays, nesterov, decay, all, batch, clean of 10 and 100
+    (
+      "l2rw_uniform",
+      ("l2rw_wrn_28_10", 60000, (40000, 50000), False, 2e-4, False, 100, 100, 10),
+    ),
+    (
+      "l2rw_background",
+      ("l2rw_resnet_32", 80000, (40000, 60000), False, 2e-4, False, 100, 10, 10),
+    ),
+    (
+      "mwn_uniform",
+      ("wrn_28_10", 20000, (18000, 19000), True, 5e-4, True, 100, 100, 10),
+    ),
+    ("mwn_flip", ("resnet_32", 30000, (20000, 25000), True, 5e-4, True, 100, 100, 10)),
+    (
+      "mwn_stable",
+      ("resnet_32", 58800, (39200, 49000), False, 5e-4, True, 100, 100, 10),
+    ),
+    (
+      "mentornet",
+      (
+        "mentornet_wrn_56_10",
+        39000,
+        (19531, 25000, 30000),
+        False,
+        2e-4,
+        False,
+        128,
+        0,
+        0,
+      ),
+    ),
+    ("warpi", ("resnet_32", 58800, (39200, 49000), False, 5e-4, True, 100, 100, 10)),
+  ],
+)
+def test_presets_are_those_of_the_released_codes(name, facts):
+  preset = _cifar.PRESETS[name]
+  found = _cifar.make_optimisation(preset)
+  assert facts == (
+    preset.network,
+    preset.num_steps,
+    preset.decay_steps,
+    found.nesterov,
+    found.weight_decay,
+    found.decay_all,
+    preset.batch_size,
+    preset.num_meta[10],
+    preset.num_meta[100],
+  )
+  assert (found.momentum, found.learning_rate) == (0.9, 0.1)
+  rates = found.schedule(preset.num_steps)
+  for i, step in enumerate(preset.decay_steps):
+    assert float(rates(step - 1)) == pytest.approx(0.1 ** (i + 1))
+    assert float(rates(step + 1)) == pytest.approx(0.1 ** (i + 2))
+
+
+@pytest.mark.parametrize("name", _cifar.PRESETS)
+@pytest.mark.parametrize("num_classes", [10, 100])
+def test_every_presets_network_fits_its_data(name, num_classes):
+  model = _cifar.make_classifier(_cifar.PRESETS[name], num_classes)
+  model.check({"image": jnp.zeros((1, 32, 32, 3))}, num_classes)
+
+
+def test_warpi_scales_cifar_100_by_its_own_statistics():
+  grey = jnp.full((1, 1, 1, 3), 0.5)
+  for num_classes, mean, std in (
+    (10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    (100, (0.507, 0.487, 0.441), (0.267, 0.265, 0.276)),
+  ):
+    model = _cifar.make_classifier(_cifar.PRESETS["warpi"], num_classes)
+    found = model.preprocess(grey, None, False).ravel()
+    np.testing.assert_allclose(found, (0.5 - np.array(mean)) / std, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("nesterov", "decay_all", "kernel", "bias"),
+  [
+    # Decay 0.5 joins the gradient 1 of parameters 2; first steps of momentum 0.9.
+    (False, True, 2 - 0.1 * 2, 2 - 0.1 * 2),
+    (False, False, 2 - 0.1 * 2, 2 - 0.1 * 1),
+    (True, True, 2 - 0.1 * 1.9 * 2, 2 - 0.1 * 1.9 * 2),
+  ],
+)
+def test_decay_is_an_l2_loss_before_momentum(nesterov, decay_all, kernel, bias):
+  tx = _cifar.Optimisation(
+    nesterov=nesterov, decay_all=decay_all, weight_decay=0.5
+  ).optimizer(10)
+  params = {"kernel": jnp.full((1, 1), 2.0), "bias": jnp.full(1, 2.0)}
+  grads = jax.tree.map(jnp.ones_like, params)
+  updates, _ = tx.update(grads, tx.init(params), params)
+  found = optax.apply_updates(params, updates)
+  np.testing.assert_allclose([found["kernel"][0, 0], found["bias"][0]], [kernel, bias])
+
+
+def test_one_optimizer_for_all_seeds():
+  first, same, other = (_cifar.Optimisation(weight_decay=d) for d in (0.5, 0.5, 0.1))
+  assert first.optimizer(10) is same.optimizer(10)
+  assert first.optimizer(10) is not other.optimizer(10)
+
+
+def test_published_numbers_are_found_where_they_belong():
+  lookup = _published_cifar.lookup
+  found = lookup("l2rw_uniform", "cifar10", "uniform_flip", 0.4, "l2rw")
+  assert found == (86.92, 0.19)
+  found = lookup("mwn_flip", "cifar100", "mwn_flip2", 0.4, "meta_weight_net")
+  assert found == (58.64, 0.47)
+  found = lookup("mwn_uniform", "cifar10", "mwn_uniform", 0.6, "uniform")
+  assert found == (53.12, 3.03)
+  for preset, data, builder, fraction, method in (
+    ("l2rw_uniform", "cifar10", "uniform_flip", 0.2, "l2rw"),
+    ("l2rw_uniform", "cifar10", "mwn_uniform", 0.4, "l2rw"),
+    ("l2rw_uniform", "cifar10_n", "uniform_flip", 0.4, "l2rw"),
+    ("warpi", "cifar10", "mwn_uniform", 0.4, "warpi"),
+    ("mwn_flip", "cifar10", "mwn_flip2", 0.4, "advisor"),
+  ):
+    assert lookup(preset, data, builder, fraction, method) == (None, None)
+  for preset, (builder, fractions, table) in _published_cifar._TABLES.items():
+    assert _cifar.PRESETS[preset].noise == builder and 0.4 in fractions
+    for methods in table.values():
+      assert set(methods) <= set(_methods.NAMES)
