@@ -1,0 +1,158 @@
+"""The advisor network: its gate, its meta gradient, and what it must not touch."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax import hypergradient
+from l2rw_jax import losses as losses_lib
+from l2rw_jax.methods import advisor
+from l2rw_jax.methods import baselines
+from l2rw_jax.models import classifier
+from l2rw_jax.models import mlp
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+_B, _M, _C, _D, _RATE = 6, 5, 3, 4, 0.4
+_MODEL = classifier.Classifier(mlp.MLP(_C, (6, _D)), _C)
+_NET = advisor.AdvisorNet(_D, hidden=5)
+
+
+def _examples(rng, size):
+  return {
+    "image": rng.normal(size=(size, 5)),
+    "label": rng.integers(_C, size=size).astype(np.int32),
+    "index": np.arange(size, dtype=np.int32),
+  }
+
+
+@functools.cache
+def _inputs():
+  rng = np.random.default_rng(0)
+  batch, meta_batch = _examples(rng, _B), _examples(rng, _M)
+  params, model_state = _MODEL.init(jax.random.key(0), batch)
+  params = jax.tree.map(lambda x: x.astype(float) + 0.1, params)
+  return base.Inputs(
+    params, model_state, (), batch, meta_batch, jnp.int32(0), jax.random.key(2)
+  )
+
+
+def _task():
+  return _MODEL.task(class_counts=jnp.ones(_C), num_examples=_B, num_steps=10)
+
+
+def _loss(params, psi, batch, constants=None):
+  """Mean gated loss, written out; the gate sees `constants` (params) alone."""
+  params_seen = params if constants is None else constants
+  features = _MODEL.features(params, {}, batch, jax.random.key(2), True)[0]
+  seen = _MODEL.features(params_seen, {}, batch, jax.random.key(2), True)[0]
+  before = losses_lib.softmax_cross_entropy(
+    _MODEL.head(params_seen, seen), batch["label"]
+  )
+  gate = _NET.apply(psi, *jax.lax.stop_gradient((seen, before)))
+  logits = _MODEL.head(params, features * gate)
+  return losses_lib.softmax_cross_entropy(logits, batch["label"]).mean()
+
+
+def _unrolled(psi, inputs):
+  """The clean loss after the virtual step: reverse over reverse."""
+  gradient = jax.grad(_loss)(inputs.params, psi, inputs.batch)
+  optimizer = optax.sgd(_RATE)
+  ahead = hypergradient.look_ahead(
+    inputs.params, gradient, optimizer, optimizer.init(inputs.params)
+  )
+  logits = _MODEL.forward(ahead, {}, inputs.meta_batch, inputs.key, True)[0]
+  return losses_lib.softmax_cross_entropy(logits, inputs.meta_batch["label"]).mean()
+
+
+@jax.jit
+def _advised(psi, inputs, learning_rate=_RATE):
+  """One step of the method from psi: (psi's meta gradient, gradients)."""
+  method = advisor.advisor(learning_rate, hidden=5, optimizer=optax.sgd(1.0))
+  state = method.init(jax.random.key(1), _task(), inputs.params)
+  found, after = method.gradients(state._replace(params=psi), _task(), inputs)
+  return jax.tree.map(jnp.subtract, psi, after.params), found, after
+
+
+def _psi():
+  rng = np.random.default_rng(3)
+  psi = _NET.init(jax.random.key(0), jnp.zeros((1, _D)), jnp.zeros(1))
+  return jax.tree.map(lambda x: rng.normal(size=x.shape), psi)
+
+
+def test_meta_gradient_is_that_of_the_unrolled_steps_and_of_differences(x64):
+  inputs, psi = _inputs(), _psi()
+  gradient, _, after = _advised(psi, inputs)
+  value, literal = jax.jit(jax.value_and_grad(_unrolled))(psi, inputs)
+  meta_loss = jax.jit(_unrolled)
+  np.testing.assert_allclose(after.meta_loss, value, rtol=1e-6)
+  assert optax.tree.norm(literal) > 1e-5
+  chex.assert_trees_all_close(gradient, literal, rtol=1e-6, atol=1e-10)
+  rng = np.random.default_rng(1)
+  along = jax.tree.map(lambda x: rng.normal(size=x.shape), psi)
+
+  def at(step):
+    return meta_loss(jax.tree.map(lambda x, d: x + step * d, psi, along), inputs)
+
+  slope = (at(1e-5) - at(-1e-5)) / 2e-5
+  np.testing.assert_allclose(optax.tree.vdot(gradient, along), slope, rtol=1e-5)
+
+
+def test_the_real_step_is_under_the_new_gate_held_constant(x64):
+  inputs, psi = _inputs(), _psi()
+  _, found, after = _advised(psi, inputs)
+  gradient = jax.jit(jax.grad(_loss))
+  expected = gradient(inputs.params, after.params, inputs.batch)
+  chex.assert_trees_all_close(found.grads, expected, rtol=1e-9)
+  # No path from the parameters through the advisor's inputs.
+  fixed = gradient(inputs.params, after.params, inputs.batch, inputs.params)
+  chex.assert_trees_all_close(found.grads, fixed, rtol=1e-9)
+
+
+def test_an_open_gate_is_plain_training(x64):
+  inputs, psi = _inputs(), _psi()
+  last = psi["params"]["Dense_2"]
+  open_psi = {
+    "params": {**psi["params"], "Dense_2": jax.tree.map(jnp.zeros_like, last)}
+  }
+  open_psi["params"]["Dense_2"]["bias"] = jnp.full(_D, 500.0)
+  _, found, _ = _advised(open_psi, inputs)
+  plain = jax.jit(lambda i: baselines.uniform().gradients((), _task(), i)[0])(inputs)
+  chex.assert_trees_all_close(found.grads, plain.grads, rtol=1e-9)
+  np.testing.assert_allclose(found.weights, np.full(_B, 1 / _B))
+  np.testing.assert_allclose(found.losses, plain.losses)
+
+
+def test_without_a_virtual_step_there_is_nothing_to_learn(x64):
+  gradient, *_ = _advised(_psi(), _inputs(), learning_rate=0.0)
+  assert all(not x.any() for x in jax.tree.leaves(gradient))
+
+
+def test_the_released_size_and_start():
+  net = advisor.AdvisorNet(2048)
+  shapes = jax.eval_shape(
+    net.init, jax.random.key(0), jnp.zeros((1, 2048)), jnp.zeros(1)
+  )
+  assert sum(x.size for x in jax.tree.leaves(shapes)) == 616_748
+  net = advisor.AdvisorNet(64)
+  psi = net.init(jax.random.key(0), jnp.zeros((1, 64)), jnp.zeros(1))
+  gate = advisor.gate(net, psi, jnp.ones((8, 64)), jnp.linspace(0, 5, 8))
+  assert gate.shape == (8, 64) and 0.4 < gate.mean() < 0.6
+  # The loss alone tells these eight apart.
+  assert not np.allclose(gate[0], gate[-1])
+
+
+def test_a_network_that_cannot_be_split_is_refused():
+  class Whole(mlp.MLP):
+    num_features = None
+
+  model = classifier.Classifier(Whole(_C, (4,)), _C)
+  task = model.task(class_counts=jnp.ones(_C), num_examples=_B, num_steps=10)
+  with pytest.raises(base.InputError, match="methods features and head"):
+    advisor.advisor(0.1).init(jax.random.key(0), task, {})

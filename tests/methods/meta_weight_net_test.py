@@ -1,0 +1,279 @@
+"""Meta-Weight-Net: its gradient by definition, the variants, the released sizes."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax import hypergradient
+from l2rw_jax import losses as losses_lib
+from l2rw_jax import meta_network
+from l2rw_jax.methods import meta_weight_net
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+_B, _M, _RATE = 6, 5, 0.3
+_NET = meta_weight_net.WeightNet((4,))
+_VARIANTS = [
+  ("mean", True),
+  ("sum", True),
+  ("mean", False),
+  ("sum", False),
+]
+
+
+def _losses_fn(params, batch):
+  logits = jnp.tanh(batch["x"] @ params["w"]) @ params["v"]
+  return losses_lib.softmax_cross_entropy(logits, batch["label"])
+
+
+def _problem(dtype=np.float64):
+  rng = np.random.default_rng(0)
+
+  def examples(size):
+    x = rng.normal(size=(size, 4)).astype(dtype)
+    return {"x": x, "label": rng.integers(3, size=size)}
+
+  params = {
+    "w": rng.normal(size=(4, 5)).astype(dtype),
+    "v": rng.normal(size=(5, 3)).astype(dtype),
+  }
+  batch, meta_batch = examples(_B), examples(_M)
+  phi = jax.tree.map(
+    lambda x: rng.normal(size=x.shape).astype(dtype),
+    _NET.init(jax.random.key(0), jnp.zeros(1)),
+  )
+  return phi, params, batch, meta_batch
+
+
+def _unrolled(phi, params, batch, meta_batch, normalization, detached, optimizer):
+  """M(step(grad of the weighted loss)) as it is written in the paper."""
+
+  def weighted_loss(params):
+    losses = _losses_fn(params, batch)
+    seen = jax.lax.stop_gradient(losses) if detached else losses
+    values = _NET.apply(phi, seen)
+    weights = values / (values.sum() if normalization == "sum" else _B)
+    return jnp.sum(weights * losses)
+
+  ahead = hypergradient.look_ahead(
+    params, jax.grad(weighted_loss)(params), optimizer, optimizer.init(params)
+  )
+  return _losses_fn(ahead, meta_batch).mean()
+
+
+@pytest.mark.parametrize(("normalization", "detached"), _VARIANTS)
+@pytest.mark.parametrize(
+  "optimizer",
+  # A large eps: a fresh Adam otherwise takes the same step whatever the gradient.
+  [optax.sgd(_RATE), optax.adam(_RATE, eps=1.0)],
+  ids=["sgd", "adam"],
+)
+def test_gradient_is_that_of_the_unrolled_step(x64, normalization, detached, optimizer):
+  problem = _problem()
+  found = jax.jit(
+    lambda phi, params, batch, meta: meta_weight_net.network_gradient(
+      _NET.apply,
+      phi,
+      _losses_fn,
+      params,
+      batch,
+      meta,
+      optimizer=optimizer,
+      normalization=normalization,
+      detached=detached,
+    )
+  )(*problem)
+  meta_loss = functools.partial(
+    _unrolled, normalization=normalization, detached=detached, optimizer=optimizer
+  )
+  value, literal = jax.jit(jax.value_and_grad(meta_loss))(*problem)
+  np.testing.assert_allclose(found.meta_loss, value, rtol=1e-12)
+  assert found.finite
+  scale = optax.tree.norm(literal)
+  assert scale > 1e-6
+  chex.assert_trees_all_close(found.gradient, literal, rtol=1e-7, atol=1e-9 * scale)
+
+
+@pytest.mark.parametrize(("normalization", "detached"), _VARIANTS)
+def test_gradient_is_that_of_finite_differences(x64, normalization, detached):
+  phi, *rest = _problem()
+  options = {
+    "optimizer": optax.sgd(_RATE),
+    "normalization": normalization,
+    "detached": detached,
+  }
+
+  @jax.jit
+  def lesson(phi):
+    return meta_weight_net.network_gradient(
+      _NET.apply, phi, _losses_fn, *rest, **options
+    )
+
+  @jax.jit
+  def meta_loss(phi):
+    return _unrolled(phi, *rest, **options)
+
+  found = lesson(phi).gradient
+  rng = np.random.default_rng(1)
+  for _ in range(3):
+    along = jax.tree.map(lambda x: rng.normal(size=x.shape), phi)
+
+    def at(step, along=along):
+      moved = jax.tree.map(lambda x, d: x + step * d, phi, along)
+      return meta_loss(moved)
+
+    slope = (at(1e-5) - at(-1e-5)) / 2e-5
+    np.testing.assert_allclose(optax.tree.vdot(found, along), slope, rtol=1e-5)
+
+
+def test_closed_form_of_the_paper(x64):
+  phi, params, batch, meta_batch = _problem()
+  rate = _RATE
+  losses = _losses_fn(params, batch)
+  per_example = jax.jacrev(_losses_fn)(params, batch)
+  values = _NET.apply(phi, losses)
+  inner = jax.tree.map(lambda j: jnp.tensordot(values, j, 1) / _B, per_example)
+  ahead = jax.tree.map(lambda p, g: p - rate * g, params, inner)
+  meta_gradient = jax.grad(lambda p: _losses_fn(p, meta_batch).mean())(ahead)
+  products = sum(
+    jnp.sum(j * g, axis=tuple(range(1, j.ndim)))
+    for j, g in zip(
+      jax.tree.leaves(per_example), jax.tree.leaves(meta_gradient), strict=True
+    )
+  )
+  jacobian = jax.jacrev(lambda phi: _NET.apply(phi, losses))(phi)
+  expected = jax.tree.map(
+    lambda j: -rate / _B * jnp.tensordot(products, j, 1), jacobian
+  )
+  found = meta_weight_net.network_gradient(
+    _NET.apply, phi, _losses_fn, params, batch, meta_batch, optimizer=optax.sgd(rate)
+  )
+  chex.assert_trees_all_close(found.gradient, expected, rtol=1e-9, atol=1e-14)
+
+
+def test_weights_computed_by_hand():
+  losses = jnp.array([0.0, 1.0, 3.0])
+
+  def weight_fn(k, losses):
+    return k * losses
+
+  mean = meta_weight_net.example_weights(weight_fn, 2.0, losses)
+  np.testing.assert_allclose(mean, [0, 2 / 3, 2], rtol=1e-6)
+  normalized = meta_weight_net.example_weights(
+    weight_fn, 2.0, losses, normalization="sum"
+  )
+  np.testing.assert_allclose(normalized, [0, 0.25, 0.75], rtol=1e-6)
+  none = meta_weight_net.example_weights(weight_fn, 0.0, losses, normalization="sum")
+  np.testing.assert_array_equal(none, [0, 0, 0])
+  # d/dl of sum k l^2 / 3, through the weight as well as the loss.
+  inner = meta_weight_net.inner_weights(weight_fn, 2.0, losses, detached=False)
+  np.testing.assert_allclose(inner, [0, 4 / 3, 4], rtol=1e-6)
+
+
+def test_the_released_network():
+  net = meta_weight_net.WeightNet()
+  phi = net.init(jax.random.key(0), jnp.zeros(1))
+  assert sum(x.size for x in jax.tree.leaves(phi)) == 301
+  first, last = phi["params"]["Dense_0"], phi["params"]["Dense_1"]
+  assert 0.9 < jnp.abs(first["kernel"]).max() <= 1
+  assert 0.09 < jnp.abs(last["kernel"]).max() <= 0.1
+  assert jnp.abs(last["bias"]).max() <= 0.1 and jnp.any(first["bias"] != 0)
+  weights = net.apply(phi, jnp.array([0.0, 1.0, 30.0, 1e6]))
+  assert ((weights >= 0) & (weights <= 1)).all()
+  deep = meta_weight_net.WeightNet((10, 10))
+  assert deep.apply(deep.init(jax.random.key(0), jnp.zeros(1)), jnp.zeros(7)).shape == (
+    7,
+  )
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"preset": "clothing"}, "preset='clothing'; choose among imbalance, noise"),
+    ({"normalization": "max"}, "normalization='max'; choose 'mean' or 'sum'"),
+    ({"every": 0}, "every=0 must be at least 1"),
+  ],
+)
+def test_mistakes_are_one_line(arguments, message):
+  with pytest.raises(base.InputError, match=message) as raised:
+    meta_weight_net.meta_weight_net(0.1, **arguments)
+  assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", meta_weight_net.PRESETS)
+def test_presets_are_the_released_variants(name):
+  expected = {
+    "imbalance": ("sum", False),
+    "noise": ("sum", True),
+    "noise_stable": ("mean", True),
+  }
+  preset = meta_weight_net.PRESETS[name]
+  assert preset[:2] == expected[name]
+  # The first step on a gradient of 1 at a parameter of 2.
+  phi = jnp.array(2.0)
+  update, _ = preset.optimizer.update(jnp.array(1.0), preset.optimizer.init(phi), phi)
+  decayed = 1 + 5e-4 * 2
+  nesterov = decayed + 0.9 * decayed
+  by_hand = {
+    "imbalance": -1e-5 * nesterov,
+    "noise": -1e-3 * nesterov,
+    "noise_stable": -1e-3,
+  }
+  np.testing.assert_allclose(update, by_hand[name], rtol=1e-4)
+
+
+def test_lessons_come_every_so_many_steps():
+  state = meta_network.init(jnp.array(1.0), optax.sgd(1.0))
+
+  def lesson_fn(phi):
+    return meta_network.Lesson(phi, jnp.float32(7), jnp.array(True))
+
+  learned = [
+    meta_network.learn(state, lesson_fn, optax.sgd(0.5), jnp.int32(step), 3).params
+    for step in range(5)
+  ]
+  assert [float(x) for x in learned] == [0.5, 1, 1, 0.5, 1]
+  always = meta_network.learn(state, lesson_fn, optax.sgd(0.5), jnp.int32(4))
+  assert float(always.params) == 0.5 and float(always.meta_loss) == 7
+
+
+def test_learns_to_distrust_large_losses():
+  """Half the labels are wrong: after lessons, V falls with the loss."""
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(200, 5)).astype(np.float32)
+  label = (x[:, 0] > 0).astype(np.int32)
+  given = np.where(rng.uniform(size=200) < 0.4, 1 - label, label)
+
+  def losses_fn(params, batch):
+    return losses_lib.softmax_cross_entropy(batch["x"] @ params, batch["label"])
+
+  params = jnp.zeros((5, 2)).at[0].set(jnp.array([-2.0, 2.0]))
+  net = meta_weight_net.WeightNet((20,))
+  phi = net.init(jax.random.key(1), jnp.zeros(1))
+  optimizer = optax.adam(0.02)
+
+  @jax.jit
+  def teach(phi, opt_state):
+    found = meta_weight_net.network_gradient(
+      net.apply,
+      phi,
+      losses_fn,
+      params,
+      {"x": x, "label": given},
+      {"x": x[:50], "label": label[:50]},
+      optimizer=optax.sgd(1.0),
+    )
+    updates, opt_state = optimizer.update(found.gradient, opt_state)
+    return optax.apply_updates(phi, updates), opt_state
+
+  opt_state = optimizer.init(phi)
+  for _ in range(60):
+    phi, opt_state = teach(phi, opt_state)
+  small, large = net.apply(phi, jnp.array([0.05, 4.0]))
+  assert small > large + 0.3

@@ -1,0 +1,233 @@
+"""WarPI: golden vectors, the meta gradient by definition, draws and ablation."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax import hypergradient
+from l2rw_jax import linearization
+from l2rw_jax import losses as losses_lib
+from l2rw_jax import meta_network
+from l2rw_jax.methods import warpi
+from l2rw_jax.models import classifier
+from l2rw_jax.models import mlp
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+_B, _M, _C, _S, _RATE = 6, 5, 3, 2, 0.4
+_NET = warpi.RectifierNet(_C, hidden=4)
+
+
+@pytest.mark.parametrize(
+  ("vector", "loss", "gradient"),
+  [
+    ([0.9, 0.5, 0.2], 0.24915616, [-0.19848758, 0.03907379, 0.02847884]),
+    ([1.0, 1.0, 1.0], 0.24131130, [-0.21440297, 0.03911257, 0.17529039]),
+    ([0.5, 0.5, 0.5], 0.52797574, [-0.20510117, 0.06580082, 0.13930034]),
+  ],
+)
+def test_golden_vectors(x64, vector, loss, gradient):
+  logits, labels = jnp.array([[2.0, -1.0, 0.5]]), jnp.array([0])
+
+  def rectified(logits):
+    return warpi.rectified_cross_entropy(logits, jnp.array([[vector]]), labels)[0]
+
+  value, slope = jax.value_and_grad(rectified)(logits)
+  np.testing.assert_allclose(value, loss, rtol=1e-7)
+  np.testing.assert_allclose(slope[0], gradient, rtol=1e-6)
+
+
+def test_limits_of_the_rectifier():
+  logits = jnp.array([[2.0, -1.0, 0.5], [0.0, 3.0, -2.0]])
+  labels = jnp.array([0, 2])
+
+  def with_factor(c):
+    vectors = jnp.full((2, 2, 3), c)
+    return jax.value_and_grad(
+      lambda z: warpi.rectified_cross_entropy(z, vectors, labels).sum()
+    )(logits)
+
+  plain = losses_lib.softmax_cross_entropy(logits, labels).sum()
+  np.testing.assert_allclose(with_factor(1.0)[0], plain, rtol=1e-6)
+  cooled = losses_lib.softmax_cross_entropy(0.25 * logits, labels).sum()
+  np.testing.assert_allclose(with_factor(0.25)[0], cooled, rtol=1e-6)
+  value, gradient = with_factor(0.0)
+  np.testing.assert_allclose(value, 2 * np.log(3), rtol=1e-6)
+  np.testing.assert_array_equal(gradient, 0)
+
+
+def test_losses_are_averaged_over_draws_not_probabilities():
+  logits, labels = jnp.array([[2.0, -1.0, 0.5]]), jnp.array([1])
+  vectors = jnp.array([[[0.9, 0.5, 0.2]], [[0.1, 0.8, 0.7]]])
+  each = [warpi.rectified_cross_entropy(logits, v[None], labels) for v in vectors]
+  both = warpi.rectified_cross_entropy(logits, vectors, labels)
+  np.testing.assert_allclose(both, (each[0] + each[1]) / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("num_classes", "size"), [(10, 14_320), (100, 60_400)])
+def test_released_sizes(num_classes, size):
+  net = warpi.RectifierNet(num_classes)
+  phi = jax.eval_shape(
+    net.init,
+    jax.random.key(0),
+    jnp.zeros((1, num_classes)),
+    jnp.zeros(1, jnp.int32),
+  )
+  assert sum(x.size for x in jax.tree.leaves(phi)) == size
+
+
+def test_the_log_variance_is_safe_and_labels_are_told_apart():
+  net = warpi.RectifierNet(_C, hidden=4)
+  logits = jnp.array([[1.0, 2.0, 3.0]] * 2)
+  labels = jnp.array([0, 2])
+  phi = net.init(jax.random.key(0), logits, labels)
+  mean, _ = net.apply(phi, logits, labels)
+  assert not np.allclose(mean[0], mean[1])
+  wild = jax.tree.map(lambda x: 1e4 * x, phi)
+  mean, log_variance = net.apply(wild, logits, labels)
+  assert jnp.abs(log_variance).max() == 10
+  vectors = warpi.rectifiers(mean, log_variance, jnp.ones((_S, 2, _C)))
+  assert vectors.shape == (_S, 2, _C) and jnp.isfinite(vectors).all()
+
+
+def test_draws_follow_the_logistic_normal():
+  noise = jax.random.normal(jax.random.key(0), (20_000, 1, 1))
+  vectors = warpi.rectifiers(jnp.full((1, 1), 0.3), jnp.full((1, 1), -1.0), noise)
+  before = jnp.log(vectors) - jnp.log1p(-vectors)
+  np.testing.assert_allclose(before.mean(), 0.3, atol=0.02)
+  np.testing.assert_allclose(before.var(), np.exp(-1.0), rtol=0.03)
+  fixed = warpi.rectifiers(jnp.full((1, 1), 0.3), jnp.full((1, 1), -1.0), None)
+  np.testing.assert_allclose(fixed, [[[1 / (1 + np.exp(-0.3))]]], rtol=1e-6)
+
+
+def _problem():
+  rng = np.random.default_rng(0)
+
+  def examples(size):
+    return {"x": rng.normal(size=(size, 4)), "label": rng.integers(_C, size=size)}
+
+  params = {"w": rng.normal(size=(4, 5)), "v": rng.normal(size=(5, _C))}
+  phi = jax.tree.map(
+    lambda x: rng.normal(size=x.shape),
+    _NET.init(jax.random.key(0), jnp.zeros((1, _C)), jnp.zeros(1, jnp.int32)),
+  )
+  noise = rng.normal(size=(_S, _B, _C))
+  return phi, params, examples(_B), examples(_M), noise
+
+
+def _logits_fn(params, batch):
+  return jnp.tanh(batch["x"] @ params["w"]) @ params["v"]
+
+
+def _meta_losses_fn(params, batch):
+  return losses_lib.softmax_cross_entropy(_logits_fn(params, batch), batch["label"])
+
+
+def _unrolled(phi, params, batch, meta_batch, noise):
+  """The released three steps, written out: reverse over reverse."""
+
+  def inner(params):
+    logits = _logits_fn(params, batch)
+    mean, log_variance = _NET.apply(phi, jax.lax.stop_gradient(logits), batch["label"])
+    vectors = jax.nn.sigmoid(mean + jnp.exp(log_variance / 2) * noise)
+    per_draw = [
+      losses_lib.softmax_cross_entropy(v * logits, batch["label"]) for v in vectors
+    ]
+    return jnp.mean(jnp.stack(per_draw))
+
+  optimizer = optax.sgd(_RATE)
+  ahead = hypergradient.look_ahead(
+    params, jax.grad(inner)(params), optimizer, optimizer.init(params)
+  )
+  return _meta_losses_fn(ahead, meta_batch).mean()
+
+
+def _lesson(phi, params, batch, meta_batch, noise):
+  def loss_fn(logits, phi):
+    return warpi.inner_loss(_NET, phi, logits, batch["label"], noise)[0].mean()
+
+  return meta_network.lesson(
+    linearization.linearize_outputs(_logits_fn, params, batch),
+    loss_fn,
+    phi,
+    _meta_losses_fn,
+    params,
+    meta_batch,
+    optimizer=optax.sgd(_RATE),
+  )
+
+
+def test_meta_gradient_is_that_of_the_unrolled_steps_and_of_differences(x64):
+  phi, *rest = _problem()
+  found = jax.jit(_lesson)(phi, *rest)
+  value, literal = jax.jit(jax.value_and_grad(_unrolled))(phi, *rest)
+  np.testing.assert_allclose(found.meta_loss, value, rtol=1e-12)
+  chex.assert_trees_all_close(found.gradient, literal, rtol=1e-7, atol=1e-12)
+  assert optax.tree.norm(literal["params"]["Embed_0"]) > 1e-4  # Labels are learned.
+  rng = np.random.default_rng(1)
+  along = jax.tree.map(lambda x: rng.normal(size=x.shape), phi)
+  meta_loss = jax.jit(_unrolled)
+
+  def at(step):
+    return meta_loss(jax.tree.map(lambda x, d: x + step * d, phi, along), *rest)
+
+  slope = (at(1e-5) - at(-1e-5)) / 2e-5
+  np.testing.assert_allclose(optax.tree.vdot(found.gradient, along), slope, rtol=1e-5)
+
+
+def _step(method, seed=0, outputs=_C):
+  rng = np.random.default_rng(seed)
+  model = classifier.Classifier(mlp.MLP(outputs, (4,)), _C)
+
+  def examples(size):
+    return {
+      "image": rng.normal(size=(size, 5)).astype(np.float32),
+      "label": rng.integers(_C, size=size).astype(np.int32),
+      "index": np.arange(size, dtype=np.int32),
+    }
+
+  batch, meta_batch = examples(_B), examples(_M)
+  task = model.task(class_counts=jnp.ones(_C), num_examples=_B, num_steps=10)
+  params, model_state = model.init(jax.random.key(0), batch)
+  state = method.init(jax.random.key(1), task, params)
+
+  @jax.jit
+  def run(key):
+    inputs = base.Inputs(
+      params, model_state, (), batch, meta_batch, jnp.int32(0), jax.random.key(key)
+    )
+    return method.gradients(state, task, inputs)
+
+  return run
+
+
+def test_every_step_draws_anew_and_the_ablation_does_not():
+  run = _step(warpi.warpi(0.1))
+  (one, _), (other, _) = run(0), run(1)
+  assert not np.allclose(one.weights, other.weights)
+  run = _step(warpi.warpi(0.1, deterministic=True))
+  (one, state), (other, _) = run(0), run(1)
+  chex.assert_trees_all_close(one.grads, other.grads)
+  assert ((one.weights > 0) & (one.weights < 1 / _B)).all()
+  assert state.finite and np.isfinite(state.meta_loss)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"num_samples": 0}, "num_samples=0 must be at least 1"),
+    ({"every": -1}, "every=-1 must be at least 1"),
+  ],
+)
+def test_mistakes_are_one_line(arguments, message):
+  with pytest.raises(base.InputError, match=message):
+    warpi.warpi(0.1, **arguments)
+
+
+def test_a_single_logit_is_refused():
+  with pytest.raises(base.InputError, match="one output a class"):
+    _step(warpi.warpi(0.1), outputs=1)(0)
