@@ -132,6 +132,24 @@ def test_a_classifier_augments_in_training_only_and_anew_every_step():
   assert len(np.unique(logits(True, 0, same), axis=0)) == 4
 
 
+@pytest.mark.parametrize("devices", [2, 4])
+def test_a_classifier_augments_alike_on_any_number_of_devices(devices):
+  model = classifier.Classifier(mlp.MLP(2, hidden=()), 2, preprocess=CIFAR)
+  batch = {
+    "image": jax.random.uniform(jax.random.key(0), (8, 8, 8, 3)),
+    "index": jnp.array([3, 1, 4, 15, 9, 2, 6, 5]),
+  }
+  params, state = model.init(jax.random.key(1), batch)
+
+  def logits(batch):
+    return model.forward(params, state, batch, jax.random.key(2), True)[0]
+
+  shards = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
+  np.testing.assert_allclose(
+    jax.pmap(logits)(shards).reshape(8, 2), jax.jit(logits)(batch), atol=1e-5
+  )
+
+
 @pytest.mark.parametrize(
   ("options", "message"),
   [

@@ -88,9 +88,9 @@ def run(data_dir, tmp_path_factory):
 def test_what_a_run_leaves(run):
   folder, printed = run
   header, *lines = scripts.table(printed)
-  assert header[:4] == ["dataset", "noise", "fraction", "method"]
-  expected = ["cifar10", "background_flip", "0.4", "uniform"]
-  assert [line[:4] for line in lines] == [expected]
+  assert header[:5] == ["dataset", "noise", "fraction", "num_steps", "method"]
+  expected = ["cifar10", "background_flip", "0.4", "3", "uniform"]
+  assert [line[:5] for line in lines] == [expected]
   (row,), csv_rows, flags = scripts.saved_rows(folder)
   assert len(csv_rows) == 1 and flags["smoke"] and flags["preset"] == "l2rw_background"
   assert (row["network"], row["augmentation"]) == ("resnet_8", "l2rw")
