@@ -146,7 +146,7 @@ _MISTAKES = {
     "--condense needs the weights of a forml_ method of --methods",
   ),
   "condense_by": (
-    ["--condense=50", "--condense_by=forml_mean"],
+    ["--condense=50", "--condense_by=forml_mean", "--methods=forml_gap"],
     "--condense_by is 'forml_mean'. Choose among forml_mean",
   ),
   "other_settings": (
