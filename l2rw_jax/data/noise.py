@@ -17,7 +17,8 @@ References:
   `bare_*`: Patel, Sastry, WACV 2023 (BARE).
   `mwn_*`: Shu et al., NeurIPS 2019 (Meta-Weight-Net), released code.
   `human`: Wei et al., "Learning with Noisy Labels Revisited: A Study Using
-  Real-World Human Annotations", ICLR 2022 (CIFAR-10N).
+  Real-World Human Annotations", ICLR 2022 (CIFAR-10N); its labels are licensed
+  CC BY-NC 4.0.
 """
 
 from collections.abc import Callable
