@@ -1,7 +1,7 @@
 """The methods of the label-noise experiments, by name, and their own flags."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 
@@ -35,6 +35,11 @@ _MENTOR_PRESET = flags.DEFINE_enum(
   None,
   list(mentornet.PRESETS),
   "Percentile, burn-in and dropout of the student. [by the curriculum]",
+)
+_MENTOR_PERCENTILE = flags.DEFINE_float(
+  "mentor_percentile",
+  None,
+  "Of the losses, 0 to 100, that a curriculum compares with. [by the noise level]",
 )
 _WARPI_SAMPLES = flags.DEFINE_integer(
   "warpi_samples", 3, "Draws of WarPI's rectifying vector.", lower_bound=1
@@ -86,10 +91,18 @@ def _curriculum(name: str) -> Callable[[Setting], base.Method]:
   preset = {"pd_mixture": "pd"}.get(name, name)
 
   def make(setting):
-    options = mentornet.preset(preset, setting.noise_fraction)
+    options = _student(preset, setting)
     return mentornet.mentornet(getattr(mentornet, name), **options)
 
   return make
+
+
+def _student(preset: str, setting: Setting) -> dict[str, Any]:
+  options = mentornet.preset(preset, setting.noise_fraction)
+  if _MENTOR_PERCENTILE.value is not None:
+    mentornet.check_percentile(_MENTOR_PERCENTILE.value)
+    options["percentile"] = _MENTOR_PERCENTILE.value
+  return options
 
 
 def _mentor(curriculum: str, preset: str) -> Callable[[Setting], base.Method]:
@@ -99,9 +112,7 @@ def _mentor(curriculum: str, preset: str) -> Callable[[Setting], base.Method]:
     for path in _MENTOR.value:
       mentor = mentor_file.load(path, setting.num_classes)
       if mentor.curriculum == curriculum:
-        options = mentornet.preset(
-          _MENTOR_PRESET.value or preset, setting.noise_fraction
-        )
+        options = _student(_MENTOR_PRESET.value or preset, setting)
         return mentornet.mentornet(mentor, **options)
     raise base.InputError(
       f"--methods=mentornet_{curriculum} needs a mentor of that curriculum: run"

@@ -39,7 +39,6 @@ _METHODS_SO_FAR = [
   "warpi",
   "advisor",
 ]
-_SGD = _noise.Optimisation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,20 +65,22 @@ class Preset:
 # method the optimiser of its paper's image experiments, for as many epochs.
 _DROPS = ((2 / 3, 0.1), (5 / 6, 0.1))
 PRESETS = {
-  "shared": Preset(30, 100, 100, _SGD("sgd", 0.1, 0.0)),
+  "shared": Preset(30, 100, 100, _noise.Optimisation("adam", 1e-3)),
   "bare": Preset(200, 128, 128, _noise.Optimisation("adam", 2e-4)),
   "own": Preset(
     30,
     100,
     100,
-    _SGD("sgd", 0.1, 0.0),
+    _noise.Optimisation("adam", 1e-3),
     {
-      "l2rw": _SGD("sgd", 1e-3, 0.9),
-      "meta_weight_net": _SGD("sgd", 0.1, 0.9, False, 5e-4, _DROPS),
-      "mentornet_pd": _SGD("sgd", 0.1, 0.9, False, 2e-4, _DROPS),
-      "mentornet_dd": _SGD("sgd", 0.1, 0.9, False, 2e-4, _DROPS),
-      "warpi": _SGD("sgd", 0.1, 0.9, False, 5e-4, _DROPS),
-      "advisor": _SGD("sgd", 0.01, 0.9, False, 1e-4, ((0.5, 0.1), (0.85, 0.1))),
+      "l2rw": _noise.Optimisation("sgd", 1e-3, 0.9),
+      "meta_weight_net": _noise.Optimisation("sgd", 0.1, 0.9, False, 5e-4, _DROPS),
+      "mentornet_pd": _noise.Optimisation("sgd", 0.1, 0.9, False, 2e-4, _DROPS),
+      "mentornet_dd": _noise.Optimisation("sgd", 0.1, 0.9, False, 2e-4, _DROPS),
+      "warpi": _noise.Optimisation("sgd", 0.1, 0.9, False, 5e-4, _DROPS),
+      "advisor": _noise.Optimisation(
+        "sgd", 0.01, 0.9, False, 1e-4, ((0.5, 0.1), (0.85, 0.1))
+      ),
     },
   ),
 }
