@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import pathlib
 from typing import Any, NamedTuple
 
@@ -45,11 +46,13 @@ class Optimisation:
   weight_decay: float = 0.0
   drops: tuple[tuple[float, float], ...] = ()
 
+  @functools.cache  # noqa: B019  # frozen; the loop compiles anew for a new function
   def schedule(self, num_steps: int) -> optax.Schedule:
     """`step -> learning rate`."""
     boundaries = {round(share * num_steps): factor for share, factor in self.drops}
     return optax.piecewise_constant_schedule(self.learning_rate, boundaries)
 
+  @functools.cache  # noqa: B019
   def optimizer(self, num_steps: int) -> optax.GradientTransformation:
     """The optax optimiser."""
     schedule = self.schedule(num_steps)
@@ -216,9 +219,10 @@ def summarise(rows: list[dict[str, Any]], columns: Sequence[str]) -> str:
     best = _report.interval([r["best_percent"] for r in own])
     scores = [r["weight_auroc"] for r in own if r["weight_auroc"] is not None]
     published = own[0]["published_percent"]
-    beside = "-"
-    if published is not None:
-      beside = f"{published:.2f} ± {own[0]['published_spread']:.2f}"
+    spread = own[0]["published_spread"]
+    beside = "-" if published is None else f"{published:.2f}"
+    if spread is not None:
+      beside += f" ± {spread:.2f}"
     found = f"{np.mean(scores):.3f}" if scores else "-"
     lines.append((*key, last, best, beside, found, last.repeats))
   header = (

@@ -287,8 +287,6 @@ def row(
     published = _published_cifar.lookup(
       _PRESET.value, dataset(preset), preset.noise, preset.noise_fraction, cell.name
     )
-  if published[1] is None:  # The table wants a spread, and MentorNet gives none.
-    published = (None, None)
   facts = {
     "preset": _PRESET.value,
     "network": preset.network,

@@ -168,7 +168,10 @@ def make_cell(name: str, fraction: float, split: splits_lib.Splits) -> _noise.Ce
   """How a method is run: the preset's settings under the flags given."""
   preset = PRESETS[_PRESET.value]
   optimisation = preset.own.get(name, preset.optimisation)
-  given = {"learning_rate": _LEARNING_RATE.value, "momentum": _MOMENTUM.value}
+  given: dict[str, Any] = {
+    "learning_rate": _LEARNING_RATE.value,
+    "momentum": _MOMENTUM.value,
+  }
   given = {k: v for k, v in given.items() if v is not None}
   batch_size = _BATCH_SIZE.value or preset.batch_size
   meta_batch_size = _META_BATCH_SIZE.value or min(

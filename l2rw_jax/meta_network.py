@@ -113,9 +113,10 @@ def look_ahead(learning_rate: Schedule, inputs: base.Inputs) -> dict[str, Any]:
 
   Losses functions of a `base.Task` return new variables too, hence `has_aux`.
   """
+  rate: Any = learning_rate
   if callable(learning_rate):
-    learning_rate = learning_rate(inputs.step)
-  optimizer = optax.sgd(learning_rate)
+    rate = learning_rate(inputs.step)
+  optimizer = optax.sgd(rate)
   return {
     "optimizer": optimizer,
     "opt_state": optimizer.init(inputs.params),

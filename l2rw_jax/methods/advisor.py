@@ -27,6 +27,8 @@ References:
   classification", ICIAP 2022, arXiv:2211.04177.
 """
 
+from typing import Any
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -69,7 +71,8 @@ def gate(
     losses: [B], of the head on the ungated features.
   """
   features, losses = jax.lax.stop_gradient((features, losses))
-  return net.apply(psi, features, losses)
+  opened: Any = net.apply(psi, features, losses)
+  return opened
 
 
 def advisor(

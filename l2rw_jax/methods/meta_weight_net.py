@@ -44,7 +44,7 @@ from l2rw_jax import linearization
 from l2rw_jax import meta_network
 from l2rw_jax import normalization as normalization_lib
 
-WeightFn = Callable[[base.PyTree, base.Array], base.Array]
+WeightFn = Callable[[base.PyTree, base.Array], Any]
 NORMALIZATIONS = ("mean", "sum")
 
 

@@ -133,7 +133,9 @@ def inner_loss(
     (losses [B], v [S, B, C]). Differentiable in phi through v, and in the logits
     through v * z alone.
   """
-  vectors = rectifiers(*net.apply(phi, jax.lax.stop_gradient(logits), labels), noise)
+  found: Any = net.apply(phi, jax.lax.stop_gradient(logits), labels)
+  mean, log_variance = found
+  vectors = rectifiers(mean, log_variance, noise)
   return rectified_cross_entropy(logits, vectors, labels), vectors
 
 
