@@ -265,7 +265,7 @@ def forml(
   Args:
     learning_rate: eta, in units of weight (sum 1 over the batch) per dF/dw. What
       moves a weight is eta alpha: on MNIST in batches of 100, 0.01 and 0.02 did
-      best among 0.0004 to 0.1, and below 0.002 the weights hardly left 1.
+      best among 0.0004 to 0.1.
     objective: one of `OBJECTIVES`; see the module for what is ours.
     num_groups: G; the number of classes if None.
     inner_learning_rate: alpha, of the look-ahead by plain SGD.
