@@ -1,0 +1,230 @@
+"""MNIST with wrong labels on a small scale: what it leaves, and every mistake."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+import scripts
+
+from l2rw_jax import loss_dump
+from l2rw_jax import mentor_file
+from l2rw_jax.methods import mentornet_network
+
+_NAME = "mnist_noise"
+_SMALL = ("--dataset=digits", "--num_meta=5", "--num_epochs=1", "--num_devices=1")
+_METHODS = [
+  "uniform",
+  "meta_weight_net",
+  "mentornet_pd",
+  "warpi",
+  "advisor",
+  "forml",
+]
+
+
+def _mentor(path, num_classes=None):
+  network = mentornet_network.MentorNetwork(num_classes or 2)
+  values = np.zeros(1, np.float32)
+  variables = jax.jit(network.init)(
+    jax.random.key(1), values, values, np.zeros(1, int), 0
+  )
+  mentor = mentornet_network.Mentor("pd", network, variables, num_classes)
+  mentor_file.save(path, mentor, {})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A short run's folder and what it printed."""
+  cwd = tmp_path_factory.mktemp(_NAME)
+  _mentor(cwd / "mentor.json")
+  done = scripts.run(
+    _NAME,
+    *_SMALL,
+    "--num_seeds=2",
+    "--noise_fraction=0.5",
+    f"--methods={','.join(_METHODS)}",
+    "--mentor=mentor.json",
+    "--dump_losses",
+    cwd=cwd,
+  )
+  assert done.status == 0 and done.complaints == "", done.complaints
+  return cwd / "runs" / _NAME, done.printed
+
+
+def test_what_a_run_leaves(run):
+  folder, printed = run
+  header, *lines = scripts.table(printed)
+  assert header[:3] == ["noise", "fraction", "method"] and header[5] == "published"
+  found = [(line[1], line[2], line[5], line[-1]) for line in lines]
+  # Nothing was published for digits.
+  assert found == [("0.5", name, "-", "2") for name in _METHODS]
+  rows, csv_rows, flags = scripts.saved_rows(folder)
+  assert len(rows) == len(csv_rows) == 2 * len(_METHODS)
+  assert flags["mentor"] == ["mentor.json"] and flags["warpi_samples"] == 3
+  for row in rows:
+    assert (row["name"], row["learning_rate"]) == ("adam", 1e-3)
+    assert (row["noise"], row["fraction"], row["num_meta"]) == (
+      "bare_symmetric",
+      0.5,
+      50,
+    )
+    assert re.fullmatch(r"[0-9a-f]{40}(\+dirty)?|unknown", row["commit"])
+  assert len({r["params_sha256"] for r in rows}) == len(rows)
+  for name in ("figure.png", "curve-0.5.png"):
+    assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_losses_are_kept_for_a_mentor(run):
+  (path,) = run[0].glob("seeds-*/*-uniform/losses-seed-1.npz")
+  dump = loss_dump.read_dump(path)
+  assert len(dump.loss) == 1247 and (dump.epoch_percent == 0).all()
+  assert 0.4 < np.mean(dump.label != dump.true_label) < 0.6
+
+
+_MISTAKES = {
+  "method": (["--methods=magic"], "--methods=magic: choose among uniform"),
+  "no_method": (["--methods="], "--methods=: choose among uniform"),
+  "no_mentor": (["--methods=mentornet_pd"], "run experiments.mentornet_pretrain"),
+  "other_mentor": (
+    ["--methods=mentornet_dd", "--mentor={tmp}/mentor.json"],
+    "--methods=mentornet_dd needs a mentor of that curriculum",
+  ),
+  "absent_mentor": (
+    ["--methods=mentornet_pd", "--mentor={tmp}/none.json"],
+    "cannot read it (No such file or directory)",
+  ),
+  "old_mentor": (
+    ["--methods=mentornet_pd", "--mentor={tmp}/old.json"],
+    "is of format version 0",
+  ),
+  "mentor_of_others": (
+    ["--methods=mentornet_pd", "--mentor={tmp}/three.json"],
+    "3 classes",
+  ),
+  "percentile": (
+    ["--methods=pd_mixture", "--mentor_percentile=0.75"],
+    "percentile=0.75 counts from 0 to 100; write 75",
+  ),
+  "percentile_high": (
+    ["--methods=self_paced", "--mentor_percentile=101"],
+    "percentile=101.0 must lie between 0 and 100",
+  ),
+  "mentor_preset": (["--mentor_preset=mine"], "should be one of <self_paced|"),
+  "mwn_preset": (["--mwn_preset=mine"], "should be one of <imbalance|"),
+  "meta_every": (["--meta_every=0"], "0 is not a positive integer"),
+  "samples": (["--warpi_samples=0"], "0 is not a positive integer"),
+  "preset": (["--preset=mine"], "should be one of <shared|bare|own>"),
+  "network": (["--network=cnn"], "should be one of <mlp|lenet>"),
+  "noise": (["--noise=mine"], "should be one of <uniform_flip|"),
+  "variant": (["--variant=mine"], "should be one of <paper|official_code>"),
+  "fraction": (["--noise_fraction=1.5"], "fraction must lie in [0, 1]"),
+  "other_data": (
+    ["--noise=bare_class_conditional"],
+    "bare_class_conditional",
+  ),
+  "meta_none": (["--num_meta=0", "--methods=warpi"], "clean meta set and it is empty"),
+  "meta_many": (["--num_meta=500"], "lower num_meta_per_class"),
+  "meta_batch": (["--meta_batch_size=51"], "must lie between 1 and the 50 clean"),
+  "batch": (["--batch_size=1248"], "is larger than the 1247 training examples"),
+  "devices": (["--num_devices=3"], "does not divide among --num_devices=3"),
+  "data": (["--dataset=mnist", "--data_dir={tmp}/none"], "'mnist' is not there"),
+  "other_settings": (["--workdir={run}", "--momentum=0"], "momentum was null, now 0.0"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes(run, tmp_path_factory):
+  """Outcome of every mistake and the folder they were to write in."""
+  folder = tmp_path_factory.mktemp("mistakes")
+  inputs = tmp_path_factory.mktemp("inputs")
+  _mentor(inputs / "mentor.json")
+  _mentor(inputs / "three.json", num_classes=3)
+  old = json.loads((inputs / "mentor.json").read_text())
+  (inputs / "old.json").write_text(json.dumps({**old, "version": 0}))
+  commands = [
+    [*_SMALL, "--methods=uniform", f"--workdir={folder}/{name}"]
+    + [a.format(tmp=inputs, run=run[0]) for a in arguments]
+    for name, (arguments, _) in _MISTAKES.items()
+  ]
+  outcomes = scripts.run_many(_NAME, commands)
+  return dict(zip(_MISTAKES, outcomes, strict=True)), folder
+
+
+@pytest.mark.parametrize("name", _MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
+  outcomes, folder = mistakes
+  scripts.assert_one_line(outcomes[name], _MISTAKES[name][1])
+  assert not list(folder.iterdir())
+
+
+_FUNCTIONS = """
+from experiments import _noise
+row = {
+  "noise": "n", "fraction": 0.5, "method": "l2rw", "weight_auroc": 0.75,
+  "best_percent": 92.0, "published_percent": 90.39, "published_spread": 0.07,
+}
+rows = [{**row, "accuracy_percent": a} for a in (89.0, 90.0, 91.0)]
+rows.append({**rows[0], "method": "mentornet_pd", "published_spread": None})
+none = {"published_percent": None, "published_spread": None, "weight_auroc": None}
+rows.append({**rows[0], **none, "fraction": 0.7})
+print(_noise.summarise(rows, ("noise", "fraction")))
+"""
+
+
+def test_the_summary_puts_ours_beside_what_was_published():
+  done = scripts.start("-c", _FUNCTIONS)
+  assert done.complaints == ""
+  cells = scripts.table(done.printed)[1:]
+  # t(0.975, 2) = 4.3027 standard errors of 1 / sqrt(3).
+  assert cells == [
+    ["n", "0.5", "l2rw", "90.00 ± 2.48", "92.00 ± 0.00", "90.39 ± 0.07", "0.750", "3"],
+    ["n", "0.5", "mentornet_pd", "89.00", "92.00", "90.39", "0.750", "1"],
+    ["n", "0.7", "l2rw", "89.00", "92.00", "-", "-", "1"],
+  ]
+
+
+@pytest.mark.real_data
+def test_own_presets_on_mnist(tfds_dir, tmp_path):
+  done = scripts.run(
+    _NAME,
+    f"--data_dir={tfds_dir}",
+    "--cache_dir=cache",
+    "--preset=own",
+    "--methods=l2rw",
+    "--noise=bare_class_conditional",
+    "--noise_fraction=0.45",
+    "--num_seeds=1",
+    "--num_epochs=1",
+    "--num_meta=1",
+    "--batch_size=20000",
+    "--num_devices=8",
+    cwd=tmp_path,
+  )
+  assert done.status == 0 and done.complaints == "", done.complaints
+  rows, _, _ = scripts.saved_rows(tmp_path / "runs" / _NAME)
+  (row,) = rows
+  assert (row["network"], row["preset"], row["num_steps"]) == ("mlp", "own", 2)
+  assert (row["name"], row["learning_rate"]) == ("sgd", 1e-3)
+  assert (row["published_percent"], row["published_spread"]) == (95.40, 0.31)
+
+
+def test_lenet_has_its_seeds_one_after_the_other(tmp_path):
+  done = scripts.run(
+    _NAME,
+    "--dataset=digits",
+    "--network=lenet",
+    "--methods=uniform",
+    "--noise_fraction=0.5",
+    "--num_seeds=2",
+    "--num_epochs=1",
+    "--num_meta=1",
+    "--batch_size=600",
+    "--num_devices=1",
+    cwd=tmp_path,
+  )
+  assert done.status == 0 and done.complaints == "", done.complaints
+  folder = tmp_path / "runs" / _NAME
+  assert [r["seed"] for r in scripts.saved_rows(folder)[0]] == [0, 1]
+  assert sorted(p.name for p in folder.glob("seeds-*")) == ["seeds-0-0", "seeds-1-1"]
