@@ -50,14 +50,15 @@ class Setting(NamedTuple):
   """What a method needs to know of the run.
 
   Attributes:
-    learning_rate: the classifier's, a number or `step -> number`.
+    look_ahead_rate: learning rate of the meta-learned methods' virtual SGD step,
+      a number or `step -> number`; the papers' is the classifier's own.
     num_steps: updates.
     noise_fraction: share of wrong labels, as the builder was asked for; for
       human labels, what they turned out to be.
     num_classes: C.
   """
 
-  learning_rate: meta_network.Schedule
+  look_ahead_rate: meta_network.Schedule
   num_steps: int
   noise_fraction: float
   num_classes: int
@@ -69,13 +70,13 @@ def _fine_tuning(setting: Setting) -> base.Method:
 
 def _meta_weight_net(setting: Setting) -> base.Method:
   return meta_weight_net.meta_weight_net(
-    setting.learning_rate, _MWN_PRESET.value, every=_META_EVERY.value
+    setting.look_ahead_rate, _MWN_PRESET.value, every=_META_EVERY.value
   )
 
 
 def _warpi(setting: Setting, deterministic: bool = False) -> base.Method:
   return warpi.warpi(
-    setting.learning_rate,
+    setting.look_ahead_rate,
     num_samples=_WARPI_SAMPLES.value,
     deterministic=deterministic,
     every=_META_EVERY.value,
@@ -83,7 +84,7 @@ def _warpi(setting: Setting, deterministic: bool = False) -> base.Method:
 
 
 def _advisor(setting: Setting) -> base.Method:
-  return advisor.advisor(setting.learning_rate, every=_META_EVERY.value)
+  return advisor.advisor(setting.look_ahead_rate, every=_META_EVERY.value)
 
 
 def _curriculum(name: str) -> Callable[[Setting], base.Method]:

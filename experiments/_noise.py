@@ -97,10 +97,16 @@ def make_cell(
   optimisation: Optimisation,
   model: classifier.Classifier,
   noise_fraction: float,
+  look_ahead_rate: float | None = None,
 ) -> Cell:
-  """A cell with its method made; arguments as in `Cell` and `_methods.Setting`."""
+  """A cell with its method made; arguments as in `Cell` and `_methods.Setting`.
+
+  Without a `look_ahead_rate` it is the classifier's, with its drops.
+  """
   setting = _methods.Setting(
-    optimisation.schedule(config.num_steps),
+    optimisation.schedule(config.num_steps)
+    if look_ahead_rate is None
+    else look_ahead_rate,
     config.num_steps,
     noise_fraction,
     model.num_classes,
