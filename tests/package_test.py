@@ -8,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import l2rw_jax
@@ -76,6 +77,83 @@ def test_readme_examples_run_in_order_and_agree(readers_project):
   np.testing.assert_allclose(readers_project["grads"], by_hand, rtol=1e-5)
   exec(precision, readers_project)
   np.testing.assert_allclose(readers_project["w"].weights, weights, rtol=1e-5)
+
+
+@pytest.fixture
+def classifiers_project():
+  """The same reader with a classifier: features, a head, labels and groups."""
+  rng = np.random.default_rng(0)
+
+  def examples(size):
+    x = rng.normal(size=(size, 3)).astype(np.float32)
+    return {"x": x, "label": rng.integers(3, size=size)}
+
+  def features_fn(params, batch):
+    return jnp.tanh(batch["x"] @ params["w"])
+
+  def head(params, features):
+    return features @ params["v"]
+
+  def logits_fn(params, batch):
+    return head(params, features_fn(params, batch))
+
+  def losses_fn(params, batch):
+    return cross_entropy(logits_fn(params, batch), batch["label"])
+
+  cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+  batch = examples(8)
+  return {
+    "optax": optax,
+    "features_fn": features_fn,
+    "head": head,
+    "logits_fn": logits_fn,
+    "losses_fn": losses_fn,
+    "cross_entropy": cross_entropy,
+    "params": {"w": rng.normal(size=(3, 4)), "v": rng.normal(size=(4, 3))},
+    "batch": batch,
+    "meta_batch": examples(6),
+    "labels": batch["label"],
+    "groups": jnp.array([0, 1, 0, 1, 0, 1]),
+    "num_groups": 2,
+    "kept": jnp.ones(20),
+    "index": jnp.arange(8) + 5,
+    "percentile": 0.0,
+    "epoch": 30,
+    "noise": rng.normal(size=(2, 8, 3)),
+  }
+
+
+def test_readme_has_each_method_in_a_few_lines(classifiers_project):
+  reader, blocks = classifiers_project, readme_blocks()[3:]
+  exec(blocks[0], reader)  # The imports.
+  key = jax.random.key(0)
+  starts = {
+    "Meta-Weight-Net": {
+      "phi": l2rw_jax.meta_weight_net.WeightNet().init(key, jnp.zeros(1))
+    },
+    "MentorNet": {},
+    "WarPI": {"net": l2rw_jax.warpi.RectifierNet(3)},
+    "The advisor": {"net": l2rw_jax.advisor.AdvisorNet(4)},
+    "FORML": {},
+  }
+  starts["WarPI"]["phi"] = starts["WarPI"]["net"].init(
+    key, jnp.zeros((1, 3)), jnp.zeros(1, int)
+  )
+  starts["The advisor"]["psi"] = starts["The advisor"]["net"].init(
+    key, jnp.zeros((1, 4)), jnp.zeros(1)
+  )
+  assert len(blocks) == 1 + len(starts)
+  for block, (name, start) in zip(blocks[1:], starts.items(), strict=True):
+    assert block.startswith(f"# {name}"), block
+    found = reader | start
+    exec(block, found)
+    if "lesson" in found:
+      assert optax.tree.norm(found["lesson"].gradient) > 0
+    if name == "MentorNet":
+      assert set(np.unique(found["v"])) <= {0, 1} and found["percentile"] > 0
+    if name == "FORML":
+      assert np.isclose(found["kept"].sum(), 20, atol=1e-4)
+      assert not np.allclose(found["kept"], 1)
 
 
 def test_makefile_and_readme_name_the_same_commands():
