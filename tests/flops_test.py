@@ -10,10 +10,12 @@ import pytest
 
 from l2rw_jax import base
 from l2rw_jax import hypergradient
-from l2rw_jax import linearization
-from l2rw_jax import losses
+from l2rw_jax.methods import advisor
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
+from l2rw_jax.methods import meta_weight_net
+from l2rw_jax.methods import warpi
+from l2rw_jax.models import classifier
 from l2rw_jax.models import lenet
 from l2rw_jax.models import resnet
 
@@ -46,28 +48,14 @@ class _Problem(NamedTuple):
 def _problem(name):
   model, shape = _NETWORKS[name]
   batch = {
-    "x": jax.ShapeDtypeStruct((_B, *shape), jnp.float32),
+    "image": jax.ShapeDtypeStruct((_B, *shape), jnp.float32),
     "label": jax.ShapeDtypeStruct((_B,), jnp.int32),
+    "index": jax.ShapeDtypeStruct((_B,), jnp.int32),
   }
-  variables = jax.eval_shape(model.init, jax.random.key(0), batch["x"])
-  params = variables.pop("params")
-
-  def forward(params, model_state, batch, key, train):
-    del key
-    return model.apply(
-      {"params": params, **model_state}, batch["x"], train, mutable="batch_stats"
-    )
-
-  task = base.Task(
-    forward=forward,
-    loss=lambda logits, batch: losses.softmax_cross_entropy(logits, batch["label"]),
-    linearize=linearization.linearize,
-    num_classes=10,
-    class_counts=jnp.full(10, 100),
-    num_examples=1000,
-    num_steps=10,
-  )
-  return _Problem(task, params, variables, batch)
+  whole = classifier.Classifier(model, 10)
+  params, model_state = jax.eval_shape(whole.init, jax.random.key(0), batch)
+  task = whole.task(class_counts=jnp.full(10, 100), num_examples=1000, num_steps=10)
+  return _Problem(task, params, model_state, batch)
 
 
 def _updated(params, grads):
@@ -85,7 +73,8 @@ def _plain_flops(name):
 
   def step_fn(params, model_state, batch):
     def mean_loss(params):
-      values, new_state = task.losses_fn(model_state, None)(params, batch)
+      losses_fn = task.losses_fn(model_state, jax.random.key(0))
+      values, new_state = losses_fn(params, batch)
       return values.mean(), (values, new_state)
 
     grads, aux = jax.grad(mean_loss, has_aux=True)(params)
@@ -97,16 +86,20 @@ def _plain_flops(name):
 def _method_flops(method, name, num_meta):
   task, params, model_state, batch = _problem(name)
 
-  def step_fn(params, model_state, batch, meta_batch):
+  def init(params):
+    return method.init(jax.random.key(1), task, params)
+
+  def step_fn(state, params, model_state, batch, meta_batch):
     opt_state, step = _OPTIMIZER.init(params), jnp.int32(0)
     inputs = base.Inputs(
       params, model_state, opt_state, batch, meta_batch, step, jax.random.key(0)
     )
-    found, _ = method.gradients((), task, inputs)
-    return _updated(params, found.grads), found
+    found, state = method.gradients(state, task, inputs)
+    return _updated(params, found.grads), found, state
 
   meta_batch = _problem(name).meta_batch(num_meta)
-  return _flops(step_fn, params, model_state, batch, meta_batch)
+  state = jax.eval_shape(init, params)
+  return _flops(step_fn, state, params, model_state, batch, meta_batch)
 
 
 @functools.cache
@@ -120,7 +113,7 @@ def _literal_flops(name, num_meta):
 
   def step_fn(params, model_state, batch, meta_batch):
     def losses_of(params, batch):
-      return task.losses_fn(model_state, None)(params, batch)[0]
+      return task.losses_fn(model_state, jax.random.key(0))(params, batch)[0]
 
     scores = -hypergradient.unrolled_weight_gradient(
       losses_of,
@@ -156,3 +149,18 @@ def test_the_literal_form_costs_more(name):
 def test_uniform_weights_cost_nothing(name):
   flops = _method_flops(baselines.uniform(), name, _B)
   assert flops <= 1.01 * _plain_flops(name)
+
+
+_NETWORK_METHODS = {
+  "meta_weight_net": meta_weight_net.meta_weight_net(0.1),
+  "warpi": warpi.warpi(0.1),
+  "advisor": advisor.advisor(0.1),
+}
+
+
+@pytest.mark.parametrize("method", _NETWORK_METHODS)
+@pytest.mark.parametrize(("num_meta", "limit"), [(_B, 3.35), (_B // 10, 2.45)])
+def test_a_network_in_the_loss_costs_two_passes_more(method, num_meta, limit):
+  """7B + 3M forward passes of an example against 3B: 3.33 and 2.43."""
+  flops = _method_flops(_NETWORK_METHODS[method], "resnet", num_meta)
+  assert 1.5 < flops / _plain_flops("resnet") <= limit
