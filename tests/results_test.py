@@ -2,13 +2,20 @@
 
 import json
 import pathlib
+import statistics
 import subprocess
 import sys
 
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
-NAMES = ["digits_noise", "mnist_imbalance"]
+# What makes the table of each folder's rows.
+TABLES = {
+  "digits_noise": "digits_noise.summarise(rows)",
+  "mnist_imbalance": "mnist_imbalance.summarise(rows)",
+  "mnist_noise": "_noise.summarise(rows, ('noise', 'fraction'))",
+  "fairness": "_fairness_report.summarise(rows)",
+}
 
 
 def rows(name: str) -> list[dict]:
@@ -16,12 +23,13 @@ def rows(name: str) -> list[dict]:
   return json.loads(text)["rows"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TABLES)
 def test_readme_quotes_the_table_of_the_committed_rows(name):
   # A process of its own: two scripts may define flags of the same name.
+  script = TABLES[name].partition(".")[0]
   code = (
-    f"import json, sys; from experiments import {name} as script;"
-    " print(script.summarise(json.load(sys.stdin)))"
+    f"import json, sys; from experiments import {script};"
+    f" rows = json.load(sys.stdin); print({TABLES[name]})"
   )
   table = subprocess.run(
     [sys.executable, "-c", code],
@@ -36,7 +44,7 @@ def test_readme_quotes_the_table_of_the_committed_rows(name):
   assert table in readme, f"paste into README.md:\n{table}"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TABLES)
 def test_every_row_tells_where_it_comes_from(name):
   for row in rows(name):
     assert row["commit"] != "unknown" and not row["commit"].endswith("+dirty")
@@ -49,8 +57,24 @@ def test_every_row_tells_where_it_comes_from(name):
   [
     ("digits_noise", ["uniform", "l2rw"], 3),
     ("mnist_imbalance", ["uniform", "proportion", "hard_mining", "l2rw"], 3),
+    ("fairness", ["uniform", "class_proportion", "l2rw", "forml_worst"], 3),
   ],
 )
 def test_each_method_was_repeated(name, methods, repeats):
   for method in methods:
     assert sum(row["method"] == method for row in rows(name)) >= repeats
+
+
+def test_on_half_wrong_labels_every_method_beats_uniform_beyond_both_spreads():
+  accuracies = {}
+  for row in rows("mnist_noise"):
+    if (row["noise"], row["fraction"]) == ("bare_symmetric", 0.5):
+      accuracies.setdefault(row["method"], []).append(row["accuracy_percent"])
+  uniform = accuracies.pop("uniform")
+  learned = {"l2rw", "meta_weight_net", "mentornet_pd", "warpi", "advisor"}
+  assert learned <= set(accuracies)
+  for method in learned:
+    own = accuracies[method]
+    assert len(own) >= 3
+    margin = statistics.mean(own) - statistics.mean(uniform)
+    assert margin > statistics.stdev(own) + statistics.stdev(uniform), method
