@@ -14,6 +14,7 @@ import numpy as np
 
 Array = jax.Array
 PyTree = Any
+_META_KEY = 0x6D657461
 # One dictionary of arrays with a common leading axis. Always has "index" [B],
 # the row of each example in its training set, beside the model's own inputs.
 Batch = dict[str, Any]
@@ -126,6 +127,8 @@ class Task:
       None if the model cannot be split there.
     head: `(params, features) -> logits`; forward is head after features.
     num_features: d.
+    linearize_outputs: the engine for what comes before the loss,
+      `(outputs_fn, params, batch, *, has_aux) -> LinearizedOutputs`.
   """
 
   forward: Callable[..., tuple[Any, PyTree]]
@@ -139,6 +142,7 @@ class Task:
   features: Callable[..., tuple[Any, PyTree]] | None = None
   head: Callable[[PyTree, Any], Any] | None = None
   num_features: int | None = None
+  linearize_outputs: Callable[..., LinearizedOutputs] | None = None
 
   def losses_fn(
     self, model_state: PyTree, key: Array
@@ -150,6 +154,16 @@ class Task:
       return self.loss(outputs, batch), new_state
 
     return losses
+
+  def meta_losses_fn(
+    self, model_state: PyTree, key: Array
+  ) -> Callable[[PyTree, Batch], tuple[Array, PyTree]]:
+    """`losses_fn` for the clean batch: other dropout and augmentation.
+
+    A clean example must not share its crop or its mask with the training example
+    of the same index: methods compare the gradients of the two.
+    """
+    return self.losses_fn(model_state, jax.random.fold_in(key, _META_KEY))
 
 
 class EpochView(NamedTuple):

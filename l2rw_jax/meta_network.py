@@ -1,6 +1,7 @@
 """A network inside the training loss, taught by the meta loss.
 
-Meta-Weight-Net, WarPI and the advisor share one iteration. With phi the network's
+Meta-Weight-Net, WarPI and the advisor share one iteration (Meta-Weight-Net takes its
+own lesson: its weights may depend on the whole global batch). With phi the network's
 parameters, z(p) what the classifier makes of a batch (losses, logits, features)
 and L(z, phi) the inner loss:
 

@@ -117,7 +117,8 @@ def advisor(
       # The head's own parameters are an output too: the loss comes after them.
       return (features, params), model_state
 
-    linearized = linearization.linearize_outputs(
+    linearize = task.linearize_outputs or linearization.linearize_outputs
+    linearized = linearize(
       outputs_fn, base.local(inputs.params, task.axis_name), batch, has_aux=True
     )
     features, _ = linearized.outputs
@@ -135,7 +136,7 @@ def advisor(
         linearized,
         loss_fn,
         psi,
-        task.losses_fn(inputs.model_state, inputs.key),
+        task.meta_losses_fn(inputs.model_state, inputs.key),
         inputs.params,
         inputs.meta_batch,
         axis_name=task.axis_name,

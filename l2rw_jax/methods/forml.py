@@ -221,7 +221,7 @@ def make_objective(
   def objective(losses, groups, num_groups):
     given = (losses, groups, num_groups)
     if name == "mean":
-      return jnp.mean(losses)
+      return group_objectives.mean(losses)
     if name == "gap":
       return group_objectives.gap(
         *given, reduction=reduction, mean_coefficient=mean_coefficient
@@ -259,13 +259,15 @@ def forml(
 
   State: weights [N] in units in which uniform is 1, where they start. A batch's
   weights are gathered by `batch["index"]`, normalised over the global batch,
-  updated, and stored again; an index may occur once in a batch. The network's own
+  updated, and stored again; an index may occur once in a batch. As the paper's sums
+  are over all examples, note what normalising a batch costs (it is ours): a batch
+  of low weights alone is lifted to a mean of 1. The network's own
   step is the outer optimiser's, on the updated weights.
 
   Args:
     learning_rate: eta, in units of weight (sum 1 over the batch) per dF/dw. What
-      moves a weight is eta alpha: on MNIST in batches of 100, 0.01 and 0.02 did
-      best among 0.0004 to 0.1.
+      moves a weight is the product eta alpha: on MNIST in batches of 100, products
+      of 0.01 (the default) and 0.02 did best among 0.0004 to 0.1.
     objective: one of `OBJECTIVES`; see the module for what is ours.
     num_groups: G; the number of classes if None.
     inner_learning_rate: alpha, of the look-ahead by plain SGD.
@@ -308,7 +310,7 @@ def forml(
     index = inputs.batch["index"]
     found = reweigh(
       linearized,
-      losses_fn,
+      task.meta_losses_fn(inputs.model_state, inputs.key),
       inputs.params,
       inputs.meta_batch,
       state[index],

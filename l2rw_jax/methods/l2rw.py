@@ -264,7 +264,7 @@ def l2rw(optimizer: optax.GradientTransformation | None = None) -> base.Method:
     )
     info = weigh(
       linearized,
-      losses_fn,
+      task.meta_losses_fn(inputs.model_state, inputs.key),
       inputs.params,
       inputs.meta_batch,
       optimizer=optimizer,

@@ -36,7 +36,8 @@ import numpy as np
 
 from l2rw_jax import base
 
-# (losses [B], differences [B], labels [B], epoch percent []) -> weights [B].
+# (losses [B], differences [B], labels [B], epoch percent []) -> weights [B]. Some are
+# smooth in the losses: hold the weights constant where you differentiate.
 Curriculum = Callable[[Any, Any, Any, Any], Any]
 # (rate, number of epoch percents) in order; the numbers add up to 100.
 Schedule = Sequence[tuple[float, int]]

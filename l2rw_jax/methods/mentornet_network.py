@@ -3,7 +3,8 @@
 The released network reads one step (history length 1) with a bidirectional LSTM
 of one unit a direction, joins it with embeddings of label and epoch percent, and
 ends in dense layers of 20 and 1: 257 trained and 500 frozen numbers. `compat`
-chooses between what was released and what the paper's figure shows:
+chooses between what was released and the textbook reading of the paper, ours
+where its text is not known:
 
 | | "official_code" | "paper" |
 |---|---|---|

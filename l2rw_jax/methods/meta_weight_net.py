@@ -16,14 +16,14 @@ Where the papers and the three released programs differ, by name:
   w_i = V_i / sum_j V_j over the global batch (imbalance release, first noise
   release; all zero if the sum is).
 * `detached`: V's input is held constant in the look-ahead (both noise releases,
-  and the algorithm as published). The imbalance release lets the inner gradient
-  flow through it, which adds w'_i(l) l_i.
+  and as published). The imbalance release does not, which adds w'_i(l) l_i.
 * `PRESETS`: the meta optimiser, normalisation and input of each release.
 
 The default is the preset "noise_stable": its published algorithm is the
 detached one, and a mean does not change the classifier's effective step from
 batch to batch. The look-ahead is plain SGD with the classifier's learning rate,
-as in all releases; BatchNorm's running statistics are left alone by it.
+as in all releases (the imbalance release drops it one epoch after the classifier's,
+which we do not); BatchNorm's running statistics are left alone by it.
 
 References:
   Shu, Xie, Yi, Zhao, Zhou, Xu, Meng, "Meta-Weight-Net: Learning an Explicit
@@ -165,7 +165,7 @@ def network_gradient(
     derivative: see `linearization.linearize`.
 
   Returns:
-    `.gradient` shaped like phi, `.meta_loss` after the look-ahead, `.finite`.
+    A `meta_network.Lesson`.
 
   Raises:
     InputError: losses are not of shape [B], an unknown option, or a model
@@ -235,8 +235,10 @@ def lesson(
   )
   slopes = hypergradient.weight_gradient(linearized, found, axis_name)
   gradient = hypergradient.network_gradient(
-    weights_fn, phi, base.gather(slopes, axis_name)
+    weights_fn, base.local(phi, axis_name), base.gather(slopes, axis_name)
   )
+  # Equal on every device already; the mean lets `shard_map` know.
+  gradient = base.pmean(gradient, axis_name)
   return meta_network.Lesson(gradient, found.meta_loss, found.finite)
 
 
@@ -277,20 +279,19 @@ def meta_weight_net(
   """Meta-Weight-Net for the training loop.
 
   Args:
-    learning_rate: of the look-ahead; the classifier's, number or schedule.
+    learning_rate: of the look-ahead; the paper's is the classifier's own.
     preset: a key of `PRESETS`.
     hidden: widths of the weighting network.
     normalization: None for the preset's.
     detached: None for the preset's.
     optimizer: of the weighting network; None for the preset's.
-    every: steps from one lesson of the network to the next; weights are
-      recomputed at each step. More than 1 is not in the paper.
+    every: steps between two lessons of the network; 1 in the paper.
 
   Returns:
     A `base.Method` that needs a meta batch; its state is a `meta_network.State`.
 
   Raises:
-    InputError: an unknown preset or normalisation, or `every` less than 1.
+    InputError: an unknown preset or normalisation, `every` less than 1.
   """
   if preset not in PRESETS:
     raise base.InputError(
@@ -318,7 +319,7 @@ def meta_weight_net(
         linearized,
         net.apply,
         phi,
-        losses_fn,
+        task.meta_losses_fn(inputs.model_state, inputs.key),
         inputs.params,
         inputs.meta_batch,
         normalization=normalization,
@@ -337,9 +338,9 @@ def meta_weight_net(
     )
     grads = base.psum(linearized.weighted_gradient(weights), task.axis_name)
     total = base.psum(jnp.sum(weights), task.axis_name)  # "mean": mean V; "sum": 1
-    metrics = {**meta_network.metrics(state), "total_weight": total}
-    losses, model_state = linearized.losses, linearized.aux
-    return base.Gradients(grads, weights, losses, model_state, metrics), state
+    metrics = meta_network.metrics(state) | {"total_weight": total}
+    losses = linearized.losses
+    return base.Gradients(grads, weights, losses, linearized.aux, metrics), state
 
   return base.Method(gradients, init, needs_meta=True)
 

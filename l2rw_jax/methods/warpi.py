@@ -18,12 +18,13 @@ is no prior and no KL term, as in the released code.
 From the released code: hyperbolic tangents, hidden width 100, Xavier-normal kernels
 (the log-variance layer keeps the framework's uniform default), a learned label
 embedding of width C drawn from N(0, 1). Ours: the log-variance is clipped to
-+-10, beyond which exp would overflow in training gone wrong; the released meta
-set overlaps the training set, ours never does. The released default is 3 draws and
-its example 1; the default here is 3.
++-10, beyond which exp would overflow in training gone wrong, and where it no longer
+learns; the released meta set overlaps the training set, ours never does. The
+released default is 3 draws and its example 1; the default here is 3.
 
 `Gradients.weights` are not weights here but, for each example, the mean of v at its
-own label over B: the factor on the pull towards that label.
+own label over B: roughly, the factor on the pull towards that label (the softmax
+changes with v too). It is no verdict of the method on the label.
 
 References:
   Sun, Guo, Wei, Han, Yin, "Learning to Rectify for Robust Learning with Noisy
@@ -43,6 +44,7 @@ from l2rw_jax import losses as losses_lib
 from l2rw_jax import meta_network
 
 _xavier = nn.initializers.glorot_normal()
+_NOISE_KEY = 0x77617270
 
 
 class RectifierNet(nn.Module):
@@ -106,8 +108,8 @@ def rectified_cross_entropy(
 
   >>> import jax.numpy as jnp
   >>> z, y = jnp.array([[2., -1., .5]]), jnp.array([0])
-  >>> print(rectified_cross_entropy(z, jnp.array([[[.9, .5, .2]]]), y).round(4))
-  [0.2492]
+  >>> print(f"{rectified_cross_entropy(z, jnp.array([[[.9, .5, .2]]]), y)[0]:.4f}")
+  0.2492
   """
   losses = jax.vmap(losses_lib.softmax_cross_entropy, in_axes=(0, None))
   return losses(vectors * logits, labels).mean(axis=0)
@@ -179,12 +181,14 @@ def warpi(
   def gradients(state, task, inputs):
     net = RectifierNet(task.num_classes, hidden)
     labels = inputs.batch["label"]
-    virtual_key, real_key = jax.random.split(inputs.key)
+    # Not the keys that dropout and augmentation draw from.
+    virtual_key, real_key = jax.random.split(jax.random.fold_in(inputs.key, _NOISE_KEY))
 
     def logits_fn(params, batch):
       return task.forward(params, inputs.model_state, batch, inputs.key, True)
 
-    linearized = linearization.linearize_outputs(
+    linearize = task.linearize_outputs or linearization.linearize_outputs
+    linearized = linearize(
       logits_fn, base.local(inputs.params, task.axis_name), inputs.batch, has_aux=True
     )
     logits = linearized.outputs
@@ -213,7 +217,7 @@ def warpi(
         linearized,
         loss_fn(virtual_key),
         phi,
-        task.losses_fn(inputs.model_state, inputs.key),
+        task.meta_losses_fn(inputs.model_state, inputs.key),
         inputs.params,
         inputs.meta_batch,
         axis_name=task.axis_name,
@@ -240,8 +244,8 @@ def warpi(
 
 
 def _check_logits(logits):
-  if logits.shape[-1] < 2:
+  if not hasattr(logits, "shape") or logits.shape[-1] < 2:
     raise base.InputError(
       "warpi rectifies logits against each other: give the classifier one output a"
-      " class, not a single logit."
+      " class and nothing else, not a single logit."
     )

@@ -123,6 +123,7 @@ class Classifier(NamedTuple):
       head=None if num_features is None else self.head,
       num_features=num_features,
       linearize=linearization.linearize,
+      linearize_outputs=linearization.linearize_outputs,
       num_classes=self.num_classes,
       class_counts=class_counts,
       num_examples=num_examples,

@@ -14,6 +14,8 @@ from l2rw_jax import hypergradient
 from l2rw_jax import losses as losses_lib
 from l2rw_jax import meta_network
 from l2rw_jax.methods import meta_weight_net
+from l2rw_jax.models import classifier
+from l2rw_jax.models import mlp
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -215,17 +217,93 @@ def test_presets_are_the_released_variants(name):
   }
   preset = meta_weight_net.PRESETS[name]
   assert preset[:2] == expected[name]
-  # The first step on a gradient of 1 at a parameter of 2.
+  # Steps on gradients of 1 and then 0 at a parameter of 2.
   phi = jnp.array(2.0)
-  update, _ = preset.optimizer.update(jnp.array(1.0), preset.optimizer.init(phi), phi)
-  decayed = 1 + 5e-4 * 2
-  nesterov = decayed + 0.9 * decayed
+  update, state = preset.optimizer.update(
+    jnp.array(1.0), preset.optimizer.init(phi), phi
+  )
+  second, _ = preset.optimizer.update(jnp.array(0.0), state, phi)
+  one, other = 1 + 5e-4 * 2, 5e-4 * 2
+  momentum = other + 0.9 * one
+  nesterov = np.array([one + 0.9 * one, other + 0.9 * momentum])
+  # Adam: the decay of 2e-4 joins the gradient, and so both moments.
+  one, other = 1 + 2e-4, 2e-4
+  mean = (0.9 * 0.1 * one + 0.1 * other) / (1 - 0.9**2)
+  square = (0.999 * 1e-3 * one**2 + 1e-3 * other**2) / (1 - 0.999**2)
   by_hand = {
     "imbalance": -1e-5 * nesterov,
     "noise": -1e-3 * nesterov,
-    "noise_stable": -1e-3,
+    "noise_stable": -1e-3 * np.array([1, mean / np.sqrt(square)]),
   }
-  np.testing.assert_allclose(update, by_hand[name], rtol=1e-4)
+  np.testing.assert_allclose([update, second], by_hand[name], rtol=3e-5)
+
+
+def _factory_step(**options):
+  """One step of the method: (weighting network before, after, `Gradients`, inputs)."""
+  model = classifier.Classifier(mlp.MLP(3, (5,)), 3)
+  rng = np.random.default_rng(0)
+
+  def examples(size):
+    return {
+      "image": rng.normal(size=(size, 4)).astype(np.float32),
+      "label": rng.integers(3, size=size).astype(np.int32),
+      "index": np.arange(size, dtype=np.int32),
+    }
+
+  batch, meta_batch = examples(_B), examples(_M)
+  task = model.task(class_counts=jnp.ones(3), num_examples=_B, num_steps=4)
+  params, variables = model.init(jax.random.key(0), batch)
+  method = meta_weight_net.meta_weight_net(
+    lambda step: _RATE * (step + 1), hidden=(4,), optimizer=optax.sgd(50.0), **options
+  )
+  before = method.init(jax.random.key(1), task, params)
+  inputs = base.Inputs(
+    params, variables, (), batch, meta_batch, jnp.int32(0), jax.random.key(2)
+  )
+  found, after = jax.jit(lambda s, i: method.gradients(s, task, i))(before, inputs)
+
+  def losses_fn(params, batch):
+    return task.losses_fn(variables, inputs.key)(params, batch)[0]
+
+  return losses_fn, before, after, found, inputs
+
+
+@pytest.mark.parametrize(("normalization", "detached"), _VARIANTS)
+def test_the_method_learns_first_and_weighs_by_what_it_learned(normalization, detached):
+  losses_fn, before, after, found, inputs = _factory_step(
+    normalization=normalization, detached=detached
+  )
+  lesson = meta_weight_net.network_gradient(
+    _NET.apply,
+    before.params,
+    losses_fn,
+    inputs.params,
+    inputs.batch,
+    inputs.meta_batch,
+    optimizer=optax.sgd(_RATE),
+    normalization=normalization,
+    detached=detached,
+  )
+  expected = jax.tree.map(lambda p, g: p - 50 * g, before.params, lesson.gradient)
+  chex.assert_trees_all_close(after.params, expected, rtol=1e-4, atol=1e-6)
+  losses = losses_fn(inputs.params, inputs.batch)
+  old, new = (
+    meta_weight_net.example_weights(
+      _NET.apply, state.params, losses, normalization=normalization
+    )
+    for state in (before, after)
+  )
+  assert np.abs(new - old).max() > 1e-5
+  np.testing.assert_allclose(found.weights, new, rtol=1e-5)
+  grads = jax.grad(lambda p: jnp.sum(new * losses_fn(p, inputs.batch)))(inputs.params)
+  chex.assert_trees_all_close(found.grads, grads, rtol=1e-4, atol=1e-6)
+
+
+def test_a_preset_sets_what_is_not_given():
+  *_, found, _ = _factory_step(preset="imbalance")
+  np.testing.assert_allclose(found.weights.sum(), 1, rtol=1e-5)
+  *_, found, _ = _factory_step(preset="noise_stable")
+  assert found.weights.sum() < 0.9
 
 
 def test_lessons_come_every_so_many_steps():

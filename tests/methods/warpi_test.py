@@ -179,7 +179,7 @@ def test_meta_gradient_is_that_of_the_unrolled_steps_and_of_differences(x64):
   np.testing.assert_allclose(optax.tree.vdot(found.gradient, along), slope, rtol=1e-5)
 
 
-def _step(method, seed=0, outputs=_C):
+def _step(method, seed=0, outputs=_C, details=False):
   rng = np.random.default_rng(seed)
   model = classifier.Classifier(mlp.MLP(outputs, (4,)), _C)
 
@@ -202,7 +202,37 @@ def _step(method, seed=0, outputs=_C):
     )
     return method.gradients(state, task, inputs)
 
-  return run
+  return (run, params, batch, state) if details else run
+
+
+def _written_out(phi, params, batch, noise):
+  """The rectified mean loss of `_step`'s classifier, phi's inputs held constant."""
+  model = classifier.Classifier(mlp.MLP(_C, (4,)), _C)
+  logits, _ = model.forward(params, {}, batch, jax.random.key(0), True)
+  net = warpi.RectifierNet(_C, hidden=5)
+  mean, log_variance = net.apply(phi, jax.lax.stop_gradient(logits), batch["label"])
+  vectors = jax.nn.sigmoid(mean + jnp.exp(log_variance / 2) * noise)
+  per_draw = [
+    losses_lib.softmax_cross_entropy(v * logits, batch["label"]) for v in vectors
+  ]
+  return jnp.mean(jnp.stack(per_draw))
+
+
+def test_the_real_step_is_under_the_new_network_and_fresh_draws():
+  method = warpi.warpi(0.1, num_samples=2, hidden=5, optimizer=optax.sgd(20.0))
+  run, params, batch, before = _step(method, details=True)
+  found, after = run(0)
+  key = jax.random.fold_in(jax.random.key(0), warpi._NOISE_KEY)
+  virtual, real = (
+    jax.random.normal(k, (_B, 2, _C)).swapaxes(0, 1) for k in jax.random.split(key)
+  )
+  gradient = jax.jit(jax.grad(_written_out, argnums=1))
+  expected = gradient(after.params, params, batch, real)
+  chex.assert_trees_all_close(found.grads, expected, rtol=1e-4, atol=1e-6)
+  for phi, noise in ((before.params, real), (after.params, virtual)):
+    other = gradient(phi, params, batch, noise)
+    difference = optax.tree.norm(jax.tree.map(jnp.subtract, other, found.grads))
+    assert difference > 1e-4
 
 
 def test_every_step_draws_anew_and_the_ablation_does_not():
