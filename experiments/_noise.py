@@ -312,7 +312,8 @@ def draw_curves(cell: Cell, folder: pathlib.Path, path: pathlib.Path) -> bool:
   axes.set_xlabel("training loss of an example")
   axes.set_ylabel("weight V (before averaging)")
   axes.set_ylim(0, 1)
-  axes.set_title(f"Meta-Weight-Net, {cell.folder()}", fontsize=10)
+  told = f"{cell.noise['noise']} {cell.noise['fraction']}"
+  axes.set_title(f"Meta-Weight-Net's weights, {told}", fontsize=10)
   axes.legend(fontsize=8, frameon=False)
   figure.tight_layout()
   figure.savefig(path, dpi=150)
