@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 
-from l2rw_jax import base
 from l2rw_jax.methods import advisor
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import forml
@@ -119,29 +118,26 @@ def _initial(name, seed=0):
 
 def _step_fn(name, axis_name):
   def step(state, batch, meta_batch):
-    # The loop's own step, and what a method told it.
-    found, _ = _METHODS[name].gradients(
-      state.method_state, _task(axis_name), _inputs(state, batch, meta_batch)
-    )
+    # The loop's own step, and what the method told it.
+    told = []
+
+    def gradients(*given):
+      found, method_state = _METHODS[name].gradients(*given)
+      told.append(found)
+      return found, method_state
+
     new_state, _ = step_lib.train_step(
       state,
       batch,
       meta_batch,
       jax.random.key(7),
       task=_task(axis_name),
-      method=_METHODS[name],
+      method=_METHODS[name]._replace(gradients=gradients),
       optimizer=_OUTER,
     )
-    return new_state, found
+    return new_state, told[0]
 
   return step
-
-
-def _inputs(state, batch, meta_batch):
-  key = jax.random.fold_in(jax.random.key(7), state.step)
-  return base.Inputs(
-    state.params, state.model_state, state.opt_state, batch, meta_batch, state.step, key
-  )
 
 
 @functools.cache
@@ -173,15 +169,14 @@ def _assert_close(actual, expected):
   chex.assert_trees_all_close(actual, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
 
 
-@pytest.mark.parametrize("num_devices", [2, 8])
 @pytest.mark.parametrize("name", _METHODS)
-def test_trains_alike_on_any_number_of_devices(name, num_devices):
+def test_trains_alike_on_eight_devices_as_on_one(name):
   expected_history, expected_state = _history(name, None)
-  history, state = _history(name, num_devices)
-  for index in {0, num_devices - 1}:
+  history, state = _history(name, 8)
+  for index in (0, 7):
     _assert_close(_on_device(state, index), expected_state)
   for found, expected in zip(history, expected_history, strict=True):
-    for index in {0, num_devices - 1}:
+    for index in (0, 7):
       seen = _on_device(found, index)
       weights, values = found.weights.ravel(), found.losses.ravel()
       _assert_close(seen._replace(weights=weights, losses=values), expected)
