@@ -6,7 +6,7 @@ Paper: the setting of BARE's MNIST table (Patel and Sastry, WACV 2023): an MLP
 Command: python -m experiments.mentornet_pretrain --curriculum=pd --workdir=runs/pd
   python -m experiments.mnist_noise --data_dir=DIR --mentor=runs/pd/mentor.json
   --mentor_percentile=50
-Device, time: one CPU core, 3 to 15 minutes a method and noise (MLP, 3 seeds).
+Device, time: one CPU core, 2 to 8 minutes a method and noise (MLP, 3 seeds).
 Published (accuracy %, sym 0.5 / 0.7): cross-entropy 74.30 / 61.19, L2RW 90.39 /
   85.10, Meta-Weight-Net 74.94 / 65.52, under --preset=bare. Ours:
   results/mnist_noise.
