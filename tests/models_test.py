@@ -184,7 +184,7 @@ def test_logits_are_the_head_of_the_features(model):
   x = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
   variables = jax.jit(model.init)(jax.random.key(0), x)
   features = model.apply(variables, x, method="features")
-  assert features.ndim == 2 and len(features) == 4
+  assert features.shape == (4, model.num_features)
   np.testing.assert_array_equal(
     model.apply(variables, features, method="head"), model.apply(variables, x)
   )

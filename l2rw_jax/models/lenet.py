@@ -4,11 +4,12 @@ from flax import linen as nn
 import jax
 
 from l2rw_jax.models import pooling
+from l2rw_jax.models import split
 
 _normal = nn.initializers.truncated_normal(0.1)
 
 
-class LeNet(nn.Module):
+class LeNet(split.SplitNetwork):
   """Three 5x5 convolutions, each max-pooled 3x3/2 then rectified, two dense layers.
 
   28x28 inputs go 28 -> 14 -> 7 -> 4; 167,113 parameters with `num_outputs=1`.
@@ -21,7 +22,7 @@ class LeNet(nn.Module):
   num_outputs: int
 
   def setup(self) -> None:
-    """The output layer, named as in one plain sequence of layers."""
+    """The output layer."""
     self.output = nn.Dense(self.num_outputs, kernel_init=_normal, name="Dense_1")
 
   @property
@@ -38,11 +39,3 @@ class LeNet(nn.Module):
       x = nn.relu(pooling.max_pool(x, 3, 2))
     x = x.reshape(x.shape[0], -1)
     return nn.relu(nn.Dense(100, kernel_init=_normal)(x))
-
-  def head(self, features: jax.Array) -> jax.Array:
-    """Features to logits [B, num_outputs]."""
-    return self.output(features)
-
-  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """Images [B, H, W, C] to logits [B, num_outputs]."""
-    return self.head(self.features(x, train))

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from flax import linen as nn
 import jax
 
+from l2rw_jax.models import split
 
-class MLP(nn.Module):
+
+class MLP(split.SplitNetwork):
   """Rectified dense layers on the flattened input.
 
   Attributes:
@@ -18,7 +20,7 @@ class MLP(nn.Module):
   hidden: Sequence[int] = (256, 256)
 
   def setup(self) -> None:
-    """The output layer, named as in one plain sequence of layers."""
+    """The output layer."""
     self.output = nn.Dense(self.num_outputs, name=f"Dense_{len(self.hidden)}")
 
   @property
@@ -34,11 +36,3 @@ class MLP(nn.Module):
     for width in self.hidden:
       x = nn.relu(nn.Dense(width)(x))
     return x
-
-  def head(self, features: jax.Array) -> jax.Array:
-    """Features to logits [B, num_outputs]."""
-    return self.output(features)
-
-  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """[B, ...] to logits [B, num_outputs]."""
-    return self.head(self.features(x, train))

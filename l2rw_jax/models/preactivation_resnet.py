@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from l2rw_jax.models import dropout as dropout_lib
+from l2rw_jax.models import split
 
 
-class PreActivationResNet(nn.Module):
+class PreActivationResNet(split.SplitNetwork):
   """Residual network with BatchNorm before its convolutions, as released by L2RW.
 
   3x3 stem, BN, ReLU; three stages of units (BN, ReLU, dropout, 3x3 convolution,
@@ -54,13 +55,18 @@ class PreActivationResNet(nn.Module):
   dtype: Any = jnp.float32
 
   def setup(self) -> None:
-    """The output layer, named as in one plain sequence of layers."""
+    """The output layer."""
     self.output = nn.Dense(
       self.num_outputs,
       kernel_init=nn.initializers.lecun_uniform(),
       dtype=self.dtype,
       name="Dense_0",
     )
+
+  @property
+  def num_features(self) -> int:
+    """Width of the penultimate layer."""
+    return self.widths[-1]
 
   @nn.compact
   def features(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -86,16 +92,8 @@ class PreActivationResNet(nn.Module):
         x = _shortcut(x, width, stride) + _conv(width, 1, self.dtype)(y)
     return nn.relu(norm()(x)).mean(axis=(1, 2))
 
-  def head(self, features: jax.Array) -> jax.Array:
-    """Features to logits [B, num_outputs]."""
-    return self.output(features)
 
-  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """Images [B, H, W, C] to logits [B, num_outputs]."""
-    return self.head(self.features(x, train))
-
-
-class LeakyWideResNet(nn.Module):
+class LeakyWideResNet(split.SplitNetwork):
   """MentorNet's "ResNet-101" student: pre-activation, wide, leaky ReLU.
 
   3x3 stem; three stages of units (BN, leaky ReLU, 3x3 convolution, twice) with
@@ -129,13 +127,18 @@ class LeakyWideResNet(nn.Module):
   dtype: Any = jnp.float32
 
   def setup(self) -> None:
-    """The output layer, named as in one plain sequence of layers."""
+    """The output layer."""
     self.output = nn.Dense(
       self.num_outputs,
       kernel_init=nn.initializers.lecun_uniform(),
       dtype=self.dtype,
       name="Dense_0",
     )
+
+  @property
+  def num_features(self) -> int:
+    """Width of the penultimate layer."""
+    return self.widths[-1]
 
   @nn.compact
   def features(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -167,14 +170,6 @@ class LeakyWideResNet(nn.Module):
         y = rectify(norm()(conv(width, strides=stride)(y)))
         x = _shortcut(x, width, stride) + conv(width)(y)
     return rectify(norm()(x)).mean(axis=(1, 2))
-
-  def head(self, features: jax.Array) -> jax.Array:
-    """Features to logits [B, num_outputs]."""
-    return self.output(features)
-
-  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """Images [B, H, W, C] to logits [B, num_outputs]."""
-    return self.head(self.features(x, train))
 
 
 resnet_32 = PreActivationResNet

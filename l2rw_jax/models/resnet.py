@@ -7,10 +7,12 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from l2rw_jax.models import split
+
 _kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
-class ResNet(nn.Module):
+class ResNet(split.SplitNetwork):
   """Post-activation residual network (He et al., 2016, section 4.2).
 
   `6 * blocks + 2` layers: a 3x3 stem, then three stages of `blocks` two-layer
@@ -34,7 +36,7 @@ class ResNet(nn.Module):
   dtype: Any = jnp.float32
 
   def setup(self) -> None:
-    """The output layer, named as in one plain sequence of layers."""
+    """The output layer."""
     self.output = nn.Dense(
       self.num_outputs, kernel_init=_kaiming, dtype=self.dtype, name="Dense_0"
     )
@@ -73,14 +75,6 @@ class ResNet(nn.Module):
         y = norm()(conv(features)(y))
         x = nn.relu(y + _shortcut(x, features, stride))
     return x.mean(axis=(1, 2))
-
-  def head(self, features: jax.Array) -> jax.Array:
-    """Features to logits [B, num_outputs]."""
-    return self.output(features)
-
-  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """Images [B, H, W, C] to logits [B, num_outputs]."""
-    return self.head(self.features(x, train))
 
 
 def _shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:

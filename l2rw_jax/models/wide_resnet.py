@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from l2rw_jax.models import dropout as dropout_lib
+from l2rw_jax.models import split
 
 
-class WideResNet(nn.Module):
+class WideResNet(split.SplitNetwork):
   """Wide residual network (Zagoruyko, Komodakis, 2016), as Meta-Weight-Net has it.
 
   3x3 stem of 16 features; three stages of pre-activation blocks (BN, ReLU, 3x3
@@ -38,13 +39,18 @@ class WideResNet(nn.Module):
   dtype: Any = jnp.float32
 
   def setup(self) -> None:
-    """The output layer, named as in one plain sequence of layers."""
+    """The output layer."""
     self.output = nn.Dense(
       self.num_outputs,
       kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
       dtype=self.dtype,
       name="Dense_0",
     )
+
+  @property
+  def num_features(self) -> int:
+    """Width of the penultimate layer."""
+    return 64 * self.widen
 
   @nn.compact
   def features(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -77,11 +83,3 @@ class WideResNet(nn.Module):
         y = dropout_lib.Dropout(self.dropout, self.axis_name)(y, train)
         x = x + conv_3x3(width)(y)
     return nn.relu(norm()(x)).mean(axis=(1, 2))
-
-  def head(self, features: jax.Array) -> jax.Array:
-    """Features to logits [B, num_outputs]."""
-    return self.output(features)
-
-  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """Images [B, H, W, C] to logits [B, num_outputs]."""
-    return self.head(self.features(x, train))
