@@ -1,0 +1,108 @@
+"""Changing a method's loss, at once or at an epoch."""
+
+import types
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax import losses
+from l2rw_jax.methods import baselines
+from l2rw_jax.methods import changed_loss
+from l2rw_jax.models import classifier
+from l2rw_jax.models import mlp
+
+_COUNTS = jnp.array([30, 10])
+
+
+def _task():
+  return classifier.Classifier(mlp.MLP(2, (4,)), 2).task(
+    class_counts=_COUNTS, num_examples=40, num_steps=10
+  )
+
+
+def _inputs(task):
+  rng = np.random.default_rng(0)
+  batch = {
+    "image": rng.normal(size=(6, 3)).astype(np.float32),
+    "label": np.array([0, 1, 1, 0, 0, 1], np.int32),
+    "index": np.arange(6),
+  }
+  params = mlp.MLP(2, (4,)).init(jax.random.key(0), batch["image"])["params"]
+  inputs = base.Inputs(
+    params, {}, (), batch, None, jnp.zeros((), int), jax.random.key(1)
+  )
+  return params, inputs
+
+
+def _rarity(outputs, batch, class_counts):
+  own = losses.softmax_cross_entropy(outputs, batch["label"])
+  return own * 30 / class_counts[batch["label"]]
+
+
+def _run(method, epoch=0):
+  task = _task()
+  params, inputs = _inputs(task)
+  state = method.init(jax.random.key(2), task, params)
+  state = method.refresh(state, task, types.SimpleNamespace(epoch=epoch))
+  return jax.jit(lambda *given: method.gradients(given[0], task, given[1])[0])(
+    state, inputs
+  )
+
+
+def test_losses_and_gradients_are_those_of_the_new_loss():
+  plain = _run(baselines.uniform())
+  params, inputs = _inputs(_task())
+  batch = inputs.batch
+  rare = jnp.where(batch["label"] == 1, 3.0, 1.0)
+  found = _run(changed_loss.changed_loss(baselines.uniform(), _rarity))
+  np.testing.assert_allclose(found.losses, rare * plain.losses, rtol=1e-6)
+  expected = jax.grad(
+    lambda p: jnp.mean(
+      rare
+      * losses.softmax_cross_entropy(
+        mlp.MLP(2, (4,)).apply({"params": p}, batch["image"]), batch["label"]
+      )
+    )
+  )(params)
+  chex.assert_trees_all_close(found.grads, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("epoch", "is_new"), [(0, False), (2, False), (3, True), (9, True)]
+)
+def test_the_loss_changes_at_its_epoch(epoch, is_new):
+  method = changed_loss.changed_loss(baselines.uniform(), _rarity, from_epoch=3)
+  always = changed_loss.changed_loss(baselines.uniform(), _rarity)
+  expected = _run(always if is_new else baselines.uniform())
+  chex.assert_trees_all_close(_run(method, epoch), expected, rtol=1e-6)
+
+
+def test_wrapping_twice_changes_the_loss_twice():
+  def plain_zero(outputs, batch, class_counts):
+    del batch, class_counts
+    return jnp.sum(0 * outputs, axis=1)
+
+  inner = changed_loss.changed_loss(baselines.uniform(), _rarity, from_epoch=2)
+  method = changed_loss.changed_loss(inner, plain_zero)
+  assert not _run(method, epoch=1).losses.any()
+  always = changed_loss.changed_loss(baselines.uniform(), _rarity)
+  chex.assert_trees_all_close(_run(method, epoch=2), _run(always), rtol=1e-6)
+
+
+def test_sampling_is_the_methods_own():
+  changed = changed_loss.changed_loss(baselines.resampling(), _rarity)
+  train = {"label": np.array([0] * 9 + [1]), "index": np.arange(10)}
+  state = changed.init(jax.random.key(0), _task(), {})
+  rows = changed.sample(state, _task(), train, np.random.default_rng(0))
+  assert (train["label"][rows] == 1).sum() == 5
+  plain = changed_loss.changed_loss(baselines.uniform(), _rarity)
+  assert plain.sample is base.permutation
+
+
+def test_an_epoch_is_not_negative():
+  with pytest.raises(base.InputError, match="from_epoch=-1 must be at least 0"):
+    changed_loss.changed_loss(baselines.uniform(), _rarity, from_epoch=-1)
