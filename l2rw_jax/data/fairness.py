@@ -9,45 +9,17 @@ made: some images are photographically *inverted* (1 - x). The construction is
 ours; no published number belongs to it.
 """
 
-import math
 from typing import Any
 
 import numpy as np
 
 from l2rw_jax import base
 from l2rw_jax import corruption
+from l2rw_jax.data import long_tail
 from l2rw_jax.data import parts
 from l2rw_jax.data import sources
 
 GROUPS = ("class", "inverted")
-
-
-def long_tail(num_most: int, num_classes: int, imbalance: float) -> np.ndarray:
-  """Class sizes that fall exponentially: floor(n_0 imbalance^(-c / (C - 1))).
-
-  Args:
-    num_most: n_0, of class 0.
-    num_classes: C, at least 2.
-    imbalance: n_0 / n_{C-1}, at least 1.
-
-  Returns:
-    Sizes, int [C].
-
-  Raises:
-    InputError: `imbalance` is less than 1.
-
-  References:
-    Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR
-    2019; used so by Meta-Weight-Net (NeurIPS 2019).
-
-  >>> print(long_tail(5000, 10, 100.))
-  [5000 2997 1796 1077  645  387  232  139   83   50]
-  """
-  if not 1 <= imbalance < math.inf:
-    raise base.InputError(f"imbalance must be a number of at least 1; got {imbalance}")
-  exponents = np.arange(num_classes) / (num_classes - 1)
-  # So that 5000 / 100 is 50 however the power is rounded.
-  return np.floor(num_most * imbalance**-exponents + 1e-6).astype(int)
 
 
 def fairness(
@@ -162,12 +134,8 @@ def _cut_tail(
   left = np.setdiff1d(np.arange(len(source.labels)), meta)
   pools = [left[source.labels[left] == c] for c in range(source.num_classes)]
   most = min(len(pool) for pool in pools)
-  sizes = long_tail(most, source.num_classes, imbalance)
-  if sizes[-1] < 1:
-    raise base.InputError(
-      f"imbalance={imbalance} leaves no image of class {np.argmin(sizes > 0)}: class 0"
-      f" has {most}; use imbalance={most} or less"
-    )
+  sizes = long_tail.class_sizes("exponential", most, source.num_classes, imbalance)
+  long_tail.check_sizes(sizes, imbalance)
   return [rng.permutation(p)[:n] for p, n in zip(pools, sizes, strict=True)]
 
 

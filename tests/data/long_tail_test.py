@@ -1,0 +1,189 @@
+"""Long tails: the counts of the papers, and what stays apart."""
+
+import numpy as np
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax.data import long_tail
+from l2rw_jax.data import parts
+from l2rw_jax.data import sources
+
+
+def source(counts, split="train"):
+  """Images that know their row, in random order; `counts` of each class."""
+  labels = np.repeat(np.arange(len(counts)), counts)
+  labels = np.random.default_rng(1).permutation(labels).astype(np.int32)
+  rows = np.arange(len(labels))
+  images = np.stack([rows % 251, rows // 251], -1)[:, None, None]
+  return sources.Source(
+    "toy", "1.0.0", split, images.astype(np.uint8), labels, len(counts), {}
+  )
+
+
+def make(counts, **options):
+  given = {"builder": "mwn", "shape": "exponential", "imbalance": 10.0, "seed": 0}
+  given |= {"num_meta_per_class": 10, **options}
+  test = source([3] * len(counts), "test")
+  return long_tail.long_tail_splits(source(counts), test, **given)
+
+
+def train_counts(splits):
+  return parts.class_counts(splits.train, splits.num_classes)
+
+
+CIFAR10, CIFAR100 = [5000] * 10, [500] * 100
+# LDAM, section D.3 of the reference, ABSGD's totals for 20 and 50.
+LDAM_TOTALS = [
+  (CIFAR10, "exponential", 100, 12406),
+  (CIFAR10, "exponential", 50, 13996),
+  (CIFAR10, "exponential", 20, 17023),
+  (CIFAR10, "exponential", 10, 20431),
+  (CIFAR100, "exponential", 100, 10847),
+  (CIFAR100, "exponential", 50, 12608),
+  (CIFAR100, "exponential", 20, 15907),
+  (CIFAR100, "exponential", 10, 19573),
+  (CIFAR10, "step", 100, 25250),
+  (CIFAR10, "step", 10, 27500),
+  (CIFAR100, "step", 100, 25250),
+  (CIFAR100, "step", 10, 27500),
+]
+# Meta-Weight-Net, section B.3: totals for 1, 10, 20, 50, 100, 200.
+FACTORS = [1, 10, 20, 50, 100, 200]
+MWN_TOTALS = [
+  (CIFAR10, [49900, 20391, 16989, 13967, 12380, 11177]),
+  (CIFAR100, [49000, 19183, 15594, 12354, 10626, 9304]),
+]
+
+
+@pytest.mark.parametrize(("counts", "shape", "imbalance", "total"), LDAM_TOTALS)
+def test_totals_of_ldam(counts, shape, imbalance, total):
+  made = make(
+    counts, builder="ldam", shape=shape, imbalance=imbalance, num_meta_per_class=0
+  )
+  assert len(made.train.label) == total and len(made.meta.label) == 0
+
+
+@pytest.mark.parametrize(("counts", "totals"), MWN_TOTALS)
+def test_totals_of_meta_weight_net(counts, totals):
+  found = [len(make(counts, imbalance=factor).train.label) for factor in FACTORS]
+  assert found == totals
+
+
+def test_sizes_of_the_classes():
+  sizes = long_tail.class_sizes("exponential", 5000, 10, 100)
+  assert list(sizes) == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+  sizes = train_counts(make(CIFAR10, imbalance=100))
+  assert list(sizes) == [4990, 2991, 1793, 1075, 644, 386, 231, 138, 83, 49]
+  sizes = long_tail.class_sizes("step", 5000, 10, 100)
+  assert list(sizes) == [5000] * 5 + [50] * 5
+  # Of an odd number of classes the smaller half is large.
+  assert list(long_tail.class_sizes("step", 10, 5, 10)) == [10, 10, 1, 1, 1]
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3, 7, 10, 20, 50, 100, 125, 200, 250, 500])
+def test_the_last_class_is_exact_however_the_power_is_rounded(factor):
+  for shape in long_tail.SHAPES:
+    for num_most in (500, 4990, 5000):
+      sizes = long_tail.class_sizes(shape, num_most, 10, float(factor))
+      assert sizes[0] == num_most and sizes[-1] == num_most // factor
+      assert (np.diff(sizes) <= 0).all()
+
+
+def test_the_rarest_class_decides_where_classes_differ():
+  # MNIST: 5,421 fives; ten of each are meta images first.
+  mnist = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+  made = make(mnist, imbalance=100)
+  assert list(train_counts(made)) == list(
+    long_tail.class_sizes("exponential", 5411, 10, 100)
+  )
+  assert train_counts(made)[0] == 5411 and train_counts(made)[-1] == 54
+  made = make(mnist, imbalance=1, builder="ldam")
+  # Only the fives are all needed, and so give their meta images up.
+  assert list(train_counts(made)) == [5421] * 5 + [5411] + [5421] * 4
+
+
+@pytest.mark.parametrize("builder", long_tail.BUILDERS)
+@pytest.mark.parametrize("shape", long_tail.SHAPES)
+def test_parts_are_disjoint_and_hold_the_images_of_their_rows(builder, shape):
+  counts = [60, 50, 55, 70]
+  train = source(counts)
+  made = make(counts, builder=builder, shape=shape, num_meta_per_class=4)
+  assert len(set(made.train.source_index) & set(made.meta.source_index)) == 0
+  for part in (made.train, made.meta):
+    assert len(set(part.source_index)) == len(part.source_index)
+    np.testing.assert_array_equal(
+      part.image, train.images[part.source_index] / np.float32(255)
+    )
+    np.testing.assert_array_equal(part.label, train.labels[part.source_index])
+    np.testing.assert_array_equal(part.label, part.true_label)
+  assert list(parts.class_counts(made.meta, 4)) == [4] * 4
+  assert len(made.test.label) == 12 and len(made.validation.label) == 0
+
+
+def test_under_ldam_the_head_alone_pays_for_the_meta_set():
+  without, with_meta = (
+    make(CIFAR10, builder="ldam", imbalance=100, num_meta_per_class=n) for n in (0, 10)
+  )
+  assert list(train_counts(without) - train_counts(with_meta)) == [10] + [0] * 9
+  assert set(with_meta.train.source_index) < set(without.train.source_index)
+
+
+def test_draws_do_not_depend_on_one_another():
+  large, small, step, other = (
+    make(CIFAR100, **options)
+    for options in (
+      {},
+      {"imbalance": 100.0},
+      {"shape": "step"},
+      {"seed": 1},
+    )
+  )
+  for made in (small, step):
+    np.testing.assert_array_equal(made.meta.source_index, large.meta.source_index)
+  assert set(small.train.source_index) < set(large.train.source_index)
+  assert set(other.meta.source_index) != set(large.meta.source_index)
+
+
+def test_a_function_of_the_seed_and_every_setting_shows_in_the_fingerprint():
+  settings = [
+    {},
+    {"seed": 1},
+    {"imbalance": 20.0},
+    {"shape": "step"},
+    {"num_meta_per_class": 9},
+    {"builder": "ldam"},
+    {"builder": "ldam", "shape": "step"},
+  ]
+  fingerprints = [make(CIFAR100, **s).fingerprint for s in settings]
+  assert len(set(fingerprints)) == len(settings)
+  assert fingerprints == [make(CIFAR100, **s).fingerprint for s in settings]
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"imbalance": 0.5}, "imbalance must be a number of at least 1; got 0.5"),
+    ({"imbalance": float("nan")}, "imbalance must be a number of at least 1; got nan"),
+    ({"imbalance": float("inf")}, "imbalance must be a number of at least 1; got inf"),
+    ({"imbalance": 46.0}, "leaves no image of class 3: .* use imbalance=40 or less"),
+    ({"imbalance": 41.0, "shape": "step"}, "leaves no image of class 2: class 0 has"),
+    ({"num_meta_per_class": 50}, "class 3 has 50 images in toy train; 50 meta images"),
+    ({"num_meta_per_class": -1}, "num_meta_per_class must be an integer of at least"),
+    ({"builder": "cui"}, r"builder must be one of \('ldam', 'mwn'\); got 'cui'"),
+    ({"shape": "linear"}, r"shape must be one of \('exponential', 'step'\); got"),
+    ({"seed": -1}, "seed must be an integer of at least 0"),
+  ],
+)
+def test_bad_input(options, message):
+  with pytest.raises(base.InputError, match=message):
+    make([60, 60, 60, 50], **options)
+
+
+def test_a_class_without_images():
+  with pytest.raises(base.InputError, match="class 1 has 0 images in toy train"):
+    make([60, 0, 60], num_meta_per_class=0)
+
+
+def test_one_class():
+  with pytest.raises(base.InputError, match="num_classes must be at least 2; got 1"):
+    long_tail.class_sizes("exponential", 10, 1, 2.0)
