@@ -9,6 +9,7 @@ from l2rw_jax import base
 from l2rw_jax import mentor_file
 from l2rw_jax import meta_network
 from l2rw_jax.methods import advisor
+from l2rw_jax.methods import bare
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import forml
 from l2rw_jax.methods import l2rw
@@ -43,6 +44,15 @@ _MENTOR_PERCENTILE = flags.DEFINE_float(
 )
 _WARPI_SAMPLES = flags.DEFINE_integer(
   "warpi_samples", 3, "Draws of WarPI's rectifying vector.", lower_bound=1
+)
+_BARE_KAPPA = flags.DEFINE_float(
+  "bare_kappa", 1.0, "Deviations above the mean that BARE asks for.", lower_bound=0.0
+)
+_BARE_STATISTICS = flags.DEFINE_enum(
+  "bare_statistics",
+  "batch_column",
+  bare.STATISTICS,
+  "BARE's released code, or its paper's formula.",
 )
 
 
@@ -144,6 +154,7 @@ _METHODS: dict[str, Callable[[Setting], base.Method]] = {
   "warpi_deterministic": lambda setting: _warpi(setting, deterministic=True),
   "advisor": _advisor,
   "forml": _forml,
+  "bare": lambda _: bare.bare(_BARE_KAPPA.value, _BARE_STATISTICS.value),
 }
 NAMES = list(_METHODS)
 

@@ -16,12 +16,14 @@ from experiments import _report
 from l2rw_jax import base
 from l2rw_jax import loss_dump
 from l2rw_jax.data import splits as splits_lib
+from l2rw_jax.methods import bare
 from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.models import classifier
 from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import evaluation
 from l2rw_jax.training import loop
 from l2rw_jax.training import results as results_lib
+from l2rw_jax.training import validation
 
 _GRID = np.concatenate([np.linspace(0, 10, 101), np.linspace(10.5, 20, 20)])
 
@@ -37,6 +39,9 @@ class Optimisation:
     nesterov: whether it is Nesterov's.
     weight_decay: L2, added to the gradient of every parameter.
     drops: (share of the run done, factor on the learning rate), accumulating.
+    plateau_steps: updates in an epoch, if the learning rate falls to a tenth
+      (at the least 1e-5) whenever the validation loss has not fallen for more than
+      5 epochs, as in BARE's released code.
   """
 
   name: str = "sgd"
@@ -45,6 +50,7 @@ class Optimisation:
   nesterov: bool = False
   weight_decay: float = 0.0
   drops: tuple[tuple[float, float], ...] = ()
+  plateau_steps: int | None = None
 
   @functools.cache  # noqa: B019  # frozen; the loop compiles anew for a new function
   def schedule(self, num_steps: int) -> optax.Schedule:
@@ -60,6 +66,11 @@ class Optimisation:
       step = optax.adam(schedule)
     else:
       step = optax.sgd(schedule, self.momentum or None, nesterov=self.nesterov)
+    if self.plateau_steps:
+      least = min(1.0, 1e-5 / self.learning_rate)
+      step = validation.reduce_on_plateau(
+        step, self.plateau_steps, factor=0.1, patience=5, min_scale=least
+      )
     if not self.weight_decay:
       return step
     return optax.chain(optax.add_decayed_weights(self.weight_decay), step)
@@ -137,6 +148,8 @@ def train(
   method = cell.method
   if cell.name == "meta_weight_net":
     method = _record_curves(method, own)
+  if cell.optimisation.plateau_steps:
+    method = _watch_validation(method, cell, splits)
   writer = loss_dump.Writer(own / "losses")
   steps_per_epoch = len(splits[0].train.label) // cell.config.batch_size
   if dump_losses:
@@ -165,6 +178,23 @@ def train(
       )
       loss_dump.write_dump(own / f"losses-seed-{seed}.npz", dump)
   return found
+
+
+def _watch_validation(
+  method: base.Method, cell: Cell, splits: Sequence[splits_lib.Splits]
+) -> base.Method:
+  """For an optimiser that slows down on a plateau of the validation loss."""
+  held_out = {
+    s: split.validation for s, split in zip(cell.config.seeds, splits, strict=True)
+  }
+  # The released code of BARE selects in validation batches too.
+  selects = cell.name == "bare"
+  return validation.watched(
+    method,
+    held_out,
+    weights=bare.example_weights if selects else None,
+    batch_size=cell.config.batch_size if selects else 1000,
+  )
 
 
 def _record_curves(method: base.Method, folder: pathlib.Path) -> base.Method:
@@ -208,84 +238,6 @@ def auroc(weights: dict[str, np.ndarray]) -> float | None:
   if is_clean.all() or not is_clean.any() or np.ptp(mean) < 1e-9:
     return None
   return float(sklearn_metrics.roc_auc_score(is_clean, mean))
-
-
-def summarise(rows: list[dict[str, Any]], columns: Sequence[str]) -> str:
-  """The table: a line per noise and method, ours beside the published value.
-
-  Args:
-    rows: with `published_percent` and `published_spread`.
-    columns: which of a row's entries tell the noise.
-  """
-  keys = (*columns, "method")
-  lines = []
-  for key in dict.fromkeys(tuple(r[k] for k in keys) for r in rows):
-    own = [r for r in rows if tuple(r[k] for k in keys) == key]
-    last = _report.interval([r["accuracy_percent"] for r in own])
-    best = _report.interval([r["best_percent"] for r in own])
-    scores = [r["weight_auroc"] for r in own if r["weight_auroc"] is not None]
-    published = own[0]["published_percent"]
-    spread = own[0]["published_spread"]
-    beside = "-" if published is None else f"{published:.2f}"
-    if spread is not None:
-      beside += f" ± {spread:.2f}"
-    found = f"{np.mean(scores):.3f}" if scores else "-"
-    lines.append((*key, last, best, beside, found, last.repeats))
-  header = (
-    *columns,
-    "method",
-    "test accuracy % (95% interval)",
-    "best on test",
-    "published",
-    "AUROC of weights",
-    "seeds",
-  )
-  return _report.table(header, lines)
-
-
-def draw(rows: list[dict[str, Any]], columns: Sequence[str], path: pathlib.Path):
-  """A panel per noise: a bar per method, a dot a run, a diamond as published."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
-  panels = list(dict.fromkeys(tuple(r[c] for c in columns) for r in rows))
-  methods = list(dict.fromkeys(r["method"] for r in rows))
-  figure, axes = plt.subplots(
-    1,
-    len(panels),
-    figsize=(2.2 + 3.6 * len(panels), 1.4 + 0.36 * len(methods)),
-    sharey=True,
-    squeeze=False,
-  )
-  for panel, ax in zip(panels, axes[0], strict=True):
-    here = [r for r in rows if tuple(r[c] for c in columns) == panel]
-    for i, method in enumerate(methods):
-      own = [r for r in here if r["method"] == method]
-      if not own:
-        continue
-      values = [r["accuracy_percent"] for r in own]
-      color = "C7" if method == "uniform" else "C0"
-      ax.barh(i, np.mean(values), color=color, height=0.7)
-      ax.plot(values, [i] * len(values), "k.", markersize=4)
-      ax.text(1.5, i, f"{np.mean(values):.1f}", va="center", color="white", fontsize=8)
-      if own[0]["published_percent"] is not None:
-        ax.plot(own[0]["published_percent"], i, "D", color="C1", markersize=5)
-    told = (f"{p:g}" if isinstance(p, float) else str(p) for p in panel)
-    ax.set_title(" ".join(told), fontsize=10)
-    ax.set_xlim(0, 100)
-    ax.set_xlabel("test accuracy (%), last step")
-  axes[0, 0].set_yticks(range(len(methods)), methods)
-  axes[0, 0].invert_yaxis()
-  axes[0, -1].plot([], [], "k.", label="one seed")
-  if any(r["published_percent"] is not None for r in rows):
-    axes[0, -1].plot([], [], "D", color="C1", label="published mean")
-  axes[0, -1].legend(
-    fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
-  )
-  figure.savefig(path, dpi=150, bbox_inches="tight")
-  plt.close(figure)
 
 
 def draw_curves(cell: Cell, folder: pathlib.Path, path: pathlib.Path) -> bool:

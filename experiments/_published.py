@@ -52,16 +52,19 @@ MNIST_IMBALANCE = {
 MNIST_NOISE = {
   ("bare_symmetric", 0.5): {
     "uniform": (74.30, 0.55),
+    "bare": (94.38, 0.13),
     "l2rw": (90.39, 0.07),
     "meta_weight_net": (74.94, 9.56),
   },
   ("bare_symmetric", 0.7): {
     "uniform": (61.19, 1.29),
+    "bare": (91.61, 0.60),
     "l2rw": (85.10, 0.28),
     "meta_weight_net": (65.52, 21.35),
   },
   ("bare_class_conditional", 0.45): {
     "uniform": (74.96, 0.21),
+    "bare": (94.11, 0.77),
     "l2rw": (95.40, 0.31),
     "meta_weight_net": (75.03, 0.59),
   },

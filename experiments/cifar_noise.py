@@ -32,6 +32,7 @@ from experiments import _cifar
 from experiments import _launch
 from experiments import _methods
 from experiments import _noise
+from experiments import _noise_report
 from experiments import _published_cifar
 from experiments import _report
 from l2rw_jax import base
@@ -315,7 +316,7 @@ def main() -> None:
   _report.save(folder, rows, _launch.flags_of(*modules))
   told = "annotation" if annotation(preset) else "fraction"
   columns = ("dataset", "noise", told, "num_steps")
-  _noise.draw(rows, columns, folder / "figure.png")
+  _noise_report.draw(rows, columns, folder / "figure.png")
   written = ["results.json", "results.csv", "figure.png"]
   for cell in cells:
     first = sorted(folder.glob("seeds-0-*"))[0]
@@ -323,7 +324,7 @@ def main() -> None:
       cell, first, folder / "curve.png"
     ):
       written.append("curve.png")
-  print(_noise.summarise(rows, columns))
+  print(_noise_report.summarise(rows, columns))
   print(f"\nwritten: {folder}/{', '.join(written)}")
 
 

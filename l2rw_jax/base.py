@@ -100,6 +100,8 @@ class Gradients(NamedTuple):
     losses: this device's unweighted losses [B].
     model_state: the variables after this batch.
     metrics: scalars to log, the same on every device.
+    value: what an optimiser may watch (optax's `value`: reduce_on_plateau,
+      Polyak's step); the weighted loss if None.
   """
 
   grads: PyTree
@@ -107,6 +109,7 @@ class Gradients(NamedTuple):
   losses: Array
   model_state: PyTree
   metrics: dict[str, Array]
+  value: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +121,8 @@ class Task:
       `outputs` are logits [B, C], or a tuple that begins with them.
     loss: `(outputs, batch) -> [B]` unreduced losses.
     linearize: the engine, `(losses_fn, params, batch, *, has_aux) -> Linearized`.
+    linearize_outputs: the engine for what comes before the loss,
+      `(outputs_fn, params, batch, *, has_aux) -> LinearizedOutputs`.
     num_classes: C.
     class_counts: training examples of each class, [C].
     num_examples: N.
@@ -127,13 +132,12 @@ class Task:
       None if the model cannot be split there.
     head: `(params, features) -> logits`; forward is head after features.
     num_features: d.
-    linearize_outputs: the engine for what comes before the loss,
-      `(outputs_fn, params, batch, *, has_aux) -> LinearizedOutputs`.
   """
 
   forward: Callable[..., tuple[Any, PyTree]]
   loss: Callable[[Any, Batch], Array]
   linearize: Callable[..., Linearized]
+  linearize_outputs: Callable[..., LinearizedOutputs]
   num_classes: int
   class_counts: Array
   num_examples: int
@@ -142,7 +146,6 @@ class Task:
   features: Callable[..., tuple[Any, PyTree]] | None = None
   head: Callable[[PyTree, Any], Any] | None = None
   num_features: int | None = None
-  linearize_outputs: Callable[..., LinearizedOutputs] | None = None
 
   def losses_fn(
     self, model_state: PyTree, key: Array

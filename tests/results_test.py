@@ -13,7 +13,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 TABLES = {
   "digits_noise": "digits_noise.summarise(rows)",
   "mnist_imbalance": "mnist_imbalance.summarise(rows)",
-  "mnist_noise": "_noise.summarise(rows, ('noise', 'fraction'))",
+  "mnist_noise": "_noise_report.summarise(rows, ('noise', 'fraction'))",
   "fairness": "_fairness_report.summarise(rows)",
 }
 

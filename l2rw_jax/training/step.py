@@ -107,7 +107,13 @@ def train_step(
     key=jax.random.fold_in(key, state.step),
   )
   found, method_state = method.gradients(state.method_state, task, inputs)
-  updates, opt_state = optimizer.update(found.grads, state.opt_state, state.params)
+  metrics = _metrics(found, task)
+  updates, opt_state = optax.with_extra_args_support(optimizer).update(
+    found.grads,
+    state.opt_state,
+    state.params,
+    value=metrics["weighted_loss"] if found.value is None else found.value,
+  )
   proposed = TrainState(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
@@ -116,7 +122,9 @@ def train_step(
     method_state=method_state,
     failure=state.failure,
   )
-  return _keep_last_good(state, proposed, found, task), _output(found, task)
+  size = base.global_size(found.weights.shape[0], task.axis_name)
+  output = StepOutput(metrics, found.weights * size)
+  return _keep_last_good(state, proposed, found, task), output
 
 
 def _keep_last_good(state, proposed, found, task):
@@ -134,11 +142,11 @@ def _keep_last_good(state, proposed, found, task):
   return kept._replace(failure=failure)
 
 
-def _output(found: base.Gradients, task: base.Task) -> StepOutput:
+def _metrics(found: base.Gradients, task: base.Task) -> dict[str, Any]:
   size = base.global_size(found.weights.shape[0], task.axis_name)
   total = base.psum(jnp.sum(found.weights), task.axis_name)
   squares = base.psum(jnp.sum(found.weights**2), task.axis_name)
-  metrics: dict[str, Any] = {
+  return {
     "loss": base.pmean(jnp.mean(found.losses), task.axis_name),
     "weighted_loss": base.psum(jnp.sum(found.weights * found.losses), task.axis_name),
     # Kish's effective sample size, as a share of the batch.
@@ -146,4 +154,3 @@ def _output(found: base.Gradients, task: base.Task) -> StepOutput:
     "grad_norm": optax.tree.norm(found.grads),
     **found.metrics,
   }
-  return StepOutput(metrics, found.weights * size)

@@ -160,7 +160,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
 
 
 _FUNCTIONS = """
-from experiments import _noise
+from experiments import _noise_report
 row = {
   "noise": "n", "fraction": 0.5, "method": "l2rw", "weight_auroc": 0.75,
   "best_percent": 92.0, "published_percent": 90.39, "published_spread": 0.07,
@@ -169,7 +169,7 @@ rows = [{**row, "accuracy_percent": a} for a in (89.0, 90.0, 91.0)]
 rows.append({**rows[0], "method": "mentornet_pd", "published_spread": None})
 none = {"published_percent": None, "published_spread": None, "weight_auroc": None}
 rows.append({**rows[0], **none, "fraction": 0.7})
-print(_noise.summarise(rows, ("noise", "fraction")))
+print(_noise_report.summarise(rows, ("noise", "fraction")))
 """
 
 

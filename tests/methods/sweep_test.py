@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from l2rw_jax.methods import advisor
+from l2rw_jax.methods import bare
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import forml
 from l2rw_jax.methods import l2rw
@@ -52,6 +53,8 @@ _METHODS = {
   "forml_worst": forml.forml(0.3, "worst", inner_learning_rate=0.3),
   "warpi": warpi.warpi(0.3, optimizer=_META),
   "advisor": advisor.advisor(0.3, optimizer=_META),
+  "bare": bare.bare(kappa=0.5),
+  "bare_own_label": bare.bare(0.5, "own_label"),
 }
 
 

@@ -1,0 +1,173 @@
+"""BARE: an example is kept if its label is likelier than usual in its batch.
+
+Needs no clean data, no noise rate and no second network: the threshold of every
+class is a mean plus a deviation of posterior probabilities within the batch.
+
+References:
+  Patel, Sastry, "Adaptive Sample Selection for Robust Learning under Label Noise"
+  (https://arxiv.org/abs/2106.15292), WACV 2023.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from l2rw_jax import base
+from l2rw_jax import losses as losses_lib
+from l2rw_jax import normalization
+
+STATISTICS = ("batch_column", "own_label")
+# The released code keeps probabilities this far from 0 and 1.
+_MARGIN = 1e-8
+
+
+def select(
+  logits: base.Array,
+  labels: base.Array,
+  *,
+  kappa: float = 1.0,
+  statistics: str = "batch_column",
+  axis_name: base.AxisName = None,
+) -> base.Array:
+  """Which examples p_i[y_i] >= mu_{y_i} + kappa sigma_{y_i} keeps, bool [B].
+
+  Mean mu_c and deviation sigma_c are of the class's probabilities p_i[c]
+
+  - over all examples i of the global batch, deviation with B - 1 in the
+    denominator ("batch_column": the released code), or
+  - over the examples labelled c, with their number in the denominator
+    ("own_label": the paper's formula as it is reported). By Cantelli's inequality
+    this keeps at most 1 / (1 + kappa^2) of a class, and with a few wrong labels
+    and a confident network nothing at all, which is why it is not the default.
+
+  Nothing may be kept; what then is up to the caller (`example_weights`: all).
+  In a batch of one example there is no deviation, and it is not kept.
+
+  Args:
+    logits: [B, C], or [B, 1] of a binary classifier.
+    labels: given classes, [B].
+    kappa: deviations above the mean, at least 0.
+    statistics: "batch_column" or "own_label".
+    axis_name: mapped device axis over which the batch is split.
+
+  Raises:
+    InputError: unknown statistics, a negative `kappa`, or wrong shapes.
+  """
+  _check(kappa, statistics)
+  columns = _probabilities(logits, labels)
+  own = jnp.take_along_axis(columns, labels[:, None], axis=1)[:, 0]
+  if statistics == "own_label":
+    members = jax.nn.one_hot(labels, columns.shape[1], dtype=columns.dtype)
+    mean, deviation = _moments(columns, members, 0, axis_name)
+  else:
+    mean, deviation = _moments(columns, jnp.ones_like(columns), 1, axis_name)
+  # A lone example has no deviation: NaN keeps nothing.
+  return own - mean[labels] >= kappa * deviation[labels]
+
+
+def _probabilities(logits, labels):
+  if logits.ndim == 2 and logits.shape[1] == 1:
+    logits = jnp.concatenate([jnp.zeros_like(logits), logits], axis=1)
+  losses_lib.softmax_cross_entropy(logits, labels)  # checks the shapes
+  return jnp.clip(jax.nn.softmax(logits), _MARGIN, 1 - _MARGIN)
+
+
+def _moments(columns, members, lost, axis_name):
+  """Mean and deviation [C] of the members of each column, over all devices."""
+  count = base.psum(members.sum(axis=0), axis_name)
+  mean = base.psum((members * columns).sum(axis=0), axis_name) / jnp.maximum(count, 1)
+  squares = base.psum((members * (columns - mean) ** 2).sum(axis=0), axis_name)
+  left = count - lost
+  return mean, jnp.where(left > 0, jnp.sqrt(squares / jnp.maximum(left, 1)), jnp.nan)
+
+
+def example_weights(
+  logits: base.Array,
+  labels: base.Array,
+  *,
+  kappa: float = 1.0,
+  statistics: str = "batch_column",
+  axis_name: base.AxisName = None,
+) -> base.Array:
+  """Weights of the kept examples, all equal, of sum 1 over the global batch.
+
+  If none is kept, all are: the released code then takes the plain mean. (The
+  paper's text, as it is reported, does not say.)
+
+  Args:
+    logits: [B, C], or [B, 1] of a binary classifier.
+    labels: given classes, [B].
+    kappa: see `select`.
+    statistics: see `select`.
+    axis_name: mapped device axis over which the batch is split.
+
+  Returns:
+    Weights [B], constant in the logits.
+
+  >>> import jax.numpy as jnp
+  >>> logits = jnp.array([[2., 0, 0], [0, 2, 0], [0, 0, 2], [1, 0, 0], [0, 1, 0]])
+  >>> weights = example_weights(logits, jnp.array([0, 1, 2, 0, 1]))
+  >>> print(jnp.array_str(weights, precision=2))
+  [0.33 0.33 0.33 0.   0.  ]
+  """
+  kept = select(
+    jax.lax.stop_gradient(logits),
+    labels,
+    kappa=kappa,
+    statistics=statistics,
+    axis_name=axis_name,
+  ).astype(logits.dtype)
+  none = base.psum(kept.sum(), axis_name) == 0
+  return normalization.sum_to_one(jnp.where(none, 1.0, kept), axis_name)
+
+
+def bare(kappa: float = 1.0, statistics: str = "batch_column") -> base.Method:
+  """Trains on the examples that `select` keeps.
+
+  Logs the `kept_share` of the batch. Evaluation knows nothing of the selection
+  (the released code selects there too before it averages the loss).
+
+  Args:
+    kappa: see `select`; the paper's is 1.
+    statistics: see `select`.
+
+  Raises:
+    InputError: as `select`.
+  """
+  _check(kappa, statistics)
+
+  def gradients(state, task, inputs):
+    def losses_fn(params, batch):
+      outputs, model_state = task.forward(
+        params, inputs.model_state, batch, inputs.key, True
+      )
+      return task.loss(outputs, batch), (outputs, model_state)
+
+    linearized = task.linearize(
+      losses_fn, base.local(inputs.params, task.axis_name), inputs.batch, has_aux=True
+    )
+    outputs, model_state = linearized.aux
+    logits = outputs[0] if isinstance(outputs, tuple) else outputs
+    weights = example_weights(
+      logits,
+      inputs.batch["label"],
+      kappa=kappa,
+      statistics=statistics,
+      axis_name=task.axis_name,
+    )
+    grads = base.psum(linearized.weighted_gradient(weights), task.axis_name)
+    kept_share = base.pmean((weights > 0).mean(), task.axis_name)
+    found = base.Gradients(
+      grads, weights, linearized.losses, model_state, {"kept_share": kept_share}
+    )
+    return found, state
+
+  return base.Method(gradients)
+
+
+def _check(kappa, statistics):
+  if statistics not in STATISTICS:
+    raise base.InputError(
+      f"statistics={statistics!r}: choose 'batch_column' or 'own_label'."
+    )
+  if not kappa >= 0:
+    raise base.InputError(f"kappa={kappa} must be at least 0.")

@@ -1,0 +1,174 @@
+"""BARE: golden vector, a literal reference of both statistics, its edges."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax import losses
+from l2rw_jax.methods import bare
+from l2rw_jax.models import classifier
+from l2rw_jax.models import mlp
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+_LOGITS = jnp.array(
+  [[2.0, 0, 0], [0, 2, 0], [0, 0, 2], [1, 0, 0], [2, 0, 0], [0, 1, 0]]
+)
+_LABELS = jnp.array([0, 1, 2, 0, 1, 1])
+
+
+def test_golden_vector_of_the_released_rule():
+  kept = bare.select(_LOGITS, _LABELS)
+  np.testing.assert_array_equal(kept, [True, True, True, False, False, False])
+  weights = bare.example_weights(_LOGITS, _LABELS)
+  np.testing.assert_allclose(weights, np.array([1, 1, 1, 0, 0, 0]) / 3, rtol=1e-6)
+  loss = jnp.sum(weights * losses.softmax_cross_entropy(_LOGITS, _LABELS))
+  np.testing.assert_allclose(loss, 0.239545, atol=1e-6)
+
+
+def _literal(logits, labels, kappa, statistics):
+  """One example, one class at a time, in NumPy."""
+  exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+  p = np.clip(exponentials / exponentials.sum(axis=1, keepdims=True), 1e-8, 1 - 1e-8)
+  kept = []
+  for i, label in enumerate(labels):
+    if statistics == "own_label":
+      values, lost = p[labels == label, label], 0
+    else:
+      values, lost = p[:, label], 1
+    kept.append(p[i, label] >= values.mean() + kappa * values.std(ddof=lost))
+  return np.array(kept)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("statistics", bare.STATISTICS)
+@pytest.mark.parametrize("kappa", [0.0, 0.5, 1.0])
+def test_equals_the_literal_rule(statistics, kappa):
+  rng = np.random.default_rng(0)
+  for _ in range(20):
+    logits, labels = rng.normal(0, 3, (40, 4)), rng.integers(4, size=40)
+    found = bare.select(logits, labels, kappa=kappa, statistics=statistics)
+    expected = _literal(logits, labels, kappa, statistics)
+    # On the threshold itself (a lone example of its class) rounding decides.
+    sizes = np.bincount(labels, minlength=4)[labels]
+    clear = sizes > 2 if statistics == "own_label" else np.ones(40, bool)
+    np.testing.assert_array_equal(found[clear], expected[clear])
+    assert 0 < expected.sum() < 40
+
+
+def _batch_of_a_good_network(noise, rng):
+  """Logits right with confidence 0.95, and labels wrong in a share `noise`."""
+  truth = rng.integers(10, size=128)
+  logits = rng.normal(0, 0.3, (128, 10)) + 5.2 * np.eye(10)[truth]
+  wrong = rng.random(128) < noise
+  labels = np.where(wrong, (truth + rng.integers(1, 10, 128)) % 10, truth)
+  return jnp.asarray(logits), jnp.asarray(labels), labels == truth
+
+
+@pytest.mark.parametrize("noise", [0.2, 0.5, 0.7])
+def test_keeps_what_is_clean_where_the_papers_statistic_loses_half(noise):
+  rng = np.random.default_rng(1)
+  recall = {name: [] for name in bare.STATISTICS}
+  for _ in range(20):
+    logits, labels, clean = _batch_of_a_good_network(noise, rng)
+    for name in bare.STATISTICS:
+      kept = np.asarray(bare.select(logits, labels, statistics=name))
+      recall[name].append(kept[clean].mean())
+      if name == "batch_column":
+        assert not kept[~clean].any()
+  assert np.mean(recall["batch_column"]) > 0.98
+  if noise < 0.6:  # at most half of a class can pass, and 1 - noise of it is clean
+    assert np.mean(recall["own_label"]) < 0.6
+
+
+def test_weights_are_equal_among_the_kept_and_constant_in_the_logits():
+  weights = bare.example_weights(_LOGITS, _LABELS, kappa=0.5)
+  kept = bare.select(_LOGITS, _LABELS, kappa=0.5)
+  np.testing.assert_allclose(weights, kept / kept.sum(), rtol=1e-6)
+  slope = jax.grad(lambda z: bare.example_weights(z, _LABELS)[0])(_LOGITS)
+  assert not slope.any()
+
+
+@pytest.mark.parametrize("kappa", [1.0, 1e9])
+def test_where_nothing_is_kept_everything_is(kappa):
+  logits = jnp.zeros((4, 3)) if kappa == 1.0 else _LOGITS[:4]
+  # Equal probabilities: the deviation is 0 and everything lies on the mean.
+  weights = bare.example_weights(logits, _LABELS[:4], kappa=kappa)
+  np.testing.assert_allclose(weights, 0.25)
+
+
+@pytest.mark.parametrize("statistics", bare.STATISTICS)
+@pytest.mark.parametrize("scale", [1.0, 1e4, 1e30])
+def test_a_batch_of_one_and_extreme_logits_have_finite_weights(statistics, scale):
+  for size in (1, 2, 6):
+    weights = bare.example_weights(
+      scale * _LOGITS[:size], _LABELS[:size], statistics=statistics
+    )
+    np.testing.assert_allclose(weights.sum(), 1, rtol=1e-6)
+
+
+def test_a_batch_of_one_keeps_nothing_in_particular():
+  assert not bare.select(_LOGITS[:1], _LABELS[:1]).any()
+
+
+def test_one_logit_is_two_classes():
+  logits = jnp.array([[2.0], [-1.0], [0.5], [-3.0], [1.0]])
+  labels = jnp.array([1, 0, 0, 0, 1])
+  both = jnp.concatenate([jnp.zeros_like(logits), logits], axis=1)
+  expected = bare.select(both, labels)
+  np.testing.assert_array_equal(bare.select(logits, labels), expected)
+  assert 0 < expected.sum() < 5
+
+
+def test_side_by_side_under_jit():
+  both = jnp.stack([_LOGITS, _LOGITS[::-1]])
+  labels = jnp.stack([_LABELS, _LABELS[::-1]])
+  found = jax.jit(jax.vmap(bare.example_weights))(both, labels)
+  np.testing.assert_allclose(found[0], found[1][::-1])
+
+
+@pytest.mark.parametrize("size", [1, 6])
+def test_a_step_follows_the_kept_examples(size):
+  model = classifier.Classifier(mlp.MLP(3, (8,)), 3)
+  task = model.task(class_counts=jnp.ones(3), num_examples=9, num_steps=2)
+  rng = np.random.default_rng(0)
+  batch = {
+    "image": rng.normal(size=(size, 5)).astype(np.float32),
+    "label": np.asarray(_LABELS[:size]),
+    "index": np.arange(size),
+  }
+  params, _ = model.init(jax.random.key(0), batch)
+  inputs = base.Inputs(
+    params, {}, (), batch, None, jnp.zeros((), int), jax.random.key(1)
+  )
+  found, _ = bare.bare().gradients((), task, inputs)
+
+  def loss(p):
+    logits, _ = task.forward(p, {}, batch, None, False)
+    own = losses.softmax_cross_entropy(logits, batch["label"])
+    return jnp.sum(bare.example_weights(logits, batch["label"]) * own)
+
+  chex.assert_trees_all_close(found.grads, jax.grad(loss)(params), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(found.metrics["kept_share"], (found.weights > 0).mean())
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ({"statistics": "mine"}, "statistics='mine': choose 'batch_column'"),
+    ({"kappa": -1.0}, "kappa=-1.0 must be at least 0"),
+    ({"kappa": float("nan")}, "kappa=nan must be at least 0"),
+  ],
+)
+def test_mistakes_are_one_line(given, message):
+  for function in (bare.bare, lambda **g: bare.select(_LOGITS, _LABELS, **g)):
+    with pytest.raises(base.InputError, match=message):
+      function(**given)
+
+
+def test_shapes_must_fit():
+  with pytest.raises(base.InputError, match=r"labels \[B\]"):
+    bare.select(_LOGITS, _LABELS[:3])
