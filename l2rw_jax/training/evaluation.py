@@ -1,6 +1,6 @@
 """Measuring a classifier on held-out examples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 import itertools
 from typing import NamedTuple
@@ -31,6 +31,8 @@ class Predictions(NamedTuple):
 
 
 Evaluator = Callable[[Predictions], dict[str, float]]
+SHOTS = ("many", "medium", "few")
+_MANY, _FEW = 100, 20
 
 
 @functools.partial(jax.jit, static_argnames=("forward", "loss"))
@@ -87,6 +89,76 @@ def per_class_accuracy(predictions: Predictions) -> dict[str, float]:
     if members.any():
       by_class[f"accuracy_class_{c}"] = float(right[members].mean())
   return {**by_class, "balanced_accuracy": float(np.mean(list(by_class.values())))}
+
+
+def shot_thresholds(class_counts: Sequence[int]) -> tuple[int, int]:
+  """Above which count a class is many-shot, and below which few-shot.
+
+  The usual 100 and 20, where they leave none of the three groups empty. Else
+  (every set of ten classes of thousands) thirds of the classes by count, a third
+  of ten being 3, 4 and 3; classes of one size stay together, so that a step has
+  no medium group and equal classes nothing else.
+
+  Args:
+    class_counts: training examples of each class, [C].
+
+  References:
+    Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019
+    (100 and 20).
+
+  >>> shot_thresholds([500, 90, 10])
+  (100, 20)
+  >>> shot_thresholds([5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50])
+  (1795, 140)
+  """
+  counts = np.asarray(class_counts)
+  if all((_shot_groups(counts, _MANY, _FEW) == group).any() for group in range(3)):
+    return _MANY, _FEW
+  ordered = np.sort(counts)
+  third = round(len(counts) / 3)
+  if not third or ordered[-third] == ordered[third - 1]:
+    return int(ordered[-1]), int(ordered[0])
+  return int(ordered[-third]) - 1, int(ordered[third - 1]) + 1
+
+
+def _shot_groups(counts: np.ndarray, many: int, few: int) -> np.ndarray:
+  return np.where(counts > many, 0, np.where(counts < few, 2, 1))
+
+
+def shot_accuracy(class_counts: Sequence[int], many: int, few: int) -> Evaluator:
+  """Makes an evaluator of classes with many, medium and few training examples.
+
+  It tells `many_shot_accuracy`, `medium_shot_accuracy` and `few_shot_accuracy`:
+  means over the accuracies of the group's classes. A group without a class that
+  has test examples is left out.
+
+  Args:
+    class_counts: training examples of each class, [C].
+    many: classes with more examples are many-shot.
+    few: of the others, classes with less examples are few-shot; see
+      `shot_thresholds`.
+
+  Raises:
+    InputError: `few` is larger than `many` + 1, so that a class would be both.
+  """
+  if few > many + 1:
+    raise base.InputError(
+      f"shot_accuracy: few={few} must not be above many={many} plus 1, or a class of"
+      f" {many + 1} examples would be both; lower few."
+    )
+  groups = _shot_groups(np.asarray(class_counts), many, few)
+
+  def evaluate(predictions: Predictions) -> dict[str, float]:
+    right = predictions.predicted == predictions.labels
+    rates = _rates(right, predictions.labels)
+    found = {}
+    for group, name in enumerate(SHOTS):
+      own = [rate for label, rate in rates.items() if groups[label] == group]
+      if own:
+        found[f"{name}_shot_accuracy"] = float(np.mean(own))
+    return found
+
+  return evaluate
 
 
 def equal_opportunity(predictions: Predictions) -> dict[str, float]:

@@ -44,6 +44,55 @@ def test_a_class_that_is_absent_does_not_count():
   }
 
 
+_LONG_TAIL = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
+
+
+@pytest.mark.parametrize(
+  ("counts", "expected"),
+  [
+    ([500, 101, 100, 20, 19, 5], (100, 20)),
+    # None below 20: 3, 4 and 3 classes.
+    (_LONG_TAIL, (1795, 140)),
+    ([500, 400, 300, 200], (499, 201)),
+    # Classes of one size stay together: two groups, then one.
+    ([5000] * 5 + [50] * 5, (4999, 51)),
+    ([50] * 10, (50, 50)),
+    ([0, 3], (2, 1)),
+    ([7], (7, 7)),
+  ],
+)
+def test_who_has_many_and_who_few(counts, expected):
+  assert evaluation.shot_thresholds(counts) == expected
+  assert evaluation.shot_thresholds(np.array(counts)[::-1]) == expected
+
+
+def test_accuracy_of_classes_with_many_medium_and_few_examples():
+  # Rates 3/4 of class 0, 1 of class 1, 0 of class 2, 1/2 of class 3.
+  predictions = _predictions(
+    [0, 0, 0, 0, 1, 2, 3, 3], [0, 0, 0, 1, 1, 0, 3, 0], num_classes=4
+  )
+  found = evaluation.shot_accuracy([101, 400, 100, 19], 100, 20)(predictions)
+  assert found == {
+    "many_shot_accuracy": 0.875,
+    "medium_shot_accuracy": 0.0,
+    "few_shot_accuracy": 0.5,
+  }
+  # Exactly at a threshold is medium.
+  found = evaluation.shot_accuracy([100, 20, 20, 100], 100, 20)(predictions)
+  assert found == {"medium_shot_accuracy": 0.5625}
+
+
+def test_a_group_without_test_examples_is_left_out():
+  predictions = _predictions([0, 0], [0, 1])
+  found = evaluation.shot_accuracy([500, 50, 5], 100, 20)(predictions)
+  assert found == {"many_shot_accuracy": 0.5}
+
+
+def test_no_class_is_of_two_groups():
+  with pytest.raises(base.InputError, match="few=102 must not be above many=100 plus"):
+    evaluation.shot_accuracy([1, 2], 100, 102)
+
+
 def test_opportunity_of_the_classes():
   # Rates 3/4, 1 and 0: gaps 1/4, 3/4 and 1.
   labels, predicted = [0, 0, 0, 0, 1, 2], [0, 0, 0, 1, 1, 0]
@@ -96,6 +145,7 @@ def _task(loss=losses.softmax_cross_entropy, wrap=lambda logits: logits):
     forward=forward,
     loss=loss_of,
     linearize=linearization.linearize,
+    linearize_outputs=linearization.linearize_outputs,
     num_classes=3,
     class_counts=jnp.array([1, 1, 1]),
     num_examples=3,
