@@ -1,0 +1,143 @@
+"""An optimiser that watches the validation loss."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy_runs
+
+from l2rw_jax import base
+from l2rw_jax import losses
+from l2rw_jax.methods import bare
+from l2rw_jax.methods import baselines
+from l2rw_jax.training import step as step_lib
+from l2rw_jax.training import validation
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def _held_out(size=30, seed=5):
+  return toy_runs.examples(np.random.default_rng(seed), size, (4,), flipped=0.5)
+
+
+def _reference(values, *, factor, patience, min_scale, rtol=1e-4):
+  """PyTorch's ReduceLROnPlateau as its documentation tells it."""
+  best, bad, scale, scales = np.inf, 0, 1.0, []
+  for value in values:
+    if value < best * (1 - rtol):
+      best, bad = value, 0
+    else:
+      bad += 1
+    if bad > patience:
+      scale, bad = max(scale * factor, min_scale), 0
+    scales.append(scale)
+  return scales
+
+
+def test_the_rate_falls_as_pytorchs_does():
+  rng = np.random.default_rng(0)
+  values = np.concatenate([[3.0, 2.0, 1.0], 1 + rng.random(40)]).astype(np.float32)
+  rule = {"factor": 0.1, "patience": 2, "min_scale": 0.005}
+  optimizer = validation.reduce_on_plateau(optax.sgd(1.0), 4, **rule)
+  params = jnp.ones(())
+  state, found = optimizer.init(params), []
+  update = jax.jit(optimizer.update)
+  for value in values:
+    for _ in range(4):
+      moved, state = update(jnp.ones(()), state, params, value=value)
+    found.append(-float(moved))  # of the epoch's last update: already decided
+  expected = _reference(values, **rule)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  assert min(expected) == 0.005 and expected[4] == 1.0
+
+
+def _observer(seen):
+  """An SGD that notes the value it is told."""
+
+  def update(grads, state, params=None, *, value, **_):
+    del params
+    seen.append(value)
+    return jax.tree.map(lambda g: -0.1 * g, grads), state
+
+  return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+
+def _one_step(method):
+  split = toy_runs.make_splits()
+  task = toy_runs.MODEL.task(class_counts=jnp.ones(3), num_examples=40, num_steps=9)
+  names = ("image", "label", "index")
+  train = {n: getattr(split.train, n) for n in names}
+  batch = {n: v[:8] for n, v in train.items()}
+  params, model_state = toy_runs.MODEL.init(jax.random.key(0), batch)
+  method_state = method.init(jax.random.key(1), task, params)
+  view = base.EpochView(7, 0, params, model_state, train, np.random.default_rng(0))
+  method_state = method.refresh(method_state, task, view)
+  seen = []
+  optimizer = _observer(seen)
+  state = step_lib.init_state(params, model_state, method_state, optimizer)
+  _, output = step_lib.train_step(
+    state,
+    batch,
+    None,
+    jax.random.key(2),
+    task=task,
+    method=method,
+    optimizer=optimizer,
+  )
+  return task, params, seen[0], output
+
+
+def test_the_value_is_the_weighted_loss_unless_a_method_has_another():
+  *_, value, output = _one_step(baselines.random())
+  np.testing.assert_allclose(value, output.metrics["weighted_loss"])
+  assert abs(value - output.metrics["loss"]) > 1e-3
+
+
+@pytest.mark.parametrize("batch_size", [500, 7])
+def test_the_value_is_the_loss_of_the_validation_set(batch_size):
+  held_out = _held_out()
+  method = validation.watched(
+    baselines.uniform(), {7: held_out, 8: _held_out(seed=6)}, batch_size=batch_size
+  )
+  task, params, value, _ = _one_step(method)
+  logits, _ = task.forward(params, {}, {"image": held_out.image}, None, False)
+  own = losses.softmax_cross_entropy(logits, held_out.label)
+  np.testing.assert_allclose(value, own.mean(), rtol=1e-5)
+
+
+def test_validation_examples_can_be_selected():
+  held_out = _held_out()
+  method = validation.watched(
+    baselines.uniform(), {7: held_out}, weights=bare.example_weights
+  )
+  task, params, value, _ = _one_step(method)
+  logits, _ = task.forward(params, {}, {"image": held_out.image}, None, False)
+  own = losses.softmax_cross_entropy(logits, held_out.label)
+  kept = bare.select(logits, jnp.asarray(held_out.label))
+  np.testing.assert_allclose(value, own[kept].mean(), rtol=1e-5)
+  assert 0 < kept.sum() < 30
+
+
+def test_a_run_slows_down(tmp_path, monkeypatch):
+  # Labels of the validation set that training contradicts: its loss only rises.
+  held_out = _held_out()
+  held_out = held_out._replace(label=(held_out.true_label + 2) % toy_runs.CLASSES)
+  method = validation.watched(baselines.uniform(), {0: held_out})
+  optimizer = validation.reduce_on_plateau(
+    optax.sgd(0.1), 5, factor=0.5, patience=0, min_scale=0.1
+  )
+  monkeypatch.setattr(toy_runs, "OPTIMIZER", optimizer)
+  (whole,) = toy_runs.train(tmp_path / "whole", method, num_steps=20)
+  scales = {
+    name: x
+    for name, x in toy_runs.saved(tmp_path / "whole")[1].items()
+    if "scale" in name
+  }
+  assert [x.item() for x in scales.values()] == [0.125]  # after epochs 1, 2 and 3
+  assert whole.metrics["num_steps"] == 20
+
+
+def test_an_empty_validation_set_is_a_mistake():
+  with pytest.raises(base.InputError, match="of seed 3 is empty: raise num_validation"):
+    validation.watched(baselines.uniform(), {3: _held_out(size=0)})
