@@ -1,0 +1,403 @@
+"""ABSGD: the published numbers, what its objective promises, overflow, schedules."""
+
+import functools
+import math
+import types
+
+import chex
+import hypothesis
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax import losses as losses_lib
+from l2rw_jax.methods import absgd
+from l2rw_jax.methods import changed_loss
+from l2rw_jax.models import classifier
+from l2rw_jax.models import mlp
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+_FIRST = np.array([0.1, 0.5, 2.0, 4.0])
+_SECOND = np.array([1.0, 1.0, 3.0, 0.2])
+
+
+@functools.partial(jax.jit, static_argnames=("options",))
+def _weights(losses, log_normalizer, lam, gamma=1.0, alpha=1.0, options=()):
+  return absgd.example_weights(
+    losses, log_normalizer, lam, gamma=gamma, alpha=alpha, **dict(options)
+  )
+
+
+def _start(losses, lam, gamma=1.0, alpha=1.0, **options):
+  dtype = jnp.result_type(float)
+  return _weights(
+    jnp.asarray(losses, dtype),
+    jnp.asarray(-jnp.inf, dtype),
+    jnp.asarray(lam, dtype),
+    gamma,
+    alpha,
+    options=tuple(options.items()),
+  )
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+  ("lam", "gamma", "alpha", "normalizers", "weights", "totals", "values"),
+  [
+    (
+      2,
+      0.9,
+      1,
+      (2.799593, 2.278927),
+      [
+        [0.093877, 0.114662, 0.242739, 0.659833],
+        [0.180866, 0.180866, 0.491645, 0.121238],
+      ],
+      (1.111111, 0.974614),
+      (3.191529, 1.860913),
+    ),
+    (
+      2,
+      0.5,
+      0.5,
+      (0.777665, 0.944101),
+      [
+        [0.337958, 0.412782, 0.873861, 2.375399],
+        [0.436585, 0.436585, 1.186761, 0.292652],
+      ],
+      (4.0, 2.352582),
+      (11.489505, 4.491982),
+    ),
+    (
+      -2,
+      0.5,
+      0.5,
+      (0.139578, 0.216103),
+      [
+        [1.703762, 1.394922, 0.658915, 0.242401],
+        [0.701668, 0.701668, 0.258129, 1.046765],
+      ],
+      (4.0, 2.708230),
+      (3.155271, 2.387076),
+    ),
+  ],
+)
+def test_golden_vectors(lam, gamma, alpha, normalizers, weights, totals, values):
+  memory = -jnp.inf
+  for step, losses in enumerate((_FIRST, _SECOND)):
+    found, memory = _weights(losses, memory, lam, gamma, alpha)
+    np.testing.assert_allclose(jnp.exp(memory), normalizers[step], atol=5e-7)
+    np.testing.assert_allclose(found, weights[step], atol=5e-7)
+    np.testing.assert_allclose(found.sum(), totals[step], atol=5e-7)
+    np.testing.assert_allclose(found @ losses, values[step], atol=5e-7)
+
+
+def _published(batches, lam, gamma, alpha):
+  """The exponentials as printed, in NumPy."""
+  u, history = 0.0, []
+  for losses in batches:
+    e = np.exp(losses / lam)
+    u = (1 - gamma) * u + gamma * alpha * e.mean()
+    history.append((e / (u * len(losses)), u))
+  return history
+
+
+_LAMBDAS = st.floats(0.3, 50).flatmap(lambda x: st.sampled_from([x, -x]))
+_LOSSES = st.lists(st.floats(0, 20), min_size=4, max_size=4).map(np.array)
+_quick = hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+
+
+@pytest.mark.usefixtures("x64")
+@_quick
+@hypothesis.given(
+  batches=st.lists(_LOSSES, min_size=1, max_size=4),
+  lam=_LAMBDAS,
+  gamma=st.floats(0.01, 1),
+  alpha=st.floats(0.1, 3),
+)
+def test_equal_to_the_plain_exponentials(batches, lam, gamma, alpha):
+  memory = -jnp.inf
+  for losses, (weights, u) in zip(
+    batches, _published(batches, lam, gamma, alpha), strict=True
+  ):
+    found, memory = _weights(losses, memory, lam, gamma, alpha)
+    np.testing.assert_allclose(found, weights, rtol=1e-12)
+    np.testing.assert_allclose(memory, np.log(u), rtol=1e-12, atol=1e-12)
+    # sum p = mean(e) / u, bounded as no exponential exceeds what it is divided by.
+    np.testing.assert_allclose(found.sum(), np.exp(losses / lam).mean() / u, 1e-12)
+    assert found.sum() <= (1 + 1e-12) / (gamma * alpha)
+
+
+@jax.jit
+def _slopes(lam, inputs, targets):
+  """Of the weighted loss, and of lambda log mean exp(l / lambda)."""
+
+  def losses_fn(params):
+    return (inputs @ params - targets) ** 2
+
+  def objective(params):
+    scores = losses_fn(params) / lam
+    return lam * (jax.nn.logsumexp(scores) - jnp.log(scores.size))
+
+  def weighted(params):
+    losses = losses_fn(params)
+    return absgd.example_weights(losses, 0.3, lam, gamma=1.0)[0] @ losses
+
+  params = jnp.ones(inputs.shape[1])
+  return jax.grad(weighted)(params), jax.grad(objective)(params)
+
+
+@pytest.mark.usefixtures("x64")
+@_quick
+@hypothesis.given(lam=_LAMBDAS, seed=st.integers(0, 99))
+def test_without_memory_the_step_is_the_gradient_of_the_objective(lam, seed):
+  rng = np.random.default_rng(seed)
+  found, expected = _slopes(lam, rng.normal(size=(5, 3)), rng.normal(size=5))
+  np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_limits_in_lambda():
+  for lam in (1e9, -1e9, math.inf, -math.inf):
+    np.testing.assert_allclose(_start(_FIRST, lam)[0], np.full(4, 0.25), atol=1e-8)
+  np.testing.assert_allclose(_start(_FIRST, 1e-3)[0], [0, 0, 0, 1], atol=1e-12)
+  np.testing.assert_allclose(_start(_FIRST, -1e-3)[0], [1, 0, 0, 0], atol=1e-12)
+  # F = mean + Var / (2 lambda): for lambda > 0 above the mean, below it else.
+  for lam in (300.0, -300.0):
+    expansion = _FIRST.mean() + _FIRST.var() / (2 * lam)
+    value = lam * _start(_FIRST, lam)[1]
+    np.testing.assert_allclose(value, expansion, atol=1e-5)
+    assert np.sign(value - _FIRST.mean()) == np.sign(lam)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("gamma", "alpha"), [(0.9, 1.0), (0.1, 0.5), (1.0, 2.0)])
+def test_weights_sum_to_one_over_gamma_alpha_first_and_over_alpha_at_last(gamma, alpha):
+  memory = -jnp.inf
+  totals = []
+  for _ in range(300):
+    weights, memory = _weights(_FIRST, memory, 2.0, gamma, alpha)
+    totals.append(weights.sum())
+  np.testing.assert_allclose(totals[0], 1 / (gamma * alpha), rtol=1e-12)
+  np.testing.assert_allclose(totals[-1], 1 / alpha, rtol=1e-10)
+
+
+@pytest.mark.parametrize("lam", [1e-3, -1e-3, 0.5, -0.5, 1e3])
+@pytest.mark.parametrize(
+  "losses",
+  [
+    [0.0, 0.0, 0.0],
+    [100.0, 90.0, 0.0],
+    [1e30, 1.0, 0.0],
+    [3e38, 3e38, 1e-30],
+    [-1e30, 5.0, 1e30],
+    [7.0],
+  ],
+)
+def test_finite_in_float32_where_the_exponential_is_not(lam, losses):
+  losses = np.array(losses, np.float32)
+  gamma, alpha = 0.9, 0.5
+  memory = np.float32(-np.inf)
+  # Up, down and up again, so that the memory meets every magnitude.
+  for batch in (losses, 0 * losses, losses[::-1], losses):
+    weights, memory = _weights(batch, memory, np.float32(lam), gamma, alpha)
+    assert weights.dtype == memory.dtype == np.float32
+    assert np.isfinite(weights).all() and np.isfinite(memory)
+    assert (weights >= 0).all() and weights.sum() <= 1.0001 / (gamma * alpha)
+
+
+def test_first_weights_are_right_however_large_the_losses():
+  # exp(1e33) of the heaviest: it has all the weight there is, 1 / (gamma alpha).
+  weights, _ = _start([1e30, 1.0, 0.0], 1e-3, 0.9)
+  np.testing.assert_allclose(weights, [1 / 0.9, 0, 0], rtol=1e-6)
+  weights, _ = _start([1000.0, 999.0, 0.0], 1.0, 0.9)
+  expected = np.array([1, np.exp(-1), 0]) / (1 + np.exp(-1)) / 0.9
+  np.testing.assert_allclose(weights, expected, rtol=1e-6)
+
+
+def test_the_weights_are_constants_and_batch_under_vmap():
+  def total(losses, memory, lam):
+    weights, memory = absgd.example_weights(losses, memory, lam, gamma=1.0)
+    return jnp.sum(weights**2) + jnp.where(jnp.isfinite(memory), memory, 0)
+
+  slopes = jax.grad(total, argnums=(0, 1, 2))(jnp.array(_FIRST), -jnp.inf, 2.0)
+  assert not any(np.any(x) for x in slopes)
+  lams = jnp.array([2.0, -2.0, jnp.inf])
+  weights, memory = jax.vmap(
+    lambda lam: absgd.example_weights(jnp.array(_FIRST), -jnp.inf, lam, gamma=1.0)
+  )(lams)
+  for row, lam in enumerate(lams):
+    chex.assert_trees_all_close((weights[row], memory[row]), _start(_FIRST, lam))
+  assert memory[2] == -jnp.inf
+
+
+def test_infinite_lambda_is_the_plain_mean_and_leaves_the_normalizer_alone():
+  for lam in (jnp.inf, -jnp.inf):
+    weights, memory = _weights(
+      _FIRST, 1.5, lam, 0.5, 0.5, options=(("clip", 0.1), ("uniform_share", 1.0))
+    )
+    np.testing.assert_array_equal(weights, np.full(4, 0.25))
+    assert memory == 1.5
+
+
+def test_clip_and_the_extra_uniform_weight():
+  plain, _ = _start(_FIRST, 2.0, 0.5)
+  clipped, _ = _start(_FIRST, 2.0, 0.5, clip=0.3)
+  np.testing.assert_allclose(clipped, np.minimum(plain, 0.3))
+  assert (clipped < plain).any() and (clipped == plain).any()
+  both, _ = _start(_FIRST, 2.0, 0.5, clip=0.3, uniform_share=1.0)
+  np.testing.assert_allclose(both, clipped + 0.25, rtol=1e-6)
+
+
+def test_a_broken_loss_is_not_hidden():
+  weights, memory = _start([1.0, np.nan], 2.0)
+  assert np.isnan(weights).all() and np.isnan(memory)
+
+
+def test_half_precision_is_reckoned_in_single():
+  weights, memory = absgd.example_weights(
+    jnp.asarray(_FIRST, jnp.bfloat16), -jnp.inf, 2.0, gamma=1.0
+  )
+  assert weights.dtype == jnp.bfloat16 and memory.dtype == jnp.float32
+  np.testing.assert_allclose(weights, _start(_FIRST, 2.0)[0], rtol=1e-2)
+
+
+_COUNTS = jnp.array([30, 10])
+_NET = mlp.MLP(2, (4,))
+
+
+def _task():
+  return classifier.Classifier(_NET, 2).task(
+    class_counts=_COUNTS, num_examples=40, num_steps=10
+  )
+
+
+@functools.cache
+def _inputs():
+  rng = np.random.default_rng(0)
+  batch = {
+    "image": rng.normal(size=(6, 3)).astype(np.float32),
+    "label": np.array([0, 1, 1, 0, 0, 1], np.int32),
+    "index": np.arange(6),
+  }
+  params = _NET.init(jax.random.key(0), batch["image"])["params"]
+  step = jnp.zeros((), int)
+  return base.Inputs(params, {}, (), batch, None, step, jax.random.key(1))
+
+
+def _state(method, epoch=0):
+  state = method.init(jax.random.key(2), _task(), _inputs().params)
+  return method.refresh(state, _task(), types.SimpleNamespace(epoch=epoch))
+
+
+def _step(method, state):
+  return method.gradients(state, _task(), _inputs())
+
+
+def _base_losses(params, loss):
+  batch = _inputs().batch
+  outputs = _NET.apply({"params": params}, batch["image"])
+  return loss(outputs, batch, _COUNTS)
+
+
+def _cross_entropy(outputs, batch, class_counts):
+  del class_counts
+  return losses_lib.softmax_cross_entropy(outputs, batch["label"])
+
+
+def _class_weighted(outputs, batch, class_counts):
+  rarity = jnp.max(class_counts) / class_counts
+  return rarity[batch["label"]] * _cross_entropy(outputs, batch, class_counts)
+
+
+_LOSSES_UNDER_ABSGD = {
+  "cross_entropy": _cross_entropy,
+  "class_weighted": _class_weighted,
+}
+
+
+@pytest.mark.parametrize("lam", [2.0, -2.0])
+@pytest.mark.parametrize("name", _LOSSES_UNDER_ABSGD)
+def test_a_step_on_any_loss(name, lam):
+  loss = _LOSSES_UNDER_ABSGD[name]
+  method = changed_loss.changed_loss(absgd.absgd(lam, gamma=0.5), loss)
+  state = _state(method)
+  for _ in range(2):
+    memory = state.inner.log_normalizer
+    found, state = _step(method, state)
+    values = _base_losses(_inputs().params, loss)
+    np.testing.assert_allclose(found.losses, values, rtol=1e-5)
+    weights, memory = _weights(values, memory, lam, 0.5)
+    np.testing.assert_allclose(found.weights, weights, rtol=1e-5)
+    np.testing.assert_allclose(found.metrics["log_normalizer"], memory, rtol=1e-5)
+    np.testing.assert_allclose(found.metrics["total_weight"], weights.sum(), 1e-5)
+    expected = jax.grad(lambda p, w=weights: w @ _base_losses(p, loss))(
+      _inputs().params
+    )
+    chex.assert_trees_all_close(found.grads, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_two_stages_are_a_mean_and_then_absgd():
+  method = absgd.absgd(absgd.two_stage(-5.0, 3), gamma=0.5, add_uniform=True)
+  state = _state(method, epoch=2)
+  found, after = _step(method, state)
+  np.testing.assert_allclose(found.weights, np.full(6, 1 / 6), rtol=1e-6)
+  assert found.metrics["log_normalizer"] == 0
+  chex.assert_trees_all_equal(after, state)
+  state = method.refresh(after, _task(), types.SimpleNamespace(epoch=3))
+  found, _ = _step(method, state)
+  # The first step of ABSGD, 1 / gamma, and the extra uniform weight.
+  np.testing.assert_allclose(found.metrics["total_weight"], 3, rtol=1e-5)
+
+
+def test_the_normalizer_starts_again_when_lambda_changes_and_only_then():
+  method = absgd.absgd(lambda epoch: 2.0 if epoch < 2 else 4.0)
+  _, state = _step(method, _state(method))
+  assert np.isfinite(state.log_normalizer) and state.lam == 2
+  kept = method.refresh(state, _task(), types.SimpleNamespace(epoch=1))
+  chex.assert_trees_all_equal(kept, state)
+  new = method.refresh(kept, _task(), types.SimpleNamespace(epoch=2))
+  assert new.log_normalizer == -np.inf and new.lam == 4
+  # What a checkpoint keeps: arrays of one type throughout.
+  chex.assert_trees_all_equal_shapes_and_dtypes(new, state, _state(method))
+  assert all(x.dtype == np.float32 for x in new)
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda: absgd.absgd(0.0), "lam=0.0 must not be 0"),
+    (lambda: absgd.absgd(math.nan), "lam=nan must not be 0"),
+    (lambda: absgd.absgd(1e-42), "lam=1e-42 must not be 0"),
+    (lambda: absgd.absgd(lambda epoch: epoch), "lam=0 must not be 0"),
+    (lambda: absgd.two_stage(0, 3), "lam=0 must not be 0"),
+    (lambda: absgd.two_stage(2, -1), "from_epoch=-1 must be at least 0"),
+    (lambda: absgd.absgd(1.0, gamma=0.0), "gamma=0.0 must be above 0"),
+    (lambda: absgd.absgd(1.0, gamma=1.1), "gamma=1.1 must be above 0 and at most 1"),
+    (lambda: absgd.absgd(1.0, gamma=math.nan), "gamma=nan"),
+    (lambda: absgd.absgd(1.0, alpha=0), "alpha=0 must be a number above 0"),
+    (lambda: absgd.absgd(1.0, alpha=math.inf), "alpha=inf must be a number above 0"),
+    (lambda: absgd.absgd(1.0, clip=-1), "clip=-1 must be a number above 0"),
+    (
+      lambda: absgd.example_weights(jnp.ones(2), -jnp.inf, 0.0, gamma=1.0),
+      "lam=0.0 must not be 0",
+    ),
+    (
+      lambda: absgd.example_weights(jnp.ones((2, 2)), -jnp.inf, 1.0, gamma=1.0),
+      "losses must be one number per example",
+    ),
+  ],
+)
+def test_settings_out_of_range(make, message):
+  with pytest.raises(base.InputError, match=message):
+    make()
+
+
+def test_a_schedule_that_comes_to_zero_is_told():
+  method = absgd.absgd(lambda epoch: 2.0 - epoch)
+  with pytest.raises(base.InputError, match=r"lam=0\.0 must not be 0"):
+    _state(method, epoch=2)
