@@ -20,6 +20,7 @@ from typing import Any
 from absl import flags
 import jax
 
+from experiments import _catalogue
 from experiments import _launch
 from experiments import _methods
 from experiments import _noise
@@ -144,9 +145,14 @@ _NUM_META = flags.DEFINE_integer(
 _NUM_VALIDATION = flags.DEFINE_integer(
   "num_validation",
   None,
-  "Images with wrong labels held out, for a learning rate that falls on a plateau of"
-  " their loss. [the preset's]",
+  "Images with wrong labels held out of training. [the preset's]",
   lower_bound=0,
+)
+_PLATEAU = flags.DEFINE_bool(
+  "plateau",
+  None,
+  "Whether the learning rate falls to a tenth when their loss stops falling."
+  " [the preset's]",
 )
 _PIXELS = flags.DEFINE_enum(
   "pixels", "unit", list(PIXELS), "Scale of the pixels: 0 to 1, or 0 to 255."
@@ -214,10 +220,11 @@ def make_cell(name: str, fraction: float, split: splits_lib.Splits) -> _noise.Ce
     preset.meta_batch_size, max(1, len(split.meta.label))
   )
   steps = max(1, len(split.train.label) // batch_size)  # an epoch
+  plateau = preset.plateau if _PLATEAU.value is None else _PLATEAU.value
   given: dict[str, Any] = {
     "learning_rate": _LEARNING_RATE.value,
     "momentum": _MOMENTUM.value,
-    "plateau_steps": steps if preset.plateau else None,
+    "plateau_steps": steps if plateau else None,
   }
   given = {k: v for k, v in given.items() if v is not None}
   config = _launch.run_config(
@@ -297,7 +304,8 @@ def main() -> None:
   modules = (__name__, _methods.__name__)
   folder = _launch.prepare("mnist_noise", modules[0], _EXTENDABLE, modules[1])
   rows = [row for cell in cells for row in train(cell, folder)]
-  _report.save(folder, rows, _launch.flags_of(*modules))
+  flags_given = _launch.flags_of(*modules)
+  _report.save(folder, rows, flags_given)
   columns = ("noise", "fraction")
   _noise_report.draw(rows, columns, folder / "figure.png")
   written = ["results.json", "results.csv", "figure.png"]
@@ -307,7 +315,7 @@ def main() -> None:
       cell, folder / next(iter(seed_groups())), folder / name
     ):
       written.append(name)
-  print(_noise_report.summarise(rows, columns))
+  print(_catalogue.summary("mnist_noise", rows, flags_given))
   print(f"\nwritten: {folder}/{', '.join(written)}")
 
 
