@@ -10,6 +10,7 @@ import jax
 import optax
 
 from experiments import _noise
+from l2rw_jax.data import sources
 from l2rw_jax.models import augmentation
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
@@ -28,7 +29,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
   "mentornet_wrn_56_10": preactivation_resnet.LeakyWideResNet,  # 84,627,034
   # For trying things out:
   "resnet_8": functools.partial(resnet.ResNet, blocks=1),
-  "mlp": lambda num_classes, axis_name: mlp.MLP(num_classes),
+  "mlp": lambda num_classes, axis_name, **options: mlp.MLP(num_classes, **options),
 }
 
 # Channel statistics as each released code has them.
@@ -48,6 +49,7 @@ AUGMENTATIONS = {
   "mwn": _MWN,
   "mentornet": augmentation.Preprocess(pad=2, flip=True, standardize=True),
   "warpi": _WARPI,
+  "ldam": dataclasses.replace(_WARPI, padding="zero"),
 }
 _WARPI_100 = dataclasses.replace(
   _MWN, mean=(0.507, 0.487, 0.441), std=(0.267, 0.265, 0.276)
@@ -199,6 +201,16 @@ def smoke(preset: Preset) -> Preset:
     meta_batch_size=10,
     num_meta={10: 2, 100: 1},
     num_validation=min(preset.num_validation, 20),
+  )
+
+
+def first_images(source: sources.Source, size: int) -> sources.Source:
+  """The beginning of a split, to try things out."""
+  return source._replace(
+    split=f"{source.split}[:{size}]",
+    images=source.images[:size],
+    labels=source.labels[:size],
+    extra={name: labels[:size] for name, labels in source.extra.items()},
   )
 
 
