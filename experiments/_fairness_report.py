@@ -1,5 +1,6 @@
-"""The table and the figure of `experiments.fairness`."""
+"""The rows and the figure of `experiments.fairness`."""
 
+from collections.abc import Mapping
 import pathlib
 from typing import Any
 
@@ -51,8 +52,8 @@ def row(
   }
 
 
-def label(one: dict[str, Any]) -> str:
-  """What a row's setting is called in the table."""
+def label(one: Mapping[str, Any]) -> str:
+  """What a row's method is called in the table."""
   if one["kept_percent"] is None:
     return one["method"]
   by = f" by {one['method']}" if one["kept"] == "top" else ""
@@ -65,15 +66,6 @@ def _columns(rows: list[dict[str, Any]]) -> list[str]:
 
 def _interval(rows: list[dict[str, Any]], name: str, column: str) -> _report.Interval:
   return _report.interval([r[column] for r in rows if label(r) == name])
-
-
-def summarise(rows: list[dict[str, Any]]) -> str:
-  """The table: mean and 95% interval over seeds, at the last step."""
-  columns, lines = _columns(rows), []
-  for name in dict.fromkeys(map(label, rows)):
-    cells = [_interval(rows, name, column) for column in columns]
-    lines.append((name, *cells, cells[0].repeats))
-  return _report.table(("method", *(MEASURES[c][0] for c in columns), "seeds"), lines)
 
 
 def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from sklearn import metrics as sklearn_metrics
 
 from experiments import _methods
 from experiments import _report
@@ -222,22 +221,12 @@ def row(cell: Cell, result: results_lib.Result, **facts: Any) -> dict[str, Any]:
     **cell.noise,
     "accuracy_percent": 100 * metrics["last"]["accuracy"],
     "best_percent": 100 * metrics["best_accuracy"],
-    "weight_auroc": auroc(result.weights),
+    "weight_auroc": _report.auroc(result.weights),
     "batch_size": cell.config.batch_size,
     **optimisation,
     "drops": drops,
     **_report.run_fields(metrics),
   }
-
-
-def auroc(weights: dict[str, np.ndarray]) -> float | None:
-  """How well low weight finds wrong labels; 0.5 is chance, None if undefined."""
-  is_clean = weights["label"] == weights["true_label"]
-  known = np.isfinite(weights["mean_weight"])
-  is_clean, mean = is_clean[known], weights["mean_weight"][known]
-  if is_clean.all() or not is_clean.any() or np.ptp(mean) < 1e-9:
-    return None
-  return float(sklearn_metrics.roc_auc_score(is_clean, mean))
 
 
 def draw_curves(cell: Cell, folder: pathlib.Path, path: pathlib.Path) -> bool:

@@ -1,45 +1,10 @@
-"""The table and the figure of the label-noise experiments, from rows alone."""
+"""The figure of the label-noise experiments, from rows alone."""
 
 from collections.abc import Sequence
 import pathlib
 from typing import Any
 
 import numpy as np
-
-from experiments import _report
-
-
-def summarise(rows: list[dict[str, Any]], columns: Sequence[str]) -> str:
-  """The table: a line per noise and method, ours beside the published value.
-
-  Args:
-    rows: with `published_percent` and `published_spread`.
-    columns: which of a row's entries tell the noise.
-  """
-  keys = (*columns, "method")
-  lines = []
-  for key in dict.fromkeys(tuple(r[k] for k in keys) for r in rows):
-    own = [r for r in rows if tuple(r[k] for k in keys) == key]
-    last = _report.interval([r["accuracy_percent"] for r in own])
-    best = _report.interval([r["best_percent"] for r in own])
-    scores = [r["weight_auroc"] for r in own if r["weight_auroc"] is not None]
-    published = own[0]["published_percent"]
-    spread = own[0]["published_spread"]
-    beside = "-" if published is None else f"{published:.2f}"
-    if spread is not None:
-      beside += f" ± {spread:.2f}"
-    found = f"{np.mean(scores):.3f}" if scores else "-"
-    lines.append((*key, last, best, beside, found, last.repeats))
-  header = (
-    *columns,
-    "method",
-    "test accuracy % (95% interval)",
-    "best on test",
-    "published",
-    "AUROC of weights",
-    "seeds",
-  )
-  return _report.table(header, lines)
 
 
 def draw(rows: list[dict[str, Any]], columns: Sequence[str], path: pathlib.Path):

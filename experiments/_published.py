@@ -1,7 +1,10 @@
 """Numbers that papers publish, to stand beside ours."""
 
-# Ren et al. (2018), figure 3: method -> majority -> (test error in %, the drawn
-# error bar, whose type is not stated), read off the figure's coordinates.
+# Method -> majority -> (test error in %, its "±").
+MNIST_IMBALANCE_SOURCE = (
+  "Published: Ren et al. (2018), figure 3, read off its coordinates; their ± is the"
+  " drawn error bar, whose type is not stated."
+)
 MNIST_IMBALANCE = {
   "uniform": {
     0.9: (1.62, 0.21),
@@ -47,8 +50,12 @@ MNIST_IMBALANCE = {
   },
 }
 
-# Patel and Sastry (2023, BARE), MNIST table: (builder, rate) -> method -> (test
-# accuracy in %, standard deviation), last epoch; read from a secondary source.
+# (builder, rate) -> method -> (test accuracy in %, its "±"), last epoch.
+MNIST_NOISE_SOURCE = (
+  "Published: Patel and Sastry (2023, BARE), MNIST table, read from a secondary source;"
+  " their ± is a standard deviation; 200 epochs and, in the released code, pixels from"
+  " 0 to 255."
+)
 MNIST_NOISE = {
   ("bare_symmetric", 0.5): {
     "uniform": (74.30, 0.55),

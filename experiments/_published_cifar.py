@@ -1,8 +1,12 @@
 """What papers publish for CIFAR with wrong labels, to stand beside ours."""
 
-# (test accuracy in %, what follows the +-, or None). Keys: preset, data set, noise
-# fraction, method of ours. L2RW's +- is a 95% interval over 5 splits; what
-# Meta-Weight-Net's is, is not verified; MentorNet gives none.
+# (test accuracy in %, its "±", or None). Keys: preset, data set, noise fraction,
+# method of ours.
+SOURCE = (
+  "Published: the tables of the preset's paper (Ren et al. 2018, Shu et al. 2019, Jiang"
+  " et al. 2018); L2RW's ± is a 95% interval over 5 splits, what Meta-Weight-Net's is"
+  " could not be verified, MentorNet gives none."
+)
 Number = tuple[float, float | None]
 
 _L2RW_UNIFORM = {

@@ -1,4 +1,4 @@
-"""Rows of results to a table on the terminal, JSON and CSV."""
+"""Rows of results: numbers of repeated runs, a Markdown table, JSON and CSV."""
 
 from collections.abc import Sequence
 import csv
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
+from sklearn import metrics as sklearn_metrics
 
 from l2rw_jax import workdir
 
@@ -19,11 +20,15 @@ class Interval(NamedTuple):
   half_width: float
   repeats: int
 
-  def __str__(self) -> str:
-    """For a table cell."""
+  def __format__(self, spec: str) -> str:
+    """For a table cell; `spec` is that of both numbers."""
     if self.repeats < 2:
-      return f"{self.mean:.2f}"
-    return f"{self.mean:.2f} ± {self.half_width:.2f}"
+      return format(self.mean, spec)
+    return f"{self.mean:{spec}} ± {self.half_width:{spec}}"
+
+  def __str__(self) -> str:
+    """With two decimals."""
+    return format(self, ".2f")
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -34,6 +39,20 @@ def interval(values: Sequence[float]) -> Interval:
   spread = np.std(values, ddof=1) / np.sqrt(count)
   quantile = stats.t.ppf(0.975, count - 1)
   return Interval(float(np.mean(values)), float(quantile * spread), count)
+
+
+def auroc(weights: dict[str, np.ndarray]) -> float | None:
+  """How well low weight finds wrong labels; 0.5 is chance, None if undefined.
+
+  Args:
+    weights: columns of a run's `weights.csv`.
+  """
+  is_clean = weights["label"] == weights["true_label"]
+  known = np.isfinite(weights["mean_weight"])
+  is_clean, mean = is_clean[known], weights["mean_weight"][known]
+  if is_clean.all() or not is_clean.any() or np.ptp(mean) < 1e-9:
+    return None
+  return float(sklearn_metrics.roc_auc_score(is_clean, mean))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -28,6 +28,7 @@ from typing import Any
 from absl import flags
 import numpy as np
 
+from experiments import _catalogue
 from experiments import _cifar
 from experiments import _launch
 from experiments import _methods
@@ -313,7 +314,8 @@ def main() -> None:
   modules = (__name__, _methods.__name__)
   folder = _launch.prepare("cifar_noise", modules[0], _EXTENDABLE, modules[1])
   rows = [row for cell in cells for row in train(cell, preset, folder)]
-  _report.save(folder, rows, _launch.flags_of(*modules))
+  flags_given = _launch.flags_of(*modules)
+  _report.save(folder, rows, flags_given)
   told = "annotation" if annotation(preset) else "fraction"
   columns = ("dataset", "noise", told, "num_steps")
   _noise_report.draw(rows, columns, folder / "figure.png")
@@ -324,7 +326,7 @@ def main() -> None:
       cell, first, folder / "curve.png"
     ):
       written.append("curve.png")
-  print(_noise_report.summarise(rows, columns))
+  print(_catalogue.summary("cifar_noise", rows, flags_given))
   print(f"\nwritten: {folder}/{', '.join(written)}")
 
 

@@ -15,8 +15,8 @@ from typing import Any
 from absl import flags
 import numpy as np
 import optax
-from sklearn import metrics as sklearn_metrics
 
+from experiments import _catalogue
 from experiments import _launch
 from experiments import _report
 from l2rw_jax import base
@@ -119,48 +119,18 @@ def train_all(
   }
 
 
-def auroc(weights: dict[str, np.ndarray]) -> float | None:
-  """How well low weight finds wrong labels; 0.5 is chance, None if undefined."""
-  is_clean = weights["label"] == weights["true_label"]
-  known = np.isfinite(weights["mean_weight"])
-  is_clean, mean = is_clean[known], weights["mean_weight"][known]
-  if is_clean.all() or not is_clean.any() or np.ptp(mean) == 0:
-    return None
-  return float(sklearn_metrics.roc_auc_score(is_clean, mean))
-
-
 def result_rows(runs: Runs) -> list[dict[str, Any]]:
   """One line of `results.csv` for every run."""
   return [
     {
       "method": name,
       "accuracy_percent": 100 * result.metrics["last"]["accuracy"],
-      "weight_auroc": auroc(result.weights),
+      "weight_auroc": _report.auroc(result.weights),
       **_report.run_fields(result.metrics),
     }
     for name, results in runs.items()
     for result in results
   ]
-
-
-def summarise(rows: list[dict[str, Any]]) -> str:
-  """The table printed at the end."""
-  lines = []
-  for method in dict.fromkeys(r["method"] for r in rows):
-    own = [r for r in rows if r["method"] == method]
-    last = _report.interval([r["accuracy_percent"] for r in own])
-    best = _report.interval([100 * r["best_accuracy"] for r in own])
-    scores = [r["weight_auroc"] for r in own if r["weight_auroc"] is not None]
-    found = f"{np.mean(scores):.3f}" if scores else "-"
-    lines.append((method, last, best, found, last.repeats))
-  header = (
-    "method",
-    "test accuracy % (95% interval)",
-    "best on test",
-    "AUROC of weights",
-    "seeds",
-  )
-  return _report.table(header, lines)
 
 
 def draw(runs: Runs, rows: list[dict[str, Any]], path: pathlib.Path) -> None:
@@ -212,7 +182,7 @@ def draw_weights(axes: Any, weights: list[dict[str, np.ndarray]]) -> None:
       color=color,
     )
   axes.axvline(1, color="black", linewidth=0.8, linestyle=":", label="uniform weight")
-  scores = [s for s in (auroc(w) for w in weights) if s is not None]
+  scores = [s for s in (_report.auroc(w) for w in weights) if s is not None]
   title = "L2RW's weights" + (f", AUROC {np.mean(scores):.3f}" if scores else "")
   axes.set_title(title)
   axes.set_xlabel("mean weight over training (uniform = 1)")
@@ -231,9 +201,10 @@ def main() -> None:
   folder = _launch.prepare("digits_noise", __name__, _EXTENDABLE)
   runs = train_all(methods, splits, folder)
   rows = result_rows(runs)
-  _report.save(folder, rows, _launch.flags_of(__name__))
+  flags_given = _launch.flags_of(__name__)
+  _report.save(folder, rows, flags_given)
   draw(runs, rows, folder / "figure.png")
-  print(summarise(rows))
+  print(_catalogue.summary("digits_noise", rows, flags_given))
   print(f"\nwritten: {folder}/results.json, results.csv, figure.png")
 
 

@@ -25,6 +25,7 @@ from absl import flags
 import jax
 import optax
 
+from experiments import _catalogue
 from experiments import _condensation
 from experiments import _fairness_report
 from experiments import _launch
@@ -323,9 +324,10 @@ def main() -> None:
     for setting, results in runs.items()
     for result in results
   ]
-  _report.save(folder, rows, _launch.flags_of(__name__))
+  flags_given = _launch.flags_of(__name__)
+  _report.save(folder, rows, flags_given)
   _fairness_report.draw(rows, folder / "figure.png")
-  print(_fairness_report.summarise(rows))
+  print(_catalogue.summary("fairness", rows, flags_given))
   print(f"\nwritten: {folder}/results.json, results.csv, figure.png")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from absl import flags
 import numpy as np
 
+from experiments import _catalogue
 from experiments import _launch
 from experiments import _report
 from l2rw_jax import base
@@ -147,22 +148,6 @@ def table_rows(
   ]
 
 
-def summarise(rows: list[dict[str, Any]]) -> str:
-  """The table: how well the mentor imitates."""
-  header = ("curriculum", "rows", "number", "mean squared error", "accuracy %")
-  lines = [
-    (
-      row["curriculum"],
-      row["rows"],
-      row["num_rows"],
-      f"{row['mse']:.5f}",
-      f"{100 * row['accuracy']:.2f}",
-    )
-    for row in rows
-  ]
-  return _report.table(header, lines)
-
-
 def draw(
   mentor: mentornet_network.Mentor, rows: mentornet_fitting.Rows, path: pathlib.Path
 ) -> None:
@@ -230,9 +215,10 @@ def main() -> None:
   folder = _launch.prepare("mentornet_pretrain", __name__, ())
   mentor = fit_or_load(rows, num_classes, folder)
   results = table_rows(mentor, rows)
-  _report.save(folder, results, _launch.flags_of(__name__))
+  flags_given = _launch.flags_of(__name__)
+  _report.save(folder, results, flags_given)
   draw(mentor, rows, folder / "figure.png")
-  print(summarise(results))
+  print(_catalogue.summary("mentornet_pretrain", results, flags_given))
   print(f"\nwritten: {folder}/mentor.json, results.json, results.csv, figure.png")
 
 

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import optax
 
+from experiments import _catalogue
 from experiments import _launch
 from experiments import _published
 from experiments import _report
@@ -260,21 +261,6 @@ def row(cell: Cell, metrics: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def summarise(rows: list[dict[str, Any]]) -> str:
-  """The table: ours beside the published value, a line per majority and method."""
-  lines = []
-  for majority, method in dict.fromkeys((r["majority"], r["method"]) for r in rows):
-    own = [r for r in rows if (r["majority"], r["method"]) == (majority, method)]
-    ours = _report.interval([r["error_percent"] for r in own])
-    published = own[0]["published_error_percent"]
-    beside = "-"
-    if published is not None:
-      beside = f"{published:.2f} ± {own[0]['published_error_bar']:.2f}"
-    lines.append((f"{majority:g}", method, ours, beside, ours.repeats))
-  header = ("majority", "method", "error % (95% interval)", "published", "splits")
-  return _report.table(header, lines)
-
-
 def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
   """The figure: a bar with its interval and a dot a split; diamonds as published."""
   import matplotlib
@@ -332,9 +318,10 @@ def main() -> None:
     config_lib.check(cell.config, cell.method, make_splits(cell, [0]))
   folder = _launch.prepare("mnist_imbalance", __name__, _EXTENDABLE)
   rows = [row for cell in cells for row in train(cell, folder)]
-  _report.save(folder, rows, _launch.flags_of(__name__))
+  flags_given = _launch.flags_of(__name__)
+  _report.save(folder, rows, flags_given)
   draw(rows, folder / "figure.png")
-  print(summarise(rows))
+  print(_catalogue.summary("mnist_imbalance", rows, flags_given))
   print(f"\nwritten: {folder}/results.json, results.csv, figure.png")
 
 

@@ -163,37 +163,3 @@ def test_divergence_is_one_line_and_stays_so(tmp_path):
   assert not list((tmp_path / "run").rglob("results.json"))
   # Its only step was sound, so there is a result: bad, but no number is missing.
   assert short.status is None and len(scripts.table(short.printed)) == 2
-
-
-_FUNCTIONS = """
-import numpy as np
-from experiments import digits_noise
-nan = float("nan")
-
-def auroc(labels, mean):
-  return digits_noise.auroc({
-    "label": np.array(labels), "true_label": np.zeros(len(labels)),
-    "mean_weight": np.array(mean),
-  })
-
-print(auroc([0, 0, 1, 1], [3, 2, 1, 0]), auroc([0, 0, 1, 1], [0, 1, 2, 3]))
-print(auroc([0, 1, 0, 1], [2, 1, 0, nan]), auroc([0, 1, 0], [nan, nan, nan]))
-print(auroc([0, 0], [1, 2]), auroc([1, 1], [1, 2]), auroc([0, 1], [1, 1]))
-row = {"method": "l2rw", "best_accuracy": 0.5}
-print(digits_noise.summarise([
-  {**row, "accuracy_percent": 40.0, "weight_auroc": 0.75},
-  {**row, "accuracy_percent": 60.0, "weight_auroc": None},
-  {**row, "method": "uniform", "accuracy_percent": 30.0, "weight_auroc": None},
-]))
-"""
-
-
-def test_auroc_and_summary_by_hand():
-  done = scripts.start("-c", _FUNCTIONS)
-  assert done.complaints == ""
-  assert done.printed.splitlines()[:3] == ["1.0 0.0", "0.5 None", "None None None"]
-  # Two values: their mean, and t(0.975, 1) = 12.706 standard errors of 10.
-  assert scripts.table(done.printed)[1:] == [
-    ["l2rw", "50.00 ± 127.06", "50.00 ± 0.00", "0.750", "2"],
-    ["uniform", "30.00", "50.00", "-", "1"],
-  ]

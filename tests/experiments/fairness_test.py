@@ -176,25 +176,3 @@ def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
   outcomes, folder = mistakes
   scripts.assert_one_line(outcomes[name], _MISTAKES[name][1])
   assert list(folder.iterdir()) == []
-
-
-_FUNCTIONS = """
-import numpy as np
-from experiments import _fairness_report as report
-whole = {"method": "uniform", "kept_percent": None, "kept": ""}
-part = {"method": "forml_gap", "kept_percent": 9, "kept": "top"}
-measured = dict.fromkeys(report.MEASURES, 1.0) | {"worst_cell_percent": None}
-rows = [{**whole, **measured, "accuracy_percent": a} for a in (40.0, 60.0)]
-rows.append({**part, **measured})
-print(report.summarise(rows))
-"""
-
-
-def test_the_summary_by_hand():
-  done = scripts.start("-c", _FUNCTIONS)
-  assert done.complaints == ""
-  # Two values: their mean, and t(0.975, 1) = 12.706 standard errors of 10.
-  assert scripts.table(done.printed)[1:] == [
-    ["uniform", "50.00 ± 127.06", *["1.00 ± 0.00"] * 3, "2"],
-    ["uniform on top 9% by forml_gap", *["1.00"] * 4, "1"],
-  ]

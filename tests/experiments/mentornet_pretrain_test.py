@@ -130,8 +130,8 @@ def test_what_a_run_leaves(done, name):
   folder, runs, _, _ = done
   assert runs[name].status is None and runs[name].complaints == "", runs[name]
   header, *lines = scripts.table(runs[name].printed)
-  assert header == ["curriculum", "rows", "number", "mean squared error", "accuracy %"]
-  assert [line[1] for line in lines] == ["train", "test"]
+  assert header[:4] == ["rows", "curriculum", "accuracy %", "mean squared error"]
+  assert [line[0] for line in lines] == ["train", "test"]
   assert (
     runs[name]
     .printed.splitlines()[-1]
@@ -140,7 +140,7 @@ def test_what_a_run_leaves(done, name):
   rows, csv_rows, flags = scripts.saved_rows(folder / name)
   assert [row["rows"] for row in rows] == [row["rows"] for row in csv_rows]
   for row, line in zip(rows, lines, strict=True):
-    assert f"{row['mse']:.5f}" == line[3] and row["num_rows"] == int(line[2])
+    assert f"{row['mse']:.5f}" == line[3] and row["num_rows"] == int(line[4])
     assert 0 <= row["accuracy"] <= 1
   assert rows[0]["num_rows"] == 4 * rows[1]["num_rows"] or name in ("dd", "labels")
   assert flags["restarts"] == 2 and flags["num_steps"] == 400

@@ -1,0 +1,136 @@
+"""What the table of each experiment shows: one entry a folder of results."""
+
+from collections.abc import Sequence
+
+from experiments import _fairness_report
+from experiments import _published
+from experiments import _published_cifar
+from experiments import _table_formats
+from experiments import _tables
+
+_ACCURACY = _tables.Metric(
+  "accuracy_percent",
+  "test accuracy %",
+  published="published_percent",
+  spread="published_spread",
+)
+_BEST = _tables.Metric("best_percent", "best on test %")
+_AUROC = _tables.Metric("weight_auroc", "AUROC of weights", decimals=3)
+
+_MNIST_NOISE = _tables.Experiment(
+  title="MNIST with wrong labels",
+  metrics=(_ACCURACY, _BEST, _AUROC),
+  settings={
+    "dataset": "{}",
+    "network": "{}",
+    "preset": "preset {}",
+    "pixels": "{} pixels",
+    "noise": "{}",
+    "variant": "variant {}",
+    "fraction": "fraction {:g}",
+    "num_meta": "{:,} clean images",
+    "num_steps": "{:,} steps",
+  },
+  keys=("noise", "fraction"),
+  published=_published.MNIST_NOISE_SOURCE,
+)
+EXPERIMENTS = {
+  "digits_noise": _tables.Experiment(
+    title="Handwritten digits with wrong labels",
+    metrics=(
+      _tables.Metric("accuracy_percent", "test accuracy %"),
+      _tables.Metric("best_accuracy", "best on test %", scale=100),
+      _AUROC,
+    ),
+    settings={
+      "noise": "{}",
+      "noise_fraction": "{:.0%} of the labels wrong",
+      "num_meta": "{} clean images a class",
+      "num_steps": "{:,} steps",
+    },
+    published="Published: nothing, the task is ours.",
+  ),
+  "mnist_imbalance": _tables.Experiment(
+    title="4 against 9, the 9s in a large majority",
+    metrics=(
+      _tables.Metric(
+        "error_percent",
+        "test error %",
+        published="published_error_percent",
+        spread="published_error_bar",
+      ),
+    ),
+    settings={
+      "dataset": "{}",
+      "majority": "majority {:g}",
+      "protocol": "protocol {}",
+    },
+    keys=("majority",),
+    repeat="split",
+    published=_published.MNIST_IMBALANCE_SOURCE,
+  ),
+  "mnist_noise": _MNIST_NOISE,
+  "cifar_noise": _tables.Experiment(
+    title="CIFAR with wrong labels",
+    metrics=(_ACCURACY, _BEST, _AUROC),
+    settings={
+      "preset": "preset {}",
+      "network": "{}",
+      "augmentation": "augmentation {}",
+      "dataset": "{}",
+      "noise": "{}",
+      "variant": "variant {}",
+      "annotation": "annotation {}",
+      "fraction": "fraction {:g}",
+      "num_meta": "{:,} clean images",
+      "num_steps": "{:,} steps",
+    },
+    keys=("dataset", "noise", "annotation", "fraction", "num_steps"),
+    published=_published_cifar.SOURCE,
+  ),
+  "fairness": _tables.Experiment(
+    title="Fairness between groups",
+    metrics=tuple(
+      _tables.Metric(column, heading)
+      for column, (heading, _) in _fairness_report.MEASURES.items()
+    ),
+    settings={
+      "dataset": "{}",
+      "groups": "groups by {}",
+      "imbalance": "largest class over smallest {:g}",
+      "noise_fraction": "{:.0%} of the labels wrong",
+      "num_steps": "{:,} steps",
+    },
+    method=_fairness_report.label,
+    published="Published: no number that could be read; the protocol is ours.",
+  ),
+  "mentornet_pretrain": _tables.Experiment(
+    title="MentorNet fitted to a curriculum",
+    metrics=(
+      _tables.Metric("accuracy", "accuracy %", scale=100),
+      _tables.Metric("mse", "mean squared error", decimals=5),
+      _tables.Metric("num_rows", "number", decimals=0),
+    ),
+    settings={"compat": "network of {}", "rows": "{} rows"},
+    keys=("rows",),
+    method=lambda row: row["curriculum"],
+    method_heading="curriculum",
+    repeat="fit",
+    published="Published: nothing; how well a mentor imitates what it was fitted to.",
+  ),
+}
+
+
+def summary(name: str, rows: Sequence[_tables.Row], flags: _tables.Row) -> str:
+  """What a script prints: the Markdown table of its rows.
+
+  Args:
+    name: of the experiment.
+    rows: of `results.json`.
+    flags: of the script, with their values.
+
+  Raises:
+    InputError: rows that cannot be told apart.
+  """
+  section = _tables.Section(name, EXPERIMENTS[name], rows, flags)
+  return _table_formats.summary(_tables.make(section))

@@ -1,0 +1,245 @@
+"""Rows of results to what a table says: ours beside the published value."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import dataclasses
+import math
+import operator
+from typing import Any, NamedTuple
+
+from experiments import _report
+from l2rw_jax import base
+
+Row = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+  """A number that every run has.
+
+  Attributes:
+    column: of a row; None there means that the run has no such number.
+    heading: of the table, with its unit.
+    scale: what to multiply the row's number by.
+    decimals: to print.
+    published: the row's column of the published value, in the heading's unit.
+    spread: the row's column of its "±", whatever that is.
+  """
+
+  column: str
+  heading: str
+  scale: float = 1.0
+  decimals: int = 2
+  published: str | None = None
+  spread: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """What the table of a script shows.
+
+  Attributes:
+    title: for people.
+    metrics: the first is the one that the experiment is about.
+    settings: what tells one cell of the experiment from another but for method and
+      seed: column of a row, or flag -> how to say its value, as `str.format` does.
+    keys: those of `settings` that always have a column; the others have one where
+      they differ between rows, and are told once where they do not.
+    method: what a row's line is called.
+    method_heading: of that column.
+    repeat: what the runs of a line differ in.
+    published: where the published values are from and what their "±" is, or why
+      there are none.
+  """
+
+  title: str
+  metrics: tuple[Metric, ...]
+  settings: Mapping[str, str]
+  published: str
+  keys: tuple[str, ...] = ()
+  method: Callable[[Row], str] = operator.itemgetter("method")
+  method_heading: str = "method"
+  repeat: str = "seed"
+
+
+class Section(NamedTuple):
+  """One experiment with the runs it has.
+
+  Attributes:
+    name: of its folder.
+    experiment: how to read its rows.
+    rows: one a run.
+    flags: that the runs were made with.
+  """
+
+  name: str
+  experiment: Experiment
+  rows: Sequence[Row]
+  flags: Row
+
+
+class Value(NamedTuple):
+  """Ours and the published value of one metric; None where there is none."""
+
+  metric: Metric
+  ours: _report.Interval | None
+  published: float | None
+  spread: float | None
+
+  @property
+  def difference(self) -> float | None:
+    """Ours minus published."""
+    if self.ours is None or self.published is None:
+      return None
+    return self.ours.mean - self.published
+
+  def ours_text(self) -> str:
+    """For a table cell."""
+    return "-" if self.ours is None else f"{self.ours:.{self.metric.decimals}f}"
+
+  def published_text(self) -> str:
+    """For a table cell."""
+    decimals = self.metric.decimals
+    if self.published is None:
+      return "-"
+    spread = "" if self.spread is None else f" ± {self.spread:.{decimals}f}"
+    return f"{self.published:.{decimals}f}{spread}"
+
+
+class Line(NamedTuple):
+  """All runs of one method under one setting."""
+
+  method: str
+  setting: dict[str, Any]
+  values: list[Value]
+  repeats: int
+
+
+class Table(NamedTuple):
+  """What a table says, before it is Markdown, CSV or a figure.
+
+  Attributes:
+    name: of the experiment's folder.
+    experiment: what the table shows.
+    lines: in the order of their first rows.
+  """
+
+  name: str
+  experiment: Experiment
+  lines: list[Line]
+
+  def varying(self) -> list[str]:
+    """The settings that differ between lines."""
+    names = self.experiment.settings
+    return [n for n in names if len({line.setting[n] for line in self.lines}) > 1]
+
+  def say(self, line: Line, names: Iterable[str]) -> str:
+    """Some of a line's settings in words."""
+    said = [(self.experiment.settings[n], line.setting[n]) for n in names]
+    return ", ".join(how.format(value) for how, value in said if value is not None)
+
+  def say_constant(self, but: Collection[str]) -> str:
+    """In words, the settings that do not differ."""
+    same = [name for name in self.experiment.settings if name not in but]
+    return self.say(self.lines[0], same)
+
+  def metrics(self) -> list[int]:
+    """Which of the metrics some run has."""
+    count = range(len(self.experiment.metrics))
+    return [i for i in count if any(line.values[i].ours for line in self.lines)]
+
+  def has_published(self, metric: int) -> bool:
+    """Whether any line has a published value of a metric."""
+    return any(line.values[metric].published is not None for line in self.lines)
+
+
+def make(section: Section) -> Table:
+  """The table of an experiment.
+
+  Raises:
+    InputError: there is no row, a row lacks a column or holds there what cannot be
+      read, runs of one line have the same seed, or their published values differ.
+  """
+  experiment = section.experiment
+  if not section.rows:
+    raise base.InputError(f"{section.name}: no rows; run its script again.")
+  groups: dict[tuple, list[Row]] = {}
+  for row in section.rows:
+    setting = tuple(_setting(section, row, name) for name in experiment.settings)
+    groups.setdefault((_method(section, row), *setting), []).append(row)
+  found = []
+  for (method, *values), own in groups.items():
+    _check_seeds(section, method, own)
+    found.append(
+      Line(
+        method,
+        dict(zip(experiment.settings, values, strict=True)),
+        [_value(section, metric, own) for metric in experiment.metrics],
+        len(own),
+      )
+    )
+  return Table(section.name, experiment, found)
+
+
+def _method(section: Section, row: Row) -> str:
+  try:
+    return str(section.experiment.method(row))
+  except KeyError as error:
+    raise _lacks(section, str(error)) from error
+
+
+def _setting(section: Section, row: Row, name: str) -> Any:
+  if name not in row and name in section.experiment.keys:
+    raise _lacks(section, repr(name))
+  value = row[name] if name in row else section.flags.get(name)
+  try:
+    section.experiment.settings[name].format(value)
+    hash(value)
+  except (TypeError, ValueError) as error:
+    if value is not None:
+      raise base.InputError(
+        f"{section.name}: {name!r} is {value!r}; run its script again."
+      ) from error
+  return value
+
+
+def _lacks(section: Section, column: str) -> base.InputError:
+  return base.InputError(
+    f"{section.name}: a row has no {column}; run its script again."
+  )
+
+
+def _check_seeds(section: Section, method: str, rows: Sequence[Row]) -> None:
+  """Runs that differ in more than their seed must not be averaged."""
+  seeds = [row.get("seed") for row in rows]
+  if len(set(seeds)) < len(seeds):
+    raise base.InputError(
+      f"{section.name}: {method} has two rows of one {section.experiment.repeat} and"
+      f" setting; name what tells them apart in `settings` of _catalogue.py."
+    )
+
+
+def _value(section: Section, metric: Metric, rows: Sequence[Row]) -> Value:
+  found = [_number(section, row, metric.column) for row in rows]
+  known = [metric.scale * number for number in found if number is not None]
+  published: list[float | None] = []
+  for column in (metric.published, metric.spread):
+    numbers = {_number(section, row, column) for row in rows} if column else {None}
+    if len(numbers) > 1:
+      raise base.InputError(
+        f"{section.name}: {column!r} differs between runs of one line; mend its rows."
+      )
+    published += numbers
+  return Value(metric, _report.interval(known) if known else None, *published)
+
+
+def _number(section: Section, row: Row, column: str) -> float | None:
+  if column not in row:
+    raise _lacks(section, repr(column))
+  number = row[column]
+  is_number = isinstance(number, int | float) and not isinstance(number, bool)
+  if number is not None and not (is_number and math.isfinite(number)):
+    raise base.InputError(
+      f"{section.name}: {column!r} is {number!r}, not a finite number; run its"
+      " script again."
+    )
+  return number
