@@ -41,6 +41,7 @@ _TASK = base.Task(
   forward=_forward,
   loss=lambda logits, batch: losses.softmax_cross_entropy(logits, batch["label"]),
   linearize=linearization.linearize,
+  linearize_outputs=linearization.linearize_outputs,
   num_classes=_CLASSES,
   class_counts=_COUNTS,
   num_examples=100,

@@ -256,6 +256,7 @@ def _task():
     forward=forward,
     loss=lambda logits, batch: losses.softmax_cross_entropy(logits, batch["label"]),
     linearize=linearization.linearize,
+    linearize_outputs=linearization.linearize_outputs,
     num_classes=_CLASSES,
     class_counts=jnp.array([4, 4, 4]),
     num_examples=12,

@@ -187,6 +187,7 @@ def _task(num_steps=100):
     forward=forward,
     loss=lambda outputs, batch: outputs[:, 0],
     linearize=linearization.linearize,
+    linearize_outputs=linearization.linearize_outputs,
     num_classes=2,
     class_counts=jnp.array([2, 2]),
     num_examples=4,

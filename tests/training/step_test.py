@@ -33,6 +33,7 @@ def _task(axis_name=None):
     forward=forward,
     loss=lambda outputs, batch: (outputs - batch["y"]) ** 2,
     linearize=linearization.linearize,
+    linearize_outputs=linearization.linearize_outputs,
     num_classes=2,
     class_counts=jnp.array([2, 2]),
     num_examples=4,
