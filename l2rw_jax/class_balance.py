@@ -1,5 +1,7 @@
 """Floor 1: class counts to class weights."""
 
+import math
+
 import jax.numpy as jnp
 
 from l2rw_jax import base
@@ -26,3 +28,55 @@ def inverse_frequency(class_counts: base.Array) -> base.Array:
   present = counts > 0
   inverse = jnp.where(present, 1 / jnp.where(present, counts, 1), 0)
   return inverse * counts.sum() / jnp.maximum(present.sum(), 1)
+
+
+def effective_number(class_counts: base.Array, beta: float = 0.9999) -> base.Array:
+  """Weight of each class in proportion to (1 - beta) / (1 - beta^n).
+
+  n is the class's count. Scaled to a mean of 1 over the classes that have examples;
+  a class without any gets 0. beta = 0 weighs them equally, beta -> 1 by 1 / n.
+
+  Args:
+    class_counts: [C], non-negative.
+    beta: in [0, 1).
+
+  Returns:
+    Weights [C].
+
+  Raises:
+    InputError: `beta` is out of range.
+
+  References:
+    Cui, Jia, Lin, Song, Belongie, "Class-Balanced Loss Based on Effective Number of
+    Samples", CVPR 2019. Scale and default are those of LDAM-DRW's released code.
+
+  >>> import jax.numpy as jnp
+  >>> print(effective_number(jnp.array([30, 10]), beta=0.9))
+  [0.8096331 1.190367 ]
+  """
+  check_beta(beta)
+  counts = jnp.asarray(class_counts, jnp.float32)
+  base.check_vector("class_counts", counts)
+  present = counts > 0
+  # 1 - beta^n without the cancellation, and without 0 * log 0.
+  exponent = jnp.where(present, counts, 1) * (math.log(beta) if beta else -math.inf)
+  weights = jnp.where(present, -1 / jnp.expm1(exponent), 0)
+  return weights * present.sum() / jnp.where(present.any(), weights.sum(), 1)
+
+
+def check_beta(beta: float) -> None:
+  """Raises InputError unless `beta` can be that of `effective_number`."""
+  if not 0 <= beta < 1:
+    raise base.InputError(
+      f"beta={beta} of the effective number of examples must be in [0, 1)."
+    )
+
+
+def check_counts(class_counts: base.Array, num_classes: int) -> None:
+  """Raises InputError unless there is one count a class; looks at the shape only."""
+  shape = jnp.shape(class_counts)
+  if shape != (num_classes,):
+    raise base.InputError(
+      f"class_counts must be one number for each of the {num_classes} classes,"
+      f" shape [{num_classes}]; got shape {list(shape)}."
+    )

@@ -9,6 +9,7 @@ References:
 """
 
 from collections.abc import Callable
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ import numpy as np
 
 from l2rw_jax import base
 from l2rw_jax import class_balance
+from l2rw_jax import losses as losses_lib
 from l2rw_jax import normalization
+from l2rw_jax.methods import changed_loss
 
 
 def weighted_gradients(
@@ -92,22 +95,63 @@ def class_proportion(variant: str = "paper") -> base.Method:
   return base.Method(gradients)
 
 
-def resampling() -> base.Method:
+def class_balanced(beta: float = 0.9999, from_epoch: int = 0) -> base.Method:
+  """Weights in proportion to the class's, by the effective number of its examples.
+
+  They add up to 1 over the global batch, like PyTorch's weighted mean; before
+  `from_epoch` they are uniform (deferred re-weighting, DRW; on the plain
+  cross-entropy ERM-DRW). beta = 0 is uniform, beta -> 1 inverse frequency.
+
+  Args:
+    beta: of `class_balance.effective_number`, in [0, 1).
+    from_epoch: the first epoch of balanced classes, counted from 0.
+
+  Raises:
+    InputError: a setting out of range.
+
+  References:
+    Cui et al., CVPR 2019; Cao et al., NeurIPS 2019, Algorithm 1.
+  """
+  class_balance.check_beta(beta)
+  changed_loss.check_epoch("class_balanced", from_epoch)
+
+  def gradients(state, task, inputs):
+    class_balance.check_counts(task.class_counts, task.num_classes)
+    per_class = class_balance.effective_number(task.class_counts, beta)
+    if from_epoch:
+      per_class = jnp.where(state >= from_epoch, per_class, 1)
+    own = per_class[inputs.batch["label"]]
+    weights = normalization.sum_to_one(own, task.axis_name)
+    return weighted_gradients(task, inputs, lambda _: weights), state
+
+  return _deferred(base.Method(gradients), from_epoch)
+
+
+def resampling(from_epoch: int = 0) -> base.Method:
   """Class-balanced batches: every class equally often, drawn with replacement.
 
   Examples come in rounds of C, one of each class, so a batch whose size is a
-  multiple of C is exactly balanced.
+  multiple of C is exactly balanced. Before `from_epoch` an epoch visits every
+  example once (deferred resampling, DRS).
+
+  Args:
+    from_epoch: the first epoch of balanced batches, counted from 0.
+
+  Raises:
+    InputError: `from_epoch` is negative.
   """
+  changed_loss.check_epoch("resampling", from_epoch)
 
   def sample(state, task, train, rng):
-    del state, task
+    if from_epoch and state < from_epoch:
+      return base.permutation(state, task, train, rng)
     labels = train["label"]
     classes = np.unique(labels)
     rounds = len(labels) // len(classes)
     columns = [rng.choice(np.flatnonzero(labels == c), size=rounds) for c in classes]
     return rng.permuted(np.stack(columns, axis=1), axis=1).ravel()
 
-  return uniform()._replace(sample=sample)
+  return _deferred(uniform()._replace(sample=sample), from_epoch)
 
 
 def hard_mining(variant: str = "paper") -> base.Method:
@@ -203,6 +247,94 @@ def fine_tuning(num_steps: int, method: base.Method | None = None) -> base.Metho
     return jax.lax.cond(is_last, clean, initial, state)
 
   return first._replace(gradients=gradients, needs_meta=True)
+
+
+def focal(gamma: float = 2.0) -> base.Method:
+  """The mean of `losses.focal`.
+
+  Raises:
+    InputError: `gamma` is negative.
+  """
+  return _on(uniform(), functools.partial(losses_lib.focal, gamma=gamma))
+
+
+def class_balanced_focal(
+  gamma: float = 2.0, beta: float = 0.9999, from_epoch: int = 0
+) -> base.Method:
+  """`losses.focal` under the weights of `class_balanced`.
+
+  The focal loss holds from the start, `from_epoch` is that of the weights.
+
+  Raises:
+    InputError: a setting out of range.
+  """
+  focal_loss = functools.partial(losses_lib.focal, gamma=gamma)
+  return _on(class_balanced(beta, from_epoch), focal_loss)
+
+
+def bootstrapping(kind: str, beta: float | None = None) -> base.Method:
+  """The mean of `losses.bootstrapping_soft` or `losses.bootstrapping_hard`.
+
+  Args:
+    kind: "soft" or "hard".
+    beta: share of the given label, in [0, 1]; None is the paper's, 0.95 or 0.8.
+
+  Raises:
+    InputError: a setting out of range.
+  """
+  kinds = {"soft": losses_lib.bootstrapping_soft, "hard": losses_lib.bootstrapping_hard}
+  if kind not in kinds:
+    raise base.InputError(f"bootstrapping: kind={kind!r}; choose 'soft' or 'hard'.")
+  loss_fn = kinds[kind]
+  return _on(
+    uniform(), loss_fn if beta is None else functools.partial(loss_fn, beta=beta)
+  )
+
+
+def symmetric_cross_entropy(alpha: float = 0.1, beta: float = 1.0) -> base.Method:
+  """The mean of `losses.symmetric_cross_entropy`.
+
+  Raises:
+    InputError: a setting out of range.
+  """
+  loss_fn = functools.partial(
+    losses_lib.symmetric_cross_entropy, alpha=alpha, beta=beta
+  )
+  return _on(uniform(), loss_fn)
+
+
+def generalized_cross_entropy(
+  q: float = 0.7, threshold: float | None = None
+) -> base.Method:
+  """The mean of `losses.generalized_cross_entropy`, truncated given a threshold.
+
+  Raises:
+    InputError: a setting out of range.
+  """
+  loss_fn = losses_lib.generalized_cross_entropy
+  return _on(uniform(), functools.partial(loss_fn, q=q, threshold=threshold))
+
+
+def _deferred(method, from_epoch):
+  """`method` whose state is the epoch, for what waits for `from_epoch`."""
+  if not from_epoch:
+    return method
+  return method._replace(
+    init=lambda key, task, params: jnp.zeros((), jnp.int32),
+    refresh=lambda state, task, view: jnp.asarray(view.epoch, jnp.int32),
+  )
+
+
+def _on(method, loss_fn):
+  """`method` on `(logits, labels) -> [B]`, whose settings are checked here already."""
+  label = jax.ShapeDtypeStruct((1,), jnp.int32)
+  jax.eval_shape(loss_fn, jax.ShapeDtypeStruct((1, 2), jnp.float32), label)
+
+  def loss(outputs, batch, class_counts):
+    del class_counts
+    return loss_fn(losses_lib.logits_of(outputs), batch["label"])
+
+  return changed_loss.changed_loss(method, loss)
 
 
 def _check_variant(name, variant):

@@ -17,13 +17,17 @@ class LeNet(split.SplitNetwork):
 
   Attributes:
     num_outputs: logits per example (1 for the binary task of the paper).
+    cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
   """
 
   num_outputs: int
+  cosine: bool = False
 
   def setup(self) -> None:
     """The output layer."""
-    self.output = nn.Dense(self.num_outputs, kernel_init=_normal, name="Dense_1")
+    self.output = split.output_layer(
+      self.num_outputs, self.cosine, kernel_init=_normal, name="Dense_1"
+    )
 
   @property
   def num_features(self) -> int:

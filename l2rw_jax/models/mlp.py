@@ -14,14 +14,18 @@ class MLP(split.SplitNetwork):
   Attributes:
     num_outputs: logits per example.
     hidden: width of each hidden layer.
+    cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
   """
 
   num_outputs: int
   hidden: Sequence[int] = (256, 256)
+  cosine: bool = False
 
   def setup(self) -> None:
     """The output layer."""
-    self.output = nn.Dense(self.num_outputs, name=f"Dense_{len(self.hidden)}")
+    self.output = split.output_layer(
+      self.num_outputs, self.cosine, name=f"Dense_{len(self.hidden)}"
+    )
 
   @property
   def num_features(self) -> int:

@@ -27,6 +27,7 @@ class ResNet(split.SplitNetwork):
     width: features of the first stage.
     axis_name: mapped axis whose devices share batch statistics.
     dtype: of the computation.
+    cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
   """
 
   num_outputs: int
@@ -34,11 +35,16 @@ class ResNet(split.SplitNetwork):
   width: int = 16
   axis_name: str | None = None
   dtype: Any = jnp.float32
+  cosine: bool = False
 
   def setup(self) -> None:
     """The output layer."""
-    self.output = nn.Dense(
-      self.num_outputs, kernel_init=_kaiming, dtype=self.dtype, name="Dense_0"
+    self.output = split.output_layer(
+      self.num_outputs,
+      self.cosine,
+      kernel_init=_kaiming,
+      dtype=self.dtype,
+      name="Dense_0",
     )
 
   @property

@@ -1,7 +1,10 @@
-"""What every network here is: a linear head after features."""
+"""What every network here is: a linear or a cosine head after features."""
+
+from typing import Any
 
 from flax import linen as nn
 import jax
+import jax.numpy as jnp
 
 
 class SplitNetwork(nn.Module):
@@ -19,3 +22,49 @@ class SplitNetwork(nn.Module):
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """[B, ...] to logits [B, num_outputs]."""
     return self.head(self.features(x, train))
+
+
+def output_layer(num_outputs: int, cosine: bool, **options: Any) -> nn.Module:
+  """The last layer: `nn.Dense(num_outputs, **options)`, or `Cosine` of that name."""
+  if cosine:
+    return Cosine(num_outputs, name=options["name"])
+  return nn.Dense(num_outputs, **options)
+
+
+class Cosine(nn.Module):
+  """Cosines of the angles between the features and each class's weights, no bias.
+
+  What LDAM trains; the cosines lie in [-1, 1], so that a loss without a scale
+  learns little from them. Zero features have zero cosines. Weights start as unit
+  columns drawn from U(-1, 1). Half-precision features are measured in float32.
+
+  References:
+    Cao, Wei, Gaidon, Arechiga, Ma, "Learning Imbalanced Datasets with
+    Label-Distribution-Aware Margin Loss", NeurIPS 2019.
+
+  Attributes:
+    num_outputs: C.
+  """
+
+  num_outputs: int
+
+  @nn.compact
+  def __call__(self, features: jax.Array) -> jax.Array:
+    """Features [B, d] to cosines [B, C]."""
+    kernel = self.param("kernel", _unit_columns, (features.shape[-1], self.num_outputs))
+    features, kernel = nn.dtypes.promote_dtype(features, kernel)
+    return _normalize(features, -1) @ _normalize(kernel, 0)
+
+
+def _unit_columns(key, shape):
+  return _normalize(jax.random.uniform(key, shape, minval=-1, maxval=1), 0)
+
+
+def _normalize(x: jax.Array, axis: int) -> jax.Array:
+  """x / |x| along an axis; next to zero, where that has no slope, about x itself."""
+  # Dividing by a constant first changes nothing but keeps squares in range.
+  largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True))
+  is_zero = largest < 1e-12
+  x = x / jnp.where(is_zero, 1, largest)
+  squares = jnp.sum(x**2, axis, keepdims=True)
+  return x / jnp.sqrt(jnp.where(is_zero, 1, squares))

@@ -29,6 +29,7 @@ class WideResNet(split.SplitNetwork):
     dropout: rate; 0 in Meta-Weight-Net.
     axis_name: mapped axis whose devices share batch statistics.
     dtype: of the computation.
+    cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
   """
 
   num_outputs: int
@@ -37,11 +38,13 @@ class WideResNet(split.SplitNetwork):
   dropout: float = 0.0
   axis_name: str | None = None
   dtype: Any = jnp.float32
+  cosine: bool = False
 
   def setup(self) -> None:
     """The output layer."""
-    self.output = nn.Dense(
+    self.output = split.output_layer(
       self.num_outputs,
+      self.cosine,
       kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
       dtype=self.dtype,
       name="Dense_0",
