@@ -27,6 +27,7 @@ from experiments import _noise
 from experiments import _noise_report
 from experiments import _published
 from experiments import _report
+from l2rw_jax import base
 from l2rw_jax.data import sources
 from l2rw_jax.data import splits as splits_lib
 from l2rw_jax.models import augmentation
@@ -221,6 +222,8 @@ def make_cell(name: str, fraction: float, split: splits_lib.Splits) -> _noise.Ce
   )
   steps = max(1, len(split.train.label) // batch_size)  # an epoch
   plateau = preset.plateau if _PLATEAU.value is None else _PLATEAU.value
+  if plateau and not len(split.validation.label):
+    raise base.InputError("--plateau needs a validation set: give --num_validation.")
   given: dict[str, Any] = {
     "learning_rate": _LEARNING_RATE.value,
     "momentum": _MOMENTUM.value,
