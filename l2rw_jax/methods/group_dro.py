@@ -1,0 +1,187 @@
+r"""Group DRO on training losses: the worst groups weigh most (Sagawa et al., 2020).
+
+min over p of max over groups g of the mean loss L_g(p), by turns: a distribution q
+over the groups climbs by exponentiated gradient, the network descends on it.
+
+    q_g <- q_g exp(eta L_g) / Z           L_g of the batch, for the groups in it
+    w_i  = q_g / n_g                      n_g examples of i's group in the batch
+
+so that sum_i w_i l_i = sum_g q_g L_g. With eta = 0 and uniform q this is the mean of
+the groups' means.
+
+Groups that the batch lacks. Their q is left as it is, up to Z, and their share of the
+sum is missing from it: the weights add up to the q of the groups present, at most 1.
+That is the paper's step, which sees one group at a time and multiplies its gradient by
+q_g; handing the share to the others would let a group that is never looked at reward
+those that are. But it makes a rare group count by how often it is seen. The paper
+draws all groups equally often; for groups that are the classes,
+`baselines.resampling` has such a `sample`.
+
+What is ours: log q is kept, not q, so that a group whose q is below the smallest
+float is not lost for good. The released code adds the size adjustment C / sqrt(N_g)
+to the groups that the batch lacks as well; here, as in the paper's algorithm, an
+absent group does not move.
+
+References:
+  Sagawa, Koh, Hashimoto, Liang, "Distributionally Robust Neural Networks for Group
+  Shifts: On the Importance of Regularization for Worst-Case Generalization", ICLR
+  2020, arXiv:1911.08731, algorithm 1 and section 3.3 (adjustments).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2rw_jax import base
+from l2rw_jax import group_objectives
+
+
+def example_weights(
+  losses: base.Array,
+  groups: base.Array,
+  log_q: base.Array,
+  step_size: float | base.Array,
+  *,
+  adjustments: float | base.Array = 0.0,
+  axis_name: base.AxisName = None,
+) -> tuple[base.Array, base.Array]:
+  """Weights of a batch, and log q after a step on its losses.
+
+  Args:
+    losses: of this device's examples, [B].
+    groups: of the same, integers, [B]; examples of others than 0 .. G - 1 get
+      weight 0.
+    log_q: log q so far, [G]; of any offset, as it is normalised here.
+    step_size: eta, per unit of loss, at least 0.
+    adjustments: what the mean loss of each group is raised by before it moves q,
+      a number or [G]; the paper's is C / sqrt(training examples of the group).
+    axis_name: mapped axis over which the batch is sharded.
+
+  Returns:
+    Weights [B], adding up over all devices to the q of the groups present, and
+    held constant under differentiation; log q [G], the same on every device.
+
+  Raises:
+    InputError: losses and groups are not both of shape [B].
+
+  >>> import jax.numpy as jnp
+  >>> losses, groups = jnp.array([0., 2., 2.]), jnp.array([0, 0, 1])
+  >>> weights, log_q = example_weights(losses, groups, jnp.zeros(3), jnp.log(2))
+  >>> print(jnp.round(7 * weights), jnp.round(7 * jnp.exp(log_q)))
+  [1. 1. 4.] [2. 4. 1.]
+  """
+  base.check_vector("losses", losses)
+  losses, log_q = jax.lax.stop_gradient((losses, log_q))
+  num_groups = log_q.shape[0]
+  everyone = base.gather(groups, axis_name)
+  means, present = group_objectives.group_means(
+    base.gather(losses, axis_name), everyone, num_groups
+  )
+  climb = jnp.where(present, step_size * (means + adjustments), 0)
+  log_q = jax.nn.log_softmax(log_q + climb.astype(log_q.dtype))
+  members = everyone[:, None] == jnp.arange(num_groups)
+  shares = jnp.exp(log_q) / jnp.maximum(members.sum(axis=0), 1)
+  weights = jnp.where(members, shares, 0).sum(axis=1).astype(losses.dtype)
+  return base.own_part(weights, axis_name), log_q
+
+
+class State(NamedTuple):
+  """What `group_dro` carries.
+
+  Attributes:
+    log_q: float32 [G], at first that of the uniform distribution.
+    adjustments: C / sqrt(N_g), float32 [G]; 0 until the first `refresh`.
+  """
+
+  log_q: base.Array
+  adjustments: base.Array
+
+
+def group_dro(
+  num_groups: int | None = None,
+  step_size: float = 0.01,
+  key: str = "label",
+  *,
+  adjustment: float = 0.0,
+) -> base.Method:
+  """Group DRO for the training loop.
+
+  The paper pairs it with strong weight decay or early stopping: a network that fits
+  every example has no worst group left to be moved by.
+
+  Args:
+    num_groups: G; the number of classes if None.
+    step_size: eta, per nat; 0.01 as released.
+    key: the entry of a training batch that holds the groups, such as "label" or
+      "group". Mind that the library's data sets put the *true* class in "group"
+      where they know of no attribute, which a method for wrong labels must not see.
+    adjustment: C of C / sqrt(N_g), at least 0, which favours small groups; 0 as
+      released.
+
+  Returns:
+    A `base.Method` whose state is a `State`; it logs the largest q and the sum of
+    the weights. Before the first epoch it checks the groups of the training set.
+
+  Raises:
+    InputError: a setting out of range; in training, the batch has no `key`, or
+      some group has no member in the training set.
+  """
+  for name, value in (("step_size", step_size), ("adjustment", adjustment)):
+    if not 0 <= value < np.inf:
+      raise base.InputError(f"group_dro: {name}={value} must be at least 0.")
+  if num_groups is not None and num_groups < 1:
+    raise base.InputError(f"group_dro: num_groups={num_groups} must be at least 1.")
+
+  def init(rng_key, task, params):
+    del rng_key, params
+    size = num_groups or task.num_classes
+    return State(jnp.full(size, -np.log(size), jnp.float32), jnp.zeros(size))
+
+  def gradients(state, task, inputs):
+    groups = _groups(inputs.batch, key)
+    linearized = task.linearize(
+      task.losses_fn(inputs.model_state, inputs.key),
+      base.local(inputs.params, task.axis_name),
+      inputs.batch,
+      has_aux=True,
+    )
+    losses = linearized.losses
+    weights, log_q = example_weights(
+      losses,
+      groups,
+      state.log_q,
+      step_size,
+      adjustments=state.adjustments,
+      axis_name=task.axis_name,
+    )
+    grads = base.psum(linearized.weighted_gradient(weights), task.axis_name)
+    metrics = {
+      "largest_q": jnp.exp(log_q.max()),
+      "total_weight": base.psum(jnp.sum(weights), task.axis_name),
+    }
+    found = base.Gradients(grads, weights, losses, linearized.aux, metrics)
+    return found, state._replace(log_q=log_q)
+
+  def refresh(state, task, view):
+    del task
+    if view.epoch:
+      return state
+    groups, size = np.asarray(_groups(view.train, key)), state.log_q.shape[0]
+    group_objectives.check_groups(groups, size, "the training set")
+    counts = np.bincount(groups, minlength=size)
+    return state._replace(
+      adjustments=jnp.asarray(adjustment / np.sqrt(counts), jnp.float32)
+    )
+
+  return base.Method(gradients, init=init, refresh=refresh)
+
+
+def _groups(batch, key):
+  if key not in batch:
+    raise base.InputError(
+      f"group_dro: the training batch has no {key!r}, the group of each example; it"
+      f" has {sorted(batch)}: choose another key."
+    )
+  return batch[key]

@@ -1,0 +1,223 @@
+"""Group DRO: its two steps, groups that a batch lacks, who wins in the end."""
+
+import functools
+import types
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax.methods import group_dro
+from l2rw_jax.models import classifier
+from l2rw_jax.models import mlp
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+_LOSSES = np.array([1.0, 3.0, 5.0, 0.5, 2.5, 0.1])
+_GROUPS = np.array([0, 0, 1, 3, 1, 3])  # Nobody of group 2.
+
+_weights = jax.jit(group_dro.example_weights)
+
+
+def _uniform(size=4):
+  return jnp.full(size, -jnp.log(size))
+
+
+def _published(losses, groups, q, eta, adjustments=0.0):
+  """The printed algorithm, a group at a time, in NumPy."""
+  q, weights = np.array(q, float), np.zeros(len(losses))
+  adjustments = np.broadcast_to(adjustments, q.shape)
+  for g in np.unique(groups):
+    q[g] *= np.exp(eta * (losses[groups == g].mean() + adjustments[g]))
+  q /= q.sum()
+  for i, g in enumerate(groups):
+    weights[i] = q[g] / (groups == g).sum()
+  return weights, q
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("adjustments", [0.0, np.array([0.1, 0.2, 0.9, 0.4])])
+@pytest.mark.parametrize("eta", [0.01, 0.7])
+def test_equal_to_the_published_algorithm(eta, adjustments):
+  rng = np.random.default_rng(0)
+  log_q, q = jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4])), [0.1, 0.2, 0.3, 0.4]
+  for _ in range(4):
+    losses, groups = rng.exponential(size=6), rng.integers(4, size=6)
+    expected, q = _published(losses, groups, q, eta, adjustments)
+    found, log_q = _weights(losses, groups, log_q, eta, adjustments=adjustments)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    np.testing.assert_allclose(jnp.exp(log_q), q, rtol=1e-12)
+
+
+def test_without_a_step_every_group_counts_alike_whatever_its_size():
+  weights, log_q = _weights(_LOSSES, _GROUPS, _uniform(), 0.0)
+  np.testing.assert_allclose(jnp.exp(log_q), np.full(4, 0.25), rtol=1e-6)
+  np.testing.assert_allclose(weights, np.full(6, 0.125), rtol=1e-6)
+  means = [_LOSSES[g == _GROUPS].mean() for g in (0, 1, 3)]
+  np.testing.assert_allclose(weights @ _LOSSES, sum(means) / 4, rtol=1e-6)
+
+
+def test_a_group_that_the_batch_lacks_keeps_its_share_to_itself():
+  q = np.array([0.1, 0.2, 0.3, 0.4])
+  weights, log_q = _weights(_LOSSES, _GROUPS, jnp.log(q), 0.1, adjustments=5.0)
+  found = np.exp(log_q)
+  np.testing.assert_allclose(weights.sum(), 1 - found[2], rtol=1e-6)
+  # Neither its loss, of which nothing is known, nor the adjustment moves it.
+  grown = 0.1 * (np.array([2.0, 3.75, 0.3]) + 5.0)
+  present = [0, 1, 3]
+  np.testing.assert_allclose(
+    np.log(found[present] / found[2]) - np.log(q[present] / q[2]), grown, rtol=1e-5
+  )
+
+
+def test_an_unknown_group_has_no_weight_and_no_say():
+  groups = np.array([0, 0, 1, -1, 1, 4])
+  weights, log_q = _weights(_LOSSES, groups, _uniform(), 0.1)
+  assert (weights[jnp.array([3, 5])] == 0).all()
+  expected, _ = _published(_LOSSES[[0, 1, 2, 4]], groups[[0, 1, 2, 4]], [0.25] * 4, 0.1)
+  np.testing.assert_allclose(weights[jnp.array([0, 1, 2, 4])], expected, rtol=1e-6)
+  np.testing.assert_allclose(log_q[2], log_q[3])
+
+
+def test_the_worst_group_wins_and_a_lost_one_comes_back():
+  losses, groups = np.array([0.2, 2.0, 1.9], np.float32), np.arange(3)
+  log_q = _uniform(3)
+  for _ in range(1000):
+    weights, log_q = _weights(losses, groups, log_q, 1.0)
+  np.testing.assert_allclose(weights, [0, 1, 0], atol=1e-6)
+  for _ in range(1100):
+    weights, log_q = _weights(losses[[1, 0, 0]], groups, log_q, 1.0)
+  np.testing.assert_allclose(weights, [1, 0, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.01, 100.0])
+@pytest.mark.parametrize(
+  ("losses", "groups"),
+  [
+    ([0.0, 0.0], [0, 1]),
+    ([1e30, 0.0], [0, 1]),
+    ([1e30, 1e30], [1, 1]),
+    ([5.0], [2]),
+    ([5.0], [7]),
+  ],
+)
+def test_finite_whatever_the_losses(eta, losses, groups):
+  losses, log_q = np.array(losses, np.float32), _uniform(3)
+  for _ in range(3):
+    weights, log_q = _weights(losses, np.array(groups), log_q, eta)
+    assert np.isfinite(weights).all() and not np.isnan(log_q).any()
+    assert (weights >= 0).all() and weights.sum() <= 1.00001
+
+
+def test_the_weights_are_constants_and_batch_under_vmap():
+  def total(losses, log_q):
+    weights, log_q = group_dro.example_weights(losses, jnp.array(_GROUPS), log_q, 0.5)
+    return jnp.sum(weights**2) + jnp.sum(log_q**2)
+
+  slopes = jax.grad(total, argnums=(0, 1))(jnp.array(_LOSSES), _uniform())
+  assert not any(np.any(x) for x in slopes)
+  rates = jnp.array([0.0, 0.5])
+  found = jax.vmap(lambda eta: _weights(_LOSSES, _GROUPS, _uniform(), eta))(rates)
+  for row, eta in enumerate(rates):
+    alone = _weights(_LOSSES, _GROUPS, _uniform(), eta)
+    chex.assert_trees_all_close(jax.tree.map(lambda x, r=row: x[r], found), alone)
+
+
+_NET = mlp.MLP(3, (4,))
+
+
+def _task():
+  return classifier.Classifier(_NET, 3).task(
+    class_counts=jnp.array([4, 2, 3]), num_examples=9, num_steps=10
+  )
+
+
+@functools.cache
+def _inputs():
+  rng = np.random.default_rng(0)
+  batch = {
+    "image": rng.normal(size=(5, 3)).astype(np.float32),
+    "label": np.array([0, 1, 1, 2, 0], np.int32),
+    "group": np.array([1, 0, 0, 0, 0], np.int32),
+    "index": np.arange(5),
+  }
+  params = _NET.init(jax.random.key(0), batch["image"])["params"]
+  step = jnp.zeros((), int)
+  return base.Inputs(params, {}, (), batch, None, step, jax.random.key(1))
+
+
+def _refreshed(method, epoch=0, **train):
+  train = {"label": np.repeat([0, 1, 2], [4, 2, 3]), **train}
+  state = method.init(jax.random.key(2), _task(), _inputs().params)
+  view = types.SimpleNamespace(epoch=epoch, train=train)
+  return method.refresh(state, _task(), view)
+
+
+@pytest.mark.parametrize(("key", "num_groups"), [("label", None), ("group", 2)])
+def test_a_step_of_the_method(key, num_groups):
+  method = group_dro.group_dro(num_groups, 0.5, key)
+  state = _refreshed(method, group=np.arange(9) % 2)
+  found, after = method.gradients(state, _task(), _inputs())
+  groups, size = _inputs().batch[key], num_groups or 3
+  weights, q = _published(np.asarray(found.losses), groups, [1 / size] * size, 0.5)
+  np.testing.assert_allclose(found.weights, weights, rtol=1e-5)
+  np.testing.assert_allclose(found.metrics["largest_q"], q.max(), rtol=1e-5)
+  np.testing.assert_allclose(found.metrics["total_weight"], 1, rtol=1e-5)
+  np.testing.assert_allclose(jnp.exp(after.log_q), q, rtol=1e-5)
+  chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+
+  def weighted(params):
+    outputs = _NET.apply({"params": params}, _inputs().batch["image"])
+    return weights @ _task().loss(outputs, _inputs().batch)
+
+  expected = jax.grad(weighted)(_inputs().params)
+  chex.assert_trees_all_close(found.grads, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_small_groups_are_raised_by_the_adjustment():
+  method = group_dro.group_dro(step_size=0.5, adjustment=2.0)
+  state = _refreshed(method)
+  np.testing.assert_allclose(state.adjustments, 2 / np.sqrt([4, 2, 3]), rtol=1e-6)
+  found, after = method.gradients(state, _task(), _inputs())
+  labels = _inputs().batch["label"]
+  _, q = _published(
+    np.asarray(found.losses), labels, [1 / 3] * 3, 0.5, state.adjustments
+  )
+  np.testing.assert_allclose(jnp.exp(after.log_q), q, rtol=1e-5)
+  kept = method.refresh(after, _task(), types.SimpleNamespace(epoch=1))
+  chex.assert_trees_all_equal(kept, after)
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda: group_dro.group_dro(step_size=-1), "step_size=-1 must be at least 0"),
+    (lambda: group_dro.group_dro(step_size=np.nan), "step_size=nan must be"),
+    (lambda: group_dro.group_dro(adjustment=-1), "adjustment=-1 must be at least 0"),
+    (lambda: group_dro.group_dro(num_groups=0), "num_groups=0 must be at least 1"),
+    (
+      lambda: _refreshed(group_dro.group_dro(4)),
+      "group 3 has no member in the training set",
+    ),
+    (
+      lambda: _refreshed(group_dro.group_dro(2)),
+      "the training set has group 2, groups are 0 to 1",
+    ),
+    (
+      lambda: _refreshed(group_dro.group_dro(key="sex")),
+      r"no 'sex', .*\['label'\]: choose another key",
+    ),
+    (
+      lambda: group_dro.example_weights(
+        jnp.ones(2), jnp.zeros(3, int), jnp.zeros(2), 0.1
+      ),
+      "groups must be one integer an exemplar",
+    ),
+  ],
+)
+def test_what_is_refused(make, message):
+  with pytest.raises(base.InputError, match=message):
+    make()
