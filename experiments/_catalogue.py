@@ -30,6 +30,7 @@ _MNIST_NOISE = _tables.Experiment(
     "fraction": "fraction {:g}",
     "num_meta": "{:,} clean images",
     "num_steps": "{:,} steps",
+    "plateau_steps": "validation loss watched every {} steps",
   },
   keys=("noise", "fraction"),
   published=_published.MNIST_NOISE_SOURCE,

@@ -39,7 +39,7 @@ _README = flags.DEFINE_string(
 )
 
 
-def load(results: pathlib.Path, only: Sequence[str] = ()) -> list[_tables.Table]:
+def collect(results: pathlib.Path, only: Sequence[str] = ()) -> list[_tables.Table]:
   """The tables of a folder of results.
 
   Args:
@@ -142,9 +142,9 @@ def between_markers(text: str, block: str) -> str:
   Raises:
     InputError: the markers are missing, repeated or in the wrong order.
   """
-  before, begin, rest = text.partition(BEGIN)
+  before, _, rest = text.partition(BEGIN)
   _, end, after = rest.partition(END)
-  if not (begin and end) or any(mark in before + after for mark in (BEGIN, END)):
+  if not end or text.count(BEGIN) != 1 or text.count(END) != 1:
     raise base.InputError(
       f"--readme must hold one {BEGIN} and after it one {END}; add them where the"
       " tables are to stand."
@@ -164,7 +164,7 @@ def write(folder: pathlib.Path, tables: Sequence[_tables.Table]) -> list[str]:
 
 def main() -> None:
   """Prints the tables, and writes them where asked to."""
-  tables = load(pathlib.Path(_RESULTS.value), _ONLY.value or ())
+  tables = collect(pathlib.Path(_RESULTS.value), _ONLY.value or ())
   formats = {
     "markdown": markdown,
     "compact": compact,

@@ -1,55 +1,87 @@
-"""Committed results: whole, and quoted in the README as they are."""
+"""Committed results: whole, and quoted everywhere as they are."""
 
 import json
 import pathlib
 import statistics
-import subprocess
-import sys
 
 import pytest
 
+from experiments import _published
+from experiments import _published_cifar
+from experiments import _table_formats
+from experiments import tables
+
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
-# What makes the table of each folder's rows.
-TABLES = {
-  "digits_noise": "digits_noise.summarise(rows)",
-  "mnist_imbalance": "mnist_imbalance.summarise(rows)",
-  "mnist_noise": "_noise_report.summarise(rows, ('noise', 'fraction'))",
-  "fairness": "_fairness_report.summarise(rows)",
-}
+RESULTS = REPOSITORY / "results"
+FILES = sorted(RESULTS.rglob("results.json"))
+COMMAND = "run python -m experiments.tables --out=results --readme=README.md"
 
 
 def rows(name: str) -> list[dict]:
-  text = (REPOSITORY / "results" / name / "results.json").read_text()
-  return json.loads(text)["rows"]
+  return json.loads((RESULTS / name / "results.json").read_text())["rows"]
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_readme_quotes_the_table_of_the_committed_rows(name):
-  # A process of its own: two scripts may define flags of the same name.
-  script = TABLES[name].partition(".")[0]
-  code = (
-    f"import json, sys; from experiments import {script};"
-    f" rows = json.load(sys.stdin); print({TABLES[name]})"
-  )
-  table = subprocess.run(
-    [sys.executable, "-c", code],
-    check=True,
-    capture_output=True,
-    text=True,
-    cwd=REPOSITORY,
-    input=json.dumps(rows(name)),
-  ).stdout.strip()
-  assert table.count("\n") >= 3
+@pytest.fixture(scope="module")
+def committed():
+  return tables.collect(RESULTS)
+
+
+def test_readme_holds_the_tables_of_the_committed_rows(committed):
   readme = (REPOSITORY / "README.md").read_text()
-  assert table in readme, f"paste into README.md:\n{table}"
+  assert tables.between_markers(readme, tables.compact(committed)) == readme, COMMAND
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_every_row_tells_where_it_comes_from(name):
-  for row in rows(name):
+def test_the_long_tables_are_those_of_the_committed_rows(committed):
+  assert (RESULTS / "tables.md").read_text() == tables.markdown(committed), COMMAND
+  text = _table_formats.long_form(committed)
+  assert (RESULTS / "tables.csv").read_text() == text, COMMAND
+  assert (RESULTS / "tables.png").stat().st_size > 10_000
+
+
+def test_every_committed_run_is_in_a_table(committed):
+  runs = dict.fromkeys((f.relative_to(RESULTS).parts[0] for f in FILES), 0)
+  for file in FILES:
+    runs[file.relative_to(RESULTS).parts[0]] += len(
+      json.loads(file.read_text())["rows"]
+    )
+  shown = {t.name: sum(line.repeats for line in t.lines) for t in committed}
+  assert shown == runs and len(shown) >= 5
+
+
+# (method, setting) -> the value and its "±" in a paper's table.
+PUBLISHED = {
+  "mnist_imbalance": lambda method, setting: _published.MNIST_IMBALANCE.get(
+    method, {}
+  ).get(setting["majority"]),
+  "mnist_noise": lambda method, setting: _published.MNIST_NOISE.get(
+    (setting["noise"], setting["fraction"]), {}
+  ).get(method),
+  "cifar_noise": lambda method, setting: _published_cifar.lookup(
+    *(setting[k] for k in ("preset", "dataset", "noise", "fraction")), method
+  ),
+}
+
+
+def test_published_values_are_those_of_the_papers(committed):
+  count = 0
+  for table in committed:
+    for line in table.lines:
+      for value in line.values:
+        found = (value.published, value.spread)
+        if found != (None, None) or value.metric.published:
+          expected = PUBLISHED[table.name](line.method, line.setting) or (None, None)
+          assert found == expected, (table.name, line.method, line.setting)
+          count += expected != (None, None)
+  assert count >= 10
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
+def test_every_row_tells_where_it_comes_from(path):
+  for row in json.loads(path.read_text())["rows"]:
     assert row["commit"] != "unknown" and not row["commit"].endswith("+dirty")
-    assert {"jax", "flax", "optax", "python", "device_kind", "seed", "data"} <= set(row)
-  assert (REPOSITORY / "results" / name / "figure.png").stat().st_size > 10_000
+    assert {"jax", "flax", "optax", "python", "device_kind"} <= set(row)
+    assert {"seed", "data"} <= set(row) or "curriculum" in row
+  assert (path.parent / "figure.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

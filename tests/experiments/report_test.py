@@ -26,7 +26,7 @@ def test_interval_by_hand():
   # Mean 20, standard deviation 10, t(0.975, 2) = 4.302653.
   found = _report.interval([10.0, 20.0, 30.0])
   assert found.half_width == pytest.approx(4.302653 * 10 / math.sqrt(3), rel=1e-6)
-  assert str(found) == "20.00 ± 24.84"
+  assert str(found) == "20.00 ± 24.84" and f"{found:.1f}" == "20.0 ± 24.8"
 
 
 def test_a_single_number_has_no_interval():
@@ -62,3 +62,22 @@ def test_run_fields_need_every_fact_of_a_run():
   assert _report.run_fields({**metrics, "last": {}}) == metrics
   with pytest.raises(KeyError):
     _report.run_fields({"seed": 0})
+
+
+@pytest.mark.parametrize(
+  ("labels", "mean", "expected"),
+  [
+    ([0, 0, 1, 1], [3, 2, 1, 0], 1.0),
+    ([0, 0, 1, 1], [0, 1, 2, 3], 0.0),
+    ([0, 1, 0, 1], [2, 1, 0, np.nan], 0.5),
+    ([0, 1, 0], [np.nan] * 3, None),
+    ([0, 0], [1, 2], None),
+    ([1, 1], [1, 2], None),
+    ([0, 1], [1, 1 + 1e-12], None),
+  ],
+)
+def test_auroc_by_hand(labels, mean, expected):
+  # Label 0 is the true one everywhere.
+  weights = {"label": np.array(labels), "mean_weight": np.array(mean, float)}
+  weights["true_label"] = np.zeros(len(labels), int)
+  assert _report.auroc(weights) == expected

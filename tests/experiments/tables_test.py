@@ -1,0 +1,284 @@
+"""Tables of made-up results: every number by hand, and every mistake."""
+
+import csv
+import io
+import json
+
+import pytest
+import scripts
+
+from experiments import _catalogue
+from experiments import _fairness_report
+from experiments import _table_formats
+from experiments import _tables
+from experiments import tables
+
+_NAME = "tables"
+_NOISE = {
+  "noise": "n",
+  "fraction": 0.5,
+  "method": "l2rw",
+  "network": "mlp",
+  "weight_auroc": 0.75,
+  "best_percent": 92.0,
+  "published_percent": 91.39,
+  "published_spread": 0.07,
+}
+_NONE = {"published_percent": None, "published_spread": None, "weight_auroc": None}
+_ROWS = [
+  *({**_NOISE, "accuracy_percent": 89.0 + seed, "seed": seed} for seed in range(3)),
+  {**_NOISE, "method": "bare", "published_spread": None, "accuracy_percent": 94.5},
+  {**_NOISE, **_NONE, "method": "advisor", "accuracy_percent": 70.0},
+  {**_NOISE, **_NONE, "fraction": 0.7, "accuracy_percent": 60.0},
+]
+
+
+def make(name, rows, **flags) -> _tables.Table:
+  section = _tables.Section(name, _catalogue.EXPERIMENTS[name], rows, flags)
+  return _tables.make(section)
+
+
+def save(folder, rows, **flags):
+  folder.mkdir(parents=True)
+  (folder / "results.json").write_text(json.dumps({"flags": flags, "rows": rows}))
+
+
+@pytest.fixture
+def results(tmp_path):
+  """A folder of two experiments, one of them in two parts."""
+  save(tmp_path / "results" / "mnist_noise", _ROWS, preset="mine")
+  for name, accuracy in (("pd", 0.25), ("dd", 0.75)):
+    row = {"curriculum": name, "rows": "test", "accuracy": accuracy, "num_rows": 9}
+    folder = tmp_path / "results" / "mentornet_pretrain" / name
+    save(folder, [{**row, "mse": 1e-5}], compat="paper", curriculum=name)
+  return tmp_path / "results"
+
+
+def test_the_summary_puts_ours_beside_what_was_published():
+  text = _table_formats.summary(make("mnist_noise", _ROWS, preset="mine"))
+  first, *_, last = text.splitlines()
+  assert first == "mlp, preset mine; mean ± 95% interval."
+  header, *lines = scripts.table(text)
+  assert header == [
+    *("noise", "fraction", "method"),
+    *("test accuracy %", "published", "difference"),
+    *("best on test %", "AUROC of weights", "seeds"),
+  ]
+  # t(0.975, 2) = 4.3027 standard errors of 1 / sqrt(3).
+  ours, best, auroc = "90.00 ± 2.48", "92.00 ± 0.00", "0.750 ± 0.000"
+  assert lines == [
+    ["n", "0.5", "l2rw", ours, "91.39 ± 0.07", "-1.39", best, auroc, "3"],
+    ["n", "0.5", "bare", "94.50", "91.39", "+3.11", "92.00", "0.750", "1"],
+    ["n", "0.5", "advisor", "70.00", "-", "-", "92.00", "-", "1"],
+    ["n", "0.7", "l2rw", "60.00", "-", "-", "92.00", "-", "1"],
+  ]
+  assert last.endswith("Without a published value: advisor, l2rw (fraction 0.7).")
+  assert last.startswith("Published: Patel and Sastry (2023, BARE)")
+
+
+def test_the_short_form_has_a_column_per_setting():
+  text = _table_formats.compact(make("mnist_noise", _ROWS))
+  assert text.startswith("mlp, n; 1 to 3 seeds; test accuracy %.\n")
+  assert scripts.table(text) == [
+    ["method", "fraction 0.5", "fraction 0.7"],
+    ["l2rw", "90.00 ± 2.48 (91.39 ± 0.07)", "60.00"],
+    ["bare", "94.50 (91.39)", ""],
+    ["advisor", "70.00", ""],
+  ]
+
+
+def test_the_short_form_of_one_setting_has_a_column_per_metric():
+  row = {"method": "l2rw", "best_accuracy": 0.5, "weight_auroc": None}
+  rows = [{**row, "seed": s, "accuracy_percent": a} for s, a in enumerate((40, 60))]
+  text = _table_formats.compact(make("digits_noise", rows, noise_fraction=0.25))
+  assert text.startswith("25% of the labels wrong; 2 seeds.\n")
+  # Nobody has weights, so they have no column. t(0.975, 1) = 12.706, times 10.
+  assert scripts.table(text) == [
+    ["method", "test accuracy %", "best on test %"],
+    ["l2rw", "50.00 ± 127.06", "50.00 ± 0.00"],
+  ]
+  assert text.endswith("Published: nothing, the task is ours.")
+
+
+def test_a_setting_that_differs_has_a_column_of_its_own():
+  rows = [_ROWS[0], {**_ROWS[0], "network": "lenet", "preset": "own"}]
+  header, *lines = scripts.table(_table_formats.summary(make("mnist_noise", rows)))
+  assert header[:5] == ["noise", "fraction", "network", "preset", "method"]
+  assert [line[2:4] for line in lines] == [["mlp", "-"], ["lenet", "own"]]
+
+
+def test_a_method_may_be_named_by_several_columns():
+  whole = {"method": "uniform", "kept_percent": None, "kept": ""}
+  part = {"method": "forml_gap", "kept_percent": 9, "kept": "top"}
+  measured = dict.fromkeys(_fairness_report.MEASURES, 1.0)
+  measured["worst_cell_percent"] = None
+  rows = [{**whole, **measured}, {**part, **measured}]
+  _, *lines = scripts.table(_table_formats.summary(make("fairness", rows)))
+  assert lines == [
+    ["uniform", *["1.00"] * 4, "1"],
+    ["uniform on top 9% by forml_gap", *["1.00"] * 4, "1"],
+  ]
+
+
+def test_the_long_form_has_a_line_a_number(results):
+  text = _table_formats.long_form(tables.collect(results))
+  found = list(csv.DictReader(io.StringIO(text)))
+  assert set(found[0]) == set(_table_formats.LONG_FORM)
+  first, single = found[0], found[3]
+  assert first["setting"] == "network=mlp; preset=mine; noise=n; fraction=0.5"
+  names = ("experiment", "method", "metric", "mean", "repeats", "published")
+  told = ["mnist_noise", "l2rw", "test accuracy %", "90", "3", "91.39"]
+  assert [first[name] for name in names] == told
+  assert float(first["half_width"]) == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+  assert float(first["difference"]) == pytest.approx(-1.39)
+  assert (first["published_spread"], single["published_spread"]) == ("0.07", "")
+  assert (single["method"], single["half_width"]) == ("bare", "")
+  # Of a method without weights there is no AUROC to tell.
+  of_advisor = [line["metric"] for line in found if line["method"] == "advisor"]
+  assert of_advisor == ["test accuracy %", "best on test %"]
+
+
+def test_parts_of_an_experiment_are_taken_together(results):
+  table = tables.collect(results, ["mentornet_pretrain"])[0]
+  assert [(line.method, line.values[0].ours.mean) for line in table.lines] == [
+    ("dd", 75.0),
+    ("pd", 25.0),
+  ]
+  # What all parts were made with is told; the curriculum is not theirs in common.
+  assert "network of paper" in _table_formats.summary(table)
+
+
+@pytest.fixture
+def readme(tmp_path):
+  path = tmp_path / "README.md"
+  path.write_text(f"# Mine\n\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+  return path
+
+
+def test_the_command_prints_and_writes_the_same_tables(results, readme, tmp_path):
+  out = tmp_path / "new" / "out"
+  done = scripts.run(
+    _NAME, f"--results={results}", f"--out={out}", f"--readme={readme}", cwd=tmp_path
+  )
+  assert done.status == 0 and done.complaints == "", done.complaints
+  loaded = tables.collect(results)
+  text = (out / "tables.md").read_text()
+  assert done.printed.startswith(text) and text == tables.markdown(loaded)
+  assert done.printed.endswith(f", {out}/tables.csv, {out}/tables.png\n")
+  assert (out / "tables.csv").read_text() == _table_formats.long_form(loaded)
+  assert (out / "tables.png").read_bytes().startswith(b"\x89PNG")
+  expected = (
+    f"# Mine\n\n{tables.BEGIN}\n\n{tables.compact(loaded)}\n{tables.END}\nafter\n"
+  )
+  assert readme.read_text() == expected
+  assert tables.between_markers(expected, tables.compact(loaded)) == expected
+
+
+def test_without_a_published_value_there_is_no_figure(tmp_path):
+  save(tmp_path / "results" / "mnist_noise", [{**_ROWS[-1]}])
+  written = tables.write(tmp_path / "out", tables.collect(tmp_path / "results"))
+  assert [path.rpartition("/")[2] for path in written] == ["tables.md", "tables.csv"]
+  assert not (tmp_path / "out" / "tables.png").exists()
+
+
+_FORMATS = {"markdown": "# Every", "compact": "Mean ±", "csv": "experiment,setting,"}
+
+
+def test_formats_and_only(results):
+  one = [f"--results={results}", "--only=mnist_noise"]
+  printed = scripts.run_many(_NAME, [[*one, f"--format={f}"] for f in _FORMATS])
+  for outcome, start in zip(printed, _FORMATS.values(), strict=True):
+    assert outcome.status is None and outcome.complaints == ""
+    assert outcome.printed.startswith(start)
+    assert "mnist_noise" in outcome.printed
+    assert "mentornet_pretrain" not in outcome.printed
+
+
+_BROKEN_ROWS = {
+  "no_column": ([{"method": "l2rw"}], "mnist_noise: a row has no 'noise'"),
+  "no_method": (
+    [{"noise": "n", "fraction": 1.0}],
+    "mnist_noise: a row has no 'method'",
+  ),
+  "no_number": ([{**_NOISE}], "a row has no 'accuracy_percent'"),
+  "text": ([{**_ROWS[0], "accuracy_percent": "9"}], "'accuracy_percent' is '9', not a"),
+  "nan": ([{**_ROWS[0], "best_percent": float("nan")}], "'best_percent' is nan, not a"),
+  "setting": ([{**_ROWS[0], "fraction": "half"}], "'fraction' is 'half'"),
+  "list": ([{**_ROWS[0], "noise": ["n"]}], "'noise' is ['n']"),
+  "same_seed": ([_ROWS[0], _ROWS[0]], "l2rw has two rows of one seed and setting"),
+  "published": (
+    [_ROWS[0], {**_ROWS[1], "published_percent": 1.0}],
+    "'published_percent' differs between runs of one line",
+  ),
+  "no_rows": ([], "mnist_noise: no rows"),
+  "rows": (
+    7,
+    "results.json cannot be read as results (flags and rows have other types)",
+  ),
+  "row": ([7], "results.json cannot be read as results (a row is no object)"),
+}
+_MISTAKES = {
+  "no_folder": (["--results={tmp}/none"], "/none is no folder; run from"),
+  "empty": (["--results={tmp}/empty"], "/empty holds no NAME/results.json"),
+  "not_json": (
+    ["--results={tmp}/not_json"],
+    "results.json cannot be read as results (",
+  ),
+  "no_flags": (["--results={tmp}/no_flags"], "cannot be read as results ('flags')"),
+  "unknown": (["--results={tmp}/unknown"], "/mine has no entry in experiments/_cata"),
+  "only": (["--only=magic"], "--only=magic: choose among digits_noise"),
+  "only_absent": (["--only=fairness"], "--only=fairness: no {tmp}/good/fairness/res"),
+  "format": (["--format=pdf"], "should be one of <markdown|compact|csv>"),
+  "no_readme": (["--readme={tmp}/none.md"], "none.md: No such file or directory"),
+  "no_markers": (["--readme={tmp}/plain.md"], "must hold one <!-- tables: begin -->"),
+  "subset": (["--readme={tmp}/R.md", "--only=mnist_noise"], "leave out --only"),
+  "out": (["--out={tmp}/plain.md"], "plain.md: File exists"),
+  "positional": (["mnist_noise"], "unexpected argument 'mnist_noise'"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes(tmp_path_factory):
+  """Outcome of every mistake."""
+  folder = tmp_path_factory.mktemp("mistakes")
+  save(folder / "good" / "mnist_noise", _ROWS)
+  (folder / "empty").mkdir()
+  for name, (rows, _) in _BROKEN_ROWS.items():
+    save(folder / name / "mnist_noise", rows)
+  for name, text in (("not_json", "{"), ("no_flags", '{"rows": []}')):
+    save(folder / name / "mnist_noise", [])
+    (folder / name / "mnist_noise" / "results.json").write_text(text)
+  save(folder / "unknown" / "mine", _ROWS)
+  (folder / "plain.md").write_text("no markers")
+  (folder / "R.md").write_text(f"{tables.BEGIN}{tables.END}")
+  before = scripts.contents(folder)
+  commands = [
+    [f"--results={folder}/good", *(a.format(tmp=folder) for a in arguments)]
+    for arguments, _ in _MISTAKES.values()
+  ]
+  commands += [[f"--results={folder}/{name}"] for name in _BROKEN_ROWS]
+  outcomes = scripts.run_many(_NAME, commands)
+  assert scripts.contents(folder) == before
+  return dict(zip([*_MISTAKES, *_BROKEN_ROWS], outcomes, strict=True)), folder
+
+
+@pytest.mark.parametrize("name", [*_MISTAKES, *_BROKEN_ROWS])
+def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
+  outcomes, folder = mistakes
+  _, message = {**_MISTAKES, **_BROKEN_ROWS}[name]
+  scripts.assert_one_line(outcomes[name], message.replace("{tmp}", str(folder)))
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "",
+    f"{tables.BEGIN}",
+    f"{tables.END}{tables.BEGIN}",
+    f"{tables.BEGIN}{tables.END}{tables.BEGIN}{tables.END}",
+    f"{tables.BEGIN}{tables.BEGIN}{tables.END}",
+  ],
+)
+def test_markers_must_be_there_once_and_in_order(text):
+  with pytest.raises(tables.base.InputError, match="must hold one"):
+    tables.between_markers(text, "new")
