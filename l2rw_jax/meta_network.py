@@ -186,13 +186,47 @@ def lesson(
   return Lesson(base.psum(gradient, axis_name), found.meta_loss, found.finite)
 
 
-def weighted_gradient(
+def iterate(
+  state: State,
+  task: base.Task,
+  inputs: base.Inputs,
   linearized: base.LinearizedOutputs,
-  loss_fn: LossFn,
-  phi: base.PyTree,
-  axis_name: base.AxisName = None,
-) -> base.PyTree:
-  """The classifier's own gradient of the inner loss, summed over devices."""
-  return base.psum(
-    linearized.pull(jax.grad(loss_fn)(linearized.outputs, phi)), axis_name
-  )
+  virtual_loss_fn: LossFn,
+  real_loss_fn: LossFn,
+  *,
+  learning_rate: Schedule,
+  optimizer: optax.GradientTransformation,
+  every: int = 1,
+) -> tuple[base.PyTree, State]:
+  """A whole iteration in the loop: phi learns, then the classifier has its gradient.
+
+  Args:
+    state: before.
+    task: the learning problem.
+    inputs: of the step.
+    linearized: the batch, linearised at `inputs.params`.
+    virtual_loss_fn: `(outputs, phi) -> scalar`, of the look-ahead; see `lesson`.
+    real_loss_fn: likewise, of the classifier's own step, at the new phi.
+    learning_rate: of the look-ahead, a number or `step -> number`.
+    optimizer: the meta optimiser.
+    every: see `learn`.
+
+  Returns:
+    The classifier's gradient, summed over devices, and the state after.
+  """
+
+  def lesson_fn(phi):
+    return lesson(
+      linearized,
+      virtual_loss_fn,
+      phi,
+      task.meta_losses_fn(inputs.model_state, inputs.key),
+      inputs.params,
+      inputs.meta_batch,
+      axis_name=task.axis_name,
+      **look_ahead(learning_rate, inputs),
+    )
+
+  state = learn(state, lesson_fn, optimizer, inputs.step, every)
+  cotangent = jax.grad(real_loss_fn)(linearized.outputs, state.params)
+  return base.psum(linearized.pull(cotangent), task.axis_name), state

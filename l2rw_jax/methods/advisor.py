@@ -35,7 +35,6 @@ import jax.numpy as jnp
 import optax
 
 from l2rw_jax import base
-from l2rw_jax import linearization
 from l2rw_jax import meta_network
 
 
@@ -117,10 +116,8 @@ def advisor(
       # The head's own parameters are an output too: the loss comes after them.
       return (features, params), model_state
 
-    linearize = task.linearize_outputs or linearization.linearize_outputs
-    linearized = linearize(
-      outputs_fn, base.local(inputs.params, task.axis_name), batch, has_aux=True
-    )
+    params = base.local(inputs.params, task.axis_name)
+    linearized = task.linearize_outputs(outputs_fn, params, batch, has_aux=True)
     features, _ = linearized.outputs
     net = AdvisorNet(task.num_features, hidden)
     losses = task.loss(task.head(inputs.params, features), batch)
@@ -131,21 +128,16 @@ def advisor(
       gated = own_features * gate(net, psi, features, losses)
       return task.loss(task.head(params, gated), batch).sum() / size
 
-    def lesson_fn(psi):
-      return meta_network.lesson(
-        linearized,
-        loss_fn,
-        psi,
-        task.meta_losses_fn(inputs.model_state, inputs.key),
-        inputs.params,
-        inputs.meta_batch,
-        axis_name=task.axis_name,
-        **meta_network.look_ahead(learning_rate, inputs),
-      )
-
-    state = meta_network.learn(state, lesson_fn, meta_optimizer, inputs.step, every)
-    grads = meta_network.weighted_gradient(
-      linearized, loss_fn, state.params, task.axis_name
+    grads, state = meta_network.iterate(
+      state,
+      task,
+      inputs,
+      linearized,
+      loss_fn,
+      loss_fn,
+      learning_rate=learning_rate,
+      optimizer=meta_optimizer,
+      every=every,
     )
     open_share = gate(net, state.params, features, losses).mean(axis=-1)
     metrics = {

@@ -39,7 +39,6 @@ import jax.numpy as jnp
 import optax
 
 from l2rw_jax import base
-from l2rw_jax import linearization
 from l2rw_jax import losses as losses_lib
 from l2rw_jax import meta_network
 
@@ -187,10 +186,8 @@ def warpi(
     def logits_fn(params, batch):
       return task.forward(params, inputs.model_state, batch, inputs.key, True)
 
-    linearize = task.linearize_outputs or linearization.linearize_outputs
-    linearized = linearize(
-      logits_fn, base.local(inputs.params, task.axis_name), inputs.batch, has_aux=True
-    )
+    params = base.local(inputs.params, task.axis_name)
+    linearized = task.linearize_outputs(logits_fn, params, inputs.batch, has_aux=True)
     logits = linearized.outputs
     _check_logits(logits)
     size = base.global_size(labels.shape[0], task.axis_name)
@@ -212,21 +209,16 @@ def warpi(
 
       return loss
 
-    def lesson_fn(phi):
-      return meta_network.lesson(
-        linearized,
-        loss_fn(virtual_key),
-        phi,
-        task.meta_losses_fn(inputs.model_state, inputs.key),
-        inputs.params,
-        inputs.meta_batch,
-        axis_name=task.axis_name,
-        **meta_network.look_ahead(learning_rate, inputs),
-      )
-
-    state = meta_network.learn(state, lesson_fn, meta_optimizer, inputs.step, every)
-    grads = meta_network.weighted_gradient(
-      linearized, loss_fn(real_key), state.params, task.axis_name
+    grads, state = meta_network.iterate(
+      state,
+      task,
+      inputs,
+      linearized,
+      loss_fn(virtual_key),
+      loss_fn(real_key),
+      learning_rate=learning_rate,
+      optimizer=meta_optimizer,
+      every=every,
     )
     _, vectors = inner_loss(net, state.params, logits, labels, noise(real_key))
     own_label = jax.nn.one_hot(labels, logits.shape[-1])
