@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 import jax
@@ -141,14 +141,19 @@ def make_method(name: str) -> base.Method:
     if rate is None:
       # A step of the weights is in proportion to the product of the two.
       rate = 0.02 / inner if inner else 0.0
+    objective = name.removeprefix("forml_")
+    given: dict[str, Any] = {
+      "reduction": _REDUCTION.value,
+      "mean_coefficient": _MEAN_COEFFICIENT.value,
+      "temperature": _TEMPERATURE.value,
+    }
+    used = forml.settings_of(objective, _REDUCTION.value)
     return forml.forml(
       rate,
-      name.removeprefix("forml_"),
+      objective,
       _num_groups(),
       inner_learning_rate=inner,
-      reduction=_REDUCTION.value,
-      mean_coefficient=_MEAN_COEFFICIENT.value,
-      temperature=_TEMPERATURE.value,
+      **{setting: given[setting] for setting in used},
     )
   methods = {
     "uniform": baselines.uniform,

@@ -20,8 +20,8 @@ public and its surrogate, persistence and normalisation of weights, learning
 rates and exemplar sizes could not be checked. The equations above, all four
 objectives, the zero guard and the defaults are this library's construction.
 
-A pure `gap` is at its minimum when every group is equally *bad*; give it a
-`mean_coefficient`, as the factory does by default.
+A pure `gap` is at its minimum when every group is equally *bad*; here it has a
+`mean_coefficient` of 1 unless told otherwise.
 
 References:
   Yan, Seto, Apostoloff, "FORML: Learning to Reweight Data for Fairness", DataPerf
@@ -45,7 +45,7 @@ from l2rw_jax import normalization
 def update_weights(
   weights: base.Array,
   gradient: base.Array,
-  learning_rate: float,
+  weight_learning_rate: float,
   axis_name: base.AxisName = None,
 ) -> base.Array:
   """max(w - eta dF/dw, 0), made to sum to 1; all zero if nothing is left.
@@ -53,7 +53,7 @@ def update_weights(
   Args:
     weights: of this device's examples, [B].
     gradient: dF/dw at these weights, [B].
-    learning_rate: eta, in units of weight (1 / B is uniform) per dF/dw.
+    weight_learning_rate: eta, in units of weight (1 / B is uniform) per dF/dw.
     axis_name: mapped axis over which the batch is sharded.
 
   Returns:
@@ -63,7 +63,7 @@ def update_weights(
   >>> print(update_weights(jnp.array([.5, .5]), jnp.array([-.5, 2.]), 0.5))
   [1. 0.]
   """
-  return normalization.rectify(weights - learning_rate * gradient, axis_name)
+  return normalization.rectify(weights - weight_learning_rate * gradient, axis_name)
 
 
 class Reweighted(NamedTuple):
@@ -94,7 +94,7 @@ def example_weights(
   weights: base.Array,
   objective: hypergradient.Objective,
   *,
-  learning_rate: float,
+  weight_learning_rate: float,
   inner_learning_rate: float,
   meta_losses_fn: base.LossesFn | None = None,
   axis_name: base.AxisName = None,
@@ -111,7 +111,7 @@ def example_weights(
     weights: of the batch so far, of any positive scale, [B].
     objective: exemplar losses [M] (of all devices) -> F, for instance
       `lambda losses: group_objectives.worst(losses, groups, num_groups)`.
-    learning_rate: eta, see `update_weights`.
+    weight_learning_rate: eta, see `update_weights`.
     inner_learning_rate: alpha, of the look-ahead by plain SGD.
     meta_losses_fn: like `losses_fn`, for `meta_batch`, if it differs.
     axis_name: mapped axis over which both batches are sharded.
@@ -128,7 +128,7 @@ def example_weights(
     >>> exemplars = {"x": jnp.eye(2), "y": jnp.array([1., 3.])}
     >>> objective = lambda losses: group_objectives.worst(losses, jnp.arange(2), 2)
     >>> found = example_weights(losses_fn, jnp.zeros(2), batch, exemplars,
-    ...     jnp.ones(2), objective, learning_rate=.1, inner_learning_rate=.1)
+    ...     jnp.ones(2), objective, weight_learning_rate=.1, inner_learning_rate=.1)
     >>> print(jnp.round(found.weights, 2), jnp.round(found.objective, 2))
     [0.45 0.55] 8.41
   """
@@ -146,7 +146,7 @@ def example_weights(
     meta_batch,
     weights,
     objective,
-    learning_rate=learning_rate,
+    weight_learning_rate=weight_learning_rate,
     inner_learning_rate=inner_learning_rate,
     axis_name=axis_name,
     has_aux=has_aux,
@@ -161,7 +161,7 @@ def reweigh(
   weights: base.Array,
   objective: hypergradient.Objective,
   *,
-  learning_rate: float,
+  weight_learning_rate: float,
   inner_learning_rate: float,
   axis_name: base.AxisName = None,
   has_aux: bool = False,
@@ -185,7 +185,7 @@ def reweigh(
   num_bad = base.psum(jnp.sum(~jnp.isfinite(gradient)), axis_name)
   return Reweighted(
     weights=jax.lax.stop_gradient(
-      update_weights(weights, gradient, learning_rate, axis_name)
+      update_weights(weights, gradient, weight_learning_rate, axis_name)
     ),
     gradient=gradient,
     objective=direction.meta_loss,
@@ -198,62 +198,66 @@ def reweigh(
 OBJECTIVES = ("mean", "gap", "worst", "soft_tpr")
 
 
+def settings_of(objective: str, reduction: str | None = None) -> dict[str, Any]:
+  """The settings that an objective with this reduction has, at their defaults.
+
+  Raises:
+    InputError: an unknown objective.
+  """
+  if objective not in OBJECTIVES:
+    raise base.InputError(f"objective={objective!r}: choose one of {OBJECTIVES}.")
+  if objective == "mean":
+    return {}
+  found = {} if objective == "worst" else {"reduction": reduction or "mean"}
+  if objective == "worst" or (objective == "soft_tpr" and reduction == "worst"):
+    return found | {"temperature": 0.0}
+  return found | {"mean_coefficient": 1.0}
+
+
 def make_objective(
-  name: str,
-  *,
-  reduction: str = "mean",
-  mean_coefficient: float = 0.0,
-  temperature: float = 0.0,
+  name: str, **settings: Any
 ) -> Callable[[base.Array, base.Array, int], base.Array]:
   """`(losses [M], groups [M], num_groups) -> F` by its name.
 
   Args:
     name: one of `OBJECTIVES`; "soft_tpr" takes exp(-loss) for the probability of
       the label, which is right for cross-entropy losses.
-    reduction: of "gap" and "soft_tpr".
-    mean_coefficient: of "gap" and "soft_tpr".
-    temperature: of "worst" and of "soft_tpr" with reduction "worst".
+    **settings: of the function of that name in `group_objectives`; what is left out
+      is as in `settings_of`. A `temperature` goes with "worst" and with "soft_tpr"
+      of reduction "worst", a `mean_coefficient` with the differences of groups.
 
   Raises:
-    InputError: an unknown name or a setting out of range.
+    InputError: an unknown name, a setting out of range, or one that this objective
+      does not have.
   """
+  known = settings_of(name, settings.get("reduction"))
+  unknown = [setting for setting in settings if setting not in known]
+  if unknown:
+    given = "".join(f", {k}={v!r}" for k, v in settings.items())
+    raise base.InputError(
+      f"objective={name!r}{given}: it has no {unknown[0]}; leave it out."
+    )
+  settings = known | settings
 
   def objective(losses, groups, num_groups):
-    given = (losses, groups, num_groups)
     if name == "mean":
       return group_objectives.mean(losses)
-    if name == "gap":
-      return group_objectives.gap(
-        *given, reduction=reduction, mean_coefficient=mean_coefficient
-      )
-    if name == "worst":
-      return group_objectives.worst(*given, temperature=temperature)
-    return group_objectives.soft_tpr(
-      jnp.exp(-losses),
-      groups,
-      num_groups,
-      reduction=reduction,
-      mean_coefficient=mean_coefficient,
-      temperature=temperature,
-    )
+    values = jnp.exp(-losses) if name == "soft_tpr" else losses
+    return getattr(group_objectives, name)(values, groups, num_groups, **settings)
 
-  if name not in OBJECTIVES:
-    raise base.InputError(f"objective={name!r}: choose one of {OBJECTIVES}.")
   # Settings that do not fit show here, not in the middle of a trace.
   jax.eval_shape(lambda x: objective(x, jnp.zeros(1, int), 1), jnp.zeros(1))
   return objective
 
 
 def forml(
-  learning_rate: float = 0.1,
+  weight_learning_rate: float = 0.1,
   objective: str = "gap",
   num_groups: int | None = None,
   *,
   inner_learning_rate: float = 0.1,
-  reduction: str = "mean",
-  mean_coefficient: float = 1.0,
-  temperature: float = 0.0,
   groups_fn: Callable[[base.Batch], base.Array] = lambda batch: batch["group"],
+  **settings: Any,
 ) -> base.Method:
   """FORML for the training loop.
 
@@ -265,36 +269,29 @@ def forml(
   step is the outer optimiser's, on the updated weights.
 
   Args:
-    learning_rate: eta, in units of weight (sum 1 over the batch) per dF/dw. What
-      moves a weight is the product eta alpha: on MNIST in batches of 100, products
-      of 0.01 (the default) and 0.02 did best among 0.0004 to 0.1.
+    weight_learning_rate: eta, in units of weight (sum 1 over the batch) per dF/dw.
+      What moves a weight is the product eta alpha: on MNIST in batches of 100,
+      products of 0.01 (the default) and 0.02 did best among 0.0004 to 0.1.
     objective: one of `OBJECTIVES`; see the module for what is ours.
     num_groups: G; the number of classes if None.
     inner_learning_rate: alpha, of the look-ahead by plain SGD.
-    reduction: see `make_objective`.
-    mean_coefficient: likewise. The default of 1 keeps `gap` from equal badness.
-    temperature: likewise.
     groups_fn: meta batch -> groups [M] of 0 .. G - 1.
+    **settings: of the objective, see `make_objective`.
 
   Returns:
     A `base.Method` that needs a meta batch with "group" (unless `objective` is
     "mean" or `groups_fn` reads something else).
 
   Raises:
-    InputError: a setting out of range.
+    InputError: a setting out of range, or one that the objective does not have.
   """
   for name, value in (
-    ("learning_rate", learning_rate),
+    ("weight_learning_rate", weight_learning_rate),
     ("inner_learning_rate", inner_learning_rate),
   ):
-    if value < 0:
+    if not value >= 0:  # Nor NaN.
       raise base.InputError(f"forml: {name}={value} must be at least 0.")
-  objective_fn = make_objective(
-    objective,
-    reduction=reduction,
-    mean_coefficient=mean_coefficient,
-    temperature=temperature,
-  )
+  objective_fn = make_objective(objective, **settings)
 
   def init(key, task, params):
     del key, params
@@ -315,7 +312,7 @@ def forml(
       inputs.meta_batch,
       state[index],
       lambda losses: objective_fn(losses, groups, num_groups or task.num_classes),
-      learning_rate=learning_rate,
+      weight_learning_rate=weight_learning_rate,
       inner_learning_rate=inner_learning_rate,
       axis_name=axis_name,
       has_aux=True,

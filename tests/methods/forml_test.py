@@ -52,6 +52,7 @@ def _losses_fn(params, batch):
 _SETTINGS = {
   "mean": {"name": "mean"},
   "gap": {"name": "gap"},
+  "gap_pure": {"name": "gap", "mean_coefficient": 0.0},
   "gap_max": {"name": "gap", "reduction": "max", "mean_coefficient": 0.5},
   "worst": {"name": "worst"},
   "worst_smooth": {"name": "worst", "temperature": 0.3},
@@ -67,7 +68,7 @@ def _objective(setting):
 
 
 def _run(objective, weights=_WEIGHTS, params=None, **options):
-  given = {"learning_rate": _ETA, "inner_learning_rate": _ALPHA, **options}
+  given = {"weight_learning_rate": _ETA, "inner_learning_rate": _ALPHA, **options}
   run = functools.partial(forml.example_weights, _losses_fn, **given)
   return jax.jit(lambda p, w: run(p, _BATCH, _META, w, objective))(
     params or _params(), jnp.asarray(weights)
@@ -117,7 +118,7 @@ def test_the_scale_of_the_given_weights_does_not_matter():
 
 
 def test_from_zero_weights_the_mean_is_l2rw():
-  found = _run(_objective("mean"), np.zeros(_B), learning_rate=1.0)
+  found = _run(_objective("mean"), np.zeros(_B), weight_learning_rate=1.0)
   run = functools.partial(l2rw.example_weights, _losses_fn)
   expected = jax.jit(run)(_params(), _BATCH, _META)
   np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-4, atol=1e-6)
@@ -138,7 +139,7 @@ def _two_groups(targets, objective, weights=(1.0, 1.0)):
     exemplars,
     jnp.asarray(weights),
     lambda values: objective(values, jnp.arange(2), 2),
-    learning_rate=0.1,
+    weight_learning_rate=0.1,
     inner_learning_rate=0.1,
   )
 
@@ -190,7 +191,7 @@ def test_no_gradient_flows_through_the_weights():
       _META,
       jnp.asarray(_WEIGHTS),
       _objective("gap"),
-      learning_rate=_ETA,
+      weight_learning_rate=_ETA,
       inner_learning_rate=_ALPHA,
     )
     return jnp.sum(found.weights * jnp.arange(_B))
@@ -217,6 +218,7 @@ def _task(axis_name=None):
     forward=forward,
     loss=lambda logits, batch: losses.softmax_cross_entropy(logits, batch["label"]),
     linearize=linearization.linearize,
+    linearize_outputs=linearization.linearize_outputs,
     num_classes=_CLASSES,
     class_counts=jnp.array([10, 6, 4]),
     num_examples=_N,
@@ -318,7 +320,23 @@ def test_exemplars_without_groups_are_refused_but_for_the_mean():
     ({"objective": "fair"}, "objective='fair': choose one of"),
     ({"reduction": "sum"}, "reduction='sum': choose one of"),
     ({"objective": "worst", "temperature": -0.1}, "temperature=-0.1 must be at least"),
-    ({"learning_rate": -1.0}, "forml: learning_rate=-1.0 must be at least 0"),
+    ({"temperature": 0.0}, "objective='gap', temperature=0.0: it has no temperature"),
+    (
+      {"objective": "soft_tpr", "reduction": "worst", "mean_coefficient": 1.0},
+      "reduction='worst', mean_coefficient=1.0: it has no mean_coefficient; leave it",
+    ),
+    (
+      {"objective": "soft_tpr", "reduction": "max", "temperature": 0.1},
+      "reduction='max', temperature=0.1: it has no temperature",
+    ),
+    ({"objective": "worst", "reduction": "mean"}, "'worst', .* it has no reduction"),
+    ({"objective": "mean", "mean_coefficient": 1}, "'mean', .* it has no mean_coef"),
+    ({"temprature": 0.1}, "it has no temprature"),
+    (
+      {"weight_learning_rate": -1.0},
+      "forml: weight_learning_rate=-1.0 must be at least 0",
+    ),
+    ({"weight_learning_rate": float("nan")}, "learning_rate=nan must be at least 0"),
     ({"inner_learning_rate": -1.0}, "inner_learning_rate=-1.0 must be at least 0"),
   ],
 )
