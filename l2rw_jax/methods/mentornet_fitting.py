@@ -174,8 +174,12 @@ def fit(
     The network's variables as NumPy arrays.
 
   Raises:
-    InputError: a label the network has no embedding for, or every start diverged.
+    InputError: a label the network has no embedding for, no rows in a batch, no
+      start, or every start diverged.
   """
+  for name, value in (("batch_size", batch_size), ("restarts", restarts)):
+    if value < 1:
+      raise base.InputError(f"fit: {name}={value} must be at least 1.")
   if rows.labels.min() < 0 or rows.labels.max() >= network.num_labels:
     raise base.InputError(
       f"labels must lie between 0 and {network.num_labels - 1}; got"

@@ -144,3 +144,10 @@ def test_a_label_without_embedding_and_a_fit_that_diverged_are_one_line():
     _fit(rows._replace(labels=rows.labels + 2))
   with pytest.raises(base.InputError, match="diverged: lower --learning_rate"):
     _fit(rows, num_steps=5, learning_rate=float("inf"))
+
+
+@pytest.mark.parametrize("setting", ["restarts", "batch_size"])
+def test_a_fit_of_nothing_is_one_line(setting):
+  rows = mentornet_fitting.pd_rows("pd", num_rows=100)
+  with pytest.raises(base.InputError, match=f"fit: {setting}=0 must be at least 1"):
+    _fit(rows, **{setting: 0})

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from l2rw_jax import base
+from l2rw_jax import linearization
 from l2rw_jax.methods import mentornet
 from l2rw_jax.methods import mentornet_network
 
@@ -54,7 +55,7 @@ def _lstm(params, steps):
   return cell, hidden
 
 
-def _reference(variables, compat, losses, differences):
+def _reference(variables, compat, losses, differences, labels=_LABELS, epochs=_EPOCHS):
   params = variables["params"]
   frozen = variables.get("frozen", params)["epoch_embedding"]
   which = 0 if compat == "official_code" else 1
@@ -63,8 +64,8 @@ def _reference(variables, compat, losses, differences):
     steps = np.stack([np.atleast_1d(losses[i]), np.atleast_1d(differences[i])], axis=-1)
     features = np.concatenate(
       [
-        params["label_embedding"][_LABELS[i]],
-        frozen[_EPOCHS[i]],
+        params["label_embedding"][labels[i]],
+        frozen[epochs[i]],
         [_lstm(params["forward"], steps)[which]],
         [_lstm(params["backward"], steps[::-1])[which]],
       ]
@@ -134,7 +135,33 @@ def test_a_mentor_of_no_classes_takes_every_label_for_0():
 def test_a_mentor_is_a_curriculum():
   network, variables = _init("official_code")
   mentor = mentornet_network.Mentor("pd", network, variables)
-  assert mentornet.mentornet(mentor, **mentornet.preset("pd", 0.4)).gradients
+  task = base.Task(
+    forward=lambda params, state, batch, key, train: (params * batch["x"], state),
+    loss=lambda outputs, batch: outputs,
+    linearize=linearization.linearize,
+    linearize_outputs=linearization.linearize_outputs,
+    num_classes=2,
+    class_counts=jnp.array([1, 2]),
+    num_examples=3,
+    num_steps=100,
+  )
+  batch = {"x": _LOSSES, "label": _LABELS, "index": np.arange(3)}
+  inputs = base.Inputs(
+    jnp.array(1.0), {}, (), batch, None, jnp.int32(40), jax.random.key(0)
+  )
+  method = mentornet.mentornet(mentor, percentile=50, decay=0.0)
+  found, percentile = method.gradients(jnp.array(0.0), task, inputs)
+  np.testing.assert_allclose(percentile, 0.7)
+  # A mentor of no classes is shown label 0, at percent 40 of the run.
+  differences, labels, epochs = _LOSSES - 0.7, np.zeros(3, int), np.full(3, 40)
+  expected = _sigmoid(
+    np.array(
+      _reference(variables, "official_code", _LOSSES, differences, labels, epochs)
+    )
+  )
+  assert np.ptp(expected) > 1e-3
+  np.testing.assert_allclose(found.weights, expected / 3, rtol=1e-4)
+  np.testing.assert_allclose(found.grads, found.weights @ _LOSSES, rtol=1e-5)
 
 
 def test_an_unknown_compat_is_one_line():
