@@ -10,13 +10,18 @@ import numpy as np
 import optax
 import pytest
 
+from l2rw_jax.methods import absgd
 from l2rw_jax.methods import advisor
 from l2rw_jax.methods import bare
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import forml
+from l2rw_jax.methods import group_dro
 from l2rw_jax.methods import l2rw
+from l2rw_jax.methods import ldam_drw
+from l2rw_jax.methods import label_transition
 from l2rw_jax.methods import mentornet
 from l2rw_jax.methods import meta_weight_net
+from l2rw_jax.methods import s_model
 from l2rw_jax.methods import warpi
 from l2rw_jax.models import classifier
 from l2rw_jax.training import step as step_lib
@@ -35,9 +40,11 @@ _METHODS = {
   "random": baselines.random(),
   "class_proportion": baselines.class_proportion(),
   "hard_mining": baselines.hard_mining(),
+  "class_balanced_focal": baselines.class_balanced_focal(1.0, 0.9),
   "clean_only": baselines.clean_only(),
   "fine_tuning_l2rw": baselines.fine_tuning(2, l2rw.l2rw()),
   "l2rw": l2rw.l2rw(),
+  "ldam_drw": ldam_drw.ldam_drw(scale=3.0, beta=0.9, from_epoch=0),
   "l2rw_momentum": l2rw.l2rw(_OUTER),
   "mentornet": mentornet.mentornet(
     mentornet.spcl_linear,
@@ -55,6 +62,13 @@ _METHODS = {
   "advisor": advisor.advisor(0.3, optimizer=_META),
   "bare": bare.bare(kappa=0.5),
   "bare_own_label": bare.bare(0.5, "own_label"),
+  "absgd": absgd.absgd(1.0, gamma=0.7, alpha=0.5),
+  "absgd_noise": absgd.absgd(-1.0, gamma=0.5, clip=0.1, add_uniform=True),
+  "forward_correction": label_transition.forward_correction(
+    transition=0.7 * np.eye(_CLASSES) + 0.1
+  ),
+  "s_model": s_model.s_model(optimizer=_META),
+  "group_dro": group_dro.group_dro(2, 0.5, "group"),
 }
 
 
