@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from l2rw_jax import base
+from l2rw_jax import workdir
 
 _DTYPES = {
   "sample": np.int32,
@@ -203,7 +204,7 @@ def write_dump(path: str | os.PathLike, dump: LossDump) -> None:
   formats = ["%d"] * 4 + ["%.9g"]
   table = np.column_stack([c.astype(np.float64) for c in dump])
   np.savetxt(text, table, formats, delimiter=",", header=",".join(_DTYPES), comments="")
-  _replace(path, text.getvalue().encode())
+  _write(path, text.getvalue().encode())
 
 
 def read_dump(path: str | os.PathLike) -> LossDump:
@@ -268,21 +269,12 @@ def _load_epoch(path):
 def _save(path, **arrays):
   buffer = io.BytesIO()
   np.savez_compressed(buffer, **arrays)
-  _replace(path, buffer.getvalue())
+  _write(path, buffer.getvalue())
 
 
-def _replace(path, content):
-  partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _write(path, content):
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-      with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-      os.replace(partial, path)
-    except BaseException:
-      partial.unlink(missing_ok=True)
-      raise
   except OSError as error:
     raise base.InputError(f"cannot write {path}: {error.strerror}") from error
+  workdir.write_bytes(path, content)

@@ -30,18 +30,31 @@ def write_text(path: str | os.PathLike, text: str) -> None:
   Raises:
     InputError: the file cannot be written; what was there is untouched.
   """
+  write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+  """Writes `content` to `path` as `write_text` does.
+
+  Args:
+    path: file to create or replace; its folder must exist.
+    content: all of it.
+
+  Raises:
+    InputError: the file cannot be written; what was there is untouched.
+  """
   try:
-    _replace(pathlib.Path(path), text)
+    _replace(pathlib.Path(path), content)
   except OSError as error:
     raise base.InputError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _replace(path: pathlib.Path, text: str) -> None:
+def _replace(path: pathlib.Path, content: bytes) -> None:
   # The process id keeps two runs that share a folder out of each other's file.
   partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
-    with open(partial, "w", encoding="utf-8", newline="") as file:
-      file.write(text)
+    with open(partial, "wb") as file:
+      file.write(content)
       file.flush()
       os.fsync(file.fileno())
     os.replace(partial, path)
@@ -92,7 +105,7 @@ def prepare(path: str | os.PathLike, settings: dict[str, Any]) -> pathlib.Path:
     with tempfile.TemporaryFile(dir=folder) as probe:
       probe.write(b"x")
     if not (folder / _SETTINGS).exists():
-      _replace(folder / _SETTINGS, text)
+      _replace(folder / _SETTINGS, text.encode())
       return folder
   except OSError as error:
     raise base.InputError(

@@ -25,6 +25,8 @@ def test_write_json_is_sorted_and_ends_in_a_newline(tmp_path):
 def test_write_text_keeps_newlines_as_they_are(tmp_path):
   workdir.write_text(tmp_path / "a", "x\r\ny\n")
   assert (tmp_path / "a").read_bytes() == b"x\r\ny\n"
+  workdir.write_bytes(tmp_path / "a", b"\xff\r\n")
+  assert (tmp_path / "a").read_bytes() == b"\xff\r\n"
 
 
 def _no_space(*args, **kwargs):

@@ -92,7 +92,9 @@ def _write(path: pathlib.Path, key: str, arrays: Arrays) -> None:
 
 
 def _replace(path: pathlib.Path, arrays: Arrays) -> None:
-  # Not `tempfile`: its files are private to the user, and a cache may be shared.
+  # Not `workdir.write_bytes`: arrays go to the disk without a copy of them in memory,
+  # and machines that share a cache may have equal process ids.
+  # Not `tempfile`: its files are private to the user.
   partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
   try:
     with open(partial, "xb") as file:
