@@ -35,6 +35,34 @@ _MNIST_NOISE = _tables.Experiment(
   keys=("noise", "fraction"),
   published=_published.MNIST_NOISE_SOURCE,
 )
+
+
+def _long_tail(title: str, published: str) -> _tables.Experiment:
+  return _tables.Experiment(
+    title=title,
+    metrics=(
+      _ACCURACY,
+      _tables.Metric("balanced_percent", "balanced %"),
+      _tables.Metric("many_percent", "many-shot %"),
+      _tables.Metric("medium_percent", "medium-shot %"),
+      _tables.Metric("few_percent", "few-shot %"),
+      _BEST,
+    ),
+    settings={
+      "dataset": "{}",
+      "network": "{}",
+      "preset": "preset {}",
+      "builder": "builder {}",
+      "shape": "{}",
+      "imbalance": "imbalance {:g}",
+      "num_meta": "{} meta images a class",
+      "num_epochs": "{} epochs",
+    },
+    keys=("shape", "imbalance"),
+    published=published,
+  )
+
+
 EXPERIMENTS = {
   "digits_noise": _tables.Experiment(
     title="Handwritten digits with wrong labels",
@@ -88,6 +116,13 @@ EXPERIMENTS = {
     },
     keys=("dataset", "noise", "annotation", "fraction", "num_steps"),
     published=_published_cifar.SOURCE,
+  ),
+  "mnist_long_tail": _long_tail(
+    "MNIST in a long tail",
+    "Published: nothing; the papers cut their long tails from CIFAR.",
+  ),
+  "cifar_long_tail": _long_tail(
+    "CIFAR in a long tail", _published_cifar.LONG_TAIL_SOURCE
   ),
   "fairness": _tables.Experiment(
     title="Fairness between groups",

@@ -1,4 +1,4 @@
-"""The methods of the label-noise experiments, by name, and their own flags."""
+"""The methods of the experiments, by name, and their own flags."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -6,13 +6,17 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from l2rw_jax import base
+from l2rw_jax import class_balance
 from l2rw_jax import mentor_file
 from l2rw_jax import meta_network
+from l2rw_jax.methods import absgd
 from l2rw_jax.methods import advisor
 from l2rw_jax.methods import bare
 from l2rw_jax.methods import baselines
+from l2rw_jax.methods import changed_loss
 from l2rw_jax.methods import forml
 from l2rw_jax.methods import l2rw
+from l2rw_jax.methods import ldam_drw
 from l2rw_jax.methods import mentornet
 from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.methods import warpi
@@ -22,9 +26,9 @@ _META_EVERY = flags.DEFINE_integer(
 )
 _MWN_PRESET = flags.DEFINE_enum(
   "mwn_preset",
-  "noise_stable",
+  None,
   list(meta_weight_net.PRESETS),
-  "Meta-Weight-Net's release to follow.",
+  "Meta-Weight-Net's release to follow. [noise_stable; in a long tail imbalance]",
 )
 _MENTOR = flags.DEFINE_multi_string(
   "mentor",
@@ -54,6 +58,26 @@ _BARE_STATISTICS = flags.DEFINE_enum(
   bare.STATISTICS,
   "BARE's released code, or its paper's formula.",
 )
+_FOCAL_GAMMA = flags.DEFINE_float(
+  "focal_gamma", 1.0, "Of the focal loss; LDAM's code has 1.", lower_bound=0.0
+)
+_BETA = flags.DEFINE_float(
+  "beta", 0.9999, "Of the effective number of examples of a class, in [0, 1)."
+)
+_MAX_MARGIN = flags.DEFINE_float(
+  "ldam_margin", 0.5, "LDAM's margin of the rarest class.", lower_bound=0.0
+)
+_SCALE = flags.DEFINE_float("ldam_scale", 30.0, "Of LDAM's cosines.", lower_bound=0.0)
+# The package's own demonstration on CIFAR-10 of imbalance 100, plain cross-entropy.
+_ABSGD_LAMBDA = flags.DEFINE_float(
+  "absgd_lambda", 2.0, "ABSGD's; above 0 for long tails, below for wrong labels."
+)
+_ABSGD_GAMMA = flags.DEFINE_float(
+  "absgd_gamma", 0.9, "Weight of the new batch in ABSGD's normaliser, in (0, 1]."
+)
+_ABSGD_ALPHA = flags.DEFINE_float(
+  "absgd_alpha", 1.0, "Of ABSGD's normaliser; it scales the step by its inverse."
+)
 
 
 class Setting(NamedTuple):
@@ -66,12 +90,17 @@ class Setting(NamedTuple):
     noise_fraction: share of wrong labels, as the builder was asked for; for
       human labels, what they turned out to be.
     num_classes: C.
+    deferred_epoch: the first, counted from 0, of what waits: balanced classes,
+      ABSGD's finite lambda.
+    mwn_preset: Meta-Weight-Net's release, where no flag says another.
   """
 
   look_ahead_rate: meta_network.Schedule
   num_steps: int
   noise_fraction: float
   num_classes: int
+  deferred_epoch: int = 0
+  mwn_preset: str = "noise_stable"
 
 
 def _fine_tuning(setting: Setting) -> base.Method:
@@ -79,8 +108,9 @@ def _fine_tuning(setting: Setting) -> base.Method:
 
 
 def _meta_weight_net(setting: Setting) -> base.Method:
+  preset = _MWN_PRESET.value or setting.mwn_preset
   return meta_weight_net.meta_weight_net(
-    setting.look_ahead_rate, _MWN_PRESET.value, every=_META_EVERY.value
+    setting.look_ahead_rate, preset, every=_META_EVERY.value
   )
 
 
@@ -138,13 +168,52 @@ def _forml(setting: Setting) -> base.Method:
   return forml.forml(objective="mean", groups_fn=lambda batch: batch["label"])
 
 
+def _ldam(balance: str, hinge: bool = False) -> Callable[[Setting], base.Method]:
+  """LDAM with classes balanced late or never."""
+
+  def make(setting):
+    return ldam_drw.ldam_drw(
+      _MAX_MARGIN.value,
+      _SCALE.value,
+      _BETA.value,
+      None if balance == "none" else setting.deferred_epoch,
+      hinge=hinge,
+      balance=balance,
+    )
+
+  return make
+
+
+def _absgd(setting: Setting) -> base.Method:
+  return absgd.absgd(
+    absgd.two_stage(_ABSGD_LAMBDA.value, setting.deferred_epoch),
+    gamma=_ABSGD_GAMMA.value,
+    alpha=_ABSGD_ALPHA.value,
+  )
+
+
+def _absgd_ldam_drw(setting: Setting) -> base.Method:
+  """ABSGD on LDAM's losses, weighted by class before the exponential, as released."""
+  class_balance.check_beta(_BETA.value)
+  ldam = ldam_drw.loss(_MAX_MARGIN.value, _SCALE.value)
+
+  def weighted(outputs, batch, class_counts):
+    per_class = class_balance.effective_number(class_counts, _BETA.value)
+    return per_class[batch["label"]] * ldam(outputs, batch, class_counts)
+
+  late = changed_loss.changed_loss(
+    _absgd(setting), weighted, from_epoch=setting.deferred_epoch
+  )
+  return changed_loss.changed_loss(late, ldam)
+
+
 _METHODS: dict[str, Callable[[Setting], base.Method]] = {
   "uniform": lambda _: baselines.uniform(),
   "random": lambda _: baselines.random(),
   "clean_only": lambda _: baselines.clean_only(),
   "fine_tuning": _fine_tuning,
   "self_paced": _curriculum("self_paced"),
-  "focal": _curriculum("focal"),
+  "focal_weight": _curriculum("focal"),
   "pd_mixture": _curriculum("pd_mixture"),
   "mentornet_pd": _mentor("pd", "pd"),
   "mentornet_dd": _mentor("dd", "dd_resnet"),
@@ -156,21 +225,49 @@ _METHODS: dict[str, Callable[[Setting], base.Method]] = {
   "forml": _forml,
   "bare": lambda _: bare.bare(_BARE_KAPPA.value, _BARE_STATISTICS.value),
 }
+# What needs class counts that differ, a classifier of cosines (ldam) or a deferred
+# epoch: offered in long tails only.
+_IN_A_LONG_TAIL: dict[str, Callable[[Setting], base.Method]] = {
+  "class_proportion": lambda _: baselines.class_proportion(),
+  "resampling": lambda _: baselines.resampling(),
+  "focal": lambda _: baselines.focal(_FOCAL_GAMMA.value),
+  "class_balanced": lambda _: baselines.class_balanced(_BETA.value),
+  "class_balanced_focal": lambda _: baselines.class_balanced_focal(
+    _FOCAL_GAMMA.value, _BETA.value
+  ),
+  "uniform_drw": lambda setting: baselines.class_balanced(
+    _BETA.value, setting.deferred_epoch
+  ),
+  "uniform_drs": lambda setting: baselines.resampling(setting.deferred_epoch),
+  "ldam": _ldam("none"),
+  "ldam_hinge": _ldam("none", hinge=True),
+  "ldam_drw": _ldam("reweight"),
+  "ldam_drs": _ldam("resample"),
+  "ldam_hinge_drs": _ldam("resample", hinge=True),
+  "absgd": _absgd,
+  "absgd_ldam_drw": _absgd_ldam_drw,
+}
 NAMES = list(_METHODS)
+LONG_TAIL_NAMES = [*_METHODS, *_IN_A_LONG_TAIL]
 
 
-def check(names: Sequence[str]) -> list[str]:
+def check(names: Sequence[str], offered: Sequence[str] = NAMES) -> list[str]:
   """The names without repetitions.
 
   Raises:
-    InputError: none is given, or one is unknown.
+    InputError: none is given, or one is not offered.
   """
   for name in names or [""]:
-    if name not in _METHODS:
-      raise base.InputError(f"--methods={name}: choose among {', '.join(NAMES)}.")
+    if name not in offered:
+      raise base.InputError(f"--methods={name}: choose among {', '.join(offered)}.")
   return list(dict.fromkeys(names))
+
+
+def needs_cosines(name: str) -> bool:
+  """Whether a method's network must have a classifier of cosines."""
+  return "ldam" in name
 
 
 def make(name: str, setting: Setting) -> base.Method:
   """The `Method` behind a name."""
-  return _METHODS[name](setting)
+  return (_METHODS | _IN_A_LONG_TAIL)[name](setting)

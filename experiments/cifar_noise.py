@@ -180,13 +180,7 @@ def load(name: str, split: str) -> sources.Source:
   source = sources.load(name, split, **_launch.data_folders())
   if not _SMOKE.value:
     return source
-  size = _SMOKE_TRAIN if split == "train" else _SMOKE_TEST
-  return source._replace(
-    split=f"{split}[:{size}]",
-    images=source.images[:size],
-    labels=source.labels[:size],
-    extra={name: labels[:size] for name, labels in source.extra.items()},
-  )
+  return _cifar.first_images(source, _SMOKE_TRAIN if split == "train" else _SMOKE_TEST)
 
 
 def num_meta(preset: _cifar.Preset, num_classes: int) -> int:
