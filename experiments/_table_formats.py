@@ -25,8 +25,9 @@ LONG_FORM = (
 def summary(table: _tables.Table) -> str:
   """Every metric: what all lines share, a line per setting and method, sources."""
   experiment = table.experiment
-  keys = [k for k in experiment.keys if any(line.setting[k] for line in table.lines)]
-  columns = [*keys, *(name for name in table.varying() if name not in keys)]
+  varying, first = table.varying(), table.lines[0].setting
+  keys = [k for k in experiment.keys if k in varying or first[k] is not None]
+  columns = [*keys, *(name for name in varying if name not in keys)]
   header = [*columns, experiment.method_heading]
   for i in table.metrics():
     header.append(experiment.metrics[i].heading)

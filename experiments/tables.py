@@ -57,7 +57,8 @@ def collect(results: pathlib.Path, only: Sequence[str] = ()) -> list[_tables.Tab
       f"--results={results} is no folder; run from the repository's root, or name"
       " the folder that holds the results."
     )
-  files = {folder.name: _files(folder) for folder in sorted(results.iterdir())}
+  folders = [path for path in sorted(results.iterdir()) if path.is_dir()]
+  files = {folder.name: _files(folder) for folder in folders}
   files = {name: own for name, own in files.items() if own}
   for name in only:
     if name not in known:
@@ -152,6 +153,14 @@ def between_markers(text: str, block: str) -> str:
   return f"{before}{BEGIN}\n\n{block}\n{END}{after}"
 
 
+def _rewrite(readme: pathlib.Path, block: str) -> None:
+  try:
+    text = readme.read_text(encoding="utf-8")
+  except UnicodeDecodeError as error:
+    raise base.InputError(f"--readme={readme} is not UTF-8 text ({error}).") from error
+  workdir.write_text(readme, between_markers(text, block))
+
+
 def write(folder: pathlib.Path, tables: Sequence[_tables.Table]) -> list[str]:
   """Writes `tables.md`, `tables.csv` and, with anything published, `tables.png`."""
   folder.mkdir(parents=True, exist_ok=True)
@@ -174,10 +183,8 @@ def main() -> None:
   if _README.value:
     if _ONLY.value:
       raise base.InputError("--readme holds every experiment: leave out --only.")
-    readme = pathlib.Path(_README.value)
-    changed = between_markers(readme.read_text(encoding="utf-8"), compact(tables))
-    workdir.write_text(readme, changed)
-    written.append(str(readme))
+    _rewrite(pathlib.Path(_README.value), compact(tables))
+    written.append(_README.value)
   if _OUT.value:
     written += write(pathlib.Path(_OUT.value), tables)
   print(text, end="")

@@ -230,6 +230,7 @@ _MISTAKES = {
   "only_absent": (["--only=fairness"], "--only=fairness: no {tmp}/good/fairness/res"),
   "format": (["--format=pdf"], "should be one of <markdown|compact|csv>"),
   "no_readme": (["--readme={tmp}/none.md"], "none.md: No such file or directory"),
+  "not_text": (["--readme={tmp}/R.png"], "R.png is not UTF-8 text ("),
   "no_markers": (["--readme={tmp}/plain.md"], "must hold one <!-- tables: begin -->"),
   "subset": (["--readme={tmp}/R.md", "--only=mnist_noise"], "leave out --only"),
   "out": (["--out={tmp}/plain.md"], "plain.md: File exists"),
@@ -250,6 +251,7 @@ def mistakes(tmp_path_factory):
     (folder / name / "mnist_noise" / "results.json").write_text(text)
   save(folder / "unknown" / "mine", _ROWS)
   (folder / "plain.md").write_text("no markers")
+  (folder / "R.png").write_bytes(b"\x89PNG")
   (folder / "R.md").write_text(f"{tables.BEGIN}{tables.END}")
   before = scripts.contents(folder)
   commands = [
