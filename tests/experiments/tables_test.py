@@ -107,6 +107,15 @@ def test_a_setting_that_differs_has_a_column_of_its_own():
   assert [line[2:4] for line in lines] == [["mlp", "-"], ["lenet", "own"]]
 
 
+@pytest.mark.parametrize(("fraction", "shown"), [(0.0, True), (None, False)])
+def test_a_key_has_a_column_unless_no_run_has_it(fraction, shown):
+  header, line = scripts.table(
+    _table_formats.summary(make("mnist_noise", [{**_ROWS[0], "fraction": fraction}]))
+  )
+  assert ("fraction" in header) == shown
+  assert line[: header.index("method")] == ["n", *(["0"] if shown else [])]
+
+
 def test_a_method_may_be_named_by_several_columns():
   whole = {"method": "uniform", "kept_percent": None, "kept": ""}
   part = {"method": "forml_gap", "kept_percent": 9, "kept": "top"}
