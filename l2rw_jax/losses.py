@@ -172,7 +172,7 @@ def generalized_cross_entropy(
   if threshold is not None:
     _check(0 < threshold < 1, f"{where}: threshold={threshold} must be in (0, 1)")
     limit = math.log(threshold)
-    log_p = jnp.where(log_p > limit, log_p, limit)
+    log_p = jnp.where(log_p <= limit, limit, log_p)
   return -jnp.expm1(q * log_p) / q
 
 

@@ -3,11 +3,16 @@
 import hypothesis
 from hypothesis import strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from l2rw_jax import base
 from l2rw_jax import class_balance
 
 _inverse_frequency = jax.jit(class_balance.inverse_frequency)
+_effective_number = jax.jit(class_balance.effective_number, static_argnums=1)
+_CIFAR_10_LT = np.array([5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50])
 
 
 def test_by_hand():
@@ -28,3 +33,60 @@ def test_present_classes_share_the_examples_equally(counts):
   present = counts > 0
   expected = np.where(present, counts.sum() / max(present.sum(), 1), 0)
   np.testing.assert_allclose(share, expected, rtol=1e-5)
+
+
+def test_effective_number_of_the_long_tails_of_ldam():
+  weights = [0.0506, 0.0769, 0.1211, 0.195, 0.3188, 0.5246, 0.8683, 1.4426, 2.4092]
+  np.testing.assert_allclose(
+    _effective_number(_CIFAR_10_LT, 0.9999), [*weights, 3.9927], atol=5e-5
+  )
+  step = _effective_number(np.repeat([5000, 50], 5), 0.9999)
+  np.testing.assert_allclose(step, np.repeat([0.025, 1.975], 5), atol=5e-4)
+  counts = np.floor(500 * 0.01 ** (np.arange(100) / 99))
+  found = _effective_number(counts, 0.9999)
+  np.testing.assert_allclose(found[:100:50], [0.0449, 0.4571], atol=5e-5)
+  assert found[99] == pytest.approx(4.3783, abs=5e-5)
+
+
+@hypothesis.given(
+  st.lists(st.integers(0, 10**6), min_size=4, max_size=4),
+  st.sampled_from([0.0, 1e-3, 0.9, 0.9999, 1 - 1e-9, np.nextafter(1, 0)]),
+)
+@hypothesis.settings(deadline=None, max_examples=60)
+def test_effective_number_is_the_printed_formula(counts, beta):
+  counts = np.array(counts)
+  present = counts > 0
+  found = np.asarray(_effective_number(counts, beta), np.float64)
+  # 1 - beta^n in double precision, by the series next to beta = 1.
+  power = counts * np.log(beta) if beta else np.where(present, -np.inf, 0)
+  literal = np.where(present, 1 / np.where(present, -np.expm1(power), 1), 0)
+  expected = literal * present.sum() / max(literal.sum(), 1e-300)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  np.testing.assert_allclose(found.sum(), present.sum(), rtol=1e-5)
+
+
+def test_effective_number_goes_from_equal_weights_to_inverse_counts():
+  counts = np.array([30, 0, 10, 1])
+  np.testing.assert_array_equal(_effective_number(counts, 0.0), [1, 0, 1, 1])
+  inverse = _inverse_frequency(counts)
+  found = _effective_number(counts, float(np.nextafter(1, 0)))
+  np.testing.assert_allclose(found, inverse * 3 / inverse.sum(), rtol=1e-6)
+  assert not _effective_number(np.zeros(3), 0.9).any()
+
+
+@pytest.mark.parametrize("beta", [-0.1, 1.0, 2.0, float("nan")])
+def test_a_beta_out_of_range_is_refused(beta):
+  with pytest.raises(base.InputError, match=f"beta={beta} of the effective number"):
+    class_balance.effective_number(jnp.ones(2), beta)
+
+
+def test_counts_of_other_classes_are_refused_traced_as_they_may_be():
+  @jax.jit
+  def run(counts):
+    class_balance.check_counts(counts, 3)
+    return counts
+
+  assert run(np.arange(3)).shape == (3,)
+  for counts in (np.arange(2), np.ones((3, 1))):
+    with pytest.raises(base.InputError, match=r"each of the 3 classes.* got shape \["):
+      run(counts)

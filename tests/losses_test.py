@@ -1,5 +1,8 @@
-"""Per-example losses: hand values, extremes, shapes."""
+"""Per-example losses: literal formulas, finite differences, extremes, shapes."""
 
+import functools
+
+import chex
 import hypothesis
 from hypothesis import strategies as st
 import jax
@@ -9,6 +12,8 @@ import pytest
 
 from l2rw_jax import base
 from l2rw_jax import losses
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 _softmax = jax.jit(losses.softmax_cross_entropy)
 _sigmoid = jax.jit(losses.sigmoid_cross_entropy)
@@ -63,7 +68,19 @@ def test_predictions():
   np.testing.assert_array_equal(losses.predictions(logits), [1, 0, 0])
 
 
-@pytest.mark.parametrize("loss_fn", [_softmax, _sigmoid])
+@pytest.mark.parametrize(
+  "loss_fn",
+  [
+    _softmax,
+    _sigmoid,
+    losses.focal,
+    losses.symmetric_cross_entropy,
+    losses.generalized_cross_entropy,
+    losses.bootstrapping_soft,
+    losses.bootstrapping_hard,
+    lambda *given: losses.forward_corrected(*given, np.eye(2)),
+  ],
+)
 @pytest.mark.parametrize(
   ("logits", "labels"),
   [((4,), (4,)), ((4, 1), (3,)), ((4, 1), (4, 1)), ((2, 4, 1), (2,))],
@@ -71,3 +88,194 @@ def test_predictions():
 def test_shapes_that_would_broadcast_are_refused(loss_fn, logits, labels):
   with pytest.raises(base.InputError, match=r"logits must be \[B, C\]"):
     loss_fn(jnp.zeros(logits), jnp.zeros(labels, jnp.int32))
+
+
+_CLASSES = 3
+_NOISE = np.array([[7, 2, 1], [0, 6, 4], [3, 0, 7]], np.float32) / 10
+_LOSSES = {
+  "cross_entropy": losses.softmax_cross_entropy,
+  "focal": losses.focal,
+  "focal_half": functools.partial(losses.focal, gamma=0.5),
+  "sce": functools.partial(losses.symmetric_cross_entropy, alpha=0.3, beta=0.7),
+  "gce": losses.generalized_cross_entropy,
+  "gce_truncated": functools.partial(losses.generalized_cross_entropy, threshold=0.5),
+  "soft": losses.bootstrapping_soft,
+  "hard": losses.bootstrapping_hard,
+  "forward": functools.partial(losses.forward_corrected, transition=_NOISE),
+}
+
+
+def _literal(p, label):
+  """Each loss of one example from its probabilities [C], as the papers print it."""
+  target, own = np.eye(len(p))[label], p[label]
+  reverse = -np.sum(np.clip(p, 1e-7, 1) * np.log(np.clip(target, 1e-4, 1)))
+  return {
+    "cross_entropy": -np.log(own),
+    "focal": -((1 - own) ** 2) * np.log(own),
+    "focal_half": -((1 - own) ** 0.5) * np.log(own),
+    "sce": -0.3 * np.log(own) + 0.7 * reverse,
+    "gce": (1 - own**0.7) / 0.7,
+    "gce_truncated": (1 - max(own, 0.5) ** 0.7) / 0.7,
+    "soft": -np.sum((0.95 * target + 0.05 * p) * np.log(p)),
+    "hard": -np.sum((0.8 * target + 0.2 * np.eye(len(p))[p.argmax()]) * np.log(p)),
+    "forward": -np.log((p @ _NOISE)[label]),
+  }
+
+
+def _all(logits, labels):
+  return {name: loss_fn(logits, labels) for name, loss_fn in _LOSSES.items()}
+
+
+def _values_and_slopes(logits, labels):
+  """Every loss [B], and d loss_i / d logits_i [B, C]: no loss sees the others."""
+  slopes = jax.jacrev(lambda z: jax.tree.map(jnp.sum, _all(z, labels)))(logits)
+  return _all(logits, labels), slopes
+
+
+_run = jax.jit(_values_and_slopes)
+_B = 12
+
+
+@pytest.mark.usefixtures("x64")
+def test_losses_are_the_printed_formulas_and_their_slopes_finite_differences():
+  rng = np.random.default_rng(0)
+  logits = 2 * rng.normal(size=(_B, _CLASSES))
+  labels = np.arange(_B) % _CLASSES
+  found, slopes = _run(logits, labels)
+  p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+  expected = [_literal(row, label) for row, label in zip(p, labels, strict=True)]
+  own = p[np.arange(_B), labels]
+  assert own.min() < 0.5 < own.max()  # On both sides of the truncation.
+  for name in _LOSSES:
+    np.testing.assert_allclose(found[name], [e[name] for e in expected], rtol=1e-10)
+  for column in np.eye(_CLASSES):
+    above, below = (_run(logits + s * column, labels)[0] for s in (1e-6, -1e-6))
+    for name in _LOSSES:
+      difference = (above[name] - below[name]) / 2e-6
+      np.testing.assert_allclose(slopes[name] @ column, difference, atol=1e-8)
+
+
+def test_far_logits_give_finite_losses_and_slopes():
+  rows = np.array([[1e4, -1e4, 0], [0, 0, 0], [1e4, 1e4, -1e4], [-1e4, 0, 1e-3]])
+  logits = np.repeat(rows, _CLASSES, axis=0).astype(np.float32)
+  labels = np.tile(np.arange(_CLASSES), len(rows))
+  values, slopes = _run(logits, labels)
+  for found in (values, slopes):
+    assert all(np.isfinite(x).all() for x in found.values()), found
+  # What robust means: a hopeless example stops pulling.
+  assert np.abs(slopes["cross_entropy"][1]).max() == 1
+  assert np.abs(slopes["gce"][1]).max() == np.abs(slopes["gce_truncated"][1]).max() == 0
+
+
+def test_each_example_has_a_loss_of_its_own():
+  """Through vmap too; a NaN stays where it is."""
+  rng = np.random.default_rng(1)
+  logits = rng.normal(size=(2, _B, _CLASSES)).astype(np.float32)
+  logits[1, 3, 0] = np.nan
+  labels = rng.integers(_CLASSES, size=(2, _B))
+  found = jax.jit(jax.vmap(_values_and_slopes))(logits, labels)
+  for run in range(2):
+    own = jax.tree.map(lambda x, i=run: x[i], found)
+    alone = _run(logits[run], labels[run])
+    chex.assert_trees_all_close(own, alone, rtol=1e-4, atol=1e-5)
+    for name in _LOSSES:
+      is_nan = np.isnan(own[0][name])
+      assert is_nan.sum() == run and is_nan[3] == bool(run), name
+
+
+@jax.jit
+def _run_binary(one, two, labels):
+  """Values and slopes by the single logit, of [B, 1] logits and as [B, 2]."""
+  transition = _NOISE[:2, :2]
+  binary = {k: v for k, v in _LOSSES.items() if k != "cross_entropy"}
+  forward = functools.partial(losses.forward_corrected, transition=transition)
+
+  def values(logits):
+    return {k: v(logits, labels) for k, v in (binary | {"forward": forward}).items()}
+
+  def run(logits):
+    slopes = jax.jacrev(lambda z: jax.tree.map(jnp.sum, values(z)))(logits)
+    return values(logits), jax.tree.map(lambda x: x[:, -1], slopes)
+
+  return run(one), run(two)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_every_loss_takes_one_logit_for_two(scale):
+  one = scale * np.array([[-2.0], [-0.3], [0.4], [3.0]] * 2, np.float32)
+  two = np.concatenate([np.zeros_like(one), one], axis=1)
+  found, expected = _run_binary(one, two, np.repeat([0, 1], 4))
+  chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(
+    losses.log_probabilities(one), losses.log_probabilities(two), rtol=1e-5, atol=1e-6
+  )
+
+
+def test_limits_are_the_losses_that_they_should_be():
+  rng = np.random.default_rng(2)
+  logits = rng.normal(size=(6, _CLASSES)).astype(np.float32)
+  labels = np.arange(6) % _CLASSES
+
+  @jax.jit
+  def limits(logits):
+    return {
+      "focal": losses.focal(logits, labels, 0),
+      "sce": losses.symmetric_cross_entropy(logits, labels, 1, 0),
+      "gce": losses.generalized_cross_entropy(logits, labels, 1e-5),
+      "soft": losses.bootstrapping_soft(logits, labels, 1),
+      "hard": losses.bootstrapping_hard(logits, labels, 1),
+      "forward": losses.forward_corrected(logits, labels, np.eye(_CLASSES)),
+      "absolute": losses.generalized_cross_entropy(logits, labels, 1),
+    }
+
+  same = limits(logits)
+  absolute = same.pop("absolute")
+  cross_entropy = np.asarray(_softmax(logits, labels))
+  for name, found in same.items():
+    np.testing.assert_allclose(found, cross_entropy, rtol=1e-4, err_msg=name)
+  np.testing.assert_allclose(absolute, 1 - np.exp(-cross_entropy), rtol=1e-5, atol=1e-6)
+
+
+def test_soft_bootstrapping_lowers_the_entropy():
+  logits = jnp.array([[0.0, 1.0, 0.5]])
+  soft = losses.bootstrapping_soft
+  slope = jax.jit(jax.grad(lambda z: soft(z, jnp.array([0]), 0.0)[0]))
+  p = np.exp(losses.log_probabilities(logits))[0]
+  entropy = -np.sum(p * np.log(p))
+  np.testing.assert_allclose(slope(logits)[0], -p * (np.log(p) + entropy), rtol=1e-4)
+
+
+def test_a_label_that_cannot_be_is_dear_but_finite():
+  transition = jnp.array([[0.0, 1.0], [0.0, 1.0]])
+  run = jax.jit(
+    jax.value_and_grad(
+      lambda z, t: losses.forward_corrected(z, jnp.array([0]), t)[0], (0, 1)
+    )
+  )
+  value, slope = run(jnp.array([[3.0, -3.0]]), transition)
+  assert value == pytest.approx(-np.log(np.finfo(np.float32).tiny), rel=1e-5)
+  assert np.isfinite(slope[1]).all()
+  np.testing.assert_allclose(slope[0], 0, atol=1e-5)
+  # Nor does an entry that is not a number pass for 0.
+  broken, _ = run(jnp.zeros((1, 2)), jnp.array([[np.nan, 1.0], [0.0, 1.0]]))
+  assert np.isnan(broken)
+
+
+@pytest.mark.parametrize(
+  ("loss_fn", "options", "message"),
+  [
+    (losses.focal, {"gamma": -1}, "focal: gamma=-1 must be at least 0"),
+    (losses.focal, {"gamma": np.nan}, "focal: gamma=nan must be"),
+    (losses.symmetric_cross_entropy, {"alpha": -0.1}, "alpha=-0.1, beta=1.0 must not"),
+    (losses.symmetric_cross_entropy, {"alpha": 0, "beta": 0}, "one must be more"),
+    (losses.generalized_cross_entropy, {"q": 0}, r"q=0 must be in \(0, 1\]"),
+    (losses.generalized_cross_entropy, {"threshold": 1.0}, "threshold=1.0 must be in"),
+    (losses.bootstrapping_soft, {"beta": 1.1}, "bootstrapping_soft: beta=1.1 must be"),
+    (losses.bootstrapping_hard, {"beta": -0.1}, "bootstrapping_hard: beta=-0.1 must"),
+    (losses.forward_corrected, {"transition": np.eye(2)}, r"shape \(2, 2\); 3 classes"),
+  ],
+)
+def test_settings_out_of_range(loss_fn, options, message):
+  logits, labels = jnp.zeros((4, _CLASSES)), jnp.zeros(4, jnp.int32)
+  with pytest.raises(base.InputError, match=message):
+    loss_fn(logits, labels, **options)

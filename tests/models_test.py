@@ -6,6 +6,7 @@ import chex
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from jax.test_util import check_grads
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ from l2rw_jax.models import mlp
 from l2rw_jax.models import pooling
 from l2rw_jax.models import preactivation_resnet
 from l2rw_jax.models import resnet
+from l2rw_jax.models import split
 from l2rw_jax.models import wide_resnet
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -55,6 +57,91 @@ def test_resnet_32_has_the_parameters_of_the_paper():
   assert _size(variables["params"]) == 464_154
   kernels = [x for x in jax.tree.leaves(variables["params"]) if x.ndim > 1]
   assert len(kernels) == 6 * 5 + 2
+
+
+def test_resnet_32_has_the_parameters_of_ldam_with_its_cosine_head():
+  logits, variables = _shapes(resnet.ResNet(10, cosine=True), 2, 32, 32, 3)
+  assert logits.shape == (2, 10)
+  assert _size(variables["params"]) == 464_144  # A linear head's but 10 biases.
+
+
+_COSINE_MODELS = {
+  "mlp": (mlp.MLP(3, (7, 5), cosine=True), (2, 4, 6)),
+  "lenet": (lenet.LeNet(3, cosine=True), (2, 8, 8, 1)),
+  "resnet": (resnet.ResNet(3, blocks=1, width=2, cosine=True), (2, 8, 8, 1)),
+  "wide_resnet": (
+    wide_resnet.WideResNet(3, blocks=1, widen=1, cosine=True),
+    (2, 8, 8, 1),
+  ),
+}
+
+
+@pytest.mark.parametrize("name", _COSINE_MODELS)
+def test_a_cosine_head_in_place_of_the_linear_one(name):
+  model, shape = _COSINE_MODELS[name]
+  _, linear = _shapes(model.clone(cosine=False), *shape)
+  _, cosine = _shapes(model, *shape)
+  [layer] = [k for k, v in linear["params"].items() if v != cosine["params"][k]]
+  assert linear["params"].pop(layer)["kernel"].shape == (model.num_features, 3)
+  kernel = cosine["params"].pop(layer)
+  assert set(kernel) == {"kernel"}
+  assert kernel["kernel"].shape == (model.num_features, 3)
+  assert linear == cosine
+
+
+def _cosine(features, kernel):
+  return split.Cosine(kernel.shape[1]).apply({"params": {"kernel": kernel}}, features)
+
+
+def test_cosines_are_those_of_the_angles():
+  rng = np.random.default_rng(0)
+  features, kernel = rng.normal(size=(6, 4)), rng.normal(size=(4, 3))
+  expected = [
+    [f @ w / (np.linalg.norm(f) * np.linalg.norm(w)) for w in kernel.T]
+    for f in features
+  ]
+  run = jax.jit(_cosine)
+  np.testing.assert_allclose(run(features, kernel), expected, atol=1e-6)
+  # Lengths do not matter, be their squares too large or too small for a float.
+  for far in (1e-10, 1e30):
+    np.testing.assert_allclose(run(far * features, kernel), expected, atol=1e-6)
+    np.testing.assert_allclose(run(features, far * kernel), expected, atol=1e-6)
+  np.testing.assert_allclose(np.diag(run(kernel.T, kernel)), 1, rtol=1e-6)
+  half = run(jnp.asarray(features, jnp.bfloat16), kernel.astype(np.float32))
+  assert half.dtype == np.float32
+  np.testing.assert_allclose(half, expected, atol=0.02)
+
+
+@pytest.mark.usefixtures("x64")
+def test_slopes_of_cosines_are_finite_differences():
+  rng = np.random.default_rng(1)
+  given = rng.normal(size=(2, 4)), rng.normal(size=(4, 3))
+  check_grads(jax.jit(_cosine), given, order=1, modes=("fwd", "rev"))
+
+
+def test_zero_features_have_zero_cosines_and_finite_slopes():
+  features = jnp.array([[0.0, 0.0], [1e-30, 0.0], [3.0, 4.0]])
+  kernel = jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+
+  def total(features, kernel):
+    cosines = _cosine(features, kernel)
+    return jnp.sum(cosines), cosines
+
+  slopes, cosines = jax.jit(jax.grad(total, (0, 1), has_aux=True))(features, kernel)
+  np.testing.assert_allclose(cosines, [[0, 0, 0], [0, 0, 0], [0.6, 0.8, 0]], atol=1e-6)
+  for slope in slopes:
+    assert np.isfinite(slope).all() and np.abs(slope).max() < 10
+  assert np.isnan(_cosine(features.at[0, 0].set(jnp.nan), kernel)[0]).all()
+
+
+def test_the_weights_of_a_cosine_head_start_as_unit_columns():
+  model = split.Cosine(50)
+  params = model.init(jax.random.key(0), jnp.zeros((1, 40)))["params"]
+  kernel = np.asarray(params["kernel"])
+  np.testing.assert_allclose(np.linalg.norm(kernel, axis=0), 1, rtol=1e-5)
+  assert abs(kernel.mean()) < 0.02 and kernel.min() < 0 < kernel.max()
+  # Uniform, not normal, before they were scaled: none is far from the rest.
+  assert np.abs(kernel).max() / kernel.std() < 2.3
 
 
 @pytest.mark.parametrize("size", [8, 9])

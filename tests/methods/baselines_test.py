@@ -1,6 +1,8 @@
 """The weights of each baseline, by hand."""
 
+import dataclasses
 import functools
+import types
 
 import chex
 import hypothesis
@@ -55,10 +57,15 @@ def _losses_of(params, batch):
 
 @functools.cache
 def _gradients_fn(method):
-  return jax.jit(functools.partial(method.gradients, (), _TASK))
+  return jax.jit(lambda state, inputs: method.gradients(state, _TASK, inputs))
 
 
-def _run(method, batch=_BATCH, step=0, seed=0):
+def _state(method, epoch):
+  state = method.init(jax.random.key(0), _TASK, _PARAMS)
+  return method.refresh(state, _TASK, types.SimpleNamespace(epoch=epoch))
+
+
+def _run(method, batch=_BATCH, step=0, seed=0, epoch=0):
   inputs = base.Inputs(
     params=_PARAMS,
     model_state={"seen": jnp.float32(0)},
@@ -68,8 +75,9 @@ def _run(method, batch=_BATCH, step=0, seed=0):
     step=jnp.int32(step),
     key=jax.random.key(seed),
   )
-  found, state = _gradients_fn(method)(inputs)
-  assert state == ()
+  state = _state(method, epoch)
+  found, new_state = _gradients_fn(method)(state, inputs)
+  chex.assert_trees_all_equal(new_state, state)
   return found
 
 
@@ -212,6 +220,111 @@ def test_resampling_is_exactly_balanced(num_classes):
   assert (rounds != np.arange(num_classes)).any()
   again = sample((), _TASK, train, np.random.default_rng(1))
   np.testing.assert_array_equal(rows, again)
+
+
+@pytest.mark.parametrize(("epoch", "is_balanced"), [(0, False), (3, False), (4, True)])
+def test_resampling_waits_for_its_epoch(epoch, is_balanced):
+  method = baselines.resampling(4)
+  labels = np.repeat([0, 1, 2], [160, 30, 10])
+  train = {"label": labels, "index": np.arange(200)}
+  rows = method.sample(_state(method, epoch), _TASK, train, np.random.default_rng(0))
+  drawn = np.bincount(labels[rows], minlength=3)
+  if is_balanced:
+    np.testing.assert_array_equal(drawn, [66, 66, 66])
+    assert len(np.unique(rows)) < 198  # The rarest class has only ten to draw from.
+  else:
+    np.testing.assert_array_equal(np.sort(rows), np.arange(200))
+    assert (rows != np.arange(200)).any()
+
+
+_EFFECTIVE = (1 - 0.9 ** np.array([60, 30, 10])) / (1 - 0.9)
+
+
+@pytest.mark.parametrize("from_epoch", [0, 4])
+def test_class_balanced_waits_for_its_epoch(from_epoch):
+  method = baselines.class_balanced(0.9, from_epoch)
+  for epoch in (0, 3, 4):
+    found = _run(method, epoch=epoch)
+    own = 1 / _EFFECTIVE[_LABELS] if epoch >= from_epoch else np.ones(6)
+    np.testing.assert_allclose(found.weights, own / own.sum(), rtol=1e-5)
+    _assert_is_gradient_of(found, _BATCH, own / own.sum())
+    np.testing.assert_allclose(found.losses, _losses_of(_PARAMS, _BATCH), rtol=1e-5)
+
+
+def test_class_balanced_with_one_class_in_the_batch_is_uniform():
+  found = _run(baselines.class_balanced(), _examples([2] * 6))
+  np.testing.assert_allclose(found.weights, np.full(6, 1 / 6), rtol=1e-6)
+
+
+_ON_OTHER_LOSSES = {
+  "focal": (baselines.focal(1.5), functools.partial(losses.focal, gamma=1.5)),
+  "soft": (baselines.bootstrapping("soft"), losses.bootstrapping_soft),
+  "hard": (
+    baselines.bootstrapping("hard", 0.6),
+    functools.partial(losses.bootstrapping_hard, beta=0.6),
+  ),
+  "sce": (
+    baselines.symmetric_cross_entropy(0.2, 0.5),
+    functools.partial(losses.symmetric_cross_entropy, alpha=0.2, beta=0.5),
+  ),
+  "gce": (
+    baselines.generalized_cross_entropy(0.5, 0.3),
+    functools.partial(losses.generalized_cross_entropy, q=0.5, threshold=0.3),
+  ),
+}
+
+
+@pytest.mark.parametrize("name", _ON_OTHER_LOSSES)
+def test_the_mean_of_another_loss(name):
+  method, loss_fn = _ON_OTHER_LOSSES[name]
+
+  @jax.jit
+  def expected(params):
+    values = loss_fn(_BATCH["x"] @ params, _BATCH["label"])
+    return jnp.mean(values), values
+
+  found = _run(method)
+  slope, values = jax.grad(expected, has_aux=True)(_PARAMS)
+  np.testing.assert_allclose(found.losses, values, rtol=1e-5)
+  np.testing.assert_allclose(found.grads, slope, rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(found.weights, np.full(6, 1 / 6), rtol=1e-6)
+
+
+def test_class_balanced_focal_defers_only_its_weights():
+  method = baselines.class_balanced_focal(1.0, 0.9, 3)
+  expected = losses.focal(_BATCH["x"] @ _PARAMS, _BATCH["label"], 1.0)
+  for epoch in (2, 3):
+    found = _run(method, epoch=epoch)
+    np.testing.assert_allclose(found.losses, expected, rtol=1e-5)
+    own = 1 / _EFFECTIVE[_LABELS] if epoch == 3 else np.ones(6)
+    np.testing.assert_allclose(found.weights, own / own.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda: baselines.class_balanced(1.0), "beta=1.0 of the effective number"),
+    (lambda: baselines.class_balanced(0.9, -1), "class_balanced: from_epoch=-1"),
+    (lambda: baselines.resampling(-1), "resampling: from_epoch=-1"),
+    (lambda: baselines.focal(-1.0), "focal: gamma=-1.0 must be at least 0"),
+    (lambda: baselines.class_balanced_focal(-1.0), "focal: gamma=-1.0"),
+    (lambda: baselines.class_balanced_focal(1.0, -0.5), "beta=-0.5 of the effective"),
+    (lambda: baselines.bootstrapping("firm"), "kind='firm'; choose 'soft' or 'hard'"),
+    (lambda: baselines.bootstrapping("soft", 2.0), "bootstrapping_soft: beta=2.0"),
+    (lambda: baselines.symmetric_cross_entropy(-1.0), "alpha=-1.0, beta=1.0 must not"),
+    (lambda: baselines.generalized_cross_entropy(1.5), "q=1.5 must be in"),
+    (lambda: baselines.generalized_cross_entropy(0.7, 0.0), "threshold=0.0 must be in"),
+  ],
+)
+def test_settings_out_of_range_are_told_at_once(make, message):
+  with pytest.raises(base.InputError, match=message):
+    make()
+
+
+def test_counts_of_other_classes_are_refused():
+  task = dataclasses.replace(_TASK, class_counts=np.array([1, 2]))
+  with pytest.raises(base.InputError, match="each of the 3 classes"):
+    baselines.class_balanced().gradients((), task, types.SimpleNamespace(batch=_BATCH))
 
 
 @pytest.mark.parametrize("factory", [baselines.class_proportion, baselines.hard_mining])

@@ -1,0 +1,247 @@
+"""LDAM-DRW: its margins, its losses, its late switch, what it goes with."""
+
+import functools
+import types
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax.methods import baselines
+from l2rw_jax.methods import changed_loss
+from l2rw_jax.methods import ldam_drw
+from l2rw_jax.models import classifier
+from l2rw_jax.models import mlp
+from l2rw_jax.training import evaluation
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+_COUNTS = np.array([81, 16, 1])
+_MARGINS = np.array([1 / 6, 1 / 4, 1 / 2])  # n^(-1/4) / 2.
+_B = 12
+
+
+def test_margins_of_the_long_tail_of_cifar_10():
+  counts = np.array([5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50])
+  expected = [0.1581, 0.1797, 0.2042, 0.2321, 0.2638, 0.2998, 0.3407, 0.3872, 0.4405]
+  found = jax.jit(ldam_drw.margins)(counts)
+  np.testing.assert_allclose(found, [*expected, 0.5], atol=5e-5)
+  np.testing.assert_allclose(ldam_drw.margins(counts, 0.3), 0.6 * found, rtol=1e-6)
+
+
+def test_margins_of_classes_of_one_and_of_none():
+  margins = jax.jit(ldam_drw.margins)
+  np.testing.assert_allclose(margins(_COUNTS), _MARGINS, rtol=1e-6)
+  np.testing.assert_allclose(margins(np.array([0, 16, 0])), [0, 0.5, 0])
+  np.testing.assert_array_equal(margins(np.zeros(2)), [0, 0])
+  slope = jax.grad(lambda n: ldam_drw.margins(n).sum())(jnp.array([0.0, 16.0, 1.0]))
+  assert np.isfinite(slope).all()
+
+
+def _literal(z, label, hinge):
+  """Of one example in double precision, as the paper prints it, scale 30."""
+  others = np.delete(z, label)
+  own = z[label] - _MARGINS[label]
+  if hinge:
+    return max(others.max() - own, 0)
+  return -np.log(np.exp(30 * own) / (np.exp(30 * own) + np.exp(30 * others).sum()))
+
+
+def _both(cosines, labels, margins):
+  def values(z):
+    return {
+      False: ldam_drw.ldam(z, labels, margins),
+      True: ldam_drw.ldam_hinge(z, labels, margins),
+    }
+
+  slopes = jax.jacrev(lambda z: jax.tree.map(jnp.sum, values(z)))(cosines)
+  return values(cosines), slopes
+
+
+_run_both = jax.jit(_both)
+
+
+@pytest.mark.usefixtures("x64")
+def test_losses_are_the_printed_formulas_and_their_slopes_finite_differences():
+  cosines = np.random.default_rng(0).uniform(-1, 1, size=(_B, 3))
+  labels = np.arange(_B) % 3
+  found, slopes = _run_both(cosines, labels, _MARGINS)
+  for hinge in (False, True):
+    expected = [_literal(*given, hinge) for given in zip(cosines, labels, strict=True)]
+    np.testing.assert_allclose(found[hinge], expected, rtol=1e-10, atol=1e-12)
+  assert min(found[True]) == 0 < max(found[True])
+  for column in np.eye(3):
+    above, below = (
+      _run_both(cosines + s * column, labels, _MARGINS)[0] for s in (1e-6, -1e-6)
+    )
+    for hinge in (False, True):
+      difference = (above[hinge] - below[hinge]) / 2e-6
+      np.testing.assert_allclose(slopes[hinge] @ column, difference, atol=1e-6)
+
+
+def test_losses_at_the_ends_of_the_cosine_and_far_beyond():
+  rows = np.array([[1, -1, -1], [-1, 1, 1], [1, 1, 1], [1e4, -1e4, 0]], np.float32)
+  found = _run_both(np.repeat(rows, 3, 0), np.tile(np.arange(3), 4), _MARGINS)
+  for leaf in jax.tree.leaves(found):
+    assert np.isfinite(leaf).all()
+  # By hand: the first row's label is class 0, 2 - 1/6 above the others.
+  assert found[0][False][0] == pytest.approx(
+    np.log1p(2 * np.exp(-30 * (2 - 1 / 6))), abs=1e-6
+  )
+  np.testing.assert_allclose(found[0][True][:3], [0, 2.25, 2.5], rtol=1e-6)
+
+
+def test_side_by_side_as_alone():
+  rng = np.random.default_rng(1)
+  cosines = rng.uniform(-1, 1, size=(2, _B, 3)).astype(np.float32)
+  labels = rng.integers(3, size=(2, _B))
+  margins = np.stack([_MARGINS, _MARGINS[::-1]]).astype(np.float32)
+  found = jax.jit(jax.vmap(_both))(cosines, labels, margins)
+  for run in range(2):
+    alone = _run_both(cosines[run], labels[run], margins[run])
+    chex.assert_trees_all_close(
+      jax.tree.map(lambda x, i=run: x[i], found), alone, rtol=1e-5, atol=1e-6
+    )
+
+
+# -- The method ---------------------------------------------------------------
+
+_LABELS = np.array([0, 0, 1, 0, 2, 1], np.int32)
+_EFFECTIVE = (1 - 0.9**_COUNTS) / (1 - 0.9)
+
+
+@functools.cache
+def _learner(cosine=True, counts=tuple(_COUNTS)):
+  """A task, and what is needed for a step of it."""
+  model = classifier.Classifier(mlp.MLP(3, (5,), cosine), 3)
+  task = model.task(class_counts=np.array(counts), num_examples=98, num_steps=9)
+  batch = {
+    "image": np.random.default_rng(2).normal(size=(6, 4)).astype(np.float32),
+    "label": _LABELS,
+    "index": np.arange(6),
+  }
+  params, _ = model.init(jax.random.key(0), batch)
+  key = jax.random.key(1)
+  return task, base.Inputs(params, {}, (), batch, None, jnp.int32(0), key)
+
+
+def _refreshed(method, epoch, cosine=True):
+  task, inputs = _learner(cosine)
+  state = method.init(jax.random.key(2), task, inputs.params)
+  view = types.SimpleNamespace(epoch=epoch, params=inputs.params)
+  return method.refresh(state, task, view)
+
+
+@functools.cache
+def _step_fn(method):
+  task, _ = _learner()
+  return jax.jit(lambda state, given: method.gradients(state, task, given)[0])
+
+
+def _step(method, epoch=0):
+  return _step_fn(method)(_refreshed(method, epoch), _learner()[1])
+
+
+def _cosines(params):
+  task, inputs = _learner()
+  return task.forward(params, {}, inputs.batch, inputs.key, True)[0]
+
+
+@pytest.mark.parametrize("hinge", [False, True])
+def test_ldam_drw_reweights_from_its_epoch(hinge):
+  method = ldam_drw.ldam_drw(0.5, 30.0, 0.9, 4, hinge=hinge)
+
+  @jax.jit
+  @functools.partial(jax.grad, has_aux=True)
+  def slope_and_losses(params, weights):
+    loss_fn = ldam_drw.ldam_hinge if hinge else ldam_drw.ldam
+    values = loss_fn(_cosines(params), _LABELS, _MARGINS.astype(np.float32))
+    return jnp.sum(values * weights), values
+
+  for epoch, is_balanced in ((0, False), (3, False), (4, True)):
+    found = _step(method, epoch)
+    own = 1 / _EFFECTIVE[_LABELS] if is_balanced else np.ones(6)
+    weights = (own / own.sum()).astype(np.float32)
+    np.testing.assert_allclose(found.weights, weights, rtol=1e-5)
+    slope, values = slope_and_losses(_learner()[1].params, weights)
+    np.testing.assert_allclose(found.losses, values, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(found.grads, slope, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("epoch", "drawn"), [(3, [80, 16, 1]), (4, [32, 32, 32])], ids=["before", "from"]
+)
+def test_ldam_drs_resamples_from_its_epoch(epoch, drawn):
+  method = ldam_drw.ldam_drw(from_epoch=4, balance="resample")
+  labels = np.repeat([0, 1, 2], [80, 16, 1])
+  train = {"label": labels, "index": np.arange(97)}
+  rng = np.random.default_rng(0)
+  rows = method.sample(_refreshed(method, epoch), _learner()[0], train, rng)
+  np.testing.assert_array_equal(np.bincount(labels[rows]), drawn)
+  assert (np.bincount(rows, minlength=97) == 1).all() == (epoch == 3)
+
+
+def test_ldam_alone_never_balances_and_is_a_loss_for_any_method():
+  method = ldam_drw.ldam_drw(balance="none")
+  assert method.sample is base.permutation
+  found = _step(method, epoch=1000)
+  np.testing.assert_allclose(found.weights, np.full(6, 1 / 6), rtol=1e-6)
+  other = changed_loss.changed_loss(baselines.class_proportion(), ldam_drw.loss())
+  np.testing.assert_allclose(_step(other).losses, found.losses, rtol=1e-5)
+
+
+def test_evaluation_takes_the_largest_cosine_without_margins():
+  task, inputs = _learner()
+  batch = inputs.batch
+  found = evaluation.predict(task, inputs.params, {}, batch)
+  np.testing.assert_array_equal(found.predicted, _cosines(inputs.params).argmax(axis=1))
+
+
+def test_logits_that_are_not_cosines_are_told_before_the_first_step():
+  method = ldam_drw.ldam_drw(from_epoch=1)
+  _refreshed(method, 0, cosine=True)
+  with pytest.raises(base.InputError, match="not cosines; build it with cosine=True"):
+    _refreshed(method, 0, cosine=False)
+
+
+def test_counts_of_other_classes_are_told():
+  task, inputs = _learner(counts=(5, 4))
+  method = ldam_drw.ldam_drw(balance="none")
+  state = method.init(jax.random.key(0), task, inputs.params)
+  with pytest.raises(base.InputError, match="each of the 3 classes"):
+    method.gradients(state, task, inputs)
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"max_margin": -0.1}, "ldam: max_margin=-0.1 must be at least 0"),
+    ({"scale": 0.0}, "ldam: scale=0.0 must be more than 0"),
+    ({"beta": 1.0}, "beta=1.0 of the effective number"),
+    ({"from_epoch": -1}, "from_epoch=-1 must be at least 0"),
+    ({"from_epoch": None}, "from_epoch=None with balance='reweight'; give"),
+    ({"balance": "none"}, "from_epoch=3 with balance='none'"),
+    ({"balance": "both"}, "balance='both'; choose one of reweight, resample, none"),
+  ],
+)
+def test_settings_out_of_range(settings, message):
+  with pytest.raises(base.InputError, match=message):
+    ldam_drw.ldam_drw(**{"from_epoch": 3, **settings})
+
+
+@pytest.mark.parametrize(
+  ("cosines", "labels", "margins"),
+  [
+    ((4, 1), (4,), (1,)),
+    ((4, 3), (4,), (2,)),
+    ((4, 3), (3,), (3,)),
+    ((3,), (3,), (3,)),
+  ],
+)
+def test_shapes_that_do_not_fit(cosines, labels, margins):
+  for loss_fn in (ldam_drw.ldam, ldam_drw.ldam_hinge):
+    with pytest.raises(base.InputError, match="ldam: cosines must be"):
+      loss_fn(jnp.zeros(cosines), jnp.zeros(labels, int), jnp.zeros(margins))
