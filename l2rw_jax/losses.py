@@ -1,6 +1,6 @@
 """Floor 1: per-example losses, logits and labels in, [B] out, in nats.
 
-All are finite, with finite gradients, for logits as far apart as float32 allows.
+All are finite, with finite gradients, however sure the logits are of a class.
 A single logit a row, [B, 1], is that of class 1 of two; class 0 has logit 0.
 """
 

@@ -205,6 +205,7 @@ def test_every_loss_takes_one_logit_for_two(scale):
   one = scale * np.array([[-2.0], [-0.3], [0.4], [3.0]] * 2, np.float32)
   two = np.concatenate([np.zeros_like(one), one], axis=1)
   found, expected = _run_binary(one, two, np.repeat([0, 1], 4))
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
   chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
   np.testing.assert_allclose(
     losses.log_probabilities(one), losses.log_probabilities(two), rtol=1e-5, atol=1e-6

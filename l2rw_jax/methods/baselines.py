@@ -1,4 +1,4 @@
-"""What every paper here compares with: simple weightings and samplings.
+"""What every paper here compares with: simple weightings, samplings and losses.
 
 Each factory returns a `base.Method`. Unless said otherwise the loss is the
 weighted sum with weights that add up to 1 over the global batch.
@@ -83,6 +83,7 @@ def class_proportion(variant: str = "paper") -> base.Method:
   _check_variant("class_proportion", variant)
 
   def gradients(state, task, inputs):
+    class_balance.check_counts(task.class_counts, task.num_classes)
     counts = jnp.asarray(task.class_counts, jnp.float32)
     if variant == "paper":
       size = base.global_size(inputs.batch["label"].shape[0], task.axis_name)

@@ -321,10 +321,13 @@ def test_settings_out_of_range_are_told_at_once(make, message):
     make()
 
 
-def test_counts_of_other_classes_are_refused():
+@pytest.mark.parametrize(
+  "factory", [baselines.class_balanced, baselines.class_proportion]
+)
+def test_counts_of_other_classes_are_refused(factory):
   task = dataclasses.replace(_TASK, class_counts=np.array([1, 2]))
   with pytest.raises(base.InputError, match="each of the 3 classes"):
-    baselines.class_balanced().gradients((), task, types.SimpleNamespace(batch=_BATCH))
+    factory().gradients((), task, types.SimpleNamespace(batch=_BATCH))
 
 
 @pytest.mark.parametrize("factory", [baselines.class_proportion, baselines.hard_mining])
