@@ -19,8 +19,8 @@ What is ours. The released code exponentiates as written, and overflows in float
 from l / lambda = 89 on. Here v = log u is kept, and all is reckoned relative to the
 largest l / lambda of the batch: the same numbers, finite for any finite losses (in
 float32 u is remembered to a relative error of about 1e-7 |v|). The released code takes
-any lambda of 200 or more for infinite. It has no answer to a change from one finite
-lambda to another, which changes the unit of u; here u starts again.
+any lambda of 200 or more for infinite, and never changes a finite one, which would
+change the unit of u; here u then starts again.
 
 References:
   Qi, Xu, Yin, Jin, Yang, "Attentional-Biased Stochastic Gradient Descent", TMLR
@@ -82,7 +82,7 @@ def example_weights(
   [2. 4. 8.] 7.0
   """
   base.check_vector("losses", losses)
-  if isinstance(lam, int | float):
+  if not isinstance(lam, jax.core.Tracer):
     _check_lam(lam)
   dtype = jnp.promote_types(losses.dtype, jnp.float32)
   # Here, not at the end: nothing below, collectives least, is to be differentiated.
@@ -95,8 +95,8 @@ def example_weights(
   largest = base.pmax(jnp.max(scores), axis_name)
   scores = scores - largest
   mean = base.psum(jnp.sum(jnp.exp(scores)), axis_name) / size
-  # At gamma = 1 the memory's logarithm is -inf; only a memory of +inf could hurt.
-  kept = jnp.log1p(-jnp.asarray(gamma, dtype)) + memory - largest
+  # -inf at first and at gamma = 1. The two large numbers meet first, to lose less.
+  kept = jnp.log1p(-jnp.asarray(gamma, dtype)) + (memory - largest)
   relative = jnp.logaddexp(kept, jnp.log(gamma * alpha * mean))
   weights = jnp.exp(scores - relative - math.log(size))
   if clip is not None:

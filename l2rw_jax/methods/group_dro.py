@@ -73,7 +73,10 @@ def example_weights(
   [1. 1. 4.] [2. 4. 1.]
   """
   base.check_vector("losses", losses)
-  losses, log_q = jax.lax.stop_gradient((losses, log_q))
+  losses, log_q, step_size, adjustments = (
+    jax.lax.stop_gradient(jnp.asarray(x))
+    for x in (losses, log_q, step_size, adjustments)
+  )
   num_groups = log_q.shape[0]
   everyone = base.gather(groups, axis_name)
   means, present = group_objectives.group_means(

@@ -160,7 +160,7 @@ def forward_correction(
 
   Returns:
     A `base.Method` whose state is T, float32 [C, C]. Its losses are the corrected
-    ones; it logs the mean of T's diagonal.
+    ones, whatever `changed_loss` says; it logs the mean of T's diagonal.
 
   Raises:
     InputError: an unknown estimator, an epoch or percentile out of range, a

@@ -103,7 +103,7 @@ def s_model(
   Args:
     optimizer: of the layer's logits A; None is Adam at 1e-3, with which the
       released program trains network and layer alike.
-    from_epoch: until then the plain cross-entropy is trained on, without the layer.
+    from_epoch: until then the task's own loss is trained on, without the layer.
     initial: T at that epoch: "identity", smoothed, or "confusion", that of the
       network's predictions on the training set (L2RW's "S-Model+Conf"), for which
       the network must have been trained: `from_epoch` at least 1.
