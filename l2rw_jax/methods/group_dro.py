@@ -13,8 +13,8 @@ Groups that the batch lacks. Their q is left as it is, up to Z, and their share 
 sum is missing from it: the weights add up to the q of the groups present, at most 1.
 That is the paper's step, which sees one group at a time and multiplies its gradient by
 q_g; handing the share to the others would let a group that is never looked at reward
-those that are. But it makes a rare group count by how often it is seen. The paper
-draws all groups equally often; for groups that are the classes,
+those that are. But it makes a rare group count by how often it is seen. The paper's
+algorithm draws all groups equally often; for groups that are the classes,
 `baselines.resampling` has such a `sample`.
 
 What is ours: log q is kept, not q, so that a group whose q is below the smallest

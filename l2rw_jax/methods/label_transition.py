@@ -2,8 +2,9 @@ r"""Forward correction: the loss of labels that went wrong by a known or found m
 
 T_ij is the probability that an example of class i is given the label j; rows sum to
 1. The loss -log (softmax(z) @ T)[label], `losses.forward_corrected`, matches what
-the network says of the true class, corrupted by T, with the given labels; its
-minimiser is that of the cross-entropy on true labels. Evaluation keeps to z alone.
+the network says of the true class, corrupted by T, with the given labels; if T can be
+inverted, its minimiser is that of the cross-entropy on true labels. Evaluation keeps
+to z alone.
 
 T is estimated from the network's predictions on its own training set. If class i has
 an example that is surely of this class, a network trained on the given labels predicts
@@ -13,12 +14,12 @@ labels with predicted classes.
 
 Where the released program differs: when it has T, it trains a new network; here the
 network goes on (for a new one, pass the matrix found as `transition`). Its anchor is
-the largest p_i strictly below the 97th percentile, which is ours but for ties, and on
-CIFAR-100 the largest of all.
+the largest p_i strictly below the 97th percentile, which is ours unless examples tie
+there or one lies exactly on it, and on CIFAR-100 the largest of all.
 
 References:
   Patrini, Rozza, Menon, Nock, Qu, "Making Deep Neural Networks Robust to Label Noise:
-  a Loss Correction Approach", CVPR 2017, theorem 2 and section 4.
+  a Loss Correction Approach", CVPR 2017, theorem 2.
 """
 
 import dataclasses
