@@ -15,10 +15,13 @@ from l2rw_jax.methods import bare
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import changed_loss
 from l2rw_jax.methods import forml
+from l2rw_jax.methods import group_dro
 from l2rw_jax.methods import l2rw
+from l2rw_jax.methods import label_transition
 from l2rw_jax.methods import ldam_drw
 from l2rw_jax.methods import mentornet
 from l2rw_jax.methods import meta_weight_net
+from l2rw_jax.methods import s_model
 from l2rw_jax.methods import warpi
 
 _META_EVERY = flags.DEFINE_integer(
@@ -68,15 +71,29 @@ _MAX_MARGIN = flags.DEFINE_float(
   "ldam_margin", 0.5, "LDAM's margin of the rarest class.", lower_bound=0.0
 )
 _SCALE = flags.DEFINE_float("ldam_scale", 30.0, "Of LDAM's cosines.", lower_bound=0.0)
-# The package's own demonstration on CIFAR-10 of imbalance 100, plain cross-entropy.
 _ABSGD_LAMBDA = flags.DEFINE_float(
-  "absgd_lambda", 2.0, "ABSGD's; above 0 for long tails, below for wrong labels."
+  "absgd_lambda",
+  None,
+  "ABSGD's; above 0 for long tails, below for wrong labels. [2 and -5]",
 )
 _ABSGD_GAMMA = flags.DEFINE_float(
   "absgd_gamma", 0.9, "Weight of the new batch in ABSGD's normaliser, in (0, 1]."
 )
 _ABSGD_ALPHA = flags.DEFINE_float(
   "absgd_alpha", 1.0, "Of ABSGD's normaliser; it scales the step by its inverse."
+)
+_GCE_THRESHOLD = flags.DEFINE_float(
+  "gce_threshold",
+  0.0,
+  "Truncates the generalised cross-entropy below this probability, in [0, 1); an"
+  " untrained network is below it everywhere. [not truncated]",
+)
+_TRANSITION_EPOCH = flags.DEFINE_integer(
+  "transition_epoch",
+  2,
+  "Epoch at which forward_correction estimates who is taken for whom, and s_model_conf"
+  " starts: before the wrong labels are known by heart.",
+  lower_bound=1,
 )
 
 
@@ -92,6 +109,7 @@ class Setting(NamedTuple):
     num_classes: C.
     deferred_epoch: the first, counted from 0, of what waits: balanced classes,
       ABSGD's finite lambda.
+    absgd_lambda: where no flag says another.
     mwn_preset: Meta-Weight-Net's release, where no flag says another.
   """
 
@@ -100,6 +118,7 @@ class Setting(NamedTuple):
   noise_fraction: float
   num_classes: int
   deferred_epoch: int = 0
+  absgd_lambda: float = -5.0  # Clothing1M's
   mwn_preset: str = "noise_stable"
 
 
@@ -185,8 +204,10 @@ def _ldam(balance: str, hinge: bool = False) -> Callable[[Setting], base.Method]
 
 
 def _absgd(setting: Setting) -> base.Method:
+  lam = _ABSGD_LAMBDA.value
+  lam = setting.absgd_lambda if lam is None else lam
   return absgd.absgd(
-    absgd.two_stage(_ABSGD_LAMBDA.value, setting.deferred_epoch),
+    absgd.two_stage(lam, setting.deferred_epoch),
     gamma=_ABSGD_GAMMA.value,
     alpha=_ABSGD_ALPHA.value,
   )
@@ -224,13 +245,28 @@ _METHODS: dict[str, Callable[[Setting], base.Method]] = {
   "advisor": _advisor,
   "forml": _forml,
   "bare": lambda _: bare.bare(_BARE_KAPPA.value, _BARE_STATISTICS.value),
+  "absgd": _absgd,
+  "focal": lambda _: baselines.focal(_FOCAL_GAMMA.value),
+  "bootstrapping_soft": lambda _: baselines.bootstrapping("soft"),
+  "bootstrapping_hard": lambda _: baselines.bootstrapping("hard"),
+  "symmetric_cross_entropy": lambda _: baselines.symmetric_cross_entropy(),
+  "generalized_cross_entropy": lambda _: baselines.generalized_cross_entropy(
+    threshold=_GCE_THRESHOLD.value or None
+  ),
+  "forward_correction": lambda _: label_transition.forward_correction(
+    _TRANSITION_EPOCH.value
+  ),
+  "s_model": lambda _: s_model.s_model(),
+  "s_model_conf": lambda _: s_model.s_model(
+    from_epoch=_TRANSITION_EPOCH.value, initial="confusion"
+  ),
+  "group_dro": lambda _: group_dro.group_dro(),
 }
-# What needs class counts that differ, a classifier of cosines (ldam) or a deferred
-# epoch: offered in long tails only.
+# What needs class counts that differ or a classifier of cosines (ldam): offered in
+# long tails only.
 _IN_A_LONG_TAIL: dict[str, Callable[[Setting], base.Method]] = {
   "class_proportion": lambda _: baselines.class_proportion(),
   "resampling": lambda _: baselines.resampling(),
-  "focal": lambda _: baselines.focal(_FOCAL_GAMMA.value),
   "class_balanced": lambda _: baselines.class_balanced(_BETA.value),
   "class_balanced_focal": lambda _: baselines.class_balanced_focal(
     _FOCAL_GAMMA.value, _BETA.value
@@ -244,7 +280,6 @@ _IN_A_LONG_TAIL: dict[str, Callable[[Setting], base.Method]] = {
   "ldam_drw": _ldam("reweight"),
   "ldam_drs": _ldam("resample"),
   "ldam_hinge_drs": _ldam("resample", hinge=True),
-  "absgd": _absgd,
   "absgd_ldam_drw": _absgd_ldam_drw,
 }
 NAMES = list(_METHODS)

@@ -245,6 +245,7 @@ def make_cell(
     _cifar.make_optimisation(preset),
     _cifar.make_classifier(preset, split.num_classes),
     wrong_share(split) if fraction is None else fraction,
+    len(split.train.label),
   )
 
 
@@ -315,7 +316,7 @@ def main() -> None:
   _noise_report.draw(rows, columns, folder / "figure.png")
   written = ["results.json", "results.csv", "figure.png"]
   for cell in cells:
-    first = sorted(folder.glob("seeds-0-*"))[0]
+    first = folder / f"seeds-0-{min(_AT_ONCE.value, _NUM_SEEDS.value) - 1}"
     if cell.name == "meta_weight_net" and _noise.draw_curves(
       cell, first, folder / "curve.png"
     ):

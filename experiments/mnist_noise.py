@@ -44,6 +44,11 @@ _METHODS_SO_FAR = [
   "warpi",
   "advisor",
   "bare",
+  "absgd",
+  "symmetric_cross_entropy",
+  "generalized_cross_entropy",
+  "bootstrapping_hard",
+  "forward_correction",
 ]
 
 
@@ -244,6 +249,7 @@ def make_cell(name: str, fraction: float, split: splits_lib.Splits) -> _noise.Ce
     dataclasses.replace(optimisation, **given),
     classifier.Classifier(network, 10, PIXELS[_PIXELS.value]),
     fraction,
+    len(split.train.label),
     preset.look_ahead_rate
     if _LOOK_AHEAD_RATE.value is None
     else _LOOK_AHEAD_RATE.value,
