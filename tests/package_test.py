@@ -13,6 +13,8 @@ import pytest
 
 import l2rw_jax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 # Nobody who weighs examples should wait for these, let alone install them.
 HEAVY = (
@@ -118,42 +120,72 @@ def classifiers_project():
     "kept": jnp.ones(20),
     "index": jnp.arange(8) + 5,
     "percentile": 0.0,
+    "log_u": -jnp.inf,
+    "class_counts": jnp.array([50, 20, 5]),
+    "cosines_fn": lambda p, b: jnp.cos(logits_fn(p, b)),
     "epoch": 30,
     "noise": rng.normal(size=(2, 8, 3)),
   }
 
 
+def _start_weight_net(key):
+  return {"phi": l2rw_jax.meta_weight_net.WeightNet().init(key, jnp.zeros(1))}
+
+
+def _start_rectifier(key):
+  net = l2rw_jax.warpi.RectifierNet(3)
+  return {"net": net, "phi": net.init(key, jnp.zeros((1, 3)), jnp.zeros(1, int))}
+
+
+def _start_advisor(key):
+  net = l2rw_jax.advisor.AdvisorNet(4)
+  return {"net": net, "psi": net.init(key, jnp.zeros((1, 4)), jnp.zeros(1))}
+
+
+# First words of each block: what its reader has made before, what it makes.
+_BLOCKS = {
+  "Meta-Weight-Net": (_start_weight_net, ["lesson", "weights"]),
+  "MentorNet": (lambda key: {}, ["v", "percentile"]),
+  "WarPI": (_start_rectifier, ["lesson"]),
+  "The advisor": (_start_advisor, ["lesson"]),
+  "FORML": (lambda key: {}, ["kept"]),
+  "ABSGD": (lambda key: {}, ["weights", "log_u"]),
+  "LDAM-DRW": (lambda key: {}, ["weights", "losses"]),
+  "BARE": (lambda key: {}, ["weights"]),
+}
+
+
 def test_readme_has_each_method_in_a_few_lines(classifiers_project):
-  reader, blocks = classifiers_project, readme_blocks()[3:]
-  exec(blocks[0], reader)  # The imports.
-  key = jax.random.key(0)
-  starts = {
-    "Meta-Weight-Net": {
-      "phi": l2rw_jax.meta_weight_net.WeightNet().init(key, jnp.zeros(1))
-    },
-    "MentorNet": {},
-    "WarPI": {"net": l2rw_jax.warpi.RectifierNet(3)},
-    "The advisor": {"net": l2rw_jax.advisor.AdvisorNet(4)},
-    "FORML": {},
-  }
-  starts["WarPI"]["phi"] = starts["WarPI"]["net"].init(
-    key, jnp.zeros((1, 3)), jnp.zeros(1, int)
-  )
-  starts["The advisor"]["psi"] = starts["The advisor"]["net"].init(
-    key, jnp.zeros((1, 4)), jnp.zeros(1)
-  )
-  assert len(blocks) == 1 + len(starts)
-  for block, (name, start) in zip(blocks[1:], starts.items(), strict=True):
+  imports, *blocks = readme_blocks()[3:]
+  reader = classifiers_project
+  exec(imports, reader)
+  assert len(blocks) == len(_BLOCKS)
+  for block, (name, (start, made)) in zip(blocks, _BLOCKS.items(), strict=True):
     assert block.startswith(f"# {name}"), block
-    found = reader | start
-    exec(block, found)
+
+    # One program a block: eagerly, each operation of it would be compiled.
+    @jax.jit
+    def run(key, block=block, start=start, made=made):
+      names = reader | start(key)
+      exec(block, names)
+      return {name: names[name] for name in made}
+
+    found = run(jax.random.key(0))
     if "lesson" in found:
       assert optax.tree.norm(found["lesson"].gradient) > 0
+    if name == "Meta-Weight-Net":
+      assert found["weights"].shape == (8,) and (found["weights"] > 0).all()
     if name == "MentorNet":
       assert set(np.unique(found["v"])) <= {0, 1} and found["percentile"] > 0
     if name == "FORML":
       assert np.isclose(found["kept"].sum(), 20, atol=1e-4)
       assert not np.allclose(found["kept"], 1)
+    if name == "ABSGD":  # the first sum is 1 / gamma
+      assert np.isclose(found["weights"].sum(), 1 / 0.9) and found["log_u"] > 0
+    if name == "LDAM-DRW":
+      assert np.isclose(found["weights"].sum(), 1) and (found["losses"] > 0).all()
+    if name == "BARE":
+      assert np.isclose(found["weights"].sum(), 1) and (found["weights"] == 0).any()
 
 
 def test_makefile_and_readme_name_the_same_commands():

@@ -53,7 +53,12 @@ def select(
     InputError: unknown statistics, a negative `kappa`, or wrong shapes.
   """
   _check(kappa, statistics)
-  columns = _probabilities(logits, labels)
+  if labels.shape != logits.shape[:1]:
+    raise base.InputError(
+      f"logits must be [B, C] and labels [B]; got {logits.shape} and {labels.shape}."
+    )
+  probabilities = jnp.exp(losses_lib.log_probabilities(logits))
+  columns = jnp.clip(probabilities, _MARGIN, 1 - _MARGIN)
   own = jnp.take_along_axis(columns, labels[:, None], axis=1)[:, 0]
   if statistics == "own_label":
     members = jax.nn.one_hot(labels, columns.shape[1], dtype=columns.dtype)
@@ -62,13 +67,6 @@ def select(
     mean, deviation = _moments(columns, jnp.ones_like(columns), 1, axis_name)
   # A lone example has no deviation: NaN keeps nothing.
   return own - mean[labels] >= kappa * deviation[labels]
-
-
-def _probabilities(logits, labels):
-  if logits.ndim == 2 and logits.shape[1] == 1:
-    logits = jnp.concatenate([jnp.zeros_like(logits), logits], axis=1)
-  losses_lib.softmax_cross_entropy(logits, labels)  # checks the shapes
-  return jnp.clip(jax.nn.softmax(logits), _MARGIN, 1 - _MARGIN)
 
 
 def _moments(columns, members, lost, axis_name):
@@ -146,9 +144,8 @@ def bare(kappa: float = 1.0, statistics: str = "batch_column") -> base.Method:
       losses_fn, base.local(inputs.params, task.axis_name), inputs.batch, has_aux=True
     )
     outputs, model_state = linearized.aux
-    logits = outputs[0] if isinstance(outputs, tuple) else outputs
     weights = example_weights(
-      logits,
+      losses_lib.logits_of(outputs),
       inputs.batch["label"],
       kappa=kappa,
       statistics=statistics,

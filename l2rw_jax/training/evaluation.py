@@ -38,8 +38,7 @@ _MANY, _FEW = 100, 20
 @functools.partial(jax.jit, static_argnames=("forward", "loss"))
 def _predict(forward, loss, params, model_state, batch):
   outputs, _ = forward(params, model_state, batch, jax.random.key(0), False)
-  logits = outputs[0] if isinstance(outputs, tuple) else outputs
-  return losses.predictions(logits), loss(outputs, batch)
+  return losses.predictions(losses.logits_of(outputs)), loss(outputs, batch)
 
 
 def predict(

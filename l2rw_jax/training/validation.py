@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from l2rw_jax import base
+from l2rw_jax import losses
 from l2rw_jax.data import parts
 from l2rw_jax.training import batches as batches_lib
 
@@ -102,7 +103,7 @@ def _batch_loss(forward, loss, weights, params, model_state, batch):
   values = loss(outputs, batch)
   if weights is None:
     return values.mean()
-  logits = outputs[0] if isinstance(outputs, tuple) else outputs
+  logits = losses.logits_of(outputs)
   return jnp.sum(weights(logits, batch["label"]) * values)
 
 
