@@ -71,7 +71,8 @@ def dense(width: int, fan_in: int) -> nn.Dense:
 
 def init(params: base.PyTree, optimizer: optax.GradientTransformation) -> State:
   """State before the first lesson."""
-  return State(params, optimizer.init(params), jnp.full((), jnp.nan), jnp.array(True))
+  unknown = jnp.full((), jnp.nan, jnp.float32)
+  return State(params, optimizer.init(params), unknown, jnp.array(True))
 
 
 def learn(

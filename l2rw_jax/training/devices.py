@@ -60,7 +60,15 @@ def _copier(devices):
 
 def unreplicate(tree: base.PyTree) -> base.PyTree:
   """The first device's copy of `[D, ...]` leaves, without gathering the rest."""
-  return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
+  return take(jax.tree.map(lambda x: x.addressable_shards[0].data, tree), 0)
+
+
+@jax.jit
+def take(tree: base.PyTree, index: int) -> base.PyTree:
+  """Row `index` of every leaf; one program, where each leaf would be one a shape."""
+  return jax.tree.map(
+    lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree
+  )
 
 
 def shard(batch: base.Batch, devices: list[jax.Device]) -> base.Batch:

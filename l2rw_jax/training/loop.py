@@ -136,7 +136,7 @@ class _Run:
     self.writers: list[metric_writer.MetricWriter] = []
     self.init_fn, self.step_fn = _compiled(
       model,
-      method,
+      base.Method(method.gradients, method.init),  # The rest of it is not traced.
       optimizer,
       self._num_examples(),
       config.num_steps,
@@ -192,7 +192,7 @@ class _Run:
   def _of_run(self, run: int) -> tuple[step_lib.TrainState, base.Task]:
     """One run's state, unreplicated, and its task outside the devices' axis."""
     state = devices_lib.unreplicate(self.state)
-    own = jax.tree.map(lambda x: x[run], state)
+    own = devices_lib.take(state, run)
     task = self.model.task(
       class_counts=self.class_counts[run],
       num_examples=self._num_examples(),

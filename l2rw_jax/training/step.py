@@ -63,8 +63,12 @@ def init_state(
   method_state: base.PyTree,
   optimizer: optax.GradientTransformation,
 ) -> TrainState:
-  """State before the first step."""
-  return TrainState(
+  """State before the first step, strongly typed.
+
+  What a step returns is, and a step that first meets a weak type would be compiled
+  a second time for its own output.
+  """
+  state = TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     model_state=model_state,
@@ -73,6 +77,9 @@ def init_state(
     failure=Failure(
       jnp.full((), -1, jnp.int32), jnp.zeros((), jnp.int32), jnp.array(False)
     ),
+  )
+  return jax.tree.map(
+    lambda x: x.astype(x.dtype) if getattr(x, "weak_type", False) else x, state
   )
 
 

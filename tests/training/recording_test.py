@@ -11,14 +11,17 @@ from l2rw_jax.methods import l2rw
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+# One object each: its program is compiled once.
+_UNIFORM, _L2RW = baselines.uniform(), l2rw.l2rw()
 
-def _recorded(folder, *, runs="run", method=None, seeds=(0,), **settings):
+
+def _recorded(folder, *, runs="run", method=_UNIFORM, seeds=(0,), **settings):
   """Trains 12 steps, 5 an epoch, recording; a `Writer` that has the losses."""
   writer = loss_dump.Writer(folder / "losses")
   recording = {k: settings.pop(k) for k in ("every", "num_examples") if k in settings}
   toy_runs.train(
     folder / runs,
-    loss_dump.recording(method or baselines.uniform(), writer, **recording),
+    loss_dump.recording(method, writer, **recording),
     **({"num_steps": 12, "seeds": seeds} | settings),
   )
   return writer
@@ -50,7 +53,7 @@ def test_every_example_at_every_epoch(tmp_path):
 def test_losses_are_those_of_the_network_at_that_step(tmp_path):
   dump = _combine(_recorded(tmp_path))
   # The last epoch began at step 10: the end of a run of 10 steps.
-  toy_runs.train(tmp_path / "ten", baselines.uniform(), num_steps=10)
+  toy_runs.train(tmp_path / "ten", _UNIFORM, num_steps=10)
   params = toy_runs.saved_params(tmp_path / "ten")
   by_name = {name.split("['params']")[-1]: x[0] for name, x in params.items()}
   kernels = [x for name, x in sorted(by_name.items()) if "kernel" in name]
@@ -64,8 +67,8 @@ def test_losses_are_those_of_the_network_at_that_step(tmp_path):
 
 
 def test_recording_changes_nothing_else(tmp_path):
-  _recorded(tmp_path, method=l2rw.l2rw())
-  toy_runs.train(tmp_path / "plain", l2rw.l2rw(), num_steps=12)
+  _recorded(tmp_path, method=_L2RW)
+  toy_runs.train(tmp_path / "plain", _L2RW, num_steps=12)
   assert toy_runs.outcome(tmp_path / "run") == toy_runs.outcome(tmp_path / "plain")
 
 
@@ -108,7 +111,7 @@ def test_an_interrupted_run_has_the_rows_of_an_uninterrupted_one(tmp_path):
     if epochs == [0, 1]:
       raise KeyboardInterrupt
 
-  method = loss_dump.recording(baselines.uniform(), until_interrupted)
+  method = loss_dump.recording(_UNIFORM, until_interrupted)
   settings = {"num_steps": 12, "checkpoint_every": 3}
   with pytest.raises(KeyboardInterrupt):
     toy_runs.train(tmp_path / "run", method, **settings)
