@@ -1,0 +1,221 @@
+"""Long tails on a small scale: presets, what a run leaves, and every mistake."""
+
+import json
+
+import pytest
+import scripts
+
+from experiments import _published_cifar
+
+_NAME = "mnist_long_tail"
+_SMALL = (
+  "--dataset=digits",
+  "--imbalance=10",
+  "--num_epochs=2",
+  "--deferred=0.5",
+  "--num_devices=1",
+)
+_METHODS = ["uniform", "absgd_ldam_drw", "meta_weight_net"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A short run's folder and what it printed."""
+  cwd = tmp_path_factory.mktemp(_NAME)
+  methods = f"--methods={','.join(_METHODS)}"
+  done = scripts.run(_NAME, *_SMALL, "--num_seeds=2", methods, cwd=cwd)
+  assert done.status == 0 and done.complaints == "", done.complaints
+  return cwd / "runs" / _NAME, done.printed
+
+
+def test_what_a_run_leaves(run):
+  folder, printed = run
+  header, *lines = scripts.table(printed)
+  assert header[:4] == ["shape", "imbalance", "method", "test accuracy %"]
+  assert header[4:8] == ["balanced %", "many-shot %", "medium-shot %", "few-shot %"]
+  assert [line[2] for line in lines] == _METHODS and lines[0][-1] == "2"
+  assert "digits, mlp, builder mwn, 10 meta images a class, 2 epochs" in printed
+  assert "more than 100 training images, few-shot ones less than 20." in printed
+  rows, csv_rows, flags = scripts.saved_rows(folder)
+  assert len(rows) == len(csv_rows) == 2 * len(_METHODS)
+  assert flags["beta"] == 0.9999 and flags["deferred"] == 0.5
+  assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+  for row in rows:
+    # 126 of the rarest digit, less 10 for the meta set; a tenth of the last.
+    assert row["class_counts"] == "116 89 69 53 41 32 24 19 14 11"
+    assert (row["many_above"], row["few_below"], row["num_meta"]) == (100, 20, 10)
+    assert (row["builder"], row["shape"], row["imbalance"]) == (
+      "mwn",
+      "exponential",
+      10,
+    )
+    assert row["num_steps"] == 2 * (row["num_train"] // 100)
+    assert row["published_percent"] is None
+    groups = [row[f"{name}_percent"] for name in ("many", "medium", "few")]
+    assert sum(n * g for n, g in zip((1, 6, 3), groups, strict=True)) == pytest.approx(
+      10 * row["balanced_percent"]
+    )
+  assert len({row["params_sha256"] for row in rows}) == len(rows)
+  assert len({row["data"] for row in rows}) == 2  # a training set for each seed
+
+
+def test_another_imbalance_and_shape_of_builder(run):
+  folder, _ = run
+  before = scripts.contents(folder / "seeds-0-1")
+  more = [*_SMALL, "--num_seeds=2", "--methods=uniform", "--imbalance=5"]
+  shape = ["--builder=ldam", "--shape=step", "--num_meta=0", "--num_seeds=1"]
+  again, other = scripts.run_many(
+    _NAME,
+    [
+      [*more, f"--workdir={folder}"],
+      [*_SMALL, *shape, "--methods=focal", f"--workdir={folder.parent}/step"],
+    ],
+  )
+  assert again.status is None and other.status is None, (again, other)
+  after = scripts.contents(folder / "seeds-0-1")
+  assert before.items() <= after.items()  # nothing was repeated
+  lines = scripts.table(again.printed)[1:]
+  assert [line[:3] for line in lines] == [
+    ["exponential", "10", "uniform"],
+    ["exponential", "5", "uniform"],
+  ]
+  (row,), _, _ = scripts.saved_rows(folder.parent / "step")
+  assert row["class_counts"] == " ".join(["126"] * 5 + ["12"] * 5)
+  # Two sizes: no class is in between.
+  assert row["medium_percent"] is None and row["few_percent"] is not None
+
+
+_MISTAKES = {
+  "method": (["--methods=magic"], "--methods=magic: choose among uniform"),
+  "no_method": (["--methods="], "--methods=: choose among uniform"),
+  "shape": (["--shape=linear"], "should be one of <exponential|step>"),
+  "builder": (["--builder=cui"], "should be one of <ldam|mwn>"),
+  "imbalance": (["--imbalance=0.5"], "imbalance must be a number of at least 1"),
+  "nan": (["--imbalance=nan"], "--imbalance=nan is not a finite number"),
+  "empty_class": (["--imbalance=500"], "use imbalance=116 or less"),
+  "meta_many": (["--num_meta=126"], "lower num_meta_per_class"),
+  "meta_none": (
+    ["--num_meta=0", "--methods=l2rw"],
+    "clean meta set and it is empty: raise --num_meta",
+  ),
+  "meta_batch": (["--meta_batch_size=101"], "must lie between 1 and the 100 clean"),
+  "batch": (["--batch_size=469"], "is larger than the 468 training examples"),
+  "deferred": (["--deferred=1.5"], "--deferred=1.5"),
+  "beta": (["--beta=1", "--methods=class_balanced"], "beta"),
+  "beta_of_absgd": (["--beta=1", "--methods=absgd_ldam_drw"], "beta"),
+  "gamma": (["--focal_gamma=-1"], "--focal_gamma=-1"),
+  "margin": (["--ldam_margin=-1"], "--ldam_margin=-1"),
+  "scale": (["--ldam_scale=0", "--methods=ldam"], "scale=0.0 must be more than 0"),
+  "lambda": (["--absgd_lambda=0", "--methods=absgd"], "lam=0.0 must not be 0"),
+  "absgd_gamma": (["--absgd_gamma=0", "--methods=absgd"], "gamma"),
+  "absgd_alpha": (["--absgd_alpha=0", "--methods=absgd"], "alpha"),
+  "network": (["--network=cnn"], "should be one of <mlp|lenet>"),
+  "data": (["--dataset=mnist", "--data_dir={run}/none"], "'mnist' is not there"),
+  "other_settings": (["--workdir={run}", "--num_seeds=3"], "num_seeds was 2, now 3"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes(run, tmp_path_factory):
+  """Outcome of every mistake."""
+  folder = tmp_path_factory.mktemp("mistakes")
+  shared = (*_SMALL, "--num_seeds=2", "--methods=uniform")
+  return scripts.run_mistakes(
+    _NAME, _MISTAKES, folder, *shared, kept=run[0], run=run[0]
+  )
+
+
+@pytest.mark.parametrize("name", _MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
+  scripts.assert_one_line(mistakes[name], _MISTAKES[name][1])
+
+
+def test_published_numbers():
+  of = _published_cifar.long_tail
+  assert of("cifar10", "uniform", "ldam", "exponential", 100.0) == 70.36
+  assert of("cifar10", "ldam_drw", "ldam", "exponential", 100.0) == 77.03
+  assert of("cifar100", "ldam_drw", "ldam", "step", 10.0) == 59.46
+  assert of("cifar10", "uniform_drw", "ldam", "step", 100.0) == 71.60
+  assert of("cifar10", "l2rw", "mwn", "exponential", 200.0) == 66.51
+  assert of("cifar100", "meta_weight_net", "mwn", "exponential", 1.0) == 70.37
+  for absent in (
+    ("cifar10", "uniform", "ldam", "exponential", 200.0),
+    ("cifar10", "uniform", "mwn", "step", 100.0),
+    ("cifar10", "l2rw", "ldam", "exponential", 100.0),
+    ("digits", "uniform", "ldam", "exponential", 100.0),
+  ):
+    assert of(*absent) is None
+
+
+# CIFAR's script on images made on the spot, small enough for a moment.
+_CIFAR = """
+import contextlib, io, json, sys
+from absl.testing import flagsaver
+import numpy as np
+from experiments import _launch
+from experiments import cifar_long_tail as script
+from l2rw_jax.data import sources
+
+def load(name, split, **folders):
+  num_classes = 100 if name == "cifar100" else 10
+  size = (1000 if num_classes == 100 else 600) if split == "train" else num_classes
+  labels = (np.arange(size) % num_classes).astype(np.int32)
+  images = np.random.default_rng(0).integers(0, 256, (size, 32, 32, 3), np.uint8)
+  return sources.Source(name, "1.0.0", split, images, labels, num_classes, {})
+
+rates = {}
+for name, preset in script.PRESETS.items():
+  rate = preset.optimisation.schedule(preset.num_epochs * 97)
+  rates[name] = [float(rate(97 * e + 96)) for e in range(preset.num_epochs)]
+sources.load = load
+for arguments in json.load(sys.stdin):
+  sys.argv = ["script", *arguments]
+  with flagsaver.flagsaver(), contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.suppress(SystemExit):
+      _launch.run(script.main)
+json.dump(rates, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory):
+  """Learning rates at the end of every epoch by preset, and rows of short runs."""
+  folder = tmp_path_factory.mktemp("cifar")
+  shared = ["--smoke", "--network=mlp", "--num_seeds=1", "--num_devices=1"]
+  ldam = ["--preset=ldam", "--imbalance=5", "--methods=uniform,ldam_drw"]
+  mwn = ["--preset=mwn", "--imbalance=2", "--methods=l2rw", "--dataset=cifar100"]
+  commands = [
+    [*shared, *ldam, f"--workdir={folder}/ldam"],
+    [*shared, *mwn, f"--workdir={folder}/mwn"],
+  ]
+  done = scripts.start("-c", _CIFAR, stdin=json.dumps(commands))
+  assert done.status == 0 and done.complaints == "", done.complaints
+  rows = {name: scripts.saved_rows(folder / name)[0] for name in ("ldam", "mwn")}
+  return json.loads(done.printed), rows
+
+
+def test_schedules_of_the_papers(cifar):
+  rates, _ = cifar
+  ldam = [0.02, 0.04, 0.06, 0.08] + [0.1] * 156 + [1e-3] * 20 + [1e-5] * 20
+  assert rates["ldam"] == pytest.approx(ldam, rel=1e-5)
+  mwn = [0.1] * 79 + [0.01] * 10 + [1e-3] * 11
+  assert rates["mwn"] == pytest.approx(mwn, rel=1e-5)
+
+
+def test_a_short_run_on_cifar(cifar):
+  rows = cifar[1]["ldam"]
+  assert [row["method"] for row in rows] == ["uniform", "ldam_drw"]
+  for row in rows:
+    assert (row["dataset"], row["preset"], row["network"]) == ("cifar10", "ldam", "mlp")
+    assert (row["builder"], row["num_meta"], row["imbalance"]) == ("ldam", 0, 5)
+    assert row["class_counts"] == "60 50 41 35 29 24 20 17 14 12"
+    # Thirds of the classes: none has more than 100 images.
+    assert (row["many_above"], row["few_below"]) == (40, 18)
+    assert (row["weight_decay"], row["nesterov"]) == (2e-4, False)
+    assert row["published_percent"] is None and row["batch_size"] == 100
+
+
+def test_the_other_preset_on_cifar_100(cifar):
+  (row,) = cifar[1]["mwn"]
+  assert (row["builder"], row["num_meta"], row["nesterov"]) == ("mwn", 2, True)
+  assert row["class_counts"].startswith("8 7 ") and row["class_counts"].endswith(" 4")
