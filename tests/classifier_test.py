@@ -11,6 +11,8 @@ from l2rw_jax.models import lenet
 from l2rw_jax.models import mlp
 from l2rw_jax.models import resnet
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BATCH = {"image": jnp.zeros((2, 4, 4, 1)), "label": jnp.zeros(2, jnp.int32)}
 
 
@@ -42,13 +44,18 @@ def test_a_network_is_its_head_after_its_features(model, train):
   task = classifier.Classifier(model, 10).task(
     class_counts=jnp.ones(10), num_examples=4, num_steps=1
   )
-  key = jax.random.key(0)
-  params, state = classifier.Classifier(model, 10).init(key, batch)
-  logits, new_state = task.forward(params, state, batch, key, train)
-  features, state_too = task.features(params, state, batch, key, train)
+
+  @jax.jit
+  def both(key):
+    params, state = classifier.Classifier(model, 10).init(key, batch)
+    features, after = task.features(params, state, batch, key, train)
+    in_two_steps = features, (task.head(params, features), after)
+    return task.forward(params, state, batch, key, train), in_two_steps
+
+  (logits, state), (features, (logits_too, state_too)) = both(jax.random.key(0))
   assert features.shape == (4, model.num_features)
-  np.testing.assert_allclose(task.head(params, features), logits, rtol=1e-6)
-  jax.tree.map(np.testing.assert_array_equal, new_state, state_too)
+  np.testing.assert_allclose(logits_too, logits, rtol=1e-6)
+  jax.tree.map(np.testing.assert_array_equal, state, state_too)
 
 
 def _jitter(images, keys, train):

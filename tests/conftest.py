@@ -22,6 +22,14 @@ def tfds_dir() -> pathlib.Path:
   return folder
 
 
+@pytest.fixture(scope="session")
+def decoded(tmp_path_factory) -> pathlib.Path:
+  """Cache of decoded sets for all workers of a test run: MNIST takes ten seconds."""
+  folder = tmp_path_factory.getbasetemp()
+  is_worker = "PYTEST_XDIST_WORKER" in os.environ
+  return (folder.parent if is_worker else folder) / "decoded"
+
+
 @pytest.fixture
 def x64():
   """Double precision, for finite differences."""

@@ -238,15 +238,21 @@ def test_leaves_that_are_not_floating_point_stay():
     return _losses_fn(params["net"], batch) * (params["count"] - 2**24)
 
   params = {"net": _params(), **fixed}
-  weights, state = jnp.full(_B, 1 / _B), optimizer.init(params)
-  actual = _ours(losses_fn, params, batch, meta_batch, weights, optimizer, state)
-  expected = _ours(_losses_fn, _params(), batch, meta_batch, weights, optimizer, state)
+
+  @jax.jit
+  def run(weights):
+    state = optimizer.init(params)
+    given = (batch, meta_batch, weights, optimizer, state)
+    direction = hypergradient.direction(
+      losses_fn, params, meta_batch, optimizer=optimizer, opt_state=state
+    )
+    ours = _ours(losses_fn, params, *given)
+    return ours, _ours(_losses_fn, _params(), *given), direction.vector
+
+  actual, expected, vector = run(jnp.full(_B, 1 / _B))
   np.testing.assert_allclose(actual, expected, rtol=1e-13)
-  direction = hypergradient.direction(
-    losses_fn, params, meta_batch, optimizer=optimizer, opt_state=state
-  )
-  chex.assert_trees_all_equal_shapes_and_dtypes(direction.vector, params)
-  assert not direction.vector["mask"].any()
+  chex.assert_trees_all_equal_shapes_and_dtypes(vector, params)
+  assert not vector["mask"].any()
 
 
 def test_network_gradient_is_the_gradient_of_the_unrolled_meta_loss():
@@ -255,7 +261,7 @@ def test_network_gradient_is_the_gradient_of_the_unrolled_meta_loss():
   state = _warm(optimizer, params)
   rng = np.random.default_rng(4)
   phi = {"hidden": rng.normal(size=(1, 3)), "out": rng.normal(size=3)}
-  constants = jax.lax.stop_gradient(_losses_fn(params, batch))
+  constants = jax.jit(_losses_fn)(params, batch)
 
   def weights_fn(phi):
     return (
@@ -267,11 +273,15 @@ def test_network_gradient_is_the_gradient_of_the_unrolled_meta_loss():
       _losses_fn, params, batch, meta_batch, weights_fn(phi), optimizer, state
     )
 
-  found = _ours(
-    _losses_fn, params, batch, meta_batch, weights_fn(phi), optimizer, state
-  )
-  actual = hypergradient.network_gradient(weights_fn, phi, found)
-  expected = jax.grad(meta_loss)(phi)
+  @jax.jit
+  def both(phi):
+    found = _ours(
+      _losses_fn, params, batch, meta_batch, weights_fn(phi), optimizer, state
+    )
+    ours = hypergradient.network_gradient(weights_fn, phi, found)
+    return ours, jax.grad(meta_loss)(phi)
+
+  actual, expected = both(phi)
   assert optax.tree.norm(expected) > 1e-3
   chex.assert_trees_all_close(actual, expected, rtol=1e-11)
 

@@ -324,8 +324,7 @@ def test_neither_tensorflow_nor_network_nor_noise(prepared, tmp_path):
 
 
 @pytest.mark.real_data
-def test_real_mnist(tfds_dir: pathlib.Path, tmp_path_factory):
-  decoded = tmp_path_factory.getbasetemp() / "decoded"
+def test_real_mnist(tfds_dir: pathlib.Path, decoded: pathlib.Path):
   source = sources.load("mnist", "train", data_dir=tfds_dir, cache_dir=decoded)
   assert source.images.shape == (60_000, 28, 28, 1)
   assert source.num_classes == 10

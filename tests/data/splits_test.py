@@ -299,8 +299,7 @@ def test_one_image_is_enough_to_train_on():
 
 
 @pytest.mark.real_data
-def test_real_mnist_as_in_the_paper(tfds_dir: pathlib.Path, tmp_path_factory):
-  decoded = tmp_path_factory.getbasetemp() / "decoded"
+def test_real_mnist_as_in_the_paper(tfds_dir: pathlib.Path, decoded: pathlib.Path):
   train, test = (
     sources.load("mnist", split, data_dir=tfds_dir, cache_dir=decoded)
     for split in ("train", "test")

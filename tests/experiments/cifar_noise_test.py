@@ -11,6 +11,7 @@ import pytest
 import scripts
 
 from experiments import _cifar
+from experiments import _optimisation
 from experiments import _methods
 from experiments import _published_cifar
 from l2rw_jax.data import noise
@@ -75,12 +76,15 @@ def data_dir(tmp_path_factory):
   return root
 
 
+def _shared(data_dir):
+  return [*_SMALL, f"--data_dir={data_dir}", f"--cache_dir={data_dir}/cache"]
+
+
 @pytest.fixture(scope="module")
 def run(data_dir, tmp_path_factory):
   """A short run's folder and what it printed."""
   cwd = tmp_path_factory.mktemp(_NAME)
-  folders = [f"--data_dir={data_dir}", f"--cache_dir={data_dir}/cache"]
-  done = scripts.run(_NAME, *_SMALL, *folders, "--methods=uniform", cwd=cwd)
+  done = scripts.run(_NAME, *_shared(data_dir), "--methods=uniform", cwd=cwd)
   assert done.status == 0 and done.complaints == "", done.complaints
   return cwd / "runs" / _NAME, done.printed
 
@@ -101,41 +105,20 @@ def test_what_a_run_leaves(run):
   assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def _commands(data_dir, folder, commands):
-  shared = [*_SMALL, f"--data_dir={data_dir}", f"--cache_dir={data_dir}/cache"]
-  return [
-    [*shared, f"--workdir={folder}/{i}", *command] for i, command in enumerate(commands)
-  ]
-
-
 def test_flags_override_the_preset(data_dir, tmp_path):
-  commands = _commands(
-    data_dir,
-    tmp_path,
-    [
-      ["--network=mlp", "--preset=mwn_flip", "--methods=l2rw,meta_weight_net"],
-      [
-        "--network=mlp",
-        "--preset=warpi",
-        "--dataset=cifar100",
-        "--methods=uniform",
-        "--noise=bare_symmetric",
-        "--noise_fraction=0.9",
-        "--num_steps=6",
-        "--decay_steps=2,4",
-        "--learning_rate=0.5",
-        "--momentum=0",
-        "--nesterov",
-        "--weight_decay=0.25",
-        "--batch_size=10",
-        "--num_meta=0",
-        "--num_validation=100",
-        "--augmentation=none",
-        "--dump_losses",
-      ],
-      ["--network=mlp", "--noise=human", "--annotation=aggre", "--methods=uniform"],
-    ],
-  )
+  own = """--network=mlp --preset=warpi --dataset=cifar100 --methods=uniform
+    --noise=bare_symmetric --noise_fraction=0.9 --num_steps=6 --decay_steps=2,4
+    --learning_rate=0.5 --momentum=0 --nesterov --weight_decay=0.25 --batch_size=10
+    --num_meta=0 --num_validation=100 --augmentation=none --dump_losses"""
+  given = [
+    ["--network=mlp", "--preset=mwn_flip", "--methods=l2rw,meta_weight_net"],
+    own.split(),
+    ["--network=mlp", "--noise=human", "--annotation=aggre", "--methods=uniform"],
+  ]
+  commands = [
+    [*_shared(data_dir), f"--workdir={tmp_path}/{i}", *flags]
+    for i, flags in enumerate(given)
+  ]
   for done in scripts.run_many(_NAME, commands):
     assert done.status is None and done.complaints == "", done
   (l2rw, flip), (own,), (human,) = (
@@ -195,11 +178,9 @@ _MISTAKES = {
 def mistakes(run, data_dir, tmp_path_factory):
   """Outcome of every mistake, in one process."""
   folder = tmp_path_factory.mktemp("mistakes")
-  arguments = [[a.format(run=run[0]) for a in given] for given, _ in _MISTAKES.values()]
-  commands = _commands(data_dir, folder, arguments)
-  outcomes = scripts.run_many(_NAME, commands)
-  assert not list(folder.iterdir())
-  return dict(zip(_MISTAKES, outcomes, strict=True))
+  return scripts.run_mistakes(
+    _NAME, _MISTAKES, folder, *_shared(data_dir), kept=run[0], run=run[0]
+  )
 
 
 @pytest.mark.parametrize("name", _MISTAKES)
@@ -294,7 +275,7 @@ def test_warpi_scales_cifar_100_by_its_own_statistics():
   ],
 )
 def test_decay_is_an_l2_loss_before_momentum(nesterov, decay_all, kernel, bias):
-  tx = _cifar.Optimisation(
+  tx = _optimisation.Optimisation(
     nesterov=nesterov, decay_all=decay_all, weight_decay=0.5
   ).optimizer(10)
   params = {"kernel": jnp.full((1, 1), 2.0), "bias": jnp.full(1, 2.0)}
@@ -305,7 +286,8 @@ def test_decay_is_an_l2_loss_before_momentum(nesterov, decay_all, kernel, bias):
 
 
 def test_one_optimizer_for_all_seeds():
-  first, same, other = (_cifar.Optimisation(weight_decay=d) for d in (0.5, 0.5, 0.1))
+  make = _optimisation.Optimisation
+  first, same, other = (make(weight_decay=d) for d in (0.5, 0.5, 0.1))
   assert first.optimizer(10) is same.optimizer(10)
   assert first.optimizer(10) is not other.optimizer(10)
 
@@ -318,6 +300,11 @@ def test_published_numbers_are_found_where_they_belong():
   assert found == (58.64, 0.47)
   found = lookup("mwn_uniform", "cifar10", "mwn_uniform", 0.6, "uniform")
   assert found == (53.12, 3.03)
+  # Two papers mean two things by "Focal".
+  assert lookup("mwn_uniform", "cifar10", "mwn_uniform", 0.4, "focal") == (75.96, 1.31)
+  mentornet = lookup("mentornet", "cifar10", "mwn_uniform", 0.4, "focal_weight")
+  assert mentornet == (65.0, None)
+  assert lookup("mentornet", "cifar10", "mwn_uniform", 0.4, "focal") == (None, None)
   for preset, data, builder, fraction, method in (
     ("l2rw_uniform", "cifar10", "uniform_flip", 0.2, "l2rw"),
     ("l2rw_uniform", "cifar10", "mwn_uniform", 0.4, "l2rw"),

@@ -102,25 +102,17 @@ _MISTAKES = {
 
 @pytest.fixture(scope="module")
 def mistakes(run, tmp_path_factory):
-  """Outcome and folder of every mistake, and whether it left the run alone."""
-  folder = tmp_path_factory.mktemp("mistakes")
+  """Outcome of every mistake."""
+  folder, cwd = tmp_path_factory.mktemp("mistakes"), run[0]
   (folder / "file").touch()
-  commands = [
-    [*_SMALL, f"--workdir={folder}/{name}"]
-    + [a.format(tmp=folder, run=run[0]) for a in arguments]
-    for name, (arguments, _) in _MISTAKES.items()
-  ]
-  before = scripts.contents(run[0])
-  outcomes = scripts.run_many(_NAME, commands)
-  assert scripts.contents(run[0]) == before
-  return dict(zip(_MISTAKES, outcomes, strict=True)), folder
+  return scripts.run_mistakes(
+    _NAME, _MISTAKES, folder, *_SMALL, kept=cwd, tmp=folder, run=cwd
+  )
 
 
 @pytest.mark.parametrize("name", _MISTAKES)
 def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
-  outcomes, folder = mistakes
-  scripts.assert_one_line(outcomes[name], _MISTAKES[name][1])
-  assert [path.name for path in folder.iterdir()] == ["file"]
+  scripts.assert_one_line(mistakes[name], _MISTAKES[name][1])
 
 
 def test_a_mistake_from_the_shell_ends_the_same_way(tmp_path):

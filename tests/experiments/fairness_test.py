@@ -158,21 +158,13 @@ _MISTAKES = {
 
 @pytest.fixture(scope="module")
 def mistakes(run, tmp_path_factory):
-  """Outcome of every mistake and the folder they were to write in."""
+  """Outcome of every mistake."""
   folder = tmp_path_factory.mktemp("mistakes")
-  commands = [
-    [*_SMALL, f"--workdir={folder}/{name}"]
-    + [a.format(tmp=folder, run=run[0]) for a in arguments]
-    for name, (arguments, _) in _MISTAKES.items()
-  ]
-  before = scripts.contents(run[0])
-  outcomes = scripts.run_many(_NAME, commands)
-  assert scripts.contents(run[0]) == before
-  return dict(zip(_MISTAKES, outcomes, strict=True)), folder
+  return scripts.run_mistakes(
+    _NAME, _MISTAKES, folder, *_SMALL, kept=run[0], tmp=folder, run=run[0]
+  )
 
 
 @pytest.mark.parametrize("name", _MISTAKES)
 def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
-  outcomes, folder = mistakes
-  scripts.assert_one_line(outcomes[name], _MISTAKES[name][1])
-  assert list(folder.iterdir()) == []
+  scripts.assert_one_line(mistakes[name], _MISTAKES[name][1])

@@ -98,7 +98,7 @@ _MISTAKES = {
 
 @pytest.fixture(scope="module")
 def done(dump, tmp_path_factory):
-  """Folders of the runs, their outcomes, and the outcomes of all mistakes."""
+  """Folder of the runs, their outcomes, and the outcomes of all mistakes."""
   folder = tmp_path_factory.mktemp(_NAME)
   places = {"dump": dump, "runs": folder}
   commands = [
@@ -108,26 +108,15 @@ def done(dump, tmp_path_factory):
   runs = scripts.run_many(_NAME, commands)
   shutil.copytree(folder / "pd", folder / "damaged")
   (folder / "damaged" / "mentor.json").write_text('{"kind": ')
-  before = scripts.contents(folder)
-  mistakes = [
-    [*_SMALL, f"--workdir={folder}/none-{name}"]
-    + [argument.format(**places) for argument in arguments]
-    for name, (arguments, _) in _MISTAKES.items()
-  ]
-  # A finished run that is called again, after the mistakes.
-  *failed, again = scripts.run_many(_NAME, [*mistakes, commands[0]])
-  after = scripts.contents(folder)
-  return (
-    folder,
-    dict(zip(_RUNS, runs, strict=False)),
-    dict(zip(_MISTAKES, failed, strict=True)),
-    (again, before, after),
+  mistakes = scripts.run_mistakes(
+    _NAME, _MISTAKES, folder, *_SMALL, kept=folder, **places
   )
+  return folder, dict(zip(_RUNS, runs, strict=True)), mistakes
 
 
 @pytest.mark.parametrize("name", _RUNS)
 def test_what_a_run_leaves(done, name):
-  folder, runs, _, _ = done
+  folder, runs, _ = done
   assert runs[name].status is None and runs[name].complaints == "", runs[name]
   header, *lines = scripts.table(runs[name].printed)
   assert header[:4] == ["rows", "curriculum", "accuracy %", "mean squared error"]
@@ -154,25 +143,30 @@ def test_a_mistake_is_one_line(done, name):
   scripts.assert_one_line(done[2][name], _MISTAKES[name][1])
 
 
-def test_mistakes_leave_runs_alone_and_a_finished_run_is_not_repeated(done):
-  folder, _, _, (again, before, after) = done
-  assert again.status is None
-  mentors = {k: v for k, v in after.items() if k.endswith("mentor.json")}
-  assert mentors == {k: v for k, v in before.items() if k.endswith("mentor.json")}
-  assert {path.name for path in folder.iterdir()} == {*_RUNS, "damaged"}
-
-
-def test_another_dump_in_a_finished_folder_is_one_line(done, dump):
+def test_a_finished_run_is_not_repeated_and_another_dump_is_one_line(done, dump):
   folder = done[0]
-  kept = dump.read_bytes()
+  kept, before = dump.read_bytes(), scripts.contents(folder)
   recorded = loss_dump.read_dump(dump)
   loss_dump.write_dump(dump, recorded._replace(loss=recorded.loss + 1))
-  (outcome,) = scripts.run_many(
+  again, other = scripts.run_many(
     _NAME,
-    [[*_SMALL, f"--workdir={folder}/dd", *(a.format(dump=dump) for a in _RUNS["dd"])]],
+    [
+      [
+        *_SMALL,
+        f"--workdir={folder}/{name}",
+        *(a.format(dump=dump) for a in _RUNS[name]),
+      ]
+      for name in ("pd", "dd")
+    ],
   )
   dump.write_bytes(kept)
-  scripts.assert_one_line(outcome, "was fitted to other losses than those of --dump=")
+  assert again.status is None
+  scripts.assert_one_line(other, "was fitted to other losses than those of --dump=")
+  mentors = [k for k in before if k.endswith("mentor.json")]
+  after = scripts.contents(folder)
+  assert len(mentors) == 4 and {k: after[k] for k in mentors} == {
+    k: before[k] for k in mentors
+  }
 
 
 @pytest.mark.parametrize(

@@ -120,22 +120,15 @@ def mistakes(run, tmp_path_factory):
   """Outcome of every mistake and the folder they were to write in."""
   folder = tmp_path_factory.mktemp("mistakes")
   (folder / "file").touch()
-  commands = [
-    [*_SMALL, f"--workdir={folder}/{name}"]
-    + [a.format(tmp=folder, run=run[0]) for a in arguments]
-    for name, (arguments, _) in _MISTAKES.items()
-  ]
-  before = scripts.contents(run[0])
-  outcomes = scripts.run_many(_NAME, commands)
-  assert scripts.contents(run[0]) == before
-  return dict(zip(_MISTAKES, outcomes, strict=True)), folder
+  found = scripts.run_mistakes(
+    _NAME, _MISTAKES, folder, *_SMALL, kept=run[0], tmp=folder, run=run[0]
+  )
+  return found, folder
 
 
 @pytest.mark.parametrize("name", _MISTAKES)
 def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
-  outcomes, folder = mistakes
-  scripts.assert_one_line(outcomes[name], _MISTAKES[name][1])
-  assert [path.name for path in folder.iterdir()] == ["file"]
+  scripts.assert_one_line(mistakes[0][name], _MISTAKES[name][1])
 
 
 def test_missing_data_says_where_it_looked_and_how_to_get_them(mistakes):
@@ -154,11 +147,11 @@ def test_helpfull_names_every_flag(tmp_path):
 
 
 @pytest.mark.real_data
-def test_the_right_end_of_the_figure_on_mnist(tfds_dir, tmp_path):
+def test_the_right_end_of_the_figure_on_mnist(tfds_dir, decoded, tmp_path):
   done = scripts.run(
     _NAME,
     f"--data_dir={tfds_dir}",
-    "--cache_dir=cache",
+    f"--cache_dir={decoded}",
     "--workdir=run",
     "--majority=0.995",
     "--methods=l2rw,hard_mining",

@@ -142,35 +142,30 @@ _MISTAKES = {
 
 @pytest.fixture(scope="module")
 def mistakes(run, tmp_path_factory):
-  """Outcome of every mistake and the folder they were to write in."""
+  """Outcome of every mistake."""
   folder = tmp_path_factory.mktemp("mistakes")
   inputs = tmp_path_factory.mktemp("inputs")
   _mentor(inputs / "mentor.json")
   _mentor(inputs / "three.json", num_classes=3)
   old = json.loads((inputs / "mentor.json").read_text())
   (inputs / "old.json").write_text(json.dumps({**old, "version": 0}))
-  commands = [
-    [*_SMALL, "--methods=uniform", f"--workdir={folder}/{name}"]
-    + [a.format(tmp=inputs, run=run[0]) for a in arguments]
-    for name, (arguments, _) in _MISTAKES.items()
-  ]
-  outcomes = scripts.run_many(_NAME, commands)
-  return dict(zip(_MISTAKES, outcomes, strict=True)), folder
+  shared = (*_SMALL, "--methods=uniform")
+  return scripts.run_mistakes(
+    _NAME, _MISTAKES, folder, *shared, kept=run[0], tmp=inputs, run=run[0]
+  )
 
 
 @pytest.mark.parametrize("name", _MISTAKES)
 def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
-  outcomes, folder = mistakes
-  scripts.assert_one_line(outcomes[name], _MISTAKES[name][1])
-  assert not list(folder.iterdir())
+  scripts.assert_one_line(mistakes[name], _MISTAKES[name][1])
 
 
 @pytest.mark.real_data
-def test_own_presets_on_mnist(tfds_dir, tmp_path):
+def test_own_presets_on_mnist(tfds_dir, decoded, tmp_path):
   done = scripts.run(
     _NAME,
     f"--data_dir={tfds_dir}",
-    "--cache_dir=cache",
+    f"--cache_dir={decoded}",
     "--preset=own",
     "--methods=l2rw",
     "--noise=bare_class_conditional",

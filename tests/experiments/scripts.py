@@ -6,9 +6,12 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 from typing import Any, NamedTuple
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+# Compiled programs: most of the processes started here need not compile them again.
+_COMPILED = tempfile.TemporaryDirectory(prefix="l2rw_jax-compiled-")
 
 # One process for many command lines: each sees fresh flags, and its exit status
 # and outputs are kept apart.
@@ -64,6 +67,8 @@ def start(*arguments: Any, cwd=REPOSITORY, stdin: str | None = None) -> Outcome:
     "JAX_NUM_CPU_DEVICES": "8",
     "PYTHONPATH": str(REPOSITORY),
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # Compiles sooner.
+    "JAX_COMPILATION_CACHE_DIR": _COMPILED.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
   process = subprocess.run(
     [sys.executable, *map(str, arguments)],
@@ -88,6 +93,35 @@ def run_many(name: str, commands: list[list[str]]) -> list[Outcome]:
   done = start("-c", _MANY, f"experiments.{name}", stdin=json.dumps(commands))
   assert done.status == 0 and done.complaints == "", done.complaints
   return [Outcome(*outcome) for outcome in json.loads(done.printed)]
+
+
+def run_mistakes(
+  name: str,
+  mistakes: dict[str, tuple[list[str], str]],
+  folder: pathlib.Path,
+  *shared: Any,
+  kept: pathlib.Path,
+  **places: Any,
+) -> dict[str, Outcome]:
+  """Outcomes of command lines that must fail, and write nothing.
+
+  Args:
+    name: of the script.
+    mistakes: by name, the flags of each, with {places}, and part of the complaint.
+    folder: would hold each one's --workdir; what is there must stay alone.
+    *shared: flags of every command line, which may be overridden.
+    kept: folder of a finished run, which must stay as it is.
+    **places: fill in the flags.
+  """
+  commands = [
+    [*map(str, shared), f"--workdir={folder}/{mistake}"]
+    + [argument.format(**places) for argument in arguments]
+    for mistake, (arguments, _) in mistakes.items()
+  ]
+  before = sorted(folder.rglob("*")), contents(kept)
+  outcomes = run_many(name, commands)
+  assert (sorted(folder.rglob("*")), contents(kept)) == before
+  return dict(zip(mistakes, outcomes, strict=True))
 
 
 def assert_one_line(outcome: Outcome, message: str) -> None:
