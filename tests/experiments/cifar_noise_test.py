@@ -11,8 +11,8 @@ import pytest
 import scripts
 
 from experiments import _cifar
-from experiments import _optimisation
 from experiments import _methods
+from experiments import _optimisation
 from experiments import _published_cifar
 from l2rw_jax.data import noise
 from l2rw_jax.data import sources
