@@ -3,13 +3,10 @@
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any
 
 from flax import linen as nn
-import jax
-import optax
 
-from experiments import _noise
+from experiments import _optimisation
 from l2rw_jax.data import sources
 from l2rw_jax.models import augmentation
 from l2rw_jax.models import classifier
@@ -57,33 +54,6 @@ _WARPI_100 = dataclasses.replace(
 
 
 @dataclasses.dataclass(frozen=True)
-class Optimisation(_noise.Optimisation):
-  """As there, and which parameters decay.
-
-  Attributes:
-    decay_all: whether biases and BatchNorm decay too, as by PyTorch's optimisers;
-      else kernels only, as by the L2 losses of the TensorFlow codes.
-  """
-
-  decay_all: bool = True
-
-  # One object for all seeds, for which the training step is compiled once.
-  @functools.cache  # noqa: B019  # a handful, kept for the whole run anyway
-  def optimizer(self, num_steps: int) -> optax.GradientTransformation:
-    """SGD; decay joins the gradient before momentum, as an L2 loss would."""
-    return optax.chain(
-      optax.add_decayed_weights(
-        self.weight_decay, None if self.decay_all else _kernels
-      ),
-      optax.sgd(self.schedule(num_steps), self.momentum or None, self.nesterov),
-    )
-
-
-def _kernels(params: Any) -> Any:
-  return jax.tree.map(lambda x: x.ndim > 1, params)
-
-
-@dataclasses.dataclass(frozen=True)
 class Preset:
   """One paper's way of training; flags of `cifar_noise` override each field.
 
@@ -98,7 +68,7 @@ class Preset:
     momentum: of SGD.
     nesterov: whether momentum looks ahead.
     weight_decay: added to the gradient, times the parameters.
-    decay_all: see `Optimisation`.
+    decay_all: see `_optimisation`.
     batch_size: training examples a step.
     meta_batch_size: clean examples a step.
     num_meta: clean images a class, by number of classes.
@@ -223,9 +193,9 @@ def make_classifier(preset: Preset, num_classes: int) -> classifier.Classifier:
   return classifier.Classifier(network, num_classes, preprocess)
 
 
-def make_optimisation(preset: Preset) -> Optimisation:
+def make_optimisation(preset: Preset) -> _optimisation.Optimisation:
   """The preset's optimiser and schedule; drops are kept as shares of the run."""
-  return Optimisation(
+  return _optimisation.Optimisation(
     learning_rate=preset.learning_rate,
     momentum=preset.momentum,
     nesterov=preset.nesterov,

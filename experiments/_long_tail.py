@@ -7,14 +7,14 @@ import pathlib
 from typing import Any, NamedTuple
 
 from absl import flags
-import jax.numpy as jnp
-import optax
 
 from experiments import _catalogue
 from experiments import _launch
+from experiments import _long_tail_methods
 from experiments import _long_tail_report
 from experiments import _methods
 from experiments import _noise
+from experiments import _optimisation
 from experiments import _published_cifar
 from experiments import _report
 from l2rw_jax import base
@@ -29,7 +29,7 @@ from l2rw_jax.training import results as results_lib
 _METHODS = flags.DEFINE_list(
   "methods",
   None,
-  f"Comma-separated, of {', '.join(_methods.LONG_TAIL_NAMES)}. [those compared]",
+  f"Comma-separated, of {', '.join(_long_tail_methods.NAMES)}. [those compared]",
 )
 _SHAPE = flags.DEFINE_enum(
   "shape", "exponential", long_tail.SHAPES, "Of the tail: falling, or half of them low."
@@ -60,13 +60,6 @@ _NUM_EPOCHS = flags.DEFINE_integer(
   "Passes over the training set; drops keep their place. [the preset's]",
   lower_bound=1,
 )
-_DEFERRED = flags.DEFINE_float(
-  "deferred",
-  None,
-  "Share of the run after which deferred methods begin. [the preset's]",
-  0.0,
-  1.0,
-)
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", None, "Training images a step. [the preset's]", lower_bound=1
 )
@@ -88,37 +81,10 @@ _WEIGHT_DECAY = flags.DEFINE_float(
 _EVAL_EVERY = flags.DEFINE_integer(
   "eval_every", 1, "Epochs between two evaluations.", lower_bound=1
 )
-flags.adopt_module_key_flags(_methods)
+flags.adopt_module_key_flags(_long_tail_methods)
 flags.adopt_module_key_flags(_launch)
-# These choose which runs to do, or change no number.
-EXTENDABLE = ("methods", "imbalance", "mentor", "seeds_at_once")
-_STAIRS = 5
-
-
-@dataclasses.dataclass(frozen=True)
-class Optimisation(_noise.Optimisation):
-  """As there, after a warm-up.
-
-  Attributes:
-    warmup: share of the run in which the learning rate climbs, in five stairs (in
-      LDAM's code, one of the first five epochs each).
-  """
-
-  warmup: float = 0.0
-
-  @functools.cache  # noqa: B019  # as in _noise
-  def schedule(self, num_steps: int) -> optax.Schedule:
-    """`step -> learning rate`."""
-    after = super().schedule(num_steps)
-    length = round(self.warmup * num_steps)
-    if not length:
-      return after
-
-    def climbing(step):
-      stair = jnp.minimum(step * _STAIRS // length + 1, _STAIRS)
-      return after(step) * stair / _STAIRS
-
-    return climbing
+# These choose which runs to do.
+EXTENDABLE = ("methods", "imbalance", "mentor")
 
 
 class Preset(NamedTuple):
@@ -135,7 +101,7 @@ class Preset(NamedTuple):
 
   num_epochs: int
   batch_size: int
-  optimisation: Optimisation
+  optimisation: _optimisation.Optimisation
   builder: str
   num_meta: int
   deferred: float = 0.8
@@ -198,7 +164,7 @@ def _with_flags(preset: Preset) -> Preset:
       batch_size=_BATCH_SIZE.value,
       builder=_BUILDER.value,
       num_meta=_NUM_META.value,
-      deferred=_DEFERRED.value,
+      deferred=_methods.deferred_share(),
     ),
   )
 
@@ -239,13 +205,15 @@ def _make_cell(
     config.num_steps,
     noise_fraction=0.0,
     num_classes=split.num_classes,
-    deferred_epoch=round(preset.deferred * preset.num_epochs),
-    absgd_lambda=2.0,  # of the package's demonstration on CIFAR-10, imbalance 100
+    deferred_epoch=_methods.deferred_epoch(preset.deferred, preset.num_epochs),
+    # ABSGD's package, demonstrating itself on CIFAR-10 of imbalance 100.
+    absgd=_methods.AbsgdSetting(2.0, 0.9, 1.0),
     mwn_preset="imbalance",
   )
+  _methods.check_begins(name, setting, preset.num_epochs, _long_tail_methods.DEFERRED)
   tail = {"builder": preset.builder, "shape": _SHAPE.value, "imbalance": imbalance}
-  model = experiment.make_model(_methods.needs_cosines(name))
-  method = _methods.make(name, setting)
+  model = experiment.make_model(_long_tail_methods.needs_cosines(name))
+  method = _methods.make(name, setting, _long_tail_methods.METHODS)
   return _noise.Cell(name, tail, config, preset.optimisation, model, method)
 
 
@@ -309,8 +277,13 @@ def _row(
 def main(experiment: Experiment) -> None:
   """Trains what is missing, then prints and writes the comparison."""
   names = experiment.methods if _METHODS.value is None else _METHODS.value
-  names = _methods.check(names, _methods.LONG_TAIL_NAMES)
-  experiment = experiment._replace(preset=_with_flags(experiment.preset))
+  names = _methods.check(names, _long_tail_methods.NAMES)
+  preset = _with_flags(experiment.preset)
+  # Published numbers are of the preset as it is; the meta set is the methods' own.
+  is_preset = preset._replace(num_meta=experiment.preset.num_meta) == experiment.preset
+  experiment = experiment._replace(
+    preset=preset, comparable=experiment.comparable and is_preset
+  )
   if not _IMBALANCE.value:
     raise base.InputError("--imbalance= is empty: give a number of at least 1.")
   cells = []
@@ -320,7 +293,8 @@ def main(experiment: Experiment) -> None:
       cell = _make_cell(name, experiment, imbalance, split)
       config_lib.check(cell.config, cell.method, [split])
       cells.append(cell)
-  modules = (experiment.module, __name__, _methods.__name__)
+  libraries = (_long_tail_methods, _methods)
+  modules = (experiment.module, __name__, *(m.__name__ for m in libraries))
   folder = _launch.prepare(experiment.name, modules[0], EXTENDABLE, *modules[1:])
   rows = [row for cell in cells for row in _train(cell, experiment, folder)]
   found = _launch.flags_of(*modules)

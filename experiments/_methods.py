@@ -1,24 +1,21 @@
 """The methods of the experiments, by name, and their own flags."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
 
 from l2rw_jax import base
-from l2rw_jax import class_balance
 from l2rw_jax import mentor_file
 from l2rw_jax import meta_network
 from l2rw_jax.methods import absgd
 from l2rw_jax.methods import advisor
 from l2rw_jax.methods import bare
 from l2rw_jax.methods import baselines
-from l2rw_jax.methods import changed_loss
 from l2rw_jax.methods import forml
 from l2rw_jax.methods import group_dro
 from l2rw_jax.methods import l2rw
 from l2rw_jax.methods import label_transition
-from l2rw_jax.methods import ldam_drw
 from l2rw_jax.methods import mentornet
 from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.methods import s_model
@@ -64,23 +61,30 @@ _BARE_STATISTICS = flags.DEFINE_enum(
 _FOCAL_GAMMA = flags.DEFINE_float(
   "focal_gamma", 1.0, "Of the focal loss; LDAM's code has 1.", lower_bound=0.0
 )
-_BETA = flags.DEFINE_float(
-  "beta", 0.9999, "Of the effective number of examples of a class, in [0, 1)."
-)
-_MAX_MARGIN = flags.DEFINE_float(
-  "ldam_margin", 0.5, "LDAM's margin of the rarest class.", lower_bound=0.0
-)
-_SCALE = flags.DEFINE_float("ldam_scale", 30.0, "Of LDAM's cosines.", lower_bound=0.0)
 _ABSGD_LAMBDA = flags.DEFINE_float(
   "absgd_lambda",
   None,
-  "ABSGD's; above 0 for long tails, below for wrong labels. [2 and -5]",
+  "ABSGD's; above 0 for rare classes, below for wrong labels. [in a long tail 2, else"
+  " -5]",
 )
 _ABSGD_GAMMA = flags.DEFINE_float(
-  "absgd_gamma", 0.9, "Weight of the new batch in ABSGD's normaliser, in (0, 1]."
+  "absgd_gamma",
+  None,
+  "Weight of the new batch in ABSGD's normaliser, in (0, 1]. [in a long tail 0.9,"
+  " else 0.5]",
 )
 _ABSGD_ALPHA = flags.DEFINE_float(
-  "absgd_alpha", 1.0, "Of ABSGD's normaliser; it scales the step by its inverse."
+  "absgd_alpha",
+  None,
+  "Of ABSGD's normaliser; divides the step. [in a long tail 1, else 0.5]",
+)
+_DEFERRED = flags.DEFINE_float(
+  "deferred",
+  None,
+  "Share of the run after which deferred methods and ABSGD begin. [in a long tail the"
+  " preset's, else 2/3]",
+  0.0,
+  1.0,
 )
 _GCE_THRESHOLD = flags.DEFINE_float(
   "gce_threshold",
@@ -97,6 +101,14 @@ _TRANSITION_EPOCH = flags.DEFINE_integer(
 )
 
 
+class AbsgdSetting(NamedTuple):
+  """Settings of ABSGD; the defaults are those of its release for Clothing1M."""
+
+  lam: float = -5.0
+  gamma: float = 0.5
+  alpha: float = 0.5
+
+
 class Setting(NamedTuple):
   """What a method needs to know of the run.
 
@@ -109,7 +121,7 @@ class Setting(NamedTuple):
     num_classes: C.
     deferred_epoch: the first, counted from 0, of what waits: balanced classes,
       ABSGD's finite lambda.
-    absgd_lambda: where no flag says another.
+    absgd: where no flag says another.
     mwn_preset: Meta-Weight-Net's release, where no flag says another.
   """
 
@@ -118,8 +130,11 @@ class Setting(NamedTuple):
   noise_fraction: float
   num_classes: int
   deferred_epoch: int = 0
-  absgd_lambda: float = -5.0  # Clothing1M's
+  absgd: AbsgdSetting = AbsgdSetting()
   mwn_preset: str = "noise_stable"
+
+
+Factory = Callable[[Setting], base.Method]
 
 
 def _fine_tuning(setting: Setting) -> base.Method:
@@ -146,7 +161,7 @@ def _advisor(setting: Setting) -> base.Method:
   return advisor.advisor(setting.look_ahead_rate, every=_META_EVERY.value)
 
 
-def _curriculum(name: str) -> Callable[[Setting], base.Method]:
+def _curriculum(name: str) -> Factory:
   """A predefined curriculum, without a network."""
   preset = {"pd_mixture": "pd"}.get(name, name)
 
@@ -165,7 +180,7 @@ def _student(preset: str, setting: Setting) -> dict[str, Any]:
   return options
 
 
-def _mentor(curriculum: str, preset: str) -> Callable[[Setting], base.Method]:
+def _mentor(curriculum: str, preset: str) -> Factory:
   """A student of the mentor that was fitted to `curriculum`."""
 
   def make(setting):
@@ -183,52 +198,30 @@ def _mentor(curriculum: str, preset: str) -> Callable[[Setting], base.Method]:
   return make
 
 
+def _bare_settings() -> dict[str, Any]:
+  return {"kappa": _BARE_KAPPA.value, "statistics": _BARE_STATISTICS.value}
+
+
+def bare_weights(logits: base.Array, labels: base.Array) -> base.Array:
+  """BARE's weights under its flags."""
+  return bare.example_weights(logits, labels, **_bare_settings())
+
+
 def _forml(setting: Setting) -> base.Method:
   return forml.forml(objective="mean", groups_fn=lambda batch: batch["label"])
 
 
-def _ldam(balance: str, hinge: bool = False) -> Callable[[Setting], base.Method]:
-  """LDAM with classes balanced late or never."""
-
-  def make(setting):
-    return ldam_drw.ldam_drw(
-      _MAX_MARGIN.value,
-      _SCALE.value,
-      _BETA.value,
-      None if balance == "none" else setting.deferred_epoch,
-      hinge=hinge,
-      balance=balance,
-    )
-
-  return make
-
-
-def _absgd(setting: Setting) -> base.Method:
-  lam = _ABSGD_LAMBDA.value
-  lam = setting.absgd_lambda if lam is None else lam
-  return absgd.absgd(
-    absgd.two_stage(lam, setting.deferred_epoch),
-    gamma=_ABSGD_GAMMA.value,
-    alpha=_ABSGD_ALPHA.value,
+def make_absgd(setting: Setting) -> base.Method:
+  given = (_ABSGD_LAMBDA.value, _ABSGD_GAMMA.value, _ABSGD_ALPHA.value)
+  lam, gamma, alpha = (
+    preset if flag is None else flag
+    for flag, preset in zip(given, setting.absgd, strict=True)
   )
+  schedule = absgd.two_stage(lam, setting.deferred_epoch)
+  return absgd.absgd(schedule, gamma=gamma, alpha=alpha)
 
 
-def _absgd_ldam_drw(setting: Setting) -> base.Method:
-  """ABSGD on LDAM's losses, weighted by class before the exponential, as released."""
-  class_balance.check_beta(_BETA.value)
-  ldam = ldam_drw.loss(_MAX_MARGIN.value, _SCALE.value)
-
-  def weighted(outputs, batch, class_counts):
-    per_class = class_balance.effective_number(class_counts, _BETA.value)
-    return per_class[batch["label"]] * ldam(outputs, batch, class_counts)
-
-  late = changed_loss.changed_loss(
-    _absgd(setting), weighted, from_epoch=setting.deferred_epoch
-  )
-  return changed_loss.changed_loss(late, ldam)
-
-
-_METHODS: dict[str, Callable[[Setting], base.Method]] = {
+METHODS: dict[str, Factory] = {
   "uniform": lambda _: baselines.uniform(),
   "random": lambda _: baselines.random(),
   "clean_only": lambda _: baselines.clean_only(),
@@ -244,8 +237,8 @@ _METHODS: dict[str, Callable[[Setting], base.Method]] = {
   "warpi_deterministic": lambda setting: _warpi(setting, deterministic=True),
   "advisor": _advisor,
   "forml": _forml,
-  "bare": lambda _: bare.bare(_BARE_KAPPA.value, _BARE_STATISTICS.value),
-  "absgd": _absgd,
+  "bare": lambda _: bare.bare(**_bare_settings()),
+  "absgd": make_absgd,
   "focal": lambda _: baselines.focal(_FOCAL_GAMMA.value),
   "bootstrapping_soft": lambda _: baselines.bootstrapping("soft"),
   "bootstrapping_hard": lambda _: baselines.bootstrapping("hard"),
@@ -262,28 +255,9 @@ _METHODS: dict[str, Callable[[Setting], base.Method]] = {
   ),
   "group_dro": lambda _: group_dro.group_dro(),
 }
-# What needs class counts that differ or a classifier of cosines (ldam): offered in
-# long tails only.
-_IN_A_LONG_TAIL: dict[str, Callable[[Setting], base.Method]] = {
-  "class_proportion": lambda _: baselines.class_proportion(),
-  "resampling": lambda _: baselines.resampling(),
-  "class_balanced": lambda _: baselines.class_balanced(_BETA.value),
-  "class_balanced_focal": lambda _: baselines.class_balanced_focal(
-    _FOCAL_GAMMA.value, _BETA.value
-  ),
-  "uniform_drw": lambda setting: baselines.class_balanced(
-    _BETA.value, setting.deferred_epoch
-  ),
-  "uniform_drs": lambda setting: baselines.resampling(setting.deferred_epoch),
-  "ldam": _ldam("none"),
-  "ldam_hinge": _ldam("none", hinge=True),
-  "ldam_drw": _ldam("reweight"),
-  "ldam_drs": _ldam("resample"),
-  "ldam_hinge_drs": _ldam("resample", hinge=True),
-  "absgd_ldam_drw": _absgd_ldam_drw,
-}
-NAMES = list(_METHODS)
-LONG_TAIL_NAMES = [*_METHODS, *_IN_A_LONG_TAIL]
+_TRANSITION = ("forward_correction", "s_model_conf")
+DEFERRED = ("absgd",)
+NAMES = list(METHODS)
 
 
 def check(names: Sequence[str], offered: Sequence[str] = NAMES) -> list[str]:
@@ -298,11 +272,51 @@ def check(names: Sequence[str], offered: Sequence[str] = NAMES) -> list[str]:
   return list(dict.fromkeys(names))
 
 
-def needs_cosines(name: str) -> bool:
-  """Whether a method's network must have a classifier of cosines."""
-  return "ldam" in name
+def focal_gamma() -> float:
+  """Of the focal loss."""
+  return _FOCAL_GAMMA.value
 
 
-def make(name: str, setting: Setting) -> base.Method:
+def deferred_share() -> float | None:
+  """The share of the run that --deferred gives."""
+  return _DEFERRED.value
+
+
+def deferred_epoch(share: float, num_epochs: float) -> int:
+  """The first epoch after --deferred, or else after a share of the run."""
+  given = deferred_share()
+  return int((share if given is None else given) * num_epochs + 1e-6)
+
+
+def check_begins(
+  name: str,
+  setting: Setting,
+  num_epochs: float,
+  deferred: Sequence[str] = DEFERRED,
+) -> None:
+  """Raises InputError if what a method waits for lies beyond the end of the run.
+
+  Args:
+    name: of the method.
+    setting: of the run.
+    num_epochs: its length.
+    deferred: names of the methods that wait for `setting.deferred_epoch`.
+  """
+  if name in _TRANSITION:
+    epoch, flag = _TRANSITION_EPOCH.value, "transition_epoch"
+  elif name in deferred:
+    epoch, flag = setting.deferred_epoch, "deferred"
+  else:
+    return
+  if epoch >= num_epochs:
+    raise base.InputError(
+      f"--methods={name} would begin at epoch {epoch} of {num_epochs:g}, so never:"
+      f" lower --{flag} or train longer."
+    )
+
+
+def make(
+  name: str, setting: Setting, offered: Mapping[str, Factory] = METHODS
+) -> base.Method:
   """The `Method` behind a name."""
-  return (_METHODS | _IN_A_LONG_TAIL)[name](setting)
+  return offered[name](setting)

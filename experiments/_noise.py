@@ -2,20 +2,18 @@
 
 from collections.abc import Sequence
 import dataclasses
-import functools
 import pathlib
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 
 from experiments import _methods
+from experiments import _optimisation as optimisation_lib
 from experiments import _report
 from l2rw_jax import base
 from l2rw_jax import loss_dump
 from l2rw_jax.data import splits as splits_lib
-from l2rw_jax.methods import bare
 from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.models import classifier
 from l2rw_jax.training import config as config_lib
@@ -25,54 +23,6 @@ from l2rw_jax.training import results as results_lib
 from l2rw_jax.training import validation
 
 _GRID = np.concatenate([np.linspace(0, 10, 101), np.linspace(10.5, 20, 20)])
-
-
-@dataclasses.dataclass(frozen=True)
-class Optimisation:
-  """How a classifier is optimised.
-
-  Attributes:
-    name: "sgd" or "adam".
-    learning_rate: at the start.
-    momentum: of SGD.
-    nesterov: whether it is Nesterov's.
-    weight_decay: L2, added to the gradient of every parameter.
-    drops: (share of the run done, factor on the learning rate), accumulating.
-    plateau_steps: updates in an epoch, if the learning rate falls to a tenth
-      (at the least 1e-5) whenever the validation loss has not fallen for more than
-      5 epochs, as in BARE's released code.
-  """
-
-  name: str = "sgd"
-  learning_rate: float = 0.1
-  momentum: float = 0.9
-  nesterov: bool = False
-  weight_decay: float = 0.0
-  drops: tuple[tuple[float, float], ...] = ()
-  plateau_steps: int | None = None
-
-  @functools.cache  # noqa: B019  # frozen; the loop compiles anew for a new function
-  def schedule(self, num_steps: int) -> optax.Schedule:
-    """`step -> learning rate`."""
-    boundaries = {round(share * num_steps): factor for share, factor in self.drops}
-    return optax.piecewise_constant_schedule(self.learning_rate, boundaries)
-
-  @functools.cache  # noqa: B019
-  def optimizer(self, num_steps: int) -> optax.GradientTransformation:
-    """The optax optimiser."""
-    schedule = self.schedule(num_steps)
-    if self.name == "adam":
-      step = optax.adam(schedule)
-    else:
-      step = optax.sgd(schedule, self.momentum or None, nesterov=self.nesterov)
-    if self.plateau_steps:
-      least = min(1.0, 1e-5 / self.learning_rate)
-      step = validation.reduce_on_plateau(
-        step, self.plateau_steps, factor=0.1, patience=5, min_scale=least
-      )
-    if not self.weight_decay:
-      return step
-    return optax.chain(optax.add_decayed_weights(self.weight_decay), step)
 
 
 class Cell(NamedTuple):
@@ -90,7 +40,7 @@ class Cell(NamedTuple):
   name: str
   noise: dict[str, Any]
   config: config_lib.Config
-  optimisation: Optimisation
+  optimisation: optimisation_lib.Optimisation
   model: classifier.Classifier
   method: base.Method
 
@@ -104,7 +54,7 @@ def make_cell(
   name: str,
   noise: dict[str, Any],
   config: config_lib.Config,
-  optimisation: Optimisation,
+  optimisation: optimisation_lib.Optimisation,
   model: classifier.Classifier,
   noise_fraction: float,
   num_examples: int,
@@ -112,11 +62,11 @@ def make_cell(
 ) -> Cell:
   """A cell with its method made; arguments as in `Cell` and `_methods.Setting`.
 
-  Without a `look_ahead_rate` it is the classifier's, with its drops. What waits
-  (ABSGD's finite lambda) waits for two thirds of the run, as ABSGD's release does
-  on CIFAR with wrong labels: 80 of 120 epochs.
+  Without a `look_ahead_rate` it is the classifier's, with its drops. Deferred methods
+  wait for two thirds of the run if no flag says otherwise, as ABSGD's release does on
+  CIFAR with wrong labels (80 of 120 epochs).
   """
-  steps_per_epoch = max(1, num_examples // config.batch_size)
+  num_epochs = config.num_steps / max(1, num_examples // config.batch_size)
   setting = _methods.Setting(
     optimisation.schedule(config.num_steps)
     if look_ahead_rate is None
@@ -124,8 +74,9 @@ def make_cell(
     config.num_steps,
     noise_fraction,
     model.num_classes,
-    deferred_epoch=round(2 / 3 * config.num_steps / steps_per_epoch),
+    deferred_epoch=_methods.deferred_epoch(2 / 3, num_epochs),
   )
+  _methods.check_begins(name, setting, num_epochs)
   method = _methods.make(name, setting)
   return Cell(name, noise, config, optimisation, model, method)
 
@@ -196,7 +147,7 @@ def _watch_validation(
   return validation.watched(
     method,
     held_out,
-    weights=bare.example_weights if selects else None,
+    weights=_methods.bare_weights if selects else None,
     batch_size=cell.config.batch_size if selects else 1000,
   )
 

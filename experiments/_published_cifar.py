@@ -8,10 +8,15 @@ SOURCE = (
   " could not be verified, MentorNet gives none."
 )
 Number = tuple[float, float | None]
+# Our names for theirs: bootstrapping_hard and _soft are Reed-Hard and -Soft,
+# s_model_conf is S-Model+Conf. "Focal" is the focal loss in Meta-Weight-Net's tables
+# and in LDAM's; in MentorNet's it is a curriculum, focal_weight.
 
 _L2RW_UNIFORM = {
   "cifar10": {
     "uniform": (67.97, 0.62),
+    "bootstrapping_hard": (69.66, 1.21),
+    "s_model": (70.64, 3.09),
     "random": (86.06, 0.32),
     "clean_only": (46.64, 3.90),
     "fine_tuning": (78.66, 0.44),
@@ -19,6 +24,8 @@ _L2RW_UNIFORM = {
   },
   "cifar100": {
     "uniform": (50.66, 0.24),
+    "bootstrapping_hard": (51.34, 0.17),
+    "s_model": (49.10, 0.58),
     "random": (58.01, 0.37),
     "clean_only": (9.94, 0.82),
     "fine_tuning": (54.52, 0.40),
@@ -28,6 +35,8 @@ _L2RW_UNIFORM = {
 _L2RW_BACKGROUND = {
   "cifar10": {
     "uniform": (59.54, 2.16),
+    "s_model": (58.60, 2.33),
+    "s_model_conf": (68.93, 1.09),
     "random": (69.51, 1.36),
     "clean_only": (15.90, 3.32),
     "fine_tuning": (82.82, 0.93),
@@ -35,6 +44,8 @@ _L2RW_BACKGROUND = {
   },
   "cifar100": {
     "uniform": (37.82, 0.69),
+    "s_model": (37.02, 0.34),
+    "s_model_conf": (46.72, 1.87),
     "random": (36.56, 0.44),
     "clean_only": (8.06, 0.76),
     "fine_tuning": (54.23, 1.75),
@@ -42,12 +53,14 @@ _L2RW_BACKGROUND = {
   },
 }
 
-# Of Meta-Weight-Net's tables, the methods that are ours too: its "Focal" is the
-# focal loss, ours the curriculum; it does not say which MentorNet it took.
+# Of Meta-Weight-Net's tables, the methods that are ours too; it does not say which
+# MentorNet it took, nor the focal loss's gamma (ours is 1).
 # By noise fraction: 0, 0.4, 0.6.
 _MWN_UNIFORM = {
   "cifar10": {
     "uniform": ((95.60, 0.22), (68.07, 1.23), (53.12, 3.03)),
+    "bootstrapping_hard": ((94.38, 0.14), (81.26, 0.51), (73.53, 1.54)),
+    "focal": ((95.70, 0.15), (75.96, 1.31), (51.87, 1.19)),
     "self_paced": ((90.81, 0.34), (86.41, 0.29), (53.10, 1.78)),
     "fine_tuning": ((95.65, 0.15), (80.47, 0.25), (78.75, 2.40)),
     "l2rw": ((92.38, 0.10), (86.92, 0.19), (82.24, 0.36)),
@@ -55,6 +68,8 @@ _MWN_UNIFORM = {
   },
   "cifar100": {
     "uniform": ((79.95, 1.26), (51.11, 0.42), (30.92, 0.33)),
+    "bootstrapping_hard": ((64.45, 1.02), (51.27, 1.18), (26.95, 0.98)),
+    "focal": ((81.04, 0.24), (51.19, 0.46), (27.70, 3.77)),
     "self_paced": ((59.79, 0.46), (46.31, 2.45), (19.08, 0.57)),
     "fine_tuning": ((80.88, 0.21), (52.49, 0.74), (38.16, 0.38)),
     "l2rw": ((72.99, 0.58), (60.79, 0.91), (48.15, 0.34)),
@@ -66,6 +81,9 @@ _MWN_UNIFORM = {
 _MWN_FLIP = {
   "cifar10": {
     "uniform": ((92.89, 0.32), (76.83, 2.30), (70.77, 2.31)),
+    "bootstrapping_hard": ((92.31, 0.25), (88.28, 0.36), (81.06, 0.76)),
+    "s_model": ((83.61, 0.13), (79.25, 0.30), (75.73, 0.32)),
+    "focal": ((93.03, 0.16), (86.45, 0.19), (80.45, 0.97)),
     "self_paced": ((88.52, 0.21), (87.03, 0.34), (81.63, 0.52)),
     "fine_tuning": ((93.23, 0.23), (82.47, 3.64), (74.07, 1.56)),
     "l2rw": ((89.25, 0.37), (87.86, 0.36), (85.66, 0.51)),
@@ -73,6 +91,9 @@ _MWN_FLIP = {
   },
   "cifar100": {
     "uniform": ((70.50, 0.12), (50.86, 0.27), (43.01, 1.16)),
+    "bootstrapping_hard": ((69.02, 0.32), (60.27, 0.76), (50.40, 1.01)),
+    "s_model": ((51.46, 0.20), (45.45, 0.25), (43.81, 0.15)),
+    "focal": ((70.02, 0.53), (61.87, 0.30), (54.13, 0.40)),
     "self_paced": ((67.55, 0.27), (63.63, 0.30), (53.51, 0.53)),
     "fine_tuning": ((70.72, 0.22), (56.98, 0.50), (46.37, 0.25)),
     "l2rw": ((64.11, 1.09), (57.47, 1.16), (50.98, 1.55)),
@@ -85,14 +106,16 @@ _MENTORNET = {
   "cifar10": {
     "uniform": ((82.0, None), (69.0, None), (18.0, None)),
     "self_paced": ((89.0, None), (85.0, None), (28.0, None)),
-    "focal": ((79.0, None), (65.0, None), (28.0, None)),
+    "bootstrapping_soft": ((81.0, None), (63.0, None), (18.0, None)),
+    "focal_weight": ((79.0, None), (65.0, None), (28.0, None)),
     "mentornet_pd": ((91.0, None), (77.0, None), (33.0, None)),
     "mentornet_dd": ((92.0, None), (89.0, None), (49.0, None)),
   },
   "cifar100": {
     "uniform": ((60.0, None), (45.0, None), (8.0, None)),
     "self_paced": ((70.0, None), (55.0, None), (13.0, None)),
-    "focal": ((59.0, None), (44.0, None), (9.0, None)),
+    "bootstrapping_soft": ((62.0, None), (46.0, None), (8.0, None)),
+    "focal_weight": ((59.0, None), (44.0, None), (9.0, None)),
     "mentornet_pd": ((72.0, None), (56.0, None), (14.0, None)),
     "mentornet_dd": ((73.0, None), (68.0, None), (35.0, None)),
   },
@@ -124,8 +147,9 @@ LONG_TAIL_SOURCE = (
   " whether of the last or the best epoch is not stated); builder mwn, Shu et al. 2019"
   " (best epoch on the test set). Neither gives a ± here."
 )
-# Exponential 100 and 10, step 100 and 10, on CIFAR-10 and then on CIFAR-100. Their
-# class-balanced resampling is by effective numbers, ours is not.
+# Exponential 100 and 10, step 100 and 10, on CIFAR-10 and then on CIFAR-100. Not here:
+# class-balanced resampling, which is by effective numbers, and the class-balanced focal
+# loss, whose code takes the probability from the weighted loss; ours do neither.
 _LDAM_TAILS = (
   ("exponential", 100.0),
   ("exponential", 10.0),
@@ -136,7 +160,6 @@ _LDAM_ERRORS = {
   "uniform": (29.64, 13.61, 36.70, 17.50, 61.68, 44.30, 61.45, 45.37),
   "focal": (29.62, 13.34, 36.09, 16.36, 61.59, 44.22, 61.43, 46.54),
   "class_balanced": (27.63, 13.46, 38.06, 16.20, 66.01, 42.88, 78.69, 47.52),
-  "class_balanced_focal": (25.43, 12.90, 39.73, 16.54, 63.98, 42.01, 80.24, 49.98),
   "ldam": (26.65, 13.04, 33.42, 15.00, 60.40, 43.09, 60.42, 43.73),
   "ldam_drw": (22.97, 11.84, 23.08, 12.19, 57.96, 41.29, 54.64, 40.54),
   "uniform_drw": (25.14, 13.12, 28.40, 14.49, 59.34, 42.68, 58.86, 42.78),

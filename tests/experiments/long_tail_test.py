@@ -101,6 +101,14 @@ _MISTAKES = {
   "meta_batch": (["--meta_batch_size=101"], "must lie between 1 and the 100 clean"),
   "batch": (["--batch_size=469"], "is larger than the 468 training examples"),
   "deferred": (["--deferred=1.5"], "--deferred=1.5"),
+  "never": (
+    ["--deferred=1", "--methods=ldam_drw"],
+    "--methods=ldam_drw would begin at epoch 2 of 2, so never: lower --deferred",
+  ),
+  "never_corrected": (
+    ["--methods=forward_correction"],
+    "so never: lower --transition_epoch or train longer",
+  ),
   "beta": (["--beta=1", "--methods=class_balanced"], "beta"),
   "beta_of_absgd": (["--beta=1", "--methods=absgd_ldam_drw"], "beta"),
   "gamma": (["--focal_gamma=-1"], "--focal_gamma=-1"),
@@ -219,3 +227,20 @@ def test_the_other_preset_on_cifar_100(cifar):
   (row,) = cifar[1]["mwn"]
   assert (row["builder"], row["num_meta"], row["nesterov"]) == ("mwn", 2, True)
   assert row["class_counts"].startswith("8 7 ") and row["class_counts"].endswith(" 4")
+
+
+_TABLES = """
+from experiments import _long_tail_methods, _methods, _published, _published_cifar
+noise = [t for _, _, sets in _published_cifar._TABLES.values() for t in sets.values()]
+noise += _published.MNIST_NOISE.values()
+tails = [_published_cifar._LDAM_ERRORS, _published_cifar._MWN_ACCURACIES]
+print(sorted(
+  {m for t in noise for m in t} - set(_methods.NAMES)
+  | {m for t in tails for m in t} - set(_long_tail_methods.NAMES)
+))
+"""
+
+
+def test_every_published_method_is_one_of_ours():
+  # A process of its own, as the modules define flags.
+  assert scripts.start("-c", _TABLES).printed.strip() == "[]"

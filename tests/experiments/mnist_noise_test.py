@@ -136,7 +136,14 @@ _MISTAKES = {
   "batch": (["--batch_size=1248"], "is larger than the 1247 training examples"),
   "devices": (["--num_devices=3"], "does not divide among --num_devices=3"),
   "data": (["--dataset=mnist", "--data_dir={tmp}/none"], "'mnist' is not there"),
-  "other_settings": (["--workdir={run}", "--momentum=0"], "momentum was null, now 0.0"),
+  "momentum": (
+    ["--momentum=0"],
+    "--momentum=0 is of SGD; --preset=shared trains uniform",
+  ),
+  "other_settings": (
+    ["--workdir={run}", "--bare_kappa=2"],
+    "bare_kappa was 1.0, now 2",
+  ),
 }
 
 
