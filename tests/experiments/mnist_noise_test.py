@@ -201,8 +201,8 @@ def test_lenet_has_its_seeds_one_after_the_other(tmp_path):
     "--noise_fraction=0.5",
     "--num_seeds=2",
     "--num_epochs=1",
-    "--num_meta=1",
-    "--batch_size=600",
+    "--num_meta=100",  # Leaves few to train on.
+    "--batch_size=200",
     "--num_devices=1",
     cwd=tmp_path,
   )
