@@ -70,10 +70,11 @@ def example_weights(
 
   Returns:
     Weights [B], from 0 to 1 / (gamma alpha) plus uniform_share / B, held constant
-    under differentiation; log u, scalar. NaN losses give NaN, in all weights.
+    under differentiation; log u, scalar. NaN losses give NaN, in all weights, but
+    not where lambda is infinite: 1 / B then as ever.
 
   Raises:
-    InputError: losses not of shape [B]; unless traced, lambda is 0 or NaN.
+    InputError: losses not of shape [B]; unless traced, a setting out of range.
 
   >>> import jax.numpy as jnp
   >>> losses = jnp.log(jnp.array([1., 4., 16.]))
@@ -82,8 +83,7 @@ def example_weights(
   [2. 4. 8.] 7.0
   """
   base.check_vector("losses", losses)
-  if not isinstance(lam, jax.core.Tracer):
-    _check_lam(lam)
+  _check_settings(lam, gamma, alpha, clip, uniform_share)
   dtype = jnp.promote_types(losses.dtype, jnp.float32)
   # Here, not at the end: nothing below, collectives least, is to be differentiated.
   scores, memory, lam = (
@@ -171,12 +171,7 @@ def absgd(
     InputError: a setting out of range, the schedule's values included.
   """
   schedule = lam if callable(lam) else lambda _: lam
-  _check_lam(schedule(0))
-  if not 0 < gamma <= 1:
-    raise base.InputError(f"absgd: gamma={gamma} must be above 0 and at most 1.")
-  for name, value in (("alpha", alpha), ("clip", 1 if clip is None else clip)):
-    if not 0 < value < math.inf:
-      raise base.InputError(f"absgd: {name}={value} must be a number above 0.")
+  _check_settings(schedule(0), gamma, alpha, clip)
 
   def fresh(epoch):
     lam = schedule(epoch)
@@ -214,6 +209,22 @@ def absgd(
     return state if new.lam == state.lam else new
 
   return base.Method(gradients, init=lambda *_: fresh(0), refresh=refresh)
+
+
+def _check_settings(lam, gamma, alpha, clip, uniform_share=0.0):
+  if _is_known(lam):
+    _check_lam(lam)
+  if _is_known(gamma) and not 0 < gamma <= 1:
+    raise base.InputError(f"absgd: gamma={gamma} must be above 0 and at most 1.")
+  for name, value in (("alpha", alpha), ("clip", 1 if clip is None else clip)):
+    if _is_known(value) and not 0 < value < math.inf:
+      raise base.InputError(f"absgd: {name}={value} must be a number above 0.")
+  if _is_known(uniform_share) and not 0 <= uniform_share < math.inf:
+    raise base.InputError(f"absgd: uniform_share={uniform_share} must be at least 0.")
+
+
+def _is_known(value):
+  return not isinstance(value, jax.core.Tracer)
 
 
 def _check_lam(lam):

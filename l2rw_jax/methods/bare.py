@@ -8,6 +8,8 @@ References:
   (https://arxiv.org/abs/2106.15292), WACV 2023.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -18,6 +20,8 @@ from l2rw_jax import normalization
 STATISTICS = ("batch_column", "own_label")
 # The released code keeps probabilities this far from 0 and 1.
 _MARGIN = 1e-8
+# Relative rounding errors of a probability that lies on the mean, and then some.
+_SLACK = 8
 
 
 def select(
@@ -40,23 +44,28 @@ def select(
     and a confident network nothing at all, which is why it is not the default.
 
   Nothing may be kept; what then is up to the caller (`example_weights`: all).
-  In a batch of one example there is no deviation, and it is not kept.
+  In a batch of one example there is no deviation, and it is not kept. What lies on
+  the threshold is: 8 eps mu_c (1e-6 mu_c in float32) are let pass, so that where all
+  probabilities are alike rounding does not drop whole classes.
 
   Args:
     logits: [B, C], or [B, 1] of a binary classifier.
     labels: given classes, [B].
-    kappa: deviations above the mean, at least 0.
+    kappa: deviations above the mean, at least 0, finite.
     statistics: "batch_column" or "own_label".
     axis_name: mapped device axis over which the batch is split.
 
   Raises:
-    InputError: unknown statistics, a negative `kappa`, or wrong shapes.
+    InputError: unknown statistics, `kappa` out of range, or wrong shapes.
   """
   _check(kappa, statistics)
   if labels.shape != logits.shape[:1]:
     raise base.InputError(
       f"logits must be [B, C] and labels [B]; got {logits.shape} and {labels.shape}."
     )
+  # Constant before the collectives; statistics of half precision are in single.
+  dtype = jnp.promote_types(logits.dtype, jnp.float32)
+  logits = jax.lax.stop_gradient(logits).astype(dtype)
   probabilities = jnp.exp(losses_lib.log_probabilities(logits))
   columns = jnp.clip(probabilities, _MARGIN, 1 - _MARGIN)
   own = jnp.take_along_axis(columns, labels[:, None], axis=1)[:, 0]
@@ -65,14 +74,18 @@ def select(
     mean, deviation = _moments(columns, members, 0, axis_name)
   else:
     mean, deviation = _moments(columns, jnp.ones_like(columns), 1, axis_name)
+  above = own - mean[labels] + _SLACK * jnp.finfo(own.dtype).eps * mean[labels]
   # A lone example has no deviation: NaN keeps nothing.
-  return own - mean[labels] >= kappa * deviation[labels]
+  return above >= kappa * deviation[labels]
 
 
 def _moments(columns, members, lost, axis_name):
   """Mean and deviation [C] of the members of each column, over all devices."""
   count = base.psum(members.sum(axis=0), axis_name)
-  mean = base.psum((members * columns).sum(axis=0), axis_name) / jnp.maximum(count, 1)
+  # From the least member on: the mean of equal numbers is this number, exactly.
+  least = -base.pmax(jnp.where(members > 0, -columns, -1).max(axis=0), axis_name)
+  excess = base.psum((members * (columns - least)).sum(axis=0), axis_name)
+  mean = least + excess / jnp.maximum(count, 1)
   squares = base.psum((members * (columns - mean) ** 2).sum(axis=0), axis_name)
   left = count - lost
   return mean, jnp.where(left > 0, jnp.sqrt(squares / jnp.maximum(left, 1)), jnp.nan)
@@ -107,22 +120,21 @@ def example_weights(
   >>> print(jnp.array_str(weights, precision=2))
   [0.33 0.33 0.33 0.   0.  ]
   """
-  kept = select(
-    jax.lax.stop_gradient(logits),
-    labels,
-    kappa=kappa,
-    statistics=statistics,
-    axis_name=axis_name,
-  ).astype(logits.dtype)
+  kept = select(logits, labels, kappa=kappa, statistics=statistics, axis_name=axis_name)
+  return _equal_weights(kept, logits.dtype, axis_name)
+
+
+def _equal_weights(kept, dtype, axis_name):
   none = base.psum(kept.sum(), axis_name) == 0
-  return normalization.sum_to_one(jnp.where(none, 1.0, kept), axis_name)
+  return normalization.sum_to_one((kept | none).astype(dtype), axis_name)
 
 
 def bare(kappa: float = 1.0, statistics: str = "batch_column") -> base.Method:
   """Trains on the examples that `select` keeps.
 
-  Logs the `kept_share` of the batch. Evaluation knows nothing of the selection
-  (the released code selects there too before it averages the loss).
+  Logs the `kept_share` of the batch, 0 where nothing is kept and all are trained
+  on. Evaluation knows nothing of the selection (the released code selects there too
+  before it averages the loss).
 
   Args:
     kappa: see `select`; the paper's is 1.
@@ -144,15 +156,16 @@ def bare(kappa: float = 1.0, statistics: str = "batch_column") -> base.Method:
       losses_fn, base.local(inputs.params, task.axis_name), inputs.batch, has_aux=True
     )
     outputs, model_state = linearized.aux
-    weights = example_weights(
+    kept = select(
       losses_lib.logits_of(outputs),
       inputs.batch["label"],
       kappa=kappa,
       statistics=statistics,
       axis_name=task.axis_name,
     )
+    weights = _equal_weights(kept, linearized.losses.dtype, task.axis_name)
     grads = base.psum(linearized.weighted_gradient(weights), task.axis_name)
-    kept_share = base.pmean((weights > 0).mean(), task.axis_name)
+    kept_share = base.pmean(kept.mean(), task.axis_name)
     found = base.Gradients(
       grads, weights, linearized.losses, model_state, {"kept_share": kept_share}
     )
@@ -166,5 +179,5 @@ def _check(kappa, statistics):
     raise base.InputError(
       f"statistics={statistics!r}: choose 'batch_column' or 'own_label'."
     )
-  if not kappa >= 0:
-    raise base.InputError(f"kappa={kappa} must be at least 0.")
+  if not 0 <= kappa < math.inf:
+    raise base.InputError(f"kappa={kappa} must be at least 0, and finite.")

@@ -17,10 +17,11 @@ those that are. But it makes a rare group count by how often it is seen. The pap
 algorithm draws all groups equally often; for groups that are the classes,
 `baselines.resampling` has such a `sample`.
 
-What is ours: log q is kept, not q, so that a group whose q is below the smallest
-float is not lost for good. The released code adds the size adjustment C / sqrt(N_g)
-to the groups that the batch lacks as well; here, as in the paper's algorithm, an
-absent group does not move.
+What is ours: log q is kept, not q, and reckoned relative to the worst group, so that
+neither large losses overflow nor a group whose q is below the smallest float is lost
+for good. The released code adds the size adjustment C / sqrt(N_g) to the groups that
+the batch lacks as well; here, as in the paper's algorithm, an absent group does not
+move.
 
 References:
   Sagawa, Koh, Hashimoto, Liang, "Distributionally Robust Neural Networks for Group
@@ -54,17 +55,19 @@ def example_weights(
     groups: of the same, integers, [B]; examples of others than 0 .. G - 1 get
       weight 0.
     log_q: log q so far, [G]; of any offset, as it is normalised here.
-    step_size: eta, per unit of loss, at least 0.
+    step_size: eta, per unit of loss, at least 0; may be traced.
     adjustments: what the mean loss of each group is raised by before it moves q,
       a number or [G]; the paper's is C / sqrt(training examples of the group).
     axis_name: mapped axis over which the batch is sharded.
 
   Returns:
     Weights [B], adding up over all devices to the q of the groups present, and
-    held constant under differentiation; log q [G], the same on every device.
+    held constant under differentiation; log q [G], the same on every device. NaN
+    losses give NaN, in all weights.
 
   Raises:
-    InputError: losses and groups are not both of shape [B].
+    InputError: losses and groups are not both of shape [B], or log_q not [G];
+      unless traced, the step size is out of range.
 
   >>> import jax.numpy as jnp
   >>> losses, groups = jnp.array([0., 2., 2.]), jnp.array([0, 0, 1])
@@ -72,22 +75,32 @@ def example_weights(
   >>> print(jnp.round(7 * weights), jnp.round(7 * jnp.exp(log_q)))
   [1. 1. 4.] [2. 4. 1.]
   """
-  base.check_vector("losses", losses)
-  losses, log_q, step_size, adjustments = (
-    jax.lax.stop_gradient(jnp.asarray(x))
+  _check_shapes(losses, groups, log_q)
+  _check_setting("step_size", step_size)
+  dtype = jnp.promote_types(log_q.dtype, jnp.float32)
+  # Here, not at the end: the collectives below are not to be differentiated.
+  values, log_q, step_size, adjustments = (
+    jax.lax.stop_gradient(jnp.asarray(x, dtype))
     for x in (losses, log_q, step_size, adjustments)
   )
-  num_groups = log_q.shape[0]
-  everyone = base.gather(groups, axis_name)
-  means, present = group_objectives.group_means(
-    base.gather(losses, axis_name), everyone, num_groups
-  )
-  climb = jnp.where(present, step_size * (means + adjustments), 0)
-  log_q = jax.nn.log_softmax(log_q + climb.astype(log_q.dtype))
-  members = everyone[:, None] == jnp.arange(num_groups)
-  shares = jnp.exp(log_q) / jnp.maximum(members.sum(axis=0), 1)
-  weights = jnp.where(members, shares, 0).sum(axis=1).astype(losses.dtype)
-  return base.own_part(weights, axis_name), log_q
+  members = groups[:, None] == jnp.arange(log_q.shape[0])
+  counts = base.psum(members.sum(axis=0), axis_name)
+  sizes = jnp.maximum(counts, 1)
+  # Divided before they are summed, lest large losses overflow. Not a matrix product:
+  # it would round on TPU.
+  parts = jnp.where(members, values[:, None] / sizes, 0).sum(axis=0)
+  means = base.psum(parts, axis_name)
+  log_q = _climbed(log_q, step_size, means + adjustments, counts > 0)
+  weights = jnp.where(members, jnp.exp(log_q) / sizes, 0).sum(axis=1)
+  return weights.astype(losses.dtype), log_q
+
+
+def _climbed(log_q, step_size, heights, present):
+  """log q [G] after a step up the heights [G] of the groups present."""
+  heights = jnp.where(present, heights, 0)
+  limit = jnp.finfo(log_q.dtype).max / 4  # The difference of two is finite too.
+  climb = step_size * jnp.maximum(heights - heights.max(), -limit)
+  return jax.nn.log_softmax(jnp.maximum(log_q + climb, -limit))
 
 
 class State(NamedTuple):
@@ -131,9 +144,8 @@ def group_dro(
     InputError: a setting out of range; in training, the batch has no `key`, or
       some group has no member in the training set.
   """
-  for name, value in (("step_size", step_size), ("adjustment", adjustment)):
-    if not 0 <= value < np.inf:
-      raise base.InputError(f"group_dro: {name}={value} must be at least 0.")
+  _check_setting("step_size", step_size)
+  _check_setting("adjustment", adjustment)
   if num_groups is not None and num_groups < 1:
     raise base.InputError(f"group_dro: num_groups={num_groups} must be at least 1.")
 
@@ -179,6 +191,24 @@ def group_dro(
     )
 
   return base.Method(gradients, init=init, refresh=refresh)
+
+
+def _check_shapes(losses, groups, log_q):
+  base.check_vector("losses", losses)
+  if jnp.shape(groups) != losses.shape:
+    raise base.InputError(
+      f"group_dro: groups must be one integer an example, shape {losses.shape}; got"
+      f" {jnp.shape(groups)}."
+    )
+  if jnp.ndim(log_q) != 1:
+    raise base.InputError(
+      f"group_dro: log_q must be one number a group, shape [G]; got {jnp.shape(log_q)}."
+    )
+
+
+def _check_setting(name, value):
+  if not isinstance(value, jax.core.Tracer) and not 0 <= value < np.inf:
+    raise base.InputError(f"group_dro: {name}={value} must be at least 0, and finite.")
 
 
 def _groups(batch, key):

@@ -257,6 +257,8 @@ def test_clip_and_the_extra_uniform_weight():
 def test_a_broken_loss_is_not_hidden():
   weights, memory = _start([1.0, np.nan], 2.0)
   assert np.isnan(weights).all() and np.isnan(memory)
+  weights, _ = _start([1.0, np.nan], math.inf)
+  np.testing.assert_array_equal(weights, [0.5, 0.5])
 
 
 def test_half_precision_is_reckoned_in_single():
@@ -378,6 +380,10 @@ def test_the_normalizer_starts_again_when_lambda_changes_and_only_then():
   assert all(x.dtype == np.float32 for x in new)
 
 
+def _eagerly(**settings):
+  return absgd.example_weights(jnp.ones(2), -jnp.inf, 1.0, **{"gamma": 1.0, **settings})
+
+
 @pytest.mark.parametrize(
   ("make", "message"),
   [
@@ -401,6 +407,11 @@ def test_the_normalizer_starts_again_when_lambda_changes_and_only_then():
       lambda: absgd.example_weights(jnp.ones((2, 2)), -jnp.inf, 1.0, gamma=1.0),
       "losses must be one number per example",
     ),
+    (lambda: _eagerly(gamma=0.0), "gamma=0.0 must be above 0 and at most 1"),
+    (lambda: _eagerly(gamma=jnp.array(2.0)), "gamma=2.0 must be above 0 and at most 1"),
+    (lambda: _eagerly(alpha=-1.0), "alpha=-1.0 must be a number above 0"),
+    (lambda: _eagerly(clip=math.nan), "clip=nan must be a number above 0"),
+    (lambda: _eagerly(uniform_share=-1), "uniform_share=-1 must be at least 0"),
   ],
 )
 def test_settings_out_of_range(make, message):

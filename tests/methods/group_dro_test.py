@@ -6,6 +6,7 @@ import types
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
@@ -73,6 +74,25 @@ def test_a_group_that_the_batch_lacks_keeps_its_share_to_itself():
   )
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_the_same_under_shard_map(check_vma):
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("devices",))
+  whole, split = PartitionSpec(), PartitionSpec("devices")
+  step = functools.partial(group_dro.example_weights, axis_name="devices")
+  found = jax.jit(
+    jax.shard_map(
+      step,
+      mesh=mesh,
+      in_specs=(split, split, whole, whole),
+      out_specs=(split, whole),
+      check_vma=check_vma,
+    )
+  )(_LOSSES, _GROUPS, _uniform(), 0.7)
+  expected = _weights(_LOSSES, _GROUPS, _uniform(), 0.7)
+  for actual, desired in zip(found, expected, strict=True):
+    np.testing.assert_allclose(actual, desired, rtol=1e-6)
+
+
 def test_an_unknown_group_has_no_weight_and_no_say():
   groups = np.array([0, 0, 1, -1, 1, 4])
   weights, log_q = _weights(_LOSSES, groups, _uniform(), 0.1)
@@ -93,13 +113,16 @@ def test_the_worst_group_wins_and_a_lost_one_comes_back():
   np.testing.assert_allclose(weights, [1, 0, 0], atol=1e-6)
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.01, 100.0])
+@pytest.mark.parametrize("eta", [0.0, 0.01, 100.0, 1e30])
 @pytest.mark.parametrize(
   ("losses", "groups"),
   [
     ([0.0, 0.0], [0, 1]),
     ([1e30, 0.0], [0, 1]),
     ([1e30, 1e30], [1, 1]),
+    ([1e38, 2e38], [0, 1]),
+    ([3e38, 3e38], [1, 1]),
+    ([-3e38, 3e38], [0, 2]),
     ([5.0], [2]),
     ([5.0], [7]),
   ],
@@ -108,8 +131,27 @@ def test_finite_whatever_the_losses(eta, losses, groups):
   losses, log_q = np.array(losses, np.float32), _uniform(3)
   for _ in range(3):
     weights, log_q = _weights(losses, np.array(groups), log_q, eta)
-    assert np.isfinite(weights).all() and not np.isnan(log_q).any()
+    assert np.isfinite(weights).all() and np.isfinite(log_q).all()
     assert (weights >= 0).all() and weights.sum() <= 1.00001
+
+
+def test_the_worst_of_huge_losses_is_told():
+  losses = np.array([1e38, 2e38, 0.0], np.float32)
+  weights, _ = _weights(losses, np.arange(3), _uniform(3), 1e3)
+  np.testing.assert_array_equal(weights, [0, 1, 0])
+
+
+def test_a_broken_loss_is_not_hidden():
+  weights, log_q = _weights(np.array([1.0, np.nan]), np.arange(2), _uniform(2), 0.1)
+  assert np.isnan(weights).all() and np.isnan(log_q).all()
+
+
+def test_half_precision_is_reckoned_in_single():
+  losses = jnp.asarray(_LOSSES, jnp.bfloat16)
+  weights, log_q = _weights(losses, _GROUPS, _uniform(), 0.7)
+  assert weights.dtype == jnp.bfloat16 and log_q.dtype == jnp.float32
+  expected, _ = _weights(_LOSSES, _GROUPS, _uniform(), 0.7)
+  np.testing.assert_allclose(weights.astype(float), expected, rtol=1e-2)
 
 
 def test_the_weights_are_constants_and_batch_under_vmap():
@@ -214,7 +256,19 @@ def test_small_groups_are_raised_by_the_adjustment():
       lambda: group_dro.example_weights(
         jnp.ones(2), jnp.zeros(3, int), jnp.zeros(2), 0.1
       ),
-      "groups must be one integer an exemplar",
+      "groups must be one integer an example",
+    ),
+    (
+      lambda: group_dro.example_weights(
+        jnp.ones(2), jnp.zeros(2, int), jnp.zeros((2, 1)), 0.1
+      ),
+      "log_q must be one number a group",
+    ),
+    (
+      lambda: group_dro.example_weights(
+        jnp.ones(2), jnp.zeros(2, int), jnp.zeros(2), -1.0
+      ),
+      "step_size=-1.0 must be at least 0",
     ),
   ],
 )
