@@ -206,22 +206,22 @@ def hardest(losses: base.Array, majority: base.Array) -> base.Array:
 
 
 def clean_only() -> base.Method:
-  """Trains on the clean set alone; the training batch gets weight 0."""
+  """The mean loss of the clean set alone; the training batch gets weight 0."""
 
   def gradients(state, task, inputs):
     losses_fn = task.losses_fn(inputs.model_state, inputs.key)
     losses, _ = losses_fn(inputs.params, inputs.batch)
-    clean, state = mean_over_clean(
-      state, task, inputs._replace(batch=inputs.meta_batch)
-    )
-    return clean._replace(weights=jnp.zeros_like(losses), losses=losses), state
+    on_clean = inputs._replace(batch=inputs.meta_batch)
+    clean, state = uniform().gradients(state, task, on_clean)
+    # Its value is of the clean batch: with these weights the step would watch 0.
+    shown = {"weights": jnp.zeros_like(losses), "losses": losses}
+    return clean._replace(value=_value(clean, task), **shown), state
 
-  mean_over_clean = uniform().gradients
   return base.Method(gradients, needs_meta=True)
 
 
 def fine_tuning(num_steps: int, method: base.Method | None = None) -> base.Method:
-  """A method, then `num_steps` last steps on the clean set alone.
+  """A method, then `num_steps` last steps on the clean set alone (`clean_only`).
 
   Args:
     num_steps: length of the second phase, at the end of the run; at least 1.
@@ -242,7 +242,7 @@ def fine_tuning(num_steps: int, method: base.Method | None = None) -> base.Metho
 
     def initial(state):
       found, state = first.gradients(state, task, inputs)
-      return found._replace(metrics={}), state
+      return found._replace(metrics={}, value=_value(found, task)), state
 
     is_last = inputs.step >= task.num_steps - num_steps
     return jax.lax.cond(is_last, clean, initial, state)
@@ -286,10 +286,8 @@ def bootstrapping(kind: str, beta: float | None = None) -> base.Method:
   kinds = {"soft": losses_lib.bootstrapping_soft, "hard": losses_lib.bootstrapping_hard}
   if kind not in kinds:
     raise base.InputError(f"bootstrapping: kind={kind!r}; choose 'soft' or 'hard'.")
-  loss_fn = kinds[kind]
-  return _on(
-    uniform(), loss_fn if beta is None else functools.partial(loss_fn, beta=beta)
-  )
+  loss_fn = kinds[kind] if beta is None else functools.partial(kinds[kind], beta=beta)
+  return _on(uniform(), loss_fn)
 
 
 def symmetric_cross_entropy(alpha: float = 0.1, beta: float = 1.0) -> base.Method:
@@ -298,10 +296,8 @@ def symmetric_cross_entropy(alpha: float = 0.1, beta: float = 1.0) -> base.Metho
   Raises:
     InputError: a setting out of range.
   """
-  loss_fn = functools.partial(
-    losses_lib.symmetric_cross_entropy, alpha=alpha, beta=beta
-  )
-  return _on(uniform(), loss_fn)
+  loss_fn = losses_lib.symmetric_cross_entropy
+  return _on(uniform(), functools.partial(loss_fn, alpha=alpha, beta=beta))
 
 
 def generalized_cross_entropy(
@@ -314,6 +310,14 @@ def generalized_cross_entropy(
   """
   loss_fn = losses_lib.generalized_cross_entropy
   return _on(uniform(), functools.partial(loss_fn, q=q, threshold=threshold))
+
+
+def _value(found, task):
+  """What an optimiser watches, also where a method leaves it to the step."""
+  value = found.value
+  if value is None:
+    value = base.psum(jnp.sum(found.weights * found.losses), task.axis_name)
+  return jnp.asarray(value, jnp.float32)
 
 
 def _deferred(method, from_epoch):

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from l2rw_jax import base
 
@@ -29,11 +31,18 @@ def changed_loss(
 ) -> base.Method:
   """`method`, but what it calls the loss of an example is `loss`.
 
-  Its weights, its `Gradients.losses` and the loss of its clean set follow; only
-  evaluation keeps the classifier's own loss. Wrap twice to change the loss twice
-  (the outermost is the first to hold):
+  Its weights, its `Gradients.losses` and the loss of its clean set follow; evaluation
+  keeps the classifier's own loss. Methods that are a loss themselves keep theirs too:
+  `forward_correction`, `s_model` once its layer is on, `ldam_drw`, `baselines.focal`
+  and its kind. `warpi` trains on its rectified cross-entropy: of it, only the clean
+  and the reported losses change.
+
+  Wrap twice to change the loss twice (the outermost is the first to hold):
 
     changed_loss(changed_loss(absgd, weighted_ldam, from_epoch=160), ldam)
+
+  Inside this, `training.validation.watched` measures the new loss, outside the
+  classifier's own.
 
   Args:
     method: what turns the losses into a gradient.
@@ -61,8 +70,17 @@ def changed_loss(
     found, inner = method.gradients(state.inner, changed(task, state.epoch), inputs)
     return found, state._replace(inner=inner)
 
+  @functools.cache
+  def bound(class_counts):
+    counts = jnp.asarray(class_counts)
+    return lambda outputs, batch: loss(outputs, batch, counts)
+
   def refresh(state, task, view):
-    inner = method.refresh(state.inner, changed(task, view.epoch), view)
+    if view.epoch >= from_epoch:
+      # One function for all epochs: whoever compiles it does so once.
+      counts = tuple(np.asarray(task.class_counts).tolist())
+      task = dataclasses.replace(task, loss=bound(counts))
+    inner = method.refresh(state.inner, task, view)
     return State(jnp.asarray(view.epoch, jnp.int32), inner)
 
   def inner_sample(state, task, train, rng):

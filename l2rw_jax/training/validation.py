@@ -44,6 +44,10 @@ def watched(
 ) -> base.Method:
   """`method`, with the loss of a validation set as `Gradients.value`.
 
+  The loss is the task's where this stands: around `changed_loss` the classifier's
+  own, within it the changed one. Put it around `baselines.fine_tuning`, whose last
+  steps would else show the loss of the clean set.
+
   Args:
     method: trains as without this.
     validation: by seed of the run.

@@ -179,6 +179,7 @@ def test_clean_only_is_the_gradient_of_the_mean_clean_loss():
   _assert_is_gradient_of(found, _META, np.full(4, 1 / 4))
   assert not found.weights.any()
   np.testing.assert_allclose(found.losses, _losses_of(_PARAMS, _BATCH), rtol=1e-5)
+  np.testing.assert_allclose(found.value, _losses_of(_PARAMS, _META).mean(), rtol=1e-5)
   np.testing.assert_allclose(
     found.model_state["seen"], _META["x"].sum(), rtol=1e-5, atol=1e-6
   )
@@ -188,7 +189,9 @@ def test_clean_only_is_the_gradient_of_the_mean_clean_loss():
 @pytest.mark.parametrize("first", [None, l2rw.l2rw()], ids=["uniform", "l2rw"])
 def test_fine_tuning_switches_exactly(first):
   method = baselines.fine_tuning(3, first)
-  initial = _run(first or baselines.uniform())._replace(metrics={})
+  initial = _run(first or baselines.uniform())
+  watched = initial.weights @ initial.losses
+  initial = initial._replace(metrics={}, value=watched)
   clean = _run(baselines.clean_only())
   for step in range(_NUM_STEPS):
     found = _run(method, step=step)

@@ -11,6 +11,7 @@ from l2rw_jax import base
 from l2rw_jax import losses
 from l2rw_jax.methods import bare
 from l2rw_jax.methods import baselines
+from l2rw_jax.methods import changed_loss
 from l2rw_jax.training import step as step_lib
 from l2rw_jax.training import validation
 
@@ -63,15 +64,23 @@ def _observer(seen):
   return optax.GradientTransformationExtraArgs(lambda params: (), update)
 
 
-def _one_step(method):
-  split = toy_runs.make_splits()
+def _examples(examples):
+  return {n: getattr(examples, n) for n in ("image", "label", "index")}
+
+
+def _begin(method):
+  """The task, what `refresh` sees at first, and the method's first state."""
   task = toy_runs.MODEL.task(class_counts=jnp.ones(3), num_examples=40, num_steps=9)
-  names = ("image", "label", "index")
-  train = {n: getattr(split.train, n) for n in names}
-  batch = {n: v[:8] for n, v in train.items()}
-  params, model_state = toy_runs.MODEL.init(jax.random.key(0), batch)
-  method_state = method.init(jax.random.key(1), task, params)
+  train = _examples(toy_runs.make_splits().train)
+  params, model_state = toy_runs.MODEL.init(jax.random.key(0), train)
   view = base.EpochView(7, 0, params, model_state, train, np.random.default_rng(0))
+  return task, view, method.init(jax.random.key(1), task, params)
+
+
+def _one_step(method):
+  task, view, method_state = _begin(method)
+  params, model_state = view.params, view.model_state
+  batch = {n: v[:8] for n, v in view.train.items()}
   method_state = method.refresh(method_state, task, view)
   seen = []
   optimizer = _observer(seen)
@@ -79,7 +88,7 @@ def _one_step(method):
   _, output = step_lib.train_step(
     state,
     batch,
-    None,
+    _examples(toy_runs.make_splits().meta),
     jax.random.key(2),
     task=task,
     method=method,
@@ -104,6 +113,43 @@ def test_the_value_is_the_loss_of_the_validation_set(batch_size):
   logits, _ = task.forward(params, {}, {"image": held_out.image}, None, False)
   own = losses.softmax_cross_entropy(logits, held_out.label)
   np.testing.assert_allclose(value, own.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("last_steps", "is_outermost"), [(1, False), (9, False), (9, True)]
+)
+def test_fine_tuning_shows_the_clean_loss_unless_it_is_watched(
+  last_steps, is_outermost
+):
+  held_out, clean = _held_out(), toy_runs.make_splits().meta
+  if is_outermost:
+    method = validation.watched(baselines.fine_tuning(last_steps), {7: held_out})
+  else:
+    first = validation.watched(baselines.uniform(), {7: held_out})
+    method = baselines.fine_tuning(last_steps, first)
+  task, params, value, _ = _one_step(method)
+  shown = clean if last_steps == 9 and not is_outermost else held_out
+  logits, _ = task.forward(params, {}, {"image": shown.image}, None, False)
+  own = losses.softmax_cross_entropy(logits, shown.label)
+  np.testing.assert_allclose(value, own.mean(), rtol=1e-5)
+
+
+def test_a_changed_loss_is_compiled_once_for_all_epochs():
+  traced = []
+
+  def tripled(outputs, batch, class_counts):
+    traced.append(class_counts)
+    return 3 * losses.softmax_cross_entropy(outputs, batch["label"])
+
+  watched = validation.watched(baselines.uniform(), {7: _held_out()})
+  method = changed_loss.changed_loss(watched, tripled, from_epoch=1)
+  task, view, state = _begin(method)
+  values = []
+  for epoch in range(4):
+    state = method.refresh(state, task, view._replace(epoch=epoch))
+    values.append(state.inner.value)
+  np.testing.assert_allclose(values, values[0] * np.array([1, 3, 3, 3]), rtol=1e-5)
+  assert len(traced) == 1
 
 
 def test_validation_examples_can_be_selected():
