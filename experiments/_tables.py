@@ -92,18 +92,6 @@ class Value(NamedTuple):
       return None
     return self.ours.mean - self.published
 
-  def ours_text(self) -> str:
-    """For a table cell."""
-    return "-" if self.ours is None else f"{self.ours:.{self.metric.decimals}f}"
-
-  def published_text(self) -> str:
-    """For a table cell."""
-    decimals = self.metric.decimals
-    if self.published is None:
-      return "-"
-    spread = "" if self.spread is None else f" ± {self.spread:.{decimals}f}"
-    return f"{self.published:.{decimals}f}{spread}"
-
 
 class Line(NamedTuple):
   """All runs of one method under one setting."""

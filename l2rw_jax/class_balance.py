@@ -19,12 +19,15 @@ def inverse_frequency(class_counts: base.Array) -> base.Array:
   Returns:
     Weights [C].
 
+  Raises:
+    InputError: `class_counts` has no shape [C].
+
   >>> import jax.numpy as jnp
   >>> print(inverse_frequency(jnp.array([30, 10])))
   [0.6666667 2.       ]
   """
+  check_counts(class_counts)
   counts = jnp.asarray(class_counts, jnp.float32)
-  base.check_vector("class_counts", counts)
   present = counts > 0
   inverse = jnp.where(present, 1 / jnp.where(present, counts, 1), 0)
   return inverse * counts.sum() / jnp.maximum(present.sum(), 1)
@@ -44,7 +47,7 @@ def effective_number(class_counts: base.Array, beta: float = 0.9999) -> base.Arr
     Weights [C].
 
   Raises:
-    InputError: `beta` is out of range.
+    InputError: `beta` is out of range, or `class_counts` has no shape [C].
 
   References:
     Cui, Jia, Lin, Song, Belongie, "Class-Balanced Loss Based on Effective Number of
@@ -55,8 +58,8 @@ def effective_number(class_counts: base.Array, beta: float = 0.9999) -> base.Arr
   [0.8096331 1.190367 ]
   """
   check_beta(beta)
+  check_counts(class_counts)
   counts = jnp.asarray(class_counts, jnp.float32)
-  base.check_vector("class_counts", counts)
   present = counts > 0
   # 1 - beta^n without the cancellation, and without 0 * log 0.
   exponent = jnp.where(present, counts, 1) * (math.log(beta) if beta else -math.inf)
@@ -72,11 +75,19 @@ def check_beta(beta: float) -> None:
     )
 
 
-def check_counts(class_counts: base.Array, num_classes: int) -> None:
-  """Raises InputError unless there is one count a class; looks at the shape only."""
+def check_counts(class_counts: base.Array, num_classes: int | None = None) -> None:
+  """Raises InputError unless there is one count a class; looks at the shape only.
+
+  Args:
+    class_counts: what must have the shape [C].
+    num_classes: C, if it is known.
+  """
   shape = jnp.shape(class_counts)
-  if shape != (num_classes,):
+  if len(shape) != 1 or num_classes not in (None, shape[0]):
+    each, size = ("class", "C")
+    if num_classes is not None:
+      each, size = f"of the {num_classes} classes", str(num_classes)
     raise base.InputError(
-      f"class_counts must be one number for each of the {num_classes} classes,"
-      f" shape [{num_classes}]; got shape {list(shape)}."
+      f"class_counts must be one number for each {each}, shape [{size}]; got shape"
+      f" {list(shape)}."
     )

@@ -9,6 +9,7 @@ import pytest
 
 from l2rw_jax import base
 from l2rw_jax import class_balance
+from l2rw_jax.methods import ldam_drw
 
 _inverse_frequency = jax.jit(class_balance.inverse_frequency)
 _effective_number = jax.jit(class_balance.effective_number, static_argnums=1)
@@ -78,6 +79,16 @@ def test_effective_number_goes_from_equal_weights_to_inverse_counts():
 def test_a_beta_out_of_range_is_refused(beta):
   with pytest.raises(base.InputError, match=f"beta={beta} of the effective number"):
     class_balance.effective_number(jnp.ones(2), beta)
+
+
+@pytest.mark.parametrize(
+  "function",
+  [class_balance.inverse_frequency, class_balance.effective_number, ldam_drw.margins],
+)
+def test_a_table_of_counts_is_refused(function):
+  message = r"one number for each class, shape \[C\]; got shape \[3, 1\]"
+  with pytest.raises(base.InputError, match=message):
+    function(np.ones((3, 1)))
 
 
 def test_counts_of_other_classes_are_refused_traced_as_they_may_be():

@@ -12,10 +12,16 @@ T_i. for it; this anchor is sought where p_i is largest, or nearly so, as a high
 percentile spares outliers (`estimate_transition`). Or T is the `confusion` of given
 labels with predicted classes.
 
-Where the released program differs: when it has T, it trains a new network; here the
-network goes on (for a new one, pass the matrix found as `transition`). Its anchor is
-the largest p_i strictly below the 97th percentile, which is ours unless examples tie
-there or one lies exactly on it, and on CIFAR-100 the largest of all.
+Where the released program (github.com/giorgiop/loss-correction) differs:
+
+- When it has T, it trains a new network; here the network goes on (for a new one,
+  pass the matrix found as `transition`).
+- It estimates T from the checkpoint of lowest loss on a tenth of the training set
+  that it holds out, labels as given; here T is that of the network at a fixed epoch.
+- Its anchor is the largest p_i strictly below the 97th percentile, which is ours
+  unless examples tie there or one lies exactly on it, and on CIFAR-100 the largest of
+  all. To pass over the largest it sets them to 0 in place, class after class: where
+  the anchor of class i is among the top 3 % of an earlier class j too, its T_ij is 0.
 
 References:
   Patrini, Rozza, Menon, Nock, Qu, "Making Deep Neural Networks Robust to Label Noise:
@@ -67,8 +73,7 @@ def estimate_transition(
     raise base.InputError(
       f"probabilities must be [N, C], N at least 1; got {probabilities.shape}."
     )
-  if not 0 <= percentile <= 100:
-    raise base.InputError(f"percentile={percentile} must lie between 0 and 100.")
+  _check_percentile(percentile)
   rank = math.floor(percentile * (len(probabilities) - 1) / 100)
   rows = probabilities[jnp.argsort(probabilities, axis=0)[rank]]
   return rows / rows.sum(axis=1, keepdims=True)
@@ -180,7 +185,7 @@ def forward_correction(
     raise base.InputError(
       f"forward_correction: estimator={estimator!r}; choose 'anchor' or 'confusion'."
     )
-  estimate_transition(jnp.ones((1, 1)), percentile)  # A wrong one shows here.
+  _check_percentile(percentile)
   uniform = baselines.uniform()
 
   def init(key, task, params):
@@ -211,6 +216,11 @@ def forward_correction(
     return estimate_by(estimator, task, view, percentile).astype(jnp.float32)
 
   return base.Method(gradients, init=init, refresh=refresh)
+
+
+def _check_percentile(percentile):
+  if not 0 <= percentile <= 100:
+    raise base.InputError(f"percentile={percentile} must lie between 0 and 100.")
 
 
 def _checked_transition(transition):

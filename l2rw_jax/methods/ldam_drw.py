@@ -41,10 +41,9 @@ def margins(class_counts: base.Array, max_margin: float = 0.5) -> base.Array:
   >>> print(margins(jnp.array([16, 1, 0])))
   [0.25 0.5  0.  ]
   """
-  if not 0 <= max_margin < math.inf:
-    raise base.InputError(f"ldam: max_margin={max_margin} must be at least 0.")
+  _check_max_margin(max_margin)
+  class_balance.check_counts(class_counts)
   counts = jnp.asarray(class_counts, jnp.float32)
-  base.check_vector("class_counts", counts)
   present = counts > 0
   unscaled = jnp.where(present, jnp.where(present, counts, 1) ** -0.25, 0)
   return unscaled * max_margin / jnp.where(present.any(), unscaled.max(), 1)
@@ -71,8 +70,7 @@ def ldam(
   Raises:
     InputError: `scale` is not positive, or the shapes do not fit.
   """
-  if not 0 < scale < math.inf:
-    raise base.InputError(f"ldam: scale={scale} must be more than 0.")
+  _check_scale(scale)
   own = _own(cosines, labels, class_margins)
   lowered = cosines - jnp.where(own, class_margins, 0)
   return losses.softmax_cross_entropy(scale * lowered, labels)
@@ -95,6 +93,8 @@ def loss(
 ) -> changed_loss.Loss:
   """LDAM as the loss of any other method: `changed_loss(method, loss())`.
 
+  Only `ldam_drw` checks that the logits are cosines; here that is up to the caller.
+
   Args:
     max_margin: see `margins`.
     scale: see `ldam`; the hinge has none.
@@ -107,6 +107,8 @@ def loss(
   Raises:
     InputError: a setting out of range.
   """
+  _check_max_margin(max_margin)
+  _check_scale(scale)
 
   def losses_fn(outputs, batch, class_counts):
     cosines = losses.logits_of(outputs)
@@ -116,9 +118,6 @@ def loss(
       return ldam_hinge(cosines, batch["label"], class_margins)
     return ldam(cosines, batch["label"], class_margins, scale)
 
-  one = jax.ShapeDtypeStruct((1,), jnp.int32)
-  two = jax.ShapeDtypeStruct((1, 2), jnp.float32)
-  jax.eval_shape(losses_fn, two, {"label": one}, two.update(shape=(2,)))
   return losses_fn
 
 
@@ -189,6 +188,16 @@ def _check_cosines(task, params):
       "ldam_drw: the network's logits are not cosines; build it with cosine=True"
       " (a last layer like models.split.Cosine)."
     )
+
+
+def _check_max_margin(max_margin):
+  if not 0 <= max_margin < math.inf:
+    raise base.InputError(f"ldam: max_margin={max_margin} must be at least 0.")
+
+
+def _check_scale(scale):
+  if not 0 < scale < math.inf:
+    raise base.InputError(f"ldam: scale={scale} must be more than 0.")
 
 
 def _own(cosines, labels, class_margins):

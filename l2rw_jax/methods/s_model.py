@@ -42,8 +42,7 @@ def smoothed_identity(num_classes: int, smoothing: float = 0.46) -> base.Array:
   Raises:
     InputError: `smoothing` is not between 0 and 1.
   """
-  if not 0 < smoothing < 1:
-    raise base.InputError(f"smoothing={smoothing} must lie between 0 and 1.")
+  _check_smoothing(smoothing)
   own = jnp.eye(num_classes)
   return (1 - smoothing) * own + smoothing * (1 - own) / max(num_classes - 1, 1)
 
@@ -126,7 +125,7 @@ def s_model(
       "s_model: initial='confusion' needs from_epoch of at least 1, for the network"
       " to have learned what it predicts."
     )
-  smoothed_identity(2, smoothing)  # A wrong one shows here.
+  _check_smoothing(smoothing)
   layer_optimizer = optax.adam(1e-3) if optimizer is None else optimizer
 
   def begun(transition, is_on):
@@ -168,6 +167,11 @@ def s_model(
     return begun(label_transition.estimate_by("confusion", task, view), True)
 
   return base.Method(gradients, init=init, refresh=refresh)
+
+
+def _check_smoothing(smoothing):
+  if not 0 < smoothing < 1:
+    raise base.InputError(f"smoothing={smoothing} must lie between 0 and 1.")
 
 
 def _learned(state, slope, optimizer):

@@ -232,6 +232,14 @@ def test_settings_out_of_range(settings, message):
     ldam_drw.ldam_drw(**{"from_epoch": 3, **settings})
 
 
+@pytest.mark.parametrize("hinge", [False, True])
+def test_a_loss_for_other_methods_tells_mistakes_at_once(hinge):
+  with pytest.raises(base.InputError, match="max_margin=nan must be at least 0"):
+    ldam_drw.loss(float("nan"), hinge=hinge)
+  with pytest.raises(base.InputError, match=r"scale=-1\.0 must be more than 0"):
+    ldam_drw.loss(scale=-1.0, hinge=hinge)
+
+
 @pytest.mark.parametrize(
   ("cosines", "labels", "margins"),
   [
