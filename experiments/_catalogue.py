@@ -1,6 +1,7 @@
 """What the table of each experiment shows: one entry a folder of results."""
 
 from collections.abc import Sequence
+import dataclasses
 
 from experiments import _fairness_report
 from experiments import _published
@@ -30,14 +31,14 @@ _MNIST_NOISE = _tables.Experiment(
     "fraction": "fraction {:g}",
     "num_meta": "{:,} clean images",
     "num_steps": "{:,} steps",
-    "plateau_steps": "validation loss watched every {} steps",
+    "plateau_steps": "plateau",
   },
   keys=("noise", "fraction"),
   published=_published.MNIST_NOISE_SOURCE,
 )
 
 
-def _long_tail(title: str, published: str) -> _tables.Experiment:
+def _long_tail(title: str, published: str, *keys: str) -> _tables.Experiment:
   return _tables.Experiment(
     title=title,
     metrics=(
@@ -58,7 +59,7 @@ def _long_tail(title: str, published: str) -> _tables.Experiment:
       "num_meta": "{} meta images a class",
       "num_epochs": "{} epochs",
     },
-    keys=("shape", "imbalance"),
+    keys=("shape", "imbalance", *keys),
     published=published,
   )
 
@@ -99,6 +100,11 @@ EXPERIMENTS = {
     published=_published.MNIST_IMBALANCE_SOURCE,
   ),
   "mnist_noise": _MNIST_NOISE,
+  "mnist_noise_bare": dataclasses.replace(
+    _MNIST_NOISE,
+    title="MNIST with wrong labels, as BARE's table was made",
+    keys=("noise", "fraction", "pixels", "plateau_steps"),
+  ),
   "cifar_noise": _tables.Experiment(
     title="CIFAR with wrong labels",
     metrics=(_ACCURACY, _BEST, _AUROC),
@@ -120,6 +126,7 @@ EXPERIMENTS = {
   "mnist_long_tail": _long_tail(
     "MNIST in a long tail",
     "Published: nothing; the papers cut their long tails from CIFAR.",
+    "num_epochs",
   ),
   "cifar_long_tail": _long_tail(
     "CIFAR in a long tail", _published_cifar.LONG_TAIL_SOURCE

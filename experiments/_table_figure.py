@@ -36,7 +36,7 @@ def draw(tables: Sequence[_tables.Table], path: pathlib.Path) -> bool:
   figure, axes = plt.subplots(
     len(panels),
     1,
-    figsize=(8, 1.3 * len(panels) + 0.32 * sum(sizes)),
+    figsize=(11, 1.3 * len(panels) + 0.32 * sum(sizes)),
     height_ratios=[size + 1 for size in sizes],
     squeeze=False,
     layout="constrained",

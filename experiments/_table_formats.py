@@ -49,7 +49,8 @@ def summary(table: _tables.Table) -> str:
 def compact(table: _tables.Table) -> str:
   """A line per method, and a column per setting, of the first metric alone.
 
-  With one setting, a column per metric. Published values stand in brackets.
+  Lines and columns change places where there are more settings than methods. With
+  one setting, a column per metric. Published values stand in brackets.
   """
   experiment, varying = table.experiment, table.varying()
   settings = list(dict.fromkeys(table.say(line, varying) for line in table.lines))
@@ -69,7 +70,11 @@ def compact(table: _tables.Table) -> str:
       own[table.say(line, varying), i] = _ours(value) + beside
   places = [(setting, i) for setting in settings for i in shown]
   rows = [[name, *(own.get(p, "") for p in places)] for name, own in cells.items()]
-  made = _report.table([experiment.method_heading, *header], rows)
+  lines = [[experiment.method_heading, *header], *rows]
+  if len(settings) > max(1, len(rows)):
+    lines = [list(column) for column in zip(*lines, strict=True)]
+    lines[0][0] = "setting"
+  made = _report.table(lines[0], lines[1:])
   above = "; ".join(part for part in told if part)
   return "\n\n".join([f"{above}.", made, experiment.published])
 

@@ -56,6 +56,9 @@ PUBLISHED = {
   "mnist_noise": lambda method, setting: _published.MNIST_NOISE.get(
     (setting["noise"], setting["fraction"]), {}
   ).get(method),
+  "mnist_noise_bare": lambda method, setting: _published.MNIST_NOISE.get(
+    (setting["noise"], setting["fraction"]), {}
+  ).get(method),
   "cifar_noise": lambda method, setting: _published_cifar.lookup(
     *(setting[k] for k in ("preset", "dataset", "noise", "fraction")), method
   ),
@@ -98,11 +101,23 @@ def test_every_row_tells_where_it_comes_from(path):
     ("digits_noise", ["uniform", "l2rw"], 3),
     ("mnist_imbalance", ["uniform", "proportion", "hard_mining", "l2rw"], 3),
     ("fairness", ["uniform", "class_proportion", "l2rw", "forml_worst"], 3),
+    # Three noises by two scales of the pixels; two tails by two lengths.
+    ("mnist_noise_bare", ["uniform", "bare"], 6 * 3),
+    (
+      "mnist_long_tail",
+      [
+        *("uniform", "class_balanced", "focal", "ldam_drw"),
+        *("absgd", "l2rw", "meta_weight_net"),
+      ],
+      4 * 3,
+    ),
   ],
 )
 def test_each_method_was_repeated(name, methods, repeats):
+  files = [f for f in FILES if f.is_relative_to(RESULTS / name)]
+  found = [row for f in files for row in json.loads(f.read_text())["rows"]]
   for method in methods:
-    assert sum(row["method"] == method for row in rows(name)) >= repeats
+    assert sum(row["method"] == method for row in found) >= repeats
 
 
 def test_on_half_wrong_labels_every_method_beats_uniform_beyond_both_spreads():
