@@ -31,10 +31,11 @@ def run(tmp_path_factory):
 def test_what_a_run_leaves(run):
   folder, printed = run
   header, *lines = scripts.table(printed)
-  assert header[:4] == ["shape", "imbalance", "method", "test accuracy %"]
-  assert header[4:8] == ["balanced %", "many-shot %", "medium-shot %", "few-shot %"]
-  assert [line[2] for line in lines] == _METHODS and lines[0][-1] == "2"
-  assert "digits, mlp, builder mwn, 10 meta images a class, 2 epochs" in printed
+  assert header[:4] == ["shape", "imbalance", "num_epochs", "method"]
+  assert header[4:6] == ["test accuracy %", "balanced %"]
+  assert header[6:9] == ["many-shot %", "medium-shot %", "few-shot %"]
+  assert [line[3] for line in lines] == _METHODS and lines[0][-1] == "2"
+  assert "digits, mlp, builder mwn, 10 meta images a class" in printed
   assert "more than 100 training images, few-shot ones less than 20." in printed
   rows, csv_rows, flags = scripts.saved_rows(folder)
   assert len(rows) == len(csv_rows) == 2 * len(_METHODS)
@@ -75,9 +76,9 @@ def test_another_imbalance_and_shape_of_builder(run):
   after = scripts.contents(folder / "seeds-0-1")
   assert before.items() <= after.items()  # nothing was repeated
   lines = scripts.table(again.printed)[1:]
-  assert [line[:3] for line in lines] == [
-    ["exponential", "10", "uniform"],
-    ["exponential", "5", "uniform"],
+  assert [line[:4] for line in lines] == [
+    ["exponential", "10", "2", "uniform"],
+    ["exponential", "5", "2", "uniform"],
   ]
   (row,), _, _ = scripts.saved_rows(folder.parent / "step")
   assert row["class_counts"] == " ".join(["126"] * 5 + ["12"] * 5)
