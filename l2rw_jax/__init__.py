@@ -6,6 +6,7 @@ from l2rw_jax import group_objectives
 from l2rw_jax import hypergradient
 from l2rw_jax import losses
 from l2rw_jax import meta_network
+from l2rw_jax import susceptibility
 from l2rw_jax.linearization import linearize
 from l2rw_jax.linearization import linearize_outputs
 from l2rw_jax.methods import absgd
