@@ -43,11 +43,11 @@ def sigmoid_cross_entropy(logits: base.Array, labels: base.Array) -> base.Array:
 
 
 def predictions(logits: base.Array) -> base.Array:
-  """Predicted class [B]: the largest logit, or the sign of a single one."""
-  if logits.ndim != 2:
-    raise base.InputError(f"logits must be [B, C]; got {logits.shape}.")
-  if logits.shape[1] == 1:
-    return (logits[:, 0] > 0).astype(jnp.int32)
+  """Predicted class [B] or [B, ...]: the largest logit, or the sign of a single one."""
+  if logits.ndim < 2:
+    raise base.InputError(f"logits must be [B, C] or [B, ..., C]; got {logits.shape}.")
+  if logits.shape[-1] == 1:
+    return (logits[..., 0] > 0).astype(jnp.int32)
   return jnp.argmax(logits, axis=-1)
 
 

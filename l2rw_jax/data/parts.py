@@ -21,8 +21,10 @@ class Examples(NamedTuple):
 
   Attributes:
     image: float32 [N, ...]; uint8 pixels become [0, 1], floats stay as they are.
-    label: int32 [N], what training sees.
-    true_label: int32 [N].
+      Any source of rows will do that has `len`, `shape` and `dtype` and gives an
+      array for a slice or an array of rows; its pixels are the model's to scale.
+    label: int32 [N], what training sees; [N, Q] for Q labels an example.
+    true_label: int32, likewise.
     index: int32 [N], 0 .. N - 1, the row in this part.
     source_index: int32 [N], the row in the source split, ascending.
     group: int32 [N], the attribute in which the examples are to be treated alike;
@@ -62,7 +64,8 @@ class Splits(NamedTuple):
 
 def class_counts(examples: Examples, num_classes: int) -> np.ndarray:
   """How often each class occurs among the labels that training sees, int64 [C]."""
-  return np.bincount(examples.label, minlength=num_classes).astype(np.int64)
+  labels = np.ravel(examples.label)
+  return np.bincount(labels, minlength=num_classes).astype(np.int64)
 
 
 def assemble(

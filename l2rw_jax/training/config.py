@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+from typing import Protocol
 
 import numpy as np
 
@@ -9,6 +10,29 @@ from l2rw_jax import base
 from l2rw_jax.data import parts
 from l2rw_jax.data import splits as splits_lib
 from l2rw_jax.training import devices
+
+
+class Model(Protocol):
+  """What can be trained: `models.classifier.Classifier`, or anything like it.
+
+  Hashable: what is compiled for a model is kept by it.
+  """
+
+  def check(self, batch: base.Batch, num_classes: int) -> None:
+    """Raises InputError unless the model fits examples of C classes."""
+
+  def init(self, key: base.Array, batch: base.Batch) -> tuple[base.PyTree, base.PyTree]:
+    """Fresh `(params, model_state)` for examples of this shape."""
+
+  def task(
+    self,
+    *,
+    class_counts: base.Array,
+    num_examples: int,
+    num_steps: int,
+    axis_name: base.AxisName = None,
+  ) -> base.Task:
+    """The learning problem; arguments as in `base.Task`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +81,12 @@ def check(
 
 
 def _check_labels(labels, num_classes, where):
-  wrong = (labels < 0) | (labels >= num_classes)
-  if wrong.any():
+  wrong = np.argwhere((labels < 0) | (labels >= num_classes))
+  if len(wrong):
+    first = tuple(wrong[0])
     raise base.InputError(
-      f"label out of range in {where}: example {int(np.argmax(wrong))} has label"
-      f" {int(labels[np.argmax(wrong)])}, classes are 0 to {num_classes - 1}."
+      f"label out of range in {where}: example {first[0]} has label"
+      f" {int(labels[first])}, classes are 0 to {num_classes - 1}."
     )
 
 

@@ -109,6 +109,20 @@ def over_runs(fun: Callable[..., Any], num_runs: int) -> Callable[..., Any]:
   return single
 
 
+def alone(fun: Callable[..., Any]) -> Callable[..., Any]:
+  """`fun` as the step's single device would call it, for a look from outside.
+
+  Within, `AXIS_NAME` is an axis of size one, for networks that share the statistics
+  of BatchNorm over it.
+  """
+
+  def call(*args):
+    one = jax.vmap(lambda _: fun(*args), axis_name=AXIS_NAME)(jnp.zeros(1))
+    return jax.tree.map(lambda x: x[0], one)
+
+  return call
+
+
 def pmap_step(
   step: Callable[..., Any], num_runs: int, devices: list[jax.Device]
 ) -> Callable[..., Any]:

@@ -1,23 +1,29 @@
-"""Measuring a classifier on held-out examples."""
+"""Measuring a run: on held-out examples, and the run itself."""
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import functools
 import itertools
 from typing import NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from l2rw_jax import base
 from l2rw_jax import losses
+from l2rw_jax.data import parts
+from l2rw_jax.training import batches
+from l2rw_jax.training import step as step_lib
 
 
 class Predictions(NamedTuple):
   """A trained network's answers on N examples, as NumPy arrays.
 
   Attributes:
-    labels: true classes, [N].
-    predicted: classes with the highest score, [N].
+    labels: classes as the examples tell them, [N]; [N, Q] where an example has Q
+      labels (the queries of a task).
+    predicted: classes with the highest score, likewise.
     losses: [N].
     num_classes: C.
     groups: attribute of each example, [N]; None stands for the classes.
@@ -30,7 +36,45 @@ class Predictions(NamedTuple):
   groups: np.ndarray | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+  """One run, at one step.
+
+  Attributes:
+    seed: of the run.
+    step: updates done.
+    state: of the run, on one device.
+    task: the learning problem, outside the devices' axis.
+    optimizer: of the network.
+    splits: the data.
+  """
+
+  seed: int
+  step: int
+  state: step_lib.TrainState
+  task: base.Task
+  optimizer: optax.GradientTransformation
+  splits: parts.Splits
+
+  @functools.cached_property
+  def test(self) -> Predictions:
+    """Answers on the test set."""
+    return self._predict(self.splits.test)
+
+  @functools.cached_property
+  def train(self) -> Predictions:
+    """Answers on the training set, in evaluation mode, beside its own labels."""
+    return self._predict(self.splits.train)
+
+  def _predict(self, examples: parts.Examples) -> Predictions:
+    fields = batches.examples_dict(examples)
+    return predict(self.task, self.state.params, self.state.model_state, fields)
+
+
+# What to tell of the answers on the test set.
 Evaluator = Callable[[Predictions], dict[str, float]]
+# What to tell of a run that its answers on the test set do not show.
+Probe = Callable[[Snapshot], dict[str, float]]
 SHOTS = ("many", "medium", "few")
 _MANY, _FEW = 100, 20
 
@@ -71,6 +115,18 @@ def predict(
     task.num_classes,
     None if "group" not in examples else np.asarray(examples["group"]),
   )
+
+
+def measure(
+  snapshot: Snapshot, evaluators: Sequence[Evaluator], probes: Sequence[Probe]
+) -> dict[str, float]:
+  """What all of them tell, as `test/NAME` and `probe/NAME`."""
+  found = {}
+  for evaluator in evaluators:
+    found.update({f"test/{k}": v for k, v in evaluator(snapshot.test).items()})
+  for probe in probes:
+    found.update({f"probe/{k}": v for k, v in probe(snapshot).items()})
+  return found
 
 
 def accuracy(predictions: Predictions) -> dict[str, float]:

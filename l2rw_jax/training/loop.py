@@ -1,19 +1,18 @@
 """The training loop: any method, any optax optimiser, exact resumption.
 
     folder/checkpoints/         the last two states (orbax)
+    folder/timing.json          seconds of training, at every evaluation and in all
     folder/seed-S/metrics.*     JSON lines, CSV and TensorBoard, a folder a run
     folder/seed-S/weights.csv   per-example weights
     folder/seed-S/results.json  written last: a finished run is not repeated
 
 The same call continues an interrupted run and ends with the same bytes in these
-files as an uninterrupted one, on the same number of devices.
+files (but for the seconds) as an uninterrupted one, on the same number of devices.
 """
 
 from collections.abc import Sequence
 import contextlib
-import functools
 import pathlib
-import time
 
 from absl import logging
 import jax
@@ -27,8 +26,9 @@ from l2rw_jax import hypergradient
 from l2rw_jax import metric_writer
 from l2rw_jax import workdir
 from l2rw_jax.data import splits as splits_lib
-from l2rw_jax.models import classifier
 from l2rw_jax.training import batches as batches_lib
+from l2rw_jax.training import clock as clock_lib
+from l2rw_jax.training import compilation
 from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import devices as devices_lib
 from l2rw_jax.training import evaluation
@@ -38,16 +38,19 @@ from l2rw_jax.training import step as step_lib
 from l2rw_jax.training import stream
 from l2rw_jax.training import weight_log
 
+_TIMING = "timing.json"
+
 
 def train(
   config: config_lib.Config,
-  model: classifier.Classifier,
+  model: config_lib.Model,
   method: base.Method,
   optimizer: optax.GradientTransformation,
   splits: Sequence[splits_lib.Splits],
   folder: pathlib.Path,
   evaluators: Sequence[evaluation.Evaluator] = (evaluation.accuracy,),
   name: str = "train",
+  probes: Sequence[evaluation.Probe] = (),
 ) -> list[results.Result]:
   """Trains one run for every seed, side by side, or finishes an interrupted one.
 
@@ -60,6 +63,7 @@ def train(
     folder: where everything is kept. Must belong to these very settings.
     evaluators: what to measure on the test set; one of them must tell `accuracy`.
     name: for the progress bar and messages.
+    probes: what to measure of the run itself, at the start and at every evaluation.
 
   Returns:
     A `Result` per seed, read back from disk.
@@ -74,59 +78,18 @@ def train(
     config_lib.check(config, method, splits)
     model.check(batches_lib.examples_dict(splits[0].test), splits[0].num_classes)
     with contextlib.ExitStack() as files:
-      _Run(
-        config, model, method, optimizer, splits, folder, evaluators, name, files
-      ).finish()
+      run = _Run(config, model, method, optimizer, splits, folder, name, files)
+      run.finish(evaluators, probes)
   return [results.read(f) for f in folders]
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(model, method, optimizer, num_examples, num_steps, num_runs, devices):
-  """`(init, step)` for arrays of R runs; the same for every split of a table.
-
-  A script trains one split after the other; keeping the functions keeps what
-  was compiled for them.
-  """
-
-  def task(class_counts, axis_name=None):
-    return model.task(
-      class_counts=class_counts,
-      num_examples=num_examples,
-      num_steps=num_steps,
-      axis_name=axis_name,
-    )
-
-  def init(key, class_counts, example):
-    params, model_state = model.init(jax.random.fold_in(key, 0), example)
-    method_state = method.init(jax.random.fold_in(key, 1), task(class_counts), params)
-    return step_lib.init_state(params, model_state, method_state, optimizer)
-
-  def step(state, batch, meta_batch, key, class_counts):
-    return step_lib.train_step(
-      state,
-      batch,
-      meta_batch,
-      key,
-      task=task(class_counts, devices_lib.AXIS_NAME),
-      method=method,
-      optimizer=optimizer,
-    )
-
-  return (
-    jax.jit(devices_lib.over_runs(init, num_runs)),
-    devices_lib.pmap_step(step, num_runs, list(devices)),
-  )
 
 
 class _Run:
   """R runs in progress: device state, host state and open files."""
 
-  def __init__(
-    self, config, model, method, optimizer, splits, folder, evaluators, name, files
-  ):
+  def __init__(self, config, model, method, optimizer, splits, folder, name, files):
     self.config, self.model, self.method = config, model, method
-    self.optimizer, self.splits, self.name = optimizer, splits, name
-    self.folder, self.evaluators = folder, evaluators
+    self.optimizer, self.splits = optimizer, splits
+    self.folder, self.name = folder, name
     self.folders = [folder / f"seed-{seed}" for seed in config.seeds]
     self.num_runs = len(config.seeds)
     self.devices = devices_lib.choose(config.num_devices, config.batch_size)
@@ -134,7 +97,7 @@ class _Run:
     self.class_counts = jnp.asarray(np.stack(counts), jnp.int32)
     self.pending: list[tuple[np.ndarray, step_lib.StepOutput]] = []
     self.writers: list[metric_writer.MetricWriter] = []
-    self.init_fn, self.step_fn = _compiled(
+    self.init_fn, self.step_fn = compilation.functions(
       model,
       base.Method(method.gradients, method.init),  # The rest of it is not traced.
       optimizer,
@@ -163,6 +126,7 @@ class _Run:
       positions = [stream.Position(*p) for p in restored.host["positions"]]
       logging.info("%s: continuing from step %d", self.name, step)
     self.step, self.saved_step = step or 0, -1 if step is None else step
+    self.clock = clock_lib.Clock.restore(self.folder / _TIMING, self.step)
     self.log = weight_log.WeightLog(*(np.array(x) for x in log))
     self.state = devices_lib.replicate(state, self.devices)
     self.source = batches_lib.BatchSource(
@@ -236,26 +200,36 @@ class _Run:
 
   # -- the loop ------------------------------------------------------------
 
-  def finish(self) -> None:
-    """Runs to the last step and writes the results."""
-    first, started = self.step, time.perf_counter()
+  def finish(self, evaluators, probes) -> None:
+    """Runs to the last step, measuring on the way, and writes the results."""
     self._raise_on_failure()
-    with progress.bar(self.config.num_steps, first, self.name) as bar:
+    if self.step == 0:
+      self._measure((), probes)
+    with progress.bar(self.config.num_steps, self.step, self.name) as bar:
+      self.clock.start()
+      first = self.step
       while self.step < self.config.num_steps:
         self._refresh()
-        rows, batch, meta_batch = self.source.next(self.step)
-        self.state, output = self.step_fn(
-          self.state, batch, meta_batch, *self.constants
-        )
-        self.pending.append((rows, output))
-        self.step += 1
+        batches = self.source.next(self.step)
+        if self.step == first:
+          with self.clock.stopped():
+            jax.block_until_ready(self._take_step(batches))
+        else:
+          self._take_step(batches)
         bar.update()
-        self._after_step(bar)
+        self._after_step(bar, evaluators, probes)
     self._write_results()
-    timing = {"seconds": time.perf_counter() - started, "steps": self.step - first}
-    workdir.write_json(self.folder / "timing.json", timing)
+    self.clock.write(self.folder / _TIMING, self.step)
 
-  def _after_step(self, bar):
+  def _take_step(self, batches):
+    self.state, output = self.step_fn(
+      self.state, batches.train, batches.meta, *self.constants
+    )
+    self.pending.append((batches.rows, output))
+    self.step += 1
+    return output
+
+  def _after_step(self, bar, evaluators, probes):
     config = self.config
 
     def due(every):
@@ -263,10 +237,12 @@ class _Run:
 
     if due(config.log_every) or due(config.eval_every) or due(config.checkpoint_every):
       self._flush(bar)
-    if due(config.eval_every):
-      self._evaluate()
-    if due(config.checkpoint_every):
-      self._save()
+    with self.clock.stopped():
+      if due(config.eval_every):
+        self.clock.note(self.step)
+        self._measure(evaluators, probes)
+      if due(config.checkpoint_every):
+        self._save()
 
   def _flush(self, bar):
     """Brings the steps since the last flush to the host: the only waiting."""
@@ -307,27 +283,38 @@ class _Run:
       " in another --workdir."
     )
 
-  def _evaluate(self):
+  def _measure(self, evaluators, probes):
+    if not evaluators and not probes:
+      return
     for run, writer in enumerate(self.writers):
-      state, task = self._of_run(run)
-      test = batches_lib.examples_dict(self.splits[run].test)
-      predictions = evaluation.predict(task, state.params, state.model_state, test)
-      found = {}
-      for evaluator in self.evaluators:
-        found.update(evaluator(predictions))
-      writer.write(self.step, {f"test/{k}": v for k, v in found.items()})
-      logging.info(
-        "%s, seed %d, step %d: test accuracy %.4f",
-        self.name,
-        self.config.seeds[run],
-        self.step,
-        found["accuracy"],
-      )
+      snapshot = self._snapshot(run)
+      found = evaluation.measure(snapshot, evaluators, probes)
+      writer.write(self.step, found)
+      if evaluators:
+        logging.info(
+          "%s, seed %d, step %d: test accuracy %.4f",
+          self.name,
+          snapshot.seed,
+          self.step,
+          found["test/accuracy"],
+        )
+
+  def _snapshot(self, run):
+    state, task = self._of_run(run)
+    return evaluation.Snapshot(
+      seed=self.config.seeds[run],
+      step=self.step,
+      state=state,
+      task=task,
+      optimizer=self.optimizer,
+      splits=self.splits[run],
+    )
 
   def _save(self):
     state = devices_lib.unreplicate(self.state)
     positions = [list(p) for p in self.source.positions()]
     self.checkpointer.save(self.step, (state, self.log), {"positions": positions})
+    self.clock.write(self.folder / _TIMING, self.step)
     self.saved_step = self.step
 
   def _write_results(self):

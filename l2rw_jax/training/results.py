@@ -28,7 +28,8 @@ class Result(NamedTuple):
     metrics: the content of `results.json`.
     weights: the columns of `weights.csv`, arrays [N] by name: index,
       source_index, label, true_label, mean_weight, last_weight (in units of the
-      uniform weight), seen, rejected (batches).
+      uniform weight), seen, rejected (batches). Where an example has several
+      labels the two columns of labels are missing.
   """
 
   metrics: dict[str, Any]
@@ -63,16 +64,19 @@ def write(
     "seen": log.seen[run],
     "rejected": log.rejected[run],
   }
+  columns = {name: column for name, column in columns.items() if column.ndim == 1}
   text = io.StringIO()
   writer = csv.writer(text, lineterminator="\n")
   writer.writerow(columns)
   writer.writerows(zip(*(c.tolist() for c in columns.values()), strict=True))
   workdir.write_text(folder / _WEIGHTS, text.getvalue())
+  rows = metric_writer.read(folder)
   results = {
     **facts,
     "data": split.fingerprint,
     "params_sha256": _sha256(params),
-    **_last_and_best(metric_writer.read(folder)),
+    **_last_and_best(rows),
+    **_probes(rows),
   }
   workdir.write_json(folder / RESULTS, results)
 
@@ -87,8 +91,7 @@ def read(folder: pathlib.Path) -> Result:
 def _last_and_best(rows: list[dict[str, Any]]) -> dict[str, Any]:
   tests = [row for row in rows if row.get("test/accuracy") is not None]
   last = {
-    # JSON has no NaN; a loss can overflow where the accuracy is still a number.
-    k.removeprefix("test/"): v if math.isfinite(v) else None
+    k.removeprefix("test/"): _json(v)
     for k, v in tests[-1].items()
     if k.startswith("test/")
   }
@@ -98,6 +101,25 @@ def _last_and_best(rows: list[dict[str, Any]]) -> dict[str, Any]:
     "best_accuracy": best["test/accuracy"],
     "best_step": best["step"],
   }
+
+
+def _probes(rows: list[dict[str, Any]]) -> dict[str, Any]:
+  """What was probed, from the start to the end: a list by name, and of the steps."""
+  prefix = "probe/"
+  probed = [row for row in rows if any(name.startswith(prefix) for name in row)]
+  names = sorted({name for row in probed for name in row if name.startswith(prefix)})
+  if not probed:
+    return {}
+  found = {
+    name.removeprefix(prefix): [_json(row.get(name, math.nan)) for row in probed]
+    for name in names
+  }
+  return {"probes": {"step": [row["step"] for row in probed], **found}}
+
+
+def _json(value: float) -> float | None:
+  """JSON has no NaN; a loss can overflow where the accuracy is still a number."""
+  return value if math.isfinite(value) else None
 
 
 def _sha256(tree: base.PyTree) -> str:

@@ -47,13 +47,15 @@ def make_splits(seed=0, num_train=NUM_TRAIN, num_meta=8, shape=(4,)) -> parts.Sp
   )
 
 
-def train(folder, method, splits=None, model=MODEL, **settings: Any):
+def train(folder, method, splits=None, model=MODEL, probes=(), **settings: Any):
   """`loop.train` with a batch of 8, one device and a row of metrics a step."""
   seeds = settings.setdefault("seeds", (0,))
   given = {"num_steps": 7, "batch_size": 8, "log_every": 1, "eval_every": 3}
   config = config_lib.Config(**(given | {"num_devices": 1} | settings))
   splits = splits or [make_splits(seed) for seed in seeds]
-  return loop.train(config, model, method, OPTIMIZER, splits, folder, name="toy")
+  return loop.train(
+    config, model, method, OPTIMIZER, splits, folder, name="toy", probes=probes
+  )
 
 
 def rows(folder: pathlib.Path) -> list[dict[str, Any]]:

@@ -1,0 +1,67 @@
+"""How long training took, without the time spent on looking at it."""
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import json
+import pathlib
+import time
+
+from l2rw_jax import workdir
+
+
+class Clock:
+  """A stopwatch that is read at every evaluation and goes on after a resume.
+
+  What counts is what training needs: the method's `refresh`, the batches, the
+  steps. What does not is compiling (the first step a process takes), evaluations,
+  probes and checkpoints. It is kept in a file of its own, because nothing else
+  that a run leaves behind depends on how fast it was.
+  """
+
+  def __init__(
+    self, seconds: float = 0.0, evaluations: Sequence[tuple[int, float]] = ()
+  ):
+    """Stopped, at what an earlier process had reached.
+
+    Args:
+      seconds: of training so far.
+      evaluations: (step, seconds) of each so far.
+    """
+    self._seconds = seconds
+    self._started: float | None = None
+    self._evaluations = list(evaluations)
+
+  @classmethod
+  def restore(cls, path: pathlib.Path, step: int) -> "Clock":
+    """The clock of a run that goes on from `step`; a new one if there is no file."""
+    if not step or not path.exists():
+      return cls()
+    kept = json.loads(path.read_text())
+    then = [(at, seconds) for at, seconds in kept["evaluations"] if at <= step]
+    return cls(kept["seconds"], then)
+
+  def write(self, path: pathlib.Path, step: int) -> None:
+    """Keeps it for a process that goes on from `step`, and for readers."""
+    kept = {"seconds": self.read(), "steps": step, "evaluations": self._evaluations}
+    workdir.write_json(path, kept)
+
+  def start(self) -> None:
+    """Goes on."""
+    self._started = time.perf_counter()
+
+  @contextlib.contextmanager
+  def stopped(self) -> Iterator[None]:
+    """Stands still within a `with`."""
+    self._seconds, self._started = self.read(), None
+    yield
+    self.start()
+
+  def read(self) -> float:
+    """Seconds of training so far."""
+    if self._started is None:
+      return self._seconds
+    return self._seconds + time.perf_counter() - self._started
+
+  def note(self, step: int) -> None:
+    """Remembers when `step` was evaluated."""
+    self._evaluations.append((step, self.read()))

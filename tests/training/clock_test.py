@@ -1,0 +1,64 @@
+"""Seconds of training: what counts, what does not, and what a resume keeps."""
+
+import json
+import time
+
+import pytest
+
+from l2rw_jax.training import clock as clock_lib
+
+
+@pytest.fixture
+def now(monkeypatch):
+  """A time that moves only when told to."""
+  current = [100.0]
+  monkeypatch.setattr(time, "perf_counter", lambda: current[0])
+
+  def wait(seconds):
+    current[0] += seconds
+
+  return wait
+
+
+def test_what_is_done_while_it_is_stopped_does_not_count(now):
+  clock = clock_lib.Clock()
+  now(5)
+  assert clock.read() == 0
+  clock.start()
+  now(2)
+  with clock.stopped():
+    now(10)
+    assert clock.read() == 2
+  now(1)
+  assert clock.read() == 3
+
+
+def test_a_resumed_clock_goes_on_from_its_file(now, tmp_path):
+  path = tmp_path / "timing.json"
+  clock = clock_lib.Clock()
+  clock.start()
+  for step in (10, 20, 30):
+    now(2)
+    clock.note(step)
+    if step == 20:
+      clock.write(path, step)
+  resumed = clock_lib.Clock.restore(path, 20)
+  assert resumed.read() == 4
+  resumed.start()
+  now(1)
+  resumed.note(30)
+  resumed.write(path, 30)
+  assert json.loads(path.read_text()) == {
+    "seconds": 5,
+    "steps": 30,
+    "evaluations": [[10, 2], [20, 4], [30, 5]],
+  }
+
+
+def test_what_came_after_the_checkpoint_is_forgotten(now, tmp_path):
+  path = tmp_path / "timing.json"
+  clock_lib.Clock(9.0, [(10, 4.0), (20, 8.0)]).write(path, 20)
+  clock_lib.Clock.restore(path, 10).write(path, 10)
+  assert json.loads(path.read_text())["evaluations"] == [[10, 4.0]]
+  assert clock_lib.Clock.restore(path, 0).read() == 0
+  assert clock_lib.Clock.restore(tmp_path / "none.json", 5).read() == 0
