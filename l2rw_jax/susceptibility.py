@@ -6,9 +6,10 @@ accuracy on the training set *as it is labelled* it tells good models from bad o
 without one clean label.
 
     loss_drop            one batch, one step: jit, vmap, several devices
-    probe                the same as a probe of `training.loop.train`
     running_average      drops to zeta
     regions, selected    zeta and training accuracy of many models to a choice
+
+`training.memorization` measures it beside a run.
 
 Reference: Forouzesh, Sedghi, Thiran, "Leveraging Unlabeled Data to Track
 Memorization", ICLR 2023 (https://arxiv.org/abs/2212.04461), and its released code
@@ -16,8 +17,7 @@ for what one step is. The measured quantity is the decrease of a loss, not a squ
 change of outputs.
 """
 
-from collections.abc import Callable, Sequence
-import functools
+from collections.abc import Sequence
 import statistics
 from typing import Any, NamedTuple
 
@@ -27,10 +27,6 @@ import numpy as np
 import optax
 
 from l2rw_jax import base
-
-# A `training.evaluation.Snapshot`, of which only attributes are read.
-Snapshot = Any
-_KEY = 0x73757363
 
 
 class Drop(NamedTuple):
@@ -117,121 +113,6 @@ def random_labels(seed: int, num_examples: int, num_classes: int) -> np.ndarray:
     )
   rng = np.random.default_rng([seed, *b"random labels"])
   return rng.integers(num_classes, size=num_examples, dtype=np.int32)
-
-
-def probe(
-  batch_size: int = 128,
-  unlabelled: Any = "train",
-  axis_name: base.AxisName = None,
-) -> Callable[[Snapshot], dict[str, float]]:
-  """A probe of `loop.train`: `susceptibility_drop`, the drop at this step.
-
-  It takes the task's own loss, whatever the training method makes of it, on the
-  first batch of an order that is drawn anew at every step, with random labels that
-  stay those of an image throughout the run: functions of the run's seed and the
-  step, and of nothing that training draws. Training is not touched.
-
-  Args:
-    batch_size: randomly labelled examples; the released code has 128, its training
-      batch.
-    unlabelled: the images: "train" for those of the training set, as the released
-      code does; another part of the splits, such as "validation"; or rows of images
-      like the training set's, [U, ...]. Labels are not looked at.
-    axis_name: the axis that the network itself names (for BatchNorm over devices),
-      if it does; here its only device holds the whole batch.
-
-  Returns:
-    The probe. It raises InputError when the unlabelled set is empty, smaller than a
-    batch, or not like the training images, or examples have several labels.
-  """
-  if batch_size < 1:
-    raise base.InputError(f"batch_size={batch_size} must be at least 1.")
-
-  def measure(snapshot):
-    images = unlabelled
-    if isinstance(unlabelled, str):
-      images = getattr(snapshot.splits, unlabelled).image
-    _check_images(images, snapshot.splits.train, batch_size)
-    labels = random_labels(snapshot.seed, len(images), snapshot.task.num_classes)
-    rng = np.random.default_rng([snapshot.seed, *b"susceptibility", snapshot.step])
-    rows = rng.permutation(len(images))[:batch_size]
-    key = jax.random.fold_in(jax.random.key(snapshot.seed), _KEY)
-    found = _drop_of_batch(
-      snapshot.task.forward,
-      snapshot.task.loss,
-      snapshot.optimizer,
-      axis_name,
-      snapshot.state.params,
-      snapshot.state.model_state,
-      snapshot.state.opt_state,
-      {"image": images[rows], "label": labels[rows], "index": rows.astype(np.int32)},
-      jax.random.fold_in(key, snapshot.step),
-    )
-    return {"susceptibility_drop": float(found.drop)}
-
-  return measure
-
-
-def _check_images(images, train, batch_size):
-  if len(images) == 0:
-    raise base.InputError(
-      "the unlabelled set is empty: hold images out, or probe on the training images."
-    )
-  if len(images) < batch_size:
-    raise base.InputError(
-      f"a batch of {batch_size} unlabelled images needs more than the {len(images)}"
-      " there are; lower batch_size or hold out more."
-    )
-  if np.ndim(train.label) != 1:
-    raise base.InputError(
-      "susceptibility is of classifiers with one label an example; got labels of"
-      f" shape {np.shape(train.label)}."
-    )
-  own, other = ((x.dtype, tuple(x.shape[1:])) for x in (images, train.image))
-  if own != other:
-    raise base.InputError(
-      f"the unlabelled images are {own[0]} {own[1]} and the training images"
-      f" {other[0]} {other[1]}; make them alike."
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _drop_of_batch(
-  forward, loss, optimizer, axis_name, params, model_state, opt_state, batch, key
-):
-  def losses_fn(p, examples):
-    outputs, _ = forward(p, model_state, examples, key, True)
-    return loss(outputs, examples)
-
-  def drop(_):
-    return loss_drop(losses_fn, params, batch, optimizer=optimizer, opt_state=opt_state)
-
-  if axis_name is None:
-    return drop(None)
-  found = jax.vmap(drop, axis_name=axis_name)(jnp.zeros(1))
-  return jax.tree.map(lambda x: x[0], found)
-
-
-def training_accuracy(snapshot: Snapshot) -> dict[str, float]:
-  """A probe of `loop.train`: how much of the training set is known by heart.
-
-  In evaluation mode, against the labels that training sees:
-
-    train_accuracy          of all examples; needs no clean label
-    train_accuracy_clean    of those whose label is the true one
-    train_accuracy_wrong    of those whose label is not: what was memorised
-
-  A share of no examples is left out.
-  """
-  right = snapshot.train.predicted == snapshot.train.labels
-  train = snapshot.splits.train
-  is_clean = train.label == train.true_label
-  subsets = {
-    "train_accuracy": np.ones_like(is_clean),
-    "train_accuracy_clean": is_clean,
-    "train_accuracy_wrong": ~is_clean,
-  }
-  return {name: float(right[own].mean()) for name, own in subsets.items() if own.any()}
 
 
 def running_average(drops: Any, compat: bool = False) -> np.ndarray:

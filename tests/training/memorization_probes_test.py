@@ -1,0 +1,185 @@
+"""The probes of what a run memorises, beside a run and without one."""
+
+import types
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy_runs
+
+from l2rw_jax import base
+from l2rw_jax import susceptibility
+from l2rw_jax.methods import baselines
+from l2rw_jax.models import classifier
+from l2rw_jax.models import mlp
+from l2rw_jax.training import devices
+from l2rw_jax.training import memorization
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def _snapshot(model=toy_runs.MODEL, optimizer=toy_runs.OPTIMIZER, step=5, seed=1):
+  splits = toy_runs.make_splits(seed)
+  params, model_state = model.init(
+    jax.random.key(seed), {"image": splits.train.image[:1]}
+  )
+  task = model.task(class_counts=jnp.ones(3), num_examples=40, num_steps=10)
+  state = types.SimpleNamespace(
+    params=params, model_state=model_state, opt_state=optimizer.init(params)
+  )
+  return types.SimpleNamespace(
+    seed=seed, step=step, state=state, task=task, optimizer=optimizer, splits=splits
+  )
+
+
+def test_the_probe_is_the_drop_of_a_batch_with_the_run_s_random_labels():
+  snapshot = _snapshot()
+  found = memorization.susceptibility(batch_size=40)(snapshot)  # every image: no order
+  images = snapshot.splits.train.image
+  batch = {
+    "image": images,
+    "label": susceptibility.random_labels(1, 40, 3),
+    "index": np.arange(40),
+  }
+  expected = susceptibility.loss_drop(
+    snapshot.task.losses_fn({}, jax.random.key(0)),
+    snapshot.state.params,
+    batch,
+    optimizer=snapshot.optimizer,
+    opt_state=snapshot.state.opt_state,
+    has_aux=True,
+  )
+  assert found == {"susceptibility_drop": pytest.approx(float(expected.drop), rel=1e-4)}
+
+
+def test_the_batch_is_of_seed_and_step():
+  probe = memorization.susceptibility(batch_size=8)
+  drops = {}
+  for seed, step in ((1, 5), (1, 6), (2, 5)):
+    # The same network and images, so that nothing but the draw differs.
+    snapshot = _snapshot(step=step)
+    snapshot.seed = seed
+    drops[seed, step] = probe(snapshot)["susceptibility_drop"]
+    assert drops[seed, step] == probe(snapshot)["susceptibility_drop"]
+  assert len(set(drops.values())) == 3
+
+
+def test_unlabelled_images_of_its_own():
+  snapshot = _snapshot()
+  train = snapshot.splits.train.image
+  own = memorization.susceptibility(40, unlabelled=train)(snapshot)
+  assert own == memorization.susceptibility(40)(snapshot)
+  test = memorization.susceptibility(20, unlabelled="test")(snapshot)
+  held_out = snapshot.splits.test.image
+  assert test == memorization.susceptibility(20, unlabelled=held_out)(snapshot) != own
+
+
+@pytest.mark.parametrize(
+  ("options", "match"),
+  [
+    ({"unlabelled": "validation"}, "the unlabelled set is empty: hold images out"),
+    ({"batch_size": 41}, "a batch of 41 unlabelled images is more than the 40"),
+    (
+      {"unlabelled": np.zeros((9, 4), np.uint8)},
+      r"are uint8 \(4,\) and the training images float32 \(4,\); make them alike",
+    ),
+    ({"unlabelled": np.zeros((9, 5), np.float32)}, r"float32 \(5,\) and the train"),
+  ],
+)
+def test_what_cannot_be_probed(options, match):
+  probe = memorization.susceptibility(**{"batch_size": 8, **options})
+  with pytest.raises(base.InputError, match=match):
+    probe(_snapshot())
+
+
+def test_a_probe_of_no_example_or_of_many_labels():
+  with pytest.raises(base.InputError, match="batch_size=0 must be at least 1"):
+    memorization.susceptibility(0)
+  snapshot = _snapshot()
+  train = snapshot.splits.train
+  train = train._replace(label=np.stack([train.label] * 2, axis=1))
+  snapshot.splits = snapshot.splits._replace(train=train)
+  with pytest.raises(base.InputError, match=r"labels of shape \(40, 2\)"):
+    memorization.susceptibility(8)(snapshot)
+
+
+class _Normed(nn.Module):
+  """BatchNorm over the devices' axis, and dropout by flax's own."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    norm = nn.BatchNorm(use_running_average=not train, axis_name=devices.AXIS_NAME)
+    x = nn.relu(norm(nn.Dense(8)(x)))
+    return nn.Dense(3)(nn.Dropout(0.5, deterministic=not train)(x))
+
+
+def test_batch_norm_and_dropout_are_those_of_training():
+  model = classifier.Classifier(_Normed(), 3)
+  still = optax.sgd(0.0)
+  snapshot = _snapshot(model, still)
+  probe = memorization.susceptibility(40)
+  # No step, one mask and one batch: the same loss before and after.
+  assert probe(snapshot)["susceptibility_drop"] == pytest.approx(0, abs=1e-6)
+  snapshot = _snapshot(model, optax.sgd(0.1))
+  found = probe(snapshot)["susceptibility_drop"]
+  assert abs(found) > 1e-3
+  # The running statistics have no part in it.
+  ruined = jax.tree.map(lambda x: x + 100, snapshot.state.model_state)
+  snapshot.state.model_state = ruined
+  assert probe(snapshot)["susceptibility_drop"] == found
+
+
+def test_one_program_serves_every_probe():
+  model = classifier.Classifier(mlp.MLP(3, hidden=(4,)), 3)
+  probe = memorization.susceptibility(batch_size=8)
+  probe(_snapshot(model))
+  snapshot = _snapshot(model, step=6)
+  labels = _snapshot(model, seed=2)
+  with jax.no_tracing():
+    probe(snapshot)
+    probe(labels)
+
+
+def test_how_much_is_known_by_heart():
+  label, true = np.array([0, 1, 2, 1, 0]), np.array([0, 1, 1, 1, 2])
+  predicted = np.array([0, 2, 2, 1, 1])
+
+  def measure(label, true, predicted):
+    examples = types.SimpleNamespace(label=label, true_label=true)
+    return memorization.accuracy(
+      types.SimpleNamespace(
+        train=types.SimpleNamespace(labels=label, predicted=predicted),
+        splits=types.SimpleNamespace(train=examples),
+      )
+    )
+
+  assert measure(label, true, predicted) == {
+    "train_accuracy": 3 / 5,
+    "train_accuracy_clean": pytest.approx(2 / 3),
+    "train_accuracy_wrong": 1 / 2,
+  }
+  found = measure(label, label, predicted)
+  assert found == {"train_accuracy": 0.6, "train_accuracy_clean": 0.6}
+
+
+def test_probes_do_not_touch_the_run(tmp_path):
+  probes = (memorization.susceptibility(batch_size=8), memorization.accuracy)
+  settings = {"seeds": (0, 1), "num_steps": 6, "eval_every": 3}
+  method = baselines.uniform()
+  plain = toy_runs.train(tmp_path / "plain", method, **settings)
+  probed = toy_runs.train(tmp_path / "probed", method, probes=probes, **settings)
+  for one, other in zip(plain, probed, strict=True):
+    assert one.metrics["params_sha256"] == other.metrics["params_sha256"]
+    assert one.metrics["last"] == other.metrics["last"]
+    np.testing.assert_array_equal(
+      one.weights["last_weight"], other.weights["last_weight"]
+    )
+    found = other.metrics["probes"]
+    assert found["step"] == [0, 3, 6]
+    assert np.isfinite(found["susceptibility_drop"]).all()
+    shares = np.array([13 / 40, 27 / 40])
+    both = np.array([found["train_accuracy_wrong"], found["train_accuracy_clean"]])
+    np.testing.assert_allclose(shares @ both, found["train_accuracy"], rtol=1e-6)
