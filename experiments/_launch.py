@@ -50,7 +50,11 @@ def run_config(**settings: Any) -> config_lib.Config:
 
 
 def prepare(
-  name: str, module: str, extendable: tuple[str, ...], *more_modules: str
+  name: str,
+  module: str,
+  extendable: tuple[str, ...],
+  *more_modules: str,
+  **more_settings: Any,
 ) -> pathlib.Path:
   """Opens the folder of the experiment; refuses one of other settings.
 
@@ -61,9 +65,10 @@ def prepare(
       give others: runs already there are not repeated, and the table holds
       what the last call asked for.
     *more_modules: whose flags decide it too.
+    **more_settings: further ones, of flags that are told only when they are given.
   """
   found = flags_of(module, *more_modules)
-  settings = {k: v for k, v in found.items() if k not in extendable}
+  settings = {k: v for k, v in found.items() if k not in extendable} | more_settings
   settings["experiment"] = name
   return workdir.prepare(_WORKDIR.value or f"runs/{name}", settings)
 

@@ -15,6 +15,7 @@ from experiments import _long_tail_report
 from experiments import _methods
 from experiments import _noise
 from experiments import _optimisation
+from experiments import _probes
 from experiments import _published_cifar
 from experiments import _report
 from l2rw_jax import base
@@ -83,6 +84,7 @@ _EVAL_EVERY = flags.DEFINE_integer(
 )
 flags.adopt_module_key_flags(_long_tail_methods)
 flags.adopt_module_key_flags(_launch)
+flags.adopt_module_key_flags(_probes)
 # These choose which runs to do.
 EXTENDABLE = ("methods", "imbalance", "mentor")
 
@@ -289,15 +291,18 @@ def main(experiment: Experiment) -> None:
   cells = []
   for imbalance in dict.fromkeys(_IMBALANCE.value):
     (split,) = _make_splits(experiment, imbalance, [0])
+    _probes.check(split)
     for name in names:  # mistakes show before anything is written
       cell = _make_cell(name, experiment, imbalance, split)
       config_lib.check(cell.config, cell.method, [split])
       cells.append(cell)
   libraries = (_long_tail_methods, _methods)
   modules = (experiment.module, __name__, *(m.__name__ for m in libraries))
-  folder = _launch.prepare(experiment.name, modules[0], EXTENDABLE, *modules[1:])
+  folder = _launch.prepare(
+    experiment.name, modules[0], EXTENDABLE, *modules[1:], **_probes.given()
+  )
   rows = [row for cell in cells for row in _train(cell, experiment, folder)]
-  found = _launch.flags_of(*modules)
+  found = _launch.flags_of(*modules) | _probes.given()
   _report.save(folder, rows, found)
   _long_tail_report.draw(rows, folder / "figure.png")
   print(_catalogue.summary(experiment.name, rows, found))

@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments import _methods
 from experiments import _optimisation as optimisation_lib
+from experiments import _probes
 from experiments import _report
 from l2rw_jax import base
 from l2rw_jax import loss_dump
@@ -121,6 +122,7 @@ def train(
     own,
     evaluators,
     name=cell.folder(),
+    probes=_probes.chosen(),
   )
   if dump_losses:
     for seed, split in zip(cell.config.seeds, splits, strict=True):
@@ -181,6 +183,7 @@ def row(cell: Cell, result: results_lib.Result, **facts: Any) -> dict[str, Any]:
     "batch_size": cell.config.batch_size,
     **optimisation,
     "drops": drops,
+    **_probes.columns(metrics),
     **_report.run_fields(metrics),
   }
 

@@ -34,6 +34,7 @@ from experiments import _launch
 from experiments import _methods
 from experiments import _noise
 from experiments import _noise_report
+from experiments import _probes
 from experiments import _published_cifar
 from experiments import _report
 from l2rw_jax import base
@@ -124,6 +125,7 @@ _SMOKE = flags.DEFINE_bool(
   "smoke", False, "Three steps of a small network on 2,000 images, to try it out."
 )
 flags.adopt_module_key_flags(_launch)
+flags.adopt_module_key_flags(_probes)
 flags.adopt_module_key_flags(_methods)
 _EXTENDABLE = ("methods", "num_seeds", "seeds_at_once", "mentor")
 _SMOKE_TRAIN, _SMOKE_TEST = 2000, 500
@@ -305,11 +307,14 @@ def main() -> None:
   cells = [make_cell(name, preset, split) for name in names]
   for cell in cells:  # mistakes show before anything is written
     config_lib.check(cell.config, cell.method, [split])
+  _probes.check(split)
   del split  # hundreds of megabytes
   modules = (__name__, _methods.__name__)
-  folder = _launch.prepare("cifar_noise", modules[0], _EXTENDABLE, modules[1])
+  folder = _launch.prepare(
+    "cifar_noise", modules[0], _EXTENDABLE, modules[1], **_probes.given()
+  )
   rows = [row for cell in cells for row in train(cell, preset, folder)]
-  flags_given = _launch.flags_of(*modules)
+  flags_given = _launch.flags_of(*modules) | _probes.given()
   _report.save(folder, rows, flags_given)
   told = "annotation" if annotation(preset) else "fraction"
   columns = ("dataset", "noise", told, "num_steps")

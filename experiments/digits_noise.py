@@ -18,6 +18,7 @@ import optax
 
 from experiments import _catalogue
 from experiments import _launch
+from experiments import _probes
 from experiments import _report
 from l2rw_jax import base
 from l2rw_jax.data import sources
@@ -58,6 +59,7 @@ _META_BATCH_SIZE = flags.DEFINE_integer(
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.1, "Of SGD.", lower_bound=0.0)
 _MOMENTUM = flags.DEFINE_float("momentum", 0.0, "Of SGD.", lower_bound=0.0)
 flags.adopt_module_key_flags(_launch)
+flags.adopt_module_key_flags(_probes)
 _EXTENDABLE = ("methods",)
 
 
@@ -113,7 +115,14 @@ def train_all(
   optimizer = optax.sgd(_LEARNING_RATE.value, momentum=_MOMENTUM.value)
   return {
     name: loop.train(
-      make_config(), model, method, optimizer, splits, folder / name, name=name
+      make_config(),
+      model,
+      method,
+      optimizer,
+      splits,
+      folder / name,
+      name=name,
+      probes=_probes.chosen(),
     )
     for name, method in methods.items()
   }
@@ -126,6 +135,7 @@ def result_rows(runs: Runs) -> list[dict[str, Any]]:
       "method": name,
       "accuracy_percent": 100 * result.metrics["last"]["accuracy"],
       "weight_auroc": _report.auroc(result.weights),
+      **_probes.columns(result.metrics),
       **_report.run_fields(result.metrics),
     }
     for name, results in runs.items()
@@ -198,10 +208,11 @@ def main() -> None:
   splits = make_splits()
   for method in methods.values():  # mistakes show before anything is written
     config_lib.check(make_config(), method, splits)
-  folder = _launch.prepare("digits_noise", __name__, _EXTENDABLE)
+  _probes.check(splits[0])
+  folder = _launch.prepare("digits_noise", __name__, _EXTENDABLE, **_probes.given())
   runs = train_all(methods, splits, folder)
   rows = result_rows(runs)
-  flags_given = _launch.flags_of(__name__)
+  flags_given = _launch.flags_of(__name__) | _probes.given()
   _report.save(folder, rows, flags_given)
   draw(runs, rows, folder / "figure.png")
   print(_catalogue.summary("digits_noise", rows, flags_given))

@@ -29,6 +29,7 @@ from experiments import _catalogue
 from experiments import _condensation
 from experiments import _fairness_report
 from experiments import _launch
+from experiments import _probes
 from experiments import _report
 from l2rw_jax import base
 from l2rw_jax import group_objectives
@@ -113,6 +114,7 @@ _EVAL_EVERY = flags.DEFINE_integer(
   "eval_every", 500, "Steps between two evaluations.", lower_bound=1
 )
 flags.adopt_module_key_flags(_launch)
+flags.adopt_module_key_flags(_probes)
 _EXTENDABLE = ("methods", "condense", "condense_by")
 
 
@@ -260,6 +262,7 @@ def train(
         evaluation.equal_opportunity,
       ),
       name=setting.name,
+      probes=_probes.chosen(),
     )
   return found
 
@@ -297,6 +300,7 @@ def check(methods: dict[str, base.Method], splits: Sequence[parts.Splits]) -> No
       for split in splits:
         _check_exemplars(split)
     config_lib.check(make_config(), method, splits)
+  _probes.check(splits[0])
 
 
 def _check_exemplars(split: parts.Splits) -> None:
@@ -312,7 +316,7 @@ def main() -> None:
   splits = make_splits()
   check(methods, splits)
   settings = condensations(list(methods), len(splits[0].train.label))
-  folder = _launch.prepare("fairness", __name__, _EXTENDABLE)
+  folder = _launch.prepare("fairness", __name__, _EXTENDABLE, **_probes.given())
   runs = {
     Setting(name): train(Setting(name), method, splits, folder)
     for name, method in methods.items()
@@ -326,10 +330,11 @@ def main() -> None:
     runs[setting] = train(setting, baselines.uniform(), smaller, folder)
   rows = [
     _fairness_report.row(_DATASET.value, _GROUPS.value, *setting, result.metrics)
+    | _probes.columns(result.metrics)
     for setting, results in runs.items()
     for result in results
   ]
-  flags_given = _launch.flags_of(__name__)
+  flags_given = _launch.flags_of(__name__) | _probes.given()
   _report.save(folder, rows, flags_given)
   _fairness_report.draw(rows, folder / "figure.png")
   print(_catalogue.summary("fairness", rows, flags_given))

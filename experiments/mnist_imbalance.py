@@ -23,6 +23,7 @@ import optax
 
 from experiments import _catalogue
 from experiments import _launch
+from experiments import _probes
 from experiments import _published
 from experiments import _report
 from l2rw_jax import base
@@ -136,6 +137,7 @@ _EVAL_EVERY = flags.DEFINE_integer(
   "eval_every", 500, "Steps between two evaluations.", lower_bound=1
 )
 flags.adopt_module_key_flags(_launch)
+flags.adopt_module_key_flags(_probes)
 _EXTENDABLE = ("majority", "methods", "num_splits", "splits_at_once")
 
 
@@ -236,6 +238,7 @@ def train(cell: Cell, folder: pathlib.Path) -> list[dict[str, Any]]:
       / f"splits-{seeds[0]}-{seeds[-1]}",
       evaluators=(evaluation.accuracy, evaluation.per_class_accuracy),
       name=f"{cell.name} at {cell.majority:g}",
+      probes=_probes.chosen(),
     )
     rows += [row(cell, result.metrics) for result in results]
   return rows
@@ -257,6 +260,7 @@ def row(cell: Cell, metrics: dict[str, Any]) -> dict[str, Any]:
     "published_error_percent": published[0],
     "published_error_bar": published[1],
     "batch_size": cell.config.batch_size,
+    **_probes.columns(metrics),
     **_report.run_fields(metrics),
   }
 
@@ -315,10 +319,12 @@ def main() -> None:
       majorities = [0.9, 0.95]
   cells = [make_cell(name, m) for m in dict.fromkeys(majorities) for name in names]
   for cell in cells:  # mistakes show before anything is written
-    config_lib.check(cell.config, cell.method, make_splits(cell, [0]))
-  folder = _launch.prepare("mnist_imbalance", __name__, _EXTENDABLE)
+    (split,) = make_splits(cell, [0])
+    config_lib.check(cell.config, cell.method, [split])
+    _probes.check(split)
+  folder = _launch.prepare("mnist_imbalance", __name__, _EXTENDABLE, **_probes.given())
   rows = [row for cell in cells for row in train(cell, folder)]
-  flags_given = _launch.flags_of(__name__)
+  flags_given = _launch.flags_of(__name__) | _probes.given()
   _report.save(folder, rows, flags_given)
   draw(rows, folder / "figure.png")
   print(_catalogue.summary("mnist_imbalance", rows, flags_given))

@@ -27,6 +27,7 @@ from experiments import _methods
 from experiments import _noise
 from experiments import _noise_report
 from experiments import _optimisation
+from experiments import _probes
 from experiments import _published
 from experiments import _report
 from l2rw_jax import base
@@ -193,6 +194,7 @@ _DUMP_LOSSES = flags.DEFINE_bool(
 )
 flags.adopt_module_key_flags(_methods)
 flags.adopt_module_key_flags(_launch)
+flags.adopt_module_key_flags(_probes)
 _EXTENDABLE = ("noise_fraction", "methods", "mentor")
 
 
@@ -316,14 +318,17 @@ def main() -> None:
   cells = []
   for fraction in fractions:  # mistakes show before anything is written
     (split,) = make_splits(fraction, [0])
+    _probes.check(split)
     for name in names:
       cell = make_cell(name, fraction, split)
       config_lib.check(cell.config, cell.method, [split])
       cells.append(cell)
   modules = (__name__, _methods.__name__)
-  folder = _launch.prepare("mnist_noise", modules[0], _EXTENDABLE, modules[1])
+  folder = _launch.prepare(
+    "mnist_noise", modules[0], _EXTENDABLE, modules[1], **_probes.given()
+  )
   rows = [row for cell in cells for row in train(cell, folder)]
-  flags_given = _launch.flags_of(*modules)
+  flags_given = _launch.flags_of(*modules) | _probes.given()
   _report.save(folder, rows, flags_given)
   columns = ("noise", "fraction")
   _noise_report.draw(rows, columns, folder / "figure.png")

@@ -120,6 +120,26 @@ def _drop(forward, loss, optimizer, params, model_state, opt_state, batch, key):
   return devices.alone(drop)(params)
 
 
+def zeta(metrics: dict[str, Any]) -> float | None:
+  """Susceptibility of a finished run: the mean of its drops.
+
+  The last drop, taken when training was over, is left out: where the paper probes
+  before each epoch there is none.
+
+  Args:
+    metrics: of the run's `Result`.
+
+  Returns:
+    The mean, or None if a drop was NaN or infinite.
+  """
+  probes = metrics["probes"]
+  pairs = zip(probes["step"], probes["susceptibility_drop"], strict=True)
+  drops = [drop for step, drop in pairs if step < metrics["num_steps"]]
+  if None in drops:
+    return None
+  return float(susceptibility_lib.running_average(drops)[-1])
+
+
 def accuracy(snapshot: evaluation.Snapshot) -> dict[str, float]:
   """A probe: how much of the training set is known by heart.
 
