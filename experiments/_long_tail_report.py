@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from experiments import _panels
 from l2rw_jax.training import evaluation
 
-_PANEL = ("dataset", "builder", "shape", "imbalance")
 _SHOTS = {f"{name}_percent": f"{name}-shot" for name in evaluation.SHOTS}
 _COLORS = {"many_percent": "C2", "medium_percent": "C1", "few_percent": "C3"}
 
@@ -43,36 +43,16 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
 
   The bar is the accuracy, a dot a run, a diamond as published.
   """
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
-  panels = list(dict.fromkeys(tuple(r[c] for c in _PANEL) for r in rows))
-  methods = list(dict.fromkeys(r["method"] for r in rows))
-  figure, axes = plt.subplots(
-    1,
-    len(panels),
-    figsize=(2.4 + 3.8 * len(panels), 1.5 + 0.4 * len(methods)),
-    sharey=True,
-    squeeze=False,
+  _panels.draw(
+    rows,
+    ("dataset", "builder", "shape", "imbalance"),
+    path,
+    draw_method=_draw_method,
+    title=lambda dataset, builder, shape, imbalance: (
+      f"{dataset}, {shape} {imbalance:g} ({builder})"
+    ),
+    draw_legend=lambda ax: _draw_legend(ax, rows),
   )
-  for panel, ax in zip(panels, axes[0], strict=True):
-    here = [r for r in rows if tuple(r[c] for c in _PANEL) == panel]
-    for i, method in enumerate(methods):
-      own = [r for r in here if r["method"] == method]
-      if own:
-        _draw_method(ax, i, own)
-    dataset, builder, shape, imbalance = panel
-    ax.set_title(f"{dataset}, {shape} {imbalance:g} ({builder})", fontsize=10)
-    ax.set_xlabel("test accuracy (%), last step")
-    ax.grid(axis="x", linewidth=0.4)
-    ax.set_axisbelow(True)
-  axes[0, 0].set_yticks(range(len(methods)), methods)
-  axes[0, 0].invert_yaxis()
-  _draw_legend(axes[0, -1], rows)
-  figure.savefig(path, dpi=150, bbox_inches="tight")
-  plt.close(figure)
 
 
 def _draw_method(ax: Any, place: int, rows: list[dict[str, Any]]) -> None:
@@ -85,6 +65,8 @@ def _draw_method(ax: Any, place: int, rows: list[dict[str, Any]]) -> None:
   ax.plot(values, [place] * len(values), "k.", markersize=3)
   if rows[0]["published_percent"] is not None:
     ax.plot(rows[0]["published_percent"], place, "D", color="C4", markersize=5)
+  ax.grid(axis="x", linewidth=0.4)
+  ax.set_axisbelow(True)
 
 
 def _draw_legend(ax: Any, rows: list[dict[str, Any]]) -> None:
@@ -94,4 +76,3 @@ def _draw_legend(ax: Any, rows: list[dict[str, Any]]) -> None:
   ax.plot([], [], "k|", markersize=10, markeredgewidth=2, label="all (dots: seeds)")
   if any(r["published_percent"] is not None for r in rows):
     ax.plot([], [], "D", color="C4", label="published, all")
-  ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

@@ -19,6 +19,7 @@ from l2rw_jax.methods import group_dro
 from l2rw_jax.methods import l2rw
 from l2rw_jax.methods import label_transition
 from l2rw_jax.methods import ldam_drw
+from l2rw_jax.methods import loss_baselines
 from l2rw_jax.methods import mentornet
 from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.methods import s_model

@@ -36,6 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2rw_jax import base
+from l2rw_jax.methods import baselines
 from l2rw_jax.methods import changed_loss
 
 # A number, or the number of an epoch counted from 0 (on the host).
@@ -179,29 +180,26 @@ def absgd(
     return State(jnp.asarray(-jnp.inf, jnp.float32), jnp.asarray(lam, jnp.float32))
 
   def gradients(state, task, inputs):
-    linearized = task.linearize(
-      task.losses_fn(inputs.model_state, inputs.key),
-      base.local(inputs.params, task.axis_name),
-      inputs.batch,
+    found, log_normalizer = baselines.weighted_gradients(
+      task,
+      inputs,
+      lambda losses: example_weights(
+        losses,
+        *state,
+        gamma=gamma,
+        alpha=alpha,
+        clip=clip,
+        uniform_share=float(add_uniform),
+        axis_name=task.axis_name,
+      ),
       has_aux=True,
     )
-    losses = linearized.losses
-    weights, log_normalizer = example_weights(
-      losses,
-      *state,
-      gamma=gamma,
-      alpha=alpha,
-      clip=clip,
-      uniform_share=float(add_uniform),
-      axis_name=task.axis_name,
-    )
-    grads = base.psum(linearized.weighted_gradient(weights), task.axis_name)
     metrics = {
       "log_normalizer": jnp.where(jnp.isinf(state.lam), 0, log_normalizer),
-      "total_weight": base.psum(jnp.sum(weights), task.axis_name),
+      "total_weight": base.psum(jnp.sum(found.weights), task.axis_name),
     }
     state = state._replace(log_normalizer=log_normalizer.astype(jnp.float32))
-    return base.Gradients(grads, weights, losses, linearized.aux, metrics), state
+    return found._replace(metrics=metrics), state
 
   def refresh(state, task, view):
     del task

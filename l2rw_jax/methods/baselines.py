@@ -1,4 +1,4 @@
-"""What every paper here compares with: simple weightings, samplings and losses.
+"""What every paper here compares with: simple weightings and samplings.
 
 Each factory returns a `base.Method`. Unless said otherwise the loss is the
 weighted sum with weights that add up to 1 over the global batch.
@@ -9,7 +9,7 @@ References:
 """
 
 from collections.abc import Callable
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ import numpy as np
 
 from l2rw_jax import base
 from l2rw_jax import class_balance
-from l2rw_jax import losses as losses_lib
 from l2rw_jax import normalization
 from l2rw_jax.methods import changed_loss
 
@@ -25,14 +24,20 @@ from l2rw_jax.methods import changed_loss
 def weighted_gradients(
   task: base.Task,
   inputs: base.Inputs,
-  weights_fn: Callable[[base.Array], base.Array],
-) -> base.Gradients:
+  weights_fn: Callable[[base.Array], Any],
+  *,
+  has_aux: bool = False,
+) -> Any:
   """Gradients of the batch under weights that are a function of its losses.
 
   Args:
     task: the learning problem.
     inputs: the step's inputs.
     weights_fn: this device's losses [B] -> its weights [B], held constant.
+    has_aux: whether it returns `(weights, aux)`.
+
+  Returns:
+    `base.Gradients`, or with `has_aux` a pair of these and aux.
   """
   linearized = task.linearize(
     task.losses_fn(inputs.model_state, inputs.key),
@@ -40,9 +45,12 @@ def weighted_gradients(
     inputs.batch,
     has_aux=True,
   )
-  weights = weights_fn(linearized.losses)
+  weights, aux = weights_fn(linearized.losses), None
+  if has_aux:
+    weights, aux = weights
   grads = base.psum(linearized.weighted_gradient(weights), task.axis_name)
-  return base.Gradients(grads, weights, linearized.losses, linearized.aux, {})
+  found = base.Gradients(grads, weights, linearized.losses, linearized.aux, {})
+  return (found, aux) if has_aux else found
 
 
 def uniform() -> base.Method:
@@ -250,68 +258,6 @@ def fine_tuning(num_steps: int, method: base.Method | None = None) -> base.Metho
   return first._replace(gradients=gradients, needs_meta=True)
 
 
-def focal(gamma: float = 2.0) -> base.Method:
-  """The mean of `losses.focal`.
-
-  Raises:
-    InputError: `gamma` is negative.
-  """
-  return _on(uniform(), functools.partial(losses_lib.focal, gamma=gamma))
-
-
-def class_balanced_focal(
-  gamma: float = 2.0, beta: float = 0.9999, from_epoch: int = 0
-) -> base.Method:
-  """`losses.focal` under the weights of `class_balanced`.
-
-  The focal loss holds from the start, `from_epoch` is that of the weights.
-
-  Raises:
-    InputError: a setting out of range.
-  """
-  focal_loss = functools.partial(losses_lib.focal, gamma=gamma)
-  return _on(class_balanced(beta, from_epoch), focal_loss)
-
-
-def bootstrapping(kind: str, beta: float | None = None) -> base.Method:
-  """The mean of `losses.bootstrapping_soft` or `losses.bootstrapping_hard`.
-
-  Args:
-    kind: "soft" or "hard".
-    beta: share of the given label, in [0, 1]; None is the paper's, 0.95 or 0.8.
-
-  Raises:
-    InputError: a setting out of range.
-  """
-  kinds = {"soft": losses_lib.bootstrapping_soft, "hard": losses_lib.bootstrapping_hard}
-  if kind not in kinds:
-    raise base.InputError(f"bootstrapping: kind={kind!r}; choose 'soft' or 'hard'.")
-  loss_fn = kinds[kind] if beta is None else functools.partial(kinds[kind], beta=beta)
-  return _on(uniform(), loss_fn)
-
-
-def symmetric_cross_entropy(alpha: float = 0.1, beta: float = 1.0) -> base.Method:
-  """The mean of `losses.symmetric_cross_entropy`.
-
-  Raises:
-    InputError: a setting out of range.
-  """
-  loss_fn = losses_lib.symmetric_cross_entropy
-  return _on(uniform(), functools.partial(loss_fn, alpha=alpha, beta=beta))
-
-
-def generalized_cross_entropy(
-  q: float = 0.7, threshold: float | None = None
-) -> base.Method:
-  """The mean of `losses.generalized_cross_entropy`, truncated given a threshold.
-
-  Raises:
-    InputError: a setting out of range.
-  """
-  loss_fn = losses_lib.generalized_cross_entropy
-  return _on(uniform(), functools.partial(loss_fn, q=q, threshold=threshold))
-
-
 def _value(found, task):
   """What an optimiser watches, also where a method leaves it to the step."""
   value = found.value
@@ -328,18 +274,6 @@ def _deferred(method, from_epoch):
     init=lambda key, task, params: jnp.zeros((), jnp.int32),
     refresh=lambda state, task, view: jnp.asarray(view.epoch, jnp.int32),
   )
-
-
-def _on(method, loss_fn):
-  """`method` on `(logits, labels) -> [B]`, whose settings are checked here already."""
-  label = jax.ShapeDtypeStruct((1,), jnp.int32)
-  jax.eval_shape(loss_fn, jax.ShapeDtypeStruct((1, 2), jnp.float32), label)
-
-  def loss(outputs, batch, class_counts):
-    del class_counts
-    return loss_fn(losses_lib.logits_of(outputs), batch["label"])
-
-  return changed_loss.changed_loss(method, loss)
 
 
 def _check_variant(name, variant):

@@ -33,8 +33,8 @@ def changed_loss(
 
   Its weights, its `Gradients.losses` and the loss of its clean set follow; evaluation
   keeps the classifier's own loss. Methods that are a loss themselves keep theirs too:
-  `forward_correction`, `s_model` once its layer is on, `ldam_drw`, `baselines.focal`
-  and its kind. `warpi` trains on its rectified cross-entropy: of it, only the clean
+  `forward_correction`, `s_model` once its layer is on, `ldam_drw`, all of
+  `loss_baselines`. `warpi` trains on its rectified cross-entropy: of it, only the clean
   and the reported losses change.
 
   Wrap twice to change the loss twice (the outermost is the first to hold):

@@ -37,6 +37,7 @@ import numpy as np
 
 from l2rw_jax import base
 from l2rw_jax import group_objectives
+from l2rw_jax.methods import baselines
 
 
 def example_weights(
@@ -156,28 +157,24 @@ def group_dro(
 
   def gradients(state, task, inputs):
     groups = _groups(inputs.batch, key)
-    linearized = task.linearize(
-      task.losses_fn(inputs.model_state, inputs.key),
-      base.local(inputs.params, task.axis_name),
-      inputs.batch,
+    found, log_q = baselines.weighted_gradients(
+      task,
+      inputs,
+      lambda losses: example_weights(
+        losses,
+        groups,
+        state.log_q,
+        step_size,
+        adjustments=state.adjustments,
+        axis_name=task.axis_name,
+      ),
       has_aux=True,
     )
-    losses = linearized.losses
-    weights, log_q = example_weights(
-      losses,
-      groups,
-      state.log_q,
-      step_size,
-      adjustments=state.adjustments,
-      axis_name=task.axis_name,
-    )
-    grads = base.psum(linearized.weighted_gradient(weights), task.axis_name)
     metrics = {
       "largest_q": jnp.exp(log_q.max()),
-      "total_weight": base.psum(jnp.sum(weights), task.axis_name),
+      "total_weight": base.psum(jnp.sum(found.weights), task.axis_name),
     }
-    found = base.Gradients(grads, weights, losses, linearized.aux, metrics)
-    return found, state._replace(log_q=log_q)
+    return found._replace(metrics=metrics), state._replace(log_q=log_q)
 
   def refresh(state, task, view):
     del task

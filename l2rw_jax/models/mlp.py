@@ -13,7 +13,8 @@ class MLP(split.SplitNetwork):
 
   Attributes:
     num_outputs: logits per example.
-    hidden: width of each hidden layer.
+    hidden: width of each hidden layer; none is logistic regression, which has no
+      penultimate layer for methods that act on one.
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
   """
 
@@ -28,9 +29,9 @@ class MLP(split.SplitNetwork):
     )
 
   @property
-  def num_features(self) -> int:
+  def num_features(self) -> int | None:
     """Width of the penultimate layer."""
-    return self.hidden[-1]
+    return self.hidden[-1] if self.hidden else None
 
   @nn.compact
   def features(self, x: jax.Array, train: bool = False) -> jax.Array:

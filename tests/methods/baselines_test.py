@@ -259,64 +259,12 @@ def test_class_balanced_with_one_class_in_the_batch_is_uniform():
   np.testing.assert_allclose(found.weights, np.full(6, 1 / 6), rtol=1e-6)
 
 
-_ON_OTHER_LOSSES = {
-  "focal": (baselines.focal(1.5), functools.partial(losses.focal, gamma=1.5)),
-  "soft": (baselines.bootstrapping("soft"), losses.bootstrapping_soft),
-  "hard": (
-    baselines.bootstrapping("hard", 0.6),
-    functools.partial(losses.bootstrapping_hard, beta=0.6),
-  ),
-  "sce": (
-    baselines.symmetric_cross_entropy(0.2, 0.5),
-    functools.partial(losses.symmetric_cross_entropy, alpha=0.2, beta=0.5),
-  ),
-  "gce": (
-    baselines.generalized_cross_entropy(0.5, 0.3),
-    functools.partial(losses.generalized_cross_entropy, q=0.5, threshold=0.3),
-  ),
-}
-
-
-@pytest.mark.parametrize("name", _ON_OTHER_LOSSES)
-def test_the_mean_of_another_loss(name):
-  method, loss_fn = _ON_OTHER_LOSSES[name]
-
-  @jax.jit
-  def expected(params):
-    values = loss_fn(_BATCH["x"] @ params, _BATCH["label"])
-    return jnp.mean(values), values
-
-  found = _run(method)
-  slope, values = jax.grad(expected, has_aux=True)(_PARAMS)
-  np.testing.assert_allclose(found.losses, values, rtol=1e-5)
-  np.testing.assert_allclose(found.grads, slope, rtol=1e-4, atol=1e-6)
-  np.testing.assert_allclose(found.weights, np.full(6, 1 / 6), rtol=1e-6)
-
-
-def test_class_balanced_focal_defers_only_its_weights():
-  method = baselines.class_balanced_focal(1.0, 0.9, 3)
-  expected = losses.focal(_BATCH["x"] @ _PARAMS, _BATCH["label"], 1.0)
-  for epoch in (2, 3):
-    found = _run(method, epoch=epoch)
-    np.testing.assert_allclose(found.losses, expected, rtol=1e-5)
-    own = 1 / _EFFECTIVE[_LABELS] if epoch == 3 else np.ones(6)
-    np.testing.assert_allclose(found.weights, own / own.sum(), rtol=1e-5)
-
-
 @pytest.mark.parametrize(
   ("make", "message"),
   [
     (lambda: baselines.class_balanced(1.0), "beta=1.0 of the effective number"),
     (lambda: baselines.class_balanced(0.9, -1), "class_balanced: from_epoch=-1"),
     (lambda: baselines.resampling(-1), "resampling: from_epoch=-1"),
-    (lambda: baselines.focal(-1.0), "focal: gamma=-1.0 must be at least 0"),
-    (lambda: baselines.class_balanced_focal(-1.0), "focal: gamma=-1.0"),
-    (lambda: baselines.class_balanced_focal(1.0, -0.5), "beta=-0.5 of the effective"),
-    (lambda: baselines.bootstrapping("firm"), "kind='firm'; choose 'soft' or 'hard'"),
-    (lambda: baselines.bootstrapping("soft", 2.0), "bootstrapping_soft: beta=2.0"),
-    (lambda: baselines.symmetric_cross_entropy(-1.0), "alpha=-1.0, beta=1.0 must not"),
-    (lambda: baselines.generalized_cross_entropy(1.5), "q=1.5 must be in"),
-    (lambda: baselines.generalized_cross_entropy(0.7, 0.0), "threshold=0.0 must be in"),
   ],
 )
 def test_settings_out_of_range_are_told_at_once(make, message):

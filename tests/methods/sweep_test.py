@@ -19,6 +19,7 @@ from l2rw_jax.methods import group_dro
 from l2rw_jax.methods import l2rw
 from l2rw_jax.methods import label_transition
 from l2rw_jax.methods import ldam_drw
+from l2rw_jax.methods import loss_baselines
 from l2rw_jax.methods import mentornet
 from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.methods import s_model
@@ -40,7 +41,7 @@ _METHODS = {
   "random": baselines.random(),
   "class_proportion": baselines.class_proportion(),
   "hard_mining": baselines.hard_mining(),
-  "class_balanced_focal": baselines.class_balanced_focal(1.0, 0.9),
+  "class_balanced_focal": loss_baselines.class_balanced_focal(1.0, 0.9),
   "clean_only": baselines.clean_only(),
   "fine_tuning_l2rw": baselines.fine_tuning(2, l2rw.l2rw()),
   "l2rw": l2rw.l2rw(),
