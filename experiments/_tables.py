@@ -47,6 +47,7 @@ class Experiment:
     method: what a row's line is called.
     method_heading: of that column.
     repeat: what the runs of a line differ in.
+    identity: of a run among those of its line.
     published: where the published values are from and what their "±" is, or why
       there are none.
   """
@@ -59,6 +60,7 @@ class Experiment:
   method: Callable[[Row], str] = operator.itemgetter("method")
   method_heading: str = "method"
   repeat: str = "seed"
+  identity: Callable[[Row], Any] = lambda row: row.get("seed")
 
 
 class Section(NamedTuple):
@@ -198,7 +200,7 @@ def _lacks(section: Section, column: str) -> base.InputError:
 
 def _check_seeds(section: Section, method: str, rows: Sequence[Row]) -> None:
   """Runs that differ in more than their seed must not be averaged."""
-  seeds = [row.get("seed") for row in rows]
+  seeds = [section.experiment.identity(row) for row in rows]
   if len(set(seeds)) < len(seeds):
     raise base.InputError(
       f"{section.name}: {method} has two rows of one {section.experiment.repeat} and"
