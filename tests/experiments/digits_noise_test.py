@@ -91,6 +91,22 @@ _MISTAKES = {
   "learning_rate": (["--learning_rate=-1"], "-1.0 is not a non-negative number"),
   "learning_rate_inf": (["--learning_rate=inf"], "is not a finite number"),
   "positional": (["l2rw"], "unexpected argument 'l2rw': flags begin with --."),
+  "probe": (["--probes=magic"], "--probes=magic: choose among susceptibility, train"),
+  "probe_held_out": (
+    ["--probes=susceptibility", "--probe_images=validation"],
+    "--probe_images=validation, --probe_batch_size=128: the unlabelled set is empty",
+  ),
+  "probe_batch": (
+    ["--probes=susceptibility", "--probe_batch_size=1248"],
+    "a batch of 1248 unlabelled images is more than the 1247 there are",
+  ),
+  "probes_later": (
+    [
+      *("--methods=l2rw", "--noise_fraction=0.3", "--probes=training_accuracy"),
+      "--workdir={run}/runs/digits_noise",
+    ],
+    'probes was absent, now ["training_accuracy"]',
+  ),
   "flagfile": (["--flagfile=/nowhere/flags.txt"], "Unable to open flagfile"),
   "not_a_folder": (["--workdir={tmp}/file/run"], "/file/run: cannot write (Not a dir"),
   "other_settings": (

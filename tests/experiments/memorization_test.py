@@ -1,0 +1,190 @@
+"""The sweep as its users meet it, its numbers by hand, --probes of other scripts."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import scripts
+
+from experiments import _memorization_report
+from l2rw_jax import susceptibility
+
+_NAME = "memorization"
+_SMALL = (
+  *("--dataset=digits", "--num_train=150", "--num_epochs=2", "--batch_size=50"),
+  *("--networks=mlp-4,mlp-8x2", "--learning_rate=0.1", "--num_seeds=2"),
+  "--num_devices=1",
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """The folder of a small sweep at two noises, and what it printed."""
+  folder = tmp_path_factory.mktemp(_NAME) / "run"
+  noises = ("--noise_fraction=0.5", "--noise_fraction=0")
+  done = scripts.run(_NAME, *_SMALL, *noises, f"--workdir={folder}")
+  assert done.status == 0 and done.complaints == "", done.complaints
+  return folder, done.printed
+
+
+def test_rows_are_what_the_runs_measured(run):
+  folder, _ = run
+  rows, csv_rows, flags = scripts.saved_rows(folder)
+  assert len(rows) == len(csv_rows) == 2 * 2 * 2
+  assert flags["dataset"] == "digits" and flags["num_seeds"] == 2
+  for row in rows:
+    place = f"noise-{row['noise_fraction']:g}/{row['network']}-rate-0.1-decay-0.0005"
+    own = folder / place / f"seed-{row['seed']}" / "results.json"
+    kept = json.loads(own.read_text())
+    probes = kept["probes"]
+    # Before each of two epochs of three steps, and at the end.
+    assert probes["step"] == [0, 3, 6] and kept["num_steps"] == 6
+    assert row["susceptibility"] == np.mean(probes["susceptibility_drop"][:2])
+    assert row["accuracy_percent"] == 100 * kept["last"]["accuracy"]
+    assert row["train_percent"] == 100 * probes["train_accuracy"][-1]
+    wrong = row["wrong_labels_percent"] / 100
+    if row["noise_fraction"] == 0:
+      assert wrong == 0 and row["wrong_subset_percent"] is None
+      assert row["clean_subset_percent"] == row["train_percent"]
+    else:
+      # A share of 0.5 replaced by ten classes, one of them true; 150 examples.
+      assert wrong == pytest.approx(0.45, abs=0.15)
+      both = wrong * row["wrong_subset_percent"]
+      both += (1 - wrong) * row["clean_subset_percent"]
+      assert both == pytest.approx(row["train_percent"], rel=1e-5)
+  # One seed has one set of images, whatever the noise: of its labels, one is clean.
+  hashes = {(row["noise_fraction"], row["seed"], row["data"]) for row in rows}
+  assert len(hashes) == 4
+
+
+def test_each_model_is_in_a_region_of_its_noise(run):
+  folder, printed = run
+  rows, _, _ = scripts.saved_rows(folder)
+  keys = [(row["noise_fraction"], row["region"]) for row in rows]
+  assert keys == sorted(keys)
+  for fraction in (0.0, 0.5):
+    own = [row for row in rows if row["noise_fraction"] == fraction]
+    found = susceptibility.regions(
+      [row["susceptibility"] for row in own], [row["train_percent"] for row in own]
+    )
+    assert [row["region"] for row in own] == found.tolist()
+  header, *lines = scripts.table(printed.split("Rank correlations")[0])
+  assert header[:2] == ["noise_fraction", "models of"] and header[-1] == "models"
+  told = [(float(line[0]), line[1], int(line[-1])) for line in lines]
+  counts = {key: keys.count(key) for key in keys}
+  assert told == [(f, f"region {r}", count) for (f, r), count in counts.items()]
+
+
+def test_figures_and_what_else_is_told(run):
+  folder, printed = run
+  for name in ("figure.png", "curves.png"):
+    assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    assert (folder / name).stat().st_size > 10_000
+  header, clean, noisy = scripts.table(printed.split("Rank correlations")[1])
+  assert header[1] == "susceptibility, accuracy on wrong labels"
+  assert clean[:2] == ["0", "-"] and noisy[0] == "0.5"
+  assert all(re.fullmatch(r"[+-]\d\.\d\d", cell) for cell in noisy[1:])
+  assert printed.splitlines()[-1].endswith("results.csv, figure.png, curves.png")
+
+
+def _rows():
+  """Four models of one noise, and a fifth whose loss overflowed."""
+  zeta = [0.1, 0.5, 0.2, 0.8, None]
+  train = [60.0, 90.0, 30.0, 35.0, 40.0]
+  wrong = [10.0, 80.0, 20.0, 90.0, 5.0]
+  test = [90.0, 70.0, 50.0, 40.0, 10.0]
+  return [
+    {
+      **{"dataset": "digits", "noise_fraction": 0.5, "network": "mlp-4"},
+      **{"learning_rate": 0.1, "susceptibility": z, "train_percent": a},
+      **{"wrong_subset_percent": w, "accuracy_percent": t},
+    }
+    for z, a, w, t in zip(zeta, train, wrong, test, strict=True)
+  ]
+
+
+def test_regions_leave_out_who_has_no_susceptibility():
+  # Means 0.4 and 53.75; with the fifth the accuracy's would be 51.
+  found = _memorization_report.with_regions(_rows())
+  assert [row["region"] for row in found] == [1, 2, 3, 4, None]
+  (alone,) = _memorization_report.with_regions(_rows()[:1])
+  assert alone["region"] is None
+
+
+def test_correlations_by_hand():
+  text = _memorization_report.correlations(_rows())
+  # Ranks of zeta 1 3 2 4; wrong 1 3 2 4; test 4 3 2 1, so 1 - 6 * 18 / 60.
+  # Ranks of training accuracy 3 4 1 2 against 4 3 2 1: 1 - 6 * 4 / 60.
+  assert scripts.table(text)[1] == ["0.5", "+1.00", "-0.80", "+0.60"]
+
+
+def test_nothing_to_draw(tmp_path):
+  (overflowed,) = _rows()[4:]
+  path = tmp_path / "curves.png"
+  assert not _memorization_report.draw_curves([(overflowed, {})], path)
+  assert not path.exists()
+  _memorization_report.draw([overflowed], tmp_path / "figure.png")
+  assert (tmp_path / "figure.png").exists()
+
+
+_MISTAKES = {
+  "network": (["--networks=mlp-x"], "--networks=mlp-x: give lenet, mlp-WIDTH or"),
+  "network_zero": (["--networks=mlp-0"], "--networks=mlp-0: give lenet"),
+  "one_model": (
+    ["--networks=mlp-4,mlp-4", "--num_seeds=1"],
+    "one model cannot be compared: give more --networks",
+  ),
+  "no_network": (["--networks="], "one model cannot be compared"),
+  "fraction": (["--noise_fraction=1.5"], "fraction"),
+  "num_train": (["--num_train=1298"], "--num_train=1298 of 1297 images; lower it"),
+  "unlabelled": (
+    ["--num_unlabelled=40"],
+    "a batch of 50 unlabelled images is more than the 40 there are",
+  ),
+  "all_unlabelled": (["--num_unlabelled=1297"], "nothing is left to train on"),
+  "batch": (["--batch_size=151"], "is larger than the 150 training examples"),
+  "learning_rate": (["--learning_rate=-1"], "is not a non-negative number"),
+}
+_DIGITS = ("--num_steps=1", "--num_seeds=1", "--methods=uniform", "--num_devices=1")
+_PROBES = ("susceptibility", "training_accuracy")
+
+
+@pytest.fixture(scope="module")
+def mistakes(run, tmp_path_factory):
+  """Outcome of every mistake."""
+  folder = tmp_path_factory.mktemp("mistakes")
+  return scripts.run_mistakes(_NAME, _MISTAKES, folder, *_SMALL, kept=run[0])
+
+
+@pytest.mark.parametrize("name", _MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
+  scripts.assert_one_line(mistakes[name], _MISTAKES[name][1])
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+  """The demonstration without probes and with both."""
+  folder = tmp_path_factory.mktemp("probes")
+  done = scripts.run_many(
+    "digits_noise",
+    [
+      [*_DIGITS, f"--workdir={folder}/plain"],
+      [*_DIGITS, f"--workdir={folder}/probed", f"--probes={','.join(_PROBES)}"],
+    ],
+  )
+  assert all(outcome.status is None for outcome in done), done
+  return folder
+
+
+def test_any_script_probes_and_trains_the_same(probed):
+  (plain,), _, plain_flags = scripts.saved_rows(probed / "plain")
+  (row,), _, flags = scripts.saved_rows(probed / "probed")
+  drop = row.pop("susceptibility")
+  assert row == plain and abs(drop) > 1e-4
+  extra = {"probes": list(_PROBES), "probe_images": "train", "probe_batch_size": 128}
+  assert flags == {**plain_flags, **extra}
+  path = probed / "probed" / "uniform" / "seed-0" / "results.json"
+  found = json.loads(path.read_text())["probes"]
+  assert found["step"] == [0, 1] and found["susceptibility_drop"][0] == drop
+  assert {"train_accuracy", "train_accuracy_clean", "train_accuracy_wrong"} < set(found)
