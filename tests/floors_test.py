@@ -12,16 +12,18 @@ FLOORS = [
   (r"l2rw_jax/__init__\.py", 4),
   (r"l2rw_jax/base\.py", 0),
   (r"l2rw_jax/(losses|normalization|class_balance|group_objectives|corruption)\.py", 1),
+  (r"l2rw_jax/(distances|facility_location|coreset)\.py", 1),
   (r"l2rw_jax/(linearization|hypergradient|meta_network)\.py", 2),
   (r"l2rw_jax/((models|methods)/.*|susceptibility\.py)", 3),
   (r"l2rw_jax/(data/.*|workdir\.py|checkpointing\.py|metric_writer\.py)", 4),
   (r"l2rw_jax/(mentor_file|loss_dump)\.py", 4),
   (r"l2rw_jax/training/.*", 5),
   (r"experiments/.*", 6),
+  (r"benchmarks/.*", 7),
 ]
 FILES = sorted(
   str(path.relative_to(REPOSITORY))
-  for folder in ("l2rw_jax", "experiments")
+  for folder in ("l2rw_jax", "experiments", "benchmarks")
   for path in (REPOSITORY / folder).rglob("*.py")
 )
 
@@ -61,7 +63,7 @@ def test_imports_only_from_lower_floors(path):
   [
     (r"jax\.pmap\(", "l2rw_jax/training/devices.py"),
     (r"lax\.(psum|pmean|all_gather|pcast|axis_index)\(", "l2rw_jax/base.py"),
-    (r"from absl import flags", "experiments/"),
+    (r"from absl import flags", ("experiments/", "benchmarks/")),
   ],
 )
 def test_some_words_have_one_home(pattern, home):

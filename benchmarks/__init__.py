@@ -1,0 +1,1 @@
+"""How long a part takes on this machine, beside what it has to keep up with."""
