@@ -15,6 +15,7 @@ _PAIRS = (
   ("susceptibility", "accuracy_percent"),
   ("train_percent", "accuracy_percent"),
 )
+_REGIONS = (1, 2, 3, 4)
 _MOST_CURVES = 4
 _SHORT = {
   "susceptibility": "susceptibility",
@@ -50,6 +51,25 @@ def with_regions(rows: Rows) -> Rows:
       found = susceptibility.regions(_column(own, "susceptibility"), _train(own))
       regions |= {id(row): int(region) for row, region in zip(own, found, strict=True)}
   return [{"region": regions.get(id(row)), **row} for row in rows]
+
+
+def selection(rows: Rows) -> str:
+  """Clean test accuracy by region, as the paper tells it, as a Markdown table."""
+  header = ["noise_fraction", "all models", *(f"region {r}" for r in _REGIONS)]
+  lines = []
+  for fraction in fractions_of(rows):
+    own = of_noise(rows, fraction)
+    groups = [own, *([r for r in own if r["region"] == g] for g in _REGIONS)]
+    lines.append([f"{fraction:g}", *map(_spread, groups)])
+  told = "Clean test accuracy %, mean ± standard deviation over models (how many)"
+  return f"{told}:\n\n{_report.table(header, lines)}"
+
+
+def _spread(rows: Rows) -> str:
+  values = _column(rows, "accuracy_percent")
+  if not values:
+    return "-"
+  return f"{np.mean(values):.2f} ± {np.std(values):.2f} ({len(values)})"
 
 
 def correlations(rows: Rows) -> str:
@@ -104,12 +124,15 @@ def draw(rows: Rows, path: pathlib.Path) -> None:
       edgecolors="black",
       linewidths=0.4,
     )
+    # Of two learning rates a decade apart, drops are too.
+    ax.set_xscale("symlog", linthresh=1e-3)
+    ax.margins(0.12)
     figure.colorbar(dots, ax=ax, label="clean test accuracy (%)")
     if len(own) > 1:
       at_zeta, at_accuracy = susceptibility.boundaries(zeta, _train(own))
       ax.axvline(at_zeta, color="black", linewidth=0.8, linestyle=":")
       ax.axhline(at_accuracy, color="black", linewidth=0.8, linestyle=":")
-    for region, (x, y) in enumerate([(0, 1), (1, 1), (0, 0), (1, 0)], start=1):
+    for region, (x, y) in zip(_REGIONS, [(0, 1), (1, 1), (0, 0), (1, 0)], strict=True):
       ax.annotate(
         str(region),
         (0.03 + 0.94 * x, 0.03 + 0.94 * y),
@@ -118,6 +141,7 @@ def draw(rows: Rows, path: pathlib.Path) -> None:
         va="top" if y else "bottom",
         color="C3",
         fontsize=13,
+        zorder=0,
       )
     ax.set_xlabel("susceptibility (mean drop, nats)")
     ax.set_ylabel("training accuracy, labels as given (%)")

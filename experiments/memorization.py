@@ -281,6 +281,7 @@ def report(folder: pathlib.Path, runs: list[tuple[dict[str, Any], Any]]) -> None
   if _memorization_report.draw_curves(runs, folder / "curves.png"):
     written.append("curves.png")
   print(_catalogue.summary("memorization", rows, flags_given))
+  print(f"\n{_memorization_report.selection(rows)}")
   print(f"\n{_memorization_report.correlations(rows)}")
   print(f"\nwritten: {folder}/{', '.join(written)}")
 

@@ -69,7 +69,7 @@ def test_each_model_is_in_a_region_of_its_noise(run):
       [row["susceptibility"] for row in own], [row["train_percent"] for row in own]
     )
     assert [row["region"] for row in own] == found.tolist()
-  header, *lines = scripts.table(printed.split("Rank correlations")[0])
+  header, *lines = scripts.table(printed.split("Clean test accuracy")[0])
   assert header[:2] == ["noise_fraction", "models of"] and header[-1] == "models"
   told = [(float(line[0]), line[1], int(line[-1])) for line in lines]
   counts = {key: keys.count(key) for key in keys}
@@ -110,6 +110,17 @@ def test_regions_leave_out_who_has_no_susceptibility():
   assert [row["region"] for row in found] == [1, 2, 3, 4, None]
   (alone,) = _memorization_report.with_regions(_rows()[:1])
   assert alone["region"] is None
+
+
+def test_accuracy_by_region_by_hand():
+  rows = _memorization_report.with_regions([*_rows(), {**_rows()[0], "seed": 1}])
+  (line,) = scripts.table(_memorization_report.selection(rows))[1:]
+  # The mean of zeta is 0.34, of training accuracy 55.
+  assert line[0] == "0.5" and line[2] == "90.00 ± 0.00 (2)"
+  assert line[1] == f"68.00 ± {np.std([90, 70, 50, 40, 90]):.2f} (5)"
+  assert line[3:] == ["70.00 ± 0.00 (1)", "50.00 ± 0.00 (1)", "40.00 ± 0.00 (1)"]
+  (line,) = scripts.table(_memorization_report.selection(_rows()[4:]))[1:]
+  assert line == ["0.5", *5 * ["-"]]
 
 
 def test_correlations_by_hand():
