@@ -131,8 +131,15 @@ def zeta(metrics: dict[str, Any]) -> float | None:
 
   Returns:
     The mean, or None if a drop was NaN or infinite.
+
+  Raises:
+    InputError: the run was not probed.
   """
-  probes = metrics["probes"]
+  probes = metrics.get("probes", {})
+  if "susceptibility_drop" not in probes:
+    raise base.InputError(
+      "the run has no drops: train it with probes=[memorization.susceptibility()]."
+    )
   pairs = zip(probes["step"], probes["susceptibility_drop"], strict=True)
   drops = [drop for step, drop in pairs if step < metrics["num_steps"]]
   if None in drops:

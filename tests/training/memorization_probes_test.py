@@ -165,6 +165,18 @@ def test_how_much_is_known_by_heart():
   assert found == {"train_accuracy": 0.6, "train_accuracy_clean": 0.6}
 
 
+def test_zeta_is_the_mean_of_all_but_the_last_drop():
+  probes = {"step": [0, 4, 8, 10], "susceptibility_drop": [0.25, 0.5, 0.75, 9.0]}
+  metrics = {"num_steps": 10, "probes": probes}
+  assert memorization.zeta(metrics) == 0.5
+  assert memorization.zeta({**metrics, "num_steps": 8}) == 0.375
+  probes["susceptibility_drop"][1] = None  # NaN, as results.json has it
+  assert memorization.zeta(metrics) is None
+  for other in ({}, {"probes": {"step": [0], "train_accuracy": [0.1]}}):
+    with pytest.raises(base.InputError, match="the run has no drops: train it with"):
+      memorization.zeta({"num_steps": 10, **other})
+
+
 def test_probes_do_not_touch_the_run(tmp_path):
   probes = (memorization.susceptibility(batch_size=8), memorization.accuracy)
   settings = {"seeds": (0, 1), "num_steps": 6, "eval_every": 3}
