@@ -1,0 +1,311 @@
+"""Floor 4: few-shot tasks as the examples of a learning problem.
+
+A task is N classes with k + q images each. Training tasks are a fixed pool, some of
+it of another distribution or with images of wrong classes; validation (`meta`) and
+test tasks are clean, and no class is on two sides. Images are gathered from a bank
+when a batch asks for them: a pool is a table of rows.
+"""
+
+import hashlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from l2rw_jax import base
+from l2rw_jax.data import parts
+from l2rw_jax.data import sources
+
+
+class TaskImages:
+  """Images of N tasks, [N, ways, k + q, H, W, channels], as a source of rows."""
+
+  def __init__(self, bank: np.ndarray, rows: np.ndarray):
+    """Nothing is copied.
+
+    Args:
+      bank: images, [n, H, W, channels].
+      rows: of the bank, for each image of each task, [N, ways, k + q].
+    """
+    self._bank, self._rows = bank, rows
+    self.shape = (*rows.shape, *bank.shape[1:])
+    self.dtype = bank.dtype
+    self.ndim = len(self.shape)
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, tasks: Any) -> np.ndarray:
+    """The images of some tasks: a slice or an array of their numbers."""
+    return self._bank[self._rows[tasks]]
+
+  def take(self, tasks: np.ndarray) -> "TaskImages":
+    """Only some tasks, still not gathered."""
+    return TaskImages(self._bank, self._rows[tasks])
+
+
+class Pool(NamedTuple):
+  """What is known of the training tasks, and what no method may see.
+
+  Attributes:
+    classes: of each task, [N, ways]; the foreign classes come first, then those of
+      the training source.
+    is_foreign: whether a task is out of distribution, bool [N].
+    is_wrong: whether an image is of another class than its place says, bool
+      [N, ways, k + q].
+    num_shots: k; the images from there on are queries.
+  """
+
+  classes: np.ndarray
+  is_foreign: np.ndarray
+  is_wrong: np.ndarray
+  num_shots: int
+
+  def wrong_items(self) -> np.ndarray:
+    """Whether a query is mislabelled, bool [N, ways * q], as in `Examples.label`."""
+    return self.is_wrong[:, :, self.num_shots :].reshape(len(self.is_wrong), -1)
+
+
+class Episodes(NamedTuple):
+  """A few-shot learning problem.
+
+  Attributes:
+    splits: `train` has tasks with `group` their cluster; `label` and `true_label`
+      are [N, ways * q], -1 in the latter where the query is of no class of its place.
+    pool: what is known of the training tasks.
+  """
+
+  splits: parts.Splits
+  pool: Pool
+
+
+def episodes(
+  train: sources.Source,
+  meta: sources.Source,
+  test: sources.Source,
+  *,
+  num_ways: int,
+  num_shots: int,
+  num_queries: int,
+  num_tasks: int,
+  num_meta_tasks: int,
+  num_test_tasks: int,
+  foreign: sources.Source | None = None,
+  foreign_share: float = 0.0,
+  noise_share: float = 0.0,
+  num_clusters: int = 1,
+  seed: int,
+) -> Episodes:
+  """Pools of tasks, N ways, k shots and q queries of each way.
+
+  A task draws its classes and then its images at random without repetition. Of the
+  training tasks exactly round(`num_tasks` * `foreign_share`) are drawn from
+  `foreign`. Noise is in the images of `train` before tasks are drawn, so that it hits
+  supports and queries: floor(share * n) images get a label drawn uniformly from all
+  training classes, the true one among them, so that share * (C - 1) / C of them are
+  wrong. The draws do not depend on one another: neither another share nor another
+  noise changes the validation and test tasks.
+
+  Tasks share weights by k-means clusters (scikit-learn) of their descriptors, 1 for
+  every class of `foreign` and `train` that a task has, else 0.
+
+  Args:
+    train: images of the training classes.
+    meta: of the validation classes.
+    test: of the test classes.
+    num_ways: N.
+    num_shots: k supports of each way.
+    num_queries: q queries of each way.
+    num_tasks: training tasks.
+    num_meta_tasks: validation tasks.
+    num_test_tasks: test tasks.
+    foreign: where tasks out of distribution come from; images of the same shape.
+    foreign_share: of the training tasks, in [0, 1).
+    noise_share: of the training images, in [0, 1].
+    num_clusters: of the training tasks.
+    seed: of all draws, at least 0.
+
+  Returns:
+    The problem; `validation` is empty.
+
+  Raises:
+    InputError: an argument out of range, too few classes or images of one, or images
+      that do not fit together.
+
+  References:
+    Killamsetty et al., "A Nested Bi-level Optimization Framework for Robust Few Shot
+    Learning", AAAI 2022 (https://arxiv.org/abs/2011.06782), and its released code: the
+    descriptor, the clusters and the noise; there a task is foreign with a probability,
+    not an exact share.
+  """
+  parts.check_sizes(num_tasks=num_tasks, num_meta_tasks=num_meta_tasks)
+  _check(train, meta, test, foreign, foreign_share, noise_share)
+  _check_at_least(num_ways=(num_ways, 2), num_shots=(num_shots, 1))
+  _check_at_least(num_queries=(num_queries, 1), num_test_tasks=(num_test_tasks, 1))
+  noise_rng, own_rng, foreign_rng, order_rng, *held_rngs = parts.generators(seed, 6)
+  size = num_shots + num_queries
+  num_foreign = round(num_tasks * foreign_share)
+  noisy = _noisy(train, noise_share, noise_rng)
+  own = _draw(noisy, num_tasks - num_foreign, num_ways, size, own_rng)
+  bank, first_row, first_class = train.images, 0, 0
+  drawn = [own]
+  if foreign is not None:
+    bank = np.concatenate([foreign.images, train.images])
+    first_row, first_class = len(foreign.images), foreign.num_classes
+    drawn = [_draw(foreign, num_foreign, num_ways, size, foreign_rng), own]
+  rows = np.concatenate([d.rows + first_row * (d is own) for d in drawn])
+  classes = np.concatenate([d.classes + first_class * (d is own) for d in drawn])
+  truth = np.concatenate([np.zeros(first_row, np.int64), train.labels + first_class])
+  if foreign is not None:
+    truth[:first_row] = foreign.labels
+  order = order_rng.permutation(num_tasks)
+  rows, classes = rows[order], classes[order]
+  pool = Pool(
+    classes, order < num_foreign, truth[rows] != classes[..., None], num_shots
+  )
+  clusters = _clusters(classes, first_class + train.num_classes, num_clusters, seed)
+  found = {"train": _examples(TaskImages(bank, rows), pool, clusters)}
+  for (name, source, number), rng in zip(
+    (("meta", meta, num_meta_tasks), ("test", test, num_test_tasks)),
+    held_rngs,
+    strict=True,
+  ):
+    held = _draw(source, number, num_ways, size, rng)
+    clean = Pool(
+      held.classes, np.zeros(number, bool), np.zeros(held.rows.shape, bool), num_shots
+    )
+    found[name] = _examples(TaskImages(source.images, held.rows), clean, None)
+    rows = np.concatenate([rows, held.rows])
+  none = found["test"]
+  splits = parts.Splits(
+    **found,
+    validation=_take(none, np.zeros(0, np.int64)),
+    num_classes=num_ways,
+    fingerprint=_fingerprint((train, meta, test, foreign), rows, pool, clusters),
+  )
+  return Episodes(splits, pool)
+
+
+def keep_tasks(problem: Episodes, tasks: np.ndarray) -> Episodes:
+  """The same problem with only some of its training tasks.
+
+  Args:
+    problem: the whole.
+    tasks: their numbers, all different.
+  """
+  tasks = np.sort(tasks)
+  splits, pool = problem
+  digest = hashlib.sha256(splits.fingerprint.encode() + tasks.astype("<i4").tobytes())
+  splits = splits._replace(
+    train=_take(splits.train, tasks), fingerprint=digest.hexdigest()[:16]
+  )
+  kept = {name: getattr(pool, name)[tasks] for name in pool._fields[:3]}
+  return Episodes(splits, pool._replace(**kept))
+
+
+class _Drawn(NamedTuple):
+  rows: np.ndarray
+  classes: np.ndarray
+
+
+def _draw(source, number, num_ways, size, rng):
+  """Rows [number, ways, size] and classes [number, ways] of random tasks."""
+  if source.num_classes < num_ways:
+    raise base.InputError(
+      f"tasks of num_ways={num_ways} need as many classes; {source.name}"
+      f" {source.split[:40]} has {source.num_classes}. Lower num_ways."
+    )
+  members = [np.flatnonzero(source.labels == c) for c in range(source.num_classes)]
+  fewest = min(members, key=len)
+  if len(fewest) < size:
+    raise base.InputError(
+      f"a task needs num_shots + num_queries = {size} images of a class; one of"
+      f" {source.name} {source.split[:40]} has {len(fewest)}. Lower one of them."
+    )
+  rows = np.empty((number, num_ways, size), np.int64)
+  classes = np.empty((number, num_ways), np.int64)
+  for task in range(number):
+    classes[task] = rng.choice(source.num_classes, num_ways, replace=False)
+    for way, label in enumerate(classes[task]):
+      rows[task, way] = rng.choice(members[label], size, replace=False)
+  return _Drawn(rows, classes)
+
+
+def _noisy(source, share, rng):
+  labels = source.labels.copy()
+  chosen = rng.permutation(len(labels))[: int(share * len(labels))]
+  labels[chosen] = rng.integers(source.num_classes, size=len(chosen))
+  return source._replace(labels=labels)
+
+
+def _clusters(classes, num_classes, num_clusters, seed):
+  """The k-means cluster of each task by the classes it has, int32 [N]."""
+  if not 1 <= num_clusters <= len(classes):
+    raise base.InputError(
+      f"num_clusters={num_clusters} must lie between 1 and the {len(classes)} tasks."
+    )
+  descriptors = np.zeros((len(classes), num_classes), np.float32)
+  np.put_along_axis(descriptors, classes, 1, axis=1)
+  from sklearn import cluster
+
+  kmeans = cluster.KMeans(num_clusters, n_init=1, random_state=seed)
+  return kmeans.fit_predict(descriptors).astype(np.int32)
+
+
+def _examples(images, pool, clusters):
+  number, num_ways, size = pool.is_wrong.shape
+  row = np.repeat(np.arange(num_ways), size - pool.num_shots)
+  label = np.tile(row, (number, 1)).astype(np.int32)
+  index = np.arange(number, dtype=np.int32)
+  return parts.Examples(
+    image=images,
+    label=label,
+    true_label=np.where(pool.wrong_items(), -1, label).astype(np.int32),
+    index=index,
+    source_index=index,
+    group=np.zeros(number, np.int32) if clusters is None else clusters,
+  )
+
+
+def _take(examples, tasks):
+  return parts.Examples(
+    image=examples.image.take(tasks),
+    label=examples.label[tasks],
+    true_label=examples.true_label[tasks],
+    index=np.arange(len(tasks), dtype=np.int32),
+    source_index=examples.source_index[tasks],
+    group=examples.group[tasks],
+  )
+
+
+def _fingerprint(given, rows, pool, clusters):
+  origins = [None if s is None else (s.name, s.version, s.split) for s in given]
+  digest = hashlib.sha256(repr((origins, rows.shape)).encode())
+  for column in (rows, pool.classes, pool.is_wrong, clusters):
+    digest.update(column.astype("<i4").tobytes())
+  return digest.hexdigest()[:16]
+
+
+def _check(train, meta, test, foreign, foreign_share, noise_share):
+  for name, source in (("meta", meta), ("test", test), ("foreign", foreign)):
+    if source is None:
+      continue
+    one, other = ((s.images.dtype, tuple(s.images.shape[1:])) for s in (train, source))
+    if one != other:
+      raise base.InputError(
+        f"the {name} images are {other[0]} of shape {other[1]} and the training images"
+        f" {one[0]} of shape {one[1]}; make them alike."
+      )
+  if foreign is None and foreign_share:
+    raise base.InputError(
+      f"foreign_share={foreign_share} needs a foreign source; give one or 0."
+    )
+  if not 0 <= foreign_share < 1:
+    raise base.InputError(f"foreign_share must lie in [0, 1); got {foreign_share}.")
+  if not 0 <= noise_share <= 1:
+    raise base.InputError(f"noise_share must lie in [0, 1]; got {noise_share}.")
+
+
+def _check_at_least(**sizes):
+  for name, (size, least) in sizes.items():
+    if size < least:
+      raise base.InputError(f"{name}={size} must be at least {least}.")

@@ -1,0 +1,242 @@
+"""Few-shot learning: a network that adapts itself to a task, whose examples are tasks.
+
+A batch holds T tasks, and a task is to this model what an image is to
+`classifier.Classifier`: it has one loss, that of its queries once the network has
+been adapted to its supports. So everything that weighs examples weighs tasks:
+trained by `methods.baselines.uniform` this is MAML, by `methods.l2rw` it is L2RW on
+tasks.
+
+Reference: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning for Fast Adaptation of
+Deep Networks", ICML 2017 (https://arxiv.org/abs/1703.03400), Algorithm 2.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2rw_jax import base
+from l2rw_jax import linearization
+from l2rw_jax import losses
+
+# Tasks that are adapted side by side in evaluation, to bound the memory it takes.
+_AT_ONCE = 20
+
+
+def adapt(
+  losses_fn: base.LossesFn,
+  params: base.PyTree,
+  support: Any,
+  *,
+  learning_rate: float,
+  num_steps: int = 1,
+  first_order: bool = False,
+) -> base.PyTree:
+  """Parameters after `num_steps` of plain gradient descent on a task's supports.
+
+  Args:
+    losses_fn: `(params, support) -> losses`, of which the mean is descended.
+    params: any pytree of floating point arrays.
+    support: whatever `losses_fn` takes.
+    learning_rate: alpha.
+    num_steps: 0 gives `params` back.
+    first_order: whether derivatives of the result take the inner gradient for a
+      constant (FOMAML), which spares all second derivatives.
+
+  Returns:
+    The adapted parameters, shaped like `params`.
+
+  Example:
+    >>> import jax
+    >>> losses_fn = lambda p, x: 0.5 * (p - x) ** 2
+    >>> def query_loss(p, first_order):
+    ...   adapted = adapt(losses_fn, p, jax.numpy.ones(2), learning_rate=0.1,
+    ...     first_order=first_order)
+    ...   return 0.5 * adapted**2
+    >>> print([round(float(jax.grad(query_loss)(2.0, f)), 2) for f in (False, True)])
+    [1.71, 1.9]
+  """
+
+  def step(_, params):
+    gradient = jax.grad(lambda p: jnp.mean(losses_fn(p, support)))(params)
+    if first_order:
+      gradient = jax.lax.stop_gradient(gradient)
+    return jax.tree.map(lambda p, g: p - learning_rate * g, params, gradient)
+
+  if num_steps == 1:
+    return step(0, params)
+  return jax.lax.fori_loop(0, num_steps, step, params)
+
+
+class Learner(NamedTuple):
+  """A linen network and how it learns a task of N ways and k shots.
+
+  A task is `batch["image"]` [T, ways, shots + queries, H, W, channels]: the first
+  `num_shots` images of each way are its supports, the others its queries. The label
+  of a way is its place, so `batch["label"]` [T, ways * queries] holds 0 to ways - 1,
+  each `queries` times; whoever makes tasks shuffles the classes. Pixels stay uint8
+  until they are used.
+
+  Attributes:
+    network: module with `__call__(images, train) -> logits [B, num_ways]`, without
+      model state, such as `conv4.Conv4`.
+    num_ways: N.
+    num_shots: k.
+    inner_learning_rate: alpha of the plain gradient descent on the supports.
+    num_inner_steps: of it in training.
+    num_test_steps: of it in evaluation.
+    first_order: see `adapt`.
+    preprocess: images [..., H, W, channels] to what the network takes; None takes
+      uint8 pixels to [0, 1] and floats as they are.
+  """
+
+  network: nn.Module
+  num_ways: int
+  num_shots: int
+  inner_learning_rate: float = 0.4
+  num_inner_steps: int = 1
+  num_test_steps: int = 3
+  first_order: bool = False
+  preprocess: Callable[[Any], Any] | None = None
+
+  def check(self, batch: base.Batch, num_classes: int) -> None:
+    """Raises InputError unless `batch` holds tasks that this can learn."""
+    _check_settings(self)
+    image, label = np.shape(batch["image"]), np.shape(batch["label"])
+    if len(image) != 6 or image[2] <= self.num_shots:
+      raise base.InputError(
+        "tasks need images [T, ways, shots + queries, H, W, channels], with more than"
+        f" num_shots={self.num_shots} of each way; got shape {image}."
+      )
+    if not num_classes == self.num_ways == image[1]:
+      raise base.InputError(
+        f"a learner of {self.num_ways} ways does not fit tasks of {num_classes} ways"
+        f" with images of shape {image}."
+      )
+    num_queries = image[2] - self.num_shots
+    expected = np.repeat(np.arange(self.num_ways), num_queries)
+    if label[1:] != expected.shape or np.any(batch["label"] != expected):
+      raise base.InputError(
+        "the label of a way is its place in the task: label must be [T, ways * queries]"
+        f" with every row {expected.tolist()}; reorder the images instead."
+      )
+    key = jax.random.key(0)
+    params, state = jax.eval_shape(lambda: self.init(key, _first(batch)))
+    if jax.tree.leaves(state):
+      raise base.InputError(
+        f"the network keeps {', '.join(state)}; a learner needs one without state,"
+        " such as conv4.Conv4 (BatchNorm by the statistics of the batch)."
+      )
+    logits = jax.eval_shape(
+      lambda p: self.forward(p, {}, _first(batch), key, False)[0], params
+    )
+    if logits.shape[-1] != self.num_ways:
+      raise base.InputError(
+        f"a network of {logits.shape[-1]} logits does not fit {self.num_ways} ways."
+      )
+
+  def init(self, key: base.Array, batch: base.Batch) -> tuple[base.PyTree, base.PyTree]:
+    """Fresh `(params, model_state)` for tasks of this batch's shape."""
+    images = self._pixels(batch["image"])
+    variables = dict(self.network.init(key, images[0, 0, :1], False))
+    return variables.pop("params"), variables
+
+  def forward(
+    self,
+    params: base.PyTree,
+    model_state: base.PyTree,
+    batch: base.Batch,
+    key: base.Array,
+    train: bool,
+  ) -> tuple[base.Array, base.PyTree]:
+    """`(logits [T, ways * queries, ways], model_state)`, see `base.Task.forward`.
+
+    The queries of each task, by the network adapted to its supports.
+    """
+    del key
+    images = self._pixels(batch["image"])
+    support = _merge_ways(images[:, :, : self.num_shots])
+    query = _merge_ways(images[:, :, self.num_shots :])
+    labels = jnp.repeat(jnp.arange(self.num_ways), self.num_shots)
+
+    def support_losses(params, support):
+      return losses.softmax_cross_entropy(self._logits(params, support, train), labels)
+
+    def answer(support, query):
+      adapted = adapt(
+        support_losses,
+        params,
+        support,
+        learning_rate=self.inner_learning_rate,
+        num_steps=self.num_inner_steps if train else self.num_test_steps,
+        first_order=self.first_order or not train,
+      )
+      return self._logits(adapted, query, train)
+
+    if train:
+      return jax.vmap(answer)(support, query), model_state
+    both = (support, query)
+    found = jax.lax.map(lambda x: answer(*x), both, batch_size=_AT_ONCE)
+    return found, model_state
+
+  def loss(self, outputs: base.Array, batch: base.Batch) -> base.Array:
+    """Mean cross-entropy of each task's queries, [T], in nats."""
+    labels = batch["label"]
+    logits = outputs.reshape(-1, outputs.shape[-1])
+    found = losses.softmax_cross_entropy(logits, labels.reshape(-1))
+    return jnp.mean(found.reshape(labels.shape), axis=1)
+
+  def task(
+    self,
+    *,
+    class_counts: base.Array,
+    num_examples: int,
+    num_steps: int,
+    axis_name: base.AxisName = None,
+  ) -> base.Task:
+    """The learning problem of this learner; arguments as in `base.Task`."""
+    return base.Task(
+      forward=self.forward,
+      loss=self.loss,
+      linearize=linearization.linearize,
+      linearize_outputs=linearization.linearize_outputs,
+      num_classes=self.num_ways,
+      class_counts=class_counts,
+      num_examples=num_examples,
+      num_steps=num_steps,
+      axis_name=axis_name,
+    )
+
+  def _logits(self, params, images, train):
+    return self.network.apply({"params": params}, images, train)
+
+  def _pixels(self, images):
+    if self.preprocess is not None:
+      return self.preprocess(images)
+    if jnp.issubdtype(images.dtype, jnp.floating):
+      return jnp.asarray(images)
+    return jnp.asarray(images) / jnp.float32(255)
+
+
+def _merge_ways(images):
+  """[T, ways, n, ...] to [T, ways * n, ...]."""
+  return images.reshape(images.shape[0], -1, *images.shape[3:])
+
+
+def _first(batch):
+  return {name: column[:1] for name, column in batch.items()}
+
+
+def _check_settings(learner: Learner) -> None:
+  if not learner.inner_learning_rate >= 0:  # Nor NaN.
+    raise base.InputError(
+      f"inner_learning_rate={learner.inner_learning_rate} must be at least 0."
+    )
+  for name, least in (("num_ways", 2), ("num_shots", 1), ("num_inner_steps", 0)):
+    if getattr(learner, name) < least:
+      raise base.InputError(
+        f"{name}={getattr(learner, name)} must be at least {least}."
+      )

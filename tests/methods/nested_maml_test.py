@@ -1,0 +1,405 @@
+"""NestedMAML: the published equations, its shared weights, its guards."""
+
+import functools
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax import hypergradient
+from l2rw_jax.methods import baselines
+from l2rw_jax.methods import nested_maml
+from l2rw_jax.models import few_shot
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+_ALPHA, _ETA = 0.1, 0.05
+
+
+def _quadratic(first_order=False, alpha=_ALPHA):
+  """Scalar tasks (a, s, b, q): adapt on a (p - s)^2 / 2, loss b (p - q)^2 / 2."""
+
+  def losses_fn(params, tasks):
+    def loss(a, s, b, q):
+      def support_fn(p, _):
+        return 0.5 * a * (p - s) ** 2
+
+      adapted = few_shot.adapt(
+        support_fn, params, None, learning_rate=alpha, first_order=first_order
+      )
+      return 0.5 * b * (adapted - q) ** 2
+
+    return jax.vmap(loss)(*tasks)
+
+  return losses_fn
+
+
+_TRAIN = tuple(np.array(x) for x in ([1.0, 2.0], [0.5, -1.0], [1.0, 1.5], [1.0, -2.0]))
+_META = tuple(np.array(x) for x in ([1.0, 0.5], [0.8, 1.2], [1.0, 2.0], [1.1, 0.9]))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+  ("first_order", "gradient", "weights"),
+  [
+    (False, (-0.02732427, 0.06902974), (0.52732427, 0.43097026)),
+    (True, (-0.02934440, 0.07413323), (0.52934440, 0.42586677)),
+  ],
+)
+def test_equation_8_by_its_scalar_test_vector(first_order, gradient, weights):
+  before = jnp.array([0.5, 0.5])
+  found = nested_maml.task_slopes(
+    _quadratic(),
+    jnp.zeros(()),
+    _TRAIN,
+    _META,
+    before,
+    look_ahead_learning_rate=_ETA,
+    meta_losses_fn=_quadratic(first_order),
+  )
+  np.testing.assert_allclose(found.gradient, gradient, atol=5e-9)
+  np.testing.assert_allclose(found.meta_loss, 0.63357877, atol=5e-9)
+  after = nested_maml.update_weights(before, found.gradient, 1.0)
+  np.testing.assert_allclose(after, weights, atol=5e-9)
+  assert found.finite and found.aux is None
+
+
+def _net_losses(first_order=False, num_steps=1):
+  """A small network on tasks {"x": [T, 2, n, d], "y": [T, 2, n]}: support, query."""
+
+  def item_losses(params, x, y):
+    return 0.5 * (jnp.tanh(x @ params["w"]) @ params["v"] - y) ** 2
+
+  def losses_fn(params, tasks):
+    def loss(x, y):
+      adapted = few_shot.adapt(
+        lambda p, _: item_losses(p, x[0], y[0]),
+        params,
+        None,
+        learning_rate=_ALPHA,
+        num_steps=num_steps,
+        first_order=first_order,
+      )
+      return jnp.mean(item_losses(adapted, x[1], y[1]))
+
+    return jax.vmap(loss)(tasks["x"], tasks["y"])
+
+  losses_fn.item_losses = item_losses
+  return losses_fn
+
+
+def _net_tasks(seed, number):
+  rng = np.random.default_rng(seed)
+  return {
+    "x": rng.normal(size=(number, 2, 4, 3)),
+    "y": rng.normal(size=(number, 2, 4)),
+  }
+
+
+def _net_params():
+  rng = np.random.default_rng(9)
+  return {"w": rng.normal(size=(3, 5)), "v": rng.normal(size=5)}
+
+
+def _literal_equation_8(params, tasks, meta_tasks, weights, with_hessian):
+  """-(eta / mn) sum_j grad_phi L_Vj . (g_i - alpha H_j g_i), with explicit Hessians."""
+  flat, unflatten = jax.flatten_util.ravel_pytree(params)
+  item_losses = _net_losses().item_losses
+
+  def support(p, tasks, i):
+    return jnp.mean(item_losses(unflatten(p), tasks["x"][i, 0], tasks["y"][i, 0]))
+
+  def query(p, tasks, i):
+    return jnp.mean(item_losses(unflatten(p), tasks["x"][i, 1], tasks["y"][i, 1]))
+
+  def adapted_loss(p, i):
+    return query(p - _ALPHA * jax.grad(support)(p, tasks, i), tasks, i)
+
+  m, n = len(tasks["x"]), len(meta_tasks["x"])
+  g = [jax.grad(adapted_loss)(flat, i) for i in range(m)]
+  ahead = flat - _ETA / m * sum(w * gi for w, gi in zip(weights, g, strict=True))
+  total = np.zeros(m)
+  for j in range(n):
+    phi = ahead - _ALPHA * jax.grad(support)(ahead, meta_tasks, j)
+    slope = jax.grad(query)(phi, meta_tasks, j)
+    hessian = jax.hessian(support)(ahead, meta_tasks, j)
+    for i in range(m):
+      correction = _ALPHA * hessian @ g[i] if with_hessian else 0.0
+      total[i] += slope @ (g[i] - correction)
+  return -_ETA / (m * n) * total
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("first_order", [False, True])
+def test_equation_8_with_explicit_hessians_or_without(first_order):
+  params, weights = _net_params(), np.array([0.5, 1.0, 2.0])
+  tasks, meta_tasks = _net_tasks(0, 3), _net_tasks(1, 2)
+  found = nested_maml.task_slopes(
+    _net_losses(),
+    params,
+    tasks,
+    meta_tasks,
+    jnp.asarray(weights),
+    look_ahead_learning_rate=_ETA,
+    meta_losses_fn=_net_losses(first_order),
+  )
+  expected = _literal_equation_8(params, tasks, meta_tasks, weights, not first_order)
+  np.testing.assert_allclose(found.gradient, expected, rtol=1e-9)
+  other = _literal_equation_8(params, tasks, meta_tasks, weights, first_order)
+  assert np.abs(other / expected - 1).max() > 1e-3
+
+
+@pytest.mark.usefixtures("x64")
+def test_several_inner_steps_are_the_unrolled_step_and_finite_differences():
+  losses_fn = _net_losses(num_steps=3)
+  params, weights = _net_params(), np.array([0.5, 1.0, 2.0])
+  tasks, meta_tasks = _net_tasks(0, 3), _net_tasks(1, 2)
+  found = nested_maml.task_slopes(
+    losses_fn, params, tasks, meta_tasks, weights, look_ahead_learning_rate=_ETA
+  )
+  optimizer = optax.sgd(_ETA)
+  unrolled = hypergradient.unrolled_weight_gradient(
+    losses_fn,
+    losses_fn,
+    params,
+    tasks,
+    meta_tasks,
+    jnp.asarray(weights / 3),
+    optimizer=optimizer,
+    opt_state=optimizer.init(params),
+  )
+  np.testing.assert_allclose(found.gradient, unrolled / 3, rtol=1e-9)
+
+  def validation_loss(weights):
+    slope = jax.grad(lambda p: jnp.mean(weights * losses_fn(p, tasks)))(params)
+    ahead = jax.tree.map(lambda p, g: p - _ETA * g, params, slope)
+    return jnp.mean(losses_fn(ahead, meta_tasks))
+
+  for i, move in enumerate(1e-4 * np.eye(3)):
+    up, down = validation_loss(weights + move), validation_loss(weights - move)
+    np.testing.assert_allclose(found.gradient[i], (up - down) / 2e-4, rtol=1e-6)
+  np.testing.assert_allclose(found.meta_loss, validation_loss(weights), rtol=1e-12)
+
+
+def test_weights_are_clipped_and_floored():
+  weights, gradient = jnp.array([1.0, 1.0, 1.0]), jnp.array([-9.0, 9.0, 0.3])
+  update = functools.partial(nested_maml.update_weights, weights, gradient, 0.5)
+  np.testing.assert_allclose(update(), [5.5, 0.0, 0.85])
+  np.testing.assert_allclose(update(clip=0.5), [1.25, 0.75, 0.85])
+  np.testing.assert_allclose(update(floor=0.9), [5.5, 0.9, 0.9])
+  np.testing.assert_allclose(update(floor=-np.inf), [5.5, -3.5, 0.85])
+
+
+# -- in the loop -------------------------------------------------------------
+
+_WAYS, _SHOTS, _QUERIES, _TASKS, _N = 2, 1, 2, 8, 12
+_ITEMS = _WAYS * _QUERIES
+
+
+class _Net(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    return nn.Dense(_WAYS)(nn.tanh(nn.Dense(4)(x.reshape(len(x), -1))))
+
+
+_LEARNER = few_shot.Learner(_Net(), _WAYS, _SHOTS, inner_learning_rate=0.5)
+
+
+def _examples(seed, index):
+  rng = np.random.default_rng(seed)
+  number = len(index)
+  shape = (number, _WAYS, _SHOTS + _QUERIES, 2, 2, 1)
+  return {
+    "image": rng.normal(size=shape).astype(np.float32),
+    "label": np.tile(np.repeat(np.arange(_WAYS), _QUERIES), (number, 1)),
+    "index": np.asarray(index, np.int32),
+    "group": (np.asarray(index) % 3).astype(np.int32),
+  }
+
+
+_BATCH = _examples(0, [3, 1, 4, 0, 5, 9, 2, 6])
+_VALIDATION = _examples(1, range(8))
+
+
+def _task(axis_name=None):
+  return _LEARNER.task(
+    class_counts=jnp.ones(_WAYS), num_examples=_N, num_steps=9, axis_name=axis_name
+  )
+
+
+def _params():
+  return _LEARNER.init(jax.random.key(0), _BATCH)[0]
+
+
+def _inputs(batch, validation, step=0):
+  return base.Inputs(
+    _params(), {}, (), batch, validation, jnp.array(step), jax.random.key(1)
+  )
+
+
+def _once(method, state=None, step=0):
+  if state is None:
+    state = method.init(jax.random.key(2), _task(), _params())
+  run = jax.jit(lambda s, b, v: method.gradients(s, _task(), _inputs(b, v, step)))
+  return run(state, _BATCH, _VALIDATION)
+
+
+def _losses(params, batch):
+  outputs, _ = _LEARNER.forward(params, {}, batch, jax.random.key(0), True)
+  return _LEARNER.loss(outputs, batch)
+
+
+def _item_losses(params, batch):
+  outputs, _ = _LEARNER.forward(params, {}, batch, jax.random.key(0), True)
+  chosen = jax.nn.log_softmax(outputs)
+  return -jnp.take_along_axis(chosen, batch["label"][..., None], -1)[..., 0]
+
+
+def _gradient(losses_fn, weights):
+  """dM/dw at weights shaped like the losses, by `jax.grad` of the unrolled step."""
+
+  def validation_loss(w):
+    slope = jax.grad(lambda p: jnp.mean(w * losses_fn(p, _BATCH)))(_params())
+    ahead = jax.tree.map(lambda p, g: p - _ETA * g, _params(), slope)
+    return jnp.mean(_losses(ahead, _VALIDATION))
+
+  return jax.grad(validation_loss)(weights)
+
+
+_SHARES = {
+  "task": {},
+  "cluster": {"num_clusters": 3},
+  "item": {"num_items": _ITEMS},
+}
+_GAMMA = 1000.0
+
+
+def _method(share="task", gamma=_GAMMA, **settings):
+  return nested_maml.nested_maml(gamma, _ETA, share, **_SHARES[share], **settings)
+
+
+def test_without_a_step_of_the_weights_it_is_maml():
+  expected, _ = baselines.uniform().gradients((), _task(), _inputs(_BATCH, None))
+  for share in _SHARES:
+    found, _ = _once(_method(share, gamma=0.0))
+    np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-6)
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
+      found.grads,
+      expected.grads,
+    )
+
+
+def test_each_task_has_its_weight():
+  found, state = _once(_method())
+  gradient = _gradient(_losses, jnp.ones(_TASKS))
+  assert state.weights.shape == (_N,)
+  expected = np.ones(_N)
+  expected[_BATCH["index"]] = np.maximum(1 - _GAMMA * gradient, 0)
+  assert np.ptp(expected) > 0.1
+  np.testing.assert_allclose(state.weights, expected, rtol=1e-3, atol=1e-3)
+  np.testing.assert_allclose(found.weights, state.weights[_BATCH["index"]] / _TASKS)
+
+
+def test_slopes_of_a_cluster_are_summed():
+  found, state = _once(_method("cluster"))
+  gradient = _gradient(_losses, jnp.ones(_TASKS))
+  sums = [gradient[_BATCH["group"] == c].sum() for c in range(3)]
+  expected = np.maximum(1 - _GAMMA * np.array(sums), 0)
+  np.testing.assert_allclose(state.weights, expected, rtol=1e-3, atol=1e-3)
+  np.testing.assert_allclose(found.weights, expected[_BATCH["group"]] / _TASKS, 1e-3)
+
+
+def test_each_query_has_its_weight_and_they_add_up():
+  found, state = _once(_method("item", gamma=5000.0))
+  gradient = _gradient(_item_losses, jnp.ones((_TASKS, _ITEMS)))
+  assert state.weights.shape == (_N, _ITEMS)
+  weights = np.maximum(1 - 5000.0 * gradient, 0)
+  own = state.weights[_BATCH["index"]]
+  np.testing.assert_allclose(own, weights, rtol=1e-3, atol=2e-3)
+  np.testing.assert_allclose(found.weights, own.sum(1) / (_TASKS * _ITEMS), rtol=1e-5)
+
+  def weighted(params):
+    return jnp.mean(own * _item_losses(params, _BATCH))
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
+    found.grads,
+    jax.grad(weighted)(_params()),
+  )
+
+
+def test_first_order_validation_is_another_slope():
+  first_order = _LEARNER._replace(first_order=True).forward
+  _, exact = _once(_method())
+  _, approximate = _once(_method(meta_forward=first_order))
+  assert np.abs(exact.weights - approximate.weights).max() > 1e-3
+  np.testing.assert_allclose(exact.told[0], approximate.told[0], rtol=1e-6)
+
+
+def test_weights_stay_and_wait_for_their_turn():
+  method = _method(every=2)
+  _, first = _once(method, step=0)
+  _, second = _once(method, first, step=1)
+  np.testing.assert_array_equal(first.weights, second.weights)
+  _, third = _once(method, second, step=2)
+  assert np.abs(third.weights - second.weights).max() > 1e-3
+
+
+@pytest.mark.parametrize("share", _SHARES)
+def test_eight_devices_are_one(share):
+  method = _method(share)
+  expected, state = _once(method)
+  shards = [
+    {k: v.reshape(8, -1, *v.shape[1:]) for k, v in b.items()}
+    for b in (_BATCH, _VALIDATION)
+  ]
+  step = jax.pmap(
+    lambda s, b, v: method.gradients(s, _task("d"), _inputs(b, v)),
+    "d",
+    in_axes=(None, 0, 0),
+  )
+  start = method.init(jax.random.key(2), _task(), _params())
+  found, states = step(start, *shards)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+  for device in (0, 7):
+    own = jax.tree.map(lambda x, i=device: x[i], (states.weights, found.grads))
+    jax.tree.map(close, own, (state.weights, expected.grads))
+  close(found.weights.ravel(), expected.weights)
+  close(found.losses.ravel(), expected.losses)
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"share": "class"}, r"share='class': choose one of \('task', 'cluster', 'item'\)"),
+    ({"share": "cluster"}, "share='cluster' with num_clusters=None"),
+    ({"share": "item", "num_items": 0}, "share='item' with num_items=0"),
+    ({"num_clusters": 3}, "share='task' with num_clusters=3"),
+    ({"weight_learning_rate": -1.0}, "weight_learning_rate=-1.0 must be at least 0"),
+    ({"look_ahead_learning_rate": np.nan}, "look_ahead_learning_rate=nan must be"),
+    ({"clip": -1.0}, "clip=-1.0 must be at least 0"),
+    ({"initial": 0.1, "floor": 0.5}, "initial=0.1 is below floor=0.5"),
+    ({"every": 0}, "every=0 must be at least 1 step"),
+  ],
+)
+def test_settings_that_make_no_sense(settings, message):
+  given = {"weight_learning_rate": 1.0, "look_ahead_learning_rate": 1.0, **settings}
+  with pytest.raises(base.InputError, match=message):
+    nested_maml.nested_maml(**given)
+
+
+def test_labels_and_clusters_that_do_not_fit():
+  with pytest.raises(base.InputError, match=r"num_items=3 needs labels of shape"):
+    _once(nested_maml.nested_maml(1.0, 1.0, "item", num_items=3))
+  method = _method("cluster")
+  view = base.EpochView(0, 0, None, {}, {"group": np.array([0, 3])}, None)
+  with pytest.raises(base.InputError, match="0 to 2; got \\(2,\\) of 0 to 3"):
+    method.refresh("state", _task(), view)
+  fine = view._replace(train={"group": np.array([0, 2])})
+  assert method.refresh("state", _task(), fine) == "state"
