@@ -1,6 +1,6 @@
 r"""AdaCore: a weighted subset whose preconditioned gradient is that of all the data.
 
-Every R epochs the network looks at the whole training set and chooses r of its N
+Every R passes the network looks at the whole training set and chooses r of its N
 examples to train on until the next look:
 
     g_i    gradient of example i's loss with respect to its logits, [C]
@@ -33,6 +33,7 @@ References:
   Learning Models", ICML 2020 (CRAIG).
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -141,7 +142,8 @@ def adacore(
 ) -> base.Method:
   """AdaCore for the training loop, and CRAIG with `curvature=False`.
 
-  An epoch visits the r chosen examples, so it has fraction N / B steps.
+  What the loop calls an epoch is R passes over the r chosen examples, from one
+  selection to the next.
 
   With one Hessian for all examples ("shared") the proxies are CRAIG's in rescaled
   coordinates. With one an example, H is p (1 - p) for cross-entropy: wherever the
@@ -149,7 +151,7 @@ def adacore(
 
   Args:
     fraction: r / N, in (0, 1].
-    refresh_every: R, epochs (of the subset) from one selection to the next.
+    refresh_every: R, passes over the subset from one selection to the next.
     curvature: whether gradients are averaged and preconditioned.
     hessian_scope: "shared", of the mean loss with respect to the last layer's bias
       (with `last_layer` its weights too), or "example", of each example's own loss
@@ -165,7 +167,7 @@ def adacore(
     budget: of the classes, see `coreset.class_budgets`.
     greedy: "lazy" or "stochastic", see `coreset.select`.
     greedy_epsilon: of the stochastic greedy.
-    warmup_epochs: epochs on all examples before the first selection.
+    warmup_epochs: passes over all examples before the first selection.
 
   Returns:
     A `base.Method`.
@@ -203,7 +205,7 @@ def adacore(
     )
 
   def refresh(state, task, view):
-    if not selects_at(view.epoch, refresh_every, warmup_epochs):
+    if view.epoch < warmup_epochs:
       return state
     key = jax.random.key(int(view.rng.integers(2**31)))
     scope = hessian_scope if curvature else None
@@ -234,18 +236,17 @@ def adacore(
     rows = jnp.asarray(chosen.rows)
     return State(rows, jnp.asarray(weights), state.num_selections + 1, averages)
 
-  return base.Method(_weighted, init=init, refresh=refresh, sample=_visit)
+  return _method(init, refresh, refresh_every)
 
 
 def random_subset(fraction: float, refresh_every: int | None = 1) -> base.Method:
   """Training on a random part of the data, with equal weights.
 
-  With a new part every epoch this is stochastic gradient descent on all the data
-  under another count of epochs.
+  With a new part at every pass this is stochastic gradient descent on all the data.
 
   Args:
     fraction: of the training set, in (0, 1].
-    refresh_every: epochs (of the part) from one draw to the next; None for one draw.
+    refresh_every: passes over the part from one draw to the next; None for one draw.
 
   Raises:
     InputError: a setting out of range.
@@ -260,7 +261,7 @@ def random_subset(fraction: float, refresh_every: int | None = 1) -> base.Method
     return State(rows, ones, jnp.zeros((), jnp.int32), None)
 
   def refresh(state, task, view):
-    if view.epoch and not (refresh_every and view.epoch % refresh_every == 0):
+    if refresh_every is None and state.num_selections:
       return state
     rows = view.rng.choice(task.num_examples, state.rows.size, replace=False)
     return state._replace(
@@ -268,31 +269,29 @@ def random_subset(fraction: float, refresh_every: int | None = 1) -> base.Method
       num_selections=state.num_selections + 1,
     )
 
-  return base.Method(_weighted, init=init, refresh=refresh, sample=_visit)
+  return _method(init, refresh, refresh_every or math.ceil(1 / fraction))
 
 
-def _weighted(state, task, inputs):
-  def weights(losses):
-    size = base.global_size(losses.shape[0], task.axis_name)
-    return state.weights[inputs.batch["index"]].astype(losses.dtype) / size
+def _method(init, refresh, num_passes):
+  def sample(state, task, train, rng):
+    if not state.num_selections:
+      return base.permutation(state, task, train, rng)
+    rows = np.asarray(state.rows)
+    return np.concatenate([rng.permutation(rows) for _ in range(num_passes)])
 
-  return baselines.weighted_gradients(task, inputs, weights), state
+  def gradients(state, task, inputs):
+    def weights(losses):
+      size = base.global_size(losses.shape[0], task.axis_name)
+      return state.weights[inputs.batch["index"]].astype(losses.dtype) / size
 
+    return baselines.weighted_gradients(task, inputs, weights), state
 
-def _visit(state, task, train, rng):
-  if not state.num_selections:
-    return base.permutation(state, task, train, rng)
-  return rng.permutation(np.asarray(state.rows))
+  return base.Method(gradients, init=init, refresh=refresh, sample=sample)
 
 
 def subset_size(fraction: float, num_examples: int) -> int:
   """r, the share of the examples, rounded, at least 1."""
   return max(1, round(fraction * num_examples))
-
-
-def selects_at(epoch: int, refresh_every: int, warmup_epochs: int = 0) -> bool:
-  """Whether a selection comes before this epoch, counted from 0."""
-  return epoch >= warmup_epochs and (epoch - warmup_epochs) % refresh_every == 0
 
 
 def check_fraction(where: str, fraction: float) -> None:
