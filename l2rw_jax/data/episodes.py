@@ -26,21 +26,21 @@ class TaskImages:
       bank: images, [n, H, W, channels].
       rows: of the bank, for each image of each task, [N, ways, k + q].
     """
-    self._bank, self._rows = bank, rows
+    self._bank, self.rows = bank, rows
     self.shape = (*rows.shape, *bank.shape[1:])
     self.dtype = bank.dtype
     self.ndim = len(self.shape)
 
   def __len__(self) -> int:
-    return len(self._rows)
+    return len(self.rows)
 
   def __getitem__(self, tasks: Any) -> np.ndarray:
     """The images of some tasks: a slice or an array of their numbers."""
-    return self._bank[self._rows[tasks]]
+    return self._bank[self.rows[tasks]]
 
   def take(self, tasks: np.ndarray) -> "TaskImages":
     """Only some tasks, still not gathered."""
-    return TaskImages(self._bank, self._rows[tasks])
+    return TaskImages(self._bank, self.rows[tasks])
 
 
 class Pool(NamedTuple):
@@ -141,46 +141,24 @@ def episodes(
   _check(train, meta, test, foreign, foreign_share, noise_share)
   _check_at_least(num_ways=(num_ways, 2), num_shots=(num_shots, 1))
   _check_at_least(num_queries=(num_queries, 1), num_test_tasks=(num_test_tasks, 1))
-  noise_rng, own_rng, foreign_rng, order_rng, *held_rngs = parts.generators(seed, 6)
-  size = num_shots + num_queries
   num_foreign = round(num_tasks * foreign_share)
-  noisy = _noisy(train, noise_share, noise_rng)
-  own = _draw(noisy, num_tasks - num_foreign, num_ways, size, own_rng)
-  bank, first_row, first_class = train.images, 0, 0
-  drawn = [own]
-  if foreign is not None:
-    bank = np.concatenate([foreign.images, train.images])
-    first_row, first_class = len(foreign.images), foreign.num_classes
-    drawn = [_draw(foreign, num_foreign, num_ways, size, foreign_rng), own]
-  rows = np.concatenate([d.rows + first_row * (d is own) for d in drawn])
-  classes = np.concatenate([d.classes + first_class * (d is own) for d in drawn])
-  truth = np.concatenate([np.zeros(first_row, np.int64), train.labels + first_class])
-  if foreign is not None:
-    truth[:first_row] = foreign.labels
-  order = order_rng.permutation(num_tasks)
-  rows, classes = rows[order], classes[order]
-  pool = Pool(
-    classes, order < num_foreign, truth[rows] != classes[..., None], num_shots
+  train_rng, meta_rng, test_rng = parts.generators(seed, 3)
+  shape = _Shape(num_ways, num_shots, num_queries)
+  images, pool = _training_tasks(
+    train, foreign, num_tasks, num_foreign, noise_share, shape, train_rng
   )
-  clusters = _clusters(classes, first_class + train.num_classes, num_clusters, seed)
-  found = {"train": _examples(TaskImages(bank, rows), pool, clusters)}
-  for (name, source, number), rng in zip(
-    (("meta", meta, num_meta_tasks), ("test", test, num_test_tasks)),
-    held_rngs,
-    strict=True,
-  ):
-    held = _draw(source, number, num_ways, size, rng)
-    clean = Pool(
-      held.classes, np.zeros(number, bool), np.zeros(held.rows.shape, bool), num_shots
-    )
-    found[name] = _examples(TaskImages(source.images, held.rows), clean, None)
-    rows = np.concatenate([rows, held.rows])
-  none = found["test"]
+  num_classes = train.num_classes + (foreign.num_classes if foreign else 0)
+  clusters = _clusters(pool.classes, num_classes, num_clusters, seed)
+  found = {
+    "train": _examples(images, pool, clusters),
+    "meta": _clean_tasks(meta, num_meta_tasks, shape, meta_rng),
+    "test": _clean_tasks(test, num_test_tasks, shape, test_rng),
+  }
   splits = parts.Splits(
     **found,
-    validation=_take(none, np.zeros(0, np.int64)),
+    validation=_take(found["test"], np.zeros(0, np.int64)),
     num_classes=num_ways,
-    fingerprint=_fingerprint((train, meta, test, foreign), rows, pool, clusters),
+    fingerprint=_fingerprint((train, meta, test, foreign), found, pool, clusters),
   )
   return Episodes(splits, pool)
 
@@ -202,24 +180,53 @@ def keep_tasks(problem: Episodes, tasks: np.ndarray) -> Episodes:
   return Episodes(splits, pool._replace(**kept))
 
 
-class _Drawn(NamedTuple):
-  rows: np.ndarray
-  classes: np.ndarray
+class _Shape(NamedTuple):
+  num_ways: int
+  num_shots: int
+  num_queries: int
 
 
-def _draw(source, number, num_ways, size, rng):
-  """Rows [number, ways, size] and classes [number, ways] of random tasks."""
+def _training_tasks(train, foreign, num_tasks, num_foreign, noise_share, shape, rng):
+  """`TaskImages` and their `Pool`: foreign and own tasks, mixed."""
+  noise_rng, own_rng, foreign_rng, order_rng = rng.spawn(4)
+  noisy = _noisy(train, noise_share, noise_rng)
+  rows, classes = _draw(noisy, num_tasks - num_foreign, shape, own_rng)
+  bank, truth = train.images, train.labels
+  if foreign is not None:
+    others = _draw(foreign, num_foreign, shape, foreign_rng)
+    rows = np.concatenate([others[0], rows + len(foreign.images)])
+    classes = np.concatenate([others[1], classes + foreign.num_classes])
+    bank = np.concatenate([foreign.images, bank])
+    truth = np.concatenate([foreign.labels, truth + foreign.num_classes])
+  order = order_rng.permutation(num_tasks)
+  rows, classes = rows[order], classes[order]
+  is_wrong = truth[rows] != classes[:, :, None]
+  pool = Pool(classes, order < num_foreign, is_wrong, shape.num_shots)
+  return TaskImages(bank, rows), pool
+
+
+def _clean_tasks(source, number, shape, rng):
+  rows, classes = _draw(source, number, shape, rng)
+  right = np.zeros(rows.shape, bool)
+  pool = Pool(classes, np.zeros(number, bool), right, shape.num_shots)
+  return _examples(TaskImages(source.images, rows), pool, np.zeros(number, np.int32))
+
+
+def _draw(source, number, shape, rng):
+  """Rows [number, ways, k + q] and classes [number, ways] of random tasks."""
+  num_ways, size = shape.num_ways, shape.num_shots + shape.num_queries
+  name = f"{source.name} {source.split[:40]}"
   if source.num_classes < num_ways:
     raise base.InputError(
-      f"tasks of num_ways={num_ways} need as many classes; {source.name}"
-      f" {source.split[:40]} has {source.num_classes}. Lower num_ways."
+      f"tasks of num_ways={num_ways} need as many classes; {name} has"
+      f" {source.num_classes}. Lower num_ways."
     )
   members = [np.flatnonzero(source.labels == c) for c in range(source.num_classes)]
-  fewest = min(members, key=len)
-  if len(fewest) < size:
+  fewest = min(map(len, members))
+  if fewest < size:
     raise base.InputError(
-      f"a task needs num_shots + num_queries = {size} images of a class; one of"
-      f" {source.name} {source.split[:40]} has {len(fewest)}. Lower one of them."
+      f"a task needs num_shots + num_queries = {size} images of a class; one of {name}"
+      f" has {fewest}. Lower one of them."
     )
   rows = np.empty((number, num_ways, size), np.int64)
   classes = np.empty((number, num_ways), np.int64)
@@ -227,7 +234,7 @@ def _draw(source, number, num_ways, size, rng):
     classes[task] = rng.choice(source.num_classes, num_ways, replace=False)
     for way, label in enumerate(classes[task]):
       rows[task, way] = rng.choice(members[label], size, replace=False)
-  return _Drawn(rows, classes)
+  return rows, classes
 
 
 def _noisy(source, share, rng):
@@ -262,7 +269,7 @@ def _examples(images, pool, clusters):
     true_label=np.where(pool.wrong_items(), -1, label).astype(np.int32),
     index=index,
     source_index=index,
-    group=np.zeros(number, np.int32) if clusters is None else clusters,
+    group=clusters,
   )
 
 
@@ -277,11 +284,14 @@ def _take(examples, tasks):
   )
 
 
-def _fingerprint(given, rows, pool, clusters):
+def _fingerprint(given, found, pool, clusters):
   origins = [None if s is None else (s.name, s.version, s.split) for s in given]
-  digest = hashlib.sha256(repr((origins, rows.shape)).encode())
-  for column in (rows, pool.classes, pool.is_wrong, clusters):
+  digest = hashlib.sha256(repr(origins).encode())
+  for column in (pool.classes, pool.is_wrong, clusters):
     digest.update(column.astype("<i4").tobytes())
+  for part in found.values():
+    digest.update(repr(part.image.shape).encode())
+    digest.update(part.image.rows.astype("<i4").tobytes())
   return digest.hexdigest()[:16]
 
 

@@ -1,0 +1,176 @@
+"""Pools of tasks: who is drawn, from where, with which labels; what does not fit."""
+
+import numpy as np
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax.data import episodes
+from l2rw_jax.data import sources
+
+_WAYS, _SHOTS, _QUERIES = 3, 2, 4
+_SIZES = {"train": 8, "meta": 4, "test": 5, "foreign": 6}
+
+
+def _source(name, num_classes, per_class=12, shape=(2, 2, 1)):
+  """Each pixel of an image tells its source and its row."""
+  number = num_classes * per_class
+  rows = np.arange(number)
+  images = np.zeros((number, *shape), np.uint8)
+  images[:, 0, 0, 0] = list(_SIZES).index(name)
+  images[:, 0, 1, 0] = rows % 256
+  labels = (rows % num_classes).astype(np.int32)
+  return sources.Source(name, "1", "all", images, labels, num_classes, {})
+
+
+_SOURCES = {name: _source(name, size) for name, size in _SIZES.items()}
+
+
+def _make(**settings):
+  given = {
+    "num_ways": _WAYS,
+    "num_shots": _SHOTS,
+    "num_queries": _QUERIES,
+    "num_tasks": 40,
+    "num_meta_tasks": 6,
+    "num_test_tasks": 7,
+    "seed": 0,
+    **{name: source for name, source in _SOURCES.items() if name != "foreign"},
+    **settings,
+  }
+  if given.get("foreign_share"):
+    given.setdefault("foreign", _SOURCES["foreign"])
+  return episodes.episodes(**given)
+
+
+def _of(images):
+  """Where each image of a task is from, and its row there."""
+  return images[..., 0, 0, 0], images[..., 0, 1, 0]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_each_task_is_of_its_classes_and_the_share_is_exact(share):
+  splits, pool = _make(foreign_share=share)
+  images = splits.train.image[:]
+  assert images.shape == splits.train.image.shape == (40, _WAYS, 6, 2, 2, 1)
+  origin, row = _of(images)
+  expected = np.where(pool.is_foreign, 3, 0)[:, None, None]
+  np.testing.assert_array_equal(origin, np.broadcast_to(expected, origin.shape))
+  assert pool.is_foreign.sum() == round(40 * share) and not pool.is_wrong.any()
+  own_classes = 6 if share else 0
+  labels = np.where(expected == 3, row % 6, row % 8 + own_classes)
+  np.testing.assert_array_equal(labels, pool.classes[..., None] + 0 * labels)
+  for task in range(40):
+    assert len(set(pool.classes[task])) == _WAYS
+    assert len(set(row[task].ravel())) == _WAYS * 6  # No image twice.
+
+
+def test_labels_are_places_and_held_out_tasks_are_of_their_own_classes():
+  splits, _ = _make(foreign_share=0.5)
+  expected = np.repeat(np.arange(_WAYS), _QUERIES)
+  for name, number in (("train", 40), ("meta", 6), ("test", 7)):
+    part = getattr(splits, name)
+    np.testing.assert_array_equal(part.label, np.tile(expected, (number, 1)))
+    np.testing.assert_array_equal(part.true_label, part.label)
+    np.testing.assert_array_equal(part.index, np.arange(number))
+  assert (_of(splits.meta.image[:])[0] == 1).all()
+  assert (_of(splits.test.image[:])[0] == 2).all()
+  assert len(splits.validation.label) == 0 and splits.num_classes == _WAYS
+
+
+def test_noise_hits_supports_and_queries_and_is_booked():
+  train = _source("train", 8, per_class=30)
+  clean, noisy = (_make(train=train, noise_share=s, num_tasks=400) for s in (0.0, 0.4))
+  assert not clean.pool.is_wrong.any()
+  _, row = _of(noisy.splits.train.image[:])
+  is_wrong = row % 8 != noisy.pool.classes[..., None]
+  np.testing.assert_array_equal(is_wrong, noisy.pool.is_wrong)
+  for part in (is_wrong[..., :_SHOTS], is_wrong[..., _SHOTS:]):
+    assert abs(part.mean() - 0.4 * 7 / 8) < 0.06
+  expected = np.where(noisy.pool.wrong_items(), -1, noisy.splits.train.label)
+  np.testing.assert_array_equal(noisy.splits.train.true_label, expected)
+  # Which images are wrong is settled before tasks are drawn: once for all tasks.
+  verdicts = {}
+  for image, place, wrong in zip(
+    row.ravel(), np.repeat(noisy.pool.classes, 6), is_wrong.ravel(), strict=True
+  ):
+    assert verdicts.setdefault(image, (place, wrong)) == (place, wrong)
+
+
+def test_draws_depend_on_the_seed_and_on_nothing_else():
+  one, again, other = _make(seed=1), _make(seed=1), _make(seed=2)
+  shared = _make(seed=1, foreign_share=0.5, noise_share=0.2, num_clusters=4)
+  assert one.splits.fingerprint == again.splits.fingerprint
+  prints = {p.splits.fingerprint for p in (one, other, shared)}
+  assert len(prints) == 3
+  for name in ("meta", "test"):
+    images = [getattr(p.splits, name).image[:] for p in (one, again, shared, other)]
+    np.testing.assert_array_equal(images[0], images[1])
+    np.testing.assert_array_equal(images[0], images[2])
+    assert (images[0] != images[3]).any()
+
+
+def test_clusters_are_of_tasks_with_classes_in_common():
+  splits, pool = _make(foreign_share=0.5, num_tasks=60, num_clusters=10)
+  clusters = splits.train.group
+  assert set(clusters) == set(range(10))
+  purity = [
+    max(
+      np.mean(pool.is_foreign[clusters == c]), np.mean(~pool.is_foreign[clusters == c])
+    )
+    for c in range(10)
+  ]
+  np.testing.assert_array_equal(purity, 1.0)  # No class is both own and foreign.
+
+
+def test_images_are_gathered_when_asked_for():
+  bank = np.arange(40, dtype=np.uint8).reshape(10, 2, 2, 1)
+  rows = np.array([[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [0, 2]]])
+  images = episodes.TaskImages(bank, rows)
+  assert len(images) == 3 and images.dtype == np.uint8 and images.ndim == 6
+  assert images.shape == images[:].shape == (3, 2, 2, 2, 2, 1)
+  np.testing.assert_array_equal(images[np.array([2, 0])], bank[rows[[2, 0]]])
+  np.testing.assert_array_equal(images.take(np.array([1]))[:1], bank[rows[1:2]])
+
+
+def test_some_tasks_can_be_kept():
+  problem = _make(foreign_share=0.5, noise_share=0.3, num_clusters=4)
+  own = np.flatnonzero(~problem.pool.is_foreign)
+  kept = episodes.keep_tasks(problem, own[::-1])
+  assert not kept.pool.is_foreign.any() and len(kept.pool.classes) == 20
+  np.testing.assert_array_equal(
+    kept.splits.train.image[:], problem.splits.train.image[own]
+  )
+  np.testing.assert_array_equal(kept.splits.train.source_index, own)
+  np.testing.assert_array_equal(kept.splits.train.index, np.arange(20))
+  np.testing.assert_array_equal(kept.pool.is_wrong, problem.pool.is_wrong[own])
+  assert kept.splits.fingerprint != problem.splits.fingerprint
+  assert kept.splits.test is problem.splits.test
+
+
+_LARGE = _source("meta", 4, shape=(3, 3, 1))
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"num_ways": 5}, "tasks of num_ways=5 need as many classes; meta all has 4"),
+    ({"num_ways": 1}, "num_ways=1 must be at least 2"),
+    ({"num_shots": 0}, "num_shots=0 must be at least 1"),
+    ({"num_queries": 0}, "num_queries=0 must be at least 1"),
+    ({"num_queries": 11}, "num_shots . num_queries = 13 images of a class; one of"),
+    ({"num_test_tasks": 0}, "num_test_tasks=0 must be at least 1"),
+    ({"num_tasks": -1}, "num_tasks must be an integer of at least 0"),
+    ({"foreign_share": 1.0}, r"foreign_share must lie in \[0, 1\); got 1.0"),
+    ({"foreign_share": np.nan}, r"foreign_share must lie in \[0, 1\); got nan"),
+    ({"foreign_share": 0.5, "foreign": None}, "foreign_share=0.5 needs a foreign"),
+    ({"noise_share": 1.5}, r"noise_share must lie in \[0, 1\]; got 1.5"),
+    ({"num_clusters": 0}, "num_clusters=0 must lie between 1 and the 40 tasks"),
+    ({"num_clusters": 41}, "num_clusters=41 must lie between 1 and the 40 tasks"),
+    ({"meta": _LARGE}, r"the meta images are uint8 of shape \(3, 3, 1\)"),
+    ({"seed": -1}, "seed must be an integer of at least 0"),
+  ],
+)
+def test_what_does_not_fit_is_one_line(settings, message):
+  with pytest.raises(base.InputError, match=message) as caught:
+    _make(**settings)
+  assert "\n" not in str(caught.value)

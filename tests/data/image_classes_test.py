@@ -1,0 +1,139 @@
+"""Sources of many classes: Omniglot once each, folders of images, classes cut apart."""
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax.data import image_classes
+from l2rw_jax.data import sources
+
+
+def _source(num_classes=5, per_class=3):
+  rng = np.random.default_rng(0)
+  labels = np.repeat(np.arange(num_classes), per_class).astype(np.int32)
+  images = rng.integers(256, size=(len(labels), 4, 4, 1)).astype(np.uint8)
+  return sources.Source("toy", "1", "train", images, labels, num_classes, {})
+
+
+def _omniglot_split(labels, alphabet):
+  """Black drawings on white, told apart by how many rows of ink they have."""
+  images = np.full((len(labels), 8, 8, 3), 255, np.uint8)
+  for image, label in zip(images, labels, strict=True):
+    image[: 2 * (label % 4)] = 0
+  labels = np.asarray(labels, np.int32)
+  return sources.Source(
+    "omniglot", "3", alphabet, images, labels, 1623, {"alphabet": labels}
+  )
+
+
+def test_a_character_of_both_alphabet_sets_is_taken_once(monkeypatch):
+  found = {
+    "small1": _omniglot_split([1001, 1001, 7, 7], "small1"),
+    "small2": _omniglot_split([7, 7, 402, 402], "small2"),
+  }
+  monkeypatch.setattr(sources, "load", lambda name, split, **_: found[split])
+  source = image_classes.omniglot(size=4)
+  assert source.labels.tolist() == [2, 2, 0, 0, 1, 1] and source.num_classes == 3
+  assert source.images.shape == (6, 4, 4, 1) and source.images.dtype == np.uint8
+  # Bright ink on a dark ground: one row of four, three, and two.
+  ink = (source.images > 127).sum(axis=(1, 2, 3)) / 4
+  assert ink.tolist() == [1, 1, 3, 3, 2, 2]
+
+
+@pytest.mark.real_data
+def test_omniglot(tfds_dir, decoded):
+  source = image_classes.omniglot(data_dir=tfds_dir, cache_dir=decoded)
+  assert source.num_classes == 242 and source.images.shape == (4840, 28, 28, 1)
+  np.testing.assert_array_equal(np.bincount(source.labels), 20)
+  assert 0.05 < (source.images > 127).mean() < 0.2
+
+
+def test_classes_are_dealt_out_once():
+  source = _source()
+  parts = image_classes.split_classes(source, (2, 1, 2), seed=0)
+  assert [p.num_classes for p in parts] == [2, 1, 2]
+  images = np.concatenate([p.images for p in parts])
+  assert len(np.unique(images.reshape(15, -1), axis=0)) == 15
+  for part in parts:
+    np.testing.assert_array_equal(np.bincount(part.labels), 3)
+  names = [p.split for p in parts]
+  assert len(set(names)) == 3 and names == [
+    p.split for p in image_classes.split_classes(source, (2, 1, 2), seed=0)
+  ]
+  others = {
+    image_classes.split_classes(source, (2, 1, 2), seed=s)[0].split for s in range(9)
+  }
+  assert len(others) > 1
+  with pytest.raises(base.InputError, match=r"toy has 5 classes, less than 4 \+ 2"):
+    image_classes.split_classes(source, (4, 2), seed=0)
+
+
+def test_turned_classes():
+  source = _source(num_classes=2, per_class=1)
+  found = image_classes.rotated(source)
+  assert found.num_classes == 8 and sorted(found.labels) == list(range(8))
+  np.testing.assert_array_equal(
+    found.images[5, ..., 0], np.rot90(source.images[1, ..., 0], 2)
+  )
+  assert found.labels[5] == 1 + 2 * 2
+
+
+def test_shuffled_classes_keep_their_sizes():
+  source = _source(num_classes=4, per_class=20)
+  found = image_classes.shuffled(source, seed=0)
+  np.testing.assert_array_equal(np.bincount(found.labels), 20)
+  assert 0.1 < np.mean(found.labels == source.labels) < 0.45
+  assert found.images is source.images and found.name != source.name
+
+
+def test_resizing():
+  grey = np.arange(32, dtype=np.uint8).reshape(2, 4, 4, 1)
+  assert image_classes.resized(grey, 4, 1) is grey
+  np.testing.assert_array_equal(
+    image_classes.resized(grey, 4, 3), np.repeat(grey, 3, -1)
+  )
+  red = np.zeros((1, 4, 4, 3), np.uint8)
+  red[..., 0] = 200
+  assert image_classes.resized(red, 2, 1).tolist() == [[[[60], [60]], [[60], [60]]]]
+  assert image_classes.resized(np.full((1, 6, 9, 1), 7, np.uint8), 3, 1).max() == 7
+
+
+@pytest.fixture
+def folder(tmp_path):
+  for split, colours in (("train", ("red", "blue", "lime")), ("val", ("red",))):
+    for colour in colours:
+      own = tmp_path / "tiny" / split / colour
+      own.mkdir(parents=True)
+      for i in range(2):
+        Image.new("RGB", (6 + i, 5), colour).save(own / f"{i}.{('png', 'JPG')[i]}")
+      (own / "notes.txt").write_text("not an image")
+  return tmp_path / "tiny"
+
+
+def test_a_folder_of_images(folder):
+  source = image_classes.image_folder(folder, "train", size=4)
+  assert source[:3] == ("tiny", "folder", "train") and source.num_classes == 3
+  assert source.images.shape == (6, 4, 4, 3) and source.labels.tolist() == [
+    0,
+    0,
+    1,
+    1,
+    2,
+    2,
+  ]
+  strongest = source.images.mean(axis=(1, 2)).argmax(-1)
+  assert strongest.tolist() == [2, 2, 1, 1, 0, 0]  # blue, lime, red
+
+
+def test_a_folder_that_is_not_as_expected(folder):
+  def message(split):
+    with pytest.raises(base.InputError) as caught:
+      image_classes.image_folder(folder, split, size=4)
+    return str(caught.value)
+
+  assert "test has no folders of classes" in message("test")
+  (folder / "val" / "empty").mkdir()
+  assert "empty holds no image (.bmp, .jpeg, .jpg, .png)" in message("val")
+  (folder / "train" / "blue" / "0.png").write_bytes(b"broken")
+  assert "0.png cannot be read as an image" in message("train")

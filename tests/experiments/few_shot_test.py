@@ -1,0 +1,166 @@
+"""The few-shot experiment on digits: what it leaves, and every mistake."""
+
+import json
+
+import numpy as np
+import pytest
+import scripts
+
+_NAME = "few_shot"
+_SMALL = (
+  "--dataset=digits",
+  "--ood=shuffled",
+  "--width=4",
+  "--num_steps=4",
+  "--num_tasks=24",
+  "--num_meta_tasks=8",
+  "--num_test_tasks=5",
+  "--num_clusters=6",
+  "--batch_size=4",
+  "--meta_batch_size=4",
+  "--num_seeds=2",
+  "--num_devices=1",
+)
+_METHODS = ["maml", "maml_removed", "maml_zeroed", "nested_maml"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A short run's folder and what it printed."""
+  cwd = tmp_path_factory.mktemp(_NAME)
+  methods = f"--methods={','.join(_METHODS)}"
+  done = scripts.run(_NAME, *_SMALL, methods, "--ood_share=0.5", cwd=cwd)
+  assert done.status == 0 and done.complaints == "", done.complaints
+  return cwd / "runs" / _NAME, done.printed
+
+
+def test_the_table(run):
+  _, printed = run
+  header, *lines = scripts.table(printed)
+  assert header == [
+    "ood",
+    "ood_share",
+    "noise_share",
+    "method",
+    "meta-test accuracy %",
+    "interval over tasks, ± %",
+    "weight of own tasks",
+    "weight of other tasks",
+    "AUROC of weights",
+    "seeds",
+  ]
+  assert [line[3] for line in lines] == _METHODS
+  assert {tuple(line[:3]) for line in lines} == {("shuffled", "0.5", "0")}
+  weights = {line[3]: line[6] for line in lines}
+  assert weights["maml"] == "-" and weights["nested_maml"] != "-"
+  assert "2-way, 1-shot, test classes" in printed
+  last = printed.splitlines()[-1]
+  assert last == "written: runs/few_shot/results.json, results.csv, figure.png"
+
+
+def test_each_row_tells_its_run(run):
+  folder, _ = run
+  rows, csv_rows, flags = scripts.saved_rows(folder)
+  assert flags["ood_share"] == [0.5] and flags["dataset"] == "digits"
+  assert len(rows) == len(csv_rows) == 2 * len(_METHODS)
+  for row in rows:
+    assert 0 <= row["accuracy_percent"] <= 100 and row["interval_percent"] >= 0
+    assert row["num_tasks"] == (12 if row["method"] == "maml_removed" else 24)
+    # What is told which tasks are foreign knows it without a fault.
+    told = row["method"] == "maml_zeroed"
+    assert row["weight_auroc"] == 1.0 if told else row["weight_auroc"] != 1.0
+  # One problem for maml and nested_maml, another one for every seed.
+  by_method = {(r["method"], r["seed"]): r["data"] for r in rows}
+  assert by_method["maml", 0] == by_method["nested_maml", 0]
+  assert by_method["maml", 0] != by_method["maml", 1]
+  assert by_method["maml", 0] != by_method["maml_removed", 0]
+  assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_weights_were_looked_at_from_the_start(run):
+  folder, _ = run
+  path = folder / "ood-0.5" / "nested_maml" / "seed-0" / "seed-0" / "results.json"
+  probes = json.loads(path.read_text())["probes"]
+  assert probes["step"] == [0, 4] and probes["own_weight"][0] == 1.0
+  weights = np.genfromtxt(path.parent / "weights.csv", delimiter=",", names=True)
+  assert len(weights) == 24 and "label" not in weights.dtype.names
+  assert np.nansum(weights["seen"]) == 4 * 4
+
+
+def test_more_shares_are_added_and_items_have_weights(run):
+  folder, _ = run
+  kept = scripts.contents(folder / "ood-0.5")
+  more, items = scripts.run_many(
+    _NAME,
+    [
+      [
+        *_SMALL,
+        "--methods=maml,nested_maml",
+        "--ood_share=0.5",
+        "--ood_share=0.25",
+        f"--workdir={folder}",
+      ],
+      [
+        *_SMALL,
+        "--ood=none",
+        "--noise_share=0.5",
+        "--share=item",
+        "--methods=nested_maml_fo,l2rw,meta_only",
+        "--rotations",
+        "--num_seeds=1",
+        f"--workdir={folder.parent}/items",
+      ],
+    ],
+  )
+  for done in (more, items):
+    assert done.status is None and done.complaints == "", done
+  assert scripts.contents(folder / "ood-0.5") == kept
+  shares = [line[1] for line in scripts.table(more.printed)[1:]]
+  assert sorted(shares) == ["0.25", "0.25", "0.5", "0.5"]
+  rows, _, _ = scripts.saved_rows(folder.parent / "items")
+  by_method = {r["method"]: r for r in rows}
+  assert by_method["nested_maml_fo"]["wrong_weight"] is not None
+  assert by_method["nested_maml_fo"]["foreign_weight"] is None
+  assert by_method["l2rw"]["right_weight"] is None
+
+
+_MISTAKES = {
+  "unknown_method": (["--methods=reptile"], "--methods=reptile: choose among maml"),
+  "no_method": (["--methods="], "--methods= is empty: choose among maml"),
+  "ways": (["--num_ways=3"], "num_ways=3 need as many classes; digits"),
+  "shots": (["--num_shots=200"], "num_shots + num_queries = 205 images of a class"),
+  "zero_shots": (["--num_shots=0"], "num_shots=0 must be at least 1"),
+  "share_one": (["--ood_share=1"], "foreign_share must lie in [0, 1); got 1.0"),
+  "share_nan": (["--ood_share=nan"], "--ood_share=nan is not a finite number"),
+  "noise": (["--noise_share=2"], "2.0 is not a number in the range [0.0, 1.0]"),
+  "ood": (["--ood=svhn"], "should be one of <none|mnist|cifar10|shuffled>"),
+  "no_data": (["--ood=mnist", "--data_dir={tmp}/none"], "'mnist' is not there"),
+  "no_folder": (["--dataset=mini_imagenet"], "needs its folder: --data_dir="),
+  "empty_folder": (
+    ["--dataset=mini_imagenet", "--data_dir={tmp}"],
+    "train has no folders of classes",
+  ),
+  "clusters": (["--num_clusters=25"], "between 1 and the 24 tasks"),
+  "clip": (["--clip=-1"], "-1.0 is not a non-negative number"),
+  "batch": (["--batch_size=25"], "--batch_size=25 is larger than the 24 training"),
+  "batch_of_few": (
+    ["--ood_share=0.9", "--methods=maml_removed"],
+    "--batch_size=4 is larger than the 2 training examples",
+  ),
+  "meta_batch": (["--meta_batch_size=9"], "between 1 and the 8 clean examples"),
+  "other_settings": (["--workdir={run}", "--width=8"], "width was 4, now 8"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes(run, tmp_path_factory):
+  """Outcome of every mistake."""
+  folder = tmp_path_factory.mktemp("mistakes")
+  return scripts.run_mistakes(
+    _NAME, _MISTAKES, folder, *_SMALL, kept=run[0], tmp=folder, run=run[0]
+  )
+
+
+@pytest.mark.parametrize("name", _MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
+  scripts.assert_one_line(mistakes[name], _MISTAKES[name][1])
