@@ -22,6 +22,7 @@ from l2rw_jax.methods import ldam_drw
 from l2rw_jax.methods import loss_baselines
 from l2rw_jax.methods import mentornet
 from l2rw_jax.methods import meta_weight_net
+from l2rw_jax.methods import nested_maml
 from l2rw_jax.methods import s_model
 from l2rw_jax.methods import warpi
 from l2rw_jax.models import classifier
@@ -59,6 +60,10 @@ _METHODS = {
   ),
   "forml_gap": forml.forml(0.3, "gap", 2, inner_learning_rate=0.3),
   "forml_worst": forml.forml(0.3, "worst", inner_learning_rate=0.3),
+  "nested_maml": nested_maml.nested_maml(30.0, 0.3),
+  "nested_maml_clusters": nested_maml.nested_maml(
+    30.0, 0.3, "cluster", num_clusters=2, clip=0.01, every=2
+  ),
   "warpi": warpi.warpi(0.3, optimizer=_META),
   "advisor": advisor.advisor(0.3, optimizer=_META),
   "bare": bare.bare(kappa=0.5),
