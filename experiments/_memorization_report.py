@@ -17,6 +17,8 @@ _PAIRS = (
 )
 _REGIONS = (1, 2, 3, 4)
 _MOST_CURVES = 4
+# Learning rates are decades apart, and so are drops; some are below zero.
+_LINEAR = 1e-3
 _SHORT = {
   "susceptibility": "susceptibility",
   "wrong_subset_percent": "accuracy on wrong labels",
@@ -124,8 +126,7 @@ def draw(rows: Rows, path: pathlib.Path) -> None:
       edgecolors="black",
       linewidths=0.4,
     )
-    # Of two learning rates a decade apart, drops are too.
-    ax.set_xscale("symlog", linthresh=1e-3)
+    ax.set_xscale("symlog", linthresh=_LINEAR)
     ax.margins(0.12)
     figure.colorbar(dots, ax=ax, label="clean test accuracy (%)")
     if len(own) > 1:
@@ -184,6 +185,7 @@ def draw_curves(
     wrong = probes.get("train_accuracy_wrong")
     if wrong:
       right.plot(100 * np.array(wrong), f"C{color}", label=name)
+  left.set_yscale("symlog", linthresh=_LINEAR)
   left.set_ylabel("susceptibility so far (nats)")
   right.set_ylabel("accuracy on wrong labels (%)")
   for ax in (left, right):
