@@ -83,25 +83,25 @@ _ROTATIONS = flags.DEFINE_bool("rotations", False, "Four training classes of eac
 _SHARE = flags.DEFINE_enum(
   "share", "cluster", nested_maml.SHARES, "What has a weight in NestedMAML."
 )
-_NUM_CLUSTERS = flags.DEFINE_integer("num_clusters", 100, "Of training tasks.", 1)
+_NUM_CLUSTERS = flags.DEFINE_integer("num_clusters", 20, "Of training tasks.", 1)
 _WEIGHT_LEARNING_RATE = flags.DEFINE_float(
-  "weight_learning_rate", 100.0, "Of task weights, gamma.", 0.0
+  "weight_learning_rate", 1e4, "Of task weights, gamma.", 0.0
 )
 _LOOK_AHEAD_LEARNING_RATE = flags.DEFINE_float(
   "look_ahead_learning_rate", None, "Eta. [--learning_rate]", 0.0
 )
-_CLIP = flags.DEFINE_float("clip", None, "Largest slope of a weight.", 0.0)
+_CLIP = flags.DEFINE_float("clip", 2e-5, "Largest slope of a weight.", 0.0)
 _EVERY = flags.DEFINE_integer("every", 1, "Steps between updates of weights.", 1)
 _WIDTH = flags.DEFINE_integer("width", 32, "Channels of the network.", 1)
 _INNER_LEARNING_RATE = flags.DEFINE_float("inner_learning_rate", 0.4, "Alpha.", 0.0)
 _NUM_INNER_STEPS = flags.DEFINE_integer("num_inner_steps", 1, "In training.", 1)
 _NUM_ADAPTATION_STEPS = flags.DEFINE_integer("num_adaptation_steps", 3, "In tests.", 1)
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.003, "Of Adam.", 0.0)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Tasks a step.", 1)
-_META_BATCH_SIZE = flags.DEFINE_integer("meta_batch_size", 8, "Validation tasks.", 1)
-_NUM_STEPS = flags.DEFINE_integer("num_steps", 1000, "Updates.", 1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Tasks a step.", 1)
+_META_BATCH_SIZE = flags.DEFINE_integer("meta_batch_size", 4, "Validation tasks.", 1)
+_NUM_STEPS = flags.DEFINE_integer("num_steps", 500, "Updates.", 1)
 _EVAL_EVERY = flags.DEFINE_integer("eval_every", 500, "Steps to an evaluation.", 1)
-_NUM_SEEDS = flags.DEFINE_integer("num_seeds", 3, "Repetitions.", lower_bound=1)
+_NUM_SEEDS = flags.DEFINE_integer("num_seeds", 2, "Repetitions.", lower_bound=1)
 flags.adopt_module_key_flags(_launch)
 _EXTENDABLE = ("methods", "ood_share")
 
