@@ -22,19 +22,20 @@ def interval_over_tasks(predictions: evaluation.Predictions) -> dict[str, float]
   return {"interval": float(1.96 * spread)}
 
 
-def weights_of(pool: episodes.Pool) -> evaluation.Probe:
+def weights_of(pool: episodes.Pool, share: str) -> evaluation.Probe:
   """A probe of NestedMAML: mean weights of tasks, and of single queries if it has them.
 
   Parts without a member are left out.
 
   Args:
     pool: the training tasks.
+    share: of NestedMAML.
   """
 
   def probe(snapshot):
     state: nested_maml.State = snapshot.state.method_state
     weights = np.asarray(state.weights)
-    if len(weights) != len(pool.is_foreign):
+    if share == "cluster":
       weights = weights[snapshot.splits.train.group]
     is_wrong = pool.wrong_items()
     is_foreign = pool.is_foreign

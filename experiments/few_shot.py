@@ -276,7 +276,7 @@ def train(
   """Trains one run, or finishes it, or reads it back."""
   probes: Sequence[evaluation.Probe] = ()
   if run.method.startswith("nested"):
-    probes = (_few_shot_report.weights_of(problem.pool),)
+    probes = (_few_shot_report.weights_of(problem.pool, _SHARE.value),)
   (found,) = loop.train(
     make_config(run.seed),
     make_learner(),

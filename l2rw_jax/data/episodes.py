@@ -70,7 +70,7 @@ class Episodes(NamedTuple):
 
   Attributes:
     splits: `train` has tasks with `group` their cluster; `label` and `true_label`
-      are [N, ways * q], -1 in the latter where the query is of no class of its place.
+      are [N, ways * q], in the latter -1 where the query is of another class.
     pool: what is known of the training tasks.
   """
 
