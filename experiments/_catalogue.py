@@ -218,6 +218,26 @@ EXPERIMENTS = {
     published="Published: speed-ups over 2.9x (all data) and 4.5x (random subsets) on"
     " other data; the protocol is ours.",
   ),
+  "coreset_selection": _tables.Experiment(
+    title="Choosing a tenth of MNIST, in epochs of training on it",
+    metrics=(
+      _tables.Metric("seconds", "seconds, median", decimals=3),
+      _tables.Metric("epochs", "epochs"),
+      _tables.Metric("extra_mib", "extra memory MiB", decimals=0),
+      _tables.Metric("cost", "sum of distances", decimals=1),
+    ),
+    settings={
+      "dataset": "{}",
+      "num_examples": "{:,} examples",
+      "fraction": "{:.0%} to choose",
+      "repeats": "{} turns of each",
+      "cpus": "{} CPU cores",
+    },
+    keys=("num_examples", "cpus"),
+    method_heading="what",
+    repeat="benchmark",
+    published="Published: nothing that compares.",
+  ),
   "mentornet_pretrain": _tables.Experiment(
     title="MentorNet fitted to a curriculum",
     metrics=(

@@ -68,7 +68,7 @@ _REFRESH_EVERY = flags.DEFINE_integer(
   lower_bound=1,
 )
 _GREEDY = flags.DEFINE_enum(
-  "greedy", "lazy", coreset.GREEDY, "Exact, or from random candidates."
+  "greedy", "stochastic", coreset.GREEDY, "Exact, or from random candidates."
 )
 _GREEDY_EPSILON = flags.DEFINE_float(
   "greedy_epsilon", 0.1, "Of the stochastic greedy's guarantee, in (0, 1)."
@@ -81,7 +81,7 @@ _BUDGET = flags.DEFINE_enum(
 )
 _NUM_SEEDS = flags.DEFINE_integer("num_seeds", 3, "Repetitions.", lower_bound=1)
 _NUM_STEPS = flags.DEFINE_integer(
-  "num_steps", None, "Updates. [6000; digits: 1000]", lower_bound=1
+  "num_steps", None, "Updates. [3600; digits: 1000]", lower_bound=1
 )
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size", None, "Batch size. [100; digits: 20]", lower_bound=1
@@ -113,24 +113,26 @@ def load(split: str) -> sources.Source:
   return sources.load(_DATASET.value, split, **_launch.data_folders())
 
 
-@functools.lru_cache(maxsize=1)
 def make_split(seed: int) -> splits_lib.Splits:
   """The data of a seed: all of them, or a long tail."""
-  if _IMBALANCE.value == 1:
+  return _cut(_DATASET.value, _IMBALANCE.value, seed)
+
+
+# All settings of a seed follow each other.
+@functools.lru_cache(maxsize=1)
+def _cut(dataset: str, imbalance: float, seed: int) -> splits_lib.Splits:
+  del dataset  # that of `load`; without it another's would be found here
+  train, test = load("train"), load("test")
+  if imbalance == 1:
     return splits_lib.noisy_labels(
-      load("train"),
-      load("test"),
-      builder="uniform_flip",
-      fraction=0.0,
-      num_meta_per_class=0,
-      seed=seed,
+      train, test, builder="uniform_flip", fraction=0.0, num_meta_per_class=0, seed=seed
     )
   return long_tail.long_tail_splits(
-    load("train"),
-    load("test"),
+    train,
+    test,
     builder="ldam",
     shape="exponential",
-    imbalance=_IMBALANCE.value,
+    imbalance=imbalance,
     num_meta_per_class=0,
     seed=seed,
   )
@@ -145,16 +147,16 @@ def _default(given: Any, mnist: Any, digits: Any) -> Any:
 def make_config(seeds: Sequence[int]) -> config_lib.Config:
   """How every run is trained."""
   return _launch.run_config(
-    num_steps=_default(_NUM_STEPS.value, 6000, 1000),
+    num_steps=_default(_NUM_STEPS.value, 3600, 1000),
     batch_size=_default(_BATCH_SIZE.value, 100, 20),
     eval_every=_default(_EVAL_EVERY.value, 150, 50),
     seeds=tuple(seeds),
   )
 
 
-@functools.cache
-def make_method(name: str, fraction: float) -> base.Method:
+def make_method(setting: Setting) -> base.Method:
   """The `Method` of a setting."""
+  fraction = setting.fraction
   every = _REFRESH_EVERY.value or max(1, round(2 / fraction))
   makers: dict[str, Callable[[], base.Method]] = {
     "full": baselines.uniform,
@@ -163,7 +165,7 @@ def make_method(name: str, fraction: float) -> base.Method:
     "craig": lambda: _adacore(fraction, every, curvature=False),
     "adacore": lambda: _adacore(fraction, every, curvature=True),
   }
-  return makers[name]()
+  return makers[setting.method]()
 
 
 def _adacore(fraction: float, every: int, curvature: bool) -> base.Method:
@@ -203,13 +205,15 @@ def make_settings(split: splits_lib.Splits) -> list[Setting]:
 
 
 def _check_fraction(fraction: float, split: splits_lib.Splits) -> None:
+  adacore.check_fraction("--fraction", fraction)
   try:
-    adacore.check_fraction("coreset", fraction)
     size = adacore.subset_size(fraction, len(split.train.label))
     counts = parts.class_counts(split.train, split.num_classes)
     coreset.class_budgets(counts.tolist(), size)
   except base.InputError as error:
-    raise base.InputError(f"--fraction={fraction}: {error} Raise it.") from error
+    raise base.InputError(
+      f"--fraction={fraction}: {error} Raise --fraction."
+    ) from error
   batch_size = make_config([0]).batch_size
   if size < batch_size:
     raise base.InputError(
@@ -231,10 +235,12 @@ def make_optimizer(rate: float, momentum: float) -> optax.GradientTransformation
   return optax.sgd(rate, momentum or None)
 
 
-def train(setting: Setting, seed: int, folder: pathlib.Path) -> dict[str, Any]:
+def train(
+  setting: Setting, method: base.Method, seed: int, folder: pathlib.Path
+) -> dict[str, Any]:
   """Trains one seed of a curve; its row, with the curve itself."""
   own = folder / setting.folder() / f"seeds-{seed}"
-  config, method = make_config([seed]), make_method(setting.method, setting.fraction)
+  config = make_config([seed])
   if not own.exists():
     # What is compiled for the first time here, a selection too, is no part of its
     # seconds.
@@ -274,18 +280,17 @@ def _setting_of(row: dict[str, Any]) -> Setting:
 def main() -> None:
   """Trains what is missing, then prints and writes the comparison."""
   split = make_split(0)
-  settings = make_settings(split)
-  for setting in settings:  # mistakes show before anything is written
-    method = make_method(setting.method, setting.fraction)
+  methods = {setting: make_method(setting) for setting in make_settings(split)}
+  for method in methods.values():  # mistakes show before anything is written
     config_lib.check(make_config([0]), method, [split])
   folder = _launch.prepare("coreset", __name__, _EXTENDABLE)
   # A seed of all settings before the next seed: a machine is not always equally fast.
   rows = [
-    train(setting, seed, folder)
+    train(setting, method, seed, folder)
     for seed in range(_NUM_SEEDS.value)
-    for setting in settings
+    for setting, method in methods.items()
   ]
-  rows.sort(key=lambda row: settings.index(_setting_of(row)))
+  rows.sort(key=lambda row: list(methods).index(_setting_of(row)))
   rows = _coreset_report.with_equal_seconds(rows)
   flags_given = _launch.flags_of(__name__)
   curves = [row.pop("curve") for row in rows]

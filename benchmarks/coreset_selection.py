@@ -1,0 +1,268 @@
+r"""How long it takes to choose 10% of MNIST, in epochs of training on it.
+
+What is timed is what AdaCore and CRAIG do before every few passes: 6,000 of 60,000
+examples, class by class, by the 10-dimensional gradients at the logits of a partly
+trained MLP 784-256-10. An epoch is 600 steps of that MLP in batches of 100 through the
+loop's own compiled step. All take turns, and of each the median counts, so that other
+work on the machine meets all alike. The naive greedy holds each class's whole distance
+matrix and computes every gain at every step; it and the lazy one beside it see a tenth
+of the examples only.
+Command: python -m benchmarks.coreset_selection --data_dir=DIR
+Ours: results/coreset_selection.
+"""
+
+from collections.abc import Callable
+import os
+import pathlib
+import re
+import time
+from typing import Any
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from scipy.spatial import distance
+
+from experiments import _catalogue
+from experiments import _launch
+from experiments import _report
+from l2rw_jax import base
+from l2rw_jax import coreset
+from l2rw_jax import workdir
+from l2rw_jax.data import parts
+from l2rw_jax.data import sources
+from l2rw_jax.data import splits as splits_lib
+from l2rw_jax.methods import adacore
+from l2rw_jax.methods import adacore_table
+from l2rw_jax.methods import baselines
+from l2rw_jax.models import classifier
+from l2rw_jax.models import mlp
+from l2rw_jax.training import batches
+from l2rw_jax.training import compilation
+from l2rw_jax.training import config as config_lib
+from l2rw_jax.training import devices as devices_lib
+
+_DATASET = flags.DEFINE_enum("dataset", "mnist", ["mnist", "digits"], "Which digits.")
+_FRACTION = flags.DEFINE_float("fraction", 0.1, "To choose.")
+_EPSILONS = flags.DEFINE_multi_float(
+  "epsilon", [0.1, 0.01], "Of the stochastic greedy; repeat the flag."
+)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Turns of each.", lower_bound=1)
+_EPOCHS = flags.DEFINE_integer(
+  "epochs", 2, "Of training before the gradients are taken.", lower_bound=1
+)
+_PART = flags.DEFINE_integer(
+  "part", 10, "The naive one sees one in so many examples.", lower_bound=1
+)
+flags.adopt_module_key_flags(_launch)
+_BATCH_SIZE = 100
+
+
+class Training:
+  """An MLP in training, an epoch at a time, as the loop trains it."""
+
+  def __init__(self, split: splits_lib.Splits):
+    """Nothing trained, nothing compiled."""
+    self._size = len(split.train.label)
+    self._model = classifier.Classifier(mlp.MLP(split.num_classes, (256,)), 10)
+    counts = parts.class_counts(split.train, split.num_classes)
+    self._counts = jnp.asarray(counts, jnp.int32)[None]
+    self._devices = devices_lib.choose(1, _BATCH_SIZE)
+    config = config_lib.Config(num_steps=1, batch_size=_BATCH_SIZE)
+    self._source = batches.BatchSource(
+      config, [split], self._order, False, self._devices, None
+    )
+    init, self._step = compilation.functions(
+      self._model,
+      baselines.uniform(),
+      optax.sgd(0.1),
+      self._size,
+      self._size,
+      1,
+      tuple(self._devices),
+    )
+    self._train = batches.examples_dict(split.train)
+    key = jax.random.key(0)[None]
+    first = {k: v[None, :1] for k, v in self._train.items()}
+    self._state = devices_lib.replicate(init(key, self._counts, first), self._devices)
+    self._constants = devices_lib.replicate((key, self._counts), self._devices)
+
+  def _order(self, run, epoch, rng):
+    del run, epoch
+    return rng.permutation(self._size)
+
+  def epoch(self) -> None:
+    """Every example once."""
+    for _ in range(self._size // _BATCH_SIZE):
+      batch = self._source.next(0)
+      self._state, _ = self._step(self._state, batch.train, None, *self._constants)
+    jax.block_until_ready(self._state)
+
+  def gradients(self) -> np.ndarray:
+    """At the logits, of every example, [N, C]."""
+    state = devices_lib.take(devices_lib.unreplicate(self._state), 0)
+    task = self._model.task(
+      class_counts=self._counts[0], num_examples=self._size, num_steps=1
+    )
+    view = base.EpochView(
+      0, 0, state.params, state.model_state, self._train, np.random.default_rng(0)
+    )
+    found = adacore_table.look(
+      task, view, jax.random.key(0), scope=None, last_layer=False, num_probes=1
+    )
+    return np.asarray(found.gradients)
+
+
+def naive_greedy(proxies: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
+  """The rows that `coreset.select` chooses, by whole matrices and every gain."""
+  classes, counts = np.unique(labels, return_counts=True)
+  found = []
+  for c, budget in zip(
+    classes, coreset.class_budgets(counts.tolist(), size), strict=True
+  ):
+    members = np.flatnonzero(labels == c)
+    away = distance.cdist(proxies[members], proxies[members])
+    nearest = np.full(len(members), 2 * away.max())
+    rows: list[int] = []
+    for _ in range(budget):
+      gains = np.maximum(nearest - away, 0).sum(axis=1)
+      gains[rows] = -np.inf
+      rows.append(int(np.argmax(gains)))
+      nearest = np.minimum(nearest, away[rows[-1]])
+    found.append(members[rows])
+  return np.sort(np.concatenate(found))
+
+
+def cost(proxies: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> float:
+  """Sum of every example's distance to the nearest chosen one of its class."""
+  total = 0.0
+  for c in np.unique(labels):
+    chosen = rows[labels[rows] == c]
+    total += distance.cdist(proxies[labels == c], proxies[chosen]).min(axis=1).sum()
+  return float(total)
+
+
+def extra_mib(run: Callable[[], Any]) -> float | None:
+  """How far the memory of this process rises above what it is before; Linux only."""
+  try:
+    # Sets the peak that the kernel remembers back to the present.
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+  except OSError:
+    return None
+  before = _status_mib("VmRSS")
+  run()
+  return _status_mib("VmHWM") - before
+
+
+def _status_mib(name: str) -> float:
+  text = pathlib.Path("/proc/self/status").read_text()
+  found = re.search(rf"{name}:\s+(\d+) kB", text)
+  return int(found[1]) / 1024 if found else float("nan")
+
+
+def contestants(
+  proxies: np.ndarray, labels: np.ndarray
+) -> dict[str, tuple[np.ndarray, np.ndarray, Callable[[], np.ndarray]]]:
+  """By name: the proxies and labels that it chooses among, and how it chooses."""
+
+  def make(proxies, labels, greedy, epsilon=0.1):
+    size = adacore.subset_size(_FRACTION.value, len(labels))
+
+    def choose():
+      if greedy == "naive":
+        return naive_greedy(proxies, labels, size)
+      key = jax.random.key(0)
+      return coreset.select(
+        proxies, labels, size, greedy=greedy, epsilon=epsilon, key=key
+      ).rows
+
+    return proxies, labels, choose
+
+  whole, part = (proxies, labels), (proxies[:: _PART.value], labels[:: _PART.value])
+  return {
+    "lazy": make(*whole, "lazy"),
+    **{
+      f"stochastic {epsilon:g}": make(*whole, "stochastic", epsilon)
+      for epsilon in _EPSILONS.value
+    },
+    "naive, of a part": make(*part, "naive"),
+    "lazy, of a part": make(*part, "lazy"),
+  }
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+  started = time.perf_counter()
+  run()
+  return time.perf_counter() - started
+
+
+def measure() -> list[dict[str, Any]]:
+  """A row for the epoch and for every way to choose."""
+  train, test = (
+    sources.load(_DATASET.value, split, **_launch.data_folders())
+    for split in ("train", "test")
+  )
+  split = splits_lib.noisy_labels(
+    train, test, builder="uniform_flip", fraction=0.0, num_meta_per_class=0, seed=0
+  )
+  training = Training(split)
+  for _ in range(_EPOCHS.value):
+    training.epoch()
+  proxies, labels = training.gradients(), split.train.label
+  ways = contestants(proxies, labels)
+  chosen = {name: choose() for name, (_, _, choose) in ways.items()}  # compiles
+  extra = {name: extra_mib(choose) for name, (_, _, choose) in ways.items()}
+  seconds: dict[str, list[float]] = {name: [] for name in ("epoch", *ways)}
+  for _ in range(_REPEATS.value):
+    seconds["epoch"].append(_seconds(training.epoch))
+    for name, (_, _, choose) in ways.items():
+      seconds[name].append(_seconds(choose))
+  facts = {"dataset": _DATASET.value, "fraction": _FRACTION.value}
+  facts |= {"repeats": _REPEATS.value, "cpus": len(os.sched_getaffinity(0))}
+  rows = []
+  for name, taken in seconds.items():
+    ratio = np.array(taken) / np.array(seconds["epoch"])
+    own: dict[str, Any] = {
+      "num_examples": len(labels),
+      "num_chosen": None,
+      "cost": None,
+    }
+    if name in ways:
+      of, among, _ = ways[name]
+      own = {
+        "num_examples": len(among),
+        "num_chosen": len(chosen[name]),
+        "cost": cost(of, among, chosen[name]),
+      }
+    rows.append(
+      {
+        "method": name,
+        **facts,
+        **own,
+        "seconds": float(np.median(taken)),
+        "seconds_least": min(taken),
+        "seconds_most": max(taken),
+        "epochs": float(np.median(ratio)),
+        "extra_mib": extra.get(name),
+        **workdir.run_info(),
+      }
+    )
+  return rows
+
+
+def main() -> None:
+  """Measures, prints and writes."""
+  adacore.check_fraction("--fraction", _FRACTION.value)
+  for epsilon in _EPSILONS.value:
+    coreset.check_greedy("stochastic", epsilon)
+  folder = _launch.prepare("coreset_selection", __name__, ())
+  rows, flags_given = measure(), _launch.flags_of(__name__)
+  _report.save(folder, rows, flags_given)
+  print(_catalogue.summary("coreset_selection", rows, flags_given))
+  print(f"\nwritten: {folder}/results.json, results.csv")
+
+
+if __name__ == "__main__":
+  _launch.run(main)

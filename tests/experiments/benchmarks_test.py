@@ -1,0 +1,70 @@
+"""The benchmark of coreset selection on digits: its rows, and its naive rival."""
+
+import numpy as np
+import pytest
+import scripts
+
+from benchmarks import coreset_selection
+from l2rw_jax import coreset
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """Rows of a short benchmark, and what it printed."""
+  cwd = tmp_path_factory.mktemp("benchmark")
+  done = scripts.start(
+    *("-m", "benchmarks.coreset_selection", "--dataset=digits"),
+    *("--repeats=2", "--part=4", "--epsilon=0.5", "--epochs=1"),
+    cwd=cwd,
+  )
+  assert done.status == 0 and done.complaints == "", done.complaints
+  return scripts.saved_rows(cwd / "runs" / "coreset_selection")[0], done.printed
+
+
+def test_every_way_is_timed_beside_an_epoch(run):
+  rows, printed = run
+  names = ["epoch", "lazy", "stochastic 0.5", "naive, of a part", "lazy, of a part"]
+  assert [row["method"] for row in rows] == names
+  for row in rows:
+    assert 0 < row["seconds_least"] <= row["seconds"] <= row["seconds_most"]
+  epoch, lazy, stochastic, naive, part = rows
+  assert epoch["epochs"] == 1 and epoch["cost"] is None
+  assert lazy["num_chosen"] == stochastic["num_chosen"] == 130
+  assert lazy["cost"] <= stochastic["cost"]
+  assert naive["num_examples"] == part["num_examples"] == 325
+  assert naive["cost"] == pytest.approx(part["cost"], rel=1e-4)
+  assert len(scripts.table(printed)) == 6
+
+
+def test_the_naive_rival_chooses_the_same():
+  rng = np.random.default_rng(0)
+  proxies, labels = rng.normal(size=(90, 3)), np.arange(90) % 3
+  rows = coreset_selection.naive_greedy(proxies, labels, 21)
+  found = coreset.select(proxies, labels, 21)
+  np.testing.assert_array_equal(rows, found.rows)
+  by_hand = sum(
+    np.linalg.norm(proxies[i] - proxies[rows[labels[rows] == labels[i]]], axis=1).min()
+    for i in range(90)
+  )
+  cost = coreset_selection.cost(proxies, labels, rows)
+  assert cost == pytest.approx(by_hand)
+
+
+def test_extra_memory_is_what_is_touched():
+  extra = coreset_selection.extra_mib(lambda: np.ones(2**25).sum())
+  if extra is None:
+    pytest.skip("this system does not tell")
+  assert 200 < extra < 400
+
+
+@pytest.mark.parametrize(
+  ("flag", "complaint"),
+  [
+    ("--fraction=0", "fraction=0.0 must be above 0"),
+    ("--epsilon=2", "epsilon=2.0 must"),
+  ],
+)
+def test_a_mistake_is_one_line(flag, complaint, tmp_path):
+  done = scripts.start("-m", "benchmarks.coreset_selection", flag, cwd=tmp_path)
+  assert done.status == 2 and complaint in done.complaints
+  assert len(done.complaints.splitlines()) == 1 and not list(tmp_path.iterdir())

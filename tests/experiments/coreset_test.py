@@ -1,0 +1,196 @@
+"""The coreset experiment on digits: curves, equal seconds, every mistake."""
+
+import csv
+import json
+import time
+
+import numpy as np
+import pytest
+import scripts
+
+from experiments import _coreset_report
+from l2rw_jax.methods import adacore
+from l2rw_jax.methods import baselines
+
+_NAME = "coreset"
+_SMALL = (
+  "--dataset=digits",
+  "--model=logistic",
+  "--num_steps=8",
+  "--eval_every=2",
+  "--fraction=0.1",
+  "--refresh_every=1",
+  "--num_seeds=1",
+  "--num_devices=1",
+)
+_METHODS = ["full", "random", "random_fixed", "craig", "adacore"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A short run's folder and what it printed."""
+  cwd = tmp_path_factory.mktemp(_NAME)
+  done = scripts.run(_NAME, *_SMALL, cwd=cwd)
+  assert done.status == 0 and done.complaints == "", done.complaints
+  return cwd / "runs" / _NAME, done.printed
+
+
+def test_the_table(run):
+  _, printed = run
+  header, *lines = scripts.table(printed)
+  assert header[:4] == ["model", "fraction", "method", "test accuracy %"]
+  assert [line[2] for line in lines] == _METHODS
+  assert [line[1] for line in lines] == ["1"] + 4 * ["0.1"]
+  assert {line[-1] for line in lines} == {"1"}
+
+
+def test_each_row_tells_its_run_and_its_curve(run):
+  folder, _ = run
+  rows, csv_rows, flags = scripts.saved_rows(folder)
+  assert flags["fraction"] == [0.1] and len(rows) == len(csv_rows) == 5
+  with open(folder / "curves.csv", newline="") as file:
+    lines = list(csv.DictReader(file))
+  assert len(lines) == 5 * 4
+  for number, row in enumerate(rows):
+    own = lines[4 * number : 4 * number + 4]
+    assert {line["method"] for line in own} == {row["method"]}
+    assert [int(line["step"]) for line in own] == [2, 4, 6, 8]
+    seconds = [float(line["seconds"]) for line in own]
+    assert seconds == sorted(seconds)
+    assert row["seconds"] == pytest.approx(seconds[-1], abs=1e-4)
+    last = float(own[-1]["accuracy_percent"])
+    assert row["accuracy_percent"] == pytest.approx(last, abs=0.01)
+    assert 0 < row["equal_seconds"] <= row["seconds"]
+    # 1,297 images, 129 or 130 a pass in batches of 20: six steps from one to the next.
+    expected = {"full": 0, "random_fixed": 1}.get(row["method"], 2)
+    assert row["num_selections"] == expected
+    assert row["selection_seconds"] < row["seconds"]
+  assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_call_reads_the_first_and_a_tail_is_cut(run):
+  folder, printed = run
+  before = (folder / "results.csv").read_bytes()
+  tail = folder.parent / "tail"
+  again, cut = scripts.run_many(
+    _NAME,
+    [
+      [*_SMALL, f"--workdir={folder}"],
+      [
+        *_SMALL,
+        "--imbalance=4",
+        "--methods=full,craig",
+        "--greedy=lazy",
+        f"--workdir={tail}",
+      ],
+    ],
+  )
+  assert again.status is None and again.complaints == "", again
+  assert scripts.table(again.printed) == scripts.table(printed)
+  assert (folder / "results.csv").read_bytes() == before
+  assert cut.status is None and cut.complaints == "", cut
+  rows, _, _ = scripts.saved_rows(tail)
+  assert {row["imbalance"] for row in rows} == {4.0}
+  assert rows[0]["num_train"] < 1000
+
+
+# -- the report alone --------------------------------------------------------
+
+
+def _curve(seconds, percent):
+  steps = np.arange(1, len(seconds) + 1)
+  return _coreset_report.Curve(steps, np.array(seconds), np.array(percent))
+
+
+def test_a_curve_by_hand():
+  curve = _curve([1.0, 2.0, 4.0], [50.0, 80.0, 90.0])
+  assert curve.at(3.0) == 85.0
+  assert curve.at(0.5) == 50.0 and curve.at(9.0) == 90.0
+  assert [curve.reaches(x) for x in (50, 75, 90, 91)] == [1.0, 2.0, 4.0, None]
+
+
+def test_equal_seconds_are_those_of_the_first_to_finish_a_model():
+  curves = [_curve([1.0, 4.0], [60.0, 90.0]), _curve([2.0, 8.0], [70.0, 100.0])]
+  rows = [
+    {"model": "mlp", "method": name, "seconds": c.seconds[-1], "curve": c}
+    for name, c in zip(("full", "craig"), curves, strict=True)
+  ]
+  rows.append({**rows[0], "model": "logistic", "seconds": 2.0})
+  found = _coreset_report.with_equal_seconds(rows)
+  assert [r["equal_seconds"] for r in found] == [4.0, 4.0, 2.0]
+  assert [r["percent_at_equal"] for r in found] == [90.0, 80.0, 70.0]
+  assert [r["percent_at_half"] for r in found] == [70.0, 70.0, 60.0]
+
+
+def test_all_data_are_drawn_beside_every_fraction():
+  rows = [
+    {"model": "mlp", "method": "full", "fraction": 1.0},
+    {"model": "mlp", "method": "craig", "fraction": 0.1},
+    {"model": "mlp", "method": "craig", "fraction": 0.3},
+  ]
+  found = _coreset_report.panels(rows)
+  assert found == {("mlp", 0.1): [0, 1], ("mlp", 0.3): [0, 2]}
+  assert _coreset_report.panels(rows[:1]) == {("mlp", 1.0): [0]}
+
+
+def test_selections_are_timed_by_epoch(tmp_path):
+  class View:
+    epoch = 3
+
+  def refresh(state, task, view):
+    time.sleep(0.01)
+    return state + 1
+
+  method = adacore.random_subset(0.5)._replace(refresh=refresh)
+  timed = _coreset_report.timed(method, tmp_path / "run")
+  assert timed.refresh(1, None, View) == 2
+  timed.refresh(1, None, View)  # after an interruption: not twice
+  seconds = json.loads((tmp_path / "run" / "selections.json").read_text())
+  assert list(seconds) == ["3"] and 0.01 <= seconds["3"] < 10
+  uniform = baselines.uniform()
+  assert _coreset_report.timed(uniform, tmp_path) is uniform
+
+
+# -- mistakes ----------------------------------------------------------------
+
+_MISTAKES = {
+  "unknown_method": (["--methods=magic"], "--methods=magic: choose among full, random"),
+  "no_method": (["--methods="], "--methods=: choose among full"),
+  "unknown_model": (["--model=lenet"], "--model=lenet: choose among logistic, mlp"),
+  "fraction_0": (
+    ["--fraction=0"],
+    "--fraction: fraction=0.0 must be above 0 and at most 1",
+  ),
+  "fraction_2": (["--fraction=2"], "--fraction: fraction=2.0 must be above 0"),
+  "fraction_nan": (["--fraction=nan"], "--fraction=nan is not a finite number"),
+  "few": (
+    ["--fraction=0.005"],
+    "--fraction=0.005: cannot choose size=6 of 1297 examples in 10 classes: it must be"
+    " at least one for each class and at most all of them. Raise --fraction.",
+  ),
+  "batch": (
+    ["--fraction=0.01", "--batch_size=20"],
+    "--fraction=0.01 keeps 13 of 1297 images, less than --batch_size=20; raise it",
+  ),
+  "epsilon": (["--greedy_epsilon=1"], "epsilon=1.0 must lie between 0 and 1"),
+  "imbalance": (["--imbalance=0.5"], "imbalance must be a number of at least 1"),
+  "refresh": (["--refresh_every=0"], "0 is not a positive integer"),
+  "budget": (["--budget=fair"], "should be one of <proportional|equal>"),
+  "no_data": (["--dataset=mnist", "--data_dir={tmp}/none"], "'mnist' is not there"),
+  "other_settings": (["--workdir={run}", "--momentum=0.9"], "momentum was 0.0, now"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes(run, tmp_path_factory):
+  """Outcome of every mistake."""
+  folder = tmp_path_factory.mktemp("mistakes")
+  small = [flag for flag in _SMALL if not flag.startswith("--fraction")]
+  return scripts.run_mistakes(
+    _NAME, _MISTAKES, folder, *small, kept=run[0], tmp=folder, run=run[0]
+  )
+
+
+@pytest.mark.parametrize("name", _MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
+  scripts.assert_one_line(mistakes[name], _MISTAKES[name][1])
