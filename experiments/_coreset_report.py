@@ -122,12 +122,13 @@ def panels(rows: Rows) -> dict[tuple[str, float], list[int]]:
 def with_equal_seconds(rows: Rows) -> Rows:
   """The rows with accuracies at seconds that all methods of a model trained for.
 
-  One number of seconds a model: that of the first run to finish.
+  That is one number for each model and seed, the seconds of its first run to finish:
+  the runs of a seed follow each other, and a machine is not always equally fast.
   """
   found = []
   for one in rows:
-    own = [r["seconds"] for r in rows if r["model"] == one["model"]]
-    equal = min(own)
+    beside = [r for r in rows if all(r[k] == one[k] for k in ("model", "seed"))]
+    equal = min(r["seconds"] for r in beside)
     told = {
       f"percent_at_{name}": float(one["curve"].at(share * equal))
       for name, share in _SHARES.items()
