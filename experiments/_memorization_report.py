@@ -190,10 +190,13 @@ def draw_curves(
   right.set_ylabel("accuracy on wrong labels (%)")
   for ax in (left, right):
     ax.set_xlabel("epoch")
-  left.legend(fontsize=8, frameon=False)
+  handles = left.get_legend_handles_labels()
+  figure.legend(
+    *handles, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False
+  )
   told = f"{highest:.0%} of the labels replaced"
   figure.suptitle(f"{own[0][0]['dataset']}, {told}", fontsize=10)
   figure.tight_layout()
-  figure.savefig(path, dpi=150)
+  figure.savefig(path, dpi=150, bbox_inches="tight")
   plt.close(figure)
   return True
