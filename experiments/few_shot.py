@@ -7,8 +7,8 @@ Paper: Killamsetty et al., "A Nested Bi-level Optimization Framework for Robust 
 Command: python -m experiments.few_shot --data_dir=DIR
   mislabelled images: --ood=none --noise_share=0.3 --share=item
   without a download: --dataset=digits --ood=shuffled
-  mini-ImageNet: --dataset=mini_imagenet --data_dir=FOLDER, holding train, val, test,
-  each CLASS/FILE.jpg
+  mini-ImageNet: --dataset=mini_imagenet --data_dir=FOLDER, which holds train, val and
+  test, each CLASS/FILE.jpg, and the TFDS folder of --ood
 Device, time: one CPU core, 3 minutes a method and share (Omniglot, 5-way 1-shot).
 Published: mini-ImageNet with SVHN or FashionMNIST tasks only; nothing on these data.
 Ours: results/few_shot.
@@ -94,8 +94,8 @@ _CLIP = flags.DEFINE_float("clip", 2e-5, "Largest slope of a weight.", 0.0)
 _EVERY = flags.DEFINE_integer("every", 1, "Steps between updates of weights.", 1)
 _WIDTH = flags.DEFINE_integer("width", 32, "Channels of the network.", 1)
 _INNER_LEARNING_RATE = flags.DEFINE_float("inner_learning_rate", 0.4, "Alpha.", 0.0)
-_NUM_INNER_STEPS = flags.DEFINE_integer("num_inner_steps", 1, "In training.", 1)
-_NUM_ADAPTATION_STEPS = flags.DEFINE_integer("num_adaptation_steps", 3, "In tests.", 1)
+_NUM_INNER_STEPS = flags.DEFINE_integer("num_inner_steps", 1, "In training.", 0)
+_NUM_ADAPTATION_STEPS = flags.DEFINE_integer("num_adaptation_steps", 3, "In tests.", 0)
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.003, "Of Adam.", 0.0)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Tasks a step.", 1)
 _META_BATCH_SIZE = flags.DEFINE_integer("meta_batch_size", 4, "Validation tasks.", 1)
