@@ -10,6 +10,7 @@ from experiments import _published
 from experiments import _published_cifar
 from experiments import _table_formats
 from experiments import tables
+from l2rw_jax import susceptibility
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "results"
@@ -133,3 +134,26 @@ def test_on_half_wrong_labels_every_method_beats_uniform_beyond_both_spreads():
     assert len(own) >= 3
     margin = statistics.mean(own) - statistics.mean(uniform)
     assert margin > statistics.stdev(own) + statistics.stdev(uniform), method
+
+
+def test_susceptibility_follows_what_is_memorised_and_finds_who_does_not():
+  accuracies, correlations = {}, {}
+  for name in ("mnist", "digits"):
+    found = rows(f"memorization/{name}")
+    for noise in (0.25, 0.5):
+      own = [row for row in found if row["noise_fraction"] == noise]
+      correlations[name, noise] = susceptibility.rank_correlation(
+        [row["susceptibility"] for row in own],
+        [row["wrong_subset_percent"] for row in own],
+      )
+      for row in own:
+        key = (name, noise, row["region"])
+        accuracies.setdefault(key, []).append(row["accuracy_percent"])
+  assert min(correlations.values()) > 0
+  assert min(correlations["mnist", noise] for noise in (0.25, 0.5)) > 0.6
+  means = {key: statistics.mean(own) for key, own in accuracies.items()}
+  # Not at half of MNIST's labels replaced: results/README.md says why.
+  for name, noise in (("mnist", 0.25), ("digits", 0.25), ("digits", 0.5)):
+    chosen = means.pop((name, noise, 1))
+    others = [mean for key, mean in means.items() if key[:2] == (name, noise)]
+    assert len(others) >= 2 and chosen > max(others) + 4
