@@ -11,12 +11,13 @@ Command: python -m benchmarks.coreset_selection --data_dir=DIR
 Ours: results/coreset_selection.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import ctypes
 import os
 import pathlib
 import re
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 import jax
@@ -147,9 +148,10 @@ def cost(proxies: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> float:
 def extra_mib(run: Callable[[], Any]) -> float | None:
   """How far the memory of this process rises above what it is before; Linux only."""
   try:
-    # Sets the peak that the kernel remembers back to the present.
+    # What was freed goes back to the kernel, and its memory of the peak is cleared.
+    ctypes.CDLL(None).malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")
-  except OSError:
+  except (AttributeError, OSError):
     return None
   before = _status_mib("VmRSS")
   run()
@@ -192,10 +194,17 @@ def contestants(
   }
 
 
-def _seconds(run: Callable[[], Any]) -> float:
-  started = time.perf_counter()
+class Turn(NamedTuple):
+  """What one turn took: on the clock, and of all processor cores together."""
+
+  seconds: float
+  cpu_seconds: float
+
+
+def _turn(run: Callable[[], Any]) -> Turn:
+  started, cpu_started = time.perf_counter(), time.process_time()
   run()
-  return time.perf_counter() - started
+  return Turn(time.perf_counter() - started, time.process_time() - cpu_started)
 
 
 def measure() -> list[dict[str, Any]]:
@@ -214,42 +223,39 @@ def measure() -> list[dict[str, Any]]:
   ways = contestants(proxies, labels)
   chosen = {name: choose() for name, (_, _, choose) in ways.items()}  # compiles
   extra = {name: extra_mib(choose) for name, (_, _, choose) in ways.items()}
-  seconds: dict[str, list[float]] = {name: [] for name in ("epoch", *ways)}
+  turns: dict[str, list[Turn]] = {name: [] for name in ("epoch", *ways)}
   for _ in range(_REPEATS.value):
-    seconds["epoch"].append(_seconds(training.epoch))
+    turns["epoch"].append(_turn(training.epoch))
     for name, (_, _, choose) in ways.items():
-      seconds[name].append(_seconds(choose))
+      turns[name].append(_turn(choose))
   facts = {"dataset": _DATASET.value, "fraction": _FRACTION.value}
   facts |= {"repeats": _REPEATS.value, "cpus": len(os.sched_getaffinity(0))}
   rows = []
-  for name, taken in seconds.items():
-    ratio = np.array(taken) / np.array(seconds["epoch"])
-    own: dict[str, Any] = {
-      "num_examples": len(labels),
-      "num_chosen": None,
-      "cost": None,
-    }
+  for name in turns:
+    row = {"method": name, **facts, "num_examples": len(labels)}
+    row |= {"num_chosen": None, "cost": None}
     if name in ways:
       of, among, _ = ways[name]
-      own = {
-        "num_examples": len(among),
-        "num_chosen": len(chosen[name]),
-        "cost": cost(of, among, chosen[name]),
-      }
-    rows.append(
-      {
-        "method": name,
-        **facts,
-        **own,
-        "seconds": float(np.median(taken)),
-        "seconds_least": min(taken),
-        "seconds_most": max(taken),
-        "epochs": float(np.median(ratio)),
-        "extra_mib": extra.get(name),
-        **workdir.run_info(),
-      }
-    )
+      row |= {"num_examples": len(among), "num_chosen": len(chosen[name])}
+      row["cost"] = cost(of, among, chosen[name])
+    row |= summary(turns[name], turns["epoch"])
+    rows.append({**row, "extra_mib": extra.get(name), **workdir.run_info()})
   return rows
+
+
+def summary(taken: Sequence[Turn], epochs: Sequence[Turn]) -> dict[str, float]:
+  """Medians over turns, in seconds and in epochs of the same turn."""
+  ours, theirs = np.array(taken), np.array(epochs)
+  seconds, cpu_seconds = np.median(ours, axis=0)
+  ratio, cpu_ratio = np.median(ours / theirs, axis=0)
+  return {
+    "seconds": float(seconds),
+    "seconds_least": float(ours[:, 0].min()),
+    "seconds_most": float(ours[:, 0].max()),
+    "epochs": float(ratio),
+    "cpu_seconds": float(cpu_seconds),
+    "cpu_epochs": float(cpu_ratio),
+  }
 
 
 def main() -> None:

@@ -223,6 +223,7 @@ EXPERIMENTS = {
     metrics=(
       _tables.Metric("seconds", "seconds, median", decimals=3),
       _tables.Metric("epochs", "epochs"),
+      _tables.Metric("cpu_epochs", "epochs, of CPU time"),
       _tables.Metric("extra_mib", "extra memory MiB", decimals=0),
       _tables.Metric("cost", "sum of distances", decimals=1),
     ),

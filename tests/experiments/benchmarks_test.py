@@ -50,6 +50,19 @@ def test_the_naive_rival_chooses_the_same():
   assert cost == pytest.approx(by_hand)
 
 
+def test_medians_by_hand():
+  epochs = [coreset_selection.Turn(*turn) for turn in ((2, 1), (4, 1), (2, 1))]
+  taken = [coreset_selection.Turn(*turn) for turn in ((1, 1), (4, 2), (9, 3))]
+  assert coreset_selection.summary(taken, epochs) == {
+    "seconds": 4,
+    "seconds_least": 1,
+    "seconds_most": 9,
+    "epochs": 1,  # of 1/2, 1 and 9/2
+    "cpu_seconds": 2,
+    "cpu_epochs": 2,
+  }
+
+
 def test_extra_memory_is_what_is_touched():
   extra = coreset_selection.extra_mib(lambda: np.ones(2**25).sum())
   if extra is None:
