@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from l2rw_jax.methods import absgd
+from l2rw_jax.methods import adacore
 from l2rw_jax.methods import advisor
 from l2rw_jax.methods import bare
 from l2rw_jax.methods import baselines
@@ -34,6 +35,18 @@ _AXIS = "devices"
 _B, _M, _CLASSES, _N, _NUM_STEPS = 16, 8, 3, 40, 4
 _TOLERANCE = 1e-5
 _OUTER = optax.sgd(0.3, momentum=0.9)
+
+
+def _selected(method):
+  """As after a selection, of which an update sees the weights alone."""
+
+  def init(key, task, params):
+    weights = jnp.linspace(0, 2, task.num_examples)
+    return method.init(key, task, params)._replace(weights=weights)
+
+  return method._replace(init=init)
+
+
 # Plain SGD: a meta gradient too large by the number of devices would show.
 _META = optax.sgd(3.0)
 # Add a method here, with settings under which it does something in four steps.
@@ -75,6 +88,8 @@ _METHODS = {
   ),
   "s_model": s_model.s_model(optimizer=_META),
   "group_dro": group_dro.group_dro(2, 0.5, "group"),
+  "adacore": _selected(adacore.adacore(0.5)),
+  "random_subset": adacore.random_subset(0.5),
 }
 
 
