@@ -61,8 +61,7 @@ def test_golden_points_on_a_line():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("dims", [1, 3, 40])
-@pytest.mark.parametrize("candidates", [1, 4, 100])
+@pytest.mark.parametrize(("dims", "candidates"), [(1, 1), (3, 4), (40, 100)])
 def test_lazy_is_what_evaluating_everything_chooses(dims, candidates):
   points = np.random.default_rng(dims).normal(size=(57, dims))
   found = facility_location.lazy_greedy(
@@ -199,9 +198,9 @@ def test_stochastic_is_good_and_better_with_more_candidates():
     np.testing.assert_array_equal(found.weights.sum(axis=1), 300)
     return found.gains.sum(axis=1).mean()
 
-  values = [mean_value(epsilon) for epsilon in (0.5, 0.1, 0.01)]
-  assert values[0] < values[1] < values[2]
-  assert exact.objective * 0.995 < values[2] < exact.objective * 1.001
+  values = [mean_value(epsilon) for epsilon in (0.5, 0.01)]
+  assert values[0] < values[1]
+  assert exact.objective * 0.995 < values[1] < exact.objective * 1.001
 
 
 @pytest.mark.usefixtures("x64")

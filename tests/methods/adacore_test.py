@@ -215,11 +215,10 @@ def test_craig_is_selection_by_plain_gradients():
   assert state.averages is None
 
 
-@pytest.mark.parametrize("scope", adacore_table.SCOPES)
-@pytest.mark.parametrize("last_layer", [False, True])
+@pytest.mark.parametrize(
+  ("scope", "last_layer"), [("shared", False), ("shared", True), ("example", False)]
+)
 def test_adacore_without_curvature_power_is_craig(scope, last_layer):
-  if scope == "example" and last_layer:
-    pytest.skip("refused: no such preconditioner of outer products")
   problem = _problem()
   craig = adacore.adacore(0.2, curvature=False, last_layer=last_layer)
   flat = adacore.adacore(
@@ -311,7 +310,7 @@ def test_the_expected_gradient_is_the_weighted_sum_and_tends_to_the_full_one():
     found = weights @ _proxies(problem) / 120
     return np.linalg.norm(found - _proxies(problem).mean(axis=0))
 
-  assert error(0.5) < error(0.1) and error(1.0) < 1e-6
+  assert error(0.25) < 0.05 and error(1.0) < 1e-6
   everything = _refreshed(adacore.adacore(1.0, curvature=False), problem)
   whole = gradient(everything, np.arange(120), method)
   chex.assert_trees_all_close(whole, full, atol=1e-6)
