@@ -189,6 +189,7 @@ EXPERIMENTS = {
       "ood": "other tasks from {}",
       "ood_share": "{:.0%} of them",
       "noise_share": "{:.0%} of the images mislabelled",
+      "num_clusters": "{} clusters",
       "num_steps": "{:,} steps",
     },
     keys=("ood", "ood_share", "noise_share"),
