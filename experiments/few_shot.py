@@ -329,6 +329,7 @@ def main() -> None:
       "noise_share": _NOISE_SHARE.value,
       "num_ways": num_ways(),
       "num_shots": _NUM_SHOTS.value,
+      "num_clusters": _NUM_CLUSTERS.value,
       "method": run.method,
     }
     rows.append(_few_shot_report.row(facts, problem.pool, found))
