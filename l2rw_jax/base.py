@@ -4,7 +4,7 @@ Letters used in every docstring: `B` training batch, `M` meta (clean) batch,
 `C` classes, `N` training set. `meta_` marks what belongs to the clean set.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -265,6 +265,12 @@ def local(tree: PyTree, axis_name: AxisName) -> PyTree:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
   return jax.tree.map(mark, tree)
+
+
+def varying_like(value: Array, others: Sequence[Any]) -> Array:
+  """`value`, marked as this device's own where any of `others` is; see `local`."""
+  tracked = frozenset().union(*map(_varying_axes, others)) - _varying_axes(value)
+  return jax.lax.pcast(value, tuple(tracked), to="varying") if tracked else value
 
 
 def _varying_axes(x: Any) -> frozenset[str]:

@@ -14,6 +14,7 @@ without ever holding a per-example gradient.
 from collections.abc import Callable
 from typing import Any
 
+from absl import logging
 import jax
 from jax.extend import core as jax_core
 import jax.numpy as jnp
@@ -21,8 +22,10 @@ import numpy as np
 import optax
 
 from l2rw_jax import base
+from l2rw_jax import layerwise
 
-DERIVATIVES = ("forward", "reverse", "difference")
+_OF_OUTPUTS = ("forward", "reverse", "difference")
+ENGINES = ("auto", "layerwise", *_OF_OUTPUTS)
 
 
 def linearize(
@@ -31,21 +34,26 @@ def linearize(
   batch: Any,
   *,
   has_aux: bool = False,
-  derivative: str = "forward",
+  engine: str = "auto",
 ) -> base.Linearized:
   """Linearises the per-example losses of one batch at `params`.
 
-  `derivative` says how `directional` is taken. Costs are in forward passes of
-  the batch, beyond the first; `weighted_gradient` costs 2 in each of them.
+  `engine` says how. All but the last are exact. Costs are in forward passes of the
+  batch beyond the first: recording, `directional`, `weighted_gradient`.
 
-  ============  ====  =========================================================
-  forward         2   `jax.linearize`. Exact. The default.
-  reverse         2   the gradient of `w -> <J^T w, v>`. Exact. For models that
-                      contain a `jax.custom_vjp`, which has no forward mode; its
-                      backward rule must itself be differentiable.
-  difference      2   (l(p + h v) - l(p - h v)) / 2h. Goes through any kernel.
-                      About 1e-3 of the largest entry in float32.
-  ============  ====  =========================================================
+  ============  =========  ====================================================
+  layerwise     1, 1, 1    One backward pass records what meets the parameters,
+                           see `layerwise`. For models that treat examples one
+                           by one: no BatchNorm in training, no scan over data.
+  forward       0, 2, 2    `jax.linearize`. For any model.
+  reverse       0, 2, 2    The gradient of `w -> <J^T w, v>`. For models with a
+                           `jax.custom_vjp`, which has no forward mode; its
+                           backward rule must itself be differentiable.
+  difference    0, 2, 2    (l(p + h v) - l(p - h v)) / 2h. Goes through any
+                           kernel. About 1e-3 of the largest entry in float32.
+  auto                     layerwise where the model allows, else forward. The
+                           default.
+  ============  =========  ====================================================
 
   Args:
     losses_fn: `(params, batch) -> losses [B]`, or `(losses [B], aux)` with
@@ -55,15 +63,15 @@ def linearize(
     batch: whatever `losses_fn` takes.
     has_aux: whether `losses_fn` returns something beside the losses, such as
       new BatchNorm statistics.
-    derivative: "forward", "reverse" or "difference".
+    engine: one of the above.
 
   Returns:
     A `base.Linearized`. Its functions may be called any number of times, but
     only where `linearize` was called (the same trace).
 
   Raises:
-    InputError: losses are not of shape [B], `derivative` is unknown, or the
-      model has no forward derivative (the message names the option).
+    InputError: losses are not of shape [B], `engine` is unknown or does not fit the
+      model (the message names one that does).
 
   Example:
     >>> import jax.numpy as jnp
@@ -82,7 +90,12 @@ def linearize(
     base.check_vector("losses_fn's result", losses)
     return losses, aux
 
-  found = linearize_outputs(checked, params, batch, has_aux=True, derivative=derivative)
+  if engine not in ENGINES:
+    raise base.InputError(f"engine={engine!r}: choose one of {ENGINES}.")
+  found = _layerwise(checked, params, batch, engine)
+  if found is None:
+    engine = "forward" if engine == "auto" else engine
+    found = linearize_outputs(checked, params, batch, has_aux=True, engine=engine)
   losses = found.outputs
 
   def weighted_gradient(weights):
@@ -96,13 +109,39 @@ def linearize(
   return base.Linearized(losses, found.push, weighted_gradient, found.aux)
 
 
+def _layerwise(losses_fn, params, batch, engine):
+  """As `linearize_outputs`, or None where the layerwise engine is not to be used."""
+  if engine not in ("auto", "layerwise"):
+    return None
+  select, fill = differentiable(params)
+  try:
+    losses, push, pull, aux = layerwise.linearize(
+      lambda leaves, batch: losses_fn(fill(leaves), batch), select(params), batch
+    )
+  except layerwise.NotLayerwiseError as error:
+    if engine == "layerwise":
+      raise base.InputError(
+        f"engine='layerwise' does not fit this model: {error}. Use engine='forward'."
+      ) from error
+    logging.log_first_n(
+      logging.INFO, "forward mode instead of the layerwise engine: %s.", 1, error
+    )
+    return None
+  return base.LinearizedOutputs(
+    losses,
+    lambda vector: push(select(vector)),
+    lambda weights: fill(pull(weights), zeros=True),
+    aux,
+  )
+
+
 def linearize_outputs(
   outputs_fn: Callable[..., Any],
   params: base.PyTree,
   batch: Any,
   *,
   has_aux: bool = False,
-  derivative: str = "forward",
+  engine: str = "forward",
 ) -> base.LinearizedOutputs:
   """Linearises what a network makes of one batch, at `params`.
 
@@ -115,7 +154,7 @@ def linearize_outputs(
     params: as in `linearize`.
     batch: whatever `outputs_fn` takes.
     has_aux: whether `outputs_fn` returns something beside the outputs.
-    derivative: as in `linearize`, which also tells the costs.
+    engine: "forward", "reverse" or "difference", see `linearize`.
 
   Returns:
     A `base.LinearizedOutputs`.
@@ -130,8 +169,8 @@ def linearize_outputs(
     [[1. 0.]
      [0. 0.]]
   """
-  if derivative not in DERIVATIVES:
-    raise base.InputError(f"derivative={derivative!r}: choose one of {DERIVATIVES}.")
+  if engine not in _OF_OUTPUTS:
+    raise base.InputError(f"engine={engine!r}: choose one of {_OF_OUTPUTS}.")
   select, fill = differentiable(params)
 
   def outputs_and_aux(leaves):
@@ -139,7 +178,7 @@ def linearize_outputs(
     return found if has_aux else (found, None)
 
   leaves = select(params)
-  if derivative == "forward":
+  if engine == "forward":
     try:
       outputs, push, aux = jax.linearize(outputs_and_aux, leaves, has_aux=True)
     except (TypeError, NotImplementedError, ValueError) as error:
@@ -149,7 +188,7 @@ def linearize_outputs(
     push = _forward(push, outputs)
   else:
     outputs, pull, aux = jax.vjp(outputs_and_aux, leaves, has_aux=True)
-    if derivative == "reverse":
+    if engine == "reverse":
       push = _double_reverse(pull, outputs)
     else:
       push = _central_difference(lambda x: outputs_and_aux(x)[0], leaves)
@@ -280,6 +319,6 @@ def _no_forward_derivative(reason):
   first_line = str(reason).partition("\n")[0].rstrip(".")
   return base.InputError(
     "losses_fn contains an operation without a forward-mode derivative"
-    f" ({first_line}). Pass derivative='reverse' (exact), or"
-    " derivative='difference' (two more forward passes, works through any kernel)."
+    f" ({first_line}). Pass engine='reverse' (exact), or"
+    " engine='difference' (two more forward passes, works through any kernel)."
   )

@@ -37,8 +37,8 @@ def _scanned(params, x):
   return jax.lax.scan(lambda c, _: (jax.jit(_sin)(c), None), x @ params, length=2)[0]
 
 
-def _directional(losses_fn, params, derivative="forward"):
-  linearized = linearization.linearize(losses_fn, params, _x(), derivative=derivative)
+def _directional(losses_fn, params, engine="forward"):
+  linearized = linearization.linearize(losses_fn, params, _x(), engine=engine)
   return linearized.directional(params)
 
 
@@ -50,13 +50,13 @@ def _directional(losses_fn, params, derivative="forward"):
 )
 def test_a_custom_vjp_is_told_the_way_out(losses_fn, wrap):
   params = jnp.ones((2, 3)) if wrap is jax.vmap else jnp.ones(3)
-  with pytest.raises(base.InputError, match="derivative='reverse'"):
+  with pytest.raises(base.InputError, match="engine='reverse'"):
     wrap(functools.partial(_directional, losses_fn))(params)
 
 
 def test_constant_parameters_do_not_hide_a_custom_vjp_from_jit():
-  linearized = linearization.linearize(_losses_fn, jnp.ones(3), _x())
-  with pytest.raises(base.InputError, match="derivative='reverse'"):
+  linearized = linearization.linearize(_losses_fn, jnp.ones(3), _x(), engine="forward")
+  with pytest.raises(base.InputError, match="engine='reverse'"):
     jax.jit(linearized.directional)(jnp.ones(3))
 
 
@@ -69,22 +69,20 @@ def test_a_custom_vjp_can_still_be_weighted():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-  ("derivative", "tolerance"), [("reverse", 1e-12), ("difference", 1e-7)]
+  ("engine", "tolerance"), [("reverse", 1e-12), ("difference", 1e-7)]
 )
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_a_custom_vjp_gives_the_numbers_of_a_plain_function(
-  derivative, tolerance, wrap
-):
+def test_a_custom_vjp_gives_the_numbers_of_a_plain_function(engine, tolerance, wrap):
   params, weights = jnp.array([0.5, -0.2, 0.3]), jnp.arange(_B) / _B
 
-  def three(losses_fn, derivative, params):
-    linearized = linearization.linearize(losses_fn, params, _x(), derivative=derivative)
+  def three(losses_fn, engine, params):
+    linearized = linearization.linearize(losses_fn, params, _x(), engine=engine)
     gradient = linearized.weighted_gradient(weights)
     return linearized.losses, gradient, linearized.directional(gradient)
 
   plain = functools.partial(_losses_fn, sin=jnp.sin)
   expected = three(plain, "forward", params)
-  actual = wrap(functools.partial(three, _losses_fn, derivative))(params)
+  actual = wrap(functools.partial(three, _losses_fn, engine))(params)
   chex.assert_trees_all_close(actual, expected, rtol=0, atol=tolerance)
 
 
@@ -97,11 +95,11 @@ def test_an_operation_without_any_derivative_points_to_the_difference():
     )
 
   for wrap in (lambda f: f, jax.jit):
-    with pytest.raises(base.InputError, match="derivative='difference'"):
+    with pytest.raises(base.InputError, match="engine='difference'"):
       wrap(functools.partial(_directional, losses_fn))(jnp.ones(3))
 
 
-@pytest.mark.parametrize("derivative", linearization.DERIVATIVES)
+@pytest.mark.parametrize("engine", linearization.ENGINES)
 @pytest.mark.parametrize(
   ("reduce", "shape"),
   [(jnp.mean, r"\(\)"), (lambda z: z[:, None], r"\(5, 1\)")],
@@ -112,12 +110,12 @@ def test_an_operation_without_any_derivative_points_to_the_difference():
   [lambda f: f, jax.jit, lambda f: functools.partial(jax.eval_shape, f)],
   ids=["eager", "jit", "eval_shape"],
 )
-def test_losses_of_another_shape_are_refused(derivative, reduce, shape, wrap):
+def test_losses_of_another_shape_are_refused(engine, reduce, shape, wrap):
   def losses_fn(params, x):
     return reduce(x @ params)
 
   with pytest.raises(base.InputError, match=f"losses_fn's result .*got shape {shape}"):
-    wrap(functools.partial(_directional, losses_fn, derivative=derivative))(jnp.ones(3))
+    wrap(functools.partial(_directional, losses_fn, engine=engine))(jnp.ones(3))
 
 
 @pytest.mark.parametrize("aux", [jnp.ones(2), {"mean": jnp.ones(2)}, None])
@@ -126,9 +124,9 @@ def test_a_forgotten_has_aux_is_named(aux):
     linearization.linearize(lambda p, x: (x @ p, aux), jnp.ones(3), _x())
 
 
-@pytest.mark.parametrize("derivative", linearization.DERIVATIVES)
+@pytest.mark.parametrize("engine", linearization.ENGINES)
 @pytest.mark.parametrize("kind", [ValueError, TypeError, NotImplementedError, KeyError])
-def test_errors_of_the_losses_function_pass_unchanged(derivative, kind):
+def test_errors_of_the_losses_function_pass_unchanged(engine, kind):
   error = kind("my own jvp of a custom_vjp does not support JVP")
 
   def losses_fn(params, x):
@@ -136,9 +134,7 @@ def test_errors_of_the_losses_function_pass_unchanged(derivative, kind):
 
   for wrap in (lambda f: f, jax.jit):
     with pytest.raises(kind) as caught:
-      wrap(functools.partial(_directional, losses_fn, derivative=derivative))(
-        jnp.ones(3)
-      )
+      wrap(functools.partial(_directional, losses_fn, engine=engine))(jnp.ones(3))
     assert caught.value is error
 
 

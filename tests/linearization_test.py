@@ -20,7 +20,7 @@ from l2rw_jax import losses
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 _B = 5
-_EXACT = ("forward", "reverse")
+_EXACT = ("auto", "layerwise", "forward", "reverse")
 
 
 @functools.partial(
@@ -89,12 +89,12 @@ def test_equals_the_explicit_jacobian(container):
   params = _CONTAINERS[container](np.arange(6.0).reshape(3, 2) / 5, np.float64(0.3))
   vector, weights = _like(params, 1), np.array([0.5, 0.0, -1.0, 2.0, 0.1])
   pushed, pulled = _explicit(_losses_fn, params, _x(), vector, weights)
-  for derivative in linearization.DERIVATIVES:
+  for engine in linearization.ENGINES:
     values, directional, gradient = jax.jit(
-      functools.partial(_three, _losses_fn, derivative=derivative)
+      functools.partial(_three, _losses_fn, engine=engine)
     )(params, _x(), vector, weights)
     np.testing.assert_allclose(values, _losses_fn(params, _x()), rtol=1e-14)
-    tolerance = 1e-12 if derivative in _EXACT else 1e-7
+    tolerance = 1e-12 if engine in _EXACT else 1e-7
     assert _relative_error(directional, pushed) < tolerance
     chex.assert_trees_all_close(gradient, pulled, rtol=1e-12)
 
@@ -113,9 +113,9 @@ def test_unit_vectors_give_the_gradient_of_each_example():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("derivative", linearization.DERIVATIVES)
+@pytest.mark.parametrize("engine", linearization.ENGINES)
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_leaves_that_are_not_floating_point_are_held_fixed(derivative, wrap):
+def test_leaves_that_are_not_floating_point_are_held_fixed(engine, wrap):
   trainable = {"w": np.arange(6.0).reshape(3, 2) / 5, "b": np.float64(0.3)}
   fixed = {
     "count": jnp.int32(2),
@@ -128,7 +128,7 @@ def test_leaves_that_are_not_floating_point_are_held_fixed(derivative, wrap):
     shift = jax.random.uniform(params["key"]) + params["mask"].sum()
     return _losses_fn({k: params[k] for k in ("w", "b")}, x) * params["count"] + shift
 
-  linearize = functools.partial(_three, losses_fn, derivative=derivative)
+  linearize = functools.partial(_three, losses_fn, engine=engine)
   params, vector = trainable | fixed, _like(trainable, 1)
   weights = jnp.arange(_B) / _B
   values, pushed, pulled = wrap(linearize)(params, _x(), vector | fixed, weights)
@@ -145,8 +145,8 @@ def test_leaves_that_are_not_floating_point_are_held_fixed(derivative, wrap):
   chex.assert_trees_all_equal(wrap(linearize)(params, _x(), pulled, weights)[0], values)
 
 
-@pytest.mark.parametrize("derivative", linearization.DERIVATIVES)
-def test_nothing_to_train_is_no_derivative(derivative):
+@pytest.mark.parametrize("engine", linearization.ENGINES)
+def test_nothing_to_train_is_no_derivative(engine):
   params = {"count": jnp.int32(3)}
   _, pushed, pulled = _three(
     lambda params, x: params["count"] * x[:, 0],
@@ -154,7 +154,7 @@ def test_nothing_to_train_is_no_derivative(derivative):
     _x(np.float32),
     params,
     jnp.ones(_B),
-    derivative=derivative,
+    engine=engine,
   )
   assert not pushed.any()
   assert pulled == {"count": 0}
@@ -183,18 +183,18 @@ def test_examples_are_coupled_by_batch_statistics():
   pushed, pulled = _explicit(
     lambda *args: losses_fn(*args)[0], params, _x(), vector, weights
   )
-  for derivative in linearization.DERIVATIVES:
+  for engine in ("auto", "forward", "reverse", "difference"):
 
-    def linearize(params, vector, derivative=derivative):
+    def linearize(params, vector, engine=engine):
       linearized = linearization.linearize(
-        losses_fn, params, _x(), has_aux=True, derivative=derivative
+        losses_fn, params, _x(), has_aux=True, engine=engine
       )
       directional = linearized.directional(vector)
       return directional, linearized.weighted_gradient(weights), linearized.aux
 
     directional, gradient, aux = jax.jit(linearize)(params, vector)
     assert _relative_error(directional, pushed) < 1e-7
-    if derivative in _EXACT:
+    if engine in _EXACT:
       assert _relative_error(directional, pushed) < 1e-12
     chex.assert_trees_all_close(gradient, pulled, rtol=1e-11, atol=1e-14)
     chex.assert_trees_all_close(aux, losses_fn(params, _x())[1], rtol=1e-12)
@@ -226,7 +226,7 @@ def test_the_difference_is_as_good_as_promised(params, scale, vector_scale, dtyp
     weights = jnp.zeros(_B, dtype)
     _, expected, _ = _three(losses_fn, params, _x(dtype), vector, weights)
     _, actual, _ = _three(
-      losses_fn, params, _x(dtype), vector, weights, derivative="difference"
+      losses_fn, params, _x(dtype), vector, weights, engine="difference"
     )
     tolerance = 1e-7 if dtype == "float64" else 2e-3
     assert _relative_error(actual, expected) < tolerance
@@ -237,13 +237,13 @@ def test_the_difference_in_half_precision_is_good_for_the_sign_only():
   data = (jnp.asarray(_x()), vector, jnp.zeros(_B))
   _, expected, _ = _three(_scaled(1.0), params, *data)
   params, *data = (x.astype(jnp.bfloat16) for x in (params, *data))
-  _, actual, _ = _three(_scaled(1.0), params, *data, derivative="difference")
+  _, actual, _ = _three(_scaled(1.0), params, *data, engine="difference")
   assert actual.dtype == jnp.bfloat16
   assert _relative_error(actual.astype(float), expected) < 0.2
 
 
-@pytest.mark.parametrize("derivative", linearization.DERIVATIVES)
-def test_no_direction_is_no_change(derivative):
+@pytest.mark.parametrize("engine", linearization.ENGINES)
+def test_no_direction_is_no_change(engine):
   params = jnp.array([1.0, 2.0, 3.0])
   _, pushed, pulled = _three(
     _scaled(1.0),
@@ -251,7 +251,7 @@ def test_no_direction_is_no_change(derivative):
     _x(np.float32),
     jnp.zeros(3),
     jnp.zeros(_B),
-    derivative=derivative,
+    engine=engine,
   )
   assert not pushed.any()
   assert not pulled.any()
@@ -279,11 +279,11 @@ def test_complex_parameters_agree_with_the_unrolled_step():
 
 def test_an_unknown_derivative_is_refused():
   with pytest.raises(base.InputError, match=r"'backward'.*forward.*reverse"):
-    linearization.linearize(_scaled(1.0), jnp.ones(3), _x(), derivative="backward")
+    linearization.linearize(_scaled(1.0), jnp.ones(3), _x(), engine="backward")
 
 
-@pytest.mark.parametrize("derivative", linearization.DERIVATIVES)
-def test_outputs_of_any_structure_are_pushed_and_pulled(x64, derivative):
+@pytest.mark.parametrize("engine", ["forward", "reverse", "difference"])
+def test_outputs_of_any_structure_are_pushed_and_pulled(x64, engine):
   def outputs_fn(params, x):
     hidden = jnp.tanh(x @ params["w"])
     return {"logits": hidden @ params["v"], "features": hidden}, jnp.sum(x)
@@ -293,7 +293,7 @@ def test_outputs_of_any_structure_are_pushed_and_pulled(x64, derivative):
   vector = {"w": rng.normal(size=(3, 4)), "v": rng.normal(size=(4, 2))}
   x = rng.normal(size=(5, 3))
   found = linearization.linearize_outputs(
-    outputs_fn, params, x, has_aux=True, derivative=derivative
+    outputs_fn, params, x, has_aux=True, engine=engine
   )
   outputs, tangent, aux = jax.jvp(
     lambda p: outputs_fn(p, x), (params,), (vector,), has_aux=True

@@ -99,7 +99,7 @@ def example_weights(
   meta_losses_fn: base.LossesFn | None = None,
   axis_name: base.AxisName = None,
   has_aux: bool = False,
-  derivative: str = "forward",
+  engine: str = "auto",
 ) -> Reweighted:
   """One update of the weights of a batch; keep them per example between steps.
 
@@ -116,7 +116,7 @@ def example_weights(
     meta_losses_fn: like `losses_fn`, for `meta_batch`, if it differs.
     axis_name: mapped axis over which both batches are sharded.
     has_aux: both losses functions return `(losses, aux)`.
-    derivative: see `linearization.linearize`.
+    engine: see `linearization.linearize`.
 
   Returns:
     A `Reweighted`; no gradient flows through its weights.
@@ -137,7 +137,7 @@ def example_weights(
     base.local(params, axis_name),
     batch,
     has_aux=has_aux,
-    derivative=derivative,
+    engine=engine,
   )
   return reweigh(
     linearized,

@@ -76,7 +76,7 @@ def example_weights(
   meta_losses_fn: base.LossesFn | None = None,
   axis_name: base.AxisName = None,
   has_aux: bool = False,
-  derivative: str = "forward",
+  engine: str = "auto",
 ) -> ExampleWeights:
   """Weights of a batch's examples by their use to a clean batch.
 
@@ -98,7 +98,7 @@ def example_weights(
     axis_name: mapped axis over which both batches are sharded; weights then
       sum to 1 over all devices.
     has_aux: both losses functions return `(losses, aux)`.
-    derivative: see `linearization.linearize`; for models with a `jax.custom_vjp`.
+    engine: see `linearization.linearize`; for models with a `jax.custom_vjp`.
 
   Returns:
     An `ExampleWeights`; no gradient flows through its weights and scores.
@@ -123,7 +123,7 @@ def example_weights(
     base.local(params, axis_name),
     batch,
     has_aux=has_aux,
-    derivative=derivative,
+    engine=engine,
   )
   return weigh(
     linearized,
@@ -191,7 +191,7 @@ def weighted_value_and_grad(
   meta_losses_fn: base.LossesFn | None = None,
   axis_name: base.AxisName = None,
   has_aux: bool = False,
-  derivative: str = "forward",
+  engine: str = "auto",
 ) -> Callable[..., tuple[tuple[base.Array, ExampleWeights], base.PyTree]]:
   """`jax.value_and_grad` of a mean loss, with L2RW's weights in its place.
 
@@ -220,7 +220,7 @@ def weighted_value_and_grad(
       base.local(params, axis_name),
       batch,
       has_aux=has_aux,
-      derivative=derivative,
+      engine=engine,
     )
     info = weigh(
       linearized,

@@ -141,7 +141,7 @@ def network_gradient(
   detached: bool = True,
   axis_name: base.AxisName = None,
   has_aux: bool = False,
-  derivative: str = "forward",
+  engine: str = "auto",
 ) -> meta_network.Lesson:
   """dM/dphi: how the weighting network should change, by one clean batch.
 
@@ -162,7 +162,7 @@ def network_gradient(
     detached: whether V's input is constant in the look-ahead.
     axis_name: mapped axis over which both batches are sharded.
     has_aux: both losses functions return `(losses, aux)`.
-    derivative: see `linearization.linearize`.
+    engine: see `linearization.linearize`.
 
   Returns:
     A `meta_network.Lesson`.
@@ -185,7 +185,7 @@ def network_gradient(
   local_params = base.local(params, axis_name)
   return lesson(
     linearization.linearize(
-      losses_fn, local_params, batch, has_aux=has_aux, derivative=derivative
+      losses_fn, local_params, batch, has_aux=has_aux, engine=engine
     ),
     weight_fn,
     phi,

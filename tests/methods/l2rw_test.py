@@ -152,14 +152,12 @@ def test_another_loss_and_another_shape_for_the_clean_batch():
     np.testing.assert_allclose(found.scores, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("derivative", linearization.DERIVATIVES)
-def test_drop_in_equals_the_three_lines_of_the_readme(derivative):
+@pytest.mark.parametrize("engine", linearization.ENGINES)
+def test_drop_in_equals_the_three_lines_of_the_readme(engine):
   params = _params()
   optimizer = optax.sgd(0.1, momentum=0.9)
   _, opt_state = optimizer.update(params, optimizer.init(params), params)
-  drop_in = l2rw.weighted_value_and_grad(
-    _losses_fn, optimizer=optimizer, derivative=derivative
-  )
+  drop_in = l2rw.weighted_value_and_grad(_losses_fn, optimizer=optimizer, engine=engine)
   (loss, info), grads = jax.jit(drop_in)(params, _BATCH, _META, opt_state)
 
   @jax.jit
@@ -171,14 +169,14 @@ def test_drop_in_equals_the_three_lines_of_the_readme(derivative):
       _META,
       optimizer=optimizer,
       opt_state=opt_state,
-      derivative=derivative,
+      engine=engine,
     )
     return w, jax.value_and_grad(lambda p: jnp.sum(w.weights * _losses_fn(p, _BATCH)))(
       params
     )
 
   w, (expected, expected_grads) = three_lines(params)
-  tolerance = 1e-3 if derivative == "difference" else 1e-5
+  tolerance = 1e-3 if engine == "difference" else 1e-5
   np.testing.assert_allclose(info.weights, w.weights, atol=tolerance)
   np.testing.assert_allclose(loss, expected, rtol=tolerance)
   chex.assert_trees_all_close(grads, expected_grads, rtol=1e-4, atol=tolerance)
