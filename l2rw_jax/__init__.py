@@ -2,6 +2,7 @@
 
 from l2rw_jax import base
 from l2rw_jax import class_balance
+from l2rw_jax import coreset
 from l2rw_jax import group_objectives
 from l2rw_jax import hypergradient
 from l2rw_jax import losses
@@ -10,6 +11,7 @@ from l2rw_jax import susceptibility
 from l2rw_jax.linearization import linearize
 from l2rw_jax.linearization import linearize_outputs
 from l2rw_jax.methods import absgd
+from l2rw_jax.methods import adacore
 from l2rw_jax.methods import advisor
 from l2rw_jax.methods import bare
 from l2rw_jax.methods import baselines
@@ -22,8 +24,10 @@ from l2rw_jax.methods import ldam_drw
 from l2rw_jax.methods import loss_baselines
 from l2rw_jax.methods import mentornet
 from l2rw_jax.methods import meta_weight_net
+from l2rw_jax.methods import nested_maml
 from l2rw_jax.methods import s_model
 from l2rw_jax.methods import warpi
 from l2rw_jax.methods.l2rw import weighted_value_and_grad
+from l2rw_jax.models import few_shot
 
 __version__ = "0.1.0"
