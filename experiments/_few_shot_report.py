@@ -113,13 +113,16 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
         means = [np.mean([r[name] for r in part]) for part in by_share]
         label = f"{method}, {name.removesuffix('_weight')}"
         right.plot(shares, means, color=color, linestyle=line, marker="o", label=label)
-  left.set_ylabel("accuracy %, 95% interval over tasks; a dot a seed")
+  left.set_ylabel("accuracy %, 95% interval; a dot a seed")
   right.set_ylabel("mean weight at the end, 1 at the start")
   for axes in (left, right):
     axes.set_xlabel(f"share of {rows[0]['ood']} tasks")
+    axes.set_xticks(sorted({r["ood_share"] for r in rows}))
     if axes.get_legend_handles_labels()[0]:
       axes.legend(fontsize=8)
-  figure.suptitle(f"{rows[0]['dataset']}, {rows[0]['noise_share']:.0%} labels redrawn")
+  ways, shots, noise = (rows[0][k] for k in ("num_ways", "num_shots", "noise_share"))
+  redrawn = f", {noise:.0%} of the labels redrawn" if noise else ""
+  figure.suptitle(f"{rows[0]['dataset']}, {ways}-way {shots}-shot{redrawn}")
   figure.tight_layout()
   figure.savefig(path, dpi=150)
   plt.close(figure)
