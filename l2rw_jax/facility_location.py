@@ -86,7 +86,7 @@ def lazy_greedy(
   bounds, some at a time, until none of the others can do better.
 
   Args:
-    points: `distances.vectors` or `distances.outer_products`.
+    points: `distances.vectors` or `distances.outer_products`, all finite.
     size: r, how many to choose; at least 1 and at most n. May be traced, given a
       `capacity`.
     capacity: length of the answer, at least `size`; `size` if None. Together with
@@ -244,6 +244,8 @@ def _check(points, size, capacity, num_points):
     raise base.InputError(
       f"cannot choose size={size} of {num_points} points; lower it."
     )
+  if len(known) == 2 and capacity < size:
+    raise base.InputError(f"capacity={capacity} must be at least size={size}.")
   if any(x < 1 for x in known):
     raise base.InputError(f"size={size} must be at least 1.")
   return int(capacity), num_points

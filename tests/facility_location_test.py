@@ -234,6 +234,7 @@ def test_memory_grows_with_the_points_not_their_square():
 _MISTAKES = {
   "size=7 of 6 points; lower it": {"size": 7},
   "size=0 must be at least 1": {"size": 0},
+  "capacity=2 must be at least size=3": {"size": 3, "capacity": 2},
 }
 
 
