@@ -152,7 +152,10 @@ _MISTAKES = {
     "--batch_size=4 is larger than the 2 training examples",
   ),
   "meta_batch": (["--meta_batch_size=9"], "between 1 and the 8 clean examples"),
-  "other_settings": (["--workdir={run}", "--width=8"], "width was 4, now 8"),
+  "other_settings": (
+    ["--workdir={run}", "--ood_share=0.5", "--width=8"],
+    "width was 4, now 8",
+  ),
 }
 
 
