@@ -90,7 +90,10 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
   matplotlib.use("Agg")
   from matplotlib import pyplot as plt
 
-  figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+  weighed = any(r[name] is not None for r in rows for name in WEIGHTS)
+  panels = 2 if weighed else 1
+  figure, axes = plt.subplots(1, panels, figsize=(5.5 * panels, 4), squeeze=False)
+  left, right = axes[0, 0], axes[0, -1]
   for i, method in enumerate(dict.fromkeys(r["method"] for r in rows)):
     own = [r for r in rows if r["method"] == method]
     shares = sorted({r["ood_share"] for r in own})
@@ -114,12 +117,13 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
         label = f"{method}, {name.removesuffix('_weight')}"
         right.plot(shares, means, color=color, linestyle=line, marker="o", label=label)
   left.set_ylabel("accuracy %, 95% interval; a dot a seed")
-  right.set_ylabel("mean weight at the end, 1 at the start")
-  for axes in (left, right):
-    axes.set_xlabel(f"share of {rows[0]['ood']} tasks")
-    axes.set_xticks(sorted({r["ood_share"] for r in rows}))
-    if axes.get_legend_handles_labels()[0]:
-      axes.legend(fontsize=8)
+  if weighed:
+    right.set_ylabel("mean weight at the end, 1 at the start")
+  kind = {"none": "foreign"}.get(rows[0]["ood"], rows[0]["ood"])
+  for ax in axes[0]:
+    ax.set_xlabel(f"share of {kind} tasks")
+    ax.set_xticks(sorted({r["ood_share"] for r in rows}))
+    ax.legend(fontsize=8)
   ways, shots, noise = (rows[0][k] for k in ("num_ways", "num_shots", "noise_share"))
   redrawn = f", {noise:.0%} of the labels redrawn" if noise else ""
   figure.suptitle(f"{rows[0]['dataset']}, {ways}-way {shots}-shot{redrawn}")
