@@ -4,7 +4,7 @@ Letters used in every docstring: `B` training batch, `M` meta (clean) batch,
 `C` classes, `N` training set. `meta_` marks what belongs to the clean set.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -267,10 +267,10 @@ def local(tree: PyTree, axis_name: AxisName) -> PyTree:
   return jax.tree.map(mark, tree)
 
 
-def varying_like(value: Array, others: Sequence[Any]) -> Array:
-  """`value`, marked as this device's own where any of `others` is; see `local`."""
-  tracked = frozenset().union(*map(_varying_axes, others)) - _varying_axes(value)
-  return jax.lax.pcast(value, tuple(tracked), to="varying") if tracked else value
+def varying(value: Array, aval: Any) -> Array:
+  """`value`, marked as this device's own where `aval`, a type, is; see `local`."""
+  axes = tuple(aval.manual_axis_type.varying)
+  return jax.lax.pcast(value, axes, to="varying") if axes else value
 
 
 def _varying_axes(x: Any) -> frozenset[str]:

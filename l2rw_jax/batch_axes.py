@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 import math
 from typing import Any
 
+import jax
 from jax.extend import core as jax_core
+import jax.numpy as jnp
 
 # The axis of each value; None for a value that is the same for every example.
 Axis = int | None
@@ -52,12 +54,7 @@ _CALLS = {
   "pjit": "jaxpr",
   "closed_call": "call_jaxpr",
   "core_call": "call_jaxpr",
-  "remat": "jaxpr",
-  "remat2": "jaxpr",
-  "checkpoint": "jaxpr",
   "custom_jvp_call": "call_jaxpr",
-  "custom_vjp_call": "call_jaxpr",
-  "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
 
 
@@ -78,12 +75,13 @@ def inlined(eqn: Any) -> Any:
   return None if name.startswith("custom_") else inner_jaxpr(eqn)
 
 
-def propagate(eqn: Any, axes: Sequence[Axis]) -> list[Axis]:
+def propagate(eqn: Any, axes: Sequence[Axis], *, rules: bool = True) -> list[Axis]:
   """The batch axis of what an operation returns.
 
   Args:
     eqn: of a jaxpr.
     axes: of its arguments, at least one not None.
+    rules: whether the derivative of a custom_jvp is followed too.
 
   Raises:
     MixedError: the operation mixes examples, or is not known to keep them apart.
@@ -91,7 +89,10 @@ def propagate(eqn: Any, axes: Sequence[Axis]) -> list[Axis]:
   inner = inner_jaxpr(eqn)
   if inner is not None:
     jaxpr, consts = inner
-    return _through(jaxpr, len(consts), axes)
+    found = _through(jaxpr, len(consts), axes, rules)
+    if rules and eqn.primitive.name == "custom_jvp_call":
+      _check_rule(eqn, axes, found)
+    return found
   name = eqn.primitive.name
   if name in _ELEMENTWISE:
     return [_same(eqn, axes)] * len(eqn.outvars)
@@ -101,7 +102,26 @@ def propagate(eqn: Any, axes: Sequence[Axis]) -> list[Axis]:
   return [rule(eqn, axes)] * len(eqn.outvars)
 
 
-def _through(jaxpr, num_consts, axes):
+def _check_rule(eqn, axes, found):
+  """Raises MixedError if the derivative of a custom_jvp mixes what it does not."""
+  params = eqn.primitive.get_bind_params(eqn.params)
+
+  def derivative(values, tangents):
+    return jax.jvp(lambda *x: eqn.primitive.bind(*x, **params), values, tangents)[1]
+
+  values = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars)
+  tangents = tuple(
+    v if jnp.issubdtype(v.dtype, jnp.inexact) else v.update(dtype=jax.dtypes.float0)
+    for v in values
+  )
+  rule = jax.make_jaxpr(derivative)(values, tangents)
+  # Which calls the function itself again.
+  of_rule = _through(rule.jaxpr, len(rule.consts), (*axes, *axes), rules=False)
+  if any(a not in (None, b) for a, b in zip(of_rule, found, strict=True)):
+    raise _mixes(eqn)
+
+
+def _through(jaxpr, num_consts, axes, rules):
   """The batch axes of what a jaxpr returns, whose constants have none."""
   found = dict(
     zip((*jaxpr.constvars, *jaxpr.invars), (*[None] * num_consts, *axes), strict=True)
@@ -113,7 +133,7 @@ def _through(jaxpr, num_consts, axes):
   for eqn in jaxpr.eqns:
     own = [axis_of(v) for v in eqn.invars]
     known = any(axis is not None for axis in own)
-    outs = propagate(eqn, own) if known else [None] * len(eqn.outvars)
+    outs = propagate(eqn, own, rules=rules) if known else [None] * len(eqn.outvars)
     found |= dict(zip(eqn.outvars, outs, strict=True))
   return [axis_of(v) for v in jaxpr.outvars]
 
@@ -181,6 +201,8 @@ def _broadcast_in_dim(eqn, axes):
 
 def _reshape(eqn, axes):
   axis, old, new = axes[0], _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+  if eqn.params.get("dimensions") is not None:  # It transposes first.
+    raise _mixes(eqn)
   before = math.prod(old[:axis])
   for i, size in enumerate(new):
     # Axes of size one before it make no difference.
@@ -289,6 +311,7 @@ def _window(eqn, axes):
   axis = _only(eqn, axes)
   if (
     eqn.params["window_dimensions"][axis] != 1
+    or eqn.params["base_dilation"][axis] != 1
     or eqn.params["window_strides"][axis] != 1
     or tuple(eqn.params["padding"][axis]) != (0, 0)
   ):

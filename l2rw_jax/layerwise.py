@@ -18,7 +18,9 @@ and what is done to parameters alone (casts, reshapes, weight normalisation) is
 differentiated as it stands.
 
 It works on the jaxpr of the losses, so any framework and any way to share
-parameters will do. `batch_axes` tells whether examples mix.
+parameters will do. `batch_axes` tells whether examples mix. What is refused beside
+that: `jax.custom_vjp` (its backward rule is not followed), `jax.checkpoint` (which the
+recording would undo), loops over data.
 """
 
 from collections.abc import Callable, Sequence
@@ -193,7 +195,7 @@ def linearize(
     losses, *aux = [_value(known, now) for known in outputs]
     return losses, (now, aux)
 
-  zeros = [[_zero(step, i, batch) for i, _ in step.found] for step in meetings]
+  zeros = [[_zero(step, i) for i, _ in step.found] for step in meetings]
   losses, pull, (now, aux) = jax.vjp(outcome, zeros, has_aux=True)
   (deltas,) = pull(jnp.ones_like(losses))
 
@@ -264,8 +266,12 @@ def _axes(eqn, inputs):
 
 
 def _check_own(eqn):
+  """Raises NotLayerwiseError if what is made of parameters has no forward mode."""
   if eqn.primitive.name.startswith("custom_vjp_call"):
     raise NotLayerwiseError(f"a jax.custom_vjp takes parameters{_where(eqn)}")
+  for jaxpr in jax_core.jaxprs_in_params(eqn.params):
+    for inner in jaxpr.eqns:
+      _check_own(inner)
 
 
 def _where(eqn):
@@ -281,10 +287,10 @@ def _value(known: _Known, env: dict[int, Any]) -> Any:
   return known.literal if known.place is None else env[known.place]
 
 
-def _zero(step: _Step, result: int, batch: Any) -> base.Array:
-  """What is added to a result to ask for its slope, as local as the batch is."""
+def _zero(step: _Step, result: int) -> base.Array:
+  """What is added to a result to ask for its slope, as local to devices as that is."""
   aval = step.eqn.outvars[result].aval
-  return base.varying_like(jnp.zeros(aval.shape, aval.dtype), jax.tree.leaves(batch))
+  return base.varying(jnp.zeros(aval.shape, aval.dtype), aval)
 
 
 def _bind(eqn: Any, values: Sequence[Any]) -> list[Any]:

@@ -44,7 +44,8 @@ def linearize(
   ============  =========  ====================================================
   layerwise     1, 1, 1    One backward pass records what meets the parameters,
                            see `layerwise`. For models that treat examples one
-                           by one: no BatchNorm in training, no scan over data.
+                           by one: no BatchNorm in training, no scan over data;
+                           nor `jax.custom_vjp` and `jax.checkpoint`.
   forward       0, 2, 2    `jax.linearize`. For any model.
   reverse       0, 2, 2    The gradient of `w -> <J^T w, v>`. For models with a
                            `jax.custom_vjp`, which has no forward mode; its
@@ -123,15 +124,24 @@ def _layerwise(losses_fn, params, batch, engine):
       raise base.InputError(
         f"engine='layerwise' does not fit this model: {error}. Use engine='forward'."
       ) from error
-    logging.log_first_n(
-      logging.INFO, "forward mode instead of the layerwise engine: %s.", 1, error
-    )
-    return None
+    return _log_forward(error)
+  except Exception as error:
+    # A batch that holds more than arrays, or a mistake in the losses function: the
+    # one needs forward mode, the other is better told by it.
+    if engine == "layerwise":
+      raise
+    return _log_forward(error)
   return base.LinearizedOutputs(
     losses,
     lambda vector: push(select(vector)),
     lambda weights: fill(pull(weights), zeros=True),
     aux,
+  )
+
+
+def _log_forward(reason):
+  logging.log_first_n(
+    logging.INFO, "forward mode instead of the layerwise engine: %s", 1, reason
   )
 
 
