@@ -37,8 +37,11 @@ class Curve(NamedTuple):
   percent: np.ndarray
 
   def at(self, seconds: Any) -> Any:
-    """Accuracy at these seconds, between evaluations in a straight line."""
-    return np.interp(seconds, self.seconds, self.percent)
+    """Accuracy at these seconds, between evaluations in a straight line.
+
+    NaN before the first evaluation, when nothing is known.
+    """
+    return np.interp(seconds, self.seconds, self.percent, left=np.nan)
 
   def reaches(self, percent: float) -> float | None:
     """Seconds to the first evaluation of at least this accuracy, or None."""
@@ -130,11 +133,15 @@ def with_equal_seconds(rows: Rows) -> Rows:
     beside = [r for r in rows if all(r[k] == one[k] for k in ("model", "seed"))]
     equal = min(r["seconds"] for r in beside)
     told = {
-      f"percent_at_{name}": float(one["curve"].at(share * equal))
+      f"percent_at_{name}": _or_none(one["curve"].at(share * equal))
       for name, share in _SHARES.items()
     }
     found.append({**one, "equal_seconds": equal, **told})
   return found
+
+
+def _or_none(value: Any) -> float | None:
+  return None if np.isnan(value) else float(value)
 
 
 def save_curves(rows: Rows, curves: Sequence[Curve], path: pathlib.Path) -> None:

@@ -27,6 +27,7 @@ import optax
 from experiments import _catalogue
 from experiments import _coreset_report
 from experiments import _launch
+from experiments import _probes
 from experiments import _report
 from l2rw_jax import base
 from l2rw_jax import coreset
@@ -92,6 +93,7 @@ _EVAL_EVERY = flags.DEFINE_integer(
   "eval_every", None, "Steps between two evaluations. [150; digits: 50]", lower_bound=1
 )
 flags.adopt_module_key_flags(_launch)
+flags.adopt_module_key_flags(_probes)
 _EXTENDABLE = ("model", "methods", "fraction")
 
 
@@ -241,7 +243,7 @@ def train(
   """Trains one seed of a curve; its row, with the curve itself."""
   own = folder / setting.folder() / f"seeds-{seed}"
   config = make_config([seed])
-  if not own.exists():
+  if not (own / f"seed-{seed}" / results_lib.RESULTS).exists():
     # What is compiled for the first time here, a selection too, is no part of its
     # seconds.
     with tempfile.TemporaryDirectory() as scratch:
@@ -250,7 +252,7 @@ def train(
   result = _train(setting, config, _coreset_report.timed(method, own), own)
   facts = {"dataset": _DATASET.value, "imbalance": _IMBALANCE.value}
   facts |= {**setting._asdict(), "num_train": len(make_split(seed).train.label)}
-  return _coreset_report.row(facts, own, result)
+  return _coreset_report.row(facts, own, result) | _probes.columns(result.metrics)
 
 
 def _train(
@@ -269,6 +271,7 @@ def _train(
     folder,
     (evaluation.accuracy, evaluation.per_class_accuracy),
     name=f"{setting.folder()} {config.seeds[0]}",
+    probes=_probes.chosen(),
   )
   return result
 
@@ -283,7 +286,8 @@ def main() -> None:
   methods = {setting: make_method(setting) for setting in make_settings(split)}
   for method in methods.values():  # mistakes show before anything is written
     config_lib.check(make_config([0]), method, [split])
-  folder = _launch.prepare("coreset", __name__, _EXTENDABLE)
+  _probes.check(split)
+  folder = _launch.prepare("coreset", __name__, _EXTENDABLE, **_probes.given())
   # A seed of all settings before the next seed: a machine is not always equally fast.
   rows = [
     train(setting, method, seed, folder)
@@ -292,7 +296,7 @@ def main() -> None:
   ]
   rows.sort(key=lambda row: list(methods).index(_setting_of(row)))
   rows = _coreset_report.with_equal_seconds(rows)
-  flags_given = _launch.flags_of(__name__)
+  flags_given = _launch.flags_of(__name__) | _probes.given()
   curves = [row.pop("curve") for row in rows]
   _report.save(folder, rows, flags_given)
   _coreset_report.save_curves(rows, curves, folder / "curves.csv")

@@ -72,7 +72,9 @@ _NOISE_SHARE = flags.DEFINE_float(
   "noise_share", 0.0, "Of the training images, relabelled at random.", 0.0, 1.0
 )
 _METHODS = flags.DEFINE_list("methods", list(METHODS[:5]), f"Of {', '.join(METHODS)}.")
-_NUM_WAYS = flags.DEFINE_integer("num_ways", None, "Classes of a task. [5; digits: 2]")
+_NUM_WAYS = flags.DEFINE_integer(
+  "num_ways", None, "Classes of a task. [5; digits: 2]", lower_bound=2
+)
 _NUM_SHOTS = flags.DEFINE_integer("num_shots", 1, "Supports of a class.")
 _NUM_QUERIES = flags.DEFINE_integer("num_queries", 5, "Queries of a class.")
 _NUM_TASKS = flags.DEFINE_integer("num_tasks", 5000, "Training tasks.", 1)

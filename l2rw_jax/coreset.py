@@ -116,6 +116,15 @@ def select(
   """
   check_greedy(greedy, epsilon)
   labels = np.asarray(labels)
+  if labels.shape != np.shape(proxies)[:1]:
+    raise base.InputError(
+      f"select: labels of shape {labels.shape} do not fit proxies of shape"
+      f" {np.shape(proxies)}; give one label a proxy."
+    )
+  if greedy == "stochastic" and key is None:
+    raise base.InputError("select: greedy='stochastic' needs key=jax.random.key(seed).")
+  if scale is not None and features is None:
+    raise base.InputError("select: scale= is of outer products; give features= too.")
   table = [np.asarray(proxies)]
   if features is not None:
     table.append(_with_bias(features))

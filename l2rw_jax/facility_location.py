@@ -29,6 +29,7 @@ References:
 from collections.abc import Callable
 import functools
 import math
+import numbers
 from typing import NamedTuple
 
 import jax
@@ -181,7 +182,7 @@ def stochastic_greedy(
 
   With `sample_size(n, r, epsilon)` candidates F reaches at least 1 - 1/e - epsilon of
   the best in expectation. They are drawn with replacement from the points not chosen
-  yet. Among equal gains the lowest index wins.
+  yet, n at most, and looked at in blocks. Among equal gains the lowest index wins.
 
   Args:
     key: a typed PRNG key.
@@ -201,6 +202,7 @@ def stochastic_greedy(
   capacity, num_points = _check(points, size, capacity, num_points)
   if num_candidates < 1:
     raise base.InputError(f"num_candidates={num_candidates} must be at least 1.")
+  num_candidates = min(num_candidates, points.num_points)
   return _stochastic_greedy(
     key, points, size, num_points, bound, capacity, num_candidates
   )
@@ -214,7 +216,7 @@ def _stochastic_greedy(key, points, size, num_points, bound, capacity, num_candi
     own = jax.random.fold_in(key, number)
     places = jax.random.randint(own, (num_candidates,), 0, num_points - number)
     rows = remaining[places]
-    gains = _totals(points, rows, contribution)
+    gains = _totals_of_many(points, rows, contribution)
     row = jnp.min(jnp.where(gains == gains.max(), rows, points.num_points))
     place = places[jnp.argmax(rows == row)]
     last = remaining[num_points - number - 1]
@@ -239,8 +241,10 @@ def _check(points, size, capacity, num_points):
   num_points = whole if num_points is None else num_points
   if capacity is None:
     capacity = size
-  known = [x for x in (size, capacity) if isinstance(x, int)]
-  if isinstance(num_points, int) and (known and max(known[0], 1) > num_points):
+  known = [x for x in (size, capacity) if isinstance(x, numbers.Integral)]
+  if isinstance(num_points, numbers.Integral) and (
+    known and max(known[0], 1) > num_points
+  ):
     raise base.InputError(
       f"cannot choose size={size} of {num_points} points; lower it."
     )
@@ -262,6 +266,16 @@ def _totals(points, rows, contribution):
   return jnp.dot(
     values, jnp.ones(values.shape[1], values.dtype), precision=distances.EXACT
   )
+
+
+def _totals_of_many(points, rows, contribution, block=64):
+  """`_totals` of any number of rows, so many at a time."""
+  if rows.size <= block:
+    return _totals(points, rows, contribution)
+  # Repeated rows fill the last block.
+  blocks = jnp.resize(rows, (-(-rows.size // block), block))
+  found = jax.lax.map(lambda own: _totals(points, own, contribution), blocks)
+  return found.ravel()[: rows.size]
 
 
 def _in_blocks(points, contribution, num_points, block):

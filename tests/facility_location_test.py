@@ -231,10 +231,25 @@ def test_memory_grows_with_the_points_not_their_square():
   assert large < 16000**2 * 4 / 100
 
 
+def test_many_candidates_are_looked_at_in_blocks():
+  points = distances.vectors(jnp.ones((4000, 10)))
+  compiled = facility_location._stochastic_greedy.lower(
+    jax.random.key(0), points, 2, 4000, None, capacity=2, num_candidates=4000
+  ).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 4000**2 * 4 / 10
+  rng = np.random.default_rng(0)
+  few = distances.vectors(jnp.asarray(rng.normal(size=(90, 3)), jnp.float32))
+  chosen = facility_location.stochastic_greedy(
+    jax.random.key(0), few, 3, num_candidates=10_000
+  )
+  assert len(set(np.asarray(chosen.rows).tolist())) == 3
+
+
 _MISTAKES = {
   "size=7 of 6 points; lower it": {"size": 7},
   "size=0 must be at least 1": {"size": 0},
   "capacity=2 must be at least size=3": {"size": 3, "capacity": 2},
+  "size=8 of 6 points; lower it": {"size": np.int64(8)},
 }
 
 

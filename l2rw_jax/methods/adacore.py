@@ -178,6 +178,7 @@ def adacore(
   check_fraction("adacore", fraction)
   check_epochs("adacore", refresh_every, warmup_epochs)
   coreset.check_greedy(greedy, greedy_epsilon)
+  _check_averages(num_probes, beta1, beta2, epsilon)
   scopes = adacore_table.SCOPES[: 1 if last_layer else None]
   if hessian_scope not in scopes:
     raise base.InputError(
@@ -300,6 +301,18 @@ def check_fraction(where: str, fraction: float) -> None:
     raise base.InputError(
       f"{where}: fraction={fraction} must be above 0 and at most 1, such as 0.1."
     )
+
+
+def _check_averages(
+  num_probes: int, beta1: float, beta2: float, epsilon: float
+) -> None:
+  if num_probes < 1:
+    raise base.InputError(f"adacore: num_probes={num_probes} must be at least 1.")
+  for name, beta in (("beta1", beta1), ("beta2", beta2)):
+    if not 0 <= beta < 1:
+      raise base.InputError(f"adacore: {name}={beta} must be in [0, 1).")
+  if not 0 <= epsilon < np.inf:
+    raise base.InputError(f"adacore: epsilon={epsilon} must be at least 0, and finite.")
 
 
 def check_epochs(where: str, refresh_every: int, warmup_epochs: int = 0) -> None:

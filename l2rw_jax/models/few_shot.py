@@ -157,15 +157,15 @@ class Learner(NamedTuple):
     The queries of each task, by the network adapted to its supports.
     """
     del key
-    images = self._pixels(batch["image"])
-    support = _merge_ways(images[:, :, : self.num_shots])
-    query = _merge_ways(images[:, :, self.num_shots :])
     labels = jnp.repeat(jnp.arange(self.num_ways), self.num_shots)
 
     def support_losses(params, support):
       return losses.softmax_cross_entropy(self._logits(params, support, train), labels)
 
-    def answer(support, query):
+    def answer(images):
+      images = self._pixels(images)
+      support = _merge_ways(images[:, : self.num_shots])
+      query = _merge_ways(images[:, self.num_shots :])
       adapted = adapt(
         support_losses,
         params,
@@ -177,9 +177,8 @@ class Learner(NamedTuple):
       return self._logits(adapted, query, train)
 
     if train:
-      return jax.vmap(answer)(support, query), model_state
-    both = (support, query)
-    found = jax.lax.map(lambda x: answer(*x), both, batch_size=_AT_ONCE)
+      return jax.vmap(answer)(batch["image"]), model_state
+    found = jax.lax.map(answer, jnp.asarray(batch["image"]), batch_size=_AT_ONCE)
     return found, model_state
 
   def loss(self, outputs: base.Array, batch: base.Batch) -> base.Array:
@@ -222,8 +221,8 @@ class Learner(NamedTuple):
 
 
 def _merge_ways(images):
-  """[T, ways, n, ...] to [T, ways * n, ...]."""
-  return images.reshape(images.shape[0], -1, *images.shape[3:])
+  """[ways, n, ...] to [ways * n, ...]."""
+  return images.reshape(-1, *images.shape[2:])
 
 
 def _first(batch):
@@ -235,7 +234,8 @@ def _check_settings(learner: Learner) -> None:
     raise base.InputError(
       f"inner_learning_rate={learner.inner_learning_rate} must be at least 0."
     )
-  for name, least in (("num_ways", 2), ("num_shots", 1), ("num_inner_steps", 0)):
+  least_of = {"num_ways": 2, "num_shots": 1, "num_inner_steps": 0, "num_test_steps": 0}
+  for name, least in least_of.items():
     if getattr(learner, name) < least:
       raise base.InputError(
         f"{name}={getattr(learner, name)} must be at least {least}."

@@ -8,6 +8,9 @@ import time
 
 from l2rw_jax import workdir
 
+# Steps at which it was written that are kept, more than there are checkpoints.
+_SAVED = 4
+
 
 class Clock:
   """A stopwatch that is read at every evaluation and goes on after a resume.
@@ -30,6 +33,7 @@ class Clock:
     self._seconds = seconds
     self._started: float | None = None
     self._evaluations = list(evaluations)
+    self._saved: dict[str, float] = {}
 
   @classmethod
   def restore(cls, path: pathlib.Path, step: int) -> "Clock":
@@ -38,12 +42,21 @@ class Clock:
       return cls()
     kept = json.loads(path.read_text())
     then = [(at, seconds) for at, seconds in kept["evaluations"] if at <= step]
-    return cls(kept["seconds"], then)
+    last = then[-1][1] if then else 0.0
+    return cls(kept["saved"].get(str(step), last), then)
 
   def write(self, path: pathlib.Path, step: int) -> None:
     """Keeps it for a process that goes on from `step`, and for readers."""
-    kept = {"seconds": self.read(), "steps": step, "evaluations": self._evaluations}
-    workdir.write_json(path, kept)
+    self._saved = {**self._saved, str(step): self.read()}
+    workdir.write_json(
+      path,
+      {
+        "seconds": self.read(),
+        "steps": step,
+        "evaluations": self._evaluations,
+        "saved": dict(list(self._saved.items())[-_SAVED:]),
+      },
+    )
 
   def start(self) -> None:
     """Goes on."""

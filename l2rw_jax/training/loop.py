@@ -313,8 +313,9 @@ class _Run:
   def _save(self):
     state = devices_lib.unreplicate(self.state)
     positions = [list(p) for p in self.source.positions()]
-    self.checkpointer.save(self.step, (state, self.log), {"positions": positions})
+    # First, so that no checkpoint is there whose seconds are not.
     self.clock.write(self.folder / _TIMING, self.step)
+    self.checkpointer.save(self.step, (state, self.log), {"positions": positions})
     self.saved_step = self.step
 
   def _write_results(self):

@@ -52,12 +52,22 @@ def test_a_resumed_clock_goes_on_from_its_file(now, tmp_path):
     "seconds": 5,
     "steps": 30,
     "evaluations": [[10, 2], [20, 4], [30, 5]],
+    "saved": {"30": 5},
   }
 
 
 def test_what_came_after_the_checkpoint_is_forgotten(now, tmp_path):
   path = tmp_path / "timing.json"
-  clock_lib.Clock(9.0, [(10, 4.0), (20, 8.0)]).write(path, 20)
+  clock = clock_lib.Clock()
+  clock.start()
+  for step in (10, 20):
+    now(4)
+    clock.note(step)
+    now(0.5)
+    clock.write(path, step)
+  assert clock_lib.Clock.restore(path, 20).read() == 9
+  assert clock_lib.Clock.restore(path, 10).read() == 4.5
+  assert clock_lib.Clock.restore(path, 15).read() == 4
   clock_lib.Clock.restore(path, 10).write(path, 10)
   assert json.loads(path.read_text())["evaluations"] == [[10, 4.0]]
   assert clock_lib.Clock.restore(path, 0).read() == 0
