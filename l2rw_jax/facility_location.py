@@ -182,7 +182,7 @@ def stochastic_greedy(
 
   With `sample_size(n, r, epsilon)` candidates F reaches at least 1 - 1/e - epsilon of
   the best in expectation. They are drawn with replacement from the points not chosen
-  yet, n at most, and looked at in blocks. Among equal gains the lowest index wins.
+  yet, and looked at in blocks. Among equal gains the lowest index wins.
 
   Args:
     key: a typed PRNG key.
@@ -202,7 +202,6 @@ def stochastic_greedy(
   capacity, num_points = _check(points, size, capacity, num_points)
   if num_candidates < 1:
     raise base.InputError(f"num_candidates={num_candidates} must be at least 1.")
-  num_candidates = min(num_candidates, points.num_points)
   return _stochastic_greedy(
     key, points, size, num_points, bound, capacity, num_candidates
   )
