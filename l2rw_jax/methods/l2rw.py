@@ -81,8 +81,8 @@ def example_weights(
   """Weights of a batch's examples by their use to a clean batch.
 
   Pure: works inside `jit`, `vmap`, `pmap`, `shard_map`, and under `jit` with
-  sharded arrays. Costs 3 forward passes of each batch beside the 2 of the
-  gradient you take afterwards.
+  sharded arrays. Costs at most 3 forward passes of each batch beside the 2 of
+  the gradient you take afterwards, see `linearization.linearize`.
 
   Args:
     losses_fn: `(params, batch) -> losses [B]`; from a loss of one example:
