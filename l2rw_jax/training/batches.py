@@ -1,4 +1,4 @@
-"""The data of R runs side by side, cut into batches on the devices."""
+"""The data of R runs side by side, cut into batches."""
 
 from collections.abc import Callable, Sequence
 import functools
@@ -11,23 +11,34 @@ from l2rw_jax import base
 from l2rw_jax.data import splits as splits_lib
 from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import devices as devices_lib
+from l2rw_jax.training import residency
 from l2rw_jax.training import stream
 
 _FIELDS = ("image", "label", "index", "group")
 
 
-class Batches(NamedTuple):
-  """What one step takes.
+class Rows(NamedTuple):
+  """Which examples one step takes; on the host.
 
   Attributes:
-    rows: rows of each run's training set, [R, B], on the host.
-    train: arrays [D, R, B / D, ...].
-    meta: arrays [D, R, M / D, ...], or None.
+    train: rows of each run's training set, [R, B].
+    meta: of each run's meta set, [R, M], or None.
   """
 
-  rows: np.ndarray
-  train: base.Batch
-  meta: base.Batch | None
+  train: np.ndarray
+  meta: np.ndarray | None
+
+
+class Batches(NamedTuple):
+  """What a dispatch of K steps takes.
+
+  Attributes:
+    train: B / D examples a step, device and run.
+    meta: M / D of them, or M where they do not divide among devices; or None.
+  """
+
+  train: residency.Part
+  meta: residency.Part | None
 
 
 class BatchSource:
@@ -53,12 +64,18 @@ class BatchSource:
       positions: of each run, from a checkpoint.
     """
     self._config, self._devices, self._needs_meta = config, devices, needs_meta
-    self._train = [examples_dict(split.train) for split in splits]
-    self._meta = [examples_dict(split.meta) for split in splits]
+    train = [examples_dict(split.train) for split in splits]
+    self._train = residency.store(train, devices)
+    self._num_meta = len(splits[0].meta.label)
+    if needs_meta:
+      meta = [examples_dict(split.meta) for split in splits]
+      self._meta = residency.store(meta, devices)
 
     def order(run: int, epoch: int) -> np.ndarray:
       rng = stream.generator(config.seeds[run], "order", epoch)
-      return epoch_order(run, epoch, rng)
+      rows = np.asarray(epoch_order(run, epoch, rng))
+      _check_rows(rows, len(splits[run].train.label))
+      return rows
 
     self.streams = [
       stream.TrainStream(
@@ -73,24 +90,36 @@ class BatchSource:
     """Where every run stands."""
     return [s.position for s in self.streams]
 
-  def next(self, step: int) -> Batches:
-    """The batches of `step`; moves on."""
-    rows = np.stack([s.next() for s in self.streams])
-    train = devices_lib.shard(_take(self._train, rows), self._devices)
-    return Batches(rows, train, self._next_meta(step) if self._needs_meta else None)
+  def left_in_epoch(self) -> int:
+    """Steps until one of the runs starts an epoch, 1 or more."""
+    return min(s.left() for s in self.streams)
 
-  def _next_meta(self, step):
-    num_meta = len(self._meta[0]["label"])
-    size = self._config.meta_batch_size or num_meta
-    rows = np.stack(
-      [stream.meta_rows(seed, step, num_meta, size) for seed in self._config.seeds]
+  def next(self, step: int) -> Rows:
+    """What `step` takes; moves on."""
+    train = np.stack([s.next() for s in self.streams])
+    return Rows(train, self._meta_rows(step) if self._needs_meta else None)
+
+  def _meta_rows(self, step):
+    size = self._config.meta_batch_size or self._num_meta
+    seeds = self._config.seeds
+    return np.stack(
+      [stream.meta_rows(seed, step, self._num_meta, size) for seed in seeds]
     )
-    batch = _take(self._meta, rows)
+
+  def load(self, steps: Sequence[Rows]) -> Batches:
+    """Brings what some steps take to the devices, as far as it is not there."""
+    train = self._train.part(self._spread([rows.train for rows in steps]))
+    if not self._needs_meta:
+      return Batches(train, None)
+    return Batches(train, self._meta.part(self._spread([r.meta for r in steps])))
+
+  def _spread(self, rows):
+    rows = np.stack(rows, axis=1).astype(np.int32)  # [R, K, B]
     # Ten clean images do not divide among eight devices, nor need they: the mean
     # over devices that all hold the same examples is the same mean.
-    if size % len(self._devices):
-      return devices_lib.repeat(batch, self._devices)
-    return devices_lib.shard(batch, self._devices)
+    if rows.shape[-1] % len(self._devices):
+      return devices_lib.repeat(rows, self._devices)
+    return devices_lib.shard(rows, self._devices)
 
 
 def examples_dict(examples: splits_lib.Examples) -> base.Batch:
@@ -100,8 +129,10 @@ def examples_dict(examples: splits_lib.Examples) -> base.Batch:
   return {name: getattr(examples, name) for name in _FIELDS}
 
 
-def _take(sets, rows):
-  return {
-    name: np.stack([part[name][r] for part, r in zip(sets, rows, strict=True)])
-    for name in _FIELDS
-  }
+def _check_rows(rows, num_examples):
+  wrong = rows[(rows < 0) | (rows >= num_examples)]
+  if wrong.size:
+    raise base.InputError(
+      f"the method's `sample` gave row {wrong[0]} of {num_examples} training examples;"
+      f" rows are 0 to {num_examples - 1}."
+    )

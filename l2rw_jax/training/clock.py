@@ -16,9 +16,10 @@ class Clock:
   """A stopwatch that is read at every evaluation and goes on after a resume.
 
   What counts is what training needs: the method's `refresh`, the batches, the
-  steps. What does not is compiling (the first step a process takes), evaluations,
-  probes and checkpoints. It is kept in a file of its own, because nothing else
-  that a run leaves behind depends on how fast it was.
+  steps. What does not is compiling (the first dispatch of a length that a process
+  makes, with its steps), evaluations, probes and checkpoints. It is kept in a file
+  of its own, because nothing else that a run leaves behind depends on how fast it
+  was.
   """
 
   def __init__(

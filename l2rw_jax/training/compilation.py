@@ -1,19 +1,22 @@
-"""The two functions of a run that are compiled: how it begins, and one step."""
+"""The two functions of a run that are compiled: how it begins, and its steps."""
 
 from collections.abc import Callable
 import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from l2rw_jax import base
 from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import devices as devices_lib
+from l2rw_jax.training import residency
 from l2rw_jax.training import step as step_lib
 
 
-@functools.lru_cache(maxsize=8)
+# As many as the methods of the largest figure at two sizes of its training set.
+@functools.lru_cache(maxsize=16)
 def functions(
   model: config_lib.Model,
   method: base.Method,
@@ -23,7 +26,7 @@ def functions(
   num_runs: int,
   devices: tuple[jax.Device, ...],
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-  """`(init, step)` for arrays of R runs; the same for every split of a table.
+  """`(init, steps)` for arrays of R runs; the same for every split of a table.
 
   A script trains one split after the other; keeping the functions keeps what
   was compiled for them.
@@ -39,7 +42,9 @@ def functions(
 
   Returns:
     init: `(keys [R], class_counts [R, C], examples [R, 1, ...]) -> TrainState`.
-    step: `train_step` of arrays `[D, R, ...]`.
+    steps: `(state, train, meta, keys, class_counts) -> (state, outputs)` of arrays
+      `[D, R, ...]`: as many times `train_step` as `train.rows` tells, K; the outputs
+      are `StepOutput`s with a further axis, `[D, R, K, ...]`.
   """
 
   def task(class_counts, axis_name=None):
@@ -55,18 +60,26 @@ def functions(
     method_state = method.init(jax.random.fold_in(key, 1), task(class_counts), params)
     return step_lib.init_state(params, model_state, method_state, optimizer)
 
-  def step(state, batch, meta_batch, key, class_counts):
-    return step_lib.train_step(
-      state,
-      batch,
-      meta_batch,
-      key,
-      task=task(class_counts, devices_lib.AXIS_NAME),
-      method=method,
-      optimizer=optimizer,
-    )
+  def steps(state, train, meta, key, class_counts):
+    def step(state, rows):
+      return step_lib.train_step(
+        state,
+        residency.take(train.examples, rows[0]),
+        None if meta is None else residency.take(meta.examples, rows[1]),
+        key,
+        task=task(class_counts, devices_lib.AXIS_NAME),
+        method=method,
+        optimizer=optimizer,
+      )
+
+    rows = (train.rows, None if meta is None else meta.rows)
+    if len(train.rows) > 1:
+      return jax.lax.scan(step, state, rows)
+    # No loop, not even one of a single turn: see `dispatch`.
+    state, output = step(state, jax.tree.map(lambda x: x[0], rows))
+    return state, jax.tree.map(lambda x: jnp.asarray(x)[None], output)
 
   return (
     jax.jit(devices_lib.over_runs(init, num_runs)),
-    devices_lib.pmap_step(step, num_runs, list(devices)),
+    devices_lib.pmap_step(steps, num_runs, list(devices)),
   )

@@ -71,26 +71,22 @@ def take(tree: base.PyTree, index: int) -> base.PyTree:
   )
 
 
-def shard(batch: base.Batch, devices: list[jax.Device]) -> base.Batch:
-  """`[R, B, ...]` NumPy arrays to `[D, R, B / D, ...]`, examples in order."""
-
-  def split(x):
-    runs, size, *shape = x.shape
-    x = x.reshape(runs, len(devices), size // len(devices), *shape)
-    return np.moveaxis(x, 1, 0)
-
-  return jax.tree.map(split, batch)
+def shard(rows: np.ndarray, devices: list[jax.Device]) -> np.ndarray:
+  """`[..., B]` to `[D, ..., B / D]` on the host, in order."""
+  *shape, size = rows.shape
+  rows = rows.reshape(*shape, len(devices), size // len(devices))
+  return np.moveaxis(rows, -2, 0)
 
 
-def repeat(batch: base.Batch, devices: list[jax.Device]) -> base.Batch:
-  """`[R, M, ...]` NumPy arrays to `[D, R, M, ...]`, the same on every device."""
-  return jax.tree.map(lambda x: np.broadcast_to(x, (len(devices), *x.shape)), batch)
+def repeat(rows: np.ndarray, devices: list[jax.Device]) -> np.ndarray:
+  """`[..., M]` to `[D, ..., M]` on the host, the same for every device."""
+  return np.broadcast_to(rows, (len(devices), *rows.shape))
 
 
 def unshard(values: Any) -> np.ndarray:
-  """`[D, R, B / D]` to `[R, B]` on the host; the inverse of `shard`."""
-  values = np.asarray(values)
-  return np.moveaxis(values, 0, 1).reshape(values.shape[1], -1)
+  """`[D, ..., B / D]` to `[..., B]` on the host; the inverse of `shard`."""
+  values = np.moveaxis(np.asarray(values), 0, -2)
+  return values.reshape(*values.shape[:-2], -1)
 
 
 def over_runs(fun: Callable[..., Any], num_runs: int) -> Callable[..., Any]:

@@ -22,7 +22,6 @@ import optax
 
 from l2rw_jax import base
 from l2rw_jax import checkpointing
-from l2rw_jax import hypergradient
 from l2rw_jax import metric_writer
 from l2rw_jax import workdir
 from l2rw_jax.data import splits as splits_lib
@@ -31,7 +30,9 @@ from l2rw_jax.training import clock as clock_lib
 from l2rw_jax.training import compilation
 from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import devices as devices_lib
+from l2rw_jax.training import dispatch
 from l2rw_jax.training import evaluation
+from l2rw_jax.training import failures
 from l2rw_jax.training import progress
 from l2rw_jax.training import results
 from l2rw_jax.training import step as step_lib
@@ -95,9 +96,11 @@ class _Run:
     self.devices = devices_lib.choose(config.num_devices, config.batch_size)
     counts = [splits_lib.class_counts(s.train, s.num_classes) for s in splits]
     self.class_counts = jnp.asarray(np.stack(counts), jnp.int32)
-    self.pending: list[tuple[np.ndarray, step_lib.StepOutput]] = []
+    self.pending: list[tuple[list[batches_lib.Rows], step_lib.StepOutput]] = []
+    self.most = dispatch.most(config, self.devices)
+    self.dispatched: set[int] = set()  # Lengths that are compiled.
     self.writers: list[metric_writer.MetricWriter] = []
-    self.init_fn, self.step_fn = compilation.functions(
+    self.init_fn, self.steps_fn = compilation.functions(
       model,
       base.Method(method.gradients, method.init),  # The rest of it is not traced.
       optimizer,
@@ -173,6 +176,13 @@ class _Run:
     train = batches_lib.examples_dict(self.splits[run].train)
     return self.method.sample(state.method_state, task, train, rng)
 
+  def _left_in_epoch(self):
+    """Steps until the method looks at the training set; None if it never does."""
+    method = self.method
+    if method.refresh is base.keep_state and method.sample is base.permutation:
+      return None
+    return self.source.left_in_epoch()
+
   def _refresh(self):
     """Lets the method look at the training set of runs about to start an epoch."""
     starting = [s.starts_epoch() for s in self.source.streams]
@@ -207,29 +217,33 @@ class _Run:
       self._measure((), probes)
     with progress.bar(self.config.num_steps, self.step, self.name) as bar:
       self.clock.start()
-      first = self.step
       while self.step < self.config.num_steps:
         self._refresh()
-        batches = self.source.next(self.step)
-        if self.step == first:
-          with self.clock.stopped():
-            jax.block_until_ready(self._take_step(batches))
-        else:
-          self._take_step(batches)
-        bar.update()
-        self._after_step(bar, evaluators, probes)
+        count = dispatch.length(
+          self.config, self.step, self.most, self._left_in_epoch()
+        )
+        rows = [self.source.next(self.step + k) for k in range(count)]
+        self._take_steps(rows, self.source.load(rows))
+        bar.update(count)
+        self._after_steps(bar, evaluators, probes)
     self._write_results()
     self.clock.write(self.folder / _TIMING, self.step)
 
-  def _take_step(self, batches):
-    self.state, output = self.step_fn(
-      self.state, batches.train, batches.meta, *self.constants
-    )
-    self.pending.append((batches.rows, output))
-    self.step += 1
-    return output
+  def _take_steps(self, rows, batches):
+    def take():
+      self.state, output = self.steps_fn(self.state, *batches, *self.constants)
+      self.pending.append((rows, output))
+      self.step += len(rows)
 
-  def _after_step(self, bar, evaluators, probes):
+    if len(rows) in self.dispatched:
+      return take()
+    self.dispatched.add(len(rows))
+    jax.block_until_ready(self.state)  # Steps before these count.
+    with self.clock.stopped():
+      take()
+      jax.block_until_ready(self.state)
+
+  def _after_steps(self, bar, evaluators, probes):
     config = self.config
 
     def due(every):
@@ -246,35 +260,31 @@ class _Run:
 
   def _flush(self, bar):
     """Brings the steps since the last flush to the host: the only waiting."""
-    rows, outputs = [r for r, _ in self.pending], [o for _, o in self.pending]
+    dispatches, outputs = zip(*self.pending, strict=True)
     self.pending = []
     outputs = jax.device_get(outputs)
     self._raise_on_failure()
-    for row, output in zip(rows, outputs, strict=True):
-      self.log.add(row, devices_lib.unshard(output.weights))
+    for steps, output in zip(dispatches, outputs, strict=True):
+      weights = devices_lib.unshard(output.weights)  # [R, K, B]
+      for k, rows in enumerate(steps):
+        self.log.add(rows.train, weights[:, k])
     for run, writer in enumerate(self.writers):
       means = {
-        f"train/{name}": np.mean([o.metrics[name][0, run] for o in outputs])
+        f"train/{name}": np.mean(
+          np.concatenate([o.metrics[name][0, run] for o in outputs])
+        )
         for name in outputs[0].metrics
       }
       writer.write(self.step, means)
-    bar.set_postfix(loss=f"{np.mean(outputs[-1].metrics['loss']):.3f}")
+    bar.set_postfix(loss=f"{np.mean(outputs[-1].metrics['loss'][0, :, -1]):.3f}")
 
   def _raise_on_failure(self):
     failure = jax.device_get(devices_lib.unreplicate(self.state.failure))
-    failed = np.flatnonzero(failure.step >= 0)
-    if not failed.size:
+    run = failures.first(failure)
+    if run is None:
       return
-    run = failed[np.argmin(failure.step[failed])]
-    self.step, count = int(failure.step[run]), int(failure.losses[run])
-    if count:
-      what = f"{count} of {self.config.batch_size} losses are NaN or infinite"
-      advice = "Lower --learning_rate or look at the data."
-    elif failure.direction[run]:
-      what = "the direction is NaN or infinite"
-      advice = f"If the clean images are sound, {hypergradient.OPTIMIZER_TRAP}"
-    else:
-      what, advice = "the update is NaN or infinite", "Lower --learning_rate."
+    self.step = int(failure.step[run])
+    what, advice = failures.explain(failure, run, self.config.batch_size)
     if self.step > self.saved_step:
       self._save()
     raise base.InputError(

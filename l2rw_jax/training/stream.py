@@ -49,24 +49,30 @@ class TrainStream:
     """Whether the next batch is the first of its epoch."""
     return self.position.offset == 0
 
+  def left(self) -> int:
+    """Batches until the next epoch, 1 or more; asks for the order if it is due."""
+    return len(self._rows()) // self._batch_size - self.position.offset
+
   def next(self) -> np.ndarray:
     """The next batch of rows, [B]; moves on."""
     epoch, offset = self.position
-    if self._order is None:
-      self._order = np.asarray(self._epoch_order(epoch))
-    batches = len(self._order) // self._batch_size
-    if batches == 0:
-      raise base.InputError(
-        f"--batch_size={self._batch_size} is larger than the {len(self._order)}"
-        " examples of an epoch; choose a smaller batch."
-      )
     start = offset * self._batch_size
-    rows = self._order[start : start + self._batch_size]
-    if offset + 1 == batches:
+    rows = self._rows()[start : start + self._batch_size]
+    if self.left() == 1:
       self.position, self._order = Position(epoch + 1, 0), None
     else:
       self.position = Position(epoch, offset + 1)
     return rows
+
+  def _rows(self):
+    if self._order is None:
+      self._order = np.asarray(self._epoch_order(self.position.epoch))
+      if len(self._order) < self._batch_size:
+        raise base.InputError(
+          f"--batch_size={self._batch_size} is larger than the {len(self._order)}"
+          " examples of an epoch; choose a smaller batch."
+        )
+    return self._order
 
 
 def meta_rows(seed: int, step: int, num_meta: int, batch_size: int) -> np.ndarray:

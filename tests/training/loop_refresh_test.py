@@ -51,7 +51,7 @@ def _visited(monkeypatch):
 
   def note(self, step):
     found = original(self, step)
-    drawn.setdefault(step, []).append(found.rows)
+    drawn.setdefault(step, []).append(found.train)
     return found
 
   monkeypatch.setattr(batches.BatchSource, "next", note)
