@@ -7,8 +7,11 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from l2rw_jax import base
 from l2rw_jax.models import split
 
+NORMS = ("batch", "group")
+_NUM_GROUPS = 8
 _kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
@@ -25,14 +28,22 @@ class ResNet(split.SplitNetwork):
     num_outputs: logits per example.
     blocks: blocks a stage; 5 is ResNet-32.
     width: features of the first stage.
+    norm: "batch", as published, or "group": GroupNorm of 8 groups, which treats
+      examples one by one, so that they can be weighed layer by layer
+      (`linearization.linearize`) and by the example.
     axis_name: mapped axis whose devices share batch statistics.
     dtype: of the computation.
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
+
+  Raises:
+    InputError: when initialised or applied, an unknown `norm`, or "group" with a
+      `width` that is not a multiple of 8.
   """
 
   num_outputs: int
   blocks: int = 5
   width: int = 16
+  norm: str = "batch"
   axis_name: str | None = None
   dtype: Any = jnp.float32
   cosine: bool = False
@@ -65,13 +76,7 @@ class ResNet(split.SplitNetwork):
       kernel_init=_kaiming,
       dtype=self.dtype,
     )
-    norm = functools.partial(
-      nn.BatchNorm,
-      use_running_average=not train,
-      momentum=0.9,
-      axis_name=self.axis_name,
-      dtype=self.dtype,
-    )
+    norm = self._norm(train)
     x = nn.relu(norm()(conv(self.width)(x)))
     for stage in range(3):
       for block in range(self.blocks):
@@ -81,6 +86,24 @@ class ResNet(split.SplitNetwork):
         y = norm()(conv(features)(y))
         x = nn.relu(y + _shortcut(x, features, stride))
     return x.mean(axis=(1, 2))
+
+  def _norm(self, train):
+    """What makes a normalisation layer."""
+    if self.norm == "batch":
+      return functools.partial(
+        nn.BatchNorm,
+        use_running_average=not train,
+        momentum=0.9,
+        axis_name=self.axis_name,
+        dtype=self.dtype,
+      )
+    if self.norm not in NORMS:
+      raise base.InputError(f"norm={self.norm!r}: choose one of {NORMS}.")
+    if self.width % _NUM_GROUPS:
+      raise base.InputError(
+        f"norm='group' with width={self.width}: choose a multiple of {_NUM_GROUPS}."
+      )
+    return functools.partial(nn.GroupNorm, num_groups=_NUM_GROUPS, dtype=self.dtype)
 
 
 def _shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
