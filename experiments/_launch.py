@@ -30,6 +30,14 @@ _NUM_DEVICES = flags.DEFINE_integer(
   "Local devices to train on. [the most that divide the batch]",
   lower_bound=1,
 )
+# Only how fast a run is: a folder may be continued with another.
+_STEPS_PER_DISPATCH = flags.DEFINE_integer(
+  "steps_per_dispatch",
+  None,
+  "Steps sent to the devices at once; more are faster, but for convolutions on CPU."
+  " [1 on CPU, else 20]",
+  lower_bound=1,
+)
 _CHECKPOINT_EVERY = flags.DEFINE_integer(
   "checkpoint_every", 1000, "Steps between two checkpoints.", lower_bound=1
 )
@@ -44,6 +52,7 @@ def run_config(**settings: Any) -> config_lib.Config:
   """How to run, with the flags that every script shares filled in."""
   return config_lib.Config(
     num_devices=_NUM_DEVICES.value,
+    steps_per_dispatch=_STEPS_PER_DISPATCH.value,
     checkpoint_every=_CHECKPOINT_EVERY.value,
     **settings,
   )

@@ -141,19 +141,28 @@ flags.adopt_module_key_flags(_probes)
 _EXTENDABLE = ("majority", "methods", "num_splits", "splits_at_once")
 
 
-def make_method(name: str, protocol: Protocol, num_steps: int) -> base.Method:
+@functools.cache  # What is compiled for a method serves all majorities.
+def make_method(name: str, variant: str, num_steps: int) -> base.Method:
   """The `Method` behind a name of `--methods`."""
   methods = {
     "uniform": baselines.uniform,
     "random": baselines.random,
-    "proportion": lambda: baselines.class_proportion(protocol.variant),
+    "proportion": lambda: baselines.class_proportion(variant),
     "resampling": baselines.resampling,
-    "hard_mining": lambda: baselines.hard_mining(protocol.variant),
+    "hard_mining": lambda: baselines.hard_mining(variant),
     "l2rw": l2rw.l2rw,
     "fine_tuning": lambda: baselines.fine_tuning(max(1, num_steps // 10)),
     "clean_only": baselines.clean_only,
   }
   return methods[name]()
+
+
+@functools.cache
+def make_optimizer(
+  learning_rate: float, momentum: float
+) -> optax.GradientTransformation:
+  """SGD; one object for all cells, as the methods are."""
+  return optax.sgd(learning_rate, momentum=momentum)
 
 
 class Cell(NamedTuple):
@@ -191,7 +200,8 @@ def make_cell(name: str, majority: float) -> Cell:
   config = _launch.run_config(
     num_steps=steps, batch_size=batch_size, eval_every=_EVAL_EVERY.value
   )
-  return Cell(name, majority, protocol, config, make_method(name, protocol, steps))
+  method = make_method(name, protocol.variant, steps)
+  return Cell(name, majority, protocol, config, method)
 
 
 @functools.cache
@@ -221,7 +231,7 @@ def make_splits(cell: Cell, seeds: Sequence[int]) -> list[splits_lib.Splits]:
 def train(cell: Cell, folder: pathlib.Path) -> list[dict[str, Any]]:
   """Trains a cell on every split; a result row for each."""
   model = classifier.Classifier(lenet.LeNet(1), num_classes=2)
-  optimizer = optax.sgd(_LEARNING_RATE.value, momentum=_MOMENTUM.value)
+  optimizer = make_optimizer(_LEARNING_RATE.value, _MOMENTUM.value)
   num_splits = _NUM_SPLITS.value
   at_once = _AT_ONCE.value or (1 if jax.default_backend() == "cpu" else num_splits)
   rows = []

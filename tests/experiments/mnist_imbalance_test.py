@@ -1,5 +1,6 @@
 """The MNIST imbalance figure on a small scale: what it leaves, and every mistake."""
 
+import json
 import re
 
 import pytest
@@ -30,6 +31,8 @@ _FLAGS = (
   "num_devices",
   "checkpoint_every",
 )
+# Not among the settings of a folder.
+_UNTOLD = ("workdir", "data_dir", "cache_dir", "steps_per_dispatch", "flagfile")
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,51 @@ def test_more_methods_are_added_to_a_folder_without_repeating(run):
   assert {p: p.stat().st_mtime_ns for p in parts} == parts
 
 
+def test_splits_side_by_side_are_the_splits_alone(run, tmp_path):
+  folder, _ = run
+  flags = [*_SMALL, "--majority=0.9", "--methods=l2rw", f"--workdir={tmp_path}"]
+  (done,) = scripts.run_many(_NAME, [[*flags, "--splits_at_once=1"]])
+  assert done.status is None and done.complaints == "", done
+  for seed in (0, 1):
+    together, alone = (
+      [json.loads(line) for line in path.read_text().splitlines()]
+      for path in (
+        folder / f"majority-0.9-l2rw/splits-0-1/seed-{seed}/metrics.jsonl",
+        tmp_path / f"majority-0.9-l2rw/splits-{seed}-{seed}/seed-{seed}/metrics.jsonl",
+      )
+    )
+    assert len(together) == len(alone) and "test/loss" in alone[-1]
+    for ours, theirs in zip(together, alone, strict=True):
+      assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+# Alone in its process, as the flags of two scripts do not go together.
+_SHARED = """
+import pathlib, sys
+from absl import flags
+from experiments import mnist_imbalance as script
+flags.FLAGS(sys.argv)
+calls = []
+
+def note(config, model, method, optimizer, splits, *args, **kwargs):
+  calls.append((config, model, method, optimizer, len(splits[0].train.label)))
+  return []
+
+script.loop.train = note
+for name in script.FIGURE_METHODS:
+  for majority in (0.9, 0.95):
+    script.train(script.make_cell(name, majority), pathlib.Path())
+  one, other = calls[-2:]
+  assert one == other and hash(one) == hash(other), name
+print(len(calls))
+"""
+
+
+def test_all_majorities_of_a_method_share_what_is_compiled():
+  done = scripts.start("-c", _SHARED, *_SMALL, "--splits_at_once=2")
+  assert (done.status, done.printed) == (0, "12\n"), done.complaints
+
+
 _MISTAKES = {
   "unknown_flag": (["--nonsense=1"], "Unknown command line flag 'nonsense'"),
   "unknown_method": (["--methods=magic"], "--methods=magic: choose among uniform"),
@@ -108,6 +156,7 @@ _MISTAKES = {
   "batch": (["--batch_size=132"], "is larger than the 131 training examples"),
   "indivisible": (["--num_devices=3"], "=100 does not divide among --num_devices=3"),
   "devices": (["--num_devices=9"], "--num_devices=9: this machine has 8 cpu device(s)"),
+  "dispatch": (["--steps_per_dispatch=0"], "0 is not a positive integer"),
   "splits": (["--num_splits=0"], "0 is not a positive integer"),
   "positional": (["digits"], "unexpected argument 'digits': flags begin with --."),
   "not_a_folder": (["--workdir={tmp}/file/run"], "/file/run: cannot write (Not a dir"),
@@ -141,7 +190,7 @@ def test_missing_data_says_where_it_looked_and_how_to_get_them(mistakes):
 def test_helpfull_names_every_flag(tmp_path):
   done = scripts.run(_NAME, "--helpfull", cwd=tmp_path)
   assert done.status == 1 and done.complaints == ""  # As in every absl program.
-  for name in (*_FLAGS, "workdir", "data_dir", "cache_dir", "flagfile"):
+  for name in (*_FLAGS, *_UNTOLD):
     assert re.search(rf"^  --(\[no\])?{name}:", done.printed, re.MULTILINE), name
   assert "Ren et al." in done.printed
 

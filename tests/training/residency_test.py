@@ -1,0 +1,152 @@
+"""Where examples wait makes no difference but to how much is sent."""
+
+import jax
+import numpy as np
+import pytest
+import toy_runs
+
+from l2rw_jax import base
+from l2rw_jax import workdir
+from l2rw_jax.methods import baselines
+from l2rw_jax.training import batches
+from l2rw_jax.training import devices
+from l2rw_jax.training import residency
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+_TUNED = baselines.fine_tuning(2)  # Takes training and clean examples.
+_SETS = [
+  {
+    "image": 100 * run + np.arange(24, dtype=np.float32).reshape(12, 2),
+    "index": np.arange(12, dtype=np.int32),
+  }
+  for run in range(2)
+]
+
+
+class _Rows:
+  """A source of rows that is no array."""
+
+  def __init__(self, array):
+    self._array = array
+    self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
+
+  def __len__(self):
+    return len(self._array)
+
+  def __getitem__(self, rows):
+    assert isinstance(rows, slice) or np.ndim(rows) == 1
+    return self._array[rows]
+
+
+def _taken(store, rows):
+  """What each device, run and step is given, [D, R, K, b, ...]."""
+  part = store.part(rows)
+  take = jax.vmap(residency.take, in_axes=(None, 0))  # over K
+  return jax.jit(jax.vmap(jax.vmap(take)))(part.examples, part.rows)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_both_stores_give_the_rows_asked_for(count):
+  chosen = devices.choose(count, 8)
+  rows = np.random.default_rng(0).integers(12, size=(2, 3, 4))  # [R, K, B]
+  spread = devices.shard(rows.astype(np.int32), chosen)
+  expected = np.stack([s["image"][r] for s, r in zip(_SETS, rows, strict=True)])
+  for store in (residency.Resident(_SETS, chosen), residency.Streamed(_SETS)):
+    found = _taken(store, spread)
+    np.testing.assert_array_equal(devices.unshard(found["index"]), rows)
+    images = np.asarray(found["image"])  # [D, R, K, b, 2]
+    images = np.moveaxis(images, 0, 2).reshape(expected.shape)
+    np.testing.assert_array_equal(images, expected)
+
+
+class _Device:
+  """As much as is asked of one."""
+
+  def __init__(self, platform, memory):
+    self.platform = platform
+    self.memory_stats = lambda: memory
+
+
+def _kind(monkeypatch, sets, chosen):
+  monkeypatch.setattr(residency, "Resident", lambda *_: "resident")
+  store = residency.store(sets, chosen)
+  return store if isinstance(store, str) else type(store).__name__
+
+
+@pytest.mark.parametrize(
+  ("chosen", "kind"),
+  [
+    # Two sets of 24 floats and 12 integers: 288 bytes.
+    ([_Device("gpu", {"bytes_limit": 4 * 288})], "resident"),
+    ([_Device("gpu", {"bytes_limit": 4 * 287})], "Streamed"),
+    ([_Device("gpu", {"bytes_limit": 4 * 288})] * 8, "resident"),
+    ([_Device("tpu", None)], "resident"),
+    ([_Device("cpu", {"bytes_limit": 1})], "resident"),
+  ],
+)
+def test_what_fits_a_quarter_of_the_memory_goes_to_the_devices(
+  monkeypatch, chosen, kind
+):
+  assert _kind(monkeypatch, _SETS, chosen) == kind
+
+
+def test_cpu_devices_share_one_memory(monkeypatch):
+  monkeypatch.setattr(residency, "_HOST_BYTES", 2 * 288)
+  assert _kind(monkeypatch, _SETS, [_Device("cpu", None)] * 2) == "resident"
+  assert _kind(monkeypatch, _SETS, [_Device("cpu", None)] * 4) == "Streamed"
+
+
+def test_what_is_no_array_stays_on_the_host(monkeypatch):
+  sets = [{**s, "image": _Rows(s["image"])} for s in _SETS]
+  assert _kind(monkeypatch, sets, devices.choose(1, 8)) == "Streamed"
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 1), (8, 3)])
+def test_a_run_ends_in_the_same_bytes(tmp_path, monkeypatch, count, most):
+  monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
+  settings = {"seeds": (0, 1), "num_devices": count, "steps_per_dispatch": most}
+  settings |= {"log_every": 6, "eval_every": 6, "meta_batch_size": 5}
+  found = []
+  for place in (np.asarray, _Rows):  # On the devices; on the host.
+    splits = [_of_bytes(toy_runs.make_splits(seed), place) for seed in (0, 1)]
+    toy_runs.train(tmp_path / place.__name__, _TUNED, splits, **settings)
+    found.append(toy_runs.outcome(tmp_path / place.__name__))
+  assert found[0] == found[1]
+
+
+def _of_bytes(splits, make):
+  """With `make` of images in bytes; only of bytes need a source be no array."""
+
+  def convert(examples):
+    image = np.clip(examples.image + 3, 0, 6).astype(np.uint8)
+    return examples._replace(image=make(image))
+
+  return splits._replace(train=convert(splits.train), meta=convert(splits.meta))
+
+
+def test_row_numbers_alone_are_sent(tmp_path, monkeypatch):
+  loaded = []
+  original = batches.BatchSource.load
+
+  def note(self, steps):
+    loaded.append(original(self, steps))
+    return loaded[-1]
+
+  monkeypatch.setattr(batches.BatchSource, "load", note)
+  toy_runs.train(tmp_path, _TUNED, num_devices=2, steps_per_dispatch=2, log_every=4)
+  assert len(loaded) > 2
+  for part in ("train", "meta"):
+    first, *others = [getattr(b, part) for b in loaded]
+    assert all(isinstance(x, jax.Array) for x in first.examples.values())
+    assert all(other.examples is first.examples for other in others)
+    assert first.rows.dtype == np.int32 and first.rows.shape[:3] == (2, 1, 2)
+
+
+@pytest.mark.parametrize("row", [-1, toy_runs.NUM_TRAIN])
+def test_a_row_that_is_not_there_is_refused(tmp_path, row):
+  uniform = baselines.uniform()
+  method = uniform._replace(sample=lambda *_: np.full(16, row))
+  message = f"`sample` gave row {row} of 40 training examples; rows are 0 to 39"
+  with pytest.raises(base.InputError, match=message):
+    toy_runs.train(tmp_path, method)
