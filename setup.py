@@ -55,6 +55,7 @@ setuptools.setup(
   ],
   extras_require={
     "experiments": EXPERIMENTS,
+    "benchmarks": [*EXPERIMENTS, "torch>=2.4"],
     "test": TEST,
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],

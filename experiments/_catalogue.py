@@ -65,6 +65,15 @@ def _long_tail(title: str, published: str, *keys: str) -> _tables.Experiment:
   )
 
 
+def _step_label(row: _tables.Row) -> str:
+  """Method, engine and framework of a timed step."""
+  engine = "" if row["engine"] is None else f", {row['engine']}"
+  framework = {"jax": "", "torch": " (PyTorch)"}.get(
+    row["framework"], f" ({row['framework']})"
+  )
+  return f"{row['method']}{engine}{framework}"
+
+
 EXPERIMENTS = {
   "digits_noise": _tables.Experiment(
     title="Handwritten digits with wrong labels",
@@ -239,6 +248,31 @@ EXPERIMENTS = {
     method_heading="what",
     repeat="benchmark",
     published="Published: nothing that compares.",
+  ),
+  "step_time": _tables.Experiment(
+    title="What a training step costs",
+    metrics=(
+      _tables.Metric("ratio", "time / plain"),
+      _tables.Metric("milliseconds", "ms"),
+      _tables.Metric("examples_per_second", "examples / s", decimals=0),
+      _tables.Metric("flops_ratio", "FLOPs / plain"),
+      _tables.Metric("temporary_bytes_ratio", "memory / plain"),
+      _tables.Metric("faster_than_torch", "times PyTorch's speed"),
+      _tables.Metric("fraction_of_peak", "of matrix peak"),
+      _tables.Metric("compile_seconds", "s to compile", decimals=1),
+    ),
+    settings={
+      "network": "{}",
+      "dtype": "{}",
+      "batch_size": "batch {}",
+      "meta_share": "clean batch {:g} of it",
+      "platform": "{}",
+      "cpus": "{} CPU cores",
+    },
+    keys=("network", "meta_share"),
+    method=_step_label,
+    repeat="benchmark",
+    published="Published: L2RW at about 3 times plain training (Ren et al. 2018).",
   ),
   "mentornet_pretrain": _tables.Experiment(
     title="MentorNet fitted to a curriculum",

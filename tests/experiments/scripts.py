@@ -89,8 +89,9 @@ def run(name: str, *arguments: Any, cwd=REPOSITORY) -> Outcome:
 
 
 def run_many(name: str, commands: list[list[str]]) -> list[Outcome]:
-  """As `run`, for many command lines; only faster."""
-  done = start("-c", _MANY, f"experiments.{name}", stdin=json.dumps(commands))
+  """As `run`, for many command lines; only faster. A name with a dot is a module's."""
+  module = name if "." in name else f"experiments.{name}"
+  done = start("-c", _MANY, module, stdin=json.dumps(commands))
   assert done.status == 0 and done.complaints == "", done.complaints
   return [Outcome(*outcome) for outcome in json.loads(done.printed)]
 

@@ -1,0 +1,326 @@
+r"""What a training step costs: time, operations, memory, beside plain SGD and PyTorch.
+
+Networks by sizes of the clean batch by methods by engines. All contestants of one
+network and one clean batch are compiled first, then take turns in an order by chance;
+of each the median counts, and of ratios the median of those within the same turn, so
+that other work on the machine meets all alike. A step is the method's gradients and
+SGD, with the state donated, on batches that lie on the device. Compilation is apart.
+Methods without a clean batch have one row, and engines only those that look ahead:
+
+  literal     `jax.grad` through the unrolled inner step, then a second pass
+  forward     `linearization.linearize`, by forward mode
+  layerwise   the same, layer by layer; not for BatchNorm
+
+With --peer=torch the same networks and batches in PyTorch, as its users write it
+(`benchmarks._torch_steps`), take their turns among ours. On a GPU where both do not
+fit together, --peer_only makes the peer's rows alone, in another --workdir.
+Each group is saved as it is done, and the same command continues; with all of them
+there it draws the figures anew.
+Command: python -m benchmarks.step_time --peer=torch
+Ours: results/step_time.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import sys
+import time
+from typing import Any, NamedTuple
+
+from absl import flags
+import jax
+
+from benchmarks import _networks
+from benchmarks import _step_time_figure
+from benchmarks import _steps
+from benchmarks import _turns
+from experiments import _catalogue
+from experiments import _launch
+from experiments import _report
+from l2rw_jax import base
+from l2rw_jax import workdir
+
+_NETWORKS = flags.DEFINE_list(
+  "networks", None, "To train. [all; on a CPU all but wrn_28_10]"
+)
+_METHODS = flags.DEFINE_list(
+  "methods", None, "To time. [all; of large networks on a CPU those that look ahead]"
+)
+_ENGINES = flags.DEFINE_list(
+  "engines", list(_steps.ENGINES), "Of the methods that look ahead."
+)
+_META_SIZES = flags.DEFINE_list(
+  "meta_sizes", ["1", "0.1"], "Clean examples a step, over --batch_size."
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size", None, "Examples a step. [100; of wrn_28_10 on a CPU 10]", lower_bound=1
+)
+_REPEATS = flags.DEFINE_integer(
+  "repeats", 30, "Turns of each contestant, at most.", lower_bound=1
+)
+_SECONDS = flags.DEFINE_float(
+  "seconds", 30.0, "After these no new round of turns begins, but for the first three."
+)
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "float32", ["float32", "bfloat16"], "Of the computation."
+)
+_PEER = flags.DEFINE_enum("peer", None, ["torch"], "To measure beside ours.")
+_PEER_ONLY = flags.DEFINE_bool("peer_only", False, "Its rows alone.")
+_PEER_COMPILE = flags.DEFINE_bool(
+  "peer_compile", False, "Also by torch.compile, where that runs."
+)
+flags.adopt_module_key_flags(_launch)
+
+
+class Group(NamedTuple):
+  """Contestants that take turns.
+
+  Attributes:
+    setting: what they share.
+    share: M / B, or None without a clean batch.
+    pairs: methods and engines of ours beside plain training.
+  """
+
+  setting: _networks.Setting
+  share: float | None
+  pairs: list[tuple[str, str | None]]
+
+  @property
+  def name(self) -> str:
+    """Of its file."""
+    return f"{self.setting.network}-{'none' if self.share is None else self.share}"
+
+
+def plan() -> list[Group]:
+  """What the flags ask for.
+
+  Raises:
+    InputError: they ask for what there is not.
+  """
+  on_cpu = jax.default_backend() == "cpu"
+  offered = list(_networks.NETWORKS)
+  usual = [n for n in offered if n != "wrn_28_10" or not on_cpu]
+  given = _NETWORKS.value
+  names = _chosen("networks", usual if given is None else given, offered)
+  engines = _chosen("engines", _ENGINES.value, _steps.ENGINES)
+  shares = [_share(text) for text in _META_SIZES.value]
+  if not shares:
+    raise base.InputError("--meta_sizes= is empty: give shares of the batch, as 1,0.1.")
+  groups: list[Group] = []
+  for name in names:
+    groups += _groups(name, on_cpu, engines, shares)
+  return groups
+
+
+def _groups(name, on_cpu, engines, shares):
+  network = _networks.NETWORKS[name]
+  if not network.half and _DTYPE.value != "float32":
+    raise base.InputError(
+      f"--dtype={_DTYPE.value}: {name} computes in float32; choose other --networks."
+    )
+  few = network.large and on_cpu
+  usual = _steps.LOOKING_AHEAD if few else list(_steps.METHODS)
+  given = _METHODS.value
+  methods = _chosen("methods", usual if given is None else given, _steps.METHODS)
+  size = _BATCH_SIZE.value or (network.cpu_batch_size if on_cpu else network.batch_size)
+  found: dict[int | None, Group] = {}
+  for share in (None, *shares):
+    meta_size = None if share is None else max(1, round(share * size))
+    own = [m for m in methods if (m in _steps.NEED_META) == (share is not None)]
+    pairs = _steps.pairs(name, [m for m in own if m != "plain"], engines)
+    setting = _networks.Setting(name, _DTYPE.value, size, meta_size)
+    if pairs or own == ["plain"]:
+      found.setdefault(meta_size, Group(setting, share, pairs))
+  if not found:
+    raise base.InputError(
+      f"--engines={','.join(engines)}: examples of {name} see each other (BatchNorm);"
+      " add forward or literal."
+    )
+  return list(found.values())
+
+
+def _chosen(flag, names, offered):
+  for name in names or [""]:
+    if name not in offered:
+      raise base.InputError(f"--{flag}={name}: choose among {', '.join(offered)}.")
+  return list(dict.fromkeys(names))
+
+
+def _share(text):
+  try:
+    share = float(text)
+  except ValueError:
+    share = 0.0
+  if not 0 < share <= 10:
+    raise base.InputError(f"--meta_sizes={text}: give shares above 0, at most 10.")
+  return share
+
+
+def _torch_steps() -> Any:
+  """The peer's steps, which are imported only where they are asked for.
+
+  Raises:
+    InputError: PyTorch is not there, or not for this device.
+  """
+  try:
+    from benchmarks import _torch_steps as found
+  except ImportError as error:
+    raise base.InputError(
+      f"--peer=torch: PyTorch cannot be imported ({error}); run pip install"
+      " '.[benchmarks]' in the checkout."
+    ) from error
+  if found.device(jax.default_backend() == "gpu") is None:
+    raise base.InputError(
+      "--peer=torch: JAX computes on a GPU and PyTorch sees none; install PyTorch for"
+      " CUDA, or set JAX_PLATFORMS=cpu."
+    )
+  return found
+
+
+def measure(group: Group) -> list[dict[str, Any]]:
+  """A row for every contestant that could run, plain training first."""
+  started = time.perf_counter()
+  contestants = [c for c in _contestants(group) if c is not None]
+  ready = time.perf_counter()
+  turns = _turns.take(contestants, _REPEATS.value, _SECONDS.value)
+  by_name = dict(
+    zip([(c.framework, c.method) for c in contestants], turns, strict=True)
+  )
+  facts = _facts(group.setting) | {"meta_share": group.share}
+  rows = []
+  for contestant, own in zip(contestants, turns, strict=True):
+    framework, method = contestant.framework, contestant.method
+    peer = by_name.get(("torch", method)) if framework == "jax" else None
+    row = {"method": method, "engine": contestant.engine, "framework": framework}
+    row |= facts | contestant.facts
+    if method == "plain":
+      row |= {"meta_size": None, "meta_share": None}
+    rows.append(row | _turns.summary(own, by_name[framework, "plain"], peer))
+  print(
+    f"{group.name}: {len(contestants)} contestants, {ready - started:.0f} s to compile,"
+    f" {len(turns[0].seconds)} turns in {time.perf_counter() - ready:.0f} s",
+    flush=True,
+  )
+  return [_derived(row, rows) for row in rows]
+
+
+def _contestants(group):
+  setting = group.setting
+  if not _PEER_ONLY.value:
+    yield _plain(setting._replace(meta_size=None))
+    for pair in group.pairs:
+      make = functools.partial(_steps.contestant, setting, *pair)
+      yield _attempt(make, f"{pair[0]} by {pair[1]} of {group.name}")
+  if not _PEER.value:
+    return
+  peer = _torch_steps()
+  where = peer.device(jax.default_backend() == "gpu")
+  own = {method for method, _ in group.pairs}
+  for compiled in (False, True)[: 1 + _PEER_COMPILE.value]:
+    for method in ("plain", *(m for m in peer.METHODS if m in own)):
+      make = functools.partial(
+        peer.contestant, setting, method, _steps.LEARNING_RATE, where, compiled
+      )
+      found = _attempt(make, f"{method} of {group.name} in PyTorch", compiled)
+      yield found
+      if found is None and method == "plain":
+        break  # There is nothing to compare the others with.
+
+
+@functools.lru_cache(maxsize=1)
+def _plain(setting):
+  """One for all groups of a network."""
+  found = _attempt(lambda: _steps.contestant(setting, "plain"), "plain training")
+  if found is None:
+    raise base.InputError(f"{setting.network}: no memory for it; lower --batch_size.")
+  return found
+
+
+def _attempt(make, what, forgiving=False):
+  """A contestant that has taken a step, or None where memory is short, told."""
+  try:
+    contestant = make()
+    _turns.run(contestant, 1)
+    return contestant
+  except Exception as error:
+    short = "RESOURCE_EXHAUSTED" in str(error) or "OutOfMemory" in type(error).__name__
+    if not (short or forgiving):
+      raise
+    said = next(iter(str(error).splitlines()), "")
+    print(f"left out: {what}: {type(error).__name__}: {said}", file=sys.stderr)
+    return None
+
+
+def _facts(setting):
+  """What all rows of a group say."""
+  digest = hashlib.sha256()
+  for part in setting.batches():
+    for array in (part or {}).values():
+      digest.update(array.tobytes())
+  facts = setting._asdict() | {"seed": 0, "data": digest.hexdigest()[:16]}
+  facts |= {"cpus": _turns.num_cpus(), "torch": None}
+  if _PEER.value:
+    facts["torch"] = str(_torch_steps().torch.__version__)
+  peak = None if _PEER_ONLY.value else _steps.matrix_peak(setting.dtype)
+  return facts | {"matrix_flops_per_second": peak} | workdir.run_info()
+
+
+def _derived(row, rows):
+  """`row` with its costs a second, and beside those of plain training."""
+  plain = next(r for r in rows if r["method"] == "plain")
+  seconds = row["milliseconds"] / 1e3
+  row = row | {"examples_per_second": row["batch_size"] / seconds}
+  for name in ("flops", "bytes_accessed", "temporary_bytes"):
+    known = row[name] and plain[name] and row["framework"] == plain["framework"]
+    row[f"{name}_ratio"] = row[name] / plain[name] if known else None
+  row["flops_per_second"] = row["flops"] / seconds if row["flops"] else None
+  peak = row["matrix_flops_per_second"]
+  known = row["flops"] and peak
+  row["fraction_of_peak"] = row["flops_per_second"] / peak if known else None
+  return row
+
+
+def _rows_of(group: Group, folder: pathlib.Path) -> list[dict[str, Any]]:
+  """Of an earlier call if it got so far, else measured and kept."""
+  path = folder / f"{group.name}.json"
+  if path.exists():
+    kept: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return kept
+  rows = measure(group)
+  workdir.write_json(path, rows)
+  return rows
+
+
+def main() -> None:
+  """Measures, prints and writes."""
+  if (_PEER_ONLY.value or _PEER_COMPILE.value) and not _PEER.value:
+    raise base.InputError("--peer_only and --peer_compile need --peer=torch.")
+  if _SECONDS.value <= 0:
+    raise base.InputError(f"--seconds={_SECONDS.value} must be above 0.")
+  if _PEER.value:
+    # Or else JAX would take the GPU's memory as a whole.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    _torch_steps()
+  # A program from the cache would be compiled in no time.
+  jax.config.update("jax_enable_compilation_cache", False)
+  groups = plan()
+  extendable = ("networks", "meta_sizes")
+  folder = _launch.prepare("step_time", __name__, extendable)
+  rows: list[dict[str, Any]] = []
+  for group in groups:
+    known = {(r["network"], r["framework"]) for r in rows if r["method"] == "plain"}
+    found = _rows_of(group, folder)
+    # Plain training took its turns in every group, and is told once.
+    new = [r for r in found if (r["network"], r["framework"]) not in known]
+    rows += [r for r in found if r["method"] != "plain" or r in new]
+  flags_given = _launch.flags_of(__name__)
+  _report.save(folder, rows, flags_given)
+  figures = _step_time_figure.draw(rows, folder)
+  print(_catalogue.summary("step_time", rows, flags_given))
+  print(f"\nwritten: {folder}/results.json, results.csv, {', '.join(figures)}")
+
+
+if __name__ == "__main__":
+  _launch.run(main)

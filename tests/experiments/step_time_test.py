@@ -1,0 +1,258 @@
+"""The benchmark of a training step: its rows, its rivals, its turns."""
+
+import collections
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scripts
+
+# Not `step_time`: two benchmarks in one process would define the same flags.
+from benchmarks import _literal
+from benchmarks import _networks
+from benchmarks import _step_time_figure
+from benchmarks import _steps
+from benchmarks import _turns
+from l2rw_jax import base
+from l2rw_jax import linearization
+from l2rw_jax.methods import l2rw
+from l2rw_jax.methods import meta_weight_net
+from l2rw_jax.models import classifier
+from l2rw_jax.models import mlp
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+_FLAGS = ("--networks=mlp", "--methods=l2rw,absgd", "--batch_size=8", "--repeats=2")
+
+
+def _benchmark(*flags, cwd):
+  done = scripts.start("-m", "benchmarks.step_time", *_FLAGS, *flags, cwd=cwd)
+  assert done.status == 0 and done.complaints == "", done.complaints
+  return done.printed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Of a benchmark that was asked for one clean batch, and then for another too."""
+  cwd = tmp_path_factory.mktemp("benchmark")
+  _benchmark("--meta_sizes=1", cwd=cwd)
+  made = cwd / "runs" / "step_time"
+  before = (made / "mlp-1.0.json").read_bytes()
+  printed = _benchmark("--meta_sizes=1,0.5", cwd=cwd)
+  assert (made / "mlp-1.0.json").read_bytes() == before
+  assert "mlp-0.5: 4 contestants" in printed and "mlp-1.0: " not in printed
+  assert len(scripts.table(printed)) == 1 + 8
+  return made
+
+
+def test_a_row_for_every_method_engine_and_clean_batch(folder):
+  rows, as_csv, flags = scripts.saved_rows(folder)
+  engines = [*_steps.ENGINES]
+  assert [(r["method"], r["engine"], r["meta_size"]) for r in rows] == [
+    *(("plain", None, None), ("absgd", None, None)),
+    *(("l2rw", engine, size) for size in (8, 4) for engine in engines),
+  ]
+  assert len(as_csv) == len(rows) and flags["meta_sizes"] == ["1", "0.5"]
+  for row in rows:
+    seconds = row["milliseconds"] / 1e3
+    assert 0 < row["milliseconds_quartile_1"] <= row["milliseconds"]
+    assert row["milliseconds"] <= row["milliseconds_quartile_3"]
+    assert row["examples_per_second"] == pytest.approx(8 / seconds)
+    assert row["flops_per_second"] == pytest.approx(row["flops"] / seconds)
+    assert row["compile_seconds"] > 0 and row["temporary_bytes"] > 0
+    assert row["num_parameters"] == 203_530 and row["cpus"] >= 1
+    assert {"seed", "data", "commit", "jax", "device_kind"} <= set(row)
+    assert row["framework"] == "jax" and row["faster_than_torch"] is None
+  plain, _, *look_ahead = rows
+  assert plain["ratio"] == plain["flops_ratio"] == plain["temporary_bytes_ratio"] == 1
+  literal, forward, layerwise, *fewer = (r["flops_ratio"] for r in look_ahead)
+  assert 1.5 < layerwise <= forward < literal < 4
+  many = (literal, forward, layerwise)
+  assert all(x < y for x, y in zip(fewer, many, strict=True))
+
+
+def test_pictures_are_of_the_rows(folder, tmp_path):
+  rows, _, _ = scripts.saved_rows(folder)
+  for name in ("figure.png", "l2rw.png"):
+    assert (folder / name).stat().st_size > 10_000
+  for row in [r for r in rows if r["method"] in ("plain", "l2rw")]:
+    other = {"framework": "torch", "torch": "2", "meta_share": row["meta_share"]}
+    rows.append({**row, **other, "engine": row["engine"] and "double backward"})
+    row["faster_than_torch"] = 2.0
+  assert _step_time_figure.draw(rows, tmp_path) == ["figure.png", "l2rw.png"]
+  assert _step_time_figure.draw(rows[:2], tmp_path) == ["figure.png"]
+
+
+_MISTAKES = {
+  "network": (["--networks=vgg"], "--networks=vgg: choose among mlp, lenet"),
+  "method": (["--methods=sgd"], "--methods=sgd: choose among plain, l2rw"),
+  "no_method": (["--methods="], "--methods=: choose among"),
+  "engine": (["--engines=reverse"], "--engines=reverse: choose among literal"),
+  "no_share": (["--meta_sizes=0"], "--meta_sizes=0: give shares above 0"),
+  "share": (["--meta_sizes=all"], "--meta_sizes=all: give shares"),
+  "seconds": (["--seconds=0"], "--seconds=0.0 must be above 0"),
+  "half": (["--dtype=bfloat16"], "mlp computes in float32"),
+  "peer": (["--peer_only"], "need --peer=torch"),
+  "batch_norm": (
+    ["--networks=resnet32_bn", "--methods=l2rw", "--engines=layerwise"],
+    "examples of resnet32_bn see each other (BatchNorm); add forward or literal",
+  ),
+  "other_settings": (
+    ["--workdir={done}", "--repeats=3"],
+    "holds a run with other settings: repeats was 2, now 3",
+  ),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder, tmp_path_factory):
+  return scripts.run_mistakes(
+    *("benchmarks.step_time", _MISTAKES, tmp_path_factory.mktemp("mistakes"), *_FLAGS),
+    kept=folder,
+    done=folder,
+  )
+
+
+@pytest.mark.parametrize("name", _MISTAKES)
+def test_a_mistake_is_one_line(name, outcomes):
+  scripts.assert_one_line(outcomes[name], _MISTAKES[name][1])
+
+
+_WITHOUT_TORCH = """
+import runpy, sys
+sys.modules["torch"] = None
+runpy.run_module("benchmarks.step_time", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_without_pytorch_one_line_says_how_to_get_it(tmp_path):
+  done = scripts.start("-c", _WITHOUT_TORCH, "--peer=torch", cwd=tmp_path)
+  scripts.assert_one_line(done, "pip install '.[benchmarks]'")
+  assert not list(tmp_path.iterdir())
+
+
+def test_networks_that_mix_examples_are_not_taken_layer_by_layer():
+  every = list(_steps.METHODS)
+  for name, network in _networks.NETWORKS.items():
+    found = _steps.pairs(name, every, _steps.ENGINES)
+    assert len(found) == len(set(found)) == 7 + 6 - 2 * network.mixes
+    assert (("l2rw", "layerwise") in found) != network.mixes
+
+
+class _Clock:
+  """Time passes only where a contestant takes a step."""
+
+  def __init__(self):
+    self.now, self.log = 0.0, []
+
+  def perf_counter(self):
+    return self.now
+
+  def contestant(self, name, seconds, loss=1.0):
+    def run(steps):
+      self.now += steps * seconds
+      self.log.append((name, steps))
+      return loss
+
+    return _turns.Contestant(name, None, "jax", run, {})
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  made = _Clock()
+  monkeypatch.setattr(_turns, "time", made)
+  return made
+
+
+def test_everyone_takes_a_turn_in_every_round(clock):
+  names = ["a", "b", "c"]
+  found = _turns.take([clock.contestant(n, 0.25) for n in names], 20, 1e9)
+  order = [name for name, _ in clock.log[3:]]
+  rounds = list(zip(order[::3], order[1::3], order[2::3], strict=True))
+  assert len(rounds) == 20 and all(sorted(r) == names for r in rounds)
+  assert len(set(rounds)) > 3  # The order changes.
+  for turns in found:
+    np.testing.assert_allclose(turns.seconds, [0.25] * 20)
+    assert turns.steps == 1
+
+
+def test_short_steps_are_timed_together_after_one_that_is_not(clock):
+  [turns] = _turns.take([clock.contestant("a", 0.004)], 3, 1e9)
+  assert turns.steps == math.ceil(0.03 / 0.004) == 8
+  assert clock.log[1:] == [("a", 1), ("a", 8)] * 3
+  np.testing.assert_allclose(turns.seconds, [0.004] * 3)
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.1, 3), (4.5, 5), (100, 7)])
+def test_no_round_begins_after_the_time_is_up(clock, seconds, rounds):
+  [turns] = _turns.take([clock.contestant("a", 1.0)], 7, seconds)
+  assert len(turns.seconds) == rounds
+
+
+def test_a_loss_that_is_not_finite_is_told(clock):
+  with pytest.raises(FloatingPointError, match=r"a \(jax\): the loss is nan"):
+    _turns.take([clock.contestant("a", 1.0, math.nan)], 3, 1.0)
+
+
+def test_medians_and_ratios_of_the_same_turn_by_hand():
+  own = _turns.Turns(np.array([0.002, 0.008, 0.009]), 4)
+  plain = _turns.Turns(np.array([0.001, 0.002, 0.009]), 1)
+  found = _turns.summary(own, plain, own._replace(seconds=3 * own.seconds))
+  expected = {"milliseconds": 8, "ratio": 2, "plain_milliseconds": 2}
+  expected |= {"milliseconds_quartile_1": 5, "milliseconds_quartile_3": 8.5}
+  expected |= {"ratio_quartile_1": 1.5, "ratio_quartile_3": 3}
+  expected |= {"faster_than_torch": 3, "repeats": 3, "steps_per_turn": 4}
+  assert found == pytest.approx(expected)
+  assert _turns.summary(own, plain, None)["faster_than_torch"] is None
+
+
+@functools.cache
+def _problem():
+  model = classifier.Classifier(mlp.MLP(3, (5,)), 3)
+  rng = np.random.default_rng(0)
+
+  def batch(size):
+    images = rng.normal(size=(size, 4)).astype(np.float32)
+    return {"image": images, "label": np.arange(size) % 3, "index": np.arange(size)}
+
+  train, meta_batch = batch(7), batch(4)
+  params, model_state = model.init(jax.random.key(0), train)
+  task = model.task(class_counts=jnp.full(3, 5), num_examples=15, num_steps=1)
+  inputs = base.Inputs(
+    *(params, model_state, (), train, meta_batch, jnp.int32(0), jax.random.key(1))
+  )
+  return task, inputs
+
+
+@pytest.mark.parametrize("engine", ["forward", "layerwise"])
+@pytest.mark.parametrize(
+  ("literal", "ours"),
+  [
+    (_literal.l2rw(), l2rw.l2rw()),
+    (_literal.mwn(0.1), meta_weight_net.meta_weight_net(0.1)),
+  ],
+  ids=["l2rw", "meta_weight_net"],
+)
+def test_the_literal_rivals_compute_the_same(literal, ours, engine):
+  task, inputs = _problem()
+  linearize = functools.partial(linearization.linearize, engine=engine)
+  outcomes = collections.defaultdict(list)
+  for method in (literal, ours):
+    own = dataclasses.replace(task, linearize=linearize)
+    state = method.init(jax.random.key(2), own, inputs.params)
+    run = jax.jit(lambda s, i, m=method, t=own: m.gradients(s, t, i))
+    found, state = run(state, inputs)
+    moved = getattr(state, "params", ())
+    for name, tree in (("grads", found.grads), ("phi", moved), ("w", found.weights)):
+      outcomes[name].append(jax.tree.leaves(tree))
+  for name, (first, second) in outcomes.items():
+    for x, y in zip(first, second, strict=True):
+      np.testing.assert_allclose(x, y, rtol=1e-3, atol=2e-6, err_msg=name)
+
+
+def test_the_peak_is_a_rate():
+  assert 1e6 < _steps.matrix_peak("float32", size=64, repeats=2) < 1e16

@@ -1,0 +1,186 @@
+"""The benchmark's PyTorch computes what we do: same networks, same weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from benchmarks import _networks
+from benchmarks import _steps
+from l2rw_jax.methods import l2rw
+from l2rw_jax.methods import meta_weight_net
+from l2rw_jax.models import classifier
+from l2rw_jax.models import resnet
+
+torch = pytest.importorskip("torch", reason="PyTorch is an extra of the benchmarks")
+peer = pytest.importorskip("benchmarks._torch_steps")
+peer_networks = pytest.importorskip("benchmarks._torch_networks")
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+_B, _M = 6, 3
+
+
+@pytest.mark.parametrize("name", _networks.NETWORKS)
+def test_as_many_parameters(name):
+  model = _networks.module(name, "float32")
+  image = jax.ShapeDtypeStruct((1, *_networks.NETWORKS[name].shape), jnp.float32)
+  params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+  with torch.device("meta"):
+    theirs = peer_networks.NETWORKS[name]()
+  own = sum(p.numel() for p in theirs.parameters())
+  assert own == _steps.num_parameters(params)
+
+
+_KINDS = {
+  torch.nn.Conv2d: "Conv",
+  torch.nn.Linear: "Dense",
+  torch.nn.GroupNorm: "GroupNorm",
+  torch.nn.BatchNorm2d: "BatchNorm",
+}
+_PARTS = {"weight": ("kernel", "scale"), "bias": ("bias",)}
+
+
+def _by_order(model):
+  """PyTorch's parameter names to ours, where flax numbers the layers by kind."""
+  counts = dict.fromkeys(_KINDS.values(), 0)
+  found = {}
+  for name, module in model.named_modules():
+    if type(module) in _KINDS:
+      kind = _KINDS[type(module)]
+      found[name] = (f"{kind}_{counts[kind]}",)
+      counts[kind] += 1
+  return found
+
+
+def _by_name(model):
+  names = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+  return {
+    name: tuple(name.replace("blocks.", "block_").split(".")) for name in names if name
+  }
+
+
+def _copy(params, model, places):
+  """Our weights into `model`."""
+  for name, theirs in model.named_parameters():
+    *layer, part = name.split(".")
+    ours = params
+    for key in places.get(".".join(layer), ()) if layer else ():
+      ours = ours[key]
+    keys = [k for k in _PARTS.get(part, (part,)) if k in ours]
+    value = np.asarray(ours[keys[0]])
+    if keys == ["kernel"] and theirs.ndim == 4:
+      value = value.transpose(3, 2, 0, 1)
+    elif keys == ["kernel"]:
+      value = value.reshape(theirs.shape[::-1]).T
+    with torch.no_grad():
+      theirs.copy_(torch.tensor(value.reshape(theirs.shape)))
+
+
+def _transpose_flattened(params):
+  """LeNet's first dense layer, for features that were flattened channels first."""
+  kernel = np.asarray(params["Dense_0"]["kernel"]).reshape(4, 4, 64, 100)
+  kernel = kernel.transpose(2, 0, 1, 3).reshape(1024, 100)
+  return {**params, "Dense_0": {**params["Dense_0"], "kernel": kernel}}
+
+
+def _residual(norm, theirs):
+  model = resnet.ResNet(10, blocks=1, width=8, norm=norm)
+  return model, lambda: peer_networks.ResNet(theirs, blocks=1, width=8)
+
+
+_PAIRS = {
+  "mlp": (_networks.module("mlp", "float32"), peer_networks.MLP),
+  "lenet": (_networks.module("lenet", "float32"), peer_networks.LeNet),
+  "resnet32_gn": _residual("group", peer_networks.group_norm),
+  "resnet32_bn": _residual("batch", torch.nn.BatchNorm2d),
+  "transformer": (
+    dataclasses.replace(_networks.module("transformer", "float32"), depth=1),
+    lambda: peer_networks.VisionTransformer(depth=1),
+  ),
+}
+
+
+def _problem(name):
+  """Task, variables and batches of ours, and PyTorch's network and batches."""
+  ours, make = _PAIRS[name]
+  model, theirs = classifier.Classifier(ours, 10), make()
+  setting = _networks.Setting(name, "float32", _B, _M)
+  batch, meta_batch = setting.batches()
+  params, model_state = jax.jit(model.init)(jax.random.key(0), batch)
+  named = _transpose_flattened(params) if name == "lenet" else params
+  places = _by_name(theirs) if name == "transformer" else _by_order(theirs)
+  _copy(named, theirs, places)
+  task = model.task(class_counts=jnp.full(10, 10), num_examples=100, num_steps=1)
+  losses_fn = task.losses_fn(model_state, jax.random.key(0))
+  where = torch.device("cpu")
+  data = peer.batch(batch, where), peer.batch(meta_batch, where)
+  return (
+    (lambda p, b: losses_fn(p, b)[0], params, batch, meta_batch),
+    (theirs, *data),
+  )
+
+
+@pytest.mark.parametrize("name", _PAIRS)
+def test_example_weights_are_ours(name):
+  ours, (model, *data) = _problem(name)
+  found = jax.jit(l2rw.example_weights, static_argnums=0)(*ours)
+  eager = peer.Eager(model, 0.1)
+  losses = peer.losses(model, data[0])
+  np.testing.assert_allclose(losses.detach(), found.losses, rtol=1e-4, atol=1e-4)
+  weights = eager.example_weights(*data)
+  assert weights.sum() == pytest.approx(1, abs=1e-5)
+  np.testing.assert_allclose(weights, found.weights, atol=1e-4)
+  assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_form_for_the_compiler_is_the_eager_one():
+  _, (model, *data) = _problem("mlp")
+  eager, traced = peer.Eager(model, 0.1), peer.Traced(model, 0.1)
+  traced.model, traced.slopes_fn = model, traced.slopes  # before compilation
+  weights = eager.example_weights(*data)
+  np.testing.assert_allclose(traced.example_weights(*data), weights, atol=1e-6)
+  traced.weight_net = eager.weight_net
+  both = eager.network_gradient(*data), traced.network_gradient(*data)
+  for own, other in zip(*both, strict=True):
+    np.testing.assert_allclose(own, other, rtol=1e-3, atol=1e-7)
+
+
+def test_network_gradient_of_meta_weight_net_is_ours():
+  (losses_fn, *rest), (model, *data) = _problem("mlp")
+  eager = peer.Eager(model, 0.1)
+  first, _, second, _ = eager.weight_net
+  phi = {
+    "params": {
+      f"Dense_{i}": {
+        "kernel": jnp.asarray(layer.weight.detach().numpy().T),
+        "bias": jnp.asarray(layer.bias.detach().numpy()),
+      }
+      for i, layer in enumerate((first, second))
+    }
+  }
+  net = meta_weight_net.WeightNet()
+
+  @jax.jit
+  def lesson_fn(phi, *rest):
+    return meta_weight_net.network_gradient(
+      net.apply, phi, losses_fn, *rest, optimizer=optax.sgd(0.1)
+    )
+
+  lesson = lesson_fn(phi, *rest)
+  found = eager.network_gradient(*data)
+  own = lesson.gradient["params"]
+  expected = [own[f"Dense_{i}"][k].T for i in range(2) for k in ("kernel", "bias")]
+  for theirs, ours in zip(found, expected, strict=True):
+    np.testing.assert_allclose(theirs, ours, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", peer.METHODS)
+def test_a_step_moves_the_network_and_the_loss_falls(method):
+  setting = _networks.Setting("mlp", "float32", _B, _M)
+  contestant = peer.contestant(setting, method, 0.1, torch.device("cpu"))
+  losses = [contestant.run(1) for _ in range(30)]
+  assert losses[-1] < losses[0]
+  assert contestant.facts["num_parameters"] == 203_530
