@@ -22,6 +22,7 @@ Reference: Ren et al., "Learning to Reweight Examples for Robust Deep Learning"
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +32,8 @@ import optax
 
 from l2rw_jax import base
 from l2rw_jax import linearization
+from l2rw_jax import microbatching
+from l2rw_jax import sequencing
 
 # The losses [M] of the global meta batch to the meta loss, a scalar.
 Objective = Callable[[base.Array], base.Array]
@@ -86,6 +89,7 @@ def direction(
   objective: Objective | None = None,
   has_aux: bool = False,
   axis_name: base.AxisName = None,
+  microbatch_size: int | None = None,
 ) -> Direction:
   """The direction v = (d step / d g)^T grad M(step(g)) at g = `inner_gradient`.
 
@@ -103,11 +107,14 @@ def direction(
       does not divide among the devices is repeated on each.
     has_aux: whether `meta_losses_fn` returns something beside its losses.
     axis_name: mapped axis over which `meta_batch` is sharded.
+    microbatch_size: clean examples of this device at a time, see `microbatching`.
 
   Returns:
     A `Direction`, the same on every device.
 
   Raises:
+    InputError: meta losses are not of shape [M], there are none, or they cannot be
+      taken `microbatch_size` at a time.
     FloatingPointError: outside `jit`, if the direction is not finite; the
       message names the optimiser trap. Under `jit` see `Direction.finite`, or
       functionalise with `checkify.checkify`, which then carries the same error.
@@ -121,7 +128,7 @@ def direction(
     gradient = fill(gradient_leaves, zeros=True)
     return select(look_ahead(params, gradient, optimizer, opt_state))
 
-  def meta_losses(leaves):
+  def meta_losses(leaves, meta_batch):
     losses, aux = meta_losses_fn(fill(leaves), meta_batch), None
     if has_aux:
       losses, aux = losses
@@ -131,9 +138,18 @@ def direction(
     return losses, aux
 
   ahead, transpose = jax.vjp(step, select(inner_gradient))
-  losses, pull, aux = jax.vjp(meta_losses, base.local(ahead, axis_name), has_aux=True)
-  loss, cotangent = _meta_loss(objective, losses, axis_name)
-  meta_gradient = base.psum(pull(cotangent)[0], axis_name)
+  ahead = base.local(ahead, axis_name)
+  if microbatch_size is None:
+    losses, pull, aux = jax.vjp(
+      lambda leaves: meta_losses(leaves, meta_batch), ahead, has_aux=True
+    )
+    loss, cotangent = _meta_loss(objective, losses, axis_name)
+    (gradient,) = pull(cotangent)
+  else:
+    loss, gradient, aux = _meta_gradient_in_parts(
+      meta_losses, ahead, meta_batch, objective, axis_name, microbatch_size
+    )
+  meta_gradient = base.psum(gradient, axis_name)
   (vector,) = transpose(
     [g.astype(x.dtype) for g, x in zip(meta_gradient, leaves, strict=True)]
   )
@@ -151,6 +167,39 @@ def _meta_loss(objective, losses, axis_name):
   # no collective is transposed; each then pulls back the part that is its own.
   loss, gradient = jax.value_and_grad(objective)(base.gather(losses, axis_name))
   return base.pmean(loss, axis_name), base.own_part(gradient, axis_name)
+
+
+def _meta_gradient_in_parts(
+  losses_fn, leaves, meta_batch, objective, axis_name, microbatch_size
+):
+  """The global meta loss, its gradient in this device's own losses pulled back, aux."""
+  pull = functools.partial(
+    microbatching.weighted_gradient,
+    losses_fn,
+    leaves,
+    meta_batch,
+    microbatch_size=microbatch_size,
+    has_aux=True,
+  )
+  if objective is None:  # A mean asks the same of every example: one pass will do.
+    found = pull(1.0)
+    loss, cotangent = _meta_loss(None, found.losses, axis_name)
+    return loss, [cotangent[0].astype(g.dtype) * g for g in found.gradient], found.aux
+  linearize = microbatching.in_parts(linearization.linearize, microbatch_size)
+  parts = linearize(losses_fn, leaves, meta_batch, has_aux=True)
+  loss, cotangent = _meta_loss(objective, parts.losses, axis_name)
+  return loss, pull(cotangent).gradient, parts.aux
+
+
+def params_after(direction: Direction, params: base.PyTree) -> base.PyTree:
+  """`params`, unchanged, but what is computed from them waits for the direction.
+
+  A direction at zero (L2RW's) needs the clean batch alone. Compilers are free to run
+  the training batch's forward pass before it all the same, and XLA:CPU does: then the
+  activations of both batches are in memory at once.
+  """
+  select, fill = linearization.differentiable(params)
+  return fill(sequencing.after(select(direction.vector), select(params)))
 
 
 def weight_gradient(

@@ -39,6 +39,7 @@ import optax
 from l2rw_jax import base
 from l2rw_jax import hypergradient
 from l2rw_jax import linearization
+from l2rw_jax import microbatching
 from l2rw_jax import normalization
 
 
@@ -77,6 +78,7 @@ def example_weights(
   axis_name: base.AxisName = None,
   has_aux: bool = False,
   engine: str = "auto",
+  microbatch_size: int | None = None,
 ) -> ExampleWeights:
   """Weights of a batch's examples by their use to a clean batch.
 
@@ -99,6 +101,8 @@ def example_weights(
       sum to 1 over all devices.
     has_aux: both losses functions return `(losses, aux)`.
     engine: see `linearization.linearize`; for models with a `jax.custom_vjp`.
+    microbatch_size: examples of either batch in memory at a time, on this device,
+      see `microbatching.in_parts`; None is all of them.
 
   Returns:
     An `ExampleWeights`; no gradient flows through its weights and scores.
@@ -118,15 +122,7 @@ def example_weights(
     >>> print(example_weights(losses_fn, jnp.zeros(2), batch, clean).weights)
     [1. 0.]
   """
-  linearized = linearization.linearize(
-    losses_fn,
-    base.local(params, axis_name),
-    batch,
-    has_aux=has_aux,
-    engine=engine,
-  )
-  return weigh(
-    linearized,
+  direction, params = look_ahead(
     meta_losses_fn or losses_fn,
     params,
     meta_batch,
@@ -134,21 +130,28 @@ def example_weights(
     opt_state=opt_state,
     axis_name=axis_name,
     has_aux=has_aux,
+    microbatch_size=microbatch_size,
   )
+  linearize = microbatching.in_parts(linearization.linearize, microbatch_size)
+  own = base.local(params, axis_name)
+  linearized = linearize(losses_fn, own, batch, has_aux=has_aux, engine=engine)
+  return weigh(linearized, direction, axis_name)
 
 
-def weigh(
-  linearized: base.Linearized,
+def look_ahead(
   meta_losses_fn: base.LossesFn,
   params: base.PyTree,
   meta_batch: Any,
   *,
   optimizer: optax.GradientTransformation | None = None,
   opt_state: base.PyTree = None,
-  axis_name: base.AxisName = None,
-  has_aux: bool = False,
-) -> ExampleWeights:
-  """`example_weights` of a batch that is already linearised at `params`."""
+  **options: Any,
+) -> tuple[hypergradient.Direction, base.PyTree]:
+  """The direction at w = 0, and `params` to linearise the batch at, after it.
+
+  Arguments as in `example_weights`. In this order the activations of the clean
+  batch are gone before those of the training batch come to be.
+  """
   optimizer = optimizer or optax.sgd(1.0)
   if opt_state is None:
     opt_state = optimizer.init(params)
@@ -158,9 +161,17 @@ def weigh(
     meta_batch,
     optimizer=optimizer,
     opt_state=opt_state,
-    has_aux=has_aux,
-    axis_name=axis_name,
+    **options,
   )
+  return direction, hypergradient.params_after(direction, params)
+
+
+def weigh(
+  linearized: base.Linearized,
+  direction: hypergradient.Direction,
+  axis_name: base.AxisName = None,
+) -> ExampleWeights:
+  """`example_weights` of a linearised batch, given what `look_ahead` found."""
   scores = -hypergradient.weight_gradient(linearized, direction, axis_name)
   # Constants, also when called inside the loss that is being differentiated.
   scores = jax.lax.stop_gradient(scores)
@@ -192,6 +203,7 @@ def weighted_value_and_grad(
   axis_name: base.AxisName = None,
   has_aux: bool = False,
   engine: str = "auto",
+  microbatch_size: int | None = None,
 ) -> Callable[..., tuple[tuple[base.Array, ExampleWeights], base.PyTree]]:
   """`jax.value_and_grad` of a mean loss, with L2RW's weights in its place.
 
@@ -215,15 +227,7 @@ def weighted_value_and_grad(
   """
 
   def value_and_grad(params, batch, meta_batch, opt_state=None):
-    linearized = linearization.linearize(
-      losses_fn,
-      base.local(params, axis_name),
-      batch,
-      has_aux=has_aux,
-      engine=engine,
-    )
-    info = weigh(
-      linearized,
+    direction, params = look_ahead(
       meta_losses_fn or losses_fn,
       params,
       meta_batch,
@@ -231,7 +235,12 @@ def weighted_value_and_grad(
       opt_state=opt_state,
       axis_name=axis_name,
       has_aux=has_aux,
+      microbatch_size=microbatch_size,
     )
+    linearize = microbatching.in_parts(linearization.linearize, microbatch_size)
+    own = base.local(params, axis_name)
+    linearized = linearize(losses_fn, own, batch, has_aux=has_aux, engine=engine)
+    info = weigh(linearized, direction, axis_name)
     loss = base.psum(jnp.sum(info.weights * info.losses), axis_name)
     grads = base.psum(linearized.weighted_gradient(info.weights), axis_name)
     return (loss, info), grads
@@ -239,7 +248,11 @@ def weighted_value_and_grad(
   return value_and_grad
 
 
-def l2rw(optimizer: optax.GradientTransformation | None = None) -> base.Method:
+def l2rw(
+  optimizer: optax.GradientTransformation | None = None,
+  *,
+  microbatch_size: int | None = None,
+) -> base.Method:
   """L2RW for the training loop.
 
   The look-ahead leaves BatchNorm's running statistics alone: both passes of the
@@ -249,21 +262,19 @@ def l2rw(optimizer: optax.GradientTransformation | None = None) -> base.Method:
   Args:
     optimizer: None looks ahead with plain SGD, as the paper does. Otherwise the
       run's own outer optimiser, whose state then enters the look-ahead.
+    microbatch_size: examples of either batch in memory at a time, on each device;
+      None is all of them.
 
   Returns:
     A `base.Method` without state that needs a meta batch.
+
+  Raises:
+    InputError: `microbatch_size` is not positive.
   """
+  microbatching.check(microbatch_size)
 
   def gradients(state, task, inputs):
-    losses_fn = task.losses_fn(inputs.model_state, inputs.key)
-    linearized = task.linearize(
-      losses_fn,
-      base.local(inputs.params, task.axis_name),
-      inputs.batch,
-      has_aux=True,
-    )
-    info = weigh(
-      linearized,
+    direction, params = look_ahead(
       task.meta_losses_fn(inputs.model_state, inputs.key),
       inputs.params,
       inputs.meta_batch,
@@ -271,7 +282,16 @@ def l2rw(optimizer: optax.GradientTransformation | None = None) -> base.Method:
       opt_state=None if optimizer is None else inputs.opt_state,
       axis_name=task.axis_name,
       has_aux=True,
+      microbatch_size=microbatch_size,
     )
+    linearize = microbatching.in_parts(task.linearize, microbatch_size)
+    linearized = linearize(
+      task.losses_fn(inputs.model_state, inputs.key),
+      base.local(params, task.axis_name),
+      inputs.batch,
+      has_aux=True,
+    )
+    info = weigh(linearized, direction, task.axis_name)
     grads = base.psum(linearized.weighted_gradient(info.weights), task.axis_name)
     rejected = base.pmean(jnp.mean(info.weights == 0), task.axis_name)
     metrics = {

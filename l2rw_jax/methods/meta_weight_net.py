@@ -25,9 +25,8 @@ batch to batch. The look-ahead is plain SGD with the classifier's learning rate,
 as in all releases (the imbalance release drops it one epoch after the classifier's,
 which we do not); BatchNorm's running statistics are left alone by it.
 
-References:
-  Shu, Xie, Yi, Zhao, Zhou, Xu, Meng, "Meta-Weight-Net: Learning an Explicit
-  Mapping For Sample Weighting", NeurIPS 2019, arXiv:1902.07379.
+Reference: Shu, Xie, Yi, Zhao, Zhou, Xu, Meng, "Meta-Weight-Net: Learning an Explicit
+Mapping For Sample Weighting", NeurIPS 2019, arXiv:1902.07379.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,6 +41,7 @@ from l2rw_jax import base
 from l2rw_jax import hypergradient
 from l2rw_jax import linearization
 from l2rw_jax import meta_network
+from l2rw_jax import microbatching
 from l2rw_jax import normalization as normalization_lib
 
 WeightFn = Callable[[base.PyTree, base.Array], Any]
@@ -142,6 +142,7 @@ def network_gradient(
   axis_name: base.AxisName = None,
   has_aux: bool = False,
   engine: str = "auto",
+  microbatch_size: int | None = None,
 ) -> meta_network.Lesson:
   """dM/dphi: how the weighting network should change, by one clean batch.
 
@@ -163,6 +164,7 @@ def network_gradient(
     axis_name: mapped axis over which both batches are sharded.
     has_aux: both losses functions return `(losses, aux)`.
     engine: see `linearization.linearize`.
+    microbatch_size: examples of a batch in memory at a time, see `microbatching`.
 
   Returns:
     A `meta_network.Lesson`.
@@ -182,11 +184,10 @@ def network_gradient(
     >>> bool(lesson.gradient < 0)  # the heavier the loss, the less weight
     True
   """
-  local_params = base.local(params, axis_name)
+  linearize = microbatching.in_parts(linearization.linearize, microbatch_size)
+  own = base.local(params, axis_name)
   return lesson(
-    linearization.linearize(
-      losses_fn, local_params, batch, has_aux=has_aux, engine=engine
-    ),
+    linearize(losses_fn, own, batch, has_aux=has_aux, engine=engine),
     weight_fn,
     phi,
     meta_losses_fn or losses_fn,
@@ -198,6 +199,7 @@ def network_gradient(
     opt_state=optimizer.init(params) if opt_state is None else opt_state,
     has_aux=has_aux,
     axis_name=axis_name,
+    microbatch_size=microbatch_size,
   )
 
 
@@ -275,6 +277,7 @@ def meta_weight_net(
   detached: bool | None = None,
   optimizer: optax.GradientTransformation | None = None,
   every: int = 1,
+  microbatch_size: int | None = None,
 ) -> base.Method:
   """Meta-Weight-Net for the training loop.
 
@@ -282,10 +285,10 @@ def meta_weight_net(
     learning_rate: of the look-ahead; the paper's is the classifier's own.
     preset: a key of `PRESETS`.
     hidden: widths of the weighting network.
-    normalization: None for the preset's.
-    detached: None for the preset's.
+    normalization, detached: None for the preset's.
     optimizer: of the weighting network; None for the preset's.
     every: steps between two lessons of the network; 1 in the paper.
+    microbatch_size: examples of a batch in memory at a time, see `microbatching`.
 
   Returns:
     A `base.Method` that needs a meta batch; its state is a `meta_network.State`.
@@ -294,15 +297,14 @@ def meta_weight_net(
     InputError: an unknown preset or normalisation, `every` less than 1.
   """
   if preset not in PRESETS:
-    raise base.InputError(
-      f"meta_weight_net: preset={preset!r}; choose among {', '.join(PRESETS)}."
-    )
+    raise base.InputError(f"preset={preset!r}; choose among {', '.join(PRESETS)}.")
   chosen = PRESETS[preset]
   normalization = normalization or chosen.normalization
   detached = chosen.detached if detached is None else detached
   _check(normalization)
   meta_optimizer = optimizer or chosen.optimizer
   meta_network.check_every("meta_weight_net", every)
+  microbatching.check(microbatch_size)
   net = WeightNet(tuple(hidden))
 
   def init(key, task, params):
@@ -310,9 +312,10 @@ def meta_weight_net(
     return meta_network.init(net.init(key, jnp.zeros(1)), meta_optimizer)
 
   def gradients(state, task, inputs):
-    losses_fn = task.losses_fn(inputs.model_state, inputs.key)
     params = base.local(inputs.params, task.axis_name)
-    linearized = task.linearize(losses_fn, params, inputs.batch, has_aux=True)
+    linearize = microbatching.in_parts(task.linearize, microbatch_size)
+    losses_fn = task.losses_fn(inputs.model_state, inputs.key)
+    linearized = linearize(losses_fn, params, inputs.batch, has_aux=True)
 
     def lesson_fn(phi):
       return lesson(
@@ -325,21 +328,18 @@ def meta_weight_net(
         normalization=normalization,
         detached=detached,
         axis_name=task.axis_name,
+        microbatch_size=microbatch_size,
         **meta_network.look_ahead(learning_rate, inputs),
       )
 
     state = meta_network.learn(state, lesson_fn, meta_optimizer, inputs.step, every)
+    losses, axis_name = linearized.losses, task.axis_name
     weights = example_weights(
-      net.apply,
-      state.params,
-      linearized.losses,
-      normalization=normalization,
-      axis_name=task.axis_name,
+      net.apply, state.params, losses, normalization=normalization, axis_name=axis_name
     )
-    grads = base.psum(linearized.weighted_gradient(weights), task.axis_name)
-    total = base.psum(jnp.sum(weights), task.axis_name)  # "mean": mean V; "sum": 1
+    grads = base.psum(linearized.weighted_gradient(weights), axis_name)
+    total = base.psum(jnp.sum(weights), axis_name)  # "mean": mean V; "sum": 1
     metrics = meta_network.metrics(state) | {"total_weight": total}
-    losses = linearized.losses
     return base.Gradients(grads, weights, losses, linearized.aux, metrics), state
 
   return base.Method(gradients, init, needs_meta=True)

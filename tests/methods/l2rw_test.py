@@ -228,9 +228,9 @@ def test_losses_of_another_shape_are_refused(wrap):
   def column(params, batch):
     return _losses_fn(params, batch)[:, None]
 
-  for broken, shape in ((mean, r"\(\)"), (column, r"\(6, 1\)")):
+  for broken, shape in ((mean, r"\(\)"), (column, r"\(4, 1\)")):
     run = wrap(functools.partial(l2rw.example_weights, broken))
-    with pytest.raises(base.InputError, match=f"losses_fn's result.*{shape}"):
+    with pytest.raises(base.InputError, match=f"meta_losses_fn's result.*{shape}"):
       run(_params(), _BATCH, _META)
   run = wrap(functools.partial(l2rw.example_weights, _losses_fn, meta_losses_fn=mean))
   with pytest.raises(ValueError, match=r"meta_losses_fn's result.*\(\)"):
