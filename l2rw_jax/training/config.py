@@ -49,8 +49,9 @@ class Config:
     checkpoint_every: steps between two checkpoints.
     num_devices: local devices to use; if None, the most that divide the batch.
     steps_per_dispatch: steps sent to the devices at once, as a loop that is compiled;
-      if None, 1 on CPU, where convolutions in such a loop are slow, else 20. Changes
-      how fast a run is, not what it does.
+      if None, 1 on CPU, where convolutions in such a loop are slow, else 20; never
+      more than between two looks. Changes how fast a run is, and what it does only
+      as far as XLA rounds such a loop differently.
   """
 
   num_steps: int

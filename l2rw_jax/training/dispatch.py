@@ -9,10 +9,11 @@ _ON_CPU, _ON_ACCELERATORS = 1, 20
 
 
 def most(config: config_lib.Config, devices: list[jax.Device]) -> int:
-  """K, the steps of a full dispatch."""
-  if config.steps_per_dispatch is not None:
-    return config.steps_per_dispatch
-  return _ON_CPU if devices[0].platform == "cpu" else _ON_ACCELERATORS
+  """K, the steps of a full dispatch: no more than the host lets pass unseen."""
+  asked = config.steps_per_dispatch
+  if asked is None:
+    asked = _ON_CPU if devices[0].platform == "cpu" else _ON_ACCELERATORS
+  return min(asked, *_looks(config))
 
 
 def length(
@@ -33,9 +34,12 @@ def length(
     left_in_epoch: steps until the method looks at the training set; None if it
       does not.
   """
-  looks = (config.log_every, config.eval_every, config.checkpoint_every)
-  free = min(every - step % every for every in looks)
+  free = min(every - step % every for every in _looks(config))
   free = min(free, config.num_steps - step)
   if left_in_epoch is not None:
     free = min(free, left_in_epoch)
   return most if free >= most else 1
+
+
+def _looks(config):
+  return config.log_every, config.eval_every, config.checkpoint_every

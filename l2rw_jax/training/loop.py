@@ -7,7 +7,8 @@
     folder/seed-S/results.json  written last: a finished run is not repeated
 
 The same call continues an interrupted run and ends with the same bytes in these
-files (but for the seconds) as an uninterrupted one, on the same number of devices.
+files (but for the seconds) as an uninterrupted one, on the same number of devices
+and with as many steps a dispatch.
 """
 
 from collections.abc import Sequence

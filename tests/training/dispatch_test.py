@@ -72,6 +72,8 @@ def test_one_step_on_cpu_more_elsewhere_or_as_told():
   assert dispatch.most(config, [Accelerator()]) == 20
   told = config_lib.Config(100, steps_per_dispatch=7)
   assert dispatch.most(told, devices.choose(1, 8)) == 7
+  often = config_lib.Config(100, log_every=10, eval_every=8)
+  assert dispatch.most(often, [Accelerator()]) == 8
 
 
 def test_less_than_one_step_is_refused(tmp_path):
