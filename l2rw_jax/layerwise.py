@@ -211,14 +211,17 @@ def linearize(
 
   def directional(vector):
     _, slopes = jax.jvp(own, (leaves,), (vector,))
-    total = jnp.zeros_like(losses)
+    parts = []
     for step, slope, delta in zip(meetings, slopes, deltas, strict=True):
       apply, parameters = met(step)
       _, changes = jax.jvp(apply, tuple(parameters), tuple(slope))
       for (_, axis), change, d in zip(step.found, changes, delta, strict=True):
         others = tuple(i for i in range(d.ndim) if i != axis)
-        total += jnp.sum((change * d).astype(total.dtype), others)
-    return total
+        parts.append(jnp.sum((change * d).astype(losses.dtype), others))
+    # Stacked, because a chain of sums is cheap enough for XLA to be repeated for
+    # every element of what the weights made of it are multiplied with.
+    ones = jnp.ones(len(parts), losses.dtype)
+    return jnp.matmul(ones, jnp.stack(parts), precision="highest")
 
   def weighted_gradient(weights):
     cotangents = []

@@ -10,6 +10,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from l2rw_jax.models import activations
 from l2rw_jax.models import pooling
 
 _glorot = nn.initializers.glorot_uniform()
@@ -46,7 +47,7 @@ class Conv4(nn.Module):
     del train  # Nothing differs.
     for layer in range(4):
       x = Conv3x3(self.width, 1 if self.pool else 2, name=f"Conv_{layer}")(x)
-      x = nn.relu(_Standardize(name=f"BatchNorm_{layer}")(x))
+      x = activations.relu(_Standardize(name=f"BatchNorm_{layer}")(x))
       if self.pool and min(x.shape[1:3]) > 1:
         height, width = (size // 2 * 2 for size in x.shape[1:3])
         x = pooling.max_pool(x[:, :height, :width], 2, 2)

@@ -3,6 +3,7 @@
 from flax import linen as nn
 import jax
 
+from l2rw_jax.models import activations
 from l2rw_jax.models import pooling
 from l2rw_jax.models import split
 
@@ -40,6 +41,6 @@ class LeNet(split.SplitNetwork):
     del train
     for features in (16, 32, 64):
       x = nn.Conv(features, (5, 5), padding="SAME", kernel_init=_normal)(x)
-      x = nn.relu(pooling.max_pool(x, 3, 2))
+      x = activations.relu(pooling.max_pool(x, 3, 2))
     x = x.reshape(x.shape[0], -1)
-    return nn.relu(nn.Dense(100, kernel_init=_normal)(x))
+    return activations.relu(nn.Dense(100, kernel_init=_normal)(x))

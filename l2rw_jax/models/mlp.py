@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from flax import linen as nn
 import jax
 
+from l2rw_jax.models import activations
 from l2rw_jax.models import split
 
 
@@ -39,5 +40,5 @@ class MLP(split.SplitNetwork):
     del train
     x = x.reshape(x.shape[0], -1)
     for width in self.hidden:
-      x = nn.relu(nn.Dense(width)(x))
+      x = activations.relu(nn.Dense(width)(x))
     return x

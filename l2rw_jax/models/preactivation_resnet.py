@@ -8,6 +8,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from l2rw_jax.models import activations
 from l2rw_jax.models import dropout as dropout_lib
 from l2rw_jax.models import split
 
@@ -80,17 +81,17 @@ class PreActivationResNet(split.SplitNetwork):
       axis_name=self.axis_name,
       dtype=self.dtype,
     )
-    x = nn.relu(norm()(_conv(self.stem, 1, self.dtype)(x)))
+    x = activations.relu(norm()(_conv(self.stem, 1, self.dtype)(x)))
     for stage, width in enumerate(self.widths):
       for block in range(self.blocks):
         stride = 2 if stage > 0 and block == 0 else 1
         y = x
         if stage > 0 or (self.full_first_stage and block > 0):
-          y = nn.relu(norm()(y))
+          y = activations.relu(norm()(y))
           y = dropout_lib.Dropout(self.dropout, self.axis_name)(y, train)
-        y = nn.relu(norm()(_conv(width, stride, self.dtype)(y)))
+        y = activations.relu(norm()(_conv(width, stride, self.dtype)(y)))
         x = _shortcut(x, width, stride) + _conv(width, 1, self.dtype)(y)
-    return nn.relu(norm()(x)).mean(axis=(1, 2))
+    return activations.relu(norm()(x)).mean(axis=(1, 2))
 
 
 class LeakyWideResNet(split.SplitNetwork):

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from l2rw_jax import base
+from l2rw_jax.models import activations
+from l2rw_jax.models import group_norm
 from l2rw_jax.models import split
 
 NORMS = ("batch", "group")
@@ -77,14 +79,14 @@ class ResNet(split.SplitNetwork):
       dtype=self.dtype,
     )
     norm = self._norm(train)
-    x = nn.relu(norm()(conv(self.width)(x)))
+    x = activations.relu(norm()(conv(self.width)(x)))
     for stage in range(3):
       for block in range(self.blocks):
         stride = 2 if stage > 0 and block == 0 else 1
         features = self.width * 2**stage
-        y = nn.relu(norm()(conv(features, strides=stride)(x)))
+        y = activations.relu(norm()(conv(features, strides=stride)(x)))
         y = norm()(conv(features)(y))
-        x = nn.relu(y + _shortcut(x, features, stride))
+        x = activations.relu(y + _shortcut(x, features, stride))
     return x.mean(axis=(1, 2))
 
   def _norm(self, train):
@@ -103,7 +105,9 @@ class ResNet(split.SplitNetwork):
       raise base.InputError(
         f"norm='group' with width={self.width}: choose a multiple of {_NUM_GROUPS}."
       )
-    return functools.partial(nn.GroupNorm, num_groups=_NUM_GROUPS, dtype=self.dtype)
+    return functools.partial(
+      group_norm.GroupNorm, num_groups=_NUM_GROUPS, dtype=self.dtype
+    )
 
 
 def _shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:

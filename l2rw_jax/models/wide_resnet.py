@@ -7,6 +7,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from l2rw_jax.models import activations
 from l2rw_jax.models import dropout as dropout_lib
 from l2rw_jax.models import split
 
@@ -79,10 +80,10 @@ class WideResNet(split.SplitNetwork):
       width = 16 * self.widen * 2**stage
       for block in range(self.blocks):
         stride = 2 if stage > 0 and block == 0 else 1
-        y = nn.relu(norm()(x))
+        y = activations.relu(norm()(x))
         if x.shape[-1] != width:
           x = conv(width, (1, 1), stride, padding=0)(y)
-        y = nn.relu(norm()(conv_3x3(width, strides=stride)(y)))
+        y = activations.relu(norm()(conv_3x3(width, strides=stride)(y)))
         y = dropout_lib.Dropout(self.dropout, self.axis_name)(y, train)
         x = x + conv_3x3(width)(y)
-    return nn.relu(norm()(x)).mean(axis=(1, 2))
+    return activations.relu(norm()(x)).mean(axis=(1, 2))
