@@ -83,7 +83,7 @@ def test_less_than_one_step_is_refused(tmp_path):
 
 
 def _train(folder, name, **settings):
-  given = {"num_steps": 17, "log_every": 5, "eval_every": 8, "checkpoint_every": 13}
+  given = {"num_steps": 17, "log_every": 5, "eval_every": 8, "checkpoint_every": 8}
   # Five clean examples do not divide among eight devices.
   splits = [toy_runs.make_splits(seed, num_meta=5) for seed in (0, 1)]
   toy_runs.train(folder, _METHODS[name], splits, seeds=(0, 1), **given, **settings)
@@ -111,9 +111,9 @@ def test_three_steps_a_dispatch_are_three_dispatches(
   one = _train(tmp_path / "one", name, steps_per_dispatch=1, **settings)
   settings["steps_per_dispatch"] = 3
   assert _train(tmp_path / "three", name, **settings) == one
-  # In a dispatch's midst, after the checkpoint of step 13.
+  # While the batches of steps 10 to 12 are drawn; the last checkpoint is of step 8.
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    _interrupt(patch, 15)
+    _interrupt(patch, 12)
     _train(tmp_path / "run", name, **settings)
   assert _train(tmp_path / "run", name, **settings) == one
   for ours, theirs in zip(
