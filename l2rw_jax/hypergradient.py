@@ -182,9 +182,9 @@ def _meta_gradient_in_parts(
     has_aux=True,
   )
   if objective is None:  # A mean asks the same of every example: one pass will do.
-    found = pull(1.0)
-    loss, cotangent = _meta_loss(None, found.losses, axis_name)
-    return loss, [cotangent[0].astype(g.dtype) * g for g in found.gradient], found.aux
+    size = base.global_size(microbatching.num_rows(meta_batch), axis_name)
+    found = pull(1 / max(size, 1))  # Of none, the losses themselves complain.
+    return _meta_loss(None, found.losses, axis_name)[0], found.gradient, found.aux
   linearize = microbatching.in_parts(linearization.linearize, microbatch_size)
   parts = linearize(losses_fn, leaves, meta_batch, has_aux=True)
   loss, cotangent = _meta_loss(objective, parts.losses, axis_name)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from l2rw_jax import base
 from l2rw_jax import linearization
@@ -33,7 +34,7 @@ from l2rw_jax import sequencing
 def check(microbatch_size: int | None) -> None:
   """Raises InputError unless `microbatch_size` is None or a positive integer."""
   if microbatch_size is not None and not (
-    isinstance(microbatch_size, int) and microbatch_size >= 1
+    isinstance(microbatch_size, (int, np.integer)) and microbatch_size >= 1
   ):
     raise base.InputError(
       f"microbatch_size={microbatch_size!r}: must be a positive integer, or None for"
@@ -76,7 +77,7 @@ def in_parts(
 
   def linearize_in_parts(losses_fn, params, batch, *, has_aux=False, **options):
     call = _always_aux(losses_fn, has_aux)
-    _num_rows(batch)
+    num_rows(batch)
     if has_aux:
       _check_aux(call, params, batch)
     select, fill = linearization.differentiable(params)
@@ -142,7 +143,7 @@ def weighted_gradient(
   Raises:
     InputError: as `in_parts`, or `weights` are not one per example.
   """
-  call, size = _always_aux(losses_fn, has_aux), _num_rows(batch)
+  call, size = _always_aux(losses_fn, has_aux), num_rows(batch)
   if has_aux:
     _check_aux(call, params, batch)
   if jnp.shape(weights) not in ((), (size,)):
@@ -168,6 +169,28 @@ def weighted_gradient(
   total, (losses, aux) = _sweep(add, zeros, (batch, weights), microbatch_size)
   gradient = [t.astype(x.dtype) for t, x in zip(total, leaves, strict=True)]
   return Weighted(losses, fill(gradient, zeros=True), aux)
+
+
+def num_rows(batch):
+  """The number of examples, of which each array of `batch` must have a row.
+
+  Raises:
+    InputError: one does not.
+  """
+  sizes = set()
+  for path, x in jax.tree_util.tree_leaves_with_path(batch):
+    if not getattr(x, "shape", ()):
+      raise base.InputError(
+        f"batch{jax.tree_util.keystr(path)} has no row per example: with"
+        " microbatch_size, close over what examples share."
+      )
+    sizes.add(x.shape[0])
+  if len(sizes) != 1:
+    raise base.InputError(
+      f"the arrays of batch have {sorted(sizes)} rows: with microbatch_size, each must"
+      " have one per example; close over what examples share."
+    )
+  return sizes.pop()
 
 
 def _always_aux(losses_fn, has_aux):
@@ -199,26 +222,8 @@ def _check_aux(call, params, batch):
       )
 
 
-def _num_rows(batch):
-  """The number of examples, which every array of `batch` must have rows for."""
-  sizes = set()
-  for path, x in jax.tree_util.tree_leaves_with_path(batch):
-    if not getattr(x, "shape", ()):
-      raise base.InputError(
-        f"batch{jax.tree_util.keystr(path)} has no row per example: with"
-        " microbatch_size, close over what examples share."
-      )
-    sizes.add(x.shape[0])
-  if len(sizes) != 1:
-    raise base.InputError(
-      f"the arrays of batch have {sorted(sizes)} rows: with microbatch_size, each must"
-      " have one per example; close over what examples share."
-    )
-  return sizes.pop()
-
-
-def _like(x, num_rows):
-  return jax.ShapeDtypeStruct((num_rows, *x.shape[1:]), x.dtype)
+def _like(x, size):
+  return jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
 
 
 def _sweep(step, carry, rows, microbatch_size):

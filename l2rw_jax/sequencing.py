@@ -1,9 +1,9 @@
 """What is to be computed first, where the numbers alone leave it open.
 
 A compiler may run two independent passes over a network in any order or at once, and
-then holds the activations of both. On accelerators `jax.lax.optimization_barrier`
-tells it not to. XLA:CPU drops that before it orders its operations, and is told by
-arithmetic whose result it cannot foresee.
+then holds the activations of both. `jax.lax.optimization_barrier` is no order to
+XLA:CPU, which drops it before it arranges its operations (jaxlib 0.10.2 then starts
+both passes); arithmetic whose result no compiler can foresee is one to all of them.
 """
 
 import jax
@@ -13,7 +13,7 @@ from l2rw_jax import base
 
 
 def zero_after(first: base.PyTree) -> base.Array:
-  """A 0 (float32) that is known as soon as `first` is, a pytree of arrays.
+  """A floating point 0 that is known as soon as `first` is, a pytree of arrays.
 
   Only floating point and complex arrays count.
   """
@@ -21,7 +21,7 @@ def zero_after(first: base.PyTree) -> base.Array:
   for x in jax.tree.leaves(first):
     if x.size and jnp.issubdtype(x.dtype, jnp.inexact):
       one = x.ravel()[0]
-      # Compilers do not fold a product with 0, for it may be NaN.
+      # A product with 0 may be NaN, and so is not folded, though this one never is.
       zero += jnp.isnan(0 * jnp.where(jnp.isfinite(one), one, 0))
   return jax.lax.stop_gradient(zero)
 
@@ -29,16 +29,16 @@ def zero_after(first: base.PyTree) -> base.Array:
 def after(first: base.PyTree, then: base.PyTree) -> base.PyTree:
   """`then`, unchanged, but what is computed from it waits for `first`.
 
+  Costs a copy of `then`.
+
   Args:
     first: pytree of arrays, of which those of floating point or complex type count.
-    then: pytree of arrays.
+    then: pytree of arrays, of which those of numbers wait.
 
   >>> import jax.numpy as jnp
   >>> print(after(jnp.array([jnp.nan]), jnp.array([1., 2.])))
   [1. 2.]
   """
-  if jax.default_backend() != "cpu":
-    return jax.lax.optimization_barrier((first, then))[1]
   is_known = zero_after(first) == 0
 
   def wait(x):

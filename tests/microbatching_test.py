@@ -246,6 +246,18 @@ def _gradients(method, net):
   return run(batch)
 
 
+def test_keys_of_the_examples_go_with_them():
+  keys = jax.random.split(jax.random.key(0), 5)
+
+  def losses_fn(params, keys):
+    return params * jax.vmap(jax.random.normal)(keys)
+
+  linearize = microbatching.in_parts(linearization.linearize, np.int64(2))
+  found = linearize(losses_fn, jnp.array(2.0), keys)
+  _close(found.losses, losses_fn(2.0, keys))
+  _close(found.directional(jnp.array(1.0)), losses_fn(1.0, keys))
+
+
 def test_what_has_no_row_per_example_is_refused():
   linearize = microbatching.in_parts(linearization.linearize, 2)
   x = jnp.ones((4, 2))
