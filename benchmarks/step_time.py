@@ -269,11 +269,12 @@ def _facts(setting):
 
 def _derived(row, rows):
   """`row` with its costs a second, and beside those of plain training."""
-  plain = next(r for r in rows if r["method"] == "plain")
+  plains = {r["framework"]: r for r in rows if r["method"] == "plain"}
+  plain = plains[row["framework"]]
   seconds = row["milliseconds"] / 1e3
   row = row | {"examples_per_second": row["batch_size"] / seconds}
   for name in ("flops", "bytes_accessed", "temporary_bytes"):
-    known = row[name] and plain[name] and row["framework"] == plain["framework"]
+    known = row[name] and plain[name]
     row[f"{name}_ratio"] = row[name] / plain[name] if known else None
   row["flops_per_second"] = row["flops"] / seconds if row["flops"] else None
   peak = row["matrix_flops_per_second"]
@@ -307,7 +308,9 @@ def main() -> None:
   jax.config.update("jax_enable_compilation_cache", False)
   groups = plan()
   extendable = ("networks", "meta_sizes")
-  folder = _launch.prepare("step_time", __name__, extendable)
+  # What is not asked for depends on it, see `plan`.
+  settings = {"platform": jax.default_backend()}
+  folder = _launch.prepare("step_time", __name__, extendable, **settings)
   rows: list[dict[str, Any]] = []
   for group in groups:
     known = {(r["network"], r["framework"]) for r in rows if r["method"] == "plain"}

@@ -1,6 +1,7 @@
 """The benchmark's PyTorch computes what we do: same networks, same weights."""
 
 import dataclasses
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,8 @@ from l2rw_jax.models import classifier
 from l2rw_jax.models import resnet
 
 torch = pytest.importorskip("torch", reason="PyTorch is an extra of the benchmarks")
-peer = pytest.importorskip("benchmarks._torch_steps")
-peer_networks = pytest.importorskip("benchmarks._torch_networks")
+peer = importlib.import_module("benchmarks._torch_steps")
+peer_networks = importlib.import_module("benchmarks._torch_networks")
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 _B, _M = 6, 3
