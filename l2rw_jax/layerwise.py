@@ -53,7 +53,10 @@ class _Known(NamedTuple):
   place: int | None
   literal: Any
   kind: _Kind
-  axis: batch_axes.Axis
+  # The examples' axis, or why it cannot be told: an error if the losses need it.
+  axis: Any = None
+  # The leaf of the parameters that went into it last.
+  leaf: int | None = None
 
 
 class _Step(NamedTuple):
@@ -79,14 +82,16 @@ class _Step(NamedTuple):
 class _Plan:
   """A jaxpr with its calls written out, and what every value in it is made of."""
 
-  def __init__(self):
+  def __init__(self, names: Sequence[str]):
+    """Empty, with the names of the leaves of the parameters."""
     self.steps: list[_Step] = []
+    self._names = names
     self._size = 0
 
-  def place(self, kind: _Kind, axis: batch_axes.Axis = None) -> _Known:
+  def place(self, kind: _Kind, axis: Any = None, leaf: int | None = None) -> _Known:
     """Room for one more value."""
     self._size += 1
-    return _Known(self._size - 1, None, kind, axis)
+    return _Known(self._size - 1, None, kind, axis, leaf)
 
   def add(self, jaxpr: Any, consts: list[_Known], args: list[_Known]) -> list[_Known]:
     """Appends the operations of a jaxpr; returns its results."""
@@ -94,7 +99,7 @@ class _Plan:
 
     def read(atom):
       if isinstance(atom, jax_core.Literal):
-        return _Known(None, atom.val, _Kind.CONSTANT, None)
+        return _Known(None, atom.val, _Kind.CONSTANT)
       return found[atom]
 
     for eqn in jaxpr.eqns:
@@ -108,30 +113,63 @@ class _Plan:
       call = batch_axes.inlined(eqn)
       if call is not None:
         jaxpr, consts = call
-        literals = [_Known(None, c, _Kind.CONSTANT, None) for c in consts]
+        literals = [_Known(None, c, _Kind.CONSTANT) for c in consts]
         return self.add(jaxpr, literals, inputs)
       return self._add_data(eqn, inputs)
-    if kind == _Kind.OWN:
-      _check_own(eqn)
-    results = [self.place(kind) for _ in eqn.outvars]
+    why = self._refused(eqn, inputs) if kind == _Kind.OWN else None
+    leaf = _last_leaf(inputs)
+    results = [self.place(kind, why, leaf) for _ in eqn.outvars]
     self._append(eqn, inputs, results, kind)
     return results
 
   def _add_data(self, eqn, inputs):
-    axes = _axes(eqn, inputs)
-    results = [self.place(_Kind.DATA, axis) for axis in axes]
+    axes = self._axes(eqn, inputs)
+    leaf = _last_leaf(inputs)
+    results = [self.place(_Kind.DATA, axis, leaf) for axis in axes]
+    found = [
+      (i, axis)
+      for i, axis in enumerate(axes)
+      if isinstance(axis, int) and _inexact(eqn.outvars[i])
+    ]
     own = [
       i
       for i, (known, atom) in enumerate(zip(inputs, eqn.invars, strict=True))
       if known.kind == _Kind.OWN and _inexact(atom)
     ]
-    found = [(i, axis) for i, axis in enumerate(axes) if _inexact(eqn.outvars[i])]
-    if not found:
-      own = []
-    elif own:
-      _check_own(eqn)
-    self._append(eqn, inputs, results, _Kind.DATA, own, found)
+    self._append(eqn, inputs, results, _Kind.DATA, own if found else (), found)
     return results
+
+  def _axes(self, eqn, inputs):
+    """The batch axes of what an operation returns, or why they are not known."""
+    for known in inputs:
+      if isinstance(known.axis, NotLayerwiseError):
+        return [known.axis] * len(eqn.outvars)
+    try:
+      axes = batch_axes.propagate(eqn, [known.axis for known in inputs])
+    except batch_axes.MixedError as error:
+      return [self._error(str(error), eqn, inputs)] * len(eqn.outvars)
+    if None in axes:
+      why = self._error(f"{eqn.primitive.name} hides a constant", eqn, inputs)
+      return [why] * len(eqn.outvars)
+    if any(known.kind == _Kind.OWN for known in inputs):
+      why = self._refused(eqn, inputs)
+      return axes if why is None else [why] * len(eqn.outvars)
+    return axes
+
+  def _refused(self, eqn, inputs):
+    """Why the derivative of an operation in parameters cannot be had, if so."""
+    for known in inputs:
+      if isinstance(known.axis, NotLayerwiseError):
+        return known.axis
+    if _has_custom_vjp(eqn):
+      return self._error("a jax.custom_vjp takes parameters", eqn, inputs)
+    return None
+
+  def _error(self, what, eqn, inputs):
+    scope, leaf = str(eqn.source_info.name_stack), _last_leaf(inputs)
+    where = [f"in {scope}"] if scope else []
+    where += [f"after parameter {self._names[leaf]}"] if leaf is not None else []
+    return NotLayerwiseError(f"{what} ({', '.join(where)})" if where else what)
 
   def _append(self, eqn, inputs, results, kind, own=(), found=()):
     places = [known.place for known in results]
@@ -163,6 +201,7 @@ def linearize(
   losses_fn: Callable[[list[base.Array], Any], tuple[base.Array, Any]],
   leaves: list[base.Array],
   batch: Any,
+  names: Sequence[str],
 ) -> tuple[base.Array, Callable[..., Any], Callable[..., Any], Any]:
   """Linearises losses in the leaves of the parameters; `linearization` wraps it.
 
@@ -170,15 +209,17 @@ def linearize(
     losses_fn: `(leaves, batch) -> (losses [B], aux)`.
     leaves: inexact arrays.
     batch: pytree; arrays whose first axis is B hold the examples.
+    names: of the leaves, for messages.
 
   Returns:
     losses [B]; directional, `list like leaves -> [B]`; weighted_gradient,
     `[B] -> list like leaves`; aux.
 
   Raises:
-    NotLayerwiseError: examples mix, or may do so.
+    NotLayerwiseError: examples mix on the way to the losses, or may do so; what is
+      mixed for aux alone is no matter.
   """
-  plan, env, outputs, tree = _plan(losses_fn, leaves, batch)
+  plan, env, outputs, tree = _plan(losses_fn, leaves, batch, names)
   meetings = plan.meetings()
   own_places = [[step.inputs[i].place for i in step.own] for step in meetings]
 
@@ -238,13 +279,13 @@ def linearize(
   return losses, directional, weighted_gradient, jax.tree.unflatten(tree, aux)
 
 
-def _plan(losses_fn, leaves, batch):
+def _plan(losses_fn, leaves, batch, names):
   """The plan, with the constants computed and the batch put into its environment."""
   closed, shapes = jax.make_jaxpr(losses_fn, return_shape=True)(leaves, batch)
   size = shapes[0].shape[0]
-  plan = _Plan()
+  plan = _Plan(names)
   env: dict[Any, Any] = {}
-  args = [plan.place(_Kind.OWN) for _ in leaves]
+  args = [plan.place(_Kind.OWN, leaf=i) for i in range(len(leaves))]
   for value in jax.tree.leaves(batch):
     is_data = jnp.shape(value)[:1] == (size,)
     args.append(plan.place(_Kind.DATA, 0) if is_data else plan.place(_Kind.CONSTANT))
@@ -252,34 +293,25 @@ def _plan(losses_fn, leaves, batch):
   consts = [plan.place(_Kind.CONSTANT) for _ in closed.consts]
   env.update(zip([known.place for known in consts], closed.consts, strict=True))
   outputs = plan.add(closed.jaxpr, consts, args)
+  if isinstance(outputs[0].axis, NotLayerwiseError):
+    raise outputs[0].axis
   if outputs[0].kind != _Kind.DATA or outputs[0].axis != 0:
     raise NotLayerwiseError("the losses are not made row by row of the batch")
   plan.run(_Kind.CONSTANT, env)
   return plan, env, outputs, jax.tree.structure(shapes[1])
 
 
-def _axes(eqn, inputs):
-  try:
-    axes = batch_axes.propagate(eqn, [known.axis for known in inputs])
-  except batch_axes.MixedError as error:
-    raise NotLayerwiseError(f"{error}{_where(eqn)}") from error
-  if None in axes:
-    raise NotLayerwiseError(f"{eqn.primitive.name} hides a constant{_where(eqn)}")
-  return axes
-
-
-def _check_own(eqn):
-  """Raises NotLayerwiseError if what is made of parameters has no forward mode."""
+def _has_custom_vjp(eqn):
   if eqn.primitive.name.startswith("custom_vjp_call"):
-    raise NotLayerwiseError(f"a jax.custom_vjp takes parameters{_where(eqn)}")
-  for jaxpr in jax_core.jaxprs_in_params(eqn.params):
-    for inner in jaxpr.eqns:
-      _check_own(inner)
+    return True
+  inside = jax_core.jaxprs_in_params(eqn.params)
+  return any(_has_custom_vjp(inner) for jaxpr in inside for inner in jaxpr.eqns)
 
 
-def _where(eqn):
-  place = str(eqn.source_info.name_stack)
-  return f" (in {place})" if place else ""
+def _last_leaf(inputs):
+  """The leaf met here, else the one that examples met before."""
+  known = sorted((k for k in inputs if k.leaf is not None), key=lambda k: k.kind)
+  return known[0].leaf if known else None
 
 
 def _inexact(atom):

@@ -117,7 +117,10 @@ def _layerwise(losses_fn, params, batch, engine):
   select, fill = differentiable(params)
   try:
     losses, push, pull, aux = layerwise.linearize(
-      lambda leaves, batch: losses_fn(fill(leaves), batch), select(params), batch
+      lambda leaves, batch: losses_fn(fill(leaves), batch),
+      select(params),
+      batch,
+      _names(params),
     )
   except layerwise.NotLayerwiseError as error:
     if engine == "layerwise":
@@ -137,6 +140,16 @@ def _layerwise(losses_fn, params, batch, engine):
     lambda weights: fill(pull(weights), zeros=True),
     aux,
   )
+
+
+def _names(params):
+  """Of the leaves that `differentiable` selects."""
+  paths = jax.tree_util.tree_leaves_with_path(params)
+  return [
+    jax.tree_util.keystr(path, simple=True, separator="/")
+    for path, leaf in paths
+    if jnp.issubdtype(_type(leaf), jnp.inexact)
+  ]
 
 
 def _log_forward(reason):

@@ -249,7 +249,8 @@ def test_the_layer_that_mixes_is_named():
   class Net(nn.Module):
     @nn.compact
     def __call__(self, x):
-      return nn.Dense(2)(nn.BatchNorm(use_running_average=False)(nn.Dense(3)(x)))
+      x = nn.BatchNorm(use_running_average=False)(nn.Dense(3, name="Dense_1")(x))
+      return nn.Dense(2, name="Dense_2")(x)
 
   net, x = Net(), jnp.asarray(_images(4), jnp.float32)
   variables = net.init(jax.random.key(0), x)
@@ -258,8 +259,28 @@ def test_the_layer_that_mixes_is_named():
     both = {**variables, "params": params}
     return net.apply(both, x, mutable=["batch_stats"])[0].sum(1)
 
-  with pytest.raises(base.InputError, match=r"\(in .*BatchNorm_0"):
+  with pytest.raises(
+    base.InputError, match=r"\(in .*BatchNorm_0, after parameter Dense_1/bias\)"
+  ):
     linearization.linearize(losses_fn, variables["params"], x, engine="layerwise")
+
+
+def test_what_is_mixed_for_aux_alone_is_no_matter():
+  def losses_fn(params, x):
+    h = x @ params
+    unused = jnp.sort(h, axis=0) * params.sum()
+    mean = h.mean(0)
+    aux = {"mean": mean, "scaled": mean * params[0], "kernel": _kernel(params.sum())}
+    del unused
+    return jnp.sum(jnp.tanh(h), 1), aux
+
+  params, x = jnp.ones((4, 2)), jnp.asarray(_images(4), jnp.float32)
+  actual = _three(losses_fn, params, x, "layerwise", has_aux=True)
+  expected = _three(losses_fn, params, x, "reverse", has_aux=True)
+  for ours, theirs in zip(
+    jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @jax.custom_vjp
