@@ -176,6 +176,7 @@ def _columns(ax, rows, networks, column):
     bars = ax.bar(places, heights, width, color=_COLORS[engine], label=_LABELS[engine])
     ax.bar_label(bars, ["" if np.isnan(h) else f"{h:.1f}" for h in heights], fontsize=6)
   ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
+  ax.set_xlim(-0.6, len(networks) - 0.4)
   ax.set_xticks(range(len(networks)), networks, rotation=20, ha="right", fontsize=8)
 
 
