@@ -12,8 +12,11 @@ Methods without a clean batch have one row, and engines only those that look ahe
   layerwise   the same, layer by layer; not for BatchNorm
 
 With --peer=torch the same networks and batches in PyTorch, as its users write it
-(`benchmarks._torch_steps`), take their turns among ours. On a GPU where both do not
-fit together, --peer_only makes the peer's rows alone, in another --workdir.
+(`benchmarks._torch_steps`), take their turns among ours. Its threads wait for each
+other by spinning: on a CPU that is not idle that made a step of the MLP 100 times as
+long, and OMP_WAIT_POLICY=passive in the environment mended it. On a GPU where both
+frameworks do not fit together, --peer_only makes the peer's rows alone, in another
+--workdir.
 Each group is saved as it is done, and the same command continues; with all of them
 there it draws the figures anew.
 Command: python -m benchmarks.step_time --peer=torch
@@ -180,9 +183,15 @@ def _torch_steps() -> Any:
 
 
 def measure(group: Group) -> list[dict[str, Any]]:
-  """A row for every contestant that could run, plain training first."""
+  """A row for every contestant that could run, plain training first.
+
+  Raises:
+    InputError: there is no memory for plain training.
+  """
   started = time.perf_counter()
   contestants = [c for c in _contestants(group) if c is not None]
+  if not contestants:
+    raise base.InputError(f"{group.name}: no memory for it; lower --batch_size.")
   ready = time.perf_counter()
   turns = _turns.take(contestants, _REPEATS.value, _SECONDS.value)
   by_name = dict(
@@ -209,8 +218,9 @@ def measure(group: Group) -> list[dict[str, Any]]:
 def _contestants(group):
   setting = group.setting
   if not _PEER_ONLY.value:
-    yield _plain(setting._replace(meta_size=None))
-    for pair in group.pairs:
+    plain = _plain(setting._replace(meta_size=None))
+    yield plain
+    for pair in group.pairs if plain else ():
       make = functools.partial(_steps.contestant, setting, *pair)
       yield _attempt(make, f"{pair[0]} by {pair[1]} of {group.name}")
   if not _PEER.value:
@@ -232,10 +242,8 @@ def _contestants(group):
 @functools.lru_cache(maxsize=1)
 def _plain(setting):
   """One for all groups of a network."""
-  found = _attempt(lambda: _steps.contestant(setting, "plain"), "plain training")
-  if found is None:
-    raise base.InputError(f"{setting.network}: no memory for it; lower --batch_size.")
-  return found
+  make = functools.partial(_steps.contestant, setting, "plain")
+  return _attempt(make, f"plain training of {setting.network}")
 
 
 def _attempt(make, what, forgiving=False):
@@ -260,9 +268,10 @@ def _facts(setting):
     for array in (part or {}).values():
       digest.update(array.tobytes())
   facts = setting._asdict() | {"seed": 0, "data": digest.hexdigest()[:16]}
-  facts |= {"cpus": _turns.num_cpus(), "torch": None}
+  facts |= {"cpus": _turns.num_cpus(), "torch": None, "omp_wait_policy": None}
   if _PEER.value:
     facts["torch"] = str(_torch_steps().torch.__version__)
+    facts["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "default")
   peak = None if _PEER_ONLY.value else _steps.matrix_peak(setting.dtype)
   return facts | {"matrix_flops_per_second": peak} | workdir.run_info()
 
