@@ -23,6 +23,7 @@ import optax
 
 from l2rw_jax import base
 from l2rw_jax import layerwise
+from l2rw_jax import meetings
 
 _OF_OUTPUTS = ("forward", "reverse", "difference")
 ENGINES = ("auto", "layerwise", *_OF_OUTPUTS)
@@ -122,7 +123,7 @@ def _layerwise(losses_fn, params, batch, engine):
       batch,
       _names(params),
     )
-  except layerwise.NotLayerwiseError as error:
+  except meetings.NotLayerwiseError as error:
     if engine == "layerwise":
       raise base.InputError(
         f"engine='layerwise' does not fit this model: {error}. Use engine='forward'."
