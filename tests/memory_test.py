@@ -58,11 +58,15 @@ def _mwn(losses_fn, params, x, meta, **options):
 
 
 @functools.cache
-def _bytes(step, losses_fn, num_meta=_B, **options):
+def _compiled(step, losses_fn, num_meta=_B, **options):
   kernels = [jax.ShapeDtypeStruct((_WIDTH, _WIDTH), jnp.float32)] * _LAYERS
   x, meta = (jax.ShapeDtypeStruct((n, _WIDTH), jnp.float32) for n in (_B, num_meta))
   run = jax.jit(functools.partial(step, losses_fn, **options))
-  return run.lower(kernels, x, meta).compile().memory_analysis().temp_size_in_bytes
+  return run.lower(kernels, x, meta).compile()
+
+
+def _bytes(*args, **options):
+  return _compiled(*args, **options).memory_analysis().temp_size_in_bytes
 
 
 def _plain():
@@ -74,6 +78,19 @@ def _plain():
 def test_l2rw_holds_one_batch_at_a_time(engine, num_meta):
   found = _bytes(_l2rw, _network, num_meta, engine=engine)
   assert found < 1.4 * _plain()
+
+
+def _three_lines(losses_fn, params, x, meta):
+  found = l2rw.example_weights(losses_fn, params, x, meta, engine="forward")
+  return jax.grad(lambda params: found.weights @ losses_fn(params, x))(params)
+
+
+def test_the_order_costs_no_second_forward_pass():
+  ours, theirs = (
+    _compiled(step, _network, **options).cost_analysis()["flops"]
+    for step, options in ((_l2rw, {"engine": "forward"}), (_three_lines, {}))
+  )
+  assert theirs == pytest.approx(ours, rel=0.02)
 
 
 @pytest.mark.parametrize("step", [_l2rw, _mwn])

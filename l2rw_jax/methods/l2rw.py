@@ -122,7 +122,7 @@ def example_weights(
     >>> print(example_weights(losses_fn, jnp.zeros(2), batch, clean).weights)
     [1. 0.]
   """
-  direction, params = look_ahead(
+  direction = look_ahead(
     meta_losses_fn or losses_fn,
     params,
     meta_batch,
@@ -132,6 +132,8 @@ def example_weights(
     has_aux=has_aux,
     microbatch_size=microbatch_size,
   )
+  # Not `hypergradient.params_after`: under one `jit` the caller's own gradient, at
+  # `params`, shares this forward pass.
   linearize = microbatching.in_parts(linearization.linearize, microbatch_size)
   own = base.local(params, axis_name)
   linearized = linearize(losses_fn, own, batch, has_aux=has_aux, engine=engine)
@@ -146,16 +148,12 @@ def look_ahead(
   optimizer: optax.GradientTransformation | None = None,
   opt_state: base.PyTree = None,
   **options: Any,
-) -> tuple[hypergradient.Direction, base.PyTree]:
-  """The direction at w = 0, and `params` to linearise the batch at, after it.
-
-  Arguments as in `example_weights`. In this order the activations of the clean
-  batch are gone before those of the training batch come to be.
-  """
+) -> hypergradient.Direction:
+  """The direction at w = 0; arguments as in `example_weights`."""
   optimizer = optimizer or optax.sgd(1.0)
   if opt_state is None:
     opt_state = optimizer.init(params)
-  direction = hypergradient.direction(
+  return hypergradient.direction(
     meta_losses_fn,
     params,
     meta_batch,
@@ -163,7 +161,6 @@ def look_ahead(
     opt_state=opt_state,
     **options,
   )
-  return direction, hypergradient.params_after(direction, params)
 
 
 def weigh(
@@ -208,8 +205,9 @@ def weighted_value_and_grad(
   """`jax.value_and_grad` of a mean loss, with L2RW's weights in its place.
 
   The drop-in for a training step: one forward pass of the batch serves its
-  losses, its scores and the weighted gradient. Arguments as in
-  `example_weights`.
+  losses, its scores and the weighted gradient, and begins when the clean batch is
+  done with, so that the activations of one batch at a time are in memory.
+  Arguments as in `example_weights`.
 
   Returns:
     `(params, batch, meta_batch, opt_state=None) -> ((loss, info), grads)`, where
@@ -227,7 +225,7 @@ def weighted_value_and_grad(
   """
 
   def value_and_grad(params, batch, meta_batch, opt_state=None):
-    direction, params = look_ahead(
+    direction = look_ahead(
       meta_losses_fn or losses_fn,
       params,
       meta_batch,
@@ -238,7 +236,7 @@ def weighted_value_and_grad(
       microbatch_size=microbatch_size,
     )
     linearize = microbatching.in_parts(linearization.linearize, microbatch_size)
-    own = base.local(params, axis_name)
+    own = base.local(hypergradient.params_after(direction, params), axis_name)
     linearized = linearize(losses_fn, own, batch, has_aux=has_aux, engine=engine)
     info = weigh(linearized, direction, axis_name)
     loss = base.psum(jnp.sum(info.weights * info.losses), axis_name)
@@ -274,7 +272,7 @@ def l2rw(
   microbatching.check(microbatch_size)
 
   def gradients(state, task, inputs):
-    direction, params = look_ahead(
+    direction = look_ahead(
       task.meta_losses_fn(inputs.model_state, inputs.key),
       inputs.params,
       inputs.meta_batch,
@@ -284,6 +282,7 @@ def l2rw(
       has_aux=True,
       microbatch_size=microbatch_size,
     )
+    params = hypergradient.params_after(direction, inputs.params)
     linearize = microbatching.in_parts(task.linearize, microbatch_size)
     linearized = linearize(
       task.losses_fn(inputs.model_state, inputs.key),
