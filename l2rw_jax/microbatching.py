@@ -14,6 +14,9 @@ training normalises each part by itself (and is refused where its statistics com
 of the losses function), and a mask drawn for a whole batch, as by dropout, is the same
 in every part.
 
+With `axis_name` the parts are of each device's own examples. Of arrays that are
+sharded under `jit` they are of the global batch, and examples move between devices.
+
 On CPU the parts are written out one by one, because XLA:CPU runs a convolution in a
 loop 6 to 14 times slower, so that compile time grows with their number; elsewhere
 they are a loop.

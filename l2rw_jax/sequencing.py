@@ -20,7 +20,7 @@ def zero_after(first: base.PyTree) -> base.Array:
   zero = jnp.zeros(())
   for x in jax.tree.leaves(first):
     if x.size and jnp.issubdtype(x.dtype, jnp.inexact):
-      one = x.ravel()[0]
+      one = jax.lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(())
       # A product with 0 may be NaN, and so is not folded, though this one never is.
       zero += jnp.isnan(0 * jnp.where(jnp.isfinite(one), one, 0))
   return jax.lax.stop_gradient(zero)
