@@ -99,7 +99,7 @@ def propagate(eqn: Any, axes: Sequence[Axis], *, rules: bool = True) -> list[Axi
   rule = _RULES.get(name)
   if rule is None:
     raise MixedError(f"{name}, which is not known to keep examples apart")
-  return [rule(eqn, axes)] * len(eqn.outvars)
+  return [int(rule(eqn, axes))] * len(eqn.outvars)  # vmap writes NumPy integers.
 
 
 def _check_rule(eqn, axes, found):
@@ -325,7 +325,7 @@ def _along_axis(eqn, axes):
   return axes[0]
 
 
-_RULES: dict[str, Callable[..., Axis]] = {
+_RULES: dict[str, Callable[..., Any]] = {
   **dict.fromkeys(_REDUCTIONS, _reduction),
   **dict.fromkeys(_CUMULATIVE, _along_axis),
   **dict.fromkeys(_WINDOWS, _window),

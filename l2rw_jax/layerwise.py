@@ -57,10 +57,11 @@ def linearize(
   """
   plan, env, outputs, tree = meetings.trace(losses_fn, leaves, batch, names)
   steps = plan.meetings()
+
   def own(leaves):
     """What meets the examples, of parameters alone."""
     now = env | dict(enumerate(leaves))
-    plan.run(meetings.Kind.OWN, now)
+    plan.run(meetings.Kind.OWN, now, refused=False)
     return [
       [meetings.value_of(step.inputs[i], now) for i in step.own] for step in steps
     ]
@@ -139,6 +140,7 @@ def _summed(step: meetings.Step, delta: list[base.Array]) -> list[base.Array]:
 
 
 def _zero(step: meetings.Step, result: int) -> base.Array:
-  """What is added to a result to ask for its slope, as local to devices as that is."""
+  """What is added to a result to ask for its slope, spread over devices as that is."""
   aval = step.eqn.outvars[result].aval
-  return base.varying(jnp.zeros(aval.shape, aval.dtype), aval)
+  zeros = jax.lax.full(aval.shape, 0, aval.dtype, sharding=aval.sharding)
+  return base.varying(zeros, aval)

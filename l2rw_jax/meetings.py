@@ -51,6 +51,7 @@ class Step(NamedTuple):
     kind: of its results.
     own: which arguments are made of parameters, where examples meet them.
     found: which results are then differentiable, and their batch axes.
+    refused: whether there is a derivative of it that cannot be had.
   """
 
   eqn: Any
@@ -59,6 +60,7 @@ class Step(NamedTuple):
   kind: Kind
   own: list[int]
   found: list[tuple[int, int]]
+  refused: bool
 
 
 class Plan:
@@ -111,7 +113,7 @@ class Plan:
     found = [
       (i, axis)
       for i, axis in enumerate(axes)
-      if isinstance(axis, int) and _inexact(eqn.outvars[i])
+      if not isinstance(axis, NotLayerwiseError) and _inexact(eqn.outvars[i])
     ]
     own = [
       i
@@ -155,19 +157,27 @@ class Plan:
 
   def _append(self, eqn, inputs, results, kind, own=(), found=()):
     places = [known.place for known in results]
-    self.steps.append(Step(eqn, inputs, places, kind, list(own), list(found)))
+    refused = any(isinstance(k.axis, NotLayerwiseError) for k in results)
+    self.steps.append(Step(eqn, inputs, places, kind, list(own), list(found), refused))
 
-  def run(self, kind: Kind, env: dict[int, Any], nudges: Any = None) -> None:
+  def run(
+    self,
+    kind: Kind,
+    env: dict[int, Any],
+    nudges: Any = None,
+    refused: bool = True,
+  ) -> None:
     """Computes the values of one kind into `env`, those of lower kinds being there.
 
     Args:
       kind: which steps to take.
       env: values by place.
       nudges: added to the differentiable results of each meeting.
+      refused: whether to take steps without a derivative, which aux alone needs.
     """
     nudges = iter(nudges or ())
     for step in self.steps:
-      if step.kind == kind:
+      if step.kind == kind and (refused or not step.refused):
         results = bind(step.eqn, [value_of(known, env) for known in step.inputs])
         if step.own and kind == Kind.DATA:
           for (i, _), nudge in zip(step.found, next(nudges), strict=True):

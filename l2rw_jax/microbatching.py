@@ -5,8 +5,8 @@ rows over examples, so that each can be taken over parts of the batch, one part 
 the other, and nothing of a part is kept but its result. The numbers are those of the
 whole batch; the memory is that of one part, and what a pass stored it computes again:
 costs in forward passes of the batch are 1 for the losses, 3 for `directional` and 3
-for `weighted_gradient`, against 1, 1 and 1 more for the layerwise engine and 1, 2 and
-2 for forward mode. With parts as large as the batch, activations are recomputed
+for `weighted_gradient`, against 2, 1 and 1 for the layerwise engine and 1, 2 and 2
+for forward mode. With parts as large as the batch, activations are recomputed
 instead of kept between these three.
 
 What depends on more than one example is taken over the part instead: BatchNorm in
@@ -58,7 +58,7 @@ def in_parts(
   Returns:
     A function of the arguments of `linearize`, which returns a `base.Linearized`.
     Its `batch` must be arrays with a row per example (close over what examples
-    share), and so must aux.
+    share), and so must aux. Call it inside `jit`: outside, every call compiles.
 
   Raises:
     InputError: `microbatch_size` is not positive; when called, an array of `batch` or
@@ -82,7 +82,7 @@ def in_parts(
     call = _always_aux(losses_fn, has_aux)
     num_rows(batch)
     if has_aux:
-      _check_aux(call, params, batch)
+      _check_aux(call, params, batch, microbatch_size)
     select, fill = linearization.differentiable(params)
 
     def losses_of(leaves, part):
@@ -96,6 +96,11 @@ def in_parts(
       return _sweep(slopes_of, select(vector), batch, microbatch_size)[1]
 
     def pull(weights):
+      if jnp.shape(weights) != losses.shape:
+        raise base.InputError(
+          f"weights must be one number per loss, {losses.shape}; got"
+          f" {jnp.shape(weights)}."
+        )
       found = weighted_gradient(
         losses_fn, params, batch, weights, microbatch_size, has_aux=has_aux
       )
@@ -148,7 +153,7 @@ def weighted_gradient(
   """
   call, size = _always_aux(losses_fn, has_aux), num_rows(batch)
   if has_aux:
-    _check_aux(call, params, batch)
+    _check_aux(call, params, batch, microbatch_size)
   if jnp.shape(weights) not in ((), (size,)):
     raise base.InputError(
       f"weights must be one number per loss, {(size,)}; got {jnp.shape(weights)}."
@@ -187,6 +192,11 @@ def num_rows(batch):
         f"batch{jax.tree_util.keystr(path)} has no row per example: with"
         " microbatch_size, close over what examples share."
       )
+    if jax.typeof(x).sharding.spec[:1] not in ((), (None,)):
+      raise base.InputError(
+        f"batch{jax.tree_util.keystr(path)} is spread over devices by its sharding:"
+        " with microbatch_size, spread it by shard_map or pmap and pass axis_name."
+      )
     sizes.add(x.shape[0])
   if len(sizes) != 1:
     raise base.InputError(
@@ -208,25 +218,26 @@ def _always_aux(losses_fn, has_aux):
   return call
 
 
-def _check_aux(call, params, batch):
+def _check_aux(call, params, batch, microbatch_size):
   """Raises InputError unless every array of aux has a row per example."""
   # Two sizes tell such a row from a statistic of as many channels as examples.
-  one, two = (
-    jax.eval_shape(call, params, jax.tree.map(lambda x, n=n: _like(x, n), batch))[1]
-    for n in (1, 2)
-  )
+  sizes = (microbatch_size, 2 * microbatch_size)
+
+  def aux_of(size):
+    def part(x):
+      return jax.typeof(x).update(shape=(size, *x.shape[1:]))
+
+    return jax.eval_shape(call, params, jax.tree.map(part, batch))[1]
+
+  one, two = map(aux_of, sizes)
   named = jax.tree_util.tree_leaves_with_path(one)
   for (path, x), y in zip(named, jax.tree.leaves(two), strict=True):
-    if (x.shape[:1], y.shape[:1]) != ((1,), (2,)):
+    if (x.shape[:1], y.shape[:1]) != tuple((size,) for size in sizes):
       raise base.InputError(
         f"losses_fn returns aux{jax.tree_util.keystr(path)}, which has no row per"
         " example and cannot be taken in parts: leave microbatch_size out, or train a"
         " model without BatchNorm."
       )
-
-
-def _like(x, size):
-  return jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
 
 
 def _sweep(step, carry, rows, microbatch_size):

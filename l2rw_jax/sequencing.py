@@ -42,7 +42,7 @@ def after(first: base.PyTree, then: base.PyTree) -> base.PyTree:
   is_known = zero_after(first) == 0
 
   def wait(x):
-    if not jnp.issubdtype(x.dtype, jnp.number):  # Such as PRNG keys.
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # Such as PRNG keys.
       return x
     return jnp.where(is_known, x, jnp.zeros_like(x))
 

@@ -165,11 +165,11 @@ def _stacked(problem, num_devices, map_fn):
   return jax.tree.map(np.ravel, own), _on_device(shared, 0)
 
 
-def _mesh(num_devices):
+def _mesh(num_devices, axis_type=jax.sharding.AxisType.Auto):
   return jax.make_mesh(
     (num_devices,),
     (_AXIS,),
-    axis_types=(jax.sharding.AxisType.Auto,),
+    axis_types=(axis_type,),
     devices=jax.devices()[:num_devices],
   )
 
@@ -200,6 +200,16 @@ def _sharded_arrays(problem, num_devices, split_params):
   return jax.jit(_verdict(problem, None))(params, *batches)
 
 
+def _explicit(problem, num_devices):
+  """As above, in the mode where types tell how arrays are spread."""
+  mesh = _mesh(num_devices, jax.sharding.AxisType.Explicit)
+  with jax.set_mesh(mesh):
+    params = jax.device_put(problem.params, NamedSharding(mesh, PartitionSpec()))
+    split = NamedSharding(mesh, PartitionSpec(_AXIS))
+    batches = (jax.device_put(x, split) for x in problem[2:4])
+    return jax.jit(_verdict(problem, None))(params, *batches)
+
+
 _MAPS = {
   "pmap": functools.partial(_stacked, map_fn=jax.pmap),
   "vmap": functools.partial(
@@ -209,6 +219,7 @@ _MAPS = {
   "shard_map_unchecked": functools.partial(_shard_map, check_vma=False),
   "jit_replicated": functools.partial(_sharded_arrays, split_params=False),
   "jit_sharded": functools.partial(_sharded_arrays, split_params=True),
+  "jit_explicit": _explicit,
 }
 
 

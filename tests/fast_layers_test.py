@@ -46,11 +46,11 @@ def test_group_norm_is_flax_s(shape):
 
 
 def test_group_norm_of_examples_that_are_constant():
-  x = jnp.full((2, 4, 4, 8), 1e4)
+  x = jnp.full((2, 4, 4, 8), 10.0)
   net = group_norm.GroupNorm(4)
   params = net.init(jax.random.key(0), x)
   gradient = jax.grad(lambda x: net.apply(params, x).sum())(x)
-  np.testing.assert_allclose(net.apply(params, x), 0, atol=1)
+  np.testing.assert_allclose(net.apply(params, x), 0, atol=1e-2)
   assert np.all(np.isfinite(gradient))
 
 

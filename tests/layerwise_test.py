@@ -1,5 +1,6 @@
 """The layerwise engine is forward mode, exactly, wherever examples do not mix."""
 
+import contextlib
 import functools
 
 from flax import linen as nn
@@ -265,7 +266,42 @@ def test_the_layer_that_mixes_is_named():
     linearization.linearize(losses_fn, variables["params"], x, engine="layerwise")
 
 
-def test_what_is_mixed_for_aux_alone_is_no_matter():
+def _of_one(params, example):
+  hidden = jnp.tanh(example @ params["kernel"])
+  return (jnp.mean(hidden) * params["factor"] - 1) ** 2
+
+
+def _heads(params, x):
+  def head(kernel, x):
+    h = x @ kernel
+    return params["factor"] * (h - h.mean(-1, keepdims=True)) / (h.std(-1)[:, None] + 1)
+
+  kernels = jnp.stack([params["kernel"], params["kernel"] ** 2])
+  return (jax.vmap(head, (0, None))(kernels, x).sum(0) ** 2).sum(1)
+
+
+def _spread(params, x):
+  wide = jax.lax.broadcast_in_dim(x[:, 0], (_B, 2), np.array([0]))
+  return jnp.sum(jnp.sin(wide * params["kernel"][0] * params["factor"]), 1)
+
+
+@pytest.mark.parametrize(
+  "losses_fn", [jax.vmap(_of_one, in_axes=(None, 0)), _heads, _spread]
+)
+def test_axes_that_vmap_and_numpy_write(losses_fn):
+  params = {"kernel": _like(jnp.ones((4, 2)), 4), "factor": jnp.float32(0.7)}
+  x = jnp.asarray(_images(4), jnp.float32)
+  actual = _three(losses_fn, params, x, "layerwise")
+  for ours, theirs in zip(
+    jax.tree.leaves(actual),
+    jax.tree.leaves(_three(losses_fn, params, x, "forward")),
+    strict=True,
+  ):
+    assert _error(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_what_is_mixed_for_aux_alone_is_no_matter(compiled):
   def losses_fn(params, x):
     h = x @ params
     unused = jnp.sort(h, axis=0) * params.sum()
@@ -275,7 +311,8 @@ def test_what_is_mixed_for_aux_alone_is_no_matter():
     return jnp.sum(jnp.tanh(h), 1), aux
 
   params, x = jnp.ones((4, 2)), jnp.asarray(_images(4), jnp.float32)
-  actual = _three(losses_fn, params, x, "layerwise", has_aux=True)
+  with contextlib.nullcontext() if compiled else jax.disable_jit():
+    actual = _three(losses_fn, params, x, "layerwise", has_aux=True)
   expected = _three(losses_fn, params, x, "reverse", has_aux=True)
   for ours, theirs in zip(
     jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True

@@ -74,9 +74,8 @@ def _plain():
 
 
 @pytest.mark.parametrize("engine", ["forward", "layerwise"])
-@pytest.mark.parametrize("num_meta", [_B, _B // 10])
-def test_l2rw_holds_one_batch_at_a_time(engine, num_meta):
-  found = _bytes(_l2rw, _network, num_meta, engine=engine)
+def test_l2rw_holds_one_batch_at_a_time(engine):
+  found = _bytes(_l2rw, _network, engine=engine)
   assert found < 1.4 * _plain()
 
 
@@ -100,9 +99,9 @@ def test_a_quarter_at_a_time(step):
 
 
 def test_meta_weight_net_recomputes_instead_of_keeping_both_batches():
-  limit = 1.4 * _plain()
-  assert _bytes(_mwn, _network) > limit
-  assert _bytes(_mwn, _network, microbatch_size=_B) < limit
+  recomputing = _bytes(_mwn, _network, microbatch_size=_B)
+  assert recomputing < 1.4 * _plain()
+  assert recomputing < _bytes(_mwn, _network)
 
 
 def test_rematerialisation_is_honoured():

@@ -276,3 +276,22 @@ def test_what_has_no_row_per_example_is_refused():
     linearize(losses_fn, jnp.ones(2), {"x": x}).weighted_gradient(jnp.ones(3))
   with pytest.raises(base.InputError, match="Do not average"):
     linearize(lambda p, b: losses_fn(p, b).mean(), jnp.ones(2), {"x": x})
+
+
+def test_arrays_spread_by_their_sharding_are_refused():
+  mesh = jax.make_mesh(
+    (2,), ("d",), (jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2]
+  )
+  with jax.set_mesh(mesh):
+    split = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+    x = jax.device_put(jnp.ones((4, 3)), split)
+    in_parts = microbatching.in_parts(linearization.linearize, 2)
+    with pytest.raises(base.InputError, match=r"spread it by shard_map or pmap"):
+      jax.jit(lambda p, x: in_parts(lambda p, x: x @ p, p, x).losses)(jnp.ones(3), x)
+
+
+def test_weights_are_one_per_loss():
+  in_parts = microbatching.in_parts(linearization.linearize, 2)
+  found = in_parts(lambda p, x: x @ p, jnp.ones(3), jnp.ones((4, 3)))
+  with pytest.raises(base.InputError, match=r"one number per loss, \(4,\); got \(\)"):
+    found.weighted_gradient(1.0)

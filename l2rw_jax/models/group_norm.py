@@ -22,7 +22,8 @@ class GroupNorm(nn.Module):
   Attributes:
     num_groups: G, a divisor of the channels C.
     epsilon: added to the variance.
-    dtype: of the result; statistics are in float32 at least.
+    dtype: of the result; None is that of the input, where flax promotes it. The
+      statistics are in float32 at least.
   """
 
   num_groups: int
