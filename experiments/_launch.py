@@ -11,6 +11,7 @@ from absl import app
 from absl import flags
 from absl import logging
 
+from experiments import _allocator
 from l2rw_jax import base
 from l2rw_jax import workdir
 from l2rw_jax.training import config as config_lib
@@ -97,6 +98,7 @@ def run(main: Callable[[], None]) -> None:
   """Parses the flags and calls `main`; mistakes end with one line and status 2."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   logging.set_verbosity(logging.WARNING)
+  _allocator.keep_freed_memory()
   sys.unraisablehook = _report_unraisable
 
   def guarded(argv):

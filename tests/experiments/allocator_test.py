@@ -1,0 +1,41 @@
+"""Whether memory stays with the process, counted in page faults."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+_PROGRAM = """
+import ctypes, resource
+from experiments import _allocator
+if {kept}:
+  assert _allocator.keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes, size = [ctypes.c_void_p], 2**26
+for turn in range(4):
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  block = libc.malloc(size)
+  ctypes.memset(block, 1, size)
+  libc.free(block)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a matter of glibc")
+def test_large_blocks_are_not_given_back():
+  faults = [
+    int(
+      subprocess.run(
+        [sys.executable, "-c", _PROGRAM.format(kept=kept)],
+        check=True,
+        capture_output=True,
+        text=True,
+      ).stdout
+    )
+    for kept in (True, False)
+  ]
+  # 64 MiB are 32 huge pages, or 16,384 small ones.
+  assert faults[0] < 8
+  assert faults[1] >= 32
