@@ -97,8 +97,8 @@ class Training:
   def epoch(self) -> None:
     """Every example once."""
     for _ in range(self._size // _BATCH_SIZE):
-      batch = self._source.next(0)
-      self._state, _ = self._step(self._state, batch.train, None, *self._constants)
+      batch = self._source.load([self._source.next(0)])
+      self._state, _ = self._step(self._state, *batch, *self._constants)
     jax.block_until_ready(self._state)
 
   def gradients(self) -> np.ndarray:

@@ -130,6 +130,11 @@ def examples_dict(examples: splits_lib.Examples) -> base.Batch:
 
 
 def _check_rows(rows, num_examples):
+  if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer):
+    raise base.InputError(
+      f"the method's `sample` gave {rows.dtype} {list(rows.shape)}; it must give the"
+      " rows to visit, integers in one axis (np.flatnonzero of a mask)."
+    )
   wrong = rows[(rows < 0) | (rows >= num_examples)]
   if wrong.size:
     raise base.InputError(

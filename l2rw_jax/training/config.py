@@ -85,8 +85,23 @@ def check(
         f" {len(split.train.label)} training examples."
       )
     _check_meta(config, method, len(split.meta.label))
-  if len({len(s.train.label) for s in splits}) > 1:
-    raise base.InputError("splits trained side by side must be of one size.")
+  for part in ("train", "meta") if method.needs_meta else ("train",):
+    _check_alike([getattr(s, part) for s in splits], part)
+
+
+def _check_alike(examples, part):
+  """Runs side by side are one array."""
+  for what, found in (
+    ("one size", {len(e.label) for e in examples}),
+    ("one label shape", {np.shape(e.label)[1:] for e in examples}),
+    ("one image shape", {tuple(e.image.shape[1:]) for e in examples}),
+    ("one image dtype", {str(np.dtype(e.image.dtype)) for e in examples}),
+  ):
+    if len(found) > 1:
+      raise base.InputError(
+        f"splits trained side by side must be of {what}; the {part} sets have"
+        f" {' and '.join(map(str, sorted(found)))}: train them one by one."
+      )
 
 
 def _check_labels(labels, num_classes, where):

@@ -141,6 +141,9 @@ class _Run:
       self.devices,
       positions,
     )
+    # It knows this run, and this run it: the examples on the devices would stay
+    # there until someone looks for cycles.
+    self.files.callback(setattr, self, "source", None)
     for folder in self.folders:
       folder.mkdir(parents=True, exist_ok=True)
       writer = metric_writer.MetricWriter(folder, resume_step=step)
@@ -271,13 +274,13 @@ class _Run:
         self.log.add(rows.train, weights[:, k])
     for run, writer in enumerate(self.writers):
       means = {
-        f"train/{name}": np.mean(
+        f"train/{name}": _mean(
           np.concatenate([o.metrics[name][0, run] for o in outputs])
         )
         for name in outputs[0].metrics
       }
       writer.write(self.step, means)
-    bar.set_postfix(loss=f"{np.mean(outputs[-1].metrics['loss'][0, :, -1]):.3f}")
+    bar.set_postfix(loss=f"{_mean(outputs[-1].metrics['loss'][0, :, -1]):.3f}")
 
   def _raise_on_failure(self):
     failure = jax.device_get(devices_lib.unreplicate(self.state.failure))
@@ -337,3 +340,8 @@ class _Run:
       params = jax.device_get(self._of_run(run)[0].params)
       facts = {"seed": seed, "num_steps": self.step, **workdir.run_info()}
       results.write(folder, params, self.log, run, self.splits[run], facts)
+
+
+def _mean(values):
+  """In float32 at least: the sum of many bfloat16 numbers stops growing."""
+  return np.mean(values.astype(np.promote_types(values.dtype, np.float32)))

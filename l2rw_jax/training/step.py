@@ -139,7 +139,14 @@ def _keep_last_good(state, proposed, found, task):
   made = (found.grads, proposed.params, proposed.model_state)
   healthy = (bad_losses == 0) & base.all_finite(made)
   going = healthy & (state.failure.step < 0)
-  kept = jax.tree.map(lambda new, old: jnp.where(going, new, old), proposed, state)
+
+  def keep(new, old):
+    kept = jnp.where(going, new, old)
+    # The dtype it began with, as a loop over steps demands: under x64 the running
+    # statistics of float32 networks come back in float64.
+    return kept if kept.dtype == old.dtype else kept.astype(old.dtype)
+
+  kept = jax.tree.map(keep, proposed, state)
   direction = found.metrics.get("direction_finite", jnp.ones(())) == 0
   now = Failure(state.step, bad_losses.astype(jnp.int32), direction)
   is_first = ~healthy & (state.failure.step < 0)

@@ -71,8 +71,29 @@ def test_a_bad_pixel_is_found(tmp_path, part):
 
 def test_splits_of_two_sizes_are_refused(tmp_path):
   splits = [toy_runs.make_splits(0), toy_runs.make_splits(1, num_train=48)]
-  with pytest.raises(base.InputError, match="of one size"):
+  with pytest.raises(base.InputError, match="of one size; the train sets have 40 and"):
     toy_runs.train(tmp_path / "run", _UNIFORM, splits, seeds=(0, 1))
+  splits = [toy_runs.make_splits(0), toy_runs.make_splits(1, num_meta=9)]
+  with pytest.raises(base.InputError, match="of one size; the meta sets have 8 and 9"):
+    toy_runs.train(tmp_path / "run", _L2RW, splits, seeds=(0, 1))
+  toy_runs.train(tmp_path / "other", _UNIFORM, splits, seeds=(0, 1), num_steps=1)
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("change", "what"),
+  [
+    (lambda image: image[:, :2], r"one image shape.* \(2,\) and \(4,\)"),
+    (lambda image: image.astype(np.float16), "one image dtype.* float16 and float32"),
+  ],
+)
+def test_images_of_two_kinds_are_refused(tmp_path, change, what):
+  splits = [toy_runs.make_splits(seed) for seed in (0, 1)]
+  train = splits[1].train._replace(image=change(splits[1].train.image))
+  splits[1] = splits[1]._replace(train=train)
+  with pytest.raises(base.InputError, match=what) as error:
+    toy_runs.train(tmp_path / "run", _UNIFORM, splits, seeds=(0, 1))
+  assert "\n" not in str(error.value)
   assert not (tmp_path / "run").exists()
 
 

@@ -1,5 +1,8 @@
 """Where examples wait makes no difference but to how much is sent."""
 
+import gc
+import weakref
+
 import jax
 import numpy as np
 import pytest
@@ -141,6 +144,38 @@ def test_row_numbers_alone_are_sent(tmp_path, monkeypatch):
     assert all(isinstance(x, jax.Array) for x in first.examples.values())
     assert all(other.examples is first.examples for other in others)
     assert first.rows.dtype == np.int32 and first.rows.shape[:3] == (2, 1, 2)
+
+
+def test_a_run_leaves_nothing_on_the_devices(tmp_path, monkeypatch):
+  stores, original = [], residency.store
+
+  def store(*args):
+    made = original(*args)
+    stores.append(weakref.ref(made))
+    return made
+
+  monkeypatch.setattr(residency, "store", store)
+  gc.collect()
+  gc.disable()  # What is left is freed at once, or not before it runs.
+  try:
+    toy_runs.train(tmp_path, _TUNED, num_steps=2)
+    assert len(stores) == 2 and all(ref() is None for ref in stores)
+  finally:
+    gc.enable()
+
+
+@pytest.mark.parametrize(
+  ("rows", "what"),
+  [
+    (np.arange(toy_runs.NUM_TRAIN) % 2 == 0, r"bool \[40\]"),
+    (np.arange(16.0), r"float64 \[16\]"),
+    (np.arange(16).reshape(2, 8), r"int64 \[2, 8\]"),
+  ],
+)
+def test_what_is_no_list_of_rows_is_refused(tmp_path, rows, what):
+  method = baselines.uniform()._replace(sample=lambda *_: rows)
+  with pytest.raises(base.InputError, match=f"`sample` gave {what}; it must give"):
+    toy_runs.train(tmp_path, method)
 
 
 @pytest.mark.parametrize("row", [-1, toy_runs.NUM_TRAIN])

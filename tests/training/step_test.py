@@ -230,3 +230,17 @@ def test_every_step_has_its_own_key():
     drawn.append(tuple(output.weights.tolist()))
   _, again = _step(_state(), method=random)
   assert len(set(drawn)) == 3 and tuple(again.weights.tolist()) == drawn[0]
+
+
+def test_the_state_keeps_the_dtypes_it_began_with():
+  with jax.enable_x64(True):  # Model state of float32 meets images of float64.
+    batch = {k: v.astype(np.float64) if k == "x" else v for k, v in _GOOD.items()}
+    given = jax.eval_shape(_state)
+    given = jax.tree.map(
+      lambda x: x.update(dtype=jnp.float32) if x.dtype == jnp.float64 else x, given
+    )
+    step = functools.partial(
+      step_lib.train_step, task=_task(), method=_UNIFORM, optimizer=_SGD
+    )
+    found, _ = jax.eval_shape(step, given, batch, None, jax.random.key(0))
+    assert found == given
