@@ -1,0 +1,271 @@
+"""AdaCore and CRAIG as methods of the loop."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax import coreset
+from l2rw_jax.methods import adacore
+from l2rw_jax.methods import adacore_table
+from l2rw_jax.methods import baselines
+from l2rw_jax.models import classifier
+from l2rw_jax.models import mlp
+
+_CLASSES = 3
+
+
+def _examples(size):
+  """Blobs, one a class."""
+  rng = np.random.default_rng(7)
+  label = rng.permutation(np.arange(size) % _CLASSES).astype(np.int32)
+  image = rng.normal(size=(_CLASSES, 4))[label] + 0.5 * rng.normal(size=(size, 4))
+  index = np.arange(size, dtype=np.int32)
+  return {"image": image.astype(np.float32), "label": label, "index": index}
+
+
+def _problem(num_train=120, hidden=(5,)):
+  model = classifier.Classifier(mlp.MLP(_CLASSES, hidden), _CLASSES)
+  train = _examples(num_train)
+  params, model_state = model.init(jax.random.key(3), train)
+  task = model.task(
+    class_counts=jnp.bincount(train["label"], length=_CLASSES),
+    num_examples=num_train,
+    num_steps=10,
+  )
+
+  def view(epoch):
+    rng = np.random.default_rng([5, epoch])
+    return base.EpochView(0, epoch, params, model_state, train, rng)
+
+  return task, params, train, view
+
+
+def _refreshed(method, problem, epochs=(0,), state=None):
+  task, params, _, view = problem
+  if state is None:
+    state = method.init(jax.random.key(0), task, params)
+  for epoch in epochs:
+    state = method.refresh(state, task, view(epoch))
+  return state
+
+
+def _proxies(problem):
+  task, params, train, _ = problem
+  logits, _ = task.forward(params, {}, train, jax.random.key(0), False)
+  return adacore.gradient_proxies(logits, train["label"])
+
+
+def test_craig_is_selection_by_plain_gradients():
+  problem = _problem()
+  state = _refreshed(adacore.adacore(0.2, curvature=False), problem)
+  expected = coreset.select(_proxies(problem), problem[2]["label"], 24)
+  np.testing.assert_array_equal(state.rows, expected.rows)
+  np.testing.assert_allclose(state.weights[expected.rows], expected.weights / 5)
+  assert state.weights.sum() == pytest.approx(24)
+  assert state.averages is None
+
+
+@pytest.mark.parametrize(
+  ("scope", "last_layer"), [("shared", False), ("shared", True), ("example", False)]
+)
+def test_adacore_without_curvature_power_is_craig(scope, last_layer):
+  problem = _problem()
+  craig = adacore.adacore(0.2, curvature=False, last_layer=last_layer)
+  flat = adacore.adacore(
+    0.2, hessian_scope=scope, power=0.0, epsilon=0.0, last_layer=last_layer
+  )
+  ours, theirs = (_refreshed(method, problem) for method in (flat, craig))
+  np.testing.assert_array_equal(ours.rows, theirs.rows)
+  np.testing.assert_array_equal(ours.weights, theirs.weights)
+
+
+def test_preconditioning_is_by_the_curvature_of_the_scope():
+  problem = _problem()
+  proxies = np.asarray(_proxies(problem))
+  probabilities = proxies + np.eye(_CLASSES)[problem[2]["label"]]
+  exact = probabilities * (1 - probabilities)
+  state = _refreshed(adacore.adacore(0.2, num_probes=3000), problem)
+  np.testing.assert_allclose(
+    np.sqrt(state.averages.squares / 1e-3), exact.mean(axis=0), rtol=0.02
+  )
+  found = adacore.adacore(0.2, hessian_scope="example", num_probes=3000)
+  state = _refreshed(found, problem)
+  np.testing.assert_allclose(
+    np.sqrt(state.averages.squares / 1e-3), exact, rtol=0.2, atol=0.01
+  )
+  np.testing.assert_allclose(state.averages.gradients, 0.1 * proxies, rtol=1e-4)
+
+
+def test_curvature_of_the_last_layer():
+  problem = _problem()
+  task, params, train, view = problem
+  features, _ = task.features(params, {}, train, jax.random.key(0), False)
+  probabilities = np.asarray(_proxies(problem))
+  probabilities = probabilities + np.eye(_CLASSES)[train["label"]]
+  seen = np.concatenate([features, np.ones((120, 1))], axis=1)
+  exact = probabilities * (1 - probabilities)
+  exact = (exact[:, :, None] * seen[:, None] ** 2).mean(axis=0)
+  table = adacore_table.look(
+    task, view(0), jax.random.key(0), scope="shared", last_layer=True, num_probes=3000
+  )
+  np.testing.assert_allclose(table.curvature, exact, atol=0.1 * exact.max())
+  np.testing.assert_allclose(table.features, features)
+
+
+def test_several_batches_are_one_look(monkeypatch):
+  problem = _problem()
+
+  def look(scope):
+    return adacore_table.look(
+      problem[0],
+      problem[3](0),
+      jax.random.key(0),
+      scope=scope,
+      last_layer=True,
+      num_probes=2,
+    )
+
+  whole = look("shared")
+  monkeypatch.setattr(adacore_table, "_BATCH", 50)
+  chex.assert_trees_all_close(look("shared"), whole, rtol=1e-4, atol=1e-6)
+
+
+def test_the_expected_gradient_is_the_weighted_sum_and_tends_to_the_full_one():
+  problem = _problem()
+  task, params, train, _ = problem
+
+  def gradient(state, rows, method):
+    batch = {k: v[rows] for k, v in train.items()}
+    inputs = base.Inputs(params, {}, (), batch, None, 0, jax.random.key(0))
+    return method.gradients(state, task, inputs)[0].grads
+
+  full = gradient((), np.arange(120), baselines.uniform())
+  method = adacore.adacore(0.25, curvature=False)
+  state = _refreshed(method, problem)
+  order = method.sample(state, task, train, np.random.default_rng(0))
+  parts = [gradient(state, order[i : i + 10], method) for i in range(0, 30, 10)]
+  mean = jax.tree.map(lambda *x: sum(x) / 3, *parts)
+  # gamma r / (N B) over batches of B: the sum of gamma grad / N.
+  gammas = state.weights * 120 / 30
+
+  def loss(p):
+    outputs, _ = task.forward(p, {}, train, jax.random.key(0), True)
+    return jnp.sum(gammas * task.loss(outputs, train)) / 120
+
+  chex.assert_trees_all_close(mean, jax.grad(loss)(params), atol=1e-6)
+
+  def error(fraction):
+    state = _refreshed(adacore.adacore(fraction, curvature=False), problem)
+    weights = state.weights * 120 / round(fraction * 120)
+    found = weights @ _proxies(problem) / 120
+    return np.linalg.norm(found - _proxies(problem).mean(axis=0))
+
+  assert error(0.25) < 0.05 and error(1.0) < 1e-6
+  everything = _refreshed(adacore.adacore(1.0, curvature=False), problem)
+  whole = gradient(everything, np.arange(120), method)
+  chex.assert_trees_all_close(whole, full, atol=1e-6)
+
+
+def test_samples_are_passes_over_the_subset_after_a_warm_up():
+  problem = _problem()
+  task, _, train, view = problem
+  method = adacore.adacore(0.1, 3, curvature=False, warmup_epochs=1)
+  state = _refreshed(method, problem)
+  rng = np.random.default_rng(0)
+  assert sorted(method.sample(state, task, train, rng)) == list(range(120))
+  np.testing.assert_array_equal(state.weights, np.ones(120))
+  state = method.refresh(state, task, view(1))
+  order = method.sample(state, task, train, rng)
+  assert len(order) == 36
+  for start in (0, 12, 24):
+    assert sorted(order[start : start + 12]) == state.rows.tolist()
+  assert not np.array_equal(order[:12], order[12:24])
+
+
+def test_refresh_keeps_shapes_and_follows_state_and_view_alone():
+  problem = _problem()
+  for scope, greedy in (("shared", "stochastic"), ("example", "lazy")):
+    method = adacore.adacore(0.1, hessian_scope=scope, greedy=greedy)
+    before = method.init(jax.random.key(0), problem[0], problem[1])
+    state = _refreshed(method, problem, (0, 1))
+    chex.assert_trees_all_equal_shapes_and_dtypes(before, state)
+    halfway = jax.device_get(_refreshed(method, problem, (0,)))
+    again = _refreshed(method, problem, (1,), halfway)
+    chex.assert_trees_all_equal(again, state)
+    assert state.num_selections == 2 and state.averages.num_updates == 2
+
+
+def test_random_subsets_drawn_anew_and_once():
+  problem = _problem()
+  task, _, train, _ = problem
+  anew, once = (adacore.random_subset(0.1, every) for every in (2, None))
+  first, second = (_refreshed(anew, problem, range(n)) for n in (1, 2))
+  assert not np.array_equal(first.rows, second.rows)
+  kept = [_refreshed(once, problem, range(n)) for n in (1, 2)]
+  chex.assert_trees_all_equal(*kept)
+  assert len(set(first.rows.tolist())) == 12
+  sizes = [
+    len(m.sample(s, task, train, np.random.default_rng(0)))
+    for m, s in ((anew, first), (once, kept[0]))
+  ]
+  assert sizes == [24, 120]
+  np.testing.assert_array_equal(first.weights, np.ones(120))
+
+
+def test_a_binary_network_of_one_logit():
+  train = _examples(60)
+  train["label"] = train["label"] % 2
+  model = classifier.Classifier(mlp.MLP(1, ()), 2)
+  params, _ = model.init(jax.random.key(0), train)
+  task = model.task(class_counts=jnp.array([30, 30]), num_examples=60, num_steps=1)
+  view = base.EpochView(0, 0, params, {}, train, np.random.default_rng(0))
+  for scope in adacore_table.SCOPES:
+    method = adacore.adacore(0.2, hessian_scope=scope)
+    state = method.refresh(method.init(jax.random.key(0), task, params), task, view)
+    assert state.weights.sum() == pytest.approx(12)
+    np.testing.assert_array_equal(state.averages.gradients[:, 1], 0)
+
+
+_MISTAKES = {
+  "fraction=0 must be above 0": {"fraction": 0},
+  "fraction=1.5 must be above 0 and at most 1": {"fraction": 1.5},
+  "fraction=nan": {"fraction": float("nan")},
+  "refresh_every=0 must be at least 1": {"refresh_every": 0},
+  "warmup_epochs=-1 at least 0": {"warmup_epochs": -1},
+  "greedy='fast': choose one of": {"greedy": "fast"},
+  "epsilon=1.0 must lie between": {"greedy_epsilon": 1.0},
+  "hessian_scope='all'": {"hessian_scope": "all"},
+  "last_layer=True: choose one of": {"last_layer": True, "hessian_scope": "example"},
+}
+
+
+@pytest.mark.parametrize("complaint", _MISTAKES)
+def test_a_setting_out_of_range_is_told(complaint):
+  with pytest.raises(base.InputError, match=complaint):
+    adacore.adacore(**({"fraction": 0.1} | _MISTAKES[complaint]))
+
+
+def test_what_cannot_be_chosen_is_told():
+  proxies, labels = np.zeros((60, 4)), np.repeat(np.arange(4), 15)
+  with pytest.raises(base.InputError, match="size=3 of 60 examples in 4 classes"):
+    coreset.select(proxies, labels, 3)
+  with pytest.raises(base.InputError, match="budget='fair'"):
+    coreset.select(proxies, labels, 10, budget="fair")
+  proxies[7, 2] = np.nan
+  with pytest.raises(base.InputError, match=r"1 of the proxies .* is of example 7"):
+    coreset.select(proxies, labels, 10)
+  with pytest.raises(base.InputError, match="fraction=2"):
+    adacore.random_subset(2.0)
+  problem = _problem(hidden=())
+  with pytest.raises(base.InputError, match="needs a network with features"):
+    _refreshed(adacore.adacore(0.1, last_layer=True), problem)
+  task = dataclasses.replace(problem[0], num_features=None)
+  with pytest.raises(base.InputError, match="needs a network with features"):
+    adacore.adacore(0.1, last_layer=True, curvature=False).refresh(
+      _refreshed(adacore.adacore(0.1, curvature=False), problem), task, problem[3](0)
+    )
