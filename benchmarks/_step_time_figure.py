@@ -24,7 +24,7 @@ _LABELS = {
 
 
 def draw(rows: Sequence[Row], folder: pathlib.Path) -> list[str]:
-  """Writes figure.png and, where L2RW was timed, l2rw.png.
+  """Writes figure.png and, where L2RW was timed but by torch.compile, l2rw.png.
 
   Args:
     rows: of `results.json`.
@@ -39,8 +39,8 @@ def draw(rows: Sequence[Row], folder: pathlib.Path) -> list[str]:
   from matplotlib import pyplot as plt
 
   made = {"figure.png": _everything(plt, rows)}
-  if any(r["method"] == "l2rw" for r in rows):
-    eager = [r for r in rows if r["framework"] != "torch.compile"]
+  eager = [r for r in rows if r["framework"] != "torch.compile"]
+  if any(r["method"] == "l2rw" for r in eager):
     made["l2rw.png"] = _l2rw(plt, eager)
   for name, figure in made.items():
     figure.savefig(folder / name, dpi=130, bbox_inches="tight")
@@ -185,4 +185,6 @@ def _machine(row):
   where = row["device_kind"]
   if row["platform"] == "cpu":
     where = f"{row['cpus']} CPU core{'s' if row['cpus'] > 1 else ''}"
-  return f"{where}, {versions}, {row['dtype']}"
+  policy = row["omp_wait_policy"]
+  waiting = "" if policy in (None, "default") else f", OMP_WAIT_POLICY={policy}"
+  return f"{where}, {versions}, {row['dtype']}{waiting}"

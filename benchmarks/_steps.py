@@ -123,7 +123,9 @@ def contestant(
     jax.block_until_ready(state)
     return float(loss)
 
-  facts |= {"num_parameters": num_parameters(params)} | costs(lowered, compiled)
+  facts |= {"num_parameters": num_parameters(params)} | costs(
+    lowered, compiled, literal=engine == "literal"
+  )
   return _turns.Contestant(method, engine, "jax", run, facts)
 
 
@@ -181,16 +183,18 @@ def num_parameters(params: base.PyTree) -> int:
   return sum(x.size for x in jax.tree.leaves(params))
 
 
-def costs(lowered: Any, compiled: Any) -> dict[str, Any]:
+def costs(lowered: Any, compiled: Any, literal: bool = False) -> dict[str, Any]:
   """What the compiler counts: operations, memory traffic, temporary memory.
 
   Any of them is None where a backend does not tell. On accelerators the compiled
   program calls libraries that hide their operations, so there they are counted in
-  the program before optimisation, a little too many.
+  the program before optimisation, a little too many; not of `literal` programs, which
+  repeat what the compiler then takes once.
   """
   found = _tell(compiled.cost_analysis) or {}
   on_cpu = jax.default_backend() == "cpu"
-  counted = found if on_cpu else _tell(lowered.cost_analysis) or {}
+  before = {} if literal else _tell(lowered.cost_analysis) or {}
+  counted = found if on_cpu else before
   memory = _tell(compiled.memory_analysis)
   return {
     "flops": counted.get("flops"),
@@ -207,6 +211,7 @@ def _tell(analysis):
     return None
 
 
+@functools.lru_cache
 def matrix_peak(dtype: str, size: int | None = None, repeats: int = 5) -> float:
   """Operations a second of large products of matrices: the best of some turns.
 

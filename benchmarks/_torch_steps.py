@@ -3,8 +3,13 @@
 L2RW and Meta-Weight-Net by double backward: the inner gradient is taken with
 `create_graph=True`, the look-ahead is a functional step, and a second, ordinary pass
 trains with the weights. `Eager.example_weights` is that of Algorithm 1 in Ren et al.
-(2018); `Traced` takes the same weights by `torch.func.grad` for `torch.compile`,
-which does not go through `create_graph`.
+(2018); `Traced` takes the same weights by `torch.func.grad` for `torch.compile`
+(in its default mode), which does not go through `create_graph`.
+
+As in released code the training batch passes the network twice, and BatchNorm's
+statistics move in all three passes of `Eager`, but in the last only of `Traced`. On a
+GPU products of float32 are TF32, as JAX takes them, and images of several channels
+and the kernels of convolutions lie channels last; on a CPU that made L2RW slower.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,6 +35,9 @@ def device(on_gpu: bool) -> torch.device | None:
   """Where PyTorch computes beside ours; None if it sees no such device."""
   if on_gpu:
     torch.backends.cudnn.benchmark = True  # XLA chooses its convolutions by time too.
+    # And computes products of float32 in TF32, which here is not the default.
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
     return torch.device("cuda") if torch.cuda.is_available() else None
   torch.set_num_threads(_turns.num_cpus())
   return torch.device("cpu")
@@ -37,8 +45,15 @@ def device(on_gpu: bool) -> torch.device | None:
 
 def batch(arrays: Mapping[str, Any], where: torch.device) -> Batch:
   """Images NCHW and labels of a batch of ours."""
-  images = torch.tensor(arrays["image"]).permute(0, 3, 1, 2).contiguous()
+  images = torch.tensor(arrays["image"]).permute(0, 3, 1, 2)
+  images = images.contiguous(memory_format=_layout(images.shape[1], where))
   return images.to(where), torch.tensor(arrays["label"]).long().to(where)
+
+
+def _layout(channels, where):
+  if where.type == "cuda" and channels > 1:
+    return torch.channels_last
+  return torch.contiguous_format
 
 
 def losses(model: Callable[..., Any], data: Batch) -> torch.Tensor:
@@ -121,9 +136,9 @@ class Eager:
   def _look_ahead(self, loss_fn, data, meta, rate):
     """The meta loss after a step on `loss_fn` of the losses, as a graph."""
     parameters = dict(self.model.named_parameters())
-    # The fused attention kernels cannot be differentiated twice.
-    with self.precision(), sdpa_kernel(SDPBackend.MATH):
-      inner = loss_fn(losses(self._at(parameters), data))
+    with self.precision():
+      with _twice_differentiable():
+        inner = loss_fn(losses(self._at(parameters), data))
       gradient = torch.autograd.grad(
         inner, tuple(parameters.values()), create_graph=True
       )
@@ -167,7 +182,7 @@ class Traced(Eager):
 
   def _slopes_at(self, *arguments):
     parameters = {k: v.detach() for k, v in self._inner_model.named_parameters()}
-    with self.precision(), sdpa_kernel(SDPBackend.MATH):
+    with self.precision():
       return self.slopes_fn(parameters, *arguments)
 
   def slopes(
@@ -181,19 +196,28 @@ class Traced(Eager):
     """dM/dw [B] at `weights`, not compiled."""
 
     def losses_at(parameters, data):
+      # `torch.func.grad` refuses changes of BatchNorm's own statistics.
+      copies = {k: v.clone() for k, v in self._inner_model.named_buffers()}
+      both = (parameters, copies)
       return losses(
-        lambda x: torch.func.functional_call(self._inner_model, parameters, (x,)), data
+        lambda x: torch.func.functional_call(self._inner_model, both, (x,)), data
       )
 
     def meta_loss(weights):
       def inner(parameters):
-        return (weights * losses_at(parameters, data)).sum()
+        with _twice_differentiable():
+          return (weights * losses_at(parameters, data)).sum()
 
       gradient = torch.func.grad(inner)(parameters)
       ahead = {k: value - rate * gradient[k] for k, value in parameters.items()}
       return losses_at(ahead, meta).mean()
 
     return torch.func.grad(meta_loss)(weights)
+
+
+def _twice_differentiable():
+  """Not the fused kernels of attention: they have no derivative of the second order."""
+  return sdpa_kernel(SDPBackend.MATH)
 
 
 def _rectified(slopes):
@@ -218,11 +242,13 @@ def contestant(
     where: the device.
     compiled: by `torch.compile`; the first step, which compiles, is taken here.
   """
-  model = _torch_networks.NETWORKS[setting.network]().to(where).train()
-  made = (Traced if compiled else Eager)(model, learning_rate, setting.dtype)
-  step = getattr(made, method)
   train, clean = setting.batches()
   data, meta = batch(train, where), None if clean is None else batch(clean, where)
+  layout = _layout(data[0].shape[1], where)
+  model = _torch_networks.NETWORKS[setting.network]().train()
+  model = model.to(where, memory_format=layout)
+  made = (Traced if compiled else Eager)(model, learning_rate, setting.dtype)
+  step = getattr(made, method)
 
   def run(steps):
     for _ in range(steps):

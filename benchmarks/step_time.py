@@ -17,8 +17,9 @@ other by spinning: on a CPU that is not idle that made a step of the MLP 100 tim
 long, and OMP_WAIT_POLICY=passive in the environment mended it. On a GPU where both
 frameworks do not fit together, --peer_only makes the peer's rows alone, in another
 --workdir.
-Each group is saved as it is done, and the same command continues; with all of them
-there it draws the figures anew.
+Memory that XLA and PyTorch free stays with the process (`experiments._allocator`).
+Each group is saved as it is done, and the same command continues on the same machine;
+with all of them there it draws the figures anew.
 Command: python -m benchmarks.step_time --peer=torch
 Ours: results/step_time.
 """
@@ -64,7 +65,7 @@ _REPEATS = flags.DEFINE_integer(
   "repeats", 30, "Turns of each contestant, at most.", lower_bound=1
 )
 _SECONDS = flags.DEFINE_float(
-  "seconds", 30.0, "After these no new round of turns begins, but for the first three."
+  "seconds", 30.0, "After these no new round of turns begins, but for the first seven."
 )
 _DTYPE = flags.DEFINE_enum(
   "dtype", "float32", ["float32", "bfloat16"], "Of the computation."
@@ -167,6 +168,12 @@ def _torch_steps() -> Any:
   Raises:
     InputError: PyTorch is not there, or not for this device.
   """
+  platform = jax.default_backend()
+  if platform not in ("cpu", "gpu"):
+    raise base.InputError(
+      f"--peer=torch: JAX computes on a {platform.upper()}, PyTorch here on a CPU or"
+      " GPU; set JAX_PLATFORMS=cpu."
+    )
   try:
     from benchmarks import _torch_steps as found
   except ImportError as error:
@@ -174,7 +181,7 @@ def _torch_steps() -> Any:
       f"--peer=torch: PyTorch cannot be imported ({error}); run pip install"
       " '.[benchmarks]' in the checkout."
     ) from error
-  if found.device(jax.default_backend() == "gpu") is None:
+  if found.device(platform == "gpu") is None:
     raise base.InputError(
       "--peer=torch: JAX computes on a GPU and PyTorch sees none; install PyTorch for"
       " CUDA, or set JAX_PLATFORMS=cpu."
@@ -268,12 +275,19 @@ def _facts(setting):
     for array in (part or {}).values():
       digest.update(array.tobytes())
   facts = setting._asdict() | {"seed": 0, "data": digest.hexdigest()[:16]}
-  facts |= {"cpus": _turns.num_cpus(), "torch": None, "omp_wait_policy": None}
-  if _PEER.value:
-    facts["torch"] = str(_torch_steps().torch.__version__)
-    facts["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "default")
   peak = None if _PEER_ONLY.value else _steps.matrix_peak(setting.dtype)
-  return facts | {"matrix_flops_per_second": peak} | workdir.run_info()
+  return facts | {"matrix_flops_per_second": peak} | _machine() | workdir.run_info()
+
+
+def _machine():
+  """On what was measured; times of two machines do not compare."""
+  info = workdir.run_info()
+  found = {name: info[name] for name in ("platform", "device_kind", "jax")}
+  found |= {"cpus": _turns.num_cpus(), "torch": None, "omp_wait_policy": None}
+  if _PEER.value:
+    found["torch"] = str(_torch_steps().torch.__version__)
+    found["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "default")
+  return found
 
 
 def _derived(row, rows):
@@ -317,9 +331,7 @@ def main() -> None:
   jax.config.update("jax_enable_compilation_cache", False)
   groups = plan()
   extendable = ("networks", "meta_sizes")
-  # What is not asked for depends on it, see `plan`.
-  settings = {"platform": jax.default_backend()}
-  folder = _launch.prepare("step_time", __name__, extendable, **settings)
+  folder = _launch.prepare("step_time", __name__, extendable, **_machine())
   rows: list[dict[str, Any]] = []
   for group in groups:
     known = {(r["network"], r["framework"]) for r in rows if r["method"] == "plain"}

@@ -257,9 +257,10 @@ EXPERIMENTS = {
       _tables.Metric("examples_per_second", "examples / s", decimals=0),
       _tables.Metric("flops_ratio", "FLOPs / plain"),
       _tables.Metric("temporary_bytes_ratio", "memory / plain"),
-      _tables.Metric("faster_than_torch", "times PyTorch's speed"),
+      _tables.Metric("faster_than_torch", "times eager PyTorch's speed"),
       _tables.Metric("fraction_of_peak", "of matrix peak"),
       _tables.Metric("compile_seconds", "s to compile", decimals=1),
+      _tables.Metric("repeats", "turns", decimals=0),
     ),
     settings={
       "network": "{}",

@@ -15,6 +15,7 @@ from l2rw_jax.methods import l2rw
 from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.models import classifier
 from l2rw_jax.models import resnet
+from l2rw_jax.models import wide_resnet
 
 torch = pytest.importorskip("torch", reason="PyTorch is an extra of the benchmarks")
 peer = importlib.import_module("benchmarks._torch_steps")
@@ -101,6 +102,10 @@ _PAIRS = {
     dataclasses.replace(_networks.module("transformer", "float32"), depth=1),
     lambda: peer_networks.VisionTransformer(depth=1),
   ),
+  "wrn_28_10": (
+    wide_resnet.WideResNet(10, blocks=1, widen=1),
+    lambda: peer_networks.WideResNet(blocks=1, widen=1),
+  ),
 }
 
 
@@ -137,8 +142,9 @@ def test_example_weights_are_ours(name):
   assert all(p.grad is None for p in model.parameters())
 
 
-def test_the_form_for_the_compiler_is_the_eager_one():
-  _, (model, *data) = _problem("mlp")
+@pytest.mark.parametrize("name", ["mlp", "resnet32_bn", "transformer"])
+def test_the_form_for_the_compiler_is_the_eager_one(name):
+  _, (model, *data) = _problem(name)
   eager, traced = peer.Eager(model, 0.1), peer.Traced(model, 0.1)
   traced.model, traced.slopes_fn = model, traced.slopes  # before compilation
   weights = eager.example_weights(*data)
@@ -180,6 +186,7 @@ def test_network_gradient_of_meta_weight_net_is_ours():
 
 @pytest.mark.parametrize("method", peer.METHODS)
 def test_a_step_moves_the_network_and_the_loss_falls(method):
+  torch.manual_seed(0)
   setting = _networks.Setting("mlp", "float32", _B, _M)
   contestant = peer.contestant(setting, method, 0.1, torch.device("cpu"))
   losses = [contestant.run(1) for _ in range(30)]
