@@ -31,7 +31,7 @@ _NUM_DEVICES = flags.DEFINE_integer(
   "Local devices to train on. [the most that divide the batch]",
   lower_bound=1,
 )
-# Only how fast a run is: a folder may be continued with another.
+# But for rounding, only how fast a run is: a folder may be continued with another.
 _STEPS_PER_DISPATCH = flags.DEFINE_integer(
   "steps_per_dispatch",
   None,

@@ -42,7 +42,12 @@ class Batches(NamedTuple):
 
 
 class BatchSource:
-  """Draws the batches of every run; a function of the seeds and the position."""
+  """Draws the batches of every run; a function of the seeds and the position.
+
+  Attributes:
+    streams: of each run, the rows of its training set.
+    streamed: whether training examples wait on the host.
+  """
 
   def __init__(
     self,
@@ -65,11 +70,13 @@ class BatchSource:
     """
     self._config, self._devices, self._needs_meta = config, devices, needs_meta
     train = [examples_dict(split.train) for split in splits]
-    self._train = residency.store(train, devices)
+    room = residency.budget(devices)
+    self._train = residency.store(train, devices, room)
+    self.streamed = not self._train.num_bytes
     self._num_meta = len(splits[0].meta.label)
     if needs_meta:
       meta = [examples_dict(split.meta) for split in splits]
-      self._meta = residency.store(meta, devices)
+      self._meta = residency.store(meta, devices, room - self._train.num_bytes)
 
     def order(run: int, epoch: int) -> np.ndarray:
       rng = stream.generator(config.seeds[run], "order", epoch)
@@ -90,9 +97,9 @@ class BatchSource:
     """Where every run stands."""
     return [s.position for s in self.streams]
 
-  def left_in_epoch(self) -> int:
-    """Steps until one of the runs starts an epoch, 1 or more."""
-    return min(s.left() for s in self.streams)
+  def epoch(self) -> tuple[int, int]:
+    """Steps until one of the runs starts an epoch, and of the shortest epoch."""
+    return min(s.left() for s in self.streams), min(s.whole() for s in self.streams)
 
   def next(self, step: int) -> Rows:
     """What `step` takes; moves on."""

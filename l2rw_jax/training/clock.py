@@ -1,6 +1,6 @@
 """How long training took, without the time spent on looking at it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import json
 import pathlib
@@ -15,11 +15,10 @@ _SAVED = 4
 class Clock:
   """A stopwatch that is read at every evaluation and goes on after a resume.
 
-  What counts is what training needs: the method's `refresh`, the batches, the
-  steps. What does not is compiling (the first dispatch of a length that a process
-  makes, with its steps), evaluations, probes and checkpoints. It is kept in a file
-  of its own, because nothing else that a run leaves behind depends on how fast it
-  was.
+  What counts is what training needs: the method's `refresh`, the batches, all the
+  steps. What does not is compiling them, evaluations, probes and checkpoints. It is
+  kept in a file of its own, because nothing else that a run leaves behind depends on
+  how fast it was.
   """
 
   def __init__(
@@ -46,8 +45,16 @@ class Clock:
     last = then[-1][1] if then else 0.0
     return cls(kept["saved"].get(str(step), last), then)
 
-  def write(self, path: pathlib.Path, step: int) -> None:
-    """Keeps it for a process that goes on from `step`, and for readers."""
+  def write(
+    self, path: pathlib.Path, step: int, facts: Mapping[str, int] | None = None
+  ) -> None:
+    """Keeps it for a process that goes on from `step`, and for readers.
+
+    Args:
+      path: of the file.
+      step: updates done.
+      facts: further entries, on which the speed depends.
+    """
     self._saved = {**self._saved, str(step): self.read()}
     workdir.write_json(
       path,
@@ -56,6 +63,7 @@ class Clock:
         "steps": step,
         "evaluations": self._evaluations,
         "saved": dict(list(self._saved.items())[-_SAVED:]),
+        **(facts or {}),
       },
     )
 

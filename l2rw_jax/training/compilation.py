@@ -25,7 +25,7 @@ def functions(
   num_steps: int,
   num_runs: int,
   devices: tuple[jax.Device, ...],
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
+) -> tuple[Callable[..., Any], jax.stages.Wrapped]:
   """`(init, steps)` for arrays of R runs; the same for every split of a table.
 
   A script trains one split after the other; keeping the functions keeps what

@@ -50,8 +50,9 @@ class Config:
     num_devices: local devices to use; if None, the most that divide the batch.
     steps_per_dispatch: steps sent to the devices at once, as a loop that is compiled;
       if None, 1 on CPU, where convolutions in such a loop are slow, else 20; never
-      more than between two looks. Changes how fast a run is, and what it does only
-      as far as XLA rounds such a loop differently.
+      more than between two looks, and 1 where training examples wait on the host.
+      Changes how fast a run is, and what it does only as far as XLA rounds such a
+      loop differently.
   """
 
   num_steps: int

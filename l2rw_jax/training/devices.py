@@ -45,7 +45,7 @@ def choose(num_devices: int | None, batch_size: int) -> list[jax.Device]:
 
 
 def replicate(tree: base.PyTree, devices: list[jax.Device]) -> base.PyTree:
-  """`[...]` leaves to `[D, ...]`, one copy on every device."""
+  """`[...]` leaves to `[D, ...]`, one copy on every device; for a moment, two."""
   return _copier(tuple(devices))(np.arange(len(devices)), tree)
 
 
@@ -121,7 +121,7 @@ def alone(fun: Callable[..., Any]) -> Callable[..., Any]:
 
 def pmap_step(
   step: Callable[..., Any], num_runs: int, devices: list[jax.Device]
-) -> Callable[..., Any]:
+) -> jax.stages.Wrapped:
   """Compiles `step` for `[D, R, ...]` arguments; the first one is donated."""
   return jax.pmap(
     over_runs(step, num_runs),

@@ -8,8 +8,19 @@ from l2rw_jax.training import config as config_lib
 _ON_CPU, _ON_ACCELERATORS = 1, 20
 
 
-def most(config: config_lib.Config, devices: list[jax.Device]) -> int:
-  """K, the steps of a full dispatch: no more than the host lets pass unseen."""
+def most(
+  config: config_lib.Config, devices: list[jax.Device], streamed: bool = False
+) -> int:
+  """K, the steps of a full dispatch: no more than the host lets pass unseen.
+
+  Args:
+    config: when the host looks, and what it asks for.
+    devices: where the steps are taken.
+    streamed: whether each dispatch brings its training examples along. Then it is
+      one step, for devices queue so many dispatches, each with all its examples.
+  """
+  if streamed:
+    return 1
   asked = config.steps_per_dispatch
   if asked is None:
     asked = _ON_CPU if devices[0].platform == "cpu" else _ON_ACCELERATORS
@@ -17,7 +28,7 @@ def most(config: config_lib.Config, devices: list[jax.Device]) -> int:
 
 
 def length(
-  config: config_lib.Config, step: int, most: int, left_in_epoch: int | None
+  config: config_lib.Config, step: int, most: int, epoch: tuple[int, int] | None
 ) -> int:
   """Steps of the next dispatch: `most` of them, or one.
 
@@ -30,14 +41,15 @@ def length(
   Args:
     config: when the host looks.
     step: updates done.
-    most: steps of a full dispatch.
-    left_in_epoch: steps until the method looks at the training set; None if it
-      does not.
+    most: steps of a full dispatch; an epoch, where that is shorter.
+    epoch: where the method looks at the training set between epochs, the steps left
+      of this one and the steps of the whole; else None.
   """
   free = min(every - step % every for every in _looks(config))
   free = min(free, config.num_steps - step)
-  if left_in_epoch is not None:
-    free = min(free, left_in_epoch)
+  if epoch is not None:
+    left, whole = epoch
+    free, most = min(free, left), min(most, whole)
   return most if free >= most else 1
 
 

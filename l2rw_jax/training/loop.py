@@ -1,7 +1,7 @@
 """The training loop: any method, any optax optimiser, exact resumption.
 
     folder/checkpoints/         the last two states (orbax)
-    folder/timing.json          seconds of training, at every evaluation and in all
+    folder/timing.json          seconds of training, and steps of a full dispatch
     folder/seed-S/metrics.*     JSON lines, CSV and TensorBoard, a folder a run
     folder/seed-S/weights.csv   per-example weights
     folder/seed-S/results.json  written last: a finished run is not repeated
@@ -98,7 +98,6 @@ class _Run:
     counts = [splits_lib.class_counts(s.train, s.num_classes) for s in splits]
     self.class_counts = jnp.asarray(np.stack(counts), jnp.int32)
     self.pending: list[tuple[list[batches_lib.Rows], step_lib.StepOutput]] = []
-    self.most = dispatch.most(config, self.devices)
     self.dispatched: set[int] = set()  # Lengths that are compiled.
     self.writers: list[metric_writer.MetricWriter] = []
     self.init_fn, self.steps_fn = compilation.functions(
@@ -114,6 +113,7 @@ class _Run:
     self.checkpointer = checkpointing.Checkpointer(folder / "checkpoints")
     self.files.callback(self.checkpointer.close)
     self._restore_or_init()
+    self.most = dispatch.most(config, self.devices, self.source.streamed)
     self.constants = devices_lib.replicate(
       (self._keys(1), self.class_counts), self.devices
     )
@@ -180,12 +180,12 @@ class _Run:
     train = batches_lib.examples_dict(self.splits[run].train)
     return self.method.sample(state.method_state, task, train, rng)
 
-  def _left_in_epoch(self):
-    """Steps until the method looks at the training set; None if it never does."""
+  def _epoch(self):
+    """Steps left and in all until the method looks at the training set, or None."""
     method = self.method
     if method.refresh is base.keep_state and method.sample is base.permutation:
       return None
-    return self.source.left_in_epoch()
+    return self.source.epoch()
 
   def _refresh(self):
     """Lets the method look at the training set of runs about to start an epoch."""
@@ -223,29 +223,24 @@ class _Run:
       self.clock.start()
       while self.step < self.config.num_steps:
         self._refresh()
-        count = dispatch.length(
-          self.config, self.step, self.most, self._left_in_epoch()
-        )
+        count = dispatch.length(self.config, self.step, self.most, self._epoch())
         rows = [self.source.next(self.step + k) for k in range(count)]
         self._take_steps(rows, self.source.load(rows))
         bar.update(count)
         self._after_steps(bar, evaluators, probes)
     self._write_results()
-    self.clock.write(self.folder / _TIMING, self.step)
+    self._write_seconds()
 
   def _take_steps(self, rows, batches):
-    def take():
-      self.state, output = self.steps_fn(self.state, *batches, *self.constants)
-      self.pending.append((rows, output))
-      self.step += len(rows)
-
-    if len(rows) in self.dispatched:
-      return take()
-    self.dispatched.add(len(rows))
-    jax.block_until_ready(self.state)  # Steps before these count.
-    with self.clock.stopped():
-      take()
-      jax.block_until_ready(self.state)
+    args = (self.state, *batches, *self.constants)
+    if len(rows) not in self.dispatched:
+      self.dispatched.add(len(rows))
+      jax.block_until_ready(self.state)  # Steps before these count.
+      with self.clock.stopped():
+        self.steps_fn.lower(*args).compile()  # Kept where the call looks for it.
+    self.state, output = self.steps_fn(*args)
+    self.pending.append((rows, output))
+    self.step += len(rows)
 
   def _after_steps(self, bar, evaluators, probes):
     config = self.config
@@ -328,9 +323,13 @@ class _Run:
     state = devices_lib.unreplicate(self.state)
     positions = [list(p) for p in self.source.positions()]
     # First, so that no checkpoint is there whose seconds are not.
-    self.clock.write(self.folder / _TIMING, self.step)
+    self._write_seconds()
     self.checkpointer.save(self.step, (state, self.log), {"positions": positions})
     self.saved_step = self.step
+
+  def _write_seconds(self):
+    facts = {"steps_per_dispatch": self.most}
+    self.clock.write(self.folder / _TIMING, self.step, facts)
 
   def _write_results(self):
     for run, (folder, seed) in enumerate(

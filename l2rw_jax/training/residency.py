@@ -14,9 +14,11 @@ import numpy as np
 from l2rw_jax import base
 from l2rw_jax.training import devices as devices_lib
 
-# Of the memory of an accelerator; the rest is for activations and the state.
+# Of the free memory of an accelerator; the rest is for activations, and for the
+# second copy that is there while sets are spread over the devices.
 _SHARE = 1 / 4
-# On CPU devices, copies on all of them together: there the gain is small.
+# On CPU, copies on all devices together: there the gain is small. Also for what
+# does not tell its memory.
 _HOST_BYTES = 2**30
 
 
@@ -33,25 +35,45 @@ class Part(NamedTuple):
 
 
 class Store(Protocol):
-  """The examples of R runs."""
+  """The examples of R runs.
+
+  Attributes:
+    num_bytes: what they take on each device; 0 where they wait on the host.
+  """
+
+  num_bytes: int
 
   def part(self, rows: np.ndarray) -> Part:
     """What the steps take that visit rows [D, R, K, b] of their sets."""
 
 
-def store(sets: Sequence[base.Batch], devices: list[jax.Device]) -> Store:
+def store(sets: Sequence[base.Batch], devices: list[jax.Device], room: int) -> Store:
   """Puts plain arrays that fit on every device; leaves all else on the host.
-
-  A quarter of an accelerator's memory may be filled, on CPU one GiB for all virtual
-  devices together.
 
   Args:
     sets: of each run, arrays with leading axis N or sources of rows.
     devices: where the steps are taken.
+    room: bytes that may be filled on each; see `budget`. While they are filled,
+      a device holds the sets twice.
   """
-  if _is_plain(sets) and _bytes(sets) <= _budget(devices):
+  sets = [{name: _on_host(x) for name, x in one.items()} for one in sets]
+  if _is_plain(sets) and _bytes(sets) <= room:
     return Resident(sets, devices)
   return Streamed(sets)
+
+
+def budget(devices: list[jax.Device]) -> int:
+  """Bytes that all sets together may take on each of the devices.
+
+  A quarter of an accelerator's memory that is free now; on CPU one GiB for all
+  virtual devices together, and on what does not tell its memory one GiB each.
+  """
+  if devices[0].platform == "cpu":
+    return _HOST_BYTES // len(devices)
+  memory = devices[0].memory_stats() or {}
+  if "bytes_limit" not in memory:
+    return _HOST_BYTES
+  return int(_SHARE * (memory["bytes_limit"] - memory.get("bytes_in_use", 0)))
 
 
 def take(examples: base.Batch, rows: base.Array) -> base.Batch:
@@ -67,6 +89,7 @@ class Resident:
 
   def __init__(self, sets: Sequence[base.Batch], devices: list[jax.Device]):
     """Copies the sets to the devices."""
+    self.num_bytes = _bytes(sets)
     stacked = {name: np.stack([one[name] for one in sets]) for name in sets[0]}
     self._examples = devices_lib.replicate(stacked, devices)
 
@@ -78,6 +101,8 @@ class Resident:
 class Streamed:
   """Sets too large for the devices, or read only when asked for."""
 
+  num_bytes = 0
+
   def __init__(self, sets: Sequence[base.Batch]):
     """Nothing is copied."""
     self._sets = sets
@@ -86,10 +111,12 @@ class Streamed:
     """Gathers the examples of these steps, in order."""
     num_devices, _, steps, size = rows.shape
     own = np.arange(steps * size, dtype=np.int32).reshape(steps, size)
+    asked = rows[:1] if (rows == rows[:1]).all() else rows  # Read once what all take.
 
     def gathered(source, run):
-      found = source[rows[:, run].reshape(-1)]
-      return found.reshape(num_devices, steps * size, *found.shape[1:])
+      found = source[asked[:, run].reshape(-1)]
+      found = found.reshape(len(asked), steps * size, *found.shape[1:])
+      return np.broadcast_to(found, (num_devices, *found.shape[1:]))
 
     examples = {
       name: np.stack([gathered(s[name], r) for r, s in enumerate(self._sets)], axis=1)
@@ -98,17 +125,13 @@ class Streamed:
     return Part(examples, np.broadcast_to(own, rows.shape))
 
 
+def _on_host(x):
+  return np.asarray(x) if isinstance(x, jax.Array) else x
+
+
 def _is_plain(sets):
   return all(isinstance(x, np.ndarray) for one in sets for x in one.values())
 
 
 def _bytes(sets):
   return sum(x.nbytes for one in sets for x in one.values())
-
-
-def _budget(devices):
-  """Bytes that a copy on each of the devices may take."""
-  memory = devices[0].memory_stats() or {}
-  if devices[0].platform == "cpu" or "bytes_limit" not in memory:
-    return _HOST_BYTES // len(devices)
-  return int(_SHARE * memory["bytes_limit"])

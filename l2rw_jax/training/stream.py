@@ -49,9 +49,13 @@ class TrainStream:
     """Whether the next batch is the first of its epoch."""
     return self.position.offset == 0
 
+  def whole(self) -> int:
+    """Batches of this epoch, 1 or more; asks for the order if it is due."""
+    return len(self._rows()) // self._batch_size
+
   def left(self) -> int:
     """Batches until the next epoch, 1 or more; asks for the order if it is due."""
-    return len(self._rows()) // self._batch_size - self.position.offset
+    return self.whole() - self.position.offset
 
   def next(self) -> np.ndarray:
     """The next batch of rows, [B]; moves on."""

@@ -47,12 +47,13 @@ def test_a_resumed_clock_goes_on_from_its_file(now, tmp_path):
   resumed.start()
   now(1)
   resumed.note(30)
-  resumed.write(path, 30)
+  resumed.write(path, 30, {"steps_per_dispatch": 2})
   assert json.loads(path.read_text()) == {
     "seconds": 5,
     "steps": 30,
     "evaluations": [[10, 2], [20, 4], [30, 5]],
     "saved": {"30": 5},
+    "steps_per_dispatch": 2,
   }
 
 

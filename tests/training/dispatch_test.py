@@ -37,8 +37,8 @@ def _no_commit(monkeypatch):
 def _lengths(config, most, epoch=None):
   step, found = 0, []
   while step < config.num_steps:
-    left = None if epoch is None else epoch - step % epoch
-    found.append(dispatch.length(config, step, most, left))
+    told = None if epoch is None else (epoch - step % epoch, epoch)
+    found.append(dispatch.length(config, step, most, told))
     step += found[-1]
   assert step == config.num_steps
   return found
@@ -61,6 +61,7 @@ def test_a_dispatch_ends_with_the_epoch_where_that_matters():
   config = config_lib.Config(20, log_every=20, eval_every=20, checkpoint_every=20)
   assert _lengths(config, 5) == [5] * 4
   assert _lengths(config, 5, epoch=7) == [5, 1, 1, 5, 1, 1, 5, 1]
+  assert _lengths(config, 20, epoch=8) == [8, 8, 1, 1, 1, 1]
 
 
 def test_one_step_on_cpu_more_elsewhere_or_as_told():
@@ -74,6 +75,7 @@ def test_one_step_on_cpu_more_elsewhere_or_as_told():
   assert dispatch.most(told, devices.choose(1, 8)) == 7
   often = config_lib.Config(100, log_every=10, eval_every=8)
   assert dispatch.most(often, [Accelerator()]) == 8
+  assert dispatch.most(told, [Accelerator()], streamed=True) == 1
 
 
 def test_less_than_one_step_is_refused(tmp_path):
@@ -196,8 +198,8 @@ def test_nobody_waits_for_a_step_before_the_log(tmp_path, monkeypatch, most):
   all_sent, waited = threading.Event(), []
 
   def hold(step):
-    if step >= most:  # The first dispatch compiles, and is waited for.
-      waited.append(all_sent.wait(timeout=20))
+    del step
+    waited.append(all_sent.wait(timeout=20))
     return np.int32(0)
 
   def gradients(state, task, inputs):
@@ -223,7 +225,7 @@ def test_nobody_waits_for_a_step_before_the_log(tmp_path, monkeypatch, most):
     num_devices=2,
     steps_per_dispatch=most,
   )
-  assert len(waited) == 2 * (9 - most) and all(waited)
+  assert len(waited) == 2 * 9 and all(waited)
 
 
 def test_augmentation_is_traced_once_and_runs_in_the_step(tmp_path):
