@@ -1,5 +1,7 @@
 """Several steps a dispatch: the same run, and nobody waits for it."""
 
+import contextlib
+import json
 import threading
 
 import jax
@@ -14,6 +16,7 @@ from l2rw_jax.methods import adacore
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 from l2rw_jax.training import batches
+from l2rw_jax.training import clock as clock_lib
 from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import devices
 from l2rw_jax.training import dispatch
@@ -190,6 +193,41 @@ def test_two_programs_serve_all_lengths(tmp_path, monkeypatch):
   # Traced for the first of each length, and never again.
   assert before[:4] == [0, before[1], before[1], before[3]]
   assert 0 < before[1] < before[3] == len(traced)
+
+
+def test_all_steps_are_timed_and_nothing_of_their_compilation(tmp_path, monkeypatch):
+  stands, traced, taken = [False], [], []
+  original = clock_lib.Clock.stopped
+
+  @contextlib.contextmanager
+  def stopped(self):
+    with original(self):
+      stands[0] = True
+      yield
+      stands[0] = False
+
+  def note(step):
+    taken.append((int(step), stands[0]))
+    return np.int32(0)
+
+  def gradients(state, task, inputs):
+    traced.append(stands[0])
+    io_callback(note, jax.ShapeDtypeStruct((), np.int32), inputs.step)
+    return _METHODS["uniform"].gradients(state, task, inputs)
+
+  monkeypatch.setattr(clock_lib.Clock, "stopped", stopped)
+  toy_runs.train(
+    tmp_path,
+    _METHODS["uniform"]._replace(gradients=gradients),
+    num_steps=8,
+    log_every=8,
+    eval_every=8,
+    steps_per_dispatch=3,
+  )
+  assert traced and all(traced)
+  assert sorted(taken) == [(step, False) for step in range(8)]
+  timing = json.loads((tmp_path / "timing.json").read_text())
+  assert timing["steps"] == 8 and timing["steps_per_dispatch"] == 3
 
 
 @pytest.mark.parametrize("most", [1, 3])
