@@ -10,7 +10,7 @@ import numpy as np
 
 # A turn of several short steps is timed as a whole; the clock is finer by far.
 _LEAST_SECONDS = 0.03
-_LEAST_TURNS = 7
+_LEAST_TURNS = 5
 
 
 class Contestant(NamedTuple):
@@ -58,7 +58,7 @@ def take(
     contestants: that have run before; one more step, not counted, tells how many
       make a turn.
     repeats: rounds at most.
-    seconds: no new round begins after this long, except that seven are made.
+    seconds: no new round begins after this long, except that five are made.
     seed: of the order.
 
   Returns:

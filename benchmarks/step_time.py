@@ -65,7 +65,7 @@ _REPEATS = flags.DEFINE_integer(
   "repeats", 30, "Turns of each contestant, at most.", lower_bound=1
 )
 _SECONDS = flags.DEFINE_float(
-  "seconds", 30.0, "After these no new round of turns begins, but for the first seven."
+  "seconds", 20.0, "After these no new round of turns begins, but for the first five."
 )
 _DTYPE = flags.DEFINE_enum(
   "dtype", "float32", ["float32", "bfloat16"], "Of the computation."
