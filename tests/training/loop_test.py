@@ -250,3 +250,20 @@ def test_the_hash_tells_parameters_apart(tmp_path):
   ]
   hashes = [run.metrics["params_sha256"] for run in runs]
   assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_metrics_in_bfloat16_are_averaged_in_float32(tmp_path):
+  uniform = baselines.uniform()
+
+  def gradients(state, task, inputs):
+    found, state = uniform.gradients(state, task, inputs)
+    told = jnp.where(inputs.step == 0, 256, 1).astype(jnp.bfloat16)
+    return found._replace(metrics={**found.metrics, "told": told}), state
+
+  method = uniform._replace(gradients=gradients)
+  toy_runs.train(tmp_path, method, num_steps=7, log_every=7, eval_every=7)
+  rows = toy_runs.rows(tmp_path / "seed-0")
+  # In bfloat16, 256 + 1 is 256.
+  assert [r["train/told"] for r in rows if "train/told" in r] == [
+    pytest.approx((256 + 6) / 7, rel=1e-6)
+  ]
