@@ -5,7 +5,7 @@ import sys
 
 # Of glibc's malloc.h; the largest that mallopt takes.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_MOST_KEPT, _LARGEST = 2**31 - 1, 2**30
+_MOST = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
@@ -28,6 +28,4 @@ def keep_freed_memory() -> bool:
   except (AttributeError, OSError):
     return False
   mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
-  return bool(
-    mallopt(_MMAP_THRESHOLD, _LARGEST) and mallopt(_TRIM_THRESHOLD, _MOST_KEPT)
-  )
+  return bool(mallopt(_MMAP_THRESHOLD, _MOST) and mallopt(_TRIM_THRESHOLD, _MOST))

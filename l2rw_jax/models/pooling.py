@@ -21,12 +21,21 @@ def max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
 
 def _pool_axis(x, window, stride, axis):
   size = -(-x.shape[axis] // stride)
-  missing = max((size - 1) * stride + window - x.shape[axis], 0)
+  before = max((size - 1) * stride + window - x.shape[axis], 0) // 2
+  # Every `stride`-th entry apart, so that no slice has a stride of its own: the
+  # gradient of each of those would be an array as large as x.
+  length = size + -(-window // stride) - 1
   padding = [(0, 0)] * x.ndim
-  padding[axis] = (missing // 2, missing - missing // 2)
+  padding[axis] = (before, length * stride - before - x.shape[axis])
   x = jnp.pad(x, padding, constant_values=-jnp.inf)
-  end = (size - 1) * stride + 1
-  shifted = [jax.lax.slice_in_dim(x, i, i + end, stride, axis) for i in range(window)]
+  x = x.reshape(*x.shape[:axis], length, stride, *x.shape[axis + 1 :])
+  phases = [
+    jnp.squeeze(phase, axis + 1) for phase in jax.lax.split(x, (1,) * stride, axis + 1)
+  ]
+  shifted = [
+    jax.lax.slice_in_dim(phases[i % stride], i // stride, i // stride + size, axis=axis)
+    for i in range(window)
+  ]
   return functools.reduce(_first_maximum, shifted)
 
 
