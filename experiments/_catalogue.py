@@ -266,7 +266,7 @@ EXPERIMENTS = {
       "network": "{}",
       "dtype": "{}",
       "batch_size": "batch {}",
-      "meta_share": "clean batch {:g} of it",
+      "meta_share": "M/B = {:g}",
       "platform": "{}",
       "cpus": "{} CPU cores",
     },
