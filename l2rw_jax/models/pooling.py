@@ -11,7 +11,7 @@ def max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
 
   The values of `flax.linen.max_pool`. Written as maxima over shifted slices,
   rows first and then columns, because the gradient of `reduce_window`
-  (select-and-scatter) took 40% of a LeNet step on XLA:CPU and this takes 15%.
+  (select-and-scatter) took 40% of a LeNet step on XLA:CPU.
   Where several inputs tie for the maximum the first one takes the gradient.
   """
   for axis in (1, 2):

@@ -95,17 +95,6 @@ def _train(folder, name, **settings):
   return toy_runs.outcome(folder)
 
 
-def _interrupt(monkeypatch, at):
-  original = batches.BatchSource.next
-
-  def stop(self, step):
-    if step == at:
-      raise KeyboardInterrupt
-    return original(self, step)
-
-  monkeypatch.setattr(batches.BatchSource, "next", stop)
-
-
 @pytest.mark.parametrize(
   ("name", "num_devices"), [("l2rw", 1), ("l2rw", 8), ("adacore", 8)]
 )
@@ -119,7 +108,7 @@ def test_three_steps_a_dispatch_are_three_dispatches(
   _assert_same_but_for_rounding(tmp_path / "three", tmp_path / "one")
   # While the batches of steps 10 to 12 are drawn; the last checkpoint is of step 8.
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    _interrupt(patch, 12)
+    toy_runs.interrupt(patch, 12)
     _train(tmp_path / "run", name, **settings)
   assert _train(tmp_path / "run", name, **settings) == three
   for ours, theirs in zip(

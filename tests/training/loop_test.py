@@ -160,25 +160,13 @@ def test_every_method_runs_and_compiles_once(tmp_path, caplog, monkeypatch, name
     assert result.weights["seen"].sum() == 11 * 8
 
 
-def _interrupt(monkeypatch, at):
-  """Stops runs as Ctrl-C would, before they draw the batch of step `at`."""
-  original = batches.BatchSource.next
-
-  def stop(self, step):
-    if step == at:
-      raise KeyboardInterrupt
-    return original(self, step)
-
-  monkeypatch.setattr(batches.BatchSource, "next", stop)
-
-
 @pytest.mark.parametrize("at", [0, 2, 6])  # Before, between and at the end.
 def test_an_interrupted_resnet_ends_with_the_same_bytes(
   tmp_path, monkeypatch, resnet_run, at
 ):
   monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    _interrupt(patch, at)
+    toy_runs.interrupt(patch, at)
     _train_resnet(tmp_path)
   _train_resnet(tmp_path)
   assert toy_runs.outcome(tmp_path) == toy_runs.outcome(resnet_run)

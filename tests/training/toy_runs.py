@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from l2rw_jax.data import parts
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
+from l2rw_jax.training import batches
 from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import loop
 
@@ -90,3 +91,15 @@ def files(folder: pathlib.Path) -> dict[str, bytes]:
 def outcome(folder: pathlib.Path) -> dict[str, bytes]:
   """`files` without checkpoints, whose files have random names."""
   return {k: v for k, v in files(folder).items() if "checkpoints" not in k}
+
+
+def interrupt(monkeypatch, at: int) -> None:
+  """Stops runs as Ctrl-C would, before they draw the batch of step `at`."""
+  original = batches.BatchSource.next
+
+  def stop(self, step):
+    if step == at:
+      raise KeyboardInterrupt
+    return original(self, step)
+
+  monkeypatch.setattr(batches.BatchSource, "next", stop)
