@@ -179,14 +179,14 @@ class Plan:
     for step in self.steps:
       if step.kind == kind and (refused or not step.refused):
         results = bind(step.eqn, [value_of(known, env) for known in step.inputs])
-        if step.own and kind == Kind.DATA:
+        if step.own:
           for (i, _), nudge in zip(step.found, next(nudges), strict=True):
             results[i] = results[i] + nudge
         env.update(zip(step.outputs, results, strict=True))
 
   def meetings(self) -> list[Step]:
     """The steps where examples meet parameters."""
-    return [step for step in self.steps if step.kind == Kind.DATA and step.own]
+    return [step for step in self.steps if step.own]
 
 
 def trace(

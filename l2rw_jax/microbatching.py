@@ -57,6 +57,8 @@ def in_parts(
 
   Returns:
     A function of the arguments of `linearize`, which returns a `base.Linearized`.
+    Its `directional` is that of `linearize`; losses come from the losses function,
+    gradients from reverse mode.
     Its `batch` must be arrays with a row per example (close over what examples
     share), and so must aux. Call it inside `jit`: outside, every call compiles.
 
@@ -167,6 +169,7 @@ def weighted_gradient(
     losses, pull, aux = jax.vjp(
       lambda leaves: call(fill(leaves), part), leaves, has_aux=True
     )
+    # Times ones, to be as local to devices as the losses are.
     (gradient,) = pull(weights.astype(losses.dtype) * jnp.ones_like(losses))
     added = [t + g.astype(t.dtype) for t, g in zip(total, gradient, strict=True)]
     return added, (losses, aux)

@@ -77,9 +77,3 @@ def test_training_knows_no_method():
   for path in FILES:
     if floor(path) == 5:
       assert not any("/methods/" in other for other in imported(path)), path
-
-
-def test_every_file_is_of_readable_size():
-  for path in FILES:
-    lines = len((REPOSITORY / path).read_text().splitlines())
-    assert lines <= 350, f"{path} has {lines} lines: find it a second room"

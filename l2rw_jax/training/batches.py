@@ -46,7 +46,7 @@ class BatchSource:
 
   Attributes:
     streams: of each run, the rows of its training set.
-    streamed: whether training examples wait on the host.
+    streamed: whether examples wait on the host.
   """
 
   def __init__(
@@ -77,6 +77,7 @@ class BatchSource:
     if needs_meta:
       meta = [examples_dict(split.meta) for split in splits]
       self._meta = residency.store(meta, devices, room - self._train.num_bytes)
+      self.streamed |= not self._meta.num_bytes
 
     def order(run: int, epoch: int) -> np.ndarray:
       rng = stream.generator(config.seeds[run], "order", epoch)

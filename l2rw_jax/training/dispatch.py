@@ -16,8 +16,8 @@ def most(
   Args:
     config: when the host looks, and what it asks for.
     devices: where the steps are taken.
-    streamed: whether each dispatch brings its training examples along. Then it is
-      one step, for devices queue so many dispatches, each with all its examples.
+    streamed: whether each dispatch brings examples along. Then it is one step, for
+      devices queue so many dispatches, each with all its examples.
   """
   if streamed:
     return 1

@@ -78,7 +78,8 @@ def budget(devices: list[jax.Device]) -> int:
 
 def take(examples: base.Batch, rows: base.Array) -> base.Batch:
   """The batch [b, ...] of one run's step on one device; traced."""
-  # The rows were compared with the size of the set when their epoch began.
+  # Rows for training were compared with the size of their set when the epoch began;
+  # the others are made within theirs.
   return {
     name: x.at[rows].get(mode="promise_in_bounds") for name, x in examples.items()
   }

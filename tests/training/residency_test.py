@@ -232,3 +232,16 @@ def test_a_row_that_is_not_there_is_refused(tmp_path, row):
   message = f"`sample` gave row {row} of 40 training examples; rows are 0 to 39"
   with pytest.raises(base.InputError, match=message):
     toy_runs.train(tmp_path, method)
+
+
+@pytest.mark.parametrize("needs_meta", [True, False])
+def test_clean_examples_on_the_host_are_sent_step_by_step(monkeypatch, needs_meta):
+  split = toy_runs.make_splits(num_meta=5)
+  examples = batches.examples_dict(split.train)
+  room = sum(np.asarray(x).nbytes for x in examples.values())
+  monkeypatch.setattr(residency, "budget", lambda devices: room)
+  config = config_lib.Config(num_steps=1, batch_size=8)
+  source = batches.BatchSource(
+    config, [split], lambda *_: np.arange(40), needs_meta, jax.devices()[:1], None
+  )
+  assert source.streamed == needs_meta
