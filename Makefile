@@ -1,6 +1,6 @@
 # Two whole set-ups on a machine that has git, make and a Python >= 3.11:
 #   make demo   trains on real data and shows that it works
-#   make test   runs every test
+#   make test   runs every test, or those named by TESTS="FILE ..."
 # PYTHON=python3.12 make test chooses the interpreter.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -22,7 +22,7 @@ demo: $(DEMO)
 	$(BIN)/python -m experiments.digits_noise
 
 test: $(TEST)
-	$(BIN)/python -m pytest -n 2 --dist=loadfile
+	$(BIN)/python -m pytest -n 2 --dist=loadfile $(TESTS)
 
 lint: $(TEST)
 	$(BIN)/ruff check .

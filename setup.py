@@ -29,6 +29,7 @@ TEST = [
   "pytest>=8",
   "pytest-xdist>=3.6",
   "ruff>=0.12",
+  "setuptools>=77",
 ]
 
 setuptools.setup(
@@ -40,7 +41,8 @@ setuptools.setup(
   author="The l2rw_jax authors",
   license="Apache-2.0",
   license_files=["LICENSE"],
-  packages=setuptools.find_packages(include=["l2rw_jax*", "experiments*"]),
+  # Not `experiments`: a top-level package of that name would hide a user's own.
+  packages=setuptools.find_packages(include=["l2rw_jax*"]),
   package_data={"l2rw_jax": ["py.typed"]},
   python_requires=">=3.11",
   install_requires=[

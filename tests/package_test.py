@@ -2,8 +2,10 @@
 
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -224,3 +226,25 @@ def test_makefile_and_readme_name_the_same_commands():
   )
   for target in re.findall(r"^    make (\w+)", readme, re.MULTILINE):
     assert f"\n{target}:" in makefile
+
+
+def test_the_wheel_installs_the_library_alone(tmp_path):
+  # A top-level package `experiments` would hide that of a user's project.
+  code = (
+    "import sys; from setuptools import build_meta;"
+    "print(build_meta.build_wheel(sys.argv[1]))"
+  )
+  source = tmp_path / "source"
+  source.mkdir()
+  for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    shutil.copy(REPOSITORY / name, source)
+  for name in ("l2rw_jax", "experiments"):
+    shutil.copytree(REPOSITORY / name, source / name)
+  subprocess.run(
+    [sys.executable, "-c", code, tmp_path], check=True, capture_output=True, cwd=source
+  )
+  (wheel,) = tmp_path.glob("*.whl")
+  names = zipfile.ZipFile(wheel).namelist()
+  top_level = {name.split("/")[0] for name in names}
+  assert {name for name in top_level if ".dist-info" not in name} == {"l2rw_jax"}
+  assert "l2rw_jax/py.typed" in names
