@@ -1,6 +1,6 @@
 """Floor 4: the metrics of a run, the same to the byte after a kill and a resume."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import contextlib
 import csv
 import io
@@ -17,6 +17,7 @@ from l2rw_jax import workdir
 
 _JSONL = "metrics.jsonl"
 _CSV = "metrics.csv"
+FILES = (_JSONL, _CSV)
 _TENSORBOARD = "tensorboard"
 _log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class MetricWriter:
     *,
     resume_step: int | None,
     tensorboard: bool = True,
+    history: Sequence[str] | None = None,
   ):
     """Drops the rows that the resumed run is going to write again.
 
@@ -43,6 +45,9 @@ class MetricWriter:
       resume_step: the step of the restored checkpoint; later rows are dropped.
         None starts over: all rows are.
       tensorboard: whether to write TensorBoard events too, under `tensorboard/`.
+      history: the lines to begin with, as `history` of the earlier writer was when
+        the checkpoint was saved: then it does not matter what happened to the file
+        since. None takes them from the file.
 
     Raises:
       InputError: the files cannot be written, or a row other than the last,
@@ -50,12 +55,20 @@ class MetricWriter:
     """
     self._folder = pathlib.Path(folder)
     self._path = self._folder / _JSONL
-    last = -math.inf if resume_step is None else resume_step
-    kept = [line for line, row in _rows(self._path) if row["step"] <= last]
-    workdir.write_text(self._path, "".join(f"{line}\n" for line in kept))
-    self._file = open(self._path, "a", encoding="utf-8", newline="")  # noqa: SIM115
+    if history is None and resume_step is not None:
+      history = [line for line, row in _rows(self._path) if row["step"] <= resume_step]
+    self._history = list(history or ())
+    workdir.write_text(self._path, "".join(f"{line}\n" for line in self._history))
+    # Without a buffer: after a failed write Python would try the rest of a buffer
+    # again whenever the file is closed or collected, and complain of that as well.
+    self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
     first = 0 if resume_step is None else resume_step + 1
     self._events = _open_events(self._folder / _TENSORBOARD, first, tensorboard)
+
+  @property
+  def history(self) -> list[str]:
+    """The lines of `metrics.jsonl` so far, without their newlines."""
+    return list(self._history)
 
   def __enter__(self) -> "MetricWriter":
     return self
@@ -83,14 +96,17 @@ class MetricWriter:
     numbers = {name: float(values[name]) for name in sorted(values)}
     finite = {name: x for name, x in numbers.items() if math.isfinite(x)}
     row = {"step": int(step)} | {name: finite.get(name) for name in numbers}
+    line = json.dumps(row)
     try:
-      self._file.write(json.dumps(row) + "\n")
-      self._file.flush()
+      left = f"{line}\n".encode()
+      while left:
+        left = left[self._file.write(left) :]
     except OSError as error:
       raise base.InputError(
         f"cannot write {self._path}: {error.strerror}."
         " Free some space and run the same command again."
       ) from error
+    self._history.append(line)
     try:
       self._events.write(int(step), finite)
     except OSError as error:

@@ -59,7 +59,7 @@ def test_prepare_makes_the_folder_and_takes_the_same_run_back(tmp_path):
   assert json.loads(written)["widths"] == [3, 4]
   assert workdir.prepare(str(folder), dict(reversed(settings.items()))) == folder
   assert (folder / "settings.json").read_bytes() == written
-  assert [p.name for p in folder.iterdir()] == ["settings.json"]
+  assert sorted(p.name for p in folder.iterdir()) == [".lock", "settings.json"]
 
 
 def test_prepare_names_every_setting_that_differs(tmp_path):
