@@ -9,6 +9,8 @@ import logging
 import math
 import os
 import pathlib
+import socket
+import struct
 import time
 from typing import Any
 
@@ -59,8 +61,6 @@ class MetricWriter:
       history = [line for line, row in _rows(self._path) if row["step"] <= resume_step]
     self._history = list(history or ())
     workdir.write_text(self._path, "".join(f"{line}\n" for line in self._history))
-    # Without a buffer: after a failed write Python would try the rest of a buffer
-    # again whenever the file is closed or collected, and complain of that as well.
     self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
     first = 0 if resume_step is None else resume_step + 1
     self._events = _open_events(self._folder / _TENSORBOARD, first, tensorboard)
@@ -98,9 +98,7 @@ class MetricWriter:
     row = {"step": int(step)} | {name: finite.get(name) for name in numbers}
     line = json.dumps(row)
     try:
-      left = f"{line}\n".encode()
-      while left:
-        left = left[self._file.write(left) :]
+      _append(self._file, f"{line}\n".encode())
     except OSError as error:
       raise base.InputError(
         f"cannot write {self._path}: {error.strerror}."
@@ -177,6 +175,16 @@ def _table(rows: list[dict[str, Any]]) -> str:
   return text.getvalue()
 
 
+def _append(file: io.FileIO, content: bytes) -> None:
+  """Writes all of `content` to a file without a buffer.
+
+  With a buffer Python would try what a full disk refused again whenever the file is
+  closed or collected, and complain of that as well.
+  """
+  while content:
+    content = content[file.write(content) :]
+
+
 class _NoEvents:
   def write(self, step: int, values: Mapping[str, float]) -> None:
     pass
@@ -193,17 +201,21 @@ class _Events(_NoEvents):
   """
 
   def __init__(self, folder: pathlib.Path, first_step: int):
-    from tensorboardX import event_file_writer
+    from tensorboardX import record_writer
     from tensorboardX.proto import event_pb2
     from tensorboardX.proto import summary_pb2
 
     self._event_pb2, self._summary_pb2 = event_pb2, summary_pb2
+    self._checksum = record_writer.masked_crc32c
     folder.mkdir(exist_ok=True)
-    # The name has a resolution of one second: a quick restart must not get the
-    # same one, for the old file would be emptied.
-    self._writer = event_file_writer.EventsWriter(
-      str(folder / "events"), f".{os.getpid()}.{first_step}"
+    # The time has a resolution of one second: a quick restart must not get the same
+    # name, for the old file would be emptied.
+    name = (
+      f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+      f".{os.getpid()}.{first_step}"
     )
+    self._file = open(folder / name, "wb", buffering=0)  # noqa: SIM115
+    self._write_event(0, file_version="brain.Event:2")
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     # TensorBoard forgets what an earlier session wrote from this step on.
     self._write_event(first_step, session_log=start)
@@ -214,13 +226,14 @@ class _Events(_NoEvents):
     self._write_event(step, summary=self._summary_pb2.Summary(value=value))
 
   def _write_event(self, step: int, **content: Any) -> None:
-    self._writer.write_event(
-      self._event_pb2.Event(step=step, wall_time=time.time(), **content)
-    )
-    self._writer.flush()
+    event = self._event_pb2.Event(step=step, wall_time=time.time(), **content)
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    sums = [struct.pack("<I", self._checksum(part)) for part in (length, data)]
+    _append(self._file, length + sums[0] + data + sums[1])
 
   def close(self) -> None:
-    self._writer.close()
+    self._file.close()
 
 
 def _open_events(folder: pathlib.Path, first_step: int, wanted: bool) -> _NoEvents:
