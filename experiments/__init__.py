@@ -1,1 +1,17 @@
-"""One script a table; absl flags live only here."""
+"""Floor 6: the experiments of the papers, as scripts."""
+
+import os
+import sys
+from typing import Any
+
+
+def _on_uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+  """What `_launch` does with an interruption, also while modules are imported."""
+  if not issubclass(kind, KeyboardInterrupt):
+    sys.__excepthook__(kind, error, trace)
+    return
+  print("\ninterrupted; the same command continues.", file=sys.stderr, flush=True)
+  os._exit(130)  # Nothing is open yet that would have to be closed.
+
+
+sys.excepthook = _on_uncaught

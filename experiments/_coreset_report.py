@@ -1,7 +1,6 @@
 """Accuracy against seconds: rows, curves and the figure of `experiments.coreset`."""
 
 from collections.abc import Sequence
-import json
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -58,11 +57,11 @@ def timed(method: base.Method, folder: pathlib.Path) -> base.Method:
   def refresh(state, task, view):
     started = time.perf_counter()
     state = method.refresh(state, task, view)
-    seconds = json.loads(path.read_text()) if path.exists() else {}
+    seconds = workdir.read_record(path) if path.exists() else {}
     # By epoch: an interrupted run selects for its epoch again.
     seconds[str(view.epoch)] = time.perf_counter() - started
     path.parent.mkdir(parents=True, exist_ok=True)
-    workdir.write_json(path, seconds)
+    workdir.write_record(path, seconds)
     return state
 
   return method._replace(refresh=refresh)
@@ -79,7 +78,13 @@ def row(
     result: of the run.
   """
   metrics = result.metrics
-  noted = json.loads((folder / "timing.json").read_text())["evaluations"]
+  timing = workdir.read_record(folder / "timing.json")
+  if timing["untimed_steps"]:
+    raise base.InputError(
+      f"{folder / 'timing.json'} was damaged, and nobody knows how long the first"
+      f" {timing['untimed_steps']} steps took. Delete {folder} to train again."
+    )
+  noted = timing["evaluations"]
   path = folder / f"seed-{metrics['seed']}"
   measured = {
     line["step"]: 100 * line["test/accuracy"]
@@ -89,7 +94,7 @@ def row(
   steps, seconds = (np.array(column) for column in zip(*noted, strict=True))
   curve = Curve(steps, seconds, np.array([measured[step] for step in steps.tolist()]))
   selections = folder / _SELECTIONS
-  spent = json.loads(selections.read_text()) if selections.exists() else {}
+  spent = workdir.read_record(selections) if selections.exists() else {}
   return {
     **facts,
     "accuracy_percent": 100 * metrics["last"]["accuracy"],

@@ -1,9 +1,11 @@
 """What every script shares: flags, one-line errors, the folder of the run."""
 
 from collections.abc import Callable
+import contextlib
 import math
 import os
 import pathlib
+import signal
 import sys
 from typing import Any
 
@@ -42,6 +44,9 @@ _STEPS_PER_DISPATCH = flags.DEFINE_integer(
 _CHECKPOINT_EVERY = flags.DEFINE_integer(
   "checkpoint_every", 1000, "Steps between two checkpoints.", lower_bound=1
 )
+# Flags whose value is the path of a file: its content decides the outcome, wherever
+# it lies.
+_INPUTS = ("mentor", "dump")
 
 
 def data_folders() -> dict[str, str | None]:
@@ -66,7 +71,7 @@ def prepare(
   *more_modules: str,
   **more_settings: Any,
 ) -> pathlib.Path:
-  """Opens the folder of the experiment; refuses one of other settings.
+  """Opens the folder of the experiment; refuses one of other settings or files.
 
   Args:
     name: of the experiment, for the default folder.
@@ -77,10 +82,11 @@ def prepare(
     *more_modules: whose flags decide it too.
     **more_settings: further ones, of flags that are told only when they are given.
   """
-  found = flags_of(module, *more_modules)
-  settings = {k: v for k, v in found.items() if k not in extendable} | more_settings
+  found = flags_of(module, *more_modules) | more_settings
+  inputs = {k: str(found.pop(k)) for k in _INPUTS if found.get(k)}
+  settings = {k: v for k, v in found.items() if k not in (*extendable, *_INPUTS)}
   settings["experiment"] = name
-  return workdir.prepare(_WORKDIR.value or f"runs/{name}", settings)
+  return workdir.prepare(_WORKDIR.value or f"runs/{name}", settings, inputs)
 
 
 def flags_of(*modules: str) -> dict[str, object]:
@@ -95,7 +101,11 @@ def flags_of(*modules: str) -> dict[str, object]:
 
 
 def run(main: Callable[[], None]) -> None:
-  """Parses the flags and calls `main`; mistakes end with one line and status 2."""
+  """Parses the flags and calls `main`; mistakes end with one line and status 2.
+
+  SIGINT, SIGTERM and SIGHUP end with one line and status 130, 143 and 129; a run that
+  is training saves a checkpoint first.
+  """
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   logging.set_verbosity(logging.WARNING)
   _allocator.keep_freed_memory()
@@ -112,10 +122,34 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
       _give_up(f"{error.filename or 'input/output'}: {error.strerror}")
     except KeyboardInterrupt:
-      print("\ninterrupted; the same command continues.", file=sys.stderr)
-      sys.exit(130)
+      _end_by(signal.SIGINT)
+    except _Stopped as stopped:
+      _end_by(stopped.number)
 
+  for number in (signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_DFL:  # `nohup` has SIGHUP ignored.
+      signal.signal(number, _stop)
   app.run(guarded, flags_parser=_parse)
+
+
+class _Stopped(BaseException):
+  """A signal asked the process to end."""
+
+  def __init__(self, number: int):
+    super().__init__(number)
+    self.number = signal.Signals(number)
+
+
+def _stop(number: int, frame: Any) -> None:
+  del frame
+  raise _Stopped(number)
+
+
+def _end_by(number: signal.Signals) -> None:
+  what = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
+  with contextlib.suppress(OSError):  # The terminal may be closed.
+    print(f"\n{what}; the same command continues.", file=sys.stderr, flush=True)
+  sys.exit(128 + number)
 
 
 def _report_unraisable(unraisable: Any) -> None:

@@ -70,15 +70,21 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def save(folder: pathlib.Path, rows: list[dict[str, Any]], flags: dict) -> None:
-  """Writes `results.json` and `results.csv`, one row a run, flags in each row."""
-  workdir.write_json(folder / "results.json", {"flags": flags, "rows": rows})
+  """Writes `results.json` and `results.csv`, one row a run, flags in each row.
+
+  `results.json` carries its own checksum and that of `results.csv`.
+  """
+  everything = {"flags": flags, "rows": rows}
   text = io.StringIO()
   given = " ".join(f"--{k}={_flag_text(v)}" for k, v in flags.items() if v is not None)
   rows = [{**row, "flags": given} for row in rows]
   writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
   writer.writeheader()
   writer.writerows(rows)
-  workdir.write_text(folder / "results.csv", text.getvalue())
+  table_path = folder / "results.csv"
+  workdir.write_text(table_path, text.getvalue())
+  files = {table_path.name: workdir.file_digest(table_path)}
+  workdir.write_record(folder / "results.json", {**everything, "files": files})
 
 
 def _flag_text(value: Any) -> str:

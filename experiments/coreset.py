@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import pathlib
-import tempfile
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -31,6 +30,7 @@ from experiments import _probes
 from experiments import _report
 from l2rw_jax import base
 from l2rw_jax import coreset
+from l2rw_jax import workdir
 from l2rw_jax.data import long_tail
 from l2rw_jax.data import parts
 from l2rw_jax.data import sources
@@ -106,7 +106,7 @@ class Setting(NamedTuple):
 
   def folder(self) -> str:
     """Where its runs are kept."""
-    return f"{self.model}-{self.method}-{self.fraction:g}"
+    return f"{self.model}-{self.method}-{self.fraction}"
 
 
 @functools.cache
@@ -246,9 +246,9 @@ def train(
   if not (own / f"seed-{seed}" / results_lib.RESULTS).exists():
     # What is compiled for the first time here, a selection too, is no part of its
     # seconds.
-    with tempfile.TemporaryDirectory() as scratch:
+    with workdir.scratch(folder) as scratch:
       short = dataclasses.replace(config, num_steps=1)
-      _train(setting, short, method, pathlib.Path(scratch))
+      _train(setting, short, method, scratch)
   result = _train(setting, config, _coreset_report.timed(method, own), own)
   facts = {"dataset": _DATASET.value, "imbalance": _IMBALANCE.value}
   facts |= {**setting._asdict(), "num_train": len(make_split(seed).train.label)}

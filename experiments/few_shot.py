@@ -256,7 +256,7 @@ class Run:
   @property
   def folder(self) -> str:
     """Below that of the experiment."""
-    return f"ood-{self.ood_share:g}/{self.method}/seed-{self.seed}"
+    return f"ood-{self.ood_share}/{self.method}/seed-{self.seed}"
 
 
 def problem_of(run: Run, problem: episodes.Episodes) -> episodes.Episodes:

@@ -100,7 +100,7 @@ class Setting(NamedTuple):
 
   def folder(self) -> str:
     """Where its runs are kept."""
-    return f"{self.network}-rate-{self.learning_rate:g}-decay-{self.weight_decay:g}"
+    return f"{self.network}-rate-{self.learning_rate}-decay-{self.weight_decay}"
 
 
 def make_network(name: str) -> mlp.MLP | lenet.LeNet:
@@ -264,7 +264,7 @@ def main() -> None:
   rows, probed = [], []
   for setting in settings:
     for fraction, own in splits.items():
-      found = train(setting, own, method, folder / f"noise-{fraction:g}")
+      found = train(setting, own, method, folder / f"noise-{fraction}")
       rows += [row(setting, fraction, *run) for run in zip(own, found, strict=True)]
       probed += [result.metrics["probes"] for result in found]
   runs = list(zip(_memorization_report.with_regions(rows), probed, strict=True))

@@ -334,7 +334,7 @@ def main() -> None:
   _noise_report.draw(rows, columns, folder / "figure.png")
   written = ["results.json", "results.csv", "figure.png"]
   for cell in cells:
-    name = f"curve-{cell.noise['fraction']:g}.png"
+    name = f"curve-{cell.noise['fraction']}.png"
     if cell.name == "meta_weight_net" and _noise.draw_curves(
       cell, folder / next(iter(seed_groups())), folder / name
     ):

@@ -1,6 +1,6 @@
 """Floor 4: the metrics of a run, the same to the byte after a kill and a resume."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import contextlib
 import csv
 import io
@@ -9,6 +9,8 @@ import logging
 import math
 import os
 import pathlib
+import socket
+import struct
 import time
 from typing import Any
 
@@ -17,6 +19,7 @@ from l2rw_jax import workdir
 
 _JSONL = "metrics.jsonl"
 _CSV = "metrics.csv"
+FILES = (_JSONL, _CSV)
 _TENSORBOARD = "tensorboard"
 _log = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ class MetricWriter:
     *,
     resume_step: int | None,
     tensorboard: bool = True,
+    history: Sequence[str] | None = None,
   ):
     """Drops the rows that the resumed run is going to write again.
 
@@ -43,6 +47,9 @@ class MetricWriter:
       resume_step: the step of the restored checkpoint; later rows are dropped.
         None starts over: all rows are.
       tensorboard: whether to write TensorBoard events too, under `tensorboard/`.
+      history: the lines to begin with, as `history` of the earlier writer was when
+        the checkpoint was saved: then it does not matter what happened to the file
+        since. None takes them from the file.
 
     Raises:
       InputError: the files cannot be written, or a row other than the last,
@@ -50,12 +57,18 @@ class MetricWriter:
     """
     self._folder = pathlib.Path(folder)
     self._path = self._folder / _JSONL
-    last = -math.inf if resume_step is None else resume_step
-    kept = [line for line, row in _rows(self._path) if row["step"] <= last]
-    workdir.write_text(self._path, "".join(f"{line}\n" for line in kept))
-    self._file = open(self._path, "a", encoding="utf-8", newline="")  # noqa: SIM115
+    if history is None and resume_step is not None:
+      history = [line for line, row in _rows(self._path) if row["step"] <= resume_step]
+    self._history = list(history or ())
+    workdir.write_text(self._path, "".join(f"{line}\n" for line in self._history))
+    self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
     first = 0 if resume_step is None else resume_step + 1
     self._events = _open_events(self._folder / _TENSORBOARD, first, tensorboard)
+
+  @property
+  def history(self) -> list[str]:
+    """The lines of `metrics.jsonl` so far, without their newlines."""
+    return list(self._history)
 
   def __enter__(self) -> "MetricWriter":
     return self
@@ -83,14 +96,15 @@ class MetricWriter:
     numbers = {name: float(values[name]) for name in sorted(values)}
     finite = {name: x for name, x in numbers.items() if math.isfinite(x)}
     row = {"step": int(step)} | {name: finite.get(name) for name in numbers}
+    line = json.dumps(row)
     try:
-      self._file.write(json.dumps(row) + "\n")
-      self._file.flush()
+      _append(self._file, f"{line}\n".encode())
     except OSError as error:
       raise base.InputError(
         f"cannot write {self._path}: {error.strerror}."
         " Free some space and run the same command again."
       ) from error
+    self._history.append(line)
     try:
       self._events.write(int(step), finite)
     except OSError as error:
@@ -161,6 +175,16 @@ def _table(rows: list[dict[str, Any]]) -> str:
   return text.getvalue()
 
 
+def _append(file: io.FileIO, content: bytes) -> None:
+  """Writes all of `content` to a file without a buffer.
+
+  With a buffer Python would try what a full disk refused again whenever the file is
+  closed or collected, and complain of that as well.
+  """
+  while content:
+    content = content[file.write(content) :]
+
+
 class _NoEvents:
   def write(self, step: int, values: Mapping[str, float]) -> None:
     pass
@@ -177,17 +201,21 @@ class _Events(_NoEvents):
   """
 
   def __init__(self, folder: pathlib.Path, first_step: int):
-    from tensorboardX import event_file_writer
+    from tensorboardX import record_writer
     from tensorboardX.proto import event_pb2
     from tensorboardX.proto import summary_pb2
 
     self._event_pb2, self._summary_pb2 = event_pb2, summary_pb2
+    self._checksum = record_writer.masked_crc32c
     folder.mkdir(exist_ok=True)
-    # The name has a resolution of one second: a quick restart must not get the
-    # same one, for the old file would be emptied.
-    self._writer = event_file_writer.EventsWriter(
-      str(folder / "events"), f".{os.getpid()}.{first_step}"
+    # The time has a resolution of one second: a quick restart must not get the same
+    # name, for the old file would be emptied.
+    name = (
+      f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+      f".{os.getpid()}.{first_step}"
     )
+    self._file = open(folder / name, "wb", buffering=0)  # noqa: SIM115
+    self._write_event(0, file_version="brain.Event:2")
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     # TensorBoard forgets what an earlier session wrote from this step on.
     self._write_event(first_step, session_log=start)
@@ -198,13 +226,14 @@ class _Events(_NoEvents):
     self._write_event(step, summary=self._summary_pb2.Summary(value=value))
 
   def _write_event(self, step: int, **content: Any) -> None:
-    self._writer.write_event(
-      self._event_pb2.Event(step=step, wall_time=time.time(), **content)
-    )
-    self._writer.flush()
+    event = self._event_pb2.Event(step=step, wall_time=time.time(), **content)
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    sums = [struct.pack("<I", self._checksum(part)) for part in (length, data)]
+    _append(self._file, length + sums[0] + data + sums[1])
 
   def close(self) -> None:
-    self._writer.close()
+    self._file.close()
 
 
 def _open_events(folder: pathlib.Path, first_step: int, wanted: bool) -> _NoEvents:

@@ -2,7 +2,9 @@ import errno
 import json
 import pathlib
 import shutil
+import socket
 import subprocess
+import sys
 import tempfile
 
 import jax
@@ -59,7 +61,7 @@ def test_prepare_makes_the_folder_and_takes_the_same_run_back(tmp_path):
   assert json.loads(written)["widths"] == [3, 4]
   assert workdir.prepare(str(folder), dict(reversed(settings.items()))) == folder
   assert (folder / "settings.json").read_bytes() == written
-  assert [p.name for p in folder.iterdir()] == ["settings.json"]
+  assert sorted(p.name for p in folder.iterdir()) == [".lock", "settings.json"]
 
 
 def test_prepare_names_every_setting_that_differs(tmp_path):
@@ -148,3 +150,106 @@ def test_run_info_tells_the_commit(tmp_path, monkeypatch):
 def test_run_info_does_without_git(monkeypatch):
   monkeypatch.setenv("PATH", "")
   assert workdir.run_info()["commit"] == "unknown"
+
+
+def test_records_carry_their_checksum(tmp_path):
+  path = tmp_path / "a.json"
+  value = {"b": [1, 0.1, None], "a": {"é": "x"}}
+  workdir.write_record(path, value)
+  assert workdir.read_record(path) == value
+  content = path.read_bytes()
+  for damaged in (
+    content.replace(b"0.1", b"0.2"),
+    content[:-9],
+    b"",
+    b"[1]",
+    b"{}",
+    b"[" * 100_000,
+  ):
+    path.write_bytes(damaged)
+    with pytest.raises(base.InputError, match=r"a\.json (is damaged|has no checksum)"):
+      workdir.read_record(path)
+  path.unlink()
+  with pytest.raises(base.InputError, match=r"a\.json cannot be read"):
+    workdir.read_record(path)
+
+
+def test_an_input_may_be_added_but_not_exchanged(tmp_path):
+  first, second = tmp_path / "first", tmp_path / "second"
+  first.write_text("1")
+  second.write_text("2")
+  run = tmp_path / "run"
+  workdir.prepare(run, {"a": 1})
+  workdir.prepare(run, {"a": 1}, {"mentor": str(first)})
+  workdir.prepare(run, {"a": 1})
+  with pytest.raises(base.InputError, match="the content of --mentor was") as caught:
+    workdir.prepare(run, {"a": 1}, {"mentor": str(second)})
+  assert "\n" not in str(caught.value)
+  moved = first.rename(tmp_path / "moved")
+  workdir.prepare(run, {"a": 1}, {"mentor": str(moved)})
+  inside = workdir.settings_of(run / "x" / "seed-0")
+  assert inside == {"a": 1, "inputs": {"mentor": workdir.file_digest(moved)}}
+  assert workdir.settings_of(tmp_path / "elsewhere") == {}
+  with pytest.raises(base.InputError, match="cannot be read"):
+    workdir.prepare(run, {"a": 1}, {"mentor": str(first)})
+
+
+@pytest.mark.parametrize("trace", ["seed-0/results.json", "x/checkpoints/5/data"])
+def test_results_without_settings_are_refused(tmp_path, trace):
+  workdir.prepare(tmp_path, {"a": 1})
+  (tmp_path / trace).parent.mkdir(parents=True)
+  (tmp_path / trace).write_text("")
+  workdir.prepare(tmp_path, {"a": 1})
+  (tmp_path / "settings.json").unlink()
+  with pytest.raises(base.InputError, match=r"settings\.json is missing"):
+    workdir.prepare(tmp_path, {"a": 1})
+  (tmp_path / "settings.json").write_text('{"a": 1}')
+  with pytest.raises(base.InputError, match="an earlier version"):
+    workdir.prepare(tmp_path, {"a": 1})
+
+
+_HOLD = """
+import sys
+from l2rw_jax import workdir
+workdir.prepare(sys.argv[1], {})
+print("here", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time(tmp_path):
+  run = tmp_path / "run"
+  held = subprocess.Popen(
+    [sys.executable, "-c", _HOLD, run],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+    cwd=pathlib.Path(__file__).parent.parent,
+  )
+  try:
+    assert held.stdout.readline() == "here\n"
+    for use in (lambda: workdir.prepare(run, {}), lambda: _enter(run)):
+      with pytest.raises(base.InputError, match="another process") as caught:
+        use()
+      assert f"(host {socket.gethostname()}, pid {held.pid}) runs here" in str(
+        caught.value
+      )
+      assert "\n" not in str(caught.value)
+  finally:
+    held.kill()
+    held.communicate()
+  for stale in (".a.json.1.tmp", ".scratch-x/big", "seed-0/.b.csv.22.tmp"):
+    (run / stale).parent.mkdir(exist_ok=True)
+    (run / stale).write_text("")
+  (run / "notes.tmp").write_text("")
+  _enter(run)
+  assert {p.name for p in run.iterdir()} == {"settings.json", "seed-0", "notes.tmp"}
+  assert not list((run / "seed-0").iterdir())
+  workdir.prepare(run, {})
+  workdir.prepare(run, {})
+  _enter(run / "seed-0")
+
+
+def _enter(folder):
+  with workdir.locked(folder):
+    pass

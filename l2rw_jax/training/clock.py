@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
-import json
 import pathlib
 import time
 
+from absl import logging
+
+from l2rw_jax import base
 from l2rw_jax import workdir
 
 # Steps at which it was written that are kept, more than there are checkpoints.
@@ -22,14 +24,19 @@ class Clock:
   """
 
   def __init__(
-    self, seconds: float = 0.0, evaluations: Sequence[tuple[int, float]] = ()
+    self,
+    seconds: float = 0.0,
+    evaluations: Sequence[tuple[int, float]] = (),
+    untimed_steps: int = 0,
   ):
     """Stopped, at what an earlier process had reached.
 
     Args:
       seconds: of training so far.
       evaluations: (step, seconds) of each so far.
+      untimed_steps: how many of the steps so far took nobody knows how long.
     """
+    self._untimed_steps = untimed_steps
     self._seconds = seconds
     self._started: float | None = None
     self._evaluations = list(evaluations)
@@ -37,13 +44,26 @@ class Clock:
 
   @classmethod
   def restore(cls, path: pathlib.Path, step: int) -> "Clock":
-    """The clock of a run that goes on from `step`; a new one if there is no file."""
-    if not step or not path.exists():
+    """The clock of a run that goes on from `step`.
+
+    Args:
+      path: of the file that `write` wrote.
+      step: updates done; 0 for a new clock.
+
+    Returns:
+      The clock. Where the file is missing or damaged it begins at 0 and a warning
+      says so, for nothing else of the run depends on it.
+    """
+    if not step:
       return cls()
-    kept = json.loads(path.read_text())
+    try:
+      kept = workdir.read_record(path)
+    except base.InputError as error:
+      logging.warning("%s The %d steps before count as 0 seconds.", error, step)
+      return cls(untimed_steps=step)
     then = [(at, seconds) for at, seconds in kept["evaluations"] if at <= step]
     last = then[-1][1] if then else 0.0
-    return cls(kept["saved"].get(str(step), last), then)
+    return cls(kept["saved"].get(str(step), last), then, kept["untimed_steps"])
 
   def write(
     self, path: pathlib.Path, step: int, facts: Mapping[str, int] | None = None
@@ -56,11 +76,12 @@ class Clock:
       facts: further entries, on which the speed depends.
     """
     self._saved = {**self._saved, str(step): self.read()}
-    workdir.write_json(
+    workdir.write_record(
       path,
       {
         "seconds": self.read(),
         "steps": step,
+        "untimed_steps": self._untimed_steps,
         "evaluations": self._evaluations,
         "saved": dict(list(self._saved.items())[-_SAVED:]),
         **(facts or {}),

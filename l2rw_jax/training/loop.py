@@ -7,8 +7,10 @@
     folder/seed-S/results.json  written last: a finished run is not repeated
 
 The same call continues an interrupted run and ends with the same bytes in these
-files (but for the seconds) as an uninterrupted one, on the same number of devices
-and with as many steps a dispatch.
+files (but for the seconds) as an uninterrupted one, with as many steps a dispatch.
+Checkpoints and results say what the run's numbers depend on: settings, data and, for
+a run that is not finished, versions and devices. A run of anything else is refused.
+SIGINT, SIGTERM and SIGHUP save a checkpoint first.
 """
 
 from collections.abc import Sequence
@@ -34,6 +36,8 @@ from l2rw_jax.training import devices as devices_lib
 from l2rw_jax.training import dispatch
 from l2rw_jax.training import evaluation
 from l2rw_jax.training import failures
+from l2rw_jax.training import identity
+from l2rw_jax.training import interruption
 from l2rw_jax.training import progress
 from l2rw_jax.training import results
 from l2rw_jax.training import step as step_lib
@@ -62,7 +66,8 @@ def train(
     method: turns batches into gradients.
     optimizer: takes them.
     splits: the data of each seed; all of one size.
-    folder: where everything is kept. Must belong to these very settings.
+    folder: where everything is kept. The model, the method and the optimizer must be
+      those that it was made with.
     evaluators: what to measure on the test set; one of them must tell `accuracy`.
     name: for the progress bar and messages.
     probes: what to measure of the run itself, at the start and at every evaluation.
@@ -73,22 +78,60 @@ def train(
   Raises:
     InputError: settings and data do not fit each other; losses or gradients
       became NaN or infinite (the last good state is in the checkpoint); a file
-      could not be written.
+      could not be written; `folder` holds a run of other settings, data, versions or
+      devices; another process works in it; JAX runs in several processes.
+    KeyboardInterrupt: a signal asked the run to stop; its checkpoint is saved.
   """
+  if jax.process_count() > 1:
+    raise base.InputError(
+      f"JAX runs in {jax.process_count()} processes, and training in more than one is"
+      " not supported: start a single process, without jax.distributed.initialize."
+    )
   folders = [folder / f"seed-{seed}" for seed in config.seeds]
-  if not all((f / results.RESULTS).exists() for f in folders):
+  identities = identity.of_runs(config, splits, folder)
+  if not _is_finished(folder, folders, identities):
     config_lib.check(config, method, splits)
     model.check(batches_lib.examples_dict(splits[0].test), splits[0].num_classes)
-    with contextlib.ExitStack() as files:
-      run = _Run(config, model, method, optimizer, splits, folder, name, files)
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise base.InputError(f"cannot write {folder}: {error.strerror}") from error
+    with workdir.locked(folder), contextlib.ExitStack() as files:
+      run = _Run(
+        config, model, method, optimizer, splits, folder, name, files, identities
+      )
       run.finish(evaluators, probes)
   return [results.read(f) for f in folders]
+
+
+def _is_finished(folder, folders, identities):
+  """Whether all results are there and whole; raises if they are of other runs."""
+  wrong = []
+  for own, expected in zip(folders, identities, strict=True):
+    path = own / results.RESULTS
+    if not path.exists():
+      return False
+    damage = results.damage(own)
+    if damage:
+      wrong.append(damage)
+    else:
+      identity.check_run(workdir.read_record(path).get("identity"), expected, path)
+  try:
+    workdir.read_record(folder / _TIMING)
+  except base.InputError as error:
+    wrong.append(str(error))
+  for damage in wrong:
+    logging.warning("%s It is made again from the last checkpoint.", damage)
+  return not wrong
 
 
 class _Run:
   """R runs in progress: device state, host state and open files."""
 
-  def __init__(self, config, model, method, optimizer, splits, folder, name, files):
+  def __init__(
+    self, config, model, method, optimizer, splits, folder, name, files, identities
+  ):
+    self.identities = identities
     self.config, self.model, self.method = config, model, method
     self.optimizer, self.splits = optimizer, splits
     self.folder, self.name = folder, name
@@ -98,6 +141,8 @@ class _Run:
     counts = [splits_lib.class_counts(s.train, s.num_classes) for s in splits]
     self.class_counts = jnp.asarray(np.stack(counts), jnp.int32)
     self.pending: list[tuple[list[batches_lib.Rows], step_lib.StepOutput]] = []
+    # Metrics [R, K] by name, of steps flushed before their row was due.
+    self.window: dict[str, np.ndarray] = {}
     self.dispatched: set[int] = set()  # Lengths that are compiled.
     self.writers: list[metric_writer.MetricWriter] = []
     self.init_fn, self.steps_fn = compilation.functions(
@@ -123,11 +168,17 @@ class _Run:
   def _restore_or_init(self):
     state = self.init_fn(self._keys(0), self.class_counts, self._first_examples())
     log = weight_log.WeightLog.empty(self.num_runs, self._num_examples())
-    step, positions = None, None
+    step, positions, histories = None, None, [None] * self.num_runs
     restored = self.checkpointer.restore_latest((state, log))
     if restored is not None:
       (state, log), step = restored.state, restored.step
+      self._check_identity(restored)
       positions = [stream.Position(*p) for p in restored.host["positions"]]
+      histories = restored.host["metrics"]
+      self.window = {
+        name: np.asarray(column["values"]).astype(jnp.dtype(column["dtype"]))
+        for name, column in restored.host["window"].items()
+      }
       logging.info("%s: continuing from step %d", self.name, step)
     self.step, self.saved_step = step or 0, -1 if step is None else step
     self.clock = clock_lib.Clock.restore(self.folder / _TIMING, self.step)
@@ -144,10 +195,19 @@ class _Run:
     # It knows this run, and this run it: the examples on the devices would stay
     # there until someone looks for cycles.
     self.files.callback(setattr, self, "source", None)
-    for folder in self.folders:
+    for folder, history in zip(self.folders, histories, strict=True):
       folder.mkdir(parents=True, exist_ok=True)
-      writer = metric_writer.MetricWriter(folder, resume_step=step)
+      writer = metric_writer.MetricWriter(folder, resume_step=step, history=history)
       self.writers.append(self.files.enter_context(writer))
+
+  def _check_identity(self, restored: checkpointing.Restored) -> None:
+    place, host = self.folder / "checkpoints", restored.host
+    kept = host.get("identity", [None] * self.num_runs)
+    for old, new in zip(kept, self.identities, strict=True):
+      identity.check_run(old, new, place)
+    if restored.step < self.config.num_steps:
+      made_by = identity.made_by(len(self.devices))
+      identity.check_made_by(host.get("made_by"), made_by, place)
 
   def _keys(self, purpose: int) -> base.Array:
     keys = [jax.random.key(seed) for seed in self.config.seeds]
@@ -221,13 +281,18 @@ class _Run:
       self._measure((), probes)
     with progress.bar(self.config.num_steps, self.step, self.name) as bar:
       self.clock.start()
-      while self.step < self.config.num_steps:
-        self._refresh()
-        count = dispatch.length(self.config, self.step, self.most, self._epoch())
-        rows = [self.source.next(self.step + k) for k in range(count)]
-        self._take_steps(rows, self.source.load(rows))
-        bar.update(count)
-        self._after_steps(bar, evaluators, probes)
+      with interruption.deferred() as signals:
+        while self.step < self.config.num_steps and not signals:
+          self._refresh()
+          count = dispatch.length(self.config, self.step, self.most, self._epoch())
+          rows = [self.source.next(self.step + k) for k in range(count)]
+          self._take_steps(rows, self.source.load(rows))
+          bar.update(count)
+          self._after_steps(bar, evaluators, probes)
+        if signals:
+          self._save_between_looks()
+    if self.step < self.config.num_steps:  # The signal's handler has returned.
+      raise KeyboardInterrupt
     self._write_results()
     self._write_seconds()
 
@@ -257,25 +322,38 @@ class _Run:
       if due(config.checkpoint_every):
         self._save()
 
-  def _flush(self, bar):
-    """Brings the steps since the last flush to the host: the only waiting."""
+  def _save_between_looks(self):
+    """Saves a checkpoint at a step where none is due; later rows do not change."""
+    with self.clock.stopped():
+      self._fetch()
+      if self.step > self.saved_step:
+        self._save()
+
+  def _fetch(self):
+    """Brings the steps since the last fetch to the host: the only waiting."""
+    self._raise_on_failure()
+    if not self.pending:
+      return
     dispatches, outputs = zip(*self.pending, strict=True)
     self.pending = []
     outputs = jax.device_get(outputs)
-    self._raise_on_failure()
     for steps, output in zip(dispatches, outputs, strict=True):
       weights = devices_lib.unshard(output.weights)  # [R, K, B]
       for k, rows in enumerate(steps):
         self.log.add(rows.train, weights[:, k])
+    for name in outputs[0].metrics:
+      before = [self.window[name]] if name in self.window else []
+      columns = [output.metrics[name][0] for output in outputs]
+      self.window[name] = np.concatenate([*before, *columns], axis=1)
+
+  def _flush(self, bar):
+    """Writes a row of the means over the steps since the last row."""
+    self._fetch()
     for run, writer in enumerate(self.writers):
-      means = {
-        f"train/{name}": _mean(
-          np.concatenate([o.metrics[name][0, run] for o in outputs])
-        )
-        for name in outputs[0].metrics
-      }
+      means = {f"train/{name}": _mean(x[run]) for name, x in self.window.items()}
       writer.write(self.step, means)
-    bar.set_postfix(loss=f"{_mean(outputs[-1].metrics['loss'][0, :, -1]):.3f}")
+    bar.set_postfix(loss=f"{_mean(self.window['loss'][:, -1]):.3f}")
+    self.window = {}
 
   def _raise_on_failure(self):
     failure = jax.device_get(devices_lib.unreplicate(self.state.failure))
@@ -324,7 +402,17 @@ class _Run:
     positions = [list(p) for p in self.source.positions()]
     # First, so that no checkpoint is there whose seconds are not.
     self._write_seconds()
-    self.checkpointer.save(self.step, (state, self.log), {"positions": positions})
+    host = {
+      "positions": positions,
+      "metrics": [writer.history for writer in self.writers],
+      "window": {
+        name: {"dtype": str(x.dtype), "values": x.astype(np.float64).tolist()}
+        for name, x in self.window.items()
+      },
+      "identity": self.identities,
+      "made_by": identity.made_by(len(self.devices)),
+    }
+    self.checkpointer.save(self.step, (state, self.log), host)
     self.saved_step = self.step
 
   def _write_seconds(self):
@@ -337,7 +425,13 @@ class _Run:
     ):
       self.writers[run].close()
       params = jax.device_get(self._of_run(run)[0].params)
-      facts = {"seed": seed, "num_steps": self.step, **workdir.run_info()}
+      facts = {
+        "seed": seed,
+        "num_steps": self.step,
+        "num_devices": len(self.devices),
+        "identity": self.identities[run],
+        **workdir.run_info(),
+      }
       results.write(folder, params, self.log, run, self.splits[run], facts)
 
 

@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import io
-import json
 import math
 import pathlib
 from typing import Any, NamedTuple
@@ -19,13 +18,15 @@ from l2rw_jax.training import weight_log
 
 RESULTS = "results.json"
 _WEIGHTS = "weights.csv"
+_FILES = "files"
 
 
 class Result(NamedTuple):
   """One finished run.
 
   Attributes:
-    metrics: the content of `results.json`.
+    metrics: the content of `results.json` without its checksum: "identity" is what
+      decided the run's numbers, "files" the checksums of its other files.
     weights: the columns of `weights.csv`, arrays [N] by name: index,
       source_index, label, true_label, mean_weight, last_weight (in units of the
       uniform weight), seen, rejected (batches). Where an example has several
@@ -71,21 +72,53 @@ def write(
   writer.writerows(zip(*(c.tolist() for c in columns.values()), strict=True))
   workdir.write_text(folder / _WEIGHTS, text.getvalue())
   rows = metric_writer.read(folder)
+  tables = (_WEIGHTS, *metric_writer.FILES)
   results = {
     **facts,
     "data": split.fingerprint,
     "params_sha256": _sha256(params),
     **_last_and_best(rows),
     **_probes(rows),
+    _FILES: {name: workdir.file_digest(folder / name) for name in tables},
   }
-  workdir.write_json(folder / RESULTS, results)
+  workdir.write_record(folder / RESULTS, results)
+
+
+def damage(folder: pathlib.Path) -> str:
+  """What is wrong with the files of a finished run, in a sentence; "" if nothing.
+
+  Args:
+    folder: of the run, with its `results.json`.
+  """
+  try:
+    expected = workdir.read_record(folder / RESULTS).get(_FILES, {})
+    for name, digest in expected.items():
+      if workdir.file_digest(folder / name) != digest:
+        return f"{folder / name} is damaged (its checksum does not match)."
+  except base.InputError as error:
+    return str(error)
+  return ""
 
 
 def read(folder: pathlib.Path) -> Result:
-  """Reads a finished run back."""
+  """Reads a finished run back.
+
+  Args:
+    folder: of the run.
+
+  Returns:
+    The run.
+
+  Raises:
+    InputError: a file of the run is missing or damaged.
+  """
+  wrong = damage(folder)
+  if wrong:
+    raise base.InputError(wrong)
   table = np.genfromtxt(folder / _WEIGHTS, delimiter=",", names=True)
+  table = np.atleast_1d(table)  # A training set of one example.
   weights = {name: table[name] for name in table.dtype.names or ()}
-  return Result(json.loads((folder / RESULTS).read_text()), weights)
+  return Result(workdir.read_record(folder / RESULTS), weights)
 
 
 def _last_and_best(rows: list[dict[str, Any]]) -> dict[str, Any]:

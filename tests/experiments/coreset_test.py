@@ -1,7 +1,6 @@
 """The coreset experiment on digits: curves, equal seconds, every mistake."""
 
 import csv
-import json
 import time
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import scripts
 
 from experiments import _coreset_report
+from l2rw_jax import workdir
 from l2rw_jax.methods import adacore
 from l2rw_jax.methods import baselines
 
@@ -145,7 +145,7 @@ def test_selections_are_timed_by_epoch(tmp_path):
   timed = _coreset_report.timed(method, tmp_path / "run")
   assert timed.refresh(1, None, View) == 2
   timed.refresh(1, None, View)  # after an interruption: not twice
-  seconds = json.loads((tmp_path / "run" / "selections.json").read_text())
+  seconds = workdir.read_record(tmp_path / "run" / "selections.json")
   assert list(seconds) == ["3"] and 0.01 <= seconds["3"] < 10
   uniform = baselines.uniform()
   assert _coreset_report.timed(uniform, tmp_path) is uniform

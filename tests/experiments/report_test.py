@@ -1,7 +1,6 @@
 """Intervals and tables of results, by hand."""
 
 import csv
-import json
 import math
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 from scipy import stats
 
 from experiments import _report
+from l2rw_jax import workdir
 
 
 @pytest.mark.parametrize("values", [[1.0, 2.0], [3.5, 4.5, 4.0, 10.0, -2.0]])
@@ -44,9 +44,10 @@ def test_saved_rows_carry_the_flags(tmp_path):
   flags = {"steps": 3, "methods": ["a", "b"], "meta": None}
   rows = [{"method": "a, really", "score": 0.1}, {"method": "b", "score": None}]
   _report.save(tmp_path, rows, flags)
-  assert json.loads((tmp_path / "results.json").read_text()) == {
+  assert workdir.read_record(tmp_path / "results.json") == {
     "flags": flags,
     "rows": rows,
+    "files": {"results.csv": workdir.file_digest(tmp_path / "results.csv")},
   }
   with open(tmp_path / "results.csv", newline="") as file:
     read = list(csv.DictReader(file))

@@ -134,8 +134,9 @@ def assert_one_line(outcome: Outcome, message: str) -> None:
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
-  """Every file below a folder."""
-  return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+  """Every file below a folder but locks, which name the last process."""
+  files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock")
+  return {str(p): p.read_bytes() for p in files}
 
 
 def table(printed: str) -> list[list[str]]:

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import functools
-import json
 import math
 
 import jax
@@ -20,6 +19,7 @@ from benchmarks import _steps
 from benchmarks import _turns
 from l2rw_jax import base
 from l2rw_jax import linearization
+from l2rw_jax import workdir
 from l2rw_jax.methods import l2rw
 from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.models import classifier
@@ -118,9 +118,9 @@ _MISTAKES = {
 @pytest.fixture(scope="module")
 def outcomes(folder, tmp_path_factory):
   elsewhere = tmp_path_factory.mktemp("elsewhere")
-  settings = json.loads((folder / "settings.json").read_text())
+  settings = workdir.read_record(folder / "settings.json")
   settings["device_kind"] = "abacus"
-  (elsewhere / "settings.json").write_text(json.dumps(settings))
+  workdir.write_record(elsewhere / "settings.json", settings)
   return scripts.run_mistakes(
     *("benchmarks.step_time", _MISTAKES, tmp_path_factory.mktemp("mistakes"), *_FLAGS),
     kept=folder,

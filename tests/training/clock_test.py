@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from l2rw_jax import workdir
 from l2rw_jax.training import clock as clock_lib
 
 
@@ -48,9 +49,10 @@ def test_a_resumed_clock_goes_on_from_its_file(now, tmp_path):
   now(1)
   resumed.note(30)
   resumed.write(path, 30, {"steps_per_dispatch": 2})
-  assert json.loads(path.read_text()) == {
+  assert workdir.read_record(path) == {
     "seconds": 5,
     "steps": 30,
+    "untimed_steps": 0,
     "evaluations": [[10, 2], [20, 4], [30, 5]],
     "saved": {"30": 5},
     "steps_per_dispatch": 2,

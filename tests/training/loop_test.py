@@ -1,6 +1,5 @@
 """Whole runs of `loop.train`, tiny: every method, device and run gets its due."""
 
-import json
 import logging
 
 from flax import linen as nn
@@ -200,7 +199,7 @@ def resnet_run(tmp_path_factory):
 def test_what_results_json_and_the_tables_say(tmp_path):
   (result,) = toy_runs.train(tmp_path, _METHODS["l2rw"])
   folder = tmp_path / "seed-0"
-  metrics = json.loads((folder / "results.json").read_text())
+  metrics = workdir.read_record(folder / "results.json")
   assert metrics == result.metrics
   assert metrics["data"] == "fingerprint-0"
   assert len(metrics["params_sha256"]) == 64

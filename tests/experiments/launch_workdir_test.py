@@ -1,0 +1,79 @@
+"""The folder of an experiment knows the files that its flags name."""
+
+import ast
+import pathlib
+
+from absl import flags
+from absl.testing import flagsaver
+import pytest
+
+from experiments import _launch
+from experiments import _methods
+from l2rw_jax import base
+
+_EXPERIMENTS = pathlib.Path(_launch.__file__).parent
+_SUFFIXES = (".png", ".json", ".npz", ".txt", ".csv")
+
+
+@pytest.fixture(autouse=True)
+def parsed():
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+
+
+def _prepare(folder, mentor):
+  with flagsaver.flagsaver(workdir=str(folder), mentor=mentor):
+    return _launch.prepare("noise", _methods.__name__, ("mentor",))
+
+
+def test_a_mentor_may_be_added_but_not_swapped(tmp_path):
+  paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
+  for path in paths:
+    with open(path, "w", encoding="utf-8") as file:
+      file.write(path)
+  run = tmp_path / "run"
+  _prepare(run, None)
+  _prepare(run, paths[0])
+  _prepare(run, None)
+  with pytest.raises(base.InputError, match="the content of --mentor was"):
+    _prepare(run, paths[1])
+  with open(paths[0], "a", encoding="utf-8") as file:
+    file.write(" ")
+  with pytest.raises(base.InputError, match="the content of --mentor was"):
+    _prepare(run, paths[0])
+  with pytest.raises(base.InputError, match="cannot be read"):
+    _prepare(run, str(tmp_path / "none.json"))
+
+
+def _rounds(text):
+  """Whether an f-string gives two numbers one name."""
+  values = [v for v in text.values if isinstance(v, ast.FormattedValue)]
+  specs = [ast.unparse(v.format_spec) for v in values if v.format_spec]
+  return any(not spec.strip("f'").endswith("d") for spec in specs)
+
+
+def _names_of_files(tree):
+  """f-strings in functions called `folder`, after `/`, or with a suffix."""
+  for node in ast.walk(tree):
+    if isinstance(node, ast.FunctionDef) and node.name == "folder":
+      yield from (n for n in ast.walk(node) if isinstance(n, ast.JoinedStr))
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+      yield from (n for n in ast.walk(node) if isinstance(n, ast.JoinedStr))
+    if isinstance(node, ast.JoinedStr) and _last(node).endswith(_SUFFIXES):
+      yield node
+
+
+def _last(text):
+  end = text.values[-1]
+  return str(end.value) if isinstance(end, ast.Constant) else ""
+
+
+def test_names_of_files_do_not_round():
+  for path in _EXPERIMENTS.glob("*.py"):
+    for name in _names_of_files(ast.parse(path.read_text(encoding="utf-8"))):
+      assert not _rounds(name), f"{path.name}: {ast.unparse(name)}"
+
+
+def test_the_rule_sees_rounded_names():
+  text = 'def folder(x):\n  return f"a-{x:g}"\ny / f"{x:.3f}"\nz = f"{x:g}.png"'
+  assert sum(map(_rounds, _names_of_files(ast.parse(text)))) == 3

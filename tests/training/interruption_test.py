@@ -1,0 +1,64 @@
+"""Signals: a checkpoint at once, and afterwards the same bytes."""
+
+import os
+import signal
+
+import pytest
+import toy_runs
+
+from l2rw_jax import workdir
+from l2rw_jax.methods import baselines
+from l2rw_jax.training import batches
+from l2rw_jax.training import interruption
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+class _Ended(Exception):
+  pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_a_checkpoint_between_looks(tmp_path, monkeypatch, number):
+  monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
+  method = baselines.uniform()
+  looks = {"log_every": 5, "eval_every": 7, "steps_per_dispatch": 1}
+  whole, folder = tmp_path / "whole", tmp_path / "run"
+  toy_runs.train(whole, method, **looks)
+
+  def end(*_):
+    raise _Ended
+
+  original = batches.BatchSource.next
+
+  def interrupted(self, step):
+    if step == 2:
+      os.kill(os.getpid(), number)
+    return original(self, step)
+
+  before = signal.signal(number, end)
+  try:
+    with monkeypatch.context() as patch, pytest.raises(_Ended):
+      patch.setattr(batches.BatchSource, "next", interrupted)
+      toy_runs.train(folder, method, **looks)
+    assert signal.getsignal(number) is end
+  finally:
+    signal.signal(number, before)
+  assert toy_runs.saved(folder)[0] == 3
+  toy_runs.train(folder, method, **looks)
+  assert toy_runs.outcome(folder) == toy_runs.outcome(whole)
+
+
+def test_an_ignored_signal_stays_ignored_and_a_second_one_acts():
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with interruption.deferred() as signals:
+      os.kill(os.getpid(), signal.SIGHUP)
+    assert not signals
+  finally:
+    signal.signal(signal.SIGHUP, before)
+  with pytest.raises(KeyboardInterrupt), interruption.deferred() as signals:
+    os.kill(os.getpid(), signal.SIGINT)
+    assert signals == [signal.SIGINT]
+    os.kill(os.getpid(), signal.SIGINT)
+    pytest.fail("the second signal was put off")
