@@ -166,7 +166,7 @@ _LINEARIZE = {
 @pytest.mark.parametrize("linearize", _LINEARIZE)
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, None, None)])
 def test_a_losses_function_without_aux_is_named(linearize, wrap):
-  with pytest.raises(base.InputError, match="must return two values.*has_aux=True"):
+  with pytest.raises(base.InputError, match=r"must return two values.*has_aux=True"):
     _LINEARIZE[linearize](lambda p, x: wrap(x @ p), jnp.ones(3), _x(), has_aux=True)
 
 

@@ -66,7 +66,7 @@ def _looped(function):
 def test_a_difference_refuses_surrogates(name, wrap):
   run = functools.partial(_directional, wrap(_SURROGATES[name]), "difference")
   for run_once in (run, jax.jit(run)):
-    with pytest.raises(base.InputError, match="surrogates_test.py.*engine='reverse'"):
+    with pytest.raises(base.InputError, match=r"surrogates_test.py.*engine='reverse'"):
       run_once()
 
 
@@ -104,7 +104,7 @@ def test_every_engine_stops_gradients(function, engine):
 
 
 def test_a_stopped_gradient_in_a_loop_is_refused():
-  with pytest.raises(base.InputError, match="'difference' does not fit.*scan"):
+  with pytest.raises(base.InputError, match=r"'difference' does not fit.*scan"):
     _directional(_looped(_straight_through), "difference")
 
 
