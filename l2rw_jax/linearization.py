@@ -138,11 +138,15 @@ def split_aux(name: str, returned: Any, has_aux: bool) -> tuple[Any, Any]:
   if not has_aux:
     return returned, None
   if not isinstance(returned, (tuple, list)) or len(returned) != 2:
-    kind = "array" if hasattr(returned, "shape") else type(returned).__name__
-    count = f" of {len(returned)}" if isinstance(returned, (tuple, list)) else ""
+    if isinstance(returned, (tuple, list)):
+      what = f"{len(returned)} values"
+    elif hasattr(returned, "shape"):
+      what = "one array"
+    else:
+      what = f"one value of type {type(returned).__name__}"
     raise base.InputError(
       f"{name} must return two values, the second being aux, because has_aux=True; it"
-      f" returns one value, of type {kind}{count}. Return both, or leave has_aux out."
+      f" returns {what}. Return both, or leave has_aux out."
     )
   result, aux = returned
   return result, aux
