@@ -178,9 +178,9 @@ def weighted_gradient(
     added = [t + g.astype(t.dtype) for t, g in zip(total, gradient, strict=True)]
     return added, (losses, aux)
 
-  zeros = [
-    jnp.zeros_like(x, dtype=jnp.promote_types(x.dtype, jnp.float32)) for x in leaves
-  ]
+  with jax.numpy_dtype_promotion("standard"):
+    types = [jnp.promote_types(x.dtype, jnp.float32) for x in leaves]
+  zeros = [jnp.zeros_like(x, dtype=t) for x, t in zip(leaves, types, strict=True)]
   total, (losses, aux) = _sweep(add, zeros, (batch, weights), microbatch_size)
   gradient = [t.astype(x.dtype) for t, x in zip(total, leaves, strict=True)]
   return Weighted(losses, fill(gradient, zeros=True), aux)

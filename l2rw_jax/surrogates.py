@@ -209,7 +209,8 @@ def _disagrees_at(eqn, draw, rng):
 
 
 def _array(x):
-  return np.asarray(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+  with jax.numpy_dtype_promotion("standard"):
+    return np.asarray(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
 
 
 def _dot(x, y):
