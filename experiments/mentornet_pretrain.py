@@ -100,7 +100,7 @@ def fit_or_load(
   path = folder / "mentor.json"
   fitted_to = _fingerprint(rows)
   if path.exists():
-    if mentor_file.read(path)["facts"]["rows"] != fitted_to:
+    if mentor_file.read(path)["facts"].get("rows") != fitted_to:
       raise base.InputError(
         f"{path} was fitted to other losses than those of --dump={_DUMP.value} now;"
         " choose another --workdir or delete it."
