@@ -24,7 +24,7 @@ class Bounds(NamedTuple):
   high: float
   magnitude: float = 0.0
 
-  def __contains__(self, value: float) -> bool:
+  def holds(self, value: float) -> bool:
     """Whether a flag may have the value; NaN never may."""
     return self.low <= value <= self.high and abs(value) >= self.magnitude
 
@@ -140,6 +140,7 @@ _FLAG_OF = {
   "num_meta_per_class": "num_meta",
   "foreign_share": "ood_share",
   "fraction": "noise_fraction",
+  "percentile": "mentor_percentile",
 }
 
 
@@ -155,12 +156,42 @@ def check(values: Mapping[str, Any]) -> None:
         raise base.InputError(f"--{name}={value} is not a finite number.")
       if isinstance(value, bool) or not isinstance(value, int | float):
         continue
-      if name in BOUNDS and value not in BOUNDS[name]:
+      if name in BOUNDS and not BOUNDS[name].holds(value):
         raise base.InputError(
           f"--{name}={_plain(value)} must lie {BOUNDS[name]}: choose another number."
         )
     if given == "" or (isinstance(given, list) and name == "mentor" and "" in given):
       raise base.InputError(f"--{name}= is empty: give a value or leave the flag out.")
+
+
+def check_used(name: str, is_used: bool, where: str) -> None:
+  """Raises InputError if a flag is given where it has no effect.
+
+  Args:
+    name: of the flag.
+    is_used: whether it has one.
+    where: it has none, such as "with --ood=none".
+  """
+  if flags.FLAGS[name].present and not is_used:
+    raise base.InputError(f"--{name} has no effect {where}: leave it out.")
+
+
+def unused(used_by: Mapping[str, Iterable[str]], methods: Iterable[str]) -> str:
+  """Which flags were given for methods that are not run, a line each.
+
+  They are allowed, since a later call may add such a method to the same folder.
+
+  Args:
+    used_by: flag -> the methods that it is for.
+    methods: those run.
+  """
+  chosen = set(methods)
+  lines = [
+    f"note: --{name} has no effect here; it is for --methods={','.join(users)}.\n"
+    for name, users in used_by.items()
+    if flags.FLAGS[name].present and not chosen.intersection(users)
+  ]
+  return "".join(lines)
 
 
 def check_ascii(arguments: Iterable[str], values: flags.FlagValues) -> None:
@@ -221,6 +252,5 @@ def in_terms_of_flags(message: str, names: Iterable[str]) -> str:
 
 def _plain(value: float) -> str:
   if isinstance(value, int):
-    text = str(value) if abs(value) < 10**30 else f"{str(value)[:20]}..."
-    return text
-  return f"{value:.9g}" if value != int(value) else f"{value:g}"
+    return str(value) if abs(value) < 10**30 else f"{str(value)[:20]}..."
+  return f"{value:g}" if value == int(value) else str(value)

@@ -78,6 +78,19 @@ METHODS: dict[str, _methods.Factory] = {
   "absgd_ldam_drw": _absgd_ldam_drw,
 }
 NAMES = list(METHODS)
+_LDAM = tuple(name for name in NAMES if "ldam" in name)
+_ABSGD = ("absgd", "absgd_ldam_drw")
+# Flags, and the methods that they are for.
+USED_BY: dict[str, tuple[str, ...]] = {
+  **_methods.USED_BY,
+  "focal_gamma": ("focal", "class_balanced_focal"),
+  **dict.fromkeys(("absgd_lambda", "absgd_gamma", "absgd_alpha"), _ABSGD),
+  **dict.fromkeys(("ldam_margin", "ldam_scale"), _LDAM),
+  "beta": (
+    *("class_balanced", "class_balanced_focal", "uniform_drw", "ldam_drw"),
+    "absgd_ldam_drw",
+  ),
+}
 DEFERRED = (
   *_methods.DEFERRED,
   *("absgd_ldam_drw", "uniform_drw", "uniform_drs"),

@@ -5,10 +5,10 @@ import ast
 from absl import flags
 import jax
 import pytest
+import scripts
 
 from experiments import _bounds
 from l2rw_jax import base
-from tests.experiments import scripts
 
 _KINDS = [f"DEFINE_{k}" for k in ("integer", "float", "multi_float", "multi_integer")]
 
