@@ -78,6 +78,11 @@ METHODS: dict[str, _methods.Factory] = {
   "absgd_ldam_drw": _absgd_ldam_drw,
 }
 NAMES = list(METHODS)
+DEFERRED = (
+  *_methods.DEFERRED,
+  *("absgd_ldam_drw", "uniform_drw", "uniform_drs"),
+  *("ldam_drw", "ldam_drs", "ldam_hinge_drs"),
+)
 _LDAM = tuple(name for name in NAMES if "ldam" in name)
 _ABSGD = ("absgd", "absgd_ldam_drw")
 # Flags, and the methods that they are for.
@@ -86,16 +91,12 @@ USED_BY: dict[str, tuple[str, ...]] = {
   "focal_gamma": ("focal", "class_balanced_focal"),
   **dict.fromkeys(("absgd_lambda", "absgd_gamma", "absgd_alpha"), _ABSGD),
   **dict.fromkeys(("ldam_margin", "ldam_scale"), _LDAM),
+  "deferred": DEFERRED,
   "beta": (
     *("class_balanced", "class_balanced_focal", "uniform_drw", "ldam_drw"),
     "absgd_ldam_drw",
   ),
 }
-DEFERRED = (
-  *_methods.DEFERRED,
-  *("absgd_ldam_drw", "uniform_drw", "uniform_drs"),
-  *("ldam_drw", "ldam_drs", "ldam_hinge_drs"),
-)
 
 
 def needs_cosines(name: str) -> bool:

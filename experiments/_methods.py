@@ -256,6 +256,8 @@ METHODS: dict[str, Factory] = {
   ),
   "group_dro": lambda _: group_dro.group_dro(),
 }
+_TRANSITION = ("forward_correction", "s_model_conf")
+DEFERRED = ("absgd",)
 _META_LEARNED = ("meta_weight_net", "warpi", "warpi_deterministic", "advisor")
 _CURRICULA = ("self_paced", "focal_weight", "pd_mixture")
 _MENTORS = ("mentornet_pd", "mentornet_dd")
@@ -274,9 +276,9 @@ USED_BY: dict[str, tuple[str, ...]] = {
   "absgd_gamma": ("absgd",),
   "absgd_alpha": ("absgd",),
   "gce_threshold": ("generalized_cross_entropy",),
+  "transition_epoch": _TRANSITION,
+  "deferred": DEFERRED,
 }
-_TRANSITION = ("forward_correction", "s_model_conf")
-DEFERRED = ("absgd",)
 NAMES = list(METHODS)
 
 

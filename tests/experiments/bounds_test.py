@@ -130,3 +130,23 @@ def test_out_of_memory_names_the_flags_that_decide_it():
 )
 def test_messages_name_flags_not_parameters(message, names, told):
   assert _bounds.in_terms_of_flags(message, names) == (told or message)
+
+
+def test_flags_without_effect_are_refused_or_reported():
+  name = "num_steps_of_this_test"
+  flags.DEFINE_integer(name, 1, "")
+  used_by = {name: ("l2rw", "warpi")}
+  try:
+    flags.FLAGS(["test"])
+    _bounds.check_used(name, False, "here")  # It was not given.
+    assert _bounds.unused(used_by, ["uniform"]) == ""
+    flags.FLAGS(["test", f"--{name}=1"])
+    _bounds.check_used(name, True, "here")
+    with pytest.raises(base.InputError, match=f"--{name} has no effect here: leave"):
+      _bounds.check_used(name, False, "here")
+    assert _bounds.unused(used_by, ["uniform", "warpi"]) == ""
+    told = f"note: --{name} has no effect here; it is for --methods=l2rw,warpi.\n"
+    assert _bounds.unused(used_by, ["uniform"]) == told
+  finally:
+    flags.FLAGS.unparse_flags()
+    delattr(flags.FLAGS, name)
