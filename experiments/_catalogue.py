@@ -199,6 +199,7 @@ EXPERIMENTS = {
       "ood_share": "{:.0%} of them",
       "noise_share": "{:.0%} of the images mislabelled",
       "num_clusters": "{} clusters",
+      "share": "a weight for each {}",
       "num_steps": "{:,} steps",
     },
     keys=("ood", "ood_share", "noise_share"),

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 import contextlib
-import math
 import os
 import pathlib
 import signal
@@ -12,8 +11,10 @@ from typing import Any
 from absl import app
 from absl import flags
 from absl import logging
+import jax
 
 from experiments import _allocator
+from experiments import _bounds
 from l2rw_jax import base
 from l2rw_jax import workdir
 from l2rw_jax.training import config as config_lib
@@ -115,10 +116,15 @@ def run(main: Callable[[], None]) -> None:
     try:
       if len(argv) > 1:
         raise base.InputError(f"unexpected argument {argv[1]!r}: flags begin with --.")
-      _check_numbers()
+      given = {name: flags.FLAGS[name] for name in flags.FLAGS}
+      _bounds.check({name: flag.value for name, flag in given.items() if flag.present})
       main()
     except (base.InputError, flags.Error) as error:
-      _give_up(error)
+      _give_up(_bounds.in_terms_of_flags(str(error), flags.FLAGS))
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+      if not _bounds.is_out_of_memory(error):
+        raise
+      _give_up(_bounds.out_of_memory(flags.FLAGS))
     except OSError as error:
       _give_up(f"{error.filename or 'input/output'}: {error.strerror}")
     except KeyboardInterrupt:
@@ -161,18 +167,11 @@ def _report_unraisable(unraisable: Any) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
   try:
+    _bounds.check_ascii(argv[1:], flags.FLAGS)
     return flags.FLAGS(argv)
-  except flags.Error as error:
+  except (base.InputError, flags.Error) as error:
     _give_up(error)
     raise  # not reached
-
-
-def _check_numbers() -> None:
-  """absl's bounds let NaN through, and infinity where only one side is bound."""
-  for name, given in flags.FLAGS.flag_values_dict().items():
-    for value in given if isinstance(given, list) else [given]:
-      if isinstance(value, float) and not math.isfinite(value):
-        raise base.InputError(f"--{name}={value} is not a finite number.")
 
 
 def _give_up(error: object) -> None:

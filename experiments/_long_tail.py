@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from experiments import _bounds
 from experiments import _catalogue
 from experiments import _launch
 from experiments import _long_tail_methods
@@ -305,6 +306,7 @@ def main(experiment: Experiment) -> None:
   found = _launch.flags_of(*modules) | _probes.given()
   _report.save(folder, rows, found)
   _long_tail_report.draw(rows, folder / "figure.png")
+  print(_bounds.unused(_long_tail_methods.USED_BY, names), end="")
   print(_catalogue.summary(experiment.name, rows, found))
   print(f"\n{_long_tail_report.thresholds(rows)}")
   print(f"\nwritten: {folder}/results.json, results.csv, figure.png")

@@ -83,6 +83,20 @@ DEFERRED = (
   *("absgd_ldam_drw", "uniform_drw", "uniform_drs"),
   *("ldam_drw", "ldam_drs", "ldam_hinge_drs"),
 )
+_LDAM = tuple(name for name in NAMES if "ldam" in name)
+_ABSGD = ("absgd", "absgd_ldam_drw")
+# Flags, and the methods that they are for.
+USED_BY: dict[str, tuple[str, ...]] = {
+  **_methods.USED_BY,
+  "focal_gamma": ("focal", "class_balanced_focal"),
+  **dict.fromkeys(("absgd_lambda", "absgd_gamma", "absgd_alpha"), _ABSGD),
+  **dict.fromkeys(("ldam_margin", "ldam_scale"), _LDAM),
+  "deferred": DEFERRED,
+  "beta": (
+    *("class_balanced", "class_balanced_focal", "uniform_drw", "ldam_drw"),
+    "absgd_ldam_drw",
+  ),
+}
 
 
 def needs_cosines(name: str) -> bool:

@@ -258,6 +258,27 @@ METHODS: dict[str, Factory] = {
 }
 _TRANSITION = ("forward_correction", "s_model_conf")
 DEFERRED = ("absgd",)
+_META_LEARNED = ("meta_weight_net", "warpi", "warpi_deterministic", "advisor")
+_CURRICULA = ("self_paced", "focal_weight", "pd_mixture")
+_MENTORS = ("mentornet_pd", "mentornet_dd")
+# Flags, and the methods that they are for.
+USED_BY: dict[str, tuple[str, ...]] = {
+  "meta_every": _META_LEARNED,
+  "mwn_preset": ("meta_weight_net",),
+  "mentor": _MENTORS,
+  "mentor_preset": _MENTORS,
+  "mentor_percentile": (*_CURRICULA, *_MENTORS),
+  "warpi_samples": ("warpi",),
+  "bare_kappa": ("bare",),
+  "bare_statistics": ("bare",),
+  "focal_gamma": ("focal",),
+  "absgd_lambda": ("absgd",),
+  "absgd_gamma": ("absgd",),
+  "absgd_alpha": ("absgd",),
+  "gce_threshold": ("generalized_cross_entropy",),
+  "transition_epoch": _TRANSITION,
+  "deferred": DEFERRED,
+}
 NAMES = list(METHODS)
 
 
@@ -265,11 +286,14 @@ def check(names: Sequence[str], offered: Sequence[str] = NAMES) -> list[str]:
   """The names without repetitions.
 
   Raises:
-    InputError: none is given, or one is not offered.
+    InputError: none is given, one is not offered, or a file of `--mentor` is no
+      mentor.
   """
   for name in names or [""]:
     if name not in offered:
       raise base.InputError(f"--methods={name}: choose among {', '.join(offered)}.")
+  for path in _MENTOR.value:
+    mentor_file.read(path)
   return list(dict.fromkeys(names))
 
 

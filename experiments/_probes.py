@@ -4,6 +4,7 @@ from typing import Any
 
 from absl import flags
 
+from experiments import _bounds
 from l2rw_jax import base
 from l2rw_jax.data import parts
 from l2rw_jax.training import evaluation
@@ -49,7 +50,10 @@ def given() -> dict[str, Any]:
 
 def check(split: parts.Splits) -> None:
   """Raises InputError unless what is asked for can be measured on these data."""
-  if "susceptibility" not in _names():
+  is_used = "susceptibility" in _names()
+  for flag in ("probe_images", "probe_batch_size"):
+    _bounds.check_used(flag, is_used, "without --probes=susceptibility")
+  if not is_used:
     return
   images = getattr(split, _IMAGES.value).image
   try:

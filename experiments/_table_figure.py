@@ -83,7 +83,8 @@ def _draw_panel(ax: Any, panel: _Panel) -> None:
     capsize=2,
     label="published, with its own ±",
   )
-  ax.set_yticks(places, panel.labels)
+  # A label from a results file must not be read as a formula of TeX.
+  ax.set_yticks(places, [label.replace("$", r"\$") for label in panel.labels])
   ax.invert_yaxis()
   ax.set_xlabel(panel.metric)
   ax.set_title(panel.title, loc="left", fontsize=10)

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 import csv
+import html
 import io
+import re
 from typing import Any
 
 from experiments import _report
@@ -35,13 +37,14 @@ def summary(table: _tables.Table) -> str:
   rows = []
   for line in table.lines:
     cells = [*(_plain(line.setting[name]) for name in columns), line.method]
+    cells = [_markdown(cell) for cell in cells]
     for i in table.metrics():
       value = line.values[i]
       cells.append(_ours(value))
       cells += [_published(value), _difference(value)] if table.has_published(i) else []
     rows.append([*cells, line.repeats])
   made = _report.table([*header, f"{experiment.repeat}s"], rows)
-  told = [table.say_constant(but=columns), "mean ± 95% interval"]
+  told = [_markdown(table.say_constant(but=columns)), "mean ± 95% interval"]
   above = "; ".join(part for part in told if part)
   return "\n\n".join([f"{above}.", made, _sources(table)])
 
@@ -53,9 +56,9 @@ def compact(table: _tables.Table) -> str:
   one setting, a column per metric. Published values stand in brackets.
   """
   experiment, varying = table.experiment, table.varying()
-  settings = list(dict.fromkeys(table.say(line, varying) for line in table.lines))
+  settings = list(dict.fromkeys(_said(table, line, varying) for line in table.lines))
   shown = table.metrics()
-  told = [table.say_constant(but=varying), _repeats(table)]
+  told = [_markdown(table.say_constant(but=varying)), _repeats(table)]
   if len(settings) > 1:
     header, shown = settings, shown[:1]
     told += [experiment.metrics[i].heading for i in shown]
@@ -66,8 +69,8 @@ def compact(table: _tables.Table) -> str:
     for i in shown:
       value = line.values[i]
       beside = "" if value.published is None else f" ({_published(value)})"
-      own = cells.setdefault(line.method, {})
-      own[table.say(line, varying), i] = _ours(value) + beside
+      own = cells.setdefault(_markdown(line.method), {})
+      own[_said(table, line, varying), i] = _ours(value) + beside
   places = [(setting, i) for setting in settings for i in shown]
   rows = [[name, *(own.get(p, "") for p in places)] for name, own in cells.items()]
   lines = [[experiment.method_heading, *header], *rows]
@@ -94,11 +97,25 @@ def long_form(tables: Sequence[_tables.Table]) -> str:
         ours = value.ours
         half_width = ours.half_width if ours.repeats > 1 else None
         writer.writerow(
-          [table.name, setting, line.method, value.metric.heading]
+          [_text(t) for t in (table.name, setting, line.method, value.metric.heading)]
           + [_digits(ours.mean), _digits(half_width), ours.repeats]
           + [_digits(n) for n in (value.published, value.spread, value.difference)]
         )
   return text.getvalue()
+
+
+def _said(table: _tables.Table, line: _tables.Line, names: Sequence[str]) -> str:
+  return _markdown(table.say(line, names))
+
+
+def _markdown(text: str) -> str:
+  """Text from a results file, as Markdown that shows it and does nothing else."""
+  return re.sub(r"([\\`|\[\]])", r"\\\1", html.escape(text, quote=False))
+
+
+def _text(text: str) -> str:
+  """Text from a results file, as a CSV cell that spreadsheets take for no formula."""
+  return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text
 
 
 def _digits(number: float | None) -> str:
@@ -149,6 +166,7 @@ def _sources(table: _tables.Table) -> str:
   told = []
   for method, own in missing.items():
     everywhere = len(own) == sum(line.method == method for line in table.lines)
-    where = "; ".join(table.say(line, varying) for line in own)
-    told.append(method if everywhere else f"{method} ({where})")
+    where = "; ".join(_said(table, line, varying) for line in own)
+    name = _markdown(method)
+    told.append(name if everywhere else f"{name} ({where})")
   return f"{published} Without a published value: {', '.join(told)}."

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import dataclasses
-import math
 import operator
 from typing import Any, NamedTuple
 
@@ -172,9 +171,18 @@ def make(section: Section) -> Table:
 
 def _method(section: Section, row: Row) -> str:
   try:
-    return str(section.experiment.method(row))
+    return _printable(str(section.experiment.method(row)))
   except KeyError as error:
     raise _lacks(section, str(error)) from error
+  except (TypeError, ValueError, OverflowError) as error:
+    raise base.InputError(
+      f"{section.name}: a row's method cannot be read; run its script again."
+    ) from error
+
+
+def _printable(text: str) -> str:
+  """Without line breaks, control characters and halves of characters."""
+  return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _setting(section: Section, row: Row, name: str) -> Any:
@@ -184,12 +192,12 @@ def _setting(section: Section, row: Row, name: str) -> Any:
   try:
     section.experiment.settings[name].format(value)
     hash(value)
-  except (TypeError, ValueError) as error:
+  except (TypeError, ValueError, OverflowError) as error:
     if value is not None:
       raise base.InputError(
-        f"{section.name}: {name!r} is {value!r}; run its script again."
+        f"{section.name}: {name!r} is {repr(value)[:80]}; run its script again."
       ) from error
-  return value
+  return _printable(value) if isinstance(value, str) else value
 
 
 def _lacks(section: Section, column: str) -> base.InputError:
@@ -201,7 +209,7 @@ def _lacks(section: Section, column: str) -> base.InputError:
 def _check_seeds(section: Section, method: str, rows: Sequence[Row]) -> None:
   """Runs that differ in more than their seed must not be averaged."""
   seeds = [section.experiment.identity(row) for row in rows]
-  if len(set(seeds)) < len(seeds):
+  if len({str(seed) for seed in seeds}) < len(seeds):
     raise base.InputError(
       f"{section.name}: {method} has two rows of one {section.experiment.repeat} and"
       f" setting; name what tells them apart in `settings` of _catalogue.py."
@@ -227,9 +235,11 @@ def _number(section: Section, row: Row, column: str) -> float | None:
     raise _lacks(section, repr(column))
   number = row[column]
   is_number = isinstance(number, int | float) and not isinstance(number, bool)
-  if number is not None and not (is_number and math.isfinite(number)):
+  # Floats hold no integer beyond about 1e308.
+  is_finite = is_number and abs(number) < 1e300
+  if number is not None and not is_finite:
     raise base.InputError(
-      f"{section.name}: {column!r} is {number!r}, not a finite number; run its"
-      " script again."
+      f"{section.name}: {column!r} is {repr(number)[:80]}, not a finite number; run"
+      " its script again."
     )
   return number

@@ -28,6 +28,7 @@ from typing import Any
 from absl import flags
 import numpy as np
 
+from experiments import _bounds
 from experiments import _catalogue
 from experiments import _cifar
 from experiments import _launch
@@ -163,7 +164,8 @@ def _decay_steps(preset: _cifar.Preset) -> tuple[int, ...]:
     share = (_NUM_STEPS.value or preset.num_steps) / preset.num_steps
     return tuple(round(step * share) for step in preset.decay_steps)
   for text in _DECAY_STEPS.value:
-    if not text.isdecimal() or int(text) < 1:
+    # Ten digits are more updates than --num_steps may have.
+    if not (text.isdecimal() and len(text) < 10 and int(text) >= 1):
       raise base.InputError(
         f"--decay_steps={text}: give numbers of updates, such as 40000,60000."
       )
@@ -326,6 +328,7 @@ def main() -> None:
       cell, first, folder / "curve.png"
     ):
       written.append("curve.png")
+  print(_bounds.unused(_methods.USED_BY, names), end="")
   print(_catalogue.summary("cifar_noise", rows, flags_given))
   print(f"\nwritten: {folder}/{', '.join(written)}")
 

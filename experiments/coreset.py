@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from absl import flags
 import optax
 
+from experiments import _bounds
 from experiments import _catalogue
 from experiments import _coreset_report
 from experiments import _launch
@@ -45,6 +46,15 @@ from l2rw_jax.training import loop
 from l2rw_jax.training import results as results_lib
 
 METHODS = ["full", "random", "random_fixed", "craig", "adacore"]
+_CHOOSING = ("craig", "adacore")
+# Flags, and the methods that they are for.
+_USED_BY = {
+  "refresh_every": ("random", *_CHOOSING),
+  "greedy": _CHOOSING,
+  "greedy_epsilon": _CHOOSING,
+  "budget": _CHOOSING,
+  "hessian_scope": ("adacore",),
+}
 HIDDEN: dict[str, tuple[int, ...]] = {"logistic": (), "mlp": (256,)}
 
 _DATASET = flags.DEFINE_enum("dataset", "mnist", ["mnist", "digits"], "Which digits.")
@@ -184,6 +194,9 @@ def _adacore(fraction: float, every: int, curvature: bool) -> base.Method:
 
 def make_settings(split: splits_lib.Splits) -> list[Setting]:
   """Every curve, once it is seen to be possible."""
+  _bounds.check_used(
+    "greedy_epsilon", _GREEDY.value == "stochastic", f"with --greedy={_GREEDY.value}"
+  )
   for flag, given, known in (
     ("model", _MODELS.value, list(HIDDEN)),
     ("methods", _METHODS.value, METHODS),
@@ -301,6 +314,7 @@ def main() -> None:
   _report.save(folder, rows, flags_given)
   _coreset_report.save_curves(rows, curves, folder / "curves.csv")
   _coreset_report.draw(rows, curves, folder / "figure.png")
+  print(_bounds.unused(_USED_BY, _METHODS.value), end="")
   print(_catalogue.summary("coreset", rows, flags_given))
   print(f"\nwritten: {folder}/results.json, results.csv, curves.csv, figure.png")
 

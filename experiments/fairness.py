@@ -25,6 +25,7 @@ from absl import flags
 import jax
 import optax
 
+from experiments import _bounds
 from experiments import _catalogue
 from experiments import _condensation
 from experiments import _fairness_report
@@ -115,6 +116,12 @@ _EVAL_EVERY = flags.DEFINE_integer(
 )
 flags.adopt_module_key_flags(_launch)
 flags.adopt_module_key_flags(_probes)
+_OF_FORML = ("weight_learning_rate", "inner_learning_rate", "mean_coefficient")
+_USED_BY = {
+  **dict.fromkeys(_OF_FORML, FORML),
+  "temperature": ("forml_worst",),
+  "reduction": ("forml_gap", "forml_soft_tpr"),
+}
 _EXTENDABLE = ("methods", "condense", "condense_by")
 
 
@@ -185,6 +192,8 @@ def load(split: str) -> sources.Source:
 
 def make_splits() -> list[parts.Splits]:
   """The data of every seed."""
+  is_inverted = _GROUPS.value == "inverted"
+  _bounds.check_used("minority_share", is_inverted, f"with --groups={_GROUPS.value}")
   small = _DATASET.value == "digits"
   imbalance, num_exemplars = _IMBALANCE.value, _NUM_EXEMPLARS.value
   if imbalance is None:
@@ -270,9 +279,14 @@ def train(
 def condensations(methods: Sequence[str], size: int) -> list[Setting]:
   """What `--condense` asks for, once it is seen to be possible."""
   by = _CONDENSE_BY.value or next((m for m in reversed(methods) if m in FORML), "")
+  if _CONDENSE_BY.value is not None and not _CONDENSE.value:
+    raise base.InputError(
+      f"--condense_by={_CONDENSE_BY.value} needs --condense: give percentages, or leave"
+      " it out."
+    )
   settings = []
   for text in _CONDENSE.value:
-    if not text.isdecimal() or not 1 <= int(text) <= 99:
+    if not (text.isdecimal() and len(text) < 3 and 1 <= int(text) <= 99):
       raise base.InputError(
         f"--condense={text}: give whole percentages between 1 and 99, such as 10,25,50."
       )
@@ -337,6 +351,7 @@ def main() -> None:
   flags_given = _launch.flags_of(__name__) | _probes.given()
   _report.save(folder, rows, flags_given)
   _fairness_report.draw(rows, folder / "figure.png")
+  print(_bounds.unused(_USED_BY, _METHODS.value), end="")
   print(_catalogue.summary("fairness", rows, flags_given))
   print(f"\nwritten: {folder}/results.json, results.csv, figure.png")
 

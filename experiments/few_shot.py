@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments import _bounds
 from experiments import _catalogue
 from experiments import _few_shot_report
 from experiments import _launch
@@ -108,6 +109,9 @@ _EVAL_EVERY = flags.DEFINE_integer("eval_every", 500, "Steps to an evaluation.",
 _NUM_SEEDS = flags.DEFINE_integer("num_seeds", 2, "Repetitions.", lower_bound=1)
 flags.adopt_module_key_flags(_launch)
 _EXTENDABLE = ("methods", "ood_share")
+_NESTED = ("nested_maml", "nested_maml_fo")
+_OF_WEIGHTS = ("share", "weight_learning_rate", "look_ahead_learning_rate", "clip")
+_USED_BY = dict.fromkeys((*_OF_WEIGHTS, "every"), _NESTED)
 
 
 def num_ways() -> int:
@@ -301,6 +305,7 @@ def check(
   problems: Callable[[float, int], episodes.Episodes],
 ) -> None:
   """Mistakes show before anything is written."""
+  _bounds.check_used("ood_share", _OOD.value != "none", "with --ood=none")
   if not runs:
     raise base.InputError(f"--methods= is empty: choose among {', '.join(METHODS)}.")
   for run in runs:
@@ -334,12 +339,14 @@ def main() -> None:
       "num_ways": num_ways(),
       "num_shots": _NUM_SHOTS.value,
       "num_clusters": _NUM_CLUSTERS.value,
+      "share": _SHARE.value,
       "method": run.method,
     }
     rows.append(_few_shot_report.row(facts, problem.pool, found))
   flags_given = _launch.flags_of(__name__)
   _report.save(folder, rows, flags_given)
   _few_shot_report.draw(rows, folder / "figure.png")
+  print(_bounds.unused(_USED_BY, _METHODS.value), end="")
   print(_catalogue.summary("few_shot", rows, flags_given))
   print(f"\nwritten: {folder}/results.json, results.csv, figure.png")
 

@@ -88,6 +88,7 @@ _NUM_SEEDS = flags.DEFINE_integer(
   "num_seeds", 1, "Of every network and learning rate, side by side.", lower_bound=1
 )
 flags.adopt_module_key_flags(_launch)
+_MOST_WIDE, _MOST_DEEP, _MOST_WEIGHTS = 65_536, 100, 2**30
 _EXTENDABLE = ("networks", "learning_rate", "weight_decay", "noise_fraction")
 
 
@@ -107,12 +108,26 @@ def make_network(name: str) -> mlp.MLP | lenet.LeNet:
   """The network behind a name of `--networks`; ten classes."""
   if name == "lenet":
     return lenet.LeNet(10)
-  found = re.fullmatch(r"mlp-([1-9]\d*)(?:x([1-9]\d*))?", name)
+  found = re.fullmatch(r"mlp-([1-9]\d*)(?:x([1-9]\d*))?", name, re.ASCII)
+  if found and not _is_small(*found.groups()):
+    raise base.InputError(
+      f"--networks={name[:60]}: give a width of at most {_MOST_WIDE}, a depth of at"
+      f" most {_MOST_DEEP} and at most {_MOST_WEIGHTS} weights in all."
+    )
   if not found:
     raise base.InputError(
       f"--networks={name}: give lenet, mlp-WIDTH or mlp-WIDTHxDEPTH, such as mlp-512x2."
     )
   return mlp.MLP(10, (int(found[1]),) * int(found[2] or 1))
+
+
+def _is_small(width: str, depth: str | None) -> bool:
+  # Python refuses to read numbers of thousands of digits.
+  if max(len(width), len(depth or "")) > 9:
+    return False
+  wide, deep = int(width), int(depth or 1)
+  num_weights = 784 * wide + (deep - 1) * wide**2
+  return wide <= _MOST_WIDE and deep <= _MOST_DEEP and num_weights <= _MOST_WEIGHTS
 
 
 @functools.cache

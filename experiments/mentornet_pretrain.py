@@ -17,6 +17,7 @@ from typing import Any
 from absl import flags
 import numpy as np
 
+from experiments import _bounds
 from experiments import _catalogue
 from experiments import _launch
 from experiments import _report
@@ -66,7 +67,10 @@ _PERCENTILES_SHOWN = (0.5, 1.5, 3.0)
 
 def make_rows() -> tuple[mentornet_fitting.Rows, int | None]:
   """What to fit, and the classes the mentor will look at (None: no labels)."""
-  if _CURRICULUM.value != "dd":
+  is_dd, where = _CURRICULUM.value == "dd", f"with --curriculum={_CURRICULUM.value}"
+  _bounds.check_used("percentile", is_dd, where)
+  _bounds.check_used("num_rows", not is_dd, where)
+  if not is_dd:
     for name, given in (("dump", _DUMP.value), ("use_labels", _USE_LABELS.value)):
       if given:
         raise base.InputError(f"--{name} is for --curriculum=dd.")
@@ -100,7 +104,7 @@ def fit_or_load(
   path = folder / "mentor.json"
   fitted_to = _fingerprint(rows)
   if path.exists():
-    if mentor_file.read(path)["facts"]["rows"] != fitted_to:
+    if mentor_file.read(path)["facts"].get("rows") != fitted_to:
       raise base.InputError(
         f"{path} was fitted to other losses than those of --dump={_DUMP.value} now;"
         " choose another --workdir or delete it."

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import optax
 
+from experiments import _bounds
 from experiments import _catalogue
 from experiments import _launch
 from experiments import _probes
@@ -138,6 +139,10 @@ _EVAL_EVERY = flags.DEFINE_integer(
 )
 flags.adopt_module_key_flags(_launch)
 flags.adopt_module_key_flags(_probes)
+_USED_BY = {
+  "l2rw_steps": ("l2rw",),
+  "hard_mining_batch": ("hard_mining",),
+}
 _EXTENDABLE = ("majority", "methods", "num_splits", "splits_at_once")
 
 
@@ -337,6 +342,7 @@ def main() -> None:
   flags_given = _launch.flags_of(__name__) | _probes.given()
   _report.save(folder, rows, flags_given)
   draw(rows, folder / "figure.png")
+  print(_bounds.unused(_USED_BY, names), end="")
   print(_catalogue.summary("mnist_imbalance", rows, flags_given))
   print(f"\nwritten: {folder}/results.json, results.csv, figure.png")
 

@@ -21,6 +21,7 @@ from typing import Any
 from absl import flags
 import jax
 
+from experiments import _bounds
 from experiments import _catalogue
 from experiments import _launch
 from experiments import _methods
@@ -339,6 +340,7 @@ def main() -> None:
       cell, folder / next(iter(seed_groups())), folder / name
     ):
       written.append(name)
+  print(_bounds.unused(_methods.USED_BY, names), end="")
   print(_catalogue.summary("mnist_noise", rows, flags_given))
   print(f"\nwritten: {folder}/{', '.join(written)}")
 

@@ -100,7 +100,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
       raise TypeError("flags and rows have other types")
     if not all(isinstance(row, dict) for row in rows):
       raise TypeError("a row is no object")
-  except (OSError, ValueError, TypeError, KeyError) as error:
+  except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
     raise base.InputError(
       f"{path} cannot be read as results ({error}); run its script again."
     ) from error

@@ -9,8 +9,10 @@ import functools
 import io
 import os
 import pathlib
+import struct
 from typing import NamedTuple
 import zipfile
+import zlib
 
 import jax
 import numpy as np
@@ -24,6 +26,16 @@ _DTYPES = {
   "label": np.int32,
   "true_label": np.int32,
   "loss": np.float32,
+}
+_ANY_ROW = (0, np.iinfo(np.int32).max)
+_ANY_CLASS = (0, 999_999)
+# What the integers may be; a cast would turn larger ones into others.
+_RANGES = {
+  "sample": _ANY_ROW,
+  "index": _ANY_ROW,
+  "epoch_percent": (0, 99),
+  "label": _ANY_CLASS,
+  "true_label": _ANY_CLASS,
 }
 
 
@@ -184,7 +196,8 @@ class Writer:
 
 def _dump(*columns):
   dtypes = _DTYPES.values()
-  return LossDump(*(c.astype(d) for c, d in zip(columns, dtypes, strict=True)))
+  with np.errstate(over="ignore"):  # A loss beyond float32 becomes infinite.
+    return LossDump(*(c.astype(d) for c, d in zip(columns, dtypes, strict=True)))
 
 
 def write_dump(path: str | os.PathLike, dump: LossDump) -> None:
@@ -216,10 +229,9 @@ def read_dump(path: str | os.PathLike) -> LossDump:
   path = pathlib.Path(path)
   try:
     columns = _read_csv(path) if path.suffix == ".csv" else _load(path, *_DTYPES)
-    if len({column.shape for column in columns.values()}) != 1:
-      raise ValueError("its columns differ in length")
-    if not all(np.isfinite(columns[name]).all() for name in list(_DTYPES)[:-1]):
-      raise ValueError("a number is missing")
+    _check_columns(columns)
+    if not len(columns["loss"]):
+      raise ValueError("it has no rows")
   except ValueError as error:
     raise base.InputError(
       f"--dump={path}: cannot read it ({error}); name a dump that was recorded with"
@@ -228,12 +240,28 @@ def read_dump(path: str | os.PathLike) -> LossDump:
   return _dump(*(columns[name] for name in _DTYPES))
 
 
+def _check_columns(columns):
+  """Raises ValueError unless `_dump` keeps every number of the columns as it is."""
+  for name, column in columns.items():
+    if column.dtype.kind not in "iuf" or column.ndim != 1:
+      raise ValueError(f"its column {name} is not a list of numbers")
+    if name == "loss":
+      continue
+    if not np.isfinite(column).all():
+      raise ValueError("a number is missing")
+    least, most = _RANGES[name]
+    if ((column < least) | (column > most) | (column != np.floor(column))).any():
+      raise ValueError(f"{name} must hold whole numbers from {least} to {most}")
+  if len({column.shape for column in columns.values()}) != 1:
+    raise ValueError("its columns differ in length")
+
+
 def _read_csv(path):
   try:
     with open(path, encoding="utf-8") as file:
       if file.readline().strip() != ",".join(_DTYPES):
         raise ValueError(f"its first line is not {','.join(_DTYPES)}")
-      lines = file.readlines()
+      lines = [line for line in file if line.strip()]
   except OSError as error:
     raise ValueError(error.strerror) from error
   if not lines:
@@ -244,6 +272,14 @@ def _read_csv(path):
   return dict(zip(_DTYPES, table.T, strict=True))
 
 
+# What NumPy and zipfile raise for archives that are cut, encrypted, compressed in
+# ways they do not know, or whose headers promise more than there is memory for.
+_UNREADABLE = (
+  *(OSError, ValueError, EOFError, TypeError, RuntimeError, MemoryError),
+  *(OverflowError, SyntaxError, zipfile.BadZipFile, zlib.error, struct.error),
+)
+
+
 def _load(path, *names):
   """Arrays by name; a ValueError tells what is wrong with the file."""
   try:
@@ -251,7 +287,7 @@ def _load(path, *names):
       return {name: kept[name] for name in names}
   except KeyError as error:
     raise ValueError(f"no column {error.args[0].split()[0]}") from error
-  except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+  except _UNREADABLE as error:
     # np.load takes anything that is no archive for a pickle.
     reason = getattr(error, "strerror", None) or "damaged, or not an npz file"
     raise ValueError(reason) from error
@@ -259,7 +295,11 @@ def _load(path, *names):
 
 def _load_epoch(path):
   try:
-    return _load(path, "index", "loss")
+    if not path.stem.removeprefix("epoch-").isdecimal():
+      raise ValueError("its name has no epoch")
+    columns = _load(path, "index", "loss")
+    _check_columns(columns)
+    return columns
   except ValueError as error:
     raise base.InputError(
       f"{path}: cannot read it ({error}); delete its folder and record again."

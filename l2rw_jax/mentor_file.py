@@ -1,5 +1,6 @@
 """Floor 4: a fitted mentor on disk, one JSON file."""
 
+from collections.abc import Callable
 import hashlib
 import json
 import os
@@ -42,10 +43,7 @@ def save(
     "num_classes": mentor.num_classes,
     "facts": facts,
     # A float32 comes back from JSON's decimals as it was, bit for bit.
-    "variables": {
-      jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x).tolist()
-      for path, x in flat
-    },
+    "variables": {_name(place): np.asarray(x).tolist() for place, x in flat},
   }
   workdir.write_json(path, record | {"sha256": _digest(record)})
 
@@ -73,15 +71,32 @@ def load(
     network.init, jax.random.key(0), features[0], features[0], features[1], 0
   )
   stored = record["variables"]
-  variables = jax.tree_util.tree_map_with_path(
-    lambda path, _: np.asarray(
-      stored[jax.tree_util.keystr(path, simple=True, separator="/")], np.float32
-    ),
-    like,
-  )
+  named = {_name(place): leaf for place, leaf in jax.tree.leaves_with_path(like)}
+  if set(stored) != set(named):
+    raise _damaged(path, "its variables have other names")
+  arrays = {name: _array(path, name, stored[name], named[name].shape) for name in named}
+  variables = jax.tree.map_with_path(lambda place, _: arrays[_name(place)], like)
   return mentornet_network.Mentor(
     record["curriculum"], network, variables, record["num_classes"]
   )
+
+
+def _name(place):
+  return jax.tree_util.keystr(place, simple=True, separator="/")
+
+
+def _array(path, name, stored, shape):
+  """One variable; an InputError if it is not of `shape`, or not finite."""
+  try:
+    with np.errstate(over="ignore"):
+      array = np.asarray(np.asarray(stored, np.float64), np.float32)
+  except (TypeError, ValueError, OverflowError) as error:
+    raise _damaged(path, f"{name} is not an array of numbers") from error
+  if array.shape != shape:
+    raise _damaged(path, f"{name} has shape {list(array.shape)}, not {list(shape)}")
+  if not np.isfinite(array).all():
+    raise _damaged(path, f"{name} is not finite")
+  return array
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
@@ -101,7 +116,8 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     raise base.InputError(_not_a_mentor(path)) from error
   try:
     record = json.loads(text)
-  except ValueError as error:
+  # The parser goes one call deeper for each bracket.
+  except (ValueError, RecursionError) as error:
     raise base.InputError(f"--mentor={path} is damaged: {_REFIT}.") from error
   if not isinstance(record, dict) or record.get("kind") != _KIND:
     raise base.InputError(_not_a_mentor(path))
@@ -111,10 +127,36 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
       f" reads {_VERSION}: {_REFIT}."
     )
   if record.pop("sha256", None) != _digest(record):
-    raise base.InputError(
-      f"--mentor={path} is damaged (its checksum differs): {_REFIT}."
-    )
+    raise _damaged(path, "its checksum differs")
+  for name, is_sound in _FIELDS.items():
+    if name not in record:
+      raise _damaged(path, f"it has no {name}")
+    if not is_sound(record[name]):
+      raise _damaged(path, f"its {name} cannot be {str(record[name])[:40]!r}")
+  if record["num_classes"] not in (None, record["num_labels"]):
+    raise _damaged(path, "its num_classes and num_labels differ")
   return record
+
+
+def _is_size(value):
+  is_integer = isinstance(value, int) and not isinstance(value, bool)
+  return is_integer and 1 <= value <= _MOST_CLASSES
+
+
+# A checksum can be made for any content, so each field is checked too.
+_MOST_CLASSES = 1_000_000
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+  "curriculum": lambda value: value in (*mentornet.CURRICULA, "dd"),
+  "compat": lambda value: value in mentornet_network.COMPAT,
+  "num_labels": _is_size,
+  "num_classes": lambda value: value is None or _is_size(value),
+  "facts": lambda value: isinstance(value, dict),
+  "variables": lambda value: isinstance(value, dict),
+}
+
+
+def _damaged(path, reason):
+  return base.InputError(f"--mentor={path} is damaged ({reason}): {_REFIT}.")
 
 
 def _not_a_mentor(path):

@@ -1,5 +1,7 @@
 """Recorded losses on disk: whole, found again, and every kind of damage."""
 
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -93,3 +95,68 @@ def test_an_archive_of_other_columns_is_one_line(tmp_path):
   (tmp_path / "none").touch()
   with pytest.raises(base.InputError, match="cannot write"):
     loss_dump.write_dump(tmp_path / "none" / "dump.npz", _dump())
+
+
+def _npz(path, **changed):
+  np.savez(path, **{**_dump()._asdict(), **changed})
+
+
+@pytest.mark.parametrize(
+  ("changed", "message"),
+  [
+    ({"loss": np.array(["a"] * 20)}, "loss is not a list of numbers"),
+    ({"loss": np.ones(20, complex)}, "loss is not a list of numbers"),
+    ({"label": np.ones((20, 1))}, "label is not a list of numbers"),
+    ({"sample": np.ones(20, bool)}, "sample is not a list of numbers"),
+    ({"label": np.full(20, 2**40)}, "label must hold whole numbers from 0"),
+    ({"label": np.full(20, -1)}, "label must hold whole numbers from 0"),
+    ({"true_label": np.full(20, 0.5)}, "true_label must hold whole numbers"),
+    ({"true_label": np.full(20, np.nan)}, "a number is missing"),
+    ({"epoch_percent": np.full(20, 100)}, "whole numbers from 0 to 99"),
+    ({"epoch_percent": np.full(20, 2**32, np.uint64)}, "whole numbers from 0 to 99"),
+    ({name: np.zeros(0) for name in _dump()._fields}, "it has no rows"),
+    ({name: np.zeros(()) for name in _dump()._fields}, "is not a list of numbers"),
+    ({"sample": np.array([{}] * 20)}, "damaged, or not an npz file"),
+  ],
+)
+def test_crafted_columns_are_one_line(tmp_path, changed, message):
+  _npz(tmp_path / "dump.npz", **changed)
+  with pytest.raises(base.InputError, match=message):
+    loss_dump.read_dump(tmp_path / "dump.npz")
+
+
+def test_damaged_archives_are_one_line(tmp_path):
+  path = tmp_path / "dump.npz"
+  loss_dump.write_dump(path, _dump())
+  whole = path.read_bytes()
+  for place in range(0, len(whole), 29):
+    for damaged in (
+      whole[:place],
+      whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :],
+    ):
+      path.write_bytes(damaged)
+      # A bit outside the data, such as of a date, changes nothing.
+      with contextlib.suppress(base.InputError):
+        np.testing.assert_array_equal(loss_dump.read_dump(path).loss, _dump().loss)
+
+
+def test_a_loss_beyond_float32_is_infinite(tmp_path):
+  _npz(tmp_path / "dump.npz", loss=np.full(20, 1e300))
+  assert np.isinf(loss_dump.read_dump(tmp_path / "dump.npz").loss).all()
+
+
+@pytest.mark.parametrize(
+  ("name", "columns"),
+  [
+    ("epoch-00000", {"index": np.array([-1]), "loss": np.ones(1)}),
+    ("epoch-00000", {"index": np.array([0.5]), "loss": np.ones(1)}),
+    ("epoch-00000", {"index": np.array([0, 1]), "loss": np.ones(1)}),
+    ("epoch-00000", {"index": np.array([0]), "loss": np.array(["a"])}),
+    ("epoch-last", {"index": np.array([0]), "loss": np.ones(1)}),
+  ],
+)
+def test_crafted_epochs_are_one_line(tmp_path, name, columns):
+  (tmp_path / "seed-0").mkdir()
+  np.savez(tmp_path / "seed-0" / f"{name}.npz", **columns)
+  with pytest.raises(base.InputError, match="cannot read it"):
+    _combine(tmp_path)

@@ -1,6 +1,7 @@
 """A mentor comes back from its file as it was, or one line says why not."""
 
 import functools
+import hashlib
 import json
 
 import jax
@@ -107,3 +108,56 @@ def test_a_changed_number_is_one_line(path):
 def test_a_folder_that_is_not_there_is_one_line(tmp_path):
   with pytest.raises(base.InputError, match=r"cannot write .*No such file"):
     mentor_file.save(tmp_path / "none" / "mentor.json", _mentor(), {})
+
+
+def _with_checksum(path, change):
+  """Writes the mentor changed, with a checksum of what it then holds."""
+  record = json.loads(path.read_text())
+  del record["sha256"]
+  change(record)
+  text = json.dumps(record, sort_keys=True)
+  digest = hashlib.sha256(text.encode()).hexdigest()
+  path.write_text(json.dumps(record | {"sha256": digest}))
+
+
+_BIAS = "params/output_bias"
+_CRAFTED = {
+  **{
+    name: (lambda r, name=name: r.pop(name))
+    for name in (
+      *("curriculum", "compat", "num_labels", "num_classes", "facts", "variables"),
+    )
+  },
+  "no such curriculum": lambda r: r.update(curriculum="easy"),
+  "a list for a curriculum": lambda r: r.update(curriculum=[1]),
+  "no such compat": lambda r: r.update(compat="keras"),
+  "no labels": lambda r: r.update(num_labels=0),
+  "many labels": lambda r: r.update(num_labels=10**12),
+  "a share of a label": lambda r: r.update(num_labels=2.5),
+  "other classes than labels": lambda r: r.update(num_classes=3),
+  "true classes": lambda r: r.update(num_classes=True),
+  "facts in a list": lambda r: r.update(facts=[]),
+  "variables in a list": lambda r: r.update(variables=[]),
+  "a variable more": lambda r: r["variables"].update(more=[1.0]),
+  "a variable less": lambda r: r["variables"].pop(_BIAS),
+  "another shape": lambda r: r["variables"].update({_BIAS: [1.0, 2.0]}),
+  "a number": lambda r: r["variables"].update({_BIAS: 1.0}),
+  "ragged": lambda r: r["variables"].update({_BIAS: [[1.0], 2.0]}),
+  "text": lambda r: r["variables"].update({_BIAS: ["one"]}),
+  "null": lambda r: r["variables"].update({_BIAS: [None]}),
+  "an object": lambda r: r["variables"].update({_BIAS: {"a": 1}}),
+  "NaN": lambda r: r["variables"].update({_BIAS: [float("nan")]}),
+  "beyond float32": lambda r: r["variables"].update({_BIAS: [1e300]}),
+  "beyond float64": lambda r: r["variables"].update({_BIAS: [10**400]}),
+}
+
+
+@pytest.mark.parametrize("name", _CRAFTED)
+def test_a_crafted_file_with_a_right_checksum_is_one_line(path, name):
+  _with_checksum(path, _CRAFTED[name])
+  assert "is damaged (" in _complaint(path)
+
+
+def test_deep_json_is_one_line(path):
+  path.write_text("[" * 200_000)
+  assert "is damaged" in _complaint(path)

@@ -159,9 +159,9 @@ _MISTAKES = {
   "unknown_model": (["--model=lenet"], "--model=lenet: choose among logistic, mlp"),
   "fraction_0": (
     ["--fraction=0"],
-    "--fraction: fraction=0.0 must be above 0",
+    "--fraction=0 must lie between 1e-06 and 1",
   ),
-  "fraction_2": (["--fraction=2"], "--fraction: fraction=2.0 must be above 0"),
+  "fraction_2": (["--fraction=2"], "--fraction=2 must lie between 1e-06 and 1"),
   "fraction_nan": (["--fraction=nan"], "--fraction=nan is not a finite number"),
   "few": (
     ["--fraction=0.005"],
@@ -172,8 +172,8 @@ _MISTAKES = {
     ["--fraction=0.01", "--batch_size=20"],
     "--fraction=0.01 keeps 13 of 1297 images, less than --batch_size=20; raise it",
   ),
-  "epsilon": (["--greedy_epsilon=1"], "epsilon=1.0 must lie between 0 and 1"),
-  "imbalance": (["--imbalance=0.5"], "imbalance must be a number of at least 1"),
+  "epsilon": (["--greedy_epsilon=1e-320"], "--greedy_epsilon=1e-320 must lie"),
+  "imbalance": (["--imbalance=0.5"], "--imbalance=0.5 must lie between 1 and"),
   "refresh": (["--refresh_every=0"], "0 is not a positive integer"),
   "budget": (["--budget=fair"], "should be one of <proportional|equal>"),
   "no_data": (["--dataset=mnist", "--data_dir={tmp}/none"], "'mnist' is not there"),

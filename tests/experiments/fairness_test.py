@@ -113,12 +113,12 @@ _MISTAKES = {
   "no_method": (["--methods="], "--methods= is empty: choose among uniform"),
   "unknown_groups": (["--groups=gender"], "should be one of <class|inverted>"),
   "no_data": (["--dataset=mnist", "--data_dir={tmp}/none"], "'mnist' is not there"),
-  "imbalance": (["--imbalance=0.5"], "imbalance must be a number of at least 1"),
-  "imbalance_large": (["--imbalance=500"], "use imbalance=121 or less"),
+  "imbalance": (["--imbalance=0.5"], "--imbalance=0.5 must lie between 1 and"),
+  "imbalance_large": (["--imbalance=500"], "use --imbalance=121 or less"),
   "imbalance_nan": (["--imbalance=nan"], "--imbalance=nan is not a finite number"),
   "share": (
     ["--groups=inverted", "--minority_share=1"],
-    "minority_share must lie between 0 and 1; got 1.0",
+    "--minority_share=1 must lie between",
   ),
   "noise": (["--noise_fraction=2"], "2.0 is not a number in the range [0.0, 1.0]"),
   "no_exemplars": (
@@ -130,7 +130,7 @@ _MISTAKES = {
     ["--groups=inverted", "--num_exemplars=0", "--methods=forml_gap"],
     "(2 of 2 groups have none): add exemplars of it. Raise --num_exemplars.",
   ),
-  "exemplars_many": (["--num_exemplars=200"], "lower num_exemplars"),
+  "exemplars_many": (["--num_exemplars=200"], "lower --num_exemplars"),
   "meta_batch": (["--meta_batch_size=51"], "between 1 and the 50 clean examples"),
   "batch": (["--batch_size=1000"], "is larger than the"),
   "temperature": (["--temperature=-1"], "-1.0 is not a non-negative number"),
@@ -144,6 +144,10 @@ _MISTAKES = {
   "condense_without": (
     ["--condense=50", "--methods=uniform"],
     "--condense needs the weights of a forml_ method of --methods",
+  ),
+  "condense_by_alone": (
+    ["--condense_by=nope"],
+    "--condense_by=nope needs --condense: give percentages",
   ),
   "condense_by": (
     ["--condense=50", "--condense_by=forml_mean", "--methods=forml_gap"],

@@ -141,6 +141,8 @@ def test_nothing_to_draw(tmp_path):
 
 _MISTAKES = {
   "network": (["--networks=mlp-x"], "--networks=mlp-x: give lenet, mlp-WIDTH or"),
+  "network_wide": (["--networks=mlp-99999999999"], "a width of at most 65536"),
+  "network_deep": (["--networks=mlp-9999x100"], "at most 1073741824 weights in all"),
   "network_zero": (["--networks=mlp-0"], "--networks=mlp-0: give lenet"),
   "one_model": (
     ["--networks=mlp-4,mlp-4", "--num_seeds=1"],

@@ -81,10 +81,12 @@ _MISTAKES = {
   ),
   "percentile": (
     ["--curriculum=dd", "--dump={dump}", "--percentile=101"],
-    "percentile=101.0 must lie between 0 and 100.",
+    "--percentile=101 must lie between 0 and 100",
   ),
   "compat": (["--compat=keras"], "should be one of <official_code|paper>"),
   "rows": (["--num_rows=1200001"], "--num_rows=1200001 must lie between 2 and 1200000"),
+  "seed": (["--seed=9223372036854775808"], "--seed=9223372036854775808 must lie"),
+  "batch": (["--batch_size=100000000"], "--batch_size=100000000 must lie between"),
   "one_row": (["--num_rows=1"], "1 is not integer >= 2"),
   "rate_nan": (["--learning_rate=nan"], "--learning_rate=nan is not a finite number."),
   "restarts": (["--restarts=0"], "0 is not a positive integer"),

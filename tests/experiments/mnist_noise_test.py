@@ -95,6 +95,7 @@ _MISTAKES = {
     ["--methods=mentornet_pd", "--mentor={tmp}/none.json"],
     "cannot read it (No such file or directory)",
   ),
+  "unused_mentor": (["--mentor={tmp}/none.json"], "none.json: cannot read it"),
   "old_mentor": (
     ["--methods=mentornet_pd", "--mentor={tmp}/old.json"],
     "is of format version 0",
@@ -105,11 +106,11 @@ _MISTAKES = {
   ),
   "percentile": (
     ["--methods=pd_mixture", "--mentor_percentile=0.75"],
-    "percentile=0.75 counts from 0 to 100; write 75",
+    "--mentor_percentile=0.75 counts from 0 to 100; write 75",
   ),
   "percentile_high": (
     ["--methods=self_paced", "--mentor_percentile=101"],
-    "percentile=101.0 must lie between 0 and 100",
+    "--mentor_percentile=101 must lie between 0 and 100",
   ),
   "mentor_preset": (["--mentor_preset=mine"], "should be one of <self_paced|"),
   "mwn_preset": (["--mwn_preset=mine"], "should be one of <imbalance|"),
@@ -119,13 +120,16 @@ _MISTAKES = {
   "network": (["--network=cnn"], "should be one of <mlp|lenet>"),
   "noise": (["--noise=mine"], "should be one of <uniform_flip|"),
   "variant": (["--variant=mine"], "should be one of <paper|official_code>"),
-  "fraction": (["--noise_fraction=1.5"], "fraction must lie in [0, 1]"),
+  "fraction": (
+    ["--noise_fraction=1.5"],
+    "--noise_fraction=1.5 must lie between",
+  ),
   "other_data": (
     ["--noise=bare_class_conditional"],
     "bare_class_conditional",
   ),
   "meta_none": (["--num_meta=0", "--methods=warpi"], "clean meta set and it is empty"),
-  "meta_many": (["--num_meta=500"], "lower num_meta_per_class"),
+  "meta_many": (["--num_meta=500"], "lower --num_meta"),
   "meta_batch": (["--meta_batch_size=51"], "must lie between 1 and the 50 clean"),
   "plateau": (["--plateau"], "--plateau needs a validation set: give --num_validation"),
   "validation": (["--num_validation=-1"], "-1 is not a non-negative integer"),

@@ -12,6 +12,7 @@ from experiments import _fairness_report
 from experiments import _table_formats
 from experiments import _tables
 from experiments import tables
+from l2rw_jax import base
 
 _NAME = "tables"
 _NOISE = {
@@ -293,3 +294,56 @@ def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
 def test_markers_must_be_there_once_and_in_order(text):
   with pytest.raises(tables.base.InputError, match="must hold one"):
     tables.between_markers(text, "new")
+
+
+_HOSTILE = '<img src=x onerror="y">|`[a](b)\\\n\x1b[2J\ud800'
+
+
+def test_text_of_a_results_file_stays_text_in_markdown():
+  rows = [{**_NOISE, "accuracy_percent": 1.0, "method": _HOSTILE, "noise": _HOSTILE}]
+  rows.append({**rows[0], "noise": "n", **_NONE, "accuracy_percent": 2.0})
+  table = make("mnist_noise", rows, preset=_HOSTILE)
+  shown = '&lt;img src=x onerror="y"&gt;\\|\\`\\[a\\](b)\\\\  \\[2J '
+  for text in (_table_formats.summary(table), _table_formats.compact(table)):
+    assert shown in text and "<img" not in text and "\x1b" not in text
+    text.encode()  # No half of a character is left.
+    lines = [line.replace("\\|", "") for line in text.splitlines() if line[:1] == "|"]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+@pytest.mark.parametrize("start", ["=HYPERLINK(1)", "+1", "-1", "@x", "  =1", "\t=1"])
+def test_text_of_a_results_file_is_no_formula_of_a_spreadsheet(start):
+  rows = [{**_NOISE, "accuracy_percent": 1.0, "method": start}]
+  text = _table_formats.long_form([make("mnist_noise", rows)])
+  (_, line, *_) = csv.reader(io.StringIO(text))
+  assert line[2] == "'" + start.replace("\t", " ")
+  assert line[0] == "mnist_noise"
+
+
+def test_text_of_a_results_file_is_no_formula_of_a_figure(tmp_path):
+  rows = [{**_NOISE, "accuracy_percent": 1.0, "method": r"$\frac{$ and $x"}]
+  tables.write(tmp_path / "out", [make("mnist_noise", rows)])
+  assert (tmp_path / "out" / "tables.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+  "changed",
+  [
+    {"accuracy_percent": 10**400},
+    {"accuracy_percent": float("nan")},
+    {"accuracy_percent": "1"},
+    {"fraction": [1]},
+    {"network": {"a": 1}},
+  ],
+)
+def test_values_that_cannot_be_shown_are_one_line(changed):
+  with pytest.raises(base.InputError, match="run its script again") as error:
+    make("mnist_noise", [{**_NOISE, "accuracy_percent": 1.0, **changed}])
+  assert len(str(error.value)) < 200
+
+
+def test_deep_json_is_one_line(tmp_path):
+  (tmp_path / "mnist_noise").mkdir()
+  (tmp_path / "mnist_noise" / "results.json").write_text("[" * 200_000)
+  with pytest.raises(base.InputError, match="cannot be read as results"):
+    tables.collect(tmp_path)
