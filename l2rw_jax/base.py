@@ -322,6 +322,19 @@ def take_rows(table: Array, indices: Array) -> Array:
   )
 
 
+def replicated(values: Array) -> Array:
+  """`values` on every device of an explicit mesh; elsewhere the identity.
+
+  Sorting along a sharded axis and scattering to it raise under an explicit mesh.
+  """
+  values = jnp.asarray(values)
+  sharding = jax.typeof(values).sharding
+  if all(axis is None for axis in sharding.spec):
+    return values
+  spec = jax.sharding.PartitionSpec(*[None] * values.ndim)
+  return jax.reshard(values, sharding.update(spec=spec))
+
+
 def all_finite(tree: PyTree) -> Array:
   """True when no leaf of `tree` holds a NaN or an infinity; bool scalar."""
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]

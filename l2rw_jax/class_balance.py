@@ -29,7 +29,7 @@ def inverse_frequency(class_counts: base.Array) -> base.Array:
   [0.6666667 2.       ]
   """
   counts = as_counts(class_counts)
-  present = counts > 0
+  present = counts != 0
   inverse = jnp.where(present, 1 / jnp.where(present, counts, 1), 0)
   num_present = jnp.maximum(present.sum(), 1).astype(counts.dtype)
   return inverse * counts.sum() / num_present
@@ -61,7 +61,7 @@ def effective_number(class_counts: base.Array, beta: float = 0.9999) -> base.Arr
   """
   check_beta(beta)
   counts = as_counts(class_counts)
-  present = counts > 0
+  present = counts != 0
   # 1 - beta^n without the cancellation, and without 0 * log 0.
   exponent = jnp.where(present, counts, 1) * (math.log(beta) if beta else -math.inf)
   weights = jnp.where(present, -1 / jnp.expm1(exponent), 0)

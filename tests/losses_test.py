@@ -284,6 +284,7 @@ def test_settings_out_of_range(loss_fn, options, message):
 
 # -- Labels that name no class, `where`, classes that are ruled out ------------
 
+
 def _all_values_and_gradients(logits, labels, where):
   """Losses [B] and their gradients [B, C], by name."""
 

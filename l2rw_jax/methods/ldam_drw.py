@@ -44,7 +44,7 @@ def margins(class_counts: base.Array, max_margin: float = 0.5) -> base.Array:
   """
   _check_max_margin(max_margin)
   counts = class_balance.as_counts(class_counts)
-  present = counts > 0
+  present = counts != 0
   unscaled = jnp.where(present, jnp.where(present, counts, 1) ** -0.25, 0)
   return unscaled * max_margin / jnp.where(present.any(), unscaled.max(), 1)
 

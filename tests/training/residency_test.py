@@ -13,6 +13,7 @@ from l2rw_jax import base
 from l2rw_jax import workdir
 from l2rw_jax.methods import baselines
 from l2rw_jax.training import batches
+from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import devices
 from l2rw_jax.training import residency
 
