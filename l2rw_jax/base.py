@@ -321,6 +321,41 @@ def own_part(global_values: Array, axis_name: AxisName) -> Array:
   return jax.lax.dynamic_slice_in_dim(global_values, start, size)
 
 
+def take_rows(table: Array, indices: Array) -> Array:
+  """`table[indices]`, under any kind of mesh, and NaN for rows that do not exist.
+
+  Plain indexing raises under an explicit mesh when `indices` is sharded, counts a
+  negative index from the end, and clamps or fills one that is too large.
+
+  Args:
+    table: floating point, [C] or [C, ...], the same on every device.
+    indices: integers [B], of which those outside of 0 to C - 1 name no row.
+
+  Returns:
+    Rows [B] or [B, ...], sharded like `indices`.
+  """
+  size = table.shape[0]
+  exists = (indices >= 0) & (indices < size)
+  sharding = jax.typeof(indices).sharding
+  spec = jax.sharding.PartitionSpec(*sharding.spec, *[None] * (table.ndim - 1))
+  return table.at[jnp.where(exists, indices, size)].get(
+    mode="fill", fill_value=jnp.nan, out_sharding=sharding.update(spec=spec)
+  )
+
+
+def replicated(values: Array) -> Array:
+  """`values` on every device of an explicit mesh; elsewhere the identity.
+
+  Sorting along a sharded axis and scattering to it raise under an explicit mesh.
+  """
+  values = jnp.asarray(values)
+  sharding = jax.typeof(values).sharding
+  if all(axis is None for axis in sharding.spec):
+    return values
+  spec = jax.sharding.PartitionSpec(*[None] * values.ndim)
+  return jax.reshard(values, sharding.update(spec=spec))
+
+
 def all_finite(tree: PyTree) -> Array:
   """True when no leaf of `tree` holds a NaN or an infinity; bool scalar."""
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 
 from l2rw_jax import base
@@ -20,17 +21,18 @@ def inverse_frequency(class_counts: base.Array) -> base.Array:
     Weights [C].
 
   Raises:
-    InputError: `class_counts` has no shape [C].
+    InputError: `class_counts` has no shape [C], or holds a negative number, a NaN
+      or an infinity. Under `jit` such a count makes every weight NaN instead.
 
   >>> import jax.numpy as jnp
   >>> print(inverse_frequency(jnp.array([30, 10])))
   [0.6666667 2.       ]
   """
-  check_counts(class_counts)
-  counts = jnp.asarray(class_counts, jnp.float32)
-  present = counts > 0
+  counts = as_counts(class_counts)
+  present = counts != 0
   inverse = jnp.where(present, 1 / jnp.where(present, counts, 1), 0)
-  return inverse * counts.sum() / jnp.maximum(present.sum(), 1)
+  num_present = jnp.maximum(present.sum(), 1).astype(counts.dtype)
+  return inverse * counts.sum() / num_present
 
 
 def effective_number(class_counts: base.Array, beta: float = 0.9999) -> base.Array:
@@ -47,7 +49,7 @@ def effective_number(class_counts: base.Array, beta: float = 0.9999) -> base.Arr
     Weights [C].
 
   Raises:
-    InputError: `beta` is out of range, or `class_counts` has no shape [C].
+    InputError: `beta` is out of range, or as of `inverse_frequency`.
 
   References:
     Cui, Jia, Lin, Song, Belongie, "Class-Balanced Loss Based on Effective Number of
@@ -58,13 +60,13 @@ def effective_number(class_counts: base.Array, beta: float = 0.9999) -> base.Arr
   [0.8096331 1.190367 ]
   """
   check_beta(beta)
-  check_counts(class_counts)
-  counts = jnp.asarray(class_counts, jnp.float32)
-  present = counts > 0
+  counts = as_counts(class_counts)
+  present = counts != 0
   # 1 - beta^n without the cancellation, and without 0 * log 0.
   exponent = jnp.where(present, counts, 1) * (math.log(beta) if beta else -math.inf)
   weights = jnp.where(present, -1 / jnp.expm1(exponent), 0)
-  return weights * present.sum() / jnp.where(present.any(), weights.sum(), 1)
+  num_present = present.sum().astype(counts.dtype)
+  return weights * num_present / jnp.where(present.any(), weights.sum(), 1)
 
 
 def check_beta(beta: float) -> None:
@@ -73,6 +75,35 @@ def check_beta(beta: float) -> None:
     raise base.InputError(
       f"beta={beta} of the effective number of examples must be in [0, 1)."
     )
+
+
+def as_counts(class_counts: base.Array) -> base.Array:
+  """Checked counts [C] as floating point numbers of the precision they came in.
+
+  Integers become the default floating point type: float64 where it is enabled.
+
+  Args:
+    class_counts: [C], non-negative.
+
+  Raises:
+    InputError: as of `inverse_frequency`.
+  """
+  check_counts(class_counts)
+  counts = jnp.asarray(class_counts)
+  dtype = counts.dtype if jnp.issubdtype(counts.dtype, jnp.inexact) else float
+  dtype = jnp.promote_types(jax.dtypes.canonicalize_dtype(dtype), jnp.float32)
+  counts = counts.astype(dtype)
+  is_count = jnp.isfinite(counts) & (counts >= 0)
+  if not isinstance(is_count, jax.core.Tracer):
+    if not is_count.all():
+      first = int(jnp.argmin(is_count))
+      raise base.InputError(
+        f"class_counts must not be negative, NaN or infinite; that of class {first} is"
+        f" {counts[first]}."
+      )
+    return counts
+  # The square root of -1 is NaN, but no constant that `jax_debug_nans` would stop at.
+  return counts * jnp.sqrt(jnp.where(is_count.all(), 1.0, -1.0)).astype(dtype)
 
 
 def check_counts(class_counts: base.Array, num_classes: int | None = None) -> None:

@@ -22,6 +22,7 @@ from l2rw_jax import facility_location
 
 GREEDY = ("lazy", "stochastic")
 BUDGETS = ("proportional", "equal")
+_SMALLEST_EPSILON = 1e-12
 
 
 class Coreset(NamedTuple):
@@ -29,7 +30,8 @@ class Coreset(NamedTuple):
 
   Attributes:
     rows: of the chosen examples, ascending, int32 [r].
-    weights: cluster sizes gamma, summing to n, float32 [r].
+    weights: cluster sizes gamma, summing to n, float32 [r]; equal proxies that are
+      chosen share the size of their cluster.
   """
 
   rows: np.ndarray
@@ -98,7 +100,7 @@ def select(
 
   Args:
     proxies: q, [n, C].
-    labels: classes to choose within, int [n].
+    labels: classes to choose within, [n]: integers, strings or anything that sorts.
     size: r, at least one a class and at most n.
     features: what the last layer sees, [n, d].
     scale: what coordinates of the outer products are divided by, [C, d + 1], the
@@ -116,6 +118,10 @@ def select(
   """
   check_greedy(greedy, epsilon)
   labels = np.asarray(labels)
+  if np.ndim(proxies) != 2:
+    raise base.InputError(
+      f"select: proxies must be [n, C]; got shape {np.shape(proxies)}."
+    )
   if labels.shape != np.shape(proxies)[:1]:
     raise base.InputError(
       f"select: labels of shape {labels.shape} do not fit proxies of shape"
@@ -138,14 +144,18 @@ def select(
   classes, counts = np.unique(labels, return_counts=True)
   sizes = class_budgets(counts.tolist(), size, budget)
   found = []
-  for c, own_size in zip(classes, sizes.tolist(), strict=True):
+  for place, (c, class_size) in enumerate(zip(classes, sizes.tolist(), strict=True)):
     members = np.flatnonzero(labels == c)
-    own_key = None if key is None else jax.random.fold_in(key, int(c))
+    # The draws of a class do not depend on which other classes there are.
+    is_id = np.issubdtype(classes.dtype, np.integer) and 0 <= c < 2**32
+    class_key = None
+    if key is not None:
+      class_key = jax.random.fold_in(key, int(c) if is_id else place)
     chosen = _select_class(
-      [x[members] for x in table], scale, own_size, greedy, epsilon, own_key
+      [x[members] for x in table], scale, class_size, greedy, epsilon, class_key
     )
     # All classes are under way before the first is waited for.
-    found.append((members, own_size, chosen))
+    found.append((members, class_size, chosen))
   rows = np.concatenate([m[np.asarray(s.rows)[:k]] for m, k, s in found])
   weights = np.concatenate([np.asarray(s.weights)[:k] for _, k, s in found])
   order = np.argsort(rows)
@@ -183,5 +193,9 @@ def check_greedy(greedy: str, epsilon: float) -> None:
   """Raises InputError unless `select` can be asked for this."""
   if greedy not in GREEDY:
     raise base.InputError(f"greedy={greedy!r}: choose one of {GREEDY}.")
-  if not 0 < epsilon < 1:
-    raise base.InputError(f"epsilon={epsilon} must lie between 0 and 1.")
+  # Below, the stochastic greedy would look at more candidates than the exact one.
+  if not _SMALLEST_EPSILON <= epsilon < 1:
+    raise base.InputError(
+      f"epsilon={epsilon} must be at least {_SMALLEST_EPSILON:g} and less than 1; with"
+      " less, greedy='lazy' is exact and faster."
+    )

@@ -46,6 +46,8 @@ class Selection(NamedTuple):
     rows: [capacity]; -1 beyond the size that was asked for.
     gains: what each added to F, [capacity].
     weights: how many points have it for their nearest, [capacity]; they sum to n.
+      Chosen points at distance 0 of each other share theirs equally, so that each
+      stands for itself at least.
     assignment: which of `rows` (0, 1, ...) is nearest to each point, the earliest
       chosen of equally near ones, [n]; -1 for padding.
     distances: of each point to its nearest, [n].
@@ -68,6 +70,7 @@ class _State(NamedTuple):
   assignment: base.Array
   rows: base.Array
   gains: base.Array
+  leaders: base.Array  # of each chosen point, the earliest at distance 0
 
 
 def lazy_greedy(
@@ -309,23 +312,31 @@ def _first_choice(points, row, total, valid, bound, capacity):
     assignment=jnp.where(valid, 0, -1),
     rows=jnp.full(capacity, -1).at[0].set(row),
     gains=jnp.zeros(capacity, distances.dtype).at[0].set(valid.sum() * bound + total),
+    leaders=jnp.arange(capacity),
   )
 
 
 def _choose(points, state, number, row, gain):
   distances = points.distances(row[None])[0]
   nearer = distances < state.nearest
+  equal = state.leaders[state.assignment[row]]
+  leader = jnp.where(state.nearest[row] == 0, equal, number)
   return _State(
     nearest=jnp.where(nearer, distances, state.nearest),
     assignment=jnp.where(nearer, number, state.assignment),
     rows=state.rows.at[number].set(row),
     gains=state.gains.at[number].set(gain),
+    leaders=state.leaders.at[number].set(leader),
   )
 
 
 def _selection(state, valid):
-  capacity = state.rows.size
-  # A chosen point stands for itself, also where an equal one was chosen before it.
-  weights = jnp.zeros(capacity, state.gains.dtype)
-  weights = weights.at[state.assignment].add(valid.astype(weights.dtype))
+  none = jnp.zeros(state.rows.size, state.gains.dtype)
+  # Of all points that are equal to the leader, or have it for their nearest.
+  leaders = state.leaders[state.assignment]
+  totals = none.at[leaders].add(valid.astype(none.dtype))
+  shares = none.at[state.leaders].add((state.rows >= 0).astype(none.dtype))
+  weights = jnp.where(
+    state.rows >= 0, (totals / jnp.maximum(shares, 1))[state.leaders], 0
+  )
   return Selection(state.rows, state.gains, weights, state.assignment, state.nearest)

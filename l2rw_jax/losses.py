@@ -1,7 +1,19 @@
-"""Floor 1: per-example losses, logits and labels in, [B] out, in nats.
+"""Per-example losses: logits and labels in, losses [B] in nats out.
 
-All are finite, with finite gradients, however sure the logits are of a class.
-A single logit a row, [B, 1], is that of class 1 of two; class 0 has logit 0.
+Rules that hold for every loss here, and for every formula of the library that takes
+logits and labels:
+
+- Shapes are checked when the function is traced. Labels are integers [B]; one-hot
+  labels and labels of shape [B, 1] raise `base.InputError`.
+- A single logit per row, [B, 1], is that of class 1 of two classes; class 0 has
+  logit 0.
+- A label that names no class (negative, or C and above) gives a NaN loss, and NaN
+  gradients unless the loss is constant there, so that it is noticed. `where` leaves
+  such examples out.
+- `where`, bool [B], says which examples count. The others have a loss of 0 and a
+  gradient of 0, whatever their labels and logits are.
+- Losses and their gradients are finite for all finite logits, and where a logit of
+  -inf rules out a class other than the label's.
 """
 
 import math
@@ -9,37 +21,65 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from l2rw_jax import base
 
 
-def softmax_cross_entropy(logits: base.Array, labels: base.Array) -> base.Array:
+def softmax_cross_entropy(
+  logits: base.Array, labels: base.Array, *, where: base.Array | None = None
+) -> base.Array:
   """-log softmax(logits)[label], in nats.
 
   Args:
-    logits: [B, C].
+    logits: [B, C], C at least 2.
     labels: integer class of each example, [B].
+    where: which examples count, bool [B]; None is all.
 
   Returns:
     Losses [B].
+
+  Raises:
+    InputError: the shapes do not fit.
+
+  >>> import jax.numpy as jnp
+  >>> logits, labels = jnp.zeros((3, 4)), jnp.array([0, 7, -1])
+  >>> print(abs(softmax_cross_entropy(logits, labels, where=labels >= 0)))
+  [1.3862944       nan 0.       ]
   """
-  _check_logits(logits, labels)
-  return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  check_logits(logits, labels, where)
+  if logits.shape[1] < 2:
+    raise base.InputError(
+      "softmax_cross_entropy: logits [B, 1] have a softmax of 1 everywhere; use"
+      " sigmoid_cross_entropy for a single logit per example."
+    )
+  log_p, is_label, scale = label_rows(logits, labels, where)
+  return -_at(log_p, is_label) * scale
 
 
-def sigmoid_cross_entropy(logits: base.Array, labels: base.Array) -> base.Array:
-  """Cross-entropy of one logit an example, in nats.
+def sigmoid_cross_entropy(
+  logits: base.Array, labels: base.Array, *, where: base.Array | None = None
+) -> base.Array:
+  """Cross-entropy of one logit per example, in nats.
 
   Args:
     logits: [B, 1].
     labels: 0 or 1, [B].
+    where: which examples count, bool [B]; None is all.
 
   Returns:
     Losses [B].
+
+  Raises:
+    InputError: the shapes do not fit.
   """
-  _check_logits(logits, labels)
-  return optax.sigmoid_binary_cross_entropy(logits[:, 0], labels.astype(logits.dtype))
+  check_logits(logits, labels, where)
+  if logits.shape[1] != 1:
+    raise base.InputError(
+      f"sigmoid_cross_entropy: logits must be [B, 1]; got {logits.shape}. Use"
+      " softmax_cross_entropy for a logit per class."
+    )
+  log_p, is_label, scale = label_rows(logits, labels, where)
+  return -_at(log_p, is_label) * scale
 
 
 def predictions(logits: base.Array) -> base.Array:
@@ -70,7 +110,13 @@ def logits_of(outputs: Any) -> base.Array:
   return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
-def focal(logits: base.Array, labels: base.Array, gamma: float = 2.0) -> base.Array:
+def focal(
+  logits: base.Array,
+  labels: base.Array,
+  gamma: float = 2.0,
+  *,
+  where: base.Array | None = None,
+) -> base.Array:
   """(1 - p_y)^gamma times the cross-entropy: easy examples count less.
 
   Args:
@@ -78,6 +124,7 @@ def focal(logits: base.Array, labels: base.Array, gamma: float = 2.0) -> base.Ar
     labels: integer class of each example, [B].
     gamma: at least 0, where it is the cross-entropy. LDAM's experiments take 1;
       there p_y is exp(-loss) of a loss that class weights have already scaled.
+    where: which examples count, bool [B]; None is all.
 
   Returns:
     Losses [B].
@@ -89,19 +136,24 @@ def focal(logits: base.Array, labels: base.Array, gamma: float = 2.0) -> base.Ar
     Lin, Goyal, Girshick, He, Dollar, "Focal Loss for Dense Object Detection",
     ICCV 2017, eq. (4).
   """
-  _check_logits(logits, labels)
   _check(0 <= gamma < math.inf, f"focal: gamma={gamma} must be at least 0")
-  if logits.shape[1] == 1:
-    targets = labels.astype(logits.dtype)
-    return optax.sigmoid_focal_loss(logits[:, 0], targets, gamma=gamma)
-  log_p = jax.nn.log_softmax(logits, axis=1)
-  others = jnp.where(_is_own(log_p, labels), -jnp.inf, log_p)
-  # 1 - p_y by its logarithm: neither its power nor its slope can be 0 / 0.
-  return -jnp.exp(gamma * jax.nn.logsumexp(others, axis=1)) * _own(log_p, labels)
+  log_p, is_label, scale = label_rows(logits, labels, where)
+  others = jnp.where(is_label, -jnp.inf, log_p)
+  # 1 - p_y by its logarithm: neither its power nor its gradient can be 0 / 0. Where
+  # all other classes are ruled out, 1 - p_y is 0 and has no logarithm.
+  is_sure = jnp.all(jnp.isneginf(others), axis=1)
+  log_rest = jax.nn.logsumexp(jnp.where(is_sure[:, None], 0, others), axis=1)
+  factor = jnp.where(is_sure, 0.0**gamma, jnp.exp(gamma * log_rest))
+  return -factor * _at(log_p, is_label) * scale
 
 
 def symmetric_cross_entropy(
-  logits: base.Array, labels: base.Array, alpha: float = 0.1, beta: float = 1.0
+  logits: base.Array,
+  labels: base.Array,
+  alpha: float = 0.1,
+  beta: float = 1.0,
+  *,
+  where: base.Array | None = None,
 ) -> base.Array:
   """alpha times the cross-entropy plus beta times the reverse one.
 
@@ -113,6 +165,7 @@ def symmetric_cross_entropy(
     labels: integer class of each example, [B].
     alpha: factor of the cross-entropy, at least 0.
     beta: factor of the reverse cross-entropy, at least 0.
+    where: which examples count, bool [B]; None is all.
 
   Returns:
     Losses [B].
@@ -125,16 +178,16 @@ def symmetric_cross_entropy(
     with Noisy Labels", ICCV 2019. The defaults are those with which ABSGD
     (Qi et al., 2023) trains on Clothing1M.
   """
-  _check_logits(logits, labels)
   _check(
     min(alpha, beta) >= 0 < alpha + beta < math.inf,
     f"symmetric_cross_entropy: alpha={alpha}, beta={beta} must not be negative, and"
     " one must be more",
   )
-  log_p = log_probabilities(logits)
+  log_p, is_label, scale = label_rows(logits, labels, where)
   p = jnp.maximum(jnp.exp(log_p), 1e-7)
-  elsewhere = jnp.where(_is_own(p, labels), 0, p).sum(axis=1)
-  return -alpha * _own(log_p, labels) - beta * math.log(1e-4) * elsewhere
+  elsewhere = jnp.where(is_label, 0, p).sum(axis=1)
+  loss = -alpha * _at(log_p, is_label) - beta * math.log(1e-4) * elsewhere
+  return loss * scale
 
 
 def generalized_cross_entropy(
@@ -142,6 +195,8 @@ def generalized_cross_entropy(
   labels: base.Array,
   q: float = 0.7,
   threshold: float | None = None,
+  *,
+  where: base.Array | None = None,
 ) -> base.Array:
   """(1 - p_y^q) / q: the cross-entropy as q -> 0, 1 - p_y at q = 1.
 
@@ -154,6 +209,7 @@ def generalized_cross_entropy(
     labels: integer class of each example, [B].
     q: in (0, 1].
     threshold: k, in (0, 1); None does not truncate.
+    where: which examples count, bool [B]; None is all.
 
   Returns:
     Losses [B].
@@ -165,19 +221,23 @@ def generalized_cross_entropy(
     Zhang, Sabuncu, "Generalized Cross Entropy Loss for Training Deep Neural
     Networks with Noisy Labels", NeurIPS 2018.
   """
-  where = "generalized_cross_entropy"
-  _check_logits(logits, labels)
-  _check(0 < q <= 1, f"{where}: q={q} must be in (0, 1]")
-  log_p = _own(log_probabilities(logits), labels)
+  name = "generalized_cross_entropy"
+  _check(0 < q <= 1, f"{name}: q={q} must be in (0, 1]")
+  log_p, is_label, scale = label_rows(logits, labels, where)
+  log_p = _at(log_p, is_label)
   if threshold is not None:
-    _check(0 < threshold < 1, f"{where}: threshold={threshold} must be in (0, 1)")
+    _check(0 < threshold < 1, f"{name}: threshold={threshold} must be in (0, 1)")
     limit = math.log(threshold)
     log_p = jnp.where(log_p <= limit, limit, log_p)
-  return -jnp.expm1(q * log_p) / q
+  return -jnp.expm1(q * log_p) / q * scale
 
 
 def bootstrapping_soft(
-  logits: base.Array, labels: base.Array, beta: float = 0.95
+  logits: base.Array,
+  labels: base.Array,
+  beta: float = 0.95,
+  *,
+  where: base.Array | None = None,
 ) -> base.Array:
   """Cross-entropy to the target beta t + (1 - beta) p, mixed with the prediction.
 
@@ -190,6 +250,7 @@ def bootstrapping_soft(
     logits: [B, C] or [B, 1].
     labels: integer class of each example, [B].
     beta: share of the given label, in [0, 1].
+    where: which examples count, bool [B]; None is all.
 
   Returns:
     Losses [B].
@@ -201,29 +262,37 @@ def bootstrapping_soft(
     Reed, Lee, Anguelov, Szegedy, Erhan, Rabinovich, "Training Deep Neural Networks
     on Noisy Labels with Bootstrapping", 2014 (arXiv 1412.6596).
   """
-  _check_logits(logits, labels)
   _check(0 <= beta <= 1, f"bootstrapping_soft: beta={beta} must be in [0, 1]")
-  log_p = log_probabilities(logits)
-  entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=1)
-  return -beta * _own(log_p, labels) + (1 - beta) * entropy
+  log_p, is_label, scale = label_rows(logits, labels, where)
+  # 0 log 0 is 0: a class that is ruled out adds nothing.
+  finite = jnp.where(jnp.isneginf(log_p), 0, log_p)
+  entropy = -jnp.sum(jnp.exp(log_p) * finite, axis=1)
+  return (-beta * _at(log_p, is_label) + (1 - beta) * entropy) * scale
 
 
 def bootstrapping_hard(
-  logits: base.Array, labels: base.Array, beta: float = 0.8
+  logits: base.Array,
+  labels: base.Array,
+  beta: float = 0.8,
+  *,
+  where: base.Array | None = None,
 ) -> base.Array:
   """As `bootstrapping_soft`, mixed with the one predicted class instead.
 
   The prediction is piecewise constant: nothing flows through it.
   """
-  _check_logits(logits, labels)
   _check(0 <= beta <= 1, f"bootstrapping_hard: beta={beta} must be in [0, 1]")
-  log_p = log_probabilities(logits)
-  predicted = _own(log_p, predictions(logits))
-  return -beta * _own(log_p, labels) - (1 - beta) * predicted
+  log_p, is_label, scale = label_rows(logits, labels, where)
+  predicted = jnp.max(log_p, axis=1)
+  return (-beta * _at(log_p, is_label) - (1 - beta) * predicted) * scale
 
 
 def forward_corrected(
-  logits: base.Array, labels: base.Array, transition: base.Array
+  logits: base.Array,
+  labels: base.Array,
+  transition: base.Array,
+  *,
+  where: base.Array | None = None,
 ) -> base.Array:
   """-log sum_j p_j T_jy: the cross-entropy of the label after it was corrupted.
 
@@ -233,6 +302,7 @@ def forward_corrected(
     transition: T [C, C] (C = 2 for a single logit), T_jy the probability that an
       example of class j is given the label y; rows sum to 1. A label that no class
       can turn into costs -log of the smallest float, without gradient.
+    where: which examples count, bool [B]; None is all.
 
   Returns:
     Losses [B].
@@ -244,36 +314,128 @@ def forward_corrected(
     Patrini, Rozza, Menon, Nock, Qu, "Making Deep Neural Networks Robust to Label
     Noise: a Loss Correction Approach", CVPR 2017, theorem 2.
   """
-  _check_logits(logits, labels)
-  log_p = log_probabilities(logits)
+  log_p, is_label, scale = label_rows(logits, labels, where)
   classes = log_p.shape[1]
   _check(
     jnp.shape(transition) == (classes, classes),
     f"forward_corrected: transition has shape {jnp.shape(transition)}; {classes}"
     f" classes need ({classes}, {classes})",
   )
-  into = jnp.asarray(transition).T[labels]
+  transition = jnp.asarray(transition).astype(log_p.dtype)
+  # Into a label that no class can turn into.
   tiny = jnp.finfo(log_p.dtype).tiny
-  into = jnp.where(jnp.any(into != 0, axis=1, keepdims=True), into, tiny)
-  log_t = jnp.where(into == 0, -jnp.inf, jnp.log(jnp.where(into == 0, 1, into)))
-  return -jax.nn.logsumexp(log_p + log_t, axis=1)
+  never = jnp.all(transition == 0, axis=0, keepdims=True)
+  transition = jnp.where(never, tiny, transition)
+  log_t = jnp.where(
+    transition == 0, -jnp.inf, jnp.log(jnp.where(transition == 0, 1, transition))
+  )
+  return transition_loss(log_p, is_label, log_t) * scale
 
 
-def _is_own(values, labels):
-  return jnp.arange(values.shape[1]) == labels[:, None]
+def transition_loss(
+  log_p: base.Array, is_label: base.Array, log_t: base.Array
+) -> base.Array:
+  """-log sum_j p_j T_jy, [B], from log p [B, C], a mask [B, C] and log T [C, C]."""
+  labels = jnp.argmax(is_label, axis=1)
+  joint = log_p + base.take_rows(log_t.T, labels)
+  # A row without any finite entry has an infinite loss and no gradient.
+  is_possible = ~jnp.all(jnp.isneginf(joint), axis=1)
+  safe = jnp.where(is_possible[:, None], joint, 0)
+  return jnp.where(is_possible, -jax.nn.logsumexp(safe, axis=1), jnp.inf)
 
 
-def _own(values, labels):
-  return jnp.take_along_axis(values, labels[:, None], axis=1)[:, 0]
+def label_mask(labels: base.Array, num_classes: int) -> base.Array:
+  """Where each row has its label's column, bool [B, C]; no column if none exists."""
+  # Narrow integers cannot count to C, and unsigned ones have no negative numbers.
+  is_wide = jnp.issubdtype(labels.dtype, jnp.signedinteger) and (
+    jnp.dtype(labels.dtype).itemsize >= 4
+  )
+  labels = labels if is_wide else labels.astype(jnp.int32)
+  columns = jnp.arange(num_classes, dtype=labels.dtype)
+  return labels[:, None] == columns[None, :]
+
+
+def check_logits(
+  logits: base.Array, labels: base.Array, where: base.Array | None = None
+) -> None:
+  """Raises InputError unless logits are [B, C], labels integers [B], `where` [B]."""
+  shape = jnp.shape(logits)
+  if len(shape) != 2 or shape[1] < 1 or jnp.shape(labels) != shape[:1]:
+    raise base.InputError(
+      "logits must be [B, C] and labels must be integers of shape [B]; got logits of"
+      f" shape {shape} and labels of shape {jnp.shape(labels)}."
+    )
+  dtype = jnp.result_type(labels)
+  if not (jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_):
+    raise base.InputError(
+      f"labels must be integers of shape [B]; got an array of {dtype}. Convert them"
+      " with labels.astype(int)."
+    )
+  if where is not None and (
+    jnp.shape(where) != shape[:1] or jnp.result_type(where) != jnp.bool_
+  ):
+    raise base.InputError(
+      f"where must be bool of shape {shape[:1]}; got {jnp.result_type(where)} of"
+      f" shape {jnp.shape(where)}."
+    )
+
+
+def label_scale(is_label: base.Array, where: base.Array | None = None) -> base.Array:
+  """1 for an example that counts, 0 where it does not, NaN for an impossible label.
+
+  A factor, so that gradients of impossible labels are NaN too.
+
+  Args:
+    is_label: as of `label_mask`, [B, C].
+    where: which examples count, bool [B]; None is all.
+
+  Returns:
+    Factors [B], in the default floating point type.
+  """
+  exists = jnp.any(is_label, axis=1)
+  if where is None:
+    # Not the constant NaN, which `jax_debug_nans` would stop at for every batch.
+    return jnp.sqrt(jnp.where(exists, 1.0, -1.0))
+  return jnp.sqrt(jnp.where(exists | ~where, 1.0, -1.0)) * where
+
+
+def label_rows(
+  logits: base.Array, labels: base.Array, where: base.Array | None = None
+) -> tuple[base.Array, base.Array, base.Array]:
+  """What every loss begins with: checked arguments, by the rules of this module.
+
+  Args:
+    logits: [B, C] or [B, 1].
+    labels: integer class of each example, [B].
+    where: which examples count, bool [B]; None is all.
+
+  Returns:
+    log p, [B, max(C, 2)], uniform for examples that do not count.
+    A mask of the label's column, of the same shape; column 0 for an impossible label.
+    A factor of each loss, [B], see `label_scale`.
+
+  Raises:
+    InputError: the shapes or types do not fit.
+  """
+  check_logits(logits, labels, where)
+  labels = jnp.asarray(labels)
+  if where is not None:
+    logits = jnp.where(where[:, None], logits, 0)
+  log_p = log_probabilities(logits)
+  is_label = label_mask(labels, log_p.shape[1])
+  scale = label_scale(is_label, where).astype(log_p.dtype)
+  # An impossible label is replaced by class 0, so that the factor NaN reaches the
+  # gradient of its row.
+  is_impossible = ~jnp.any(is_label, axis=1, keepdims=True)
+  first = label_mask(jnp.zeros_like(labels), log_p.shape[1])
+  return log_p, is_label | (is_impossible & first), scale
+
+
+def _at(values, is_label):
+  """The entries [B] of `values` [B, C] under the mask; 0 where it is empty."""
+  return jnp.sum(jnp.where(is_label, values, 0), axis=1)
 
 
 def _check(holds, message):
   if not holds:
     raise base.InputError(f"{message}.")
-
-
-def _check_logits(logits, labels):
-  if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-    raise base.InputError(
-      f"logits must be [B, C] and labels [B]; got {logits.shape} and {labels.shape}."
-    )

@@ -101,3 +101,19 @@ def test_counts_of_other_classes_are_refused_traced_as_they_may_be():
   for counts in (np.arange(2), np.ones((3, 1))):
     with pytest.raises(base.InputError, match=r"each of the 3 classes.* got shape \["):
       run(counts)
+
+
+@pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
+def test_what_is_no_count_is_refused_or_nan(bad):
+  for weights in (class_balance.inverse_frequency, class_balance.effective_number):
+    with pytest.raises(base.InputError, match="that of class 1 is"):
+      weights(jnp.array([3.0, bad]))
+    assert np.isnan(jax.jit(weights)(jnp.array([3.0, bad]))).all()
+
+
+def test_counts_keep_double_precision(x64):
+  counts = np.array([5000, 17, 3])
+  expected = counts.sum() / 3 / counts
+  for given in (counts, counts.astype(np.float64)):
+    found = class_balance.inverse_frequency(given)
+    np.testing.assert_allclose(found, expected, rtol=1e-14)

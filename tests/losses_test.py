@@ -280,3 +280,84 @@ def test_settings_out_of_range(loss_fn, options, message):
   logits, labels = jnp.zeros((4, _CLASSES)), jnp.zeros(4, jnp.int32)
   with pytest.raises(base.InputError, match=message):
     loss_fn(logits, labels, **options)
+
+
+# -- Labels that name no class, `where`, classes that are ruled out ------------
+
+
+def _all_values_and_gradients(logits, labels, where):
+  """Losses [B] and their gradients [B, C], by name."""
+
+  def run(loss_fn):
+    value, pull = jax.vjp(lambda z: loss_fn(z, labels, where=where), logits)
+    return value, pull(jnp.ones_like(value))[0]
+
+  return {name: run(loss_fn) for name, loss_fn in _LOSSES.items()}
+
+
+_all_jitted = jax.jit(_all_values_and_gradients)
+
+
+def test_an_impossible_label_gives_nan_and_where_leaves_it_out():
+  logits = np.random.default_rng(0).normal(size=(6, _CLASSES)).astype(np.float32)
+  labels = np.array([0, -1, _CLASSES, 1, 2, -7])
+  exists = np.array([True, False, False, True, True, False])
+  everyone = _all_jitted(logits, labels, np.ones(6, bool))
+  logits_with_nan = np.where(exists[:, None], logits, np.nan)
+  chosen = _all_jitted(logits_with_nan, labels, exists)
+  for name in _LOSSES:
+    assert np.isnan(everyone[name][0][~exists]).all(), name
+    if name != "gce_truncated":  # It has no gradient where it is truncated.
+      assert np.isnan(everyone[name][1][~exists]).all(), name
+    for of_all, of_chosen in zip(everyone[name], chosen[name], strict=True):
+      assert np.isfinite(of_all[exists]).all(), name
+      np.testing.assert_array_equal(of_chosen[~exists], 0, err_msg=name)
+      np.testing.assert_array_equal(of_chosen[exists], of_all[exists], err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint32, np.int64])
+def test_narrow_and_unsigned_labels_are_compared_by_value(dtype):
+  logits = jnp.zeros((2, 300))
+  labels = np.array([3, 100], dtype)
+  found = losses.softmax_cross_entropy(logits, labels)
+  np.testing.assert_allclose(found, np.log(300), rtol=1e-6)
+  if dtype == np.int8:
+    impossible = losses.softmax_cross_entropy(logits, np.array([-1, -100], dtype))
+    assert np.isnan(impossible).all()
+
+
+def test_a_class_that_is_ruled_out_leaves_values_and_gradients_finite():
+  logits = np.array([[1.0, -np.inf, 2.0], [-np.inf, 0.5, -np.inf]], np.float32)
+  found = _all_jitted(logits, np.array([2, 1]), np.ones(2, bool))
+  two = np.array([[1.0, 2.0]], np.float32)
+  for name in _LOSSES:
+    value, gradient = found[name]
+    assert np.isfinite(value).all() and np.isfinite(gradient).all(), name
+    assert gradient[0, 1] == 0, name
+    if name not in ("forward", "sce"):  # They depend on the number of classes.
+      reduced = _LOSSES[name](two, np.array([1]))[0]
+      np.testing.assert_allclose(value[0], reduced, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+  ("loss_fn", "logits", "labels", "message"),
+  [
+    (losses.softmax_cross_entropy, (4, 1), np.zeros(4, int), "use sigmoid_cross"),
+    (losses.sigmoid_cross_entropy, (4, 2), np.zeros(4, int), "Use softmax_cross"),
+    (losses.softmax_cross_entropy, (4, 3), np.zeros(4), "labels must be integers"),
+    (losses.softmax_cross_entropy, (4, 3), np.eye(4, 3, dtype=int), "labels of shape"),
+  ],
+)
+def test_logits_or_labels_of_another_loss_are_refused(loss_fn, logits, labels, message):
+  with pytest.raises(base.InputError, match=message):
+    loss_fn(jnp.zeros(logits), labels)
+
+
+def test_labels_of_another_code_give_nan_for_a_single_logit():
+  found = losses.sigmoid_cross_entropy(jnp.zeros((4, 1)), jnp.array([-1, 0, 1, 2]))
+  np.testing.assert_array_equal(np.isnan(found), [True, False, False, True])
+
+
+def test_where_is_checked():
+  with pytest.raises(base.InputError, match="where must be bool of shape"):
+    losses.focal(jnp.zeros((2, 3)), jnp.zeros(2, int), where=jnp.ones((2, 1), bool))

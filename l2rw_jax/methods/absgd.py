@@ -75,7 +75,8 @@ def example_weights(
     not where lambda is infinite: 1 / B then as ever.
 
   Raises:
-    InputError: losses not of shape [B]; unless traced, a setting out of range.
+    InputError: losses not of shape [B]; unless traced, a setting out of range. A
+      traced lambda of 0 gives NaN weights.
 
   >>> import jax.numpy as jnp
   >>> losses = jnp.log(jnp.array([1., 4., 16.]))
@@ -91,7 +92,10 @@ def example_weights(
     jax.lax.stop_gradient(jnp.asarray(x, dtype)) for x in (losses, log_normalizer, lam)
   )
   limit = jnp.finfo(dtype).max / 4  # Differences of two scores are then finite too.
-  scores = jnp.clip(scores / lam, -limit, limit)
+  # A traced lambda of 0 makes all weights NaN: the square root is 1 elsewhere.
+  is_zero = jnp.abs(lam) < jnp.finfo(dtype).tiny
+  lam = jnp.where(is_zero, 1, lam) * jnp.sqrt(jnp.where(is_zero, -1.0, 1.0))
+  scores = jnp.clip(scores / lam.astype(dtype), -limit, limit)
   size = base.global_size(losses.shape[0], axis_name)
   largest = base.pmax(jnp.max(scores), axis_name)
   scores = scores - largest

@@ -42,6 +42,7 @@ import numpy as np
 
 from l2rw_jax import base
 from l2rw_jax import coreset
+from l2rw_jax import losses
 from l2rw_jax.methods import adacore_table
 from l2rw_jax.methods import baselines
 
@@ -51,9 +52,16 @@ def gradient_proxies(logits: base.Array, labels: base.Array) -> base.Array:
 
   Args:
     logits: z, [n, C].
-    labels: y, int [n].
+    labels: y, integers [n]. A label that names no class gives NaN.
+
+  Raises:
+    InputError: the shapes do not fit.
   """
-  return jax.nn.softmax(logits) - jax.nn.one_hot(labels, logits.shape[-1])
+  losses.check_logits(logits, labels)
+  is_label = losses.label_mask(jnp.asarray(labels), logits.shape[1])
+  probabilities = jax.nn.softmax(logits, axis=1)
+  scale = losses.label_scale(is_label).astype(probabilities.dtype)
+  return (probabilities - is_label.astype(probabilities.dtype)) * scale[:, None]
 
 
 class Averages(NamedTuple):

@@ -48,9 +48,13 @@ def select(
   the threshold is: 8 eps mu_c (1e-6 mu_c in float32) are let pass, so that where all
   probabilities are alike rounding does not drop whole classes.
 
+  An example whose label names no class, or whose logits hold a NaN, is not kept;
+  `example_weights` gives NaN for the whole batch then, since NaN logits enter the
+  statistics of all.
+
   Args:
     logits: [B, C], or [B, 1] of a binary classifier.
-    labels: given classes, [B].
+    labels: given classes, integers [B].
     kappa: deviations above the mean, at least 0, finite.
     statistics: "batch_column" or "own_label".
     axis_name: mapped device axis over which the batch is split.
@@ -59,36 +63,41 @@ def select(
     InputError: unknown statistics, `kappa` out of range, or wrong shapes.
   """
   _check(kappa, statistics)
-  if labels.shape != logits.shape[:1]:
-    raise base.InputError(
-      f"logits must be [B, C] and labels [B]; got {logits.shape} and {labels.shape}."
-    )
+  losses_lib.check_logits(logits, labels)
   # Constant before the collectives; statistics of half precision are in single.
   dtype = jnp.promote_types(logits.dtype, jnp.float32)
   logits = jax.lax.stop_gradient(logits).astype(dtype)
   probabilities = jnp.exp(losses_lib.log_probabilities(logits))
   columns = jnp.clip(probabilities, _MARGIN, 1 - _MARGIN)
-  own = jnp.take_along_axis(columns, labels[:, None], axis=1)[:, 0]
+  is_label = losses_lib.label_mask(jnp.asarray(labels), columns.shape[1])
+  at_label = jnp.where(is_label, columns, 0).sum(axis=1)
   if statistics == "own_label":
-    members = jax.nn.one_hot(labels, columns.shape[1], dtype=columns.dtype)
-    mean, deviation = _moments(columns, members, 0, axis_name)
+    members = is_label.astype(columns.dtype)
+    mean, deviation, defined = _moments(columns, members, 0, axis_name)
   else:
-    mean, deviation = _moments(columns, jnp.ones_like(columns), 1, axis_name)
-  above = own - mean[labels] + _SLACK * jnp.finfo(own.dtype).eps * mean[labels]
-  # A lone example has no deviation: NaN keeps nothing.
-  return above >= kappa * deviation[labels]
+    mean, deviation, defined = _moments(columns, jnp.ones_like(columns), 1, axis_name)
+  slack = _SLACK * jnp.finfo(columns.dtype).eps
+  # A lone example has no deviation, so that nothing is kept.
+  threshold = jnp.where(defined, (1 - slack) * mean + kappa * deviation, jnp.inf)
+  of_label = jnp.where(is_label, threshold[None, :], 0).sum(axis=1)
+  return is_label.any(axis=1) & (at_label >= of_label)
 
 
 def _moments(columns, members, lost, axis_name):
-  """Mean and deviation [C] of the members of each column, over all devices."""
+  """Of the members of each column, over all devices, [C] each.
+
+  Returns:
+    Means, deviations, and whether there are enough members for a deviation.
+  """
   count = base.psum(members.sum(axis=0), axis_name)
   # From the least member on: the mean of equal numbers is this number, exactly.
   least = -base.pmax(jnp.where(members > 0, -columns, -1).max(axis=0), axis_name)
-  excess = base.psum((members * (columns - least)).sum(axis=0), axis_name)
+  excess = base.psum((members * (columns - least[None, :])).sum(axis=0), axis_name)
   mean = least + excess / jnp.maximum(count, 1)
-  squares = base.psum((members * (columns - mean) ** 2).sum(axis=0), axis_name)
+  squares = (members * (columns - mean[None, :]) ** 2).sum(axis=0)
   left = count - lost
-  return mean, jnp.where(left > 0, jnp.sqrt(squares / jnp.maximum(left, 1)), jnp.nan)
+  variance = base.psum(squares, axis_name) / jnp.maximum(left, 1)
+  return mean, jnp.sqrt(variance), left > 0
 
 
 def example_weights(
@@ -112,7 +121,8 @@ def example_weights(
     axis_name: mapped device axis over which the batch is split.
 
   Returns:
-    Weights [B], constant in the logits.
+    Weights [B], constant in the logits. All are NaN if a logit is NaN or a label
+    names no class.
 
   >>> import jax.numpy as jnp
   >>> logits = jnp.array([[2., 0, 0], [0, 2, 0], [0, 0, 2], [1, 0, 0], [0, 1, 0]])
@@ -121,12 +131,16 @@ def example_weights(
   [0.33 0.33 0.33 0.   0.  ]
   """
   kept = select(logits, labels, kappa=kappa, statistics=statistics, axis_name=axis_name)
-  return _equal_weights(kept, logits.dtype, axis_name)
+  return _equal_weights(kept, logits, labels, logits.dtype, axis_name)
 
 
-def _equal_weights(kept, dtype, axis_name):
+def _equal_weights(kept, logits, labels, dtype, axis_name):
   none = base.psum(kept.sum(), axis_name) == 0
-  return normalization.sum_to_one((kept | none).astype(dtype), axis_name)
+  weights = normalization.sum_to_one((kept | none).astype(dtype), axis_name)
+  is_label = losses_lib.label_mask(jnp.asarray(labels), max(logits.shape[1], 2))
+  bad = jnp.isnan(jax.lax.stop_gradient(logits)).any(axis=1) | ~is_label.any(axis=1)
+  any_bad = base.psum(bad.sum(), axis_name) > 0
+  return weights * jnp.sqrt(jnp.where(any_bad, -1.0, 1.0)).astype(dtype)
 
 
 def bare(kappa: float = 1.0, statistics: str = "batch_column") -> base.Method:
@@ -163,7 +177,13 @@ def bare(kappa: float = 1.0, statistics: str = "batch_column") -> base.Method:
       statistics=statistics,
       axis_name=task.axis_name,
     )
-    weights = _equal_weights(kept, linearized.losses.dtype, task.axis_name)
+    weights = _equal_weights(
+      kept,
+      losses_lib.logits_of(outputs),
+      inputs.batch["label"],
+      linearized.losses.dtype,
+      task.axis_name,
+    )
     grads = base.psum(linearized.weighted_gradient(weights), task.axis_name)
     kept_share = base.pmean(kept.mean(), task.axis_name)
     found = base.Gradients(

@@ -92,13 +92,13 @@ def class_proportion(variant: str = "paper") -> base.Method:
 
   def gradients(state, task, inputs):
     class_balance.check_counts(task.class_counts, task.num_classes)
-    counts = jnp.asarray(task.class_counts, jnp.float32)
+    counts = class_balance.as_counts(task.class_counts)
     if variant == "paper":
       size = base.global_size(inputs.batch["label"].shape[0], task.axis_name)
       per_class = class_balance.inverse_frequency(counts) / size
     else:
       per_class = 1 - counts / counts.sum()
-    weights = per_class[inputs.batch["label"]]
+    weights = base.take_rows(per_class, inputs.batch["label"])
     return weighted_gradients(task, inputs, lambda _: weights), state
 
   return base.Method(gradients)
@@ -129,8 +129,8 @@ def class_balanced(beta: float = 0.9999, from_epoch: int = 0) -> base.Method:
     per_class = class_balance.effective_number(task.class_counts, beta)
     if from_epoch:
       per_class = jnp.where(state >= from_epoch, per_class, 1)
-    own = per_class[inputs.batch["label"]]
-    weights = normalization.sum_to_one(own, task.axis_name)
+    of_label = base.take_rows(per_class, inputs.batch["label"])
+    weights = normalization.sum_to_one(of_label, task.axis_name)
     return weighted_gradients(task, inputs, lambda _: weights), state
 
   return _deferred(base.Method(gradients), from_epoch)
@@ -207,6 +207,7 @@ def hardest(losses: base.Array, majority: base.Array) -> base.Array:
   [False  True False  True]
   """
   base.check_vector("losses", losses)
+  losses, majority = base.replicated(losses), base.replicated(majority)
   num_kept = jnp.maximum(jnp.sum(~majority), 1)
   order = jnp.argsort(jnp.where(majority, -losses, jnp.inf), stable=True)
   rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))

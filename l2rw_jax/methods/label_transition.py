@@ -53,7 +53,8 @@ def estimate_transition(
   Row i is the prediction for the example whose p_i has the given rank among all.
 
   Args:
-    probabilities: of the given labels, [N, C], N at least 1; rows sum to 1.
+    probabilities: of the given labels, [N, C], N at least 1; rows sum to 1. Logits
+      are refused outside `jit`.
     percentile: rank, from 0 to 100: the example at floor(percentile / 100 (N - 1))
       in ascending order. 100 is the largest, the paper's formula; 97, the
       release's, needs every class to be more than 3 % of the examples.
@@ -62,7 +63,8 @@ def estimate_transition(
     T [C, C].
 
   Raises:
-    InputError: the shape or the percentile is wrong.
+    InputError: the shape or the percentile is wrong; outside `jit` also if a row
+      holds a negative number or does not sum to 1.
 
   >>> import jax.numpy as jnp
   >>> print(estimate_transition(jnp.array([[.75, .25], [.5, .5], [.125, .875]]), 100))
@@ -74,6 +76,8 @@ def estimate_transition(
       f"probabilities must be [N, C], N at least 1; got {probabilities.shape}."
     )
   _check_percentile(percentile)
+  _check_distributions(probabilities)
+  probabilities = base.replicated(probabilities)
   rank = math.floor(percentile * (len(probabilities) - 1) / 100)
   rows = probabilities[jnp.argsort(probabilities, axis=0)[rank]]
   return rows / rows.sum(axis=1, keepdims=True)
@@ -97,7 +101,8 @@ def confusion(
     T [C, C]; the row of a class that is never predicted is the identity's.
 
   Raises:
-    InputError: the shapes differ, or `smoothing` is negative.
+    InputError: the shapes differ, `smoothing` is negative, or, outside `jit`, an
+      entry names no class. Under `jit` T is NaN then.
 
   >>> import jax.numpy as jnp
   >>> print(confusion(jnp.array([0, 0, 0]), jnp.array([0, 0, 1]), 2))
@@ -108,12 +113,22 @@ def confusion(
     raise base.InputError(
       f"predicted and labels must be [N]; got {predicted.shape} and {labels.shape}."
     )
+  predicted, labels = base.replicated(predicted), base.replicated(labels)
+  exists = (jnp.minimum(predicted, labels) >= 0) & (
+    jnp.maximum(predicted, labels) < num_classes
+  )
+  if not isinstance(exists, jax.core.Tracer) and not exists.all():
+    raise base.InputError(
+      f"confusion: row {jnp.argmin(exists)} of predicted or labels names none of the"
+      f" {num_classes} classes; leave such rows out."
+    )
   if smoothing < 0:
     raise base.InputError(f"smoothing={smoothing} must be at least 0.")
   counts = jnp.zeros((num_classes, num_classes)).at[predicted, labels].add(1)
+  counts = counts * jnp.sqrt(jnp.where(exists.all(), 1.0, -1.0))
   totals = counts.sum(axis=1, keepdims=True)
   rows = (counts + smoothing / num_classes) / jnp.maximum(totals + smoothing, 1)
-  return jnp.where(totals > 0, rows, jnp.eye(num_classes))
+  return jnp.where(totals == 0, jnp.eye(num_classes), rows)
 
 
 def estimate_by(
@@ -216,6 +231,19 @@ def forward_correction(
     return estimate_by(estimator, task, view, percentile).astype(jnp.float32)
 
   return base.Method(gradients, init=init, refresh=refresh)
+
+
+def _check_distributions(probabilities):
+  if isinstance(probabilities, jax.core.Tracer):
+    return
+  rows = np.asarray(probabilities, np.float64)
+  # bfloat16 has three digits.
+  bad = (rows < 0).any(axis=1) | ~np.isclose(rows.sum(axis=1), 1, atol=2e-2)
+  if bad.any():
+    raise base.InputError(
+      f"probabilities: row {np.argmax(bad)} is no distribution (its sum is"
+      f" {rows[np.argmax(bad)].sum():g}); of logits take jax.nn.softmax first."
+    )
 
 
 def _check_percentile(percentile):

@@ -35,16 +35,16 @@ def margins(class_counts: base.Array, max_margin: float = 0.5) -> base.Array:
     Margins [C].
 
   Raises:
-    InputError: `max_margin` is negative, or `class_counts` has no shape [C].
+    InputError: `max_margin` is negative, or `class_counts` are no counts, see
+      `class_balance.inverse_frequency`.
 
   >>> import jax.numpy as jnp
   >>> print(margins(jnp.array([16, 1, 0])))
   [0.25 0.5  0.  ]
   """
   _check_max_margin(max_margin)
-  class_balance.check_counts(class_counts)
-  counts = jnp.asarray(class_counts, jnp.float32)
-  present = counts > 0
+  counts = class_balance.as_counts(class_counts)
+  present = counts != 0
   unscaled = jnp.where(present, jnp.where(present, counts, 1) ** -0.25, 0)
   return unscaled * max_margin / jnp.where(present.any(), unscaled.max(), 1)
 
@@ -54,6 +54,8 @@ def ldam(
   labels: base.Array,
   class_margins: base.Array,
   scale: float = 30.0,
+  *,
+  where: base.Array | None = None,
 ) -> base.Array:
   """Cross-entropy of the scaled cosines, the label's first made less by its margin.
 
@@ -63,29 +65,38 @@ def ldam(
     class_margins: [C], as of `margins`.
     scale: of z after the margin is taken off, positive. The paper's formula has
       none; its released code has 30.
+    where: which examples count, bool [B]; see `losses`.
 
   Returns:
-    Losses [B], in nats.
+    Losses [B], in nats; NaN for a label that names no class.
 
   Raises:
     InputError: `scale` is not positive, or the shapes do not fit.
   """
   _check_scale(scale)
-  own = _own(cosines, labels, class_margins)
-  lowered = cosines - jnp.where(own, class_margins, 0)
-  return losses.softmax_cross_entropy(scale * lowered, labels)
+  is_label, class_margins = _checked(cosines, labels, class_margins, where)
+  lowered = cosines - jnp.where(is_label, class_margins, 0)
+  return losses.softmax_cross_entropy(scale * lowered, labels, where=where)
 
 
 def ldam_hinge(
-  cosines: base.Array, labels: base.Array, class_margins: base.Array
+  cosines: base.Array,
+  labels: base.Array,
+  class_margins: base.Array,
+  *,
+  where: base.Array | None = None,
 ) -> base.Array:
   """max(max_{j != y} z_j - z_y + margin_y, 0): LDAM-HG of the paper.
 
   Arguments, result and errors as of `ldam`, in units of a cosine.
   """
-  own = _own(cosines, labels, class_margins)
-  lowered = jnp.sum(jnp.where(own, cosines - class_margins, 0), axis=1)
-  return jax.nn.relu(jnp.max(jnp.where(own, -jnp.inf, cosines), axis=1) - lowered)
+  is_label, class_margins = _checked(cosines, labels, class_margins, where)
+  scale = losses.label_scale(is_label, where).astype(cosines.dtype)
+  if where is not None:
+    cosines = jnp.where(where[:, None], cosines, 0)
+  lowered = jnp.sum(jnp.where(is_label, cosines - class_margins, 0), axis=1)
+  largest = jnp.max(jnp.where(is_label, -jnp.inf, cosines), axis=1)
+  return jax.nn.relu(largest - lowered) * scale
 
 
 def loss(
@@ -200,13 +211,14 @@ def _check_scale(scale):
     raise base.InputError(f"ldam: scale={scale} must be more than 0.")
 
 
-def _own(cosines, labels, class_margins):
-  """Where each row has its label's column, bool [B, C]; checks the shapes."""
-  shapes = jnp.shape(cosines), jnp.shape(labels), jnp.shape(class_margins)
-  shape = shapes[0]
-  if len(shape) != 2 or shape[1] < 2 or shapes[1:] != (shape[:1], shape[1:]):
+def _checked(cosines, labels, class_margins, where):
+  """Where each row has its label's column, bool [B, C], and margins [1, C]."""
+  losses.check_logits(cosines, labels, where)
+  num_classes = cosines.shape[1]
+  if num_classes < 2 or jnp.shape(class_margins) != (num_classes,):
     raise base.InputError(
-      "ldam: cosines must be [B, C] with C at least 2, labels [B] and margins [C];"
-      f" got {shapes[0]}, {shapes[1]} and {shapes[2]}."
+      "ldam: cosines must be [B, C] with C at least 2, and margins [C]; got shapes"
+      f" {cosines.shape} and {jnp.shape(class_margins)}."
     )
-  return jnp.arange(shape[1]) == labels[:, None]
+  is_label = losses.label_mask(jnp.asarray(labels), num_classes)
+  return is_label, jnp.asarray(class_margins).astype(cosines.dtype)[None, :]

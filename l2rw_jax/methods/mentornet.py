@@ -44,13 +44,17 @@ Schedule = Sequence[tuple[float, int]]
 NO_DROPOUT: Schedule = ((0.0, 100),)
 
 
-def uniform(losses: Any, differences: Any, labels: Any, epoch: Any) -> Any:
+def uniform(
+  losses: Any, differences: Any = None, labels: Any = None, epoch: Any = None
+) -> Any:
   """Weight 1 for everyone, [B]."""
   del differences, labels, epoch
   return jnp.ones_like(losses)
 
 
-def self_paced(losses: Any, differences: Any, labels: Any, epoch: Any) -> Any:
+def self_paced(
+  losses: Any, differences: Any, labels: Any = None, epoch: Any = None
+) -> Any:
   """1 where d <= 0, else 0 [eq. 7 with lambda_2 = 0]; [B]."""
   del labels, epoch
   return (differences <= 0).astype(jnp.asarray(losses).dtype)
@@ -59,8 +63,8 @@ def self_paced(losses: Any, differences: Any, labels: Any, epoch: Any) -> Any:
 def hard(
   losses: Any,
   differences: Any,
-  labels: Any,
-  epoch: Any,
+  labels: Any = None,
+  epoch: Any = None,
   *,
   positive_labels: bool = False,
 ) -> Any:
@@ -69,7 +73,7 @@ def hard(
   Args:
     losses: [B].
     differences: [B].
-    labels: [B].
+    labels: [B]; needed with `positive_labels` only.
     epoch: not used.
     positive_labels: as in the released code, 1 also wherever the label is above
       0. Its labels are 0 (background) or 1, and in training always 0, so with
@@ -78,12 +82,19 @@ def hard(
   del epoch
   kept = differences >= 0
   if positive_labels:
+    if labels is None:
+      raise base.InputError("hard: positive_labels=True needs labels.")
     kept = kept | (labels > 0)
   return kept.astype(jnp.asarray(losses).dtype)
 
 
 def focal(
-  losses: Any, differences: Any, labels: Any, epoch: Any, *, gamma: float = 2.0
+  losses: Any,
+  differences: Any = None,
+  labels: Any = None,
+  epoch: Any = None,
+  *,
+  gamma: float = 2.0,
 ) -> Any:
   """(1 - exp(-l))^gamma, the focal loss's factor for a cross-entropy l; [B]."""
   del differences, labels, epoch
@@ -91,7 +102,12 @@ def focal(
 
 
 def spcl_linear(
-  losses: Any, differences: Any, labels: Any, epoch: Any, *, gamma: float = 1.0
+  losses: Any,
+  differences: Any,
+  labels: Any = None,
+  epoch: Any = None,
+  *,
+  gamma: float = 1.0,
 ) -> Any:
   """1 - d / gamma within [0, 1] [eq. 7; gamma is its lambda_2 > 0]; [B]."""
   del losses, labels, epoch
@@ -122,7 +138,7 @@ def moving_percentile(
   decay: float = 0.5,
   axis_name: base.AxisName = None,
 ) -> base.Array:
-  """decay * previous + (1 - decay) * percentile of the global batch; float32 [].
+  """decay * previous + (1 - decay) * percentile of the global batch; [].
 
   Args:
     previous: the last value, 0 before the first batch.
@@ -142,8 +158,11 @@ def moving_percentile(
   base.check_vector("losses", losses)
   _check_range("decay", decay, 0, 1)
   check_percentile(percentile)
-  ordered = jnp.sort(base.gather(losses, axis_name).astype(jnp.float32))
+  dtype = jnp.promote_types(losses.dtype, jnp.float32)
+  losses = base.replicated(base.gather(losses, axis_name))
+  ordered = jnp.sort(losses.astype(dtype))
   nearest = math.ceil(percentile / 100 * (ordered.size - 1) - 0.5)
+  previous = jnp.asarray(previous).astype(dtype)
   return decay * previous + (1 - decay) * ordered[nearest]
 
 
@@ -157,8 +176,20 @@ def check_percentile(percentile: float) -> None:
 
 
 def epoch_percent(step: Any, num_steps: int) -> base.Array:
-  """floor(100 step / num_steps), at most 99; int32 []."""
-  return jnp.minimum(100 * jnp.asarray(step, jnp.int32) // num_steps, 99)
+  """floor(100 step / num_steps), at most 99; int32 [].
+
+  Args:
+    step: updates done so far, an integer of any type; may be traced.
+    num_steps: length of the run, a Python integer.
+
+  >>> print(epoch_percent(25_000_000, 30_000_000))
+  83
+  """
+  step = jnp.asarray(step)
+  # Compared with the first step of each percent: 100 * step overflows int32.
+  largest = np.iinfo(step.dtype).max
+  firsts = [min(-(-k * num_steps // 100), largest) for k in range(1, 100)]
+  return jnp.sum(step >= np.array(firsts, step.dtype)).astype(jnp.int32)
 
 
 def example_dropout(

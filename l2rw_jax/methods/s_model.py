@@ -48,7 +48,11 @@ def smoothed_identity(num_classes: int, smoothing: float = 0.46) -> base.Array:
 
 
 def s_model_loss(
-  logits: base.Array, labels: base.Array, transition_logits: base.Array
+  logits: base.Array,
+  labels: base.Array,
+  transition_logits: base.Array,
+  *,
+  where: base.Array | None = None,
 ) -> base.Array:
   """-log (softmax(z) @ softmax(A))[label], softmax by rows, in nats.
 
@@ -58,22 +62,23 @@ def s_model_loss(
     logits: z [B, C] or [B, 1].
     labels: given, possibly wrong, class of each example, [B].
     transition_logits: A [C, C]; C = 2 for a single logit.
+    where: which examples count, bool [B]; see `losses`.
 
   Returns:
-    Losses [B].
+    Losses [B]; NaN for a label that names no class.
 
   Raises:
     InputError: the shapes do not fit.
   """
-  log_p = losses.log_probabilities(logits)
+  log_p, is_label, scale = losses.label_rows(logits, labels, where)
   size = log_p.shape[1]
-  if transition_logits.shape != (size, size) or labels.shape != log_p.shape[:1]:
+  if jnp.shape(transition_logits) != (size, size):
     raise base.InputError(
-      f"s_model_loss: {log_p.shape[0]} predictions of {size} classes do not fit labels"
-      f" {labels.shape} and transition logits {transition_logits.shape}."
+      f"s_model_loss: predictions of {size} classes need transition logits"
+      f" ({size}, {size}); got {jnp.shape(transition_logits)}."
     )
-  log_t = jax.nn.log_softmax(transition_logits, axis=1)
-  return -jax.nn.logsumexp(log_p + log_t.T[labels], axis=1)
+  log_t = jax.nn.log_softmax(transition_logits.astype(log_p.dtype), axis=1)
+  return losses.transition_loss(log_p, is_label, log_t) * scale
 
 
 class State(NamedTuple):

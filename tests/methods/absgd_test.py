@@ -300,3 +300,10 @@ def _eagerly(**settings):
 def test_settings_out_of_range(make, message):
   with pytest.raises(base.InputError, match=message):
     make()
+
+
+def test_a_traced_lambda_of_zero_gives_nan():
+  run = jax.jit(
+    lambda lam: absgd.example_weights(jnp.ones(2), -jnp.inf, lam, gamma=1.0)
+  )
+  assert np.isnan(run(0.0)[0]).all() and np.isfinite(run(1.0)[0]).all()

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from l2rw_jax import base
 from l2rw_jax import coreset
 from l2rw_jax import distances
 from l2rw_jax import facility_location
@@ -153,3 +154,23 @@ def test_distances_of_outer_products_and_of_equal_points(scaled):
 
 
 # -- the method --------------------------------------------------------------
+
+
+def test_labels_of_another_shape_or_class():
+  logits = jnp.zeros((3, 4))
+  for labels in (jnp.zeros((3, 1), int), jnp.zeros((3, 4), int)):
+    with pytest.raises(base.InputError, match=r"integers of shape \[B\]"):
+      adacore.gradient_proxies(logits, labels)
+  found = adacore.gradient_proxies(logits, jnp.array([-1, 0, 4]))
+  np.testing.assert_array_equal(np.isnan(found).all(axis=1), [True, False, True])
+
+
+@pytest.mark.parametrize("greedy", ["lazy", "stochastic"])
+def test_a_network_that_knows_nothing_yet_weighs_a_class_evenly(greedy):
+  labels = np.repeat(["cat", "dog"], [30, 10])
+  proxies = np.where(labels[:, None] == "cat", [0.5, -0.5], [-0.5, 0.5])
+  chosen = coreset.select(
+    proxies, labels, 8, greedy=greedy, key=jax.random.key(0), epsilon=0.1
+  )
+  np.testing.assert_allclose(chosen.weights, 5.0, rtol=1e-6)
+  assert (np.diff(chosen.rows) > 0).all()

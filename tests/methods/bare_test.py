@@ -211,5 +211,13 @@ def test_mistakes_are_one_line(given, message):
 
 
 def test_shapes_must_fit():
-  with pytest.raises(base.InputError, match=r"labels \[B\]"):
+  with pytest.raises(base.InputError, match=r"labels must be integers of shape"):
     bare.select(_LOGITS, _LABELS[:3])
+
+
+def test_broken_logits_and_impossible_labels_are_not_uniform_weights():
+  logits = jnp.eye(4, 3)
+  good = jnp.array([0, 1, 2, 0])
+  assert np.isnan(bare.example_weights(logits.at[1, 0].set(jnp.nan), good)).all()
+  for label in (-1, 3):
+    assert np.isnan(bare.example_weights(logits, good.at[2].set(label))).all()

@@ -277,3 +277,16 @@ def test_finite_at_extreme_logits(scale):
 def test_what_is_refused(make, message):
   with pytest.raises(base.InputError, match=message):
     make()
+
+
+def test_logits_are_not_taken_for_probabilities():
+  with pytest.raises(base.InputError, match="row 1 is no distribution"):
+    label_transition.estimate_transition(jnp.array([[0.5, 0.5], [2.0, -1.0]]))
+
+
+def test_impossible_labels_are_not_counted_in_silence():
+  predicted, labels = jnp.array([0, 1]), jnp.array([0, -1])
+  with pytest.raises(base.InputError, match="row 1 of predicted or labels"):
+    label_transition.confusion(predicted, labels, 2)
+  run = jax.jit(lambda labels: label_transition.confusion(predicted, labels, 2))
+  assert np.isnan(run(labels)).all() and np.isfinite(run(predicted)).all()

@@ -300,3 +300,22 @@ def test_a_mentor_for_other_classes_is_one_line():
 
   with pytest.raises(base.InputError, match="--mentor was fitted for the labels of 10"):
     _step(mentornet.mentornet(Mentor()))
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 100, 30_000_000, 2**31 - 1])
+def test_the_epoch_percent_is_exact_for_runs_of_any_length(num_steps):
+  steps = {0, num_steps // 3, num_steps - 1}
+  for percent in (1, 50, 99):
+    first = -(-percent * num_steps // 100)
+    steps |= {max(first - 1, 0), min(first, num_steps - 1)}
+  for step in steps:
+    expected = min(100 * step // num_steps, 99)
+    assert mentornet.epoch_percent(step, num_steps) == expected, step
+
+
+def test_curricula_need_only_what_they_read():
+  losses = jnp.array([0.0, 1.0])
+  np.testing.assert_array_equal(mentornet.uniform(losses), 1)
+  np.testing.assert_array_equal(mentornet.self_paced(losses, losses - 0.5), [1, 0])
+  with pytest.raises(base.InputError, match="positive_labels=True needs labels"):
+    mentornet.hard(losses, losses, positive_labels=True)
