@@ -36,11 +36,11 @@ def group_means(
     Means [G], 0 where a group is absent; presence, bool [G].
   """
   _check(values, groups)
-  member = groups[:, None] == jnp.arange(num_groups)
+  member = groups[:, None] == jnp.arange(num_groups)[None, :]
   counts = member.sum(axis=0)
   # Not a matrix product: it would round on TPU, and spread a NaN to all groups.
   totals = jnp.where(member, values[:, None], 0).sum(axis=0)
-  return totals / jnp.maximum(counts, 1), counts > 0
+  return totals / jnp.maximum(counts, 1).astype(totals.dtype), counts > 0
 
 
 def mean(losses: base.Array) -> base.Array:
@@ -83,7 +83,8 @@ def gap(
   difference = jnp.where(pairs, means[:, None] - means[None, :], 0)
   # Not jnp.abs: its slope at 0 is 1 in JAX, and equal groups shall be left alone.
   gaps = difference * jnp.sign(difference)
-  found = gaps.max() if reduction == "max" else gaps.sum() / jnp.maximum(pairs.sum(), 1)
+  num_pairs = jnp.maximum(pairs.sum(), 1).astype(gaps.dtype)
+  found = gaps.max() if reduction == "max" else gaps.sum() / num_pairs
   return found + mean_coefficient * jnp.mean(losses)
 
 
