@@ -300,6 +300,39 @@ def own_part(global_values: Array, axis_name: AxisName) -> Array:
   return jax.lax.dynamic_slice_in_dim(global_values, start, size)
 
 
+def take(table: Array, index: Array) -> Array:
+  """`table[index]`, also under a mesh with explicit sharding.
+
+  There JAX must know how the result is sharded: as `index` is.
+
+  Args:
+    table: a row for each class or group, [C, ...], the same on every device.
+    index: integers from 0 to C - 1, of any shape.
+
+  Returns:
+    An array of shape `index.shape + table.shape[1:]`.
+  """
+  sharding = jax.typeof(index).sharding
+  if not any(sharding.spec):
+    return table[index]
+  spec = jax.sharding.PartitionSpec(*sharding.spec, *[None] * (table.ndim - 1))
+  out_sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
+  return table.at[index].get(out_sharding=out_sharding)
+
+
+def unsharded(x: Array) -> Array:
+  """`x`, gathered on every device where a mesh with explicit sharding spreads it.
+
+  For operations that JAX refuses on a sharded axis, such as a sort. Everywhere else
+  this is the identity: automatic meshes need no such help.
+  """
+  sharding = jax.typeof(x).sharding
+  if not any(sharding.spec):
+    return x
+  whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+  return jax.sharding.reshard(x, whole)
+
+
 def all_finite(tree: PyTree) -> Array:
   """True when no leaf of `tree` holds a NaN or an infinity; bool scalar."""
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
