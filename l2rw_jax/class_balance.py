@@ -30,7 +30,8 @@ def inverse_frequency(class_counts: base.Array) -> base.Array:
   counts = jnp.asarray(class_counts, jnp.float32)
   present = counts > 0
   inverse = jnp.where(present, 1 / jnp.where(present, counts, 1), 0)
-  return inverse * counts.sum() / jnp.maximum(present.sum(), 1)
+  num_present = jnp.maximum(present.sum(), 1).astype(counts.dtype)
+  return inverse * counts.sum() / num_present
 
 
 def effective_number(class_counts: base.Array, beta: float = 0.9999) -> base.Array:
@@ -64,7 +65,8 @@ def effective_number(class_counts: base.Array, beta: float = 0.9999) -> base.Arr
   # 1 - beta^n without the cancellation, and without 0 * log 0.
   exponent = jnp.where(present, counts, 1) * (math.log(beta) if beta else -math.inf)
   weights = jnp.where(present, -1 / jnp.expm1(exponent), 0)
-  return weights * present.sum() / jnp.where(present.any(), weights.sum(), 1)
+  num_present = present.sum().astype(weights.dtype)
+  return weights * num_present / jnp.where(present.any(), weights.sum(), 1)
 
 
 def check_beta(beta: float) -> None:
