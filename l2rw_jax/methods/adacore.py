@@ -101,8 +101,9 @@ def corrected(
     power: k; 0 switches the curvature off.
     epsilon: added to it.
   """
-  gradients = averages.gradients / (1 - beta1**averages.num_updates)
-  mean_square = averages.squares / (1 - beta2**averages.num_updates)
+  num_updates = averages.num_updates.astype(averages.gradients.dtype)
+  gradients = averages.gradients / (1 - beta1**num_updates)
+  mean_square = averages.squares / (1 - beta2**num_updates)
   return gradients, jnp.sqrt(mean_square) ** power + epsilon
 
 

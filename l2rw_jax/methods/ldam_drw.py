@@ -72,7 +72,7 @@ def ldam(
   """
   _check_scale(scale)
   own = _own(cosines, labels, class_margins)
-  lowered = cosines - jnp.where(own, class_margins, 0)
+  lowered = cosines - jnp.where(own, class_margins[None, :], 0)
   return losses.softmax_cross_entropy(scale * lowered, labels)
 
 
@@ -84,7 +84,7 @@ def ldam_hinge(
   Arguments, result and errors as of `ldam`, in units of a cosine.
   """
   own = _own(cosines, labels, class_margins)
-  lowered = jnp.sum(jnp.where(own, cosines - class_margins, 0), axis=1)
+  lowered = jnp.sum(jnp.where(own, cosines - class_margins[None, :], 0), axis=1)
   return jax.nn.relu(jnp.max(jnp.where(own, -jnp.inf, cosines), axis=1) - lowered)
 
 
@@ -209,4 +209,4 @@ def _own(cosines, labels, class_margins):
       "ldam: cosines must be [B, C] with C at least 2, labels [B] and margins [C];"
       f" got {shapes[0]}, {shapes[1]} and {shapes[2]}."
     )
-  return jnp.arange(shape[1]) == labels[:, None]
+  return jnp.arange(shape[1])[None, :] == labels[:, None]
