@@ -812,7 +812,7 @@ def _gradient(formula, data):
   return jax.grad(total)([leaves[i] for i in places])
 
 
-def _table(kind, with_gradients):
+def _table(with_gradients):
   """`(data, axis_name) -> results by formula`, and the errors by formula."""
   errors = {}
 
@@ -854,27 +854,20 @@ def _placed(data, mesh):
 
 
 def _on_one_device():
-  evaluate, errors = _table("one", True)
+  evaluate, errors = _table(True)
   with jax.debug_nans(True):
     return evaluate(_data()), errors
 
 
 def _on_mesh(axis_type):
   mesh = _mesh(axis_type)
-  evaluate, errors = _table("mesh", True)
+  evaluate, errors = _table(True)
   with jax.set_mesh(mesh):
     return jax.jit(evaluate)(_placed(_data(), mesh)), errors
 
 
-def _without_context():
-  """As in a program that never calls `jax.set_mesh`; traced only."""
-  evaluate, errors = _table("mesh", True)
-  placed = _placed(_data(), _mesh(jax.sharding.AxisType.Explicit))
-  return jax.eval_shape(evaluate, placed), errors
-
-
 def _in_shard_map():
-  evaluate, errors = _table("shard_map", False)
+  evaluate, errors = _table(False)
 
   def run(data):
     return {name: found for name, (found, _) in evaluate(data, _AXIS).items()}
@@ -890,7 +883,7 @@ def _in_shard_map():
 
 
 def _in_pmap():
-  evaluate, errors = _table("pmap", False)
+  evaluate, errors = _table(False)
 
   def run(data):
     return {name: found for name, (found, _) in evaluate(data, _AXIS).items()}
@@ -913,7 +906,6 @@ _KINDS = {
   "one": _on_one_device,
   "explicit": functools.partial(_on_mesh, jax.sharding.AxisType.Explicit),
   "auto": functools.partial(_on_mesh, jax.sharding.AxisType.Auto),
-  "without_context": _without_context,
   "shard_map": _in_shard_map,
   "pmap": _in_pmap,
 }
@@ -922,7 +914,7 @@ _KINDS = {
 @functools.cache
 def _results(kind):
   results, errors = _KINDS[kind]()
-  return jax.device_get(results) if kind != "without_context" else results, errors
+  return jax.device_get(results), errors
 
 
 def _result(kind, name):
@@ -955,12 +947,6 @@ def test_gives_the_same_numbers_under_a_mesh(name, kind):
   expected, expected_gradient = _result("one", name)
   _assert_close(found, expected)
   _assert_close(gradient, expected_gradient)
-
-
-@pytest.mark.parametrize("name", _FORMULAS)
-def test_needs_no_mesh_in_the_context(name):
-  if "explicit" not in _FORMULAS[name].refused:
-    _result("without_context", name)
 
 
 @pytest.mark.parametrize("name", _FORMULAS)
