@@ -19,7 +19,6 @@ import jax
 from jax.extend import core as jax_core
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from l2rw_jax import base
 from l2rw_jax import layerwise
@@ -286,30 +285,55 @@ def _central_difference(outputs_of, leaves):
   """
   epsilon = max((float(jnp.finfo(x.dtype).eps) for x in leaves), default=1.0)
   relative_step = 0.2 * epsilon ** (1 / 3)
+  double = any(jnp.finfo(x.dtype).bits == 64 for x in leaves)
+  dtype = jnp.float64 if double else jnp.float32  # of step sizes
 
   def push(vector):
+    if not vector:
+      return jax.tree.map(jnp.zeros_like, jax.eval_shape(outputs_of, leaves))
     # The squares in the norm of a gradient of 1e-20 would vanish in float32.
-    largest = optax.tree.norm(vector, ord="inf")
-    largest = jnp.where(largest > 0, largest, 1.0)
-    vector = [v / largest for v in vector]
-    length = jnp.maximum(optax.tree.norm(vector), 1.0)
-    step = relative_step * jnp.maximum(optax.tree.norm(leaves), 1.0) / length
+    # They are sorted, because XLA repeats a maximum in all that reads it.
+    largest = jnp.sort(jnp.stack([_largest(v).astype(dtype) for v in vector]))[-1]
+    largest = jnp.where(largest > 0, largest, jnp.ones_like(largest))
+    vector = [_wide(v, dtype) / largest for v in vector]
+    length = jnp.maximum(_norm(vector, dtype), 1)
+    step = relative_step * jnp.maximum(_norm(leaves, dtype), 1) / length
 
     def outputs_at(sign):
       return outputs_of(
         [
-          (x + sign * step * v).astype(x.dtype)
+          (_wide(x, dtype) + sign * step * v).astype(x.dtype)
           for x, v in zip(leaves, vector, strict=True)
         ]
       )
 
-    return jax.tree.map(
-      lambda ahead, behind: (ahead - behind) / (2 * step) * largest,
-      outputs_at(1.0),
-      outputs_at(-1.0),
-    )
+    def slope(ahead, behind):
+      change = _wide(ahead - behind, dtype) / (2 * step) * largest
+      return change.astype(ahead.dtype)
+
+    return jax.tree.map(slope, outputs_at(1.0), outputs_at(-1.0))
 
   return push
+
+
+def _wide(x, dtype):
+  """A real or complex array in the precision of `dtype`, a real type."""
+  if jnp.issubdtype(x.dtype, jnp.complexfloating):
+    return x.astype(jnp.complex128 if dtype == jnp.float64 else jnp.complex64)
+  return x.astype(dtype)
+
+
+def _largest(x):
+  return jnp.max(jnp.abs(x), initial=0)
+
+
+def _norm(arrays, dtype):
+  """The Euclidean norm of all arrays together."""
+  norms = jnp.stack(
+    [jnp.sqrt(jnp.sum(jnp.square(jnp.abs(_wide(x, dtype))))) for x in arrays]
+  )
+  # A product of the norms with themselves, not a chain of sums, see `sequencing`.
+  return jnp.sqrt(jnp.dot(norms, norms, precision="highest"))
 
 
 def _forward(push, outputs):

@@ -17,13 +17,29 @@ def zero_after(first: base.PyTree) -> base.Array:
 
   Only floating point and complex arrays count.
   """
-  zero = jnp.zeros(())
-  for x in jax.tree.leaves(first):
-    if x.size and jnp.issubdtype(x.dtype, jnp.inexact):
-      one = jax.lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(())
-      # A product with 0 may be NaN, and so is not folded, though this one never is.
-      zero += jnp.isnan(0 * jnp.where(jnp.isfinite(one), one, 0))
-  return jax.lax.stop_gradient(zero)
+  entries = [
+    _first_entry(x)
+    for x in jax.tree.leaves(first)
+    if x.size and jnp.issubdtype(x.dtype, jnp.inexact)
+  ]
+  if not entries:
+    return jnp.zeros(())
+  known = jnp.stack(entries)
+  # A product with 0 may be NaN, and so is not folded, though this one never is.
+  zeros = jnp.isnan(0 * jnp.where(jnp.isfinite(known), known, jnp.zeros_like(known)))
+  zeros = jax.lax.stop_gradient(zeros.astype(jnp.float32))
+  # One product with itself, because XLA repeats a chain of sums of scalars in every
+  # operation that reads its result: the program would grow with the square of their
+  # number. A product with constants is turned into such a chain.
+  return jnp.dot(zeros, zeros)
+
+
+def _first_entry(x):
+  """Of type float32; of a complex array the real part."""
+  if x.ndim and any(jax.typeof(x).sharding.spec):  # A sharded axis cannot be sliced.
+    x = x.at[(0,) * x.ndim].get(out_sharding=jax.sharding.PartitionSpec())
+  entry = jax.lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(())
+  return jnp.real(jax.lax.stop_gradient(entry)).astype(jnp.float32)
 
 
 def after(first: base.PyTree, then: base.PyTree) -> base.PyTree:
