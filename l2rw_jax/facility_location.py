@@ -304,11 +304,12 @@ def _first_choice(points, row, total, valid, bound, capacity):
   distances = jnp.where(valid, points.distances(row[None])[0], 0)
   if bound is None:
     bound = 2 * distances.max()
+  first_gain = valid.sum().astype(distances.dtype) * bound + total
   return _State(
     nearest=distances,
     assignment=jnp.where(valid, 0, -1),
     rows=jnp.full(capacity, -1).at[0].set(row),
-    gains=jnp.zeros(capacity, distances.dtype).at[0].set(valid.sum() * bound + total),
+    gains=jnp.zeros(capacity, distances.dtype).at[0].set(first_gain),
   )
 
 
