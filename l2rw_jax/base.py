@@ -333,6 +333,15 @@ def unsharded(x: Array) -> Array:
   return jax.sharding.reshard(x, whole)
 
 
+def sharded_like(value: Array, like: Array) -> Array:
+  """`value`, spread over an explicit mesh as `like`, of equal leading axes, is."""
+  sharding = jax.typeof(like).sharding
+  if not any(sharding.spec):
+    return value
+  spec = jax.sharding.PartitionSpec(*sharding.spec[: value.ndim])
+  return jax.sharding.reshard(value, jax.sharding.NamedSharding(sharding.mesh, spec))
+
+
 def all_finite(tree: PyTree) -> Array:
   """True when no leaf of `tree` holds a NaN or an infinity; bool scalar."""
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]

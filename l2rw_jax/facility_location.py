@@ -255,7 +255,7 @@ def _check(points, size, capacity, num_points):
 
 
 def _improvement(nearest: base.Array) -> Callable[[base.Array], base.Array]:
-  return lambda away: jnp.maximum(nearest - away, 0)
+  return lambda away: jnp.maximum(nearest[None, :] - away, 0)
 
 
 def _totals(points, rows, contribution):

@@ -252,7 +252,7 @@ def forward_corrected(
     f"forward_corrected: transition has shape {jnp.shape(transition)}; {classes}"
     f" classes need ({classes}, {classes})",
   )
-  into = jnp.asarray(transition).T[labels]
+  into = base.take(jnp.asarray(transition).T, labels)
   tiny = jnp.finfo(log_p.dtype).tiny
   into = jnp.where(jnp.any(into != 0, axis=1, keepdims=True), into, tiny)
   log_t = jnp.where(into == 0, -jnp.inf, jnp.log(jnp.where(into == 0, 1, into)))
@@ -260,7 +260,7 @@ def forward_corrected(
 
 
 def _is_own(values, labels):
-  return jnp.arange(values.shape[1]) == labels[:, None]
+  return jnp.arange(values.shape[1])[None, :] == labels[:, None]
 
 
 def _own(values, labels):

@@ -93,22 +93,24 @@ class _Formula(NamedTuple):
   Attributes:
     run: `(data, axis_name) -> _Found`.
     refused: the kinds of mesh where the library raises an InputError by design.
-    has_gradient: whether its gradient is compared as well.
+    has_gradient: whether its gradient, in all that it is given, is compared as well.
   """
 
   run: Callable[[_Data, Any], _Found]
   refused: tuple[str, ...] = ()
-  has_gradient: bool = True
+  has_gradient: bool = False
 
 
 def _each(fn):
   """A formula of each example by itself: `(batch, whole) -> rows`."""
-  return _Formula(lambda data, _: _Found(rows=fn(data.batch, data.whole)))
+  return _Formula(
+    lambda data, _: _Found(rows=fn(data.batch, data.whole)), has_gradient=True
+  )
 
 
-def _all(fn):
+def _all(fn, **options):
   """A formula without an axis name that needs all examples: `(all, whole) -> any`."""
-  return _Formula(lambda data, _: _Found(same=fn(data.all, data.whole)))
+  return _Formula(lambda data, _: _Found(same=fn(data.all, data.whole)), **options)
 
 
 def _spread(fn, **options):
@@ -238,8 +240,7 @@ def _linearized(engine):
     pulled = found.weighted_gradient(data.batch["scores"])
     return _Found((found.losses, slopes), base.psum(pulled, axis_name))
 
-  # The second derivative of a difference quotient is mostly rounding.
-  return _spread(run, has_gradient=engine != "difference")
+  return _spread(run)
 
 
 def _linearized_outputs(data, axis_name):
@@ -504,13 +505,14 @@ def _outer_products(scaled):
     points = distances.outer_products(rows["logits"], rows["features"], scale)
     return points.distances(jnp.arange(4))
 
-  # The distance of a point from itself is a root at zero.
-  return _all(run)._replace(has_gradient=False)
+  return _all(run)
 
 
 def _objective(name, **settings):
   objective = forml.make_objective(name, **settings)
-  return _all(lambda a, w: objective(a["losses"], a["groups"], 3))
+  return _all(
+    lambda a, w: objective(a["losses"], a["groups"], 3), has_gradient=True
+  )
 
 
 # Add a formula here. A suffix after "/" names one of several uses.
@@ -539,10 +541,12 @@ _FORMULAS: dict[str, _Formula] = {
     lambda b, w: losses.forward_corrected(b["logits"], b["labels"], w["transition"])
   ),
   "normalization.sum_to_one": _spread(
-    lambda d, axis: _Found(normalization.sum_to_one(d.batch["losses"], axis))
+    lambda d, axis: _Found(normalization.sum_to_one(d.batch["losses"], axis)),
+    has_gradient=True,
   ),
   "normalization.rectify": _spread(
-    lambda d, axis: _Found(normalization.rectify(d.batch["scores"], axis))
+    lambda d, axis: _Found(normalization.rectify(d.batch["scores"], axis)),
+    has_gradient=True,
   ),
   "class_balance.inverse_frequency": _all(
     lambda a, w: class_balance.inverse_frequency(w["counts"])
@@ -570,17 +574,17 @@ _FORMULAS: dict[str, _Formula] = {
     )
   ),
   "forml.make_objective": _objective("soft_tpr"),
-  "distances.vectors": _all(_vectors)._replace(has_gradient=False),
+  "distances.vectors": _all(_vectors),
   "distances.outer_products": _outer_products(False),
   "distances.outer_products/scaled": _outer_products(True),
   "facility_location.lazy_greedy": _all(
     lambda a, w: facility_location.lazy_greedy(distances.vectors(a["logits"]), 3)
-  )._replace(has_gradient=False),
+  ),
   "facility_location.stochastic_greedy": _all(
     lambda a, w: facility_location.stochastic_greedy(
       w["key"], distances.vectors(a["logits"]), 3, num_candidates=4
     )
-  )._replace(has_gradient=False),
+  ),
   "linearization.linearize": _linearized("auto"),
   "linearization.linearize/forward": _linearized("forward"),
   "linearization.linearize/reverse": _linearized("reverse"),

@@ -71,24 +71,27 @@ def select(
   own = jnp.take_along_axis(columns, labels[:, None], axis=1)[:, 0]
   if statistics == "own_label":
     members = jax.nn.one_hot(labels, columns.shape[1], dtype=columns.dtype)
-    mean, deviation = _moments(columns, members, 0, axis_name)
+    moments = _moments(columns, members, 0, axis_name)
   else:
-    mean, deviation = _moments(columns, jnp.ones_like(columns), 1, axis_name)
-  above = own - mean[labels] + _SLACK * jnp.finfo(own.dtype).eps * mean[labels]
-  # A lone example has no deviation: NaN keeps nothing.
-  return above >= kappa * deviation[labels]
+    moments = _moments(columns, jnp.ones_like(columns), 1, axis_name)
+  mean, deviation, is_known = (base.take(x, labels) for x in moments)
+  above = own - mean + _SLACK * jnp.finfo(own.dtype).eps * mean
+  return is_known & (above >= kappa * deviation)
 
 
 def _moments(columns, members, lost, axis_name):
-  """Mean and deviation [C] of the members of each column, over all devices."""
+  """Mean and deviation [C] of the members of each column, over all devices.
+
+  And whether there is a deviation, bool [C]: a lone example has none.
+  """
   count = base.psum(members.sum(axis=0), axis_name)
   # From the least member on: the mean of equal numbers is this number, exactly.
   least = -base.pmax(jnp.where(members > 0, -columns, -1).max(axis=0), axis_name)
-  excess = base.psum((members * (columns - least)).sum(axis=0), axis_name)
+  excess = base.psum((members * (columns - least[None, :])).sum(axis=0), axis_name)
   mean = least + excess / jnp.maximum(count, 1)
-  squares = base.psum((members * (columns - mean) ** 2).sum(axis=0), axis_name)
+  squares = base.psum((members * (columns - mean[None, :]) ** 2).sum(axis=0), axis_name)
   left = count - lost
-  return mean, jnp.where(left > 0, jnp.sqrt(squares / jnp.maximum(left, 1)), jnp.nan)
+  return mean, jnp.sqrt(squares / jnp.maximum(left, 1)), left > 0
 
 
 def example_weights(

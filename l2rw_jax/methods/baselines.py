@@ -98,7 +98,7 @@ def class_proportion(variant: str = "paper") -> base.Method:
       per_class = class_balance.inverse_frequency(counts) / size
     else:
       per_class = 1 - counts / counts.sum()
-    weights = per_class[inputs.batch["label"]]
+    weights = base.take(per_class, inputs.batch["label"])
     return weighted_gradients(task, inputs, lambda _: weights), state
 
   return base.Method(gradients)
@@ -129,7 +129,7 @@ def class_balanced(beta: float = 0.9999, from_epoch: int = 0) -> base.Method:
     per_class = class_balance.effective_number(task.class_counts, beta)
     if from_epoch:
       per_class = jnp.where(state >= from_epoch, per_class, 1)
-    own = per_class[inputs.batch["label"]]
+    own = base.take(per_class, inputs.batch["label"])
     weights = normalization.sum_to_one(own, task.axis_name)
     return weighted_gradients(task, inputs, lambda _: weights), state
 
@@ -208,9 +208,10 @@ def hardest(losses: base.Array, majority: base.Array) -> base.Array:
   """
   base.check_vector("losses", losses)
   num_kept = jnp.maximum(jnp.sum(~majority), 1)
-  order = jnp.argsort(jnp.where(majority, -losses, jnp.inf), stable=True)
+  ranked = base.unsharded(jnp.where(majority, -losses, jnp.inf))
+  order = jnp.argsort(ranked, stable=True)
   rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
-  return ~majority | (rank < num_kept)
+  return ~majority | base.sharded_like(rank < num_kept, majority)
 
 
 def clean_only() -> base.Method:

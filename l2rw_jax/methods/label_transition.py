@@ -74,6 +74,7 @@ def estimate_transition(
       f"probabilities must be [N, C], N at least 1; got {probabilities.shape}."
     )
   _check_percentile(percentile)
+  probabilities = base.unsharded(probabilities)
   rank = math.floor(percentile * (len(probabilities) - 1) / 100)
   rows = probabilities[jnp.argsort(probabilities, axis=0)[rank]]
   return rows / rows.sum(axis=1, keepdims=True)
@@ -110,7 +111,8 @@ def confusion(
     )
   if smoothing < 0:
     raise base.InputError(f"smoothing={smoothing} must be at least 0.")
-  counts = jnp.zeros((num_classes, num_classes)).at[predicted, labels].add(1)
+  pairs = base.unsharded(predicted), base.unsharded(labels)
+  counts = jnp.zeros((num_classes, num_classes)).at[pairs].add(1)
   totals = counts.sum(axis=1, keepdims=True)
   rows = (counts + smoothing / num_classes) / jnp.maximum(totals + smoothing, 1)
   return jnp.where(totals > 0, rows, jnp.eye(num_classes))

@@ -73,7 +73,7 @@ def s_model_loss(
       f" {labels.shape} and transition logits {transition_logits.shape}."
     )
   log_t = jax.nn.log_softmax(transition_logits, axis=1)
-  return -jax.nn.logsumexp(log_p + log_t.T[labels], axis=1)
+  return -jax.nn.logsumexp(log_p + base.take(log_t.T, labels), axis=1)
 
 
 class State(NamedTuple):
