@@ -59,6 +59,8 @@ from l2rw_jax.models import augmentation
 from l2rw_jax.models import few_shot
 from l2rw_jax.models import pooling
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 _AXIS = "data"
 _B, _M, _CLASSES, _DEVICES = 16, 8, 3, 8
 _SGD = optax.sgd(0.5)
@@ -712,7 +714,7 @@ _FORMULAS: dict[str, _Formula] = {
   ),
   "ldam_drw.margins": _all(lambda a, w: ldam_drw.margins(w["counts"])),
   "ldam_drw.ldam": _each(
-    lambda b, w: ldam_drw.ldam(b["cosines"], b["labels"], w["margins"])
+    lambda b, w: ldam_drw.ldam(b["cosines"], b["labels"], w["margins"], 3.0)
   ),
   "ldam_drw.ldam_hinge": _each(
     lambda b, w: ldam_drw.ldam_hinge(b["cosines"], b["labels"], w["margins"])
@@ -830,7 +832,7 @@ def _table(with_gradients):
           gradient = _gradient(formula, data)
         results[name] = found, gradient
       except Exception as error:
-        errors[name] = error
+        errors[name], results[name] = error, (_Found(), ())
     return results
 
   return evaluate, errors
@@ -880,7 +882,7 @@ def _in_shard_map():
     run,
     mesh=_mesh(jax.sharding.AxisType.Auto),
     in_specs=(_spec(True, False),),
-    out_specs=_Found(jax.P(_AXIS), jax.P()),
+    out_specs=dict.fromkeys(_FORMULAS, _Found(jax.P(_AXIS), jax.P())),
     check_vma=True,
   )
   return jax.jit(mapped)(_data()), errors
