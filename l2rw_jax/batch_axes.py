@@ -25,14 +25,17 @@ class MixedError(Exception):
 _ELEMENTWISE = frozenset(
   {
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2",
-    "atanh", "cbrt", "ceil", "clamp", "convert_element_type", "copy", "copy_p", "cos",
-    "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1",
-    "floor", "ge", "gt", "igamma", "igammac", "integer_pow", "is_finite", "le",
-    "lgamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg",
-    "nextafter", "not", "or", "pcast", "pow", "pvary", "real",
-    "reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_left",
+    "atanh", "bessel_i0e", "bessel_i1e", "cbrt", "ceil", "clamp", "clz", "complex",
+    "conj", "convert_element_type", "copy", "copy_p", "cos", "cosh", "digamma", "div",
+    "eq", "eq_to", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge",
+    "gt", "igamma", "igamma_grad_a", "igammac", "imag", "integer_pow", "is_finite",
+    "layout_constraint", "le", "le_to", "lgamma", "log", "log1p", "log2", "logistic",
+    "lt", "lt_to", "max", "min", "mul", "mulhi", "name", "ne", "neg", "nextafter",
+    "not", "one_minus_square", "or", "pcast", "polygamma", "population_count", "pow",
+    "pvary", "real", "reduce_precision", "regularized_incomplete_beta", "rem",
+    "reshard", "round", "rsqrt", "select_n", "sharding_constraint", "shift_left",
     "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt",
-    "square", "stop_gradient", "sub", "tan", "tanh", "xor",
+    "square", "stop_gradient", "sub", "tan", "tanh", "threefry2x32", "xor", "zeta",
   }
 )
 # fmt: on
@@ -47,7 +50,17 @@ _WINDOWS = (
   *(f"reduce_window_{name}" for name in ("sum", "max", "min")),
 )
 _RANDOM = tuple(
-  f"random_{name}" for name in ("bits", "fold_in", "split", "seed", "wrap")
+  f"random_{name}"
+  for name in ("bits", "clone", "fold_in", "seed", "split", "unwrap", "wrap")
+)
+_SCATTERS = (
+  "scatter",
+  *(f"scatter-{name}" for name in ("add", "max", "min", "mul", "sub")),
+)
+# Of each matrix of a stack of matrices.
+_OF_MATRICES = (
+  *("cholesky", "eig", "eigh", "hessenberg", "householder_product", "lu", "qr"),
+  *("schur", "svd", "triangular_solve", "tridiagonal"),
 )
 _CALLS = {
   "jit": "jaxpr",
@@ -55,6 +68,29 @@ _CALLS = {
   "closed_call": "call_jaxpr",
   "core_call": "call_jaxpr",
   "custom_jvp_call": "call_jaxpr",
+}
+
+
+_LOOP = "it runs other operations, which are not followed"
+_COLLECTIVE = "it takes values from other devices"
+_STATE = "it reads or writes a reference"
+_RARE = "few networks have it"
+# The rest of JAX's operations, and why no examples are followed through them.
+REFUSED = {
+  **dict.fromkeys(("cond", "scan", "while", "eval_jaxpr", "remat2"), _LOOP),
+  **dict.fromkeys(("checkpoint", "shard_map"), _LOOP),
+  "custom_linear_solve": "its derivative solves another equation",
+  "custom_lin": "its backward rule is not followed",
+  "custom_vjp_call": "its backward rule is not followed",
+  **dict.fromkeys(("all_gather", "all_to_all", "axis_index", "pmax"), _COLLECTIVE),
+  **dict.fromkeys(("pmin", "ppermute", "psum", "ragged_all_to_all"), _COLLECTIVE),
+  **dict.fromkeys(("get", "swap"), _STATE),
+  **dict.fromkeys(("after_all", "create_token"), "it orders effects"),
+  **dict.fromkeys(("empty2", "iota", "rng_uniform"), "it takes no examples"),
+  **dict.fromkeys(("random_gamma", "rng_bit_generator"), "it draws for all at once"),
+  **dict.fromkeys(("approx_top_k", "device_put", "polynomial", "reduce"), _RARE),
+  **dict.fromkeys(("select_and_gather_add", "select_and_scatter"), _RARE),
+  **dict.fromkeys(("select_and_scatter_add", "tridiagonal_solve"), _RARE),
 }
 
 
@@ -75,8 +111,10 @@ def inlined(eqn: Any) -> Any:
   return None if name.startswith("custom_") else inner_jaxpr(eqn)
 
 
-def propagate(eqn: Any, axes: Sequence[Axis], *, rules: bool = True) -> list[Axis]:
-  """The batch axis of what an operation returns.
+def propagate(eqn: Any, axes: Sequence[Axis], *, rules: bool = True) -> list[Any]:
+  """The batch axis of each result of an operation, or a MixedError in its place.
+
+  A call has results that mix examples and results that do not.
 
   Args:
     eqn: of a jaxpr.
@@ -84,26 +122,40 @@ def propagate(eqn: Any, axes: Sequence[Axis], *, rules: bool = True) -> list[Axi
     rules: whether the derivative of a custom_jvp is followed too.
 
   Raises:
-    MixedError: the operation mixes examples, or is not known to keep them apart.
+    MixedError: the operation is no call, and mixes examples, or is not known to keep
+      them apart.
   """
   inner = inner_jaxpr(eqn)
   if inner is not None:
     jaxpr, consts = inner
     found = _through(jaxpr, len(consts), axes, rules)
     if rules and eqn.primitive.name == "custom_jvp_call":
-      _check_rule(eqn, axes, found)
+      return _through_rule(eqn, axes, found)
     return found
   name = eqn.primitive.name
   if name in _ELEMENTWISE:
     return [_same(eqn, axes)] * len(eqn.outvars)
+  if name == "optimization_barrier":
+    return list(axes)
   rule = _RULES.get(name)
   if rule is None:
-    raise MixedError(f"{name}, which is not known to keep examples apart")
+    why = f": {REFUSED[name]}" if name in REFUSED else ""
+    raise MixedError(f"{name}, which is not known to keep examples apart{why}")
   return [int(rule(eqn, axes))] * len(eqn.outvars)  # vmap writes NumPy integers.
 
 
-def _check_rule(eqn, axes, found):
-  """Raises MixedError if the derivative of a custom_jvp mixes what it does not."""
+def follows(name: str) -> bool:
+  """Whether examples are followed through the operation of this name."""
+  return (
+    name in _ELEMENTWISE
+    or name in _RULES
+    or name in _CALLS
+    or name == "optimization_barrier"
+  )
+
+
+def _through_rule(eqn, axes, found):
+  """`found`, but for results of which the derivative of a custom_jvp mixes examples."""
   params = eqn.primitive.get_bind_params(eqn.params)
 
   def derivative(values, tangents):
@@ -117,8 +169,10 @@ def _check_rule(eqn, axes, found):
   rule = jax.make_jaxpr(derivative)(values, tangents)
   # Which calls the function itself again.
   of_rule = _through(rule.jaxpr, len(rule.consts), (*axes, *axes), rules=False)
-  if any(a not in (None, b) for a, b in zip(of_rule, found, strict=True)):
-    raise _mixes(eqn)
+  return [
+    axis if other is None or other == axis else _mixes(eqn)
+    for axis, other in zip(found, of_rule, strict=True)
+  ]
 
 
 def _through(jaxpr, num_consts, axes, rules):
@@ -132,8 +186,17 @@ def _through(jaxpr, num_consts, axes, rules):
 
   for eqn in jaxpr.eqns:
     own = [axis_of(v) for v in eqn.invars]
-    known = any(axis is not None for axis in own)
-    outs = propagate(eqn, own, rules=rules) if known else [None] * len(eqn.outvars)
+    # An error counts only if a result needs what it is about.
+    errors = [axis for axis in own if isinstance(axis, MixedError)]
+    if errors:
+      outs = errors[:1] * len(eqn.outvars)
+    elif all(axis is None for axis in own):
+      outs = [None] * len(eqn.outvars)
+    else:
+      try:
+        outs = propagate(eqn, own, rules=rules)
+      except MixedError as error:
+        outs = [error] * len(eqn.outvars)
     found |= dict(zip(eqn.outvars, outs, strict=True))
   return [axis_of(v) for v in jaxpr.outvars]
 
@@ -325,17 +388,82 @@ def _along_axis(eqn, axes):
   return axes[0]
 
 
+def _stack(eqn, axes):
+  axis = _only(eqn, axes)
+  return axis + (eqn.params["axis"] <= axis)
+
+
+def _tile(eqn, axes):
+  if eqn.params["reps"][axes[0]] != 1:
+    raise _mixes(eqn)
+  return axes[0]
+
+
+def _fft(eqn, axes):
+  if axes[0] >= len(_shape(eqn.invars[0])) - len(eqn.params["fft_lengths"]):
+    raise _mixes(eqn)
+  return axes[0]
+
+
+def _of_matrices(eqn, axes):
+  axis = _only(eqn, axes)
+  for atom, own in zip(eqn.invars, axes, strict=True):
+    if own is not None and axis >= len(_shape(atom)) - 2:
+      raise _mixes(eqn)
+  return axis
+
+
+def _dynamic_update_slice(eqn, axes):
+  axis = _only(eqn, axes)
+  operand, update = (_shape(v) for v in eqn.invars[:2])
+  if any(a is not None for a in axes[2:]) or operand[axis] != update[axis]:
+    raise _mixes(eqn)
+  return axis
+
+
+def _scatter(eqn, axes):
+  """Along an axis that is updated as a whole, or index by index in step with it."""
+  numbers = eqn.params["dimension_numbers"]
+  operand, updates = (len(_shape(eqn.invars[i])) for i in (0, 2))
+  gone = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+  window = [d for d in range(operand) if d not in gone]
+  of_indices = [d for d in range(updates) if d not in numbers.update_window_dims]
+  # For each axis of the operand, that of the indices and that of the updates.
+  places = {
+    d: (None, u)
+    for d, u in zip(window, numbers.update_window_dims, strict=True)
+    if d not in numbers.scatter_dims_to_operand_dims
+    and _shape(eqn.invars[0])[d] == _shape(eqn.invars[2])[u]
+  }
+  places |= {
+    d: (i, of_indices[i])
+    for d, i in zip(
+      numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True
+    )
+  }
+  for axis, place in places.items():
+    given = zip(axes, (axis, *place), strict=True)
+    if all(have is None or have == want for have, want in given):
+      return axis
+  raise _mixes(eqn)
+
+
 _RULES: dict[str, Callable[..., Any]] = {
   **dict.fromkeys(_REDUCTIONS, _reduction),
   **dict.fromkeys(_CUMULATIVE, _along_axis),
   **dict.fromkeys(_WINDOWS, _window),
   **dict.fromkeys(_RANDOM, _in_place),
+  **dict.fromkeys(_SCATTERS, _scatter),
+  **dict.fromkeys(_OF_MATRICES, _of_matrices),
+  **dict.fromkeys(("from_edtype", "to_edtype"), _in_place),
   "bitcast_convert_type": _in_place,
   "broadcast_in_dim": _broadcast_in_dim,
   "concatenate": _along_dimension,
   "conv_general_dilated": _convolution,
   "dot_general": _dot_general,
   "dynamic_slice": _slice,
+  "dynamic_update_slice": _dynamic_update_slice,
+  "fft": _fft,
   "gather": _gather,
   "pad": _pad,
   "reshape": _reshape,
@@ -344,6 +472,8 @@ _RULES: dict[str, Callable[..., Any]] = {
   "split": _along_axis,
   "sort": _along_dimension,
   "squeeze": _squeeze,
+  "stack": _stack,
+  "tile": _tile,
   "top_k": _top_k,
   "transpose": _transpose,
   "unstack": _unstack,

@@ -111,14 +111,20 @@ def linearize(
     for step, delta in zip(steps, deltas, strict=True):
       apply, parameters = met(step, delta)
       weighted = [
-        d * jnp.expand_dims(weights, [i for i in range(d.ndim) if i != axis])
+        _times(d, jnp.expand_dims(weights, [i for i in range(d.ndim) if i != axis]))
         for (_, axis), d in zip(step.found, delta, strict=True)
       ]
-      weighted = [w.astype(d.dtype) for w, d in zip(weighted, delta, strict=True)]
       cotangents.append(list(jax.vjp(apply, *parameters)[1](weighted)))
     return jax.vjp(own, leaves)[1](cotangents)[0]
 
   return losses, directional, weighted_gradient, jax.tree.unflatten(tree, aux)
+
+
+def _times(delta: base.Array, weights: base.Array) -> base.Array:
+  """The product in the more precise type of the two, as the type of `delta`."""
+  with jax.numpy_dtype_promotion("standard"):
+    dtype = jnp.promote_types(delta.dtype, weights.dtype)
+  return (delta.astype(dtype) * weights.astype(dtype)).astype(delta.dtype)
 
 
 def _alike(step: meetings.Step) -> list[int]:

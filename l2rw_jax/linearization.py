@@ -23,6 +23,7 @@ import numpy as np
 from l2rw_jax import base
 from l2rw_jax import layerwise
 from l2rw_jax import meetings
+from l2rw_jax import surrogates
 
 _OF_OUTPUTS = ("forward", "reverse", "difference")
 ENGINES = ("auto", "layerwise", *_OF_OUTPUTS)
@@ -52,6 +53,9 @@ def linearize(
                            backward rule must itself be differentiable.
   difference    0, 2, 2    (l(p + h v) - l(p - h v)) / 2h. Goes through any
                            kernel. About 1e-3 of the largest entry in float32.
+                           What passes a `stop_gradient` is held fixed; a function
+                           whose declared derivative is not the slope of its values
+                           (straight-through, gradient reversal) is refused.
   auto                     layerwise where the model allows, else forward. The
                            default.
   ============  =========  ====================================================
@@ -71,8 +75,9 @@ def linearize(
     only where `linearize` was called (the same trace).
 
   Raises:
-    InputError: losses are not of shape [B], `engine` is unknown or does not fit the
-      model (the message names one that does).
+    InputError: losses are not floating point numbers of shape [B], `params` holds
+      nothing to train, `losses_fn` does not return what `has_aux` announces, `engine`
+      is unknown or does not fit the model (the message names one that does).
 
   Example:
     >>> import jax.numpy as jnp
@@ -85,14 +90,11 @@ def linearize(
   """
 
   def checked(params, batch):
-    losses, aux = (
-      losses_fn(params, batch) if has_aux else (losses_fn(params, batch), None)
-    )
-    base.check_vector("losses_fn's result", losses)
-    return losses, aux
+    return losses_and_aux(losses_fn(params, batch), has_aux)
 
   if engine not in ENGINES:
     raise base.InputError(f"engine={engine!r}: choose one of {ENGINES}.")
+  check_trainable(params)
   found = _layerwise(checked, params, batch, engine)
   if found is None:
     engine = "forward" if engine == "auto" else engine
@@ -108,6 +110,60 @@ def linearize(
     return found.pull(weights.astype(losses.dtype))
 
   return base.Linearized(losses, found.push, weighted_gradient, found.aux)
+
+
+def losses_and_aux(returned: Any, has_aux: bool) -> tuple[base.Array, Any]:
+  """What a losses function returned, as `(losses [B], aux)`; aux may be None.
+
+  Raises:
+    InputError: it is not what `has_aux` announces, or losses are not floating point
+      numbers of shape [B].
+  """
+  losses, aux = split_aux("losses_fn", returned, has_aux)
+  base.check_vector("losses_fn's result", losses)
+  if not jnp.issubdtype(losses.dtype, jnp.floating):
+    raise base.InputError(
+      f"losses_fn returns losses of type {losses.dtype}, which have no derivative:"
+      " return floating point numbers."
+    )
+  return losses, aux
+
+
+def split_aux(name: str, returned: Any, has_aux: bool) -> tuple[Any, Any]:
+  """What the function `name` returned, as `(result, aux)`; aux may be None.
+
+  Raises:
+    InputError: it is not a pair although `has_aux`.
+  """
+  if not has_aux:
+    return returned, None
+  if not isinstance(returned, (tuple, list)) or len(returned) != 2:
+    if isinstance(returned, (tuple, list)):
+      what = f"{len(returned)} values"
+    elif hasattr(returned, "shape"):
+      what = "one array"
+    else:
+      what = f"one value of type {type(returned).__name__}"
+    raise base.InputError(
+      f"{name} must return two values, the second being aux, because has_aux=True; it"
+      f" returns {what}. Return both, or leave has_aux out."
+    )
+  result, aux = returned
+  return result, aux
+
+
+def check_trainable(params: base.PyTree) -> None:
+  """Raises InputError unless a leaf of `params` is of floating point or complex type.
+
+  Without one no example can matter, and all weights would silently be zero.
+  """
+  types = [_type(leaf) for leaf in jax.tree.leaves(params)]
+  if not any(jnp.issubdtype(t, jnp.inexact) for t in types):
+    names = sorted({str(t) for t in types})
+    raise base.InputError(
+      "params holds no floating point array, so that nothing can be trained"
+      f" (its types: {', '.join(names) or 'none'}): convert params to float32."
+    )
 
 
 def _layerwise(losses_fn, params, batch, engine):
@@ -197,8 +253,7 @@ def linearize_outputs(
   select, fill = differentiable(params)
 
   def outputs_and_aux(leaves):
-    found = outputs_fn(fill(leaves), batch)
-    return found if has_aux else (found, None)
+    return split_aux("outputs_fn", outputs_fn(fill(leaves), batch), has_aux)
 
   leaves = select(params)
   if engine == "forward":
@@ -214,7 +269,7 @@ def linearize_outputs(
     if engine == "reverse":
       push = _double_reverse(pull, outputs)
     else:
-      push = _central_difference(lambda x: outputs_and_aux(x)[0], leaves)
+      push = _central_difference(_without_surrogates(outputs_and_aux, leaves), leaves)
 
   return base.LinearizedOutputs(
     outputs,
@@ -274,6 +329,29 @@ def _double_reverse(pull, outputs):
   # a backward rule that divides by its cotangent finite.
   _, push = jax.vjp(lambda c: pull(c)[0], jax.tree.map(jnp.ones_like, outputs))
   return lambda vector: push(vector)[0]
+
+
+def _without_surrogates(outputs_and_aux, leaves):
+  """The outputs as a function whose differences are what is declared as derivative.
+
+  Raises:
+    InputError: a function in it has another derivative than its values have.
+  """
+
+  def outputs_of(leaves):
+    return outputs_and_aux(leaves)[0]
+
+  closed, shapes = jax.make_jaxpr(outputs_of, return_shape=True)(leaves)
+  name = surrogates.find(closed.jaxpr)
+  if name is not None:
+    raise base.InputError(
+      f"engine='difference' does not fit this model: the derivative that is declared"
+      f" for {name} is not the slope of its values (a straight-through estimator, a"
+      " gradient reversal or alike). Pass engine='reverse', or 'forward' if it is a"
+      " jax.custom_jvp."
+    )
+  held = surrogates.holding(lambda leaves: jax.tree.leaves(outputs_of(leaves)), leaves)
+  return lambda leaves: jax.tree.unflatten(jax.tree.structure(shapes), held(leaves))
 
 
 def _central_difference(outputs_of, leaves):

@@ -132,13 +132,19 @@ class Plan:
       axes = batch_axes.propagate(eqn, [known.axis for known in inputs])
     except batch_axes.MixedError as error:
       return [self._error(str(error), eqn, inputs)] * len(eqn.outvars)
-    if None in axes:
-      why = self._error(f"{eqn.primitive.name} hides a constant", eqn, inputs)
-      return [why] * len(eqn.outvars)
     if any(known.kind == Kind.OWN for known in inputs):
       why = self._refused(eqn, inputs)
-      return axes if why is None else [why] * len(eqn.outvars)
-    return axes
+      if why is not None:
+        return [why] * len(eqn.outvars)
+    return [self._axis(axis, eqn, inputs) for axis in axes]
+
+  def _axis(self, axis, eqn, inputs):
+    """The batch axis of one result of an operation, or why it is not known."""
+    if axis is None:
+      return self._error(f"{eqn.primitive.name} hides a constant", eqn, inputs)
+    if isinstance(axis, batch_axes.MixedError):
+      return self._error(str(axis), eqn, inputs)
+    return axis
 
   def _refused(self, eqn, inputs):
     """Why the derivative of an operation in parameters cannot be had, if so."""

@@ -37,7 +37,9 @@ from l2rw_jax import sequencing
 def check(microbatch_size: int | None) -> None:
   """Raises InputError unless `microbatch_size` is None or a positive integer."""
   if microbatch_size is not None and not (
-    isinstance(microbatch_size, (int, np.integer)) and microbatch_size >= 1
+    isinstance(microbatch_size, (int, np.integer))
+    and not isinstance(microbatch_size, bool)
+    and microbatch_size >= 1
   ):
     raise base.InputError(
       f"microbatch_size={microbatch_size!r}: must be a positive integer, or None for"
@@ -83,6 +85,7 @@ def in_parts(
   def linearize_in_parts(losses_fn, params, batch, *, has_aux=False, **options):
     call = _always_aux(losses_fn, has_aux)
     num_rows(batch)
+    linearization.check_trainable(params)
     if has_aux:
       _check_aux(call, params, batch, microbatch_size)
     select, fill = linearization.differentiable(params)
@@ -153,6 +156,7 @@ def weighted_gradient(
   Raises:
     InputError: as `in_parts`, or `weights` are not one per example.
   """
+  check(microbatch_size)
   call, size = _always_aux(losses_fn, has_aux), num_rows(batch)
   if has_aux:
     _check_aux(call, params, batch, microbatch_size)
@@ -174,9 +178,9 @@ def weighted_gradient(
     added = [t + g.astype(t.dtype) for t, g in zip(total, gradient, strict=True)]
     return added, (losses, aux)
 
-  zeros = [
-    jnp.zeros_like(x, dtype=jnp.promote_types(x.dtype, jnp.float32)) for x in leaves
-  ]
+  with jax.numpy_dtype_promotion("standard"):
+    types = [jnp.promote_types(x.dtype, jnp.float32) for x in leaves]
+  zeros = [jnp.zeros_like(x, dtype=t) for x, t in zip(leaves, types, strict=True)]
   total, (losses, aux) = _sweep(add, zeros, (batch, weights), microbatch_size)
   gradient = [t.astype(x.dtype) for t, x in zip(total, leaves, strict=True)]
   return Weighted(losses, fill(gradient, zeros=True), aux)
@@ -213,10 +217,7 @@ def _always_aux(losses_fn, has_aux):
   """`(params, batch) -> (losses, aux)`."""
 
   def call(params, batch):
-    found = losses_fn(params, batch)
-    losses, aux = found if has_aux else (found, None)
-    base.check_vector("losses_fn's result", losses)
-    return losses, aux
+    return linearization.losses_and_aux(losses_fn(params, batch), has_aux)
 
   return call
 

@@ -13,7 +13,7 @@ FLOORS = [
   (r"l2rw_jax/base\.py", 0),
   (r"l2rw_jax/(losses|normalization|class_balance|group_objectives|corruption)\.py", 1),
   (r"l2rw_jax/(distances|facility_location|coreset)\.py", 1),
-  (r"l2rw_jax/sequencing\.py", 1),
+  (r"l2rw_jax/(sequencing|surrogates)\.py", 1),
   (r"l2rw_jax/(linearization|layerwise|meetings|batch_axes|microbatching)\.py", 2),
   (r"l2rw_jax/(hypergradient|meta_network)\.py", 2),
   (r"l2rw_jax/((models|methods)/.*|susceptibility\.py)", 3),

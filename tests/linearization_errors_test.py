@@ -10,6 +10,7 @@ import pytest
 
 from l2rw_jax import base
 from l2rw_jax import linearization
+from l2rw_jax import microbatching
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -151,3 +152,26 @@ def test_a_vector_of_another_structure_is_not_blamed_on_the_model():
   with pytest.raises(ValueError, match="mismatch") as caught:
     linearized.directional({"another": jnp.ones(3)})
   assert not isinstance(caught.value, base.InputError)
+
+
+_LINEARIZE = {
+  **{
+    engine: functools.partial(linearization.linearize, engine=engine)
+    for engine in linearization.ENGINES
+  },
+  "in parts": microbatching.in_parts(linearization.linearize, 2),
+}
+
+
+@pytest.mark.parametrize("linearize", _LINEARIZE)
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, None, None)])
+def test_a_losses_function_without_aux_is_named(linearize, wrap):
+  with pytest.raises(base.InputError, match=r"must return two values.*has_aux=True"):
+    _LINEARIZE[linearize](lambda p, x: wrap(x @ p), jnp.ones(3), _x(), has_aux=True)
+
+
+@pytest.mark.parametrize("linearize", _LINEARIZE)
+@pytest.mark.parametrize("dtype", [jnp.int32, bool, jnp.complex64])
+def test_losses_that_are_no_floating_point_numbers_are_refused(linearize, dtype):
+  with pytest.raises(base.InputError, match="have no derivative"):
+    _LINEARIZE[linearize](lambda p, x: (x @ p).astype(dtype), jnp.ones(3), _x())

@@ -91,7 +91,10 @@ def test_the_first_entry_of_an_array_that_is_sharded_explicitly():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "complex64"])
 def test_strict_types_and_nan_checks(dtype):
   first = [jnp.ones(2, dtype), jnp.ones((1, 1), jnp.float32)]
-  with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-    with jax.debug_nans(True):
-      found = sequencing.after(first, jnp.ones((2, 2), dtype))
+  with (
+    jax.numpy_dtype_promotion("strict"),
+    jax.numpy_rank_promotion("raise"),
+    jax.debug_nans(True),
+  ):
+    found = sequencing.after(first, jnp.ones((2, 2), dtype))
   np.testing.assert_array_equal(found, np.ones((2, 2)))
