@@ -6,6 +6,7 @@ Letters used in every docstring: `B` training batch, `M` meta (clean) batch,
 
 from collections.abc import Callable
 import dataclasses
+import enum
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,20 @@ class InputError(ValueError):
 
   Experiments print it without a traceback and exit with status 2.
   """
+
+
+class Fault(enum.IntEnum):
+  """The first quantity of a meta step that held a NaN or an infinity.
+
+  Later quantities are computed from earlier ones, hence the order.
+  """
+
+  NONE = 0
+  META_LOSSES = 1  # a meta loss, or the objective that is made of them
+  META_GRADIENT = 2  # the gradient of finite meta losses
+  OPTIMIZER_STEP = 3  # a finite meta gradient, differentiated through the step
+  TRAINING_LOSSES = 4  # a loss of the training batch
+  SLOPES = 5  # what was made of finite losses and a finite direction
 
 
 class Linearized(NamedTuple):
@@ -102,6 +117,10 @@ class Gradients(NamedTuple):
     metrics: scalars to log, the same on every device.
     value: what an optimiser may watch (optax's `value`: reduce_on_plateau,
       Polyak's step); the weighted loss if None.
+    fault: the `Fault` of a meta-learned method, int32 scalar; None for a method
+      that has no meta step.
+    zero_slope: whether the look-ahead step ignores the gradient, so that no example
+      can matter, see `hypergradient.Direction`; bool scalar, or None.
   """
 
   grads: PyTree
@@ -110,6 +129,8 @@ class Gradients(NamedTuple):
   model_state: PyTree
   metrics: dict[str, Array]
   value: Array | None = None
+  fault: Array | None = None
+  zero_slope: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,6 +369,80 @@ def all_finite(tree: PyTree) -> Array:
   return jnp.stack(
     [jnp.all(jnp.isfinite(x)) for x in leaves] or [jnp.array(True)]
   ).all()
+
+
+def finite_rows(
+  name: str, values: Array, axis_name: AxisName = None, advice: str = ""
+) -> Array:
+  """Whether every one of `values` [B] is finite on every device; bool scalar.
+
+  Args:
+    name: what the values are, in the plural.
+    values: [B], of this device.
+    axis_name: mapped axis over which the values are sharded.
+    advice: how the error message ends.
+
+  Raises:
+    FloatingPointError: outside `jit`, if one is not; the message has the number of
+      such values and the first row.
+  """
+  bad = ~jnp.isfinite(values)
+  num_bad = psum(jnp.sum(bad), axis_name)
+  if not isinstance(num_bad, jax.core.Tracer) and num_bad:
+    raise FloatingPointError(
+      f"{num_bad} of {values.size} {name} are NaN or infinite, the first in row"
+      f" {int(np.flatnonzero(np.asarray(bad))[0])}{advice}."
+    )
+  return num_bad == 0
+
+
+def first_fault(fault: Array, **healthy: Array) -> Array:
+  """`fault`, or else the first of the named quantities that is not healthy.
+
+  Args:
+    fault: a `Fault` found earlier, int32 scalar.
+    **healthy: names of members of `Fault`, in their order, and bool scalars.
+  """
+  for name, is_healthy in healthy.items():
+    this = jnp.where(is_healthy, 0, Fault[name.upper()].value).astype(jnp.int32)
+    fault = jnp.where(fault == 0, this, fault)
+  return fault
+
+
+def accumulator_dtype(dtype: Any) -> Any:
+  """The dtype for sums and quotients of numbers of `dtype`: float32 or better."""
+  if not jnp.issubdtype(dtype, jnp.inexact):
+    return jnp.result_type(float)
+  return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def split_aux(name: str, returned: Any, has_aux: bool) -> tuple[Array, Any]:
+  """(losses, aux) from what a losses function returned.
+
+  Raises:
+    InputError: `has_aux` is set and the function did not return a pair, or the
+      losses are not floating-point numbers of shape [B].
+  """
+  losses, aux = returned, None
+  if has_aux:
+    if not isinstance(returned, (tuple, list)) or len(returned) != 2:
+      raise InputError(
+        f"{name} must return (losses, aux) with has_aux=True; got a value of type"
+        f" {type(returned).__name__}. Leave has_aux out if there is no aux."
+      )
+    losses, aux = returned
+  check_losses(name + "'s result", losses)
+  return losses, aux
+
+
+def check_losses(name: str, losses: Any) -> None:
+  """Raises InputError unless `losses` are floating-point numbers of shape [B]."""
+  check_vector(name, losses)
+  if not jnp.issubdtype(losses.dtype, jnp.floating):
+    raise InputError(
+      f"{name} must be floating-point numbers; got {losses.dtype}, which has no"
+      " gradient, so that no example could matter. Compute the losses in float32."
+    )
 
 
 def check_vector(name: str, value: Any) -> None:

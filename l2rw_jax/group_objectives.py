@@ -28,19 +28,27 @@ def group_means(
 
   Args:
     values: [M].
-    groups: group of each example, integers, [M]; others than 0 .. G - 1 belong
-      to no group.
+    groups: group of each example, integers, [M]; 0 .. G - 1.
     num_groups: G.
 
   Returns:
-    Means [G], 0 where a group is absent; presence, bool [G].
+    Means [G], 0 where a group is absent; presence, bool [G]. All means are NaN if
+    a group does not exist, so that the meta loss is, and `finite` False.
+
+  Raises:
+    InputError: outside `jit`, a group does not exist; shapes do not agree.
   """
   _check(values, groups)
+  exist = _check_exist(groups, num_groups)
   member = groups[:, None] == jnp.arange(num_groups)[None, :]
   counts = member.sum(axis=0)
   # Not a matrix product: it would round on TPU, and spread a NaN to all groups.
-  totals = jnp.where(member, values[:, None], 0).sum(axis=0)
-  return totals / jnp.maximum(counts, 1).astype(totals.dtype), counts > 0
+  dtype = base.accumulator_dtype(values.dtype)
+  totals = jnp.where(member, values.astype(dtype)[:, None], 0).sum(axis=0)
+  means = totals / jnp.maximum(counts, 1).astype(dtype)
+  if jnp.issubdtype(values.dtype, jnp.inexact):
+    means = means.astype(values.dtype)
+  return jnp.where(exist, means, jnp.nan), counts > 0
 
 
 def mean(losses: base.Array) -> base.Array:
@@ -83,8 +91,11 @@ def gap(
   difference = jnp.where(pairs, means[:, None] - means[None, :], 0)
   # Not jnp.abs: its slope at 0 is 1 in JAX, and equal groups shall be left alone.
   gaps = difference * jnp.sign(difference)
-  num_pairs = jnp.maximum(pairs.sum(), 1).astype(gaps.dtype)
-  found = gaps.max() if reduction == "max" else gaps.sum() / num_pairs
+  if reduction == "max":
+    found = gaps.max()
+  else:
+    found = gaps.sum() / jnp.maximum(pairs.sum(), 1).astype(gaps.dtype)
+  found = jnp.where(_check_exist(groups, num_groups), found, jnp.nan)
   return found + mean_coefficient * jnp.mean(losses)
 
 
@@ -119,10 +130,11 @@ def worst(
   any_present = present.any()
   # Minus infinity, so that the absent weigh nothing; finite when all are absent.
   lifted = jnp.where(present | ~any_present, means, -jnp.inf)
+  exist = _check_exist(groups, num_groups)
   if temperature == 0:
-    return lifted.max()
+    return jnp.where(exist, lifted.max(), jnp.nan)
   smooth = temperature * jax.nn.logsumexp(lifted / temperature)
-  return jnp.where(any_present, smooth, 0)
+  return jnp.where(exist, jnp.where(any_present, smooth, 0), jnp.nan)
 
 
 def soft_tpr(
@@ -161,7 +173,7 @@ def check_groups(groups: Any, num_groups: int, where: str = "the exemplar set") 
   """Raises InputError unless every group has a member, and only groups do.
 
   Call it once, on the host, before training: inside `jit` an absent group is
-  left out and an unknown one ignored, without a word.
+  left out without a word, and an unknown one makes the objective NaN.
 
   Args:
     groups: of all exemplars, integers [M].
@@ -195,6 +207,19 @@ def _check(values, groups):
       f"groups must be one integer an exemplar, shape {values.shape}; got"
       f" {groups.shape}."
     )
+
+
+def _check_exist(groups, num_groups):
+  """Whether every group is one of 0 .. G - 1; raises outside `jit`."""
+  bad = (groups < 0) | (groups >= num_groups)
+  exist = ~bad.any()
+  if not isinstance(exist, jax.core.Tracer) and not exist:
+    row = int(np.flatnonzero(np.asarray(bad))[0])
+    raise base.InputError(
+      f"groups are 0 to {num_groups - 1}; got {int(groups[row])} in row {row}: correct"
+      " the groups or num_groups."
+    )
+  return exist
 
 
 def _choose(what, given, allowed):

@@ -23,6 +23,7 @@ Reference: Ren et al., "Learning to Reweight Examples for Robust Deep Learning"
 
 from collections.abc import Callable
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -37,18 +38,35 @@ from l2rw_jax import sequencing
 
 # The losses [M] of the global meta batch to the meta loss, a scalar.
 Objective = Callable[[base.Array], base.Array]
-# Said wherever a direction is found not to be finite.
 OPTIMIZER_TRAP = (
-  "optimisers that divide by the root of a squared gradient (adam, adamw, lamb,"
+  "optimizers that divide by the root of a squared gradient (adam, adamw, lamb,"
   " muon, clip_by_global_norm) have no derivative at the zero gradient where"
   " example weights are linearised. Use optimizer=optax.sgd(...), or adam with"
   " eps_root > 0."
 )
 _TRAPPED = (
-  "the meta gradient is finite, but not after the look-ahead optimiser: "
-  + OPTIMIZER_TRAP
+  "the meta gradient is finite, but not after the look-ahead optimizer's step."
+  " If it holds NaN, " + OPTIMIZER_TRAP
 )
-_META = "the meta loss or its gradient is NaN or infinite: check meta_batch and params."
+_OVERFLOW = (
+  "the meta gradient is finite, but the look-ahead optimizer's step turns it into"
+  " infinity: it overflows. Scale the inputs or lower the learning rate."
+)
+_META_LOSS = (
+  "a meta loss, or the objective made of them, is NaN or infinite: check meta_batch"
+  " and params."
+)
+_META_GRADIENT = (
+  "the meta losses are finite, but their gradient is NaN or infinite: check"
+  " meta_batch (the scale of its inputs), params and the derivative of the loss."
+)
+ZERO_SLOPE = (
+  "the look-ahead optimizer's step does not change with the gradient, so that no"
+  " example can matter and all weights would be zero: its learning rate is 0 here"
+  " (warm-up, a schedule that ended), or it accumulates gradients (MultiSteps,"
+  " apply_every), or takes signs (lion, sign_sgd). Use optimizer=optax.sgd(...) for"
+  " the look-ahead."
+)
 
 
 class Direction(NamedTuple):
@@ -57,13 +75,19 @@ class Direction(NamedTuple):
   Attributes:
     vector: v, shaped like `params`; dM/dw = J v for any example weights w.
     meta_loss: M at the looked-ahead parameters, scalar, of the global meta batch.
-    finite: False when `vector` holds a NaN or an infinity; bool scalar.
-    aux: what the meta losses function returned beside its losses, else None.
+    finite: False when a meta loss, the meta loss, its gradient or `vector` holds a
+      NaN or an infinity; bool scalar.
+    zero_slope: whether `vector` is zero everywhere although the meta gradient is
+      not: the optimizer's step ignores the gradient; bool scalar.
+    fault: which of them was not finite, a `base.Fault`; int32 scalar.
+    aux: what the meta losses function returned in addition to its losses, else None.
   """
 
   vector: base.PyTree
   meta_loss: base.Array
   finite: base.Array
+  zero_slope: base.Array
+  fault: base.Array
   aux: Any = None
 
 
@@ -72,9 +96,35 @@ def look_ahead(
   gradient: base.PyTree,
   optimizer: optax.GradientTransformation,
   opt_state: base.PyTree,
+  value: Any = None,
 ) -> base.PyTree:
-  """Parameters after one optimiser step; the state it would leave is dropped."""
-  updates, _ = optimizer.update(gradient, opt_state, params)
+  """Parameters after one optimizer step; the state it would leave is dropped.
+
+  Args:
+    params: before the step.
+    gradient: of the inner loss.
+    optimizer: any whose update takes no more than `params` and `value`.
+    opt_state: its state at `params`.
+    value: the inner loss, which some optimizers watch; None is 0, the loss whose
+      weights are all zero.
+
+  Raises:
+    InputError: the update of the optimizer needs other arguments.
+  """
+  value = jnp.zeros(()) if value is None else value
+  try:
+    updates, _ = optax.with_extra_args_support(optimizer).update(
+      gradient, opt_state, params, value=value
+    )
+  except TypeError as error:
+    missing = re.search(r"missing .*required .*arguments?: (.*)", str(error))
+    if missing is None:
+      raise
+    raise base.InputError(
+      "the look-ahead takes one step with a gradient, params and value, but the"
+      f" update of this optimizer also needs {missing[1]} (a line search): use"
+      " another optimizer for the look-ahead, such as optax.sgd(...)."
+    ) from error
   return optax.apply_updates(params, updates)
 
 
@@ -90,6 +140,7 @@ def direction(
   has_aux: bool = False,
   axis_name: base.AxisName = None,
   microbatch_size: int | None = None,
+  value: Any = None,
 ) -> Direction:
   """The direction v = (d step / d g)^T grad M(step(g)) at g = `inner_gradient`.
 
@@ -108,16 +159,20 @@ def direction(
     has_aux: whether `meta_losses_fn` returns something beside its losses.
     axis_name: mapped axis over which `meta_batch` is sharded.
     microbatch_size: clean examples of this device at a time, see `microbatching`.
+    value: the inner loss whose gradient is `inner_gradient`, for optimizers that
+      watch it (optax's `value`); None is 0.
 
   Returns:
     A `Direction`, the same on every device.
 
   Raises:
     InputError: meta losses are not of shape [M], there are none, or they cannot be
-      taken `microbatch_size` at a time.
-    FloatingPointError: outside `jit`, if the direction is not finite; the
-      message names the optimiser trap. Under `jit` see `Direction.finite`, or
-      functionalise with `checkify.checkify`, which then carries the same error.
+      taken `microbatch_size` at a time; or the optimizer needs more than a value.
+      Outside `jit` also if the optimizer's step ignores the gradient.
+    FloatingPointError: outside `jit`, if a meta loss, the meta gradient or the
+      direction is not finite; the message names which. Under `jit` see
+      `Direction.finite` and `Direction.zero_slope`, or functionalize with
+      `checkify.checkify`, which then carries the same errors.
   """
   select, fill = linearization.differentiable(params)
   leaves = select(params)
@@ -126,13 +181,11 @@ def direction(
 
   def step(gradient_leaves):
     gradient = fill(gradient_leaves, zeros=True)
-    return select(look_ahead(params, gradient, optimizer, opt_state))
+    return select(look_ahead(params, gradient, optimizer, opt_state, value))
 
   def meta_losses(leaves, meta_batch):
-    losses, aux = meta_losses_fn(fill(leaves), meta_batch), None
-    if has_aux:
-      losses, aux = losses
-    base.check_vector("meta_losses_fn's result", losses)
+    found = meta_losses_fn(fill(leaves), meta_batch)
+    losses, aux = base.split_aux("meta_losses_fn", found, has_aux)
     if losses.size == 0:
       raise base.InputError("meta_batch is empty: a meta loss needs an example.")
     return losses, aux
@@ -146,21 +199,23 @@ def direction(
     loss, cotangent = _meta_loss(objective, losses, axis_name)
     (gradient,) = pull(cotangent)
   else:
-    loss, gradient, aux = _meta_gradient_in_parts(
+    losses, loss, gradient, aux = _meta_gradient_in_parts(
       meta_losses, ahead, meta_batch, objective, axis_name, microbatch_size
     )
   meta_gradient = base.psum(gradient, axis_name)
   (vector,) = transpose(
     [g.astype(x.dtype) for g, x in zip(meta_gradient, leaves, strict=True)]
   )
-  finite = _check_finite(vector, meta_gradient)
-  return Direction(fill(vector, zeros=True), loss, finite, aux)
+  fault = _check_finite(losses, loss, meta_gradient, vector, axis_name)
+  zero_slope = _check_slope(vector, meta_gradient)
+  return Direction(fill(vector, zeros=True), loss, fault == 0, zero_slope, fault, aux)
 
 
 def _meta_loss(objective, losses, axis_name):
   """The global meta loss, and its gradient in this device's own losses."""
   if objective is None:
-    loss = base.pmean(jnp.mean(losses), axis_name)
+    dtype = base.accumulator_dtype(losses.dtype)
+    loss = base.pmean(jnp.mean(losses.astype(dtype)), axis_name).astype(losses.dtype)
     size = base.global_size(losses.size, axis_name)
     return loss, jnp.full_like(losses, 1 / size)
   # Every device differentiates the same function of the same gathered losses, so
@@ -172,7 +227,7 @@ def _meta_loss(objective, losses, axis_name):
 def _meta_gradient_in_parts(
   losses_fn, leaves, meta_batch, objective, axis_name, microbatch_size
 ):
-  """The global meta loss, its gradient in this device's own losses pulled back, aux."""
+  """This device's losses, the global meta loss, its gradient pulled back, and aux."""
   pull = functools.partial(
     microbatching.weighted_gradient,
     losses_fn,
@@ -184,11 +239,12 @@ def _meta_gradient_in_parts(
   if objective is None:  # A mean asks the same of every example: one pass will do.
     size = base.global_size(microbatching.num_rows(meta_batch), axis_name)
     found = pull(1 / max(size, 1))  # Of none, the losses themselves complain.
-    return _meta_loss(None, found.losses, axis_name)[0], found.gradient, found.aux
+    loss, _ = _meta_loss(None, found.losses, axis_name)
+    return found.losses, loss, found.gradient, found.aux
   linearize = microbatching.in_parts(linearization.linearize, microbatch_size)
   parts = linearize(losses_fn, leaves, meta_batch, has_aux=True)
   loss, cotangent = _meta_loss(objective, parts.losses, axis_name)
-  return loss, pull(cotangent).gradient, parts.aux
+  return parts.losses, loss, pull(cotangent).gradient, parts.aux
 
 
 def params_after(direction: Direction, params: base.PyTree) -> base.PyTree:
@@ -227,9 +283,33 @@ def network_gradient(
 
   Returns:
     The gradient summed over devices, shaped like `phi`.
+
+  Raises:
+    FloatingPointError: outside `jit`, if the slopes, the weights or the gradient
+      hold a NaN or an infinity.
   """
-  _, pull = jax.vjp(weights_fn, base.local(phi, axis_name))
-  return base.psum(pull(weight_gradient)[0], axis_name)
+  weights, pull = jax.vjp(weights_fn, base.local(phi, axis_name))
+  base.finite_rows("slopes dM/dw", weight_gradient, axis_name)
+  base.finite_rows("weights", weights, axis_name, ": look at phi and the losses")
+  gradient = base.psum(pull(weight_gradient)[0], axis_name)
+  check_network_gradient(gradient)
+  return gradient
+
+
+def check_network_gradient(gradient: base.PyTree) -> base.Array:
+  """Whether dM/dphi is finite; bool scalar.
+
+  Raises:
+    FloatingPointError: outside `jit`, if it is not.
+  """
+  finite = base.all_finite(gradient)
+  if not isinstance(finite, jax.core.Tracer) and not finite:
+    raise FloatingPointError(
+      "the gradient of the network that makes the weights (or gates) is NaN or"
+      " infinite, but the direction is finite: look at the scale of its inputs, the"
+      " losses, and at its parameters."
+    )
+  return finite
 
 
 def unrolled_weight_gradient(
@@ -262,15 +342,46 @@ def unrolled_weight_gradient(
   return jax.grad(meta_loss)(weights)
 
 
-def _check_finite(vector: base.PyTree, meta_gradient: base.PyTree) -> base.Array:
-  finite = base.all_finite(vector)
+def _check_finite(losses, loss, meta_gradient, vector, axis_name) -> base.Array:
+  """The `base.Fault` of a direction; raises outside `jit`."""
+  prefix = "non-finite direction: "
+  losses_finite = base.finite_rows(
+    "meta losses", losses, axis_name, ": check meta_batch and params"
+  )
+  losses_finite &= jnp.isfinite(loss)
   meta_finite = base.all_finite(meta_gradient)
-  if isinstance(finite, jax.core.Tracer):
-    # Both are no-ops unless the caller functionalises with checkify.
-    checkify.debug_check(meta_finite, "non-finite direction: " + _META)
-    checkify.debug_check(finite | ~meta_finite, "non-finite direction: " + _TRAPPED)
-  elif not finite:
-    raise FloatingPointError(
-      "non-finite direction: " + (_TRAPPED if meta_finite else _META)
-    )
-  return finite
+  finite = base.all_finite(vector)
+  fault = base.first_fault(
+    jnp.zeros((), jnp.int32),
+    meta_losses=losses_finite,
+    meta_gradient=meta_finite,
+    optimizer_step=finite,
+  )
+  holds_nan = jnp.stack([jnp.isnan(x).any() for x in vector] or [~finite]).any()
+  checks = (
+    (fault != base.Fault.META_LOSSES, _META_LOSS),
+    (fault != base.Fault.META_GRADIENT, _META_GRADIENT),
+    ((fault != base.Fault.OPTIMIZER_STEP) | ~holds_nan, _TRAPPED),
+    ((fault != base.Fault.OPTIMIZER_STEP) | holds_nan, _OVERFLOW),
+  )
+  for healthy, message in checks:
+    if isinstance(healthy, jax.core.Tracer):
+      # A no-op unless the caller functionalizes with checkify.
+      checkify.debug_check(healthy, prefix + message)
+    elif not healthy:
+      raise FloatingPointError(prefix + message)
+  return fault
+
+
+def _check_slope(vector, meta_gradient) -> base.Array:
+  """Whether the step ignores the gradient; raises outside `jit`."""
+
+  def is_zero(leaves):
+    return jnp.stack([(x == 0).all() for x in leaves] or [jnp.array(True)]).all()
+
+  zero_slope = is_zero(vector) & ~is_zero(meta_gradient)
+  if isinstance(zero_slope, jax.core.Tracer):
+    checkify.debug_check(~zero_slope, ZERO_SLOPE)
+  elif zero_slope:
+    raise base.InputError(ZERO_SLOPE)
+  return zero_slope

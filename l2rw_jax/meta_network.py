@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from l2rw_jax import base
@@ -35,12 +36,18 @@ class Lesson(NamedTuple):
   Attributes:
     gradient: dM/dphi, the same on every device.
     meta_loss: M at the looked-ahead parameters, scalar.
-    finite: False when the direction held a NaN or an infinity; bool scalar.
+    finite: False when a loss of either batch, the direction or the gradient held a
+      NaN or an infinity; bool scalar.
+    zero_slope: whether the look-ahead optimizer's step ignores the gradient, see
+      `hypergradient.Direction`; bool scalar.
+    fault: which was not finite first, a `base.Fault`; int32 scalar.
   """
 
   gradient: base.PyTree
   meta_loss: base.Array
   finite: base.Array
+  zero_slope: base.Array
+  fault: base.Array
 
 
 class State(NamedTuple):
@@ -50,13 +57,17 @@ class State(NamedTuple):
     params: phi.
     opt_state: of the meta optimiser.
     meta_loss: of the last lesson, NaN before the first; scalar.
-    finite: whether that lesson's direction was; bool scalar.
+    finite: whether that lesson was; bool scalar.
+    zero_slope: of that lesson; bool scalar.
+    fault: of that lesson, a `base.Fault`; int32 scalar.
   """
 
   params: base.PyTree
   opt_state: base.PyTree
   meta_loss: base.Array
   finite: base.Array
+  zero_slope: base.Array
+  fault: base.Array
 
 
 def dense(width: int, fan_in: int) -> nn.Dense:
@@ -71,8 +82,16 @@ def dense(width: int, fan_in: int) -> nn.Dense:
 
 def init(params: base.PyTree, optimizer: optax.GradientTransformation) -> State:
   """State before the first lesson."""
-  unknown = jnp.full((), jnp.nan, jnp.float32)
-  return State(params, optimizer.init(params), unknown, jnp.array(True))
+  # Not computed, so that `jax_debug_nans` has nothing to find.
+  unknown = jnp.asarray(np.full((), np.nan, jnp.result_type(float)))
+  return State(
+    params,
+    optimizer.init(params),
+    unknown,
+    jnp.array(True),
+    jnp.array(False),
+    jnp.zeros((), jnp.int32),
+  )
 
 
 def learn(
@@ -97,7 +116,14 @@ def learn(
     found = lesson_fn(state.params)
     updates, opt_state = optimizer.update(found.gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return State(params, opt_state, found.meta_loss.astype(jnp.float32), found.finite)
+    return State(
+      params,
+      opt_state,
+      found.meta_loss.astype(state.meta_loss.dtype),
+      found.finite,
+      found.zero_slope,
+      found.fault,
+    )
 
   if every == 1:
     return taught(state)
@@ -131,6 +157,7 @@ def metrics(state: State) -> dict[str, base.Array]:
   return {
     "meta_loss": state.meta_loss,
     "direction_finite": state.finite.astype(jnp.float32),
+    "zero_slope": state.zero_slope.astype(jnp.float32),
   }
 
 
@@ -160,14 +187,22 @@ def lesson(
     meta_batch: this device's clean examples.
     optimizer: takes the look-ahead step.
     opt_state: its state; fresh if None.
-    has_aux: whether `meta_losses_fn` returns something beside its losses.
+    has_aux: whether `meta_losses_fn` returns something in addition to its losses.
     axis_name: mapped axis over which both batches are sharded.
 
   Raises:
-    FloatingPointError: outside `jit`, if the direction is not finite.
+    InputError: outside `jit`, if the optimizer's step ignores the gradient.
+    FloatingPointError: outside `jit`, if the inner loss, the direction or the
+      gradient is not finite.
   """
   outputs = linearized.outputs
-  inner = linearized.pull(jax.grad(loss_fn)(outputs, phi))
+  loss, cotangent = jax.value_and_grad(loss_fn)(outputs, phi)
+  loss = base.psum(loss, axis_name)
+  if not isinstance(loss, jax.core.Tracer) and not jnp.isfinite(loss):
+    raise FloatingPointError(
+      f"the inner loss of the training batch is {loss}: check batch, params and phi."
+    )
+  inner = linearized.pull(cotangent)
   found = hypergradient.direction(
     meta_losses_fn,
     params,
@@ -177,6 +212,7 @@ def lesson(
     opt_state=optimizer.init(params) if opt_state is None else opt_state,
     has_aux=has_aux,
     axis_name=axis_name,
+    value=loss,
   )
   tangent = linearized.push(base.local(found.vector, axis_name))
 
@@ -184,7 +220,30 @@ def lesson(
     return jax.jvp(lambda z: loss_fn(z, phi), (outputs,), (tangent,))[1]
 
   gradient = jax.grad(slope)(base.local(phi, axis_name))
-  return Lesson(base.psum(gradient, axis_name), found.meta_loss, found.finite)
+  return make_lesson(base.psum(gradient, axis_name), found, jnp.isfinite(loss))
+
+
+def make_lesson(
+  gradient: base.PyTree,
+  direction: hypergradient.Direction,
+  losses_finite: base.Array,
+) -> Lesson:
+  """The lesson of a gradient dM/dphi, the same on every device, and its direction.
+
+  Args:
+    gradient: dM/dphi.
+    direction: what it was made with.
+    losses_finite: whether all training losses are finite; bool scalar.
+
+  Raises:
+    FloatingPointError: outside `jit`, if the gradient is not finite.
+  """
+  fault = base.first_fault(
+    direction.fault,
+    training_losses=losses_finite,
+    slopes=hypergradient.check_network_gradient(gradient),
+  )
+  return Lesson(gradient, direction.meta_loss, fault == 0, direction.zero_slope, fault)
 
 
 def iterate(

@@ -36,11 +36,13 @@ class Drop(NamedTuple):
     before: at the parameters given.
     after: one step of the optimiser later.
     drop: before - after; positive where the step fitted the random labels.
+    finite: whether all three and the gradient are; bool scalar.
   """
 
   before: base.Array
   after: base.Array
   drop: base.Array
+  finite: base.Array
 
 
 def loss_drop(
@@ -73,17 +75,18 @@ def loss_drop(
     axis_name: mapped axis over which `batch` is sharded.
 
   Returns:
-    A `Drop`, the same on every device. NaN or infinite where the step overflows.
+    A `Drop`, the same on every device. Where the step overflows, `finite`
+    is False.
 
   Raises:
     InputError: the losses are not one number an example.
+    FloatingPointError: outside `jit`, if a loss or the gradient is not finite.
   """
 
   def mean_loss(p):
-    found = losses_fn(p, batch)
-    losses = found[0] if has_aux else found
-    base.check_vector("what losses_fn returns", losses)
-    return jnp.mean(losses)
+    losses, _ = base.split_aux("losses_fn", losses_fn(p, batch), has_aux)
+    dtype = base.accumulator_dtype(losses.dtype)
+    return jnp.mean(losses.astype(dtype)).astype(losses.dtype)
 
   own = jax.value_and_grad(mean_loss)(base.local(params, axis_name))
   before, gradient = base.pmean(own, axis_name)
@@ -91,7 +94,15 @@ def loss_drop(
     gradient, opt_state, params, value=before
   )
   after = base.pmean(mean_loss(optax.apply_updates(params, updates)), axis_name)
-  return Drop(before, after, before - after)
+  drop = before - after
+  # A NaN loss may have a slope of zero, and an infinite gradient a finite step.
+  finite = base.all_finite((before, after, drop, gradient))
+  if not isinstance(finite, jax.core.Tracer) and not finite:
+    raise FloatingPointError(
+      f"the loss is {before} before and {after} after the step, and one of the two or"
+      " the gradient is NaN or infinite: check batch, params and the learning rate."
+    )
+  return Drop(before, after, drop, finite)
 
 
 def random_labels(seed: int, num_examples: int, num_classes: int) -> np.ndarray:

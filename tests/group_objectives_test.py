@@ -114,16 +114,16 @@ def test_repeating_every_example_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", _OBJECTIVES)
-def test_absent_and_unknown_groups_do_not_count(name):
+def test_absent_groups_do_not_count_and_unknown_ones_are_refused(name):
   found, slope = _both(_OBJECTIVES[name])
   wider, same = _both(_OBJECTIVES[name], num_groups=9)
   np.testing.assert_allclose(wider, found, rtol=1e-6)
   np.testing.assert_allclose(same, slope, rtol=1e-6)
-  nobody = jnp.array([-1, 7, 9, -3])
-  found, slope = _both(_OBJECTIVES[name], groups=nobody)
-  share = 0.5 if name == "gap_and_mean" else 0
-  np.testing.assert_allclose(found, share * _LOSSES.mean())
-  np.testing.assert_allclose(slope, share / 4 * np.ones(4))
+  unknown = jnp.array([0, 1, 4, -3])
+  with pytest.raises(base.InputError, match="groups are 0 to 3; got 4 in row 2"):
+    _both(_OBJECTIVES[name], groups=unknown)
+  found = jax.jit(lambda groups: _OBJECTIVES[name](_LOSSES, groups, 4))(unknown)
+  assert np.isnan(found)
 
 
 @pytest.mark.parametrize("name", _OBJECTIVES)

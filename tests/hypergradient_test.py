@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from l2rw_jax import base
 from l2rw_jax import hypergradient
 from l2rw_jax import linearization
 from l2rw_jax import losses
@@ -341,10 +342,110 @@ def test_checkify_has_nothing_to_say_of_a_finite_direction():
   assert finite
 
 
-def test_lion_takes_the_sign_and_so_has_no_direction():
-  direction = _direction(optax.lion(0.1), _data()[1])
-  assert direction.finite
-  assert optax.tree.norm(direction.vector) == 0
+_NO_SLOPE = {
+  "lion": optax.lion(0.1),
+  "sign_sgd": optax.sign_sgd(0.1),
+  "accumulating": optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation(),
+  "apply_every": optax.chain(optax.apply_every(2), optax.sgd(0.1)),
+  "warm_up": optax.sgd(optax.linear_schedule(0.0, 0.1, 5)),
+}
+
+
+@pytest.mark.parametrize("name", _NO_SLOPE)
+def test_a_step_that_ignores_the_gradient_is_named(name):
+  _, meta_batch = _data()
+  with pytest.raises(base.InputError, match="step does not change with the gradient"):
+    _direction(_NO_SLOPE[name], meta_batch)
+  found = jax.jit(lambda batch: _direction(_NO_SLOPE[name], batch))(meta_batch)
+  assert found.finite and found.zero_slope
+  assert not _direction(optax.sgd(0.1), meta_batch).zero_slope
+
+
+def test_an_optimizer_that_watches_a_value_has_one():
+  _, meta_batch = _data()
+  optimizer = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
+  found, plain = (_direction(o, meta_batch) for o in (optimizer, optax.sgd(0.1)))
+  chex.assert_trees_all_close(found.vector, plain.vector)
+
+
+def test_a_line_search_is_refused_in_one_line():
+  with pytest.raises(base.InputError, match=r"also needs .*value_fn.*optax.sgd"):
+    _direction(optax.lbfgs(), _data()[1])
+
+
+def _partly_nan(params, batch):
+  # A gather that fills: the loss is NaN and its slope zero.
+  found = _losses_fn(params, batch)
+  return jnp.where(jnp.arange(_M) >= 2, jnp.nan, found)
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 2])
+def test_a_nan_loss_without_a_slope_is_not_finite(microbatch_size):
+  if microbatch_size:
+    losses_fn = lambda p, b: jnp.where(b["x"][:, 0] > -9, jnp.nan, _losses_fn(p, b))  # noqa: E731
+  else:
+    losses_fn = _partly_nan
+  optimizer = optax.sgd(0.1)
+
+  def run(meta_batch):
+    return hypergradient.direction(
+      losses_fn,
+      _params(),
+      meta_batch,
+      optimizer=optimizer,
+      opt_state=optimizer.init(_params()),
+      microbatch_size=microbatch_size,
+    )
+
+  with pytest.raises(FloatingPointError, match=r"of 4 meta losses .* first in row"):
+    run(_data()[1])
+  found = jax.jit(run)(_data()[1])
+  assert not found.finite and found.fault == base.Fault.META_LOSSES
+  assert base.all_finite(found.vector)
+
+
+@pytest.mark.parametrize(
+  ("scale", "optimizer", "fault", "message"),
+  [
+    (1e200, optax.sgd(0.1), "META_GRADIENT", "their gradient is NaN or infinite"),
+    (1.0, optax.sgd(1e200), "OPTIMIZER_STEP", "it overflows"),
+  ],
+)
+def test_what_overflowed_is_named_and_adam_is_not_blamed(
+  scale, optimizer, fault, message
+):
+  def losses_fn(p, x):
+    return (p * scale * 1e150) * jnp.ones(2) * jnp.where(scale > 1, scale, 1.0)
+
+  def run(p):
+    return hypergradient.direction(
+      losses_fn, p, jnp.ones(2), optimizer=optimizer, opt_state=optimizer.init(p)
+    )
+
+  p = jnp.float64(0.0)
+  with pytest.raises(FloatingPointError, match=message) as error:
+    run(p)
+  assert "adam" not in str(error.value)
+  assert jax.jit(run)(p).fault == base.Fault[fault]
+
+
+@pytest.mark.parametrize(
+  ("result", "has_aux", "message"),
+  [
+    (jnp.ones(3), True, r"must return \(losses, aux\)"),
+    (jnp.ones(3, int), False, "must be floating-point numbers"),
+  ],
+)
+def test_results_without_aux_or_slopes_are_refused(result, has_aux, message):
+  with pytest.raises(base.InputError, match=message):
+    hypergradient.direction(
+      lambda p, b: result,
+      jnp.ones(2),
+      None,
+      optimizer=optax.sgd(1.0),
+      opt_state=optax.sgd(1.0).init(jnp.ones(2)),
+      has_aux=has_aux,
+    )
 
 
 def test_meta_losses_must_be_one_a_meta_example():

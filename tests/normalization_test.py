@@ -60,3 +60,15 @@ def test_scores_are_one_number_an_example(shape):
   for normalize in (_sum_to_one, _rectify):
     with pytest.raises(base.InputError, match="scores must be one number per example"):
       normalize(jnp.ones(shape))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("scale", [1e-7, 1e-6, 1.0, 2e4])
+def test_small_dtypes_are_summed_in_float32(dtype, scale):
+  scores = jnp.array([1, 3, -1, 1], jnp.float32) * scale
+  weights = normalization.rectify(scores.astype(dtype))
+  assert weights.dtype == dtype
+  rounded = np.maximum(np.asarray(scores.astype(dtype), np.float64), 0)
+  np.testing.assert_allclose(
+    np.asarray(weights, np.float64), rounded / rounded.sum(), rtol=1e-2
+  )

@@ -144,7 +144,15 @@ def advisor(
       **meta_network.metrics(state),
       "gate": base.pmean(open_share.mean(), task.axis_name),
     }
-    found = base.Gradients(grads, open_share / size, losses, linearized.aux, metrics)
+    found = base.Gradients(
+      grads,
+      open_share / size,
+      losses,
+      linearized.aux,
+      metrics,
+      fault=state.fault,
+      zero_slope=state.zero_slope,
+    )
     return found, state
 
   return base.Method(gradients, init, needs_meta=True)

@@ -74,8 +74,12 @@ class Reweighted(NamedTuple):
     gradient: dF/dw at the weights before it (normalised), [B].
     objective: F at the look-ahead, scalar.
     losses: the batch's own losses, [B].
-    finite: False if a gradient was NaN or infinite; bool scalar.
-    aux: what `losses_fn` returned beside the losses of `batch`, else None.
+    finite: False if a loss of either batch, F, a gradient or a weight was NaN or
+      infinite; bool scalar.
+    zero_slope: whether the look-ahead step ignores the gradient (a rate of 0), see
+      `hypergradient.Direction`; bool scalar.
+    fault: which was not finite first, a `base.Fault`; int32 scalar.
+    aux: what `losses_fn` returned in addition to the losses of `batch`, else None.
   """
 
   weights: base.Array
@@ -83,6 +87,8 @@ class Reweighted(NamedTuple):
   objective: base.Array
   losses: base.Array
   finite: base.Array
+  zero_slope: base.Array
+  fault: base.Array
   aux: Any = None
 
 
@@ -167,6 +173,10 @@ def reweigh(
   has_aux: bool = False,
 ) -> Reweighted:
   """`example_weights` of a batch that is already linearised at `params`."""
+  base.check_losses("losses_fn's result", linearized.losses)
+  losses_finite = base.finite_rows(
+    "training losses", linearized.losses, axis_name, ": check batch and params"
+  )
   optimizer = optax.sgd(inner_learning_rate)
   weights = normalization.sum_to_one(weights, axis_name)
   direction = hypergradient.direction(
@@ -182,15 +192,22 @@ def reweigh(
   )
   gradient = hypergradient.weight_gradient(linearized, direction, axis_name)
   gradient = jax.lax.stop_gradient(gradient)
-  num_bad = base.psum(jnp.sum(~jnp.isfinite(gradient)), axis_name)
+  weights = jax.lax.stop_gradient(
+    update_weights(weights, gradient, weight_learning_rate, axis_name)
+  )
+  slopes_finite = base.finite_rows("slopes dF/dw", gradient, axis_name)
+  slopes_finite &= base.finite_rows("weights", weights, axis_name)
+  fault = base.first_fault(
+    direction.fault, training_losses=losses_finite, slopes=slopes_finite
+  )
   return Reweighted(
-    weights=jax.lax.stop_gradient(
-      update_weights(weights, gradient, weight_learning_rate, axis_name)
-    ),
+    weights=weights,
     gradient=gradient,
     objective=direction.meta_loss,
     losses=linearized.losses,
-    finite=direction.finite & (num_bad == 0),
+    finite=fault == 0,
+    zero_slope=direction.zero_slope,
+    fault=fault,
     aux=linearized.aux,
   )
 
@@ -325,8 +342,18 @@ def forml(
       "objective": found.objective,
       "rejected": base.pmean(jnp.mean(found.weights == 0), axis_name),
       "direction_finite": found.finite.astype(jnp.float32),
+      "zero_slope": found.zero_slope.astype(jnp.float32),
     }
-    return base.Gradients(grads, found.weights, found.losses, found.aux, metrics), state
+    gradients = base.Gradients(
+      grads,
+      found.weights,
+      found.losses,
+      found.aux,
+      metrics,
+      fault=found.fault,
+      zero_slope=found.zero_slope,
+    )
+    return gradients, state
 
   return base.Method(gradients, init=init, needs_meta=True)
 

@@ -52,10 +52,12 @@ class ExampleWeights(NamedTuple):
       per unit of weight: how much one example's step lowers the clean loss.
     meta_loss: mean loss of the clean batch at the look-ahead, scalar.
     losses: the batch's own losses, [B].
-    finite: False if a score was NaN or infinite (then so are the weights),
-      because of a loss, the meta gradient or its way through the optimiser;
-      bool scalar.
-    aux: what `losses_fn` returned beside the losses of `batch`, else None.
+    finite: False if a loss of either batch, the meta gradient, its way through the
+      optimizer, a score or a weight was NaN or infinite; bool scalar.
+    zero_slope: whether the look-ahead optimizer's step ignores the gradient, so
+      that all weights are zero, see `hypergradient.Direction`; bool scalar.
+    fault: which was not finite first, a `base.Fault`; int32 scalar.
+    aux: what `losses_fn` returned in addition to the losses of `batch`, else None.
   """
 
   weights: base.Array
@@ -63,6 +65,8 @@ class ExampleWeights(NamedTuple):
   meta_loss: base.Array
   losses: base.Array
   finite: base.Array
+  zero_slope: base.Array
+  fault: base.Array
   aux: Any = None
 
 
@@ -110,8 +114,10 @@ def example_weights(
 
   Raises:
     InputError: losses are not of shape [B], or the model has no forward
-      derivative (a ValueError, at trace time).
-    FloatingPointError: outside `jit`, when the direction or a score is not
+      derivative (a ValueError, at trace time), or `opt_state` without `optimizer`;
+      outside `jit` also when the optimizer's step ignores the gradient, under `jit`
+      look at `.zero_slope`.
+    FloatingPointError: outside `jit`, when a loss, the direction or a score is not
       finite; under `jit` look at `.finite`.
 
   Example:
@@ -151,6 +157,11 @@ def look_ahead(
   **options: Any,
 ) -> hypergradient.Direction:
   """The direction at w = 0; arguments as in `example_weights`."""
+  if optimizer is None and opt_state is not None:
+    raise base.InputError(
+      "opt_state without optimizer would be ignored: pass the optimizer that it"
+      " belongs to, or leave opt_state out."
+    )
   optimizer = optimizer or optax.sgd(1.0)
   if opt_state is None:
     opt_state = optimizer.init(params)
@@ -170,27 +181,33 @@ def weigh(
   axis_name: base.AxisName = None,
 ) -> ExampleWeights:
   """`example_weights` of a linearised batch, given what `look_ahead` found."""
+  base.check_losses("losses_fn's result", linearized.losses)
+  losses_finite = base.finite_rows(
+    "training losses", linearized.losses, axis_name, ": check batch and params"
+  )
   scores = -hypergradient.weight_gradient(linearized, direction, axis_name)
   # Constants, also when called inside the loss that is being differentiated.
   scores = jax.lax.stop_gradient(scores)
+  scores_finite = base.finite_rows(
+    "scores",
+    scores,
+    axis_name,
+    ": the losses are finite, look at their gradients (the scale of the inputs)",
+  )
+  weights = normalization.rectify(scores, axis_name)
+  fault = base.first_fault(
+    direction.fault, training_losses=losses_finite, slopes=scores_finite
+  )
   return ExampleWeights(
-    weights=normalization.rectify(scores, axis_name),
+    weights=weights,
     scores=scores,
     meta_loss=direction.meta_loss,
     losses=linearized.losses,
-    finite=direction.finite & _check_finite(scores, axis_name),
+    finite=fault == 0,
+    zero_slope=direction.zero_slope,
+    fault=fault,
     aux=linearized.aux,
   )
-
-
-def _check_finite(scores: base.Array, axis_name: base.AxisName) -> base.Array:
-  num_bad = base.psum(jnp.sum(~jnp.isfinite(scores)), axis_name)
-  if not isinstance(num_bad, jax.core.Tracer) and num_bad:
-    raise FloatingPointError(
-      f"{num_bad} of {scores.size} scores are NaN or infinite: look at the losses of"
-      " batch and their gradients."
-    )
-  return num_bad == 0
 
 
 def weighted_value_and_grad(
@@ -298,7 +315,17 @@ def l2rw(
       "meta_loss": info.meta_loss,
       "rejected": rejected,
       "direction_finite": info.finite.astype(jnp.float32),
+      "zero_slope": info.zero_slope.astype(jnp.float32),
     }
-    return base.Gradients(grads, info.weights, info.losses, info.aux, metrics), state
+    found = base.Gradients(
+      grads,
+      info.weights,
+      info.losses,
+      info.aux,
+      metrics,
+      fault=info.fault,
+      zero_slope=info.zero_slope,
+    )
+    return found, state
 
   return base.Method(gradients, needs_meta=True)

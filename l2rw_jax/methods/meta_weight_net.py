@@ -172,7 +172,9 @@ def network_gradient(
   Raises:
     InputError: losses are not of shape [B], an unknown option, or a model
       without forward derivative.
-    FloatingPointError: outside `jit`, if the direction is not finite.
+      Outside `jit` also if the optimizer's step ignores the gradient.
+    FloatingPointError: outside `jit`, if a loss, the direction or the gradient is
+      not finite.
 
   Example:
     >>> import jax.numpy as jnp, optax
@@ -219,6 +221,10 @@ def lesson(
   """`network_gradient` of a batch that is already linearised at `params`."""
   # Every device weighs the global batch: the sum of "sum" is then differentiated
   # without a collective, and the network is too small for it to matter.
+  base.check_losses("losses_fn's result", linearized.losses)
+  losses_finite = base.finite_rows(
+    "training losses", linearized.losses, axis_name, ": check batch and params"
+  )
   losses = base.gather(linearized.losses, axis_name)
 
   def weights_fn(phi):
@@ -233,6 +239,7 @@ def lesson(
     meta_batch,
     base.psum(linearized.weighted_gradient(own), axis_name),
     axis_name=axis_name,
+    value=base.psum(jnp.sum(own * linearized.losses), axis_name),
     **look_ahead,
   )
   slopes = hypergradient.weight_gradient(linearized, found, axis_name)
@@ -241,7 +248,7 @@ def lesson(
   )
   # Equal on every device already; the mean lets `shard_map` know.
   gradient = base.pmean(gradient, axis_name)
-  return meta_network.Lesson(gradient, found.meta_loss, found.finite)
+  return meta_network.make_lesson(gradient, found, losses_finite)
 
 
 class Preset(NamedTuple):
@@ -338,9 +345,21 @@ def meta_weight_net(
       net.apply, state.params, losses, normalization=normalization, axis_name=axis_name
     )
     grads = base.psum(linearized.weighted_gradient(weights), axis_name)
-    total = base.psum(jnp.sum(weights), axis_name)  # "mean": mean V; "sum": 1
+    dtype = base.accumulator_dtype(weights.dtype)
+    total = base.psum(
+      jnp.sum(weights.astype(dtype)), axis_name
+    )  # "mean": mean V; "sum": 1
     metrics = meta_network.metrics(state) | {"total_weight": total}
-    return base.Gradients(grads, weights, losses, linearized.aux, metrics), state
+    found = base.Gradients(
+      grads,
+      weights,
+      losses,
+      linearized.aux,
+      metrics,
+      fault=state.fault,
+      zero_slope=state.zero_slope,
+    )
+    return found, state
 
   return base.Method(gradients, init, needs_meta=True)
 

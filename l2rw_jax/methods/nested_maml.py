@@ -72,14 +72,20 @@ class Slopes(NamedTuple):
     gradient: derivative of the validation loss in each weight, [T].
     meta_loss: the validation loss at the look-ahead, scalar.
     losses: of the training tasks (or items), [T].
-    finite: False if the gradient holds a NaN or an infinity; bool scalar.
-    aux: what `losses_fn` returned beside the losses of the batch, else None.
+    finite: False if a loss of either set or the gradient holds a NaN or an infinity;
+      bool scalar.
+    zero_slope: whether the look-ahead step ignores the gradient (a rate of 0), see
+      `hypergradient.Direction`; bool scalar.
+    fault: which was not finite first, a `base.Fault`; int32 scalar.
+    aux: what `losses_fn` returned in addition to the losses of the batch, else None.
   """
 
   gradient: base.Array
   meta_loss: base.Array
   losses: base.Array
   finite: base.Array
+  zero_slope: base.Array
+  fault: base.Array
   aux: Any = None
 
 
@@ -145,6 +151,10 @@ def slopes(
   has_aux: bool = False,
 ) -> Slopes:
   """`task_slopes` of tasks that are already linearised at `params`."""
+  base.check_losses("losses_fn's result", linearized.losses)
+  losses_finite = base.finite_rows(
+    "training losses", linearized.losses, axis_name, ": check tasks and params"
+  )
   optimizer = optax.sgd(look_ahead_learning_rate)
   size = base.global_size(linearized.losses.size, axis_name)
   direction = hypergradient.direction(
@@ -159,12 +169,18 @@ def slopes(
   )
   gradient = hypergradient.weight_gradient(linearized, direction, axis_name) / size
   gradient = jax.lax.stop_gradient(gradient)
-  num_bad = base.psum(jnp.sum(~jnp.isfinite(gradient)), axis_name)
+  fault = base.first_fault(
+    direction.fault,
+    training_losses=losses_finite,
+    slopes=base.finite_rows("slopes dV/dw", gradient, axis_name),
+  )
   return Slopes(
     gradient=gradient,
     meta_loss=direction.meta_loss,
     losses=linearized.losses,
-    finite=direction.finite & (num_bad == 0),
+    finite=fault == 0,
+    zero_slope=direction.zero_slope,
+    fault=fault,
     aux=linearized.aux,
   )
 
@@ -174,11 +190,15 @@ class State(NamedTuple):
 
   Attributes:
     weights: w, [N] per task, [K] per cluster, or [N, Q] per item.
-    told: validation loss of the last update, and whether its slopes were finite, [2].
+    told: validation loss of the last update, and whether it was finite, [2].
+    zero_slope: of that update, see `Slopes`; bool scalar.
+    fault: of that update, see `Slopes`; int32 scalar.
   """
 
   weights: base.Array
   told: base.Array
+  zero_slope: base.Array
+  fault: base.Array
 
 
 def nested_maml(
@@ -234,7 +254,12 @@ def nested_maml(
       "cluster": (num_clusters,),
       "item": (task.num_examples, num_items),
     }
-    return State(jnp.full(shapes[share], initial), jnp.array([0.0, 1.0]))
+    return State(
+      jnp.full(shapes[share], initial),
+      jnp.array([0.0, 1.0]),
+      jnp.array(False),
+      jnp.zeros((), jnp.int32),
+    )
 
   def refresh(state, task, view):
     del task
@@ -269,8 +294,9 @@ def nested_maml(
       weights = update_weights(
         state.weights, table, weight_learning_rate, clip=clip, floor=floor
       )
-      told = jnp.stack([found.meta_loss, found.finite]).astype(state.told.dtype)
-      return State(weights, told)
+      dtype = state.told.dtype
+      told = jnp.stack([found.meta_loss.astype(dtype), found.finite.astype(dtype)])
+      return State(weights, told, found.zero_slope, found.fault)
 
     due = inputs.step % every == 0
     state = (
@@ -283,6 +309,7 @@ def nested_maml(
       "meta_loss": state.told[0],
       "rejected": base.pmean(jnp.mean(weights == 0), axis_name),
       "direction_finite": state.told[1],
+      "zero_slope": state.zero_slope.astype(jnp.float32),
     }
     by_task = (len(place), -1)
     return base.Gradients(
@@ -291,6 +318,8 @@ def nested_maml(
       jnp.mean(linearized.losses.reshape(by_task), axis=1),
       linearized.aux,
       metrics,
+      fault=state.fault,
+      zero_slope=state.zero_slope,
     ), state
 
   return base.Method(gradients, init=init, refresh=refresh, needs_meta=True)

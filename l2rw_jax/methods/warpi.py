@@ -31,6 +31,7 @@ References:
   Labels", Pattern Recognition 124 (2022), arXiv:2111.04239.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import linen as nn
@@ -148,6 +149,7 @@ def warpi(
   hidden: int = 100,
   optimizer: optax.GradientTransformation | None = None,
   every: int = 1,
+  noise_fn: Callable[..., base.Array] = jax.random.normal,
 ) -> base.Method:
   """WarPI for the training loop.
 
@@ -158,6 +160,9 @@ def warpi(
     hidden: width of the amortised network.
     optimizer: of that network; None is Adam at 3e-4, constant, as released.
     every: steps from one meta step to the next. More than 1 is not in the paper.
+    noise_fn: `(key, shape, dtype) -> noise`, called once for the virtual and once
+      for the real step with a shape of [B, S, C], B the global batch; for draws of
+      one's choice, such as recorded or antithetic ones.
 
   Returns:
     A `base.Method` that needs a meta batch; its state is a `meta_network.State`.
@@ -198,7 +203,11 @@ def warpi(
       # Drawn for the global batch, so that every example has its own on any
       # number of devices.
       shape = (size, num_samples, logits.shape[-1])
-      drawn = jax.random.normal(key, shape, logits.dtype)
+      drawn = noise_fn(key, shape, logits.dtype)
+      if drawn.shape != shape:
+        raise base.InputError(
+          f"warpi: noise_fn must return an array of shape {shape}; got {drawn.shape}."
+        )
       return base.own_part(drawn, task.axis_name).swapaxes(0, 1)
 
     def loss_fn(key):
@@ -229,7 +238,15 @@ def warpi(
       "rectifier_of_label": base.pmean(pull.mean(), task.axis_name),
     }
     losses = task.loss(logits, inputs.batch)
-    found = base.Gradients(grads, pull / size, losses, linearized.aux, metrics)
+    found = base.Gradients(
+      grads,
+      pull / size,
+      losses,
+      linearized.aux,
+      metrics,
+      fault=state.fault,
+      zero_slope=state.zero_slope,
+    )
     return found, state
 
   return base.Method(gradients, init, needs_meta=True)

@@ -74,7 +74,7 @@ class Conv3x3(nn.Module):
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
     for axis in (2, 1):  # Then the channels are (row, column, channel), as the kernel.
       x = _windows(x, self.stride, axis)
-    return x @ kernel.reshape(-1, self.features) + bias
+    return x @ kernel.reshape(-1, self.features) + bias[None, None, None, :]
 
 
 def _windows(x: jax.Array, stride: int, axis: int) -> jax.Array:

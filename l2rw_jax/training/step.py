@@ -16,12 +16,12 @@ class Failure(NamedTuple):
     step: the step, counted from 0, or -1 while all is well; int32 scalar.
     losses: how many of its losses were not finite (0: only the gradient, or what
       it made of the parameters).
-    direction: whether a meta-learned method's direction was not finite, bool.
+    fault: the `base.Fault` of a meta-learned method, int32 scalar.
   """
 
   step: base.Array
   losses: base.Array
-  direction: base.Array
+  fault: base.Array
 
 
 class TrainState(NamedTuple):
@@ -75,7 +75,7 @@ def init_state(
     opt_state=optimizer.init(params),
     method_state=method_state,
     failure=Failure(
-      jnp.full((), -1, jnp.int32), jnp.zeros((), jnp.int32), jnp.array(False)
+      jnp.full((), -1, jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
     ),
   )
   return jax.tree.map(
@@ -137,7 +137,8 @@ def train_step(
 def _keep_last_good(state, proposed, found, task):
   bad_losses = base.psum(jnp.sum(~jnp.isfinite(found.losses)), task.axis_name)
   made = (found.grads, proposed.params, proposed.model_state)
-  healthy = (bad_losses == 0) & base.all_finite(made)
+  fault = jnp.zeros((), jnp.int32) if found.fault is None else found.fault
+  healthy = (bad_losses == 0) & base.all_finite(made) & (fault == 0)
   going = healthy & (state.failure.step < 0)
 
   def keep(new, old):
@@ -147,8 +148,7 @@ def _keep_last_good(state, proposed, found, task):
     return kept if kept.dtype == old.dtype else kept.astype(old.dtype)
 
   kept = jax.tree.map(keep, proposed, state)
-  direction = found.metrics.get("direction_finite", jnp.ones(())) == 0
-  now = Failure(state.step, bad_losses.astype(jnp.int32), direction)
+  now = Failure(state.step, bad_losses.astype(jnp.int32), fault)
   is_first = ~healthy & (state.failure.step < 0)
   failure = jax.tree.map(
     lambda new, old: jnp.where(is_first, new, old), now, state.failure
@@ -158,11 +158,15 @@ def _keep_last_good(state, proposed, found, task):
 
 def _metrics(found: base.Gradients, task: base.Task) -> dict[str, Any]:
   size = base.global_size(found.weights.shape[0], task.axis_name)
-  total = base.psum(jnp.sum(found.weights), task.axis_name)
-  squares = base.psum(jnp.sum(found.weights**2), task.axis_name)
+  # Squares of weights and their sums underflow in float16.
+  weights, losses = (
+    x.astype(base.accumulator_dtype(x.dtype)) for x in (found.weights, found.losses)
+  )
+  total = base.psum(jnp.sum(weights), task.axis_name)
+  squares = base.psum(jnp.sum(weights**2), task.axis_name)
   return {
-    "loss": base.pmean(jnp.mean(found.losses), task.axis_name),
-    "weighted_loss": base.psum(jnp.sum(found.weights * found.losses), task.axis_name),
+    "loss": base.pmean(jnp.mean(losses), task.axis_name),
+    "weighted_loss": base.psum(jnp.sum(weights * losses), task.axis_name),
     # Kish's effective sample size, as a share of the batch.
     "effective_share": total**2 / jnp.where(squares > 0, squares, 1) / size,
     "grad_norm": optax.tree.norm(found.grads),

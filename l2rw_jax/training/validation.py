@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from l2rw_jax import base
@@ -27,7 +26,7 @@ class State(NamedTuple):
   """What `watched` carries.
 
   Attributes:
-    value: loss of the validation set before this epoch, float32 scalar.
+    value: loss of the validation set before this epoch, scalar.
     inner: the method's own state.
   """
 
@@ -75,7 +74,7 @@ def watched(
     examples = batches_lib.examples_dict(validation[view.seed])
     value = _mean_loss(task, weights, view, examples, batch_size)
     inner = method.refresh(state.inner, task, view)
-    return State(jnp.asarray(value, jnp.float32), inner)
+    return State(jnp.asarray(value, state.value.dtype), inner)
 
   def inner_sample(state, task, train, rng):
     return method.sample(state.inner, task, train, rng)
@@ -98,7 +97,7 @@ def _mean_loss(task, weights, view, examples, batch_size):
       task.forward, task.loss, weights, view.params, view.model_state, batch
     )
     total += float(loss) * len(batch["label"])
-  return np.float32(total / size)
+  return total / size
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -57,7 +57,9 @@ def test_two_mapped_axes_give_the_numbers_of_one_device(check_vma):
 def test_a_broken_example_is_told_not_hidden():
   params, batch, clean = problem(4)
   batch["x"][2] = np.nan
-  with pytest.raises(FloatingPointError, match="1 of 4 scores"):
+  with pytest.raises(
+    FloatingPointError, match=r"1 of 4 training losses .* first in row 2"
+  ):
     l2rw.example_weights(losses_fn, params, batch, clean)
   weigh = jax.jit(lambda *args: l2rw.example_weights(losses_fn, *args))
   found = weigh(params, batch, clean)
@@ -106,3 +108,28 @@ def test_params_that_hold_a_function_name_the_way_out():
   params = {"w": jnp.ones(3), "activation": jnp.tanh}
   with pytest.raises(base.InputError, match=r"eqx\.partition"):
     l2rw_jax.linearize(lambda p, x: x @ p["w"], params, jnp.ones((2, 3)))
+
+
+@pytest.mark.parametrize("where", ["training", "clean"])
+def test_a_nan_loss_with_a_slope_of_zero_is_not_finite(where):
+  params, batch, clean = problem(4)
+
+  def spoiled(params, batch):
+    losses = losses_fn(params, batch)
+    return jnp.where(jnp.arange(4) == 1, jnp.nan, losses)
+
+  fns = {"training": (spoiled, losses_fn), "clean": (losses_fn, spoiled)}[where]
+
+  def run(batch):
+    return l2rw.example_weights(fns[0], params, batch, clean, meta_losses_fn=fns[1])
+
+  with pytest.raises(FloatingPointError, match=r"1 of 4 .* losses .* first in row 1"):
+    run(batch)
+  found = jax.jit(run)(batch)
+  assert not found.finite and np.isfinite(found.weights).all()
+
+
+def test_a_state_without_its_optimizer_is_refused():
+  params, batch, clean = problem(4)
+  with pytest.raises(base.InputError, match="opt_state without optimizer"):
+    l2rw.example_weights(losses_fn, params, batch, clean, opt_state=())

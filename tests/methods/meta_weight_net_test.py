@@ -310,7 +310,9 @@ def test_lessons_come_every_so_many_steps():
   state = meta_network.init(jnp.array(1.0), optax.sgd(1.0))
 
   def lesson_fn(phi):
-    return meta_network.Lesson(phi, jnp.float32(7), jnp.array(True))
+    return meta_network.Lesson(
+      phi, jnp.float32(7), jnp.array(True), jnp.array(False), jnp.int32(0)
+    )
 
   learned = [
     meta_network.learn(state, lesson_fn, optax.sgd(0.5), jnp.int32(step), 3).params

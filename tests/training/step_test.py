@@ -135,14 +135,15 @@ def _nan_gradient(state, task, inputs):
 _NAN_GRADIENT = base.Method(_nan_gradient)
 _L2RW = l2rw.l2rw()
 _HUGE_STEP = optax.sgd(3e38)
+_NONE = base.Fault.NONE
 _CASES = {
-  "nan_loss": ({"batch": _with(y=[np.nan, 0, 0, np.nan])}, 2, False),
-  "infinite_loss": ({"batch": _with(y=[0, 1e30, 0, 0])}, 1, False),
-  "nan_gradient": ({"method": _NAN_GRADIENT}, 0, False),
+  "nan_loss": ({"batch": _with(y=[np.nan, 0, 0, np.nan])}, 2, _NONE),
+  "infinite_loss": ({"batch": _with(y=[0, 1e30, 0, 0])}, 1, _NONE),
+  "nan_gradient": ({"method": _NAN_GRADIENT}, 0, _NONE),
   "direction": (
     {"method": _L2RW, "meta": {**_META, "y": _META["y"] + np.nan}},
     0,
-    True,
+    base.Fault.META_LOSSES,
   ),
   "loss_and_direction": (
     {
@@ -151,15 +152,15 @@ _CASES = {
       "meta": {**_META, "y": _META["y"] + np.nan},
     },
     1,
-    True,
+    base.Fault.META_LOSSES,
   ),
-  "parameters": ({"optimizer": _HUGE_STEP}, 0, False),
+  "parameters": ({"optimizer": _HUGE_STEP}, 0, _NONE),
 }
 
 
 @pytest.mark.parametrize("name", _CASES)
 def test_a_bad_step_leaves_everything_as_it_was(name):
-  case, losses, direction = _CASES[name]
+  case, losses, fault = _CASES[name]
   optimizer = case.get("optimizer", _SGD)
   method = _counting(case.get("method", _UNIFORM))
   meta = case.get("meta", _META if case.get("method") is _L2RW else None)
@@ -173,7 +174,7 @@ def test_a_bad_step_leaves_everything_as_it_was(name):
   )
   failure = jax.device_get(after.failure)
   assert failure.step == before.step
-  assert failure.losses == losses and failure.direction == direction
+  assert failure.losses == losses and failure.fault == fault
 
 
 def test_the_first_failure_stays_and_no_later_step_is_taken():
