@@ -13,6 +13,7 @@ from collections.abc import Callable
 import functools
 import importlib
 import inspect
+import operator
 import pkgutil
 from typing import Any, NamedTuple
 
@@ -512,9 +513,7 @@ def _outer_products(scaled):
 
 def _objective(name, **settings):
   objective = forml.make_objective(name, **settings)
-  return _all(
-    lambda a, w: objective(a["losses"], a["groups"], 3), has_gradient=True
-  )
+  return _all(lambda a, w: objective(a["losses"], a["groups"], 3), has_gradient=True)
 
 
 # Add a formula here. A suffix after "/" names one of several uses.
@@ -558,6 +557,11 @@ _FORMULAS: dict[str, _Formula] = {
   ),
   "class_balance.effective_number/zero": _all(
     lambda a, w: class_balance.effective_number(w["counts"], 0.0)
+  ),
+  "class_balance.example_weights": _spread(
+    lambda d, axis: _Found(
+      class_balance.example_weights(d.whole["margins"], d.batch["labels"], axis)
+    )
   ),
   "group_objectives.group_means": _all(
     lambda a, w: group_objectives.group_means(a["losses"], a["groups"], 3)
@@ -965,4 +969,109 @@ def test_gives_the_same_numbers_in_pmap(name):
   found, expected = _result("pmap", name), _result("one", name)[0]
   _assert_close(found.rows, expected.rows)
   for device in range(_DEVICES):
-    _assert_close(jax.tree.map(lambda x: x[device], found.same), expected.same)
+    own = jax.tree.map(operator.itemgetter(device), found.same)
+    _assert_close(own, expected.same)
+
+
+_HOST = "runs on the host, on NumPy arrays and files"
+_CHECK = "looks at settings or shapes"
+_INSIDE = "is a part of other formulas of the table"
+_LOOP = "takes a task of the training loop: methods/sweep_test.py"
+# Modules without formulas, by the beginning of their names.
+_OTHER_MODULES = {
+  "base": _INSIDE,
+  "batch_axes": _INSIDE,
+  "checkpointing": _HOST,
+  "corruption": _HOST,
+  "data": _HOST,
+  "layerwise": _INSIDE,
+  "loss_dump": _HOST,
+  "meetings": _INSIDE,
+  "mentor_file": _HOST,
+  "metric_writer": _HOST,
+  "sequencing": _INSIDE,
+  "surrogates": _INSIDE,
+  "training": _LOOP,
+  "workdir": _HOST,
+}
+_OTHER_FUNCTIONS = {
+  "absgd.two_stage": _HOST,
+  "adacore.check_epochs": _CHECK,
+  "adacore.check_fraction": _CHECK,
+  "adacore.subset_size": _HOST,
+  "adacore_table.look": _LOOP,
+  "adacore_table.num_features": _CHECK,
+  "baselines.weighted_gradients": _LOOP,
+  "changed_loss.check_epoch": _CHECK,
+  "class_balance.check_beta": _CHECK,
+  "class_balance.check_counts": _CHECK,
+  "coreset.check_greedy": _CHECK,
+  "coreset.class_budgets": _HOST,
+  "coreset.select": _HOST,
+  "facility_location.sample_size": _HOST,
+  "forml.reweigh": _INSIDE,
+  "forml.settings_of": _HOST,
+  "group_objectives.check_groups": _CHECK,
+  "hypergradient.check_network_gradient": _CHECK,
+  "hypergradient.params_after": _INSIDE,
+  "l2rw.look_ahead": _INSIDE,
+  "l2rw.weigh": _INSIDE,
+  "label_transition.estimate_by": _LOOP,
+  "linearization.check_trainable": _CHECK,
+  "linearization.differentiable": _INSIDE,
+  "linearization.losses_and_aux": _INSIDE,
+  "linearization.split_aux": _INSIDE,
+  "linearization.zero": _INSIDE,
+  "losses.logits_of": _INSIDE,
+  "mentornet.check_percentile": _CHECK,
+  "mentornet.class_mismatch": _HOST,
+  "mentornet.dropout_rates": _HOST,
+  "mentornet.preset": _HOST,
+  "mentornet_fitting.dd_rows": _HOST,
+  "mentornet_fitting.fit": _HOST,
+  "mentornet_fitting.imitation_errors": _HOST,
+  "mentornet_fitting.is_binary": _HOST,
+  "mentornet_fitting.pd_rows": _HOST,
+  "mentornet_fitting.split": _HOST,
+  "meta_network.check_every": _CHECK,
+  "meta_network.dense": _INSIDE,
+  "meta_network.init": _LOOP,
+  "meta_network.iterate": _LOOP,
+  "meta_network.learn": _LOOP,
+  "meta_network.look_ahead": _LOOP,
+  "meta_network.make_lesson": _INSIDE,
+  "meta_network.metrics": _LOOP,
+  "meta_weight_net.lesson": _INSIDE,
+  "microbatching.check": _CHECK,
+  "microbatching.num_rows": _CHECK,
+  "nested_maml.slopes": _INSIDE,
+  "split.output_layer": "makes a layer",
+  "susceptibility.boundaries": _HOST,
+  "susceptibility.random_labels": _HOST,
+  "susceptibility.rank_correlation": _HOST,
+  "susceptibility.regions": _HOST,
+  "susceptibility.running_average": _HOST,
+  "susceptibility.selected": _HOST,
+}
+
+
+def _public_functions():
+  """Names, module and function, of all public functions but those that make methods."""
+  names = set()
+  for info in pkgutil.walk_packages(l2rw_jax.__path__, "l2rw_jax."):
+    if info.name.split(".")[1] in _OTHER_MODULES:
+      continue
+    for name, value in vars(importlib.import_module(info.name)).items():
+      if name.startswith("_") or not inspect.isfunction(value):
+        continue
+      makes_method = value.__annotations__.get("return") is base.Method
+      if value.__module__ == info.name and not makes_method:
+        names.add(f"{info.name.rpartition('.')[2]}.{name}")
+  return names
+
+
+def test_every_public_function_is_in_the_table_or_has_a_reason():
+  uses = {name.partition("/")[0] for name in _FORMULAS}
+  functions = _public_functions()
+  assert functions - uses - set(_OTHER_FUNCTIONS) == set()
+  assert set(_OTHER_FUNCTIONS) - functions == set()

@@ -129,8 +129,8 @@ def class_balanced(beta: float = 0.9999, from_epoch: int = 0) -> base.Method:
     per_class = class_balance.effective_number(task.class_counts, beta)
     if from_epoch:
       per_class = jnp.where(state >= from_epoch, per_class, 1)
-    own = base.take(per_class, inputs.batch["label"])
-    weights = normalization.sum_to_one(own, task.axis_name)
+    labels = inputs.batch["label"]
+    weights = class_balance.example_weights(per_class, labels, task.axis_name)
     return weighted_gradients(task, inputs, lambda _: weights), state
 
   return _deferred(base.Method(gradients), from_epoch)

@@ -51,7 +51,8 @@ class GroupNorm(nn.Module):
     factor = scale[None, :] * jax.lax.rsqrt(variance + self.epsilon)
     between = [1] * (x.ndim - 2)
     factor, shift = (
-      a.reshape(x.shape[0], *between, channels) for a in (factor, bias[None, :] - mean * factor)
+      a.reshape(x.shape[0], *between, channels)
+      for a in (factor, bias[None, :] - mean * factor)
     )
     return (wide * factor + shift).astype(self.dtype or x.dtype)
 
