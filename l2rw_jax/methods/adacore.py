@@ -284,7 +284,8 @@ def _method(init, refresh, num_passes):
   def gradients(state, task, inputs):
     def weights(losses):
       size = base.global_size(losses.shape[0], task.axis_name)
-      return state.weights[inputs.batch["index"]].astype(losses.dtype) / size
+      own = base.take(state.weights, inputs.batch["index"])
+      return own.astype(losses.dtype) / size
 
     return baselines.weighted_gradients(task, inputs, weights), state
 

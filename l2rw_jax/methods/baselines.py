@@ -73,7 +73,8 @@ def random() -> base.Method:
     def weights(losses):
       size = base.global_size(losses.shape[0], task.axis_name)
       noise = jax.random.normal(inputs.key, (size,), losses.dtype)
-      return base.own_part(normalization.rectify(noise), task.axis_name)
+      own = base.own_part(normalization.rectify(noise), task.axis_name)
+      return base.sharded_like(own, losses)
 
     return weighted_gradients(task, inputs, weights), state
 
