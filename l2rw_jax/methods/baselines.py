@@ -248,16 +248,27 @@ def fine_tuning(num_steps: int, method: base.Method | None = None) -> base.Metho
   def gradients(state, task, inputs):
     def clean(state):
       found, _ = second.gradients((), task, inputs)
-      return found._replace(metrics={}), state
+      return _alike(found, task), state
 
     def initial(state):
       found, state = first.gradients(state, task, inputs)
-      return found._replace(metrics={}, value=_value(found, task)), state
+      return _alike(found, task), state
 
     is_last = inputs.step >= task.num_steps - num_steps
     return jax.lax.cond(is_last, clean, initial, state)
 
   return first._replace(gradients=gradients, needs_meta=True)
+
+
+def _alike(found, task):
+  """`found` without metrics and with all that a method may leave out."""
+  has_meta_step = found.fault is not None
+  return found._replace(
+    metrics={},
+    value=_value(found, task),
+    fault=found.fault if has_meta_step else jnp.zeros((), jnp.int32),
+    zero_slope=found.zero_slope if has_meta_step else jnp.zeros((), bool),
+  )
 
 
 def _value(found, task):
