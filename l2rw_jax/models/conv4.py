@@ -97,6 +97,7 @@ class _Standardize(nn.Module):
     """[B, H, W, channels] to the same."""
     scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
     bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-    mean = jnp.mean(x, (0, 1, 2))
-    variance = jnp.mean((x - mean) ** 2, (0, 1, 2))
+    scale, bias = scale[None, None, None, :], bias[None, None, None, :]
+    mean = jnp.mean(x, (0, 1, 2), keepdims=True)
+    variance = jnp.mean((x - mean) ** 2, (0, 1, 2), keepdims=True)
     return (x - mean) * (jax.lax.rsqrt(variance + 1e-5) * scale) + bias
