@@ -321,39 +321,53 @@ def own_part(global_values: Array, axis_name: AxisName) -> Array:
   return jax.lax.dynamic_slice_in_dim(global_values, start, size)
 
 
-def take_rows(table: Array, indices: Array) -> Array:
-  """`table[indices]`, under any kind of mesh, and NaN for rows that do not exist.
+def take(table: Array, index: Array) -> Array:
+  """`table[index]`, on any kind of mesh, and NaN for rows that do not exist.
 
-  Plain indexing raises under an explicit mesh when `indices` is sharded, counts a
-  negative index from the end, and clamps or fills one that is too large.
+  Under a mesh with explicit sharding, JAX must know how the result is sharded: as
+  `index` is. Plain indexing counts negative numbers from the end and clamps large ones.
 
   Args:
-    table: floating point, [C] or [C, ...], the same on every device.
-    indices: integers [B], of which those outside of 0 to C - 1 name no row.
+    table: a row for each class or group, [C, ...], the same on every device.
+    index: integers from 0 to C - 1, of any shape. Others give NaN, if the table holds
+      floating point numbers.
 
   Returns:
-    Rows [B] or [B, ...], sharded like `indices`.
+    An array of shape `index.shape + table.shape[1:]`.
   """
-  size = table.shape[0]
-  exists = (indices >= 0) & (indices < size)
-  sharding = jax.typeof(indices).sharding
-  spec = jax.sharding.PartitionSpec(*sharding.spec, *[None] * (table.ndim - 1))
-  return table.at[jnp.where(exists, indices, size)].get(
-    mode="fill", fill_value=jnp.nan, out_sharding=sharding.update(spec=spec)
-  )
+  table, index = jnp.asarray(table), jnp.asarray(index)
+  sharding = jax.typeof(index).sharding
+  options: dict[str, Any] = {}
+  if any(sharding.spec):
+    spec = jax.sharding.PartitionSpec(*sharding.spec, *[None] * (table.ndim - 1))
+    options = {"out_sharding": jax.sharding.NamedSharding(sharding.mesh, spec)}
+  if jnp.issubdtype(table.dtype, jnp.inexact):
+    size = table.shape[0]
+    index = jnp.where((index >= 0) & (index < size), index, size)
+    options |= {"mode": "fill", "fill_value": jnp.nan}
+  return table.at[index].get(**options)
 
 
-def replicated(values: Array) -> Array:
-  """`values` on every device of an explicit mesh; elsewhere the identity.
+def unsharded(x: Array) -> Array:
+  """`x`, gathered on every device where a mesh with explicit sharding spreads it.
 
-  Sorting along a sharded axis and scattering to it raise under an explicit mesh.
+  For operations that JAX refuses on a sharded axis, such as a sort. Everywhere else
+  this is the identity: automatic meshes need no such help.
   """
-  values = jnp.asarray(values)
-  sharding = jax.typeof(values).sharding
-  if all(axis is None for axis in sharding.spec):
-    return values
-  spec = jax.sharding.PartitionSpec(*[None] * values.ndim)
-  return jax.reshard(values, sharding.update(spec=spec))
+  sharding = jax.typeof(x).sharding
+  if not any(sharding.spec):
+    return x
+  whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+  return jax.sharding.reshard(x, whole)
+
+
+def sharded_like(value: Array, like: Array) -> Array:
+  """`value`, spread over an explicit mesh as `like`, of equal leading axes, is."""
+  sharding = jax.typeof(like).sharding
+  if not any(sharding.spec):
+    return value
+  spec = jax.sharding.PartitionSpec(*sharding.spec[: value.ndim])
+  return jax.sharding.reshard(value, jax.sharding.NamedSharding(sharding.mesh, spec))
 
 
 def all_finite(tree: PyTree) -> Array:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from l2rw_jax import base
+from l2rw_jax import normalization
 
 
 def inverse_frequency(class_counts: base.Array) -> base.Array:
@@ -65,8 +66,27 @@ def effective_number(class_counts: base.Array, beta: float = 0.9999) -> base.Arr
   # 1 - beta^n without the cancellation, and without 0 * log 0.
   exponent = jnp.where(present, counts, 1) * (math.log(beta) if beta else -math.inf)
   weights = jnp.where(present, -1 / jnp.expm1(exponent), 0)
-  num_present = present.sum().astype(counts.dtype)
+  num_present = present.sum().astype(weights.dtype)
   return weights * num_present / jnp.where(present.any(), weights.sum(), 1)
+
+
+def example_weights(
+  class_weights: base.Array, labels: base.Array, axis_name: base.AxisName = None
+) -> base.Array:
+  """Weights [B] in proportion to each example's class weight, of sum 1.
+
+  Under a mesh with explicit sharding, where JAX refuses `class_weights[labels]`, too.
+
+  Args:
+    class_weights: non-negative, [C], as of `effective_number`.
+    labels: integer class of each example, [B].
+    axis_name: mapped axis over which the batch is sharded.
+
+  >>> import jax.numpy as jnp
+  >>> print(example_weights(jnp.array([1., 3.]), jnp.array([0, 1, 1, 0])))
+  [0.125 0.375 0.375 0.125]
+  """
+  return normalization.sum_to_one(base.take(class_weights, labels), axis_name)
 
 
 def check_beta(beta: float) -> None:

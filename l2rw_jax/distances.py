@@ -46,7 +46,7 @@ class Vectors(NamedTuple):
       inner = jnp.dot(chosen.T, self.coordinates, precision=EXACT)
       return _by_inner_products(inner, squares[rows], squares)
     pairs = zip(chosen, self.coordinates, strict=True)
-    return jnp.sqrt(sum((a[:, None] - b) ** 2 for a, b in pairs))
+    return jnp.sqrt(sum((a[:, None] - b[None, :]) ** 2 for a, b in pairs))
 
 
 class OuterProducts(NamedTuple):
@@ -76,7 +76,7 @@ class OuterProducts(NamedTuple):
       inner = jnp.dot(left, self.left.T, precision=EXACT)
       inner *= jnp.dot(right, self.right.T, precision=EXACT)
     else:
-      formed = left[:, :, None] * right[:, None, :] * self.precision
+      formed = left[:, :, None] * right[:, None, :] * self.precision[None]
       inner = jnp.einsum(
         "kcd,nd,nc->kn", formed, self.right, self.left, precision=EXACT
       )
@@ -90,7 +90,7 @@ def vectors(points: base.Array) -> Vectors:
   distance 0 and close ones at their exact distance. Of more, |a|^2 + |b|^2 - 2 a.b is
   taken, which is one matrix product, and what is below its rounding error counts as 0.
   """
-  return Vectors(jnp.asarray(points).T)
+  return Vectors(base.unsharded(jnp.asarray(points)).T)
 
 
 def outer_products(
@@ -107,7 +107,7 @@ def outer_products(
     right: v, [n, d].
     scale: what each coordinate is divided by, [C, d].
   """
-  left, right = jnp.asarray(left), jnp.asarray(right)
+  left, right = (base.unsharded(jnp.asarray(x)) for x in (left, right))
   if scale is None:
     squares = jnp.sum(left**2, axis=1) * jnp.sum(right**2, axis=1)
     return OuterProducts(left, right, None, squares)
@@ -117,7 +117,7 @@ def outer_products(
 
 
 def _by_inner_products(inner, squares_of_rows, squares):
-  total = squares_of_rows[:, None] + squares
+  total = squares_of_rows[:, None] + squares[None, :]
   squared = total - 2 * inner
   rounding = 16 * jnp.finfo(total.dtype).eps
   return jnp.sqrt(jnp.where(squared > rounding * total, squared, 0))

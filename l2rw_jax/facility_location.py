@@ -258,7 +258,7 @@ def _check(points, size, capacity, num_points):
 
 
 def _improvement(nearest: base.Array) -> Callable[[base.Array], base.Array]:
-  return lambda away: jnp.maximum(nearest - away, 0)
+  return lambda away: jnp.maximum(nearest[None, :] - away, 0)
 
 
 def _totals(points, rows, contribution):
@@ -307,11 +307,12 @@ def _first_choice(points, row, total, valid, bound, capacity):
   distances = jnp.where(valid, points.distances(row[None])[0], 0)
   if bound is None:
     bound = 2 * distances.max()
+  first_gain = valid.sum().astype(distances.dtype) * bound + total
   return _State(
     nearest=distances,
     assignment=jnp.where(valid, 0, -1),
     rows=jnp.full(capacity, -1).at[0].set(row),
-    gains=jnp.zeros(capacity, distances.dtype).at[0].set(valid.sum() * bound + total),
+    gains=jnp.zeros(capacity, distances.dtype).at[0].set(first_gain),
     leaders=jnp.arange(capacity),
   )
 

@@ -40,7 +40,7 @@ def group_means(
   """
   _check(values, groups)
   exist = _check_exist(groups, num_groups)
-  member = groups[:, None] == jnp.arange(num_groups)
+  member = groups[:, None] == jnp.arange(num_groups)[None, :]
   counts = member.sum(axis=0)
   # Not a matrix product: it would round on TPU, and spread a NaN to all groups.
   dtype = base.accumulator_dtype(values.dtype)

@@ -107,7 +107,7 @@ def linearize(
       raise base.InputError(
         f"weights must be one number per loss, {losses.shape}; got {weights.shape}."
       )
-    return found.pull(weights.astype(losses.dtype))
+    return found.pull(base.sharded_like(weights.astype(losses.dtype), losses))
 
   return base.Linearized(losses, found.push, weighted_gradient, found.aux)
 

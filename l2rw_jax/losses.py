@@ -337,7 +337,7 @@ def transition_loss(
 ) -> base.Array:
   """-log sum_j p_j T_jy, [B], from log p [B, C], a mask [B, C] and log T [C, C]."""
   labels = jnp.argmax(is_label, axis=1)
-  joint = log_p + base.take_rows(log_t.T, labels)
+  joint = log_p + base.take(log_t.T, labels)
   # A row without any finite entry has an infinite loss and no gradient.
   is_possible = ~jnp.all(jnp.isneginf(joint), axis=1)
   safe = jnp.where(is_possible[:, None], joint, 0)

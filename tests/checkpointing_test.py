@@ -28,9 +28,11 @@ def make_state(seed=0):
     optax.clip_by_global_norm(1.0),
     optax.inject_hyperparams(optax.adam)(learning_rate=0.1),
   )
+  with jax.numpy_dtype_promotion("standard"):  # optax asks for a type of all leaves.
+    opt_state = optimizer.init(params)
   return {
     "params": params,
-    "opt": optimizer.init(params),
+    "opt": opt_state,
     "keys": (jax.random.key(seed), jax.random.split(jax.random.key(1, impl="rbg"), 2)),
     "numpy": [
       rng.normal(size=(2, 3)).T,

@@ -8,6 +8,10 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
+# Users may run with these switches, so neither the library nor a test may need the
+# implicit promotion that they forbid.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 

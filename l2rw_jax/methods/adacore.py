@@ -109,8 +109,9 @@ def corrected(
     power: k; 0 switches the curvature off.
     epsilon: added to it.
   """
-  gradients = averages.gradients / (1 - beta1**averages.num_updates)
-  mean_square = averages.squares / (1 - beta2**averages.num_updates)
+  num_updates = averages.num_updates.astype(averages.gradients.dtype)
+  gradients = averages.gradients / (1 - beta1**num_updates)
+  mean_square = averages.squares / (1 - beta2**num_updates)
   return gradients, jnp.sqrt(mean_square) ** power + epsilon
 
 
@@ -291,7 +292,8 @@ def _method(init, refresh, num_passes):
   def gradients(state, task, inputs):
     def weights(losses):
       size = base.global_size(losses.shape[0], task.axis_name)
-      return state.weights[inputs.batch["index"]].astype(losses.dtype) / size
+      own = base.take(state.weights, inputs.batch["index"])
+      return own.astype(losses.dtype) / size
 
     return baselines.weighted_gradients(task, inputs, weights), state
 

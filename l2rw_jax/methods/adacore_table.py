@@ -154,7 +154,9 @@ def _look_at_batch(
     curvature = hessian_diagonal(key, total, logits, num_probes)
   elif scope == "shared" and features is None:
     none = jnp.zeros(num_outputs)
-    curvature = hessian_diagonal(key, lambda b: total(logits + b), none, num_probes)
+    curvature = hessian_diagonal(
+      key, lambda b: total(logits + b[None, :]), none, num_probes
+    )
   elif scope == "shared":
     seen = jnp.pad(features, ((0, 0), (0, 1)), constant_values=1)
     none = jnp.zeros((num_outputs, seen.shape[1]))

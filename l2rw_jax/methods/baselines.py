@@ -73,7 +73,8 @@ def random() -> base.Method:
     def weights(losses):
       size = base.global_size(losses.shape[0], task.axis_name)
       noise = jax.random.normal(inputs.key, (size,), losses.dtype)
-      return base.own_part(normalization.rectify(noise), task.axis_name)
+      own = base.own_part(normalization.rectify(noise), task.axis_name)
+      return base.sharded_like(own, losses)
 
     return weighted_gradients(task, inputs, weights), state
 
@@ -98,7 +99,7 @@ def class_proportion(variant: str = "paper") -> base.Method:
       per_class = class_balance.inverse_frequency(counts) / size
     else:
       per_class = 1 - counts / counts.sum()
-    weights = base.take_rows(per_class, inputs.batch["label"])
+    weights = base.take(per_class, inputs.batch["label"])
     return weighted_gradients(task, inputs, lambda _: weights), state
 
   return base.Method(gradients)
@@ -129,8 +130,8 @@ def class_balanced(beta: float = 0.9999, from_epoch: int = 0) -> base.Method:
     per_class = class_balance.effective_number(task.class_counts, beta)
     if from_epoch:
       per_class = jnp.where(state >= from_epoch, per_class, 1)
-    of_label = base.take_rows(per_class, inputs.batch["label"])
-    weights = normalization.sum_to_one(of_label, task.axis_name)
+    labels = inputs.batch["label"]
+    weights = class_balance.example_weights(per_class, labels, task.axis_name)
     return weighted_gradients(task, inputs, lambda _: weights), state
 
   return _deferred(base.Method(gradients), from_epoch)
@@ -207,11 +208,11 @@ def hardest(losses: base.Array, majority: base.Array) -> base.Array:
   [False  True False  True]
   """
   base.check_vector("losses", losses)
-  losses, majority = base.replicated(losses), base.replicated(majority)
   num_kept = jnp.maximum(jnp.sum(~majority), 1)
-  order = jnp.argsort(jnp.where(majority, -losses, jnp.inf), stable=True)
+  ranked = base.unsharded(jnp.where(majority, -losses, jnp.inf))
+  order = jnp.argsort(ranked, stable=True)
   rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
-  return ~majority | (rank < num_kept)
+  return ~majority | base.sharded_like(rank < num_kept, majority)
 
 
 def clean_only() -> base.Method:
@@ -247,16 +248,27 @@ def fine_tuning(num_steps: int, method: base.Method | None = None) -> base.Metho
   def gradients(state, task, inputs):
     def clean(state):
       found, _ = second.gradients((), task, inputs)
-      return found._replace(metrics={}), state
+      return _alike(found, task), state
 
     def initial(state):
       found, state = first.gradients(state, task, inputs)
-      return found._replace(metrics={}, value=_value(found, task)), state
+      return _alike(found, task), state
 
     is_last = inputs.step >= task.num_steps - num_steps
     return jax.lax.cond(is_last, clean, initial, state)
 
   return first._replace(gradients=gradients, needs_meta=True)
+
+
+def _alike(found, task):
+  """`found` without metrics and with all that a method may leave out."""
+  has_meta_step = found.fault is not None
+  return found._replace(
+    metrics={},
+    value=_value(found, task),
+    fault=found.fault if has_meta_step else jnp.zeros((), jnp.int32),
+    zero_slope=found.zero_slope if has_meta_step else jnp.zeros((), bool),
+  )
 
 
 def _value(found, task):

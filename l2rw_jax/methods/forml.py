@@ -327,7 +327,7 @@ def forml(
       task.meta_losses_fn(inputs.model_state, inputs.key),
       inputs.params,
       inputs.meta_batch,
-      state[index],
+      base.take(state, index),
       lambda losses: objective_fn(losses, groups, num_groups or task.num_classes),
       weight_learning_rate=weight_learning_rate,
       inner_learning_rate=inner_learning_rate,
@@ -337,7 +337,8 @@ def forml(
     grads = base.psum(linearized.weighted_gradient(found.weights), axis_name)
     # The state is the same on every device: each notes the whole global batch.
     stored = found.weights * base.global_size(index.size, axis_name)
-    state = state.at[base.gather(index, axis_name)].set(base.gather(stored, axis_name))
+    index, stored = (base.unsharded(base.gather(x, axis_name)) for x in (index, stored))
+    state = state.at[index].set(stored)
     metrics = {
       "objective": found.objective,
       "rejected": base.pmean(jnp.mean(found.weights == 0), axis_name),

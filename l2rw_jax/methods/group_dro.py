@@ -84,15 +84,15 @@ def example_weights(
     jax.lax.stop_gradient(jnp.asarray(x, dtype))
     for x in (losses, log_q, step_size, adjustments)
   )
-  members = groups[:, None] == jnp.arange(log_q.shape[0])
+  members = groups[:, None] == jnp.arange(log_q.shape[0])[None, :]
   counts = base.psum(members.sum(axis=0), axis_name)
-  sizes = jnp.maximum(counts, 1)
+  sizes = jnp.maximum(counts, 1).astype(dtype)[None, :]
   # Divided before they are summed, lest large losses overflow. Not a matrix product:
   # it would round on TPU.
   parts = jnp.where(members, values[:, None] / sizes, 0).sum(axis=0)
   means = base.psum(parts, axis_name)
   log_q = _climbed(log_q, step_size, means + adjustments, counts > 0)
-  weights = jnp.where(members, jnp.exp(log_q) / sizes, 0).sum(axis=1)
+  weights = jnp.where(members, jnp.exp(log_q)[None, :] / sizes, 0).sum(axis=1)
   return weights.astype(losses.dtype), log_q
 
 

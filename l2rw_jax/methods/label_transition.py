@@ -77,7 +77,7 @@ def estimate_transition(
     )
   _check_percentile(percentile)
   _check_distributions(probabilities)
-  probabilities = base.replicated(probabilities)
+  probabilities = base.unsharded(probabilities)
   rank = math.floor(percentile * (len(probabilities) - 1) / 100)
   rows = probabilities[jnp.argsort(probabilities, axis=0)[rank]]
   return rows / rows.sum(axis=1, keepdims=True)
@@ -113,7 +113,7 @@ def confusion(
     raise base.InputError(
       f"predicted and labels must be [N]; got {predicted.shape} and {labels.shape}."
     )
-  predicted, labels = base.replicated(predicted), base.replicated(labels)
+  predicted, labels = base.unsharded(predicted), base.unsharded(labels)
   exists = (jnp.minimum(predicted, labels) >= 0) & (
     jnp.maximum(predicted, labels) < num_classes
   )

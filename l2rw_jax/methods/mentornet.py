@@ -159,7 +159,7 @@ def moving_percentile(
   _check_range("decay", decay, 0, 1)
   check_percentile(percentile)
   dtype = jnp.promote_types(losses.dtype, jnp.float32)
-  losses = base.replicated(base.gather(losses, axis_name))
+  losses = base.unsharded(base.gather(losses, axis_name))
   ordered = jnp.sort(losses.astype(dtype))
   nearest = math.ceil(percentile / 100 * (ordered.size - 1) - 0.5)
   previous = jnp.asarray(previous).astype(dtype)

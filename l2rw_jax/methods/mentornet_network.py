@@ -68,7 +68,9 @@ class MentorNetwork(nn.Module):
     steps = steps.reshape(steps.shape[0], -1, 2)
     features = [
       self._label_embedding(labels),
-      self._epoch_embedding(jnp.broadcast_to(epoch, labels.shape)),
+      self._epoch_embedding(
+        base.sharded_like(jnp.broadcast_to(epoch, labels.shape), labels)
+      ),
       self._read(nn.LSTMCell(1, name="forward"), steps),
       self._read(nn.LSTMCell(1, name="backward"), steps[:, ::-1]),
     ]
@@ -77,20 +79,20 @@ class MentorNetwork(nn.Module):
 
   def _label_embedding(self, labels):
     shape = (self.num_labels, 2)
-    return self.param("label_embedding", _uniform, shape)[labels]
+    return base.take(self.param("label_embedding", _uniform, shape), labels)
 
   def _epoch_embedding(self, epoch):
     name, shape = "epoch_embedding", (100, 5)
     if self.compat == "paper":
-      return self.param(name, _uniform, shape)[epoch]
+      return base.take(self.param(name, _uniform, shape), epoch)
 
     def init():
       return _uniform(self.make_rng("params"), shape)
 
-    return self.variable("frozen", name, init).value[epoch]
+    return base.take(self.variable("frozen", name, init).value, epoch)
 
   def _read(self, cell, steps):
-    carry = (jnp.zeros((steps.shape[0], 1)),) * 2
+    carry = (jnp.zeros_like(steps[:, 0, :1]),) * 2
     for t in range(steps.shape[1]):
       carry, hidden = cell(carry, steps[:, t])
     return carry[0] if self.compat == "official_code" else hidden
@@ -99,8 +101,8 @@ class MentorNetwork(nn.Module):
     kernel = self.param("output_kernel", _NORMAL, (20, 1))
     bias = self.param("output_bias", _NORMAL, (1,))
     if self.compat == "official_code":
-      return (hidden @ (kernel + bias))[:, 0]
-    return (hidden @ kernel + bias)[:, 0]
+      return (hidden @ (kernel + bias[None, :]))[:, 0]
+    return (hidden @ kernel + bias[None, :])[:, 0]
 
 
 def _uniform(key, shape):
@@ -130,6 +132,7 @@ class Mentor:
     """Weights in [0, 1], [B]; arguments as in `MentorNetwork`."""
     if self.num_classes is None:
       labels = jnp.zeros(losses.shape[:1], jnp.int32)
+      labels = base.sharded_like(labels, losses)
     features = (losses, differences, labels, epoch)
     # An embedding kept as a NumPy array cannot be indexed by a traced epoch.
     variables = jax.tree.map(jnp.asarray, self.variables)

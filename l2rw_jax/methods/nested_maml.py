@@ -285,7 +285,7 @@ def nested_maml(
         validation.meta_losses_fn(inputs.model_state, inputs.key),
         inputs.params,
         inputs.meta_batch,
-        state.weights[place].ravel(),
+        base.take(state.weights, place).ravel(),
         look_ahead_learning_rate=look_ahead_learning_rate,
         axis_name=axis_name,
         has_aux=True,
@@ -303,7 +303,7 @@ def nested_maml(
       update(state) if every == 1 else jax.lax.cond(due, update, lambda s: s, state)
     )
     size = base.global_size(linearized.losses.size, axis_name)
-    weights = state.weights[place].ravel() / size
+    weights = base.take(state.weights, place).ravel() / size
     grads = base.psum(linearized.weighted_gradient(weights), axis_name)
     metrics = {
       "meta_loss": state.told[0],
@@ -329,7 +329,9 @@ def _table(weights, place, gradient, axis_name):
   """Slopes of a batch, summed where its examples share a weight; like `weights`."""
   gradient = gradient.reshape(place.shape + weights.shape[1:])
   # The state is the same on every device: each sums the whole global batch.
-  place, gradient = base.gather(place, axis_name), base.gather(gradient, axis_name)
+  place, gradient = (
+    base.unsharded(base.gather(x, axis_name)) for x in (place, gradient)
+  )
   return jnp.zeros_like(weights).at[place].add(gradient)
 
 

@@ -67,7 +67,7 @@ class RectifierNet(nn.Module):
     embed = nn.Embed(
       self.num_classes, self.num_classes, embedding_init=nn.initializers.normal(1.0)
     )
-    x = jnp.concatenate([logits, embed(labels)], axis=-1)
+    x = jnp.concatenate([logits, base.take(embed.embedding, labels)], axis=-1)
     for _ in range(2):
       x = nn.tanh(nn.Dense(self.hidden, kernel_init=_xavier)(x))
     mean = nn.Dense(self.num_classes, kernel_init=_xavier)(x)
@@ -93,7 +93,7 @@ def rectifiers(
   """
   if noise is None:
     return nn.sigmoid(mean)[None]
-  return nn.sigmoid(mean + jnp.exp(log_variance / 2) * noise)
+  return nn.sigmoid(mean[None] + jnp.exp(log_variance / 2)[None] * noise)
 
 
 def rectified_cross_entropy(
@@ -112,7 +112,7 @@ def rectified_cross_entropy(
   0.2492
   """
   losses = jax.vmap(losses_lib.softmax_cross_entropy, in_axes=(0, None))
-  return losses(vectors * logits, labels).mean(axis=0)
+  return losses(vectors * logits[None], labels).mean(axis=0)
 
 
 def inner_loss(

@@ -6,6 +6,7 @@ Pixels come in as floats in [0, 1].
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -106,7 +107,11 @@ def normalize(
   images: base.Array, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> base.Array:
   """(images - mean) / std by channel; mean = std = 1/2 scales [0, 1] to [-1, 1]."""
-  return (images - jnp.asarray(mean, images.dtype)) / jnp.asarray(std, images.dtype)
+  mean, std = (
+    jnp.asarray(x, images.dtype).reshape((1,) * (images.ndim - 1) + (-1,))
+    for x in (mean, std)
+  )
+  return (images - mean) / std
 
 
 def standardize(images: base.Array) -> base.Array:
@@ -116,7 +121,7 @@ def standardize(images: base.Array) -> base.Array:
     images: [B, H, W, C].
   """
   axes = tuple(range(1, images.ndim))
-  size = images[0].size
+  size = math.prod(images.shape[1:])
   mean = images.mean(axes, keepdims=True)
   deviation = images.std(axes, keepdims=True)
   return (images - mean) / jnp.maximum(deviation, size**-0.5)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
+import jax.numpy as jnp
 
 from l2rw_jax import base
 from l2rw_jax import linearization
@@ -93,7 +94,10 @@ class Classifier(NamedTuple):
 
   def _images(self, batch, key, train):
     if self.preprocess is None:
-      return batch["image"]
+      images = batch["image"]
+      # Bytes meet float32 parameters: said here, for strict dtype promotion.
+      is_integer = jnp.issubdtype(images.dtype, jnp.integer)
+      return images.astype(jnp.float32) if is_integer else images
     keys = None
     if train:
       fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))

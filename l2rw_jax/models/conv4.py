@@ -74,7 +74,7 @@ class Conv3x3(nn.Module):
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
     for axis in (2, 1):  # Then the channels are (row, column, channel), as the kernel.
       x = _windows(x, self.stride, axis)
-    return x @ kernel.reshape(-1, self.features) + bias
+    return x @ kernel.reshape(-1, self.features) + bias[None, None, None, :]
 
 
 def _windows(x: jax.Array, stride: int, axis: int) -> jax.Array:
@@ -97,6 +97,7 @@ class _Standardize(nn.Module):
     """[B, H, W, channels] to the same."""
     scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
     bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-    mean = jnp.mean(x, (0, 1, 2))
-    variance = jnp.mean((x - mean) ** 2, (0, 1, 2))
+    scale, bias = scale[None, None, None, :], bias[None, None, None, :]
+    mean = jnp.mean(x, (0, 1, 2), keepdims=True)
+    variance = jnp.mean((x - mean) ** 2, (0, 1, 2), keepdims=True)
     return (x - mean) * (jax.lax.rsqrt(variance + 1e-5) * scale) + bias

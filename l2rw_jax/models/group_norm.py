@@ -48,10 +48,11 @@ class GroupNorm(nn.Module):
     mean, square = self._mean(wide), self._mean(wide * wide)
     # Rounding may take the difference below zero.
     variance = jnp.maximum(square - mean**2, 0)
-    factor = scale * jax.lax.rsqrt(variance + self.epsilon)
+    factor = scale[None, :] * jax.lax.rsqrt(variance + self.epsilon)
     between = [1] * (x.ndim - 2)
     factor, shift = (
-      a.reshape(x.shape[0], *between, channels) for a in (factor, bias - mean * factor)
+      a.reshape(x.shape[0], *between, channels)
+      for a in (factor, bias[None, :] - mean * factor)
     )
     return (wide * factor + shift).astype(self.dtype or x.dtype)
 

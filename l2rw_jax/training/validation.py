@@ -132,13 +132,18 @@ def reduce_on_plateau(
     min_scale: the lowest product of factors.
     rtol: by which share a value must be lower to be the best.
   """
-  return optax.chain(
-    optimizer,
-    optax.contrib.reduce_on_plateau(
-      factor,
-      patience + 1,  # optax acts on reaching it, PyTorch on passing it
-      rtol,
-      accumulation_size=steps_per_epoch,
-      min_scale=min_scale,
-    ),
+  plateau = optax.contrib.reduce_on_plateau(
+    factor,
+    patience + 1,  # optax acts on reaching it, PyTorch on passing it
+    rtol,
+    accumulation_size=steps_per_epoch,
+    min_scale=min_scale,
   )
+
+  def update(updates, state, params=None, **extra_args):
+    # optax multiplies its integer counts by floating point values.
+    with jax.numpy_dtype_promotion("standard"):
+      return plateau.update(updates, state, params, **extra_args)
+
+  scaled = optax.GradientTransformationExtraArgs(plateau.init, update)
+  return optax.chain(optimizer, scaled)

@@ -252,3 +252,22 @@ def test_the_updates_show_fine_tuning_in_both_phases_and_mining_at_work():
   assert weighs == [True, True, False, False]
   kept = [(f.weights == 0).sum() for f in _history("hard_mining", None)[0]]
   assert all(0 < count < _B for count in kept)
+
+
+@pytest.mark.parametrize("name", _METHODS)
+def test_can_be_traced_under_an_explicit_mesh(name):
+  # What JAX refuses there, it refuses while tracing; `formulas_sweep_test` compares
+  # the numbers of the formulas.
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+  spread = jax.sharding.NamedSharding(mesh, jax.P("data"))
+  batches = jax.device_put(_data()[0], spread)
+
+  def first_step(key, batch, meta_batch):
+    params, model_state = _model(None).init(key, _data()[0][0])
+    state = _METHODS[name].init(key, _task(None), params)
+    state = step_lib.init_state(params, model_state, state, _OUTER)
+    return _step_fn(name, None)(state, batch, meta_batch)[1]
+
+  with jax.set_mesh(mesh):
+    found = jax.eval_shape(first_step, jax.random.key(0), *batches)
+  assert found.weights.shape == found.losses.shape == (_B,)

@@ -234,7 +234,8 @@ def test_every_step_has_its_own_key():
 
 
 def test_the_state_keeps_the_dtypes_it_began_with():
-  with jax.enable_x64(True):  # Model state of float32 meets images of float64.
+  # Model state of float32 meets images of float64, which needs implicit promotion.
+  with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
     batch = {k: v.astype(np.float64) if k == "x" else v for k, v in _GOOD.items()}
     given = jax.eval_shape(_state)
     given = jax.tree.map(

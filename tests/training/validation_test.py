@@ -148,7 +148,9 @@ def test_a_changed_loss_is_compiled_once_for_all_epochs():
   for epoch in range(4):
     state = method.refresh(state, task, view._replace(epoch=epoch))
     values.append(state.inner.value)
-  np.testing.assert_allclose(values, values[0] * np.array([1, 3, 3, 3]), rtol=1e-5)
+  np.testing.assert_allclose(
+    values, values[0] * np.array([1, 3, 3, 3], np.float32), rtol=1e-5
+  )
   assert len(traced) == 1
 
 

@@ -1,0 +1,1077 @@
+"""Every public formula on every kind of mesh, and under JAX's debug switches.
+
+The same table is evaluated on one device (the reference, eagerly, with
+`jax_debug_nans`), under an explicit and an automatic mesh, in `pmap` and in
+`shard_map`. Rank promotion "raise" and strict dtype promotion hold for the whole test
+suite, see `conftest.py`. One compiled function evaluates the whole table, so that the
+sweep costs one compilation for each kind of mesh.
+
+Methods for the training loop are in `methods/sweep_test.py`.
+"""
+
+from collections.abc import Callable
+import functools
+import importlib
+import inspect
+import operator
+import pkgutil
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import l2rw_jax
+from l2rw_jax import base
+from l2rw_jax import class_balance
+from l2rw_jax import distances
+from l2rw_jax import facility_location
+from l2rw_jax import group_objectives
+from l2rw_jax import hypergradient
+from l2rw_jax import linearization
+from l2rw_jax import losses
+from l2rw_jax import meta_network
+from l2rw_jax import microbatching
+from l2rw_jax import normalization
+from l2rw_jax import susceptibility
+from l2rw_jax.methods import absgd
+from l2rw_jax.methods import adacore
+from l2rw_jax.methods import adacore_table
+from l2rw_jax.methods import advisor
+from l2rw_jax.methods import bare
+from l2rw_jax.methods import baselines
+from l2rw_jax.methods import forml
+from l2rw_jax.methods import group_dro
+from l2rw_jax.methods import l2rw
+from l2rw_jax.methods import label_transition
+from l2rw_jax.methods import ldam_drw
+from l2rw_jax.methods import mentornet
+from l2rw_jax.methods import mentornet_fitting
+from l2rw_jax.methods import mentornet_network
+from l2rw_jax.methods import meta_weight_net
+from l2rw_jax.methods import nested_maml
+from l2rw_jax.methods import s_model
+from l2rw_jax.methods import warpi
+from l2rw_jax.models import activations
+from l2rw_jax.models import augmentation
+from l2rw_jax.models import few_shot
+from l2rw_jax.models import pooling
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+_AXIS = "data"
+_B, _M, _CLASSES, _DEVICES = 16, 8, 3, 8
+_SGD = optax.sgd(0.5)
+
+
+class _Data(NamedTuple):
+  """What a formula is given.
+
+  Attributes:
+    batch: the training examples of this device; of all devices under a mesh.
+    meta: the clean examples, likewise.
+    all: all training examples, also in `pmap` and `shard_map`.
+    whole: what has no example axis, the same on every device.
+  """
+
+  batch: dict[str, Any]
+  meta: dict[str, Any]
+  all: dict[str, Any]
+  whole: dict[str, Any]
+
+
+class _Found(NamedTuple):
+  """What a formula returns: a row for each example, and what devices have in common."""
+
+  rows: Any = ()
+  same: Any = ()
+
+
+class _Formula(NamedTuple):
+  """One use of a public formula.
+
+  Attributes:
+    run: `(data, axis_name) -> _Found`.
+    refused: the kinds of mesh where the library raises an InputError by design.
+    has_gradient: whether its gradient, in all that it is given, is compared as well.
+  """
+
+  run: Callable[[_Data, Any], _Found]
+  refused: tuple[str, ...] = ()
+  has_gradient: bool = False
+
+
+def _each(fn):
+  """A formula of each example by itself: `(batch, whole) -> rows`."""
+  return _Formula(
+    lambda data, _: _Found(rows=fn(data.batch, data.whole)), has_gradient=True
+  )
+
+
+def _all(fn, **options):
+  """A formula without an axis name that needs all examples: `(all, whole) -> any`."""
+  return _Formula(lambda data, _: _Found(same=fn(data.all, data.whole)), **options)
+
+
+def _spread(fn, **options):
+  """A formula that takes an axis name: `(data, axis_name) -> _Found`."""
+  return _Formula(fn, **options)
+
+
+def _logits(params, batch):
+  hidden = jnp.tanh(batch["x"] @ params["hidden"])
+  return hidden @ params["output"] + params["bias"][None, :]
+
+
+def _losses(params, batch):
+  return losses.softmax_cross_entropy(_logits(params, batch), batch["labels"])
+
+
+def _features(params, batch):
+  return jnp.tanh(batch["x"] @ params["hidden"])
+
+
+def _head(params, features):
+  return features @ params["output"] + params["bias"][None, :]
+
+
+_WEIGHT_NET = meta_weight_net.WeightNet((4,))
+_RECTIFIER = warpi.RectifierNet(_CLASSES, 4)
+_ADVISOR = advisor.AdvisorNet(4, 4)
+_MENTORS = {
+  compat: mentornet_network.MentorNetwork(_CLASSES, compat)
+  for compat in mentornet_network.COMPAT
+}
+
+
+@functools.cache
+def _data():
+  rng = np.random.default_rng(5)
+
+  def normal(*shape):
+    return rng.normal(size=shape).astype(np.float32)
+
+  def examples(size):
+    logits = 2 * normal(size, _CLASSES)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    return {
+      "x": normal(size, 2),
+      "logits": logits,
+      "one_logit": normal(size, 1),
+      "cosines": np.tanh(normal(size, _CLASSES)),
+      "probabilities": probabilities,
+      "labels": (np.arange(size) % _CLASSES).astype(np.int32),
+      "binary": (np.arange(size) % 2).astype(np.int32),
+      "predicted": rng.integers(_CLASSES, size=size).astype(np.int32),
+      "groups": rng.permutation(np.arange(size) % 2).astype(np.int32),
+      "losses": np.abs(normal(size)) + np.float32(0.1),
+      "scores": normal(size),
+      "features": normal(size, 4),
+      "images": rng.random((size, 4, 4, 1)).astype(np.float32),
+      "noise": normal(size, 2, _CLASSES),
+    }
+
+  transition = np.float32(0.7) * np.eye(_CLASSES, dtype=np.float32) + np.float32(0.1)
+  losses_of_one, features = np.zeros(1, np.float32), np.zeros((1, 4), np.float32)
+  label, epoch = np.zeros(1, np.int32), np.zeros((), np.int32)
+  key = jax.random.key(0)
+  mentor = (losses_of_one, losses_of_one, label, epoch)
+  whole = {
+    "params": {
+      "hidden": normal(2, 4),
+      "output": normal(4, _CLASSES),
+      "bias": normal(_CLASSES),
+    },
+    "vector": {
+      "hidden": normal(2, 4),
+      "output": normal(4, _CLASSES),
+      "bias": normal(_CLASSES),
+    },
+    "counts": np.array([9, 4, 0], np.int32),
+    "margins": np.array([0.1, 0.2, 0.3], np.float32),
+    "transition": transition,
+    "scale": np.exp(normal(_CLASSES, 4)),
+    "log_q": np.log(np.array([0.3, 0.7], np.float32)),
+    "point": normal(3),
+    "scalar": np.float32(0.4),
+    "epoch": np.int32(20),
+    "step": np.int32(30),
+    "key": key,
+    "weight_net": _WEIGHT_NET.init(key, losses_of_one),
+    "rectifier": _RECTIFIER.init(key, normal(1, _CLASSES), label),
+    "advisor": _ADVISOR.init(key, features, losses_of_one),
+    "mentor": {name: net.init(key, *mentor) for name, net in _MENTORS.items()},
+  }
+  batch, meta = examples(_B), examples(_M)
+  return jax.tree.map(jnp.asarray, _Data(batch, meta, batch, whole))
+
+
+def _of_loss(loss):
+  return _each(lambda b, w: loss(b["logits"], b["labels"]))
+
+
+def _of_one_logit(loss):
+  return _each(lambda b, w: loss(b["one_logit"], b["binary"]))
+
+
+def _curriculum(curriculum):
+  return _each(
+    lambda b, w: curriculum(
+      b["losses"], b["losses"] - w["scalar"], b["labels"], w["epoch"]
+    )
+  )
+
+
+def _mentor(compat, num_classes):
+  def run(b, w):
+    mentor = mentornet_network.Mentor(
+      "pd", _MENTORS[compat], w["mentor"][compat], num_classes
+    )
+    return mentor(b["losses"], b["losses"] - w["scalar"], b["labels"], w["epoch"])
+
+  return _each(run)
+
+
+def _linearized(engine):
+  def run(data, axis_name):
+    params = base.local(data.whole["params"], axis_name)
+    found = linearization.linearize(_losses, params, data.batch, engine=engine)
+    slopes = found.directional(base.local(data.whole["vector"], axis_name))
+    pulled = found.weighted_gradient(data.batch["scores"])
+    return _Found((found.losses, slopes), base.psum(pulled, axis_name))
+
+  return _spread(run)
+
+
+def _linearized_outputs(data, axis_name):
+  params = base.local(data.whole["params"], axis_name)
+  found = linearization.linearize_outputs(_logits, params, data.batch)
+  slopes = found.push(base.local(data.whole["vector"], axis_name))
+  pulled = found.pull(data.batch["cosines"])
+  return _Found((found.outputs, slopes), base.psum(pulled, axis_name))
+
+
+def _in_parts(data, axis_name):
+  linearize = microbatching.in_parts(linearization.linearize, 2)
+  params = base.local(data.whole["params"], axis_name)
+  found = linearize(_losses, params, data.batch)
+  slopes = found.directional(base.local(data.whole["vector"], axis_name))
+  pulled = found.weighted_gradient(data.batch["scores"])
+  return _Found((found.losses, slopes), base.psum(pulled, axis_name))
+
+
+def _weighted_gradient(data, axis_name):
+  found = microbatching.weighted_gradient(
+    _losses,
+    base.local(data.whole["params"], axis_name),
+    data.batch,
+    data.batch["scores"],
+    2,
+  )
+  return _Found(found.losses, base.psum(found.gradient, axis_name))
+
+
+def _direction(data, axis_name):
+  params = data.whole["params"]
+  found = hypergradient.direction(
+    _losses,
+    params,
+    data.meta,
+    data.whole["vector"],
+    optimizer=_SGD,
+    opt_state=_SGD.init(params),
+    axis_name=axis_name,
+  )
+  return _Found(same=(found.vector, found.meta_loss))
+
+
+def _weight_gradient(data, axis_name):
+  params = data.whole["params"]
+  linearized = linearization.linearize(
+    _losses, base.local(params, axis_name), data.batch
+  )
+  found = l2rw.look_ahead(_losses, params, data.meta, axis_name=axis_name)
+  moved = hypergradient.params_after(found, params)
+  scores = hypergradient.weight_gradient(linearized, found, axis_name)
+  weighed = l2rw.weigh(linearized, found, axis_name)
+  return _Found((scores, weighed.weights), moved)
+
+
+def _weight_network_gradient(data, axis_name):
+  def weights(phi):
+    return _WEIGHT_NET.apply(phi, data.batch["losses"])
+
+  return _Found(
+    same=hypergradient.network_gradient(
+      weights, data.whole["weight_net"], data.batch["scores"], axis_name=axis_name
+    )
+  )
+
+
+def _unrolled(rows, whole):
+  params = whole["params"]
+  return hypergradient.unrolled_weight_gradient(
+    _losses,
+    _losses,
+    params,
+    rows,
+    rows,
+    jnp.full_like(rows["losses"], 1 / _B),
+    optimizer=_SGD,
+    opt_state=_SGD.init(params),
+  )
+
+
+def _l2rw(data, axis_name, **options):
+  found = l2rw.example_weights(
+    _losses, data.whole["params"], data.batch, data.meta, axis_name=axis_name, **options
+  )
+  return _Found(
+    (found.weights, found.scores, found.losses), (found.meta_loss, found.finite)
+  )
+
+
+def _l2rw_step(data, axis_name, **options):
+  step = l2rw.weighted_value_and_grad(_losses, axis_name=axis_name, **options)
+  (loss, info), grads = step(data.whole["params"], data.batch, data.meta)
+  return _Found(info.weights, (loss, grads, info.meta_loss))
+
+
+def _lesson(data, axis_name, **options):
+  found = meta_weight_net.network_gradient(
+    _WEIGHT_NET.apply,
+    data.whole["weight_net"],
+    _losses,
+    data.whole["params"],
+    data.batch,
+    data.meta,
+    optimizer=_SGD,
+    axis_name=axis_name,
+    **options,
+  )
+  return _Found(same=(found.gradient, found.meta_loss))
+
+
+def _weigh_by_network(normalization_name):
+  def run(data, axis_name):
+    return _Found(
+      meta_weight_net.example_weights(
+        _WEIGHT_NET.apply,
+        data.whole["weight_net"],
+        data.batch["losses"],
+        normalization=normalization_name,
+        axis_name=axis_name,
+      )
+    )
+
+  return _spread(run)
+
+
+def _inner_weights(normalization_name):
+  return _all(
+    lambda a, w: meta_weight_net.inner_weights(
+      _WEIGHT_NET.apply,
+      w["weight_net"],
+      a["losses"],
+      normalization=normalization_name,
+      detached=False,
+    )
+  )
+
+
+def _warpi_lesson(data, axis_name):
+  outputs = linearization.linearize_outputs(
+    _logits, base.local(data.whole["params"], axis_name), data.batch
+  )
+  noise = data.batch["noise"].swapaxes(0, 1)
+
+  def loss_fn(logits, phi):
+    labels = data.batch["labels"]
+    return warpi.inner_loss(_RECTIFIER, phi, logits, labels, noise)[0].sum() / _B
+
+  found = meta_network.lesson(
+    outputs,
+    loss_fn,
+    data.whole["rectifier"],
+    _losses,
+    data.whole["params"],
+    data.meta,
+    optimizer=_SGD,
+    axis_name=axis_name,
+  )
+  return _Found(same=(found.gradient, found.meta_loss))
+
+
+def _advisor_lesson(data, axis_name):
+  outputs = linearization.linearize_outputs(
+    lambda p, b: (_features(p, b), p),
+    base.local(data.whole["params"], axis_name),
+    data.batch,
+  )
+  features, values = outputs.outputs[0], data.batch["losses"]
+
+  def loss_fn(both, psi):
+    own, params = both
+    gated = own * advisor.gate(_ADVISOR, psi, features, values)
+    logits = _head(params, gated)
+    return losses.softmax_cross_entropy(logits, data.batch["labels"]).sum() / _B
+
+  found = meta_network.lesson(
+    outputs,
+    loss_fn,
+    data.whole["advisor"],
+    _losses,
+    data.whole["params"],
+    data.meta,
+    optimizer=_SGD,
+    axis_name=axis_name,
+  )
+  return _Found(same=(found.gradient, found.meta_loss))
+
+
+def _forml(data, axis_name, *, objective="worst", **settings):
+  chosen = forml.make_objective(objective, **settings)
+  groups = base.gather(data.meta["groups"], axis_name)
+  found = forml.example_weights(
+    _losses,
+    data.whole["params"],
+    data.batch,
+    data.meta,
+    jnp.ones_like(data.batch["losses"]),
+    lambda values: chosen(values, groups, 2),
+    weight_learning_rate=0.1,
+    inner_learning_rate=0.1,
+    axis_name=axis_name,
+  )
+  return _Found((found.weights, found.gradient), found.objective)
+
+
+def _task_slopes(data, axis_name):
+  found = nested_maml.task_slopes(
+    _losses,
+    data.whole["params"],
+    data.batch,
+    data.meta,
+    jnp.ones_like(data.batch["losses"]),
+    look_ahead_learning_rate=0.1,
+    axis_name=axis_name,
+  )
+  weights = nested_maml.update_weights(
+    jnp.ones_like(found.gradient), found.gradient, 0.1, clip=0.5
+  )
+  return _Found((found.gradient, weights), found.meta_loss)
+
+
+def _loss_drop(data, axis_name):
+  params = data.whole["params"]
+  return _Found(
+    same=susceptibility.loss_drop(
+      _losses,
+      params,
+      data.batch,
+      optimizer=_SGD,
+      opt_state=_SGD.init(params),
+      axis_name=axis_name,
+    )
+  )
+
+
+def _few_shot(rows, whole):
+  adapted = few_shot.adapt(_losses, whole["params"], rows, learning_rate=0.1)
+  return few_shot.adapt(_losses, adapted, rows, learning_rate=0.1, num_steps=2)
+
+
+def _keys(rows):
+  return jax.vmap(lambda label: jax.random.fold_in(jax.random.key(1), label))(
+    rows["labels"]
+  )
+
+
+def _averages(rows, whole):
+  start = adacore.Averages(
+    jnp.zeros_like(rows["logits"]), jnp.zeros_like(whole["margins"]), whole["epoch"]
+  )
+  averages = adacore.update_averages(start, rows["logits"], whole["margins"])
+  return adacore.corrected(averages)
+
+
+def _vectors(rows, whole):
+  return distances.vectors(rows["logits"]).distances(jnp.arange(4))
+
+
+def _outer_products(scaled):
+  def run(rows, whole):
+    scale = whole["scale"] if scaled else None
+    points = distances.outer_products(rows["logits"], rows["features"], scale)
+    return points.distances(jnp.arange(4))
+
+  return _all(run)
+
+
+def _objective(name, **settings):
+  objective = forml.make_objective(name, **settings)
+  return _all(lambda a, w: objective(a["losses"], a["groups"], 3), has_gradient=True)
+
+
+# Add a formula here. A suffix after "/" names one of several uses.
+_FORMULAS: dict[str, _Formula] = {
+  "losses.softmax_cross_entropy": _of_loss(losses.softmax_cross_entropy),
+  "losses.sigmoid_cross_entropy": _of_one_logit(losses.sigmoid_cross_entropy),
+  "losses.predictions": _each(lambda b, w: losses.predictions(b["logits"])),
+  "losses.predictions/one": _each(lambda b, w: losses.predictions(b["one_logit"])),
+  "losses.log_probabilities": _each(lambda b, w: losses.log_probabilities(b["logits"])),
+  "losses.log_probabilities/one": _each(
+    lambda b, w: losses.log_probabilities(b["one_logit"])
+  ),
+  "losses.focal": _of_loss(losses.focal),
+  "losses.focal/one": _of_one_logit(losses.focal),
+  "losses.symmetric_cross_entropy": _of_loss(losses.symmetric_cross_entropy),
+  "losses.symmetric_cross_entropy/one": _of_one_logit(losses.symmetric_cross_entropy),
+  "losses.generalized_cross_entropy": _of_loss(losses.generalized_cross_entropy),
+  "losses.generalized_cross_entropy/cut": _of_loss(
+    lambda z, y: losses.generalized_cross_entropy(z, y, threshold=0.3)
+  ),
+  "losses.bootstrapping_soft": _of_loss(losses.bootstrapping_soft),
+  "losses.bootstrapping_soft/one": _of_one_logit(losses.bootstrapping_soft),
+  "losses.bootstrapping_hard": _of_loss(losses.bootstrapping_hard),
+  "losses.bootstrapping_hard/one": _of_one_logit(losses.bootstrapping_hard),
+  "losses.forward_corrected": _each(
+    lambda b, w: losses.forward_corrected(b["logits"], b["labels"], w["transition"])
+  ),
+  "normalization.sum_to_one": _spread(
+    lambda d, axis: _Found(normalization.sum_to_one(d.batch["losses"], axis)),
+    has_gradient=True,
+  ),
+  "normalization.rectify": _spread(
+    lambda d, axis: _Found(normalization.rectify(d.batch["scores"], axis)),
+    has_gradient=True,
+  ),
+  "class_balance.inverse_frequency": _all(
+    lambda a, w: class_balance.inverse_frequency(w["counts"])
+  ),
+  "class_balance.effective_number": _all(
+    lambda a, w: class_balance.effective_number(w["counts"])
+  ),
+  "class_balance.effective_number/zero": _all(
+    lambda a, w: class_balance.effective_number(w["counts"], 0.0)
+  ),
+  "class_balance.example_weights": _spread(
+    lambda d, axis: _Found(
+      class_balance.example_weights(d.whole["margins"], d.batch["labels"], axis)
+    )
+  ),
+  "group_objectives.group_means": _all(
+    lambda a, w: group_objectives.group_means(a["losses"], a["groups"], 3)
+  ),
+  "group_objectives.mean": _all(lambda a, w: group_objectives.mean(a["losses"])),
+  "group_objectives.gap": _objective("gap", mean_coefficient=0.5),
+  "group_objectives.gap/max": _objective("gap", reduction="max"),
+  "group_objectives.worst": _objective("worst"),
+  "group_objectives.worst/smooth": _objective("worst", temperature=0.5),
+  "group_objectives.soft_tpr": _all(
+    lambda a, w: group_objectives.soft_tpr(a["probabilities"][:, 0], a["groups"], 3)
+  ),
+  "group_objectives.soft_tpr/worst": _all(
+    lambda a, w: group_objectives.soft_tpr(
+      a["probabilities"][:, 0], a["groups"], 3, reduction="worst", temperature=0.5
+    )
+  ),
+  "forml.make_objective": _objective("soft_tpr"),
+  "distances.vectors": _all(_vectors),
+  "distances.outer_products": _outer_products(False),
+  "distances.outer_products/scaled": _outer_products(True),
+  "facility_location.lazy_greedy": _all(
+    lambda a, w: facility_location.lazy_greedy(distances.vectors(a["logits"]), 3)
+  ),
+  "facility_location.stochastic_greedy": _all(
+    lambda a, w: facility_location.stochastic_greedy(
+      w["key"], distances.vectors(a["logits"]), 3, num_candidates=4
+    )
+  ),
+  "linearization.linearize": _linearized("auto"),
+  "linearization.linearize/forward": _linearized("forward"),
+  "linearization.linearize/reverse": _linearized("reverse"),
+  "linearization.linearize/difference": _linearized("difference"),
+  "linearization.linearize_outputs": _spread(_linearized_outputs),
+  "microbatching.in_parts": _spread(_in_parts, refused=("explicit",)),
+  "microbatching.weighted_gradient": _spread(_weighted_gradient, refused=("explicit",)),
+  "hypergradient.look_ahead": _all(
+    lambda a, w: hypergradient.look_ahead(
+      w["params"], w["vector"], _SGD, _SGD.init(w["params"])
+    )
+  ),
+  "hypergradient.direction": _spread(_direction),
+  "hypergradient.weight_gradient": _spread(_weight_gradient),
+  "hypergradient.network_gradient": _spread(_weight_network_gradient),
+  "hypergradient.unrolled_weight_gradient": _all(_unrolled),
+  "susceptibility.loss_drop": _spread(_loss_drop),
+  "few_shot.adapt": _all(_few_shot),
+  "activations.relu": _each(lambda b, w: activations.relu(b["logits"])),
+  "augmentation.normalize": _each(
+    lambda b, w: augmentation.normalize(b["images"], (0.4,), (0.2,))
+  ),
+  "augmentation.standardize": _each(lambda b, w: augmentation.standardize(b["images"])),
+  "augmentation.random_crop": _each(
+    lambda b, w: augmentation.random_crop(b["images"], _keys(b), 1)
+  ),
+  "augmentation.random_flip": _each(
+    lambda b, w: augmentation.random_flip(b["images"], _keys(b))
+  ),
+  "pooling.max_pool": _each(lambda b, w: pooling.max_pool(b["images"], 2, 2)),
+  "l2rw.example_weights": _spread(_l2rw),
+  "l2rw.example_weights/momentum": _spread(
+    functools.partial(_l2rw, optimizer=optax.sgd(0.1, momentum=0.9))
+  ),
+  "l2rw.example_weights/parts": _spread(
+    functools.partial(_l2rw, microbatch_size=2), refused=("explicit",)
+  ),
+  "l2rw.weighted_value_and_grad": _spread(_l2rw_step),
+  "meta_weight_net.example_weights": _weigh_by_network("mean"),
+  "meta_weight_net.example_weights/sum": _weigh_by_network("sum"),
+  "meta_weight_net.inner_weights": _inner_weights("mean"),
+  "meta_weight_net.inner_weights/sum": _inner_weights("sum"),
+  "meta_weight_net.network_gradient": _spread(_lesson),
+  "meta_weight_net.network_gradient/sum": _spread(
+    functools.partial(_lesson, normalization="sum", detached=False)
+  ),
+  "warpi.rectifiers": _each(
+    lambda b, w: warpi.rectifiers(
+      b["logits"], b["cosines"], b["noise"].swapaxes(0, 1)
+    ).swapaxes(0, 1)
+  ),
+  "warpi.rectified_cross_entropy": _each(
+    lambda b, w: warpi.rectified_cross_entropy(
+      b["logits"], b["noise"].swapaxes(0, 1), b["labels"]
+    )
+  ),
+  "warpi.inner_loss": _each(
+    lambda b, w: warpi.inner_loss(
+      _RECTIFIER, w["rectifier"], b["logits"], b["labels"], None
+    )[0]
+  ),
+  "meta_network.lesson": _spread(_warpi_lesson),
+  "advisor.gate": _each(
+    lambda b, w: advisor.gate(_ADVISOR, w["advisor"], b["features"], b["losses"])
+  ),
+  "meta_network.lesson/advisor": _spread(_advisor_lesson),
+  "forml.update_weights": _spread(
+    lambda d, axis: _Found(
+      forml.update_weights(d.batch["losses"], d.batch["scores"], 0.1, axis)
+    )
+  ),
+  "forml.example_weights": _spread(_forml),
+  "forml.example_weights/gap": _spread(
+    functools.partial(_forml, objective="gap", mean_coefficient=1.0)
+  ),
+  "nested_maml.update_weights": _each(
+    lambda b, w: nested_maml.update_weights(b["losses"], b["scores"], 0.1)
+  ),
+  "nested_maml.task_slopes": _spread(_task_slopes),
+  "absgd.example_weights": _spread(
+    lambda d, axis: _Found(
+      *absgd.example_weights(
+        d.batch["losses"], d.whole["scalar"], 2.0, gamma=0.5, axis_name=axis
+      )
+    )
+  ),
+  "absgd.example_weights/first": _spread(
+    lambda d, axis: _Found(
+      *absgd.example_weights(
+        d.batch["losses"],
+        -jnp.inf,
+        -2.0,
+        gamma=0.5,
+        clip=1.0,
+        uniform_share=1.0,
+        axis_name=axis,
+      )
+    )
+  ),
+  "absgd.example_weights/softmax": _spread(
+    lambda d, axis: _Found(
+      *absgd.example_weights(
+        d.batch["losses"], -jnp.inf, 1.0, gamma=1.0, axis_name=axis
+      )
+    )
+  ),
+  "absgd.example_weights/infinite": _spread(
+    lambda d, axis: _Found(
+      *absgd.example_weights(
+        d.batch["losses"], -jnp.inf, jnp.inf, gamma=0.5, axis_name=axis
+      )
+    )
+  ),
+  "group_dro.example_weights": _spread(
+    lambda d, axis: _Found(
+      *group_dro.example_weights(
+        d.batch["losses"],
+        d.batch["groups"],
+        d.whole["log_q"],
+        0.1,
+        adjustments=0.5,
+        axis_name=axis,
+      )
+    )
+  ),
+  "ldam_drw.margins": _all(lambda a, w: ldam_drw.margins(w["counts"])),
+  "ldam_drw.ldam": _each(
+    lambda b, w: ldam_drw.ldam(b["cosines"], b["labels"], w["margins"], 3.0)
+  ),
+  "ldam_drw.ldam_hinge": _each(
+    lambda b, w: ldam_drw.ldam_hinge(b["cosines"], b["labels"], w["margins"])
+  ),
+  "ldam_drw.loss": _each(
+    lambda b, w: ldam_drw.loss()(b["cosines"], {"label": b["labels"]}, w["counts"])
+  ),
+  "bare.select": _spread(
+    lambda d, axis: _Found(
+      bare.select(d.batch["logits"], d.batch["labels"], kappa=0.5, axis_name=axis)
+    )
+  ),
+  "bare.example_weights": _spread(
+    lambda d, axis: _Found(
+      bare.example_weights(d.batch["logits"], d.batch["labels"], axis_name=axis)
+    )
+  ),
+  "bare.example_weights/own_label": _spread(
+    lambda d, axis: _Found(
+      bare.example_weights(
+        d.batch["logits"], d.batch["labels"], statistics="own_label", axis_name=axis
+      )
+    )
+  ),
+  "label_transition.estimate_transition": _all(
+    lambda a, w: label_transition.estimate_transition(a["probabilities"])
+  ),
+  "label_transition.confusion": _all(
+    lambda a, w: label_transition.confusion(a["predicted"], a["labels"], _CLASSES)
+  ),
+  "s_model.smoothed_identity": _all(lambda a, w: s_model.smoothed_identity(_CLASSES)),
+  "s_model.s_model_loss": _each(
+    lambda b, w: s_model.s_model_loss(b["logits"], b["labels"], w["transition"])
+  ),
+  "baselines.hardest": _all(
+    lambda a, w: baselines.hardest(a["losses"], a["labels"] == 0)
+  ),
+  "adacore.gradient_proxies": _each(
+    lambda b, w: adacore.gradient_proxies(b["logits"], b["labels"])
+  ),
+  "adacore.update_averages": _all(lambda a, w: _averages(a, w)),
+  "adacore.corrected": _all(lambda a, w: _averages(a, w)[1]),
+  "adacore_table.hessian_diagonal": _all(
+    lambda a, w: adacore_table.hessian_diagonal(
+      w["key"], lambda p: jnp.sum(p**3), w["point"], 2
+    )
+  ),
+  "mentornet.uniform": _curriculum(mentornet.uniform),
+  "mentornet.self_paced": _curriculum(mentornet.self_paced),
+  "mentornet.hard": _curriculum(mentornet.hard),
+  "mentornet.hard/labels": _curriculum(
+    functools.partial(mentornet.hard, positive_labels=True)
+  ),
+  "mentornet.focal": _curriculum(mentornet.focal),
+  "mentornet.spcl_linear": _curriculum(mentornet.spcl_linear),
+  "mentornet.pd_mixture": _curriculum(mentornet.pd_mixture),
+  "mentornet.moving_percentile": _spread(
+    lambda d, axis: _Found(
+      same=mentornet.moving_percentile(
+        d.whole["scalar"], d.batch["losses"], 75.0, axis_name=axis
+      )
+    )
+  ),
+  "mentornet.epoch_percent": _all(lambda a, w: mentornet.epoch_percent(w["step"], 40)),
+  "mentornet.example_dropout": _spread(
+    lambda d, axis: _Found(
+      mentornet.example_dropout(d.whole["key"], d.batch["losses"], 0.5, axis_name=axis)
+    )
+  ),
+  "mentornet_network.Mentor": _mentor("official_code", None),
+  "mentornet_network.Mentor/labels": _mentor("official_code", _CLASSES),
+  "mentornet_network.Mentor/paper": _mentor("paper", _CLASSES),
+  "mentornet_fitting.imitation_losses": _each(
+    lambda b, w: mentornet_fitting.imitation_losses(
+      b["losses"], b["probabilities"][:, 0], False
+    )
+  ),
+  "mentornet_fitting.imitation_losses/binary": _each(
+    lambda b, w: mentornet_fitting.imitation_losses(
+      b["losses"], b["binary"].astype(jnp.float32), True
+    )
+  ),
+}
+
+
+def _gradient(formula, data):
+  """Of the sum of what it returns, in every number that it is given."""
+  leaves, treedef = jax.tree.flatten(data)
+  places = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+  def total(chosen):
+    filled = list(leaves)
+    for i, x in zip(places, chosen, strict=True):
+      filled[i] = x
+    found = jax.tree.leaves(formula.run(treedef.unflatten(filled), None))
+    return sum(
+      [jnp.sum(x) for x in found if jnp.issubdtype(x.dtype, jnp.inexact)],
+      jnp.zeros(()),
+    )
+
+  return jax.grad(total)([leaves[i] for i in places])
+
+
+def _table(with_gradients):
+  """`(data, axis_name) -> results by formula`, and the errors by formula."""
+  errors = {}
+
+  def evaluate(data, axis_name=None):
+    results = {}
+    for name, formula in _FORMULAS.items():
+      try:
+        found = formula.run(data, axis_name)
+        gradient = ()
+        if with_gradients and formula.has_gradient:
+          gradient = _gradient(formula, data)
+        results[name] = found, gradient
+      except Exception as error:
+        errors[name], results[name] = error, (_Found(), ())
+    return results
+
+  return evaluate, errors
+
+
+def _mesh(axis_type):
+  return jax.make_mesh((_DEVICES,), (_AXIS,), axis_types=(axis_type,))
+
+
+def _spec(of_rows, of_all):
+  spread, same = jax.P(_AXIS), jax.P()
+  return _Data(
+    spread if of_rows else same,
+    spread if of_rows else same,
+    spread if of_all else same,
+    same,
+  )
+
+
+def _placed(data, mesh):
+  def place(tree, spec):
+    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, spec))
+
+  return _Data(*map(place, data, _spec(True, True)))
+
+
+def _on_one_device():
+  evaluate, errors = _table(True)
+  with jax.debug_nans(True):
+    return evaluate(_data()), errors
+
+
+def _on_mesh(axis_type):
+  mesh = _mesh(axis_type)
+  evaluate, errors = _table(True)
+  with jax.set_mesh(mesh):
+    return jax.jit(evaluate)(_placed(_data(), mesh)), errors
+
+
+def _in_shard_map():
+  evaluate, errors = _table(False)
+
+  def run(data):
+    return {name: found for name, (found, _) in evaluate(data, _AXIS).items()}
+
+  mapped = jax.shard_map(
+    run,
+    mesh=_mesh(jax.sharding.AxisType.Auto),
+    in_specs=(_spec(True, False),),
+    out_specs=dict.fromkeys(_FORMULAS, _Found(jax.P(_AXIS), jax.P())),
+    check_vma=True,
+  )
+  return jax.jit(mapped)(_data()), errors
+
+
+def _in_pmap():
+  evaluate, errors = _table(False)
+
+  def run(data):
+    return {name: found for name, (found, _) in evaluate(data, _AXIS).items()}
+
+  def split(tree):
+    return jax.tree.map(lambda x: x.reshape(_DEVICES, -1, *x.shape[1:]), tree)
+
+  data = _data()
+  data = data._replace(batch=split(data.batch), meta=split(data.meta))
+  found = jax.pmap(run, _AXIS, in_axes=(_Data(0, 0, None, None),))(data)
+
+  def joined(found):
+    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found.rows)
+    return found._replace(rows=rows)
+
+  return {name: joined(value) for name, value in found.items()}, errors
+
+
+_KINDS = {
+  "one": _on_one_device,
+  "explicit": functools.partial(_on_mesh, jax.sharding.AxisType.Explicit),
+  "auto": functools.partial(_on_mesh, jax.sharding.AxisType.Auto),
+  "shard_map": _in_shard_map,
+  "pmap": _in_pmap,
+}
+
+
+@functools.cache
+def _results(kind):
+  results, errors = _KINDS[kind]()
+  return jax.device_get(results), errors
+
+
+def _result(kind, name):
+  results, errors = _results(kind)
+  if name in errors:
+    raise errors[name]
+  return results[name]
+
+
+def _assert_close(actual, expected):
+  chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", _FORMULAS)
+def test_is_clean_under_the_debug_switches(name):
+  assert jax.config.jax_numpy_rank_promotion == "raise"
+  assert jax.config.jax_numpy_dtype_promotion == "strict"
+  found, gradient = _result("one", name)
+  chex.assert_tree_all_finite((found, gradient))
+
+
+@pytest.mark.parametrize("kind", ["explicit", "auto"])
+@pytest.mark.parametrize("name", _FORMULAS)
+def test_gives_the_same_numbers_under_a_mesh(name, kind):
+  if kind in _FORMULAS[name].refused:
+    with pytest.raises(base.InputError, match="spread over devices"):
+      _result(kind, name)
+    return
+  found, gradient = _result(kind, name)
+  expected, expected_gradient = _result("one", name)
+  _assert_close(found, expected)
+  _assert_close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("name", _FORMULAS)
+def test_gives_the_same_numbers_in_shard_map(name):
+  _assert_close(_result("shard_map", name), _result("one", name)[0])
+
+
+@pytest.mark.parametrize("name", _FORMULAS)
+def test_gives_the_same_numbers_in_pmap(name):
+  found, expected = _result("pmap", name), _result("one", name)[0]
+  _assert_close(found.rows, expected.rows)
+  for device in range(_DEVICES):
+    own = jax.tree.map(operator.itemgetter(device), found.same)
+    _assert_close(own, expected.same)
+
+
+_HOST = "runs on the host, on NumPy arrays and files"
+_CHECK = "looks at settings or shapes"
+_INSIDE = "is a part of other formulas of the table"
+_LOOP = "takes a task of the training loop: methods/sweep_test.py"
+# Modules without formulas, by the beginning of their names.
+_OTHER_MODULES = {
+  "base": _INSIDE,
+  "batch_axes": _INSIDE,
+  "checkpointing": _HOST,
+  "corruption": _HOST,
+  "data": _HOST,
+  "layerwise": _INSIDE,
+  "loss_dump": _HOST,
+  "meetings": _INSIDE,
+  "mentor_file": _HOST,
+  "metric_writer": _HOST,
+  "sequencing": _INSIDE,
+  "surrogates": _INSIDE,
+  "training": _LOOP,
+  "workdir": _HOST,
+}
+_OTHER_FUNCTIONS = {
+  "absgd.two_stage": _HOST,
+  "adacore.check_epochs": _CHECK,
+  "adacore.check_fraction": _CHECK,
+  "adacore.subset_size": _HOST,
+  "adacore_table.look": _LOOP,
+  "adacore_table.num_features": _CHECK,
+  "baselines.weighted_gradients": _LOOP,
+  "changed_loss.check_epoch": _CHECK,
+  "class_balance.check_beta": _CHECK,
+  "class_balance.check_counts": _CHECK,
+  "coreset.check_greedy": _CHECK,
+  "coreset.class_budgets": _HOST,
+  "coreset.select": _HOST,
+  "facility_location.sample_size": _HOST,
+  "forml.reweigh": _INSIDE,
+  "forml.settings_of": _HOST,
+  "group_objectives.check_groups": _CHECK,
+  "hypergradient.check_network_gradient": _CHECK,
+  "hypergradient.params_after": _INSIDE,
+  "l2rw.look_ahead": _INSIDE,
+  "l2rw.weigh": _INSIDE,
+  "label_transition.estimate_by": _LOOP,
+  "linearization.check_trainable": _CHECK,
+  "linearization.differentiable": _INSIDE,
+  "linearization.losses_and_aux": _INSIDE,
+  "linearization.split_aux": _INSIDE,
+  "linearization.zero": _INSIDE,
+  "losses.logits_of": _INSIDE,
+  "mentornet.check_percentile": _CHECK,
+  "mentornet.class_mismatch": _HOST,
+  "mentornet.dropout_rates": _HOST,
+  "mentornet.preset": _HOST,
+  "mentornet_fitting.dd_rows": _HOST,
+  "mentornet_fitting.fit": _HOST,
+  "mentornet_fitting.imitation_errors": _HOST,
+  "mentornet_fitting.is_binary": _HOST,
+  "mentornet_fitting.pd_rows": _HOST,
+  "mentornet_fitting.split": _HOST,
+  "meta_network.check_every": _CHECK,
+  "meta_network.dense": _INSIDE,
+  "meta_network.init": _LOOP,
+  "meta_network.iterate": _LOOP,
+  "meta_network.learn": _LOOP,
+  "meta_network.look_ahead": _LOOP,
+  "meta_network.make_lesson": _INSIDE,
+  "meta_network.metrics": _LOOP,
+  "meta_weight_net.lesson": _INSIDE,
+  "microbatching.check": _CHECK,
+  "microbatching.num_rows": _CHECK,
+  "nested_maml.slopes": _INSIDE,
+  "split.output_layer": "makes a layer",
+  "susceptibility.boundaries": _HOST,
+  "susceptibility.random_labels": _HOST,
+  "susceptibility.rank_correlation": _HOST,
+  "susceptibility.regions": _HOST,
+  "susceptibility.running_average": _HOST,
+  "susceptibility.selected": _HOST,
+}
+
+
+def _public_functions():
+  """Names, module and function, of all public functions but those that make methods."""
+  names = set()
+  for info in pkgutil.walk_packages(l2rw_jax.__path__, "l2rw_jax."):
+    if info.name.split(".")[1] in _OTHER_MODULES:
+      continue
+    for name, value in vars(importlib.import_module(info.name)).items():
+      if name.startswith("_") or not inspect.isfunction(value):
+        continue
+      makes_method = value.__annotations__.get("return") is base.Method
+      if value.__module__ == info.name and not makes_method:
+        names.add(f"{info.name.rpartition('.')[2]}.{name}")
+  return names
+
+
+def test_every_public_function_is_in_the_table_or_has_a_reason():
+  uses = {name.partition("/")[0] for name in _FORMULAS}
+  functions = _public_functions()
+  assert functions - uses - set(_OTHER_FUNCTIONS) == set()
+  assert set(_OTHER_FUNCTIONS) - functions == set()
