@@ -54,7 +54,8 @@ def mwn(learning_rate: float) -> base.Method:
     def lesson_fn(phi):
       slopes = _slopes(task, inputs, weights_fn(phi), optax.sgd(learning_rate))
       gradient = hypergradient.network_gradient(weights_fn, phi, slopes)
-      return meta_network.Lesson(gradient, jnp.zeros(()), jnp.array(True))
+      no, none = jnp.array(False), jnp.zeros((), jnp.int32)
+      return meta_network.Lesson(gradient, jnp.zeros(()), ~no, no, none)
 
     state = meta_network.learn(state, lesson_fn, optimizer, inputs.step)
     return _weighted(task, inputs, weights_fn(state.params)), state

@@ -114,7 +114,10 @@ def look_ahead(
   value = jnp.zeros(()) if value is None else value
   try:
     updates, _ = optax.with_extra_args_support(optimizer).update(
-      gradient, opt_state, params, value=value
+      linearization.without_keys(gradient),
+      opt_state,
+      linearization.without_keys(params),
+      value=value,
     )
   except TypeError as error:
     missing = re.search(r"missing .*required .*arguments?: (.*)", str(error))
@@ -125,7 +128,8 @@ def look_ahead(
       f" update of this optimizer also needs {missing[1]} (a line search): use"
       " another optimizer for the look-ahead, such as optax.sgd(...)."
     ) from error
-  return optax.apply_updates(params, updates)
+  select, fill = linearization.differentiable(params)
+  return fill(optax.apply_updates(select(params), select(updates)))
 
 
 def direction(

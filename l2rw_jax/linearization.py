@@ -324,6 +324,20 @@ def zero(x: Any) -> Any:
   return jnp.zeros_like(x)
 
 
+def without_keys(tree: base.PyTree) -> base.PyTree:
+  """`tree` with float zeros for typed PRNG keys and their gradients.
+
+  Optimizers compute with every leaf that they are given, which these do not allow.
+  """
+
+  def replace(x):
+    dtype = jnp.result_type(x) if not hasattr(x, "dtype") else x.dtype
+    is_key = jnp.issubdtype(dtype, jax.dtypes.extended) or dtype == jax.dtypes.float0
+    return jnp.zeros(jnp.shape(x)) if is_key else x
+
+  return jax.tree.map(replace, tree)
+
+
 def _double_reverse(pull, outputs):
   # `pull` is linear, so the point where it is differentiated is free; ones keep
   # a backward rule that divides by its cotangent finite.

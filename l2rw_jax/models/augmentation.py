@@ -107,11 +107,11 @@ def normalize(
   images: base.Array, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> base.Array:
   """(images - mean) / std by channel; mean = std = 1/2 scales [0, 1] to [-1, 1]."""
-  mean, std = (
-    jnp.asarray(x, images.dtype).reshape((1,) * (images.ndim - 1) + (-1,))
-    for x in (mean, std)
-  )
-  return (images - mean) / std
+
+  def of_channels(values):
+    return jnp.asarray(values, images.dtype).reshape((1,) * (images.ndim - 1) + (-1,))
+
+  return (images - of_channels(mean)) / of_channels(std)
 
 
 def standardize(images: base.Array) -> base.Array:
