@@ -64,7 +64,7 @@ def select(
       f"logits must be [B, C] and labels [B]; got {logits.shape} and {labels.shape}."
     )
   # Constant before the collectives; statistics of half precision are in single.
-  dtype = jnp.promote_types(logits.dtype, jnp.float32)
+  dtype = base.accumulator_dtype(logits.dtype)
   logits = jax.lax.stop_gradient(logits).astype(dtype)
   probabilities = jnp.exp(losses_lib.log_probabilities(logits))
   columns = jnp.clip(probabilities, _MARGIN, 1 - _MARGIN)
