@@ -39,7 +39,8 @@ def _drop(optimizer, opt_state=None, params=_W, losses_fn=_losses_of, **options)
   found = susceptibility.loss_drop(
     losses_fn, params, batch, optimizer=optimizer, opt_state=state, **options
   )
-  return [float(x) for x in found]
+  assert found.finite
+  return [float(x) for x in found[:3]]
 
 
 @pytest.mark.parametrize(

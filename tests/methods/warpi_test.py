@@ -242,6 +242,8 @@ def test_every_step_draws_anew_and_the_ablation_does_not():
   run = _step(warpi.warpi(0.1, deterministic=True))
   (one, state), (other, _) = run(0), run(1)
   chex.assert_trees_all_close(one.grads, other.grads)
+  still = warpi.warpi(0.1, noise_fn=lambda key, shape, dtype: jnp.zeros(shape, dtype))
+  chex.assert_trees_all_close(_step(still)(0)[0].grads, one.grads, rtol=1e-5)
   assert ((one.weights > 0) & (one.weights < 1 / _B)).all()
   assert state.finite and np.isfinite(state.meta_loss)
 
