@@ -52,7 +52,15 @@ def gradient_proxies(logits: base.Array, labels: base.Array) -> base.Array:
   Args:
     logits: z, [n, C].
     labels: y, int [n].
+
+  Raises:
+    InputError: logits are not [n, C] or labels are not [n].
   """
+  if jnp.ndim(logits) != 2 or jnp.shape(labels) != jnp.shape(logits)[:1]:
+    raise base.InputError(
+      "gradient_proxies takes `logits` [n, C] and `labels` [n], one class index"
+      f" per example; got {jnp.shape(logits)} and {jnp.shape(labels)}"
+    )
   return jax.nn.softmax(logits) - jax.nn.one_hot(labels, logits.shape[-1])
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from l2rw_jax import base
 from l2rw_jax import coreset
 from l2rw_jax import distances
 from l2rw_jax import facility_location
@@ -24,6 +25,12 @@ def _losses(logits, labels=_LABELS):
 
 
 # -- formulas ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", [_LABELS[:, None], np.eye(4)[_LABELS], _LABELS[:1]])
+def test_proxies_refuse_labels_that_would_be_broadcast(labels):
+  with pytest.raises(base.InputError, match="`labels`"):
+    adacore.gradient_proxies(_LOGITS, labels)
 
 
 def test_proxies_are_the_gradient_at_the_logits():
