@@ -210,7 +210,7 @@ def _disagrees_at(eqn, draw, rng):
 
 def _array(x):
   with jax.numpy_dtype_promotion("standard"):
-    return np.asarray(x.astype(base.accumulator_dtype(x.dtype)))
+    return np.asarray(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
 
 
 def _dot(x, y):
