@@ -111,7 +111,7 @@ def as_counts(class_counts: base.Array) -> base.Array:
   check_counts(class_counts)
   counts = jnp.asarray(class_counts)
   dtype = counts.dtype if jnp.issubdtype(counts.dtype, jnp.inexact) else float
-  dtype = jnp.promote_types(jax.dtypes.canonicalize_dtype(dtype), jnp.float32)
+  dtype = base.accumulator_dtype(jax.dtypes.canonicalize_dtype(dtype))
   counts = counts.astype(dtype)
   is_count = jnp.isfinite(counts) & (counts >= 0)
   if not isinstance(is_count, jax.core.Tracer):

@@ -179,7 +179,7 @@ def weighted_gradient(
     return added, (losses, aux)
 
   with jax.numpy_dtype_promotion("standard"):
-    types = [jnp.promote_types(x.dtype, jnp.float32) for x in leaves]
+    types = [base.accumulator_dtype(x.dtype) for x in leaves]
   zeros = [jnp.zeros_like(x, dtype=t) for x, t in zip(leaves, types, strict=True)]
   total, (losses, aux) = _sweep(add, zeros, (batch, weights), microbatch_size)
   gradient = [t.astype(x.dtype) for t, x in zip(total, leaves, strict=True)]

@@ -8,10 +8,6 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
-# Users may run with these switches, so neither the library nor a test may need the
-# implicit promotion that they forbid.
-jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
@@ -32,6 +28,22 @@ def decoded(tmp_path_factory) -> pathlib.Path:
   folder = tmp_path_factory.getbasetemp()
   is_worker = "PYTEST_XDIST_WORKER" in os.environ
   return (folder.parent if is_worker else folder) / "decoded"
+
+
+# Tests that run without implicit promotion of ranks and types: neither the library nor
+# the tests themselves need it. The others mix types in code of their own.
+_WITHOUT_PROMOTION = {"data", "training", "formulas_sweep_test.py"}
+
+
+@pytest.fixture(autouse=True)
+def without_promotion(request):
+  """JAX's switches against implicit promotion, with which users may run."""
+  path = request.path
+  if not _WITHOUT_PROMOTION & {path.name, path.parent.name}:
+    yield
+    return
+  with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+    yield
 
 
 @pytest.fixture

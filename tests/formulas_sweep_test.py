@@ -2,8 +2,8 @@
 
 The same table is evaluated on one device (the reference, eagerly, with
 `jax_debug_nans`), under an explicit and an automatic mesh, in `pmap` and in
-`shard_map`. Rank promotion "raise" and strict dtype promotion hold for the whole test
-suite, see `conftest.py`. One compiled function evaluates the whole table, so that the
+`shard_map`, all with rank promotion "raise" and strict dtype promotion, see
+`conftest.py`. One compiled function evaluates the whole table, so that the
 sweep costs one compilation for each kind of mesh.
 
 Methods for the training loop are in `methods/sweep_test.py`.

@@ -86,7 +86,7 @@ def example_weights(
   """
   base.check_vector("losses", losses)
   _check_settings(lam, gamma, alpha, clip, uniform_share)
-  dtype = jnp.promote_types(losses.dtype, jnp.float32)
+  dtype = base.accumulator_dtype(losses.dtype)
   # Here, not at the end: nothing below, collectives least, is to be differentiated.
   scores, memory, lam = (
     jax.lax.stop_gradient(jnp.asarray(x, dtype)) for x in (losses, log_normalizer, lam)

@@ -65,7 +65,7 @@ def select(
   _check(kappa, statistics)
   losses_lib.check_logits(logits, labels)
   # Constant before the collectives; statistics of half precision are in single.
-  dtype = jnp.promote_types(logits.dtype, jnp.float32)
+  dtype = base.accumulator_dtype(logits.dtype)
   logits = jax.lax.stop_gradient(logits).astype(dtype)
   probabilities = jnp.exp(losses_lib.log_probabilities(logits))
   columns = jnp.clip(probabilities, _MARGIN, 1 - _MARGIN)

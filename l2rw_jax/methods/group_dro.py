@@ -78,7 +78,7 @@ def example_weights(
   """
   _check_shapes(losses, groups, log_q)
   _check_setting("step_size", step_size)
-  dtype = jnp.promote_types(log_q.dtype, jnp.float32)
+  dtype = base.accumulator_dtype(log_q.dtype)
   # Here, not at the end: the collectives below are not to be differentiated.
   values, log_q, step_size, adjustments = (
     jax.lax.stop_gradient(jnp.asarray(x, dtype))

@@ -44,7 +44,7 @@ class GroupNorm(nn.Module):
       )
     scale = self.param("scale", nn.initializers.ones, (channels,))
     bias = self.param("bias", nn.initializers.zeros, (channels,))
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(base.accumulator_dtype(x.dtype))
     mean, square = self._mean(wide), self._mean(wide * wide)
     # Rounding may take the difference below zero.
     variance = jnp.maximum(square - mean**2, 0)

@@ -27,6 +27,12 @@ def _losses(logits, labels=_LABELS):
 # -- formulas ----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("labels", [_LABELS[:, None], np.eye(4)[_LABELS], _LABELS[:1]])
+def test_proxies_refuse_labels_that_would_be_broadcast(labels):
+  with pytest.raises(base.InputError, match="labels must be"):
+    adacore.gradient_proxies(_LOGITS, labels)
+
+
 def test_proxies_are_the_gradient_at_the_logits():
   expected = jax.grad(lambda z: _losses(z).sum())(_LOGITS)
   found = adacore.gradient_proxies(_LOGITS, _LABELS)
