@@ -189,7 +189,7 @@ def _through(jaxpr, num_consts, axes, rules):
     # An error counts only if a result needs what it is about.
     errors = [axis for axis in own if isinstance(axis, MixedError)]
     if errors:
-      outs = errors[:1] * len(eqn.outvars)
+      outs: list[Any] = errors[:1] * len(eqn.outvars)
     elif all(axis is None for axis in own):
       outs = [None] * len(eqn.outvars)
     else:
