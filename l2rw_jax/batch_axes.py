@@ -190,7 +190,7 @@ def _through(jaxpr, num_consts, axes, rules):
     errors = [axis for axis in own if isinstance(axis, MixedError)]
     outs: list[Any]
     if errors:
-      outs = errors[:1] * len(eqn.outvars)
+      outs: list[Any] = errors[:1] * len(eqn.outvars)
     elif all(axis is None for axis in own):
       outs = [None] * len(eqn.outvars)
     else:
