@@ -58,6 +58,8 @@ class Source(NamedTuple):
     num_classes: C.
     extra: other class labels of the examples, int32 [N] each, by the name they
       have in the set (`worse_label` of cifar10_n).
+    class_names: of each class, as the whole data set names or numbers it, so that
+      classes of two splits can be compared; None where that is unknown.
   """
 
   name: str
@@ -67,6 +69,7 @@ class Source(NamedTuple):
   labels: np.ndarray
   num_classes: int
   extra: dict[str, np.ndarray]
+  class_names: tuple[str, ...] | None = None
 
 
 def load(
@@ -122,7 +125,13 @@ def load(
     arrays["labels"],
     int(arrays["num_classes"]),
     {k.removeprefix(_EXTRA): v for k, v in arrays.items() if k.startswith(_EXTRA)},
+    numbers(int(arrays["num_classes"])),
   )
+
+
+def numbers(num_classes: int) -> tuple[str, ...]:
+  """The numbers 0 to C - 1 as names of classes."""
+  return tuple(map(str, range(num_classes)))
 
 
 def _digits(split: str) -> Source:
@@ -148,7 +157,9 @@ def _digits(split: str) -> Source:
     raise base.InputError(f"digits has the splits train and test; got {split!r}")
   images = np.round(bunch.images[rows[split]] * (255 / 16)).astype(np.uint8)
   labels = bunch.target[rows[split]].astype(np.int32)
-  return Source("digits", "1.0.0", split, images[..., None], labels, 10, {})
+  return Source(
+    "digits", "1.0.0", split, images[..., None], labels, 10, {}, numbers(10)
+  )
 
 
 def _cache_dir(cache_dir: str | os.PathLike | None) -> pathlib.Path:
