@@ -260,8 +260,8 @@ def check_sources(train: sources.Source, test: sources.Source) -> None:
     )
     raise base.InputError(
       f"train and test do not fit: class {label} is {named[0][label]!r} in"
-      f" {train.split} of {train.name} and {named[1][label]!r} in {test.split} of {test.name}; give"
-      " both the same classes"
+      f" {train.split} of {train.name} and {named[1][label]!r} in {test.split} of"
+      f" {test.name}; give both the same classes"
     )
 
 
