@@ -77,8 +77,11 @@ def train(
   """
   folders = [folder / f"seed-{seed}" for seed in config.seeds]
   if not all((f / results.RESULTS).exists() for f in folders):
+    splits = batches_lib.check_splits(splits, config.seeds)
     config_lib.check(config, method, splits)
-    model.check(batches_lib.examples_dict(splits[0].test), splits[0].num_classes)
+    test = batches_lib.examples_dict(splits[0].test)
+    # One row, for a source of rows is an array only where it is read.
+    model.check({k: x[:1] for k, x in test.items()}, splits[0].num_classes)
     with contextlib.ExitStack() as files:
       run = _Run(config, model, method, optimizer, splits, folder, name, files)
       run.finish(evaluators, probes)
