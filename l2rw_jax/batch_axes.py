@@ -188,7 +188,6 @@ def _through(jaxpr, num_consts, axes, rules):
     own = [axis_of(v) for v in eqn.invars]
     # An error counts only if a result needs what it is about.
     errors = [axis for axis in own if isinstance(axis, MixedError)]
-    outs: list[Any]
     if errors:
       outs: list[Any] = errors[:1] * len(eqn.outvars)
     elif all(axis is None for axis in own):

@@ -7,6 +7,7 @@ when a batch asks for them: a pool is a table of rows.
 """
 
 import hashlib
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -128,8 +129,8 @@ def episodes(
     The problem; `validation` is empty.
 
   Raises:
-    InputError: an argument out of range, too few classes or images of one, or images
-      that do not fit together.
+    InputError: an argument out of range, too few classes or images of one, images
+      that do not fit together, or a class that is in two of the sources.
 
   References:
     Killamsetty et al., "A Nested Bi-level Optimization Framework for Robust Few Shot
@@ -305,6 +306,15 @@ def _check(train, meta, test, foreign, foreign_share, noise_share):
         f"the {name} images are {other[0]} of shape {other[1]} and the training images"
         f" {one[0]} of shape {one[1]}; make them alike."
       )
+  given = {"train": train, "meta": meta, "test": test, "foreign": foreign}
+  given = {name: source for name, source in given.items() if source is not None}
+  for (first, a), (second, b) in itertools.combinations(given.items(), 2):
+    shared = _shared_classes(a, b)
+    if shared:
+      raise base.InputError(
+        f"the {first} and {second} sources share {len(shared)} classes, the first is"
+        f" {min(shared)!r} of {a.name}; every class may be in one source only."
+      )
   if foreign is None and foreign_share:
     raise base.InputError(
       f"foreign_share={foreign_share} needs a foreign source; give one or 0."
@@ -313,6 +323,18 @@ def _check(train, meta, test, foreign, foreign_share, noise_share):
     raise base.InputError(f"foreign_share must lie in [0, 1); got {foreign_share}.")
   if not 0 <= noise_share <= 1:
     raise base.InputError(f"noise_share must lie in [0, 1]; got {noise_share}.")
+
+
+def _shared_classes(one, other):
+  """Names of the classes of one data set that are in both sources."""
+  data_sets = {source.name.partition("+")[0] for source in (one, other)}
+  if len(data_sets) > 1:
+    return set()
+  if None not in (one.class_names, other.class_names):
+    return set(one.class_names) & set(other.class_names)
+  # Without names, only the same examples are surely of the same classes.
+  is_same = one.name == other.name and one[1:3] == other[1:3]
+  return set(sources.numbers(one.num_classes)) if is_same else set()
 
 
 def _check_at_least(**sizes):

@@ -7,13 +7,17 @@ them, and the checks of what it was given.
 from collections.abc import Mapping
 import hashlib
 import itertools
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from l2rw_jax import base
 from l2rw_jax import corruption
 from l2rw_jax.data import sources
+
+_BLOCK_BYTES = 2**26
 
 
 class Examples(NamedTuple):
@@ -209,23 +213,128 @@ def check_disjoint(rows: Mapping[str, np.ndarray]) -> None:
       )
 
 
-def check_images(images: np.ndarray, what: str) -> None:
+def check_images(images: Any, what: str) -> None:
   """Raises InputError unless the images are uint8, or floats that are finite.
 
+  Floats are read some rows at a time, so that a source of rows larger than memory
+  can be checked.
+
   Args:
-    images: [N, ...].
+    images: [N, ...], an array or a source of rows as in `Examples.image`.
     what: how the message calls them.
   """
-  if images.dtype == np.uint8:
-    return
-  if not np.issubdtype(images.dtype, np.floating):
-    raise base.InputError(f"{what} must be uint8 or floating; got {images.dtype}")
-  bad = np.flatnonzero(~np.isfinite(images).all(axis=tuple(range(1, images.ndim))))
-  if len(bad):
+  try:
+    dtype, shape, size = np.dtype(images.dtype), tuple(images.shape), len(images)
+  except (AttributeError, TypeError):
     raise base.InputError(
-      f"{len(bad)} of {what} hold NaN or infinite pixels, the first at index"
-      f" {bad[0]}; drop or mend them"
+      f"{what} must be an array, or a source of rows with shape, dtype of NumPy and"
+      f" len; got {type(images).__name__}"
+    ) from None
+  if dtype == np.uint8:
+    return
+  if not jax.dtypes.issubdtype(dtype, np.floating):
+    raise base.InputError(f"{what} must be uint8 or floating; got {dtype}")
+  block = max(1, _BLOCK_BYTES // max(1, dtype.itemsize * math.prod(shape[1:])))
+  wrong, first = 0, None
+  for start in range(0, size, block):
+    found = np.asarray(images[start : min(start + block, size)])
+    bad = np.flatnonzero(~np.isfinite(found).reshape(len(found), -1).all(axis=1))
+    wrong += len(bad)
+    if first is None and len(bad):
+      first = start + bad[0]
+  if wrong:
+    raise base.InputError(
+      f"{wrong} of {what} hold NaN or infinite pixels, the first at index"
+      f" {first}; drop or mend them"
     )
+
+
+def read_rows(source: Any, rows: np.ndarray) -> np.ndarray:
+  """Some rows of an array or of a source of rows, in the order of `rows`.
+
+  Args:
+    source: [N, ...], as in `Examples.image`.
+    rows: integers [n], in any order, possibly repeated.
+
+  Returns:
+    The rows, [n, ...].
+  """
+  if isinstance(source, np.ndarray):
+    return source[rows]
+  try:
+    return np.asarray(source[rows])
+  except (TypeError, ValueError):
+    # HDF5 reads rows in ascending order only, each of them once.
+    ascending, places = np.unique(rows, return_inverse=True)
+    return np.asarray(source[ascending])[places]
+
+
+def integers(what: str, values: Any) -> np.ndarray:
+  """Labels, groups or row numbers as int32, if no value changes by that.
+
+  Args:
+    what: how the message calls them.
+    values: an array or nested lists of integers, booleans or floats without a
+      fractional part.
+
+  Raises:
+    InputError: another kind of values, ragged lists, or a value that is no int32.
+  """
+  try:
+    array = np.asarray(values)
+    if array.dtype == object:
+      array = np.asarray(array.tolist())
+  except ValueError:
+    raise base.InputError(
+      f"{what} must be one array of integers; got ragged lists"
+    ) from None
+  if not array.size:
+    return np.zeros(array.shape, np.int32)
+  if array.dtype.kind not in "biu" and not jax.dtypes.issubdtype(
+    array.dtype, np.floating
+  ):
+    raise base.InputError(
+      f"{what} must be integers; got values of type {array.dtype}, the first is"
+      f" {array.flat[0]!r}: number the classes from 0 on"
+    )
+  limits = np.iinfo(np.int32)
+  wide = array if array.dtype.kind in "biu" else array.astype(np.float64)
+  fits = (wide >= limits.min) & (wide <= limits.max)
+  fits &= wide == np.where(fits, wide, 0).astype(np.int64)
+  if not fits.all():
+    raise base.InputError(
+      f"{what} must be integers; {np.sum(~fits)} are not, the first is"
+      f" {wide[~fits].flat[0]}"
+    )
+  return array.astype(np.int32)
+
+
+def check_examples(examples: Examples, where: str) -> Examples:
+  """The same examples with integer columns, once all fields are of one length.
+
+  Args:
+    examples: whose `label`, `true_label`, `index`, `source_index` and `group` may be
+      lists, booleans or floats without a fractional part.
+    where: how the message calls the examples, such as `train of seed 0`.
+
+  Raises:
+    InputError: a column that is not of integers, or of another length than the
+      images.
+  """
+  columns = {
+    name: integers(f"{name} in {where}", getattr(examples, name))
+    for name in Examples._fields
+    if name != "image" and getattr(examples, name) is not None
+  }
+  if not hasattr(examples.image, "shape"):
+    check_images(examples.image, f"the images in {where}")
+  for name, column in columns.items():
+    if not column.ndim or len(column) != len(examples.image):
+      raise base.InputError(
+        f"{name} in {where} has shape {list(column.shape)} and there are"
+        f" {len(examples.image)} images; give one to each"
+      )
+  return examples._replace(**columns)
 
 
 def check_sources(train: sources.Source, test: sources.Source) -> None:
@@ -252,6 +361,16 @@ def check_sources(train: sources.Source, test: sources.Source) -> None:
     raise base.InputError(
       f"train and test do not fit: images of shape {one[0]} in {one[1]} classes"
       f" against {other[0]} in {other[1]}"
+    )
+  names, others = train.class_names, test.class_names
+  if names and others and names != others:
+    label = next(
+      i for i, pair in enumerate(zip(names, others, strict=True)) if pair[0] != pair[1]
+    )
+    raise base.InputError(
+      f"train and test do not fit: class {label} is {names[label]!r} in"
+      f" {train.split} of {train.name} and {others[label]!r} in {test.split} of"
+      f" {test.name}; give both the same classes"
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import contextlib
 import difflib
 import hashlib
+import json
 import logging
 import os
 import pathlib
@@ -22,6 +23,27 @@ from l2rw_jax.data import cache
 
 _BLOCK = 1000
 _EXTRA = "extra."
+_INFO = "dataset_info.json"
+_FEATURES = "features.json"
+# The classes that may be named in features.json. tensorflow-datasets imports
+# whatever module is named there, so no other name may reach it.
+_FEATURE_CLASSES = frozenset(
+  f"tensorflow_datasets.core.features.{name}"
+  for name in (
+    "bounding_boxes.BBoxFeature",
+    "class_label_feature.ClassLabel",
+    "feature.Tensor",
+    "features_dict.FeaturesDict",
+    "image_feature.Image",
+    "labeled_image.LabeledImage",
+    "scalar.Scalar",
+    "sequence_feature.Sequence",
+    "tensor_feature.Tensor",
+    "text_feature.Text",
+  )
+)
+# Published without class names and with more classes than occur.
+_SPARSE = {("emnist", "letters")}
 
 
 class Source(NamedTuple):
@@ -36,6 +58,8 @@ class Source(NamedTuple):
     num_classes: C.
     extra: other class labels of the examples, int32 [N] each, by the name they
       have in the set (`worse_label` of cifar10_n).
+    class_names: of each class, as the whole data set names or numbers it, so that
+      classes of two splits can be compared; None where that is unknown.
   """
 
   name: str
@@ -45,6 +69,7 @@ class Source(NamedTuple):
   labels: np.ndarray
   num_classes: int
   extra: dict[str, np.ndarray]
+  class_names: tuple[str, ...] | None = None
 
 
 def load(
@@ -73,11 +98,16 @@ def load(
     The split.
 
   Raises:
-    InputError: unknown name or split, data that are not there, or a set whose
-      examples are not uint8 images of one shape with a class label.
+    InputError: unknown name or split, a name that leaves `data_dir`, data that are
+      not there, a set whose examples are not uint8 images of one shape with a class
+      label, or description files that are damaged, that name classes outside
+      tensorflow-datasets, or that disagree with the examples.
   """
   if name == "digits":
     return _digits(split)
+  _check_name(name)
+  if not split.isprintable():
+    raise base.InputError(f"the split {split!r} holds characters that no split has")
   default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
   root = pathlib.Path(data_dir or default).expanduser()
   folder = _find(name, root)
@@ -95,7 +125,13 @@ def load(
     arrays["labels"],
     int(arrays["num_classes"]),
     {k.removeprefix(_EXTRA): v for k, v in arrays.items() if k.startswith(_EXTRA)},
+    numbers(int(arrays["num_classes"])),
   )
+
+
+def numbers(num_classes: int) -> tuple[str, ...]:
+  """The numbers 0 to C - 1 as names of classes."""
+  return tuple(map(str, range(num_classes)))
 
 
 def _digits(split: str) -> Source:
@@ -121,7 +157,9 @@ def _digits(split: str) -> Source:
     raise base.InputError(f"digits has the splits train and test; got {split!r}")
   images = np.round(bunch.images[rows[split]] * (255 / 16)).astype(np.uint8)
   labels = bunch.target[rows[split]].astype(np.int32)
-  return Source("digits", "1.0.0", split, images[..., None], labels, 10, {})
+  return Source(
+    "digits", "1.0.0", split, images[..., None], labels, 10, {}, numbers(10)
+  )
 
 
 def _cache_dir(cache_dir: str | os.PathLike | None) -> pathlib.Path:
@@ -129,6 +167,29 @@ def _cache_dir(cache_dir: str | os.PathLike | None) -> pathlib.Path:
     return pathlib.Path(cache_dir).expanduser()
   caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
   return pathlib.Path(caches).expanduser() / "l2rw_jax"
+
+
+def check_folder_name(what: str, name: str) -> None:
+  """Raises InputError unless `name` is the plain name of a file or folder.
+
+  Args:
+    what: how the message calls the name.
+    name: of something inside a folder that must not be left.
+  """
+  if name in ("", ".", "..") or re.search(r"[/\\:]", name) or not name.isprintable():
+    raise base.InputError(
+      f"{what} must be a plain name, without '..' and path separators; got {name!r}"
+    )
+
+
+def _check_name(name: str) -> None:
+  title, colon, version = name.partition(":")
+  for part in title.split("/"):
+    check_folder_name(f"each part of the data set name {name!r}", part)
+  if colon and not re.fullmatch(r"\d+\.\d+\.\d+", version, re.ASCII):
+    raise base.InputError(
+      f"the version in the data set name {name!r} must look like 3.0.1"
+    )
 
 
 def _find(name: str, root: pathlib.Path) -> pathlib.Path:
@@ -139,7 +200,7 @@ def _find(name: str, root: pathlib.Path) -> pathlib.Path:
   found = {
     tuple(map(int, path.parent.name.split("."))): path.parent
     for path in (root / title).glob("*/dataset_info.json")
-    if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name)
+    if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name, re.ASCII)
   }
   if version:
     found = {k: path for k, path in found.items() if path.name == version}
@@ -181,17 +242,106 @@ def _missing(name: str, root: pathlib.Path) -> str:
 def _description(folder: pathlib.Path) -> str:
   # Two copies of one version can differ: re-compressed images, a part of it.
   digest = hashlib.sha256()
-  for file in ("dataset_info.json", "features.json"):
+  for file in (_INFO, _FEATURES):
     path = folder / file
     digest.update(path.read_bytes() if path.exists() else b"")
   return digest.hexdigest()[:16]
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  """The content of a description file, which must be a non-empty object."""
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError, RecursionError) as error:
+    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    raise base.InputError(_damaged(path, reason)) from error
+  if not isinstance(content, dict) or not content:
+    raise base.InputError(_damaged(path, "it holds no description"))
+  return content
+
+
+def _damaged(path: pathlib.Path, reason: str) -> str:
+  return f"{path} is damaged or incomplete; copy or prepare it again ({reason})"
+
+
+def _strings(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
+  """Every string in JSON with its key, also in JSON that is kept in strings."""
+  if isinstance(content, dict):
+    for name, value in content.items():
+      yield from _strings(value, name)
+  elif isinstance(content, list):
+    for value in content:
+      yield from _strings(value, key)
+  elif isinstance(content, str):
+    yield key, content
+    if content.lstrip()[:1] in ("{", "["):
+      with contextlib.suppress(ValueError):
+        yield from _strings(json.loads(content), key)
+
+
+def _check_descriptions(folder: pathlib.Path) -> None:
+  """Raises InputError for what tensorflow-datasets must not be given to read."""
+  path = folder / _FEATURES
+  try:
+    names = [
+      value
+      for key, value in _strings(_read_json(path))
+      if key in ("pythonClassName", "python_class_name", "type")
+    ]
+  except RecursionError as error:
+    raise base.InputError(_damaged(path, "it is nested too deeply")) from error
+  for name in names:
+    if name not in _FEATURE_CLASSES:
+      raise base.InputError(
+        f"{path} names the class {name!r}, which is no feature of an image"
+        " classification set and is not imported; use a data set that you trust"
+      )
+  path = folder / _INFO
+  info = _read_json(path)
+  splits = info.get("splits")
+  if not isinstance(splits, list) or not all(isinstance(x, dict) for x in splits):
+    raise base.InputError(_damaged(path, "it lists no splits"))
+  for part in (info, *splits):
+    for key in ("name", "filepathTemplate", "filepath_template"):
+      if not isinstance(part.get(key, ""), str):
+        raise base.InputError(_damaged(path, f"{key} is no string"))
+      if re.search(r"[/\\]|\.\.", part.get(key, "")):
+        raise base.InputError(
+          f"{path} has the {key} {part[key]!r}, which leaves its folder; use a data"
+          " set that you trust"
+        )
+
+
+def _builder(folder: pathlib.Path) -> Any:
+  """The reader of tensorflow-datasets, once the descriptions are checked."""
+  import tensorflow_datasets as tfds
+
+  _check_descriptions(folder)
+  steps = (
+    (_FEATURES, tfds.features.FeatureConnector.from_config),
+    (_INFO, tfds.builder_from_directory),
+  )
+  made = []
+  for file, make in steps:
+    try:
+      made.append(make(folder))
+    # Damage shows as any error, by what is missing.
+    except Exception as error:
+      reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+      raise base.InputError(_damaged(folder / file, reason)) from error
+  features, builder = made
+  if not isinstance(features, tfds.features.FeaturesDict):
+    raise base.InputError(
+      _damaged(folder / _FEATURES, "it does not describe fields of examples")
+    )
+  return builder
 
 
 def _decode(folder: pathlib.Path, split: str) -> cache.Arrays:
   with _quiet():
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(folder)
+    builder = _builder(folder)
     features = dict(builder.info.features.items())
     labels = [
       name
@@ -201,7 +351,10 @@ def _decode(folder: pathlib.Path, split: str) -> cache.Arrays:
     _check_features(folder, features, labels)
     rows = _open(builder, split)
     try:
+      _check_numbers(folder, builder, split)
       arrays = _stack(rows, features["image"].shape, labels)
+    except base.InputError:
+      raise
     except MemoryError:
       raise base.InputError(
         f"the {len(rows)} images of {split!r} in {folder} do not fit in memory; take a"
@@ -210,15 +363,72 @@ def _decode(folder: pathlib.Path, split: str) -> cache.Arrays:
     # Damage shows as any error, by where it hits and by who decodes the images.
     except Exception as error:
       reason = f"{type(error).__name__}: {str(error).partition(';')[0]}"
-      raise base.InputError(
-        f"{folder} is damaged or incomplete; copy or prepare it again ({reason})"
-      ) from error
+      raise base.InputError(_damaged(folder, reason.partition("\n")[0])) from error
+  for name in labels:
+    _check_classes(folder, split, name, arrays[name], features[name].num_classes)
   return {
     "images": arrays.pop("image"),
     "labels": arrays.pop("label"),
     "num_classes": np.array(features["label"].num_classes),
     **{_EXTRA + name: array for name, array in arrays.items()},
   }
+
+
+def _check_numbers(folder: pathlib.Path, builder: Any, split: str) -> None:
+  """Raises InputError unless every file holds as many examples as it should."""
+  from array_record.python import array_record_module
+
+  asked = set(re.findall(r"[^\s+\[\]]+", split))
+  for name, info in builder.info.splits.items():
+    if name not in asked and "all" not in asked:
+      continue
+    for path, number in zip(info.filepaths, info.shard_lengths, strict=True):
+      reader = array_record_module.ArrayRecordReader(str(path))
+      found = reader.num_records()
+      reader.close()
+      if found != number:
+        raise base.InputError(
+          f"{folder / _INFO} gives {number} examples of {name} in"
+          f" {pathlib.Path(path).name}, which holds {found}; copy or prepare the set"
+          " again"
+        )
+
+
+def _check_classes(
+  folder: pathlib.Path,
+  split: str,
+  name: str,
+  labels: np.ndarray,
+  num_classes: int | None,
+) -> None:
+  """Raises InputError unless the number of classes is that of the labels.
+
+  A class without examples is believed where class names are stored, in a part of
+  the set and in labels other than the truth.
+  """
+  number, needed = num_classes or 0, int(labels.max(initial=-1)) + 1
+  file = folder / f"{name}.labels.txt"
+  names = None
+  if file.exists():
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    names = sum(bool(line.strip()) for line in lines)
+    if names != number:
+      raise base.InputError(
+        f"{folder / _FEATURES} gives {number} classes of {name} and {file.name} has"
+        f" the names of {names}; copy or prepare the set again"
+      )
+  is_sparse = (
+    name != "label"
+    or split != "train"
+    or folder.parts[-3:-1] in _SPARSE
+    or names is not None
+  )
+  if needed > number or (needed < number and not is_sparse):
+    raise base.InputError(
+      f"{folder / _FEATURES} gives {number} classes of {name}, but the labels of"
+      f" {split} are of {needed} (0 to {needed - 1}); correct numClasses there, or"
+      f" list the names of all classes in {name}.labels.txt"
+    )
 
 
 def _stack(rows: Any, shape: tuple[int, ...], labels: list[str]) -> cache.Arrays:
@@ -228,7 +438,10 @@ def _stack(rows: Any, shape: tuple[int, ...], labels: list[str]) -> cache.Arrays
     # Several times faster than row by row.
     block = rows.__getitems__(range(start, min(start + _BLOCK, len(rows))))
     stop = start + len(block)
-    images[start:stop] = [row["image"] for row in block]
+    found = np.stack([row["image"] for row in block])
+    if found.shape[1:] != tuple(shape):
+      raise ValueError(f"images of shape {found.shape[1:]} instead of {shape}")
+    images[start:stop] = found
     for name, column in columns.items():
       column[start:stop] = [row[name] for row in block]
   return {"image": images, **columns}

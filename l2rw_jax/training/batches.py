@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from l2rw_jax import base
+from l2rw_jax.data import parts
 from l2rw_jax.data import splits as splits_lib
 from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import devices as devices_lib
@@ -128,6 +129,29 @@ class BatchSource:
     if rows.shape[-1] % len(self._devices):
       return devices_lib.repeat(rows, self._devices)
     return devices_lib.shard(rows, self._devices)
+
+
+def check_splits(
+  splits: Sequence[splits_lib.Splits], seeds: Sequence[int]
+) -> list[splits_lib.Splits]:
+  """Splits whose labels, groups and row numbers are arrays of int32.
+
+  Args:
+    splits: the data of each run.
+    seeds: of each run.
+
+  Raises:
+    InputError: labels, groups or row numbers that are no integers, or that are more
+      or fewer than the images.
+  """
+  found = []
+  for seed, split in zip(seeds, splits, strict=True):
+    examples: dict[str, Any] = {
+      part: parts.check_examples(getattr(split, part), f"{part} of seed {seed}")
+      for part in ("train", "meta", "validation", "test")
+    }
+    found.append(split._replace(**examples))
+  return found
 
 
 def examples_dict(examples: splits_lib.Examples) -> base.Batch:

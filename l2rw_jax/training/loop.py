@@ -88,10 +88,13 @@ def train(
       " not supported: start a single process, without jax.distributed.initialize."
     )
   folders = [folder / f"seed-{seed}" for seed in config.seeds]
+  splits = batches_lib.check_splits(splits, config.seeds)
   identities = identity.of_runs(config, splits, folder)
   if not _is_finished(folder, folders, identities):
     config_lib.check(config, method, splits)
-    model.check(batches_lib.examples_dict(splits[0].test), splits[0].num_classes)
+    test = batches_lib.examples_dict(splits[0].test)
+    # One row, for a source of rows is an array only where it is read.
+    model.check({k: x[:1] for k, x in test.items()}, splits[0].num_classes)
     try:
       folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

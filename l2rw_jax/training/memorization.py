@@ -67,7 +67,11 @@ def susceptibility(
       snapshot.state.params,
       snapshot.state.model_state,
       snapshot.state.opt_state,
-      {"image": images[rows], "label": labels[rows], "index": rows.astype(np.int32)},
+      {
+        "image": parts.read_rows(images, rows),
+        "label": labels[rows],
+        "index": rows.astype(np.int32),
+      },
       jax.random.fold_in(key, step),
     )
     return {"susceptibility_drop": float(found.drop)}

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from l2rw_jax import base
+from l2rw_jax.data import parts
 from l2rw_jax.training import devices as devices_lib
 
 # Of the free memory of an accelerator; the rest is for activations, and for the
@@ -115,7 +116,7 @@ class Streamed:
     asked = rows[:1] if (rows == rows[:1]).all() else rows  # Read once what all take.
 
     def gathered(source, run):
-      found = source[asked[:, run].reshape(-1)]
+      found = parts.read_rows(source, asked[:, run].reshape(-1))
       found = found.reshape(len(asked), steps * size, *found.shape[1:])
       return np.broadcast_to(found, (num_devices, *found.shape[1:]))
 

@@ -57,6 +57,10 @@ def watched(
   Raises:
     InputError: a validation set is empty.
   """
+  validation = {
+    seed: parts.check_examples(examples, f"validation of seed {seed}")
+    for seed, examples in validation.items()
+  }
   for seed, examples in validation.items():
     if not len(examples.label):
       raise base.InputError(

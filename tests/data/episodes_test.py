@@ -1,5 +1,7 @@
 """Pools of tasks: who is drawn, from where, with which labels; what does not fit."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -174,3 +176,21 @@ def test_what_does_not_fit_is_one_line(settings, message):
   with pytest.raises(base.InputError, match=message) as caught:
     _make(**settings)
   assert "\n" not in str(caught.value)
+
+
+def test_a_class_in_two_sources_is_refused():
+  named = {
+    name: source._replace(
+      name="one", class_names=tuple(f"{name}{i}" for i in range(source.num_classes))
+    )
+    for name, source in _SOURCES.items()
+  }
+  _make(**named)
+  for one, other in itertools.combinations(named, 2):
+    names = (named[one].class_names[0], *named[other].class_names[1:])
+    changed = {**named, other: named[other]._replace(class_names=names)}
+    with pytest.raises(base.InputError, match="sources share 1 classes") as caught:
+      _make(**changed)
+    assert f"{names[0]!r} of one" in str(caught.value)
+  with pytest.raises(base.InputError, match="train and test sources share 8 classes"):
+    _make(test=_SOURCES["train"])

@@ -6,6 +6,7 @@ import pytest
 
 from l2rw_jax import base
 from l2rw_jax.data import image_classes
+from l2rw_jax.data import parts
 from l2rw_jax.data import sources
 
 
@@ -137,3 +138,61 @@ def test_a_folder_that_is_not_as_expected(folder):
   assert "empty holds no image (.bmp, .jpeg, .jpg, .png)" in message("val")
   (folder / "train" / "blue" / "0.png").write_bytes(b"broken")
   assert "0.png cannot be read as an image" in message("train")
+
+
+def test_pixels_of_16_bits_are_scaled(tmp_path):
+  ramp = np.array([[0, 257, 32768, 65535]], np.uint16)
+  own = tmp_path / "set" / "train" / "a"
+  own.mkdir(parents=True)
+  Image.fromarray(np.repeat(ramp, 4, 0)).save(own / "0.png")
+  source = image_classes.image_folder(tmp_path / "set", "train", size=4)
+  assert source.images[0, :, :, 0].tolist() == [[0, 1, 128, 255]] * 4
+
+
+def test_no_image_is_dropped(folder):
+  inner = folder / "train" / "red" / "more" / "still"
+  inner.mkdir(parents=True)
+  Image.new("RGB", (5, 5), "red").save(inner / "x.PNG")
+  source = image_classes.image_folder(folder, "train", size=4)
+  assert np.bincount(source.labels).tolist() == [2, 2, 3]
+  assert source.class_names == ("blue", "lime", "red")
+
+  def refuse(file, message, content=b""):
+    file.write_bytes(content)
+    with pytest.raises(base.InputError, match=message) as caught:
+      image_classes.image_folder(folder, "train", size=4)
+    assert file.name in str(caught.value) and "\n" not in str(caught.value)
+    file.unlink()
+
+  refuse(folder / "train" / "lost.png", "is in no class")
+  refuse(inner / "y.webp", "of a format that is not read")
+  whole = (inner / "x.PNG").read_bytes()
+  for content in (b"", whole[:40], whole[:46], whole.replace(b"IHDR", b"IHDX")):
+    refuse(inner / "y.png", "cannot be read as an image", content)
+  (inner / "y.png").symlink_to("nowhere")
+  with pytest.raises(base.InputError, match=r"y.png cannot be read"):
+    image_classes.image_folder(folder, "train", size=4)
+  with pytest.raises(base.InputError, match="must be a plain name"):
+    image_classes.image_folder(folder / "train", "../val", size=4)
+
+
+def test_splits_with_other_classes_are_refused(folder):
+  train = image_classes.image_folder(folder, "train", size=4)
+  (folder / "val" / "black").mkdir()
+  (folder / "val" / "lime").mkdir()
+  for name in ("black", "lime"):
+    Image.new("RGB", (5, 5), name).save(folder / "val" / name / "0.png")
+  val = image_classes.image_folder(folder, "val", size=4)
+  message = "class 0 is 'blue' in train of tiny and 'black' in val of tiny"
+  with pytest.raises(base.InputError, match=message):
+    parts.check_sources(train, val)
+  parts.check_sources(train, val._replace(class_names=train.class_names))
+
+
+def test_classes_keep_the_names_of_the_whole():
+  source = _source(num_classes=4)
+  one, other = image_classes.split_classes(source, (2, 2), seed=0)
+  assert sorted(one.class_names + other.class_names) == ["0", "1", "2", "3"]
+  assert image_classes.rotated(one).class_names[:2] == one.class_names
+  assert len(set(image_classes.rotated(one).class_names)) == 8
+  assert image_classes.shuffled(one, 0).class_names is None

@@ -206,3 +206,84 @@ def test_slices_of_one_split_may_share_images_and_are_refused(others):
   with pytest.raises(base.InputError, match="may share images"):
     parts.check_sources(one, other)
   parts.check_sources(one, source("test"))
+
+
+class _File:
+  """Rows as HDF5 gives them: no ndim, ascending rows only, each of them once."""
+
+  def __init__(self, array):
+    self._array, self.most = array, 0
+    self.shape, self.dtype = array.shape, array.dtype
+
+  def __len__(self):
+    return len(self._array)
+
+  def __getitem__(self, rows):
+    if not isinstance(rows, slice) and np.any(np.diff(rows) <= 0):
+      raise TypeError("Indexing elements must be in increasing order")
+    found = self._array[rows]
+    self.most = max(self.most, len(found))
+    return found
+
+
+def test_float_images_in_a_file_are_checked_some_at_a_time(monkeypatch):
+  monkeypatch.setattr(parts, "_BLOCK_BYTES", 2 * 3 * 4)
+  array = np.zeros((7, 3), np.float32)
+  images = _File(array)
+  parts.check_images(images, "rows")
+  assert images.most == 2
+  array[3, 1] = array[6, 0] = np.nan
+  with pytest.raises(base.InputError, match=r"2 of rows hold NaN .* first at index 3"):
+    parts.check_images(images, "rows")
+  with pytest.raises(base.InputError, match=r"rows must be an array, .* got list"):
+    parts.check_images([[1.0]], "rows")
+
+
+def test_rows_of_a_file_come_in_any_order():
+  array = np.arange(12).reshape(6, 2)
+  rows = np.array([4, 0, 4, 2])
+  for source in (array, _File(array)):
+    np.testing.assert_array_equal(parts.read_rows(source, rows), array[rows])
+
+
+@pytest.mark.parametrize(
+  "given",
+  [
+    [0, 1, 1],
+    np.array([0.0, 1.0, 1.0], np.float16),
+    np.array([False, True, True]),
+    np.array([0, 1, 1], object),
+    np.array([0, 1, 1], np.uint8),
+  ],
+)
+def test_labels_that_are_integers_are_taken(given):
+  found = parts.integers("label", given)
+  assert found.dtype == np.int32 and found.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    (["cat", "dog"], "type <U3, the first is .*cat"),
+    (np.array(["a", 1], object), "values of type"),
+    (np.array([None, 1], object), "values of type"),
+    ([0.0, 0.5], "1 are not, the first is 0.5"),
+    ([0.0, np.nan], "1 are not, the first is nan"),
+    ([0, 2**40], "the first is 1099511627776"),
+    ([[0], [1, 2]], "got ragged lists"),
+    ([1j], "type complex128"),
+    (np.array(["2020-01-01"], "M8[D]"), "values of type"),
+  ],
+)
+def test_labels_that_are_no_integers_are_refused(given, message):
+  with pytest.raises(base.InputError, match=rf"label must be .*{message}") as caught:
+    parts.integers("label", given)
+  assert "\n" not in str(caught.value)
+
+
+def test_columns_of_another_length_are_refused():
+  train = assemble({"train": np.arange(4), "test": np.arange(6)}).train
+  lists = train._replace(label=train.label.tolist(), group=None)
+  np.testing.assert_array_equal(parts.check_examples(lists, "it").label, train.label)
+  with pytest.raises(base.InputError, match=r"label in it has shape \[3\] .* 4 images"):
+    parts.check_examples(train._replace(label=train.label[:3]), "it")

@@ -1,5 +1,6 @@
 import hashlib
 import io
+import json
 import os
 import pathlib
 import shutil
@@ -201,13 +202,21 @@ def test_newest_version_by_number_unless_one_is_asked_for(data_dir):
 
 
 def test_two_copies_of_one_version_do_not_share_a_cache(data_dir, tmp_path):
+  import tensorflow_datasets as tfds
+
   whole = load(data_dir, cache_dir=tmp_path / "cache")
   other = data_dir / "other"
-  shutil.copytree(data_dir / "tiny", other / "tiny")
-  info = other / "tiny" / "1.0.0" / "dataset_info.json"
-  info.write_text(info.read_text().replace('"12"', '"11"'))
+  prepare(
+    other,
+    "tiny",
+    {
+      "image": tfds.features.Image(shape=(6, 5, 3)),
+      "label": tfds.features.ClassLabel(num_classes=2),
+    },
+    lambda i: {"image": png(i), "label": i % 2},
+  )
   part = load(other, cache_dir=tmp_path / "cache")
-  assert (len(whole.labels), len(part.labels)) == (12, 11)
+  assert (whole.num_classes, part.num_classes) == (3, 2)
 
 
 def test_configurations(data_dir):
@@ -257,6 +266,99 @@ def test_unknown_name(tmp_path):
   assert_told("unknown data set 'mnsit'; did you mean mnist or", tmp_path, "mnsit")
   assert_told("unknown data set 'digts'; did you mean digits", tmp_path, "digts")
   assert_told("unknown data set 'qqqqqq'; known are digits", tmp_path, "qqqqqq")
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["../tiny", "..", "a/../tiny", "/etc", "a//b", "a\\b", "", ".", "a\nb", "\udc80"],
+)
+def test_no_name_leaves_the_data_folder(data_dir, name):
+  assert_told("must be a plain name", data_dir / "tiny", name)
+  assert_told("must look like 3.0.1", data_dir, "tiny:../1.0.0")
+
+
+_MODULE = "evil_features"
+
+
+@pytest.mark.parametrize(
+  "replacement",
+  [
+    {"pythonClassName": f"{_MODULE}.Image", "text": {}},
+    {"python_class_name": f"{_MODULE}.Image", "text": {}},
+    {
+      "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
+      "jsonFeature": {
+        "json": json.dumps({"a": {"type": f"{_MODULE}.Image", "content": {}}})
+      },
+    },
+  ],
+)
+def test_no_module_is_imported_because_a_data_set_names_it(
+  data_dir, tmp_path, monkeypatch, replacement
+):
+  (tmp_path / f"{_MODULE}.py").write_text("")
+  monkeypatch.syspath_prepend(tmp_path)
+  path = data_dir / "tiny" / "1.0.0" / "features.json"
+  features = json.loads(path.read_text())
+  features["featuresDict"]["features"]["worker"] = replacement
+  path.write_text(json.dumps(features))
+  assert_told(rf"features.json names the class '{_MODULE}.Image'", data_dir)
+  assert _MODULE not in sys.modules
+  path.write_text(json.dumps({"type": f"{_MODULE}.X", "content": {}}))
+  assert_told(rf"features.json names the class '{_MODULE}.X'", data_dir)
+  assert _MODULE not in sys.modules
+
+
+@pytest.mark.parametrize("file", ["features.json", "dataset_info.json"])
+def test_damaged_descriptions_are_one_line(data_dir, file):
+  path = data_dir / "tiny" / "1.0.0" / file
+  whole = path.read_bytes()
+  deep = b'{"a": ' * 100_000
+  half = whole[: len(whole) // 2]
+  for content in (b"", b"{}", b"[]", b"null", b"\xff", half, b'{"a": 1}', deep):
+    path.write_bytes(content)
+    assert_told(rf"{file} is damaged or incomplete", data_dir)
+  path.unlink()
+  if file == "features.json":
+    assert_told(rf"{file} is damaged or incomplete", data_dir)
+
+
+def change(path, old, new):
+  text = path.read_text()
+  assert old in text
+  path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("number", ["2", "4"])
+def test_another_number_of_classes_is_refused(data_dir, number):
+  path = data_dir / "tiny" / "1.0.0" / "features.json"
+  change(path, '"numClasses": "3"', f'"numClasses": "{number}"')
+  message = rf"features.json gives {number} classes of label, .* are of 3 \(0 to 2\)"
+  assert_told(message, data_dir)
+  if number == "4":  # Classes that have names may be without examples.
+    (path.parent / "label.labels.txt").write_text("a\nb\nc\nd\n")
+    assert load(data_dir).num_classes == 4
+
+
+def test_names_of_another_number_of_classes_are_refused(data_dir):
+  (data_dir / "tiny" / "1.0.0" / "label.labels.txt").write_text("a\nb\n")
+  message = "features.json gives 3 classes of label and label.labels.txt .* names of 2"
+  assert_told(message, data_dir)
+
+
+@pytest.mark.parametrize("number", ["11", "13"])
+def test_another_number_of_examples_is_refused(data_dir, number):
+  change(data_dir / "tiny" / "1.0.0" / "dataset_info.json", '"12"', f'"{number}"')
+  message = f"dataset_info.json gives {number} examples of train in .* holds 12"
+  assert_told(message, data_dir)
+  assert_told(message, data_dir, "tiny", "train[:5]")
+  assert len(load(data_dir, split="test").labels) == 5
+
+
+def test_records_outside_the_folder_are_not_read(data_dir):
+  path = data_dir / "tiny" / "1.0.0" / "dataset_info.json"
+  change(path, "{DATASET}-{SPLIT}", "../{DATASET}-{SPLIT}")
+  assert_told("filepathTemplate .* leaves its folder", data_dir)
 
 
 def test_unknown_split(data_dir):

@@ -246,3 +246,38 @@ def test_clean_examples_on_the_host_are_sent_step_by_step(monkeypatch, needs_met
     config, [split], lambda *_: np.arange(40), needs_meta, jax.devices()[:1], None
   )
   assert source.streamed == needs_meta
+
+
+class _File(_Rows):
+  """Floats as HDF5 gives them: no ndim, ascending rows only, each of them once."""
+
+  def __init__(self, array):
+    super().__init__(array)
+    del self.ndim
+
+  def __getitem__(self, rows):
+    if not isinstance(rows, slice) and np.any(np.diff(rows) <= 0):
+      raise TypeError("Indexing elements must be in increasing order")
+    return super().__getitem__(rows)
+
+
+def test_files_of_rows_and_lists_of_labels_train_alike(tmp_path, monkeypatch):
+  monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
+  splits = toy_runs.make_splits()
+
+  def changed(examples):
+    return examples._replace(
+      image=_File(examples.image), label=examples.label.astype(float).tolist()
+    )
+
+  parts = {name: changed(getattr(splits, name)) for name in ("train", "meta", "test")}
+  settings = {"num_steps": 6, "steps_per_dispatch": 1, "meta_batch_size": 5}
+  settings |= {"log_every": 6, "eval_every": 6}
+  for name, given in (("arrays", splits), ("files", splits._replace(**parts))):
+    toy_runs.train(tmp_path / name, _TUNED, [given], **settings)
+  assert toy_runs.outcome(tmp_path / "arrays") == toy_runs.outcome(tmp_path / "files")
+  words = splits.train._replace(label=splits.train.label.astype(str))
+  with pytest.raises(
+    base.InputError, match="label in train of seed 0 must be integers"
+  ):
+    toy_runs.train(tmp_path / "words", _TUNED, [splits._replace(train=words)])
