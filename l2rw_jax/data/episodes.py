@@ -308,11 +308,11 @@ def _check(train, meta, test, foreign, foreign_share, noise_share):
       )
   given = {"train": train, "meta": meta, "test": test, "foreign": foreign}
   given = {name: source for name, source in given.items() if source is not None}
-  for (one, a), (other, b) in itertools.combinations(given.items(), 2):
+  for (a_name, a), (b_name, b) in itertools.combinations(given.items(), 2):
     shared = _shared_classes(a, b)
     if shared:
       raise base.InputError(
-        f"the {one} and {other} sources share {len(shared)} classes, the first is"
+        f"the {a_name} and {b_name} sources share {len(shared)} classes, the first is"
         f" {min(shared)!r} of {a.name}; every class may be in one source only."
       )
   if foreign is None and foreign_share:

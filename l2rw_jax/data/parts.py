@@ -362,16 +362,16 @@ def check_sources(train: sources.Source, test: sources.Source) -> None:
       f"train and test do not fit: images of shape {one[0]} in {one[1]} classes"
       f" against {other[0]} in {other[1]}"
     )
-  named = [source.class_names for source in (train, test)]
-  if None not in named and named[0] != named[1]:
-    label = next(
-      i for i, pair in enumerate(zip(*named, strict=True)) if len({*pair}) > 1
-    )
-    raise base.InputError(
-      f"train and test do not fit: class {label} is {named[0][label]!r} in"
-      f" {train.split} of {train.name} and {named[1][label]!r} in {test.split} of"
-      f" {test.name}; give both the same classes"
-    )
+  if train.class_names is None or test.class_names is None:
+    return
+  pairs = itertools.zip_longest(train.class_names, test.class_names)
+  for label, (name, other_name) in enumerate(pairs):
+    if name != other_name:
+      raise base.InputError(
+        f"train and test do not fit: class {label} is {name!r} in {train.split} of"
+        f" {train.name} and {other_name!r} in {test.split} of {test.name}; give both"
+        " the same classes"
+      )
 
 
 def check_sizes(**sizes: int) -> None:

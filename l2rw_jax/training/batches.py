@@ -146,11 +146,13 @@ def check_splits(
   """
   found = []
   for seed, split in zip(seeds, splits, strict=True):
-    examples = {
-      part: parts.check_examples(getattr(split, part), f"{part} of seed {seed}")
+    train, meta, validation, test = (
+      parts.check_examples(getattr(split, part), f"{part} of seed {seed}")
       for part in ("train", "meta", "validation", "test")
-    }
-    found.append(split._replace(**examples))
+    )
+    found.append(
+      split._replace(train=train, meta=meta, validation=validation, test=test)
+    )
   return found
 
 
