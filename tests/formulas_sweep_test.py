@@ -700,7 +700,7 @@ _FORMULAS: dict[str, _Formula] = {
   "absgd.example_weights/infinite": _spread(
     lambda d, axis: _Found(
       *absgd.example_weights(
-        d.batch["losses"], -jnp.inf, jnp.inf, gamma=0.5, axis_name=axis
+        d.batch["losses"], d.whole["scalar"], jnp.inf, gamma=0.5, axis_name=axis
       )
     )
   ),

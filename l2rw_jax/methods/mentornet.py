@@ -207,8 +207,9 @@ def example_dropout(
   size = base.global_size(weights.shape[0], axis_name)
   # A hair more: 10 (1 - 0.9) must not be 0.99999998.
   num_kept = jnp.floor(size * (1 - jnp.asarray(rate, jnp.float32)) + 1e-3)
-  kept = jax.random.permutation(key, size) < num_kept
-  return jnp.where(base.own_part(kept, axis_name), weights, 0)
+  kept = jax.random.permutation(key, size) < num_kept.astype(jnp.int32)
+  kept = base.sharded_like(base.own_part(kept, axis_name), weights)
+  return jnp.where(kept, weights, 0)
 
 
 def dropout_rates(schedule: Schedule) -> np.ndarray:
