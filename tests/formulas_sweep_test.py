@@ -97,10 +97,12 @@ class _Formula(NamedTuple):
     run: `(data, axis_name) -> _Found`.
     refused: the kinds of mesh where the library raises an InputError by design.
     has_gradient: whether its gradient, in all that it is given, is compared as well.
+    tolerance: relative, of its numbers.
   """
 
   run: Callable[[_Data, Any], _Found]
   refused: tuple[str, ...] = ()
+  tolerance: float = 1e-5
   has_gradient: bool = False
 
 
@@ -235,7 +237,7 @@ def _mentor(compat, num_classes):
   return _each(run)
 
 
-def _linearized(engine):
+def _linearized(engine, **options):
   def run(data, axis_name):
     params = base.local(data.whole["params"], axis_name)
     found = linearization.linearize(_losses, params, data.batch, engine=engine)
@@ -243,7 +245,7 @@ def _linearized(engine):
     pulled = found.weighted_gradient(data.batch["scores"])
     return _Found((found.losses, slopes), base.psum(pulled, axis_name))
 
-  return _spread(run)
+  return _spread(run, **options)
 
 
 def _linearized_outputs(data, axis_name):
@@ -594,7 +596,8 @@ _FORMULAS: dict[str, _Formula] = {
   "linearization.linearize": _linearized("auto"),
   "linearization.linearize/forward": _linearized("forward"),
   "linearization.linearize/reverse": _linearized("reverse"),
-  "linearization.linearize/difference": _linearized("difference"),
+  # The quotient of two rounded differences: the engine is no more exact than this.
+  "linearization.linearize/difference": _linearized("difference", tolerance=2e-3),
   "linearization.linearize_outputs": _spread(_linearized_outputs),
   "microbatching.in_parts": _spread(_in_parts, refused=("explicit",)),
   "microbatching.weighted_gradient": _spread(_weighted_gradient, refused=("explicit",)),
@@ -934,8 +937,9 @@ def _result(kind, name):
   return results[name]
 
 
-def _assert_close(actual, expected):
-  chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
+def _assert_close(name, actual, expected):
+  rtol = _FORMULAS[name].tolerance
+  chex.assert_trees_all_close(actual, expected, rtol=rtol, atol=rtol / 10)
 
 
 @pytest.mark.parametrize("name", _FORMULAS)
@@ -955,22 +959,22 @@ def test_gives_the_same_numbers_under_a_mesh(name, kind):
     return
   found, gradient = _result(kind, name)
   expected, expected_gradient = _result("one", name)
-  _assert_close(found, expected)
-  _assert_close(gradient, expected_gradient)
+  _assert_close(name, found, expected)
+  _assert_close(name, gradient, expected_gradient)
 
 
 @pytest.mark.parametrize("name", _FORMULAS)
 def test_gives_the_same_numbers_in_shard_map(name):
-  _assert_close(_result("shard_map", name), _result("one", name)[0])
+  _assert_close(name, _result("shard_map", name), _result("one", name)[0])
 
 
 @pytest.mark.parametrize("name", _FORMULAS)
 def test_gives_the_same_numbers_in_pmap(name):
   found, expected = _result("pmap", name), _result("one", name)[0]
-  _assert_close(found.rows, expected.rows)
+  _assert_close(name, found.rows, expected.rows)
   for device in range(_DEVICES):
     own = jax.tree.map(operator.itemgetter(device), found.same)
-    _assert_close(own, expected.same)
+    _assert_close(name, own, expected.same)
 
 
 _HOST = "runs on the host, on NumPy arrays and files"
@@ -995,6 +999,7 @@ _OTHER_MODULES = {
   "workdir": _HOST,
 }
 _OTHER_FUNCTIONS = {
+  "class_balance.as_counts": _CHECK,
   "absgd.two_stage": _HOST,
   "adacore.check_epochs": _CHECK,
   "adacore.check_fraction": _CHECK,
@@ -1021,8 +1026,14 @@ _OTHER_FUNCTIONS = {
   "linearization.differentiable": _INSIDE,
   "linearization.losses_and_aux": _INSIDE,
   "linearization.split_aux": _INSIDE,
+  "linearization.without_keys": _INSIDE,
   "linearization.zero": _INSIDE,
+  "losses.check_logits": _CHECK,
+  "losses.label_mask": _INSIDE,
+  "losses.label_rows": _INSIDE,
+  "losses.label_scale": _INSIDE,
   "losses.logits_of": _INSIDE,
+  "losses.transition_loss": _INSIDE,
   "mentornet.check_percentile": _CHECK,
   "mentornet.class_mismatch": _HOST,
   "mentornet.dropout_rates": _HOST,
