@@ -423,23 +423,39 @@ def accumulator_dtype(dtype: Any) -> Any:
   return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
-def split_aux(name: str, returned: Any, has_aux: bool) -> tuple[Array, Any]:
-  """(losses, aux) from what a losses function returned.
+def losses_and_aux(name: str, returned: Any, has_aux: bool) -> tuple[Array, Any]:
+  """What the losses function `name` returned, as `(losses [B], aux)`; aux may be None.
 
   Raises:
-    InputError: `has_aux` is set and the function did not return a pair, or the
-      losses are not floating-point numbers of shape [B].
+    InputError: it is not what `has_aux` announces, or losses are not floating point
+      numbers of shape [B].
   """
-  losses, aux = returned, None
-  if has_aux:
-    if not isinstance(returned, (tuple, list)) or len(returned) != 2:
-      raise InputError(
-        f"{name} must return (losses, aux) with has_aux=True; got a value of type"
-        f" {type(returned).__name__}. Leave has_aux out if there is no aux."
-      )
-    losses, aux = returned
-  check_losses(name + "'s result", losses)
+  losses, aux = split_aux(name, returned, has_aux)
+  check_losses(f"{name}'s result", losses)
   return losses, aux
+
+
+def split_aux(name: str, returned: Any, has_aux: bool) -> tuple[Any, Any]:
+  """What the function `name` returned, as `(result, aux)`; aux may be None.
+
+  Raises:
+    InputError: it is not a pair although `has_aux`.
+  """
+  if not has_aux:
+    return returned, None
+  if not isinstance(returned, (tuple, list)) or len(returned) != 2:
+    if isinstance(returned, (tuple, list)):
+      what = f"{len(returned)} values"
+    elif hasattr(returned, "shape"):
+      what = "one array"
+    else:
+      what = f"one value of type {type(returned).__name__}"
+    raise InputError(
+      f"{name} must return two values, the second being aux, because has_aux=True; it"
+      f" returns {what}. Return both, or leave has_aux out."
+    )
+  result, aux = returned
+  return result, aux
 
 
 def check_losses(name: str, losses: Any) -> None:

@@ -189,7 +189,7 @@ def direction(
 
   def meta_losses(leaves, meta_batch):
     found = meta_losses_fn(fill(leaves), meta_batch)
-    losses, aux = base.split_aux("meta_losses_fn", found, has_aux)
+    losses, aux = base.losses_and_aux("meta_losses_fn", found, has_aux)
     if losses.size == 0:
       raise base.InputError("meta_batch is empty: a meta loss needs an example.")
     return losses, aux

@@ -90,7 +90,7 @@ def linearize(
   """
 
   def checked(params, batch):
-    return losses_and_aux(losses_fn(params, batch), has_aux)
+    return base.losses_and_aux("losses_fn", losses_fn(params, batch), has_aux)
 
   if engine not in ENGINES:
     raise base.InputError(f"engine={engine!r}: choose one of {ENGINES}.")
@@ -110,46 +110,6 @@ def linearize(
     return found.pull(base.sharded_like(weights.astype(losses.dtype), losses))
 
   return base.Linearized(losses, found.push, weighted_gradient, found.aux)
-
-
-def losses_and_aux(returned: Any, has_aux: bool) -> tuple[base.Array, Any]:
-  """What a losses function returned, as `(losses [B], aux)`; aux may be None.
-
-  Raises:
-    InputError: it is not what `has_aux` announces, or losses are not floating point
-      numbers of shape [B].
-  """
-  losses, aux = split_aux("losses_fn", returned, has_aux)
-  base.check_vector("losses_fn's result", losses)
-  if not jnp.issubdtype(losses.dtype, jnp.floating):
-    raise base.InputError(
-      f"losses_fn returns losses of type {losses.dtype}, which have no derivative:"
-      " return floating point numbers."
-    )
-  return losses, aux
-
-
-def split_aux(name: str, returned: Any, has_aux: bool) -> tuple[Any, Any]:
-  """What the function `name` returned, as `(result, aux)`; aux may be None.
-
-  Raises:
-    InputError: it is not a pair although `has_aux`.
-  """
-  if not has_aux:
-    return returned, None
-  if not isinstance(returned, (tuple, list)) or len(returned) != 2:
-    if isinstance(returned, (tuple, list)):
-      what = f"{len(returned)} values"
-    elif hasattr(returned, "shape"):
-      what = "one array"
-    else:
-      what = f"one value of type {type(returned).__name__}"
-    raise base.InputError(
-      f"{name} must return two values, the second being aux, because has_aux=True; it"
-      f" returns {what}. Return both, or leave has_aux out."
-    )
-  result, aux = returned
-  return result, aux
 
 
 def check_trainable(params: base.PyTree) -> None:
@@ -253,7 +213,7 @@ def linearize_outputs(
   select, fill = differentiable(params)
 
   def outputs_and_aux(leaves):
-    return split_aux("outputs_fn", outputs_fn(fill(leaves), batch), has_aux)
+    return base.split_aux("outputs_fn", outputs_fn(fill(leaves), batch), has_aux)
 
   leaves = select(params)
   if engine == "forward":

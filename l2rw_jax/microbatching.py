@@ -217,7 +217,7 @@ def _always_aux(losses_fn, has_aux):
   """`(params, batch) -> (losses, aux)`."""
 
   def call(params, batch):
-    return linearization.losses_and_aux(losses_fn(params, batch), has_aux)
+    return base.losses_and_aux("losses_fn", losses_fn(params, batch), has_aux)
 
   return call
 

@@ -84,7 +84,7 @@ def loss_drop(
   """
 
   def mean_loss(p):
-    losses, _ = base.split_aux("losses_fn", losses_fn(p, batch), has_aux)
+    losses, _ = base.losses_and_aux("losses_fn", losses_fn(p, batch), has_aux)
     dtype = base.accumulator_dtype(losses.dtype)
     return jnp.mean(losses.astype(dtype)).astype(losses.dtype)
 

@@ -1024,8 +1024,6 @@ _OTHER_FUNCTIONS = {
   "label_transition.estimate_by": _LOOP,
   "linearization.check_trainable": _CHECK,
   "linearization.differentiable": _INSIDE,
-  "linearization.losses_and_aux": _INSIDE,
-  "linearization.split_aux": _INSIDE,
   "linearization.without_keys": _INSIDE,
   "linearization.zero": _INSIDE,
   "losses.check_logits": _CHECK,
