@@ -1,6 +1,6 @@
 """What every script shares: flags, one-line errors, the folder of the run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import os
 import pathlib
@@ -16,6 +16,7 @@ import jax
 from experiments import _allocator
 from experiments import _bounds
 from l2rw_jax import base
+from l2rw_jax import mentor_file
 from l2rw_jax import workdir
 from l2rw_jax.training import config as config_lib
 
@@ -45,8 +46,8 @@ _STEPS_PER_DISPATCH = flags.DEFINE_integer(
 _CHECKPOINT_EVERY = flags.DEFINE_integer(
   "checkpoint_every", 1000, "Steps between two checkpoints.", lower_bound=1
 )
-# Flags whose value is the path of a file: its content decides the outcome, wherever
-# it lies.
+# Flags whose value is the path of a file, or several: their content decides the
+# outcome, wherever they lie.
 _INPUTS = ("mentor", "dump")
 
 
@@ -84,10 +85,18 @@ def prepare(
     **more_settings: further ones, of flags that are told only when they are given.
   """
   found = flags_of(module, *more_modules) | more_settings
-  inputs = {k: str(found.pop(k)) for k in _INPUTS if found.get(k)}
+  inputs = dict(_mentors(found.pop("mentor", None) or []))
+  if found.get("dump"):
+    inputs["dump"] = str(found.pop("dump"))
   settings = {k: v for k, v in found.items() if k not in (*extendable, *_INPUTS)}
   settings["experiment"] = name
   return workdir.prepare(_WORKDIR.value or f"runs/{name}", settings, inputs)
+
+
+def _mentors(paths: Any) -> Iterator[tuple[str, str]]:
+  """Names and paths of mentors; there is one of each curriculum."""
+  for path in paths:
+    yield f"mentor of curriculum {mentor_file.load(path).curriculum}", path
 
 
 def flags_of(*modules: str) -> dict[str, object]:

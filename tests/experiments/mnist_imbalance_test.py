@@ -144,7 +144,7 @@ _MISTAKES = {
   "majority_nan": (["--majority=nan"], "--majority=nan is not a finite number"),
   "majority_second": (
     ["--majority=0.9", "--majority=0.999"],
-    "Use num_train=130 or less",
+    "Use --num_train=130 or less",
   ),
   "majority_text": (["--majority=most"], "could not convert string to float: 'most'"),
   "meta_many": (["--num_meta=140"], "nothing is left to train on"),
