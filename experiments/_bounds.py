@@ -38,7 +38,9 @@ class Bounds(NamedTuple):
 
 # Positive numbers that float32 tells from 0, and numbers below 1 that it tells from 1.
 _TINY, _BELOW_ONE = 1e-12, 0.999999
-_RATE = Bounds(_TINY, 1e3)
+# High enough that a run which diverges is reported by the loop, at the step where it
+# happens.
+_RATE = Bounds(_TINY, 1e20)
 _SHARE = Bounds(0, 1)
 _INNER_SHARE = Bounds(1e-6, _BELOW_ONE)
 _COEFFICIENT = Bounds(0, 1e6)

@@ -114,7 +114,7 @@ _MISTAKES = {
   "not_a_folder": (["--workdir={tmp}/file/run"], "/file/run: cannot write (Not a dir"),
   "other_settings": (
     ["--workdir={run}/runs/digits_noise"],
-    "holds a run with other settings: noise_fraction was 0.3, now 0.4",
+    "holds a run with other settings: --noise_fraction was 0.3, now 0.4",
   ),
 }
 
