@@ -40,7 +40,14 @@ def test_every_numeric_flag_has_bounds_and_a_default_within_them():
 def test_numbers_beyond_either_bound_are_refused(name):
   bounds = _bounds.BOUNDS[name]
   _bounds.check({name: [bounds.low, bounds.high]})
-  beyond = [bounds.low - 1, bounds.high + max(1, bounds.high // 1000), 10**31, -(10**31), 10**4000, 1e300]
+  beyond = [
+    bounds.low - 1,
+    bounds.high + max(1, bounds.high // 1000),
+    10**31,
+    -(10**31),
+    10**4000,
+    1e300,
+  ]
   for value in [*beyond, *([0.0, 1e-320] if bounds.magnitude else [])]:
     with pytest.raises(base.InputError, match=f"--{name}=.* must lie between"):
       _bounds.check({name: [bounds.high, value]})
