@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from l2rw_jax import base
 
@@ -52,8 +53,8 @@ def softmax_cross_entropy(
       "softmax_cross_entropy: logits [B, 1] have a softmax of 1 everywhere; use"
       " sigmoid_cross_entropy for a single logit per example."
     )
-  log_p, is_label, scale = label_rows(logits, labels, where)
-  return -_at(log_p, is_label) * scale
+  logits, labels, scale = _safe(logits, labels, where)
+  return optax.softmax_cross_entropy_with_integer_labels(logits, labels) * scale
 
 
 def sigmoid_cross_entropy(
@@ -78,8 +79,9 @@ def sigmoid_cross_entropy(
       f"sigmoid_cross_entropy: logits must be [B, 1]; got {logits.shape}. Use"
       " softmax_cross_entropy for a logit per class."
     )
-  log_p, is_label, scale = label_rows(logits, labels, where)
-  return -_at(log_p, is_label) * scale
+  logits, labels, scale = _safe(logits, labels, where)
+  targets = labels.astype(logits.dtype)
+  return optax.sigmoid_binary_cross_entropy(logits[:, 0], targets) * scale
 
 
 def predictions(logits: base.Array) -> base.Array:
@@ -396,7 +398,7 @@ def label_scale(is_label: base.Array, where: base.Array | None = None) -> base.A
   if where is None:
     # Not the constant NaN, which `jax_debug_nans` would stop at for every batch.
     return jnp.sqrt(jnp.where(exists, 1.0, -1.0))
-  return jnp.sqrt(jnp.where(exists | ~where, 1.0, -1.0)) * where
+  return jnp.where(where, jnp.sqrt(jnp.where(exists | ~where, 1.0, -1.0)), 0.0)
 
 
 def label_rows(
@@ -429,6 +431,15 @@ def label_rows(
   is_impossible = ~jnp.any(is_label, axis=1, keepdims=True)
   first = label_mask(jnp.zeros_like(labels), log_p.shape[1])
   return log_p, is_label | (is_impossible & first), scale
+
+
+def _safe(logits, labels, where):
+  """Checked logits and labels of which every row counts, and factors [B]."""
+  if where is not None:
+    logits = jnp.where(where[:, None], logits, 0)
+  is_label = label_mask(jnp.asarray(labels), max(logits.shape[1], 2))
+  scale = label_scale(is_label, where).astype(logits.dtype)
+  return logits, jnp.argmax(is_label, axis=1), scale
 
 
 def _at(values, is_label):

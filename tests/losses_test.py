@@ -361,3 +361,12 @@ def test_labels_of_another_code_give_nan_for_a_single_logit():
 def test_where_is_checked():
   with pytest.raises(base.InputError, match="where must be bool of shape"):
     losses.focal(jnp.zeros((2, 3)), jnp.zeros(2, int), where=jnp.ones((2, 1), bool))
+
+
+def test_where_needs_no_implicit_promotion():
+  with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+    for dtype in (jnp.float32, jnp.bfloat16):
+      found = losses.softmax_cross_entropy(
+        jnp.zeros((2, 4), dtype), jnp.array([1, -1]), where=jnp.array([True, False])
+      )
+      assert found.dtype == dtype and found[1] == 0
