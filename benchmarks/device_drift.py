@@ -5,8 +5,7 @@ number of devices, in float32 and in float64. The control is one device whose in
 parameters are moved by one unit in the last place: where it drifts as far, rounding
 explains the drift, and an order of sums that avoids it does not exist.
 Command: python -m benchmarks.device_drift [FILE.csv]
-Device, time: 8 virtual CPU devices on 2 cores, 10 minutes.
-Ours: results/device_drift.
+Device, time: 8 virtual CPU devices on 2 cores, over 10 minutes.
 """
 
 from collections.abc import Callable, Iterator
