@@ -196,6 +196,6 @@ def check_greedy(greedy: str, epsilon: float) -> None:
   # Below, the stochastic greedy would look at more candidates than the exact one.
   if not _SMALLEST_EPSILON <= epsilon < 1:
     raise base.InputError(
-      f"epsilon={epsilon} must be at least {_SMALLEST_EPSILON:g} and less than 1; with"
-      " less, greedy='lazy' is exact and faster."
+      f"epsilon={epsilon} must lie between {_SMALLEST_EPSILON:g} and 1; with less,"
+      " greedy='lazy' is exact and faster."
     )
