@@ -229,7 +229,7 @@ def adacore(
       )
       proxies, scale = corrected(averages, beta1, beta2, power, epsilon)
       if not last_layer:
-        proxies, scale = proxies / scale, None
+        proxies, scale = proxies / jnp.broadcast_to(scale, proxies.shape), None
     chosen = coreset.select(
       proxies,
       view.train["label"],

@@ -165,7 +165,7 @@ def fit(
     num_steps: updates.
     batch_size: rows an update.
     learning_rate: at first.
-    restarts: how many starts, fitted side by side; the one with the lowest loss
+    restarts: how many starts, fitted one after the other; the one with the lowest loss
       over all rows is kept. 1 is the released procedure.
     seed: of initialisation and batches. A start does not depend on how many
       others there are.
@@ -186,28 +186,31 @@ def fit(
       f" {rows.labels.min()} to {rows.labels.max()}."
     )
   key = jax.random.key(seed)
-  keys = jnp.stack([jax.random.fold_in(key, start) for start in range(restarts)])
-  variables, found = jax.device_get(
-    _fit_all(
+  arrays = jax.tree.map(jnp.asarray, rows)
+  # One after the other: side by side, XLA would round a start by how many there are,
+  # and a fit amplifies that.
+  starts = [
+    _fit_one(
       network,
       batch_size,
       is_binary(rows.targets),
-      keys,
-      jax.tree.map(jnp.asarray, rows),
+      jax.random.fold_in(key, start),
+      arrays,
       num_steps,
       learning_rate,
     )
-  )
+    for start in range(restarts)
+  ]
+  variables, found = zip(*jax.device_get(starts), strict=True)
   if not np.isfinite(found).any():
     raise base.InputError("the mentor's fit diverged: lower --learning_rate.")
-  return jax.tree.map(lambda x: x[np.nanargmin(found)], variables)
+  return variables[np.nanargmin(found)]
 
 
 # One program for all steps: a dispatch costs more than such a step.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-@functools.partial(jax.vmap, in_axes=(None, None, None, 0, None, None, None))
-def _fit_all(network, batch_size, is_binary, key, rows, num_steps, learning_rate):
-  """`(variables, mean loss over all rows)` from the start of each key."""
+def _fit_one(network, batch_size, is_binary, key, rows, num_steps, learning_rate):
+  """`(variables, mean loss over all rows)` from the start of the key."""
   init_key, batch_key = jax.random.split(key)
   variables = dict(network.init(init_key, *(x[:1] for x in rows[:4])))
   params = variables.pop("params")

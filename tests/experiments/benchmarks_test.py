@@ -73,8 +73,8 @@ def test_extra_memory_is_what_is_touched():
 @pytest.mark.parametrize(
   ("flag", "complaint"),
   [
-    ("--fraction=0", "fraction=0.0 must be above 0"),
-    ("--epsilon=2", "epsilon=2.0 must"),
+    ("--fraction=0", "--fraction=0 must lie between"),
+    ("--epsilon=2", "--epsilon=2 must lie between"),
   ],
 )
 def test_a_mistake_is_one_line(flag, complaint, tmp_path):

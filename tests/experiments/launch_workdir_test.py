@@ -2,14 +2,19 @@
 
 import ast
 import pathlib
+import shutil
 
 from absl import flags
 from absl.testing import flagsaver
+import jax
+import numpy as np
 import pytest
 
 from experiments import _launch
 from experiments import _methods
 from l2rw_jax import base
+from l2rw_jax import mentor_file
+from l2rw_jax.methods import mentornet_network
 
 _EXPERIMENTS = pathlib.Path(_launch.__file__).parent
 _SUFFIXES = (".png", ".json", ".npz", ".txt", ".csv")
@@ -26,23 +31,28 @@ def _prepare(folder, mentor):
     return _launch.prepare("noise", _methods.__name__, ("mentor",))
 
 
+def _mentor(path, curriculum, seed):
+  network = mentornet_network.MentorNetwork()
+  values, labels = np.zeros(1, np.float32), np.zeros(1, int)
+  variables = network.init(jax.random.key(seed), values, values, labels, 0)
+  mentor_file.save(path, mentornet_network.Mentor(curriculum, network, variables), {})
+  return str(path)
+
+
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_mentor_may_be_added_but_not_swapped(tmp_path):
-  paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
-  for path in paths:
-    with open(path, "w", encoding="utf-8") as file:
-      file.write(path)
+  a, b = (_mentor(tmp_path / f"{seed}.json", "pd", seed) for seed in (1, 2))
+  other = _mentor(tmp_path / "other.json", "dd", 1)
   run = tmp_path / "run"
-  _prepare(run, None)
-  _prepare(run, paths[0])
-  _prepare(run, None)
-  with pytest.raises(base.InputError, match="the content of --mentor was"):
-    _prepare(run, paths[1])
-  with open(paths[0], "a", encoding="utf-8") as file:
-    file.write(" ")
-  with pytest.raises(base.InputError, match="the content of --mentor was"):
-    _prepare(run, paths[0])
-  with pytest.raises(base.InputError, match="cannot be read"):
-    _prepare(run, str(tmp_path / "none.json"))
+  _prepare(run, [])
+  _prepare(run, [a])
+  _prepare(run, [])
+  _prepare(run, [other, a])
+  _prepare(run, [shutil.copy(a, tmp_path / "moved.json")])
+  with pytest.raises(base.InputError, match="the content of --mentor of curriculum pd"):
+    _prepare(run, [b])
+  with pytest.raises(base.InputError, match=r"--mentor=.*cannot read it"):
+    _prepare(run, [str(tmp_path / "none.json")])
 
 
 def _rounds(text):

@@ -34,7 +34,7 @@ def test_rows_are_what_the_runs_measured(run):
   assert len(rows) == len(csv_rows) == 2 * 2 * 2
   assert flags["dataset"] == "digits" and flags["num_seeds"] == 2
   for row in rows:
-    place = f"noise-{row['noise_fraction']:g}/{row['network']}-rate-0.1-decay-0.0005"
+    place = f"noise-{row['noise_fraction']}/{row['network']}-rate-0.1-decay-0.0005"
     own = folder / place / f"seed-{row['seed']}" / "results.json"
     kept = json.loads(own.read_text())
     probes = kept["probes"]

@@ -43,6 +43,8 @@ def test_probes_look_at_the_start_and_at_every_evaluation(tmp_path):
     assert probes["step"] == [0, 3, 6, 7]
     assert len(set(probes["norm"])) == 4
     assert probes["wrong"][-1] < probes["wrong"][0]
+    files, others = (run.metrics.pop("files") for run in (one, other))
+    assert files["weights.csv"] == others["weights.csv"]
     del other.metrics["probes"]
     assert other.metrics == one.metrics
     rows = toy_runs.rows(tmp_path / "probed" / f"seed-{seed}")
