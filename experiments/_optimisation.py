@@ -53,7 +53,9 @@ class Optimisation:
       return after
 
     def climbing(step):
-      stair = jnp.minimum(step * _STAIRS // length + 1, _STAIRS)
+      # Not beyond the warm-up: the product would overflow in long runs.
+      stair = jnp.minimum(step, length) * _STAIRS // length + 1
+      stair = jnp.minimum(stair, _STAIRS)
       return after(step) * stair / _STAIRS
 
     return climbing

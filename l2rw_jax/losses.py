@@ -12,6 +12,7 @@ logits and labels:
   such examples out.
 - `where`, bool [B], says which examples count. The others have a loss of 0 and a
   gradient of 0, whatever their labels and logits are.
+- Half-precision logits are summed over in float32; losses have the type of the logits.
 - Losses and their gradients are finite for all finite logits, and where a logit of
   -inf rules out a class other than the label's.
 """
@@ -53,8 +54,10 @@ def softmax_cross_entropy(
       "softmax_cross_entropy: logits [B, 1] have a softmax of 1 everywhere; use"
       " sigmoid_cross_entropy for a single logit per example."
     )
+  dtype = logits.dtype
   logits, labels, scale = _safe(logits, labels, where)
-  return optax.softmax_cross_entropy_with_integer_labels(logits, labels) * scale
+  loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  return (loss * scale).astype(dtype)
 
 
 def sigmoid_cross_entropy(
@@ -79,9 +82,11 @@ def sigmoid_cross_entropy(
       f"sigmoid_cross_entropy: logits must be [B, 1]; got {logits.shape}. Use"
       " softmax_cross_entropy for a logit per class."
     )
+  dtype = logits.dtype
   logits, labels, scale = _safe(logits, labels, where)
   targets = labels.astype(logits.dtype)
-  return optax.sigmoid_binary_cross_entropy(logits[:, 0], targets) * scale
+  loss = optax.sigmoid_binary_cross_entropy(logits[:, 0], targets)
+  return (loss * scale).astype(dtype)
 
 
 def predictions(logits: base.Array) -> base.Array:
@@ -146,7 +151,7 @@ def focal(
   is_sure = jnp.all(jnp.isneginf(others), axis=1)
   log_rest = jax.nn.logsumexp(jnp.where(is_sure[:, None], 0, others), axis=1)
   factor = jnp.where(is_sure, 0.0**gamma, jnp.exp(gamma * log_rest))
-  return -factor * _at(log_p, is_label) * scale
+  return (-factor * _at(log_p, is_label) * scale).astype(logits.dtype)
 
 
 def symmetric_cross_entropy(
@@ -189,7 +194,7 @@ def symmetric_cross_entropy(
   p = jnp.maximum(jnp.exp(log_p), 1e-7)
   elsewhere = jnp.where(is_label, 0, p).sum(axis=1)
   loss = -alpha * _at(log_p, is_label) - beta * math.log(1e-4) * elsewhere
-  return loss * scale
+  return (loss * scale).astype(logits.dtype)
 
 
 def generalized_cross_entropy(
@@ -231,7 +236,7 @@ def generalized_cross_entropy(
     _check(0 < threshold < 1, f"{name}: threshold={threshold} must be in (0, 1)")
     limit = math.log(threshold)
     log_p = jnp.where(log_p <= limit, limit, log_p)
-  return -jnp.expm1(q * log_p) / q * scale
+  return (-jnp.expm1(q * log_p) / q * scale).astype(logits.dtype)
 
 
 def bootstrapping_soft(
@@ -269,7 +274,8 @@ def bootstrapping_soft(
   # 0 log 0 is 0: a class that is ruled out adds nothing.
   finite = jnp.where(jnp.isneginf(log_p), 0, log_p)
   entropy = -jnp.sum(jnp.exp(log_p) * finite, axis=1)
-  return (-beta * _at(log_p, is_label) + (1 - beta) * entropy) * scale
+  loss = -beta * _at(log_p, is_label) + (1 - beta) * entropy
+  return (loss * scale).astype(logits.dtype)
 
 
 def bootstrapping_hard(
@@ -286,7 +292,8 @@ def bootstrapping_hard(
   _check(0 <= beta <= 1, f"bootstrapping_hard: beta={beta} must be in [0, 1]")
   log_p, is_label, scale = label_rows(logits, labels, where)
   predicted = jnp.max(log_p, axis=1)
-  return (-beta * _at(log_p, is_label) - (1 - beta) * predicted) * scale
+  loss = -beta * _at(log_p, is_label) - (1 - beta) * predicted
+  return (loss * scale).astype(logits.dtype)
 
 
 def forward_corrected(
@@ -331,7 +338,8 @@ def forward_corrected(
   log_t = jnp.where(
     transition == 0, -jnp.inf, jnp.log(jnp.where(transition == 0, 1, transition))
   )
-  return transition_loss(log_p, is_label, log_t) * scale
+  loss = transition_loss(log_p, is_label, log_t)
+  return (loss * scale).astype(logits.dtype)
 
 
 def transition_loss(
@@ -412,7 +420,8 @@ def label_rows(
     where: which examples count, bool [B]; None is all.
 
   Returns:
-    log p, [B, max(C, 2)], uniform for examples that do not count.
+    log p, [B, max(C, 2)], in float32 or better, uniform for examples that do not
+    count.
     A mask of the label's column, of the same shape; column 0 for an impossible label.
     A factor of each loss, [B], see `label_scale`.
 
@@ -423,7 +432,7 @@ def label_rows(
   labels = jnp.asarray(labels)
   if where is not None:
     logits = jnp.where(where[:, None], logits, 0)
-  log_p = log_probabilities(logits)
+  log_p = log_probabilities(logits.astype(base.accumulator_dtype(logits.dtype)))
   is_label = label_mask(labels, log_p.shape[1])
   scale = label_scale(is_label, where).astype(log_p.dtype)
   # An impossible label is replaced by class 0, so that the factor NaN reaches the
@@ -434,7 +443,8 @@ def label_rows(
 
 
 def _safe(logits, labels, where):
-  """Checked logits and labels of which every row counts, and factors [B]."""
+  """Logits in float32 or better and labels of which every row counts; factors [B]."""
+  logits = logits.astype(base.accumulator_dtype(logits.dtype))
   if where is not None:
     logits = jnp.where(where[:, None], logits, 0)
   is_label = label_mask(jnp.asarray(labels), max(logits.shape[1], 2))

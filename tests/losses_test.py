@@ -370,3 +370,12 @@ def test_where_needs_no_implicit_promotion():
         jnp.zeros((2, 4), dtype), jnp.array([1, -1]), where=jnp.array([True, False])
       )
       assert found.dtype == dtype and found[1] == 0
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_is_summed_in_single(dtype):
+  logits, labels = jnp.zeros((1, 70_000), dtype), jnp.array([1])
+  for loss_fn in (losses.softmax_cross_entropy, losses.bootstrapping_hard):
+    found = loss_fn(logits, labels)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found.astype(float), np.log(70_000), rtol=4e-3)

@@ -209,7 +209,9 @@ def hardest(losses: base.Array, majority: base.Array) -> base.Array:
   """
   base.check_vector("losses", losses)
   num_kept = jnp.maximum(jnp.sum(~majority), 1)
-  ranked = base.unsharded(jnp.where(majority, -losses, jnp.inf))
+  # A NaN loss is the hardest, so that it is kept and noticed.
+  hardness = jnp.where(jnp.isnan(losses), jnp.inf, losses)
+  ranked = base.unsharded(jnp.where(majority, -hardness, jnp.inf))
   order = jnp.argsort(ranked, stable=True)
   rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
   return ~majority | base.sharded_like(rank < num_kept, majority)

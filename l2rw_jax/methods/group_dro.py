@@ -37,6 +37,7 @@ import numpy as np
 
 from l2rw_jax import base
 from l2rw_jax import group_objectives
+from l2rw_jax import losses as losses_lib
 from l2rw_jax.methods import baselines
 
 
@@ -53,8 +54,8 @@ def example_weights(
 
   Args:
     losses: of this device's examples, [B].
-    groups: of the same, integers, [B]; examples of others than 0 .. G - 1 get
-      weight 0.
+    groups: of the same, integers 0 .. G - 1, [B]. Under `jit` examples of a group
+      that does not exist get a NaN weight and do not count for the others.
     log_q: log q so far, [G]; of any offset, as it is normalised here.
     step_size: eta, per unit of loss, at least 0; may be traced.
     adjustments: what the mean loss of each group is raised by before it moves q,
@@ -68,7 +69,7 @@ def example_weights(
 
   Raises:
     InputError: losses and groups are not both of shape [B], or log_q not [G];
-      unless traced, the step size is out of range.
+      unless traced, a group does not exist or the step size is out of range.
 
   >>> import jax.numpy as jnp
   >>> losses, groups = jnp.array([0., 2., 2.]), jnp.array([0, 0, 1])
@@ -84,7 +85,8 @@ def example_weights(
     jax.lax.stop_gradient(jnp.asarray(x, dtype))
     for x in (losses, log_q, step_size, adjustments)
   )
-  members = groups[:, None] == jnp.arange(log_q.shape[0])[None, :]
+  members = losses_lib.label_mask(jnp.asarray(groups), log_q.shape[0])
+  _check_members(members)
   counts = base.psum(members.sum(axis=0), axis_name)
   sizes = jnp.maximum(counts, 1).astype(dtype)[None, :]
   # Divided before they are summed, lest large losses overflow. Not a matrix product:
@@ -93,6 +95,7 @@ def example_weights(
   means = base.psum(parts, axis_name)
   log_q = _climbed(log_q, step_size, means + adjustments, counts > 0)
   weights = jnp.where(members, jnp.exp(log_q)[None, :] / sizes, 0).sum(axis=1)
+  weights = weights * losses_lib.label_scale(members).astype(dtype)
   return weights.astype(losses.dtype), log_q
 
 
@@ -200,6 +203,15 @@ def _check_shapes(losses, groups, log_q):
   if jnp.ndim(log_q) != 1:
     raise base.InputError(
       f"group_dro: log_q must be one number a group, shape [G]; got {jnp.shape(log_q)}."
+    )
+
+
+def _check_members(members):
+  exist = members.any(axis=1)
+  if not isinstance(exist, jax.core.Tracer) and not exist.all():
+    raise base.InputError(
+      f"group_dro: the group of row {jnp.argmin(exist)} does not exist; groups are 0 to"
+      f" {members.shape[1] - 1}."
     )
 
 

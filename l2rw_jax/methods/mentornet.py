@@ -57,7 +57,7 @@ def self_paced(
 ) -> Any:
   """1 where d <= 0, else 0 [eq. 7 with lambda_2 = 0]; [B]."""
   del labels, epoch
-  return (differences <= 0).astype(jnp.asarray(losses).dtype)
+  return _unless_nan(differences <= 0, losses, differences)
 
 
 def hard(
@@ -85,7 +85,14 @@ def hard(
     if labels is None:
       raise base.InputError("hard: positive_labels=True needs labels.")
     kept = kept | (labels > 0)
-  return kept.astype(jnp.asarray(losses).dtype)
+  return _unless_nan(kept, losses, differences)
+
+
+def _unless_nan(kept, losses, differences):
+  """1 for what is kept, but NaN for a NaN difference, so that it is noticed."""
+  dtype = jnp.asarray(losses).dtype
+  differences = jnp.asarray(differences).astype(dtype)
+  return jnp.where(jnp.isnan(differences), differences, kept.astype(dtype))
 
 
 def focal(
@@ -162,9 +169,11 @@ def moving_percentile(
   all_losses = base.unsharded(base.gather(losses, axis_name))
   ordered = jnp.sort(jax.lax.stop_gradient(all_losses).astype(dtype))
   nearest = math.ceil(percentile / 100 * (ordered.size - 1) - 0.5)
+  # NaN is sorted to the end, where it would not be seen.
+  value = jnp.where(jnp.isnan(ordered[-1]), ordered[-1], ordered[nearest])
   previous = jnp.asarray(previous).astype(dtype)
   # Equal on every device already; the maximum lets `shard_map` know.
-  return decay * previous + (1 - decay) * base.pmax(ordered[nearest], axis_name)
+  return decay * previous + (1 - decay) * base.pmax(value, axis_name)
 
 
 def check_percentile(percentile: float) -> None:

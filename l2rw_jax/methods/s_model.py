@@ -78,7 +78,8 @@ def s_model_loss(
       f" ({size}, {size}); got {jnp.shape(transition_logits)}."
     )
   log_t = jax.nn.log_softmax(transition_logits.astype(log_p.dtype), axis=1)
-  return losses.transition_loss(log_p, is_label, log_t) * scale
+  loss = losses.transition_loss(log_p, is_label, log_t)
+  return (loss * scale).astype(logits.dtype)
 
 
 class State(NamedTuple):

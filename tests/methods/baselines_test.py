@@ -287,3 +287,10 @@ def test_counts_of_other_classes_are_refused(factory):
 def test_an_unknown_variant_is_refused(factory):
   with pytest.raises(base.InputError, match=f"{factory.__name__}: variant='code'"):
     factory("code")
+
+
+def test_a_nan_loss_is_kept_by_hard_mining():
+  kept = baselines.hardest(
+    jnp.array([jnp.nan, 1.0, 0.0]), jnp.array([True, True, False])
+  )
+  np.testing.assert_array_equal(kept, [True, False, True])

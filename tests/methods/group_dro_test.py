@@ -93,10 +93,12 @@ def test_the_same_under_shard_map(check_vma):
     np.testing.assert_allclose(actual, desired, rtol=1e-6)
 
 
-def test_an_unknown_group_has_no_weight_and_no_say():
+def test_a_group_that_does_not_exist_is_refused_or_nan():
   groups = np.array([0, 0, 1, -1, 1, 4])
+  with pytest.raises(base.InputError, match="the group of row 3 does not exist"):
+    group_dro.example_weights(_LOSSES, groups, _uniform(), 0.1)
   weights, log_q = _weights(_LOSSES, groups, _uniform(), 0.1)
-  assert (weights[jnp.array([3, 5])] == 0).all()
+  assert np.isnan(weights[jnp.array([3, 5])]).all()
   expected, _ = _published(_LOSSES[[0, 1, 2, 4]], groups[[0, 1, 2, 4]], [0.25] * 4, 0.1)
   np.testing.assert_allclose(weights[jnp.array([0, 1, 2, 4])], expected, rtol=1e-6)
   np.testing.assert_allclose(log_q[2], log_q[3])
@@ -124,7 +126,6 @@ def test_the_worst_group_wins_and_a_lost_one_comes_back():
     ([3e38, 3e38], [1, 1]),
     ([-3e38, 3e38], [0, 2]),
     ([5.0], [2]),
-    ([5.0], [7]),
   ],
 )
 def test_finite_whatever_the_losses(eta, losses, groups):

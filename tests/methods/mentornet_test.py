@@ -319,3 +319,11 @@ def test_curricula_need_only_what_they_read():
   np.testing.assert_array_equal(mentornet.self_paced(losses, losses - 0.5), [1, 0])
   with pytest.raises(base.InputError, match="positive_labels=True needs labels"):
     mentornet.hard(losses, losses, positive_labels=True)
+
+
+def test_a_nan_loss_is_not_dropped_in_silence():
+  losses = jnp.array([jnp.nan, 1.0, 2.0])
+  assert np.isnan(mentornet.moving_percentile(0.0, losses, 50.0))
+  for curriculum in (mentornet.self_paced, mentornet.hard):
+    found = curriculum(losses, losses - 1.5)
+    np.testing.assert_array_equal(np.isnan(found), [True, False, False])
