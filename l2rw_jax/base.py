@@ -378,6 +378,18 @@ def all_finite(tree: PyTree) -> Array:
   ).all()
 
 
+def largest_size(tree: PyTree) -> Array:
+  """Largest absolute value in the floating point leaves of `tree`, scalar.
+
+  It is NaN or infinite exactly if `tree` is not finite, and 0 exactly if `tree` is
+  zero: one pass over the numbers answers both.
+  """
+  leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+  sizes = [jnp.max(jnp.abs(x), initial=0) for x in leaves]
+  dtype = jnp.result_type(float)
+  return jnp.max(jnp.stack([x.astype(dtype) for x in sizes] or [jnp.zeros(())]))
+
+
 def finite_rows(
   name: str, values: Array, axis_name: AxisName = None, advice: str = ""
 ) -> Array:

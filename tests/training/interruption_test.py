@@ -53,12 +53,12 @@ def test_an_ignored_signal_stays_ignored_and_a_second_one_acts():
   before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
   try:
     with interruption.deferred() as signals:
-      os.kill(os.getpid(), signal.SIGHUP)
+      signal.raise_signal(signal.SIGHUP)
     assert not signals
   finally:
     signal.signal(signal.SIGHUP, before)
   with pytest.raises(KeyboardInterrupt), interruption.deferred() as signals:
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
     assert signals == [signal.SIGINT]
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
     pytest.fail("the second signal was put off")
