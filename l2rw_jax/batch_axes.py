@@ -77,7 +77,8 @@ _STATE = "it reads or writes a reference"
 _RARE = "few networks have it"
 # The rest of JAX's operations, and why no examples are followed through them.
 REFUSED = {
-  **dict.fromkeys(("cond", "scan", "while", "eval_jaxpr", "remat2"), _LOOP),
+  **dict.fromkeys(("call", "cond", "scan", "while"), _LOOP),
+  **dict.fromkeys(("eval_jaxpr", "remat2"), _LOOP),
   **dict.fromkeys(("checkpoint", "shard_map"), _LOOP),
   "custom_linear_solve": "its derivative solves another equation",
   "custom_lin": "its backward rule is not followed",

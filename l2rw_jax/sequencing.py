@@ -36,10 +36,14 @@ def zero_after(first: base.PyTree) -> base.Array:
 
 def _first_entry(x):
   """Of type float32; of a complex array the real part."""
-  if x.ndim and any(jax.typeof(x).sharding.spec):  # A sharded axis cannot be sliced.
-    x = x.at[(0,) * x.ndim].get(out_sharding=jax.sharding.PartitionSpec())
-  entry = jax.lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(())
-  return jnp.real(jax.lax.stop_gradient(entry)).astype(jnp.float32)
+  x = jax.lax.stop_gradient(x)
+  if any(jax.typeof(x).sharding.spec):
+    # A sharded axis cannot be sliced, and gathering a large array is expensive. The
+    # largest entry also needs all of `x`, but sends only one number per device.
+    entry = jnp.real(x).max()
+  else:
+    entry = jnp.real(jax.lax.slice(x, (0,) * x.ndim, (1,) * x.ndim)).reshape(())
+  return entry.astype(jnp.float32)
 
 
 def after(first: base.PyTree, then: base.PyTree) -> base.PyTree:
