@@ -1,0 +1,476 @@
+"""Floor 4: the folder of a run, files that are whole or absent, and provenance."""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import pathlib
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+from typing import Any
+
+import jax
+
+from l2rw_jax import base
+
+_SETTINGS = "settings.json"
+_LOCK = ".lock"
+_SCRATCH = ".scratch-"
+_CHECKSUM = "sha256"
+# What a run leaves in its folder, by which a folder without settings is known.
+_TRACES = ("results.json", "metrics.jsonl", "checkpoints", "mentor.json")
+_log = logging.getLogger(__name__)
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "l2rw_jax")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Writes `text` to `path` so that a reader sees all of it or none of it.
+
+  Survives a kill and a power cut at any moment: `path` then holds either its
+  old content or the new one.
+
+  Args:
+    path: file to create or replace; its folder must exist.
+    text: the content, stored as UTF-8 without newline translation.
+
+  Raises:
+    InputError: the file cannot be written; what was there is untouched.
+  """
+  write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+  """Writes `content` to `path` as `write_text` does.
+
+  Args:
+    path: file to create or replace; its folder must exist.
+    content: all of it.
+
+  Raises:
+    InputError: the file cannot be written; what was there is untouched.
+  """
+  try:
+    _replace(pathlib.Path(path), content)
+  except OSError as error:
+    raise base.InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _replace(path: pathlib.Path, content: bytes) -> None:
+  # The process id keeps two runs that share a folder out of each other's file.
+  partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    with open(partial, "wb") as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(partial, path)
+  except BaseException:
+    partial.unlink(missing_ok=True)
+    raise
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+  """Writes `value` as JSON with sorted keys, as `write_text` does.
+
+  Args:
+    path: file to create or replace; its folder must exist.
+    value: anything `json` takes; NaN and infinities are refused, for JSON has
+      no such numbers.
+
+  Raises:
+    InputError: the file cannot be written; what was there is untouched.
+    TypeError, ValueError: `value` is not JSON; nothing is written.
+  """
+  write_text(path, _dump(value))
+
+
+def _dump(value: Any) -> str:
+  return json.dumps(value, sort_keys=True, indent=2, allow_nan=False) + "\n"
+
+
+def write_record(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
+  """Writes a JSON object that carries its checksum under "sha256".
+
+  Args:
+    path: file to create or replace; its folder must exist.
+    value: a JSON object with string keys; NaN and infinities are refused.
+
+  Raises:
+    InputError: the file cannot be written; what was there is untouched.
+    TypeError, ValueError: `value` is not JSON; nothing is written.
+  """
+  plain = json.loads(_dump(dict(value)))
+  write_json(path, {**plain, _CHECKSUM: _digest(plain)})
+
+
+def read_record(path: str | os.PathLike) -> dict[str, Any]:
+  """Reads what `write_record` wrote, without its checksum.
+
+  Args:
+    path: the file.
+
+  Returns:
+    The JSON object.
+
+  Raises:
+    InputError: the file is missing, damaged, or has no checksum.
+  """
+  try:
+    value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+      raise ValueError("not a JSON object")
+  except OSError as error:
+    raise base.InputError(f"{path} cannot be read ({error.strerror}).") from error
+  except (ValueError, RecursionError) as error:
+    raise base.InputError(f"{path} is damaged ({error}).") from error
+  if _CHECKSUM not in value:
+    raise base.InputError(
+      f"{path} has no checksum: it is damaged, or an earlier version wrote it."
+    )
+  if value.pop(_CHECKSUM) != _digest(value):
+    raise base.InputError(f"{path} is damaged (its checksum does not match).")
+  return value
+
+
+def _digest(value: dict[str, Any]) -> str:
+  text = json.dumps(value, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digest(path: str | os.PathLike) -> str:
+  """SHA-256 of a file's content, in hex digits.
+
+  Args:
+    path: the file.
+
+  Raises:
+    InputError: the file cannot be read.
+  """
+  try:
+    with open(path, "rb") as file:
+      return hashlib.file_digest(file, "sha256").hexdigest()
+  except OSError as error:
+    raise base.InputError(f"{path} cannot be read ({error.strerror}).") from error
+
+
+# Of the folders that this process has prepared, by resolved path: what their
+# `settings.json` holds, and the descriptors that hold their locks until the process
+# ends.
+_prepared: dict[pathlib.Path, dict[str, Any]] = {}
+_locks: dict[pathlib.Path, int] = {}
+
+
+def prepare(
+  path: str | os.PathLike,
+  settings: dict[str, Any],
+  inputs: Mapping[str, str] | None = None,
+) -> pathlib.Path:
+  """Creates the folder of a run, or reopens it for the very same run.
+
+  The folder is locked until the process ends, and what killed processes left half
+  written in it is removed.
+
+  Args:
+    path: the folder; parents are made as needed.
+    settings: everything that decides the outcome of the run, as JSON. Kept in
+      `settings.json`, and compared with it when the run comes back.
+    inputs: paths of the files that the run reads, by name of their flag. Their
+      contents decide the outcome too: they are kept as checksums. A file may be
+      added later, for runs that need it, but not exchanged for another one.
+
+  Returns:
+    `path`, which exists and can be written to.
+
+  Raises:
+    InputError: the folder cannot be written, or holds a run with other
+      settings or inputs, or runs without settings, or its `settings.json` is
+      damaged, or another process works in it, or an input cannot be read.
+  """
+  folder = pathlib.Path(path)
+  digests = {name: file_digest(file) for name, file in (inputs or {}).items()}
+  now = json.loads(_dump({**settings, "inputs": digests}))
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    # Root passes every permission check, so only writing proves anything.
+    with tempfile.TemporaryFile(dir=folder) as probe:
+      probe.write(b"x")
+    _lock_for_good(folder)
+  except OSError as error:
+    raise base.InputError(
+      f"--workdir={path}: cannot write ({error.strerror});"
+      " choose a folder you may write to"
+    ) from error
+  _remove_leftovers(folder)
+  if (folder / _SETTINGS).exists():
+    before = _read_settings(folder)
+    changes = setting_changes(before, now)
+    if changes:
+      raise base.InputError(
+        f"--workdir={path} holds a run with other settings: {'; '.join(changes)}."
+        " Choose another --workdir or delete it."
+      )
+    now["inputs"] = before["inputs"] | now["inputs"]
+  else:
+    before = None
+    _refuse_traces(folder)
+  if now != before:
+    write_record(folder / _SETTINGS, now)
+  _prepared[folder.resolve()] = now
+  return folder
+
+
+def settings_of(folder: str | os.PathLike) -> dict[str, Any]:
+  """The settings that a run inside a prepared folder was asked for with.
+
+  Args:
+    folder: a prepared folder, or one inside it.
+
+  Returns:
+    The settings given to `prepare`, with the checksums of the inputs under
+    "inputs"; {} where this process has prepared no such folder.
+  """
+  place = pathlib.Path(folder).resolve()
+  for parent in (place, *place.parents):
+    if parent in _prepared:
+      return _prepared[parent]
+  return {}
+
+
+def _read_settings(folder: pathlib.Path) -> dict[str, Any]:
+  try:
+    settings = read_record(folder / _SETTINGS)
+    if not isinstance(settings.get("inputs"), dict):
+      raise base.InputError(f"{folder / _SETTINGS} is damaged (it has no inputs).")
+  except base.InputError as error:
+    raise base.InputError(
+      f"--workdir={folder}: {error} Choose another --workdir or delete it."
+    ) from error
+  return settings
+
+
+def _refuse_traces(folder: pathlib.Path) -> None:
+  """Results without settings could be those of any run."""
+  for _, folders, files in os.walk(folder):
+    trace = next((name for name in (*folders, *files) if name in _TRACES), None)
+    if trace is not None:
+      raise base.InputError(
+        f"--workdir={folder} holds {trace} but {_SETTINGS} is missing, so that nobody"
+        " knows with what settings it was made. Choose another --workdir or delete it."
+      )
+
+
+def _remove_leftovers(folder: pathlib.Path) -> None:
+  """Removes half-written files and scratch folders of processes that were killed."""
+  for where, folders, files in os.walk(folder):
+    for name in files:
+      if re.fullmatch(r"\..+\.\d+\.tmp", name):
+        pathlib.Path(where, name).unlink(missing_ok=True)
+    for name in [n for n in folders if n.startswith(_SCRATCH)]:
+      folders.remove(name)
+      shutil.rmtree(pathlib.Path(where, name), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """A folder for what is not kept, inside a prepared one.
+
+  It is removed at the end of the `with`, or, if the process is killed, when the
+  prepared folder is opened the next time.
+
+  Args:
+    folder: the prepared folder.
+  """
+  with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as made:
+    yield pathlib.Path(made)
+
+
+# -- locks -----------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+  """Keeps other processes out of a folder, and cleans it up, within a `with`.
+
+  The operating system frees the lock when the process ends, however it ends. A
+  folder inside one that this process has prepared is locked already.
+
+  Args:
+    folder: an existing folder.
+
+  Raises:
+    InputError: another process works in the folder.
+  """
+  place = pathlib.Path(folder).resolve()
+  if any(parent in _locks for parent in (place, *place.parents)):
+    yield
+    return
+  lock = _acquire(place)
+  try:
+    _remove_leftovers(place)
+    yield
+  finally:
+    if lock is not None:
+      (place / _LOCK).unlink(missing_ok=True)
+      os.close(lock)
+
+
+def _lock_for_good(folder: pathlib.Path) -> None:
+  place = folder.resolve()
+  if place in _locks:
+    if _is_file(_locks[place], folder / _LOCK):
+      return
+    os.close(_locks.pop(place))  # The folder was deleted and made anew.
+  lock = _acquire(folder)
+  if lock is not None:
+    _locks[place] = lock
+
+
+def _acquire(folder: pathlib.Path) -> int | None:
+  """Locks a folder; None where the file system has no locks."""
+  path = folder / _LOCK
+  while True:
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      with open(lock, encoding="utf-8", errors="replace") as file:
+        holder = " ".join(file.read().split())
+      if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+        raise base.InputError(
+          f"--workdir={folder}: another process ({holder or 'unknown'}) runs here."
+          " Wait for its end or choose another --workdir."
+        ) from error
+      _log.warning("%s cannot be locked: %s", folder, error.strerror)
+      return None
+    # The last holder may have deleted the file after it was opened here.
+    if _is_file(lock, path):
+      break
+    os.close(lock)
+  os.ftruncate(lock, 0)
+  os.pwrite(lock, f"host {socket.gethostname()}, pid {os.getpid()}\n".encode(), 0)
+  return lock
+
+
+def _is_file(descriptor: int, path: pathlib.Path) -> bool:
+  try:
+    return os.path.samestat(os.fstat(descriptor), path.stat())
+  except OSError:
+    return False
+
+
+# -- identity --------------------------------------------------------------
+
+
+def setting_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+  """What differs between two settings, a phrase each.
+
+  Args:
+    old: settings with "inputs", as `settings_of` returns them.
+    new: the same of now. An input that only one of them names is no change.
+  """
+
+  def flat(settings, other):
+    common = settings.get("inputs", {}).keys() & other.get("inputs", {}).keys()
+    rest = {name: value for name, value in settings.items() if name != "inputs"}
+    contents = {f"the content of --{n}": settings["inputs"][n] for n in common}
+    return rest | contents
+
+  return changes(flat(old, new), flat(new, old))
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+  """What differs between two JSON objects, a phrase each: "x was 1, now 2".
+
+  Args:
+    old: the one before.
+    new: the one of now.
+  """
+
+  def show(settings, name):
+    return json.dumps(settings[name]) if name in settings else "absent"
+
+  names = sorted(old.keys() | new.keys())
+  pairs = [(name, show(old, name), show(new, name)) for name in names]
+  return [f"{name} was {was}, now {now}" for name, was, now in pairs if was != now]
+
+
+@functools.cache
+def code_digest() -> str:
+  """SHA-256 over the names and contents of the package's source files."""
+  digest = hashlib.sha256()
+  root = pathlib.Path(__file__).parents[1]
+  for path in sorted(root.rglob("*.py")):
+    digest.update(f"{path.relative_to(root).as_posix()} {file_digest(path)};".encode())
+  return digest.hexdigest()
+
+
+def made_by() -> dict[str, Any]:
+  """What the numbers of a run depend on besides what it was asked to do.
+
+  Returns:
+    Strings: versions of the packages by their name, a checksum of this package's
+    source under "code", "platform", "device_kind".
+  """
+  device = jax.devices()[0]
+  return {
+    **{name: _version(name) for name in _PACKAGES},
+    "code": code_digest(),
+    "platform": device.platform,
+    "device_kind": device.device_kind,
+  }
+
+
+def run_info() -> dict[str, Any]:
+  """What produced a result: code, versions and hardware.
+
+  Returns:
+    Strings under "commit" ("+dirty" appended when tracked files differ from it,
+    "unknown" outside a git checkout), "python", "jax", "jaxlib", "flax",
+    "optax", "numpy", "l2rw_jax" ("unknown" when not installed), "platform"
+    ("cpu", "gpu", ...) and "device_kind"; an int under "device_count".
+  """
+  device = jax.devices()[0]
+  return {
+    "commit": _commit(),
+    "python": platform.python_version(),
+    **{name: _version(name) for name in _PACKAGES},
+    "platform": device.platform,
+    "device_kind": device.device_kind,
+    "device_count": jax.device_count(),
+  }
+
+
+def _version(package: str) -> str:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return "unknown"
+
+
+def _commit() -> str:
+  try:
+    # An installed copy may lie inside the checkout of something else: only a
+    # file that git tracks tells that the checkout is ours.
+    _git("ls-files", "--error-unmatch", pathlib.Path(__file__).name)
+    commit = _git("rev-parse", "HEAD")
+    dirty = _git("status", "--porcelain", "--untracked-files=no")
+  except (OSError, subprocess.CalledProcessError):
+    return "unknown"
+  return commit + ("+dirty" if dirty else "")
+
+
+def _git(*arguments: str) -> str:
+  command = ["git", "-C", str(pathlib.Path(__file__).parent), *arguments]
+  return subprocess.run(
+    command, check=True, capture_output=True, text=True
+  ).stdout.strip()
