@@ -387,9 +387,11 @@ def max_abs(tree: PyTree) -> Array:
   zero: one pass over the numbers answers both.
   """
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-  sizes = [jnp.max(jnp.abs(x), initial=0) for x in leaves]
   dtype = jnp.result_type(float)
-  return jnp.max(jnp.stack([x.astype(dtype) for x in sizes] or [jnp.zeros(())]))
+  largest = [jnp.max(jnp.abs(x)).astype(dtype) for x in leaves if x.size]
+  # The last one of a sort, not a maximum: XLA repeats a chain of comparisons of scalars
+  # in every operation that reads its result. NaN is sorted to the end.
+  return jnp.sort(jnp.stack(largest or [jnp.zeros((), dtype)]))[-1]
 
 
 def finite_rows(

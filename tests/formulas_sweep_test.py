@@ -296,10 +296,10 @@ def _weight_gradient(data, axis_name):
     _losses, base.local(params, axis_name), data.batch
   )
   found = l2rw.meta_direction(_losses, params, data.meta, axis_name=axis_name)
-  moved = hypergradient.params_after(found, params)
+  waiting = hypergradient.batch_after(found, data.batch)
   scores = hypergradient.weight_gradient(linearized, found, axis_name)
   weighed = l2rw.weigh(linearized, found, axis_name)
-  return _Found((scores, weighed.weights), moved)
+  return _Found((scores, weighed.weights, waiting))
 
 
 def _weight_network_gradient(data, axis_name):
@@ -984,19 +984,24 @@ _LOOP = "takes a task of the training loop: methods/sweep_test.py"
 # Modules without formulas, by the beginning of their names.
 _OTHER_MODULES = {
   "base": _INSIDE,
-  "batch_axes": _INSIDE,
-  "checkpointing": _HOST,
-  "corruption": _HOST,
   "data": _HOST,
-  "layerwise": _INSIDE,
-  "loss_dump": _HOST,
-  "meetings": _INSIDE,
-  "mentor_file": _HOST,
-  "metric_writer": _HOST,
-  "sequencing": _INSIDE,
-  "surrogates": _INSIDE,
+  "io": _HOST,
+  "linearization.batch_axes": _INSIDE,
+  "linearization.layerwise": _INSIDE,
+  "linearization.ordering": _INSIDE,
+  "linearization.parameter_uses": _INSIDE,
+  "linearization.surrogates": _INSIDE,
+  "methods.mentornet.loss_dump": _HOST,
+  "methods.mentornet.mentor_file": _HOST,
   "training": _LOOP,
-  "workdir": _HOST,
+}
+# Modules of packages that export their names.
+_SHORT_NAMES = {
+  "linearization.engines": "linearization",
+  "coresets.selection": "coresets",
+  "methods.mentornet.method": "mentornet",
+  "methods.mentornet.network": "mentornet_network",
+  "methods.mentornet.fitting": "mentornet_fitting",
 }
 _OTHER_FUNCTIONS = {
   "class_balance.as_counts": _CHECK,
@@ -1010,22 +1015,22 @@ _OTHER_FUNCTIONS = {
   "changed_loss.check_epoch": _CHECK,
   "class_balance.check_beta": _CHECK,
   "class_balance.check_counts": _CHECK,
-  "coreset.check_greedy": _CHECK,
-  "coreset.class_budgets": _HOST,
-  "coreset.select": _HOST,
+  "coresets.check_greedy": _CHECK,
+  "coresets.class_budgets": _HOST,
+  "coresets.select": _HOST,
   "facility_location.sample_size": _HOST,
   "forml.reweigh": _INSIDE,
   "forml.settings_of": _HOST,
   "group_objectives.check_groups": _CHECK,
   "hypergradient.check_network_gradient": _CHECK,
-  "hypergradient.params_after": _INSIDE,
+  "hypergradient.batch_after": _INSIDE,
   "l2rw.meta_direction": _INSIDE,
   "l2rw.weigh": _INSIDE,
   "label_transition.estimate_by": _LOOP,
-  "engines.check_trainable": _CHECK,
-  "engines.differentiable": _INSIDE,
-  "engines.without_keys": _INSIDE,
-  "engines.zero": _INSIDE,
+  "linearization.check_trainable": _CHECK,
+  "linearization.differentiable": _INSIDE,
+  "linearization.without_keys": _INSIDE,
+  "linearization.zero": _INSIDE,
   "losses.check_logits": _CHECK,
   "losses.label_mask": _INSIDE,
   "losses.label_rows": _INSIDE,
@@ -1048,7 +1053,7 @@ _OTHER_FUNCTIONS = {
   "meta_network.iterate": _LOOP,
   "meta_network.update": _LOOP,
   "meta_network.sgd_lookahead": _LOOP,
-  "meta_network.make_lesson": _INSIDE,
+  "meta_network.checked_meta_gradient": _INSIDE,
   "meta_network.metrics": _LOOP,
   "meta_weight_net.lesson": _INSIDE,
   "microbatching.check": _CHECK,
@@ -1068,14 +1073,16 @@ def _public_functions():
   """Names, module and function, of all public functions but those that make methods."""
   names = set()
   for info in pkgutil.walk_packages(l2rw_jax.__path__, "l2rw_jax."):
-    if info.name.split(".")[1] in _OTHER_MODULES:
+    path = info.name.removeprefix("l2rw_jax.")
+    if any(f"{path}.".startswith(f"{other}.") for other in _OTHER_MODULES):
       continue
+    module = _SHORT_NAMES.get(path, path.rpartition(".")[2])
     for name, value in vars(importlib.import_module(info.name)).items():
       if name.startswith("_") or not inspect.isfunction(value):
         continue
       makes_method = value.__annotations__.get("return") is base.Method
       if value.__module__ == info.name and not makes_method:
-        names.add(f"{info.name.rpartition('.')[2]}.{name}")
+        names.add(f"{module}.{name}")
   return names
 
 

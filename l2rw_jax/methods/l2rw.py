@@ -140,7 +140,7 @@ def example_weights(
     has_aux=has_aux,
     microbatch_size=microbatch_size,
   )
-  # Not `hypergradient.params_after`: under one `jit` the caller's own gradient, at
+  # Not in the order of `hypergradient.batch_after`: under one `jit` the caller's own gradient, at
   # `params`, shares this forward pass.
   linearize = microbatching.microbatched(linearization.linearize, microbatch_size)
   own = base.local(params, axis_name)
@@ -255,8 +255,9 @@ def weighted_value_and_grad(
       microbatch_size=microbatch_size,
     )
     linearize = microbatching.microbatched(linearization.linearize, microbatch_size)
-    own = base.local(hypergradient.params_after(direction, params), axis_name)
-    linearized = linearize(losses_fn, own, batch, has_aux=has_aux, engine=engine)
+    batch = hypergradient.batch_after(direction, batch)
+    params = base.local(params, axis_name)
+    linearized = linearize(losses_fn, params, batch, has_aux=has_aux, engine=engine)
     info = weigh(linearized, direction, axis_name)
     loss = base.psum(jnp.sum(info.weights * info.losses), axis_name)
     grads = base.psum(linearized.weighted_gradient(info.weights), axis_name)
@@ -301,12 +302,11 @@ def l2rw(
       has_aux=True,
       microbatch_size=microbatch_size,
     )
-    params = hypergradient.params_after(direction, inputs.params)
     linearize = microbatching.microbatched(problem.linearize, microbatch_size)
     linearized = linearize(
       problem.losses_fn(inputs.model_state, inputs.key),
-      base.local(params, problem.axis_name),
-      inputs.batch,
+      base.local(inputs.params, problem.axis_name),
+      hypergradient.batch_after(direction, inputs.batch),
       has_aux=True,
     )
     info = weigh(linearized, direction, problem.axis_name)

@@ -79,6 +79,15 @@ def test_l2rw_holds_one_batch_at_a_time(engine):
   assert found < 1.4 * _plain()
 
 
+@pytest.mark.parametrize("engine", ["forward", "layerwise"])
+def test_l2rw_copies_no_parameters(engine):
+  kernels = [jax.ShapeDtypeStruct((512, 512), jnp.float32)] * _LAYERS
+  x = jax.ShapeDtypeStruct((8, 512), jnp.float32)
+  run = jax.jit(functools.partial(_l2rw, _network, engine=engine))
+  temporary = run.lower(kernels, x, x).compile().memory_analysis().temp_size_in_bytes
+  assert temporary < 0.25 * sum(4 * kernel.size for kernel in kernels)
+
+
 def _three_lines(losses_fn, params, x, meta):
   found = l2rw.example_weights(losses_fn, params, x, meta, engine="forward")
   return jax.grad(lambda params: found.weights @ losses_fn(params, x))(params)

@@ -74,7 +74,7 @@ def test_a_program_is_a_few_times_that_of_plain_training():
     return jax.value_and_grad(lambda params: _network(params, x).mean())(params)
 
   ours = _lines(l2rw.weighted_value_and_grad(_network, engine="forward"), 20, x, x)
-  assert ours <= 5 * _lines(plain, 20, x)
+  assert ours <= 4.6 * _lines(plain, 20, x)
 
 
 def test_the_first_entry_of_an_array_that_is_sharded_explicitly():
