@@ -204,7 +204,7 @@ def direction(
     loss, cotangent = _meta_loss(objective, losses, axis_name)
     (gradient,) = pull(cotangent)
   else:
-    losses, loss, gradient, aux = _meta_gradient_in_parts(
+    losses, loss, gradient, aux = _microbatched_meta_gradient(
       meta_losses, ahead, meta_batch, objective, axis_name, microbatch_size
     )
   meta_gradient = base.psum(gradient, axis_name)
@@ -232,7 +232,7 @@ def _meta_loss(objective, losses, axis_name):
   return base.pmean(loss, axis_name), base.local_slice(gradient, axis_name)
 
 
-def _meta_gradient_in_parts(
+def _microbatched_meta_gradient(
   losses_fn, leaves, meta_batch, objective, axis_name, microbatch_size
 ):
   """This device's losses, the global meta loss, its gradient pulled back, and aux."""

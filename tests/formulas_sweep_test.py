@@ -256,7 +256,7 @@ def _linearized_outputs(data, axis_name):
   return _Found((found.outputs, slopes), base.psum(pulled, axis_name))
 
 
-def _in_parts(data, axis_name):
+def _microbatched(data, axis_name):
   linearize = microbatching.microbatched(linearization.linearize, 2)
   params = base.local(data.whole["params"], axis_name)
   found = linearize(_losses, params, data.batch)
@@ -599,7 +599,7 @@ _FORMULAS: dict[str, _Formula] = {
   # The quotient of two rounded differences: the engine is no more exact than this.
   "linearization.linearize/difference": _linearized("difference", tolerance=2e-3),
   "linearization.linearize_outputs": _spread(_linearized_outputs),
-  "microbatching.in_parts": _spread(_in_parts, refused=("explicit",)),
+  "microbatching.microbatched": _spread(_microbatched, refused=("explicit",)),
   "microbatching.weighted_gradient": _spread(_weighted_gradient, refused=("explicit",)),
   "hypergradient.lookahead_params": _all(
     lambda a, w: hypergradient.lookahead_params(
