@@ -91,6 +91,19 @@ class Direction(NamedTuple):
   aux: Any = None
 
 
+def init_optimizer(
+  optimizer: optax.GradientTransformation, params: base.PyTree
+) -> base.PyTree:
+  """`optimizer.init(params)`, whatever JAX's switches against promotion are.
+
+  Args:
+    optimizer: any optax optimizer.
+    params: any pytree of parameters, which may hold PRNG keys.
+  """
+  with base.implicit_promotion():
+    return optimizer.init(linearization.without_keys(params))
+
+
 def look_ahead(
   params: base.PyTree,
   gradient: base.PyTree,
@@ -113,12 +126,13 @@ def look_ahead(
   """
   value = jnp.zeros(()) if value is None else value
   try:
-    updates, _ = optax.with_extra_args_support(optimizer).update(
-      linearization.without_keys(gradient),
-      opt_state,
-      linearization.without_keys(params),
-      value=value,
-    )
+    with base.implicit_promotion():
+      updates, _ = optax.with_extra_args_support(optimizer).update(
+        linearization.without_keys(gradient),
+        opt_state,
+        linearization.without_keys(params),
+        value=value,
+      )
   except TypeError as error:
     missing = re.search(r"missing .*required .*arguments?: (.*)", str(error))
     if missing is None:
@@ -129,7 +143,8 @@ def look_ahead(
       " another optimizer for the look-ahead, such as optax.sgd(...)."
     ) from error
   select, fill = linearization.differentiable(params)
-  return fill(optax.apply_updates(select(params), select(updates)))
+  with base.implicit_promotion():
+    return fill(optax.apply_updates(select(params), select(updates)))
 
 
 def direction(

@@ -185,7 +185,7 @@ def reweigh(
     meta_batch,
     base.psum(linearized.weighted_gradient(weights), axis_name),
     optimizer=optimizer,
-    opt_state=optimizer.init(params),
+    opt_state=hypergradient.init_optimizer(optimizer, params),
     objective=objective,
     has_aux=has_aux,
     axis_name=axis_name,

@@ -164,7 +164,7 @@ def look_ahead(
     )
   optimizer = optimizer or optax.sgd(1.0)
   if opt_state is None:
-    opt_state = optimizer.init(linearization.without_keys(params))
+    opt_state = hypergradient.init_optimizer(optimizer, params)
   return hypergradient.direction(
     meta_losses_fn,
     params,

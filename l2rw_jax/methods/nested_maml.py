@@ -163,7 +163,7 @@ def slopes(
     meta_tasks,
     base.psum(linearized.weighted_gradient(weights / size), axis_name),
     optimizer=optimizer,
-    opt_state=optimizer.init(params),
+    opt_state=hypergradient.init_optimizer(optimizer, params),
     has_aux=has_aux,
     axis_name=axis_name,
   )
