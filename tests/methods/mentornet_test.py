@@ -181,7 +181,7 @@ _PARAMS = {"p": np.ones((2, 1), np.float32), "b": np.zeros(1, np.float32)}
 def _task(num_steps=100):
   def forward(params, model_state, batch, key, train):
     del key, train
-    return batch["x"] @ params["p"] + params["b"], model_state
+    return batch["x"] @ params["p"] + params["b"][None], model_state
 
   return base.Task(
     forward=forward,
