@@ -191,7 +191,7 @@ def reweigh(
     axis_name=axis_name,
   )
   gradient = hypergradient.weight_gradient(linearized, direction, axis_name)
-  gradient = jax.lax.stop_gradient(gradient)
+  gradient = jax.lax.stop_gradient(gradient).astype(weights.dtype)
   weights = jax.lax.stop_gradient(
     update_weights(weights, gradient, weight_learning_rate, axis_name)
   )

@@ -168,7 +168,7 @@ def slopes(
     axis_name=axis_name,
   )
   gradient = hypergradient.weight_gradient(linearized, direction, axis_name) / size
-  gradient = jax.lax.stop_gradient(gradient)
+  gradient = jax.lax.stop_gradient(gradient).astype(weights.dtype)
   fault = base.first_fault(
     direction.fault,
     training_losses=losses_finite,

@@ -166,6 +166,12 @@ def test_a_wrong_setting_is_one_line(settings, message):
     mentornet.mentornet(mentornet.self_paced, **settings)
 
 
+@pytest.mark.parametrize("step", [3.0, jnp.float32(3)])
+def test_a_step_that_is_no_integer_is_one_line(step):
+  with pytest.raises(base.InputError, match="step must be an integer; got float32"):
+    mentornet.epoch_percent(step, 10)
+
+
 def test_wrong_names_and_shapes_are_one_line():
   with pytest.raises(base.InputError, match="'ddd': choose among self_paced, focal"):
     mentornet.preset("ddd", 0.4)
