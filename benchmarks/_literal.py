@@ -18,9 +18,9 @@ from l2rw_jax.methods import meta_weight_net
 def plain() -> base.Method:
   """The gradient of the mean loss, by `jax.value_and_grad`."""
 
-  def gradients(state, task, inputs):
+  def gradients(state, problem, inputs):
     size = inputs.batch["label"].shape[0]
-    return _weighted(task, inputs, jnp.full(size, 1 / size)), state
+    return _weighted(problem, inputs, jnp.full(size, 1 / size)), state
 
   return base.Method(gradients)
 
@@ -28,10 +28,10 @@ def plain() -> base.Method:
 def l2rw() -> base.Method:
   """L2RW as its Algorithm 1 is written, on one device."""
 
-  def gradients(state, task, inputs):
+  def gradients(state, problem, inputs):
     start = jnp.zeros(inputs.batch["label"].shape[0])
-    slopes = _slopes(task, inputs, start, optax.sgd(1.0))
-    return _weighted(task, inputs, normalization.rectify(-slopes)), state
+    slopes = _slopes(problem, inputs, start, optax.sgd(1.0))
+    return _weighted(problem, inputs, normalization.rectify(-slopes)), state
 
   return base.Method(gradients, needs_meta=True)
 
@@ -41,39 +41,39 @@ def mwn(learning_rate: float) -> base.Method:
   net = meta_weight_net.WeightNet()
   optimizer = meta_weight_net.PRESETS["noise_stable"].optimizer
 
-  def init(key, task, params):
-    del task, params
+  def init(key, problem, params):
+    del problem, params
     return meta_network.init(net.init(key, jnp.zeros(1)), optimizer)
 
-  def gradients(state, task, inputs):
-    losses = _losses_fn(task, inputs)(inputs.params, inputs.batch)
+  def gradients(state, problem, inputs):
+    losses = _losses_fn(problem, inputs)(inputs.params, inputs.batch)
 
     def weights_fn(phi):
       return meta_weight_net.example_weights(net.apply, phi, losses)
 
-    def lesson_fn(phi):
-      slopes = _slopes(task, inputs, weights_fn(phi), optax.sgd(learning_rate))
+    def meta_gradient_fn(phi):
+      slopes = _slopes(problem, inputs, weights_fn(phi), optax.sgd(learning_rate))
       gradient = hypergradient.network_gradient(weights_fn, phi, slopes)
       no, none = jnp.array(False), jnp.zeros((), jnp.int32)
-      return meta_network.Lesson(gradient, jnp.zeros(()), ~no, no, none)
+      return meta_network.MetaGradient(gradient, jnp.zeros(()), ~no, no, none)
 
-    state = meta_network.learn(state, lesson_fn, optimizer, inputs.step)
-    return _weighted(task, inputs, weights_fn(state.params)), state
+    state = meta_network.update(state, meta_gradient_fn, optimizer, inputs.step)
+    return _weighted(problem, inputs, weights_fn(state.params)), state
 
   return base.Method(gradients, init, needs_meta=True)
 
 
-def _losses_fn(task, inputs):
+def _losses_fn(problem, inputs):
   """`(params, batch) -> losses [B]`; what else the network returns is dropped."""
-  losses_fn = task.losses_fn(inputs.model_state, inputs.key)
+  losses_fn = problem.losses_fn(inputs.model_state, inputs.key)
   return lambda params, batch: losses_fn(params, batch)[0]
 
 
-def _slopes(task, inputs, weights, optimizer):
+def _slopes(problem, inputs, weights, optimizer):
   """dM/dw [B] at `weights`."""
-  meta_losses_fn = task.meta_losses_fn(inputs.model_state, inputs.key)
+  meta_losses_fn = problem.meta_losses_fn(inputs.model_state, inputs.key)
   return hypergradient.unrolled_weight_gradient(
-    _losses_fn(task, inputs),
+    _losses_fn(problem, inputs),
     lambda params, batch: meta_losses_fn(params, batch)[0],
     inputs.params,
     inputs.batch,
@@ -84,11 +84,11 @@ def _slopes(task, inputs, weights, optimizer):
   )
 
 
-def _weighted(task, inputs, weights):
+def _weighted(problem, inputs, weights):
   """The ordinary gradient of a loss under constant weights."""
 
   def loss_fn(params):
-    losses_fn = task.losses_fn(inputs.model_state, inputs.key)
+    losses_fn = problem.losses_fn(inputs.model_state, inputs.key)
     losses, model_state = losses_fn(params, inputs.batch)
     return jnp.sum(weights * losses), (losses, model_state)
 

@@ -21,9 +21,9 @@ from l2rw_jax.methods import bare
 from l2rw_jax.methods import l2rw
 from l2rw_jax.methods import ldam_drw
 from l2rw_jax.methods import mentornet
-from l2rw_jax.methods import mentornet_network
 from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.methods import warpi
+from l2rw_jax.methods.mentornet import network as mentornet_network
 from l2rw_jax.models import classifier
 from l2rw_jax.training import step as step_lib
 
@@ -101,8 +101,8 @@ def contestant(
   counts = jnp.full(_networks.NUM_CLASSES, _NUM_EXAMPLES // _networks.NUM_CLASSES)
   batch, meta_batch = jax.device_put(setting.batches())
   params, model_state = _variables(model, setting)
-  task = _task(model, engine, counts)
-  method_state = made.init(jax.random.key(1), task, params)
+  problem = _task(model, engine, counts)
+  method_state = made.init(jax.random.key(1), problem, params)
   state = step_lib.init_state(params, model_state, method_state, optimizer)
 
   def step(state, batch, meta_batch, counts, key):
@@ -129,7 +129,7 @@ def contestant(
   return _turns.Contestant(method, engine, "jax", run, facts)
 
 
-def _step(state, batch, meta_batch, key, task, method, optimizer):
+def _step(state, batch, meta_batch, key, problem, method, optimizer):
   inputs = base.Inputs(
     params=state.params,
     model_state=state.model_state,
@@ -139,7 +139,7 @@ def _step(state, batch, meta_batch, key, task, method, optimizer):
     step=state.step,
     key=jax.random.fold_in(key, state.step),
   )
-  found, method_state = method.gradients(state.method_state, task, inputs)
+  found, method_state = method.gradients(state.method_state, problem, inputs)
   with base.implicit_promotion():
     updates, opt_state = optimizer.update(found.grads, state.opt_state, state.params)
   state = state._replace(
@@ -159,13 +159,13 @@ def _classifier(network, dtype, cosine):
 
 
 def _task(model, engine, counts):
-  task = model.task(
+  problem = model.problem(
     class_counts=counts, num_examples=_NUM_EXAMPLES, num_steps=_NUM_STEPS
   )
   if engine not in ENGINES[1:]:
-    return task
+    return problem
   linearize = functools.partial(linearization.linearize, engine=engine)
-  return dataclasses.replace(task, linearize=linearize)
+  return dataclasses.replace(problem, linearize=linearize)
 
 
 def _variables(model, setting):
@@ -189,7 +189,7 @@ def costs(lowered: Any, compiled: Any, literal: bool = False) -> dict[str, Any]:
 
   Any of them is None where a backend does not tell. On accelerators the compiled
   program calls libraries that hide their operations, so there they are counted in
-  the program before optimisation, a little too many; not of `literal` programs, which
+  the program before optimization, a little too many; not of `literal` programs, which
   repeat what the compiler then takes once.
   """
   found = _tell(compiled.cost_analysis) or {}
@@ -199,7 +199,7 @@ def costs(lowered: Any, compiled: Any, literal: bool = False) -> dict[str, Any]:
   memory = _tell(compiled.memory_analysis)
   return {
     "flops": counted.get("flops"),
-    "flops_counted": "compiled" if on_cpu else "before optimisation",
+    "flops_counted": "compiled" if on_cpu else "before optimization",
     "bytes_accessed": found.get("bytes accessed"),
     "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
   }

@@ -51,7 +51,7 @@ class ResNet(nn.Module):
   """ResNet-32 for CIFAR with option-A shortcuts.
 
   Args:
-    norm: number of features -> normalisation layer.
+    norm: number of features -> normalization layer.
     blocks: a stage.
     width: of the first stage.
   """

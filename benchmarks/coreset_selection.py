@@ -30,11 +30,11 @@ from experiments import _catalogue
 from experiments import _launch
 from experiments import _report
 from l2rw_jax import base
-from l2rw_jax import coreset
-from l2rw_jax import workdir
-from l2rw_jax.data import parts
+from l2rw_jax import coresets
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import sources
 from l2rw_jax.data import splits as splits_lib
+from l2rw_jax.io import workdir
 from l2rw_jax.methods import adacore
 from l2rw_jax.methods import adacore_table
 from l2rw_jax.methods import baselines
@@ -68,7 +68,7 @@ class Training:
     """Nothing trained, nothing compiled."""
     self._size = len(split.train.label)
     self._model = classifier.Classifier(mlp.MLP(split.num_classes, (256,)), 10)
-    counts = parts.class_counts(split.train, split.num_classes)
+    counts = examples_lib.class_counts(split.train, split.num_classes)
     self._counts = jnp.asarray(counts, jnp.int32)[None]
     self._devices = devices_lib.choose(1, _BATCH_SIZE)
     config = config_lib.Config(num_steps=1, batch_size=_BATCH_SIZE)
@@ -104,24 +104,24 @@ class Training:
   def gradients(self) -> np.ndarray:
     """At the logits, of every example, [N, C]."""
     state = devices_lib.take(devices_lib.unreplicate(self._state), 0)
-    task = self._model.task(
+    problem = self._model.problem(
       class_counts=self._counts[0], num_examples=self._size, num_steps=1
     )
     view = base.EpochView(
       0, 0, state.params, state.model_state, self._train, np.random.default_rng(0)
     )
     found = adacore_table.look(
-      task, view, jax.random.key(0), scope=None, last_layer=False, num_probes=1
+      problem, view, jax.random.key(0), scope=None, last_layer=False, num_probes=1
     )
     return np.asarray(found.gradients)
 
 
 def naive_greedy(proxies: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
-  """The rows that `coreset.select` chooses, by whole matrices and every gain."""
+  """The rows that `coresets.select` chooses, by whole matrices and every gain."""
   classes, counts = np.unique(labels, return_counts=True)
   found = []
   for c, budget in zip(
-    classes, coreset.class_budgets(counts.tolist(), size), strict=True
+    classes, coresets.class_budgets(counts.tolist(), size), strict=True
   ):
     members = np.flatnonzero(labels == c)
     away = distance.cdist(proxies[members], proxies[members])
@@ -176,7 +176,7 @@ def contestants(
       if greedy == "naive":
         return naive_greedy(proxies, labels, size)
       key = jax.random.key(0)
-      return coreset.select(
+      return coresets.select(
         proxies, labels, size, greedy=greedy, epsilon=epsilon, key=key
       ).rows
 
@@ -283,7 +283,7 @@ def main() -> None:
   """Measures, prints and writes."""
   adacore.check_fraction("--fraction", _FRACTION.value)
   for epsilon in _EPSILONS.value:
-    coreset.check_greedy("stochastic", epsilon)
+    coresets.check_greedy("stochastic", epsilon)
   folder = _launch.prepare("coreset_selection", __name__, ())
   rows, flags_given = measure(), _launch.flags_of(__name__)
   _report.save(folder, rows, flags_given)

@@ -44,7 +44,7 @@ from experiments import _catalogue
 from experiments import _launch
 from experiments import _report
 from l2rw_jax import base
-from l2rw_jax import workdir
+from l2rw_jax.io import workdir
 
 _NETWORKS = flags.DEFINE_list(
   "networks", None, "To train. [all; on a CPU all but wrn_28_10]"

@@ -158,7 +158,7 @@ EXPERIMENTS = {
     published="Published: no number that could be read; the protocol is ours.",
   ),
   "memorization": _tables.Experiment(
-    title="Who memorises wrong labels, told without a clean one",
+    title="Who memorizes wrong labels, told without a clean one",
     metrics=(
       _tables.Metric("accuracy_percent", "clean test accuracy %"),
       _tables.Metric("susceptibility", "susceptibility", decimals=3),
@@ -197,7 +197,7 @@ EXPERIMENTS = {
       "evaluate_on": "{} classes",
       "ood": "other tasks from {}",
       "ood_share": "{:.0%} of them",
-      "noise_share": "{:.0%} of the images mislabelled",
+      "noise_share": "{:.0%} of the images mislabeled",
       "num_clusters": "{} clusters",
       "share": "a weight for each {}",
       "num_steps": "{:,} steps",

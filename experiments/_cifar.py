@@ -6,7 +6,7 @@ import functools
 
 from flax import linen as nn
 
-from experiments import _optimisation
+from experiments import _optimizer_config
 from l2rw_jax.data import sources
 from l2rw_jax.models import augmentation
 from l2rw_jax.models import classifier
@@ -68,7 +68,7 @@ class Preset:
     momentum: of SGD.
     nesterov: whether momentum looks ahead.
     weight_decay: added to the gradient, times the parameters.
-    decay_all: see `_optimisation`.
+    decay_all: see `_optimizer_config`.
     batch_size: training examples a step.
     meta_batch_size: clean examples a step.
     num_meta: clean images a class, by number of classes.
@@ -193,9 +193,9 @@ def make_classifier(preset: Preset, num_classes: int) -> classifier.Classifier:
   return classifier.Classifier(network, num_classes, preprocess)
 
 
-def make_optimisation(preset: Preset) -> _optimisation.Optimisation:
-  """The preset's optimiser and schedule; drops are kept as shares of the run."""
-  return _optimisation.Optimisation(
+def make_optimization(preset: Preset) -> _optimizer_config.OptimizerConfig:
+  """The preset's optimizer and schedule; drops are kept as shares of the run."""
+  return _optimizer_config.OptimizerConfig(
     learning_rate=preset.learning_rate,
     momentum=preset.momentum,
     nesterov=preset.nesterov,

@@ -2,12 +2,16 @@
 
 import numpy as np
 
-from l2rw_jax.data import parts
+from l2rw_jax.data import examples as examples_lib
 
 
 def condensed(
-  splits: parts.Splits, last_weight: np.ndarray, percent: int, kept: str, seed: int
-) -> parts.Splits:
+  splits: examples_lib.Splits,
+  last_weight: np.ndarray,
+  percent: int,
+  kept: str,
+  seed: int,
+) -> examples_lib.Splits:
   """The problem with a part of its training set.
 
   Args:
@@ -23,7 +27,7 @@ def condensed(
   if kept == "top":
     weights = np.nan_to_num(last_weight, nan=1.0)
     order = order[np.argsort(-weights[order], kind="stable")]
-  return parts.keep_train(splits, order[: num_kept(len(order), percent)])
+  return examples_lib.keep_train(splits, order[: num_kept(len(order), percent)])
 
 
 def num_kept(size: int, percent: int) -> int:

@@ -9,8 +9,8 @@ import numpy as np
 
 from experiments import _report
 from l2rw_jax import base
-from l2rw_jax import metric_writer
-from l2rw_jax import workdir
+from l2rw_jax.io import metric_writer
+from l2rw_jax.io import workdir
 from l2rw_jax.training import results as results_lib
 
 # Test accuracies whose first second is told, in percent.
@@ -54,9 +54,9 @@ def timed(method: base.Method, folder: pathlib.Path) -> base.Method:
     return method
   path = folder / _SELECTIONS
 
-  def refresh(state, task, view):
+  def refresh(state, problem, view):
     started = time.perf_counter()
-    state = method.refresh(state, task, view)
+    state = method.refresh(state, problem, view)
     seconds = workdir.read_record(path) if path.exists() else {}
     # By epoch: an interrupted run selects for its epoch again.
     seconds[str(view.epoch)] = time.perf_counter() - started

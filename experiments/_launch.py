@@ -16,8 +16,8 @@ import jax
 from experiments import _allocator
 from experiments import _bounds
 from l2rw_jax import base
-from l2rw_jax import mentor_file
-from l2rw_jax import workdir
+from l2rw_jax.io import workdir
+from l2rw_jax.methods.mentornet import mentor_file
 from l2rw_jax.training import config as config_lib
 
 _WORKDIR = flags.DEFINE_string(
@@ -37,7 +37,7 @@ _NUM_DEVICES = flags.DEFINE_integer(
 )
 # But for rounding, only how fast a run is: a folder may be continued with another.
 _STEPS_PER_DISPATCH = flags.DEFINE_integer(
-  "steps_per_dispatch",
+  "steps_per_call",
   None,
   "Steps sent to the devices at once; more are faster, but for convolutions on CPU."
   " [1 on CPU, else 20]",
@@ -60,7 +60,7 @@ def run_config(**settings: Any) -> config_lib.Config:
   """How to run, with the flags that every script shares filled in."""
   return config_lib.Config(
     num_devices=_NUM_DEVICES.value,
-    steps_per_dispatch=_STEPS_PER_DISPATCH.value,
+    steps_per_call=_STEPS_PER_DISPATCH.value,
     checkpoint_every=_CHECKPOINT_EVERY.value,
     **settings,
   )

@@ -15,13 +15,13 @@ from experiments import _long_tail_methods
 from experiments import _long_tail_report
 from experiments import _methods
 from experiments import _noise
-from experiments import _optimisation
+from experiments import _optimizer_config
 from experiments import _probes
 from experiments import _published_cifar
 from experiments import _report
 from l2rw_jax import base
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import long_tail
-from l2rw_jax.data import parts
 from l2rw_jax.data import sources
 from l2rw_jax.models import classifier
 from l2rw_jax.training import config as config_lib
@@ -96,7 +96,7 @@ class Preset(NamedTuple):
   Attributes:
     num_epochs: passes over the training set.
     batch_size: B.
-    optimisation: of every method.
+    optimization: of every method.
     builder: of the training set.
     num_meta: meta images a class.
     deferred: share of the run after which deferred methods begin.
@@ -104,7 +104,7 @@ class Preset(NamedTuple):
 
   num_epochs: int
   batch_size: int
-  optimisation: _optimisation.Optimisation
+  optimizer_config: _optimizer_config.OptimizerConfig
   builder: str
   num_meta: int
   deferred: float = 0.8
@@ -152,8 +152,8 @@ def _with_flags(preset: Preset) -> Preset:
   def given(**values):
     return {k: v for k, v in values.items() if v is not None}
 
-  optimisation = dataclasses.replace(
-    preset.optimisation,
+  optimizer_config = dataclasses.replace(
+    preset.optimizer_config,
     **given(
       learning_rate=_LEARNING_RATE.value,
       momentum=_MOMENTUM.value,
@@ -161,7 +161,7 @@ def _with_flags(preset: Preset) -> Preset:
     ),
   )
   return preset._replace(
-    optimisation=optimisation,
+    optimizer_config=optimizer_config,
     **given(
       num_epochs=_NUM_EPOCHS.value,
       batch_size=_BATCH_SIZE.value,
@@ -174,7 +174,7 @@ def _with_flags(preset: Preset) -> Preset:
 
 def _make_splits(
   experiment: Experiment, imbalance: float, seeds: Sequence[int]
-) -> list[parts.Splits]:
+) -> list[examples_lib.Splits]:
   """The data of some seeds."""
   return [
     long_tail.long_tail_splits(
@@ -191,7 +191,7 @@ def _make_splits(
 
 
 def _make_cell(
-  name: str, experiment: Experiment, imbalance: float, split: parts.Splits
+  name: str, experiment: Experiment, imbalance: float, split: examples_lib.Splits
 ) -> _noise.Cell:
   """How a method is run."""
   preset = experiment.preset
@@ -204,7 +204,7 @@ def _make_cell(
     eval_every=_EVAL_EVERY.value * steps,
   )
   setting = _methods.Setting(
-    preset.optimisation.schedule(config.num_steps),
+    preset.optimizer_config.schedule(config.num_steps),
     config.num_steps,
     noise_fraction=0.0,
     num_classes=split.num_classes,
@@ -217,7 +217,7 @@ def _make_cell(
   tail = {"builder": preset.builder, "shape": _SHAPE.value, "imbalance": imbalance}
   model = experiment.make_model(_long_tail_methods.needs_cosines(name))
   method = _methods.make(name, setting, _long_tail_methods.METHODS)
-  return _noise.Cell(name, tail, config, preset.optimisation, model, method)
+  return _noise.Cell(name, tail, config, preset.optimizer_config, model, method)
 
 
 def _train(
@@ -229,7 +229,7 @@ def _train(
   for first in seeds[::at_once]:
     own = tuple(seeds[first : first + at_once])
     splits = _make_splits(experiment, cell.noise["imbalance"], own)
-    counts = parts.class_counts(splits[0].train, splits[0].num_classes).tolist()
+    counts = examples_lib.class_counts(splits[0].train, splits[0].num_classes).tolist()
     limits = evaluation.shot_thresholds(counts)
     results = _noise.train(
       cell._replace(config=dataclasses.replace(cell.config, seeds=own)),

@@ -103,7 +103,7 @@ def _train(rows: Rows) -> list[float]:
 def draw(rows: Rows, path: pathlib.Path) -> None:
   """A panel per noise: training accuracy against susceptibility, a dot a model.
 
-  The colour is the accuracy on clean test images; lines are the means between the
+  The color is the accuracy on clean test images; lines are the means between the
   regions.
   """
   import matplotlib

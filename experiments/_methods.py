@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from l2rw_jax import base
-from l2rw_jax import mentor_file
 from l2rw_jax import meta_network
 from l2rw_jax.methods import absgd
 from l2rw_jax.methods import advisor
@@ -21,6 +20,7 @@ from l2rw_jax.methods import mentornet
 from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.methods import s_model
 from l2rw_jax.methods import warpi
+from l2rw_jax.methods.mentornet import mentor_file
 
 _META_EVERY = flags.DEFINE_integer(
   "meta_every", 1, "Steps from one meta step to the next.", lower_bound=1
@@ -71,13 +71,13 @@ _ABSGD_LAMBDA = flags.DEFINE_float(
 _ABSGD_GAMMA = flags.DEFINE_float(
   "absgd_gamma",
   None,
-  "Weight of the new batch in ABSGD's normaliser, in (0, 1]. [in a long tail 0.9,"
+  "Weight of the new batch in ABSGD's normalizer, in (0, 1]. [in a long tail 0.9,"
   " else 0.5]",
 )
 _ABSGD_ALPHA = flags.DEFINE_float(
   "absgd_alpha",
   None,
-  "Of ABSGD's normaliser; divides the step. [in a long tail 1, else 0.5]",
+  "Of ABSGD's normalizer; divides the step. [in a long tail 1, else 0.5]",
 )
 _DEFERRED = flags.DEFINE_float(
   "deferred",
@@ -90,7 +90,7 @@ _DEFERRED = flags.DEFINE_float(
 _GCE_THRESHOLD = flags.DEFINE_float(
   "gce_threshold",
   0.0,
-  "Truncates the generalised cross-entropy below this probability, in [0, 1); an"
+  "Truncates the generalized cross-entropy below this probability, in [0, 1); an"
   " untrained network is below it everywhere. [not truncated]",
 )
 _TRANSITION_EPOCH = flags.DEFINE_integer(
@@ -114,7 +114,7 @@ class Setting(NamedTuple):
   """What a method needs to know of the run.
 
   Attributes:
-    look_ahead_rate: learning rate of the meta-learned methods' virtual SGD step,
+    lookahead_learning_rate: learning rate of the meta-learned methods' virtual SGD step,
       a number or `step -> number`; the papers' is the classifier's own.
     num_steps: updates.
     noise_fraction: share of wrong labels, as the builder was asked for; for
@@ -126,7 +126,7 @@ class Setting(NamedTuple):
     mwn_preset: Meta-Weight-Net's release, where no flag says another.
   """
 
-  look_ahead_rate: meta_network.Schedule
+  lookahead_learning_rate: meta_network.Schedule
   num_steps: int
   noise_fraction: float
   num_classes: int
@@ -145,13 +145,13 @@ def _fine_tuning(setting: Setting) -> base.Method:
 def _meta_weight_net(setting: Setting) -> base.Method:
   preset = _MWN_PRESET.value or setting.mwn_preset
   return meta_weight_net.meta_weight_net(
-    setting.look_ahead_rate, preset, every=_META_EVERY.value
+    setting.lookahead_learning_rate, preset, every=_META_EVERY.value
   )
 
 
 def _warpi(setting: Setting, deterministic: bool = False) -> base.Method:
   return warpi.warpi(
-    setting.look_ahead_rate,
+    setting.lookahead_learning_rate,
     num_samples=_WARPI_SAMPLES.value,
     deterministic=deterministic,
     every=_META_EVERY.value,
@@ -159,7 +159,7 @@ def _warpi(setting: Setting, deterministic: bool = False) -> base.Method:
 
 
 def _advisor(setting: Setting) -> base.Method:
-  return advisor.advisor(setting.look_ahead_rate, every=_META_EVERY.value)
+  return advisor.advisor(setting.lookahead_learning_rate, every=_META_EVERY.value)
 
 
 def _curriculum(name: str) -> Factory:

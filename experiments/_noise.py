@@ -9,13 +9,13 @@ import jax
 import numpy as np
 
 from experiments import _methods
-from experiments import _optimisation as optimisation_lib
+from experiments import _optimizer_config as optimisation_lib
 from experiments import _probes
 from experiments import _report
 from l2rw_jax import base
-from l2rw_jax import loss_dump
 from l2rw_jax.data import splits as splits_lib
 from l2rw_jax.methods import meta_weight_net
+from l2rw_jax.methods.mentornet import loss_dump
 from l2rw_jax.models import classifier
 from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import evaluation
@@ -33,7 +33,7 @@ class Cell(NamedTuple):
     name: of the method.
     noise: of the labels, for rows and folders: builder, fraction and so on.
     config: how to run.
-    optimisation: of the classifier.
+    optimization: of the classifier.
     model: the network.
     method: the method.
   """
@@ -41,7 +41,7 @@ class Cell(NamedTuple):
   name: str
   noise: dict[str, Any]
   config: config_lib.Config
-  optimisation: optimisation_lib.Optimisation
+  optimizer_config: optimisation_lib.OptimizerConfig
   model: classifier.Classifier
   method: base.Method
 
@@ -55,23 +55,23 @@ def make_cell(
   name: str,
   noise: dict[str, Any],
   config: config_lib.Config,
-  optimisation: optimisation_lib.Optimisation,
+  optimizer_config: optimisation_lib.OptimizerConfig,
   model: classifier.Classifier,
   noise_fraction: float,
   num_examples: int,
-  look_ahead_rate: float | None = None,
+  lookahead_learning_rate: float | None = None,
 ) -> Cell:
   """A cell with its method made; arguments as in `Cell` and `_methods.Setting`.
 
-  Without a `look_ahead_rate` it is the classifier's, with its drops. Deferred methods
+  Without a `lookahead_learning_rate` it is the classifier's, with its drops. Deferred methods
   wait for two thirds of the run if no flag says otherwise, as ABSGD's release does on
   CIFAR with wrong labels (80 of 120 epochs).
   """
   num_epochs = config.num_steps / max(1, num_examples // config.batch_size)
   setting = _methods.Setting(
-    optimisation.schedule(config.num_steps)
-    if look_ahead_rate is None
-    else look_ahead_rate,
+    optimizer_config.schedule(config.num_steps)
+    if lookahead_learning_rate is None
+    else lookahead_learning_rate,
     config.num_steps,
     noise_fraction,
     model.num_classes,
@@ -79,7 +79,7 @@ def make_cell(
   )
   _methods.check_begins(name, setting, num_epochs)
   method = _methods.make(name, setting)
-  return Cell(name, noise, config, optimisation, model, method)
+  return Cell(name, noise, config, optimizer_config, model, method)
 
 
 def train(
@@ -104,7 +104,7 @@ def train(
   method = cell.method
   if cell.name == "meta_weight_net":
     method = _record_curves(method, own)
-  if cell.optimisation.plateau_steps:
+  if cell.optimizer_config.plateau_steps:
     method = _watch_validation(method, cell, splits)
   writer = loss_dump.Writer(own / "losses")
   steps_per_epoch = len(splits[0].train.label) // cell.config.batch_size
@@ -117,7 +117,7 @@ def train(
     cell.config,
     cell.model,
     method,
-    cell.optimisation.optimizer(cell.config.num_steps),
+    cell.optimizer_config.optimizer(cell.config.num_steps),
     splits,
     own,
     evaluators,
@@ -140,7 +140,7 @@ def train(
 def _watch_validation(
   method: base.Method, cell: Cell, splits: Sequence[splits_lib.Splits]
 ) -> base.Method:
-  """For an optimiser that slows down on a plateau of the validation loss."""
+  """For an optimizer that slows down on a plateau of the validation loss."""
   held_out = {
     s: split.validation for s, split in zip(cell.config.seeds, splits, strict=True)
   }
@@ -157,13 +157,13 @@ def _watch_validation(
 def _record_curves(method: base.Method, folder: pathlib.Path) -> base.Method:
   """Keeps Meta-Weight-Net's curve from before every epoch, for `draw_curves`."""
 
-  def refresh(state, task, view):
+  def refresh(state, problem, view):
     net = meta_weight_net.WeightNet()
     curve = net.apply(jax.device_get(state.params), _GRID.astype(np.float32))
     own = folder / "curves" / f"seed-{view.seed}"
     own.mkdir(parents=True, exist_ok=True)
     np.savetxt(own / f"epoch-{view.epoch:05d}.txt", np.asarray(curve), "%.6g")
-    return method.refresh(state, task, view)
+    return method.refresh(state, problem, view)
 
   return method._replace(refresh=refresh)
 
@@ -171,8 +171,10 @@ def _record_curves(method: base.Method, folder: pathlib.Path) -> base.Method:
 def row(cell: Cell, result: results_lib.Result, **facts: Any) -> dict[str, Any]:
   """One run's line of `results.csv`; `facts` go in front."""
   metrics = result.metrics
-  optimisation = dataclasses.asdict(cell.optimisation)
-  drops = " ".join(f"{share:g}:{factor:g}" for share, factor in optimisation["drops"])
+  optimizer_config = dataclasses.asdict(cell.optimizer_config)
+  drops = " ".join(
+    f"{share:g}:{factor:g}" for share, factor in optimizer_config["drops"]
+  )
   return {
     **facts,
     "method": cell.name,
@@ -181,7 +183,7 @@ def row(cell: Cell, result: results_lib.Result, **facts: Any) -> dict[str, Any]:
     "best_percent": 100 * metrics["best_accuracy"],
     "weight_auroc": _report.auroc(result.weights),
     "batch_size": cell.config.batch_size,
-    **optimisation,
+    **optimizer_config,
     "drops": drops,
     **_probes.columns(metrics),
     **_report.run_fields(metrics),

@@ -6,7 +6,7 @@ from absl import flags
 
 from experiments import _bounds
 from l2rw_jax import base
-from l2rw_jax.data import parts
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.training import evaluation
 from l2rw_jax.training import memorization
 
@@ -25,7 +25,7 @@ _IMAGES = flags.DEFINE_enum(
   "What susceptibility labels at random: the training images, or those held out.",
 )
 _BATCH_SIZE = flags.DEFINE_integer(
-  "probe_batch_size", 128, "Randomly labelled images of susceptibility.", lower_bound=1
+  "probe_batch_size", 128, "Randomly labeled images of susceptibility.", lower_bound=1
 )
 
 
@@ -48,7 +48,7 @@ def given() -> dict[str, Any]:
   return {holder.name: holder.value for holder in (_PROBES, _IMAGES, _BATCH_SIZE)}
 
 
-def check(split: parts.Splits) -> None:
+def check(split: examples_lib.Splits) -> None:
   """Raises InputError unless what is asked for can be measured on these data."""
   is_used = "susceptibility" in _names()
   for flag in ("probe_images", "probe_batch_size"):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import special
 
-from l2rw_jax import workdir
+from l2rw_jax.io import workdir
 
 
 class Interval(NamedTuple):

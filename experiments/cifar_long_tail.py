@@ -18,7 +18,7 @@ from absl import flags
 from experiments import _cifar
 from experiments import _launch
 from experiments import _long_tail
-from experiments import _optimisation
+from experiments import _optimizer_config
 from l2rw_jax.data import sources
 from l2rw_jax.models import classifier
 from l2rw_jax.training import devices
@@ -28,7 +28,7 @@ PRESETS = {
   "ldam": _long_tail.Preset(
     num_epochs=200,
     batch_size=128,
-    optimisation=_optimisation.Optimisation(
+    optimizer_config=_optimizer_config.OptimizerConfig(
       weight_decay=2e-4, drops=((0.8, 0.01), (0.9, 0.01)), warmup=5 / 200
     ),
     builder="ldam",
@@ -38,7 +38,7 @@ PRESETS = {
   "mwn": _long_tail.Preset(
     num_epochs=100,
     batch_size=100,
-    optimisation=_optimisation.Optimisation(
+    optimizer_config=_optimizer_config.OptimizerConfig(
       nesterov=True, weight_decay=5e-4, drops=((0.79, 0.1), (0.89, 0.1))
     ),
     builder="mwn",

@@ -246,7 +246,7 @@ def make_cell(
     name,
     noise,
     config,
-    _cifar.make_optimisation(preset),
+    _cifar.make_optimization(preset),
     _cifar.make_classifier(preset, split.num_classes),
     wrong_share(split) if fraction is None else fraction,
     len(split.train.label),

@@ -30,12 +30,12 @@ from experiments import _launch
 from experiments import _probes
 from experiments import _report
 from l2rw_jax import base
-from l2rw_jax import coreset
-from l2rw_jax import workdir
+from l2rw_jax import coresets
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import long_tail
-from l2rw_jax.data import parts
 from l2rw_jax.data import sources
 from l2rw_jax.data import splits as splits_lib
+from l2rw_jax.io import workdir
 from l2rw_jax.methods import adacore
 from l2rw_jax.methods import baselines
 from l2rw_jax.models import classifier
@@ -79,7 +79,7 @@ _REFRESH_EVERY = flags.DEFINE_integer(
   lower_bound=1,
 )
 _GREEDY = flags.DEFINE_enum(
-  "greedy", "stochastic", coreset.GREEDY, "Exact, or from random candidates."
+  "greedy", "stochastic", coresets.GREEDY, "Exact, or from random candidates."
 )
 _GREEDY_EPSILON = flags.DEFINE_float(
   "greedy_epsilon", 0.1, "Of the stochastic greedy's guarantee, in (0, 1)."
@@ -88,7 +88,7 @@ _HESSIAN_SCOPE = flags.DEFINE_enum(
   "hessian_scope", "shared", ["shared", "example"], "Whose curvature AdaCore takes."
 )
 _BUDGET = flags.DEFINE_enum(
-  "budget", "proportional", coreset.BUDGETS, "Of the classes in a selection."
+  "budget", "proportional", coresets.BUDGETS, "Of the classes in a selection."
 )
 _NUM_SEEDS = flags.DEFINE_integer("num_seeds", 3, "Repetitions.", lower_bound=1)
 _NUM_STEPS = flags.DEFINE_integer(
@@ -223,8 +223,8 @@ def _check_fraction(fraction: float, split: splits_lib.Splits) -> None:
   adacore.check_fraction("--fraction", fraction)
   try:
     size = adacore.subset_size(fraction, len(split.train.label))
-    counts = parts.class_counts(split.train, split.num_classes)
-    coreset.class_budgets(counts.tolist(), size)
+    counts = examples_lib.class_counts(split.train, split.num_classes)
+    coresets.class_budgets(counts.tolist(), size)
   except base.InputError as error:
     raise base.InputError(
       f"--fraction={fraction}: {error} Raise --fraction."

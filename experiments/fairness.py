@@ -34,8 +34,8 @@ from experiments import _probes
 from experiments import _report
 from l2rw_jax import base
 from l2rw_jax import group_objectives
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import fairness
-from l2rw_jax.data import parts
 from l2rw_jax.data import sources
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import forml
@@ -190,7 +190,7 @@ def load(split: str) -> sources.Source:
   return sources.load(_DATASET.value, split, **_launch.data_folders())
 
 
-def make_splits() -> list[parts.Splits]:
+def make_splits() -> list[examples_lib.Splits]:
   """The data of every seed."""
   is_inverted = _GROUPS.value == "inverted"
   _bounds.check_used("minority_share", is_inverted, f"with --groups={_GROUPS.value}")
@@ -248,7 +248,7 @@ def _meta_batch_size(large: bool) -> int | None:
 def train(
   setting: Setting,
   method: base.Method,
-  splits: Sequence[parts.Splits],
+  splits: Sequence[examples_lib.Splits],
   folder: pathlib.Path,
 ) -> list[results_lib.Result]:
   """Trains every seed of a setting: side by side, but convolutions on CPU."""
@@ -305,7 +305,9 @@ def condensations(methods: Sequence[str], size: int) -> list[Setting]:
   return settings
 
 
-def check(methods: dict[str, base.Method], splits: Sequence[parts.Splits]) -> None:
+def check(
+  methods: dict[str, base.Method], splits: Sequence[examples_lib.Splits]
+) -> None:
   """Mistakes show before anything is written."""
   if not methods:
     raise base.InputError(f"--methods= is empty: choose among {', '.join(METHODS)}.")
@@ -317,7 +319,7 @@ def check(methods: dict[str, base.Method], splits: Sequence[parts.Splits]) -> No
   _probes.check(splits[0])
 
 
-def _check_exemplars(split: parts.Splits) -> None:
+def _check_exemplars(split: examples_lib.Splits) -> None:
   try:
     group_objectives.check_groups(split.meta.group, _num_groups())
   except base.InputError as error:

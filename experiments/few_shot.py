@@ -3,9 +3,9 @@ r"""NestedMAML against MAML where some of the training tasks are not like the re
 Paper: Killamsetty et al., "A Nested Bi-level Optimization Framework for Robust Few
   Shot Learning" (AAAI 2022). Its protocol, on Omniglot in place of mini-ImageNet: a
   share of the training tasks comes from another data set, or a share of the training
-  images is mislabelled; validation tasks, of classes of their own, are clean.
+  images is mislabeled; validation tasks, of classes of their own, are clean.
 Command: python -m experiments.few_shot --data_dir=DIR
-  mislabelled images: --ood=none --noise_share=0.3 --share=item
+  mislabeled images: --ood=none --noise_share=0.3 --share=item
   without a download: --dataset=digits --ood=shuffled
   mini-ImageNet: --dataset=mini_imagenet --data_dir=FOLDER, which holds train, val and
   test, each CLASS/FILE.jpg, and the TFDS folder of --ood
@@ -70,7 +70,7 @@ _OOD_SHARE = flags.DEFINE_multi_float(
   "ood_share", [0.3, 0.6, 0.9], "Of the training tasks; may be repeated.", 0.0
 )
 _NOISE_SHARE = flags.DEFINE_float(
-  "noise_share", 0.0, "Of the training images, relabelled at random.", 0.0, 1.0
+  "noise_share", 0.0, "Of the training images, relabeled at random.", 0.0, 1.0
 )
 _METHODS = flags.DEFINE_list("methods", list(METHODS[:5]), f"Of {', '.join(METHODS)}.")
 _NUM_WAYS = flags.DEFINE_integer(
@@ -93,7 +93,7 @@ _WEIGHT_LEARNING_RATE = flags.DEFINE_float(
   "weight_learning_rate", 1e4, "Of task weights, gamma.", 0.0
 )
 _LOOK_AHEAD_LEARNING_RATE = flags.DEFINE_float(
-  "look_ahead_learning_rate", None, "Eta. [--learning_rate]", 0.0
+  "lookahead_learning_rate", None, "Eta. [--learning_rate]", 0.0
 )
 _CLIP = flags.DEFINE_float("clip", 2e-5, "Largest slope of a weight.", 0.0)
 _EVERY = flags.DEFINE_integer("every", 1, "Steps between updates of weights.", 1)
@@ -110,7 +110,7 @@ _NUM_SEEDS = flags.DEFINE_integer("num_seeds", 2, "Repetitions.", lower_bound=1)
 flags.adopt_module_key_flags(_launch)
 _EXTENDABLE = ("methods", "ood_share")
 _NESTED = ("nested_maml", "nested_maml_fo")
-_OF_WEIGHTS = ("share", "weight_learning_rate", "look_ahead_learning_rate", "clip")
+_OF_WEIGHTS = ("share", "weight_learning_rate", "lookahead_learning_rate", "clip")
 _USED_BY = dict.fromkeys((*_OF_WEIGHTS, "every"), _NESTED)
 
 

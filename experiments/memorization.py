@@ -1,11 +1,11 @@
-r"""Which networks memorise wrong labels, told without one clean label.
+r"""Which networks memorize wrong labels, told without one clean label.
 
-Paper: Forouzesh, Sedghi, Thiran (ICLR 2023): networks that fit a randomly labelled
-  batch in one step memorise. Many networks and learning rates, each trained on labels
+Paper: Forouzesh, Sedghi, Thiran (ICLR 2023): networks that fit a randomly labeled
+  batch in one step memorize. Many networks and learning rates, each trained on labels
   of which a share was replaced at random (the true class may be drawn again), by SGD
   with momentum 0.9, weight decay 5e-4 and a cosine schedule; a probe before every
   epoch. Networks and data are ours: MLPs (LeNet if asked) on few images, so that wrong
-  labels are memorised within minutes.
+  labels are memorized within minutes.
 Command: python -m experiments.memorization --data_dir=DIR
   without a download, in minutes: --dataset=digits
 Device, time: one CPU core, 30 minutes; digits 5.
@@ -27,7 +27,7 @@ from experiments import _launch
 from experiments import _memorization_report
 from experiments import _report
 from l2rw_jax import base
-from l2rw_jax.data import parts
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import sources
 from l2rw_jax.data import splits as splits_lib
 from l2rw_jax.methods import baselines
@@ -38,7 +38,7 @@ from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import loop
 from l2rw_jax.training import memorization
 from l2rw_jax.training import results as results_lib
-from l2rw_jax.training import stream
+from l2rw_jax.training import sampling
 
 NETWORKS = {
   "mnist": [
@@ -73,9 +73,9 @@ _NUM_TRAIN = flags.DEFINE_integer(
   "num_train", None, "Training images. [5000; digits: all]", lower_bound=1
 )
 _NUM_UNLABELLED = flags.DEFINE_integer(
-  "num_unlabelled",
+  "num_unlabeled",
   0,
-  "Images held out to be labelled at random; 0: those of training, as released.",
+  "Images held out to be labeled at random; 0: those of training, as released.",
   lower_bound=0,
 )
 _NUM_EPOCHS = flags.DEFINE_integer(
@@ -93,7 +93,7 @@ _EXTENDABLE = ("networks", "learning_rate", "weight_decay", "noise_fraction")
 
 
 class Setting(NamedTuple):
-  """One network and how it is optimised."""
+  """One network and how it is optimized."""
 
   network: str
   learning_rate: float
@@ -152,10 +152,10 @@ def make_split(fraction: float, seed: int) -> splits_lib.Splits:
     size = 5000 if _DATASET.value == "mnist" else there
   if size > there:
     raise base.InputError(
-      f"--num_train={size} of {there} images; lower it or --num_unlabelled."
+      f"--num_train={size} of {there} images; lower it or --num_unlabeled."
     )
-  order = stream.generator(seed, "training subset", 0).permutation(there)
-  return parts.keep_train(split, order[:size])
+  order = sampling.generator(seed, "training subset", 0).permutation(there)
+  return examples_lib.keep_train(split, order[:size])
 
 
 def num_epochs() -> int:
@@ -210,9 +210,9 @@ def train(
 
 def make_probes() -> list[Any]:
   """Susceptibility on the images of the run, and what is known by heart."""
-  unlabelled = "validation" if _NUM_UNLABELLED.value else "train"
+  unlabeled = "validation" if _NUM_UNLABELLED.value else "train"
   return [
-    memorization.susceptibility(_BATCH_SIZE.value, unlabelled),
+    memorization.susceptibility(_BATCH_SIZE.value, unlabeled),
     memorization.accuracy,
   ]
 

@@ -22,12 +22,12 @@ from experiments import _catalogue
 from experiments import _launch
 from experiments import _report
 from l2rw_jax import base
-from l2rw_jax import loss_dump
-from l2rw_jax import mentor_file
-from l2rw_jax import workdir
+from l2rw_jax.io import workdir
 from l2rw_jax.methods import mentornet
-from l2rw_jax.methods import mentornet_fitting
-from l2rw_jax.methods import mentornet_network
+from l2rw_jax.methods.mentornet import fitting as mentornet_fitting
+from l2rw_jax.methods.mentornet import loss_dump
+from l2rw_jax.methods.mentornet import mentor_file
+from l2rw_jax.methods.mentornet import network as mentornet_network
 
 _CURRICULUM = flags.DEFINE_enum(
   "curriculum", "pd", [*mentornet.CURRICULA, "dd"], "What to fit; dd needs --dump."
@@ -206,9 +206,9 @@ def _draw_recorded(axis, mentor, rows, epoch):
   found, _ = np.histogram(rows.losses[at], edges)
   right, _ = np.histogram(rows.losses[at], edges, weights=rows.targets[at])
   seen = found > 0
-  centres = (edges[:-1] + edges[1:]) / 2
+  centers = (edges[:-1] + edges[1:]) / 2
   name = "share of right labels"
-  axis.plot(centres[seen], right[seen] / found[seen], "k.", label=name)
+  axis.plot(centers[seen], right[seen] / found[seen], "k.", label=name)
   name = f"percentile {_PERCENTILE.value:g}"
   axis.axvline(percentile, color="0.7", linewidth=1, label=name)
 

@@ -21,7 +21,7 @@ import jax
 
 from experiments import _launch
 from experiments import _long_tail
-from experiments import _optimisation
+from experiments import _optimizer_config
 from l2rw_jax.models import classifier
 from l2rw_jax.models import lenet
 from l2rw_jax.models import mlp
@@ -51,7 +51,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 PRESET = _long_tail.Preset(
   num_epochs=100,
   batch_size=100,
-  optimisation=_optimisation.Optimisation(
+  optimizer_config=_optimizer_config.OptimizerConfig(
     "sgd", 0.01, 0.9, False, 2e-4, ((0.8, 0.1), (0.9, 0.1)), warmup=0.05
   ),
   builder="mwn",

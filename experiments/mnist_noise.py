@@ -27,7 +27,7 @@ from experiments import _launch
 from experiments import _methods
 from experiments import _noise
 from experiments import _noise_report
-from experiments import _optimisation
+from experiments import _optimizer_config
 from experiments import _probes
 from experiments import _published
 from experiments import _report
@@ -63,10 +63,10 @@ class Preset:
     num_epochs: passes over the training set.
     batch_size: B.
     meta_batch_size: M.
-    optimisation: of every method but those of `own`.
+    optimization: of every method but those of `own`.
     num_validation: images with wrong labels held out of training.
     plateau: whether the learning rate falls when their loss stops falling.
-    look_ahead_rate: of the virtual SGD step; None is the optimisation's own. A
+    lookahead_learning_rate: of the virtual SGD step; None is the optimization's own. A
       rate of Adam is none of SGD's: at 1e-3 the lessons of Meta-Weight-Net's
       network are a hundredth of its papers', and its weight decay drowns them.
     own: by method.
@@ -75,26 +75,28 @@ class Preset:
   num_epochs: int
   batch_size: int
   meta_batch_size: int
-  optimisation: _optimisation.Optimisation
-  look_ahead_rate: float | None = None
+  optimizer_config: _optimizer_config.OptimizerConfig
+  lookahead_learning_rate: float | None = None
   num_validation: int = 0
   plateau: bool = False
-  own: dict[str, _optimisation.Optimisation] = dataclasses.field(default_factory=dict)
+  own: dict[str, _optimizer_config.OptimizerConfig] = dataclasses.field(
+    default_factory=dict
+  )
 
 
 # "shared" is ours: one schedule for all. "bare" is the table's: 48,000 images to train
 # on, whose pixels its released code never scales (--pixels=raw). That code watches
 # 1,000 validation images, of which we have 11,000 to watch, and its program for BARE
 # (not those for the baselines) has a small LeNet where the paper has this MLP. "own"
-# gives each method the optimiser of its paper's image experiments, for as many epochs.
+# gives each method the optimizer of its paper's image experiments, for as many epochs.
 _DROPS = ((2 / 3, 0.1), (5 / 6, 0.1))
 PRESETS = {
-  "shared": Preset(30, 100, 100, _optimisation.Optimisation("adam", 1e-3), 0.1),
+  "shared": Preset(30, 100, 100, _optimizer_config.OptimizerConfig("adam", 1e-3), 0.1),
   "bare": Preset(
     200,
     128,
     128,
-    _optimisation.Optimisation("adam", 2e-4),
+    _optimizer_config.OptimizerConfig("adam", 2e-4),
     num_validation=11_000,
     plateau=True,
   ),
@@ -102,16 +104,20 @@ PRESETS = {
     30,
     100,
     100,
-    _optimisation.Optimisation("adam", 1e-3),
+    _optimizer_config.OptimizerConfig("adam", 1e-3),
     own={
-      "l2rw": _optimisation.Optimisation("sgd", 1e-3, 0.9),
-      "meta_weight_net": _optimisation.Optimisation(
+      "l2rw": _optimizer_config.OptimizerConfig("sgd", 1e-3, 0.9),
+      "meta_weight_net": _optimizer_config.OptimizerConfig(
         "sgd", 0.1, 0.9, False, 5e-4, _DROPS
       ),
-      "mentornet_pd": _optimisation.Optimisation("sgd", 0.1, 0.9, False, 2e-4, _DROPS),
-      "mentornet_dd": _optimisation.Optimisation("sgd", 0.1, 0.9, False, 2e-4, _DROPS),
-      "warpi": _optimisation.Optimisation("sgd", 0.1, 0.9, False, 5e-4, _DROPS),
-      "advisor": _optimisation.Optimisation(
+      "mentornet_pd": _optimizer_config.OptimizerConfig(
+        "sgd", 0.1, 0.9, False, 2e-4, _DROPS
+      ),
+      "mentornet_dd": _optimizer_config.OptimizerConfig(
+        "sgd", 0.1, 0.9, False, 2e-4, _DROPS
+      ),
+      "warpi": _optimizer_config.OptimizerConfig("sgd", 0.1, 0.9, False, 5e-4, _DROPS),
+      "advisor": _optimizer_config.OptimizerConfig(
         "sgd", 0.01, 0.9, False, 1e-4, ((0.5, 0.1), (0.85, 0.1))
       ),
     },
@@ -183,7 +189,7 @@ _MOMENTUM = flags.DEFINE_float(
   "momentum", None, "Of SGD. [the preset's]", lower_bound=0.0
 )
 _LOOK_AHEAD_RATE = flags.DEFINE_float(
-  "look_ahead_rate",
+  "lookahead_learning_rate",
   None,
   "Learning rate of the meta-learned methods' virtual step. [the preset's]",
   lower_bound=0.0,
@@ -228,7 +234,7 @@ def make_splits(fraction: float, seeds: Sequence[int]) -> list[splits_lib.Splits
 def make_cell(name: str, fraction: float, split: splits_lib.Splits) -> _noise.Cell:
   """How a method is run: the preset's settings under the flags given."""
   preset = PRESETS[_PRESET.value]
-  optimisation = preset.own.get(name, preset.optimisation)
+  optimizer_config = preset.own.get(name, preset.optimizer_config)
   batch_size = _BATCH_SIZE.value or preset.batch_size
   meta_batch_size = _META_BATCH_SIZE.value or min(
     preset.meta_batch_size, max(1, len(split.meta.label))
@@ -243,10 +249,10 @@ def make_cell(name: str, fraction: float, split: splits_lib.Splits) -> _noise.Ce
     "plateau_steps": steps if plateau else None,
   }
   given = {k: v for k, v in given.items() if v is not None}
-  if _MOMENTUM.value is not None and optimisation.name != "sgd":
+  if _MOMENTUM.value is not None and optimizer_config.name != "sgd":
     raise base.InputError(
       f"--momentum={_MOMENTUM.value:g} is of SGD; --preset={_PRESET.value} trains"
-      f" {name} by {optimisation.name}: leave it out."
+      f" {name} by {optimizer_config.name}: leave it out."
     )
   config = _launch.run_config(
     num_steps=(_NUM_EPOCHS.value or preset.num_epochs) * steps,
@@ -259,11 +265,11 @@ def make_cell(name: str, fraction: float, split: splits_lib.Splits) -> _noise.Ce
     name,
     {"noise": _NOISE.value, "variant": _VARIANT.value, "fraction": fraction},
     config,
-    dataclasses.replace(optimisation, **given),
+    dataclasses.replace(optimizer_config, **given),
     classifier.Classifier(network, 10, PIXELS[_PIXELS.value]),
     fraction,
     len(split.train.label),
-    preset.look_ahead_rate
+    preset.lookahead_learning_rate
     if _LOOK_AHEAD_RATE.value is None
     else _LOOK_AHEAD_RATE.value,
   )

@@ -19,7 +19,7 @@ from experiments import _table_figure
 from experiments import _table_formats
 from experiments import _tables
 from l2rw_jax import base
-from l2rw_jax import workdir
+from l2rw_jax.io import workdir
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
@@ -48,7 +48,7 @@ def collect(results: pathlib.Path, only: Sequence[str] = ()) -> list[_tables.Tab
     only: names of experiments; empty for all there are.
 
   Raises:
-    InputError: there are none, one is not in the catalogue, or its rows cannot be
+    InputError: there are none, one is not in the catalog, or its rows cannot be
       read.
   """
   known = _catalogue.EXPERIMENTS

@@ -2,7 +2,7 @@
 
 from l2rw_jax import base
 from l2rw_jax import class_balance
-from l2rw_jax import coreset
+from l2rw_jax import coresets
 from l2rw_jax import group_objectives
 from l2rw_jax import hypergradient
 from l2rw_jax import losses

@@ -47,7 +47,7 @@ class Fault(enum.IntEnum):
 
 
 class Linearized(NamedTuple):
-  """A batch of per-example losses l(p) in R^B, linearised at `params`.
+  """A batch of per-example losses l(p) in R^B, linearized at `params`.
 
   With J the Jacobian dl/dp:
 
@@ -67,7 +67,7 @@ class Linearized(NamedTuple):
 
 
 class LinearizedOutputs(NamedTuple):
-  """Whatever a network makes of a batch, linearised at `params`.
+  """Whatever a network makes of a batch, linearized at `params`.
 
   Attributes:
     outputs: f(p), a pytree of arrays, such as logits.
@@ -77,8 +77,8 @@ class LinearizedOutputs(NamedTuple):
   """
 
   outputs: PyTree
-  push: Callable[[PyTree], PyTree]
-  pull: Callable[[PyTree], PyTree]
+  jvp: Callable[[PyTree], PyTree]
+  vjp: Callable[[PyTree], PyTree]
   aux: Any = None
 
 
@@ -88,7 +88,7 @@ class Inputs(NamedTuple):
   Attributes:
     params: network parameters.
     model_state: non-trained variables (BatchNorm statistics), possibly `{}`.
-    opt_state: state of the outer optimiser.
+    opt_state: state of the outer optimizer.
     batch: this device's share of the training batch, leading axis B.
     meta_batch: this device's share of the clean batch, leading axis M, or None
       in a run without a meta set.
@@ -116,7 +116,7 @@ class Gradients(NamedTuple):
     losses: this device's unweighted losses [B].
     model_state: the variables after this batch.
     metrics: scalars to log, the same on every device.
-    value: what an optimiser may watch (optax's `value`: reduce_on_plateau,
+    value: what an optimizer may watch (optax's `value`: reduce_on_plateau,
       Polyak's step); the weighted loss if None.
     fault: the `Fault` of a meta-learned method, int32 scalar; None for a method
       that has no meta step.
@@ -135,7 +135,7 @@ class Gradients(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class Problem:
   """The learning problem as pure functions, handed to every method.
 
   Attributes:
@@ -211,23 +211,23 @@ class EpochView(NamedTuple):
   rng: np.random.Generator
 
 
-def no_state(key: Array, task: Task, params: PyTree) -> PyTree:
+def no_state(key: Array, problem: Problem, params: PyTree) -> PyTree:
   """`Method.init` of a method that carries nothing from step to step."""
-  del key, task, params
+  del key, problem, params
   return ()
 
 
-def keep_state(state: PyTree, task: Task, view: EpochView) -> PyTree:
+def keep_state(state: PyTree, problem: Problem, view: EpochView) -> PyTree:
   """`Method.refresh` that changes nothing."""
-  del task, view
+  del problem, view
   return state
 
 
 def permutation(
-  state: PyTree, task: Task, train: Batch, rng: np.random.Generator
+  state: PyTree, problem: Problem, train: Batch, rng: np.random.Generator
 ) -> np.ndarray:
   """`Method.sample` that visits every example once, in random order."""
-  del state, task
+  del state, problem
   return rng.permutation(len(train["index"]))
 
 
@@ -235,20 +235,22 @@ class Method(NamedTuple):
   """A way to turn a batch into a gradient; the loop knows nothing more.
 
   Attributes:
-    gradients: `(state, task, inputs) -> (Gradients, state)`; traced, pure.
-    init: `(key, task, params) -> state`, a pytree of arrays.
-    refresh: `(state, task, view) -> state`, on the host before every epoch.
-    sample: `(state, task, train, rng) -> int array`: the rows of the training
+    gradients: `(state, problem, inputs) -> (Gradients, state)`; traced, pure.
+    init: `(key, problem, params) -> state`, a pytree of arrays.
+    refresh: `(state, problem, view) -> state`, on the host before every epoch.
+    sample: `(state, problem, train, rng) -> int array`: the rows of the training
       set to visit in an epoch, in order; batches are cut from it. It may depend
       on what `refresh` left in the state, not on what `gradients` changes, so
       that an interrupted epoch can be resumed.
     needs_meta: whether `inputs.meta_batch` must be there.
   """
 
-  gradients: Callable[[PyTree, Task, Inputs], tuple[Gradients, PyTree]]
-  init: Callable[[Array, Task, PyTree], PyTree] = no_state
-  refresh: Callable[[PyTree, Task, EpochView], PyTree] = keep_state
-  sample: Callable[[PyTree, Task, Batch, np.random.Generator], np.ndarray] = permutation
+  gradients: Callable[[PyTree, Problem, Inputs], tuple[Gradients, PyTree]]
+  init: Callable[[Array, Problem, PyTree], PyTree] = no_state
+  refresh: Callable[[PyTree, Problem, EpochView], PyTree] = keep_state
+  sample: Callable[[PyTree, Problem, Batch, np.random.Generator], np.ndarray] = (
+    permutation
+  )
   needs_meta: bool = False
 
 
@@ -313,7 +315,7 @@ def gather(local_values: Array, axis_name: AxisName) -> Array:
   return jax.lax.all_gather(local_values, axis_name, tiled=True)
 
 
-def own_part(global_values: Array, axis_name: AxisName) -> Array:
+def local_slice(global_values: Array, axis_name: AxisName) -> Array:
   """The inverse of `gather`: this device's [B] slice of the global batch."""
   if axis_name is None:
     return global_values
@@ -379,7 +381,7 @@ def all_finite(tree: PyTree) -> Array:
   ).all()
 
 
-def largest_size(tree: PyTree) -> Array:
+def max_abs(tree: PyTree) -> Array:
   """Largest absolute value in the floating point leaves of `tree`, scalar.
 
   It is NaN or infinite exactly if `tree` is not finite, and 0 exactly if `tree` is

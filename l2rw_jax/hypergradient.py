@@ -1,4 +1,4 @@
-"""The derivative of a meta loss through one optimiser step.
+"""The derivative of a meta loss through one optimizer step.
 
 With M(p) the mean loss of the meta batch (or another objective of its losses)
 and one optax step
@@ -18,7 +18,7 @@ differentiates a collective: the meta gradient is averaged over devices first, a
 an objective is differentiated where its losses are already gathered.
 
 Reference: Ren et al., "Learning to Reweight Examples for Robust Deep Learning"
-(2018), eq. (4)-(7) and appendix A; any optax optimiser in place of their SGD.
+(2018), eq. (4)-(7) and appendix A; any optax optimizer in place of their SGD.
 """
 
 from collections.abc import Callable
@@ -33,15 +33,16 @@ import optax
 
 from l2rw_jax import base
 from l2rw_jax import linearization
-from l2rw_jax import microbatching
-from l2rw_jax import sequencing
+from l2rw_jax.linearization import engines
+from l2rw_jax.linearization import microbatching
+from l2rw_jax.linearization import ordering
 
 # The losses [M] of the global meta batch to the meta loss, a scalar.
 Objective = Callable[[base.Array], base.Array]
 OPTIMIZER_TRAP = (
   "optimizers that divide by the root of a squared gradient (adam, adamw, lamb,"
   " muon, clip_by_global_norm) have no derivative at the zero gradient where"
-  " example weights are linearised. Use optimizer=optax.sgd(...), or adam with"
+  " example weights are linearized. Use optimizer=optax.sgd(...), or adam with"
   " eps_root > 0."
 )
 _TRAPPED = (
@@ -101,10 +102,10 @@ def init_optimizer(
     params: any pytree of parameters, which may hold PRNG keys.
   """
   with base.implicit_promotion():
-    return optimizer.init(linearization.without_keys(params))
+    return optimizer.init(engines.without_keys(params))
 
 
-def look_ahead(
+def lookahead_params(
   params: base.PyTree,
   gradient: base.PyTree,
   optimizer: optax.GradientTransformation,
@@ -128,9 +129,9 @@ def look_ahead(
   try:
     with base.implicit_promotion():
       updates, _ = optax.with_extra_args_support(optimizer).update(
-        linearization.without_keys(gradient),
+        engines.without_keys(gradient),
         opt_state,
-        linearization.without_keys(params),
+        engines.without_keys(params),
         value=value,
       )
   except TypeError as error:
@@ -142,9 +143,9 @@ def look_ahead(
       f" update of this optimizer also needs {missing[1]} (a line search): use"
       " another optimizer for the look-ahead, such as optax.sgd(...)."
     ) from error
-  select, fill = linearization.differentiable(params)
+  partition, combine = engines.differentiable(params)
   with base.implicit_promotion():
-    return fill(optax.apply_updates(select(params), select(updates)))
+    return combine(optax.apply_updates(partition(params), partition(updates)))
 
 
 def direction(
@@ -169,7 +170,7 @@ def direction(
     meta_batch: this device's clean examples.
     inner_gradient: gradient of the look-ahead step, the same on every device;
       None is zero, where L2RW stands.
-    optimizer: the look-ahead optimiser.
+    optimizer: the look-ahead optimizer.
     opt_state: its state at `params`.
     objective: `losses [M] -> M(p)`, of the losses of all devices in device order
       (`base.gather` what else it needs, such as groups); None is their mean. It
@@ -193,23 +194,23 @@ def direction(
       `Direction.finite` and `Direction.zero_slope`, or functionalize with
       `checkify.checkify`, which then carries the same errors.
   """
-  select, fill = linearization.differentiable(params)
-  leaves = select(params)
+  partition, combine = engines.differentiable(params)
+  leaves = partition(params)
   if inner_gradient is None:
-    inner_gradient = jax.tree.map(linearization.zero, params)
+    inner_gradient = jax.tree.map(engines.zero, params)
 
   def step(gradient_leaves):
-    gradient = fill(gradient_leaves, zeros=True)
-    return select(look_ahead(params, gradient, optimizer, opt_state, value))
+    gradient = combine(gradient_leaves, zeros=True)
+    return partition(lookahead_params(params, gradient, optimizer, opt_state, value))
 
   def meta_losses(leaves, meta_batch):
-    found = meta_losses_fn(fill(leaves), meta_batch)
+    found = meta_losses_fn(combine(leaves), meta_batch)
     losses, aux = base.losses_and_aux("meta_losses_fn", found, has_aux)
     if losses.size == 0:
       raise base.InputError("meta_batch is empty: a meta loss needs an example.")
     return losses, aux
 
-  ahead, transpose = jax.vjp(step, select(inner_gradient))
+  ahead, transpose = jax.vjp(step, partition(inner_gradient))
   ahead = base.local(ahead, axis_name)
   if microbatch_size is None:
     losses, pull, aux = jax.vjp(
@@ -225,10 +226,12 @@ def direction(
   (vector,) = transpose(
     [g.astype(x.dtype) for g, x in zip(meta_gradient, leaves, strict=True)]
   )
-  before, after = base.largest_size(meta_gradient), base.largest_size(vector)
+  before, after = base.max_abs(meta_gradient), base.max_abs(vector)
   fault = _check_finite(losses, loss, before, after, axis_name)
   zero_slope = _check_slope(before, after)
-  return Direction(fill(vector, zeros=True), loss, fault == 0, zero_slope, fault, aux)
+  return Direction(
+    combine(vector, zeros=True), loss, fault == 0, zero_slope, fault, aux
+  )
 
 
 def _meta_loss(objective, losses, axis_name):
@@ -241,7 +244,7 @@ def _meta_loss(objective, losses, axis_name):
   # Every device differentiates the same function of the same gathered losses, so
   # no collective is transposed; each then pulls back the part that is its own.
   loss, gradient = jax.value_and_grad(objective)(base.gather(losses, axis_name))
-  return base.pmean(loss, axis_name), base.own_part(gradient, axis_name)
+  return base.pmean(loss, axis_name), base.local_slice(gradient, axis_name)
 
 
 def _meta_gradient_in_parts(
@@ -261,7 +264,7 @@ def _meta_gradient_in_parts(
     found = pull(1 / max(size, 1))  # Of none, the losses themselves complain.
     loss, _ = _meta_loss(None, found.losses, axis_name)
     return found.losses, loss, found.gradient, found.aux
-  linearize = microbatching.in_parts(linearization.linearize, microbatch_size)
+  linearize = microbatching.microbatched(linearization.linearize, microbatch_size)
   parts = linearize(losses_fn, leaves, meta_batch, has_aux=True)
   loss, cotangent = _meta_loss(objective, parts.losses, axis_name)
   return parts.losses, loss, pull(cotangent).gradient, parts.aux
@@ -274,8 +277,8 @@ def params_after(direction: Direction, params: base.PyTree) -> base.PyTree:
   the training batch's forward pass before it all the same, and XLA:CPU does: then the
   activations of both batches are in memory at once.
   """
-  select, fill = linearization.differentiable(params)
-  return fill(sequencing.after(select(direction.vector), select(params)))
+  partition, combine = engines.differentiable(params)
+  return combine(ordering.after(partition(direction.vector), partition(params)))
 
 
 def weight_gradient(
@@ -304,7 +307,7 @@ def _unit(vector):
     return x.astype(base.accumulator_dtype(x.dtype))
 
   leaves = [wide(x) for x in jax.tree.leaves(vector) if _is_inexact(x.dtype)]
-  largest = base.largest_size(vector)
+  largest = base.max_abs(vector)
   largest = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
   squares = [
     jnp.sum(jnp.abs(x / largest.astype(x.dtype)).astype(largest.dtype) ** 2)
@@ -397,7 +400,7 @@ def unrolled_weight_gradient(
       return jnp.sum(weights * losses_fn(params, batch))
 
     gradient = jax.grad(weighted_loss)(params)
-    ahead = look_ahead(params, gradient, optimizer, opt_state)
+    ahead = lookahead_params(params, gradient, optimizer, opt_state)
     return objective(meta_losses_fn(ahead, meta_batch))
 
   return jax.grad(meta_loss)(weights)

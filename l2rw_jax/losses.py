@@ -114,7 +114,7 @@ def log_probabilities(logits: base.Array) -> base.Array:
 
 
 def logits_of(outputs: Any) -> base.Array:
-  """The logits [B, C] among what `base.Task.forward` returns."""
+  """The logits [B, C] among what `base.Problem.forward` returns."""
   return outputs[0] if isinstance(outputs, tuple) else outputs
 
 

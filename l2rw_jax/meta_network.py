@@ -30,7 +30,7 @@ LossFn = Callable[[Any, base.PyTree], base.Array]
 Schedule = float | Callable[[base.Array], base.Array]
 
 
-class Lesson(NamedTuple):
+class MetaGradient(NamedTuple):
   """What the meta batch says of the network.
 
   Attributes:
@@ -55,7 +55,7 @@ class State(NamedTuple):
 
   Attributes:
     params: phi.
-    opt_state: of the meta optimiser.
+    opt_state: of the meta optimizer.
     meta_loss: of the last lesson, NaN before the first; scalar.
     finite: whether that lesson was; bool scalar.
     zero_slope: of that lesson; bool scalar.
@@ -94,26 +94,26 @@ def init(params: base.PyTree, optimizer: optax.GradientTransformation) -> State:
   )
 
 
-def learn(
+def update(
   state: State,
-  lesson_fn: Callable[[base.PyTree], Lesson],
+  meta_gradient_fn: Callable[[base.PyTree], MetaGradient],
   optimizer: optax.GradientTransformation,
   step: base.Array,
   every: int = 1,
 ) -> State:
-  """The state after a step of the meta optimiser, taken `every` so many steps.
+  """The state after a step of the meta optimizer, taken `every` so many steps.
 
   Args:
     state: before.
-    lesson_fn: `phi -> Lesson`. Not computed between lessons, which is what makes
+    lesson_fn: `phi -> MetaGradient`. Not computed between lessons, which is what makes
       `every` cheaper; runs side by side under one `vmap` compute it regardless.
-    optimizer: the meta optimiser.
+    optimizer: the meta optimizer.
     step: of the run, counted from 0; int32 scalar.
     every: steps from one lesson to the next.
   """
 
-  def taught(state):
-    found = lesson_fn(state.params)
+  def updated(state):
+    found = meta_gradient_fn(state.params)
     with base.implicit_promotion():
       updates, opt_state = optimizer.update(
         found.gradient, state.opt_state, state.params
@@ -129,8 +129,8 @@ def learn(
     )
 
   if every == 1:
-    return taught(state)
-  return jax.lax.cond(step % every == 0, taught, lambda state: state, state)
+    return updated(state)
+  return jax.lax.cond(step % every == 0, updated, lambda state: state, state)
 
 
 def check_every(method: str, every: int) -> None:
@@ -139,10 +139,10 @@ def check_every(method: str, every: int) -> None:
     raise base.InputError(f"{method}: every={every} must be at least 1 step.")
 
 
-def look_ahead(learning_rate: Schedule, inputs: base.Inputs) -> dict[str, Any]:
+def sgd_lookahead(learning_rate: Schedule, inputs: base.Inputs) -> dict[str, Any]:
   """Arguments of the papers' look-ahead in the loop: plain SGD, at this step's rate.
 
-  Losses functions of a `base.Task` return new variables too, hence `has_aux`.
+  Losses functions of a `base.Problem` return new variables too, hence `has_aux`.
   """
   rate: Any = learning_rate
   if callable(learning_rate):
@@ -165,7 +165,7 @@ def metrics(state: State) -> dict[str, base.Array]:
   }
 
 
-def lesson(
+def meta_gradient(
   linearized: base.LinearizedOutputs,
   loss_fn: LossFn,
   phi: base.PyTree,
@@ -177,11 +177,11 @@ def lesson(
   opt_state: base.PyTree = None,
   has_aux: bool = False,
   axis_name: base.AxisName = None,
-) -> Lesson:
+) -> MetaGradient:
   """dM/dphi for a network phi inside the inner loss.
 
   Args:
-    linearized: the batch, linearised at `params`.
+    linearized: the batch, linearized at `params`.
     loss_fn: `(outputs, phi) -> scalar`: this device's part of the inner loss,
       which is their sum over devices. What phi's network is fed must be held
       constant inside by the caller where the method says so.
@@ -206,7 +206,7 @@ def lesson(
     raise FloatingPointError(
       f"the inner loss of the training batch is {loss}: check batch, params and phi."
     )
-  inner = linearized.pull(cotangent)
+  inner = linearized.vjp(cotangent)
   found = hypergradient.direction(
     meta_losses_fn,
     params,
@@ -222,20 +222,22 @@ def lesson(
     axis_name=axis_name,
     value=loss,
   )
-  tangent = linearized.push(base.local(found.vector, axis_name))
+  tangent = linearized.jvp(base.local(found.vector, axis_name))
 
   def slope(phi):
     return jax.jvp(lambda z: loss_fn(z, phi), (outputs,), (tangent,))[1]
 
   gradient = jax.grad(slope)(base.local(phi, axis_name))
-  return make_lesson(base.psum(gradient, axis_name), found, jnp.isfinite(loss))
+  return checked_meta_gradient(
+    base.psum(gradient, axis_name), found, jnp.isfinite(loss)
+  )
 
 
-def make_lesson(
+def checked_meta_gradient(
   gradient: base.PyTree,
   direction: hypergradient.Direction,
   losses_finite: base.Array,
-) -> Lesson:
+) -> MetaGradient:
   """The lesson of a gradient dM/dphi, the same on every device, and its direction.
 
   Args:
@@ -251,12 +253,14 @@ def make_lesson(
     training_losses=losses_finite,
     slopes=hypergradient.check_network_gradient(gradient),
   )
-  return Lesson(gradient, direction.meta_loss, fault == 0, direction.zero_slope, fault)
+  return MetaGradient(
+    gradient, direction.meta_loss, fault == 0, direction.zero_slope, fault
+  )
 
 
 def iterate(
   state: State,
-  task: base.Task,
+  problem: base.Problem,
   inputs: base.Inputs,
   linearized: base.LinearizedOutputs,
   virtual_loss_fn: LossFn,
@@ -272,29 +276,29 @@ def iterate(
     state: before.
     task: the learning problem.
     inputs: of the step.
-    linearized: the batch, linearised at `inputs.params`.
-    virtual_loss_fn: `(outputs, phi) -> scalar`, of the look-ahead; see `lesson`.
+    linearized: the batch, linearized at `inputs.params`.
+    virtual_loss_fn: `(outputs, phi) -> scalar`, of the look-ahead; see `meta_gradient`.
     real_loss_fn: likewise, of the classifier's own step, at the new phi.
     learning_rate: of the look-ahead, a number or `step -> number`.
-    optimizer: the meta optimiser.
-    every: see `learn`.
+    optimizer: the meta optimizer.
+    every: see `update`.
 
   Returns:
     The classifier's gradient, summed over devices, and the state after.
   """
 
-  def lesson_fn(phi):
-    return lesson(
+  def meta_gradient_fn(phi):
+    return meta_gradient(
       linearized,
       virtual_loss_fn,
       phi,
-      task.meta_losses_fn(inputs.model_state, inputs.key),
+      problem.meta_losses_fn(inputs.model_state, inputs.key),
       inputs.params,
       inputs.meta_batch,
-      axis_name=task.axis_name,
-      **look_ahead(learning_rate, inputs),
+      axis_name=problem.axis_name,
+      **sgd_lookahead(learning_rate, inputs),
     )
 
-  state = learn(state, lesson_fn, optimizer, inputs.step, every)
+  state = update(state, meta_gradient_fn, optimizer, inputs.step, every)
   cotangent = jax.grad(real_loss_fn)(linearized.outputs, state.params)
-  return base.psum(linearized.pull(cotangent), task.axis_name), state
+  return base.psum(linearized.vjp(cotangent), problem.axis_name), state

@@ -1,8 +1,8 @@
 """Susceptibility: how readily a network learns labels that mean nothing.
 
-A network that fits a randomly labelled batch in one step will fit wrong labels too.
+A network that fits a randomly labeled batch in one step will fit wrong labels too.
 The drop of such a batch's loss, averaged over training, is zeta; together with the
-accuracy on the training set *as it is labelled* it tells good models from bad ones
+accuracy on the training set *as it is labeled* it tells good models from bad ones
 without one clean label.
 
     loss_drop            one batch, one step: jit, vmap, several devices
@@ -30,11 +30,11 @@ from l2rw_jax import base
 
 
 class Drop(NamedTuple):
-  """Mean losses of a randomly labelled batch, in nats, scalars.
+  """Mean losses of a randomly labeled batch, in nats, scalars.
 
   Attributes:
     before: at the parameters given.
-    after: one step of the optimiser later.
+    after: one step of the optimizer later.
     drop: before - after; positive where the step fitted the random labels.
     finite: whether all three and the gradient are; bool scalar.
   """
@@ -55,7 +55,7 @@ def loss_drop(
   has_aux: bool = False,
   axis_name: base.AxisName = None,
 ) -> Drop:
-  """How far one step of the training optimiser lowers a batch's mean loss.
+  """How far one step of the training optimizer lowers a batch's mean loss.
 
   The step has everything that a step of training has: the schedule and momentum in
   `opt_state`, weight decay, and optax's `value`, the loss before. So a drop is not
@@ -66,7 +66,7 @@ def loss_drop(
   Args:
     losses_fn: `(params, batch) -> [B]` (with `has_aux`, and aux), in training mode
       and with its dropout key fixed, so that both losses see one mask and, with
-      BatchNorm, the batch's own statistics: `task.losses_fn(model_state, key)`.
+      BatchNorm, the batch's own statistics: `problem.losses_fn(model_state, key)`.
     params: current parameters.
     batch: this device's examples, with random labels (`random_labels`).
     optimizer: that of training.
@@ -118,7 +118,7 @@ def random_labels(seed: int, num_examples: int, num_classes: int) -> np.ndarray:
   """
   if num_examples < 1:
     raise base.InputError(
-      "the unlabelled set is empty: susceptibility needs images to label at random."
+      "the unlabeled set is empty: susceptibility needs images to label at random."
     )
   if num_classes < 2:
     raise base.InputError(
@@ -134,7 +134,7 @@ def running_average(drops: Any, compat: bool = False) -> np.ndarray:
   Args:
     drops: one a probe, in order, [..., T]; one an epoch, before it, in the paper.
     compat: the curve of the released figures, which starts at the second probe,
-      leaves the first (at initialisation) out and divides the sum of t - 1 drops
+      leaves the first (at initialization) out and divides the sum of t - 1 drops
       by t.
 
   Returns:
@@ -183,7 +183,7 @@ def regions(zeta: Any, train_accuracy: Any) -> np.ndarray:
   | region | training accuracy | zeta |                                |
   |--------|-------------------|------|--------------------------------|
   | 1      | high              | low  | trainable, resistant: take it  |
-  | 2      | high              | high | trainable, memorises           |
+  | 2      | high              | high | trainable, memorizes           |
   | 3      | low               | low  | not trainable                  |
   | 4      | low               | high | neither                        |
 
@@ -192,7 +192,7 @@ def regions(zeta: Any, train_accuracy: Any) -> np.ndarray:
 
   Args:
     zeta: susceptibility of each model, [n].
-    train_accuracy: on the training set as it is labelled, [n].
+    train_accuracy: on the training set as it is labeled, [n].
 
   Returns:
     Integers 1 to 4, [n].

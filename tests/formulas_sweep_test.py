@@ -27,16 +27,16 @@ import pytest
 import l2rw_jax
 from l2rw_jax import base
 from l2rw_jax import class_balance
-from l2rw_jax import distances
-from l2rw_jax import facility_location
 from l2rw_jax import group_objectives
 from l2rw_jax import hypergradient
 from l2rw_jax import linearization
 from l2rw_jax import losses
 from l2rw_jax import meta_network
-from l2rw_jax import microbatching
 from l2rw_jax import normalization
 from l2rw_jax import susceptibility
+from l2rw_jax.coresets import distances
+from l2rw_jax.coresets import facility_location
+from l2rw_jax.linearization import microbatching
 from l2rw_jax.methods import absgd
 from l2rw_jax.methods import adacore
 from l2rw_jax.methods import adacore_table
@@ -49,12 +49,12 @@ from l2rw_jax.methods import l2rw
 from l2rw_jax.methods import label_transition
 from l2rw_jax.methods import ldam_drw
 from l2rw_jax.methods import mentornet
-from l2rw_jax.methods import mentornet_fitting
-from l2rw_jax.methods import mentornet_network
 from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.methods import nested_maml
 from l2rw_jax.methods import s_model
 from l2rw_jax.methods import warpi
+from l2rw_jax.methods.mentornet import fitting as mentornet_fitting
+from l2rw_jax.methods.mentornet import network as mentornet_network
 from l2rw_jax.models import activations
 from l2rw_jax.models import augmentation
 from l2rw_jax.models import few_shot
@@ -251,13 +251,13 @@ def _linearized(engine, **options):
 def _linearized_outputs(data, axis_name):
   params = base.local(data.whole["params"], axis_name)
   found = linearization.linearize_outputs(_logits, params, data.batch)
-  slopes = found.push(base.local(data.whole["vector"], axis_name))
-  pulled = found.pull(data.batch["cosines"])
+  slopes = found.jvp(base.local(data.whole["vector"], axis_name))
+  pulled = found.vjp(data.batch["cosines"])
   return _Found((found.outputs, slopes), base.psum(pulled, axis_name))
 
 
 def _in_parts(data, axis_name):
-  linearize = microbatching.in_parts(linearization.linearize, 2)
+  linearize = microbatching.microbatched(linearization.linearize, 2)
   params = base.local(data.whole["params"], axis_name)
   found = linearize(_losses, params, data.batch)
   slopes = found.directional(base.local(data.whole["vector"], axis_name))
@@ -295,7 +295,7 @@ def _weight_gradient(data, axis_name):
   linearized = linearization.linearize(
     _losses, base.local(params, axis_name), data.batch
   )
-  found = l2rw.look_ahead(_losses, params, data.meta, axis_name=axis_name)
+  found = l2rw.meta_direction(_losses, params, data.meta, axis_name=axis_name)
   moved = hypergradient.params_after(found, params)
   scores = hypergradient.weight_gradient(linearized, found, axis_name)
   weighed = l2rw.weigh(linearized, found, axis_name)
@@ -394,7 +394,7 @@ def _warpi_lesson(data, axis_name):
     labels = data.batch["labels"]
     return warpi.inner_loss(_RECTIFIER, phi, logits, labels, noise)[0].sum() / _B
 
-  found = meta_network.lesson(
+  found = meta_network.meta_gradient(
     outputs,
     loss_fn,
     data.whole["rectifier"],
@@ -421,7 +421,7 @@ def _advisor_lesson(data, axis_name):
     logits = _head(params, gated)
     return losses.softmax_cross_entropy(logits, data.batch["labels"]).sum() / _B
 
-  found = meta_network.lesson(
+  found = meta_network.meta_gradient(
     outputs,
     loss_fn,
     data.whole["advisor"],
@@ -458,7 +458,7 @@ def _task_slopes(data, axis_name):
     data.batch,
     data.meta,
     jnp.ones_like(data.batch["losses"]),
-    look_ahead_learning_rate=0.1,
+    lookahead_learning_rate=0.1,
     axis_name=axis_name,
   )
   weights = nested_maml.update_weights(
@@ -601,8 +601,8 @@ _FORMULAS: dict[str, _Formula] = {
   "linearization.linearize_outputs": _spread(_linearized_outputs),
   "microbatching.in_parts": _spread(_in_parts, refused=("explicit",)),
   "microbatching.weighted_gradient": _spread(_weighted_gradient, refused=("explicit",)),
-  "hypergradient.look_ahead": _all(
-    lambda a, w: hypergradient.look_ahead(
+  "hypergradient.lookahead_params": _all(
+    lambda a, w: hypergradient.lookahead_params(
       w["params"], w["vector"], _SGD, _SGD.init(w["params"])
     )
   ),
@@ -655,11 +655,11 @@ _FORMULAS: dict[str, _Formula] = {
       _RECTIFIER, w["rectifier"], b["logits"], b["labels"], None
     )[0]
   ),
-  "meta_network.lesson": _spread(_warpi_lesson),
+  "meta_network.meta_gradient": _spread(_warpi_lesson),
   "advisor.gate": _each(
     lambda b, w: advisor.gate(_ADVISOR, w["advisor"], b["features"], b["losses"])
   ),
-  "meta_network.lesson/advisor": _spread(_advisor_lesson),
+  "meta_network.meta_gradient/advisor": _spread(_advisor_lesson),
   "forml.update_weights": _spread(
     lambda d, axis: _Found(
       forml.update_weights(d.batch["losses"], d.batch["scores"], 0.1, axis)
@@ -1019,13 +1019,13 @@ _OTHER_FUNCTIONS = {
   "group_objectives.check_groups": _CHECK,
   "hypergradient.check_network_gradient": _CHECK,
   "hypergradient.params_after": _INSIDE,
-  "l2rw.look_ahead": _INSIDE,
+  "l2rw.meta_direction": _INSIDE,
   "l2rw.weigh": _INSIDE,
   "label_transition.estimate_by": _LOOP,
-  "linearization.check_trainable": _CHECK,
-  "linearization.differentiable": _INSIDE,
-  "linearization.without_keys": _INSIDE,
-  "linearization.zero": _INSIDE,
+  "engines.check_trainable": _CHECK,
+  "engines.differentiable": _INSIDE,
+  "engines.without_keys": _INSIDE,
+  "engines.zero": _INSIDE,
   "losses.check_logits": _CHECK,
   "losses.label_mask": _INSIDE,
   "losses.label_rows": _INSIDE,
@@ -1046,8 +1046,8 @@ _OTHER_FUNCTIONS = {
   "meta_network.dense": _INSIDE,
   "meta_network.init": _LOOP,
   "meta_network.iterate": _LOOP,
-  "meta_network.learn": _LOOP,
-  "meta_network.look_ahead": _LOOP,
+  "meta_network.update": _LOOP,
+  "meta_network.sgd_lookahead": _LOOP,
   "meta_network.make_lesson": _INSIDE,
   "meta_network.metrics": _LOOP,
   "meta_weight_net.lesson": _INSIDE,

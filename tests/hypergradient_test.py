@@ -1,4 +1,4 @@
-"""The meta loss through one optimiser step, against three independent truths:
+"""The meta loss through one optimizer step, against three independent truths:
 
 the literal unrolled derivative, finite differences, and a closed form.
 """
@@ -68,7 +68,7 @@ def _ours(losses_fn, params, batch, meta_batch, weights, optimizer, opt_state):
 
 def _meta_loss(losses_fn, params, batch, meta_batch, weights, optimizer, opt_state):
   gradient = jax.grad(lambda p: jnp.sum(weights * losses_fn(p, batch)))(params)
-  ahead = hypergradient.look_ahead(params, gradient, optimizer, opt_state)
+  ahead = hypergradient.lookahead_params(params, gradient, optimizer, opt_state)
   return jnp.mean(losses_fn(ahead, meta_batch))
 
 

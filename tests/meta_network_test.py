@@ -63,7 +63,7 @@ def _rectifier(params, batch, meta_batch, axis_name):
   linearized = linearization.linearize_outputs(
     lambda p, b: b["x"] @ p["w"], base.local(params, axis_name), batch
   )
-  return meta_network.lesson(
+  return meta_network.meta_gradient(
     linearized,
     loss_fn,
     phi,
@@ -118,11 +118,11 @@ def test_clean_examples_have_their_own_augmentation():
     "label": np.zeros(2, np.int32),
     "index": np.arange(2),
   }
-  task = model.task(class_counts=jnp.ones(3), num_examples=2, num_steps=1)
+  problem = model.problem(class_counts=jnp.ones(3), num_examples=2, num_steps=1)
   params, state = model.init(jax.random.key(0), batch)
   key = jax.random.key(1)
-  own, _ = task.losses_fn(state, key)(params, batch)
-  again, _ = task.losses_fn(state, key)(params, batch)
-  clean, _ = task.meta_losses_fn(state, key)(params, batch)
+  own, _ = problem.losses_fn(state, key)(params, batch)
+  again, _ = problem.losses_fn(state, key)(params, batch)
+  clean, _ = problem.meta_losses_fn(state, key)(params, batch)
   np.testing.assert_array_equal(own, again)
   assert not np.isclose(own, clean).any()

@@ -172,7 +172,7 @@ def test_random_labels_are_of_the_seed_and_of_every_class():
 
 @pytest.mark.parametrize(
   ("size", "classes", "match"),
-  [(0, 10, "the unlabelled set is empty"), (5, 1, "num_classes=1: random labels need")],
+  [(0, 10, "the unlabeled set is empty"), (5, 1, "num_classes=1: random labels need")],
 )
 def test_random_labels_of_nothing(size, classes, match):
   with pytest.raises(base.InputError, match=match):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from l2rw_jax import base
-from l2rw_jax.data import parts
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import sources
 
 
@@ -62,7 +62,7 @@ class Pool(NamedTuple):
   num_shots: int
 
   def wrong_items(self) -> np.ndarray:
-    """Whether a query is mislabelled, bool [N, ways * q], as in `Examples.label`."""
+    """Whether a query is mislabeled, bool [N, ways * q], as in `Examples.label`."""
     return self.is_wrong[:, :, self.num_shots :].reshape(len(self.is_wrong), -1)
 
 
@@ -75,7 +75,7 @@ class Episodes(NamedTuple):
     pool: what is known of the training tasks.
   """
 
-  splits: parts.Splits
+  splits: examples_lib.Splits
   pool: Pool
 
 
@@ -138,12 +138,12 @@ def episodes(
     descriptor, the clusters and the noise; there a task is foreign with a probability,
     not an exact share.
   """
-  parts.check_sizes(num_tasks=num_tasks, num_meta_tasks=num_meta_tasks)
+  examples_lib.check_sizes(num_tasks=num_tasks, num_meta_tasks=num_meta_tasks)
   _check(train, meta, test, foreign, foreign_share, noise_share)
   _check_at_least(num_ways=(num_ways, 2), num_shots=(num_shots, 1))
   _check_at_least(num_queries=(num_queries, 1), num_test_tasks=(num_test_tasks, 1))
   num_foreign = round(num_tasks * foreign_share)
-  train_rng, meta_rng, test_rng = parts.generators(seed, 3)
+  train_rng, meta_rng, test_rng = examples_lib.generators(seed, 3)
   shape = _Shape(num_ways, num_shots, num_queries)
   images, pool = _training_tasks(
     train, foreign, num_tasks, num_foreign, noise_share, shape, train_rng
@@ -155,7 +155,7 @@ def episodes(
     "meta": _clean_tasks(meta, num_meta_tasks, shape, meta_rng),
     "test": _clean_tasks(test, num_test_tasks, shape, test_rng),
   }
-  splits = parts.Splits(
+  splits = examples_lib.Splits(
     **found,
     validation=_take(found["test"], np.zeros(0, np.int64)),
     num_classes=num_ways,
@@ -264,7 +264,7 @@ def _examples(images, pool, clusters):
   row = np.repeat(np.arange(num_ways), size - pool.num_shots)
   label = np.tile(row, (number, 1)).astype(np.int32)
   index = np.arange(number, dtype=np.int32)
-  return parts.Examples(
+  return examples_lib.Examples(
     image=images,
     label=label,
     true_label=np.where(pool.wrong_items(), -1, label).astype(np.int32),
@@ -275,7 +275,7 @@ def _examples(images, pool, clusters):
 
 
 def _take(examples, tasks):
-  return parts.Examples(
+  return examples_lib.Examples(
     image=examples.image.take(tasks),
     label=examples.label[tasks],
     true_label=examples.true_label[tasks],

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from l2rw_jax import base
-from l2rw_jax import corruption
+from l2rw_jax.data import examples as examples_lib
+from l2rw_jax.data import label_noise
 from l2rw_jax.data import long_tail
-from l2rw_jax.data import parts
 from l2rw_jax.data import sources
 
 GROUPS = ("class", "inverted")
@@ -32,7 +32,7 @@ def fairness(
   minority_share: float = 0.05,
   num_exemplars: int = 10,
   seed: int,
-) -> parts.Splits:
+) -> examples_lib.Splits:
   """A long-tailed, noisy or under-represented training set and fair exemplars.
 
   First the exemplars are drawn, then the tail is cut from what is left: class 0
@@ -63,17 +63,17 @@ def fairness(
     InputError: an argument out of range, too few images of a class, or nothing
       left of one to train on.
   """
-  parts.check_sources(train, test)
-  parts.check_sizes(num_exemplars=num_exemplars)
+  examples_lib.check_sources(train, test)
+  examples_lib.check_sizes(num_exemplars=num_exemplars)
   _check(groups, minority_share)
-  meta_rng, tail_rng, group_rng, test_rng, noise_rng = parts.generators(seed, 5)
+  meta_rng, tail_rng, group_rng, test_rng, noise_rng = examples_lib.generators(seed, 5)
   copies = 1 if groups == "class" else 2
   drawn = _per_class(train, copies * num_exemplars, meta_rng)
   meta = np.concatenate(drawn)
   kept = _cut_tail(train, meta, imbalance, tail_rng)
   rows = np.concatenate(kept)
   labels = train.labels.copy()
-  labels[rows] = corruption.uniform_flip(
+  labels[rows] = label_noise.uniform_flip(
     train.labels[rows],
     fraction=noise_fraction,
     num_classes=train.num_classes,
@@ -89,7 +89,7 @@ def fairness(
     half = [r[num_exemplars:] for r in drawn]
     train, given["groups"] = _invert(train, np.concatenate(chosen + half))
     test, given["test_groups"] = _invert(test, _half_of_each_class(test, test_rng))
-  return parts.assemble(
+  return examples_lib.assemble(
     train,
     test,
     {"train": rows, "meta": meta, "test": np.arange(len(test_labels))},

@@ -4,14 +4,14 @@ import hashlib
 
 import numpy as np
 
-from l2rw_jax.data import parts
+from l2rw_jax.data import examples as examples_lib
 
 # Rows of a source that is no array in memory which are read: it may decode every
 # image anew, so that all of it would take as long as an epoch.
 _SAMPLED = 256
 
 
-def fingerprint(splits: parts.Splits) -> str:
+def fingerprint(splits: examples_lib.Splits) -> str:
   """SHA-256 over images, labels, groups and indices of all four parts.
 
   Args:

@@ -23,7 +23,7 @@ def omniglot(
   """Handwritten characters: the splits `small1` and `small2` of TFDS, as one source.
 
   The two share alphabets (Greek and Latin), drawing by drawing; a character that is
-  in both is taken once, 242 characters of 20 drawings in all. Drawings become grey,
+  in both is taken once, 242 characters of 20 drawings in all. Drawings become gray,
   `size` by `size`, with bright ink on a dark ground as in MNIST.
 
   Args:

@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from l2rw_jax import base
-from l2rw_jax.data import parts
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import sources
 
 SHAPES = ("exponential", "step")
@@ -84,7 +84,7 @@ def long_tail_splits(
   imbalance: float,
   num_meta_per_class: int,
   seed: int,
-) -> parts.Splits:
+) -> examples_lib.Splits:
   """A long-tailed training set and a small class-balanced meta set, disjoint.
 
   n_0, the size of class 0, is the number of images that the *rarest* class of
@@ -123,11 +123,11 @@ def long_tail_splits(
     Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin
     Loss", NeurIPS 2019; Shu et al., "Meta-Weight-Net", NeurIPS 2019.
   """
-  parts.check_sources(train, test)
-  parts.check_sizes(num_meta_per_class=num_meta_per_class)
+  examples_lib.check_sources(train, test)
+  examples_lib.check_sizes(num_meta_per_class=num_meta_per_class)
   if builder not in BUILDERS:
     raise base.InputError(f"builder must be one of {BUILDERS}; got {builder!r}")
-  (rng,) = parts.generators(seed, 1)
+  (rng,) = examples_lib.generators(seed, 1)
   pools = [np.flatnonzero(train.labels == c) for c in range(train.num_classes)]
   pools = [rng.permutation(pool) for pool in pools]
   _check_meta(train, [len(pool) for pool in pools], num_meta_per_class)
@@ -141,7 +141,7 @@ def long_tail_splits(
     for pool, size in zip(pools, sizes, strict=True)
   ]
   meta = [pool[len(pool) - num_meta_per_class :] for pool in pools]
-  return parts.assemble(
+  return examples_lib.assemble(
     train,
     test,
     {

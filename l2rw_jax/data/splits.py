@@ -10,16 +10,16 @@ import math
 import numpy as np
 
 from l2rw_jax import base
-from l2rw_jax.data import noise
-from l2rw_jax.data import parts
+from l2rw_jax.data import examples as examples_lib
+from l2rw_jax.data import noise_builders
 from l2rw_jax.data import sources
 
 # Named here too, for callers see no other file of splits.
-Examples = parts.Examples
-Splits = parts.Splits
-class_counts = parts.class_counts
-BUILDERS = noise.BUILDERS
-ANNOTATIONS = tuple(noise.ANNOTATIONS)
+Examples = examples_lib.Examples
+Splits = examples_lib.Splits
+class_counts = examples_lib.class_counts
+BUILDERS = noise_builders.BUILDERS
+ANNOTATIONS = tuple(noise_builders.ANNOTATIONS)
 
 
 def four_versus_nine(
@@ -64,16 +64,18 @@ def four_versus_nine(
     Ren et al., "Learning to Reweight Examples for Robust Deep Learning"
     (https://arxiv.org/abs/1803.09050), 2018, MNIST data imbalance experiments.
   """
-  parts.check_sources(train, test)
+  examples_lib.check_sources(train, test)
   if not 0 < majority < 1:
     raise base.InputError(f"majority must lie between 0 and 1; got {majority}")
-  parts.check_sizes(num_train=num_train, num_meta=num_meta, num_test=num_test or 0)
+  examples_lib.check_sizes(
+    num_train=num_train, num_meta=num_meta, num_test=num_test or 0
+  )
   _check_even(num_meta=num_meta, num_test=num_test or 0)
-  rng, test_rng = parts.generators(seed, 2)
+  rng, test_rng = examples_lib.generators(seed, 2)
   kept = 0 if include_meta else num_meta // 2
   drawn = _draw_digits(train, majority, num_train, max(kept + 1, num_meta // 2), rng)
   labels = (train.labels == 9).astype(np.int32)
-  return parts.assemble(
+  return examples_lib.assemble(
     train,
     test,
     {
@@ -159,7 +161,7 @@ def noisy_labels(
   Args:
     train: the split to draw train, meta and validation from; N images.
     test: the split that is used whole as test.
-    builder: one of `BUILDERS`; `l2rw_jax.data.noise` tells what they do.
+    builder: one of `BUILDERS`; `l2rw_jax.data.noise_builders` tells what they do.
     fraction: the builder's parameter, in [0, 1]; what it truly flips differs
       between builders. None for `human`.
     num_meta_per_class: meta images of every class.
@@ -181,13 +183,13 @@ def noisy_labels(
     (https://arxiv.org/abs/1803.09050), 2018, CIFAR noisy label experiments. The
     authors' program draws its meta set at random, unbalanced.
   """
-  parts.check_sources(train, test)
-  parts.check_sizes(
+  examples_lib.check_sources(train, test)
+  examples_lib.check_sizes(
     num_meta_per_class=num_meta_per_class, num_validation=num_validation
   )
-  meta_rng, rows_rng, shared_rng, *noise_rngs = parts.generators(seed, 5)
-  request = noise.Request(train, fraction, variant, annotation, shared_rng)
-  flip = noise.flip(builder, request)
+  meta_rng, rows_rng, shared_rng, *noise_rngs = examples_lib.generators(seed, 5)
+  request = noise_builders.Request(train, fraction, variant, annotation, shared_rng)
+  flip = noise_builders.flip(builder, request)
   meta = _per_class(train, num_meta_per_class, meta_rng)
   rest = np.setdiff1d(np.arange(len(train.labels)), meta)
   if len(rest) <= num_validation:
@@ -201,7 +203,7 @@ def noisy_labels(
   labels = train.labels.copy()
   for part, rng in zip(rows.values(), noise_rngs, strict=True):
     labels[part] = flip(part, rng)
-  return parts.assemble(
+  return examples_lib.assemble(
     train,
     test,
     {**rows, "meta": meta, "test": np.arange(len(test.labels))},

@@ -1,14 +1,14 @@
-r"""ABSGD: weights in proportion to exp(loss / lambda), by a moving normaliser.
+r"""ABSGD: weights in proportion to exp(loss / lambda), by a moving normalizer.
 
 One scalar of memory, u, turns the exponentials of a batch into weights:
 
     u  <- (1 - gamma) u + gamma alpha mean_i exp(l_i / lambda)        u = 0 at first
     p_i = exp(l_i / lambda) / (u B),    then a step on grad sum_i p_i l_i, p constant
 
-lambda > 0 favours heavy losses (rare classes), lambda < 0 light ones (wrong labels),
+lambda > 0 favors heavy losses (rare classes), lambda < 0 light ones (wrong labels),
 infinite lambda nobody: p_i = 1 / B. With gamma = alpha = 1 the weights are a softmax
 and the step is the gradient of F(w) = lambda log mean_i exp(l_i(w) / lambda), the
-KL-regularised worst (lambda > 0) or best (lambda < 0) case over weightings.
+KL-regularized worst (lambda > 0) or best (lambda < 0) case over weightings.
 
 What to know of the weights: they sum to mean exp(l / lambda) / u, which is 1 / alpha
 when the losses stand still and 1 / (gamma alpha) at the first step (u has no bias
@@ -158,12 +158,12 @@ def absgd(
   For another base loss wrap it in `changed_loss`; a class weight belongs into that
   loss, so that it acts in the exponent too, as released. The released programs for
   imbalance give lambda 3 to 5 with gamma 0.45 to 0.7 and alpha 0.3 to 0.5, the one
-  for Clothing1M -5 with 0.5 and 0.5. Momentum, 0.9, is the outer optimiser's.
+  for Clothing1M -5 with 0.5 and 0.5. Momentum, 0.9, is the outer optimizer's.
 
   Args:
     lam: lambda in units of the loss, not 0; or a function of the epoch, see
-      `two_stage`. The normaliser starts afresh when its value changes.
-    gamma: share of the new batch in the normaliser, in (0, 1].
+      `two_stage`. The normalizer starts afresh when its value changes.
+    gamma: share of the new batch in the normalizer, in (0, 1].
     alpha: scale of the new batch in it; the learning rate is divided by it.
     clip: upper bound of a weight before `add_uniform`.
     add_uniform: adds 1 / B to every weight, as the released label-noise program.
@@ -183,9 +183,9 @@ def absgd(
     _check_lam(lam)
     return State(jnp.asarray(-jnp.inf, jnp.float32), jnp.asarray(lam, jnp.float32))
 
-  def gradients(state, task, inputs):
+  def gradients(state, problem, inputs):
     found, log_normalizer = baselines.weighted_gradients(
-      task,
+      problem,
       inputs,
       lambda losses: example_weights(
         losses,
@@ -194,19 +194,19 @@ def absgd(
         alpha=alpha,
         clip=clip,
         uniform_share=float(add_uniform),
-        axis_name=task.axis_name,
+        axis_name=problem.axis_name,
       ),
       has_aux=True,
     )
     metrics = {
       "log_normalizer": jnp.where(jnp.isinf(state.lam), 0, log_normalizer),
-      "total_weight": base.psum(jnp.sum(found.weights), task.axis_name),
+      "total_weight": base.psum(jnp.sum(found.weights), problem.axis_name),
     }
     state = state._replace(log_normalizer=log_normalizer.astype(jnp.float32))
     return found._replace(metrics=metrics), state
 
-  def refresh(state, task, view):
-    del task
+  def refresh(state, problem, view):
+    del problem
     new = fresh(view.epoch)
     return state if new.lam == state.lam else new
 

@@ -8,7 +8,7 @@ examples to train on until the next look:
     m      <- b1 m + (1 - b1) g,        g~ = m / (1 - b1^t)
     u      <- b2 u + (1 - b2) D^2,      H~ = (sqrt(u / (1 - b2^t)))^k + eps
     q_i    = g~_i / H~
-    S      minimises sum_i min_{j in S} |q_i - q_j|, greedily, class by class
+    S      minimizes sum_i min_{j in S} |q_i - q_j|, greedily, class by class
     gamma  of a chosen example: how many of its class are nearest to it; sum N
 
 A batch of B of the chosen examples gets the weights gamma r / (N B), so that the
@@ -41,7 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2rw_jax import base
-from l2rw_jax import coreset
+from l2rw_jax import coresets
 from l2rw_jax import losses
 from l2rw_jax.methods import adacore_table
 from l2rw_jax.methods import baselines
@@ -173,8 +173,8 @@ def adacore(
     last_layer: whether distances are between gradients of the last layer's weights
       and bias. Then only the logits' part is averaged. Needs a network with features,
       and not `hessian_scope="example"`.
-    budget: of the classes, see `coreset.class_budgets`.
-    greedy: "lazy" or "stochastic", see `coreset.select`.
+    budget: of the classes, see `coresets.class_budgets`.
+    greedy: "lazy" or "stochastic", see `coresets.select`.
     greedy_epsilon: of the stochastic greedy.
     warmup_epochs: passes over all examples before the first selection.
 
@@ -186,7 +186,7 @@ def adacore(
   """
   check_fraction("adacore", fraction)
   check_epochs("adacore", refresh_every, warmup_epochs)
-  coreset.check_greedy(greedy, greedy_epsilon)
+  coresets.check_greedy(greedy, greedy_epsilon)
   _check_averages(num_probes, beta1, beta2, epsilon)
   scopes = adacore_table.SCOPES[: 1 if last_layer else None]
   if hessian_scope not in scopes:
@@ -195,32 +195,32 @@ def adacore(
       f" of {scopes}."
     )
 
-  def init(key, task, params):
+  def init(key, problem, params):
     del key, params
     averages = None
     if curvature:
-      shape = (task.num_examples, task.num_classes)
+      shape = (problem.num_examples, problem.num_classes)
       by_scope = {"example": shape, "shared": shape[1:]}
       squares = by_scope[hessian_scope]
       if last_layer:
-        squares = (task.num_classes, adacore_table.num_features(task) + 1)
+        squares = (problem.num_classes, adacore_table.num_features(problem) + 1)
       averages = Averages(
         jnp.zeros(shape), jnp.zeros(squares), jnp.zeros((), jnp.int32)
       )
     return State(
-      jnp.arange(subset_size(fraction, task.num_examples), dtype=jnp.int32),
-      jnp.ones(task.num_examples),
+      jnp.arange(subset_size(fraction, problem.num_examples), dtype=jnp.int32),
+      jnp.ones(problem.num_examples),
       jnp.zeros((), jnp.int32),
       averages,
     )
 
-  def refresh(state, task, view):
+  def refresh(state, problem, view):
     if view.epoch < warmup_epochs:
       return state
     key = jax.random.key(int(view.rng.integers(2**31)))
     scope = hessian_scope if curvature else None
     found = adacore_table.look(
-      task, view, key, scope=scope, last_layer=last_layer, num_probes=num_probes
+      problem, view, key, scope=scope, last_layer=last_layer, num_probes=num_probes
     )
     proxies, scale, averages = found.gradients, None, None
     if found.curvature is not None:
@@ -230,7 +230,7 @@ def adacore(
       proxies, scale = corrected(averages, beta1, beta2, power, epsilon)
       if not last_layer:
         proxies, scale = proxies / jnp.broadcast_to(scale, proxies.shape), None
-    chosen = coreset.select(
+    chosen = coresets.select(
       proxies,
       view.train["label"],
       state.rows.size,
@@ -241,8 +241,8 @@ def adacore(
       epsilon=greedy_epsilon,
       key=jax.random.fold_in(key, 1),
     )
-    weights = np.zeros(task.num_examples, np.float32)
-    weights[chosen.rows] = chosen.weights * (chosen.rows.size / task.num_examples)
+    weights = np.zeros(problem.num_examples, np.float32)
+    weights[chosen.rows] = chosen.weights * (chosen.rows.size / problem.num_examples)
     rows = jnp.asarray(chosen.rows)
     return State(rows, jnp.asarray(weights), state.num_selections + 1, averages)
 
@@ -264,16 +264,16 @@ def random_subset(fraction: float, refresh_every: int | None = 1) -> base.Method
   check_fraction("random_subset", fraction)
   check_epochs("random_subset", 1 if refresh_every is None else refresh_every)
 
-  def init(key, task, params):
+  def init(key, problem, params):
     del key, params
-    size = subset_size(fraction, task.num_examples)
-    rows, ones = jnp.arange(size, dtype=jnp.int32), jnp.ones(task.num_examples)
+    size = subset_size(fraction, problem.num_examples)
+    rows, ones = jnp.arange(size, dtype=jnp.int32), jnp.ones(problem.num_examples)
     return State(rows, ones, jnp.zeros((), jnp.int32), None)
 
-  def refresh(state, task, view):
+  def refresh(state, problem, view):
     if refresh_every is None and state.num_selections:
       return state
-    rows = view.rng.choice(task.num_examples, state.rows.size, replace=False)
+    rows = view.rng.choice(problem.num_examples, state.rows.size, replace=False)
     return state._replace(
       rows=jnp.asarray(np.sort(rows), jnp.int32),
       num_selections=state.num_selections + 1,
@@ -283,19 +283,19 @@ def random_subset(fraction: float, refresh_every: int | None = 1) -> base.Method
 
 
 def _method(init, refresh, num_passes):
-  def sample(state, task, train, rng):
+  def sample(state, problem, train, rng):
     if not state.num_selections:
-      return base.permutation(state, task, train, rng)
+      return base.permutation(state, problem, train, rng)
     rows = np.asarray(state.rows)
     return np.concatenate([rng.permutation(rows) for _ in range(num_passes)])
 
-  def gradients(state, task, inputs):
+  def gradients(state, problem, inputs):
     def weights(losses):
-      size = base.global_size(losses.shape[0], task.axis_name)
+      size = base.global_size(losses.shape[0], problem.axis_name)
       own = base.take(state.weights, inputs.batch["index"])
       return own.astype(losses.dtype) / size
 
-    return baselines.weighted_gradients(task, inputs, weights), state
+    return baselines.weighted_gradients(problem, inputs, weights), state
 
   return base.Method(gradients, init=init, refresh=refresh, sample=sample)
 

@@ -61,7 +61,7 @@ class Table(NamedTuple):
 
 
 def look(
-  task: base.Task,
+  problem: base.Problem,
   view: base.EpochView,
   key: base.Array,
   *,
@@ -83,12 +83,12 @@ def look(
     InputError: `last_layer` of a network that has no features.
   """
   if last_layer:
-    num_features(task)
-  functions: tuple[Any, ...] = (task.forward, task.loss)
+    num_features(problem)
+  functions: tuple[Any, ...] = (problem.forward, problem.loss)
   if last_layer:
-    functions += (task.features, task.head)
+    functions += (problem.features, problem.head)
   parts = []
-  for start in range(0, task.num_examples, _BATCH):
+  for start in range(0, problem.num_examples, _BATCH):
     batch = {k: v[start : start + _BATCH] for k, v in view.train.items()}
     # The Hessian of the mean is a sum over batches: the same signs for all of them.
     own_key = jax.random.fold_in(key, start) if scope == "example" else key
@@ -99,7 +99,7 @@ def look(
         view.model_state,
         batch,
         own_key,
-        num_outputs=task.num_classes,
+        num_outputs=problem.num_classes,
         scope=scope,
         num_probes=num_probes,
       )
@@ -107,7 +107,7 @@ def look(
   gradients, curvatures, features = zip(*parts, strict=True)
   curvature = None
   if scope == "shared":
-    curvature = sum(curvatures) / task.num_examples
+    curvature = sum(curvatures) / problem.num_examples
   elif scope == "example":
     curvature = jnp.concatenate(curvatures)
   return Table(
@@ -117,13 +117,13 @@ def look(
   )
 
 
-def num_features(task: base.Task) -> int:
+def num_features(problem: base.Problem) -> int:
   """Width d of what the last layer sees; raises InputError if there is no such."""
-  if task.num_features is None:
+  if problem.num_features is None:
     raise base.InputError(
       "adacore: last_layer=True needs a network with features; leave it out."
     )
-  return task.num_features
+  return problem.num_features
 
 
 @functools.partial(

@@ -12,10 +12,10 @@ scales its features, so that the classifier learns from the parts that help:
     real step     p on grad_p mean CE(head(f * W)), the new advisor's W constant
 
 f and l enter the advisor as constants, and the label through l alone. At test time
-there is no gate. Default linear initialisation puts W near 1/2: features are halved
+there is no gate. Default linear initialization puts W near 1/2: features are halved
 in training and whole at test.
 
-Not here: the journal version's meta equalisation softmax (MES). Its equations are
+Not here: the journal version's meta equalization softmax (MES). Its equations are
 not public in enough detail to be rebuilt, and a guess would carry its name. Only
 the authors' Clothing1M program is public: the settings for other data are ours
 (hidden = 100 as theirs; d is whatever the network has).
@@ -102,38 +102,38 @@ def advisor(
   meta_network.check_every("advisor", every)
   meta_optimizer = optimizer or optax.adam(1e-4)
 
-  def init(key, task, params):
+  def init(key, problem, params):
     del params
-    _check_split(task)
-    width = task.num_features
+    _check_split(problem)
+    width = problem.num_features
     psi = AdvisorNet(width, hidden).init(key, jnp.zeros((1, width)), jnp.zeros(1))
     return meta_network.init(psi, meta_optimizer)
 
-  def gradients(state, task, inputs):
+  def gradients(state, problem, inputs):
     batch = inputs.batch
 
     def outputs_fn(params, batch):
-      features, model_state = task.features(
+      features, model_state = problem.features(
         params, inputs.model_state, batch, inputs.key, True
       )
       # The head's own parameters are an output too: the loss comes after them.
       return (features, params), model_state
 
-    params = base.local(inputs.params, task.axis_name)
-    linearized = task.linearize_outputs(outputs_fn, params, batch, has_aux=True)
+    params = base.local(inputs.params, problem.axis_name)
+    linearized = problem.linearize_outputs(outputs_fn, params, batch, has_aux=True)
     features, _ = linearized.outputs
-    net = AdvisorNet(task.num_features, hidden)
-    losses = task.loss(task.head(inputs.params, features), batch)
-    size = base.global_size(losses.shape[0], task.axis_name)
+    net = AdvisorNet(problem.num_features, hidden)
+    losses = problem.loss(problem.head(inputs.params, features), batch)
+    size = base.global_size(losses.shape[0], problem.axis_name)
 
     def loss_fn(outputs, psi):
       own_features, params = outputs
       gated = own_features * gate(net, psi, features, losses)
-      return task.loss(task.head(params, gated), batch).sum() / size
+      return problem.loss(problem.head(params, gated), batch).sum() / size
 
     grads, state = meta_network.iterate(
       state,
-      task,
+      problem,
       inputs,
       linearized,
       loss_fn,
@@ -145,7 +145,7 @@ def advisor(
     open_share = gate(net, state.params, features, losses).mean(axis=-1)
     metrics = {
       **meta_network.metrics(state),
-      "gate": base.pmean(open_share.mean(), task.axis_name),
+      "gate": base.pmean(open_share.mean(), problem.axis_name),
     }
     found = base.Gradients(
       grads,
@@ -161,8 +161,8 @@ def advisor(
   return base.Method(gradients, init, needs_meta=True)
 
 
-def _check_split(task):
-  if task.features is None or task.head is None or task.num_features is None:
+def _check_split(problem):
+  if problem.features is None or problem.head is None or problem.num_features is None:
     raise base.InputError(
       "the advisor gates features: it needs a network with methods features and head"
       " and a num_features, as those of l2rw_jax.models; choose another method or"

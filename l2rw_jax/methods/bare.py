@@ -38,7 +38,7 @@ def select(
 
   - over all examples i of the global batch, deviation with B - 1 in the
     denominator ("batch_column": the released code), or
-  - over the examples labelled c, with their number in the denominator
+  - over the examples labeled c, with their number in the denominator
     ("own_label": the paper's formula as it is reported). By Cantelli's inequality
     this keeps at most 1 / (1 + kappa^2) of a class, and with a few wrong labels
     and a confident network nothing at all, which is why it is not the default.
@@ -159,15 +159,18 @@ def bare(kappa: float = 1.0, statistics: str = "batch_column") -> base.Method:
   """
   _check(kappa, statistics)
 
-  def gradients(state, task, inputs):
+  def gradients(state, problem, inputs):
     def losses_fn(params, batch):
-      outputs, model_state = task.forward(
+      outputs, model_state = problem.forward(
         params, inputs.model_state, batch, inputs.key, True
       )
-      return task.loss(outputs, batch), (outputs, model_state)
+      return problem.loss(outputs, batch), (outputs, model_state)
 
-    linearized = task.linearize(
-      losses_fn, base.local(inputs.params, task.axis_name), inputs.batch, has_aux=True
+    linearized = problem.linearize(
+      losses_fn,
+      base.local(inputs.params, problem.axis_name),
+      inputs.batch,
+      has_aux=True,
     )
     outputs, model_state = linearized.aux
     kept = select(
@@ -175,17 +178,17 @@ def bare(kappa: float = 1.0, statistics: str = "batch_column") -> base.Method:
       inputs.batch["label"],
       kappa=kappa,
       statistics=statistics,
-      axis_name=task.axis_name,
+      axis_name=problem.axis_name,
     )
     weights = _equal_weights(
       kept,
       losses_lib.logits_of(outputs),
       inputs.batch["label"],
       linearized.losses.dtype,
-      task.axis_name,
+      problem.axis_name,
     )
-    grads = base.psum(linearized.weighted_gradient(weights), task.axis_name)
-    kept_share = base.pmean(kept.mean(), task.axis_name)
+    grads = base.psum(linearized.weighted_gradient(weights), problem.axis_name)
+    kept_share = base.pmean(kept.mean(), problem.axis_name)
     found = base.Gradients(
       grads, weights, linearized.losses, model_state, {"kept_share": kept_share}
     )

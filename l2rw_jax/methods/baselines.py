@@ -22,7 +22,7 @@ from l2rw_jax.methods import changed_loss
 
 
 def weighted_gradients(
-  task: base.Task,
+  problem: base.Problem,
   inputs: base.Inputs,
   weights_fn: Callable[[base.Array], Any],
   *,
@@ -39,16 +39,16 @@ def weighted_gradients(
   Returns:
     `base.Gradients`, or with `has_aux` a pair of these and aux.
   """
-  linearized = task.linearize(
-    task.losses_fn(inputs.model_state, inputs.key),
-    base.local(inputs.params, task.axis_name),
+  linearized = problem.linearize(
+    problem.losses_fn(inputs.model_state, inputs.key),
+    base.local(inputs.params, problem.axis_name),
     inputs.batch,
     has_aux=True,
   )
   weights, aux = weights_fn(linearized.losses), None
   if has_aux:
     weights, aux = weights
-  grads = base.psum(linearized.weighted_gradient(weights), task.axis_name)
+  grads = base.psum(linearized.weighted_gradient(weights), problem.axis_name)
   found = base.Gradients(grads, weights, linearized.losses, linearized.aux, {})
   return (found, aux) if has_aux else found
 
@@ -56,12 +56,12 @@ def weighted_gradients(
 def uniform() -> base.Method:
   """Weight 1 / B for everyone: the plain mean loss."""
 
-  def gradients(state, task, inputs):
+  def gradients(state, problem, inputs):
     def weights(losses):
-      size = base.global_size(losses.shape[0], task.axis_name)
+      size = base.global_size(losses.shape[0], problem.axis_name)
       return jnp.full_like(losses, 1 / size)
 
-    return weighted_gradients(task, inputs, weights), state
+    return weighted_gradients(problem, inputs, weights), state
 
   return base.Method(gradients)
 
@@ -69,14 +69,14 @@ def uniform() -> base.Method:
 def random() -> base.Method:
   """Rectified Gaussian weights max(z, 0) / sum, z ~ N(0, 1), new every step."""
 
-  def gradients(state, task, inputs):
+  def gradients(state, problem, inputs):
     def weights(losses):
-      size = base.global_size(losses.shape[0], task.axis_name)
+      size = base.global_size(losses.shape[0], problem.axis_name)
       noise = jax.random.normal(inputs.key, (size,), losses.dtype)
-      own = base.own_part(normalization.rectify(noise), task.axis_name)
+      own = base.local_slice(normalization.rectify(noise), problem.axis_name)
       return base.sharded_like(own, losses)
 
-    return weighted_gradients(task, inputs, weights), state
+    return weighted_gradients(problem, inputs, weights), state
 
   return base.Method(gradients)
 
@@ -91,16 +91,16 @@ def class_proportion(variant: str = "paper") -> base.Method:
   """
   _check_variant("class_proportion", variant)
 
-  def gradients(state, task, inputs):
-    class_balance.check_counts(task.class_counts, task.num_classes)
-    counts = class_balance.as_counts(task.class_counts)
+  def gradients(state, problem, inputs):
+    class_balance.check_counts(problem.class_counts, problem.num_classes)
+    counts = class_balance.as_counts(problem.class_counts)
     if variant == "paper":
-      size = base.global_size(inputs.batch["label"].shape[0], task.axis_name)
+      size = base.global_size(inputs.batch["label"].shape[0], problem.axis_name)
       per_class = class_balance.inverse_frequency(counts) / size
     else:
       per_class = 1 - counts / counts.sum()
     weights = base.take(per_class, inputs.batch["label"])
-    return weighted_gradients(task, inputs, lambda _: weights), state
+    return weighted_gradients(problem, inputs, lambda _: weights), state
 
   return base.Method(gradients)
 
@@ -125,14 +125,14 @@ def class_balanced(beta: float = 0.9999, from_epoch: int = 0) -> base.Method:
   class_balance.check_beta(beta)
   changed_loss.check_epoch("class_balanced", from_epoch)
 
-  def gradients(state, task, inputs):
-    class_balance.check_counts(task.class_counts, task.num_classes)
-    per_class = class_balance.effective_number(task.class_counts, beta)
+  def gradients(state, problem, inputs):
+    class_balance.check_counts(problem.class_counts, problem.num_classes)
+    per_class = class_balance.effective_number(problem.class_counts, beta)
     if from_epoch:
       per_class = jnp.where(state >= from_epoch, per_class, 1)
     labels = inputs.batch["label"]
-    weights = class_balance.example_weights(per_class, labels, task.axis_name)
-    return weighted_gradients(task, inputs, lambda _: weights), state
+    weights = class_balance.example_weights(per_class, labels, problem.axis_name)
+    return weighted_gradients(problem, inputs, lambda _: weights), state
 
   return _deferred(base.Method(gradients), from_epoch)
 
@@ -152,9 +152,9 @@ def resampling(from_epoch: int = 0) -> base.Method:
   """
   changed_loss.check_epoch("resampling", from_epoch)
 
-  def sample(state, task, train, rng):
+  def sample(state, problem, train, rng):
     if from_epoch and state < from_epoch:
-      return base.permutation(state, task, train, rng)
+      return base.permutation(state, problem, train, rng)
     labels = train["label"]
     classes = np.unique(labels)
     rounds = len(labels) // len(classes)
@@ -178,20 +178,20 @@ def hard_mining(variant: str = "paper") -> base.Method:
   """
   _check_variant("hard_mining", variant)
 
-  def gradients(state, task, inputs):
-    majority_class = jnp.argmax(jnp.asarray(task.class_counts))
+  def gradients(state, problem, inputs):
+    majority_class = jnp.argmax(jnp.asarray(problem.class_counts))
 
     def weights(losses):
-      losses = base.gather(losses, task.axis_name)
-      labels = base.gather(inputs.batch["label"], task.axis_name)
+      losses = base.gather(losses, problem.axis_name)
+      labels = base.gather(inputs.batch["label"], problem.axis_name)
       kept = hardest(
         losses if variant == "paper" else jnp.zeros_like(losses),
         labels == majority_class,
       )
       uniform_weights = normalization.sum_to_one(kept.astype(losses.dtype))
-      return base.own_part(uniform_weights, task.axis_name)
+      return base.local_slice(uniform_weights, problem.axis_name)
 
-    return weighted_gradients(task, inputs, weights), state
+    return weighted_gradients(problem, inputs, weights), state
 
   return base.Method(gradients)
 
@@ -220,14 +220,14 @@ def hardest(losses: base.Array, majority: base.Array) -> base.Array:
 def clean_only() -> base.Method:
   """The mean loss of the clean set alone; the training batch gets weight 0."""
 
-  def gradients(state, task, inputs):
-    losses_fn = task.losses_fn(inputs.model_state, inputs.key)
+  def gradients(state, problem, inputs):
+    losses_fn = problem.losses_fn(inputs.model_state, inputs.key)
     losses, _ = losses_fn(inputs.params, inputs.batch)
     on_clean = inputs._replace(batch=inputs.meta_batch)
-    clean, state = uniform().gradients(state, task, on_clean)
+    clean, state = uniform().gradients(state, problem, on_clean)
     # Its value is of the clean batch: with these weights the step would watch 0.
     shown = {"weights": jnp.zeros_like(losses), "losses": losses}
-    return clean._replace(value=_value(clean, task), **shown), state
+    return clean._replace(value=_value(clean, problem), **shown), state
 
   return base.Method(gradients, needs_meta=True)
 
@@ -247,37 +247,37 @@ def fine_tuning(num_steps: int, method: base.Method | None = None) -> base.Metho
   first = method or uniform()
   second = clean_only()
 
-  def gradients(state, task, inputs):
+  def gradients(state, problem, inputs):
     def clean(state):
-      found, _ = second.gradients((), task, inputs)
-      return _alike(found, task), state
+      found, _ = second.gradients((), problem, inputs)
+      return _alike(found, problem), state
 
     def initial(state):
-      found, state = first.gradients(state, task, inputs)
-      return _alike(found, task), state
+      found, state = first.gradients(state, problem, inputs)
+      return _alike(found, problem), state
 
-    is_last = inputs.step >= task.num_steps - num_steps
+    is_last = inputs.step >= problem.num_steps - num_steps
     return jax.lax.cond(is_last, clean, initial, state)
 
   return first._replace(gradients=gradients, needs_meta=True)
 
 
-def _alike(found, task):
+def _alike(found, problem):
   """`found` without metrics and with all that a method may leave out."""
   has_meta_step = found.fault is not None
   return found._replace(
     metrics={},
-    value=_value(found, task),
+    value=_value(found, problem),
     fault=found.fault if has_meta_step else jnp.zeros((), jnp.int32),
     zero_slope=found.zero_slope if has_meta_step else jnp.zeros((), bool),
   )
 
 
-def _value(found, task):
-  """What an optimiser watches, also where a method leaves it to the step."""
+def _value(found, problem):
+  """What an optimizer watches, also where a method leaves it to the step."""
   value = found.value
   if value is None:
-    value = base.psum(jnp.sum(found.weights * found.losses), task.axis_name)
+    value = base.psum(jnp.sum(found.weights * found.losses), problem.axis_name)
   return jnp.asarray(value, jnp.float32)
 
 
@@ -286,8 +286,8 @@ def _deferred(method, from_epoch):
   if not from_epoch:
     return method
   return method._replace(
-    init=lambda key, task, params: jnp.zeros((), jnp.int32),
-    refresh=lambda state, task, view: jnp.asarray(view.epoch, jnp.int32),
+    init=lambda key, problem, params: jnp.zeros((), jnp.int32),
+    refresh=lambda state, problem, view: jnp.asarray(view.epoch, jnp.int32),
   )
 
 

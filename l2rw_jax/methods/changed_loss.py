@@ -54,20 +54,20 @@ def changed_loss(
   """
   check_epoch("changed_loss", from_epoch)
 
-  def init(key, task, params):
-    return State(jnp.zeros((), jnp.int32), method.init(key, task, params))
+  def init(key, problem, params):
+    return State(jnp.zeros((), jnp.int32), method.init(key, problem, params))
 
-  def changed(task, epoch):
+  def changed(problem, epoch):
     def both(outputs, batch):
-      new = loss(outputs, batch, task.class_counts)
+      new = loss(outputs, batch, problem.class_counts)
       if not from_epoch:
         return new
-      return jnp.where(epoch >= from_epoch, new, task.loss(outputs, batch))
+      return jnp.where(epoch >= from_epoch, new, problem.loss(outputs, batch))
 
-    return dataclasses.replace(task, loss=both)
+    return dataclasses.replace(problem, loss=both)
 
-  def gradients(state, task, inputs):
-    found, inner = method.gradients(state.inner, changed(task, state.epoch), inputs)
+  def gradients(state, problem, inputs):
+    found, inner = method.gradients(state.inner, changed(problem, state.epoch), inputs)
     return found, state._replace(inner=inner)
 
   @functools.cache
@@ -75,16 +75,16 @@ def changed_loss(
     counts = jnp.asarray(class_counts)
     return lambda outputs, batch: loss(outputs, batch, counts)
 
-  def refresh(state, task, view):
+  def refresh(state, problem, view):
     if view.epoch >= from_epoch:
       # One function for all epochs: whoever compiles it does so once.
-      counts = tuple(np.asarray(task.class_counts).tolist())
-      task = dataclasses.replace(task, loss=bound(counts))
-    inner = method.refresh(state.inner, task, view)
+      counts = tuple(np.asarray(problem.class_counts).tolist())
+      problem = dataclasses.replace(problem, loss=bound(counts))
+    inner = method.refresh(state.inner, problem, view)
     return State(jnp.asarray(view.epoch, jnp.int32), inner)
 
-  def inner_sample(state, task, train, rng):
-    return method.sample(state.inner, task, train, rng)
+  def inner_sample(state, problem, train, rng):
+    return method.sample(state.inner, problem, train, rng)
 
   # The loop knows `permutation` and spares a look at the state.
   plain = method.sample is base.permutation

@@ -6,7 +6,7 @@ exemplar set with group membership feels them, and moves them:
 
     p'(w)  = p - alpha grad sum_i w_i l_i(p)             sum over the batch of w = 1
     w     <- max(w - eta dF(p'(w))/dw, 0), then made to sum to 1 again
-    p     <- optimiser step on grad sum_i w_i l_i(p)     with the new weights
+    p     <- optimizer step on grad sum_i w_i l_i(p)     with the new weights
 
 with dF/dw_i = -alpha <grad F(p'), grad l_i(p)>. F is one of `group_objectives`:
 `gap`, `worst` or `soft_tpr` of the exemplar losses and their groups, or their
@@ -16,7 +16,7 @@ What is the paper's and what is ours: from the paper's abstract come the joint
 learning of sample weights and network, a user's held-out set that represents
 the distribution on which fairness is wanted, equality of opportunity as the
 goal, no weighting network, and data condensation by weight. No official code is
-public and its surrogate, persistence and normalisation of weights, learning
+public and its surrogate, persistence and normalization of weights, learning
 rates and exemplar sizes could not be checked. The equations above, all four
 objectives, the zero guard and the defaults are this library's construction.
 
@@ -71,7 +71,7 @@ class Reweighted(NamedTuple):
 
   Attributes:
     weights: after the update, summing to 1 over all devices, or all 0; [B].
-    gradient: dF/dw at the weights before it (normalised), [B].
+    gradient: dF/dw at the weights before it (normalized), [B].
     objective: F at the look-ahead, scalar.
     losses: the batch's own losses, [B].
     finite: False if a loss of either batch, F, a gradient or a weight was NaN or
@@ -172,7 +172,7 @@ def reweigh(
   axis_name: base.AxisName = None,
   has_aux: bool = False,
 ) -> Reweighted:
-  """`example_weights` of a batch that is already linearised at `params`."""
+  """`example_weights` of a batch that is already linearized at `params`."""
   base.check_losses("losses_fn's result", linearized.losses)
   losses_finite = base.finite_rows(
     "training losses", linearized.losses, axis_name, ": check batch and params"
@@ -279,11 +279,11 @@ def forml(
   """FORML for the training loop.
 
   State: weights [N] in units in which uniform is 1, where they start. A batch's
-  weights are gathered by `batch["index"]`, normalised over the global batch,
+  weights are gathered by `batch["index"]`, normalized over the global batch,
   updated, and stored again; an index may occur once in a batch. As the paper's sums
-  are over all examples, note what normalising a batch costs (it is ours): a batch
+  are over all examples, note what normalizing a batch costs (it is ours): a batch
   of low weights alone is lifted to a mean of 1. The network's own
-  step is the outer optimiser's, on the updated weights.
+  step is the outer optimizer's, on the updated weights.
 
   Args:
     weight_learning_rate: eta, in units of weight (sum 1 over the batch) per dF/dw.
@@ -310,25 +310,25 @@ def forml(
       raise base.InputError(f"forml: {name}={value} must be at least 0.")
   objective_fn = make_objective(objective, **settings)
 
-  def init(key, task, params):
+  def init(key, problem, params):
     del key, params
-    return jnp.ones(task.num_examples)
+    return jnp.ones(problem.num_examples)
 
-  def gradients(state, task, inputs):
-    axis_name = task.axis_name
-    losses_fn = task.losses_fn(inputs.model_state, inputs.key)
-    linearized = task.linearize(
+  def gradients(state, problem, inputs):
+    axis_name = problem.axis_name
+    losses_fn = problem.losses_fn(inputs.model_state, inputs.key)
+    linearized = problem.linearize(
       losses_fn, base.local(inputs.params, axis_name), inputs.batch, has_aux=True
     )
     groups = _groups(groups_fn, inputs.meta_batch, objective, axis_name)
     index = inputs.batch["index"]
     found = reweigh(
       linearized,
-      task.meta_losses_fn(inputs.model_state, inputs.key),
+      problem.meta_losses_fn(inputs.model_state, inputs.key),
       inputs.params,
       inputs.meta_batch,
       base.take(state, index),
-      lambda losses: objective_fn(losses, groups, num_groups or task.num_classes),
+      lambda losses: objective_fn(losses, groups, num_groups or problem.num_classes),
       weight_learning_rate=weight_learning_rate,
       inner_learning_rate=inner_learning_rate,
       axis_name=axis_name,

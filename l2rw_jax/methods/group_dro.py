@@ -56,7 +56,7 @@ def example_weights(
     losses: of this device's examples, [B].
     groups: of the same, integers 0 .. G - 1, [B]. Under `jit` examples of a group
       that does not exist get a NaN weight and do not count for the others.
-    log_q: log q so far, [G]; of any offset, as it is normalised here.
+    log_q: log q so far, [G]; of any offset, as it is normalized here.
     step_size: eta, per unit of loss, at least 0; may be traced.
     adjustments: what the mean loss of each group is raised by before it moves q,
       a number or [G]; the paper's is C / sqrt(training examples of the group).
@@ -137,7 +137,7 @@ def group_dro(
     key: the entry of a training batch that holds the groups, such as "label" or
       "group". Mind that the library's data sets put the *true* class in "group"
       where they know of no attribute, which a method for wrong labels must not see.
-    adjustment: C of C / sqrt(N_g), at least 0, which favours small groups; 0 as
+    adjustment: C of C / sqrt(N_g), at least 0, which favors small groups; 0 as
       released.
 
   Returns:
@@ -153,15 +153,15 @@ def group_dro(
   if num_groups is not None and num_groups < 1:
     raise base.InputError(f"group_dro: num_groups={num_groups} must be at least 1.")
 
-  def init(rng_key, task, params):
+  def init(rng_key, problem, params):
     del rng_key, params
-    size = num_groups or task.num_classes
+    size = num_groups or problem.num_classes
     return State(jnp.full(size, -np.log(size), jnp.float32), jnp.zeros(size))
 
-  def gradients(state, task, inputs):
+  def gradients(state, problem, inputs):
     groups = _groups(inputs.batch, key)
     found, log_q = baselines.weighted_gradients(
-      task,
+      problem,
       inputs,
       lambda losses: example_weights(
         losses,
@@ -169,18 +169,18 @@ def group_dro(
         state.log_q,
         step_size,
         adjustments=state.adjustments,
-        axis_name=task.axis_name,
+        axis_name=problem.axis_name,
       ),
       has_aux=True,
     )
     metrics = {
       "largest_q": jnp.exp(log_q.max()),
-      "total_weight": base.psum(jnp.sum(found.weights), task.axis_name),
+      "total_weight": base.psum(jnp.sum(found.weights), problem.axis_name),
     }
     return found._replace(metrics=metrics), state._replace(log_q=log_q)
 
-  def refresh(state, task, view):
-    del task
+  def refresh(state, problem, view):
+    del problem
     if view.epoch:
       return state
     groups, size = np.asarray(_groups(view.train, key)), state.log_q.shape[0]

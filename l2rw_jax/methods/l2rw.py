@@ -15,8 +15,8 @@ Where the authors' released code differs from the paper: it contracts the clean
 gradient with per-example gradients instead of building p' (the same numbers);
 its L2 penalty is part of both losses and so tilts the scores, s_i = <grad l_i,
 grad M + decay * p>. Here decay tilts the scores only if your losses contain it;
-as `optax.add_decayed_weights` in the look-ahead optimiser it moves instead the
-point where the meta gradient is taken; in the outer optimiser alone (the
+as `optax.add_decayed_weights` in the look-ahead optimizer it moves instead the
+point where the meta gradient is taken; in the outer optimizer alone (the
 default of this library) it does neither.
 
 Matrix products on TPU and recent GPUs are rounded to bfloat16 or TF32 by
@@ -39,8 +39,8 @@ import optax
 from l2rw_jax import base
 from l2rw_jax import hypergradient
 from l2rw_jax import linearization
-from l2rw_jax import microbatching
 from l2rw_jax import normalization
+from l2rw_jax.linearization import microbatching
 
 
 class ExampleWeights(NamedTuple):
@@ -99,7 +99,7 @@ def example_weights(
     batch: the examples to weigh, as `losses_fn` takes them.
     meta_batch: a few examples to be trusted.
     optimizer: takes the look-ahead step; `optax.sgd` if None, as in the paper.
-      Fresh adam, `clip_by_global_norm` and other optimisers that take the root
+      Fresh adam, `clip_by_global_norm` and other optimizers that take the root
       of a squared gradient have no derivative at zero: see `Raises`.
     opt_state: state of `optimizer`; fresh if None.
     meta_losses_fn: like `losses_fn`, for `meta_batch`, if it differs.
@@ -108,7 +108,7 @@ def example_weights(
     has_aux: both losses functions return `(losses, aux)`.
     engine: see `linearization.linearize`; for models with a `jax.custom_vjp`.
     microbatch_size: examples of either batch in memory at a time, on this device,
-      see `microbatching.in_parts`; None is all of them.
+      see `microbatching.microbatched`; None is all of them.
 
   Returns:
     An `ExampleWeights`; no gradient flows through its weights and scores.
@@ -130,7 +130,7 @@ def example_weights(
     >>> print(example_weights(losses_fn, jnp.zeros(2), batch, clean).weights)
     [1. 0.]
   """
-  direction = look_ahead(
+  direction = meta_direction(
     meta_losses_fn or losses_fn,
     params,
     meta_batch,
@@ -142,13 +142,13 @@ def example_weights(
   )
   # Not `hypergradient.params_after`: under one `jit` the caller's own gradient, at
   # `params`, shares this forward pass.
-  linearize = microbatching.in_parts(linearization.linearize, microbatch_size)
+  linearize = microbatching.microbatched(linearization.linearize, microbatch_size)
   own = base.local(params, axis_name)
   linearized = linearize(losses_fn, own, batch, has_aux=has_aux, engine=engine)
   return weigh(linearized, direction, axis_name)
 
 
-def look_ahead(
+def meta_direction(
   meta_losses_fn: base.LossesFn,
   params: base.PyTree,
   meta_batch: Any,
@@ -181,7 +181,7 @@ def weigh(
   direction: hypergradient.Direction,
   axis_name: base.AxisName = None,
 ) -> ExampleWeights:
-  """`example_weights` of a linearised batch, given what `look_ahead` found."""
+  """`example_weights` of a linearized batch, given what `meta_direction` found."""
   base.check_losses("losses_fn's result", linearized.losses)
   losses_finite = base.finite_rows(
     "training losses", linearized.losses, axis_name, ": check batch and params"
@@ -244,7 +244,7 @@ def weighted_value_and_grad(
   """
 
   def value_and_grad(params, batch, meta_batch, opt_state=None):
-    direction = look_ahead(
+    direction = meta_direction(
       meta_losses_fn or losses_fn,
       params,
       meta_batch,
@@ -254,7 +254,7 @@ def weighted_value_and_grad(
       has_aux=has_aux,
       microbatch_size=microbatch_size,
     )
-    linearize = microbatching.in_parts(linearization.linearize, microbatch_size)
+    linearize = microbatching.microbatched(linearization.linearize, microbatch_size)
     own = base.local(hypergradient.params_after(direction, params), axis_name)
     linearized = linearize(losses_fn, own, batch, has_aux=has_aux, engine=engine)
     info = weigh(linearized, direction, axis_name)
@@ -278,7 +278,7 @@ def l2rw(
 
   Args:
     optimizer: None looks ahead with plain SGD, as the paper does. Otherwise the
-      run's own outer optimiser, whose state then enters the look-ahead.
+      run's own outer optimizer, whose state then enters the look-ahead.
     microbatch_size: examples of either batch in memory at a time, on each device;
       None is all of them.
 
@@ -290,28 +290,28 @@ def l2rw(
   """
   microbatching.check(microbatch_size)
 
-  def gradients(state, task, inputs):
-    direction = look_ahead(
-      task.meta_losses_fn(inputs.model_state, inputs.key),
+  def gradients(state, problem, inputs):
+    direction = meta_direction(
+      problem.meta_losses_fn(inputs.model_state, inputs.key),
       inputs.params,
       inputs.meta_batch,
       optimizer=optimizer,
       opt_state=None if optimizer is None else inputs.opt_state,
-      axis_name=task.axis_name,
+      axis_name=problem.axis_name,
       has_aux=True,
       microbatch_size=microbatch_size,
     )
     params = hypergradient.params_after(direction, inputs.params)
-    linearize = microbatching.in_parts(task.linearize, microbatch_size)
+    linearize = microbatching.microbatched(problem.linearize, microbatch_size)
     linearized = linearize(
-      task.losses_fn(inputs.model_state, inputs.key),
-      base.local(params, task.axis_name),
+      problem.losses_fn(inputs.model_state, inputs.key),
+      base.local(params, problem.axis_name),
       inputs.batch,
       has_aux=True,
     )
-    info = weigh(linearized, direction, task.axis_name)
-    grads = base.psum(linearized.weighted_gradient(info.weights), task.axis_name)
-    rejected = base.pmean(jnp.mean(info.weights == 0), task.axis_name)
+    info = weigh(linearized, direction, problem.axis_name)
+    grads = base.psum(linearized.weighted_gradient(info.weights), problem.axis_name)
+    rejected = base.pmean(jnp.mean(info.weights == 0), problem.axis_name)
     metrics = {
       "meta_loss": info.meta_loss,
       "rejected": rejected,

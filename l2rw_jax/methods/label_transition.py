@@ -3,7 +3,7 @@ r"""Forward correction: the loss of labels that went wrong by a known or found m
 T_ij is the probability that an example of class i is given the label j; rows sum to
 1. The loss -log (softmax(z) @ T)[label], `losses.forward_corrected`, matches what
 the network says of the true class, corrupted by T, with the given labels; if T can be
-inverted, its minimiser is that of the cross-entropy on true labels. Evaluation keeps
+inverted, its minimizer is that of the cross-entropy on true labels. Evaluation keeps
 to z alone.
 
 T is estimated from the network's predictions on its own training set. If class i has
@@ -132,7 +132,7 @@ def confusion(
 
 
 def estimate_by(
-  estimator: str, task: base.Task, view: base.EpochView, percentile: float = 97.0
+  estimator: str, problem: base.Problem, view: base.EpochView, percentile: float = 97.0
 ) -> base.Array:
   """T from the network as it is before an epoch, in evaluation mode; on the host.
 
@@ -148,7 +148,7 @@ def estimate_by(
 
   @jax.jit
   def predict(params, model_state, batch):
-    outputs, _ = task.forward(params, model_state, batch, jax.random.key(0), False)
+    outputs, _ = problem.forward(params, model_state, batch, jax.random.key(0), False)
     return losses.log_probabilities(losses.logits_of(outputs))
 
   labels, parts = view.train["label"], []
@@ -203,9 +203,9 @@ def forward_correction(
   _check_percentile(percentile)
   uniform = baselines.uniform()
 
-  def init(key, task, params):
+  def init(key, problem, params):
     del key, params
-    shape = (task.num_classes, task.num_classes)
+    shape = (problem.num_classes, problem.num_classes)
     if known is not None and known.shape != shape:
       raise base.InputError(
         f"forward_correction: transition is {known.shape}; the data need {shape}."
@@ -213,22 +213,22 @@ def forward_correction(
     starts_known = known is not None and first == 0
     return jnp.asarray(known if starts_known else np.eye(shape[0]), jnp.float32)
 
-  def gradients(state, task, inputs):
+  def gradients(state, problem, inputs):
     def corrected(outputs, batch):
       return losses.forward_corrected(losses.logits_of(outputs), batch["label"], state)
 
-    changed = dataclasses.replace(task, loss=corrected)
+    changed = dataclasses.replace(problem, loss=corrected)
     found, _ = uniform.gradients((), changed, inputs)
     return found._replace(
       metrics={"transition_diagonal": jnp.diag(state).mean()}
     ), state
 
-  def refresh(state, task, view):
+  def refresh(state, problem, view):
     if view.epoch != first:
       return state
     if known is not None:
       return jnp.asarray(known, jnp.float32)
-    return estimate_by(estimator, task, view, percentile).astype(jnp.float32)
+    return estimate_by(estimator, problem, view, percentile).astype(jnp.float32)
 
   return base.Method(gradients, init=init, refresh=refresh)
 

@@ -180,20 +180,20 @@ def ldam_drw(
     method = baselines.class_balanced(beta, from_epoch)
   method = changed_loss.changed_loss(method, loss(max_margin, scale, hinge=hinge))
 
-  def refresh(state, task, view):
+  def refresh(state, problem, view):
     if view.epoch == 0:
-      _check_cosines(task, view.params)
-    return method.refresh(state, task, view)
+      _check_cosines(problem, view.params)
+    return method.refresh(state, problem, view)
 
   return method._replace(refresh=refresh)
 
 
-def _check_cosines(task, params):
+def _check_cosines(problem, params):
   """Features as long as you like have cosines of at most 1."""
-  if task.head is None:
+  if problem.head is None:
     return
-  features = 1e4 * jax.random.normal(jax.random.key(0), (8, task.num_features))
-  largest = jnp.max(jnp.abs(losses.logits_of(task.head(params, features))))
+  features = 1e4 * jax.random.normal(jax.random.key(0), (8, problem.num_features))
+  largest = jnp.max(jnp.abs(losses.logits_of(problem.head(params, features))))
   if largest > 1.01:
     raise base.InputError(
       "ldam_drw: the network's logits are not cosines; build it with cosine=True"

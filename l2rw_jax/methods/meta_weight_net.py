@@ -4,7 +4,7 @@ V(l; phi) in (0, 1) is a multilayer perceptron of one number, the example's loss
 Every iteration, with M the mean loss of a clean batch:
 
     look-ahead    p' = p - a sum_i w_i(phi) grad l_i(p)
-    network       phi moves along -dM(p')/dphi, by any optax optimiser
+    network       phi moves along -dM(p')/dphi, by any optax optimizer
     classifier    p moves along -sum_i w_i(phi_new) grad l_i(p)
 
 `network_gradient` gives dM/dphi alone. In closed form, for SGD and weights
@@ -17,7 +17,7 @@ Where the papers and the three released programs differ, by name:
   release; all zero if the sum is).
 * `detached`: V's input is held constant in the look-ahead (both noise releases,
   and as published). The imbalance release does not, which adds w'_i(l) l_i.
-* `PRESETS`: the meta optimiser, normalisation and input of each release.
+* `PRESETS`: the meta optimizer, normalization and input of each release.
 
 The default is the preset "noise_stable": its published algorithm is the
 detached one, and a mean does not change the classifier's effective step from
@@ -41,8 +41,8 @@ from l2rw_jax import base
 from l2rw_jax import hypergradient
 from l2rw_jax import linearization
 from l2rw_jax import meta_network
-from l2rw_jax import microbatching
 from l2rw_jax import normalization as normalization_lib
+from l2rw_jax.linearization import microbatching
 
 WeightFn = Callable[[base.PyTree, base.Array], Any]
 NORMALIZATIONS = ("mean", "sum")
@@ -87,7 +87,7 @@ def example_weights(
     axis_name: mapped axis over which the batch is sharded.
 
   Raises:
-    InputError: an unknown normalisation.
+    InputError: an unknown normalization.
 
   >>> import jax.numpy as jnp
   >>> print(example_weights(lambda k, l: l > k, 1., jnp.array([0., 2., 3., 4.])))
@@ -144,7 +144,7 @@ def network_gradient(
   has_aux: bool = False,
   engine: str = "auto",
   microbatch_size: int | None = None,
-) -> meta_network.Lesson:
+) -> meta_network.MetaGradient:
   """dM/dphi: how the weighting network should change, by one clean batch.
 
   Pure; works inside `jit`, `vmap`, `pmap` and `shard_map`.
@@ -168,7 +168,7 @@ def network_gradient(
     microbatch_size: examples of a batch in memory at a time, see `microbatching`.
 
   Returns:
-    A `meta_network.Lesson`.
+    A `meta_network.MetaGradient`.
 
   Raises:
     InputError: losses are not of shape [B], an unknown option, or a model
@@ -187,7 +187,7 @@ def network_gradient(
     >>> bool(lesson.gradient < 0)  # the heavier the loss, the less weight
     True
   """
-  linearize = microbatching.in_parts(linearization.linearize, microbatch_size)
+  linearize = microbatching.microbatched(linearization.linearize, microbatch_size)
   own = base.local(params, axis_name)
   return lesson(
     linearize(losses_fn, own, batch, has_aux=has_aux, engine=engine),
@@ -222,8 +222,8 @@ def lesson(
   detached: bool = True,
   axis_name: base.AxisName = None,
   **look_ahead: Any,
-) -> meta_network.Lesson:
-  """`network_gradient` of a batch that is already linearised at `params`."""
+) -> meta_network.MetaGradient:
+  """`network_gradient` of a batch that is already linearized at `params`."""
   # Every device weighs the global batch: the sum of "sum" is then differentiated
   # without a collective, and the network is too small for it to matter.
   base.check_losses("losses_fn's result", linearized.losses)
@@ -237,7 +237,7 @@ def lesson(
       weight_fn, phi, losses, normalization=normalization, detached=detached
     )
 
-  own = base.own_part(weights_fn(phi), axis_name)
+  own = base.local_slice(weights_fn(phi), axis_name)
   found = hypergradient.direction(
     meta_losses_fn,
     params,
@@ -253,7 +253,7 @@ def lesson(
   )
   # Equal on every device already; the mean lets `shard_map` know.
   gradient = base.pmean(gradient, axis_name)
-  return meta_network.make_lesson(gradient, found, losses_finite)
+  return meta_network.checked_meta_gradient(gradient, found, losses_finite)
 
 
 class Preset(NamedTuple):
@@ -306,7 +306,7 @@ def meta_weight_net(
     A `base.Method` that needs a meta batch; its state is a `meta_network.State`.
 
   Raises:
-    InputError: an unknown preset or normalisation, `every` less than 1.
+    InputError: an unknown preset or normalization, `every` less than 1.
   """
   if preset not in PRESETS:
     raise base.InputError(f"preset={preset!r}; choose among {', '.join(PRESETS)}.")
@@ -319,33 +319,35 @@ def meta_weight_net(
   microbatching.check(microbatch_size)
   net = WeightNet(tuple(hidden))
 
-  def init(key, task, params):
-    del task, params
+  def init(key, problem, params):
+    del problem, params
     return meta_network.init(net.init(key, jnp.zeros(1)), meta_optimizer)
 
-  def gradients(state, task, inputs):
-    params = base.local(inputs.params, task.axis_name)
-    linearize = microbatching.in_parts(task.linearize, microbatch_size)
-    losses_fn = task.losses_fn(inputs.model_state, inputs.key)
+  def gradients(state, problem, inputs):
+    params = base.local(inputs.params, problem.axis_name)
+    linearize = microbatching.microbatched(problem.linearize, microbatch_size)
+    losses_fn = problem.losses_fn(inputs.model_state, inputs.key)
     linearized = linearize(losses_fn, params, inputs.batch, has_aux=True)
 
-    def lesson_fn(phi):
+    def meta_gradient_fn(phi):
       return lesson(
         linearized,
         net.apply,
         phi,
-        task.meta_losses_fn(inputs.model_state, inputs.key),
+        problem.meta_losses_fn(inputs.model_state, inputs.key),
         inputs.params,
         inputs.meta_batch,
         normalization=normalization,
         detached=detached,
-        axis_name=task.axis_name,
+        axis_name=problem.axis_name,
         microbatch_size=microbatch_size,
-        **meta_network.look_ahead(learning_rate, inputs),
+        **meta_network.sgd_lookahead(learning_rate, inputs),
       )
 
-    state = meta_network.learn(state, lesson_fn, meta_optimizer, inputs.step, every)
-    losses, axis_name = linearized.losses, task.axis_name
+    state = meta_network.update(
+      state, meta_gradient_fn, meta_optimizer, inputs.step, every
+    )
+    losses, axis_name = linearized.losses, problem.axis_name
     weights = example_weights(
       net.apply, state.params, losses, normalization=normalization, axis_name=axis_name
     )

@@ -2,12 +2,12 @@
 
 Training tasks i have losses L_i(p) (of their queries, once the network has adapted
 itself to their supports: `models.few_shot`), some of them are from another
-distribution or mislabelled, and clean validation tasks have losses V_j(p). One step,
+distribution or mislabeled, and clean validation tasks have losses V_j(p). One step,
 with m and n of them at hand:
 
     p'  = p - (eta/m) sum_i w_i grad L_i(p)                                  (5)
     w_i <- w_i - gamma d/dw_i (1/n) sum_j V_j(p')                            (8)
-    p   <- optimiser step on (1/m) sum_i w_i grad L_i(p), with the new w     (9)
+    p   <- optimizer step on (1/m) sum_i w_i grad L_i(p), with the new w     (9)
 
 V_j adapts too, so that grad V_j(p') = (I - alpha H_j) times the gradient at the adapted
 parameters, as the paper writes it out; here (8) is one Jacobian-vector product of the
@@ -96,7 +96,7 @@ def task_slopes(
   meta_tasks: Any,
   weights: base.Array,
   *,
-  look_ahead_learning_rate: float,
+  lookahead_learning_rate: float,
   meta_losses_fn: base.LossesFn | None = None,
   axis_name: base.AxisName = None,
   has_aux: bool = False,
@@ -110,7 +110,7 @@ def task_slopes(
     tasks: the training tasks, as `losses_fn` takes them.
     meta_tasks: the validation tasks.
     weights: of the losses so far, [T]; 1 is uniform.
-    look_ahead_learning_rate: eta of the look-ahead by plain SGD.
+    lookahead_learning_rate: eta of the look-ahead by plain SGD.
     meta_losses_fn: like `losses_fn`, for `meta_tasks`: one that adapts to first
       order makes this NestedMAML-FO.
     axis_name: mapped axis over which both are sharded.
@@ -120,7 +120,7 @@ def task_slopes(
     >>> import jax.numpy as jnp
     >>> losses_fn = lambda p, targets: 0.5 * (p - targets) ** 2
     >>> found = task_slopes(losses_fn, jnp.zeros(()), jnp.array([1., -1.]),
-    ...   jnp.ones(1), jnp.ones(2), look_ahead_learning_rate=0.1)
+    ...   jnp.ones(1), jnp.ones(2), lookahead_learning_rate=0.1)
     >>> print(found.gradient, found.meta_loss)
     [-0.05  0.05] 0.5
   """
@@ -133,7 +133,7 @@ def task_slopes(
     params,
     meta_tasks,
     weights,
-    look_ahead_learning_rate=look_ahead_learning_rate,
+    lookahead_learning_rate=lookahead_learning_rate,
     axis_name=axis_name,
     has_aux=has_aux,
   )
@@ -146,16 +146,16 @@ def slopes(
   meta_tasks: Any,
   weights: base.Array,
   *,
-  look_ahead_learning_rate: float,
+  lookahead_learning_rate: float,
   axis_name: base.AxisName = None,
   has_aux: bool = False,
 ) -> Slopes:
-  """`task_slopes` of tasks that are already linearised at `params`."""
+  """`task_slopes` of tasks that are already linearized at `params`."""
   base.check_losses("losses_fn's result", linearized.losses)
   losses_finite = base.finite_rows(
     "training losses", linearized.losses, axis_name, ": check tasks and params"
   )
-  optimizer = optax.sgd(look_ahead_learning_rate)
+  optimizer = optax.sgd(lookahead_learning_rate)
   size = base.global_size(linearized.losses.size, axis_name)
   direction = hypergradient.direction(
     meta_losses_fn,
@@ -203,7 +203,7 @@ class State(NamedTuple):
 
 def nested_maml(
   weight_learning_rate: float,
-  look_ahead_learning_rate: float,
+  lookahead_learning_rate: float,
   share: str = "task",
   *,
   num_clusters: int | None = None,
@@ -219,12 +219,12 @@ def nested_maml(
   With `models.few_shot.Learner` examples are tasks; with a classifier they are
   examples, and this weighs those. A weight of 1 is uniform: `initial=1` and
   `weight_learning_rate=0` is MAML. The released weights start at 1 / 200, where the
-  same relative step takes a gamma 200 times smaller, and an outer optimiser that is
+  same relative step takes a gamma 200 times smaller, and an outer optimizer that is
   indifferent to scale, such as Adam.
 
   Args:
     weight_learning_rate: gamma.
-    look_ahead_learning_rate: eta of (5), a plain SGD step.
+    lookahead_learning_rate: eta of (5), a plain SGD step.
     share: whose weight it is: "task" by `batch["index"]`, "cluster" by
       `batch["group"]`, "item" (a query of a task) by index and place in `label`.
     num_clusters: K of share "cluster"; groups are 0 to K - 1.
@@ -233,7 +233,7 @@ def nested_maml(
     clip: largest magnitude of a slope (0.5 per cluster in the released code, of
       slopes without the 1/m); None for any.
     floor: least weight.
-    meta_forward: like `base.Task.forward`, for the validation tasks: that of a
+    meta_forward: like `base.Problem.forward`, for the validation tasks: that of a
       learner with `first_order=True` makes this NestedMAML-FO.
     every: steps between two updates of the weights; 1 in the paper.
 
@@ -247,12 +247,12 @@ def nested_maml(
   """
   _check(locals())
 
-  def init(key, task, params):
+  def init(key, problem, params):
     del key, params
     shapes = {
-      "task": (task.num_examples,),
+      "task": (problem.num_examples,),
       "cluster": (num_clusters,),
-      "item": (task.num_examples, num_items),
+      "item": (problem.num_examples, num_items),
     }
     return State(
       jnp.full(shapes[share], initial),
@@ -261,32 +261,32 @@ def nested_maml(
       jnp.zeros((), jnp.int32),
     )
 
-  def refresh(state, task, view):
-    del task
+  def refresh(state, problem, view):
+    del problem
     if share == "cluster":
       _check_clusters(view.train["group"], num_clusters)
     return state
 
-  def gradients(state, task, inputs):
-    axis_name = task.axis_name
+  def gradients(state, problem, inputs):
+    axis_name = problem.axis_name
     place = inputs.batch["group" if share == "cluster" else "index"]
-    losses_fn = task.losses_fn(inputs.model_state, inputs.key)
+    losses_fn = problem.losses_fn(inputs.model_state, inputs.key)
     if share == "item":
-      losses_fn = _item_losses_fn(task, inputs, num_items)
-    linearized = task.linearize(
+      losses_fn = _item_losses_fn(problem, inputs, num_items)
+    linearized = problem.linearize(
       losses_fn, base.local(inputs.params, axis_name), inputs.batch, has_aux=True
     )
-    forward = meta_forward or task.forward
+    forward = meta_forward or problem.forward
 
     def update(state):
-      validation = dataclasses.replace(task, forward=forward)
+      validation = dataclasses.replace(problem, forward=forward)
       found = slopes(
         linearized,
         validation.meta_losses_fn(inputs.model_state, inputs.key),
         inputs.params,
         inputs.meta_batch,
         base.take(state.weights, place).ravel(),
-        look_ahead_learning_rate=look_ahead_learning_rate,
+        lookahead_learning_rate=lookahead_learning_rate,
         axis_name=axis_name,
         has_aux=True,
       )
@@ -335,8 +335,8 @@ def _table(weights, place, gradient, axis_name):
   return jnp.zeros_like(weights).at[place].add(gradient)
 
 
-def _item_losses_fn(task, inputs, num_items):
-  """`task.losses_fn`, but [T * Q]: the loss of a task of one query is that query's."""
+def _item_losses_fn(problem, inputs, num_items):
+  """`problem.losses_fn`, but [T * Q]: the loss of a task of one query is that query's."""
 
   def losses_fn(params, batch):
     labels = batch["label"]
@@ -345,9 +345,9 @@ def _item_losses_fn(task, inputs, num_items):
         f"nested_maml: share='item' with num_items={num_items} needs labels of shape"
         f" [T, {num_items}]; got {labels.shape}."
       )
-    logits, state = task.forward(params, inputs.model_state, batch, inputs.key, True)
+    logits, state = problem.forward(params, inputs.model_state, batch, inputs.key, True)
     logits = logits.reshape(-1, 1, logits.shape[-1])
-    return task.loss(logits, {**batch, "label": labels.reshape(-1, 1)}), state
+    return problem.loss(logits, {**batch, "label": labels.reshape(-1, 1)}), state
 
   return losses_fn
 
@@ -371,7 +371,7 @@ def _check(given: dict[str, Any]) -> None:
         f"nested_maml: share={share!r} with {name}={given[name]}: a number of at least"
         f" 1 goes with share={own!r} and only with it."
       )
-  for name in ("weight_learning_rate", "look_ahead_learning_rate", "clip"):
+  for name in ("weight_learning_rate", "lookahead_learning_rate", "clip"):
     if given[name] is not None and not given[name] >= 0:  # Nor NaN.
       raise base.InputError(f"nested_maml: {name}={given[name]} must be at least 0.")
   if not given["initial"] >= given["floor"]:

@@ -87,7 +87,7 @@ class State(NamedTuple):
 
   Attributes:
     logits: A, float32 [C, C].
-    opt_state: of A's optimiser.
+    opt_state: of A's optimizer.
     is_on: whether the layer is in the loss yet, bool scalar.
   """
 
@@ -141,38 +141,38 @@ def s_model(
       opt_state = layer_optimizer.init(logits)
     return State(logits, opt_state, jnp.array(is_on))
 
-  def init(key, task, params):
+  def init(key, problem, params):
     del key, params
-    return begun(smoothed_identity(task.num_classes, smoothing), from_epoch == 0)
+    return begun(smoothed_identity(problem.num_classes, smoothing), from_epoch == 0)
 
-  def gradients(state, task, inputs):
+  def gradients(state, problem, inputs):
     batch = inputs.batch
-    size = base.global_size(batch["label"].shape[0], task.axis_name)
+    size = base.global_size(batch["label"].shape[0], problem.axis_name)
 
     def outputs_fn(params, batch):
-      return task.forward(params, inputs.model_state, batch, inputs.key, True)
+      return problem.forward(params, inputs.model_state, batch, inputs.key, True)
 
     def mean(outputs, logits):
       through = s_model_loss(losses.logits_of(outputs), batch["label"], logits)
-      values = jnp.where(state.is_on, through, task.loss(outputs, batch))
+      values = jnp.where(state.is_on, through, problem.loss(outputs, batch))
       return values.sum() / size, values
 
-    params, layer = base.local((inputs.params, state.logits), task.axis_name)
-    linearized = task.linearize_outputs(outputs_fn, params, batch, has_aux=True)
+    params, layer = base.local((inputs.params, state.logits), problem.axis_name)
+    linearized = problem.linearize_outputs(outputs_fn, params, batch, has_aux=True)
     slopes, values = jax.grad(mean, (0, 1), has_aux=True)(linearized.outputs, layer)
-    grads, slope = base.psum((linearized.pull(slopes[0]), slopes[1]), task.axis_name)
+    grads, slope = base.psum((linearized.vjp(slopes[0]), slopes[1]), problem.axis_name)
     diagonal = jnp.diag(jax.nn.softmax(state.logits, axis=1)).mean()
     metrics = {"transition_diagonal": jnp.where(state.is_on, diagonal, 1)}
     weights = jnp.full_like(values, 1 / size)
     found = base.Gradients(grads, weights, values, linearized.aux, metrics)
     return found, _learned(state, slope, layer_optimizer)
 
-  def refresh(state, task, view):
+  def refresh(state, problem, view):
     if from_epoch == 0 or view.epoch != from_epoch:
       return state
     if initial == "identity":
       return state._replace(is_on=jnp.array(True))
-    return begun(label_transition.estimate_by("confusion", task, view), True)
+    return begun(label_transition.estimate_by("confusion", problem, view), True)
 
   return base.Method(gradients, init=init, refresh=refresh)
 
@@ -186,5 +186,5 @@ def _learned(state, slope, optimizer):
   with base.implicit_promotion():
     updates, opt_state = optimizer.update(slope, state.opt_state, state.logits)
   new = State(optax.apply_updates(state.logits, updates), opt_state, state.is_on)
-  # Until the layer is on, neither decay nor the optimiser's clock may move it.
+  # Until the layer is on, neither decay nor the optimizer's clock may move it.
   return jax.tree.map(lambda a, b: jnp.where(state.is_on, a, b), new, state)

@@ -183,26 +183,28 @@ def warpi(
   meta_network.check_every("warpi", every)
   meta_optimizer = optimizer or optax.adam(3e-4)
 
-  def init(key, task, params):
+  def init(key, problem, params):
     del params
-    net, logits = RectifierNet(task.num_classes, hidden), (1, task.num_classes)
+    net, logits = RectifierNet(problem.num_classes, hidden), (1, problem.num_classes)
     phi = net.init(key, jnp.zeros(logits), jnp.zeros(1, jnp.int32))
     return meta_network.init(phi, meta_optimizer)
 
-  def gradients(state, task, inputs):
-    net = RectifierNet(task.num_classes, hidden)
+  def gradients(state, problem, inputs):
+    net = RectifierNet(problem.num_classes, hidden)
     labels = inputs.batch["label"]
     # Not the keys that dropout and augmentation draw from.
     virtual_key, real_key = jax.random.split(jax.random.fold_in(inputs.key, _NOISE_KEY))
 
     def logits_fn(params, batch):
-      return task.forward(params, inputs.model_state, batch, inputs.key, True)
+      return problem.forward(params, inputs.model_state, batch, inputs.key, True)
 
-    params = base.local(inputs.params, task.axis_name)
-    linearized = task.linearize_outputs(logits_fn, params, inputs.batch, has_aux=True)
+    params = base.local(inputs.params, problem.axis_name)
+    linearized = problem.linearize_outputs(
+      logits_fn, params, inputs.batch, has_aux=True
+    )
     logits = linearized.outputs
     _check_logits(logits)
-    size = base.global_size(labels.shape[0], task.axis_name)
+    size = base.global_size(labels.shape[0], problem.axis_name)
 
     def noise(key):
       if deterministic:
@@ -215,7 +217,7 @@ def warpi(
         raise base.InputError(
           f"warpi: noise_fn must return an array of shape {shape}; got {drawn.shape}."
         )
-      return base.own_part(drawn, task.axis_name).swapaxes(0, 1)
+      return base.local_slice(drawn, problem.axis_name).swapaxes(0, 1)
 
     def loss_fn(key):
       drawn = noise(key)
@@ -227,7 +229,7 @@ def warpi(
 
     grads, state = meta_network.iterate(
       state,
-      task,
+      problem,
       inputs,
       linearized,
       loss_fn(virtual_key),
@@ -241,10 +243,10 @@ def warpi(
     pull = (vectors.mean(axis=0) * own_label).sum(axis=-1)
     metrics = {
       **meta_network.metrics(state),
-      "rectifier": base.pmean(vectors.mean(), task.axis_name),
-      "rectifier_of_label": base.pmean(pull.mean(), task.axis_name),
+      "rectifier": base.pmean(vectors.mean(), problem.axis_name),
+      "rectifier_of_label": base.pmean(pull.mean(), problem.axis_name),
     }
-    losses = task.loss(logits, inputs.batch)
+    losses = problem.loss(logits, inputs.batch)
     found = base.Gradients(
       grads,
       pull / size,

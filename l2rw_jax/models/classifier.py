@@ -1,4 +1,4 @@
-"""A flax module and a loss, as the pure functions that a `base.Task` is made of."""
+"""A flax module and a loss, as the pure functions that a `base.Problem` is made of."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -58,7 +58,7 @@ class Classifier(NamedTuple):
     key: base.Array,
     train: bool,
   ) -> tuple[Any, base.PyTree]:
-    """`(outputs, model_state)`, see `base.Task.forward`."""
+    """`(outputs, model_state)`, see `base.Problem.forward`."""
     return self._apply("__call__", params, model_state, batch, key, train)
 
   def features(
@@ -110,17 +110,17 @@ class Classifier(NamedTuple):
       return losses.sigmoid_cross_entropy(outputs, batch["label"])
     return losses.softmax_cross_entropy(outputs, batch["label"])
 
-  def task(
+  def problem(
     self,
     *,
     class_counts: base.Array,
     num_examples: int,
     num_steps: int,
     axis_name: base.AxisName = None,
-  ) -> base.Task:
-    """The learning problem of this classifier; arguments as in `base.Task`."""
+  ) -> base.Problem:
+    """The learning problem of this classifier; arguments as in `base.Problem`."""
     num_features = getattr(self.model, "num_features", None)
-    return base.Task(
+    return base.Problem(
       forward=self.forward,
       loss=self.loss,
       features=None if num_features is None else self.features,

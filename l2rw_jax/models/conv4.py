@@ -17,9 +17,9 @@ _glorot = nn.initializers.glorot_uniform()
 
 
 class Conv4(nn.Module):
-  """Four times 3x3 convolution, normalisation, ReLU, halving; then a linear layer.
+  """Four times 3x3 convolution, normalization, ReLU, halving; then a linear layer.
 
-  The normalisation is BatchNorm by the statistics of the images it is given, in
+  The normalization is BatchNorm by the statistics of the images it is given, in
   training and in evaluation, without running ones: few-shot learning's usual,
   *transductive* protocol, in which the queries of a task are classified together.
   There is no model state.
@@ -78,7 +78,7 @@ class Conv3x3(nn.Module):
 
 
 def _windows(x: jax.Array, stride: int, axis: int) -> jax.Array:
-  """The three neighbours along an axis, (neighbour, channel) as one last axis."""
+  """The three neighbors along an axis, (neighbor, channel) as one last axis."""
   size = -(-x.shape[axis] // stride)
   missing = max((size - 1) * stride + 3 - x.shape[axis], 0)
   padding = [(0, 0)] * x.ndim

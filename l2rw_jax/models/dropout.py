@@ -30,7 +30,7 @@ class Dropout(nn.Module):
     if not train or self.rate == 0:
       return x
     size = base.global_size(x.shape[0], self.axis_name)
-    places = base.own_part(jnp.arange(size), self.axis_name)
+    places = base.local_slice(jnp.arange(size), self.axis_name)
     key = self.make_rng("dropout")
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, places)
     kept = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - self.rate, x.shape[1:]))(keys)

@@ -152,7 +152,7 @@ class Learner(NamedTuple):
     key: base.Array,
     train: bool,
   ) -> tuple[base.Array, base.PyTree]:
-    """`(logits [T, ways * queries, ways], model_state)`, see `base.Task.forward`.
+    """`(logits [T, ways * queries, ways], model_state)`, see `base.Problem.forward`.
 
     The queries of each task, by the network adapted to its supports.
     """
@@ -188,16 +188,16 @@ class Learner(NamedTuple):
     found = losses.softmax_cross_entropy(logits, labels.reshape(-1))
     return jnp.mean(found.reshape(labels.shape), axis=1)
 
-  def task(
+  def problem(
     self,
     *,
     class_counts: base.Array,
     num_examples: int,
     num_steps: int,
     axis_name: base.AxisName = None,
-  ) -> base.Task:
-    """The learning problem of this learner; arguments as in `base.Task`."""
-    return base.Task(
+  ) -> base.Problem:
+    """The learning problem of this learner; arguments as in `base.Problem`."""
+    return base.Problem(
       forward=self.forward,
       loss=self.loss,
       linearize=linearization.linearize,

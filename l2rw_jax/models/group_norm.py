@@ -1,4 +1,4 @@
-"""Group normalisation from two sums a channel."""
+"""Group normalization from two sums a channel."""
 
 from typing import Any
 

@@ -99,7 +99,7 @@ class LeakyWideResNet(split.SplitNetwork):
 
   3x3 stem; three stages of units (BN, leaky ReLU, 3x3 convolution, twice) with
   strides 1, 2, 2 and the shortcuts of `PreActivationResNet`; BN, leaky ReLU,
-  global average pool. The very first unit instead rectifies first, normalises
+  global average pool. The very first unit instead rectifies first, normalizes
   then, and hands that to its shortcut too, as released.
 
   Convolutions start from N(0, 2 / (k^2 C_out)), the output layer from

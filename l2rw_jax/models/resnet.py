@@ -38,7 +38,7 @@ class ResNet(split.SplitNetwork):
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
 
   Raises:
-    InputError: when initialised or applied, an unknown `norm`, or "group" with a
+    InputError: when initialized or applied, an unknown `norm`, or "group" with a
       `width` that is not a multiple of 8.
   """
 
@@ -90,7 +90,7 @@ class ResNet(split.SplitNetwork):
     return x.mean(axis=(1, 2))
 
   def _norm(self, train):
-    """What makes a normalisation layer."""
+    """What makes a normalization layer."""
     if self.norm == "batch":
       return functools.partial(
         nn.BatchNorm,

@@ -31,7 +31,7 @@ class VisionTransformer(split.SplitNetwork):
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
 
   Raises:
-    InputError: when initialised or applied, sizes that do not divide.
+    InputError: when initialized or applied, sizes that do not divide.
 
   References:
     Dosovitskiy et al., "An Image is Worth 16x16 Words: Transformers for Image

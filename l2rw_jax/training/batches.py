@@ -8,12 +8,12 @@ import jax
 import numpy as np
 
 from l2rw_jax import base
-from l2rw_jax.data import parts
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import splits as splits_lib
 from l2rw_jax.training import config as config_lib
+from l2rw_jax.training import device_data
 from l2rw_jax.training import devices as devices_lib
-from l2rw_jax.training import residency
-from l2rw_jax.training import stream
+from l2rw_jax.training import sampling
 
 _FIELDS = ("image", "label", "index", "group")
 
@@ -38,8 +38,8 @@ class Batches(NamedTuple):
     meta: M / D of them, or M where they do not divide among devices; or None.
   """
 
-  train: residency.Part
-  meta: residency.Part | None
+  train: device_data.Part
+  meta: device_data.Part | None
 
 
 class BatchSource:
@@ -57,7 +57,7 @@ class BatchSource:
     epoch_order: Callable[[int, int, np.random.Generator], np.ndarray],
     needs_meta: bool,
     devices: list[jax.Device],
-    positions: Sequence[stream.Position] | None,
+    positions: Sequence[sampling.Position] | None,
   ):
     """Starts at `positions`, or at the beginning.
 
@@ -71,31 +71,31 @@ class BatchSource:
     """
     self._config, self._devices, self._needs_meta = config, devices, needs_meta
     train = [examples_dict(split.train) for split in splits]
-    room = residency.budget(devices)
-    self._train = residency.store(train, devices, room)
+    room = device_data.budget(devices)
+    self._train = device_data.store(train, devices, room)
     self.streamed = not self._train.num_bytes
     self._num_meta = len(splits[0].meta.label)
     if needs_meta:
       meta = [examples_dict(split.meta) for split in splits]
-      self._meta = residency.store(meta, devices, room - self._train.num_bytes)
+      self._meta = device_data.store(meta, devices, room - self._train.num_bytes)
       self.streamed |= not self._meta.num_bytes
 
     def order(run: int, epoch: int) -> np.ndarray:
-      rng = stream.generator(config.seeds[run], "order", epoch)
+      rng = sampling.generator(config.seeds[run], "order", epoch)
       rows = np.asarray(epoch_order(run, epoch, rng))
       _check_rows(rows, len(splits[run].train.label))
       return rows
 
     self.streams = [
-      stream.TrainStream(
+      sampling.TrainSampler(
         functools.partial(order, run),
         config.batch_size,
-        positions[run] if positions else stream.Position(0, 0),
+        positions[run] if positions else sampling.Position(0, 0),
       )
       for run in range(len(splits))
     ]
 
-  def positions(self) -> list[stream.Position]:
+  def positions(self) -> list[sampling.Position]:
     """Where every run stands."""
     return [s.position for s in self.streams]
 
@@ -112,7 +112,7 @@ class BatchSource:
     size = self._config.meta_batch_size or self._num_meta
     seeds = self._config.seeds
     return np.stack(
-      [stream.meta_rows(seed, step, self._num_meta, size) for seed in seeds]
+      [sampling.meta_rows(seed, step, self._num_meta, size) for seed in seeds]
     )
 
   def load(self, steps: Sequence[Rows]) -> Batches:
@@ -147,7 +147,7 @@ def check_splits(
   found = []
   for seed, split in zip(seeds, splits, strict=True):
     examples: dict[str, Any] = {
-      part: parts.check_examples(getattr(split, part), f"{part} of seed {seed}")
+      part: examples_lib.check_examples(getattr(split, part), f"{part} of seed {seed}")
       for part in ("train", "meta", "validation", "test")
     }
     found.append(split._replace(**examples))

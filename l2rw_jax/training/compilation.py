@@ -10,8 +10,8 @@ import optax
 
 from l2rw_jax import base
 from l2rw_jax.training import config as config_lib
+from l2rw_jax.training import device_data
 from l2rw_jax.training import devices as devices_lib
-from l2rw_jax.training import residency
 from l2rw_jax.training import step as step_lib
 
 
@@ -47,8 +47,8 @@ def functions(
       are `StepOutput`s with a further axis, `[D, R, K, ...]`.
   """
 
-  def task(class_counts, axis_name=None):
-    return model.task(
+  def problem(class_counts, axis_name=None):
+    return model.problem(
       class_counts=class_counts,
       num_examples=num_examples,
       num_steps=num_steps,
@@ -57,17 +57,19 @@ def functions(
 
   def init(key, class_counts, example):
     params, model_state = model.init(jax.random.fold_in(key, 0), example)
-    method_state = method.init(jax.random.fold_in(key, 1), task(class_counts), params)
+    method_state = method.init(
+      jax.random.fold_in(key, 1), problem(class_counts), params
+    )
     return step_lib.init_state(params, model_state, method_state, optimizer)
 
   def steps(state, train, meta, key, class_counts):
     def step(state, rows):
       return step_lib.train_step(
         state,
-        residency.take(train.examples, rows[0]),
-        None if meta is None else residency.take(meta.examples, rows[1]),
+        device_data.take(train.examples, rows[0]),
+        None if meta is None else device_data.take(meta.examples, rows[1]),
         key,
-        task=task(class_counts, devices_lib.AXIS_NAME),
+        problem=problem(class_counts, devices_lib.AXIS_NAME),
         method=method,
         optimizer=optimizer,
       )

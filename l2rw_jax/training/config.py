@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from l2rw_jax import base
-from l2rw_jax.data import parts
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import splits as splits_lib
 from l2rw_jax.training import devices
 
@@ -24,15 +24,15 @@ class Model(Protocol):
   def init(self, key: base.Array, batch: base.Batch) -> tuple[base.PyTree, base.PyTree]:
     """Fresh `(params, model_state)` for examples of this shape."""
 
-  def task(
+  def problem(
     self,
     *,
     class_counts: base.Array,
     num_examples: int,
     num_steps: int,
     axis_name: base.AxisName = None,
-  ) -> base.Task:
-    """The learning problem; arguments as in `base.Task`."""
+  ) -> base.Problem:
+    """The learning problem; arguments as in `base.Problem`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Config:
     num_steps: updates.
     batch_size: B, over all devices.
     meta_batch_size: M, over all devices; every clean example if None.
-    seeds: one run for each; initialisation, batch order and method noise.
+    seeds: one run for each; initialization, batch order and method noise.
     log_every: steps between two rows of training metrics.
     eval_every: steps between two evaluations.
     checkpoint_every: steps between two checkpoints.
     num_devices: local devices to use; if None, the most that divide the batch.
-    steps_per_dispatch: steps sent to the devices at once, as a loop that is compiled;
+    steps_per_call: steps sent to the devices at once, as a loop that is compiled;
       if None, 1 on CPU, where convolutions in such a loop are slow, else 20; never
       more than between two looks, and 1 where training examples wait on the host.
       Changes how fast a run is, and what it does only as far as XLA rounds such a
@@ -63,7 +63,7 @@ class Config:
   eval_every: int = 500
   checkpoint_every: int = 1000
   num_devices: int | None = None
-  steps_per_dispatch: int | None = None
+  steps_per_call: int | None = None
 
 
 def check(
@@ -71,15 +71,15 @@ def check(
 ) -> None:
   """Raises InputError unless `train` can start with these."""
   devices.choose(config.num_devices, config.batch_size)
-  if config.steps_per_dispatch is not None and config.steps_per_dispatch < 1:
+  if config.steps_per_call is not None and config.steps_per_call < 1:
     raise base.InputError(
-      f"--steps_per_dispatch={config.steps_per_dispatch} must be at least 1."
+      f"--steps_per_call={config.steps_per_call} must be at least 1."
     )
   for seed, split in zip(config.seeds, splits, strict=True):
     for part in ("train", "meta", "test"):
       examples = getattr(split, part)
       _check_labels(examples.label, split.num_classes, f"{part} of seed {seed}")
-      parts.check_images(examples.image, f"the {part} images of seed {seed}")
+      examples_lib.check_images(examples.image, f"the {part} images of seed {seed}")
     if config.batch_size > len(split.train.label):
       raise base.InputError(
         f"--batch_size={config.batch_size} is larger than the"

@@ -12,7 +12,7 @@ import optax
 
 from l2rw_jax import base
 from l2rw_jax import losses
-from l2rw_jax.data import parts
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.training import batches
 from l2rw_jax.training import step as step_lib
 
@@ -52,9 +52,9 @@ class Snapshot:
   seed: int
   step: int
   state: step_lib.TrainState
-  task: base.Task
+  problem: base.Problem
   optimizer: optax.GradientTransformation
-  splits: parts.Splits
+  splits: examples_lib.Splits
 
   @functools.cached_property
   def test(self) -> Predictions:
@@ -66,9 +66,9 @@ class Snapshot:
     """Answers on the training set, in evaluation mode, beside its own labels."""
     return self._predict(self.splits.train)
 
-  def _predict(self, examples: parts.Examples) -> Predictions:
+  def _predict(self, examples: examples_lib.Examples) -> Predictions:
     fields = batches.examples_dict(examples)
-    return predict(self.task, self.state.params, self.state.model_state, fields)
+    return predict(self.problem, self.state.params, self.state.model_state, fields)
 
 
 # What to tell of the answers on the test set.
@@ -86,7 +86,7 @@ def _predict(forward, loss, params, model_state, batch):
 
 
 def predict(
-  task: base.Task,
+  problem: base.Problem,
   params: base.PyTree,
   model_state: base.PyTree,
   examples: base.Batch,
@@ -105,14 +105,16 @@ def predict(
   predicted, found = [], []
   for start in range(0, size, batch_size):
     batch = {k: v[start : start + batch_size] for k, v in examples.items()}
-    classes, values = _predict(task.forward, task.loss, params, model_state, batch)
+    classes, values = _predict(
+      problem.forward, problem.loss, params, model_state, batch
+    )
     predicted.append(np.asarray(classes))
     found.append(np.asarray(values))
   return Predictions(
     np.asarray(examples["label"]),
     np.concatenate(predicted),
     np.concatenate(found),
-    task.num_classes,
+    problem.num_classes,
     None if "group" not in examples else np.asarray(examples["group"]),
   )
 

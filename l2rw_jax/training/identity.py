@@ -6,13 +6,13 @@ import pathlib
 from typing import Any
 
 from l2rw_jax import base
-from l2rw_jax import workdir
 from l2rw_jax.data import fingerprint
 from l2rw_jax.data import splits as splits_lib
+from l2rw_jax.io import workdir
 from l2rw_jax.training import config as config_lib
 
 # Seeds and devices are kept elsewhere in the identity; dispatches only round.
-_NOT_ASKED = ("seeds", "num_devices", "steps_per_dispatch")
+_NOT_ASKED = ("seeds", "num_devices", "steps_per_call")
 _ADVICE = "choose another --workdir or delete it."
 
 

@@ -1,4 +1,4 @@
-"""The training loop: any method, any optax optimiser, exact resumption.
+"""The training loop: any method, any optax optimizer, exact resumption.
 
     folder/checkpoints/         the last two states (orbax)
     folder/timing.json          seconds of training, and steps of a full dispatch
@@ -24,24 +24,24 @@ import numpy as np
 import optax
 
 from l2rw_jax import base
-from l2rw_jax import checkpointing
-from l2rw_jax import metric_writer
-from l2rw_jax import workdir
 from l2rw_jax.data import splits as splits_lib
+from l2rw_jax.io import checkpointing
+from l2rw_jax.io import metric_writer
+from l2rw_jax.io import workdir
 from l2rw_jax.training import batches as batches_lib
-from l2rw_jax.training import clock as clock_lib
 from l2rw_jax.training import compilation
 from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import devices as devices_lib
-from l2rw_jax.training import dispatch
 from l2rw_jax.training import evaluation
 from l2rw_jax.training import failures
 from l2rw_jax.training import identity
 from l2rw_jax.training import interruption
 from l2rw_jax.training import progress
 from l2rw_jax.training import results
+from l2rw_jax.training import sampling
 from l2rw_jax.training import step as step_lib
-from l2rw_jax.training import stream
+from l2rw_jax.training import steps_per_call
+from l2rw_jax.training import timer as timer_lib
 from l2rw_jax.training import weight_log
 
 _TIMING = "timing.json"
@@ -161,7 +161,7 @@ class _Run:
     self.checkpointer = checkpointing.Checkpointer(folder / "checkpoints")
     self.files.callback(self.checkpointer.close)
     self._restore_or_init()
-    self.most = dispatch.most(config, self.devices, self.source.streamed)
+    self.most = steps_per_call.most(config, self.devices, self.source.streamed)
     self.constants = devices_lib.replicate(
       (self._keys(1), self.class_counts), self.devices
     )
@@ -176,7 +176,7 @@ class _Run:
     if restored is not None:
       (state, log), step = restored.state, restored.step
       self._check_identity(restored)
-      positions = [stream.Position(*p) for p in restored.host["positions"]]
+      positions = [sampling.Position(*p) for p in restored.host["positions"]]
       histories = restored.host["metrics"]
       self.window = {
         name: np.asarray(column["values"]).astype(jnp.dtype(column["dtype"]))
@@ -184,7 +184,7 @@ class _Run:
       }
       logging.info("%s: continuing from step %d", self.name, step)
     self.step, self.saved_step = step or 0, -1 if step is None else step
-    self.clock = clock_lib.Clock.restore(self.folder / _TIMING, self.step)
+    self.clock = timer_lib.Timer.restore(self.folder / _TIMING, self.step)
     self.log = weight_log.WeightLog(*(np.array(x) for x in log))
     self.state = devices_lib.replicate(state, self.devices)
     self.source = batches_lib.BatchSource(
@@ -223,25 +223,25 @@ class _Run:
   def _num_examples(self) -> int:
     return len(self.splits[0].train.label)
 
-  def _of_run(self, run: int) -> tuple[step_lib.TrainState, base.Task]:
+  def _of_run(self, run: int) -> tuple[step_lib.TrainState, base.Problem]:
     """One run's state, unreplicated, and its task outside the devices' axis."""
     state = devices_lib.unreplicate(self.state)
     own = devices_lib.take(state, run)
-    task = self.model.task(
+    problem = self.model.problem(
       class_counts=self.class_counts[run],
       num_examples=self._num_examples(),
       num_steps=self.config.num_steps,
     )
-    return own, task
+    return own, problem
 
   # -- epochs --------------------------------------------------------------
 
   def _epoch_order(self, run, epoch, rng):
     if self.method.sample is base.permutation:  # spare a look at the devices
       return rng.permutation(self._num_examples())
-    state, task = self._of_run(run)
+    state, problem = self._of_run(run)
     train = batches_lib.examples_dict(self.splits[run].train)
-    return self.method.sample(state.method_state, task, train, rng)
+    return self.method.sample(state.method_state, problem, train, rng)
 
   def _epoch(self):
     """Steps left and in all until the method looks at the training set, or None."""
@@ -257,7 +257,7 @@ class _Run:
       return
     states = []
     for run, seed in enumerate(self.config.seeds):
-      state, task = self._of_run(run)
+      state, problem = self._of_run(run)
       states.append(state.method_state)
       if starting[run]:
         epoch = self.source.streams[run].position.epoch
@@ -267,9 +267,9 @@ class _Run:
           params=state.params,
           model_state=state.model_state,
           train=batches_lib.examples_dict(self.splits[run].train),
-          rng=stream.generator(seed, "refresh", epoch),
+          rng=sampling.generator(seed, "refresh", epoch),
         )
-        states[run] = self.method.refresh(state.method_state, task, view)
+        states[run] = self.method.refresh(state.method_state, problem, view)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
     self.state = self.state._replace(
       method_state=devices_lib.replicate(stacked, self.devices)
@@ -287,7 +287,9 @@ class _Run:
       with interruption.deferred() as signals:
         while self.step < self.config.num_steps and not signals:
           self._refresh()
-          count = dispatch.length(self.config, self.step, self.most, self._epoch())
+          count = steps_per_call.length(
+            self.config, self.step, self.most, self._epoch()
+          )
           rows = [self.source.next(self.step + k) for k in range(count)]
           self._take_steps(rows, self.source.load(rows))
           bar.update(count)
@@ -390,12 +392,12 @@ class _Run:
         )
 
   def _snapshot(self, run):
-    state, task = self._of_run(run)
+    state, problem = self._of_run(run)
     return evaluation.Snapshot(
       seed=self.config.seeds[run],
       step=self.step,
       state=state,
-      task=task,
+      problem=problem,
       optimizer=self.optimizer,
       splits=self.splits[run],
     )
@@ -419,7 +421,7 @@ class _Run:
     self.saved_step = self.step
 
   def _write_seconds(self):
-    facts = {"steps_per_dispatch": self.most}
+    facts = {"steps_per_call": self.most}
     self.clock.write(self.folder / _TIMING, self.step, facts)
 
   def _write_results(self):

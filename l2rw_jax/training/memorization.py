@@ -13,17 +13,15 @@ import numpy as np
 
 from l2rw_jax import base
 from l2rw_jax import susceptibility as susceptibility_lib
-from l2rw_jax.data import parts
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.training import devices
 from l2rw_jax.training import evaluation
-from l2rw_jax.training import stream
+from l2rw_jax.training import sampling
 
 _KEY = 0x73757363
 
 
-def susceptibility(
-  batch_size: int = 128, unlabelled: Any = "train"
-) -> evaluation.Probe:
+def susceptibility(batch_size: int = 128, unlabeled: Any = "train") -> evaluation.Probe:
   """A probe: `susceptibility_drop`, see `susceptibility.loss_drop`.
 
   It takes the task's own loss, whatever the method makes of it, on the first batch
@@ -32,14 +30,14 @@ def susceptibility(
   that training draws.
 
   Args:
-    batch_size: randomly labelled examples; the released code has 128, its training
+    batch_size: randomly labeled examples; the released code has 128, its training
       batch.
-    unlabelled: the images: "train" for those of the training set, as in the released
+    unlabeled: the images: "train" for those of the training set, as in the released
       code; another part of the splits, such as "validation"; or rows of images like
       the training set's, [U, ...]. Labels are not looked at.
 
   Returns:
-    The probe. It raises InputError when the unlabelled set is empty, smaller than a
+    The probe. It raises InputError when the unlabeled set is empty, smaller than a
     batch, or not like the training images, or when examples have several labels.
 
   Raises:
@@ -49,26 +47,26 @@ def susceptibility(
     raise base.InputError(f"batch_size={batch_size} must be at least 1.")
 
   def probe(snapshot):
-    images = unlabelled
-    if isinstance(unlabelled, str):
-      images = getattr(snapshot.splits, unlabelled).image
+    images = unlabeled
+    if isinstance(unlabeled, str):
+      images = getattr(snapshot.splits, unlabeled).image
     check(snapshot.splits, images, batch_size)
     seed, step = snapshot.seed, snapshot.step
     labels = susceptibility_lib.random_labels(
-      seed, len(images), snapshot.task.num_classes
+      seed, len(images), snapshot.problem.num_classes
     )
-    order = stream.generator(seed, "susceptibility", step).permutation(len(images))
+    order = sampling.generator(seed, "susceptibility", step).permutation(len(images))
     rows = order[:batch_size]
     key = jax.random.fold_in(jax.random.key(seed), _KEY)
     found = _drop(
-      snapshot.task.forward,
-      snapshot.task.loss,
+      snapshot.problem.forward,
+      snapshot.problem.loss,
       snapshot.optimizer,
       snapshot.state.params,
       snapshot.state.model_state,
       snapshot.state.opt_state,
       {
-        "image": parts.read_rows(images, rows),
+        "image": examples_lib.read_rows(images, rows),
         "label": labels[rows],
         "index": rows.astype(np.int32),
       },
@@ -79,21 +77,21 @@ def susceptibility(
   return probe
 
 
-def check(splits: parts.Splits, unlabelled: Any, batch_size: int) -> None:
+def check(splits: examples_lib.Splits, unlabeled: Any, batch_size: int) -> None:
   """Raises InputError unless susceptibility can be probed on these images.
 
   Args:
     splits: of the run.
-    unlabelled: images, [U, ...].
+    unlabeled: images, [U, ...].
     batch_size: of the probe.
   """
-  if len(unlabelled) == 0:
+  if len(unlabeled) == 0:
     raise base.InputError(
-      "the unlabelled set is empty: hold images out, or probe on the training images."
+      "the unlabeled set is empty: hold images out, or probe on the training images."
     )
-  if len(unlabelled) < batch_size:
+  if len(unlabeled) < batch_size:
     raise base.InputError(
-      f"a batch of {batch_size} unlabelled images is more than the {len(unlabelled)}"
+      f"a batch of {batch_size} unlabeled images is more than the {len(unlabeled)}"
       " there are; lower the batch size of the probe or hold out more."
     )
   train = splits.train
@@ -102,10 +100,10 @@ def check(splits: parts.Splits, unlabelled: Any, batch_size: int) -> None:
       "susceptibility is of classifiers with one label an example; got labels of"
       f" shape {np.shape(train.label)}."
     )
-  own, other = ((x.dtype, tuple(x.shape[1:])) for x in (unlabelled, train.image))
+  own, other = ((x.dtype, tuple(x.shape[1:])) for x in (unlabeled, train.image))
   if own != other:
     raise base.InputError(
-      f"the unlabelled images are {own[0]} {own[1]} and the training images"
+      f"the unlabeled images are {own[0]} {own[1]} and the training images"
       f" {other[0]} {other[1]}; make them alike."
     )
 
@@ -158,7 +156,7 @@ def accuracy(snapshot: evaluation.Snapshot) -> dict[str, float]:
 
     train_accuracy          of all examples; needs no clean label
     train_accuracy_clean    of those whose label is the true one
-    train_accuracy_wrong    of those whose label is not: what was memorised
+    train_accuracy_wrong    of those whose label is not: what was memorized
 
   A share of no examples is left out.
   """

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from l2rw_jax import base
-from l2rw_jax import metric_writer
-from l2rw_jax import workdir
 from l2rw_jax.data import splits as splits_lib
+from l2rw_jax.io import metric_writer
+from l2rw_jax.io import workdir
 from l2rw_jax.training import weight_log
 
 RESULTS = "results.json"

@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
     step: updates done, int32 scalar.
     params: network parameters.
     model_state: non-trained variables.
-    opt_state: outer optimiser state.
+    opt_state: outer optimizer state.
     method_state: whatever the method carries.
     failure: see `Failure`.
   """
@@ -91,7 +91,7 @@ def train_step(
   meta_batch: base.Batch | None,
   key: base.Array,
   *,
-  task: base.Task,
+  problem: base.Problem,
   method: base.Method,
   optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, StepOutput]:
@@ -115,8 +115,8 @@ def train_step(
     step=state.step,
     key=jax.random.fold_in(key, state.step),
   )
-  found, method_state = method.gradients(state.method_state, task, inputs)
-  metrics = _metrics(found, task)
+  found, method_state = method.gradients(state.method_state, problem, inputs)
+  metrics = _metrics(found, problem)
   with base.implicit_promotion():
     updates, opt_state = optax.with_extra_args_support(optimizer).update(
       found.grads,
@@ -133,13 +133,13 @@ def train_step(
     method_state=method_state,
     failure=state.failure,
   )
-  size = base.global_size(found.weights.shape[0], task.axis_name)
+  size = base.global_size(found.weights.shape[0], problem.axis_name)
   output = StepOutput(metrics, found.weights * size)
-  return _keep_last_good(state, proposed, found, task), output
+  return _keep_last_good(state, proposed, found, problem), output
 
 
-def _keep_last_good(state, proposed, found, task):
-  bad_losses = base.psum(jnp.sum(~jnp.isfinite(found.losses)), task.axis_name)
+def _keep_last_good(state, proposed, found, problem):
+  bad_losses = base.psum(jnp.sum(~jnp.isfinite(found.losses)), problem.axis_name)
   made = (found.grads, proposed.params, proposed.model_state)
   fault = jnp.zeros((), jnp.int32) if found.fault is None else found.fault
   healthy = (bad_losses == 0) & base.all_finite(made) & (fault == 0)
@@ -160,17 +160,17 @@ def _keep_last_good(state, proposed, found, task):
   return kept._replace(failure=failure)
 
 
-def _metrics(found: base.Gradients, task: base.Task) -> dict[str, Any]:
-  size = base.global_size(found.weights.shape[0], task.axis_name)
+def _metrics(found: base.Gradients, problem: base.Problem) -> dict[str, Any]:
+  size = base.global_size(found.weights.shape[0], problem.axis_name)
   # Squares of weights and their sums underflow in float16.
   weights, losses = (
     x.astype(base.accumulator_dtype(x.dtype)) for x in (found.weights, found.losses)
   )
-  total = base.psum(jnp.sum(weights), task.axis_name)
-  squares = base.psum(jnp.sum(weights**2), task.axis_name)
+  total = base.psum(jnp.sum(weights), problem.axis_name)
+  squares = base.psum(jnp.sum(weights**2), problem.axis_name)
   return {
-    "loss": base.pmean(jnp.mean(losses), task.axis_name),
-    "weighted_loss": base.psum(jnp.sum(weights * losses), task.axis_name),
+    "loss": base.pmean(jnp.mean(losses), problem.axis_name),
+    "weighted_loss": base.psum(jnp.sum(weights * losses), problem.axis_name),
     # Kish's effective sample size, as a share of the batch.
     "effective_share": total**2 / jnp.where(squares > 0, squares, 1) / size,
     "grad_norm": optax.tree.norm(found.grads),

@@ -1,7 +1,7 @@
-"""The loss of a held-out set, shown to an optimiser that watches it.
+"""The loss of a held-out set, shown to an optimizer that watches it.
 
 `optax.contrib.reduce_on_plateau` lowers the learning rate when a value stops
-falling. The training step gives every such optimiser `Gradients.value`; here that
+falling. The training step gives every such optimizer `Gradients.value`; here that
 becomes the loss of a validation set, measured before every epoch.
 """
 
@@ -15,7 +15,7 @@ import optax
 
 from l2rw_jax import base
 from l2rw_jax import losses
-from l2rw_jax.data import parts
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.training import batches as batches_lib
 
 # (logits [B, C], labels [B]) -> weights [B] that sum to 1.
@@ -36,7 +36,7 @@ class State(NamedTuple):
 
 def watched(
   method: base.Method,
-  validation: Mapping[int, parts.Examples],
+  validation: Mapping[int, examples_lib.Examples],
   *,
   weights: Weights | None = None,
   batch_size: int = 500,
@@ -58,7 +58,7 @@ def watched(
     InputError: a validation set is empty.
   """
   validation = {
-    seed: parts.check_examples(examples, f"validation of seed {seed}")
+    seed: examples_lib.check_examples(examples, f"validation of seed {seed}")
     for seed, examples in validation.items()
   }
   for seed, examples in validation.items():
@@ -67,21 +67,21 @@ def watched(
         f"the validation set of seed {seed} is empty: raise num_validation."
       )
 
-  def init(key, task, params):
-    return State(jnp.full((), jnp.inf), method.init(key, task, params))
+  def init(key, problem, params):
+    return State(jnp.full((), jnp.inf), method.init(key, problem, params))
 
-  def gradients(state, task, inputs):
-    found, inner = method.gradients(state.inner, task, inputs)
+  def gradients(state, problem, inputs):
+    found, inner = method.gradients(state.inner, problem, inputs)
     return found._replace(value=state.value), state._replace(inner=inner)
 
-  def refresh(state, task, view):
+  def refresh(state, problem, view):
     examples = batches_lib.examples_dict(validation[view.seed])
-    value = _mean_loss(task, weights, view, examples, batch_size)
-    inner = method.refresh(state.inner, task, view)
+    value = _mean_loss(problem, weights, view, examples, batch_size)
+    inner = method.refresh(state.inner, problem, view)
     return State(jnp.asarray(value, state.value.dtype), inner)
 
-  def inner_sample(state, task, train, rng):
-    return method.sample(state.inner, task, train, rng)
+  def inner_sample(state, problem, train, rng):
+    return method.sample(state.inner, problem, train, rng)
 
   plain = method.sample is base.permutation
   return method._replace(
@@ -92,13 +92,13 @@ def watched(
   )
 
 
-def _mean_loss(task, weights, view, examples, batch_size):
+def _mean_loss(problem, weights, view, examples, batch_size):
   size = len(examples["label"])
   total = 0.0
   for start in range(0, size, batch_size):
     batch = {k: v[start : start + batch_size] for k, v in examples.items()}
     loss = _batch_loss(
-      task.forward, task.loss, weights, view.params, view.model_state, batch
+      problem.forward, problem.loss, weights, view.params, view.model_state, batch
     )
     total += float(loss) * len(batch["label"])
   return total / size

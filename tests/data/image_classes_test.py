@@ -5,8 +5,8 @@ from PIL import Image
 import pytest
 
 from l2rw_jax import base
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import image_classes
-from l2rw_jax.data import parts
 from l2rw_jax.data import sources
 
 
@@ -52,13 +52,13 @@ def test_omniglot(tfds_dir, decoded):
 
 def test_classes_are_dealt_out_once():
   source = _source()
-  parts = image_classes.split_classes(source, (2, 1, 2), seed=0)
-  assert [p.num_classes for p in parts] == [2, 1, 2]
-  images = np.concatenate([p.images for p in parts])
+  examples_lib = image_classes.split_classes(source, (2, 1, 2), seed=0)
+  assert [p.num_classes for p in examples_lib] == [2, 1, 2]
+  images = np.concatenate([p.images for p in examples_lib])
   assert len(np.unique(images.reshape(15, -1), axis=0)) == 15
-  for part in parts:
+  for part in examples_lib:
     np.testing.assert_array_equal(np.bincount(part.labels), 3)
-  names = [p.split for p in parts]
+  names = [p.split for p in examples_lib]
   assert len(set(names)) == 3 and names == [
     p.split for p in image_classes.split_classes(source, (2, 1, 2), seed=0)
   ]
@@ -89,10 +89,10 @@ def test_shuffled_classes_keep_their_sizes():
 
 
 def test_resizing():
-  grey = np.arange(32, dtype=np.uint8).reshape(2, 4, 4, 1)
-  assert image_classes.resized(grey, 4, 1) is grey
+  gray = np.arange(32, dtype=np.uint8).reshape(2, 4, 4, 1)
+  assert image_classes.resized(gray, 4, 1) is gray
   np.testing.assert_array_equal(
-    image_classes.resized(grey, 4, 3), np.repeat(grey, 3, -1)
+    image_classes.resized(gray, 4, 3), np.repeat(gray, 3, -1)
   )
   red = np.zeros((1, 4, 4, 3), np.uint8)
   red[..., 0] = 200
@@ -102,12 +102,12 @@ def test_resizing():
 
 @pytest.fixture
 def folder(tmp_path):
-  for split, colours in (("train", ("red", "blue", "lime")), ("val", ("red",))):
-    for colour in colours:
-      own = tmp_path / "tiny" / split / colour
+  for split, colors in (("train", ("red", "blue", "lime")), ("val", ("red",))):
+    for color in colors:
+      own = tmp_path / "tiny" / split / color
       own.mkdir(parents=True)
       for i in range(2):
-        Image.new("RGB", (6 + i, 5), colour).save(own / f"{i}.{('png', 'JPG')[i]}")
+        Image.new("RGB", (6 + i, 5), color).save(own / f"{i}.{('png', 'JPG')[i]}")
       (own / "notes.txt").write_text("not an image")
   return tmp_path / "tiny"
 
@@ -185,8 +185,8 @@ def test_splits_with_other_classes_are_refused(folder):
   val = image_classes.image_folder(folder, "val", size=4)
   message = "class 0 is 'blue' in train of tiny and 'black' in val of tiny"
   with pytest.raises(base.InputError, match=message):
-    parts.check_sources(train, val)
-  parts.check_sources(train, val._replace(class_names=train.class_names))
+    examples_lib.check_sources(train, val)
+  examples_lib.check_sources(train, val._replace(class_names=train.class_names))
 
 
 def test_classes_keep_the_names_of_the_whole():

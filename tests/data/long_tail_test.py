@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from l2rw_jax import base
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import long_tail
-from l2rw_jax.data import parts
 from l2rw_jax.data import sources
 
 
@@ -28,7 +28,7 @@ def make(counts, **options):
 
 
 def train_counts(splits):
-  return parts.class_counts(splits.train, splits.num_classes)
+  return examples_lib.class_counts(splits.train, splits.num_classes)
 
 
 CIFAR10, CIFAR100 = [5000] * 10, [500] * 100
@@ -116,7 +116,7 @@ def test_parts_are_disjoint_and_hold_the_images_of_their_rows(builder, shape):
     )
     np.testing.assert_array_equal(part.label, train.labels[part.source_index])
     np.testing.assert_array_equal(part.label, part.true_label)
-  assert list(parts.class_counts(made.meta, 4)) == [4] * 4
+  assert list(examples_lib.class_counts(made.meta, 4)) == [4] * 4
   assert len(made.test.label) == 12 and len(made.validation.label) == 0
 
 

@@ -85,7 +85,7 @@ def prepared(tmp_path_factory):
   )
   prepare(
     root,
-    "unlabelled",
+    "unlabeled",
     {"image": tfds.features.Image(shape=(6, 5, 3)), "label": np.int64},
     lambda i: {"image": png(i), "label": 0},
   )
@@ -385,7 +385,7 @@ def test_more_than_memory_holds(data_dir, monkeypatch):
 
 def test_sets_of_another_kind(data_dir):
   assert_told(r"one shape.*\(None, 5, 3\)", data_dir, "ragged")
-  assert_told("no image classification set.*has image, label", data_dir, "unlabelled")
+  assert_told("no image classification set.*has image, label", data_dir, "unlabeled")
 
 
 def test_another_file_format(data_dir):

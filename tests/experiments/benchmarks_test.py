@@ -5,7 +5,7 @@ import pytest
 import scripts
 
 from benchmarks import coreset_selection
-from l2rw_jax import coreset
+from l2rw_jax import coresets
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_the_naive_rival_chooses_the_same():
   rng = np.random.default_rng(0)
   proxies, labels = rng.normal(size=(90, 3)), np.arange(90) % 3
   rows = coreset_selection.naive_greedy(proxies, labels, 21)
-  found = coreset.select(proxies, labels, 21)
+  found = coresets.select(proxies, labels, 21)
   np.testing.assert_array_equal(rows, found.rows)
   by_hand = sum(
     np.linalg.norm(proxies[i] - proxies[rows[labels[rows] == labels[i]]], axis=1).min()

@@ -12,9 +12,9 @@ import scripts
 
 from experiments import _cifar
 from experiments import _methods
-from experiments import _optimisation
+from experiments import _optimizer_config
 from experiments import _published_cifar
-from l2rw_jax.data import noise
+from l2rw_jax.data import noise_builders
 from l2rw_jax.data import sources
 
 _NAME = "cifar_noise"
@@ -27,7 +27,7 @@ def _prepare(root, name, num_classes, sizes):
   import tensorflow_datasets as tfds
 
   label = tfds.features.ClassLabel(num_classes=num_classes)
-  fields = noise.ANNOTATIONS.values() if name == "cifar10_n" else ()
+  fields = noise_builders.ANNOTATIONS.values() if name == "cifar10_n" else ()
   features = {
     "image": tfds.features.Image(shape=(32, 32, 3)),
     "label": label,
@@ -230,7 +230,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
 )
 def test_presets_are_those_of_the_released_codes(name, facts):
   preset = _cifar.PRESETS[name]
-  found = _cifar.make_optimisation(preset)
+  found = _cifar.make_optimization(preset)
   assert facts == (
     preset.network,
     preset.num_steps,
@@ -257,13 +257,13 @@ def test_every_presets_network_fits_its_data(name, num_classes):
 
 
 def test_warpi_scales_cifar_100_by_its_own_statistics():
-  grey = jnp.full((1, 1, 1, 3), 0.5)
+  gray = jnp.full((1, 1, 1, 3), 0.5)
   for num_classes, mean, std in (
     (10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     (100, (0.507, 0.487, 0.441), (0.267, 0.265, 0.276)),
   ):
     model = _cifar.make_classifier(_cifar.PRESETS["warpi"], num_classes)
-    found = model.preprocess(grey, None, False).ravel()
+    found = model.preprocess(gray, None, False).ravel()
     np.testing.assert_allclose(found, (0.5 - np.array(mean)) / std, rtol=1e-4)
 
 
@@ -277,7 +277,7 @@ def test_warpi_scales_cifar_100_by_its_own_statistics():
   ],
 )
 def test_decay_is_an_l2_loss_before_momentum(nesterov, decay_all, kernel, bias):
-  tx = _optimisation.Optimisation(
+  tx = _optimizer_config.OptimizerConfig(
     nesterov=nesterov, decay_all=decay_all, weight_decay=0.5
   ).optimizer(10)
   params = {"kernel": jnp.full((1, 1), 2.0), "bias": jnp.full(1, 2.0)}
@@ -288,7 +288,7 @@ def test_decay_is_an_l2_loss_before_momentum(nesterov, decay_all, kernel, bias):
 
 
 def test_one_optimizer_for_all_seeds():
-  make = _optimisation.Optimisation
+  make = _optimizer_config.OptimizerConfig
   first, same, other = (make(weight_decay=d) for d in (0.5, 0.5, 0.1))
   assert first.optimizer(10) is same.optimizer(10)
   assert first.optimizer(10) is not other.optimizer(10)

@@ -8,7 +8,7 @@ import pytest
 import scripts
 
 from experiments import _coreset_report
-from l2rw_jax import workdir
+from l2rw_jax.io import workdir
 from l2rw_jax.methods import adacore
 from l2rw_jax.methods import baselines
 
@@ -137,7 +137,7 @@ def test_selections_are_timed_by_epoch(tmp_path):
   class View:
     epoch = 3
 
-  def refresh(state, task, view):
+  def refresh(state, problem, view):
     time.sleep(0.01)
     return state + 1
 

@@ -97,11 +97,11 @@ _MISTAKES = {
   "probe": (["--probes=magic"], "--probes=magic: choose among susceptibility, train"),
   "probe_held_out": (
     ["--probes=susceptibility", "--probe_images=validation"],
-    "--probe_images=validation, --probe_batch_size=128: the unlabelled set is empty",
+    "--probe_images=validation, --probe_batch_size=128: the unlabeled set is empty",
   ),
   "probe_batch": (
     ["--probes=susceptibility", "--probe_batch_size=1248"],
-    "a batch of 1248 unlabelled images is more than the 1247 there are",
+    "a batch of 1248 unlabeled images is more than the 1247 there are",
   ),
   "probes_later": (
     [

@@ -13,8 +13,8 @@ import pytest
 from experiments import _launch
 from experiments import _methods
 from l2rw_jax import base
-from l2rw_jax import mentor_file
-from l2rw_jax.methods import mentornet_network
+from l2rw_jax.methods.mentornet import mentor_file
+from l2rw_jax.methods.mentornet import network as mentornet_network
 
 _EXPERIMENTS = pathlib.Path(_launch.__file__).parent
 _SUFFIXES = (".png", ".json", ".npz", ".txt", ".csv")

@@ -174,7 +174,7 @@ def load(name, split, **folders):
 
 rates = {}
 for name, preset in script.PRESETS.items():
-  rate = preset.optimisation.schedule(preset.num_epochs * 97)
+  rate = preset.optimization.schedule(preset.num_epochs * 97)
   rates[name] = [float(rate(97 * e + 96)) for e in range(preset.num_epochs)]
 sources.load = load
 for arguments in json.load(sys.stdin):

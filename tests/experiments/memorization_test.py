@@ -151,11 +151,11 @@ _MISTAKES = {
   "no_network": (["--networks="], "one model cannot be compared"),
   "fraction": (["--noise_fraction=1.5"], "fraction"),
   "num_train": (["--num_train=1298"], "--num_train=1298 of 1297 images; lower it"),
-  "unlabelled": (
-    ["--num_unlabelled=40"],
-    "a batch of 50 unlabelled images is more than the 40 there are",
+  "unlabeled": (
+    ["--num_unlabeled=40"],
+    "a batch of 50 unlabeled images is more than the 40 there are",
   ),
-  "all_unlabelled": (["--num_unlabelled=1297"], "nothing is left to train on"),
+  "all_unlabelled": (["--num_unlabeled=1297"], "nothing is left to train on"),
   "batch": (["--batch_size=151"], "is larger than the 150 training examples"),
   "learning_rate": (["--learning_rate=-1"], "is not a non-negative number"),
 }

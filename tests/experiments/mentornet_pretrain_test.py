@@ -9,12 +9,12 @@ import pytest
 import scripts
 
 from l2rw_jax import base
-from l2rw_jax import loss_dump
-from l2rw_jax import mentor_file
 from l2rw_jax.data import sources
 from l2rw_jax.data import splits as splits_lib
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import mentornet
+from l2rw_jax.methods.mentornet import loss_dump
+from l2rw_jax.methods.mentornet import mentor_file
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
 from l2rw_jax.training import config as config_lib

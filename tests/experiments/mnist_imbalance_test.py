@@ -32,7 +32,7 @@ _FLAGS = (
   "checkpoint_every",
 )
 # Not among the settings of a folder.
-_UNTOLD = ("workdir", "data_dir", "cache_dir", "steps_per_dispatch", "flagfile")
+_UNTOLD = ("workdir", "data_dir", "cache_dir", "steps_per_call", "flagfile")
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ _MISTAKES = {
   "batch": (["--batch_size=132"], "is larger than the 131 training examples"),
   "indivisible": (["--num_devices=3"], "=100 does not divide among --num_devices=3"),
   "devices": (["--num_devices=9"], "--num_devices=9: this machine has 8 cpu device(s)"),
-  "dispatch": (["--steps_per_dispatch=0"], "0 is not a positive integer"),
+  "dispatch": (["--steps_per_call=0"], "0 is not a positive integer"),
   "splits": (["--num_splits=0"], "0 is not a positive integer"),
   "positional": (["digits"], "unexpected argument 'digits': flags begin with --."),
   "not_a_folder": (["--workdir={tmp}/file/run"], "/file/run: cannot write (Not a dir"),

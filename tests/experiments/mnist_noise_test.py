@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import scripts
 
-from l2rw_jax import loss_dump
-from l2rw_jax import mentor_file
-from l2rw_jax.methods import mentornet_network
+from l2rw_jax.methods.mentornet import loss_dump
+from l2rw_jax.methods.mentornet import mentor_file
+from l2rw_jax.methods.mentornet import network as mentornet_network
 
 _NAME = "mnist_noise"
 _SMALL = ("--dataset=digits", "--num_meta=5", "--num_epochs=1", "--num_devices=1")

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from experiments import _report
-from l2rw_jax import workdir
+from l2rw_jax.io import workdir
 
 
 @pytest.mark.parametrize("values", [[1.0, 2.0], [3.5, 4.5, 4.0, 10.0, -2.0]])

@@ -19,7 +19,7 @@ from benchmarks import _steps
 from benchmarks import _turns
 from l2rw_jax import base
 from l2rw_jax import linearization
-from l2rw_jax import workdir
+from l2rw_jax.io import workdir
 from l2rw_jax.methods import l2rw
 from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.models import classifier
@@ -241,11 +241,11 @@ def _problem():
 
   train, meta_batch = batch(7), batch(4)
   params, model_state = model.init(jax.random.key(0), train)
-  task = model.task(class_counts=jnp.full(3, 5), num_examples=15, num_steps=1)
+  problem = model.problem(class_counts=jnp.full(3, 5), num_examples=15, num_steps=1)
   inputs = base.Inputs(
     *(params, model_state, (), train, meta_batch, jnp.int32(0), jax.random.key(1))
   )
-  return task, inputs
+  return problem, inputs
 
 
 @pytest.mark.parametrize("engine", ["forward", "layerwise"])
@@ -258,11 +258,11 @@ def _problem():
   ids=["l2rw", "meta_weight_net"],
 )
 def test_the_literal_rivals_compute_the_same(literal, ours, engine):
-  task, inputs = _problem()
+  problem, inputs = _problem()
   linearize = functools.partial(linearization.linearize, engine=engine)
   outcomes = collections.defaultdict(list)
   for method in (literal, ours):
-    own = dataclasses.replace(task, linearize=linearize)
+    own = dataclasses.replace(problem, linearize=linearize)
     state = method.init(jax.random.key(2), own, inputs.params)
     run = jax.jit(lambda s, i, m=method, t=own: m.gradients(s, t, i))
     found, state = run(state, inputs)

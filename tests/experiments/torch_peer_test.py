@@ -119,8 +119,8 @@ def _problem(name):
   named = _transpose_flattened(params) if name == "lenet" else params
   places = _by_name(theirs) if name == "transformer" else _by_order(theirs)
   _copy(named, theirs, places)
-  task = model.task(class_counts=jnp.full(10, 10), num_examples=100, num_steps=1)
-  losses_fn = task.losses_fn(model_state, jax.random.key(0))
+  problem = model.problem(class_counts=jnp.full(10, 10), num_examples=100, num_steps=1)
+  losses_fn = problem.losses_fn(model_state, jax.random.key(0))
   where = torch.device("cpu")
   data = peer.batch(batch, where), peer.batch(meta_batch, where)
   return (
@@ -171,12 +171,12 @@ def test_network_gradient_of_meta_weight_net_is_ours():
   net = meta_weight_net.WeightNet()
 
   @jax.jit
-  def lesson_fn(phi, *rest):
+  def meta_gradient_fn(phi, *rest):
     return meta_weight_net.network_gradient(
       net.apply, phi, losses_fn, *rest, optimizer=optax.sgd(0.1)
     )
 
-  lesson = lesson_fn(phi, *rest)
+  lesson = meta_gradient_fn(phi, *rest)
   found = eager.network_gradient(*data)
   own = lesson.gradient["params"]
   expected = [own[f"Dense_{i}"][k].T for i in range(2) for k in ("kernel", "bias")]

@@ -24,7 +24,7 @@ _NET = mlp.MLP(2, (4,))
 
 
 def _task():
-  return classifier.Classifier(_NET, 2).task(
+  return classifier.Classifier(_NET, 2).problem(
     class_counts=_COUNTS, num_examples=40, num_steps=10
   )
 

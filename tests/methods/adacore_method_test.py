@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from l2rw_jax import base
-from l2rw_jax import coreset
+from l2rw_jax import coresets
 from l2rw_jax.methods import adacore
 from l2rw_jax.methods import adacore_table
 from l2rw_jax.methods import baselines
@@ -32,7 +32,7 @@ def _problem(num_train=120, hidden=(5,)):
   model = classifier.Classifier(mlp.MLP(_CLASSES, hidden), _CLASSES)
   train = _examples(num_train)
   params, model_state = model.init(jax.random.key(3), train)
-  task = model.task(
+  problem = model.problem(
     class_counts=jnp.bincount(train["label"], length=_CLASSES),
     num_examples=num_train,
     num_steps=10,
@@ -42,28 +42,28 @@ def _problem(num_train=120, hidden=(5,)):
     rng = np.random.default_rng([5, epoch])
     return base.EpochView(0, epoch, params, model_state, train, rng)
 
-  return task, params, train, view
+  return problem, params, train, view
 
 
 def _refreshed(method, problem, epochs=(0,), state=None):
-  task, params, _, view = problem
+  problem, params, _, view = problem
   if state is None:
-    state = method.init(jax.random.key(0), task, params)
+    state = method.init(jax.random.key(0), problem, params)
   for epoch in epochs:
-    state = method.refresh(state, task, view(epoch))
+    state = method.refresh(state, problem, view(epoch))
   return state
 
 
 def _proxies(problem):
-  task, params, train, _ = problem
-  logits, _ = task.forward(params, {}, train, jax.random.key(0), False)
+  problem, params, train, _ = problem
+  logits, _ = problem.forward(params, {}, train, jax.random.key(0), False)
   return adacore.gradient_proxies(logits, train["label"])
 
 
 def test_craig_is_selection_by_plain_gradients():
   problem = _problem()
   state = _refreshed(adacore.adacore(0.2, curvature=False), problem)
-  expected = coreset.select(_proxies(problem), problem[2]["label"], 24)
+  expected = coresets.select(_proxies(problem), problem[2]["label"], 24)
   np.testing.assert_array_equal(state.rows, expected.rows)
   np.testing.assert_allclose(state.weights[expected.rows], expected.weights / 5)
   assert state.weights.sum() == pytest.approx(24)
@@ -111,15 +111,20 @@ def test_preconditioning_is_by_the_curvature_of_the_scope():
 
 def test_curvature_of_the_last_layer():
   problem = _problem()
-  task, params, train, view = problem
-  features, _ = task.features(params, {}, train, jax.random.key(0), False)
+  problem, params, train, view = problem
+  features, _ = problem.features(params, {}, train, jax.random.key(0), False)
   probabilities = np.asarray(_proxies(problem))
   probabilities = probabilities + np.eye(_CLASSES)[train["label"]]
   seen = np.concatenate([features, np.ones((120, 1))], axis=1)
   exact = probabilities * (1 - probabilities)
   exact = (exact[:, :, None] * seen[:, None] ** 2).mean(axis=0)
   table = adacore_table.look(
-    task, view(0), jax.random.key(0), scope="shared", last_layer=True, num_probes=3000
+    problem,
+    view(0),
+    jax.random.key(0),
+    scope="shared",
+    last_layer=True,
+    num_probes=3000,
   )
   np.testing.assert_allclose(table.curvature, exact, atol=0.1 * exact.max())
   np.testing.assert_allclose(table.features, features)
@@ -145,25 +150,25 @@ def test_several_batches_are_one_look(monkeypatch):
 
 def test_the_expected_gradient_is_the_weighted_sum_and_tends_to_the_full_one():
   problem = _problem()
-  task, params, train, _ = problem
+  problem, params, train, _ = problem
 
   def gradient(state, rows, method):
     batch = {k: v[rows] for k, v in train.items()}
     inputs = base.Inputs(params, {}, (), batch, None, 0, jax.random.key(0))
-    return method.gradients(state, task, inputs)[0].grads
+    return method.gradients(state, problem, inputs)[0].grads
 
   full = gradient((), np.arange(120), baselines.uniform())
   method = adacore.adacore(0.25, curvature=False)
   state = _refreshed(method, problem)
-  order = method.sample(state, task, train, np.random.default_rng(0))
+  order = method.sample(state, problem, train, np.random.default_rng(0))
   parts = [gradient(state, order[i : i + 10], method) for i in range(0, 30, 10)]
   mean = jax.tree.map(lambda *x: sum(x) / 3, *parts)
   # gamma r / (N B) over batches of B: the sum of gamma grad / N.
   gammas = state.weights * 120 / 30
 
   def loss(p):
-    outputs, _ = task.forward(p, {}, train, jax.random.key(0), True)
-    return jnp.sum(gammas * task.loss(outputs, train)) / 120
+    outputs, _ = problem.forward(p, {}, train, jax.random.key(0), True)
+    return jnp.sum(gammas * problem.loss(outputs, train)) / 120
 
   chex.assert_trees_all_close(mean, jax.grad(loss)(params), atol=1e-6)
 
@@ -181,14 +186,14 @@ def test_the_expected_gradient_is_the_weighted_sum_and_tends_to_the_full_one():
 
 def test_samples_are_passes_over_the_subset_after_a_warm_up():
   problem = _problem()
-  task, _, train, view = problem
+  problem, _, train, view = problem
   method = adacore.adacore(0.1, 3, curvature=False, warmup_epochs=1)
   state = _refreshed(method, problem)
   rng = np.random.default_rng(0)
-  assert sorted(method.sample(state, task, train, rng)) == list(range(120))
+  assert sorted(method.sample(state, problem, train, rng)) == list(range(120))
   np.testing.assert_array_equal(state.weights, np.ones(120))
-  state = method.refresh(state, task, view(1))
-  order = method.sample(state, task, train, rng)
+  state = method.refresh(state, problem, view(1))
+  order = method.sample(state, problem, train, rng)
   assert len(order) == 36
   for start in (0, 12, 24):
     assert sorted(order[start : start + 12]) == state.rows.tolist()
@@ -210,7 +215,7 @@ def test_refresh_keeps_shapes_and_follows_state_and_view_alone():
 
 def test_random_subsets_drawn_anew_and_once():
   problem = _problem()
-  task, _, train, _ = problem
+  problem, _, train, _ = problem
   anew, once = (adacore.random_subset(0.1, every) for every in (2, None))
   first, second = (_refreshed(anew, problem, range(n)) for n in (1, 2))
   assert not np.array_equal(first.rows, second.rows)
@@ -218,7 +223,7 @@ def test_random_subsets_drawn_anew_and_once():
   chex.assert_trees_all_equal(*kept)
   assert len(set(first.rows.tolist())) == 12
   sizes = [
-    len(m.sample(s, task, train, np.random.default_rng(0)))
+    len(m.sample(s, problem, train, np.random.default_rng(0)))
     for m, s in ((anew, first), (once, kept[0]))
   ]
   assert sizes == [24, 120]
@@ -230,11 +235,15 @@ def test_a_binary_network_of_one_logit():
   train["label"] = train["label"] % 2
   model = classifier.Classifier(mlp.MLP(1, ()), 2)
   params, _ = model.init(jax.random.key(0), train)
-  task = model.task(class_counts=jnp.array([30, 30]), num_examples=60, num_steps=1)
+  problem = model.problem(
+    class_counts=jnp.array([30, 30]), num_examples=60, num_steps=1
+  )
   view = base.EpochView(0, 0, params, {}, train, np.random.default_rng(0))
   for scope in adacore_table.SCOPES:
     method = adacore.adacore(0.2, hessian_scope=scope)
-    state = method.refresh(method.init(jax.random.key(0), task, params), task, view)
+    state = method.refresh(
+      method.init(jax.random.key(0), problem, params), problem, view
+    )
     assert state.weights.sum() == pytest.approx(12)
     np.testing.assert_array_equal(state.averages.gradients[:, 1], 0)
 
@@ -261,19 +270,19 @@ def test_a_setting_out_of_range_is_told(complaint):
 def test_what_cannot_be_chosen_is_told():
   proxies, labels = np.zeros((60, 4)), np.repeat(np.arange(4), 15)
   with pytest.raises(base.InputError, match="size=3 of 60 examples in 4 classes"):
-    coreset.select(proxies, labels, 3)
+    coresets.select(proxies, labels, 3)
   with pytest.raises(base.InputError, match="budget='fair'"):
-    coreset.select(proxies, labels, 10, budget="fair")
+    coresets.select(proxies, labels, 10, budget="fair")
   proxies[7, 2] = np.nan
   with pytest.raises(base.InputError, match=r"1 of the proxies .* is of example 7"):
-    coreset.select(proxies, labels, 10)
+    coresets.select(proxies, labels, 10)
   with pytest.raises(base.InputError, match="fraction=2"):
     adacore.random_subset(2.0)
   problem = _problem(hidden=())
   with pytest.raises(base.InputError, match="needs a network with features"):
     _refreshed(adacore.adacore(0.1, last_layer=True), problem)
-  task = dataclasses.replace(problem[0], num_features=None)
+  problem = dataclasses.replace(problem[0], num_features=None)
   with pytest.raises(base.InputError, match="needs a network with features"):
     adacore.adacore(0.1, last_layer=True, curvature=False).refresh(
-      _refreshed(adacore.adacore(0.1, curvature=False), problem), task, problem[3](0)
+      _refreshed(adacore.adacore(0.1, curvature=False), problem), problem, problem[3](0)
     )

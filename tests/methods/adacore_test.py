@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from l2rw_jax import base
-from l2rw_jax import coreset
-from l2rw_jax import distances
-from l2rw_jax import facility_location
+from l2rw_jax import coresets
+from l2rw_jax.coresets import distances
+from l2rw_jax.coresets import facility_location
 from l2rw_jax.methods import adacore
 from l2rw_jax.methods import adacore_table
 
@@ -79,33 +79,33 @@ def test_one_probe_is_exact_for_a_diagonal_hessian_of_any_pytree():
 # -- choosing class by class -------------------------------------------------
 
 
-@pytest.mark.parametrize("budget", coreset.BUDGETS)
+@pytest.mark.parametrize("budget", coresets.BUDGETS)
 @pytest.mark.parametrize("size", [4, 7, 30, 57, 60])
 def test_budgets_are_of_the_size_and_spare_no_class(budget, size):
   counts = [30, 18, 9, 3]
-  found = coreset.class_budgets(counts, size, budget)
+  found = coresets.class_budgets(counts, size, budget)
   assert found.sum() == size
   assert (found >= 1).all() and (found <= counts).all()
   assert (np.diff(found) <= 0).all()
 
 
 def test_budgets_by_hand():
-  np.testing.assert_array_equal(coreset.class_budgets([60, 0, 40], 10), [6, 0, 4])
+  np.testing.assert_array_equal(coresets.class_budgets([60, 0, 40], 10), [6, 0, 4])
   # 97 % and three of 1 %: each of the rare takes one from the large.
-  np.testing.assert_array_equal(coreset.class_budgets([97, 1, 1, 1], 5), [2, 1, 1, 1])
-  found = coreset.class_budgets([50, 30, 2], 12, "equal")
+  np.testing.assert_array_equal(coresets.class_budgets([97, 1, 1, 1], 5), [2, 1, 1, 1])
+  found = coresets.class_budgets([50, 30, 2], 12, "equal")
   np.testing.assert_array_equal(found, [5, 5, 2])
 
 
-@pytest.mark.parametrize("greedy", coreset.GREEDY)
+@pytest.mark.parametrize("greedy", coresets.GREEDY)
 def test_selection_is_greedy_in_each_class_and_its_weights_sum_to_n(greedy):
   proxies = np.asarray(adacore.gradient_proxies(_LOGITS, _LABELS))
-  found = coreset.select(
+  found = coresets.select(
     proxies, _LABELS, 12, greedy=greedy, epsilon=1e-9, key=jax.random.key(0)
   )
   assert found.weights.sum() == 60
   assert (np.diff(found.rows) > 0).all()
-  budgets = coreset.class_budgets(np.bincount(_LABELS).tolist(), 12)
+  budgets = coresets.class_budgets(np.bincount(_LABELS).tolist(), 12)
   for c, budget in enumerate(budgets):
     members = np.flatnonzero(c == _LABELS)
     own = np.isin(found.rows, members)
@@ -133,8 +133,8 @@ def test_outer_products_choose_what_formed_ones_do():
   for given in (None, scale):
     formed = np.asarray(proxies)[:, :, None] * with_bias[:, None]
     formed = formed if given is None else formed / given
-    expected = coreset.select(formed.reshape(60, -1), _LABELS, 15)
-    found = coreset.select(proxies, _LABELS, 15, features=features, scale=given)
+    expected = coresets.select(formed.reshape(60, -1), _LABELS, 15)
+    found = coresets.select(proxies, _LABELS, 15, features=features, scale=given)
     np.testing.assert_array_equal(found.rows, expected.rows)
     np.testing.assert_array_equal(found.weights, expected.weights)
 
@@ -175,7 +175,7 @@ def test_labels_of_another_shape_or_class():
 def test_a_network_that_knows_nothing_yet_weighs_a_class_evenly(greedy):
   labels = np.repeat(["cat", "dog"], [30, 10])
   proxies = np.where(labels[:, None] == "cat", [0.5, -0.5], [-0.5, 0.5])
-  chosen = coreset.select(
+  chosen = coresets.select(
     proxies, labels, 8, greedy=greedy, key=jax.random.key(0), epsilon=0.1
   )
   np.testing.assert_allclose(chosen.weights, 5.0, rtol=1e-6)

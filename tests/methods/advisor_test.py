@@ -45,7 +45,7 @@ def _inputs():
 
 
 def _task():
-  return _MODEL.task(class_counts=jnp.ones(_C), num_examples=_B, num_steps=10)
+  return _MODEL.problem(class_counts=jnp.ones(_C), num_examples=_B, num_steps=10)
 
 
 def _loss(params, psi, batch, constants=None):
@@ -65,7 +65,7 @@ def _unrolled(psi, inputs):
   """The clean loss after the virtual step: reverse over reverse."""
   gradient = jax.grad(_loss)(inputs.params, psi, inputs.batch)
   optimizer = optax.sgd(_RATE)
-  ahead = hypergradient.look_ahead(
+  ahead = hypergradient.lookahead_params(
     inputs.params, gradient, optimizer, optimizer.init(inputs.params)
   )
   logits = _MODEL.forward(ahead, {}, inputs.meta_batch, inputs.key, True)[0]
@@ -154,6 +154,6 @@ def test_a_network_that_cannot_be_split_is_refused():
     num_features = None
 
   model = classifier.Classifier(Whole(_C, (4,)), _C)
-  task = model.task(class_counts=jnp.ones(_C), num_examples=_B, num_steps=10)
+  problem = model.problem(class_counts=jnp.ones(_C), num_examples=_B, num_steps=10)
   with pytest.raises(base.InputError, match="methods features and head"):
-    advisor.advisor(0.1).init(jax.random.key(0), task, {})
+    advisor.advisor(0.1).init(jax.random.key(0), problem, {})

@@ -169,7 +169,7 @@ def test_side_by_side_under_jit():
 @pytest.mark.parametrize("size", [1, 6])
 def test_a_step_follows_the_kept_examples(size):
   model = classifier.Classifier(mlp.MLP(3, (8,)), 3)
-  task = model.task(class_counts=jnp.ones(3), num_examples=9, num_steps=2)
+  problem = model.problem(class_counts=jnp.ones(3), num_examples=9, num_steps=2)
   rng = np.random.default_rng(0)
   batch = {
     "image": rng.normal(size=(size, 5)).astype(np.float32),
@@ -180,15 +180,15 @@ def test_a_step_follows_the_kept_examples(size):
   inputs = base.Inputs(
     params, {}, (), batch, None, jnp.zeros((), int), jax.random.key(1)
   )
-  found, _ = bare.bare().gradients((), task, inputs)
+  found, _ = bare.bare().gradients((), problem, inputs)
 
   def loss(p):
-    logits, _ = task.forward(p, {}, batch, None, False)
+    logits, _ = problem.forward(p, {}, batch, None, False)
     own = losses.softmax_cross_entropy(logits, batch["label"])
     return jnp.sum(bare.example_weights(logits, batch["label"]) * own)
 
   chex.assert_trees_all_close(found.grads, jax.grad(loss)(params), rtol=1e-5, atol=1e-6)
-  logits, _ = task.forward(params, {}, batch, None, False)
+  logits, _ = problem.forward(params, {}, batch, None, False)
   kept = bare.select(logits, jnp.asarray(batch["label"]))
   np.testing.assert_allclose(found.metrics["kept_share"], kept.mean())
   if size == 1:  # Nothing is kept, so that all is trained on.

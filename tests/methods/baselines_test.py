@@ -39,7 +39,7 @@ def _forward(params, model_state, batch, key, train):
   return batch["x"] @ params, {"seen": model_state["seen"] + batch["x"].sum()}
 
 
-_TASK = base.Task(
+_TASK = base.Problem(
   forward=_forward,
   loss=lambda logits, batch: losses.softmax_cross_entropy(logits, batch["label"]),
   linearize=linearization.linearize,
@@ -278,9 +278,9 @@ def test_settings_out_of_range_are_told_at_once(make, message):
   "factory", [baselines.class_balanced, baselines.class_proportion]
 )
 def test_counts_of_other_classes_are_refused(factory):
-  task = dataclasses.replace(_TASK, class_counts=np.array([1, 2]))
+  problem = dataclasses.replace(_TASK, class_counts=np.array([1, 2]))
   with pytest.raises(base.InputError, match="each of the 3 classes"):
-    factory().gradients((), task, types.SimpleNamespace(batch=_BATCH))
+    factory().gradients((), problem, types.SimpleNamespace(batch=_BATCH))
 
 
 @pytest.mark.parametrize("factory", [baselines.class_proportion, baselines.hard_mining])

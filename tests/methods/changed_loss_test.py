@@ -19,12 +19,12 @@ _COUNTS = jnp.array([30, 10])
 
 
 def _task():
-  return classifier.Classifier(mlp.MLP(2, (4,)), 2).task(
+  return classifier.Classifier(mlp.MLP(2, (4,)), 2).problem(
     class_counts=_COUNTS, num_examples=40, num_steps=10
   )
 
 
-def _inputs(task):
+def _inputs(problem):
   rng = np.random.default_rng(0)
   batch = {
     "image": rng.normal(size=(6, 3)).astype(np.float32),
@@ -44,11 +44,11 @@ def _rarity(outputs, batch, class_counts):
 
 
 def _run(method, epoch=0):
-  task = _task()
-  params, inputs = _inputs(task)
-  state = method.init(jax.random.key(2), task, params)
-  state = method.refresh(state, task, types.SimpleNamespace(epoch=epoch))
-  return jax.jit(lambda *given: method.gradients(given[0], task, given[1])[0])(
+  problem = _task()
+  params, inputs = _inputs(problem)
+  state = method.init(jax.random.key(2), problem, params)
+  state = method.refresh(state, problem, types.SimpleNamespace(epoch=epoch))
+  return jax.jit(lambda *given: method.gradients(given[0], problem, given[1])[0])(
     state, inputs
   )
 

@@ -214,7 +214,7 @@ def _task(axis_name=None):
     logits = jnp.tanh(batch["x"] @ params["w"]) @ params["out"]
     return logits, model_state
 
-  return base.Task(
+  return base.Problem(
     forward=forward,
     loss=lambda logits, batch: losses.softmax_cross_entropy(logits, batch["label"]),
     linearize=linearization.linearize,

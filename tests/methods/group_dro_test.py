@@ -173,7 +173,7 @@ _NET = mlp.MLP(3, (4,))
 
 
 def _task():
-  return classifier.Classifier(_NET, 3).task(
+  return classifier.Classifier(_NET, 3).problem(
     class_counts=jnp.array([4, 2, 3]), num_examples=9, num_steps=10
   )
 

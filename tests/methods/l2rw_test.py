@@ -250,7 +250,7 @@ def _task():
     variables = {"params": params, **model_state}
     return _Net().apply(variables, batch["x"], train, mutable="batch_stats")
 
-  return base.Task(
+  return base.Problem(
     forward=forward,
     loss=lambda logits, batch: losses.softmax_cross_entropy(logits, batch["label"]),
     linearize=linearization.linearize,
@@ -263,17 +263,17 @@ def _task():
 
 
 def test_only_the_training_batch_moves_the_running_statistics():
-  task, key = _task(), jax.random.key(0)
+  problem, key = _task(), jax.random.key(0)
   variables = jax.jit(_Net().init, static_argnums=2)(key, _BATCH["x"], True)
   params, outer = variables.pop("params"), optax.sgd(0.1, momentum=0.9)
   _, opt_state = outer.update(params, outer.init(params), params)
   inputs = base.Inputs(params, variables, opt_state, _BATCH, _META, jnp.int32(3), key)
-  losses_of = task.losses_fn(variables, key)
+  losses_of = problem.losses_fn(variables, key)
   want_losses, want_state = jax.jit(losses_of)(params, _BATCH)
   for optimizer in (None, outer):
     method = l2rw.l2rw(optimizer)
     assert method.needs_meta
-    found, state = jax.jit(lambda i, m=method: m.gradients((), task, i))(inputs)
+    found, state = jax.jit(lambda i, m=method: m.gradients((), problem, i))(inputs)
     assert state == ()
     chex.assert_trees_all_close(found.model_state, want_state, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(found.losses, want_losses, rtol=1e-5)

@@ -113,7 +113,7 @@ def _task(num_logits=3):
       return losses.sigmoid_cross_entropy(logits, batch["label"])
     return losses.softmax_cross_entropy(logits, batch["label"])
 
-  return base.Task(
+  return base.Problem(
     forward=forward,
     loss=loss,
     linearize=linearization.linearize,
@@ -162,16 +162,16 @@ def test_cross_entropy_until_the_matrix_is_estimated_and_corrected_from_then_on(
   estimator, num_logits
 ):
   method = label_transition.forward_correction(2, estimator=estimator, percentile=90)
-  task, inputs = _task(num_logits), _inputs(num_logits)
+  problem, inputs = _task(num_logits), _inputs(num_logits)
   state = _begin(method, num_logits)
   for epoch in (0, 1):
-    state = method.refresh(state, task, _view(epoch, num_logits))
-    found, state = method.gradients(state, task, inputs)
-    plain, _ = baselines.uniform().gradients((), task, inputs)
+    state = method.refresh(state, problem, _view(epoch, num_logits))
+    found, state = method.gradients(state, problem, inputs)
+    plain, _ = baselines.uniform().gradients((), problem, inputs)
     assert found.metrics.pop("transition_diagonal") == 1
     chex.assert_trees_all_close(found, plain, rtol=1e-5, atol=1e-6)
   view = _view(2, num_logits)
-  state = method.refresh(state, task, view)
+  state = method.refresh(state, problem, view)
   # Evaluation mode: x, not 2 x; all of the examples, whatever the batches.
   logits = view.train["x"] @ view.params["w"]
   p = jnp.exp(losses.log_probabilities(jnp.asarray(logits)))
@@ -182,9 +182,9 @@ def test_cross_entropy_until_the_matrix_is_estimated_and_corrected_from_then_on(
     expected = label_transition.confusion(p.argmax(axis=1), labels, p.shape[1])
   assert state.dtype == np.float32
   np.testing.assert_allclose(state, expected, rtol=1e-4)
-  found, kept = method.gradients(state, task, inputs)
+  found, kept = method.gradients(state, problem, inputs)
   corrected = dataclasses.replace(
-    task, loss=lambda z, b: losses.forward_corrected(z, b["label"], expected)
+    problem, loss=lambda z, b: losses.forward_corrected(z, b["label"], expected)
   )
   plain, _ = baselines.uniform().gradients((), corrected, inputs)
   np.testing.assert_allclose(found.losses, plain.losses, rtol=1e-4)
@@ -193,7 +193,7 @@ def test_cross_entropy_until_the_matrix_is_estimated_and_corrected_from_then_on(
     found.metrics["transition_diagonal"], np.diag(expected).mean(), rtol=1e-4
   )
   # It is estimated once.
-  later = method.refresh(kept, task, _view(3, num_logits))
+  later = method.refresh(kept, problem, _view(3, num_logits))
   np.testing.assert_array_equal(later, state)
 
 

@@ -117,7 +117,7 @@ _EFFECTIVE = (1 - 0.9**_COUNTS) / (1 - 0.9)
 def _learner(cosine=True, counts=tuple(_COUNTS)):
   """A task, and what is needed for a step of it."""
   model = classifier.Classifier(mlp.MLP(3, (5,), cosine), 3)
-  task = model.task(class_counts=np.array(counts), num_examples=98, num_steps=9)
+  problem = model.problem(class_counts=np.array(counts), num_examples=98, num_steps=9)
   batch = {
     "image": np.random.default_rng(2).normal(size=(6, 4)).astype(np.float32),
     "label": _LABELS,
@@ -125,20 +125,20 @@ def _learner(cosine=True, counts=tuple(_COUNTS)):
   }
   params, _ = model.init(jax.random.key(0), batch)
   key = jax.random.key(1)
-  return task, base.Inputs(params, {}, (), batch, None, jnp.int32(0), key)
+  return problem, base.Inputs(params, {}, (), batch, None, jnp.int32(0), key)
 
 
 def _refreshed(method, epoch, cosine=True):
-  task, inputs = _learner(cosine)
-  state = method.init(jax.random.key(2), task, inputs.params)
+  problem, inputs = _learner(cosine)
+  state = method.init(jax.random.key(2), problem, inputs.params)
   view = types.SimpleNamespace(epoch=epoch, params=inputs.params)
-  return method.refresh(state, task, view)
+  return method.refresh(state, problem, view)
 
 
 @functools.cache
 def _step_fn(method):
-  task, _ = _learner()
-  return jax.jit(lambda state, given: method.gradients(state, task, given)[0])
+  problem, _ = _learner()
+  return jax.jit(lambda state, given: method.gradients(state, problem, given)[0])
 
 
 def _step(method, epoch=0):
@@ -146,8 +146,8 @@ def _step(method, epoch=0):
 
 
 def _cosines(params):
-  task, inputs = _learner()
-  return task.forward(params, {}, inputs.batch, inputs.key, True)[0]
+  problem, inputs = _learner()
+  return problem.forward(params, {}, inputs.batch, inputs.key, True)[0]
 
 
 @pytest.mark.parametrize("hinge", [False, True])
@@ -194,9 +194,9 @@ def test_ldam_alone_never_balances_and_is_a_loss_for_any_method():
 
 
 def test_evaluation_takes_the_largest_cosine_without_margins():
-  task, inputs = _learner()
+  problem, inputs = _learner()
   batch = inputs.batch
-  found = evaluation.predict(task, inputs.params, {}, batch)
+  found = evaluation.predict(problem, inputs.params, {}, batch)
   np.testing.assert_array_equal(found.predicted, _cosines(inputs.params).argmax(axis=1))
 
 
@@ -208,11 +208,11 @@ def test_logits_that_are_not_cosines_are_told_before_the_first_step():
 
 
 def test_counts_of_other_classes_are_told():
-  task, inputs = _learner(counts=(5, 4))
+  problem, inputs = _learner(counts=(5, 4))
   method = ldam_drw.ldam_drw(balance="none")
-  state = method.init(jax.random.key(0), task, inputs.params)
+  state = method.init(jax.random.key(0), problem, inputs.params)
   with pytest.raises(base.InputError, match="each of the 3 classes"):
-    method.gradients(state, task, inputs)
+    method.gradients(state, problem, inputs)
 
 
 @pytest.mark.parametrize(

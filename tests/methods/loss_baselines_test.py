@@ -23,7 +23,7 @@ _LABELS = np.array([0, 0, 0, 1, 0, 2], np.int32)
 _IMAGES = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 _BATCH = {"image": _IMAGES, "label": _LABELS, "index": np.arange(6)}
 _PARAMS = _NET.init(jax.random.key(0), _IMAGES)["params"]
-_TASK = classifier.Classifier(_NET, _CLASSES).task(
+_TASK = classifier.Classifier(_NET, _CLASSES).problem(
   class_counts=np.array([60, 30, 10]), num_examples=100, num_steps=10
 )
 

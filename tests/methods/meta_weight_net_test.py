@@ -63,7 +63,7 @@ def _unrolled(phi, params, batch, meta_batch, normalization, detached, optimizer
     weights = values / (values.sum() if normalization == "sum" else _B)
     return jnp.sum(weights * losses)
 
-  ahead = hypergradient.look_ahead(
+  ahead = hypergradient.lookahead_params(
     params, jax.grad(weighted_loss)(params), optimizer, optimizer.init(params)
   )
   return _losses_fn(ahead, meta_batch).mean()
@@ -252,19 +252,19 @@ def _factory_step(**options):
     }
 
   batch, meta_batch = examples(_B), examples(_M)
-  task = model.task(class_counts=jnp.ones(3), num_examples=_B, num_steps=4)
+  problem = model.problem(class_counts=jnp.ones(3), num_examples=_B, num_steps=4)
   params, variables = model.init(jax.random.key(0), batch)
   method = meta_weight_net.meta_weight_net(
     lambda step: _RATE * (step + 1), hidden=(4,), optimizer=optax.sgd(50.0), **options
   )
-  before = method.init(jax.random.key(1), task, params)
+  before = method.init(jax.random.key(1), problem, params)
   inputs = base.Inputs(
     params, variables, (), batch, meta_batch, jnp.int32(0), jax.random.key(2)
   )
-  found, after = jax.jit(lambda s, i: method.gradients(s, task, i))(before, inputs)
+  found, after = jax.jit(lambda s, i: method.gradients(s, problem, i))(before, inputs)
 
   def losses_fn(params, batch):
-    return task.losses_fn(variables, inputs.key)(params, batch)[0]
+    return problem.losses_fn(variables, inputs.key)(params, batch)[0]
 
   return losses_fn, before, after, found, inputs
 
@@ -310,17 +310,19 @@ def test_a_preset_sets_what_is_not_given():
 def test_lessons_come_every_so_many_steps():
   state = meta_network.init(jnp.array(1.0), optax.sgd(1.0))
 
-  def lesson_fn(phi):
-    return meta_network.Lesson(
+  def meta_gradient_fn(phi):
+    return meta_network.MetaGradient(
       phi, jnp.float32(7), jnp.array(True), jnp.array(False), jnp.int32(0)
     )
 
   learned = [
-    meta_network.learn(state, lesson_fn, optax.sgd(0.5), jnp.int32(step), 3).params
+    meta_network.update(
+      state, meta_gradient_fn, optax.sgd(0.5), jnp.int32(step), 3
+    ).params
     for step in range(5)
   ]
   assert [float(x) for x in learned] == [0.5, 1, 1, 0.5, 1]
-  always = meta_network.learn(state, lesson_fn, optax.sgd(0.5), jnp.int32(4))
+  always = meta_network.update(state, meta_gradient_fn, optax.sgd(0.5), jnp.int32(4))
   assert float(always.params) == 0.5 and float(always.meta_loss) == 7
 
 

@@ -41,7 +41,7 @@ _VALIDATION = _examples(1, range(8))
 
 
 def _task(axis_name=None):
-  return base.Task(
+  return base.Problem(
     forward=_forward,
     loss=_loss,
     linearize=linearization.linearize,
@@ -213,14 +213,14 @@ def test_eight_devices_are_one(share):
     ({"share": "item", "num_items": 0}, "share='item' with num_items=0"),
     ({"num_clusters": 3}, "share='task' with num_clusters=3"),
     ({"weight_learning_rate": -1.0}, "weight_learning_rate=-1.0 must be at least 0"),
-    ({"look_ahead_learning_rate": np.nan}, "look_ahead_learning_rate=nan must be"),
+    ({"lookahead_learning_rate": np.nan}, "lookahead_learning_rate=nan must be"),
     ({"clip": -1.0}, "clip=-1.0 must be at least 0"),
     ({"initial": 0.1, "floor": 0.5}, "initial=0.1 is below floor=0.5"),
     ({"every": 0}, "every=0 must be at least 1 step"),
   ],
 )
 def test_settings_that_make_no_sense(settings, message):
-  given = {"weight_learning_rate": 1.0, "look_ahead_learning_rate": 1.0, **settings}
+  given = {"weight_learning_rate": 1.0, "lookahead_learning_rate": 1.0, **settings}
   with pytest.raises(base.InputError, match=message):
     nested_maml.nested_maml(**given)
 

@@ -55,7 +55,7 @@ def test_equation_8_by_its_scalar_test_vector(first_order, gradient, weights):
     _TRAIN,
     _META,
     before,
-    look_ahead_learning_rate=_ETA,
+    lookahead_learning_rate=_ETA,
     meta_losses_fn=_quadratic(first_order),
   )
   np.testing.assert_allclose(found.gradient, gradient, atol=5e-9)
@@ -138,7 +138,7 @@ def test_equation_8_with_explicit_hessians_or_without(first_order):
   slopes_fn = functools.partial(
     nested_maml.task_slopes,
     _net_losses(),
-    look_ahead_learning_rate=_ETA,
+    lookahead_learning_rate=_ETA,
     meta_losses_fn=_net_losses(first_order),
   )
   found = jax.jit(slopes_fn)(params, tasks, meta_tasks, weights)
@@ -160,7 +160,7 @@ def test_several_inner_steps_are_the_unrolled_step_and_finite_differences():
   def slopes_both_ways(weights):
     given = params, tasks, meta_tasks
     own = nested_maml.task_slopes(
-      losses_fn, *given, weights, look_ahead_learning_rate=_ETA
+      losses_fn, *given, weights, lookahead_learning_rate=_ETA
     )
     unrolled = hypergradient.unrolled_weight_gradient(
       losses_fn,

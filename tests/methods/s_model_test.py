@@ -113,7 +113,7 @@ def _net(num_logits):
 
 def _task(num_logits=3):
   classes = max(num_logits, 2)
-  return classifier.Classifier(_net(num_logits), classes).task(
+  return classifier.Classifier(_net(num_logits), classes).problem(
     class_counts=jnp.ones(classes, int), num_examples=40, num_steps=10
   )
 
@@ -152,7 +152,7 @@ def _begin(method, num_logits=3):
 @pytest.mark.parametrize("num_logits", [1, 3])
 def test_one_step_moves_network_and_layer_along_the_same_loss(num_logits):
   method = s_model.s_model(optimizer=optax.sgd(0.5), smoothing=0.2)
-  task, inputs = _task(num_logits), _inputs(num_logits)
+  problem, inputs = _task(num_logits), _inputs(num_logits)
   state = _begin(method, num_logits)
   classes = max(num_logits, 2)
   start = jax.nn.softmax(state.logits, axis=1)
@@ -162,7 +162,7 @@ def test_one_step_moves_network_and_layer_along_the_same_loss(num_logits):
     logits = _net(num_logits).apply({"params": params}, inputs.batch["image"])
     return s_model.s_model_loss(logits, inputs.batch["label"], layer).mean()
 
-  found, after = method.gradients(state, task, inputs)
+  found, after = method.gradients(state, problem, inputs)
   slopes = jax.grad(mean, argnums=(0, 1))(inputs.params, state.logits)
   chex.assert_trees_all_close(found.grads, slopes[0], rtol=1e-4, atol=1e-7)
   np.testing.assert_allclose(after.logits, state.logits - 0.5 * slopes[1], rtol=1e-5)

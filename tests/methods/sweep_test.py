@@ -40,9 +40,9 @@ _OUTER = optax.sgd(0.3, momentum=0.9)
 def _selected(method):
   """As after a selection, of which an update sees the weights alone."""
 
-  def init(key, task, params):
-    weights = jnp.linspace(0, 2, task.num_examples)
-    return method.init(key, task, params)._replace(weights=weights)
+  def init(key, problem, params):
+    weights = jnp.linspace(0, 2, problem.num_examples)
+    return method.init(key, problem, params)._replace(weights=weights)
 
   return method._replace(init=init)
 
@@ -136,7 +136,7 @@ def _model(axis_name):
 
 
 def _task(axis_name):
-  return _model(axis_name).task(
+  return _model(axis_name).problem(
     class_counts=jnp.array([24, 8, 8]),
     num_examples=_N,
     num_steps=_NUM_STEPS,
@@ -169,7 +169,7 @@ def _step_fn(name, axis_name):
       batch,
       meta_batch,
       jax.random.key(7),
-      task=_task(axis_name),
+      problem=_task(axis_name),
       method=_METHODS[name]._replace(gradients=gradients),
       optimizer=_OUTER,
     )

@@ -140,7 +140,7 @@ def _unrolled(phi, params, batch, meta_batch, noise):
     return jnp.mean(jnp.stack(per_draw))
 
   optimizer = optax.sgd(_RATE)
-  ahead = hypergradient.look_ahead(
+  ahead = hypergradient.lookahead_params(
     params, jax.grad(inner)(params), optimizer, optimizer.init(params)
   )
   return _meta_losses_fn(ahead, meta_batch).mean()
@@ -150,7 +150,7 @@ def _lesson(phi, params, batch, meta_batch, noise):
   def loss_fn(logits, phi):
     return warpi.inner_loss(_NET, phi, logits, batch["label"], noise)[0].mean()
 
-  return meta_network.lesson(
+  return meta_network.meta_gradient(
     linearization.linearize_outputs(_logits_fn, params, batch),
     loss_fn,
     phi,
@@ -191,16 +191,16 @@ def _step(method, seed=0, outputs=_C, details=False):
     }
 
   batch, meta_batch = examples(_B), examples(_M)
-  task = model.task(class_counts=jnp.ones(_C), num_examples=_B, num_steps=10)
+  problem = model.problem(class_counts=jnp.ones(_C), num_examples=_B, num_steps=10)
   params, model_state = model.init(jax.random.key(0), batch)
-  state = method.init(jax.random.key(1), task, params)
+  state = method.init(jax.random.key(1), problem, params)
 
   @jax.jit
   def run(key):
     inputs = base.Inputs(
       params, model_state, (), batch, meta_batch, jnp.int32(0), jax.random.key(key)
     )
-    return method.gradients(state, task, inputs)
+    return method.gradients(state, problem, inputs)
 
   return (run, params, batch, state) if details else run
 

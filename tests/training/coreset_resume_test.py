@@ -3,7 +3,7 @@
 import pytest
 import toy_runs
 
-from l2rw_jax import workdir
+from l2rw_jax.io import workdir
 from l2rw_jax.methods import adacore
 from l2rw_jax.training import batches
 

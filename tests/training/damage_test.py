@@ -8,7 +8,7 @@ import pytest
 import toy_runs
 
 from l2rw_jax import base
-from l2rw_jax import workdir
+from l2rw_jax.io import workdir
 from l2rw_jax.methods import baselines
 from l2rw_jax.training import results
 

@@ -141,7 +141,7 @@ def _task(loss=losses.softmax_cross_entropy, wrap=lambda logits: logits):
     logits = outputs[0] if isinstance(outputs, tuple) else outputs
     return loss(logits, batch["label"])
 
-  return base.Task(
+  return base.Problem(
     forward=forward,
     loss=loss_of,
     linearize=linearization.linearize,
@@ -153,10 +153,10 @@ def _task(loss=losses.softmax_cross_entropy, wrap=lambda logits: logits):
   )
 
 
-def _predict(task, params, x, labels, **settings):
+def _predict(problem, params, x, labels, **settings):
   examples = {"x": np.array(x, np.float32), "label": np.array(labels, np.int32)}
   return evaluation.predict(
-    task, jnp.array(params), jnp.zeros(()), examples, **settings
+    problem, jnp.array(params), jnp.zeros(()), examples, **settings
   )
 
 
@@ -175,8 +175,8 @@ def test_predictions_by_hand_in_batches_of_any_size(batch_size, wrap):
 
 
 def test_a_single_logit_decides_by_its_sign():
-  task = _task(losses.sigmoid_cross_entropy)
-  found = _predict(task, [[1.0]], [[-2.0], [0.0], [3.0], [3.0]], [0, 0, 1, 0])
+  problem = _task(losses.sigmoid_cross_entropy)
+  found = _predict(problem, [[1.0]], [[-2.0], [0.0], [3.0], [3.0]], [0, 0, 1, 0])
   assert found.predicted.tolist() == [0, 0, 1, 1]
   expected = np.log1p(np.exp([-2.0, 0.0, -3.0, 3.0]))
   np.testing.assert_allclose(found.losses, expected, rtol=1e-6)
@@ -185,8 +185,8 @@ def test_a_single_logit_decides_by_its_sign():
 
 def test_predictions_are_those_of_evaluation_mode():
   # In training mode the toy adds 100, which the sigmoid's loss would show.
-  task = _task(losses.sigmoid_cross_entropy)
-  found = _predict(task, [[1.0]], [[0.0]], [0])
+  problem = _task(losses.sigmoid_cross_entropy)
+  found = _predict(problem, [[1.0]], [[0.0]], [0])
   np.testing.assert_allclose(found.losses, [np.log(2)], rtol=1e-6)
 
 
@@ -199,8 +199,8 @@ def test_groups_of_the_examples_are_handed_on():
 
 
 def test_one_program_serves_every_evaluation():
-  task = _task()
+  problem = _task()
   params, x, labels = np.eye(3, dtype=np.float32), np.eye(3), [0, 1, 2]
-  _predict(task, params, x, labels)
+  _predict(problem, params, x, labels)
   with jax.no_tracing():
-    _predict(task, 2 * params, x, labels)
+    _predict(problem, 2 * params, x, labels)

@@ -6,7 +6,7 @@ import signal
 import pytest
 import toy_runs
 
-from l2rw_jax import workdir
+from l2rw_jax.io import workdir
 from l2rw_jax.methods import baselines
 from l2rw_jax.training import batches
 from l2rw_jax.training import interruption
@@ -22,7 +22,7 @@ class _Ended(Exception):
 def test_a_signal_saves_a_checkpoint_between_looks(tmp_path, monkeypatch, number):
   monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
   method = baselines.uniform()
-  looks = {"log_every": 5, "eval_every": 7, "steps_per_dispatch": 1}
+  looks = {"log_every": 5, "eval_every": 7, "steps_per_call": 1}
   whole, folder = tmp_path / "whole", tmp_path / "run"
   toy_runs.train(whole, method, **looks)
 

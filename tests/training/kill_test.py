@@ -37,7 +37,7 @@ _SAME = (
 # the very script otherwise.
 _KILLED = """
 import os, pathlib, runpy, signal, sys
-from l2rw_jax import workdir
+from l2rw_jax.io import workdir
 from l2rw_jax.training import batches
 
 def kill_before(module, function, is_here):

@@ -10,13 +10,13 @@ import pytest
 import toy_runs
 
 from l2rw_jax import base
-from l2rw_jax import checkpointing
-from l2rw_jax import metric_writer
+from l2rw_jax.io import checkpointing
+from l2rw_jax.io import metric_writer
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import loop
-from l2rw_jax.training import stream
+from l2rw_jax.training import sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -99,7 +99,7 @@ def test_images_of_two_kinds_are_refused(tmp_path, change, what):
 
 def _first_step_of(row, seed=0):
   """The step whose batch holds a row of the training set; in the first epoch."""
-  order = stream.generator(seed, "order", 0).permutation(toy_runs.NUM_TRAIN)
+  order = sampling.generator(seed, "order", 0).permutation(toy_runs.NUM_TRAIN)
   return int(np.flatnonzero(order == row)[0]) // 8
 
 
@@ -183,8 +183,8 @@ def test_a_failure_right_after_a_checkpoint_says_the_same_again(tmp_path):
 
 
 def _nan_gradient_at(step):
-  def gradients(state, task, inputs):
-    found, state = _UNIFORM.gradients(state, task, inputs)
+  def gradients(state, problem, inputs):
+    found, state = _UNIFORM.gradients(state, problem, inputs)
     factor = jnp.where(inputs.step == step, jnp.nan, 1.0)
     return found._replace(grads=jax.tree.map(lambda g: g * factor, found.grads)), state
 

@@ -7,10 +7,10 @@ import pytest
 import toy_runs
 
 from l2rw_jax import base
-from l2rw_jax import workdir
+from l2rw_jax.io import workdir
 from l2rw_jax.methods import baselines
 from l2rw_jax.training import batches
-from l2rw_jax.training import stream
+from l2rw_jax.training import sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -25,22 +25,22 @@ class _Toy:
     self.views: list[base.EpochView] = []
     self.method = baselines.uniform()._replace(
       gradients=self._gradients,
-      init=lambda key, task, params: {"roll": jnp.zeros((), jnp.int32), "steps": 0},
+      init=lambda key, problem, params: {"roll": jnp.zeros((), jnp.int32), "steps": 0},
       refresh=self._refresh,
       sample=self._sample,
     )
 
-  def _gradients(self, state, task, inputs):
-    found, _ = baselines.uniform().gradients((), task, inputs)
+  def _gradients(self, state, problem, inputs):
+    found, _ = baselines.uniform().gradients((), problem, inputs)
     return found, {**state, "steps": state["steps"] + 1}
 
-  def _refresh(self, state, task, view):
-    assert task.num_examples == len(view.train["label"]) == toy_runs.NUM_TRAIN
+  def _refresh(self, state, problem, view):
+    assert problem.num_examples == len(view.train["label"]) == toy_runs.NUM_TRAIN
     self.views.append(jax.device_get(view._replace(rng=None)))
     return {**state, "roll": jnp.int32(view.rng.integers(1, toy_runs.NUM_TRAIN))}
 
-  def _sample(self, state, task, train, rng):
-    del task, rng
+  def _sample(self, state, problem, train, rng):
+    del problem, rng
     return np.roll(train["index"], int(state["roll"]))
 
 
@@ -60,7 +60,7 @@ def _visited(monkeypatch):
 
 def _expected_rows(seed, step):
   epoch, offset = divmod(step, _BATCHES)
-  roll = stream.generator(seed, "refresh", epoch).integers(1, toy_runs.NUM_TRAIN)
+  roll = sampling.generator(seed, "refresh", epoch).integers(1, toy_runs.NUM_TRAIN)
   order = np.roll(np.arange(toy_runs.NUM_TRAIN), roll)
   return order[8 * offset : 8 * (offset + 1)]
 

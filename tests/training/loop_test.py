@@ -10,7 +10,7 @@ import pytest
 import toy_runs
 
 from l2rw_jax import base
-from l2rw_jax import workdir
+from l2rw_jax.io import workdir
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 from l2rw_jax.models import classifier
@@ -25,9 +25,9 @@ def _remembering():
   """Uniform weights, and a state that begins as a mere Python number."""
   uniform = baselines.uniform()
 
-  def gradients(state, task, inputs):
-    found, _ = uniform.gradients((), task, inputs)
-    return found, base.pmean(found.losses.mean(), task.axis_name)
+  def gradients(state, problem, inputs):
+    found, _ = uniform.gradients((), problem, inputs)
+    return found, base.pmean(found.losses.mean(), problem.axis_name)
 
   return base.Method(gradients, init=lambda *_: jnp.asarray(0.5))
 
@@ -242,8 +242,8 @@ def test_the_hash_tells_parameters_apart(tmp_path):
 def test_metrics_in_bfloat16_are_averaged_in_float32(tmp_path):
   uniform = baselines.uniform()
 
-  def gradients(state, task, inputs):
-    found, state = uniform.gradients(state, task, inputs)
+  def gradients(state, problem, inputs):
+    found, state = uniform.gradients(state, problem, inputs)
     told = jnp.where(inputs.step == 0, 256, 1).astype(jnp.bfloat16)
     return found._replace(metrics={**found.metrics, "told": told}), state
 

@@ -1,4 +1,4 @@
-"""The probes of what a run memorises, beside a run and without one."""
+"""The probes of what a run memorizes, beside a run and without one."""
 
 import types
 
@@ -26,12 +26,17 @@ def _snapshot(model=toy_runs.MODEL, optimizer=toy_runs.OPTIMIZER, step=5, seed=1
   params, model_state = model.init(
     jax.random.key(seed), {"image": splits.train.image[:1]}
   )
-  task = model.task(class_counts=jnp.ones(3), num_examples=40, num_steps=10)
+  problem = model.problem(class_counts=jnp.ones(3), num_examples=40, num_steps=10)
   state = types.SimpleNamespace(
     params=params, model_state=model_state, opt_state=optimizer.init(params)
   )
   return types.SimpleNamespace(
-    seed=seed, step=step, state=state, task=task, optimizer=optimizer, splits=splits
+    seed=seed,
+    step=step,
+    state=state,
+    problem=problem,
+    optimizer=optimizer,
+    splits=splits,
   )
 
 
@@ -45,7 +50,7 @@ def test_the_probe_is_the_drop_of_a_batch_with_the_run_s_random_labels():
     "index": np.arange(40),
   }
   expected = susceptibility.loss_drop(
-    snapshot.task.losses_fn({}, jax.random.key(0)),
+    snapshot.problem.losses_fn({}, jax.random.key(0)),
     snapshot.state.params,
     batch,
     optimizer=snapshot.optimizer,
@@ -70,23 +75,23 @@ def test_the_batch_is_of_seed_and_step():
 def test_unlabelled_images_of_its_own():
   snapshot = _snapshot()
   train = snapshot.splits.train.image
-  own = memorization.susceptibility(40, unlabelled=train)(snapshot)
+  own = memorization.susceptibility(40, unlabeled=train)(snapshot)
   assert own == memorization.susceptibility(40)(snapshot)
-  test = memorization.susceptibility(20, unlabelled="test")(snapshot)
+  test = memorization.susceptibility(20, unlabeled="test")(snapshot)
   held_out = snapshot.splits.test.image
-  assert test == memorization.susceptibility(20, unlabelled=held_out)(snapshot) != own
+  assert test == memorization.susceptibility(20, unlabeled=held_out)(snapshot) != own
 
 
 @pytest.mark.parametrize(
   ("options", "match"),
   [
-    ({"unlabelled": "validation"}, "the unlabelled set is empty: hold images out"),
-    ({"batch_size": 41}, "a batch of 41 unlabelled images is more than the 40"),
+    ({"unlabeled": "validation"}, "the unlabeled set is empty: hold images out"),
+    ({"batch_size": 41}, "a batch of 41 unlabeled images is more than the 40"),
     (
-      {"unlabelled": np.zeros((9, 4), np.uint8)},
+      {"unlabeled": np.zeros((9, 4), np.uint8)},
       r"are uint8 \(4,\) and the training images float32 \(4,\); make them alike",
     ),
-    ({"unlabelled": np.zeros((9, 5), np.float32)}, r"float32 \(5,\) and the train"),
+    ({"unlabeled": np.zeros((9, 5), np.float32)}, r"float32 \(5,\) and the train"),
   ],
 )
 def test_what_cannot_be_probed(options, match):

@@ -5,9 +5,9 @@ import pytest
 import toy_runs
 
 from l2rw_jax import base
-from l2rw_jax import loss_dump
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
+from l2rw_jax.methods.mentornet import loss_dump
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

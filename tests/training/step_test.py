@@ -31,7 +31,7 @@ def _task(axis_name=None):
     largest = jnp.max(jax.lax.stop_gradient(outputs))
     return outputs, {"largest": jnp.maximum(model_state["largest"], largest)}
 
-  return base.Task(
+  return base.Problem(
     forward=forward,
     loss=lambda outputs, batch: (outputs - batch["y"]) ** 2,
     linearize=linearization.linearize,
@@ -47,8 +47,8 @@ def _task(axis_name=None):
 def _counting(method):
   """The method, with a state that tells how many steps were taken."""
 
-  def gradients(state, task, inputs):
-    found, _ = method.gradients((), task, inputs)
+  def gradients(state, problem, inputs):
+    found, _ = method.gradients((), problem, inputs)
     return found, state + 1
 
   return method._replace(gradients=gradients)
@@ -70,7 +70,7 @@ _META = {"x": np.ones((1, 2), np.float32), "y": np.ones(1, np.float32)}
 def _compiled(method, optimizer):
   return jax.jit(
     functools.partial(
-      step_lib.train_step, task=_task(), method=method, optimizer=optimizer
+      step_lib.train_step, problem=_task(), method=method, optimizer=optimizer
     )
   )
 
@@ -96,9 +96,9 @@ def test_a_good_step_by_hand():
 
 
 def _weighted(weights):
-  def gradients(state, task, inputs):
+  def gradients(state, problem, inputs):
     return baselines.weighted_gradients(
-      task, inputs, lambda losses: jnp.array(weights, losses.dtype)
+      problem, inputs, lambda losses: jnp.array(weights, losses.dtype)
     ), state
 
   return base.Method(gradients)
@@ -126,8 +126,8 @@ def _with(**columns):
   return {**_GOOD, **{k: np.asarray(v, np.float32) for k, v in columns.items()}}
 
 
-def _nan_gradient(state, task, inputs):
-  found, state = _UNIFORM.gradients(state, task, inputs)
+def _nan_gradient(state, problem, inputs):
+  found, state = _UNIFORM.gradients(state, problem, inputs)
   bad = jnp.where(inputs.step >= 0, jnp.nan, 0.0)
   return found._replace(grads=jax.tree.map(lambda g: g + bad, found.grads)), state
 
@@ -189,8 +189,8 @@ def test_the_first_failure_stays_and_no_later_step_is_taken():
 
 
 def test_a_bad_running_statistic_is_not_kept():
-  def gradients(state, task, inputs):
-    found, state = _UNIFORM.gradients(state, task, inputs)
+  def gradients(state, problem, inputs):
+    found, state = _UNIFORM.gradients(state, problem, inputs)
     return found._replace(model_state={"largest": jnp.array(jnp.inf)}), state
 
   state, _ = _step(_state(), method=base.Method(gradients))
@@ -203,7 +203,7 @@ def test_a_nan_on_one_device_stops_all():
   step = jax.pmap(
     functools.partial(
       step_lib.train_step,
-      task=_task(devices.AXIS_NAME),
+      problem=_task(devices.AXIS_NAME),
       method=_UNIFORM,
       optimizer=_SGD,
     ),
@@ -242,7 +242,7 @@ def test_the_state_keeps_the_dtypes_it_began_with():
       lambda x: x.update(dtype=jnp.float32) if x.dtype == jnp.float64 else x, given
     )
     step = functools.partial(
-      step_lib.train_step, task=_task(), method=_UNIFORM, optimizer=_SGD
+      step_lib.train_step, problem=_task(), method=_UNIFORM, optimizer=_SGD
     )
     found, _ = jax.eval_shape(step, given, batch, None, jax.random.key(0))
     assert found == given

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
-from l2rw_jax.data import parts
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
 from l2rw_jax.training import batches
@@ -21,24 +21,26 @@ MODEL = classifier.Classifier(mlp.MLP(CLASSES, hidden=(8,)), CLASSES)
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 
 
-def examples(rng, size, shape, flipped=0.0) -> parts.Examples:
+def examples(rng, size, shape, flipped=0.0) -> examples_lib.Examples:
   """Blobs, one a class; the first share of the labels is wrong."""
-  centres = np.random.default_rng(99).normal(size=(CLASSES, *shape))
+  centers = np.random.default_rng(99).normal(size=(CLASSES, *shape))
   true_label = rng.integers(CLASSES, size=size).astype(np.int32)
-  image = centres[true_label] + 0.5 * rng.normal(size=(size, *shape))
+  image = centers[true_label] + 0.5 * rng.normal(size=(size, *shape))
   label = true_label.copy()
   wrong = slice(0, int(flipped * size))
   label[wrong] = (label[wrong] + 1) % CLASSES
   index = np.arange(size, dtype=np.int32)
-  return parts.Examples(
+  return examples_lib.Examples(
     image.astype(np.float32), label, true_label, index, 3 * index + 1
   )
 
 
-def make_splits(seed=0, num_train=NUM_TRAIN, num_meta=8, shape=(4,)) -> parts.Splits:
+def make_splits(
+  seed=0, num_train=NUM_TRAIN, num_meta=8, shape=(4,)
+) -> examples_lib.Splits:
   """Splits of one seed; a third of the training labels is wrong."""
   rng = np.random.default_rng(seed)
-  return parts.Splits(
+  return examples_lib.Splits(
     train=examples(rng, num_train, shape, flipped=1 / 3),
     meta=examples(rng, num_meta, shape),
     validation=examples(rng, 0, shape),

@@ -1,4 +1,4 @@
-"""An optimiser that watches the validation loss."""
+"""An optimizer that watches the validation loss."""
 
 import jax
 import jax.numpy as jnp
@@ -70,18 +70,20 @@ def _examples(examples):
 
 def _begin(method):
   """The task, what `refresh` sees at first, and the method's first state."""
-  task = toy_runs.MODEL.task(class_counts=jnp.ones(3), num_examples=40, num_steps=9)
+  problem = toy_runs.MODEL.problem(
+    class_counts=jnp.ones(3), num_examples=40, num_steps=9
+  )
   train = _examples(toy_runs.make_splits().train)
   params, model_state = toy_runs.MODEL.init(jax.random.key(0), train)
   view = base.EpochView(7, 0, params, model_state, train, np.random.default_rng(0))
-  return task, view, method.init(jax.random.key(1), task, params)
+  return problem, view, method.init(jax.random.key(1), problem, params)
 
 
 def _one_step(method):
-  task, view, method_state = _begin(method)
+  problem, view, method_state = _begin(method)
   params, model_state = view.params, view.model_state
   batch = {n: v[:8] for n, v in view.train.items()}
-  method_state = method.refresh(method_state, task, view)
+  method_state = method.refresh(method_state, problem, view)
   seen = []
   optimizer = _observer(seen)
   state = step_lib.init_state(params, model_state, method_state, optimizer)
@@ -90,11 +92,11 @@ def _one_step(method):
     batch,
     _examples(toy_runs.make_splits().meta),
     jax.random.key(2),
-    task=task,
+    problem=problem,
     method=method,
     optimizer=optimizer,
   )
-  return task, params, seen[0], output
+  return problem, params, seen[0], output
 
 
 def test_the_value_is_the_weighted_loss_unless_a_method_has_another():
@@ -109,8 +111,8 @@ def test_the_value_is_the_loss_of_the_validation_set(batch_size):
   method = validation.watched(
     baselines.uniform(), {7: held_out, 8: _held_out(seed=6)}, batch_size=batch_size
   )
-  task, params, value, _ = _one_step(method)
-  logits, _ = task.forward(params, {}, {"image": held_out.image}, None, False)
+  problem, params, value, _ = _one_step(method)
+  logits, _ = problem.forward(params, {}, {"image": held_out.image}, None, False)
   own = losses.softmax_cross_entropy(logits, held_out.label)
   np.testing.assert_allclose(value, own.mean(), rtol=1e-5)
 
@@ -127,9 +129,9 @@ def test_fine_tuning_shows_the_clean_loss_unless_it_is_watched(
   else:
     first = validation.watched(baselines.uniform(), {7: held_out})
     method = baselines.fine_tuning(last_steps, first)
-  task, params, value, _ = _one_step(method)
+  problem, params, value, _ = _one_step(method)
   shown = clean if last_steps == 9 and not is_outermost else held_out
-  logits, _ = task.forward(params, {}, {"image": shown.image}, None, False)
+  logits, _ = problem.forward(params, {}, {"image": shown.image}, None, False)
   own = losses.softmax_cross_entropy(logits, shown.label)
   np.testing.assert_allclose(value, own.mean(), rtol=1e-5)
 
@@ -143,10 +145,10 @@ def test_a_changed_loss_is_compiled_once_for_all_epochs():
 
   watched = validation.watched(baselines.uniform(), {7: _held_out()})
   method = changed_loss.changed_loss(watched, tripled, from_epoch=1)
-  task, view, state = _begin(method)
+  problem, view, state = _begin(method)
   values = []
   for epoch in range(4):
-    state = method.refresh(state, task, view._replace(epoch=epoch))
+    state = method.refresh(state, problem, view._replace(epoch=epoch))
     values.append(state.inner.value)
   np.testing.assert_allclose(
     values, values[0] * np.array([1, 3, 3, 3], np.float32), rtol=1e-5
@@ -159,8 +161,8 @@ def test_validation_examples_can_be_selected():
   method = validation.watched(
     baselines.uniform(), {7: held_out}, weights=bare.example_weights
   )
-  task, params, value, _ = _one_step(method)
-  logits, _ = task.forward(params, {}, {"image": held_out.image}, None, False)
+  problem, params, value, _ = _one_step(method)
+  logits, _ = problem.forward(params, {}, {"image": held_out.image}, None, False)
   own = losses.softmax_cross_entropy(logits, held_out.label)
   kept = bare.select(logits, jnp.asarray(held_out.label))
   np.testing.assert_allclose(value, own[kept].mean(), rtol=1e-5)

@@ -1,0 +1,83 @@
+"""How the classifiers of the papers' experiments are optimized."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from l2rw_jax.training import validation
+
+_STAIRS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """An optax optimizer and its schedule, in shares of the run.
+
+  Attributes:
+    name: "sgd" or "adam".
+    learning_rate: at its highest.
+    momentum: of SGD.
+    nesterov: whether it is Nesterov's.
+    weight_decay: L2, added to the gradient before momentum.
+    drops: (share of the run done, factor on the learning rate), accumulating.
+    decay_all: whether biases and BatchNorm decay too, as by PyTorch's optimizers;
+      else kernels only, as by the L2 losses of the TensorFlow codes.
+    warmup: share of the run in which the learning rate climbs, in five stairs (in
+      LDAM's code, one of the first five epochs each).
+    plateau_steps: updates in an epoch, if the learning rate falls to a tenth
+      (at the least 1e-5) whenever the validation loss has not fallen for more than
+      5 epochs, as in BARE's released code.
+  """
+
+  name: str = "sgd"
+  learning_rate: float = 0.1
+  momentum: float = 0.9
+  nesterov: bool = False
+  weight_decay: float = 0.0
+  drops: tuple[tuple[float, float], ...] = ()
+  decay_all: bool = True
+  warmup: float = 0.0
+  plateau_steps: int | None = None
+
+  @functools.cache  # noqa: B019  # frozen; the loop compiles anew for a new function
+  def schedule(self, num_steps: int) -> optax.Schedule:
+    """`step -> learning rate`."""
+    boundaries = {round(share * num_steps): factor for share, factor in self.drops}
+    after = optax.piecewise_constant_schedule(self.learning_rate, boundaries)
+    length = round(self.warmup * num_steps)
+    if not length:
+      return after
+
+    def climbing(step):
+      # Not beyond the warm-up: the product would overflow in long runs.
+      stair = jnp.minimum(step, length) * _STAIRS // length + 1
+      stair = jnp.minimum(stair, _STAIRS)
+      return after(step) * stair / _STAIRS
+
+    return climbing
+
+  @functools.cache  # noqa: B019
+  def optimizer(self, num_steps: int) -> optax.GradientTransformation:
+    """The optax optimizer."""
+    schedule = self.schedule(num_steps)
+    if self.name == "adam":
+      step = optax.adam(schedule)
+    else:
+      step = optax.sgd(schedule, self.momentum or None, nesterov=self.nesterov)
+    if self.plateau_steps:
+      least = min(1.0, 1e-5 / self.learning_rate)
+      step = validation.reduce_on_plateau(
+        step, self.plateau_steps, factor=0.1, patience=5, min_scale=least
+      )
+    if not self.weight_decay:
+      return step
+    mask = None if self.decay_all else _kernels
+    return optax.chain(optax.add_decayed_weights(self.weight_decay, mask), step)
+
+
+def _kernels(params: Any) -> Any:
+  return jax.tree.map(lambda x: x.ndim > 1, params)

@@ -1,0 +1,7 @@
+"""Small weighted subsets that stand for a whole training set."""
+
+from l2rw_jax.coresets.selection import BUDGETS
+from l2rw_jax.coresets.selection import GREEDY
+from l2rw_jax.coresets.selection import Coreset
+from l2rw_jax.coresets.selection import class_budgets
+from l2rw_jax.coresets.selection import select

@@ -1,0 +1,257 @@
+"""What a mentor is fitted to, and its fitting.
+
+MentorNet-PD imitates a predefined curriculum on a grid of losses; MentorNet-DD
+learns from a student's recorded losses which labels were right.
+
+References:
+  Jiang, Zhou, Leung, Li, Fei-Fei, "MentorNet: Learning Data-Driven Curriculum
+  for Very Deep Neural Networks on Corrupted Labels", ICML 2018, section 3. The
+  settings are the released code's.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from l2rw_jax import base
+from l2rw_jax.methods import mentornet
+from l2rw_jax.methods.mentornet import network as mentornet_network
+
+
+class Rows(NamedTuple):
+  """What a mentor is fitted to: N rows, NumPy arrays.
+
+  Attributes:
+    losses: float32 [N].
+    differences: loss minus percentile, float32 [N].
+    labels: int32 [N].
+    epochs: percent, int32 [N].
+    targets: the weights wanted, float32 [N].
+  """
+
+  losses: np.ndarray
+  differences: np.ndarray
+  labels: np.ndarray
+  epochs: np.ndarray
+  targets: np.ndarray
+
+
+def pd_rows(curriculum: str, *, num_rows: int | None = 100_000, seed: int = 0) -> Rows:
+  """Random rows of the released grid, with the weights of a predefined curriculum.
+
+  The grid, 1.2 million rows: losses 0, 0.1, .. 9.9, 10, 11, .. 29; differences
+  -5, -4.9, .. 4.9; epochs 0 .. 99; label 0.
+
+  Args:
+    curriculum: a key of `mentornet.CURRICULA`.
+    num_rows: how many to keep, all if None.
+    seed: of the choice.
+
+  Raises:
+    InputError: no such curriculum, or more rows than there are.
+  """
+  if curriculum not in mentornet.CURRICULA:
+    names = ", ".join(mentornet.CURRICULA)
+    raise base.InputError(f"--curriculum={curriculum}: choose among {names}.")
+  tenths = np.arange(100) / 10
+  axes = (np.concatenate([tenths, np.arange(10.0, 30.0)]), tenths - 5, np.arange(100))
+  shape = tuple(len(axis) for axis in axes)
+  size = int(np.prod(shape))
+  if num_rows is not None and not 1 < num_rows <= size:
+    raise base.InputError(f"--num_rows={num_rows} must lie between 2 and {size}.")
+  # Drawn with all rows too: `split` takes the test rows from the end.
+  rng = np.random.default_rng(seed)
+  chosen = rng.permutation(size)[:num_rows]
+  places = np.unravel_index(chosen, shape)
+  losses, differences, epochs = (a[p] for a, p in zip(axes, places, strict=True))
+  differences = np.round(differences, 1).astype(np.float32)
+  labels = np.zeros(len(chosen), np.int32)
+  given = (losses.astype(np.float32), differences, labels, epochs.astype(np.int32))
+  targets = np.asarray(mentornet.CURRICULA[curriculum](*given), np.float32)
+  return Rows(*given, targets)
+
+
+def dd_rows(
+  losses: np.ndarray,
+  labels: np.ndarray,
+  true_labels: np.ndarray,
+  epochs: np.ndarray,
+  *,
+  percentile: float,
+  use_labels: bool = False,
+  seed: int = 0,
+) -> Rows:
+  """Rows of a student's recorded losses; the weight wanted is 1 for a true label.
+
+  Args:
+    losses: [N].
+    labels: what the student was trained on, [N].
+    true_labels: [N].
+    epochs: percent, [N].
+    percentile: from 0 to 100, of all recorded losses together as released; the
+      differences are taken from it.
+    use_labels: shows the labels to the mentor; the released code shows 0.
+    seed: of the rows' order.
+
+  Raises:
+    InputError: a loss is not finite, an epoch outside 0 to 99, or every label is
+      right (or wrong), so that there is nothing to tell apart.
+  """
+  mentornet.check_percentile(percentile)
+  if not np.isfinite(losses).all():
+    raise base.InputError("--dump holds losses that are NaN or infinite.")
+  if ((epochs < 0) | (epochs > 99)).any():
+    raise base.InputError("--dump holds epoch percents outside 0 to 99.")
+  targets = labels == true_labels
+  if targets.all() or not targets.any():
+    which = "right" if targets.all() else "wrong"
+    raise base.InputError(
+      f"--dump: all its {len(labels)} labels are {which}; record a student on data"
+      " of which some labels are wrong."
+    )
+  order = np.random.default_rng(seed).permutation(len(losses))
+  shown = labels if use_labels else np.zeros_like(labels)
+  return Rows(
+    losses[order].astype(np.float32),
+    (losses - np.percentile(losses, percentile))[order].astype(np.float32),
+    shown[order].astype(np.int32),
+    epochs[order].astype(np.int32),
+    targets[order].astype(np.float32),
+  )
+
+
+def split(rows: Rows, share: float = 0.8) -> tuple[Rows, Rows]:
+  """The first `share` of rows that are in random order, and the others."""
+  cut = int(share * len(rows.losses))
+  return Rows(*(x[:cut] for x in rows)), Rows(*(x[cut:] for x in rows))
+
+
+def is_binary(targets: np.ndarray) -> bool:
+  """Whether every target is 0 or 1, so that the mentor is a classifier."""
+  return bool(np.isin(targets, (0, 1)).all())
+
+
+def imitation_losses(logits: Any, targets: Any, is_binary: bool) -> base.Array:
+  """Sigmoid cross-entropy if all targets are 0 or 1, else squared error; [B]."""
+  if is_binary:
+    return optax.sigmoid_binary_cross_entropy(logits, targets)
+  return (jax.nn.sigmoid(logits) - targets) ** 2
+
+
+def fit(
+  network: mentornet_network.MentorNetwork,
+  rows: Rows,
+  *,
+  num_steps: int = 30_000,
+  batch_size: int = 32,
+  learning_rate: float = 0.1,
+  restarts: int = 8,
+  seed: int = 0,
+) -> base.PyTree:
+  """Fits a mentor with the released settings, from several starts; deterministic.
+
+  Adam, learning rate times 0.9 every 1,000 steps, gradients clipped to norm 5,
+  on batches drawn with replacement. At this learning rate about half of the
+  starts of the released network never learn to look at the epoch, so, other than
+  in the released code, the best of several is kept.
+
+  Args:
+    network: what to fit.
+    rows: to these.
+    num_steps: updates.
+    batch_size: rows an update.
+    learning_rate: at first.
+    restarts: how many starts, fitted one after the other; the one with the lowest loss
+      over all rows is kept. 1 is the released procedure.
+    seed: of initialization and batches. A start does not depend on how many
+      others there are.
+
+  Returns:
+    The network's variables as NumPy arrays.
+
+  Raises:
+    InputError: a label the network has no embedding for, no rows in a batch, no
+      start, or every start diverged.
+  """
+  for name, value in (("batch_size", batch_size), ("restarts", restarts)):
+    if value < 1:
+      raise base.InputError(f"fit: {name}={value} must be at least 1.")
+  if rows.labels.min() < 0 or rows.labels.max() >= network.num_labels:
+    raise base.InputError(
+      f"labels must lie between 0 and {network.num_labels - 1}; got"
+      f" {rows.labels.min()} to {rows.labels.max()}."
+    )
+  key = jax.random.key(seed)
+  arrays = jax.tree.map(jnp.asarray, rows)
+  # One after the other: side by side, XLA would round a start by how many there are,
+  # and a fit amplifies that.
+  starts = [
+    _fit_one(
+      network,
+      batch_size,
+      is_binary(rows.targets),
+      jax.random.fold_in(key, start),
+      arrays,
+      num_steps,
+      learning_rate,
+    )
+    for start in range(restarts)
+  ]
+  variables, found = zip(*jax.device_get(starts), strict=True)
+  if not np.isfinite(found).any():
+    raise base.InputError("the mentor's fit diverged: lower --learning_rate.")
+  return variables[np.nanargmin(found)]
+
+
+# One program for all steps: a dispatch costs more than such a step.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _fit_one(network, batch_size, is_binary, key, rows, num_steps, learning_rate):
+  """`(variables, mean loss over all rows)` from the start of the key."""
+  init_key, batch_key = jax.random.split(key)
+  variables = dict(network.init(init_key, *(x[:1] for x in rows[:4])))
+  params = variables.pop("params")
+
+  def schedule(count):
+    return learning_rate * 0.9 ** (count // 1000)
+
+  tx = optax.chain(optax.clip_by_global_norm(5.0), optax.adam(schedule))
+
+  def mean_loss(params, batch):
+    logits = network.apply({"params": params, **variables}, *batch[:4])
+    return imitation_losses(logits, batch.targets, is_binary).mean()
+
+  def step(i, carry):
+    params, opt_state = carry
+    key = jax.random.fold_in(batch_key, i)
+    chosen = jax.random.randint(key, (batch_size,), 0, len(rows.losses))
+    grads = jax.grad(mean_loss)(params, Rows(*(x[chosen] for x in rows)))
+    with base.implicit_promotion():
+      updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  params, _ = jax.lax.fori_loop(0, num_steps, step, (params, tx.init(params)))
+  return {"params": params, **variables}, mean_loss(params, rows)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(network, variables, *features):
+  return jax.nn.sigmoid(network.apply(variables, *features))
+
+
+def imitation_errors(mentor: mentornet_network.Mentor, rows: Rows) -> dict[str, float]:
+  """How well a mentor imitates.
+
+  Returns:
+    "mse", the mean squared error of its weights, and "accuracy", the share of
+    rows whose weight is on the right side of a half.
+  """
+  weights = np.asarray(_apply(mentor.network, mentor.variables, *rows[:4]))
+  right = (weights > 0.5) == (rows.targets > 0.5)
+  return {
+    "mse": float(np.mean((weights - rows.targets) ** 2)),
+    "accuracy": float(right.mean()),
+  }

@@ -1,0 +1,392 @@
+"""MentorNet: example weights from a curriculum (Jiang et al., 2018).
+
+A curriculum maps what a student's training shows of an example to its weight v
+in [0, 1]: the loss l, its difference d = l - m to a moving percentile m of the
+losses, the label, and the time e, the percent of training done, 0 to 99. The
+student's loss is sum_i v_i l_i / n, divided by the batch size n and not by
+sum_i v_i; nothing flows back through v. Curricula are predefined (below), or a
+network, the mentor: fitted to a predefined one (MentorNet-PD) or to labels known
+to be right or wrong (MentorNet-DD), see `mentornet_network`.
+
+A student's step, as in the released code:
+
+    e = floor(100 step / num_steps)
+    m <- decay m + (1 - decay) percentile_p(losses of the batch), m = 0 at first
+    v = curriculum(l, l - m, label, e), 1 during burn-in
+    v = 0 for all but floor(n (1 - rate(e))) random examples
+
+Where the released code departs from the paper as far as the paper is known to
+us: the paper samples from v, the code keeps v and drops examples at random;
+the code's weight decay is scaled by the mean of v (`weight_decay`); its hard
+mining keeps every example of a label above 0 (`positive_labels`).
+
+References:
+  Jiang, Zhou, Leung, Li, Fei-Fei, "MentorNet: Learning Data-Driven Curriculum
+  for Very Deep Neural Networks on Corrupted Labels", ICML 2018, eq. 1 and 7,
+  algorithm 1, arXiv:1712.05055.
+"""
+
+from collections.abc import Callable, Sequence
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2rw_jax import base
+
+# (losses [B], differences [B], labels [B], epoch percent []) -> weights [B]. Some are
+# smooth in the losses: hold the weights constant where you differentiate.
+Curriculum = Callable[[Any, Any, Any, Any], Any]
+# (rate, number of epoch percents) in order; the numbers add up to 100.
+Schedule = Sequence[tuple[float, int]]
+NO_DROPOUT: Schedule = ((0.0, 100),)
+
+
+def uniform(
+  losses: Any, differences: Any = None, labels: Any = None, epoch: Any = None
+) -> Any:
+  """Weight 1 for everyone, [B]."""
+  del differences, labels, epoch
+  return jnp.ones_like(losses)
+
+
+def self_paced(
+  losses: Any, differences: Any, labels: Any = None, epoch: Any = None
+) -> Any:
+  """1 where d <= 0, else 0 [eq. 7 with lambda_2 = 0]; [B]."""
+  del labels, epoch
+  return _unless_nan(differences <= 0, losses, differences)
+
+
+def hard(
+  losses: Any,
+  differences: Any,
+  labels: Any = None,
+  epoch: Any = None,
+  *,
+  positive_labels: bool = False,
+) -> Any:
+  """1 where d >= 0, else 0: hard example mining; [B].
+
+  Args:
+    losses: [B].
+    differences: [B].
+    labels: [B]; needed with `positive_labels` only.
+    epoch: not used.
+    positive_labels: as in the released code, 1 also wherever the label is above
+      0. Its labels are 0 (background) or 1, and in training always 0, so with
+      the labels of a classifier of C classes it only spares class 0.
+  """
+  del epoch
+  kept = differences >= 0
+  if positive_labels:
+    if labels is None:
+      raise base.InputError("hard: positive_labels=True needs labels.")
+    kept = kept | (labels > 0)
+  return _unless_nan(kept, losses, differences)
+
+
+def _unless_nan(kept, losses, differences):
+  """1 for what is kept, but NaN for a NaN difference, so that it is noticed."""
+  dtype = jnp.asarray(losses).dtype
+  differences = jnp.asarray(differences).astype(dtype)
+  return jnp.where(jnp.isnan(differences), differences, kept.astype(dtype))
+
+
+def focal(
+  losses: Any,
+  differences: Any = None,
+  labels: Any = None,
+  epoch: Any = None,
+  *,
+  gamma: float = 2.0,
+) -> Any:
+  """(1 - exp(-l))^gamma, the focal loss's factor for a cross-entropy l; [B]."""
+  del differences, labels, epoch
+  return (-jnp.expm1(-jnp.maximum(losses, 0))) ** gamma
+
+
+def spcl_linear(
+  losses: Any,
+  differences: Any,
+  labels: Any = None,
+  epoch: Any = None,
+  *,
+  gamma: float = 1.0,
+) -> Any:
+  """1 - d / gamma within [0, 1] [eq. 7; gamma is its lambda_2 > 0]; [B]."""
+  del losses, labels, epoch
+  return jnp.clip(1 - differences / gamma, 0, 1)
+
+
+def pd_mixture(losses: Any, differences: Any, labels: Any, epoch: Any) -> Any:
+  """What MentorNet-PD imitates: 1 to e = 18, self-paced, SPCL from e = 90; [B]."""
+  given = (losses, differences, labels, epoch)
+  late = jnp.where(epoch < 90, self_paced(*given), spcl_linear(*given))
+  return jnp.where(epoch <= 18, uniform(*given), late)
+
+
+CURRICULA: dict[str, Curriculum] = {
+  "self_paced": self_paced,
+  "hard": hard,
+  "focal": focal,
+  "spcl": spcl_linear,
+  "pd": pd_mixture,
+}
+
+
+def moving_percentile(
+  previous: Any,
+  losses: Any,
+  percentile: float,
+  *,
+  decay: float = 0.5,
+  axis_name: base.AxisName = None,
+) -> base.Array:
+  """decay * previous + (1 - decay) * percentile of the global batch; [].
+
+  Args:
+    previous: the last value, 0 before the first batch.
+    losses: this device's losses [B], held constant.
+    percentile: from 0 to 100. Of the sorted losses the nearest is taken, at a
+      tie the lower: no interpolation.
+    decay: 0.5 in the released CIFAR program, 0.9 by its function's default.
+    axis_name: mapped axis over which the batch is sharded.
+
+  Raises:
+    InputError: losses are not [B], or `percentile` or `decay` is out of range.
+
+  >>> import jax.numpy as jnp
+  >>> print(moving_percentile(0., jnp.array([4., 1., 3., 2.]), 75.))
+  1.5
+  """
+  base.check_vector("losses", losses)
+  _check_range("decay", decay, 0, 1)
+  check_percentile(percentile)
+  dtype = base.accumulator_dtype(losses.dtype)
+  all_losses = base.unsharded(base.gather(losses, axis_name))
+  ordered = jnp.sort(jax.lax.stop_gradient(all_losses).astype(dtype))
+  nearest = math.ceil(percentile / 100 * (ordered.size - 1) - 0.5)
+  # NaN is sorted to the end, where it would not be seen.
+  value = jnp.where(jnp.isnan(ordered[-1]), ordered[-1], ordered[nearest])
+  previous = jnp.asarray(previous).astype(dtype)
+  # Equal on every device already; the maximum lets `shard_map` know.
+  return decay * previous + (1 - decay) * base.pmax(value, axis_name)
+
+
+def check_percentile(percentile: float) -> None:
+  """Raises InputError for a percentile outside [0, 100], or given as a fraction."""
+  _check_range("percentile", percentile, 0, 100)
+  if 0 < percentile < 1:
+    raise base.InputError(
+      f"percentile={percentile} counts from 0 to 100; write {100 * percentile:g}."
+    )
+
+
+def epoch_percent(step: Any, num_steps: int) -> base.Array:
+  """floor(100 step / num_steps), at most 99; int32 [].
+
+  Args:
+    step: updates done so far, an integer of any type; may be traced.
+    num_steps: length of the run, a Python integer.
+
+  Raises:
+    InputError: `step` is not an integer.
+
+  >>> print(epoch_percent(25_000_000, 30_000_000))
+  83
+  """
+  step = jnp.asarray(step)
+  if not jnp.issubdtype(step.dtype, jnp.integer):
+    raise base.InputError(
+      f"epoch_percent: step must be an integer; got {step.dtype}. Convert it with"
+      " step.astype(int)."
+    )
+  # Compared with the first step of each percent: 100 * step overflows int32.
+  largest = np.iinfo(step.dtype).max
+  firsts = [min(-(-k * num_steps // 100), largest) for k in range(1, 100)]
+  return jnp.sum(step >= np.array(firsts, step.dtype)).astype(jnp.int32)
+
+
+def example_dropout(
+  key: base.Array, weights: Any, rate: Any, *, axis_name: base.AxisName = None
+) -> base.Array:
+  """Keeps floor(n (1 - rate)) random weights of the global batch; the rest is 0.
+
+  Args:
+    key: typed PRNG key, the same on every device.
+    weights: this device's weights [B].
+    rate: share to drop, in [0, 1]; may be traced.
+    axis_name: mapped axis over which the batch is sharded.
+  """
+  size = base.global_size(weights.shape[0], axis_name)
+  # A hair more: 10 (1 - 0.9) must not be 0.99999998.
+  num_kept = jnp.floor(size * (1 - jnp.asarray(rate, jnp.float32)) + 1e-3)
+  kept = jax.random.permutation(key, size) < num_kept.astype(jnp.int32)
+  kept = base.sharded_like(base.local_slice(kept, axis_name), weights)
+  return jnp.where(kept, weights, 0)
+
+
+def dropout_rates(schedule: Schedule) -> np.ndarray:
+  """The dropout rate of every epoch percent, float32 [100].
+
+  Raises:
+    InputError: a rate outside [0, 1], or numbers that do not add up to 100.
+  """
+  for rate, _ in schedule:
+    _check_range("dropout: rate", rate, 0, 1)
+  counts = [count for _, count in schedule]
+  if sum(counts) != 100 or min(counts) < 0:
+    raise base.InputError(
+      f"dropout: the numbers of epoch percents {counts} must add up to 100."
+    )
+  return np.repeat(np.array([rate for rate, _ in schedule], np.float32), counts)
+
+
+class Preset(NamedTuple):
+  """How the released commands run a curriculum on CIFAR; see `preset`.
+
+  Attributes:
+    percentiles: at 20%, 40% and 80% noise.
+    burn_in: first epoch percents with weight 1, plus 1.
+    fixed_epoch_after_burn_in: whether the mentor's clock stops at `burn_in`.
+    dropout: schedule of the example dropout.
+  """
+
+  percentiles: tuple[float, float, float]
+  burn_in: int
+  fixed_epoch_after_burn_in: bool
+  dropout: Schedule
+
+
+_DD_PERCENTILES = (80.0, 60.0, 50.0)
+_EARLY_DROPOUT = ((0.5, 17), (0.05, 83))
+PRESETS = {
+  "self_paced": Preset((70.0,) * 3, 0, False, NO_DROPOUT),
+  "focal": Preset((70.0,) * 3, 0, False, NO_DROPOUT),
+  "pd": Preset((75.0, 75.0, 50.0), 0, False, _EARLY_DROPOUT),
+  "dd_resnet": Preset(_DD_PERCENTILES, 18, True, ((0.5, 17), (0.05, 78), (0.9, 5))),
+  "dd_inception": Preset(_DD_PERCENTILES, 18, True, _EARLY_DROPOUT),
+}
+
+
+def preset(name: str, noise_fraction: float) -> dict[str, Any]:
+  """Keyword arguments of `mentornet` as in the released CIFAR commands.
+
+  The last segment of "dd_resnet"'s dropout is never reached, there and here: the
+  clock that it is looked up by stops at 18.
+
+  Args:
+    name: a key of `PRESETS`.
+    noise_fraction: share of wrong labels; the nearest of 0.2, 0.4 and 0.8, for
+      which there are settings, is taken, at a tie the lower.
+
+  Raises:
+    InputError: there is no such preset.
+  """
+  if name not in PRESETS:
+    raise base.InputError(f"preset={name!r}: choose among {', '.join(PRESETS)}.")
+  percentiles, burn_in, is_fixed, dropout = PRESETS[name]
+  # Rounded, for 0.6 - 0.4 and 0.8 - 0.6 differ in floating point.
+  gaps = [round(abs(noise_fraction - level), 6) for level in (0.2, 0.4, 0.8)]
+  return {
+    "percentile": percentiles[gaps.index(min(gaps))],
+    "decay": 0.5,
+    "burn_in": burn_in,
+    "fixed_epoch_after_burn_in": is_fixed,
+    "dropout": dropout,
+  }
+
+
+def mentornet(
+  weights_fn: Curriculum,
+  *,
+  percentile: float = 75.0,
+  decay: float = 0.5,
+  burn_in: int = 0,
+  fixed_epoch_after_burn_in: bool = False,
+  dropout: Schedule = NO_DROPOUT,
+  weight_decay: float = 0.0,
+) -> base.Method:
+  """MentorNet's student for the training loop.
+
+  Args:
+    weights_fn: a curriculum of this file or a `mentornet_network.Mentor`.
+    percentile: of the batch's losses, from 0 to 100.
+    decay: of the moving percentile, see there.
+    burn_in: v = 1 while e < burn_in - 1.
+    fixed_epoch_after_burn_in: stops the clock: e is at most `burn_in`, for the
+      curriculum and the dropout schedule alike.
+    dropout: schedule of the example dropout.
+    weight_decay: adds weight_decay * mean(v) * p to the gradient of every
+      parameter p with more than one axis, as the released code does. At 0 decay
+      is left to the optimizer, which does not scale it. Not part of `losses`.
+
+  Returns:
+    A `base.Method` whose state is the moving percentile, float32 [].
+
+  Raises:
+    InputError: a setting is out of range; when traced, the mentor was fitted
+      for another number of classes.
+  """
+  check_percentile(percentile)
+  _check_range("decay", decay, 0, 1)
+  _check_range("burn_in", burn_in, 0, 100)
+  rates = dropout_rates(dropout)
+  num_classes = getattr(weights_fn, "num_classes", None)
+
+  def curriculum(losses, labels, moving, step, problem, key):
+    epoch = epoch_percent(step, problem.num_steps)
+    if fixed_epoch_after_burn_in:
+      epoch = jnp.minimum(epoch, burn_in)
+    v = weights_fn(losses, losses - moving, labels, epoch)
+    v = jnp.where(epoch < burn_in - 1, jnp.ones_like(losses), v)
+    rate = jnp.asarray(rates)[epoch]
+    return example_dropout(key, v, rate, axis_name=problem.axis_name)
+
+  def gradients(state, problem, inputs):
+    if num_classes not in (None, problem.num_classes):
+      raise base.InputError(class_mismatch(num_classes, problem.num_classes))
+    params = base.local(inputs.params, problem.axis_name)
+    losses_fn = problem.losses_fn(inputs.model_state, inputs.key)
+    linearized = problem.linearize(losses_fn, params, inputs.batch, has_aux=True)
+    losses = linearized.losses
+    size = base.global_size(losses.shape[0], problem.axis_name)
+    moving = moving_percentile(
+      state, losses, percentile, decay=decay, axis_name=problem.axis_name
+    )
+    labels, key = inputs.batch["label"], jax.random.fold_in(inputs.key, _DROPOUT_KEY)
+    v = curriculum(losses, labels, moving, inputs.step, problem, key)
+    weights = (v / size).astype(losses.dtype)
+    mean_weight = base.psum(jnp.sum(weights), problem.axis_name)
+    grads = base.psum(linearized.weighted_gradient(weights), problem.axis_name)
+    if weight_decay:
+      grads = _add_decay(grads, inputs.params, weight_decay * mean_weight)
+    metrics = {"percentile": moving, "mean_weight": mean_weight}
+    return base.Gradients(grads, weights, losses, linearized.aux, metrics), moving
+
+  return base.Method(gradients, init=lambda *_: jnp.zeros((), jnp.float32))
+
+
+# Keeps the draw apart from those that the network makes of the same key.
+_DROPOUT_KEY = 0x6D656E74
+
+
+def class_mismatch(num_classes: int, wanted: int) -> str:
+  """The message for a mentor that was fitted for other classes."""
+  return (
+    f"--mentor was fitted for the labels of {num_classes} classes, the data have"
+    f" {wanted}; fit one with experiments.mentornet_pretrain on a dump of these data,"
+    " or without --use_labels for any number of classes."
+  )
+
+
+def _add_decay(grads, params, decay):
+  return jax.tree.map(lambda g, p: g + decay * p if p.ndim > 1 else g, grads, params)
+
+
+def _check_range(name, value, low, high):
+  if not low <= value <= high:
+    raise base.InputError(f"{name}={value} must lie between {low} and {high}.")

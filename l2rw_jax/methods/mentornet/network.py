@@ -1,0 +1,140 @@
+"""The mentor: MentorNet's network.
+
+The released network reads one step (history length 1) with a bidirectional LSTM
+of one unit a direction, joins it with embeddings of label and epoch percent, and
+ends in dense layers of 20 and 1: 257 trained and 500 frozen numbers. `compat`
+chooses between what was released and the textbook reading of the paper, ours
+where its text is not known:
+
+| | "official_code" | "paper" |
+|---|---|---|
+| of the LSTM | cell states | hidden states |
+| last bias | added to each of the 20 output weights | a bias |
+| epoch embedding | frozen as initialized | trained |
+
+The default is "official_code": it gave the published student commands their
+mentors, and the paper's text known to us leaves sizes open. Embeddings start
+uniform in [-1, 1] and LSTM kernels as in flax, which is our choice; dense layers
+start at N(0, 1), as released.
+
+References:
+  Jiang, Zhou, Leung, Li, Fei-Fei, "MentorNet: Learning Data-Driven Curriculum
+  for Very Deep Neural Networks on Corrupted Labels", ICML 2018, section 3 and
+  figure 1.
+"""
+
+import dataclasses
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from l2rw_jax import base
+
+COMPAT = ("official_code", "paper")
+_NORMAL = nn.initializers.normal(1.0)
+# Sums of products of weights and features must not become inf - inf.
+_LARGEST = 1e30
+
+
+class MentorNetwork(nn.Module):
+  """(losses, differences, labels, epoch percent) to logits of weights, [B].
+
+  Attributes:
+    num_labels: rows of the label embedding; the released code has 2.
+    compat: "official_code" or "paper", see above.
+  """
+
+  num_labels: int = 2
+  compat: str = "official_code"
+
+  @nn.compact
+  def __call__(
+    self, losses: Any, differences: Any, labels: Any, epoch: Any
+  ) -> base.Array:
+    """Logits [B]; the weights are their sigmoid.
+
+    Args:
+      losses: [B], or [B, k] the last k of each example, oldest first.
+      differences: losses minus the moving percentile, shaped like `losses`.
+      labels: integers below `num_labels`, [B].
+      epoch: percent of training done, 0 to 99; [] or [B].
+    """
+    if self.compat not in COMPAT:
+      raise base.InputError(f"compat={self.compat!r}: choose among {COMPAT}.")
+    steps = jnp.stack([losses, differences], axis=-1).astype(jnp.float32)
+    steps = jnp.clip(steps, -_LARGEST, _LARGEST)
+    steps = steps.reshape(steps.shape[0], -1, 2)
+    features = [
+      self._label_embedding(labels),
+      self._epoch_embedding(
+        base.sharded_like(jnp.broadcast_to(epoch, labels.shape), labels)
+      ),
+      self._read(nn.LSTMCell(1, name="forward"), steps),
+      self._read(nn.LSTMCell(1, name="backward"), steps[:, ::-1]),
+    ]
+    dense = nn.Dense(20, kernel_init=_NORMAL, bias_init=_NORMAL, name="hidden")
+    return self._output(nn.tanh(dense(jnp.concatenate(features, axis=-1))))
+
+  def _label_embedding(self, labels):
+    shape = (self.num_labels, 2)
+    return base.take(self.param("label_embedding", _uniform, shape), labels)
+
+  def _epoch_embedding(self, epoch):
+    name, shape = "epoch_embedding", (100, 5)
+    if self.compat == "paper":
+      return base.take(self.param(name, _uniform, shape), epoch)
+
+    def init():
+      return _uniform(self.make_rng("params"), shape)
+
+    return base.take(self.variable("frozen", name, init).value, epoch)
+
+  def _read(self, cell, steps):
+    carry = (jnp.zeros_like(steps[:, 0, :1]),) * 2
+    for t in range(steps.shape[1]):
+      carry, hidden = cell(carry, steps[:, t])
+    return carry[0] if self.compat == "official_code" else hidden
+
+  def _output(self, hidden):
+    kernel = self.param("output_kernel", _NORMAL, (20, 1))
+    bias = self.param("output_bias", _NORMAL, (1,))
+    if self.compat == "official_code":
+      return (hidden @ (kernel + bias[None, :]))[:, 0]
+    return (hidden @ kernel + bias[None, :])[:, 0]
+
+
+def _uniform(key, shape):
+  return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mentor:
+  """A fitted mentor; a curriculum, as `mentornet.mentornet` takes it.
+
+  Attributes:
+    curriculum: what it was fitted to: a key of `mentornet.CURRICULA`, or "dd".
+    network: the module.
+    variables: its fitted variables.
+    num_classes: C if it looks at labels; None if it takes all for 0, as released,
+      and so fits students of any number of classes.
+  """
+
+  curriculum: str
+  network: MentorNetwork
+  variables: base.PyTree
+  num_classes: int | None = None
+
+  def __call__(
+    self, losses: Any, differences: Any, labels: Any, epoch: Any
+  ) -> base.Array:
+    """Weights in [0, 1], [B]; arguments as in `MentorNetwork`."""
+    if self.num_classes is None:
+      labels = jnp.zeros(losses.shape[:1], jnp.int32)
+      labels = base.sharded_like(labels, losses)
+    features = (losses, differences, labels, epoch)
+    # An embedding kept as a NumPy array cannot be indexed by a traced epoch.
+    variables = jax.tree.map(jnp.asarray, self.variables)
+    logits: Any = self.network.apply(variables, *features)
+    return jax.nn.sigmoid(logits)

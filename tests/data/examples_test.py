@@ -1,0 +1,293 @@
+import numpy as np
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax.data import examples as examples_lib
+from l2rw_jax.data import sources
+
+
+def source(split="train", dtype=np.uint8, **changes):
+  labels = np.array([0, 1, 2, 0, 1, 2], np.int32)
+  images = np.arange(len(labels))[:, None, None, None] * np.ones((1, 2, 2, 1))
+  given = sources.Source("toy", "1.0.0", split, images.astype(dtype), labels, 3, {})
+  return given._replace(**changes)
+
+
+def assemble(rows, train=None, test=None, **options):
+  train, test = train or source(), test or source("test")
+  given = {
+    "labels": (train.labels + 1) % 3,
+    "true_labels": train.labels,
+    "test_labels": test.labels,
+    "num_classes": 3,
+    **options,
+  }
+  return examples_lib.assemble(train, test, rows, **given)
+
+
+def test_parts_are_cut_in_the_order_of_the_source():
+  splits = assemble({"train": np.array([5, 0, 3]), "test": np.array([1])})
+  np.testing.assert_array_equal(splits.train.source_index, [0, 3, 5])
+  np.testing.assert_array_equal(splits.train.index, [0, 1, 2])
+  np.testing.assert_array_equal(splits.train.label, [1, 1, 0])
+  np.testing.assert_array_equal(splits.train.true_label, [0, 0, 2])
+  np.testing.assert_array_equal(splits.test.label, [1])
+  np.testing.assert_array_equal(splits.test.true_label, [1])
+  np.testing.assert_array_equal(
+    splits.train.image[:, 0, 0, 0], np.array([0, 3, 5], np.float32) / np.float32(255)
+  )
+  assert splits.train.image.dtype == np.float32
+  for column in splits.train[1:]:
+    assert column.dtype == np.int32
+
+
+def test_pixels_end_at_one():
+  bright = source(images=np.full((6, 2, 2, 1), 255, np.uint8))
+  splits = assemble({"train": np.array([2]), "test": np.array([1])}, train=bright)
+  assert np.all(splits.train.image == 1)
+
+
+def test_parts_not_asked_for_are_empty():
+  splits = assemble({"train": np.arange(6), "test": np.arange(6)})
+  assert splits.meta.image.shape == splits.validation.image.shape == (0, 2, 2, 1)
+  assert splits.meta.label.dtype == np.int32
+
+
+def test_float_images_stay_as_they_are():
+  train = source(dtype=np.float64)
+  splits = assemble({"train": np.arange(6), "test": np.arange(6)}, train=train)
+  np.testing.assert_array_equal(splits.train.image, train.images.astype(np.float32))
+  assert splits.train.image.dtype == np.float32
+
+
+def test_class_counts_are_of_the_labels_training_sees():
+  splits = assemble({"train": np.array([0, 1, 3]), "test": np.arange(6)})
+  counts = examples_lib.class_counts(splits.train, 3)
+  np.testing.assert_array_equal(counts, [0, 2, 1])
+  assert counts.dtype == np.int64
+
+
+def test_fingerprint_sees_everything_that_matters():
+  rows = {"train": np.array([0, 1]), "meta": np.array([2]), "test": np.array([3])}
+  fingerprints = [
+    assemble(rows).fingerprint,
+    assemble({**rows, "train": np.array([0, 4])}).fingerprint,
+    assemble({**rows, "meta": np.array([4])}).fingerprint,
+    assemble({**rows, "test": np.array([4])}).fingerprint,
+    assemble({**rows, "validation": np.array([4])}).fingerprint,
+    assemble({"train": np.array([0, 1, 2]), "test": np.array([3])}).fingerprint,
+    assemble(rows, labels=np.zeros(6, np.int32)).fingerprint,
+    assemble(rows, test_labels=np.ones(6, np.int32)).fingerprint,
+    assemble(rows, train=source(name="other")).fingerprint,
+    assemble(rows, train=source(version="1.0.1")).fingerprint,
+    assemble(rows, test=source(split="val")).fingerprint,
+    assemble(rows, groups=np.zeros(6, np.int32)).fingerprint,
+    assemble(rows, test_groups=np.ones(6, np.int32)).fingerprint,
+  ]
+  assert len(set(fingerprints)) == len(fingerprints)
+  assert all(len(f) == 16 and int(f, 16) >= 0 for f in fingerprints)
+
+
+def test_fingerprint_ignores_the_order_of_drawing():
+  one = assemble({"train": np.array([0, 1, 5]), "test": np.array([3, 2])})
+  other = assemble({"test": np.array([2, 3]), "train": np.array([5, 0, 1])})
+  assert one.fingerprint == other.fingerprint
+
+
+def test_groups_are_the_true_classes_unless_given():
+  rows = {"train": np.array([0, 4]), "meta": np.array([2]), "test": np.array([3, 5])}
+  splits = assemble(rows)
+  for part in splits[:4]:
+    np.testing.assert_array_equal(part.group, part.true_label)
+  groups = np.array([5, 0, 7, 0, 6, 0])
+  splits = assemble(rows, groups=groups, test_groups=groups[::-1])
+  np.testing.assert_array_equal(splits.train.group, [5, 6])
+  np.testing.assert_array_equal(splits.meta.group, [7])
+  np.testing.assert_array_equal(splits.test.group, [7, 5])
+  assert splits.train.group.dtype == np.int32
+  given = assemble(rows, groups=source().labels, test_groups=source().labels)
+  assert given.fingerprint == assemble(rows).fingerprint
+
+
+def test_fewer_training_examples_are_another_problem():
+  splits = assemble({"train": np.arange(5), "test": np.array([1])})
+  kept = examples_lib.keep_train(splits, np.array([3, 0]))
+  np.testing.assert_array_equal(kept.train.source_index, [0, 3])
+  np.testing.assert_array_equal(kept.train.index, [0, 1])
+  for one, whole in zip(kept.train, splits.train, strict=True):
+    if one is not kept.train.index:
+      np.testing.assert_array_equal(one, whole[[0, 3]])
+  for part in ("meta", "validation", "test"):
+    assert getattr(kept, part) is getattr(splits, part)
+  others = [splits, kept, examples_lib.keep_train(splits, np.array([0, 4]))]
+  assert len({s.fingerprint for s in others}) == 3
+  assert (
+    examples_lib.keep_train(splits, np.array([0, 3])).fingerprint == kept.fingerprint
+  )
+
+
+def test_overlap_is_told():
+  rows = {"train": np.array([0, 3, 4]), "meta": np.array([5, 4, 3])}
+  message = "train and meta share 2 images, the first is row 3"
+  with pytest.raises(base.InputError, match=message):
+    examples_lib.check_disjoint(rows)
+  with pytest.raises(base.InputError, match=message):
+    assemble({**rows, "test": np.array([0])})
+
+
+def test_meta_may_be_part_of_train_when_said_but_not_of_validation():
+  rows = {"train": np.array([0, 3]), "meta": np.array([3]), "test": np.array([0])}
+  splits = assemble(rows, meta_in_train=True)
+  np.testing.assert_array_equal(splits.meta.source_index, [3])
+  with pytest.raises(base.InputError, match="meta and validation share 1"):
+    assemble({**rows, "validation": np.array([3])}, meta_in_train=True)
+  with pytest.raises(base.InputError, match="train and validation share 1"):
+    assemble({**rows, "validation": np.array([0])}, meta_in_train=True)
+
+
+def test_test_drawn_from_the_training_split_must_be_disjoint_too():
+  rows = {"train": np.array([0, 1]), "test": np.array([1, 2])}
+  assemble(rows)
+  with pytest.raises(base.InputError, match="train and test share 1 images"):
+    assemble(rows, test=source("train"))
+
+
+def test_generators_are_independent_and_repeatable():
+  one, two = (g.random(5) for g in examples_lib.generators(7, 2))
+  again, _, _ = (g.random(5) for g in examples_lib.generators(7, 3))
+  np.testing.assert_array_equal(one, again)
+  assert np.all(one != two)
+  assert np.all(one != examples_lib.generators(8, 1)[0].random(5))
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, None])
+def test_bad_seed(seed):
+  with pytest.raises(base.InputError, match="seed must be an integer of at least 0"):
+    examples_lib.generators(seed, 2)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_pixels_that_are_no_numbers(value):
+  images = np.zeros((6, 2, 2, 1), np.float32)
+  images[3, 1, 0, 0] = images[5, 0, 0, 0] = images[5, 1, 1, 0] = value
+  message = "2 of some images hold NaN or infinite pixels, the first at index 3"
+  with pytest.raises(base.InputError, match=message):
+    examples_lib.check_images(images, "some images")
+  with pytest.raises(base.InputError, match="of the images of toy test hold NaN"):
+    examples_lib.check_sources(source(), source("test", images=images))
+
+
+def test_sound_images_pass():
+  examples_lib.check_images(np.zeros((2, 3), np.float64), "floats")
+  examples_lib.check_images(np.zeros((0, 3), np.float32), "nothing")
+  with pytest.raises(base.InputError, match="bytes must be uint8 or floating; got int"):
+    examples_lib.check_images(np.zeros((2, 3), np.int64), "bytes")
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"num_classes": 2}, r"labels of toy test must lie in 0 .. 1"),
+    ({"labels": np.array([0, -1, 0, 0, 0, 0])}, r"is -1 at index 1"),
+    ({"labels": np.zeros(5, np.int32)}, "toy test has 6 images and 5 labels"),
+    ({"num_classes": 4}, r"do not fit: .* in 3 classes against .* in 4"),
+    ({"images": np.zeros((6, 3, 3, 1), np.uint8)}, r"\(2, 2, 1\).*\(3, 3, 1\)"),
+  ],
+)
+def test_sources_that_are_unsound_or_do_not_fit(changes, message):
+  examples_lib.check_sources(source(), source("test"))
+  with pytest.raises(base.InputError, match=message):
+    examples_lib.check_sources(source(), source("test")._replace(**changes))
+
+
+@pytest.mark.parametrize(
+  "others", [("train[:90%]", "train[50%:]"), ("train", "train[:5]")]
+)
+def test_slices_of_one_split_may_share_images_and_are_refused(others):
+  one, other = (source(split) for split in others)
+  with pytest.raises(base.InputError, match="may share images"):
+    examples_lib.check_sources(one, other)
+  examples_lib.check_sources(one, source("test"))
+
+
+class _File:
+  """Rows as HDF5 gives them: no ndim, ascending rows only, each of them once."""
+
+  def __init__(self, array):
+    self._array, self.most = array, 0
+    self.shape, self.dtype = array.shape, array.dtype
+
+  def __len__(self):
+    return len(self._array)
+
+  def __getitem__(self, rows):
+    if not isinstance(rows, slice) and np.any(np.diff(rows) <= 0):
+      raise TypeError("Indexing elements must be in increasing order")
+    found = self._array[rows]
+    self.most = max(self.most, len(found))
+    return found
+
+
+def test_float_images_in_a_file_are_checked_some_at_a_time(monkeypatch):
+  monkeypatch.setattr(examples_lib, "_BLOCK_BYTES", 2 * 3 * 4)
+  array = np.zeros((7, 3), np.float32)
+  images = _File(array)
+  examples_lib.check_images(images, "rows")
+  assert images.most == 2
+  array[3, 1] = array[6, 0] = np.nan
+  with pytest.raises(base.InputError, match=r"2 of rows hold NaN .* first at index 3"):
+    examples_lib.check_images(images, "rows")
+  with pytest.raises(base.InputError, match=r"rows must be an array, .* got list"):
+    examples_lib.check_images([[1.0]], "rows")
+
+
+def test_rows_of_a_file_come_in_any_order():
+  array = np.arange(12).reshape(6, 2)
+  rows = np.array([4, 0, 4, 2])
+  for source in (array, _File(array)):
+    np.testing.assert_array_equal(examples_lib.read_rows(source, rows), array[rows])
+
+
+@pytest.mark.parametrize(
+  "given",
+  [
+    [0, 1, 1],
+    np.array([0.0, 1.0, 1.0], np.float16),
+    np.array([False, True, True]),
+    np.array([0, 1, 1], object),
+    np.array([0, 1, 1], np.uint8),
+  ],
+)
+def test_labels_that_are_integers_are_taken(given):
+  found = examples_lib.integers("label", given)
+  assert found.dtype == np.int32 and found.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    (["cat", "dog"], "type <U3, the first is .*cat"),
+    (np.array(["a", 1], object), "values of type"),
+    (np.array([None, 1], object), "values of type"),
+    ([0.0, 0.5], "1 are not, the first is 0.5"),
+    ([0.0, np.nan], "1 are not, the first is nan"),
+    ([0, 2**40], "the first is 1099511627776"),
+    ([[0], [1, 2]], "got ragged lists"),
+    ([1j], "type complex128"),
+    (np.array(["2020-01-01"], "M8[D]"), "values of type"),
+  ],
+)
+def test_labels_that_are_no_integers_are_refused(given, message):
+  with pytest.raises(base.InputError, match=rf"label must be .*{message}") as caught:
+    examples_lib.integers("label", given)
+  assert "\n" not in str(caught.value)
+
+
+def test_columns_of_another_length_are_refused():
+  train = assemble({"train": np.arange(4), "test": np.arange(6)}).train
+  lists = train._replace(label=train.label.tolist(), group=None)
+  np.testing.assert_array_equal(
+    examples_lib.check_examples(lists, "it").label, train.label
+  )
+  with pytest.raises(base.InputError, match=r"label in it has shape \[3\] .* 4 images"):
+    examples_lib.check_examples(train._replace(label=train.label[:3]), "it")

@@ -1,0 +1,137 @@
+"""Unfair training sets: counts, attributes, and what stays apart."""
+
+import numpy as np
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax.data import examples as examples_lib
+from l2rw_jax.data import fairness
+from l2rw_jax.data import sources
+
+_CLASSES = 4
+
+
+def source(split="train", per_class=50, dtype=np.uint8):
+  """Images of distinct pixels, so that any mix-up shows."""
+  labels = np.repeat(np.arange(_CLASSES), per_class + np.arange(_CLASSES)[::-1])
+  labels = np.random.default_rng(1).permutation(labels).astype(np.int32)
+  pixels = np.arange(len(labels))[:, None, None, None] % 200 + np.arange(4).reshape(
+    1, 2, 2, 1
+  )
+  images = pixels.astype(np.uint8)
+  if dtype != np.uint8:
+    images = (images / 255).astype(dtype)
+  return sources.Source("toy", "1.0.0", split, images, labels, _CLASSES, {})
+
+
+def make(train=None, test=None, **options):
+  given = {"groups": "class", "num_exemplars": 5, "seed": 0, **options}
+  return fairness.fairness(
+    train or source(), test or source("test", per_class=10), **given
+  )
+
+
+def test_counts_of_the_long_tail():
+  # 45 images of the rarest class are left; 45 / 8 = 5 of the last.
+  made = make(imbalance=8.0)
+  expected = [45, 22, 11, 5]
+  np.testing.assert_array_equal(
+    examples_lib.class_counts(made.train, _CLASSES), expected
+  )
+  np.testing.assert_array_equal(examples_lib.class_counts(made.meta, _CLASSES), [5] * 4)
+  np.testing.assert_array_equal(made.test.true_label, source("test", 10).labels)
+  assert len(made.validation.label) == 0
+  for part in (made.train, made.meta, made.test):
+    np.testing.assert_array_equal(part.group, part.true_label)
+    np.testing.assert_array_equal(part.label, part.true_label)
+
+
+def test_parts_hold_the_images_of_their_rows():
+  train = source()
+  made = make(train, imbalance=4.0)
+  for part in (made.train, made.meta):
+    np.testing.assert_array_equal(
+      part.image, train.images[part.source_index] / np.float32(255)
+    )
+    np.testing.assert_array_equal(part.true_label, train.labels[part.source_index])
+  assert not set(made.train.source_index) & set(made.meta.source_index)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_inverted_images_are_where_the_group_says(dtype):
+  train, test = source(dtype=dtype), source("test", 11, dtype=dtype)
+  made = make(train, test, groups="inverted", minority_share=0.1, imbalance=8.0)
+  scale = np.float32(255 if dtype == np.uint8 else 1)
+  for part, origin in ((made.train, train), (made.meta, train), (made.test, test)):
+    plain = origin.images[part.source_index] / scale
+    expected = np.where(part.group[:, None, None, None] == 1, 1 - plain, plain)
+    np.testing.assert_allclose(part.image, expected, atol=1e-6)
+  counts = [[40, 20, 10, 5], [4, 2, 1, 1]]  # Of all, and a tenth, at least one.
+  for label in range(_CLASSES):
+    own = made.train.group[made.train.label == label]
+    assert (len(own), own.sum()) == (counts[0][label], counts[1][label])
+    own = made.meta.group[made.meta.label == label]
+    assert (len(own), own.sum()) == (10, 5)
+    own = made.test.group[made.test.label == label]
+    assert own.sum() == len(own) // 2
+  np.testing.assert_array_equal(train.images, source(dtype=dtype).images)
+
+
+def test_noise_is_in_train_alone_and_exact():
+  made = make(noise_fraction=0.25)
+  assert np.sum(made.train.label != made.train.true_label) == round(0.25 * 180)
+  np.testing.assert_array_equal(made.meta.label, made.meta.true_label)
+  np.testing.assert_array_equal(made.test.label, made.test.true_label)
+
+
+def test_a_function_of_the_seed_and_every_setting_shows_in_the_fingerprint():
+  settings = [
+    {},
+    {"seed": 1},
+    {"imbalance": 2.0},
+    {"noise_fraction": 0.5},
+    {"num_exemplars": 4},
+    {"groups": "inverted", "num_exemplars": 4},
+    {"groups": "inverted", "num_exemplars": 4, "minority_share": 0.2},
+  ]
+  fingerprints = [make(**s).fingerprint for s in settings]
+  assert len(set(fingerprints)) == len(settings)
+  assert fingerprints == [make(**s).fingerprint for s in settings]
+
+
+def test_other_noise_and_another_share_leave_the_draws_alone():
+  one = make(groups="inverted", imbalance=4.0)
+  other = make(groups="inverted", imbalance=4.0, noise_fraction=0.5, minority_share=0.3)
+  for a, b in ((one.train, other.train), (one.meta, other.meta)):
+    np.testing.assert_array_equal(a.source_index, b.source_index)
+  np.testing.assert_array_equal(one.meta.group, other.meta.group)
+  np.testing.assert_array_equal(one.test.group, other.test.group)
+
+
+def test_the_bundled_digits():
+  train, test = (sources.load("digits", split) for split in ("train", "test"))
+  made = make(train, test, groups="inverted", imbalance=10.0)
+  np.testing.assert_array_equal(
+    examples_lib.class_counts(made.train, 10), [116, 89, 69, 53, 41, 32, 24, 19, 14, 11]
+  )
+  assert made.num_classes == 10 and made.train.image.shape == (468, 8, 8, 1)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"imbalance": 0.5}, "imbalance must be a number of at least 1; got 0.5"),
+    ({"imbalance": float("nan")}, "imbalance must be a number of at least 1; got nan"),
+    ({"imbalance": 46.0}, "leaves no image of class 3: .* use imbalance=45 or less"),
+    ({"num_exemplars": 50}, "class 3 has 50 images in toy train; 50 exemplars of it"),
+    ({"num_exemplars": 25, "groups": "inverted"}, "lower num_exemplars"),
+    ({"num_exemplars": -1}, "num_exemplars must be an integer of at least 0; got -1"),
+    ({"groups": "gender"}, r"groups must be one of \('class', 'inverted'\)"),
+    ({"groups": "inverted", "minority_share": 0.0}, "minority_share must lie between"),
+    ({"noise_fraction": 1.5}, r"fraction must lie in \[0, 1\]"),
+    ({"seed": -1}, "seed must be an integer of at least 0"),
+  ],
+)
+def test_bad_input(options, message):
+  with pytest.raises(base.InputError, match=message):
+    make(**options)

@@ -1,0 +1,325 @@
+import hypothesis
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax.data import label_noise
+
+BUILDERS = (label_noise.uniform_flip, label_noise.background_flip)
+
+
+@st.composite
+def problems(draw):
+  num_classes = draw(st.integers(2, 6))
+  labels = draw(st.lists(st.integers(0, num_classes - 1), max_size=60))
+  fraction = draw(st.floats(0, 1))
+  seed = draw(st.integers(0, 2**32 - 1))
+  dtype = draw(st.sampled_from([np.int32, np.int64, np.uint8]))
+  return np.array(labels, dtype), num_classes, fraction, seed
+
+
+def balanced(num_classes, each):
+  return np.repeat(np.arange(num_classes), each)
+
+
+@hypothesis.given(problems())
+def test_uniform_paper_makes_exactly_the_fraction_wrong(problem):
+  labels, num_classes, fraction, seed = problem
+  before = labels.copy()
+  noisy = label_noise.uniform_flip(
+    labels,
+    fraction=fraction,
+    num_classes=num_classes,
+    rng=np.random.default_rng(seed),
+  )
+  np.testing.assert_array_equal(labels, before)
+  assert noisy.dtype == np.int32
+  assert noisy.shape == labels.shape
+  assert np.all((noisy >= 0) & (noisy < num_classes))
+  assert np.sum(noisy != labels) == round(fraction * len(labels))
+
+
+@hypothesis.given(problems())
+def test_uniform_official_flips_at_most_the_fraction_and_never_to_the_last(problem):
+  labels, num_classes, fraction, seed = problem
+  noisy = label_noise.uniform_flip(
+    labels,
+    fraction=fraction,
+    num_classes=num_classes,
+    rng=np.random.default_rng(seed),
+    variant="official_code",
+  )
+  changed = noisy != labels
+  assert np.sum(changed) <= round(fraction * len(labels))
+  assert np.all((noisy[changed] >= 0) & (noisy[changed] < num_classes - 1))
+
+
+@hypothesis.given(problems(), st.sampled_from(label_noise.VARIANTS), st.booleans())
+def test_background_flips_to_one_class_only(problem, variant, given_background):
+  labels, num_classes, fraction, seed = problem
+  noisy = label_noise.background_flip(
+    labels,
+    fraction=fraction,
+    num_classes=num_classes,
+    rng=np.random.default_rng(seed),
+    background=1 if given_background else None,
+    variant=variant,
+  )
+  changed = noisy != labels
+  targets = set(noisy[changed].tolist())
+  assert len(targets) <= 1
+  assert not given_background or targets <= {1}
+  chosen = round(fraction * len(labels))
+  assert np.sum(changed) <= chosen
+  if targets:
+    already = np.sum(labels == targets.pop())
+    assert np.sum(changed) >= chosen - already
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize("variant", label_noise.VARIANTS)
+def test_seed_decides(builder, variant):
+  labels = balanced(10, 50)
+
+  def noisy(seed):
+    return builder(
+      labels,
+      fraction=0.4,
+      num_classes=10,
+      rng=np.random.default_rng(seed),
+      variant=variant,
+    )
+
+  np.testing.assert_array_equal(noisy(3), noisy(3))
+  assert np.any(noisy(3) != noisy(4))
+
+
+@pytest.mark.parametrize(
+  ("num_classes", "variant", "wrong"),
+  [
+    (10, "paper", 0.4),
+    (100, "paper", 0.4),
+    (10, "official_code", 0.36),
+    (100, "official_code", 0.396),
+  ],
+)
+def test_uniform_truly_wrong_rate(num_classes, variant, wrong):
+  labels = balanced(num_classes, 100_000 // num_classes)
+  noisy = label_noise.uniform_flip(
+    labels,
+    fraction=0.4,
+    num_classes=num_classes,
+    rng=np.random.default_rng(0),
+    variant=variant,
+  )
+  # Five standard deviations of a binomial share are below this.
+  assert abs(np.mean(noisy != labels) - wrong) < 0.002
+
+
+def test_uniform_official_rate_of_unbalanced_labels():
+  labels = np.repeat([0, 1, 2], [10_000, 20_000, 70_000])
+  noisy = label_noise.uniform_flip(
+    labels,
+    fraction=0.5,
+    num_classes=3,
+    rng=np.random.default_rng(0),
+    variant="official_code",
+  )
+  documented = 0.5 * (1 - (1 - 0.7) / (3 - 1))
+  assert abs(np.mean(noisy != labels) - documented) < 0.005
+
+
+def test_uniform_paper_reaches_every_other_class_equally():
+  labels = np.full(90_000, 3)
+  noisy = label_noise.uniform_flip(
+    labels, fraction=1.0, num_classes=10, rng=np.random.default_rng(0)
+  )
+  counts = np.bincount(noisy, minlength=10)
+  assert counts[3] == 0
+  assert np.all(np.abs(np.delete(counts, 3) - 10_000) < 5 * 100)
+
+
+@pytest.mark.parametrize("variant", label_noise.VARIANTS)
+def test_background_truly_wrong_rate(variant):
+  labels = balanced(10, 10_000)
+  noisy = label_noise.background_flip(
+    labels,
+    fraction=0.4,
+    num_classes=10,
+    rng=np.random.default_rng(0),
+    variant=variant,
+  )
+  assert abs(np.mean(noisy != labels) - 0.36) < 0.003
+
+
+@pytest.mark.parametrize(
+  ("variant", "reachable"), [("paper", {0, 1, 2}), ("official_code", {0, 1})]
+)
+def test_classes_a_background_may_be(variant, reachable):
+  drawn = {
+    label_noise.draw_background(3, rng=np.random.default_rng(seed), variant=variant)
+    for seed in range(60)
+  }
+  assert drawn == reachable
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_two_classes_official_give_the_first(builder):
+  noisy = builder(
+    [1, 1, 0],
+    fraction=1.0,
+    num_classes=2,
+    rng=np.random.default_rng(0),
+    variant="official_code",
+  )
+  np.testing.assert_array_equal(noisy, [0, 0, 0])
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"fraction": 1.5}, r"fraction must lie in \[0, 1\].*got 1.5"),
+    ({"fraction": -0.1}, r"fraction must lie in \[0, 1\].*got -0.1"),
+    ({"fraction": float("nan")}, r"fraction must lie in \[0, 1\].*got nan"),
+    ({"labels": [0, 3, 1]}, r"labels must lie in 0 .. 2.*is 3 at index 1"),
+    ({"labels": [0, 1, -1]}, r"labels must lie in 0 .. 2.*is -1 at index 2"),
+    ({"labels": [0.0, 1.0]}, r"labels must be integers of shape \[N\]; got float64"),
+    ({"labels": [[0, 1]]}, r"labels must be integers of shape \[N\].*\(1, 2\)"),
+    ({"variant": "peper"}, r"variant must be one of .*got 'peper'"),
+    ({"labels": [0], "num_classes": 1}, r"num_classes must be at least 2"),
+  ],
+)
+def test_bad_input_is_told(builder, changes, message):
+  given = {
+    "labels": [0, 1, 2],
+    "fraction": 0.5,
+    "num_classes": 3,
+    "rng": np.random.default_rng(0),
+    **changes,
+  }
+  with pytest.raises(base.InputError, match=message) as error:
+    builder(given.pop("labels"), **given)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("background", [-1, 3])
+def test_background_out_of_range(background):
+  with pytest.raises(base.InputError, match="background must be a class from 0 to 2"):
+    label_noise.background_flip(
+      [0, 1, 2],
+      fraction=0.5,
+      num_classes=3,
+      rng=np.random.default_rng(0),
+      background=background,
+    )
+
+
+def test_matrices_by_hand():
+  np.testing.assert_allclose(
+    label_noise.symmetric_matrix(4, 0.6),
+    [
+      [0.4, 0.2, 0.2, 0.2],
+      [0.2, 0.4, 0.2, 0.2],
+      [0.2, 0.2, 0.4, 0.2],
+      [0.2, 0.2, 0.2, 0.4],
+    ],
+  )
+  np.testing.assert_allclose(
+    label_noise.uniform_matrix(4, 0.6),
+    [
+      [0.55, 0.15, 0.15, 0.15],
+      [0.15, 0.55, 0.15, 0.15],
+      [0.15, 0.15, 0.55, 0.15],
+      [0.15, 0.15, 0.15, 0.55],
+    ],
+  )
+  np.testing.assert_allclose(
+    label_noise.pair_matrix(4, 0.3, {3: 0, 1: 2, 2: 1}),
+    [[1, 0, 0, 0], [0, 0.7, 0.3, 0], [0, 0.3, 0.7, 0], [0.3, 0, 0, 0.7]],
+  )
+
+
+@pytest.mark.parametrize("num_targets", [1, 2])
+def test_flip_matrix_has_its_targets_off_the_diagonal(num_targets):
+  seen = np.zeros((5, 5))
+  for seed in range(40):
+    rng = np.random.default_rng(seed)
+    matrix = label_noise.flip_matrix(5, 0.4, num_targets=num_targets, rng=rng)
+    np.testing.assert_allclose(np.diag(matrix), 0.6)
+    hit = matrix - np.diag(np.diag(matrix))
+    np.testing.assert_allclose(
+      np.sort(hit, 1),
+      np.tile([0.0] * (5 - num_targets) + [0.4 / num_targets] * num_targets, (5, 1)),
+    )
+    seen += hit > 0
+  # Every other class is drawn for every class, at even odds.
+  assert np.all(seen[~np.eye(5, dtype=bool)] > 40 * num_targets / 4 / 4)
+
+
+@pytest.mark.parametrize(
+  ("matrix", "wrong"),
+  [
+    (label_noise.symmetric_matrix(10, 0.4), 0.4),
+    (label_noise.uniform_matrix(10, 0.4), 0.36),
+    (label_noise.uniform_matrix(100, 0.6), 0.594),
+    (label_noise.pair_matrix(10, 0.4, {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}), 0.2),
+    (
+      label_noise.flip_matrix(10, 0.4, num_targets=2, rng=np.random.default_rng(0)),
+      0.4,
+    ),
+  ],
+)
+def test_resampled_labels_follow_the_matrix(matrix, wrong):
+  labels = balanced(len(matrix), 100_000 // len(matrix))
+  before = labels.copy()
+  noisy = label_noise.resample(labels, matrix, rng=np.random.default_rng(0))
+  np.testing.assert_array_equal(labels, before)
+  assert noisy.dtype == np.int32
+  # Five standard deviations of a share of 100,000 are at most 0.008.
+  assert abs(np.mean(noisy != labels) - wrong) < 0.006
+  found = np.zeros_like(matrix)
+  np.add.at(found, (labels, noisy), len(matrix) / 100_000)
+  assert not found[matrix == 0].any()
+  each = 100_000 // len(matrix)
+  np.testing.assert_allclose(found, matrix, atol=5 * np.sqrt(0.25 / each))
+
+
+def test_resampled_examples_are_independent_of_one_another():
+  matrix = label_noise.symmetric_matrix(2, 0.5)
+  noisy = label_noise.resample(
+    np.zeros(40_000, int), matrix, rng=np.random.default_rng(0)
+  )
+  pairs = np.bincount(2 * noisy[::2] + noisy[1::2], minlength=4) / 20_000
+  np.testing.assert_allclose(pairs, 0.25, atol=0.016)
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (lambda: label_noise.symmetric_matrix(1, 0.1), "num_classes must be at least 2"),
+    (lambda: label_noise.uniform_matrix(3, 1.1), r"fraction must lie in .* got 1.1"),
+    (lambda: label_noise.uniform_matrix(3, float("nan")), "fraction must lie.*nan"),
+    (lambda: label_noise.pair_matrix(3, 0.1, {0: 3}), "of 0 to 2; got 0: 3"),
+    (lambda: label_noise.pair_matrix(3, 0.1, {1: 1}), "to another one.*got 1: 1"),
+    (
+      lambda: label_noise.flip_matrix(
+        2, 0.1, num_targets=2, rng=np.random.default_rng(0)
+      ),
+      "2 other classes to flip to need num_classes of at least 3; got 2",
+    ),
+    (lambda: _resample([0], [[1.0, 0.0]]), r"shape \[C, C\]; got \(1, 2\)"),
+    (lambda: _resample([0], [[1, 0], [0.5, 0.6]]), "sum 1; row 1 is .0.5, 0.6."),
+    (lambda: _resample([0], [[1.5, -0.5], [0, 1]]), "non-negative.*row 0"),
+    (lambda: _resample([2], np.eye(2)), "labels must lie in 0 .. 1"),
+  ],
+)
+def test_bad_matrices_are_told(call, message):
+  with pytest.raises(base.InputError, match=message) as error:
+    call()
+  assert "\n" not in str(error.value)
+
+
+def _resample(labels, matrix):
+  return label_noise.resample(labels, matrix, rng=np.random.default_rng(0))

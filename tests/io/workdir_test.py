@@ -1,0 +1,255 @@
+import errno
+import json
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+
+import jax
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax.io import workdir
+
+
+def test_write_json_is_sorted_and_ends_in_a_newline(tmp_path):
+  path = tmp_path / "a.json"
+  workdir.write_json(path, {"b": [1, 2], "a": "é\n"})
+  text = path.read_text(encoding="utf-8")
+  assert json.loads(text) == {"a": "é\n", "b": [1, 2]}
+  assert text.index('"a"') < text.index('"b"')
+  assert text.endswith("}\n")
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_text_keeps_newlines_as_they_are(tmp_path):
+  workdir.write_text(tmp_path / "a", "x\r\ny\n")
+  assert (tmp_path / "a").read_bytes() == b"x\r\ny\n"
+  workdir.write_bytes(tmp_path / "a", b"\xff\r\n")
+  assert (tmp_path / "a").read_bytes() == b"\xff\r\n"
+
+
+def _no_space(*args, **kwargs):
+  raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, function):
+  path = tmp_path / "a.json"
+  workdir.write_json(path, "old")
+  monkeypatch.setattr(workdir.os, function, _no_space)
+  with pytest.raises(base.InputError, match=r"a\.json: No space left on device"):
+    workdir.write_json(path, "new")
+  assert json.loads(path.read_text()) == "old"
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_is_written_of_a_value_that_is_not_json(tmp_path):
+  for value in ({"a": object()}, {"a": float("nan")}):
+    with pytest.raises((TypeError, ValueError)):
+      workdir.write_json(tmp_path / "a.json", value)
+  assert not list(tmp_path.iterdir())
+
+
+def test_prepare_makes_the_folder_and_takes_the_same_run_back(tmp_path):
+  settings = {"num_steps": 100, "lr": 0.1, "widths": (3, 4), "name": None}
+  folder = workdir.prepare(tmp_path / "a" / "b", settings)
+  assert folder == tmp_path / "a" / "b"
+  written = (folder / "settings.json").read_bytes()
+  assert json.loads(written)["widths"] == [3, 4]
+  assert workdir.prepare(str(folder), dict(reversed(settings.items()))) == folder
+  assert (folder / "settings.json").read_bytes() == written
+  assert sorted(p.name for p in folder.iterdir()) == [".lock", "settings.json"]
+
+
+def test_prepare_names_every_setting_that_differs(tmp_path):
+  workdir.prepare(tmp_path, {"num_steps": 100, "lr": 0.1, "seed": 1, "on": True})
+  before = (tmp_path / "settings.json").read_bytes()
+  with pytest.raises(base.InputError) as caught:
+    workdir.prepare(tmp_path, {"num_steps": 200, "lr": 0.1, "on": 1, "new": "x"})
+  message = str(caught.value)
+  assert message == (
+    f"--workdir={tmp_path} holds a run with other settings:"
+    ' new was absent, now "x"; num_steps was 100, now 200;'
+    " on was true, now 1; seed was 1, now absent."
+    " Choose another --workdir or delete it."
+  )
+  assert (tmp_path / "settings.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b'{"num_st', b"[1]\n", b"\xff\xfe{}"])
+def test_prepare_tells_of_damaged_settings(tmp_path, content):
+  (tmp_path / "settings.json").write_bytes(content)
+  with pytest.raises(base.InputError, match=r"settings\.json is damaged") as caught:
+    workdir.prepare(tmp_path, {"num_steps": 1})
+  assert "\n" not in str(caught.value)
+  assert (tmp_path / "settings.json").read_bytes() == content
+
+
+def test_prepare_refuses_a_file_in_the_way(tmp_path):
+  (tmp_path / "file").write_text("")
+  for path, reason in (("file", "File exists"), ("file/run", "Not a directory")):
+    with pytest.raises(base.InputError) as caught:
+      workdir.prepare(tmp_path / path, {})
+    assert str(caught.value) == (
+      f"--workdir={tmp_path / path}: cannot write ({reason});"
+      " choose a folder you may write to"
+    )
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_prepare_proves_that_an_old_folder_is_writable(tmp_path, monkeypatch, code):
+  workdir.prepare(tmp_path, {})
+
+  def refuse(*args, **kwargs):
+    raise OSError(code, "refused")
+
+  monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+  with pytest.raises(base.InputError, match=r"cannot write \(refused\)"):
+    workdir.prepare(tmp_path, {})
+
+
+def test_run_info_tells_versions_and_devices():
+  info = workdir.run_info()
+  assert json.loads(json.dumps(info)) == info
+  assert info["jax"] == jax.__version__
+  assert info["device_count"] == jax.device_count()
+  assert info["platform"] == jax.default_backend()
+  assert info["device_kind"]
+  assert {"commit", "python", "jaxlib", "flax", "optax", "numpy", "l2rw_jax"} <= set(
+    info
+  )
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_run_info_tells_the_commit(tmp_path, monkeypatch):
+  def git(*arguments):
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    command = ["git", *who, "-C", tmp_path, *arguments]
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    return run.stdout.strip()
+
+  source = tmp_path / "workdir.py"
+  source.write_text("one\n")
+  monkeypatch.setattr(workdir, "__file__", str(source))
+  assert workdir.run_info()["commit"] == "unknown"
+  git("init")
+  git("commit", "--allow-empty", "-m", "of something else")
+  assert workdir.run_info()["commit"] == "unknown"
+  git("add", ".")
+  git("commit", "-m", "x")
+  commit = git("rev-parse", "HEAD")
+  pathlib.Path(tmp_path, "result.json").write_text("{}")
+  assert workdir.run_info()["commit"] == commit
+  source.write_text("two\n")
+  assert workdir.run_info()["commit"] == commit + "+dirty"
+
+
+def test_run_info_does_without_git(monkeypatch):
+  monkeypatch.setenv("PATH", "")
+  assert workdir.run_info()["commit"] == "unknown"
+
+
+def test_records_carry_their_checksum(tmp_path):
+  path = tmp_path / "a.json"
+  value = {"b": [1, 0.1, None], "a": {"é": "x"}}
+  workdir.write_record(path, value)
+  assert workdir.read_record(path) == value
+  content = path.read_bytes()
+  for damaged in (
+    content.replace(b"0.1", b"0.2"),
+    content[:-9],
+    b"",
+    b"[1]",
+    b"{}",
+    b"[" * 100_000,
+  ):
+    path.write_bytes(damaged)
+    with pytest.raises(base.InputError, match=r"a\.json (is damaged|has no checksum)"):
+      workdir.read_record(path)
+  path.unlink()
+  with pytest.raises(base.InputError, match=r"a\.json cannot be read"):
+    workdir.read_record(path)
+
+
+def test_an_input_may_be_added_but_not_exchanged(tmp_path):
+  first, second = tmp_path / "first", tmp_path / "second"
+  first.write_text("1")
+  second.write_text("2")
+  run = tmp_path / "run"
+  workdir.prepare(run, {"a": 1})
+  workdir.prepare(run, {"a": 1}, {"mentor": str(first)})
+  workdir.prepare(run, {"a": 1})
+  with pytest.raises(base.InputError, match="the content of --mentor was") as caught:
+    workdir.prepare(run, {"a": 1}, {"mentor": str(second)})
+  assert "\n" not in str(caught.value)
+  moved = first.rename(tmp_path / "moved")
+  workdir.prepare(run, {"a": 1}, {"mentor": str(moved)})
+  inside = workdir.settings_of(run / "x" / "seed-0")
+  assert inside == {"a": 1, "inputs": {"mentor": workdir.file_digest(moved)}}
+  assert workdir.settings_of(tmp_path / "elsewhere") == {}
+  with pytest.raises(base.InputError, match="cannot be read"):
+    workdir.prepare(run, {"a": 1}, {"mentor": str(first)})
+
+
+@pytest.mark.parametrize("trace", ["seed-0/results.json", "x/checkpoints/5/data"])
+def test_results_without_settings_are_refused(tmp_path, trace):
+  workdir.prepare(tmp_path, {"a": 1})
+  (tmp_path / trace).parent.mkdir(parents=True)
+  (tmp_path / trace).write_text("")
+  workdir.prepare(tmp_path, {"a": 1})
+  (tmp_path / "settings.json").unlink()
+  with pytest.raises(base.InputError, match=r"settings\.json is missing"):
+    workdir.prepare(tmp_path, {"a": 1})
+  (tmp_path / "settings.json").write_text('{"a": 1}')
+  with pytest.raises(base.InputError, match="an earlier version"):
+    workdir.prepare(tmp_path, {"a": 1})
+
+
+_HOLD = """
+import sys
+from l2rw_jax.io import workdir
+workdir.prepare(sys.argv[1], {})
+print("here", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time(tmp_path):
+  run = tmp_path / "run"
+  held = subprocess.Popen(
+    [sys.executable, "-c", _HOLD, run],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+    cwd=pathlib.Path(__file__).parent.parent,
+  )
+  try:
+    assert held.stdout.readline() == "here\n"
+    for use in (lambda: workdir.prepare(run, {}), lambda: _enter(run)):
+      with pytest.raises(base.InputError, match="another process") as caught:
+        use()
+      assert f"(host {socket.gethostname()}, pid {held.pid}) runs here" in str(
+        caught.value
+      )
+      assert "\n" not in str(caught.value)
+  finally:
+    held.kill()
+    held.communicate()
+  for stale in (".a.json.1.tmp", ".scratch-x/big", "seed-0/.b.csv.22.tmp"):
+    (run / stale).parent.mkdir(exist_ok=True)
+    (run / stale).write_text("")
+  (run / "notes.tmp").write_text("")
+  _enter(run)
+  assert {p.name for p in run.iterdir()} == {"settings.json", "seed-0", "notes.tmp"}
+  assert not list((run / "seed-0").iterdir())
+  workdir.prepare(run, {})
+  workdir.prepare(run, {})
+  _enter(run / "seed-0")
+
+
+def _enter(folder):
+  with workdir.locked(folder):
+    pass

@@ -1,0 +1,327 @@
+"""Losses, J v and J^T w of a batch, against the explicit Jacobian."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import chex
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax import hypergradient
+from l2rw_jax import linearization
+from l2rw_jax import losses
+from l2rw_jax.linearization import microbatching
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+_B = 5
+_EXACT = ("auto", "layerwise", "forward", "reverse")
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=("w", "b"), meta_fields=()
+)
+@dataclasses.dataclass
+class _Dataclass:
+  w: Any
+  b: Any
+
+
+class _Tuple(NamedTuple):
+  w: Any
+  b: Any
+
+
+_CONTAINERS = {
+  "dict": lambda w, b: {"w": w, "b": b},
+  "tuple": lambda w, b: (w, b),
+  "dataclass": _Dataclass,
+  "namedtuple": _Tuple,
+}
+
+
+def _x(dtype=np.float64):
+  return np.random.default_rng(0).normal(size=(_B, 3)).astype(dtype)
+
+
+def _losses_fn(params, x):
+  """Works for every container whose leaves, in order, are w and b."""
+  w, b = sorted(jax.tree.leaves(params), key=jnp.ndim, reverse=True)
+  return jnp.sum(jnp.tanh(x @ w + b) ** 2, axis=1) + jnp.sin(b * x[:, 0])
+
+
+def _like(tree, seed):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda x: rng.normal(size=np.shape(x)).astype(x.dtype), tree)
+
+
+def _explicit(losses_fn, params, batch, vector, weights):
+  """(J v, J^T w) from the Jacobian written out."""
+  jacobian = jax.jit(jax.jacrev(losses_fn))(params, batch)
+  products = jax.tree.map(
+    lambda j, v: jnp.tensordot(j, v, jnp.ndim(v)), jacobian, vector
+  )
+  gradient = jax.tree.map(lambda j: jnp.tensordot(weights, j, 1), jacobian)
+  return sum(jax.tree.leaves(products)), gradient
+
+
+def _three(losses_fn, params, batch, vector, weights, **options):
+  linearized = linearization.linearize(losses_fn, params, batch, **options)
+  return (
+    linearized.losses,
+    linearized.directional(vector),
+    linearized.weighted_gradient(weights),
+  )
+
+
+def _relative_error(actual, expected):
+  return float(jnp.abs(actual - expected).max() / jnp.abs(expected).max())
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("container", _CONTAINERS)
+def test_equals_the_explicit_jacobian(container):
+  params = _CONTAINERS[container](np.arange(6.0).reshape(3, 2) / 5, np.float64(0.3))
+  vector, weights = _like(params, 1), np.array([0.5, 0.0, -1.0, 2.0, 0.1])
+  pushed, pulled = _explicit(_losses_fn, params, _x(), vector, weights)
+  for engine in linearization.ENGINES:
+    values, directional, gradient = jax.jit(
+      functools.partial(_three, _losses_fn, engine=engine)
+    )(params, _x(), vector, weights)
+    np.testing.assert_allclose(values, _losses_fn(params, _x()), rtol=1e-14)
+    tolerance = 1e-12 if engine in _EXACT else 1e-7
+    assert _relative_error(directional, pushed) < tolerance
+    chex.assert_trees_all_close(gradient, pulled, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_unit_vectors_give_the_gradient_of_each_example():
+  params = {"w": np.arange(6.0).reshape(3, 2) / 5, "b": np.float64(0.3)}
+  linearized = linearization.linearize(_losses_fn, params, _x())
+  actual = jax.vmap(linearized.weighted_gradient)(jnp.eye(_B))
+
+  def loss_fn(params, example):
+    return _losses_fn(params, example[None])[0]
+
+  expected = jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))(params, _x())
+  chex.assert_trees_all_close(actual, expected, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("engine", linearization.ENGINES)
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_leaves_that_are_not_floating_point_are_held_fixed(engine, wrap):
+  trainable = {"w": np.arange(6.0).reshape(3, 2) / 5, "b": np.float64(0.3)}
+  fixed = {
+    "count": jnp.int32(2),
+    "mask": jnp.array([True, False]),
+    "key": jax.random.key(3),
+    "none": None,
+  }
+
+  def losses_fn(params, x):
+    shift = jax.random.uniform(params["key"]) + params["mask"].sum().astype(float)
+    found = _losses_fn({k: params[k] for k in ("w", "b")}, x)
+    return found * params["count"].astype(float) + shift
+
+  linearize = functools.partial(_three, losses_fn, engine=engine)
+  params, vector = trainable | fixed, _like(trainable, 1)
+  weights = jnp.arange(_B) / _B
+  values, pushed, pulled = wrap(linearize)(params, _x(), vector | fixed, weights)
+  want_pushed, want_pulled = _explicit(_losses_fn, trainable, _x(), vector, weights)
+  assert _relative_error(pushed, 2 * want_pushed) < 1e-7
+  np.testing.assert_allclose(values, losses_fn(params, _x()), rtol=1e-14)
+  for name, gradient in want_pulled.items():
+    np.testing.assert_allclose(pulled[name], 2 * gradient, rtol=1e-12)
+  assert pulled["count"].dtype == jnp.int32
+  assert pulled["mask"].dtype == jnp.bool
+  assert not pulled["mask"].any() and not pulled["count"]
+  assert pulled["key"].dtype == jax.dtypes.float0
+  assert pulled["none"] is None
+  chex.assert_trees_all_equal(wrap(linearize)(params, _x(), pulled, weights)[0], values)
+
+
+@pytest.mark.parametrize("engine", linearization.ENGINES)
+@pytest.mark.parametrize("params", [{"count": jnp.int32(3)}, {}, [np.ones(3, int)]])
+def test_nothing_to_train_is_refused(engine, params):
+  with pytest.raises(base.InputError, match="params holds no floating point array"):
+    linearization.linearize(lambda p, x: x[:, 0], params, _x(), engine=engine)
+
+
+class _Net(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(3, param_dtype=float)(x)
+    x = nn.BatchNorm(use_running_average=False, param_dtype=float)(x)
+    return nn.Dense(2, param_dtype=float)(nn.tanh(x))
+
+
+@pytest.mark.promotes("flax keeps running statistics in float32, here next to float64")
+@pytest.mark.usefixtures("x64")
+def test_examples_are_coupled_by_batch_statistics():
+  variables = jax.jit(_Net().init)(jax.random.key(0), _x())
+  params, labels = variables.pop("params"), np.array([0, 1, 0, 1, 1])
+
+  def losses_fn(params, x):
+    logits, new_state = _Net().apply(
+      {"params": params, **variables}, x, mutable="batch_stats"
+    )
+    return losses.softmax_cross_entropy(logits, labels), new_state
+
+  vector, weights = _like(params, 1), np.arange(_B) / _B
+  pushed, pulled = _explicit(
+    lambda *args: losses_fn(*args)[0], params, _x(), vector, weights
+  )
+  for engine in ("auto", "forward", "reverse", "difference"):
+
+    def linearize(params, vector, engine=engine):
+      linearized = linearization.linearize(
+        losses_fn, params, _x(), has_aux=True, engine=engine
+      )
+      directional = linearized.directional(vector)
+      return directional, linearized.weighted_gradient(weights), linearized.aux
+
+    directional, gradient, aux = jax.jit(linearize)(params, vector)
+    assert _relative_error(directional, pushed) < 1e-7
+    if engine in _EXACT:
+      assert _relative_error(directional, pushed) < 1e-12
+    chex.assert_trees_all_close(gradient, pulled, rtol=1e-11, atol=1e-14)
+    chex.assert_trees_all_close(aux, losses_fn(params, _x())[1], rtol=1e-12)
+    assert abs(jax.tree.leaves(aux)[0]).max() > 0  # No longer the initial mean.
+
+
+def _scaled(scale):
+  return lambda params, x: jnp.tanh(x @ params / scale) ** 2
+
+
+@pytest.mark.parametrize(
+  ("params", "scale", "vector_scale"),
+  [
+    ([0.0, 0.0, 0.0], 1.0, 1.0),
+    ([1e-6, 2e-6, -1e-6], 1.0, 1.0),
+    ([1.0, 2.0, 3.0], 1.0, 1.0),
+    ([1.0, 2.0, 3.0], 1.0, 1e-30),
+    ([1.0, 2.0, 3.0], 1.0, 1e30),
+    ([1e3, 2e3, 3e3], 1e3, 1.0),
+    ([1e6, 2e6, 3e6], 1e6, 1e-10),
+  ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_difference_is_as_good_as_promised(params, scale, vector_scale, dtype):
+  with jax.enable_x64(dtype == "float64"):
+    losses_fn = _scaled(scale) if any(params) else lambda p, x: jnp.sin(x @ p)
+    params = jnp.array(params, dtype)
+    vector = jnp.array([1.0, -2.0, 0.5], dtype) * vector_scale
+    weights = jnp.zeros(_B, dtype)
+    _, expected, _ = _three(losses_fn, params, _x(dtype), vector, weights)
+    _, actual, _ = _three(
+      losses_fn, params, _x(dtype), vector, weights, engine="difference"
+    )
+    tolerance = 1e-7 if dtype == "float64" else 2e-3
+    assert _relative_error(actual, expected) < tolerance
+
+
+def test_the_difference_in_half_precision_is_good_for_the_sign_only():
+  params, vector = jnp.array([0.3, 0.6, 0.9]), jnp.array([1.0, -2.0, 0.5])
+  data = (jnp.asarray(_x()), vector, jnp.zeros(_B))
+  _, expected, _ = _three(_scaled(1.0), params, *data)
+  params, *data = (x.astype(jnp.bfloat16) for x in (params, *data))
+  _, actual, _ = _three(_scaled(1.0), params, *data, engine="difference")
+  assert actual.dtype == jnp.bfloat16
+  assert _relative_error(actual.astype(float), expected) < 0.2
+
+
+@pytest.mark.parametrize("engine", linearization.ENGINES)
+def test_no_direction_is_no_change(engine):
+  params = jnp.array([1.0, 2.0, 3.0])
+  _, pushed, pulled = _three(
+    _scaled(1.0),
+    params,
+    _x(np.float32),
+    jnp.zeros(3),
+    jnp.zeros(_B),
+    engine=engine,
+  )
+  assert not pushed.any()
+  assert not pulled.any()
+
+
+@pytest.mark.usefixtures("x64")
+def test_complex_parameters_agree_with_the_unrolled_step():
+  def losses_fn(params, x):
+    x = x.astype(complex)
+    return jnp.abs(x @ params) ** 2 + jnp.real(x @ params**2)
+
+  rng = np.random.default_rng(5)
+  params = jnp.asarray(rng.normal(size=3) + 1j * rng.normal(size=3))
+  weights, optimizer = jnp.arange(_B) / _B, optax.sgd(0.1)
+  options = {"optimizer": optimizer, "opt_state": optimizer.init(params)}
+  linearized = linearization.linearize(losses_fn, params, _x())
+  direction = hypergradient.direction(
+    losses_fn, params, _x()[:2], linearized.weighted_gradient(weights), **options
+  )
+  expected = hypergradient.unrolled_weight_gradient(
+    losses_fn, losses_fn, params, _x(), _x()[:2], weights, **options
+  )
+  actual = hypergradient.weight_gradient(linearized, direction)
+  np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+def test_an_unknown_derivative_is_refused():
+  with pytest.raises(base.InputError, match=r"'backward'.*forward.*reverse"):
+    linearization.linearize(_scaled(1.0), jnp.ones(3), _x(), engine="backward")
+
+
+@pytest.mark.parametrize("engine", ["forward", "reverse", "difference"])
+def test_outputs_of_any_structure_are_pushed_and_pulled(x64, engine):
+  def outputs_fn(params, x):
+    hidden = jnp.tanh(x @ params["w"])
+    return {"logits": hidden @ params["v"], "features": hidden}, jnp.sum(x)
+
+  rng = np.random.default_rng(0)
+  params = {"w": rng.normal(size=(3, 4)), "v": rng.normal(size=(4, 2))}
+  vector = {"w": rng.normal(size=(3, 4)), "v": rng.normal(size=(4, 2))}
+  x = rng.normal(size=(5, 3))
+  found = linearization.linearize_outputs(
+    outputs_fn, params, x, has_aux=True, engine=engine
+  )
+  outputs, tangent, aux = jax.jvp(
+    lambda p: outputs_fn(p, x), (params,), (vector,), has_aux=True
+  )
+  cotangent = jax.tree.map(lambda y: rng.normal(size=y.shape), outputs)
+  _, pull, _ = jax.vjp(lambda p: outputs_fn(p, x), params, has_aux=True)
+  chex.assert_trees_all_close(found.outputs, outputs)
+  chex.assert_trees_all_close(found.jvp(vector), tangent, rtol=1e-5, atol=1e-8)
+  chex.assert_trees_all_close(found.vjp(cotangent), pull(cotangent)[0], rtol=1e-6)
+  np.testing.assert_allclose(found.aux, aux)
+
+
+@pytest.mark.parametrize("engine", [*linearization.ENGINES, "in parts"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_strict_types_ranks_and_nan_checks(engine, dtype):
+  def losses_fn(p, x):
+    h = jnp.tanh(x.astype(dtype) @ p["w"] + p["b"][None, :]).astype(jnp.float32)
+    return (h**2).sum(1) * p["s"]
+
+  params = {"w": jnp.ones((3, 2), dtype), "b": jnp.ones(2, dtype), "s": jnp.float32(2)}
+  weights, x = jnp.arange(_B, dtype=jnp.float32), jnp.asarray(_x(np.float32))
+  linearize = functools.partial(linearization.linearize, engine=engine)
+  if engine == "in parts":
+    linearize = microbatching.microbatched(linearization.linearize, 2)
+  with (
+    jax.numpy_dtype_promotion("strict"),
+    jax.numpy_rank_promotion("raise"),
+    jax.debug_nans(True),
+  ):
+    linearized = linearize(losses_fn, params, x)
+    found = linearized.directional(params), linearized.weighted_gradient(weights)
+  expected = jax.jvp(lambda p: losses_fn(p, x), (params,), (params,))[1]
+  tolerance = 5e-3 if dtype == "float32" else 0.3
+  assert _relative_error(found[0], expected) < tolerance
+  chex.assert_trees_all_equal_dtypes(found[1], params)

@@ -1,0 +1,180 @@
+"""What a training step costs, counted by the compiler: nothing is run here."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax import hypergradient
+from l2rw_jax.methods import advisor
+from l2rw_jax.methods import baselines
+from l2rw_jax.methods import l2rw
+from l2rw_jax.methods import meta_weight_net
+from l2rw_jax.methods import warpi
+from l2rw_jax.models import classifier
+from l2rw_jax.models import lenet
+from l2rw_jax.models import resnet
+
+# The count is the same, and it is taken in half the time.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+_B = 100
+_OPTIMIZER = optax.sgd(0.1)
+_NETWORKS = {
+  "lenet": (lenet.LeNet(10), (28, 28, 1)),
+  "resnet": (resnet.ResNet(10, blocks=1), (16, 16, 3)),
+}
+
+
+class _Problem(NamedTuple):
+  """Shapes only: `jax.eval_shape` makes the variables."""
+
+  problem: base.Problem
+  params: Any
+  model_state: Any
+  batch: Any
+
+  def meta_batch(self, size):
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), self.batch
+    )
+
+
+@functools.cache
+def _problem(name):
+  model, shape = _NETWORKS[name]
+  batch = {
+    "image": jax.ShapeDtypeStruct((_B, *shape), jnp.float32),
+    "label": jax.ShapeDtypeStruct((_B,), jnp.int32),
+    "index": jax.ShapeDtypeStruct((_B,), jnp.int32),
+  }
+  whole = classifier.Classifier(model, 10)
+  params, model_state = jax.eval_shape(whole.init, jax.random.key(0), batch)
+  problem = whole.problem(
+    class_counts=jnp.full(10, 100), num_examples=1000, num_steps=10
+  )
+  return _Problem(problem, params, model_state, batch)
+
+
+def _updated(params, grads):
+  updates, _ = _OPTIMIZER.update(grads, _OPTIMIZER.init(params), params)
+  return optax.apply_updates(params, updates)
+
+
+def _flops(step_fn, *shapes):
+  return jax.jit(step_fn).lower(*shapes).compile().cost_analysis()["flops"]
+
+
+@functools.cache
+def _plain_flops(name):
+  problem, params, model_state, batch = _problem(name)
+
+  def step_fn(params, model_state, batch):
+    def mean_loss(params):
+      losses_fn = problem.losses_fn(model_state, jax.random.key(0))
+      values, new_state = losses_fn(params, batch)
+      return values.mean(), (values, new_state)
+
+    grads, aux = jax.grad(mean_loss, has_aux=True)(params)
+    return _updated(params, grads), aux
+
+  return _flops(step_fn, params, model_state, batch)
+
+
+def _method_flops(method, name, num_meta):
+  problem, params, model_state, batch = _problem(name)
+
+  def init(params):
+    return method.init(jax.random.key(1), problem, params)
+
+  def step_fn(state, params, model_state, batch, meta_batch):
+    opt_state, step = _OPTIMIZER.init(params), jnp.int32(0)
+    inputs = base.Inputs(
+      params, model_state, opt_state, batch, meta_batch, step, jax.random.key(0)
+    )
+    found, state = method.gradients(state, problem, inputs)
+    return _updated(params, found.grads), found, state
+
+  meta_batch = _problem(name).meta_batch(num_meta)
+  state = jax.eval_shape(init, params)
+  return _flops(step_fn, state, params, model_state, batch, meta_batch)
+
+
+@functools.cache
+def _l2rw_flops(name, num_meta):
+  return _method_flops(l2rw.l2rw(), name, num_meta)
+
+
+def _literal_flops(name, num_meta):
+  """Algorithm 1 as it is written: reverse over reverse, then a second pass."""
+  problem, params, model_state, batch = _problem(name)
+
+  def step_fn(params, model_state, batch, meta_batch):
+    def losses_of(params, batch):
+      return problem.losses_fn(model_state, jax.random.key(0))(params, batch)[0]
+
+    scores = -hypergradient.unrolled_weight_gradient(
+      losses_of,
+      losses_of,
+      params,
+      batch,
+      meta_batch,
+      jnp.zeros(_B),
+      optimizer=_OPTIMIZER,
+      opt_state=_OPTIMIZER.init(params),
+    )
+    weights = jnp.maximum(scores, 0) / jnp.maximum(scores, 0).sum()
+    grads = jax.grad(lambda p: weights @ losses_of(p, batch))(params)
+    return _updated(params, grads), weights
+
+  meta_batch = _problem(name).meta_batch(num_meta)
+  return _flops(step_fn, params, model_state, batch, meta_batch)
+
+
+# With M = B, and with M = B / 10. BatchNorm mixes examples: forward mode, 5B + 3M
+# forward passes of an example against 3B. LeNet does not: layerwise, 4B + 3M.
+_LIMITS = {"lenet": (2.40, 1.48), "resnet": (2.70, 1.80)}
+
+
+@pytest.mark.parametrize("name", _NETWORKS)
+@pytest.mark.parametrize(("column", "num_meta"), [(0, _B), (1, _B // 10)])
+def test_a_step_of_l2rw_costs_no_more_than_promised(name, column, num_meta):
+  ratio = _l2rw_flops(name, num_meta) / _plain_flops(name)
+  assert 1 < ratio <= _LIMITS[name][column]
+
+
+@pytest.mark.parametrize("name", _NETWORKS)
+def test_the_literal_form_costs_more(name):
+  assert _literal_flops(name, _B // 10) > 1.1 * _l2rw_flops(name, _B // 10)
+
+
+@pytest.mark.parametrize("name", _NETWORKS)
+def test_uniform_weights_cost_nothing(name):
+  flops = _method_flops(baselines.uniform(), name, _B)
+  assert flops <= 1.01 * _plain_flops(name)
+
+
+_NETWORK_METHODS = {
+  "meta_weight_net": meta_weight_net.meta_weight_net(0.1),
+  "warpi": warpi.warpi(0.1),
+  "advisor": advisor.advisor(0.1),
+}
+
+
+@pytest.mark.parametrize(("num_meta", "limit"), [(_B, 2.75), (_B // 10, 1.85)])
+def test_meta_weight_net_costs_two_passes_less_layer_by_layer(num_meta, limit):
+  """5B + 3M against 3B: 2.67 and 1.77."""
+  flops = _method_flops(_NETWORK_METHODS["meta_weight_net"], "lenet", num_meta)
+  assert 1.5 < flops / _plain_flops("lenet") <= limit
+
+
+@pytest.mark.parametrize("method", _NETWORK_METHODS)
+@pytest.mark.parametrize(("num_meta", "limit"), [(_B, 3.35), (_B // 10, 2.45)])
+def test_a_network_in_the_loss_costs_two_passes_more(method, num_meta, limit):
+  """7B + 3M forward passes of an example against 3B: 3.33 and 2.43."""
+  flops = _method_flops(_NETWORK_METHODS[method], "resnet", num_meta)
+  assert 1.5 < flops / _plain_flops("resnet") <= limit

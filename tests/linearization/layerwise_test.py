@@ -1,0 +1,367 @@
+"""The layerwise engine is forward mode, exactly, wherever examples do not mix."""
+
+import contextlib
+import functools
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax import linearization
+from l2rw_jax import losses
+from l2rw_jax.models import augmentation
+from l2rw_jax.models import classifier
+from l2rw_jax.models import dropout
+from l2rw_jax.models import lenet
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+_B = 6
+_FLAX_IN_FLOAT64 = pytest.mark.promotes("flax's layers mix float64 with float32")
+
+
+class _Residual(nn.Module):
+  """A residual network of three stages, normed by groups."""
+
+  blocks: int = 1
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    conv = functools.partial(nn.Conv, kernel_size=(3, 3), use_bias=False)
+    x = conv(16)(x)
+    for width, stride in ((16, 1), (32, 2), (64, 2)):
+      for block in range(self.blocks):
+        strides = (stride, stride) if block == 0 else (1, 1)
+        y = nn.relu(nn.GroupNorm(8)(conv(width, strides=strides)(x)))
+        y = nn.GroupNorm(8)(conv(width)(y))
+        if x.shape != y.shape:
+          x = nn.Conv(width, (1, 1), strides, use_bias=False)(x)
+        x = nn.relu(x + y)
+    return nn.Dense(10)(x.mean((1, 2)))
+
+
+class _VisionTransformer(nn.Module):
+  """Patches, a class token, positions: parameters outside of any layer."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    h = nn.Conv(16, (4, 4), (4, 4))(x)
+    h = h.reshape(h.shape[0], -1, 16)
+    token = self.param("token", nn.initializers.normal(), (1, 1, 16))
+    h = jnp.concatenate([jnp.broadcast_to(token, (h.shape[0], 1, 16)), h], 1)
+    h += self.param("positions", nn.initializers.normal(), (1, h.shape[1], 16))
+    for _ in range(2):
+      h += nn.MultiHeadDotProductAttention(4)(nn.LayerNorm()(h))
+      h += nn.Dense(16)(nn.gelu(nn.Dense(32)(nn.LayerNorm()(h))))
+    return nn.Dense(10)(h[:, 0])
+
+
+class _Text(nn.Module):
+  """The table of embeddings is the output layer too; dropout in between."""
+
+  @nn.compact
+  def __call__(self, ids, train=False):
+    table = nn.Embed(30, 16)
+    h = table(ids)
+    h += nn.MultiHeadDotProductAttention(4)(nn.LayerNorm()(h))
+    h = nn.Dropout(0.3)(h, deterministic=not train)
+    h = dropout.Dropout(0.3)(h, train)
+    h += nn.DenseGeneral(16)(nn.silu(nn.DenseGeneral(32)(nn.RMSNorm()(h))))
+    return table.attend(h)[:, -1]
+
+
+def _images(*shape):
+  return np.random.default_rng(0).normal(size=(_B, *shape))
+
+
+_NETWORKS = {
+  "lenet": (lenet.LeNet(10), lambda: _images(28, 28, 1)),
+  "residual": (_Residual(5), lambda: _images(8, 8, 3)),
+  "vision_transformer": (_VisionTransformer(), lambda: _images(12, 12, 3)),
+  "text": (_Text(), lambda: np.random.default_rng(0).integers(30, size=(_B, 7))),
+}
+
+
+def _like(tree, seed):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), tree)
+
+
+def _three(losses_fn, params, batch, engine, **options):
+  """Losses, J v and J^T w as one compiled function, and the whole `Linearized`."""
+  vector, weights = _like(params, 1), jnp.linspace(-1, 2, _B)
+
+  @jax.jit
+  def run(params, batch):
+    found = linearization.linearize(losses_fn, params, batch, engine=engine, **options)
+    return (
+      found.losses,
+      found.directional(vector),
+      found.weighted_gradient(weights.astype(found.losses.dtype)),
+      found.aux,
+    )
+
+  return run(params, batch)
+
+
+def _network(name, dtype):
+  net, make = _NETWORKS[name]
+  x = jnp.asarray(make())
+  x = x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+  params = net.init(jax.random.key(0), x)
+  params = jax.tree.map(
+    lambda p, r: (p + 0.1 * r).astype(dtype), params, _like(params, 2)
+  )
+
+  def losses_fn(params, batch):
+    logits = net.apply(
+      params, batch["x"], train=True, rngs={"dropout": jax.random.key(3)}
+    )
+    return losses.softmax_cross_entropy(logits, batch["label"])
+
+  return losses_fn, params, {"x": x, "label": jnp.arange(_B)}
+
+
+def _error(actual, expected):
+  """The largest difference, in units of the largest entry of all."""
+  pairs = list(zip(*map(jax.tree.leaves, (actual, expected)), strict=True))
+  scale = max(float(jnp.max(jnp.abs(x))) for _, x in pairs)
+  return max(float(jnp.max(jnp.abs(x - y))) for x, y in pairs) / scale
+
+
+@pytest.mark.parametrize(
+  ("name", "dtype"),
+  [
+    *(pytest.param(name, "float64", marks=_FLAX_IN_FLOAT64) for name in _NETWORKS),
+    ("lenet", "float32"),
+  ],
+)
+def test_equal_to_forward_mode(name, dtype):
+  tolerance = 2e-6 if dtype == "float32" else 1e-12
+  with jax.enable_x64(dtype == "float64"):
+    problem = _network(name, dtype)
+    actual = _three(*problem, "layerwise")
+    expected = _three(*problem, "forward")
+    for ours, theirs in zip(actual, expected, strict=True):
+      assert ours is None or _error(ours, theirs) < tolerance
+
+
+@pytest.mark.usefixtures("x64")
+def test_parameters_shared_cast_and_out_of_any_layer():
+  def losses_fn(params, x):
+    kernel = params["v"] / jnp.linalg.norm(params["v"], axis=0, keepdims=True)
+    kernel = kernel * params["g"][None]
+    h = jnp.tanh(x @ kernel) @ params["v"].T
+    h = jax.jit(lambda h: jnp.where(h > params["g"][0], h, params["g"][1]))(h)
+    decay = 0.1 * jnp.sum(params["v"] ** 2)
+    half = (x.astype(jnp.float32) @ params["v"].astype(jnp.float32)).sum(1)
+    half = half.astype(x.dtype) ** 2 / (1 + params["g"][2] ** 2)
+    return jnp.sum(jax.nn.relu(h) ** 2, 1) + decay + half
+
+  params = {"v": jnp.asarray(_images(4)[:3].T), "g": jnp.array([0.3, -0.2, 0.5])}
+  x = jnp.asarray(_images(4))
+  actual = _three(losses_fn, params, x, "layerwise")
+  for ours, theirs in zip(actual, _three(losses_fn, params, x, "forward"), strict=True):
+    assert ours is None or _error(ours, theirs) < 1e-6  # one product in float32
+
+
+def test_augmentation_by_the_keys_of_the_examples():
+  crop = augmentation.Preprocess(pad=2, flip=True)
+  model = classifier.Classifier(_Residual(), 10, crop)
+  batch = {
+    "image": jnp.asarray(_images(8, 8, 3), jnp.float32),
+    "label": jnp.arange(_B),
+    "index": jnp.arange(_B) + 40,
+  }
+  params, _ = model.init(jax.random.key(0), batch)
+
+  def losses_fn(params, batch):
+    logits, _ = model.forward(params, {}, batch, jax.random.key(5), True)
+    return model.loss(logits, batch)
+
+  actual = _three(losses_fn, params, batch, "layerwise")
+  for ours, theirs in zip(
+    actual, _three(losses_fn, params, batch, "forward"), strict=True
+  ):
+    assert ours is None or _error(ours, theirs) < 1e-5
+
+
+def test_what_the_losses_function_returns_beside_the_losses():
+  def losses_fn(params, x):
+    logits = x @ params
+    return logits.sum(1), {"logits": logits, "kept": x[:, 0] > 0, "step": jnp.int32(3)}
+
+  x = jnp.asarray(_images(4), jnp.float32)
+  params = jnp.ones((4, 2))
+  *_, aux = _three(losses_fn, params, x, "layerwise", has_aux=True)
+  expected = losses_fn(params, x)[1]
+  for name, value in expected.items():
+    np.testing.assert_allclose(aux[name], value, rtol=1e-6)
+
+
+def _normed(params, x):
+  """What BatchNorm does in training."""
+  h = x @ params
+  return jnp.sum((h - h.mean(0, keepdims=True)) ** 2, 1)
+
+
+def _neighbors(params, x):
+  h = x @ params
+  return jnp.sum(h - jnp.roll(h, 1, axis=0), 1)
+
+
+def _scanned(params, x):
+  def step(carry, column):
+    return jnp.tanh(carry * params.sum() + column), None
+
+  return jax.lax.scan(step, x[:, 0], x.T)[0]
+
+
+_MIXING = {
+  "mean": (_normed, "reduce_sum, which mixes examples"),
+  "roll": (_neighbors, "which mixes examples"),
+  "sort": (lambda p, x: jnp.sort(x @ p, axis=0).sum(1), "sort, which mixes"),
+  "cumsum": (lambda p, x: jnp.cumsum((x @ p)[:, 0]), "cumsum, which mixes"),
+  "attention": (
+    lambda p, x: jax.nn.softmax((x @ p) @ (x @ p).T).sum(1),
+    "dot_general, which mixes",
+  ),
+  "transpose": (lambda p, x: (x @ p).reshape(2, _B).T.sum(1), "reshape, which"),
+  "scan": (_scanned, "scan, which is not known to keep"),
+  "fortran": (
+    lambda p, x: jnp.tanh(jnp.reshape(x @ jnp.tile(p, 3), (_B, _B), order="F")).sum(0),
+    "reshape, which mixes",
+  ),
+  "rule": (lambda p, x: _coupled(x @ p).sum(1) * 2, "which mixes"),
+  "closure": (lambda p, x: jnp.ones((_B, 4)) @ p.sum(1), "row by row"),
+}
+
+
+@pytest.mark.parametrize("name", _MIXING)
+def test_examples_that_mix_are_found_out(name):
+  losses_fn, reason = _MIXING[name]
+  params, x = jnp.ones((4, 2)), jnp.asarray(_images(4), jnp.float32)
+  with pytest.raises(base.InputError, match="engine='layerwise' does not fit") as error:
+    linearization.linearize(losses_fn, params, x, engine="layerwise")
+  assert reason in str(error.value) and "\n" not in str(error.value)
+  actual = _three(losses_fn, params, x, "auto")
+  for ours, theirs in zip(actual, _three(losses_fn, params, x, "forward"), strict=True):
+    assert ours is None or _error(ours, theirs) < 1e-6
+
+
+def test_the_layer_that_mixes_is_named():
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      x = nn.BatchNorm(use_running_average=False)(nn.Dense(3, name="Dense_1")(x))
+      return nn.Dense(2, name="Dense_2")(x)
+
+  net, x = Net(), jnp.asarray(_images(4), jnp.float32)
+  variables = net.init(jax.random.key(0), x)
+
+  def losses_fn(params, x):
+    both = {**variables, "params": params}
+    return net.apply(both, x, mutable=["batch_stats"])[0].sum(1)
+
+  with pytest.raises(
+    base.InputError, match=r"\(in .*BatchNorm_0, after parameter Dense_1/bias\)"
+  ):
+    linearization.linearize(losses_fn, variables["params"], x, engine="layerwise")
+
+
+def _of_one(params, example):
+  hidden = jnp.tanh(example @ params["kernel"])
+  return (jnp.mean(hidden) * params["factor"] - 1) ** 2
+
+
+def _heads(params, x):
+  def head(kernel, x):
+    h = x @ kernel
+    return params["factor"] * (h - h.mean(-1, keepdims=True)) / (h.std(-1)[:, None] + 1)
+
+  kernels = jnp.stack([params["kernel"], params["kernel"] ** 2])
+  return (jax.vmap(head, (0, None))(kernels, x).sum(0) ** 2).sum(1)
+
+
+def _spread(params, x):
+  wide = jax.lax.broadcast_in_dim(x[:, 0], (_B, 2), np.array([0]))
+  return jnp.sum(jnp.sin(wide * params["kernel"][:1] * params["factor"]), 1)
+
+
+@pytest.mark.parametrize(
+  "losses_fn", [jax.vmap(_of_one, in_axes=(None, 0)), _heads, _spread]
+)
+def test_axes_that_vmap_and_numpy_write(losses_fn):
+  params = {"kernel": _like(jnp.ones((4, 2)), 4), "factor": jnp.float32(0.7)}
+  x = jnp.asarray(_images(4), jnp.float32)
+  actual = _three(losses_fn, params, x, "layerwise")
+  for ours, theirs in zip(
+    jax.tree.leaves(actual),
+    jax.tree.leaves(_three(losses_fn, params, x, "forward")),
+    strict=True,
+  ):
+    assert _error(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_what_is_mixed_for_aux_alone_is_no_matter(compiled):
+  def losses_fn(params, x):
+    h = x @ params
+    unused = jnp.sort(h, axis=0) * params.sum()
+    mean = h.mean(0)
+    aux = {"mean": mean, "scaled": mean * params[0], "kernel": _kernel(params.sum())}
+    del unused
+    return jnp.sum(jnp.tanh(h), 1), aux
+
+  params, x = jnp.ones((4, 2)), jnp.asarray(_images(4), jnp.float32)
+  with contextlib.nullcontext() if compiled else jax.disable_jit():
+    actual = _three(losses_fn, params, x, "layerwise", has_aux=True)
+  expected = _three(losses_fn, params, x, "reverse", has_aux=True)
+  for ours, theirs in zip(
+    jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@jax.custom_vjp
+def _kernel(x):
+  return jnp.sin(x)
+
+
+_kernel.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
+
+
+@pytest.mark.parametrize(
+  "losses_fn",
+  [
+    lambda p, x: _kernel(x @ p).sum(1),
+    lambda p, x: (_kernel(p.sum()) * x).sum(1),
+    lambda p, x: (x @ jax.jit(_kernel)(p)).sum(1),
+    lambda p, x: jax.checkpoint(lambda h: jnp.tanh(h @ p.T))(x @ p).sum(1),
+  ],
+)
+def test_what_the_recording_cannot_follow_is_refused(losses_fn):
+  params, x = jnp.ones((4, 2)), jnp.asarray(_images(4), jnp.float32)
+  with pytest.raises(base.InputError, match=r"custom_vjp|checkpoint|remat"):
+    linearization.linearize(losses_fn, params, x, engine="layerwise")
+
+
+@jax.custom_jvp
+def _coupled(x):
+  return jnp.sin(x)
+
+
+_coupled.defjvp(lambda x, t: (jnp.sin(x[0]), t[0] - t[0].mean(0, keepdims=True)))
+
+
+def test_more_than_arrays_in_a_batch_is_left_to_forward_mode():
+  def losses_fn(params, batch):
+    assert batch["name"] == "training"
+    return (batch["x"] @ params).sum(1) if batch["train"] else None
+
+  batch = {"x": jnp.asarray(_images(4)), "name": "training", "train": True}
+  found = linearization.linearize(losses_fn, jnp.ones((4, 2)), batch)
+  np.testing.assert_allclose(found.losses, 2 * batch["x"].sum(1), rtol=1e-5)

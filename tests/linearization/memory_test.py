@@ -1,0 +1,111 @@
+"""What a training step needs beside its arguments and results, told by the compiler.
+
+Nothing is run here, and the limits hold for XLA:CPU.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from l2rw_jax.methods import l2rw
+from l2rw_jax.methods import meta_weight_net
+
+_B, _LAYERS, _WIDTH = 512, 8, 32
+
+
+def _network(params, x):
+  for kernel in params:
+    x = jax.nn.relu(x @ kernel)
+  return (x**2).sum(1)
+
+
+def _recomputed(params, x):
+  """Every second layer is kept, as with `nn.remat` around a block."""
+
+  @jax.checkpoint
+  def block(kernels, x):
+    return jax.nn.relu(jax.nn.relu(x @ kernels[0]) @ kernels[1])
+
+  for i in range(0, _LAYERS, 2):
+    x = block(params[i : i + 2], x)
+  return (x**2).sum(1)
+
+
+def _mean_gradient(losses_fn, params, x, meta):
+  del meta
+  return jax.grad(lambda params: losses_fn(params, x).mean())(params)
+
+
+def _l2rw(losses_fn, params, x, meta, **options):
+  (_, info), grads = l2rw.weighted_value_and_grad(losses_fn, **options)(params, x, meta)
+  return info.weights, grads
+
+
+def _mwn(losses_fn, params, x, meta, **options):
+  return meta_weight_net.network_gradient(
+    lambda phi, values: jax.nn.sigmoid(phi * values),
+    jnp.float32(1.0),
+    losses_fn,
+    params,
+    x,
+    meta,
+    optimizer=optax.sgd(0.1),
+    **options,
+  )
+
+
+@functools.cache
+def _compiled(step, losses_fn, num_meta=_B, **options):
+  kernels = [jax.ShapeDtypeStruct((_WIDTH, _WIDTH), jnp.float32)] * _LAYERS
+  x, meta = (jax.ShapeDtypeStruct((n, _WIDTH), jnp.float32) for n in (_B, num_meta))
+  run = jax.jit(functools.partial(step, losses_fn, **options))
+  return run.lower(kernels, x, meta).compile()
+
+
+def _bytes(*args, **options):
+  return _compiled(*args, **options).memory_analysis().temp_size_in_bytes
+
+
+def _plain():
+  return _bytes(_mean_gradient, _network)
+
+
+@pytest.mark.parametrize("engine", ["forward", "layerwise"])
+def test_l2rw_holds_one_batch_at_a_time(engine):
+  found = _bytes(_l2rw, _network, engine=engine)
+  assert found < 1.4 * _plain()
+
+
+def _three_lines(losses_fn, params, x, meta):
+  found = l2rw.example_weights(losses_fn, params, x, meta, engine="forward")
+  return jax.grad(lambda params: found.weights @ losses_fn(params, x))(params)
+
+
+def test_the_order_costs_no_second_forward_pass():
+  ours, theirs = (
+    _compiled(step, _network, **options).cost_analysis()["flops"]
+    for step, options in ((_l2rw, {"engine": "forward"}), (_three_lines, {}))
+  )
+  assert theirs == pytest.approx(ours, rel=0.02)
+
+
+@pytest.mark.parametrize("step", [_l2rw, _mwn])
+def test_a_quarter_at_a_time(step):
+  found = _bytes(step, _network, microbatch_size=_B // 4)
+  assert found < 0.7 * _plain()
+
+
+def test_meta_weight_net_recomputes_instead_of_keeping_both_batches():
+  recomputing = _bytes(_mwn, _network, microbatch_size=_B)
+  assert recomputing < 1.4 * _plain()
+  assert recomputing < _bytes(_mwn, _network)
+
+
+def test_rematerialisation_is_honored():
+  if _bytes(_mean_gradient, _recomputed) > 0.9 * _plain():
+    pytest.skip("this XLA:CPU undoes jax.checkpoint, of plain training too")
+  assert _bytes(_l2rw, _recomputed) < 0.8 * _plain()
+  assert _bytes(_mwn, jax.checkpoint(_network)) < 1.4 * _plain()

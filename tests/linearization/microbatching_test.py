@@ -1,0 +1,314 @@
+"""A few examples at a time give what all give at once, in float64."""
+
+import functools
+
+import chex
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax import group_objectives
+from l2rw_jax import hypergradient
+from l2rw_jax import linearization
+from l2rw_jax import losses
+from l2rw_jax.linearization import microbatching
+from l2rw_jax.methods import l2rw
+from l2rw_jax.methods import meta_weight_net
+from l2rw_jax.models import classifier
+from l2rw_jax.models import mlp
+
+pytestmark = pytest.mark.usefixtures("quick_compilation", "x64")
+
+_B, _M, _CLASSES = 7, 5, 3
+_close = functools.partial(chex.assert_trees_all_close, rtol=1e-12, atol=1e-14)
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def loop(request, monkeypatch):
+  """Parts written out, as on CPU, or in a loop, as elsewhere."""
+  monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+
+
+def _examples(seed, size):
+  rng = np.random.default_rng(seed)
+  return {
+    "x": rng.normal(size=(size, 6, 2)),
+    "label": rng.integers(_CLASSES, size=size),
+  }
+
+
+def _params(seed=2):
+  rng = np.random.default_rng(seed)
+  shapes = {"kernel": (3, 2, 4), "out": (4, _CLASSES)}
+  made = {k: jnp.asarray(rng.normal(size=v)) for k, v in shapes.items()}
+  return {**made, "count": jnp.int32(4)}
+
+
+def _losses_fn(params, batch):
+  h = jax.lax.conv_general_dilated(
+    batch["x"], params["kernel"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+  )
+  logits = jnp.tanh(h).mean(1) @ params["out"]
+  return losses.softmax_cross_entropy(logits, batch["label"])
+
+
+def _with_aux(params, batch):
+  return _losses_fn(params, batch), {"sums": batch["x"].sum(2), "none": {}}
+
+
+def _three(linearize, **options):
+  """What a `Linearized` answers, compiled."""
+  rng = np.random.default_rng(5)
+  vector = jax.tree.map(lambda x: rng.normal(size=x.shape), _params())
+  weights = jnp.asarray(rng.normal(size=_B))
+
+  @jax.jit
+  def run(params, batch):
+    found = linearize(_with_aux, params, batch, has_aux=True, **options)
+    return (
+      found.losses,
+      found.aux,
+      found.directional(vector),
+      found.weighted_gradient(weights),
+    )
+
+  return run(_params(), _examples(0, _B))
+
+
+@pytest.mark.usefixtures("loop")
+@pytest.mark.parametrize("size", [1, 3, 7, 100])
+def test_any_size_of_parts(size):
+  found = _three(microbatching.microbatched(linearization.linearize, size))
+  _close(found, _three(linearization.linearize))
+  assert found[3]["count"] == 0
+
+
+@pytest.mark.parametrize("engine", ["forward", "layerwise", "reverse"])
+def test_any_engine(engine):
+  linearize = microbatching.microbatched(linearization.linearize, 4)
+  _close(_three(linearize, engine=engine), _three(linearization.linearize))
+
+
+def _l2rw(params, batch, meta_batch, size, axis_name=None):
+  run = l2rw.weighted_value_and_grad(
+    _losses_fn, microbatch_size=size, axis_name=axis_name
+  )
+  return run(params, batch, meta_batch)
+
+
+def _mwn(params, batch, meta_batch, size, axis_name=None):
+  found = meta_weight_net.network_gradient(
+    lambda phi, values: jax.nn.sigmoid(phi["a"] * values + phi["b"]),
+    {"a": jnp.array(0.3), "b": jnp.array(-0.2)},
+    _losses_fn,
+    params,
+    batch,
+    meta_batch,
+    optimizer=optax.sgd(0.5),
+    normalization="sum",
+    detached=False,
+    axis_name=axis_name,
+    microbatch_size=size,
+  )
+  return found._asdict()
+
+
+@pytest.mark.usefixtures("loop")
+@pytest.mark.parametrize("run", [_l2rw, _mwn])
+def test_methods_and_runs_side_by_side(run):
+  data = _examples(0, _B), _examples(1, _M)
+  many = jax.tree.map(lambda *x: jnp.stack(x), _params(0), _params(1))
+  found, expected = (
+    jax.jit(jax.vmap(lambda params, size=size: run(params, *data, size)))(many)
+    for size in (3, None)
+  )
+  _close(found, expected)
+
+
+@pytest.mark.parametrize("run", [_l2rw, _mwn])
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_eight_devices(run, check_vma):
+  params, batch, meta_batch = _params(), _examples(0, 24), _examples(1, 16)
+
+  def on_one(batch, meta_batch, size, axis_name=None):
+    found = jax.tree.leaves(run(params, batch, meta_batch, size, axis_name))
+    return [x for x in found if x.shape != batch["label"].shape]
+
+  mapped = jax.shard_map(
+    functools.partial(on_one, size=2, axis_name="devices"),
+    mesh=jax.sharding.Mesh(jax.devices(), ("devices",)),
+    in_specs=P("devices"),
+    out_specs=P(),
+    check_vma=check_vma,
+  )
+  expected = jax.jit(lambda *data: on_one(*data, None))(batch, meta_batch)
+  _close(jax.jit(mapped)(batch, meta_batch), expected)
+
+
+def test_under_a_gradient_of_the_user():
+  data = _examples(0, _B), _examples(1, _M)
+  params = {k: v for k, v in _params().items() if k != "count"}
+
+  def weighted(params):
+    found = l2rw.example_weights(_losses_fn, params, *data, microbatch_size=3)
+    return jnp.sum(found.weights * _losses_fn(params, data[0]))
+
+  _, expected = jax.jit(_l2rw, static_argnums=3)(params, *data, None)
+  _close(jax.jit(jax.grad(weighted))(params), expected)
+
+
+def test_without_compilation():
+  params, x = (
+    jnp.array([1.0, -2.0]),
+    jnp.asarray(np.random.default_rng(0).normal(size=(3, 2))),
+  )
+  found, expected = (
+    l2rw.example_weights(lambda p, x: (x @ p) ** 2, params, x, x, microbatch_size=size)
+    for size in (2, None)
+  )
+  _close(found._asdict(), expected._asdict())
+
+
+def test_another_objective_than_the_mean():
+  groups = jnp.arange(_M) % 2
+
+  def direction(params, size):
+    return hypergradient.direction(
+      _losses_fn,
+      params,
+      _examples(1, _M),
+      optimizer=optax.sgd(0.1),
+      opt_state=optax.sgd(0.1).init(params),
+      objective=lambda values: group_objectives.worst(values, groups, 2),
+      microbatch_size=size,
+    )._asdict()
+
+  run = jax.jit(direction, static_argnums=1)
+  _close(run(_params(), 2), run(_params(), None))
+
+
+def test_parts_of_low_precision_are_added_up_in_a_higher_one(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  x, one = jnp.ones(600, jnp.bfloat16), jnp.ones((), jnp.bfloat16)
+  found = microbatching.weighted_gradient(lambda p, x: p * x, one, x, 1.0, 1)
+  assert found.gradient == 600 and found.gradient.dtype == jnp.bfloat16  # not 256
+
+
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda size: l2rw.l2rw(microbatch_size=size),
+    lambda size: meta_weight_net.meta_weight_net(0.1, microbatch_size=size),
+  ],
+)
+def test_in_the_loop_and_its_refusals(make):
+  for size in (0, -2, 2.5):
+    with pytest.raises(base.InputError, match=f"microbatch_size={size}: must be"):
+      make(size)
+  found, expected = (_gradients(make(size), mlp.MLP(2, (3,))) for size in (2, None))
+  _close(found.grads, expected.grads, rtol=1e-5, atol=1e-6)
+  _close(found.weights, expected.weights, rtol=1e-5, atol=1e-6)
+  with pytest.raises(base.InputError, match=r"BatchNorm_0.*no row per example"):
+    _gradients(make(4), _Normed())
+
+
+class _Normed(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    # As many channels as examples: no shape alone gives them away.
+    x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x[..., 0, 0]))
+    return nn.Dense(2)(x)
+
+
+def _gradients(method, net):
+  rng = np.random.default_rng(0)
+  batch = {
+    "image": rng.normal(size=(4, 8, 8, 1)).astype(np.float32),
+    "label": np.array([0, 1, 1, 0]),
+    "index": np.arange(4),
+  }
+  model = classifier.Classifier(net, 2)
+  problem = model.problem(class_counts=jnp.array([2, 2]), num_examples=4, num_steps=1)
+
+  @jax.jit
+  def run(batch):
+    key = jax.random.key(0)
+    params, model_state = model.init(key, batch)
+    state = method.init(key, problem, params)
+    inputs = base.Inputs(params, model_state, (), batch, batch, jnp.int32(0), key)
+    return method.gradients(state, problem, inputs)[0]
+
+  return run(batch)
+
+
+def test_keys_of_the_examples_go_with_them():
+  keys = jax.random.split(jax.random.key(0), 5)
+
+  def losses_fn(params, keys):
+    return params * jax.vmap(jax.random.normal)(keys)
+
+  linearize = microbatching.microbatched(linearization.linearize, np.int64(2))
+  found = linearize(losses_fn, jnp.array(2.0), keys)
+  _close(found.losses, losses_fn(2.0, keys))
+  _close(found.directional(jnp.array(1.0)), losses_fn(1.0, keys))
+
+
+def test_what_has_no_row_per_example_is_refused():
+  linearize = microbatching.microbatched(linearization.linearize, 2)
+  x = jnp.ones((4, 2))
+
+  def losses_fn(params, batch):
+    return batch["x"] @ params * batch.get("scale", 1.0)
+
+  for batch, message in (
+    ({"x": x, "scale": jnp.array(2.0)}, r"batch\['scale'\] has no row"),
+    ({"x": x, "scale": 2.0}, r"batch\['scale'\] has no row"),
+    ({"x": x, "scale": jnp.ones(2)}, r"have \[2, 4\] rows"),
+  ):
+    with pytest.raises(base.InputError, match=message):
+      linearize(losses_fn, jnp.ones(2), batch)
+  with pytest.raises(base.InputError, match="one number per loss"):
+    linearize(losses_fn, jnp.ones(2), {"x": x}).weighted_gradient(jnp.ones(3))
+  with pytest.raises(base.InputError, match="Do not average"):
+    linearize(lambda p, b: losses_fn(p, b).mean(), jnp.ones(2), {"x": x})
+
+
+def test_arrays_spread_by_their_sharding_are_refused():
+  mesh = jax.make_mesh(
+    (2,), ("d",), (jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2]
+  )
+  with jax.set_mesh(mesh):
+    split = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+    x = jax.device_put(jnp.ones((4, 3)), split)
+    microbatched = microbatching.microbatched(linearization.linearize, 2)
+    with pytest.raises(base.InputError, match=r"spread it by shard_map or pmap"):
+      jax.jit(lambda p, x: microbatched(lambda p, x: x @ p, p, x).losses)(
+        jnp.ones(3), x
+      )
+
+
+def test_weights_are_one_per_loss():
+  microbatched = microbatching.microbatched(linearization.linearize, 2)
+  found = microbatched(lambda p, x: x @ p, jnp.ones(3), jnp.ones((4, 3)))
+  with pytest.raises(base.InputError, match=r"one number per loss, \(4,\); got \(\)"):
+    found.weighted_gradient(1.0)
+
+
+def test_a_nan_in_one_part_of_the_meta_batch_is_reported():
+  batch, meta_batch = _examples(0, _B), _examples(1, _M)
+  meta_batch["label"][3] = _CLASSES  # in the second of three parts
+
+  def run(params):
+    return l2rw.example_weights(
+      _losses_fn, params, batch, meta_batch, microbatch_size=2
+    )
+
+  with pytest.raises(FloatingPointError, match=r"1 of 5 meta losses .* in row 3"):
+    run(_params())
+  found = jax.jit(run)(_params())
+  assert not found.finite and found.fault == base.Fault.META_LOSSES

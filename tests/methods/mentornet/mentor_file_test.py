@@ -1,0 +1,163 @@
+"""A mentor comes back from its file as it was, or one line says why not."""
+
+import functools
+import hashlib
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax.methods.mentornet import mentor_file
+from l2rw_jax.methods.mentornet import network as mentornet_network
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@functools.cache
+def _mentor(compat="official_code", num_classes=None):
+  network = mentornet_network.MentorNetwork(num_classes or 2, compat)
+  values = np.zeros(1, np.float32)
+  variables = jax.jit(network.init)(
+    jax.random.key(1), values, values, np.zeros(1, int), 0
+  )
+  return mentornet_network.Mentor("pd", network, variables, num_classes)
+
+
+@pytest.fixture
+def path(tmp_path):
+  mentor_file.save(tmp_path / "mentor.json", _mentor(), {"seed": 3})
+  return tmp_path / "mentor.json"
+
+
+@pytest.mark.parametrize("compat", mentornet_network.COMPAT)
+@pytest.mark.parametrize("num_classes", [None, 10])
+def test_a_mentor_comes_back_bit_for_bit(tmp_path, compat, num_classes):
+  mentor = _mentor(compat, num_classes)
+  mentor_file.save(tmp_path / "mentor.json", mentor, {"seed": 3})
+  found = mentor_file.load(tmp_path / "mentor.json", num_classes=10)
+  assert (found.curriculum, found.network) == ("pd", mentor.network)
+  assert found.num_classes == num_classes
+  before, after = (jax.tree_util.tree_flatten(m.variables) for m in (mentor, found))
+  assert before[1] == after[1]
+  for a, b in zip(before[0], after[0], strict=True):
+    assert b.dtype == np.float32
+    np.testing.assert_array_equal(a, b)
+  assert mentor_file.read(tmp_path / "mentor.json")["facts"] == {"seed": 3}
+
+
+def test_a_mentor_that_looks_at_no_labels_fits_any_classes(path):
+  for num_classes in (2, 10, 100, None):
+    mentor_file.load(path, num_classes=num_classes)
+
+
+def _complaint(path, **settings):
+  with pytest.raises(base.InputError) as error:
+    mentor_file.load(path, **settings)
+  (line,) = str(error.value).splitlines()
+  assert "--mentor" in line and "experiments.mentornet_pretrain" in line
+  return line
+
+
+def test_other_classes_are_one_line(tmp_path):
+  mentor_file.save(tmp_path / "mentor.json", _mentor(num_classes=10), {})
+  assert "labels of 10 classes, the data have 100" in _complaint(
+    tmp_path / "mentor.json", num_classes=100
+  )
+
+
+def test_no_file_is_one_line(tmp_path):
+  assert "cannot read it (No such file" in _complaint(tmp_path / "mentor.json")
+  assert "cannot read it (Is a directory" in _complaint(tmp_path)
+
+
+@pytest.mark.parametrize("version", [0, 2, None, "1"])
+def test_another_version_is_one_line(path, version):
+  record = json.loads(path.read_text())
+  path.write_text(json.dumps(record | {"version": version}))
+  line = _complaint(path)
+  assert f"is of format version {version}, this program reads 1: fit another" in line
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"kind": "cake"}', "{}"])
+def test_another_kind_of_file_is_one_line(path, content):
+  path.write_text(content)
+  assert "is not a mentor; name the mentor.json" in _complaint(path)
+
+
+def test_bytes_that_are_no_text_are_one_line(path):
+  path.write_bytes(b"\x89PNG\xff\xfe\x00")
+  assert "is not a mentor" in _complaint(path)
+
+
+def test_a_truncated_file_is_one_line(path):
+  text = path.read_text()
+  for share in (0.0, 0.01, 0.5, 0.99):
+    path.write_text(text[: int(share * len(text))])
+    assert "is damaged" in _complaint(path)
+
+
+def test_a_changed_number_is_one_line(path):
+  record = json.loads(path.read_text())
+  record["variables"]["params/output_bias"][0] += 1e-6
+  path.write_text(json.dumps(record))
+  assert "is damaged (its checksum differs)" in _complaint(path)
+
+
+def test_a_folder_that_is_not_there_is_one_line(tmp_path):
+  with pytest.raises(base.InputError, match=r"cannot write .*No such file"):
+    mentor_file.save(tmp_path / "none" / "mentor.json", _mentor(), {})
+
+
+def _with_checksum(path, change):
+  """Writes the mentor changed, with a checksum of what it then holds."""
+  record = json.loads(path.read_text())
+  del record["sha256"]
+  change(record)
+  text = json.dumps(record, sort_keys=True)
+  digest = hashlib.sha256(text.encode()).hexdigest()
+  path.write_text(json.dumps(record | {"sha256": digest}))
+
+
+_BIAS = "params/output_bias"
+_CRAFTED = {
+  **{
+    name: (lambda r, name=name: r.pop(name))
+    for name in (
+      *("curriculum", "compat", "num_labels", "num_classes", "facts", "variables"),
+    )
+  },
+  "no such curriculum": lambda r: r.update(curriculum="easy"),
+  "a list for a curriculum": lambda r: r.update(curriculum=[1]),
+  "no such compat": lambda r: r.update(compat="keras"),
+  "no labels": lambda r: r.update(num_labels=0),
+  "many labels": lambda r: r.update(num_labels=10**12),
+  "a share of a label": lambda r: r.update(num_labels=2.5),
+  "other classes than labels": lambda r: r.update(num_classes=3),
+  "true classes": lambda r: r.update(num_classes=True),
+  "facts in a list": lambda r: r.update(facts=[]),
+  "variables in a list": lambda r: r.update(variables=[]),
+  "a variable more": lambda r: r["variables"].update(more=[1.0]),
+  "a variable less": lambda r: r["variables"].pop(_BIAS),
+  "another shape": lambda r: r["variables"].update({_BIAS: [1.0, 2.0]}),
+  "a number": lambda r: r["variables"].update({_BIAS: 1.0}),
+  "ragged": lambda r: r["variables"].update({_BIAS: [[1.0], 2.0]}),
+  "text": lambda r: r["variables"].update({_BIAS: ["one"]}),
+  "null": lambda r: r["variables"].update({_BIAS: [None]}),
+  "an object": lambda r: r["variables"].update({_BIAS: {"a": 1}}),
+  "NaN": lambda r: r["variables"].update({_BIAS: [float("nan")]}),
+  "beyond float32": lambda r: r["variables"].update({_BIAS: [1e300]}),
+  "beyond float64": lambda r: r["variables"].update({_BIAS: [10**400]}),
+}
+
+
+@pytest.mark.parametrize("name", _CRAFTED)
+def test_a_crafted_file_with_a_right_checksum_is_one_line(path, name):
+  _with_checksum(path, _CRAFTED[name])
+  assert "is damaged (" in _complaint(path)
+
+
+def test_deep_json_is_one_line(path):
+  path.write_text("[" * 200_000)
+  assert "is damaged" in _complaint(path)

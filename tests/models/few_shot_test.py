@@ -1,0 +1,210 @@
+"""The few-shot learner: MAML's equations, its labels and its mistakes."""
+
+import functools
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax import losses
+from l2rw_jax.models import conv4
+from l2rw_jax.models import few_shot
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+_WAYS, _SHOTS, _QUERIES = 3, 2, 4
+
+
+class _Net(nn.Module):
+  """Smooth, so that finite differences hold."""
+
+  num_outputs: int = _WAYS
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.tanh(nn.Dense(4, param_dtype=x.dtype)(x.reshape(len(x), -1)))
+    return nn.Dense(self.num_outputs, param_dtype=x.dtype)(x)
+
+
+def _batch(seed=0, num_tasks=2, dtype=np.float32):
+  rng = np.random.default_rng(seed)
+  shape = (num_tasks, _WAYS, _SHOTS + _QUERIES, 2, 2, 1)
+  labels = np.repeat(np.arange(_WAYS), _QUERIES)
+  return {
+    "image": rng.normal(size=shape).astype(dtype),
+    "label": np.tile(labels, (num_tasks, 1)),
+    "index": np.arange(num_tasks),
+  }
+
+
+def _learner(**settings):
+  return few_shot.Learner(
+    _Net(), _WAYS, _SHOTS, **{"inner_learning_rate": 0.5, **settings}
+  )
+
+
+def _losses(learner, params, batch, train=True):
+  outputs, state = learner.forward(params, {}, batch, jax.random.key(0), train)
+  assert state == {}
+  return learner.loss(outputs, batch)
+
+
+def _literal(params, batch, num_steps, rate, first_order=False):
+  """MAML's task losses, task by task, image by image."""
+  net, found = _Net(), []
+  for images in batch["image"]:
+    support = [(images[w, i], w) for w in range(_WAYS) for i in range(_SHOTS)]
+    query = [(images[w, _SHOTS + i], w) for w in range(_WAYS) for i in range(_QUERIES)]
+
+    def mean_loss(p, examples):
+      x = jnp.stack([image for image, _ in examples])
+      y = jnp.array([label for _, label in examples])
+      return jnp.mean(losses.softmax_cross_entropy(net.apply({"params": p}, x), y))
+
+    adapted = params
+    for _ in range(num_steps):
+      slope = jax.grad(mean_loss)(adapted, support)
+      if first_order:
+        slope = jax.lax.stop_gradient(slope)
+      adapted = jax.tree.map(lambda p, g: p - rate * g, adapted, slope)
+    found.append(mean_loss(adapted, query))
+  return jnp.stack(found)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+  ("num_steps", "first_order"), [(0, False), (1, False), (2, True), (3, False)]
+)
+def test_losses_and_their_gradients_are_those_of_maml(num_steps, first_order):
+  batch = _batch(dtype=np.float64)
+  learner = _learner(num_inner_steps=num_steps, first_order=first_order)
+  params, state = learner.init(jax.random.key(1), batch)
+  assert state == {}
+  own = functools.partial(_losses, learner, batch=batch)
+  literal = functools.partial(
+    _literal, batch=batch, num_steps=num_steps, rate=0.5, first_order=first_order
+  )
+
+  @jax.jit
+  def numbers(params):
+    own_twice = jax.jacrev(own)(params), jax.jacfwd(own)(params)
+    return own(params), literal(params), own_twice, jax.jacrev(literal)(params)
+
+  found, expected, jacobians, jacobian = numbers(params)
+  np.testing.assert_allclose(found, expected, rtol=1e-12)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12)
+  for one in jacobians:
+    jax.tree.map(close, one, jacobian)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_second_order_gradient_is_the_slope_of_the_loss():
+  batch = _batch(dtype=np.float64)
+  learner = _learner(num_inner_steps=2)
+  params, _ = learner.init(jax.random.key(1), batch)
+  along = jax.tree.map(jnp.cos, params)
+
+  @jax.jit
+  def at(t):
+    moved = jax.tree.map(lambda p, a: p + t * a, params, along)
+    return _losses(learner, moved, batch).mean()
+
+  difference = (at(1e-6) - at(-1e-6)) / 2e-6
+  np.testing.assert_allclose(jax.grad(at)(0.0), difference, rtol=1e-7)
+  first_order = learner._replace(first_order=True)
+  slope = jax.grad(lambda p: _losses(first_order, p, batch).mean())(params)
+  product = optax.tree.vdot(slope, along)
+  assert abs(product - difference) > 1e-4 * abs(difference)
+
+
+def test_evaluation_takes_its_own_steps_and_many_tasks_at_once():
+  batch = _batch(num_tasks=23)  # More than are adapted side by side, not a multiple.
+  learner = _learner(num_inner_steps=1, num_test_steps=3)
+  params, _ = learner.init(jax.random.key(1), batch)
+  found = _losses(learner, params, batch, train=False)
+  np.testing.assert_allclose(found, _literal(params, batch, 3, 0.5), rtol=1e-4)
+
+
+def test_more_steps_learn_a_task_better():
+  rng = np.random.default_rng(0)
+  centers = rng.normal(size=(1, _WAYS, 1, 2, 2, 1))
+  batch = _batch(num_tasks=1)
+  batch["image"] = (centers + 0.1 * batch["image"]).astype(np.float32)
+  learner = _learner()
+  params, _ = learner.init(jax.random.key(0), batch)
+  found = [
+    _losses(learner._replace(num_inner_steps=n), params, batch)[0] for n in (0, 5, 50)
+  ]
+  assert found[0] > found[1] > found[2] and found[2] < 0.2
+
+
+def test_adapt_of_any_pytree():
+  def losses_fn(params, x):
+    return 0.5 * (params["a"] * x + params["b"][0]) ** 2
+
+  params = {"a": jnp.array(1.0), "b": [jnp.array(2.0)]}
+  found = few_shot.adapt(losses_fn, params, jnp.array([1.0, -1.0]), learning_rate=0.5)
+  # Mean of (x + 2) x and of x + 2: 1 and 2.
+  assert float(found["a"]) == 0.5 and float(found["b"][0]) == 1.0
+
+
+def test_pixels_are_scaled_once_used():
+  batch = _batch()
+  pixels = np.random.default_rng(0).integers(256, size=batch["image"].shape)
+  learner = _learner()
+  scaled = {**batch, "image": (pixels / 255).astype(np.float32)}
+  params, _ = learner.init(jax.random.key(0), scaled)
+  expected = _losses(learner, params, scaled)
+  raw = {**batch, "image": pixels.astype(np.uint8)}
+  np.testing.assert_allclose(_losses(learner, params, raw), expected, rtol=1e-6)
+  doubled = learner._replace(preprocess=lambda x: x / 255.0)
+  np.testing.assert_allclose(_losses(doubled, params, raw), expected, rtol=1e-6)
+
+
+def test_it_can_be_a_key_of_a_cache():
+  settings = (conv4.Conv4(5), 5, 1)
+  assert few_shot.Learner(*settings) == few_shot.Learner(*settings)
+  assert len({few_shot.Learner(*settings), few_shot.Learner(*settings)}) == 1
+
+
+class _Stateful(nn.Module):
+  @nn.compact
+  def __call__(self, x, train=False):
+    x = nn.BatchNorm(use_running_average=not train)(x.reshape(len(x), -1))
+    return nn.Dense(_WAYS)(x)
+
+
+def _with(name, value):
+  return {**_batch(), name: value}
+
+
+_IMAGES = _batch()["image"]
+
+
+@pytest.mark.parametrize(
+  ("settings", "batch", "num_classes", "message"),
+  [
+    ({"num_ways": 4}, _batch(), 4, "a learner of 4 ways does not fit tasks of 4 ways"),
+    ({}, _batch(), 5, "a learner of 3 ways does not fit tasks of 5 ways"),
+    ({"num_shots": 6}, _batch(), 3, "more than num_shots=6 of each way"),
+    ({}, _with("image", _IMAGES[:, 0]), 3, "tasks need images"),
+    ({}, _with("label", _batch()["label"][:, ::-1]), 3, "the label of a way is its"),
+    ({}, _with("label", _batch()["label"][:, 1:]), 3, "the label of a way is its"),
+    ({"network": _Net(4)}, _batch(), 3, "a network of 4 logits does not fit 3 ways"),
+    ({"network": _Stateful()}, _batch(), 3, "the network keeps batch_stats"),
+    ({"inner_learning_rate": -1.0}, _batch(), 3, "inner_learning_rate=-1.0 must be"),
+    ({"inner_learning_rate": np.nan}, _batch(), 3, "inner_learning_rate=nan must be"),
+    ({"num_shots": 0}, _batch(), 3, "num_shots=0 must be at least 1"),
+    ({"num_inner_steps": -1}, _batch(), 3, "num_inner_steps=-1 must be at least 0"),
+  ],
+)
+def test_what_does_not_fit_is_said(settings, batch, num_classes, message):
+  learner = _learner()._replace(**settings)
+  with pytest.raises(base.InputError, match=message) as caught:
+    learner.check(batch, num_classes)
+  assert "\n" not in str(caught.value)
+  _learner().check(_batch(), _WAYS)

@@ -1,0 +1,271 @@
+"""Several steps a dispatch: the same run, and nobody waits for it."""
+
+import contextlib
+import json
+import threading
+
+import jax
+from jax.experimental import io_callback
+import numpy as np
+import pytest
+import toy_runs
+
+from l2rw_jax import base
+from l2rw_jax.io import workdir
+from l2rw_jax.methods import adacore
+from l2rw_jax.methods import baselines
+from l2rw_jax.methods import l2rw
+from l2rw_jax.training import batches
+from l2rw_jax.training import config as config_lib
+from l2rw_jax.training import devices
+from l2rw_jax.training import steps_per_call
+from l2rw_jax.training import timer as timer_lib
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+# One object each: what was compiled for it serves every test.
+_METHODS = {
+  "uniform": baselines.uniform(),
+  "l2rw": l2rw.l2rw(),
+  "adacore": adacore.adacore(0.6, 1, greedy="stochastic"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_commit(monkeypatch):
+  """The commit may change while tests run; results are compared to the byte."""
+  monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
+
+
+def _lengths(config, most, epoch=None):
+  step, found = 0, []
+  while step < config.num_steps:
+    told = None if epoch is None else (epoch - step % epoch, epoch)
+    found.append(steps_per_call.length(config, step, most, told))
+    step += found[-1]
+  assert step == config.num_steps
+  return found
+
+
+def test_a_dispatch_ends_where_the_host_looks():
+  config = config_lib.Config(26, log_every=10, eval_every=12, checkpoint_every=99)
+  assert _lengths(config, 5) == [
+    *(5, 5),  # to 10
+    *(1, 1),  # to 12
+    *(5, 1, 1, 1),  # to 20
+    *(1, 1, 1, 1),  # to 24
+    *(1, 1),  # to 26
+  ]
+  assert _lengths(config, 1) == [1] * 26
+  assert _lengths(config, 50) == [1] * 26
+
+
+def test_a_dispatch_ends_with_the_epoch_where_that_matters():
+  config = config_lib.Config(20, log_every=20, eval_every=20, checkpoint_every=20)
+  assert _lengths(config, 5) == [5] * 4
+  assert _lengths(config, 5, epoch=7) == [5, 1, 1, 5, 1, 1, 5, 1]
+  assert _lengths(config, 20, epoch=8) == [8, 8, 1, 1, 1, 1]
+
+
+def test_one_step_on_cpu_more_elsewhere_or_as_told():
+  class Accelerator:
+    platform = "gpu"
+
+  config = config_lib.Config(100)
+  assert steps_per_call.most(config, devices.choose(1, 8)) == 1
+  assert steps_per_call.most(config, [Accelerator()]) == 20
+  told = config_lib.Config(100, steps_per_call=7)
+  assert steps_per_call.most(told, devices.choose(1, 8)) == 7
+  often = config_lib.Config(100, log_every=10, eval_every=8)
+  assert steps_per_call.most(often, [Accelerator()]) == 8
+  assert steps_per_call.most(told, [Accelerator()], streamed=True) == 1
+
+
+def test_less_than_one_step_is_refused(tmp_path):
+  with pytest.raises(base.InputError, match="--steps_per_call=0 must be at least"):
+    toy_runs.train(tmp_path / "run", _METHODS["uniform"], steps_per_call=0)
+  assert not (tmp_path / "run").exists()
+
+
+def _train(folder, name, **settings):
+  given = {"num_steps": 17, "log_every": 5, "eval_every": 8, "checkpoint_every": 8}
+  # Five clean examples do not divide among eight devices.
+  splits = [toy_runs.make_splits(seed, num_meta=5) for seed in (0, 1)]
+  toy_runs.train(folder, _METHODS[name], splits, seeds=(0, 1), **given, **settings)
+  return toy_runs.outcome(folder)
+
+
+@pytest.mark.parametrize(
+  ("name", "num_devices"), [("l2rw", 1), ("l2rw", 8), ("adacore", 8)]
+)
+def test_three_steps_a_dispatch_are_three_dispatches(
+  tmp_path, monkeypatch, name, num_devices
+):
+  settings = {"num_devices": num_devices}
+  _train(tmp_path / "one", name, steps_per_call=1, **settings)
+  settings["steps_per_call"] = 3
+  three = _train(tmp_path / "three", name, **settings)
+  _assert_same_but_for_rounding(tmp_path / "three", tmp_path / "one")
+  # While the batches of steps 10 to 12 are drawn; the last checkpoint is of step 8.
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    toy_runs.interrupt(patch, 12)
+    _train(tmp_path / "run", name, **settings)
+  assert _train(tmp_path / "run", name, **settings) == three
+  for ours, theirs in zip(
+    *(toy_runs.saved(tmp_path / f)[1].values() for f in ("run", "three")), strict=True
+  ):
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def _assert_same_but_for_rounding(folder, other):
+  """Another program of the same steps may round otherwise."""
+  (step, ours), (other_step, theirs) = map(toy_runs.saved, (folder, other))
+  assert step == other_step and ours.keys() == theirs.keys()
+  for path, array in ours.items():
+    np.testing.assert_allclose(array, theirs[path], rtol=1e-6, atol=1e-6, err_msg=path)
+  seeds = sorted(path.name for path in folder.glob("seed-*"))
+  assert seeds
+  for seed in seeds:
+    for row, told in zip(
+      *(toy_runs.rows(f / seed) for f in (folder, other)), strict=True
+    ):
+      assert row == pytest.approx(told, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("bad_step", [6, 9])  # In its midst; in a step alone.
+def test_a_failure_within_a_dispatch_is_told_as_ever(tmp_path, bad_step):
+  order = np.random.default_rng([0, *b"order", 0]).permutation(80)
+  splits = toy_runs.make_splits(num_train=80)
+  splits.train.image[order[8 * bad_step]] = 3e38  # Finite; its loss is not.
+  said = []
+  for most in (1, 3):
+    folder = tmp_path / str(most)
+    with pytest.raises(base.InputError, match=f"step {bad_step}: 1 of 8 los") as error:
+      toy_runs.train(
+        folder / "run",
+        _METHODS["uniform"],
+        [splits],
+        num_steps=10,
+        log_every=5,
+        eval_every=10,
+        steps_per_call=most,
+      )
+    said.append(str(error.value).replace(str(folder), ""))
+    assert toy_runs.saved(folder / "run")[0] == bad_step
+  assert said[0] == said[1]
+  _assert_same_but_for_rounding(tmp_path / "3/run", tmp_path / "1/run")
+
+
+def test_two_programs_serve_all_lengths(tmp_path, monkeypatch):
+  traced, lengths, before = [], [], []
+  original = batches.BatchSource.load
+
+  def gradients(state, problem, inputs):
+    traced.append(None)
+    return _METHODS["uniform"].gradients(state, problem, inputs)
+
+  def load(self, steps):
+    lengths.append(len(steps))
+    before.append(len(traced))
+    return original(self, steps)
+
+  monkeypatch.setattr(batches.BatchSource, "load", load)
+  toy_runs.train(
+    tmp_path,
+    _METHODS["uniform"]._replace(gradients=gradients),
+    num_steps=22,
+    log_every=11,
+    eval_every=22,
+    steps_per_call=4,
+  )
+  assert lengths == [4, 4, 1, 1, 1] * 2
+  # Traced for the first of each length, and never again.
+  assert before[:4] == [0, before[1], before[1], before[3]]
+  assert 0 < before[1] < before[3] == len(traced)
+
+
+def test_all_steps_are_timed_and_nothing_of_their_compilation(tmp_path, monkeypatch):
+  stands, traced, taken = [False], [], []
+  original = timer_lib.Timer.stopped
+
+  @contextlib.contextmanager
+  def stopped(self):
+    with original(self):
+      stands[0] = True
+      yield
+      stands[0] = False
+
+  def note(step):
+    taken.append((int(step), stands[0]))
+    return np.int32(0)
+
+  def gradients(state, problem, inputs):
+    traced.append(stands[0])
+    io_callback(note, jax.ShapeDtypeStruct((), np.int32), inputs.step)
+    return _METHODS["uniform"].gradients(state, problem, inputs)
+
+  monkeypatch.setattr(timer_lib.Timer, "stopped", stopped)
+  toy_runs.train(
+    tmp_path,
+    _METHODS["uniform"]._replace(gradients=gradients),
+    num_steps=8,
+    log_every=8,
+    eval_every=8,
+    steps_per_call=3,
+  )
+  assert traced and all(traced)
+  assert sorted(taken) == [(step, False) for step in range(8)]
+  timing = json.loads((tmp_path / "timing.json").read_text())
+  assert timing["steps"] == 8 and timing["steps_per_call"] == 3
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_nobody_waits_for_a_step_before_the_log(tmp_path, monkeypatch, most):
+  """The devices are held until all steps of the run are on their way to them."""
+  all_sent, waited = threading.Event(), []
+
+  def hold(step):
+    del step
+    waited.append(all_sent.wait(timeout=20))
+    return np.int32(0)
+
+  def gradients(state, problem, inputs):
+    io_callback(hold, jax.ShapeDtypeStruct((), np.int32), inputs.step)
+    return _METHODS["uniform"].gradients(state, problem, inputs)
+
+  original, sent = batches.BatchSource.load, []
+
+  def load(self, steps):
+    sent.extend(steps)
+    if len(sent) == 9:
+      all_sent.set()
+    return original(self, steps)
+
+  monkeypatch.setattr(batches.BatchSource, "load", load)
+  # One CPU device takes its steps within the call; two take them aside.
+  toy_runs.train(
+    tmp_path,
+    _METHODS["uniform"]._replace(gradients=gradients),
+    num_steps=9,
+    log_every=9,
+    eval_every=9,
+    num_devices=2,
+    steps_per_call=most,
+  )
+  assert len(waited) == 2 * 9 and all(waited)
+
+
+def test_augmentation_is_traced_once_and_runs_in_the_step(tmp_path):
+  calls = []
+
+  def preprocess(images, keys, train):
+    calls.append((train, isinstance(images, jax.core.Tracer)))
+    return images
+
+  model = toy_runs.MODEL._replace(preprocess=preprocess)
+  toy_runs.train(tmp_path / "short", _METHODS["uniform"], model=model, num_steps=8)
+  short = len(calls)
+  toy_runs.train(tmp_path / "long", _METHODS["uniform"], model=model, num_steps=8)
+  in_training = [traced for train, traced in calls if train]
+  assert in_training and all(in_training)
+  assert not any(train for train, _ in calls[short:])
