@@ -140,7 +140,8 @@ def _step(state, batch, meta_batch, key, problem, method, optimizer):
     key=jax.random.fold_in(key, state.step),
   )
   found, method_state = method.gradients(state.method_state, problem, inputs)
-  updates, opt_state = optimizer.update(found.grads, state.opt_state, state.params)
+  with base.implicit_promotion():
+    updates, opt_state = optimizer.update(found.grads, state.opt_state, state.params)
   state = state._replace(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),

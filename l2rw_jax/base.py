@@ -4,7 +4,8 @@ Letters used in every docstring: `B` training batch, `M` meta (clean) batch,
 `C` classes, `N` training set. `meta_` marks what belongs to the clean set.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 import enum
 from typing import Any, NamedTuple
@@ -430,6 +431,24 @@ def first_fault(fault: Array, **healthy: Array) -> Array:
     this = jnp.where(is_healthy, 0, Fault[name.upper()].value).astype(jnp.int32)
     fault = jnp.where(fault == 0, this, fault)
   return fault
+
+
+@contextlib.contextmanager
+def implicit_promotion() -> Iterator[None]:
+  """Allows promotion of ranks and types, for calls of other libraries' code.
+
+  Users may run under `jax_numpy_rank_promotion="raise"` and
+  `jax_numpy_dtype_promotion="strict"`. This library does; optax does not: its Adam and
+  its schedules raise floating point numbers to the power of an integer step count.
+  """
+  with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+    yield
+
+
+def common_dtype(*arrays: Any) -> Any:
+  """The dtype that holds all `arrays`, for a product that is cast explicitly."""
+  with implicit_promotion():
+    return jnp.result_type(*arrays)
 
 
 def accumulator_dtype(dtype: Any) -> Any:

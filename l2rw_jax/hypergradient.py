@@ -92,6 +92,19 @@ class Direction(NamedTuple):
   aux: Any = None
 
 
+def init_optimizer(
+  optimizer: optax.GradientTransformation, params: base.PyTree
+) -> base.PyTree:
+  """`optimizer.init(params)`, whatever JAX's switches against promotion are.
+
+  Args:
+    optimizer: any optax optimizer.
+    params: any pytree of parameters, which may hold PRNG keys.
+  """
+  with base.implicit_promotion():
+    return optimizer.init(engines.without_keys(params))
+
+
 def lookahead_params(
   params: base.PyTree,
   gradient: base.PyTree,
@@ -114,12 +127,13 @@ def lookahead_params(
   """
   value = jnp.zeros(()) if value is None else value
   try:
-    updates, _ = optax.with_extra_args_support(optimizer).update(
-      engines.without_keys(gradient),
-      opt_state,
-      engines.without_keys(params),
-      value=value,
-    )
+    with base.implicit_promotion():
+      updates, _ = optax.with_extra_args_support(optimizer).update(
+        engines.without_keys(gradient),
+        opt_state,
+        engines.without_keys(params),
+        value=value,
+      )
   except TypeError as error:
     missing = re.search(r"missing .*required .*arguments?: (.*)", str(error))
     if missing is None:
@@ -130,7 +144,8 @@ def lookahead_params(
       " another optimizer for the look-ahead, such as optax.sgd(...)."
     ) from error
   partition, combine = engines.differentiable(params)
-  return combine(optax.apply_updates(partition(params), partition(updates)))
+  with base.implicit_promotion():
+    return combine(optax.apply_updates(partition(params), partition(updates)))
 
 
 def direction(
@@ -273,8 +288,49 @@ def batch_after(direction: Direction, batch: Any) -> Any:
 def weight_gradient(
   linearized: base.Linearized, direction: Direction, axis_name: base.AxisName = None
 ) -> base.Array:
-  """dM/dw, shape [B]: the gradient of the meta loss in this device's weights."""
-  return linearized.directional(base.local(direction.vector, axis_name))
+  """dM/dw, shape [B]: the gradient of the meta loss in this device's weights.
+
+  It is float32 at least. Where parameters or losses are float16 or bfloat16, the
+  derivative is taken along the direction scaled to unit length, up to a power of two,
+  since the small slopes along a short direction underflow.
+  """
+  types = [x.dtype for x in jax.tree.leaves((direction.vector, linearized.losses))]
+  if all(base.accumulator_dtype(t) == t or not _is_inexact(t) for t in types):
+    return linearized.directional(base.local(direction.vector, axis_name))
+  vector, length = _unit(direction.vector)
+  slopes = linearized.directional(base.local(vector, axis_name))
+  dtype = base.accumulator_dtype(slopes.dtype)
+  return slopes.astype(dtype) * length.astype(dtype)
+
+
+def _unit(vector):
+  """`vector`, divided by a power of two near its length, and that power (float32)."""
+
+  # Not in float16, which flushes small divisors to zero.
+  def wide(x):
+    return x.astype(base.accumulator_dtype(x.dtype))
+
+  leaves = [wide(x) for x in jax.tree.leaves(vector) if _is_inexact(x.dtype)]
+  largest = base.max_abs(vector)
+  largest = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+  squares = [
+    jnp.sum(jnp.abs(x / largest.astype(x.dtype)).astype(largest.dtype) ** 2)
+    for x in leaves
+  ]
+  norm = largest * jnp.sqrt(jnp.sum(jnp.stack(squares)))
+  _, exponent = jnp.frexp(jnp.where(norm > 0, norm, 1))
+  length = jnp.ldexp(jnp.ones((), norm.dtype), exponent)
+
+  def scaled(x):
+    if not _is_inexact(x.dtype):
+      return x
+    return (wide(x) / length.astype(wide(x).dtype)).astype(x.dtype)
+
+  return jax.tree.map(scaled, vector), length
+
+
+def _is_inexact(dtype):
+  return jnp.issubdtype(dtype, jnp.inexact)
 
 
 def network_gradient(
@@ -303,7 +359,7 @@ def network_gradient(
   weights, pull = jax.vjp(weights_fn, base.local(phi, axis_name))
   base.finite_rows("slopes dM/dw", weight_gradient, axis_name)
   base.finite_rows("weights", weights, axis_name, ": look at phi and the losses")
-  gradient = base.psum(pull(weight_gradient)[0], axis_name)
+  gradient = base.psum(pull(weight_gradient.astype(weights.dtype))[0], axis_name)
   check_network_gradient(gradient)
   return gradient
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from l2rw_jax import base
@@ -356,11 +357,14 @@ def transition_loss(
 
 def label_mask(labels: base.Array, num_classes: int) -> base.Array:
   """Where each row has its label's column, bool [B, C]; no column if none exists."""
+  if not isinstance(labels, jax.Array):
+    # JAX would keep the lower half of 64 bits, where 2**32 looks like class 0.
+    labels = np.asarray(labels)
+    exists = (labels >= 0) & (labels < num_classes)
+    labels = jnp.asarray(np.where(exists, labels.astype(np.int32), -1), jnp.int32)
   # Narrow integers cannot count to C, and unsigned ones have no negative numbers.
-  is_wide = jnp.issubdtype(labels.dtype, jnp.signedinteger) and (
-    jnp.dtype(labels.dtype).itemsize >= 4
-  )
-  labels = labels if is_wide else labels.astype(jnp.int32)
+  is_wide = jnp.dtype(labels.dtype).itemsize == 8
+  labels = labels.astype(jnp.int64 if is_wide else jnp.int32)
   columns = jnp.arange(num_classes, dtype=labels.dtype)
   return labels[:, None] == columns[None, :]
 
@@ -429,7 +433,6 @@ def label_rows(
     InputError: the shapes or types do not fit.
   """
   check_logits(logits, labels, where)
-  labels = jnp.asarray(labels)
   if where is not None:
     logits = jnp.where(where[:, None], logits, 0)
   log_p = log_probabilities(logits.astype(base.accumulator_dtype(logits.dtype)))
@@ -438,7 +441,7 @@ def label_rows(
   # An impossible label is replaced by class 0, so that the factor NaN reaches the
   # gradient of its row.
   is_impossible = ~jnp.any(is_label, axis=1, keepdims=True)
-  first = label_mask(jnp.zeros_like(labels), log_p.shape[1])
+  first = jnp.arange(log_p.shape[1])[None] == 0
   return log_p, is_label | (is_impossible & first), scale
 
 
@@ -447,7 +450,7 @@ def _safe(logits, labels, where):
   logits = logits.astype(base.accumulator_dtype(logits.dtype))
   if where is not None:
     logits = jnp.where(where[:, None], logits, 0)
-  is_label = label_mask(jnp.asarray(labels), max(logits.shape[1], 2))
+  is_label = label_mask(labels, max(logits.shape[1], 2))
   scale = label_scale(is_label, where).astype(logits.dtype)
   return logits, jnp.argmax(is_label, axis=1), scale
 

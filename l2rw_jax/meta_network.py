@@ -86,7 +86,7 @@ def init(params: base.PyTree, optimizer: optax.GradientTransformation) -> State:
   unknown = jnp.asarray(np.full((), np.nan, jnp.result_type(float)))
   return State(
     params,
-    optimizer.init(params),
+    hypergradient.init_optimizer(optimizer, params),
     unknown,
     jnp.array(True),
     jnp.array(False),
@@ -114,8 +114,11 @@ def update(
 
   def updated(state):
     found = meta_gradient_fn(state.params)
-    updates, opt_state = optimizer.update(found.gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with base.implicit_promotion():
+      updates, opt_state = optimizer.update(
+        found.gradient, state.opt_state, state.params
+      )
+      params = optax.apply_updates(state.params, updates)
     return State(
       params,
       opt_state,
@@ -143,11 +146,12 @@ def sgd_lookahead(learning_rate: Schedule, inputs: base.Inputs) -> dict[str, Any
   """
   rate: Any = learning_rate
   if callable(learning_rate):
-    rate = learning_rate(inputs.step)
+    with base.implicit_promotion():
+      rate = learning_rate(inputs.step)
   optimizer = optax.sgd(rate)
   return {
     "optimizer": optimizer,
-    "opt_state": optimizer.init(inputs.params),
+    "opt_state": hypergradient.init_optimizer(optimizer, inputs.params),
     "has_aux": True,
   }
 
@@ -209,7 +213,11 @@ def meta_gradient(
     meta_batch,
     base.psum(inner, axis_name),
     optimizer=optimizer,
-    opt_state=optimizer.init(params) if opt_state is None else opt_state,
+    opt_state=(
+      hypergradient.init_optimizer(optimizer, params)
+      if opt_state is None
+      else opt_state
+    ),
     has_aux=has_aux,
     axis_name=axis_name,
     value=loss,

@@ -90,10 +90,12 @@ def loss_drop(
 
   own = jax.value_and_grad(mean_loss)(base.local(params, axis_name))
   before, gradient = base.pmean(own, axis_name)
-  updates, _ = optax.with_extra_args_support(optimizer).update(
-    gradient, opt_state, params, value=before
-  )
-  after = base.pmean(mean_loss(optax.apply_updates(params, updates)), axis_name)
+  with base.implicit_promotion():
+    updates, _ = optax.with_extra_args_support(optimizer).update(
+      gradient, opt_state, params, value=before
+    )
+    moved = optax.apply_updates(params, updates)
+  after = base.pmean(mean_loss(moved), axis_name)
   drop = before - after
   # A NaN loss may have a slope of zero, and an infinite gradient a finite step.
   finite = base.all_finite((before, after, drop, gradient))

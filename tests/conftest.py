@@ -1,4 +1,7 @@
-"""Eight virtual CPU devices for every test; where real data lies."""
+"""Eight virtual CPU devices and no implicit promotion for every test.
+
+Also the fixtures that tests of several folders share.
+"""
 
 import os
 import pathlib
@@ -8,6 +11,11 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
+# Users may run with these switches, so neither the library nor its tests rely on
+# promotion of ranks or types. The marker `promotes` lifts them for a test whose
+# third-party code cannot run under them.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
@@ -30,20 +38,16 @@ def decoded(tmp_path_factory) -> pathlib.Path:
   return (folder.parent if is_worker else folder) / "decoded"
 
 
-# Tests that run without implicit promotion of ranks and types: neither the library nor
-# the tests themselves need it. The others mix types in code of their own.
-_WITHOUT_PROMOTION = {"data", "training", "formulas_sweep_test.py"}
-
-
-@pytest.fixture(autouse=True)
-def without_promotion(request):
-  """JAX's switches against implicit promotion, with which users may run."""
-  path = request.path
-  if not _WITHOUT_PROMOTION & {path.name, path.parent.name}:
-    yield
-    return
-  with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-    yield
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+  """Allows implicit promotion for a test that is marked as needing it."""
+  marker = item.get_closest_marker("promotes")
+  if marker is None:
+    return (yield)
+  if not (marker.args and isinstance(marker.args[0], str)):
+    raise pytest.UsageError(f"{item.nodeid}: promotes() needs a reason.")
+  with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+    return (yield)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def _params():
 
 
 def _losses_fn(params, batch):
-  hidden = jnp.tanh(batch["x"] @ params["w1"] + params["b1"])
+  hidden = jnp.tanh(batch["x"] @ params["w1"] + params["b1"][None])
   return losses.softmax_cross_entropy(hidden @ params["w2"], batch["label"])
 
 
@@ -74,7 +74,7 @@ def _meta_loss(losses_fn, params, batch, meta_batch, weights, optimizer, opt_sta
 
 def _finite_differences(meta_loss_of, weights, step=1e-5):
   moved = step * jnp.eye(weights.size)
-  up, down = (jax.vmap(meta_loss_of)(weights + s * moved) for s in (1, -1))
+  up, down = (jax.vmap(meta_loss_of)(weights[None] + s * moved) for s in (1, -1))
   return (up - down) / (2 * step)
 
 
@@ -100,10 +100,11 @@ def _three_ways(losses_fn, optimizer):
 
 def _warm(optimizer, params, num_updates=3):
   """The state that a few real updates leave, as in the middle of a run."""
-  state = optimizer.init(params)
+  state = hypergradient.init_optimizer(optimizer, params)
   for i in range(num_updates):
     gradient = jax.tree.map(lambda p, i=i: np.cos(3 * p + i), params)
-    _, state = optimizer.update(gradient, state, params)
+    with base.implicit_promotion():
+      _, state = optimizer.update(gradient, state, params)
   return state
 
 
@@ -140,7 +141,8 @@ def _assert_close(actual, expected, tolerance):
 def test_equals_the_unrolled_step_and_finite_differences(name):
   optimizer = _OPTIMIZERS[name]
   three_ways = _three_ways(_losses_fn, optimizer)
-  for state in (optimizer.init(_params()), _warm(optimizer, _params())):
+  fresh = hypergradient.init_optimizer(optimizer, _params())
+  for state in (fresh, _warm(optimizer, _params())):
     for weights in (jnp.zeros(_B), jnp.full(_B, 1 / _B)):
       ours, unrolled, differences = three_ways(state, weights)
       _assert_close(ours, unrolled, 1e-12)
@@ -204,6 +206,7 @@ class _Net(nn.Module):
     return nn.Dense(_CLASSES, param_dtype=float)(nn.tanh(x))
 
 
+@pytest.mark.promotes("flax keeps running statistics in float32, here next to float64")
 def test_through_batch_statistics():
   batch, meta_batch = _data()
   variables = jax.jit(_Net().init)(jax.random.key(0), batch["x"])
@@ -236,7 +239,8 @@ def test_leaves_that_are_not_floating_point_stay():
   optimizer = optax.sgd(0.3)
 
   def losses_fn(params, batch):
-    return _losses_fn(params["net"], batch) * (params["count"] - 2**24)
+    scale = (params["count"] - 2**24).astype(float)
+    return _losses_fn(params["net"], batch) * scale
 
   params = {"net": _params(), **fixed}
 

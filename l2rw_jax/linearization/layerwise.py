@@ -129,8 +129,7 @@ def linearize(
 
 def _times(delta: base.Array, weights: base.Array) -> base.Array:
   """The product in the more precise type of the two, as the type of `delta`."""
-  with jax.numpy_dtype_promotion("standard"):
-    dtype = jnp.promote_types(delta.dtype, weights.dtype)
+  dtype = base.common_dtype(delta, weights)
   return (delta.astype(dtype) * weights.astype(dtype)).astype(delta.dtype)
 
 

@@ -58,7 +58,7 @@ def gradient_proxies(logits: base.Array, labels: base.Array) -> base.Array:
     InputError: the shapes do not fit.
   """
   losses.check_logits(logits, labels)
-  is_label = losses.label_mask(jnp.asarray(labels), logits.shape[1])
+  is_label = losses.label_mask(labels, logits.shape[1])
   probabilities = jax.nn.softmax(logits, axis=1)
   scale = losses.label_scale(is_label).astype(probabilities.dtype)
   return (probabilities - is_label.astype(probabilities.dtype)) * scale[:, None]

@@ -52,16 +52,19 @@ class AdvisorNet(nn.Module):
   @nn.compact
   def __call__(self, features: jax.Array, losses: jax.Array) -> jax.Array:
     """Features [B, d], losses [B] to a gate in (0, 1), [B, d]."""
-    a = nn.relu(meta_network.dense(self.hidden, self.num_features)(features))
-    b = nn.relu(meta_network.dense(self.hidden, 1)(losses[:, None]))
-    both = jnp.concatenate([a, b], axis=-1)
-    return nn.sigmoid(meta_network.dense(self.num_features, 2 * self.hidden)(both))
+    with base.implicit_promotion():  # flax brings inputs and parameters to one type
+      a = nn.relu(meta_network.dense(self.hidden, self.num_features)(features))
+      b = nn.relu(meta_network.dense(self.hidden, 1)(losses[:, None]))
+      both = jnp.concatenate([a, b], axis=-1)
+      return nn.sigmoid(meta_network.dense(self.num_features, 2 * self.hidden)(both))
 
 
 def gate(
   net: AdvisorNet, psi: base.PyTree, features: base.Array, losses: base.Array
 ) -> base.Array:
-  """The advisor's gate, [B, d]; features and losses are held constant.
+  """The advisor's gate, [B, d], in the type of the features.
+
+  Features and losses are held constant.
 
   Args:
     net: the advisor.
@@ -71,7 +74,7 @@ def gate(
   """
   features, losses = jax.lax.stop_gradient((features, losses))
   opened: Any = net.apply(psi, features, losses)
-  return opened
+  return opened.astype(features.dtype)
 
 
 def advisor(

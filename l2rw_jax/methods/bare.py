@@ -69,7 +69,7 @@ def select(
   logits = jax.lax.stop_gradient(logits).astype(dtype)
   probabilities = jnp.exp(losses_lib.log_probabilities(logits))
   columns = jnp.clip(probabilities, _MARGIN, 1 - _MARGIN)
-  is_label = losses_lib.label_mask(jnp.asarray(labels), columns.shape[1])
+  is_label = losses_lib.label_mask(labels, columns.shape[1])
   at_label = jnp.where(is_label, columns, 0).sum(axis=1)
   if statistics == "own_label":
     members = is_label.astype(columns.dtype)
@@ -137,7 +137,7 @@ def example_weights(
 def _equal_weights(kept, logits, labels, dtype, axis_name):
   none = base.psum(kept.sum(), axis_name) == 0
   weights = normalization.sum_to_one((kept | none).astype(dtype), axis_name)
-  is_label = losses_lib.label_mask(jnp.asarray(labels), max(logits.shape[1], 2))
+  is_label = losses_lib.label_mask(labels, max(logits.shape[1], 2))
   bad = jnp.isnan(jax.lax.stop_gradient(logits)).any(axis=1) | ~is_label.any(axis=1)
   any_bad = base.psum(bad.sum(), axis_name) > 0
   return weights * jnp.sqrt(jnp.where(any_bad, -1.0, 1.0)).astype(dtype)

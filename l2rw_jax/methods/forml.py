@@ -185,13 +185,13 @@ def reweigh(
     meta_batch,
     base.psum(linearized.weighted_gradient(weights), axis_name),
     optimizer=optimizer,
-    opt_state=optimizer.init(params),
+    opt_state=hypergradient.init_optimizer(optimizer, params),
     objective=objective,
     has_aux=has_aux,
     axis_name=axis_name,
   )
   gradient = hypergradient.weight_gradient(linearized, direction, axis_name)
-  gradient = jax.lax.stop_gradient(gradient)
+  gradient = jax.lax.stop_gradient(gradient).astype(weights.dtype)
   weights = jax.lax.stop_gradient(
     update_weights(weights, gradient, weight_learning_rate, axis_name)
   )

@@ -85,7 +85,7 @@ def example_weights(
     jax.lax.stop_gradient(jnp.asarray(x, dtype))
     for x in (losses, log_q, step_size, adjustments)
   )
-  members = losses_lib.label_mask(jnp.asarray(groups), log_q.shape[0])
+  members = losses_lib.label_mask(groups, log_q.shape[0])
   _check_members(members)
   counts = base.psum(members.sum(axis=0), axis_name)
   sizes = jnp.maximum(counts, 1).astype(dtype)[None, :]

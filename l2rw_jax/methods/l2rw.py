@@ -40,7 +40,6 @@ from l2rw_jax import base
 from l2rw_jax import hypergradient
 from l2rw_jax import linearization
 from l2rw_jax import normalization
-from l2rw_jax.linearization import engines
 from l2rw_jax.linearization import microbatching
 
 
@@ -49,8 +48,9 @@ class ExampleWeights(NamedTuple):
 
   Attributes:
     weights: non-negative, summing to 1 over all devices, or all 0; [B].
-    scores: -dM/dw at w = 0, before rectification; [B]. In units of meta loss
-      per unit of weight: how much one example's step lowers the clean loss.
+    scores: -dM/dw at w = 0, before rectification; [B], float32 at least. In units
+      of meta loss per unit of weight: how much one example's step lowers the clean
+      loss.
     meta_loss: mean loss of the clean batch at the look-ahead, scalar.
     losses: the batch's own losses, [B].
     finite: False if a loss of either batch, the meta gradient, its way through the
@@ -165,7 +165,7 @@ def meta_direction(
     )
   optimizer = optimizer or optax.sgd(1.0)
   if opt_state is None:
-    opt_state = optimizer.init(engines.without_keys(params))
+    opt_state = hypergradient.init_optimizer(optimizer, params)
   return hypergradient.direction(
     meta_losses_fn,
     params,
@@ -195,7 +195,7 @@ def weigh(
     axis_name,
     ": the losses are finite, look at their gradients (the scale of the inputs)",
   )
-  weights = normalization.rectify(scores, axis_name)
+  weights = normalization.rectify(scores, axis_name).astype(linearized.losses.dtype)
   fault = base.first_fault(
     direction.fault, training_losses=losses_finite, slopes=scores_finite
   )

@@ -114,9 +114,8 @@ def confusion(
       f"predicted and labels must be [N]; got {predicted.shape} and {labels.shape}."
     )
   predicted, labels = base.unsharded(predicted), base.unsharded(labels)
-  exists = (jnp.minimum(predicted, labels) >= 0) & (
-    jnp.maximum(predicted, labels) < num_classes
-  )
+  rows, columns = (losses.label_mask(x, num_classes) for x in (predicted, labels))
+  exists = rows.any(axis=1) & columns.any(axis=1)
   if not isinstance(exists, jax.core.Tracer) and not exists.all():
     raise base.InputError(
       f"confusion: row {jnp.argmin(exists)} of predicted or labels names none of the"
@@ -124,11 +123,12 @@ def confusion(
     )
   if smoothing < 0:
     raise base.InputError(f"smoothing={smoothing} must be at least 0.")
-  counts = jnp.zeros((num_classes, num_classes)).at[predicted, labels].add(1)
+  rows, columns = jnp.argmax(rows, axis=1), jnp.argmax(columns, axis=1)
+  counts = jnp.zeros((num_classes, num_classes)).at[rows, columns].add(1)
   counts = counts * jnp.sqrt(jnp.where(exists.all(), 1.0, -1.0))
   totals = counts.sum(axis=1, keepdims=True)
-  rows = (counts + smoothing / num_classes) / jnp.maximum(totals + smoothing, 1)
-  return jnp.where(totals == 0, jnp.eye(num_classes), rows)
+  shares = (counts + smoothing / num_classes) / jnp.maximum(totals + smoothing, 1)
+  return jnp.where(totals == 0, jnp.eye(num_classes), shares)
 
 
 def estimate_by(

@@ -220,5 +220,5 @@ def _checked(cosines, labels, class_margins, where):
       "ldam: cosines must be [B, C] with C at least 2, and margins [C]; got shapes"
       f" {cosines.shape} and {jnp.shape(class_margins)}."
     )
-  is_label = losses.label_mask(jnp.asarray(labels), num_classes)
+  is_label = losses.label_mask(labels, num_classes)
   return is_label, jnp.asarray(class_margins).astype(cosines.dtype)[None, :]

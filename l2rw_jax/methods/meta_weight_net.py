@@ -63,9 +63,10 @@ class WeightNet(nn.Module):
   def __call__(self, losses: jax.Array) -> jax.Array:
     """Losses [B] to V [B]."""
     x = losses[:, None]
-    for width in self.hidden:
-      x = nn.relu(meta_network.dense(width, x.shape[-1])(x))
-    return nn.sigmoid(meta_network.dense(1, x.shape[-1])(x)[:, 0])
+    with base.implicit_promotion():  # flax brings inputs and parameters to one type
+      for width in self.hidden:
+        x = nn.relu(meta_network.dense(width, x.shape[-1])(x))
+      return nn.sigmoid(meta_network.dense(1, x.shape[-1])(x)[:, 0])
 
 
 def example_weights(
@@ -198,7 +199,11 @@ def network_gradient(
     normalization=normalization,
     detached=detached,
     optimizer=optimizer,
-    opt_state=optimizer.init(params) if opt_state is None else opt_state,
+    opt_state=(
+      hypergradient.init_optimizer(optimizer, params)
+      if opt_state is None
+      else opt_state
+    ),
     has_aux=has_aux,
     axis_name=axis_name,
     microbatch_size=microbatch_size,

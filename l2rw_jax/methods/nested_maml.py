@@ -163,12 +163,12 @@ def slopes(
     meta_tasks,
     base.psum(linearized.weighted_gradient(weights / size), axis_name),
     optimizer=optimizer,
-    opt_state=optimizer.init(params),
+    opt_state=hypergradient.init_optimizer(optimizer, params),
     has_aux=has_aux,
     axis_name=axis_name,
   )
   gradient = hypergradient.weight_gradient(linearized, direction, axis_name) / size
-  gradient = jax.lax.stop_gradient(gradient)
+  gradient = jax.lax.stop_gradient(gradient).astype(weights.dtype)
   fault = base.first_fault(
     direction.fault,
     training_losses=losses_finite,

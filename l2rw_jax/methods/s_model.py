@@ -137,7 +137,9 @@ def s_model(
   def begun(transition, is_on):
     # The floor is the released program's; a row may be the identity's.
     logits = jnp.log(jnp.maximum(transition.astype(jnp.float32), 1e-8))
-    return State(logits, layer_optimizer.init(logits), jnp.array(is_on))
+    with base.implicit_promotion():
+      opt_state = layer_optimizer.init(logits)
+    return State(logits, opt_state, jnp.array(is_on))
 
   def init(key, problem, params):
     del key, params
@@ -181,7 +183,8 @@ def _check_smoothing(smoothing):
 
 
 def _learned(state, slope, optimizer):
-  updates, opt_state = optimizer.update(slope, state.opt_state, state.logits)
+  with base.implicit_promotion():
+    updates, opt_state = optimizer.update(slope, state.opt_state, state.logits)
   new = State(optax.apply_updates(state.logits, updates), opt_state, state.is_on)
   # Until the layer is on, neither decay nor the optimizer's clock may move it.
   return jax.tree.map(lambda a, b: jnp.where(state.is_on, a, b), new, state)

@@ -67,11 +67,12 @@ class RectifierNet(nn.Module):
     embed = nn.Embed(
       self.num_classes, self.num_classes, embedding_init=nn.initializers.normal(1.0)
     )
-    x = jnp.concatenate([logits, base.take(embed.embedding, labels)], axis=-1)
-    for _ in range(2):
-      x = nn.tanh(nn.Dense(self.hidden, kernel_init=_xavier)(x))
-    mean = nn.Dense(self.num_classes, kernel_init=_xavier)(x)
-    log_variance = meta_network.dense(self.num_classes, self.hidden)(x)
+    with base.implicit_promotion():  # flax brings inputs and parameters to one type
+      x = jnp.concatenate([logits, base.take(embed.embedding, labels)], axis=-1)
+      for _ in range(2):
+        x = nn.tanh(nn.Dense(self.hidden, kernel_init=_xavier)(x))
+      mean = nn.Dense(self.num_classes, kernel_init=_xavier)(x)
+      log_variance = meta_network.dense(self.num_classes, self.hidden)(x)
     bound = self.max_log_variance
     return mean, jnp.clip(log_variance, -bound, bound)
 
@@ -93,7 +94,10 @@ def rectifiers(
   """
   if noise is None:
     return nn.sigmoid(mean)[None]
-  return nn.sigmoid(mean[None] + jnp.exp(log_variance / 2)[None] * noise)
+  deviation = jnp.exp(log_variance / 2)[None]
+  dtype = base.common_dtype(mean, noise)
+  scaled = deviation.astype(dtype) * noise.astype(dtype)
+  return nn.sigmoid(mean[None].astype(dtype) + scaled)
 
 
 def rectified_cross_entropy(
@@ -112,7 +116,10 @@ def rectified_cross_entropy(
   0.2492
   """
   losses = jax.vmap(losses_lib.softmax_cross_entropy, in_axes=(0, None))
-  return losses(vectors * logits[None], labels).mean(axis=0)
+  # The product is at least as precise as the vectors, also for half-precision logits.
+  dtype = base.common_dtype(vectors, logits)
+  rectified = vectors.astype(dtype) * logits[None].astype(dtype)
+  return losses(rectified, labels).mean(axis=0)
 
 
 def inner_loss(
@@ -232,7 +239,7 @@ def warpi(
       every=every,
     )
     _, vectors = inner_loss(net, state.params, logits, labels, noise(real_key))
-    own_label = jax.nn.one_hot(labels, logits.shape[-1])
+    own_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=vectors.dtype)
     pull = (vectors.mean(axis=0) * own_label).sum(axis=-1)
     metrics = {
       **meta_network.metrics(state),

@@ -68,11 +68,13 @@ def init_state(
   What a step returns is, and a step that first meets a weak type would be compiled
   a second time for its own output.
   """
+  with base.implicit_promotion():
+    opt_state = optimizer.init(params)
   state = TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     model_state=model_state,
-    opt_state=optimizer.init(params),
+    opt_state=opt_state,
     method_state=method_state,
     failure=Failure(
       jnp.full((), -1, jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
@@ -115,15 +117,17 @@ def train_step(
   )
   found, method_state = method.gradients(state.method_state, problem, inputs)
   metrics = _metrics(found, problem)
-  updates, opt_state = optax.with_extra_args_support(optimizer).update(
-    found.grads,
-    state.opt_state,
-    state.params,
-    value=metrics["weighted_loss"] if found.value is None else found.value,
-  )
+  with base.implicit_promotion():
+    updates, opt_state = optax.with_extra_args_support(optimizer).update(
+      found.grads,
+      state.opt_state,
+      state.params,
+      value=metrics["weighted_loss"] if found.value is None else found.value,
+    )
+    params = optax.apply_updates(state.params, updates)
   proposed = TrainState(
     step=state.step + 1,
-    params=optax.apply_updates(state.params, updates),
+    params=params,
     model_state=found.model_state,
     opt_state=opt_state,
     method_state=method_state,

@@ -144,10 +144,4 @@ def reduce_on_plateau(
     min_scale=min_scale,
   )
 
-  def update(updates, state, params=None, **extra_args):
-    # optax multiplies its integer counts by floating point values.
-    with jax.numpy_dtype_promotion("standard"):
-      return plateau.update(updates, state, params, **extra_args)
-
-  scaled = optax.GradientTransformationExtraArgs(plateau.init, update)
-  return optax.chain(optimizer, scaled)
+  return optax.chain(optimizer, plateau)

@@ -29,7 +29,7 @@ def test_every_operation_is_followed_or_refused(name):
 
 
 def _matrices(h):
-  return jnp.einsum("bi,bj->bij", h, h) + 3 * jnp.eye(4)
+  return jnp.einsum("bi,bj->bij", h, h) + 3 * jnp.eye(4)[None]
 
 
 def _set_by_row(h):
@@ -124,7 +124,7 @@ _MIXING = {
   "update slice": lambda h: jax.lax.dynamic_update_slice(h, h[:1], (2, 0)),
   "fft": lambda h: jnp.real(jnp.fft.fft(h, axis=0)),
   "cholesky": lambda h: jnp.linalg.cholesky(h @ h.T + 3 * jnp.eye(_B)),
-  "used mean of a call": lambda h: h + _squared_and_mean(h)[1],
+  "used mean of a call": lambda h: h + _squared_and_mean(h)[1][None],
 }
 
 

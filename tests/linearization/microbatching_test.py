@@ -297,3 +297,18 @@ def test_weights_are_one_per_loss():
   found = microbatched(lambda p, x: x @ p, jnp.ones(3), jnp.ones((4, 3)))
   with pytest.raises(base.InputError, match=r"one number per loss, \(4,\); got \(\)"):
     found.weighted_gradient(1.0)
+
+
+def test_a_nan_in_one_part_of_the_meta_batch_is_reported():
+  batch, meta_batch = _examples(0, _B), _examples(1, _M)
+  meta_batch["label"][3] = _CLASSES  # in the second of three parts
+
+  def run(params):
+    return l2rw.example_weights(
+      _losses_fn, params, batch, meta_batch, microbatch_size=2
+    )
+
+  with pytest.raises(FloatingPointError, match=r"1 of 5 meta losses .* in row 3"):
+    run(_params())
+  found = jax.jit(run)(_params())
+  assert not found.finite and found.fault == base.Fault.META_LOSSES

@@ -29,7 +29,7 @@ _SURROGATES = {
   "rounding": _custom_vjp(lambda x: jnp.round(x), lambda x, g: g),
   "rounding, forward": _custom_jvp(lambda x: jnp.round(x), jnp.ones_like),
   "sign": _custom_vjp(jnp.sign, lambda x, g: jnp.where(abs(x) <= 1, g, 0 * g)),
-  "spike": _custom_jvp(lambda x: 1.0 * (x > 0), lambda x: 1 / (1 + x**2)),
+  "spike": _custom_jvp(lambda x: (x > 0).astype(x.dtype), lambda x: 1 / (1 + x**2)),
   "reversal": _custom_vjp(lambda x: x, lambda x, g: -0.5 * g),
   "scaling": _custom_vjp(lambda x: x, lambda x, g: 0.5 * g),
   "clipping": _custom_vjp(lambda x: x, lambda x, g: jnp.clip(g, -1, 1)),
@@ -37,7 +37,7 @@ _SURROGATES = {
 _AGREEING = {
   "sine": _custom_vjp(jnp.sin, lambda x, g: g * jnp.cos(x)),
   "logarithm": _custom_vjp(jnp.log, lambda x, g: g / x),
-  "relu": _custom_jvp(lambda x: jnp.maximum(x, 0), lambda x: 1.0 * (x > 0)),
+  "relu": _custom_jvp(lambda x: jnp.maximum(x, 0), lambda x: (x > 0).astype(x.dtype)),
   "callback": _custom_vjp(
     lambda x: jax.pure_callback(np.tanh, jax.ShapeDtypeStruct(x.shape, x.dtype), x),
     lambda x, g: g * (1 - jnp.tanh(x) ** 2),
@@ -51,7 +51,7 @@ _P = np.random.default_rng(1).uniform(0.2, 0.8, (3, 2)).astype(np.float32)
 
 def _directional(function, engine, p=_P):
   def losses_fn(p, x):
-    return (function(x @ p) ** 2).sum(1)
+    return (function(x.astype(p.dtype) @ p) ** 2).sum(1)
 
   linearized = linearization.linearize(losses_fn, p, _X, engine=engine)
   return linearized.directional(p)

@@ -36,7 +36,8 @@ def _examples(rng, size):
 def _inputs():
   rng = np.random.default_rng(0)
   batch, meta_batch = _examples(rng, _B), _examples(rng, _M)
-  params, model_state = _MODEL.init(jax.random.key(0), batch)
+  single = {**batch, "image": batch["image"].astype(np.float32)}
+  params, model_state = _MODEL.init(jax.random.key(0), single)
   params = jax.tree.map(lambda x: x.astype(float) + 0.1, params)
   return base.Inputs(
     params, model_state, (), batch, meta_batch, jnp.int32(0), jax.random.key(2)

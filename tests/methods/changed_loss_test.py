@@ -40,7 +40,7 @@ def _inputs(problem):
 
 def _rarity(outputs, batch, class_counts):
   own = losses.softmax_cross_entropy(outputs, batch["label"])
-  return own * 30 / class_counts[batch["label"]]
+  return own * 30 / class_counts[batch["label"]].astype(own.dtype)
 
 
 def _run(method, epoch=0):

@@ -93,7 +93,7 @@ def test_first_order_identity_and_finite_differences(setting):
   slope = jax.grad(lambda p: objective(_losses_fn(p, _META)))(ahead)
   jacobian = jax.jacrev(_losses_fn)(params, _BATCH)
   products = jax.tree.map(
-    lambda j, g: (j * g).reshape(_B, -1).sum(axis=1), jacobian, slope
+    lambda j, g: (j * g[None]).reshape(_B, -1).sum(axis=1), jacobian, slope
   )
   np.testing.assert_allclose(found.gradient, -_ALPHA * sum(products.values()), 1e-10)
   step = 1e-6
@@ -194,7 +194,7 @@ def test_no_gradient_flows_through_the_weights():
       weight_learning_rate=_ETA,
       inner_learning_rate=_ALPHA,
     )
-    return jnp.sum(found.weights * jnp.arange(_B))
+    return jnp.sum(found.weights * jnp.arange(1.0 * _B))
 
   slopes = jax.jit(jax.grad(total))(_params())
   assert not any(x.any() for x in jax.tree.leaves(slopes))

@@ -133,3 +133,22 @@ def test_a_state_without_its_optimizer_is_refused():
   params, batch, clean = problem(4)
   with pytest.raises(base.InputError, match="opt_state without optimizer"):
     l2rw.example_weights(losses_fn, params, batch, clean, opt_state=())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_small_slopes_in_half_precision_are_not_lost(dtype, is_mixed):
+  # Scores of 2e-10 to 8e-10: the smallest float16 is 6e-8.
+  slopes = jnp.array([1e-5, -2e-5, 4e-5])
+  params = jnp.zeros(2, jnp.float32 if is_mixed else dtype)
+
+  def linear(p, x):
+    return (x.astype(dtype) @ p.astype(dtype)[:, None])[:, 0]
+
+  batch, clean = slopes[:, None] * jnp.ones((1, 2)), jnp.full((2, 2), 1e-5)
+  for engine in ("layerwise", "forward", "reverse"):
+    info = l2rw.example_weights(linear, params, batch, clean, engine=engine)
+    assert info.scores.dtype == jnp.float32 and info.weights.dtype == dtype
+    expected = 2e-5 * np.asarray(slopes)
+    np.testing.assert_allclose(info.scores, expected, rtol=2e-2)
+    np.testing.assert_allclose(info.weights.astype(float), [0.2, 0, 0.8], rtol=2e-2)

@@ -84,7 +84,7 @@ def test_scores_are_inner_products_of_gradients():
   jacobian = jax.jit(jax.jacrev(_losses_fn))(params, _BATCH)
   meta_gradient = jax.jit(jax.grad(lambda p: _losses_fn(p, _META).mean()))(params)
   products = jax.tree.map(
-    lambda j, g: (j * g).reshape(_B, -1).sum(axis=1), jacobian, meta_gradient
+    lambda j, g: (j * g[None]).reshape(_B, -1).sum(axis=1), jacobian, meta_gradient
   )
   np.testing.assert_allclose(info.scores, sum(products.values()), rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(info.weights.sum(), 1, rtol=1e-6)
@@ -132,7 +132,7 @@ def test_another_loss_and_another_shape_for_the_clean_batch():
   target = np.random.default_rng(7).normal(size=(_M, 4)).astype(np.float32)
 
   def meta_losses_fn(params, meta_batch):
-    return jnp.sum((params["w"].sum(axis=1) - meta_batch) ** 2, axis=1)
+    return jnp.sum((params["w"].sum(axis=1)[None] - meta_batch) ** 2, axis=1)
 
   info = l2rw.example_weights(
     _losses_fn, _params(), _BATCH, target, meta_losses_fn=meta_losses_fn

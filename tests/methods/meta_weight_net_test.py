@@ -208,6 +208,7 @@ def test_mistakes_are_one_line(arguments, message):
   assert "\n" not in str(raised.value)
 
 
+@pytest.mark.promotes("optax.adam raises a float to an integer step count")
 @pytest.mark.parametrize("name", meta_weight_net.PRESETS)
 def test_presets_are_the_released_variants(name):
   expected = {
@@ -325,6 +326,7 @@ def test_lessons_come_every_so_many_steps():
   assert float(always.params) == 0.5 and float(always.meta_loss) == 7
 
 
+@pytest.mark.promotes("optax.adam raises a float to an integer step count")
 def test_learns_to_distrust_large_losses():
   """Half the labels are wrong: after lessons, V falls with the loss."""
   rng = np.random.default_rng(0)

@@ -133,7 +133,7 @@ def _unrolled(phi, params, batch, meta_batch, noise):
   def inner(params):
     logits = _logits_fn(params, batch)
     mean, log_variance = _NET.apply(phi, jax.lax.stop_gradient(logits), batch["label"])
-    vectors = jax.nn.sigmoid(mean + jnp.exp(log_variance / 2) * noise)
+    vectors = jax.nn.sigmoid(mean[None] + jnp.exp(log_variance / 2)[None] * noise)
     per_draw = [
       losses_lib.softmax_cross_entropy(v * logits, batch["label"]) for v in vectors
     ]
@@ -211,7 +211,7 @@ def _written_out(phi, params, batch, noise):
   logits, _ = model.forward(params, {}, batch, jax.random.key(0), True)
   net = warpi.RectifierNet(_C, hidden=5)
   mean, log_variance = net.apply(phi, jax.lax.stop_gradient(logits), batch["label"])
-  vectors = jax.nn.sigmoid(mean + jnp.exp(log_variance / 2) * noise)
+  vectors = jax.nn.sigmoid(mean[None] + jnp.exp(log_variance / 2)[None] * noise)
   per_draw = [
     losses_lib.softmax_cross_entropy(v * logits, batch["label"]) for v in vectors
   ]

@@ -229,7 +229,8 @@ def _fit_one(network, batch_size, is_binary, key, rows, num_steps, learning_rate
     key = jax.random.fold_in(batch_key, i)
     chosen = jax.random.randint(key, (batch_size,), 0, len(rows.losses))
     grads = jax.grad(mean_loss)(params, Rows(*(x[chosen] for x in rows)))
-    updates, opt_state = tx.update(grads, opt_state, params)
+    with base.implicit_promotion():
+      updates, opt_state = tx.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
   params, _ = jax.lax.fori_loop(0, num_steps, step, (params, tx.init(params)))

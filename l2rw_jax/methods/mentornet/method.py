@@ -192,10 +192,18 @@ def epoch_percent(step: Any, num_steps: int) -> base.Array:
     step: updates done so far, an integer of any type; may be traced.
     num_steps: length of the run, a Python integer.
 
+  Raises:
+    InputError: `step` is not an integer.
+
   >>> print(epoch_percent(25_000_000, 30_000_000))
   83
   """
   step = jnp.asarray(step)
+  if not jnp.issubdtype(step.dtype, jnp.integer):
+    raise base.InputError(
+      f"epoch_percent: step must be an integer; got {step.dtype}. Convert it with"
+      " step.astype(int)."
+    )
   # Compared with the first step of each percent: 100 * step overflows int32.
   largest = np.iinfo(step.dtype).max
   firsts = [min(-(-k * num_steps // 100), largest) for k in range(1, 100)]

@@ -166,6 +166,12 @@ def test_a_wrong_setting_is_one_line(settings, message):
     mentornet.mentornet(mentornet.self_paced, **settings)
 
 
+@pytest.mark.parametrize("step", [3.0, jnp.float32(3)])
+def test_a_step_that_is_no_integer_is_one_line(step):
+  with pytest.raises(base.InputError, match="step must be an integer; got float32"):
+    mentornet.epoch_percent(step, 10)
+
+
 def test_wrong_names_and_shapes_are_one_line():
   with pytest.raises(base.InputError, match="'ddd': choose among self_paced, focal"):
     mentornet.preset("ddd", 0.4)
@@ -181,7 +187,7 @@ _PARAMS = {"p": np.ones((2, 1), np.float32), "b": np.zeros(1, np.float32)}
 def _task(num_steps=100):
   def forward(params, model_state, batch, key, train):
     del key, train
-    return batch["x"] @ params["p"] + params["b"], model_state
+    return batch["x"] @ params["p"] + params["b"][None], model_state
 
   return base.Problem(
     forward=forward,
