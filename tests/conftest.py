@@ -17,6 +17,9 @@ jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+# Programs compile in a third of the time.
+jax.config.update("jax_disable_most_optimizations", True)
+
 _REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -58,9 +61,8 @@ def x64():
 
 
 @pytest.fixture(scope="module")
-def quick_compilation():
-  """A third of the compile time, for tests of what does not depend on XLA's care."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
+def optimized():
+  """All of XLA's optimizations, for tests of what the compiler makes of a program."""
+  jax.config.update("jax_disable_most_optimizations", False)
   yield
-  jax.config.update("jax_disable_most_optimizations", before)
+  jax.config.update("jax_disable_most_optimizations", True)

@@ -60,8 +60,6 @@ from l2rw_jax.models import augmentation
 from l2rw_jax.models import few_shot
 from l2rw_jax.models import pooling
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _AXIS = "data"
 _B, _M, _CLASSES, _DEVICES = 16, 8, 3, 8
 _SGD = optax.sgd(0.5)

@@ -10,7 +10,7 @@ import pytest
 from l2rw_jax import hypergradient
 from l2rw_jax import linearization
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "x64")
+pytestmark = pytest.mark.usefixtures("x64")
 
 _B, _M = 5, 4
 

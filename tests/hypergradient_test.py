@@ -19,7 +19,7 @@ from l2rw_jax import hypergradient
 from l2rw_jax import linearization
 from l2rw_jax import losses
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "x64")
+pytestmark = pytest.mark.usefixtures("x64")
 
 _B, _M, _CLASSES = 5, 4, 2
 _DECAY = 0.1

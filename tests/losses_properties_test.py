@@ -13,8 +13,6 @@ import pytest
 from l2rw_jax import base
 from l2rw_jax import losses
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _TRANSITION = {
   2: np.array([[0.9, 0.1], [0.3, 0.7]]),
   3: np.array([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.0, 0.5, 0.5]]),

@@ -13,8 +13,6 @@ import pytest
 from l2rw_jax import base
 from l2rw_jax import losses
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _softmax = jax.jit(losses.softmax_cross_entropy)
 _sigmoid = jax.jit(losses.sigmoid_cross_entropy)
 

@@ -17,8 +17,6 @@ from l2rw_jax.methods import warpi
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _AXIS = "devices"
 _NET = meta_weight_net.WeightNet((4,))
 _RECTIFIER = warpi.RectifierNet(3, hidden=4)

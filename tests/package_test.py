@@ -15,8 +15,6 @@ import pytest
 
 import l2rw_jax
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 # Nobody who weighs examples should wait for these, let alone install them.
 HEAVY = (

@@ -12,8 +12,6 @@ from l2rw_jax import base
 from l2rw_jax import losses
 from l2rw_jax import susceptibility
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _X = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
 _W = np.array([[0.5, -0.5], [-0.25, 0.25]])
 _RANDOM = np.array([1, 0, 1])

@@ -140,8 +140,8 @@ def example_weights(
     has_aux=has_aux,
     microbatch_size=microbatch_size,
   )
-  # Not in the order of `hypergradient.batch_after`: under one `jit` the caller's own gradient, at
-  # `params`, shares this forward pass.
+  # Without `hypergradient.batch_after`, so that under one `jit` the caller's gradient
+  # shares this forward pass.
   linearize = microbatching.microbatched(linearization.linearize, microbatch_size)
   own = base.local(params, axis_name)
   linearized = linearize(losses_fn, own, batch, has_aux=has_aux, engine=engine)

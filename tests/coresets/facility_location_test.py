@@ -14,8 +14,6 @@ from l2rw_jax import base
 from l2rw_jax.coresets import distances
 from l2rw_jax.coresets import facility_location
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _LINE = np.array([[0.0], [1.0], [1.5], [6.0], [7.0], [20.0]])
 
 

@@ -39,7 +39,6 @@ def _mentor(path, curriculum, seed):
   return str(path)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_mentor_may_be_added_but_not_swapped(tmp_path):
   a, b = (_mentor(tmp_path / f"{seed}.json", "pd", seed) for seed in (1, 2))
   other = _mentor(tmp_path / "other.json", "dd", 1)

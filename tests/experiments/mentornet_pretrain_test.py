@@ -20,8 +20,6 @@ from l2rw_jax.models import mlp
 from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import loop
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _NAME = "mentornet_pretrain"
 _SMALL = ("--num_steps=400", "--restarts=2")
 _MODEL = classifier.Classifier(mlp.MLP(10, hidden=(32,)), 10)

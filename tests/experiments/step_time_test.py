@@ -25,8 +25,6 @@ from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _FLAGS = ("--networks=mlp", "--methods=l2rw,absgd", "--batch_size=8", "--repeats=2")
 
 

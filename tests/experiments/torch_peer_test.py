@@ -21,7 +21,6 @@ torch = pytest.importorskip("torch", reason="PyTorch is an extra of the benchmar
 peer = importlib.import_module("benchmarks._torch_steps")
 peer_networks = importlib.import_module("benchmarks._torch_networks")
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 _B, _M = 6, 3
 
 

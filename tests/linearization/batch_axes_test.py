@@ -11,8 +11,6 @@ from l2rw_jax import base
 from l2rw_jax import linearization
 from l2rw_jax.linearization import batch_axes
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _B = 3
 _NAMES = sorted(
   {

@@ -12,8 +12,6 @@ from l2rw_jax import base
 from l2rw_jax import linearization
 from l2rw_jax.linearization import microbatching
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _B = 5
 
 

@@ -18,8 +18,6 @@ from l2rw_jax import linearization
 from l2rw_jax import losses
 from l2rw_jax.linearization import microbatching
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _B = 5
 _EXACT = ("auto", "layerwise", "forward", "reverse")
 

@@ -10,6 +10,8 @@ from l2rw_jax import base
 from l2rw_jax.models import activations
 from l2rw_jax.models import group_norm
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def _x(*shape, seed=0):
   return jnp.asarray(3 * np.random.default_rng(seed).normal(size=shape) + 1, np.float32)

@@ -20,7 +20,6 @@ from l2rw_jax.models import lenet
 from l2rw_jax.models import resnet
 
 # The count is the same, and it is taken in half the time.
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 _B = 100
 _OPTIMIZER = optax.sgd(0.1)

@@ -17,8 +17,6 @@ from l2rw_jax.models import classifier
 from l2rw_jax.models import dropout
 from l2rw_jax.models import lenet
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _B = 6
 _FLAX_IN_FLOAT64 = pytest.mark.promotes("flax's layers mix float64 with float32")
 

@@ -13,6 +13,8 @@ import pytest
 from l2rw_jax.methods import l2rw
 from l2rw_jax.methods import meta_weight_net
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 _B, _LAYERS, _WIDTH = 512, 8, 32
 
 

@@ -22,7 +22,7 @@ from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "x64")
+pytestmark = pytest.mark.usefixtures("x64")
 
 _B, _M, _CLASSES = 7, 5, 3
 _close = functools.partial(chex.assert_trees_all_close, rtol=1e-12, atol=1e-14)

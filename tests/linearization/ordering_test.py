@@ -8,6 +8,8 @@ import pytest
 from l2rw_jax.linearization import ordering
 from l2rw_jax.methods import l2rw
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.0, 3e38])
 def test_unchanged(value):

@@ -10,8 +10,6 @@ import pytest
 from l2rw_jax import base
 from l2rw_jax import linearization
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def _custom_vjp(forward, backward):
   function = jax.custom_vjp(forward)

@@ -17,8 +17,6 @@ from l2rw_jax.methods import ldam_drw
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _COUNTS = jnp.array([30, 10])
 _NET = mlp.MLP(2, (4,))
 

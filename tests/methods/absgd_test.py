@@ -14,8 +14,6 @@ import pytest
 from l2rw_jax import base
 from l2rw_jax.methods import absgd
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _FIRST = np.array([0.1, 0.5, 2.0, 4.0])
 _SECOND = np.array([1.0, 1.0, 3.0, 0.2])
 

@@ -13,8 +13,6 @@ from l2rw_jax.coresets import facility_location
 from l2rw_jax.methods import adacore
 from l2rw_jax.methods import adacore_table
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _LOGITS = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
 _LABELS = np.random.default_rng(1).permutation(np.repeat(np.arange(4), 15))
 

@@ -17,8 +17,6 @@ from l2rw_jax.methods import baselines
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _B, _M, _C, _D, _RATE = 6, 5, 3, 4, 0.4
 _MODEL = classifier.Classifier(mlp.MLP(_C, (6, _D)), _C)
 _NET = advisor.AdvisorNet(_D, hidden=5)

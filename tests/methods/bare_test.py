@@ -15,8 +15,6 @@ from l2rw_jax.methods import bare
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _LOGITS = jnp.array(
   [[2.0, 0, 0], [0, 2, 0], [0, 0, 2], [1, 0, 0], [2, 0, 0], [0, 1, 0]]
 )

@@ -18,8 +18,6 @@ from l2rw_jax import losses
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _CLASSES, _NUM_STEPS = 3, 10
 _COUNTS = np.array([60, 30, 10])
 _LABELS = np.array([0, 0, 0, 1, 0, 2])

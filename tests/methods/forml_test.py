@@ -17,8 +17,6 @@ from l2rw_jax import losses
 from l2rw_jax.methods import forml
 from l2rw_jax.methods import l2rw
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _B, _M, _CLASSES, _N = 6, 8, 3, 20
 _ALPHA, _ETA = 0.2, 0.3
 _GROUPS = np.arange(_M) % _CLASSES

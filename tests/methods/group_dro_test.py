@@ -15,8 +15,6 @@ from l2rw_jax.methods import group_dro
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _LOSSES = np.array([1.0, 3.0, 5.0, 0.5, 2.5, 0.1])
 _GROUPS = np.array([0, 0, 1, 3, 1, 3])  # Nobody of group 2.
 

@@ -21,8 +21,6 @@ from l2rw_jax import hypergradient
 from l2rw_jax import losses
 from l2rw_jax.methods import l2rw
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _B, _M, _INPUTS, _WIDTH, _CLASSES = 8, 6, 4, 5, 3
 
 

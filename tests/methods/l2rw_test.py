@@ -16,8 +16,6 @@ from l2rw_jax import linearization
 from l2rw_jax import losses
 from l2rw_jax.methods import l2rw
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _B, _M, _CLASSES = 6, 4, 3
 
 

@@ -16,8 +16,6 @@ from l2rw_jax import losses
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import label_transition
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _T = np.array([[0.7, 0.2, 0.1], [0.0, 0.9, 0.1], [0.3, 0.1, 0.6]])
 
 

@@ -17,8 +17,6 @@ from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
 from l2rw_jax.training import evaluation
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _COUNTS = np.array([81, 16, 1])
 _MARGINS = np.array([1 / 6, 1 / 4, 1 / 2])  # n^(-1/4) / 2.
 _B = 12

@@ -15,8 +15,6 @@ from l2rw_jax.methods import loss_baselines
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _CLASSES = 3
 _NET = mlp.MLP(_CLASSES, ())
 _LABELS = np.array([0, 0, 0, 1, 0, 2], np.int32)

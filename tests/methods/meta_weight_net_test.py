@@ -17,8 +17,6 @@ from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _B, _M, _RATE = 6, 5, 0.3
 _NET = meta_weight_net.WeightNet((4,))
 _VARIANTS = [

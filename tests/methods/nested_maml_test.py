@@ -12,8 +12,6 @@ from l2rw_jax import hypergradient
 from l2rw_jax.methods import nested_maml
 from l2rw_jax.models import few_shot
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _ALPHA, _ETA = 0.1, 0.05
 
 

@@ -18,8 +18,6 @@ from l2rw_jax.methods import s_model
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def _draw(seed, size=6, num_logits=3):
   rng = np.random.default_rng(seed)

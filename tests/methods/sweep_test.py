@@ -29,8 +29,6 @@ from l2rw_jax.methods import warpi
 from l2rw_jax.models import classifier
 from l2rw_jax.training import step as step_lib
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _AXIS = "devices"
 _B, _M, _CLASSES, _N, _NUM_STEPS = 16, 8, 3, 40, 4
 _TOLERANCE = 1e-5

@@ -16,8 +16,6 @@ from l2rw_jax.methods import warpi
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _B, _M, _C, _S, _RATE = 6, 5, 3, 2, 0.4
 _NET = warpi.RectifierNet(_C, hidden=4)
 

@@ -10,8 +10,6 @@ from l2rw_jax.models import augmentation
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def keys(number, seed=0):
   return jax.random.split(jax.random.key(seed), number)

@@ -11,8 +11,6 @@ from l2rw_jax.models import lenet
 from l2rw_jax.models import mlp
 from l2rw_jax.models import resnet
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BATCH = {"image": jnp.zeros((2, 4, 4, 1)), "label": jnp.zeros(2, jnp.int32)}
 
 

@@ -8,8 +8,6 @@ import pytest
 
 from l2rw_jax.models import conv4
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", [(7, 8, 3), (1, 1, 1), (2, 5, 4)])

@@ -14,8 +14,6 @@ from l2rw_jax import losses
 from l2rw_jax.models import conv4
 from l2rw_jax.models import few_shot
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _WAYS, _SHOTS, _QUERIES = 3, 2, 4
 
 

@@ -19,8 +19,6 @@ from l2rw_jax.models import resnet
 from l2rw_jax.models import split
 from l2rw_jax.models import wide_resnet
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def _shapes(model, *shape):
   """Shapes of the logits and of the variables; nothing is computed."""

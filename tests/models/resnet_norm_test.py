@@ -12,8 +12,6 @@ from l2rw_jax import linearization
 from l2rw_jax import losses
 from l2rw_jax.models import resnet
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def _shapes(model):
   image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)

@@ -12,8 +12,6 @@ from l2rw_jax import linearization
 from l2rw_jax import losses
 from l2rw_jax.models import transformer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def _small(**options):
   return transformer.VisionTransformer(3, width=16, depth=2, num_heads=2, **options)

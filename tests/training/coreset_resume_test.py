@@ -7,8 +7,6 @@ from l2rw_jax.io import workdir
 from l2rw_jax.methods import adacore
 from l2rw_jax.training import batches
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.mark.parametrize("make", ["adacore", "random_fixed"])
 def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path, monkeypatch, make):

@@ -12,8 +12,6 @@ from l2rw_jax.io import workdir
 from l2rw_jax.methods import baselines
 from l2rw_jax.training import results
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _METHOD = baselines.uniform()
 
 

@@ -17,8 +17,6 @@ from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import device_data
 from l2rw_jax.training import devices
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _TUNED = baselines.fine_tuning(2)  # Takes training and clean examples.
 _SETS = [
   {

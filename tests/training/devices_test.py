@@ -18,8 +18,6 @@ from l2rw_jax.methods import l2rw
 from l2rw_jax.models import mlp
 from l2rw_jax.models import resnet
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _AXIS = "devices"
 _B, _M, _CLASSES = 16, 8, 3
 _TOLERANCE = 1e-5

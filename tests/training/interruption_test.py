@@ -11,8 +11,6 @@ from l2rw_jax.methods import baselines
 from l2rw_jax.training import batches
 from l2rw_jax.training import interruption
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 class _Ended(Exception):
   pass

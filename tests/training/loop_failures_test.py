@@ -18,8 +18,6 @@ from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import loop
 from l2rw_jax.training import sampling
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _UNIFORM = baselines.uniform()
 _L2RW = l2rw.l2rw()
 

@@ -12,8 +12,6 @@ from l2rw_jax.methods import baselines
 from l2rw_jax.training import batches
 from l2rw_jax.training import sampling
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _BATCHES = toy_runs.NUM_TRAIN // 8  # An epoch.
 _STEPS = 2 * _BATCHES + 3
 

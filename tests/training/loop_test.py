@@ -18,8 +18,6 @@ from l2rw_jax.models import resnet
 from l2rw_jax.training import batches
 from l2rw_jax.training import devices
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def _remembering():
   """Uniform weights, and a state that begins as a mere Python number."""

@@ -18,8 +18,6 @@ from l2rw_jax.models import mlp
 from l2rw_jax.training import devices
 from l2rw_jax.training import memorization
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def _snapshot(model=toy_runs.MODEL, optimizer=toy_runs.OPTIMIZER, step=5, seed=1):
   splits = toy_runs.make_splits(seed)

@@ -17,7 +17,6 @@ from l2rw_jax.training import devices
 from l2rw_jax.training import evaluation
 from l2rw_jax.training import loop
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 _UNIFORM = baselines.uniform()
 
 

@@ -9,8 +9,6 @@ from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 from l2rw_jax.methods.mentornet import loss_dump
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # One object each: its program is compiled once.
 _UNIFORM, _L2RW = baselines.uniform(), l2rw.l2rw()
 

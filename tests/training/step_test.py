@@ -16,8 +16,6 @@ from l2rw_jax.methods import l2rw
 from l2rw_jax.training import devices
 from l2rw_jax.training import step as step_lib
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _SGD = optax.sgd(0.1, momentum=0.9)
 _UNIFORM = baselines.uniform()
 

@@ -21,8 +21,6 @@ from l2rw_jax.training import devices
 from l2rw_jax.training import steps_per_call
 from l2rw_jax.training import timer as timer_lib
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # One object each: what was compiled for it serves every test.
 _METHODS = {
   "uniform": baselines.uniform(),

@@ -15,8 +15,6 @@ from l2rw_jax.methods import changed_loss
 from l2rw_jax.training import step as step_lib
 from l2rw_jax.training import validation
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def _held_out(size=30, seed=5):
   return toy_runs.examples(np.random.default_rng(seed), size, (4,), flipped=0.5)

@@ -9,8 +9,6 @@ from l2rw_jax.methods import mentornet
 from l2rw_jax.methods.mentornet import fitting as mentornet_fitting
 from l2rw_jax.methods.mentornet import network as mentornet_network
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_the_grid_is_the_released_one():
   rows = mentornet_fitting.pd_rows("self_paced", num_rows=None)

@@ -12,8 +12,6 @@ from l2rw_jax import base
 from l2rw_jax.methods.mentornet import mentor_file
 from l2rw_jax.methods.mentornet import network as mentornet_network
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @functools.cache
 def _mentor(compat="official_code", num_classes=None):

@@ -10,8 +10,6 @@ from l2rw_jax import linearization
 from l2rw_jax.methods import mentornet
 from l2rw_jax.methods.mentornet import network as mentornet_network
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _LOSSES = np.array([0.0, 0.7, 3.0], np.float32)
 _DIFFERENCES = np.array([-1.2, 0.1, 2.0], np.float32)
 _LABELS = np.array([0, 1, 1], np.int32)
