@@ -63,8 +63,9 @@ _META_GRADIENT = (
 ZERO_SLOPE = (
   "the look-ahead optimizer's step does not change with the gradient, so that all"
   " weights would be zero: its learning rate is 0 at this step (warm-up, or the end of"
-  " a schedule), or it accumulates gradients (MultiSteps, apply_every), or it uses"
-  " their signs only (lion, sign_sgd). Use optimizer=optax.sgd(...) for the look-ahead."
+  " a schedule), or it accumulates gradients (MultiSteps, apply_every), or it uses the"
+  " signs of gradients only (lion, sign_sgd). Use optimizer=optax.sgd(...) for the"
+  " look-ahead."
 )
 
 
@@ -305,7 +306,7 @@ def network_gradient(
       is not finite.
   """
   weights, weights_vjp = jax.vjp(weights_fn, base.local(phi, axis_name))
-  base.finite_rows("slopes dM/dw", weight_gradient, axis_name)
+  base.finite_rows("weight gradients dM/dw", weight_gradient, axis_name)
   base.finite_rows("weights", weights, axis_name, ": check phi and the losses")
   gradient = base.psum(weights_vjp(weight_gradient)[0], axis_name)
   check_network_gradient(gradient)

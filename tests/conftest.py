@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices for every test; where real data lies."""
+"""Eight virtual CPU devices for every test, and fixtures."""
 
 import os
 import pathlib
@@ -55,7 +55,7 @@ def x64():
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-  """A third of the compile time, for tests of what does not depend on XLA's care."""
+  """A third of the compile time, for tests that do not depend on optimizations."""
   before = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", True)
   yield

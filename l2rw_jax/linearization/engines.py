@@ -25,8 +25,8 @@ from l2rw_jax.linearization import parameter_uses
 from l2rw_jax.linearization import surrogates
 from l2rw_jax.linearization import trainable
 
-_OF_OUTPUTS = ("forward", "reverse", "difference")
-ENGINES = ("auto", "layerwise", *_OF_OUTPUTS)
+_OUTPUT_ENGINES = ("forward", "reverse", "difference")
+ENGINES = ("auto", "layerwise", *_OUTPUT_ENGINES)
 
 
 def linearize(
@@ -133,13 +133,15 @@ def _layerwise(losses_fn, params, batch, engine):
       raise base.InputError(
         f"engine='layerwise' does not fit this model: {error}. Use engine='forward'."
       ) from error
-    return _log_forward(error)
+    _log_fallback(error)
+    return None
   except Exception as error:
     # Either the batch holds something other than arrays, which forward mode accepts,
     # or the losses function has an error, which forward mode reports more clearly.
     if engine == "layerwise":
       raise
-    return _log_forward(error)
+    _log_fallback(error)
+    return None
   return base.LinearizedOutputs(
     losses,
     lambda vector: directional(partition.leaves(vector)),
@@ -149,7 +151,7 @@ def _layerwise(losses_fn, params, batch, engine):
   )
 
 
-def _log_forward(reason):
+def _log_fallback(reason):
   logging.log_first_n(
     logging.INFO, "forward mode instead of the layerwise engine: %s", 1, reason
   )
@@ -190,8 +192,8 @@ def linearize_outputs(
     [[1. 0.]
      [0. 0.]]
   """
-  if engine not in _OF_OUTPUTS:
-    raise base.InputError(f"engine={engine!r}: choose one of {_OF_OUTPUTS}.")
+  if engine not in _OUTPUT_ENGINES:
+    raise base.InputError(f"engine={engine!r}: choose one of {_OUTPUT_ENGINES}.")
   partition = trainable.Partition(params)
 
   def outputs_and_aux(leaves):
