@@ -1,4 +1,4 @@
-"""Class weights: hand values, and the scale they keep."""
+"""Class weights against values by hand and formulas."""
 
 import hypothesis
 from hypothesis import strategies as st
@@ -21,7 +21,7 @@ def test_by_hand():
   np.testing.assert_allclose(_inverse_frequency(np.array([5, 5, 5])), [1, 1, 1])
 
 
-def test_an_absent_class_has_no_weight_and_takes_none():
+def test_an_absent_class_has_zero_weight():
   np.testing.assert_allclose(_inverse_frequency(np.array([30, 0, 10])), [2 / 3, 0, 2])
   assert not _inverse_frequency(np.zeros(3)).any()
 
@@ -36,7 +36,7 @@ def test_present_classes_share_the_examples_equally(counts):
   np.testing.assert_allclose(share, expected, rtol=1e-5)
 
 
-def test_effective_number_of_the_long_tails_of_ldam():
+def test_effective_number_on_the_long_tails_of_ldam():
   weights = [0.0506, 0.0769, 0.1211, 0.195, 0.3188, 0.5246, 0.8683, 1.4426, 2.4092]
   np.testing.assert_allclose(
     _effective_number(_CIFAR_10_LT, 0.9999), [*weights, 3.9927], atol=5e-5
@@ -44,9 +44,9 @@ def test_effective_number_of_the_long_tails_of_ldam():
   step = _effective_number(np.repeat([5000, 50], 5), 0.9999)
   np.testing.assert_allclose(step, np.repeat([0.025, 1.975], 5), atol=5e-4)
   counts = np.floor(500 * 0.01 ** (np.arange(100) / 99))
-  found = _effective_number(counts, 0.9999)
-  np.testing.assert_allclose(found[:100:50], [0.0449, 0.4571], atol=5e-5)
-  assert found[99] == pytest.approx(4.3783, abs=5e-5)
+  actual = _effective_number(counts, 0.9999)
+  np.testing.assert_allclose(actual[:100:50], [0.0449, 0.4571], atol=5e-5)
+  assert actual[99] == pytest.approx(4.3783, abs=5e-5)
 
 
 @hypothesis.given(
@@ -54,24 +54,24 @@ def test_effective_number_of_the_long_tails_of_ldam():
   st.sampled_from([0.0, 1e-3, 0.9, 0.9999, 1 - 1e-9, np.nextafter(1, 0)]),
 )
 @hypothesis.settings(deadline=None, max_examples=60)
-def test_effective_number_is_the_printed_formula(counts, beta):
+def test_effective_number_equals_the_formula(counts, beta):
   counts = np.array(counts)
   present = counts > 0
-  found = np.asarray(_effective_number(counts, beta), np.float64)
-  # 1 - beta^n in double precision, by the series next to beta = 1.
+  actual = np.asarray(_effective_number(counts, beta), np.float64)
+  # 1 - beta^n in double precision, accurate near beta = 1.
   power = counts * np.log(beta) if beta else np.where(present, -np.inf, 0)
   literal = np.where(present, 1 / np.where(present, -np.expm1(power), 1), 0)
   expected = literal * present.sum() / max(literal.sum(), 1e-300)
-  np.testing.assert_allclose(found, expected, rtol=1e-5)
-  np.testing.assert_allclose(found.sum(), present.sum(), rtol=1e-5)
+  np.testing.assert_allclose(actual, expected, rtol=1e-5)
+  np.testing.assert_allclose(actual.sum(), present.sum(), rtol=1e-5)
 
 
 def test_effective_number_goes_from_equal_weights_to_inverse_counts():
   counts = np.array([30, 0, 10, 1])
   np.testing.assert_array_equal(_effective_number(counts, 0.0), [1, 0, 1, 1])
   inverse = _inverse_frequency(counts)
-  found = _effective_number(counts, float(np.nextafter(1, 0)))
-  np.testing.assert_allclose(found, inverse * 3 / inverse.sum(), rtol=1e-6)
+  actual = _effective_number(counts, float(np.nextafter(1, 0)))
+  np.testing.assert_allclose(actual, inverse * 3 / inverse.sum(), rtol=1e-6)
   assert not _effective_number(np.zeros(3), 0.9).any()
 
 
@@ -85,13 +85,13 @@ def test_a_beta_out_of_range_is_refused(beta):
   "function",
   [class_balance.inverse_frequency, class_balance.effective_number, ldam_drw.margins],
 )
-def test_a_table_of_counts_is_refused(function):
+def test_two_dimensional_counts_are_refused(function):
   message = r"one number for each class, shape \[C\]; got shape \[3, 1\]"
   with pytest.raises(base.InputError, match=message):
     function(np.ones((3, 1)))
 
 
-def test_counts_of_other_classes_are_refused_traced_as_they_may_be():
+def test_counts_of_another_shape_are_refused_under_jit():
   @jax.jit
   def run(counts):
     class_balance.check_counts(counts, 3)
@@ -104,9 +104,9 @@ def test_counts_of_other_classes_are_refused_traced_as_they_may_be():
 
 
 @pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
-def test_what_is_no_count_is_refused_or_nan(bad):
+def test_invalid_counts_are_refused_or_give_nan(bad):
   for weights in (class_balance.inverse_frequency, class_balance.effective_number):
-    with pytest.raises(base.InputError, match="that of class 1 is"):
+    with pytest.raises(base.InputError, match="the count of class 1 is"):
       weights(jnp.array([3.0, bad]))
     assert np.isnan(jax.jit(weights)(jnp.array([3.0, bad]))).all()
 
@@ -114,6 +114,6 @@ def test_what_is_no_count_is_refused_or_nan(bad):
 def test_counts_keep_double_precision(x64):
   counts = np.array([5000, 17, 3])
   expected = counts.sum() / 3 / counts
-  for given in (counts, counts.astype(np.float64)):
-    found = class_balance.inverse_frequency(given)
-    np.testing.assert_allclose(found, expected, rtol=1e-14)
+  for typed in (counts, counts.astype(np.float64)):
+    actual = class_balance.inverse_frequency(typed)
+    np.testing.assert_allclose(actual, expected, rtol=1e-14)

@@ -1,4 +1,4 @@
-"""The floor plan, kept true: who imports whom, where flags and collectives live."""
+"""The floor plan: which file imports which, and where flags and collectives are."""
 
 import ast
 import pathlib
@@ -54,10 +54,10 @@ def imported(path: str) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES)
 def test_imports_only_from_lower_floors(path):
-  own = floor(path)
+  number = floor(path)
   for other in imported(path):
     same_room = pathlib.Path(other).parent == pathlib.Path(path).parent
-    assert floor(other) < own or (floor(other) == own and same_room), other
+    assert floor(other) < number or (floor(other) == number and same_room), other
 
 
 @pytest.mark.parametrize(
@@ -68,12 +68,12 @@ def test_imports_only_from_lower_floors(path):
     (r"from absl import flags", ("experiments/", "benchmarks/")),
   ],
 )
-def test_some_words_have_one_home(pattern, home):
+def test_collectives_and_flags_have_one_home(pattern, home):
   users = [f for f in FILES if re.search(pattern, (REPOSITORY / f).read_text())]
   assert users and all(f.startswith(home) for f in users), users
 
 
-def test_training_knows_no_method():
+def test_training_does_not_import_methods():
   for path in FILES:
     if floor(path) == 5:
       assert not any("/methods/" in other for other in imported(path)), path

@@ -1,6 +1,6 @@
-"""The meta loss through one optimizer step, against three independent truths:
+"""Derivatives of the meta loss through one optimizer step.
 
-the literal unrolled derivative, finite differences, and a closed form.
+They are compared with the unrolled derivative, finite differences and a closed form.
 """
 
 import functools
@@ -53,7 +53,9 @@ def _decayed_losses_fn(params, batch):
   return _losses_fn(params, batch) + _DECAY / 2 * optax.tree.norm(params, squared=True)
 
 
-def _ours(losses_fn, params, batch, meta_batch, weights, optimizer, opt_state):
+def _weight_gradient(
+  losses_fn, params, batch, meta_batch, weights, optimizer, opt_state
+):
   linearized = linearization.linearize(losses_fn, params, batch)
   direction = hypergradient.direction(
     losses_fn,
@@ -79,7 +81,7 @@ def _finite_differences(meta_loss_of, weights, step=1e-5):
 
 
 def _three_ways(losses_fn, optimizer):
-  """Jitted `(opt_state, weights) -> (ours, unrolled, finite differences)`."""
+  """Jitted `(opt_state, weights) -> (weight gradient, unrolled, differences)`."""
   batch, meta_batch = _data()
   params = _params()
 
@@ -92,14 +94,14 @@ def _three_ways(losses_fn, optimizer):
     def meta_loss_of(w):
       return _meta_loss(*data, w, optimizer, opt_state)
 
-    ours = _ours(*data, weights, optimizer, opt_state)
-    return ours, unrolled, _finite_differences(meta_loss_of, weights)
+    actual = _weight_gradient(*data, weights, optimizer, opt_state)
+    return actual, unrolled, _finite_differences(meta_loss_of, weights)
 
   return jax.jit(three_ways)
 
 
 def _warm(optimizer, params, num_updates=3):
-  """The state that a few real updates leave, as in the middle of a run."""
+  """The state after a few updates, as in the middle of a run."""
   state = hypergradient.init_optimizer(optimizer, params)
   for i in range(num_updates):
     gradient = jax.tree.map(lambda p, i=i: np.cos(3 * p + i), params)
@@ -131,33 +133,33 @@ _OPTIMIZERS = {
 
 
 def _assert_close(actual, expected, tolerance):
-  """Relative to the largest entry: scores are compared with one another."""
+  """Compares relative to the largest entry, because only ratios of scores matter."""
   scale = np.abs(expected).max()
   assert scale > 1e-6
   np.testing.assert_allclose(actual / scale, expected / scale, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", _OPTIMIZERS)
-def test_equals_the_unrolled_step_and_finite_differences(name):
+def test_weight_gradient_equals_the_unrolled_step_and_finite_differences(name):
   optimizer = _OPTIMIZERS[name]
   three_ways = _three_ways(_losses_fn, optimizer)
   fresh = hypergradient.init_optimizer(optimizer, _params())
   for state in (fresh, _warm(optimizer, _params())):
     for weights in (jnp.zeros(_B), jnp.full(_B, 1 / _B)):
-      ours, unrolled, differences = three_ways(state, weights)
-      _assert_close(ours, unrolled, 1e-12)
-      _assert_close(ours, differences, 1e-6)
+      actual, unrolled, differences = three_ways(state, weights)
+      _assert_close(actual, unrolled, 1e-12)
+      _assert_close(actual, differences, 1e-6)
 
 
 def test_decay_in_the_loss_equals_the_unrolled_step():
   three_ways = _three_ways(_decayed_losses_fn, optax.sgd(0.3))
   state = optax.sgd(0.3).init(_params())
-  ours, unrolled, differences = three_ways(state, jnp.full(_B, 1 / _B))
-  _assert_close(ours, unrolled, 1e-12)
-  _assert_close(ours, differences, 1e-6)
+  actual, unrolled, differences = three_ways(state, jnp.full(_B, 1 / _B))
+  _assert_close(actual, unrolled, 1e-12)
+  _assert_close(actual, differences, 1e-6)
 
 
-def test_no_inner_gradient_is_a_zero_one():
+def test_the_default_inner_gradient_is_zero():
   batch, meta_batch = _data()
   optimizer = optax.sgd(0.1)
 
@@ -169,7 +171,7 @@ def test_no_inner_gradient_is_a_zero_one():
     )
     linearized = linearization.linearize(_losses_fn, params, batch)
     actual = hypergradient.weight_gradient(linearized, direction)
-    expected = _ours(
+    expected = _weight_gradient(
       _losses_fn, params, batch, meta_batch, jnp.zeros(_B), optimizer, state
     )
     meta_loss = _losses_fn(params, meta_batch).mean()
@@ -192,7 +194,7 @@ def test_ridge_regression_in_closed_form():
   meta_gradient = z.T @ (z @ ahead - t) / _M + _DECAY * ahead
   expected = -rate * gradients @ meta_gradient
   optimizer = optax.sgd(rate)
-  actual = _ours(
+  actual = _weight_gradient(
     losses_fn, p, (x, y), (z, t), jnp.asarray(weights), optimizer, optimizer.init(p)
   )
   np.testing.assert_allclose(actual, expected, rtol=1e-12)
@@ -207,7 +209,7 @@ class _Net(nn.Module):
 
 
 @pytest.mark.promotes("flax keeps running statistics in float32, here next to float64")
-def test_through_batch_statistics():
+def test_weight_gradient_through_batch_statistics():
   batch, meta_batch = _data()
   variables = jax.jit(_Net().init)(jax.random.key(0), batch["x"])
   params = variables.pop("params")
@@ -227,13 +229,13 @@ def test_through_batch_statistics():
     expected = hypergradient.unrolled_weight_gradient(
       losses_fn, *data, weights, **options
     )
-    return _ours(*data, weights, **options), expected
+    return _weight_gradient(*data, weights, **options), expected
 
   for weights in (jnp.zeros(_B), jnp.full(_B, 1 / _B)):
     _assert_close(*both(weights), 1e-12)
 
 
-def test_leaves_that_are_not_floating_point_stay():
+def test_fixed_leaves_do_not_change_the_weight_gradient():
   batch, meta_batch = _data()
   fixed = {"count": jnp.int32(2**24 + 1), "mask": jnp.array([True, False]), "no": None}
   optimizer = optax.sgd(0.3)
@@ -247,12 +249,12 @@ def test_leaves_that_are_not_floating_point_stay():
   @jax.jit
   def run(weights):
     state = optimizer.init(params)
-    given = (batch, meta_batch, weights, optimizer, state)
+    data = (batch, meta_batch, weights, optimizer, state)
     direction = hypergradient.direction(
       losses_fn, params, meta_batch, optimizer=optimizer, opt_state=state
     )
-    ours = _ours(losses_fn, params, *given)
-    return ours, _ours(_losses_fn, _params(), *given), direction.vector
+    actual = _weight_gradient(losses_fn, params, *data)
+    return actual, _weight_gradient(_losses_fn, _params(), *data), direction.vector
 
   actual, expected, vector = run(jnp.full(_B, 1 / _B))
   np.testing.assert_allclose(actual, expected, rtol=1e-13)
@@ -280,11 +282,11 @@ def test_network_gradient_is_the_gradient_of_the_unrolled_meta_loss():
 
   @jax.jit
   def both(phi):
-    found = _ours(
+    weight_gradient = _weight_gradient(
       _losses_fn, params, batch, meta_batch, weights_fn(phi), optimizer, state
     )
-    ours = hypergradient.network_gradient(weights_fn, phi, found)
-    return ours, jax.grad(meta_loss)(phi)
+    actual = hypergradient.network_gradient(weights_fn, phi, weight_gradient)
+    return actual, jax.grad(meta_loss)(phi)
 
   actual, expected = both(phi)
   assert optax.tree.norm(expected) > 1e-3
@@ -309,7 +311,7 @@ _TRAPS = {
 
 
 @pytest.mark.parametrize("name", _TRAPS)
-def test_an_optimizer_without_a_derivative_at_zero_is_named(name):
+def test_an_optimizer_without_a_derivative_at_zero_is_reported(name):
   _, meta_batch = _data()
   with pytest.raises(FloatingPointError, match=r"meta gradient is finite.*adam"):
     _direction(_TRAPS[name], meta_batch)
@@ -322,7 +324,7 @@ def test_an_optimizer_without_a_derivative_at_zero_is_named(name):
   assert not jax.jit(lambda batch: _direction(_TRAPS[name], batch).finite)(meta_batch)
 
 
-def test_a_broken_meta_batch_is_told_apart_from_a_broken_optimizer():
+def test_a_nan_meta_batch_is_not_blamed_on_the_optimizer():
   _, meta_batch = _data()
   meta_batch = {**meta_batch, "x": meta_batch["x"] * np.nan}
   with pytest.raises(FloatingPointError, match="check meta_batch"):
@@ -336,7 +338,7 @@ def test_a_broken_meta_batch_is_told_apart_from_a_broken_optimizer():
   assert "eps_root" not in error.get()
 
 
-def test_checkify_has_nothing_to_say_of_a_finite_direction():
+def test_checkify_reports_no_error_for_a_finite_direction():
   _, meta_batch = _data()
   checked = checkify.checkify(
     jax.jit(lambda batch: _direction(optax.sgd(0.1), batch).finite)
@@ -346,7 +348,7 @@ def test_checkify_has_nothing_to_say_of_a_finite_direction():
   assert finite
 
 
-_NO_SLOPE = {
+_ZERO_SLOPE = {
   "lion": optax.lion(0.1),
   "sign_sgd": optax.sign_sgd(0.1),
   "accumulating": optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation(),
@@ -355,36 +357,35 @@ _NO_SLOPE = {
 }
 
 
-@pytest.mark.parametrize("name", _NO_SLOPE)
-def test_a_step_that_ignores_the_gradient_is_named(name):
+@pytest.mark.parametrize("name", _ZERO_SLOPE)
+def test_a_step_that_ignores_the_gradient_is_reported(name):
   _, meta_batch = _data()
   with pytest.raises(base.InputError, match="step does not change with the gradient"):
-    _direction(_NO_SLOPE[name], meta_batch)
-  found = jax.jit(lambda batch: _direction(_NO_SLOPE[name], batch))(meta_batch)
-  assert found.finite and found.zero_slope
+    _direction(_ZERO_SLOPE[name], meta_batch)
+  result = jax.jit(lambda batch: _direction(_ZERO_SLOPE[name], batch))(meta_batch)
+  assert result.finite and result.zero_slope
   assert not _direction(optax.sgd(0.1), meta_batch).zero_slope
 
 
-def test_an_optimizer_that_watches_a_value_has_one():
+def test_an_optimizer_that_uses_a_value_gets_one():
   _, meta_batch = _data()
   optimizer = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
-  found, plain = (_direction(o, meta_batch) for o in (optimizer, optax.sgd(0.1)))
-  chex.assert_trees_all_close(found.vector, plain.vector)
+  result, plain = (_direction(o, meta_batch) for o in (optimizer, optax.sgd(0.1)))
+  chex.assert_trees_all_close(result.vector, plain.vector)
 
 
-def test_a_line_search_is_refused_in_one_line():
+def test_a_line_search_is_refused():
   with pytest.raises(base.InputError, match=r"also needs .*value_fn.*optax.sgd"):
     _direction(optax.lbfgs(), _data()[1])
 
 
 def _partly_nan(params, batch):
-  # A gather that fills: the loss is NaN and its slope zero.
-  found = _losses_fn(params, batch)
-  return jnp.where(jnp.arange(_M) >= 2, jnp.nan, found)
+  # Like a gather that fills with NaN: the loss is NaN and its gradient zero.
+  return jnp.where(jnp.arange(_M) >= 2, jnp.nan, _losses_fn(params, batch))
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 2])
-def test_a_nan_loss_without_a_slope_is_not_finite(microbatch_size):
+def test_a_nan_loss_with_a_finite_gradient_is_reported(microbatch_size):
   if microbatch_size:
     losses_fn = lambda p, b: jnp.where(b["x"][:, 0] > -9, jnp.nan, _losses_fn(p, b))  # noqa: E731
   else:
@@ -403,9 +404,9 @@ def test_a_nan_loss_without_a_slope_is_not_finite(microbatch_size):
 
   with pytest.raises(FloatingPointError, match=r"of 4 meta losses .* first in row"):
     run(_data()[1])
-  found = jax.jit(run)(_data()[1])
-  assert not found.finite and found.fault == base.Fault.META_LOSSES
-  assert base.all_finite(found.vector)
+  result = jax.jit(run)(_data()[1])
+  assert not result.finite and result.fault == base.Fault.META_LOSSES
+  assert base.all_finite(result.vector)
 
 
 @pytest.mark.parametrize(
@@ -415,7 +416,7 @@ def test_a_nan_loss_without_a_slope_is_not_finite(microbatch_size):
     (lambda p: 1e150 * p, optax.sgd(1e200), "OPTIMIZER_STEP", "it overflows"),
   ],
 )
-def test_what_overflowed_is_named_and_adam_is_not_blamed(
+def test_overflow_is_reported_without_advice_on_adam(
   loss_fn, optimizer, fault, message
 ):
   def losses_fn(p, x):
@@ -440,7 +441,7 @@ def test_what_overflowed_is_named_and_adam_is_not_blamed(
     (jnp.ones(3, int), False, "must be floating-point numbers"),
   ],
 )
-def test_results_without_aux_or_slopes_are_refused(result, has_aux, message):
+def test_meta_losses_without_aux_or_gradient_are_refused(result, has_aux, message):
   with pytest.raises(base.InputError, match=message):
     hypergradient.direction(
       lambda p, b: result,
@@ -452,7 +453,7 @@ def test_results_without_aux_or_slopes_are_refused(result, has_aux, message):
     )
 
 
-def test_meta_losses_must_be_one_a_meta_example():
+def test_meta_losses_must_be_one_number_per_example():
   optimizer = optax.sgd(0.1)
   with pytest.raises(ValueError, match=r"meta_losses_fn's result .*got shape \(\)"):
     hypergradient.direction(
@@ -462,3 +463,119 @@ def test_meta_losses_must_be_one_a_meta_example():
       optimizer=optimizer,
       opt_state=optimizer.init(_params()),
     )
+
+
+def _regression():
+  rng = np.random.default_rng(0)
+  return [
+    {"x": rng.normal(size=(size, 3)), "y": rng.normal(size=size)} for size in (_B, _M)
+  ]
+
+
+def _regression_params():
+  rng = np.random.default_rng(1)
+  return {"w": rng.normal(size=(3, 4)), "out": rng.normal(size=4)}
+
+
+def _squared_losses_fn(params, batch):
+  return (jnp.tanh(batch["x"] @ params["w"]) @ params["out"] - batch["y"]) ** 2
+
+
+def _peaked(values):
+  """An objective whose gradient in one loss depends on all losses."""
+  return jax.nn.logsumexp(3 * values) / 3 + (values[0] - values[-1]) ** 2
+
+
+def test_objectives_other_than_the_mean_equal_the_unrolled_step():
+  batch, meta_batch = _regression()
+  optimizer, weights = optax.sgd(0.3), jnp.full(_B, 1 / _B)
+  options = {"optimizer": optimizer, "opt_state": optimizer.init(_regression_params())}
+  options["objective"] = _peaked
+
+  @jax.jit
+  def both(params):
+    linearized = linearization.linearize(_squared_losses_fn, params, batch)
+    gradient = linearized.weighted_gradient(weights)
+    direction = hypergradient.direction(
+      _squared_losses_fn, params, meta_batch, gradient, **options
+    )
+    unrolled = hypergradient.unrolled_weight_gradient(
+      _squared_losses_fn,
+      _squared_losses_fn,
+      params,
+      batch,
+      meta_batch,
+      weights,
+      **options,
+    )
+    ahead = jax.tree.map(lambda p, g: p - 0.3 * g, params, gradient)
+    value = _peaked(_squared_losses_fn(ahead, meta_batch))
+    actual = hypergradient.weight_gradient(linearized, direction)
+    return (actual, direction.meta_loss), (unrolled, value)
+
+  actual, expected = both(_regression_params())
+  assert np.abs(expected[0]).max() > 1e-3
+  np.testing.assert_allclose(actual[0], expected[0], rtol=1e-10, atol=1e-14)
+  np.testing.assert_allclose(actual[1], expected[1], rtol=1e-13)
+
+
+def _shard_map(check_vma):
+  def wrap(fun, axis_name):
+    mesh = jax.make_mesh(
+      (2,),
+      (axis_name,),
+      axis_types=(jax.sharding.AxisType.Auto,),
+      devices=jax.devices()[:2],
+    )
+    split, whole = jax.sharding.PartitionSpec(axis_name), jax.sharding.PartitionSpec()
+    return jax.shard_map(
+      fun, mesh=mesh, in_specs=(whole, split), out_specs=whole, check_vma=check_vma
+    )
+
+  return wrap
+
+
+def _stacked(map_fn):
+  def wrap(fun, axis_name):
+    mapped = map_fn(fun, axis_name=axis_name, in_axes=(None, 0))
+
+    def run(params, meta_batch):
+      shards = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), meta_batch)
+      results = mapped(params, shards)
+      first, second = (jax.tree.map(lambda x, i=i: x[i], results) for i in (0, 1))
+      chex.assert_trees_all_close(second, first, rtol=1e-13)
+      return first
+
+    return run
+
+  return wrap
+
+
+@pytest.mark.parametrize(
+  "wrap",
+  [_stacked(jax.pmap), _stacked(jax.vmap), _shard_map(True), _shard_map(False)],
+  ids=["pmap", "vmap", "shard_map", "shard_map_unchecked"],
+)
+@pytest.mark.parametrize("objective", [None, _peaked], ids=["mean", "peaked"])
+def test_objectives_use_the_losses_of_all_devices(wrap, objective):
+  optimizer = optax.sgd(0.3)
+
+  def run(axis_name):
+    def direction(params, meta_batch):
+      result = hypergradient.direction(
+        _squared_losses_fn,
+        params,
+        meta_batch,
+        optimizer=optimizer,
+        opt_state=optimizer.init(params),
+        objective=objective,
+        axis_name=axis_name,
+      )
+      return result.vector, result.meta_loss
+
+    return direction
+
+  meta_batch = _regression()[1]
+  expected = jax.jit(run(None))(_regression_params(), meta_batch)
+  actual = wrap(run("devices"), "devices")(_regression_params(), meta_batch)
+  chex.assert_trees_all_close(actual, expected, rtol=1e-12)

@@ -1,4 +1,4 @@
-"""Per-example losses: literal formulas, finite differences, extremes, shapes."""
+"""Per-example losses against formulas, finite differences and extreme inputs."""
 
 import functools
 
@@ -32,7 +32,7 @@ def test_by_hand():
   st.lists(st.floats(-30, 30, width=32), min_size=3, max_size=3), st.integers(0, 1)
 )
 @hypothesis.settings(deadline=None, max_examples=40)
-def test_one_logit_is_two_of_which_one_is_zero(values, label):
+def test_one_logit_equals_two_logits_of_which_one_is_zero(values, label):
   one = jnp.array(values, jnp.float32)[:, None]
   two = jnp.concatenate([jnp.zeros_like(one), one], axis=1)
   labels = jnp.full(3, label)
@@ -53,10 +53,10 @@ def test_extreme_logits_give_finite_losses_and_gradients(wrong):
     assert np.isfinite(gradient).all()
 
 
-def test_nan_stays_with_its_example():
+def test_nan_logits_affect_only_their_example():
   logits = jnp.array([[1.0, 2.0], [jnp.nan, 0.0]])
-  found = np.isnan(_softmax(logits, jnp.array([0, 0])))
-  np.testing.assert_array_equal(found, [False, True])
+  actual = np.isnan(_softmax(logits, jnp.array([0, 0])))
+  np.testing.assert_array_equal(actual, [False, True])
 
 
 def test_predictions():
@@ -76,14 +76,14 @@ def test_predictions():
     losses.generalized_cross_entropy,
     losses.bootstrapping_soft,
     losses.bootstrapping_hard,
-    lambda *given: losses.forward_corrected(*given, np.eye(2)),
+    lambda *args: losses.forward_corrected(*args, np.eye(2)),
   ],
 )
 @pytest.mark.parametrize(
   ("logits", "labels"),
   [((4,), (4,)), ((4, 1), (3,)), ((4, 1), (4, 1)), ((2, 4, 1), (2,))],
 )
-def test_shapes_that_would_broadcast_are_refused(loss_fn, logits, labels):
+def test_mismatched_shapes_are_refused(loss_fn, logits, labels):
   with pytest.raises(base.InputError, match=r"logits must be \[B, C\]"):
     loss_fn(jnp.zeros(logits), jnp.zeros(labels, jnp.int32))
 
@@ -104,16 +104,16 @@ _LOSSES = {
 
 
 def _literal(p, label):
-  """Each loss of one example from its probabilities [C], as the papers print it."""
-  target, own = np.eye(len(p))[label], p[label]
+  """Each loss of one example from its probabilities [C], by the papers' formulas."""
+  target, p_y = np.eye(len(p))[label], p[label]
   reverse = -np.sum(np.clip(p, 1e-7, 1) * np.log(np.clip(target, 1e-4, 1)))
   return {
-    "cross_entropy": -np.log(own),
-    "focal": -((1 - own) ** 2) * np.log(own),
-    "focal_half": -((1 - own) ** 0.5) * np.log(own),
-    "sce": -0.3 * np.log(own) + 0.7 * reverse,
-    "gce": (1 - own**0.7) / 0.7,
-    "gce_truncated": (1 - max(own, 0.5) ** 0.7) / 0.7,
+    "cross_entropy": -np.log(p_y),
+    "focal": -((1 - p_y) ** 2) * np.log(p_y),
+    "focal_half": -((1 - p_y) ** 0.5) * np.log(p_y),
+    "sce": -0.3 * np.log(p_y) + 0.7 * reverse,
+    "gce": (1 - p_y**0.7) / 0.7,
+    "gce_truncated": (1 - max(p_y, 0.5) ** 0.7) / 0.7,
     "soft": -np.sum((0.95 * target + 0.05 * p) * np.log(p)),
     "hard": -np.sum((0.8 * target + 0.2 * np.eye(len(p))[p.argmax()]) * np.log(p)),
     "forward": -np.log((p @ _NOISE)[label]),
@@ -124,66 +124,66 @@ def _all(logits, labels):
   return {name: loss_fn(logits, labels) for name, loss_fn in _LOSSES.items()}
 
 
-def _values_and_slopes(logits, labels):
-  """Every loss [B], and d loss_i / d logits_i [B, C]: no loss sees the others."""
-  slopes = jax.jacrev(lambda z: jax.tree.map(jnp.sum, _all(z, labels)))(logits)
-  return _all(logits, labels), slopes
+def _values_and_gradients(logits, labels):
+  """Every loss [B], and d loss_i / d logits_i [B, C]."""
+  gradients = jax.jacrev(lambda z: jax.tree.map(jnp.sum, _all(z, labels)))(logits)
+  return _all(logits, labels), gradients
 
 
-_run = jax.jit(_values_and_slopes)
+_run = jax.jit(_values_and_gradients)
 _B = 12
 
 
 @pytest.mark.usefixtures("x64")
-def test_losses_are_the_printed_formulas_and_their_slopes_finite_differences():
+def test_losses_equal_the_formulas_and_gradients_equal_finite_differences():
   rng = np.random.default_rng(0)
   logits = 2 * rng.normal(size=(_B, _CLASSES))
   labels = np.arange(_B) % _CLASSES
-  found, slopes = _run(logits, labels)
+  actual, gradients = _run(logits, labels)
   p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
   expected = [_literal(row, label) for row, label in zip(p, labels, strict=True)]
-  own = p[np.arange(_B), labels]
-  assert own.min() < 0.5 < own.max()  # On both sides of the truncation.
+  p_y = p[np.arange(_B), labels]
+  assert p_y.min() < 0.5 < p_y.max()  # On both sides of the truncation.
   for name in _LOSSES:
-    np.testing.assert_allclose(found[name], [e[name] for e in expected], rtol=1e-10)
+    np.testing.assert_allclose(actual[name], [e[name] for e in expected], rtol=1e-10)
   for column in np.eye(_CLASSES):
     above, below = (_run(logits + s * column, labels)[0] for s in (1e-6, -1e-6))
     for name in _LOSSES:
       difference = (above[name] - below[name]) / 2e-6
-      np.testing.assert_allclose(slopes[name] @ column, difference, atol=1e-8)
+      np.testing.assert_allclose(gradients[name] @ column, difference, atol=1e-8)
 
 
-def test_far_logits_give_finite_losses_and_slopes():
+def test_large_logits_give_finite_losses_and_gradients():
   rows = np.array([[1e4, -1e4, 0], [0, 0, 0], [1e4, 1e4, -1e4], [-1e4, 0, 1e-3]])
   logits = np.repeat(rows, _CLASSES, axis=0).astype(np.float32)
   labels = np.tile(np.arange(_CLASSES), len(rows))
-  values, slopes = _run(logits, labels)
-  for found in (values, slopes):
-    assert all(np.isfinite(x).all() for x in found.values()), found
-  # What robust means: a hopeless example stops pulling.
-  assert np.abs(slopes["cross_entropy"][1]).max() == 1
-  assert np.abs(slopes["gce"][1]).max() == np.abs(slopes["gce_truncated"][1]).max() == 0
+  values, gradients = _run(logits, labels)
+  for actual in (values, gradients):
+    assert all(np.isfinite(x).all() for x in actual.values()), actual
+  # Robust losses have no gradient for an example with a tiny probability.
+  assert np.abs(gradients["cross_entropy"][1]).max() == 1
+  assert not gradients["gce"][1].any() and not gradients["gce_truncated"][1].any()
 
 
-def test_each_example_has_a_loss_of_its_own():
-  """Through vmap too; a NaN stays where it is."""
+def test_examples_are_independent_under_vmap():
+  """A NaN affects only its own example."""
   rng = np.random.default_rng(1)
   logits = rng.normal(size=(2, _B, _CLASSES)).astype(np.float32)
   logits[1, 3, 0] = np.nan
   labels = rng.integers(_CLASSES, size=(2, _B))
-  found = jax.jit(jax.vmap(_values_and_slopes))(logits, labels)
+  actual = jax.jit(jax.vmap(_values_and_gradients))(logits, labels)
   for run in range(2):
-    own = jax.tree.map(lambda x, i=run: x[i], found)
+    mapped = jax.tree.map(lambda x, i=run: x[i], actual)
     alone = _run(logits[run], labels[run])
-    chex.assert_trees_all_close(own, alone, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(mapped, alone, rtol=1e-4, atol=1e-5)
     for name in _LOSSES:
-      is_nan = np.isnan(own[0][name])
+      is_nan = np.isnan(mapped[0][name])
       assert is_nan.sum() == run and is_nan[3] == bool(run), name
 
 
 @jax.jit
 def _run_binary(one, two, labels):
-  """Values and slopes by the single logit, of [B, 1] logits and as [B, 2]."""
+  """Values and gradients by the last logit, for logits [B, 1] and [B, 2]."""
   transition = _NOISE[:2, :2]
   binary = {k: v for k, v in _LOSSES.items() if k != "cross_entropy"}
   forward = functools.partial(losses.forward_corrected, transition=transition)
@@ -192,25 +192,25 @@ def _run_binary(one, two, labels):
     return {k: v(logits, labels) for k, v in (binary | {"forward": forward}).items()}
 
   def run(logits):
-    slopes = jax.jacrev(lambda z: jax.tree.map(jnp.sum, values(z)))(logits)
-    return values(logits), jax.tree.map(lambda x: x[:, -1], slopes)
+    gradients = jax.jacrev(lambda z: jax.tree.map(jnp.sum, values(z)))(logits)
+    return values(logits), jax.tree.map(lambda x: x[:, -1], gradients)
 
   return run(one), run(two)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e4])
-def test_every_loss_takes_one_logit_for_two(scale):
+def test_every_loss_of_one_logit_equals_that_of_two(scale):
   one = scale * np.array([[-2.0], [-0.3], [0.4], [3.0]] * 2, np.float32)
   two = np.concatenate([np.zeros_like(one), one], axis=1)
-  found, expected = _run_binary(one, two, np.repeat([0, 1], 4))
-  assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
-  chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
+  actual, expected = _run_binary(one, two, np.repeat([0, 1], 4))
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(actual))
+  chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
   np.testing.assert_allclose(
     losses.log_probabilities(one), losses.log_probabilities(two), rtol=1e-5, atol=1e-6
   )
 
 
-def test_limits_are_the_losses_that_they_should_be():
+def test_limits_of_parameters_give_known_losses():
   rng = np.random.default_rng(2)
   logits = rng.normal(size=(6, _CLASSES)).astype(np.float32)
   labels = np.arange(6) % _CLASSES
@@ -230,32 +230,32 @@ def test_limits_are_the_losses_that_they_should_be():
   same = limits(logits)
   absolute = same.pop("absolute")
   cross_entropy = np.asarray(_softmax(logits, labels))
-  for name, found in same.items():
-    np.testing.assert_allclose(found, cross_entropy, rtol=1e-4, err_msg=name)
+  for name, actual in same.items():
+    np.testing.assert_allclose(actual, cross_entropy, rtol=1e-4, err_msg=name)
   np.testing.assert_allclose(absolute, 1 - np.exp(-cross_entropy), rtol=1e-5, atol=1e-6)
 
 
-def test_soft_bootstrapping_lowers_the_entropy():
+def test_soft_bootstrapping_has_the_gradient_of_the_entropy():
   logits = jnp.array([[0.0, 1.0, 0.5]])
   soft = losses.bootstrapping_soft
-  slope = jax.jit(jax.grad(lambda z: soft(z, jnp.array([0]), 0.0)[0]))
+  gradient = jax.jit(jax.grad(lambda z: soft(z, jnp.array([0]), 0.0)[0]))
   p = np.exp(losses.log_probabilities(logits))[0]
   entropy = -np.sum(p * np.log(p))
-  np.testing.assert_allclose(slope(logits)[0], -p * (np.log(p) + entropy), rtol=1e-4)
+  np.testing.assert_allclose(gradient(logits)[0], -p * (np.log(p) + entropy), rtol=1e-4)
 
 
-def test_a_label_that_cannot_be_is_dear_but_finite():
+def test_a_label_of_probability_zero_has_a_finite_loss():
   transition = jnp.array([[0.0, 1.0], [0.0, 1.0]])
   run = jax.jit(
     jax.value_and_grad(
       lambda z, t: losses.forward_corrected(z, jnp.array([0]), t)[0], (0, 1)
     )
   )
-  value, slope = run(jnp.array([[3.0, -3.0]]), transition)
+  value, gradient = run(jnp.array([[3.0, -3.0]]), transition)
   assert value == pytest.approx(-np.log(np.finfo(np.float32).tiny), rel=1e-5)
-  assert np.isfinite(slope[1]).all()
-  np.testing.assert_allclose(slope[0], 0, atol=1e-5)
-  # Nor does an entry that is not a number pass for 0.
+  assert np.isfinite(gradient[1]).all()
+  np.testing.assert_allclose(gradient[0], 0, atol=1e-5)
+  # A NaN in the transition matrix is not mistaken for 0.
   broken, _ = run(jnp.zeros((1, 2)), jnp.array([[np.nan, 1.0], [0.0, 1.0]]))
   assert np.isnan(broken)
 
@@ -266,7 +266,7 @@ def test_a_label_that_cannot_be_is_dear_but_finite():
     (losses.focal, {"gamma": -1}, "focal: gamma=-1 must be at least 0"),
     (losses.focal, {"gamma": np.nan}, "focal: gamma=nan must be"),
     (losses.symmetric_cross_entropy, {"alpha": -0.1}, "alpha=-0.1, beta=1.0 must not"),
-    (losses.symmetric_cross_entropy, {"alpha": 0, "beta": 0}, "one must be more"),
+    (losses.symmetric_cross_entropy, {"alpha": 0, "beta": 0}, "one must be positive"),
     (losses.generalized_cross_entropy, {"q": 0}, r"q=0 must be in \(0, 1\]"),
     (losses.generalized_cross_entropy, {"threshold": 1.0}, "threshold=1.0 must be in"),
     (losses.bootstrapping_soft, {"beta": 1.1}, "bootstrapping_soft: beta=1.1 must be"),
@@ -274,21 +274,21 @@ def test_a_label_that_cannot_be_is_dear_but_finite():
     (losses.forward_corrected, {"transition": np.eye(2)}, r"shape \(2, 2\); 3 classes"),
   ],
 )
-def test_settings_out_of_range(loss_fn, options, message):
+def test_settings_out_of_range_are_refused(loss_fn, options, message):
   logits, labels = jnp.zeros((4, _CLASSES)), jnp.zeros(4, jnp.int32)
   with pytest.raises(base.InputError, match=message):
     loss_fn(logits, labels, **options)
 
 
-# -- Labels that name no class, `where`, classes that are ruled out ------------
+# Impossible labels, `where`, and logits of -inf.
 
 
 def _all_values_and_gradients(logits, labels, where):
   """Losses [B] and their gradients [B, C], by name."""
 
   def run(loss_fn):
-    value, pull = jax.vjp(lambda z: loss_fn(z, labels, where=where), logits)
-    return value, pull(jnp.ones_like(value))[0]
+    value, vjp_fn = jax.vjp(lambda z: loss_fn(z, labels, where=where), logits)
+    return value, vjp_fn(jnp.ones_like(value))[0]
 
   return {name: run(loss_fn) for name, loss_fn in _LOSSES.items()}
 
@@ -296,7 +296,7 @@ def _all_values_and_gradients(logits, labels, where):
 _all_jitted = jax.jit(_all_values_and_gradients)
 
 
-def test_an_impossible_label_gives_nan_and_where_leaves_it_out():
+def test_an_impossible_label_gives_nan_and_where_excludes_it():
   logits = np.random.default_rng(0).normal(size=(6, _CLASSES)).astype(np.float32)
   labels = np.array([0, -1, _CLASSES, 1, 2, -7])
   exists = np.array([True, False, False, True, True, False])
@@ -305,7 +305,7 @@ def test_an_impossible_label_gives_nan_and_where_leaves_it_out():
   chosen = _all_jitted(logits_with_nan, labels, exists)
   for name in _LOSSES:
     assert np.isnan(everyone[name][0][~exists]).all(), name
-    if name != "gce_truncated":  # It has no gradient where it is truncated.
+    if name != "gce_truncated":  # The truncated loss is constant.
       assert np.isnan(everyone[name][1][~exists]).all(), name
     for of_all, of_chosen in zip(everyone[name], chosen[name], strict=True):
       assert np.isfinite(of_all[exists]).all(), name
@@ -317,19 +317,19 @@ def test_an_impossible_label_gives_nan_and_where_leaves_it_out():
 def test_narrow_and_unsigned_labels_are_compared_by_value(dtype):
   logits = jnp.zeros((2, 300))
   labels = np.array([3, 100], dtype)
-  found = losses.softmax_cross_entropy(logits, labels)
-  np.testing.assert_allclose(found, np.log(300), rtol=1e-6)
+  actual = losses.softmax_cross_entropy(logits, labels)
+  np.testing.assert_allclose(actual, np.log(300), rtol=1e-6)
   if dtype == np.int8:
     impossible = losses.softmax_cross_entropy(logits, np.array([-1, -100], dtype))
     assert np.isnan(impossible).all()
 
 
-def test_a_class_that_is_ruled_out_leaves_values_and_gradients_finite():
+def test_infinite_negative_logits_give_finite_losses_and_gradients():
   logits = np.array([[1.0, -np.inf, 2.0], [-np.inf, 0.5, -np.inf]], np.float32)
-  found = _all_jitted(logits, np.array([2, 1]), np.ones(2, bool))
+  actual = _all_jitted(logits, np.array([2, 1]), np.ones(2, bool))
   two = np.array([[1.0, 2.0]], np.float32)
   for name in _LOSSES:
-    value, gradient = found[name]
+    value, gradient = actual[name]
     assert np.isfinite(value).all() and np.isfinite(gradient).all(), name
     assert gradient[0, 1] == 0, name
     if name not in ("forward", "sce"):  # They depend on the number of classes.
@@ -351,9 +351,9 @@ def test_logits_or_labels_of_another_loss_are_refused(loss_fn, logits, labels, m
     loss_fn(jnp.zeros(logits), labels)
 
 
-def test_labels_of_another_code_give_nan_for_a_single_logit():
-  found = losses.sigmoid_cross_entropy(jnp.zeros((4, 1)), jnp.array([-1, 0, 1, 2]))
-  np.testing.assert_array_equal(np.isnan(found), [True, False, False, True])
+def test_labels_other_than_0_and_1_give_nan_for_a_single_logit():
+  actual = losses.sigmoid_cross_entropy(jnp.zeros((4, 1)), jnp.array([-1, 0, 1, 2]))
+  np.testing.assert_array_equal(np.isnan(actual), [True, False, False, True])
 
 
 def test_where_is_checked():
@@ -362,9 +362,9 @@ def test_where_is_checked():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-def test_half_precision_is_summed_in_single(dtype):
+def test_half_precision_logits_are_summed_in_float32(dtype):
   logits, labels = jnp.zeros((1, 70_000), dtype), jnp.array([1])
   for loss_fn in (losses.softmax_cross_entropy, losses.bootstrapping_hard):
-    found = loss_fn(logits, labels)
-    assert found.dtype == dtype
-    np.testing.assert_allclose(found.astype(float), np.log(70_000), rtol=4e-3)
+    actual = loss_fn(logits, labels)
+    assert actual.dtype == dtype
+    np.testing.assert_allclose(actual.astype(float), np.log(70_000), rtol=4e-3)

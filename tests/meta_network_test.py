@@ -1,4 +1,4 @@
-"""A network inside the loss, taught on several devices by any map."""
+"""Meta-learning of a network inside the loss, on one device and on several."""
 
 import chex
 import jax
@@ -9,13 +9,12 @@ import optax
 import pytest
 
 from l2rw_jax import base
+from l2rw_jax import hypergradient
 from l2rw_jax import linearization
 from l2rw_jax import losses as losses_lib
 from l2rw_jax import meta_network
 from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.methods import warpi
-from l2rw_jax.models import classifier
-from l2rw_jax.models import mlp
 
 _AXIS = "devices"
 _NET = meta_weight_net.WeightNet((4,))
@@ -73,54 +72,69 @@ def _rectifier(params, batch, meta_batch, axis_name):
   )
 
 
-_LESSONS = {
-  "mean": lambda *given: _weight_net("mean", *given),
-  "sum": lambda *given: _weight_net("sum", *given),
+_META_GRADIENTS = {
+  "mean": lambda *args: _weight_net("mean", *args),
+  "sum": lambda *args: _weight_net("sum", *args),
   "rectifier": _rectifier,
 }
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("name", _LESSONS)
-def test_a_lesson_is_the_same_under_shard_map(name, check_vma):
+@pytest.mark.parametrize("name", _META_GRADIENTS)
+def test_meta_gradients_are_the_same_under_shard_map(name, check_vma):
   params, batch, meta_batch = _problem()
-  expected = jax.jit(lambda *given: _LESSONS[name](*given, None))(
+  expected = jax.jit(lambda *args: _META_GRADIENTS[name](*args, None))(
     params, batch, meta_batch
   )
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), (_AXIS,))
-  whole, split = PartitionSpec(), PartitionSpec(_AXIS)
-  found = jax.jit(
+  replicated, sharded = PartitionSpec(), PartitionSpec(_AXIS)
+  actual = jax.jit(
     jax.shard_map(
-      lambda *given: _LESSONS[name](*given, _AXIS),
+      lambda *args: _META_GRADIENTS[name](*args, _AXIS),
       mesh=mesh,
-      in_specs=(whole, split, split),
-      out_specs=whole,
+      in_specs=(replicated, sharded, sharded),
+      out_specs=replicated,
       check_vma=check_vma,
     )
   )(params, batch, meta_batch)
   assert optax.tree.norm(expected.gradient) > 1e-4
   chex.assert_trees_all_close(
-    jax.device_get(found), jax.device_get(expected), rtol=1e-4, atol=1e-7
+    jax.device_get(actual), jax.device_get(expected), rtol=1e-4, atol=1e-7
   )
 
 
-def test_clean_examples_have_their_own_augmentation():
-  def noisy(images, keys, train):
-    if not train:
-      return images
-    return images + jax.vmap(lambda k: jax.random.normal(k, images.shape[1:]))(keys)
+def test_updates_are_computed_in_one_of_every_steps():
+  def meta_gradient_fn(phi):
+    return meta_network.MetaGradient(
+      phi, 3 * phi, jnp.array(True), jnp.array(False), jnp.zeros((), jnp.int32)
+    )
 
-  model = classifier.Classifier(mlp.MLP(3, (4,)), 3, preprocess=noisy)
-  batch = {
-    "image": np.ones((2, 4), np.float32),
-    "label": np.zeros(2, np.int32),
-    "index": np.arange(2),
-  }
-  problem = model.problem(class_counts=jnp.ones(3), num_examples=2, num_steps=1)
-  params, state = model.init(jax.random.key(0), batch)
-  key = jax.random.key(1)
-  own, _ = problem.losses_fn(state, key)(params, batch)
-  again, _ = problem.losses_fn(state, key)(params, batch)
-  clean, _ = problem.meta_losses_fn(state, key)(params, batch)
-  np.testing.assert_array_equal(own, again)
-  assert not np.isclose(own, clean).any()
+  optimizer = optax.sgd(0.5)
+  state = meta_network.init(jnp.array(1.0), optimizer)
+  assert np.isnan(state.meta_loss)
+  for step, (phi, meta_loss) in enumerate([(0.5, 3), (0.5, 3), (0.25, 1.5)]):
+    state = meta_network.update(
+      state, meta_gradient_fn, optimizer, jnp.int32(step), every=2
+    )
+    assert (state.params, state.meta_loss) == (phi, meta_loss)
+  with pytest.raises(base.InputError, match="method: every=0 must be at least 1 step"):
+    meta_network.check_every("method", 0)
+
+
+def test_a_gradient_that_is_not_finite_is_reported():
+  direction = hypergradient.Direction(
+    None, jnp.array(1.0), jnp.array(True), jnp.array(False), jnp.zeros((), jnp.int32)
+  )
+
+  def checked(gradient, losses_finite):
+    return meta_network.checked_meta_gradient(
+      gradient, direction, losses_finite, base.StaticStr("forward")
+    )
+
+  with pytest.raises(FloatingPointError, match="the gradient of the network"):
+    checked(jnp.array([np.nan]), jnp.array(True))
+  run = jax.jit(checked)
+  assert run(jnp.array([np.nan]), jnp.array(True)).fault == base.Fault.SLOPES
+  result = run(jnp.ones(1), jnp.array(False))
+  assert result.fault == base.Fault.TRAINING_LOSSES and not result.finite
+  assert result.engine == "forward"

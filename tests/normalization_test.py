@@ -1,4 +1,4 @@
-"""Scores to weights: sums, the guard against zero, NaN."""
+"""Weights from scores: sums, all-zero scores, NaN."""
 
 import hypothesis
 from hypothesis import strategies as st
@@ -24,7 +24,7 @@ def test_by_hand():
 @hypothesis.settings(deadline=None, max_examples=60)
 def test_rectified_scores_sum_to_one_or_are_all_zero(scores):
   scores = np.array(scores, np.float32)
-  scores[np.abs(scores) < 1e-30] = 0  # XLA flushes what is not normal.
+  scores[np.abs(scores) < 1e-30] = 0  # XLA flushes subnormal numbers to zero.
   weights = np.asarray(_rectify(scores))
   assert (weights >= 0).all()
   if (scores > 0).any():
@@ -36,7 +36,7 @@ def test_rectified_scores_sum_to_one_or_are_all_zero(scores):
 
 @hypothesis.given(_SCORES, st.sampled_from([1e-3, 0.5, 64.0]))
 @hypothesis.settings(deadline=None, max_examples=30)
-def test_the_scale_of_the_scores_cancels(scores, scale):
+def test_the_scale_of_the_scores_does_not_matter(scores, scale):
   scores = np.array(scores, np.float32)
   scores[np.abs(scores) < 1e-20] = 0
   np.testing.assert_allclose(
@@ -45,18 +45,18 @@ def test_the_scale_of_the_scores_cancels(scores, scale):
 
 
 @pytest.mark.parametrize("scores", [[0.0, 0.0], [-1.0, -2.0], [-0.0, 0.0]])
-def test_nothing_to_share_is_zero_and_not_nan(scores):
+def test_scores_without_a_positive_one_give_zero_weights(scores):
   assert not _rectify(jnp.array(scores)).any()
   assert np.isfinite(jax.jacobian(_rectify)(jnp.array(scores))).all()
 
 
-def test_nan_stays():
+def test_nan_scores_give_nan_weights():
   assert np.isnan(_rectify(jnp.array([1.0, jnp.nan, -1.0]))).all()
   assert np.isnan(_sum_to_one(jnp.array([1.0, jnp.nan]))).all()
 
 
 @pytest.mark.parametrize("shape", [(), (3, 1)])
-def test_scores_are_one_number_an_example(shape):
+def test_scores_of_another_shape_are_refused(shape):
   for normalize in (_sum_to_one, _rectify):
     with pytest.raises(base.InputError, match="scores must be one number per example"):
       normalize(jnp.ones(shape))
@@ -64,7 +64,7 @@ def test_scores_are_one_number_an_example(shape):
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("scale", [1e-7, 1e-6, 1.0, 2e4])
-def test_small_dtypes_are_summed_in_float32(dtype, scale):
+def test_half_precision_scores_are_summed_in_float32(dtype, scale):
   scores = jnp.array([1, 3, -1, 1], jnp.float32) * scale
   weights = normalization.rectify(scores.astype(dtype))
   assert weights.dtype == dtype

@@ -34,27 +34,27 @@ def _numpy_loss_and_gradient(w, x, labels):
 def _drop(optimizer, opt_state=None, params=_W, losses_fn=_losses_of, **options):
   batch = {"x": _X, "label": _RANDOM}
   state = optimizer.init(params) if opt_state is None else opt_state
-  found = susceptibility.loss_drop(
+  actual = susceptibility.loss_drop(
     losses_fn, params, batch, optimizer=optimizer, opt_state=state, **options
   )
-  assert found.finite
-  return [float(x) for x in found[:3]]
+  assert actual.finite
+  return [float(x) for x in actual[:3]]
 
 
 @pytest.mark.parametrize(
   ("rate", "after", "drop", "first_order"),
   [(0.1, 1.047019, 0.0401197, 0.0407113), (0.01, 1.083073, 0.00406527, 0.00407113)],
 )
-def test_the_golden_vector(x64, rate, after, drop, first_order):
+def test_loss_drop_equals_reference_values(x64, rate, after, drop, first_order):
   del x64
-  found = _drop(optax.sgd(rate))
-  np.testing.assert_allclose(found, [1.087139, after, drop], rtol=2e-6)
+  actual = _drop(optax.sgd(rate))
+  np.testing.assert_allclose(actual, [1.087139, after, drop], rtol=2e-6)
   _, gradient = _numpy_loss_and_gradient(_W, _X, _RANDOM)
   np.testing.assert_allclose(rate * (gradient**2).sum(), first_order, rtol=2e-6)
-  assert found[2] == found[0] - found[1]
+  assert actual[2] == actual[0] - actual[1]
 
 
-def test_a_small_step_drops_by_rate_times_squared_gradient(x64):
+def test_a_small_step_lowers_the_loss_by_rate_times_squared_gradient(x64):
   del x64
   _, gradient = _numpy_loss_and_gradient(_W, _X, _RANDOM)
   for rate in (1e-4, 1e-6):
@@ -62,7 +62,7 @@ def test_a_small_step_drops_by_rate_times_squared_gradient(x64):
     assert drop == pytest.approx(rate * (gradient**2).sum(), rel=rate)
 
 
-def test_the_step_is_training_s_own_with_momentum_schedule_and_decay(x64):
+def test_the_step_has_the_momentum_schedule_and_decay_of_training(x64):
   del x64
   rates = [0.3, 0.2, 0.1]
   optimizer = optax.chain(
@@ -83,23 +83,23 @@ def test_the_step_is_training_s_own_with_momentum_schedule_and_decay(x64):
   before, gradient = _numpy_loss_and_gradient(w, _X, _RANDOM)
   stepped = w - 0.1 * (gradient + 0.01 * w + 0.9 * trace)
   after, _ = _numpy_loss_and_gradient(stepped, _X, _RANDOM)
-  found = _drop(optimizer, state, params)
-  np.testing.assert_allclose(found, [before, after, before - after], rtol=1e-9)
+  actual = _drop(optimizer, state, params)
+  np.testing.assert_allclose(actual, [before, after, before - after], rtol=1e-9)
   # Momentum towards the other labels takes most of what the step alone would give.
-  assert 0 < found[2] < 0.5 * _drop(optax.sgd(0.1), params=params)[2]
+  assert 0 < actual[2] < 0.5 * _drop(optax.sgd(0.1), params=params)[2]
 
 
-def test_what_an_optimiser_watches_is_the_loss_before(x64):
+def test_the_value_of_the_optimizer_is_the_loss_before_the_step(x64):
   del x64
   before, gradient = _numpy_loss_and_gradient(_W, _X, _RANDOM)
   # Polyak's step is the loss over the squared gradient.
   rate = before / (gradient**2).sum()
   after, _ = _numpy_loss_and_gradient(_W - rate * gradient, _X, _RANDOM)
-  found = _drop(optax.polyak_sgd(max_learning_rate=100.0))
-  np.testing.assert_allclose(found[:2], [before, after], rtol=1e-7)
+  actual = _drop(optax.polyak_sgd(max_learning_rate=100.0))
+  np.testing.assert_allclose(actual[:2], [before, after], rtol=1e-7)
 
 
-def test_what_comes_beside_the_losses_is_left_alone():
+def test_aux_does_not_change_the_drop():
   def with_aux(params, batch):
     return _losses_of(params, batch), "anything"
 
@@ -119,7 +119,7 @@ def _bigger(rng, size=16):
 
 
 @pytest.mark.parametrize("how", ["pmap", "shard_map"])
-def test_eight_devices_tell_what_one_does(how):
+def test_eight_devices_give_the_same_drop_as_one(how):
   optimizer = optax.sgd(0.1, momentum=0.9)
   batch = _bigger(np.random.default_rng(0))
   state = optimizer.init(jnp.array(_W))
@@ -130,19 +130,19 @@ def test_eight_devices_tell_what_one_does(how):
   over = functools.partial(drop, axis_name="d")
   if how == "pmap":
     shards = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), batch)
-    found = jax.pmap(over, axis_name="d", in_axes=(None, 0))(jnp.array(_W), shards)
-    found = jax.tree.map(lambda x: x[3], found)
+    actual = jax.pmap(over, axis_name="d", in_axes=(None, 0))(jnp.array(_W), shards)
+    actual = jax.tree.map(lambda x: x[3], actual)
   else:
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
     mapped = jax.shard_map(
       over, mesh=mesh, in_specs=(spec(), spec("d")), out_specs=spec()
     )
-    found = jax.jit(mapped)(jnp.array(_W), batch)
-  np.testing.assert_allclose(found, expected, rtol=1e-5)
+    actual = jax.jit(mapped)(jnp.array(_W), batch)
+  np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
-def test_models_side_by_side_are_as_alone():
+def test_vmap_over_models_equals_each_model_alone():
   optimizer = optax.sgd(0.1)
   models = np.random.default_rng(1).normal(size=(3, 2, 2))
 
@@ -158,12 +158,12 @@ def test_models_side_by_side_are_as_alone():
     np.testing.assert_allclose([x[i] for x in together], drop(w), rtol=1e-5)
 
 
-def test_random_labels_are_of_the_seed_and_of_every_class():
-  found = susceptibility.random_labels(3, 10_000, 10)
-  assert found.dtype == np.int32 and found.shape == (10_000,)
-  np.testing.assert_array_equal(found, susceptibility.random_labels(3, 10_000, 10))
-  assert (found != susceptibility.random_labels(4, 10_000, 10)).mean() > 0.85
-  counts = np.bincount(found)
+def test_random_labels_depend_on_the_seed_and_cover_every_class():
+  actual = susceptibility.random_labels(3, 10_000, 10)
+  assert actual.dtype == np.int32 and actual.shape == (10_000,)
+  np.testing.assert_array_equal(actual, susceptibility.random_labels(3, 10_000, 10))
+  assert (actual != susceptibility.random_labels(4, 10_000, 10)).mean() > 0.85
+  counts = np.bincount(actual)
   # Five standard deviations of a binomial of 10,000 and 0.1.
   assert len(counts) == 10 and abs(counts - 1000).max() < 150
 
@@ -172,18 +172,18 @@ def test_random_labels_are_of_the_seed_and_of_every_class():
   ("size", "classes", "match"),
   [(0, 10, "the unlabeled set is empty"), (5, 1, "num_classes=1: random labels need")],
 )
-def test_random_labels_of_nothing(size, classes, match):
+def test_random_labels_need_examples_and_two_classes(size, classes, match):
   with pytest.raises(base.InputError, match=match):
     susceptibility.random_labels(0, size, classes)
 
 
-def test_the_running_average_by_hand():
+def test_running_average_by_hand():
   drops = [[4.0, 1.0, 1.0, 6.0], [0.0, -2.0, 2.0, 0.0]]
-  found = susceptibility.running_average(drops)
-  assert found.tolist() == [[4, 2.5, 2, 3], [0, -1, 0, 0]]
+  actual = susceptibility.running_average(drops)
+  assert actual.tolist() == [[4, 2.5, 2, 3], [0, -1, 0, 0]]
   # (r_1 + ... + r_{t-1}) / t at t = 1, 2, 3.
-  found = susceptibility.running_average(drops, compat=True)
-  assert found.tolist() == [[0, 1 / 2, 2 / 3], [0, -2 / 2, 0]]
+  actual = susceptibility.running_average(drops, compat=True)
+  assert actual.tolist() == [[0, 1 / 2, 2 / 3], [0, -2 / 2, 0]]
   assert susceptibility.running_average([7.0]).tolist() == [7]
 
 
@@ -197,38 +197,38 @@ def test_the_running_average_by_hand():
     ([[1.0, 2.0], [3.0, -np.inf]], False, "the first at index 1, 1; leave"),
   ],
 )
-def test_what_cannot_be_averaged(drops, compat, match):
+def test_invalid_drops_are_refused(drops, compat, match):
   with pytest.raises(base.InputError, match=match):
     susceptibility.running_average(drops, compat)
 
 
-def test_the_four_regions():
+def test_regions_by_hand():
   zeta = [0.0, 1.0, 0.0, 1.0, 0.5, 0.5]
   accuracy = [1.0, 1.0, 0.0, 0.0, 0.5, 0.4]
   # Means 0.5 and 0.4833; the fifth ties in zeta, which is low.
-  found = susceptibility.regions(zeta, accuracy)
-  assert found.tolist() == [1, 2, 3, 4, 1, 3]
+  actual = susceptibility.regions(zeta, accuracy)
+  assert actual.tolist() == [1, 2, 3, 4, 1, 3]
   assert susceptibility.selected(zeta, accuracy).tolist() == [0, 4]
   assert susceptibility.boundaries(zeta, accuracy) == (0.5, pytest.approx(2.9 / 6))
 
 
 @pytest.mark.parametrize("value", [0.1, 1.0, 1 / 3])
 @pytest.mark.parametrize("count", [2, 3, 7])
-def test_equal_models_are_all_good(value, count):
+def test_equal_models_are_all_in_region_1(value, count):
   # The sum of three 0.1 in floating point is more than three times 0.1.
-  found = susceptibility.regions([value] * count, [value] * count)
-  assert found.tolist() == [1] * count
+  actual = susceptibility.regions([value] * count, [value] * count)
+  assert actual.tolist() == [1] * count
 
 
-def test_none_may_be_selected():
+def test_the_selection_may_be_empty():
   assert susceptibility.selected([0.0, 1.0], [0.0, 1.0]).tolist() == []
 
 
-def test_rank_correlation_is_of_ranks():
+def test_rank_correlation_depends_on_ranks_only():
   assert susceptibility.rank_correlation([1, 2, 3], [1, 10, 1000]) == pytest.approx(1)
   # 1 - 6 sum d^2 / (n (n^2 - 1)) with d = 0, 1, 1, 0.
-  found = susceptibility.rank_correlation([1, 2, 3, 4], [5, 7, 6, 9])
-  assert found == pytest.approx(1 - 6 * 2 / (4 * 15))
+  actual = susceptibility.rank_correlation([1, 2, 3, 4], [5, 7, 6, 9])
+  assert actual == pytest.approx(1 - 6 * 2 / (4 * 15))
   assert susceptibility.rank_correlation([1, 1, 1], [1, 2, 3]) is None
 
 
@@ -252,6 +252,6 @@ _COMPARE = [
     ([[1.0, 2.0]], [1.0, 2.0], r"shape \[n\]; got shape \(1, 2\)"),
   ],
 )
-def test_what_cannot_be_compared(compare, one, other, match):
+def test_models_that_cannot_be_compared_are_refused(compare, one, other, match):
   with pytest.raises(base.InputError, match=match):
     compare(one, other)

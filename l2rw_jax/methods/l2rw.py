@@ -59,6 +59,8 @@ class ExampleWeights(NamedTuple):
       that all weights are zero, see `hypergradient.Direction`; bool scalar.
     fault: which was not finite first, a `base.Fault`; int32 scalar.
     aux: what `losses_fn` returned in addition to the losses of `batch`, else None.
+    engine: the engine that linearized `batch`, such as the one that "auto" chose; see
+      `base.Linearized`.
   """
 
   weights: base.Array
@@ -69,6 +71,7 @@ class ExampleWeights(NamedTuple):
   zero_slope: base.Array
   fault: base.Array
   aux: Any = None
+  engine: base.StaticStr = base.StaticStr()
 
 
 def example_weights(
@@ -208,6 +211,7 @@ def weigh(
     zero_slope=direction.zero_slope,
     fault=fault,
     aux=linearized.aux,
+    engine=linearized.engine,
   )
 
 

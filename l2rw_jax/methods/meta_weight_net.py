@@ -253,7 +253,9 @@ def lesson(
   )
   # Equal on every device already; the mean lets `shard_map` know.
   gradient = base.pmean(gradient, axis_name)
-  return meta_network.checked_meta_gradient(gradient, found, losses_finite)
+  return meta_network.checked_meta_gradient(
+    gradient, found, losses_finite, linearized.engine
+  )
 
 
 class Preset(NamedTuple):

@@ -1,4 +1,4 @@
-"""Greedy facility location: against brute force, its bound, its memory, its ties."""
+"""Greedy facility location: brute force, bound, ties, padding, memory."""
 
 import itertools
 import math
@@ -22,58 +22,58 @@ def _matrix(points):
 
 
 def _brute_force(matrix, size, bound):
-  """Every gain at every step, in NumPy: rows, gains, assignment, distances."""
+  """Greedy in NumPy with every gain: rows, gains, assignment, distances."""
   nearest = np.full(len(matrix), bound)
   assignment = np.zeros(len(matrix), int)
   rows, gains = [], []
   for _ in range(size):
-    found = np.maximum(nearest - matrix, 0).sum(axis=1)
-    found[rows] = -np.inf
-    row = int(np.argmax(found))
+    all_gains = np.maximum(nearest - matrix, 0).sum(axis=1)
+    all_gains[rows] = -np.inf
+    row = int(np.argmax(all_gains))
     nearer = matrix[row] < nearest
     assignment[nearer] = len(rows)
     nearest = np.minimum(nearest, matrix[row])
     rows.append(row)
-    gains.append(found[row])
+    gains.append(all_gains[row])
   return np.array(rows), np.array(gains), assignment, nearest
 
 
 def _shared_weights(matrix, rows, assignment):
-  """Cluster sizes; chosen points at distance 0 share the sum of theirs."""
+  """Cluster sizes, shared equally by selected points at distance 0."""
   sizes = np.bincount(assignment, minlength=len(rows))
   equal = matrix[np.ix_(rows, rows)] == 0
   return equal @ sizes / equal.sum(axis=1)
 
 
-def _assert_same(found, points, size, bound, matrix=None, rtol=1e-6):
+def _assert_same(selection, points, size, bound, matrix=None, rtol=1e-6):
   matrix = _matrix(points) if matrix is None else matrix
   rows, gains, assignment, nearest = _brute_force(matrix, size, bound)
-  np.testing.assert_array_equal(found.rows, rows)
-  np.testing.assert_allclose(found.gains, gains, rtol, atol=1e-5)
-  np.testing.assert_array_equal(found.assignment, assignment)
-  np.testing.assert_allclose(found.distances, nearest, rtol, atol=1e-6)
+  np.testing.assert_array_equal(selection.rows, rows)
+  np.testing.assert_allclose(selection.gains, gains, rtol, atol=1e-5)
+  np.testing.assert_array_equal(selection.assignment, assignment)
+  np.testing.assert_allclose(selection.distances, nearest, rtol, atol=1e-6)
   np.testing.assert_allclose(
-    found.weights, _shared_weights(matrix, rows, assignment), rtol=1e-6
+    selection.weights, _shared_weights(matrix, rows, assignment), rtol=1e-6
   )
 
 
-def test_golden_points_on_a_line():
-  found = facility_location.lazy_greedy(distances.vectors(_LINE), 3, bound=20.0)
-  np.testing.assert_array_equal(_LINE[found.rows, 0], [1.5, 20, 6])
-  np.testing.assert_allclose(found.gains, [89.5, 18.5, 9.0])
-  np.testing.assert_array_equal(found.weights, [3, 1, 2])
-  np.testing.assert_allclose(found.objective, 117.0)
-  np.testing.assert_array_equal(found.assignment, [0, 0, 0, 2, 2, 1])
+def test_points_on_a_line_by_hand():
+  selection = facility_location.lazy_greedy(distances.vectors(_LINE), 3, bound=20.0)
+  np.testing.assert_array_equal(_LINE[selection.rows, 0], [1.5, 20, 6])
+  np.testing.assert_allclose(selection.gains, [89.5, 18.5, 9.0])
+  np.testing.assert_array_equal(selection.weights, [3, 1, 2])
+  np.testing.assert_allclose(selection.objective, 117.0)
+  np.testing.assert_array_equal(selection.assignment, [0, 0, 0, 2, 2, 1])
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("dims", "candidates"), [(1, 1), (3, 4), (40, 100)])
-def test_lazy_is_what_evaluating_everything_chooses(dims, candidates):
+def test_lazy_greedy_equals_brute_force(dims, candidates):
   points = np.random.default_rng(dims).normal(size=(57, dims))
-  found = facility_location.lazy_greedy(
+  selection = facility_location.lazy_greedy(
     distances.vectors(points), 23, bound=50.0, block=10, candidates=candidates
   )
-  _assert_same(found, points, 23, 50.0)
+  _assert_same(selection, points, 23, 50.0)
 
 
 @hypothesis.settings(deadline=None, max_examples=60)
@@ -81,12 +81,14 @@ def test_lazy_is_what_evaluating_everything_chooses(dims, candidates):
   st.lists(st.integers(0, 4), min_size=12, max_size=12), st.integers(1, 12)
 )
 def test_ties_go_to_the_lowest_index(values, size):
-  # Integers on a line: every sum is exact, equal points and equal gains abound.
+  # On integers every sum is exact, and many points and gains are equal.
   points = np.array(values, float)[:, None]
-  found = _lazy_of_twelve(points, size)
-  found = found._replace(**{k: getattr(found, k)[:size] for k in ("rows", "gains")})
-  found = found._replace(weights=found.weights[:size])
-  _assert_same(found, points, size, 10.0)
+  selection = _lazy_of_twelve(points, size)
+  selection = selection._replace(
+    **{k: getattr(selection, k)[:size] for k in ("rows", "gains")}
+  )
+  selection = selection._replace(weights=selection.weights[:size])
+  _assert_same(selection, points, size, 10.0)
 
 
 def _lazy_of_twelve(points, size):
@@ -96,43 +98,43 @@ def _lazy_of_twelve(points, size):
 
 
 def test_ties_on_an_integer_grid():
-  # 3-4-5 triangles and their like alone: all distances are whole numbers.
+  # In 3-4-5 triangles, all distances are integers.
   points = np.array(list(itertools.product([0.0, 3.0], [0.0, 4.0])) * 3)
-  found = facility_location.lazy_greedy(
+  selection = facility_location.lazy_greedy(
     distances.vectors(points), 12, bound=10.0, candidates=2
   )
-  _assert_same(found, points, 12, 10.0)
-  # One of each place before any place twice.
-  assert found.rows[:4].tolist() == [0, 1, 2, 3]
+  _assert_same(selection, points, 12, 10.0)
+  # Every place is selected once before a place is selected twice.
+  assert selection.rows[:4].tolist() == [0, 1, 2, 3]
 
 
 @hypothesis.settings(deadline=None, max_examples=40)
 @hypothesis.given(st.integers(0, 10_000), st.integers(1, 12))
-def test_greedy_keeps_its_promise(seed, size):
+def test_greedy_reaches_its_bound(seed, size):
   rng = np.random.default_rng(seed)
   points = rng.normal(size=(12, 2)) * rng.exponential(size=(12, 1))
   matrix = _matrix(points)
   bound = matrix.max()
-  found = _lazy_of_twelve(points, size)
-  value = (bound - matrix[:, found.rows[:size]].min(axis=1)).sum()
+  selection = _lazy_of_twelve(points, size)
+  value = (bound - matrix[:, selection.rows[:size]].min(axis=1)).sum()
   best = max(
     (bound - matrix[:, list(subset)].min(axis=1)).sum()
     for subset in itertools.combinations(range(12), size)
   )
   assert value >= (1 - 1 / math.e) * best - 1e-9
   np.testing.assert_allclose(
-    found.objective, 12 * 10.0 - found.distances.sum(), rtol=1e-5
+    selection.objective, 12 * 10.0 - selection.distances.sum(), rtol=1e-5
   )
 
 
 @pytest.mark.parametrize("bound", [None, 4.0, 400.0])
-def test_the_constant_chooses_nothing(bound):
+def test_the_bound_does_not_change_the_selection(bound):
   points = np.random.default_rng(0).uniform(size=(40, 2))
-  found = facility_location.lazy_greedy(distances.vectors(points), 10, bound=bound)
+  selection = facility_location.lazy_greedy(distances.vectors(points), 10, bound=bound)
   expected = _brute_force(_matrix(points), 10, np.sqrt(2))
-  np.testing.assert_array_equal(found.rows, expected[0])
-  np.testing.assert_allclose(found.gains[1:], expected[1][1:], rtol=1e-4)
-  assert bound is not None or found.gains[0] >= 0
+  np.testing.assert_array_equal(selection.rows, expected[0])
+  np.testing.assert_allclose(selection.gains[1:], expected[1][1:], rtol=1e-4)
+  assert bound is not None or selection.gains[0] >= 0
 
 
 @pytest.mark.parametrize("which", ["lazy", "stochastic"])
@@ -157,37 +159,37 @@ def test_all_points_one_point_and_equal_points(which):
   assert np.isfinite(equal.gains).all()
 
 
-def test_extreme_scales_stay_finite():
+def test_extreme_scales_give_finite_gains():
   rng = np.random.default_rng(0)
   for scale in (1e-15, 1e15):
     points = (scale * rng.normal(size=(30, 3))).astype(np.float32)
-    found = facility_location.lazy_greedy(distances.vectors(points), 7)
-    assert np.isfinite(found.gains).all()
+    selection = facility_location.lazy_greedy(distances.vectors(points), 7)
+    assert np.isfinite(selection.gains).all()
     rows = _brute_force(_matrix(points.astype(float)), 7, 10 * scale)[0]
-    np.testing.assert_array_equal(found.rows, rows)
+    np.testing.assert_array_equal(selection.rows, rows)
 
 
-def test_padding_changes_nothing_and_sizes_share_a_program():
+def test_padding_does_not_change_the_selection_and_sizes_share_a_program():
   points = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
   padded = np.concatenate([points, np.full((14, 4), 1e3, np.float32)])
   before = facility_location._lazy_greedy._cache_size()
   for num_points, size in ((50, 11), (37, 5), (37, 1)):
     alone = facility_location.lazy_greedy(distances.vectors(points[:num_points]), size)
     data = np.concatenate([padded[:num_points], padded[50 - 64 + num_points :]])[:64]
-    found = facility_location.lazy_greedy(
+    selection = facility_location.lazy_greedy(
       distances.vectors(data), size, capacity=16, num_points=num_points
     )
-    np.testing.assert_array_equal(found.rows[:size], alone.rows)
-    np.testing.assert_array_equal(found.rows[size:], -1)
-    np.testing.assert_array_equal(found.weights[:size], alone.weights)
-    assert found.weights.sum() == num_points
-    np.testing.assert_array_equal(found.assignment[num_points:], -1)
-    np.testing.assert_allclose(found.gains[:size], alone.gains, rtol=1e-4)
+    np.testing.assert_array_equal(selection.rows[:size], alone.rows)
+    np.testing.assert_array_equal(selection.rows[size:], -1)
+    np.testing.assert_array_equal(selection.weights[:size], alone.weights)
+    assert selection.weights.sum() == num_points
+    np.testing.assert_array_equal(selection.assignment[num_points:], -1)
+    np.testing.assert_allclose(selection.gains[:size], alone.gains, rtol=1e-4)
   # Three sets of the same padded size compile once; alone each compiles.
   assert facility_location._lazy_greedy._cache_size() == before + 3 + 1
 
 
-def test_stochastic_is_good_and_better_with_more_candidates():
+def test_stochastic_greedy_improves_with_more_candidates():
   points = np.random.default_rng(0).normal(size=(300, 3)).astype(np.float32)
   exact = facility_location.lazy_greedy(distances.vectors(points), 30, bound=20.0)
 
@@ -198,11 +200,11 @@ def test_stochastic_is_good_and_better_with_more_candidates():
         key, distances.vectors(points), 30, num_candidates=count, bound=20.0
       )
     )
-    found = run(jax.random.split(jax.random.key(0), 8))
-    for rows in np.asarray(found.rows):
+    selection = run(jax.random.split(jax.random.key(0), 8))
+    for rows in np.asarray(selection.rows):
       assert len(set(rows.tolist())) == 30
-    np.testing.assert_array_equal(found.weights.sum(axis=1), 300)
-    return found.gains.sum(axis=1).mean()
+    np.testing.assert_array_equal(selection.weights.sum(axis=1), 300)
+    return selection.gains.sum(axis=1).mean()
 
   values = [mean_value(epsilon) for epsilon in (0.5, 0.01)]
   assert values[0] < values[1]
@@ -210,12 +212,12 @@ def test_stochastic_is_good_and_better_with_more_candidates():
 
 
 @pytest.mark.usefixtures("x64")
-def test_stochastic_with_every_candidate_is_greedy():
+def test_stochastic_greedy_with_every_candidate_is_greedy():
   points = np.random.default_rng(1).normal(size=(20, 2))
-  found = facility_location.stochastic_greedy(
+  selection = facility_location.stochastic_greedy(
     jax.random.key(0), distances.vectors(points), 20, num_candidates=2000, bound=20.0
   )
-  _assert_same(found, points, 20, 20.0)
+  _assert_same(selection, points, 20, 20.0)
 
 
 def test_sample_size_by_hand():
@@ -231,13 +233,13 @@ def _temporary_bytes(num_points):
   return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
-def test_memory_grows_with_the_points_not_their_square():
+def test_memory_is_linear_in_the_number_of_points():
   small, large = (_temporary_bytes(n) for n in (2000, 16000))
   assert large <= 8.5 * small
   assert large < 16000**2 * 4 / 100
 
 
-def test_many_candidates_are_looked_at_in_blocks():
+def test_many_candidates_are_evaluated_in_blocks():
   points = distances.vectors(jnp.ones((4000, 10)))
   compiled = facility_location._stochastic_greedy.lower(
     jax.random.key(0), points, 2, 4000, None, capacity=2, num_candidates=4000
@@ -251,7 +253,7 @@ def test_many_candidates_are_looked_at_in_blocks():
   assert len(set(np.asarray(chosen.rows).tolist())) == 3
 
 
-_MISTAKES = {
+_INVALID = {
   "size=7 of 6 points; lower it": {"size": 7},
   "size=0 must be at least 1": {"size": 0},
   "capacity=2 must be at least size=3": {"size": 3, "capacity": 2},
@@ -259,12 +261,12 @@ _MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("complaint", _MISTAKES)
-def test_a_size_out_of_range_is_told(complaint):
+@pytest.mark.parametrize("message", _INVALID)
+def test_sizes_out_of_range_are_refused(message):
   points = distances.vectors(_LINE)
-  with pytest.raises(base.InputError, match=complaint):
-    facility_location.lazy_greedy(points, **_MISTAKES[complaint])
-  with pytest.raises(base.InputError, match=complaint):
+  with pytest.raises(base.InputError, match=message):
+    facility_location.lazy_greedy(points, **_INVALID[message])
+  with pytest.raises(base.InputError, match=message):
     facility_location.stochastic_greedy(
-      jax.random.key(0), points, num_candidates=3, **_MISTAKES[complaint]
+      jax.random.key(0), points, num_candidates=3, **_INVALID[message]
     )

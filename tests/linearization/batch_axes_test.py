@@ -1,4 +1,4 @@
-"""Every operation of JAX is followed, and rightly, or refused with a reason."""
+"""Every operation of JAX is either supported, with the right axes, or refused."""
 
 import jax
 from jax import ad_checkpoint
@@ -22,8 +22,8 @@ _NAMES = sorted(
 
 
 @pytest.mark.parametrize("name", _NAMES)
-def test_every_operation_is_followed_or_refused(name):
-  assert batch_axes.follows(name) != (name in batch_axes.REFUSED)
+def test_every_operation_is_supported_or_refused(name):
+  assert batch_axes.is_supported(name) != (name in batch_axes.REFUSED)
 
 
 def _matrices(h):
@@ -35,7 +35,7 @@ def _set_by_row(h):
 
 
 _I = jnp.array([0, 2])
-_FOLLOWED = {
+_SUPPORTED = {
   "stack": lambda h: jnp.stack([h, h**2], 0).sum(0),
   "tile": lambda h: jnp.tile(h, (1, 2)),
   "repeat": lambda h: jnp.repeat(h, 2, 1),
@@ -91,8 +91,8 @@ def _rule_of_both(primals, tangents):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", _FOLLOWED)
-def test_what_is_followed_gives_the_numbers_of_forward_mode(name):
+@pytest.mark.parametrize("name", _SUPPORTED)
+def test_layerwise_equals_forward_mode_for_each_operation(name):
   rng = np.random.default_rng(0)
   params, x, vector = (rng.normal(size=s) for s in ((4, 4), (_B, 4), (4, 4)))
   weights = np.array([0.5, -1.0, 2.0])
@@ -100,18 +100,19 @@ def test_what_is_followed_gives_the_numbers_of_forward_mode(name):
   @jax.jit
   def both(params):
     def losses_fn(p, x):
-      return (_FOLLOWED[name](x @ p) * jnp.cos(x @ p[:, :1])).sum(1)
+      return (_SUPPORTED[name](x @ p) * jnp.cos(x @ p[:, :1])).sum(1)
 
-    found = [
+    both = [
       linearization.linearize(losses_fn, params, x, engine=engine)
       for engine in ("layerwise", "forward")
     ]
     return [
-      (f.losses, f.directional(vector), f.weighted_gradient(weights)) for f in found
+      (lin.losses, lin.directional(vector), lin.weighted_gradient(weights))
+      for lin in both
     ]
 
-  for ours, theirs in zip(*both(params), strict=True):
-    np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-12)
+  for actual, expected in zip(*both(params), strict=True):
+    np.testing.assert_allclose(actual, expected, rtol=1e-11, atol=1e-12)
 
 
 _MIXING = {
@@ -127,7 +128,7 @@ _MIXING = {
 
 
 @pytest.mark.parametrize("name", _MIXING)
-def test_what_mixes_is_refused(name):
+def test_operations_that_mix_examples_are_refused(name):
   with pytest.raises(base.InputError, match="engine='layerwise' does not fit"):
     linearization.linearize(
       lambda p, x: _MIXING[name](x @ p).sum(1),

@@ -1,4 +1,4 @@
-"""Losses, J v and J^T w of a batch, against the explicit Jacobian."""
+"""Losses, J v and J^T w of every engine against the explicit Jacobian, and errors."""
 
 import dataclasses
 import functools
@@ -84,18 +84,18 @@ def _relative_error(actual, expected):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("container", _CONTAINERS)
-def test_equals_the_explicit_jacobian(container):
+def test_engines_equal_the_explicit_jacobian(container):
   params = _CONTAINERS[container](np.arange(6.0).reshape(3, 2) / 5, np.float64(0.3))
   vector, weights = _like(params, 1), np.array([0.5, 0.0, -1.0, 2.0, 0.1])
-  pushed, pulled = _explicit(_losses_fn, params, _x(), vector, weights)
+  expected = _explicit(_losses_fn, params, _x(), vector, weights)
   for engine in linearization.ENGINES:
     values, directional, gradient = jax.jit(
       functools.partial(_three, _losses_fn, engine=engine)
     )(params, _x(), vector, weights)
     np.testing.assert_allclose(values, _losses_fn(params, _x()), rtol=1e-14)
     tolerance = 1e-12 if engine in _EXACT else 1e-7
-    assert _relative_error(directional, pushed) < tolerance
-    chex.assert_trees_all_close(gradient, pulled, rtol=1e-12)
+    assert _relative_error(directional, expected[0]) < tolerance
+    chex.assert_trees_all_close(gradient, expected[1], rtol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
@@ -114,7 +114,7 @@ def test_unit_vectors_give_the_gradient_of_each_example():
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("engine", linearization.ENGINES)
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_leaves_that_are_not_floating_point_are_held_fixed(engine, wrap):
+def test_fixed_leaves_have_zero_gradients(engine, wrap):
   trainable = {"w": np.arange(6.0).reshape(3, 2) / 5, "b": np.float64(0.3)}
   fixed = {
     "count": jnp.int32(2),
@@ -131,23 +131,27 @@ def test_leaves_that_are_not_floating_point_are_held_fixed(engine, wrap):
   linearize = functools.partial(_three, losses_fn, engine=engine)
   params, vector = trainable | fixed, _like(trainable, 1)
   weights = jnp.arange(_B) / _B
-  values, pushed, pulled = wrap(linearize)(params, _x(), vector | fixed, weights)
-  want_pushed, want_pulled = _explicit(_losses_fn, trainable, _x(), vector, weights)
-  assert _relative_error(pushed, 2 * want_pushed) < 1e-7
+  values, directional, gradient = wrap(linearize)(params, _x(), vector | fixed, weights)
+  expected_directional, expected_gradient = _explicit(
+    _losses_fn, trainable, _x(), vector, weights
+  )
+  assert _relative_error(directional, 2 * expected_directional) < 1e-7
   np.testing.assert_allclose(values, losses_fn(params, _x()), rtol=1e-14)
-  for name, gradient in want_pulled.items():
-    np.testing.assert_allclose(pulled[name], 2 * gradient, rtol=1e-12)
-  assert pulled["count"].dtype == jnp.int32
-  assert pulled["mask"].dtype == jnp.bool
-  assert not pulled["mask"].any() and not pulled["count"]
-  assert pulled["key"].dtype == jax.dtypes.float0
-  assert pulled["none"] is None
-  chex.assert_trees_all_equal(wrap(linearize)(params, _x(), pulled, weights)[0], values)
+  for name, expected in expected_gradient.items():
+    np.testing.assert_allclose(gradient[name], 2 * expected, rtol=1e-12)
+  assert gradient["count"].dtype == jnp.int32
+  assert gradient["mask"].dtype == jnp.bool
+  assert not gradient["mask"].any() and not gradient["count"]
+  assert gradient["key"].dtype == jax.dtypes.float0
+  assert gradient["none"] is None
+  chex.assert_trees_all_equal(
+    wrap(linearize)(params, _x(), gradient, weights)[0], values
+  )
 
 
 @pytest.mark.parametrize("engine", linearization.ENGINES)
 @pytest.mark.parametrize("params", [{"count": jnp.int32(3)}, {}, [np.ones(3, int)]])
-def test_nothing_to_train_is_refused(engine, params):
+def test_params_without_a_trainable_leaf_are_refused(engine, params):
   with pytest.raises(base.InputError, match="params holds no floating point array"):
     linearization.linearize(lambda p, x: x[:, 0], params, _x(), engine=engine)
 
@@ -162,7 +166,7 @@ class _Net(nn.Module):
 
 @pytest.mark.promotes("flax keeps running statistics in float32, here next to float64")
 @pytest.mark.usefixtures("x64")
-def test_examples_are_coupled_by_batch_statistics():
+def test_engines_follow_batch_statistics():
   variables = jax.jit(_Net().init)(jax.random.key(0), _x())
   params, labels = variables.pop("params"), np.array([0, 1, 0, 1, 1])
 
@@ -173,9 +177,7 @@ def test_examples_are_coupled_by_batch_statistics():
     return losses.softmax_cross_entropy(logits, labels), new_state
 
   vector, weights = _like(params, 1), np.arange(_B) / _B
-  pushed, pulled = _explicit(
-    lambda *args: losses_fn(*args)[0], params, _x(), vector, weights
-  )
+  expected = _explicit(lambda *args: losses_fn(*args)[0], params, _x(), vector, weights)
   for engine in ("auto", "forward", "reverse", "difference"):
 
     def linearize(params, vector, engine=engine):
@@ -186,12 +188,12 @@ def test_examples_are_coupled_by_batch_statistics():
       return directional, linearized.weighted_gradient(weights), linearized.aux
 
     directional, gradient, aux = jax.jit(linearize)(params, vector)
-    assert _relative_error(directional, pushed) < 1e-7
+    assert _relative_error(directional, expected[0]) < 1e-7
     if engine in _EXACT:
-      assert _relative_error(directional, pushed) < 1e-12
-    chex.assert_trees_all_close(gradient, pulled, rtol=1e-11, atol=1e-14)
+      assert _relative_error(directional, expected[0]) < 1e-12
+    chex.assert_trees_all_close(gradient, expected[1], rtol=1e-11, atol=1e-14)
     chex.assert_trees_all_close(aux, losses_fn(params, _x())[1], rtol=1e-12)
-    assert abs(jax.tree.leaves(aux)[0]).max() > 0  # No longer the initial mean.
+    assert abs(jax.tree.leaves(aux)[0]).max() > 0  # The mean is updated.
 
 
 def _scaled(scale):
@@ -211,7 +213,7 @@ def _scaled(scale):
   ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_difference_is_as_good_as_promised(params, scale, vector_scale, dtype):
+def test_difference_has_the_documented_accuracy(params, scale, vector_scale, dtype):
   with jax.enable_x64(dtype == "float64"):
     losses_fn = _scaled(scale) if any(params) else lambda p, x: jnp.sin(x @ p)
     params = jnp.array(params, dtype)
@@ -225,7 +227,7 @@ def test_the_difference_is_as_good_as_promised(params, scale, vector_scale, dtyp
     assert _relative_error(actual, expected) < tolerance
 
 
-def test_the_difference_in_half_precision_is_good_for_the_sign_only():
+def test_difference_in_half_precision_has_the_right_sign():
   params, vector = jnp.array([0.3, 0.6, 0.9]), jnp.array([1.0, -2.0, 0.5])
   data = (jnp.asarray(_x()), vector, jnp.zeros(_B))
   _, expected, _ = _three(_scaled(1.0), params, *data)
@@ -236,9 +238,9 @@ def test_the_difference_in_half_precision_is_good_for_the_sign_only():
 
 
 @pytest.mark.parametrize("engine", linearization.ENGINES)
-def test_no_direction_is_no_change(engine):
+def test_zero_directions_and_weights_give_zeros(engine):
   params = jnp.array([1.0, 2.0, 3.0])
-  _, pushed, pulled = _three(
+  _, directional, gradient = _three(
     _scaled(1.0),
     params,
     _x(np.float32),
@@ -246,8 +248,8 @@ def test_no_direction_is_no_change(engine):
     jnp.zeros(_B),
     engine=engine,
   )
-  assert not pushed.any()
-  assert not pulled.any()
+  assert not directional.any()
+  assert not gradient.any()
 
 
 @pytest.mark.usefixtures("x64")
@@ -271,13 +273,13 @@ def test_complex_parameters_agree_with_the_unrolled_step():
   np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
 
-def test_an_unknown_derivative_is_refused():
+def test_unknown_engines_are_refused():
   with pytest.raises(base.InputError, match=r"'backward'.*forward.*reverse"):
     linearization.linearize(_scaled(1.0), jnp.ones(3), _x(), engine="backward")
 
 
 @pytest.mark.parametrize("engine", ["forward", "reverse", "difference"])
-def test_outputs_of_any_structure_are_pushed_and_pulled(x64, engine):
+def test_linearize_outputs_supports_any_pytree(x64, engine):
   def outputs_fn(params, x):
     hidden = jnp.tanh(x @ params["w"])
     return {"logits": hidden @ params["v"], "features": hidden}, jnp.sum(x)
@@ -286,23 +288,25 @@ def test_outputs_of_any_structure_are_pushed_and_pulled(x64, engine):
   params = {"w": rng.normal(size=(3, 4)), "v": rng.normal(size=(4, 2))}
   vector = {"w": rng.normal(size=(3, 4)), "v": rng.normal(size=(4, 2))}
   x = rng.normal(size=(5, 3))
-  found = linearization.linearize_outputs(
+  linearized = linearization.linearize_outputs(
     outputs_fn, params, x, has_aux=True, engine=engine
   )
+  assert linearized.engine == engine
   outputs, tangent, aux = jax.jvp(
     lambda p: outputs_fn(p, x), (params,), (vector,), has_aux=True
   )
   cotangent = jax.tree.map(lambda y: rng.normal(size=y.shape), outputs)
-  _, pull, _ = jax.vjp(lambda p: outputs_fn(p, x), params, has_aux=True)
-  chex.assert_trees_all_close(found.outputs, outputs)
-  chex.assert_trees_all_close(found.jvp(vector), tangent, rtol=1e-5, atol=1e-8)
-  chex.assert_trees_all_close(found.vjp(cotangent), pull(cotangent)[0], rtol=1e-6)
-  np.testing.assert_allclose(found.aux, aux)
+  _, vjp_fn, _ = jax.vjp(lambda p: outputs_fn(p, x), params, has_aux=True)
+  (gradient,) = vjp_fn(cotangent)
+  chex.assert_trees_all_close(linearized.outputs, outputs)
+  chex.assert_trees_all_close(linearized.jvp(vector), tangent, rtol=1e-5, atol=1e-8)
+  chex.assert_trees_all_close(linearized.vjp(cotangent), gradient, rtol=1e-6)
+  np.testing.assert_allclose(linearized.aux, aux)
 
 
-@pytest.mark.parametrize("engine", [*linearization.ENGINES, "in parts"])
+@pytest.mark.parametrize("engine", [*linearization.ENGINES, "microbatched"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_strict_types_ranks_and_nan_checks(engine, dtype):
+def test_engines_work_without_promotion_and_with_nan_checks(engine, dtype):
   def losses_fn(p, x):
     h = jnp.tanh(x.astype(dtype) @ p["w"] + p["b"][None, :]).astype(jnp.float32)
     return (h**2).sum(1) * p["s"]
@@ -310,7 +314,7 @@ def test_strict_types_ranks_and_nan_checks(engine, dtype):
   params = {"w": jnp.ones((3, 2), dtype), "b": jnp.ones(2, dtype), "s": jnp.float32(2)}
   weights, x = jnp.arange(_B, dtype=jnp.float32), jnp.asarray(_x(np.float32))
   linearize = functools.partial(linearization.linearize, engine=engine)
-  if engine == "in parts":
+  if engine == "microbatched":
     linearize = microbatching.microbatched(linearization.linearize, 2)
   with (
     jax.numpy_dtype_promotion("strict"),
@@ -318,8 +322,168 @@ def test_strict_types_ranks_and_nan_checks(engine, dtype):
     jax.debug_nans(True),
   ):
     linearized = linearize(losses_fn, params, x)
-    found = linearized.directional(params), linearized.weighted_gradient(weights)
+    directional = linearized.directional(params)
+    gradient = linearized.weighted_gradient(weights)
   expected = jax.jvp(lambda p: losses_fn(p, x), (params,), (params,))[1]
   tolerance = 5e-3 if dtype == "float32" else 0.3
-  assert _relative_error(found[0], expected) < tolerance
-  chex.assert_trees_all_equal_dtypes(found[1], params)
+  assert _relative_error(directional, expected) < tolerance
+  chex.assert_trees_all_equal_dtypes(gradient, params)
+  assert linearized.engine == ("layerwise" if engine == "auto" else engine)
+
+
+@jax.custom_vjp
+def _sin(x):
+  return jnp.sin(x)
+
+
+_sin.defvjp(lambda x: (jnp.sin(x), jnp.cos(x)), lambda cos, g: (g * cos,))
+
+
+def _sin_losses_fn(params, x, sin=_sin):
+  return jnp.cos(sin(x @ params)) + params.sum()
+
+
+def _scanned(params, x):
+  """The custom rule inside a scan and a jit."""
+  return jax.lax.scan(lambda c, _: (jax.jit(_sin)(c), None), x @ params, length=2)[0]
+
+
+def _directional(losses_fn, params, engine="forward"):
+  linearized = linearization.linearize(losses_fn, params, _x(), engine=engine)
+  return linearized.directional(params)
+
+
+@pytest.mark.parametrize("losses_fn", [_sin_losses_fn, _scanned])
+@pytest.mark.parametrize(
+  "wrap",
+  [lambda f: f, jax.jit, lambda f: functools.partial(jax.eval_shape, f), jax.vmap],
+  ids=["eager", "jit", "eval_shape", "vmap"],
+)
+def test_forward_mode_refuses_a_custom_vjp(losses_fn, wrap):
+  params = jnp.ones((2, 3)) if wrap is jax.vmap else jnp.ones(3)
+  with pytest.raises(base.InputError, match="engine='reverse'"):
+    wrap(functools.partial(_directional, losses_fn))(params)
+
+
+def test_a_custom_vjp_of_constant_parameters_is_refused_under_jit():
+  linearized = linearization.linearize(
+    _sin_losses_fn, jnp.ones(3), _x(), engine="forward"
+  )
+  with pytest.raises(base.InputError, match="engine='reverse'"):
+    jax.jit(linearized.directional)(jnp.ones(3))
+
+
+def test_a_custom_vjp_has_a_weighted_gradient():
+  weights = jnp.arange(_B) / _B
+  linearized = linearization.linearize(_sin_losses_fn, jnp.ones(3), _x())
+  expected = jax.grad(lambda p: weights @ _sin_losses_fn(p, _x()))(jnp.ones(3))
+  np.testing.assert_allclose(linearized.weighted_gradient(weights), expected, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+  ("engine", "tolerance"), [("reverse", 1e-12), ("difference", 1e-7)]
+)
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_reverse_and_difference_support_a_custom_vjp(engine, tolerance, wrap):
+  params, weights = jnp.array([0.5, -0.2, 0.3]), jnp.arange(_B) / _B
+
+  def three(losses_fn, engine, params):
+    linearized = linearization.linearize(losses_fn, params, _x(), engine=engine)
+    gradient = linearized.weighted_gradient(weights)
+    return linearized.losses, gradient, linearized.directional(gradient)
+
+  plain = functools.partial(_sin_losses_fn, sin=jnp.sin)
+  expected = three(plain, "forward", params)
+  actual = wrap(functools.partial(three, _sin_losses_fn, engine))(params)
+  chex.assert_trees_all_close(actual, expected, rtol=0, atol=tolerance)
+
+
+def test_the_error_for_a_callback_names_the_difference():
+  def losses_fn(params, x):
+    return jax.pure_callback(
+      lambda z: np.sin(z).astype(np.float32),
+      jax.ShapeDtypeStruct((_B,), jnp.float32),
+      x @ params,
+    )
+
+  for wrap in (lambda f: f, jax.jit):
+    with pytest.raises(base.InputError, match="engine='difference'"):
+      wrap(functools.partial(_directional, losses_fn))(jnp.ones(3))
+
+
+@pytest.mark.parametrize("engine", linearization.ENGINES)
+@pytest.mark.parametrize(
+  ("reduce", "shape"),
+  [(jnp.mean, r"\(\)"), (lambda z: z[:, None], r"\(5, 1\)")],
+  ids=["scalar", "column"],
+)
+@pytest.mark.parametrize(
+  "wrap",
+  [lambda f: f, jax.jit, lambda f: functools.partial(jax.eval_shape, f)],
+  ids=["eager", "jit", "eval_shape"],
+)
+def test_losses_of_another_shape_are_refused(engine, reduce, shape, wrap):
+  def losses_fn(params, x):
+    return reduce(x @ params)
+
+  with pytest.raises(base.InputError, match=f"losses_fn's result .*got shape {shape}"):
+    wrap(functools.partial(_directional, losses_fn, engine=engine))(jnp.ones(3))
+
+
+@pytest.mark.parametrize("aux", [jnp.ones(2), {"mean": jnp.ones(2)}, None])
+def test_a_missing_has_aux_is_reported(aux):
+  with pytest.raises(base.InputError, match="has_aux=True"):
+    linearization.linearize(lambda p, x: (x @ p, aux), jnp.ones(3), _x())
+
+
+@pytest.mark.parametrize("engine", linearization.ENGINES)
+@pytest.mark.parametrize("kind", [ValueError, TypeError, NotImplementedError, KeyError])
+def test_errors_of_the_losses_function_pass_unchanged(engine, kind):
+  error = kind("the jvp of my custom_vjp does not support JVP")
+
+  def losses_fn(params, x):
+    raise error
+
+  for wrap in (lambda f: f, jax.jit):
+    with pytest.raises(kind) as caught:
+      wrap(functools.partial(_directional, losses_fn, engine=engine))(jnp.ones(3))
+    assert caught.value is error
+
+
+def test_a_shape_error_inside_the_model_passes_unchanged():
+  with pytest.raises(TypeError, match="dot_general") as caught:
+    _directional(lambda params, x: x @ params, jnp.ones(4))
+  assert not isinstance(caught.value, base.InputError)
+
+
+def test_a_vector_of_another_structure_raises_the_error_of_jax():
+  linearized = linearization.linearize(
+    lambda p, x: x @ p["custom_vjp"], {"custom_vjp": jnp.ones(3)}, _x()
+  )
+  with pytest.raises(ValueError, match="mismatch") as caught:
+    linearized.directional({"another": jnp.ones(3)})
+  assert not isinstance(caught.value, base.InputError)
+
+
+_LINEARIZE = {
+  **{
+    engine: functools.partial(linearization.linearize, engine=engine)
+    for engine in linearization.ENGINES
+  },
+  "microbatched": microbatching.microbatched(linearization.linearize, 2),
+}
+
+
+@pytest.mark.parametrize("linearize", _LINEARIZE)
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, None, None)])
+def test_a_losses_function_without_aux_is_reported(linearize, wrap):
+  with pytest.raises(base.InputError, match=r"must return two values.*has_aux=True"):
+    _LINEARIZE[linearize](lambda p, x: wrap(x @ p), jnp.ones(3), _x(), has_aux=True)
+
+
+@pytest.mark.parametrize("linearize", _LINEARIZE)
+@pytest.mark.parametrize("dtype", [jnp.int32, bool, jnp.complex64])
+def test_losses_of_another_type_are_refused(linearize, dtype):
+  with pytest.raises(base.InputError, match="must be floating-point numbers"):
+    _LINEARIZE[linearize](lambda p, x: (x @ p).astype(dtype), jnp.ones(3), _x())

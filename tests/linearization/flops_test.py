@@ -1,4 +1,4 @@
-"""What a training step costs, counted by the compiler: nothing is run here."""
+"""FLOPs of a training step, as counted by the compiler. Nothing is run."""
 
 import functools
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ _NETWORKS = {
 
 
 class _Problem(NamedTuple):
-  """Shapes only: `jax.eval_shape` makes the variables."""
+  """A problem with the shapes of its variables."""
 
   problem: base.Problem
   params: Any
@@ -45,15 +45,15 @@ class _Problem(NamedTuple):
 
 @functools.cache
 def _problem(name):
-  model, shape = _NETWORKS[name]
+  network, shape = _NETWORKS[name]
   batch = {
     "image": jax.ShapeDtypeStruct((_B, *shape), jnp.float32),
     "label": jax.ShapeDtypeStruct((_B,), jnp.int32),
     "index": jax.ShapeDtypeStruct((_B,), jnp.int32),
   }
-  whole = classifier.Classifier(model, 10)
-  params, model_state = jax.eval_shape(whole.init, jax.random.key(0), batch)
-  problem = whole.problem(
+  model = classifier.Classifier(network, 10)
+  params, model_state = jax.eval_shape(model.init, jax.random.key(0), batch)
+  problem = model.problem(
     class_counts=jnp.full(10, 100), num_examples=1000, num_steps=10
   )
   return _Problem(problem, params, model_state, batch)
@@ -95,8 +95,8 @@ def _method_flops(method, name, num_meta):
     inputs = base.Inputs(
       params, model_state, opt_state, batch, meta_batch, step, jax.random.key(0)
     )
-    found, state = method.gradients(state, problem, inputs)
-    return _updated(params, found.grads), found, state
+    result, state = method.gradients(state, problem, inputs)
+    return _updated(params, result.grads), result, state
 
   meta_batch = _problem(name).meta_batch(num_meta)
   state = jax.eval_shape(init, params)
@@ -109,7 +109,7 @@ def _l2rw_flops(name, num_meta):
 
 
 def _literal_flops(name, num_meta):
-  """Algorithm 1 as it is written: reverse over reverse, then a second pass."""
+  """Algorithm 1 as published: reverse over reverse, then a second pass."""
   problem, params, model_state, batch = _problem(name)
 
   def step_fn(params, model_state, batch, meta_batch):
@@ -134,14 +134,14 @@ def _literal_flops(name, num_meta):
   return _flops(step_fn, params, model_state, batch, meta_batch)
 
 
-# With M = B, and with M = B / 10. BatchNorm mixes examples: forward mode, 5B + 3M
-# forward passes of an example against 3B. LeNet does not: layerwise, 4B + 3M.
+# For M = B and for M = B / 10. Costs in forward passes of an example, relative to 3B of
+# plain training: 5B + 3M with BatchNorm (forward mode), 4B + 3M for LeNet (layerwise).
 _LIMITS = {"lenet": (2.40, 1.48), "resnet": (2.70, 1.80)}
 
 
 @pytest.mark.parametrize("name", _NETWORKS)
 @pytest.mark.parametrize(("column", "num_meta"), [(0, _B), (1, _B // 10)])
-def test_a_step_of_l2rw_costs_no_more_than_promised(name, column, num_meta):
+def test_a_step_of_l2rw_has_the_documented_cost(name, column, num_meta):
   ratio = _l2rw_flops(name, num_meta) / _plain_flops(name)
   assert 1 < ratio <= _LIMITS[name][column]
 
@@ -152,7 +152,7 @@ def test_the_literal_form_costs_more(name):
 
 
 @pytest.mark.parametrize("name", _NETWORKS)
-def test_uniform_weights_cost_nothing(name):
+def test_uniform_weights_cost_no_more_than_plain_training(name):
   flops = _method_flops(baselines.uniform(), name, _B)
   assert flops <= 1.01 * _plain_flops(name)
 
@@ -165,15 +165,15 @@ _NETWORK_METHODS = {
 
 
 @pytest.mark.parametrize(("num_meta", "limit"), [(_B, 2.75), (_B // 10, 1.85)])
-def test_meta_weight_net_costs_two_passes_less_layer_by_layer(num_meta, limit):
-  """5B + 3M against 3B: 2.67 and 1.77."""
+def test_meta_weight_net_saves_two_passes_with_the_layerwise_engine(num_meta, limit):
+  """5B + 3M forward passes of an example, relative to 3B: 2.67 and 1.77."""
   flops = _method_flops(_NETWORK_METHODS["meta_weight_net"], "lenet", num_meta)
   assert 1.5 < flops / _plain_flops("lenet") <= limit
 
 
 @pytest.mark.parametrize("method", _NETWORK_METHODS)
 @pytest.mark.parametrize(("num_meta", "limit"), [(_B, 3.35), (_B // 10, 2.45)])
-def test_a_network_in_the_loss_costs_two_passes_more(method, num_meta, limit):
-  """7B + 3M forward passes of an example against 3B: 3.33 and 2.43."""
+def test_a_network_in_the_loss_has_the_documented_cost(method, num_meta, limit):
+  """7B + 3M forward passes of an example, relative to 3B: 3.33 and 2.43."""
   flops = _method_flops(_NETWORK_METHODS[method], "resnet", num_meta)
   assert 1.5 < flops / _plain_flops("resnet") <= limit

@@ -1,4 +1,4 @@
-"""The layerwise engine is forward mode, exactly, wherever examples do not mix."""
+"""The layerwise engine equals forward mode if examples are independent."""
 
 import contextlib
 import functools
@@ -22,7 +22,7 @@ _FLAX_IN_FLOAT64 = pytest.mark.promotes("flax's layers mix float64 with float32"
 
 
 class _Residual(nn.Module):
-  """A residual network of three stages, normed by groups."""
+  """A residual network of three stages with group normalization."""
 
   blocks: int = 1
 
@@ -58,7 +58,7 @@ class _VisionTransformer(nn.Module):
 
 
 class _Text(nn.Module):
-  """The table of embeddings is the output layer too; dropout in between."""
+  """A table of embeddings that is also the output layer, and dropout."""
 
   @nn.compact
   def __call__(self, ids, train=False):
@@ -94,12 +94,14 @@ def _three(losses_fn, params, batch, engine, **options):
 
   @jax.jit
   def run(params, batch):
-    found = linearization.linearize(losses_fn, params, batch, engine=engine, **options)
+    linearized = linearization.linearize(
+      losses_fn, params, batch, engine=engine, **options
+    )
     return (
-      found.losses,
-      found.directional(vector),
-      found.weighted_gradient(weights.astype(found.losses.dtype)),
-      found.aux,
+      linearized.losses,
+      linearized.directional(vector),
+      linearized.weighted_gradient(weights.astype(linearized.losses.dtype)),
+      linearized.aux,
     )
 
   return run(params, batch)
@@ -137,18 +139,18 @@ def _error(actual, expected):
     ("lenet", "float32"),
   ],
 )
-def test_equal_to_forward_mode(name, dtype):
+def test_layerwise_equals_forward_mode(name, dtype):
   tolerance = 2e-6 if dtype == "float32" else 1e-12
   with jax.enable_x64(dtype == "float64"):
     problem = _network(name, dtype)
     actual = _three(*problem, "layerwise")
     expected = _three(*problem, "forward")
-    for ours, theirs in zip(actual, expected, strict=True):
-      assert ours is None or _error(ours, theirs) < tolerance
+    for a, e in zip(actual, expected, strict=True):
+      assert a is None or _error(a, e) < tolerance
 
 
 @pytest.mark.usefixtures("x64")
-def test_parameters_shared_cast_and_out_of_any_layer():
+def test_shared_and_cast_parameters_are_supported():
   def losses_fn(params, x):
     kernel = params["v"] / jnp.linalg.norm(params["v"], axis=0, keepdims=True)
     kernel = kernel * params["g"][None]
@@ -162,11 +164,12 @@ def test_parameters_shared_cast_and_out_of_any_layer():
   params = {"v": jnp.asarray(_images(4)[:3].T), "g": jnp.array([0.3, -0.2, 0.5])}
   x = jnp.asarray(_images(4))
   actual = _three(losses_fn, params, x, "layerwise")
-  for ours, theirs in zip(actual, _three(losses_fn, params, x, "forward"), strict=True):
-    assert ours is None or _error(ours, theirs) < 1e-6  # one product in float32
+  expected = _three(losses_fn, params, x, "forward")
+  for a, e in zip(actual, expected, strict=True):
+    assert a is None or _error(a, e) < 1e-6  # One product is computed in float32.
 
 
-def test_augmentation_by_the_keys_of_the_examples():
+def test_augmentation_with_a_key_per_example_is_supported():
   crop = augmentation.Preprocess(pad=2, flip=True)
   model = classifier.Classifier(_Residual(), 10, crop)
   batch = {
@@ -181,13 +184,12 @@ def test_augmentation_by_the_keys_of_the_examples():
     return model.loss(logits, batch)
 
   actual = _three(losses_fn, params, batch, "layerwise")
-  for ours, theirs in zip(
-    actual, _three(losses_fn, params, batch, "forward"), strict=True
-  ):
-    assert ours is None or _error(ours, theirs) < 1e-5
+  expected = _three(losses_fn, params, batch, "forward")
+  for a, e in zip(actual, expected, strict=True):
+    assert a is None or _error(a, e) < 1e-5
 
 
-def test_what_the_losses_function_returns_beside_the_losses():
+def test_aux_is_returned():
   def losses_fn(params, x):
     logits = x @ params
     return logits.sum(1), {"logits": logits, "kept": x[:, 0] > 0, "step": jnp.int32(3)}
@@ -201,7 +203,7 @@ def test_what_the_losses_function_returns_beside_the_losses():
 
 
 def _normed(params, x):
-  """What BatchNorm does in training."""
+  """Normalization over the batch, as in BatchNorm."""
   h = x @ params
   return jnp.sum((h - h.mean(0, keepdims=True)) ** 2, 1)
 
@@ -239,18 +241,19 @@ _MIXING = {
 
 
 @pytest.mark.parametrize("name", _MIXING)
-def test_examples_that_mix_are_found_out(name):
+def test_models_that_mix_examples_are_refused(name):
   losses_fn, reason = _MIXING[name]
   params, x = jnp.ones((4, 2)), jnp.asarray(_images(4), jnp.float32)
   with pytest.raises(base.InputError, match="engine='layerwise' does not fit") as error:
     linearization.linearize(losses_fn, params, x, engine="layerwise")
   assert reason in str(error.value) and "\n" not in str(error.value)
   actual = _three(losses_fn, params, x, "auto")
-  for ours, theirs in zip(actual, _three(losses_fn, params, x, "forward"), strict=True):
-    assert ours is None or _error(ours, theirs) < 1e-6
+  expected = _three(losses_fn, params, x, "forward")
+  for a, e in zip(actual, expected, strict=True):
+    assert a is None or _error(a, e) < 1e-6
 
 
-def test_the_layer_that_mixes_is_named():
+def test_the_error_names_the_layer_that_mixes_examples():
   class Net(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -292,20 +295,18 @@ def _spread(params, x):
 @pytest.mark.parametrize(
   "losses_fn", [jax.vmap(_of_one, in_axes=(None, 0)), _heads, _spread]
 )
-def test_axes_that_vmap_and_numpy_write(losses_fn):
+def test_axes_may_be_numpy_integers(losses_fn):
   params = {"kernel": _like(jnp.ones((4, 2)), 4), "factor": jnp.float32(0.7)}
   x = jnp.asarray(_images(4), jnp.float32)
   actual = _three(losses_fn, params, x, "layerwise")
-  for ours, theirs in zip(
-    jax.tree.leaves(actual),
-    jax.tree.leaves(_three(losses_fn, params, x, "forward")),
-    strict=True,
-  ):
-    assert _error(ours, theirs) < 1e-5
+  expected = _three(losses_fn, params, x, "forward")
+  pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+  for a, e in pairs:
+    assert _error(a, e) < 1e-5
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_what_is_mixed_for_aux_alone_is_no_matter(compiled):
+def test_aux_may_mix_examples(compiled):
   def losses_fn(params, x):
     h = x @ params
     unused = jnp.sort(h, axis=0) * params.sum()
@@ -318,10 +319,9 @@ def test_what_is_mixed_for_aux_alone_is_no_matter(compiled):
   with contextlib.nullcontext() if compiled else jax.disable_jit():
     actual = _three(losses_fn, params, x, "layerwise", has_aux=True)
   expected = _three(losses_fn, params, x, "reverse", has_aux=True)
-  for ours, theirs in zip(
-    jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
-  ):
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+  pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+  for a, e in pairs:
+    np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6)
 
 
 @jax.custom_vjp
@@ -341,7 +341,7 @@ _kernel.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
     lambda p, x: jax.checkpoint(lambda h: jnp.tanh(h @ p.T))(x @ p).sum(1),
   ],
 )
-def test_what_the_recording_cannot_follow_is_refused(losses_fn):
+def test_custom_vjp_and_checkpoint_are_refused(losses_fn):
   params, x = jnp.ones((4, 2)), jnp.asarray(_images(4), jnp.float32)
   with pytest.raises(base.InputError, match=r"custom_vjp|checkpoint|remat"):
     linearization.linearize(losses_fn, params, x, engine="layerwise")
@@ -355,11 +355,12 @@ def _coupled(x):
 _coupled.defjvp(lambda x, t: (jnp.sin(x[0]), t[0] - t[0].mean(0, keepdims=True)))
 
 
-def test_more_than_arrays_in_a_batch_is_left_to_forward_mode():
+def test_a_batch_with_other_values_than_arrays_uses_forward_mode():
   def losses_fn(params, batch):
     assert batch["name"] == "training"
     return (batch["x"] @ params).sum(1) if batch["train"] else None
 
   batch = {"x": jnp.asarray(_images(4)), "name": "training", "train": True}
-  found = linearization.linearize(losses_fn, jnp.ones((4, 2)), batch)
-  np.testing.assert_allclose(found.losses, 2 * batch["x"].sum(1), rtol=1e-5)
+  linearized = linearization.linearize(losses_fn, jnp.ones((4, 2)), batch)
+  np.testing.assert_allclose(linearized.losses, 2 * batch["x"].sum(1), rtol=1e-5)
+  assert linearized.engine == "forward"

@@ -1,6 +1,6 @@
-"""What a training step needs beside its arguments and results, told by the compiler.
+"""Temporary memory of a training step, as reported by the compiler.
 
-Nothing is run here, and the limits hold for XLA:CPU.
+Nothing is run. The limits hold for XLA:CPU.
 """
 
 import functools
@@ -25,7 +25,7 @@ def _network(params, x):
 
 
 def _recomputed(params, x):
-  """Every second layer is kept, as with `nn.remat` around a block."""
+  """The activations of every second layer are kept, as with `nn.remat` of a block."""
 
   @jax.checkpoint
   def block(kernels, x):
@@ -76,9 +76,8 @@ def _plain():
 
 
 @pytest.mark.parametrize("engine", ["forward", "layerwise"])
-def test_l2rw_holds_one_batch_at_a_time(engine):
-  found = _bytes(_l2rw, _network, engine=engine)
-  assert found < 1.4 * _plain()
+def test_l2rw_keeps_the_activations_of_one_batch_at_a_time(engine):
+  assert _bytes(_l2rw, _network, engine=engine) < 1.4 * _plain()
 
 
 @pytest.mark.parametrize("engine", ["forward", "layerwise"])
@@ -91,22 +90,21 @@ def test_l2rw_copies_no_parameters(engine):
 
 
 def _three_lines(losses_fn, params, x, meta):
-  found = l2rw.example_weights(losses_fn, params, x, meta, engine="forward")
-  return jax.grad(lambda params: found.weights @ losses_fn(params, x))(params)
+  info = l2rw.example_weights(losses_fn, params, x, meta, engine="forward")
+  return jax.grad(lambda params: info.weights @ losses_fn(params, x))(params)
 
 
-def test_the_order_costs_no_second_forward_pass():
-  ours, theirs = (
+def test_ordering_costs_no_second_forward_pass():
+  ordered, separate = (
     _compiled(step, _network, **options).cost_analysis()["flops"]
     for step, options in ((_l2rw, {"engine": "forward"}), (_three_lines, {}))
   )
-  assert theirs == pytest.approx(ours, rel=0.02)
+  assert separate == pytest.approx(ordered, rel=0.02)
 
 
 @pytest.mark.parametrize("step", [_l2rw, _mwn])
-def test_a_quarter_at_a_time(step):
-  found = _bytes(step, _network, microbatch_size=_B // 4)
-  assert found < 0.7 * _plain()
+def test_microbatches_of_a_quarter_need_less_memory(step):
+  assert _bytes(step, _network, microbatch_size=_B // 4) < 0.7 * _plain()
 
 
 def test_meta_weight_net_recomputes_instead_of_keeping_both_batches():
@@ -115,8 +113,8 @@ def test_meta_weight_net_recomputes_instead_of_keeping_both_batches():
   assert recomputing < _bytes(_mwn, _network)
 
 
-def test_rematerialisation_is_honored():
+def test_rematerialization_saves_memory():
   if _bytes(_mean_gradient, _recomputed) > 0.9 * _plain():
-    pytest.skip("this XLA:CPU undoes jax.checkpoint, of plain training too")
+    pytest.skip("this version of XLA:CPU undoes jax.checkpoint in plain training too")
   assert _bytes(_l2rw, _recomputed) < 0.8 * _plain()
   assert _bytes(_mwn, jax.checkpoint(_network)) < 1.4 * _plain()

@@ -1,4 +1,4 @@
-"""A few examples at a time give what all give at once, in float64."""
+"""Microbatches give the numbers of the whole batch, in float64."""
 
 import functools
 
@@ -30,7 +30,7 @@ _close = functools.partial(chex.assert_trees_all_close, rtol=1e-12, atol=1e-14)
 
 @pytest.fixture(params=["cpu", "gpu"])
 def loop(request, monkeypatch):
-  """Parts written out, as on CPU, or in a loop, as elsewhere."""
+  """Unrolled microbatches, as on CPU, or a loop, as elsewhere."""
   monkeypatch.setattr(jax, "default_backend", lambda: request.param)
 
 
@@ -62,19 +62,19 @@ def _with_aux(params, batch):
 
 
 def _three(linearize, **options):
-  """What a `Linearized` answers, compiled."""
+  """The results of a `Linearized`, compiled."""
   rng = np.random.default_rng(5)
   vector = jax.tree.map(lambda x: rng.normal(size=x.shape), _params())
   weights = jnp.asarray(rng.normal(size=_B))
 
   @jax.jit
   def run(params, batch):
-    found = linearize(_with_aux, params, batch, has_aux=True, **options)
+    actual = linearize(_with_aux, params, batch, has_aux=True, **options)
     return (
-      found.losses,
-      found.aux,
-      found.directional(vector),
-      found.weighted_gradient(weights),
+      actual.losses,
+      actual.aux,
+      actual.directional(vector),
+      actual.weighted_gradient(weights),
     )
 
   return run(_params(), _examples(0, _B))
@@ -82,10 +82,10 @@ def _three(linearize, **options):
 
 @pytest.mark.usefixtures("loop")
 @pytest.mark.parametrize("size", [1, 3, 7, 100])
-def test_any_size_of_parts(size):
-  found = _three(microbatching.microbatched(linearization.linearize, size))
-  _close(found, _three(linearization.linearize))
-  assert found[3]["count"] == 0
+def test_any_microbatch_size_gives_the_numbers_of_the_whole_batch(size):
+  actual = _three(microbatching.microbatched(linearization.linearize, size))
+  _close(actual, _three(linearization.linearize))
+  assert actual[3]["count"] == 0
 
 
 @pytest.mark.parametrize("engine", ["forward", "layerwise", "reverse"])
@@ -94,15 +94,21 @@ def test_any_engine(engine):
   _close(_three(linearize, engine=engine), _three(linearization.linearize))
 
 
+def _without_engine(info):
+  """The engines of microbatches and of the whole batch have different names."""
+  return info._replace(engine=base.StaticStr())
+
+
 def _l2rw(params, batch, meta_batch, size, axis_name=None):
   run = l2rw.weighted_value_and_grad(
     _losses_fn, microbatch_size=size, axis_name=axis_name
   )
-  return run(params, batch, meta_batch)
+  (loss, info), grads = run(params, batch, meta_batch)
+  return loss, _without_engine(info), grads
 
 
 def _mwn(params, batch, meta_batch, size, axis_name=None):
-  found = meta_weight_net.network_gradient(
+  result = meta_weight_net.network_gradient(
     lambda phi, values: jax.nn.sigmoid(phi["a"] * values + phi["b"]),
     {"a": jnp.array(0.3), "b": jnp.array(-0.2)},
     _losses_fn,
@@ -115,29 +121,29 @@ def _mwn(params, batch, meta_batch, size, axis_name=None):
     axis_name=axis_name,
     microbatch_size=size,
   )
-  return found._asdict()
+  return _without_engine(result)
 
 
 @pytest.mark.usefixtures("loop")
 @pytest.mark.parametrize("run", [_l2rw, _mwn])
-def test_methods_and_runs_side_by_side(run):
+def test_methods_under_vmap(run):
   data = _examples(0, _B), _examples(1, _M)
   many = jax.tree.map(lambda *x: jnp.stack(x), _params(0), _params(1))
-  found, expected = (
+  actual, expected = (
     jax.jit(jax.vmap(lambda params, size=size: run(params, *data, size)))(many)
     for size in (3, None)
   )
-  _close(found, expected)
+  _close(actual, expected)
 
 
 @pytest.mark.parametrize("run", [_l2rw, _mwn])
 @pytest.mark.parametrize("check_vma", [False, True])
-def test_eight_devices(run, check_vma):
+def test_eight_devices_equal_one(run, check_vma):
   params, batch, meta_batch = _params(), _examples(0, 24), _examples(1, 16)
 
   def on_one(batch, meta_batch, size, axis_name=None):
-    found = jax.tree.leaves(run(params, batch, meta_batch, size, axis_name))
-    return [x for x in found if x.shape != batch["label"].shape]
+    actual = jax.tree.leaves(run(params, batch, meta_batch, size, axis_name))
+    return [x for x in actual if x.shape != batch["label"].shape]
 
   mapped = jax.shard_map(
     functools.partial(on_one, size=2, axis_name="devices"),
@@ -150,31 +156,32 @@ def test_eight_devices(run, check_vma):
   _close(jax.jit(mapped)(batch, meta_batch), expected)
 
 
-def test_under_a_gradient_of_the_user():
+def test_weights_may_be_computed_inside_a_differentiated_loss():
   data = _examples(0, _B), _examples(1, _M)
   params = {k: v for k, v in _params().items() if k != "count"}
 
   def weighted(params):
-    found = l2rw.example_weights(_losses_fn, params, *data, microbatch_size=3)
-    return jnp.sum(found.weights * _losses_fn(params, data[0]))
+    actual = l2rw.example_weights(_losses_fn, params, *data, microbatch_size=3)
+    return jnp.sum(actual.weights * _losses_fn(params, data[0]))
 
-  _, expected = jax.jit(_l2rw, static_argnums=3)(params, *data, None)
+  *_, expected = jax.jit(_l2rw, static_argnums=3)(params, *data, None)
   _close(jax.jit(jax.grad(weighted))(params), expected)
 
 
-def test_without_compilation():
+def test_microbatches_work_outside_jit():
   params, x = (
     jnp.array([1.0, -2.0]),
     jnp.asarray(np.random.default_rng(0).normal(size=(3, 2))),
   )
-  found, expected = (
+  actual, expected = (
     l2rw.example_weights(lambda p, x: (x @ p) ** 2, params, x, x, microbatch_size=size)
     for size in (2, None)
   )
-  _close(found._asdict(), expected._asdict())
+  assert (actual.engine, expected.engine) == ("microbatched", "layerwise")
+  _close(_without_engine(actual), _without_engine(expected))
 
 
-def test_another_objective_than_the_mean():
+def test_objectives_other_than_the_mean():
   groups = jnp.arange(_M) % 2
 
   def direction(params, size):
@@ -192,11 +199,11 @@ def test_another_objective_than_the_mean():
   _close(run(_params(), 2), run(_params(), None))
 
 
-def test_parts_of_low_precision_are_added_up_in_a_higher_one(monkeypatch):
+def test_half_precision_gradients_are_summed_in_float32(monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   x, one = jnp.ones(600, jnp.bfloat16), jnp.ones((), jnp.bfloat16)
-  found = microbatching.weighted_gradient(lambda p, x: p * x, one, x, 1.0, 1)
-  assert found.gradient == 600 and found.gradient.dtype == jnp.bfloat16  # not 256
+  actual = microbatching.weighted_gradient(lambda p, x: p * x, one, x, 1.0, 1)
+  assert actual.gradient == 600 and actual.gradient.dtype == jnp.bfloat16  # not 256
 
 
 @pytest.mark.parametrize(
@@ -206,13 +213,13 @@ def test_parts_of_low_precision_are_added_up_in_a_higher_one(monkeypatch):
     lambda size: meta_weight_net.meta_weight_net(0.1, microbatch_size=size),
   ],
 )
-def test_in_the_loop_and_its_refusals(make):
+def test_methods_in_the_loop_and_their_errors(make):
   for size in (0, -2, 2.5):
     with pytest.raises(base.InputError, match=f"microbatch_size={size}: must be"):
       make(size)
-  found, expected = (_gradients(make(size), mlp.MLP(2, (3,))) for size in (2, None))
-  _close(found.grads, expected.grads, rtol=1e-5, atol=1e-6)
-  _close(found.weights, expected.weights, rtol=1e-5, atol=1e-6)
+  actual, expected = (_gradients(make(size), mlp.MLP(2, (3,))) for size in (2, None))
+  _close(actual.grads, expected.grads, rtol=1e-5, atol=1e-6)
+  _close(actual.weights, expected.weights, rtol=1e-5, atol=1e-6)
   with pytest.raises(base.InputError, match=r"BatchNorm_0.*no row per example"):
     _gradients(make(4), _Normed())
 
@@ -220,7 +227,7 @@ def test_in_the_loop_and_its_refusals(make):
 class _Normed(nn.Module):
   @nn.compact
   def __call__(self, x, train=False):
-    # As many channels as examples: no shape alone gives them away.
+    # With as many channels as examples, statistics have the shape of losses.
     x = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x[..., 0, 0]))
     return nn.Dense(2)(x)
 
@@ -246,19 +253,19 @@ def _gradients(method, net):
   return run(batch)
 
 
-def test_keys_of_the_examples_go_with_them():
+def test_keys_per_example_are_split_with_the_examples():
   keys = jax.random.split(jax.random.key(0), 5)
 
   def losses_fn(params, keys):
     return params * jax.vmap(jax.random.normal)(keys)
 
   linearize = microbatching.microbatched(linearization.linearize, np.int64(2))
-  found = linearize(losses_fn, jnp.array(2.0), keys)
-  _close(found.losses, losses_fn(2.0, keys))
-  _close(found.directional(jnp.array(1.0)), losses_fn(1.0, keys))
+  actual = linearize(losses_fn, jnp.array(2.0), keys)
+  _close(actual.losses, losses_fn(2.0, keys))
+  _close(actual.directional(jnp.array(1.0)), losses_fn(1.0, keys))
 
 
-def test_what_has_no_row_per_example_is_refused():
+def test_arrays_without_a_row_per_example_are_refused():
   linearize = microbatching.microbatched(linearization.linearize, 2)
   x = jnp.ones((4, 2))
 
@@ -278,7 +285,7 @@ def test_what_has_no_row_per_example_is_refused():
     linearize(lambda p, b: losses_fn(p, b).mean(), jnp.ones(2), {"x": x})
 
 
-def test_arrays_spread_by_their_sharding_are_refused():
+def test_explicitly_sharded_arrays_are_refused():
   mesh = jax.make_mesh(
     (2,), ("d",), (jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2]
   )
@@ -292,11 +299,11 @@ def test_arrays_spread_by_their_sharding_are_refused():
       )
 
 
-def test_weights_are_one_per_loss():
+def test_weights_of_another_shape_are_refused():
   microbatched = microbatching.microbatched(linearization.linearize, 2)
-  found = microbatched(lambda p, x: x @ p, jnp.ones(3), jnp.ones((4, 3)))
+  actual = microbatched(lambda p, x: x @ p, jnp.ones(3), jnp.ones((4, 3)))
   with pytest.raises(base.InputError, match=r"one number per loss, \(4,\); got \(\)"):
-    found.weighted_gradient(1.0)
+    actual.weighted_gradient(1.0)
 
 
 def test_a_nan_in_one_part_of_the_meta_batch_is_reported():

@@ -1,4 +1,4 @@
-"""What waits is not changed by what it waits for, whatever that is."""
+"""Ordering keeps values, adds a dependency, and does not bloat programs."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("optimized")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.0, 3e38])
-def test_unchanged(value):
+def test_after_does_not_change_values(value):
   first = {"x": jnp.array([value, 1.0]), "empty": jnp.zeros(0), "int": jnp.arange(2)}
   then = {
     "x": jnp.array([-0.0, jnp.nan, -jnp.inf]),
@@ -21,17 +21,17 @@ def test_unchanged(value):
     "bool": jnp.array([True, False]),
     "key": jax.random.split(jax.random.key(0)),
   }
-  found = jax.jit(ordering.after)(first, then)
+  result = jax.jit(ordering.after)(first, then)
   for name, expected in then.items():
-    actual = found[name]
+    actual = result[name]
     assert actual.dtype == expected.dtype
     if name == "key":
       actual, expected = jax.random.key_data(actual), jax.random.key_data(expected)
     np.testing.assert_array_equal(actual, expected)
-  assert np.signbit(found["x"][0])  # -0.0 too
+  assert np.signbit(result["x"][0])  # -0.0 too
 
 
-def test_mapped_and_differentiated():
+def test_after_under_vmap_and_grad():
   first, then = jnp.array([[1.0], [jnp.nan]]), jnp.array([[2.0, 3.0], [4.0, 5.0]])
   gradient = jax.jit(
     jax.vmap(jax.grad(lambda x, y: (ordering.after(x, y) ** 2).sum(), (0, 1)))
@@ -41,7 +41,7 @@ def test_mapped_and_differentiated():
   np.testing.assert_array_equal(of_then, 2 * then)
 
 
-def test_no_compiler_foresees_the_zero():
+def test_the_compiler_keeps_the_dependency():
   run = jax.jit(lambda x, y: ordering.after(jnp.sin(x), y)).lower(1.0, 2.0).compile()
   assert "sine(" in run.as_text()
 
@@ -69,7 +69,7 @@ def test_programs_grow_linearly_with_the_number_of_parameter_arrays(options):
   assert many - some <= 1.1 * (some - few)
 
 
-def test_a_program_is_a_few_times_that_of_plain_training():
+def test_a_program_is_at_most_five_times_that_of_plain_training():
   x = jax.ShapeDtypeStruct((8, 4), jnp.float32)
 
   def plain(params, x):
@@ -79,7 +79,7 @@ def test_a_program_is_a_few_times_that_of_plain_training():
   assert ours <= 4.6 * _lines(plain, 20, x)
 
 
-def test_the_first_entry_of_an_array_that_is_sharded_explicitly():
+def test_after_explicitly_sharded_arrays():
   mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
   with jax.set_mesh(mesh):
     spec = jax.sharding.PartitionSpec("data")
@@ -91,12 +91,12 @@ def test_the_first_entry_of_an_array_that_is_sharded_explicitly():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "complex64"])
-def test_strict_types_and_nan_checks(dtype):
+def test_after_works_without_promotion_and_with_nan_checks(dtype):
   first = [jnp.ones(2, dtype), jnp.ones((1, 1), jnp.float32)]
   with (
     jax.numpy_dtype_promotion("strict"),
     jax.numpy_rank_promotion("raise"),
     jax.debug_nans(True),
   ):
-    found = ordering.after(first, jnp.ones((2, 2), dtype))
-  np.testing.assert_array_equal(found, np.ones((2, 2)))
+    result = ordering.after(first, jnp.ones((2, 2), dtype))
+  np.testing.assert_array_equal(result, np.ones((2, 2)))

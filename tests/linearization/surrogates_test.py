@@ -1,4 +1,4 @@
-"""Derivatives that are declared otherwise than the values have them."""
+"""Detection of declared derivatives that are not those of the values."""
 
 import functools
 
@@ -32,7 +32,7 @@ _SURROGATES = {
   "scaling": _custom_vjp(lambda x: x, lambda x, g: 0.5 * g),
   "clipping": _custom_vjp(lambda x: x, lambda x, g: jnp.clip(g, -1, 1)),
 }
-_AGREEING = {
+_CONSISTENT = {
   "sine": _custom_vjp(jnp.sin, lambda x, g: g * jnp.cos(x)),
   "logarithm": _custom_vjp(jnp.log, lambda x, g: g / x),
   "relu": _custom_jvp(lambda x: jnp.maximum(x, 0), lambda x: (x > 0).astype(x.dtype)),
@@ -61,21 +61,21 @@ def _looped(function):
 
 @pytest.mark.parametrize("name", _SURROGATES)
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, _looped])
-def test_a_difference_refuses_surrogates(name, wrap):
+def test_difference_refuses_surrogates(name, wrap):
   run = functools.partial(_directional, wrap(_SURROGATES[name]), "difference")
   for run_once in (run, jax.jit(run)):
     with pytest.raises(base.InputError, match=r"surrogates_test.py.*engine='reverse'"):
       run_once()
 
 
-@pytest.mark.parametrize("name", _AGREEING)
+@pytest.mark.parametrize("name", _CONSISTENT)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_difference_accepts_what_agrees(name, dtype):
+def test_difference_accepts_consistent_derivatives(name, dtype):
   p = jnp.asarray(_P, dtype)
-  found = _directional(_AGREEING[name], "difference", p)
+  actual = _directional(_CONSISTENT[name], "difference", p)
   if dtype == "float32":
-    expected = _directional(_AGREEING[name], "reverse", p)
-    np.testing.assert_allclose(found, expected, rtol=1e-2)
+    expected = _directional(_CONSISTENT[name], "reverse", p)
+    np.testing.assert_allclose(actual, expected, rtol=1e-2)
 
 
 def _straight_through(x):
@@ -92,22 +92,22 @@ def _straight_through(x):
   ],
 )
 @pytest.mark.parametrize("engine", ["auto", *linearization.ENGINES[1:]])
-def test_every_engine_stops_gradients(function, engine):
+def test_every_engine_follows_stop_gradient(function, engine):
   def losses_fn(p, x):
     return (function(x @ p) ** 2).sum(1)
 
   _, expected = jax.jvp(lambda p: losses_fn(p, _X), (_P,), (_P,))
-  found = jax.jit(functools.partial(_directional, function, engine))()
-  np.testing.assert_allclose(found, expected, rtol=5e-3)
+  actual = jax.jit(functools.partial(_directional, function, engine))()
+  np.testing.assert_allclose(actual, expected, rtol=5e-3)
 
 
-def test_a_stopped_gradient_in_a_loop_is_refused():
+def test_difference_refuses_stop_gradient_in_a_loop():
   with pytest.raises(base.InputError, match=r"'difference' does not fit.*scan"):
     _directional(_looped(_straight_through), "difference")
 
 
 @pytest.mark.parametrize("name", ["rounding", "sign", "reversal"])
-def test_reverse_mode_follows_what_is_declared(name):
+def test_reverse_mode_follows_declared_derivatives(name):
   def loss(p, weights):
     return weights @ (_SURROGATES[name](_X @ p) ** 2).sum(1)
 

@@ -267,15 +267,7 @@ def test_a_setting_out_of_range_is_told(complaint):
     adacore.adacore(**({"fraction": 0.1} | _MISTAKES[complaint]))
 
 
-def test_what_cannot_be_chosen_is_told():
-  proxies, labels = np.zeros((60, 4)), np.repeat(np.arange(4), 15)
-  with pytest.raises(base.InputError, match="size=3 of 60 examples in 4 classes"):
-    coresets.select(proxies, labels, 3)
-  with pytest.raises(base.InputError, match="budget='fair'"):
-    coresets.select(proxies, labels, 10, budget="fair")
-  proxies[7, 2] = np.nan
-  with pytest.raises(base.InputError, match=r"1 of the proxies .* is of example 7"):
-    coresets.select(proxies, labels, 10)
+def test_invalid_networks_and_fractions_are_refused():
   with pytest.raises(base.InputError, match="fraction=2"):
     adacore.random_subset(2.0)
   problem = _problem(hidden=())

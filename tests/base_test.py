@@ -1,0 +1,181 @@
+"""The shared types, checks and collectives."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax.models import classifier
+from l2rw_jax.models import mlp
+
+
+def test_static_str_passes_through_transformations():
+  name = base.StaticStr("layerwise")
+  assert name == "layerwise" and jax.tree.leaves(name) == []
+  _, returned = jax.jit(jax.vmap(lambda x: (2 * x, name)))(jnp.arange(3))
+  assert returned == "layerwise"
+
+
+def test_meta_losses_use_other_random_numbers_than_training_losses():
+  def preprocess(images, keys, train):
+    if not train:
+      return images
+    return images + jax.vmap(lambda k: jax.random.normal(k, images.shape[1:]))(keys)
+
+  model = classifier.Classifier(mlp.MLP(3, (4,)), 3, preprocess=preprocess)
+  batch = {
+    "image": np.ones((2, 4), np.float32),
+    "label": np.zeros(2, np.int32),
+    "index": np.arange(2),
+  }
+  problem = model.problem(class_counts=jnp.ones(3), num_examples=2, num_steps=1)
+  params, state = model.init(jax.random.key(0), batch)
+  key = jax.random.key(1)
+  losses, _ = problem.losses_fn(state, key)(params, batch)
+  repeated, _ = problem.losses_fn(state, key)(params, batch)
+  meta_losses, _ = problem.meta_losses_fn(state, key)(params, batch)
+  np.testing.assert_array_equal(losses, repeated)
+  assert not np.isclose(losses, meta_losses).any()
+
+
+def test_collectives_are_the_identity_without_an_axis():
+  x = jnp.arange(3.0)
+  for function in (base.psum, base.pmean, base.pmax, base.local, base.gather):
+    np.testing.assert_array_equal(function(x, None), x)
+  np.testing.assert_array_equal(base.local_slice(x, None), x)
+  assert base.global_size(3, None) == 3
+
+
+def test_gather_and_local_slice_are_inverse():
+  x = jnp.arange(16.0).reshape(8, 2)
+
+  def run(values):
+    everything = base.gather(values, "d")
+    return everything, base.local_slice(everything, "d"), base.global_size(2, "d")
+
+  everything, values, size = jax.vmap(run, axis_name="d")(x)
+  np.testing.assert_array_equal(everything, np.tile(np.arange(16.0), (8, 1)))
+  np.testing.assert_array_equal(values, x)
+  np.testing.assert_array_equal(size, 16)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_local_keeps_gradients_local(check_vma):
+  mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+  spec = jax.sharding.PartitionSpec
+
+  def gradient(w, x):
+    return jax.grad(lambda w: jnp.sum(w * x))(base.local(w, "d"))[None]
+
+  mapped = jax.shard_map(
+    gradient,
+    mesh=mesh,
+    in_specs=(spec(), spec("d")),
+    out_specs=spec("d"),
+    check_vma=check_vma,
+  )
+  np.testing.assert_array_equal(
+    jax.jit(mapped)(jnp.float32(1), jnp.array([2.0, 5.0])), [2, 5]
+  )
+
+
+def test_take_gives_nan_for_rows_that_do_not_exist():
+  table, index = jnp.array([1.0, 2.0, 3.0]), jnp.array([[2, -1], [3, 0]])
+  expected = [[3, np.nan], [np.nan, 1]]
+  np.testing.assert_array_equal(base.take(table, index), expected)
+  np.testing.assert_array_equal(
+    base.take(jnp.arange(6).reshape(3, 2), jnp.array([1])), [[2, 3]]
+  )
+
+
+def test_explicit_sharding_is_followed_and_removed():
+  mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+  with jax.set_mesh(mesh):
+    split = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+    index = jax.device_put(jnp.array([1, 0, 0, 1]), split)
+    taken = base.take(jnp.array([5.0, 7.0]), index)
+    np.testing.assert_array_equal(taken, [7, 5, 5, 7])
+    assert jax.typeof(taken).sharding.spec == split.spec
+    whole = base.unsharded(taken)
+    assert not any(jax.typeof(whole).sharding.spec)
+    assert jax.typeof(base.sharded_like(whole, index)).sharding.spec == split.spec
+
+
+@pytest.mark.parametrize(
+  ("values", "largest", "finite"),
+  [
+    ([1.0, -3.0], 3, True),
+    ([0.0, 0.0], 0, True),
+    ([1.0, -np.inf], np.inf, False),
+    ([1.0, np.nan], np.nan, False),
+  ],
+)
+def test_max_abs_and_all_finite_look_at_every_leaf(values, largest, finite):
+  tree = {"x": jnp.array(values[:1]), "y": jnp.array(values[1:]), "n": jnp.array([9])}
+  np.testing.assert_array_equal(base.max_abs(tree), largest)
+  assert base.all_finite(tree) == finite
+
+
+def test_trees_without_floating_point_leaves_are_finite_and_zero():
+  for tree in ({}, {"n": jnp.arange(3)}):
+    assert base.all_finite(tree) and base.max_abs(tree) == 0
+
+
+def test_finite_rows_counts_the_bad_rows():
+  values = jnp.array([1.0, np.nan, 2.0, np.inf])
+  message = r"2 of 4 losses are NaN or infinite, the first in row 1: check the data\."
+  with pytest.raises(FloatingPointError, match=message):
+    base.finite_rows("losses", values, advice=": check the data")
+  assert not jax.jit(lambda x: base.finite_rows("losses", x))(values)
+  assert base.finite_rows("losses", values[:1])
+
+
+def test_first_fault_is_the_first_in_order():
+  none, bad, good = jnp.zeros((), jnp.int32), jnp.array(False), jnp.array(True)
+  fault = base.first_fault(none, meta_losses=good, meta_gradient=bad, slopes=bad)
+  assert fault == base.Fault.META_GRADIENT and fault.dtype == jnp.int32
+  assert base.first_fault(fault, training_losses=bad) == base.Fault.META_GRADIENT
+  assert base.first_fault(none, slopes=good) == base.Fault.NONE
+
+
+@pytest.mark.parametrize(
+  ("dtype", "expected"),
+  [
+    (jnp.float16, jnp.float32),
+    (jnp.bfloat16, jnp.float32),
+    (jnp.float32, jnp.float32),
+    (jnp.int32, jnp.float32),
+  ],
+)
+def test_accumulator_dtype_is_at_least_single_precision(dtype, expected):
+  assert base.accumulator_dtype(dtype) == expected
+
+
+@pytest.mark.parametrize(
+  ("result", "has_aux", "message"),
+  [
+    (jnp.ones(3), True, "f must return two values.* it returns one array"),
+    ((jnp.ones(3),) * 3, True, "it returns 3 values"),
+    (None, True, "one value of type NoneType"),
+    ((jnp.ones(3), "aux"), False, "an array of shape .* pass has_aux=True"),
+    (jnp.ones(()), False, r"one number per example, shape \[B\]; got shape \(\)"),
+    (jnp.ones(3, int), False, "must be floating-point numbers; got int32"),
+  ],
+)
+def test_results_of_a_losses_function_are_checked(result, has_aux, message):
+  with pytest.raises(base.InputError, match=message):
+    base.losses_and_aux("f", result, has_aux)
+
+
+def test_losses_and_aux_are_split():
+  losses, aux = base.losses_and_aux("f", (jnp.ones(3), {"n": 1}), True)
+  chex.assert_trees_all_equal((losses, aux), (jnp.ones(3), {"n": 1}))
+  assert base.losses_and_aux("f", losses, False) == (losses, None)
+
+
+def test_permutation_visits_every_example_once():
+  train = {"index": np.arange(5)}
+  rows = base.permutation((), None, train, np.random.default_rng(0))
+  assert sorted(rows.tolist()) == list(range(5))

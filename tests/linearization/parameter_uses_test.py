@@ -1,0 +1,77 @@
+"""Plans: what each value of a losses function depends on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2rw_jax.linearization import parameter_uses
+
+_B = 3
+_PARAMS = [jnp.arange(8.0).reshape(4, 2), jnp.array([0.5, -1.0])]
+_NAMES = ["kernel", "bias"]
+
+
+def _trace(losses_fn):
+  batch = {"x": jnp.ones((_B, 4)), "temperature": jnp.array(2.0)}
+  return parameter_uses.trace(losses_fn, _PARAMS, batch, _NAMES)
+
+
+def _losses_fn(params, batch):
+  kernel, bias = params
+  h = jax.jit(jnp.matmul)(batch["x"], 2 * kernel)
+  return jnp.sum(jnp.tanh(h / batch["temperature"]) + bias[None, :], 1), h.mean(0)
+
+
+def _run(plan, env, perturbations):
+  values = env | dict(enumerate(_PARAMS))
+  for kind in (parameter_uses.Kind.PARAMS, parameter_uses.Kind.DATA):
+    plan.run(kind, values, perturbations)
+  return values
+
+
+def test_uses_are_the_operations_on_parameters_and_examples():
+  plan, _, outputs, tree = _trace(_losses_fn)
+  uses = plan.parameter_uses()
+  assert [use.eqn.primitive.name for use in uses] == ["dot_general", "add"]
+  assert [use.differentiable_outputs for use in uses] == [[(0, 0)], [(0, 0)]]
+  kinds = {kind: sum(step.kind == kind for step in plan.steps) for kind in range(3)}
+  assert kinds[parameter_uses.Kind.PARAMS] >= 2  # 2 * kernel and the row of the bias.
+  assert outputs[0].kind == parameter_uses.Kind.DATA and outputs[0].axis == 0
+  assert outputs[0].leaf == 1  # The bias is used last.
+  assert tree == jax.tree.structure(0)
+
+
+def test_a_plan_computes_the_losses_and_adds_perturbations():
+  plan, env, outputs, _ = _trace(_losses_fn)
+  losses, aux = _losses_fn(_PARAMS, {"x": jnp.ones((_B, 4)), "temperature": 2.0})
+  zeros = [[jnp.zeros((_B, 2))]] * 2
+  values = _run(plan, env, zeros)
+  for output, expected in zip(outputs, (losses, aux), strict=True):
+    actual = parameter_uses.value_of(output, values)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+  perturbations = [zeros[0], [jnp.array([[0.0, 1], [2, 3], [4, 5]])]]
+  perturbed = parameter_uses.value_of(outputs[0], _run(plan, env, perturbations))
+  np.testing.assert_allclose(perturbed - losses, [1, 5, 9], rtol=1e-5)
+
+
+def test_errors_of_aux_alone_are_kept_as_values():
+  _, _, (losses, aux), _ = _trace(_losses_fn)
+  assert losses.error is None
+  assert aux.axis is None and "reduce_sum, which mixes examples" in str(aux.error)
+
+
+@pytest.mark.parametrize(
+  ("losses_fn", "message"),
+  [
+    (
+      lambda p, b: (jnp.cumsum(b["x"] @ p[0], axis=0).sum(1), 0),
+      r"cumsum, which mixes examples \(after parameter kernel\)",
+    ),
+    (lambda p, b: (jnp.ones((_B, 4)) @ p[0].sum(1), 0), "not computed row by row"),
+    (lambda p, b: ((b["x"] @ p[0]).T.ravel()[:_B], 0), "which mixes|merges"),
+  ],
+)
+def test_losses_that_mix_examples_are_refused(losses_fn, message):
+  with pytest.raises(parameter_uses.NotLayerwiseError, match=message):
+    _trace(losses_fn)
