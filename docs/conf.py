@@ -20,6 +20,8 @@ html_title = "l2rw_jax"
 html_show_sourcelink = False
 html_copy_source = False
 default_role = "code"  # Docstrings write `name`, as Markdown does.
+highlight_language = "none"  # Equations in docstrings are not Python.
+add_module_names = False
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
@@ -30,7 +32,7 @@ nb_merge_streams = True
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # Docstrings describe types and shapes in words.
-napoleon_use_ivar = True
+napoleon_custom_sections = [("Attributes", "params_style")]
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 88
 
@@ -66,10 +68,18 @@ def _skip(app, what, name, obj, skip, options):
   return skip or (obj.__doc__ or "").startswith("Alias for field number")
 
 
+def _shorten(app, what, name, obj, options, signature, returned):
+  """Leaves out of signatures what flax adds to the fields of a module."""
+  del app, what, name, obj, options
+  if signature:
+    signature = re.sub(r", parent=<.*?>, name=None", "", signature)
+  return signature, returned
+
+
 def _visit_math(self, node):
   is_block = isinstance(node, nodes.math_block)
   code = latex2mathml.tex2mathml(node.astext(), as_block=is_block)
-  self.body.append(f'<div class="math">{code}</div>' if is_block else code)
+  self.body.append(f'<div style="overflow-x: auto">{code}</div>' if is_block else code)
   raise nodes.SkipNode
 
 
@@ -77,6 +87,7 @@ def setup(app):
   """Registers the hooks; equations become MathML, which needs no script to load."""
   app.add_html_math_renderer("mathml", (_visit_math, None), (_visit_math, None))
   app.connect("autodoc-process-docstring", _preformat, priority=100)
+  app.connect("autodoc-process-signature", _shorten)
   app.connect("autodoc-skip-member", _skip)
 
 

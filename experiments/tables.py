@@ -130,7 +130,9 @@ def compact(tables: Sequence[_tables.Table]) -> str:
   return "\n\n".join(parts) + "\n"
 
 
-_MADE = "Written by `python -m experiments.tables --out=results --readme=results/README.md`."
+_MADE = (
+  "Written by `python -m experiments.tables --out=results --readme=results/README.md`."
+)
 
 
 def _title(table: _tables.Table) -> str:

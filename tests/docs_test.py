@@ -24,7 +24,9 @@ def name(path: pathlib.Path) -> str:
 
 def code_blocks(path: pathlib.Path) -> list[str]:
   """Python code of a page, without that of notebooks, which `make docs` runs."""
-  return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+  return re.findall(
+    r"^```python\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE
+  )
 
 
 def run(path: pathlib.Path, namespace: dict) -> dict:
@@ -89,7 +91,9 @@ def test_links_exist(path):
 def test_every_page_is_in_a_table_of_contents():
   listed = {DOCS / "index.md"}
   for path in PAGES:
-    for entries in re.findall(r"^```{toctree}\n(.*?)^```", path.read_text(), re.S | re.M):
+    for entries in re.findall(
+      r"^```{toctree}\n(.*?)^```", path.read_text(), re.S | re.M
+    ):
       lines = [x for x in entries.splitlines() if x and not x.startswith(":")]
       listed |= {path.parent / f"{entry}.md" for entry in lines}
   assert set(PAGES) == listed
