@@ -1,6 +1,7 @@
 # Two whole set-ups on a machine that has git, make and a Python >= 3.11:
 #   make demo   trains on real data and shows that it works
 #   make test   runs every test, or those named by TESTS="FILE ..."
+# and make docs builds the documentation into docs/_build/html.
 # PYTHON=python3.12 make test chooses the interpreter.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -13,9 +14,10 @@ BIN := $(VENV)/bin
 CREATED := $(VENV)/.python-$(TAG)
 DEMO := $(VENV)/.demo-$(TAG)
 TEST := $(VENV)/.test-$(TAG)
+DOCS := $(VENV)/.docs-$(TAG)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO)
@@ -28,6 +30,9 @@ lint: $(TEST)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(DOCS)
+	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs docs/_build/html
 
 $(CREATED):
 	@test -n "$(TAG)" || { echo "error: no Python >= 3.11 found; name one: PYTHON=/path/to/python make" >&2; exit 2; }
@@ -42,5 +47,9 @@ $(TEST): setup.py | $(CREATED)
 	$(INSTALL) '.[test]'
 	@touch $@
 
+$(DOCS): setup.py | $(CREATED)
+	$(INSTALL) '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) docs/_build

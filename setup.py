@@ -32,6 +32,16 @@ TEST = [
   "setuptools>=77",
 ]
 
+DOCS = [
+  *EXPERIMENTS,
+  "dm-haiku>=0.0.14",
+  "equinox>=0.11",
+  "furo>=2024.8",
+  "ipykernel>=6.29",
+  "myst-nb>=1.2",
+  "sphinx>=8",
+]
+
 setuptools.setup(
   name="l2rw_jax",
   version=VERSION,
@@ -59,6 +69,7 @@ setuptools.setup(
     "experiments": EXPERIMENTS,
     "benchmarks": [*EXPERIMENTS, "torch>=2.4"],
     "test": TEST,
+    "docs": DOCS,
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],

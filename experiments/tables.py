@@ -2,7 +2,7 @@ r"""Every committed result beside its published value.
 
 Reads `results/` only; trains nothing and needs no data.
 Command: python -m experiments.tables
-  after committing new results: --out=results --readme=README.md
+  after committing new results: --out=results --readme=results/README.md
 Time: seconds.
 """
 
@@ -130,7 +130,9 @@ def compact(tables: Sequence[_tables.Table]) -> str:
   return "\n\n".join(parts) + "\n"
 
 
-_MADE = "Written by `python -m experiments.tables --out=results --readme=README.md`."
+_MADE = (
+  "Written by `python -m experiments.tables --out=results --readme=results/README.md`."
+)
 
 
 def _title(table: _tables.Table) -> str:

@@ -15,7 +15,7 @@ from l2rw_jax import susceptibility
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "results"
 FILES = sorted(RESULTS.rglob("results.json"))
-COMMAND = "run python -m experiments.tables --out=results --readme=README.md"
+COMMAND = "run python -m experiments.tables --out=results --readme=results/README.md"
 
 
 def rows(name: str) -> list[dict]:
@@ -27,8 +27,8 @@ def committed():
   return tables.collect(RESULTS)
 
 
-def test_readme_holds_the_tables_of_the_committed_rows(committed):
-  readme = (REPOSITORY / "README.md").read_text()
+def test_results_readme_holds_the_tables_of_the_committed_rows(committed):
+  readme = (RESULTS / "README.md").read_text()
   assert tables.between_markers(readme, tables.compact(committed)) == readme, COMMAND
 
 

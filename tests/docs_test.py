@@ -1,0 +1,184 @@
+"""README and documentation: code runs, links exist, pages are listed."""
+
+import pathlib
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+DOCS = REPOSITORY / "docs"
+METHODS = DOCS / "methods"
+PAGES = sorted(p for p in DOCS.rglob("*.md") if "_build" not in p.parts)
+TEXTS = [REPOSITORY / "README.md", REPOSITORY / "BUILD.md", *PAGES]
+
+
+def name(path: pathlib.Path) -> str:
+  return str(path.relative_to(REPOSITORY))
+
+
+def code_blocks(path: pathlib.Path) -> list[str]:
+  """Python code of a page, without that of notebooks, which `make docs` runs."""
+  return re.findall(
+    r"^```python\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE
+  )
+
+
+def run(path: pathlib.Path, namespace: dict) -> dict:
+  for number, block in enumerate(code_blocks(path)):
+    exec(compile(block, f"{name(path)}, block {number}", "exec"), namespace)
+  return namespace
+
+
+def test_readme_is_short():
+  assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 150
+
+
+def test_readme_code_runs():
+  keys = jax.random.split(jax.random.key(0), 4)
+  reader = {
+    "loss_fn": lambda p, example: (example["x"] @ p - example["y"]) ** 2,
+    "params": jnp.ones(3),
+    "batch": {
+      "x": jax.random.normal(keys[0], (8, 3)),
+      "y": jax.random.normal(keys[1], (8,)),
+    },
+    "meta_batch": {
+      "x": jax.random.normal(keys[2], (4, 3)),
+      "y": jax.random.normal(keys[3], (4,)),
+    },
+  }
+  drop_in, by_hand, precise = code_blocks(REPOSITORY / "README.md")
+  exec(drop_in, reader)
+  grads, weights = reader["grads"], reader["info"].weights
+  assert np.isclose(weights.sum(), 1)
+
+  @jax.jit  # Eagerly, each operation would be compiled.
+  def results(block_inputs):
+    names = reader | block_inputs
+    exec(by_hand, names)
+    results = names["grads"]
+    exec(precise, names)
+    return results, names["w"].weights
+
+  arrays = {key: reader[key] for key in ("params", "batch", "meta_batch")}
+  chex.assert_trees_all_close(results(arrays), (grads, weights), rtol=1e-5)
+
+
+def test_readme_commands_are_make_targets():
+  makefile = (REPOSITORY / "Makefile").read_text()
+  commands = re.findall(
+    r"(?:^    |`)make (\w+)", (REPOSITORY / "README.md").read_text(), re.MULTILINE
+  )
+  assert {"demo", "test", "docs"} <= set(commands)
+  for command in commands:
+    assert f"\n{command}:" in makefile
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=name)
+def test_links_exist(path):
+  for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+    if not link.startswith(("http://", "https://", "#")):
+      target = path.parent / link.partition("#")[0]
+      assert target.exists(), f"{name(path)} links to {link}"
+
+
+def test_every_page_is_in_a_table_of_contents():
+  listed = {DOCS / "index.md"}
+  for path in PAGES:
+    for entries in re.findall(
+      r"^```{toctree}\n(.*?)^```", path.read_text(), re.S | re.M
+    ):
+      lines = [x for x in entries.splitlines() if x and not x.startswith(":")]
+      listed |= {path.parent / f"{entry}.md" for entry in lines}
+  assert set(PAGES) == listed
+
+
+def test_every_method_has_a_page_with_its_reference():
+  text = "\n".join(path.read_text() for path in METHODS.glob("*.md"))
+  documented = set(re.findall(r"automodule:: l2rw_jax\.methods\.([\w.]+)", text))
+  root = REPOSITORY / "l2rw_jax" / "methods"
+  files = [p.relative_to(root).with_suffix("") for p in root.rglob("*.py")]
+  modules = {".".join(p.parts) for p in files if p.name != "__init__"}
+  assert documented == modules
+
+
+def test_code_of_the_first_page():
+  reader = run(DOCS / "index.md", {})
+  np.testing.assert_allclose(reader["info"].weights, [1, 0])
+
+
+def test_code_of_your_own_training_loop():
+  reader = run(DOCS / "training_loop.md", {})
+  # Padding has no weight, real tokens have.
+  token_weights = np.asarray(reader["token_weights"])
+  assert (token_weights[~reader["text"]["mask"]] == 0).all()
+  assert np.isclose(token_weights.sum(), 1, atol=1e-5)
+  assert len(reader["result"].weights["mean_weight"]) == 32
+  assert np.isfinite(reader["logits"]).all() and reader["logits"].shape == (64, 3)
+
+
+def test_code_of_when_weights_do_not_help():
+  reader = run(DOCS / "when_weights_do_not_help.md", {})
+  assert not reader["info"].finite
+  fault = reader["l2rw_jax"].base.Fault(int(reader["info"].fault))
+  assert fault.name == "TRAINING_LOSSES"
+
+
+@pytest.fixture(scope="module")
+def setup():
+  return run(METHODS / "index.md", {})
+
+
+# Names that the code of a page ends with, and what they must be.
+_OUTCOMES = {
+  "absgd": lambda r: np.isclose(r["weights"].sum(), 1 / 0.9) and r["log_u"] > 0,
+  "adacore": lambda r: len(r["rows"]) == 4 and r["weights"].sum() == 8,
+  "advisor": lambda r: moved(r, "psi") and moved(r, "params"),
+  "bare": lambda r: np.isclose(r["weights"].sum(), 1) and (r["weights"] == 0).any(),
+  "baselines": lambda r: np.isclose(r["weights"].sum(), 1) and r["loss"] > 0,
+  "forml": lambda r: not np.allclose(r["kept"], 1) and np.isclose(r["kept"].sum(), 20),
+  "group_dro": lambda r: np.isclose(r["weights"].sum(), 1, atol=1e-5),
+  "l2rw": lambda r: moved(r, "params") and np.isclose(r["weights"].sum(), 1),
+  "label_transition": lambda r: np.isfinite(r["loss"]),
+  "ldam_drw": lambda r: np.isclose(r["weights"].sum(), 1) and (r["losses"] > 0).all(),
+  "mentornet": lambda r: ((r["v"] >= 0) & (r["v"] <= 1)).all() and r["percentile"] > 0,
+  "meta_weight_net": lambda r: moved(r, "phi") and moved(r, "params"),
+  "nested_maml": lambda r: (r["kept"][:5] == 1).all() and (r["kept"] != 1).any(),
+  "robust_losses": lambda r: r["loss"] > 0 and r["method"].needs_meta,
+  "susceptibility": lambda r: r["drop"] > 0 and len(r["zeta"]) == 1,
+  "warpi": lambda r: moved(r, "phi") and moved(r, "params"),
+}
+
+
+def moved(reader: dict, name: str) -> bool:
+  """Whether a step of the page has changed parameters."""
+  leaves = jax.tree.leaves(reader[name])
+  before = jax.tree.leaves(reader["start"][name])
+  return any((np.asarray(a) != b).any() for a, b in zip(leaves, before, strict=True))
+
+
+@pytest.mark.parametrize("page", sorted(p.stem for p in METHODS.glob("*.md")))
+def test_code_of_a_method(page, setup):
+  if page == "index":
+    assert setup["losses_fn"](setup["params"], setup["batch"]).shape == (8,)
+    return
+  reader = dict(setup)
+  reader["start"] = {"params": setup["params"]}
+  blocks = code_blocks(METHODS / f"{page}.md")
+  assert blocks
+  for number, block in enumerate(blocks):
+    # The parameters of a page's own network, before the step that changes them.
+    head, step, tail = block.partition("\n\n@jax.jit\n")
+    source = f"{page}.md, block {number}"
+    exec(compile(head, source, "exec"), reader)
+    for own in ("phi", "psi"):
+      if own in reader:
+        reader["start"].setdefault(own, jax.tree.map(np.asarray, reader[own]))
+    exec(compile(step + tail, source, "exec"), reader)
+  assert _OUTCOMES[page](reader)
