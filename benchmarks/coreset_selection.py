@@ -32,8 +32,8 @@ from experiments import _report
 from l2rw_jax import base
 from l2rw_jax import coresets
 from l2rw_jax.data import examples as examples_lib
+from l2rw_jax.data import noisy_labels
 from l2rw_jax.data import sources
-from l2rw_jax.data import splits as splits_lib
 from l2rw_jax.io import workdir
 from l2rw_jax.methods import adacore
 from l2rw_jax.methods import adacore_table
@@ -64,7 +64,7 @@ _BATCH_SIZE = 100
 class Training:
   """An MLP in training, an epoch at a time, as the loop trains it."""
 
-  def __init__(self, split: splits_lib.Splits):
+  def __init__(self, split: examples_lib.Splits):
     """Nothing trained, nothing compiled."""
     self._size = len(split.train.label)
     self._model = classifier.Classifier(mlp.MLP(split.num_classes, (256,)), 10)
@@ -213,7 +213,7 @@ def measure() -> list[dict[str, Any]]:
     sources.load(_DATASET.value, split, **_launch.data_folders())
     for split in ("train", "test")
   )
-  split = splits_lib.noisy_labels(
+  split = noisy_labels.noisy_labels(
     train, test, builder="uniform_flip", fraction=0.0, num_meta_per_class=0, seed=0
   )
   training = Training(split)

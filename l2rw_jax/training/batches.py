@@ -9,7 +9,6 @@ import numpy as np
 
 from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
-from l2rw_jax.data import splits as splits_lib
 from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import device_data
 from l2rw_jax.training import devices as devices_lib
@@ -53,7 +52,7 @@ class BatchSource:
   def __init__(
     self,
     config: config_lib.Config,
-    splits: Sequence[splits_lib.Splits],
+    splits: Sequence[examples_lib.Splits],
     epoch_order: Callable[[int, int, np.random.Generator], np.ndarray],
     needs_meta: bool,
     devices: list[jax.Device],
@@ -132,8 +131,8 @@ class BatchSource:
 
 
 def check_splits(
-  splits: Sequence[splits_lib.Splits], seeds: Sequence[int]
-) -> list[splits_lib.Splits]:
+  splits: Sequence[examples_lib.Splits], seeds: Sequence[int]
+) -> list[examples_lib.Splits]:
   """Splits whose labels, groups and row numbers are arrays of int32.
 
   Args:
@@ -154,7 +153,7 @@ def check_splits(
   return found
 
 
-def examples_dict(examples: splits_lib.Examples) -> base.Batch:
+def examples_dict(examples: examples_lib.Examples) -> base.Batch:
   """The fields of a split that networks and methods may see."""
   if examples.group is None:
     examples = examples._replace(group=examples.true_label)

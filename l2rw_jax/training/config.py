@@ -8,7 +8,6 @@ import numpy as np
 
 from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
-from l2rw_jax.data import splits as splits_lib
 from l2rw_jax.training import devices
 
 
@@ -67,7 +66,7 @@ class Config:
 
 
 def check(
-  config: Config, method: base.Method, splits: Sequence[splits_lib.Splits]
+  config: Config, method: base.Method, splits: Sequence[examples_lib.Splits]
 ) -> None:
   """Raises InputError unless `train` can start with these."""
   devices.choose(config.num_devices, config.batch_size)

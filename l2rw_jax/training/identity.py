@@ -6,8 +6,8 @@ import pathlib
 from typing import Any
 
 from l2rw_jax import base
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import fingerprint
-from l2rw_jax.data import splits as splits_lib
 from l2rw_jax.io import workdir
 from l2rw_jax.training import config as config_lib
 
@@ -18,7 +18,7 @@ _ADVICE = "choose another --workdir or delete it."
 
 def of_runs(
   config: config_lib.Config,
-  splits: Sequence[splits_lib.Splits],
+  splits: Sequence[examples_lib.Splits],
   folder: pathlib.Path,
 ) -> list[dict[str, Any]]:
   """The identity of the run of each seed, as JSON.

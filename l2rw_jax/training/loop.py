@@ -24,7 +24,7 @@ import numpy as np
 import optax
 
 from l2rw_jax import base
-from l2rw_jax.data import splits as splits_lib
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.io import checkpointing
 from l2rw_jax.io import metric_writer
 from l2rw_jax.io import workdir
@@ -52,7 +52,7 @@ def train(
   model: config_lib.Model,
   method: base.Method,
   optimizer: optax.GradientTransformation,
-  splits: Sequence[splits_lib.Splits],
+  splits: Sequence[examples_lib.Splits],
   folder: pathlib.Path,
   evaluators: Sequence[evaluation.Evaluator] = (evaluation.accuracy,),
   name: str = "train",
@@ -141,7 +141,7 @@ class _Run:
     self.folders = [folder / f"seed-{seed}" for seed in config.seeds]
     self.num_runs = len(config.seeds)
     self.devices = devices_lib.choose(config.num_devices, config.batch_size)
-    counts = [splits_lib.class_counts(s.train, s.num_classes) for s in splits]
+    counts = [examples_lib.class_counts(s.train, s.num_classes) for s in splits]
     self.class_counts = jnp.asarray(np.stack(counts), jnp.int32)
     self.pending: list[tuple[list[batches_lib.Rows], step_lib.StepOutput]] = []
     # Metrics [R, K] by name, of steps flushed before their row was due.

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from l2rw_jax import base
-from l2rw_jax.data import splits as splits_lib
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.io import metric_writer
 from l2rw_jax.io import workdir
 from l2rw_jax.training import weight_log
@@ -42,7 +42,7 @@ def write(
   params: base.PyTree,
   log: weight_log.WeightLog,
   run: int,
-  split: splits_lib.Splits,
+  split: examples_lib.Splits,
   facts: dict[str, Any],
 ) -> None:
   """Writes `weights.csv` and then `results.json`, which marks the run finished.
