@@ -17,6 +17,7 @@ from l2rw_jax import base
 from l2rw_jax.data import label_noise
 from l2rw_jax.data import sources
 
+_BATCH_FIELDS = ("image", "label", "index", "group")
 _BLOCK_BYTES = 2**26
 
 
@@ -64,6 +65,13 @@ class Splits(NamedTuple):
   test: Examples
   num_classes: int
   fingerprint: str
+
+
+def as_batch(examples: Examples) -> base.Batch:
+  """The fields of `examples` that networks and methods may use."""
+  if examples.group is None:
+    examples = examples._replace(group=examples.true_label)
+  return {name: getattr(examples, name) for name in _BATCH_FIELDS}
 
 
 def class_counts(examples: Examples, num_classes: int) -> np.ndarray:
