@@ -12,10 +12,10 @@ from l2rw_jax.training import devices
 
 
 class Model(Protocol):
-  """A network and its loss, such as `models.classifier.Classifier`.
+  """A network and its loss, such as `models.classifier.Classifier`."""
 
-  Models are hashable: they are keys of the cache of compiled functions.
-  """
+  def __hash__(self) -> int:
+    """Models are keys of the cache of compiled functions."""
 
   def check(self, batch: base.Batch, num_classes: int) -> None:
     """Raises InputError unless the model accepts these examples of C classes."""

@@ -35,7 +35,7 @@ VARIANTS = ("paper", "official_code")
 
 
 def make_splits(train=TRAIN, test=TEST, **options):
-  given = {
+  arguments = {
     "builder": "uniform_flip",
     "fraction": 0.4,
     "num_meta_per_class": 10,
@@ -43,7 +43,7 @@ def make_splits(train=TRAIN, test=TEST, **options):
     "seed": 0,
     **options,
   }
-  return noisy_labels.noisy_labels(train, test, **given)
+  return noisy_labels.noisy_labels(train, test, **arguments)
 
 
 def test_splits_of_digits_never_change():
@@ -201,9 +201,9 @@ def balanced_source(name="toy", split="train", num_classes=10, each=5000, extra=
 
 
 def make_balanced(train, **options):
-  given = {"fraction": 0.4, "num_meta_per_class": 10, "seed": 0, **options}
+  arguments = {"fraction": 0.4, "num_meta_per_class": 10, "seed": 0, **options}
   return noisy_labels.noisy_labels(
-    train, balanced_source(train.name, "test", each=2), **given
+    train, balanced_source(train.name, "test", each=2), **arguments
   )
 
 
