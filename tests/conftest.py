@@ -32,7 +32,10 @@ def decoded(tmp_path_factory) -> pathlib.Path:
 
 # Tests that run without implicit promotion of ranks and types: neither the library nor
 # the tests themselves need it. The others mix types in code of their own.
-_WITHOUT_PROMOTION = {"data", "training", "formulas_sweep_test.py"}
+_WITHOUT_PROMOTION = {
+  *("data", "training"),
+  *("formulas_sweep_test.py", "inference_test.py", "sharding_test.py"),
+}
 
 
 @pytest.fixture(autouse=True)

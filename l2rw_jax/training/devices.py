@@ -108,6 +108,11 @@ def unshard(values: Any) -> np.ndarray:
   return values.reshape(*values.shape[:-2], -1)
 
 
+def first_copy(tree: base.PyTree) -> base.PyTree:
+  """The first device's copy of `[D, ...]` leaves that are on the host."""
+  return jax.tree.map(lambda x: x[0], tree)
+
+
 def over_runs(fun: Callable[..., Any], num_runs: int) -> Callable[..., Any]:
   """Maps `fun` over the leading axis R of all its arguments.
 

@@ -193,5 +193,6 @@ def _write_results(run, metrics, weights, folders, identities):
       "identity": identities[index],
       **workdir.run_info(),
     }
-    params = jax.device_get(run.snapshot(index).state.params)
+    state = run.snapshot(index).state
+    params = jax.device_get(state.params)
     results.write(folder, params, weights, index, run.splits[index], facts)

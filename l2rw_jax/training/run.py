@@ -50,6 +50,7 @@ class Run:
 
   Attributes:
     config: settings of the runs.
+    method: turns batches into gradients.
     splits: the data of each run.
     devices: the devices that train.
     step: updates sent to the devices; they are done once `fetch` has returned.
@@ -76,11 +77,11 @@ class Run:
       optimizer: turns gradients into updates.
       splits: the data of each seed, all of one size.
     """
-    self.config, self.splits = config, splits
+    self.config, self.method, self.splits = config, method, splits
     self.devices = devices_lib.choose(config.num_devices, config.batch_size)
     self.step = 0
     self.timer = timer_lib.Timer()
-    self._model, self._method, self._optimizer = model, method, optimizer
+    self._model, self._optimizer = model, optimizer
     self._num_examples = len(splits[0].train.label)
     counts = [examples_lib.class_counts(s.train, s.num_classes) for s in splits]
     self._class_counts = jnp.asarray(np.stack(counts), jnp.int32)
@@ -212,21 +213,21 @@ class Run:
       Output(
         steps,
         devices_lib.unshard(output.weights),
-        {name: values[0] for name, values in output.metrics.items()},
+        devices_lib.first_copy(output.metrics),
       )
       for steps, output in zip(rows, outputs, strict=True)
     ]
 
   def _epoch_order(self, run, epoch, rng):
-    if self._method.sample is base.permutation:  # Needs no state from the devices.
+    if self.method.sample is base.permutation:  # Needs no state from the devices.
       return rng.permutation(self._num_examples)
     state, problem = self._state_and_problem(run)
     train = examples_lib.as_batch(self.splits[run].train)
-    return self._method.sample(state.method_state, problem, train, rng)
+    return self.method.sample(state.method_state, problem, train, rng)
 
   def _epoch(self):
     """`sampler.epoch()` if the method uses the training set between epochs."""
-    method = self._method
+    method = self.method
     if method.refresh is base.keep_state and method.sample is base.permutation:
       return None
     return self.sampler.epoch()
@@ -234,7 +235,7 @@ class Run:
   def _refresh(self):
     """Calls the method's `refresh` for the runs that are about to start an epoch."""
     starts_epoch = [run.starts_epoch() for run in self.sampler.runs]
-    if self._method.refresh is base.keep_state or not any(starts_epoch):
+    if self.method.refresh is base.keep_state or not any(starts_epoch):
       return
     states = []
     for run, seed in enumerate(self.config.seeds):
@@ -250,7 +251,7 @@ class Run:
           train=examples_lib.as_batch(self.splits[run].train),
           rng=sampling.generator(seed, "refresh", epoch),
         )
-        states[run] = self._method.refresh(state.method_state, problem, view)
+        states[run] = self.method.refresh(state.method_state, problem, view)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
     self.state = self.state._replace(
       method_state=devices_lib.replicate(stacked, self.devices)

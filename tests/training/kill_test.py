@@ -52,7 +52,7 @@ del sys.argv[1]
 if kind == "step":
   kill_before(sampling.Sampler, "next", lambda _, step: step == int(where))
 elif kind == "rename":
-  kill_before(os, "rename", lambda _, made: pathlib.Path(made).name == where)
+  kill_before(os, "rename", lambda _, path: pathlib.Path(path).name == where)
 else:
   kill_before(workdir, "write_json", lambda path, _: str(path).endswith(where))
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
