@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 DOCS = REPOSITORY / "docs"
 METHODS = DOCS / "methods"

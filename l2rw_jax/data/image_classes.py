@@ -1,4 +1,4 @@
-"""Floor 4: sources of many classes with few images each, and what is done to them."""
+"""Sources with many classes of few images, and transformations of them."""
 
 from collections.abc import Sequence
 import os
@@ -22,27 +22,28 @@ def omniglot(
 ) -> sources.Source:
   """Handwritten characters: the splits `small1` and `small2` of TFDS, as one source.
 
-  The two share alphabets (Greek and Latin), drawing by drawing; a character that is
-  in both is taken once, 242 characters of 20 drawings in all. Drawings become gray,
-  `size` by `size`, with bright ink on a dark ground as in MNIST.
+  The two splits share alphabets (Greek and Latin), including the drawings. A
+  character that is in both splits is used once, so there are 242 characters of 20
+  drawings. Drawings are converted to gray and resized to `size` by `size`, with bright
+  ink on a dark background as in MNIST.
 
   Args:
-    size: of the images, in pixels.
+    size: width and height of the images, in pixels.
     data_dir: as in `sources.load`.
     cache_dir: as in `sources.load`.
 
   Raises:
-    InputError: the set is not there.
+    InputError: the set does not exist.
   """
-  found = [
+  parts = [
     sources.load("omniglot", split, data_dir=data_dir, cache_dir=cache_dir)
     for split in ("small1", "small2")
   ]
-  new = ~np.isin(found[1].labels, found[0].labels)
-  images = np.concatenate([found[0].images, found[1].images[new]])
-  labels = np.concatenate([found[0].labels, found[1].labels[new]])
+  new = ~np.isin(parts[1].labels, parts[0].labels)
+  images = np.concatenate([parts[0].images, parts[1].images[new]])
+  labels = np.concatenate([parts[0].labels, parts[1].labels[new]])
   return renumbered(
-    found[0]._replace(
+    parts[0]._replace(
       split="small1+small2",
       images=255 - resized(images, size, 1),
       labels=labels,
@@ -52,25 +53,27 @@ def omniglot(
 
 
 def image_folder(root: str | os.PathLike, split: str, *, size: int) -> sources.Source:
-  """Images that lie as root/split/CLASS/FILE, such as those of mini-ImageNet.
+  """Images in files root/split/CLASS/FILE, such as those of mini-ImageNet.
 
-  The layout of TFDS's `ImageFolder` and of torchvision: one folder a class, in the
-  order of their names; images in folders inside it are of that class, too. Images
-  (JPEG, PNG or BMP) are made RGB of 8 bits a channel and `size` by `size`.
+  This is the layout of TFDS's `ImageFolder` and of torchvision: one folder for each
+  class, in the order of their names. Images in subfolders belong to the class, too.
+  Images (JPEG, PNG or BMP) are converted to RGB with 8 bits per channel and resized
+  to `size` by `size`.
 
   Args:
     root: the folder of the data set.
-    split: of it, such as `train`, `val` or `test`.
-    size: of the images, in pixels.
+    split: name of the split, such as `train`, `val` or `test`.
+    size: width and height of the images, in pixels.
 
   Returns:
-    The split. Its `class_names` are those of the folders, so that splits with other
-    classes are refused where they must have the same ones, as in
-    `parts.check_sources`, or different ones, as in `episodes.episodes`.
+    The split. Its `class_names` are the names of the folders, so that
+    `examples.check_sources` detects splits with different classes, and
+    `episodes.episodes` splits with common classes.
 
   Raises:
-    InputError: no such folder, no class in it, a class without images, an image
-      outside any class or of another format, or a file that cannot be read.
+    InputError: the folder does not exist or has no classes, a class has no images, an
+      image is outside of the class folders or of another format, or a file cannot be
+      read.
   """
   sources.check_folder_name("the split of an image folder", split)
   folder = pathlib.Path(root).expanduser() / split
@@ -85,10 +88,11 @@ def image_folder(root: str | os.PathLike, split: str, *, size: int) -> sources.S
   if outside:
     raise base.InputError(f"{outside[0]} is in no class; move it into a class folder.")
   images, labels = [], []
-  for label, own in enumerate(classes):
-    files = _images(own)
+  for label, class_folder in enumerate(classes):
+    files = _images(class_folder)
     if not files:
-      raise base.InputError(f"{own} holds no image ({', '.join(sorted(_SUFFIXES))}).")
+      suffixes = ", ".join(sorted(_SUFFIXES))
+      raise base.InputError(f"{class_folder} holds no image ({suffixes}).")
     images += [_read(file, size) for file in files]
     labels += [label] * len(files)
   name = pathlib.Path(root).expanduser().resolve().name
@@ -100,7 +104,7 @@ def image_folder(root: str | os.PathLike, split: str, *, size: int) -> sources.S
     np.asarray(labels, np.int32),
     len(classes),
     {},
-    tuple(own.name for own in classes),
+    tuple(class_folder.name for class_folder in classes),
   )
 
 
@@ -114,18 +118,18 @@ def _listed(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _images(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The images in a folder and, after them, in the folders inside it."""
-  found, inner = [], []
+  """The images in a folder, followed by those in its subfolders."""
+  files, inner = [], []
   for path in _listed(folder):
     if path.is_dir():
       inner += _images(path)
     elif path.suffix.lower() in _SUFFIXES:
-      found.append(path)
+      files.append(path)
     elif path.suffix.lower() in _OTHER_SUFFIXES:
       raise base.InputError(
-        f"{path} is of a format that is not read; convert it to PNG or remove it."
+        f"{path} has a format that is not read; convert it to PNG or remove it."
       )
-  return found + inner
+  return files + inner
 
 
 def _read(path: pathlib.Path, size: int) -> np.ndarray:
@@ -136,7 +140,7 @@ def _read(path: pathlib.Path, size: int) -> np.ndarray:
       small = _of_bytes(image).convert("RGB")
       small = small.resize((size, size), Image.Resampling.BILINEAR)
       return np.asarray(small, np.uint8)
-  # Damage shows as nearly any error, by where it hits.
+  # Damage can raise nearly any error.
   except Exception as error:
     raise base.InputError(f"{path} cannot be read as an image; remove it.") from error
 
@@ -152,26 +156,26 @@ def _of_bytes(image: Any) -> Any:
 
 
 def resized(images: np.ndarray, size: int, channels: int) -> np.ndarray:
-  """uint8 [N, H, W, 1 or 3] to [N, size, size, channels], smoothed when shrunk.
+  """Resizes uint8 [N, H, W, 1 or 3] to [N, size, size, channels], with smoothing.
 
-  One channel of three is their luminance, three of one are equal.
+  One channel is the luminance of three; three channels are copies of one.
   """
   from PIL import Image
 
   shape = (size, size, channels)
   if images.shape[1:] == shape:
     return images
-  found = np.empty((len(images), *shape), np.uint8)
-  for i, image in enumerate(images):
-    own = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    own = own.convert("L" if channels == 1 else "RGB")
-    own = own.resize((size, size), Image.Resampling.BILINEAR)
-    found[i] = np.asarray(own).reshape(shape)
-  return found
+  results = np.empty((len(images), *shape), np.uint8)
+  for i, pixels in enumerate(images):
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    image = image.convert("L" if channels == 1 else "RGB")
+    image = image.resize((size, size), Image.Resampling.BILINEAR)
+    results[i] = np.asarray(image).reshape(shape)
+  return results
 
 
 def shuffled(source: sources.Source, seed: int) -> sources.Source:
-  """The same images in no classes at all: labels dealt out anew, as many of each."""
+  """The same images with permuted labels, so that classes have no meaning."""
   labels = np.random.default_rng(seed).permutation(source.labels)
   return source._replace(
     name=f"{source.name}+shuffled", labels=labels, class_names=None
@@ -179,26 +183,26 @@ def shuffled(source: sources.Source, seed: int) -> sources.Source:
 
 
 def rotated(source: sources.Source) -> sources.Source:
-  """Four classes of each: its images turned by 0, 90, 180 and 270 degrees.
+  """Makes four classes of each: its images rotated by 0, 90, 180 and 270 degrees.
 
-  Class c turned k times is c + k C, as few-shot learning extends Omniglot. Cut
-  classes apart before: a character and its turned self are not two characters.
+  Class c rotated by 90 k degrees is class c + k C, as few-shot learning extends
+  Omniglot. Split the classes before, because a rotated character is not a new one.
   """
-  turned = [np.rot90(source.images, k, axes=(1, 2)) for k in range(4)]
+  images = [np.rot90(source.images, k, axes=(1, 2)) for k in range(4)]
   labels = [source.labels + k * source.num_classes for k in range(4)]
-  given = source.class_names or sources.numbers(source.num_classes)
-  names = [*given, *(f"{name} turned {90 * k}" for k in (1, 2, 3) for name in given)]
+  names = source.class_names or sources.numbers(source.num_classes)
+  new_names = [f"{name} turned {90 * k}" for k in (1, 2, 3) for name in names]
   return source._replace(
     name=f"{source.name}+rotated",
-    images=np.concatenate(turned),
+    images=np.concatenate(images),
     labels=np.concatenate(labels).astype(np.int32),
     num_classes=4 * source.num_classes,
-    class_names=tuple(names),
+    class_names=(*names, *new_names),
   )
 
 
 def renumbered(source: sources.Source) -> sources.Source:
-  """The classes that occur, as 0 to C - 1 in their order."""
+  """Renumbers the classes that occur as 0 to C - 1, in their order."""
   classes, labels = np.unique(source.labels, return_inverse=True)
   names = source.class_names or sources.numbers(source.num_classes)
   return source._replace(
@@ -211,16 +215,16 @@ def renumbered(source: sources.Source) -> sources.Source:
 def split_classes(
   source: sources.Source, sizes: Sequence[int], seed: int
 ) -> list[sources.Source]:
-  """Sources without a class in common, of `sizes` classes each.
+  """Splits a source into sources without common classes.
 
   Args:
-    source: whose classes to deal out.
-    sizes: classes of each part.
-    seed: which class comes where; make it one for all repetitions of an experiment,
-      or classes that settings were chosen on come to be tested on.
+    source: the source.
+    sizes: number of classes in each part.
+    seed: decides the part of each class. Use one seed for all repetitions of an
+      experiment; otherwise settings are tested on classes for which they were chosen.
 
   Raises:
-    InputError: more classes asked for than there are.
+    InputError: the source has fewer classes.
   """
   if sum(sizes) > source.num_classes:
     raise base.InputError(
@@ -228,7 +232,7 @@ def split_classes(
       f" {' + '.join(map(str, sizes))}; lower the number of classes of a part."
     )
   order = np.random.default_rng(seed).permutation(source.num_classes)
-  found = []
+  parts = []
   for part in np.split(order[: sum(sizes)], np.cumsum(sizes)[:-1]):
     rows = np.flatnonzero(np.isin(source.labels, part))
     names = ",".join(map(str, np.sort(part)))
@@ -237,5 +241,5 @@ def split_classes(
       images=source.images[rows],
       labels=source.labels[rows],
     )
-    found.append(renumbered(chosen))
-  return found
+    parts.append(renumbered(chosen))
+  return parts

@@ -42,7 +42,7 @@ _FEATURE_CLASSES = frozenset(
     "text_feature.Text",
   )
 )
-# Published without class names and with more classes than occur.
+# Sets published without class names and with classes that do not occur.
 _SPARSE = {("emnist", "letters")}
 
 
@@ -130,16 +130,17 @@ def load(
 
 
 def numbers(num_classes: int) -> tuple[str, ...]:
-  """The numbers 0 to C - 1 as names of classes."""
+  """Names of classes without names: the numbers 0 to C - 1."""
   return tuple(map(str, range(num_classes)))
 
 
 def _digits(split: str) -> Source:
-  """1,797 handwritten digits of 8 x 8 pixels, split once and for all.
+  """1,797 handwritten digits of 8 x 8 pixels, in fixed splits.
 
-  Test: 500 images, stratified by class; train: the other 1,297. Pixels 0 .. 16
-  become round(255 p / 16), from which p = round(16 u / 255) comes back exactly;
-  scaled to [0, 1] they differ from p / 16 by at most 0.5 / 255.
+  The test set has 500 images, stratified by class, and the training set the other
+  1,297. Pixels p = 0 .. 16 become u = round(255 p / 16), from which p can be computed
+  exactly as round(16 u / 255). Scaled to [0, 1], they differ from p / 16 by at most
+  0.5 / 255.
   """
   try:
     from sklearn import datasets
@@ -170,11 +171,11 @@ def _cache_dir(cache_dir: str | os.PathLike | None) -> pathlib.Path:
 
 
 def check_folder_name(what: str, name: str) -> None:
-  """Raises InputError unless `name` is the plain name of a file or folder.
+  """Raises InputError unless `name` is the name of a file or folder, not a path.
 
   Args:
-    what: how the message calls the name.
-    name: of something inside a folder that must not be left.
+    what: description of the name in the message.
+    name: the name; it must not lead out of its folder.
   """
   if name in ("", ".", "..") or re.search(r"[/\\:]", name) or not name.isprintable():
     raise base.InputError(
@@ -195,21 +196,21 @@ def _check_name(name: str) -> None:
 def _find(name: str, root: pathlib.Path) -> pathlib.Path:
   """The folder of one version of a prepared set."""
   title, _, version = name.partition(":")
-  # Looked up here, not by `tfds.builder`, which knows only the versions it could
-  # make itself and may ask the network about them.
-  found = {
+  # `tfds.builder` supports only the versions that it could prepare itself, and may
+  # access the network.
+  versions = {
     tuple(map(int, path.parent.name.split("."))): path.parent
     for path in (root / title).glob("*/dataset_info.json")
     if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name, re.ASCII)
   }
   if version:
-    found = {k: path for k, path in found.items() if path.name == version}
-  if found:
-    return found[max(found)]
+    versions = {k: path for k, path in versions.items() if path.name == version}
+  if versions:
+    return versions[max(versions)]
   configs = {p.parts[-3] for p in (root / title).glob("*/*/dataset_info.json")}
   if configs:
     raise base.InputError(
-      f"{title} comes in configurations; ask for one of those in {root}: "
+      f"{title} has configurations; choose one of those in {root}: "
       + ", ".join(f"{title}/{config}" for config in sorted(configs))
     )
   raise base.InputError(_missing(name, root))
@@ -227,10 +228,10 @@ def _missing(name: str, root: pathlib.Path) -> str:
       f"unknown data set {title!r}; "
       + (f"did you mean {' or '.join(near)}? " if near else "")
       + "known are digits, the names at https://www.tensorflow.org/datasets/catalog"
-      f" and what lies prepared in the data folder, here {root}"
+      f" and the prepared sets in the data folder, here {root}"
     )
   return (
-    f"data set {name!r} is not there: looked for"
+    f"data set {name!r} does not exist: looked for"
     f" {root / title / (version or '<version>') / 'dataset_info.json'}. Either point"
     " --data_dir= (or TFDS_DATA_DIR) at a prepared copy or, with a network and"
     ' tensorflow installed, run: python -c "import tensorflow_datasets as tfds;'
@@ -240,7 +241,7 @@ def _missing(name: str, root: pathlib.Path) -> str:
 
 
 def _description(folder: pathlib.Path) -> str:
-  # Two copies of one version can differ: re-compressed images, a part of it.
+  # Two copies of one version can differ: images may be compressed again or missing.
   digest = hashlib.sha256()
   for file in (_INFO, _FEATURES):
     path = folder / file
@@ -249,14 +250,14 @@ def _description(folder: pathlib.Path) -> str:
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The content of a description file, which must be a non-empty object."""
+  """Reads a description file, which must contain a non-empty JSON object."""
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError, RecursionError) as error:
     reason = f"{type(error).__name__}: {error}".partition("\n")[0]
     raise base.InputError(_damaged(path, reason)) from error
   if not isinstance(content, dict) or not content:
-    raise base.InputError(_damaged(path, "it holds no description"))
+    raise base.InputError(_damaged(path, "it has no description"))
   return content
 
 
@@ -265,7 +266,7 @@ def _damaged(path: pathlib.Path, reason: str) -> str:
 
 
 def _strings(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
-  """Every string in JSON with its key, also in JSON that is kept in strings."""
+  """All strings in JSON with their keys, including JSON that is nested in strings."""
   if isinstance(content, dict):
     for name, value in content.items():
       yield from _strings(value, name)
@@ -280,7 +281,7 @@ def _strings(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _check_descriptions(folder: pathlib.Path) -> None:
-  """Raises InputError for what tensorflow-datasets must not be given to read."""
+  """Raises InputError for descriptions that are unsafe for tensorflow-datasets."""
   path = folder / _FEATURES
   try:
     names = [
@@ -293,7 +294,7 @@ def _check_descriptions(folder: pathlib.Path) -> None:
   for name in names:
     if name not in _FEATURE_CLASSES:
       raise base.InputError(
-        f"{path} names the class {name!r}, which is no feature of an image"
+        f"{path} names the class {name!r}, which is not a feature of an image"
         " classification set and is not imported; use a data set that you trust"
       )
   path = folder / _INFO
@@ -304,16 +305,16 @@ def _check_descriptions(folder: pathlib.Path) -> None:
   for part in (info, *splits):
     for key in ("name", "filepathTemplate", "filepath_template"):
       if not isinstance(part.get(key, ""), str):
-        raise base.InputError(_damaged(path, f"{key} is no string"))
+        raise base.InputError(_damaged(path, f"{key} is not a string"))
       if re.search(r"[/\\]|\.\.", part.get(key, "")):
         raise base.InputError(
-          f"{path} has the {key} {part[key]!r}, which leaves its folder; use a data"
-          " set that you trust"
+          f"{path} has the {key} {part[key]!r}, which is outside of its folder; use a"
+          " data set that you trust"
         )
 
 
 def _builder(folder: pathlib.Path) -> Any:
-  """The reader of tensorflow-datasets, once the descriptions are checked."""
+  """The reader of tensorflow-datasets; the descriptions are checked first."""
   import tensorflow_datasets as tfds
 
   _check_descriptions(folder)
@@ -321,15 +322,15 @@ def _builder(folder: pathlib.Path) -> Any:
     (_FEATURES, tfds.features.FeatureConnector.from_config),
     (_INFO, tfds.builder_from_directory),
   )
-  made = []
+  objects = []
   for file, make in steps:
     try:
-      made.append(make(folder))
-    # Damage shows as any error, by what is missing.
+      objects.append(make(folder))
+    # Damage can raise any error.
     except Exception as error:
       reason = f"{type(error).__name__}: {error}".partition("\n")[0]
       raise base.InputError(_damaged(folder / file, reason)) from error
-  features, builder = made
+  features, builder = objects
   if not isinstance(features, tfds.features.FeaturesDict):
     raise base.InputError(
       _damaged(folder / _FEATURES, "it does not describe fields of examples")
@@ -360,7 +361,7 @@ def _decode(folder: pathlib.Path, split: str) -> cache.Arrays:
         f"the {len(rows)} images of {split!r} in {folder} do not fit in memory; take a"
         " slice of the split, such as train[:10%]"
       ) from None
-    # Damage shows as any error, by where it hits and by who decodes the images.
+    # Damage can raise any error, also in the decoders of images.
     except Exception as error:
       reason = f"{type(error).__name__}: {str(error).partition(';')[0]}"
       raise base.InputError(_damaged(folder, reason.partition("\n")[0])) from error
@@ -375,22 +376,22 @@ def _decode(folder: pathlib.Path, split: str) -> cache.Arrays:
 
 
 def _check_numbers(folder: pathlib.Path, builder: Any, split: str) -> None:
-  """Raises InputError unless every file holds as many examples as it should."""
+  """Raises InputError unless all files have the expected number of examples."""
   from array_record.python import array_record_module
 
-  asked = set(re.findall(r"[^\s+\[\]]+", split))
+  requested = set(re.findall(r"[^\s+\[\]]+", split))
   for name, info in builder.info.splits.items():
-    if name not in asked and "all" not in asked:
+    if name not in requested and "all" not in requested:
       continue
     for path, number in zip(info.filepaths, info.shard_lengths, strict=True):
       reader = array_record_module.ArrayRecordReader(str(path))
-      found = reader.num_records()
+      num_records = reader.num_records()
       reader.close()
-      if found != number:
+      if num_records != number:
         raise base.InputError(
           f"{folder / _INFO} gives {number} examples of {name} in"
-          f" {pathlib.Path(path).name}, which holds {found}; copy or prepare the set"
-          " again"
+          f" {pathlib.Path(path).name}, which has {num_records}; copy or prepare the"
+          " set again"
         )
 
 
@@ -401,12 +402,12 @@ def _check_classes(
   labels: np.ndarray,
   num_classes: int | None,
 ) -> None:
-  """Raises InputError unless the number of classes is that of the labels.
+  """Raises InputError unless the number of classes fits the labels.
 
-  A class without examples is believed where class names are stored, in a part of
-  the set and in labels other than the truth.
+  Classes without examples are accepted if class names are stored, in a part of the
+  set, and for labels other than the true ones.
   """
-  number, needed = num_classes or 0, int(labels.max(initial=-1)) + 1
+  number, num_used = num_classes or 0, int(labels.max(initial=-1)) + 1
   file = folder / f"{name}.labels.txt"
   names = None
   if file.exists():
@@ -423,10 +424,10 @@ def _check_classes(
     or folder.parts[-3:-1] in _SPARSE
     or names is not None
   )
-  if needed > number or (needed < number and not is_sparse):
+  if num_used > number or (num_used < number and not is_sparse):
     raise base.InputError(
       f"{folder / _FEATURES} gives {number} classes of {name}, but the labels of"
-      f" {split} are of {needed} (0 to {needed - 1}); correct numClasses there, or"
+      f" {split} are of {num_used} (0 to {num_used - 1}); correct numClasses there, or"
       f" list the names of all classes in {name}.labels.txt"
     )
 
@@ -435,13 +436,13 @@ def _stack(rows: Any, shape: tuple[int, ...], labels: list[str]) -> cache.Arrays
   images = np.empty((len(rows), *shape), np.uint8)
   columns = {name: np.empty(len(rows), np.int32) for name in labels}
   for start in range(0, len(rows), _BLOCK):
-    # Several times faster than row by row.
+    # Reading blocks is several times faster than reading rows.
     block = rows.__getitems__(range(start, min(start + _BLOCK, len(rows))))
     stop = start + len(block)
-    found = np.stack([row["image"] for row in block])
-    if found.shape[1:] != tuple(shape):
-      raise ValueError(f"images of shape {found.shape[1:]} instead of {shape}")
-    images[start:stop] = found
+    pixels = np.stack([row["image"] for row in block])
+    if pixels.shape[1:] != tuple(shape):
+      raise ValueError(f"images of shape {pixels.shape[1:]} instead of {shape}")
+    images[start:stop] = pixels
     for name, column in columns.items():
       column[start:stop] = [row[name] for row in block]
   return {"image": images, **columns}
@@ -453,12 +454,12 @@ def _check_features(
   image = features.get("image")
   if "label" not in labels or image is None:
     raise base.InputError(
-      f"{folder} is no image classification set: it needs the fields image and"
+      f"{folder} is not an image classification set: it needs the fields image and"
       f" label (a class); it has {', '.join(sorted(features))}"
     )
   if None in image.shape or image.np_dtype != np.uint8:
     raise base.InputError(
-      f"{folder} needs uint8 images of one shape to be held in memory; it has"
+      f"{folder} must have uint8 images of one shape to fit in an array; it has"
       f" {np.dtype(image.np_dtype)} images of shape {image.shape}"
     )
 
@@ -480,7 +481,7 @@ def _open(builder: Any, split: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Silences hints of tensorflow_datasets that no user of ours can act on."""
+  """Silences messages of tensorflow_datasets that do not help the user."""
   logger = logging.getLogger("absl")
   level = logger.level
   logger.setLevel(logging.ERROR)

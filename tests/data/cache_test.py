@@ -1,3 +1,5 @@
+"""The cache: built once, verified, never incomplete."""
+
 import os
 import subprocess
 import sys
@@ -20,12 +22,12 @@ def arrays():
   }
 
 
-def assert_same(got):
+def assert_same(actual):
   expected = arrays()
-  assert set(got) == set(expected)
+  assert set(actual) == set(expected)
   for name, array in expected.items():
-    assert got[name].dtype == array.dtype
-    np.testing.assert_array_equal(got[name], array, strict=True)
+    assert actual[name].dtype == array.dtype
+    np.testing.assert_array_equal(actual[name], array, strict=True)
 
 
 class Builder:
@@ -55,14 +57,14 @@ def test_builds_once(tmp_path, caplog):
   assert not caplog.records
 
 
-def test_file_is_named_for_its_key_and_readable_by_numpy(tmp_path):
+def test_file_name_contains_the_key_and_numpy_reads_it(tmp_path):
   file = stored_file(tmp_path)
   assert file.name.startswith("mnist_3.0.1_train-")
   with np.load(file) as stored:
     np.testing.assert_array_equal(stored["labels"], arrays()["labels"])
 
 
-def test_keys_that_look_alike_are_kept_apart(tmp_path):
+def test_similar_keys_have_different_files(tmp_path):
   long = "x" * 100
   keys = ["a/b", "a_b", "a:b", long + "1", long + "2"]
   for number, key in enumerate(keys):
@@ -72,35 +74,35 @@ def test_keys_that_look_alike_are_kept_apart(tmp_path):
     assert got["x"] == number
 
 
-def assert_mended(folder, caplog):
+def assert_rebuilt_once(folder, caplog):
   build = Builder()
   assert_same(cache.cached_arrays(folder, KEY, build))
   assert build.calls == 1
   (record,) = caplog.records
   assert record.levelname == "WARNING"
-  assert "making it again" in record.message
+  assert "it is built again" in record.message
   assert_same(cache.cached_arrays(folder, KEY, build))
   assert build.calls == 1
   only_file(folder)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
-def test_truncated_file_is_made_again(tmp_path, caplog, share):
+def test_truncated_file_is_rebuilt(tmp_path, caplog, share):
   file = stored_file(tmp_path)
   content = file.read_bytes()
   file.write_bytes(content[: int(share * len(content))])
-  assert_mended(tmp_path, caplog)
+  assert_rebuilt_once(tmp_path, caplog)
 
 
-def test_flipped_bit_of_a_pixel_is_noticed(tmp_path, caplog):
+def test_flipped_bit_of_a_pixel_is_detected(tmp_path, caplog):
   file = stored_file(tmp_path)
   content = bytearray(file.read_bytes())
   content[content.index(bytes(range(100, 160)))] ^= 1
   file.write_bytes(content)
-  assert_mended(tmp_path, caplog)
+  assert_rebuilt_once(tmp_path, caplog)
 
 
-def test_no_flipped_bit_anywhere_gives_other_arrays(tmp_path):
+def test_flipped_bits_never_change_the_arrays(tmp_path):
   file = stored_file(tmp_path)
   content = file.read_bytes()
   rebuilt = Builder()
@@ -114,22 +116,22 @@ def test_no_flipped_bit_anywhere_gives_other_arrays(tmp_path):
   assert rebuilt.calls > 0.5 * len(positions)
 
 
-def test_sound_archive_with_other_content_is_noticed(tmp_path, caplog):
+def test_valid_archive_with_other_content_is_detected(tmp_path, caplog):
   file = stored_file(tmp_path)
   with np.load(file) as stored:
     content = {name: stored[name] for name in stored.files}
   content["labels"][7] += 1
   np.savez(file, **content)
-  assert_mended(tmp_path, caplog)
+  assert_rebuilt_once(tmp_path, caplog)
 
 
-def test_file_of_another_key_is_noticed(tmp_path, caplog):
+def test_file_of_another_key_is_detected(tmp_path, caplog):
   cache.cached_arrays(tmp_path / "other", "cifar10", lambda: {"x": np.zeros(3)})
   only_file(tmp_path / "other").replace(stored_file(tmp_path / "here"))
-  assert_mended(tmp_path / "here", caplog)
+  assert_rebuilt_once(tmp_path / "here", caplog)
 
 
-def test_folder_that_cannot_be_made_costs_a_warning(tmp_path, caplog):
+def test_folder_that_cannot_be_created_is_a_warning(tmp_path, caplog):
   (tmp_path / "file").write_text("in the way")
   build = Builder()
   assert_same(cache.cached_arrays(tmp_path / "file" / "cache", KEY, build))
@@ -139,7 +141,7 @@ def test_folder_that_cannot_be_made_costs_a_warning(tmp_path, caplog):
   assert "cannot write the cache file" in record.message
 
 
-def test_full_disk_costs_a_warning_and_leaves_nothing(tmp_path, caplog, monkeypatch):
+def test_full_disk_is_a_warning_and_leaves_no_file(tmp_path, caplog, monkeypatch):
   def savez(file, **_):
     file.write(b"half a fi")
     raise OSError(28, "No space left on device")
@@ -151,7 +153,7 @@ def test_full_disk_costs_a_warning_and_leaves_nothing(tmp_path, caplog, monkeypa
   assert not list(tmp_path.iterdir())
 
 
-def test_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):
+def test_interrupted_write_leaves_no_file(tmp_path, monkeypatch):
   def fsync(_):
     raise KeyboardInterrupt
 
@@ -161,7 +163,7 @@ def test_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
-def test_failing_build_is_the_callers_and_leaves_nothing(tmp_path):
+def test_error_of_build_is_raised_and_leaves_no_file(tmp_path):
   def build():
     raise LookupError("no such data")
 
@@ -175,7 +177,7 @@ def test_object_arrays_are_refused(tmp_path):
     cache.cached_arrays(tmp_path, KEY, lambda: {"x": np.array([{}, None])})
 
 
-def test_two_processes_at_once_are_harmless(tmp_path):
+def test_two_processes_may_share_the_cache(tmp_path):
   program = textwrap.dedent("""
     import pathlib, sys
     import numpy as np

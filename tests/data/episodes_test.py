@@ -1,4 +1,4 @@
-"""Pools of tasks: who is drawn, from where, with which labels; what does not fit."""
+"""Few-shot tasks: classes, images, labels, noise, clusters and invalid arguments."""
 
 import itertools
 
@@ -14,7 +14,7 @@ _SIZES = {"train": 8, "meta": 4, "test": 5, "foreign": 6}
 
 
 def _source(name, num_classes, per_class=12, shape=(2, 2, 1)):
-  """Each pixel of an image tells its source and its row."""
+  """Images whose pixels are their source and their row."""
   number = num_classes * per_class
   rows = np.arange(number)
   images = np.zeros((number, *shape), np.uint8)
@@ -28,7 +28,7 @@ _SOURCES = {name: _source(name, size) for name, size in _SIZES.items()}
 
 
 def _make(**settings):
-  given = {
+  arguments = {
     "num_ways": _WAYS,
     "num_shots": _SHOTS,
     "num_queries": _QUERIES,
@@ -39,34 +39,34 @@ def _make(**settings):
     **{name: source for name, source in _SOURCES.items() if name != "foreign"},
     **settings,
   }
-  if given.get("foreign_share"):
-    given.setdefault("foreign", _SOURCES["foreign"])
-  return episodes.episodes(**given)
+  if arguments.get("foreign_share"):
+    arguments.setdefault("foreign", _SOURCES["foreign"])
+  return episodes.episodes(**arguments)
 
 
-def _of(images):
-  """Where each image of a task is from, and its row there."""
+def _source_and_row(images):
+  """Source and row of each image of a task."""
   return images[..., 0, 0, 0], images[..., 0, 1, 0]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
-def test_each_task_is_of_its_classes_and_the_share_is_exact(share):
+def test_tasks_have_their_classes_and_foreign_share_is_exact(share):
   splits, pool = _make(foreign_share=share)
   images = splits.train.image[:]
   assert images.shape == splits.train.image.shape == (40, _WAYS, 6, 2, 2, 1)
-  origin, row = _of(images)
+  origin, row = _source_and_row(images)
   expected = np.where(pool.is_foreign, 3, 0)[:, None, None]
   np.testing.assert_array_equal(origin, np.broadcast_to(expected, origin.shape))
   assert pool.is_foreign.sum() == round(40 * share) and not pool.is_wrong.any()
-  own_classes = 6 if share else 0
-  labels = np.where(expected == 3, row % 6, row % 8 + own_classes)
+  num_foreign_classes = 6 if share else 0
+  labels = np.where(expected == 3, row % 6, row % 8 + num_foreign_classes)
   np.testing.assert_array_equal(labels, pool.classes[..., None] + 0 * labels)
   for task in range(40):
     assert len(set(pool.classes[task])) == _WAYS
-    assert len(set(row[task].ravel())) == _WAYS * 6  # No image twice.
+    assert len(set(row[task].ravel())) == _WAYS * 6  # No image is repeated.
 
 
-def test_labels_are_places_and_held_out_tasks_are_of_their_own_classes():
+def test_labels_are_ways_and_held_out_tasks_use_other_sources():
   splits, _ = _make(foreign_share=0.5)
   expected = np.repeat(np.arange(_WAYS), _QUERIES)
   for name, number in (("train", 40), ("meta", 6), ("test", 7)):
@@ -74,31 +74,31 @@ def test_labels_are_places_and_held_out_tasks_are_of_their_own_classes():
     np.testing.assert_array_equal(part.label, np.tile(expected, (number, 1)))
     np.testing.assert_array_equal(part.true_label, part.label)
     np.testing.assert_array_equal(part.index, np.arange(number))
-  assert (_of(splits.meta.image[:])[0] == 1).all()
-  assert (_of(splits.test.image[:])[0] == 2).all()
+  assert (_source_and_row(splits.meta.image[:])[0] == 1).all()
+  assert (_source_and_row(splits.test.image[:])[0] == 2).all()
   assert len(splits.validation.label) == 0 and splits.num_classes == _WAYS
 
 
-def test_noise_hits_supports_and_queries_and_is_booked():
+def test_noise_affects_supports_and_queries_and_is_recorded():
   train = _source("train", 8, per_class=30)
   clean, noisy = (_make(train=train, noise_share=s, num_tasks=400) for s in (0.0, 0.4))
   assert not clean.pool.is_wrong.any()
-  _, row = _of(noisy.splits.train.image[:])
+  _, row = _source_and_row(noisy.splits.train.image[:])
   is_wrong = row % 8 != noisy.pool.classes[..., None]
   np.testing.assert_array_equal(is_wrong, noisy.pool.is_wrong)
   for part in (is_wrong[..., :_SHOTS], is_wrong[..., _SHOTS:]):
     assert abs(part.mean() - 0.4 * 7 / 8) < 0.06
   expected = np.where(noisy.pool.wrong_items(), -1, noisy.splits.train.label)
   np.testing.assert_array_equal(noisy.splits.train.true_label, expected)
-  # Which images are wrong is settled before tasks are drawn: once for all tasks.
-  verdicts = {}
-  for image, place, wrong in zip(
+  # Noise is added before tasks are drawn, so it is the same in all tasks.
+  by_image = {}
+  for image, label, wrong in zip(
     row.ravel(), np.repeat(noisy.pool.classes, 6), is_wrong.ravel(), strict=True
   ):
-    assert verdicts.setdefault(image, (place, wrong)) == (place, wrong)
+    assert by_image.setdefault(image, (label, wrong)) == (label, wrong)
 
 
-def test_draws_depend_on_the_seed_and_on_nothing_else():
+def test_draws_depend_on_the_seed_only():
   one, again, other = _make(seed=1), _make(seed=1), _make(seed=2)
   shared = _make(seed=1, foreign_share=0.5, noise_share=0.2, num_clusters=4)
   assert one.splits.fingerprint == again.splits.fingerprint
@@ -111,7 +111,7 @@ def test_draws_depend_on_the_seed_and_on_nothing_else():
     assert (images[0] != images[3]).any()
 
 
-def test_clusters_are_of_tasks_with_classes_in_common():
+def test_clusters_hold_tasks_with_common_classes():
   splits, pool = _make(foreign_share=0.5, num_tasks=60, num_clusters=10)
   clusters = splits.train.group
   assert set(clusters) == set(range(10))
@@ -121,10 +121,10 @@ def test_clusters_are_of_tasks_with_classes_in_common():
     )
     for c in range(10)
   ]
-  np.testing.assert_array_equal(purity, 1.0)  # No class is both own and foreign.
+  np.testing.assert_array_equal(purity, 1.0)  # No class is in both sources.
 
 
-def test_images_are_gathered_when_asked_for():
+def test_images_are_gathered_on_demand():
   bank = np.arange(40, dtype=np.uint8).reshape(10, 2, 2, 1)
   rows = np.array([[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [0, 2]]])
   images = episodes.TaskImages(bank, rows)
@@ -136,15 +136,15 @@ def test_images_are_gathered_when_asked_for():
 
 def test_some_tasks_can_be_kept():
   problem = _make(foreign_share=0.5, noise_share=0.3, num_clusters=4)
-  own = np.flatnonzero(~problem.pool.is_foreign)
-  kept = episodes.keep_tasks(problem, own[::-1])
+  native = np.flatnonzero(~problem.pool.is_foreign)
+  kept = episodes.keep_tasks(problem, native[::-1])
   assert not kept.pool.is_foreign.any() and len(kept.pool.classes) == 20
   np.testing.assert_array_equal(
-    kept.splits.train.image[:], problem.splits.train.image[own]
+    kept.splits.train.image[:], problem.splits.train.image[native]
   )
-  np.testing.assert_array_equal(kept.splits.train.source_index, own)
+  np.testing.assert_array_equal(kept.splits.train.source_index, native)
   np.testing.assert_array_equal(kept.splits.train.index, np.arange(20))
-  np.testing.assert_array_equal(kept.pool.is_wrong, problem.pool.is_wrong[own])
+  np.testing.assert_array_equal(kept.pool.is_wrong, problem.pool.is_wrong[native])
   assert kept.splits.fingerprint != problem.splits.fingerprint
   assert kept.splits.test is problem.splits.test
 
@@ -172,13 +172,13 @@ _LARGE = _source("meta", 4, shape=(3, 3, 1))
     ({"seed": -1}, "seed must be an integer of at least 0"),
   ],
 )
-def test_what_does_not_fit_is_one_line(settings, message):
+def test_invalid_arguments_raise_in_one_line(settings, message):
   with pytest.raises(base.InputError, match=message) as caught:
     _make(**settings)
   assert "\n" not in str(caught.value)
 
 
-def test_a_class_in_two_sources_is_refused():
+def test_class_in_two_sources_raises():
   named = {
     name: source._replace(
       name="one", class_names=tuple(f"{name}{i}" for i in range(source.num_classes))

@@ -1,3 +1,5 @@
+"""Splits from sources, their fingerprints, and checks of examples."""
+
 import numpy as np
 import pytest
 
@@ -9,23 +11,23 @@ from l2rw_jax.data import sources
 def source(split="train", dtype=np.uint8, **changes):
   labels = np.array([0, 1, 2, 0, 1, 2], np.int32)
   images = np.arange(len(labels))[:, None, None, None] * np.ones((1, 2, 2, 1))
-  given = sources.Source("toy", "1.0.0", split, images.astype(dtype), labels, 3, {})
-  return given._replace(**changes)
+  original = sources.Source("toy", "1.0.0", split, images.astype(dtype), labels, 3, {})
+  return original._replace(**changes)
 
 
 def assemble(rows, train=None, test=None, **options):
   train, test = train or source(), test or source("test")
-  given = {
+  arguments = {
     "labels": (train.labels + 1) % 3,
     "true_labels": train.labels,
     "test_labels": test.labels,
     "num_classes": 3,
     **options,
   }
-  return examples_lib.assemble(train, test, rows, **given)
+  return examples_lib.assemble(train, test, rows, **arguments)
 
 
-def test_parts_are_cut_in_the_order_of_the_source():
+def test_parts_keep_the_order_of_the_source():
   splits = assemble({"train": np.array([5, 0, 3]), "test": np.array([1])})
   np.testing.assert_array_equal(splits.train.source_index, [0, 3, 5])
   np.testing.assert_array_equal(splits.train.index, [0, 1, 2])
@@ -41,33 +43,33 @@ def test_parts_are_cut_in_the_order_of_the_source():
     assert column.dtype == np.int32
 
 
-def test_pixels_end_at_one():
+def test_brightest_pixel_is_one():
   bright = source(images=np.full((6, 2, 2, 1), 255, np.uint8))
   splits = assemble({"train": np.array([2]), "test": np.array([1])}, train=bright)
   assert np.all(splits.train.image == 1)
 
 
-def test_parts_not_asked_for_are_empty():
+def test_missing_parts_are_empty():
   splits = assemble({"train": np.arange(6), "test": np.arange(6)})
   assert splits.meta.image.shape == splits.validation.image.shape == (0, 2, 2, 1)
   assert splits.meta.label.dtype == np.int32
 
 
-def test_float_images_stay_as_they_are():
+def test_float_images_are_unchanged():
   train = source(dtype=np.float64)
   splits = assemble({"train": np.arange(6), "test": np.arange(6)}, train=train)
   np.testing.assert_array_equal(splits.train.image, train.images.astype(np.float32))
   assert splits.train.image.dtype == np.float32
 
 
-def test_class_counts_are_of_the_labels_training_sees():
+def test_class_counts_use_the_training_labels():
   splits = assemble({"train": np.array([0, 1, 3]), "test": np.arange(6)})
   counts = examples_lib.class_counts(splits.train, 3)
   np.testing.assert_array_equal(counts, [0, 2, 1])
   assert counts.dtype == np.int64
 
 
-def test_fingerprint_sees_everything_that_matters():
+def test_fingerprint_depends_on_rows_labels_groups_and_sources():
   rows = {"train": np.array([0, 1]), "meta": np.array([2]), "test": np.array([3])}
   fingerprints = [
     assemble(rows).fingerprint,
@@ -94,7 +96,7 @@ def test_fingerprint_ignores_the_order_of_drawing():
   assert one.fingerprint == other.fingerprint
 
 
-def test_groups_are_the_true_classes_unless_given():
+def test_groups_default_to_the_true_classes():
   rows = {"train": np.array([0, 4]), "meta": np.array([2]), "test": np.array([3, 5])}
   splits = assemble(rows)
   for part in splits[:4]:
@@ -105,18 +107,18 @@ def test_groups_are_the_true_classes_unless_given():
   np.testing.assert_array_equal(splits.meta.group, [7])
   np.testing.assert_array_equal(splits.test.group, [7, 5])
   assert splits.train.group.dtype == np.int32
-  given = assemble(rows, groups=source().labels, test_groups=source().labels)
-  assert given.fingerprint == assemble(rows).fingerprint
+  same = assemble(rows, groups=source().labels, test_groups=source().labels)
+  assert same.fingerprint == assemble(rows).fingerprint
 
 
-def test_fewer_training_examples_are_another_problem():
+def test_keep_train_keeps_rows_and_changes_the_fingerprint():
   splits = assemble({"train": np.arange(5), "test": np.array([1])})
   kept = examples_lib.keep_train(splits, np.array([3, 0]))
   np.testing.assert_array_equal(kept.train.source_index, [0, 3])
   np.testing.assert_array_equal(kept.train.index, [0, 1])
-  for one, whole in zip(kept.train, splits.train, strict=True):
-    if one is not kept.train.index:
-      np.testing.assert_array_equal(one, whole[[0, 3]])
+  for column, original in zip(kept.train, splits.train, strict=True):
+    if column is not kept.train.index:
+      np.testing.assert_array_equal(column, original[[0, 3]])
   for part in ("meta", "validation", "test"):
     assert getattr(kept, part) is getattr(splits, part)
   others = [splits, kept, examples_lib.keep_train(splits, np.array([0, 4]))]
@@ -126,7 +128,7 @@ def test_fewer_training_examples_are_another_problem():
   )
 
 
-def test_overlap_is_told():
+def test_overlap_raises():
   rows = {"train": np.array([0, 3, 4]), "meta": np.array([5, 4, 3])}
   message = "train and meta share 2 images, the first is row 3"
   with pytest.raises(base.InputError, match=message):
@@ -135,7 +137,7 @@ def test_overlap_is_told():
     assemble({**rows, "test": np.array([0])})
 
 
-def test_meta_may_be_part_of_train_when_said_but_not_of_validation():
+def test_meta_in_train_allows_no_other_overlap():
   rows = {"train": np.array([0, 3]), "meta": np.array([3]), "test": np.array([0])}
   splits = assemble(rows, meta_in_train=True)
   np.testing.assert_array_equal(splits.meta.source_index, [3])
@@ -145,7 +147,7 @@ def test_meta_may_be_part_of_train_when_said_but_not_of_validation():
     assemble({**rows, "validation": np.array([0])}, meta_in_train=True)
 
 
-def test_test_drawn_from_the_training_split_must_be_disjoint_too():
+def test_test_set_from_the_training_split_must_be_disjoint():
   rows = {"train": np.array([0, 1]), "test": np.array([1, 2])}
   assemble(rows)
   with pytest.raises(base.InputError, match="train and test share 1 images"):
@@ -161,13 +163,13 @@ def test_generators_are_independent_and_repeatable():
 
 
 @pytest.mark.parametrize("seed", [-1, 0.5, None])
-def test_bad_seed(seed):
+def test_invalid_seed_raises(seed):
   with pytest.raises(base.InputError, match="seed must be an integer of at least 0"):
     examples_lib.generators(seed, 2)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_pixels_that_are_no_numbers(value):
+def test_non_finite_pixels_raise(value):
   images = np.zeros((6, 2, 2, 1), np.float32)
   images[3, 1, 0, 0] = images[5, 0, 0, 0] = images[5, 1, 1, 0] = value
   message = "2 of some images hold NaN or infinite pixels, the first at index 3"
@@ -177,7 +179,7 @@ def test_pixels_that_are_no_numbers(value):
     examples_lib.check_sources(source(), source("test", images=images))
 
 
-def test_sound_images_pass():
+def test_valid_images_pass():
   examples_lib.check_images(np.zeros((2, 3), np.float64), "floats")
   examples_lib.check_images(np.zeros((0, 3), np.float32), "nothing")
   with pytest.raises(base.InputError, match="bytes must be uint8 or floating; got int"):
@@ -194,7 +196,7 @@ def test_sound_images_pass():
     ({"images": np.zeros((6, 3, 3, 1), np.uint8)}, r"\(2, 2, 1\).*\(3, 3, 1\)"),
   ],
 )
-def test_sources_that_are_unsound_or_do_not_fit(changes, message):
+def test_invalid_or_different_sources_raise(changes, message):
   examples_lib.check_sources(source(), source("test"))
   with pytest.raises(base.InputError, match=message):
     examples_lib.check_sources(source(), source("test")._replace(**changes))
@@ -203,7 +205,7 @@ def test_sources_that_are_unsound_or_do_not_fit(changes, message):
 @pytest.mark.parametrize(
   "others", [("train[:90%]", "train[50%:]"), ("train", "train[:5]")]
 )
-def test_slices_of_one_split_may_share_images_and_are_refused(others):
+def test_slices_of_one_split_raise(others):
   one, other = (source(split) for split in others)
   with pytest.raises(base.InputError, match="may share images"):
     examples_lib.check_sources(one, other)
@@ -211,10 +213,10 @@ def test_slices_of_one_split_may_share_images_and_are_refused(others):
 
 
 class _File:
-  """Rows as HDF5 gives them: no ndim, ascending rows only, each of them once."""
+  """A row source like HDF5: no ndim, ascending rows without repetition only."""
 
   def __init__(self, array):
-    self._array, self.most = array, 0
+    self._array, self.largest_read = array, 0
     self.shape, self.dtype = array.shape, array.dtype
 
   def __len__(self):
@@ -223,17 +225,17 @@ class _File:
   def __getitem__(self, rows):
     if not isinstance(rows, slice) and np.any(np.diff(rows) <= 0):
       raise TypeError("Indexing elements must be in increasing order")
-    found = self._array[rows]
-    self.most = max(self.most, len(found))
-    return found
+    values = self._array[rows]
+    self.largest_read = max(self.largest_read, len(values))
+    return values
 
 
-def test_float_images_in_a_file_are_checked_some_at_a_time(monkeypatch):
+def test_float_images_in_a_file_are_checked_in_blocks(monkeypatch):
   monkeypatch.setattr(examples_lib, "_BLOCK_BYTES", 2 * 3 * 4)
   array = np.zeros((7, 3), np.float32)
   images = _File(array)
   examples_lib.check_images(images, "rows")
-  assert images.most == 2
+  assert images.largest_read == 2
   array[3, 1] = array[6, 0] = np.nan
   with pytest.raises(base.InputError, match=r"2 of rows hold NaN .* first at index 3"):
     examples_lib.check_images(images, "rows")
@@ -241,7 +243,7 @@ def test_float_images_in_a_file_are_checked_some_at_a_time(monkeypatch):
     examples_lib.check_images([[1.0]], "rows")
 
 
-def test_rows_of_a_file_come_in_any_order():
+def test_read_rows_in_any_order():
   array = np.arange(12).reshape(6, 2)
   rows = np.array([4, 0, 4, 2])
   for source in (array, _File(array)):
@@ -249,7 +251,7 @@ def test_rows_of_a_file_come_in_any_order():
 
 
 @pytest.mark.parametrize(
-  "given",
+  "values",
   [
     [0, 1, 1],
     np.array([0.0, 1.0, 1.0], np.float16),
@@ -258,13 +260,13 @@ def test_rows_of_a_file_come_in_any_order():
     np.array([0, 1, 1], np.uint8),
   ],
 )
-def test_labels_that_are_integers_are_taken(given):
-  found = examples_lib.integers("label", given)
-  assert found.dtype == np.int32 and found.tolist() == [0, 1, 1]
+def test_integers_of_any_type_are_accepted(values):
+  labels = examples_lib.integers("label", values)
+  assert labels.dtype == np.int32 and labels.tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize(
-  ("given", "message"),
+  ("values", "message"),
   [
     (["cat", "dog"], "type <U3, the first is .*cat"),
     (np.array(["a", 1], object), "values of type"),
@@ -277,13 +279,13 @@ def test_labels_that_are_integers_are_taken(given):
     (np.array(["2020-01-01"], "M8[D]"), "values of type"),
   ],
 )
-def test_labels_that_are_no_integers_are_refused(given, message):
+def test_labels_that_are_not_integers_raise(values, message):
   with pytest.raises(base.InputError, match=rf"label must be .*{message}") as caught:
-    examples_lib.integers("label", given)
+    examples_lib.integers("label", values)
   assert "\n" not in str(caught.value)
 
 
-def test_columns_of_another_length_are_refused():
+def test_columns_of_another_length_raise():
   train = assemble({"train": np.arange(4), "test": np.arange(6)}).train
   lists = train._replace(label=train.label.tolist(), group=None)
   np.testing.assert_array_equal(

@@ -1,4 +1,4 @@
-"""Unfair training sets: counts, attributes, and what stays apart."""
+"""Unfair training sets: class sizes, attributes and independent draws."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ _CLASSES = 4
 
 
 def source(split="train", per_class=50, dtype=np.uint8):
-  """Images of distinct pixels, so that any mix-up shows."""
+  """Images with different pixels, so that a test detects exchanged images."""
   labels = np.repeat(np.arange(_CLASSES), per_class + np.arange(_CLASSES)[::-1])
   labels = np.random.default_rng(1).permutation(labels).astype(np.int32)
   pixels = np.arange(len(labels))[:, None, None, None] % 200 + np.arange(4).reshape(
@@ -25,66 +25,73 @@ def source(split="train", per_class=50, dtype=np.uint8):
 
 
 def make(train=None, test=None, **options):
-  given = {"groups": "class", "num_exemplars": 5, "seed": 0, **options}
+  arguments = {"groups": "class", "num_exemplars": 5, "seed": 0, **options}
   return fairness.fairness(
-    train or source(), test or source("test", per_class=10), **given
+    train or source(), test or source("test", per_class=10), **arguments
   )
 
 
-def test_counts_of_the_long_tail():
+def test_class_sizes_of_the_long_tail():
   # 45 images of the rarest class are left; 45 / 8 = 5 of the last.
-  made = make(imbalance=8.0)
+  splits = make(imbalance=8.0)
   expected = [45, 22, 11, 5]
   np.testing.assert_array_equal(
-    examples_lib.class_counts(made.train, _CLASSES), expected
+    examples_lib.class_counts(splits.train, _CLASSES), expected
   )
-  np.testing.assert_array_equal(examples_lib.class_counts(made.meta, _CLASSES), [5] * 4)
-  np.testing.assert_array_equal(made.test.true_label, source("test", 10).labels)
-  assert len(made.validation.label) == 0
-  for part in (made.train, made.meta, made.test):
+  np.testing.assert_array_equal(
+    examples_lib.class_counts(splits.meta, _CLASSES), [5] * 4
+  )
+  np.testing.assert_array_equal(splits.test.true_label, source("test", 10).labels)
+  assert len(splits.validation.label) == 0
+  for part in (splits.train, splits.meta, splits.test):
     np.testing.assert_array_equal(part.group, part.true_label)
     np.testing.assert_array_equal(part.label, part.true_label)
 
 
-def test_parts_hold_the_images_of_their_rows():
+def test_images_match_their_source_rows():
   train = source()
-  made = make(train, imbalance=4.0)
-  for part in (made.train, made.meta):
+  splits = make(train, imbalance=4.0)
+  for part in (splits.train, splits.meta):
     np.testing.assert_array_equal(
       part.image, train.images[part.source_index] / np.float32(255)
     )
     np.testing.assert_array_equal(part.true_label, train.labels[part.source_index])
-  assert not set(made.train.source_index) & set(made.meta.source_index)
+  assert not set(splits.train.source_index) & set(splits.meta.source_index)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_inverted_images_are_where_the_group_says(dtype):
+def test_groups_mark_the_inverted_images(dtype):
   train, test = source(dtype=dtype), source("test", 11, dtype=dtype)
-  made = make(train, test, groups="inverted", minority_share=0.1, imbalance=8.0)
+  splits = make(train, test, groups="inverted", minority_share=0.1, imbalance=8.0)
   scale = np.float32(255 if dtype == np.uint8 else 1)
-  for part, origin in ((made.train, train), (made.meta, train), (made.test, test)):
+  for part, origin in (
+    (splits.train, train),
+    (splits.meta, train),
+    (splits.test, test),
+  ):
     plain = origin.images[part.source_index] / scale
     expected = np.where(part.group[:, None, None, None] == 1, 1 - plain, plain)
     np.testing.assert_allclose(part.image, expected, atol=1e-6)
-  counts = [[40, 20, 10, 5], [4, 2, 1, 1]]  # Of all, and a tenth, at least one.
+  # Images of each class, and a tenth of them, at least one.
+  counts = [[40, 20, 10, 5], [4, 2, 1, 1]]
   for label in range(_CLASSES):
-    own = made.train.group[made.train.label == label]
-    assert (len(own), own.sum()) == (counts[0][label], counts[1][label])
-    own = made.meta.group[made.meta.label == label]
-    assert (len(own), own.sum()) == (10, 5)
-    own = made.test.group[made.test.label == label]
-    assert own.sum() == len(own) // 2
+    groups = splits.train.group[splits.train.label == label]
+    assert (len(groups), groups.sum()) == (counts[0][label], counts[1][label])
+    groups = splits.meta.group[splits.meta.label == label]
+    assert (len(groups), groups.sum()) == (10, 5)
+    groups = splits.test.group[splits.test.label == label]
+    assert groups.sum() == len(groups) // 2
   np.testing.assert_array_equal(train.images, source(dtype=dtype).images)
 
 
-def test_noise_is_in_train_alone_and_exact():
-  made = make(noise_fraction=0.25)
-  assert np.sum(made.train.label != made.train.true_label) == round(0.25 * 180)
-  np.testing.assert_array_equal(made.meta.label, made.meta.true_label)
-  np.testing.assert_array_equal(made.test.label, made.test.true_label)
+def test_noise_is_exact_and_in_train_only():
+  splits = make(noise_fraction=0.25)
+  assert np.sum(splits.train.label != splits.train.true_label) == round(0.25 * 180)
+  np.testing.assert_array_equal(splits.meta.label, splits.meta.true_label)
+  np.testing.assert_array_equal(splits.test.label, splits.test.true_label)
 
 
-def test_a_function_of_the_seed_and_every_setting_shows_in_the_fingerprint():
+def test_fingerprint_depends_on_all_arguments():
   settings = [
     {},
     {"seed": 1},
@@ -99,7 +106,7 @@ def test_a_function_of_the_seed_and_every_setting_shows_in_the_fingerprint():
   assert fingerprints == [make(**s).fingerprint for s in settings]
 
 
-def test_other_noise_and_another_share_leave_the_draws_alone():
+def test_draws_are_independent_of_noise_and_share():
   one = make(groups="inverted", imbalance=4.0)
   other = make(groups="inverted", imbalance=4.0, noise_fraction=0.5, minority_share=0.3)
   for a, b in ((one.train, other.train), (one.meta, other.meta)):
@@ -108,13 +115,14 @@ def test_other_noise_and_another_share_leave_the_draws_alone():
   np.testing.assert_array_equal(one.test.group, other.test.group)
 
 
-def test_the_bundled_digits():
+def test_digits():
   train, test = (sources.load("digits", split) for split in ("train", "test"))
-  made = make(train, test, groups="inverted", imbalance=10.0)
+  splits = make(train, test, groups="inverted", imbalance=10.0)
   np.testing.assert_array_equal(
-    examples_lib.class_counts(made.train, 10), [116, 89, 69, 53, 41, 32, 24, 19, 14, 11]
+    examples_lib.class_counts(splits.train, 10),
+    [116, 89, 69, 53, 41, 32, 24, 19, 14, 11],
   )
-  assert made.num_classes == 10 and made.train.image.shape == (468, 8, 8, 1)
+  assert splits.num_classes == 10 and splits.train.image.shape == (468, 8, 8, 1)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +140,6 @@ def test_the_bundled_digits():
     ({"seed": -1}, "seed must be an integer of at least 0"),
   ],
 )
-def test_bad_input(options, message):
+def test_invalid_arguments_raise(options, message):
   with pytest.raises(base.InputError, match=message):
     make(**options)

@@ -1,4 +1,4 @@
-"""Sources of many classes: Omniglot once each, folders of images, classes cut apart."""
+"""Omniglot, image folders, and transformations of classes."""
 
 import numpy as np
 from PIL import Image
@@ -18,7 +18,7 @@ def _source(num_classes=5, per_class=3):
 
 
 def _omniglot_split(labels, alphabet):
-  """Black drawings on white, told apart by how many rows of ink they have."""
+  """Black drawings on white, whose number of inked rows depends on the label."""
   images = np.full((len(labels), 8, 8, 3), 255, np.uint8)
   for image, label in zip(images, labels, strict=True):
     image[: 2 * (label % 4)] = 0
@@ -28,37 +28,37 @@ def _omniglot_split(labels, alphabet):
   )
 
 
-def test_a_character_of_both_alphabet_sets_is_taken_once(monkeypatch):
-  found = {
+def test_omniglot_uses_characters_of_both_splits_once(monkeypatch):
+  splits = {
     "small1": _omniglot_split([1001, 1001, 7, 7], "small1"),
     "small2": _omniglot_split([7, 7, 402, 402], "small2"),
   }
-  monkeypatch.setattr(sources, "load", lambda name, split, **_: found[split])
+  monkeypatch.setattr(sources, "load", lambda name, split, **_: splits[split])
   source = image_classes.omniglot(size=4)
   assert source.labels.tolist() == [2, 2, 0, 0, 1, 1] and source.num_classes == 3
   assert source.images.shape == (6, 4, 4, 1) and source.images.dtype == np.uint8
-  # Bright ink on a dark ground: one row of four, three, and two.
+  # Bright ink on a dark background: one, three and two of four rows.
   ink = (source.images > 127).sum(axis=(1, 2, 3)) / 4
   assert ink.tolist() == [1, 1, 3, 3, 2, 2]
 
 
 @pytest.mark.real_data
-def test_omniglot(tfds_dir, decoded):
+def test_real_omniglot(tfds_dir, decoded):
   source = image_classes.omniglot(data_dir=tfds_dir, cache_dir=decoded)
   assert source.num_classes == 242 and source.images.shape == (4840, 28, 28, 1)
   np.testing.assert_array_equal(np.bincount(source.labels), 20)
   assert 0.05 < (source.images > 127).mean() < 0.2
 
 
-def test_classes_are_dealt_out_once():
+def test_split_classes_are_disjoint():
   source = _source()
-  examples_lib = image_classes.split_classes(source, (2, 1, 2), seed=0)
-  assert [p.num_classes for p in examples_lib] == [2, 1, 2]
-  images = np.concatenate([p.images for p in examples_lib])
+  parts = image_classes.split_classes(source, (2, 1, 2), seed=0)
+  assert [p.num_classes for p in parts] == [2, 1, 2]
+  images = np.concatenate([p.images for p in parts])
   assert len(np.unique(images.reshape(15, -1), axis=0)) == 15
-  for part in examples_lib:
+  for part in parts:
     np.testing.assert_array_equal(np.bincount(part.labels), 3)
-  names = [p.split for p in examples_lib]
+  names = [p.split for p in parts]
   assert len(set(names)) == 3 and names == [
     p.split for p in image_classes.split_classes(source, (2, 1, 2), seed=0)
   ]
@@ -70,22 +70,22 @@ def test_classes_are_dealt_out_once():
     image_classes.split_classes(source, (4, 2), seed=0)
 
 
-def test_turned_classes():
+def test_rotated_classes():
   source = _source(num_classes=2, per_class=1)
-  found = image_classes.rotated(source)
-  assert found.num_classes == 8 and sorted(found.labels) == list(range(8))
+  rotated = image_classes.rotated(source)
+  assert rotated.num_classes == 8 and sorted(rotated.labels) == list(range(8))
   np.testing.assert_array_equal(
-    found.images[5, ..., 0], np.rot90(source.images[1, ..., 0], 2)
+    rotated.images[5, ..., 0], np.rot90(source.images[1, ..., 0], 2)
   )
-  assert found.labels[5] == 1 + 2 * 2
+  assert rotated.labels[5] == 1 + 2 * 2
 
 
 def test_shuffled_classes_keep_their_sizes():
   source = _source(num_classes=4, per_class=20)
-  found = image_classes.shuffled(source, seed=0)
-  np.testing.assert_array_equal(np.bincount(found.labels), 20)
-  assert 0.1 < np.mean(found.labels == source.labels) < 0.45
-  assert found.images is source.images and found.name != source.name
+  shuffled = image_classes.shuffled(source, seed=0)
+  np.testing.assert_array_equal(np.bincount(shuffled.labels), 20)
+  assert 0.1 < np.mean(shuffled.labels == source.labels) < 0.45
+  assert shuffled.images is source.images and shuffled.name != source.name
 
 
 def test_resizing():
@@ -104,15 +104,16 @@ def test_resizing():
 def folder(tmp_path):
   for split, colors in (("train", ("red", "blue", "lime")), ("val", ("red",))):
     for color in colors:
-      own = tmp_path / "tiny" / split / color
-      own.mkdir(parents=True)
+      class_folder = tmp_path / "tiny" / split / color
+      class_folder.mkdir(parents=True)
       for i in range(2):
-        Image.new("RGB", (6 + i, 5), color).save(own / f"{i}.{('png', 'JPG')[i]}")
-      (own / "notes.txt").write_text("not an image")
+        name = f"{i}.{('png', 'JPG')[i]}"
+        Image.new("RGB", (6 + i, 5), color).save(class_folder / name)
+      (class_folder / "notes.txt").write_text("not an image")
   return tmp_path / "tiny"
 
 
-def test_a_folder_of_images(folder):
+def test_image_folder(folder):
   source = image_classes.image_folder(folder, "train", size=4)
   assert source[:3] == ("tiny", "folder", "train") and source.num_classes == 3
   assert source.images.shape == (6, 4, 4, 3) and source.labels.tolist() == [
@@ -127,7 +128,7 @@ def test_a_folder_of_images(folder):
   assert strongest.tolist() == [2, 2, 1, 1, 0, 0]  # blue, lime, red
 
 
-def test_a_folder_that_is_not_as_expected(folder):
+def test_unexpected_folders_raise(folder):
   def message(split):
     with pytest.raises(base.InputError) as caught:
       image_classes.image_folder(folder, split, size=4)
@@ -140,16 +141,16 @@ def test_a_folder_that_is_not_as_expected(folder):
   assert "0.png cannot be read as an image" in message("train")
 
 
-def test_pixels_of_16_bits_are_scaled(tmp_path):
+def test_16_bit_pixels_are_scaled(tmp_path):
   ramp = np.array([[0, 257, 32768, 65535]], np.uint16)
-  own = tmp_path / "set" / "train" / "a"
-  own.mkdir(parents=True)
-  Image.fromarray(np.repeat(ramp, 4, 0)).save(own / "0.png")
+  class_folder = tmp_path / "set" / "train" / "a"
+  class_folder.mkdir(parents=True)
+  Image.fromarray(np.repeat(ramp, 4, 0)).save(class_folder / "0.png")
   source = image_classes.image_folder(tmp_path / "set", "train", size=4)
   assert source.images[0, :, :, 0].tolist() == [[0, 1, 128, 255]] * 4
 
 
-def test_no_image_is_dropped(folder):
+def test_all_images_are_read_or_raise(folder):
   inner = folder / "train" / "red" / "more" / "still"
   inner.mkdir(parents=True)
   Image.new("RGB", (5, 5), "red").save(inner / "x.PNG")
@@ -157,18 +158,18 @@ def test_no_image_is_dropped(folder):
   assert np.bincount(source.labels).tolist() == [2, 2, 3]
   assert source.class_names == ("blue", "lime", "red")
 
-  def refuse(file, message, content=b""):
+  def assert_raises(file, message, content=b""):
     file.write_bytes(content)
     with pytest.raises(base.InputError, match=message) as caught:
       image_classes.image_folder(folder, "train", size=4)
     assert file.name in str(caught.value) and "\n" not in str(caught.value)
     file.unlink()
 
-  refuse(folder / "train" / "lost.png", "is in no class")
-  refuse(inner / "y.webp", "of a format that is not read")
-  whole = (inner / "x.PNG").read_bytes()
-  for content in (b"", whole[:40], whole[:46], whole.replace(b"IHDR", b"IHDX")):
-    refuse(inner / "y.png", "cannot be read as an image", content)
+  assert_raises(folder / "train" / "lost.png", "is in no class")
+  assert_raises(inner / "y.webp", "has a format that is not read")
+  valid = (inner / "x.PNG").read_bytes()
+  for content in (b"", valid[:40], valid[:46], valid.replace(b"IHDR", b"IHDX")):
+    assert_raises(inner / "y.png", "cannot be read as an image", content)
   (inner / "y.png").symlink_to("nowhere")
   with pytest.raises(base.InputError, match=r"y.png cannot be read"):
     image_classes.image_folder(folder, "train", size=4)
@@ -176,7 +177,7 @@ def test_no_image_is_dropped(folder):
     image_classes.image_folder(folder / "train", "../val", size=4)
 
 
-def test_splits_with_other_classes_are_refused(folder):
+def test_splits_with_other_classes_raise(folder):
   train = image_classes.image_folder(folder, "train", size=4)
   (folder / "val" / "black").mkdir()
   (folder / "val" / "lime").mkdir()
@@ -189,7 +190,7 @@ def test_splits_with_other_classes_are_refused(folder):
   examples_lib.check_sources(train, val._replace(class_names=train.class_names))
 
 
-def test_classes_keep_the_names_of_the_whole():
+def test_class_names_are_kept():
   source = _source(num_classes=4)
   one, other = image_classes.split_classes(source, (2, 2), seed=0)
   assert sorted(one.class_names + other.class_names) == ["0", "1", "2", "3"]

@@ -1,3 +1,5 @@
+"""Label noise: shares of wrong labels, transition matrices, invalid arguments."""
+
 import hypothesis
 from hypothesis import strategies as st
 import numpy as np
@@ -24,7 +26,7 @@ def balanced(num_classes, each):
 
 
 @hypothesis.given(problems())
-def test_uniform_paper_makes_exactly_the_fraction_wrong(problem):
+def test_uniform_paper_flips_exactly_the_fraction(problem):
   labels, num_classes, fraction, seed = problem
   before = labels.copy()
   noisy = label_noise.uniform_flip(
@@ -41,7 +43,7 @@ def test_uniform_paper_makes_exactly_the_fraction_wrong(problem):
 
 
 @hypothesis.given(problems())
-def test_uniform_official_flips_at_most_the_fraction_and_never_to_the_last(problem):
+def test_uniform_official_flips_at_most_the_fraction_not_to_the_last(problem):
   labels, num_classes, fraction, seed = problem
   noisy = label_noise.uniform_flip(
     labels,
@@ -56,20 +58,20 @@ def test_uniform_official_flips_at_most_the_fraction_and_never_to_the_last(probl
 
 
 @hypothesis.given(problems(), st.sampled_from(label_noise.VARIANTS), st.booleans())
-def test_background_flips_to_one_class_only(problem, variant, given_background):
+def test_background_flips_to_one_class(problem, variant, has_background):
   labels, num_classes, fraction, seed = problem
   noisy = label_noise.background_flip(
     labels,
     fraction=fraction,
     num_classes=num_classes,
     rng=np.random.default_rng(seed),
-    background=1 if given_background else None,
+    background=1 if has_background else None,
     variant=variant,
   )
   changed = noisy != labels
   targets = set(noisy[changed].tolist())
   assert len(targets) <= 1
-  assert not given_background or targets <= {1}
+  assert not has_background or targets <= {1}
   chosen = round(fraction * len(labels))
   assert np.sum(changed) <= chosen
   if targets:
@@ -79,7 +81,7 @@ def test_background_flips_to_one_class_only(problem, variant, given_background):
 
 @pytest.mark.parametrize("builder", BUILDERS)
 @pytest.mark.parametrize("variant", label_noise.VARIANTS)
-def test_seed_decides(builder, variant):
+def test_labels_depend_on_the_seed(builder, variant):
   labels = balanced(10, 50)
 
   def noisy(seed):
@@ -104,7 +106,7 @@ def test_seed_decides(builder, variant):
     (100, "official_code", 0.396),
   ],
 )
-def test_uniform_truly_wrong_rate(num_classes, variant, wrong):
+def test_uniform_share_of_wrong_labels(num_classes, variant, wrong):
   labels = balanced(num_classes, 100_000 // num_classes)
   noisy = label_noise.uniform_flip(
     labels,
@@ -113,11 +115,11 @@ def test_uniform_truly_wrong_rate(num_classes, variant, wrong):
     rng=np.random.default_rng(0),
     variant=variant,
   )
-  # Five standard deviations of a binomial share are below this.
+  # This exceeds five standard deviations of a binomial share.
   assert abs(np.mean(noisy != labels) - wrong) < 0.002
 
 
-def test_uniform_official_rate_of_unbalanced_labels():
+def test_uniform_official_share_for_unbalanced_labels():
   labels = np.repeat([0, 1, 2], [10_000, 20_000, 70_000])
   noisy = label_noise.uniform_flip(
     labels,
@@ -130,7 +132,7 @@ def test_uniform_official_rate_of_unbalanced_labels():
   assert abs(np.mean(noisy != labels) - documented) < 0.005
 
 
-def test_uniform_paper_reaches_every_other_class_equally():
+def test_uniform_paper_flips_to_all_other_classes_equally():
   labels = np.full(90_000, 3)
   noisy = label_noise.uniform_flip(
     labels, fraction=1.0, num_classes=10, rng=np.random.default_rng(0)
@@ -141,7 +143,7 @@ def test_uniform_paper_reaches_every_other_class_equally():
 
 
 @pytest.mark.parametrize("variant", label_noise.VARIANTS)
-def test_background_truly_wrong_rate(variant):
+def test_background_share_of_wrong_labels(variant):
   labels = balanced(10, 10_000)
   noisy = label_noise.background_flip(
     labels,
@@ -156,7 +158,7 @@ def test_background_truly_wrong_rate(variant):
 @pytest.mark.parametrize(
   ("variant", "reachable"), [("paper", {0, 1, 2}), ("official_code", {0, 1})]
 )
-def test_classes_a_background_may_be(variant, reachable):
+def test_possible_background_classes(variant, reachable):
   drawn = {
     label_noise.draw_background(3, rng=np.random.default_rng(seed), variant=variant)
     for seed in range(60)
@@ -165,7 +167,7 @@ def test_classes_a_background_may_be(variant, reachable):
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
-def test_two_classes_official_give_the_first(builder):
+def test_official_code_with_two_classes_gives_the_first(builder):
   noisy = builder(
     [1, 1, 0],
     fraction=1.0,
@@ -191,8 +193,8 @@ def test_two_classes_official_give_the_first(builder):
     ({"labels": [0], "num_classes": 1}, r"num_classes must be at least 2"),
   ],
 )
-def test_bad_input_is_told(builder, changes, message):
-  given = {
+def test_invalid_arguments_raise(builder, changes, message):
+  arguments = {
     "labels": [0, 1, 2],
     "fraction": 0.5,
     "num_classes": 3,
@@ -200,12 +202,12 @@ def test_bad_input_is_told(builder, changes, message):
     **changes,
   }
   with pytest.raises(base.InputError, match=message) as error:
-    builder(given.pop("labels"), **given)
+    builder(arguments.pop("labels"), **arguments)
   assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("background", [-1, 3])
-def test_background_out_of_range(background):
+def test_background_out_of_range_raises(background):
   with pytest.raises(base.InputError, match="background must be a class from 0 to 2"):
     label_noise.background_flip(
       [0, 1, 2],
@@ -242,20 +244,20 @@ def test_matrices_by_hand():
 
 
 @pytest.mark.parametrize("num_targets", [1, 2])
-def test_flip_matrix_has_its_targets_off_the_diagonal(num_targets):
-  seen = np.zeros((5, 5))
+def test_flip_matrix_draws_all_other_classes(num_targets):
+  counts = np.zeros((5, 5))
   for seed in range(40):
     rng = np.random.default_rng(seed)
     matrix = label_noise.flip_matrix(5, 0.4, num_targets=num_targets, rng=rng)
     np.testing.assert_allclose(np.diag(matrix), 0.6)
-    hit = matrix - np.diag(np.diag(matrix))
+    off_diagonal = matrix - np.diag(np.diag(matrix))
     np.testing.assert_allclose(
-      np.sort(hit, 1),
+      np.sort(off_diagonal, 1),
       np.tile([0.0] * (5 - num_targets) + [0.4 / num_targets] * num_targets, (5, 1)),
     )
-    seen += hit > 0
-  # Every other class is drawn for every class, at even odds.
-  assert np.all(seen[~np.eye(5, dtype=bool)] > 40 * num_targets / 4 / 4)
+    counts += off_diagonal > 0
+  # Each class flips to all other classes, with equal probability.
+  assert np.all(counts[~np.eye(5, dtype=bool)] > 40 * num_targets / 4 / 4)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +273,7 @@ def test_flip_matrix_has_its_targets_off_the_diagonal(num_targets):
     ),
   ],
 )
-def test_resampled_labels_follow_the_matrix(matrix, wrong):
+def test_resample_follows_the_matrix(matrix, wrong):
   labels = balanced(len(matrix), 100_000 // len(matrix))
   before = labels.copy()
   noisy = label_noise.resample(labels, matrix, rng=np.random.default_rng(0))
@@ -279,14 +281,14 @@ def test_resampled_labels_follow_the_matrix(matrix, wrong):
   assert noisy.dtype == np.int32
   # Five standard deviations of a share of 100,000 are at most 0.008.
   assert abs(np.mean(noisy != labels) - wrong) < 0.006
-  found = np.zeros_like(matrix)
-  np.add.at(found, (labels, noisy), len(matrix) / 100_000)
-  assert not found[matrix == 0].any()
+  estimate = np.zeros_like(matrix)
+  np.add.at(estimate, (labels, noisy), len(matrix) / 100_000)
+  assert not estimate[matrix == 0].any()
   each = 100_000 // len(matrix)
-  np.testing.assert_allclose(found, matrix, atol=5 * np.sqrt(0.25 / each))
+  np.testing.assert_allclose(estimate, matrix, atol=5 * np.sqrt(0.25 / each))
 
 
-def test_resampled_examples_are_independent_of_one_another():
+def test_resample_draws_examples_independently():
   matrix = label_noise.symmetric_matrix(2, 0.5)
   noisy = label_noise.resample(
     np.zeros(40_000, int), matrix, rng=np.random.default_rng(0)
@@ -301,8 +303,8 @@ def test_resampled_examples_are_independent_of_one_another():
     (lambda: label_noise.symmetric_matrix(1, 0.1), "num_classes must be at least 2"),
     (lambda: label_noise.uniform_matrix(3, 1.1), r"fraction must lie in .* got 1.1"),
     (lambda: label_noise.uniform_matrix(3, float("nan")), "fraction must lie.*nan"),
-    (lambda: label_noise.pair_matrix(3, 0.1, {0: 3}), "of 0 to 2; got 0: 3"),
-    (lambda: label_noise.pair_matrix(3, 0.1, {1: 1}), "to another one.*got 1: 1"),
+    (lambda: label_noise.pair_matrix(3, 0.1, {0: 3}), "from 0 to 2; got 0: 3"),
+    (lambda: label_noise.pair_matrix(3, 0.1, {1: 1}), "to another class.*got 1: 1"),
     (
       lambda: label_noise.flip_matrix(
         2, 0.1, num_targets=2, rng=np.random.default_rng(0)
@@ -315,7 +317,7 @@ def test_resampled_examples_are_independent_of_one_another():
     (lambda: _resample([2], np.eye(2)), "labels must lie in 0 .. 1"),
   ],
 )
-def test_bad_matrices_are_told(call, message):
+def test_invalid_matrices_raise(call, message):
   with pytest.raises(base.InputError, match=message) as error:
     call()
   assert "\n" not in str(error.value)

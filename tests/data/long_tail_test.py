@@ -1,4 +1,4 @@
-"""Long tails: the counts of the papers, and what stays apart."""
+"""Long tails: the class sizes of the papers, and independent draws."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from l2rw_jax.data import sources
 
 
 def source(counts, split="train"):
-  """Images that know their row, in random order; `counts` of each class."""
+  """Images whose pixels are their row, `counts` of each class in random order."""
   labels = np.repeat(np.arange(len(counts)), counts)
   labels = np.random.default_rng(1).permutation(labels).astype(np.int32)
   rows = np.arange(len(labels))
@@ -21,10 +21,10 @@ def source(counts, split="train"):
 
 
 def make(counts, **options):
-  given = {"builder": "mwn", "shape": "exponential", "imbalance": 10.0, "seed": 0}
-  given |= {"num_meta_per_class": 10, **options}
+  arguments = {"builder": "mwn", "shape": "exponential", "imbalance": 10.0, "seed": 0}
+  arguments |= {"num_meta_per_class": 10, **options}
   test = source([3] * len(counts), "test")
-  return long_tail.long_tail_splits(source(counts), test, **given)
+  return long_tail.long_tail_splits(source(counts), test, **arguments)
 
 
 def train_counts(splits):
@@ -56,32 +56,32 @@ MWN_TOTALS = [
 
 
 @pytest.mark.parametrize(("counts", "shape", "imbalance", "total"), LDAM_TOTALS)
-def test_totals_of_ldam(counts, shape, imbalance, total):
-  made = make(
+def test_ldam_total_sizes(counts, shape, imbalance, total):
+  splits = make(
     counts, builder="ldam", shape=shape, imbalance=imbalance, num_meta_per_class=0
   )
-  assert len(made.train.label) == total and len(made.meta.label) == 0
+  assert len(splits.train.label) == total and len(splits.meta.label) == 0
 
 
 @pytest.mark.parametrize(("counts", "totals"), MWN_TOTALS)
-def test_totals_of_meta_weight_net(counts, totals):
-  found = [len(make(counts, imbalance=factor).train.label) for factor in FACTORS]
-  assert found == totals
+def test_meta_weight_net_total_sizes(counts, totals):
+  sizes = [len(make(counts, imbalance=factor).train.label) for factor in FACTORS]
+  assert sizes == totals
 
 
-def test_sizes_of_the_classes():
+def test_class_sizes():
   sizes = long_tail.class_sizes("exponential", 5000, 10, 100)
   assert list(sizes) == [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
   sizes = train_counts(make(CIFAR10, imbalance=100))
   assert list(sizes) == [4990, 2991, 1793, 1075, 644, 386, 231, 138, 83, 49]
   sizes = long_tail.class_sizes("step", 5000, 10, 100)
   assert list(sizes) == [5000] * 5 + [50] * 5
-  # Of an odd number of classes the smaller half is large.
+  # With an odd number of classes, the smaller half has the large classes.
   assert list(long_tail.class_sizes("step", 10, 5, 10)) == [10, 10, 1, 1, 1]
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3, 7, 10, 20, 50, 100, 125, 200, 250, 500])
-def test_the_last_class_is_exact_however_the_power_is_rounded(factor):
+def test_size_of_the_last_class_is_exact(factor):
   for shape in long_tail.SHAPES:
     for num_most in (500, 4990, 5000):
       sizes = long_tail.class_sizes(shape, num_most, 10, float(factor))
@@ -89,38 +89,38 @@ def test_the_last_class_is_exact_however_the_power_is_rounded(factor):
       assert (np.diff(sizes) <= 0).all()
 
 
-def test_the_rarest_class_decides_where_classes_differ():
-  # MNIST: 5,421 fives; ten of each are meta images first.
+def test_rarest_class_limits_the_size_of_class_0():
+  # MNIST has 5,421 fives; ten images of each class are meta images.
   mnist = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
-  made = make(mnist, imbalance=100)
-  assert list(train_counts(made)) == list(
+  splits = make(mnist, imbalance=100)
+  assert list(train_counts(splits)) == list(
     long_tail.class_sizes("exponential", 5411, 10, 100)
   )
-  assert train_counts(made)[0] == 5411 and train_counts(made)[-1] == 54
-  made = make(mnist, imbalance=1, builder="ldam")
-  # Only the fives are all needed, and so give their meta images up.
-  assert list(train_counts(made)) == [5421] * 5 + [5411] + [5421] * 4
+  assert train_counts(splits)[0] == 5411 and train_counts(splits)[-1] == 54
+  splits = make(mnist, imbalance=1, builder="ldam")
+  # Only the fives are all needed, so ten of them move to the meta set.
+  assert list(train_counts(splits)) == [5421] * 5 + [5411] + [5421] * 4
 
 
 @pytest.mark.parametrize("builder", long_tail.BUILDERS)
 @pytest.mark.parametrize("shape", long_tail.SHAPES)
-def test_parts_are_disjoint_and_hold_the_images_of_their_rows(builder, shape):
+def test_parts_are_disjoint_and_images_match_their_rows(builder, shape):
   counts = [60, 50, 55, 70]
   train = source(counts)
-  made = make(counts, builder=builder, shape=shape, num_meta_per_class=4)
-  assert len(set(made.train.source_index) & set(made.meta.source_index)) == 0
-  for part in (made.train, made.meta):
+  splits = make(counts, builder=builder, shape=shape, num_meta_per_class=4)
+  assert len(set(splits.train.source_index) & set(splits.meta.source_index)) == 0
+  for part in (splits.train, splits.meta):
     assert len(set(part.source_index)) == len(part.source_index)
     np.testing.assert_array_equal(
       part.image, train.images[part.source_index] / np.float32(255)
     )
     np.testing.assert_array_equal(part.label, train.labels[part.source_index])
     np.testing.assert_array_equal(part.label, part.true_label)
-  assert list(examples_lib.class_counts(made.meta, 4)) == [4] * 4
-  assert len(made.test.label) == 12 and len(made.validation.label) == 0
+  assert list(examples_lib.class_counts(splits.meta, 4)) == [4] * 4
+  assert len(splits.test.label) == 12 and len(splits.validation.label) == 0
 
 
-def test_under_ldam_the_head_alone_pays_for_the_meta_set():
+def test_ldam_takes_meta_images_from_the_head_only():
   without, with_meta = (
     make(CIFAR10, builder="ldam", imbalance=100, num_meta_per_class=n) for n in (0, 10)
   )
@@ -128,7 +128,7 @@ def test_under_ldam_the_head_alone_pays_for_the_meta_set():
   assert set(with_meta.train.source_index) < set(without.train.source_index)
 
 
-def test_draws_do_not_depend_on_one_another():
+def test_draws_are_independent():
   large, small, step, other = (
     make(CIFAR100, **options)
     for options in (
@@ -138,13 +138,13 @@ def test_draws_do_not_depend_on_one_another():
       {"seed": 1},
     )
   )
-  for made in (small, step):
-    np.testing.assert_array_equal(made.meta.source_index, large.meta.source_index)
+  for splits in (small, step):
+    np.testing.assert_array_equal(splits.meta.source_index, large.meta.source_index)
   assert set(small.train.source_index) < set(large.train.source_index)
   assert set(other.meta.source_index) != set(large.meta.source_index)
 
 
-def test_a_function_of_the_seed_and_every_setting_shows_in_the_fingerprint():
+def test_fingerprint_depends_on_all_arguments():
   settings = [
     {},
     {"seed": 1},
@@ -174,16 +174,16 @@ def test_a_function_of_the_seed_and_every_setting_shows_in_the_fingerprint():
     ({"seed": -1}, "seed must be an integer of at least 0"),
   ],
 )
-def test_bad_input(options, message):
+def test_invalid_arguments_raise(options, message):
   with pytest.raises(base.InputError, match=message):
     make([60, 60, 60, 50], **options)
 
 
-def test_a_class_without_images():
+def test_class_without_images_raises():
   with pytest.raises(base.InputError, match="class 1 has 0 images in toy train"):
     make([60, 0, 60], num_meta_per_class=0)
 
 
-def test_one_class():
+def test_one_class_raises():
   with pytest.raises(base.InputError, match="num_classes must be at least 2; got 1"):
     long_tail.class_sizes("exponential", 10, 1, 2.0)

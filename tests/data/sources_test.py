@@ -1,3 +1,5 @@
+"""Named data sets: digits, prepared sets, the cache, and damaged or unsafe files."""
+
 import hashlib
 import io
 import json
@@ -28,7 +30,7 @@ def png(value, height=6):
 
 
 def prepare(root, dataset, features, row):
-  """Makes a TFDS set of 12 + 5 examples, as `download_and_prepare` does."""
+  """Prepares a TFDS set of 12 + 5 examples, with `download_and_prepare`."""
   import tensorflow_datasets as tfds
 
   class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -116,8 +118,8 @@ def test_digits_sizes_and_types():
 
 
 def test_digits_pixels_are_the_original_ones():
-  whole = datasets.load_digits()
-  original = {row.tobytes() for row in whole.images.astype(np.uint8)}
+  digits = datasets.load_digits()
+  original = {row.tobytes() for row in digits.images.astype(np.uint8)}
   both = [sources.load("digits", split).images for split in ("train", "test")]
   pixels = np.concatenate(both)[..., 0]
   restored = np.round(pixels * (16 / 255)).astype(np.uint8)
@@ -171,7 +173,7 @@ def test_splits_and_slices(data_dir):
   assert len(load(data_dir, split="test").labels) == 5
 
 
-def test_second_reading_comes_from_the_cache(data_dir):
+def test_second_load_reads_the_cache(data_dir):
   first = load(data_dir)
   for file in (data_dir / "tiny" / "1.0.0").glob("*array_record*"):
     file.unlink()
@@ -190,7 +192,7 @@ def other_version(data_dir, version):
   return new
 
 
-def test_newest_version_by_number_unless_one_is_asked_for(data_dir):
+def test_latest_version_is_the_default(data_dir):
   other_version(data_dir, "1.9.0")
   other_version(data_dir, "1.10.0")
   (data_dir / "tiny" / "incomplete.X_2.0.0").mkdir()
@@ -201,7 +203,7 @@ def test_newest_version_by_number_unless_one_is_asked_for(data_dir):
     load(data_dir, "tiny:3.0.0")
 
 
-def test_two_copies_of_one_version_do_not_share_a_cache(data_dir, tmp_path):
+def test_different_copies_of_a_version_do_not_share_the_cache(data_dir, tmp_path):
   import tensorflow_datasets as tfds
 
   whole = load(data_dir, cache_dir=tmp_path / "cache")
@@ -243,13 +245,13 @@ def test_folders_without_any_setting(data_dir, tmp_path, monkeypatch):
   assert list((tmp_path / ".cache" / "l2rw_jax").iterdir())
 
 
-def assert_told(message, data_dir, *args):
+def assert_raises(message, data_dir, *args):
   with pytest.raises(base.InputError, match=message) as error:
     load(data_dir, *args)
   assert "\n" not in str(error.value)
 
 
-def test_missing_set_names_place_and_both_ways(tmp_path):
+def test_missing_set_names_its_path_and_two_solutions(tmp_path):
   with pytest.raises(base.InputError) as error:
     load(tmp_path, "fashion_mnist")
   message = str(error.value)
@@ -263,18 +265,18 @@ def test_missing_set_names_place_and_both_ways(tmp_path):
 
 
 def test_unknown_name(tmp_path):
-  assert_told("unknown data set 'mnsit'; did you mean mnist or", tmp_path, "mnsit")
-  assert_told("unknown data set 'digts'; did you mean digits", tmp_path, "digts")
-  assert_told("unknown data set 'qqqqqq'; known are digits", tmp_path, "qqqqqq")
+  assert_raises("unknown data set 'mnsit'; did you mean mnist or", tmp_path, "mnsit")
+  assert_raises("unknown data set 'digts'; did you mean digits", tmp_path, "digts")
+  assert_raises("unknown data set 'qqqqqq'; known are digits", tmp_path, "qqqqqq")
 
 
 @pytest.mark.parametrize(
   "name",
   ["../tiny", "..", "a/../tiny", "/etc", "a//b", "a\\b", "", ".", "a\nb", "\udc80"],
 )
-def test_no_name_leaves_the_data_folder(data_dir, name):
-  assert_told("must be a plain name", data_dir / "tiny", name)
-  assert_told("must look like 3.0.1", data_dir, "tiny:../1.0.0")
+def test_names_outside_the_data_folder_raise(data_dir, name):
+  assert_raises("must be a plain name", data_dir / "tiny", name)
+  assert_raises("must look like 3.0.1", data_dir, "tiny:../1.0.0")
 
 
 _MODULE = "evil_features"
@@ -293,7 +295,7 @@ _MODULE = "evil_features"
     },
   ],
 )
-def test_no_module_is_imported_because_a_data_set_names_it(
+def test_modules_named_by_a_data_set_are_not_imported(
   data_dir, tmp_path, monkeypatch, replacement
 ):
   (tmp_path / f"{_MODULE}.py").write_text("")
@@ -302,25 +304,25 @@ def test_no_module_is_imported_because_a_data_set_names_it(
   features = json.loads(path.read_text())
   features["featuresDict"]["features"]["worker"] = replacement
   path.write_text(json.dumps(features))
-  assert_told(rf"features.json names the class '{_MODULE}.Image'", data_dir)
+  assert_raises(rf"features.json names the class '{_MODULE}.Image'", data_dir)
   assert _MODULE not in sys.modules
   path.write_text(json.dumps({"type": f"{_MODULE}.X", "content": {}}))
-  assert_told(rf"features.json names the class '{_MODULE}.X'", data_dir)
+  assert_raises(rf"features.json names the class '{_MODULE}.X'", data_dir)
   assert _MODULE not in sys.modules
 
 
 @pytest.mark.parametrize("file", ["features.json", "dataset_info.json"])
 def test_damaged_descriptions_are_one_line(data_dir, file):
   path = data_dir / "tiny" / "1.0.0" / file
-  whole = path.read_bytes()
+  original = path.read_bytes()
   deep = b'{"a": ' * 100_000
-  half = whole[: len(whole) // 2]
+  half = original[: len(original) // 2]
   for content in (b"", b"{}", b"[]", b"null", b"\xff", half, b'{"a": 1}', deep):
     path.write_bytes(content)
-    assert_told(rf"{file} is damaged or incomplete", data_dir)
+    assert_raises(rf"{file} is damaged or incomplete", data_dir)
   path.unlink()
   if file == "features.json":
-    assert_told(rf"{file} is damaged or incomplete", data_dir)
+    assert_raises(rf"{file} is damaged or incomplete", data_dir)
 
 
 def change(path, old, new):
@@ -330,71 +332,75 @@ def change(path, old, new):
 
 
 @pytest.mark.parametrize("number", ["2", "4"])
-def test_another_number_of_classes_is_refused(data_dir, number):
+def test_wrong_number_of_classes_raises(data_dir, number):
   path = data_dir / "tiny" / "1.0.0" / "features.json"
   change(path, '"numClasses": "3"', f'"numClasses": "{number}"')
   message = rf"features.json gives {number} classes of label, .* are of 3 \(0 to 2\)"
-  assert_told(message, data_dir)
-  if number == "4":  # Classes that have names may be without examples.
+  assert_raises(message, data_dir)
+  if number == "4":  # Classes with names need no examples.
     (path.parent / "label.labels.txt").write_text("a\nb\nc\nd\n")
     assert load(data_dir).num_classes == 4
 
 
-def test_names_of_another_number_of_classes_are_refused(data_dir):
+def test_wrong_number_of_class_names_raises(data_dir):
   (data_dir / "tiny" / "1.0.0" / "label.labels.txt").write_text("a\nb\n")
   message = "features.json gives 3 classes of label and label.labels.txt .* names of 2"
-  assert_told(message, data_dir)
+  assert_raises(message, data_dir)
 
 
 @pytest.mark.parametrize("number", ["11", "13"])
-def test_another_number_of_examples_is_refused(data_dir, number):
+def test_wrong_number_of_examples_raises(data_dir, number):
   change(data_dir / "tiny" / "1.0.0" / "dataset_info.json", '"12"', f'"{number}"')
-  message = f"dataset_info.json gives {number} examples of train in .* holds 12"
-  assert_told(message, data_dir)
-  assert_told(message, data_dir, "tiny", "train[:5]")
+  message = f"dataset_info.json gives {number} examples of train in .* has 12"
+  assert_raises(message, data_dir)
+  assert_raises(message, data_dir, "tiny", "train[:5]")
   assert len(load(data_dir, split="test").labels) == 5
 
 
-def test_records_outside_the_folder_are_not_read(data_dir):
+def test_records_outside_of_the_folder_raise(data_dir):
   path = data_dir / "tiny" / "1.0.0" / "dataset_info.json"
   change(path, "{DATASET}-{SPLIT}", "../{DATASET}-{SPLIT}")
-  assert_told("filepathTemplate .* leaves its folder", data_dir)
+  assert_raises("filepathTemplate .* is outside of its folder", data_dir)
 
 
 def test_unknown_split(data_dir):
   message = r"no split 'val'; it has train, test and slices"
-  assert_told(message, data_dir, "tiny", "val")
-  assert_told(r"no split 'train\[x\]'", data_dir, "tiny", "train[x]")
+  assert_raises(message, data_dir, "tiny", "val")
+  assert_raises(r"no split 'train\[x\]'", data_dir, "tiny", "train[x]")
 
 
 def test_damaged_records(data_dir):
   (file,) = (data_dir / "tiny" / "1.0.0").glob("*train.array_record*")
   file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-  assert_told("tiny.1.0.0 is damaged or incomplete", data_dir)
+  assert_raises("tiny.1.0.0 is damaged or incomplete", data_dir)
   file.unlink()
-  assert_told("tiny.1.0.0 is damaged or incomplete", data_dir)
+  assert_raises("tiny.1.0.0 is damaged or incomplete", data_dir)
 
 
-def test_more_than_memory_holds(data_dir, monkeypatch):
+def test_set_larger_than_memory_raises(data_dir, monkeypatch):
   def stack(*_):
     raise MemoryError
 
   monkeypatch.setattr(sources, "_stack", stack)
-  assert_told("12 images of 'train' in .* do not fit in memory; take a slice", data_dir)
+  assert_raises(
+    "12 images of 'train' in .* do not fit in memory; take a slice", data_dir
+  )
 
 
-def test_sets_of_another_kind(data_dir):
-  assert_told(r"one shape.*\(None, 5, 3\)", data_dir, "ragged")
-  assert_told("no image classification set.*has image, label", data_dir, "unlabeled")
+def test_unsupported_features_raise(data_dir):
+  assert_raises(r"one shape.*\(None, 5, 3\)", data_dir, "ragged")
+  assert_raises(
+    "not an image classification set.*has image, label", data_dir, "unlabeled"
+  )
 
 
-def test_another_file_format(data_dir):
+def test_other_file_format_raises(data_dir):
   info = data_dir / "tiny" / "1.0.0" / "dataset_info.json"
   info.write_text(info.read_text().replace("array_record", "tfrecord"))
-  assert_told("is stored as tfrecord; prepare it again", data_dir)
+  assert_raises("is stored as tfrecord; prepare it again", data_dir)
 
 
-def test_neither_tensorflow_nor_network_nor_noise(prepared, tmp_path):
+def test_load_uses_no_tensorflow_and_no_network_and_prints_nothing(prepared, tmp_path):
   fake = tmp_path / "tensorflow"
   fake.mkdir()
   (fake / "__init__.py").write_text("raise AssertionError('tensorflow was imported')")
@@ -430,7 +436,7 @@ def test_real_mnist(tfds_dir: pathlib.Path, decoded: pathlib.Path):
   source = sources.load("mnist", "train", data_dir=tfds_dir, cache_dir=decoded)
   assert source.images.shape == (60_000, 28, 28, 1)
   assert source.num_classes == 10
-  # The counts and the mean of the data set as published.
+  # The published class sizes and mean of the data set.
   np.testing.assert_array_equal(
     np.bincount(source.labels),
     [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949],

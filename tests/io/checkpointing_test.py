@@ -1,5 +1,14 @@
+"""Checkpoints: exact values, damaged files, kills and full disks."""
+
 import collections
+import errno
+import gc
 import logging
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +37,8 @@ def make_state(seed=0):
     optax.clip_by_global_norm(1.0),
     optax.inject_hyperparams(optax.adam)(learning_rate=0.1),
   )
-  with jax.numpy_dtype_promotion("standard"):  # optax asks for a type of all leaves.
+  # optax needs one dtype for all leaves.
+  with jax.numpy_dtype_promotion("standard"):
     opt_state = optimizer.init(params)
   return {
     "params": params,
@@ -75,7 +85,7 @@ def _names(directory):
   return sorted(path.name for path in directory.iterdir())
 
 
-def test_everything_comes_back_bit_for_bit(tmp_path):
+def test_state_is_restored_bit_for_bit(tmp_path):
   state = make_state()
   host = {"rng": np.random.default_rng(0).bit_generator.state, "pair": (1, 2.5)}
   first = _open(tmp_path / "new" / "folder")
@@ -88,7 +98,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
     assert_same(restored.state, state)
 
 
-def test_eval_shape_is_enough_of_a_like(tmp_path):
+def test_like_may_come_from_eval_shape(tmp_path):
   def make():
     return {"key": jax.random.key(0), "w": jnp.ones((2, 3)), "none": None}
 
@@ -114,7 +124,7 @@ def test_replicated_arrays_can_be_saved(tmp_path):
   assert_same(checkpointer.restore_latest(state).state, {"w": jnp.arange(5.0)})
 
 
-def test_leaves_are_matched_by_name(tmp_path):
+def test_leaves_are_matched_by_path(tmp_path):
   checkpointer = _open(tmp_path)
   saved = collections.OrderedDict([("b", jnp.ones(2)), ("a", jnp.zeros(2))])
   checkpointer.save(0, saved, {})
@@ -122,7 +132,7 @@ def test_leaves_are_matched_by_name(tmp_path):
   assert_same(restored.state, {"a": jnp.zeros(2), "b": jnp.ones(2)})
 
 
-def test_only_the_newest_are_kept(tmp_path):
+def test_only_the_latest_are_kept(tmp_path):
   checkpointer = _open(tmp_path, max_to_keep=2)
   assert checkpointer.restore_latest(0) is None
   for step in (1, 5, 9):
@@ -134,10 +144,10 @@ def test_only_the_newest_are_kept(tmp_path):
       checkpointer.save(step, 0, {})
 
 
-def test_what_cannot_be_kept_is_told_before_writing(tmp_path):
+def test_unsupported_leaves_raise_before_writing(tmp_path):
   checkpointer = _open(tmp_path)
   for leaf in ("text", object(), np.array(["a"]), np.array([None]), np.ones(2, ">f4")):
-    with pytest.raises(TypeError, match=r"cannot keep \['a'\]"):
+    with pytest.raises(TypeError, match=r"cannot save \['a'\]"):
       checkpointer.save(0, {"a": leaf}, {})
   with pytest.raises(TypeError):
     checkpointer.save(0, {}, {"a": object()})
@@ -154,7 +164,7 @@ def test_what_cannot_be_kept_is_told_before_writing(tmp_path):
     ({"w": np.ones(2), "n": np.int32(1)}, "now int32"),
   ],
 )
-def test_checkpoint_of_another_model_is_told_and_kept(tmp_path, like, message):
+def test_checkpoint_of_another_model_raises_and_is_kept(tmp_path, like, message):
   state = {"w": np.ones(2), "n": 1}
   checkpointer = _open(tmp_path)
   checkpointer.save(0, state, {})
@@ -164,7 +174,7 @@ def test_checkpoint_of_another_model_is_told_and_kept(tmp_path, like, message):
   assert_same(checkpointer.restore_latest(state).state, state)
 
 
-def test_unexpected_write_error_is_told_too(tmp_path, monkeypatch):
+def test_unexpected_write_error_is_one_line(tmp_path, monkeypatch):
   checkpointer = _open(tmp_path)
 
   def fail(*args, **kwargs):
@@ -175,15 +185,266 @@ def test_unexpected_write_error_is_told_too(tmp_path, monkeypatch):
     checkpointer.save(1, {}, {})
 
 
-def test_directory_that_cannot_be_made(tmp_path):
+def test_directory_that_cannot_be_created(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(base.InputError, match="file: File exists"):
     _open(tmp_path / "file")
 
 
-def test_orbax_is_quiet(tmp_path, caplog):
+def test_orbax_logs_nothing(tmp_path, caplog):
   caplog.set_level(logging.DEBUG)
   checkpointer = _open(tmp_path)
   checkpointer.save(1, make_state(), {})
   assert checkpointer.restore_latest(make_state()).step == 1
   assert [r.pathname for r in caplog.records if "orbax" in r.pathname] == []
+
+
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+
+
+def _two(directory):
+  """A directory with checkpoints 1 and 2 of `make_state(1)` and `make_state(2)`."""
+  checkpointer = _open(directory)
+  for step in (1, 2):
+    checkpointer.save(step, make_state(step), {"epoch": step})
+  checkpointer.close()
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("template")
+  _two(directory)
+  return directory
+
+
+@pytest.fixture
+def two(template, tmp_path):
+  return pathlib.Path(shutil.copytree(template, tmp_path / "two"))
+
+
+def _warnings(caplog):
+  return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def _truncate(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _flip(path):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+def _files(directory):
+  return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def _assert_restores_an_intact_one(directory, caplog) -> int:
+  """Returns the restored step, after checking its state."""
+  caplog.clear()
+  checkpointer = _open(directory)
+  restored = checkpointer.restore_latest(make_state())
+  assert_same(restored.state, make_state(restored.step))
+  assert restored.host == {"epoch": restored.step}
+  if restored.step == 1:
+    (warning,) = _warnings(caplog)
+    assert "checkpoint of step 2" in warning and "\n" not in warning
+    assert _names(directory) == ["1"]
+    checkpointer.save(2, make_state(2), {"epoch": 2})
+    assert_same(checkpointer.restore_latest(make_state()).state, make_state(2))
+  else:
+    assert _warnings(caplog) == []
+  checkpointer.close()
+  return restored.step
+
+
+# Orbax closes its event loop before all requests to TensorStore are finished.
+_ignore_late_results = pytest.mark.filterwarnings(
+  "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@_ignore_late_results
+@pytest.mark.parametrize("damage", [_truncate, _flip, pathlib.Path.unlink])
+def test_damage_to_any_file_is_detected(template, tmp_path, caplog, damage):
+  sizes = {path: path.stat().st_size for path in _files(template / "2")}
+  restored = {}
+  for path, size in sizes.items():
+    if damage is _flip and size == 0:
+      continue
+    name = path.relative_to(template)
+    directory = pathlib.Path(shutil.copytree(template, tmp_path / "copy"))
+    damage(directory / name)
+    restored[path] = _assert_restores_an_intact_one(directory, caplog)
+    shutil.rmtree(directory)
+  caplog.clear()
+  gc.collect()  # asyncio logs unread failures when they are collected.
+  assert _warnings(caplog) == []
+  # Damage to these files must matter.
+  largest = max(sizes, key=lambda path: sizes[path])
+  assert restored[largest] == 1
+  assert restored[template / "2" / "record" / "metadata"] == 1
+
+
+def _other_host(two):
+  path = two / "2" / "record" / "metadata"
+  text = path.read_text()
+  path.write_text(text.replace('"epoch": 2', '"epoch": 3'))
+  assert path.read_text() != text
+
+
+def _other_arrays(two):
+  shutil.rmtree(two / "2" / "arrays")
+  shutil.copytree(two / "1" / "arrays", two / "2" / "arrays")
+
+
+@pytest.mark.parametrize("tamper", [_other_host, _other_arrays])
+def test_checksum_detects_readable_damage(two, caplog, tamper):
+  tamper(two)
+  assert _open(two).restore_latest(make_state()).step == 1
+  (warning,) = _warnings(caplog)
+  assert "step 2" in warning and "checksum does not match" in warning
+
+
+def test_checkpoint_under_another_step_is_rejected(two, caplog):
+  shutil.copytree(two / "1", two / "3")
+  assert _open(two).restore_latest(make_state()).step == 2
+  assert len(_warnings(caplog)) == 1
+  assert _names(two) == ["1", "2"]
+
+
+@_ignore_late_results
+def test_without_intact_checkpoint_training_starts_over(two, caplog):
+  for path in _files(two):
+    _truncate(path)
+  checkpointer = _open(two)
+  assert checkpointer.restore_latest(make_state()) is None
+  assert ["step 2" in x or "step 1" in x for x in _warnings(caplog)] == [True, True]
+  assert _names(two) == []
+  checkpointer.save(1, make_state(1), {})
+  assert_same(checkpointer.restore_latest(make_state()).state, make_state(1))
+
+
+@pytest.mark.parametrize(
+  ("error", "raised"),
+  [
+    (PermissionError(errno.EACCES, "Permission denied"), base.InputError),
+    (OSError(errno.EMFILE, "Too many open files"), base.InputError),
+    (MemoryError(), MemoryError),
+  ],
+)
+def test_other_read_errors_delete_nothing(two, monkeypatch, error, raised):
+  checkpointer = _open(two)
+
+  def fail(*args):
+    raise error
+
+  monkeypatch.setattr(checkpointing, "_digest", fail)
+  with pytest.raises(raised):
+    checkpointer.restore_latest(make_state())
+  assert _names(two) == ["1", "2"]
+
+
+_KILLED = """
+import os, pathlib, shutil, signal, sys
+from l2rw_jax.io import checkpointing
+from tests.io import checkpointing_test
+directory, function, name, keep = sys.argv[1:]
+
+def killing(original):
+  def call(*args, **kwargs):
+    # The last argument is the path that is created (rename) or removed (rmtree).
+    if pathlib.Path(args[-1]).name == name:
+      os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+  return call
+
+checkpointer = checkpointing.Checkpointer(directory, max_to_keep=int(keep))
+checkpointer.save(1, checkpointing_test.make_state(1), {"epoch": 1})
+module = {"rename": os, "rmtree": shutil}[function]
+setattr(module, function, killing(getattr(module, function)))
+checkpointer.save(2, checkpointing_test.make_state(2), {"epoch": 2})
+"""
+
+
+def _run(script, *arguments):
+  return subprocess.run(
+    [sys.executable, "-c", script, *map(str, arguments)],
+    check=False,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    cwd=_REPOSITORY,  # For the imports of the script.
+  )
+
+
+@pytest.mark.parametrize("name", ["arrays", "2"])
+def test_kill_while_saving_keeps_the_previous_one(tmp_path, caplog, name):
+  run = _run(_KILLED, tmp_path, "rename", name, 1)
+  assert run.returncode == -signal.SIGKILL, run.stderr
+  one, partial = _names(tmp_path)  # The old one is not deleted yet.
+  assert one == "1" and partial.startswith("2.")
+  checkpointer = _open(tmp_path)
+  assert _names(tmp_path) == ["1"]
+  restored = checkpointer.restore_latest(make_state())
+  assert restored.step == 1
+  assert_same(restored.state, make_state(1))
+  assert _warnings(caplog) == []
+  checkpointer.save(2, make_state(2), {})
+  assert_same(checkpointer.restore_latest(make_state()).state, make_state(2))
+
+
+def test_kill_while_deleting_keeps_the_new_one(tmp_path):
+  run = _run(_KILLED, tmp_path, "rmtree", "1", 1)
+  assert run.returncode == -signal.SIGKILL, run.stderr
+  restored = _open(tmp_path).restore_latest(make_state())
+  assert restored.step == 2
+  assert_same(restored.state, make_state(2))
+
+
+_FULL_DISK = """
+import os, resource, signal, sys
+import numpy as np
+from l2rw_jax import base
+from l2rw_jax.io import checkpointing
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+directory, limit = sys.argv[1], int(sys.argv[2])
+state = {"w": np.random.default_rng(0).normal(size=100_000)}
+checkpointer = checkpointing.Checkpointer(directory, max_to_keep=1)
+
+def save(step, limit):
+  resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+  try:
+    checkpointer.save(step, state, {"step": step})
+  except base.InputError as error:
+    print(error)
+  print(os.listdir(directory))
+
+save(1, limit)
+save(1, resource.RLIM_INFINITY)
+save(2, limit)
+print(checkpointer.restore_latest(state).host)
+save(2, resource.RLIM_INFINITY)
+print(checkpointer.restore_latest(state).host)
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 100_000])  # The record fails; the arrays fail.
+def test_full_disk_is_one_line_and_keeps_the_previous_one(tmp_path, limit):
+  run = _run(_FULL_DISK, tmp_path, limit)
+  message = (
+    f"cannot write the checkpoint of step %d in {tmp_path}: File too large."
+    " Free some space and run the same command again: it continues from %s"
+  )
+  assert run.stdout.splitlines() == [
+    message % (1, "the start"),
+    "[]",
+    "['1']",
+    message % (2, "step 1"),
+    "['1']",
+    "{'step': 1}",
+    "['2']",
+    "{'step': 2}",
+  ]
+  assert run.stderr == ""

@@ -1,3 +1,5 @@
+"""Metric files: exact content, resumption, damage and full disks."""
+
 import logging
 import math
 import pathlib
@@ -32,7 +34,7 @@ def _write(writer, first, last):
     writer.write(step, _values(step))
 
 
-def test_rows_are_lines_of_valid_json(tmp_path):
+def test_rows_are_valid_json(tmp_path):
   with _open(tmp_path) as writer:
     writer.write(np.int64(3), {"b": jnp.float32(0.1), "a": 2, "c": np.float64("nan")})
     writer.write(4, {"c": jnp.inf, "d": jnp.bfloat16(0.5)})
@@ -57,15 +59,18 @@ def test_order_of_the_values_does_not_matter(tmp_path):
   assert one == two
 
 
-def test_a_metric_may_not_be_called_step(tmp_path):
-  with _open(tmp_path) as writer, pytest.raises(ValueError, match="step"):
+def test_metric_named_step_raises(tmp_path):
+  with (
+    _open(tmp_path) as writer,
+    pytest.raises(ValueError, match="no metric may"),
+  ):
     writer.write(1, {"step": 2})
   assert metric_writer.read(tmp_path) == []
 
 
 _KILLED = """
 import os, signal, sys
-from tests import metric_writer_test
+from tests.io import metric_writer_test
 from l2rw_jax.io import metric_writer
 writer = metric_writer.MetricWriter(sys.argv[1], resume_step=None, tensorboard=False)
 metric_writer_test._write(writer, 1, 7)
@@ -75,15 +80,15 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize("torn", ["", '{"step": 8, "lo'])
-def test_killed_and_resumed_is_the_same_to_the_byte(tmp_path, torn):
+@pytest.mark.parametrize("incomplete", ["", '{"step": 8, "lo'])
+def test_files_are_the_same_bytes_after_kill_and_resume(tmp_path, incomplete):
   whole, parts = tmp_path / "whole", tmp_path / "parts"
   whole.mkdir()
   parts.mkdir()
   with _open(whole) as writer:
     _write(writer, 1, 10)
   killed = subprocess.run(
-    [sys.executable, "-c", _KILLED, parts, torn], check=False, cwd=_REPOSITORY
+    [sys.executable, "-c", _KILLED, parts, incomplete], check=False, cwd=_REPOSITORY
   )
   assert killed.returncode == -signal.SIGKILL
   assert (parts / "metrics.jsonl").read_text().count("\n") == 7
@@ -93,17 +98,17 @@ def test_killed_and_resumed_is_the_same_to_the_byte(tmp_path, torn):
     assert (parts / name).read_bytes() == (whole / name).read_bytes()
 
 
-@pytest.mark.parametrize("torn", ["\0\0\0", '{"ste', "{}", "7", '{"step": null}'])
-def test_torn_last_line_is_dropped(tmp_path, torn):
+@pytest.mark.parametrize("incomplete", ["\0\0\0", '{"ste', "{}", "7", '{"step": null}'])
+def test_incomplete_last_line_is_dropped(tmp_path, incomplete):
   path = tmp_path / "metrics.jsonl"
-  path.write_text('{"step": 1, "a": 1.0}\n' + torn)
+  path.write_text('{"step": 1, "a": 1.0}\n' + incomplete)
   assert metric_writer.read(tmp_path) == [{"step": 1, "a": 1.0}]
   with _open(tmp_path, resume_step=9):
     pass
   assert path.read_text() == '{"step": 1, "a": 1.0}\n'
 
 
-def test_whole_row_without_its_newline_is_kept(tmp_path):
+def test_complete_row_without_newline_is_kept(tmp_path):
   path = tmp_path / "metrics.jsonl"
   path.write_text('{"step": 1}\n{"step": 2}')
   with _open(tmp_path, resume_step=2) as writer:
@@ -111,7 +116,7 @@ def test_whole_row_without_its_newline_is_kept(tmp_path):
   assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
 
 
-def test_damaged_row_in_the_middle_is_told(tmp_path):
+def test_damaged_row_in_the_middle_raises(tmp_path):
   content = '{"step": 1}\n{"st\n{"step": 3}\n'
   (tmp_path / "metrics.jsonl").write_text(content)
   with pytest.raises(base.InputError, match="line 2 is damaged"):
@@ -121,7 +126,7 @@ def test_damaged_row_in_the_middle_is_told(tmp_path):
   assert (tmp_path / "metrics.jsonl").read_text() == content
 
 
-def test_starting_over_drops_every_row(tmp_path):
+def test_new_run_drops_all_rows(tmp_path):
   with _open(tmp_path) as writer:
     writer.write(0, {"a": 1.0})
   assert metric_writer.read(tmp_path) == [{"step": 0, "a": 1.0}]
@@ -131,13 +136,14 @@ def test_starting_over_drops_every_row(tmp_path):
   assert (tmp_path / "metrics.csv").read_text() == "step\n"
 
 
-def test_read_of_a_folder_without_rows(tmp_path):
+def test_read_without_rows_is_empty(tmp_path):
   assert metric_writer.read(tmp_path) == []
 
 
 _FULL_DISK = """
 import resource, signal, sys
-from l2rw_jax import base, metric_writer
+from l2rw_jax import base
+from l2rw_jax.io import metric_writer
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 try:
@@ -149,7 +155,7 @@ except base.InputError as error:
 """
 
 
-def test_full_disk_is_one_line_and_the_run_can_go_on(tmp_path):
+def test_full_disk_is_one_line_and_the_run_can_continue(tmp_path):
   run = subprocess.run(
     [sys.executable, "-c", _FULL_DISK, tmp_path],
     check=True,
@@ -163,7 +169,7 @@ def test_full_disk_is_one_line_and_the_run_can_go_on(tmp_path):
     f"cannot write {tmp_path / 'metrics.jsonl'}: File too large."
     " Free some space and run the same command again."
   )
-  assert run.stderr.startswith("TensorBoard events are not written any more")
+  assert run.stderr.startswith("TensorBoard events are no longer written")
   assert run.stderr.count("\n") == 1
   rows = metric_writer.read(tmp_path)
   assert [row["step"] for row in rows] == list(range(int(step)))
@@ -181,21 +187,21 @@ def test_failing_close_does_not_hide_an_earlier_error(tmp_path):
 
 
 def _events(folder):
-  """What TensorBoard would see: (step, {tag: value}, session status) an event."""
+  """The events of TensorBoard as (step, {tag: value}, session status)."""
   event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
-  found = []
+  events = []
   for path in sorted((folder / "tensorboard").iterdir()):
     data = path.read_bytes()
     while data:
       (length,) = struct.unpack("Q", data[:8])
       event = event_pb2.Event.FromString(data[12 : 12 + length])
       values = {value.tag: value.simple_value for value in event.summary.value}
-      found.append((event.step, values, event.session_log.status))
+      events.append((event.step, values, event.session_log.status))
       data = data[16 + length :]
-  return found
+  return events
 
 
-def test_tensorboard_gets_the_finite_values(tmp_path):
+def test_tensorboard_receives_finite_values(tmp_path):
   with _open(tmp_path, tensorboard=True) as writer:
     writer.write(1, {"loss": 0.5, "bad": math.nan})
     writer.write(2, {"loss": 0.25})
@@ -203,14 +209,14 @@ def test_tensorboard_gets_the_finite_values(tmp_path):
   assert written == [(1, {"loss": 0.5}), (2, {"loss": 0.25})]
 
 
-def test_tensorboard_purges_what_is_written_again(tmp_path):
+def test_tensorboard_discards_rows_that_are_written_again(tmp_path):
   with _open(tmp_path, resume_step=5, tensorboard=True) as writer:
     writer.write(6, {"loss": 1.0})
   start = 1  # SessionLog.START: drop earlier events from this step on.
   assert 6 in [step for step, _, status in _events(tmp_path) if status == start]
 
 
-def test_tensorboard_can_be_missing(tmp_path, monkeypatch, caplog):
+def test_tensorboard_is_optional(tmp_path, monkeypatch, caplog):
   monkeypatch.setitem(sys.modules, "tensorboardX", None)
   caplog.set_level(logging.INFO)
   with _open(tmp_path, tensorboard=True) as writer:
@@ -219,14 +225,14 @@ def test_tensorboard_can_be_missing(tmp_path, monkeypatch, caplog):
   assert len(metric_writer.read(tmp_path)) == 3
 
 
-def test_restart_within_a_second_keeps_the_earlier_events(tmp_path):
+def test_restart_within_a_second_keeps_earlier_events(tmp_path):
   for resume_step in (None, 1, 2):
     with _open(tmp_path, resume_step=resume_step, tensorboard=True) as writer:
       writer.write((resume_step or 0) + 1, {"loss": 1.0})
   assert [step for step, values, _ in _events(tmp_path) if values] == [1, 2, 3]
 
 
-def test_tensorboard_that_cannot_open_does_not_stop_the_rows(tmp_path, caplog):
+def test_rows_are_written_if_tensorboard_cannot_be(tmp_path, caplog):
   pytest.importorskip("tensorboardX")
   (tmp_path / "tensorboard").write_text("in the way")
   with _open(tmp_path, tensorboard=True) as writer:

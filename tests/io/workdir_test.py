@@ -1,3 +1,5 @@
+"""The folder of a run: atomic writes, settings, locks and provenance."""
+
 import errno
 import json
 import pathlib
@@ -14,7 +16,7 @@ from l2rw_jax import base
 from l2rw_jax.io import workdir
 
 
-def test_write_json_is_sorted_and_ends_in_a_newline(tmp_path):
+def test_write_json_sorts_keys_and_ends_in_a_newline(tmp_path):
   path = tmp_path / "a.json"
   workdir.write_json(path, {"b": [1, 2], "a": "é\n"})
   text = path.read_text(encoding="utf-8")
@@ -24,7 +26,7 @@ def test_write_json_is_sorted_and_ends_in_a_newline(tmp_path):
   assert list(tmp_path.iterdir()) == [path]
 
 
-def test_write_text_keeps_newlines_as_they_are(tmp_path):
+def test_write_text_does_not_translate_newlines(tmp_path):
   workdir.write_text(tmp_path / "a", "x\r\ny\n")
   assert (tmp_path / "a").read_bytes() == b"x\r\ny\n"
   workdir.write_bytes(tmp_path / "a", b"\xff\r\n")
@@ -36,7 +38,7 @@ def _no_space(*args, **kwargs):
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, function):
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch, function):
   path = tmp_path / "a.json"
   workdir.write_json(path, "old")
   monkeypatch.setattr(workdir.os, function, _no_space)
@@ -46,14 +48,14 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, function):
   assert list(tmp_path.iterdir()) == [path]
 
 
-def test_nothing_is_written_of_a_value_that_is_not_json(tmp_path):
+def test_values_that_are_not_json_write_nothing(tmp_path):
   for value in ({"a": object()}, {"a": float("nan")}):
     with pytest.raises((TypeError, ValueError)):
       workdir.write_json(tmp_path / "a.json", value)
   assert not list(tmp_path.iterdir())
 
 
-def test_prepare_makes_the_folder_and_takes_the_same_run_back(tmp_path):
+def test_prepare_creates_and_reopens_the_folder(tmp_path):
   settings = {"num_steps": 100, "lr": 0.1, "widths": (3, 4), "name": None}
   folder = workdir.prepare(tmp_path / "a" / "b", settings)
   assert folder == tmp_path / "a" / "b"
@@ -64,7 +66,7 @@ def test_prepare_makes_the_folder_and_takes_the_same_run_back(tmp_path):
   assert sorted(p.name for p in folder.iterdir()) == [".lock", "settings.json"]
 
 
-def test_prepare_names_every_setting_that_differs(tmp_path):
+def test_prepare_names_all_changed_settings(tmp_path):
   workdir.prepare(tmp_path, {"num_steps": 100, "lr": 0.1, "seed": 1, "on": True})
   before = (tmp_path / "settings.json").read_bytes()
   with pytest.raises(base.InputError) as caught:
@@ -80,7 +82,7 @@ def test_prepare_names_every_setting_that_differs(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b'{"num_st', b"[1]\n", b"\xff\xfe{}"])
-def test_prepare_tells_of_damaged_settings(tmp_path, content):
+def test_prepare_with_damaged_settings_raises(tmp_path, content):
   (tmp_path / "settings.json").write_bytes(content)
   with pytest.raises(base.InputError, match=r"settings\.json is damaged") as caught:
     workdir.prepare(tmp_path, {"num_steps": 1})
@@ -88,7 +90,7 @@ def test_prepare_tells_of_damaged_settings(tmp_path, content):
   assert (tmp_path / "settings.json").read_bytes() == content
 
 
-def test_prepare_refuses_a_file_in_the_way(tmp_path):
+def test_prepare_raises_if_the_path_is_a_file(tmp_path):
   (tmp_path / "file").write_text("")
   for path, reason in (("file", "File exists"), ("file/run", "Not a directory")):
     with pytest.raises(base.InputError) as caught:
@@ -100,7 +102,7 @@ def test_prepare_refuses_a_file_in_the_way(tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
-def test_prepare_proves_that_an_old_folder_is_writable(tmp_path, monkeypatch, code):
+def test_prepare_checks_that_an_old_folder_is_writable(tmp_path, monkeypatch, code):
   workdir.prepare(tmp_path, {})
 
   def refuse(*args, **kwargs):
@@ -111,7 +113,7 @@ def test_prepare_proves_that_an_old_folder_is_writable(tmp_path, monkeypatch, co
     workdir.prepare(tmp_path, {})
 
 
-def test_run_info_tells_versions_and_devices():
+def test_run_info_has_versions_and_devices():
   info = workdir.run_info()
   assert json.loads(json.dumps(info)) == info
   assert info["jax"] == jax.__version__
@@ -124,10 +126,10 @@ def test_run_info_tells_versions_and_devices():
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
-def test_run_info_tells_the_commit(tmp_path, monkeypatch):
+def test_run_info_has_the_commit(tmp_path, monkeypatch):
   def git(*arguments):
-    who = ("-c", "user.name=a", "-c", "user.email=a@b")
-    command = ["git", *who, "-C", tmp_path, *arguments]
+    author = ("-c", "user.name=a", "-c", "user.email=a@b")
+    command = ["git", *author, "-C", tmp_path, *arguments]
     run = subprocess.run(command, check=True, capture_output=True, text=True)
     return run.stdout.strip()
 
@@ -147,12 +149,12 @@ def test_run_info_tells_the_commit(tmp_path, monkeypatch):
   assert workdir.run_info()["commit"] == commit + "+dirty"
 
 
-def test_run_info_does_without_git(monkeypatch):
+def test_run_info_without_git(monkeypatch):
   monkeypatch.setenv("PATH", "")
   assert workdir.run_info()["commit"] == "unknown"
 
 
-def test_records_carry_their_checksum(tmp_path):
+def test_records_verify_their_checksum(tmp_path):
   path = tmp_path / "a.json"
   value = {"b": [1, 0.1, None], "a": {"é": "x"}}
   workdir.write_record(path, value)
@@ -174,7 +176,7 @@ def test_records_carry_their_checksum(tmp_path):
     workdir.read_record(path)
 
 
-def test_an_input_may_be_added_but_not_exchanged(tmp_path):
+def test_inputs_may_be_added_but_not_replaced(tmp_path):
   first, second = tmp_path / "first", tmp_path / "second"
   first.write_text("1")
   second.write_text("2")
@@ -208,7 +210,7 @@ def test_results_without_settings_are_refused(tmp_path, trace):
     workdir.prepare(tmp_path, {"a": 1})
 
 
-_HOLD = """
+_HOLD_LOCK = """
 import sys
 from l2rw_jax.io import workdir
 workdir.prepare(sys.argv[1], {})
@@ -217,27 +219,27 @@ sys.stdin.read()
 """
 
 
-def test_one_process_at_a_time(tmp_path):
+def test_another_process_is_locked_out(tmp_path):
   run = tmp_path / "run"
-  held = subprocess.Popen(
-    [sys.executable, "-c", _HOLD, run],
+  holder = subprocess.Popen(
+    [sys.executable, "-c", _HOLD_LOCK, run],
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     text=True,
     cwd=pathlib.Path(__file__).parents[2],
   )
   try:
-    assert held.stdout.readline() == "here\n"
+    assert holder.stdout.readline() == "here\n"
     for use in (lambda: workdir.prepare(run, {}), lambda: _enter(run)):
       with pytest.raises(base.InputError, match="another process") as caught:
         use()
-      assert f"(host {socket.gethostname()}, pid {held.pid}) runs here" in str(
+      assert f"(host {socket.gethostname()}, pid {holder.pid}) runs here" in str(
         caught.value
       )
       assert "\n" not in str(caught.value)
   finally:
-    held.kill()
-    held.communicate()
+    holder.kill()
+    holder.communicate()
   for stale in (".a.json.1.tmp", ".scratch-x/big", "seed-0/.b.csv.22.tmp"):
     (run / stale).parent.mkdir(exist_ok=True)
     (run / stale).write_text("")

@@ -1,4 +1,4 @@
-"""Where examples wait makes no difference but to how much is sent."""
+"""Examples on the devices and on the host give the same runs."""
 
 import gc
 import weakref
@@ -10,14 +10,13 @@ import pytest
 import toy_runs
 
 from l2rw_jax import base
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.io import workdir
 from l2rw_jax.methods import baselines
-from l2rw_jax.training import batches
-from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import device_data
 from l2rw_jax.training import devices
 
-_TUNED = baselines.fine_tuning(2)  # Takes training and clean examples.
+_TUNED = baselines.fine_tuning(2)  # Uses training and meta examples.
 _SETS = [
   {
     "image": 100 * run + np.arange(24, dtype=np.float32).reshape(12, 2),
@@ -28,7 +27,7 @@ _SETS = [
 
 
 class _Rows:
-  """A source of rows that is no array."""
+  """A row source that is not an array."""
 
   def __init__(self, array):
     self._array = array
@@ -42,29 +41,29 @@ class _Rows:
     return self._array[rows]
 
 
-def _taken(store, rows):
-  """What each device, run and step is given, [D, R, K, b, ...]."""
+def _batches(store, rows):
+  """The batches of each device, run and step, [D, R, K, b, ...]."""
   part = store.part(rows)
   take = jax.vmap(device_data.take, in_axes=(None, 0))  # over K
   return jax.jit(jax.vmap(jax.vmap(take)))(part.examples, part.rows)
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_both_stores_give_the_rows_asked_for(count):
+def test_both_stores_return_the_requested_rows(count):
   chosen = devices.choose(count, 8)
   rows = np.random.default_rng(0).integers(12, size=(2, 3, 4))  # [R, K, B]
   spread = devices.shard(rows.astype(np.int32), chosen)
   expected = np.stack([s["image"][r] for s, r in zip(_SETS, rows, strict=True)])
-  for store in (device_data.Resident(_SETS, chosen), device_data.Streamed(_SETS)):
-    found = _taken(store, spread)
-    np.testing.assert_array_equal(devices.unshard(found["index"]), rows)
-    images = np.asarray(found["image"])  # [D, R, K, b, 2]
+  for store in (device_data.OnDevices(_SETS, chosen), device_data.OnHost(_SETS)):
+    batches = _batches(store, spread)
+    np.testing.assert_array_equal(devices.unshard(batches["index"]), rows)
+    images = np.asarray(batches["image"])  # [D, R, K, b, 2]
     images = np.moveaxis(images, 0, 2).reshape(expected.shape)
     np.testing.assert_array_equal(images, expected)
 
 
 class _Device:
-  """As much as is asked of one."""
+  """A device with the attributes that `budget` uses."""
 
   def __init__(self, platform, memory):
     self.platform = platform
@@ -72,7 +71,7 @@ class _Device:
 
 
 def _kind(monkeypatch, sets, chosen):
-  monkeypatch.setattr(device_data, "Resident", lambda *_: "resident")
+  monkeypatch.setattr(device_data, "OnDevices", lambda *_: "OnDevices")
   store = device_data.store(sets, chosen, device_data.budget(chosen))
   return store if isinstance(store, str) else type(store).__name__
 
@@ -81,39 +80,37 @@ def _kind(monkeypatch, sets, chosen):
   ("chosen", "kind"),
   [
     # Two sets of 24 floats and 12 integers: 288 bytes.
-    ([_Device("gpu", {"bytes_limit": 4 * 288})], "resident"),
-    ([_Device("gpu", {"bytes_limit": 4 * 287})], "Streamed"),
-    ([_Device("gpu", {"bytes_limit": 4 * 288})] * 8, "resident"),
-    ([_Device("gpu", {"bytes_limit": 4 * 288 + 9, "bytes_in_use": 9})], "resident"),
-    ([_Device("gpu", {"bytes_limit": 4 * 288, "bytes_in_use": 9})], "Streamed"),
-    ([_Device("tpu", None)], "resident"),
-    ([_Device("cpu", {"bytes_limit": 1})], "resident"),
+    ([_Device("gpu", {"bytes_limit": 4 * 288})], "OnDevices"),
+    ([_Device("gpu", {"bytes_limit": 4 * 287})], "OnHost"),
+    ([_Device("gpu", {"bytes_limit": 4 * 288})] * 8, "OnDevices"),
+    ([_Device("gpu", {"bytes_limit": 4 * 288 + 9, "bytes_in_use": 9})], "OnDevices"),
+    ([_Device("gpu", {"bytes_limit": 4 * 288, "bytes_in_use": 9})], "OnHost"),
+    ([_Device("tpu", None)], "OnDevices"),
+    ([_Device("cpu", {"bytes_limit": 1})], "OnDevices"),
   ],
 )
-def test_what_fits_a_quarter_of_the_memory_goes_to_the_devices(
-  monkeypatch, chosen, kind
-):
+def test_sets_of_a_quarter_of_the_memory_are_on_the_devices(monkeypatch, chosen, kind):
   assert _kind(monkeypatch, _SETS, chosen) == kind
 
 
 def test_cpu_devices_share_one_memory(monkeypatch):
   monkeypatch.setattr(device_data, "_HOST_BYTES", 2 * 288)
-  assert _kind(monkeypatch, _SETS, [_Device("cpu", None)] * 2) == "resident"
-  assert _kind(monkeypatch, _SETS, [_Device("cpu", None)] * 4) == "Streamed"
-  assert _kind(monkeypatch, _SETS, [_Device("tpu", None)] * 4) == "resident"
+  assert _kind(monkeypatch, _SETS, [_Device("cpu", None)] * 2) == "OnDevices"
+  assert _kind(monkeypatch, _SETS, [_Device("cpu", None)] * 4) == "OnHost"
+  assert _kind(monkeypatch, _SETS, [_Device("tpu", None)] * 4) == "OnDevices"
 
 
-def test_arrays_of_jax_are_arrays(monkeypatch):
+def test_jax_arrays_are_on_the_devices(monkeypatch):
   sets = [{name: jnp.asarray(x) for name, x in one.items()} for one in _SETS]
-  assert _kind(monkeypatch, sets, devices.choose(1, 8)) == "resident"
+  assert _kind(monkeypatch, sets, devices.choose(1, 8)) == "OnDevices"
 
 
-@pytest.mark.parametrize(("more", "kept"), [(0, "Resident"), (-1, "Streamed")])
-def test_the_clean_set_has_what_the_other_left(tmp_path, monkeypatch, more, kept):
+@pytest.mark.parametrize(("more", "kept"), [(0, "OnDevices"), (-1, "OnHost")])
+def test_meta_set_uses_the_rest_of_the_budget(tmp_path, monkeypatch, more, kept):
   stores, original = [], device_data.store
   split = toy_runs.make_splits()
   sizes = [
-    sum(x.nbytes for x in batches.examples_dict(part).values())
+    sum(x.nbytes for x in examples_lib.as_batch(part).values())
     for part in (split.train, split.meta)
   ]
 
@@ -124,48 +121,48 @@ def test_the_clean_set_has_what_the_other_left(tmp_path, monkeypatch, more, kept
   monkeypatch.setattr(device_data, "store", store)
   monkeypatch.setattr(device_data, "_HOST_BYTES", sum(sizes) + more)
   toy_runs.train(tmp_path, _TUNED, [split], num_steps=1)
-  assert [type(s).__name__ for s in stores] == ["Resident", kept]
+  assert [type(s).__name__ for s in stores] == ["OnDevices", kept]
   assert [s.num_bytes for s in stores] == [sizes[0], sizes[1] if not more else 0]
 
 
-def test_what_all_devices_take_is_read_once():
-  asked = []
+def test_rows_of_all_devices_are_read_once():
+  num_read = []
 
-  class Noting(_Rows):
+  class CountingRows(_Rows):
     def __getitem__(self, rows):
-      asked.append(len(rows))
+      num_read.append(len(rows))
       return super().__getitem__(rows)
 
-  sets = [{"image": Noting(s["image"])} for s in _SETS]
+  sets = [{"image": CountingRows(s["image"])} for s in _SETS]
   rows = np.random.default_rng(0).integers(12, size=(2, 3, 5)).astype(np.int32)
   chosen = devices.choose(4, 8)
-  found = _taken(device_data.Streamed(sets), devices.repeat(rows, chosen))["image"]
-  assert asked == [3 * 5] * 2
+  images = _batches(device_data.OnHost(sets), devices.repeat(rows, chosen))["image"]
+  assert num_read == [3 * 5] * 2
   expected = np.stack([s["image"][r] for s, r in zip(_SETS, rows, strict=True)])
-  for own in found:
-    np.testing.assert_array_equal(own, expected)
+  for local_images in images:
+    np.testing.assert_array_equal(local_images, expected)
 
 
-def test_what_is_no_array_stays_on_the_host(monkeypatch):
+def test_row_sources_stay_on_the_host(monkeypatch):
   sets = [{**s, "image": _Rows(s["image"])} for s in _SETS]
-  assert _kind(monkeypatch, sets, devices.choose(1, 8)) == "Streamed"
+  assert _kind(monkeypatch, sets, devices.choose(1, 8)) == "OnHost"
 
 
 @pytest.mark.parametrize("count", [1, 8])
-def test_a_run_ends_in_the_same_bytes(tmp_path, monkeypatch, count):
+def test_runs_end_with_the_same_bytes(tmp_path, monkeypatch, count):
   monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
   settings = {"seeds": (0, 1), "num_devices": count, "steps_per_call": 1}
   settings |= {"log_every": 6, "eval_every": 6, "meta_batch_size": 5}
-  found = []
+  outcomes = []
   for place in (np.asarray, _Rows):  # On the devices; on the host.
     splits = [_of_bytes(toy_runs.make_splits(seed), place) for seed in (0, 1)]
     toy_runs.train(tmp_path / place.__name__, _TUNED, splits, **settings)
-    found.append(toy_runs.outcome(tmp_path / place.__name__))
-  assert found[0] == found[1]
+    outcomes.append(toy_runs.outcome(tmp_path / place.__name__))
+  assert outcomes[0] == outcomes[1]
 
 
 def _of_bytes(splits, make):
-  """With `make` of images in bytes; only of bytes need a source be no array."""
+  """Splits with uint8 images, made by `make`; only uint8 images may be no array."""
 
   def convert(examples):
     image = np.clip(examples.image + 3, 0, 6).astype(np.uint8)
@@ -174,15 +171,15 @@ def _of_bytes(splits, make):
   return splits._replace(train=convert(splits.train), meta=convert(splits.meta))
 
 
-def test_row_numbers_alone_are_sent(tmp_path, monkeypatch):
+def test_only_row_numbers_are_sent(tmp_path, monkeypatch):
   loaded = []
-  original = batches.BatchSource.load
+  original = device_data.DeviceData.load
 
-  def note(self, steps):
+  def record(self, steps):
     loaded.append(original(self, steps))
     return loaded[-1]
 
-  monkeypatch.setattr(batches.BatchSource, "load", note)
+  monkeypatch.setattr(device_data.DeviceData, "load", record)
   toy_runs.train(tmp_path, _TUNED, num_devices=2, steps_per_call=2, log_every=4)
   assert len(loaded) > 2
   for part in ("train", "meta"):
@@ -192,17 +189,17 @@ def test_row_numbers_alone_are_sent(tmp_path, monkeypatch):
     assert first.rows.dtype == np.int32 and first.rows.shape[:3] == (2, 1, 2)
 
 
-def test_a_run_leaves_nothing_on_the_devices(tmp_path, monkeypatch):
+def test_finished_run_frees_the_devices(tmp_path, monkeypatch):
   stores, original = [], device_data.store
 
   def store(*args):
-    made = original(*args)
-    stores.append(weakref.ref(made))
-    return made
+    new_store = original(*args)
+    stores.append(weakref.ref(new_store))
+    return new_store
 
   monkeypatch.setattr(device_data, "store", store)
   gc.collect()
-  gc.disable()  # What is left is freed at once, or not before it runs.
+  gc.disable()  # Objects are freed at once, or only by the garbage collector.
   try:
     toy_runs.train(tmp_path, _TUNED, num_steps=2)
     assert len(stores) == 2 and all(ref() is None for ref in stores)
@@ -218,36 +215,35 @@ def test_a_run_leaves_nothing_on_the_devices(tmp_path, monkeypatch):
     (np.arange(16).reshape(2, 8), r"int64 \[2, 8\]"),
   ],
 )
-def test_what_is_no_list_of_rows_is_refused(tmp_path, rows, what):
+def test_sample_that_is_no_list_of_rows_raises(tmp_path, rows, what):
   method = baselines.uniform()._replace(sample=lambda *_: rows)
-  with pytest.raises(base.InputError, match=f"`sample` gave {what}; it must give"):
+  with pytest.raises(
+    base.InputError, match=f"`sample` returned {what}; it must return"
+  ):
     toy_runs.train(tmp_path, method)
 
 
 @pytest.mark.parametrize("row", [-1, toy_runs.NUM_TRAIN])
-def test_a_row_that_is_not_there_is_refused(tmp_path, row):
+def test_sample_with_a_row_out_of_range_raises(tmp_path, row):
   uniform = baselines.uniform()
   method = uniform._replace(sample=lambda *_: np.full(16, row))
-  message = f"`sample` gave row {row} of 40 training examples; rows are 0 to 39"
+  message = f"`sample` returned row {row} of 40 training examples; rows are 0 to 39"
   with pytest.raises(base.InputError, match=message):
     toy_runs.train(tmp_path, method)
 
 
 @pytest.mark.parametrize("needs_meta", [True, False])
-def test_clean_examples_on_the_host_are_sent_step_by_step(monkeypatch, needs_meta):
+def test_meta_set_on_the_host_is_streamed(monkeypatch, needs_meta):
   split = toy_runs.make_splits(num_meta=5)
-  examples = batches.examples_dict(split.train)
+  examples = examples_lib.as_batch(split.train)
   room = sum(np.asarray(x).nbytes for x in examples.values())
   monkeypatch.setattr(device_data, "budget", lambda devices: room)
-  config = config_lib.Config(num_steps=1, batch_size=8)
-  source = batches.BatchSource(
-    config, [split], lambda *_: np.arange(40), needs_meta, jax.devices()[:1], None
-  )
-  assert source.streamed == needs_meta
+  data = device_data.DeviceData([split], jax.devices()[:1], needs_meta)
+  assert data.is_streamed == needs_meta
 
 
 class _File(_Rows):
-  """Floats as HDF5 gives them: no ndim, ascending rows only, each of them once."""
+  """A row source like HDF5: no ndim, ascending rows without repetition only."""
 
   def __init__(self, array):
     super().__init__(array)
@@ -259,7 +255,7 @@ class _File(_Rows):
     return super().__getitem__(rows)
 
 
-def test_files_of_rows_and_lists_of_labels_train_alike(tmp_path, monkeypatch):
+def test_row_sources_and_lists_of_labels_give_the_same_run(tmp_path, monkeypatch):
   monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
   splits = toy_runs.make_splits()
 
@@ -271,8 +267,8 @@ def test_files_of_rows_and_lists_of_labels_train_alike(tmp_path, monkeypatch):
   parts = {name: changed(getattr(splits, name)) for name in ("train", "meta", "test")}
   settings = {"num_steps": 6, "steps_per_call": 1, "meta_batch_size": 5}
   settings |= {"log_every": 6, "eval_every": 6}
-  for name, given in (("arrays", splits), ("files", splits._replace(**parts))):
-    toy_runs.train(tmp_path / name, _TUNED, [given], **settings)
+  for name, data in (("arrays", splits), ("files", splits._replace(**parts))):
+    toy_runs.train(tmp_path / name, _TUNED, [data], **settings)
   assert toy_runs.outcome(tmp_path / "arrays") == toy_runs.outcome(tmp_path / "files")
   words = splits.train._replace(label=splits.train.label.astype(str))
   with pytest.raises(

@@ -1,250 +1,124 @@
-"""One device, two or eight, and every way to map over them: the same numbers."""
+"""Arrays on several devices, and runs mapped side by side."""
 
-import functools
-from typing import Any, NamedTuple
-
-import chex
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
-from l2rw_jax import hypergradient
-from l2rw_jax import losses
-from l2rw_jax.methods import l2rw
-from l2rw_jax.models import mlp
-from l2rw_jax.models import resnet
-
-_AXIS = "devices"
-_B, _M, _CLASSES = 16, 8, 3
-_TOLERANCE = 1e-5
+from l2rw_jax import base
+from l2rw_jax.models import classifier
+from l2rw_jax.training import devices
 
 
-def _assert_close(actual, expected):
-  actual, expected = jax.device_get((actual, expected))
-  chex.assert_trees_all_close(actual, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
+def _choose(count):
+  return devices.choose(count, 8)
 
 
-class _Problem(NamedTuple):
-  """Pure functions and data; `losses_fn(axis_name)` is what one device runs."""
-
-  losses_fn: Any
-  params: Any
-  batch: Any
-  meta_batch: Any
-  is_slow: bool = False
-
-
-class _Net(nn.Module):
-  """The smallest network with batch statistics shared over the devices."""
-
-  axis_name: str | None
-
-  @nn.compact
-  def __call__(self, x, train):
-    x = nn.Dense(6)(x)
-    x = nn.BatchNorm(use_running_average=not train, axis_name=self.axis_name)(x)
-    return nn.Dense(_CLASSES)(nn.tanh(x))
+@pytest.mark.parametrize("count", [1, 2, 8])
+@pytest.mark.parametrize("shape", [(3, 16), (3, 5, 16)])
+def test_shard_and_unshard_are_inverse(count, shape):
+  rows = np.arange(np.prod(shape)).reshape(shape)
+  sharded = devices.shard(rows, _choose(count))
+  assert sharded.shape == (count, *shape[:-1], 16 // count)
+  np.testing.assert_array_equal(devices.unshard(sharded), rows)
 
 
-def _examples(rng, size, shape):
-  return {
-    "x": rng.normal(size=(size, *shape)).astype(np.float32),
-    "label": rng.choice(_CLASSES, size, p=[0.7, 0.2, 0.1]).astype(np.int32),
-  }
+def test_shard_keeps_examples_in_order():
+  sharded = devices.shard(np.array([[0, 1, 2, 3], [4, 5, 6, 7]]), _choose(2))
+  assert sharded.tolist() == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
 
 
-def _init(model, x):
-  """NumPy variables: one program, and none to compile for every eager reshape."""
-  variables = jax.jit(lambda key: model.init(key, x, train=True))(jax.random.key(0))
-  return jax.device_get(variables)
+def test_spread_divides_rows_or_repeats_them():
+  steps = [np.array([[0, 1, 2, 3]]), np.array([[4, 5, 6, 7]])]  # K = 2, R = 1, B = 4.
+  spread = devices.spread(steps, _choose(2))
+  assert spread.dtype == np.int32
+  assert spread.tolist() == [[[[0, 1], [4, 5]]], [[[2, 3], [6, 7]]]]
+  repeated = devices.spread([rows[:, :3] for rows in steps], _choose(2))
+  assert repeated.tolist() == [[[[0, 1, 2], [4, 5, 6]]]] * 2
 
 
-def _network_problem(make_model, shape):
-  rng = np.random.default_rng(0)
-  batch, meta_batch = (_examples(rng, size, shape) for size in (_B, _M))
-  variables = _init(make_model(None), batch["x"])
-  params = variables.pop("params")
-
-  def losses_fn(axis_name):
-    model = make_model(axis_name)
-
-    def losses_of(params, batch):
-      logits, _ = model.apply(
-        {"params": params, **variables}, batch["x"], train=True, mutable="batch_stats"
-      )
-      return losses.softmax_cross_entropy(logits, batch["label"])
-
-    return losses_of
-
-  return _Problem(losses_fn, params, batch, meta_batch)
+def test_repeat_gives_all_devices_the_same_rows():
+  repeated = devices.repeat(np.arange(6).reshape(2, 3), _choose(4))
+  assert repeated.shape == (4, 2, 3)
+  assert (repeated == np.arange(6).reshape(2, 3)).all()
 
 
-def _one_shard_problem():
-  """Squared losses at zero; the first two examples alone agree with the clean."""
-  rng = np.random.default_rng(1)
-
-  def examples(targets):
-    x = rng.uniform(0.5, 1.5, size=(len(targets), 4)).astype(np.float32)
-    return {"x": x, "y": np.asarray(targets, np.float32)}
-
-  def losses_fn(axis_name):
-    del axis_name
-    return lambda params, batch: (batch["x"] @ params["p"] - batch["y"]) ** 2
-
-  batch = examples([1.0, 2.0] + [-1.0] * (_B - 2))
-  params = {"p": np.zeros(4, np.float32)}
-  return _Problem(losses_fn, params, batch, examples([1.0] * _M))
-
-
-@functools.cache
-def _problem(name):
-  if name == "mlp":
-    return _network_problem(lambda _: mlp.MLP(_CLASSES, hidden=(8,)), (5,))
-  if name == "batch_norm":
-    return _network_problem(_Net, (5,))
-  if name == "resnet":
-    make_model = functools.partial(resnet.ResNet, _CLASSES, blocks=1, width=4)
-    problem = _network_problem(lambda axis: make_model(axis_name=axis), (8, 8, 3))
-    return problem._replace(is_slow=True)
-  return _one_shard_problem()
-
-
-def _verdict(problem, axis_name):
-  """Both public entry points in one program, for one device's share."""
-  losses_fn = problem.losses_fn(axis_name)
-
-  def verdict(params, batch, meta_batch):
-    data = (params, batch, meta_batch)
-    fused = l2rw.weighted_value_and_grad(losses_fn, axis_name=axis_name)
-    (loss, info), grads = fused(*data)
-    own = {"weights": info.weights, "scores": info.scores, "losses": info.losses}
-    shared = {"meta_loss": info.meta_loss, "loss": loss, "grads": grads}
-    shared["finite"] = info.finite
-    if not problem.is_slow:
-      alone = l2rw.example_weights(losses_fn, *data, axis_name=axis_name)
-      own |= {"alone": alone.weights, "alone_scores": alone.scores}
-      shared["network"] = hypergradient.network_gradient(
-        lambda phi: jax.nn.sigmoid(phi[0] * info.losses + phi[1]),
-        jnp.array([0.5, -0.1]),
-        -info.scores,
-        axis_name=axis_name,
-      )
-    return own, shared
-
-  return verdict
-
-
-@functools.cache
-def _expected(name):
-  problem = _problem(name)
-  return jax.jit(_verdict(problem, None))(*problem[1:4])
-
-
-def _shard(tree, num_devices):
-  return jax.tree.map(lambda x: x.reshape(num_devices, -1, *x.shape[1:]), tree)
-
-
-def _on_device(tree, index):
-  return jax.tree.map(lambda x: x[index], tree)
-
-
-def _stacked(problem, num_devices, map_fn):
-  """Runs under a map that stacks its outputs; checks that the shared are equal."""
-  mapped = map_fn(_verdict(problem, _AXIS), axis_name=_AXIS, in_axes=(None, 0, 0))
-  own, shared = jax.device_get(
-    mapped(problem.params, *(_shard(x, num_devices) for x in problem[2:4]))
+@pytest.mark.parametrize("count", [1, 8])
+def test_replicate_and_unreplicate_are_inverse(count):
+  chosen = _choose(count)
+  tree = {"a": jnp.arange(3.0), "key": jax.random.key(7), "n": np.int32(4), "empty": ()}
+  copies = devices.replicate(tree, chosen)
+  assert copies["a"].shape == (count, 3) and copies["n"].shape == (count,)
+  assert copies["a"].sharding.device_set == set(chosen)
+  back = devices.unreplicate(copies)
+  np.testing.assert_array_equal(back["a"], tree["a"])
+  assert back["n"] == 4 and back["n"].dtype == jnp.int32 and back["empty"] == ()
+  np.testing.assert_array_equal(
+    jax.random.key_data(back["key"]), jax.random.key_data(tree["key"])
   )
-  for index in range(1, num_devices):
-    _assert_close(_on_device(shared, index), _on_device(shared, 0))
-  return jax.tree.map(np.ravel, own), _on_device(shared, 0)
+  assert back["a"].sharding.device_set == {chosen[0]}
 
 
-def _mesh(num_devices, axis_type=jax.sharding.AxisType.Auto):
-  return jax.make_mesh(
-    (num_devices,),
-    (_AXIS,),
-    axis_types=(axis_type,),
-    devices=jax.devices()[:num_devices],
+def test_pmap_step_is_traced_once_for_its_outputs():
+  chosen, traces = _choose(2), []
+
+  def step(state, x):
+    traces.append(0)
+    return state + jax.lax.psum(x.sum(), devices.AXIS_NAME)
+
+  mapped = devices.pmap_step(step, 3, chosen)
+  state = devices.replicate(jnp.zeros(3), chosen)
+  batch = devices.shard(np.arange(12.0, dtype=np.float32).reshape(3, 4), chosen)
+  for _ in range(3):
+    state = mapped(state, batch)
+  assert len(traces) == 1
+  np.testing.assert_array_equal(devices.unreplicate(state), [18.0, 66.0, 114.0])
+
+
+def test_choose_takes_the_first_devices_or_the_largest_divisor():
+  available = jax.local_devices()
+  assert devices.choose(3, 9) == available[:3]
+  for batch_size, count in {16: 8, 100: 5, 9: 3, 7: 7, 11: 1, 1: 1, 2: 2}.items():
+    assert devices.choose(None, batch_size) == available[:count]
+
+
+@pytest.mark.parametrize("count", [0, -1, 9])
+def test_choose_with_too_many_devices_raises(count):
+  with pytest.raises(base.InputError, match=f"--num_devices={count}: .* has 8 cpu"):
+    devices.choose(count, 72)
+
+
+def test_choose_with_an_indivisible_batch_raises():
+  with pytest.raises(base.InputError, match=r"--batch_size=8 .* --num_devices=3"):
+    devices.choose(3, 8)
+
+
+@pytest.mark.parametrize("num_runs", [1, 3])
+def test_over_runs_maps_all_arguments(num_runs):
+  x = jnp.arange(2.0 * num_runs).reshape(num_runs, 2)
+  total, constant = devices.over_runs(lambda a, b: ((a * b).sum(), 1.0), num_runs)(x, x)
+  np.testing.assert_array_equal(total, (x**2).sum(axis=1))
+  assert constant.shape == (num_runs,)
+
+
+def test_on_one_device_binds_the_axis_of_shared_statistics():
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+      norm = nn.BatchNorm(use_running_average=not train, axis_name=devices.AXIS_NAME)
+      return nn.Dense(3)(norm(x))
+
+  model = classifier.Classifier(Net(), 3)
+  x = {"image": jnp.arange(12.0).reshape(6, 2), "index": jnp.arange(6)}
+  params, model_state = model.init(jax.random.key(0), x)
+
+  def outputs(params):
+    return model.forward(params, model_state, x, jax.random.key(1), True)
+
+  logits, new_state = devices.on_one_device(outputs)(params)
+  expected = 0.99 * 0.0 + 0.01 * x["image"].mean(0)
+  np.testing.assert_allclose(
+    new_state["batch_stats"]["BatchNorm_0"]["mean"], expected, rtol=1e-5
   )
-
-
-def _shard_map(problem, num_devices, check_vma):
-  whole, split = PartitionSpec(), PartitionSpec(_AXIS)
-  mapped = jax.shard_map(
-    _verdict(problem, _AXIS),
-    mesh=_mesh(num_devices),
-    in_specs=(whole, split, split),
-    out_specs=(split, whole),
-    check_vma=check_vma,
-  )
-  return jax.jit(mapped)(*problem[1:4])
-
-
-def _sharded_arrays(problem, num_devices, split_params):
-  """Plain jit: no axis name, XLA inserts the collectives."""
-  mesh = _mesh(num_devices)
-  whole, split = (NamedSharding(mesh, PartitionSpec(*a)) for a in ((), (_AXIS,)))
-
-  def place(x):
-    can_split = split_params and x.ndim and x.shape[0] % num_devices == 0
-    return jax.device_put(x, split if can_split else whole)
-
-  params = jax.tree.map(place, problem.params)
-  batches = (jax.device_put(x, split) for x in problem[2:4])
-  return jax.jit(_verdict(problem, None))(params, *batches)
-
-
-def _explicit(problem, num_devices):
-  """As above, in the mode where types tell how arrays are spread."""
-  mesh = _mesh(num_devices, jax.sharding.AxisType.Explicit)
-  with jax.set_mesh(mesh):
-    params = jax.device_put(problem.params, NamedSharding(mesh, PartitionSpec()))
-    split = NamedSharding(mesh, PartitionSpec(_AXIS))
-    batches = (jax.device_put(x, split) for x in problem[2:4])
-    return jax.jit(_verdict(problem, None))(params, *batches)
-
-
-_MAPS = {
-  "pmap": functools.partial(_stacked, map_fn=jax.pmap),
-  "vmap": functools.partial(
-    _stacked, map_fn=lambda *a, **k: jax.jit(jax.vmap(*a, **k))
-  ),
-  "shard_map": functools.partial(_shard_map, check_vma=True),
-  "shard_map_unchecked": functools.partial(_shard_map, check_vma=False),
-  "jit_replicated": functools.partial(_sharded_arrays, split_params=False),
-  "jit_sharded": functools.partial(_sharded_arrays, split_params=True),
-  "jit_explicit": _explicit,
-}
-
-
-@pytest.mark.parametrize("map_name", _MAPS)
-@pytest.mark.parametrize(
-  ("problem_name", "num_devices"), [("mlp", 8), ("batch_norm", 2), ("one_shard", 8)]
-)
-def test_every_map_gives_the_numbers_of_one_device(map_name, problem_name, num_devices):
-  actual = _MAPS[map_name](_problem(problem_name), num_devices)
-  _assert_close(actual, _expected(problem_name))
-
-
-@pytest.mark.parametrize("map_name", ["pmap", "shard_map"])
-def test_an_axis_of_one_device_is_no_axis(map_name):
-  _assert_close(_MAPS[map_name](_problem("mlp"), 1), _expected("mlp"))
-
-
-@pytest.mark.parametrize("map_name", ["pmap", "shard_map"])
-def test_a_residual_network_with_shared_batch_statistics(map_name):
-  _assert_close(_MAPS[map_name](_problem("resnet"), 8), _expected("resnet"))
-
-
-def test_the_examples_differ_enough_to_tell():
-  own, shared = _expected("mlp")
-  assert 2 < np.count_nonzero(own["weights"]) < _B
-  assert abs(own["weights"].sum() - 1) < 1e-6
-  assert bool(shared["finite"])
-  scores = _expected("one_shard")[0]["scores"]
-  assert (scores[:2] > 0).all()
-  assert (scores[2:] < 0).all()
+  assert logits.shape == (6, 3)

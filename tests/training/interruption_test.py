@@ -1,4 +1,4 @@
-"""Signals: a checkpoint at once, and afterwards the same bytes."""
+"""Signals save a checkpoint, and the run continues to the same bytes."""
 
 import os
 import signal
@@ -8,8 +8,8 @@ import toy_runs
 
 from l2rw_jax.io import workdir
 from l2rw_jax.methods import baselines
-from l2rw_jax.training import batches
 from l2rw_jax.training import interruption
+from l2rw_jax.training import sampling
 
 
 class _Ended(Exception):
@@ -17,17 +17,17 @@ class _Ended(Exception):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_saves_a_checkpoint_between_looks(tmp_path, monkeypatch, number):
+def test_signal_saves_a_checkpoint_at_any_step(tmp_path, monkeypatch, number):
   monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
   method = baselines.uniform()
-  looks = {"log_every": 5, "eval_every": 7, "steps_per_call": 1}
+  intervals = {"log_every": 5, "eval_every": 7, "steps_per_call": 1}
   whole, folder = tmp_path / "whole", tmp_path / "run"
-  toy_runs.train(whole, method, **looks)
+  toy_runs.train(whole, method, **intervals)
 
   def end(*_):
     raise _Ended
 
-  original = batches.BatchSource.next
+  original = sampling.Sampler.next
 
   def interrupted(self, step):
     if step == 2:
@@ -37,17 +37,17 @@ def test_a_signal_saves_a_checkpoint_between_looks(tmp_path, monkeypatch, number
   before = signal.signal(number, end)
   try:
     with monkeypatch.context() as patch, pytest.raises(_Ended):
-      patch.setattr(batches.BatchSource, "next", interrupted)
-      toy_runs.train(folder, method, **looks)
+      patch.setattr(sampling.Sampler, "next", interrupted)
+      toy_runs.train(folder, method, **intervals)
     assert signal.getsignal(number) is end
   finally:
     signal.signal(number, before)
   assert toy_runs.saved(folder)[0] == 3
-  toy_runs.train(folder, method, **looks)
+  toy_runs.train(folder, method, **intervals)
   assert toy_runs.outcome(folder) == toy_runs.outcome(whole)
 
 
-def test_an_ignored_signal_stays_ignored_and_a_second_one_acts():
+def test_ignored_signal_stays_ignored_and_second_signal_is_raised():
   before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
   try:
     with interruption.deferred() as signals:
@@ -59,4 +59,4 @@ def test_an_ignored_signal_stays_ignored_and_a_second_one_acts():
     signal.raise_signal(signal.SIGINT)
     assert signals == [signal.SIGINT]
     signal.raise_signal(signal.SIGINT)
-    pytest.fail("the second signal was put off")
+    pytest.fail("the second signal was deferred")

@@ -1,4 +1,4 @@
-"""A real script, killed for real: the same command ends with the same bytes."""
+"""A script that is killed and restarted ends with the same bytes."""
 
 import json
 import os
@@ -22,7 +22,7 @@ _FLAGS = (
   "--checkpoint_every=20",
 )
 _RUNS = tuple(f"{m}/seed-{s}" for m in ("l2rw", "uniform") for s in (0, 1))
-# What must come out the same to the byte; the rest tells times and places.
+# Files that must be the same bytes. Other files contain times and paths.
 _SAME = (
   "settings.json",
   "results.json",
@@ -33,12 +33,11 @@ _SAME = (
     for name in ("metrics.jsonl", "metrics.csv", "weights.csv", "results.json")
   ),
 )
-# A killed process can only be told where it should die before it starts. It is
-# the very script otherwise.
+# Runs the script, which kills itself at a given point.
 _KILLED = """
 import os, pathlib, runpy, signal, sys
 from l2rw_jax.io import workdir
-from l2rw_jax.training import batches
+from l2rw_jax.training import sampling
 
 def kill_before(module, function, is_here):
   original = getattr(module, function)
@@ -51,9 +50,9 @@ def kill_before(module, function, is_here):
 kind, where = sys.argv[1].split(":")
 del sys.argv[1]
 if kind == "step":
-  kill_before(batches.BatchSource, "next", lambda _, step: step == int(where))
+  kill_before(sampling.Sampler, "next", lambda _, step: step == int(where))
 elif kind == "rename":
-  kill_before(os, "rename", lambda _, made: pathlib.Path(made).name == where)
+  kill_before(os, "rename", lambda _, path: pathlib.Path(path).name == where)
 else:
   kill_before(workdir, "write_json", lambda path, _: str(path).endswith(where))
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
@@ -62,13 +61,13 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-  """Compiled programs: most processes here need not compile them again."""
+  """A compilation cache that most processes share."""
   return tmp_path_factory.mktemp("compiled")
 
 
 def _environment(cache):
   env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
-  # No commit in the results: it may change while this test runs.
+  # The commit may change while this test runs, so leave it out of the results.
   env |= {"JAX_PLATFORMS": "cpu", "GIT_DIR": os.devnull}
   if cache is not None:
     env["JAX_COMPILATION_CACHE_DIR"] = str(cache)
@@ -88,26 +87,26 @@ def _start(arguments, folder, cache):
 
 
 def _run(folder, cache=None):
-  """Runs the script to its end; what it printed and what it complained of."""
+  """Runs the script to its end; returns its stdout and stderr."""
   process = _start(["-m", _MODULE], folder, cache)
-  printed, complaints = process.communicate(timeout=300)
-  assert process.returncode == 0, complaints
-  return printed, complaints
+  stdout, stderr = process.communicate(timeout=300)
+  assert process.returncode == 0, stderr
+  return stdout, stderr
 
 
 def _run_until(point, folder, cache):
   process = _start(["-c", _KILLED, point, _MODULE], folder, cache)
-  _, complaints = process.communicate(timeout=300)
-  assert process.returncode == -signal.SIGKILL, complaints
+  _, stderr = process.communicate(timeout=300)
+  assert process.returncode == -signal.SIGKILL, stderr
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-  """The folder of an uninterrupted run, and the table it printed."""
+  """The folder of an uninterrupted run, and its printed table."""
   folder = tmp_path_factory.mktemp("reference") / "run"
-  printed, complaints = _run(folder)
-  assert complaints == ""
-  return folder, printed.splitlines()[:-1]
+  stdout, stderr = _run(folder)
+  assert stderr == ""
+  return folder, stdout.splitlines()[:-1]
 
 
 def _checkpoints(folder):
@@ -116,18 +115,19 @@ def _checkpoints(folder):
   return sorted(int(p.name) for p in paths if p.name.isdigit())
 
 
-def _assert_same_end(folder, printed, reference):
+def _assert_same_end(folder, stdout, reference):
   expected, table = reference
-  assert printed.splitlines()[:-1] == table
+  assert stdout.splitlines()[:-1] == table
   for name in _SAME:
     assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
   for method in ("l2rw", "uniform"):
-    ours, theirs = (_last_checkpoint(f / method) for f in (folder, expected))
-    assert ours[0]["sha256"] == theirs[0]["sha256"]
-    assert ours[1].keys() == theirs[1].keys() and len(ours[1]) > 6
-    for name, array in ours[1].items():
-      assert array.dtype == theirs[1][name].dtype
-      np.testing.assert_array_equal(array, theirs[1][name])
+    record, arrays = _last_checkpoint(folder / method)
+    expected_record, expected_arrays = _last_checkpoint(expected / method)
+    assert record["sha256"] == expected_record["sha256"]
+    assert arrays.keys() == expected_arrays.keys() and len(arrays) > 6
+    for name, array in arrays.items():
+      assert array.dtype == expected_arrays[name].dtype
+      np.testing.assert_array_equal(array, expected_arrays[name])
   assert not list(folder.rglob("*.tmp")) + list(folder.rglob("*orbax-checkpoint-tmp*"))
 
 
@@ -138,7 +138,7 @@ def _last_checkpoint(folder):
     return record, checkpointer.restore(saved / "arrays")
 
 
-def test_the_reference_is_whole(reference):
+def test_reference_is_complete(reference):
   folder, table = reference
   lines = [line.split()[1] for line in table if line.startswith("| ")]
   assert lines == ["method", "l2rw", "uniform"]
@@ -153,24 +153,24 @@ def test_the_reference_is_whole(reference):
   assert len({row["params_sha256"] for row in rows}) == 4
 
 
-def test_killed_from_outside_before_the_first_checkpoint(reference, tmp_path):
+def test_killed_before_the_first_checkpoint(reference, tmp_path):
   process = _start(["-m", _MODULE], tmp_path / "run", cache=None)
-  begun = tmp_path / "run" / "l2rw" / "seed-1" / "metrics.jsonl"
-  # The first steps are still to be compiled when this file appears.
+  metrics = tmp_path / "run" / "l2rw" / "seed-1" / "metrics.jsonl"
+  # When this file appears, the first steps are not compiled yet.
   deadline = time.monotonic() + 240
-  while not begun.exists() and process.poll() is None and time.monotonic() < deadline:
+  while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
     time.sleep(0.01)
   process.kill()
-  _, complaints = process.communicate(timeout=60)
-  assert process.returncode == -signal.SIGKILL, complaints
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode == -signal.SIGKILL, stderr
   assert not (tmp_path / "run" / "l2rw" / "seed-0" / "results.json").exists()
-  printed, _ = _run(tmp_path / "run")
-  _assert_same_end(tmp_path / "run", printed, reference)
+  stdout, _ = _run(tmp_path / "run")
+  _assert_same_end(tmp_path / "run", stdout, reference)
 
 
 @pytest.fixture(scope="module")
 def killed_at_50(tmp_path_factory, cache):
-  """Ten steps after the second checkpoint."""
+  """A run that is killed ten steps after its second checkpoint."""
   folder = tmp_path_factory.mktemp("killed") / "run"
   _run_until("step:50", folder, cache)
   assert _checkpoints(folder) == [20, 40]
@@ -179,12 +179,12 @@ def killed_at_50(tmp_path_factory, cache):
 
 def test_killed_between_checkpoints(reference, killed_at_50, tmp_path, cache):
   folder = pathlib.Path(shutil.copytree(killed_at_50, tmp_path / "run"))
-  printed, complaints = _run(folder, cache)
-  assert complaints == ""
-  _assert_same_end(folder, printed, reference)
+  stdout, stderr = _run(folder, cache)
+  assert stderr == ""
+  _assert_same_end(folder, stdout, reference)
 
 
-def test_killed_and_the_last_checkpoint_damaged(
+def test_killed_with_a_damaged_last_checkpoint(
   reference, killed_at_50, tmp_path, cache
 ):
   folder = pathlib.Path(shutil.copytree(killed_at_50, tmp_path / "run"))
@@ -192,30 +192,30 @@ def test_killed_and_the_last_checkpoint_damaged(
   files = [path for path in newest.rglob("*") if path.is_file()]
   largest = max(files, key=lambda path: path.stat().st_size)
   os.truncate(largest, largest.stat().st_size // 2)
-  printed, complaints = _run(folder, cache)
-  (warning,) = complaints.splitlines()
+  stdout, stderr = _run(folder, cache)
+  (warning,) = stderr.splitlines()
   assert "checkpoint of step 40" in warning and "is damaged" in warning
-  _assert_same_end(folder, printed, reference)
+  _assert_same_end(folder, stdout, reference)
 
 
-def test_killed_inside_a_checkpoint_write(reference, tmp_path, cache):
+def test_killed_while_writing_a_checkpoint(reference, tmp_path, cache):
   folder = tmp_path / "run"
   _run_until("rename:40", folder, cache)
   assert _checkpoints(folder) == [20]
   partial = [p.name for p in (folder / "l2rw" / "checkpoints").glob("40.*")]
-  assert len(partial) == 1  # Written, and not yet given its name.
-  printed, complaints = _run(folder, cache)
-  assert complaints == ""
-  _assert_same_end(folder, printed, reference)
+  assert len(partial) == 1  # Written, but not renamed yet.
+  stdout, stderr = _run(folder, cache)
+  assert stderr == ""
+  _assert_same_end(folder, stdout, reference)
 
 
-def test_killed_before_the_last_results_are_written(reference, tmp_path, cache):
+def test_killed_before_writing_the_last_results(reference, tmp_path, cache):
   folder = tmp_path / "run"
   _run_until("write:seed-1/results.json", folder, cache)
   assert _checkpoints(folder) == [40, 60]
   assert (folder / "l2rw" / "seed-0" / "results.json").exists()
   assert (folder / "l2rw" / "seed-1" / "weights.csv").exists()
   assert not (folder / "l2rw" / "seed-1" / "results.json").exists()
-  printed, complaints = _run(folder, cache)
-  assert complaints == ""
-  _assert_same_end(folder, printed, reference)
+  stdout, stderr = _run(folder, cache)
+  assert stderr == ""
+  _assert_same_end(folder, stdout, reference)

@@ -1,4 +1,4 @@
-"""Whole runs of `loop.train`, tiny: every method, device and run gets its due."""
+"""Whole runs of `loop.train`: every method, several devices, resumption."""
 
 import logging
 
@@ -11,26 +11,27 @@ import toy_runs
 
 from l2rw_jax import base
 from l2rw_jax.io import workdir
+from l2rw_jax.methods import adacore
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 from l2rw_jax.models import classifier
 from l2rw_jax.models import resnet
-from l2rw_jax.training import batches
 from l2rw_jax.training import devices
+from l2rw_jax.training import sampling
 
 
-def _remembering():
-  """Uniform weights, and a state that begins as a mere Python number."""
+def _with_weakly_typed_state():
+  """Uniform weights, and a state whose initial value is weakly typed."""
   uniform = baselines.uniform()
 
   def gradients(state, problem, inputs):
-    found, _ = uniform.gradients((), problem, inputs)
-    return found, base.pmean(found.losses.mean(), problem.axis_name)
+    result, _ = uniform.gradients((), problem, inputs)
+    return result, base.pmean(result.losses.mean(), problem.axis_name)
 
   return base.Method(gradients, init=lambda *_: jnp.asarray(0.5))
 
 
-# One object each: what was compiled for it serves every test.
+# Each method is one object, so that its compiled functions are shared by the tests.
 _METHODS = {
   "uniform": baselines.uniform(),
   "random": baselines.random(),
@@ -40,15 +41,15 @@ _METHODS = {
   "clean_only": baselines.clean_only(),
   "fine_tuning": baselines.fine_tuning(2),
   "l2rw": l2rw.l2rw(),
-  "remembering": _remembering(),
+  "weak_state": _with_weakly_typed_state(),
 }
 
 
 def _assert_rows_close(actual, expected):
   assert [row.keys() for row in actual] == [row.keys() for row in expected]
-  for ours, theirs in zip(actual, expected, strict=True):
-    for name, value in ours.items():
-      np.testing.assert_allclose(value, theirs[name], rtol=1e-5, atol=1e-5)
+  for row, expected_row in zip(actual, expected, strict=True):
+    for name, value in row.items():
+      np.testing.assert_allclose(value, expected_row[name], rtol=1e-5, atol=1e-5)
 
 
 def _assert_tables_close(actual, expected):
@@ -58,7 +59,7 @@ def _assert_tables_close(actual, expected):
 
 
 @pytest.mark.parametrize("name", ["l2rw", "resampling"])
-def test_runs_side_by_side_are_the_runs_alone(tmp_path, name):
+def test_runs_side_by_side_match_single_runs(tmp_path, name):
   method = _METHODS[name]
   together = toy_runs.train(tmp_path / "all", method, seeds=(0, 1, 2))
   params = toy_runs.saved_params(tmp_path / "all")
@@ -87,7 +88,7 @@ class _NormNet(nn.Module):
     return nn.Dense(toy_runs.CLASSES)(nn.tanh(x))
 
 
-@pytest.mark.parametrize("num_meta", [8, 5])  # Five do not divide among devices.
+@pytest.mark.parametrize("num_meta", [8, 5])  # Two and eight do not divide five.
 def test_one_two_and_eight_devices_agree(tmp_path, num_meta):
   model = classifier.Classifier(_NormNet(), toy_runs.CLASSES)
   splits = [toy_runs.make_splits(num_train=60, num_meta=num_meta)]
@@ -115,18 +116,11 @@ def test_one_two_and_eight_devices_agree(tmp_path, num_meta):
     )
 
 
-def test_a_batch_that_does_not_divide_names_the_flags(tmp_path):
-  message = "--batch_size=8 does not divide among --num_devices=3"
-  with pytest.raises(base.InputError, match=message):
-    toy_runs.train(tmp_path / "run", _METHODS["uniform"], num_devices=3)
-  assert not (tmp_path / "run").exists()
-
-
-def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
+def test_finished_run_is_not_repeated(tmp_path, monkeypatch):
   method = _METHODS["l2rw"]
   first = toy_runs.train(tmp_path, method, seeds=(0, 1, 2))
   times = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-  monkeypatch.setattr(batches.BatchSource, "next", None)
+  monkeypatch.setattr(sampling.Sampler, "next", None)
   second = toy_runs.train(tmp_path, method, seeds=(0, 1, 2))
   assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == times
   for one, other in zip(first, second, strict=True):
@@ -137,20 +131,20 @@ def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", list(_METHODS))
 def test_every_method_runs_and_compiles_once(tmp_path, caplog, monkeypatch, name):
   compiled = []
-  original = batches.BatchSource.next
+  original = sampling.Sampler.next
 
   def count(self, step):
     messages = [r.getMessage() for r in caplog.records]
     compiled.append([m for m in messages if m.startswith("Compiling")])
     return original(self, step)
 
-  monkeypatch.setattr(batches.BatchSource, "next", count)
+  monkeypatch.setattr(sampling.Sampler, "next", count)
   with jax.log_compiles(), caplog.at_level(logging.WARNING):
     results = toy_runs.train(
       tmp_path, _METHODS[name], seeds=(0, 1), num_steps=11, eval_every=1
     )
   assert len(compiled) == 11 and compiled[1]
-  # Five steps an epoch: a new epoch, and its last step, compile nothing either.
+  # An epoch has five steps; its first and last steps compile nothing either.
   assert compiled[-1][len(compiled[1]) :] == []
   for result in results:
     assert np.isfinite(result.metrics["last"]["loss"])
@@ -158,7 +152,7 @@ def test_every_method_runs_and_compiles_once(tmp_path, caplog, monkeypatch, name
 
 
 @pytest.mark.parametrize("at", [0, 2, 6])  # Before, between and at the end.
-def test_an_interrupted_resnet_ends_with_the_same_bytes(
+def test_interrupted_resnet_ends_with_the_same_bytes(
   tmp_path, monkeypatch, resnet_run, at
 ):
   monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
@@ -194,61 +188,19 @@ def resnet_run(tmp_path_factory):
   return folder
 
 
-def test_what_results_json_and_the_tables_say(tmp_path):
-  (result,) = toy_runs.train(tmp_path, _METHODS["l2rw"])
-  folder = tmp_path / "seed-0"
-  metrics = workdir.read_record(folder / "results.json")
-  assert metrics == result.metrics
-  assert metrics["data"] == "fingerprint-0"
-  assert len(metrics["params_sha256"]) == 64
-  assert (metrics["seed"], metrics["num_steps"]) == (0, 7)
-  assert metrics["device_count"] == 8 and metrics["jax"] == jax.__version__
-  tests = [row for row in toy_runs.rows(folder) if "test/accuracy" in row]
-  assert [row["step"] for row in tests] == [3, 6, 7]
-  assert metrics["last"] == {
-    "accuracy": tests[-1]["test/accuracy"],
-    "loss": tests[-1]["test/loss"],
+@pytest.mark.parametrize("make", ["adacore", "random_fixed"])
+def test_interrupted_coreset_run_ends_with_the_same_bytes(tmp_path, monkeypatch, make):
+  monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
+  # Two passes over 16 of 40 examples in batches of 8: a selection every four steps.
+  methods = {
+    "adacore": adacore.adacore(0.4, 2, greedy="stochastic"),
+    "random_fixed": adacore.random_subset(0.4, None),
   }
-  best = max(row["test/accuracy"] for row in tests)
-  assert metrics["best_accuracy"] == best
-  assert metrics["best_step"] == next(
-    row["step"] for row in tests if row["test/accuracy"] == best
-  )
-  header, *lines = (folder / "weights.csv").read_text().splitlines()
-  assert header == (
-    "index,source_index,label,true_label,mean_weight,last_weight,seen,rejected"
-  )
-  assert len(lines) == toy_runs.NUM_TRAIN
-  train = toy_runs.make_splits().train
-  for name in ("index", "source_index", "label", "true_label"):
-    np.testing.assert_array_equal(result.weights[name], getattr(train, name))
-  # Five batches are an epoch; two more begin the next.
-  assert sorted(result.weights["seen"]) == [1] * 24 + [2] * 16
-  total = np.nansum(result.weights["mean_weight"] * result.weights["seen"])
-  np.testing.assert_allclose(total, 7 * 8, rtol=1e-5)
-
-
-def test_the_hash_tells_parameters_apart(tmp_path):
-  runs = [
-    toy_runs.train(tmp_path / name, _METHODS["uniform"], seeds=(seed,))[0]
-    for name, seed in (("a", 0), ("b", 0), ("c", 1))
-  ]
-  hashes = [run.metrics["params_sha256"] for run in runs]
-  assert hashes[0] == hashes[1] != hashes[2]
-
-
-def test_metrics_in_bfloat16_are_averaged_in_float32(tmp_path):
-  uniform = baselines.uniform()
-
-  def gradients(state, problem, inputs):
-    found, state = uniform.gradients(state, problem, inputs)
-    told = jnp.where(inputs.step == 0, 256, 1).astype(jnp.bfloat16)
-    return found._replace(metrics={**found.metrics, "told": told}), state
-
-  method = uniform._replace(gradients=gradients)
-  toy_runs.train(tmp_path, method, num_steps=7, log_every=7, eval_every=7)
-  rows = toy_runs.rows(tmp_path / "seed-0")
-  # In bfloat16, 256 + 1 is 256.
-  assert [r["train/told"] for r in rows if "train/told" in r] == [
-    pytest.approx((256 + 6) / 7, rel=1e-6)
-  ]
+  method = methods[make]
+  toy_runs.train(tmp_path / "whole", method, num_steps=11, checkpoint_every=3)
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    toy_runs.interrupt(patch, 5)  # The second selection was before step 4.
+    toy_runs.train(tmp_path / "run", method, num_steps=11, checkpoint_every=3)
+  toy_runs.train(tmp_path / "run", method, num_steps=11, checkpoint_every=3)
+  whole, run = (toy_runs.outcome(tmp_path / name) for name in ("whole", "run"))
+  assert run == whole

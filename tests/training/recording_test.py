@@ -1,4 +1,4 @@
-"""Recording a student's losses through the loop."""
+"""Recording the losses of a student during training."""
 
 import numpy as np
 import pytest
@@ -9,12 +9,12 @@ from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 from l2rw_jax.methods.mentornet import loss_dump
 
-# One object each: its program is compiled once.
+# Each method is one object, so that its compiled functions are shared by the tests.
 _UNIFORM, _L2RW = baselines.uniform(), l2rw.l2rw()
 
 
 def _recorded(folder, *, runs="run", method=_UNIFORM, seeds=(0,), **settings):
-  """Trains 12 steps, 5 an epoch, recording; a `Writer` that has the losses."""
+  """Records 12 steps, 5 per epoch; returns the `Writer` of the losses."""
   writer = loss_dump.Writer(folder / "losses")
   recording = {k: settings.pop(k) for k in ("every", "num_examples") if k in settings}
   toy_runs.train(
@@ -32,25 +32,25 @@ def _combine(writer, seed=0, num_steps=12):
   )
 
 
-def test_every_example_at_every_epoch(tmp_path):
+def test_every_example_is_recorded_before_every_epoch(tmp_path):
   dump = _combine(_recorded(tmp_path))
   train = toy_runs.make_splits().train
-  # Epochs of 5 steps begin at steps 0, 5 and 10 of 12.
+  # Epochs start at steps 0, 5 and 10 of 12.
   np.testing.assert_array_equal(dump.epoch_percent, np.repeat([0, 41, 83], 40))
   np.testing.assert_array_equal(dump.sample, np.tile(train.index, 3))
   np.testing.assert_array_equal(dump.label, np.tile(train.label, 3))
   np.testing.assert_array_equal(dump.true_label, np.tile(train.true_label, 3))
   assert np.isfinite(dump.loss).all()
-  # Training lowers the losses, those of right labels the most.
+  # Training lowers the losses, most of all those of right labels.
   early, late = dump.loss[:40], dump.loss[80:]
   right = train.label == train.true_label
   assert late[right].mean() < early[right].mean()
   assert late[right].mean() < late[~right].mean()
 
 
-def test_losses_are_those_of_the_network_at_that_step(tmp_path):
+def test_losses_match_the_network_at_that_step(tmp_path):
   dump = _combine(_recorded(tmp_path))
-  # The last epoch began at step 10: the end of a run of 10 steps.
+  # The last epoch starts at step 10, where a run of 10 steps ends.
   toy_runs.train(tmp_path / "ten", _UNIFORM, num_steps=10)
   params = toy_runs.saved_params(tmp_path / "ten")
   by_name = {name.split("['params']")[-1]: x[0] for name, x in params.items()}
@@ -64,13 +64,13 @@ def test_losses_are_those_of_the_network_at_that_step(tmp_path):
   np.testing.assert_allclose(dump.loss[80:], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_recording_changes_nothing_else(tmp_path):
+def test_recording_does_not_change_the_run(tmp_path):
   _recorded(tmp_path, method=_L2RW)
   toy_runs.train(tmp_path / "plain", _L2RW, num_steps=12)
   assert toy_runs.outcome(tmp_path / "run") == toy_runs.outcome(tmp_path / "plain")
 
 
-def test_a_sample_every_other_epoch(tmp_path):
+def test_sample_every_second_epoch(tmp_path):
   dump = _combine(_recorded(tmp_path, every=2, num_examples=10))
   np.testing.assert_array_equal(dump.epoch_percent, np.repeat([0, 83], 10))
   first, second = dump.sample[:10], dump.sample[10:]
@@ -78,7 +78,7 @@ def test_a_sample_every_other_epoch(tmp_path):
   assert (np.diff(first) > 0).all()
 
 
-def test_runs_side_by_side_are_kept_apart(tmp_path):
+def test_runs_side_by_side_are_recorded_separately(tmp_path):
   writer = _recorded(tmp_path, seeds=(0, 1))
   alone = _combine(_recorded(tmp_path / "alone", seeds=(1,)), seed=1)
   both = _combine(writer, seed=1)
@@ -86,20 +86,20 @@ def test_runs_side_by_side_are_kept_apart(tmp_path):
   assert not np.allclose(both.loss, _combine(writer, seed=0).loss)
 
 
-def test_a_run_that_is_repeated_has_no_row_twice(tmp_path):
+def test_repeated_run_has_no_duplicate_rows(tmp_path):
   first = _combine(_recorded(tmp_path))
   again = _combine(_recorded(tmp_path, runs="again"))
   for a, b in zip(first, again, strict=True):
     np.testing.assert_array_equal(a, b)
 
 
-def test_a_folder_of_other_losses_is_refused(tmp_path):
+def test_folder_of_other_losses_raises(tmp_path):
   _recorded(tmp_path)
   with pytest.raises(base.InputError, match="holds the losses of other settings"):
     _recorded(tmp_path, runs="other", splits=[toy_runs.make_splits(5)])
 
 
-def test_an_interrupted_run_has_the_rows_of_an_uninterrupted_one(tmp_path):
+def test_interrupted_run_records_the_same_rows(tmp_path):
   expected = _combine(_recorded(tmp_path / "whole"))
   writer, epochs = loss_dump.Writer(tmp_path / "losses"), []
 

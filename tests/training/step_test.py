@@ -1,4 +1,4 @@
-"""One update by hand, and none at all from the first bad step on."""
+"""One update by hand, and no update from the first non-finite step on."""
 
 import functools
 
@@ -20,8 +20,8 @@ _SGD = optax.sgd(0.1, momentum=0.9)
 _UNIFORM = baselines.uniform()
 
 
-def _task(axis_name=None):
-  """Squared errors of x @ p; the model state is the largest prediction seen."""
+def _problem(axis_name=None):
+  """Squared errors of x @ p; the model state is the largest prediction so far."""
 
   def forward(params, model_state, batch, key, train):
     del key, train
@@ -43,11 +43,11 @@ def _task(axis_name=None):
 
 
 def _counting(method):
-  """The method, with a state that tells how many steps were taken."""
+  """The method with a state that counts its steps."""
 
   def gradients(state, problem, inputs):
-    found, _ = method.gradients((), problem, inputs)
-    return found, state + 1
+    result, _ = method.gradients((), problem, inputs)
+    return result, state + 1
 
   return method._replace(gradients=gradients)
 
@@ -68,7 +68,7 @@ _META = {"x": np.ones((1, 2), np.float32), "y": np.ones(1, np.float32)}
 def _compiled(method, optimizer):
   return jax.jit(
     functools.partial(
-      step_lib.train_step, problem=_task(), method=method, optimizer=optimizer
+      step_lib.train_step, problem=_problem(), method=method, optimizer=optimizer
     )
   )
 
@@ -77,10 +77,10 @@ def _step(state, batch=_GOOD, method=_UNIFORM, meta=None, optimizer=_SGD):
   return _compiled(method, optimizer)(state, batch, meta, jax.random.key(0))
 
 
-def test_a_good_step_by_hand():
+def test_step_by_hand():
   counting = _counting(_UNIFORM)
   state, output = _step(_state(), method=counting)
-  # Residuals 1, -2, -1, 0 of the four examples: losses 1, 4, 1, 0.
+  # The residuals of the examples are 1, -2, -1, 0 and their losses 1, 4, 1, 0.
   gradient = 2 * np.array([1.0, -2.0, -1.0, 0.0]) @ _X / 4
   np.testing.assert_allclose(state.params["p"], [1.0, -2.0] - 0.1 * gradient, rtol=1e-6)
   np.testing.assert_allclose(state.opt_state[0].trace["p"], gradient, rtol=1e-6)
@@ -111,7 +111,7 @@ def _weighted(weights):
     ([0.75, 0.25, 0, 0], 1 / (0.5625 + 0.0625) / 4),
   ],
 )
-def test_weights_are_told_in_units_of_the_uniform_one(weights, share):
+def test_weights_are_in_units_of_the_uniform_weight(weights, share):
   _, output = _step(_state(), method=_weighted(weights))
   np.testing.assert_allclose(output.weights, 4 * np.array(weights))
   np.testing.assert_allclose(output.metrics["effective_share"], share, rtol=1e-6)
@@ -125,9 +125,9 @@ def _with(**columns):
 
 
 def _nan_gradient(state, problem, inputs):
-  found, state = _UNIFORM.gradients(state, problem, inputs)
+  result, state = _UNIFORM.gradients(state, problem, inputs)
   bad = jnp.where(inputs.step >= 0, jnp.nan, 0.0)
-  return found._replace(grads=jax.tree.map(lambda g: g + bad, found.grads)), state
+  return result._replace(grads=jax.tree.map(lambda g: g + bad, result.grads)), state
 
 
 _NAN_GRADIENT = base.Method(_nan_gradient)
@@ -157,14 +157,14 @@ _CASES = {
 
 
 @pytest.mark.parametrize("name", _CASES)
-def test_a_bad_step_leaves_everything_as_it_was(name):
+def test_non_finite_step_changes_nothing(name):
   case, losses, fault = _CASES[name]
   optimizer = case.get("optimizer", _SGD)
   method = _counting(case.get("method", _UNIFORM))
   meta = case.get("meta", _META if case.get("method") is _L2RW else None)
   case = {**case, "method": method, "meta": meta}
   before = _state(optimizer)
-  if optimizer is _SGD:  # A momentum to lose.
+  if optimizer is _SGD:  # Let the momentum be nonzero.
     before, _ = _step(before, method=_counting(_UNIFORM))
   after, _ = _step(before, **case)
   chex.assert_trees_all_equal(
@@ -175,7 +175,7 @@ def test_a_bad_step_leaves_everything_as_it_was(name):
   assert failure.losses == losses and failure.fault == fault
 
 
-def test_the_first_failure_stays_and_no_later_step_is_taken():
+def test_no_step_follows_the_first_failure():
   counting = _counting(_UNIFORM)
   state, _ = _step(_state(), method=counting)
   failed, _ = _step(state, _with(y=[np.nan, np.nan, 0, 0]), method=counting)
@@ -186,22 +186,22 @@ def test_the_first_failure_stays_and_no_later_step_is_taken():
   chex.assert_trees_all_equal(failed.params, state.params)
 
 
-def test_a_bad_running_statistic_is_not_kept():
+def test_non_finite_model_state_is_not_kept():
   def gradients(state, problem, inputs):
-    found, state = _UNIFORM.gradients(state, problem, inputs)
-    return found._replace(model_state={"largest": jnp.array(jnp.inf)}), state
+    result, state = _UNIFORM.gradients(state, problem, inputs)
+    return result._replace(model_state={"largest": jnp.array(jnp.inf)}), state
 
   state, _ = _step(_state(), method=base.Method(gradients))
   assert state.model_state["largest"] == -5.0 and state.step == 0
   assert (state.failure.step, state.failure.losses) == (0, 0)
 
 
-def test_a_nan_on_one_device_stops_all():
+def test_nan_on_one_device_stops_all_devices():
   chosen = jax.local_devices()[:2]
   step = jax.pmap(
     functools.partial(
       step_lib.train_step,
-      problem=_task(devices.AXIS_NAME),
+      problem=_problem(devices.AXIS_NAME),
       method=_UNIFORM,
       optimizer=_SGD,
     ),
@@ -214,13 +214,13 @@ def test_a_nan_on_one_device_stops_all():
   )
   after, output = step(_state(), halves, None, jax.random.key(0))
   for device in range(2):
-    own = jax.tree.map(lambda x, device=device: x[device], after)
-    chex.assert_trees_all_equal(own.params, _state().params)
-    assert (own.failure.step, own.failure.losses, own.step) == (0, 1, 0)
+    local = jax.tree.map(lambda x, device=device: x[device], after)
+    chex.assert_trees_all_equal(local.params, _state().params)
+    assert (local.failure.step, local.failure.losses, local.step) == (0, 1, 0)
   np.testing.assert_allclose(output.weights, np.ones((2, 2)))
 
 
-def test_every_step_has_its_own_key():
+def test_every_step_has_a_different_key():
   random = baselines.random()
   state = _state()
   drawn = []
@@ -231,16 +231,33 @@ def test_every_step_has_its_own_key():
   assert len(set(drawn)) == 3 and tuple(again.weights.tolist()) == drawn[0]
 
 
-def test_the_state_keeps_the_dtypes_it_began_with():
-  # Model state of float32 meets images of float64, which needs implicit promotion.
+def test_state_keeps_its_dtypes_under_x64():
+  # Model state in float32 and images in float64 need implicit promotion.
   with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
     batch = {k: v.astype(np.float64) if k == "x" else v for k, v in _GOOD.items()}
-    given = jax.eval_shape(_state)
-    given = jax.tree.map(
-      lambda x: x.update(dtype=jnp.float32) if x.dtype == jnp.float64 else x, given
+    state = jax.eval_shape(_state)
+    state = jax.tree.map(
+      lambda x: x.update(dtype=jnp.float32) if x.dtype == jnp.float64 else x, state
     )
     step = functools.partial(
-      step_lib.train_step, problem=_task(), method=_UNIFORM, optimizer=_SGD
+      step_lib.train_step, problem=_problem(), method=_UNIFORM, optimizer=_SGD
     )
-    found, _ = jax.eval_shape(step, given, batch, None, jax.random.key(0))
-    assert found == given
+    new_state, _ = jax.eval_shape(step, state, batch, None, jax.random.key(0))
+    assert new_state == state
+
+
+def test_first_failed_run_and_its_explanation():
+  failure = step_lib.Failure(
+    np.array([-1, 7, 3, 5]), np.array([0, 2, 0, 0]), np.array([0, 0, 0, 2])
+  )
+  assert step_lib.first_failed_run(failure) == 2
+  well = failure._replace(step=np.full(4, -1))
+  assert step_lib.first_failed_run(well) is None
+  explain = step_lib.explain_failure
+  assert explain(failure, 1, 8)[0] == "2 of 8 losses are NaN or infinite"
+  assert explain(failure, 2, 8)[0] == "the update is NaN or infinite"
+  assert "but their gradient is NaN" in explain(failure, 3, 8)[0]
+  for fault in list(base.Fault)[1:]:
+    codes = np.array([fault.value])
+    what, advice = explain(step_lib.Failure(codes, np.zeros(1), codes), 0, 8)
+    assert what and "--learning_rate" in advice

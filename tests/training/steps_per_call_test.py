@@ -1,4 +1,4 @@
-"""Several steps a dispatch: the same run, and nobody waits for it."""
+"""Several steps per call: the same results, and no needless waiting."""
 
 import contextlib
 import json
@@ -15,13 +15,13 @@ from l2rw_jax.io import workdir
 from l2rw_jax.methods import adacore
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
-from l2rw_jax.training import batches
 from l2rw_jax.training import config as config_lib
+from l2rw_jax.training import device_data
 from l2rw_jax.training import devices
 from l2rw_jax.training import steps_per_call
 from l2rw_jax.training import timer as timer_lib
 
-# One object each: what was compiled for it serves every test.
+# Each method is one object, so that its compiled functions are shared by the tests.
 _METHODS = {
   "uniform": baselines.uniform(),
   "l2rw": l2rw.l2rw(),
@@ -36,16 +36,16 @@ def _no_commit(monkeypatch):
 
 
 def _lengths(config, most, epoch=None):
-  step, found = 0, []
+  step, lengths = 0, []
   while step < config.num_steps:
-    told = None if epoch is None else (epoch - step % epoch, epoch)
-    found.append(steps_per_call.length(config, step, most, told))
-    step += found[-1]
+    steps = None if epoch is None else (epoch - step % epoch, epoch)
+    lengths.append(steps_per_call.length(config, step, most, steps))
+    step += lengths[-1]
   assert step == config.num_steps
-  return found
+  return lengths
 
 
-def test_a_dispatch_ends_where_the_host_looks():
+def test_calls_end_at_every_interval():
   config = config_lib.Config(26, log_every=10, eval_every=12, checkpoint_every=99)
   assert _lengths(config, 5) == [
     *(5, 5),  # to 10
@@ -58,36 +58,30 @@ def test_a_dispatch_ends_where_the_host_looks():
   assert _lengths(config, 50) == [1] * 26
 
 
-def test_a_dispatch_ends_with_the_epoch_where_that_matters():
+def test_calls_end_with_the_epoch():
   config = config_lib.Config(20, log_every=20, eval_every=20, checkpoint_every=20)
   assert _lengths(config, 5) == [5] * 4
   assert _lengths(config, 5, epoch=7) == [5, 1, 1, 5, 1, 1, 5, 1]
   assert _lengths(config, 20, epoch=8) == [8, 8, 1, 1, 1, 1]
 
 
-def test_one_step_on_cpu_more_elsewhere_or_as_told():
+def test_most_depends_on_platform_intervals_and_config():
   class Accelerator:
     platform = "gpu"
 
   config = config_lib.Config(100)
   assert steps_per_call.most(config, devices.choose(1, 8)) == 1
   assert steps_per_call.most(config, [Accelerator()]) == 20
-  told = config_lib.Config(100, steps_per_call=7)
-  assert steps_per_call.most(told, devices.choose(1, 8)) == 7
+  seven = config_lib.Config(100, steps_per_call=7)
+  assert steps_per_call.most(seven, devices.choose(1, 8)) == 7
   often = config_lib.Config(100, log_every=10, eval_every=8)
   assert steps_per_call.most(often, [Accelerator()]) == 8
-  assert steps_per_call.most(told, [Accelerator()], streamed=True) == 1
-
-
-def test_less_than_one_step_is_refused(tmp_path):
-  with pytest.raises(base.InputError, match="--steps_per_call=0 must be at least"):
-    toy_runs.train(tmp_path / "run", _METHODS["uniform"], steps_per_call=0)
-  assert not (tmp_path / "run").exists()
+  assert steps_per_call.most(seven, [Accelerator()], is_streamed=True) == 1
 
 
 def _train(folder, name, **settings):
   given = {"num_steps": 17, "log_every": 5, "eval_every": 8, "checkpoint_every": 8}
-  # Five clean examples do not divide among eight devices.
+  # Five meta examples are not divisible by eight devices.
   splits = [toy_runs.make_splits(seed, num_meta=5) for seed in (0, 1)]
   toy_runs.train(folder, _METHODS[name], splits, seeds=(0, 1), **given, **settings)
   return toy_runs.outcome(folder)
@@ -96,46 +90,50 @@ def _train(folder, name, **settings):
 @pytest.mark.parametrize(
   ("name", "num_devices"), [("l2rw", 1), ("l2rw", 8), ("adacore", 8)]
 )
-def test_three_steps_a_dispatch_are_three_dispatches(
+def test_three_steps_per_call_match_three_calls(
   tmp_path, monkeypatch, name, num_devices
 ):
   settings = {"num_devices": num_devices}
   _train(tmp_path / "one", name, steps_per_call=1, **settings)
   settings["steps_per_call"] = 3
   three = _train(tmp_path / "three", name, **settings)
-  _assert_same_but_for_rounding(tmp_path / "three", tmp_path / "one")
-  # While the batches of steps 10 to 12 are drawn; the last checkpoint is of step 8.
+  _assert_same_up_to_rounding(tmp_path / "three", tmp_path / "one")
+  # Interrupt while the batches of steps 10 to 12 are drawn, after checkpoint 8.
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     toy_runs.interrupt(patch, 12)
     _train(tmp_path / "run", name, **settings)
   assert _train(tmp_path / "run", name, **settings) == three
-  for ours, theirs in zip(
+  for array, expected in zip(
     *(toy_runs.saved(tmp_path / f)[1].values() for f in ("run", "three")), strict=True
   ):
-    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(array, expected)
 
 
-def _assert_same_but_for_rounding(folder, other):
-  """Another program of the same steps may round otherwise."""
-  (step, ours), (other_step, theirs) = map(toy_runs.saved, (folder, other))
-  assert step == other_step and ours.keys() == theirs.keys()
-  for path, array in ours.items():
-    np.testing.assert_allclose(array, theirs[path], rtol=1e-6, atol=1e-6, err_msg=path)
+def _assert_same_up_to_rounding(folder, other):
+  """Compares two runs whose compiled programs may round differently."""
+  (step, arrays), (other_step, expected) = map(toy_runs.saved, (folder, other))
+  assert step == other_step and arrays.keys() == expected.keys()
+  for path, array in arrays.items():
+    np.testing.assert_allclose(
+      array, expected[path], rtol=1e-6, atol=1e-6, err_msg=path
+    )
   seeds = sorted(path.name for path in folder.glob("seed-*"))
   assert seeds
   for seed in seeds:
-    for row, told in zip(
+    for row, expected_row in zip(
       *(toy_runs.rows(f / seed) for f in (folder, other)), strict=True
     ):
-      assert row == pytest.approx(told, rel=1e-6, abs=1e-6)
+      assert row == pytest.approx(expected_row, rel=1e-6, abs=1e-6)
 
 
-@pytest.mark.parametrize("bad_step", [6, 9])  # In its midst; in a step alone.
-def test_a_failure_within_a_dispatch_is_told_as_ever(tmp_path, bad_step):
+@pytest.mark.parametrize(
+  "bad_step", [6, 9]
+)  # Within a call of 3 steps, and in a call of 1 step.
+def test_failure_within_a_call_is_reported_with_its_step(tmp_path, bad_step):
   order = np.random.default_rng([0, *b"order", 0]).permutation(80)
   splits = toy_runs.make_splits(num_train=80)
   splits.train.image[order[8 * bad_step]] = 3e38  # Finite; its loss is not.
-  said = []
+  messages = []
   for most in (1, 3):
     folder = tmp_path / str(most)
     with pytest.raises(base.InputError, match=f"step {bad_step}: 1 of 8 los") as error:
@@ -148,15 +146,15 @@ def test_a_failure_within_a_dispatch_is_told_as_ever(tmp_path, bad_step):
         eval_every=10,
         steps_per_call=most,
       )
-    said.append(str(error.value).replace(str(folder), ""))
+    messages.append(str(error.value).replace(str(folder), ""))
     assert toy_runs.saved(folder / "run")[0] == bad_step
-  assert said[0] == said[1]
-  _assert_same_but_for_rounding(tmp_path / "3/run", tmp_path / "1/run")
+  assert messages[0] == messages[1]
+  _assert_same_up_to_rounding(tmp_path / "3/run", tmp_path / "1/run")
 
 
-def test_two_programs_serve_all_lengths(tmp_path, monkeypatch):
-  traced, lengths, before = [], [], []
-  original = batches.BatchSource.load
+def test_two_programs_are_compiled(tmp_path, monkeypatch):
+  traced, lengths, num_traced = [], [], []
+  original = device_data.DeviceData.load
 
   def gradients(state, problem, inputs):
     traced.append(None)
@@ -164,10 +162,10 @@ def test_two_programs_serve_all_lengths(tmp_path, monkeypatch):
 
   def load(self, steps):
     lengths.append(len(steps))
-    before.append(len(traced))
+    num_traced.append(len(traced))
     return original(self, steps)
 
-  monkeypatch.setattr(batches.BatchSource, "load", load)
+  monkeypatch.setattr(device_data.DeviceData, "load", load)
   toy_runs.train(
     tmp_path,
     _METHODS["uniform"]._replace(gradients=gradients),
@@ -177,29 +175,29 @@ def test_two_programs_serve_all_lengths(tmp_path, monkeypatch):
     steps_per_call=4,
   )
   assert lengths == [4, 4, 1, 1, 1] * 2
-  # Traced for the first of each length, and never again.
-  assert before[:4] == [0, before[1], before[1], before[3]]
-  assert 0 < before[1] < before[3] == len(traced)
+  # The first call of each length is traced, and no other call.
+  assert num_traced[:4] == [0, num_traced[1], num_traced[1], num_traced[3]]
+  assert 0 < num_traced[1] < num_traced[3] == len(traced)
 
 
-def test_all_steps_are_timed_and_nothing_of_their_compilation(tmp_path, monkeypatch):
-  stands, traced, taken = [False], [], []
+def test_timer_includes_steps_but_no_compilation(tmp_path, monkeypatch):
+  is_stopped, traced, taken = [False], [], []
   original = timer_lib.Timer.stopped
 
   @contextlib.contextmanager
   def stopped(self):
     with original(self):
-      stands[0] = True
+      is_stopped[0] = True
       yield
-      stands[0] = False
+      is_stopped[0] = False
 
-  def note(step):
-    taken.append((int(step), stands[0]))
+  def record(step):
+    taken.append((int(step), is_stopped[0]))
     return np.int32(0)
 
   def gradients(state, problem, inputs):
-    traced.append(stands[0])
-    io_callback(note, jax.ShapeDtypeStruct((), np.int32), inputs.step)
+    traced.append(is_stopped[0])
+    io_callback(record, jax.ShapeDtypeStruct((), np.int32), inputs.step)
     return _METHODS["uniform"].gradients(state, problem, inputs)
 
   monkeypatch.setattr(timer_lib.Timer, "stopped", stopped)
@@ -218,8 +216,8 @@ def test_all_steps_are_timed_and_nothing_of_their_compilation(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("most", [1, 3])
-def test_nobody_waits_for_a_step_before_the_log(tmp_path, monkeypatch, most):
-  """The devices are held until all steps of the run are on their way to them."""
+def test_steps_are_sent_without_waiting(tmp_path, monkeypatch, most):
+  """The devices wait in their first step until all steps of the run are sent."""
   all_sent, waited = threading.Event(), []
 
   def hold(step):
@@ -231,7 +229,7 @@ def test_nobody_waits_for_a_step_before_the_log(tmp_path, monkeypatch, most):
     io_callback(hold, jax.ShapeDtypeStruct((), np.int32), inputs.step)
     return _METHODS["uniform"].gradients(state, problem, inputs)
 
-  original, sent = batches.BatchSource.load, []
+  original, sent = device_data.DeviceData.load, []
 
   def load(self, steps):
     sent.extend(steps)
@@ -239,8 +237,8 @@ def test_nobody_waits_for_a_step_before_the_log(tmp_path, monkeypatch, most):
       all_sent.set()
     return original(self, steps)
 
-  monkeypatch.setattr(batches.BatchSource, "load", load)
-  # One CPU device takes its steps within the call; two take them aside.
+  monkeypatch.setattr(device_data.DeviceData, "load", load)
+  # One CPU device runs its steps in the calling thread, two devices do not.
   toy_runs.train(
     tmp_path,
     _METHODS["uniform"]._replace(gradients=gradients),
@@ -253,7 +251,7 @@ def test_nobody_waits_for_a_step_before_the_log(tmp_path, monkeypatch, most):
   assert len(waited) == 2 * 9 and all(waited)
 
 
-def test_augmentation_is_traced_once_and_runs_in_the_step(tmp_path):
+def test_augmentation_is_traced_once_within_the_step(tmp_path):
   calls = []
 
   def preprocess(images, keys, train):

@@ -1,4 +1,4 @@
-"""Seconds of training: what counts, what does not, and what a resume keeps."""
+"""Seconds of training, without pauses and across resumptions."""
 
 import json
 import time
@@ -10,8 +10,8 @@ from l2rw_jax.training import timer as timer_lib
 
 
 @pytest.fixture
-def now(monkeypatch):
-  """A time that moves only when told to."""
+def advance(monkeypatch):
+  """Replaces the clock by one that only this fixture advances."""
   current = [100.0]
   monkeypatch.setattr(time, "perf_counter", lambda: current[0])
 
@@ -21,32 +21,32 @@ def now(monkeypatch):
   return wait
 
 
-def test_what_is_done_while_it_is_stopped_does_not_count(now):
-  clock = timer_lib.Timer()
-  now(5)
-  assert clock.read() == 0
-  clock.start()
-  now(2)
-  with clock.stopped():
-    now(10)
-    assert clock.read() == 2
-  now(1)
-  assert clock.read() == 3
+def test_stopped_timer_does_not_count(advance):
+  timer = timer_lib.Timer()
+  advance(5)
+  assert timer.read() == 0
+  timer.start()
+  advance(2)
+  with timer.stopped():
+    advance(10)
+    assert timer.read() == 2
+  advance(1)
+  assert timer.read() == 3
 
 
-def test_a_resumed_clock_goes_on_from_its_file(now, tmp_path):
+def test_restored_timer_continues(advance, tmp_path):
   path = tmp_path / "timing.json"
-  clock = timer_lib.Timer()
-  clock.start()
+  timer = timer_lib.Timer()
+  timer.start()
   for step in (10, 20, 30):
-    now(2)
-    clock.note(step)
+    advance(2)
+    timer.note(step)
     if step == 20:
-      clock.write(path, step)
+      timer.write(path, step)
   resumed = timer_lib.Timer.restore(path, 20)
   assert resumed.read() == 4
   resumed.start()
-  now(1)
+  advance(1)
   resumed.note(30)
   resumed.write(path, 30, {"steps_per_call": 2})
   assert workdir.read_record(path) == {
@@ -59,15 +59,15 @@ def test_a_resumed_clock_goes_on_from_its_file(now, tmp_path):
   }
 
 
-def test_what_came_after_the_checkpoint_is_forgotten(now, tmp_path):
+def test_restore_discards_later_steps(advance, tmp_path):
   path = tmp_path / "timing.json"
-  clock = timer_lib.Timer()
-  clock.start()
+  timer = timer_lib.Timer()
+  timer.start()
   for step in (10, 20):
-    now(4)
-    clock.note(step)
-    now(0.5)
-    clock.write(path, step)
+    advance(4)
+    timer.note(step)
+    advance(0.5)
+    timer.write(path, step)
   assert timer_lib.Timer.restore(path, 20).read() == 9
   assert timer_lib.Timer.restore(path, 10).read() == 4.5
   assert timer_lib.Timer.restore(path, 15).read() == 4

@@ -1,4 +1,4 @@
-"""Problems so small that a whole run takes a second, and what it left on disk."""
+"""Tiny problems whose runs take about a second, and access to their files."""
 
 import json
 import pathlib
@@ -11,9 +11,9 @@ import orbax.checkpoint as ocp
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
-from l2rw_jax.training import batches
 from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import loop
+from l2rw_jax.training import sampling
 
 CLASSES = 3
 NUM_TRAIN = 40
@@ -22,7 +22,7 @@ OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 
 
 def examples(rng, size, shape, flipped=0.0) -> examples_lib.Examples:
-  """Blobs, one a class; the first share of the labels is wrong."""
+  """Gaussian blobs, one per class; the first `flipped` share of labels is wrong."""
   centers = np.random.default_rng(99).normal(size=(CLASSES, *shape))
   true_label = rng.integers(CLASSES, size=size).astype(np.int32)
   image = centers[true_label] + 0.5 * rng.normal(size=(size, *shape))
@@ -51,10 +51,10 @@ def make_splits(
 
 
 def train(folder, method, splits=None, model=MODEL, probes=(), **settings: Any):
-  """`loop.train` with a batch of 8, one device and a row of metrics a step."""
+  """`loop.train` with a batch of 8, one device and metrics at every step."""
   seeds = settings.setdefault("seeds", (0,))
-  given = {"num_steps": 7, "batch_size": 8, "log_every": 1, "eval_every": 3}
-  config = config_lib.Config(**(given | {"num_devices": 1} | settings))
+  defaults = {"num_steps": 7, "batch_size": 8, "log_every": 1, "eval_every": 3}
+  config = config_lib.Config(**(defaults | {"num_devices": 1} | settings))
   splits = splits or [make_splits(seed) for seed in seeds]
   return loop.train(
     config, model, method, OPTIMIZER, splits, folder, name="toy", probes=probes
@@ -68,21 +68,21 @@ def rows(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def saved(folder: pathlib.Path) -> tuple[int, dict[str, np.ndarray]]:
-  """Step and arrays of the newest checkpoint, by their path in the state."""
-  newest = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
-  leaves = json.loads((newest / "record" / "metadata").read_text())["leaves"]
+  """Step of the latest checkpoint, and its arrays by their path in the state."""
+  latest = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
+  leaves = json.loads((latest / "record" / "metadata").read_text())["leaves"]
   with ocp.StandardCheckpointer() as checkpointer:
-    arrays = checkpointer.restore(newest / "arrays")
-  return int(newest.name), {leaves[int(i)]["path"]: x for i, x in arrays.items()}
+    arrays = checkpointer.restore(latest / "arrays")
+  return int(latest.name), {leaves[int(i)]["path"]: x for i, x in arrays.items()}
 
 
 def saved_params(folder: pathlib.Path) -> dict[str, np.ndarray]:
-  """The parameters of all runs in the newest checkpoint, [R, ...]."""
+  """The parameters of all runs in the latest checkpoint, [R, ...]."""
   return {name: x for name, x in saved(folder)[1].items() if ".params" in name}
 
 
 def files(folder: pathlib.Path) -> dict[str, bytes]:
-  """Everything a run wrote but times and TensorBoard events, by path."""
+  """All files of a run by path, except times and TensorBoard events."""
   return {
     str(path.relative_to(folder)): path.read_bytes()
     for path in sorted(folder.rglob("*"))
@@ -91,17 +91,17 @@ def files(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 def outcome(folder: pathlib.Path) -> dict[str, bytes]:
-  """`files` without checkpoints, whose files have random names."""
+  """`files` without checkpoints, whose file names are random."""
   return {k: v for k, v in files(folder).items() if "checkpoints" not in k}
 
 
 def interrupt(monkeypatch, at: int) -> None:
-  """Stops runs as Ctrl-C would, before they draw the batch of step `at`."""
-  original = batches.BatchSource.next
+  """Raises KeyboardInterrupt in runs, before they draw the rows of step `at`."""
+  original = sampling.Sampler.next
 
   def stop(self, step):
     if step == at:
       raise KeyboardInterrupt
     return original(self, step)
 
-  monkeypatch.setattr(batches.BatchSource, "next", stop)
+  monkeypatch.setattr(sampling.Sampler, "next", stop)

@@ -1,4 +1,4 @@
-"""An optimizer that watches the validation loss."""
+"""Optimizers that monitor the validation loss."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def _held_out(size=30, seed=5):
 
 
 def _reference(values, *, factor, patience, min_scale, rtol=1e-4):
-  """PyTorch's ReduceLROnPlateau as its documentation tells it."""
+  """PyTorch's ReduceLROnPlateau, as documented."""
   best, bad, scale, scales = np.inf, 0, 1.0, []
   for value in values:
     if value < best * (1 - rtol):
@@ -34,29 +34,29 @@ def _reference(values, *, factor, patience, min_scale, rtol=1e-4):
   return scales
 
 
-def test_the_rate_falls_as_pytorchs_does():
+def test_reduce_on_plateau_matches_pytorch():
   rng = np.random.default_rng(0)
   values = np.concatenate([[3.0, 2.0, 1.0], 1 + rng.random(40)]).astype(np.float32)
   rule = {"factor": 0.1, "patience": 2, "min_scale": 0.005}
   optimizer = validation.reduce_on_plateau(optax.sgd(1.0), 4, **rule)
   params = jnp.ones(())
-  state, found = optimizer.init(params), []
+  state, scales = optimizer.init(params), []
   update = jax.jit(optimizer.update)
   for value in values:
     for _ in range(4):
-      moved, state = update(jnp.ones(()), state, params, value=value)
-    found.append(-float(moved))  # of the epoch's last update: already decided
+      updates, state = update(jnp.ones(()), state, params, value=value)
+    scales.append(-float(updates))  # Of the last update of the epoch.
   expected = _reference(values, **rule)
-  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  np.testing.assert_allclose(scales, expected, rtol=1e-5)
   assert min(expected) == 0.005 and expected[4] == 1.0
 
 
-def _observer(seen):
-  """An SGD that notes the value it is told."""
+def _recording_sgd(values):
+  """An SGD that records the values it receives."""
 
   def update(grads, state, params=None, *, value, **_):
     del params
-    seen.append(value)
+    values.append(value)
     return jax.tree.map(lambda g: -0.1 * g, grads), state
 
   return optax.GradientTransformationExtraArgs(lambda params: (), update)
@@ -67,7 +67,7 @@ def _examples(examples):
 
 
 def _begin(method):
-  """The task, what `refresh` sees at first, and the method's first state."""
+  """The problem, the first argument of `refresh`, and the initial state."""
   problem = toy_runs.MODEL.problem(
     class_counts=jnp.ones(3), num_examples=40, num_steps=9
   )
@@ -82,8 +82,8 @@ def _one_step(method):
   params, model_state = view.params, view.model_state
   batch = {n: v[:8] for n, v in view.train.items()}
   method_state = method.refresh(method_state, problem, view)
-  seen = []
-  optimizer = _observer(seen)
+  values = []
+  optimizer = _recording_sgd(values)
   state = step_lib.init_state(params, model_state, method_state, optimizer)
   _, output = step_lib.train_step(
     state,
@@ -94,47 +94,47 @@ def _one_step(method):
     method=method,
     optimizer=optimizer,
   )
-  return problem, params, seen[0], output
+  return problem, params, values[0], output
 
 
-def test_the_value_is_the_weighted_loss_unless_a_method_has_another():
+def test_value_defaults_to_the_weighted_loss():
   *_, value, output = _one_step(baselines.random())
   np.testing.assert_allclose(value, output.metrics["weighted_loss"])
   assert abs(value - output.metrics["loss"]) > 1e-3
 
 
 @pytest.mark.parametrize("batch_size", [500, 7])
-def test_the_value_is_the_loss_of_the_validation_set(batch_size):
+def test_value_is_the_loss_of_the_validation_set(batch_size):
   held_out = _held_out()
   method = validation.watched(
     baselines.uniform(), {7: held_out, 8: _held_out(seed=6)}, batch_size=batch_size
   )
   problem, params, value, _ = _one_step(method)
   logits, _ = problem.forward(params, {}, {"image": held_out.image}, None, False)
-  own = losses.softmax_cross_entropy(logits, held_out.label)
-  np.testing.assert_allclose(value, own.mean(), rtol=1e-5)
+  expected = losses.softmax_cross_entropy(logits, held_out.label)
+  np.testing.assert_allclose(value, expected.mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
   ("last_steps", "is_outermost"), [(1, False), (9, False), (9, True)]
 )
-def test_fine_tuning_shows_the_clean_loss_unless_it_is_watched(
+def test_fine_tuning_reports_the_meta_loss_unless_it_is_wrapped(
   last_steps, is_outermost
 ):
-  held_out, clean = _held_out(), toy_runs.make_splits().meta
+  held_out, meta = _held_out(), toy_runs.make_splits().meta
   if is_outermost:
     method = validation.watched(baselines.fine_tuning(last_steps), {7: held_out})
   else:
     first = validation.watched(baselines.uniform(), {7: held_out})
     method = baselines.fine_tuning(last_steps, first)
   problem, params, value, _ = _one_step(method)
-  shown = clean if last_steps == 9 and not is_outermost else held_out
-  logits, _ = problem.forward(params, {}, {"image": shown.image}, None, False)
-  own = losses.softmax_cross_entropy(logits, shown.label)
-  np.testing.assert_allclose(value, own.mean(), rtol=1e-5)
+  examples = meta if last_steps == 9 and not is_outermost else held_out
+  logits, _ = problem.forward(params, {}, {"image": examples.image}, None, False)
+  expected = losses.softmax_cross_entropy(logits, examples.label)
+  np.testing.assert_allclose(value, expected.mean(), rtol=1e-5)
 
 
-def test_a_changed_loss_is_compiled_once_for_all_epochs():
+def test_changed_loss_is_compiled_once():
   traced = []
 
   def tripled(outputs, batch, class_counts):
@@ -154,21 +154,21 @@ def test_a_changed_loss_is_compiled_once_for_all_epochs():
   assert len(traced) == 1
 
 
-def test_validation_examples_can_be_selected():
+def test_validation_examples_can_be_weighted():
   held_out = _held_out()
   method = validation.watched(
     baselines.uniform(), {7: held_out}, weights=bare.example_weights
   )
   problem, params, value, _ = _one_step(method)
   logits, _ = problem.forward(params, {}, {"image": held_out.image}, None, False)
-  own = losses.softmax_cross_entropy(logits, held_out.label)
+  expected = losses.softmax_cross_entropy(logits, held_out.label)
   kept = bare.select(logits, jnp.asarray(held_out.label))
-  np.testing.assert_allclose(value, own[kept].mean(), rtol=1e-5)
+  np.testing.assert_allclose(value, expected[kept].mean(), rtol=1e-5)
   assert 0 < kept.sum() < 30
 
 
-def test_a_run_slows_down(tmp_path, monkeypatch):
-  # Labels of the validation set that training contradicts: its loss only rises.
+def test_run_reduces_its_learning_rate(tmp_path, monkeypatch):
+  # Training contradicts the labels of the validation set, so its loss only increases.
   held_out = _held_out()
   held_out = held_out._replace(label=(held_out.true_label + 2) % toy_runs.CLASSES)
   method = validation.watched(baselines.uniform(), {0: held_out})
@@ -182,10 +182,12 @@ def test_a_run_slows_down(tmp_path, monkeypatch):
     for name, x in toy_runs.saved(tmp_path / "whole")[1].items()
     if "scale" in name
   }
-  assert [x.item() for x in scales.values()] == [0.125]  # after epochs 1, 2 and 3
+  assert [x.item() for x in scales.values()] == [
+    0.125
+  ]  # Halved after epochs 1, 2 and 3.
   assert whole.metrics["num_steps"] == 20
 
 
-def test_an_empty_validation_set_is_a_mistake():
+def test_empty_validation_set_raises():
   with pytest.raises(base.InputError, match="of seed 3 is empty: raise num_validation"):
     validation.watched(baselines.uniform(), {3: _held_out(size=0)})

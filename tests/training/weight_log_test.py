@@ -1,4 +1,4 @@
-"""The record of weights, by hand."""
+"""Statistics of example weights, by hand."""
 
 import numpy as np
 
@@ -19,20 +19,20 @@ def test_two_steps_of_two_runs_by_hand():
   np.testing.assert_array_equal(log.total, [[2.0, 0.0, 0, 0], [4.0, 0, 1.0, 2.0]])
 
 
-def test_an_example_twice_in_one_batch_counts_twice():
+def test_repeated_example_in_a_batch_counts_twice():
   log = weight_log.WeightLog.empty(1, 2)
   log.add(np.array([[1, 1, 1]]), np.array([[0.0, 3.0, 1.5]]))
   assert log.seen.tolist() == [[0, 3]] and log.rejected.tolist() == [[0, 1]]
   assert log.mean()[0, 1] == 1.5 and log.last[0, 1] == 1.5
 
 
-def test_only_exact_zeros_are_rejections():
+def test_only_zero_weights_are_rejected():
   log = weight_log.WeightLog.empty(1, 3)
   log.add(np.array([[0, 1, 2]]), np.array([[-0.0, 1e-30, -1.0]], np.float32))
   assert log.rejected.tolist() == [[1, 0, 0]]
 
 
-def test_sums_do_not_lose_small_weights():
+def test_small_weights_are_not_lost():
   log = weight_log.WeightLog.empty(1, 1)
   big = np.float32(2.0**24)
   log.add(np.array([[0]]), np.array([[big]]))
@@ -41,7 +41,7 @@ def test_sums_do_not_lose_small_weights():
   assert log.total[0, 0] == 2.0**24 + 4  # In float32 it would stay 2^24.
 
 
-def test_nothing_seen_is_not_a_number_and_no_warning(recwarn):
+def test_empty_log_is_nan_without_warning(recwarn):
   log = weight_log.WeightLog.empty(1, 3)
   assert np.isnan(log.mean()).all() and np.isnan(log.last).all()
   assert len(recwarn) == 0

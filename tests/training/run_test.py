@@ -1,4 +1,4 @@
-"""A method that looks at the training set every epoch and picks its own order."""
+"""Runs without files, and methods that choose the order of the examples."""
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +9,17 @@ import toy_runs
 from l2rw_jax import base
 from l2rw_jax.io import workdir
 from l2rw_jax.methods import baselines
-from l2rw_jax.training import batches
+from l2rw_jax.training import config as config_lib
+from l2rw_jax.training import run as run_lib
 from l2rw_jax.training import sampling
+from l2rw_jax.training import step as step_lib
 
-_BATCHES = toy_runs.NUM_TRAIN // 8  # An epoch.
+_BATCHES = toy_runs.NUM_TRAIN // 8  # Batches in an epoch.
 _STEPS = 2 * _BATCHES + 3
 
 
 class _Toy:
-  """Rolls the order by a number drawn anew every epoch; counts its steps."""
+  """A method that rotates the order by a new random number in every epoch."""
 
   def __init__(self):
     self.views: list[base.EpochView] = []
@@ -29,8 +31,8 @@ class _Toy:
     )
 
   def _gradients(self, state, problem, inputs):
-    found, _ = baselines.uniform().gradients((), problem, inputs)
-    return found, {**state, "steps": state["steps"] + 1}
+    result, _ = baselines.uniform().gradients((), problem, inputs)
+    return result, {**state, "steps": state["steps"] + 1}
 
   def _refresh(self, state, problem, view):
     assert problem.num_examples == len(view.train["label"]) == toy_runs.NUM_TRAIN
@@ -43,16 +45,16 @@ class _Toy:
 
 
 def _visited(monkeypatch):
-  """Rows of every step that any run draws from now on, by step."""
+  """The rows of every step that is drawn after this call, by step."""
   drawn = {}
-  original = batches.BatchSource.next
+  original = sampling.Sampler.next
 
-  def note(self, step):
-    found = original(self, step)
-    drawn.setdefault(step, []).append(found.train)
-    return found
+  def record(self, step):
+    rows = original(self, step)
+    drawn.setdefault(step, []).append(rows.train)
+    return rows
 
-  monkeypatch.setattr(batches.BatchSource, "next", note)
+  monkeypatch.setattr(sampling.Sampler, "next", record)
   return drawn
 
 
@@ -63,11 +65,11 @@ def _expected_rows(seed, step):
   return order[8 * offset : 8 * (offset + 1)]
 
 
-def test_refresh_comes_once_an_epoch_and_decides_the_order(tmp_path, monkeypatch):
+def test_refresh_is_called_before_every_epoch(tmp_path, monkeypatch):
   drawn = _visited(monkeypatch)
   toy = _Toy()
   toy_runs.train(tmp_path, toy.method, seeds=(3, 5), num_steps=_STEPS)
-  # Two runs side by side, one after the other.
+  # For each epoch, the two runs one after the other.
   assert [view.epoch for view in toy.views] == [0, 0, 1, 1, 2, 2]
   for step in range(_STEPS):
     (rows,) = drawn[step]
@@ -78,27 +80,27 @@ def test_refresh_comes_once_an_epoch_and_decides_the_order(tmp_path, monkeypatch
   assert next(x for p, x in arrays.items() if "steps" in p).tolist() == [_STEPS] * 2
 
 
-def test_refresh_sees_what_was_learned_and_its_own_training_set(tmp_path):
+def test_refresh_receives_parameters_and_training_set(tmp_path):
   toy = _Toy()
   toy_runs.train(tmp_path / "long", toy.method, seeds=(1,), num_steps=_STEPS)
   first, second, _ = toy.views
   toy_runs.train(tmp_path / "short", toy.method, seeds=(1,), num_steps=_BATCHES)
-  learned = toy_runs.saved_params(tmp_path / "short")
-  kernel = next(path for path in learned if "Dense_0" in path and "kernel" in path)
-  seen = [view.params["Dense_0"]["kernel"] for view in (first, second)]
-  np.testing.assert_array_equal(seen[1], learned[kernel][0])
-  assert not np.array_equal(seen[0], seen[1])
+  saved = toy_runs.saved_params(tmp_path / "short")
+  kernel = next(path for path in saved if "Dense_0" in path and "kernel" in path)
+  kernels = [view.params["Dense_0"]["kernel"] for view in (first, second)]
+  np.testing.assert_array_equal(kernels[1], saved[kernel][0])
+  assert not np.array_equal(kernels[0], kernels[1])
   train = toy_runs.make_splits(1).train
-  # No groups were given: they are the true classes.
+  # Groups default to the true classes.
   train = train._replace(group=train.true_label)
   assert first.train.keys() == {"image", "label", "index", "group"}
   for name in first.train:
     np.testing.assert_array_equal(first.train[name], getattr(train, name))
 
 
-# Inside the second epoch, after its first checkpoint; at its very start.
+# Within the second epoch, and at its start.
 @pytest.mark.parametrize(("at", "saved", "epochs"), [(8, 7, [2]), (6, 5, [1, 2])])
-def test_an_interrupted_epoch_goes_on_in_the_same_order(
+def test_interrupted_epoch_continues_in_the_same_order(
   tmp_path, monkeypatch, at, saved, epochs
 ):
   monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
@@ -111,14 +113,7 @@ def test_an_interrupted_epoch_goes_on_in_the_same_order(
 
   train(tmp_path / "whole")
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    original = batches.BatchSource.next
-
-    def stop(self, step):
-      if step == at:
-        raise KeyboardInterrupt
-      return original(self, step)
-
-    patch.setattr(batches.BatchSource, "next", stop)
+    toy_runs.interrupt(patch, at)
     train(tmp_path / "run")
   toy.views.clear()
   drawn = _visited(monkeypatch)
@@ -131,17 +126,40 @@ def test_an_interrupted_epoch_goes_on_in_the_same_order(
   assert run == whole
 
 
-def test_a_new_epoch_compiles_nothing(tmp_path, caplog, monkeypatch):
+def test_new_epochs_compile_nothing(tmp_path, caplog, monkeypatch):
   counts = []
-  original = batches.BatchSource.next
+  original = sampling.Sampler.next
 
   def count(self, step):
     counts.append(sum(r.getMessage().startswith("Compiling") for r in caplog.records))
     return original(self, step)
 
-  monkeypatch.setattr(batches.BatchSource, "next", count)
+  monkeypatch.setattr(sampling.Sampler, "next", count)
   with jax.log_compiles():
     toy_runs.train(tmp_path, _Toy().method, num_steps=_STEPS, eval_every=1)
   assert counts[1] > counts[0]
-  # What the first refresh of a trained state needs is compiled with it.
+  # The first refresh of a trained state may compile functions.
   assert counts[2 * _BATCHES] == counts[-1] == counts[_BATCHES + 1]
+
+
+def test_run_in_another_loop_matches_the_training_loop(tmp_path):
+  method = baselines.uniform()
+  toy_runs.train(tmp_path, method, seeds=(3, 5), num_steps=7)
+  config = config_lib.Config(7, batch_size=8, seeds=(3, 5), num_devices=1)
+  splits = [toy_runs.make_splits(seed) for seed in (3, 5)]
+  run = run_lib.Run(config, toy_runs.MODEL, method, toy_runs.OPTIMIZER, splits)
+  while run.step < config.num_steps:
+    assert run.take_steps() == 1
+  outputs = run.fetch()
+  rows = [toy_runs.rows(tmp_path / f"seed-{seed}") for seed in (3, 5)]
+  losses = [[r["train/loss"] for r in rs if "train/loss" in r] for rs in rows]
+  assert run.fetch() == [] and step_lib.first_failed_run(run.failure()) is None
+  for step, output in enumerate(outputs):
+    assert output.weights.shape == (2, 1, 8)
+    assert output.metrics["loss"].shape == (2, 1)
+    for index in (0, 1):
+      loss = output.metrics["loss"][index, 0]
+      np.testing.assert_allclose(loss, losses[index][step], rtol=1e-5)
+  kernel = run.snapshot(1).state.params["Dense_0"]["kernel"]
+  saved = next(x for p, x in toy_runs.saved_params(tmp_path).items() if "_0']['k" in p)
+  np.testing.assert_allclose(kernel, saved[1], rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The probes of what a run memorizes, beside a run and without one."""
+"""The probes of memorization, with and without a run."""
 
 import types
 
@@ -38,9 +38,10 @@ def _snapshot(model=toy_runs.MODEL, optimizer=toy_runs.OPTIMIZER, step=5, seed=1
   )
 
 
-def test_the_probe_is_the_drop_of_a_batch_with_the_run_s_random_labels():
+def test_probe_is_the_loss_drop_with_random_labels():
   snapshot = _snapshot()
-  found = memorization.susceptibility(batch_size=40)(snapshot)  # every image: no order
+  # The batch has all images, so their order does not matter.
+  metrics = memorization.susceptibility(batch_size=40)(snapshot)
   images = snapshot.splits.train.image
   batch = {
     "image": images,
@@ -55,14 +56,15 @@ def test_the_probe_is_the_drop_of_a_batch_with_the_run_s_random_labels():
     opt_state=snapshot.state.opt_state,
     has_aux=True,
   )
-  assert found == {"susceptibility_drop": pytest.approx(float(expected.drop), rel=1e-4)}
+  expected_drop = pytest.approx(float(expected.drop), rel=1e-4)
+  assert metrics == {"susceptibility_drop": expected_drop}
 
 
-def test_the_batch_is_of_seed_and_step():
+def test_batch_depends_on_seed_and_step():
   probe = memorization.susceptibility(batch_size=8)
   drops = {}
   for seed, step in ((1, 5), (1, 6), (2, 5)):
-    # The same network and images, so that nothing but the draw differs.
+    # The network and the images are the same, so only the batch differs.
     snapshot = _snapshot(step=step)
     snapshot.seed = seed
     drops[seed, step] = probe(snapshot)["susceptibility_drop"]
@@ -70,14 +72,14 @@ def test_the_batch_is_of_seed_and_step():
   assert len(set(drops.values())) == 3
 
 
-def test_unlabelled_images_of_its_own():
+def test_unlabeled_images_may_be_an_array_or_another_part():
   snapshot = _snapshot()
   train = snapshot.splits.train.image
-  own = memorization.susceptibility(40, unlabeled=train)(snapshot)
-  assert own == memorization.susceptibility(40)(snapshot)
+  drop = memorization.susceptibility(40, unlabeled=train)(snapshot)
+  assert drop == memorization.susceptibility(40)(snapshot)
   test = memorization.susceptibility(20, unlabeled="test")(snapshot)
   held_out = snapshot.splits.test.image
-  assert test == memorization.susceptibility(20, unlabeled=held_out)(snapshot) != own
+  assert test == memorization.susceptibility(20, unlabeled=held_out)(snapshot) != drop
 
 
 @pytest.mark.parametrize(
@@ -92,13 +94,13 @@ def test_unlabelled_images_of_its_own():
     ({"unlabeled": np.zeros((9, 5), np.float32)}, r"float32 \(5,\) and the train"),
   ],
 )
-def test_what_cannot_be_probed(options, match):
+def test_unusable_images_raise(options, match):
   probe = memorization.susceptibility(**{"batch_size": 8, **options})
   with pytest.raises(base.InputError, match=match):
     probe(_snapshot())
 
 
-def test_a_probe_of_no_example_or_of_many_labels():
+def test_empty_batch_or_several_labels_raise():
   with pytest.raises(base.InputError, match="batch_size=0 must be at least 1"):
     memorization.susceptibility(0)
   snapshot = _snapshot()
@@ -110,7 +112,7 @@ def test_a_probe_of_no_example_or_of_many_labels():
 
 
 class _Normed(nn.Module):
-  """BatchNorm over the devices' axis, and dropout by flax's own."""
+  """A network with BatchNorm over the device axis, and flax's dropout."""
 
   @nn.compact
   def __call__(self, x, train=False):
@@ -119,23 +121,22 @@ class _Normed(nn.Module):
     return nn.Dense(3)(nn.Dropout(0.5, deterministic=not train)(x))
 
 
-def test_batch_norm_and_dropout_are_those_of_training():
+def test_batch_norm_and_dropout_run_in_training_mode():
   model = classifier.Classifier(_Normed(), 3)
-  still = optax.sgd(0.0)
-  snapshot = _snapshot(model, still)
+  snapshot = _snapshot(model, optax.sgd(0.0))
   probe = memorization.susceptibility(40)
-  # No step, one mask and one batch: the same loss before and after.
+  # Without a step, with one mask and one batch, the loss does not change.
   assert probe(snapshot)["susceptibility_drop"] == pytest.approx(0, abs=1e-6)
   snapshot = _snapshot(model, optax.sgd(0.1))
-  found = probe(snapshot)["susceptibility_drop"]
-  assert abs(found) > 1e-3
-  # The running statistics have no part in it.
-  ruined = jax.tree.map(lambda x: x + 100, snapshot.state.model_state)
-  snapshot.state.model_state = ruined
-  assert probe(snapshot)["susceptibility_drop"] == found
+  drop = probe(snapshot)["susceptibility_drop"]
+  assert abs(drop) > 1e-3
+  # The running statistics are not used.
+  changed = jax.tree.map(lambda x: x + 100, snapshot.state.model_state)
+  snapshot.state.model_state = changed
+  assert probe(snapshot)["susceptibility_drop"] == drop
 
 
-def test_one_program_serves_every_probe():
+def test_probe_compiles_once():
   model = classifier.Classifier(mlp.MLP(3, hidden=(4,)), 3)
   probe = memorization.susceptibility(batch_size=8)
   probe(_snapshot(model))
@@ -146,7 +147,7 @@ def test_one_program_serves_every_probe():
     probe(labels)
 
 
-def test_how_much_is_known_by_heart():
+def test_accuracy_on_clean_and_wrong_labels():
   label, true = np.array([0, 1, 2, 1, 0]), np.array([0, 1, 1, 1, 2])
   predicted = np.array([0, 2, 2, 1, 1])
 
@@ -164,23 +165,23 @@ def test_how_much_is_known_by_heart():
     "train_accuracy_clean": pytest.approx(2 / 3),
     "train_accuracy_wrong": 1 / 2,
   }
-  found = measure(label, label, predicted)
-  assert found == {"train_accuracy": 0.6, "train_accuracy_clean": 0.6}
+  metrics = measure(label, label, predicted)
+  assert metrics == {"train_accuracy": 0.6, "train_accuracy_clean": 0.6}
 
 
-def test_zeta_is_the_mean_of_all_but_the_last_drop():
+def test_zeta_is_the_mean_of_all_drops_but_the_last():
   probes = {"step": [0, 4, 8, 10], "susceptibility_drop": [0.25, 0.5, 0.75, 9.0]}
   metrics = {"num_steps": 10, "probes": probes}
   assert memorization.zeta(metrics) == 0.5
   assert memorization.zeta({**metrics, "num_steps": 8}) == 0.375
-  probes["susceptibility_drop"][1] = None  # NaN, as results.json has it
+  probes["susceptibility_drop"][1] = None  # NaN in results.json.
   assert memorization.zeta(metrics) is None
   for other in ({}, {"probes": {"step": [0], "train_accuracy": [0.1]}}):
     with pytest.raises(base.InputError, match="the run has no drops: train it with"):
       memorization.zeta({"num_steps": 10, **other})
 
 
-def test_probes_do_not_touch_the_run(tmp_path):
+def test_probes_do_not_change_the_run(tmp_path):
   probes = (memorization.susceptibility(batch_size=8), memorization.accuracy)
   settings = {"seeds": (0, 1), "num_steps": 6, "eval_every": 3}
   method = baselines.uniform()
@@ -192,9 +193,9 @@ def test_probes_do_not_touch_the_run(tmp_path):
     np.testing.assert_array_equal(
       one.weights["last_weight"], other.weights["last_weight"]
     )
-    found = other.metrics["probes"]
-    assert found["step"] == [0, 3, 6]
-    assert np.isfinite(found["susceptibility_drop"]).all()
+    metrics = other.metrics["probes"]
+    assert metrics["step"] == [0, 3, 6]
+    assert np.isfinite(metrics["susceptibility_drop"]).all()
     shares = np.array([13 / 40, 27 / 40])
-    both = np.array([found["train_accuracy_wrong"], found["train_accuracy_clean"]])
-    np.testing.assert_allclose(shares @ both, found["train_accuracy"], rtol=1e-6)
+    both = np.array([metrics["train_accuracy_wrong"], metrics["train_accuracy_clean"]])
+    np.testing.assert_allclose(shares @ both, metrics["train_accuracy"], rtol=1e-6)

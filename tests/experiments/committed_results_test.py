@@ -1,0 +1,159 @@
+"""Committed results: whole, and quoted everywhere as they are."""
+
+import json
+import pathlib
+import statistics
+
+import pytest
+
+from experiments import _published
+from experiments import _published_cifar
+from experiments import _table_formats
+from experiments import tables
+from l2rw_jax import susceptibility
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+RESULTS = REPOSITORY / "results"
+FILES = sorted(RESULTS.rglob("results.json"))
+COMMAND = "run python -m experiments.tables --out=results --readme=results/README.md"
+
+
+def rows(name: str) -> list[dict]:
+  return json.loads((RESULTS / name / "results.json").read_text())["rows"]
+
+
+@pytest.fixture(scope="module")
+def committed():
+  return tables.collect(RESULTS)
+
+
+def test_results_readme_holds_the_tables_of_the_committed_rows(committed):
+  readme = (RESULTS / "README.md").read_text()
+  assert tables.between_markers(readme, tables.compact(committed)) == readme, COMMAND
+
+
+def test_the_long_tables_are_those_of_the_committed_rows(committed):
+  assert (RESULTS / "tables.md").read_text() == tables.markdown(committed), COMMAND
+  text = _table_formats.long_form(committed)
+  assert (RESULTS / "tables.csv").read_text() == text, COMMAND
+  assert (RESULTS / "tables.png").stat().st_size > 10_000
+
+
+def test_every_committed_run_is_in_a_table(committed):
+  runs = dict.fromkeys((f.relative_to(RESULTS).parts[0] for f in FILES), 0)
+  for file in FILES:
+    runs[file.relative_to(RESULTS).parts[0]] += len(
+      json.loads(file.read_text())["rows"]
+    )
+  shown = {t.name: sum(line.repeats for line in t.lines) for t in committed}
+  assert shown == runs and len(shown) >= 5
+
+
+# (method, setting) -> the value and its "±" in a paper's table.
+PUBLISHED = {
+  "mnist_imbalance": lambda method, setting: _published.MNIST_IMBALANCE.get(
+    method, {}
+  ).get(setting["majority"]),
+  "mnist_noise": lambda method, setting: _published.MNIST_NOISE.get(
+    (setting["noise"], setting["fraction"]), {}
+  ).get(method),
+  "mnist_noise_bare": lambda method, setting: _published.MNIST_NOISE.get(
+    (setting["noise"], setting["fraction"]), {}
+  ).get(method),
+  "cifar_noise": lambda method, setting: _published_cifar.lookup(
+    *(setting[k] for k in ("preset", "dataset", "noise", "fraction")), method
+  ),
+  "cifar_long_tail": lambda method, setting: (
+    _published_cifar.long_tail(
+      *(setting["dataset"], method),
+      *(setting[k] for k in ("builder", "shape", "imbalance")),
+    ),
+    None,
+  ),
+}
+
+
+def test_published_values_are_those_of_the_papers(committed):
+  count = 0
+  for table in committed:
+    for line in table.lines:
+      for value in line.values:
+        found = (value.published, value.spread)
+        if found != (None, None) or value.metric.published:
+          of_paper = PUBLISHED.get(table.name, lambda *_: None)
+          expected = of_paper(line.method, line.setting) or (None, None)
+          assert found == expected, (table.name, line.method, line.setting)
+          count += expected != (None, None)
+  assert count >= 10
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
+def test_every_row_tells_where_it_comes_from(path):
+  for row in json.loads(path.read_text())["rows"]:
+    assert row["commit"] != "unknown" and not row["commit"].endswith("+dirty")
+    assert {"jax", "flax", "optax", "python", "device_kind"} <= set(row)
+    assert {"seed", "data"} <= set(row) or "curriculum" in row
+  assert (path.parent / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+  ("name", "methods", "repeats"),
+  [
+    ("digits_noise", ["uniform", "l2rw"], 3),
+    ("mnist_imbalance", ["uniform", "proportion", "hard_mining", "l2rw"], 3),
+    ("fairness", ["uniform", "class_proportion", "l2rw", "forml_worst"], 3),
+    # Three noises by two scales of the pixels; two tails by two lengths.
+    ("mnist_noise_bare", ["uniform", "bare"], 6 * 3),
+    (
+      "mnist_long_tail",
+      [
+        *("uniform", "class_balanced", "focal", "ldam_drw"),
+        *("absgd", "l2rw", "meta_weight_net"),
+      ],
+      4 * 3,
+    ),
+  ],
+)
+def test_each_method_was_repeated(name, methods, repeats):
+  files = [f for f in FILES if f.is_relative_to(RESULTS / name)]
+  found = [row for f in files for row in json.loads(f.read_text())["rows"]]
+  for method in methods:
+    assert sum(row["method"] == method for row in found) >= repeats
+
+
+def test_on_half_wrong_labels_every_method_beats_uniform_beyond_both_spreads():
+  accuracies = {}
+  for row in rows("mnist_noise"):
+    if (row["noise"], row["fraction"]) == ("bare_symmetric", 0.5):
+      accuracies.setdefault(row["method"], []).append(row["accuracy_percent"])
+  uniform = accuracies.pop("uniform")
+  learned = {"l2rw", "meta_weight_net", "mentornet_pd", "warpi", "advisor"}
+  assert learned <= set(accuracies)
+  for method in learned:
+    own = accuracies[method]
+    assert len(own) >= 3
+    margin = statistics.mean(own) - statistics.mean(uniform)
+    assert margin > statistics.stdev(own) + statistics.stdev(uniform), method
+
+
+def test_susceptibility_follows_what_is_memorised_and_finds_who_does_not():
+  accuracies, correlations = {}, {}
+  for name in ("mnist", "digits"):
+    found = rows(f"memorization/{name}")
+    for noise in (0.25, 0.5):
+      own = [row for row in found if row["noise_fraction"] == noise]
+      correlations[name, noise] = susceptibility.rank_correlation(
+        [row["susceptibility"] for row in own],
+        [row["wrong_subset_percent"] for row in own],
+      )
+      for row in own:
+        key = (name, noise, row["region"])
+        accuracies.setdefault(key, []).append(row["accuracy_percent"])
+  assert min(correlations.values()) > 0
+  assert min(correlations["mnist", noise] for noise in (0.25, 0.5)) > 0.6
+  means = {key: statistics.mean(own) for key, own in accuracies.items()}
+  # Not at half of MNIST's labels replaced: results/README.md says why.
+  for name, noise in (("mnist", 0.25), ("digits", 0.25), ("digits", 0.5)):
+    chosen = means.pop((name, noise, 1))
+    others = [mean for key, mean in means.items() if key[:2] == (name, noise)]
+    assert len(others) >= 2 and chosen > max(others) + 4

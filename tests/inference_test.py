@@ -1,0 +1,44 @@
+"""Passes over a data set in batches."""
+
+import numpy as np
+import pytest
+
+from l2rw_jax import inference
+
+
+class _Rows:
+  """A row source that is not an array, and supports slices only."""
+
+  def __init__(self, array):
+    self._array = array
+
+  def __len__(self):
+    return len(self._array)
+
+  def __getitem__(self, rows):
+    assert isinstance(rows, slice)
+    return self._array[rows]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+@pytest.mark.parametrize("make", [np.asarray, _Rows])
+def test_results_are_joined_in_order(batch_size, make):
+  x, y = np.arange(14.0).reshape(7, 2), np.arange(7)
+  sizes = []
+
+  def fun(batch):
+    sizes.append(len(batch["y"]))
+    return {"x": 2 * batch["x"], "pair": (batch["y"], None)}
+
+  examples = {"x": make(x), "y": y}
+  results = inference.map_batches(fun, examples, batch_size)
+  np.testing.assert_array_equal(results["x"], 2 * x)
+  np.testing.assert_array_equal(results["pair"][0], y)
+  assert results["pair"][1] is None and isinstance(results["x"], np.ndarray)
+  assert sum(sizes) == 7 and max(sizes) == min(batch_size, 7)
+
+
+def test_a_result_per_batch():
+  fun = lambda batch: batch["x"].sum(keepdims=True)  # noqa: E731
+  sums = inference.map_batches(fun, {"x": np.arange(5)}, 2)
+  np.testing.assert_array_equal(sums, [1, 5, 4])

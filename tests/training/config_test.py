@@ -1,0 +1,99 @@
+"""Settings and data that do not fit together."""
+
+import numpy as np
+import pytest
+import toy_runs
+
+from l2rw_jax import base
+from l2rw_jax.methods import baselines
+from l2rw_jax.methods import l2rw
+from l2rw_jax.training import config as config_lib
+
+_UNIFORM = baselines.uniform()
+_L2RW = l2rw.l2rw()
+
+
+@pytest.mark.parametrize(
+  ("method", "data", "settings", "message"),
+  [
+    (_L2RW, {"num_meta": 0}, {}, "needs a clean meta set.*--num_meta.*--methods"),
+    (_L2RW, {}, {"meta_batch_size": 9}, "--meta_batch_size=9.*8 clean examples"),
+    (_L2RW, {}, {"meta_batch_size": 0}, "--meta_batch_size=0.*between 1"),
+    (_UNIFORM, {"num_train": 7}, {}, "--batch_size=8 is larger than the 7 training"),
+    (_UNIFORM, {}, {"num_devices": 9}, "--num_devices=9: this machine has 8 cpu"),
+    (
+      _UNIFORM,
+      {},
+      {"num_devices": 3},
+      "--batch_size=8 does not divide among --num_dev",
+    ),
+  ],
+)
+def test_invalid_settings_raise_before_anything_is_written(
+  tmp_path, method, data, settings, message
+):
+  with pytest.raises(base.InputError, match=message) as error:
+    toy_runs.train(tmp_path / "run", method, [toy_runs.make_splits(**data)], **settings)
+  assert "\n" not in str(error.value)
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("part", ["train", "meta", "test"])
+@pytest.mark.parametrize("label", [-1, toy_runs.CLASSES])
+def test_label_out_of_range_raises(tmp_path, part, label):
+  splits = toy_runs.make_splits()
+  getattr(splits, part).label[5] = label
+  message = f"{part} of seed 0: example 5 has label {label}, classes are 0 to 2"
+  with pytest.raises(base.InputError, match=message):
+    toy_runs.train(tmp_path / "run", _UNIFORM, [splits])
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("part", ["train", "meta", "test"])
+def test_non_finite_pixel_raises(tmp_path, part):
+  splits = toy_runs.make_splits()
+  getattr(splits, part).image[5, 0] = np.nan
+  with pytest.raises(base.InputError, match=f"1 of the {part} images of seed 0 .*5"):
+    toy_runs.train(tmp_path / "run", _UNIFORM, [splits])
+  assert not (tmp_path / "run").exists()
+
+
+def test_splits_of_different_sizes_raise(tmp_path):
+  splits = [toy_runs.make_splits(0), toy_runs.make_splits(1, num_train=48)]
+  with pytest.raises(base.InputError, match="of one size; the train sets have 40 and"):
+    toy_runs.train(tmp_path / "run", _UNIFORM, splits, seeds=(0, 1))
+  splits = [toy_runs.make_splits(0), toy_runs.make_splits(1, num_meta=9)]
+  with pytest.raises(base.InputError, match="of one size; the meta sets have 8 and 9"):
+    toy_runs.train(tmp_path / "run", _L2RW, splits, seeds=(0, 1))
+  toy_runs.train(tmp_path / "other", _UNIFORM, splits, seeds=(0, 1), num_steps=1)
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("change", "what"),
+  [
+    (lambda image: image[:, :2], r"one image shape.* \(2,\) and \(4,\)"),
+    (lambda image: image.astype(np.float16), "one image dtype.* float16 and float32"),
+  ],
+)
+def test_images_of_different_kinds_raise(tmp_path, change, what):
+  splits = [toy_runs.make_splits(seed) for seed in (0, 1)]
+  train = splits[1].train._replace(image=change(splits[1].train.image))
+  splits[1] = splits[1]._replace(train=train)
+  with pytest.raises(base.InputError, match=what) as error:
+    toy_runs.train(tmp_path / "run", _UNIFORM, splits, seeds=(0, 1))
+  assert "\n" not in str(error.value)
+  assert not (tmp_path / "run").exists()
+
+
+def test_less_than_one_step_per_call_raises(tmp_path):
+  with pytest.raises(base.InputError, match="--steps_per_call=0 must be at least"):
+    toy_runs.train(tmp_path / "run", _UNIFORM, steps_per_call=0)
+  assert not (tmp_path / "run").exists()
+
+
+def test_something_is_due_at_its_intervals_and_at_the_end():
+  config = config_lib.Config(10, log_every=2, eval_every=3, checkpoint_every=4)
+  assert config.intervals == (2, 3, 4)
+  due = [step for step in range(1, 11) if config.is_due(step, 3, 4)]
+  assert due == [3, 4, 6, 8, 9, 10]
