@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from l2rw_jax import base
+from l2rw_jax import changed_loss
 from l2rw_jax import losses as losses_lib
 from l2rw_jax.methods import absgd
-from l2rw_jax.methods import changed_loss
 from l2rw_jax.methods import ldam_drw
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp

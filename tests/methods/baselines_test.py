@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from l2rw_jax import base
+from l2rw_jax import class_balance
 from l2rw_jax import linearization
 from l2rw_jax import losses
 from l2rw_jax.methods import baselines
@@ -294,3 +295,66 @@ def test_a_nan_loss_is_kept_by_hard_mining():
     jnp.array([jnp.nan, 1.0, 0.0]), jnp.array([True, True, False])
   )
   np.testing.assert_array_equal(kept, [True, False, True])
+
+
+_MEAN_LOSSES = {
+  "focal": (baselines.focal(1.5), functools.partial(losses.focal, gamma=1.5)),
+  "soft": (baselines.bootstrapping("soft"), losses.bootstrapping_soft),
+  "hard": (
+    baselines.bootstrapping("hard", 0.6),
+    functools.partial(losses.bootstrapping_hard, beta=0.6),
+  ),
+  "sce": (
+    baselines.symmetric_cross_entropy(0.2, 0.5),
+    functools.partial(losses.symmetric_cross_entropy, alpha=0.2, beta=0.5),
+  ),
+  "gce": (
+    baselines.generalized_cross_entropy(0.5, 0.3),
+    functools.partial(losses.generalized_cross_entropy, q=0.5, threshold=0.3),
+  ),
+}
+
+
+@pytest.mark.parametrize("name", _MEAN_LOSSES)
+def test_methods_named_after_a_loss_minimize_its_mean(name):
+  method, loss_fn = _MEAN_LOSSES[name]
+
+  @jax.jit
+  def expected(params):
+    values = loss_fn(_BATCH["x"] @ params, _LABELS)
+    return jnp.mean(values), values
+
+  gradients = _run(method)
+  expected_grads, values = jax.grad(expected, has_aux=True)(_PARAMS)
+  np.testing.assert_allclose(gradients.losses, values, rtol=1e-5)
+  np.testing.assert_allclose(gradients.grads, expected_grads, rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(gradients.weights, np.full(6, 1 / 6), rtol=1e-6)
+
+
+def test_class_balanced_focal_defers_only_its_weights():
+  method = baselines.class_balanced_focal(1.0, 0.9, 3)
+  expected = losses.focal(_BATCH["x"] @ _PARAMS, _LABELS, 1.0)
+  for epoch in (2, 3):
+    gradients = _run(method, epoch=epoch)
+    np.testing.assert_allclose(gradients.losses, expected, rtol=1e-5)
+    per_class = class_balance.effective_number(_COUNTS, 0.9)
+    weights = np.asarray(per_class)[_LABELS] if epoch == 3 else np.ones(6)
+    np.testing.assert_allclose(gradients.weights, weights / weights.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda: baselines.focal(-1.0), "focal: gamma=-1.0 must be at least 0"),
+    (lambda: baselines.class_balanced_focal(-1.0), "focal: gamma=-1.0"),
+    (lambda: baselines.class_balanced_focal(1.0, -0.5), "beta=-0.5 of the"),
+    (lambda: baselines.bootstrapping("firm"), "kind='firm'; choose 'soft' or"),
+    (lambda: baselines.bootstrapping("soft", 2.0), "bootstrapping_soft: beta=2.0"),
+    (lambda: baselines.symmetric_cross_entropy(-1.0), "alpha=-1.0, beta=1.0 must"),
+    (lambda: baselines.generalized_cross_entropy(1.5), "q=1.5 must be in"),
+    (lambda: baselines.generalized_cross_entropy(0.7, 0.0), "threshold=0.0 must"),
+  ],
+)
+def test_loss_settings_out_of_range_are_refused_when_the_method_is_made(make, message):
+  with pytest.raises(base.InputError, match=message):
+    make()

@@ -169,8 +169,9 @@ def test_validation_tasks_may_have_a_forward_of_their_own():
   expected = np.maximum(1 - _GAMMA * gradient, 0)
   own = state.weights[_BATCH["index"]]
   np.testing.assert_allclose(own, expected, rtol=1e-3, atol=1e-3)
-  expected_loss = _once(_method(gamma=0.0, meta_forward=doubled))[1].told[0]
-  np.testing.assert_allclose(state.told, [expected_loss, 1.0], rtol=1e-6)
+  expected_loss = _once(_method(gamma=0.0, meta_forward=doubled))[1].meta_loss
+  np.testing.assert_allclose(state.meta_loss, expected_loss, rtol=1e-6)
+  assert state.finite
 
 
 def test_weights_stay_and_wait_for_their_turn():

@@ -49,7 +49,7 @@ _META = tuple(np.array(x) for x in ([1.0, 0.5], [0.8, 1.2], [1.0, 2.0], [1.1, 0.
 )
 def test_equation_8_by_its_scalar_test_vector(first_order, gradient, weights):
   before = jnp.array([0.5, 0.5])
-  found = nested_maml.task_slopes(
+  found = nested_maml.weight_gradient(
     _quadratic(),
     jnp.zeros(()),
     _TRAIN,
@@ -136,7 +136,7 @@ def test_equation_8_with_explicit_hessians_or_without(first_order):
   params, weights = _net_params(), np.array([0.5, 1.0, 2.0])
   tasks, meta_tasks = _net_tasks(0, 3), _net_tasks(1, 2)
   slopes_fn = functools.partial(
-    nested_maml.task_slopes,
+    nested_maml.weight_gradient,
     _net_losses(),
     lookahead_learning_rate=_ETA,
     meta_losses_fn=_net_losses(first_order),
@@ -159,7 +159,7 @@ def test_several_inner_steps_are_the_unrolled_step_and_finite_differences():
   @jax.jit
   def slopes_both_ways(weights):
     given = params, tasks, meta_tasks
-    own = nested_maml.task_slopes(
+    own = nested_maml.weight_gradient(
       losses_fn, *given, weights, lookahead_learning_rate=_ETA
     )
     unrolled = hypergradient.unrolled_weight_gradient(

@@ -11,9 +11,9 @@ import optax
 import pytest
 
 from l2rw_jax import base
+from l2rw_jax import label_transition
 from l2rw_jax import losses
 from l2rw_jax.methods import baselines
-from l2rw_jax.methods import label_transition
 from l2rw_jax.methods import s_model
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp

@@ -16,11 +16,10 @@ from l2rw_jax.methods import advisor
 from l2rw_jax.methods import bare
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import forml
+from l2rw_jax.methods import forward_correction
 from l2rw_jax.methods import group_dro
 from l2rw_jax.methods import l2rw
-from l2rw_jax.methods import label_transition
 from l2rw_jax.methods import ldam_drw
-from l2rw_jax.methods import loss_baselines
 from l2rw_jax.methods import mentornet
 from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.methods import nested_maml
@@ -55,7 +54,7 @@ _METHODS = {
   "random": baselines.random(),
   "class_proportion": baselines.class_proportion(),
   "hard_mining": baselines.hard_mining(),
-  "class_balanced_focal": loss_baselines.class_balanced_focal(1.0, 0.9),
+  "class_balanced_focal": baselines.class_balanced_focal(1.0, 0.9),
   "clean_only": baselines.clean_only(),
   "fine_tuning_l2rw": baselines.fine_tuning(2, l2rw.l2rw()),
   "l2rw": l2rw.l2rw(),
@@ -83,7 +82,7 @@ _METHODS = {
   "bare_own_label": bare.bare(0.5, "own_label"),
   "absgd": absgd.absgd(1.0, gamma=0.7, alpha=0.5),
   "absgd_noise": absgd.absgd(-1.0, gamma=0.5, clip=0.1, add_uniform=True),
-  "forward_correction": label_transition.forward_correction(
+  "forward_correction": forward_correction.forward_correction(
     transition=0.7 * np.eye(_CLASSES) + 0.1
   ),
   "s_model": s_model.s_model(optimizer=_META),

@@ -261,5 +261,5 @@ def test_mistakes_are_one_line(arguments, message):
 
 
 def test_a_single_logit_is_refused():
-  with pytest.raises(base.InputError, match="one output a class"):
+  with pytest.raises(base.InputError, match="one logit per class"):
     _step(warpi.warpi(0.1), outputs=1)(0)
