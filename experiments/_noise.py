@@ -13,7 +13,7 @@ from experiments import _optimizer_config as optimisation_lib
 from experiments import _probes
 from experiments import _report
 from l2rw_jax import base
-from l2rw_jax.data import splits as splits_lib
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.methods.mentornet import loss_dump
 from l2rw_jax.models import classifier
@@ -84,7 +84,7 @@ def make_cell(
 
 def train(
   cell: Cell,
-  splits: Sequence[splits_lib.Splits],
+  splits: Sequence[examples_lib.Splits],
   folder: pathlib.Path,
   *,
   dump_losses: bool = False,
@@ -138,7 +138,7 @@ def train(
 
 
 def _watch_validation(
-  method: base.Method, cell: Cell, splits: Sequence[splits_lib.Splits]
+  method: base.Method, cell: Cell, splits: Sequence[examples_lib.Splits]
 ) -> base.Method:
   """For an optimizer that slows down on a plateau of the validation loss."""
   held_out = {

@@ -11,7 +11,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 FLOORS = [
   (r"l2rw_jax/__init__\.py", 4),
   (r"l2rw_jax/base\.py", 0),
-  (r"l2rw_jax/(losses|normalization|class_balance|group_objectives)\.py", 1),
+  (r"l2rw_jax/(losses|normalization|class_balance|group_objectives|inference)\.py", 1),
   (r"l2rw_jax/coresets/.*", 1),
   (r"l2rw_jax/linearization/(ordering|surrogates)\.py", 1),
   (r"l2rw_jax/linearization/.*", 2),

@@ -9,8 +9,8 @@ import pytest
 import scripts
 
 from l2rw_jax import base
+from l2rw_jax.data import noisy_labels
 from l2rw_jax.data import sources
-from l2rw_jax.data import splits as splits_lib
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import mentornet
 from l2rw_jax.methods.mentornet import loss_dump
@@ -30,7 +30,7 @@ _STEPS = 120
 
 
 def _splits():
-  return splits_lib.noisy_labels(
+  return noisy_labels.noisy_labels(
     sources.load("digits", "train"),
     sources.load("digits", "test"),
     builder="uniform_flip",

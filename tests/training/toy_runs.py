@@ -11,9 +11,9 @@ import orbax.checkpoint as ocp
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
-from l2rw_jax.training import batches
 from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import loop
+from l2rw_jax.training import sampling
 
 CLASSES = 3
 NUM_TRAIN = 40
@@ -97,11 +97,11 @@ def outcome(folder: pathlib.Path) -> dict[str, bytes]:
 
 def interrupt(monkeypatch, at: int) -> None:
   """Stops runs as Ctrl-C would, before they draw the batch of step `at`."""
-  original = batches.BatchSource.next
+  original = sampling.Sampler.next
 
   def stop(self, step):
     if step == at:
       raise KeyboardInterrupt
     return original(self, step)
 
-  monkeypatch.setattr(batches.BatchSource, "next", stop)
+  monkeypatch.setattr(sampling.Sampler, "next", stop)
