@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2rw_jax import base
+from l2rw_jax import inference
 from l2rw_jax import losses
 
 ESTIMATORS = ("anchor", "confusion")
@@ -126,12 +127,11 @@ def estimate_from_network(
   Returns:
     T [C, C].
   """
-  log_p = jnp.concatenate(
-    [
-      _log_probabilities(problem.forward, view.params, view.model_state, batch)
-      for batch in base.split_batches(view.train, _BATCH_SIZE)
-    ]
-  )
+
+  def predict(batch):
+    return _log_probabilities(problem.forward, view.params, view.model_state, batch)
+
+  log_p = jnp.asarray(inference.map_batches(predict, view.train, _BATCH_SIZE))
   if estimator == "anchor":
     return estimate_transition(jnp.exp(log_p), percentile)
   labels = jnp.asarray(view.train["label"])

@@ -36,6 +36,7 @@ References:
 
 from collections.abc import Callable
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -46,6 +47,7 @@ import optax
 
 from l2rw_jax import base
 from l2rw_jax import coresets
+from l2rw_jax import inference
 from l2rw_jax import losses
 from l2rw_jax import weighted_update
 
@@ -144,33 +146,31 @@ def loss_derivatives(
   functions: tuple[Any, ...] = (problem.forward, problem.loss)
   if last_layer:
     functions += (problem.features, problem.head)
-  results = []
-  for i, batch in enumerate(base.split_batches(view.train, _BATCH_SIZE)):
-    # The Hessian of the mean is a sum over batches, which all use the same signs.
-    batch_key = jax.random.fold_in(key, i * _BATCH_SIZE) if scope == "example" else key
-    results.append(
-      _batch_derivatives(
-        functions,
-        view.params,
-        view.model_state,
-        batch,
-        batch_key,
-        num_outputs=problem.num_classes,
-        scope=scope,
-        num_probes=num_probes,
-      )
+  starts = itertools.count(0, _BATCH_SIZE)
+
+  def batch_derivatives(batch):
+    start = next(starts)
+    derivatives = _batch_derivatives(
+      functions,
+      view.params,
+      view.model_state,
+      batch,
+      # The Hessian of the mean is a sum over batches, which all use the same signs.
+      jax.random.fold_in(key, start) if scope == "example" else key,
+      num_outputs=problem.num_classes,
+      scope=scope,
+      num_probes=num_probes,
     )
-  gradients, curvatures, features = zip(*results, strict=True)
-  curvature = None
+    if scope == "shared":
+      return derivatives._replace(curvature=derivatives.curvature[None])
+    return derivatives
+
+  derivatives = inference.map_batches(batch_derivatives, view.train, _BATCH_SIZE)
+  derivatives = jax.tree.map(jnp.asarray, derivatives)
   if scope == "shared":
-    curvature = sum(curvatures) / problem.num_examples
-  elif scope == "example":
-    curvature = jnp.concatenate(curvatures)
-  return LossDerivatives(
-    jnp.concatenate(gradients),
-    curvature,
-    jnp.concatenate(features) if last_layer else None,
-  )
+    total = derivatives.curvature.sum(axis=0)
+    derivatives = derivatives._replace(curvature=total / problem.num_examples)
+  return derivatives
 
 
 def num_features(problem: base.Problem) -> int:
@@ -188,7 +188,7 @@ def num_features(problem: base.Problem) -> int:
 def _batch_derivatives(
   functions, params, model_state, batch, key, *, num_outputs, scope, num_probes
 ):
-  """Gradients, curvature summed over the batch (or None), and features (or None)."""
+  """`LossDerivatives` of a batch, with curvature of the summed loss if "shared"."""
   forward, loss, *split_functions = functions
   unused_key = jax.random.key(0)
   features: Any = None
@@ -220,7 +220,7 @@ def _batch_derivatives(
     curvature = hessian_diagonal(
       key, lambda w: total_loss(logits + inputs @ w.T), zeros, num_probes
     )
-  return jax.grad(total_loss)(logits), curvature, features
+  return LossDerivatives(jax.grad(total_loss)(logits), curvature, features)
 
 
 class Averages(NamedTuple):

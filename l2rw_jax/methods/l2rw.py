@@ -41,8 +41,8 @@ from l2rw_jax import base
 from l2rw_jax import hypergradient
 from l2rw_jax import linearization
 from l2rw_jax import normalization
-from l2rw_jax.linearization import engines
 from l2rw_jax.linearization import microbatching
+from l2rw_jax.linearization import trainable
 
 
 class ExampleWeights(NamedTuple):
@@ -61,6 +61,8 @@ class ExampleWeights(NamedTuple):
       that all weights are zero, see `hypergradient.Direction`; bool scalar.
     fault: the first quantity that is not finite, a `base.Fault`; int32 scalar.
     aux: what `losses_fn` returned in addition to the losses of `batch`, else None.
+    engine: the engine that linearized `batch`, such as the one that "auto" chose; see
+      `base.Linearized`.
   """
 
   weights: base.Array
@@ -71,6 +73,7 @@ class ExampleWeights(NamedTuple):
   zero_slope: base.Array
   fault: base.Array
   aux: Any = None
+  engine: base.StaticStr = base.StaticStr()
 
 
 def example_weights(
@@ -168,7 +171,7 @@ def meta_direction(
     )
   optimizer = optimizer or optax.sgd(1.0)
   if opt_state is None:
-    opt_state = optimizer.init(engines.without_keys(params))
+    opt_state = optimizer.init(trainable.without_keys(params))
   return hypergradient.direction(
     meta_losses_fn,
     params,
@@ -211,6 +214,7 @@ def weigh(
     zero_slope=direction.zero_slope,
     fault=fault,
     aux=linearized.aux,
+    engine=linearized.engine,
   )
 
 

@@ -112,8 +112,8 @@ def inner_weights(
 ) -> base.Array:
   """dL/dl [B] of the look-ahead step's loss L = sum_i w_i l_i, for the global batch.
 
-  If `detached`, these are the weights. Otherwise the weights depend on the losses, which
-  adds w'(l) l to each (and, with "sum", terms from all other examples).
+  If `detached`, these are the weights. Otherwise the weights depend on the losses,
+  which adds w'(l) l to each (and, with "sum", terms from all other examples).
   """
 
   def weights(losses):
@@ -255,7 +255,9 @@ def meta_gradient(
   )
   # Already equal on every device; the mean marks it as such for `shard_map`.
   gradient = base.pmean(gradient, axis_name)
-  return meta_network.checked_meta_gradient(gradient, direction, losses_finite)
+  return meta_network.checked_meta_gradient(
+    gradient, direction, losses_finite, linearized.engine
+  )
 
 
 class Preset(NamedTuple):
