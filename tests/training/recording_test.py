@@ -1,4 +1,4 @@
-"""Recording a student's losses through the loop."""
+"""Recording a student's losses with an epoch probe of the loop."""
 
 import numpy as np
 import pytest
@@ -16,12 +16,13 @@ _UNIFORM, _L2RW = baselines.uniform(), l2rw.l2rw()
 
 
 def _recorded(folder, *, runs="run", method=_UNIFORM, seeds=(0,), **settings):
-  """Trains 12 steps, 5 an epoch, recording; a `Writer` that has the losses."""
+  """Records the losses of 12 steps, 5 per epoch; returns the `Writer`."""
   writer = loss_dump.Writer(folder / "losses")
-  recording = {k: settings.pop(k) for k in ("every", "num_examples") if k in settings}
+  options = {k: settings.pop(k) for k in ("every", "num_examples") if k in settings}
   toy_runs.train(
     folder / runs,
-    loss_dump.recording(method, writer, **recording),
+    method,
+    epoch_probes=[loss_dump.record_losses(writer, **options)],
     **({"num_steps": 12, "seeds": seeds} | settings),
   )
   return writer
@@ -111,11 +112,14 @@ def test_an_interrupted_run_has_the_rows_of_an_uninterrupted_one(tmp_path):
     if epochs == [0, 1]:
       raise KeyboardInterrupt
 
-  method = loss_dump.recording(_UNIFORM, until_interrupted)
-  settings = {"num_steps": 12, "checkpoint_every": 3}
+  settings = {
+    "num_steps": 12,
+    "checkpoint_every": 3,
+    "epoch_probes": [loss_dump.record_losses(until_interrupted)],
+  }
   with pytest.raises(KeyboardInterrupt):
-    toy_runs.train(tmp_path / "run", method, **settings)
-  toy_runs.train(tmp_path / "run", method, **settings)
+    toy_runs.train(tmp_path / "run", _UNIFORM, **settings)
+  toy_runs.train(tmp_path / "run", _UNIFORM, **settings)
   assert epochs == [0, 1, 1, 2]
   for a, b in zip(_combine(writer), expected, strict=True):
     np.testing.assert_array_equal(a, b)

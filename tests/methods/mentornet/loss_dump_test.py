@@ -1,4 +1,4 @@
-"""Recorded losses on disk: whole, found again, and every kind of damage."""
+"""Files of recorded losses: round trips, and every kind of damage."""
 
 import contextlib
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from l2rw_jax import base
-from l2rw_jax.methods import baselines
 from l2rw_jax.methods.mentornet import loss_dump
 
 
@@ -32,10 +31,10 @@ def test_nothing_recorded_and_damage_are_one_line(tmp_path):
     _combine(tmp_path / "many")
 
 
-def test_recording_nothing_is_one_line():
+def test_recording_zero_examples_or_epochs_is_refused():
   for settings in ({"every": 0}, {"num_examples": 0}):
     with pytest.raises(base.InputError, match="must be at least 1"):
-      loss_dump.recording(baselines.uniform(), print, **settings)
+      loss_dump.record_losses(print, **settings)
 
 
 def _dump():
