@@ -96,5 +96,5 @@ def test_no_method_imports_another_method():
 
 def test_training_knows_no_method():
   for path in FILES:
-    if floor(path) == 5:
+    if path.startswith("l2rw_jax/training/"):
       assert not any("/methods/" in other for other in imported(path)), path

@@ -195,7 +195,7 @@ _IMAGES = _batch()["image"]
     ({}, _with("label", _batch()["label"][:, ::-1]), 3, "the label of a way is its"),
     ({}, _with("label", _batch()["label"][:, 1:]), 3, "the label of a way is its"),
     ({"network": _Net(4)}, _batch(), 3, "a network of 4 logits does not fit 3 ways"),
-    ({"network": _Stateful()}, _batch(), 3, "the network keeps batch_stats"),
+    ({"network": _Stateful()}, _batch(), 3, "the network has the state batch_stats"),
     ({"inner_learning_rate": -1.0}, _batch(), 3, "inner_learning_rate=-1.0 must be"),
     ({"inner_learning_rate": np.nan}, _batch(), 3, "inner_learning_rate=nan must be"),
     ({"num_shots": 0}, _batch(), 3, "num_shots=0 must be at least 1"),
