@@ -96,7 +96,7 @@ def _examples(size):
   return {"image": image.astype(np.float32), "label": label, "index": index}
 
 
-def _problem(num_train=120, hidden=(5,)):
+def _setup(num_train=120, hidden=(5,)):
   model = classifier.Classifier(mlp.MLP(_CLASSES, hidden), _CLASSES)
   train = _examples(num_train)
   params, model_state = model.init(jax.random.key(3), train)
@@ -113,8 +113,8 @@ def _problem(num_train=120, hidden=(5,)):
   return problem, params, train, view
 
 
-def _refreshed(method, problem, epochs=(0,), state=None):
-  problem, params, _, view = problem
+def _refreshed(method, setup, epochs=(0,), state=None):
+  problem, params, _, view = setup
   if state is None:
     state = method.init(jax.random.key(0), problem, params)
   for epoch in epochs:
@@ -122,16 +122,16 @@ def _refreshed(method, problem, epochs=(0,), state=None):
   return state
 
 
-def _proxies(problem):
-  problem, params, train, _ = problem
+def _proxies(setup):
+  problem, params, train, _ = setup
   logits, _ = problem.forward(params, {}, train, jax.random.key(0), False)
   return adacore.gradient_proxies(logits, train["label"])
 
 
 def test_craig_selects_by_plain_gradients():
-  problem = _problem()
-  state = _refreshed(adacore.adacore(0.2, curvature=False), problem)
-  expected = coresets.select(_proxies(problem), problem[2]["label"], 24)
+  setup = _setup()
+  state = _refreshed(adacore.adacore(0.2, curvature=False), setup)
+  expected = coresets.select(_proxies(setup), setup[2]["label"], 24)
   np.testing.assert_array_equal(state.rows, expected.rows)
   np.testing.assert_allclose(state.weights[expected.rows], expected.weights / 5)
   assert state.weights.sum() == pytest.approx(24)
@@ -142,7 +142,7 @@ def test_craig_selects_by_plain_gradients():
   ("scope", "last_layer"), [("shared", False), ("shared", True), ("example", False)]
 )
 def test_adacore_without_curvature_power_is_craig(scope, last_layer):
-  problem = _problem()
+  setup = _setup()
   craig = adacore.adacore(0.2, curvature=False, last_layer=last_layer)
   # With these betas the bias correction is exact. Gains of pairs of neighbors are equal
   # in exact arithmetic, so any rounding would decide between them.
@@ -155,22 +155,22 @@ def test_adacore_without_curvature_power_is_craig(scope, last_layer):
     epsilon=0.0,
     last_layer=last_layer,
   )
-  adacore_state, craig_state = (_refreshed(method, problem) for method in (flat, craig))
+  adacore_state, craig_state = (_refreshed(method, setup) for method in (flat, craig))
   np.testing.assert_array_equal(adacore_state.rows, craig_state.rows)
   np.testing.assert_array_equal(adacore_state.weights, craig_state.weights)
 
 
 def test_preconditioner_is_the_curvature_of_the_scope():
-  problem = _problem()
-  proxies = np.asarray(_proxies(problem))
-  probabilities = proxies + np.eye(_CLASSES)[problem[2]["label"]]
+  setup = _setup()
+  proxies = np.asarray(_proxies(setup))
+  probabilities = proxies + np.eye(_CLASSES)[setup[2]["label"]]
   exact = probabilities * (1 - probabilities)
-  state = _refreshed(adacore.adacore(0.2, num_probes=3000), problem)
+  state = _refreshed(adacore.adacore(0.2, num_probes=3000), setup)
   np.testing.assert_allclose(
     np.sqrt(state.averages.squares / 1e-3), exact.mean(axis=0), rtol=0.02
   )
   result = adacore.adacore(0.2, hessian_scope="example", num_probes=3000)
-  state = _refreshed(result, problem)
+  state = _refreshed(result, setup)
   np.testing.assert_allclose(
     np.sqrt(state.averages.squares / 1e-3), exact, rtol=0.2, atol=0.01
   )
@@ -178,10 +178,10 @@ def test_preconditioner_is_the_curvature_of_the_scope():
 
 
 def test_curvature_of_the_last_layer():
-  problem = _problem()
-  problem, params, train, view = problem
+  setup = _setup()
+  problem, params, train, view = setup
   features, _ = problem.features(params, {}, train, jax.random.key(0), False)
-  probabilities = np.asarray(_proxies(problem))
+  probabilities = np.asarray(_proxies(setup))
   probabilities = probabilities + np.eye(_CLASSES)[train["label"]]
   inputs = np.concatenate([features, np.ones((120, 1))], axis=1)
   exact = probabilities * (1 - probabilities)
@@ -199,12 +199,12 @@ def test_curvature_of_the_last_layer():
 
 
 def test_loss_derivatives_do_not_depend_on_the_batch_size(monkeypatch):
-  problem = _problem()
+  setup = _setup()
 
   def derivatives(scope):
     return adacore.loss_derivatives(
-      problem[0],
-      problem[3](0),
+      setup[0],
+      setup[3](0),
       jax.random.key(0),
       scope=scope,
       last_layer=True,
@@ -217,8 +217,8 @@ def test_loss_derivatives_do_not_depend_on_the_batch_size(monkeypatch):
 
 
 def test_expected_gradient_is_weighted_and_approaches_the_full_gradient():
-  problem = _problem()
-  problem, params, train, _ = problem
+  setup = _setup()
+  problem, params, train, _ = setup
 
   def gradient(state, rows, method):
     batch = {k: v[rows] for k, v in train.items()}
@@ -227,7 +227,7 @@ def test_expected_gradient_is_weighted_and_approaches_the_full_gradient():
 
   full = gradient((), np.arange(120), baselines.uniform())
   method = adacore.adacore(0.25, curvature=False)
-  state = _refreshed(method, problem)
+  state = _refreshed(method, setup)
   order = method.sample(state, problem, train, np.random.default_rng(0))
   parts = [gradient(state, order[i : i + 10], method) for i in range(0, 30, 10)]
   mean = jax.tree.map(lambda *x: sum(x) / 3, *parts)
@@ -241,22 +241,22 @@ def test_expected_gradient_is_weighted_and_approaches_the_full_gradient():
   chex.assert_trees_all_close(mean, jax.grad(loss)(params), atol=1e-6)
 
   def error(fraction):
-    state = _refreshed(adacore.adacore(fraction, curvature=False), problem)
+    state = _refreshed(adacore.adacore(fraction, curvature=False), setup)
     weights = state.weights * 120 / round(fraction * 120)
-    result = weights @ _proxies(problem) / 120
-    return np.linalg.norm(result - _proxies(problem).mean(axis=0))
+    result = weights @ _proxies(setup) / 120
+    return np.linalg.norm(result - _proxies(setup).mean(axis=0))
 
   assert error(0.25) < 0.05 and error(1.0) < 1e-6
-  everything = _refreshed(adacore.adacore(1.0, curvature=False), problem)
+  everything = _refreshed(adacore.adacore(1.0, curvature=False), setup)
   whole = gradient(everything, np.arange(120), method)
   chex.assert_trees_all_close(whole, full, atol=1e-6)
 
 
 def test_sample_passes_over_the_subset_after_the_warmup():
-  problem = _problem()
-  problem, _, train, view = problem
+  setup = _setup()
+  problem, _, train, view = setup
   method = adacore.adacore(0.1, 3, curvature=False, warmup_epochs=1)
-  state = _refreshed(method, problem)
+  state = _refreshed(method, setup)
   rng = np.random.default_rng(0)
   assert sorted(method.sample(state, problem, train, rng)) == list(range(120))
   np.testing.assert_array_equal(state.weights, np.ones(120))
@@ -269,25 +269,25 @@ def test_sample_passes_over_the_subset_after_the_warmup():
 
 
 def test_refresh_keeps_shapes_and_depends_only_on_state_and_view():
-  problem = _problem()
+  setup = _setup()
   for scope, greedy in (("shared", "stochastic"), ("example", "lazy")):
     method = adacore.adacore(0.1, hessian_scope=scope, greedy=greedy)
-    before = method.init(jax.random.key(0), problem[0], problem[1])
-    state = _refreshed(method, problem, (0, 1))
+    before = method.init(jax.random.key(0), setup[0], setup[1])
+    state = _refreshed(method, setup, (0, 1))
     chex.assert_trees_all_equal_shapes_and_dtypes(before, state)
-    halfway = jax.device_get(_refreshed(method, problem, (0,)))
-    again = _refreshed(method, problem, (1,), halfway)
+    halfway = jax.device_get(_refreshed(method, setup, (0,)))
+    again = _refreshed(method, setup, (1,), halfway)
     chex.assert_trees_all_equal(again, state)
     assert state.num_selections == 2 and state.averages.num_updates == 2
 
 
 def test_random_subset_is_redrawn_or_kept():
-  problem = _problem()
-  problem, _, train, _ = problem
+  setup = _setup()
+  problem, _, train, _ = setup
   redrawn, kept_method = (adacore.random_subset(0.1, every) for every in (2, None))
-  first, second = (_refreshed(redrawn, problem, range(n)) for n in (1, 2))
+  first, second = (_refreshed(redrawn, setup, range(n)) for n in (1, 2))
   assert not np.array_equal(first.rows, second.rows)
-  kept = [_refreshed(kept_method, problem, range(n)) for n in (1, 2)]
+  kept = [_refreshed(kept_method, setup, range(n)) for n in (1, 2)]
   chex.assert_trees_all_equal(*kept)
   assert len(set(first.rows.tolist())) == 12
   sizes = [
@@ -338,11 +338,11 @@ def test_settings_out_of_range_are_refused(complaint):
 def test_last_layer_requires_a_network_with_features():
   with pytest.raises(base.InputError, match="fraction=2"):
     adacore.random_subset(2.0)
-  problem = _problem(hidden=())
+  setup = _setup(hidden=())
   with pytest.raises(base.InputError, match="needs a network with features"):
-    _refreshed(adacore.adacore(0.1, last_layer=True), problem)
-  problem = dataclasses.replace(problem[0], num_features=None)
+    _refreshed(adacore.adacore(0.1, last_layer=True), setup)
+  problem = dataclasses.replace(setup[0], num_features=None)
   with pytest.raises(base.InputError, match="needs a network with features"):
     adacore.adacore(0.1, last_layer=True, curvature=False).refresh(
-      _refreshed(adacore.adacore(0.1, curvature=False), problem), problem, problem[3](0)
+      _refreshed(adacore.adacore(0.1, curvature=False), setup), problem, setup[3](0)
     )
