@@ -96,5 +96,5 @@ def test_invalid_selections_are_refused():
   with pytest.raises(base.InputError, match="budget='fair'"):
     coresets.select(proxies, labels, 10, budget="fair")
   proxies[7, 2] = np.nan
-  with pytest.raises(base.InputError, match="1 of the proxies .* in row 7"):
+  with pytest.raises(base.InputError, match=r"1 of the proxies .* in row 7"):
     coresets.select(proxies, labels, 10)

@@ -85,39 +85,39 @@ _FOR_NOISE = ("symmetric", "truncated")
 
 
 @pytest.mark.parametrize("name", _LOSSES_UNDER_ABSGD)
-def test_a_step_on_any_loss(name):
+def test_step_on_any_loss(name):
   loss, lam = _LOSSES_UNDER_ABSGD[name], -2.0 if name in _FOR_NOISE else 2.0
   method = changed_loss.changed_loss(absgd.absgd(lam, gamma=0.5), loss)
   state = _state(method)
   for _ in range(2):
     memory = state.inner.log_normalizer
-    found, state = _step(method, state)
+    result, state = _step(method, state)
     values = _base_losses(_inputs().params, loss)
-    np.testing.assert_allclose(found.losses, values, rtol=1e-5)
+    np.testing.assert_allclose(result.losses, values, rtol=1e-5)
     weights, memory = absgd.example_weights(values, memory, lam, gamma=0.5)
-    np.testing.assert_allclose(found.weights, weights, rtol=1e-5)
-    np.testing.assert_allclose(found.metrics["log_normalizer"], memory, rtol=1e-5)
-    np.testing.assert_allclose(found.metrics["total_weight"], weights.sum(), 1e-5)
+    np.testing.assert_allclose(result.weights, weights, rtol=1e-5)
+    np.testing.assert_allclose(result.metrics["log_normalizer"], memory, rtol=1e-5)
+    np.testing.assert_allclose(result.metrics["total_weight"], weights.sum(), 1e-5)
     expected = jax.grad(lambda p, w=weights: w @ _base_losses(p, loss))(
       _inputs().params
     )
-    chex.assert_trees_all_close(found.grads, expected, rtol=1e-4, atol=1e-7)
+    chex.assert_trees_all_close(result.grads, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_two_stages_are_a_mean_and_then_absgd():
+def test_two_stage_is_uniform_and_then_absgd():
   method = absgd.absgd(absgd.two_stage(-5.0, 3), gamma=0.5, add_uniform=True)
   state = _state(method, epoch=2)
-  found, after = _step(method, state)
-  np.testing.assert_allclose(found.weights, np.full(6, 1 / 6), rtol=1e-6)
-  assert found.metrics["log_normalizer"] == 0
+  result, after = _step(method, state)
+  np.testing.assert_allclose(result.weights, np.full(6, 1 / 6), rtol=1e-6)
+  assert result.metrics["log_normalizer"] == 0
   chex.assert_trees_all_equal(after, state)
   state = method.refresh(after, _task(), types.SimpleNamespace(epoch=3))
-  found, _ = _step(method, state)
+  result, _ = _step(method, state)
   # The first step of ABSGD, 1 / gamma, and the extra uniform weight.
-  np.testing.assert_allclose(found.metrics["total_weight"], 3, rtol=1e-5)
+  np.testing.assert_allclose(result.metrics["total_weight"], 3, rtol=1e-5)
 
 
-def test_the_normalizer_starts_again_when_lambda_changes_and_only_then():
+def test_normalizer_is_reset_only_when_lambda_changes():
   method = absgd.absgd(lambda epoch: 2.0 if epoch < 2 else 4.0)
   _, state = _step(method, _state(method))
   assert np.isfinite(state.log_normalizer) and state.lam == 2
@@ -130,7 +130,7 @@ def test_the_normalizer_starts_again_when_lambda_changes_and_only_then():
   assert all(x.dtype == np.float32 for x in new)
 
 
-def test_a_schedule_that_comes_to_zero_is_told():
+def test_schedule_that_reaches_zero_is_refused():
   method = absgd.absgd(lambda epoch: 2.0 - epoch)
   with pytest.raises(base.InputError, match=r"lam=0\.0 must not be 0"):
     _state(method, epoch=2)

@@ -84,11 +84,11 @@ def _start(losses, lam, gamma=1.0, alpha=1.0, **options):
 def test_golden_vectors(lam, gamma, alpha, normalizers, weights, totals, values):
   memory = -jnp.inf
   for step, losses in enumerate((_FIRST, _SECOND)):
-    found, memory = _weights(losses, memory, lam, gamma, alpha)
+    result, memory = _weights(losses, memory, lam, gamma, alpha)
     np.testing.assert_allclose(jnp.exp(memory), normalizers[step], atol=5e-7)
-    np.testing.assert_allclose(found, weights[step], atol=5e-7)
-    np.testing.assert_allclose(found.sum(), totals[step], atol=5e-7)
-    np.testing.assert_allclose(found @ losses, values[step], atol=5e-7)
+    np.testing.assert_allclose(result, weights[step], atol=5e-7)
+    np.testing.assert_allclose(result.sum(), totals[step], atol=5e-7)
+    np.testing.assert_allclose(result @ losses, values[step], atol=5e-7)
 
 
 def _published(batches, lam, gamma, alpha):
@@ -114,17 +114,17 @@ _quick = hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
   gamma=st.floats(0.01, 1),
   alpha=st.floats(0.1, 3),
 )
-def test_equal_to_the_plain_exponentials(batches, lam, gamma, alpha):
+def test_weights_equal_the_plain_exponentials(batches, lam, gamma, alpha):
   memory = -jnp.inf
   for losses, (weights, u) in zip(
     batches, _published(batches, lam, gamma, alpha), strict=True
   ):
-    found, memory = _weights(losses, memory, lam, gamma, alpha)
-    np.testing.assert_allclose(found, weights, rtol=1e-12)
+    result, memory = _weights(losses, memory, lam, gamma, alpha)
+    np.testing.assert_allclose(result, weights, rtol=1e-12)
     np.testing.assert_allclose(memory, np.log(u), rtol=1e-12, atol=1e-12)
     # sum p = mean(e) / u, bounded as no exponential exceeds what it is divided by.
-    np.testing.assert_allclose(found.sum(), np.exp(losses / lam).mean() / u, 1e-12)
-    assert found.sum() <= (1 + 1e-12) / (gamma * alpha)
+    np.testing.assert_allclose(result.sum(), np.exp(losses / lam).mean() / u, 1e-12)
+    assert result.sum() <= (1 + 1e-12) / (gamma * alpha)
 
 
 @jax.jit
@@ -149,14 +149,14 @@ def _slopes(lam, inputs, targets):
 @pytest.mark.usefixtures("x64")
 @_quick
 @hypothesis.given(lam=_LAMBDAS, seed=st.integers(0, 99))
-def test_without_memory_the_step_is_the_gradient_of_the_objective(lam, seed):
+def test_step_without_memory_is_the_gradient_of_the_objective(lam, seed):
   rng = np.random.default_rng(seed)
-  found, expected = _slopes(lam, rng.normal(size=(5, 3)), rng.normal(size=5))
-  np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+  result, expected = _slopes(lam, rng.normal(size=(5, 3)), rng.normal(size=5))
+  np.testing.assert_allclose(result, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
-def test_limits_in_lambda():
+def test_limits_of_lambda():
   for lam in (1e9, -1e9, math.inf, -math.inf):
     np.testing.assert_allclose(_start(_FIRST, lam)[0], np.full(4, 0.25), atol=1e-8)
   np.testing.assert_allclose(_start(_FIRST, 1e-3)[0], [0, 0, 0, 1], atol=1e-12)
@@ -171,7 +171,7 @@ def test_limits_in_lambda():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("gamma", "alpha"), [(0.9, 1.0), (0.1, 0.5), (1.0, 2.0)])
-def test_weights_sum_to_one_over_gamma_alpha_first_and_over_alpha_at_last(gamma, alpha):
+def test_weights_sum_to_one_over_gamma_alpha_then_one_over_alpha(gamma, alpha):
   memory = -jnp.inf
   totals = []
   for _ in range(300):
@@ -193,7 +193,7 @@ def test_weights_sum_to_one_over_gamma_alpha_first_and_over_alpha_at_last(gamma,
     [7.0],
   ],
 )
-def test_finite_in_float32_where_the_exponential_is_not(lam, losses):
+def test_weights_are_finite_where_the_exponential_overflows(lam, losses):
   losses = np.array(losses, np.float32)
   gamma, alpha = 0.9, 0.5
   memory = np.float32(-np.inf)
@@ -205,7 +205,7 @@ def test_finite_in_float32_where_the_exponential_is_not(lam, losses):
     assert (weights >= 0).all() and weights.sum() <= 1.0001 / (gamma * alpha)
 
 
-def test_first_weights_are_right_however_large_the_losses():
+def test_first_weights_are_correct_for_huge_losses():
   # exp(1e33) of the heaviest: it has all the weight there is, 1 / (gamma alpha).
   weights, _ = _start([1e30, 1.0, 0.0], 1e-3, 0.9)
   np.testing.assert_allclose(weights, [1 / 0.9, 0, 0], rtol=1e-6)
@@ -214,7 +214,7 @@ def test_first_weights_are_right_however_large_the_losses():
   np.testing.assert_allclose(weights, expected, rtol=1e-6)
 
 
-def test_the_weights_are_constants_and_batch_under_vmap():
+def test_weights_are_constant_and_support_vmap():
   def total(losses, memory, lam):
     weights, memory = absgd.example_weights(losses, memory, lam, gamma=1.0)
     return jnp.sum(weights**2) + jnp.where(jnp.isfinite(memory), memory, 0)
@@ -230,7 +230,7 @@ def test_the_weights_are_constants_and_batch_under_vmap():
   assert memory[2] == -jnp.inf
 
 
-def test_infinite_lambda_is_the_plain_mean_and_leaves_the_normalizer_alone():
+def test_infinite_lambda_gives_uniform_weights_and_keeps_the_normalizer():
   for lam in (jnp.inf, -jnp.inf):
     weights, memory = _weights(
       _FIRST, 1.5, lam, 0.5, 0.5, options=(("clip", 0.1), ("uniform_share", 1.0))
@@ -239,7 +239,7 @@ def test_infinite_lambda_is_the_plain_mean_and_leaves_the_normalizer_alone():
     assert memory == 1.5
 
 
-def test_clip_and_the_extra_uniform_weight():
+def test_clip_and_uniform_share():
   plain, _ = _start(_FIRST, 2.0, 0.5)
   clipped, _ = _start(_FIRST, 2.0, 0.5, clip=0.3)
   np.testing.assert_allclose(clipped, np.minimum(plain, 0.3))
@@ -248,14 +248,14 @@ def test_clip_and_the_extra_uniform_weight():
   np.testing.assert_allclose(both, clipped + 0.25, rtol=1e-6)
 
 
-def test_a_broken_loss_is_not_hidden():
+def test_nan_loss_gives_nan_weights():
   weights, memory = _start([1.0, np.nan], 2.0)
   assert np.isnan(weights).all() and np.isnan(memory)
   weights, _ = _start([1.0, np.nan], math.inf)
   np.testing.assert_array_equal(weights, [0.5, 0.5])
 
 
-def test_half_precision_is_reckoned_in_single():
+def test_half_precision_is_computed_in_float32():
   weights, memory = absgd.example_weights(
     jnp.asarray(_FIRST, jnp.bfloat16), -jnp.inf, 2.0, gamma=1.0
   )
@@ -297,12 +297,12 @@ def _eagerly(**settings):
     (lambda: _eagerly(uniform_share=-1), "uniform_share=-1 must be at least 0"),
   ],
 )
-def test_settings_out_of_range(make, message):
+def test_settings_out_of_range_are_refused(make, message):
   with pytest.raises(base.InputError, match=message):
     make()
 
 
-def test_a_traced_lambda_of_zero_gives_nan():
+def test_traced_lambda_of_zero_gives_nan():
   run = jax.jit(
     lambda lam: absgd.example_weights(jnp.ones(2), -jnp.inf, lam, gamma=1.0)
   )

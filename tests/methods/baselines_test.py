@@ -77,14 +77,14 @@ def _run(method, batch=_BATCH, step=0, seed=0, epoch=0):
     key=jax.random.key(seed),
   )
   state = _state(method, epoch)
-  found, new_state = _gradients_fn(method)(state, inputs)
+  result, new_state = _gradients_fn(method)(state, inputs)
   chex.assert_trees_all_equal(new_state, state)
-  return found
+  return result
 
 
-def _assert_is_gradient_of(found, batch, weights):
+def _assert_is_gradient_of(result, batch, weights):
   expected = jax.grad(lambda p: jnp.sum(weights * _losses_of(p, batch)))(_PARAMS)
-  np.testing.assert_allclose(found.grads, expected, rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(result.grads, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -109,14 +109,14 @@ def _assert_is_gradient_of(found, batch, weights):
   ],
   ids=["uniform", "resampling", "proportion", "proportion_code", "mining_code"],
 )
-def test_weights_by_hand(method, weights):
-  found = _run(method)
-  np.testing.assert_allclose(found.weights, weights, rtol=1e-6)
-  np.testing.assert_allclose(found.losses, _losses_of(_PARAMS, _BATCH), rtol=1e-5)
+def test_weights_match_hand_computed_values(method, weights):
+  result = _run(method)
+  np.testing.assert_allclose(result.weights, weights, rtol=1e-6)
+  np.testing.assert_allclose(result.losses, _losses_of(_PARAMS, _BATCH), rtol=1e-5)
   np.testing.assert_allclose(
-    found.model_state["seen"], _BATCH["x"].sum(), rtol=1e-5, atol=1e-6
+    result.model_state["seen"], _BATCH["x"].sum(), rtol=1e-5, atol=1e-6
   )
-  _assert_is_gradient_of(found, _BATCH, weights)
+  _assert_is_gradient_of(result, _BATCH, weights)
   assert not method.needs_meta
 
 
@@ -146,7 +146,7 @@ _hardest = jax.jit(baselines.hardest)
   st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=5, max_size=5)
 )
 @hypothesis.settings(deadline=None, max_examples=60)
-def test_hardest_is_the_brute_force(examples):
+def test_hardest_equals_brute_force(examples):
   values = np.array([v for v, _ in examples], np.float32)
   majority = np.array([m for _, m in examples])
   np.testing.assert_array_equal(
@@ -155,34 +155,34 @@ def test_hardest_is_the_brute_force(examples):
 
 
 def test_hard_mining_keeps_the_highest_losses_of_the_largest_class():
-  found = _run(baselines.hard_mining())
-  kept = _brute_force(np.asarray(found.losses), _LABELS == 0)
+  result = _run(baselines.hard_mining())
+  kept = _brute_force(np.asarray(result.losses), _LABELS == 0)
   assert kept.sum() == 4
-  np.testing.assert_allclose(found.weights, kept / 4, rtol=1e-6)
-  _assert_is_gradient_of(found, _BATCH, kept / 4)
+  np.testing.assert_allclose(result.weights, kept / 4, rtol=1e-6)
+  _assert_is_gradient_of(result, _BATCH, kept / 4)
 
 
 @pytest.mark.parametrize("variant", ["paper", "official_code"])
 def test_hard_mining_without_a_minority_keeps_one(variant):
-  found = _run(baselines.hard_mining(variant), _examples([0] * 6))
-  best = np.argmax(found.losses) if variant == "paper" else 0
-  np.testing.assert_array_equal(found.weights, np.arange(6) == best)
+  result = _run(baselines.hard_mining(variant), _examples([0] * 6))
+  best = np.argmax(result.losses) if variant == "paper" else 0
+  np.testing.assert_array_equal(result.weights, np.arange(6) == best)
 
 
 def test_hard_mining_without_a_majority_keeps_all():
-  found = _run(baselines.hard_mining(), _examples([1, 2, 1, 1, 2, 2]))
-  np.testing.assert_allclose(found.weights, np.full(6, 1 / 6), rtol=1e-6)
+  result = _run(baselines.hard_mining(), _examples([1, 2, 1, 1, 2, 2]))
+  np.testing.assert_allclose(result.weights, np.full(6, 1 / 6), rtol=1e-6)
 
 
-def test_clean_only_is_the_gradient_of_the_mean_clean_loss():
+def test_clean_only_is_the_gradient_of_the_mean_meta_loss():
   method = baselines.clean_only()
-  found = _run(method)
-  _assert_is_gradient_of(found, _META, np.full(4, 1 / 4))
-  assert not found.weights.any()
-  np.testing.assert_allclose(found.losses, _losses_of(_PARAMS, _BATCH), rtol=1e-5)
-  np.testing.assert_allclose(found.value, _losses_of(_PARAMS, _META).mean(), rtol=1e-5)
+  result = _run(method)
+  _assert_is_gradient_of(result, _META, np.full(4, 1 / 4))
+  assert not result.weights.any()
+  np.testing.assert_allclose(result.losses, _losses_of(_PARAMS, _BATCH), rtol=1e-5)
+  np.testing.assert_allclose(result.value, _losses_of(_PARAMS, _META).mean(), rtol=1e-5)
   np.testing.assert_allclose(
-    found.model_state["seen"], _META["x"].sum(), rtol=1e-5, atol=1e-6
+    result.model_state["seen"], _META["x"].sum(), rtol=1e-5, atol=1e-6
   )
   assert method.needs_meta
 
@@ -197,9 +197,9 @@ def test_fine_tuning_switches_exactly(first):
   initial = initial._replace(metrics={}, value=watched, **healthy)
   clean = _run(baselines.clean_only())._replace(**healthy)
   for step in range(_NUM_STEPS):
-    found = _run(method, step=step)
+    result = _run(method, step=step)
     expected = initial if step < _NUM_STEPS - 3 else clean
-    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_close(result, expected, rtol=1e-5, atol=1e-7)
   assert method.needs_meta
 
 
@@ -229,7 +229,7 @@ def test_resampling_is_exactly_balanced(num_classes):
 
 
 @pytest.mark.parametrize(("epoch", "is_balanced"), [(0, False), (3, False), (4, True)])
-def test_resampling_waits_for_its_epoch(epoch, is_balanced):
+def test_resampling_starts_at_its_epoch(epoch, is_balanced):
   method = baselines.resampling(4)
   labels = np.repeat([0, 1, 2], [160, 30, 10])
   train = {"label": labels, "index": np.arange(200)}
@@ -247,19 +247,21 @@ _EFFECTIVE = (1 - 0.9 ** np.array([60, 30, 10])) / (1 - 0.9)
 
 
 @pytest.mark.parametrize("from_epoch", [0, 4])
-def test_class_balanced_waits_for_its_epoch(from_epoch):
+def test_class_balanced_weights_start_at_their_epoch(from_epoch):
   method = baselines.class_balanced(0.9, from_epoch)
   for epoch in (0, 3, 4):
-    found = _run(method, epoch=epoch)
-    own = 1 / _EFFECTIVE[_LABELS] if epoch >= from_epoch else np.ones(6)
-    np.testing.assert_allclose(found.weights, own / own.sum(), rtol=1e-5)
-    _assert_is_gradient_of(found, _BATCH, own / own.sum())
-    np.testing.assert_allclose(found.losses, _losses_of(_PARAMS, _BATCH), rtol=1e-5)
+    result = _run(method, epoch=epoch)
+    unnormalized = 1 / _EFFECTIVE[_LABELS] if epoch >= from_epoch else np.ones(6)
+    np.testing.assert_allclose(
+      result.weights, unnormalized / unnormalized.sum(), rtol=1e-5
+    )
+    _assert_is_gradient_of(result, _BATCH, unnormalized / unnormalized.sum())
+    np.testing.assert_allclose(result.losses, _losses_of(_PARAMS, _BATCH), rtol=1e-5)
 
 
 def test_class_balanced_with_one_class_in_the_batch_is_uniform():
-  found = _run(baselines.class_balanced(), _examples([2] * 6))
-  np.testing.assert_allclose(found.weights, np.full(6, 1 / 6), rtol=1e-6)
+  result = _run(baselines.class_balanced(), _examples([2] * 6))
+  np.testing.assert_allclose(result.weights, np.full(6, 1 / 6), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +272,7 @@ def test_class_balanced_with_one_class_in_the_batch_is_uniform():
     (lambda: baselines.resampling(-1), "resampling: from_epoch=-1"),
   ],
 )
-def test_settings_out_of_range_are_told_at_once(make, message):
+def test_settings_out_of_range_are_refused_immediately(make, message):
   with pytest.raises(base.InputError, match=message):
     make()
 
@@ -278,19 +280,19 @@ def test_settings_out_of_range_are_told_at_once(make, message):
 @pytest.mark.parametrize(
   "factory", [baselines.class_balanced, baselines.class_proportion]
 )
-def test_counts_of_other_classes_are_refused(factory):
+def test_class_counts_of_another_length_are_refused(factory):
   problem = dataclasses.replace(_TASK, class_counts=np.array([1, 2]))
   with pytest.raises(base.InputError, match="each of the 3 classes"):
     factory().gradients((), problem, types.SimpleNamespace(batch=_BATCH))
 
 
 @pytest.mark.parametrize("factory", [baselines.class_proportion, baselines.hard_mining])
-def test_an_unknown_variant_is_refused(factory):
+def test_unknown_variant_is_refused(factory):
   with pytest.raises(base.InputError, match=f"{factory.__name__}: variant='code'"):
     factory("code")
 
 
-def test_a_nan_loss_is_kept_by_hard_mining():
+def test_hard_mining_keeps_a_nan_loss():
   kept = baselines.hardest(
     jnp.array([jnp.nan, 1.0, 0.0]), jnp.array([True, True, False])
   )

@@ -29,7 +29,7 @@ def problem(size: int, seed: int = 0):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_two_mapped_axes_give_the_numbers_of_one_device(check_vma):
+def test_two_mapped_axes_equal_one_device(check_vma):
   params, batch, clean = problem(8)
   fun = l2rw_jax.weighted_value_and_grad(losses_fn)
   (_, expected), grads = fun(params, batch, clean)
@@ -48,13 +48,13 @@ def test_two_mapped_axes_give_the_numbers_of_one_device(check_vma):
     out_specs=(P(), shards, shards),
     check_vma=check_vma,
   )
-  found = jax.jit(mapped)(params, batch, clean)
+  result = jax.jit(mapped)(params, batch, clean)
   wanted = (grads, expected.scores, expected.weights)
-  for one, other in zip(found, wanted, strict=True):
+  for one, other in zip(result, wanted, strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_a_broken_example_is_told_not_hidden():
+def test_nan_example_is_reported():
   params, batch, clean = problem(4)
   batch["x"][2] = np.nan
   with pytest.raises(
@@ -62,8 +62,8 @@ def test_a_broken_example_is_told_not_hidden():
   ):
     l2rw.example_weights(losses_fn, params, batch, clean)
   weigh = jax.jit(lambda *args: l2rw.example_weights(losses_fn, *args))
-  found = weigh(params, batch, clean)
-  assert not found.finite and np.isnan(found.weights).all()
+  result = weigh(params, batch, clean)
+  assert not result.finite and np.isnan(result.weights).all()
 
 
 def test_no_gradient_flows_through_the_weights():
@@ -86,32 +86,32 @@ def test_no_gradient_flows_through_the_weights():
   ],
 )
 def test_weights_of_extreme_scores(scores, expected):
-  found = normalization.rectify(jnp.asarray(scores))
-  np.testing.assert_allclose(found, expected, rtol=2e-3)
+  result = normalization.rectify(jnp.asarray(scores))
+  np.testing.assert_allclose(result, expected, rtol=2e-3)
 
 
-def test_weights_of_the_wrong_shape_are_refused_with_the_shapes():
+def test_weights_of_the_wrong_shape_are_refused():
   params, batch, _ = problem(4)
   linearized = l2rw_jax.linearize(losses_fn, params, batch)
   with pytest.raises(base.InputError, match=r"\(4,\).*\(3,\)"):
     linearized.weighted_gradient(jnp.ones(3))
 
 
-def test_an_empty_clean_batch_is_refused_under_jit():
+def test_empty_meta_batch_is_refused_under_jit():
   params, batch, clean = problem(4)
   clean = {name: values[:0] for name, values in clean.items()}
   with pytest.raises(base.InputError, match="meta_batch is empty"):
     jax.jit(lambda: l2rw.example_weights(losses_fn, params, batch, clean))()
 
 
-def test_params_that_hold_a_function_name_the_way_out():
+def test_params_with_a_function_are_refused_with_advice():
   params = {"w": jnp.ones(3), "activation": jnp.tanh}
   with pytest.raises(base.InputError, match=r"eqx\.partition"):
     l2rw_jax.linearize(lambda p, x: x @ p["w"], params, jnp.ones((2, 3)))
 
 
 @pytest.mark.parametrize("where", ["training", "clean"])
-def test_a_nan_loss_with_a_slope_of_zero_is_not_finite(where):
+def test_nan_loss_with_a_zero_gradient_is_not_finite(where):
   params, batch, clean = problem(4)
 
   def spoiled(params, batch):
@@ -125,11 +125,11 @@ def test_a_nan_loss_with_a_slope_of_zero_is_not_finite(where):
 
   with pytest.raises(FloatingPointError, match=r"1 of 4 .* losses .* first in row 1"):
     run(batch)
-  found = jax.jit(run)(batch)
-  assert not found.finite and np.isfinite(found.weights).all()
+  result = jax.jit(run)(batch)
+  assert not result.finite and np.isfinite(result.weights).all()
 
 
-def test_a_state_without_its_optimizer_is_refused():
+def test_opt_state_without_optimizer_is_refused():
   params, batch, clean = problem(4)
   with pytest.raises(base.InputError, match="opt_state without optimizer"):
     l2rw.example_weights(losses_fn, params, batch, clean, opt_state=())

@@ -162,7 +162,7 @@ _LIBRARIES = {
 
 
 @pytest.mark.parametrize("name", _LIBRARIES)
-def test_equals_the_unrolled_step(name):
+def test_scores_equal_the_unrolled_step(name):
   case = _LIBRARIES[name]()
   optimizer = optax.sgd(0.1, momentum=0.9)
   opt_state = optimizer.init(case.params)
@@ -201,7 +201,7 @@ def test_equals_the_unrolled_step(name):
 
 
 @pytest.mark.parametrize("name", ["nnx", "equinox"])
-def test_gradients_are_applied_the_way_of_the_library(name):
+def test_gradients_are_applied_with_each_library(name):
   case = _LIBRARIES[name]()
   run = jax.jit(l2rw.weighted_value_and_grad(case.losses_fn, has_aux=True))
   (before, _), grads = run(case.params, _BATCH, _META)

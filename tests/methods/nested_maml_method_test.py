@@ -106,59 +106,61 @@ def _method(share="task", gamma=_GAMMA, **settings):
   return nested_maml.nested_maml(gamma, _ETA, share, **_SHARES[share], **settings)
 
 
-def test_without_a_step_of_the_weights_it_is_maml():
+def test_zero_weight_learning_rate_is_maml():
   expected, _ = _once(baselines.uniform())
   for share in ("cluster", "item"):
-    found, _ = _once(_method(share, gamma=0.0))
-    np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-6)
-    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5)
+    result, _ = _once(_method(share, gamma=0.0))
+    np.testing.assert_allclose(result.weights, expected.weights, rtol=1e-6)
+    np.testing.assert_allclose(result.losses, expected.losses, rtol=1e-5)
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
-      found.grads,
+      result.grads,
       expected.grads,
     )
 
 
-def test_each_task_has_its_weight():
-  found, state = _once(_method())
+def test_weights_per_task():
+  result, state = _once(_method())
   gradient = _gradient(_losses, jnp.ones(_TASKS))
   assert state.weights.shape == (_N,)
   expected = np.ones(_N)
   expected[_BATCH["index"]] = np.maximum(1 - _GAMMA * gradient, 0)
   assert np.ptp(expected) > 0.1
   np.testing.assert_allclose(state.weights, expected, rtol=1e-3, atol=1e-3)
-  np.testing.assert_allclose(found.weights, state.weights[_BATCH["index"]] / _TASKS)
+  np.testing.assert_allclose(result.weights, state.weights[_BATCH["index"]] / _TASKS)
 
 
-def test_slopes_of_a_cluster_are_summed():
-  found, state = _once(_method("cluster"))
+def test_gradients_are_summed_within_clusters():
+  result, state = _once(_method("cluster"))
   gradient = _gradient(_losses, jnp.ones(_TASKS))
   sums = [gradient[_BATCH["group"] == c].sum() for c in range(3)]
   expected = np.maximum(1 - _GAMMA * np.array(sums), 0)
   np.testing.assert_allclose(state.weights, expected, rtol=1e-3, atol=1e-3)
-  np.testing.assert_allclose(found.weights, expected[_BATCH["group"]] / _TASKS, 1e-3)
+  np.testing.assert_allclose(result.weights, expected[_BATCH["group"]] / _TASKS, 1e-3)
 
 
-def test_each_query_has_its_weight_and_they_add_up():
-  found, state = _once(_method("item", gamma=1000.0))
+def test_weights_per_query_sum_to_the_task_weight():
+  result, state = _once(_method("item", gamma=1000.0))
   gradient = _gradient(_item_losses, jnp.ones((_TASKS, _ITEMS)))
   assert state.weights.shape == (_N, _ITEMS)
   weights = np.maximum(1 - 1000.0 * gradient, 0)
-  own = state.weights[_BATCH["index"]]
-  np.testing.assert_allclose(own, weights, rtol=1e-3, atol=2e-3)
-  np.testing.assert_allclose(found.weights, own.sum(1) / (_TASKS * _ITEMS), rtol=1e-5)
+  batch_weights = state.weights[_BATCH["index"]]
+  np.testing.assert_allclose(batch_weights, weights, rtol=1e-3, atol=2e-3)
+  np.testing.assert_allclose(
+    result.weights, batch_weights.sum(1) / (_TASKS * _ITEMS), rtol=1e-5
+  )
 
   def weighted(params):
-    return jnp.mean(own * _item_losses(params, _BATCH))
+    return jnp.mean(batch_weights * _item_losses(params, _BATCH))
 
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
-    found.grads,
+    result.grads,
     jax.grad(weighted)(_params()),
   )
 
 
-def test_validation_tasks_may_have_a_forward_of_their_own():
+def test_meta_forward_is_used_for_validation_tasks():
   def doubled(*given):
     logits, state = _forward(*given)
     return 2 * logits, state
@@ -167,14 +169,14 @@ def test_validation_tasks_may_have_a_forward_of_their_own():
   meta_losses_fn = functools.partial(_item_losses, scale=2.0)
   gradient = _gradient(_losses, jnp.ones(_TASKS), meta_losses_fn)
   expected = np.maximum(1 - _GAMMA * gradient, 0)
-  own = state.weights[_BATCH["index"]]
-  np.testing.assert_allclose(own, expected, rtol=1e-3, atol=1e-3)
+  batch_weights = state.weights[_BATCH["index"]]
+  np.testing.assert_allclose(batch_weights, expected, rtol=1e-3, atol=1e-3)
   expected_loss = _once(_method(gamma=0.0, meta_forward=doubled))[1].meta_loss
   np.testing.assert_allclose(state.meta_loss, expected_loss, rtol=1e-6)
   assert state.finite
 
 
-def test_weights_stay_and_wait_for_their_turn():
+def test_weights_are_updated_every_so_many_steps():
   method = _method(every=2)
   _, first = _once(method, step=0)
   _, second = _once(method, first, step=1)
@@ -184,7 +186,7 @@ def test_weights_stay_and_wait_for_their_turn():
 
 
 @pytest.mark.parametrize("share", ["cluster", "item"])
-def test_eight_devices_are_one(share):
+def test_eight_devices_equal_one(share):
   method = _method(share)
   expected, state = _once(method)
   shards = [
@@ -197,13 +199,13 @@ def test_eight_devices_are_one(share):
     in_axes=(None, 0, 0),
   )
   start = method.init(jax.random.key(2), _task(), _params())
-  found, states = step(start, *shards)
+  result, states = step(start, *shards)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
   for device in (0, 7):
-    own = jax.tree.map(lambda x, i=device: x[i], (states.weights, found.grads))
-    jax.tree.map(close, own, (state.weights, expected.grads))
-  close(found.weights.ravel(), expected.weights)
-  close(found.losses.ravel(), expected.losses)
+    on_device = jax.tree.map(lambda x, i=device: x[i], (states.weights, result.grads))
+    jax.tree.map(close, on_device, (state.weights, expected.grads))
+  close(result.weights.ravel(), expected.weights)
+  close(result.losses.ravel(), expected.losses)
 
 
 @pytest.mark.parametrize(
@@ -220,13 +222,13 @@ def test_eight_devices_are_one(share):
     ({"every": 0}, "every=0 must be at least 1 step"),
   ],
 )
-def test_settings_that_make_no_sense(settings, message):
+def test_bad_settings_are_refused(settings, message):
   given = {"weight_learning_rate": 1.0, "lookahead_learning_rate": 1.0, **settings}
   with pytest.raises(base.InputError, match=message):
     nested_maml.nested_maml(**given)
 
 
-def test_labels_and_clusters_that_do_not_fit():
+def test_mismatched_labels_and_clusters_are_refused():
   with pytest.raises(base.InputError, match=r"num_items=3 needs labels of shape"):
     _once(nested_maml.nested_maml(1.0, 1.0, "item", num_items=3))
   method = _method("cluster")

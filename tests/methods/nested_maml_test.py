@@ -47,9 +47,9 @@ _META = tuple(np.array(x) for x in ([1.0, 0.5], [0.8, 1.2], [1.0, 2.0], [1.1, 0.
     (True, (-0.02934440, 0.07413323), (0.52934440, 0.42586677)),
   ],
 )
-def test_equation_8_by_its_scalar_test_vector(first_order, gradient, weights):
+def test_equation_8_in_the_scalar_case(first_order, gradient, weights):
   before = jnp.array([0.5, 0.5])
-  found = nested_maml.weight_gradient(
+  result = nested_maml.weight_gradient(
     _quadratic(),
     jnp.zeros(()),
     _TRAIN,
@@ -58,11 +58,11 @@ def test_equation_8_by_its_scalar_test_vector(first_order, gradient, weights):
     lookahead_learning_rate=_ETA,
     meta_losses_fn=_quadratic(first_order),
   )
-  np.testing.assert_allclose(found.gradient, gradient, atol=5e-9)
-  np.testing.assert_allclose(found.meta_loss, 0.63357877, atol=5e-9)
-  after = nested_maml.update_weights(before, found.gradient, 1.0)
+  np.testing.assert_allclose(result.gradient, gradient, atol=5e-9)
+  np.testing.assert_allclose(result.meta_loss, 0.63357877, atol=5e-9)
+  after = nested_maml.update_weights(before, result.gradient, 1.0)
   np.testing.assert_allclose(after, weights, atol=5e-9)
-  assert found.finite and found.aux is None
+  assert result.finite and result.aux is None
 
 
 def _net_item_losses(params, x, y):
@@ -141,16 +141,16 @@ def test_equation_8_with_explicit_hessians_or_without(first_order):
     lookahead_learning_rate=_ETA,
     meta_losses_fn=_net_losses(first_order),
   )
-  found = jax.jit(slopes_fn)(params, tasks, meta_tasks, weights)
+  result = jax.jit(slopes_fn)(params, tasks, meta_tasks, weights)
   literal = functools.partial(_literal_equation_8, params, tasks, meta_tasks, weights)
   expected = literal(with_hessian=not first_order)
-  np.testing.assert_allclose(found.gradient, expected, rtol=1e-9)
+  np.testing.assert_allclose(result.gradient, expected, rtol=1e-9)
   other = literal(with_hessian=first_order)
   assert np.abs(other / expected - 1).max() > 1e-3
 
 
 @pytest.mark.usefixtures("x64")
-def test_several_inner_steps_are_the_unrolled_step_and_finite_differences():
+def test_several_inner_steps_equal_the_unrolled_step_and_finite_differences():
   losses_fn = _net_losses(num_steps=3)
   params, weights = _net_params(), np.array([0.5, 1.0, 2.0])
   tasks, meta_tasks = _net_tasks(0, 3), _net_tasks(1, 2)
@@ -159,7 +159,7 @@ def test_several_inner_steps_are_the_unrolled_step_and_finite_differences():
   @jax.jit
   def slopes_both_ways(weights):
     given = params, tasks, meta_tasks
-    own = nested_maml.weight_gradient(
+    computed = nested_maml.weight_gradient(
       losses_fn, *given, weights, lookahead_learning_rate=_ETA
     )
     unrolled = hypergradient.unrolled_weight_gradient(
@@ -170,10 +170,10 @@ def test_several_inner_steps_are_the_unrolled_step_and_finite_differences():
       optimizer=optimizer,
       opt_state=optimizer.init(params),
     )
-    return own, unrolled
+    return computed, unrolled
 
-  found, unrolled = slopes_both_ways(weights)
-  np.testing.assert_allclose(found.gradient, unrolled / 3, rtol=1e-9)
+  result, unrolled = slopes_both_ways(weights)
+  np.testing.assert_allclose(result.gradient, unrolled / 3, rtol=1e-9)
 
   @jax.jit
   def validation_loss(weights):
@@ -183,8 +183,8 @@ def test_several_inner_steps_are_the_unrolled_step_and_finite_differences():
 
   for i, move in enumerate(1e-4 * np.eye(3)):
     up, down = validation_loss(weights + move), validation_loss(weights - move)
-    np.testing.assert_allclose(found.gradient[i], (up - down) / 2e-4, rtol=1e-6)
-  np.testing.assert_allclose(found.meta_loss, validation_loss(weights), rtol=1e-12)
+    np.testing.assert_allclose(result.gradient[i], (up - down) / 2e-4, rtol=1e-6)
+  np.testing.assert_allclose(result.meta_loss, validation_loss(weights), rtol=1e-12)
 
 
 def test_weights_are_clipped_and_floored():

@@ -159,9 +159,9 @@ def _step_fn(name, axis_name):
     told = []
 
     def gradients(*given):
-      found, method_state = _METHODS[name].gradients(*given)
-      told.append(found)
-      return found, method_state
+      result, method_state = _METHODS[name].gradients(*given)
+      told.append(result)
+      return result, method_state
 
     new_state, _ = step_lib.train_step(
       state,
@@ -193,8 +193,8 @@ def _history(name, num_devices, seed=0):
       batches = jax.tree.map(
         lambda x: x.reshape(num_devices, -1, *x.shape[1:]), batches
       )
-    state, found = step_fn(state, *batches)
-    history.append(jax.device_get(found))
+    state, result = step_fn(state, *batches)
+    history.append(jax.device_get(result))
   return history, jax.device_get(state)
 
 
@@ -207,20 +207,20 @@ def _assert_close(actual, expected):
 
 
 @pytest.mark.parametrize("name", _METHODS)
-def test_trains_alike_on_eight_devices_as_on_one(name):
+def test_eight_devices_equal_one(name):
   expected_history, expected_state = _history(name, None)
   history, state = _history(name, 8)
   for index in (0, 7):
     _assert_close(_on_device(state, index), expected_state)
-  for found, expected in zip(history, expected_history, strict=True):
+  for result, expected in zip(history, expected_history, strict=True):
     for index in (0, 7):
-      seen = _on_device(found, index)
-      weights, values = found.weights.ravel(), found.losses.ravel()
+      seen = _on_device(result, index)
+      weights, values = result.weights.ravel(), result.losses.ravel()
       _assert_close(seen._replace(weights=weights, losses=values), expected)
 
 
 @pytest.mark.parametrize("name", _METHODS)
-def test_trains_side_by_side_as_alone(name):
+def test_runs_side_by_side_equal_single_runs(name):
   states = [_initial(name, seed) for seed in (0, 1)]
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
   step_fn = jax.jit(jax.vmap(_step_fn(name, None), in_axes=(0, None, None)))
@@ -232,21 +232,21 @@ def test_trains_side_by_side_as_alone(name):
 
 
 @pytest.mark.parametrize("name", _METHODS)
-def test_says_what_the_loop_expects(name):
+def test_method_satisfies_the_contract(name):
   history, state = _history(name, None)
   assert state.failure.step == -1  # Every number was finite.
-  for found in history:
-    assert found.weights.shape == found.losses.shape == (_B,)
-    assert (found.weights >= 0).all()
-    assert all(np.shape(value) == () for value in found.metrics.values())
-    chex.assert_trees_all_equal_shapes_and_dtypes(found.grads, state.params)
+  for result in history:
+    assert result.weights.shape == result.losses.shape == (_B,)
+    assert (result.weights >= 0).all()
+    assert all(np.shape(value) == () for value in result.metrics.values())
+    chex.assert_trees_all_equal_shapes_and_dtypes(result.grads, state.params)
   before = _initial(name)
   chex.assert_trees_all_equal_shapes_and_dtypes(state, before)
   moved = jax.tree.map(lambda a, b: np.any(a != b), state.params, before.params)
   assert any(jax.tree.leaves(moved))
 
 
-def test_the_updates_show_fine_tuning_in_both_phases_and_mining_at_work():
+def test_steps_cover_both_phases_of_fine_tuning_and_hard_mining():
   weighs = [bool(f.weights.any()) for f in _history("fine_tuning_l2rw", None)[0]]
   assert weighs == [True, True, False, False]
   kept = [(f.weights == 0).sum() for f in _history("hard_mining", None)[0]]
@@ -254,7 +254,7 @@ def test_the_updates_show_fine_tuning_in_both_phases_and_mining_at_work():
 
 
 @pytest.mark.parametrize("name", _METHODS)
-def test_can_be_traced_under_an_explicit_mesh(name):
+def test_methods_can_be_traced_under_an_explicit_mesh(name):
   # What JAX refuses there, it refuses while tracing; `formulas_sweep_test` compares
   # the numbers of the formulas.
   mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
@@ -268,5 +268,5 @@ def test_can_be_traced_under_an_explicit_mesh(name):
     return _step_fn(name, None)(state, batch, meta_batch)[1]
 
   with jax.set_mesh(mesh):
-    found = jax.eval_shape(first_step, jax.random.key(0), *batches)
-  assert found.weights.shape == found.losses.shape == (_B,)
+    result = jax.eval_shape(first_step, jax.random.key(0), *batches)
+  assert result.weights.shape == result.losses.shape == (_B,)
