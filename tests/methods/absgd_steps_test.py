@@ -113,7 +113,7 @@ def test_two_stage_is_uniform_and_then_absgd():
   chex.assert_trees_all_equal(after, state)
   state = method.refresh(after, _task(), types.SimpleNamespace(epoch=3))
   result, _ = _step(method, state)
-  # The first step of ABSGD, 1 / gamma, and the extra uniform weight.
+  # 1 / gamma from the first step of ABSGD, and 1 from the uniform weights.
   np.testing.assert_allclose(result.metrics["total_weight"], 3, rtol=1e-5)
 
 
@@ -125,7 +125,7 @@ def test_normalizer_is_reset_only_when_lambda_changes():
   chex.assert_trees_all_equal(kept, state)
   new = method.refresh(kept, _task(), types.SimpleNamespace(epoch=2))
   assert new.log_normalizer == -np.inf and new.lam == 4
-  # What a checkpoint keeps: arrays of one type throughout.
+  # A checkpoint needs shapes and types that never change.
   chex.assert_trees_all_equal_shapes_and_dtypes(new, state, _state(method))
   assert all(x.dtype == np.float32 for x in new)
 

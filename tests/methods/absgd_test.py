@@ -1,4 +1,4 @@
-"""ABSGD: the published numbers, what its objective promises, overflow, schedules."""
+"""ABSGD: published numbers, the gradient of its objective, overflow, the loop."""
 
 import functools
 import math
@@ -92,7 +92,7 @@ def test_golden_vectors(lam, gamma, alpha, normalizers, weights, totals, values)
 
 
 def _published(batches, lam, gamma, alpha):
-  """The exponentials as printed, in NumPy."""
+  """Weights and normalizers from plain exponentials, in NumPy."""
   u, history = 0.0, []
   for losses in batches:
     e = np.exp(losses / lam)
@@ -122,14 +122,14 @@ def test_weights_equal_the_plain_exponentials(batches, lam, gamma, alpha):
     result, memory = _weights(losses, memory, lam, gamma, alpha)
     np.testing.assert_allclose(result, weights, rtol=1e-12)
     np.testing.assert_allclose(memory, np.log(u), rtol=1e-12, atol=1e-12)
-    # sum p = mean(e) / u, bounded as no exponential exceeds what it is divided by.
+    # sum p = mean(e) / u is bounded, because u contains gamma alpha mean(e).
     np.testing.assert_allclose(result.sum(), np.exp(losses / lam).mean() / u, 1e-12)
     assert result.sum() <= (1 + 1e-12) / (gamma * alpha)
 
 
 @jax.jit
 def _slopes(lam, inputs, targets):
-  """Of the weighted loss, and of lambda log mean exp(l / lambda)."""
+  """Gradients of the weighted loss and of lambda log mean exp(l / lambda)."""
 
   def losses_fn(params):
     return (inputs @ params - targets) ** 2
@@ -161,7 +161,7 @@ def test_limits_of_lambda():
     np.testing.assert_allclose(_start(_FIRST, lam)[0], np.full(4, 0.25), atol=1e-8)
   np.testing.assert_allclose(_start(_FIRST, 1e-3)[0], [0, 0, 0, 1], atol=1e-12)
   np.testing.assert_allclose(_start(_FIRST, -1e-3)[0], [1, 0, 0, 0], atol=1e-12)
-  # F = mean + Var / (2 lambda): for lambda > 0 above the mean, below it else.
+  # F = mean + Var / (2 lambda): above the mean for lambda > 0, else below.
   for lam in (300.0, -300.0):
     expansion = _FIRST.mean() + _FIRST.var() / (2 * lam)
     value = lam * _start(_FIRST, lam)[1]
@@ -197,7 +197,7 @@ def test_weights_are_finite_where_the_exponential_overflows(lam, losses):
   losses = np.array(losses, np.float32)
   gamma, alpha = 0.9, 0.5
   memory = np.float32(-np.inf)
-  # Up, down and up again, so that the memory meets every magnitude.
+  # Losses rise, fall and rise, so that the normalizer has every magnitude.
   for batch in (losses, 0 * losses, losses[::-1], losses):
     weights, memory = _weights(batch, memory, np.float32(lam), gamma, alpha)
     assert weights.dtype == memory.dtype == np.float32
@@ -206,7 +206,7 @@ def test_weights_are_finite_where_the_exponential_overflows(lam, losses):
 
 
 def test_first_weights_are_correct_for_huge_losses():
-  # exp(1e33) of the heaviest: it has all the weight there is, 1 / (gamma alpha).
+  # exp(1e33) dominates: the first example has the whole weight, 1 / (gamma alpha).
   weights, _ = _start([1e30, 1.0, 0.0], 1e-3, 0.9)
   np.testing.assert_allclose(weights, [1 / 0.9, 0, 0], rtol=1e-6)
   weights, _ = _start([1000.0, 999.0, 0.0], 1.0, 0.9)

@@ -145,7 +145,7 @@ def test_adacore_without_curvature_power_is_craig(scope, last_layer):
   setup = _setup()
   craig = adacore.adacore(0.2, curvature=False, last_layer=last_layer)
   # With these betas the bias correction is exact. Gains of pairs of neighbors are equal
-  # in exact arithmetic, so any rounding would decide between them.
+  # in exact arithmetic, so rounding decides between them.
   flat = adacore.adacore(
     0.2,
     hessian_scope=scope,

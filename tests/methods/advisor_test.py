@@ -1,4 +1,4 @@
-"""The advisor network: its gate, its meta gradient, and what it must not touch."""
+"""The advisor network: its gate, its meta gradient, and its constants."""
 
 import functools
 
@@ -48,20 +48,20 @@ def _task():
 
 
 def _loss(params, psi, batch, constants=None):
-  """Mean gated loss, written out; the gate sees `constants` (params) alone."""
-  params_seen = params if constants is None else constants
+  """Mean gated loss; the gate is computed from `constants` (params) if given."""
+  gate_params = params if constants is None else constants
   features = _MODEL.features(params, {}, batch, jax.random.key(2), True)[0]
-  seen = _MODEL.features(params_seen, {}, batch, jax.random.key(2), True)[0]
+  gate_features = _MODEL.features(gate_params, {}, batch, jax.random.key(2), True)[0]
   before = losses_lib.softmax_cross_entropy(
-    _MODEL.head(params_seen, seen), batch["label"]
+    _MODEL.head(gate_params, gate_features), batch["label"]
   )
-  gate = _NET.apply(psi, *jax.lax.stop_gradient((seen, before)))
+  gate = _NET.apply(psi, *jax.lax.stop_gradient((gate_features, before)))
   logits = _MODEL.head(params, features * gate)
   return losses_lib.softmax_cross_entropy(logits, batch["label"]).mean()
 
 
 def _unrolled(psi, inputs):
-  """The clean loss after the virtual step: reverse over reverse."""
+  """The meta loss after the virtual step; differentiated, reverse over reverse."""
   gradient = jax.grad(_loss)(inputs.params, psi, inputs.batch)
   optimizer = optax.sgd(_RATE)
   ahead = hypergradient.lookahead_params(
@@ -73,7 +73,7 @@ def _unrolled(psi, inputs):
 
 @jax.jit
 def _advised(psi, inputs, learning_rate=_RATE):
-  """One step of the method from psi: (psi's meta gradient, gradients)."""
+  """One step of the method from psi: (meta gradient of psi, gradients, state)."""
   method = advisor.advisor(learning_rate, hidden=5, optimizer=optax.sgd(1.0))
   state = method.init(jax.random.key(1), _task(), inputs.params)
   result, after = method.gradients(state._replace(params=psi), _task(), inputs)
@@ -110,7 +110,7 @@ def test_real_step_uses_the_new_gate_as_a_constant(x64):
   gradient = jax.jit(jax.grad(_loss))
   expected = gradient(inputs.params, after.params, inputs.batch)
   chex.assert_trees_all_close(result.grads, expected, rtol=1e-9)
-  # No path from the parameters through the advisor's inputs.
+  # The parameters have no gradient through the advisor's inputs.
   fixed = gradient(inputs.params, after.params, inputs.batch, inputs.params)
   chex.assert_trees_all_close(result.grads, fixed, rtol=1e-9)
 
@@ -144,7 +144,7 @@ def test_network_has_the_released_size_and_initialization():
   psi = net.init(jax.random.key(0), jnp.zeros((1, 64)), jnp.zeros(1))
   gate = advisor.gate(net, psi, jnp.ones((8, 64)), jnp.linspace(0, 5, 8))
   assert gate.shape == (8, 64) and 0.4 < gate.mean() < 0.6
-  # The loss alone tells these eight apart.
+  # These eight examples differ only in their losses.
   assert not np.allclose(gate[0], gate[-1])
 
 

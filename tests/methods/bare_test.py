@@ -1,4 +1,4 @@
-"""BARE: golden vector, a literal reference of both statistics, its edges."""
+"""BARE: golden vector, a reference implementation of both statistics, edge cases."""
 
 import functools
 
@@ -33,7 +33,7 @@ def test_golden_vector_of_the_released_code():
 
 
 def _literal(logits, labels, kappa, statistics):
-  """One example, one class at a time, in NumPy."""
+  """The selection in NumPy, one example and one class at a time."""
   exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
   p = np.clip(exponentials / exponentials.sum(axis=1, keepdims=True), 1e-8, 1 - 1e-8)
   kept = []
@@ -42,7 +42,7 @@ def _literal(logits, labels, kappa, statistics):
       values, lost = p[labels == label, label], 0
     else:
       values, lost = p[:, label], 1
-    # On the threshold itself (one or two examples of a class) rounding would decide.
+    # On the threshold (one or two examples of a class) rounding would decide.
     threshold = values.mean() + kappa * values.std(ddof=lost)
     kept.append(p[i, label] >= threshold - 1e-15 * values.mean())
   return np.array(kept)
@@ -62,7 +62,7 @@ def test_selection_equals_the_literal_rule(statistics, kappa):
 
 
 def _batch_of_a_good_network(noise, rng):
-  """Logits right with confidence 0.95, and labels wrong in a share `noise`."""
+  """Correct logits with confidence 0.95, and a share `noise` of wrong labels."""
   truth = rng.integers(10, size=128)
   logits = rng.normal(0, 0.3, (128, 10)) + 5.2 * np.eye(10)[truth]
   wrong = rng.random(128) < noise
@@ -82,7 +82,7 @@ def test_default_statistic_keeps_clean_examples(noise):
       if name == "batch_column":
         assert not kept[~clean].any()
   assert np.mean(recall["batch_column"]) > 0.98
-  if noise < 0.6:  # at most half of a class can pass, and 1 - noise of it is clean
+  if noise < 0.6:  # At most half of a class is selected; 1 - noise of it is clean.
     assert np.mean(recall["own_label"]) < 0.6
 
 
@@ -121,7 +121,7 @@ def test_equal_posteriors_are_all_selected_on_any_number_of_devices(statistics):
   for scale in (0.1, 1.0, 3.0, 10.0, 100.0):
     logits = jnp.tile(scale * rng.normal(size=10).astype(np.float32), (96, 1))
     assert alone(logits, labels).all() and sharded(logits, labels).all()
-    # The same probabilities but for the order in which their sum was taken.
+    # The same probabilities except for the order of their summation.
     others = jnp.asarray(rng.permuted(logits[:, 1:], axis=1))
     shuffled = jnp.concatenate([logits[:, :1], others], axis=1)
     assert alone(shuffled, 0 * labels).all()
@@ -193,7 +193,7 @@ def test_step_uses_the_selected_examples(size):
   logits, _ = problem.forward(params, {}, batch, None, False)
   kept = bare.select(logits, jnp.asarray(batch["label"]))
   np.testing.assert_allclose(result.metrics["kept_share"], kept.mean())
-  if size == 1:  # Nothing is kept, so that all is trained on.
+  if size == 1:  # Nothing is selected, so all examples are used.
     assert result.metrics["kept_share"] == 0 and result.weights == 1
 
 

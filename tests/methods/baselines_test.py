@@ -1,4 +1,4 @@
-"""The weights of each baseline, by hand."""
+"""The weights of each baseline against hand-computed values, and its loss."""
 
 import dataclasses
 import functools
@@ -101,7 +101,7 @@ def _assert_is_gradient_of(result, batch, weights):
       baselines.class_proportion("official_code"),
       np.array([0.4, 0.7, 0.9])[_LABELS],
     ),
-    # Two of the minority, so the first two of the majority: its ties are exact.
+    # Two of the minority, hence the first two of the majority, since all are tied.
     (
       baselines.hard_mining("official_code"),
       np.array([1, 1, 0, 1, 0, 1]) / 4,
@@ -131,7 +131,7 @@ def test_random_weights_are_rectified_noise_that_sums_to_one():
 
 
 def _brute_force(values, majority):
-  """All of the minority, and as many of the majority, hardest first."""
+  """All minority examples, and as many of the hardest majority examples."""
   kept = ~majority
   wanted = max(kept.sum(), 1)
   for i in sorted(np.flatnonzero(majority), key=lambda i: (-values[i], i))[:wanted]:
@@ -192,7 +192,7 @@ def test_fine_tuning_switches_exactly(first):
   method = baselines.fine_tuning(3, first)
   initial = _run(first or baselines.uniform())
   watched = initial.weights @ initial.losses
-  # Both phases return the same fields, for they are branches of one program.
+  # Both phases return the same fields, because they are branches of `lax.cond`.
   healthy = {"fault": jnp.zeros((), jnp.int32), "zero_slope": jnp.array(False)}
   initial = initial._replace(metrics={}, value=watched, **healthy)
   clean = _run(baselines.clean_only())._replace(**healthy)
@@ -237,7 +237,7 @@ def test_resampling_starts_at_its_epoch(epoch, is_balanced):
   drawn = np.bincount(labels[rows], minlength=3)
   if is_balanced:
     np.testing.assert_array_equal(drawn, [66, 66, 66])
-    assert len(np.unique(rows)) < 198  # The rarest class has only ten to draw from.
+    assert len(np.unique(rows)) < 198  # The rarest class has only ten examples.
   else:
     np.testing.assert_array_equal(np.sort(rows), np.arange(200))
     assert (rows != np.arange(200)).any()

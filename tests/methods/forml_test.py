@@ -1,4 +1,4 @@
-"""FORML: its first-order identity, its weights that stay, its guards."""
+"""FORML: its first-order identity, persistent weights, edge cases."""
 
 import functools
 
@@ -129,7 +129,7 @@ def _squared(params, batch):
 
 
 def _two_groups(targets, objective, weights=(1.0, 1.0)):
-  """Two parameters, one a group: example i helps group i alone."""
+  """Two parameters, one per group: example i lowers only the loss of group i."""
   batch = {"x": jnp.eye(2), "y": jnp.ones(2)}
   exemplars = {"x": jnp.eye(2), "y": jnp.asarray(targets)}
   return forml.example_weights(
@@ -177,7 +177,7 @@ def test_all_zero_weights_stay_finite():
   np.testing.assert_allclose(
     forml.update_weights(weights, gradient, 1 / 15), [1.0, 0.0], rtol=1e-5
   )
-  # From zero the guard leaves the look-ahead where it is: no NaN, and a way back.
+  # Zero weights give no look-ahead step and no NaN, and can become positive.
   result = _two_groups([1.0, 3.0], group_objectives.worst, (0.0, 0.0))
   np.testing.assert_allclose(result.weights, [0.0, 1.0])
 
@@ -248,7 +248,7 @@ def test_weights_are_stored_per_example_in_units_of_the_uniform_weight():
   weighted = jax.grad(lambda p: jnp.sum(result.weights * _losses_fn(p, _BATCH)))
   chex.assert_trees_all_close(result.grads, weighted(_params()), rtol=1e-4, atol=1e-6)
   np.testing.assert_allclose(result.metrics["objective"], expected.objective, rtol=1e-5)
-  # The next visit starts where this one ended.
+  # The next update starts from the stored weights.
   again, _ = run(state, _BATCH)
   expected = _run(_objective("worst"), result.weights)
   np.testing.assert_allclose(again.weights, expected.weights, rtol=1e-4)
@@ -257,7 +257,7 @@ def test_weights_are_stored_per_example_in_units_of_the_uniform_weight():
 @pytest.mark.parametrize("num_devices", [2, 4])
 @pytest.mark.parametrize("repeats", [False, True])
 def test_weights_and_state_do_not_depend_on_the_number_of_devices(num_devices, repeats):
-  """Exemplars shared out among the devices, or repeated on each of them."""
+  """Exemplars are divided among the devices, or repeated on each of them."""
   batch = _examples(5, 8)
   method = forml.forml(_ETA, "gap", inner_learning_rate=_ALPHA)
 

@@ -1,4 +1,4 @@
-"""Group DRO: its two steps, groups that a batch lacks, who wins in the end."""
+"""Group DRO: its two steps, absent groups, and long runs."""
 
 import functools
 import types
@@ -18,7 +18,7 @@ from l2rw_jax.models import mlp
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 _LOSSES = np.array([1.0, 3.0, 5.0, 0.5, 2.5, 0.1])
-_GROUPS = np.array([0, 0, 1, 3, 1, 3])  # Nobody of group 2.
+_GROUPS = np.array([0, 0, 1, 3, 1, 3])  # Group 2 is absent.
 
 _weights = jax.jit(group_dro.example_weights)
 
@@ -28,7 +28,7 @@ def _uniform(size=4):
 
 
 def _published(losses, groups, q, eta, adjustments=0.0):
-  """The printed algorithm, a group at a time, in NumPy."""
+  """The published algorithm in NumPy, one group at a time."""
   q, weights = np.array(q, float), np.zeros(len(losses))
   adjustments = np.broadcast_to(adjustments, q.shape)
   for g in np.unique(groups):
@@ -66,7 +66,7 @@ def test_absent_group_keeps_its_share():
   weights, log_q = _weights(_LOSSES, _GROUPS, jnp.log(q), 0.1, adjustments=5.0)
   result = np.exp(log_q)
   np.testing.assert_allclose(weights.sum(), 1 - result[2], rtol=1e-6)
-  # Neither its loss, of which nothing is known, nor the adjustment moves it.
+  # Neither its loss, which is unknown, nor the adjustment changes it.
   grown = 0.1 * (np.array([2.0, 3.75, 0.3]) + 5.0)
   present = [0, 1, 3]
   np.testing.assert_allclose(

@@ -1,4 +1,4 @@
-"""Where a careless L2RW would be silently wrong."""
+"""L2RW: cases in which a naive implementation is silently wrong."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""One look at a batch, whatever library the network is written in.
+"""L2RW with networks of several libraries.
 
 Each network has BatchNorm in training mode where its library has one, and is
 compared with the literal derivative through the unrolled step.
@@ -124,7 +124,7 @@ class _EquinoxNet(eqx.Module):
   first: eqx.nn.Linear
   norm: eqx.nn.BatchNorm
   last: eqx.nn.Linear
-  activation: Any  # Not an array: `partition` has to take it out.
+  activation: Any  # Not an array: `partition` has to separate it.
 
   def __init__(self, key):
     first, last = jax.random.split(key)

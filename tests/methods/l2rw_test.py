@@ -1,4 +1,4 @@
-"""L2RW: the paper's equations, its guards, and the drop-in gradient."""
+"""L2RW: the paper's equations, edge cases, and `weighted_value_and_grad`."""
 
 import functools
 

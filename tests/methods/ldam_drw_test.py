@@ -1,4 +1,4 @@
-"""LDAM-DRW: its margins, its losses, its late switch, what it goes with."""
+"""LDAM-DRW: margins, losses, deferred balancing, combination with other methods."""
 
 import functools
 import types
@@ -42,7 +42,7 @@ def test_margins_of_classes_with_one_or_no_example():
 
 
 def _literal(z, label, hinge):
-  """Of one example in double precision, as the paper prints it, scale 30."""
+  """Loss of one example in double precision by the paper's formula, scale 30."""
   others = np.delete(z, label)
   label_cosine = z[label] - _MARGINS[label]
   if hinge:
@@ -89,7 +89,7 @@ def test_losses_of_extreme_cosines_are_finite():
   result = _run_both(np.repeat(rows, 3, 0), np.tile(np.arange(3), 4), _MARGINS)
   for leaf in jax.tree.leaves(result):
     assert np.isfinite(leaf).all()
-  # By hand: the first row's label is class 0, 2 - 1/6 above the others.
+  # The label of the first row is class 0, which is 2 - 1/6 above the others.
   assert result[0][False][0] == pytest.approx(
     np.log1p(2 * np.exp(-30 * (2 - 1 / 6))), abs=1e-6
   )
@@ -117,7 +117,7 @@ _EFFECTIVE = (1 - 0.9**_COUNTS) / (1 - 0.9)
 
 @functools.cache
 def _learner(cosine=True, counts=tuple(_COUNTS)):
-  """A task, and what is needed for a step of it."""
+  """A learning problem and the inputs of a step."""
   model = classifier.Classifier(mlp.MLP(3, (5,), cosine), 3)
   problem = model.problem(class_counts=np.array(counts), num_examples=98, num_steps=9)
   batch = {

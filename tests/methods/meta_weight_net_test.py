@@ -1,4 +1,4 @@
-"""Meta-Weight-Net: its gradient by definition, the variants, the released sizes."""
+"""Meta-Weight-Net: its gradient, the variants of the releases, their sizes."""
 
 import functools
 
@@ -54,7 +54,7 @@ def _problem(dtype=np.float64):
 
 
 def _unrolled(phi, params, batch, meta_batch, normalization, detached, optimizer):
-  """M(step(grad of the weighted loss)) as it is written in the paper."""
+  """M(step(gradient of the weighted loss)), the definition in the paper."""
 
   def weighted_loss(params):
     losses = _losses_fn(params, batch)
@@ -72,7 +72,7 @@ def _unrolled(phi, params, batch, meta_batch, normalization, detached, optimizer
 @pytest.mark.parametrize(("normalization", "detached"), _VARIANTS)
 @pytest.mark.parametrize(
   "optimizer",
-  # A large eps: a fresh Adam otherwise takes the same step whatever the gradient.
+  # A large eps, because a fresh Adam otherwise ignores the size of the gradient.
   [optax.sgd(_RATE), optax.adam(_RATE, eps=1.0)],
   ids=["sgd", "adam"],
 )
@@ -226,7 +226,7 @@ def test_presets_match_the_releases(name):
   one, other = 1 + 5e-4 * 2, 5e-4 * 2
   momentum = other + 0.9 * one
   nesterov = np.array([one + 0.9 * one, other + 0.9 * momentum])
-  # Adam: the decay of 2e-4 joins the gradient, and so both moments.
+  # Adam: the decay of 2e-4 is added to the gradient, and so enters both moments.
   one, other = 1 + 2e-4, 2e-4
   mean = (0.9 * 0.1 * one + 0.1 * other) / (1 - 0.9**2)
   square = (0.999 * 1e-3 * one**2 + 1e-3 * other**2) / (1 - 0.999**2)
@@ -326,7 +326,7 @@ def test_network_is_updated_every_so_many_steps():
 
 
 def test_network_learns_small_weights_for_large_losses():
-  """Half the labels are wrong: after lessons, V falls with the loss."""
+  """Half of the labels are wrong: V learns to decrease with the loss."""
   rng = np.random.default_rng(0)
   x = rng.normal(size=(200, 5)).astype(np.float32)
   label = (x[:, 0] > 0).astype(np.int32)

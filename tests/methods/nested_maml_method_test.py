@@ -20,7 +20,7 @@ _loss = few_shot.Learner(None, _CLASSES, 1).loss
 
 
 def _forward(params, model_state, batch, key, train):
-  """Logits [T, Q, C]; that tasks adapt is the business of the formulas above."""
+  """Logits [T, Q, C] without adaptation, which other tests cover."""
   del key, train
   return jnp.tanh(batch["x"] @ params["w"]) @ params["v"], model_state
 

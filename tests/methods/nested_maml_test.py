@@ -1,4 +1,4 @@
-"""NestedMAML: the published equations, its shared weights, its guards."""
+"""NestedMAML: the published equations, shared weights, the method in the loop."""
 
 import functools
 

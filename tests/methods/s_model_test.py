@@ -1,4 +1,4 @@
-"""The S-model: its loss, its two gradients, when its layer is on and what it learns."""
+"""The S-model: its loss, its two gradients, and the learned layer."""
 
 import functools
 import types
@@ -68,9 +68,7 @@ def test_gradients_equal_finite_differences():
 @pytest.mark.parametrize("num_logits", [1, 3])
 @pytest.mark.parametrize("layer_scale", [0, 1e4, 1e30])
 @pytest.mark.parametrize("scale", [0, 1e4, 1e30])
-def test_loss_is_finite_for_finite_logits_and_layer(
-  scale, layer_scale, num_logits
-):
+def test_loss_is_finite_for_finite_logits_and_layer(scale, layer_scale, num_logits):
   logits, labels, layer = _draw(2, num_logits=num_logits)
   given = scale * logits.astype(np.float32), layer_scale * layer.astype(np.float32)
 
@@ -175,7 +173,7 @@ def test_step_updates_network_and_layer_on_the_same_loss(num_logits):
 
 @pytest.mark.parametrize("initial", s_model.INITIALS)
 def test_layer_is_inactive_and_constant_before_its_epoch(initial):
-  # Decay would move a layer that only had no gradient.
+  # Weight decay would change a layer whose gradient is 0.
   method = s_model.s_model(
     optimizer=optax.adamw(0.1, weight_decay=0.1), from_epoch=2, initial=initial
   )
@@ -208,7 +206,7 @@ def test_layer_is_inactive_and_constant_before_its_epoch(initial):
 def test_class_that_is_never_predicted_has_finite_logits():
   method = s_model.s_model(from_epoch=1, initial="confusion")
   view = _view(1)
-  zero = jax.tree.map(jnp.zeros_like, view.params)  # Predicts class 0 for all.
+  zero = jax.tree.map(jnp.zeros_like, view.params)  # Predicts class 0 for all examples.
   view = types.SimpleNamespace(**{**vars(view), "params": zero})
   state = method.refresh(_begin(method), _task(), view)
   result, after = method.gradients(state, _task(), _inputs())

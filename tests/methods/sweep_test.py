@@ -1,4 +1,4 @@
-"""What holds for every method: any number of devices, runs side by side, state."""
+"""Properties of every method: number of devices, runs side by side, state."""
 
 import functools
 
@@ -37,7 +37,7 @@ _OUTER = optax.sgd(0.3, momentum=0.9)
 
 
 def _selected(method):
-  """As after a selection, of which an update sees the weights alone."""
+  """A state as after a selection; an update uses only its weights."""
 
   def init(key, problem, params):
     weights = jnp.linspace(0, 2, problem.num_examples)
@@ -46,9 +46,9 @@ def _selected(method):
   return method._replace(init=init)
 
 
-# Plain SGD: a meta gradient too large by the number of devices would show.
+# Plain SGD, so that a meta gradient with a wrong scale is noticed.
 _META = optax.sgd(3.0)
-# Add a method here, with settings under which it does something in four steps.
+# Add a method here, with settings that have an effect within four steps.
 _METHODS = {
   "uniform": baselines.uniform(),
   "random": baselines.random(),
@@ -155,7 +155,7 @@ def _initial(name, seed=0):
 
 def _step_fn(name, axis_name):
   def step(state, batch, meta_batch):
-    # The loop's own step, and what the method told it.
+    # The loop's step and the gradients that the method returned.
     told = []
 
     def gradients(*given):
@@ -179,7 +179,7 @@ def _step_fn(name, axis_name):
 
 @functools.cache
 def _history(name, num_devices, seed=0):
-  """`Gradients` of every update and the last state; None is jit without an axis."""
+  """`Gradients` of every update and the last state; None runs jit without an axis."""
   state = _initial(name, seed)
   if num_devices is None:
     step_fn = jax.jit(_step_fn(name, None))
@@ -255,7 +255,7 @@ def test_steps_cover_both_phases_of_fine_tuning_and_hard_mining():
 
 @pytest.mark.parametrize("name", _METHODS)
 def test_methods_can_be_traced_under_an_explicit_mesh(name):
-  # What JAX refuses there, it refuses while tracing; `formulas_sweep_test` compares
+  # JAX reports errors of sharding while tracing; `formulas_sweep_test` compares
   # the numbers of the formulas.
   mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
   spread = jax.sharding.NamedSharding(mesh, jax.P("data"))

@@ -1,4 +1,4 @@
-"""WarPI: golden vectors, the meta gradient by definition, draws and ablation."""
+"""WarPI: golden vectors, the meta gradient, draws, and the ablation."""
 
 import chex
 import jax
@@ -128,7 +128,7 @@ def _meta_losses_fn(params, batch):
 
 
 def _unrolled(phi, params, batch, meta_batch, noise):
-  """The released three steps, written out: reverse over reverse."""
+  """The three released steps; the meta step is reverse over reverse."""
 
   def inner(params):
     logits = _logits_fn(params, batch)
@@ -206,7 +206,7 @@ def _step(method, seed=0, outputs=_C, details=False):
 
 
 def _written_out(phi, params, batch, noise):
-  """The rectified mean loss of `_step`'s classifier, phi's inputs held constant."""
+  """Rectified mean loss of the classifier in `_step`; the inputs of phi are constant."""
   model = classifier.Classifier(mlp.MLP(_C, (4,)), _C)
   logits, _ = model.forward(params, {}, batch, jax.random.key(0), True)
   net = warpi.RectifierNet(_C, hidden=5)

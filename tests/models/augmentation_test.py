@@ -1,4 +1,4 @@
-"""Crops, flips and scaling: by hand, by frequency, on any number of devices."""
+"""Crops, flips and scaling: values, frequencies, number of devices."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def test_crops_are_uniform_over_windows_of_the_padded_image(padding):
   counts = [0] * 9
   for crop in np.asarray(result, padded.dtype):
     counts[windows.index(crop.tobytes())] += 1
-  # 200 each, deviation 13.3.
+  # 200 each, with a standard deviation of 13.3.
   assert min(counts) > 140 and max(counts) < 260
 
 
@@ -39,7 +39,7 @@ def test_half_of_the_images_are_mirrored_left_to_right():
   mirrored = (result == np.asarray(images)[:, :, ::-1]).all((1, 2, 3))
   same = (result == np.asarray(images)).all((1, 2, 3))
   assert (mirrored ^ same).all()
-  assert 437 < mirrored.sum() < 563  # Four deviations.
+  assert 437 < mirrored.sum() < 563  # Four standard deviations.
 
 
 def test_scaling_matches_hand_computed_values():
@@ -55,7 +55,7 @@ def test_scaling_matches_hand_computed_values():
   np.testing.assert_allclose(
     augmentation.standardize(pair).ravel(), [-1, 1, 0, 0], atol=1e-6
   )
-  # A nearly flat image is divided by 1 / sqrt(2), not by its deviation.
+  # A nearly constant image is divided by 1 / sqrt(2), not by its deviation.
   flat = jnp.array([0.0, 0.2]).reshape(1, 1, 2, 1)
   np.testing.assert_allclose(
     augmentation.standardize(flat).ravel(), [-0.1 * 2**0.5, 0.1 * 2**0.5], rtol=1e-5

@@ -1,4 +1,4 @@
-"""A network and a loss as the pure functions of a task."""
+"""A network and a loss as the pure functions of a problem."""
 
 import jax
 import jax.numpy as jnp

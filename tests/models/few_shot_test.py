@@ -1,4 +1,4 @@
-"""The few-shot learner: MAML's equations, its labels and its mistakes."""
+"""The few-shot learner: MAML's equations, labels, and errors."""
 
 import functools
 
@@ -20,7 +20,7 @@ _WAYS, _SHOTS, _QUERIES = 3, 2, 4
 
 
 class _Net(nn.Module):
-  """Smooth, so that finite differences hold."""
+  """A smooth network, for finite differences."""
 
   num_outputs: int = _WAYS
 
@@ -127,7 +127,9 @@ def test_second_order_gradient_equals_finite_differences():
 
 
 def test_evaluation_uses_its_number_of_steps_for_any_number_of_tasks():
-  batch = _batch(num_tasks=23)  # More than are adapted side by side, not a multiple.
+  batch = _batch(
+    num_tasks=23
+  )  # More tasks than one evaluation batch, and not a multiple of it.
   learner = _learner(num_inner_steps=1, num_test_steps=3)
   params, _ = learner.init(jax.random.key(1), batch)
   result = _losses(learner, params, batch, train=False)

@@ -1,4 +1,4 @@
-"""The grid and the recorded rows a mentor is fitted to, and the fit."""
+"""Fitting a mentor: rows of the grid, rows of recorded losses, the fit."""
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ def test_grid_equals_the_released_grid():
   np.testing.assert_allclose(losses, [*tenths, *range(10, 30)], rtol=1e-6)
   differences = np.unique(rows.differences)
   np.testing.assert_allclose(differences, np.arange(-50, 50) / 10, atol=1e-6)
-  assert 0 in differences  # On which side of 0 a difference lies is all it says.
+  assert 0 in differences  # Only the sign of a difference carries information.
   np.testing.assert_array_equal(np.unique(rows.epochs), range(100))
   assert not rows.labels.any()
   np.testing.assert_array_equal(rows.targets, rows.differences <= 0)

@@ -1,4 +1,4 @@
-"""A mentor comes back from its file as it was, or one line says why not."""
+"""Files of mentors: round trips, and one-line errors."""
 
 import functools
 import hashlib
@@ -111,7 +111,7 @@ def test_missing_folder_is_refused(tmp_path):
 
 
 def _with_checksum(path, change):
-  """Writes the mentor changed, with a checksum of what it then holds."""
+  """Changes the file of a mentor and updates its checksum."""
   record = json.loads(path.read_text())
   del record["sha256"]
   change(record)

@@ -1,4 +1,4 @@
-"""MentorNet's curricula by hand, its moving percentile, dropout, and a student step."""
+"""MentorNet: curricula, moving percentile, dropout, and a student's step."""
 
 import functools
 
@@ -61,7 +61,9 @@ def test_curricula_of_extreme_losses_lie_between_0_and_1(name, loss):
   ("percentile", "expected"),
   [(0, 1), (12.4, 1), (12.5, 1), (12.6, 2), (50, 3), (70, 4), (75, 4), (100, 5)],
 )
-def test_percentile_is_the_nearest_loss_and_the_lower_one_at_a_tie(percentile, expected):
+def test_percentile_is_the_nearest_loss_and_the_lower_one_at_a_tie(
+  percentile, expected
+):
   losses = jnp.array([3.0, 5.0, 1.0, 4.0, 2.0])
   result = mentornet.moving_percentile(0.0, losses, percentile, decay=0.0)
   assert result == expected
@@ -89,7 +91,7 @@ def test_dropout_keeps_an_exact_number(size, rate):
   weights = jnp.linspace(0.5, 1, size)
   drop = jax.jit(mentornet.example_dropout)
   result = np.asarray(drop(jax.random.key(0), weights, rate))
-  # In whole hundredths, where floating point cannot err.
+  # In whole hundredths, which avoids rounding.
   assert np.count_nonzero(result) == size * (100 - round(100 * rate)) // 100
   np.testing.assert_array_equal(result[result > 0], weights[result > 0])
 
@@ -129,7 +131,9 @@ def test_epoch_percent(step, num_steps, expected):
     ("dd_inception", (80, 60, 50), 18, True, 0.05),
   ],
 )
-def test_presets_match_the_released_commands(name, percentiles, burn_in, fixed, late_rate):
+def test_presets_match_the_released_commands(
+  name, percentiles, burn_in, fixed, late_rate
+):
   for noise, percentile in zip((0.2, 0.4, 0.8), percentiles, strict=True):
     result = mentornet.preset(name, noise)
     assert result["percentile"] == percentile
@@ -173,7 +177,7 @@ def test_bad_names_and_shapes_are_refused():
     mentornet.moving_percentile(0.0, jnp.ones((2, 2)), 75)
 
 
-# A student of two parameters whose losses can be told by hand: l_i = p . x_i + b.
+# A student of two parameters with simple losses: l_i = p . x_i + b.
 _X = np.array([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0], [0.0, 4.0]], np.float32)
 _PARAMS = {"p": np.ones((2, 1), np.float32), "b": np.zeros(1, np.float32)}
 
@@ -239,7 +243,7 @@ def _reports_epoch(losses, differences, labels, epoch):
 @pytest.mark.parametrize(
   ("burn_in", "fixed", "expected"),
   [
-    # While e < 17 the weight is 1; at 17 the curriculum is asked already.
+    # For e < 17 the weight is 1; from 17 on the curriculum is used.
     (18, False, {0: 1, 16: 1, 17: 17, 18: 18, 19: 19, 99: 99}),
     (18, True, {0: 1, 16: 1, 17: 17, 18: 18, 19: 18, 99: 18}),
     (0, True, {0: 0, 50: 0, 99: 0}),

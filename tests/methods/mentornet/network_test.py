@@ -1,4 +1,4 @@
-"""The mentor's network against NumPy, its quirks, and weights of any loss."""
+"""The mentor's network against NumPy, and weights of extreme losses."""
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ def _reference(variables, compat, losses, differences, labels=_LABELS, epochs=_E
 @pytest.mark.parametrize("compat", mentornet_network.COMPAT)
 def test_network_equals_numpy(compat, history):
   network, variables = _init(compat, history)
-  # Biases that start at 0 would hide where they enter.
+  # With biases of 0 the test would not notice where they are added.
   leaves, structure = jax.tree.flatten(jax.device_get(variables))
   rng = np.random.default_rng(5)
   leaves = [rng.normal(size=x.shape).astype(np.float32) for x in leaves]
@@ -110,7 +110,7 @@ def test_epoch_is_a_scalar_or_per_example():
 def test_weights_of_extreme_losses_lie_between_0_and_1(compat):
   network, variables = _init(compat)
   mentor = mentornet_network.Mentor("pd", network, variables)
-  # Times 10: sums of opposite infinities would show.
+  # Scaled by 10, so that inf - inf would occur without clipping.
   large = jax.tree.map(lambda x: 10 * x, variables)
   bold = mentornet_network.Mentor("pd", network, large)
   for loss in (0.0, 1e4, 3.4e38):
@@ -118,7 +118,7 @@ def test_weights_of_extreme_losses_lie_between_0_and_1(compat):
     for ask, sign in ((jax.jit(mentor), 1), (jax.jit(bold), -1)):
       weights = ask(losses, sign * losses, None, 3)
       assert ((weights >= 0) & (weights <= 1)).all()
-  # A loss that is no number is not hidden.
+  # A NaN loss gives a NaN weight.
   assert np.isnan(mentor(np.full(3, np.nan), losses, None, 3)).all()
 
 
@@ -152,7 +152,7 @@ def test_a_mentor_is_a_curriculum():
   method = mentornet.mentornet(mentor, percentile=50, decay=0.0)
   result, percentile = method.gradients(jnp.array(0.0), problem, inputs)
   np.testing.assert_allclose(percentile, 0.7)
-  # A mentor of no classes is shown label 0, at percent 40 of the run.
+  # A mentor without classes gets label 0, at percent 40 of the run.
   differences, labels, epochs = _LOSSES - 0.7, np.zeros(3, int), np.full(3, 40)
   expected = _sigmoid(
     np.array(
