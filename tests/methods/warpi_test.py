@@ -206,7 +206,7 @@ def _step(method, seed=0, outputs=_C, details=False):
 
 
 def _written_out(phi, params, batch, noise):
-  """Rectified mean loss of the classifier in `_step`; the inputs of phi are constant."""
+  """Rectified mean loss of the classifier in `_step`; inputs of phi are constant."""
   model = classifier.Classifier(mlp.MLP(_C, (4,)), _C)
   logits, _ = model.forward(params, {}, batch, jax.random.key(0), True)
   net = warpi.RectifierNet(_C, hidden=5)
