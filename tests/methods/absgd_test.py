@@ -225,8 +225,8 @@ def test_weights_are_constant_and_support_vmap():
     weights, memory = absgd.example_weights(losses, memory, lam, gamma=1.0)
     return jnp.sum(weights**2) + jnp.where(jnp.isfinite(memory), memory, 0)
 
-  slopes = jax.grad(total, argnums=(0, 1, 2))(jnp.array(_FIRST), -jnp.inf, 2.0)
-  assert not any(np.any(x) for x in slopes)
+  gradients = jax.grad(total, argnums=(0, 1, 2))(jnp.array(_FIRST), -jnp.inf, 2.0)
+  assert not any(np.any(x) for x in gradients)
   lams = jnp.array([2.0, -2.0, jnp.inf])
   weights, memory = jax.vmap(
     lambda lam: absgd.example_weights(jnp.array(_FIRST), -jnp.inf, lam, gamma=1.0)

@@ -107,7 +107,13 @@ def _assert_is_gradient_of(result, batch, weights):
       np.array([1, 1, 0, 1, 0, 1]) / 4,
     ),
   ],
-  ids=["uniform", "resampling", "proportion", "proportion_code", "mining_code"],
+  ids=[
+    "uniform",
+    "resampling",
+    "class_proportion",
+    "class_proportion_code",
+    "mining_code",
+  ],
 )
 def test_weights_match_hand_computed_values(method, weights):
   result = _run(method)

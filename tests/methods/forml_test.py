@@ -196,8 +196,8 @@ def test_no_gradient_flows_through_the_weights():
     )
     return jnp.sum(result.weights * jnp.arange(_B))
 
-  slopes = jax.jit(jax.grad(total))(_params())
-  assert not any(x.any() for x in jax.tree.leaves(slopes))
+  gradients = jax.jit(jax.grad(total))(_params())
+  assert not any(x.any() for x in jax.tree.leaves(gradients))
 
 
 def test_nan_is_reported():

@@ -160,8 +160,8 @@ def test_weights_are_constant_and_support_vmap():
     weights, log_q = group_dro.example_weights(losses, jnp.array(_GROUPS), log_q, 0.5)
     return jnp.sum(weights**2) + jnp.sum(log_q**2)
 
-  slopes = jax.grad(total, argnums=(0, 1))(jnp.array(_LOSSES), _uniform())
-  assert not any(np.any(x) for x in slopes)
+  gradients = jax.grad(total, argnums=(0, 1))(jnp.array(_LOSSES), _uniform())
+  assert not any(np.any(x) for x in gradients)
   rates = jnp.array([0.0, 0.5])
   result = jax.vmap(lambda eta: _weights(_LOSSES, _GROUPS, _uniform(), eta))(rates)
   for row, eta in enumerate(rates):

@@ -59,8 +59,8 @@ def _both(cosines, labels, margins):
       True: ldam_drw.ldam_hinge(z, labels, margins),
     }
 
-  slopes = jax.jacrev(lambda z: jax.tree.map(jnp.sum, values(z)))(cosines)
-  return values(cosines), slopes
+  gradients = jax.jacrev(lambda z: jax.tree.map(jnp.sum, values(z)))(cosines)
+  return values(cosines), gradients
 
 
 _run_both = jax.jit(_both)
@@ -70,7 +70,7 @@ _run_both = jax.jit(_both)
 def test_losses_and_gradients_match_the_formulas_and_finite_differences():
   cosines = np.random.default_rng(0).uniform(-1, 1, size=(_B, 3))
   labels = np.arange(_B) % 3
-  result, slopes = _run_both(cosines, labels, _MARGINS)
+  result, gradients = _run_both(cosines, labels, _MARGINS)
   for hinge in (False, True):
     expected = [_literal(*given, hinge) for given in zip(cosines, labels, strict=True)]
     np.testing.assert_allclose(result[hinge], expected, rtol=1e-10, atol=1e-12)
@@ -81,7 +81,7 @@ def test_losses_and_gradients_match_the_formulas_and_finite_differences():
     )
     for hinge in (False, True):
       difference = (above[hinge] - below[hinge]) / 2e-6
-      np.testing.assert_allclose(slopes[hinge] @ column, difference, atol=1e-6)
+      np.testing.assert_allclose(gradients[hinge] @ column, difference, atol=1e-6)
 
 
 def test_losses_of_extreme_cosines_are_finite():

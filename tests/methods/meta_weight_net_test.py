@@ -112,7 +112,7 @@ def test_gradient_equals_finite_differences(x64, normalization, detached):
   }
 
   @jax.jit
-  def lesson(phi):
+  def meta_gradient(phi):
     return meta_weight_net.network_gradient(
       _NET.apply, phi, _losses_fn, *rest, **options
     )
@@ -121,7 +121,7 @@ def test_gradient_equals_finite_differences(x64, normalization, detached):
   def meta_loss(phi):
     return _unrolled(phi, *rest, **options)
 
-  result = lesson(phi).gradient
+  result = meta_gradient(phi).gradient
   rng = np.random.default_rng(1)
   for _ in range(3):
     along = jax.tree.map(lambda x: rng.normal(size=x.shape), phi)
@@ -273,7 +273,7 @@ def test_weights_use_the_updated_network(normalization, detached):
   losses_fn, before, after, result, inputs = _factory_step(
     normalization=normalization, detached=detached
   )
-  lesson = meta_weight_net.network_gradient(
+  meta_gradient = meta_weight_net.network_gradient(
     _NET.apply,
     before.params,
     losses_fn,
@@ -284,7 +284,9 @@ def test_weights_use_the_updated_network(normalization, detached):
     normalization=normalization,
     detached=detached,
   )
-  expected = jax.tree.map(lambda p, g: p - 50 * g, before.params, lesson.gradient)
+  expected = jax.tree.map(
+    lambda p, g: p - 50 * g, before.params, meta_gradient.gradient
+  )
   chex.assert_trees_all_close(after.params, expected, rtol=1e-4, atol=1e-6)
   losses = losses_fn(inputs.params, inputs.batch)
   old, new = (

@@ -76,8 +76,10 @@ def test_loss_is_finite_for_finite_logits_and_layer(scale, layer_scale, num_logi
     values = s_model.s_model_loss(logits, jnp.asarray(labels), layer)
     return values.sum(), values
 
-  (_, values), slopes = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(*given)
-  assert base.all_finite((values, slopes))
+  (_, values), gradients = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(
+    *given
+  )
+  assert base.all_finite((values, gradients))
   assert (values >= 0).all()
 
 
@@ -161,10 +163,10 @@ def test_step_updates_network_and_layer_on_the_same_loss(num_logits):
     return s_model.s_model_loss(logits, inputs.batch["label"], layer).mean()
 
   result, after = method.gradients(state, problem, inputs)
-  slopes = jax.grad(mean, argnums=(0, 1))(inputs.params, state.logits)
-  chex.assert_trees_all_close(result.grads, slopes[0], rtol=1e-4, atol=1e-7)
-  np.testing.assert_allclose(after.logits, state.logits - 0.5 * slopes[1], rtol=1e-5)
-  assert np.abs(slopes[1]).max() > 1e-3
+  gradients = jax.grad(mean, argnums=(0, 1))(inputs.params, state.logits)
+  chex.assert_trees_all_close(result.grads, gradients[0], rtol=1e-4, atol=1e-7)
+  np.testing.assert_allclose(after.logits, state.logits - 0.5 * gradients[1], rtol=1e-5)
+  assert np.abs(gradients[1]).max() > 1e-3
   np.testing.assert_allclose(result.losses.mean(), mean(inputs.params, state.logits))
   np.testing.assert_allclose(result.weights, np.full(6, 1 / 6), rtol=1e-6)
   np.testing.assert_allclose(result.metrics["transition_diagonal"], 0.8, rtol=1e-5)

@@ -156,11 +156,11 @@ def _initial(name, seed=0):
 def _step_fn(name, axis_name):
   def step(state, batch, meta_batch):
     # The loop's step and the gradients that the method returned.
-    told = []
+    returned = []
 
     def gradients(*given):
       result, method_state = _METHODS[name].gradients(*given)
-      told.append(result)
+      returned.append(result)
       return result, method_state
 
     new_state, _ = step_lib.train_step(
@@ -172,7 +172,7 @@ def _step_fn(name, axis_name):
       method=_METHODS[name]._replace(gradients=gradients),
       optimizer=_OUTER,
     )
-    return new_state, told[0]
+    return new_state, returned[0]
 
   return step
 
