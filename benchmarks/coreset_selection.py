@@ -36,7 +36,6 @@ from l2rw_jax.data import noisy_labels
 from l2rw_jax.data import sources
 from l2rw_jax.io import workdir
 from l2rw_jax.methods import adacore
-from l2rw_jax.methods import adacore_table
 from l2rw_jax.methods import baselines
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
@@ -110,10 +109,10 @@ class Training:
     view = base.EpochView(
       0, 0, state.params, state.model_state, self._train, np.random.default_rng(0)
     )
-    found = adacore_table.look(
+    derivatives = adacore.loss_derivatives(
       problem, view, jax.random.key(0), scope=None, last_layer=False, num_probes=1
     )
-    return np.asarray(found.gradients)
+    return np.asarray(derivatives.gradients)
 
 
 def naive_greedy(proxies: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:

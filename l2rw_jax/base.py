@@ -207,6 +207,42 @@ class Problem:
     """
     return self.losses_fn(model_state, jax.random.fold_in(key, _META_KEY))
 
+  def linearize_batch(
+    self, inputs: Inputs, losses_fn: Callable[..., tuple[Array, Any]] | None = None
+  ) -> Linearized:
+    """The training batch of a step, linearized at the step's parameters.
+
+    Args:
+      inputs: of the step.
+      losses_fn: `(params, batch) -> (losses [B], aux)`; None is `losses_fn` of this
+        problem, whose aux is the new model state.
+    """
+    return self.linearize(
+      losses_fn or self.losses_fn(inputs.model_state, inputs.key),
+      local(inputs.params, self.axis_name),
+      inputs.batch,
+      has_aux=True,
+    )
+
+  def linearize_batch_outputs(
+    self, inputs: Inputs, outputs_fn: Callable[..., tuple[Any, Any]] | None = None
+  ) -> LinearizedOutputs:
+    """Like `linearize_batch`, for the outputs of the network.
+
+    Args:
+      inputs: of the step.
+      outputs_fn: `(params, batch) -> (outputs, aux)`; None is `forward` in training
+        mode, whose aux is the new model state.
+    """
+
+    def forward(params, batch):
+      return self.forward(params, inputs.model_state, batch, inputs.key, True)
+
+    params = local(inputs.params, self.axis_name)
+    return self.linearize_outputs(
+      outputs_fn or forward, params, inputs.batch, has_aux=True
+    )
+
 
 class EpochView(NamedTuple):
   """The inputs of `Method.refresh`, on the host before an epoch.
@@ -270,6 +306,19 @@ class Method(NamedTuple):
     permutation
   )
   needs_meta: bool = False
+
+
+def summed_gradient(
+  linearized: Linearized, weights: Array, axis_name: AxisName
+) -> PyTree:
+  """Gradient of sum_i weights_i * losses_i over the global batch, like `params`.
+
+  Args:
+    linearized: this device's batch.
+    weights: of this device's examples, [B], held constant.
+    axis_name: mapped axis over which the batch is sharded.
+  """
+  return psum(linearized.weighted_gradient(weights), axis_name)
 
 
 def psum(tree: PyTree, axis_name: AxisName) -> PyTree:

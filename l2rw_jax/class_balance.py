@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from l2rw_jax import base
 from l2rw_jax import normalization
@@ -148,3 +149,52 @@ def check_counts(class_counts: base.Array, num_classes: int | None = None) -> No
       f"class_counts must be one number for each {each}, shape [{size}]; got shape"
       f" {list(shape)}."
     )
+
+
+def deferred_example_weights(
+  class_counts: base.Array,
+  labels: base.Array,
+  beta: float,
+  epoch: base.Array | int,
+  from_epoch: int,
+  axis_name: base.AxisName = None,
+) -> base.Array:
+  """Class-balanced example weights from an epoch on, uniform ones before.
+
+  This is deferred re-weighting (DRW). The weights [B] sum to 1 over the global batch.
+
+  Args:
+    class_counts: [C], non-negative.
+    labels: integer class of each example, [B].
+    beta: of `effective_number`.
+    epoch: the current epoch, counted from 0; may be traced.
+    from_epoch: the first epoch of class-balanced weights; 0 ignores `epoch`.
+    axis_name: mapped axis over which the batch is sharded.
+
+  References:
+    Cao et al., NeurIPS 2019, algorithm 1.
+  """
+  class_weights = effective_number(class_counts, beta)
+  if from_epoch:
+    class_weights = jnp.where(epoch >= from_epoch, class_weights, 1)
+  return example_weights(class_weights, labels, axis_name)
+
+
+def balanced_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """Rows of one epoch in which every class is equally frequent; on the host.
+
+  Rows of a class are drawn with replacement. The order consists of rounds of one row
+  of each class, so a batch whose size is a multiple of the number of classes is
+  exactly balanced.
+
+  Args:
+    labels: class of each training example, [N].
+    rng: a NumPy generator.
+
+  Returns:
+    Rows of the training set, int [(N // C) * C] for C classes that have examples.
+  """
+  classes = np.unique(labels)
+  num_rounds = len(labels) // len(classes)
+  columns = [rng.choice(np.flatnonzero(labels == c), size=num_rounds) for c in classes]
+  return rng.permuted(np.stack(columns, axis=1), axis=1).ravel()

@@ -75,6 +75,8 @@ class Snapshot:
 Evaluator = Callable[[Predictions], dict[str, float]]
 # Metrics of a run that need more than its predictions on the test set, by name.
 Probe = Callable[[Snapshot], dict[str, float]]
+# Records something before an epoch; the second argument is the epoch, counted from 0.
+EpochProbe = Callable[[Snapshot, int], None]
 SHOTS = ("many", "medium", "few")
 _MANY, _FEW = 100, 20
 

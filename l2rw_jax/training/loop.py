@@ -46,6 +46,7 @@ def train(
   evaluators: Sequence[evaluation.Evaluator] = (evaluation.accuracy,),
   name: str = "train",
   probes: Sequence[evaluation.Probe] = (),
+  epoch_probes: Sequence[evaluation.EpochProbe] = (),
 ) -> list[results.Result]:
   """Trains one run for every seed, side by side, or finishes interrupted ones.
 
@@ -60,6 +61,8 @@ def train(
     evaluators: metrics of the test set; one of them must compute `accuracy`.
     name: name of the runs in the progress bar and in messages.
     probes: metrics of the runs themselves, at the start and at every evaluation.
+    epoch_probes: called for each run before each of its epochs, also again for an
+      epoch from whose start an interrupted run continues.
 
   Returns:
     A `Result` for each seed, read from disk.
@@ -89,7 +92,7 @@ def train(
     except OSError as error:
       raise base.InputError(f"cannot write {folder}: {error.strerror}") from error
     with workdir.locked(folder), contextlib.ExitStack() as files:
-      run = run_lib.Run(config, model, method, optimizer, splits)
+      run = run_lib.Run(config, model, method, optimizer, splits, epoch_probes)
       files.callback(run.close)
       checkpoints = callbacks.Checkpoints(folder, identities)
       files.callback(checkpoints.close)

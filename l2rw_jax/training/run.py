@@ -67,6 +67,7 @@ class Run:
     method: base.Method,
     optimizer: optax.GradientTransformation,
     splits: Sequence[examples_lib.Splits],
+    epoch_probes: Sequence[evaluation.EpochProbe] = (),
   ):
     """Initializes the runs and copies their data to the devices.
 
@@ -76,8 +77,10 @@ class Run:
       method: turns batches into gradients.
       optimizer: turns gradients into updates.
       splits: the data of each seed, all of one size.
+      epoch_probes: called for each run before each of its epochs.
     """
     self.config, self.method, self.splits = config, method, splits
+    self._epoch_probes = epoch_probes
     self.devices = devices_lib.choose(config.num_devices, config.batch_size)
     self.step = 0
     self.timer = timer_lib.Timer()
@@ -181,13 +184,14 @@ class Run:
   def take_steps(self) -> int:
     """Sends the next steps to the devices, without waiting for them.
 
-    It waits for earlier steps only where a program is compiled, and at an epoch of a
-    method with `refresh` or `sample`.
+    It waits for earlier steps only where a program is compiled, and at an epoch if
+    there are epoch probes or the method has `refresh` or `sample`.
 
     Returns:
       The number of steps: `steps_per_call`, or 1 if fewer steps remain before the
       host has to log, evaluate or save.
     """
+    self._probe_epochs()
     self._refresh()
     count = steps_per_call.length(
       self.config, self.step, self.steps_per_call, self._epoch()
@@ -226,11 +230,24 @@ class Run:
     return self.method.sample(state.method_state, problem, train, rng)
 
   def _epoch(self):
-    """`sampler.epoch()` if the method uses the training set between epochs."""
+    """`sampler.epoch()` if the host has to act between epochs."""
     method = self.method
-    if method.refresh is base.keep_state and method.sample is base.permutation:
-      return None
-    return self.sampler.epoch()
+    acts_between_epochs = (
+      self._epoch_probes
+      or method.refresh is not base.keep_state
+      or method.sample is not base.permutation
+    )
+    return self.sampler.epoch() if acts_between_epochs else None
+
+  def _probe_epochs(self):
+    """Calls the epoch probes for the runs that are about to start an epoch."""
+    if not self._epoch_probes:
+      return
+    for index, run in enumerate(self.sampler.runs):
+      if run.starts_epoch():
+        snapshot = self.snapshot(index)
+        for probe in self._epoch_probes:
+          probe(snapshot, run.position.epoch)
 
   def _refresh(self):
     """Calls the method's `refresh` for the runs that are about to start an epoch."""

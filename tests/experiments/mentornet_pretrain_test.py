@@ -38,9 +38,17 @@ def _splits():
   )
 
 
-def _train(folder, method):
+def _train(folder, method, epoch_probes=()):
   config = config_lib.Config(num_steps=_STEPS, log_every=10, num_devices=1)
-  (result,) = loop.train(config, _MODEL, method, _OPTIMIZER, [_splits()], folder)
+  (result,) = loop.train(
+    config,
+    _MODEL,
+    method,
+    _OPTIMIZER,
+    [_splits()],
+    folder,
+    epoch_probes=epoch_probes,
+  )
   return result
 
 
@@ -49,7 +57,8 @@ def dump(tmp_path_factory):
   """A real student's recorded losses, as a script would dump them."""
   folder = tmp_path_factory.mktemp("student")
   writer = loss_dump.Writer(folder / "losses")
-  _train(folder / "run", loss_dump.recording(baselines.uniform(), writer))
+  probe = loss_dump.record_losses(writer)
+  _train(folder / "run", baselines.uniform(), epoch_probes=[probe])
   train = _splits().train
   path = folder / "dump.npz"
   found = writer.combine(

@@ -35,7 +35,7 @@ def _with_weakly_typed_state():
 _METHODS = {
   "uniform": baselines.uniform(),
   "random": baselines.random(),
-  "proportion": baselines.class_proportion(),
+  "class_proportion": baselines.class_proportion(),
   "resampling": baselines.resampling(),
   "hard_mining": baselines.hard_mining(),
   "clean_only": baselines.clean_only(),
