@@ -1033,6 +1033,7 @@ _OTHER_FUNCTIONS = {
   "hypergradient.check_network_gradient": _CHECK,
   "hypergradient.batch_after": _INSIDE,
   "hypergradient.init_optimizer": _INSIDE,
+  "inference.map_batches": _HOST,
   "l2rw.meta_direction": _INSIDE,
   "l2rw.weigh": _INSIDE,
   "label_transition.check_percentile": _CHECK,
