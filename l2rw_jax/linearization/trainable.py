@@ -19,12 +19,11 @@ class Partition:
   >>> import jax.numpy as jnp
   >>> params = {"count": jnp.array(3), "w": jnp.array([1., 2.])}
   >>> partition = Partition(params)
-  >>> partition.leaves(params)
-  [Array([1., 2.], dtype=float32)]
-  >>> partition.combine([jnp.array([5., 6.])])["count"]
-  Array(3, dtype=int32, weak_type=True)
-  >>> partition.combine_gradient([jnp.array([5., 6.])])["count"]
-  Array(0, dtype=int32, weak_type=True)
+  >>> (w,) = partition.leaves(params)
+  >>> print(partition.combine([2 * w])["w"], partition.combine([w])["count"])
+  [2. 4.] 3
+  >>> print(partition.combine_gradient([w])["count"])
+  0
 
   Attributes:
     names: paths of the trainable leaves, for error messages.
