@@ -53,7 +53,7 @@ setuptools.setup(
   license_files=["LICENSE"],
   # Not `experiments`: a top-level package of that name would hide a user's own.
   packages=setuptools.find_packages(include=["l2rw_jax*"]),
-  package_data={"l2rw_jax": ["py.typed"]},
+  package_data={"l2rw_jax": ["py.typed", "audit/page.html", "audit/page.js"]},
   python_requires=">=3.11",
   install_requires=[
     "absl-py>=2.0",
@@ -67,7 +67,7 @@ setuptools.setup(
   ],
   extras_require={
     "experiments": EXPERIMENTS,
-    "benchmarks": [*EXPERIMENTS, "torch>=2.4"],
+    "benchmarks": [*EXPERIMENTS, "cleanlab>=2.7", "torch>=2.4"],
     "test": TEST,
     "docs": DOCS,
     "cuda12": ["jax[cuda12]"],

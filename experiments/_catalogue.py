@@ -17,7 +17,8 @@ _ACCURACY = _tables.Metric(
   spread="published_spread",
 )
 _BEST = _tables.Metric("best_percent", "best on test %")
-_AUROC = _tables.Metric("weight_auroc", "AUROC of weights", decimals=3)
+_AUROC = _tables.Metric("weight_auroc", "AUROC of mean weights", decimals=3)
+_REJECTION = _tables.Metric("rejection_auroc", "AUROC of zero weights", decimals=3)
 
 _MNIST_NOISE = _tables.Experiment(
   title="MNIST with wrong labels",
@@ -81,6 +82,7 @@ EXPERIMENTS = {
       _tables.Metric("accuracy_percent", "test accuracy %"),
       _tables.Metric("best_accuracy", "best on test %", scale=100),
       _AUROC,
+      _REJECTION,
     ),
     settings={
       "noise": "{}",
@@ -249,6 +251,25 @@ EXPERIMENTS = {
     method_heading="what",
     repeat="benchmark",
     published="Published: nothing that compares.",
+  ),
+  "label_issues": _tables.Experiment(
+    title="Ranking wrong labels: one training run next to cross-validation",
+    metrics=(
+      _tables.Metric("auroc", "AUROC", decimals=4),
+      _tables.Metric("precision_at_k", "precision at k %", scale=100, decimals=1),
+      _tables.Metric("missed_share", "missed at the noise rate %", 100, decimals=1),
+      _tables.Metric("estimate_ratio", "estimated / true number"),
+      _tables.Metric("flagged_precision", "precision of flagged %", 100, decimals=1),
+      _tables.Metric("flagged_recall", "recall of flagged %", 100, decimals=1),
+      _tables.Metric("seconds", "CPU seconds", decimals=1),
+    ),
+    settings={
+      "dataset": "{}",
+      "noise": "{}",
+      "num_examples": "{:,} examples",
+    },
+    keys=("dataset", "noise"),
+    published="Published: nothing on these data under this protocol.",
   ),
   "step_time": _tables.Experiment(
     title="What a training step costs",

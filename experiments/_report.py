@@ -41,20 +41,49 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def auroc(weights: dict[str, np.ndarray]) -> float | None:
-  """How well low weight finds wrong labels; 0.5 is chance, None if undefined.
+  """How well a low mean weight finds wrong labels.
+
+  The mean weight finds them badly: most of it comes from the few steps in which an
+  example was much needed, right or wrong. See `rejection_auroc`.
 
   Args:
     weights: columns of a run's `weights.csv`.
+
+  Returns:
+    The area under the ROC curve: 0.5 is chance; None if it is undefined.
   """
-  is_clean = weights["label"] == weights["true_label"]
-  known = np.isfinite(weights["mean_weight"])
-  is_clean, mean = is_clean[known], weights["mean_weight"][known]
-  if is_clean.all() or not is_clean.any() or np.ptp(mean) < 1e-9:
+  return _auroc(weights, -weights["mean_weight"])
+
+
+def rejection_auroc(weights: dict[str, np.ndarray]) -> float | None:
+  """How well a high share of steps with weight zero finds wrong labels.
+
+  Args:
+    weights: columns of a run's `weights.csv`.
+
+  Returns:
+    The area under the ROC curve: 0.5 is chance; None if it is undefined, as it is for
+    methods that reject no example.
+  """
+  return _auroc(weights, rejected_share(weights))
+
+
+def rejected_share(weights: dict[str, np.ndarray]) -> np.ndarray:
+  """Share of its steps in which an example had the weight zero, [N]; NaN if unseen."""
+  seen = np.asarray(weights["seen"], np.float64)
+  return weights["rejected"] / np.where(seen > 0, seen, np.nan)
+
+
+def _auroc(weights: dict[str, np.ndarray], suspicion: np.ndarray) -> float | None:
+  is_wrong = weights["label"] != weights["true_label"]
+  known = np.isfinite(suspicion)
+  is_wrong, suspicion = is_wrong[known], suspicion[known]
+  if is_wrong.all() or not is_wrong.any() or np.ptp(suspicion) < 1e-9:
     return None
   # With scipy.stats it was half of what --help waited for.
   from sklearn import metrics
 
-  return float(metrics.roc_auc_score(is_clean, mean))
+  return float(metrics.roc_auc_score(is_wrong, suspicion))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -27,6 +27,7 @@ from experiments import _bounds
 from experiments import _catalogue
 from experiments import _coreset_report
 from experiments import _launch
+from experiments import _own_data
 from experiments import _probes
 from experiments import _report
 from l2rw_jax import base
@@ -57,7 +58,7 @@ _USED_BY = {
 }
 HIDDEN: dict[str, tuple[int, ...]] = {"logistic": (), "mlp": (256,)}
 
-_DATASET = flags.DEFINE_enum("dataset", "mnist", ["mnist", "digits"], "Which digits.")
+_DATASET = flags.DEFINE_string("dataset", "mnist", f"mnist, digits, {_own_data.HELP}")
 _MODELS = flags.DEFINE_list(
   "model", list(HIDDEN), "Of logistic (regression) and mlp (784-256-10)."
 )
@@ -122,7 +123,7 @@ class Setting(NamedTuple):
 @functools.cache
 def load(split: str) -> sources.Source:
   """A split of `--dataset`, read once."""
-  return sources.load(_DATASET.value, split, **_launch.data_folders())
+  return _own_data.load(_DATASET.value, split, ["mnist", "digits"])
 
 
 def make_split(seed: int) -> examples_lib.Splits:

@@ -9,6 +9,7 @@ Published: nothing; the task is ours, the noise is that of Ren et al. (2018).
 Ours: results/digits_noise.
 """
 
+import functools
 import pathlib
 from typing import Any
 
@@ -18,8 +19,10 @@ import optax
 
 from experiments import _catalogue
 from experiments import _launch
+from experiments import _own_data
 from experiments import _probes
 from experiments import _report
+from experiments import _trusted
 from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import noisy_labels
@@ -43,6 +46,7 @@ METHODS = [
 ]
 Runs = dict[str, list[results_lib.Result]]
 
+_DATASET = flags.DEFINE_string("dataset", "digits", f"digits, {_own_data.HELP}")
 _METHODS = flags.DEFINE_list("methods", METHODS, f"Of {', '.join(METHODS)}.")
 _BUILDER = flags.DEFINE_enum(
   "noise", "uniform_flip", ["uniform_flip", "background_flip"], "How labels go wrong."
@@ -60,8 +64,10 @@ _META_BATCH_SIZE = flags.DEFINE_integer(
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.1, "Of SGD.", lower_bound=0.0)
 _MOMENTUM = flags.DEFINE_float("momentum", 0.0, "Of SGD.", lower_bound=0.0)
 flags.adopt_module_key_flags(_launch)
+flags.adopt_module_key_flags(_trusted)
 flags.adopt_module_key_flags(_probes)
-_EXTENDABLE = ("methods",)
+# Data are part of every run's identity: the flag is newer than some folders.
+_EXTENDABLE = ("methods", "dataset")
 
 
 def make_method(name: str, num_steps: int) -> base.Method:
@@ -80,17 +86,25 @@ def make_method(name: str, num_steps: int) -> base.Method:
   return methods[name]()
 
 
+@functools.cache
+def load(split: str) -> sources.Source:
+  """A split of `--dataset`, read once."""
+  return _own_data.load(_DATASET.value, split, ["digits"])
+
+
 def make_splits() -> list[examples_lib.Splits]:
   """The data of every seed."""
-  train, test = (sources.load("digits", part) for part in ("train", "test"))
+  train, test = (load(part) for part in ("train", "test"))
+  trusted = _trusted.load(train)
   return [
     noisy_labels.noisy_labels(
       train,
       test,
       builder=_BUILDER.value,
       fraction=_FRACTION.value,
-      num_meta_per_class=_NUM_META.value,
+      num_meta_per_class=_NUM_META.value if trusted is None else 0,
       seed=seed,
+      trusted=trusted,
     )
     for seed in range(_NUM_SEEDS.value)
   ]
@@ -136,6 +150,7 @@ def result_rows(runs: Runs) -> list[dict[str, Any]]:
       "method": name,
       "accuracy_percent": 100 * result.metrics["last"]["accuracy"],
       "weight_auroc": _report.auroc(result.weights),
+      "rejection_auroc": _report.rejection_auroc(result.weights),
       **_probes.columns(result.metrics),
       **_report.run_fields(result.metrics),
     }
@@ -145,7 +160,7 @@ def result_rows(runs: Runs) -> list[dict[str, Any]]:
 
 
 def draw(runs: Runs, rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-  """Accuracy of every method; L2RW's weights, clean against flipped labels."""
+  """Accuracy of every method; how often L2RW rejects clean and flipped labels."""
   import matplotlib
 
   matplotlib.use("Agg")
@@ -165,9 +180,10 @@ def draw(runs: Runs, rows: list[dict[str, Any]], path: pathlib.Path) -> None:
   left.invert_yaxis()
   left.set_xlim(0, 100)
   left.set_xlabel("test accuracy (%)")
-  left.set_title(f"digits, {_FRACTION.value:.0%} wrong labels")
+  name = pathlib.PurePath(_DATASET.value).name
+  left.set_title(f"{name}, {_FRACTION.value:.0%} wrong labels")
   if "l2rw" in runs:
-    draw_weights(right, [result.weights for result in runs["l2rw"]])
+    draw_rejections(right, [result.weights for result in runs["l2rw"]])
   else:
     right.set_axis_off()
   figure.tight_layout()
@@ -175,30 +191,29 @@ def draw(runs: Runs, rows: list[dict[str, Any]], path: pathlib.Path) -> None:
   plt.close(figure)
 
 
-def draw_weights(axes: Any, weights: list[dict[str, np.ndarray]]) -> None:
-  """Histogram of mean weights, all seeds together."""
-  mean = np.concatenate([w["mean_weight"] for w in weights])
+def draw_rejections(axes: Any, weights: list[dict[str, np.ndarray]]) -> None:
+  """Histogram of the share of steps with weight zero, all seeds together."""
+  share = np.concatenate([_report.rejected_share(w) for w in weights])
   is_clean = np.concatenate([w["label"] == w["true_label"] for w in weights])
-  known = np.isfinite(mean)
-  bins = np.linspace(0, np.quantile(mean[known], 0.995), 41)
+  known = np.isfinite(share)
+  bins = np.linspace(0, 1, 41)
   for chosen, label, color in (
     (is_clean, "clean label", "C0"),
     (~is_clean, "flipped label", "C3"),
   ):
-    axes.hist(
-      np.minimum(mean[chosen & known], bins[-1]),
-      bins,
-      alpha=0.6,
-      label=label,
-      color=color,
-    )
-  axes.axvline(1, color="black", linewidth=0.8, linestyle=":", label="uniform weight")
-  scores = [s for s in (_report.auroc(w) for w in weights) if s is not None]
-  title = "L2RW's weights" + (f", AUROC {np.mean(scores):.3f}" if scores else "")
-  axes.set_title(title)
-  axes.set_xlabel("mean weight over training (uniform = 1)")
+    axes.hist(share[chosen & known], bins, alpha=0.6, label=label, color=color)
+  parts = []
+  for what, statistic in (
+    ("zero weights", _report.rejection_auroc),
+    ("mean weight", _report.auroc),
+  ):
+    scores = [s for s in (statistic(w) for w in weights) if s is not None]
+    parts += [f"{what} {np.mean(scores):.3f}"] if scores else []
+  axes.set_title("L2RW, AUROC: " + ", ".join(parts) if parts else "L2RW")
+  axes.set_xlabel("share of steps with weight zero")
   axes.set_ylabel("training examples")
-  axes.legend()
+  # Matplotlib warns where it takes long to choose the best place.
+  axes.legend(loc="upper right")
 
 
 def main() -> None:
@@ -210,10 +225,13 @@ def main() -> None:
   for method in methods.values():  # mistakes show before anything is written
     config_lib.check(make_config(), method, splits)
   _probes.check(splits[0])
-  folder = _launch.prepare("digits_noise", __name__, _EXTENDABLE, **_probes.given())
+  more = _probes.given() | _trusted.given()
+  folder = _launch.prepare("digits_noise", __name__, _EXTENDABLE, **more)
   runs = train_all(methods, splits, folder)
   rows = result_rows(runs)
-  flags_given = _launch.flags_of(__name__) | _probes.given()
+  flags_given = _launch.flags_of(__name__) | more
+  if not _DATASET.present:
+    del flags_given["dataset"]
   _report.save(folder, rows, flags_given)
   draw(runs, rows, folder / "figure.png")
   print(_catalogue.summary("digits_noise", rows, flags_given))

@@ -22,11 +22,13 @@ import jax
 from experiments import _launch
 from experiments import _long_tail
 from experiments import _optimizer_config
+from experiments import _own_data
+from l2rw_jax.data import sources
 from l2rw_jax.models import classifier
 from l2rw_jax.models import lenet
 from l2rw_jax.models import mlp
 
-_DATASET = flags.DEFINE_enum("dataset", "mnist", ["mnist", "digits"], "Which digits.")
+_DATASET = flags.DEFINE_string("dataset", "mnist", f"mnist, digits, {_own_data.HELP}")
 _NETWORK = flags.DEFINE_enum(
   "network", "mlp", ["mlp", "lenet"], "MLP 784-256-10, or L2RW's LeNet."
 )
@@ -59,17 +61,22 @@ PRESET = _long_tail.Preset(
 )
 
 
+@functools.cache
+def load(split: str) -> sources.Source:
+  """A split of `--dataset`, read once."""
+  return _own_data.load(_DATASET.value, split, ["mnist", "digits"])
+
+
 def make_model(cosine: bool) -> classifier.Classifier:
   """The network of `--network`."""
-  return classifier.Classifier(NETWORKS[_NETWORK.value](10, cosine=cosine), 10)
+  num_classes = load("train").num_classes
+  network = NETWORKS[_NETWORK.value](num_classes, cosine=cosine)
+  return classifier.Classifier(network, num_classes)
 
 
 def main() -> None:
   """Trains what is missing, then prints and writes the comparison."""
-  train, test = (
-    _long_tail.load(_DATASET.value, split, **_launch.data_folders())
-    for split in ("train", "test")
-  )
+  train, test = (load(split) for split in ("train", "test"))
   _long_tail.main(
     _long_tail.Experiment(
       name="mnist_long_tail",

@@ -28,9 +28,11 @@ from experiments import _methods
 from experiments import _noise
 from experiments import _noise_report
 from experiments import _optimizer_config
+from experiments import _own_data
 from experiments import _probes
 from experiments import _published
 from experiments import _report
+from experiments import _trusted
 from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import noisy_labels
@@ -127,7 +129,7 @@ PRESETS = {
 
 PIXELS = {"unit": None, "raw": augmentation.Preprocess(std=(1 / 255,))}
 
-_DATASET = flags.DEFINE_enum("dataset", "mnist", ["mnist", "digits"], "Which digits.")
+_DATASET = flags.DEFINE_string("dataset", "mnist", f"mnist, digits, {_own_data.HELP}")
 _PRESET = flags.DEFINE_enum(
   "preset", "shared", list(PRESETS), "How to train; other flags override."
 )
@@ -202,6 +204,7 @@ _DUMP_LOSSES = flags.DEFINE_bool(
 )
 flags.adopt_module_key_flags(_methods)
 flags.adopt_module_key_flags(_launch)
+flags.adopt_module_key_flags(_trusted)
 flags.adopt_module_key_flags(_probes)
 _EXTENDABLE = ("noise_fraction", "methods", "mentor")
 
@@ -209,7 +212,7 @@ _EXTENDABLE = ("noise_fraction", "methods", "mentor")
 @functools.cache
 def load(split: str) -> sources.Source:
   """A split of `--dataset`, read once."""
-  return sources.load(_DATASET.value, split, **_launch.data_folders())
+  return _own_data.load(_DATASET.value, split, ["mnist", "digits"])
 
 
 def make_splits(fraction: float, seeds: Sequence[int]) -> list[examples_lib.Splits]:
@@ -217,16 +220,18 @@ def make_splits(fraction: float, seeds: Sequence[int]) -> list[examples_lib.Spli
   num_validation = _NUM_VALIDATION.value
   if num_validation is None:
     num_validation = PRESETS[_PRESET.value].num_validation
+  trusted = _trusted.load(load("train"))
   return [
     noisy_labels.noisy_labels(
       load("train"),
       load("test"),
       builder=_NOISE.value,
       fraction=fraction,
-      num_meta_per_class=_NUM_META.value,
+      num_meta_per_class=_NUM_META.value if trusted is None else 0,
       num_validation=num_validation,
       seed=seed,
       variant=_VARIANT.value,
+      trusted=trusted,
     )
     for seed in seeds
   ]
@@ -261,13 +266,15 @@ def make_cell(name: str, fraction: float, split: examples_lib.Splits) -> _noise.
     meta_batch_size=meta_batch_size if len(split.meta.label) else None,
     eval_every=steps,
   )
-  network = mlp.MLP(10, (256,)) if _NETWORK.value == "mlp" else lenet.LeNet(10)
+  num_classes = split.num_classes
+  is_mlp = _NETWORK.value == "mlp"
+  network = mlp.MLP(num_classes, (256,)) if is_mlp else lenet.LeNet(num_classes)
   return _noise.make_cell(
     name,
     {"noise": _NOISE.value, "variant": _VARIANT.value, "fraction": fraction},
     config,
     dataclasses.replace(optimizer_config, **given),
-    classifier.Classifier(network, 10, PIXELS[_PIXELS.value]),
+    classifier.Classifier(network, num_classes, PIXELS[_PIXELS.value]),
     fraction,
     len(split.train.label),
     preset.lookahead_learning_rate
@@ -300,6 +307,14 @@ def train(cell: _noise.Cell, folder: Any) -> list[dict[str, Any]]:
   return rows
 
 
+def num_meta() -> int:
+  """Clean examples in all."""
+  trusted = _trusted.load(load("train"))
+  if trusted is not None:
+    return len(trusted.labels)
+  return load("train").num_classes * _NUM_META.value
+
+
 def row(cell: _noise.Cell, result: Any) -> dict[str, Any]:
   """One run's line of `results.csv`."""
   published: tuple[float | None, float | None] = (None, None)
@@ -314,7 +329,7 @@ def row(cell: _noise.Cell, result: Any) -> dict[str, Any]:
     "pixels": _PIXELS.value,
     "published_percent": published[0],
     "published_spread": published[1],
-    "num_meta": 10 * _NUM_META.value,
+    "num_meta": num_meta(),
   }
   return _noise.row(cell, result, **facts)
 
@@ -333,10 +348,15 @@ def main() -> None:
       cells.append(cell)
   modules = (__name__, _methods.__name__)
   folder = _launch.prepare(
-    "mnist_noise", modules[0], _EXTENDABLE, modules[1], **_probes.given()
+    "mnist_noise",
+    modules[0],
+    _EXTENDABLE,
+    modules[1],
+    **_probes.given(),
+    **_trusted.given(),
   )
   rows = [row for cell in cells for row in train(cell, folder)]
-  flags_given = _launch.flags_of(*modules) | _probes.given()
+  flags_given = _launch.flags_of(*modules) | _probes.given() | _trusted.given()
   _report.save(folder, rows, flags_given)
   columns = ("noise", "fraction")
   _noise_report.draw(rows, columns, folder / "figure.png")

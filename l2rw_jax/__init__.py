@@ -1,5 +1,6 @@
 """Training on data that is wrong, in JAX: example weights as pure functions."""
 
+from l2rw_jax import audit
 from l2rw_jax import base
 from l2rw_jax import changed_loss
 from l2rw_jax import class_balance

@@ -139,6 +139,8 @@ class Gradients(NamedTuple):
       without a meta step.
     zero_slope: whether the look-ahead step ignores the gradient, so that all weight
       gradients are zero, see `hypergradient.Direction`; bool scalar, or None.
+    scores: this device's scores before they are clipped at zero, [B]; None for a
+      method without scores.
   """
 
   grads: PyTree
@@ -149,6 +151,7 @@ class Gradients(NamedTuple):
   value: Array | None = None
   fault: Array | None = None
   zero_slope: Array | None = None
+  scores: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,6 +288,12 @@ def permutation(
   return rng.permutation(len(train["index"]))
 
 
+def no_report(state: PyTree) -> dict[str, np.ndarray]:
+  """`Method.report` of a method that has nothing to say of single examples."""
+  del state
+  return {}
+
+
 class Method(NamedTuple):
   """A way to turn a batch into a gradient. The training loop uses nothing else.
 
@@ -297,6 +306,8 @@ class Method(NamedTuple):
       depend on the parts of the state that `refresh` changes, but not on those that
       `gradients` changes, so that an interrupted epoch can be resumed.
     needs_meta: whether `inputs.meta_batch` is required.
+    report: `state -> arrays [N, ...] by name`: statistics of the training examples to
+      keep when the run is finished; called on the host.
   """
 
   gradients: Callable[[PyTree, Problem, Inputs], tuple[Gradients, PyTree]]
@@ -306,6 +317,7 @@ class Method(NamedTuple):
     permutation
   )
   needs_meta: bool = False
+  report: Callable[[PyTree], dict[str, np.ndarray]] = no_report
 
 
 def summed_gradient(
@@ -380,6 +392,28 @@ def gather(local_values: Array, axis_name: AxisName) -> Array:
   if axis_name is None:
     return local_values
   return jax.lax.all_gather(local_values, axis_name, tiled=True)
+
+
+def gather_replicated(local_values: Array, axis_name: AxisName) -> Array:
+  """As `gather`, of any rank, with a result that `shard_map` knows to be replicated.
+
+  `all_gather` leaves its result marked as varying over the devices, so that a state
+  computed from it could not leave `shard_map` as a replicated one. A sum over devices,
+  each of which puts its rows at their place among zeros, has no such mark, and adds
+  nothing but zeros to a number.
+  """
+  if axis_name is None:
+    return local_values
+  is_bool = local_values.dtype == jnp.bool_
+  values = local_values.astype(jnp.int32) if is_bool else local_values
+  size = values.shape[0]
+  whole = jnp.zeros((global_size(size, axis_name), *values.shape[1:]), values.dtype)
+  start = jax.lax.axis_index(axis_name) * size
+  placed = jax.lax.dynamic_update_slice_in_dim(
+    local(whole, axis_name), values, start, axis=0
+  )
+  result = psum(placed, axis_name)
+  return result.astype(jnp.bool_) if is_bool else result
 
 
 def local_slice(global_values: Array, axis_name: AxisName) -> Array:

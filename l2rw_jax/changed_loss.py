@@ -95,7 +95,13 @@ def changed_loss(
   # The loop recognizes `base.permutation` and then does not fetch the state.
   is_permutation = method.sample is base.permutation
   sample = base.permutation if is_permutation else inner_sample
-  return method._replace(gradients=gradients, init=init, refresh=refresh, sample=sample)
+  return method._replace(
+    gradients=gradients,
+    init=init,
+    refresh=refresh,
+    sample=sample,
+    report=lambda state: method.report(state.inner),
+  )
 
 
 def check_epoch(where: str, from_epoch: int) -> None:

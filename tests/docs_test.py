@@ -180,3 +180,30 @@ def test_code_of_a_method(page, setup):
         reader["start"].setdefault(own, jax.tree.map(np.asarray, reader[own]))
     exec(compile(step + tail, source, "exec"), reader)
   assert _OUTCOMES[page](reader)
+
+
+def test_your_own_data(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  rng = np.random.default_rng(0)
+
+  def points(size, wrong=0):
+    y = rng.integers(3, size=size)
+    x = 4 * np.eye(3)[y] + rng.normal(size=(size, 3))
+    y[:wrong] = (y[:wrong] + 1) % 3
+    return x.astype(np.float32), y
+
+  names = {}
+  for suffix, wrong, size in (("", 15, 150), ("_trusted", 0, 9), ("_test", 0, 60)):
+    names["x" + suffix], names["y" + suffix] = points(size, wrong)
+  training, page, loading = code_blocks(DOCS / "your_own_data.md")
+  lines = training.split("\n\n")[1].strip().splitlines()
+  assert len(lines) < 10  # What is promised of a loop on arrays.
+  exec(training, names)
+  run, issues = names["run"], names["issues"]
+  assert run.metrics["last"]["accuracy"] > 0.9
+  assert len(set(issues.index[:15]) & set(range(15))) >= 13
+  exec(page, names)
+  assert "Label issues" in (tmp_path / "issues.html").read_text()
+  exec(loading, names)
+  right = np.argmax(names["logits"], axis=1) == names["y_test"]
+  assert np.isclose(right.mean(), run.metrics["last"]["accuracy"])

@@ -17,7 +17,7 @@ FLOORS = [
   (r"l2rw_jax/(changed_loss|label_transition|weighted_update)\.py", 2),
   (r"l2rw_jax/(hypergradient|meta_network)\.py", 2),
   (r"l2rw_jax/methods/mentornet/(mentor_file|loss_dump)\.py", 5),
-  (r"l2rw_jax/((models|methods)/.*|susceptibility\.py)", 3),
+  (r"l2rw_jax/((models|methods|audit)/.*|susceptibility\.py)", 3),
   (r"l2rw_jax/io/.*", 3),
   (r"l2rw_jax/data/.*", 4),
   (r"l2rw_jax/training/.*", 5),

@@ -55,3 +55,4 @@ def test_the_wheel_installs_the_library_alone(tmp_path):
   top_level = {name.split("/")[0] for name in names}
   assert {name for name in top_level if ".dist-info" not in name} == {"l2rw_jax"}
   assert "l2rw_jax/py.typed" in names
+  assert {"l2rw_jax/audit/page.html", "l2rw_jax/audit/page.js"} <= set(names)

@@ -133,6 +133,68 @@ def assemble(
   return Splits(**parts, num_classes=num_classes, fingerprint=fingerprint)
 
 
+Arrays = tuple[Any, Any]
+
+
+def from_arrays(
+  train: Arrays,
+  *,
+  meta: Arrays | None = None,
+  validation: Arrays | None = None,
+  test: Arrays | None = None,
+  num_classes: int | None = None,
+) -> Splits:
+  """A learning problem from a user's arrays, which stay as they are.
+
+  Each part is a pair of features [N, ...], uint8 or floating point, and of labels [N],
+  integers from 0 to C - 1.
+
+  Args:
+    train: the training set.
+    meta: trusted examples; empty if None.
+    validation: empty if None.
+    test: the test set; if None, 500 random training examples, so that accuracies only
+      say how far the network agrees with the labels it was given.
+    num_classes: C; one more than the largest label if None.
+
+  Returns:
+    Splits whose true labels are the given ones.
+
+  Raises:
+    InputError: features and labels of different lengths, labels that are not integers
+      from 0 to C - 1, or no training example.
+  """
+  given = {"train": train, "meta": meta, "validation": validation, "test": test}
+  parts = {
+    name: check_examples(_arrays_examples(*pair), name)
+    for name, pair in given.items()
+    if pair is not None
+  }
+  whole = parts["train"]
+  if not len(whole.label):
+    raise base.InputError("train has no example")
+  none = np.zeros(0, np.int64)
+  if test is None:
+    seen = np.sort(np.random.default_rng(0).permutation(len(whole.label))[:500])
+    parts["test"] = _arrays_examples(read_rows(whole.image, seen), whole.label[seen])
+  for name in ("meta", "validation"):
+    empty = _arrays_examples(whole.image[:0], none.astype(np.int32))
+    parts.setdefault(name, empty)
+  if num_classes is None:
+    num_classes = 1 + max(int(part.label.max(initial=0)) for part in parts.values())
+  digest = hashlib.sha256()
+  for name, part in sorted(parts.items()):
+    label_noise.check_labels(f"labels of {name}", part.label, num_classes)
+    digest.update(repr((name, tuple(part.image.shape))).encode())
+    digest.update(part.label.astype("<i4").tobytes())
+  return Splits(**parts, num_classes=num_classes, fingerprint=digest.hexdigest()[:16])
+
+
+def _arrays_examples(features: Any, labels: Any) -> Examples:
+  index = np.arange(len(labels), dtype=np.int32)
+  return Examples(features, labels, labels, index, index)
+
+
 def keep_train(splits: Splits, rows: np.ndarray) -> Splits:
   """Keeps only some of the training examples.
 
@@ -157,6 +219,23 @@ def keep_train(splits: Splits, rows: np.ndarray) -> Splits:
   digest = hashlib.sha256(splits.fingerprint.encode())
   digest.update(rows.astype("<i4").tobytes())
   return splits._replace(train=kept, fingerprint=digest.hexdigest()[:16])
+
+
+def with_meta(splits: Splits, source: sources.Source) -> Splits:
+  """The same problem with the whole of another source as its meta set.
+
+  Args:
+    splits: whose meta set is replaced.
+    source: examples with true labels of the same classes.
+
+  Returns:
+    Splits under a fingerprint of their own.
+  """
+  rows = np.arange(len(source.labels))
+  meta = _select(source.images, rows, source.labels, source.labels, None)
+  digest = hashlib.sha256(splits.fingerprint.encode())
+  digest.update(repr(_origin(source)).encode() + source.labels.astype("<i4").tobytes())
+  return splits._replace(meta=meta, fingerprint=digest.hexdigest()[:16])
 
 
 def _origin(source: sources.Source) -> tuple[str, str, str]:

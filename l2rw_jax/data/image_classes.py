@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 import os
 import pathlib
-from typing import Any
 
 import numpy as np
 
 from l2rw_jax import base
+from l2rw_jax.data import image_files
 from l2rw_jax.data import sources
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
@@ -137,22 +137,12 @@ def _read(path: pathlib.Path, size: int) -> np.ndarray:
 
   try:
     with Image.open(path) as image:
-      small = _of_bytes(image).convert("RGB")
+      small = image_files.of_bytes(image).convert("RGB")
       small = small.resize((size, size), Image.Resampling.BILINEAR)
       return np.asarray(small, np.uint8)
   # Damage can raise nearly any error.
   except Exception as error:
     raise base.InputError(f"{path} cannot be read as an image; remove it.") from error
-
-
-def _of_bytes(image: Any) -> Any:
-  """Scales 16 bits a pixel to 8; Pillow's `convert` would clip them instead."""
-  from PIL import Image
-
-  if image.mode.partition(";")[0] != "I":
-    return image
-  pixels = np.asarray(image).astype(np.float64) / 257  # 65535 / 255
-  return Image.fromarray(np.round(np.clip(pixels, 0, 255)).astype(np.uint8))
 
 
 def resized(images: np.ndarray, size: int, channels: int) -> np.ndarray:

@@ -66,6 +66,7 @@ def noisy_labels(
   seed: int,
   variant: str = "paper",
   annotation: str | None = None,
+  trusted: sources.Source | None = None,
 ) -> examples_lib.Splits:
   """Splits with label noise in train and validation, and clean meta and test sets.
 
@@ -90,6 +91,8 @@ def noisy_labels(
     variant: variant of the builder, `"paper"` or `"official_code"`. The `bare_`
       builders, `mwn_uniform` and `human` have only one.
     annotation: the set of human labels, one of `ANNOTATIONS`; for `human` only.
+    trusted: a source that becomes the whole meta set; `num_meta_per_class` must then
+      be 0.
 
   Returns:
     The splits.
@@ -107,6 +110,13 @@ def noisy_labels(
   examples_lib.check_sizes(
     num_meta_per_class=num_meta_per_class, num_validation=num_validation
   )
+  if trusted is not None:
+    examples_lib.check_sources(train, trusted)
+    if num_meta_per_class:
+      raise base.InputError(
+        f"num_meta_per_class={num_meta_per_class} must be 0 with a trusted set, which"
+        " is the meta set"
+      )
   meta_rng, rows_rng, shared_rng, *noise_rngs = examples_lib.generators(seed, 5)
   request = Request(train, fraction, variant, annotation, shared_rng)
   relabel = make_relabeling(builder, request)
@@ -123,7 +133,7 @@ def noisy_labels(
   labels = train.labels.copy()
   for part, rng in zip(rows.values(), noise_rngs, strict=True):
     labels[part] = relabel(part, rng)
-  return examples_lib.assemble(
+  splits = examples_lib.assemble(
     train,
     test,
     {**rows, "meta": meta, "test": np.arange(len(test.labels))},
@@ -132,6 +142,7 @@ def noisy_labels(
     test_labels=test.labels,
     num_classes=train.num_classes,
   )
+  return splits if trusted is None else examples_lib.with_meta(splits, trusted)
 
 
 def _per_class(

@@ -1,8 +1,9 @@
 """Floor 4: a named data set as arrays in memory, as its makers published it.
 
-`digits` comes with scikit-learn. Every other name is an image classification
-set that tensorflow-datasets has prepared in its `array_record` format; it is
-read without TensorFlow and without a network.
+`digits` comes with scikit-learn. images:DIR, npz:FILE and csv:FILE are a user's own
+data, see `own_data`. Every other name is an image classification set that
+tensorflow-datasets has prepared in its `array_record` format; it is read without
+TensorFlow and without a network.
 """
 
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ import numpy as np
 
 from l2rw_jax import base
 from l2rw_jax.data import cache
+from l2rw_jax.data import own_data
+
+_log = logging.getLogger(__name__)
 
 _BLOCK = 1000
 _EXTRA = "extra."
@@ -53,7 +57,7 @@ class Source(NamedTuple):
     name: name of the data set, with its configuration if it has any.
     version: version of the data set.
     split: what was asked for, such as `train` or `train[:90%]`.
-    images: uint8 [N, H, W, channels].
+    images: uint8 [N, H, W, channels]; of a user's own data also float32 [N, ...].
     labels: int32 [N]; the true labels, where the set has several.
     num_classes: C.
     extra: other class labels of the examples, int32 [N] each, by the name they
@@ -86,9 +90,11 @@ def load(
   that fit in memory.
 
   Args:
-    name: `digits`, or a prepared set: `mnist`, `emnist/letters` (with a
+    name: `digits`; a user's own data, `images:DIR`, `npz:FILE` or `csv:FILE`, see
+      `own_data.read`; or a prepared set: `mnist`, `emnist/letters` (with a
       configuration), `mnist:3.0.1` (a version; else the newest there).
-    split: `train`, `test`, ..., for prepared sets also slices: `train[:90%]`.
+    split: `train`, `test`, ..., for prepared sets also slices: `train[:90%]`. What is
+      skipped or changed while a user's own data are read becomes a warning.
     data_dir: folder of prepared sets, default `$TFDS_DATA_DIR`, else
       `~/tensorflow_datasets`. Not used by `digits`.
     cache_dir: folder of decoded arrays, default `$XDG_CACHE_HOME/l2rw_jax`,
@@ -105,6 +111,11 @@ def load(
   """
   if name == "digits":
     return _digits(split)
+  if own_data.is_own(name):
+    data = own_data.read(name, split)
+    for line in own_data.report(data):
+      _log.warning("%s %s: %s", name, split, line)
+    return from_own(name, split, data)
   _check_name(name)
   if not split.isprintable():
     raise base.InputError(f"the split {split!r} holds characters that no split has")
@@ -126,6 +137,27 @@ def load(
     int(arrays["num_classes"]),
     {k.removeprefix(_EXTRA): v for k, v in arrays.items() if k.startswith(_EXTRA)},
     numbers(int(arrays["num_classes"])),
+  )
+
+
+def from_own(name: str, split: str, data: own_data.OwnData) -> Source:
+  """A user's own data as a source.
+
+  Args:
+    name: such as images:DIR.
+    split: what to call the part.
+    data: as `own_data.read` returns it.
+  """
+  class_names = data.form.class_names
+  return Source(
+    name,
+    "own",
+    split,
+    data.features,
+    data.labels,
+    len(class_names),
+    {},
+    class_names,
   )
 
 

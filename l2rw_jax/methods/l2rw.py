@@ -276,6 +276,7 @@ def l2rw(
   optimizer: optax.GradientTransformation | None = None,
   *,
   microbatch_size: int | None = None,
+  reweight: bool = True,
 ) -> base.Method:
   """L2RW for the training loop.
 
@@ -290,6 +291,8 @@ def l2rw(
       the look-ahead step.
     microbatch_size: number of examples of each batch that are in memory at a time on
       each device; None is all.
+    reweight: whether to train with the weights. If not, training is plain and the
+      scores are only reported, as a measurement for `audit.recording`.
 
   Returns:
     A `base.Method` without state that needs a meta batch.
@@ -315,7 +318,11 @@ def l2rw(
     inputs = inputs._replace(batch=hypergradient.batch_after(direction, inputs.batch))
     linearized = problem.linearize_batch(inputs)
     info = weigh(linearized, direction, problem.axis_name)
-    grads = base.summed_gradient(linearized, info.weights, problem.axis_name)
+    weights = info.weights
+    if not reweight:
+      size = base.global_size(weights.shape[0], problem.axis_name)
+      weights = jnp.full_like(info.losses, 1 / size)
+    grads = base.summed_gradient(linearized, weights, problem.axis_name)
     rejected = base.pmean(jnp.mean(info.weights == 0), problem.axis_name)
     metrics = {
       "meta_loss": info.meta_loss,
@@ -325,12 +332,13 @@ def l2rw(
     }
     gradients = base.Gradients(
       grads,
-      info.weights,
+      weights,
       info.losses,
       info.aux,
       metrics,
       fault=info.fault,
       zero_slope=info.zero_slope,
+      scores=info.scores,
     )
     return gradients, state
 

@@ -4,6 +4,10 @@
     folder/timing.json          seconds of training, and steps per call
     folder/seed-S/metrics.*     JSON lines, CSV and TensorBoard, one folder per run
     folder/seed-S/weights.csv   per-example weights
+    folder/seed-S/statistics.npz
+                                what the method reports of each example, if it does
+    folder/seed-S/variables.msgpack
+                                trained parameters, see `variables`
     folder/seed-S/results.json  written last: a finished run is not repeated
 
 The same call continues an interrupted run and ends with the same bytes in these files
@@ -15,6 +19,7 @@ another run is refused. SIGINT, SIGTERM and SIGHUP save a checkpoint first.
 
 from collections.abc import Sequence
 import contextlib
+import os
 import pathlib
 import sys
 from typing import Any
@@ -42,7 +47,7 @@ def train(
   method: base.Method,
   optimizer: optax.GradientTransformation,
   splits: Sequence[examples_lib.Splits],
-  folder: pathlib.Path,
+  folder: str | os.PathLike,
   evaluators: Sequence[evaluation.Evaluator] = (evaluation.accuracy,),
   name: str = "train",
   probes: Sequence[evaluation.Probe] = (),
@@ -65,7 +70,7 @@ def train(
       epoch from whose start an interrupted run continues.
 
   Returns:
-    A `Result` for each seed, read from disk.
+    A `Result` for each seed, read from disk: metrics, weights, trained parameters.
 
   Raises:
     InputError: the settings and the data do not fit together; losses or gradients
@@ -79,13 +84,15 @@ def train(
       f"JAX runs in {jax.process_count()} processes, and training in more than one is"
       " not supported: start a single process, without jax.distributed.initialize."
     )
+  folder = pathlib.Path(folder)
   folders = [folder / f"seed-{seed}" for seed in config.seeds]
   splits = config_lib.as_integers(splits, config.seeds)
   identities = identity.of_runs(config, splits, folder)
+  # One row, for a source of rows is an array only where it is read.
+  first = {k: x[:1] for k, x in examples_lib.as_batch(splits[0].train).items()}
   if not _is_finished(folder, folders, identities):
     config_lib.check(config, method, splits)
     test = examples_lib.as_batch(splits[0].test)
-    # One example: a row source becomes an array only where it is indexed.
     model.check({k: x[:1] for k, x in test.items()}, splits[0].num_classes)
     try:
       folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +112,8 @@ def train(
       _train(run, metrics, weights, evaluate, checkpoints, name)
       _write_results(run, metrics, weights, folders, identities)
       checkpoints.write_timing(run)
-  return [results.read(f) for f in folders]
+  like = jax.eval_shape(model.init, jax.random.key(0), first)
+  return [results.read(f, like) for f in folders]
 
 
 def _train(
@@ -196,6 +204,7 @@ def _write_results(run, metrics, weights, folders, identities):
       "identity": identities[index],
       **workdir.run_info(),
     }
-    state = run.snapshot(index).state
-    params = jax.device_get(state.params)
-    results.write(folder, params, weights, index, run.splits[index], facts)
+    state = jax.device_get(run.snapshot(index).state)
+    statistics = run.method.report(state.method_state)
+    split = run.splits[index]
+    results.write(folder, state, weights, index, split, facts, statistics)

@@ -14,10 +14,13 @@ from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.io import metric_writer
 from l2rw_jax.io import workdir
+from l2rw_jax.training import step as step_lib
+from l2rw_jax.training import variables
 from l2rw_jax.training import weight_log
 
 RESULTS = "results.json"
 _WEIGHTS = "weights.csv"
+_STATISTICS = "statistics.npz"
 _FILES = "files"
 
 
@@ -32,29 +35,38 @@ class Result(NamedTuple):
       source_index, label, true_label, mean_weight, last_weight (in units of the
       uniform weight), seen, rejected (in batches). The two columns of labels are
       missing if examples have several labels.
+    statistics: what the method reports of each training example, arrays [N, ...] by
+      name, as in `audit.recording`; empty if it reports nothing.
+    params: the trained parameters after the last step, NumPy arrays.
+    model_state: the variables of the network that are not trained, likewise.
   """
 
   metrics: dict[str, Any]
   weights: dict[str, np.ndarray]
+  statistics: dict[str, np.ndarray]
+  params: base.PyTree
+  model_state: base.PyTree
 
 
 def write(
   folder: pathlib.Path,
-  params: base.PyTree,
+  state: step_lib.TrainState,
   log: weight_log.WeightLog,
   run: int,
   split: examples_lib.Splits,
   facts: dict[str, Any],
+  statistics: dict[str, np.ndarray] | None = None,
 ) -> None:
-  """Writes `weights.csv` and then `results.json`, which marks the run finished.
+  """Writes `results.json`, which marks the run finished, after its other files.
 
   Args:
     folder: the folder of this run; its metrics are closed.
-    params: parameters of this run, on the host.
+    state: the training state of this run, on the host.
     log: the weights of all runs.
     run: index of this run in `log`.
     split: data of this run.
     facts: further entries of `results.json`.
+    statistics: what the method reports of each example; no file if there is nothing.
   """
   columns = {
     "index": split.train.index,
@@ -72,15 +84,21 @@ def write(
   writer.writerow(columns)
   writer.writerows(zip(*(c.tolist() for c in columns.values()), strict=True))
   workdir.write_text(folder / _WEIGHTS, text.getvalue())
+  variables.write(folder, state.params, state.model_state)
   rows = metric_writer.read(folder)
-  tables = (_WEIGHTS, *metric_writer.FILES)
+  files = [_WEIGHTS, variables.FILE, *metric_writer.FILES]
+  if statistics:
+    content = io.BytesIO()
+    np.savez(content, allow_pickle=False, **statistics)
+    workdir.write_bytes(folder / _STATISTICS, content.getvalue())
+    files.append(_STATISTICS)
   results = {
     **facts,
     "data": split.fingerprint,
-    "params_sha256": _sha256(params),
+    "params_sha256": _sha256(state.params),
     **_last_and_best(rows),
     **_probes(rows),
-    _FILES: {name: workdir.file_digest(folder / name) for name in tables},
+    _FILES: {name: workdir.file_digest(folder / name) for name in files},
   }
   workdir.write_record(folder / RESULTS, results)
 
@@ -93,6 +111,8 @@ def damage(folder: pathlib.Path) -> str:
   """
   try:
     expected = workdir.read_record(folder / RESULTS).get(_FILES, {})
+    if expected and variables.FILE not in expected:
+      return f"{folder} has no trained parameters: an earlier version wrote it."
     for name, digest in expected.items():
       if workdir.file_digest(folder / name) != digest:
         return f"{folder / name} is damaged (its checksum does not match)."
@@ -101,17 +121,22 @@ def damage(folder: pathlib.Path) -> str:
   return ""
 
 
-def read(folder: pathlib.Path) -> Result:
+def read(
+  folder: pathlib.Path, like: tuple[base.PyTree, base.PyTree] | None = None
+) -> Result:
   """Reads a finished run.
 
   Args:
     folder: the folder of the run.
+    like: params and model_state, or their shapes, for the structure of the result; if
+      None, they are nested dictionaries.
 
   Returns:
     The run.
 
   Raises:
-    InputError: a file of the run is missing or damaged.
+    InputError: a file of the run is missing or damaged, or the variables do not have
+      the structure `like`.
   """
   wrong = damage(folder)
   if wrong:
@@ -119,7 +144,15 @@ def read(folder: pathlib.Path) -> Result:
   table = np.genfromtxt(folder / _WEIGHTS, delimiter=",", names=True)
   table = np.atleast_1d(table)  # There may be one training example only.
   weights = {name: table[name] for name in table.dtype.names or ()}
-  return Result(workdir.read_record(folder / RESULTS), weights)
+  metrics, statistics = workdir.read_record(folder / RESULTS), {}
+  if _STATISTICS in metrics.get(_FILES, {}):
+    with np.load(folder / _STATISTICS, allow_pickle=False) as stored:
+      statistics = {name: stored[name] for name in stored.files}
+  params, model_state = variables.read(folder)
+  if like is not None:
+    params = variables.restore(params, like[0])
+    model_state = variables.restore(model_state, like[1])
+  return Result(metrics, weights, statistics, params, model_state)
 
 
 def _last_and_best(rows: list[dict[str, Any]]) -> dict[str, Any]:

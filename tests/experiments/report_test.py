@@ -82,3 +82,21 @@ def test_auroc_by_hand(labels, mean, expected):
   weights = {"label": np.array(labels), "mean_weight": np.array(mean, float)}
   weights["true_label"] = np.zeros(len(labels), int)
   assert _report.auroc(weights) == expected
+
+
+def test_rejection_auroc_by_hand():
+  weights = {
+    "label": np.array([0, 0, 1, 1, 1]),
+    "true_label": np.zeros(5, int),
+    "seen": np.array([4, 2, 4, 2, 0]),
+    "rejected": np.array([0, 1, 2, 2, 0]),
+    "mean_weight": np.array([1.0, 0.5, 2.0, 3.0, np.nan]),
+  }
+  np.testing.assert_array_equal(
+    _report.rejected_share(weights), [0, 0.5, 0.5, 1, np.nan]
+  )
+  # Of four pairs, three are in order and one is even; by mean weight, all are not.
+  assert _report.rejection_auroc(weights) == 3.5 / 4
+  assert _report.auroc(weights) == 0
+  never = {**weights, "rejected": np.zeros(5, int)}
+  assert _report.rejection_auroc(never) is None

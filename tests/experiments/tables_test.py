@@ -63,7 +63,7 @@ def test_the_summary_puts_ours_beside_what_was_published():
   assert header == [
     *("noise", "fraction", "method"),
     *("test accuracy %", "published", "difference"),
-    *("best on test %", "AUROC of weights", "seeds"),
+    *("best on test %", "AUROC of mean weights", "seeds"),
   ]
   # t(0.975, 2) = 4.3027 standard errors of 1 / sqrt(3).
   ours, best, auroc = "90.00 ± 2.48", "92.00 ± 0.00", "0.750 ± 0.000"

@@ -55,6 +55,7 @@ _FILES = {
     "timing.json",
     *(f"seed-0/{n}" for n in ("metrics.jsonl", "metrics.csv", "weights.csv")),
     "seed-0/results.json",
+    "seed-0/variables.msgpack",
   ),
   "interrupted": ("timing.json", "seed-0/metrics.jsonl"),
 }

@@ -1,0 +1,396 @@
+r"""Wrong labels that one training run finds, next to cleanlab's cross-validation.
+
+Labels of small sets are made wrong, a network is trained on them once, and the ranking
+of `audit.find_label_issues` is compared with what is done without it: the same
+network trained five times for cleanlab's out-of-fold probabilities, the area under the
+margin (AUM) and the mean loss of the one run, nearest neighbors, and, with five trusted
+examples a class, the ranking of an L2RW run. No method sees a true label; the trusted
+examples are part of no training set. Digits, wine and breast_cancer come with
+scikit-learn; of mnist and fashion_mnist the first 4,000 training images are taken.
+Recipe (network, rate, epochs) and ranking were chosen on other data or seeds: digits
+with seeds 100 and 101, training images 50,000 to 59,999 of MNIST, iris and a synthetic
+set. cleanlab and the neighbors have their own defaults. Seconds are those of all
+processor cores together, so that other work on the machine does not count.
+Command: python -m benchmarks.label_issues --data_dir=DIR, with pip install cleanlab
+Ours: results/label_issues.
+"""
+
+from collections.abc import Callable, Iterator
+import functools
+import math
+import time
+from typing import Any, NamedTuple
+
+from absl import flags
+import jax
+import numpy as np
+import optax
+
+from experiments import _catalogue
+from experiments import _launch
+from experiments import _report
+from l2rw_jax import audit
+from l2rw_jax import base
+from l2rw_jax import losses
+from l2rw_jax.data import label_noise
+from l2rw_jax.data import sources
+from l2rw_jax.io import workdir
+from l2rw_jax.methods import l2rw
+from l2rw_jax.models import mlp
+
+# Epochs of each set: the smaller the set, the more passes until it is learned.
+EPOCHS = {
+  "digits": 20,
+  "mnist": 12,
+  "fashion_mnist": 12,
+  "wine": 20,
+  "breast_cancer": 20,
+}
+NOISES = ("symmetric:0.1", "symmetric:0.2", "symmetric:0.4", "pair:0.2", "pair:0.4")
+METHODS = ("audit", "audit_trusted", "cleanlab", "neighbors")
+
+_DATASETS = flags.DEFINE_list("datasets", list(EPOCHS), f"Of {', '.join(EPOCHS)}.")
+_NOISES = flags.DEFINE_list("noises", list(NOISES), "Kind and share of wrong labels.")
+_METHODS = flags.DEFINE_list("methods", list(METHODS), f"Of {', '.join(METHODS)}.")
+_NUM_SEEDS = flags.DEFINE_integer("num_seeds", 3, "Repetitions.", lower_bound=1)
+_NUM_EXAMPLES = flags.DEFINE_integer(
+  "num_examples", 4_000, "Most examples of a set.", lower_bound=100
+)
+flags.adopt_module_key_flags(_launch)
+_HIDDEN = (256, 256)
+_LEARNING_RATE = 1e-3
+_FOLDS, _NEIGHBORS, _TRUSTED = 5, 10, 5
+
+
+class Cell(NamedTuple):
+  """One set of examples with wrong labels.
+
+  Attributes:
+    x: inputs, float32 [N, d].
+    given: labels, some of them wrong, int32 [N].
+    true: int32 [N].
+    trusted: inputs and true labels of five more examples a class.
+    num_classes: C.
+    num_epochs: of training.
+    seed: of everything random.
+  """
+
+  x: np.ndarray
+  given: np.ndarray
+  true: np.ndarray
+  trusted: tuple[np.ndarray, np.ndarray]
+  num_classes: int
+  num_epochs: int
+  seed: int
+
+
+class Ranking(NamedTuple):
+  """What a method says of N labels.
+
+  Attributes:
+    score: higher is more suspicious, [N].
+    num_issues: how many labels the method calls wrong; None if it does not say.
+    seconds: of processor time, without compilation.
+  """
+
+  score: np.ndarray
+  num_issues: int | None
+  seconds: float
+
+
+@functools.cache
+def load(name: str, size: int) -> tuple[np.ndarray, np.ndarray, int]:
+  """Inputs [N, d], labels [N] and the number of classes of a set."""
+  if name not in EPOCHS:
+    raise base.InputError(f"--datasets={name}: choose among {', '.join(EPOCHS)}.")
+  if name in ("wine", "breast_cancer"):
+    from sklearn import datasets
+    from sklearn import preprocessing
+
+    bunch = {"wine": datasets.load_wine, "breast_cancer": datasets.load_breast_cancer}[
+      name
+    ]()
+    x = preprocessing.scale(bunch.data).astype(np.float32)
+    return x, bunch.target.astype(np.int32), len(bunch.target_names)
+  source = sources.load(name, "train", **_launch.data_folders())
+  x = source.images[:size].reshape(-1, math.prod(source.images.shape[1:]))
+  return x.astype(np.float32) / 255, source.labels[:size], source.num_classes
+
+
+def make_cell(name: str, noise: str, seed: int) -> Cell:
+  """A set with wrong labels.
+
+  Args:
+    name: of the set.
+    noise: "symmetric:SHARE", exactly that share, each class as likely as another; or
+      "pair:SHARE", every class mistaken for the next one with that probability.
+    seed: of the trusted examples, the noise and the training.
+
+  Raises:
+    InputError: unknown names.
+  """
+  x, labels, num_classes = load(name, _NUM_EXAMPLES.value)
+  kind, _, share = noise.partition(":")
+  if noise not in NOISES:
+    raise base.InputError(f"--noises={noise}: choose among {', '.join(NOISES)}.")
+  rng = np.random.default_rng(seed)
+  trusted = np.concatenate(
+    [
+      rng.choice(np.flatnonzero(labels == c), _TRUSTED, replace=False)
+      for c in range(num_classes)
+    ]
+  )
+  rows = np.setdiff1d(np.arange(len(labels)), trusted)
+  true = labels[rows]
+  if kind == "symmetric":
+    given = label_noise.uniform_flip(
+      true, fraction=float(share), num_classes=num_classes, rng=rng
+    )
+  else:
+    pairs = {c: (c + 1) % num_classes for c in range(num_classes)}
+    matrix = label_noise.pair_matrix(num_classes, float(share), pairs)
+    given = label_noise.resample(true, matrix, rng=rng)
+  return Cell(
+    x[rows], given, true, (x[trusted], labels[trusted]), num_classes, EPOCHS[name], seed
+  )
+
+
+class Trainer:
+  """The same network and optimizer for every method, in a loop of a few lines."""
+
+  def __init__(self, num_classes: int, with_trusted: bool = False):
+    """Nothing compiled yet; `with_trusted` trains with the weights of L2RW."""
+    self.model = mlp.MLP(num_classes, _HIDDEN)
+    self.optimizer = optax.adam(_LEARNING_RATE)
+    self.num_classes = num_classes
+    self._with_trusted = with_trusted
+    self._compiled: dict[Any, Callable[..., Any]] = {}
+
+  def _losses(self, params, batch):
+    logits: Any = self.model.apply({"params": params}, batch[0])
+    return losses.softmax_cross_entropy(logits, batch[1]), logits
+
+  def _epoch(self, carry, data, trusted, rows):
+    def step(carry, row):
+      params, opt_state, state = carry
+      batch = jax.tree.map(lambda x: x[row], data)
+      if self._with_trusted:
+        value_and_grad = l2rw.weighted_value_and_grad(self._losses, has_aux=True)
+        (_, info), grads = value_and_grad(params, batch, trusted)
+        logits = info.aux
+        evidence: tuple[base.Array, ...] = (info.weights, info.scores)
+      else:
+
+        def loss(params):
+          values, logits = self._losses(params, batch)
+          return values.mean(), logits
+
+        grads, logits = jax.grad(loss, has_aux=True)(params)
+        evidence = ()
+      state = audit.update(state, row, logits, batch[1], *evidence)
+      updates, opt_state = self.optimizer.update(grads, opt_state, params)
+      return (optax.apply_updates(params, updates), opt_state, state), None
+
+    return jax.lax.scan(step, carry, rows)[0]
+
+  def train(
+    self, cell: Cell, chosen: np.ndarray | None = None
+  ) -> tuple[Any, audit.State, float]:
+    """Trains on a cell.
+
+    Args:
+      cell: the examples.
+      chosen: rows to train on; all if None.
+
+    Returns:
+      Parameters, statistics, and processor seconds without compilation.
+    """
+    if chosen is None:
+      chosen = np.arange(len(cell.given))
+    size = len(chosen)
+    batch_size = min(100, max(8, size // 13))
+    params = self.model.init(jax.random.key(cell.seed), cell.x[:1])["params"]
+    state = audit.init(len(cell.given), self.num_classes)
+    carry = (params, self.optimizer.init(params), state)
+    data, trusted = jax.device_put(((cell.x, cell.given), cell.trusted))
+    rng = np.random.default_rng([cell.seed, size])
+    shape = (size // batch_size, batch_size)
+    key = (cell.x.shape, shape)
+    if key not in self._compiled:
+      like = jax.ShapeDtypeStruct(shape, np.int32)
+      lowered = jax.jit(self._epoch).lower(carry, data, trusted, like)
+      self._compiled[key] = lowered.compile()
+    jax.block_until_ready(carry)
+    started = time.process_time()
+    for _ in range(cell.num_epochs):
+      rows = chosen[rng.permutation(size)][: shape[0] * shape[1]].reshape(shape)
+      carry = self._compiled[key](carry, data, trusted, rows.astype(np.int32))
+    jax.block_until_ready(carry)
+    return carry[0], carry[2], time.process_time() - started
+
+  def predict(self, params: Any, x: np.ndarray) -> np.ndarray:
+    """Probabilities of a trained network, [N, C]."""
+    logits: Any = self.model.apply({"params": params}, x)
+    return np.asarray(jax.nn.softmax(logits))
+
+
+@functools.cache
+def trainer(num_classes: int, with_trusted: bool) -> Trainer:
+  """One for all cells of a kind, so that each shape is compiled once."""
+  return Trainer(num_classes, with_trusted)
+
+
+def audit_rankings(cell: Cell, with_trusted: bool) -> Iterator[tuple[str, Ranking]]:
+  """Rankings by one run: ours and, of the plain run, single statistics."""
+  _, state, seconds = trainer(cell.num_classes, with_trusted).train(cell)
+  started = time.process_time()
+  statistics = audit.summarize(state)
+  issues = audit.find_label_issues(statistics, cell.given)
+  total = seconds + time.process_time() - started
+  score = np.empty(len(cell.given))
+  score[issues.index] = issues.score
+  name = "audit, 5 trusted a class" if with_trusted else "audit"
+  yield name, Ranking(score, issues.num_issues, total)
+  if with_trusted:
+    weight = -statistics["mean_weight"]
+    yield "L2RW mean weight", Ranking(weight, None, seconds)
+    yield "L2RW mean score", Ranking(-statistics["mean_score"], None, seconds)
+    yield "L2RW zero weights", Ranking(statistics["zero_weight_share"], None, seconds)
+  else:
+    yield "AUM", Ranking(-statistics["mean_margin"], None, seconds)
+    yield "mean loss", Ranking(statistics["mean_loss"], None, seconds)
+
+
+def cleanlab_ranking(cell: Cell) -> Ranking:
+  """Out-of-fold probabilities of the same network, and cleanlab's verdict on them."""
+  from cleanlab import filter as cleanlab_filter
+  from cleanlab import rank
+  from sklearn import model_selection
+
+  folds = model_selection.StratifiedKFold(
+    _FOLDS, shuffle=True, random_state=cell.seed
+  ).split(cell.x, cell.given)
+  probabilities = np.zeros((len(cell.given), cell.num_classes))
+  network = trainer(cell.num_classes, False)
+  total = 0.0
+  for train, held_out in folds:
+    params, _, seconds = network.train(cell, train)
+    started = time.process_time()
+    probabilities[held_out] = network.predict(params, cell.x[held_out])
+    total += seconds + time.process_time() - started
+  started = time.process_time()
+  quality = rank.get_label_quality_scores(cell.given, probabilities)
+  found = cleanlab_filter.find_label_issues(cell.given, probabilities, n_jobs=1)
+  return Ranking(-quality, int(found.sum()), total + time.process_time() - started)
+
+
+def neighbors_ranking(cell: Cell) -> Ranking:
+  """The share of the ten nearest neighbors with another label, by closeness."""
+  from sklearn import neighbors
+
+  started = time.process_time()
+  index = neighbors.NearestNeighbors(n_neighbors=_NEIGHBORS).fit(cell.x)
+  distances, rows = index.kneighbors()  # Without the example itself.
+  closeness = 1 / np.maximum(distances, 1e-12)
+  is_other = cell.given[rows] != cell.given[:, None]
+  score = (closeness * is_other).sum(axis=1) / closeness.sum(axis=1)
+  return Ranking(score, None, time.process_time() - started)
+
+
+def rankings(cell: Cell) -> Iterator[tuple[str, Ranking]]:
+  """What each of `--methods` says."""
+  for method in _METHODS.value:
+    if method in ("audit", "audit_trusted"):
+      yield from audit_rankings(cell, method == "audit_trusted")
+    elif method == "cleanlab":
+      yield "cleanlab, 5-fold", cleanlab_ranking(cell)
+    elif method == "neighbors":
+      yield "10 nearest neighbors", neighbors_ranking(cell)
+    else:
+      raise base.InputError(f"--methods={method}: choose among {', '.join(METHODS)}.")
+
+
+def measure(ranking: Ranking, is_wrong: np.ndarray) -> dict[str, Any]:
+  """How good a ranking is.
+
+  Args:
+    ranking: of N labels.
+    is_wrong: bool [N].
+
+  Returns:
+    The area under the ROC curve; precision at k, the number of wrong labels (the share
+    missed when so many are flagged is 1 less that); what the method calls wrong over
+    the true number, and precision and recall of these.
+  """
+  from sklearn import metrics
+
+  order = np.argsort(-ranking.score, kind="stable")
+  number = int(is_wrong.sum())
+  row = {
+    "auroc": float(metrics.roc_auc_score(is_wrong, ranking.score)),
+    "precision_at_k": float(is_wrong[order[:number]].mean()),
+    "missed_share": float(1 - is_wrong[order[:number]].mean()),
+    "num_wrong": number,
+    "num_issues": ranking.num_issues,
+    "estimate_ratio": None,
+    "flagged_precision": None,
+    "flagged_recall": None,
+  }
+  if ranking.num_issues is not None:
+    hits = int(is_wrong[order[: ranking.num_issues]].sum())
+    row["estimate_ratio"] = ranking.num_issues / number
+    row["flagged_precision"] = hits / max(ranking.num_issues, 1)
+    row["flagged_recall"] = hits / number
+  return row | {"seconds": ranking.seconds}
+
+
+def main() -> None:
+  """Measures, prints and writes."""
+  if "cleanlab" in _METHODS.value:
+    try:
+      import cleanlab  # noqa: F401
+    except ImportError:
+      raise base.InputError(
+        "--methods=cleanlab needs cleanlab: pip install '.[benchmarks]', or leave it"
+        " out."
+      ) from None
+  cells = [
+    (name, noise, seed)
+    for name in _DATASETS.value
+    for noise in _NOISES.value
+    # Of two classes, the next one is the only other one.
+    if not (name == "breast_cancer" and noise.startswith("pair"))
+    for seed in range(_NUM_SEEDS.value)
+  ]
+  for first in cells[:: _NUM_SEEDS.value]:  # mistakes show before anything is written
+    make_cell(*first)
+  folder = _launch.prepare("label_issues", __name__, ())
+  rows = []
+  for name, noise, seed in cells:
+    cell = make_cell(name, noise, seed)
+    for method, ranking in rankings(cell):
+      rows.append(
+        {
+          "method": method,
+          "dataset": name,
+          "noise": noise,
+          "seed": seed,
+          "num_examples": len(cell.given),
+          **measure(ranking, cell.given != cell.true),
+          **workdir.run_info(),
+        }
+      )
+    done = ", ".join(
+      f"{row['method']} {row['auroc']:.4f}"
+      for row in rows
+      if (row["dataset"], row["noise"], row["seed"]) == (name, noise, seed)
+    )
+    print(f"{name} {noise} seed {seed}: {done}", flush=True)
+  flags_given = _launch.flags_of(__name__)
+  _report.save(folder, rows, flags_given)
+  print(_catalogue.summary("label_issues", rows, flags_given))
+  print(f"\nwritten: {folder}/results.json, results.csv")
+
+
+if __name__ == "__main__":
+  _launch.run(main)

@@ -1,0 +1,279 @@
+"""Which labels are wrong, from the statistics of one training run.
+
+The score of an example with the given label g and the mean predicted distribution p in
+C classes is a log odds ratio, that of the likeliest other label against the given one:
+
+    score = max over j != g of log(R[j, g] p[j] + 1/C)  -  log(p[g] + 1/C)        (1)
+
+R[j, g] is how much more often examples of class j are labeled g than an average pair of
+classes is confused. Without R this is the margin of the mean distribution, which ranks
+as well as the best single statistic where any class may be mistaken for any other.
+Where mistakes have a direction (3 labeled 8, but not 3 labeled 1), the network's doubt
+between the given label and a class that is never mistaken for it is no evidence of a
+wrong label, and doubt about the usual mistake is strong evidence: that is Bayes' rule,
+with R as the prior of the mistake. The term 1/C, a uniform distribution mixed in, keeps
+probabilities apart that matter and those together that do not (1e-3 and 1e-6).
+
+R is estimated from the same distributions. Let t[c] be the mean of p[c] over the
+examples labeled c, the per-class thresholds of confident learning, and let
+c* = argmax over c of p[c] - t[c] be an example's most likely class. Then Q[j, g] counts
+the examples with c* = j and the label g, of those with another label than c* only the
+clear ones, p[c*] >= 0.8 t[c*], and off the diagonal
+
+    M[j, g] = Q[j, :] summed  *  share of all examples off the diagonal / (C - 1)  (2)
+    R[j, g] = (1 + v Q[j, g]) / (1 + v M[j, g])                                    (3)
+
+M is what Q would be without any direction, and v the variance of Q / M beyond that of
+counts: the posterior mean of a rate under a gamma prior of mean 1 and variance v. If
+the counts are no more uneven than chance makes them, v is 0, R is 1, and nothing is
+lost. Examples that are merely hard for the network also have a direction (4 and 9);
+most of them are not clear.
+
+The number of issues is the number of all examples with another label than c*. Confident
+learning counts those with p[c] >= t[c] for some c. Probabilities from training itself,
+unlike held-out ones, are pulled towards the given label, so that few wrong labels pass
+that test; the pull is about the same for all examples and leaves the order of
+p[c] - t[c] alone, until the network has memorized the wrong labels.
+
+A trusted set enters through training: in a run of L2RW the network learns less from
+wrong labels, and its distributions rank better. The scores of L2RW themselves are
+reported, and are not part of equation (1): a weighted sum of both ranked worse.
+
+References:
+  Northcutt, Jiang, Chuang, "Confident Learning: Estimating Uncertainty in Dataset
+  Labels", Journal of Artificial Intelligence Research 70, 2021 (thresholds, counts).
+  Pleiss et al., NeurIPS 2020 (the margin during training as evidence).
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from l2rw_jax import base
+from l2rw_jax.audit import statistics as statistics_lib
+
+_PROBABILITIES = "mean_probabilities"
+# Chosen on other data and seeds than those of results/label_issues.
+_CLEAR = 0.8
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LabelIssues:
+  """All N examples, the most suspicious first.
+
+  Attributes:
+    index: row of each example in the training set, int64 [N].
+    given: its label, int64 [N].
+    suggested: the most likely other class, int64 [N]; the given label where the
+      example was never seen.
+    score: how suspicious the label is, equation (1), float64 [N]; higher is more
+      suspicious. NaN where the example was never seen: such examples come last.
+    is_issue: whether the label is estimated to be wrong, bool [N]: true for the first
+      `num_issues` examples.
+    num_issues: estimated number of wrong labels.
+    confusion: estimated number of examples of each class (row) with each given label
+      (column), int64 [C, C].
+    statistics: what `summarize` returned, every array in this order. A statistic that
+      no example has is left out.
+  """
+
+  index: np.ndarray
+  given: np.ndarray
+  suggested: np.ndarray
+  score: np.ndarray
+  is_issue: np.ndarray
+  num_issues: int
+  confusion: np.ndarray
+  statistics: dict[str, np.ndarray]
+
+  def to_cleanlab(self) -> dict[str, np.ndarray]:
+    """What cleanlab takes, in the order of the training set.
+
+    Returns:
+      "labels" [N]; "pred_probs" [N, C], the mean predicted distributions, for
+      `cleanlab.Datalab.find_issues` and `cleanlab.filter.find_label_issues`; and
+      "label_quality" [N] from 0 to 1 as in cleanlab, where lower is more suspicious:
+      the probability whose log odds against the label are the score. An example that
+      was never seen has the uniform distribution and the quality 0.5.
+    """
+    order = np.argsort(self.index)
+    probabilities = self.statistics[_PROBABILITIES][order]
+    is_seen = np.isfinite(self.score[order])
+    uniform = 1 / probabilities.shape[1]
+    probabilities = np.where(is_seen[:, None], probabilities, uniform)
+    quality = 1 / (1 + np.exp(np.where(is_seen, self.score[order], 0)))
+    return {
+      "labels": self.given[order],
+      # Rounding leaves sums of 1 + 1e-7, which cleanlab would warn of.
+      "pred_probs": probabilities / probabilities.sum(axis=1, keepdims=True),
+      "label_quality": quality,
+    }
+
+
+def find_label_issues(statistics: Any, labels: Any) -> LabelIssues:
+  """Ranks the examples of a training set by how likely their labels are wrong.
+
+  Args:
+    statistics: the `State` of a run, or what `summarize` makes of it: a dictionary
+      with "mean_probabilities" [N, C], and any other arrays [N], which are sorted
+      and otherwise left alone. Rows of NaN are examples that were never seen.
+    labels: the given labels, integers [N] from 0 to C - 1.
+
+  Returns:
+    A `LabelIssues`.
+
+  Raises:
+    InputError: the shapes do not fit, a label is none of the C classes, or no example
+      was ever seen.
+    FloatingPointError: a distribution is not finite although its example was seen.
+
+  >>> state = statistics_lib.init(num_examples=4, num_classes=2)
+  >>> p = np.array([[.9, .1], [.8, .2], [.9, .1], [.2, .8]])
+  >>> labels = np.array([0, 0, 1, 1])
+  >>> state = statistics_lib.update(state, np.arange(4), np.log(p), labels)
+  >>> issues = find_label_issues(state, labels)
+  >>> print(issues.index, issues.suggested, issues.num_issues)
+  [2 1 3 0] [0 1 0 1] 1
+  """
+  if isinstance(statistics, statistics_lib.State):
+    statistics = statistics_lib.summarize(statistics)
+  statistics, labels = _check(statistics, labels)
+  probabilities = statistics[_PROBABILITIES]
+  size, num_classes = probabilities.shape
+  is_seen = _is_seen(statistics)
+  p, given = probabilities[is_seen], labels[is_seen]
+
+  likely, is_clear = _likely_classes(p, given)
+  confusion = _count(likely, given, num_classes)
+  is_counted = is_clear | (likely == given)
+  rates = relative_rates(_count(likely[is_counted], given[is_counted], num_classes))
+  rows = np.arange(len(given))
+  is_given = np.arange(num_classes) == given[:, None]
+  others = np.where(is_given, -1, p * rates[:, given].T)
+  score, suggested = np.full(size, np.nan), labels.copy()
+  score[is_seen] = np.log(
+    (others.max(axis=1) + 1 / num_classes) / (p[rows, given] + 1 / num_classes)
+  )
+  suggested[is_seen] = others.argmax(axis=1)
+
+  order = np.argsort(-score, kind="stable")  # NaN is sorted last.
+  num_issues = int(confusion.sum() - np.trace(confusion))
+  return LabelIssues(
+    index=order,
+    given=labels[order],
+    suggested=suggested[order],
+    score=score[order],
+    is_issue=np.arange(size) < num_issues,
+    num_issues=num_issues,
+    confusion=confusion,
+    statistics={
+      name: x[order]
+      for name, x in statistics.items()
+      if not (np.issubdtype(x.dtype, np.floating) and np.isnan(x).all())
+    },
+  )
+
+
+def relative_rates(confusion: Any) -> np.ndarray:
+  """How much likelier each mistake is than an average one, equation (3).
+
+  Args:
+    confusion: number of examples of each class (row) with each label (column),
+      [C, C].
+
+  Returns:
+    R, float64 [C, C]; 1 on the diagonal, and everywhere if the counts off the diagonal
+    are no more uneven than chance makes them.
+
+  >>> print(relative_rates([[90, 5, 5], [6, 90, 4], [5, 5, 90]]))
+  [[1. 1. 1.]
+   [1. 1. 1.]
+   [1. 1. 1.]]
+  >>> print(relative_rates([[90, 10, 0], [0, 90, 10], [10, 0, 90]]).round(1))
+  [[1.  1.8 0.2]
+   [0.2 1.  1.8]
+   [1.8 0.2 1. ]]
+  """
+  counts = np.asarray(confusion, np.float64)
+  num_classes = len(counts)
+  is_mistake = ~np.eye(num_classes, dtype=bool)
+  share = float(counts[is_mistake].sum()) / max(float(counts.sum()), 1.0)
+  expected = counts.sum(axis=1, keepdims=True) * share / (num_classes - 1)
+  expected = np.where(is_mistake, expected, 0)
+  # Counts of mean m and rate r have the variance m + m^2 Var(r).
+  excess = np.where(is_mistake, (counts - expected) ** 2 - expected, 0).sum()
+  scale = max(float((expected**2).sum()), float(np.finfo(np.float64).tiny))
+  variance = max(float(excess), 0.0) / scale
+  rates = (1 + variance * counts) / (1 + variance * expected)
+  return np.where(is_mistake, rates, 1)
+
+
+def _likely_classes(p, given):
+  """Each example's most likely class c*, and whether it is clear."""
+  # Of a class without examples nothing is known: no example is assigned to it.
+  thresholds = np.full(p.shape[1], np.inf)
+  for c in np.unique(given):
+    thresholds[c] = p[given == c, c].mean()
+  likely = np.argmax(p - thresholds, axis=1)
+  probability = np.take_along_axis(p, likely[:, None], axis=1)[:, 0]
+  return likely, probability >= _CLEAR * thresholds[likely]
+
+
+def _count(likely, given, num_classes):
+  """Examples by most likely class (row) and given label (column), int64 [C, C]."""
+  counts = np.zeros((num_classes, num_classes), np.int64)
+  np.add.at(counts, (likely, given), 1)
+  return counts
+
+
+def _is_seen(statistics):
+  """Which examples have evidence; a broken run has NaN in examples that were seen."""
+  if "seen" in statistics:
+    return statistics["seen"] > 0
+  return ~np.isnan(statistics[_PROBABILITIES]).all(axis=1)
+
+
+def _check(statistics, labels):
+  """The statistics as arrays and the labels as int64, once they fit each other."""
+  if _PROBABILITIES not in statistics:
+    raise base.InputError(
+      f"statistics has no {_PROBABILITIES!r}; pass the state, or what audit.summarize"
+      " returns."
+    )
+  statistics = {name: np.asarray(x) for name, x in statistics.items()}
+  labels = np.asarray(labels)
+  shape = statistics[_PROBABILITIES].shape
+  if len(shape) != 2 or shape[1] < 2 or labels.shape != shape[:1]:
+    raise base.InputError(
+      f"labels must have shape [N] and {_PROBABILITIES} [N, C]; got {labels.shape} and"
+      f" {shape}."
+    )
+  if not np.issubdtype(labels.dtype, np.integer):
+    raise base.InputError(f"labels must be integers; got {labels.dtype}.")
+  for name, x in statistics.items():
+    if x.shape[:1] != labels.shape:
+      raise base.InputError(
+        f"the statistic {name} has shape {x.shape} and there are {len(labels)} labels."
+      )
+  labels = labels.astype(np.int64)
+  wrong = np.flatnonzero((labels < 0) | (labels >= shape[1]))
+  if len(wrong):
+    raise base.InputError(
+      f"{len(wrong)} labels are none of the {shape[1]} classes, the first is"
+      f" {labels[wrong[0]]} at index {wrong[0]}."
+    )
+  p = statistics[_PROBABILITIES]
+  is_seen = _is_seen(statistics)
+  if not is_seen.any():
+    raise base.InputError(
+      "no example was ever seen: update the state during training before you rank."
+    )
+  bad = np.flatnonzero(is_seen & ~np.isfinite(p).all(axis=1))
+  if len(bad):
+    raise FloatingPointError(
+      f"{_PROBABILITIES} of {len(bad)} examples are not finite, the first at index"
+      f" {bad[0]}: the logits or losses of the run were NaN or infinite; lower the"
+      " learning rate."
+    )
+  return statistics, labels

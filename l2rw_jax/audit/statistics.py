@@ -1,0 +1,413 @@
+"""Statistics that training leaves behind for every example.
+
+A network fits right labels early and wrong ones late, so what it says of an example
+while it trains is evidence about the label. The statistics cost no passes of their own:
+they are sums over the logits that a training step computes anyway.
+
+    state = audit.init(num_examples, num_classes)
+    state = audit.update(state, batch["index"], logits, batch["label"])  # every step
+    stats = audit.summarize(state)
+
+Numerics: every sum is compensated (Neumaier), a pair of float32 arrays of which the
+second holds what the first has rounded off, so that the millionth step counts as much
+as the first. Counts are int32. A state takes 8 C + 65 bytes an example.
+
+The predicted distribution is averaged with the mean loss of each step as the step's
+weight. Once a network has memorized its training set, it predicts every given label,
+wrong or right, and steps without a loss have nothing to say about labels; without the
+weights, a long run would hide what the early steps have shown.
+
+References:
+  Pleiss, Zhang, Elenberg, Weinberger, "Identifying Mislabeled Data using the Area
+  Under the Margin Ranking", NeurIPS 2020 (the margin).
+  Toneva, Sordoni, Tachet des Combes, Trischler, Bengio, Gordon, "An Empirical Study of
+  Example Forgetting during Deep Neural Network Learning", ICLR 2019.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2rw_jax import base
+from l2rw_jax import losses as losses_lib
+
+_LEAST_WEIGHT = 1e-20
+
+
+class Sum(NamedTuple):
+  """A compensated sum: the exact one is close to `total` + `error`.
+
+  Attributes:
+    total: float32 [N] or [N, C].
+    error: what rounding has taken from `total`, likewise.
+  """
+
+  total: base.Array
+  error: base.Array
+
+
+class State(NamedTuple):
+  """What has been seen of N examples in C classes so far; a pytree of arrays.
+
+  Attributes:
+    seen: presentations: rows in which the example occurred, int32 [N].
+    wrong: presentations whose predicted class was not the given label, int32 [N].
+    forgotten: forgetting events, int32 [N].
+    was_correct: whether the last prediction was the given label, bool [N].
+    weighted: presentations with a weight, int32 [N].
+    rejected: those whose weight was zero, int32 [N].
+    scored: presentations with a score, int32 [N].
+    loss: cross-entropies in nats, `Sum` of [N].
+    margin: margins, `Sum` of [N].
+    weight: weights in units of the uniform weight, `Sum` of [N].
+    score: scores, scaled in each step, `Sum` of [N].
+    step_weight: mean losses of the steps in which the example occurred, one for each
+      presentation, `Sum` of [N].
+    probabilities: predicted distributions times these weights, `Sum` of [N, C].
+  """
+
+  seen: base.Array
+  wrong: base.Array
+  forgotten: base.Array
+  was_correct: base.Array
+  weighted: base.Array
+  rejected: base.Array
+  scored: base.Array
+  loss: Sum
+  margin: Sum
+  weight: Sum
+  score: Sum
+  step_weight: Sum
+  probabilities: Sum
+
+
+def init(num_examples: int, num_classes: int) -> State:
+  """The state before the first step.
+
+  Args:
+    num_examples: N, the examples of the training set.
+    num_classes: C, at least 2.
+
+  Returns:
+    A `State` in which nothing has been seen.
+
+  Raises:
+    InputError: `num_examples` is below 1 or `num_classes` below 2.
+  """
+  if num_examples < 1 or num_classes < 2:
+    raise base.InputError(
+      "audit.init needs num_examples of at least 1 and num_classes of at least 2; got"
+      f" {num_examples} and {num_classes}."
+    )
+
+  # Every leaf is a buffer of its own: a step may donate the state.
+  def zeros(dtype, *shape):
+    return jnp.zeros((num_examples, *shape), dtype)
+
+  def empty(*shape):
+    return Sum(zeros(jnp.float32, *shape), zeros(jnp.float32, *shape))
+
+  return State(
+    seen=zeros(jnp.int32),
+    wrong=zeros(jnp.int32),
+    forgotten=zeros(jnp.int32),
+    was_correct=zeros(jnp.bool_),
+    weighted=zeros(jnp.int32),
+    rejected=zeros(jnp.int32),
+    scored=zeros(jnp.int32),
+    loss=empty(),
+    margin=empty(),
+    weight=empty(),
+    score=empty(),
+    step_weight=empty(),
+    probabilities=empty(num_classes),
+  )
+
+
+def update(
+  state: State,
+  index: Any,
+  logits: Any,
+  labels: Any,
+  weights: Any = None,
+  scores: Any = None,
+  mask: Any = None,
+  *,
+  axis_name: base.AxisName = None,
+) -> State:
+  """The state after one more batch.
+
+  Pure: works inside `jit`, `vmap`, `pmap` and `shard_map`, and on arrays that a mesh
+  shards. The state is the same on every device; the rows are those of this device.
+  The work is in proportion to the batch, not to N.
+
+  Several rows of one example are as many presentations. As all of them come from the
+  same parameters, they are one trial for forgetting: it is correct if every row is.
+
+  Args:
+    state: what `init` or `update` returned.
+    index: the row of each example in the training set, integers [B]. Rows with an
+      index outside 0 .. N - 1 do not count.
+    logits: what the network says before this step's update, [B, C], of any
+      floating-point type. [B, 1] is the logit of class 1 of two.
+    labels: the given labels, integers [B].
+    weights: example weights as the methods of this library return them, which sum to
+      1 over the global batch, [B]. They are recorded in units of the uniform weight:
+      times the number of rows that count. None records none.
+    scores: what the weights were before they were clipped at zero, [B]; recorded
+      divided by the mean absolute score of the step, because the scale of scores
+      changes during training. None records none.
+    mask: which rows count, bool [B]; None is all. Padded rows may hold anything.
+    axis_name: mapped axis over which the rows are sharded; the state is then updated
+      with the rows of all devices.
+
+  Returns:
+    The new `State`.
+
+  Raises:
+    InputError: shapes or types do not fit, or, outside `jit`, a label of a row that
+      counts is none of the C classes. Under `jit` such a label gives the mean loss and
+      the mean margin NaN.
+    FloatingPointError: outside `jit`, when a loss of a row that counts is not finite.
+
+  >>> import jax.numpy as jnp
+  >>> state = init(num_examples=3, num_classes=2)
+  >>> logits = jnp.log(jnp.array([[.9, .1], [.2, .8]]))
+  >>> state = update(state, jnp.array([2, 0]), logits, jnp.array([0, 0]))
+  >>> print(summarize(state)["mean_loss"].round(3))
+  [1.609   nan 0.105]
+  """
+  num_examples, num_classes = state.probabilities.total.shape
+  index, logits, labels = (jnp.asarray(x) for x in (index, logits, labels))
+  _check(index, logits, labels, weights, scores, mask, num_classes)
+  # Wide enough for N; an unsigned or a narrow index has no room for -1 or for N.
+  index = index.astype(jnp.int32)
+  counts = (index >= 0) & (index < num_examples)
+  if mask is not None:
+    counts &= jnp.asarray(mask)
+  _refuse_wrong_labels(labels, counts, num_classes)
+
+  state, row_losses = _updated(
+    state, index, logits, labels, counts, weights, scores, axis_name=axis_name
+  )
+  base.finite_rows(
+    "losses", row_losses, axis_name, ": check the logits given to audit.update"
+  )
+  return state
+
+
+def summarize(state: State) -> dict[str, np.ndarray]:
+  """The statistics by name, as NumPy arrays of float64.
+
+  Args:
+    state: what `update` returned, on any device.
+
+  Returns:
+    Arrays [N], NaN where an example was never seen:
+
+      seen                 presentations (0, not NaN, where there was none)
+      mean_loss            mean cross-entropy to the given label, in nats
+      mean_margin          mean of the given label's logit minus the largest other one
+      wrong_predictions    presentations with another prediction than the given label
+      forgetting_events    how often a correct prediction was followed by a wrong one
+      mean_weight          mean weight; 1 is the uniform weight
+      zero_weight_share    share of presentations with weight 0
+      mean_score           mean score before clipping; 1 is a step's mean size
+
+    The last three are NaN also where no weight or score was given. Further,
+    "mean_probabilities" [N, C] is the mean predicted distribution, in which a step
+    counts in proportion to the mean loss of its batch.
+  """
+  arrays: Any = jax.tree.map(np.asarray, jax.device_get(state))
+
+  def exact(sum_: Sum) -> np.ndarray:
+    return np.asarray(sum_.total, np.float64) + np.asarray(sum_.error, np.float64)
+
+  def mean(sum_: Sum, count: np.ndarray) -> np.ndarray:
+    values = exact(sum_)
+    shape = (-1,) + (1,) * (values.ndim - 1)
+    return values / np.where(count > 0, count, np.nan).reshape(shape)
+
+  is_seen = arrays.seen > 0
+  weighted = np.where(arrays.weighted > 0, arrays.weighted, np.nan)
+  return {
+    "seen": arrays.seen.astype(np.float64),
+    "mean_loss": mean(arrays.loss, arrays.seen),
+    "mean_margin": mean(arrays.margin, arrays.seen),
+    "wrong_predictions": np.where(is_seen, arrays.wrong, np.nan),
+    "forgetting_events": np.where(is_seen, arrays.forgotten, np.nan),
+    "mean_weight": mean(arrays.weight, arrays.weighted),
+    "zero_weight_share": arrays.rejected / weighted,
+    "mean_score": mean(arrays.score, arrays.scored),
+    "mean_probabilities": mean(arrays.probabilities, exact(arrays.step_weight)),
+  }
+
+
+def _check(index, logits, labels, weights, scores, mask, num_classes):
+  losses_lib.check_logits(logits, labels)
+  if index.shape != labels.shape or not jnp.issubdtype(index.dtype, jnp.integer):
+    raise base.InputError(
+      f"index must be integers of shape {labels.shape}, one for each label; got"
+      f" {index.dtype} of shape {index.shape}."
+    )
+  if max(logits.shape[1], 2) != num_classes:
+    raise base.InputError(
+      f"the state is of {num_classes} classes and the logits have shape"
+      f" {logits.shape}; give audit.init the number of classes of the network."
+    )
+  if not jnp.issubdtype(logits.dtype, jnp.floating):
+    raise base.InputError(
+      f"logits must be floating-point numbers; got {logits.dtype}. Convert them with"
+      " logits.astype(jnp.float32)."
+    )
+  for name, values in (("weights", weights), ("scores", scores), ("mask", mask)):
+    if values is None:
+      continue
+    if jnp.shape(values) != labels.shape:
+      raise base.InputError(
+        f"{name} must have shape {labels.shape}, one for each label; got"
+        f" {jnp.shape(values)}."
+      )
+    if name == "mask" and jnp.result_type(values) != jnp.bool_:
+      raise base.InputError(f"mask must be bool; got {jnp.result_type(values)}.")
+
+
+def _refuse_wrong_labels(labels, counts, num_classes):
+  if isinstance(labels, jax.core.Tracer) or isinstance(counts, jax.core.Tracer):
+    return
+  given = np.asarray(labels).astype(np.int64)
+  wrong = np.flatnonzero(np.asarray(counts) & ((given < 0) | (given >= num_classes)))
+  if len(wrong):
+    raise base.InputError(
+      f"{len(wrong)} labels are none of the {num_classes} classes, the first is"
+      f" {given[wrong[0]]} in row {wrong[0]}; number the classes from 0 to"
+      f" {num_classes - 1}, or leave the rows out with mask."
+    )
+
+
+# Compiled as one program also where the caller does not compile.
+@functools.partial(jax.jit, static_argnames="axis_name")
+def _updated(state, index, logits, labels, counts, weights, scores, *, axis_name):
+  """The new state, and the losses of this device's rows [B]; 0 if not counted."""
+  num_examples = len(state.seen)
+  row = _rows(logits, labels, counts)
+  row_losses = row["loss"]
+  row |= {"index": jnp.where(counts, index, num_examples), "counts": counts}
+  for name, values in (("weight", weights), ("score", scores)):
+    if values is not None:
+      row[name] = jnp.where(counts, jnp.asarray(values).astype(jnp.float32), 0)
+  row = {
+    name: base.unsharded(base.gather_replicated(x, axis_name))
+    for name, x in row.items()
+  }
+  row["step_weight"] = _step_weight(row["loss"], row["counts"])
+  row["probabilities"] *= row["step_weight"][:, None]
+  if weights is not None:
+    row["weight"] *= jnp.sum(row["counts"]).astype(jnp.float32)
+  if scores is not None:
+    row["score"] = _scaled(row["score"], row["counts"])
+  return _add_rows(state, row), row_losses
+
+
+def _rows(logits, labels, counts):
+  """What the logits say of each row of this device; zeros where it does not count."""
+  log_p, is_label, scale = losses_lib.label_rows(logits, labels, counts)
+  z = logits.astype(log_p.dtype)
+  if z.shape[1] == 1:
+    z = jnp.concatenate([jnp.zeros_like(z), z], axis=1)
+  z = jnp.where(counts[:, None], z, 0)
+  given = jnp.sum(jnp.where(is_label, z, 0), axis=1)
+  largest_other = jnp.max(jnp.where(is_label, -jnp.inf, z), axis=1)
+  loss = -jnp.sum(jnp.where(is_label, log_p, 0), axis=1)
+  predicted = jnp.argmax(z, axis=1).astype(jnp.int32)
+  rows = {
+    "loss": loss * scale,
+    "margin": (given - largest_other) * scale,
+    "probabilities": jnp.where(counts[:, None], jnp.exp(log_p), 0),
+  }
+  rows = {name: x.astype(jnp.float32) for name, x in rows.items()}
+  return rows | {"wrong": counts & (predicted != labels.astype(jnp.int32))}
+
+
+def _step_weight(loss, counts):
+  """The mean loss of the step for each row that counts, [B]."""
+  # An impossible label has the loss NaN, which must not reach the other examples.
+  is_finite = counts & jnp.isfinite(loss)
+  number = jnp.maximum(jnp.sum(is_finite), 1).astype(jnp.float32)
+  mean = jnp.sum(jnp.where(is_finite, loss, 0)) / number
+  # Above zero, so that the weights of an example never sum to zero.
+  return jnp.where(counts, jnp.maximum(mean, _LEAST_WEIGHT), 0)
+
+
+def _scaled(scores, counts):
+  """Scores over their mean size among the rows that count; zeros stay zeros."""
+  # The largest is divided out first, so that no sum overflows and none underflows.
+  largest = jnp.max(jnp.abs(scores), initial=0)
+  scores = scores / jnp.where(largest == 0, 1, largest)
+  number = jnp.maximum(jnp.sum(counts), 1).astype(jnp.float32)
+  size = jnp.sum(jnp.abs(scores)) / number
+  return scores / jnp.where(size == 0, 1, size)
+
+
+def _add_rows(state, row):
+  """`state` with the rows of the global batch, the same on every device."""
+  num_examples = len(state.seen)
+  size = len(row["index"])
+  # Rows of one example are brought together, so that each example is written once.
+  order = jnp.argsort(row["index"])
+  ordered = row["index"][order]
+  begins = jnp.concatenate([jnp.ones(1, jnp.bool_), ordered[1:] != ordered[:-1]])
+  place = jnp.cumsum(begins.astype(jnp.int32)) - 1
+  target = jnp.full(size, num_examples, jnp.int32).at[place].set(ordered)
+
+  def together(values):
+    values = values[order]
+    return jnp.zeros_like(values).at[place].add(values)
+
+  def at(table):
+    return table.at[target].get(mode="fill", fill_value=0)
+
+  def put(table, values):
+    return table.at[target].set(values, mode="drop")
+
+  def add(table, values):
+    return put(table, at(table) + values)
+
+  def add_sum(sum_, values):
+    old, values = at(sum_.total), together(values)
+    new = old + values
+    # The part of the smaller number that the sum has no digits for.
+    is_larger = jnp.abs(old) >= jnp.abs(values)
+    lost = jnp.where(is_larger, (old - new) + values, (values - new) + old)
+    return Sum(put(sum_.total, new), add(sum_.error, lost))
+
+  number = together(row["counts"].astype(jnp.int32))
+  wrong = together(row["wrong"].astype(jnp.int32))
+  is_correct = wrong == 0
+  state = state._replace(
+    seen=add(state.seen, number),
+    wrong=add(state.wrong, wrong),
+    forgotten=add(
+      state.forgotten, (at(state.was_correct) & ~is_correct).astype(jnp.int32)
+    ),
+    was_correct=put(state.was_correct, is_correct),
+    **{
+      name: add_sum(getattr(state, name), row[name])
+      for name in ("loss", "margin", "step_weight", "probabilities")
+    },
+  )
+  if "weight" in row:
+    is_zero = (row["weight"] == 0) & row["counts"]
+    state = state._replace(
+      weighted=add(state.weighted, number),
+      rejected=add(state.rejected, together(is_zero.astype(jnp.int32))),
+      weight=add_sum(state.weight, row["weight"]),
+    )
+  if "score" in row:
+    state = state._replace(
+      scored=add(state.scored, number), score=add_sum(state.score, row["score"])
+    )
+  return state

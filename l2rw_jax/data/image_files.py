@@ -1,0 +1,118 @@
+"""Floor 4: image files as arrays of 8 bits a channel."""
+
+import os
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# What Pillow reads from these files without further software.
+SUFFIXES = frozenset(
+  {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+_GRAY_MODES = frozenset({"1", "L", "LA", "La", "I", "F"})
+
+
+class Header(NamedTuple):
+  """What an image file says of itself before it is decoded.
+
+  Attributes:
+    height: in pixels, upright.
+    width: in pixels, upright.
+    is_gray: whether the image has no color.
+  """
+
+  height: int
+  width: int
+  is_gray: bool
+
+
+def header(path: str | os.PathLike) -> Header:
+  """Reads the header of an image file.
+
+  Args:
+    path: the file.
+
+  Raises:
+    ValueError: the file is no image that can be read; the message says why.
+  """
+  from PIL import Image
+
+  try:
+    with Image.open(path) as image:
+      width, height = image.size
+      if image.getexif().get(0x0112, 1) >= 5:  # The camera was held upright.
+        width, height = height, width
+      return Header(height, width, image.mode.partition(";")[0] in _GRAY_MODES)
+  # Damage can raise nearly any error.
+  except Exception as error:
+    raise ValueError(_reason(error)) from error
+
+
+def read(
+  path: str | os.PathLike, size: tuple[int, int], channels: int, *, keep_shape=False
+) -> np.ndarray:
+  """Decodes an image file and resizes the image.
+
+  The rotation that a camera has noted is applied, transparent pixels become white, and
+  of several frames the first is taken.
+
+  Args:
+    path: the file.
+    size: height and width of the result.
+    channels: 1 (gray) or 3 (RGB).
+    keep_shape: makes the longer side fit `size` instead of stretching both sides.
+
+  Returns:
+    uint8 [height, width, channels].
+
+  Raises:
+    ValueError: the file is no image that can be read; the message says why.
+  """
+  from PIL import Image
+  from PIL import ImageOps
+
+  try:
+    with Image.open(path) as image:
+      if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers: convert it to 8 bits")
+      upright = ImageOps.exif_transpose(image)
+      small = _opaque(of_bytes(upright)).convert("L" if channels == 1 else "RGB")
+      if keep_shape:
+        scale = min(size[0] / small.height, size[1] / small.width)
+        size = (
+          max(1, round(small.height * scale)),
+          max(1, round(small.width * scale)),
+        )
+      small = small.resize(size[::-1], Image.Resampling.BILINEAR)
+      return np.asarray(small, np.uint8).reshape(*size, channels)
+  # Damage can raise nearly any error.
+  except Exception as error:
+    raise ValueError(_reason(error)) from error
+
+
+def of_bytes(image: Any) -> Any:
+  """Scales 16 bits a pixel to 8; Pillow's `convert` would clip them instead."""
+  from PIL import Image
+
+  if image.mode.partition(";")[0] != "I":
+    return image
+  pixels = np.asarray(image).astype(np.float64) / 257  # 65535 / 255
+  return Image.fromarray(np.round(np.clip(pixels, 0, 255)).astype(np.uint8))
+
+
+def _opaque(image: Any) -> Any:
+  """The image on white, where it is transparent."""
+  from PIL import Image
+
+  if "transparency" not in image.info and image.mode not in ("LA", "La", "PA", "RGBA"):
+    return image
+  image = image.convert("RGBA")
+  return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
+
+def _reason(error: Exception) -> str:
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
+  if type(error).__name__ == "UnidentifiedImageError":
+    return "it is not an image"
+  return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,879 @@
+"""Floor 4: data of users: a folder of images, a NumPy archive, or a CSV table.
+
+    images:DIR        DIR/CLASS/FILE, or DIR with a labels.csv of path,label
+    npz:FILE          arrays X and y (or images and labels), optionally X_test, y_test
+    csv:FILE          a table with a header; csv:FILE#NAME names the column of labels
+
+Labels may be strings or numbers. What cannot be used (an unreadable image, a row
+without a label) is skipped and listed with its reason; what is changed on the way
+(sizes, columns that hold no information) is noted once.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import csv
+import dataclasses
+import hashlib
+import os
+import pathlib
+import re
+from typing import Any, NamedTuple
+import zipfile
+
+import numpy as np
+
+from l2rw_jax import base
+from l2rw_jax.data import image_files
+
+KINDS = ("images", "npz", "csv")
+# Larger images are shrunk: a small network learns which labels are wrong as well from
+# small images, in a fraction of the time.
+_LARGEST_SIDE = 64
+_TEST_SHARE = 5  # Every fifth example of a class.
+_MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?", "<na>"})
+_LABEL_COLUMNS = ("label", "labels", "class", "target", "y")
+_PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+# A column with a larger share of values that are no numbers is one of categories.
+_STRAY_SHARE = 0.05
+_MOST_CATEGORIES = 30
+_FEATURE_KEYS = ("x", "images", "image", "features", "data")
+_LABEL_KEYS = ("y", "labels", "label", "target", "targets")
+
+
+class Form(NamedTuple):
+  """What further examples must look like to be used together with these.
+
+  Attributes:
+    class_names: of each class, in the order of the labels.
+    shape: of the features of one example.
+    encoder: turns raw columns of a table into features; None for images.
+  """
+
+  class_names: tuple[str, ...]
+  shape: tuple[int, ...]
+  encoder: "Encoder | None" = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OwnData:
+  """N examples of a user.
+
+  Attributes:
+    features: uint8 [N, H, W, 1 or 3] for image files; what a NumPy archive holds, as
+      uint8 or float32 [N, ...]; float32 [N, D], standardized, for rows of a table.
+    labels: int32 [N].
+    form: the names of the classes, and what further examples must look like.
+    names: of each example: its path below the folder, or "row 12", counted from 0.
+    rows: position of each example in the source before any was skipped, int64 [N].
+    columns: the columns of a table as they were read, by name, N strings each.
+    skipped: name and reason of each example that cannot be used.
+    notes: sentences about what was changed.
+    duplicate_of: row of the first example with exactly the same features, -1 for
+      those that are the first or the only ones; int64 [N].
+    root: the folder of the images; None for archives and tables.
+  """
+
+  features: np.ndarray
+  labels: np.ndarray
+  form: Form
+  names: tuple[str, ...]
+  rows: np.ndarray
+  columns: Mapping[str, Sequence[str]]
+  skipped: tuple[tuple[str, str], ...]
+  notes: tuple[str, ...]
+  duplicate_of: np.ndarray
+  root: pathlib.Path | None = None
+
+
+class _Raw(NamedTuple):
+  """Examples before they are brought into one form; lists of length N."""
+
+  values: Any  # paths of images, an array, or a table: name of column -> N strings
+  labels: np.ndarray  # strings
+  names: np.ndarray
+  rows: np.ndarray
+  skipped: list[tuple[str, str]]
+  notes: list[str]
+  root: pathlib.Path | None = None
+
+  def take(self, chosen: np.ndarray) -> "_Raw":
+    if isinstance(self.values, dict):
+      values: Any = {name: column[chosen] for name, column in self.values.items()}
+    else:
+      values = self.values[chosen]
+    return self._replace(
+      values=values,
+      labels=self.labels[chosen],
+      names=self.names[chosen],
+      rows=self.rows[chosen],
+    )
+
+
+def is_own(name: str) -> bool:
+  """Whether a name of a data set is that of a user's own, such as images:DIR."""
+  kind, colon, _ = name.partition(":")
+  return bool(colon) and kind in KINDS
+
+
+def read(
+  name: str,
+  part: str | None = None,
+  *,
+  labels: str | os.PathLike | None = None,
+  label_column: str | None = None,
+  image_size: int | None = None,
+  like: Form | None = None,
+) -> OwnData:
+  """Reads a user's data into memory.
+
+  Args:
+    name: images:DIR, npz:FILE or csv:FILE.
+    part: "train" or "test": the source's own parts (the folders DIR/train and
+      DIR/test, the arrays X_test and y_test), or else four fifths and one fifth of
+      each class, always the same ones. None is everything, without the source's own
+      test part.
+    labels: for images, a CSV file of path,label; default DIR/labels.csv if there is
+      one, else the folders are the classes.
+    label_column: for a table, the column of labels; default one called label, labels,
+      class, target or y, else the last.
+    image_size: for image files, the height and width; default their most frequent
+      size, with no side above 64.
+    like: the form of other examples that these must have; default: their own, or that
+      of the training part for the test part.
+
+  Returns:
+    The examples.
+
+  Raises:
+    InputError: there is no such file or folder, it has another layout, no example can
+      be used, there are less than two classes, or the examples do not have the form
+      `like`.
+  """
+  kind, _, place = name.partition(":")
+  if kind not in KINDS or not place:
+    raise base.InputError(
+      f"the data {name!r} must be one of images:DIR, npz:FILE and csv:FILE"
+    )
+  if part not in (None, "train", "test"):
+    raise base.InputError(f"{name} has the parts train and test; got {part!r}")
+  if part == "test" and like is None:
+    like = read(
+      name, "train", labels=labels, label_column=label_column, image_size=image_size
+    ).form
+  path = pathlib.Path(place).expanduser()
+  if kind == "images":
+    raw, is_part = _images(path, part, labels)
+  elif kind == "npz":
+    raw, is_part = _archive(path, part)
+  else:
+    path, column = _table_name(place, label_column)
+    raw, is_part = _table(path, column), False
+  if not len(raw.labels):
+    raise base.InputError(f"{name} has no example that can be used{_first(raw)}")
+  chosen = np.arange(len(raw.labels))
+  fitted = chosen
+  if part and not is_part:
+    fitted, test = _held_out(raw.labels, name)
+    chosen = fitted if part == "train" else test
+  return _formed(name, raw, chosen, fitted, image_size, like)
+
+
+def report(data: OwnData) -> list[str]:
+  """What a user should know of the reading: notes, what was skipped, duplicates.
+
+  Args:
+    data: as `read` returns it.
+
+  Returns:
+    Sentences; of the skipped examples the first three by name.
+  """
+  lines = list(data.notes)
+  if data.skipped:
+    shown = "; ".join(f"{name}: {reason}" for name, reason in data.skipped[:3])
+    more = "; ..." if len(data.skipped) > 3 else ""
+    lines.append(f"{len(data.skipped)} were skipped ({shown}{more}).")
+  is_copy = data.duplicate_of >= 0
+  if is_copy.any():
+    originals = data.labels[data.duplicate_of[is_copy]]
+    conflicts = int((originals != data.labels[is_copy]).sum())
+    lines.append(
+      f"{int(is_copy.sum())} examples are exact duplicates of others, {conflicts} of"
+      " them with another label."
+    )
+  return lines
+
+
+def _first(raw: _Raw) -> str:
+  if not raw.skipped:
+    return ""
+  name, reason = raw.skipped[0]
+  return f"; {len(raw.skipped)} were skipped, the first is {name}: {reason}"
+
+
+def _held_out(labels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+  """Rows of four fifths and of one fifth of every class, ascending."""
+  rng = np.random.default_rng(0)
+  test = []
+  for label in np.unique(labels):
+    rows = rng.permutation(np.flatnonzero(labels == label))
+    test.append(rows[: len(rows) // _TEST_SHARE])
+  held_out = np.sort(np.concatenate(test))
+  if not len(held_out):
+    raise base.InputError(
+      f"{name} has no class of {_TEST_SHARE} examples, so that no test set can be held"
+      " out; give it more examples, or a test part of its own"
+    )
+  return np.setdiff1d(np.arange(len(labels)), held_out), held_out
+
+
+def _formed(
+  name: str,
+  raw: _Raw,
+  chosen: np.ndarray,
+  fitted: np.ndarray,
+  image_size: int | None,
+  like: Form | None,
+) -> OwnData:
+  """The chosen examples in the form of `like`, or in that of the fitted ones."""
+  own = raw.take(chosen)
+  encoder = None if like is None else like.encoder
+  if isinstance(raw.values, dict) or (raw.values.ndim == 2 and raw.root is None):
+    if encoder is None:
+      if like is not None:
+        raise base.InputError(f"{name} has rows and the other data have images")
+      encoder = Encoder.fit(name, raw.take(fitted).values, raw.notes)
+    features = encoder(name, own.values)
+  elif raw.root is not None:
+    own, features = _decoded(name, raw, own, image_size, like)
+  else:
+    features = own.values
+    if features.dtype != np.uint8:
+      finite = np.isfinite(features).reshape(len(features), -1).all(axis=1)
+      raw.skipped.extend(
+        (str(n), "it holds NaN or infinite values") for n in own.names[~finite]
+      )
+      own, features = own.take(finite), features[finite]
+  if not len(own.labels):
+    raise base.InputError(f"{name} has no example that can be used{_first(raw)}")
+  class_names = like.class_names if like else _ordered(np.unique(own.labels))
+  shape = features.shape[1:]
+  if like is not None and like.shape != shape:
+    raise base.InputError(
+      f"{name} has examples of shape {list(shape)} and the other data have"
+      f" {list(like.shape)}; give both the same shape"
+    )
+  if like is None and not 2 <= len(class_names) <= max(2, len(own.labels) // 2):
+    raise base.InputError(
+      f"{name} has {len(class_names)} different labels in {len(own.labels)} examples,"
+      f" the first is {class_names[0]!r}; labels must be those of two or more classes,"
+      " with two or more examples on average"
+    )
+  return OwnData(
+    features=np.ascontiguousarray(features),
+    labels=_numbered(name, own.labels, class_names),
+    form=Form(class_names, shape, encoder),
+    names=tuple(map(str, own.names)),
+    rows=own.rows,
+    columns={k: v.tolist() for k, v in own.values.items()}
+    if isinstance(own.values, dict)
+    else {},
+    skipped=tuple(raw.skipped),
+    notes=tuple(raw.notes),
+    duplicate_of=duplicates(features),
+    root=raw.root,
+  )
+
+
+def _ordered(labels: np.ndarray) -> tuple[str, ...]:
+  """Names of classes: by value if all are whole numbers, else alphabetically."""
+  names = [str(label) for label in labels]
+  if all(re.fullmatch(r"[+-]?\d{1,18}", name) for name in names):
+    return tuple(sorted(names, key=int))
+  return tuple(sorted(names))
+
+
+def _numbered(name: str, labels: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
+  number_of = {given: i for i, given in enumerate(class_names)}
+  unknown = sorted(set(map(str, labels)) - number_of.keys())
+  if unknown:
+    shown = ", ".join(class_names[:10]) + (", ..." if len(class_names) > 10 else "")
+    raise base.InputError(
+      f"{name} has the label {unknown[0]!r}, which the other data do not have; they"
+      f" have {shown}"
+    )
+  return np.array([number_of[str(label)] for label in labels], np.int32)
+
+
+def duplicates(features: np.ndarray) -> np.ndarray:
+  """For each example the row of the first that is exactly equal, else -1; int64 [N].
+
+  >>> duplicates(np.array([[1], [2], [1], [1]])).tolist()
+  [-1, -1, 0, 0]
+  """
+  first: dict[bytes, int] = {}
+  found = np.full(len(features), -1, np.int64)
+  for row, example in enumerate(np.ascontiguousarray(features)):
+    digest = hashlib.blake2b(example.tobytes(), digest_size=16).digest()
+    if first.setdefault(digest, row) != row:
+      found[row] = first[digest]
+  return found
+
+
+def csv_cell(text: str) -> str:
+  """Text for a CSV file that no spreadsheet takes for a formula.
+
+  A quote goes before a leading =, +, -, @, tab or line break, unless the text is a
+  number. `read` removes it again.
+
+  >>> csv_cell("=A1"), csv_cell("-1.5"), csv_cell("cat")
+  ("'=A1", '-1.5', 'cat')
+  """
+  is_formula = text[:1] in tuple("=+-@\t\r") and not _NUMBER.fullmatch(text)
+  return f"'{text}" if is_formula else text
+
+
+def _unquoted(text: str) -> str:
+  """The inverse of `csv_cell`."""
+  return text[1:] if text[:1] == "'" and csv_cell(text[1:]) == text else text
+
+
+# -- folders of images -------------------------------------------------------
+
+
+def _images(
+  folder: pathlib.Path, part: str | None, labels: str | os.PathLike | None
+) -> tuple[_Raw, bool]:
+  """The files of a folder with their labels, and whether they are a part of it."""
+  if not folder.is_dir():
+    raise base.InputError(f"{folder} is not a folder of images")
+  notes: list[str] = []
+  is_part = False
+  if labels is None and all((folder / p).is_dir() for p in ("train", "test")):
+    folder, is_part = folder / (part or "train"), part is not None
+    if part is None:
+      notes.append(f"Only the images in {folder} were read, not those in ../test.")
+  listed = pathlib.Path(labels).expanduser() if labels else folder / "labels.csv"
+  if labels or listed.exists():
+    files, given, skipped = _listed(folder, listed)
+  else:
+    files, given, skipped = _in_classes(folder)
+  names = [f.relative_to(folder).as_posix() for f in files]
+  raw = _Raw(
+    np.array(files, object),
+    np.array(given, object),
+    np.array(names, object),
+    np.arange(len(files)),
+    skipped,
+    notes,
+    folder,
+  )
+  return raw, is_part
+
+
+def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Every file below a folder that is not hidden, in the order of their paths."""
+  seen = set()
+  for place, folders, files in os.walk(folder, followlinks=True):
+    real = os.path.realpath(place)
+    if real in seen:  # Links may lead in a circle.
+      folders.clear()
+      continue
+    seen.add(real)
+    folders[:] = sorted(name for name in folders if not name.startswith("."))
+    for name in sorted(files):
+      if not name.startswith("."):
+        yield pathlib.Path(place, name)
+
+
+def _in_classes(
+  folder: pathlib.Path,
+) -> tuple[list[pathlib.Path], list[str], list[tuple[str, str]]]:
+  files, labels, skipped = [], [], []
+  for path in _walk(folder):
+    inside = path.relative_to(folder)
+    if len(inside.parts) < 2:
+      skipped.append((inside.as_posix(), "it is in no folder of a class"))
+    elif path.suffix.lower() not in image_files.SUFFIXES:
+      skipped.append((inside.as_posix(), f"{path.suffix or 'it'} is no image format"))
+    else:
+      files.append(path)
+      labels.append(inside.parts[0])
+  if not files:
+    raise base.InputError(
+      f"{folder} holds no images in folders of classes: they are looked for as"
+      f" {folder}/CLASS/FILE.png; or list them as path,label in {folder}/labels.csv"
+    )
+  return files, labels, skipped
+
+
+def _listed(
+  folder: pathlib.Path, listing: pathlib.Path
+) -> tuple[list[pathlib.Path], list[str], list[tuple[str, str]]]:
+  """The images that a CSV file of path,label lists."""
+  rows = _csv_rows(listing)
+  header = [cell.strip().lower() for cell in rows[0]] if rows else []
+  path_at = next((header.index(c) for c in _PATH_COLUMNS if c in header), None)
+  label_at = next((header.index(c) for c in _LABEL_COLUMNS if c in header), None)
+  if path_at is None or label_at is None:
+    path_at, label_at = 0, 1
+  else:
+    rows = rows[1:]
+  files, labels, skipped = [], [], []
+  seen, root = set(), folder.resolve()
+  for row in rows:
+    if len(row) <= max(path_at, label_at):
+      skipped.append((",".join(row), f"{listing.name} gives no path and label"))
+      continue
+    name, label = row[path_at].strip(), row[label_at].strip()
+    path = folder / name
+    reason = ""
+    if label.lower() in _MISSING:
+      reason = f"it has no label in {listing.name}"
+    elif not _exists_within(path, root):
+      reason = f"there is no such file in {folder}"
+    elif path.resolve() in seen:
+      reason = f"it is listed twice in {listing.name}; the first label counts"
+    if reason:
+      skipped.append((name, reason))
+      continue
+    seen.add(path.resolve())
+    files.append(root / path.resolve().relative_to(root))
+    labels.append(label)
+  if not files:
+    raise base.InputError(
+      f"{listing} lists no image in {folder}: each row must be path,label with the path"
+      f" of a file below the folder"
+      + (f"; {skipped[0][0]}: {skipped[0][1]}" if skipped else "")
+    )
+  unlisted = (p for p in _walk(root) if p.suffix.lower() in image_files.SUFFIXES)
+  for path in unlisted:
+    if path.resolve() not in seen:
+      inside = path.relative_to(root).as_posix()
+      if inside not in {name for name, _ in skipped}:
+        skipped.append((inside, f"it is not in {listing.name}"))
+  return [folder / f.relative_to(root) for f in files], labels, skipped
+
+
+def _exists_within(path: pathlib.Path, root: pathlib.Path) -> bool:
+  """Whether a path is that of a file below `root`: a list may come from elsewhere."""
+  try:
+    return path.resolve().is_relative_to(root) and path.is_file()
+  except (OSError, ValueError):  # Too long, or with a null character.
+    return False
+
+
+def _decoded(
+  name: str, raw: _Raw, own: _Raw, image_size: int | None, like: Form | None
+) -> tuple[_Raw, np.ndarray]:
+  """The images, all of one size; those that cannot be read are left out."""
+  # The headers of all parts decide the form, so that it is the same for each part.
+  headers = {}
+  for example, path in zip(raw.names, raw.values, strict=True):
+    try:
+      headers[example] = image_files.header(path)
+    except ValueError as error:
+      raw.skipped.append((str(example), str(error)))
+  if not headers:
+    raise base.InputError(f"{name} has no image that can be read{_first(raw)}")
+  if like is None:
+    size, channels = _image_form(headers, image_size, raw.notes)
+  elif len(like.shape) == 3 and like.shape[-1] in (1, 3):
+    size, channels = (like.shape[0], like.shape[1]), like.shape[2]
+  else:
+    raise base.InputError(
+      f"{name} has images and the other data have examples of shape {list(like.shape)}"
+    )
+  features = np.empty((len(own.names), *size, channels), np.uint8)
+  is_good = np.zeros(len(own.names), bool)
+  for row, (example, path) in enumerate(zip(own.names, own.values, strict=True)):
+    if example not in headers:
+      continue
+    try:
+      features[row] = image_files.read(path, size, channels)
+      is_good[row] = True
+    except ValueError as error:
+      raw.skipped.append((str(example), str(error)))
+  return own.take(is_good), features if is_good.all() else features[is_good]
+
+
+def _image_form(
+  headers: Mapping[str, image_files.Header], image_size: int | None, notes: list[str]
+) -> tuple[tuple[int, int], int]:
+  sizes = [(h.height, h.width) for h in headers.values()]
+  counts: dict[tuple[int, int], int] = {}
+  for size in sizes:
+    counts[size] = counts.get(size, 0) + 1
+  usual = max(counts, key=lambda size: (counts[size], size))
+  if image_size is not None:
+    height = width = image_size
+  else:
+    scale = min(1.0, _LARGEST_SIDE / max(usual))
+    height, width = (max(1, round(side * scale)) for side in usual)
+  resized = sum(count for size, count in counts.items() if size != (height, width))
+  if resized:
+    what = f"{len(counts)} sizes" if len(counts) > 1 else f"{usual[1]} x {usual[0]}"
+    notes.append(
+      f"{resized} of {len(sizes)} images ({what}) were resized to {width} x {height}"
+      " pixels."
+    )
+  num_gray = sum(h.is_gray for h in headers.values())
+  if 0 < num_gray < len(headers):
+    notes.append(f"{num_gray} of {len(headers)} images are gray; all were made RGB.")
+  return (height, width), 1 if num_gray == len(headers) else 3
+
+
+# -- archives ----------------------------------------------------------------
+
+
+def _archive(path: pathlib.Path, part: str | None) -> tuple[_Raw, bool]:
+  """The examples of a NumPy archive, and whether they are a part of it."""
+  arrays = _load_archive(path)
+  keys = {name.lower(): name for name in arrays}
+
+  def key(stems, suffix):
+    return next((keys[s + suffix] for s in stems if s + suffix in keys), None)
+
+  suffixes = ("", "_train") if part != "test" else ("_test",)
+  pairs = [(key(_FEATURE_KEYS, s), key(_LABEL_KEYS, s)) for s in suffixes]
+  pair = next((p for p in pairs if None not in p), None)
+  has_test = key(_FEATURE_KEYS, "_test") and key(_LABEL_KEYS, "_test")
+  if pair is None and part == "test":
+    return _archive(path, None)[0], False
+  if pair is None:
+    raise base.InputError(
+      f"{path} must hold the arrays X and y, or images and labels; it holds"
+      f" {', '.join(arrays) or 'nothing'}"
+    )
+  notes = []
+  if part is None and has_test:
+    notes.append(f"The test arrays in {path} were not read.")
+  features = _archive_features(path, pair[0], arrays[pair[0]], notes)
+  labels, is_labeled = _archive_labels(path, pair[1], arrays[pair[1]])
+  if len(labels) != len(features):
+    raise base.InputError(
+      f"{path} holds {len(features)} examples in {pair[0]} and {len(labels)} labels in"
+      f" {pair[1]}; give one label to each example"
+    )
+  rows = np.arange(len(labels))
+  names = np.array([f"row {row}" for row in rows], object)
+  skipped = [(name, "it has no label") for name in names[~is_labeled]]
+  raw = _Raw(features, labels, names, rows, skipped, notes)
+  return raw.take(is_labeled), bool(has_test)
+
+
+def _load_archive(path: pathlib.Path) -> dict[str, np.ndarray]:
+  try:
+    stored = np.load(path, allow_pickle=False)
+    if isinstance(stored, np.ndarray):
+      raise base.InputError(
+        f"{path} holds a single array; save it as np.savez(FILE, X=..., y=...)"
+      )
+    with stored:
+      return {name: stored[name] for name in stored.files}
+  except base.InputError:
+    raise
+  except OSError as error:
+    raise base.InputError(
+      f"{path} cannot be read: {error.strerror or 'it is not a NumPy archive'}"
+    ) from error
+  except (ValueError, EOFError, KeyError, zipfile.BadZipFile, SyntaxError) as error:
+    if "allow_pickle" in str(error) or "pickle" in str(error):
+      raise base.InputError(
+        f"{path} holds Python objects, which are not read because they can run code;"
+        " save numbers, or strings with dtype=str"
+      ) from error
+    raise base.InputError(f"{path} is damaged or not a NumPy archive") from error
+
+
+def _archive_features(
+  path: pathlib.Path, name: str, features: np.ndarray, notes: list[str]
+) -> np.ndarray:
+  if features.dtype.kind not in "biuf" or features.ndim < 2:
+    raise base.InputError(
+      f"{name} in {path} must hold numbers, with an axis of examples and one or more of"
+      f" features; it is {features.dtype} of shape {list(features.shape)}"
+    )
+  if features.ndim == 4 and features.shape[1] in (1, 3):
+    if features.shape[3] not in (1, 3, 4):
+      features = np.moveaxis(features, 1, 3)
+      notes.append(f"The channels of {name} were moved to the last axis.")
+  elif features.ndim == 3:
+    features = features[..., None]
+  if features.ndim > 2:
+    if features.dtype.kind == "b":
+      return features.astype(np.uint8) * np.uint8(255)
+    is_bytes = features.dtype.kind in "iu" and features.size > 0
+    if is_bytes and features.min() >= 0 and features.max() <= 255:
+      return features.astype(np.uint8)
+  return features.astype(np.float32)
+
+
+def _archive_labels(
+  path: pathlib.Path, name: str, labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """The labels as strings, and which of them are there."""
+  if labels.ndim == 2 and labels.shape[1] == 1:
+    labels = labels[:, 0]
+  elif labels.ndim == 2 and labels.dtype.kind in "biuf":
+    is_one_hot = ((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all()
+    labels = labels.argmax(axis=1) if is_one_hot else labels
+  if labels.ndim != 1 or labels.dtype.kind not in "biufUS":
+    raise base.InputError(
+      f"{name} in {path} must hold one label for each example, numbers or strings; it"
+      f" is {labels.dtype} of shape {list(labels.shape)}"
+    )
+  if labels.dtype.kind == "f":
+    is_labeled = np.isfinite(labels)
+    whole = np.where(is_labeled, labels, 0)
+    if (whole != np.round(whole)).any():
+      raise base.InputError(
+        f"{name} in {path} has the value {whole[whole != np.round(whole)][0]}; labels"
+        " must be classes, not measurements"
+      )
+    return whole.astype(np.int64).astype(str).astype(object), is_labeled
+  if labels.dtype.kind == "S":
+    labels = np.char.decode(labels, "utf-8", "replace")
+  if labels.dtype.kind == "b":
+    labels = labels.astype(np.int64)
+  strings = np.array([str(label).strip() for label in labels.tolist()], object)
+  is_labeled = np.array([s.lower() not in _MISSING for s in strings], bool)
+  return strings, is_labeled
+
+
+# -- tables ------------------------------------------------------------------
+
+
+def _table_name(
+  place: str, label_column: str | None
+) -> tuple[pathlib.Path, str | None]:
+  """The path in csv:FILE or csv:FILE#NAME, and the name of the column of labels."""
+  path = pathlib.Path(place).expanduser()
+  if label_column is None and not path.exists() and "#" in place:
+    file, _, label_column = place.rpartition("#")
+    path = pathlib.Path(file).expanduser()
+  return path, label_column
+
+
+def _csv_rows(path: pathlib.Path) -> list[list[str]]:
+  """The rows of a CSV file, whatever its delimiter, without empty ones."""
+  try:
+    text = path.read_text(encoding="utf-8-sig")
+  except OSError as error:
+    raise base.InputError(f"{path} cannot be read: {error.strerror}") from error
+  except UnicodeDecodeError as error:
+    raise base.InputError(f"{path} is not encoded as UTF-8; convert it") from error
+  try:
+    dialect: Any = csv.Sniffer().sniff(text[:20_000], delimiters=",;\t|")
+  except csv.Error:  # One column, or too uneven to be certain.
+    dialect = csv.excel
+  try:
+    lines = text.splitlines(keepends=True)
+    rows = csv.reader(lines, delimiter=dialect.delimiter)
+    return [[_unquoted(cell) for cell in row] for row in rows if row]
+  except csv.Error as error:
+    raise base.InputError(f"{path} is not a CSV file: {error}") from error
+
+
+def _table(path: pathlib.Path, label_column: str | None) -> _Raw:
+  """The rows of a CSV file that have a label, and as many fields as the header."""
+  header, *rows = _csv_rows(path) or [[]]
+  names = _unique([cell.strip() for cell in header])
+  if len(names) < 2:
+    raise base.InputError(
+      f"{path} must have a header and two or more columns, one of them the labels"
+    )
+  if label_column is None:
+    lower = [name.lower() for name in names]
+    at = next((lower.index(c) for c in _LABEL_COLUMNS if c in lower), len(names) - 1)
+  elif label_column in names:
+    at = names.index(label_column)
+  else:
+    raise base.InputError(
+      f"{path} has no column {label_column!r}; it has {', '.join(names)}"
+    )
+  kept, skipped = [], []
+  for number, row in enumerate(rows):
+    if len(row) != len(names):
+      reason = f"it has {len(row)} fields and the header has {len(names)}"
+      skipped.append((f"row {number}", reason))
+    elif row[at].strip().lower() in _MISSING:
+      skipped.append((f"row {number}", "it has no label"))
+    else:
+      kept.append(number)
+  cells = np.array([[c.strip() for c in rows[n]] for n in kept], object)
+  cells = cells.reshape(len(kept), len(names))
+  return _Raw(
+    {name: cells[:, i] for i, name in enumerate(names) if i != at},
+    cells[:, at],
+    np.array([f"row {number}" for number in kept], object),
+    np.array(kept, np.int64),
+    skipped,
+    [f"The labels are the column {names[at]!r}."],
+  )
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+  """Names of columns, none of them empty or given twice."""
+  made: list[str] = []
+  for i, name in enumerate(names):
+    name = name or f"column {i}"
+    number, candidate = 1, name
+    while candidate in made:
+      number += 1
+      candidate = f"{name}.{number}"
+    made.append(candidate)
+  return made
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoder:
+  """Turns rows into numbers: standardized, without missing values, one-hot.
+
+  A missing number becomes the column's median, with a further column that says so; a
+  missing category is a category. Means, deviations, medians and categories are those
+  of the rows that the encoder was fitted to.
+
+  Attributes:
+    numeric: names of the columns of numbers; None for a plain array [N, D].
+    categorical: names of the columns of categories.
+    transforms: fitted scikit-learn transformers of both kinds; None for no columns.
+  """
+
+  numeric: tuple[str, ...] | None
+  categorical: tuple[str, ...]
+  transforms: tuple[Any, Any]
+
+  @classmethod
+  def fit(cls, name: str, values: Any, notes: list[str]) -> "Encoder":
+    """Fits an encoder.
+
+    Args:
+      name: of the data, for messages.
+      values: numbers [N, D], or a table of strings by name of column.
+      notes: is extended by what was left out.
+
+    Raises:
+      InputError: no column holds any information.
+    """
+    impute, pipeline, preprocessing = _sklearn()
+    if isinstance(values, dict):
+      numeric, categorical = _kinds_of_columns(values, notes)
+      numbers = _numbers(values, numeric)
+      labels: tuple[str, ...] | None = tuple(numeric)
+    else:
+      numbers, categorical, labels = values.astype(np.float64), [], None
+      numbers[~np.isfinite(numbers)] = np.nan
+    empty = np.isnan(numbers).all(axis=0)
+    if empty.any():
+      notes.append(f"{int(empty.sum())} columns hold no number and were left out.")
+    if empty.all() and not categorical:
+      raise base.InputError(f"{name} has no column to learn from")
+    scaler = encoder = None
+    if not empty.all():
+      scaler = pipeline.make_pipeline(
+        impute.SimpleImputer(strategy="median", add_indicator=True),
+        preprocessing.StandardScaler(),
+      ).fit(numbers)
+    if categorical:
+      encoder = preprocessing.OneHotEncoder(
+        handle_unknown="infrequent_if_exist",
+        max_categories=_MOST_CATEGORIES,
+        sparse_output=False,
+      ).fit(_categories(values, categorical))
+    return cls(labels, tuple(categorical), (scaler, encoder))
+
+  def __call__(self, name: str, values: Any) -> np.ndarray:
+    """The features of rows, float32 [N, D'].
+
+    Args:
+      name: of the data, for messages.
+      values: as in `fit`.
+
+    Raises:
+      InputError: columns are missing, or their number differs.
+    """
+    scaler, encoder = self.transforms
+    if isinstance(values, dict) != (self.numeric is not None):
+      raise base.InputError(
+        f"{name} must be a table with the columns of the other data"
+      )
+    if self.numeric is None:
+      numbers = np.asarray(values, np.float64).copy()
+      numbers[~np.isfinite(numbers)] = np.nan
+    else:
+      lacking = [c for c in (*self.numeric, *self.categorical) if c not in values]
+      if lacking:
+        raise base.InputError(
+          f"{name} has no column {lacking[0]!r}, which the other data have"
+        )
+      numbers = _numbers(values, self.numeric)
+    made = []
+    if scaler is not None:
+      if numbers.shape[1] != scaler.n_features_in_:
+        raise base.InputError(
+          f"{name} has {numbers.shape[1]} features and the other data have"
+          f" {scaler.n_features_in_}"
+        )
+      made.append(scaler.transform(numbers))
+    if encoder is not None:
+      made.append(encoder.transform(_categories(values, self.categorical)))
+    return np.concatenate(made, axis=1).astype(np.float32)
+
+
+def _sklearn() -> tuple[Any, Any, Any]:
+  try:
+    from sklearn import impute
+    from sklearn import pipeline
+    from sklearn import preprocessing
+  except ImportError:
+    raise base.InputError(
+      "rows of numbers and tables need scikit-learn: pip install scikit-learn"
+    ) from None
+  return impute, pipeline, preprocessing
+
+
+def _kinds_of_columns(
+  table: Mapping[str, np.ndarray], notes: list[str]
+) -> tuple[list[str], list[str]]:
+  """Names of the columns of numbers and of categories; others are noted."""
+  numeric, categorical = [], []
+  for name, column in table.items():
+    cells = [c for c in column if c.lower() not in _MISSING]
+    different = set(cells)
+    strays = [c for c in cells if not _NUMBER.fullmatch(c)]
+    if not cells:
+      notes.append(f"The column {name!r} is empty and was left out.")
+    elif len(different) == 1 and len(cells) == len(column):
+      notes.append(f"The column {name!r} has a single value and was left out.")
+    elif len(strays) <= _STRAY_SHARE * len(cells):
+      numeric.append(name)
+      if strays:
+        notes.append(
+          f"{len(strays)} values of the column {name!r}, such as {strays[0]!r}, are no"
+          " numbers and count as missing."
+        )
+    elif len(different) > max(_MOST_CATEGORIES, len(cells) // 2):
+      notes.append(
+        f"The column {name!r} has {len(different)} different texts in {len(cells)} rows"
+        " and was left out."
+      )
+    else:
+      categorical.append(name)
+  return numeric, categorical
+
+
+def _numbers(table: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
+  def number(cell):
+    value = float(cell) if _NUMBER.fullmatch(cell) else np.nan
+    return value if np.isfinite(value) else np.nan
+
+  size = len(next(iter(table.values())))
+  columns = [[number(cell) for cell in table[name]] for name in names]
+  return np.array(columns, np.float64).reshape(len(names), size).T
+
+
+def _categories(table: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
+  def category(cell):
+    return "" if cell.lower() in _MISSING else cell
+
+  return np.array([[category(c) for c in table[n]] for n in names], object).T

@@ -1,0 +1,106 @@
+"""What a run has learned, in a file that flax reads without this package.
+
+from flax import serialization
+content = pathlib.Path("runs/NAME/seed-0/variables.msgpack").read_bytes()
+stored = serialization.msgpack_restore(content)
+logits = network.apply({"params": stored["params"], **stored["model_state"]}, images)
+"""
+
+import pathlib
+from typing import Any
+
+from flax import serialization
+import jax
+import numpy as np
+
+from l2rw_jax import base
+from l2rw_jax.io import workdir
+
+FILE = "variables.msgpack"
+
+
+def write(folder: pathlib.Path, params: base.PyTree, model_state: base.PyTree) -> None:
+  """Writes the variables of one run to `folder`.
+
+  Args:
+    folder: of the run.
+    params: of the network.
+    model_state: its variables that are not trained.
+  """
+  trees = {"params": _nested(params), "model_state": _nested(model_state)}
+  workdir.write_bytes(folder / FILE, serialization.msgpack_serialize(trees))
+
+
+def read(folder: pathlib.Path) -> tuple[Any, Any]:
+  """The variables of one run, `(params, model_state)`.
+
+  Args:
+    folder: of the run.
+
+  Returns:
+    Nested dictionaries of NumPy arrays. The keys of what was no dictionary are the
+    names of its fields or the positions of its elements, as strings.
+
+  Raises:
+    InputError: the file is missing or damaged.
+  """
+  path = folder / FILE
+  try:
+    stored = serialization.msgpack_restore(path.read_bytes())
+    return stored["params"], stored["model_state"]
+  except OSError as error:
+    raise base.InputError(f"{path} cannot be read ({error.strerror}).") from error
+  # msgpack raises nearly any error for a damaged file.
+  except Exception as error:
+    raise base.InputError(f"{path} is damaged ({type(error).__name__}).") from error
+
+
+def restore(stored: Any, like: base.PyTree) -> base.PyTree:
+  """Nested dictionaries as a pytree of another structure.
+
+  Args:
+    stored: params or model_state, as `read` returns them.
+    like: a pytree of the structure that was written, with arrays or their shapes.
+
+  Returns:
+    NumPy arrays in the structure of `like`.
+
+  Raises:
+    InputError: the structures or shapes differ.
+  """
+
+  def leaf(path, wanted):
+    value = stored
+    for entry in path:
+      value = value.get(_key(entry)) if isinstance(value, dict) else None
+    if isinstance(value, dict) or np.shape(value) != np.shape(wanted) or value is None:
+      raise base.InputError(
+        f"the stored variables have no {jax.tree_util.keystr(path)} of shape"
+        f" {list(np.shape(wanted))}: they are those of another model or method."
+      )
+    return value
+
+  return jax.tree_util.tree_map_with_path(leaf, like)
+
+
+def _nested(tree: base.PyTree) -> Any:
+  """A pytree as nested dictionaries of NumPy arrays."""
+  made: dict[str, Any] = {}
+  for path, value in jax.tree_util.tree_leaves_with_path(tree):
+    if jax.dtypes.issubdtype(getattr(value, "dtype", None), jax.dtypes.prng_key):
+      value = jax.random.key_data(value)
+    value = np.asarray(value)
+    if not path:
+      return value
+    place = made
+    for entry in path[:-1]:
+      place = place.setdefault(_key(entry), {})
+    place[_key(path[-1])] = value
+  return made
+
+
+def _key(entry: Any) -> str:
+  for name in ("key", "name", "idx"):
+    if hasattr(entry, name):
+      return str(getattr(entry, name))
+  return str(entry)

@@ -1,0 +1,246 @@
+"""The ranking against its equations in a plain loop, and on digits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn import metrics
+
+from l2rw_jax import audit
+from l2rw_jax import base
+from l2rw_jax import losses
+from l2rw_jax.audit import label_issues
+from l2rw_jax.data import label_noise
+from l2rw_jax.data import sources
+from l2rw_jax.models import mlp
+
+
+def _problem(size=60, num_classes=4, seed=0, unseen=(3, 17)):
+  """Distributions that favor a true class; a third of the labels is the next class."""
+  rng = np.random.default_rng(seed)
+  true = rng.integers(num_classes, size=size)
+  p = rng.dirichlet(np.ones(num_classes), size=size)
+  p[np.arange(size), true] += rng.random(size)
+  p /= p.sum(axis=1, keepdims=True)
+  given = np.where(rng.random(size) < 1 / 3, (true + 1) % num_classes, true)
+  p[list(unseen)] = np.nan
+  return p, given
+
+
+def _reference(p, given):
+  """Equations (1) to (3), one number at a time: scores [N] and the count of issues."""
+  size, num_classes = p.shape
+  rows = [i for i in range(size) if np.isfinite(p[i]).all()]
+  classes = range(num_classes)
+  t = [np.mean([p[i, c] for i in rows if given[i] == c]) for c in classes]
+  likely = {i: max(classes, key=lambda c, i=i: p[i, c] - t[c]) for i in rows}
+  q = np.zeros((num_classes, num_classes))
+  for i, j in likely.items():
+    if j == given[i] or p[i, j] >= 0.8 * t[j]:
+      q[j, given[i]] += 1
+  mistakes = [(j, g) for j in classes for g in classes if j != g]
+  share = sum(q[m] for m in mistakes) / q.sum()
+  m = {(j, g): q[j].sum() * share / (num_classes - 1) for j, g in mistakes}
+  v = sum((q[x] - m[x]) ** 2 - m[x] for x in mistakes) / sum(
+    m[x] ** 2 for x in mistakes
+  )
+  v = max(v, 0)
+  r = {x: (1 + v * q[x]) / (1 + v * m[x]) for x in mistakes}
+  score = np.full(size, np.nan)
+  for i in rows:
+    g = given[i]
+    best = max(r[j, g] * p[i, j] for j in classes if j != g)
+    score[i] = np.log(best + 1 / num_classes) - np.log(p[i, g] + 1 / num_classes)
+  return score, sum(j != given[i] for i, j in likely.items())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equations(seed):
+  p, given = _problem(seed=seed)
+  issues = audit.find_label_issues({"mean_probabilities": p}, given)
+  score, number = _reference(p, given)
+  np.testing.assert_allclose(issues.score, score[issues.index], rtol=1e-12)
+  assert issues.num_issues == number == issues.is_issue.sum()
+  assert issues.confusion.sum() == 58
+  assert number == issues.confusion.sum() - np.trace(issues.confusion)
+
+
+def test_the_worst_come_first_and_the_unseen_last():
+  p, given = _problem()
+  statistics = {"mean_probabilities": p, "mean_loss": np.arange(60.0)}
+  statistics["mean_weight"] = np.full(60, np.nan)  # No weight was ever given.
+  issues = audit.find_label_issues(statistics, given)
+  assert sorted(issues.index) == list(range(60))
+  assert (np.diff(issues.score[:58]) <= 0).all() and np.isnan(issues.score[58:]).all()
+  assert set(issues.index[58:]) == {3, 17} and not issues.is_issue[58:].any()
+  np.testing.assert_array_equal(issues.given, given[issues.index])
+  np.testing.assert_array_equal(issues.suggested[58:], issues.given[58:])
+  assert (issues.suggested[:58] != issues.given[:58]).all()
+  assert set(issues.statistics) == {"mean_probabilities", "mean_loss"}
+  np.testing.assert_array_equal(issues.statistics["mean_loss"], issues.index)
+  np.testing.assert_array_equal(
+    issues.statistics["mean_probabilities"], p[issues.index]
+  )
+
+
+def test_names_of_classes_and_order_of_examples_do_not_matter():
+  p, given = _problem(unseen=())
+  issues = audit.find_label_issues({"mean_probabilities": p}, given)
+  rng = np.random.default_rng(0)
+  rows, classes = rng.permutation(60), rng.permutation(4)
+  renamed = np.argsort(classes)
+  moved = audit.find_label_issues(
+    {"mean_probabilities": p[rows][:, classes]}, renamed[given[rows]]
+  )
+  np.testing.assert_array_equal(rows[moved.index], issues.index)
+  np.testing.assert_allclose(moved.score, issues.score, rtol=1e-12)
+  np.testing.assert_array_equal(classes[moved.suggested], issues.suggested)
+
+
+def test_the_direction_of_mistakes_decides_between_equal_doubts():
+  # 40 examples of each class; 10 of class 0 are labeled 1, none of class 2 is.
+  true = np.repeat(np.arange(3), 40)
+  given = true.copy()
+  given[:10] = 1
+  p = np.full((120, 3), 0.05)
+  p[np.arange(120), true] = 0.9
+  p[-1], given[-1] = [0.1, 0.45, 0.45], 1  # Equally likely 1 and 2.
+  p[-2], given[-2] = [0.45, 0.45, 0.1], 1  # Equally likely 1 and 0.
+  issues = audit.find_label_issues({"mean_probabilities": p}, given)
+  place = np.argsort(issues.index)
+  assert issues.score[place[-2]] > issues.score[place[-1]] + 0.3
+  assert set(issues.index[:10]) == set(range(10))
+  assert (issues.suggested[:10] == 0).all()
+
+
+def test_rates_of_even_uneven_and_no_counts():
+  rng = np.random.default_rng(0)
+  even = rng.poisson(8, size=(6, 6))
+  np.fill_diagonal(even, 200)
+  assert abs(label_issues.relative_rates(even) - 1).max() < 0.4
+  directed = np.diag(np.full(4, 60)) + np.roll(np.diag(np.full(4, 30)), 1, axis=1)
+  rates = label_issues.relative_rates(directed)
+  off = ~np.eye(4, dtype=bool)
+  np.testing.assert_allclose(rates[off][directed[off] > 0], 2.7, atol=0.2)
+  assert (rates[off][directed[off] == 0] < 0.1).all()
+  np.testing.assert_array_equal(label_issues.relative_rates(np.diag([5, 0, 7])), 1)
+  # Two classes: which of the two is mistaken for the other.
+  uneven = label_issues.relative_rates([[50, 40], [1, 90]])
+  assert uneven[0, 1] > 1 > uneven[1, 0] and uneven[0, 0] == uneven[1, 1] == 1
+
+
+def test_classes_without_examples_and_a_single_class():
+  p, given = _problem(num_classes=3, unseen=())
+  p = np.concatenate([p, np.full((60, 1), 0.01)], axis=1)
+  issues = audit.find_label_issues({"mean_probabilities": p}, given)
+  assert np.isfinite(issues.score).all() and issues.confusion[3].sum() == 0
+  one = audit.find_label_issues({"mean_probabilities": p}, np.zeros(60, int))
+  assert one.num_issues == 0 and np.isfinite(one.score).all()
+
+
+def test_what_cleanlab_takes():
+  p, given = _problem()
+  issues = audit.find_label_issues({"mean_probabilities": p}, given)
+  found = issues.to_cleanlab()
+  np.testing.assert_array_equal(found["labels"], given)
+  is_seen = np.isfinite(p).all(axis=1)
+  np.testing.assert_allclose(found["pred_probs"][is_seen], p[is_seen], rtol=1e-12)
+  np.testing.assert_array_equal(found["pred_probs"][[3, 17]], 0.25)
+  np.testing.assert_allclose(found["pred_probs"].sum(axis=1), 1, rtol=1e-15)
+  quality = found["label_quality"]
+  assert ((quality > 0) & (quality < 1)).all() and (quality[[3, 17]] == 0.5).all()
+  np.testing.assert_array_equal(
+    np.argsort(quality[is_seen], kind="stable"),
+    np.argsort(-_reference(p, given)[0][is_seen], kind="stable"),
+  )
+
+
+def test_cleanlab_takes_it():
+  cleanlab_filter = pytest.importorskip("cleanlab.filter")
+  p, given = _problem(size=400)
+  found = audit.find_label_issues({"mean_probabilities": p}, given).to_cleanlab()
+  is_issue = cleanlab_filter.find_label_issues(
+    found["labels"], found["pred_probs"], n_jobs=1
+  )
+  assert found["label_quality"][is_issue].mean() < found["label_quality"].mean()
+
+
+def test_arguments_that_do_not_fit():
+  p, given = _problem(unseen=())
+  find = audit.find_label_issues
+  with pytest.raises(base.InputError, match="no 'mean_probabilities'"):
+    find({}, given)
+  with pytest.raises(base.InputError, match=r"labels must have shape \[N\]"):
+    find({"mean_probabilities": p}, given[:-1])
+  with pytest.raises(base.InputError, match="labels must be integers"):
+    find({"mean_probabilities": p}, given.astype(float))
+  with pytest.raises(base.InputError, match=r"1 labels .* first is 4 at index 5"):
+    find({"mean_probabilities": p}, np.where(np.arange(60) == 5, 4, given))
+  with pytest.raises(base.InputError, match="statistic mean_loss has shape"):
+    find({"mean_probabilities": p, "mean_loss": np.zeros(59)}, given)
+  with pytest.raises(base.InputError, match="no example was ever seen"):
+    find(audit.init(60, 4), given)
+  broken = {"mean_probabilities": np.where(p > 0, np.nan, p), "seen": np.ones(60)}
+  with pytest.raises(FloatingPointError, match="lower the learning rate"):
+    find(broken, given)
+
+
+@functools.cache
+def _digits():
+  source = sources.load("digits", "train")
+  images = source.images.reshape(len(source.labels), -1).astype(np.float32) / 255
+  model, optimizer = mlp.MLP(10, hidden=(256,)), optax.sgd(0.1, momentum=0.9)
+
+  def step(carry, batch):
+    params, opt_state, state = carry
+
+    def loss(params):
+      logits = model.apply({"params": params}, batch["image"])
+      return losses.softmax_cross_entropy(logits, batch["label"]).mean(), logits
+
+    grads, logits = jax.grad(loss, has_aux=True)(params)
+    state = audit.update(state, batch["index"], logits, batch["label"])
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return (optax.apply_updates(params, updates), opt_state, state), None
+
+  def run(labels, rows):
+    params = model.init(jax.random.key(0), images[:1])["params"]
+    carry = (params, optimizer.init(params), audit.init(len(images), 10))
+    batches = {"image": jnp.asarray(images)[rows], "label": labels[rows], "index": rows}
+    return jax.lax.scan(step, carry, batches)[0][2]
+
+  return source.labels, jax.jit(run)
+
+
+@pytest.mark.parametrize(
+  ("noise", "auroc", "precision", "tolerance", "gain"),
+  [("symmetric", 0.995, 0.93, 0.15, -0.001), ("pair", 0.93, 0.83, 0.2, 0.1)],
+)
+def test_one_run_on_digits_finds_the_wrong_labels(
+  noise, auroc, precision, tolerance, gain
+):
+  true, run = _digits()
+  rng = np.random.default_rng(7)
+  if noise == "symmetric":
+    given = label_noise.uniform_flip(true, fraction=0.2, num_classes=10, rng=rng)
+  else:
+    pairs = {c: (c + 1) % 10 for c in range(10)}
+    given = label_noise.resample(true, label_noise.pair_matrix(10, 0.4, pairs), rng=rng)
+  epochs = [rng.permutation(len(true))[:1200].reshape(12, 100) for _ in range(16)]
+  rows = np.concatenate(epochs).astype(np.int32)
+  state = run(given, rows)
+  issues = audit.find_label_issues(state, given)
+  is_wrong = (given != true)[issues.index]
+  number = is_wrong.sum()
+  assert metrics.roc_auc_score(is_wrong, issues.score) > auroc
+  assert is_wrong[:number].mean() > precision
+  assert abs(issues.num_issues / number - 1) < tolerance
+  is_right = issues.suggested == true[issues.index]
+  assert is_right[is_wrong].mean() > 0.9
+  # Level with a single statistic where any mistake is as likely as another, and far
+  # above it where mistakes have a direction.
+  single = metrics.roc_auc_score(is_wrong, -issues.statistics["mean_margin"])
+  assert metrics.roc_auc_score(is_wrong, issues.score) > single + gain

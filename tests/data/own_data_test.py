@@ -1,0 +1,383 @@
+"""Users' own data: every layout, and everything that can be wrong with it."""
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax.data import own_data
+from l2rw_jax.data import sources
+from l2rw_jax.data import splits
+
+
+def _save(path, value, size=(6, 4), mode="L"):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.new(mode, size, value).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """Two classes of ten gray images, each of another shade."""
+  for label, name in enumerate(("cat", "dog")):
+    for i in range(10):
+      _save(tmp_path / "set" / name / f"{i}.png", 20 * i + label)
+  return tmp_path / "set"
+
+
+def _table(path, rows, header="a,b,label"):
+  path.write_text("\n".join([header, *rows]) + "\n")
+  return f"csv:{path}"
+
+
+# -- folders of images -------------------------------------------------------
+
+
+def test_a_folder_of_classes(folder):
+  data = own_data.read(f"images:{folder}")
+  assert data.features.shape == (20, 4, 6, 1) and data.features.dtype == np.uint8
+  assert data.form.class_names == ("cat", "dog")
+  assert data.names[:2] == ("cat/0.png", "cat/1.png")
+  np.testing.assert_array_equal(data.labels, np.repeat([0, 1], 10))
+  np.testing.assert_array_equal(data.features[:, 0, 0, 0][:3], [0, 20, 40])
+  assert data.skipped == () and data.notes == () and own_data.report(data) == []
+
+
+def test_what_cannot_be_read_is_listed_and_skipped(folder):
+  whole = (folder / "dog" / "1.png").read_bytes()
+  (folder / "dog" / "cut.png").write_bytes(whole[:50])
+  (folder / "dog" / "text.jpg").write_text("no image")
+  (folder / "dog" / "empty.png").touch()
+  (folder / "dog" / "notes.txt").write_text("x")
+  (folder / ".hidden.png").write_text("x")
+  _save(folder / "outside.png", 3)
+  _save(folder / "dog" / "float.tif", 0.5, mode="F")
+  data = own_data.read(f"images:{folder}")
+  reasons = dict(data.skipped)
+  assert len(data.labels) == 20
+  assert reasons.pop("outside.png") == "it is in no folder of a class"
+  assert reasons.pop("dog/notes.txt") == ".txt is no image format"
+  assert reasons.pop("dog/text.jpg") == reasons.pop("dog/empty.png")
+  assert "8 bits" in reasons.pop("dog/float.tif")
+  assert set(reasons) == {"dog/cut.png"}
+  (line,) = own_data.report(data)
+  assert line.startswith("6 were skipped (") and line.endswith("; ...).")
+
+
+def test_sizes_and_modes_are_made_alike_and_said_once(folder):
+  _save(folder / "cat" / "large.png", 7, size=(60, 40))
+  _save(folder / "cat" / "color.png", (200, 0, 0), mode="RGB")
+  _save(folder / "cat" / "clear.png", (9, 9, 9, 0), mode="RGBA")
+  _save(folder / "cat" / "deep.png", 40_000, mode="I;16")
+  data = own_data.read(f"images:{folder}")
+  assert data.features.shape == (24, 4, 6, 3)
+  pixels = {n: data.features[i, 0, 0] for i, n in enumerate(data.names)}
+  np.testing.assert_array_equal(pixels["cat/color.png"], [200, 0, 0])
+  np.testing.assert_array_equal(pixels["cat/clear.png"], [255, 255, 255])
+  np.testing.assert_array_equal(pixels["cat/deep.png"], [156, 156, 156])  # / 257
+  assert data.notes == (
+    "1 of 24 images (2 sizes) were resized to 6 x 4 pixels.",
+    "22 of 24 images are gray; all were made RGB.",
+  )
+  small = own_data.read(f"images:{folder}", image_size=8)
+  assert small.features.shape == (24, 8, 8, 3)
+
+
+def test_large_images_are_shrunk(tmp_path):
+  for name in ("a", "b"):
+    for i in range(2):
+      _save(tmp_path / name / f"{i}.png", i, size=(300, 150))
+  data = own_data.read(f"images:{tmp_path}")
+  assert data.features.shape == (4, 32, 64, 1)
+  assert "4 of 4 images (300 x 150) were resized to 64 x 32" in data.notes[0]
+
+
+def test_a_rotation_noted_by_the_camera_is_applied(tmp_path):
+  for name in ("a", "b"):
+    for i in range(2):
+      image = Image.new("L", (6, 4), i)
+      exif = image.getexif()
+      exif[0x0112] = 6
+      (tmp_path / name).mkdir(exist_ok=True)
+      image.save(tmp_path / name / f"{i}.png", exif=exif)
+  assert own_data.read(f"images:{tmp_path}").features.shape == (4, 6, 4, 1)
+
+
+def test_duplicates_are_found(folder):
+  (folder / "dog" / "copy.png").write_bytes((folder / "cat" / "3.png").read_bytes())
+  data = own_data.read(f"images:{folder}")
+  copy = data.names.index("dog/copy.png")
+  assert data.names[data.duplicate_of[copy]] == "cat/3.png"
+  assert (data.duplicate_of >= 0).sum() == 1
+  assert own_data.report(data) == [
+    "1 examples are exact duplicates of others, 1 of them with another label."
+  ]
+
+
+def test_a_class_with_one_image(folder):
+  _save(folder / "emu" / "only.png", 99)
+  data = own_data.read(f"images:{folder}")
+  assert np.bincount(data.labels).tolist() == [10, 10, 1]
+  train, test = (own_data.read(f"images:{folder}", part) for part in ("train", "test"))
+  assert np.bincount(train.labels).tolist() == [8, 8, 1]
+  assert np.bincount(test.labels, minlength=3).tolist() == [2, 2, 0]
+  assert train.form.class_names == test.form.class_names == ("cat", "dog", "emu")
+  assert not set(train.names) & set(test.names)
+  assert set(train.names) | set(test.names) == set(data.names)
+
+
+def test_a_list_of_labels(folder, tmp_path):
+  listing = tmp_path / "list.csv"
+  listing.write_text(
+    "label;path\ncat;cat/0.png\ncat;cat/1.png\ndog;dog/0.png\ndog;dog/1.png\n"
+    "dog;cat/0.png\n;cat/2.png\ndog;../secret.png\ndog;none.png\n"
+  )
+  _save(tmp_path / "secret.png", 1)
+  data = own_data.read(f"images:{folder}", labels=listing)
+  assert data.names == ("cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png")
+  reasons = dict(data.skipped)
+  assert "listed twice" in reasons["cat/0.png"]
+  assert reasons["cat/2.png"] == "it has no label in list.csv"
+  assert "no such file" in reasons["../secret.png"] and "none.png" in reasons
+  assert reasons["dog/9.png"] == "it is not in list.csv"
+  # A list inside the folder is taken without being named; it may have no header.
+  (folder / "labels.csv").write_text("cat/0.png,1\ncat/1.png,10\ndog/0.png,2\n" * 1)
+  with pytest.raises(base.InputError, match="has 3 different labels in 3 examples"):
+    own_data.read(f"images:{folder}")
+  (folder / "labels.csv").write_text(
+    "cat/0.png,2\ncat/1.png,10\ndog/0.png,2\ndog/1.png,10\n"
+  )
+  data = own_data.read(f"images:{folder}")
+  assert data.form.class_names == ("2", "10")  # Numbers in their order.
+
+
+def test_parts_of_a_folder(folder, tmp_path):
+  (tmp_path / "both").mkdir()
+  folder.rename(tmp_path / "both" / "train")
+  _save(tmp_path / "both" / "test" / "dog" / "t.png", 5)
+  name = f"images:{tmp_path / 'both'}"
+  test = own_data.read(name, "test")
+  assert test.names == ("dog/t.png",) and test.labels.tolist() == [1]
+  whole = own_data.read(name)
+  assert len(whole.labels) == 20 and "Only the images in" in whole.notes[0]
+
+
+# -- archives ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys", [("X", "y"), ("images", "labels"), ("x_train",) * 2])
+def test_archives_of_images(tmp_path, keys):
+  names = (keys[0], "y_train") if keys[0] == "x_train" else keys
+  x = np.arange(10 * 12).reshape(10, 4, 3) % 256
+  y = np.array(["b", "a"] * 5)
+  np.savez(tmp_path / "a.npz", **dict(zip(names, (x, y), strict=True)))
+  data = own_data.read(f"npz:{tmp_path / 'a.npz'}")
+  assert data.features.shape == (10, 4, 3, 1) and data.features.dtype == np.uint8
+  assert data.form.class_names == ("a", "b") and data.labels[:2].tolist() == [1, 0]
+  assert data.names[3] == "row 3"
+
+
+def test_archives_with_missing_values(tmp_path):
+  x = np.random.default_rng(0).normal(size=(10, 3, 5, 5))
+  x[4, 0, 0, 0] = np.nan
+  y = np.array([0, 1.0] * 5)
+  y[7] = np.nan
+  np.savez(tmp_path / "a.npz", X=x, y=y)
+  data = own_data.read(f"npz:{tmp_path / 'a.npz'}")
+  assert data.features.shape == (8, 5, 5, 3) and data.features.dtype == np.float32
+  assert data.rows.tolist() == [0, 1, 2, 3, 5, 6, 8, 9]
+  assert dict(data.skipped) == {
+    "row 7": "it has no label",
+    "row 4": "it holds NaN or infinite values",
+  }
+
+
+def test_archives_of_rows_are_standardized_by_the_training_rows(tmp_path):
+  rng = np.random.default_rng(0)
+  x = rng.normal(5, 3, size=(100, 3))
+  x[:10, 1] = np.nan
+  np.savez(tmp_path / "a.npz", X=x, y=np.eye(2)[rng.integers(2, size=100)])
+  train, test = (
+    own_data.read(f"npz:{tmp_path / 'a.npz'}", p) for p in ("train", "test")
+  )
+  np.testing.assert_allclose(train.features.mean(axis=0), 0, atol=1e-5)
+  assert train.features.shape[1] == 4  # Three columns, and one for what is missing.
+  rows = x[train.rows]
+  expected = (x[test.rows][:, 0] - rows[:, 0].mean()) / rows[:, 0].std()
+  np.testing.assert_allclose(test.features[:, 0], expected, rtol=1e-4, atol=1e-5)
+
+
+# -- tables ------------------------------------------------------------------
+
+
+def test_tables(tmp_path):
+  rows = [
+    f"{i if i != 3 else 'NA'},{'red' if i % 3 else ''},{'yes' if i % 2 else 'no'}"
+    for i in range(12)
+  ]
+  data = own_data.read(_table(tmp_path / "t.csv", [*rows, "1,red", "7,red,"]))
+  assert data.form.class_names == ("no", "yes")
+  a = np.array([i for i in range(12) if i != 3])
+  column = np.arange(12.0)
+  column[3] = np.median(a)
+  np.testing.assert_allclose(
+    data.features[:, 0], (column - column.mean()) / column.std(), rtol=1e-5
+  )
+  missing = np.arange(12) == 3
+  np.testing.assert_array_equal(data.features[:, 1] > 0, missing)
+  blank = (np.arange(12) % 3 == 0).astype(np.float32)
+  np.testing.assert_array_equal(data.features[:, 2:], np.stack([blank, 1 - blank], 1))
+  assert dict(data.skipped) == {
+    "row 12": "it has 2 fields and the header has 3",
+    "row 13": "it has no label",
+  }
+  assert data.columns["a"][:4] == ["0", "1", "2", "NA"]
+
+
+def test_columns_without_information_are_noted(tmp_path):
+  rows = [f"{i},,7,text {i},{'x' if i else '?!'},{i % 2}" for i in range(70)]
+  name = _table(tmp_path / "t.csv", rows, "n,empty,same,text,x,y")
+  data = own_data.read(name)
+  # 'x' is 'x' in all rows but one.
+  assert data.features.shape == (70, 3)
+  assert [note.split("'")[1] for note in data.notes] == ["y", "empty", "same", "text"]
+  stray = [f"{'n/k' if i == 5 else i},{i % 2}" for i in range(40)]
+  data = own_data.read(_table(tmp_path / "s.csv", stray, "n,y"))
+  assert "1 values of the column 'n', such as 'n/k'" in data.notes[1]
+  assert data.features.shape == (40, 2)
+
+
+def test_the_column_of_labels(tmp_path):
+  rows = [f"{i},{i % 2},{i % 3}" for i in range(12)]
+  name = _table(tmp_path / "t.csv", rows, "n,class,kind")
+  assert own_data.read(name).form.class_names == ("0", "1")
+  named = own_data.read(name, label_column="kind")
+  assert named.form.class_names == ("0", "1", "2") and "class" in named.columns
+  again = own_data.read(f"{name}#kind")
+  np.testing.assert_array_equal(again.labels, named.labels)
+  with pytest.raises(base.InputError, match="no column 'none'; it has n, class, kind"):
+    own_data.read(name, label_column="none")
+  with pytest.raises(base.InputError, match="has 12 different labels in 12 examples"):
+    own_data.read(name, label_column="n")
+
+
+def test_trusted_examples_take_the_form_of_the_others(tmp_path):
+  rows = [f"{i},{'ab'[i % 2]},{'xyz'[i % 3]}" for i in range(12)]
+  data = own_data.read(_table(tmp_path / "t.csv", rows))
+  trusted = _table(tmp_path / "c.csv", ["5,a,z", "7,never,x"])
+  few = own_data.read(trusted, like=data.form)
+  assert few.labels.tolist() == [2, 0]
+  np.testing.assert_allclose(few.features[0, 0], data.features[5, 0])
+  np.testing.assert_array_equal(few.features[1, 1:], 0)  # A category never seen.
+  with pytest.raises(base.InputError, match="the label 'w', which the other data do"):
+    own_data.read(_table(tmp_path / "d.csv", ["5,a,w"]), like=data.form)
+  with pytest.raises(base.InputError, match="no column 'b', which the other data"):
+    own_data.read(_table(tmp_path / "e.csv", ["5,z"], "a,label"), like=data.form)
+
+
+def test_cells_that_would_be_formulas_come_back(tmp_path):
+  for text in ("=1+1", "+x", "-x", "@x", "\tx"):
+    assert own_data.csv_cell(text) == f"'{text}"
+  for text in ("", "x=1", "-1", "+2.5e3", "'x"):
+    assert own_data.csv_cell(text) == text
+  rows = [f"{i},'=b,'{i % 2}" for i in range(4)]
+  data = own_data.read(_table(tmp_path / "t.csv", rows))
+  assert data.form.class_names == ("'0", "'1")
+  assert data.columns["b"] == ["=b"] * 4
+
+
+# -- mistakes ----------------------------------------------------------------
+
+
+def _mistakes(folder):
+  np.save(folder / "one.npy", np.ones(3))
+  objects = np.array([{}, None], object)
+  np.savez(folder / "objects.npz", X=np.ones((2, 2)), y=objects)
+  np.savez(folder / "keys.npz", a=np.ones(2))
+  np.savez(folder / "lengths.npz", X=np.ones((4, 2)), y=np.ones(3))
+  np.savez(folder / "values.npz", X=np.ones((4, 2)), y=np.array([0.5, 1, 2, 3]))
+  np.savez(folder / "texts.npz", X=np.array([["a"]] * 4), y=np.ones(4))
+  (folder / "bad.npz").write_bytes(b"PK\x03\x04garbage")
+  (folder / "latin.csv").write_bytes(b"a,label\n\xff,1\n")
+  (folder / "one.csv").write_text("a\n1\n")
+  (folder / "none.csv").write_text("a,label\n1,\n")
+  (folder / "nul.csv").write_text("")
+  (folder / "empty").mkdir()
+  (folder / "broken" / "a").mkdir(parents=True)
+  (folder / "broken" / "a" / "x.png").write_text("x")
+  _save(folder / "single" / "a" / "x.png", 1)
+  _save(folder / "single" / "a" / "y.png", 2)
+  return {
+    "images:none": "is not a folder of images",
+    "images:empty": r"holds no images in folders of classes: they are looked for as",
+    "images:broken": "no image that can be read; 1 were skipped, the first is a/x.png",
+    "images:single": "has 1 different labels in 2 examples",
+    "npz:none.npz": "none.npz cannot be read: No such file",
+    "npz:bad.npz": "bad.npz is damaged or not a NumPy archive",
+    "npz:one.npy": "holds a single array; save it as np.savez",
+    "npz:objects.npz": "holds Python objects, which are not read",
+    "npz:keys.npz": "must hold the arrays X and y, or images and labels; it holds a",
+    "npz:lengths.npz": "holds 4 examples in X and 3 labels in y",
+    "npz:values.npz": "has the value 0.5; labels must be classes",
+    "npz:texts.npz": "X in .*texts.npz must hold numbers",
+    "csv:none": "cannot be read: No such file",
+    "csv:latin.csv": "is not encoded as UTF-8",
+    "csv:one.csv": "must have a header and two or more columns",
+    "csv:none.csv": "no example that can be used; 1 were skipped, the first is row 0",
+    "csv:nul.csv": "must have a header and two or more columns",
+  }
+
+
+def test_mistakes_are_one_line(tmp_path):
+  for name, message in _mistakes(tmp_path).items():
+    kind, _, place = name.partition(":")
+    with pytest.raises(base.InputError, match=message) as caught:
+      own_data.read(f"{kind}:{tmp_path / place}")
+    assert "\n" not in str(caught.value), name
+  for name in ("zip:x", "images:", "images"):
+    with pytest.raises(base.InputError, match="one of images:DIR, npz:FILE and csv"):
+      own_data.read(name)
+  with pytest.raises(base.InputError, match="has the parts train and test"):
+    own_data.read("csv:x", "validation")
+
+
+def test_no_test_set_from_three_examples_a_class(tmp_path):
+  name = _table(tmp_path / "t.csv", [f"{i},b,{i % 2}" for i in range(6)])
+  with pytest.raises(base.InputError, match="no class of 5 examples"):
+    own_data.read(name, "test")
+
+
+# -- with the rest of the package --------------------------------------------
+
+
+def test_own_data_are_a_source_with_a_trusted_meta_set(folder, caplog):
+  (folder / "dog" / "text.png").write_text("no image")
+  name = f"images:{folder}"
+  train, test = (sources.load(name, part) for part in ("train", "test"))
+  assert "1 were skipped (dog/text.png" in caplog.text
+  trusted = sources.from_own(name, "trusted", own_data.read(name))
+  made = splits.noisy_labels(
+    train,
+    test,
+    builder="uniform_flip",
+    fraction=0.0,
+    num_meta_per_class=0,
+    seed=0,
+    trusted=trusted,
+  )
+  sizes = [len(getattr(made, p).label) for p in ("train", "meta", "test")]
+  # The file that cannot be read was dealt to the test part.
+  assert sizes == [17, 20, 3] and made.train.image.max() <= 1
+  plain = splits.noisy_labels(
+    train, test, builder="uniform_flip", fraction=0.0, num_meta_per_class=0, seed=0
+  )
+  assert plain.fingerprint != made.fingerprint
+  with pytest.raises(base.InputError, match="num_meta_per_class=1 must be 0 with a"):
+    splits.noisy_labels(
+      train,
+      test,
+      builder="uniform_flip",
+      fraction=0.0,
+      num_meta_per_class=1,
+      seed=0,
+      trusted=trusted,
+    )

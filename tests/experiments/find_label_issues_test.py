@@ -1,0 +1,206 @@
+"""The audit of a user's own data: what it writes, resumption, and every mistake."""
+
+import csv
+import json
+import re
+
+import numpy as np
+from PIL import Image
+import pytest
+import scripts
+
+_NAME = "find_label_issues"
+_WRONG = 12
+
+
+def _points(seed=0, size=150):
+  """Points around three centers, the first labels wrong."""
+  rng = np.random.default_rng(seed)
+  truth = rng.integers(3, size=size)
+  x = 4 * np.eye(3)[truth] + rng.normal(size=(size, 3))
+  given = truth.copy()
+  given[:_WRONG] = (given[:_WRONG] + 1 + rng.integers(2, size=_WRONG)) % 3
+  return x, given, truth
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+  """A table of these points, with another row that has no label."""
+  x, given, truth = _points()
+  path = tmp_path_factory.mktemp("data") / "points.csv"
+  names = ["<b>ant</b>", "bee", "=cow()"]
+  with open(path, "w", newline="") as file:
+    writer = csv.writer(file)
+    writer.writerow(["a", "b", "c", "kind"])
+    writer.writerow([0, 0, 0, ""])
+    writer.writerows([*row.round(3), names[y]] for row, y in zip(x, given, strict=True))
+  return path, [names[y] for y in truth]
+
+
+def _flags(table, folder, *more):
+  return [
+    f"--csv={table[0]}",
+    "--label_column=kind",
+    "--num_devices=1",
+    f"--workdir={folder}",
+    *more,
+  ]
+
+
+@pytest.fixture(scope="module")
+def run(table, tmp_path_factory):
+  folder = tmp_path_factory.mktemp(_NAME) / "run"
+  done = scripts.run(_NAME, *_flags(table, folder))
+  assert done.status == 0 and done.complaints == "", done.complaints
+  return folder, done.printed
+
+
+def _rows(folder):
+  with open(folder / "issues.csv", newline="") as file:
+    return list(csv.DictReader(file))
+
+
+def _content(folder):
+  html = (folder / "issues.html").read_text()
+  (text,) = re.findall(r'id="data">(.*?)</script>', html)
+  return json.loads(text)
+
+
+def test_wrong_labels_come_first(run, table):
+  folder, printed = run
+  rows = _rows(folder)
+  assert len(rows) == 150
+  found = {int(row["index"]) - 1 for row in rows[:_WRONG]}
+  assert len(found & set(range(_WRONG))) >= _WRONG - 1
+  num_issues = sum(row["is_issue"] == "True" for row in rows)
+  assert f"{num_issues} of 150 labels (" in printed
+  assert abs(num_issues - _WRONG) <= 4
+  scores = [float(row["score"]) for row in rows]
+  assert scores == sorted(scores, reverse=True)
+  for row in rows[: _WRONG - 1]:
+    assert row["suggested"].removeprefix("'") == table[1][int(row["index"]) - 1]
+  # What a spreadsheet would run is quoted.
+  assert {row["given"] for row in rows} == {"<b>ant</b>", "bee", "'=cow()"}
+  assert all(float(row["mean_loss"]) > 0 and row["seen"] for row in rows)
+  assert "mean_score" not in rows[0]
+
+
+def test_what_is_printed(run):
+  folder, printed = run
+  assert "1 were skipped (row 0: it has no label)." in printed
+  assert "given " in printed and ", suggested " in printed
+  assert printed.splitlines()[-1] == (
+    f"written: {folder}/issues.csv, {folder}/issues.html (open it in a browser)"
+  )
+
+
+def test_the_page(run):
+  folder, _ = run
+  html, content = (folder / "issues.html").read_text(), _content(folder)
+  rows = _rows(folder)
+  assert content["index"] == [int(row["index"]) for row in rows]
+  assert "<b>ant" not in html and content["classes"][0] == "<b>ant</b>"
+  assert content["columns"].keys() == {"a", "b", "c"}
+  assert len(content["columns"]["a"]) == 150 and set(content["pictures"]) == {""}
+  assert content["key"] == "index"
+  assert "Skipped: row 0: it has no label" in content["notes"]
+
+
+def test_the_same_command_reads_the_finished_run(run, table):
+  folder, _ = run
+  before = scripts.contents(folder)
+  done = scripts.run(_NAME, *_flags(table, folder))
+  assert done.status == 0 and done.printed == run[1]
+  assert scripts.contents(folder) == before
+  done = scripts.run(_NAME, *_flags(table, folder, "--num_pictures=3"))
+  assert done.status == 0 and len(_content(folder)["columns"]["a"]) == 3
+
+
+_INTERRUPTED = """
+import runpy, sys
+from l2rw_jax.training import batches
+original = batches.BatchSource.next
+def stop(self, step):
+  if step == 33:
+    raise KeyboardInterrupt
+  return original(self, step)
+batches.BatchSource.next = stop
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+
+
+def test_an_interrupted_run_is_continued_to_the_same_list(run, table, tmp_path):
+  flags = _flags(table, tmp_path / "run", "--checkpoint_every=20")
+  done = scripts.start("-c", _INTERRUPTED, f"experiments.{_NAME}", *flags)
+  assert done.status == 130 and "the same command continues" in done.complaints
+  assert not (tmp_path / "run" / "issues.csv").exists()
+  done = scripts.run(_NAME, *flags)
+  assert done.status == 0 and done.complaints == ""
+  assert _rows(tmp_path / "run") == _rows(run[0])
+
+
+def test_a_folder_of_images_with_trusted_ones(tmp_path):
+  rng = np.random.default_rng(0)
+  for part, size in (("all", 40), ("trusted", 6)):
+    for i in range(size):
+      truth = i % 2
+      given = 1 - truth if part == "all" and i < 4 else truth
+      pixels = rng.integers(100, size=(8, 8)).astype(np.uint8)
+      pixels[:, 4 * truth : 4 * truth + 4] += 120
+      folder = tmp_path / part / f"side {given}"
+      folder.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(pixels).save(folder / f"{i}.png")
+  (tmp_path / "all" / "side 0" / "broken.png").write_text("no image")
+  done = scripts.run(
+    _NAME,
+    f"--images={tmp_path / 'all'}",
+    f"--trusted=images:{tmp_path / 'trusted'}",
+    "--num_epochs=12",
+    "--num_devices=1",
+    f"--workdir={tmp_path / 'run'}",
+  )
+  assert done.status == 0 and done.complaints == "", done.complaints
+  assert "1 were skipped (side 0/broken.png" in done.printed
+  rows = _rows(tmp_path / "run")
+  assert len(rows) == 40 and all(row["mean_score"] for row in rows)
+  worst = {row["path"].split("/")[1] for row in rows[:4]}
+  assert len(worst & {"0.png", "1.png", "2.png", "3.png"}) >= 3
+  content = _content(tmp_path / "run")
+  assert content["key"] == "path" and all(content["pictures"])
+  assert content["names"] == [row["path"] for row in rows]
+
+
+_MISTAKES = {
+  "nothing": ([], "give exactly one of --images=FOLDER, --npz=FILE, --csv=FILE and"),
+  "two": (["--csv={csv}", "--npz=x"], "got --npz and --csv."),
+  "no_folder": (["--images={tmp}/none"], "/none is not a folder of images"),
+  "no_file": (["--npz={tmp}/none"], "none cannot be read: No such file"),
+  "column": (["--csv={csv}", "--label_column=d"], "has no column 'd'; it has a, b, c"),
+  "label_column": (["--npz=x", "--label_column=d"], "--label_column is for --csv"),
+  "labels": (["--csv={csv}", "--labels=d"], "--labels is for --images: leave it out."),
+  "no_dataset": (["--dataset=mnits"], "unknown data set 'mnits'"),
+  "trusted": (["--csv={csv}", "--trusted=zip:x"], "one of images:DIR, npz:FILE and"),
+  "no_trusted": (["--csv={csv}", "--trusted=csv:none"], "none cannot be read: No such"),
+  "epochs": (["--csv={csv}", "--num_epochs=0"], "--num_epochs=0 must lie between 1"),
+  "size": (["--images=x", "--image_size=1"], "--image_size=1 must lie between 4 and"),
+  "batch": (["--csv={csv}", "--batch_size=151"], "is larger than the 150 training"),
+  "other": (
+    ["--csv={csv}", "--seed=1", "--workdir={run}"],
+    'other settings: --label_column was "kind", now null; --num_devices was 1,',
+  ),
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes(run, table, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("mistakes")
+  places = {"tmp": folder, "csv": table[0], "run": run[0]}
+  return scripts.run_mistakes(_NAME, _MISTAKES, folder, kept=run[0], **places)
+
+
+@pytest.mark.parametrize("name", _MISTAKES)
+def test_a_mistake_is_one_line(mistakes, name):
+  outcome = mistakes[name]
+  assert outcome.status == 2
+  (line,) = outcome.complaints.splitlines()
+  assert line.startswith("error: ") and _MISTAKES[name][1] in line, line

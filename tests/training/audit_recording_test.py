@@ -1,0 +1,107 @@
+"""Statistics of every example, recorded in the loop with any method."""
+
+import numpy as np
+import pytest
+import toy_runs
+
+from l2rw_jax import audit
+from l2rw_jax.audit import recording
+from l2rw_jax.methods import baselines
+from l2rw_jax.methods import changed_loss
+from l2rw_jax.methods import l2rw
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+_L2RW = audit.recording(l2rw.l2rw())
+_UNIFORM = audit.recording(baselines.uniform())
+_STEPS = {"num_steps": 10, "eval_every": 10, "log_every": 10}
+
+
+def _same(found, expected, rtol=1e-4):
+  assert set(found) == set(expected)
+  for name, values in expected.items():
+    np.testing.assert_allclose(found[name], values, rtol, atol=1e-4, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+  """Two runs of L2RW side by side, two epochs each, on one device."""
+  folder = tmp_path_factory.mktemp("recorded") / "run"
+  return folder, toy_runs.train(folder, _L2RW, seeds=(0, 1), **_STEPS)
+
+
+def test_recording_changes_nothing_else(recorded, tmp_path):
+  folder, results = recorded
+  plain = toy_runs.train(tmp_path, l2rw.l2rw(), seeds=(0, 1), **_STEPS)
+  for seed, (result, other) in enumerate(zip(results, plain, strict=True)):
+    assert result.metrics["params_sha256"] == other.metrics["params_sha256"]
+    assert other.statistics == {}
+    for name in ("metrics.jsonl", "weights.csv"):
+      files = [f / f"seed-{seed}" / name for f in (folder, tmp_path)]
+      assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_statistics_agree_with_what_the_loop_logs(recorded):
+  folder, results = recorded
+  for seed, result in enumerate(results):
+    found, weights = result.statistics, result.weights
+    np.testing.assert_array_equal(found["seen"], weights["seen"])
+    assert (found["seen"] == 2).all()
+    np.testing.assert_allclose(found["mean_weight"], weights["mean_weight"], 1e-5)
+    share = weights["rejected"] / weights["seen"]
+    np.testing.assert_array_equal(found["zero_weight_share"], share)
+    # Of all steps, of which each example was in two.
+    rows = toy_runs.rows(folder / f"seed-{seed}")
+    (row,) = [row for row in rows if "train/loss" in row]
+    np.testing.assert_allclose(found["mean_loss"].mean(), row["train/loss"], 1e-5)
+    assert np.isfinite(found["mean_score"]).all()
+    # A mean of positive parts is at least the positive part of a mean.
+    assert ((found["mean_score"] <= 0) | (found["mean_weight"] > 0)).all()
+  one, other = (result.statistics["mean_loss"] for result in results)
+  assert not np.allclose(one, other)
+
+
+def test_a_resumed_run_and_eight_devices_have_the_same(recorded, tmp_path, monkeypatch):
+  _, (expected, _) = recorded
+  settings = {**_STEPS, "checkpoint_every": 3}
+  with monkeypatch.context() as patch:
+    toy_runs.interrupt(patch, 5)
+    with pytest.raises(KeyboardInterrupt):
+      toy_runs.train(tmp_path / "a", _L2RW, **settings)
+  (resumed,) = toy_runs.train(tmp_path / "a", _L2RW, **settings)
+  _same(resumed.statistics, expected.statistics)
+  (again,) = toy_runs.train(tmp_path / "a", _L2RW, **settings)  # Read from the disk.
+  _same(again.statistics, resumed.statistics, rtol=0)
+  (many,) = toy_runs.train(tmp_path / "b", _L2RW, num_devices=8, **_STEPS)
+  _same(many.statistics, expected.statistics)
+
+
+def test_a_damaged_file_is_made_again(tmp_path):
+  (run,) = toy_runs.train(tmp_path, _UNIFORM, **_STEPS)
+  path = tmp_path / "seed-0" / "statistics.npz"
+  path.write_bytes(path.read_bytes()[:-10])
+  (again,) = toy_runs.train(tmp_path, _UNIFORM, **_STEPS)
+  _same(again.statistics, run.statistics, rtol=0)
+
+
+def test_the_wrong_labels_come_first(tmp_path):
+  splits = [toy_runs.make_splits(num_train=120)]
+  method = changed_loss.changed_loss(
+    baselines.uniform(), lambda outputs, batch, _: toy_runs.MODEL.loss(outputs, batch)
+  )
+  (run,) = toy_runs.train(
+    tmp_path, audit.recording(method), splits, num_steps=60, eval_every=60
+  )
+  train = splits[0].train
+  issues = audit.find_label_issues(run.statistics, train.label)
+  is_wrong = train.label != train.true_label
+  assert is_wrong[issues.index][: is_wrong.sum()].mean() > 0.9
+  suggested = issues.suggested == train.true_label[issues.index]
+  assert suggested[is_wrong[issues.index]].mean() > 0.9
+
+
+def test_wrapped_methods_report_too():
+  wrapped = changed_loss.changed_loss(_UNIFORM, lambda outputs, batch, counts: None)
+  recorded = recording.Recorded(audit.init(2, 2), ())
+  state = changed_loss.State(np.int32(0), recorded)
+  assert wrapped.report(state)["seen"].tolist() == [0, 0]
