@@ -988,6 +988,7 @@ _INSIDE = "is a part of other formulas of the table"
 _LOOP = "takes a task of the training loop: methods/sweep_test.py"
 # Modules without formulas, by the beginning of their names.
 _OTHER_MODULES = {
+  "audit": "tests/audit runs it on every kind of mesh",
   "base": _INSIDE,
   "data": _HOST,
   "io": _HOST,

@@ -13,8 +13,6 @@ import scipy.special
 from l2rw_jax import audit
 from l2rw_jax import base
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _N, _C, _B = 10, 3, 16
 _update = jax.jit(audit.update, static_argnames="axis_name")
 

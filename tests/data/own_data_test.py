@@ -5,9 +5,9 @@ from PIL import Image
 import pytest
 
 from l2rw_jax import base
+from l2rw_jax.data import noisy_labels
 from l2rw_jax.data import own_data
 from l2rw_jax.data import sources
-from l2rw_jax.data import splits
 
 
 def _save(path, value, size=(6, 4), mode="L"):
@@ -355,7 +355,7 @@ def test_own_data_are_a_source_with_a_trusted_meta_set(folder, caplog):
   train, test = (sources.load(name, part) for part in ("train", "test"))
   assert "1 were skipped (dog/text.png" in caplog.text
   trusted = sources.from_own(name, "trusted", own_data.read(name))
-  made = splits.noisy_labels(
+  made = noisy_labels.noisy_labels(
     train,
     test,
     builder="uniform_flip",
@@ -367,12 +367,12 @@ def test_own_data_are_a_source_with_a_trusted_meta_set(folder, caplog):
   sizes = [len(getattr(made, p).label) for p in ("train", "meta", "test")]
   # The file that cannot be read was dealt to the test part.
   assert sizes == [17, 20, 3] and made.train.image.max() <= 1
-  plain = splits.noisy_labels(
+  plain = noisy_labels.noisy_labels(
     train, test, builder="uniform_flip", fraction=0.0, num_meta_per_class=0, seed=0
   )
   assert plain.fingerprint != made.fingerprint
   with pytest.raises(base.InputError, match="num_meta_per_class=1 must be 0 with a"):
-    splits.noisy_labels(
+    noisy_labels.noisy_labels(
       train,
       test,
       builder="uniform_flip",

@@ -118,13 +118,13 @@ def test_the_same_command_reads_the_finished_run(run, table):
 
 _INTERRUPTED = """
 import runpy, sys
-from l2rw_jax.training import batches
-original = batches.BatchSource.next
+from l2rw_jax.training import sampling
+original = sampling.Sampler.next
 def stop(self, step):
   if step == 33:
     raise KeyboardInterrupt
   return original(self, step)
-batches.BatchSource.next = stop
+sampling.Sampler.next = stop
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
 

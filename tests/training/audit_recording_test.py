@@ -5,12 +5,10 @@ import pytest
 import toy_runs
 
 from l2rw_jax import audit
+from l2rw_jax import changed_loss
 from l2rw_jax.audit import recording
 from l2rw_jax.methods import baselines
-from l2rw_jax.methods import changed_loss
 from l2rw_jax.methods import l2rw
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 _L2RW = audit.recording(l2rw.l2rw())
 _UNIFORM = audit.recording(baselines.uniform())
