@@ -419,7 +419,7 @@ def test_mismatched_labels_and_clusters_are_refused():
     _once(nested_maml.nested_maml(1.0, 1.0, "item", num_items=3))
   method = _method("cluster")
   view = base.EpochView(0, 0, None, {}, {"group": np.array([0, 3])}, None)
-  with pytest.raises(base.InputError, match="0 to 2; got \\(2,\\) of 0 to 3"):
+  with pytest.raises(base.InputError, match=r"0 to 2; got shape \(2,\) with 0 to 3"):
     method.refresh("state", _task(), view)
   fine = view._replace(train={"group": np.array([0, 2])})
   assert method.refresh("state", _task(), fine) == "state"
