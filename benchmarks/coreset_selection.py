@@ -32,18 +32,17 @@ from experiments import _report
 from l2rw_jax import base
 from l2rw_jax import coresets
 from l2rw_jax.data import examples as examples_lib
+from l2rw_jax.data import noisy_labels
 from l2rw_jax.data import sources
-from l2rw_jax.data import splits as splits_lib
 from l2rw_jax.io import workdir
 from l2rw_jax.methods import adacore
-from l2rw_jax.methods import adacore_table
 from l2rw_jax.methods import baselines
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
-from l2rw_jax.training import batches
 from l2rw_jax.training import compilation
-from l2rw_jax.training import config as config_lib
+from l2rw_jax.training import device_data
 from l2rw_jax.training import devices as devices_lib
+from l2rw_jax.training import sampling
 
 _DATASET = flags.DEFINE_enum("dataset", "mnist", ["mnist", "digits"], "Which digits.")
 _FRACTION = flags.DEFINE_float("fraction", 0.1, "To choose.")
@@ -64,17 +63,17 @@ _BATCH_SIZE = 100
 class Training:
   """An MLP in training, an epoch at a time, as the loop trains it."""
 
-  def __init__(self, split: splits_lib.Splits):
+  def __init__(self, split: examples_lib.Splits):
     """Nothing trained, nothing compiled."""
     self._size = len(split.train.label)
     self._model = classifier.Classifier(mlp.MLP(split.num_classes, (256,)), 10)
     counts = examples_lib.class_counts(split.train, split.num_classes)
     self._counts = jnp.asarray(counts, jnp.int32)[None]
     self._devices = devices_lib.choose(1, _BATCH_SIZE)
-    config = config_lib.Config(num_steps=1, batch_size=_BATCH_SIZE)
-    self._source = batches.BatchSource(
-      config, [split], self._order, False, self._devices, None
+    self._sampler = sampling.Sampler(
+      (0,), self._order, num_train=self._size, batch_size=_BATCH_SIZE
     )
+    self._data = device_data.DeviceData([split], self._devices, needs_meta=False)
     init, self._step = compilation.functions(
       self._model,
       baselines.uniform(),
@@ -84,7 +83,7 @@ class Training:
       1,
       tuple(self._devices),
     )
-    self._train = batches.examples_dict(split.train)
+    self._train = examples_lib.as_batch(split.train)
     key = jax.random.key(0)[None]
     first = {k: v[None, :1] for k, v in self._train.items()}
     self._state = devices_lib.replicate(init(key, self._counts, first), self._devices)
@@ -97,7 +96,7 @@ class Training:
   def epoch(self) -> None:
     """Every example once."""
     for _ in range(self._size // _BATCH_SIZE):
-      batch = self._source.load([self._source.next(0)])
+      batch = self._data.load([self._sampler.next(0)])
       self._state, _ = self._step(self._state, *batch, *self._constants)
     jax.block_until_ready(self._state)
 
@@ -110,10 +109,10 @@ class Training:
     view = base.EpochView(
       0, 0, state.params, state.model_state, self._train, np.random.default_rng(0)
     )
-    found = adacore_table.look(
+    derivatives = adacore.loss_derivatives(
       problem, view, jax.random.key(0), scope=None, last_layer=False, num_probes=1
     )
-    return np.asarray(found.gradients)
+    return np.asarray(derivatives.gradients)
 
 
 def naive_greedy(proxies: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
@@ -213,7 +212,7 @@ def measure() -> list[dict[str, Any]]:
     sources.load(_DATASET.value, split, **_launch.data_folders())
     for split in ("train", "test")
   )
-  split = splits_lib.noisy_labels(
+  split = noisy_labels.noisy_labels(
     train, test, builder="uniform_flip", fraction=0.0, num_meta_per_class=0, seed=0
   )
   training = Training(split)

@@ -4,11 +4,10 @@ from absl import flags
 
 from experiments import _methods
 from l2rw_jax import base
+from l2rw_jax import changed_loss
 from l2rw_jax import class_balance
 from l2rw_jax.methods import baselines
-from l2rw_jax.methods import changed_loss
 from l2rw_jax.methods import ldam_drw
-from l2rw_jax.methods import loss_baselines
 
 _BETA = flags.DEFINE_float(
   "beta", 0.9999, "Of the effective number of examples of a class, in [0, 1)."
@@ -63,7 +62,7 @@ METHODS: dict[str, _methods.Factory] = {
   "hard_mining": lambda _: baselines.hard_mining(),
   "resampling": lambda _: baselines.resampling(),
   "class_balanced": lambda _: baselines.class_balanced(_BETA.value),
-  "class_balanced_focal": lambda _: loss_baselines.class_balanced_focal(
+  "class_balanced_focal": lambda _: baselines.class_balanced_focal(
     _methods.focal_gamma(), _BETA.value
   ),
   "uniform_drw": lambda setting: baselines.class_balanced(

@@ -12,10 +12,9 @@ from l2rw_jax.methods import advisor
 from l2rw_jax.methods import bare
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import forml
+from l2rw_jax.methods import forward_correction
 from l2rw_jax.methods import group_dro
 from l2rw_jax.methods import l2rw
-from l2rw_jax.methods import label_transition
-from l2rw_jax.methods import loss_baselines
 from l2rw_jax.methods import mentornet
 from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.methods import s_model
@@ -240,14 +239,14 @@ METHODS: dict[str, Factory] = {
   "forml": _forml,
   "bare": lambda _: bare.bare(**_bare_settings()),
   "absgd": make_absgd,
-  "focal": lambda _: loss_baselines.focal(_FOCAL_GAMMA.value),
-  "bootstrapping_soft": lambda _: loss_baselines.bootstrapping("soft"),
-  "bootstrapping_hard": lambda _: loss_baselines.bootstrapping("hard"),
-  "symmetric_cross_entropy": lambda _: loss_baselines.symmetric_cross_entropy(),
-  "generalized_cross_entropy": lambda _: loss_baselines.generalized_cross_entropy(
+  "focal": lambda _: baselines.focal(_FOCAL_GAMMA.value),
+  "bootstrapping_soft": lambda _: baselines.bootstrapping("soft"),
+  "bootstrapping_hard": lambda _: baselines.bootstrapping("hard"),
+  "symmetric_cross_entropy": lambda _: baselines.symmetric_cross_entropy(),
+  "generalized_cross_entropy": lambda _: baselines.generalized_cross_entropy(
     threshold=_GCE_THRESHOLD.value or None
   ),
-  "forward_correction": lambda _: label_transition.forward_correction(
+  "forward_correction": lambda _: forward_correction.forward_correction(
     _TRANSITION_EPOCH.value
   ),
   "s_model": lambda _: s_model.s_model(),

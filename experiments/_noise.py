@@ -13,7 +13,7 @@ from experiments import _optimizer_config as optimisation_lib
 from experiments import _probes
 from experiments import _report
 from l2rw_jax import base
-from l2rw_jax.data import splits as splits_lib
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.methods.mentornet import loss_dump
 from l2rw_jax.models import classifier
@@ -84,7 +84,7 @@ def make_cell(
 
 def train(
   cell: Cell,
-  splits: Sequence[splits_lib.Splits],
+  splits: Sequence[examples_lib.Splits],
   folder: pathlib.Path,
   *,
   dump_losses: bool = False,
@@ -102,16 +102,18 @@ def train(
   """
   own = folder / cell.folder()
   method = cell.method
+  epoch_probes: list[evaluation.EpochProbe] = []
   if cell.name == "meta_weight_net":
-    method = _record_curves(method, own)
+    epoch_probes.append(_record_curves(own))
   if cell.optimizer_config.plateau_steps:
     method = _watch_validation(method, cell, splits)
   writer = loss_dump.Writer(own / "losses")
   steps_per_epoch = len(splits[0].train.label) // cell.config.batch_size
   if dump_losses:
     num_epochs = -(-cell.config.num_steps // steps_per_epoch)
-    method = loss_dump.recording(
-      method, writer, every=max(1, num_epochs // 100), num_examples=10_000
+    every = max(1, num_epochs // 100)
+    epoch_probes.append(
+      loss_dump.record_losses(writer, every=every, num_examples=10_000)
     )
   found = loop.train(
     cell.config,
@@ -123,6 +125,7 @@ def train(
     evaluators,
     name=cell.folder(),
     probes=_probes.chosen(),
+    epoch_probes=epoch_probes,
   )
   if dump_losses:
     for seed, split in zip(cell.config.seeds, splits, strict=True):
@@ -138,7 +141,7 @@ def train(
 
 
 def _watch_validation(
-  method: base.Method, cell: Cell, splits: Sequence[splits_lib.Splits]
+  method: base.Method, cell: Cell, splits: Sequence[examples_lib.Splits]
 ) -> base.Method:
   """For an optimizer that slows down on a plateau of the validation loss."""
   held_out = {
@@ -154,18 +157,20 @@ def _watch_validation(
   )
 
 
-def _record_curves(method: base.Method, folder: pathlib.Path) -> base.Method:
-  """Keeps Meta-Weight-Net's curve from before every epoch, for `draw_curves`."""
+def _record_curves(folder: pathlib.Path) -> evaluation.EpochProbe:
+  """Saves Meta-Weight-Net's weight function before every epoch, for `draw_curves`."""
 
-  def refresh(state, problem, view):
+  def probe(snapshot, epoch):
+    state = snapshot.state.method_state
+    if isinstance(state, validation.State):
+      state = state.inner
     net = meta_weight_net.WeightNet()
     curve = net.apply(jax.device_get(state.params), _GRID.astype(np.float32))
-    own = folder / "curves" / f"seed-{view.seed}"
-    own.mkdir(parents=True, exist_ok=True)
-    np.savetxt(own / f"epoch-{view.epoch:05d}.txt", np.asarray(curve), "%.6g")
-    return method.refresh(state, problem, view)
+    run_folder = folder / "curves" / f"seed-{snapshot.seed}"
+    run_folder.mkdir(parents=True, exist_ok=True)
+    np.savetxt(run_folder / f"epoch-{epoch:05d}.txt", np.asarray(curve), "%.6g")
 
-  return method._replace(refresh=refresh)
+  return probe
 
 
 def row(cell: Cell, result: results_lib.Result, **facts: Any) -> dict[str, Any]:

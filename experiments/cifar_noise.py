@@ -39,8 +39,9 @@ from experiments import _probes
 from experiments import _published_cifar
 from experiments import _report
 from l2rw_jax import base
+from l2rw_jax.data import examples as examples_lib
+from l2rw_jax.data import noisy_labels
 from l2rw_jax.data import sources
-from l2rw_jax.data import splits as splits_lib
 from l2rw_jax.training import config as config_lib
 
 _PRESET = flags.DEFINE_enum(
@@ -59,7 +60,7 @@ _DATASET = flags.DEFINE_enum(
   "Which images. [cifar10; cifar10_n for --noise=human]",
 )
 _NOISE = flags.DEFINE_enum(
-  "noise", None, splits_lib.BUILDERS, "How labels go wrong. [the preset's]"
+  "noise", None, noisy_labels.BUILDERS, "How labels go wrong. [the preset's]"
 )
 _FRACTION = flags.DEFINE_float(
   "noise_fraction",
@@ -72,7 +73,10 @@ _VARIANT = flags.DEFINE_enum(
   "noise_variant", "paper", ["paper", "official_code"], "Of the builder of noise."
 )
 _ANNOTATION = flags.DEFINE_enum(
-  "annotation", None, splits_lib.ANNOTATIONS, "Whose labels, for --noise=human. [worst]"
+  "annotation",
+  None,
+  tuple(noisy_labels.ANNOTATIONS),
+  "Whose labels, for --noise=human. [worst]",
 )
 _NETWORK = flags.DEFINE_enum(
   "network", None, list(_cifar.NETWORKS), "Network. [the preset's]"
@@ -201,12 +205,14 @@ def annotation(preset: _cifar.Preset) -> str | None:
   return _ANNOTATION.value
 
 
-def make_splits(preset: _cifar.Preset, seeds: Sequence[int]) -> list[splits_lib.Splits]:
+def make_splits(
+  preset: _cifar.Preset, seeds: Sequence[int]
+) -> list[examples_lib.Splits]:
   """The data of some of the seeds."""
   name = dataset(preset)
   train, test = load(name, "train"), load(name, "test")
   return [
-    splits_lib.noisy_labels(
+    noisy_labels.noisy_labels(
       train,
       test,
       builder=preset.noise,
@@ -222,7 +228,7 @@ def make_splits(preset: _cifar.Preset, seeds: Sequence[int]) -> list[splits_lib.
 
 
 def make_cell(
-  name: str, preset: _cifar.Preset, split: splits_lib.Splits
+  name: str, preset: _cifar.Preset, split: examples_lib.Splits
 ) -> _noise.Cell:
   """How a method is run."""
   meta_batch_size: int | None = preset.meta_batch_size
@@ -253,7 +259,7 @@ def make_cell(
   )
 
 
-def wrong_share(split: splits_lib.Splits) -> float:
+def wrong_share(split: examples_lib.Splits) -> float:
   """Share of the training labels that is truly wrong."""
   return float(np.mean(split.train.label != split.train.true_label))
 
@@ -280,7 +286,7 @@ def train(
 
 
 def row(
-  cell: _noise.Cell, preset: _cifar.Preset, split: splits_lib.Splits, result: Any
+  cell: _noise.Cell, preset: _cifar.Preset, split: examples_lib.Splits, result: Any
 ) -> dict[str, Any]:
   """One run's line of `results.csv`."""
   published: tuple[float | None, float | None] = (None, None)

@@ -33,8 +33,8 @@ from l2rw_jax import base
 from l2rw_jax import coresets
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import long_tail
+from l2rw_jax.data import noisy_labels
 from l2rw_jax.data import sources
-from l2rw_jax.data import splits as splits_lib
 from l2rw_jax.io import workdir
 from l2rw_jax.methods import adacore
 from l2rw_jax.methods import baselines
@@ -125,18 +125,18 @@ def load(split: str) -> sources.Source:
   return sources.load(_DATASET.value, split, **_launch.data_folders())
 
 
-def make_split(seed: int) -> splits_lib.Splits:
+def make_split(seed: int) -> examples_lib.Splits:
   """The data of a seed: all of them, or a long tail."""
   return _cut(_DATASET.value, _IMBALANCE.value, seed)
 
 
 # All settings of a seed follow each other.
 @functools.lru_cache(maxsize=1)
-def _cut(dataset: str, imbalance: float, seed: int) -> splits_lib.Splits:
+def _cut(dataset: str, imbalance: float, seed: int) -> examples_lib.Splits:
   del dataset  # that of `load`; without it another's would be found here
   train, test = load("train"), load("test")
   if imbalance == 1:
-    return splits_lib.noisy_labels(
+    return noisy_labels.noisy_labels(
       train, test, builder="uniform_flip", fraction=0.0, num_meta_per_class=0, seed=seed
     )
   return long_tail.long_tail_splits(
@@ -192,7 +192,7 @@ def _adacore(fraction: float, every: int, curvature: bool) -> base.Method:
   )
 
 
-def make_settings(split: splits_lib.Splits) -> list[Setting]:
+def make_settings(split: examples_lib.Splits) -> list[Setting]:
   """Every curve, once it is seen to be possible."""
   _bounds.check_used(
     "greedy_epsilon", _GREEDY.value == "stochastic", f"with --greedy={_GREEDY.value}"
@@ -219,7 +219,7 @@ def make_settings(split: splits_lib.Splits) -> list[Setting]:
   )
 
 
-def _check_fraction(fraction: float, split: splits_lib.Splits) -> None:
+def _check_fraction(fraction: float, split: examples_lib.Splits) -> None:
   adacore.check_fraction("--fraction", fraction)
   try:
     size = adacore.subset_size(fraction, len(split.train.label))

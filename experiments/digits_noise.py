@@ -21,8 +21,9 @@ from experiments import _launch
 from experiments import _probes
 from experiments import _report
 from l2rw_jax import base
+from l2rw_jax.data import examples as examples_lib
+from l2rw_jax.data import noisy_labels
 from l2rw_jax.data import sources
-from l2rw_jax.data import splits as splits_lib
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 from l2rw_jax.models import classifier
@@ -79,11 +80,11 @@ def make_method(name: str, num_steps: int) -> base.Method:
   return methods[name]()
 
 
-def make_splits() -> list[splits_lib.Splits]:
+def make_splits() -> list[examples_lib.Splits]:
   """The data of every seed."""
   train, test = (sources.load("digits", part) for part in ("train", "test"))
   return [
-    splits_lib.noisy_labels(
+    noisy_labels.noisy_labels(
       train,
       test,
       builder=_BUILDER.value,
@@ -107,7 +108,7 @@ def make_config() -> config_lib.Config:
 
 def train_all(
   methods: dict[str, base.Method],
-  splits: list[splits_lib.Splits],
+  splits: list[examples_lib.Splits],
   folder: pathlib.Path,
 ) -> Runs:
   """Trains every method."""

@@ -156,7 +156,7 @@ def make_method(name: str) -> base.Method:
       "mean_coefficient": _MEAN_COEFFICIENT.value,
       "temperature": _TEMPERATURE.value,
     }
-    used = forml.settings_of(objective, _REDUCTION.value)
+    used = forml.objective_settings(objective, _REDUCTION.value)
     return forml.forml(
       rate,
       objective,

@@ -32,6 +32,7 @@ from experiments import _few_shot_report
 from experiments import _launch
 from experiments import _report
 from l2rw_jax import base
+from l2rw_jax import weighted_update
 from l2rw_jax.data import episodes
 from l2rw_jax.data import image_classes
 from l2rw_jax.data import sources
@@ -233,7 +234,7 @@ def zeroed() -> base.Method:
       size = base.global_size(losses.shape[0], task.axis_name)
       return (inputs.batch["group"] == 0) / jnp.asarray(size, losses.dtype)
 
-    return baselines.weighted_gradients(task, inputs, weights), state
+    return weighted_update.weighted_gradients(task, inputs, weights), state
 
   return base.Method(gradients)
 

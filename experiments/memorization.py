@@ -28,8 +28,8 @@ from experiments import _memorization_report
 from experiments import _report
 from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
+from l2rw_jax.data import noisy_labels
 from l2rw_jax.data import sources
-from l2rw_jax.data import splits as splits_lib
 from l2rw_jax.methods import baselines
 from l2rw_jax.models import classifier
 from l2rw_jax.models import lenet
@@ -136,9 +136,9 @@ def load(split: str) -> sources.Source:
   return sources.load(_DATASET.value, split, **_launch.data_folders())
 
 
-def make_split(fraction: float, seed: int) -> splits_lib.Splits:
+def make_split(fraction: float, seed: int) -> examples_lib.Splits:
   """The data of a seed; its images are the same at every noise."""
-  split = splits_lib.noisy_labels(
+  split = noisy_labels.noisy_labels(
     load("train"),
     load("test"),
     builder="mwn_uniform",
@@ -163,7 +163,7 @@ def num_epochs() -> int:
   return _NUM_EPOCHS.value or (60 if _DATASET.value == "mnist" else 200)
 
 
-def make_config(split: splits_lib.Splits) -> config_lib.Config:
+def make_config(split: examples_lib.Splits) -> config_lib.Config:
   """How every network is trained."""
   steps = max(1, len(split.train.label) // _BATCH_SIZE.value)  # an epoch
   return _launch.run_config(
@@ -187,7 +187,7 @@ def make_optimizer(
 
 def train(
   setting: Setting,
-  splits: Sequence[splits_lib.Splits],
+  splits: Sequence[examples_lib.Splits],
   method: base.Method,
   folder: pathlib.Path,
 ) -> list[results_lib.Result]:
@@ -218,7 +218,7 @@ def make_probes() -> list[Any]:
 
 
 def row(
-  setting: Setting, fraction: float, split: splits_lib.Splits, result: Any
+  setting: Setting, fraction: float, split: examples_lib.Splits, result: Any
 ) -> dict[str, Any]:
   """One run's line of `results.csv`, before its region is known."""
   metrics, train_set = result.metrics, split.train

@@ -28,8 +28,9 @@ from experiments import _probes
 from experiments import _published
 from experiments import _report
 from l2rw_jax import base
+from l2rw_jax.data import examples as examples_lib
+from l2rw_jax.data import four_vs_nine
 from l2rw_jax.data import sources
-from l2rw_jax.data import splits as splits_lib
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 from l2rw_jax.models import classifier
@@ -215,11 +216,11 @@ def load(split: str) -> sources.Source:
   return sources.load(_DATASET.value, split, **_launch.data_folders())
 
 
-def make_splits(cell: Cell, seeds: Sequence[int]) -> list[splits_lib.Splits]:
+def make_splits(cell: Cell, seeds: Sequence[int]) -> list[examples_lib.Splits]:
   """The data of some of the random splits."""
   small, num_meta = _DATASET.value == "digits", _NUM_META.value
   return [
-    splits_lib.four_versus_nine(
+    four_vs_nine.four_vs_nine(
       load("train"),
       load("test"),
       majority=cell.majority,

@@ -32,8 +32,9 @@ from experiments import _probes
 from experiments import _published
 from experiments import _report
 from l2rw_jax import base
+from l2rw_jax.data import examples as examples_lib
+from l2rw_jax.data import noisy_labels
 from l2rw_jax.data import sources
-from l2rw_jax.data import splits as splits_lib
 from l2rw_jax.models import augmentation
 from l2rw_jax.models import classifier
 from l2rw_jax.models import lenet
@@ -136,7 +137,7 @@ _NETWORK = flags.DEFINE_enum(
 _NOISE = flags.DEFINE_enum(
   "noise",
   "bare_symmetric",
-  [name for name in splits_lib.BUILDERS if name != "human"],
+  [name for name in noisy_labels.BUILDERS if name != "human"],
   "Builder of the wrong labels.",
 )
 _VARIANT = flags.DEFINE_enum(
@@ -211,13 +212,13 @@ def load(split: str) -> sources.Source:
   return sources.load(_DATASET.value, split, **_launch.data_folders())
 
 
-def make_splits(fraction: float, seeds: Sequence[int]) -> list[splits_lib.Splits]:
+def make_splits(fraction: float, seeds: Sequence[int]) -> list[examples_lib.Splits]:
   """The data of some seeds."""
   num_validation = _NUM_VALIDATION.value
   if num_validation is None:
     num_validation = PRESETS[_PRESET.value].num_validation
   return [
-    splits_lib.noisy_labels(
+    noisy_labels.noisy_labels(
       load("train"),
       load("test"),
       builder=_NOISE.value,
@@ -231,7 +232,7 @@ def make_splits(fraction: float, seeds: Sequence[int]) -> list[splits_lib.Splits
   ]
 
 
-def make_cell(name: str, fraction: float, split: splits_lib.Splits) -> _noise.Cell:
+def make_cell(name: str, fraction: float, split: examples_lib.Splits) -> _noise.Cell:
   """How a method is run: the preset's settings under the flags given."""
   preset = PRESETS[_PRESET.value]
   optimizer_config = preset.own.get(name, preset.optimizer_config)

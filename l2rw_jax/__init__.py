@@ -1,10 +1,12 @@
 """Training on data that is wrong, in JAX: example weights as pure functions."""
 
 from l2rw_jax import base
+from l2rw_jax import changed_loss
 from l2rw_jax import class_balance
 from l2rw_jax import coresets
 from l2rw_jax import group_objectives
 from l2rw_jax import hypergradient
+from l2rw_jax import label_transition
 from l2rw_jax import losses
 from l2rw_jax import meta_network
 from l2rw_jax import susceptibility
@@ -15,13 +17,11 @@ from l2rw_jax.methods import adacore
 from l2rw_jax.methods import advisor
 from l2rw_jax.methods import bare
 from l2rw_jax.methods import baselines
-from l2rw_jax.methods import changed_loss
 from l2rw_jax.methods import forml
+from l2rw_jax.methods import forward_correction
 from l2rw_jax.methods import group_dro
 from l2rw_jax.methods import l2rw
-from l2rw_jax.methods import label_transition
 from l2rw_jax.methods import ldam_drw
-from l2rw_jax.methods import loss_baselines
 from l2rw_jax.methods import mentornet
 from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.methods import nested_maml

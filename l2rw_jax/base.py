@@ -1,7 +1,8 @@
-"""Floor 0: the types every other file speaks, and the only collectives.
+"""The types that methods and the training loop share, and the only collectives.
 
-Letters used in every docstring: `B` training batch, `M` meta (clean) batch,
-`C` classes, `N` training set. `meta_` marks what belongs to the clean set.
+Every docstring uses the same letters for sizes: `B` for the training batch, `M` for
+the meta batch, `C` for the classes, `N` for the training set. The prefix `meta_` marks
+what belongs to the meta set, whose labels are trusted.
 """
 
 from collections.abc import Callable
@@ -16,82 +17,97 @@ import numpy as np
 Array = jax.Array
 PyTree = Any
 _META_KEY = 0x6D657461
-# One dictionary of arrays with a common leading axis. Always has "index" [B],
-# the row of each example in its training set, beside the model's own inputs.
+# A dictionary of arrays with a common leading axis. It always has "index" [B], the
+# row of each example in its data set, in addition to the inputs of the model.
 Batch = dict[str, Any]
 LossesFn = Callable[..., Any]
-# One mapped axis, several ("data", "model"), or None outside any mapping.
+# One mapped axis, several of them, ("data", "model"), or None outside any mapping.
 AxisName = str | tuple[str, ...] | None
 
 
 class InputError(ValueError):
-  """A mistake of the caller, told in one line: what is wrong and how to mend it.
+  """A mistake of the caller. One line says what is wrong and how to fix it.
 
-  Experiments print it without a traceback and exit with status 2.
+  Scripts print the line without a traceback and exit with status 2.
   """
+
+
+@jax.tree_util.register_static
+class StaticStr(str):
+  """A string that functions transformed by JAX may return: a pytree without leaves."""
+
+  __slots__ = ()
 
 
 class Fault(enum.IntEnum):
   """The first quantity of a meta step that held a NaN or an infinity.
 
-  Later quantities are computed from earlier ones, hence the order.
+  The order is that of the computation.
   """
 
   NONE = 0
-  META_LOSSES = 1  # a meta loss, or the objective that is made of them
-  META_GRADIENT = 2  # the gradient of finite meta losses
-  OPTIMIZER_STEP = 3  # a finite meta gradient, differentiated through the step
-  TRAINING_LOSSES = 4  # a loss of the training batch
-  SLOPES = 5  # what was made of finite losses and a finite direction
+  META_LOSSES = 1  # A meta loss, or the objective of the meta losses.
+  META_GRADIENT = 2  # The gradient of finite meta losses.
+  OPTIMIZER_STEP = 3  # The vjp of the optimizer step at a finite meta gradient.
+  TRAINING_LOSSES = 4  # A loss of the training batch.
+  SLOPES = 5  # Scores, weights or a gradient computed from finite inputs.
 
 
 class Linearized(NamedTuple):
-  """A batch of per-example losses l(p) in R^B, linearized at `params`.
+  """The per-example losses l(p) in R^B of a batch, linearized at `params`.
 
-  With J the Jacobian dl/dp:
+  J is the Jacobian dl/dp.
 
   Attributes:
-    losses: l(p), shape [B].
-    directional: `v -> J v`, shape [B]; `v` is shaped like `params`. How fast
-      each example's loss grows along v.
-    weighted_gradient: `w [B] -> J^T w`, shaped like `params`. The gradient of
+    losses: l(p), [B].
+    directional: `v -> J v`, [B], the derivative of each example's loss along `v`,
+      which is shaped like `params`.
+    weighted_gradient: `w [B] -> J^T w`, shaped like `params`, the gradient of
       sum_i w_i l_i(p).
-    aux: what the losses function returned beside the losses, else None.
+    aux: the auxiliary output of the losses function, or None.
+    engine: name of the engine that was used, one of `linearization.ENGINES` without
+      "auto", or "microbatched".
   """
 
   losses: Array
   directional: Callable[[PyTree], Array]
   weighted_gradient: Callable[[Array], PyTree]
   aux: Any = None
+  engine: StaticStr = StaticStr()
 
 
 class LinearizedOutputs(NamedTuple):
-  """Whatever a network makes of a batch, linearized at `params`.
+  """The outputs f(p) of a network for a batch, linearized at `params`.
+
+  J is the Jacobian df/dp.
 
   Attributes:
     outputs: f(p), a pytree of arrays, such as logits.
-    push: `v -> J v`, shaped like `outputs`; `v` is shaped like `params`.
-    pull: `c -> J^T c`, shaped like `params`; `c` is shaped like `outputs`.
-    aux: what the outputs function returned beside the outputs, else None.
+    jvp: `v -> J v`, shaped like `outputs`; `v` is shaped like `params`.
+    vjp: `c -> J^T c`, shaped like `params`; `c` is shaped like `outputs`.
+    aux: the auxiliary output of the outputs function, or None.
+    engine: name of the engine that was used, one of `linearization.ENGINES` without
+      "auto".
   """
 
   outputs: PyTree
   jvp: Callable[[PyTree], PyTree]
   vjp: Callable[[PyTree], PyTree]
   aux: Any = None
+  engine: StaticStr = StaticStr()
 
 
 class Inputs(NamedTuple):
-  """What a method sees of one training step.
+  """The inputs of a method in one training step.
 
   Attributes:
     params: network parameters.
-    model_state: non-trained variables (BatchNorm statistics), possibly `{}`.
+    model_state: variables that are not trained (BatchNorm statistics), possibly `{}`.
     opt_state: state of the outer optimizer.
     batch: this device's share of the training batch, leading axis B.
-    meta_batch: this device's share of the clean batch, leading axis M, or None
-      in a run without a meta set.
-    step: number of updates done so far, int32 scalar.
+    meta_batch: this device's share of the meta batch, leading axis M, or None in a run
+      without a meta set.
+    step: number of updates so far, int32 scalar.
     key: a typed PRNG key, the same on every device and new at every step.
   """
 
@@ -105,22 +121,23 @@ class Inputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-  """What a method makes of one training step.
+  """The result of a method for one training step.
 
   Attributes:
     grads: gradient of sum_i weights_i * losses_i over the *global* batch,
       already summed over devices; shaped like `params`.
-    weights: this device's example weights [B]; uniform is 1 / B_global. Methods
-      that change the loss instead of weighing it say what they put here.
+    weights: this device's example weights [B]; uniform is 1 / B_global. Methods that
+      change the loss instead of weighting it document their values.
     losses: this device's unweighted losses [B].
     model_state: the variables after this batch.
-    metrics: scalars to log, the same on every device.
-    value: what an optimizer may watch (optax's `value`: reduce_on_plateau,
-      Polyak's step); the weighted loss if None.
+    metrics: scalars for the logs only, the same on every device.
+    value: the `value` that is passed to the outer optimizer (used by
+      `optax.contrib.reduce_on_plateau` and by Polyak's step); None is the weighted
+      loss.
     fault: the `Fault` of a meta-learned method, int32 scalar; None for a method
-      that has no meta step.
-    zero_slope: whether the look-ahead step ignores the gradient, so that no example
-      can matter, see `hypergradient.Direction`; bool scalar, or None.
+      without a meta step.
+    zero_slope: whether the look-ahead step ignores the gradient, so that all weight
+      gradients are zero, see `hypergradient.Direction`; bool scalar, or None.
   """
 
   grads: PyTree
@@ -135,23 +152,23 @@ class Gradients(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """The learning problem as pure functions, handed to every method.
+  """The learning problem as pure functions.
 
   Attributes:
     forward: `(params, model_state, batch, key, train) -> (outputs, model_state)`;
       `outputs` are logits [B, C], or a tuple that begins with them.
     loss: `(outputs, batch) -> [B]` unreduced losses.
-    linearize: the engine, `(losses_fn, params, batch, *, has_aux) -> Linearized`.
-    linearize_outputs: the engine for what comes before the loss,
-      `(outputs_fn, params, batch, *, has_aux) -> LinearizedOutputs`.
+    linearize: `(losses_fn, params, batch, *, has_aux) -> Linearized`.
+    linearize_outputs: `(outputs_fn, params, batch, *, has_aux) ->
+      LinearizedOutputs`, for functions of the outputs before the loss.
     num_classes: C.
     class_counts: training examples of each class, [C].
     num_examples: N.
-    num_steps: length of the run in updates.
+    num_steps: number of updates of the run.
     axis_name: mapped device axis, or None outside `pmap`.
-    features: like `forward`, but stops at the penultimate layer: outputs [B, d].
-      None if the model cannot be split there.
-    head: `(params, features) -> logits`; forward is head after features.
+    features: like `forward`, but returns the inputs of the last layer, [B, d]; None
+      if the model cannot be split there.
+    head: `(params, features) -> logits`, the last layer.
     num_features: d.
   """
 
@@ -171,7 +188,7 @@ class Problem:
   def losses_fn(
     self, model_state: PyTree, key: Array
   ) -> Callable[[PyTree, Batch], tuple[Array, PyTree]]:
-    """Training-mode `(params, batch) -> (losses [B], new model_state)`."""
+    """Returns `(params, batch) -> (losses [B], new model_state)` in training mode."""
 
     def losses(params, batch):
       outputs, new_state = self.forward(params, model_state, batch, key, True)
@@ -182,24 +199,61 @@ class Problem:
   def meta_losses_fn(
     self, model_state: PyTree, key: Array
   ) -> Callable[[PyTree, Batch], tuple[Array, PyTree]]:
-    """`losses_fn` for the clean batch: other dropout and augmentation.
+    """Returns `losses_fn` for the meta batch, with other dropout and augmentation.
 
-    A clean example must not share its crop or its mask with the training example
-    of the same index: methods compare the gradients of the two.
+    Methods compare the gradients of the two batches, so that a meta example must not
+    share its crop or its dropout mask with the training example of the same index.
     """
     return self.losses_fn(model_state, jax.random.fold_in(key, _META_KEY))
 
+  def linearize_batch(
+    self, inputs: Inputs, losses_fn: Callable[..., tuple[Array, Any]] | None = None
+  ) -> Linearized:
+    """The training batch of a step, linearized at the step's parameters.
+
+    Args:
+      inputs: of the step.
+      losses_fn: `(params, batch) -> (losses [B], aux)`; None is `losses_fn` of this
+        problem, whose aux is the new model state.
+    """
+    return self.linearize(
+      losses_fn or self.losses_fn(inputs.model_state, inputs.key),
+      local(inputs.params, self.axis_name),
+      inputs.batch,
+      has_aux=True,
+    )
+
+  def linearize_batch_outputs(
+    self, inputs: Inputs, outputs_fn: Callable[..., tuple[Any, Any]] | None = None
+  ) -> LinearizedOutputs:
+    """Like `linearize_batch`, for the outputs of the network.
+
+    Args:
+      inputs: of the step.
+      outputs_fn: `(params, batch) -> (outputs, aux)`; None is `forward` in training
+        mode, whose aux is the new model state.
+    """
+
+    def forward(params, batch):
+      return self.forward(params, inputs.model_state, batch, inputs.key, True)
+
+    params = local(inputs.params, self.axis_name)
+    return self.linearize_outputs(
+      outputs_fn or forward, params, inputs.batch, has_aux=True
+    )
+
 
 class EpochView(NamedTuple):
-  """What `Method.refresh` may look at, on the host, before an epoch.
+  """The inputs of `Method.refresh`, on the host before an epoch.
 
   Attributes:
-    seed: of the run.
+    seed: seed of the run.
     epoch: the epoch about to start, counted from 0.
-    params: current parameters (unreplicated).
-    model_state: current variables (unreplicated).
+    params: current parameters (not replicated).
+    model_state: current variables (not replicated).
     train: the whole training set as NumPy arrays, leading axis N.
-    rng: NumPy generator seeded by (seed, epoch): same numbers after a resume.
+    rng: NumPy generator seeded by (seed, epoch), so that a resumed run draws the same
+      numbers.
   """
 
   seed: int
@@ -211,13 +265,13 @@ class EpochView(NamedTuple):
 
 
 def no_state(key: Array, problem: Problem, params: PyTree) -> PyTree:
-  """`Method.init` of a method that carries nothing from step to step."""
+  """`Method.init` of a method without a state."""
   del key, problem, params
   return ()
 
 
 def keep_state(state: PyTree, problem: Problem, view: EpochView) -> PyTree:
-  """`Method.refresh` that changes nothing."""
+  """`Method.refresh` of a method that keeps its state."""
   del problem, view
   return state
 
@@ -225,23 +279,23 @@ def keep_state(state: PyTree, problem: Problem, view: EpochView) -> PyTree:
 def permutation(
   state: PyTree, problem: Problem, train: Batch, rng: np.random.Generator
 ) -> np.ndarray:
-  """`Method.sample` that visits every example once, in random order."""
+  """`Method.sample` that visits every example once in random order."""
   del state, problem
   return rng.permutation(len(train["index"]))
 
 
 class Method(NamedTuple):
-  """A way to turn a batch into a gradient; the loop knows nothing more.
+  """A way to turn a batch into a gradient. The training loop uses nothing else.
 
   Attributes:
-    gradients: `(state, problem, inputs) -> (Gradients, state)`; traced, pure.
+    gradients: `(state, problem, inputs) -> (Gradients, state)`; pure and traced.
     init: `(key, problem, params) -> state`, a pytree of arrays.
-    refresh: `(state, problem, view) -> state`, on the host before every epoch.
-    sample: `(state, problem, train, rng) -> int array`: the rows of the training
-      set to visit in an epoch, in order; batches are cut from it. It may depend
-      on what `refresh` left in the state, not on what `gradients` changes, so
-      that an interrupted epoch can be resumed.
-    needs_meta: whether `inputs.meta_batch` must be there.
+    refresh: `(state, problem, view) -> state`, called on the host before every epoch.
+    sample: `(state, problem, train, rng) -> int array`: the rows of the training set
+      to visit in an epoch, in order. Batches are consecutive slices of it. It may
+      depend on the parts of the state that `refresh` changes, but not on those that
+      `gradients` changes, so that an interrupted epoch can be resumed.
+    needs_meta: whether `inputs.meta_batch` is required.
   """
 
   gradients: Callable[[PyTree, Problem, Inputs], tuple[Gradients, PyTree]]
@@ -253,31 +307,44 @@ class Method(NamedTuple):
   needs_meta: bool = False
 
 
-def psum(tree: PyTree, axis_name: AxisName) -> PyTree:
-  """Sum over the devices of `axis_name`; the identity when it is None.
+def summed_gradient(
+  linearized: Linearized, weights: Array, axis_name: AxisName
+) -> PyTree:
+  """Gradient of sum_i weights_i * losses_i over the global batch, like `params`.
 
-  Never differentiate through this under `pmap`: the transpose of psum is psum
-  there, and the result comes out too large by the number of devices.
+  Args:
+    linearized: this device's batch.
+    weights: of this device's examples, [B], held constant.
+    axis_name: mapped axis over which the batch is sharded.
+  """
+  return psum(linearized.weighted_gradient(weights), axis_name)
+
+
+def psum(tree: PyTree, axis_name: AxisName) -> PyTree:
+  """Sum over the devices of `axis_name`; the identity if it is None.
+
+  Never differentiate through this under `pmap`: the transpose of psum is psum there,
+  so that the gradient is too large by a factor of the number of devices.
   """
   return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
 def pmean(tree: PyTree, axis_name: AxisName) -> PyTree:
-  """Mean over the devices of `axis_name`; the identity when it is None."""
+  """Mean over the devices of `axis_name`; the identity if it is None."""
   return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
 def pmax(value: Array, axis_name: AxisName) -> Array:
-  """Maximum over the devices of `axis_name`; the identity when it is None."""
+  """Maximum over the devices of `axis_name`; the identity if it is None."""
   return value if axis_name is None else jax.lax.pmax(value, axis_name)
 
 
 def local(tree: PyTree, axis_name: AxisName) -> PyTree:
-  """Marks `tree` as this device's own, so that its gradient stays local too.
+  """Marks `tree` as varying over devices, so that gradients in it stay local.
 
-  Only `shard_map` with `check_vma=True` tells apart values that are equal on
-  every device from values that vary, and silently sums the gradient of the
-  former. Everywhere else this is the identity.
+  `shard_map` with `check_vma=True` distinguishes values that are equal on every device
+  from values that vary, and silently sums the gradient in the former over devices.
+  Everywhere else this is the identity.
   """
   if axis_name is None:
     return tree
@@ -291,7 +358,7 @@ def local(tree: PyTree, axis_name: AxisName) -> PyTree:
 
 
 def varying(value: Array, aval: Any) -> Array:
-  """`value`, marked as this device's own where `aval`, a type, is; see `local`."""
+  """`value`, marked as varying over the axes over which the type `aval` varies."""
   axes = tuple(aval.manual_axis_type.varying)
   return jax.lax.pcast(value, axes, to="varying") if axes else value
 
@@ -301,14 +368,14 @@ def _varying_axes(x: Any) -> frozenset[str]:
 
 
 def global_size(local_size: int, axis_name: AxisName) -> int:
-  """Number of examples over all devices, each holding `local_size`."""
+  """Number of examples on all devices together, each of which has `local_size`."""
   if axis_name is None:
     return local_size
   return local_size * jax.lax.axis_size(axis_name)
 
 
 def gather(local_values: Array, axis_name: AxisName) -> Array:
-  """This device's [B] values to those of the global batch, in device order."""
+  """The values of the global batch in device order, from this device's [B]."""
   if axis_name is None:
     return local_values
   return jax.lax.all_gather(local_values, axis_name, tiled=True)
@@ -324,15 +391,16 @@ def local_slice(global_values: Array, axis_name: AxisName) -> Array:
 
 
 def take(table: Array, index: Array) -> Array:
-  """`table[index]`, on any kind of mesh, and NaN for rows that do not exist.
+  """`table[index]` under any kind of mesh, with NaN for rows that do not exist.
 
-  Under a mesh with explicit sharding, JAX must know how the result is sharded: as
-  `index` is. Plain indexing counts negative numbers from the end and clamps large ones.
+  Under a mesh with explicit sharding, the result is sharded like `index`, which JAX
+  cannot infer from `table[index]`. Plain indexing would count negative numbers from the
+  end and clamp large ones.
 
   Args:
     table: a row for each class or group, [C, ...], the same on every device.
-    index: integers from 0 to C - 1, of any shape. Others give NaN, if the table holds
-      floating point numbers.
+    index: integers from 0 to C - 1, of any shape. Other integers give NaN if the
+      table has a floating-point type.
 
   Returns:
     An array of shape `index.shape + table.shape[1:]`.
@@ -351,20 +419,20 @@ def take(table: Array, index: Array) -> Array:
 
 
 def unsharded(x: Array) -> Array:
-  """`x`, gathered on every device where a mesh with explicit sharding spreads it.
+  """`x`, replicated if it is sharded over a mesh with explicit axes.
 
-  For operations that JAX refuses on a sharded axis, such as a sort. Everywhere else
-  this is the identity: automatic meshes need no such help.
+  For operations that JAX refuses on an explicitly sharded axis, such as a sort.
+  Everywhere else this is the identity.
   """
   sharding = jax.typeof(x).sharding
   if not any(sharding.spec):
     return x
-  whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-  return jax.sharding.reshard(x, whole)
+  replicated = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+  return jax.sharding.reshard(x, replicated)
 
 
 def sharded_like(value: Array, like: Array) -> Array:
-  """`value`, spread over an explicit mesh as `like`, of equal leading axes, is."""
+  """`value`, sharded over an explicit mesh like `like` with the same leading axes."""
   sharding = jax.typeof(like).sharding
   if not any(sharding.spec):
     return value
@@ -373,7 +441,7 @@ def sharded_like(value: Array, like: Array) -> Array:
 
 
 def all_finite(tree: PyTree) -> Array:
-  """True when no leaf of `tree` holds a NaN or an infinity; bool scalar."""
+  """Whether no leaf of `tree` holds a NaN or an infinity; bool scalar."""
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
   return jnp.stack(
     [jnp.all(jnp.isfinite(x)) for x in leaves] or [jnp.array(True)]
@@ -381,10 +449,10 @@ def all_finite(tree: PyTree) -> Array:
 
 
 def max_abs(tree: PyTree) -> Array:
-  """Largest absolute value in the floating point leaves of `tree`, scalar.
+  """Largest absolute value in the floating-point leaves of `tree`, scalar.
 
-  It is NaN or infinite exactly if `tree` is not finite, and 0 exactly if `tree` is
-  zero: one pass over the numbers answers both.
+  It is finite if and only if `tree` is finite, and 0 if and only if `tree` is zero, so
+  that both checks need one pass over the numbers.
   """
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
   sizes = [jnp.max(jnp.abs(x), initial=0) for x in leaves]
@@ -395,17 +463,17 @@ def max_abs(tree: PyTree) -> Array:
 def finite_rows(
   name: str, values: Array, axis_name: AxisName = None, advice: str = ""
 ) -> Array:
-  """Whether every one of `values` [B] is finite on every device; bool scalar.
+  """Whether all `values` [B] are finite on every device; bool scalar.
 
   Args:
-    name: what the values are, in the plural.
+    name: what the values are, in the plural, for the error message.
     values: [B], of this device.
     axis_name: mapped axis over which the values are sharded.
-    advice: how the error message ends.
+    advice: end of the error message.
 
   Raises:
-    FloatingPointError: outside `jit`, if one is not; the message has the number of
-      such values and the first row.
+    FloatingPointError: outside `jit`, if a value is not finite; the message gives the
+      number of such values and the first row.
   """
   bad = ~jnp.isfinite(values)
   num_bad = psum(jnp.sum(bad), axis_name)
@@ -417,32 +485,40 @@ def finite_rows(
   return num_bad == 0
 
 
-def first_fault(fault: Array, **healthy: Array) -> Array:
-  """`fault`, or else the first of the named quantities that is not healthy.
+def first_fault(fault: Array, **is_finite: Array) -> Array:
+  """`fault`, or if it is `Fault.NONE`, the first of the quantities that is not finite.
 
   Args:
-    fault: a `Fault` found earlier, int32 scalar.
-    **healthy: names of members of `Fault`, in their order, and bool scalars.
+    fault: the `Fault` of earlier quantities, int32 scalar.
+    **is_finite: bool scalars by names of members of `Fault` in lower case, in order.
   """
-  for name, is_healthy in healthy.items():
-    this = jnp.where(is_healthy, 0, Fault[name.upper()].value).astype(jnp.int32)
-    fault = jnp.where(fault == 0, this, fault)
+  for name, finite in is_finite.items():
+    code = jnp.where(finite, 0, Fault[name.upper()].value).astype(jnp.int32)
+    fault = jnp.where(fault == 0, code, fault)
   return fault
 
 
 def accumulator_dtype(dtype: Any) -> Any:
-  """The dtype for sums and quotients of numbers of `dtype`: float32 or better."""
+  """The type for sums and quotients of numbers of `dtype`: float32 or wider."""
   if not jnp.issubdtype(dtype, jnp.inexact):
     return jnp.result_type(float)
   return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 def losses_and_aux(name: str, returned: Any, has_aux: bool) -> tuple[Array, Any]:
-  """What the losses function `name` returned, as `(losses [B], aux)`; aux may be None.
+  """Checks and splits the result of a losses function.
+
+  Args:
+    name: name of the losses function, for error messages.
+    returned: its result, losses or a pair (losses, aux).
+    has_aux: whether the result should be a pair.
+
+  Returns:
+    The losses [B], and aux or None.
 
   Raises:
-    InputError: it is not what `has_aux` announces, or losses are not floating point
-      numbers of shape [B].
+    InputError: the result is not a pair although `has_aux` is True, or the losses are
+      not floating-point numbers of shape [B].
   """
   losses, aux = split_aux(name, returned, has_aux)
   check_losses(f"{name}'s result", losses)
@@ -450,10 +526,10 @@ def losses_and_aux(name: str, returned: Any, has_aux: bool) -> tuple[Array, Any]
 
 
 def split_aux(name: str, returned: Any, has_aux: bool) -> tuple[Any, Any]:
-  """What the function `name` returned, as `(result, aux)`; aux may be None.
+  """Splits the result of the function `name` into (result, aux), aux possibly None.
 
   Raises:
-    InputError: it is not a pair although `has_aux`.
+    InputError: the result is not a pair although `has_aux` is True.
   """
   if not has_aux:
     return returned, None
@@ -473,18 +549,18 @@ def split_aux(name: str, returned: Any, has_aux: bool) -> tuple[Any, Any]:
 
 
 def check_losses(name: str, losses: Any) -> None:
-  """Raises InputError unless `losses` are floating-point numbers of shape [B]."""
+  """Raises InputError unless `losses` has a floating-point type and shape [B]."""
   check_vector(name, losses)
   if not jnp.issubdtype(losses.dtype, jnp.floating):
     raise InputError(
       f"{name} must be floating-point numbers; got {losses.dtype}, which has no"
-      " gradient, so that no example could matter. Compute the losses in float32."
+      " gradient, so that all weights would be zero. Compute the losses in float32."
     )
 
 
 def check_vector(name: str, value: Any) -> None:
-  """Raises InputError unless `value` has shape [B] (one number an example)."""
-  # Not chex.assert_rank: it takes a tuple (losses, aux) for a list of arrays.
+  """Raises InputError unless `value` has shape [B], one number per example."""
+  # `chex.assert_rank` would accept a tuple (losses, aux) as a list of arrays.
   if not hasattr(value, "shape"):
     raise InputError(
       f"{name} must be an array of shape [B]; got a value of type"

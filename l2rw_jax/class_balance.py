@@ -1,19 +1,20 @@
-"""Floor 1: class counts to class weights."""
+"""Class weights from the number of examples of each class."""
 
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from l2rw_jax import base
 from l2rw_jax import normalization
 
 
 def inverse_frequency(class_counts: base.Array) -> base.Array:
-  """Weight of each class in proportion to 1 / its count, mean 1 over examples.
+  """Class weights in proportion to 1 / count, with mean 1 over the examples.
 
-  sum_c counts_c * weight_c = sum_c counts_c, so that a loss averaged with these
-  weights keeps the scale of the plain average. A class without examples gets 0.
+  sum_c counts_c * weight_c = sum_c counts_c, so that the weighted average of a loss has
+  the scale of the plain average. A class without examples has weight 0.
 
   Args:
     class_counts: [C], non-negative.
@@ -22,8 +23,8 @@ def inverse_frequency(class_counts: base.Array) -> base.Array:
     Weights [C].
 
   Raises:
-    InputError: `class_counts` has no shape [C], or holds a negative number, a NaN
-      or an infinity. Under `jit` such a count makes every weight NaN instead.
+    InputError: `class_counts` does not have shape [C], or holds a negative number, a
+      NaN or an infinity. Under `jit` such a count makes every weight NaN instead.
 
   >>> import jax.numpy as jnp
   >>> print(inverse_frequency(jnp.array([30, 10])))
@@ -37,10 +38,10 @@ def inverse_frequency(class_counts: base.Array) -> base.Array:
 
 
 def effective_number(class_counts: base.Array, beta: float = 0.9999) -> base.Array:
-  """Weight of each class in proportion to (1 - beta) / (1 - beta^n).
+  """Class weights in proportion to (1 - beta) / (1 - beta^n), with n the class's count.
 
-  n is the class's count. Scaled to a mean of 1 over the classes that have examples;
-  a class without any gets 0. beta = 0 weighs them equally, beta -> 1 by 1 / n.
+  The weights have mean 1 over the classes that have examples; a class without examples
+  has weight 0. beta = 0 gives equal weights, beta -> 1 weights in proportion to 1 / n.
 
   Args:
     class_counts: [C], non-negative.
@@ -50,9 +51,9 @@ def effective_number(class_counts: base.Array, beta: float = 0.9999) -> base.Arr
     Weights [C].
 
   Raises:
-    InputError: `beta` is out of range, or as of `inverse_frequency`.
+    InputError: `beta` is out of range, or for the reasons of `inverse_frequency`.
 
-  References:
+  Reference:
     Cui, Jia, Lin, Song, Belongie, "Class-Balanced Loss Based on Effective Number of
     Samples", CVPR 2019. Scale and default are those of LDAM-DRW's released code.
 
@@ -63,7 +64,7 @@ def effective_number(class_counts: base.Array, beta: float = 0.9999) -> base.Arr
   check_beta(beta)
   counts = as_counts(class_counts)
   present = counts != 0
-  # 1 - beta^n without the cancellation, and without 0 * log 0.
+  # `expm1` computes 1 - beta^n without cancellation. Absent classes avoid 0 * log 0.
   exponent = jnp.where(present, counts, 1) * (math.log(beta) if beta else -math.inf)
   weights = jnp.where(present, -1 / jnp.expm1(exponent), 0)
   num_present = present.sum().astype(weights.dtype)
@@ -73,12 +74,13 @@ def effective_number(class_counts: base.Array, beta: float = 0.9999) -> base.Arr
 def example_weights(
   class_weights: base.Array, labels: base.Array, axis_name: base.AxisName = None
 ) -> base.Array:
-  """Weights [B] in proportion to each example's class weight, of sum 1.
+  """Example weights [B] in proportion to the class weights, with sum 1.
 
-  Under a mesh with explicit sharding, where JAX refuses `class_weights[labels]`, too.
+  This also works under a mesh with explicit sharding, where `class_weights[labels]` is
+  an error.
 
   Args:
-    class_weights: non-negative, [C], as of `effective_number`.
+    class_weights: non-negative, [C], for instance from `effective_number`.
     labels: integer class of each example, [B].
     axis_name: mapped axis over which the batch is sharded.
 
@@ -90,7 +92,7 @@ def example_weights(
 
 
 def check_beta(beta: float) -> None:
-  """Raises InputError unless `beta` can be that of `effective_number`."""
+  """Raises InputError unless `beta` is valid for `effective_number`."""
   if not 0 <= beta < 1:
     raise base.InputError(
       f"beta={beta} of the effective number of examples must be in [0, 1)."
@@ -98,15 +100,19 @@ def check_beta(beta: float) -> None:
 
 
 def as_counts(class_counts: base.Array) -> base.Array:
-  """Checked counts [C] as floating point numbers of the precision they came in.
+  """Checks class counts and converts them to floating-point numbers.
 
-  Integers become the default floating point type: float64 where it is enabled.
+  Integers get the default floating-point type, which is float64 where it is enabled;
+  half precision becomes float32.
 
   Args:
     class_counts: [C], non-negative.
 
+  Returns:
+    Counts [C]. Under `jit`, all are NaN if one is negative, NaN or infinite.
+
   Raises:
-    InputError: as of `inverse_frequency`.
+    InputError: for the reasons of `inverse_frequency`.
   """
   check_counts(class_counts)
   counts = jnp.asarray(class_counts)
@@ -118,20 +124,21 @@ def as_counts(class_counts: base.Array) -> base.Array:
     if not is_count.all():
       first = int(jnp.argmin(is_count))
       raise base.InputError(
-        f"class_counts must not be negative, NaN or infinite; that of class {first} is"
-        f" {counts[first]}."
+        "class_counts must not be negative, NaN or infinite; the count of class"
+        f" {first} is {counts[first]}."
       )
     return counts
-  # The square root of -1 is NaN, but no constant that `jax_debug_nans` would stop at.
+  # Unlike a constant NaN, sqrt(-1) raises no error under `jax_debug_nans` for good
+  # counts.
   return counts * jnp.sqrt(jnp.where(is_count.all(), 1.0, -1.0)).astype(dtype)
 
 
 def check_counts(class_counts: base.Array, num_classes: int | None = None) -> None:
-  """Raises InputError unless there is one count a class; looks at the shape only.
+  """Raises InputError unless `class_counts` has the shape [C].
 
   Args:
-    class_counts: what must have the shape [C].
-    num_classes: C, if it is known.
+    class_counts: the counts; their values are not checked.
+    num_classes: C, or None for any.
   """
   shape = jnp.shape(class_counts)
   if len(shape) != 1 or num_classes not in (None, shape[0]):
@@ -142,3 +149,52 @@ def check_counts(class_counts: base.Array, num_classes: int | None = None) -> No
       f"class_counts must be one number for each {each}, shape [{size}]; got shape"
       f" {list(shape)}."
     )
+
+
+def deferred_example_weights(
+  class_counts: base.Array,
+  labels: base.Array,
+  beta: float,
+  epoch: base.Array | int,
+  from_epoch: int,
+  axis_name: base.AxisName = None,
+) -> base.Array:
+  """Class-balanced example weights from an epoch on, uniform ones before.
+
+  This is deferred re-weighting (DRW). The weights [B] sum to 1 over the global batch.
+
+  Args:
+    class_counts: [C], non-negative.
+    labels: integer class of each example, [B].
+    beta: of `effective_number`.
+    epoch: the current epoch, counted from 0; may be traced.
+    from_epoch: the first epoch of class-balanced weights; 0 ignores `epoch`.
+    axis_name: mapped axis over which the batch is sharded.
+
+  References:
+    Cao et al., NeurIPS 2019, algorithm 1.
+  """
+  class_weights = effective_number(class_counts, beta)
+  if from_epoch:
+    class_weights = jnp.where(epoch >= from_epoch, class_weights, 1)
+  return example_weights(class_weights, labels, axis_name)
+
+
+def balanced_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """Rows of one epoch in which every class is equally frequent; on the host.
+
+  Rows of a class are drawn with replacement. The order consists of rounds of one row
+  of each class, so a batch whose size is a multiple of the number of classes is
+  exactly balanced.
+
+  Args:
+    labels: class of each training example, [N].
+    rng: a NumPy generator.
+
+  Returns:
+    Rows of the training set, int [(N // C) * C] for C classes that have examples.
+  """
+  classes = np.unique(labels)
+  num_rounds = len(labels) // len(classes)
+  columns = [rng.choice(np.flatnonzero(labels == c), size=num_rounds) for c in classes]
+  return rng.permuted(np.stack(columns, axis=1), axis=1).ravel()

@@ -1,15 +1,16 @@
-"""Floor 1: example losses and their groups to one fairness objective.
+"""Fairness objectives: example losses and groups in, one scalar out.
 
-With L_g the mean loss of group g in the batch:
+L_g is the mean loss of group g in the batch.
 
-    mean      average loss, whatever the groups
-    gap       mean or maximum over pairs of groups of |L_a - L_b|
+    mean      average loss of all examples
+    gap       mean or maximum of |L_a - L_b| over pairs of groups
     worst     max_g L_g, or a smooth maximum
-    soft_tpr  either of the last two on 1 - mean p(label) instead of L_g
+    soft_tpr  gap or worst with 1 - mean p(label) in place of L_g
 
 Equality of opportunity asks for equal true-positive rates (Hardt, Price, Srebro,
-arXiv:1610.02413). Those are steps in the parameters; these can be differentiated.
-Groups without a member in the batch do not count. M examples, G groups.
+arXiv:1610.02413), which are piecewise constant in the parameters; these objectives are
+differentiable. Groups without a member in the batch are ignored. There are M examples
+and G groups.
 """
 
 from typing import Any
@@ -24,27 +25,29 @@ from l2rw_jax import base
 def group_means(
   values: base.Array, groups: base.Array, num_groups: int
 ) -> tuple[base.Array, base.Array]:
-  """Mean of each group, and whether it has a member.
+  """Mean of each group, and whether the group has a member.
 
   Args:
     values: [M].
-    groups: group of each example, integers, [M]; 0 .. G - 1.
+    groups: group of each example, integers from 0 to G - 1, [M].
     num_groups: G.
 
   Returns:
-    Means [G], 0 where a group is absent; presence, bool [G]. All means are NaN if
-    a group does not exist, so that the meta loss is, and `finite` False.
+    Means [G], 0 for a group without a member, and presence, bool [G]. Under `jit`, all
+    means are NaN if an example has a group outside 0 to G - 1, so that the meta loss is
+    NaN and reported.
 
   Raises:
-    InputError: outside `jit`, a group does not exist; shapes do not agree.
+    InputError: the shapes do not fit, or outside `jit`, an example has a group outside
+      0 to G - 1.
   """
   _check(values, groups)
   exist = _check_exist(groups, num_groups)
-  member = groups[:, None] == jnp.arange(num_groups)[None, :]
-  counts = member.sum(axis=0)
-  # Not a matrix product: it would round on TPU, and spread a NaN to all groups.
+  is_member = groups[:, None] == jnp.arange(num_groups)[None, :]
+  counts = is_member.sum(axis=0)
+  # A matrix product would round on TPU and spread a NaN to all groups.
   dtype = base.accumulator_dtype(values.dtype)
-  totals = jnp.where(member, values.astype(dtype)[:, None], 0).sum(axis=0)
+  totals = jnp.where(is_member, values.astype(dtype)[:, None], 0).sum(axis=0)
   means = totals / jnp.maximum(counts, 1).astype(dtype)
   if jnp.issubdtype(values.dtype, jnp.inexact):
     means = means.astype(values.dtype)
@@ -52,7 +55,7 @@ def group_means(
 
 
 def mean(losses: base.Array) -> base.Array:
-  """Average exemplar loss [M] -> scalar, whatever the groups."""
+  """Average of the losses [M] of the exemplars, whatever their groups; scalar."""
   base.check_vector("losses", losses)
   return jnp.mean(losses)
 
@@ -65,38 +68,41 @@ def gap(
   reduction: str = "mean",
   mean_coefficient: float = 0.0,
 ) -> base.Array:
-  """Difference between the groups' mean losses, over pairs of groups.
+  """Difference between the mean losses of two groups, reduced over pairs of groups.
 
-  Pairs of which a group has no member do not count; equal groups give a zero
-  gradient; with fewer than two groups present the gap is 0.
+  Pairs with a group without a member are ignored. If fewer than two groups have a
+  member, the gap is 0. Groups with equal means have a zero gradient.
 
   Args:
     losses: of the exemplars, [M].
     groups: of the exemplars, [M].
     num_groups: G.
-    reduction: "mean" or "max" over pairs; tied pairs share the gradient.
-    mean_coefficient: times the mean loss is added.
+    reduction: "mean" or "max" over the pairs; pairs that tie share the gradient.
+    mean_coefficient: factor of the mean loss, which is added.
 
   Returns:
     A scalar.
+
+  Raises:
+    InputError: `reduction` is unknown, or for the reasons of `group_means`.
 
   >>> import jax.numpy as jnp
   >>> losses, groups = jnp.array([1., 3., 5.]), jnp.array([0, 0, 2])
   >>> print(gap(losses, groups, num_groups=3))
   3.0
   """
-  _choose("reduction", reduction, ("mean", "max"))
+  _check_choice("reduction", reduction, ("mean", "max"))
   means, present = group_means(losses, groups, num_groups)
   pairs = jnp.triu(present[:, None] & present[None, :], k=1)
   difference = jnp.where(pairs, means[:, None] - means[None, :], 0)
-  # Not jnp.abs: its slope at 0 is 1 in JAX, and equal groups shall be left alone.
+  # The derivative of jnp.abs at 0 is 1 in JAX; that of this product is 0.
   gaps = difference * jnp.sign(difference)
   if reduction == "max":
-    found = gaps.max()
+    reduced = gaps.max()
   else:
-    found = gaps.sum() / jnp.maximum(pairs.sum(), 1).astype(gaps.dtype)
-  found = jnp.where(_check_exist(groups, num_groups), found, jnp.nan)
-  return found + mean_coefficient * jnp.mean(losses)
+    reduced = gaps.sum() / jnp.maximum(pairs.sum(), 1).astype(gaps.dtype)
+  reduced = jnp.where(_check_exist(groups, num_groups), reduced, jnp.nan)
+  return reduced + mean_coefficient * jnp.mean(losses)
 
 
 def worst(
@@ -106,19 +112,22 @@ def worst(
   *,
   temperature: float = 0.0,
 ) -> base.Array:
-  """Mean loss of the worst group that has a member.
+  """Largest mean loss among the groups that have a member.
 
   Args:
     losses: of the exemplars, [M].
     groups: of the exemplars, [M].
     num_groups: G.
-    temperature: T; 0 is the maximum itself, whose gradient tied groups share.
-      T > 0 is the smooth maximum T log sum_g exp(L_g / T), at most T log G above
-      it. Only the hard maximum stays put when a group is listed twice: the
-      smooth one then grows, by up to T log 2.
+    temperature: T. 0 is the maximum, whose gradient is shared by groups that tie.
+      T > 0 is the smooth maximum T log sum_g exp(L_g / T), which is at most T log G
+      larger. If a group is split into two equal ones, the maximum stays the same, but
+      the smooth maximum grows by up to T log 2.
 
   Returns:
-    A scalar; 0 when no group has a member.
+    A scalar; 0 if no group has a member.
+
+  Raises:
+    InputError: `temperature` is negative, or for the reasons of `group_means`.
 
   >>> import jax.numpy as jnp
   >>> print(worst(jnp.array([1., 3., 2.5]), jnp.array([0, 0, 2]), num_groups=3))
@@ -128,12 +137,12 @@ def worst(
     raise base.InputError(f"temperature={temperature} must be at least 0.")
   means, present = group_means(losses, groups, num_groups)
   any_present = present.any()
-  # Minus infinity, so that the absent weigh nothing; finite when all are absent.
-  lifted = jnp.where(present | ~any_present, means, -jnp.inf)
+  # Absent groups have -inf, unless all are absent, so that the maximum is finite.
+  masked = jnp.where(present | ~any_present, means, -jnp.inf)
   exist = _check_exist(groups, num_groups)
   if temperature == 0:
-    return jnp.where(exist, lifted.max(), jnp.nan)
-  smooth = temperature * jax.nn.logsumexp(lifted / temperature)
+    return jnp.where(exist, masked.max(), jnp.nan)
+  smooth = temperature * jax.nn.logsumexp(masked / temperature)
   return jnp.where(exist, jnp.where(any_present, smooth, 0), jnp.nan)
 
 
@@ -146,21 +155,24 @@ def soft_tpr(
   mean_coefficient: float = 0.0,
   temperature: float = 0.0,
 ) -> base.Array:
-  """`gap` or `worst` of 1 - mean p(label), a true-positive rate without steps.
+  """`gap` or `worst` of 1 - mean p(label), a differentiable false-negative rate.
 
   Args:
-    probabilities: that the model gives the exemplars' labels, [M]; exp(-loss)
-      for cross-entropy.
+    probabilities: the model's probabilities of the exemplars' labels, [M]; exp(-loss)
+      for the cross-entropy.
     groups: of the exemplars, [M].
     num_groups: G.
-    reduction: "mean" or "max" over pairs of groups, or "worst".
-    mean_coefficient: of "mean" and "max", see `gap`.
-    temperature: of "worst", see there.
+    reduction: "mean" or "max" over pairs of groups, see `gap`, or "worst", see `worst`.
+    mean_coefficient: for "mean" and "max", see `gap`.
+    temperature: for "worst", see `worst`.
 
   Returns:
     A scalar.
+
+  Raises:
+    InputError: for the reasons of `gap` and `worst`.
   """
-  _choose("reduction", reduction, ("mean", "max", "worst"))
+  _check_choice("reduction", reduction, ("mean", "max", "worst"))
   misses = 1 - probabilities
   if reduction == "worst":
     return worst(misses, groups, num_groups, temperature=temperature)
@@ -170,15 +182,15 @@ def soft_tpr(
 
 
 def check_groups(groups: Any, num_groups: int, where: str = "the exemplar set") -> None:
-  """Raises InputError unless every group has a member, and only groups do.
+  """Raises InputError unless all groups are in 0 to G - 1 and each has a member.
 
-  Call it once, on the host, before training: inside `jit` an absent group is
-  left out without a word, and an unknown one makes the objective NaN.
+  Call it once, on the host, before training: inside `jit` a group without a member is
+  silently ignored, and an unknown group makes the objective NaN.
 
   Args:
     groups: of all exemplars, integers [M].
     num_groups: G.
-    where: how the message calls them.
+    where: name of the exemplar set for the error message.
   """
   array = np.asarray(groups)
   if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
@@ -189,8 +201,8 @@ def check_groups(groups: Any, num_groups: int, where: str = "the exemplar set") 
   unknown = np.setdiff1d(array, np.arange(num_groups))
   if unknown.size:
     raise base.InputError(
-      f"{where} has group {unknown[0]}, groups are 0 to {num_groups - 1}: mend the"
-      " groups or num_groups."
+      f"{where} has group {unknown[0]}, groups are 0 to {num_groups - 1}: correct"
+      " the groups or num_groups."
     )
   absent = np.setdiff1d(np.arange(num_groups), array)
   if absent.size:
@@ -204,13 +216,13 @@ def _check(values, groups):
   base.check_vector("losses", values)
   if groups.shape != values.shape:
     raise base.InputError(
-      f"groups must be one integer an exemplar, shape {values.shape}; got"
+      f"groups must be one integer per exemplar, shape {values.shape}; got"
       f" {groups.shape}."
     )
 
 
 def _check_exist(groups, num_groups):
-  """Whether every group is one of 0 .. G - 1; raises outside `jit`."""
+  """Whether all groups are in 0 to G - 1; raises InputError outside `jit` if not."""
   bad = (groups < 0) | (groups >= num_groups)
   exist = ~bad.any()
   if not isinstance(exist, jax.core.Tracer) and not exist:
@@ -222,6 +234,6 @@ def _check_exist(groups, num_groups):
   return exist
 
 
-def _choose(what, given, allowed):
-  if given not in allowed:
-    raise base.InputError(f"{what}={given!r}: choose one of {allowed}.")
+def _check_choice(name, value, allowed):
+  if value not in allowed:
+    raise base.InputError(f"{name}={value!r}: choose one of {allowed}.")

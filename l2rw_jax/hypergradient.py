@@ -1,24 +1,24 @@
 """The derivative of a meta loss through one optimizer step.
 
-With M(p) the mean loss of the meta batch (or another objective of its losses)
-and one optax step
+M(p) is the mean loss of the meta batch (or another objective of its losses). One optax
+step
 
     step(g) = apply_updates(p, optimizer.update(g, opt_state, p)[0])
 
-taken with the weighted gradient g(w) = J^T w of a batch (see `linearization`):
+is taken with the weighted gradient g(w) = J^T w of a batch (see `linearization`):
 
     look-ahead        p' = step(g(w))
     direction         v  = (d step / d g)^T grad M(p')    one cheap vjp, O(params)
     weight gradient   dM/dw = J v                         all B numbers at once
-    network gradient  dM/dphi = (dw/dphi)^T (dM/dw)       when phi makes w
+    network gradient  dM/dphi = (dw/dphi)^T (dM/dw)       if phi parameterizes w
 
-which equals differentiating the unrolled step (`unrolled_weight_gradient`, kept
-as the definition) to rounding, at roughly half its cost. Nothing here
-differentiates a collective: the meta gradient is averaged over devices first, and
-an objective is differentiated where its losses are already gathered.
+Up to rounding, this equals the derivative of the unrolled step, which defines it
+(`unrolled_weight_gradient`), at about half the cost. No collective is differentiated:
+the meta gradient is averaged over devices first, and an objective is differentiated in
+losses that are already gathered.
 
 Reference: Ren et al., "Learning to Reweight Examples for Robust Deep Learning"
-(2018), eq. (4)-(7) and appendix A; any optax optimizer in place of their SGD.
+(2018), eq. (4)-(7) and appendix A, with any optax optimizer in place of their SGD.
 """
 
 from collections.abc import Callable
@@ -33,55 +33,53 @@ import optax
 
 from l2rw_jax import base
 from l2rw_jax import linearization
-from l2rw_jax.linearization import engines
 from l2rw_jax.linearization import microbatching
 from l2rw_jax.linearization import ordering
+from l2rw_jax.linearization import trainable
 
-# The losses [M] of the global meta batch to the meta loss, a scalar.
+# A function from the losses [M] of the global meta batch to the meta loss, a scalar.
 Objective = Callable[[base.Array], base.Array]
 OPTIMIZER_TRAP = (
-  "optimizers that divide by the root of a squared gradient (adam, adamw, lamb,"
-  " muon, clip_by_global_norm) have no derivative at the zero gradient where"
-  " example weights are linearized. Use optimizer=optax.sgd(...), or adam with"
-  " eps_root > 0."
+  "optimizers that divide by the square root of a squared gradient (adam, adamw, lamb,"
+  " muon, clip_by_global_norm) have no derivative at a zero gradient, where example"
+  " weights are linearized. Use optimizer=optax.sgd(...), or adam with eps_root > 0."
 )
 _TRAPPED = (
-  "the meta gradient is finite, but not after the look-ahead optimizer's step."
-  " If it holds NaN, " + OPTIMIZER_TRAP
+  "the meta gradient is finite, but its derivative through the look-ahead optimizer's"
+  " step is NaN: " + OPTIMIZER_TRAP
 )
 _OVERFLOW = (
-  "the meta gradient is finite, but the look-ahead optimizer's step turns it into"
-  " infinity: it overflows. Scale the inputs or lower the learning rate."
+  "the meta gradient is finite, but its derivative through the look-ahead optimizer's"
+  " step is infinite: it overflows. Scale the inputs or lower the learning rate."
 )
 _META_LOSS = (
-  "a meta loss, or the objective made of them, is NaN or infinite: check meta_batch"
-  " and params."
+  "a meta loss, or the objective of the meta losses, is NaN or infinite: check"
+  " meta_batch and params."
 )
 _META_GRADIENT = (
   "the meta losses are finite, but their gradient is NaN or infinite: check"
   " meta_batch (the scale of its inputs), params and the derivative of the loss."
 )
 ZERO_SLOPE = (
-  "the look-ahead optimizer's step does not change with the gradient, so that no"
-  " example can matter and all weights would be zero: its learning rate is 0 here"
-  " (warm-up, a schedule that ended), or it accumulates gradients (MultiSteps,"
-  " apply_every), or takes signs (lion, sign_sgd). Use optimizer=optax.sgd(...) for"
-  " the look-ahead."
+  "the look-ahead optimizer's step does not change with the gradient, so that all"
+  " weights would be zero: its learning rate is 0 at this step (warm-up, or the end of"
+  " a schedule), or it accumulates gradients (MultiSteps, apply_every), or it uses"
+  " their signs only (lion, sign_sgd). Use optimizer=optax.sgd(...) for the look-ahead."
 )
 
 
 class Direction(NamedTuple):
-  """How the meta loss feels a change of the inner gradient.
+  """The gradient of the meta loss in the inner gradient, dM/dg.
 
   Attributes:
     vector: v, shaped like `params`; dM/dw = J v for any example weights w.
-    meta_loss: M at the looked-ahead parameters, scalar, of the global meta batch.
-    finite: False when a meta loss, the meta loss, its gradient or `vector` holds a
-      NaN or an infinity; bool scalar.
-    zero_slope: whether `vector` is zero everywhere although the meta gradient is
-      not: the optimizer's step ignores the gradient; bool scalar.
-    fault: which of them was not finite, a `base.Fault`; int32 scalar.
-    aux: what the meta losses function returned in addition to its losses, else None.
+    meta_loss: M at the look-ahead parameters, of the global meta batch, scalar.
+    finite: whether the meta losses, the meta loss, its gradient and `vector` are
+      finite; bool scalar.
+    zero_slope: whether `vector` is zero although the meta gradient is not, because the
+      optimizer's step ignores the gradient; bool scalar.
+    fault: the first quantity that is not finite, a `base.Fault`; int32 scalar.
+    aux: the auxiliary output of the meta losses function, or None.
   """
 
   vector: base.PyTree
@@ -99,15 +97,18 @@ def lookahead_params(
   opt_state: base.PyTree,
   value: Any = None,
 ) -> base.PyTree:
-  """Parameters after one optimizer step; the state it would leave is dropped.
+  """Parameters after one optimizer step; the new state of the optimizer is dropped.
 
   Args:
-    params: before the step.
-    gradient: of the inner loss.
-    optimizer: any whose update takes no more than `params` and `value`.
+    params: parameters before the step.
+    gradient: gradient of the inner loss.
+    optimizer: any optimizer whose update needs no arguments but `params` and `value`.
     opt_state: its state at `params`.
-    value: the inner loss, which some optimizers watch; None is 0, the loss whose
-      weights are all zero.
+    value: the inner loss, which some optimizers use; None is 0, the loss at zero
+      weights.
+
+  Returns:
+    Parameters, shaped like `params`.
 
   Raises:
     InputError: the update of the optimizer needs other arguments.
@@ -115,9 +116,9 @@ def lookahead_params(
   value = jnp.zeros(()) if value is None else value
   try:
     updates, _ = optax.with_extra_args_support(optimizer).update(
-      engines.without_keys(gradient),
+      trainable.without_keys(gradient),
       opt_state,
-      engines.without_keys(params),
+      trainable.without_keys(params),
       value=value,
     )
   except TypeError as error:
@@ -129,8 +130,9 @@ def lookahead_params(
       f" update of this optimizer also needs {missing[1]} (a line search): use"
       " another optimizer for the look-ahead, such as optax.sgd(...)."
     ) from error
-  partition, combine = engines.differentiable(params)
-  return combine(optax.apply_updates(partition(params), partition(updates)))
+  partition = trainable.Partition(params)
+  leaves, updates = partition.leaves(params), partition.leaves(updates)
+  return partition.combine(optax.apply_updates(leaves, updates))
 
 
 def direction(
@@ -150,93 +152,96 @@ def direction(
   """The direction v = (d step / d g)^T grad M(step(g)) at g = `inner_gradient`.
 
   Args:
-    meta_losses_fn: `(params, meta_batch) -> [M]` (with `has_aux`, and aux).
+    meta_losses_fn: `(params, meta_batch) -> losses [M]`, or `(losses [M], aux)` with
+      `has_aux`.
     params: current parameters.
-    meta_batch: this device's clean examples.
-    inner_gradient: gradient of the look-ahead step, the same on every device;
-      None is zero, where L2RW stands.
+    meta_batch: this device's meta examples.
+    inner_gradient: gradient of the look-ahead step, the same on every device; None is
+      zero, as in L2RW.
     optimizer: the look-ahead optimizer.
     opt_state: its state at `params`.
-    objective: `losses [M] -> M(p)`, of the losses of all devices in device order
-      (`base.gather` what else it needs, such as groups); None is their mean. It
-      should not change when every example is repeated, for a meta batch that
-      does not divide among the devices is repeated on each.
-    has_aux: whether `meta_losses_fn` returns something beside its losses.
+    objective: `losses [M] -> M(p)`, a function of the losses of all devices in device
+      order; None is their mean. Other inputs that it needs, such as groups, must be
+      gathered with `base.gather`. It should not change if every example is repeated,
+      because a meta batch whose size is not a multiple of the number of devices is
+      repeated on each of them.
+    has_aux: whether `meta_losses_fn` returns an auxiliary output too.
     axis_name: mapped axis over which `meta_batch` is sharded.
-    microbatch_size: clean examples of this device at a time, see `microbatching`.
-    value: the inner loss whose gradient is `inner_gradient`, for optimizers that
-      watch it (optax's `value`); None is 0.
+    microbatch_size: meta examples of this device at a time, see `microbatching`.
+    value: the inner loss with the gradient `inner_gradient`, for optimizers that use it
+      (optax's `value`); None is 0.
 
   Returns:
     A `Direction`, the same on every device.
 
   Raises:
-    InputError: meta losses are not of shape [M], there are none, or they cannot be
-      taken `microbatch_size` at a time; or the optimizer needs more than a value.
-      Outside `jit` also if the optimizer's step ignores the gradient.
+    InputError: the meta losses do not have shape [M], there are none, or they cannot be
+      computed in microbatches; or the optimizer needs more than a value. Outside `jit`
+      also if the optimizer's step ignores the gradient.
     FloatingPointError: outside `jit`, if a meta loss, the meta gradient or the
-      direction is not finite; the message names which. Under `jit` see
-      `Direction.finite` and `Direction.zero_slope`, or functionalize with
+      direction is not finite; the message says which. Under `jit` see
+      `Direction.fault` and `Direction.zero_slope`, or functionalize with
       `checkify.checkify`, which then carries the same errors.
   """
-  partition, combine = engines.differentiable(params)
-  leaves = partition(params)
+  partition = trainable.Partition(params)
+  leaves = partition.leaves(params)
   if inner_gradient is None:
-    inner_gradient = jax.tree.map(engines.zero, params)
+    inner_gradient = jax.tree.map(trainable.zero_gradient, params)
 
   def step(gradient_leaves):
-    gradient = combine(gradient_leaves, zeros=True)
-    return partition(lookahead_params(params, gradient, optimizer, opt_state, value))
+    gradient = partition.combine_gradient(gradient_leaves)
+    stepped = lookahead_params(params, gradient, optimizer, opt_state, value)
+    return partition.leaves(stepped)
 
   def meta_losses(leaves, meta_batch):
-    found = meta_losses_fn(combine(leaves), meta_batch)
-    losses, aux = base.losses_and_aux("meta_losses_fn", found, has_aux)
+    result = meta_losses_fn(partition.combine(leaves), meta_batch)
+    losses, aux = base.losses_and_aux("meta_losses_fn", result, has_aux)
     if losses.size == 0:
       raise base.InputError("meta_batch is empty: a meta loss needs an example.")
     return losses, aux
 
-  ahead, transpose = jax.vjp(step, partition(inner_gradient))
-  ahead = base.local(ahead, axis_name)
+  lookahead_leaves, step_vjp = jax.vjp(step, partition.leaves(inner_gradient))
+  lookahead_leaves = base.local(lookahead_leaves, axis_name)
   if microbatch_size is None:
-    losses, pull, aux = jax.vjp(
-      lambda leaves: meta_losses(leaves, meta_batch), ahead, has_aux=True
+    losses, losses_vjp, aux = jax.vjp(
+      lambda leaves: meta_losses(leaves, meta_batch), lookahead_leaves, has_aux=True
     )
     loss, cotangent = _meta_loss(objective, losses, axis_name)
-    (gradient,) = pull(cotangent)
+    (gradient,) = losses_vjp(cotangent)
   else:
-    losses, loss, gradient, aux = _meta_gradient_in_parts(
-      meta_losses, ahead, meta_batch, objective, axis_name, microbatch_size
+    losses, loss, gradient, aux = _microbatched_meta_gradient(
+      meta_losses, lookahead_leaves, meta_batch, objective, axis_name, microbatch_size
     )
   meta_gradient = base.psum(gradient, axis_name)
-  (vector,) = transpose(
+  (vector,) = step_vjp(
     [g.astype(x.dtype) for g, x in zip(meta_gradient, leaves, strict=True)]
   )
-  before, after = base.max_abs(meta_gradient), base.max_abs(vector)
-  fault = _check_finite(losses, loss, before, after, axis_name)
-  zero_slope = _check_slope(before, after)
+  max_gradient, max_vector = base.max_abs(meta_gradient), base.max_abs(vector)
+  fault = _check_finite(losses, loss, max_gradient, max_vector, axis_name)
+  zero_slope = _check_slope(max_gradient, max_vector)
   return Direction(
-    combine(vector, zeros=True), loss, fault == 0, zero_slope, fault, aux
+    partition.combine_gradient(vector), loss, fault == 0, zero_slope, fault, aux
   )
 
 
 def _meta_loss(objective, losses, axis_name):
-  """The global meta loss, and its gradient in this device's own losses."""
+  """The global meta loss, and its gradient in the losses of this device."""
   if objective is None:
     dtype = base.accumulator_dtype(losses.dtype)
     loss = base.pmean(jnp.mean(losses.astype(dtype)), axis_name).astype(losses.dtype)
     size = base.global_size(losses.size, axis_name)
     return loss, jnp.full_like(losses, 1 / size)
-  # Every device differentiates the same function of the same gathered losses, so
-  # no collective is transposed; each then pulls back the part that is its own.
+  # Every device differentiates the same function of the same gathered losses, so that
+  # no collective is transposed. Each then uses its slice of the gradient.
   loss, gradient = jax.value_and_grad(objective)(base.gather(losses, axis_name))
   return base.pmean(loss, axis_name), base.local_slice(gradient, axis_name)
 
 
-def _meta_gradient_in_parts(
+def _microbatched_meta_gradient(
   losses_fn, leaves, meta_batch, objective, axis_name, microbatch_size
 ):
-  """This device's losses, the global meta loss, its gradient pulled back, and aux."""
-  pull = functools.partial(
+  """This device's losses, the global meta loss, this device's gradient, and aux."""
+  weighted_gradient = functools.partial(
     microbatching.weighted_gradient,
     losses_fn,
     leaves,
@@ -244,32 +249,35 @@ def _meta_gradient_in_parts(
     microbatch_size=microbatch_size,
     has_aux=True,
   )
-  if objective is None:  # A mean asks the same of every example: one pass will do.
+  if objective is None:  # The weights of a mean are known, so that one pass suffices.
     size = base.global_size(microbatching.num_rows(meta_batch), axis_name)
-    found = pull(1 / max(size, 1))  # Of none, the losses themselves complain.
-    loss, _ = _meta_loss(None, found.losses, axis_name)
-    return found.losses, loss, found.gradient, found.aux
+    # An empty batch raises an error in `losses_fn`.
+    weighted = weighted_gradient(1 / max(size, 1))
+    loss, _ = _meta_loss(None, weighted.losses, axis_name)
+    return weighted.losses, loss, weighted.gradient, weighted.aux
   linearize = microbatching.microbatched(linearization.linearize, microbatch_size)
-  parts = linearize(losses_fn, leaves, meta_batch, has_aux=True)
-  loss, cotangent = _meta_loss(objective, parts.losses, axis_name)
-  return parts.losses, loss, pull(cotangent).gradient, parts.aux
+  linearized = linearize(losses_fn, leaves, meta_batch, has_aux=True)
+  loss, cotangent = _meta_loss(objective, linearized.losses, axis_name)
+  gradient = weighted_gradient(cotangent).gradient
+  return linearized.losses, loss, gradient, linearized.aux
 
 
 def params_after(direction: Direction, params: base.PyTree) -> base.PyTree:
-  """`params`, unchanged, but what is computed from them waits for the direction.
+  """Returns `params`, so that computations from the result wait for the direction.
 
-  A direction at zero (L2RW's) needs the clean batch alone. Compilers are free to run
-  the training batch's forward pass before it all the same, and XLA:CPU does: then the
-  activations of both batches are in memory at once.
+  The direction of L2RW, at a zero inner gradient, depends on the meta batch alone.
+  A compiler may still run the forward pass of the training batch first, as XLA:CPU
+  does; then the activations of both batches are in memory at the same time.
   """
-  partition, combine = engines.differentiable(params)
-  return combine(ordering.after(partition(direction.vector), partition(params)))
+  partition = trainable.Partition(params)
+  vector, leaves = partition.leaves(direction.vector), partition.leaves(params)
+  return partition.combine(ordering.after(vector, leaves))
 
 
 def weight_gradient(
   linearized: base.Linearized, direction: Direction, axis_name: base.AxisName = None
 ) -> base.Array:
-  """dM/dw, shape [B]: the gradient of the meta loss in this device's weights."""
+  """dM/dw, the gradient of the meta loss in this device's example weights, [B]."""
   return linearized.directional(base.local(direction.vector, axis_name))
 
 
@@ -280,11 +288,11 @@ def network_gradient(
   *,
   axis_name: base.AxisName = None,
 ) -> base.PyTree:
-  """dM/dphi = (dw/dphi)^T dM/dw for a network that makes the weights.
+  """dM/dphi = (dw/dphi)^T dM/dw for a network that computes the weights.
 
   Args:
-    weights_fn: `phi -> w [B]`, this device's weights as they entered the inner
-      gradient sum_i w_i l_i (including any 1/B).
+    weights_fn: `phi -> w [B]`, this device's weights in the inner loss
+      sum_i w_i l_i, including any factor 1/B.
     phi: parameters of the weighting network.
     weight_gradient: dM/dw at those weights, [B].
     axis_name: mapped axis over which the batch is sharded.
@@ -293,13 +301,13 @@ def network_gradient(
     The gradient summed over devices, shaped like `phi`.
 
   Raises:
-    FloatingPointError: outside `jit`, if the slopes, the weights or the gradient
-      hold a NaN or an infinity.
+    FloatingPointError: outside `jit`, if the weight gradient, the weights or the result
+      is not finite.
   """
-  weights, pull = jax.vjp(weights_fn, base.local(phi, axis_name))
+  weights, weights_vjp = jax.vjp(weights_fn, base.local(phi, axis_name))
   base.finite_rows("slopes dM/dw", weight_gradient, axis_name)
-  base.finite_rows("weights", weights, axis_name, ": look at phi and the losses")
-  gradient = base.psum(pull(weight_gradient)[0], axis_name)
+  base.finite_rows("weights", weights, axis_name, ": check phi and the losses")
+  gradient = base.psum(weights_vjp(weight_gradient)[0], axis_name)
   check_network_gradient(gradient)
   return gradient
 
@@ -313,9 +321,9 @@ def check_network_gradient(gradient: base.PyTree) -> base.Array:
   finite = base.all_finite(gradient)
   if not isinstance(finite, jax.core.Tracer) and not finite:
     raise FloatingPointError(
-      "the gradient of the network that makes the weights (or gates) is NaN or"
-      " infinite, but the direction is finite: look at the scale of its inputs, the"
-      " losses, and at its parameters."
+      "the gradient of the network that computes the weights (or gates) is NaN or"
+      " infinite, but the direction is finite: check the scale of its inputs, the"
+      " losses, and its parameters."
     )
   return finite
 
@@ -332,11 +340,10 @@ def unrolled_weight_gradient(
   opt_state: base.PyTree,
   objective: Objective = jnp.mean,
 ) -> base.Array:
-  """dM/dw [B] as it is defined: `jax.grad` through the unrolled inner step.
+  """dM/dw [B] by its definition: `jax.grad` through the unrolled inner step.
 
-  The literal reference of this file: reverse over reverse, one device, weights
-  of any value. Use `direction` and `weight_gradient` for the same numbers in
-  about half the time.
+  This is the reference for `direction` and `weight_gradient`, which compute the same
+  numbers in about half the time. It runs on one device, for weights of any value.
   """
 
   def meta_loss(weights):
@@ -344,20 +351,20 @@ def unrolled_weight_gradient(
       return jnp.sum(weights * losses_fn(params, batch))
 
     gradient = jax.grad(weighted_loss)(params)
-    ahead = lookahead_params(params, gradient, optimizer, opt_state)
-    return objective(meta_losses_fn(ahead, meta_batch))
+    stepped = lookahead_params(params, gradient, optimizer, opt_state)
+    return objective(meta_losses_fn(stepped, meta_batch))
 
   return jax.grad(meta_loss)(weights)
 
 
-def _check_finite(losses, loss, before, after, axis_name) -> base.Array:
-  """The `base.Fault` of a direction; raises outside `jit`.
+def _check_finite(losses, loss, max_gradient, max_vector, axis_name) -> base.Array:
+  """The `base.Fault` of a direction; raises FloatingPointError outside `jit`.
 
   Args:
     losses: meta losses of this device, [M].
     loss: the meta loss.
-    before: the largest absolute value of the meta gradient.
-    after: that of the direction, behind the optimizer's step.
+    max_gradient: largest absolute value of the meta gradient.
+    max_vector: largest absolute value of the direction.
     axis_name: mapped device axis.
   """
   prefix = "non-finite direction: "
@@ -368,33 +375,28 @@ def _check_finite(losses, loss, before, after, axis_name) -> base.Array:
   fault = base.first_fault(
     jnp.zeros((), jnp.int32),
     meta_losses=losses_finite,
-    meta_gradient=jnp.isfinite(before),
-    optimizer_step=jnp.isfinite(after),
+    meta_gradient=jnp.isfinite(max_gradient),
+    optimizer_step=jnp.isfinite(max_vector),
   )
-  holds_nan = jnp.isnan(after)
+  holds_nan = jnp.isnan(max_vector)
   checks = (
     (fault != base.Fault.META_LOSSES, _META_LOSS),
     (fault != base.Fault.META_GRADIENT, _META_GRADIENT),
     ((fault != base.Fault.OPTIMIZER_STEP) | ~holds_nan, _TRAPPED),
     ((fault != base.Fault.OPTIMIZER_STEP) | holds_nan, _OVERFLOW),
   )
-  for healthy, message in checks:
-    if isinstance(healthy, jax.core.Tracer):
-      # A no-op unless the caller functionalizes with checkify.
-      checkify.debug_check(healthy, prefix + message)
-    elif not healthy:
+  for holds, message in checks:
+    if isinstance(holds, jax.core.Tracer):
+      # This has no effect unless the caller functionalizes with checkify.
+      checkify.debug_check(holds, prefix + message)
+    elif not holds:
       raise FloatingPointError(prefix + message)
   return fault
 
 
-def _check_slope(before, after) -> base.Array:
-  """Whether the step ignores the gradient; raises outside `jit`.
-
-  Args:
-    before: the largest absolute value of the meta gradient.
-    after: that of the direction, behind the optimizer's step.
-  """
-  zero_slope = (after == 0) & (before != 0)
+def _check_slope(max_gradient, max_vector) -> base.Array:
+  """Whether the step ignores the gradient; raises InputError outside `jit` if so."""
+  zero_slope = (max_vector == 0) & (max_gradient != 0)
   if isinstance(zero_slope, jax.core.Tracer):
     checkify.debug_check(~zero_slope, ZERO_SLOPE)
   elif zero_slope:

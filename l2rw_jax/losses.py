@@ -1,20 +1,21 @@
 """Per-example losses: logits and labels in, losses [B] in nats out.
 
-Rules that hold for every loss here, and for every formula of the library that takes
-logits and labels:
+These rules hold for every loss of this module, and for every formula of the library
+that takes logits and labels:
 
 - Shapes are checked when the function is traced. Labels are integers [B]; one-hot
   labels and labels of shape [B, 1] raise `base.InputError`.
-- A single logit per row, [B, 1], is that of class 1 of two classes; class 0 has
+- A single logit per row, [B, 1], is the logit of class 1 of two classes; class 0 has
   logit 0.
-- A label that names no class (negative, or C and above) gives a NaN loss, and NaN
-  gradients unless the loss is constant there, so that it is noticed. `where` leaves
-  such examples out.
-- `where`, bool [B], says which examples count. The others have a loss of 0 and a
+- A label that is no class (negative, or at least C) gives a NaN loss, and a NaN
+  gradient unless the loss is constant there, so that it is noticed. Exclude such
+  examples with `where`.
+- `where`, bool [B], selects the examples that count. All others have a loss of 0 and a
   gradient of 0, whatever their labels and logits are.
-- Half-precision logits are summed over in float32; losses have the type of the logits.
-- Losses and their gradients are finite for all finite logits, and where a logit of
-  -inf rules out a class other than the label's.
+- Sums over half-precision logits are computed in float32; losses have the type of the
+  logits.
+- Losses and their gradients are finite for finite logits, also if the logits of some
+  classes other than the label are -inf.
 """
 
 import math
@@ -30,7 +31,7 @@ from l2rw_jax import base
 def softmax_cross_entropy(
   logits: base.Array, labels: base.Array, *, where: base.Array | None = None
 ) -> base.Array:
-  """-log softmax(logits)[label], in nats.
+  """The cross-entropy -log softmax(logits)[label].
 
   Args:
     logits: [B, C], C at least 2.
@@ -63,7 +64,7 @@ def softmax_cross_entropy(
 def sigmoid_cross_entropy(
   logits: base.Array, labels: base.Array, *, where: base.Array | None = None
 ) -> base.Array:
-  """Cross-entropy of one logit per example, in nats.
+  """The cross-entropy of two classes with one logit per example.
 
   Args:
     logits: [B, 1].
@@ -90,7 +91,11 @@ def sigmoid_cross_entropy(
 
 
 def predictions(logits: base.Array) -> base.Array:
-  """Predicted class [B] or [B, ...]: the largest logit, or the sign of a single one."""
+  """Predicted classes [B] or [B, ...]: the largest logit, or the sign of a single one.
+
+  Args:
+    logits: [B, C] or [B, ..., C]; C = 1 is a single logit per prediction.
+  """
   if logits.ndim < 2:
     raise base.InputError(f"logits must be [B, C] or [B, ..., C]; got {logits.shape}.")
   if logits.shape[-1] == 1:
@@ -99,7 +104,7 @@ def predictions(logits: base.Array) -> base.Array:
 
 
 def log_probabilities(logits: base.Array) -> base.Array:
-  """log p, [B, max(C, 2)], of logits [B, C].
+  """Log-probabilities [B, max(C, 2)] of logits [B, C].
 
   >>> import jax.numpy as jnp
   >>> print(jnp.exp(log_probabilities(jnp.log(jnp.array([[3.]])))))
@@ -113,7 +118,7 @@ def log_probabilities(logits: base.Array) -> base.Array:
 
 
 def logits_of(outputs: Any) -> base.Array:
-  """The logits [B, C] among what `base.Problem.forward` returns."""
+  """The logits [B, C] in the outputs of `base.Problem.forward`."""
   return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
@@ -124,13 +129,13 @@ def focal(
   *,
   where: base.Array | None = None,
 ) -> base.Array:
-  """(1 - p_y)^gamma times the cross-entropy: easy examples count less.
+  """The focal loss, (1 - p_y)^gamma times the cross-entropy.
 
   Args:
     logits: [B, C] or [B, 1].
     labels: integer class of each example, [B].
-    gamma: at least 0, where it is the cross-entropy. LDAM's experiments take 1;
-      there p_y is exp(-loss) of a loss that class weights have already scaled.
+    gamma: at least 0; 0 gives the cross-entropy. The experiments of LDAM use 1, with
+      p_y = exp(-loss) of a loss that is already scaled by class weights.
     where: which examples count, bool [B]; None is all.
 
   Returns:
@@ -146,8 +151,8 @@ def focal(
   _check(0 <= gamma < math.inf, f"focal: gamma={gamma} must be at least 0")
   log_p, is_label, scale = label_rows(logits, labels, where)
   others = jnp.where(is_label, -jnp.inf, log_p)
-  # 1 - p_y by its logarithm: neither its power nor its gradient can be 0 / 0. Where
-  # all other classes are ruled out, 1 - p_y is 0 and has no logarithm.
+  # With the logarithm of 1 - p_y, neither its power nor its gradient can be 0 / 0. If
+  # all other classes have a logit of -inf, 1 - p_y is 0 and has no logarithm.
   is_sure = jnp.all(jnp.isneginf(others), axis=1)
   log_rest = jax.nn.logsumexp(jnp.where(is_sure[:, None], 0, others), axis=1)
   factor = jnp.where(is_sure, 0.0**gamma, jnp.exp(gamma * log_rest))
@@ -162,10 +167,10 @@ def symmetric_cross_entropy(
   *,
   where: base.Array | None = None,
 ) -> base.Array:
-  """alpha times the cross-entropy plus beta times the reverse one.
+  """alpha times the cross-entropy plus beta times the reverse cross-entropy.
 
-  The reverse cross-entropy -sum_j p_j log t_j takes log 0 of the one-hot target t
-  as log 1e-4 = -9.21, and p_j as at least 1e-7, as the release of ABSGD has it.
+  The reverse cross-entropy is -sum_j p_j log t_j with the one-hot target t. As in the
+  release of ABSGD, log 0 is replaced by log 1e-4 = -9.21, and p_j is at least 1e-7.
 
   Args:
     logits: [B, C] or [B, 1].
@@ -182,13 +187,13 @@ def symmetric_cross_entropy(
 
   References:
     Wang, Ma, Chen, Luo, Yi, Bailey, "Symmetric Cross Entropy for Robust Learning
-    with Noisy Labels", ICCV 2019. The defaults are those with which ABSGD
-    (Qi et al., 2023) trains on Clothing1M.
+    with Noisy Labels", ICCV 2019. The defaults are those of ABSGD (Qi et al., 2023)
+    on Clothing1M.
   """
   _check(
     min(alpha, beta) >= 0 < alpha + beta < math.inf,
     f"symmetric_cross_entropy: alpha={alpha}, beta={beta} must not be negative, and"
-    " one must be more",
+    " one must be positive",
   )
   log_p, is_label, scale = label_rows(logits, labels, where)
   p = jnp.maximum(jnp.exp(log_p), 1e-7)
@@ -205,24 +210,24 @@ def generalized_cross_entropy(
   *,
   where: base.Array | None = None,
 ) -> base.Array:
-  """(1 - p_y^q) / q: the cross-entropy as q -> 0, 1 - p_y at q = 1.
+  """(1 - p_y^q) / q, the cross-entropy as q -> 0 and 1 - p_y at q = 1.
 
-  Truncated, it is (1 - k^q) / q, without gradient, where p_y is at most k. ABSGD's
-  release subtracts this constant and multiplies what is left by 0 or 1; the
-  gradients are the same.
+  The truncated loss is the constant (1 - k^q) / q where p_y is at most k. The release
+  of ABSGD subtracts this constant from the loss and multiplies the difference by 0 or
+  1; the gradients are the same.
 
   Args:
     logits: [B, C] or [B, 1].
     labels: integer class of each example, [B].
     q: in (0, 1].
-    threshold: k, in (0, 1); None does not truncate.
+    threshold: k, in (0, 1); None for no truncation.
     where: which examples count, bool [B]; None is all.
 
   Returns:
     Losses [B].
 
   Raises:
-    InputError: `q` or `threshold` out of range, or the shapes do not fit.
+    InputError: `q` or `threshold` is out of range, or the shapes do not fit.
 
   References:
     Zhang, Sabuncu, "Generalized Cross Entropy Loss for Training Deep Neural
@@ -246,24 +251,23 @@ def bootstrapping_soft(
   *,
   where: base.Array | None = None,
 ) -> base.Array:
-  """Cross-entropy to the target beta t + (1 - beta) p, mixed with the prediction.
+  """The cross-entropy between the target beta t + (1 - beta) p and p.
 
-  The gradient flows through the target too: the loss is beta times the
-  cross-entropy plus (1 - beta) times the entropy of p. Were p held constant in the
-  target, the second part would pull p towards p, which is no gradient at all, and
-  only beta times the cross-entropy would be left.
+  t is the one-hot label and p the prediction. The gradient flows through p in the
+  target too: the loss is beta times the cross-entropy plus (1 - beta) times the entropy
+  of p. With p held constant in the target, the second term would have no gradient.
 
   Args:
     logits: [B, C] or [B, 1].
     labels: integer class of each example, [B].
-    beta: share of the given label, in [0, 1].
+    beta: weight of the label in the target, in [0, 1].
     where: which examples count, bool [B]; None is all.
 
   Returns:
     Losses [B].
 
   Raises:
-    InputError: `beta` outside [0, 1], or the shapes do not fit.
+    InputError: `beta` is outside [0, 1], or the shapes do not fit.
 
   References:
     Reed, Lee, Anguelov, Szegedy, Erhan, Rabinovich, "Training Deep Neural Networks
@@ -271,7 +275,7 @@ def bootstrapping_soft(
   """
   _check(0 <= beta <= 1, f"bootstrapping_soft: beta={beta} must be in [0, 1]")
   log_p, is_label, scale = label_rows(logits, labels, where)
-  # 0 log 0 is 0: a class that is ruled out adds nothing.
+  # A class with a logit of -inf contributes 0 log 0 = 0.
   finite = jnp.where(jnp.isneginf(log_p), 0, log_p)
   entropy = -jnp.sum(jnp.exp(log_p) * finite, axis=1)
   loss = -beta * _at(log_p, is_label) + (1 - beta) * entropy
@@ -285,9 +289,10 @@ def bootstrapping_hard(
   *,
   where: base.Array | None = None,
 ) -> base.Array:
-  """As `bootstrapping_soft`, mixed with the one predicted class instead.
+  """`bootstrapping_soft` with the one-hot prediction in place of the probabilities.
 
-  The prediction is piecewise constant: nothing flows through it.
+  The one-hot prediction is piecewise constant, so that no gradient flows through it.
+  Arguments are those of `bootstrapping_soft`.
   """
   _check(0 <= beta <= 1, f"bootstrapping_hard: beta={beta} must be in [0, 1]")
   log_p, is_label, scale = label_rows(logits, labels, where)
@@ -303,14 +308,14 @@ def forward_corrected(
   *,
   where: base.Array | None = None,
 ) -> base.Array:
-  """-log sum_j p_j T_jy: the cross-entropy of the label after it was corrupted.
+  """-log sum_j p_j T_jy, the cross-entropy of the noisy label.
 
   Args:
     logits: [B, C] or [B, 1].
-    labels: given, possibly wrong, class of each example, [B].
-    transition: T [C, C] (C = 2 for a single logit), T_jy the probability that an
-      example of class j is given the label y; rows sum to 1. A label that no class
-      can turn into costs -log of the smallest float, without gradient.
+    labels: possibly wrong class of each example, [B].
+    transition: T [C, C] (C = 2 for a single logit), where T_jy is the probability that
+      an example of class j has the label y; rows sum to 1. A label that has probability
+      0 for every class has the loss -log of the smallest float and no gradient.
     where: which examples count, bool [B]; None is all.
 
   Returns:
@@ -331,10 +336,9 @@ def forward_corrected(
     f" classes need ({classes}, {classes})",
   )
   transition = jnp.asarray(transition).astype(log_p.dtype)
-  # Into a label that no class can turn into.
   tiny = jnp.finfo(log_p.dtype).tiny
-  never = jnp.all(transition == 0, axis=0, keepdims=True)
-  transition = jnp.where(never, tiny, transition)
+  is_impossible = jnp.all(transition == 0, axis=0, keepdims=True)
+  transition = jnp.where(is_impossible, tiny, transition)
   log_t = jnp.where(
     transition == 0, -jnp.inf, jnp.log(jnp.where(transition == 0, 1, transition))
   )
@@ -345,18 +349,26 @@ def forward_corrected(
 def transition_loss(
   log_p: base.Array, is_label: base.Array, log_t: base.Array
 ) -> base.Array:
-  """-log sum_j p_j T_jy, [B], from log p [B, C], a mask [B, C] and log T [C, C]."""
+  """-log sum_j p_j T_jy from log-probabilities; see `forward_corrected`.
+
+  Args:
+    log_p: log p, [B, C].
+    is_label: mask of the label's column, bool [B, C].
+    log_t: log T, [C, C].
+
+  Returns:
+    Losses [B]; infinite, without gradient, where the sum is 0.
+  """
   labels = jnp.argmax(is_label, axis=1)
   joint = log_p + base.take(log_t.T, labels)
-  # A row without any finite entry has an infinite loss and no gradient.
   is_possible = ~jnp.all(jnp.isneginf(joint), axis=1)
   safe = jnp.where(is_possible[:, None], joint, 0)
   return jnp.where(is_possible, -jax.nn.logsumexp(safe, axis=1), jnp.inf)
 
 
 def label_mask(labels: base.Array, num_classes: int) -> base.Array:
-  """Where each row has its label's column, bool [B, C]; no column if none exists."""
-  # Narrow integers cannot count to C, and unsigned ones have no negative numbers.
+  """Mask of the label's column, bool [B, C]; all False for a label that is no class."""
+  # Narrow integers cannot represent C, and unsigned ones no negative labels.
   is_wide = jnp.issubdtype(labels.dtype, jnp.signedinteger) and (
     jnp.dtype(labels.dtype).itemsize >= 4
   )
@@ -391,20 +403,20 @@ def check_logits(
 
 
 def label_scale(is_label: base.Array, where: base.Array | None = None) -> base.Array:
-  """1 for an example that counts, 0 where it does not, NaN for an impossible label.
+  """Factors of the losses: 1, or 0 if `where` is False, or NaN if there is no label.
 
-  A factor, so that gradients of impossible labels are NaN too.
+  Losses are multiplied by them, so that gradients of impossible labels are NaN too.
 
   Args:
-    is_label: as of `label_mask`, [B, C].
+    is_label: the result of `label_mask`, [B, C].
     where: which examples count, bool [B]; None is all.
 
   Returns:
-    Factors [B], in the default floating point type.
+    Factors [B] of the default floating-point type.
   """
   exists = jnp.any(is_label, axis=1)
   if where is None:
-    # Not the constant NaN, which `jax_debug_nans` would stop at for every batch.
+    # A constant NaN would raise an error under `jax_debug_nans` for every batch.
     return jnp.sqrt(jnp.where(exists, 1.0, -1.0))
   return jnp.where(where, jnp.sqrt(jnp.where(exists | ~where, 1.0, -1.0)), 0.0)
 
@@ -412,7 +424,7 @@ def label_scale(is_label: base.Array, where: base.Array | None = None) -> base.A
 def label_rows(
   logits: base.Array, labels: base.Array, where: base.Array | None = None
 ) -> tuple[base.Array, base.Array, base.Array]:
-  """What every loss begins with: checked arguments, by the rules of this module.
+  """Checks logits and labels and prepares them for a loss.
 
   Args:
     logits: [B, C] or [B, 1].
@@ -420,10 +432,10 @@ def label_rows(
     where: which examples count, bool [B]; None is all.
 
   Returns:
-    log p, [B, max(C, 2)], in float32 or better, uniform for examples that do not
-    count.
-    A mask of the label's column, of the same shape; column 0 for an impossible label.
-    A factor of each loss, [B], see `label_scale`.
+    A tuple of
+    log p, [B, max(C, 2)], in float32 or wider, uniform for examples that do not count;
+    a mask of the label's column, of the same shape, column 0 for an impossible label;
+    a factor for each loss, [B], see `label_scale`.
 
   Raises:
     InputError: the shapes or types do not fit.
@@ -435,15 +447,15 @@ def label_rows(
   log_p = log_probabilities(logits.astype(base.accumulator_dtype(logits.dtype)))
   is_label = label_mask(labels, log_p.shape[1])
   scale = label_scale(is_label, where).astype(log_p.dtype)
-  # An impossible label is replaced by class 0, so that the factor NaN reaches the
-  # gradient of its row.
+  # Impossible labels are replaced by class 0, so that the factor NaN reaches the
+  # gradient of the row.
   is_impossible = ~jnp.any(is_label, axis=1, keepdims=True)
   first = label_mask(jnp.zeros_like(labels), log_p.shape[1])
   return log_p, is_label | (is_impossible & first), scale
 
 
 def _safe(logits, labels, where):
-  """Logits in float32 or better and labels of which every row counts; factors [B]."""
+  """Logits in float32 or wider, labels that all exist, and factors of the losses."""
   logits = logits.astype(base.accumulator_dtype(logits.dtype))
   if where is not None:
     logits = jnp.where(where[:, None], logits, 0)
@@ -453,7 +465,7 @@ def _safe(logits, labels, where):
 
 
 def _at(values, is_label):
-  """The entries [B] of `values` [B, C] under the mask; 0 where it is empty."""
+  """The entries [B] of `values` [B, C] where the mask is True; 0 if it is empty."""
   return jnp.sum(jnp.where(is_label, values, 0), axis=1)
 
 

@@ -1,17 +1,17 @@
-"""A network inside the training loss, taught by the meta loss.
+"""Meta-learning of a network inside the training loss.
 
-Meta-Weight-Net, WarPI and the advisor share one iteration (Meta-Weight-Net takes its
-own lesson: its weights may depend on the whole global batch). With phi the network's
-parameters, z(p) what the classifier makes of a batch (losses, logits, features)
-and L(z, phi) the inner loss:
+Meta-Weight-Net, WarPI and the advisor share one iteration. (Meta-Weight-Net computes
+its meta gradient differently, because its weights may depend on the whole global
+batch.) Let phi be the network's parameters, z(p) the outputs of the classifier for a
+batch (losses, logits or features) and L(z, phi) the inner loss:
 
     inner gradient    G = J^T dL/dz                    at phi
     direction         v = (d step / d G)^T grad M(step(G))
-    lesson            dM/dphi = grad_phi [ dL/dz . J v ]
-    then              phi moves, and the classifier steps on J^T dL/dz at the new phi
+    meta gradient     dM/dphi = grad_phi [ dL/dz . J v ]
+    updates           phi by dM/dphi, then p by J^T dL/dz at the new phi
 
 One forward pass of the batch serves both of its gradients and the directional
-derivative; phi is differentiated only through L, never through the classifier.
+derivative. phi is differentiated only through L, never through the classifier.
 """
 
 from collections.abc import Callable
@@ -31,16 +31,17 @@ Schedule = float | Callable[[base.Array], base.Array]
 
 
 class MetaGradient(NamedTuple):
-  """What the meta batch says of the network.
+  """The gradient of the meta loss in the parameters of the network.
 
   Attributes:
     gradient: dM/dphi, the same on every device.
-    meta_loss: M at the looked-ahead parameters, scalar.
-    finite: False when a loss of either batch, the direction or the gradient held a
-      NaN or an infinity; bool scalar.
+    meta_loss: M at the look-ahead parameters, scalar.
+    finite: whether the losses of both batches, the direction and the gradient are
+      finite; bool scalar.
     zero_slope: whether the look-ahead optimizer's step ignores the gradient, see
       `hypergradient.Direction`; bool scalar.
-    fault: which was not finite first, a `base.Fault`; int32 scalar.
+    fault: the first quantity that is not finite, a `base.Fault`; int32 scalar.
+    engine: the engine that linearized the batch, see `base.Linearized`.
   """
 
   gradient: base.PyTree
@@ -48,18 +49,19 @@ class MetaGradient(NamedTuple):
   finite: base.Array
   zero_slope: base.Array
   fault: base.Array
+  engine: base.StaticStr = base.StaticStr()
 
 
 class State(NamedTuple):
-  """What a method with a network carries from step to step.
+  """The state of a method with a network.
 
   Attributes:
     params: phi.
-    opt_state: of the meta optimizer.
-    meta_loss: of the last lesson, NaN before the first; scalar.
-    finite: whether that lesson was; bool scalar.
-    zero_slope: of that lesson; bool scalar.
-    fault: of that lesson, a `base.Fault`; int32 scalar.
+    opt_state: state of the meta optimizer.
+    meta_loss: meta loss of the last meta gradient, NaN before the first; scalar.
+    finite: whether the last meta gradient was finite; bool scalar.
+    zero_slope: of the last meta gradient; bool scalar.
+    fault: of the last meta gradient, a `base.Fault`; int32 scalar.
   """
 
   params: base.PyTree
@@ -71,7 +73,7 @@ class State(NamedTuple):
 
 
 def dense(width: int, fan_in: int) -> nn.Dense:
-  """A layer with kernel and bias uniform in +-1 / sqrt(fan_in), as released."""
+  """A layer with kernel and bias uniform in +-1 / sqrt(fan_in), as in the releases."""
   bound = fan_in**-0.5
 
   def uniform(key, shape, dtype=jnp.float32):
@@ -81,8 +83,8 @@ def dense(width: int, fan_in: int) -> nn.Dense:
 
 
 def init(params: base.PyTree, optimizer: optax.GradientTransformation) -> State:
-  """State before the first lesson."""
-  # Not computed, so that `jax_debug_nans` has nothing to find.
+  """The state before the first meta gradient."""
+  # A NaN that JAX computes would raise an error under `jax_debug_nans`.
   unknown = jnp.asarray(np.full((), np.nan, jnp.result_type(float)))
   return State(
     params,
@@ -101,28 +103,31 @@ def update(
   step: base.Array,
   every: int = 1,
 ) -> State:
-  """The state after a step of the meta optimizer, taken `every` so many steps.
+  """One step of the meta optimizer, in one of `every` steps of the run.
 
   Args:
-    state: before.
-    lesson_fn: `phi -> MetaGradient`. Not computed between lessons, which is what makes
-      `every` cheaper; runs side by side under one `vmap` compute it regardless.
+    state: the state before the step.
+    meta_gradient_fn: `phi -> MetaGradient`. In other steps it is not computed, which
+      saves time, except for several runs under one `vmap`.
     optimizer: the meta optimizer.
-    step: of the run, counted from 0; int32 scalar.
-    every: steps from one lesson to the next.
+    step: step of the run, counted from 0; int32 scalar.
+    every: number of steps from one update to the next.
+
+  Returns:
+    The state after the step.
   """
 
   def updated(state):
-    found = meta_gradient_fn(state.params)
-    updates, opt_state = optimizer.update(found.gradient, state.opt_state, state.params)
+    meta = meta_gradient_fn(state.params)
+    updates, opt_state = optimizer.update(meta.gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return State(
       params,
       opt_state,
-      found.meta_loss.astype(state.meta_loss.dtype),
-      found.finite,
-      found.zero_slope,
-      found.fault,
+      meta.meta_loss.astype(state.meta_loss.dtype),
+      meta.finite,
+      meta.zero_slope,
+      meta.fault,
     )
 
   if every == 1:
@@ -131,15 +136,21 @@ def update(
 
 
 def check_every(method: str, every: int) -> None:
-  """Raises InputError unless `every` is a number of steps."""
+  """Raises InputError unless `every` is at least 1."""
   if every < 1:
     raise base.InputError(f"{method}: every={every} must be at least 1 step.")
 
 
 def sgd_lookahead(learning_rate: Schedule, inputs: base.Inputs) -> dict[str, Any]:
-  """Arguments of the papers' look-ahead in the loop: plain SGD, at this step's rate.
+  """Arguments of `meta_gradient` for a look-ahead by plain SGD, as in the papers.
 
-  Losses functions of a `base.Problem` return new variables too, hence `has_aux`.
+  Args:
+    learning_rate: of the look-ahead, a number or `step -> number`.
+    inputs: inputs of the training step.
+
+  Returns:
+    The keyword arguments optimizer, opt_state and has_aux, which is True because losses
+    functions of a `base.Problem` also return new variables.
   """
   rate: Any = learning_rate
   if callable(learning_rate):
@@ -153,7 +164,7 @@ def sgd_lookahead(learning_rate: Schedule, inputs: base.Inputs) -> dict[str, Any
 
 
 def metrics(state: State) -> dict[str, base.Array]:
-  """What to log of the last lesson."""
+  """Metrics of the last meta gradient for the logs."""
   return {
     "meta_loss": state.meta_loss,
     "direction_finite": state.finite.astype(jnp.float32),
@@ -174,21 +185,25 @@ def meta_gradient(
   has_aux: bool = False,
   axis_name: base.AxisName = None,
 ) -> MetaGradient:
-  """dM/dphi for a network phi inside the inner loss.
+  """dM/dphi for a network with parameters phi inside the inner loss.
 
   Args:
-    linearized: the batch, linearized at `params`.
-    loss_fn: `(outputs, phi) -> scalar`: this device's part of the inner loss,
-      which is their sum over devices. What phi's network is fed must be held
-      constant inside by the caller where the method says so.
-    phi: the network's parameters.
-    meta_losses_fn: `(params, meta_batch) -> [M]` (with `has_aux`, and aux).
-    params: of the classifier.
-    meta_batch: this device's clean examples.
-    optimizer: takes the look-ahead step.
-    opt_state: its state; fresh if None.
-    has_aux: whether `meta_losses_fn` returns something in addition to its losses.
+    linearized: the outputs for the batch, linearized at `params`.
+    loss_fn: `(outputs, phi) -> scalar`, this device's term of the inner loss, which is
+      the sum over devices. If the method holds the inputs of its network constant,
+      `loss_fn` must do so.
+    phi: parameters of the network.
+    meta_losses_fn: `(params, meta_batch) -> losses [M]`, or `(losses [M], aux)` with
+      `has_aux`.
+    params: parameters of the classifier.
+    meta_batch: this device's meta examples.
+    optimizer: the look-ahead optimizer.
+    opt_state: its state; None is a new state.
+    has_aux: whether `meta_losses_fn` returns an auxiliary output too.
     axis_name: mapped axis over which both batches are sharded.
+
+  Returns:
+    A `MetaGradient`.
 
   Raises:
     InputError: outside `jit`, if the optimizer's step ignores the gradient.
@@ -202,26 +217,25 @@ def meta_gradient(
     raise FloatingPointError(
       f"the inner loss of the training batch is {loss}: check batch, params and phi."
     )
-  inner = linearized.vjp(cotangent)
-  found = hypergradient.direction(
+  direction = hypergradient.direction(
     meta_losses_fn,
     params,
     meta_batch,
-    base.psum(inner, axis_name),
+    base.psum(linearized.vjp(cotangent), axis_name),
     optimizer=optimizer,
     opt_state=optimizer.init(params) if opt_state is None else opt_state,
     has_aux=has_aux,
     axis_name=axis_name,
     value=loss,
   )
-  tangent = linearized.jvp(base.local(found.vector, axis_name))
+  tangent = linearized.jvp(base.local(direction.vector, axis_name))
 
-  def slope(phi):
+  def inner_derivative(phi):
     return jax.jvp(lambda z: loss_fn(z, phi), (outputs,), (tangent,))[1]
 
-  gradient = jax.grad(slope)(base.local(phi, axis_name))
+  gradient = jax.grad(inner_derivative)(base.local(phi, axis_name))
   return checked_meta_gradient(
-    base.psum(gradient, axis_name), found, jnp.isfinite(loss)
+    base.psum(gradient, axis_name), direction, jnp.isfinite(loss), linearized.engine
   )
 
 
@@ -229,13 +243,15 @@ def checked_meta_gradient(
   gradient: base.PyTree,
   direction: hypergradient.Direction,
   losses_finite: base.Array,
+  engine: base.StaticStr,
 ) -> MetaGradient:
-  """The lesson of a gradient dM/dphi, the same on every device, and its direction.
+  """A `MetaGradient` from its gradient and direction, checked for finite values.
 
   Args:
-    gradient: dM/dphi.
-    direction: what it was made with.
+    gradient: dM/dphi, the same on every device.
+    direction: the direction from which the gradient was computed.
     losses_finite: whether all training losses are finite; bool scalar.
+    engine: the engine that linearized the batch.
 
   Raises:
     FloatingPointError: outside `jit`, if the gradient is not finite.
@@ -246,7 +262,7 @@ def checked_meta_gradient(
     slopes=hypergradient.check_network_gradient(gradient),
   )
   return MetaGradient(
-    gradient, direction.meta_loss, fault == 0, direction.zero_slope, fault
+    gradient, direction.meta_loss, fault == 0, direction.zero_slope, fault, engine
   )
 
 
@@ -262,21 +278,23 @@ def iterate(
   optimizer: optax.GradientTransformation,
   every: int = 1,
 ) -> tuple[base.PyTree, State]:
-  """A whole iteration in the loop: phi learns, then the classifier has its gradient.
+  """One iteration in the training loop: updates phi, then computes the gradient of p.
 
   Args:
-    state: before.
-    task: the learning problem.
-    inputs: of the step.
-    linearized: the batch, linearized at `inputs.params`.
-    virtual_loss_fn: `(outputs, phi) -> scalar`, of the look-ahead; see `meta_gradient`.
-    real_loss_fn: likewise, of the classifier's own step, at the new phi.
+    state: the state before the step.
+    problem: the learning problem.
+    inputs: inputs of the training step.
+    linearized: the outputs for the batch, linearized at `inputs.params`.
+    virtual_loss_fn: `(outputs, phi) -> scalar`, the inner loss of the look-ahead; see
+      `meta_gradient`.
+    real_loss_fn: `(outputs, phi) -> scalar`, the inner loss of the classifier's step,
+      at the new phi.
     learning_rate: of the look-ahead, a number or `step -> number`.
     optimizer: the meta optimizer.
     every: see `update`.
 
   Returns:
-    The classifier's gradient, summed over devices, and the state after.
+    The gradient of the classifier, summed over devices, and the state after the step.
   """
 
   def meta_gradient_fn(phi):

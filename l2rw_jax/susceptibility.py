@@ -1,20 +1,21 @@
-"""Susceptibility: how readily a network learns labels that mean nothing.
+"""Susceptibility: how fast a network learns random labels.
 
-A network that fits a randomly labeled batch in one step will fit wrong labels too.
-The drop of such a batch's loss, averaged over training, is zeta; together with the
-accuracy on the training set *as it is labeled* it tells good models from bad ones
-without one clean label.
+A network that fits a randomly labeled batch in one step also fits wrong labels.
+Susceptibility (zeta) is the decrease of the loss of such a batch, averaged over
+training. Together with the accuracy on the training set *as it is labeled*, it
+separates good models from bad ones without clean labels.
 
-    loss_drop            one batch, one step: jit, vmap, several devices
-    running_average      drops to zeta
-    regions, selected    zeta and training accuracy of many models to a choice
+    loss_drop            the decrease for one batch and one step; works inside `jit`,
+                         `vmap` and on several devices
+    running_average      zeta from the decreases
+    regions, selected    which of many models to use, by zeta and training accuracy
 
-`training.memorization` measures it beside a run.
+`training.memorization` measures it during a run.
 
 Reference: Forouzesh, Sedghi, Thiran, "Leveraging Unlabeled Data to Track
-Memorization", ICLR 2023 (https://arxiv.org/abs/2212.04461), and its released code
-for what one step is. The measured quantity is the decrease of a loss, not a squared
-change of outputs.
+Memorization", ICLR 2023 (https://arxiv.org/abs/2212.04461). The definition of one step
+is that of its released code. The measured quantity is the decrease of a loss, not a
+squared change of outputs.
 """
 
 from collections.abc import Sequence
@@ -33,10 +34,10 @@ class Drop(NamedTuple):
   """Mean losses of a randomly labeled batch, in nats, scalars.
 
   Attributes:
-    before: at the parameters given.
-    after: one step of the optimizer later.
-    drop: before - after; positive where the step fitted the random labels.
-    finite: whether all three and the gradient are; bool scalar.
+    before: at the current parameters.
+    after: after one step of the optimizer.
+    drop: before - after; positive if the step fits the random labels.
+    finite: whether all three and the gradient are finite; bool scalar.
   """
 
   before: base.Array
@@ -55,31 +56,31 @@ def loss_drop(
   has_aux: bool = False,
   axis_name: base.AxisName = None,
 ) -> Drop:
-  """How far one step of the training optimizer lowers a batch's mean loss.
+  """How much one step of the training optimizer lowers the mean loss of a batch.
 
-  The step has everything that a step of training has: the schedule and momentum in
-  `opt_state`, weight decay, and optax's `value`, the loss before. So a drop is not
-  of the random labels alone, but also of where momentum was going. For plain SGD at
-  rate a it is a |gradient|^2 to first order. Nothing is changed: the parameters and
-  the state after the step are dropped.
+  The step is a step of training, with the schedule and the momentum in `opt_state`,
+  weight decay, and optax's `value`, the loss before the step. The drop therefore
+  depends on the momentum too, not only on the random labels. For plain SGD with
+  learning rate a it is a |gradient|^2 to first order. The parameters and the state
+  after the step are dropped.
 
   Args:
-    losses_fn: `(params, batch) -> [B]` (with `has_aux`, and aux), in training mode
-      and with its dropout key fixed, so that both losses see one mask and, with
-      BatchNorm, the batch's own statistics: `problem.losses_fn(model_state, key)`.
+    losses_fn: `(params, batch) -> losses [B]`, or `(losses [B], aux)` with `has_aux`,
+      in training mode and with a fixed dropout key, so that both losses use the same
+      mask and, with BatchNorm, the statistics of the batch:
+      `problem.losses_fn(model_state, key)`.
     params: current parameters.
     batch: this device's examples, with random labels (`random_labels`).
-    optimizer: that of training.
+    optimizer: the optimizer of training.
     opt_state: its state at `params`.
-    has_aux: whether `losses_fn` returns something beside its losses.
+    has_aux: whether `losses_fn` returns an auxiliary output too.
     axis_name: mapped axis over which `batch` is sharded.
 
   Returns:
-    A `Drop`, the same on every device. Where the step overflows, `finite`
-    is False.
+    A `Drop`, the same on every device. If the step overflows, `finite` is False.
 
   Raises:
-    InputError: the losses are not one number an example.
+    InputError: the losses are not one number per example.
     FloatingPointError: outside `jit`, if a loss or the gradient is not finite.
   """
 
@@ -88,14 +89,14 @@ def loss_drop(
     dtype = base.accumulator_dtype(losses.dtype)
     return jnp.mean(losses.astype(dtype)).astype(losses.dtype)
 
-  own = jax.value_and_grad(mean_loss)(base.local(params, axis_name))
-  before, gradient = base.pmean(own, axis_name)
+  loss_and_gradient = jax.value_and_grad(mean_loss)(base.local(params, axis_name))
+  before, gradient = base.pmean(loss_and_gradient, axis_name)
   updates, _ = optax.with_extra_args_support(optimizer).update(
     gradient, opt_state, params, value=before
   )
   after = base.pmean(mean_loss(optax.apply_updates(params, updates)), axis_name)
   drop = before - after
-  # A NaN loss may have a slope of zero, and an infinite gradient a finite step.
+  # A NaN loss can have a zero gradient, and an infinite gradient a finite step.
   finite = base.all_finite((before, after, drop, gradient))
   if not isinstance(finite, jax.core.Tracer) and not finite:
     raise FloatingPointError(
@@ -106,13 +107,19 @@ def loss_drop(
 
 
 def random_labels(seed: int, num_examples: int, num_classes: int) -> np.ndarray:
-  """A class for every example, uniform over all classes, int32 [N].
+  """A random class for every example, uniform over all classes, int32 [N].
 
-  Drawn once for a run, so that an image always has the same random label; one in C
-  is the true one. The released code seeds them by the clock.
+  They are drawn once for a run, so that an example always has the same random label,
+  which is the true one with probability 1 / C. (The released code seeds the generator
+  with the time.)
+
+  Args:
+    seed: seed of the generator.
+    num_examples: N.
+    num_classes: C.
 
   Raises:
-    InputError: there is no example, or less than two classes.
+    InputError: there are no examples, or fewer than two classes.
   """
   if num_examples < 1:
     raise base.InputError(
@@ -127,20 +134,20 @@ def random_labels(seed: int, num_examples: int, num_classes: int) -> np.ndarray:
 
 
 def running_average(drops: Any, compat: bool = False) -> np.ndarray:
-  """Drops to susceptibility zeta, from the first probe to each.
+  """Susceptibility zeta at each probe: the mean of the drops so far.
 
   Args:
-    drops: one a probe, in order, [..., T]; one an epoch, before it, in the paper.
-    compat: the curve of the released figures, which starts at the second probe,
-      leaves the first (at initialization) out and divides the sum of t - 1 drops
-      by t.
+    drops: one drop per probe, in order, [..., T]; the paper probes before every epoch.
+    compat: whether to compute the curve of the released figures. It starts at the
+      second probe, omits the first drop (at initialization) and divides the sum of
+      t - 1 drops by t.
 
   Returns:
     zeta(t), the mean of the first t drops, float64 [..., T]; with `compat`
-    [..., T - 1], which begins with 0.
+    [..., T - 1], starting with 0.
 
   Raises:
-    InputError: there is no drop (with `compat`, no second), or one is NaN or
+    InputError: there is no drop (with `compat`, fewer than two), or one is NaN or
       infinite.
 
   >>> running_average([3.0, 1.0, 2.0])
@@ -157,7 +164,7 @@ def running_average(drops: Any, compat: bool = False) -> np.ndarray:
     )
   _check_finite("drops", drops)
   if compat:
-    # The drop of epoch t itself is not yet in the sum at t.
+    # The sum at epoch t does not include the drop of epoch t.
     terms = np.concatenate([np.zeros_like(drops[..., :1]), drops[..., 1:-1]], axis=-1)
   else:
     terms = drops
@@ -165,38 +172,43 @@ def running_average(drops: Any, compat: bool = False) -> np.ndarray:
 
 
 def boundaries(zeta: Any, train_accuracy: Any) -> tuple[float, float]:
-  """Where the regions meet: the means over the models of both, [n] each.
+  """The boundaries of the regions: the mean of each quantity over the models.
+
+  Args:
+    zeta: susceptibility of each model, [n].
+    train_accuracy: accuracy on the training set as it is labeled, [n].
 
   Raises:
-    InputError: less than two models, lengths that differ, NaN or infinity.
+    InputError: there are fewer than two models, the lengths differ, or a number is NaN
+      or infinite.
   """
-  zeta, train_accuracy = _models(zeta=zeta, train_accuracy=train_accuracy)
-  # Exact, where a mean of equal numbers in floating point may differ from them.
+  zeta, train_accuracy = _columns(zeta=zeta, train_accuracy=train_accuracy)
+  # The exact mean, because a floating-point mean of equal numbers may differ from them.
   return statistics.mean(zeta.tolist()), statistics.mean(train_accuracy.tolist())
 
 
 def regions(zeta: Any, train_accuracy: Any) -> np.ndarray:
-  """The region of each model, among models compared.
+  """The region of each of several models.
 
-  | region | training accuracy | zeta |                                |
-  |--------|-------------------|------|--------------------------------|
-  | 1      | high              | low  | trainable, resistant: take it  |
-  | 2      | high              | high | trainable, memorizes           |
-  | 3      | low               | low  | not trainable                  |
-  | 4      | low               | high | neither                        |
+  | region | training accuracy | zeta |                                        |
+  |--------|-------------------|------|----------------------------------------|
+  | 1      | high              | low  | trainable and resistant: use the model |
+  | 2      | high              | high | trainable, but memorizes               |
+  | 3      | low               | low  | not trainable                          |
+  | 4      | low               | high | not trainable, and memorizes           |
 
-  High and low are against the mean over the models; an accuracy at the mean is high,
-  a zeta at the mean low (the paper does not say).
+  High and low are relative to the mean over the models. An accuracy equal to the mean
+  is high, and a zeta equal to the mean is low (the paper leaves this open).
 
   Args:
     zeta: susceptibility of each model, [n].
-    train_accuracy: on the training set as it is labeled, [n].
+    train_accuracy: accuracy on the training set as it is labeled, [n].
 
   Returns:
     Integers 1 to 4, [n].
 
   Raises:
-    InputError: as `boundaries`.
+    InputError: for the reasons of `boundaries`.
 
   >>> regions([0.1, 0.9, 0.1, 0.9], [0.8, 0.8, 0.2, 0.2])
   array([1, 2, 3, 4])
@@ -208,49 +220,52 @@ def regions(zeta: Any, train_accuracy: Any) -> np.ndarray:
 
 
 def selected(zeta: Any, train_accuracy: Any) -> np.ndarray:
-  """The models to take, those of region 1; ints, possibly none.
+  """Indices of the models in region 1; possibly empty.
 
-  Arguments and errors as of `regions`.
+  Arguments and errors are those of `regions`.
   """
   return np.flatnonzero(regions(zeta, train_accuracy) == 1)
 
 
 def rank_correlation(one: Any, other: Any) -> float | None:
-  """Spearman's, over models; None where all of them are equal in one of the two.
+  """Spearman's rank correlation over models.
 
   Args:
-    one: a number a model, [n].
-    other: likewise.
+    one: one number per model, [n].
+    other: one number per model, [n].
+
+  Returns:
+    The correlation, or None if one of the quantities is equal for all models.
 
   Raises:
-    InputError: less than two models, lengths that differ, NaN or infinity.
+    InputError: for the reasons of `boundaries`.
   """
-  one, other = _models(one=one, other=other)
+  one, other = _columns(one=one, other=other)
   if np.ptp(one) == 0 or np.ptp(other) == 0:
     return None
-  from scipy import stats  # a fifth of a second that other users need not wait
+  from scipy import stats  # The import takes 0.2 seconds and is needed only here.
 
   return float(stats.spearmanr(one, other).statistic)
 
 
-def _models(**columns: Any) -> list[np.ndarray]:
-  """The columns as float64 [n], once they are seen to be of the same models."""
-  found = {name: np.asarray(values, np.float64) for name, values in columns.items()}
-  for name, values in found.items():
+def _columns(**columns: Any) -> list[np.ndarray]:
+  """Checks that the columns have one finite number per model; returns float64 [n]."""
+  arrays = {name: np.asarray(values, np.float64) for name, values in columns.items()}
+  for name, values in arrays.items():
     if values.ndim != 1:
       raise base.InputError(
-        f"{name} must be one number a model, shape [n]; got shape {values.shape}."
+        f"{name} must be one number per model, shape [n]; got shape {values.shape}."
       )
     _check_finite(name, values)
-  sizes = {name: len(values) for name, values in found.items()}
+  sizes = {name: len(values) for name, values in arrays.items()}
   if len(set(sizes.values())) > 1:
-    told = " and ".join(f"{size} of {name}" for name, size in sizes.items())
-    raise base.InputError(f"there must be as many of each: {told}.")
+    counts = " and ".join(f"{size} of {name}" for name, size in sizes.items())
+    raise base.InputError(f"there must be as many of each: {counts}.")
   if min(sizes.values()) < 2:
     raise base.InputError(
       f"{min(sizes.values())} model(s) cannot be compared; give at least 2."
     )
-  return list(found.values())
+  return list(arrays.values())
 
 
 def _check_finite(name: str, values: np.ndarray | Sequence[float]) -> None:

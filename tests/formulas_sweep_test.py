@@ -29,6 +29,7 @@ from l2rw_jax import base
 from l2rw_jax import class_balance
 from l2rw_jax import group_objectives
 from l2rw_jax import hypergradient
+from l2rw_jax import label_transition
 from l2rw_jax import linearization
 from l2rw_jax import losses
 from l2rw_jax import meta_network
@@ -39,14 +40,12 @@ from l2rw_jax.coresets import facility_location
 from l2rw_jax.linearization import microbatching
 from l2rw_jax.methods import absgd
 from l2rw_jax.methods import adacore
-from l2rw_jax.methods import adacore_table
 from l2rw_jax.methods import advisor
 from l2rw_jax.methods import bare
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import forml
 from l2rw_jax.methods import group_dro
 from l2rw_jax.methods import l2rw
-from l2rw_jax.methods import label_transition
 from l2rw_jax.methods import ldam_drw
 from l2rw_jax.methods import mentornet
 from l2rw_jax.methods import meta_weight_net
@@ -451,8 +450,8 @@ def _forml(data, axis_name, *, objective="worst", **settings):
   return _Found((found.weights, found.gradient), found.objective)
 
 
-def _task_slopes(data, axis_name):
-  found = nested_maml.task_slopes(
+def _nested_maml_weight_gradient(data, axis_name):
+  found = nested_maml.weight_gradient(
     _losses,
     data.whole["params"],
     data.batch,
@@ -497,7 +496,7 @@ def _averages(rows, whole):
     jnp.zeros_like(rows["logits"]), jnp.zeros_like(whole["margins"]), whole["epoch"]
   )
   averages = adacore.update_averages(start, rows["logits"], whole["margins"])
-  return adacore.corrected(averages)
+  return adacore.bias_corrected(averages)
 
 
 def _vectors(rows, whole):
@@ -559,6 +558,14 @@ _FORMULAS: dict[str, _Formula] = {
   ),
   "class_balance.effective_number/zero": _all(
     lambda a, w: class_balance.effective_number(w["counts"], 0.0)
+  ),
+  "class_balance.deferred_example_weights": _spread(
+    lambda d, axis: (
+      class_balance.deferred_example_weights(
+        d.whole["counts"], d.batch["labels"], 0.9, jnp.int32(2), 2, axis
+      ),
+      (),
+    )
   ),
   "class_balance.example_weights": _spread(
     lambda d, axis: _Found(
@@ -672,7 +679,7 @@ _FORMULAS: dict[str, _Formula] = {
   "nested_maml.update_weights": _each(
     lambda b, w: nested_maml.update_weights(b["losses"], b["scores"], 0.1)
   ),
-  "nested_maml.task_slopes": _spread(_task_slopes),
+  "nested_maml.weight_gradient": _spread(_nested_maml_weight_gradient),
   "absgd.example_weights": _spread(
     lambda d, axis: _Found(
       *absgd.example_weights(
@@ -763,9 +770,9 @@ _FORMULAS: dict[str, _Formula] = {
     lambda b, w: adacore.gradient_proxies(b["logits"], b["labels"])
   ),
   "adacore.update_averages": _all(lambda a, w: _averages(a, w)),
-  "adacore.corrected": _all(lambda a, w: _averages(a, w)[1]),
-  "adacore_table.hessian_diagonal": _all(
-    lambda a, w: adacore_table.hessian_diagonal(
+  "adacore.bias_corrected": _all(lambda a, w: _averages(a, w)[1]),
+  "adacore.hessian_diagonal": _all(
+    lambda a, w: adacore.hessian_diagonal(
       w["key"], lambda p: jnp.sum(p**3), w["point"], 2
     )
   ),
@@ -1004,10 +1011,12 @@ _OTHER_FUNCTIONS = {
   "adacore.check_epochs": _CHECK,
   "adacore.check_fraction": _CHECK,
   "adacore.subset_size": _HOST,
-  "adacore_table.look": _LOOP,
-  "adacore_table.num_features": _CHECK,
-  "baselines.weighted_gradients": _LOOP,
+  "adacore.loss_derivatives": _LOOP,
+  "adacore.num_features": _CHECK,
+  "weighted_update.weighted_gradients": _LOOP,
+  "weighted_update.uniform_gradients": _LOOP,
   "changed_loss.check_epoch": _CHECK,
+  "class_balance.balanced_order": _HOST,
   "class_balance.check_beta": _CHECK,
   "class_balance.check_counts": _CHECK,
   "coreset.check_greedy": _CHECK,
@@ -1015,13 +1024,14 @@ _OTHER_FUNCTIONS = {
   "coreset.select": _HOST,
   "facility_location.sample_size": _HOST,
   "forml.reweigh": _INSIDE,
-  "forml.settings_of": _HOST,
+  "forml.objective_settings": _HOST,
   "group_objectives.check_groups": _CHECK,
   "hypergradient.check_network_gradient": _CHECK,
   "hypergradient.params_after": _INSIDE,
   "l2rw.meta_direction": _INSIDE,
   "l2rw.weigh": _INSIDE,
-  "label_transition.estimate_by": _LOOP,
+  "label_transition.check_percentile": _CHECK,
+  "label_transition.estimate_from_network": _LOOP,
   "engines.check_trainable": _CHECK,
   "engines.differentiable": _INSIDE,
   "engines.without_keys": _INSIDE,
@@ -1050,10 +1060,10 @@ _OTHER_FUNCTIONS = {
   "meta_network.sgd_lookahead": _LOOP,
   "meta_network.make_lesson": _INSIDE,
   "meta_network.metrics": _LOOP,
-  "meta_weight_net.lesson": _INSIDE,
+  "meta_weight_net.meta_gradient": _INSIDE,
   "microbatching.check": _CHECK,
   "microbatching.num_rows": _CHECK,
-  "nested_maml.slopes": _INSIDE,
+  "nested_maml.linearized_weight_gradient": _INSIDE,
   "split.output_layer": "makes a layer",
   "susceptibility.boundaries": _HOST,
   "susceptibility.random_labels": _HOST,

@@ -268,7 +268,7 @@ def test_a_label_that_cannot_be_is_dear_but_finite():
     (losses.focal, {"gamma": -1}, "focal: gamma=-1 must be at least 0"),
     (losses.focal, {"gamma": np.nan}, "focal: gamma=nan must be"),
     (losses.symmetric_cross_entropy, {"alpha": -0.1}, "alpha=-0.1, beta=1.0 must not"),
-    (losses.symmetric_cross_entropy, {"alpha": 0, "beta": 0}, "one must be more"),
+    (losses.symmetric_cross_entropy, {"alpha": 0, "beta": 0}, "one must be positive"),
     (losses.generalized_cross_entropy, {"q": 0}, r"q=0 must be in \(0, 1\]"),
     (losses.generalized_cross_entropy, {"threshold": 1.0}, "threshold=1.0 must be in"),
     (losses.bootstrapping_soft, {"beta": 1.1}, "bootstrapping_soft: beta=1.1 must be"),

@@ -1,4 +1,4 @@
-"""Small weighted subsets that stand for a whole training set."""
+"""Coresets: small weighted subsets that represent a whole training set."""
 
 from l2rw_jax.coresets.selection import BUDGETS
 from l2rw_jax.coresets.selection import GREEDY

@@ -1,21 +1,21 @@
-"""Floor 1: which few points stand best for all of them, greedily.
+"""Greedy facility location: a subset of points that is close to all of them.
 
-Facility location chooses S, |S| = r, of n points so that every point has a chosen one
-near,
+Facility location selects a subset S, |S| = r, of n points, so that
 
-    F(S) = sum_i max_{j in S} (C - d_ij)    is large, and
+    F(S) = sum_i max_{j in S} (C - d_ij)    is large, or equivalently
     cost(S) = sum_i min_{j in S} d_ij       is small,
 
-with d the unsquared Euclidean distance and C any number that no distance exceeds.
-F is monotone and submodular: greedy reaches at least 1 - 1/e of the best F. With m_i
-the distance of point i to the nearest chosen one, C while there is none, adding j gains
+where d is the Euclidean distance (not squared) and C is an upper bound of all
+distances. F is monotone and submodular, so that the greedy algorithm reaches at least
+1 - 1/e of the largest F. Let m_i be the distance of point i to the nearest selected
+point, or C if no point is selected. Adding j gains
 
     gain_j = sum_i max(0, m_i - d_ij).
 
-C has no say in what is chosen: the first gain is n C - sum_i d_ij, largest for the
-point that is nearest to all others whatever C, and from then on every m_i is itself a
-distance. Ties go to the lowest index. No n x n matrix is ever held: memory grows like
-that of a block of candidates, [block, n].
+C does not change the selection: the first gain is n C - sum_i d_ij, which is largest
+for the point with the smallest sum of distances, and afterwards every m_i is a
+distance. Ties go to the lowest index. The n x n matrix is never stored; memory is
+proportional to a block of its rows, [block, n].
 
 References:
   Nemhauser, Wolsey, Fisher, "An analysis of approximations for maximizing submodular
@@ -40,17 +40,17 @@ from l2rw_jax.coresets import distances
 
 
 class Selection(NamedTuple):
-  """Chosen points in the order they were chosen.
+  """The selected points, in the order of their selection.
 
   Attributes:
-    rows: [capacity]; -1 beyond the size that was asked for.
-    gains: what each added to F, [capacity].
-    weights: how many points have it for their nearest, [capacity]; they sum to n.
-      Chosen points at distance 0 of each other share theirs equally, so that each
-      stands for itself at least.
-    assignment: which of `rows` (0, 1, ...) is nearest to each point, the earliest
-      chosen of equally near ones, [n]; -1 for padding.
-    distances: of each point to its nearest, [n].
+    rows: indices of the selected points, [capacity]; -1 beyond the requested size.
+    gains: increase of F by each of them, [capacity].
+    weights: cluster sizes, the number of points to which each of them is the nearest
+      selected one, [capacity]; they sum to n. Selected points at distance 0 from each
+      other share the sum of their cluster sizes equally, so that each has at least 1.
+    assignment: position in `rows` of the selected point that is nearest to each point,
+      the first one if several are equally near, [n]; -1 for padding.
+    distances: distance of each point to the nearest selected point, [n].
   """
 
   rows: base.Array
@@ -66,11 +66,11 @@ class Selection(NamedTuple):
 
 
 class _State(NamedTuple):
-  nearest: base.Array  # m_i, and 0 for padding, which so has nothing to gain
+  nearest: base.Array  # m_i, and 0 for padding, which then gains nothing.
   assignment: base.Array
   rows: base.Array
   gains: base.Array
-  leaders: base.Array  # of each chosen point, the earliest at distance 0
+  leaders: base.Array  # For each selected point, the first one at distance 0 from it.
 
 
 def lazy_greedy(
@@ -83,34 +83,35 @@ def lazy_greedy(
   block: int = 64,
   candidates: int = 16,
 ) -> Selection:
-  """Greedy facility location: what evaluating every gain at every step would choose.
+  """Greedy facility location with lazy evaluation of gains.
 
-  A gain can only fall from step to step, so the one that a point had when it was last
-  looked at bounds it from above. Each step looks again at the candidates of highest
-  bounds, some at a time, until none of the others can do better.
+  The selection equals that of the greedy algorithm which evaluates every gain at every
+  step. Gains never increase from step to step, so that an earlier gain of a point is an
+  upper bound of its current gain. Each step evaluates the gains of the points with the
+  largest bounds again, a few at a time, until no other point can have a larger gain.
 
   Args:
     points: `distances.vectors` or `distances.outer_products`, all finite.
-    size: r, how many to choose; at least 1 and at most n. May be traced, given a
-      `capacity`.
-    capacity: length of the answer, at least `size`; `size` if None. Together with
+    size: r, the number of points to select, from 1 to n. It may be traced if `capacity`
+      is not None.
+    capacity: length of the result, at least `size`; None for `size`. Together with
       `num_points` it lets sets of different sizes share one compiled program.
-    num_points: n; points from there on are padding. All if None.
-    bound: C; twice the largest distance from the first choice if None, which is
-      enough by the triangle inequality. It shows in `gains` alone.
-    block: gains evaluated at a time where all are.
-    candidates: gains evaluated again at a time.
+    num_points: n; all further points are padding. None for all points.
+    bound: C, which only changes `gains`; None for twice the largest distance from the
+      first selected point, an upper bound by the triangle inequality.
+    block: number of gains per block in the first two steps, which evaluate all gains.
+    candidates: number of gains that are evaluated again at a time.
 
   Returns:
     A `Selection`.
 
   Raises:
-    InputError: a size out of range.
+    InputError: a size is out of range.
 
   >>> import jax.numpy as jnp
   >>> line = distances.vectors(jnp.array([[0.], [1.], [1.5], [6.], [7.], [20.]]))
-  >>> chosen = lazy_greedy(line, 3, bound=20.)
-  >>> print(chosen.rows, chosen.gains, chosen.weights)
+  >>> selection = lazy_greedy(line, 3, bound=20.)
+  >>> print(selection.rows, selection.gains, selection.weights)
   [2 5 3] [89.5 18.5  9. ] [3. 1. 2.]
   """
   capacity, num_points = _check(points, size, capacity, num_points)
@@ -122,18 +123,18 @@ def _lazy_greedy(points, size, num_points, bound, capacity, block, candidates):
   valid = jnp.arange(points.num_points) < num_points
 
   def all_gains(contribution):
-    found = _in_blocks(points, contribution, num_points, block)
-    return jnp.where(valid, found, -jnp.inf)
+    totals = _all_totals(points, contribution, num_points, block)
+    return jnp.where(valid, totals, -jnp.inf)
 
   totals = all_gains(lambda d: jnp.where(valid, -d, 0))
-  first = _first_of(totals)
-  state = _first_choice(points, first, totals[first], valid, bound, capacity)
+  first = _argmax(totals)
+  state = _select_first(points, first, totals[first], valid, bound, capacity)
   bounds = all_gains(_improvement(state.nearest)).at[first].set(-jnp.inf)
 
   def step(number, carry):
     state, bounds = carry
     bounds, best = _best_candidate(points, state.nearest, bounds, candidates)
-    state = _choose(points, state, number, best, bounds[best])
+    state = _select_next(points, state, number, best, bounds[best])
     return state, bounds.at[best].set(-jnp.inf)
 
   state, _ = jax.lax.fori_loop(1, size, step, (state, bounds))
@@ -141,29 +142,29 @@ def _lazy_greedy(points, size, num_points, bound, capacity, block, candidates):
 
 
 def _best_candidate(points, nearest, bounds, candidates):
-  """Bounds, tightened as far as needed, and the candidate of the largest gain."""
+  """The point with the largest gain, and bounds that are updated to find it."""
   candidates = min(candidates, points.num_points)
   contribution = _improvement(nearest)
 
-  def undecided(carry):
-    bounds, fresh = carry
-    return ~fresh[_first_of(bounds)]
+  def is_undecided(carry):
+    bounds, is_exact = carry
+    return ~is_exact[_argmax(bounds)]
 
-  def look_again(carry):
-    bounds, fresh = carry
-    highest, rows = jax.lax.top_k(jnp.where(fresh, -jnp.inf, bounds), candidates)
-    found = _totals(points, rows, contribution)
-    # Those already chosen and padding are at the bottom, and stay there.
-    found = jnp.where(jnp.isfinite(highest), found, bounds[rows])
-    return bounds.at[rows].set(found), fresh.at[rows].set(True)
+  def evaluate(carry):
+    bounds, is_exact = carry
+    largest, rows = jax.lax.top_k(jnp.where(is_exact, -jnp.inf, bounds), candidates)
+    gains = _totals(points, rows, contribution)
+    # Selected points and padding keep their bound of -inf.
+    gains = jnp.where(jnp.isfinite(largest), gains, bounds[rows])
+    return bounds.at[rows].set(gains), is_exact.at[rows].set(True)
 
-  fresh = jnp.zeros(bounds.shape, bool)
-  bounds, _ = jax.lax.while_loop(undecided, look_again, (bounds, fresh))
-  return bounds, _first_of(bounds)
+  is_exact = jnp.zeros(bounds.shape, bool)
+  bounds, _ = jax.lax.while_loop(is_undecided, evaluate, (bounds, is_exact))
+  return bounds, _argmax(bounds)
 
 
 def sample_size(num_points: int, size: int, epsilon: float) -> int:
-  """Candidates a step of `stochastic_greedy`: ceil(n / r ln(1 / epsilon)).
+  """Candidates per step of `stochastic_greedy`: ceil(n / r ln(1 / epsilon)).
 
   >>> sample_size(60000, 6000, 0.01)
   47
@@ -181,26 +182,26 @@ def stochastic_greedy(
   num_points: int | base.Array | None = None,
   bound: float | base.Array | None = None,
 ) -> Selection:
-  """Greedy that looks at a few random candidates a step, not at all.
+  """Greedy facility location among a few random candidates per step.
 
-  With `sample_size(n, r, epsilon)` candidates F reaches at least 1 - 1/e - epsilon of
-  the best in expectation. They are drawn with replacement from the points not chosen
-  yet, and looked at in blocks. Among equal gains the lowest index wins.
+  With `sample_size(n, r, epsilon)` candidates, F reaches at least 1 - 1/e - epsilon of
+  the largest F in expectation. Candidates are drawn with replacement from the points
+  that are not selected yet, and evaluated in blocks. Ties go to the lowest index.
 
   Args:
     key: a typed PRNG key.
     points: `distances.vectors` or `distances.outer_products`.
-    size: as in `lazy_greedy`.
-    num_candidates: evaluated at each step.
-    capacity: as in `lazy_greedy`.
-    num_points: as in `lazy_greedy`.
-    bound: as in `lazy_greedy`.
+    size: see `lazy_greedy`.
+    num_candidates: number of candidates at each step.
+    capacity: see `lazy_greedy`.
+    num_points: see `lazy_greedy`.
+    bound: see `lazy_greedy`.
 
   Returns:
     A `Selection`.
 
   Raises:
-    InputError: a size out of range.
+    InputError: a size is out of range.
   """
   capacity, num_points = _check(points, size, capacity, num_points)
   if num_candidates < 1:
@@ -215,10 +216,10 @@ def _stochastic_greedy(key, points, size, num_points, bound, capacity, num_candi
   valid = jnp.arange(points.num_points) < num_points
 
   def draw(number, remaining, contribution):
-    own = jax.random.fold_in(key, number)
-    places = jax.random.randint(own, (num_candidates,), 0, num_points - number)
+    step_key = jax.random.fold_in(key, number)
+    places = jax.random.randint(step_key, (num_candidates,), 0, num_points - number)
     rows = remaining[places]
-    gains = _totals_of_many(points, rows, contribution)
+    gains = _blocked_totals(points, rows, contribution)
     row = jnp.min(jnp.where(gains == gains.max(), rows, points.num_points))
     place = places[jnp.argmax(rows == row)]
     last = remaining[num_points - number - 1]
@@ -227,20 +228,19 @@ def _stochastic_greedy(key, points, size, num_points, bound, capacity, num_candi
   def step(number, carry):
     state, remaining = carry
     remaining, row, gain = draw(number, remaining, _improvement(state.nearest))
-    return _choose(points, state, number, row, gain), remaining
+    return _select_next(points, state, number, row, gain), remaining
 
   remaining, first, total = draw(
     0, jnp.arange(points.num_points), lambda d: jnp.where(valid, -d, 0)
   )
-  state = _first_choice(points, first, total, valid, bound, capacity)
+  state = _select_first(points, first, total, valid, bound, capacity)
   state, _ = jax.lax.fori_loop(1, size, step, (state, remaining))
   return _selection(state, valid)
 
 
 def _check(points, size, capacity, num_points):
-  """`(capacity, num_points)` once they are seen to fit."""
-  whole = points.num_points
-  num_points = whole if num_points is None else num_points
+  """Checks sizes, as far as they are not traced, and returns (capacity, num_points)."""
+  num_points = points.num_points if num_points is None else num_points
   if capacity is None:
     capacity = size
   known = [x for x in (size, capacity) if isinstance(x, numbers.Integral)]
@@ -258,52 +258,54 @@ def _check(points, size, capacity, num_points):
 
 
 def _improvement(nearest: base.Array) -> Callable[[base.Array], base.Array]:
-  return lambda away: jnp.maximum(nearest[None, :] - away, 0)
+  """Returns `d [K, n] -> max(0, m - d)`, the terms of the gains."""
+  return lambda d: jnp.maximum(nearest[None, :] - d, 0)
 
 
 def _totals(points, rows, contribution):
   """Sum over all points i of contribution(d_ij), for j in rows [K]; [K]."""
   values = contribution(points.distances(rows))
-  # As a matrix product: XLA:CPU does not vectorize sums over the last axis.
+  # A matrix product, because XLA:CPU does not vectorize sums over the last axis.
   return jnp.dot(
     values, jnp.ones(values.shape[1], values.dtype), precision=distances.EXACT
   )
 
 
-def _totals_of_many(points, rows, contribution, block=64):
-  """`_totals` of any number of rows, so many at a time."""
+def _blocked_totals(points, rows, contribution, block=64):
+  """`_totals` of any number of rows, a block at a time."""
   if rows.size <= block:
     return _totals(points, rows, contribution)
-  # Repeated rows fill the last block.
+  # The last block is filled with repeated rows.
   blocks = jnp.resize(rows, (-(-rows.size // block), block))
-  found = jax.lax.map(lambda own: _totals(points, own, contribution), blocks)
-  return found.ravel()[: rows.size]
+  totals = jax.lax.map(lambda block: _totals(points, block, contribution), blocks)
+  return totals.ravel()[: rows.size]
 
 
-def _in_blocks(points, contribution, num_points, block):
-  """`_totals` of all points, a block at a time; what is beyond num_points is unset."""
-  whole = points.num_points
-  block = min(block, whole)
-  padded = -(-whole // block) * block
+def _all_totals(points, contribution, num_points, block):
+  """`_totals` of all points, a block at a time; arbitrary values for padding."""
+  size = points.num_points
+  block = min(block, size)
+  padded_size = -(-size // block) * block
 
-  def fill(number, found):
+  def fill(number, totals):
     rows = number * block + jnp.arange(block)
-    values = _totals(points, jnp.minimum(rows, whole - 1), contribution)
-    return jax.lax.dynamic_update_slice(found, values, (number * block,))
+    values = _totals(points, jnp.minimum(rows, size - 1), contribution)
+    return jax.lax.dynamic_update_slice(totals, values, (number * block,))
 
   dtype = jax.eval_shape(points.distances, jnp.zeros(1, jnp.int32)).dtype
   num_blocks = (num_points + block - 1) // block
-  found = jax.lax.fori_loop(0, num_blocks, fill, jnp.zeros(padded, dtype))
-  return found[:whole]
+  totals = jax.lax.fori_loop(0, num_blocks, fill, jnp.zeros(padded_size, dtype))
+  return totals[:size]
 
 
-def _first_of(values: base.Array) -> base.Array:
-  """argmax, the lowest index of equals; XLA:CPU's own takes ten times as long."""
+def _argmax(values: base.Array) -> base.Array:
+  """The lowest index of the maximum; jnp.argmax takes ten times as long on XLA:CPU."""
   index = jnp.arange(values.size)
   return jnp.min(jnp.where(values == values.max(), index, values.size))
 
 
-def _first_choice(points, row, total, valid, bound, capacity):
+def _select_first(points, row, total, valid, bound, capacity):
+  """The state after the selection of the first point."""
   distances = jnp.where(valid, points.distances(row[None])[0], 0)
   if bound is None:
     bound = 2 * distances.max()
@@ -317,14 +319,15 @@ def _first_choice(points, row, total, valid, bound, capacity):
   )
 
 
-def _choose(points, state, number, row, gain):
+def _select_next(points, state, number, row, gain):
+  """The state after the selection of a further point."""
   distances = points.distances(row[None])[0]
-  nearer = distances < state.nearest
+  is_nearer = distances < state.nearest
   equal = state.leaders[state.assignment[row]]
   leader = jnp.where(state.nearest[row] == 0, equal, number)
   return _State(
-    nearest=jnp.where(nearer, distances, state.nearest),
-    assignment=jnp.where(nearer, number, state.assignment),
+    nearest=jnp.where(is_nearer, distances, state.nearest),
+    assignment=jnp.where(is_nearer, number, state.assignment),
     rows=state.rows.at[number].set(row),
     gains=state.gains.at[number].set(gain),
     leaders=state.leaders.at[number].set(leader),
@@ -332,12 +335,13 @@ def _choose(points, state, number, row, gain):
 
 
 def _selection(state, valid):
-  none = jnp.zeros(state.rows.size, state.gains.dtype)
-  # Of all points that are equal to the leader, or have it for their nearest.
+  """The result, with the cluster sizes of equal selected points shared."""
+  is_selected = state.rows >= 0
+  zeros = jnp.zeros(state.rows.size, state.gains.dtype)
+  # Sums over the selected points that have the same leader.
   leaders = state.leaders[state.assignment]
-  totals = none.at[leaders].add(valid.astype(none.dtype))
-  shares = none.at[state.leaders].add((state.rows >= 0).astype(none.dtype))
-  weights = jnp.where(
-    state.rows >= 0, (totals / jnp.maximum(shares, 1))[state.leaders], 0
-  )
+  cluster_sizes = zeros.at[leaders].add(valid.astype(zeros.dtype))
+  num_equal = zeros.at[state.leaders].add(is_selected.astype(zeros.dtype))
+  shared = (cluster_sizes / jnp.maximum(num_equal, 1))[state.leaders]
+  weights = jnp.where(is_selected, shared, 0)
   return Selection(state.rows, state.gains, weights, state.assignment, state.nearest)

@@ -1,11 +1,12 @@
-"""Floor 1: a weighted subset of the training set, class by class.
+"""Selection of a weighted subset of the training set, class by class.
 
-What the gradients of all n examples point to, the chosen ones should too: with the
-proxies q_i of `select` for gradients, each class's part of the subset minimizes the
-distance of every example to its nearest chosen one, and the weight of a chosen
-example is the number of those it stands for.
+The weighted sum of the gradients of the subset should approximate the sum of all n
+gradients. With proxies q_i for the gradients, the subset of each class minimizes the
+sum of the distances of all its examples to the nearest selected one (see
+`facility_location`). The weight of a selected example is the number of examples to
+which it is the nearest.
 
-References:
+Reference:
   Mirzasoleiman, Bilmes, Leskovec, "Coresets for Data-efficient Training of Machine
   Learning Models", ICML 2020 (CRAIG).
 """
@@ -26,12 +27,12 @@ _SMALLEST_EPSILON = 1e-12
 
 
 class Coreset(NamedTuple):
-  """A weighted subset, NumPy arrays.
+  """A weighted subset, as NumPy arrays.
 
   Attributes:
-    rows: of the chosen examples, ascending, int32 [r].
-    weights: cluster sizes gamma, summing to n, float32 [r]; equal proxies that are
-      chosen share the size of their cluster.
+    rows: rows of the selected examples, ascending, int32 [r].
+    weights: cluster sizes gamma, which sum to n, float32 [r]; selected examples with
+      equal proxies share the sum of their cluster sizes.
   """
 
   rows: np.ndarray
@@ -41,18 +42,18 @@ class Coreset(NamedTuple):
 def class_budgets(
   class_counts: Sequence[int], size: int, budget: str = "proportional"
 ) -> np.ndarray:
-  """How many examples to choose of each class, int [C], `size` in all.
+  """The number of examples to select from each class, int [C], with sum `size`.
 
-  Each class that has examples gets at least one and none more than it has.
+  Each class with examples gets at least one, and no class more than it has.
 
   Args:
-    class_counts: examples of each class, [C].
+    class_counts: number of examples of each class, [C].
     size: r, between the number of classes with examples and the number of examples.
-    budget: "proportional" to the counts, the remainders going to the largest
-      fractions (CRAIG's scripts round up), or "equal" for all classes.
+    budget: "proportional" to the counts, rounded by largest remainder (CRAIG's scripts
+      round up), or "equal" for all classes.
 
   Raises:
-    InputError: `size` or `budget` out of range.
+    InputError: `size` is out of range or `budget` is unknown.
 
   >>> print(class_budgets([50, 30, 2], 8), class_budgets([50, 30, 2], 8, "equal"))
   [4 3 1] [3 3 2]
@@ -68,16 +69,16 @@ def class_budgets(
     )
   targets = size * counts / counts.sum()
   if budget == "equal":
-    left, order = float(size), np.argsort(counts)
+    remaining, order = float(size), np.argsort(counts)
     for place, c in enumerate(order):
-      targets[c] = min(counts[c], left / (len(order) - place))
-      left -= targets[c]
-  found = np.clip(targets.astype(int), counts > 0, counts)
-  while found.sum() < size:
-    found[np.argmax(np.where(found < counts, targets - found, -np.inf))] += 1
-  while found.sum() > size:
-    found[np.argmax(np.where(found > 1, found - targets, -np.inf))] -= 1
-  return found
+      targets[c] = min(counts[c], remaining / (len(order) - place))
+      remaining -= targets[c]
+  sizes = np.clip(targets.astype(int), counts > 0, counts)
+  while sizes.sum() < size:
+    sizes[np.argmax(np.where(sizes < counts, targets - sizes, -np.inf))] += 1
+  while sizes.sum() > size:
+    sizes[np.argmax(np.where(sizes > 1, sizes - targets, -np.inf))] -= 1
+  return sizes
 
 
 def select(
@@ -92,29 +93,30 @@ def select(
   epsilon: float = 0.1,
   key: base.Array | None = None,
 ) -> Coreset:
-  """Chooses and weighs a subset, each class on its own.
+  """Selects a weighted subset, separately for each class.
 
-  Distances are between proxies; with `features` between the outer products of proxy
-  and features, bias included, as the gradients of a last layer are. Classes are
+  Distances are between proxies or, with `features`, between the outer products of
+  proxies and features with a bias, which are the gradients of a last layer. Classes are
   padded to a few sizes, so that they share compiled programs.
 
   Args:
     proxies: q, [n, C].
-    labels: classes to choose within, [n]: integers, strings or anything that sorts.
-    size: r, at least one a class and at most n.
-    features: what the last layer sees, [n, d].
-    scale: what coordinates of the outer products are divided by, [C, d + 1], the
-      bias last; needs features.
+    labels: class of each example, [n]: integers, strings or other sortable values.
+    size: r, at least one per class and at most n.
+    features: inputs of the last layer, [n, d], or None.
+    scale: divisor of each coordinate of the outer products, [C, d + 1], bias last; None
+      for 1. It requires `features`.
     budget: see `class_budgets`.
-    greedy: "lazy" is exact; "stochastic" looks at random candidates.
-    epsilon: of the stochastic greedy's guarantee, in (0, 1).
-    key: of its draws, a typed PRNG key.
+    greedy: "lazy" is the exact greedy algorithm; "stochastic" evaluates random
+      candidates, see `facility_location.stochastic_greedy`.
+    epsilon: guarantee of the stochastic greedy algorithm, in (0, 1).
+    key: a typed PRNG key for the stochastic greedy algorithm.
 
   Returns:
     A `Coreset`; its weights sum to n.
 
   Raises:
-    InputError: an argument out of range, or a proxy that is NaN or infinite.
+    InputError: an argument is out of range, or a proxy is NaN or infinite.
   """
   check_greedy(greedy, epsilon)
   labels = np.asarray(labels)
@@ -125,12 +127,12 @@ def select(
   if labels.shape != np.shape(proxies)[:1]:
     raise base.InputError(
       f"select: labels of shape {labels.shape} do not fit proxies of shape"
-      f" {np.shape(proxies)}; give one label a proxy."
+      f" {np.shape(proxies)}; pass one label per proxy."
     )
   if greedy == "stochastic" and key is None:
     raise base.InputError("select: greedy='stochastic' needs key=jax.random.key(seed).")
   if scale is not None and features is None:
-    raise base.InputError("select: scale= is of outer products; give features= too.")
+    raise base.InputError("select: scale= requires features=.")
   table = [np.asarray(proxies)]
   if features is not None:
     table.append(_with_bias(features))
@@ -138,48 +140,49 @@ def select(
     bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
     if bad.size:
       raise base.InputError(
-        f"select: {bad.size} of the {name} hold NaN or infinity, the first is of"
-        f" example {bad[0]}; look at the network or lower the learning rate."
+        f"select: {bad.size} of the {name} are NaN or infinite, the first in row"
+        f" {bad[0]}; check the network or lower the learning rate."
       )
   classes, counts = np.unique(labels, return_counts=True)
   sizes = class_budgets(counts.tolist(), size, budget)
-  found = []
+  selections = []
   for place, (c, class_size) in enumerate(zip(classes, sizes.tolist(), strict=True)):
     members = np.flatnonzero(labels == c)
-    # The draws of a class do not depend on which other classes there are.
+    # Random draws for a class should not depend on which other classes exist.
     is_id = np.issubdtype(classes.dtype, np.integer) and 0 <= c < 2**32
     class_key = None
     if key is not None:
       class_key = jax.random.fold_in(key, int(c) if is_id else place)
-    chosen = _select_class(
+    selection = _select_class(
       [x[members] for x in table], scale, class_size, greedy, epsilon, class_key
     )
-    # All classes are under way before the first is waited for.
-    found.append((members, class_size, chosen))
-  rows = np.concatenate([m[np.asarray(s.rows)[:k]] for m, k, s in found])
-  weights = np.concatenate([np.asarray(s.weights)[:k] for _, k, s in found])
+    # Results are fetched after the loop, so that all classes run asynchronously.
+    selections.append((members, class_size, selection))
+  rows = np.concatenate([m[np.asarray(s.rows)[:k]] for m, k, s in selections])
+  weights = np.concatenate([np.asarray(s.weights)[:k] for _, k, s in selections])
   order = np.argsort(rows)
   return Coreset(rows[order].astype(np.int32), weights[order].astype(np.float32))
 
 
 def _select_class(table, scale, size, greedy, epsilon, key):
-  num_points, whole = len(table[0]), _rounded_up(len(table[0]))
-  table = [np.pad(x, ((0, whole - num_points), (0, 0))) for x in table]
+  num_points = len(table[0])
+  padding = _rounded_up(num_points) - num_points
+  table = [np.pad(x, ((0, padding), (0, 0))) for x in table]
   if len(table) == 1:
     points: Any = distances.vectors(table[0])
   else:
     points = distances.outer_products(table[0], table[1], scale)
-  given = {"capacity": _rounded_up(size), "num_points": num_points}
+  options = {"capacity": _rounded_up(size), "num_points": num_points}
   if greedy == "lazy":
-    return facility_location.lazy_greedy(points, size, **given)
+    return facility_location.lazy_greedy(points, size, **options)
   num_candidates = _rounded_up(facility_location.sample_size(num_points, size, epsilon))
   return facility_location.stochastic_greedy(
-    key, points, size, num_candidates=num_candidates, **given
+    key, points, size, num_candidates=num_candidates, **options
   )
 
 
 def _rounded_up(size: int) -> int:
-  """To four steps an octave, so that few shapes are compiled."""
+  """Rounds up to four sizes per power of two, so that few shapes are compiled."""
   step = 1 << max(0, size.bit_length() - 3)
   return -(-size // step) * step
 
@@ -190,10 +193,10 @@ def _with_bias(features):
 
 
 def check_greedy(greedy: str, epsilon: float) -> None:
-  """Raises InputError unless `select` can be asked for this."""
+  """Raises InputError unless the arguments are valid for `select`."""
   if greedy not in GREEDY:
     raise base.InputError(f"greedy={greedy!r}: choose one of {GREEDY}.")
-  # Below, the stochastic greedy would look at more candidates than the exact one.
+  # Below, the stochastic algorithm would evaluate more candidates than the exact one.
   if not _SMALLEST_EPSILON <= epsilon < 1:
     raise base.InputError(
       f"epsilon={epsilon} must lie between {_SMALLEST_EPSILON:g} and 1; with less,"

@@ -1,4 +1,4 @@
-"""Floor 4: arrays that are slow to make, kept in a file that is whole or absent."""
+"""A cache on disk for arrays that are slow to compute."""
 
 from collections.abc import Callable
 import hashlib
@@ -20,19 +20,19 @@ Arrays = dict[str, np.ndarray]
 def cached_arrays(
   cache_dir: str | os.PathLike, key: str, build: Callable[[], Arrays]
 ) -> Arrays:
-  """The arrays that `build()` makes, from the cache when they are there.
+  """The arrays that `build()` returns, from the cache if they are in it.
 
-  One uncompressed `.npz` per key. It is written beside its final place and
-  renamed, so that neither a kill nor a second writer leaves half a file, and
-  its SHA-256 is verified at every reading. A damaged file is built again, and a
-  folder that cannot be written costs only the time of the next building: both
-  are one warning.
+  The cache has one uncompressed `.npz` file for each key. It is written under a
+  temporary name and renamed, so that neither a kill nor a second writer leaves an
+  incomplete file, and its SHA-256 is verified whenever it is read. A damaged file is
+  built again. If the folder cannot be written, the arrays are built again next time.
+  Both log a warning.
 
   Args:
-    cache_dir: folder for the files; created where missing.
-    key: everything the arrays depend on (data set, version, split, ...). What
-      the key does not name, the cache cannot notice.
-    build: makes the arrays; object arrays are refused.
+    cache_dir: folder of the files; created if missing.
+    key: everything that the arrays depend on (data set, version, split, ...). The
+      cache cannot detect changes of anything else.
+    build: returns the arrays; object arrays are refused.
 
   Returns:
     The arrays by name.
@@ -46,7 +46,7 @@ def cached_arrays(
 
 
 def _path(folder: pathlib.Path, key: str) -> pathlib.Path:
-  # The readable part may clash after its clean-up and cut; the digest does not.
+  # The readable part is shortened and may not be unique; the digest is.
   readable = re.sub(r"[^A-Za-z0-9.]+", "_", key)[:80]
   return folder / f"{readable}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
 
@@ -68,11 +68,11 @@ def _read(path: pathlib.Path, key: str) -> Arrays | None:
       raise ValueError("its checksum does not match")
   except (FileNotFoundError, NotADirectoryError):
     return None
-  # Damage shows as nearly any error, by where it hits: BadZipFile, EOFError,
-  # KeyError, MemoryError, SyntaxError, ... All of them mean: make it again.
+  # Damage can raise nearly any error: BadZipFile, EOFError, KeyError, MemoryError,
+  # SyntaxError, ... In all cases the arrays are built again.
   except Exception as error:
     _log.warning(
-      "cache file %s cannot be used (%s: %s); making it again",
+      "cache file %s cannot be used (%s: %s); it is built again",
       path,
       type(error).__name__,
       error,
@@ -92,9 +92,8 @@ def _write(path: pathlib.Path, key: str, arrays: Arrays) -> None:
 
 
 def _replace(path: pathlib.Path, arrays: Arrays) -> None:
-  # Not `workdir.write_bytes`: arrays go to the disk without a copy of them in memory,
-  # and machines that share a cache may have equal process ids.
-  # Not `tempfile`: its files are private to the user.
+  # `workdir.write_bytes` would copy the arrays in memory, and machines that share a
+  # cache may have equal process ids. Files of `tempfile` are private to the user.
   partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
   try:
     with open(partial, "xb") as file:

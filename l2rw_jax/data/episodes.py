@@ -1,9 +1,9 @@
-"""Floor 4: few-shot tasks as the examples of a learning problem.
+"""Few-shot tasks as the examples of a learning problem.
 
-A task is N classes with k + q images each. Training tasks are a fixed pool, some of
-it of another distribution or with images of wrong classes; validation (`meta`) and
-test tasks are clean, and no class is on two sides. Images are gathered from a bank
-when a batch asks for them: a pool is a table of rows.
+A task has N classes (ways) with k + q images each. The training tasks are a fixed
+pool; some of them are from another distribution or have images of wrong classes.
+Validation (`meta`) and test tasks are clean, and the three sets of tasks have no class
+in common. A pool stores row numbers only; images are gathered when a batch needs them.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ from l2rw_jax.data import sources
 
 
 class TaskImages:
-  """Images of N tasks, [N, ways, k + q, H, W, channels], as a source of rows."""
+  """Images of N tasks, [N, ways, k + q, H, W, channels], as a row source."""
 
   def __init__(self, bank: np.ndarray, rows: np.ndarray):
-    """Nothing is copied.
+    """Copies nothing.
 
     Args:
-      bank: images, [n, H, W, channels].
-      rows: of the bank, for each image of each task, [N, ways, k + q].
+      bank: all images, [n, H, W, channels].
+      rows: the row of `bank` for each image of each task, [N, ways, k + q].
     """
     self._bank, self.rows = bank, rows
     self.shape = (*rows.shape, *bank.shape[1:])
@@ -36,24 +36,24 @@ class TaskImages:
     return len(self.rows)
 
   def __getitem__(self, tasks: Any) -> np.ndarray:
-    """The images of some tasks: a slice or an array of their numbers."""
+    """The images of some tasks, given as a slice or an array of task numbers."""
     return self._bank[self.rows[tasks]]
 
   def take(self, tasks: np.ndarray) -> "TaskImages":
-    """Only some tasks, still not gathered."""
+    """Some of the tasks, without gathering their images."""
     return TaskImages(self._bank, self.rows[tasks])
 
 
 class Pool(NamedTuple):
-  """What is known of the training tasks, and what no method may see.
+  """The truth about the training tasks, which methods must not use.
 
   Attributes:
-    classes: of each task, [N, ways]; the foreign classes come first, then those of
-      the training source.
+    classes: classes of each task, [N, ways]. The foreign classes have the first
+      numbers, the classes of the training source the next ones.
     is_foreign: whether a task is out of distribution, bool [N].
-    is_wrong: whether an image is of another class than its place says, bool
+    is_wrong: whether an image is not of the class of its way, bool
       [N, ways, k + q].
-    num_shots: k; the images from there on are queries.
+    num_shots: k; images from index k on are queries.
   """
 
   classes: np.ndarray
@@ -70,9 +70,10 @@ class Episodes(NamedTuple):
   """A few-shot learning problem.
 
   Attributes:
-    splits: `train` has tasks with `group` their cluster; `label` and `true_label`
-      are [N, ways * q], in the latter -1 where the query is of another class.
-    pool: what is known of the training tasks.
+    splits: their examples are tasks. `label` and `true_label` are [N, ways * q];
+      `true_label` is -1 if the query is not of the class of its way. `group` is
+      the cluster of the task.
+    pool: the truth about the training tasks.
   """
 
   splits: examples_lib.Splits
@@ -96,47 +97,48 @@ def episodes(
   num_clusters: int = 1,
   seed: int,
 ) -> Episodes:
-  """Pools of tasks, N ways, k shots and q queries of each way.
+  """Pools of tasks with N ways, k shots and q queries of each way.
 
-  A task draws its classes and then its images at random without repetition. Of the
-  training tasks exactly round(`num_tasks` * `foreign_share`) are drawn from
-  `foreign`. Noise is in the images of `train` before tasks are drawn, so that it hits
+  A task draws its classes and then their images at random without replacement.
+  Exactly round(`num_tasks` * `foreign_share`) of the training tasks are drawn from
+  `foreign`. Label noise is added to `train` before tasks are drawn, so that it affects
   supports and queries: floor(share * n) images get a label drawn uniformly from all
-  training classes, the true one among them, so that share * (C - 1) / C of them are
-  wrong. The draws do not depend on one another: neither another share nor another
-  noise changes the validation and test tasks.
+  training classes, including the true one, so that share * (C - 1) / C of them are
+  wrong. The draws are independent: neither another share nor another noise changes
+  the validation and test tasks.
 
-  Tasks share weights by k-means clusters (scikit-learn) of their descriptors, 1 for
-  every class of `foreign` and `train` that a task has, else 0.
+  Tasks with the same group share a weight. Groups are k-means clusters (scikit-learn)
+  of descriptors with an entry for every class of `foreign` and `train`: 1 if the task
+  has the class, else 0.
 
   Args:
     train: images of the training classes.
-    meta: of the validation classes.
-    test: of the test classes.
+    meta: images of the validation classes.
+    test: images of the test classes.
     num_ways: N.
     num_shots: k supports of each way.
     num_queries: q queries of each way.
     num_tasks: training tasks.
     num_meta_tasks: validation tasks.
     num_test_tasks: test tasks.
-    foreign: where tasks out of distribution come from; images of the same shape.
-    foreign_share: of the training tasks, in [0, 1).
-    noise_share: of the training images, in [0, 1].
-    num_clusters: of the training tasks.
-    seed: of all draws, at least 0.
+    foreign: source of tasks out of distribution, with images of the same shape.
+    foreign_share: share of such training tasks, in [0, 1).
+    noise_share: share of training images with a random label, in [0, 1].
+    num_clusters: clusters of the training tasks.
+    seed: seed of all draws, at least 0.
 
   Returns:
-    The problem; `validation` is empty.
+    The problem; its validation set is empty.
 
   Raises:
-    InputError: an argument out of range, too few classes or images of one, images
-      that do not fit together, or a class that is in two of the sources.
+    InputError: an argument is out of range, there are too few classes or images, the
+      images do not fit together, or two of the sources share a class.
 
   References:
     Killamsetty et al., "A Nested Bi-level Optimization Framework for Robust Few Shot
     Learning", AAAI 2022 (https://arxiv.org/abs/2011.06782), and its released code: the
-    descriptor, the clusters and the noise; there a task is foreign with a probability,
-    not an exact share.
+    descriptor, the clusters and the noise. There the number of foreign tasks is
+    random.
   """
   examples_lib.check_sizes(num_tasks=num_tasks, num_meta_tasks=num_meta_tasks)
   _check(train, meta, test, foreign, foreign_share, noise_share)
@@ -150,26 +152,26 @@ def episodes(
   )
   num_classes = train.num_classes + (foreign.num_classes if foreign else 0)
   clusters = _clusters(pool.classes, num_classes, num_clusters, seed)
-  found = {
+  parts = {
     "train": _examples(images, pool, clusters),
     "meta": _clean_tasks(meta, num_meta_tasks, shape, meta_rng),
     "test": _clean_tasks(test, num_test_tasks, shape, test_rng),
   }
   splits = examples_lib.Splits(
-    **found,
-    validation=_take(found["test"], np.zeros(0, np.int64)),
+    **parts,
+    validation=_take(parts["test"], np.zeros(0, np.int64)),
     num_classes=num_ways,
-    fingerprint=_fingerprint((train, meta, test, foreign), found, pool, clusters),
+    fingerprint=_fingerprint((train, meta, test, foreign), parts, pool, clusters),
   )
   return Episodes(splits, pool)
 
 
 def keep_tasks(problem: Episodes, tasks: np.ndarray) -> Episodes:
-  """The same problem with only some of its training tasks.
+  """Keeps only some of the training tasks.
 
   Args:
-    problem: the whole.
-    tasks: their numbers, all different.
+    problem: the problem.
+    tasks: numbers of the tasks to keep, all different.
   """
   tasks = np.sort(tasks)
   splits, pool = problem
@@ -188,10 +190,10 @@ class _Shape(NamedTuple):
 
 
 def _training_tasks(train, foreign, num_tasks, num_foreign, noise_share, shape, rng):
-  """`TaskImages` and their `Pool`: foreign and own tasks, mixed."""
-  noise_rng, own_rng, foreign_rng, order_rng = rng.spawn(4)
+  """`TaskImages` and their `Pool`, foreign and other tasks in random order."""
+  noise_rng, train_rng, foreign_rng, order_rng = rng.spawn(4)
   noisy = _noisy(train, noise_share, noise_rng)
-  rows, classes = _draw(noisy, num_tasks - num_foreign, shape, own_rng)
+  rows, classes = _draw(noisy, num_tasks - num_foreign, shape, train_rng)
   bank, truth = train.images, train.labels
   if foreign is not None:
     others = _draw(foreign, num_foreign, shape, foreign_rng)
@@ -246,7 +248,7 @@ def _noisy(source, share, rng):
 
 
 def _clusters(classes, num_classes, num_clusters, seed):
-  """The k-means cluster of each task by the classes it has, int32 [N]."""
+  """The k-means cluster of each task, from the classes it has, int32 [N]."""
   if not 1 <= num_clusters <= len(classes):
     raise base.InputError(
       f"num_clusters={num_clusters} must lie between 1 and the {len(classes)} tasks."
@@ -261,8 +263,8 @@ def _clusters(classes, num_classes, num_clusters, seed):
 
 def _examples(images, pool, clusters):
   number, num_ways, size = pool.is_wrong.shape
-  row = np.repeat(np.arange(num_ways), size - pool.num_shots)
-  label = np.tile(row, (number, 1)).astype(np.int32)
+  ways = np.repeat(np.arange(num_ways), size - pool.num_shots)
+  label = np.tile(ways, (number, 1)).astype(np.int32)
   index = np.arange(number, dtype=np.int32)
   return examples_lib.Examples(
     image=images,
@@ -285,12 +287,12 @@ def _take(examples, tasks):
   )
 
 
-def _fingerprint(given, found, pool, clusters):
-  origins = [None if s is None else (s.name, s.version, s.split) for s in given]
+def _fingerprint(all_sources, parts, pool, clusters):
+  origins = [None if s is None else (s.name, s.version, s.split) for s in all_sources]
   digest = hashlib.sha256(repr(origins).encode())
   for column in (pool.classes, pool.is_wrong, clusters):
     digest.update(column.astype("<i4").tobytes())
-  for part in found.values():
+  for part in parts.values():
     digest.update(repr(part.image.shape).encode())
     digest.update(part.image.rows.astype("<i4").tobytes())
   return digest.hexdigest()[:16]
@@ -306,9 +308,9 @@ def _check(train, meta, test, foreign, foreign_share, noise_share):
         f"the {name} images are {other[0]} of shape {other[1]} and the training images"
         f" {one[0]} of shape {one[1]}; make them alike."
       )
-  given = {"train": train, "meta": meta, "test": test, "foreign": foreign}
-  given = {name: source for name, source in given.items() if source is not None}
-  for (first, a), (second, b) in itertools.combinations(given.items(), 2):
+  all_sources = {"train": train, "meta": meta, "test": test, "foreign": foreign}
+  all_sources = {n: source for n, source in all_sources.items() if source is not None}
+  for (first, a), (second, b) in itertools.combinations(all_sources.items(), 2):
     shared = _shared_classes(a, b)
     if shared:
       raise base.InputError(
@@ -326,13 +328,13 @@ def _check(train, meta, test, foreign, foreign_share, noise_share):
 
 
 def _shared_classes(one, other):
-  """Names of the classes of one data set that are in both sources."""
+  """Names of the classes that both sources take from the same data set."""
   data_sets = {source.name.partition("+")[0] for source in (one, other)}
   if len(data_sets) > 1:
     return set()
   if None not in (one.class_names, other.class_names):
     return set(one.class_names) & set(other.class_names)
-  # Without names, only the same examples are surely of the same classes.
+  # Without names, only the same examples are known to be of the same classes.
   is_same = one.name == other.name and one[1:3] == other[1:3]
   return set(sources.numbers(one.num_classes)) if is_same else set()
 

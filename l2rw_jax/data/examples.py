@@ -1,7 +1,7 @@
-"""Floor 4: train, meta, validation and test sets cut out of a source, disjoint.
+"""Examples and splits: train, meta, validation and test sets drawn from a source.
 
-What every builder of splits needs: the types it returns, `assemble` to make
-them, and the checks of what it was given.
+This file has what every function that makes splits needs: the types that it returns,
+`assemble`, and checks of its arguments.
 """
 
 from collections.abc import Mapping
@@ -17,23 +17,24 @@ from l2rw_jax import base
 from l2rw_jax.data import label_noise
 from l2rw_jax.data import sources
 
+_BATCH_FIELDS = ("image", "label", "index", "group")
 _BLOCK_BYTES = 2**26
 
 
 class Examples(NamedTuple):
-  """One part of the data, N examples, possibly none.
+  """One part of the data: N examples, possibly none.
 
   Attributes:
-    image: float32 [N, ...]; uint8 pixels become [0, 1], floats stay as they are.
-      Any source of rows will do that has `len`, `shape` and `dtype` and gives an
-      array for a slice or an array of rows; its pixels are the model's to scale.
-    label: int32 [N], what training sees; [N, Q] for Q labels an example.
-    true_label: int32, likewise.
+    image: float32 [N, ...]; uint8 pixels are scaled to [0, 1], floats are unchanged.
+      It may also be a row source: any object with `len`, `shape` and `dtype` that
+      returns an array when indexed with a slice or an array of rows. The model has
+      to scale its pixels.
+    label: the labels for training, int32 [N]; [N, Q] if an example has Q labels.
+    true_label: the true labels, of the same shape.
     index: int32 [N], 0 .. N - 1, the row in this part.
     source_index: int32 [N], the row in the source split, ascending.
-    group: int32 [N], the attribute in which the examples are to be treated alike;
-      None stands for the true class. A truth, like `true_label`: what a method
-      may know is the group of the meta set.
+    group: int32 [N], the attribute for which training should be fair; None if it is
+      the true class. Like `true_label`, methods may use it on the meta set only.
   """
 
   image: np.ndarray
@@ -45,17 +46,17 @@ class Examples(NamedTuple):
 
 
 class Splits(NamedTuple):
-  """The four parts of a learning problem.
+  """The four parts of the data of a learning problem.
 
   Attributes:
-    train: with the wrong labels or counts.
-    meta: clean and class-balanced; N = 0 without a meta set.
-    validation: wrong like `train`, for tuning; N = 0 if not asked for.
-    test: clean.
+    train: the training set, with wrong labels or imbalanced classes.
+    meta: the meta set, clean and class-balanced; N = 0 if there is none.
+    validation: a set like `train`, for tuning; N = 0 if there is none.
+    test: the test set, clean.
     num_classes: C.
-    fingerprint: 16 hex digits of a SHA-256 over data set names and versions,
-      and over the source rows and labels of all four parts, and their groups
-      if they are not the classes.
+    fingerprint: 16 hex digits of a SHA-256 over the names and versions of the data
+      sets and over the source rows and labels of all four parts, and their groups
+      if these are not the classes.
   """
 
   train: Examples
@@ -66,8 +67,15 @@ class Splits(NamedTuple):
   fingerprint: str
 
 
+def as_batch(examples: Examples) -> base.Batch:
+  """The fields of `examples` that networks and methods may use."""
+  if examples.group is None:
+    examples = examples._replace(group=examples.true_label)
+  return {name: getattr(examples, name) for name in _BATCH_FIELDS}
+
+
 def class_counts(examples: Examples, num_classes: int) -> np.ndarray:
-  """How often each class occurs among the labels that training sees, int64 [C]."""
+  """Number of examples with each training label, int64 [C]."""
   labels = np.ravel(examples.label)
   return np.bincount(labels, minlength=num_classes).astype(np.int64)
 
@@ -85,20 +93,20 @@ def assemble(
   groups: np.ndarray | None = None,
   test_groups: np.ndarray | None = None,
 ) -> Splits:
-  """Cuts the parts out of their sources, once they are seen to be disjoint.
+  """Makes splits from rows of two sources, which must be disjoint.
 
   Args:
-    train: source of train, meta and validation; N images.
-    test: source of test; N' images.
-    rows: source rows by part (`train`, `meta`, `validation`, `test`), in any
-      order; a missing meta or validation is empty.
-    labels: what training sees, for the whole of `train`, int32 [N].
-    true_labels: the truth for the whole of `train`, int32 [N].
-    test_labels: the truth for the whole of `test`, int32 [N'].
-    num_classes: C of these labels.
-    meta_in_train: whether meta may share images with train.
-    groups: of the whole of `train`, int32 [N]; the true labels if None.
-    test_groups: of the whole of `test`, int32 [N'], likewise.
+    train: source of the training, meta and validation sets; N images.
+    test: source of the test set; N' images.
+    rows: source rows of each part (`train`, `meta`, `validation`, `test`), in any
+      order; `meta` and `validation` are empty if missing.
+    labels: training labels of all images of `train`, int32 [N].
+    true_labels: true labels of all images of `train`, int32 [N].
+    test_labels: true labels of all images of `test`, int32 [N'].
+    num_classes: C.
+    meta_in_train: whether the meta and training sets may share images.
+    groups: groups of all images of `train`, int32 [N]; the true labels if None.
+    test_groups: groups of all images of `test`, int32 [N'], likewise.
 
   Returns:
     The parts and their fingerprint.
@@ -106,33 +114,35 @@ def assemble(
   Raises:
     InputError: two parts share an image.
   """
-  apart = dict(rows)
+  disjoint = dict(rows)
   if _origin(train) != _origin(test):
-    del apart["test"]
+    del disjoint["test"]
   if meta_in_train:
-    check_disjoint({name: part for name, part in apart.items() if name != "train"})
-    del apart["meta"]
-  check_disjoint(apart)
-  none = np.zeros(0, np.int64)
+    check_disjoint({name: part for name, part in disjoint.items() if name != "train"})
+    del disjoint["meta"]
+  check_disjoint(disjoint)
+  no_rows = np.zeros(0, np.int64)
   parts = {
-    name: _cut(train.images, rows.get(name, none), labels, true_labels, groups)
+    name: _select(train.images, rows.get(name, no_rows), labels, true_labels, groups)
     for name in ("train", "meta", "validation")
   }
-  parts["test"] = _cut(test.images, rows["test"], test_labels, test_labels, test_groups)
+  parts["test"] = _select(
+    test.images, rows["test"], test_labels, test_labels, test_groups
+  )
   fingerprint = _fingerprint(train, test, parts)
   return Splits(**parts, num_classes=num_classes, fingerprint=fingerprint)
 
 
 def keep_train(splits: Splits, rows: np.ndarray) -> Splits:
-  """The same problem with only some of its training examples.
+  """Keeps only some of the training examples.
 
   Args:
-    splits: the whole.
-    rows: of the training set to keep, all different.
+    splits: the splits.
+    rows: rows of the training set to keep, all different.
 
   Returns:
-    Splits whose train has `index` 0 .. len(rows) - 1 in the old order, under a
-    fingerprint of its own.
+    Splits with a new fingerprint, in which the training examples keep their order
+    and have `index` 0 .. len(rows) - 1.
   """
   rows = np.sort(rows)
   whole = splits.train
@@ -153,7 +163,7 @@ def _origin(source: sources.Source) -> tuple[str, str, str]:
   return source.name, source.version, source.split
 
 
-def _cut(
+def _select(
   images: np.ndarray,
   rows: np.ndarray,
   labels: np.ndarray,
@@ -188,7 +198,7 @@ def _fingerprint(
 
 
 def generators(seed: int, number: int) -> list[np.random.Generator]:
-  """Independent generators of one seed, for draws that must not disturb others.
+  """Independent generators from one seed, so that draws do not affect each other.
 
   Raises:
     InputError: `seed` is not an integer of at least 0.
@@ -199,10 +209,10 @@ def generators(seed: int, number: int) -> list[np.random.Generator]:
 
 
 def check_disjoint(rows: Mapping[str, np.ndarray]) -> None:
-  """Raises InputError when two parts share a row of their common source.
+  """Raises InputError if two parts share a row of their common source.
 
   Args:
-    rows: source rows by name of the part.
+    rows: source rows of each part, by its name.
   """
   for (one, a), (other, b) in itertools.combinations(rows.items(), 2):
     shared = np.intersect1d(a, b)
@@ -214,43 +224,42 @@ def check_disjoint(rows: Mapping[str, np.ndarray]) -> None:
 
 
 def check_images(images: Any, what: str) -> None:
-  """Raises InputError unless the images are uint8, or floats that are finite.
+  """Raises InputError unless the images are uint8 or finite floats.
 
-  Floats are read some rows at a time, so that a source of rows larger than memory
-  can be checked.
+  Floats are read in blocks, so that a row source may be larger than memory.
 
   Args:
-    images: [N, ...], an array or a source of rows as in `Examples.image`.
-    what: how the message calls them.
+    images: [N, ...], an array or a row source as in `Examples.image`.
+    what: name of the images in the message.
   """
   try:
     dtype, shape, size = np.dtype(images.dtype), tuple(images.shape), len(images)
   except (AttributeError, TypeError):
     raise base.InputError(
-      f"{what} must be an array, or a source of rows with shape, dtype of NumPy and"
-      f" len; got {type(images).__name__}"
+      f"{what} must be an array, or a row source with a shape, a NumPy dtype and a"
+      f" length; got {type(images).__name__}"
     ) from None
   if dtype == np.uint8:
     return
   if not jax.dtypes.issubdtype(dtype, np.floating):
     raise base.InputError(f"{what} must be uint8 or floating; got {dtype}")
   block = max(1, _BLOCK_BYTES // max(1, dtype.itemsize * math.prod(shape[1:])))
-  wrong, first = 0, None
+  num_bad, first = 0, None
   for start in range(0, size, block):
-    found = np.asarray(images[start : min(start + block, size)])
-    bad = np.flatnonzero(~np.isfinite(found).reshape(len(found), -1).all(axis=1))
-    wrong += len(bad)
+    pixels = np.asarray(images[start : min(start + block, size)])
+    bad = np.flatnonzero(~np.isfinite(pixels).reshape(len(pixels), -1).all(axis=1))
+    num_bad += len(bad)
     if first is None and len(bad):
       first = start + bad[0]
-  if wrong:
+  if num_bad:
     raise base.InputError(
-      f"{wrong} of {what} hold NaN or infinite pixels, the first at index"
-      f" {first}; drop or mend them"
+      f"{num_bad} of {what} hold NaN or infinite pixels, the first at index"
+      f" {first}; remove or repair them"
     )
 
 
 def read_rows(source: Any, rows: np.ndarray) -> np.ndarray:
-  """Some rows of an array or of a source of rows, in the order of `rows`.
+  """Reads some rows of an array or of a row source, in the given order.
 
   Args:
     source: [N, ...], as in `Examples.image`.
@@ -264,21 +273,22 @@ def read_rows(source: Any, rows: np.ndarray) -> np.ndarray:
   try:
     return np.asarray(source[rows])
   except (TypeError, ValueError):
-    # HDF5 reads rows in ascending order only, each of them once.
+    # HDF5 requires ascending rows without repetition.
     ascending, places = np.unique(rows, return_inverse=True)
     return np.asarray(source[ascending])[places]
 
 
 def integers(what: str, values: Any) -> np.ndarray:
-  """Labels, groups or row numbers as int32, if no value changes by that.
+  """Converts labels, groups or row numbers to int32 without changing a value.
 
   Args:
-    what: how the message calls them.
+    what: name of the values in the message.
     values: an array or nested lists of integers, booleans or floats without a
       fractional part.
 
   Raises:
-    InputError: another kind of values, ragged lists, or a value that is no int32.
+    InputError: the values are of another type or are ragged lists, or one of them is
+      not an int32.
   """
   try:
     array = np.asarray(values)
@@ -310,15 +320,15 @@ def integers(what: str, values: Any) -> np.ndarray:
 
 
 def check_examples(examples: Examples, where: str) -> Examples:
-  """The same examples with integer columns, once all fields are of one length.
+  """Converts all columns to int32 and checks that all fields have the same length.
 
   Args:
-    examples: whose `label`, `true_label`, `index`, `source_index` and `group` may be
+    examples: their `label`, `true_label`, `index`, `source_index` and `group` may be
       lists, booleans or floats without a fractional part.
-    where: how the message calls the examples, such as `train of seed 0`.
+    where: name of the examples in the message, such as `train of seed 0`.
 
   Raises:
-    InputError: a column that is not of integers, or of another length than the
+    InputError: a column does not hold integers, or its length is not the number of
       images.
   """
   columns = {
@@ -332,13 +342,13 @@ def check_examples(examples: Examples, where: str) -> Examples:
     if not column.ndim or len(column) != len(examples.image):
       raise base.InputError(
         f"{name} in {where} has shape {list(column.shape)} and there are"
-        f" {len(examples.image)} images; give one to each"
+        f" {len(examples.image)} images; give one for each"
       )
   return examples._replace(**columns)
 
 
 def check_sources(train: sources.Source, test: sources.Source) -> None:
-  """Raises InputError unless two splits are sound and fit together."""
+  """Raises InputError unless two sources are valid and fit together."""
   for source in (train, test):
     what = f"{source.name} {source.split}"
     label_noise.check_labels(f"labels of {what}", source.labels, source.num_classes)
@@ -375,7 +385,7 @@ def check_sources(train: sources.Source, test: sources.Source) -> None:
 
 
 def check_sizes(**sizes: int) -> None:
-  """Raises InputError, by name, for a size that is no integer of at least 0."""
+  """Raises InputError if a size is not an integer of at least 0."""
   for name, size in sizes.items():
     if not isinstance(size, int | np.integer) or size < 0:
       raise base.InputError(f"{name} must be an integer of at least 0; got {size!r}")

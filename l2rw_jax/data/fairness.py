@@ -1,12 +1,12 @@
-"""Floor 4: training sets that are unfair on purpose, and exemplars that are not.
+"""Training sets that are unfair to some groups, with fair exemplars.
 
-Two ways to be unfair, alone or together, and wrong labels on top: classes in a
-long tail, and an attribute that few training images have. The meta set (the
-exemplars) and test hold every group in equal parts, with true labels.
+A training set can have a long tail of classes, an attribute that few images have, or
+both, and wrong labels in addition. The meta set (the exemplars) and the test set have
+the same number of examples of every group, with true labels.
 
-No image set that comes with this library has a protected attribute, so one is
-made: some images are photographically *inverted* (1 - x). The construction is
-ours; no published number belongs to it.
+None of the image data sets used here has a protected attribute, so one is
+constructed: some images are photographically *inverted* (1 - x). There are no
+published results for this construction.
 """
 
 from typing import Any
@@ -35,40 +35,40 @@ def fairness(
 ) -> examples_lib.Splits:
   """A long-tailed, noisy or under-represented training set and fair exemplars.
 
-  First the exemplars are drawn, then the tail is cut from what is left: class 0
-  keeps as many images as the rarest class has left, the last class that divided
-  by `imbalance`. Then, with the attribute, `minority_share` of the training
-  images of every class (rounded, at least one) are inverted, half of the
-  exemplars and half of the test images of every class. Last, training labels are
-  flipped. The draws do not depend on one another: neither another share nor
-  another noise changes which images are drawn.
+  First the exemplars are drawn. Then a long tail is drawn from the rest: class 0
+  keeps as many images as the rarest class has left, and the last class that number
+  divided by `imbalance`. With the attribute, `minority_share` of the training images
+  of every class (rounded, at least one), half of the exemplars and half of the test
+  images of every class are inverted. Finally training labels are flipped. The draws
+  are independent: neither another share nor another noise changes which images are
+  drawn.
 
   Args:
-    train: the split to draw train and exemplars from; N images.
-    test: the split that is used whole as test.
-    groups: what `Examples.group` is: "class" (the true class) or "inverted" (1
-      where the image is inverted, else 0).
-    imbalance: number of images of the first class over that of the last.
-    noise_fraction: share of training labels that become another class.
-    minority_share: share of inverted training images, in (0, 1); not used with
-      groups "class".
+    train: the source of the training set and the exemplars; N images.
+    test: the source whose images are all used as the test set.
+    groups: the meaning of `Examples.group`: "class" (the true class) or "inverted"
+      (1 if the image is inverted, else 0).
+    imbalance: number of images of the first class divided by that of the last.
+    noise_fraction: share of training labels that are flipped to another class.
+    minority_share: share of inverted training images, in (0, 1); not used if
+      `groups` is "class".
     num_exemplars: exemplars of every group: of each class, or of each class with
       each attribute.
-    seed: of all draws, at least 0.
+    seed: seed of all draws, at least 0.
 
   Returns:
-    The parts; validation is empty.
+    The splits; the validation set is empty.
 
   Raises:
-    InputError: an argument out of range, too few images of a class, or nothing
-      left of one to train on.
+    InputError: an argument is out of range, a class has too few images, or no image
+      of a class is left to train on.
   """
   examples_lib.check_sources(train, test)
   examples_lib.check_sizes(num_exemplars=num_exemplars)
   _check(groups, minority_share)
   meta_rng, tail_rng, group_rng, test_rng, noise_rng = examples_lib.generators(seed, 5)
-  copies = 1 if groups == "class" else 2
-  drawn = _per_class(train, copies * num_exemplars, meta_rng)
+  num_attributes = 1 if groups == "class" else 2
+  drawn = _per_class(train, num_attributes * num_exemplars, meta_rng)
   meta = np.concatenate(drawn)
   kept = _cut_tail(train, meta, imbalance, tail_rng)
   rows = np.concatenate(kept)
@@ -79,7 +79,7 @@ def fairness(
     num_classes=train.num_classes,
     rng=noise_rng,
   )
-  given: dict[str, Any] = {}
+  group_options: dict[str, Any] = {}
   test_labels, true_labels = test.labels, train.labels
   if groups == "inverted":
     minority = [max(1, round(minority_share * len(r))) for r in kept]
@@ -87,8 +87,10 @@ def fairness(
       group_rng.choice(r, n, replace=False) for r, n in zip(kept, minority, strict=True)
     ]
     half = [r[num_exemplars:] for r in drawn]
-    train, given["groups"] = _invert(train, np.concatenate(chosen + half))
-    test, given["test_groups"] = _invert(test, _half_of_each_class(test, test_rng))
+    train, group_options["groups"] = _invert(train, np.concatenate(chosen + half))
+    test, group_options["test_groups"] = _invert(
+      test, _half_of_each_class(test, test_rng)
+    )
   return examples_lib.assemble(
     train,
     test,
@@ -97,7 +99,7 @@ def fairness(
     true_labels=true_labels,
     test_labels=test_labels,
     num_classes=train.num_classes,
-    **given,
+    **group_options,
   )
 
 
@@ -147,7 +149,7 @@ def _half_of_each_class(source: sources.Source, rng: np.random.Generator) -> np.
 def _invert(
   source: sources.Source, rows: np.ndarray
 ) -> tuple[sources.Source, np.ndarray]:
-  """The source with some images inverted, renamed, and where: int32 [N]."""
+  """A renamed source with some images inverted, and which ones are, int32 [N]."""
   images = source.images.copy()
   brightest = 255 if images.dtype == np.uint8 else 1
   images[rows] = brightest - images[rows]

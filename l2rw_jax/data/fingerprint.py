@@ -1,4 +1,4 @@
-"""Floor 4: a checksum of everything that a run can see of its data."""
+"""A checksum of all data that a run uses."""
 
 import hashlib
 
@@ -6,8 +6,8 @@ import numpy as np
 
 from l2rw_jax.data import examples as examples_lib
 
-# Rows of a source that is no array in memory which are read: it may decode every
-# image anew, so that all of it would take as long as an epoch.
+# Number of rows read from a row source. It may decode every image again, so that
+# reading all rows would take as long as an epoch.
 _SAMPLED = 256
 
 
@@ -15,8 +15,8 @@ def fingerprint(splits: examples_lib.Splits) -> str:
   """SHA-256 over images, labels, groups and indices of all four parts.
 
   Args:
-    splits: the data of one run. Images that are no array in memory count by their
-      shape, dtype and 256 evenly spaced rows.
+    splits: the data of one run. Of images in a row source, the checksum includes the
+      shape, the dtype and 256 evenly spaced rows.
 
   Returns:
     64 hex digits.

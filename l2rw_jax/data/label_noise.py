@@ -1,12 +1,12 @@
-"""Floor 1: label noise, added once on the host before training.
+"""Label noise, added once on the host before training.
 
-"40% noise" means different things in different papers and programs: name the
-builder and its variant beside every number. N labels, C classes.
+"40% noise" means different things in different papers and programs: report the kind
+of noise and its variant with every number. N labels, C classes.
 
-Two families. `uniform_flip` and `background_flip` choose an exact number of
-examples. The others are a row-stochastic transition matrix T [C, C] from which
-`resample` draws every label anew, P(new = j | true = i) = T[i, j]: the number of
-wrong labels then varies a little with the seed.
+There are two families. `uniform_flip` and `background_flip` relabel an exact number
+of examples. The others make a row-stochastic transition matrix T [C, C], from which
+`resample` draws every label, P(new = j | true = i) = T[i, j]; the number of wrong
+labels then varies slightly with the seed.
 """
 
 from collections.abc import Mapping
@@ -27,30 +27,30 @@ def uniform_flip(
   rng: np.random.Generator,
   variant: str = "paper",
 ) -> np.ndarray:
-  """Labels of which round(fraction N), chosen at random, are drawn anew.
+  """Replaces round(fraction N) labels, chosen at random, by random labels.
 
-  Variants, with the share of labels that is truly wrong afterwards:
+  The variants, and the share of wrong labels that results:
 
   * `"paper"`: "any class may flip to any other"; the new label is uniform over
-    the C - 1 *other* classes. Truly wrong: `fraction`, exactly.
+    the C - 1 *other* classes. The share is exactly `fraction`.
   * `"official_code"`: the new label is floor(U(0, C - 1)), uniform over
-    0 .. C - 2; the last class is never drawn and the true one may be. Truly
-    wrong in expectation, with p_c the share of class c: fraction
-    (1 - (1 - p_{C-1}) / (C - 1)), which is fraction (1 - 1/C) for balanced
-    classes: 0.36, not 0.40, of CIFAR-10.
+    0 .. C - 2; the last class is never drawn, and the true one may be. The expected
+    share, with p_c the share of class c, is fraction
+    (1 - (1 - p_{C-1}) / (C - 1)). For balanced classes this is
+    fraction (1 - 1/C): 0.36, not 0.40, for CIFAR-10.
 
   Args:
     labels: integers in 0 .. C - 1, shape [N]; not modified.
     fraction: share of the examples to relabel, in [0, 1].
     num_classes: C, at least 2.
-    rng: source of all randomness.
+    rng: random number generator.
     variant: one of `VARIANTS`.
 
   Returns:
     Noisy labels, int32 [N].
 
   Raises:
-    InputError: an argument is out of range; the message names it.
+    InputError: an argument is out of range.
 
   References:
     Ren et al., "Learning to Reweight Examples for Robust Deep Learning"
@@ -77,27 +77,27 @@ def background_flip(
   background: int | None = None,
   variant: str = "paper",
 ) -> np.ndarray:
-  """Labels of which round(fraction N), chosen at random, become one class.
+  """Replaces round(fraction N) labels, chosen at random, by one background class.
 
-  Noise and imbalance at once. Examples of the background class itself are
-  chosen like any other and stay right, so that the truly wrong share is
-  fraction (1 - p_b) in expectation, with p_b the share of the background class:
-  fraction (1 - 1/C) for balanced classes. The variants differ only in which
-  background `draw_background` may draw.
+  This is noise and imbalance at the same time. Examples of the background class are
+  chosen like all others and keep their label, so that the expected share of wrong
+  labels is fraction (1 - p_b), with p_b the share of the background class. For
+  balanced classes this is fraction (1 - 1/C). The variants differ only in the
+  classes that `draw_background` may draw.
 
   Args:
     labels: integers in 0 .. C - 1, shape [N]; not modified.
     fraction: share of the examples to relabel, in [0, 1].
     num_classes: C, at least 2.
-    rng: source of all randomness.
-    background: the class that takes the flipped labels; drawn once when None.
+    rng: random number generator.
+    background: the background class; drawn if None.
     variant: one of `VARIANTS`.
 
   Returns:
     Noisy labels, int32 [N].
 
   Raises:
-    InputError: an argument is out of range; the message names it.
+    InputError: an argument is out of range.
 
   References:
     Ren et al., "Learning to Reweight Examples for Robust Deep Learning"
@@ -119,28 +119,28 @@ def background_flip(
 def draw_background(
   num_classes: int, *, rng: np.random.Generator, variant: str = "paper"
 ) -> int:
-  """A background class for several calls of `background_flip` to share.
+  """Draws a background class, which several calls of `background_flip` can share.
 
   Args:
     num_classes: C, at least 2.
-    rng: source of all randomness.
-    variant: `"paper"` draws from all C classes, `"official_code"` never the
-      last: floor(U(0, C - 1)).
+    rng: random number generator.
+    variant: `"paper"` draws from all C classes, `"official_code"` from all but the
+      last one: floor(U(0, C - 1)).
 
   Returns:
     A class.
 
   Raises:
-    InputError: an unknown variant, or fewer than 2 classes.
+    InputError: the variant is unknown, or there are fewer than 2 classes.
   """
   _check_variant(variant, num_classes)
   return int(rng.integers(0, num_classes - (variant == "official_code")))
 
 
 def symmetric_matrix(num_classes: int, rate: float) -> np.ndarray:
-  """Diagonal 1 - rate, every other class rate / (C - 1).
+  """A transition matrix with 1 - rate on its diagonal and rate / (C - 1) elsewhere.
 
-  Truly wrong in expectation: `rate`.
+  The expected share of wrong labels is `rate`.
 
   Args:
     num_classes: C, at least 2.
@@ -150,7 +150,7 @@ def symmetric_matrix(num_classes: int, rate: float) -> np.ndarray:
     T, float64 [C, C].
 
   Raises:
-    InputError: an argument out of range.
+    InputError: an argument is out of range.
 
   References:
     Patel, Sastry, "Adaptive Sample Selection for Robust Learning under Label
@@ -163,19 +163,20 @@ def symmetric_matrix(num_classes: int, rate: float) -> np.ndarray:
 
 
 def uniform_matrix(num_classes: int, rate: float) -> np.ndarray:
-  """(1 - rate) I + rate / C: drawn anew from all classes, the true one included.
+  """The transition matrix (1 - rate) I + rate / C.
 
-  Truly wrong in expectation: rate (1 - 1/C), which is 0.36 for 0.4 of 10 classes.
+  Labels are replaced by a class drawn from all classes, including the true one. The
+  expected share of wrong labels is rate (1 - 1/C): 0.36 for rate 0.4 and 10 classes.
 
   Args:
     num_classes: C, at least 2.
-    rate: probability of a new draw, in [0, 1].
+    rate: probability that a label is replaced, in [0, 1].
 
   Returns:
     T, float64 [C, C].
 
   Raises:
-    InputError: an argument out of range.
+    InputError: an argument is out of range.
 
   References:
     Shu et al., "Meta-Weight-Net" (NeurIPS 2019), released code: uniform noise.
@@ -185,20 +186,22 @@ def uniform_matrix(num_classes: int, rate: float) -> np.ndarray:
 
 
 def pair_matrix(num_classes: int, rate: float, pairs: Mapping[int, int]) -> np.ndarray:
-  """Classes that are mistaken for one other class with probability `rate`.
+  """A transition matrix that confuses some classes with one other class each.
 
-  Truly wrong in expectation: rate times the share of the classes in `pairs`.
+  The expected share of wrong labels is rate times the share of the classes in
+  `pairs`.
 
   Args:
     num_classes: C, at least 2.
-    rate: in [0, 1].
-    pairs: true class -> the class it is taken for; all others stay right.
+    rate: probability of a wrong label in these classes, in [0, 1].
+    pairs: true class -> the class with which it is confused. Other classes keep
+      their labels.
 
   Returns:
     T, float64 [C, C].
 
   Raises:
-    InputError: an argument out of range.
+    InputError: an argument is out of range.
 
   References:
     Patel, Sastry, "Adaptive Sample Selection for Robust Learning under Label
@@ -206,14 +209,14 @@ def pair_matrix(num_classes: int, rate: float, pairs: Mapping[int, int]) -> np.n
   """
   _check_matrix(num_classes, rate)
   matrix = np.eye(num_classes)
-  for true, taken in pairs.items():
-    if true == taken or not {true, taken} <= set(range(num_classes)):
+  for true, wrong in pairs.items():
+    if true == wrong or not {true, wrong} <= set(range(num_classes)):
       raise base.InputError(
-        f"pairs must lead from a class to another one, of 0 to {num_classes - 1};"
-        f" got {true}: {taken}"
+        f"pairs must map a class to another class, from 0 to {num_classes - 1};"
+        f" got {true}: {wrong}"
       )
     matrix[true, true] -= rate
-    matrix[true, taken] += rate
+    matrix[true, wrong] += rate
   return matrix
 
 
@@ -224,23 +227,24 @@ def flip_matrix(
   num_targets: int,
   rng: np.random.Generator | np.random.RandomState,
 ) -> np.ndarray:
-  """Each class is mistaken for a few random other ones, in equal parts.
+  """A transition matrix that confuses each class with a few random other classes.
 
-  Truly wrong in expectation: `rate`. From rate 1/2 on (two targets: from 2/3 on)
-  a class's own label is no longer the most frequent one it gets.
+  The expected share of wrong labels is `rate`, in equal parts for each target. From
+  rate 1/2 on (with two targets: from 2/3 on) the true label is no longer the most
+  frequent label of a class.
 
   Args:
     num_classes: C, more than `num_targets`.
-    rate: in [0, 1].
-    num_targets: 1 is Meta-Weight-Net's "flip", 2 its "flip2", the one in the
-      paper's tables.
-    rng: draws the targets, class by class.
+    rate: probability of a wrong label, in [0, 1].
+    num_targets: 1 is Meta-Weight-Net's "flip". 2 is its "flip2", which the tables of
+      the paper use.
+    rng: random number generator; draws the targets, class by class.
 
   Returns:
     T, float64 [C, C].
 
   Raises:
-    InputError: an argument out of range.
+    InputError: an argument is out of range.
 
   References:
     Shu et al., "Meta-Weight-Net" (NeurIPS 2019), released code: flip noise.
@@ -254,7 +258,7 @@ def flip_matrix(
   matrix = np.eye(num_classes) * (1 - rate)
   for true in range(num_classes):
     others = np.delete(np.arange(num_classes), true)
-    # One target: as the released code draws it, which `replace=False` would not.
+    # For one target, the released code draws with replacement.
     targets = rng.choice(others, num_targets, replace=num_targets == 1)
     matrix[true, targets] = rate / num_targets
   return matrix
@@ -263,18 +267,18 @@ def flip_matrix(
 def resample(
   labels: Any, matrix: np.ndarray, *, rng: np.random.Generator
 ) -> np.ndarray:
-  """Every label y drawn anew from row T[y], independently of the others.
+  """Draws every new label from row T[y] of its label y, independently.
 
   Args:
     labels: integers in 0 .. C - 1, shape [N]; not modified.
     matrix: T [C, C], rows non-negative with sum 1.
-    rng: source of all randomness.
+    rng: random number generator.
 
   Returns:
     Noisy labels, int32 [N].
 
   Raises:
-    InputError: labels out of range, or T is not row-stochastic.
+    InputError: labels are out of range, or T is not row-stochastic.
   """
   matrix = np.asarray(matrix, np.float64)
   if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
@@ -294,10 +298,10 @@ def resample(
 
 
 def check_labels(what: str, labels: Any, num_classes: int) -> np.ndarray:
-  """A copy of `labels` as int32 [N], once they are seen to be classes.
+  """Copies `labels` to int32 [N], and checks that they are classes.
 
   Args:
-    what: how the message calls the labels.
+    what: name of the labels in the message.
     labels: integers, shape [N].
     num_classes: C; every label must lie in 0 .. C - 1.
 
@@ -305,7 +309,7 @@ def check_labels(what: str, labels: Any, num_classes: int) -> np.ndarray:
     The labels, int32 [N].
 
   Raises:
-    InputError: wrong rank or type, or a label out of range.
+    InputError: the rank or the type is wrong, or a label is out of range.
   """
   array = np.asarray(labels)
   if array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or not array.size):

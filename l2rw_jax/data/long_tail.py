@@ -1,8 +1,7 @@
-"""Floor 4: training sets whose classes are of very different sizes.
+"""Long-tailed training sets: classes of very different sizes.
 
-Class 0 is the largest and the order of the classes is that of their numbers, as
-in the programs of both papers. All labels are right. Test stays as its makers
-published it.
+Class 0 is the largest, and sizes decrease with the number of the class, as in the
+programs of both papers. All labels are right, and the test set is unchanged.
 """
 
 import math
@@ -15,29 +14,31 @@ from l2rw_jax.data import sources
 
 SHAPES = ("exponential", "step")
 BUILDERS = ("ldam", "mwn")
-# So that 5000 / 100 is 50 however the power is rounded.
+# With it 5000 / 100 is 50, no matter how the power is rounded.
 _ROUNDING = 1e-6
 
 
 def class_sizes(
   shape: str, num_most: int, num_classes: int, imbalance: float
 ) -> np.ndarray:
-  """How many images each class keeps.
+  """The number of images in each class.
 
-  "exponential": floor(n_0 imbalance^(-c / (C - 1))), c = 0 .. C - 1. "step": the
-  first half of the classes (rounded down) n_0, the others floor(n_0 / imbalance).
+  "exponential": class c has floor(n_0 imbalance^(-c / (C - 1))) images. "step": the
+  first half of the classes (rounded down) have n_0 images, the others
+  floor(n_0 / imbalance).
 
   Args:
     shape: one of `SHAPES`.
-    num_most: n_0, of class 0.
+    num_most: n_0, the size of class 0.
     num_classes: C, at least 2.
-    imbalance: n_0 / n_{C-1}, at least 1; the released codes ask for its inverse.
+    imbalance: n_0 / n_{C-1}, at least 1; the released codes take its inverse.
 
   Returns:
-    Sizes, int [C]; the last may be 0.
+    Sizes, int [C]; the last one may be 0.
 
   Raises:
-    InputError: an unknown shape, `imbalance` less than 1, or less than 2 classes.
+    InputError: the shape is unknown, `imbalance` is less than 1, or there are fewer
+      than 2 classes.
 
   References:
     Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR
@@ -62,11 +63,11 @@ def class_sizes(
 
 
 def check_sizes(sizes: np.ndarray, imbalance: float) -> None:
-  """Raises InputError when the tail has lost a class altogether.
+  """Raises InputError if a class has no images.
 
   Args:
-    sizes: of `class_sizes`, [C].
-    imbalance: that made them.
+    sizes: the result of `class_sizes`, [C].
+    imbalance: the argument of `class_sizes`.
   """
   if sizes.min() < 1:
     raise base.InputError(
@@ -85,39 +86,40 @@ def long_tail_splits(
   num_meta_per_class: int,
   seed: int,
 ) -> examples_lib.Splits:
-  """A long-tailed training set and a small class-balanced meta set, disjoint.
+  """A long-tailed training set and a small, class-balanced, disjoint meta set.
 
-  n_0, the size of class 0, is the number of images that the *rarest* class of
-  `train` has, so that every class can be cut to its size; CIFAR's classes are all
-  of one size, MNIST's are not (5,421 of its fives). The two builders differ in it:
+  n_0, the size of class 0, is derived from the *rarest* class of `train`, so that
+  every class has enough images. (CIFAR's classes are all of one size, MNIST's are
+  not: it has 5,421 fives.) The two builders differ in n_0:
 
-    mwn     the meta images are taken out first: n_0 is what is left of the rarest
-            class (4,990 on CIFAR-10 with 10 meta images a class), as released by
-            Meta-Weight-Net;
-    ldam    n_0 is the number of its images (5,000 on CIFAR-10), as released by
-            LDAM, which has no meta set. A meta set is drawn from what the tail
-            leaves over. A class that leaves too little (class 0 always) gives the
-            missing images up from train: with 10 meta images a class, 4,990 of
-            class 0 stay and every other class keeps its size and its images.
+    mwn     The meta images are removed first: n_0 is the number of images that are
+            left in the rarest class (4,990 on CIFAR-10 with 10 meta images per
+            class), as in the released code of Meta-Weight-Net.
+    ldam    n_0 is the number of images in the rarest class (5,000 on CIFAR-10), as in
+            the released code of LDAM, which has no meta set. The meta set is drawn
+            from images that are not in the long tail. If a class has too few of
+            these (class 0 always does), its training set is smaller: with 10 meta
+            images per class, 4,990 images of class 0 are left, and every other class
+            keeps its size and its images.
 
-  Every class is shuffled by the seed; train is its beginning, meta its end. So
-  neither another imbalance nor another shape changes the meta set, and a larger
-  training set holds the smaller.
+  The images of every class are shuffled with the seed; the training set takes the
+  first ones, the meta set the last ones. So neither another imbalance nor another
+  shape changes the meta set, and a larger training set contains the smaller one.
 
   Args:
-    train: the split to draw train and meta from.
-    test: the split that is used whole as test.
+    train: the source of the training and meta sets.
+    test: the source whose images are all used as the test set.
     builder: one of `BUILDERS`.
     shape: one of `SHAPES`.
-    imbalance: images of the first class over those of the last, at least 1.
+    imbalance: images of the first class divided by those of the last, at least 1.
     num_meta_per_class: meta images of every class; 0 for none.
-    seed: of the draws, at least 0. The released codes draw with one fixed seed.
+    seed: seed of the draws, at least 0. The released codes use one fixed seed.
 
   Returns:
-    The parts; validation is empty.
+    The splits; the validation set is empty.
 
   Raises:
-    InputError: an argument out of range, or a class with nothing left of it.
+    InputError: an argument is out of range, or a class has no images left.
 
   References:
     Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin
@@ -158,11 +160,11 @@ def long_tail_splits(
 
 def _check_meta(source: sources.Source, sizes: list[int], num_meta: int) -> None:
   rarest = int(np.argmin(sizes))
-  has = f"class {rarest} has {sizes[rarest]} images in {source.name} {source.split}"
+  where = f"class {rarest} has {sizes[rarest]} images in {source.name} {source.split}"
   if not sizes[rarest]:
-    raise base.InputError(f"{has}: a long tail needs images of every class")
+    raise base.InputError(f"{where}: a long tail needs images of every class")
   if sizes[rarest] <= num_meta:
     raise base.InputError(
-      f"{has}; {num_meta} meta images of it leave none to train on: lower"
+      f"{where}; {num_meta} meta images of it leave none to train on: lower"
       " num_meta_per_class"
     )

@@ -1,4 +1,4 @@
-"""Floor 4: checkpoints that survive a kill, a full disk and a damaged file."""
+"""Checkpoints that survive a kill, a full disk and a damaged file."""
 
 import hashlib
 import json
@@ -20,12 +20,12 @@ _log = logging.getLogger(__name__)
 
 
 class Restored(NamedTuple):
-  """A checkpoint read back.
+  """A restored checkpoint.
 
   Attributes:
-    step: the step it was saved at.
-    state: the pytree that was saved, bit for bit.
-    host: the JSON value that was saved beside it.
+    step: the step at which it was saved.
+    state: the saved pytree, bit for bit.
+    host: the JSON value that was saved with it.
   """
 
   step: int
@@ -34,21 +34,21 @@ class Restored(NamedTuple):
 
 
 class Checkpointer:
-  """The last checkpoints of one run, each verified by a checksum when read."""
+  """The latest checkpoints of one run; their checksums are verified on reading."""
 
   def __init__(self, directory: str | os.PathLike, *, max_to_keep: int = 2):
-    """Opens `directory`, making it if need be, and clears away half-written saves.
+    """Opens or creates `directory` and removes incomplete checkpoints.
 
     Args:
       directory: holds the checkpoints of one run and nothing else.
-      max_to_keep: how many to keep; an older one is deleted only after a newer
-        one is complete.
+      max_to_keep: number of checkpoints to keep. An old one is deleted only after a
+        new one is complete.
 
     Raises:
       InputError: the directory cannot be written.
     """
-    # Orbax logs every failure with a traceback before raising it; what the user
-    # should read is said here, in one line.
+    # Orbax logs every failure with a traceback before raising it. The errors raised
+    # here contain what the user needs, in one line.
     logging.getLogger("absl").addFilter(_not_from_orbax)
     logging.getLogger("asyncio").addFilter(_not_from_tensorstore)
     self._directory = pathlib.Path(directory).absolute()
@@ -65,24 +65,24 @@ class Checkpointer:
       ) from error
 
   def save(self, step: int, state: base.PyTree, host: dict[str, Any]) -> None:
-    """Returns once the checkpoint is complete on disk.
+    """Saves a checkpoint; returns once it is complete on disk.
 
     Args:
-      step: must be greater than that of every checkpoint in the directory.
+      step: must be greater than the step of every checkpoint in the directory.
       state: pytree of JAX and NumPy arrays of any shape, typed PRNG keys and
         Python scalars. Sharded arrays must be addressable by this process.
-      host: what JSON can hold, for instance the position of a data iterator.
+      host: a JSON value, for instance the position of a data iterator.
 
     Raises:
       InputError: the checkpoint cannot be written. Earlier ones are intact.
-      TypeError: a leaf of `state`, or `host`, is of a kind that cannot be kept.
-      ValueError: `step` is not greater than the last one.
+      TypeError: a leaf of `state`, or `host`, is of a type that cannot be saved.
+      ValueError: `step` is not greater than the latest saved step.
     """
     last = self._manager.latest_step()
     if last is not None and step <= last:
       raise ValueError(f"step {step} does not come after the saved step {last}")
     leaves, arrays = _pack(state)
-    # As it will be read back: tuples become lists, and keys strings.
+    # In the form in which it will be read: tuples become lists, keys strings.
     record = json.loads(json.dumps({"step": step, "leaves": leaves, "host": host}))
     record["sha256"] = _digest(record, arrays)
     items = ocp.args.Composite(
@@ -100,16 +100,16 @@ class Checkpointer:
       ) from error
 
   def restore_latest(self, like: base.PyTree) -> Restored | None:
-    """The newest checkpoint that is intact; damaged ones are deleted.
+    """Restores the latest intact checkpoint, and deletes damaged ones.
 
     Args:
-      like: pytree of the structure, shapes and dtypes of what was saved; its
-        values do not matter, and `jax.eval_shape` gives one.
+      like: pytree with the structure, shapes and dtypes of the saved state; its
+        values are not used, so the result of `jax.eval_shape` will do.
 
     Returns:
-      The checkpoint, or None when there is none. Each leaf is of the type that
-      was saved: JAX arrays come back on the default device, not sharded, and
-      weakly typed only if of shape []; NumPy arrays and scalars as NumPy arrays.
+      The checkpoint, or None if there is none. Each leaf has the type that was
+      saved. JAX arrays are on the default device, not sharded, and weakly typed
+      only if their shape is []; NumPy arrays and scalars become NumPy arrays.
 
     Raises:
       InputError: the checkpoint is intact but does not fit `like`.
@@ -118,7 +118,7 @@ class Checkpointer:
       try:
         record, arrays = self._read(step)
       except MemoryError:
-        raise  # Says nothing about the checkpoint, so do not delete it.
+        raise  # The checkpoint may be intact, so do not delete it.
       except OSError as error:
         if isinstance(error, FileNotFoundError):
           self._drop(step, error)
@@ -127,7 +127,7 @@ class Checkpointer:
           f"cannot read the checkpoint of step {step} in {self._directory}:"
           f" {_reason(error)}"
         ) from error
-      except Exception as error:  # Damage can surface as anything.
+      except Exception as error:  # Damage can raise any exception.
         self._drop(step, error)
         continue
       misfit = _misfit(record["leaves"], like)
@@ -140,7 +140,7 @@ class Checkpointer:
     return None
 
   def close(self) -> None:
-    """Frees what Orbax holds; the checkpointer cannot be used afterwards."""
+    """Frees the resources of Orbax; the checkpointer cannot be used afterwards."""
     self._manager.close()
 
   def _read(self, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -173,17 +173,17 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
 
 
 def _not_from_tensorstore(record: logging.LogRecord) -> bool:
-  # Orbax reads all arrays at once and raises the first failure. The others come
-  # to asyncio's log whenever their tasks are collected, on top of what we say.
+  # Orbax reads all arrays at once and raises the first failure. asyncio logs the
+  # other ones when their tasks are collected, in addition to the error raised here.
   error = record.exc_info[1] if record.exc_info else None
   return "tensorstore_spec=" not in str(error)
 
 
 def _pack(state: base.PyTree) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-  """Every leaf described in JSON, and the arrays by the number of their leaf.
+  """Descriptions of all leaves in JSON, and the arrays by the number of their leaf.
 
-  Orbax takes neither empty containers nor arrays of size 0. The structure is
-  left to the `like` of the restore, and empty arrays to their description.
+  Orbax supports neither empty containers nor arrays of size 0. The structure of the
+  tree comes from `like` when it is restored, empty arrays from their description.
   """
   leaves: list[dict[str, Any]] = []
   raw = {}
@@ -205,16 +205,16 @@ def _describe(path: str, leaf: Any) -> dict[str, Any]:
   if type(leaf) in (bool, int, float):
     return {"path": path, "kind": "scalar", "dtype": type(leaf).__name__, "shape": []}
   if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
-    raise TypeError(f"cannot keep {path or 'the state'}, a {type(leaf).__name__}")
+    raise TypeError(f"cannot save {path or 'the state'}, a {type(leaf).__name__}")
   dtype = leaf.dtype
   described = {"path": path, "dtype": str(dtype), "shape": list(leaf.shape)}
   if jnp.issubdtype(dtype, jax.dtypes.prng_key):
     return described | {"kind": "key"}
-  # Orbax would store the other byte order as the native one, and turn down the
-  # rest only after it has begun to write.
+  # Orbax would store the other byte order as the native one, and refuse other dtypes
+  # only after it has begun to write.
   numeric = jnp.issubdtype(dtype, np.number) or dtype == np.bool_
   if not numeric or not dtype.isnative:
-    raise TypeError(f"cannot keep {path or 'the state'}, an array of {dtype}")
+    raise TypeError(f"cannot save {path or 'the state'}, an array of {dtype}")
   if not isinstance(leaf, jax.Array):
     return described | {"kind": "numpy"}
   return described | {"kind": "jax", "weak": leaf.weak_type}
@@ -223,7 +223,7 @@ def _describe(path: str, leaf: Any) -> dict[str, Any]:
 def _unpack(
   leaves: list[dict[str, Any]], arrays: dict[str, np.ndarray], like: base.PyTree
 ) -> base.PyTree:
-  # By path, not by position: a dict and an OrderedDict differ in their order.
+  # By path, not by position: dict and OrderedDict have different orders.
   values = {
     leaf["path"]: _unpack_leaf(leaf, arrays.get(str(i)))
     for i, leaf in enumerate(leaves)
@@ -243,8 +243,8 @@ def _unpack_leaf(leaf: dict[str, Any], array: np.ndarray | None) -> Any:
   if leaf["kind"] == "numpy":
     return array
   if leaf["weak"] and array.ndim == 0:
-    # A weak type decides the dtypes of what is computed from it, and only a
-    # Python scalar makes one.
+    # Weak types affect the dtypes of later computations, and only a Python scalar
+    # creates a weakly typed array.
     weak = jnp.asarray(array.item())
     if weak.dtype == array.dtype:
       return weak
@@ -252,10 +252,10 @@ def _unpack_leaf(leaf: dict[str, Any], array: np.ndarray | None) -> Any:
 
 
 def _misfit(leaves: list[dict[str, Any]], like: base.PyTree) -> str:
-  """The first leaf in which what was saved differs from `like`; "" when none."""
+  """Describes the first leaf that differs from `like`; "" if there is none."""
   flat = jax.tree_util.tree_flatten_with_path(like)[0]
-  wanted = [_describe(jax.tree_util.keystr(path), leaf) for path, leaf in flat]
-  old, new = ({x["path"]: _signature(x) for x in xs} for xs in (leaves, wanted))
+  expected = [_describe(jax.tree_util.keystr(path), leaf) for path, leaf in flat]
+  old, new = ({x["path"]: _signature(x) for x in xs} for xs in (leaves, expected))
   for path in sorted(old.keys() | new.keys()):
     was, now = old.get(path, "absent"), new.get(path, "absent")
     if was != now:
@@ -278,7 +278,7 @@ def _digest(record: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
 
 
 def _reason(error: Exception) -> str:
-  """One short line out of what Orbax and TensorStore spread over many."""
+  """Shortens the messages of Orbax and TensorStore, which have many lines, to one."""
   if isinstance(error, OSError) and error.strerror:
     return error.strerror
   code = re.search(r"os_error_code='(\d+)'", str(error))

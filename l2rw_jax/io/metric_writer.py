@@ -1,4 +1,4 @@
-"""Floor 4: the metrics of a run, the same to the byte after a kill and a resume."""
+"""Metric files of a run, byte for byte the same if the run is killed and resumed."""
 
 from collections.abc import Mapping, Sequence
 import contextlib
@@ -25,11 +25,11 @@ _log = logging.getLogger(__name__)
 
 
 class MetricWriter:
-  """Appends rows to `metrics.jsonl`; on close derives `metrics.csv` from it.
+  """Appends rows to `metrics.jsonl`, and derives `metrics.csv` from it on close.
 
-  A context manager. NaN and infinities become null, for JSON has no such
-  numbers; `read` gives them back as NaN. To resume exactly, write the rows of a
-  step before saving the checkpoint of that step.
+  The writer is a context manager. NaN and infinities are written as null, because
+  JSON does not support them; `read` returns them as NaN. To resume exactly, write the
+  rows of a step before you save the checkpoint of that step.
   """
 
   def __init__(
@@ -40,20 +40,19 @@ class MetricWriter:
     tensorboard: bool = True,
     history: Sequence[str] | None = None,
   ):
-    """Drops the rows that the resumed run is going to write again.
+    """Opens the files and drops the rows that the resumed run will write again.
 
     Args:
       folder: an existing folder.
-      resume_step: the step of the restored checkpoint; later rows are dropped.
-        None starts over: all rows are.
+      resume_step: the step of the restored checkpoint; later rows are dropped. None
+        drops all rows.
       tensorboard: whether to write TensorBoard events too, under `tensorboard/`.
-      history: the lines to begin with, as `history` of the earlier writer was when
-        the checkpoint was saved: then it does not matter what happened to the file
-        since. None takes them from the file.
+      history: `history` of the earlier writer when the checkpoint was saved. With
+        it, the file may have been damaged since. None reads the rows from the file.
 
     Raises:
-      InputError: the files cannot be written, or a row other than the last,
-        half-written one is damaged.
+      InputError: the files cannot be written, or a row is damaged that is not an
+        incomplete last one.
     """
     self._folder = pathlib.Path(folder)
     self._path = self._folder / _JSONL
@@ -67,7 +66,7 @@ class MetricWriter:
 
   @property
   def history(self) -> list[str]:
-    """The lines of `metrics.jsonl` so far, without their newlines."""
+    """The lines of `metrics.jsonl` so far, without newlines."""
     return list(self._history)
 
   def __enter__(self) -> "MetricWriter":
@@ -77,22 +76,22 @@ class MetricWriter:
     try:
       self.close()
     except base.InputError:
-      if kind is None:  # Else it would hide what went wrong first.
+      if kind is None:  # Otherwise it would hide the first error.
         raise
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
-    """Appends one row and hands it to the operating system.
+    """Appends one row without buffering it.
 
     Args:
       step: number of updates done.
-      values: one number for each name: Python, NumPy or JAX scalars.
+      values: metrics by name: Python, NumPy or JAX scalars.
 
     Raises:
       InputError: the row cannot be written (the disk is full).
-      ValueError: a metric is called "step".
+      ValueError: a metric is named "step".
     """
     if "step" in values:
-      raise ValueError('"step" is the name of the row\'s own column')
+      raise ValueError('no metric may be named "step", the name of the first column')
     numbers = {name: float(values[name]) for name in sorted(values)}
     finite = {name: x for name, x in numbers.items() if math.isfinite(x)}
     row = {"step": int(step)} | {name: finite.get(name) for name in numbers}
@@ -108,20 +107,20 @@ class MetricWriter:
     try:
       self._events.write(int(step), finite)
     except OSError as error:
-      _log.warning("TensorBoard events are not written any more: %s", error)
+      _log.warning("TensorBoard events are no longer written: %s", error)
       self._events = _NoEvents()
 
   def close(self) -> None:
-    """Writes `metrics.csv`: "step", then every metric by name; safe to repeat.
+    """Writes `metrics.csv`: "step", then all metrics by name. It may be called twice.
 
-    A cell is empty where a row lacks the metric, "nan" where it was not finite.
+    A cell is empty if the row lacks the metric, and "nan" if it was not finite.
 
     Raises:
       InputError: the file cannot be written.
     """
     if self._file.closed:
       return
-    # What a full disk refuses here, `write` has reported already.
+    # `write` has already reported a full disk.
     with contextlib.suppress(OSError):
       self._file.close()
     with contextlib.suppress(OSError):
@@ -130,13 +129,13 @@ class MetricWriter:
 
 
 def read(folder: str | os.PathLike) -> list[dict[str, Any]]:
-  """The rows written so far, oldest first; a half-written last one is left out.
+  """Reads the rows written so far, without an incomplete last one.
 
   Args:
-    folder: the folder given to `MetricWriter`.
+    folder: the folder of the `MetricWriter`.
 
   Returns:
-    One `{"step": int, name: float, ...}` a row; [] when nothing was written.
+    A `{"step": int, name: float, ...}` for each row, the oldest first.
 
   Raises:
     InputError: a row other than the last one is damaged.
@@ -146,7 +145,7 @@ def read(folder: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _rows(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
-  """Each line as it stands in the file, beside what it says."""
+  """The lines of the file, each with its parsed row."""
   if not path.exists():
     return []
   lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -176,10 +175,10 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def _append(file: io.FileIO, content: bytes) -> None:
-  """Writes all of `content` to a file without a buffer.
+  """Writes all of `content` to an unbuffered file.
 
-  With a buffer Python would try what a full disk refused again whenever the file is
-  closed or collected, and complain of that as well.
+  With a buffer, after a failure on a full disk, Python would try to write the rest
+  again when the file is closed or collected, and raise a second error.
   """
   while content:
     content = content[file.write(content) :]
@@ -194,10 +193,10 @@ class _NoEvents:
 
 
 class _Events(_NoEvents):
-  """A TensorBoard file, written by this thread.
+  """A TensorBoard event file, written by this thread.
 
-  `tensorboardX.SummaryWriter` leaves that to a thread behind a queue. A full
-  disk kills the thread, and then the next few values block the run for ever.
+  `tensorboardX.SummaryWriter` writes in another thread behind a queue. A full disk
+  ends that thread, and the next few values then block the run forever.
   """
 
   def __init__(self, folder: pathlib.Path, first_step: int):
@@ -208,8 +207,8 @@ class _Events(_NoEvents):
     self._event_pb2, self._summary_pb2 = event_pb2, summary_pb2
     self._checksum = record_writer.masked_crc32c
     folder.mkdir(exist_ok=True)
-    # The time has a resolution of one second: a quick restart must not get the same
-    # name, for the old file would be emptied.
+    # The time has a resolution of one second. A quick restart must not use the same
+    # name, because opening the file again would empty it.
     name = (
       f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
       f".{os.getpid()}.{first_step}"
@@ -217,7 +216,7 @@ class _Events(_NoEvents):
     self._file = open(folder / name, "wb", buffering=0)  # noqa: SIM115
     self._write_event(0, file_version="brain.Event:2")
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    # TensorBoard forgets what an earlier session wrote from this step on.
+    # TensorBoard discards events of earlier sessions from this step on.
     self._write_event(first_step, session_log=start)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -236,8 +235,8 @@ class _Events(_NoEvents):
     self._file.close()
 
 
-def _open_events(folder: pathlib.Path, first_step: int, wanted: bool) -> _NoEvents:
-  if not wanted:
+def _open_events(folder: pathlib.Path, first_step: int, enabled: bool) -> _NoEvents:
+  if not enabled:
     return _NoEvents()
   try:
     return _Events(folder, first_step)

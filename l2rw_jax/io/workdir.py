@@ -1,4 +1,4 @@
-"""Floor 4: the folder of a run, files that are whole or absent, and provenance."""
+"""The folder of a run: atomic writes, checksums, locks and provenance."""
 
 from collections.abc import Iterator, Mapping
 import contextlib
@@ -27,37 +27,37 @@ _SETTINGS = "settings.json"
 _LOCK = ".lock"
 _SCRATCH = ".scratch-"
 _CHECKSUM = "sha256"
-# What a run leaves in its folder, by which a folder without settings is known.
+# Files and folders of a run, which must not be in a folder without settings.
 _TRACES = ("results.json", "metrics.jsonl", "checkpoints", "mentor.json")
 _log = logging.getLogger(__name__)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "l2rw_jax")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-  """Writes `text` to `path` so that a reader sees all of it or none of it.
+  """Writes `text` to `path` atomically.
 
-  Survives a kill and a power cut at any moment: `path` then holds either its
-  old content or the new one.
+  After a kill or a power failure at any time, `path` has either its old content or
+  the new one.
 
   Args:
     path: file to create or replace; its folder must exist.
     text: the content, stored as UTF-8 without newline translation.
 
   Raises:
-    InputError: the file cannot be written; what was there is untouched.
+    InputError: the file cannot be written; its old content is kept.
   """
   write_bytes(path, text.encode())
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
-  """Writes `content` to `path` as `write_text` does.
+  """Writes `content` to `path` atomically, as `write_text` does.
 
   Args:
     path: file to create or replace; its folder must exist.
-    content: all of it.
+    content: the whole content.
 
   Raises:
-    InputError: the file cannot be written; what was there is untouched.
+    InputError: the file cannot be written; its old content is kept.
   """
   try:
     _replace(pathlib.Path(path), content)
@@ -66,7 +66,7 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
 
 
 def _replace(path: pathlib.Path, content: bytes) -> None:
-  # The process id keeps two runs that share a folder out of each other's file.
+  # The process id prevents two runs in one folder from using the same file.
   partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
     with open(partial, "wb") as file:
@@ -80,15 +80,15 @@ def _replace(path: pathlib.Path, content: bytes) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-  """Writes `value` as JSON with sorted keys, as `write_text` does.
+  """Writes `value` atomically as JSON with sorted keys.
 
   Args:
     path: file to create or replace; its folder must exist.
-    value: anything `json` takes; NaN and infinities are refused, for JSON has
-      no such numbers.
+    value: any value that `json` supports. NaN and infinities are refused, because
+      JSON does not support them.
 
   Raises:
-    InputError: the file cannot be written; what was there is untouched.
+    InputError: the file cannot be written; its old content is kept.
     TypeError, ValueError: `value` is not JSON; nothing is written.
   """
   write_text(path, _dump(value))
@@ -99,14 +99,14 @@ def _dump(value: Any) -> str:
 
 
 def write_record(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
-  """Writes a JSON object that carries its checksum under "sha256".
+  """Writes a JSON object with its checksum under "sha256".
 
   Args:
     path: file to create or replace; its folder must exist.
     value: a JSON object with string keys; NaN and infinities are refused.
 
   Raises:
-    InputError: the file cannot be written; what was there is untouched.
+    InputError: the file cannot be written; its old content is kept.
     TypeError, ValueError: `value` is not JSON; nothing is written.
   """
   plain = json.loads(_dump(dict(value)))
@@ -114,13 +114,13 @@ def write_record(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
 
 
 def read_record(path: str | os.PathLike) -> dict[str, Any]:
-  """Reads what `write_record` wrote, without its checksum.
+  """Reads a file of `write_record` and verifies its checksum.
 
   Args:
     path: the file.
 
   Returns:
-    The JSON object.
+    The JSON object, without its checksum.
 
   Raises:
     InputError: the file is missing, damaged, or has no checksum.
@@ -148,7 +148,7 @@ def _digest(value: dict[str, Any]) -> str:
 
 
 def file_digest(path: str | os.PathLike) -> str:
-  """SHA-256 of a file's content, in hex digits.
+  """SHA-256 of the content of a file, in hex digits.
 
   Args:
     path: the file.
@@ -163,8 +163,8 @@ def file_digest(path: str | os.PathLike) -> str:
     raise base.InputError(f"{path} cannot be read ({error.strerror}).") from error
 
 
-# Of the folders that this process has prepared, by resolved path: what their
-# `settings.json` holds, and the descriptors that hold their locks until the process
+# For the folders that this process has prepared, by resolved path: the content of
+# `settings.json`, and the file descriptors that hold their locks until the process
 # ends.
 _prepared: dict[pathlib.Path, dict[str, Any]] = {}
 _locks: dict[pathlib.Path, int] = {}
@@ -175,18 +175,18 @@ def prepare(
   settings: dict[str, Any],
   inputs: Mapping[str, str] | None = None,
 ) -> pathlib.Path:
-  """Creates the folder of a run, or reopens it for the very same run.
+  """Creates the folder of a run, or reopens it for the same run.
 
-  The folder is locked until the process ends, and what killed processes left half
-  written in it is removed.
+  The folder is locked until the process ends. Incomplete files of killed processes
+  are removed from it.
 
   Args:
-    path: the folder; parents are made as needed.
-    settings: everything that decides the outcome of the run, as JSON. Kept in
-      `settings.json`, and compared with it when the run comes back.
-    inputs: paths of the files that the run reads, by name of their flag. Their
-      contents decide the outcome too: they are kept as checksums. A file may be
-      added later, for runs that need it, but not exchanged for another one.
+    path: the folder; parents are created as needed.
+    settings: everything that the results of the run depend on, as JSON. It is saved
+      in `settings.json`, and compared with that file when the folder is reopened.
+    inputs: paths of the files that the run reads, by the name of their flag. The
+      results depend on their contents too, so their checksums are saved. A file may
+      be added later, for runs that need it, but not replaced.
 
   Returns:
     `path`, which exists and can be written to.
@@ -194,17 +194,17 @@ def prepare(
   Raises:
     InputError: the folder cannot be written, or holds a run with other
       settings or inputs, or runs without settings, or its `settings.json` is
-      damaged, or another process works in it, or an input cannot be read.
+      damaged, or another process uses it, or an input cannot be read.
   """
   folder = pathlib.Path(path)
   digests = {name: file_digest(file) for name, file in (inputs or {}).items()}
   now = json.loads(_dump({**settings, "inputs": digests}))
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    # Root passes every permission check, so only writing proves anything.
+    # Root passes every permission check, so only a real write is a test.
     with tempfile.TemporaryFile(dir=folder) as probe:
       probe.write(b"x")
-    _lock_for_good(folder)
+    _lock_until_exit(folder)
   except OSError as error:
     raise base.InputError(
       f"--workdir={path}: cannot write ({error.strerror});"
@@ -230,14 +230,14 @@ def prepare(
 
 
 def settings_of(folder: str | os.PathLike) -> dict[str, Any]:
-  """The settings that a run inside a prepared folder was asked for with.
+  """The settings with which a folder was prepared.
 
   Args:
     folder: a prepared folder, or one inside it.
 
   Returns:
-    The settings given to `prepare`, with the checksums of the inputs under
-    "inputs"; {} where this process has prepared no such folder.
+    The settings passed to `prepare`, with the checksums of the inputs under
+    "inputs"; {} if this process has prepared no such folder.
   """
   place = pathlib.Path(folder).resolve()
   for parent in (place, *place.parents):
@@ -259,18 +259,18 @@ def _read_settings(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _refuse_traces(folder: pathlib.Path) -> None:
-  """Results without settings could be those of any run."""
+  """Raises InputError if a folder without settings contains files of a run."""
   for _, folders, files in os.walk(folder):
     trace = next((name for name in (*folders, *files) if name in _TRACES), None)
     if trace is not None:
       raise base.InputError(
-        f"--workdir={folder} holds {trace} but {_SETTINGS} is missing, so that nobody"
-        " knows with what settings it was made. Choose another --workdir or delete it."
+        f"--workdir={folder} holds {trace} but {_SETTINGS} is missing, so its settings"
+        " are unknown. Choose another --workdir or delete it."
       )
 
 
 def _remove_leftovers(folder: pathlib.Path) -> None:
-  """Removes half-written files and scratch folders of processes that were killed."""
+  """Removes incomplete files and scratch folders of killed processes."""
   for where, folders, files in os.walk(folder):
     for name in files:
       if re.fullmatch(r"\..+\.\d+\.tmp", name):
@@ -282,16 +282,16 @@ def _remove_leftovers(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def scratch(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """A folder for what is not kept, inside a prepared one.
+  """A temporary folder inside a prepared one.
 
-  It is removed at the end of the `with`, or, if the process is killed, when the
-  prepared folder is opened the next time.
+  It is removed at the end of the `with` or, if the process is killed, when the
+  prepared folder is opened again.
 
   Args:
     folder: the prepared folder.
   """
-  with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as made:
-    yield pathlib.Path(made)
+  with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as path:
+    yield pathlib.Path(path)
 
 
 # -- locks -----------------------------------------------------------------
@@ -299,16 +299,16 @@ def scratch(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike) -> Iterator[None]:
-  """Keeps other processes out of a folder, and cleans it up, within a `with`.
+  """Locks a folder within a `with`, and removes incomplete files from it.
 
-  The operating system frees the lock when the process ends, however it ends. A
+  The operating system frees the lock when the process ends, for whatever reason. A
   folder inside one that this process has prepared is locked already.
 
   Args:
     folder: an existing folder.
 
   Raises:
-    InputError: another process works in the folder.
+    InputError: another process uses the folder.
   """
   place = pathlib.Path(folder).resolve()
   if any(parent in _locks for parent in (place, *place.parents)):
@@ -324,19 +324,19 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
       os.close(lock)
 
 
-def _lock_for_good(folder: pathlib.Path) -> None:
+def _lock_until_exit(folder: pathlib.Path) -> None:
   place = folder.resolve()
   if place in _locks:
     if _is_file(_locks[place], folder / _LOCK):
       return
-    os.close(_locks.pop(place))  # The folder was deleted and made anew.
+    os.close(_locks.pop(place))  # The folder was deleted and created again.
   lock = _acquire(folder)
   if lock is not None:
     _locks[place] = lock
 
 
 def _acquire(folder: pathlib.Path) -> int | None:
-  """Locks a folder; None where the file system has no locks."""
+  """Locks a folder; returns None if the file system has no locks."""
   path = folder / _LOCK
   while True:
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -348,11 +348,11 @@ def _acquire(folder: pathlib.Path) -> int | None:
       if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
         raise base.InputError(
           f"--workdir={folder}: another process ({holder or 'unknown'}) runs here."
-          " Wait for its end or choose another --workdir."
+          " Wait until it ends or choose another --workdir."
         ) from error
       _log.warning("%s cannot be locked: %s", folder, error.strerror)
       return None
-    # The last holder may have deleted the file after it was opened here.
+    # The previous process may have deleted the file after it was opened here.
     if _is_file(lock, path):
       break
     os.close(lock)
@@ -372,11 +372,11 @@ def _is_file(descriptor: int, path: pathlib.Path) -> bool:
 
 
 def setting_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-  """What differs between two settings, a phrase each.
+  """Describes the differences between two settings, as `changes` does.
 
   Args:
     old: settings with "inputs", as `settings_of` returns them.
-    new: the same of now. An input that only one of them names is no change.
+    new: current settings. An input that only one of them has is not a difference.
   """
 
   def flat(settings, other):
@@ -389,11 +389,11 @@ def setting_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-  """What differs between two JSON objects, a phrase each: "x was 1, now 2".
+  """Describes the differences between two JSON objects, such as "x was 1, now 2".
 
   Args:
-    old: the one before.
-    new: the one of now.
+    old: the earlier object.
+    new: the current object.
   """
 
   def show(settings, name):
@@ -415,7 +415,7 @@ def code_digest() -> str:
 
 
 def made_by() -> dict[str, Any]:
-  """What the numbers of a run depend on besides what it was asked to do.
+  """What the numbers of a run depend on in addition to its settings.
 
   Returns:
     Strings: versions of the packages by their name, a checksum of this package's
@@ -431,13 +431,13 @@ def made_by() -> dict[str, Any]:
 
 
 def run_info() -> dict[str, Any]:
-  """What produced a result: code, versions and hardware.
+  """The code, versions and hardware that produced a result.
 
   Returns:
-    Strings under "commit" ("+dirty" appended when tracked files differ from it,
-    "unknown" outside a git checkout), "python", "jax", "jaxlib", "flax",
-    "optax", "numpy", "l2rw_jax" ("unknown" when not installed), "platform"
-    ("cpu", "gpu", ...) and "device_kind"; an int under "device_count".
+    Strings under "commit" (with "+dirty" if tracked files differ from it, "unknown"
+    outside of a git checkout), "python", "jax", "jaxlib", "flax", "optax", "numpy",
+    "l2rw_jax" ("unknown" if not installed), "platform" ("cpu", "gpu", ...) and
+    "device_kind"; an int under "device_count".
   """
   device = jax.devices()[0]
   return {
@@ -459,8 +459,8 @@ def _version(package: str) -> str:
 
 def _commit() -> str:
   try:
-    # An installed copy may lie inside the checkout of something else: only a
-    # file that git tracks tells that the checkout is ours.
+    # An installed copy may be inside the checkout of another project, so check that
+    # git tracks this file.
     _git("ls-files", "--error-unmatch", pathlib.Path(__file__).name)
     commit = _git("rev-parse", "HEAD")
     dirty = _git("status", "--porcelain", "--untracked-files=no")

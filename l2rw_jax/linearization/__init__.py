@@ -1,4 +1,4 @@
-"""Per-example losses of a batch, linearized: slopes and weighted gradients."""
+"""Linearization of the per-example losses of a batch."""
 
 from l2rw_jax.linearization.engines import ENGINES
 from l2rw_jax.linearization.engines import linearize

@@ -1,8 +1,9 @@
-"""Which axis of a value tells the examples of a batch apart, operation by operation.
+"""Propagation of the batch axis through the operations of a jaxpr.
 
-A network treats its examples one by one if row i of everything it computes depends
-on row i of the batch alone. `propagate` follows that axis through one operation of
-a jaxpr, or tells that the operation mixes examples, or that it cannot know.
+A network processes examples independently if row i of every value, along some axis,
+depends on row i of the batch alone. `propagate` computes this axis for the outputs of
+one operation from those of its inputs. It raises an error if the operation mixes
+examples, or may do so.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,12 +14,12 @@ import jax
 from jax.extend import core as jax_core
 import jax.numpy as jnp
 
-# The axis of each value; None for a value that is the same for every example.
+# The axis of the examples; None for a value that does not depend on examples.
 Axis = int | None
 
 
 class MixedError(Exception):
-  """An operation mixes examples, or may do so; the message names it."""
+  """An operation mixes examples, or may do so. The message names the operation."""
 
 
 # fmt: off
@@ -57,8 +58,8 @@ _SCATTERS = (
   "scatter",
   *(f"scatter-{name}" for name in ("add", "max", "min", "mul", "sub")),
 )
-# Of each matrix of a stack of matrices.
-_OF_MATRICES = (
+# Linear algebra on the last two axes.
+_MATRIX_OPERATIONS = (
   *("cholesky", "eig", "eigh", "hessenberg", "householder_product", "lu", "qr"),
   *("schur", "svd", "triangular_solve", "tridiagonal"),
 )
@@ -71,24 +72,26 @@ _CALLS = {
 }
 
 
-_LOOP = "it runs other operations, which are not followed"
+_LOOP = "the operations in its body are not followed"
 _COLLECTIVE = "it takes values from other devices"
 _STATE = "it reads or writes a reference"
-_RARE = "few networks have it"
-# The rest of JAX's operations, and why no examples are followed through them.
+_RARE = "few networks use it"
+# All other operations of JAX, and the reasons why they are not supported.
 REFUSED = {
   **dict.fromkeys(("call", "cond", "scan", "while"), _LOOP),
   **dict.fromkeys(("eval_jaxpr", "remat2"), _LOOP),
   **dict.fromkeys(("checkpoint", "shard_map"), _LOOP),
-  "custom_linear_solve": "its derivative solves another equation",
+  "custom_linear_solve": "its derivative solves another linear system",
   "custom_lin": "its backward rule is not followed",
   "custom_vjp_call": "its backward rule is not followed",
   **dict.fromkeys(("all_gather", "all_to_all", "axis_index", "pmax"), _COLLECTIVE),
   **dict.fromkeys(("pmin", "ppermute", "psum", "ragged_all_to_all"), _COLLECTIVE),
   **dict.fromkeys(("get", "swap"), _STATE),
-  **dict.fromkeys(("after_all", "create_token"), "it orders effects"),
+  **dict.fromkeys(("after_all", "create_token"), "it orders side effects"),
   **dict.fromkeys(("empty2", "iota", "rng_uniform"), "it takes no examples"),
-  **dict.fromkeys(("random_gamma", "rng_bit_generator"), "it draws for all at once"),
+  **dict.fromkeys(
+    ("random_gamma", "rng_bit_generator"), "it draws for all examples at once"
+  ),
   **dict.fromkeys(("approx_top_k", "device_put", "polynomial", "reduce"), _RARE),
   **dict.fromkeys(("select_and_gather_add", "select_and_scatter"), _RARE),
   **dict.fromkeys(("select_and_scatter_add", "tridiagonal_solve"), _RARE),
@@ -96,7 +99,7 @@ REFUSED = {
 
 
 def inner_jaxpr(eqn: Any) -> Any:
-  """The jaxpr that a call runs, as `(jaxpr, consts)`; None for an operation."""
+  """The jaxpr of a call, as `(jaxpr, consts)`; None if `eqn` is not a call."""
   name = _CALLS.get(eqn.primitive.name)
   if name is None or name not in eqn.params:
     return None
@@ -107,46 +110,50 @@ def inner_jaxpr(eqn: Any) -> Any:
 
 
 def inlined(eqn: Any) -> Any:
-  """`inner_jaxpr` of a call that means no more than what it runs."""
+  """`inner_jaxpr` of a call that can be inlined, without a custom derivative."""
   name = eqn.primitive.name
   return None if name.startswith("custom_") else inner_jaxpr(eqn)
 
 
-def propagate(eqn: Any, axes: Sequence[Axis], *, rules: bool = True) -> list[Any]:
-  """The batch axis of each result of an operation, or a MixedError in its place.
-
-  A call has results that mix examples and results that do not.
+def propagate(
+  eqn: Any, axes: Sequence[Axis], *, check_rules: bool = True
+) -> list[Axis | MixedError]:
+  """The batch axis of each output of an operation.
 
   Args:
-    eqn: of a jaxpr.
-    axes: of its arguments, at least one not None.
-    rules: whether the derivative of a custom_jvp is followed too.
+    eqn: equation of a jaxpr.
+    axes: batch axes of its inputs, at least one of them not None.
+    check_rules: whether the derivative rule of a `jax.custom_jvp` is checked too.
+
+  Returns:
+    A batch axis for each output. Some outputs of a call may mix examples; they have a
+    MixedError instead.
 
   Raises:
-    MixedError: the operation is no call, and mixes examples, or is not known to keep
-      them apart.
+    MixedError: the operation is not a call, and mixes examples, or may do so.
   """
   inner = inner_jaxpr(eqn)
   if inner is not None:
     jaxpr, consts = inner
-    found = _through(jaxpr, len(consts), axes, rules)
-    if rules and eqn.primitive.name == "custom_jvp_call":
-      return _through_rule(eqn, axes, found)
-    return found
+    output_axes = _propagate_jaxpr(jaxpr, len(consts), axes, check_rules)
+    if check_rules and eqn.primitive.name == "custom_jvp_call":
+      return _checked_by_rule(eqn, axes, output_axes)
+    return output_axes
   name = eqn.primitive.name
   if name in _ELEMENTWISE:
-    return [_same(eqn, axes)] * len(eqn.outvars)
+    return [_elementwise(eqn, axes)] * len(eqn.outvars)
   if name == "optimization_barrier":
     return list(axes)
   rule = _RULES.get(name)
   if rule is None:
     why = f": {REFUSED[name]}" if name in REFUSED else ""
     raise MixedError(f"{name}, which is not known to keep examples apart{why}")
-  return [int(rule(eqn, axes))] * len(eqn.outvars)  # vmap writes NumPy integers.
+  # `vmap` uses NumPy integers for axes.
+  return [int(rule(eqn, axes))] * len(eqn.outvars)
 
 
-def follows(name: str) -> bool:
-  """Whether examples are followed through the operation of this name."""
+def is_supported(name: str) -> bool:
+  """Whether `propagate` supports the operation with this name."""
   return (
     name in _ELEMENTWISE
     or name in _RULES
@@ -155,8 +162,8 @@ def follows(name: str) -> bool:
   )
 
 
-def _through_rule(eqn, axes, found):
-  """`found`, but for results of which the derivative of a custom_jvp mixes examples."""
+def _checked_by_rule(eqn, axes, output_axes):
+  """`output_axes`, with errors where the rule of a custom_jvp mixes examples."""
   params = eqn.primitive.get_bind_params(eqn.params)
 
   def derivative(values, tangents):
@@ -168,37 +175,39 @@ def _through_rule(eqn, axes, found):
     for v in values
   )
   rule = jax.make_jaxpr(derivative)(values, tangents)
-  # Which calls the function itself again.
-  of_rule = _through(rule.jaxpr, len(rule.consts), (*axes, *axes), rules=False)
+  # The rule may call the function itself, whose rule must not be checked again.
+  tangent_axes = _propagate_jaxpr(
+    rule.jaxpr, len(rule.consts), (*axes, *axes), check_rules=False
+  )
   return [
-    axis if other is None or other == axis else _mixes(eqn)
-    for axis, other in zip(found, of_rule, strict=True)
+    axis if tangent_axis is None or tangent_axis == axis else _mixes(eqn)
+    for axis, tangent_axis in zip(output_axes, tangent_axes, strict=True)
   ]
 
 
-def _through(jaxpr, num_consts, axes, rules):
-  """The batch axes of what a jaxpr returns, whose constants have none."""
-  found = dict(
+def _propagate_jaxpr(jaxpr, num_consts, axes, check_rules):
+  """The batch axes of the outputs of a jaxpr; its constants have no axis."""
+  axis_by_var = dict(
     zip((*jaxpr.constvars, *jaxpr.invars), (*[None] * num_consts, *axes), strict=True)
   )
 
   def axis_of(atom):
-    return None if isinstance(atom, jax_core.Literal) else found[atom]
+    return None if isinstance(atom, jax_core.Literal) else axis_by_var[atom]
 
   for eqn in jaxpr.eqns:
-    own = [axis_of(v) for v in eqn.invars]
-    # An error counts only if a result needs what it is about.
-    errors = [axis for axis in own if isinstance(axis, MixedError)]
+    input_axes = [axis_of(v) for v in eqn.invars]
+    # Errors are kept as values, because they only matter if an output depends on them.
+    errors = [axis for axis in input_axes if isinstance(axis, MixedError)]
     if errors:
-      outs: list[Any] = errors[:1] * len(eqn.outvars)
-    elif all(axis is None for axis in own):
-      outs = [None] * len(eqn.outvars)
+      output_axes: list[Any] = errors[:1] * len(eqn.outvars)
+    elif all(axis is None for axis in input_axes):
+      output_axes = [None] * len(eqn.outvars)
     else:
       try:
-        outs = propagate(eqn, own, rules=rules)
+        output_axes = propagate(eqn, input_axes, check_rules=check_rules)
       except MixedError as error:
-        outs = [error] * len(eqn.outvars)
-    found |= dict(zip(eqn.outvars, outs, strict=True))
+        output_axes = [error] * len(eqn.outvars)
+    axis_by_var |= dict(zip(eqn.outvars, output_axes, strict=True))
   return [axis_of(v) for v in jaxpr.outvars]
 
 
@@ -210,19 +219,19 @@ def _mixes(eqn):
   return MixedError(f"{eqn.primitive.name}, which mixes examples")
 
 
-def _only(eqn, axes):
-  """The one axis that the arguments with examples agree on."""
-  found = {axis for axis in axes if axis is not None}
-  if len(found) > 1:
+def _common_axis(eqn, axes):
+  """The batch axis of the inputs, which must be the same for all that have one."""
+  distinct = {axis for axis in axes if axis is not None}
+  if len(distinct) > 1:
     raise _mixes(eqn)
-  return found.pop()
+  return distinct.pop()
 
 
-def _same(eqn, axes):
-  axis = _only(eqn, axes)
-  # A size of one would be stretched over another value's axis.
-  for atom, own in zip(eqn.invars, axes, strict=True):
-    if own is not None and _shape(atom)[axis] != _shape(eqn.outvars[0])[axis]:
+def _elementwise(eqn, axes):
+  axis = _common_axis(eqn, axes)
+  # A batch of size one would be broadcast over an axis of another value.
+  for atom, input_axis in zip(eqn.invars, axes, strict=True):
+    if input_axis is not None and _shape(atom)[axis] != _shape(eqn.outvars[0])[axis]:
       raise _mixes(eqn)
   return axis
 
@@ -235,7 +244,7 @@ def _reduction(eqn, axes):
 
 
 def _along_dimension(eqn, axes):
-  axis = _only(eqn, axes)
+  axis = _common_axis(eqn, axes)
   if axis == eqn.params["dimension"]:
     raise _mixes(eqn)
   return axis
@@ -248,9 +257,9 @@ def _top_k(eqn, axes):
   return axes[0]
 
 
-def _in_place(eqn, axes):
-  """Draws from keys and casts of bits, which may add or take away last axes."""
-  axis = _only(eqn, axes)
+def _leading_axes(eqn, axes):
+  """Random draws and casts of bits, which may only add or remove last axes."""
+  axis = _common_axis(eqn, axes)
   if axis >= len(_shape(eqn.outvars[0])):
     raise _mixes(eqn)
   return axis
@@ -265,28 +274,28 @@ def _broadcast_in_dim(eqn, axes):
 
 def _reshape(eqn, axes):
   axis, old, new = axes[0], _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-  if eqn.params.get("dimensions") is not None:  # It transposes first.
+  if eqn.params.get("dimensions") is not None:  # The reshape also transposes.
     raise _mixes(eqn)
   before = math.prod(old[:axis])
   for i, size in enumerate(new):
-    # Axes of size one before it make no difference.
+    # The product of the sizes before the axis ignores axes of size one.
     if size == old[axis] and math.prod(new[:i]) == before:
       return i
   raise MixedError("reshape, which merges the examples' axis with another")
 
 
 def _unstack(eqn, axes):
-  acts = eqn.params["axis"]
-  if axes[0] == acts:
+  removed = eqn.params["axis"]
+  if axes[0] == removed:
     raise _mixes(eqn)
-  return axes[0] - (acts < axes[0])
+  return axes[0] - (removed < axes[0])
 
 
 def _squeeze(eqn, axes):
-  gone = eqn.params["dimensions"]
-  if axes[0] in gone:
+  removed = eqn.params["dimensions"]
+  if axes[0] in removed:
     raise _mixes(eqn)
-  return axes[0] - sum(d < axes[0] for d in gone)
+  return axes[0] - sum(d < axes[0] for d in removed)
 
 
 def _transpose(eqn, axes):
@@ -297,22 +306,21 @@ def _dot_general(eqn, axes):
   (contract, batch) = eqn.params["dimension_numbers"]
   if any(a in dims for a, dims in zip(axes, contract, strict=True) if a is not None):
     raise _mixes(eqn)
-  places = [
+  batch_positions = [
     dims.index(a) if a in dims else None for a, dims in zip(axes, batch, strict=True)
   ]
   if None not in axes:
-    if places[0] is None or places[0] != places[1]:
+    if batch_positions[0] is None or batch_positions[0] != batch_positions[1]:
       raise _mixes(eqn)
-    return places[0]
+    return batch_positions[0]
   side = 0 if axes[0] is not None else 1
-  if places[side] is not None:
-    return places[side]
-  taken = {*contract[side], *batch[side]}
-  free = [d for d in range(len(_shape(eqn.invars[side]))) if d not in taken]
+  if batch_positions[side] is not None:
+    return batch_positions[side]
+  removed = {*contract[side], *batch[side]}
+  free = [d for d in range(len(_shape(eqn.invars[side]))) if d not in removed]
   before = len(batch[0])
   if side == 1:
-    first = len(_shape(eqn.invars[0])) - len(contract[0]) - len(batch[0])
-    before += first
+    before += len(_shape(eqn.invars[0])) - len(contract[0]) - len(batch[0])
   return before + free.index(axes[side])
 
 
@@ -329,30 +337,30 @@ def _gather(eqn, axes):
   numbers = eqn.params["dimension_numbers"]
   operand, indices = axes
   out_rank = len(_shape(eqn.outvars[0]))
-  of_indices = [d for d in range(out_rank) if d not in numbers.offset_dims]
+  index_dims = [d for d in range(out_rank) if d not in numbers.offset_dims]
   paired = dict(
     zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
   )
   if operand is None:
     if indices == len(_shape(eqn.invars[1])) - 1:
       raise _mixes(eqn)
-    return of_indices[indices]
+    return index_dims[indices]
   if operand in paired:
     if indices is not None and indices != paired[operand]:
       raise _mixes(eqn)
-    return of_indices[paired[operand]]
-  whole = eqn.params["slice_sizes"][operand] == _shape(eqn.invars[0])[operand]
-  gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-  if indices is not None or not whole or operand in gone:
+    return index_dims[paired[operand]]
+  is_whole = eqn.params["slice_sizes"][operand] == _shape(eqn.invars[0])[operand]
+  removed = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+  if indices is not None or not is_whole or operand in removed:
     raise _mixes(eqn)
-  kept = [d for d in range(len(_shape(eqn.invars[0]))) if d not in gone]
+  kept = [d for d in range(len(_shape(eqn.invars[0]))) if d not in removed]
   return numbers.offset_dims[kept.index(operand)]
 
 
 def _slice(eqn, axes):
   if _shape(eqn.outvars[0])[axes[0]] != _shape(eqn.invars[0])[axes[0]]:
     raise _mixes(eqn)
-  if any(axis is not None for axis in axes[1:]):  # data-dependent starts
+  if any(axis is not None for axis in axes[1:]):  # The starts depend on examples.
     raise _mixes(eqn)
   return axes[0]
 
@@ -372,7 +380,7 @@ def _reverse(eqn, axes):
 
 
 def _window(eqn, axes):
-  axis = _only(eqn, axes)
+  axis = _common_axis(eqn, axes)
   if (
     eqn.params["window_dimensions"][axis] != 1
     or eqn.params["base_dilation"][axis] != 1
@@ -390,7 +398,7 @@ def _along_axis(eqn, axes):
 
 
 def _stack(eqn, axes):
-  axis = _only(eqn, axes)
+  axis = _common_axis(eqn, axes)
   return axis + (eqn.params["axis"] <= axis)
 
 
@@ -406,16 +414,16 @@ def _fft(eqn, axes):
   return axes[0]
 
 
-def _of_matrices(eqn, axes):
-  axis = _only(eqn, axes)
-  for atom, own in zip(eqn.invars, axes, strict=True):
-    if own is not None and axis >= len(_shape(atom)) - 2:
+def _matrix_operation(eqn, axes):
+  axis = _common_axis(eqn, axes)
+  for atom, input_axis in zip(eqn.invars, axes, strict=True):
+    if input_axis is not None and axis >= len(_shape(atom)) - 2:
       raise _mixes(eqn)
   return axis
 
 
 def _dynamic_update_slice(eqn, axes):
-  axis = _only(eqn, axes)
+  axis = _common_axis(eqn, axes)
   operand, update = (_shape(v) for v in eqn.invars[:2])
   if any(a is not None for a in axes[2:]) or operand[axis] != update[axis]:
     raise _mixes(eqn)
@@ -423,28 +431,28 @@ def _dynamic_update_slice(eqn, axes):
 
 
 def _scatter(eqn, axes):
-  """Along an axis that is updated as a whole, or index by index in step with it."""
+  """The batch axis is an axis that is updated as a whole, or a batching axis."""
   numbers = eqn.params["dimension_numbers"]
   operand, updates = (len(_shape(eqn.invars[i])) for i in (0, 2))
-  gone = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
-  window = [d for d in range(operand) if d not in gone]
-  of_indices = [d for d in range(updates) if d not in numbers.update_window_dims]
-  # For each axis of the operand, that of the indices and that of the updates.
-  places = {
+  removed = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+  window = [d for d in range(operand) if d not in removed]
+  index_dims = [d for d in range(updates) if d not in numbers.update_window_dims]
+  # Possible batch axes of the operand, each with those of the indices and the updates.
+  candidates = {
     d: (None, u)
     for d, u in zip(window, numbers.update_window_dims, strict=True)
     if d not in numbers.scatter_dims_to_operand_dims
     and _shape(eqn.invars[0])[d] == _shape(eqn.invars[2])[u]
   }
-  places |= {
-    d: (i, of_indices[i])
+  candidates |= {
+    d: (i, index_dims[i])
     for d, i in zip(
       numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True
     )
   }
-  for axis, place in places.items():
-    given = zip(axes, (axis, *place), strict=True)
-    if all(have is None or have == want for have, want in given):
+  for axis, other_axes in candidates.items():
+    pairs = zip(axes, (axis, *other_axes), strict=True)
+    if all(actual is None or actual == expected for actual, expected in pairs):
       return axis
   raise _mixes(eqn)
 
@@ -453,11 +461,11 @@ _RULES: dict[str, Callable[..., Any]] = {
   **dict.fromkeys(_REDUCTIONS, _reduction),
   **dict.fromkeys(_CUMULATIVE, _along_axis),
   **dict.fromkeys(_WINDOWS, _window),
-  **dict.fromkeys(_RANDOM, _in_place),
+  **dict.fromkeys(_RANDOM, _leading_axes),
   **dict.fromkeys(_SCATTERS, _scatter),
-  **dict.fromkeys(_OF_MATRICES, _of_matrices),
-  **dict.fromkeys(("from_edtype", "to_edtype"), _in_place),
-  "bitcast_convert_type": _in_place,
+  **dict.fromkeys(_MATRIX_OPERATIONS, _matrix_operation),
+  **dict.fromkeys(("from_edtype", "to_edtype"), _leading_axes),
+  "bitcast_convert_type": _leading_axes,
   "broadcast_in_dim": _broadcast_in_dim,
   "concatenate": _along_dimension,
   "conv_general_dilated": _convolution,

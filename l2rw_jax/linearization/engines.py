@@ -1,14 +1,14 @@
-"""A batch, linearized: losses, their change along a direction, weighted gradients.
+"""Linearization of a batch: losses, directional derivatives, weighted gradients.
 
-Every weighting method asks a batch three things. With l(p) in R^B the
-per-example losses and J their Jacobian:
+Every weighting method needs the same three results of a batch. l(p) in R^B are the
+per-example losses and J is their Jacobian:
 
     losses                l(p)
-    directional(v)        J v       how each example's loss changes along v
-    weighted_gradient(w)  J^T w     the gradient of sum_i w_i l_i
+    directional(v)        J v       derivative of each example's loss along v
+    weighted_gradient(w)  J^T w     gradient of sum_i w_i l_i
 
-`linearize` answers all three after ONE forward pass, exactly, for any model,
-without ever holding a per-example gradient.
+`linearize` computes them exactly with one forward pass, for any model, and never stores
+a per-example gradient.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,12 @@ from absl import logging
 import jax
 from jax.extend import core as jax_core
 import jax.numpy as jnp
-import numpy as np
 
 from l2rw_jax import base
 from l2rw_jax.linearization import layerwise
 from l2rw_jax.linearization import parameter_uses
 from l2rw_jax.linearization import surrogates
+from l2rw_jax.linearization import trainable
 
 _OF_OUTPUTS = ("forward", "reverse", "difference")
 ENGINES = ("auto", "layerwise", *_OF_OUTPUTS)
@@ -39,45 +39,47 @@ def linearize(
 ) -> base.Linearized:
   """Linearizes the per-example losses of one batch at `params`.
 
-  `engine` says how. All but the last are exact. Costs are in forward passes of the
-  batch beyond the first: recording, `directional`, `weighted_gradient`.
+  All engines but `difference` are exact. Costs are in forward passes of the batch
+  beyond the first: for recording, for `directional` and for `weighted_gradient`.
 
   ============  =========  ====================================================
-  layerwise     1, 1, 1    One backward pass records what meets the parameters,
-                           see `layerwise`. For models that treat examples one
-                           by one: no BatchNorm in training, no scan over data;
-                           nor `jax.custom_vjp` and `jax.checkpoint`.
+  layerwise     1, 1, 1    One backward pass records every use of a parameter,
+                           see `layerwise`. For models that process examples
+                           independently: no BatchNorm in training mode, no scan
+                           over data; also no `jax.custom_vjp` or
+                           `jax.checkpoint`.
   forward       0, 2, 2    `jax.linearize`. For any model.
   reverse       0, 2, 2    The gradient of `w -> <J^T w, v>`. For models with a
                            `jax.custom_vjp`, which has no forward mode; its
-                           backward rule must itself be differentiable.
-  difference    0, 2, 2    (l(p + h v) - l(p - h v)) / 2h. Goes through any
-                           kernel. About 1e-3 of the largest entry in float32.
-                           What passes a `stop_gradient` is held fixed; a function
-                           whose declared derivative is not the slope of its values
-                           (straight-through, gradient reversal) is refused.
-  auto                     layerwise where the model allows, else forward. The
+                           backward rule must be differentiable.
+  difference    0, 2, 2    (l(p + h v) - l(p - h v)) / 2h. Works with any kernel;
+                           the error is about 1e-3 of the largest entry in
+                           float32. Arguments of `stop_gradient` are held fixed;
+                           functions whose declared derivative is not the
+                           derivative of their values (straight-through, gradient
+                           reversal) are refused.
+  auto                     layerwise if the model allows it, else forward. The
                            default.
   ============  =========  ====================================================
 
   Args:
     losses_fn: `(params, batch) -> losses [B]`, or `(losses [B], aux)` with
-      `has_aux`. Must be pure: with dropout, close over the key.
+      `has_aux`. It must be pure: with dropout, close over the key.
     params: any pytree. Leaves that are not floating point or complex (counters,
       keys, masks) are held fixed; their gradients are zeros.
-    batch: whatever `losses_fn` takes.
-    has_aux: whether `losses_fn` returns something beside the losses, such as
-      new BatchNorm statistics.
+    batch: the batch, in the form that `losses_fn` takes.
+    has_aux: whether `losses_fn` returns an auxiliary output in addition to the
+      losses, such as new BatchNorm statistics.
     engine: one of the above.
 
   Returns:
-    A `base.Linearized`. Its functions may be called any number of times, but
-    only where `linearize` was called (the same trace).
+    A `base.Linearized`. Its functions may be called any number of times, but only in
+    the trace in which `linearize` was called.
 
   Raises:
-    InputError: losses are not floating point numbers of shape [B], `params` holds
-      nothing to train, `losses_fn` does not return what `has_aux` announces, `engine`
-      is unknown or does not fit the model (the message names one that does).
+    InputError: the losses are not floating-point numbers of shape [B], `params` has no
+      trainable leaf, the result of `losses_fn` does not fit `has_aux`, or `engine` is
+      unknown or does not fit the model (the message names an engine that does).
 
   Example:
     >>> import jax.numpy as jnp
@@ -94,12 +96,12 @@ def linearize(
 
   if engine not in ENGINES:
     raise base.InputError(f"engine={engine!r}: choose one of {ENGINES}.")
-  check_trainable(params)
-  found = _layerwise(checked, params, batch, engine)
-  if found is None:
+  trainable.check(params)
+  linearized = _layerwise(checked, params, batch, engine)
+  if linearized is None:
     engine = "forward" if engine == "auto" else engine
-    found = linearize_outputs(checked, params, batch, has_aux=True, engine=engine)
-  losses = found.outputs
+    linearized = linearize_outputs(checked, params, batch, has_aux=True, engine=engine)
+  losses = linearized.outputs
 
   def weighted_gradient(weights):
     weights = jnp.asarray(weights)
@@ -107,36 +109,24 @@ def linearize(
       raise base.InputError(
         f"weights must be one number per loss, {losses.shape}; got {weights.shape}."
       )
-    return found.vjp(base.sharded_like(weights.astype(losses.dtype), losses))
+    return linearized.vjp(base.sharded_like(weights.astype(losses.dtype), losses))
 
-  return base.Linearized(losses, found.jvp, weighted_gradient, found.aux)
-
-
-def check_trainable(params: base.PyTree) -> None:
-  """Raises InputError unless a leaf of `params` is of floating point or complex type.
-
-  Without one no example can matter, and all weights would silently be zero.
-  """
-  types = [_type(leaf) for leaf in jax.tree.leaves(params)]
-  if not any(jnp.issubdtype(t, jnp.inexact) for t in types):
-    names = sorted({str(t) for t in types})
-    raise base.InputError(
-      "params holds no floating point array, so that nothing can be trained"
-      f" (its types: {', '.join(names) or 'none'}): convert params to float32."
-    )
+  return base.Linearized(
+    losses, linearized.jvp, weighted_gradient, linearized.aux, linearized.engine
+  )
 
 
 def _layerwise(losses_fn, params, batch, engine):
-  """As `linearize_outputs`, or None where the layerwise engine is not to be used."""
+  """The result of the layerwise engine; None if another engine is to be used."""
   if engine not in ("auto", "layerwise"):
     return None
-  partition, combine = differentiable(params)
+  partition = trainable.Partition(params)
   try:
-    losses, jvp_fn, vjp_fn, aux = layerwise.linearize(
-      lambda leaves, batch: losses_fn(combine(leaves), batch),
-      partition(params),
+    losses, directional, weighted_gradient, aux = layerwise.linearize(
+      lambda leaves, batch: losses_fn(partition.combine(leaves), batch),
+      partition.leaves(params),
       batch,
-      _names(params),
+      partition.names,
     )
   except parameter_uses.NotLayerwiseError as error:
     if engine == "layerwise":
@@ -145,27 +135,18 @@ def _layerwise(losses_fn, params, batch, engine):
       ) from error
     return _log_forward(error)
   except Exception as error:
-    # A batch that holds more than arrays, or a mistake in the losses function: the
-    # one needs forward mode, the other is better told by it.
+    # Either the batch holds something other than arrays, which forward mode accepts,
+    # or the losses function has an error, which forward mode reports more clearly.
     if engine == "layerwise":
       raise
     return _log_forward(error)
   return base.LinearizedOutputs(
     losses,
-    lambda vector: jvp_fn(partition(vector)),
-    lambda weights: combine(vjp_fn(weights), zeros=True),
+    lambda vector: directional(partition.leaves(vector)),
+    lambda weights: partition.combine_gradient(weighted_gradient(weights)),
     aux,
+    base.StaticStr("layerwise"),
   )
-
-
-def _names(params):
-  """Of the leaves that `differentiable` selects."""
-  paths = jax.tree_util.tree_leaves_with_path(params)
-  return [
-    jax.tree_util.keystr(path, simple=True, separator="/")
-    for path, leaf in paths
-    if jnp.issubdtype(_type(leaf), jnp.inexact)
-  ]
 
 
 def _log_forward(reason):
@@ -182,24 +163,25 @@ def linearize_outputs(
   has_aux: bool = False,
   engine: str = "forward",
 ) -> base.LinearizedOutputs:
-  """Linearizes what a network makes of one batch, at `params`.
+  """Linearizes the outputs of a network for one batch at `params`.
 
   For methods that change the loss after the network (a rectified logit, a gated
-  feature): the network is passed through once, whatever comes after it is cheap.
+  feature): one forward pass of the network serves all functions of its outputs.
 
   Args:
-    outputs_fn: `(params, batch) -> outputs`, a pytree of float arrays, or
+    outputs_fn: `(params, batch) -> outputs`, a pytree of floating-point arrays, or
       `(outputs, aux)` with `has_aux`.
-    params: as in `linearize`.
-    batch: whatever `outputs_fn` takes.
-    has_aux: whether `outputs_fn` returns something beside the outputs.
+    params: see `linearize`.
+    batch: the batch, in the form that `outputs_fn` takes.
+    has_aux: whether `outputs_fn` returns an auxiliary output in addition to the
+      outputs.
     engine: "forward", "reverse" or "difference", see `linearize`.
 
   Returns:
     A `base.LinearizedOutputs`.
 
   Raises:
-    InputError: as in `linearize`, but for the shape.
+    InputError: for the reasons of `linearize`, except that outputs may have any shape.
 
   Example:
     >>> import jax.numpy as jnp
@@ -210,20 +192,21 @@ def linearize_outputs(
   """
   if engine not in _OF_OUTPUTS:
     raise base.InputError(f"engine={engine!r}: choose one of {_OF_OUTPUTS}.")
-  partition, combine = differentiable(params)
+  partition = trainable.Partition(params)
 
   def outputs_and_aux(leaves):
-    return base.split_aux("outputs_fn", outputs_fn(combine(leaves), batch), has_aux)
+    result = outputs_fn(partition.combine(leaves), batch)
+    return base.split_aux("outputs_fn", result, has_aux)
 
-  leaves = partition(params)
+  leaves = partition.leaves(params)
   if engine == "forward":
     try:
       outputs, jvp_fn, aux = jax.linearize(outputs_and_aux, leaves, has_aux=True)
     except (TypeError, NotImplementedError, ValueError) as error:
-      jax.eval_shape(outputs_and_aux, leaves)  # Lets errors of its own pass.
+      jax.eval_shape(outputs_and_aux, leaves)  # Raises errors of `outputs_fn` itself.
       raise _no_forward_derivative(error) from error
     vjp_fn = jax.linear_transpose(jvp_fn, leaves)
-    jvp_fn = _forward(jvp_fn, outputs)
+    jvp_fn = _without_custom_vjp(jvp_fn, outputs)
   else:
     outputs, vjp_fn, aux = jax.vjp(outputs_and_aux, leaves, has_aux=True)
     if engine == "reverse":
@@ -233,83 +216,26 @@ def linearize_outputs(
 
   return base.LinearizedOutputs(
     outputs,
-    lambda vector: jvp_fn(partition(vector)),
-    lambda cotangent: combine(vjp_fn(cotangent)[0], zeros=True),
+    lambda vector: jvp_fn(partition.leaves(vector)),
+    lambda cotangent: partition.combine_gradient(vjp_fn(cotangent)[0]),
     aux,
+    base.StaticStr(engine),
   )
 
 
-def differentiable(
-  params: base.PyTree,
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-  """The trainable leaves of a pytree, and how to put them back.
-
-  Returns:
-    select: pytree like `params` -> list of its inexact leaves.
-    fill: such a list -> pytree; the other leaves as in `params`, or zeros.
-  """
-  all_leaves: list[Any]
-  treedef: Any
-  all_leaves, treedef = jax.tree.flatten(params)
-  inexact = [jnp.issubdtype(_type(x), jnp.inexact) for x in all_leaves]
-
-  def partition(tree):
-    leaves = treedef.flatten_up_to(tree)
-    return [jnp.asarray(x) for x, keep in zip(leaves, inexact, strict=True) if keep]
-
-  def combine(leaves, zeros=False):
-    chosen = iter(leaves)
-    others = [zero(x) for x in all_leaves] if zeros else all_leaves
-    return treedef.unflatten(
-      next(chosen) if keep else x for x, keep in zip(others, inexact, strict=True)
-    )
-
-  return partition, combine
-
-
-def _type(leaf: Any) -> Any:
-  try:
-    return jnp.result_type(leaf)
-  except TypeError:
-    raise base.InputError(
-      f"params holds a {type(leaf).__name__}, which is no array: split it off, for"
-      " instance by eqx.partition(model, eqx.is_inexact_array)."
-    ) from None
-
-
-def zero(x: Any) -> Any:
-  """The gradient of a leaf that is held fixed: zeros of its own shape and type."""
-  if jnp.issubdtype(jnp.result_type(x), jax.dtypes.extended):  # typed PRNG keys
-    return np.zeros(jnp.shape(x), jax.dtypes.float0)
-  return jnp.zeros_like(x)
-
-
-def without_keys(tree: base.PyTree) -> base.PyTree:
-  """`tree` with float zeros for typed PRNG keys and their gradients.
-
-  Optimizers compute with every leaf that they are given, which these do not allow.
-  """
-
-  def replace(x):
-    dtype = jnp.result_type(x) if not hasattr(x, "dtype") else x.dtype
-    is_key = jnp.issubdtype(dtype, jax.dtypes.extended) or dtype == jax.dtypes.float0
-    return jnp.zeros(jnp.shape(x)) if is_key else x
-
-  return jax.tree.map(replace, tree)
-
-
 def _double_reverse(vjp_fn, outputs):
-  # `vjp_fn` is linear, so the point where it is differentiated is free; ones keep
-  # a backward rule that divides by its cotangent finite.
+  # `vjp_fn` is linear, so that its derivative is the same at every point. At ones, a
+  # backward rule that divides by its cotangent stays finite.
   _, jvp_fn = jax.vjp(lambda c: vjp_fn(c)[0], jax.tree.map(jnp.ones_like, outputs))
   return lambda vector: jvp_fn(vector)[0]
 
 
 def _without_surrogates(outputs_and_aux, leaves):
-  """The outputs as a function whose differences are what is declared as derivative.
+  """The outputs as a function whose finite differences follow declared derivatives.
 
   Raises:
-    InputError: a function in it has another derivative than its values have.
+    InputError: the declared derivative of a function in it is not the derivative of its
+      values.
   """
 
   def outputs_of(leaves):
@@ -319,32 +245,36 @@ def _without_surrogates(outputs_and_aux, leaves):
   name = surrogates.find(closed.jaxpr)
   if name is not None:
     raise base.InputError(
-      f"engine='difference' does not fit this model: the derivative that is declared"
-      f" for {name} is not the slope of its values (a straight-through estimator, a"
-      " gradient reversal or alike). Pass engine='reverse', or 'forward' if it is a"
-      " jax.custom_jvp."
+      "engine='difference' does not fit this model: the declared derivative of"
+      f" {name} is not the derivative of its values (as in a straight-through"
+      " estimator or a gradient reversal). Pass engine='reverse', or 'forward' if it"
+      " is a jax.custom_jvp."
     )
-  held = surrogates.holding(lambda leaves: jax.tree.leaves(outputs_of(leaves)), leaves)
-  return lambda leaves: jax.tree.unflatten(jax.tree.structure(shapes), held(leaves))
+  flat_outputs_of = surrogates.hold_stopped(
+    lambda leaves: jax.tree.leaves(outputs_of(leaves)), leaves
+  )
+  treedef = jax.tree.structure(shapes)
+  return lambda leaves: jax.tree.unflatten(treedef, flat_outputs_of(leaves))
 
 
 def _central_difference(outputs_of, leaves):
   """Directional derivative from two forward passes.
 
-  The balance of truncation (h^2) and rounding (eps / h) puts the best relative
-  step at the cube root of eps; it is taken relative to the parameters' norm,
-  because a direction (a gradient) has a scale of its own.
+  The sum of the truncation error (h^2) and the rounding error (eps / h) is smallest if
+  the relative step is near the cube root of eps. The step is relative to the norm of
+  the parameters, because the scale of the direction is arbitrary.
   """
   epsilon = max((float(jnp.finfo(x.dtype).eps) for x in leaves), default=1.0)
   relative_step = 0.2 * epsilon ** (1 / 3)
-  double = any(jnp.finfo(x.dtype).bits == 64 for x in leaves)
-  dtype = jnp.float64 if double else jnp.float32  # of step sizes
+  is_double = any(jnp.finfo(x.dtype).bits == 64 for x in leaves)
+  dtype = jnp.float64 if is_double else jnp.float32  # Of step sizes.
 
   def jvp_fn(vector):
     if not vector:
       return jax.tree.map(jnp.zeros_like, jax.eval_shape(outputs_of, leaves))
-    # The squares in the norm of a gradient of 1e-20 would vanish in float32.
-    # They are sorted, because XLA repeats a maximum in all that reads it.
+    # The vector is divided by its largest entry, because squares of entries of 1e-20
+    # would underflow in float32. The maxima are sorted, because XLA would recompute
+    # their maximum in every operation that uses it.
     largest = jnp.sort(jnp.stack([_largest(v).astype(dtype) for v in vector]))[-1]
     largest = jnp.where(largest > 0, largest, jnp.ones_like(largest))
     vector = [_wide(v, dtype) / largest for v in vector]
@@ -369,7 +299,7 @@ def _central_difference(outputs_of, leaves):
 
 
 def _wide(x, dtype):
-  """A real or complex array in the precision of `dtype`, a real type."""
+  """Casts a real or complex array to the precision of the real type `dtype`."""
   if jnp.issubdtype(x.dtype, jnp.complexfloating):
     return x.astype(jnp.complex128 if dtype == jnp.float64 else jnp.complex64)
   return x.astype(dtype)
@@ -380,19 +310,19 @@ def _largest(x):
 
 
 def _norm(arrays, dtype):
-  """The Euclidean norm of all arrays together."""
+  """The Euclidean norm of a list of arrays."""
   norms = jnp.stack(
     [jnp.sqrt(jnp.sum(jnp.square(jnp.abs(_wide(x, dtype))))) for x in arrays]
   )
-  # A product of the norms with themselves, not a chain of sums, see `sequencing`.
+  # A product of the norms with themselves instead of a chain of sums, see `ordering`.
   return jnp.sqrt(jnp.dot(norms, norms, precision="highest"))
 
 
-def _forward(jvp_fn, outputs):
-  """`jvp_fn`, but refusing a `jax.custom_vjp` in words that name the way out."""
+def _without_custom_vjp(jvp_fn, outputs):
+  """`jvp_fn`, which raises InputError if it contains a `jax.custom_vjp`."""
 
   def checked(vector):
-    # JAX itself refuses at once when run eagerly, under `jit` only while compiling.
+    # JAX raises an error too, but under `jit` only when the program is compiled.
     leaves = (*jax.tree.leaves(outputs), *vector)
     traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
     if traced and _has_custom_vjp(jax.make_jaxpr(jvp_fn)(vector).jaxpr):
@@ -420,5 +350,5 @@ def _no_forward_derivative(reason):
   return base.InputError(
     "losses_fn contains an operation without a forward-mode derivative"
     f" ({first_line}). Pass engine='reverse' (exact), or"
-    " engine='difference' (two more forward passes, works through any kernel)."
+    " engine='difference' (two more forward passes, works with any kernel)."
   )

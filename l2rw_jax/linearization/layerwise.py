@@ -1,26 +1,27 @@
-"""The layerwise engine of `linearization`: one backward pass serves every weight.
+"""The layerwise engine: one backward pass serves all weights and directions.
 
-A network meets its parameters a few hundred times: a product with a kernel, a
-bias that is added, a row of an embedding. Call such an operation y = f(q, a), with
-q made of parameters alone and a of the examples. If examples do not mix, the loss
-of example i changes along a direction v of the parameters by
+A network uses its parameters in a few hundred operations: a product with a kernel, the
+addition of a bias, a lookup in a table of embeddings. Write such an operation as
+y = f(q, a), where q depends on parameters alone and a on the examples. If the network
+processes examples independently, the derivative of the loss of example i along a
+direction v of the parameters is
 
-    (J v)_i = sum over meetings of < delta_i, (df/dq (dq/dp) v)_i >
+    (J v)_i = sum over parameter uses of < delta_i, (df/dq (dq/dp) v)_i >
 
-where delta = d(sum of losses)/dy comes for all meetings from ONE backward pass that
+where delta = d(sum of losses)/dy is computed for all uses in one backward pass that
 never forms a gradient of parameters, and
 
-    J^T w = sum over meetings of (dq/dp)^T (df/dq)^T (w_i delta_i)
+    J^T w = sum over parameter uses of (dq/dp)^T (df/dq)^T (w_i delta_i)
 
-Costs in forward passes of the batch beyond the first: recording 1, `directional` 1,
-`weighted_gradient` 1; forward mode takes 0, 2, 2. No per-example gradient is formed,
-and what is done to parameters alone (casts, reshapes, weight normalization) is
-differentiated as it stands.
+Costs in forward passes of the batch beyond the first: 1 for recording, 1 for
+`directional`, 1 for `weighted_gradient`; forward mode takes 0, 2, 2. No per-example
+gradient is formed. Operations on parameters alone (casts, reshapes, weight
+normalization) are differentiated as usual.
 
-It works on the jaxpr of the losses, so any framework and any way to share
-parameters will do. `batch_axes` tells whether examples mix. What is refused beside
-that: `jax.custom_vjp` (its backward rule is not followed), `jax.checkpoint` (which the
-recording would undo), loops over data.
+The engine works on the jaxpr of the losses, so that it supports any framework and any
+sharing of parameters. `batch_axes` checks whether examples are processed independently.
+Not supported are also `jax.custom_vjp` (its backward rule is not followed),
+`jax.checkpoint` (the recording would undo it) and loops over data.
 """
 
 from collections.abc import Callable
@@ -39,87 +40,89 @@ def linearize(
   batch: Any,
   names: list[str],
 ) -> tuple[base.Array, Callable[..., Any], Callable[..., Any], Any]:
-  """Linearizes losses in the leaves of the parameters; `linearization` wraps it.
+  """Linearizes losses in a list of parameters; see `linearization.linearize`.
 
   Args:
     losses_fn: `(leaves, batch) -> (losses [B], aux)`.
-    leaves: inexact arrays.
+    leaves: floating-point or complex arrays.
     batch: pytree; arrays whose first axis is B hold the examples.
-    names: of the leaves, for messages.
+    names: names of the leaves, for error messages.
 
   Returns:
-    losses [B]; directional, `list like leaves -> [B]`; weighted_gradient,
+    A tuple of losses [B]; directional, `list like leaves -> [B]`; weighted_gradient,
     `[B] -> list like leaves`; aux.
 
   Raises:
-    NotLayerwiseError: examples mix on the way to the losses, or may do so; what is
-      mixed for aux alone is no matter.
+    NotLayerwiseError: the losses are not known to process examples independently. Only
+      operations that the losses depend on matter, not those of aux.
   """
   plan, env, outputs, tree = parameter_uses.trace(losses_fn, leaves, batch, names)
   steps = plan.parameter_uses()
 
   def param_inputs(leaves):
-    """What meets the examples, of parameters alone."""
-    now = env | dict(enumerate(leaves))
-    plan.run(parameter_uses.Kind.PARAMS, now, refused=False)
+    """For each parameter use, the inputs that depend on parameters alone (q)."""
+    values = env | dict(enumerate(leaves))
+    plan.run(parameter_uses.Kind.PARAMS, values, run_refused=False)
     return [
-      [parameter_uses.value_of(step.inputs[i], now) for i in step.param_inputs]
+      [parameter_uses.value_of(step.inputs[i], values) for i in step.param_inputs]
       for step in steps
     ]
 
-  def outcome(perturbations):
-    now = env | dict(enumerate(leaves))
-    plan.run(parameter_uses.Kind.PARAMS, now)
-    plan.run(parameter_uses.Kind.DATA, now, perturbations)
-    losses, *aux = [parameter_uses.value_of(known, now) for known in outputs]
-    return losses, (now, aux)
+  def perturbed_losses(perturbations):
+    values = env | dict(enumerate(leaves))
+    plan.run(parameter_uses.Kind.PARAMS, values)
+    plan.run(parameter_uses.Kind.DATA, values, perturbations)
+    losses, *aux = [parameter_uses.value_of(output, values) for output in outputs]
+    return losses, (values, aux)
 
-  zeros = [[_zero(step, i) for i, _ in step.differentiable_outputs] for step in steps]
-  losses, vjp_fn, (now, aux) = jax.vjp(outcome, zeros, has_aux=True)
+  zeros = [[_zeros(step, i) for i, _ in step.differentiable_outputs] for step in steps]
+  losses, vjp_fn, (values, aux) = jax.vjp(perturbed_losses, zeros, has_aux=True)
   (output_gradients,) = vjp_fn(jnp.ones_like(losses))
   output_gradients = [
-    _summed(step, delta) for step, delta in zip(steps, output_gradients, strict=True)
+    _sum_broadcast(step, gradients)
+    for step, gradients in zip(steps, output_gradients, strict=True)
   ]
 
-  def met(step, delta):
-    values = [parameter_uses.value_of(known, now) for known in step.inputs]
-    if _alike(step):  # What it is added to makes no difference but for the shape.
-      values[1 - step.param_inputs[0]] = jnp.zeros_like(delta[0])
+  def use_fn(step, gradients):
+    """The operation as a function of its parameter inputs, and these inputs."""
+    inputs = [parameter_uses.value_of(value, values) for value in step.inputs]
+    if _broadcast_axes(step):  # Only the shape of the other summand matters.
+      inputs[1 - step.param_inputs[0]] = jnp.zeros_like(gradients[0])
 
     def apply(*parameters):
-      given = dict(zip(step.param_inputs, parameters, strict=True))
+      replaced = dict(zip(step.param_inputs, parameters, strict=True))
       results = parameter_uses.bind(
-        step.eqn, [given.get(i, x) for i, x in enumerate(values)]
+        step.eqn, [replaced.get(i, x) for i, x in enumerate(inputs)]
       )
       return [results[i] for i, _ in step.differentiable_outputs]
 
-    return apply, [values[i] for i in step.param_inputs]
+    return apply, [inputs[i] for i in step.param_inputs]
 
   def directional(vector):
-    _, slopes = jax.jvp(param_inputs, (leaves,), (vector,))
-    parts = []
-    for step, slope, delta in zip(steps, slopes, output_gradients, strict=True):
-      apply, parameters = met(step, delta)
-      _, changes = jax.jvp(apply, tuple(parameters), tuple(slope))
-      for (_, axis), change, d in zip(
-        step.differentiable_outputs, changes, delta, strict=True
+    _, tangents = jax.jvp(param_inputs, (leaves,), (vector,))
+    terms = []
+    for step, tangent, gradients in zip(steps, tangents, output_gradients, strict=True):
+      apply, parameters = use_fn(step, gradients)
+      _, output_tangents = jax.jvp(apply, tuple(parameters), tuple(tangent))
+      for (_, axis), t, g in zip(
+        step.differentiable_outputs, output_tangents, gradients, strict=True
       ):
-        others = tuple(i for i in range(d.ndim) if i != axis)
-        parts.append(jnp.sum((change * d).astype(losses.dtype), others))
-    if not parts:
+        other_axes = tuple(i for i in range(g.ndim) if i != axis)
+        terms.append(jnp.sum((t * g).astype(losses.dtype), other_axes))
+    if not terms:
       return jnp.zeros_like(losses)
-    # Stacked, because a chain of sums is cheap enough for XLA to be repeated for
-    # every element of what the weights made of it are multiplied with.
-    ones = jnp.ones(len(parts), losses.dtype)
-    return jnp.matmul(ones, jnp.stack(parts), precision="highest")
+    # A matrix product, because XLA repeats a chain of sums in every operation that uses
+    # the result.
+    ones = jnp.ones(len(terms), losses.dtype)
+    return jnp.matmul(ones, jnp.stack(terms), precision="highest")
 
   def weighted_gradient(weights):
     cotangents = []
-    for step, delta in zip(steps, output_gradients, strict=True):
-      apply, parameters = met(step, delta)
+    for step, gradients in zip(steps, output_gradients, strict=True):
+      apply, parameters = use_fn(step, gradients)
       weighted = [
-        _times(d, jnp.expand_dims(weights, [i for i in range(d.ndim) if i != axis]))
-        for (_, axis), d in zip(step.differentiable_outputs, delta, strict=True)
+        _times(g, jnp.expand_dims(weights, [i for i in range(g.ndim) if i != axis]))
+        for (_, axis), g in zip(step.differentiable_outputs, gradients, strict=True)
       ]
       cotangents.append(list(jax.vjp(apply, *parameters)[1](weighted)))
     return jax.vjp(param_inputs, leaves)[1](cotangents)[0]
@@ -127,40 +130,40 @@ def linearize(
   return losses, directional, weighted_gradient, jax.tree.unflatten(tree, aux)
 
 
-def _times(delta: base.Array, weights: base.Array) -> base.Array:
-  """The product in the more precise type of the two, as the type of `delta`."""
+def _times(gradient: base.Array, weights: base.Array) -> base.Array:
+  """The product, computed in the wider type and cast to the type of `gradient`."""
   with jax.numpy_dtype_promotion("standard"):
-    dtype = jnp.promote_types(delta.dtype, weights.dtype)
-  return (delta.astype(dtype) * weights.astype(dtype)).astype(delta.dtype)
+    dtype = jnp.promote_types(gradient.dtype, weights.dtype)
+  return (gradient.astype(dtype) * weights.astype(dtype)).astype(gradient.dtype)
 
 
-def _alike(step: parameter_uses.Step) -> list[int]:
-  """Axes along which one parameter is added to everything, as a bias to an image."""
+def _broadcast_axes(step: parameter_uses.Step) -> list[int]:
+  """Axes, other than the batch's, along which an added parameter is broadcast."""
   if step.eqn.primitive.name not in ("add", "add_any") or len(step.param_inputs) > 1:
     return []
-  (_, batch_axis), parameter = (
-    step.differentiable_outputs[0],
-    step.eqn.invars[step.param_inputs[0]].aval,
-  )
-  shape = step.eqn.outvars[0].aval.shape
-  if len(parameter.shape) != len(shape):  # a number added to all
+  _, batch_axis = step.differentiable_outputs[0]
+  parameter_shape = step.eqn.invars[step.param_inputs[0]].aval.shape
+  output_shape = step.eqn.outvars[0].aval.shape
+  if len(parameter_shape) != len(output_shape):  # A scalar.
     return []
-  pairs = enumerate(zip(parameter.shape, shape, strict=True))
+  sizes = zip(parameter_shape, output_shape, strict=True)
   return [
-    i
-    for i, (param_inputs, all_) in pairs
-    if param_inputs == 1 < all_ and i != batch_axis
+    axis
+    for axis, (parameter_size, output_size) in enumerate(sizes)
+    if parameter_size == 1 < output_size and axis != batch_axis
   ]
 
 
-def _summed(step: parameter_uses.Step, delta: list[base.Array]) -> list[base.Array]:
-  """The deltas, of a bias as one number for all that it is added to alike."""
-  axes = _alike(step)
-  return [jnp.sum(d, axes, keepdims=True) for d in delta] if axes else delta
+def _sum_broadcast(
+  step: parameter_uses.Step, gradients: list[base.Array]
+) -> list[base.Array]:
+  """Output gradients, summed over the axes along which a bias is broadcast."""
+  axes = _broadcast_axes(step)
+  return [jnp.sum(g, axes, keepdims=True) for g in gradients] if axes else gradients
 
 
-def _zero(step: parameter_uses.Step, result: int) -> base.Array:
-  """What is added to a result to ask for its slope, spread over devices as that is."""
-  aval = step.eqn.outvars[result].aval
+def _zeros(step: parameter_uses.Step, output: int) -> base.Array:
+  """A perturbation of an output of an operation, with the sharding of the output."""
+  aval = step.eqn.outvars[output].aval
   zeros = jax.lax.full(aval.shape, 0, aval.dtype, sharding=aval.sharding)
   return base.varying(zeros, aval)

@@ -1,25 +1,24 @@
-"""A batch, linearized a few examples at a time, for batches that do not fit.
+"""Linearization in microbatches, for batches that do not fit into memory.
 
-The losses, their change along a direction and their weighted gradient are sums or
-rows over examples, so that each can be taken over parts of the batch, one part after
-the other, and nothing of a part is kept but its result. The numbers are those of the
-whole batch; the memory is that of one part, and what a pass stored it computes again:
-costs in forward passes of the batch are 1 for the losses, 3 for `directional` and 3
-for `weighted_gradient`, against 2, 1 and 1 for the layerwise engine and 1, 2 and 2
-for forward mode. With parts as large as the batch, activations are recomputed
-instead of kept between these three.
+Losses, their derivatives along a direction and their weighted gradient are computed for
+one microbatch after the other, and only these results are kept. They equal those of the
+whole batch. The memory is that of one microbatch, but activations are not kept between
+passes. The costs in forward passes of the batch are 1 for the losses, 3 for
+`directional` and 3 for `weighted_gradient`, compared with 2, 1 and 1 for the layerwise
+engine and 1, 2 and 2 for forward mode.
 
-What depends on more than one example is taken over the part instead: BatchNorm in
-training normalizes each part by itself (and is refused where its statistics come out
-of the losses function), and a mask drawn for a whole batch, as by dropout, is the same
-in every part.
+Quantities that depend on several examples are those of the microbatch: BatchNorm in
+training mode normalizes each microbatch separately (and raises an error if the losses
+function returns its statistics), and a dropout mask that is drawn for a whole batch is
+the same in every microbatch.
 
-With `axis_name` the parts are of each device's own examples. Of arrays that are
-sharded under `jit` they are of the global batch, and examples move between devices.
+With `axis_name`, the microbatches are parts of each device's batch. Arrays that are
+sharded over an automatic mesh are split as the global batch, so that examples move
+between devices.
 
-On CPU the parts are written out one by one, because XLA:CPU runs a convolution in a
-loop 6 to 14 times slower, so that compile time grows with their number; elsewhere
-they are a loop.
+On CPU the loop over microbatches is unrolled, because XLA:CPU runs convolutions in a
+loop 6 to 14 times slower; compile time grows with the number of microbatches. Elsewhere
+it is a loop.
 """
 
 from collections.abc import Callable
@@ -30,8 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2rw_jax import base
-from l2rw_jax.linearization import engines
 from l2rw_jax.linearization import ordering
+from l2rw_jax.linearization import trainable
 
 
 def check(microbatch_size: int | None) -> None:
@@ -50,26 +49,26 @@ def check(microbatch_size: int | None) -> None:
 def microbatched(
   linearize: Callable[..., base.Linearized], microbatch_size: int | None
 ) -> Callable[..., base.Linearized]:
-  """A `linearize` that sees `microbatch_size` examples at a time.
+  """`linearize` for `microbatch_size` examples at a time.
 
   Args:
-    linearize: `linearization.linearize`, or a `base.Problem`'s.
-    microbatch_size: examples of this device at a time, the last part may be smaller;
-      None is all at once: `linearize` itself.
+    linearize: `linearization.linearize`, or that of a `base.Problem`.
+    microbatch_size: examples of this device at a time; the last microbatch may be
+      smaller. None is the whole batch, which returns `linearize` itself.
 
   Returns:
-    A function of the arguments of `linearize`, which returns a `base.Linearized`.
-    Its `directional` is that of `linearize`; losses come from the losses function,
-    gradients from reverse mode.
-    Its `batch` must be arrays with a row per example (close over what examples
-    share), and so must aux. Call it inside `jit`: outside, every call compiles.
+    A function of the arguments of `linearize` that returns a `base.Linearized`. Its
+    `directional` uses `linearize`, its `weighted_gradient` reverse mode. Every array of
+    the batch and of aux must have a row per example; close over arrays that examples
+    share. Call it inside `jit`: outside, every call compiles.
 
   Raises:
-    InputError: `microbatch_size` is not positive; when called, an array of `batch` or
-      of aux has no row per example.
+    InputError: `microbatch_size` is not positive; when the function is called, an array
+      of the batch or of aux does not have a row per example.
 
   Example:
     >>> import jax.numpy as jnp
+    >>> from l2rw_jax import linearization
     >>> losses_fn = lambda p, x: (x @ p) ** 2
     >>> one_by_one = microbatched(linearization.linearize, 1)
     >>> lin = one_by_one(losses_fn, jnp.array([1., 2.]), jnp.eye(2))
@@ -85,45 +84,47 @@ def microbatched(
   def linearize_microbatched(losses_fn, params, batch, *, has_aux=False, **options):
     call = _always_aux(losses_fn, has_aux)
     num_rows(batch)
-    engines.check_trainable(params)
+    trainable.check(params)
     if has_aux:
       _check_aux(call, params, batch, microbatch_size)
-    partition, combine = engines.differentiable(params)
+    partition = trainable.Partition(params)
 
-    def losses_of(leaves, part):
-      return leaves, call(combine(leaves), part)
+    def losses_step(leaves, microbatch):
+      return leaves, call(partition.combine(leaves), microbatch)
 
-    def slopes_of(vector, part):
-      found = linearize(losses_fn, params, part, has_aux=has_aux, **options)
-      return vector, found.directional(combine(vector, zeros=True))
+    def directional_step(vector, microbatch):
+      linearized = linearize(losses_fn, params, microbatch, has_aux=has_aux, **options)
+      return vector, linearized.directional(partition.combine_gradient(vector))
 
     def directional(vector):
-      return _sweep(slopes_of, partition(vector), batch, microbatch_size)[1]
+      leaves = partition.leaves(vector)
+      return _scan(directional_step, leaves, batch, microbatch_size)[1]
 
-    def vjp_fn(weights):
+    def gradient_of(weights):
       if jnp.shape(weights) != losses.shape:
         raise base.InputError(
           f"weights must be one number per loss, {losses.shape}; got"
           f" {jnp.shape(weights)}."
         )
-      found = weighted_gradient(
+      return weighted_gradient(
         losses_fn, params, batch, weights, microbatch_size, has_aux=has_aux
-      )
-      return found.gradient
+      ).gradient
 
-    _, (losses, aux) = _sweep(losses_of, partition(params), batch, microbatch_size)
-    return base.Linearized(losses, directional, vjp_fn, aux)
+    leaves = partition.leaves(params)
+    _, (losses, aux) = _scan(losses_step, leaves, batch, microbatch_size)
+    engine = base.StaticStr("microbatched")
+    return base.Linearized(losses, directional, gradient_of, aux, engine)
 
   return linearize_microbatched
 
 
 class Weighted(NamedTuple):
-  """What one pass over a batch with given weights finds.
+  """Result of `weighted_gradient`.
 
   Attributes:
     losses: [B].
     gradient: of sum_i weights_i losses_i, shaped like `params`.
-    aux: what the losses function returned beside the losses, else None.
+    aux: the auxiliary output of the losses function, or None.
   """
 
   losses: base.Array
@@ -140,21 +141,25 @@ def weighted_gradient(
   *,
   has_aux: bool = False,
 ) -> Weighted:
-  """The gradient of sum_i w_i l_i at weights that are known beforehand.
+  """The gradient of sum_i w_i l_i in microbatches, at weights that are known.
 
-  Reverse mode, for any model; parts are added up in float32 or better.
+  Reverse mode, for any model; gradients are summed in float32 or wider.
 
   Args:
-    losses_fn: `(params, batch) -> losses`, one per row of any number of rows (with
-      `has_aux`, and aux, with a row per example too).
-    params: as in `linearization.linearize`.
+    losses_fn: `(params, batch) -> losses`, one per row of a batch of any size, or
+      `(losses, aux)` with `has_aux`, where aux has a row per example too.
+    params: see `linearization.linearize`.
     batch: arrays with a row per example.
-    weights: [B], or one number for all.
+    weights: [B], or a scalar for all examples.
     microbatch_size: examples at a time.
-    has_aux: whether `losses_fn` returns something beside the losses.
+    has_aux: whether `losses_fn` returns an auxiliary output in addition to the losses.
+
+  Returns:
+    A `Weighted`.
 
   Raises:
-    InputError: as `microbatched`, or `weights` are not one per example.
+    InputError: for the reasons of `microbatched`, or if `weights` is not one number per
+      example.
   """
   check(microbatch_size)
   call, size = _always_aux(losses_fn, has_aux), num_rows(batch)
@@ -165,15 +170,15 @@ def weighted_gradient(
       f"weights must be one number per loss, {(size,)}; got {jnp.shape(weights)}."
     )
   weights = jnp.broadcast_to(jnp.asarray(weights), size)
-  partition, combine = engines.differentiable(params)
-  leaves = partition(params)
+  partition = trainable.Partition(params)
+  leaves = partition.leaves(params)
 
   def add(total, rows):
-    part, weights = rows
+    microbatch, weights = rows
     losses, vjp_fn, aux = jax.vjp(
-      lambda leaves: call(combine(leaves), part), leaves, has_aux=True
+      lambda leaves: call(partition.combine(leaves), microbatch), leaves, has_aux=True
     )
-    # Times ones, to be as local to devices as the losses are.
+    # The factor of ones makes the weights vary over the same devices as the losses.
     (gradient,) = vjp_fn(weights.astype(losses.dtype) * jnp.ones_like(losses))
     added = [t + g.astype(t.dtype) for t, g in zip(total, gradient, strict=True)]
     return added, (losses, aux)
@@ -181,23 +186,24 @@ def weighted_gradient(
   with jax.numpy_dtype_promotion("standard"):
     types = [base.accumulator_dtype(x.dtype) for x in leaves]
   zeros = [jnp.zeros_like(x, dtype=t) for x, t in zip(leaves, types, strict=True)]
-  total, (losses, aux) = _sweep(add, zeros, (batch, weights), microbatch_size)
+  total, (losses, aux) = _scan(add, zeros, (batch, weights), microbatch_size)
   gradient = [t.astype(x.dtype) for t, x in zip(total, leaves, strict=True)]
-  return Weighted(losses, combine(gradient, zeros=True), aux)
+  return Weighted(losses, partition.combine_gradient(gradient), aux)
 
 
-def num_rows(batch):
-  """The number of examples, of which each array of `batch` must have a row.
+def num_rows(batch: Any) -> int:
+  """The number of examples of a batch whose arrays have a row per example.
 
   Raises:
-    InputError: one does not.
+    InputError: an array does not have a row per example, or it is sharded over an
+      explicit mesh.
   """
   sizes = set()
   for path, x in jax.tree_util.tree_leaves_with_path(batch):
     if not getattr(x, "shape", ()):
       raise base.InputError(
         f"batch{jax.tree_util.keystr(path)} has no row per example: with"
-        " microbatch_size, close over what examples share."
+        " microbatch_size, close over arrays that examples share."
       )
     if jax.typeof(x).sharding.spec[:1] not in ((), (None,)):
       raise base.InputError(
@@ -208,13 +214,13 @@ def num_rows(batch):
   if len(sizes) != 1:
     raise base.InputError(
       f"the arrays of batch have {sorted(sizes)} rows: with microbatch_size, each must"
-      " have one per example; close over what examples share."
+      " have one per example; close over arrays that examples share."
     )
   return sizes.pop()
 
 
 def _always_aux(losses_fn, has_aux):
-  """`(params, batch) -> (losses, aux)`."""
+  """Returns `(params, batch) -> (losses, aux)`."""
 
   def call(params, batch):
     return base.losses_and_aux("losses_fn", losses_fn(params, batch), has_aux)
@@ -224,14 +230,14 @@ def _always_aux(losses_fn, has_aux):
 
 def _check_aux(call, params, batch, microbatch_size):
   """Raises InputError unless every array of aux has a row per example."""
-  # Two sizes tell such a row from a statistic of as many channels as examples.
+  # With two sizes, a row per example differs from a statistic with B channels.
   sizes = (microbatch_size, 2 * microbatch_size)
 
   def aux_of(size):
-    def part(x):
+    def resized(x):
       return jax.typeof(x).update(shape=(size, *x.shape[1:]))
 
-    return jax.eval_shape(call, params, jax.tree.map(part, batch))[1]
+    return jax.eval_shape(call, params, jax.tree.map(resized, batch))[1]
 
   one, two = map(aux_of, sizes)
   named = jax.tree_util.tree_leaves_with_path(one)
@@ -239,17 +245,17 @@ def _check_aux(call, params, batch, microbatch_size):
     if (x.shape[:1], y.shape[:1]) != tuple((size,) for size in sizes):
       raise base.InputError(
         f"losses_fn returns aux{jax.tree_util.keystr(path)}, which has no row per"
-        " example and cannot be taken in parts: leave microbatch_size out, or train a"
-        " model without BatchNorm."
+        " example and cannot be computed in microbatches: leave microbatch_size out, or"
+        " train a model without BatchNorm."
       )
 
 
-def _sweep(step, carry, rows, microbatch_size):
-  """`jax.lax.scan` over parts of `rows`, strictly one after the other.
+def _scan(step, carry, rows, microbatch_size):
+  """`jax.lax.scan` over microbatches of `rows`, strictly one after the other.
 
   Args:
-    step: `(carry, part) -> (carry, rows of results)`.
-    carry: what goes from part to part.
+    step: `(carry, microbatch) -> (carry, results)`, with a row of results per example.
+    carry: initial carry.
     rows: pytree of arrays with a row per example.
     microbatch_size: rows at a time.
 
@@ -257,24 +263,25 @@ def _sweep(step, carry, rows, microbatch_size):
     The last carry, and the results with a row per example.
   """
 
-  def ordered(state, part):
+  def ordered(state, microbatch):
     zero, carry = state
-    # Otherwise XLA:CPU starts on all parts at once.
-    carry, found = step(carry, ordering.after(zero, part))
-    return (ordering.zero_after((carry, found)), carry), found
+    # Without this dependency, XLA:CPU starts on all microbatches at the same time.
+    carry, results = step(carry, ordering.after(zero, microbatch))
+    return (ordering.zero_after((carry, results)), carry), results
 
   size = jax.tree.leaves(rows)[0].shape[0]
   count = size // microbatch_size
-  whole = count * microbatch_size
-  state, found = (ordering.zero_after((carry, rows)), carry), []
+  num_full = count * microbatch_size
+  state, all_results = (ordering.zero_after((carry, rows)), carry), []
   if count:
-    parts = jax.tree.map(
-      lambda x: x[:whole].reshape(count, microbatch_size, *x.shape[1:]), rows
+    microbatches = jax.tree.map(
+      lambda x: x[:num_full].reshape(count, microbatch_size, *x.shape[1:]), rows
     )
     unroll = count if jax.default_backend() == "cpu" else 1
-    state, results = jax.lax.scan(ordered, state, parts, unroll=unroll)
-    found.append(jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), results))
-  if whole < size or not count:
-    state, results = ordered(state, jax.tree.map(lambda x: x[whole:], rows))
-    found.append(results)
-  return state[1], jax.tree.map(lambda *x: jnp.concatenate(x), *found)
+    state, results = jax.lax.scan(ordered, state, microbatches, unroll=unroll)
+    results = jax.tree.map(lambda x: x.reshape(num_full, *x.shape[2:]), results)
+    all_results.append(results)
+  if num_full < size or not count:
+    state, results = ordered(state, jax.tree.map(lambda x: x[num_full:], rows))
+    all_results.append(results)
+  return state[1], jax.tree.map(lambda *x: jnp.concatenate(x), *all_results)

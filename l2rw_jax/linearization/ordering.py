@@ -1,9 +1,10 @@
-"""What is to be computed first, where the numbers alone leave it open.
+"""Ordering of computations that do not depend on each other.
 
-A compiler may run two independent passes over a network in any order or at once, and
-then holds the activations of both. `jax.lax.optimization_barrier` is no order to
-XLA:CPU, which drops it before it arranges its operations (jaxlib 0.10.2 then starts
-both passes); arithmetic whose result no compiler can foresee is one to all of them.
+A compiler may run two independent passes over a network in any order or at the same
+time, so that the activations of both are in memory. `jax.lax.optimization_barrier` does
+not prevent this on XLA:CPU, which removes it before it schedules operations (seen with
+jaxlib 0.10.2). A data dependency does: an arithmetic expression that is always 0, but
+that no compiler can simplify.
 """
 
 import jax
@@ -13,9 +14,10 @@ from l2rw_jax import base
 
 
 def zero_after(first: base.PyTree) -> base.Array:
-  """A floating point 0 that is known as soon as `first` is, a pytree of arrays.
+  """A floating-point 0 that depends on all floating-point arrays of `first`.
 
-  Only floating point and complex arrays count.
+  Args:
+    first: pytree of arrays; only floating-point and complex ones are used.
   """
   entries = [
     _first_entry(x)
@@ -24,22 +26,23 @@ def zero_after(first: base.PyTree) -> base.Array:
   ]
   if not entries:
     return jnp.zeros(())
-  known = jnp.stack(entries)
-  # A product with 0 may be NaN, and so is not folded, though this one never is.
-  zeros = jnp.isnan(0 * jnp.where(jnp.isfinite(known), known, jnp.zeros_like(known)))
+  values = jnp.stack(entries)
+  # Compilers do not simplify a product with 0, because it could be NaN. This one cannot
+  # be, because its other factor is finite.
+  zeros = jnp.isnan(0 * jnp.where(jnp.isfinite(values), values, jnp.zeros_like(values)))
   zeros = jax.lax.stop_gradient(zeros.astype(jnp.float32))
-  # One product with itself, because XLA repeats a chain of sums of scalars in every
-  # operation that reads its result: the program would grow with the square of their
-  # number. A product with constants is turned into such a chain.
+  # XLA repeats a chain of sums of scalars in every operation that uses the result, so
+  # that the program would grow with the square of their number. It also turns a product
+  # with constants into such a chain, but not the product of an array with itself.
   return jnp.dot(zeros, zeros)
 
 
 def _first_entry(x):
-  """Of type float32; of a complex array the real part."""
+  """The first entry (its real part) in float32, or the largest of a sharded array."""
   x = jax.lax.stop_gradient(x)
   if any(jax.typeof(x).sharding.spec):
-    # A sharded axis cannot be sliced, and gathering a large array is expensive. The
-    # largest entry also needs all of `x`, but sends only one number per device.
+    # A sharded axis cannot be sliced, and gathering a large array is expensive. For the
+    # largest entry, each device sends only one number.
     entry = jnp.real(x).max()
   else:
     entry = jnp.real(jax.lax.slice(x, (0,) * x.ndim, (1,) * x.ndim)).reshape(())
@@ -47,23 +50,26 @@ def _first_entry(x):
 
 
 def after(first: base.PyTree, then: base.PyTree) -> base.PyTree:
-  """`then`, unchanged, but what is computed from it waits for `first`.
+  """Returns `then`, so that computations from the result wait for `first`.
 
-  Costs a copy of `then`.
+  The cost is a copy of `then`.
 
   Args:
-    first: pytree of arrays, of which those of floating point or complex type count.
-    then: pytree of arrays, of which those of numbers wait.
+    first: pytree of arrays; only floating-point and complex ones are waited for.
+    then: pytree of arrays. Typed PRNG keys do not wait.
+
+  Returns:
+    A pytree with the values of `then`.
 
   >>> import jax.numpy as jnp
   >>> print(after(jnp.array([jnp.nan]), jnp.array([1., 2.])))
   [1. 2.]
   """
-  is_known = zero_after(first) == 0
+  is_ready = zero_after(first) == 0  # Always True.
 
   def wait(x):
-    if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # Such as PRNG keys.
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # Typed PRNG keys.
       return x
-    return jnp.where(is_known, x, jnp.zeros_like(x))
+    return jnp.where(is_ready, x, jnp.zeros_like(x))
 
   return jax.tree.map(wait, then)

@@ -1,9 +1,10 @@
-"""Where a function's declared derivative is not the slope of its values.
+"""Detection of functions whose declared derivative is not that of their values.
 
-A straight-through estimator rounds and passes gradients as if it did not; a gradient
-reversal returns its input and the negative gradient. Differentiation follows what is
-declared, by `jax.custom_jvp`, `jax.custom_vjp` or `jax.lax.stop_gradient`; a
-difference of two values cannot, unless it knows where.
+A straight-through estimator rounds its input and has the derivative of the identity; a
+gradient reversal returns its input and has the negative derivative. Differentiation
+follows the derivatives that `jax.custom_jvp`, `jax.custom_vjp` and
+`jax.lax.stop_gradient` declare. A finite difference does not, so that these functions
+have to be detected.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,44 +16,49 @@ from jax.extend import core as jax_core
 import jax.numpy as jnp
 import numpy as np
 
-_OF_JAX = str(pathlib.Path(jax.__file__).parent)
+_JAX_FOLDER = str(pathlib.Path(jax.__file__).parent)
 _INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
-# How far the two may be apart, as a share of the larger one.
-_TOLERANCE, _TOLERANCE_OF_HALF = 0.1, 0.4
+# The largest relative difference of the two derivatives in single and half precision.
+_TOLERANCE, _HALF_TOLERANCE = 0.1, 0.4
 
 
 def find(jaxpr: Any) -> str | None:
-  """The first function whose derivative disagrees with its values, or None.
+  """Finds a function whose declared derivative is not the derivative of its values.
 
-  Each `jax.custom_jvp`, `jax.custom_vjp` and loop with a `stop_gradient` inside is
-  evaluated at random inputs: its derivative against a central difference. JAX's own
-  functions are trusted, and so is what cannot be evaluated by itself (a collective).
+  The derivative of each `jax.custom_jvp`, each `jax.custom_vjp` and each loop with a
+  `stop_gradient` is compared with a central difference at random inputs. Functions that
+  JAX defines, and functions that cannot be evaluated alone (such as collectives), are
+  assumed to be consistent.
 
   Args:
-    jaxpr: of the function that is to be differentiated.
+    jaxpr: jaxpr of the function that is to be differentiated.
+
+  Returns:
+    The name of the first such function, or None.
   """
-  seen = set()
+  consistent = set()
   for eqn in _suspects(jaxpr):
     name = _name(eqn)
     avals = [v.aval for v in eqn.invars]
     key = (name, *((x.shape, x.dtype) for x in avals))
-    if key not in seen and _disagrees(eqn):
+    if key not in consistent and _disagrees(eqn):
       return name
-    seen.add(key)
+    consistent.add(key)
   return None
 
 
-def holding(
+def hold_stopped(
   function: Callable[..., list[Any]], leaves: list[Any]
 ) -> Callable[[list[Any]], list[Any]]:
-  """`function`, with what passes a `stop_gradient` held as it is at `leaves`.
+  """Holds the arguments of every `stop_gradient` at their values at `leaves`.
 
   Args:
-    function: a list of arrays to a list of arrays.
-    leaves: arrays.
+    function: a function from a list of arrays to a list of arrays.
+    leaves: its arguments.
 
   Returns:
-    A function of such a list, whose slopes are those that differentiation gives.
+    A function of the same arguments, whose finite differences near `leaves` agree with
+    the derivative of `function`.
   """
   closed = jax.make_jaxpr(function)(leaves)
   if not _has_stop_gradient(closed.jaxpr):
@@ -73,11 +79,12 @@ def holding(
 
 
 def _suspects(jaxpr: Any) -> Iterator[Any]:
+  """The operations that may have another derivative than their values."""
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
     inside = list(jax_core.jaxprs_in_params(eqn.params))
     if name.startswith(("custom_jvp_call", "custom_vjp_call")):
-      if not all(_is_of_jax(source) for source in _sources(eqn)):
+      if not all(_is_in_jax(source) for source in _sources(eqn)):
         yield eqn
     elif name in _INLINED:
       yield from _suspects(getattr(inside[0], "jaxpr", inside[0]))
@@ -102,7 +109,7 @@ def _has_stop_gradient(jaxpr: Any) -> bool:
 
 
 def _sources(eqn):
-  """The function and its rule, as `name at path:line`, as far as they are known."""
+  """The function and its derivative rule, as `name at path:line` if it is known."""
   inner = eqn.params.get("call_jaxpr")
   rule = eqn.params.get("jvp_jaxpr_fun", eqn.params.get("bwd"))
   infos = [
@@ -111,18 +118,18 @@ def _sources(eqn):
   return [info.func_src_info for info in infos if info is not None]
 
 
-def _is_of_jax(source):
-  return source.rpartition(" at ")[2].startswith(_OF_JAX)
+def _is_in_jax(source):
+  return source.rpartition(" at ")[2].startswith(_JAX_FOLDER)
 
 
 def _name(eqn):
-  """The function that its user wrote, as `name at path:line`."""
+  """The function outside of JAX, as `name at path:line`."""
   sources = _sources(eqn) or [eqn.primitive.name]
-  return next((s for s in sources if not _is_of_jax(s)), sources[0])
+  return next((s for s in sources if not _is_in_jax(s)), sources[0])
 
 
 def _evaluate(jaxpr, consts, args, stop):
-  """What a jaxpr computes, with `stop` in the place of `stop_gradient`."""
+  """Evaluates a jaxpr with the function `stop` in place of `stop_gradient`."""
   env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
 
   def read(atom):
@@ -149,63 +156,68 @@ def _bind(eqn, values):
 
 
 def _disagrees(eqn):
+  """Whether the declared derivative differs from that of the values."""
   rng = np.random.default_rng(0)
   draws = (
     lambda shape: rng.normal(size=shape),
     lambda shape: 10 * rng.normal(size=shape),
-    lambda shape: rng.uniform(0.1, 0.9, size=shape),  # where logarithms are defined
+    lambda shape: rng.uniform(0.1, 0.9, size=shape),  # In the domain of logarithms.
   )
   with jax.ensure_compile_time_eval(), jax.debug_nans(False):
     try:
       return any(_disagrees_at(eqn, draw, rng) for draw in draws)
-    except Exception:  # It cannot be evaluated by itself.
+    except Exception:  # The operation cannot be evaluated alone.
       return False
 
 
 def _disagrees_at(eqn, draw, rng):
+  """`_disagrees` at one random point, along random directions of inputs and outputs."""
   avals = [v.aval for v in eqn.invars]
-  inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in avals]
-  types = [x.dtype for x, keep in zip(avals, inexact, strict=True) if keep]
+  is_inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in avals]
+  types = [x.dtype for x, keep in zip(avals, is_inexact, strict=True) if keep]
   if not types:
     return False
   fixed = [
     None if keep else jnp.asarray(rng.integers(0, 2, x.shape), x.dtype)
-    for x, keep in zip(avals, inexact, strict=True)
+    for x, keep in zip(avals, is_inexact, strict=True)
   ]
-  point = [draw(x.shape) for x, keep in zip(avals, inexact, strict=True) if keep]
-  along = [rng.normal(size=x.shape) for x in point]
+  point = [draw(x.shape) for x, keep in zip(avals, is_inexact, strict=True) if keep]
+  direction = [rng.normal(size=x.shape) for x in point]
 
   def outputs(values):
-    chosen = iter(values)
-    args = [next(chosen) if x is None else x for x in fixed]
+    remaining = iter(values)
+    args = [next(remaining) if x is None else x for x in fixed]
     return [y for y in _bind(eqn, args) if jnp.issubdtype(y.dtype, jnp.inexact)]
 
   def cast(values):
     return [jnp.asarray(x).astype(t) for x, t in zip(values, types, strict=True)]
 
-  values, pull = jax.vjp(outputs, cast(point))
-  probes = [1e3 * rng.normal(size=y.shape) for y in values]
-  probes = [jnp.asarray(u).astype(y.dtype) for u, y in zip(probes, values, strict=True)]
-  (slopes,) = pull(probes)
-  declared = sum(_dot(s, v) for s, v in zip(slopes, along, strict=True))
+  values, vjp_fn = jax.vjp(outputs, cast(point))
+  cotangents = [
+    jnp.asarray(1e3 * rng.normal(size=y.shape)).astype(y.dtype) for y in values
+  ]
+  (gradients,) = vjp_fn(cotangents)
+  declared = sum(_dot(g, v) for g, v in zip(gradients, direction, strict=True))
   epsilon = max(float(jnp.finfo(t).eps) for t in types)
   largest = max((np.abs(x).max(initial=1) for x in point), default=1)
   step = 0.2 * epsilon ** (1 / 3) * largest
 
-  def at(sign):
-    moved = [x + sign * step * v for x, v in zip(point, along, strict=True)]
+  def outputs_at(sign):
+    moved = [x + sign * step * v for x, v in zip(point, direction, strict=True)]
     return [_array(y) for y in outputs(cast(moved))]
 
-  found, noise = 0.0, 0.0
-  for u, ahead, behind in zip(map(_array, probes), at(1), at(-1), strict=True):
-    found += np.sum(u * (ahead - behind)) / (2 * step)
-    noise += np.sum(np.abs(u * ahead)) * epsilon / step
-  if not np.isfinite(declared) or not np.isfinite(found):
+  difference, rounding = 0.0, 0.0
+  for u, ahead, behind in zip(
+    map(_array, cotangents), outputs_at(1), outputs_at(-1), strict=True
+  ):
+    difference += np.sum(u * (ahead - behind)) / (2 * step)
+    rounding += np.sum(np.abs(u * ahead)) * epsilon / step
+  if not np.isfinite(declared) or not np.isfinite(difference):
     return False
-  half = any(jnp.finfo(t).bits < 32 for t in types)
-  share = _TOLERANCE_OF_HALF if half else _TOLERANCE
-  larger = max(abs(found), abs(declared))
-  return bool(abs(found - declared) > share * larger + 4 * noise)
+  is_half = any(jnp.finfo(t).bits < 32 for t in types)
+  tolerance = _HALF_TOLERANCE if is_half else _TOLERANCE
+  larger = max(abs(difference), abs(declared))
+  return bool(abs(difference - declared) > tolerance * larger + 4 * rounding)
 
 
 def _array(x):

@@ -1,26 +1,29 @@
-r"""ABSGD: weights in proportion to exp(loss / lambda), by a moving normalizer.
+r"""ABSGD: weights proportional to exp(loss / lambda), with a moving normalizer.
 
-One scalar of memory, u, turns the exponentials of a batch into weights:
+The normalizer u, a scalar that is kept between steps, turns the exponentials of a
+batch into weights:
 
     u  <- (1 - gamma) u + gamma alpha mean_i exp(l_i / lambda)        u = 0 at first
     p_i = exp(l_i / lambda) / (u B),    then a step on grad sum_i p_i l_i, p constant
 
-lambda > 0 favors heavy losses (rare classes), lambda < 0 light ones (wrong labels),
-infinite lambda nobody: p_i = 1 / B. With gamma = alpha = 1 the weights are a softmax
-and the step is the gradient of F(w) = lambda log mean_i exp(l_i(w) / lambda), the
-KL-regularized worst (lambda > 0) or best (lambda < 0) case over weightings.
+lambda > 0 favors large losses (rare classes), lambda < 0 small losses (wrong labels);
+with infinite lambda the weights are uniform, p_i = 1 / B. With gamma = alpha = 1 the
+weights are a softmax and the step is the gradient of F(w) = lambda log mean_i
+exp(l_i(w) / lambda), the KL-regularized worst case (lambda > 0) or best case
+(lambda < 0) over weightings.
 
-What to know of the weights: they sum to mean exp(l / lambda) / u, which is 1 / alpha
-when the losses stand still and 1 / (gamma alpha) at the first step (u has no bias
-correction), so alpha divides the learning rate. gamma multiplies the *new* value:
-0.9 hardly remembers. No weight, nor their sum, exceeds 1 / (gamma alpha).
+The weights sum to mean exp(l / lambda) / u. This is 1 / alpha when the losses are
+constant and 1 / (gamma alpha) at the first step (u has no bias correction), so alpha
+divides the learning rate. gamma multiplies the *new* value: with 0.9 the average
+depends on little more than the last batch. Neither a weight nor the sum of the weights
+exceeds 1 / (gamma alpha).
 
-What is ours. The released code exponentiates as written, and overflows in float32
-from l / lambda = 89 on. Here v = log u is kept, and all is reckoned relative to the
-largest l / lambda of the batch: the same numbers, finite for any finite losses (in
-float32 u is remembered to a relative error of about 1e-7 |v|). The released code takes
-any lambda of 200 or more for infinite, and never changes a finite one, which would
-change the unit of u; here u then starts again.
+Differences from the released code. The release computes the exponentials as written
+and overflows in float32 from l / lambda = 89 on. Here v = log u is kept and everything
+is computed relative to the largest l / lambda of the batch; the numbers are the same
+and finite for any finite losses (in float32 u has a relative error of about 1e-7 |v|).
+The release treats any lambda of 200 or more as infinite and never changes a finite
+lambda, which would change the unit of u; here u is reset when lambda changes.
 
 References:
   Qi, Xu, Yin, Jin, Yang, "Attentional-Biased Stochastic Gradient Descent", TMLR
@@ -36,10 +39,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2rw_jax import base
-from l2rw_jax.methods import baselines
-from l2rw_jax.methods import changed_loss
+from l2rw_jax import changed_loss
+from l2rw_jax import weighted_update
 
-# A number, or the number of an epoch counted from 0 (on the host).
+# A number, or a function of the epoch, counted from 0, that is called on the host.
 Schedule = float | Callable[[int], float]
 
 
@@ -54,25 +57,25 @@ def example_weights(
   uniform_share: float = 0.0,
   axis_name: base.AxisName = None,
 ) -> tuple[base.Array, base.Array]:
-  """Weights of a batch, and log u with this batch in it.
+  """Weights of a batch, and log u after this batch.
 
   Args:
     losses: of this device's examples, [B].
-    log_normalizer: log u so far, scalar; -inf at first. Start again with -inf
-      when lambda changes: u is in units of exp(loss / lambda).
-    lam: lambda, in units of the loss, not 0; may be traced. Infinite: weights
-      are 1 / B whatever the options, and u is left alone.
+    log_normalizer: log u before this batch, scalar; -inf at first. Reset it to -inf
+      when lambda changes, because u is in units of exp(loss / lambda).
+    lam: lambda, in units of the loss, not 0; may be traced. If it is infinite, the
+      weights are 1 / B whatever the options are, and u does not change.
     gamma: share of the new batch in u, in (0, 1].
     alpha: scale of the new batch in u, above 0; divides the weights.
-    clip: upper bound of p_i, such as 1e4 / B; none in the released code.
-    uniform_share: adds uniform_share / B to every p_i, after the bound. 1 in the
+    clip: upper bound of p_i, such as 1e4 / B; the released code has none.
+    uniform_share: adds uniform_share / B to every p_i after clipping. 1 in the
       released label-noise program, 0 in the others.
     axis_name: mapped axis over which the batch is sharded.
 
   Returns:
-    Weights [B], from 0 to 1 / (gamma alpha) plus uniform_share / B, held constant
-    under differentiation; log u, scalar. NaN losses give NaN, in all weights, but
-    not where lambda is infinite: 1 / B then as ever.
+    Weights [B], from 0 to 1 / (gamma alpha) plus uniform_share / B, constant under
+    differentiation; log u, scalar. A NaN loss makes all weights NaN, unless lambda is
+    infinite: they are 1 / B then.
 
   Raises:
     InputError: losses not of shape [B]; unless traced, a setting out of range. A
@@ -87,12 +90,12 @@ def example_weights(
   base.check_vector("losses", losses)
   _check_settings(lam, gamma, alpha, clip, uniform_share)
   dtype = base.accumulator_dtype(losses.dtype)
-  # Here, not at the end: nothing below, collectives least, is to be differentiated.
+  # Stop gradients before the collectives, which must not be differentiated.
   scores, memory, lam = (
     jax.lax.stop_gradient(jnp.asarray(x, dtype)) for x in (losses, log_normalizer, lam)
   )
-  limit = jnp.finfo(dtype).max / 4  # Differences of two scores are then finite too.
-  # A traced lambda of 0 makes all weights NaN: the square root is 1 elsewhere.
+  limit = jnp.finfo(dtype).max / 4  # So that differences of two scores are finite.
+  # The square root is NaN for a traced lambda of 0, and 1 otherwise.
   is_zero = jnp.abs(lam) < jnp.finfo(dtype).tiny
   lam = jnp.where(is_zero, 1, lam) * jnp.sqrt(jnp.where(is_zero, -1.0, 1.0))
   scores = jnp.clip(scores / lam.astype(dtype), -limit, limit)
@@ -100,26 +103,28 @@ def example_weights(
   largest = base.pmax(jnp.max(scores), axis_name)
   scores = scores - largest
   mean = base.psum(jnp.sum(jnp.exp(scores)), axis_name) / size
-  # -inf at first and at gamma = 1. The two large numbers meet first, to lose less.
+  # -inf at the first batch and at gamma = 1. Subtracting the two large numbers first
+  # loses less precision.
   kept = jnp.log1p(-jnp.asarray(gamma, dtype)) + (memory - largest)
   relative = jnp.logaddexp(kept, jnp.log(gamma * alpha * mean))
   weights = jnp.exp(scores - relative - math.log(size))
   if clip is not None:
     weights = jnp.minimum(weights, clip)
   weights = weights + uniform_share / size
-  is_plain = jnp.isinf(lam)
-  weights = jnp.where(is_plain, 1 / size, weights)
-  memory = jnp.where(is_plain, memory, largest + relative)
+  is_uniform = jnp.isinf(lam)
+  weights = jnp.where(is_uniform, 1 / size, weights)
+  memory = jnp.where(is_uniform, memory, largest + relative)
   return weights.astype(losses.dtype), memory
 
 
 def two_stage(lam: float, from_epoch: int) -> Callable[[int], float]:
-  """The released schedule of lambda: infinite, and `lam` from an epoch on.
+  """The released schedule of lambda: infinite at first, `lam` from an epoch on.
 
   Args:
     lam: lambda of the second stage.
-    from_epoch: its first epoch, counted from 0. Released: 160 of 200 (imbalance),
-      80 of 120 (CIFAR with wrong labels), 5 of 10 (Clothing1M).
+    from_epoch: first epoch of the second stage, counted from 0. The released values
+      are 160 of 200 (imbalance), 80 of 120 (CIFAR with wrong labels) and 5 of 10
+      (Clothing1M).
 
   Raises:
     InputError: lambda is 0 or NaN, or the epoch negative.
@@ -134,7 +139,7 @@ def two_stage(lam: float, from_epoch: int) -> Callable[[int], float]:
 
 
 class State(NamedTuple):
-  """What `absgd` carries.
+  """State of `absgd`.
 
   Attributes:
     log_normalizer: log u, -inf before the first batch; float32 scalar.
@@ -155,18 +160,20 @@ def absgd(
 ) -> base.Method:
   """ABSGD for the training loop.
 
-  For another base loss wrap it in `changed_loss`; a class weight belongs into that
-  loss, so that it acts in the exponent too, as released. The released programs for
-  imbalance give lambda 3 to 5 with gamma 0.45 to 0.7 and alpha 0.3 to 0.5, the one
-  for Clothing1M -5 with 0.5 and 0.5. Momentum, 0.9, is the outer optimizer's.
+  To train on another loss, wrap the method in `changed_loss`. Class weights belong in
+  that loss, so that they enter the exponent too, as in the released code. The released
+  programs for imbalance use lambda 3 to 5, gamma 0.45 to 0.7 and alpha 0.3 to 0.5, the
+  one for Clothing1M uses -5, 0.5 and 0.5. Momentum, 0.9 in the releases, is set in the
+  outer optimizer.
 
   Args:
     lam: lambda in units of the loss, not 0; or a function of the epoch, see
-      `two_stage`. The normalizer starts afresh when its value changes.
+      `two_stage`. The normalizer is reset when its value changes.
     gamma: share of the new batch in the normalizer, in (0, 1].
-    alpha: scale of the new batch in it; the learning rate is divided by it.
+    alpha: scale of the new batch in the normalizer; divides the learning rate.
     clip: upper bound of a weight before `add_uniform`.
-    add_uniform: adds 1 / B to every weight, as the released label-noise program.
+    add_uniform: whether to add 1 / B to every weight, as the released label-noise
+      program does.
 
   Returns:
     A `base.Method` whose state is a `State`. It logs log u (0 while lambda is
@@ -178,13 +185,13 @@ def absgd(
   schedule = lam if callable(lam) else lambda _: lam
   _check_settings(schedule(0), gamma, alpha, clip)
 
-  def fresh(epoch):
+  def initial_state(epoch):
     lam = schedule(epoch)
     _check_lam(lam)
     return State(jnp.asarray(-jnp.inf, jnp.float32), jnp.asarray(lam, jnp.float32))
 
   def gradients(state, problem, inputs):
-    found, log_normalizer = baselines.weighted_gradients(
+    gradients, log_normalizer = weighted_update.weighted_gradients(
       problem,
       inputs,
       lambda losses: example_weights(
@@ -200,17 +207,17 @@ def absgd(
     )
     metrics = {
       "log_normalizer": jnp.where(jnp.isinf(state.lam), 0, log_normalizer),
-      "total_weight": base.psum(jnp.sum(found.weights), problem.axis_name),
+      "total_weight": base.psum(jnp.sum(gradients.weights), problem.axis_name),
     }
     state = state._replace(log_normalizer=log_normalizer.astype(jnp.float32))
-    return found._replace(metrics=metrics), state
+    return gradients._replace(metrics=metrics), state
 
   def refresh(state, problem, view):
     del problem
-    new = fresh(view.epoch)
+    new = initial_state(view.epoch)
     return state if new.lam == state.lam else new
 
-  return base.Method(gradients, init=lambda *_: fresh(0), refresh=refresh)
+  return base.Method(gradients, init=lambda *_: initial_state(0), refresh=refresh)
 
 
 def _check_settings(lam, gamma, alpha, clip, uniform_share=0.0):
@@ -230,7 +237,7 @@ def _is_known(value):
 
 
 def _check_lam(lam):
-  # Not only 0: below the smallest normal number, float32 on most devices has 0 too.
+  # Most devices flush float32 numbers below the smallest normal number to 0.
   if not abs(lam) >= np.finfo(np.float32).tiny:
     raise base.InputError(
       f"absgd: lam={lam} must not be 0; above 0 for imbalance, below for wrong labels,"

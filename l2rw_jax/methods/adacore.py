@@ -1,7 +1,7 @@
 r"""AdaCore: a weighted subset whose preconditioned gradient is that of all the data.
 
-Every R passes the network looks at the whole training set and chooses r of its N
-examples to train on until the next look:
+After every R passes over the current subset, the method computes gradients of the whole
+training set and chooses r of its N examples to train on until the next selection:
 
     g_i    gradient of example i's loss with respect to its logits, [C]
     D      diagonal of the loss's Hessian with respect to the logits (Hutchinson)
@@ -9,22 +9,23 @@ examples to train on until the next look:
     u      <- b2 u + (1 - b2) D^2,      H~ = (sqrt(u / (1 - b2^t)))^k + eps
     q_i    = g~_i / H~
     S      minimizes sum_i min_{j in S} |q_i - q_j|, greedily, class by class
-    gamma  of a chosen example: how many of its class are nearest to it; sum N
+    gamma  of a chosen example: the number of examples of its class that are nearest to
+           it; these numbers sum to N
 
 A batch of B of the chosen examples gets the weights gamma r / (N B), so that the
-expected gradient is sum_{j in S} gamma_j grad l_j / N, which stands for the mean
-gradient of all N. This is what CRAIG's script for deep networks does (gamma scaled
-to mean 1, then the batch mean); its script for logistic regression takes the raw
-gamma, a step N / r times as large.
+expected gradient is sum_{j in S} gamma_j grad l_j / N, an estimate of the mean gradient
+of all N examples. This is what CRAIG's script for deep networks does (gamma scaled to
+mean 1, then the batch mean); its script for logistic regression uses the raw gamma, a
+step N / r times as large.
 
 CRAIG is the special case H = 1 without averages: `curvature=False`.
 
-What is the paper's and what is ours: from the paper's abstract come weighted subsets
-chosen by gradients preconditioned with the Hessian, and the exponential averages of
-gradients and curvature; no official code is public. Distances, classes on their own
-and cluster sizes are CRAIG's, the equations of the averages and the defaults of b1,
-b2, k and eps those of AdaHessian as released. That the averages run over selections
-(not steps), and the choice of whose Hessian it is (`hessian_scope`), are ours.
+What comes from the paper. No official code is public. The paper's abstract specifies
+weighted subsets chosen by gradients preconditioned with the Hessian, and exponential
+averages of gradients and curvature. The distances, the selection within each class and
+the cluster sizes are CRAIG's; the equations of the averages and the defaults of b1, b2,
+k and eps are those of AdaHessian's released code. That the averages run over selections
+(not steps) and the choice of Hessian (`hessian_scope`) are choices of this library.
 
 References:
   Pooladzandi, Davini, Mirzasoleiman, "Adaptive Second Order Coresets for
@@ -33,26 +34,34 @@ References:
   Learning Models", ICML 2020 (CRAIG).
 """
 
+from collections.abc import Callable
+import functools
+import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from l2rw_jax import base
 from l2rw_jax import coresets
+from l2rw_jax import inference
 from l2rw_jax import losses
-from l2rw_jax.methods import adacore_table
-from l2rw_jax.methods import baselines
+from l2rw_jax import weighted_update
+
+# The Hessian of the mean loss, or of the loss of each example.
+SCOPES = ("shared", "example")
+_BATCH_SIZE = 1000
 
 
 def gradient_proxies(logits: base.Array, labels: base.Array) -> base.Array:
-  """softmax(z) - onehot(y): the cross-entropy's gradient at the logits, [n, C].
+  """softmax(z) - onehot(y), the gradient of the cross-entropy in the logits, [n, C].
 
   Args:
     logits: z, [n, C].
-    labels: y, integers [n]. A label that names no class gives NaN.
+    labels: y, integers [n]. A label that is not a class gives NaN.
 
   Raises:
     InputError: the shapes do not fit.
@@ -64,13 +73,163 @@ def gradient_proxies(logits: base.Array, labels: base.Array) -> base.Array:
   return (probabilities - is_label.astype(probabilities.dtype)) * scale[:, None]
 
 
+def hessian_diagonal(
+  key: base.Array,
+  loss: Callable[[base.PyTree], base.Array],
+  point: base.PyTree,
+  num_probes: int = 1,
+) -> base.PyTree:
+  """Hutchinson's unbiased estimate of the Hessian's diagonal, E[v * (H v)].
+
+  The estimator is `optax.contrib.hutchinson_estimator_diag_hessian`.
+
+  Args:
+    key: a typed PRNG key.
+    loss: `point -> scalar`.
+    point: where the Hessian is taken; a pytree.
+    num_probes: random sign vectors v to average over, each of which costs one
+      Hessian-vector product.
+
+  Returns:
+    The diagonal, shaped like `point`.
+  """
+
+  def probe(key):
+    estimator = optax.contrib.hutchinson_estimator_diag_hessian(key)
+    return estimator.update(point, estimator.init(point), point, obj_fn=loss)[0]
+
+  estimates = jax.vmap(probe)(jax.random.split(key, num_probes))
+  return jax.tree.map(lambda x: x.mean(axis=0), estimates)
+
+
+class LossDerivatives(NamedTuple):
+  """Derivatives of the loss of all N training examples.
+
+  Attributes:
+    gradients: of the losses with respect to the logits, [N, C].
+    curvature: diagonal of the Hessian, or None. For the scope "example" with respect
+      to the logits, [N, C]; for the scope "shared", of the mean loss, with respect to
+      the last layer's bias, [C], or to its weights and bias, [C, d + 1].
+    features: inputs of the last layer, [N, d], or None.
+  """
+
+  gradients: base.Array
+  curvature: base.Array | None
+  features: base.Array | None
+
+
+def loss_derivatives(
+  problem: base.Problem,
+  view: base.EpochView,
+  key: base.Array,
+  *,
+  scope: str | None,
+  last_layer: bool,
+  num_probes: int,
+) -> LossDerivatives:
+  """One evaluation-mode pass over the training set.
+
+  Args:
+    problem: the learning problem.
+    view: parameters and training set.
+    key: for the random signs of Hutchinson's estimate.
+    scope: of the curvature, one of `SCOPES`; None computes no curvature.
+    last_layer: whether to return features, and to take the shared curvature with
+      respect to the last layer's weights as well.
+    num_probes: of Hutchinson's estimate.
+
+  Raises:
+    InputError: `last_layer` with a network that has no features.
+  """
+  if last_layer:
+    num_features(problem)
+  functions: tuple[Any, ...] = (problem.forward, problem.loss)
+  if last_layer:
+    functions += (problem.features, problem.head)
+  starts = itertools.count(0, _BATCH_SIZE)
+
+  def batch_derivatives(batch):
+    start = next(starts)
+    derivatives = _batch_derivatives(
+      functions,
+      view.params,
+      view.model_state,
+      batch,
+      # The Hessian of the mean is a sum over batches, which all use the same signs.
+      jax.random.fold_in(key, start) if scope == "example" else key,
+      num_outputs=problem.num_classes,
+      scope=scope,
+      num_probes=num_probes,
+    )
+    if scope == "shared":
+      return derivatives._replace(curvature=derivatives.curvature[None])
+    return derivatives
+
+  derivatives = inference.map_batches(batch_derivatives, view.train, _BATCH_SIZE)
+  derivatives = jax.tree.map(jnp.asarray, derivatives)
+  if scope == "shared":
+    total = derivatives.curvature.sum(axis=0)
+    derivatives = derivatives._replace(curvature=total / problem.num_examples)
+  return derivatives
+
+
+def num_features(problem: base.Problem) -> int:
+  """Input width d of the last layer; raises InputError if there are no features."""
+  if problem.num_features is None:
+    raise base.InputError(
+      "adacore: last_layer=True needs a network with features; leave it out."
+    )
+  return problem.num_features
+
+
+@functools.partial(
+  jax.jit, static_argnames=("functions", "num_outputs", "scope", "num_probes")
+)
+def _batch_derivatives(
+  functions, params, model_state, batch, key, *, num_outputs, scope, num_probes
+):
+  """`LossDerivatives` of a batch, with curvature of the summed loss if "shared"."""
+  forward, loss, *split_functions = functions
+  unused_key = jax.random.key(0)
+  features: Any = None
+  if split_functions:
+    features_fn, head = split_functions
+    features, _ = features_fn(params, model_state, batch, unused_key, False)
+    logits = head(params, features)
+  else:
+    outputs, _ = forward(params, model_state, batch, unused_key, False)
+    logits = losses.logits_of(outputs)
+  width = logits.shape[1]
+
+  def total_loss(padded):
+    return loss(padded[:, :width], batch).sum()
+
+  # A binary classifier may have one logit; the second one added here has no effect.
+  logits = jnp.pad(logits, ((0, 0), (0, num_outputs - width)))
+  curvature: Any = None
+  if scope == "example":
+    curvature = hessian_diagonal(key, total_loss, logits, num_probes)
+  elif scope == "shared" and features is None:
+    zeros = jnp.zeros(num_outputs)
+    curvature = hessian_diagonal(
+      key, lambda b: total_loss(logits + b[None, :]), zeros, num_probes
+    )
+  elif scope == "shared":
+    inputs = jnp.pad(features, ((0, 0), (0, 1)), constant_values=1)
+    zeros = jnp.zeros((num_outputs, inputs.shape[1]))
+    curvature = hessian_diagonal(
+      key, lambda w: total_loss(logits + inputs @ w.T), zeros, num_probes
+    )
+  return LossDerivatives(jax.grad(total_loss)(logits), curvature, features)
+
+
 class Averages(NamedTuple):
-  """Exponential averages, not yet corrected for their start at zero.
+  """Exponential averages without bias correction.
 
   Attributes:
     gradients: m.
     squares: u, of the squared curvature.
-    num_updates: t, how often they were updated, int32 scalar.
+    num_updates: t, the number of updates so far, int32 scalar.
   """
 
   gradients: base.Array
@@ -93,21 +252,21 @@ def update_averages(
   )
 
 
-def corrected(
+def bias_corrected(
   averages: Averages,
   beta1: float = 0.9,
   beta2: float = 0.999,
   power: float = 1.0,
   epsilon: float = 1e-4,
 ) -> tuple[base.Array, base.Array]:
-  """(g~, H~) of averages that were updated at least once.
+  """(g~, H~) from averages that were updated at least once.
 
   Args:
     averages: m, u and t.
-    beta1: of the gradients.
-    beta2: of the squared curvature.
-    power: k; 0 switches the curvature off.
-    epsilon: added to it.
+    beta1: decay rate of the gradients.
+    beta2: decay rate of the squared curvature.
+    power: k; 0 disables the curvature.
+    epsilon: added to the curvature.
   """
   num_updates = averages.num_updates.astype(averages.gradients.dtype)
   gradients = averages.gradients / (1 - beta1**num_updates)
@@ -116,13 +275,13 @@ def corrected(
 
 
 class State(NamedTuple):
-  """What the method carries; arrays of fixed shape.
+  """State of the methods in this file; arrays of fixed shape.
 
   Attributes:
-    rows: to visit in an epoch, int32 [r].
-    weights: of every example in units in which uniform is 1, [N]: gamma r / N, and 0
-      outside the subset. All 1 before the first selection.
-    num_selections: how many there were, int32 scalar.
+    rows: rows of the training set to visit in an epoch, int32 [r].
+    weights: of every example, [N], in units in which the uniform weight is 1:
+      gamma r / N in the subset and 0 outside. All 1 before the first selection.
+    num_selections: number of selections so far, int32 scalar.
     averages: of gradients [N, C] and squared curvature, or None for CRAIG.
   """
 
@@ -151,31 +310,32 @@ def adacore(
 ) -> base.Method:
   """AdaCore for the training loop, and CRAIG with `curvature=False`.
 
-  What the loop calls an epoch is R passes over the r chosen examples, from one
+  One epoch of the loop consists of R passes over the r chosen examples, from one
   selection to the next.
 
   With one Hessian for all examples ("shared") the proxies are CRAIG's in rescaled
-  coordinates. With one an example, H is p (1 - p) for cross-entropy: wherever the
-  network is sure, |q| is about 1 however small the gradient, until epsilon ends it.
+  coordinates. With one Hessian per example, H is p (1 - p) for cross-entropy: where the
+  network is certain, |q| is about 1 however small the gradient is, until epsilon
+  dominates H.
 
   Args:
     fraction: r / N, in (0, 1].
     refresh_every: R, passes over the subset from one selection to the next.
     curvature: whether gradients are averaged and preconditioned.
-    hessian_scope: "shared", of the mean loss with respect to the last layer's bias
-      (with `last_layer` its weights too), or "example", of each example's own loss
-      with respect to its logits.
+    hessian_scope: "shared", the Hessian of the mean loss with respect to the last
+      layer's bias (with `last_layer` also its weights), or "example", the Hessian of
+      each example's loss with respect to its logits.
     num_probes: of Hutchinson's estimate at each selection.
-    beta1: of the gradients' average.
-    beta2: of the squared curvature's.
-    power: k, of the curvature.
+    beta1: decay rate of the average of gradients.
+    beta2: decay rate of the average of squared curvature.
+    power: k, exponent of the curvature.
     epsilon: added to the curvature.
     last_layer: whether distances are between gradients of the last layer's weights
-      and bias. Then only the logits' part is averaged. Needs a network with features,
-      and not `hessian_scope="example"`.
-    budget: of the classes, see `coresets.class_budgets`.
+      and bias; only the gradients of the logits are averaged then. Requires a network
+      with features, and excludes `hessian_scope="example"`.
+    budget: how examples are divided among classes, see `coresets.class_budgets`.
     greedy: "lazy" or "stochastic", see `coresets.select`.
-    greedy_epsilon: of the stochastic greedy.
+    greedy_epsilon: of the stochastic greedy algorithm.
     warmup_epochs: passes over all examples before the first selection.
 
   Returns:
@@ -188,7 +348,7 @@ def adacore(
   check_epochs("adacore", refresh_every, warmup_epochs)
   coresets.check_greedy(greedy, greedy_epsilon)
   _check_averages(num_probes, beta1, beta2, epsilon)
-  scopes = adacore_table.SCOPES[: 1 if last_layer else None]
+  scopes = SCOPES[: 1 if last_layer else None]
   if hessian_scope not in scopes:
     raise base.InputError(
       f"adacore: hessian_scope={hessian_scope!r}, last_layer={last_layer}: choose one"
@@ -203,7 +363,7 @@ def adacore(
       by_scope = {"example": shape, "shared": shape[1:]}
       squares = by_scope[hessian_scope]
       if last_layer:
-        squares = (problem.num_classes, adacore_table.num_features(problem) + 1)
+        squares = (problem.num_classes, num_features(problem) + 1)
       averages = Averages(
         jnp.zeros(shape), jnp.zeros(squares), jnp.zeros((), jnp.int32)
       )
@@ -219,22 +379,22 @@ def adacore(
       return state
     key = jax.random.key(int(view.rng.integers(2**31)))
     scope = hessian_scope if curvature else None
-    found = adacore_table.look(
+    derivatives = loss_derivatives(
       problem, view, key, scope=scope, last_layer=last_layer, num_probes=num_probes
     )
-    proxies, scale, averages = found.gradients, None, None
-    if found.curvature is not None:
+    proxies, scale, averages = derivatives.gradients, None, None
+    if derivatives.curvature is not None:
       averages = update_averages(
-        state.averages, found.gradients, found.curvature, beta1, beta2
+        state.averages, derivatives.gradients, derivatives.curvature, beta1, beta2
       )
-      proxies, scale = corrected(averages, beta1, beta2, power, epsilon)
+      proxies, scale = bias_corrected(averages, beta1, beta2, power, epsilon)
       if not last_layer:
         proxies, scale = proxies / jnp.broadcast_to(scale, proxies.shape), None
     chosen = coresets.select(
       proxies,
       view.train["label"],
       state.rows.size,
-      features=found.features,
+      features=derivatives.features,
       scale=scale,
       budget=budget,
       greedy=greedy,
@@ -250,13 +410,14 @@ def adacore(
 
 
 def random_subset(fraction: float, refresh_every: int | None = 1) -> base.Method:
-  """Training on a random part of the data, with equal weights.
+  """Training on a random subset of the data, with equal weights.
 
-  With a new part at every pass this is stochastic gradient descent on all the data.
+  With a new subset at every pass this is stochastic gradient descent on all the data.
 
   Args:
-    fraction: of the training set, in (0, 1].
-    refresh_every: passes over the part from one draw to the next; None for one draw.
+    fraction: size of the subset over that of the training set, in (0, 1].
+    refresh_every: passes over the subset from one draw to the next; None keeps the
+      first subset.
 
   Raises:
     InputError: a setting out of range.
@@ -292,16 +453,16 @@ def _method(init, refresh, num_passes):
   def gradients(state, problem, inputs):
     def weights(losses):
       size = base.global_size(losses.shape[0], problem.axis_name)
-      own = base.take(state.weights, inputs.batch["index"])
-      return own.astype(losses.dtype) / size
+      batch_weights = base.take(state.weights, inputs.batch["index"])
+      return batch_weights.astype(losses.dtype) / size
 
-    return baselines.weighted_gradients(problem, inputs, weights), state
+    return weighted_update.weighted_gradients(problem, inputs, weights), state
 
   return base.Method(gradients, init=init, refresh=refresh, sample=sample)
 
 
 def subset_size(fraction: float, num_examples: int) -> int:
-  """r, the share of the examples, rounded, at least 1."""
+  """r, the size of the subset: the fraction of N, rounded, at least 1."""
   return max(1, round(fraction * num_examples))
 
 
@@ -326,7 +487,7 @@ def _check_averages(
 
 
 def check_epochs(where: str, refresh_every: int, warmup_epochs: int = 0) -> None:
-  """Raises InputError unless both are numbers of epochs."""
+  """Raises InputError unless `refresh_every` >= 1 and `warmup_epochs` >= 0."""
   if refresh_every < 1 or warmup_epochs < 0:
     raise base.InputError(
       f"{where}: refresh_every={refresh_every} must be at least 1, warmup_epochs="

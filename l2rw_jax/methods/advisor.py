@@ -1,8 +1,9 @@
-"""Advisor network: a learned gate on the features of suspect examples (MFRW).
+"""Advisor network (MFRW): a learned gate on the features of each example.
 
 The classifier is split at its penultimate layer into features f and a linear head
-(Ricci et al., 2022). Instead of scaling the loss of a suspect example, the advisor
-scales its features, so that the classifier learns from the parts that help:
+(Ricci et al., 2022). Instead of scaling the loss of an example whose label may be
+wrong, the advisor scales its features, so that the classifier learns from the features
+that help:
 
     pre-loss      l = cross-entropy of head(f), features ungated, no gradient
     gate          W = sigmoid(C [relu(A f + a); relu(b l + b0)] + c) in (0, 1)^d
@@ -11,16 +12,16 @@ scales its features, so that the classifier learns from the parts that help:
                   no gate
     real step     p on grad_p mean CE(head(f * W)), the new advisor's W constant
 
-f and l enter the advisor as constants, and the label through l alone. At test time
-there is no gate. Default linear initialization puts W near 1/2: features are halved
-in training and whole at test.
+f and l are constant inputs of the advisor, which sees the label only through l. There
+is no gate at test time. With the default linear initialization W is near 1/2: features
+are halved in training but not at test time.
 
-Not here: the journal version's meta equalization softmax (MES). Its equations are
-not public in enough detail to be rebuilt, and a guess would carry its name. Only
-the authors' Clothing1M program is public: the settings for other data are ours
-(hidden = 100 as theirs; d is whatever the network has).
+The meta equalization softmax (MES) of the journal version is not implemented, because
+its equations are not public in sufficient detail. Only the authors' Clothing1M program
+is public; the settings for other data are chosen here (hidden = 100 as in the release;
+d is that of the network).
 
-`Gradients.weights` are not weights here but, for each example, its mean gate / B.
+`Gradients.weights` holds each example's mean gate / B, which is not a loss weight.
 
 References:
   Ricci, Uricchio, Del Bimbo, "Learning advisor networks for noisy image
@@ -39,11 +40,11 @@ from l2rw_jax import meta_network
 
 
 class AdvisorNet(nn.Module):
-  """(features, loss) to a gate on the features.
+  """Maps (features, loss) to a gate on the features.
 
   Attributes:
     num_features: d; 616,748 parameters for d = 2048 and hidden = 100.
-    hidden: width of either branch.
+    hidden: width of each of the two branches.
   """
 
   num_features: int
@@ -51,11 +52,11 @@ class AdvisorNet(nn.Module):
 
   @nn.compact
   def __call__(self, features: jax.Array, losses: jax.Array) -> jax.Array:
-    """Features [B, d], losses [B] to a gate in (0, 1), [B, d]."""
+    """Maps features [B, d] and losses [B] to a gate in (0, 1), [B, d]."""
     a = nn.relu(meta_network.dense(self.hidden, self.num_features)(features))
     b = nn.relu(meta_network.dense(self.hidden, 1)(losses[:, None]))
-    both = jnp.concatenate([a, b], axis=-1)
-    return nn.sigmoid(meta_network.dense(self.num_features, 2 * self.hidden)(both))
+    hidden = jnp.concatenate([a, b], axis=-1)
+    return nn.sigmoid(meta_network.dense(self.num_features, 2 * self.hidden)(hidden))
 
 
 def gate(
@@ -70,8 +71,8 @@ def gate(
     losses: [B], of the head on the ungated features.
   """
   features, losses = jax.lax.stop_gradient((features, losses))
-  opened: Any = net.apply(psi, features, losses)
-  return opened
+  result: Any = net.apply(psi, features, losses)
+  return result
 
 
 def advisor(
@@ -84,13 +85,14 @@ def advisor(
   """The advisor network (MFRW) for the training loop.
 
   Args:
-    learning_rate: of the virtual step; the classifier's, number or schedule.
+    learning_rate: of the virtual step, a number or a schedule; in the paper it is the
+      classifier's learning rate.
     hidden: width of the advisor's branches.
-    optimizer: of the advisor; None is Adam at 1e-4, constant, as released.
-    every: steps from one meta step to the next. More than 1 is not in the paper.
+    optimizer: of the advisor; None is Adam at a constant 1e-4, as released.
+    every: number of steps between meta steps; 1 in the paper.
 
   Returns:
-    A `base.Method` that needs a meta batch and a task with `features` and `head`;
+    A `base.Method` that needs a meta batch and a problem with `features` and `head`;
     its state is a `meta_network.State`.
 
   Raises:
@@ -113,19 +115,19 @@ def advisor(
       features, model_state = problem.features(
         params, inputs.model_state, batch, inputs.key, True
       )
-      # The head's own parameters are an output too: the loss comes after them.
+      # The parameters are an output too, because the loss uses those of the head.
       return (features, params), model_state
 
-    params = base.local(inputs.params, problem.axis_name)
-    linearized = problem.linearize_outputs(outputs_fn, params, batch, has_aux=True)
+    linearized = problem.linearize_batch_outputs(inputs, outputs_fn)
     features, _ = linearized.outputs
     net = AdvisorNet(problem.num_features, hidden)
     losses = problem.loss(problem.head(inputs.params, features), batch)
     size = base.global_size(losses.shape[0], problem.axis_name)
 
     def loss_fn(outputs, psi):
-      own_features, params = outputs
-      gated = own_features * gate(net, psi, features, losses)
+      # `features`, the gate's input, is constant; `output_features` is not.
+      output_features, params = outputs
+      gated = output_features * gate(net, psi, features, losses)
       return problem.loss(problem.head(params, gated), batch).sum() / size
 
     grads, state = meta_network.iterate(
@@ -139,21 +141,21 @@ def advisor(
       optimizer=meta_optimizer,
       every=every,
     )
-    open_share = gate(net, state.params, features, losses).mean(axis=-1)
+    mean_gate = gate(net, state.params, features, losses).mean(axis=-1)
     metrics = {
       **meta_network.metrics(state),
-      "gate": base.pmean(open_share.mean(), problem.axis_name),
+      "gate": base.pmean(mean_gate.mean(), problem.axis_name),
     }
-    found = base.Gradients(
+    gradients = base.Gradients(
       grads,
-      open_share / size,
+      mean_gate / size,
       losses,
       linearized.aux,
       metrics,
       fault=state.fault,
       zero_slope=state.zero_slope,
     )
-    return found, state
+    return gradients, state
 
   return base.Method(gradients, init, needs_meta=True)
 

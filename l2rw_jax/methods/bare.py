@@ -1,7 +1,8 @@
-"""BARE: an example is kept if its label is likelier than usual in its batch.
+"""BARE: keeps the examples whose labels have a high probability within their batch.
 
-Needs no clean data, no noise rate and no second network: the threshold of every
-class is a mean plus a deviation of posterior probabilities within the batch.
+The threshold of a class is the mean plus a multiple of the standard deviation of
+posterior probabilities within the batch. The method needs no clean data, no noise rate
+and no second network.
 
 References:
   Patel, Sastry, "Adaptive Sample Selection for Robust Learning under Label Noise"
@@ -18,10 +19,10 @@ from l2rw_jax import losses as losses_lib
 from l2rw_jax import normalization
 
 STATISTICS = ("batch_column", "own_label")
-# The released code keeps probabilities this far from 0 and 1.
+# The released code clips probabilities to this distance from 0 and 1.
 _MARGIN = 1e-8
-# Relative rounding errors of a probability that lies on the mean, and then some.
-_SLACK = 8
+# Tolerance for rounding of a probability that lies on the mean, in units of epsilon.
+_TOLERANCE = 8
 
 
 def select(
@@ -32,30 +33,31 @@ def select(
   statistics: str = "batch_column",
   axis_name: base.AxisName = None,
 ) -> base.Array:
-  """Which examples p_i[y_i] >= mu_{y_i} + kappa sigma_{y_i} keeps, bool [B].
+  """Selects the examples with p_i[y_i] >= mu_{y_i} + kappa sigma_{y_i}, bool [B].
 
-  Mean mu_c and deviation sigma_c are of the class's probabilities p_i[c]
+  The mean mu_c and the standard deviation sigma_c of the probabilities p_i[c] are taken
 
-  - over all examples i of the global batch, deviation with B - 1 in the
-    denominator ("batch_column": the released code), or
-  - over the examples labeled c, with their number in the denominator
-    ("own_label": the paper's formula as it is reported). By Cantelli's inequality
-    this keeps at most 1 / (1 + kappa^2) of a class, and with a few wrong labels
-    and a confident network nothing at all, which is why it is not the default.
+  - over all examples i of the global batch, with B - 1 in the denominator of the
+    variance ("batch_column": the released code), or
+  - over the examples labeled c, with their number in the denominator ("own_label": the
+    paper's formula, as far as it is known to us). By Cantelli's inequality this keeps
+    at most 1 / (1 + kappa^2) of a class, and nothing at all for a confident network
+    and a few wrong labels, which is why it is not the default.
 
-  Nothing may be kept; what then is up to the caller (`example_weights`: all).
-  In a batch of one example there is no deviation, and it is not kept. What lies on
-  the threshold is: 8 eps mu_c (1e-6 mu_c in float32) are let pass, so that where all
-  probabilities are alike rounding does not drop whole classes.
+  It is possible that no example is selected; `example_weights` then weighs all equally.
+  In a batch of one example the standard deviation is undefined and the example is not
+  selected. Examples on the threshold are selected: a tolerance of 8 eps mu_c (1e-6 mu_c
+  in float32) prevents rounding from dropping whole classes when all probabilities are
+  equal.
 
-  An example whose label names no class, or whose logits hold a NaN, is not kept;
-  `example_weights` gives NaN for the whole batch then, since NaN logits enter the
-  statistics of all.
+  An example whose label is not a class, or whose logits contain a NaN, is not selected.
+  `example_weights` gives NaN for the whole batch in this case, because NaN logits enter
+  the statistics of all examples.
 
   Args:
     logits: [B, C], or [B, 1] of a binary classifier.
     labels: given classes, integers [B].
-    kappa: deviations above the mean, at least 0, finite.
+    kappa: number of standard deviations above the mean, at least 0, finite.
     statistics: "batch_column" or "own_label".
     axis_name: mapped device axis over which the batch is split.
 
@@ -64,7 +66,7 @@ def select(
   """
   _check(kappa, statistics)
   losses_lib.check_logits(logits, labels)
-  # Constant before the collectives; statistics of half precision are in single.
+  # Stop gradients before the collectives; half precision is accumulated in float32.
   dtype = base.accumulator_dtype(logits.dtype)
   logits = jax.lax.stop_gradient(logits).astype(dtype)
   probabilities = jnp.exp(losses_lib.log_probabilities(logits))
@@ -76,28 +78,34 @@ def select(
     mean, deviation, defined = _moments(columns, members, 0, axis_name)
   else:
     mean, deviation, defined = _moments(columns, jnp.ones_like(columns), 1, axis_name)
-  slack = _SLACK * jnp.finfo(columns.dtype).eps
-  # A lone example has no deviation, so that nothing is kept.
-  threshold = jnp.where(defined, (1 - slack) * mean + kappa * deviation, jnp.inf)
+  tolerance = _TOLERANCE * jnp.finfo(columns.dtype).eps
+  # Where the deviation is undefined nothing is selected.
+  threshold = jnp.where(defined, (1 - tolerance) * mean + kappa * deviation, jnp.inf)
   of_label = jnp.where(is_label, threshold[None, :], 0).sum(axis=1)
   return is_label.any(axis=1) & (at_label >= of_label)
 
 
-def _moments(columns, members, lost, axis_name):
-  """Of the members of each column, over all devices, [C] each.
+def _moments(columns, members, ddof, axis_name):
+  """Moments of the members of each column, over all devices.
+
+  Args:
+    columns: [B, C].
+    members: 1 for the entries that count, else 0, [B, C].
+    ddof: subtracted from the number of members in the denominator of the variance.
+    axis_name: mapped device axis.
 
   Returns:
-    Means, deviations, and whether there are enough members for a deviation.
+    Means, standard deviations, and whether the latter are defined; [C] each.
   """
   count = base.psum(members.sum(axis=0), axis_name)
-  # From the least member on: the mean of equal numbers is this number, exactly.
+  # Relative to the smallest member, so that the mean of equal numbers is exact.
   least = -base.pmax(jnp.where(members > 0, -columns, -1).max(axis=0), axis_name)
   excess = base.psum((members * (columns - least[None, :])).sum(axis=0), axis_name)
   mean = least + excess / jnp.maximum(count, 1)
   squares = (members * (columns - mean[None, :]) ** 2).sum(axis=0)
-  left = count - lost
-  variance = base.psum(squares, axis_name) / jnp.maximum(left, 1)
-  return mean, jnp.sqrt(variance), left > 0
+  denominator = count - ddof
+  variance = base.psum(squares, axis_name) / jnp.maximum(denominator, 1)
+  return mean, jnp.sqrt(variance), denominator > 0
 
 
 def example_weights(
@@ -108,10 +116,10 @@ def example_weights(
   statistics: str = "batch_column",
   axis_name: base.AxisName = None,
 ) -> base.Array:
-  """Weights of the kept examples, all equal, of sum 1 over the global batch.
+  """Equal weights for the selected examples, of sum 1 over the global batch.
 
-  If none is kept, all are: the released code then takes the plain mean. (The
-  paper's text, as it is reported, does not say.)
+  If no example is selected, all get equal weights, as in the released code. (The
+  paper's text, as far as it is known to us, does not cover this case.)
 
   Args:
     logits: [B, C], or [B, 1] of a binary classifier.
@@ -121,8 +129,8 @@ def example_weights(
     axis_name: mapped device axis over which the batch is split.
 
   Returns:
-    Weights [B], constant in the logits. All are NaN if a logit is NaN or a label
-    names no class.
+    Weights [B], constant under differentiation. All are NaN if a logit is NaN or a
+    label is not a class.
 
   >>> import jax.numpy as jnp
   >>> logits = jnp.array([[2., 0, 0], [0, 2, 0], [0, 0, 2], [1, 0, 0], [0, 1, 0]])
@@ -135,8 +143,8 @@ def example_weights(
 
 
 def _equal_weights(kept, logits, labels, dtype, axis_name):
-  none = base.psum(kept.sum(), axis_name) == 0
-  weights = normalization.sum_to_one((kept | none).astype(dtype), axis_name)
+  is_empty = base.psum(kept.sum(), axis_name) == 0
+  weights = normalization.sum_to_one((kept | is_empty).astype(dtype), axis_name)
   is_label = losses_lib.label_mask(jnp.asarray(labels), max(logits.shape[1], 2))
   bad = jnp.isnan(jax.lax.stop_gradient(logits)).any(axis=1) | ~is_label.any(axis=1)
   any_bad = base.psum(bad.sum(), axis_name) > 0
@@ -146,16 +154,19 @@ def _equal_weights(kept, logits, labels, dtype, axis_name):
 def bare(kappa: float = 1.0, statistics: str = "batch_column") -> base.Method:
   """Trains on the examples that `select` keeps.
 
-  Logs the `kept_share` of the batch, 0 where nothing is kept and all are trained
-  on. Evaluation knows nothing of the selection (the released code selects there too
-  before it averages the loss).
+  It logs `kept_share`, the share of the batch that is selected; the share is 0 where
+  nothing is selected and all examples are used. Evaluation does not select examples
+  (the released code does so before it averages the loss).
 
   Args:
-    kappa: see `select`; the paper's is 1.
+    kappa: see `select`; 1 in the paper.
     statistics: see `select`.
 
+  Returns:
+    A `base.Method` without state.
+
   Raises:
-    InputError: as `select`.
+    InputError: a setting out of range.
   """
   _check(kappa, statistics)
 
@@ -166,33 +177,23 @@ def bare(kappa: float = 1.0, statistics: str = "batch_column") -> base.Method:
       )
       return problem.loss(outputs, batch), (outputs, model_state)
 
-    linearized = problem.linearize(
-      losses_fn,
-      base.local(inputs.params, problem.axis_name),
-      inputs.batch,
-      has_aux=True,
-    )
+    linearized = problem.linearize_batch(inputs, losses_fn)
     outputs, model_state = linearized.aux
+    logits, labels = losses_lib.logits_of(outputs), inputs.batch["label"]
     kept = select(
-      losses_lib.logits_of(outputs),
-      inputs.batch["label"],
+      logits,
+      labels,
       kappa=kappa,
       statistics=statistics,
       axis_name=problem.axis_name,
     )
     weights = _equal_weights(
-      kept,
-      losses_lib.logits_of(outputs),
-      inputs.batch["label"],
-      linearized.losses.dtype,
-      problem.axis_name,
+      kept, logits, labels, linearized.losses.dtype, problem.axis_name
     )
-    grads = base.psum(linearized.weighted_gradient(weights), problem.axis_name)
-    kept_share = base.pmean(kept.mean(), problem.axis_name)
-    found = base.Gradients(
-      grads, weights, linearized.losses, model_state, {"kept_share": kept_share}
-    )
-    return found, state
+    grads = base.summed_gradient(linearized, weights, problem.axis_name)
+    metrics = {"kept_share": base.pmean(kept.mean(), problem.axis_name)}
+    gradients = base.Gradients(grads, weights, linearized.losses, model_state, metrics)
+    return gradients, state
 
   return base.Method(gradients)
 

@@ -1,93 +1,62 @@
-"""What every paper here compares with: simple weightings and samplings.
+"""The baselines that papers compare with: simple weightings, samplings and losses.
 
-Each factory returns a `base.Method`. Unless said otherwise the loss is the
-weighted sum with weights that add up to 1 over the global batch.
+Each factory returns a `base.Method`. Unless its docstring says otherwise, the loss is
+a weighted sum whose weights sum to 1 over the global batch. The methods named after a
+loss (`focal`, `bootstrapping`, ...) minimize the mean of that loss; to combine another
+loss with other weights use `changed_loss.changed_loss`.
 
 References:
   Ren, Zeng, Yang, Urtasun, "Learning to Reweight Examples for Robust Deep
   Learning", ICML 2018, section 4.
 """
 
-from collections.abc import Callable
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from l2rw_jax import base
+from l2rw_jax import changed_loss
 from l2rw_jax import class_balance
+from l2rw_jax import losses as losses_lib
 from l2rw_jax import normalization
-from l2rw_jax.methods import changed_loss
-
-
-def weighted_gradients(
-  problem: base.Problem,
-  inputs: base.Inputs,
-  weights_fn: Callable[[base.Array], Any],
-  *,
-  has_aux: bool = False,
-) -> Any:
-  """Gradients of the batch under weights that are a function of its losses.
-
-  Args:
-    task: the learning problem.
-    inputs: the step's inputs.
-    weights_fn: this device's losses [B] -> its weights [B], held constant.
-    has_aux: whether it returns `(weights, aux)`.
-
-  Returns:
-    `base.Gradients`, or with `has_aux` a pair of these and aux.
-  """
-  linearized = problem.linearize(
-    problem.losses_fn(inputs.model_state, inputs.key),
-    base.local(inputs.params, problem.axis_name),
-    inputs.batch,
-    has_aux=True,
-  )
-  weights, aux = weights_fn(linearized.losses), None
-  if has_aux:
-    weights, aux = weights
-  grads = base.psum(linearized.weighted_gradient(weights), problem.axis_name)
-  found = base.Gradients(grads, weights, linearized.losses, linearized.aux, {})
-  return (found, aux) if has_aux else found
+from l2rw_jax import weighted_update
 
 
 def uniform() -> base.Method:
-  """Weight 1 / B for everyone: the plain mean loss."""
+  """Minimizes the mean loss: every example has weight 1 / B."""
 
   def gradients(state, problem, inputs):
-    def weights(losses):
-      size = base.global_size(losses.shape[0], problem.axis_name)
-      return jnp.full_like(losses, 1 / size)
-
-    return weighted_gradients(problem, inputs, weights), state
+    return weighted_update.uniform_gradients(problem, inputs), state
 
   return base.Method(gradients)
 
 
 def random() -> base.Method:
-  """Rectified Gaussian weights max(z, 0) / sum, z ~ N(0, 1), new every step."""
+  """Rectified Gaussian weights max(z, 0) / sum, z ~ N(0, 1), drawn at every step."""
 
   def gradients(state, problem, inputs):
     def weights(losses):
       size = base.global_size(losses.shape[0], problem.axis_name)
       noise = jax.random.normal(inputs.key, (size,), losses.dtype)
-      own = base.local_slice(normalization.rectify(noise), problem.axis_name)
-      return base.sharded_like(own, losses)
+      local_weights = base.local_slice(normalization.rectify(noise), problem.axis_name)
+      return base.sharded_like(local_weights, losses)
 
-    return weighted_gradients(problem, inputs, weights), state
+    return weighted_update.weighted_gradients(problem, inputs, weights), state
 
   return base.Method(gradients)
 
 
 def class_proportion(variant: str = "paper") -> base.Method:
-  """Weights in proportion to 1 / (number of training examples of the class).
+  """Weights inversely proportional to the number of training examples of the class.
 
   Args:
-    variant: "paper" keeps a weighted average, w_i = N / (C n_y) / B.
-      "official_code" is what was released: w_i = 1 - n_y / N without dividing
-      by B, so that its effective step is up to 18 times larger on MNIST.
+    variant: "paper" computes a weighted average, w_i = N / (C n_y) / B.
+      "official_code" uses the formula of the released code, w_i = 1 - n_y / N, which
+      is not divided by B; its effective step is up to 18 times larger on MNIST.
+
+  Raises:
+    InputError: an unknown variant.
   """
   _check_variant("class_proportion", variant)
 
@@ -100,21 +69,21 @@ def class_proportion(variant: str = "paper") -> base.Method:
     else:
       per_class = 1 - counts / counts.sum()
     weights = base.take(per_class, inputs.batch["label"])
-    return weighted_gradients(problem, inputs, lambda _: weights), state
+    return weighted_update.weighted_gradients(problem, inputs, lambda _: weights), state
 
   return base.Method(gradients)
 
 
 def class_balanced(beta: float = 0.9999, from_epoch: int = 0) -> base.Method:
-  """Weights in proportion to the class's, by the effective number of its examples.
+  """Class weights by the effective number of examples, from some epoch on.
 
-  They add up to 1 over the global batch, like PyTorch's weighted mean; before
-  `from_epoch` they are uniform (deferred re-weighting, DRW; on the plain
-  cross-entropy ERM-DRW). beta = 0 is uniform, beta -> 1 inverse frequency.
+  The weights sum to 1 over the global batch, like PyTorch's weighted mean; before
+  `from_epoch` they are uniform (deferred re-weighting, DRW; with plain cross-entropy
+  this is ERM-DRW). beta = 0 gives uniform weights, beta -> 1 inverse frequency.
 
   Args:
     beta: of `class_balance.effective_number`, in [0, 1).
-    from_epoch: the first epoch of balanced classes, counted from 0.
+    from_epoch: the first epoch of class-balanced weights, counted from 0.
 
   Raises:
     InputError: a setting out of range.
@@ -127,25 +96,26 @@ def class_balanced(beta: float = 0.9999, from_epoch: int = 0) -> base.Method:
 
   def gradients(state, problem, inputs):
     class_balance.check_counts(problem.class_counts, problem.num_classes)
-    per_class = class_balance.effective_number(problem.class_counts, beta)
-    if from_epoch:
-      per_class = jnp.where(state >= from_epoch, per_class, 1)
-    labels = inputs.batch["label"]
-    weights = class_balance.example_weights(per_class, labels, problem.axis_name)
-    return weighted_gradients(problem, inputs, lambda _: weights), state
+    weights = class_balance.deferred_example_weights(
+      problem.class_counts,
+      inputs.batch["label"],
+      beta,
+      state if from_epoch else 0,
+      from_epoch,
+      problem.axis_name,
+    )
+    return weighted_update.weighted_gradients(problem, inputs, lambda _: weights), state
 
-  return _deferred(base.Method(gradients), from_epoch)
+  return _with_epoch_state(base.Method(gradients), from_epoch)
 
 
 def resampling(from_epoch: int = 0) -> base.Method:
-  """Class-balanced batches: every class equally often, drawn with replacement.
+  """The mean loss of class-balanced batches, see `class_balance.balanced_order`.
 
-  Examples come in rounds of C, one of each class, so a batch whose size is a
-  multiple of C is exactly balanced. Before `from_epoch` an epoch visits every
-  example once (deferred resampling, DRS).
+  Before `from_epoch` an epoch visits every example once (deferred re-sampling, DRS).
 
   Args:
-    from_epoch: the first epoch of balanced batches, counted from 0.
+    from_epoch: the first epoch of class-balanced batches, counted from 0.
 
   Raises:
     InputError: `from_epoch` is negative.
@@ -155,26 +125,25 @@ def resampling(from_epoch: int = 0) -> base.Method:
   def sample(state, problem, train, rng):
     if from_epoch and state < from_epoch:
       return base.permutation(state, problem, train, rng)
-    labels = train["label"]
-    classes = np.unique(labels)
-    rounds = len(labels) // len(classes)
-    columns = [rng.choice(np.flatnonzero(labels == c), size=rounds) for c in classes]
-    return rng.permuted(np.stack(columns, axis=1), axis=1).ravel()
+    return class_balance.balanced_order(train["label"], rng)
 
-  return _deferred(uniform()._replace(sample=sample), from_epoch)
+  return _with_epoch_state(uniform()._replace(sample=sample), from_epoch)
 
 
 def hard_mining(variant: str = "paper") -> base.Method:
-  """All minority examples and the hardest of the majority, weighted equally.
+  """Equal weights for the minority and for the hardest majority examples.
 
-  Of the global batch, keeps every example outside the largest training class
-  and the k examples of that class with the highest losses, k = the number of
-  the others in the batch, at least 1. Weights are 1 / (number kept).
+  The examples kept of the global batch are all those outside the largest training
+  class and the k examples of that class with the highest losses, where k is the
+  number of the others in the batch, at least 1. Weights are 1 / (number kept).
 
   Args:
-    variant: "paper" ranks by each example's loss. "official_code" repeats the
-      released code's accident: it ranks by a loss already averaged over the
-      batch, so ties keep the first k, which is random under-sampling.
+    variant: "paper" ranks by each example's loss. "official_code" reproduces an
+      accident of the released code, which ranks by a loss already averaged over the
+      batch: all are tied and the first k are kept, which is random under-sampling.
+
+  Raises:
+    InputError: an unknown variant.
   """
   _check_variant("hard_mining", variant)
 
@@ -191,7 +160,7 @@ def hard_mining(variant: str = "paper") -> base.Method:
       uniform_weights = normalization.sum_to_one(kept.astype(losses.dtype))
       return base.local_slice(uniform_weights, problem.axis_name)
 
-    return weighted_gradients(problem, inputs, weights), state
+    return weighted_update.weighted_gradients(problem, inputs, weights), state
 
   return base.Method(gradients)
 
@@ -209,7 +178,7 @@ def hardest(losses: base.Array, majority: base.Array) -> base.Array:
   """
   base.check_vector("losses", losses)
   num_kept = jnp.maximum(jnp.sum(~majority), 1)
-  # A NaN loss is the hardest, so that it is kept and noticed.
+  # A NaN loss ranks as the hardest, so that it is kept and noticed.
   hardness = jnp.where(jnp.isnan(losses), jnp.inf, losses)
   ranked = base.unsharded(jnp.where(majority, -hardness, jnp.inf))
   order = jnp.argsort(ranked, stable=True)
@@ -218,25 +187,27 @@ def hardest(losses: base.Array, majority: base.Array) -> base.Array:
 
 
 def clean_only() -> base.Method:
-  """The mean loss of the clean set alone; the training batch gets weight 0."""
+  """Minimizes the mean loss of the meta set alone; training examples get weight 0."""
 
   def gradients(state, problem, inputs):
     losses_fn = problem.losses_fn(inputs.model_state, inputs.key)
     losses, _ = losses_fn(inputs.params, inputs.batch)
-    on_clean = inputs._replace(batch=inputs.meta_batch)
-    clean, state = uniform().gradients(state, problem, on_clean)
-    # Its value is of the clean batch: with these weights the step would watch 0.
-    shown = {"weights": jnp.zeros_like(losses), "losses": losses}
-    return clean._replace(value=_value(clean, problem), **shown), state
+    clean = weighted_update.uniform_gradients(
+      problem, inputs._replace(batch=inputs.meta_batch)
+    )
+    # The value of the meta batch: with weights of 0 the step would report a loss of 0.
+    return clean._replace(
+      value=_value(clean, problem), weights=jnp.zeros_like(losses), losses=losses
+    ), state
 
   return base.Method(gradients, needs_meta=True)
 
 
 def fine_tuning(num_steps: int, method: base.Method | None = None) -> base.Method:
-  """A method, then `num_steps` last steps on the clean set alone (`clean_only`).
+  """Trains with a method, then for the last `num_steps` on the meta set alone.
 
   Args:
-    num_steps: length of the second phase, at the end of the run; at least 1.
+    num_steps: length of the second phase (`clean_only`), at least 1.
     method: the first phase; `uniform()` if None.
 
   Raises:
@@ -249,12 +220,12 @@ def fine_tuning(num_steps: int, method: base.Method | None = None) -> base.Metho
 
   def gradients(state, problem, inputs):
     def clean(state):
-      found, _ = second.gradients((), problem, inputs)
-      return _alike(found, problem), state
+      gradients, _ = second.gradients((), problem, inputs)
+      return _same_structure(gradients, problem), state
 
     def initial(state):
-      found, state = first.gradients(state, problem, inputs)
-      return _alike(found, problem), state
+      gradients, state = first.gradients(state, problem, inputs)
+      return _same_structure(gradients, problem), state
 
     is_last = inputs.step >= problem.num_steps - num_steps
     return jax.lax.cond(is_last, clean, initial, state)
@@ -262,27 +233,106 @@ def fine_tuning(num_steps: int, method: base.Method | None = None) -> base.Metho
   return first._replace(gradients=gradients, needs_meta=True)
 
 
-def _alike(found, problem):
-  """`found` without metrics and with all that a method may leave out."""
-  has_meta_step = found.fault is not None
-  return found._replace(
+def _same_structure(gradients, problem):
+  """`gradients` without metrics and with all optional fields, for `jax.lax.cond`."""
+  has_meta_step = gradients.fault is not None
+  return gradients._replace(
     metrics={},
-    value=_value(found, problem),
-    fault=found.fault if has_meta_step else jnp.zeros((), jnp.int32),
-    zero_slope=found.zero_slope if has_meta_step else jnp.zeros((), bool),
+    value=_value(gradients, problem),
+    fault=gradients.fault if has_meta_step else jnp.zeros((), jnp.int32),
+    zero_slope=gradients.zero_slope if has_meta_step else jnp.zeros((), bool),
   )
 
 
-def _value(found, problem):
-  """What an optimizer watches, also where a method leaves it to the step."""
-  value = found.value
+def _value(gradients, problem):
+  """`Gradients.value`, or its default, the weighted loss of the global batch."""
+  value = gradients.value
   if value is None:
-    value = base.psum(jnp.sum(found.weights * found.losses), problem.axis_name)
+    value = base.psum(jnp.sum(gradients.weights * gradients.losses), problem.axis_name)
   return jnp.asarray(value, jnp.float32)
 
 
-def _deferred(method, from_epoch):
-  """`method` whose state is the epoch, for what waits for `from_epoch`."""
+def focal(gamma: float = 2.0) -> base.Method:
+  """Minimizes the mean of `losses.focal`.
+
+  Raises:
+    InputError: `gamma` is negative.
+  """
+  return _with_loss(uniform(), functools.partial(losses_lib.focal, gamma=gamma))
+
+
+def class_balanced_focal(
+  gamma: float = 2.0, beta: float = 0.9999, from_epoch: int = 0
+) -> base.Method:
+  """`losses.focal` under the weights of `class_balanced`.
+
+  The focal loss is used from the start; `from_epoch` applies to the weights.
+
+  Raises:
+    InputError: a setting out of range.
+  """
+  focal_loss = functools.partial(losses_lib.focal, gamma=gamma)
+  return _with_loss(class_balanced(beta, from_epoch), focal_loss)
+
+
+def bootstrapping(kind: str, beta: float | None = None) -> base.Method:
+  """Minimizes the mean of `losses.bootstrapping_soft` or `losses.bootstrapping_hard`.
+
+  Args:
+    kind: "soft" or "hard".
+    beta: share of the given label in the target, in [0, 1]; None is the paper's
+      value, 0.95 (soft) or 0.8 (hard).
+
+  Raises:
+    InputError: a setting out of range.
+  """
+  kinds = {"soft": losses_lib.bootstrapping_soft, "hard": losses_lib.bootstrapping_hard}
+  if kind not in kinds:
+    raise base.InputError(f"bootstrapping: kind={kind!r}; choose 'soft' or 'hard'.")
+  loss_fn = kinds[kind] if beta is None else functools.partial(kinds[kind], beta=beta)
+  return _with_loss(uniform(), loss_fn)
+
+
+def symmetric_cross_entropy(alpha: float = 0.1, beta: float = 1.0) -> base.Method:
+  """Minimizes the mean of `losses.symmetric_cross_entropy`.
+
+  Raises:
+    InputError: a setting out of range.
+  """
+  loss_fn = losses_lib.symmetric_cross_entropy
+  return _with_loss(uniform(), functools.partial(loss_fn, alpha=alpha, beta=beta))
+
+
+def generalized_cross_entropy(
+  q: float = 0.7, threshold: float | None = None
+) -> base.Method:
+  """Minimizes the mean of `losses.generalized_cross_entropy`.
+
+  Args:
+    q: between 0 (cross-entropy) and 1 (absolute error).
+    threshold: probability below which the loss is truncated; None does not truncate.
+
+  Raises:
+    InputError: a setting out of range.
+  """
+  loss_fn = losses_lib.generalized_cross_entropy
+  return _with_loss(uniform(), functools.partial(loss_fn, q=q, threshold=threshold))
+
+
+def _with_loss(method, loss_fn):
+  """`method` on `(logits, labels) -> [B]`; raises if a setting of it is invalid."""
+  label = jax.ShapeDtypeStruct((1,), jnp.int32)
+  jax.eval_shape(loss_fn, jax.ShapeDtypeStruct((1, 2), jnp.float32), label)
+
+  def loss(outputs, batch, class_counts):
+    del class_counts
+    return loss_fn(losses_lib.logits_of(outputs), batch["label"])
+
+  return changed_loss.changed_loss(method, loss)
+
+
+def _with_epoch_state(method, from_epoch):
+  """`method` with the epoch as its state if anything waits for `from_epoch`."""
   if not from_epoch:
     return method
   return method._replace(

@@ -1,27 +1,27 @@
-"""FORML: persistent example weights that serve a fairness objective (Yan et al.).
+"""FORML: persistent example weights for a fairness objective (Yan et al., 2022).
 
-Every training example keeps a weight w_i for the whole run. A step looks ahead
-with the weights of its batch, asks how a *fairness* objective of a held-out
-exemplar set with group membership feels them, and moves them:
+Every training example has a weight w_i that persists for the whole run. A step takes a
+look-ahead step with the weights of its batch, computes the gradient of a *fairness*
+objective F of a held-out exemplar set with known groups, and updates the weights:
 
     p'(w)  = p - alpha grad sum_i w_i l_i(p)             sum over the batch of w = 1
-    w     <- max(w - eta dF(p'(w))/dw, 0), then made to sum to 1 again
+    w     <- max(w - eta dF(p'(w))/dw, 0), then normalized to sum to 1
     p     <- optimizer step on grad sum_i w_i l_i(p)     with the new weights
 
 with dF/dw_i = -alpha <grad F(p'), grad l_i(p)>. F is one of `group_objectives`:
 `gap`, `worst` or `soft_tpr` of the exemplar losses and their groups, or their
 `mean`, which ignores the groups and is L2RW's meta loss.
 
-What is the paper's and what is ours: from the paper's abstract come the joint
-learning of sample weights and network, a user's held-out set that represents
-the distribution on which fairness is wanted, equality of opportunity as the
-goal, no weighting network, and data condensation by weight. No official code is
-public and its surrogate, persistence and normalization of weights, learning
-rates and exemplar sizes could not be checked. The equations above, all four
-objectives, the zero guard and the defaults are this library's construction.
+What comes from the paper. Its abstract specifies the joint learning of sample weights
+and network, a held-out set that represents the distribution on which fairness is
+wanted, equality of opportunity as the goal, the absence of a weighting network, and
+data condensation by weight. No official code is public, and the paper's surrogate, the
+persistence and normalization of weights, learning rates and exemplar sizes could not be
+checked. The equations above, all four objectives, the handling of all-zero weights and
+the defaults are choices of this library.
 
-A pure `gap` is at its minimum when every group is equally *bad*; here it has a
-`mean_coefficient` of 1 unless told otherwise.
+A pure `gap` is minimal when every group is equally *bad*; therefore its
+`mean_coefficient` is 1 by default.
 
 References:
   Yan, Seto, Apostoloff, "FORML: Learning to Reweight Data for Fairness", DataPerf
@@ -48,7 +48,7 @@ def update_weights(
   weight_learning_rate: float,
   axis_name: base.AxisName = None,
 ) -> base.Array:
-  """max(w - eta dF/dw, 0), made to sum to 1; all zero if nothing is left.
+  """max(w - eta dF/dw, 0), normalized to sum to 1; all zero if none is positive.
 
   Args:
     weights: of this device's examples, [B].
@@ -67,18 +67,18 @@ def update_weights(
 
 
 class Reweighted(NamedTuple):
-  """FORML's verdict on one batch.
+  """Result of one weight update.
 
   Attributes:
-    weights: after the update, summing to 1 over all devices, or all 0; [B].
-    gradient: dF/dw at the weights before it (normalized), [B].
-    objective: F at the look-ahead, scalar.
-    losses: the batch's own losses, [B].
-    finite: False if a loss of either batch, F, a gradient or a weight was NaN or
+    weights: after the update, of sum 1 over all devices, or all 0; [B].
+    gradient: dF/dw at the normalized weights before the update, [B].
+    objective: F at the look-ahead parameters, scalar.
+    losses: of the training batch, [B].
+    finite: False if a loss of either batch, F, a gradient or a weight is NaN or
       infinite; bool scalar.
-    zero_slope: whether the look-ahead step ignores the gradient (a rate of 0), see
-      `hypergradient.Direction`; bool scalar.
-    fault: which was not finite first, a `base.Fault`; int32 scalar.
+    zero_slope: whether the look-ahead step ignores the gradient (a learning rate of
+      0), see `hypergradient.Direction`; bool scalar.
+    fault: the first quantity that is not finite, a `base.Fault`; int32 scalar.
     aux: what `losses_fn` returned in addition to the losses of `batch`, else None.
   """
 
@@ -107,18 +107,18 @@ def example_weights(
   has_aux: bool = False,
   engine: str = "auto",
 ) -> Reweighted:
-  """One update of the weights of a batch; keep them per example between steps.
+  """One update of the weights of a batch; the caller stores them between steps.
 
   Args:
     losses_fn: `(params, batch) -> losses [B]`.
     params: any pytree of parameters.
-    batch: the examples to weigh, as `losses_fn` takes them.
+    batch: the training batch, in the form that `losses_fn` takes.
     meta_batch: the exemplars.
-    weights: of the batch so far, of any positive scale, [B].
-    objective: exemplar losses [M] (of all devices) -> F, for instance
+    weights: of the batch before the update, of any positive scale, [B].
+    objective: maps the exemplar losses [M] of all devices to F, for instance
       `lambda losses: group_objectives.worst(losses, groups, num_groups)`.
     weight_learning_rate: eta, see `update_weights`.
-    inner_learning_rate: alpha, of the look-ahead by plain SGD.
+    inner_learning_rate: alpha, of the look-ahead step, which is plain SGD.
     meta_losses_fn: like `losses_fn`, for `meta_batch`, if it differs.
     axis_name: mapped axis over which both batches are sharded.
     has_aux: both losses functions return `(losses, aux)`.
@@ -133,9 +133,9 @@ def example_weights(
     >>> batch = {"x": jnp.eye(2), "y": jnp.array([1., 1.])}
     >>> exemplars = {"x": jnp.eye(2), "y": jnp.array([1., 3.])}
     >>> objective = lambda losses: group_objectives.worst(losses, jnp.arange(2), 2)
-    >>> found = example_weights(losses_fn, jnp.zeros(2), batch, exemplars,
+    >>> result = example_weights(losses_fn, jnp.zeros(2), batch, exemplars,
     ...     jnp.ones(2), objective, weight_learning_rate=.1, inner_learning_rate=.1)
-    >>> print(jnp.round(found.weights, 2), jnp.round(found.objective, 2))
+    >>> print(jnp.round(result.weights, 2), jnp.round(result.objective, 2))
     [0.45 0.55] 8.41
   """
   linearized = linearization.linearize(
@@ -183,7 +183,7 @@ def reweigh(
     meta_losses_fn,
     params,
     meta_batch,
-    base.psum(linearized.weighted_gradient(weights), axis_name),
+    base.summed_gradient(linearized, weights, axis_name),
     optimizer=optimizer,
     opt_state=optimizer.init(params),
     objective=objective,
@@ -215,8 +215,8 @@ def reweigh(
 OBJECTIVES = ("mean", "gap", "worst", "soft_tpr")
 
 
-def settings_of(objective: str, reduction: str | None = None) -> dict[str, Any]:
-  """The settings that an objective with this reduction has, at their defaults.
+def objective_settings(objective: str, reduction: str | None = None) -> dict[str, Any]:
+  """Settings of an objective with this reduction, with their default values.
 
   Raises:
     InputError: an unknown objective.
@@ -225,34 +225,35 @@ def settings_of(objective: str, reduction: str | None = None) -> dict[str, Any]:
     raise base.InputError(f"objective={objective!r}: choose one of {OBJECTIVES}.")
   if objective == "mean":
     return {}
-  found = {} if objective == "worst" else {"reduction": reduction or "mean"}
+  settings = {} if objective == "worst" else {"reduction": reduction or "mean"}
   if objective == "worst" or (objective == "soft_tpr" and reduction == "worst"):
-    return found | {"temperature": 0.0}
-  return found | {"mean_coefficient": 1.0}
+    return settings | {"temperature": 0.0}
+  return settings | {"mean_coefficient": 1.0}
 
 
 def make_objective(
   name: str, **settings: Any
 ) -> Callable[[base.Array, base.Array, int], base.Array]:
-  """`(losses [M], groups [M], num_groups) -> F` by its name.
+  """Returns the objective `(losses [M], groups [M], num_groups) -> F` of this name.
 
   Args:
-    name: one of `OBJECTIVES`; "soft_tpr" takes exp(-loss) for the probability of
-      the label, which is right for cross-entropy losses.
-    **settings: of the function of that name in `group_objectives`; what is left out
-      is as in `settings_of`. A `temperature` goes with "worst" and with "soft_tpr"
-      of reduction "worst", a `mean_coefficient` with the differences of groups.
+    name: one of `OBJECTIVES`; "soft_tpr" uses exp(-loss) as the probability of the
+      label, which is correct for cross-entropy losses.
+    **settings: arguments of the function of that name in `group_objectives`; the
+      defaults are those of `objective_settings`. `temperature` applies to "worst" and
+      to "soft_tpr" with the reduction "worst", `mean_coefficient` to objectives that
+      are differences between groups.
 
   Raises:
     InputError: an unknown name, a setting out of range, or one that this objective
       does not have.
   """
-  known = settings_of(name, settings.get("reduction"))
+  known = objective_settings(name, settings.get("reduction"))
   unknown = [setting for setting in settings if setting not in known]
   if unknown:
-    given = "".join(f", {k}={v!r}" for k, v in settings.items())
+    listed = "".join(f", {k}={v!r}" for k, v in settings.items())
     raise base.InputError(
-      f"objective={name!r}{given}: it has no {unknown[0]}; leave it out."
+      f"objective={name!r}{listed}: it has no {unknown[0]}; leave it out."
     )
   settings = known | settings
 
@@ -262,7 +263,7 @@ def make_objective(
     values = jnp.exp(-losses) if name == "soft_tpr" else losses
     return getattr(group_objectives, name)(values, groups, num_groups, **settings)
 
-  # Settings that do not fit show here, not in the middle of a trace.
+  # Invalid settings are reported here instead of during tracing.
   jax.eval_shape(lambda x: objective(x, jnp.zeros(1, int), 1), jnp.zeros(1))
   return objective
 
@@ -278,21 +279,21 @@ def forml(
 ) -> base.Method:
   """FORML for the training loop.
 
-  State: weights [N] in units in which uniform is 1, where they start. A batch's
-  weights are gathered by `batch["index"]`, normalized over the global batch,
-  updated, and stored again; an index may occur once in a batch. As the paper's sums
-  are over all examples, note what normalizing a batch costs (it is ours): a batch
-  of low weights alone is lifted to a mean of 1. The network's own
-  step is the outer optimizer's, on the updated weights.
+  The state holds the weights [N] in units in which the uniform weight is 1, their
+  initial value. A batch's weights are gathered by `batch["index"]`, normalized over the
+  global batch, updated, and stored again; an index may occur only once in a batch. The
+  sums of the paper are over all examples; the normalization within a batch is a choice
+  of this library, whose disadvantage is that a batch of low weights only is scaled up
+  to a mean of 1. The outer optimizer then updates the network with the new weights.
 
   Args:
     weight_learning_rate: eta, in units of weight (sum 1 over the batch) per dF/dw.
-      What moves a weight is the product eta alpha: on MNIST in batches of 100,
-      products of 0.01 (the default) and 0.02 did best among 0.0004 to 0.1.
-    objective: one of `OBJECTIVES`; see the module for what is ours.
+      Weights change in proportion to the product eta alpha: on MNIST with batches of
+      100, products of 0.01 (the default) and 0.02 performed best among 0.0004 to 0.1.
+    objective: one of `OBJECTIVES`.
     num_groups: G; the number of classes if None.
-    inner_learning_rate: alpha, of the look-ahead by plain SGD.
-    groups_fn: meta batch -> groups [M] of 0 .. G - 1.
+    inner_learning_rate: alpha, of the look-ahead step, which is plain SGD.
+    groups_fn: maps the meta batch to groups [M], integers 0 .. G - 1.
     **settings: of the objective, see `make_objective`.
 
   Returns:
@@ -306,7 +307,7 @@ def forml(
     ("weight_learning_rate", weight_learning_rate),
     ("inner_learning_rate", inner_learning_rate),
   ):
-    if not value >= 0:  # Nor NaN.
+    if not value >= 0:  # Also refuses NaN.
       raise base.InputError(f"forml: {name}={value} must be at least 0.")
   objective_fn = make_objective(objective, **settings)
 
@@ -316,13 +317,10 @@ def forml(
 
   def gradients(state, problem, inputs):
     axis_name = problem.axis_name
-    losses_fn = problem.losses_fn(inputs.model_state, inputs.key)
-    linearized = problem.linearize(
-      losses_fn, base.local(inputs.params, axis_name), inputs.batch, has_aux=True
-    )
+    linearized = problem.linearize_batch(inputs)
     groups = _groups(groups_fn, inputs.meta_batch, objective, axis_name)
     index = inputs.batch["index"]
-    found = reweigh(
+    update = reweigh(
       linearized,
       problem.meta_losses_fn(inputs.model_state, inputs.key),
       inputs.params,
@@ -334,25 +332,25 @@ def forml(
       axis_name=axis_name,
       has_aux=True,
     )
-    grads = base.psum(linearized.weighted_gradient(found.weights), axis_name)
-    # The state is the same on every device: each notes the whole global batch.
-    stored = found.weights * base.global_size(index.size, axis_name)
+    grads = base.summed_gradient(linearized, update.weights, axis_name)
+    # The state is the same on every device: each stores the whole global batch.
+    stored = update.weights * base.global_size(index.size, axis_name)
     index, stored = (base.unsharded(base.gather(x, axis_name)) for x in (index, stored))
     state = state.at[index].set(stored)
     metrics = {
-      "objective": found.objective,
-      "rejected": base.pmean(jnp.mean(found.weights == 0), axis_name),
-      "direction_finite": found.finite.astype(jnp.float32),
-      "zero_slope": found.zero_slope.astype(jnp.float32),
+      "objective": update.objective,
+      "rejected": base.pmean(jnp.mean(update.weights == 0), axis_name),
+      "direction_finite": update.finite.astype(jnp.float32),
+      "zero_slope": update.zero_slope.astype(jnp.float32),
     }
     gradients = base.Gradients(
       grads,
-      found.weights,
-      found.losses,
-      found.aux,
+      update.weights,
+      update.losses,
+      update.aux,
       metrics,
-      fault=found.fault,
-      zero_slope=found.zero_slope,
+      fault=update.fault,
+      zero_slope=update.zero_slope,
     )
     return gradients, state
 

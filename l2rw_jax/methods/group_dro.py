@@ -1,7 +1,8 @@
 r"""Group DRO on training losses: the worst groups weigh most (Sagawa et al., 2020).
 
-min over p of max over groups g of the mean loss L_g(p), by turns: a distribution q
-over the groups climbs by exponentiated gradient, the network descends on it.
+The objective is min over p of max over groups g of the mean loss L_g(p). Each step
+updates a distribution q over the groups by exponentiated gradient ascent, then the
+network by gradient descent on the q-weighted loss.
 
     q_g <- q_g exp(eta L_g) / Z           L_g of the batch, for the groups in it
     w_i  = q_g / n_g                      n_g examples of i's group in the batch
@@ -9,19 +10,19 @@ over the groups climbs by exponentiated gradient, the network descends on it.
 so that sum_i w_i l_i = sum_g q_g L_g. With eta = 0 and uniform q this is the mean of
 the groups' means.
 
-Groups that the batch lacks. Their q is left as it is, up to Z, and their share of the
-sum is missing from it: the weights add up to the q of the groups present, at most 1.
-That is the paper's step, which sees one group at a time and multiplies its gradient by
-q_g; handing the share to the others would let a group that is never looked at reward
-those that are. But it makes a rare group count by how often it is seen. The paper's
-algorithm draws all groups equally often; for groups that are the classes,
-`baselines.resampling` has such a `sample`.
+Groups that are absent from a batch keep their q, up to Z, and contribute nothing to
+the sum: the weights sum to the q of the groups present, at most 1. This is the paper's
+step, which sees one group at a time and multiplies its gradient by q_g. If the weights
+were rescaled to sum to 1, the groups present would gain the weight of groups that are
+never sampled. On the other hand, the influence of a rare group then depends on how
+often it is sampled. The paper's algorithm draws all groups equally often; where groups
+are classes, the `sample` of `baselines.resampling` does this.
 
-What is ours: log q is kept, not q, and reckoned relative to the worst group, so that
-neither large losses overflow nor a group whose q is below the smallest float is lost
-for good. The released code adds the size adjustment C / sqrt(N_g) to the groups that
-the batch lacks as well; here, as in the paper's algorithm, an absent group does not
-move.
+Differences from the released code. Here log q is stored instead of q, and computed
+relative to the worst group, so that large losses do not overflow and a q below the
+smallest float can grow again. The released code adds the size adjustment C / sqrt(N_g)
+to absent groups as well; here, as in the paper's algorithm, an absent group does not
+change.
 
 References:
   Sagawa, Koh, Hashimoto, Liang, "Distributionally Robust Neural Networks for Group
@@ -38,7 +39,7 @@ import numpy as np
 from l2rw_jax import base
 from l2rw_jax import group_objectives
 from l2rw_jax import losses as losses_lib
-from l2rw_jax.methods import baselines
+from l2rw_jax import weighted_update
 
 
 def example_weights(
@@ -50,22 +51,22 @@ def example_weights(
   adjustments: float | base.Array = 0.0,
   axis_name: base.AxisName = None,
 ) -> tuple[base.Array, base.Array]:
-  """Weights of a batch, and log q after a step on its losses.
+  """Weights of a batch, and log q after an ascent step on its losses.
 
   Args:
     losses: of this device's examples, [B].
-    groups: of the same, integers 0 .. G - 1, [B]. Under `jit` examples of a group
-      that does not exist get a NaN weight and do not count for the others.
-    log_q: log q so far, [G]; of any offset, as it is normalized here.
+    groups: of these examples, integers 0 .. G - 1, [B]. Under `jit` examples of a
+      group that does not exist get a NaN weight and do not affect the others.
+    log_q: log q before this batch, [G]; any constant offset is removed.
     step_size: eta, per unit of loss, at least 0; may be traced.
-    adjustments: what the mean loss of each group is raised by before it moves q,
-      a number or [G]; the paper's is C / sqrt(training examples of the group).
+    adjustments: added to the mean loss of each group before q is updated, a number or
+      [G]; the paper's is C / sqrt(training examples of the group).
     axis_name: mapped axis over which the batch is sharded.
 
   Returns:
-    Weights [B], adding up over all devices to the q of the groups present, and
-    held constant under differentiation; log q [G], the same on every device. NaN
-    losses give NaN, in all weights.
+    Weights [B], which sum over all devices to the q of the groups present and are
+    constant under differentiation; log q [G], the same on every device. A NaN loss
+    makes all weights NaN.
 
   Raises:
     InputError: losses and groups are not both of shape [B], or log_q not [G];
@@ -80,7 +81,7 @@ def example_weights(
   _check_shapes(losses, groups, log_q)
   _check_setting("step_size", step_size)
   dtype = base.accumulator_dtype(log_q.dtype)
-  # Here, not at the end: the collectives below are not to be differentiated.
+  # Stop gradients before the collectives, which must not be differentiated.
   values, log_q, step_size, adjustments = (
     jax.lax.stop_gradient(jnp.asarray(x, dtype))
     for x in (losses, log_q, step_size, adjustments)
@@ -89,29 +90,29 @@ def example_weights(
   _check_members(members)
   counts = base.psum(members.sum(axis=0), axis_name)
   sizes = jnp.maximum(counts, 1).astype(dtype)[None, :]
-  # Divided before they are summed, lest large losses overflow. Not a matrix product:
-  # it would round on TPU.
+  # Divide before summing, so that large losses do not overflow. A matrix product would
+  # be rounded to bfloat16 on TPU.
   parts = jnp.where(members, values[:, None] / sizes, 0).sum(axis=0)
   means = base.psum(parts, axis_name)
-  log_q = _climbed(log_q, step_size, means + adjustments, counts > 0)
+  log_q = _ascend(log_q, step_size, means + adjustments, counts > 0)
   weights = jnp.where(members, jnp.exp(log_q)[None, :] / sizes, 0).sum(axis=1)
   weights = weights * losses_lib.label_scale(members).astype(dtype)
   return weights.astype(losses.dtype), log_q
 
 
-def _climbed(log_q, step_size, heights, present):
-  """log q [G] after a step up the heights [G] of the groups present."""
-  heights = jnp.where(present, heights, 0)
-  limit = jnp.finfo(log_q.dtype).max / 4  # The difference of two is finite too.
-  climb = step_size * jnp.maximum(heights - heights.max(), -limit)
-  return jax.nn.log_softmax(jnp.maximum(log_q + climb, -limit))
+def _ascend(log_q, step_size, group_losses, present):
+  """log q [G] after an ascent step on the losses [G] of the groups present."""
+  group_losses = jnp.where(present, group_losses, 0)
+  limit = jnp.finfo(log_q.dtype).max / 4  # So that differences of two are finite.
+  increase = step_size * jnp.maximum(group_losses - group_losses.max(), -limit)
+  return jax.nn.log_softmax(jnp.maximum(log_q + increase, -limit))
 
 
 class State(NamedTuple):
-  """What `group_dro` carries.
+  """State of `group_dro`.
 
   Attributes:
-    log_q: float32 [G], at first that of the uniform distribution.
+    log_q: float32 [G], at first the logarithm of the uniform distribution.
     adjustments: C / sqrt(N_g), float32 [G]; 0 until the first `refresh`.
   """
 
@@ -128,17 +129,17 @@ def group_dro(
 ) -> base.Method:
   """Group DRO for the training loop.
 
-  The paper pairs it with strong weight decay or early stopping: a network that fits
-  every example has no worst group left to be moved by.
+  The paper combines it with strong weight decay or early stopping: once a network fits
+  every example, no group has a larger loss than the others.
 
   Args:
     num_groups: G; the number of classes if None.
     step_size: eta, per nat; 0.01 as released.
     key: the entry of a training batch that holds the groups, such as "label" or
-      "group". Mind that the library's data sets put the *true* class in "group"
-      where they know of no attribute, which a method for wrong labels must not see.
-    adjustment: C of C / sqrt(N_g), at least 0, which favors small groups; 0 as
-      released.
+      "group". Warning: the library's data sets without an attribute store the *true*
+      class in "group", which a method for wrong labels must not use.
+    adjustment: C of C / sqrt(N_g), at least 0, which favors small groups; 0 in the
+      released code.
 
   Returns:
     A `base.Method` whose state is a `State`; it logs the largest q and the sum of
@@ -160,7 +161,7 @@ def group_dro(
 
   def gradients(state, problem, inputs):
     groups = _groups(inputs.batch, key)
-    found, log_q = baselines.weighted_gradients(
+    gradients, log_q = weighted_update.weighted_gradients(
       problem,
       inputs,
       lambda losses: example_weights(
@@ -175,9 +176,9 @@ def group_dro(
     )
     metrics = {
       "largest_q": jnp.exp(log_q.max()),
-      "total_weight": base.psum(jnp.sum(found.weights), problem.axis_name),
+      "total_weight": base.psum(jnp.sum(gradients.weights), problem.axis_name),
     }
-    return found._replace(metrics=metrics), state._replace(log_q=log_q)
+    return gradients._replace(metrics=metrics), state._replace(log_q=log_q)
 
   def refresh(state, problem, view):
     del problem

@@ -1,28 +1,28 @@
 """L2RW: example weights from gradient directions (Ren et al., 2018).
 
-An example deserves weight when a step on it lowers the loss of a small clean
-set. With w = 0, one look-ahead step p'(w) on sum_i w_i l_i, and the clean loss
+An example gets a positive weight if a step on it lowers the loss of a small clean set,
+the meta set. With w = 0, one look-ahead step p'(w) on sum_i w_i l_i, and the meta loss
 M(p') [eq. 4-6]:
 
     score_i  = -dM/dw_i at w = 0        = <grad l_i, grad M> for plain SGD
     weight_i = max(score_i, 0) / S,  S = sum_j max(score_j, 0)     [eq. 7-9]
 
-All-zero scores give all-zero weights (the paper's delta). The learning rate of
-the look-ahead cancels. Weights sum to 1 over the *global* batch, so the weighted
-loss is a sum, with no further 1/B.
+All-zero scores give all-zero weights (the paper's delta). The learning rate of the
+look-ahead step cancels. The weights sum to 1 over the *global* batch, so the weighted
+loss is a sum without a further factor 1/B.
 
-Where the authors' released code differs from the paper: it contracts the clean
-gradient with per-example gradients instead of building p' (the same numbers);
-its L2 penalty is part of both losses and so tilts the scores, s_i = <grad l_i,
-grad M + decay * p>. Here decay tilts the scores only if your losses contain it;
-as `optax.add_decayed_weights` in the look-ahead optimizer it moves instead the
-point where the meta gradient is taken; in the outer optimizer alone (the
-default of this library) it does neither.
+Differences between the authors' released code and the paper: the code computes inner
+products of the meta gradient with per-example gradients instead of p' (the same
+numbers), and its L2 penalty is part of both losses, which changes the scores to s_i =
+<grad l_i, grad M + decay * p>. Here weight decay changes the scores only if your losses
+contain it. As `optax.add_decayed_weights` in the look-ahead optimizer it changes the
+point where the meta gradient is taken; in the outer optimizer alone (the default of
+this library) it does neither.
 
-Matrix products on TPU and recent GPUs are rounded to bfloat16 or TF32 by
-default. A score is a difference of near-equal losses' slopes, so small ones can
-change sign; wrap the call in `jax.default_matmul_precision("float32")` for
-scores that agree with the CPU to 1e-5.
+Matrix products on TPU and recent GPUs are rounded to bfloat16 or TF32 by default. A
+score is the difference of nearly equal numbers, so a small score can change its sign.
+Wrap the call in `jax.default_matmul_precision("float32")` to get scores that agree with
+the CPU to 1e-5.
 
 References:
   Ren, Zeng, Yang, Urtasun, "Learning to Reweight Examples for Robust Deep
@@ -30,6 +30,7 @@ References:
 """
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -40,25 +41,28 @@ from l2rw_jax import base
 from l2rw_jax import hypergradient
 from l2rw_jax import linearization
 from l2rw_jax import normalization
-from l2rw_jax.linearization import engines
 from l2rw_jax.linearization import microbatching
+from l2rw_jax.linearization import trainable
 
 
 class ExampleWeights(NamedTuple):
-  """L2RW's verdict on one batch.
+  """L2RW's weights of one batch.
 
   Attributes:
-    weights: non-negative, summing to 1 over all devices, or all 0; [B].
-    scores: -dM/dw at w = 0, before rectification; [B]. In units of meta loss
-      per unit of weight: how much one example's step lowers the clean loss.
-    meta_loss: mean loss of the clean batch at the look-ahead, scalar.
-    losses: the batch's own losses, [B].
-    finite: False if a loss of either batch, the meta gradient, its way through the
-      optimizer, a score or a weight was NaN or infinite; bool scalar.
+    weights: non-negative, of sum 1 over all devices, or all 0; [B].
+    scores: -dM/dw at w = 0, before rectification, [B]; the decrease of the meta loss
+      per unit of an example's weight.
+    meta_loss: mean loss of the meta batch at the look-ahead parameters, scalar.
+    losses: of the training batch, [B].
+    finite: False if a loss of either batch, the meta gradient, its product with the
+      derivative of the optimizer step, a score or a weight is NaN or infinite; bool
+      scalar.
     zero_slope: whether the look-ahead optimizer's step ignores the gradient, so
       that all weights are zero, see `hypergradient.Direction`; bool scalar.
-    fault: which was not finite first, a `base.Fault`; int32 scalar.
+    fault: the first quantity that is not finite, a `base.Fault`; int32 scalar.
     aux: what `losses_fn` returned in addition to the losses of `batch`, else None.
+    engine: the engine that linearized `batch`, such as the one that "auto" chose; see
+      `base.Linearized`.
   """
 
   weights: base.Array
@@ -69,6 +73,7 @@ class ExampleWeights(NamedTuple):
   zero_slope: base.Array
   fault: base.Array
   aux: Any = None
+  engine: base.StaticStr = base.StaticStr()
 
 
 def example_weights(
@@ -85,30 +90,31 @@ def example_weights(
   engine: str = "auto",
   microbatch_size: int | None = None,
 ) -> ExampleWeights:
-  """Weights of a batch's examples by their use to a clean batch.
+  """Weights of the examples of a batch by how much they lower a clean batch's loss.
 
-  Pure: works inside `jit`, `vmap`, `pmap`, `shard_map`, and under `jit` with
-  sharded arrays. Costs at most 3 forward passes of each batch beside the 2 of
-  the gradient you take afterwards, see `linearization.linearize`; with
-  `microbatch_size`, 3 and 4 beside the 3 of a gradient that shares none of them.
+  This function is pure: it works inside `jit`, `vmap`, `pmap`, `shard_map`, and under
+  `jit` with sharded arrays. It costs at most 3 forward passes of each batch, in
+  addition to the 2 of the gradient that is taken afterwards, see
+  `linearization.linearize`. With `microbatch_size` it costs 3 and 4, in addition to the
+  3 of a gradient with which it shares nothing.
 
   Args:
     losses_fn: `(params, batch) -> losses [B]`; from a loss of one example:
       `jax.vmap(loss_fn, in_axes=(None, 0))`.
     params: any pytree of parameters.
-    batch: the examples to weigh, as `losses_fn` takes them.
-    meta_batch: a few examples to be trusted.
-    optimizer: takes the look-ahead step; `optax.sgd` if None, as in the paper.
-      Fresh adam, `clip_by_global_norm` and other optimizers that take the root
-      of a squared gradient have no derivative at zero: see `Raises`.
-    opt_state: state of `optimizer`; fresh if None.
+    batch: the training batch, in the form that `losses_fn` takes.
+    meta_batch: a few examples whose labels are correct.
+    optimizer: takes the look-ahead step; None is `optax.sgd`, as in the paper. Fresh
+      adam, `clip_by_global_norm` and other optimizers that take the square root of a
+      squared gradient have no derivative at zero: see `Raises`.
+    opt_state: state of `optimizer`; None initializes it.
     meta_losses_fn: like `losses_fn`, for `meta_batch`, if it differs.
-    axis_name: mapped axis over which both batches are sharded; weights then
-      sum to 1 over all devices.
-    has_aux: both losses functions return `(losses, aux)`.
-    engine: see `linearization.linearize`; for models with a `jax.custom_vjp`.
-    microbatch_size: examples of either batch in memory at a time, on this device,
-      see `microbatching.microbatched`; None is all of them.
+    axis_name: mapped axis over which both batches are sharded; weights then sum to 1
+      over all devices.
+    has_aux: whether both losses functions return `(losses, aux)`.
+    engine: see `linearization.linearize`; needed for models with a `jax.custom_vjp`.
+    microbatch_size: number of examples of each batch that are in memory at a time on
+      this device, see `microbatching.microbatched`; None is all.
 
   Returns:
     An `ExampleWeights`; no gradient flows through its weights and scores.
@@ -116,10 +122,10 @@ def example_weights(
   Raises:
     InputError: losses are not of shape [B], or the model has no forward
       derivative (a ValueError, at trace time), or `opt_state` without `optimizer`;
-      outside `jit` also when the optimizer's step ignores the gradient, under `jit`
-      look at `.zero_slope`.
-    FloatingPointError: outside `jit`, when a loss, the direction or a score is not
-      finite; under `jit` look at `.finite`.
+      outside `jit` also if the optimizer's step ignores the gradient (under `jit`
+      check `.zero_slope`).
+    FloatingPointError: outside `jit`, if a loss, the direction or a score is not
+      finite (under `jit` check `.finite`).
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -140,11 +146,11 @@ def example_weights(
     has_aux=has_aux,
     microbatch_size=microbatch_size,
   )
-  # Not `hypergradient.params_after`: under one `jit` the caller's own gradient, at
-  # `params`, shares this forward pass.
+  # `hypergradient.params_after` is not used here, so that under one `jit` the caller's
+  # gradient at `params` shares this forward pass.
   linearize = microbatching.microbatched(linearization.linearize, microbatch_size)
-  own = base.local(params, axis_name)
-  linearized = linearize(losses_fn, own, batch, has_aux=has_aux, engine=engine)
+  local_params = base.local(params, axis_name)
+  linearized = linearize(losses_fn, local_params, batch, has_aux=has_aux, engine=engine)
   return weigh(linearized, direction, axis_name)
 
 
@@ -157,7 +163,7 @@ def meta_direction(
   opt_state: base.PyTree = None,
   **options: Any,
 ) -> hypergradient.Direction:
-  """The direction at w = 0; arguments as in `example_weights`."""
+  """The direction v with dM/dw = J v at w = 0; arguments as in `example_weights`."""
   if optimizer is None and opt_state is not None:
     raise base.InputError(
       "opt_state without optimizer would be ignored: pass the optimizer that it"
@@ -165,7 +171,7 @@ def meta_direction(
     )
   optimizer = optimizer or optax.sgd(1.0)
   if opt_state is None:
-    opt_state = optimizer.init(engines.without_keys(params))
+    opt_state = optimizer.init(trainable.without_keys(params))
   return hypergradient.direction(
     meta_losses_fn,
     params,
@@ -181,7 +187,7 @@ def weigh(
   direction: hypergradient.Direction,
   axis_name: base.AxisName = None,
 ) -> ExampleWeights:
-  """`example_weights` of a linearized batch, given what `meta_direction` found."""
+  """`example_weights` of a linearized batch, given the result of `meta_direction`."""
   base.check_losses("losses_fn's result", linearized.losses)
   losses_finite = base.finite_rows(
     "training losses", linearized.losses, axis_name, ": check batch and params"
@@ -193,7 +199,7 @@ def weigh(
     "scores",
     scores,
     axis_name,
-    ": the losses are finite, look at their gradients (the scale of the inputs)",
+    ": the losses are finite, check their gradients (the scale of the inputs)",
   )
   weights = normalization.rectify(scores, axis_name)
   fault = base.first_fault(
@@ -208,6 +214,7 @@ def weigh(
     zero_slope=direction.zero_slope,
     fault=fault,
     aux=linearized.aux,
+    engine=linearized.engine,
   )
 
 
@@ -221,18 +228,18 @@ def weighted_value_and_grad(
   engine: str = "auto",
   microbatch_size: int | None = None,
 ) -> Callable[..., tuple[tuple[base.Array, ExampleWeights], base.PyTree]]:
-  """`jax.value_and_grad` of a mean loss, with L2RW's weights in its place.
+  """Like `jax.value_and_grad` of a mean loss, but weighted by L2RW.
 
-  The drop-in for a training step: one forward pass of the batch serves its
-  losses, its scores and the weighted gradient, and begins when the clean batch is
-  done with, so that the activations of one batch at a time are in memory.
-  Arguments as in `example_weights`.
+  It replaces `jax.value_and_grad` in a training step. A single forward pass of the
+  batch is used for its losses, its scores and the weighted gradient. It starts after
+  the meta batch has been processed, so that the activations of only one batch at a time
+  are in memory. Arguments are those of `example_weights`.
 
   Returns:
     `(params, batch, meta_batch, opt_state=None) -> ((loss, info), grads)`, where
-    `loss` is sum_i weights_i losses_i over all devices, `info` an
-    `ExampleWeights` (its `.aux` is that of `losses_fn`), and `grads` the
-    gradient of `loss`, summed over devices.
+    `loss` is sum_i weights_i losses_i over all devices, `info` is an `ExampleWeights`
+    (its `.aux` is that of `losses_fn`), and `grads` is the gradient of `loss`, summed
+    over devices.
 
   Example:
     >>> import jax.numpy as jnp
@@ -255,11 +262,11 @@ def weighted_value_and_grad(
       microbatch_size=microbatch_size,
     )
     linearize = microbatching.microbatched(linearization.linearize, microbatch_size)
-    own = base.local(hypergradient.params_after(direction, params), axis_name)
-    linearized = linearize(losses_fn, own, batch, has_aux=has_aux, engine=engine)
+    params = base.local(hypergradient.params_after(direction, params), axis_name)
+    linearized = linearize(losses_fn, params, batch, has_aux=has_aux, engine=engine)
     info = weigh(linearized, direction, axis_name)
     loss = base.psum(jnp.sum(info.weights * info.losses), axis_name)
-    grads = base.psum(linearized.weighted_gradient(info.weights), axis_name)
+    grads = base.summed_gradient(linearized, info.weights, axis_name)
     return (loss, info), grads
 
   return value_and_grad
@@ -272,15 +279,17 @@ def l2rw(
 ) -> base.Method:
   """L2RW for the training loop.
 
-  The look-ahead leaves BatchNorm's running statistics alone: both passes of the
-  meta step use their own batch statistics, as in the released code, and only
-  the training batch's pass updates them. Scores flow through them.
+  The look-ahead step does not change BatchNorm's running statistics: each pass of the
+  meta step uses the statistics of its batch, as in the released code, and only the pass
+  of the training batch updates the running statistics. Scores are differentiated
+  through the batch statistics.
 
   Args:
-    optimizer: None looks ahead with plain SGD, as the paper does. Otherwise the
-      run's own outer optimizer, whose state then enters the look-ahead.
-    microbatch_size: examples of either batch in memory at a time, on each device;
-      None is all of them.
+    optimizer: None takes the look-ahead step with plain SGD, as the paper does.
+      Otherwise it must be the outer optimizer of the run, whose state is then used in
+      the look-ahead step.
+    microbatch_size: number of examples of each batch that are in memory at a time on
+      each device; None is all.
 
   Returns:
     A `base.Method` without state that needs a meta batch.
@@ -303,14 +312,10 @@ def l2rw(
     )
     params = hypergradient.params_after(direction, inputs.params)
     linearize = microbatching.microbatched(problem.linearize, microbatch_size)
-    linearized = linearize(
-      problem.losses_fn(inputs.model_state, inputs.key),
-      base.local(params, problem.axis_name),
-      inputs.batch,
-      has_aux=True,
-    )
+    problem = dataclasses.replace(problem, linearize=linearize)
+    linearized = problem.linearize_batch(inputs._replace(params=params))
     info = weigh(linearized, direction, problem.axis_name)
-    grads = base.psum(linearized.weighted_gradient(info.weights), problem.axis_name)
+    grads = base.summed_gradient(linearized, info.weights, problem.axis_name)
     rejected = base.pmean(jnp.mean(info.weights == 0), problem.axis_name)
     metrics = {
       "meta_loss": info.meta_loss,
@@ -318,7 +323,7 @@ def l2rw(
       "direction_finite": info.finite.astype(jnp.float32),
       "zero_slope": info.zero_slope.astype(jnp.float32),
     }
-    found = base.Gradients(
+    gradients = base.Gradients(
       grads,
       info.weights,
       info.losses,
@@ -327,6 +332,6 @@ def l2rw(
       fault=info.fault,
       zero_slope=info.zero_slope,
     )
-    return found, state
+    return gradients, state
 
   return base.Method(gradients, needs_meta=True)

@@ -1,31 +1,32 @@
-"""LDAM-DRW: larger margins for rarer classes, balanced only late in training.
+"""LDAM-DRW: larger margins for rarer classes, class balancing late in training.
 
 The classifier's logits are cosines z in [-1, 1] (`cosine=True` of this library's
-networks, `models.split.Cosine`); evaluation takes the largest, without margins.
+networks, `models.split.Cosine`); evaluation predicts the largest, without margins.
 
 References:
   Cao, Wei, Gaidon, Arechiga, Ma, "Learning Imbalanced Datasets with
   Label-Distribution-Aware Margin Loss", NeurIPS 2019, and its released code.
 """
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 
 from l2rw_jax import base
+from l2rw_jax import changed_loss
 from l2rw_jax import class_balance
 from l2rw_jax import losses
-from l2rw_jax.methods import baselines
-from l2rw_jax.methods import changed_loss
+from l2rw_jax import weighted_update
 
 BALANCES = ("reweight", "resample", "none")
 
 
 def margins(class_counts: base.Array, max_margin: float = 0.5) -> base.Array:
-  """Margin of each class, in proportion to n^(-1/4), n its number of examples.
+  """Margin of each class, proportional to n^(-1/4) for a class of n examples.
 
-  The rarest class that has examples gets `max_margin`, a class without any 0.
+  The rarest class that has examples gets `max_margin`, a class without examples 0.
 
   Args:
     class_counts: [C], non-negative.
@@ -35,7 +36,7 @@ def margins(class_counts: base.Array, max_margin: float = 0.5) -> base.Array:
     Margins [C].
 
   Raises:
-    InputError: `max_margin` is negative, or `class_counts` are no counts, see
+    InputError: `max_margin` is negative, or `class_counts` are invalid, see
       `class_balance.inverse_frequency`.
 
   >>> import jax.numpy as jnp
@@ -57,18 +58,18 @@ def ldam(
   *,
   where: base.Array | None = None,
 ) -> base.Array:
-  """Cross-entropy of the scaled cosines, the label's first made less by its margin.
+  """Cross-entropy of scaled cosines, after subtracting the margin of the label.
 
   Args:
     cosines: z [B, C], C at least 2.
     labels: integer class of each example, [B].
-    class_margins: [C], as of `margins`.
-    scale: of z after the margin is taken off, positive. The paper's formula has
-      none; its released code has 30.
+    class_margins: [C], see `margins`.
+    scale: multiplies the logits after the margin is subtracted, positive. The paper's
+      formula has no scale; its released code uses 30.
     where: which examples count, bool [B]; see `losses`.
 
   Returns:
-    Losses [B], in nats; NaN for a label that names no class.
+    Losses [B], in nats; NaN for a label that is not a class.
 
   Raises:
     InputError: `scale` is not positive, or the shapes do not fit.
@@ -88,7 +89,7 @@ def ldam_hinge(
 ) -> base.Array:
   """max(max_{j != y} z_j - z_y + margin_y, 0): LDAM-HG of the paper.
 
-  Arguments, result and errors as of `ldam`, in units of a cosine.
+  Arguments, result and errors are those of `ldam`; losses are in units of a cosine.
   """
   is_label, class_margins = _checked(cosines, labels, class_margins, where)
   scale = losses.label_scale(is_label, where).astype(cosines.dtype)
@@ -104,16 +105,16 @@ def loss(
 ) -> changed_loss.Loss:
   """LDAM as the loss of any other method: `changed_loss(method, loss())`.
 
-  Only `ldam_drw` checks that the logits are cosines; here that is up to the caller.
+  The caller must make sure that the logits are cosines; only `ldam_drw` checks it.
 
   Args:
     max_margin: see `margins`.
-    scale: see `ldam`; the hinge has none.
-    hinge: `ldam_hinge` in place of `ldam`.
+    scale: see `ldam`; not used by the hinge.
+    hinge: whether to use `ldam_hinge` instead of `ldam`.
 
   Returns:
-    `(outputs, batch, class_counts) -> [B]`, which raises InputError where the
-    counts are not those of the network's classes.
+    `(outputs, batch, class_counts) -> [B]`, which raises InputError if the number of
+    counts is not that of the network's classes.
 
   Raises:
     InputError: a setting out of range.
@@ -141,27 +142,31 @@ def ldam_drw(
   hinge: bool = False,
   balance: str = "reweight",
 ) -> base.Method:
-  """LDAM, and from some epoch on classes that count equally (LDAM-DRW, LDAM-DRS).
+  """LDAM with class balancing from some epoch on (LDAM-DRW, LDAM-DRS).
 
-  `Gradients.losses` are LDAM's, `Gradients.weights` add up to 1 over the global
-  batch. Where the network has a head, `refresh` tells by it whether the logits are
-  cosines. The paper's schedule: 200 epochs of SGD with momentum, classes balanced
-  from 160 on, where the learning rate falls by 100.
+  `Gradients.losses` are LDAM's, `Gradients.weights` sum to 1 over the global batch. If
+  the network has a head, `refresh` checks that the logits are cosines. The paper
+  trains for 200 epochs of SGD with momentum and balances the classes from epoch 160
+  on, where the learning rate is divided by 100.
 
   Args:
     max_margin: see `margins`.
     scale: see `ldam`.
-    beta: of `class_balance.effective_number`, for "reweight". The paper says that
-      inverse frequency (beta -> 1) does as well.
-    from_epoch: the first epoch, counted from 0, of balanced classes; 160 of 200 in
-      the paper. Needed but for "none".
-    hinge: `ldam_hinge` in place of `ldam`.
-    balance: "reweight" the losses (`baselines.class_balanced`), "resample" the
-      examples (`baselines.resampling`; the option of the released code never
-      reaches its data loader), or "none": LDAM throughout.
+    beta: of `class_balance.effective_number`, for "reweight". The paper states that
+      inverse frequency (beta -> 1) performs equally well.
+    from_epoch: the first epoch of class balancing, counted from 0; 160 of 200 in the
+      paper. Required unless `balance` is "none".
+    hinge: whether to use `ldam_hinge` instead of `ldam`.
+    balance: "reweight" the losses (`class_balance.deferred_example_weights`),
+      "resample" the examples (`class_balance.balanced_order`; the option of the
+      released code never reaches its data loader), or "none" for LDAM throughout.
+
+  Returns:
+    A `base.Method` whose state is the epoch, int32 scalar.
 
   Raises:
-    InputError: a setting out of range, or `from_epoch` left out or not used.
+    InputError: a setting out of range, or `from_epoch` missing or not used; in
+      training, logits that are not cosines.
   """
   if balance not in BALANCES:
     raise base.InputError(
@@ -172,24 +177,50 @@ def ldam_drw(
       f"ldam_drw: from_epoch={from_epoch} with balance={balance!r}; give the first"
       " epoch of balanced classes, or with 'none' leave it out."
     )
-  if from_epoch is None:
-    method = baselines.uniform()
-  elif balance == "resample":
-    method = baselines.resampling(from_epoch)
-  else:
-    method = baselines.class_balanced(beta, from_epoch)
-  method = changed_loss.changed_loss(method, loss(max_margin, scale, hinge=hinge))
+  first_epoch = from_epoch or 0
+  changed_loss.check_epoch("ldam_drw", first_epoch)
+  if balance == "reweight":
+    class_balance.check_beta(beta)
+  ldam_loss = loss(max_margin, scale, hinge=hinge)
+
+  def gradients(state, problem, inputs):
+    class_counts = problem.class_counts
+    problem = dataclasses.replace(
+      problem, loss=lambda outputs, batch: ldam_loss(outputs, batch, class_counts)
+    )
+    if balance != "reweight":
+      return weighted_update.uniform_gradients(problem, inputs), state
+    weights = class_balance.deferred_example_weights(
+      problem.class_counts,
+      inputs.batch["label"],
+      beta,
+      state,
+      first_epoch,
+      problem.axis_name,
+    )
+    return weighted_update.weighted_gradients(problem, inputs, lambda _: weights), state
 
   def refresh(state, problem, view):
+    del state
     if view.epoch == 0:
       _check_cosines(problem, view.params)
-    return method.refresh(state, problem, view)
+    return jnp.asarray(view.epoch, jnp.int32)
 
-  return method._replace(refresh=refresh)
+  def sample(state, problem, train, rng):
+    if state < first_epoch:
+      return base.permutation(state, problem, train, rng)
+    return class_balance.balanced_order(train["label"], rng)
+
+  return base.Method(
+    gradients,
+    init=lambda key, problem, params: jnp.zeros((), jnp.int32),
+    refresh=refresh,
+    sample=sample if balance == "resample" else base.permutation,
+  )
 
 
 def _check_cosines(problem, params):
-  """Features as long as you like have cosines of at most 1."""
+  """Raises InputError if the logits of very long features exceed 1."""
   if problem.head is None:
     return
   features = 1e4 * jax.random.normal(jax.random.key(0), (8, problem.num_features))
@@ -212,7 +243,7 @@ def _check_scale(scale):
 
 
 def _checked(cosines, labels, class_margins, where):
-  """Where each row has its label's column, bool [B, C], and margins [1, C]."""
+  """Whether column c is the label of row i, bool [B, C], and margins [1, C]."""
   losses.check_logits(cosines, labels, where)
   num_classes = cosines.shape[1]
   if num_classes < 2 or jnp.shape(class_margins) != (num_classes,):

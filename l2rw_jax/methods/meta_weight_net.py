@@ -1,35 +1,36 @@
 r"""Meta-Weight-Net: a small network turns losses into weights (Shu et al., 2019).
 
-V(l; phi) in (0, 1) is a multilayer perceptron of one number, the example's loss.
-Every iteration, with M the mean loss of a clean batch:
+V(l; phi) in (0, 1) is a multilayer perceptron whose only input is the example's loss.
+Every iteration, with M the mean loss of a meta batch:
 
     look-ahead    p' = p - a sum_i w_i(phi) grad l_i(p)
-    network       phi moves along -dM(p')/dphi, by any optax optimizer
-    classifier    p moves along -sum_i w_i(phi_new) grad l_i(p)
+    network       a step of any optax optimizer on the gradient dM(p')/dphi
+    classifier    a step of the outer optimizer on sum_i w_i(phi_new) grad l_i(p)
 
-`network_gradient` gives dM/dphi alone. In closed form, for SGD and weights
+`network_gradient` computes dM/dphi alone. In closed form, for SGD and weights
 w_i = V_i / B: dM/dphi = -(a / B) sum_i <grad l_i(p), grad M(p')> dV(l_i)/dphi.
 
-Where the papers and the three released programs differ, by name:
+Options for the differences between the paper and the three released programs:
 
 * `normalization`: "mean" is w_i = V_i / B (the later noise release); "sum" is
   w_i = V_i / sum_j V_j over the global batch (imbalance release, first noise
-  release; all zero if the sum is).
-* `detached`: V's input is held constant in the look-ahead (both noise releases,
-  and as published). The imbalance release does not, which adds w'_i(l) l_i.
-* `PRESETS`: the meta optimizer, normalization and input of each release.
+  release), or all zero if the sum is zero.
+* `detached`: V's input is constant in the look-ahead step (both noise releases and the
+  published algorithm). In the imbalance release it is not, which adds w'_i(l) l_i.
+* `PRESETS`: the meta optimizer, normalization and `detached` of each release.
 
-The default is the preset "noise_stable": its published algorithm is the
-detached one, and a mean does not change the classifier's effective step from
-batch to batch. The look-ahead is plain SGD with the classifier's learning rate,
-as in all releases (the imbalance release drops it one epoch after the classifier's,
-which we do not); BatchNorm's running statistics are left alone by it.
+The default is the preset "noise_stable": the published algorithm is the detached one,
+and with the mean the effective step of the classifier does not vary from batch to
+batch. The look-ahead step is plain SGD with the classifier's learning rate, as in all
+releases (the imbalance release lowers it one epoch after the classifier's, which is not
+reproduced). It does not change BatchNorm's running statistics.
 
 Reference: Shu, Xie, Yi, Zhao, Zhou, Xu, Meng, "Meta-Weight-Net: Learning an Explicit
 Mapping For Sample Weighting", NeurIPS 2019, arXiv:1902.07379.
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -49,19 +50,20 @@ NORMALIZATIONS = ("mean", "sum")
 
 
 class WeightNet(nn.Module):
-  """V: a loss to a weight in (0, 1), each example by itself.
+  """V: maps the loss of each example to a weight in (0, 1).
 
-  Kernels and biases start uniform in +-1 / sqrt(fan-in), as in the releases.
+  Kernels and biases are initialized uniformly in +-1 / sqrt(fan-in), as in the
+  releases.
 
   Attributes:
-    hidden: widths of the rectified layers; (100,) has 301 parameters.
+    hidden: widths of the hidden ReLU layers; (100,) has 301 parameters.
   """
 
   hidden: Sequence[int] = (100,)
 
   @nn.compact
   def __call__(self, losses: jax.Array) -> jax.Array:
-    """Losses [B] to V [B]."""
+    """Maps losses [B] to V [B]."""
     x = losses[:, None]
     for width in self.hidden:
       x = nn.relu(meta_network.dense(width, x.shape[-1])(x))
@@ -76,13 +78,13 @@ def example_weights(
   normalization: str = "mean",
   axis_name: base.AxisName = None,
 ) -> base.Array:
-  """w(phi) [B] of this device's losses [B]; sum_i w_i l_i is the loss to train on.
+  """Weights w(phi) [B] of this device's losses [B]; sum_i w_i l_i is minimized.
 
   Args:
     weight_fn: `(phi, losses [B]) -> V [B]`, for instance `WeightNet().apply`.
     phi: its parameters.
     losses: [B], held constant.
-    normalization: "mean" or "sum", see the head of this file.
+    normalization: "mean" or "sum", see the module docstring.
     axis_name: mapped axis over which the batch is sharded.
 
   Raises:
@@ -108,10 +110,10 @@ def inner_weights(
   normalization: str = "mean",
   detached: bool = True,
 ) -> base.Array:
-  """dL/dl [B] of the look-ahead's loss L = sum_i w_i l_i, for the whole batch.
+  """dL/dl [B] of the look-ahead step's loss L = sum_i w_i l_i, for the global batch.
 
-  Detached these are the weights. Otherwise the loss also moves the weights, and
-  each gets w'(l) l on top (through the sum, with "sum", of all the others too).
+  If `detached`, these are the weights. Otherwise the weights depend on the losses,
+  which adds w'(l) l to each (and, with "sum", terms from all other examples).
   """
 
   def weights(losses):
@@ -144,35 +146,37 @@ def network_gradient(
   engine: str = "auto",
   microbatch_size: int | None = None,
 ) -> meta_network.MetaGradient:
-  """dM/dphi: how the weighting network should change, by one clean batch.
+  """dM/dphi, the gradient of the meta loss in the weighting network's parameters.
 
-  Pure; works inside `jit`, `vmap`, `pmap` and `shard_map`.
+  This function is pure: it works inside `jit`, `vmap`, `pmap` and `shard_map`.
 
   Args:
-    weight_fn: `(phi, losses [B]) -> V [B]`, applied to each example by itself.
+    weight_fn: `(phi, losses [B]) -> V [B]`; V_i must depend on the loss of example i
+      only.
     phi: parameters of the weighting network.
     losses_fn: `(params, batch) -> losses [B]`.
     params: of the classifier.
-    batch: the examples to weigh.
+    batch: the training batch.
     meta_batch: clean examples.
     optimizer: takes the look-ahead step; the paper's is `optax.sgd` with the
       classifier's learning rate.
-    opt_state: its state; fresh if None.
+    opt_state: state of `optimizer`; None initializes it.
     meta_losses_fn: like `losses_fn`, for `meta_batch`, if it differs.
     normalization: "mean" or "sum".
-    detached: whether V's input is constant in the look-ahead.
+    detached: whether V's input is constant in the look-ahead step.
     axis_name: mapped axis over which both batches are sharded.
-    has_aux: both losses functions return `(losses, aux)`.
+    has_aux: whether both losses functions return `(losses, aux)`.
     engine: see `linearization.linearize`.
-    microbatch_size: examples of a batch in memory at a time, see `microbatching`.
+    microbatch_size: number of examples of each batch that are in memory at a time, see
+      `microbatching`.
 
   Returns:
     A `meta_network.MetaGradient`.
 
   Raises:
-    InputError: losses are not of shape [B], an unknown option, or a model
-      without forward derivative.
-      Outside `jit` also if the optimizer's step ignores the gradient.
+    InputError: losses are not of shape [B], an unknown option, or a model without
+      forward derivative; outside `jit` also if the optimizer's step ignores the
+      gradient.
     FloatingPointError: outside `jit`, if a loss, the direction or the gradient is
       not finite.
 
@@ -180,16 +184,16 @@ def network_gradient(
     >>> import jax.numpy as jnp, optax
     >>> losses_fn = lambda p, b: (b["x"] * p - b["y"]) ** 2
     >>> batch = {"x": jnp.ones(2), "y": jnp.array([1., -3.])}  # the second is wrong
-    >>> lesson = network_gradient(
+    >>> result = network_gradient(
     ...     lambda k, l: jnp.exp(-k * l), 0., losses_fn, 0., batch,
     ...     {"x": jnp.ones(1), "y": jnp.ones(1)}, optimizer=optax.sgd(0.1))
-    >>> bool(lesson.gradient < 0)  # the heavier the loss, the less weight
+    >>> bool(result.gradient < 0)  # a step on phi lowers the weight of large losses
     True
   """
   linearize = microbatching.microbatched(linearization.linearize, microbatch_size)
-  own = base.local(params, axis_name)
-  return lesson(
-    linearize(losses_fn, own, batch, has_aux=has_aux, engine=engine),
+  local_params = base.local(params, axis_name)
+  return meta_gradient(
+    linearize(losses_fn, local_params, batch, has_aux=has_aux, engine=engine),
     weight_fn,
     phi,
     meta_losses_fn or losses_fn,
@@ -205,7 +209,7 @@ def network_gradient(
   )
 
 
-def lesson(
+def meta_gradient(
   linearized: base.Linearized,
   weight_fn: WeightFn,
   phi: base.PyTree,
@@ -216,11 +220,14 @@ def lesson(
   normalization: str = "mean",
   detached: bool = True,
   axis_name: base.AxisName = None,
-  **look_ahead: Any,
+  **lookahead: Any,
 ) -> meta_network.MetaGradient:
-  """`network_gradient` of a batch that is already linearized at `params`."""
-  # Every device weighs the global batch: the sum of "sum" is then differentiated
-  # without a collective, and the network is too small for it to matter.
+  """`network_gradient` of a batch that is already linearized at `params`.
+
+  `lookahead` holds further arguments of `hypergradient.direction`.
+  """
+  # Every device computes the weights of the global batch, so that "sum" is
+  # differentiated without a collective; the network is small enough.
   base.check_losses("losses_fn's result", linearized.losses)
   losses_finite = base.finite_rows(
     "training losses", linearized.losses, axis_name, ": check batch and params"
@@ -232,27 +239,29 @@ def lesson(
       weight_fn, phi, losses, normalization=normalization, detached=detached
     )
 
-  own = base.local_slice(weights_fn(phi), axis_name)
-  found = hypergradient.direction(
+  local_weights = base.local_slice(weights_fn(phi), axis_name)
+  direction = hypergradient.direction(
     meta_losses_fn,
     params,
     meta_batch,
-    base.psum(linearized.weighted_gradient(own), axis_name),
+    base.summed_gradient(linearized, local_weights, axis_name),
     axis_name=axis_name,
-    value=base.psum(jnp.sum(own * linearized.losses), axis_name),
-    **look_ahead,
+    value=base.psum(jnp.sum(local_weights * linearized.losses), axis_name),
+    **lookahead,
   )
-  slopes = hypergradient.weight_gradient(linearized, found, axis_name)
+  weight_gradient = hypergradient.weight_gradient(linearized, direction, axis_name)
   gradient = hypergradient.network_gradient(
-    weights_fn, base.local(phi, axis_name), base.gather(slopes, axis_name)
+    weights_fn, base.local(phi, axis_name), base.gather(weight_gradient, axis_name)
   )
-  # Equal on every device already; the mean lets `shard_map` know.
+  # Already equal on every device; the mean marks it as such for `shard_map`.
   gradient = base.pmean(gradient, axis_name)
-  return meta_network.checked_meta_gradient(gradient, found, losses_finite)
+  return meta_network.checked_meta_gradient(
+    gradient, direction, losses_finite, linearized.engine
+  )
 
 
 class Preset(NamedTuple):
-  """One released variant."""
+  """Settings of one released program, see the module docstring."""
 
   normalization: str
   detached: bool
@@ -289,13 +298,15 @@ def meta_weight_net(
   """Meta-Weight-Net for the training loop.
 
   Args:
-    learning_rate: of the look-ahead; the paper's is the classifier's own.
+    learning_rate: of the look-ahead step; in the paper it is the classifier's.
     preset: a key of `PRESETS`.
-    hidden: widths of the weighting network.
-    normalization, detached: None for the preset's.
-    optimizer: of the weighting network; None for the preset's.
-    every: steps between two lessons of the network; 1 in the paper.
-    microbatch_size: examples of a batch in memory at a time, see `microbatching`.
+    hidden: widths of the hidden layers of the weighting network.
+    normalization: "mean" or "sum"; None is that of the preset.
+    detached: see the module docstring; None is that of the preset.
+    optimizer: of the weighting network; None is that of the preset.
+    every: number of steps between meta steps; 1 in the paper.
+    microbatch_size: number of examples of each batch that are in memory at a time, see
+      `microbatching`.
 
   Returns:
     A `base.Method` that needs a meta batch; its state is a `meta_network.State`.
@@ -319,13 +330,12 @@ def meta_weight_net(
     return meta_network.init(net.init(key, jnp.zeros(1)), meta_optimizer)
 
   def gradients(state, problem, inputs):
-    params = base.local(inputs.params, problem.axis_name)
     linearize = microbatching.microbatched(problem.linearize, microbatch_size)
-    losses_fn = problem.losses_fn(inputs.model_state, inputs.key)
-    linearized = linearize(losses_fn, params, inputs.batch, has_aux=True)
+    problem = dataclasses.replace(problem, linearize=linearize)
+    linearized = problem.linearize_batch(inputs)
 
     def meta_gradient_fn(phi):
-      return lesson(
+      return meta_gradient(
         linearized,
         net.apply,
         phi,
@@ -346,13 +356,12 @@ def meta_weight_net(
     weights = example_weights(
       net.apply, state.params, losses, normalization=normalization, axis_name=axis_name
     )
-    grads = base.psum(linearized.weighted_gradient(weights), axis_name)
+    grads = base.summed_gradient(linearized, weights, axis_name)
+    # The mean of V with "mean", 1 with "sum".
     dtype = base.accumulator_dtype(weights.dtype)
-    total = base.psum(
-      jnp.sum(weights.astype(dtype)), axis_name
-    )  # "mean": mean V; "sum": 1
-    metrics = meta_network.metrics(state) | {"total_weight": total}
-    found = base.Gradients(
+    total_weight = base.psum(jnp.sum(weights.astype(dtype)), axis_name)
+    metrics = meta_network.metrics(state) | {"total_weight": total_weight}
+    gradients = base.Gradients(
       grads,
       weights,
       losses,
@@ -361,7 +370,7 @@ def meta_weight_net(
       fault=state.fault,
       zero_slope=state.zero_slope,
     )
-    return found, state
+    return gradients, state
 
   return base.Method(gradients, init, needs_meta=True)
 

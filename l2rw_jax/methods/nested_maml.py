@@ -1,21 +1,22 @@
 """NestedMAML: persistent weights of few-shot tasks, or of their queries.
 
-Training tasks i have losses L_i(p) (of their queries, once the network has adapted
-itself to their supports: `models.few_shot`), some of them are from another
-distribution or mislabeled, and clean validation tasks have losses V_j(p). One step,
-with m and n of them at hand:
+Training task i has the loss L_i(p) of its queries after the network has been adapted to
+its supports (`models.few_shot`). Some training tasks are from another distribution or
+mislabeled. Clean validation tasks j have losses V_j(p). One step with a batch of m
+training tasks and n validation tasks is
 
     p'  = p - (eta/m) sum_i w_i grad L_i(p)                                  (5)
     w_i <- w_i - gamma d/dw_i (1/n) sum_j V_j(p')                            (8)
     p   <- optimizer step on (1/m) sum_i w_i grad L_i(p), with the new w     (9)
 
-V_j adapts too, so that grad V_j(p') = (I - alpha H_j) times the gradient at the adapted
-parameters, as the paper writes it out; here (8) is one Jacobian-vector product of the
-training losses (`hypergradient`), exact through any number of inner steps. The
-first-order variant, NestedMAML-FO, drops alpha H_j.
+V_j includes adaptation, so grad V_j(p') is (I - alpha H_j) times the gradient at the
+adapted parameters, as written out in the paper. Here (8) is computed by one
+Jacobian-vector product of the training losses (`hypergradient`), which is exact for any
+number of inner steps. The first-order variant, NestedMAML-FO, omits alpha H_j.
 
-The released code takes both gradients of (8) at the adapted parameters (closer to
-FO), leaves 1/m out, floors weights at 0, clips slopes, and leaves the look-ahead in p.
+The released code takes both gradients of (8) at the adapted parameters (closer to FO),
+omits 1/m, bounds weights below by 0, clips the gradient of the weights, and does not
+undo the look-ahead step.
 
 Reference: Killamsetty, Li, Zhao, Iyer, Chen, "A Nested Bi-level Optimization
 Framework for Robust Few Shot Learning", AAAI 2022 (https://arxiv.org/abs/2011.06782),
@@ -53,8 +54,8 @@ def update_weights(
     weights: w.
     gradient: of the validation loss in w, shaped like `weights`.
     weight_learning_rate: gamma.
-    clip: largest magnitude of a slope; None for any.
-    floor: least weight; -inf leaves (8) as it is printed.
+    clip: largest magnitude of a gradient entry; None does not clip.
+    floor: lower bound of the weights; -inf gives equation (8) as printed.
 
   >>> import jax.numpy as jnp
   >>> print(update_weights(jnp.array([1., 1.]), jnp.array([-.5, 3.]), 0.5))
@@ -65,18 +66,18 @@ def update_weights(
   return jnp.maximum(weights - weight_learning_rate * gradient, floor)
 
 
-class Slopes(NamedTuple):
-  """What the validation tasks say of the weights of one batch.
+class WeightGradient(NamedTuple):
+  """Gradient of the validation loss in the weights of one batch.
 
   Attributes:
     gradient: derivative of the validation loss in each weight, [T].
-    meta_loss: the validation loss at the look-ahead, scalar.
+    meta_loss: the validation loss at the look-ahead parameters, scalar.
     losses: of the training tasks (or items), [T].
-    finite: False if a loss of either set or the gradient holds a NaN or an infinity;
+    finite: False if a loss of either set or the gradient contains a NaN or an infinity;
       bool scalar.
-    zero_slope: whether the look-ahead step ignores the gradient (a rate of 0), see
-      `hypergradient.Direction`; bool scalar.
-    fault: which was not finite first, a `base.Fault`; int32 scalar.
+    zero_slope: whether the look-ahead step ignores the gradient (a learning rate of
+      0), see `hypergradient.Direction`; bool scalar.
+    fault: the first quantity that is not finite, a `base.Fault`; int32 scalar.
     aux: what `losses_fn` returned in addition to the losses of the batch, else None.
   """
 
@@ -89,7 +90,7 @@ class Slopes(NamedTuple):
   aux: Any = None
 
 
-def task_slopes(
+def weight_gradient(
   losses_fn: base.LossesFn,
   params: base.PyTree,
   tasks: Any,
@@ -100,34 +101,34 @@ def task_slopes(
   meta_losses_fn: base.LossesFn | None = None,
   axis_name: base.AxisName = None,
   has_aux: bool = False,
-) -> Slopes:
-  """The derivative in (8); `update_weights` does the rest.
+) -> WeightGradient:
+  """The derivative in (8); apply `update_weights` to its `gradient`.
 
   Args:
-    losses_fn: `(params, tasks) -> [T]`, the loss of each task after it has been
-      adapted to (`few_shot.adapt`), or of each query of all tasks, flattened.
+    losses_fn: `(params, tasks) -> [T]`, the loss of each task after adaptation to the
+      task (`few_shot.adapt`), or of each query of all tasks, flattened.
     params: any pytree of parameters.
-    tasks: the training tasks, as `losses_fn` takes them.
+    tasks: the training tasks, in the form that `losses_fn` takes.
     meta_tasks: the validation tasks.
-    weights: of the losses so far, [T]; 1 is uniform.
-    lookahead_learning_rate: eta of the look-ahead by plain SGD.
-    meta_losses_fn: like `losses_fn`, for `meta_tasks`: one that adapts to first
-      order makes this NestedMAML-FO.
-    axis_name: mapped axis over which both are sharded.
-    has_aux: both losses functions return `(losses, aux)`.
+    weights: of the losses before the update, [T]; 1 is uniform.
+    lookahead_learning_rate: eta of the look-ahead step, which is plain SGD.
+    meta_losses_fn: like `losses_fn`, for `meta_tasks`; with first-order adaptation this
+      is NestedMAML-FO.
+    axis_name: mapped axis over which both sets of tasks are sharded.
+    has_aux: whether both losses functions return `(losses, aux)`.
 
   Example:
     >>> import jax.numpy as jnp
     >>> losses_fn = lambda p, targets: 0.5 * (p - targets) ** 2
-    >>> found = task_slopes(losses_fn, jnp.zeros(()), jnp.array([1., -1.]),
+    >>> result = weight_gradient(losses_fn, jnp.zeros(()), jnp.array([1., -1.]),
     ...   jnp.ones(1), jnp.ones(2), lookahead_learning_rate=0.1)
-    >>> print(found.gradient, found.meta_loss)
+    >>> print(result.gradient, result.meta_loss)
     [-0.05  0.05] 0.5
   """
   linearized = linearization.linearize(
     losses_fn, base.local(params, axis_name), tasks, has_aux=has_aux
   )
-  return slopes(
+  return linearized_weight_gradient(
     linearized,
     meta_losses_fn or losses_fn,
     params,
@@ -139,7 +140,7 @@ def task_slopes(
   )
 
 
-def slopes(
+def linearized_weight_gradient(
   linearized: base.Linearized,
   meta_losses_fn: base.LossesFn,
   params: base.PyTree,
@@ -149,8 +150,8 @@ def slopes(
   lookahead_learning_rate: float,
   axis_name: base.AxisName = None,
   has_aux: bool = False,
-) -> Slopes:
-  """`task_slopes` of tasks that are already linearized at `params`."""
+) -> WeightGradient:
+  """`weight_gradient` of tasks that are already linearized at `params`."""
   base.check_losses("losses_fn's result", linearized.losses)
   losses_finite = base.finite_rows(
     "training losses", linearized.losses, axis_name, ": check tasks and params"
@@ -161,7 +162,7 @@ def slopes(
     meta_losses_fn,
     params,
     meta_tasks,
-    base.psum(linearized.weighted_gradient(weights / size), axis_name),
+    base.summed_gradient(linearized, weights / size, axis_name),
     optimizer=optimizer,
     opt_state=optimizer.init(params),
     has_aux=has_aux,
@@ -174,7 +175,7 @@ def slopes(
     training_losses=losses_finite,
     slopes=base.finite_rows("slopes dV/dw", gradient, axis_name),
   )
-  return Slopes(
+  return WeightGradient(
     gradient=gradient,
     meta_loss=direction.meta_loss,
     losses=linearized.losses,
@@ -186,17 +187,19 @@ def slopes(
 
 
 class State(NamedTuple):
-  """What NestedMAML carries.
+  """State of `nested_maml`.
 
   Attributes:
     weights: w, [N] per task, [K] per cluster, or [N, Q] per item.
-    told: validation loss of the last update, and whether it was finite, [2].
-    zero_slope: of that update, see `Slopes`; bool scalar.
-    fault: of that update, see `Slopes`; int32 scalar.
+    meta_loss: validation loss at the last update, 0 before the first; scalar.
+    finite: of the last update, see `WeightGradient`; bool scalar.
+    zero_slope: of the last update, see `WeightGradient`; bool scalar.
+    fault: of the last update, see `WeightGradient`; int32 scalar.
   """
 
   weights: base.Array
-  told: base.Array
+  meta_loss: base.Array
+  finite: base.Array
   zero_slope: base.Array
   fault: base.Array
 
@@ -214,38 +217,49 @@ def nested_maml(
   meta_forward: Callable[..., Any] | None = None,
   every: int = 1,
 ) -> base.Method:
-  """NestedMAML for the training loop; the model says what a task is.
+  """NestedMAML for the training loop.
 
-  With `models.few_shot.Learner` examples are tasks; with a classifier they are
-  examples, and this weighs those. A weight of 1 is uniform: `initial=1` and
-  `weight_learning_rate=0` is MAML. The released weights start at 1 / 200, where the
-  same relative step takes a gamma 200 times smaller, and an outer optimizer that is
-  indifferent to scale, such as Adam.
+  With `models.few_shot.Learner` the examples of the loop are tasks. With a classifier
+  they are plain examples, whose weights are learned in the same way. A weight of 1 is
+  uniform: `initial=1` and `weight_learning_rate=0` is MAML. In the released code the
+  weights start at 1 / 200; the same relative step then needs a gamma that is 200 times
+  smaller, and an outer optimizer that is invariant to scale, such as Adam.
 
   Args:
     weight_learning_rate: gamma.
     lookahead_learning_rate: eta of (5), a plain SGD step.
-    share: whose weight it is: "task" by `batch["index"]`, "cluster" by
-      `batch["group"]`, "item" (a query of a task) by index and place in `label`.
-    num_clusters: K of share "cluster"; groups are 0 to K - 1.
-    num_items: Q of share "item", labels of a task.
-    initial: weight at the start.
-    clip: largest magnitude of a slope (0.5 per cluster in the released code, of
-      slopes without the 1/m); None for any.
-    floor: least weight.
-    meta_forward: like `base.Problem.forward`, for the validation tasks: that of a
+    share: what shares one weight: "task" (by `batch["index"]`), "cluster" (by
+      `batch["group"]`), or "item", a query of a task (by index and position in
+      `label`).
+    num_clusters: K, for the share "cluster"; groups are 0 to K - 1.
+    num_items: Q, the number of labels of a task, for the share "item".
+    initial: initial weight.
+    clip: largest magnitude of a gradient entry in the weights (0.5 per cluster in the
+      released code, for gradients without 1/m); None does not clip.
+    floor: lower bound of the weights.
+    meta_forward: like `base.Problem.forward`, for the validation tasks; that of a
       learner with `first_order=True` makes this NestedMAML-FO.
-    every: steps between two updates of the weights; 1 in the paper.
+    every: number of steps between updates of the weights; 1 in the paper.
 
   Returns:
-    A `base.Method` that needs a meta batch: the validation tasks. With items, the
-    `weights` of its gradients are the sums over the items of each task.
+    A `base.Method` whose state is a `State`. It needs a meta batch, the validation
+    tasks. With items, the `weights` of its gradients are sums over the items of a task.
 
   Raises:
     InputError: a setting out of range, or one that `share` does not have; before an
       epoch, clusters that are not 0 to K - 1.
   """
-  _check(locals())
+  _check_share(share, num_clusters=num_clusters, num_items=num_items)
+  for name, value in (
+    ("weight_learning_rate", weight_learning_rate),
+    ("lookahead_learning_rate", lookahead_learning_rate),
+    ("clip", clip),
+  ):
+    if value is not None and not value >= 0:  # Also refuses NaN.
+      raise base.InputError(f"nested_maml: {name}={value} must be at least 0.")
+  if not initial >= floor:
+    raise base.InputError(f"nested_maml: initial={initial} is below floor={floor}.")
+  meta_network.check_every("nested_maml", every)
 
   def init(key, problem, params):
     del key, params
@@ -256,7 +270,8 @@ def nested_maml(
     }
     return State(
       jnp.full(shapes[share], initial),
-      jnp.array([0.0, 1.0]),
+      jnp.zeros(()),
+      jnp.array(True),
       jnp.array(False),
       jnp.zeros((), jnp.int32),
     )
@@ -270,17 +285,15 @@ def nested_maml(
   def gradients(state, problem, inputs):
     axis_name = problem.axis_name
     place = inputs.batch["group" if share == "cluster" else "index"]
-    losses_fn = problem.losses_fn(inputs.model_state, inputs.key)
+    losses_fn = None
     if share == "item":
       losses_fn = _item_losses_fn(problem, inputs, num_items)
-    linearized = problem.linearize(
-      losses_fn, base.local(inputs.params, axis_name), inputs.batch, has_aux=True
-    )
+    linearized = problem.linearize_batch(inputs, losses_fn)
     forward = meta_forward or problem.forward
 
     def update(state):
       validation = dataclasses.replace(problem, forward=forward)
-      found = slopes(
+      result = linearized_weight_gradient(
         linearized,
         validation.meta_losses_fn(inputs.model_state, inputs.key),
         inputs.params,
@@ -290,32 +303,37 @@ def nested_maml(
         axis_name=axis_name,
         has_aux=True,
       )
-      table = _table(state.weights, place, found.gradient, axis_name)
+      gradient = _scatter(state.weights, place, result.gradient, axis_name)
       weights = update_weights(
-        state.weights, table, weight_learning_rate, clip=clip, floor=floor
+        state.weights, gradient, weight_learning_rate, clip=clip, floor=floor
       )
-      dtype = state.told.dtype
-      told = jnp.stack([found.meta_loss.astype(dtype), found.finite.astype(dtype)])
-      return State(weights, told, found.zero_slope, found.fault)
+      return State(
+        weights,
+        result.meta_loss.astype(state.meta_loss.dtype),
+        result.finite,
+        result.zero_slope,
+        result.fault,
+      )
 
-    due = inputs.step % every == 0
-    state = (
-      update(state) if every == 1 else jax.lax.cond(due, update, lambda s: s, state)
-    )
+    if every == 1:
+      state = update(state)
+    else:
+      is_due = inputs.step % every == 0
+      state = jax.lax.cond(is_due, update, lambda state: state, state)
     size = base.global_size(linearized.losses.size, axis_name)
     weights = base.take(state.weights, place).ravel() / size
-    grads = base.psum(linearized.weighted_gradient(weights), axis_name)
+    grads = base.summed_gradient(linearized, weights, axis_name)
     metrics = {
-      "meta_loss": state.told[0],
+      "meta_loss": state.meta_loss,
       "rejected": base.pmean(jnp.mean(weights == 0), axis_name),
-      "direction_finite": state.told[1],
+      "direction_finite": state.finite.astype(jnp.float32),
       "zero_slope": state.zero_slope.astype(jnp.float32),
     }
-    by_task = (len(place), -1)
+    task_shape = (len(place), -1)
     return base.Gradients(
       grads,
-      jnp.sum(weights.reshape(by_task), axis=1),
-      jnp.mean(linearized.losses.reshape(by_task), axis=1),
+      jnp.sum(weights.reshape(task_shape), axis=1),
+      jnp.mean(linearized.losses.reshape(task_shape), axis=1),
       linearized.aux,
       metrics,
       fault=state.fault,
@@ -325,10 +343,10 @@ def nested_maml(
   return base.Method(gradients, init=init, refresh=refresh, needs_meta=True)
 
 
-def _table(weights, place, gradient, axis_name):
-  """Slopes of a batch, summed where its examples share a weight; like `weights`."""
+def _scatter(weights, place, gradient, axis_name):
+  """Sums the gradient entries of a batch by weight; the result is like `weights`."""
   gradient = gradient.reshape(place.shape + weights.shape[1:])
-  # The state is the same on every device: each sums the whole global batch.
+  # The state is the same on every device, so each one sums over the global batch.
   place, gradient = (
     base.unsharded(base.gather(x, axis_name)) for x in (place, gradient)
   )
@@ -336,7 +354,7 @@ def _table(weights, place, gradient, axis_name):
 
 
 def _item_losses_fn(problem, inputs, num_items):
-  """`problem.losses_fn` with one loss per query, [T * Q], instead of one per task."""
+  """Like `problem.losses_fn`, but with one loss per query, [T * Q], not per task."""
 
   def losses_fn(params, batch):
     labels = batch["label"]
@@ -353,29 +371,24 @@ def _item_losses_fn(problem, inputs, num_items):
 
 
 def _check_clusters(groups, num_clusters):
-  found = np.min(groups), np.max(groups)
-  if np.ndim(groups) != 1 or found[0] < 0 or found[1] >= num_clusters:
+  smallest, largest = np.min(groups), np.max(groups)
+  if np.ndim(groups) != 1 or smallest < 0 or largest >= num_clusters:
     raise base.InputError(
-      f"nested_maml: clusters must be one number a task, 0 to {num_clusters - 1}; got"
-      f" {np.shape(groups)} of {found[0]} to {found[1]}: mend `group` or num_clusters."
+      f"nested_maml: clusters must be one number per task, 0 to {num_clusters - 1}; got"
+      f" shape {np.shape(groups)} with {smallest} to {largest}: correct `group` or"
+      " num_clusters."
     )
 
 
-def _check(given: dict[str, Any]) -> None:
-  share = given["share"]
+def _check_share(share, *, num_clusters, num_items):
   if share not in SHARES:
     raise base.InputError(f"nested_maml: share={share!r}: choose one of {SHARES}.")
-  for own, name in (("cluster", "num_clusters"), ("item", "num_items")):
-    if (share == own) != (given[name] is not None and given[name] >= 1):
+  for owner, name, number in (
+    ("cluster", "num_clusters", num_clusters),
+    ("item", "num_items", num_items),
+  ):
+    if (share == owner) != (number is not None and number >= 1):
       raise base.InputError(
-        f"nested_maml: share={share!r} with {name}={given[name]}: a number of at least"
-        f" 1 goes with share={own!r} and only with it."
+        f"nested_maml: share={share!r} with {name}={number}: share={owner!r} requires"
+        " a number of at least 1, and no other share takes it."
       )
-  for name in ("weight_learning_rate", "lookahead_learning_rate", "clip"):
-    if given[name] is not None and not given[name] >= 0:  # Nor NaN.
-      raise base.InputError(f"nested_maml: {name}={given[name]} must be at least 0.")
-  if not given["initial"] >= given["floor"]:
-    raise base.InputError(
-      f"nested_maml: initial={given['initial']} is below floor={given['floor']}."
-    )
-  meta_network.check_every("nested_maml", given["every"])

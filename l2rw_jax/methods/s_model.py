@@ -1,18 +1,18 @@
 r"""The S-model: a transition layer learned with the network (Goldberger et al., 2017).
 
-The network's softmax(z) is what it says of the true class; a layer T = softmax(A) by
-rows, T_ij the probability that class i is given the label j, turns it into what it
-says of the given label. Both learn from the one loss
+The network's softmax(z) predicts the true class. A layer T = softmax(A), taken by rows,
+where T_ij is the probability that class i is given the label j, turns it into a
+prediction of the given label. Network and layer both minimize
 
     -log (softmax(z) @ softmax(A))[label]
 
-and evaluation keeps to z. The loss alone does not tell the classes' names: T and z
-could permute them together, so that T must start near the identity, or from the
-confusion of a network that was trained without the layer. This is the paper's simple
-model, whose T is the same for all examples.
+and evaluation uses z. The loss does not identify the classes: T and z could permute
+them jointly. T therefore starts near the identity, or at the confusion matrix of a
+network that was trained without the layer. This is the paper's simple model, in which
+T is the same for all examples.
 
-Where the released program differs: it adds noise below 0.01 to A at the start, and
-can add a share of the plain cross-entropy, which we do not.
+Differences from the released program: it adds noise below 0.01 to the initial A, and
+it can add a multiple of the plain cross-entropy to the loss; neither is done here.
 
 References:
   Goldberger, Ben-Reuven, "Training Deep Neural-Networks Using a Noise Adaptation
@@ -26,25 +26,26 @@ import jax.numpy as jnp
 import optax
 
 from l2rw_jax import base
+from l2rw_jax import changed_loss
+from l2rw_jax import label_transition
 from l2rw_jax import losses
-from l2rw_jax.methods import changed_loss
-from l2rw_jax.methods import label_transition
 
 INITIALS = ("identity", "confusion")
 
 
 def smoothed_identity(num_classes: int, smoothing: float = 0.46) -> base.Array:
-  """1 - smoothing on the diagonal, the rest spread evenly beside it; [C, C].
+  """1 - smoothing on the diagonal, the rest spread evenly over each row; [C, C].
 
-  The default is that of the S-model's released program, written for labels of which
-  about so many are wrong.
+  The default is that of the S-model's released program, which was written for labels
+  with about this share of wrong ones.
 
   Raises:
     InputError: `smoothing` is not between 0 and 1.
   """
   _check_smoothing(smoothing)
-  own = jnp.eye(num_classes)
-  return (1 - smoothing) * own + smoothing * (1 - own) / max(num_classes - 1, 1)
+  identity = jnp.eye(num_classes)
+  off_diagonal = smoothing * (1 - identity) / max(num_classes - 1, 1)
+  return (1 - smoothing) * identity + off_diagonal
 
 
 def s_model_loss(
@@ -56,7 +57,7 @@ def s_model_loss(
 ) -> base.Array:
   """-log (softmax(z) @ softmax(A))[label], softmax by rows, in nats.
 
-  Finite, with finite gradients in both, wherever A is.
+  For any finite A the loss and its gradients in z and A are finite.
 
   Args:
     logits: z [B, C] or [B, 1].
@@ -65,7 +66,7 @@ def s_model_loss(
     where: which examples count, bool [B]; see `losses`.
 
   Returns:
-    Losses [B]; NaN for a label that names no class.
+    Losses [B]; NaN for a label that is not a class.
 
   Raises:
     InputError: the shapes do not fit.
@@ -83,17 +84,17 @@ def s_model_loss(
 
 
 class State(NamedTuple):
-  """What `s_model` carries.
+  """State of `s_model`.
 
   Attributes:
     logits: A, float32 [C, C].
-    opt_state: of A's optimizer.
-    is_on: whether the layer is in the loss yet, bool scalar.
+    opt_state: of the optimizer of A.
+    is_active: whether the loss includes the layer yet, bool scalar.
   """
 
   logits: base.Array
   opt_state: base.PyTree
-  is_on: base.Array
+  is_active: base.Array
 
 
 def s_model(
@@ -103,15 +104,16 @@ def s_model(
   initial: str = "identity",
   smoothing: float = 0.46,
 ) -> base.Method:
-  """The S-model: a transition layer learned with the network, weighing all alike.
+  """The S-model: a transition layer learned with the network; uniform weights.
 
   Args:
-    optimizer: of the layer's logits A; None is Adam at 1e-3, with which the
-      released program trains network and layer alike.
-    from_epoch: until then the task's own loss is trained on, without the layer.
-    initial: T at that epoch: "identity", smoothed, or "confusion", that of the
-      network's predictions on the training set (L2RW's "S-Model+Conf"), for which
-      the network must have been trained: `from_epoch` at least 1.
+    optimizer: of the layer's logits A; None is Adam at 1e-3, which the released
+      program uses for network and layer alike.
+    from_epoch: the first epoch, counted from 0, whose loss includes the layer; before,
+      the problem's loss is minimized.
+    initial: T at that epoch: "identity", smoothed, or "confusion", the confusion of
+      the network's predictions on the training set (L2RW's "S-Model+Conf"). The latter
+      needs a trained network, so `from_epoch` must be at least 1.
     smoothing: of the identity, see `smoothed_identity`.
 
   Returns:
@@ -134,43 +136,46 @@ def s_model(
   _check_smoothing(smoothing)
   layer_optimizer = optax.adam(1e-3) if optimizer is None else optimizer
 
-  def begun(transition, is_on):
-    # The floor is the released program's; a row may be the identity's.
+  def initial_state(transition, is_active):
+    # The floor is the released program's; entries off the diagonal can be 0.
     logits = jnp.log(jnp.maximum(transition.astype(jnp.float32), 1e-8))
-    return State(logits, layer_optimizer.init(logits), jnp.array(is_on))
+    return State(logits, layer_optimizer.init(logits), jnp.array(is_active))
 
   def init(key, problem, params):
     del key, params
-    return begun(smoothed_identity(problem.num_classes, smoothing), from_epoch == 0)
+    identity = smoothed_identity(problem.num_classes, smoothing)
+    return initial_state(identity, from_epoch == 0)
 
   def gradients(state, problem, inputs):
     batch = inputs.batch
     size = base.global_size(batch["label"].shape[0], problem.axis_name)
 
-    def outputs_fn(params, batch):
-      return problem.forward(params, inputs.model_state, batch, inputs.key, True)
-
-    def mean(outputs, logits):
-      through = s_model_loss(losses.logits_of(outputs), batch["label"], logits)
-      values = jnp.where(state.is_on, through, problem.loss(outputs, batch))
+    def mean_loss(outputs, logits):
+      through_layer = s_model_loss(losses.logits_of(outputs), batch["label"], logits)
+      values = jnp.where(state.is_active, through_layer, problem.loss(outputs, batch))
       return values.sum() / size, values
 
-    params, layer = base.local((inputs.params, state.logits), problem.axis_name)
-    linearized = problem.linearize_outputs(outputs_fn, params, batch, has_aux=True)
-    slopes, values = jax.grad(mean, (0, 1), has_aux=True)(linearized.outputs, layer)
-    grads, slope = base.psum((linearized.vjp(slopes[0]), slopes[1]), problem.axis_name)
+    linearized = problem.linearize_batch_outputs(inputs)
+    layer_logits = base.local(state.logits, problem.axis_name)
+    (output_gradient, layer_gradient), values = jax.grad(
+      mean_loss, (0, 1), has_aux=True
+    )(linearized.outputs, layer_logits)
+    grads, layer_gradient = base.psum(
+      (linearized.vjp(output_gradient), layer_gradient), problem.axis_name
+    )
     diagonal = jnp.diag(jax.nn.softmax(state.logits, axis=1)).mean()
-    metrics = {"transition_diagonal": jnp.where(state.is_on, diagonal, 1)}
+    metrics = {"transition_diagonal": jnp.where(state.is_active, diagonal, 1)}
     weights = jnp.full_like(values, 1 / size)
-    found = base.Gradients(grads, weights, values, linearized.aux, metrics)
-    return found, _learned(state, slope, layer_optimizer)
+    gradients = base.Gradients(grads, weights, values, linearized.aux, metrics)
+    return gradients, _updated(state, layer_gradient, layer_optimizer)
 
   def refresh(state, problem, view):
     if from_epoch == 0 or view.epoch != from_epoch:
       return state
     if initial == "identity":
-      return state._replace(is_on=jnp.array(True))
-    return begun(label_transition.estimate_by("confusion", problem, view), True)
+      return state._replace(is_active=jnp.array(True))
+    confusion = label_transition.estimate_from_network("confusion", problem, view)
+    return initial_state(confusion, True)
 
   return base.Method(gradients, init=init, refresh=refresh)
 
@@ -180,8 +185,9 @@ def _check_smoothing(smoothing):
     raise base.InputError(f"smoothing={smoothing} must lie between 0 and 1.")
 
 
-def _learned(state, slope, optimizer):
-  updates, opt_state = optimizer.update(slope, state.opt_state, state.logits)
-  new = State(optax.apply_updates(state.logits, updates), opt_state, state.is_on)
-  # Until the layer is on, neither decay nor the optimizer's clock may move it.
-  return jax.tree.map(lambda a, b: jnp.where(state.is_on, a, b), new, state)
+def _updated(state, gradient, optimizer):
+  updates, opt_state = optimizer.update(gradient, state.opt_state, state.logits)
+  new = State(optax.apply_updates(state.logits, updates), opt_state, state.is_active)
+  # Until the layer is active, neither weight decay nor the optimizer's step count may
+  # change the state.
+  return jax.tree.map(lambda a, b: jnp.where(state.is_active, a, b), new, state)

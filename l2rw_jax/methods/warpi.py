@@ -1,30 +1,30 @@
-"""WarPI: sampled vectors rectify the logits of suspect labels (Sun et al., 2022).
+"""WarPI: sampled vectors rectify the logits of examples (Sun et al., 2022).
 
-An amortised network reads an example's logits z and its (possibly wrong) label and
-tells the mean and log-variance of a vector in (0, 1)^C that multiplies the logits
+An amortized network maps an example's logits z and its (possibly wrong) label to the
+mean and log-variance of a random vector v in (0, 1)^C, which multiplies the logits
 before the softmax. With S draws, e ~ N(0, 1):
 
     v = sigmoid(mean + exp(log_variance / 2) e)
     l_rect(z, v, y) = -log softmax(v * z)_y, averaged over the draws
 
-    virtual step   p' = p - a grad_p mean l_rect           v moves with phi
+    virtual step   p' = p - a grad_p mean l_rect           v depends on phi
     meta step      phi by Adam on grad_phi of the clean loss at p', not rectified
-    real step      p on grad_p mean l_rect, fresh draws, new phi, v constant
+    real step      p on grad_p mean l_rect, with new draws and the new phi, v constant
 
-The network's inputs are held constant. v = 1 is cross-entropy, v = c a temperature
-1 / c, v -> 0 takes the example's gradient away. At test time there is no v. There
-is no prior and no KL term, as in the released code.
+The network's inputs are constant. v = 1 gives cross-entropy, v = c a temperature of
+1 / c, and v -> 0 removes the example's gradient. At test time v is not used. There is
+no prior and no KL term, as in the released code.
 
-From the released code: hyperbolic tangents, hidden width 100, Xavier-normal kernels
-(the log-variance layer keeps the framework's uniform default), a learned label
-embedding of width C drawn from N(0, 1). Ours: the log-variance is clipped to
-+-10, beyond which exp would overflow in training gone wrong, and where it no longer
-learns; the released meta set overlaps the training set, ours never does. The
-released default is 3 draws and its example 1; the default here is 3.
+From the released code: tanh activations, hidden width 100, Xavier-normal kernels (the
+log-variance layer has the framework's uniform default), and a learned label embedding
+of width C, initialized from N(0, 1). Differences: the log-variance is clipped to +-10,
+beyond which exp could overflow in diverging training and where its gradient is 0; the
+meta set is disjoint from the training set, which it is not in the release. The released
+default is 3 draws and the released example uses 1; the default here is 3.
 
-`Gradients.weights` are not weights here but, for each example, the mean of v at its
-own label over B: roughly, the factor on the pull towards that label (the softmax
-changes with v too). It is no verdict of the method on the label.
+`Gradients.weights` holds each example's v at its label, averaged over the draws, over
+B. This is roughly the factor on the gradient towards that label (v also changes the
+softmax). It does not indicate whether the label is wrong.
 
 References:
   Sun, Guo, Wei, Han, Yin, "Learning to Rectify for Robust Learning with Noisy
@@ -48,13 +48,12 @@ _NOISE_KEY = 0x77617270
 
 
 class RectifierNet(nn.Module):
-  """(logits, label) to the distribution of a rectifying vector.
+  """Maps (logits, label) to the distribution of a rectifying vector.
 
   Attributes:
     num_classes: C; 14,320 parameters for C = 10 and hidden = 100.
-    hidden: width of both hidden layers; the released code takes 200 for 101
-      classes.
-    max_log_variance: the log-variance is clipped to +- this.
+    hidden: width of both hidden layers; the released code uses 200 for 101 classes.
+    max_log_variance: the log-variance is clipped to plus or minus this value.
   """
 
   num_classes: int
@@ -63,7 +62,7 @@ class RectifierNet(nn.Module):
 
   @nn.compact
   def __call__(self, logits: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
-    """Logits [B, C], labels [B] to (mean, log_variance), both [B, C]."""
+    """Maps logits [B, C] and labels [B] to (mean, log_variance), both [B, C]."""
     embed = nn.Embed(
       self.num_classes, self.num_classes, embedding_init=nn.initializers.normal(1.0)
     )
@@ -122,10 +121,10 @@ def inner_loss(
   labels: base.Array,
   noise: base.Array | None,
 ) -> tuple[base.Array, base.Array]:
-  """Rectified losses under phi, which sees the logits as constants.
+  """Rectified losses with the network phi, whose input logits are constant.
 
   Args:
-    net: the amortised network.
+    net: the amortized network.
     phi: its variables.
     logits: [B, C].
     labels: [B].
@@ -133,10 +132,10 @@ def inner_loss(
 
   Returns:
     (losses [B], v [S, B, C]). Differentiable in phi through v, and in the logits
-    through v * z alone.
+    through v * z only.
   """
-  found: Any = net.apply(phi, jax.lax.stop_gradient(logits), labels)
-  mean, log_variance = found
+  distribution: Any = net.apply(phi, jax.lax.stop_gradient(logits), labels)
+  mean, log_variance = distribution
   vectors = rectifiers(mean, log_variance, noise)
   return rectified_cross_entropy(logits, vectors, labels), vectors
 
@@ -154,22 +153,23 @@ def warpi(
   """WarPI for the training loop.
 
   Args:
-    learning_rate: of the virtual step; the classifier's, number or schedule.
-    num_samples: S, draws of the rectifying vector.
-    deterministic: the ablation v = sigmoid(mean), without draws.
-    hidden: width of the amortised network.
-    optimizer: of that network; None is Adam at 3e-4, constant, as released.
-    every: steps from one meta step to the next. More than 1 is not in the paper.
-    noise_fn: `(key, shape, dtype) -> noise`, called once for the virtual and once
-      for the real step with a shape of [B, S, C], B the global batch; for draws of
-      one's choice, such as recorded or antithetic ones.
+    learning_rate: of the virtual step, a number or a schedule; in the paper it is the
+      classifier's learning rate.
+    num_samples: S, the number of draws of the rectifying vector.
+    deterministic: whether to use the ablation v = sigmoid(mean), without draws.
+    hidden: hidden width of the amortized network.
+    optimizer: of the amortized network; None is Adam at a constant 3e-4, as released.
+    every: number of steps between meta steps; 1 in the paper.
+    noise_fn: `(key, shape, dtype) -> noise`, called once for the virtual step and once
+      for the real step with a shape of [B, S, C], where B is the global batch size. Use
+      it to supply other draws, such as recorded or antithetic ones.
 
   Returns:
     A `base.Method` that needs a meta batch; its state is a `meta_network.State`.
 
   Raises:
-    InputError: fewer than 1 draw or step, or (when traced) a binary classifier
-      with a single logit.
+    InputError: `num_samples` or `every` is less than 1, or (when traced) the
+      classifier is binary with a single logit.
   """
   if num_samples < 1:
     raise base.InputError(f"warpi: num_samples={num_samples} must be at least 1.")
@@ -185,16 +185,10 @@ def warpi(
   def gradients(state, problem, inputs):
     net = RectifierNet(problem.num_classes, hidden)
     labels = inputs.batch["label"]
-    # Not the keys that dropout and augmentation draw from.
+    # Different from the keys of dropout and augmentation.
     virtual_key, real_key = jax.random.split(jax.random.fold_in(inputs.key, _NOISE_KEY))
 
-    def logits_fn(params, batch):
-      return problem.forward(params, inputs.model_state, batch, inputs.key, True)
-
-    params = base.local(inputs.params, problem.axis_name)
-    linearized = problem.linearize_outputs(
-      logits_fn, params, inputs.batch, has_aux=True
-    )
+    linearized = problem.linearize_batch_outputs(inputs)
     logits = linearized.outputs
     _check_logits(logits)
     size = base.global_size(labels.shape[0], problem.axis_name)
@@ -202,8 +196,8 @@ def warpi(
     def noise(key):
       if deterministic:
         return None
-      # Drawn for the global batch, so that every example has its own on any
-      # number of devices.
+      # Drawn for the global batch, so that the draws do not depend on the number of
+      # devices.
       shape = (size, num_samples, logits.shape[-1])
       drawn = noise_fn(key, shape, logits.dtype)
       if drawn.shape != shape:
@@ -232,24 +226,24 @@ def warpi(
       every=every,
     )
     _, vectors = inner_loss(net, state.params, logits, labels, noise(real_key))
-    own_label = jax.nn.one_hot(labels, logits.shape[-1])
-    pull = (vectors.mean(axis=0) * own_label).sum(axis=-1)
+    is_label = jax.nn.one_hot(labels, logits.shape[-1])
+    label_factors = (vectors.mean(axis=0) * is_label).sum(axis=-1)
     metrics = {
       **meta_network.metrics(state),
       "rectifier": base.pmean(vectors.mean(), problem.axis_name),
-      "rectifier_of_label": base.pmean(pull.mean(), problem.axis_name),
+      "rectifier_of_label": base.pmean(label_factors.mean(), problem.axis_name),
     }
     losses = problem.loss(logits, inputs.batch)
-    found = base.Gradients(
+    gradients = base.Gradients(
       grads,
-      pull / size,
+      label_factors / size,
       losses,
       linearized.aux,
       metrics,
       fault=state.fault,
       zero_slope=state.zero_slope,
     )
-    return found, state
+    return gradients, state
 
   return base.Method(gradients, init, needs_meta=True)
 
@@ -257,6 +251,6 @@ def warpi(
 def _check_logits(logits):
   if not hasattr(logits, "shape") or logits.shape[-1] < 2:
     raise base.InputError(
-      "warpi rectifies logits against each other: give the classifier one output a"
-      " class and nothing else, not a single logit."
+      "warpi needs one logit per class and no other outputs: give the classifier as"
+      " many outputs as there are classes, not a single logit."
     )

@@ -1,1 +1,1 @@
-"""Flax linen networks; they know nothing of weights."""
+"""Flax linen networks; none of them uses example weights."""

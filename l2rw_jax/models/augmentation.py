@@ -1,8 +1,8 @@
-"""Images made ready for a network, on the device: crops, flips, scaling.
+"""Preprocessing of images on the device: crops, flips, scaling.
 
-Every example draws from a key of its own; with keys that follow the example
-(`Classifier.preprocess`) nothing depends on how a batch lies on the devices.
-Pixels come in as floats in [0, 1].
+Every image has its own PRNG key. If the keys are derived from the examples' indices
+(`Classifier.preprocess`), the result does not depend on how a batch is divided among
+devices. Pixels are floats in [0, 1].
 """
 
 import dataclasses
@@ -19,18 +19,19 @@ PADDINGS = {"zero": "constant", "reflect": "reflect"}
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-  """Crop and flip in training, then scaling; what `Classifier.preprocess` takes.
+  """Crops and flips in training, then scales; a value for `Classifier.preprocess`.
 
-  Training and meta batches are augmented alike, as in the released codes of L2RW,
-  Meta-Weight-Net and WarPI; evaluation only scales.
+  Training and meta batches are augmented in the same way, as in the released codes of
+  L2RW, Meta-Weight-Net and WarPI; in evaluation images are only scaled.
 
   Attributes:
-    pad: pixels added on every side before cropping back to size; 0 for no crop.
+    pad: pixels added on every side before cropping to the original size; 0 disables
+      cropping.
     padding: `"zero"` (black) or `"reflect"` (mirrored without the border).
-    flip: whether half of the images are mirrored left to right.
-    mean: of each channel, or one for all; subtracted after the crop.
-    std: of each channel, or one for all; divided by.
-    standardize: instead, each image by its own mean and deviation.
+    flip: whether images are mirrored left to right with probability 1/2.
+    mean: subtracted after the crop; one number per channel, or one for all.
+    std: divides the images; one number per channel, or one for all.
+    standardize: whether to apply `standardize` instead of `mean` and `std`.
   """
 
   pad: int = 0
@@ -41,7 +42,7 @@ class Preprocess:
   standardize: bool = False
 
   def __call__(self, images: base.Array, keys: Any, train: bool) -> base.Array:
-    """Images [B, H, W, C]; typed keys [B], which only training needs (else None)."""
+    """Preprocesses images [B, H, W, C]; typed keys [B] are used only in training."""
     if train:
       crop_keys, flip_keys = (
         jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i) for i in (0, 1)
@@ -58,12 +59,12 @@ class Preprocess:
 def random_crop(
   images: base.Array, keys: base.Array, pad: int, padding: str = "zero"
 ) -> base.Array:
-  """Pads every side, then cuts a window of the old size anywhere.
+  """Pads every side, then crops a random window of the original size.
 
   Args:
     images: [B, H, W, C].
-    keys: one typed key an image, [B].
-    pad: pixels, at least 0; each of the (2 pad + 1)^2 windows is as likely.
+    keys: one typed key per image, [B].
+    pad: pixels, at least 0; all (2 pad + 1)^2 windows are equally likely.
     padding: one of `PADDINGS`; `"reflect"` needs pad < H and W.
 
   Returns:
@@ -97,7 +98,7 @@ def random_flip(images: base.Array, keys: base.Array) -> base.Array:
 
   Args:
     images: [B, H, W, C].
-    keys: one typed key an image, [B].
+    keys: one typed key per image, [B].
   """
   flipped = jax.vmap(jax.random.bernoulli)(keys)
   return jnp.where(flipped[:, None, None, None], images[:, :, ::-1], images)
@@ -106,16 +107,16 @@ def random_flip(images: base.Array, keys: base.Array) -> base.Array:
 def normalize(
   images: base.Array, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> base.Array:
-  """(images - mean) / std by channel; mean = std = 1/2 scales [0, 1] to [-1, 1]."""
+  """(images - mean) / std by channel; mean = std = 1/2 maps [0, 1] to [-1, 1]."""
 
-  def of_channels(values):
+  def per_channel(values):
     return jnp.asarray(values, images.dtype).reshape((1,) * (images.ndim - 1) + (-1,))
 
-  return (images - of_channels(mean)) / of_channels(std)
+  return (images - per_channel(mean)) / per_channel(std)
 
 
 def standardize(images: base.Array) -> base.Array:
-  """Each image minus its mean, over its deviation but at least 1 / sqrt(pixels).
+  """Subtracts each image's mean, divides by max(std, 1 / sqrt(number of values)).
 
   Args:
     images: [B, H, W, C].

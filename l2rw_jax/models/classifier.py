@@ -1,4 +1,4 @@
-"""A flax module and a loss, as the pure functions that a `base.Problem` is made of."""
+"""A flax module and a loss, as the pure functions of a `base.Problem`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,14 +16,14 @@ class Classifier(NamedTuple):
   """A linen network that maps `batch["image"]` to logits.
 
   Attributes:
-    model: module with `__call__(images, train) -> logits [B, C or 1]`. If it also
-      tells `num_features`, that is `head(features(images, train))`, and methods
-      that act on features (`advisor`) can be used.
+    model: module with `__call__(images, train) -> logits [B, C or 1]`. If it also has
+      `num_features`, its output is `head(features(images, train))`, and methods that
+      act on features (`advisor`) can be used.
     num_classes: C; a model with one output is a binary classifier, C = 2.
-    preprocess: `(images, keys, train) -> images`: scaling, and in training
-      augmentation, drawn from a key an example, `keys` [B] (None in evaluation).
-      The keys follow the examples' "index", so what is drawn does not depend on
-      the number of devices.
+    preprocess: `(images, keys, train) -> images`, which scales and, in training,
+      augments images with one key per example, `keys` [B] (None in evaluation). The
+      keys are derived from the examples' "index", so the result does not depend on the
+      number of devices.
   """
 
   model: nn.Module
@@ -31,7 +31,7 @@ class Classifier(NamedTuple):
   preprocess: Callable[..., Any] | None = None
 
   def check(self, batch: base.Batch, num_classes: int) -> None:
-    """Raises InputError unless the network has the data's number of classes."""
+    """Raises InputError unless the network fits the data's number of classes."""
 
     def logits(key):
       params, model_state = self.init(key, batch)
@@ -46,7 +46,7 @@ class Classifier(NamedTuple):
       )
 
   def init(self, key: base.Array, batch: base.Batch) -> tuple[base.PyTree, base.PyTree]:
-    """Fresh `(params, model_state)` for images of this batch's shape."""
+    """Initial `(params, model_state)` for images of this batch's shape."""
     variables = dict(self.model.init(key, self._images(batch, None, False)[:1]))
     return variables.pop("params"), variables
 
@@ -69,11 +69,11 @@ class Classifier(NamedTuple):
     key: base.Array,
     train: bool,
   ) -> tuple[base.Array, base.PyTree]:
-    """`(features [B, d], model_state)`, what `head` makes logits of."""
+    """`(features [B, d], model_state)`; the features are the input of `head`."""
     return self._apply("features", params, model_state, batch, key, train)
 
   def head(self, params: base.PyTree, features: base.Array) -> base.Array:
-    """Features [B, d] to logits [B, C]."""
+    """Maps features [B, d] to logits [B, C]."""
     logits: Any = self.model.apply({"params": params}, features, method="head")
     return logits
 
@@ -95,7 +95,7 @@ class Classifier(NamedTuple):
   def _images(self, batch, key, train):
     if self.preprocess is None:
       images = batch["image"]
-      # Bytes meet float32 parameters: said here, for strict dtype promotion.
+      # An explicit cast, since strict dtype promotion refuses bytes with float32.
       is_integer = jnp.issubdtype(images.dtype, jnp.integer)
       return images.astype(jnp.float32) if is_integer else images
     keys = None

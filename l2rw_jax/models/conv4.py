@@ -1,9 +1,10 @@
 """The four-layer convolutional network of few-shot learning.
 
-Few-shot learning gives every task weights of its own, and `jax.vmap` turns a
-convolution with them into a grouped one, which XLA:CPU runs slowly: 13 times slower
-over a second-order step of four Omniglot tasks than the same written as shifted
-slices and one matrix product, which becomes a batched product of matrices.
+In few-shot learning every task has its own adapted weights. `jax.vmap` turns a
+convolution with such weights into a grouped convolution, which is slow on XLA:CPU: a
+second-order step of four Omniglot tasks took 13 times as long as with the
+implementation here, shifted slices and one matrix product, which becomes a batched
+matrix product under `jax.vmap`.
 """
 
 from flax import linen as nn
@@ -17,18 +18,18 @@ _glorot = nn.initializers.glorot_uniform()
 
 
 class Conv4(nn.Module):
-  """Four times 3x3 convolution, normalization, ReLU, halving; then a linear layer.
+  """Four blocks of 3x3 convolution, normalization, ReLU, halving; a linear layer.
 
-  The normalization is BatchNorm by the statistics of the images it is given, in
-  training and in evaluation, without running ones: few-shot learning's usual,
-  *transductive* protocol, in which the queries of a task are classified together.
+  The normalization is BatchNorm with the statistics of the given images, in training
+  and in evaluation, without running statistics. This is the usual *transductive*
+  protocol of few-shot learning, in which the queries of a task are classified together.
   There is no model state.
 
   Attributes:
-    num_outputs: logits an image.
-    width: channels of every layer; 32 and 64 are the usual ones.
-    pool: whether to halve by 2x2 max-pooling (84x84 images: 84, 42, 21, 10, 5; an
-      odd last row and column is dropped) or, four times cheaper, by a stride of 2
+    num_outputs: logits per image.
+    width: channels of every layer; 32 and 64 are common.
+    pool: whether to halve the size by 2x2 max-pooling (84x84 images: 84, 42, 21, 10, 5;
+      an odd last row and column is dropped) or, four times cheaper, by a stride of 2
       (28x28 images: 28, 14, 7, 4, 2).
 
   References:
@@ -43,8 +44,8 @@ class Conv4(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """Images [B, H, W, channels] to logits [B, num_outputs]."""
-    del train  # Nothing differs.
+    """Maps images [B, H, W, channels] to logits [B, num_outputs]."""
+    del train  # Training and evaluation are the same.
     for layer in range(4):
       x = Conv3x3(self.width, 1 if self.pool else 2, name=f"Conv_{layer}")(x)
       x = activations.relu(_Standardize(name=f"BatchNorm_{layer}")(x))
@@ -59,8 +60,8 @@ class Conv3x3(nn.Module):
   """`nn.Conv(features, (3, 3), stride)` with SAME padding, as one matrix product.
 
   Attributes:
-    features: channels out.
-    stride: of both axes.
+    features: output channels.
+    stride: along both axes.
   """
 
   features: int
@@ -68,17 +69,18 @@ class Conv3x3(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[B, H, W, channels] to [B, ceil(H / stride), ceil(W / stride), features]."""
+    """Maps [B, H, W, channels] to [B, ceil(H / stride), ceil(W / stride), features]."""
     shape = (3, 3, x.shape[-1], self.features)
     kernel = self.param("kernel", _glorot, shape)
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
-    for axis in (2, 1):  # Then the channels are (row, column, channel), as the kernel.
+    # In this order the last axis is (row, column, channel), as in the kernel.
+    for axis in (2, 1):
       x = _windows(x, self.stride, axis)
     return x @ kernel.reshape(-1, self.features) + bias[None, None, None, :]
 
 
 def _windows(x: jax.Array, stride: int, axis: int) -> jax.Array:
-  """The three neighbors along an axis, (neighbor, channel) as one last axis."""
+  """Windows of three along an axis; (offset, channel) become the last axis."""
   size = -(-x.shape[axis] // stride)
   missing = max((size - 1) * stride + 3 - x.shape[axis], 0)
   padding = [(0, 0)] * x.ndim
@@ -90,11 +92,11 @@ def _windows(x: jax.Array, stride: int, axis: int) -> jax.Array:
 
 
 class _Standardize(nn.Module):
-  """BatchNorm by the statistics of the batch at hand, then a scale and a shift."""
+  """BatchNorm with the statistics of the given batch, then a scale and a shift."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[B, H, W, channels] to the same."""
+    """Maps [B, H, W, channels] to the same shape."""
     scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
     bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
     scale, bias = scale[None, None, None, :], bias[None, None, None, :]

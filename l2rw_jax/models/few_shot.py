@@ -1,10 +1,9 @@
-"""Few-shot learning: a network that adapts itself to a task, whose examples are tasks.
+"""Few-shot learning: a network is adapted to each task; tasks are the examples.
 
-A batch holds T tasks, and a task is to this model what an image is to
-`classifier.Classifier`: it has one loss, that of its queries once the network has
-been adapted to its supports. So everything that weighs examples weighs tasks:
-trained by `methods.baselines.uniform` this is MAML, by `methods.l2rw` it is L2RW on
-tasks.
+A batch consists of T tasks. A task corresponds to an image of
+`classifier.Classifier`: it has one loss, that of its queries after the network has been
+adapted to its supports. Methods that weigh examples therefore weigh tasks: training
+with `methods.baselines.uniform` is MAML, and `methods.l2rw` is L2RW on tasks.
 
 Reference: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning for Fast Adaptation of
 Deep Networks", ICML 2017 (https://arxiv.org/abs/1703.03400), Algorithm 2.
@@ -22,8 +21,8 @@ from l2rw_jax import base
 from l2rw_jax import linearization
 from l2rw_jax import losses
 
-# Tasks that are adapted side by side in evaluation, to bound the memory it takes.
-_AT_ONCE = 20
+# Number of tasks that are adapted in parallel in evaluation; bounds the memory.
+_EVALUATION_BATCH_SIZE = 20
 
 
 def adapt(
@@ -38,13 +37,13 @@ def adapt(
   """Parameters after `num_steps` of plain gradient descent on a task's supports.
 
   Args:
-    losses_fn: `(params, support) -> losses`, of which the mean is descended.
+    losses_fn: `(params, support) -> losses`, whose mean is minimized.
     params: any pytree of floating point arrays.
-    support: whatever `losses_fn` takes.
+    support: in the form that `losses_fn` takes.
     learning_rate: alpha.
-    num_steps: 0 gives `params` back.
-    first_order: whether derivatives of the result take the inner gradient for a
-      constant (FOMAML), which spares all second derivatives.
+    num_steps: 0 returns `params`.
+    first_order: whether the inner gradient is constant when the result is
+      differentiated (FOMAML), which avoids second derivatives.
 
   Returns:
     The adapted parameters, shaped like `params`.
@@ -72,13 +71,13 @@ def adapt(
 
 
 class Learner(NamedTuple):
-  """A linen network and how it learns a task of N ways and k shots.
+  """A linen network that is adapted to tasks of N ways (classes) and k shots.
 
-  A task is `batch["image"]` [T, ways, shots + queries, H, W, channels]: the first
-  `num_shots` images of each way are its supports, the others its queries. The label
-  of a way is its place, so `batch["label"]` [T, ways * queries] holds 0 to ways - 1,
-  each `queries` times; whoever makes tasks shuffles the classes. Pixels stay uint8
-  until they are used.
+  A task is a row of `batch["image"]` [T, ways, shots + queries, H, W, channels]: the
+  first `num_shots` images of each way are its supports, the others its queries. The
+  label of a way is its position, so each row of `batch["label"]` [T, ways * queries]
+  holds 0 to ways - 1, each `queries` times; the classes must be shuffled when tasks are
+  made. Pixels stay uint8 until they are used.
 
   Attributes:
     network: module with `__call__(images, train) -> logits [B, num_ways]`, without
@@ -86,11 +85,11 @@ class Learner(NamedTuple):
     num_ways: N.
     num_shots: k.
     inner_learning_rate: alpha of the plain gradient descent on the supports.
-    num_inner_steps: of it in training.
-    num_test_steps: of it in evaluation.
+    num_inner_steps: steps of this gradient descent in training.
+    num_test_steps: steps of this gradient descent in evaluation.
     first_order: see `adapt`.
-    preprocess: images [..., H, W, channels] to what the network takes; None takes
-      uint8 pixels to [0, 1] and floats as they are.
+    preprocess: maps images [..., H, W, channels] to the network's input; None scales
+      uint8 pixels to [0, 1] and does not change floats.
   """
 
   network: nn.Module
@@ -103,7 +102,7 @@ class Learner(NamedTuple):
   preprocess: Callable[[Any], Any] | None = None
 
   def check(self, batch: base.Batch, num_classes: int) -> None:
-    """Raises InputError unless `batch` holds tasks that this can learn."""
+    """Raises InputError unless `batch` holds tasks of the expected form."""
     _check_settings(self)
     image, label = np.shape(batch["image"]), np.shape(batch["label"])
     if len(image) != 6 or image[2] <= self.num_shots:
@@ -120,15 +119,15 @@ class Learner(NamedTuple):
     expected = np.repeat(np.arange(self.num_ways), num_queries)
     if label[1:] != expected.shape or np.any(batch["label"] != expected):
       raise base.InputError(
-        "the label of a way is its place in the task: label must be [T, ways * queries]"
+        "the label of a way is its position: label must be [T, ways * queries]"
         f" with every row {expected.tolist()}; reorder the images instead."
       )
     key = jax.random.key(0)
     params, state = jax.eval_shape(lambda: self.init(key, _first(batch)))
     if jax.tree.leaves(state):
       raise base.InputError(
-        f"the network keeps {', '.join(state)}; a learner needs one without state,"
-        " such as conv4.Conv4 (BatchNorm by the statistics of the batch)."
+        f"the network has the state {', '.join(state)}; a learner needs a network"
+        " without state, such as conv4.Conv4 (BatchNorm with batch statistics)."
       )
     logits = jax.eval_shape(
       lambda p: self.forward(p, {}, _first(batch), key, False)[0], params
@@ -139,7 +138,7 @@ class Learner(NamedTuple):
       )
 
   def init(self, key: base.Array, batch: base.Batch) -> tuple[base.PyTree, base.PyTree]:
-    """Fresh `(params, model_state)` for tasks of this batch's shape."""
+    """Initial `(params, model_state)` for tasks of this batch's shape."""
     images = self._pixels(batch["image"])
     variables = dict(self.network.init(key, images[0, 0, :1], False))
     return variables.pop("params"), variables
@@ -154,7 +153,8 @@ class Learner(NamedTuple):
   ) -> tuple[base.Array, base.PyTree]:
     """`(logits [T, ways * queries, ways], model_state)`, see `base.Problem.forward`.
 
-    The queries of each task, by the network adapted to its supports.
+    The logits are those of each task's queries, from the network that is adapted to its
+    supports.
     """
     del key
     labels = jnp.repeat(jnp.arange(self.num_ways), self.num_shots)
@@ -162,7 +162,7 @@ class Learner(NamedTuple):
     def support_losses(params, support):
       return losses.softmax_cross_entropy(self._logits(params, support, train), labels)
 
-    def answer(images):
+    def query_logits(images):
       images = self._pixels(images)
       support = _merge_ways(images[:, : self.num_shots])
       query = _merge_ways(images[:, self.num_shots :])
@@ -177,16 +177,17 @@ class Learner(NamedTuple):
       return self._logits(adapted, query, train)
 
     if train:
-      return jax.vmap(answer)(batch["image"]), model_state
-    found = jax.lax.map(answer, jnp.asarray(batch["image"]), batch_size=_AT_ONCE)
-    return found, model_state
+      return jax.vmap(query_logits)(batch["image"]), model_state
+    images = jnp.asarray(batch["image"])
+    logits = jax.lax.map(query_logits, images, batch_size=_EVALUATION_BATCH_SIZE)
+    return logits, model_state
 
   def loss(self, outputs: base.Array, batch: base.Batch) -> base.Array:
     """Mean cross-entropy of each task's queries, [T], in nats."""
     labels = batch["label"]
     logits = outputs.reshape(-1, outputs.shape[-1])
-    found = losses.softmax_cross_entropy(logits, labels.reshape(-1))
-    return jnp.mean(found.reshape(labels.shape), axis=1)
+    query_losses = losses.softmax_cross_entropy(logits, labels.reshape(-1))
+    return jnp.mean(query_losses.reshape(labels.shape), axis=1)
 
   def problem(
     self,
@@ -221,7 +222,7 @@ class Learner(NamedTuple):
 
 
 def _merge_ways(images):
-  """[ways, n, ...] to [ways * n, ...]."""
+  """Reshapes [ways, n, ...] to [ways * n, ...]."""
   return images.reshape(-1, *images.shape[2:])
 
 
@@ -230,7 +231,7 @@ def _first(batch):
 
 
 def _check_settings(learner: Learner) -> None:
-  if not learner.inner_learning_rate >= 0:  # Nor NaN.
+  if not learner.inner_learning_rate >= 0:  # Also refuses NaN.
     raise base.InputError(
       f"inner_learning_rate={learner.inner_learning_rate} must be at least 0."
     )

@@ -11,13 +11,14 @@ _normal = nn.initializers.truncated_normal(0.1)
 
 
 class LeNet(split.SplitNetwork):
-  """Three 5x5 convolutions, each max-pooled 3x3/2 then rectified, two dense layers.
+  """Three 5x5 convolutions, each with 3x3/2 max-pooling and ReLU; two dense layers.
 
-  28x28 inputs go 28 -> 14 -> 7 -> 4; 167,113 parameters with `num_outputs=1`.
-  Weights N(0, 0.1) truncated at two standard deviations, biases 0.
+  The sizes for 28x28 inputs are 28 -> 14 -> 7 -> 4. There are 167,113 parameters with
+  `num_outputs=1`. Weights are initialized from N(0, 0.1) truncated at two standard
+  deviations, biases with 0.
 
   Attributes:
-    num_outputs: logits per example (1 for the binary task of the paper).
+    num_outputs: logits per example (1 for the binary problem of the paper).
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
   """
 
@@ -37,7 +38,7 @@ class LeNet(split.SplitNetwork):
 
   @nn.compact
   def features(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """Images [B, H, W, C] to [B, 100], non-negative."""
+    """Maps images [B, H, W, C] to non-negative features [B, 100]."""
     del train
     for features in (16, 32, 64):
       x = nn.Conv(features, (5, 5), padding="SAME", kernel_init=_normal)(x)

@@ -10,12 +10,12 @@ from l2rw_jax.models import split
 
 
 class MLP(split.SplitNetwork):
-  """Rectified dense layers on the flattened input.
+  """Dense layers with ReLU on the flattened input.
 
   Attributes:
     num_outputs: logits per example.
-    hidden: width of each hidden layer; none is logistic regression, which has no
-      penultimate layer for methods that act on one.
+    hidden: width of each hidden layer. Without hidden layers this is logistic
+      regression, which has no features for methods that act on features.
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
   """
 
@@ -36,7 +36,7 @@ class MLP(split.SplitNetwork):
 
   @nn.compact
   def features(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """[B, ...] to [B, hidden[-1]], non-negative."""
+    """Maps [B, ...] to non-negative features [B, hidden[-1]]."""
     del train
     x = x.reshape(x.shape[0], -1)
     for width in self.hidden:

@@ -1,4 +1,4 @@
-"""Pooling whose gradient is cheap on every backend."""
+"""Max pooling whose gradient is cheap on every backend."""
 
 import functools
 
@@ -9,10 +9,10 @@ import jax.numpy as jnp
 def max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
   """Max pooling with SAME padding over the two middle axes of [B, H, W, C].
 
-  The values of `flax.linen.max_pool`. Written as maxima over shifted slices,
-  rows first and then columns, because the gradient of `reduce_window`
-  (select-and-scatter) took 40% of a LeNet step on XLA:CPU.
-  Where several inputs tie for the maximum the first one takes the gradient.
+  The values are those of `flax.linen.max_pool`. It is written as maxima over shifted
+  slices, first over rows and then over columns, because the gradient of `reduce_window`
+  (select-and-scatter) took 40% of a LeNet step on XLA:CPU. If several inputs are tied
+  for the maximum, the first one gets the gradient.
   """
   for axis in (1, 2):
     x = _pool_axis(x, window, stride, axis)
@@ -22,8 +22,8 @@ def max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
 def _pool_axis(x, window, stride, axis):
   size = -(-x.shape[axis] // stride)
   before = max((size - 1) * stride + window - x.shape[axis], 0) // 2
-  # Every `stride`-th entry apart, so that no slice has a stride of its own: the
-  # gradient of each of those would be an array as large as x.
+  # Split the axis into phases modulo `stride` first, so that the slices below have no
+  # stride: the gradient of each strided slice would be an array as large as x.
   length = size + -(-window // stride) - 1
   padding = [(0, 0)] * x.ndim
   padding[axis] = (before, length * stride - before - x.shape[axis])
@@ -40,5 +40,5 @@ def _pool_axis(x, window, stride, axis):
 
 
 def _first_maximum(a, b):
-  # Alone, a >= b would drop a NaN in a.
+  # a >= b alone would ignore a NaN in a.
   return jnp.where((a >= b) | jnp.isnan(a), a, b)

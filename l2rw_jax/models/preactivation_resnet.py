@@ -1,4 +1,4 @@
-"""Pre-activation residual networks: L2RW's two, MentorNet's student."""
+"""Pre-activation residual networks: the two of L2RW, and MentorNet's student."""
 
 import functools
 import math
@@ -22,13 +22,13 @@ class PreActivationResNet(split.SplitNetwork):
   on both sides. BN shifts but does not scale. Dropout precedes the first
   convolution of a unit.
 
-  The released code departs from the usual network in its first stage, where a
-  flag is set for the first unit and never reset: all its units begin with their
-  convolution, without BN, ReLU or dropout. `full_first_stage` spares only the
-  very first unit, whose input the stem has already activated.
+  The released code differs from the usual network in its first stage, where a flag is
+  set for the first unit and never reset: all units of this stage begin with their
+  convolution, without BN, ReLU or dropout. With `full_first_stage` only the very first
+  unit does, whose input the stem has already activated.
 
-  Convolutions start from N(0, 2 / (k^2 C_out)) truncated at two standard
-  deviations, the output layer from U(+-sqrt(3 / d)), biases at 0.
+  Convolutions are initialized from N(0, 2 / (k^2 C_out)) truncated at two standard
+  deviations, the output layer from U(+-sqrt(3 / d)), biases with 0.
 
   References:
     Ren et al., "Learning to Reweight Examples for Robust Deep Learning", ICML
@@ -37,10 +37,10 @@ class PreActivationResNet(split.SplitNetwork):
 
   Attributes:
     num_outputs: logits per example.
-    blocks: units a stage; 5 is ResNet-32, 4 is WRN-28.
-    widths: features of the three stages, none below that of the stem.
+    blocks: units per stage; 5 is ResNet-32, 4 is WRN-28.
+    widths: features of the three stages, each at least that of the stem.
     stem: features of the first convolution.
-    dropout: rate.
+    dropout: dropout rate.
     full_first_stage: see above.
     axis_name: mapped axis whose devices share batch statistics.
     dtype: of the computation.
@@ -71,7 +71,7 @@ class PreActivationResNet(split.SplitNetwork):
 
   @nn.compact
   def features(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """Images [B, H, W, C] to [B, widths[-1]], non-negative."""
+    """Maps images [B, H, W, C] to non-negative features [B, widths[-1]]."""
     norm = functools.partial(
       nn.BatchNorm,
       use_running_average=not train,
@@ -99,11 +99,11 @@ class LeakyWideResNet(split.SplitNetwork):
 
   3x3 stem; three stages of units (BN, leaky ReLU, 3x3 convolution, twice) with
   strides 1, 2, 2 and the shortcuts of `PreActivationResNet`; BN, leaky ReLU,
-  global average pool. The very first unit instead rectifies first, normalizes
-  then, and hands that to its shortcut too, as released.
+  global average pool. In the very first unit the leaky ReLU comes before BN, and the
+  shortcut starts after both, as in the released code.
 
-  Convolutions start from N(0, 2 / (k^2 C_out)), the output layer from
-  U(+-sqrt(3 / d)) and bias 0.
+  Convolutions are initialized from N(0, 2 / (k^2 C_out)), the output layer from
+  U(+-sqrt(3 / d)) with bias 0.
 
   References:
     Jiang et al., "MentorNet: Learning Data-Driven Curriculum for Very Deep Neural
@@ -111,8 +111,8 @@ class LeakyWideResNet(split.SplitNetwork):
 
   Attributes:
     num_outputs: logits per example.
-    blocks: units a stage.
-    widths: features of the three stages, none below that of the stem.
+    blocks: units per stage.
+    widths: features of the three stages, each at least that of the stem.
     stem: features of the first convolution.
     slope: of the leaky ReLU below 0.
     axis_name: mapped axis whose devices share batch statistics.
@@ -143,7 +143,7 @@ class LeakyWideResNet(split.SplitNetwork):
 
   @nn.compact
   def features(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """Images [B, H, W, C] to [B, widths[-1]]."""
+    """Maps images [B, H, W, C] to features [B, widths[-1]]."""
     norm = functools.partial(
       nn.BatchNorm,
       use_running_average=not train,

@@ -20,19 +20,19 @@ _kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 class ResNet(split.SplitNetwork):
   """Post-activation residual network (He et al., 2016, section 4.2).
 
-  `6 * blocks + 2` layers: a 3x3 stem, then three stages of `blocks` two-layer
-  blocks with 16, 32 and 64 features, strides 1, 2, 2, option-A shortcuts
-  (subsampled, zero-padded channels: no parameters), global average pool. Kernels
-  start from N(0, 2 / fan_in), biases at 0; 464,154 parameters for CIFAR-10. L2RW's
-  ResNet-32 is another: `preactivation_resnet`.
+  It has `6 * blocks + 2` layers: a 3x3 stem, then three stages of `blocks` two-layer
+  blocks with 16, 32 and 64 features, strides 1, 2, 2, option-A shortcuts (subsampled,
+  zero-padded channels, without parameters), and global average pooling. Kernels are
+  initialized from N(0, 2 / fan_in), biases with 0. There are 464,154 parameters for
+  CIFAR-10. The ResNet-32 of L2RW differs, see `preactivation_resnet`.
 
   Attributes:
     num_outputs: logits per example.
-    blocks: blocks a stage; 5 is ResNet-32.
+    blocks: blocks per stage; 5 is ResNet-32.
     width: features of the first stage.
-    norm: "batch", as published, or "group": GroupNorm of 8 groups, which treats
-      examples one by one, so that they can be weighed layer by layer
-      (`linearization.linearize`) and by the example.
+    norm: "batch", as published, or "group": GroupNorm with 8 groups. Group
+      normalization treats examples separately, as the layerwise engine of
+      `linearization.linearize` requires.
     axis_name: mapped axis whose devices share batch statistics.
     dtype: of the computation.
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
@@ -67,12 +67,12 @@ class ResNet(split.SplitNetwork):
 
   @nn.compact
   def features(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """Images [B, H, W, C] to [B, 4 width], non-negative."""
+    """Maps images [B, H, W, C] to non-negative features [B, 4 width]."""
     conv = functools.partial(
       nn.Conv,
       kernel_size=(3, 3),
-      # As in PyTorch; "SAME" would pad a stride of 2 below and on the right only,
-      # and so look elsewhere than the shortcut.
+      # As in PyTorch. With a stride of 2, "SAME" would pad below and on the right
+      # only, so that the convolution would not be aligned with the shortcut.
       padding=1,
       use_bias=False,
       kernel_init=_kaiming,
@@ -90,7 +90,7 @@ class ResNet(split.SplitNetwork):
     return x.mean(axis=(1, 2))
 
   def _norm(self, train):
-    """What makes a normalization layer."""
+    """Returns a constructor of normalization layers."""
     if self.norm == "batch":
       return functools.partial(
         nn.BatchNorm,

@@ -1,4 +1,4 @@
-"""What every network here is: a linear or a cosine head after features."""
+"""Base class of the networks: features, then a linear or a cosine head."""
 
 from typing import Any
 
@@ -8,19 +8,19 @@ import jax.numpy as jnp
 
 
 class SplitNetwork(nn.Module):
-  """A network that methods may enter before its last layer.
+  """A network whose features and last layer can be computed separately.
 
-  A subclass has `num_features`, makes the layer `output` in `setup` (named as in
-  one plain sequence of layers, so that it starts as there), and computes
-  `features(x, train) -> [B, num_features]`.
+  A subclass has `num_features`, creates the layer `output` in `setup`, and computes
+  `features(x, train) -> [B, num_features]`. The layer is named as in an `nn.compact`
+  network without this split, so that its initialization is the same.
   """
 
   def head(self, features: jax.Array) -> jax.Array:
-    """Features [B, num_features] to logits [B, num_outputs]."""
+    """Maps features [B, num_features] to logits [B, num_outputs]."""
     return self.output(features)
 
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """[B, ...] to logits [B, num_outputs]."""
+    """Maps [B, ...] to logits [B, num_outputs]."""
     return self.head(self.features(x, train))
 
 
@@ -32,11 +32,11 @@ def output_layer(num_outputs: int, cosine: bool, **options: Any) -> nn.Module:
 
 
 class Cosine(nn.Module):
-  """Cosines of the angles between the features and each class's weights, no bias.
+  """Cosines of the angles between the features and each class's weights; no bias.
 
-  What LDAM trains; the cosines lie in [-1, 1], so that a loss without a scale
-  learns little from them. Zero features have zero cosines. Weights start as unit
-  columns drawn from U(-1, 1). Half-precision features are measured in float32.
+  LDAM uses this layer. The cosines lie in [-1, 1], so training needs a loss that scales
+  them. Zero features have zero cosines. Weights are initialized from U(-1, 1), each
+  column normalized to length 1. Half-precision features are processed in float32.
 
   References:
     Cao, Wei, Gaidon, Arechiga, Ma, "Learning Imbalanced Datasets with
@@ -50,7 +50,7 @@ class Cosine(nn.Module):
 
   @nn.compact
   def __call__(self, features: jax.Array) -> jax.Array:
-    """Features [B, d] to cosines [B, C]."""
+    """Maps features [B, d] to cosines [B, C]."""
     kernel = self.param("kernel", _unit_columns, (features.shape[-1], self.num_outputs))
     features, kernel = nn.dtypes.promote_dtype(features, kernel)
     return _normalize(features, -1) @ _normalize(kernel, 0)
@@ -61,8 +61,8 @@ def _unit_columns(key, shape):
 
 
 def _normalize(x: jax.Array, axis: int) -> jax.Array:
-  """x / |x| along an axis; next to zero, where that has no slope, about x itself."""
-  # Dividing by a constant first changes nothing but keeps squares in range.
+  """x / |x| along an axis; x itself near zero, where x / |x| has no derivative."""
+  # Dividing by a constant first does not change the result, but avoids overflow.
   largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True))
   is_zero = largest < 1e-12
   x = x / jnp.where(is_zero, 1, largest)

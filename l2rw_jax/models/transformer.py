@@ -14,24 +14,25 @@ from l2rw_jax.models import split
 class VisionTransformer(split.SplitNetwork):
   """Transformer on patches of an image (Dosovitskiy et al., 2021), without dropout.
 
-  Patches are embedded and learned positions added; then `depth` blocks, each
-  LayerNorm, attention, LayerNorm, a GELU layer of `expansion` times the width, both
-  added to what came in; a last LayerNorm and the mean over patches, as in
-  "Better plain ViT baselines for ImageNet-1k" (Beyer et al., 2022), in place of a
-  class token. Examples are treated one by one. 809,098 parameters for CIFAR-10.
+  Learned positions are added to the embedded patches. Each of the `depth` blocks
+  consists of LayerNorm and attention, then LayerNorm and a GELU layer of `expansion`
+  times the width, both with a residual connection. A last LayerNorm and the mean over
+  patches follow, as in "Better plain ViT baselines for ImageNet-1k" (Beyer et al.,
+  2022), in place of a class token. Examples are treated separately. There are 809,098
+  parameters for CIFAR-10.
 
   Attributes:
     num_outputs: logits per example.
-    patch: side of a patch; divides the height and width of the images.
+    patch: side of a patch; must divide the height and width of the images.
     width: features of a patch.
-    depth: blocks.
-    num_heads: of attention; divides `width`.
-    expansion: hidden width of a block over `width`.
+    depth: number of blocks.
+    num_heads: number of attention heads; must divide `width`.
+    expansion: hidden width of a block divided by `width`.
     dtype: of the computation.
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
 
   Raises:
-    InputError: when initialized or applied, sizes that do not divide.
+    InputError: when initialized or applied, sizes that are not divisible.
 
   References:
     Dosovitskiy et al., "An Image is Worth 16x16 Words: Transformers for Image
@@ -60,7 +61,7 @@ class VisionTransformer(split.SplitNetwork):
 
   @nn.compact
   def features(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """Images [B, H, W, C] to [B, width]."""
+    """Maps images [B, H, W, C] to features [B, width]."""
     del train
     if x.shape[1] % self.patch or x.shape[2] % self.patch:
       raise base.InputError(
@@ -79,7 +80,7 @@ class VisionTransformer(split.SplitNetwork):
 
 
 class _Block(nn.Module):
-  """Attention and two dense layers, each after a LayerNorm and around a shortcut."""
+  """Attention and a two-layer MLP, both with LayerNorm and a residual connection."""
 
   num_heads: int
   expansion: int
@@ -87,7 +88,7 @@ class _Block(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[B, T, d] to [B, T, d]."""
+    """Maps [B, T, d] to [B, T, d]."""
     width = x.shape[-1]
     norm = functools.partial(nn.LayerNorm, dtype=self.dtype)
     x = x + self._attend(norm(name="norm_before_attention")(x))
@@ -101,10 +102,10 @@ class _Block(nn.Module):
       raise base.InputError(
         f"num_heads={self.num_heads} does not divide width={width}."
       )
-    # Queries, keys and values in one product.
+    # Queries, keys and values from one matrix product.
     shape = (3, self.num_heads, width // self.num_heads)
-    joined = nn.DenseGeneral(shape, dtype=self.dtype, name="qkv")(x)
-    query, key, value = (joined[:, :, i] for i in range(3))
+    qkv = nn.DenseGeneral(shape, dtype=self.dtype, name="qkv")(x)
+    query, key, value = (qkv[:, :, i] for i in range(3))
     mixed = nn.dot_product_attention(query, key, value, dtype=self.dtype)
     out = nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")
     return out(mixed)

@@ -13,21 +13,22 @@ from l2rw_jax.models import split
 
 
 class WideResNet(split.SplitNetwork):
-  """Wide residual network (Zagoruyko, Komodakis, 2016), as Meta-Weight-Net has it.
+  """Wide residual network (Zagoruyko, Komodakis, 2016), as used by Meta-Weight-Net.
 
-  3x3 stem of 16 features; three stages of pre-activation blocks (BN, ReLU, 3x3
-  convolution, BN, ReLU, dropout, 3x3 convolution) with strides 1, 2, 2; BN, ReLU,
-  global average pool. The first block of a stage activates its shortcut's input
-  too and projects it by a 1x1 convolution. 36,479,194 parameters with 10 outputs.
+  It consists of a 3x3 stem of 16 features; three stages of pre-activation blocks (BN,
+  ReLU, 3x3 convolution, BN, ReLU, dropout, 3x3 convolution) with strides 1, 2, 2; BN,
+  ReLU, global average pooling. In the first block of a stage the shortcut starts after
+  the first BN and ReLU and is a 1x1 convolution. There are 36,479,194 parameters with
+  10 outputs.
 
-  Convolutions start from N(0, 2 / (k^2 C_out)), the output layer from
-  U(+-1 / sqrt(d)) and bias 0.
+  Convolutions are initialized from N(0, 2 / (k^2 C_out)), the output layer from
+  U(+-1 / sqrt(d)) with bias 0.
 
   Attributes:
     num_outputs: logits per example.
-    blocks: blocks a stage, (depth - 4) / 6; 4 is WRN-28.
-    widen: factor on the widths 16, 32 and 64.
-    dropout: rate; 0 in Meta-Weight-Net.
+    blocks: blocks per stage, (depth - 4) / 6; 4 is WRN-28.
+    widen: factor of the widths 16, 32 and 64.
+    dropout: dropout rate; 0 in Meta-Weight-Net.
     axis_name: mapped axis whose devices share batch statistics.
     dtype: of the computation.
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
@@ -58,7 +59,7 @@ class WideResNet(split.SplitNetwork):
 
   @nn.compact
   def features(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """Images [B, H, W, C] to [B, 64 widen], non-negative."""
+    """Maps images [B, H, W, C] to non-negative features [B, 64 widen]."""
     norm = functools.partial(
       nn.BatchNorm,
       use_running_average=not train,
@@ -72,8 +73,8 @@ class WideResNet(split.SplitNetwork):
       kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
       dtype=self.dtype,
     )
-    # As in PyTorch: one pixel on every side, also where a stride of 2 would let
-    # "SAME" pad only below and on the right.
+    # As in PyTorch, one pixel on every side. With a stride of 2, "SAME" would pad below
+    # and on the right only.
     conv_3x3 = functools.partial(conv, kernel_size=(3, 3), padding=1)
     x = conv_3x3(16)(x)
     for stage in range(3):

@@ -1,4 +1,4 @@
-"""The two functions of a run that are compiled: how it begins, and its steps."""
+"""The two compiled functions of a run: its initial state, and its steps."""
 
 from collections.abc import Callable
 import functools
@@ -15,7 +15,7 @@ from l2rw_jax.training import devices as devices_lib
 from l2rw_jax.training import step as step_lib
 
 
-# As many as the methods of the largest figure at two sizes of its training set.
+# Enough for all methods of the largest figure at two sizes of its training set.
 @functools.lru_cache(maxsize=16)
 def functions(
   model: config_lib.Model,
@@ -26,25 +26,24 @@ def functions(
   num_runs: int,
   devices: tuple[jax.Device, ...],
 ) -> tuple[Callable[..., Any], jax.stages.Wrapped]:
-  """`(init, steps)` for arrays of R runs; the same for every split of a table.
+  """`(init, steps)` for arrays of R runs, cached.
 
-  A script trains one split after the other; keeping the functions keeps what
-  was compiled for them.
+  Scripts train on one split after another; the cache avoids recompiling the steps.
 
   Args:
     model: the network and its loss.
-    method: its `gradients` and `init`; the rest of it is not traced.
-    optimizer: of the network.
+    method: only its `gradients` and `init` are used.
+    optimizer: the optimizer of the network.
     num_examples: N.
     num_steps: length of the run.
     num_runs: R.
-    devices: to train on.
+    devices: the devices that train.
 
   Returns:
     init: `(keys [R], class_counts [R, C], examples [R, 1, ...]) -> TrainState`.
-    steps: `(state, train, meta, keys, class_counts) -> (state, outputs)` of arrays
-      `[D, R, ...]`: as many times `train_step` as `train.rows` tells, K; the outputs
-      are `StepOutput`s with a further axis, `[D, R, K, ...]`.
+    steps: `(state, train, meta, keys, class_counts) -> (state, outputs)` for arrays
+      `[D, R, ...]`. It applies `train_step` K times, once for each row of batches in
+      `train.rows`; the outputs are a `StepOutput` with arrays `[D, R, K, ...]`.
   """
 
   def problem(class_counts, axis_name=None):
@@ -77,7 +76,7 @@ def functions(
     rows = (train.rows, None if meta is None else meta.rows)
     if len(train.rows) > 1:
       return jax.lax.scan(step, state, rows)
-    # No loop, not even one of a single turn: see `dispatch`.
+    # Even a loop of one step is slow on CPU: see `steps_per_call`.
     state, output = step(state, jax.tree.map(lambda x: x[0], rows))
     return state, jax.tree.map(lambda x: jnp.asarray(x)[None], output)
 

@@ -1,28 +1,27 @@
-"""How a run is set up, and whether its settings and data fit each other."""
+"""Settings of a run, and whether the settings, the method and the data fit together."""
 
 from collections.abc import Sequence
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
-from l2rw_jax.data import splits as splits_lib
 from l2rw_jax.training import devices
 
 
 class Model(Protocol):
-  """What can be trained: `models.classifier.Classifier`, or anything like it.
+  """A network and its loss, such as `models.classifier.Classifier`.
 
-  Hashable: what is compiled for a model is kept by it.
+  Models are hashable: they are keys of the cache of compiled functions.
   """
 
   def check(self, batch: base.Batch, num_classes: int) -> None:
-    """Raises InputError unless the model fits examples of C classes."""
+    """Raises InputError unless the model accepts these examples of C classes."""
 
   def init(self, key: base.Array, batch: base.Batch) -> tuple[base.PyTree, base.PyTree]:
-    """Fresh `(params, model_state)` for examples of this shape."""
+    """Initial `(params, model_state)` for examples of this shape."""
 
   def problem(
     self,
@@ -32,27 +31,28 @@ class Model(Protocol):
     num_steps: int,
     axis_name: base.AxisName = None,
   ) -> base.Problem:
-    """The learning problem; arguments as in `base.Problem`."""
+    """The learning problem; the arguments are documented in `base.Problem`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """How to run.
+  """Settings of a run.
 
   Attributes:
     num_steps: updates.
     batch_size: B, over all devices.
-    meta_batch_size: M, over all devices; every clean example if None.
-    seeds: one run for each; initialization, batch order and method noise.
+    meta_batch_size: M, over all devices; the whole meta set if None.
+    seeds: one run is trained for each; the seed decides the initialization, the order
+      of the batches and the random numbers of the method.
     log_every: steps between two rows of training metrics.
     eval_every: steps between two evaluations.
     checkpoint_every: steps between two checkpoints.
-    num_devices: local devices to use; if None, the most that divide the batch.
-    steps_per_call: steps sent to the devices at once, as a loop that is compiled;
-      if None, 1 on CPU, where convolutions in such a loop are slow, else 20; never
-      more than between two looks, and 1 where training examples wait on the host.
-      Changes how fast a run is, and what it does only as far as XLA rounds such a
-      loop differently.
+    num_devices: local devices to use; if None, the largest number that divides the
+      batch size.
+    steps_per_call: steps that are sent to the devices at once, as one compiled loop.
+      If None, 1 on CPU, where convolutions in a loop are slow, and 20 elsewhere. It
+      is at most the smallest of the three intervals above, and 1 if training examples
+      are kept on the host. Affects speed only (and rounding).
   """
 
   num_steps: int
@@ -65,11 +65,25 @@ class Config:
   num_devices: int | None = None
   steps_per_call: int | None = None
 
+  @property
+  def intervals(self) -> tuple[int, int, int]:
+    """`log_every`, `eval_every` and `checkpoint_every`."""
+    return self.log_every, self.eval_every, self.checkpoint_every
+
+  def is_due(self, step: int, *intervals: int) -> bool:
+    """Whether something is due after `step` updates.
+
+    Args:
+      step: updates done.
+      *intervals: steps between two times; everything is due after the last step.
+    """
+    return step == self.num_steps or any(step % every == 0 for every in intervals)
+
 
 def check(
-  config: Config, method: base.Method, splits: Sequence[splits_lib.Splits]
+  config: Config, method: base.Method, splits: Sequence[examples_lib.Splits]
 ) -> None:
-  """Raises InputError unless `train` can start with these."""
+  """Raises InputError unless `loop.train` accepts these arguments."""
   devices.choose(config.num_devices, config.batch_size)
   if config.steps_per_call is not None and config.steps_per_call < 1:
     raise base.InputError(
@@ -87,21 +101,44 @@ def check(
       )
     _check_meta(config, method, len(split.meta.label))
   for part in ("train", "meta") if method.needs_meta else ("train",):
-    _check_alike([getattr(s, part) for s in splits], part)
+    _check_same_kind([getattr(s, part) for s in splits], part)
 
 
-def _check_alike(examples, part):
-  """Runs side by side are one array."""
-  for what, found in (
+def as_integers(
+  splits: Sequence[examples_lib.Splits], seeds: Sequence[int]
+) -> list[examples_lib.Splits]:
+  """Splits whose labels, groups and row numbers are int32 arrays.
+
+  Args:
+    splits: the data of each run.
+    seeds: the seed of each run, for error messages.
+
+  Raises:
+    InputError: labels, groups or row numbers are not integers, or their number is
+      not that of the images.
+  """
+  results = []
+  for seed, split in zip(seeds, splits, strict=True):
+    parts: dict[str, Any] = {
+      part: examples_lib.check_examples(getattr(split, part), f"{part} of seed {seed}")
+      for part in ("train", "meta", "validation", "test")
+    }
+    results.append(split._replace(**parts))
+  return results
+
+
+def _check_same_kind(examples, part):
+  """Runs that are trained side by side share arrays, so their data must be alike."""
+  for what, values in (
     ("one size", {len(e.label) for e in examples}),
     ("one label shape", {np.shape(e.label)[1:] for e in examples}),
     ("one image shape", {tuple(e.image.shape[1:]) for e in examples}),
     ("one image dtype", {str(np.dtype(e.image.dtype)) for e in examples}),
   ):
-    if len(found) > 1:
+    if len(values) > 1:
       raise base.InputError(
         f"splits trained side by side must be of {what}; the {part} sets have"
-        f" {' and '.join(map(str, sorted(found)))}: train them one by one."
+        f" {' and '.join(map(str, sorted(values)))}: train them one by one."
       )
 
 

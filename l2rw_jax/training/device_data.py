@@ -1,8 +1,9 @@
-"""Where examples wait for their step: on the devices if they fit, or on the host.
+"""Where examples are kept during training: on the devices if they fit, or on the host.
 
-Either way a step is given examples and the rows of them to take, so that one
-compiled step serves both. A set on the devices is sent once, and then row numbers
-only; of a set on the host, each dispatch is sent the examples it takes.
+In both cases a step receives arrays of examples and the rows to take from them, so
+that one compiled step serves both. A set on the devices is sent once, and each call
+sends row numbers only; from a set on the host, each call sends the examples that its
+steps take.
 """
 
 from collections.abc import Sequence
@@ -14,12 +15,13 @@ import numpy as np
 from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.training import devices as devices_lib
+from l2rw_jax.training import sampling
 
-# Of the free memory of an accelerator; the rest is for activations, and for the
-# second copy that is there while sets are spread over the devices.
+# Share of an accelerator's free memory. The rest is for activations, and for the
+# second copy that exists while sets are copied to the devices.
 _SHARE = 1 / 4
-# On CPU, copies on all devices together: there the gain is small. Also for what
-# does not tell its memory.
+# Bytes for all CPU devices together, where there is little to gain. Also used if
+# `memory_stats()` is unavailable.
 _HOST_BYTES = 2**30
 
 
@@ -28,46 +30,101 @@ class Part(NamedTuple):
 
   Attributes:
     examples: arrays [D, R, n, ...].
-    rows: of these arrays, int32 [D, R, K, b].
+    rows: rows of these arrays, int32 [D, R, K, b].
   """
 
   examples: base.Batch
   rows: base.Array | np.ndarray
 
 
-class Store(Protocol):
-  """The examples of R runs.
+class Batches(NamedTuple):
+  """The examples that K steps take.
 
   Attributes:
-    num_bytes: what they take on each device; 0 where they wait on the host.
+    train: B / D examples for each step, device and run.
+    meta: M / D examples, or M if M is not divisible by D; None without a meta set.
+  """
+
+  train: Part
+  meta: Part | None
+
+
+class DeviceData:
+  """The training and meta sets of R runs.
+
+  Attributes:
+    is_streamed: whether one of the sets is kept on the host.
+  """
+
+  def __init__(
+    self,
+    splits: Sequence[examples_lib.Splits],
+    devices: list[jax.Device],
+    needs_meta: bool,
+  ):
+    """Copies to the devices what fits there.
+
+    Args:
+      splits: the data of each run.
+      devices: the devices that train.
+      needs_meta: whether the method uses the meta set.
+    """
+    self._devices = devices
+    max_bytes = budget(devices)
+    train = [examples_lib.as_batch(split.train) for split in splits]
+    self._train = store(train, devices, max_bytes)
+    self._meta: Store | None = None
+    if needs_meta:
+      meta = [examples_lib.as_batch(split.meta) for split in splits]
+      self._meta = store(meta, devices, max_bytes - self._train.num_bytes)
+    self.is_streamed = any(
+      sets is not None and not sets.num_bytes for sets in (self._train, self._meta)
+    )
+
+  def load(self, steps: Sequence[sampling.Rows]) -> Batches:
+    """Returns the examples of some steps, and sends those that are on the host."""
+    train = devices_lib.spread([rows.train for rows in steps], self._devices)
+    if self._meta is None:
+      return Batches(self._train.part(train), None)
+    meta = devices_lib.spread([rows.meta for rows in steps], self._devices)
+    return Batches(self._train.part(train), self._meta.part(meta))
+
+
+class Store(Protocol):
+  """One kind of examples (training or meta) of R runs.
+
+  Attributes:
+    num_bytes: their size on each device; 0 if they are kept on the host.
   """
 
   num_bytes: int
 
   def part(self, rows: np.ndarray) -> Part:
-    """What the steps take that visit rows [D, R, K, b] of their sets."""
+    """The examples of steps that take rows [D, R, K, b] of their sets."""
 
 
-def store(sets: Sequence[base.Batch], devices: list[jax.Device], room: int) -> Store:
-  """Puts plain arrays that fit on every device; leaves all else on the host.
+def store(
+  sets: Sequence[base.Batch], devices: list[jax.Device], max_bytes: int
+) -> Store:
+  """Puts plain arrays that fit on every device, and keeps all others on the host.
 
   Args:
-    sets: of each run, arrays with leading axis N or sources of rows.
-    devices: where the steps are taken.
-    room: bytes that may be filled on each; see `budget`. While they are filled,
-      a device holds the sets twice.
+    sets: for each run, arrays with leading axis N or row sources.
+    devices: the devices that train.
+    max_bytes: bytes that may be used on each device, see `budget`. While the sets
+      are copied, a device holds them twice.
   """
   sets = [{name: _on_host(x) for name, x in one.items()} for one in sets]
-  if _is_plain(sets) and _bytes(sets) <= room:
-    return Resident(sets, devices)
-  return Streamed(sets)
+  if _are_arrays(sets) and _num_bytes(sets) <= max_bytes:
+    return OnDevices(sets, devices)
+  return OnHost(sets)
 
 
 def budget(devices: list[jax.Device]) -> int:
-  """Bytes that all sets together may take on each of the devices.
+  """Bytes that all sets together may use on each of the devices.
 
-  A quarter of an accelerator's memory that is free now; on CPU one GiB for all
-  virtual devices together, and on what does not tell its memory one GiB each.
+  A quarter of an accelerator's free memory. On CPU, one GiB for all virtual devices
+  together; if `memory_stats()` is unavailable, one GiB for each device.
   """
   if devices[0].platform == "cpu":
     return _HOST_BYTES // len(devices)
@@ -78,62 +135,64 @@ def budget(devices: list[jax.Device]) -> int:
 
 
 def take(examples: base.Batch, rows: base.Array) -> base.Batch:
-  """The batch [b, ...] of one run's step on one device; traced."""
-  # Rows for training were compared with the size of their set when the epoch began;
-  # the others are made within theirs.
+  """The batch [b, ...] of one step of one run on one device; traced."""
+  # Rows are within bounds: training rows are checked when an epoch begins, and the
+  # other ones are made here.
   return {
     name: x.at[rows].get(mode="promise_in_bounds") for name, x in examples.items()
   }
 
 
-class Resident:
-  """Whole sets on every device."""
+class OnDevices:
+  """A `Store` with a copy of the sets on every device."""
 
   def __init__(self, sets: Sequence[base.Batch], devices: list[jax.Device]):
     """Copies the sets to the devices."""
-    self.num_bytes = _bytes(sets)
+    self.num_bytes = _num_bytes(sets)
     stacked = {name: np.stack([one[name] for one in sets]) for name in sets[0]}
     self._examples = devices_lib.replicate(stacked, devices)
 
   def part(self, rows: np.ndarray) -> Part:
-    """Row numbers alone are sent."""
+    """Sends row numbers only."""
     return Part(self._examples, rows)
 
 
-class Streamed:
-  """Sets too large for the devices, or read only when asked for."""
+class OnHost:
+  """A `Store` of sets that are too large for the devices, or are read on demand."""
 
   num_bytes = 0
 
   def __init__(self, sets: Sequence[base.Batch]):
-    """Nothing is copied."""
+    """Copies nothing."""
     self._sets = sets
 
   def part(self, rows: np.ndarray) -> Part:
     """Gathers the examples of these steps, in order."""
-    num_devices, _, steps, size = rows.shape
-    own = np.arange(steps * size, dtype=np.int32).reshape(steps, size)
-    asked = rows[:1] if (rows == rows[:1]).all() else rows  # Read once what all take.
+    num_devices, _, num_steps, size = rows.shape
+    # Rows of the gathered examples, not of the set.
+    local_rows = np.arange(num_steps * size, dtype=np.int32).reshape(num_steps, size)
+    # Read rows only once if all devices take the same ones.
+    distinct = rows[:1] if (rows == rows[:1]).all() else rows
 
-    def gathered(source, run):
-      found = examples_lib.read_rows(source, asked[:, run].reshape(-1))
-      found = found.reshape(len(asked), steps * size, *found.shape[1:])
-      return np.broadcast_to(found, (num_devices, *found.shape[1:]))
+    def gather(source, run):
+      values = examples_lib.read_rows(source, distinct[:, run].reshape(-1))
+      values = values.reshape(len(distinct), num_steps * size, *values.shape[1:])
+      return np.broadcast_to(values, (num_devices, *values.shape[1:]))
 
     examples = {
-      name: np.stack([gathered(s[name], r) for r, s in enumerate(self._sets)], axis=1)
+      name: np.stack([gather(s[name], r) for r, s in enumerate(self._sets)], axis=1)
       for name in self._sets[0]
     }
-    return Part(examples, np.broadcast_to(own, rows.shape))
+    return Part(examples, np.broadcast_to(local_rows, rows.shape))
 
 
 def _on_host(x):
   return np.asarray(x) if isinstance(x, jax.Array) else x
 
 
-def _is_plain(sets):
+def _are_arrays(sets):
   return all(isinstance(x, np.ndarray) for one in sets for x in one.values())
 
 
-def _bytes(sets):
+def _num_bytes(sets):
   return sum(x.nbytes for one in sets for x in one.values())

@@ -1,10 +1,12 @@
-"""Where the step meets the machine: the only pmap.
+"""The devices that train, the layout of arrays on them, and the only pmap.
 
-Arrays of a run carry two leading axes, `[D, R, ...]`: D local devices and R runs
-side by side (splits of the data, seeds), trained by one compiled step.
+Arrays on the devices have two leading axes, `[D, R, ...]`: D local devices and R runs
+(splits of the data, seeds) that one compiled step trains side by side. Rows and
+outputs of K steps have a third one, `[D, R, K, ...]`. On the host there is no device
+axis: the batch axis holds the examples of all devices, in order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any
 
@@ -21,11 +23,12 @@ def choose(num_devices: int | None, batch_size: int) -> list[jax.Device]:
   """The first `num_devices` local devices.
 
   Args:
-    num_devices: how many; if None, the most that divide the batch evenly.
+    num_devices: how many; if None, the largest number that divides the batch size.
     batch_size: B.
 
   Raises:
-    InputError: there are not that many, or the batch does not divide among them.
+    InputError: the machine has fewer devices, or their number does not divide the
+      batch size.
   """
   available = jax.local_devices()
   if num_devices is None:
@@ -45,14 +48,14 @@ def choose(num_devices: int | None, batch_size: int) -> list[jax.Device]:
 
 
 def replicate(tree: base.PyTree, devices: list[jax.Device]) -> base.PyTree:
-  """`[...]` leaves to `[D, ...]`, one copy on every device; for a moment, two."""
+  """Copies `[...]` leaves to every device, `[D, ...]`; needs room for two copies."""
   return _copier(tuple(devices))(np.arange(len(devices)), tree)
 
 
 @functools.lru_cache(maxsize=8)
 def _copier(devices):
-  # Over the step's own axis: given arrays of another one, the step would be
-  # compiled a second time when it first meets its own output.
+  # This uses the axis of the step: with arrays of another axis, the step would be
+  # compiled a second time when it receives its first output.
   return jax.pmap(
     lambda _, x: x, axis_name=AXIS_NAME, in_axes=(0, None), devices=devices
   )
@@ -65,26 +68,42 @@ def unreplicate(tree: base.PyTree) -> base.PyTree:
 
 @jax.jit
 def take(tree: base.PyTree, index: int) -> base.PyTree:
-  """Row `index` of every leaf; one program, where each leaf would be one a shape."""
+  """Row `index` of every leaf, in one program instead of one for every shape."""
   return jax.tree.map(
     lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree
   )
 
 
 def shard(rows: np.ndarray, devices: list[jax.Device]) -> np.ndarray:
-  """`[..., B]` to `[D, ..., B / D]` on the host, in order."""
+  """Splits `[..., B]` into `[D, ..., B / D]` on the host, in order."""
   *shape, size = rows.shape
   rows = rows.reshape(*shape, len(devices), size // len(devices))
   return np.moveaxis(rows, -2, 0)
 
 
 def repeat(rows: np.ndarray, devices: list[jax.Device]) -> np.ndarray:
-  """`[..., M]` to `[D, ..., M]` on the host, the same for every device."""
+  """Repeats `[..., M]` for every device, `[D, ..., M]`, on the host."""
   return np.broadcast_to(rows, (len(devices), *rows.shape))
 
 
+def spread(steps: Sequence[Any], devices: list[jax.Device]) -> np.ndarray:
+  """Assigns the rows that K steps take to the devices.
+
+  Args:
+    steps: for each step, rows [R, B].
+    devices: D devices.
+
+  Returns:
+    Rows, int32 [D, R, K, B / D]. If B is not divisible by D, every device takes all
+    of them, [D, R, K, B]: a mean over devices that hold the same examples is the
+    same mean. (Ten meta examples need not be divisible by eight devices.)
+  """
+  rows = np.stack(steps, axis=1).astype(np.int32)  # [R, K, B]
+  return (repeat if rows.shape[-1] % len(devices) else shard)(rows, devices)
+
+
 def unshard(values: Any) -> np.ndarray:
-  """`[D, ..., B / D]` to `[..., B]` on the host; the inverse of `shard`."""
+  """Joins `[D, ..., B / D]` to `[..., B]` on the host; the inverse of `shard`."""
   values = np.moveaxis(np.asarray(values), 0, -2)
   return values.reshape(*values.shape[:-2], -1)
 
@@ -92,8 +111,8 @@ def unshard(values: Any) -> np.ndarray:
 def over_runs(fun: Callable[..., Any], num_runs: int) -> Callable[..., Any]:
   """Maps `fun` over the leading axis R of all its arguments.
 
-  One run is not vmapped but unpacked: XLA:CPU takes a slower path for a
-  convolution whose kernel has a batch axis, even of size one.
+  A single run is not mapped: its axis is removed. XLA:CPU takes a slower path for a
+  convolution whose kernel has a batch axis, even if its size is one.
   """
   if num_runs > 1:
     return jax.vmap(fun)
@@ -105,11 +124,11 @@ def over_runs(fun: Callable[..., Any], num_runs: int) -> Callable[..., Any]:
   return single
 
 
-def alone(fun: Callable[..., Any]) -> Callable[..., Any]:
-  """`fun` as the step's single device would call it, for a look from outside.
+def on_one_device(fun: Callable[..., Any]) -> Callable[..., Any]:
+  """`fun` with `AXIS_NAME` bound to an axis of size one.
 
-  Within, `AXIS_NAME` is an axis of size one, for networks that share the statistics
-  of BatchNorm over it.
+  This makes networks that share BatchNorm statistics over `AXIS_NAME` usable outside
+  of the step.
   """
 
   def call(*args):

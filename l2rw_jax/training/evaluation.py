@@ -1,4 +1,4 @@
-"""Measuring a run: on held-out examples, and the run itself."""
+"""Measurements of a run: its predictions on held-out examples, and its state."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -11,22 +11,22 @@ import numpy as np
 import optax
 
 from l2rw_jax import base
+from l2rw_jax import inference
 from l2rw_jax import losses
 from l2rw_jax.data import examples as examples_lib
-from l2rw_jax.training import batches
 from l2rw_jax.training import step as step_lib
 
 
 class Predictions(NamedTuple):
-  """A trained network's answers on N examples, as NumPy arrays.
+  """Predictions of a network on N examples, as NumPy arrays.
 
   Attributes:
-    labels: classes as the examples tell them, [N]; [N, Q] where an example has Q
-      labels (the queries of a task).
-    predicted: classes with the highest score, likewise.
-    losses: [N].
+    labels: the labels of the examples, [N]; [N, Q] if an example has Q labels (the
+      queries of a few-shot task).
+    predicted: the classes with the highest score, of the same shape.
+    losses: per-example losses, [N].
     num_classes: C.
-    groups: attribute of each example, [N]; None stands for the classes.
+    groups: attribute of each example, [N]; None if the groups are the classes.
   """
 
   labels: np.ndarray
@@ -38,15 +38,15 @@ class Predictions(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-  """One run, at one step.
+  """The state of one run at one step.
 
   Attributes:
-    seed: of the run.
+    seed: the seed of the run.
     step: updates done.
-    state: of the run, on one device.
-    task: the learning problem, outside the devices' axis.
-    optimizer: of the network.
-    splits: the data.
+    state: the training state, on one device.
+    problem: the learning problem, without a device axis.
+    optimizer: the optimizer of the network.
+    splits: the data of the run.
   """
 
   seed: int
@@ -58,23 +58,25 @@ class Snapshot:
 
   @functools.cached_property
   def test(self) -> Predictions:
-    """Answers on the test set."""
+    """Predictions on the test set."""
     return self._predict(self.splits.test)
 
   @functools.cached_property
   def train(self) -> Predictions:
-    """Answers on the training set, in evaluation mode, beside its own labels."""
+    """Predictions on the training set in evaluation mode, with its given labels."""
     return self._predict(self.splits.train)
 
   def _predict(self, examples: examples_lib.Examples) -> Predictions:
-    fields = batches.examples_dict(examples)
-    return predict(self.problem, self.state.params, self.state.model_state, fields)
+    batch = examples_lib.as_batch(examples)
+    return predict(self.problem, self.state.params, self.state.model_state, batch)
 
 
-# What to tell of the answers on the test set.
+# Metrics of the predictions on the test set, by name.
 Evaluator = Callable[[Predictions], dict[str, float]]
-# What to tell of a run that its answers on the test set do not show.
+# Metrics of a run that need more than its predictions on the test set, by name.
 Probe = Callable[[Snapshot], dict[str, float]]
+# Records something before an epoch; the second argument is the epoch, counted from 0.
+EpochProbe = Callable[[Snapshot, int], None]
 SHOTS = ("many", "medium", "few")
 _MANY, _FEW = 100, 20
 
@@ -92,28 +94,24 @@ def predict(
   examples: base.Batch,
   batch_size: int = 500,
 ) -> Predictions:
-  """Evaluation-mode answers on all `examples`.
+  """Predictions in evaluation mode.
 
   Args:
-    task: the learning problem.
-    params: one run's parameters.
-    model_state: its variables.
-    examples: arrays with leading axis N, among them "label"; "group" if known.
-    batch_size: examples a forward pass.
+    problem: the learning problem.
+    params: parameters of one run.
+    model_state: its non-trained variables.
+    examples: arrays with leading axis N, among them "label", and "group" if known.
+    batch_size: examples in a forward pass.
   """
-  size = len(examples["label"])
-  predicted, found = [], []
-  for start in range(0, size, batch_size):
-    batch = {k: v[start : start + batch_size] for k, v in examples.items()}
-    classes, values = _predict(
-      problem.forward, problem.loss, params, model_state, batch
-    )
-    predicted.append(np.asarray(classes))
-    found.append(np.asarray(values))
+
+  def predict_batch(batch):
+    return _predict(problem.forward, problem.loss, params, model_state, batch)
+
+  predicted, values = inference.map_batches(predict_batch, examples, batch_size)
   return Predictions(
     np.asarray(examples["label"]),
-    np.concatenate(predicted),
-    np.concatenate(found),
+    predicted,
+    values,
     problem.num_classes,
     None if "group" not in examples else np.asarray(examples["group"]),
   )
@@ -122,23 +120,23 @@ def predict(
 def measure(
   snapshot: Snapshot, evaluators: Sequence[Evaluator], probes: Sequence[Probe]
 ) -> dict[str, float]:
-  """What all of them tell, as `test/NAME` and `probe/NAME`."""
-  found = {}
+  """All metrics, named `test/NAME` by evaluators and `probe/NAME` by probes."""
+  metrics = {}
   for evaluator in evaluators:
-    found.update({f"test/{k}": v for k, v in evaluator(snapshot.test).items()})
+    metrics.update({f"test/{k}": v for k, v in evaluator(snapshot.test).items()})
   for probe in probes:
-    found.update({f"probe/{k}": v for k, v in probe(snapshot).items()})
-  return found
+    metrics.update({f"probe/{k}": v for k, v in probe(snapshot).items()})
+  return metrics
 
 
 def accuracy(predictions: Predictions) -> dict[str, float]:
-  """Share of examples classified right, and the mean loss."""
+  """Share of correctly classified examples, and the mean loss."""
   right = predictions.predicted == predictions.labels
   return {"accuracy": float(right.mean()), "loss": float(predictions.losses.mean())}
 
 
 def per_class_accuracy(predictions: Predictions) -> dict[str, float]:
-  """Accuracy within each true class, and their mean (balanced accuracy)."""
+  """Accuracy of each true class, and their mean (balanced accuracy)."""
   right = predictions.predicted == predictions.labels
   by_class = {}
   for c in range(predictions.num_classes):
@@ -149,15 +147,19 @@ def per_class_accuracy(predictions: Predictions) -> dict[str, float]:
 
 
 def shot_thresholds(class_counts: Sequence[int]) -> tuple[int, int]:
-  """Above which count a class is many-shot, and below which few-shot.
+  """The counts above which a class is many-shot, and below which it is few-shot.
 
-  The usual 100 and 20, where they leave none of the three groups empty. Else
-  (every set of ten classes of thousands) thirds of the classes by count, a third
-  of ten being 3, 4 and 3; classes of one size stay together, so that a step has
-  no medium group and equal classes nothing else.
+  These are the usual 100 and 20 if none of the three groups is empty then. Otherwise
+  (as in all sets with ten classes of thousands) the classes are split into thirds by
+  their count: ten classes into 3, 4 and 3. Classes of the same size stay in one
+  group, so that a step-shaped tail has no medium-shot class, and classes of equal
+  size are all medium-shot.
 
   Args:
     class_counts: training examples of each class, [C].
+
+  Returns:
+    The two thresholds, `many` and `few` of `shot_accuracy`.
 
   References:
     Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019
@@ -183,17 +185,16 @@ def _shot_groups(counts: np.ndarray, many: int, few: int) -> np.ndarray:
 
 
 def shot_accuracy(class_counts: Sequence[int], many: int, few: int) -> Evaluator:
-  """Makes an evaluator of classes with many, medium and few training examples.
+  """Makes an evaluator for classes with many, medium and few training examples.
 
-  It tells `many_shot_accuracy`, `medium_shot_accuracy` and `few_shot_accuracy`:
-  means over the accuracies of the group's classes. A group without a class that
-  has test examples is left out.
+  It computes `many_shot_accuracy`, `medium_shot_accuracy` and `few_shot_accuracy`:
+  the mean accuracy of the classes in each group. A group is left out if none of its
+  classes has test examples.
 
   Args:
     class_counts: training examples of each class, [C].
-    many: classes with more examples are many-shot.
-    few: of the others, classes with less examples are few-shot; see
-      `shot_thresholds`.
+    many: classes with more examples are many-shot; see `shot_thresholds`.
+    few: classes with fewer examples are few-shot.
 
   Raises:
     InputError: `few` is larger than `many` + 1, so that a class would be both.
@@ -208,34 +209,34 @@ def shot_accuracy(class_counts: Sequence[int], many: int, few: int) -> Evaluator
   def evaluate(predictions: Predictions) -> dict[str, float]:
     right = predictions.predicted == predictions.labels
     rates = _rates(right, predictions.labels)
-    found = {}
+    metrics = {}
     for group, name in enumerate(SHOTS):
-      own = [rate for label, rate in rates.items() if groups[label] == group]
-      if own:
-        found[f"{name}_shot_accuracy"] = float(np.mean(own))
-    return found
+      group_rates = [rate for label, rate in rates.items() if groups[label] == group]
+      if group_rates:
+        metrics[f"{name}_shot_accuracy"] = float(np.mean(group_rates))
+    return metrics
 
   return evaluate
 
 
 def equal_opportunity(predictions: Predictions) -> dict[str, float]:
-  """How far true-positive rates are from equal, and how the worst group fares.
+  """Differences between true-positive rates, and the accuracy of the worst group.
 
-  The true-positive rate of class c is the accuracy on class c. Where the groups
-  are the classes, rates of two classes are compared:
+  The true-positive rate of class c is the accuracy on class c. If the groups are the
+  classes, the rates of classes are compared:
 
     tpr_gap_max, tpr_gap_mean    over all pairs of classes
     worst_group_accuracy         the lowest accuracy of a class
 
-  Where they are an attribute, rates of two groups within each class:
+  If the groups are an attribute, the rates of groups are compared within each class:
 
     tpr_gap_max, tpr_gap_mean    over all classes and pairs of groups
     worst_group_accuracy         the lowest accuracy of an attribute group
-    worst_cell_accuracy          the lowest of a (class, attribute) cell
-    accuracy_group_G             of attribute group G
+    worst_cell_accuracy          the lowest accuracy of a (class, attribute) cell
+    accuracy_group_G             the accuracy of attribute group G
 
-  Classes, groups and cells without an example do not count; a gap without a pair
-  is 0.
+  Classes, groups and cells without examples are ignored. Without any pair the gaps
+  are 0.
   """
   labels, groups = predictions.labels, predictions.groups
   right = predictions.predicted == labels

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, put off until its state can be saved."""
+"""Signals that ask a run to stop, deferred until its state can be saved."""
 
 from collections.abc import Iterator
 import contextlib
@@ -11,24 +11,24 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def deferred() -> Iterator[list[int]]:
-  """Puts off SIGINT, SIGTERM and SIGHUP until the end of the `with`.
+  """Defers SIGINT, SIGTERM and SIGHUP until the end of the `with`.
 
-  The first signal is noted, so that the caller can save its state and leave; it is
-  raised again at the end, for the handler that was there before. A second signal
-  is not put off. Signals that the process ignores, as SIGHUP under `nohup`, stay
-  ignored. In other threads than the main one nothing is put off.
+  The first signal is recorded, so that the caller can save its state and leave; it is
+  raised again at the end, for the previous handler. A second signal is not deferred.
+  Signals that the process ignores, such as SIGHUP under `nohup`, stay ignored.
+  Outside of the main thread nothing is deferred.
 
   Yields:
     The signals received so far: a list that stays empty until one arrives.
   """
   received: list[int] = []
-  before: dict[int, Any] = {}
+  previous: dict[int, Any] = {}
 
   def restore():
-    for number, handler in before.items():
+    for number, handler in previous.items():
       signal.signal(number, handler)
 
-  def note(number, frame):
+  def record(number, frame):
     del frame
     received.append(number)
     restore()
@@ -37,7 +37,7 @@ def deferred() -> Iterator[list[int]]:
     for number in _SIGNALS:
       # None is a handler that was not installed from Python.
       if signal.getsignal(number) not in (signal.SIG_IGN, None):
-        before[number] = signal.signal(number, note)
+        previous[number] = signal.signal(number, record)
   try:
     yield received
   finally:

@@ -1,8 +1,8 @@
-"""Probes of a run that tell how much of the wrong labels it learns.
+"""Probes that measure how much a run memorizes wrong labels.
 
     loop.train(..., probes=[memorization.susceptibility(), memorization.accuracy])
 
-Neither touches the training: a probed run ends with the same parameters.
+Probes do not change the training: a run ends with the same parameters without them.
 """
 
 import functools
@@ -22,23 +22,23 @@ _KEY = 0x73757363
 
 
 def susceptibility(batch_size: int = 128, unlabeled: Any = "train") -> evaluation.Probe:
-  """A probe: `susceptibility_drop`, see `susceptibility.loss_drop`.
+  """Makes a probe of `susceptibility_drop`, see `susceptibility.loss_drop`.
 
-  It takes the task's own loss, whatever the method makes of it, on the first batch
-  of an order that is drawn anew at every probe, with random labels that an image
-  keeps throughout the run: functions of the run's seed and the step, and of nothing
-  that training draws.
+  The probe uses the loss of the problem, even if the method changes it. At every step
+  it draws a batch of images at random. Their labels are random too, but each image
+  keeps its label during the run. All draws depend only on the seed of the run and the
+  step, not on the training.
 
   Args:
-    batch_size: randomly labeled examples; the released code has 128, its training
-      batch.
+    batch_size: randomly labeled examples. The released code uses 128, its training
+      batch size.
     unlabeled: the images: "train" for those of the training set, as in the released
-      code; another part of the splits, such as "validation"; or rows of images like
-      the training set's, [U, ...]. Labels are not looked at.
+      code; another part of the splits, such as "validation"; or an array of images
+      like those of the training set, [U, ...]. Their labels are not used.
 
   Returns:
-    The probe. It raises InputError when the unlabeled set is empty, smaller than a
-    batch, or not like the training images, or when examples have several labels.
+    The probe. It raises InputError if the unlabeled set is empty, is smaller than a
+    batch or does not match the training images, or if examples have several labels.
 
   Raises:
     InputError: `batch_size` is below 1.
@@ -58,7 +58,7 @@ def susceptibility(batch_size: int = 128, unlabeled: Any = "train") -> evaluatio
     order = sampling.generator(seed, "susceptibility", step).permutation(len(images))
     rows = order[:batch_size]
     key = jax.random.fold_in(jax.random.key(seed), _KEY)
-    found = _drop(
+    result = _drop(
       snapshot.problem.forward,
       snapshot.problem.loss,
       snapshot.optimizer,
@@ -72,7 +72,7 @@ def susceptibility(batch_size: int = 128, unlabeled: Any = "train") -> evaluatio
       },
       jax.random.fold_in(key, step),
     )
-    return {"susceptibility_drop": float(found.drop)}
+    return {"susceptibility_drop": float(result.drop)}
 
   return probe
 
@@ -81,9 +81,9 @@ def check(splits: examples_lib.Splits, unlabeled: Any, batch_size: int) -> None:
   """Raises InputError unless susceptibility can be probed on these images.
 
   Args:
-    splits: of the run.
+    splits: the data of the run.
     unlabeled: images, [U, ...].
-    batch_size: of the probe.
+    batch_size: the batch size of the probe.
   """
   if len(unlabeled) == 0:
     raise base.InputError(
@@ -92,19 +92,19 @@ def check(splits: examples_lib.Splits, unlabeled: Any, batch_size: int) -> None:
   if len(unlabeled) < batch_size:
     raise base.InputError(
       f"a batch of {batch_size} unlabeled images is more than the {len(unlabeled)}"
-      " there are; lower the batch size of the probe or hold out more."
+      " available ones; lower the batch size of the probe or hold out more."
     )
   train = splits.train
   if np.ndim(train.label) != 1:
     raise base.InputError(
-      "susceptibility is of classifiers with one label an example; got labels of"
-      f" shape {np.shape(train.label)}."
+      "susceptibility needs one label for each example; got labels of shape"
+      f" {np.shape(train.label)}."
     )
-  own, other = ((x.dtype, tuple(x.shape[1:])) for x in (unlabeled, train.image))
-  if own != other:
+  kind, train_kind = ((x.dtype, tuple(x.shape[1:])) for x in (unlabeled, train.image))
+  if kind != train_kind:
     raise base.InputError(
-      f"the unlabeled images are {own[0]} {own[1]} and the training images"
-      f" {other[0]} {other[1]}; make them alike."
+      f"the unlabeled images are {kind[0]} {kind[1]} and the training images"
+      f" {train_kind[0]} {train_kind[1]}; make them alike."
     )
 
 
@@ -119,23 +119,23 @@ def _drop(forward, loss, optimizer, params, model_state, opt_state, batch, key):
       losses_fn, p, batch, optimizer=optimizer, opt_state=opt_state
     )
 
-  return devices.alone(drop)(params)
+  return devices.on_one_device(drop)(params)
 
 
 def zeta(metrics: dict[str, Any]) -> float | None:
   """Susceptibility of a finished run: the mean of its drops.
 
-  The last drop, taken when training was over, is left out: where the paper probes
-  before each epoch there is none.
+  The drop after the last step is left out, because the paper measures before each
+  epoch only.
 
   Args:
-    metrics: of the run's `Result`.
+    metrics: `Result.metrics` of the run.
 
   Returns:
-    The mean, or None if a drop was NaN or infinite.
+    The mean, or None if a drop is NaN or infinite.
 
   Raises:
-    InputError: the run was not probed.
+    InputError: the run has no such probe.
   """
   probes = metrics.get("probes", {})
   if "susceptibility_drop" not in probes:
@@ -150,15 +150,15 @@ def zeta(metrics: dict[str, Any]) -> float | None:
 
 
 def accuracy(snapshot: evaluation.Snapshot) -> dict[str, float]:
-  """A probe: how much of the training set is known by heart.
+  """A probe of the accuracy on the training set, which shows memorization.
 
-  In evaluation mode, against the labels that training sees:
+  Predictions are made in evaluation mode and compared with the given labels:
 
-    train_accuracy          of all examples; needs no clean label
-    train_accuracy_clean    of those whose label is the true one
-    train_accuracy_wrong    of those whose label is not: what was memorized
+    train_accuracy          on all examples; needs no true labels
+    train_accuracy_clean    on examples whose label is the true one
+    train_accuracy_wrong    on examples whose label is wrong: memorized labels
 
-  A share of no examples is left out.
+  The accuracy on an empty set is left out.
   """
   right = snapshot.train.predicted == snapshot.train.labels
   train = snapshot.splits.train
@@ -168,4 +168,6 @@ def accuracy(snapshot: evaluation.Snapshot) -> dict[str, float]:
     "train_accuracy_clean": is_clean,
     "train_accuracy_wrong": ~is_clean,
   }
-  return {name: float(right[own].mean()) for name, own in subsets.items() if own.any()}
+  return {
+    name: float(right[rows].mean()) for name, rows in subsets.items() if rows.any()
+  }

@@ -1,4 +1,4 @@
-"""What a finished run leaves on disk, and how it is read back."""
+"""The files of a finished run: writing, checking and reading them."""
 
 import csv
 import hashlib
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from l2rw_jax import base
-from l2rw_jax.data import splits as splits_lib
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.io import metric_writer
 from l2rw_jax.io import workdir
 from l2rw_jax.training import weight_log
@@ -25,12 +25,13 @@ class Result(NamedTuple):
   """One finished run.
 
   Attributes:
-    metrics: the content of `results.json` without its checksum: "identity" is what
-      decided the run's numbers, "files" the checksums of its other files.
+    metrics: the content of `results.json` without its checksum. "identity" holds
+      everything that the numbers of the run depend on, "files" the checksums of its
+      other files.
     weights: the columns of `weights.csv`, arrays [N] by name: index,
       source_index, label, true_label, mean_weight, last_weight (in units of the
-      uniform weight), seen, rejected (batches). Where an example has several
-      labels the two columns of labels are missing.
+      uniform weight), seen, rejected (in batches). The two columns of labels are
+      missing if examples have several labels.
   """
 
   metrics: dict[str, Any]
@@ -42,17 +43,17 @@ def write(
   params: base.PyTree,
   log: weight_log.WeightLog,
   run: int,
-  split: splits_lib.Splits,
+  split: examples_lib.Splits,
   facts: dict[str, Any],
 ) -> None:
   """Writes `weights.csv` and then `results.json`, which marks the run finished.
 
   Args:
-    folder: of this run, with its closed metrics.
-    params: of this run, on the host.
-    log: of all runs.
-    run: which one this is.
-    split: its data.
+    folder: the folder of this run; its metrics are closed.
+    params: parameters of this run, on the host.
+    log: the weights of all runs.
+    run: index of this run in `log`.
+    split: data of this run.
     facts: further entries of `results.json`.
   """
   columns = {
@@ -85,10 +86,10 @@ def write(
 
 
 def damage(folder: pathlib.Path) -> str:
-  """What is wrong with the files of a finished run, in a sentence; "" if nothing.
+  """Describes damage to the files of a finished run; "" if they are intact.
 
   Args:
-    folder: of the run, with its `results.json`.
+    folder: the folder of the run, with its `results.json`.
   """
   try:
     expected = workdir.read_record(folder / RESULTS).get(_FILES, {})
@@ -101,10 +102,10 @@ def damage(folder: pathlib.Path) -> str:
 
 
 def read(folder: pathlib.Path) -> Result:
-  """Reads a finished run back.
+  """Reads a finished run.
 
   Args:
-    folder: of the run.
+    folder: the folder of the run.
 
   Returns:
     The run.
@@ -116,7 +117,7 @@ def read(folder: pathlib.Path) -> Result:
   if wrong:
     raise base.InputError(wrong)
   table = np.genfromtxt(folder / _WEIGHTS, delimiter=",", names=True)
-  table = np.atleast_1d(table)  # A training set of one example.
+  table = np.atleast_1d(table)  # There may be one training example only.
   weights = {name: table[name] for name in table.dtype.names or ()}
   return Result(workdir.read_record(folder / RESULTS), weights)
 
@@ -137,21 +138,21 @@ def _last_and_best(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _probes(rows: list[dict[str, Any]]) -> dict[str, Any]:
-  """What was probed, from the start to the end: a list by name, and of the steps."""
+  """Values of each probe, from the start to the end, and their steps."""
   prefix = "probe/"
   probed = [row for row in rows if any(name.startswith(prefix) for name in row)]
   names = sorted({name for row in probed for name in row if name.startswith(prefix)})
   if not probed:
     return {}
-  found = {
+  values = {
     name.removeprefix(prefix): [_json(row.get(name, math.nan)) for row in probed]
     for name in names
   }
-  return {"probes": {"step": [row["step"] for row in probed], **found}}
+  return {"probes": {"step": [row["step"] for row in probed], **values}}
 
 
 def _json(value: float) -> float | None:
-  """JSON has no NaN; a loss can overflow where the accuracy is still a number."""
+  """None for NaN and infinity: JSON has neither, and a loss can overflow."""
   return value if math.isfinite(value) else None
 
 

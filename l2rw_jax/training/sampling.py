@@ -1,6 +1,7 @@
-"""Which examples come at which step, as a function of the seed alone."""
+"""Which examples each step takes: a function of the seed and the step alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -9,60 +10,72 @@ from l2rw_jax import base
 
 
 class Position(NamedTuple):
-  """Where a run stands: `offset` batches into `epoch`."""
+  """The next batch of a run: batch `offset` of epoch `epoch`, both from 0."""
 
   epoch: int
   offset: int
 
 
+class Rows(NamedTuple):
+  """The examples that one step of R runs takes, as row numbers on the host.
+
+  Attributes:
+    train: rows of each run's training set, [R, B].
+    meta: rows of each run's meta set, [R, M], or None.
+  """
+
+  train: np.ndarray
+  meta: np.ndarray | None
+
+
 def generator(seed: int, purpose: str, number: int) -> np.random.Generator:
-  """An independent NumPy stream for every (seed, purpose, number)."""
+  """A NumPy generator for each (seed, purpose, number), independent of the others."""
   return np.random.default_rng([seed, *purpose.encode(), number])
 
 
 class TrainSampler:
-  """Batches of row numbers, epoch after epoch, resumable at any batch.
+  """Batches of the training set of one run, epoch after epoch.
 
-  The last rows of an epoch that do not fill a batch are left out; the next
-  epoch's order brings them back.
+  Sampling can be resumed at any batch. The last rows of an epoch that do not fill a
+  batch are left out; the next epoch draws from all rows again.
   """
 
   def __init__(
     self,
     epoch_order: Callable[[int], np.ndarray],
     batch_size: int,
-    position: Position,
+    position: Position | None = None,
   ):
     """Starts at `position`.
 
     Args:
       epoch_order: epoch -> rows to visit, in order.
       batch_size: B, over all devices.
-      position: where to go on.
+      position: of the next batch; the first one if None.
     """
+    self.position = position or Position(0, 0)
     self._epoch_order = epoch_order
     self._batch_size = batch_size
-    self.position = position
-    self._order: np.ndarray | None = None
+    self._order: np.ndarray | None = None  # Of the current epoch, once it is needed.
 
   def starts_epoch(self) -> bool:
-    """Whether the next batch is the first of its epoch."""
+    """Whether the next batch is the first one of its epoch."""
     return self.position.offset == 0
 
-  def whole(self) -> int:
-    """Batches of this epoch, 1 or more; asks for the order if it is due."""
+  def epoch_length(self) -> int:
+    """Batches in the current epoch, at least 1."""
     return len(self._rows()) // self._batch_size
 
-  def left(self) -> int:
-    """Batches until the next epoch, 1 or more; asks for the order if it is due."""
-    return self.whole() - self.position.offset
+  def steps_left(self) -> int:
+    """Batches left in the current epoch, at least 1."""
+    return self.epoch_length() - self.position.offset
 
   def next(self) -> np.ndarray:
-    """The next batch of rows, [B]; moves on."""
+    """Returns the rows of the next batch, [B], and moves on."""
     epoch, offset = self.position
     start = offset * self._batch_size
     rows = self._rows()[start : start + self._batch_size]
-    if self.left() == 1:
+    if self.steps_left() == 1:
       self.position, self._order = Position(epoch + 1, 0), None
     else:
       self.position = Position(epoch, offset + 1)
@@ -80,10 +93,89 @@ class TrainSampler:
 
 
 def meta_rows(seed: int, step: int, num_meta: int, batch_size: int) -> np.ndarray:
-  """Rows of the clean set for one step, [M], without replacement in a pass."""
-  per_pass = num_meta // batch_size
-  number, offset = divmod(step, per_pass)
-  if per_pass == 1 and batch_size == num_meta:
+  """Rows of the meta set for one step, [M], without replacement within a pass."""
+  steps_per_pass = num_meta // batch_size
+  number, offset = divmod(step, steps_per_pass)
+  if steps_per_pass == 1 and batch_size == num_meta:
     return np.arange(num_meta)
   order = generator(seed, "meta", number).permutation(num_meta)
   return order[offset * batch_size : (offset + 1) * batch_size]
+
+
+class Sampler:
+  """Draws the training and meta rows of R runs that are trained side by side.
+
+  Attributes:
+    runs: the `TrainSampler` of each run.
+  """
+
+  def __init__(
+    self,
+    seeds: Sequence[int],
+    epoch_order: Callable[[int, int, np.random.Generator], np.ndarray],
+    *,
+    num_train: int,
+    batch_size: int,
+    num_meta: int = 0,
+    meta_batch_size: int | None = None,
+  ):
+    """Starts at the first batch of the first epoch.
+
+    Args:
+      seeds: the seed of each run.
+      epoch_order: `(run, epoch, rng) -> rows` to visit in an epoch, in order.
+      num_train: N, training examples of each run.
+      batch_size: B, over all devices.
+      num_meta: size of each run's meta set; 0 draws no meta batches.
+      meta_batch_size: M, over all devices; the whole meta set if None.
+    """
+
+    def order(run: int, epoch: int) -> np.ndarray:
+      rng = generator(seeds[run], "order", epoch)
+      rows = np.asarray(epoch_order(run, epoch, rng))
+      _check_rows(rows, num_train)
+      return rows
+
+    self.runs = [
+      TrainSampler(functools.partial(order, run), batch_size)
+      for run in range(len(seeds))
+    ]
+    self._seeds = seeds
+    self._num_meta = num_meta
+    self._meta_batch_size = meta_batch_size or num_meta
+
+  def positions(self) -> list[Position]:
+    """The position of each run."""
+    return [run.position for run in self.runs]
+
+  def seek(self, positions: Sequence[Position]) -> None:
+    """Continues at the given position of each run; before the first batch only."""
+    for run, position in zip(self.runs, positions, strict=True):
+      run.position = position
+
+  def epoch(self) -> tuple[int, int]:
+    """Steps until one of the runs starts an epoch, and steps of the shortest epoch."""
+    steps_left = min(run.steps_left() for run in self.runs)
+    return steps_left, min(run.epoch_length() for run in self.runs)
+
+  def next(self, step: int) -> Rows:
+    """Returns the rows of `step` and moves on."""
+    train = np.stack([run.next() for run in self.runs])
+    if not self._num_meta:
+      return Rows(train, None)
+    size = (self._num_meta, self._meta_batch_size)
+    return Rows(train, np.stack([meta_rows(s, step, *size) for s in self._seeds]))
+
+
+def _check_rows(rows, num_examples):
+  if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer):
+    raise base.InputError(
+      f"the method's `sample` returned {rows.dtype} {list(rows.shape)}; it must return"
+      " the rows to visit, integers in one axis (np.flatnonzero of a mask)."
+    )
+  wrong = rows[(rows < 0) | (rows >= num_examples)]
+  if wrong.size:
+    raise base.InputError(
+      f"the method's `sample` returned row {wrong[0]} of {num_examples} training"
+      f" examples; rows are 0 to {num_examples - 1}."
+    )

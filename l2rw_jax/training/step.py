@@ -1,21 +1,23 @@
-"""One update of one run on one device, as a pure function."""
+"""One update of one run on one device, as a pure function, and how it can fail."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from l2rw_jax import base
+from l2rw_jax import hypergradient
 
 
 class Failure(NamedTuple):
-  """The first step that gave NaN or infinity; all later ones were not taken.
+  """The first step that gave NaN or infinity; later steps change nothing.
 
   Attributes:
-    step: the step, counted from 0, or -1 while all is well; int32 scalar.
-    losses: how many of its losses were not finite (0: only the gradient, or what
-      it made of the parameters).
+    step: the step, counted from 0, or -1 if no step has failed; int32 scalar.
+    losses: how many of its losses were not finite. If 0, the gradient or the updated
+      parameters were not finite.
     fault: the `base.Fault` of a meta-learned method, int32 scalar.
   """
 
@@ -31,8 +33,8 @@ class TrainState(NamedTuple):
     step: updates done, int32 scalar.
     params: network parameters.
     model_state: non-trained variables.
-    opt_state: outer optimizer state.
-    method_state: whatever the method carries.
+    opt_state: state of the outer optimizer.
+    method_state: state of the method.
     failure: see `Failure`.
   """
 
@@ -45,12 +47,12 @@ class TrainState(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-  """What one step shows.
+  """What one step reports.
 
   Attributes:
     metrics: scalars, the same on every device.
-    weights: this device's example weights times the global batch size, so that
-      uniform is 1; [B].
+    weights: this device's example weights times the global batch size, so that a
+      uniform weight is 1; [B].
   """
 
   metrics: dict[str, base.Array]
@@ -65,8 +67,7 @@ def init_state(
 ) -> TrainState:
   """State before the first step, strongly typed.
 
-  What a step returns is, and a step that first meets a weak type would be compiled
-  a second time for its own output.
+  Step outputs are strongly typed; weakly typed inputs would trigger a recompilation.
   """
   state = TrainState(
     step=jnp.zeros((), jnp.int32),
@@ -93,16 +94,19 @@ def train_step(
   method: base.Method,
   optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, StepOutput]:
-  """One update, or none at all from the first non-finite step on.
+  """One update. From the first non-finite step on, the state does not change.
 
   Args:
     state: the state.
     batch: this device's training examples.
-    meta_batch: this device's clean examples, or None.
-    key: the run's key; folded with the step here.
-    task: the learning problem.
-    method: how the batch becomes a gradient.
-    optimizer: what takes the gradient.
+    meta_batch: this device's meta examples, or None.
+    key: the key of the run; the step is folded in here.
+    problem: the learning problem.
+    method: turns the batch into a gradient.
+    optimizer: turns the gradient into an update.
+
+  Returns:
+    The new state, and what the step reports.
   """
   inputs = base.Inputs(
     params=state.params,
@@ -113,54 +117,54 @@ def train_step(
     step=state.step,
     key=jax.random.fold_in(key, state.step),
   )
-  found, method_state = method.gradients(state.method_state, problem, inputs)
-  metrics = _metrics(found, problem)
+  result, method_state = method.gradients(state.method_state, problem, inputs)
+  metrics = _metrics(result, problem)
   updates, opt_state = optax.with_extra_args_support(optimizer).update(
-    found.grads,
+    result.grads,
     state.opt_state,
     state.params,
-    value=metrics["weighted_loss"] if found.value is None else found.value,
+    value=metrics["weighted_loss"] if result.value is None else result.value,
   )
   proposed = TrainState(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
-    model_state=found.model_state,
+    model_state=result.model_state,
     opt_state=opt_state,
     method_state=method_state,
     failure=state.failure,
   )
-  size = base.global_size(found.weights.shape[0], problem.axis_name)
-  output = StepOutput(metrics, found.weights * size)
-  return _keep_last_good(state, proposed, found, problem), output
+  size = base.global_size(result.weights.shape[0], problem.axis_name)
+  output = StepOutput(metrics, result.weights * size)
+  return _keep_last_good(state, proposed, result, problem), output
 
 
-def _keep_last_good(state, proposed, found, problem):
-  bad_losses = base.psum(jnp.sum(~jnp.isfinite(found.losses)), problem.axis_name)
-  made = (found.grads, proposed.params, proposed.model_state)
-  fault = jnp.zeros((), jnp.int32) if found.fault is None else found.fault
-  healthy = (bad_losses == 0) & base.all_finite(made) & (fault == 0)
-  going = healthy & (state.failure.step < 0)
+def _keep_last_good(state, proposed, result, problem):
+  bad_losses = base.psum(jnp.sum(~jnp.isfinite(result.losses)), problem.axis_name)
+  new = (result.grads, proposed.params, proposed.model_state)
+  fault = jnp.zeros((), jnp.int32) if result.fault is None else result.fault
+  is_finite = (bad_losses == 0) & base.all_finite(new) & (fault == 0)
+  takes_step = is_finite & (state.failure.step < 0)
 
   def keep(new, old):
-    kept = jnp.where(going, new, old)
-    # The dtype it began with, as a loop over steps demands: under x64 the running
-    # statistics of float32 networks come back in float64.
-    return kept if kept.dtype == old.dtype else kept.astype(old.dtype)
+    value = jnp.where(takes_step, new, old)
+    # A loop over steps needs constant dtypes: under x64 the running statistics of
+    # float32 networks are returned in float64.
+    return value if value.dtype == old.dtype else value.astype(old.dtype)
 
   kept = jax.tree.map(keep, proposed, state)
-  now = Failure(state.step, bad_losses.astype(jnp.int32), fault)
-  is_first = ~healthy & (state.failure.step < 0)
+  this = Failure(state.step, bad_losses.astype(jnp.int32), fault)
+  is_first = ~is_finite & (state.failure.step < 0)
   failure = jax.tree.map(
-    lambda new, old: jnp.where(is_first, new, old), now, state.failure
+    lambda new, old: jnp.where(is_first, new, old), this, state.failure
   )
   return kept._replace(failure=failure)
 
 
-def _metrics(found: base.Gradients, problem: base.Problem) -> dict[str, Any]:
-  size = base.global_size(found.weights.shape[0], problem.axis_name)
+def _metrics(result: base.Gradients, problem: base.Problem) -> dict[str, Any]:
+  size = base.global_size(result.weights.shape[0], problem.axis_name)
   # Squares of weights and their sums underflow in float16.
   weights, losses = (
-    x.astype(base.accumulator_dtype(x.dtype)) for x in (found.weights, found.losses)
+    x.astype(base.accumulator_dtype(x.dtype)) for x in (result.weights, result.losses)
   )
   total = base.psum(jnp.sum(weights), problem.axis_name)
   squares = base.psum(jnp.sum(weights**2), problem.axis_name)
@@ -169,6 +173,48 @@ def _metrics(found: base.Gradients, problem: base.Problem) -> dict[str, Any]:
     "weighted_loss": base.psum(jnp.sum(weights * losses), problem.axis_name),
     # Kish's effective sample size, as a share of the batch.
     "effective_share": total**2 / jnp.where(squares > 0, squares, 1) / size,
-    "grad_norm": optax.tree.norm(found.grads),
-    **found.metrics,
+    "grad_norm": optax.tree.norm(result.grads),
+    **result.metrics,
   }
+
+
+# What happened, and what to do about it.
+_ADVICE = "Check the scale of the inputs and lower --learning_rate."
+_FAULTS = {
+  base.Fault.META_LOSSES: (
+    "a clean loss, or the objective of the clean losses, is NaN or infinite",
+    "Check the clean images and labels, or lower --learning_rate.",
+  ),
+  base.Fault.META_GRADIENT: (
+    "the clean losses are finite, but their gradient is NaN or infinite",
+    _ADVICE,
+  ),
+  base.Fault.OPTIMIZER_STEP: (
+    "the clean gradient is finite, but its derivative through the look-ahead"
+    " optimizer's step is NaN or infinite",
+    f"With plain SGD it overflows: lower --learning_rate. Otherwise,"
+    f" {hypergradient.OPTIMIZER_TRAP}",
+  ),
+  base.Fault.TRAINING_LOSSES: ("a training loss is NaN or infinite", _ADVICE),
+  base.Fault.SLOPES: (
+    "the losses and the clean gradient are finite, but what the method computes from"
+    " them (scores, weights or the gradient of its network) is NaN or infinite",
+    _ADVICE,
+  ),
+}
+
+
+def first_failed_run(failure: Failure) -> int | None:
+  """The run that failed first, of R runs with arrays [R]; None if none failed."""
+  failed = np.flatnonzero(failure.step >= 0)
+  return int(failed[np.argmin(failure.step[failed])]) if failed.size else None
+
+
+def explain_failure(failure: Failure, run: int, batch_size: int) -> tuple[str, str]:
+  """Describes the failure of a run, and what to do about it."""
+  if num_losses := int(failure.losses[run]):
+    what = f"{num_losses} of {batch_size} losses are NaN or infinite"
+    return what, "Lower --learning_rate or check the data."
+  if fault := int(failure.fault[run]):
+    return _FAULTS[base.Fault(fault)]
+  return "the update is NaN or infinite", "Lower --learning_rate."

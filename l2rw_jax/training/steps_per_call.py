@@ -4,54 +4,51 @@ import jax
 
 from l2rw_jax.training import config as config_lib
 
-# On XLA:CPU a convolution inside a loop takes 6 to 14 times as long as one outside.
+# On XLA:CPU a convolution inside a loop takes 6 to 14 times as long as outside.
 _ON_CPU, _ON_ACCELERATORS = 1, 20
 
 
 def most(
-  config: config_lib.Config, devices: list[jax.Device], streamed: bool = False
+  config: config_lib.Config, devices: list[jax.Device], is_streamed: bool = False
 ) -> int:
-  """K, the steps of a full dispatch: no more than the host lets pass unseen.
+  """K, the number of steps in a full call.
+
+  K is at most the smallest interval after which the host logs, evaluates or saves.
 
   Args:
-    config: when the host looks, and what it asks for.
-    devices: where the steps are taken.
-    streamed: whether each dispatch brings examples along. Then it is one step, for
-      devices queue so many dispatches, each with all its examples.
+    config: the intervals and the requested number of steps.
+    devices: the devices that train.
+    is_streamed: whether examples are kept on the host. K is 1 then, because devices
+      queue calls, and each call holds the examples of all its steps.
   """
-  if streamed:
+  if is_streamed:
     return 1
-  asked = config.steps_per_call
-  if asked is None:
-    asked = _ON_CPU if devices[0].platform == "cpu" else _ON_ACCELERATORS
-  return min(asked, *_looks(config))
+  requested = config.steps_per_call
+  if requested is None:
+    requested = _ON_CPU if devices[0].platform == "cpu" else _ON_ACCELERATORS
+  return min(requested, *config.intervals)
 
 
 def length(
   config: config_lib.Config, step: int, most: int, epoch: tuple[int, int] | None
 ) -> int:
-  """Steps of the next dispatch: `most` of them, or one.
+  """Number of steps in the next call: `most` or 1.
 
-  None goes past a step after which the host looks at the run, so that neither
-  results nor the points to resume from depend on `most`. What is left before such
-  a step and does not fill a dispatch is done one by one: two programs serve all
-  lengths, and no step is computed in vain, as the rest of a masked dispatch would
-  be.
+  A call never continues past a step after which the host logs, evaluates or saves, so
+  that neither the results nor the checkpoints depend on `most`. If fewer than `most`
+  steps remain before such a step, they are taken one by one. So two compiled programs
+  serve all lengths, and no step is computed in vain, as in a call with masked steps.
 
   Args:
-    config: when the host looks.
+    config: the intervals.
     step: updates done.
-    most: steps of a full dispatch; an epoch, where that is shorter.
-    epoch: where the method looks at the training set between epochs, the steps left
-      of this one and the steps of the whole; else None.
+    most: steps in a full call; an epoch is a full call if it is shorter.
+    epoch: steps left in this epoch and steps in the whole epoch, if the method sees
+      the training set between epochs; else None.
   """
-  free = min(every - step % every for every in _looks(config))
+  free = min(every - step % every for every in config.intervals)
   free = min(free, config.num_steps - step)
   if epoch is not None:
-    left, whole = epoch
-    free, most = min(free, left), min(most, whole)
+    steps_left, epoch_length = epoch
+    free, most = min(free, steps_left), min(most, epoch_length)
   return most if free >= most else 1
-
-
-def _looks(config):
-  return config.log_every, config.eval_every, config.checkpoint_every

@@ -1,4 +1,4 @@
-"""How long training took, without the time spent on looking at it."""
+"""Seconds of training, without compilation, evaluations and checkpoints."""
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
@@ -10,17 +10,16 @@ from absl import logging
 from l2rw_jax import base
 from l2rw_jax.io import workdir
 
-# Steps at which it was written that are kept, more than there are checkpoints.
+# Saved steps that are kept; more than there are checkpoints.
 _SAVED = 4
 
 
 class Timer:
-  """A stopwatch that is read at every evaluation and goes on after a resume.
+  """A stopwatch that can be saved and resumed.
 
-  What counts is what training needs: the method's `refresh`, the batches, all the
-  steps. What does not is compiling them, evaluations, probes and checkpoints. It is
-  kept in a file of its own, because nothing else that a run leaves behind depends on
-  how fast it was.
+  It measures what training needs: the method's `refresh`, the batches and all steps,
+  but not their compilation, evaluations, probes and checkpoints. It is kept in a
+  separate file, because no other file of a run depends on its speed.
   """
 
   def __init__(
@@ -29,12 +28,12 @@ class Timer:
     evaluations: Sequence[tuple[int, float]] = (),
     untimed_steps: int = 0,
   ):
-    """Stopped, at what an earlier process had reached.
+    """Creates a stopped timer.
 
     Args:
-      seconds: of training so far.
-      evaluations: (step, seconds) of each so far.
-      untimed_steps: how many of the steps so far took nobody knows how long.
+      seconds: seconds of training so far.
+      evaluations: (step, seconds) at each evaluation so far.
+      untimed_steps: steps so far whose time is unknown.
     """
     self._untimed_steps = untimed_steps
     self._seconds = seconds
@@ -44,36 +43,37 @@ class Timer:
 
   @classmethod
   def restore(cls, path: pathlib.Path, step: int) -> "Timer":
-    """The clock of a run that goes on from `step`.
+    """The timer of a run that continues from `step`.
 
     Args:
-      path: of the file that `write` wrote.
-      step: updates done; 0 for a new clock.
+      path: the file that `write` wrote.
+      step: updates done; 0 for a new timer.
 
     Returns:
-      The clock. Where the file is missing or damaged it begins at 0 and a warning
-      says so, for nothing else of the run depends on it.
+      The timer. If the file is missing or damaged, the timer starts at 0 with a
+      warning, because nothing else of the run depends on it.
     """
     if not step:
       return cls()
     try:
-      kept = workdir.read_record(path)
+      record = workdir.read_record(path)
     except base.InputError as error:
       logging.warning("%s The %d steps before count as 0 seconds.", error, step)
       return cls(untimed_steps=step)
-    then = [(at, seconds) for at, seconds in kept["evaluations"] if at <= step]
-    last = then[-1][1] if then else 0.0
-    return cls(kept["saved"].get(str(step), last), then, kept["untimed_steps"])
+    earlier = [(at, seconds) for at, seconds in record["evaluations"] if at <= step]
+    last = earlier[-1][1] if earlier else 0.0
+    seconds = record["saved"].get(str(step), last)
+    return cls(seconds, earlier, record["untimed_steps"])
 
   def write(
     self, path: pathlib.Path, step: int, facts: Mapping[str, int] | None = None
   ) -> None:
-    """Keeps it for a process that goes on from `step`, and for readers.
+    """Saves the timer for a process that continues from `step`, and for readers.
 
     Args:
-      path: of the file.
+      path: the file.
       step: updates done.
-      facts: further entries, on which the speed depends.
+      facts: further entries, which affect the speed.
     """
     self._saved = {**self._saved, str(step): self.read()}
     workdir.write_record(
@@ -89,15 +89,17 @@ class Timer:
     )
 
   def start(self) -> None:
-    """Goes on."""
+    """Starts, or continues."""
     self._started = time.perf_counter()
 
   @contextlib.contextmanager
   def stopped(self) -> Iterator[None]:
-    """Stands still within a `with`."""
+    """Stops the timer within a `with`."""
+    was_running = self._started is not None
     self._seconds, self._started = self.read(), None
     yield
-    self.start()
+    if was_running:
+      self.start()
 
   def read(self) -> float:
     """Seconds of training so far."""
@@ -106,5 +108,5 @@ class Timer:
     return self._seconds + time.perf_counter() - self._started
 
   def note(self, step: int) -> None:
-    """Remembers when `step` was evaluated."""
+    """Records the seconds at which `step` is evaluated."""
     self._evaluations.append((step, self.read()))

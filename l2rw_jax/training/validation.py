@@ -1,8 +1,8 @@
-"""The loss of a held-out set, shown to an optimizer that watches it.
+"""Optimizers that monitor the loss of a validation set.
 
 `optax.contrib.reduce_on_plateau` lowers the learning rate when a value stops
-falling. The training step gives every such optimizer `Gradients.value`; here that
-becomes the loss of a validation set, measured before every epoch.
+decreasing. The training step passes `Gradients.value` to such optimizers; `watched`
+sets it to the loss of a validation set, computed before every epoch.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,23 +11,24 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from l2rw_jax import base
+from l2rw_jax import inference
 from l2rw_jax import losses
 from l2rw_jax.data import examples as examples_lib
-from l2rw_jax.training import batches as batches_lib
 
 # (logits [B, C], labels [B]) -> weights [B] that sum to 1.
 Weights = Callable[[base.Array, base.Array], base.Array]
 
 
 class State(NamedTuple):
-  """What `watched` carries.
+  """State of the method that `watched` returns.
 
   Attributes:
     value: loss of the validation set before this epoch, scalar.
-    inner: the method's own state.
+    inner: the state of the wrapped method.
   """
 
   value: base.Array
@@ -41,18 +42,19 @@ def watched(
   weights: Weights | None = None,
   batch_size: int = 500,
 ) -> base.Method:
-  """`method`, with the loss of a validation set as `Gradients.value`.
+  """Returns `method` with the loss of a validation set as `Gradients.value`.
 
-  The loss is the task's where this stands: around `changed_loss` the classifier's
-  own, within it the changed one. Put it around `baselines.fine_tuning`, whose last
-  steps would else show the loss of the clean set.
+  The loss is that of the problem which this wrapper receives: the loss of the
+  classifier if it wraps `changed_loss`, and the changed loss if `changed_loss` wraps
+  it. Let it wrap `baselines.fine_tuning`, whose last steps otherwise report the loss
+  of the meta set.
 
   Args:
-    method: trains as without this.
-    validation: by seed of the run.
-    weights: of the examples of a validation batch, from their logits and labels;
-      uniform if None.
-    batch_size: examples a forward pass.
+    method: the method; its gradients do not change.
+    validation: the validation set of each run, by seed.
+    weights: weights of the examples in a validation batch, given their logits and
+      labels; uniform if None.
+    batch_size: examples in a forward pass.
 
   Raises:
     InputError: a validation set is empty.
@@ -71,11 +73,11 @@ def watched(
     return State(jnp.full((), jnp.inf), method.init(key, problem, params))
 
   def gradients(state, problem, inputs):
-    found, inner = method.gradients(state.inner, problem, inputs)
-    return found._replace(value=state.value), state._replace(inner=inner)
+    result, inner = method.gradients(state.inner, problem, inputs)
+    return result._replace(value=state.value), state._replace(inner=inner)
 
   def refresh(state, problem, view):
-    examples = batches_lib.examples_dict(validation[view.seed])
+    examples = examples_lib.as_batch(validation[view.seed])
     value = _mean_loss(problem, weights, view, examples, batch_size)
     inner = method.refresh(state.inner, problem, view)
     return State(jnp.asarray(value, state.value.dtype), inner)
@@ -83,25 +85,25 @@ def watched(
   def inner_sample(state, problem, train, rng):
     return method.sample(state.inner, problem, train, rng)
 
-  plain = method.sample is base.permutation
+  # The loop need not wait for the devices if the order does not depend on the state.
+  is_permutation = method.sample is base.permutation
   return method._replace(
     init=init,
     gradients=gradients,
     refresh=refresh,
-    sample=base.permutation if plain else inner_sample,
+    sample=base.permutation if is_permutation else inner_sample,
   )
 
 
 def _mean_loss(problem, weights, view, examples, batch_size):
-  size = len(examples["label"])
-  total = 0.0
-  for start in range(0, size, batch_size):
-    batch = {k: v[start : start + batch_size] for k, v in examples.items()}
+  def weighted_sum(batch):
     loss = _batch_loss(
       problem.forward, problem.loss, weights, view.params, view.model_state, batch
     )
-    total += float(loss) * len(batch["label"])
-  return total / size
+    return np.array([float(loss) * len(batch["label"])])
+
+  sums = inference.map_batches(weighted_sum, examples, batch_size)
+  return sums.sum() / len(examples["label"])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -123,22 +125,22 @@ def reduce_on_plateau(
   min_scale: float,
   rtol: float = 1e-4,
 ) -> optax.GradientTransformationExtraArgs:
-  """`optimizer`, slowed by `factor` when the watched value stops falling.
+  """Scales the updates of `optimizer` by `factor` when the value stops decreasing.
 
-  PyTorch's ReduceLROnPlateau with one value an epoch, decided an epoch later: the
-  value of before an epoch is judged at its end.
+  This is PyTorch's ReduceLROnPlateau with one value for each epoch, but the decision
+  comes an epoch later: a value computed before an epoch takes effect at its end.
 
   Args:
-    optimizer: any.
+    optimizer: any optimizer.
     steps_per_epoch: updates between two values.
     factor: in (0, 1).
-    patience: epochs without a new best value that are let pass.
-    min_scale: the lowest product of factors.
-    rtol: by which share a value must be lower to be the best.
+    patience: number of epochs without a new best value before the scale is reduced.
+    min_scale: lower bound of the scale.
+    rtol: relative decrease that makes a value the new best one.
   """
   plateau = optax.contrib.reduce_on_plateau(
     factor,
-    patience + 1,  # optax acts on reaching it, PyTorch on passing it
+    patience + 1,  # optax reduces when it is reached, PyTorch when it is exceeded.
     rtol,
     accumulation_size=steps_per_epoch,
     min_scale=min_scale,

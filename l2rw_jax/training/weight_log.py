@@ -1,4 +1,4 @@
-"""What weight each training example was given, over a run."""
+"""The weights of every training example during a run."""
 
 from typing import NamedTuple
 
@@ -6,15 +6,15 @@ import numpy as np
 
 
 class WeightLog(NamedTuple):
-  """Per-example record of R runs, NumPy arrays [R, N]; updated in place.
+  """Statistics of the example weights of R runs, NumPy arrays [R, N].
 
   Weights are in units of the uniform weight: 1 is an equal share of a batch.
 
   Attributes:
-    total: sum of the weights an example was given, float64.
-    seen: how often it was in a batch, int64.
-    rejected: how often its weight was zero, int64.
-    last: the weight when last seen, NaN before; float64.
+    total: sum of the weights of an example, float64.
+    seen: how often the example was in a batch, int64.
+    rejected: how often its weight was exactly zero, int64.
+    last: its latest weight, float64; NaN if it was never in a batch.
   """
 
   total: np.ndarray
@@ -24,7 +24,7 @@ class WeightLog(NamedTuple):
 
   @classmethod
   def empty(cls, num_runs: int, num_examples: int) -> "WeightLog":
-    """A log in which nothing has been seen."""
+    """A log without any step."""
     shape = (num_runs, num_examples)
     return cls(
       np.zeros(shape),
@@ -34,7 +34,7 @@ class WeightLog(NamedTuple):
     )
 
   def add(self, rows: np.ndarray, weights: np.ndarray) -> None:
-    """Notes one step: rows [R, B] were given weights [R, B]."""
+    """Adds one step, in place: `weights` [R, B] of the examples in `rows` [R, B]."""
     for run, (row, weight) in enumerate(zip(rows, weights, strict=True)):
       np.add.at(self.total[run], row, weight)
       np.add.at(self.seen[run], row, 1)
@@ -42,6 +42,6 @@ class WeightLog(NamedTuple):
       self.last[run, row] = weight
 
   def mean(self) -> np.ndarray:
-    """Mean weight when seen, [R, N]; NaN for examples never seen."""
+    """Mean weight of each example, [R, N]; NaN if it was never in a batch."""
     with np.errstate(invalid="ignore"):
       return self.total / np.where(self.seen > 0, self.seen, np.nan)

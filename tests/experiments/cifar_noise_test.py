@@ -14,7 +14,7 @@ from experiments import _cifar
 from experiments import _methods
 from experiments import _optimizer_config
 from experiments import _published_cifar
-from l2rw_jax.data import noise_builders
+from l2rw_jax.data import noisy_labels
 from l2rw_jax.data import sources
 
 _NAME = "cifar_noise"
@@ -27,7 +27,7 @@ def _prepare(root, name, num_classes, sizes):
   import tensorflow_datasets as tfds
 
   label = tfds.features.ClassLabel(num_classes=num_classes)
-  fields = noise_builders.ANNOTATIONS.values() if name == "cifar10_n" else ()
+  fields = noisy_labels.ANNOTATIONS.values() if name == "cifar10_n" else ()
   features = {
     "image": tfds.features.Image(shape=(32, 32, 3)),
     "label": label,

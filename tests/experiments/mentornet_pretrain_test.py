@@ -9,8 +9,8 @@ import pytest
 import scripts
 
 from l2rw_jax import base
+from l2rw_jax.data import noisy_labels
 from l2rw_jax.data import sources
-from l2rw_jax.data import splits as splits_lib
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import mentornet
 from l2rw_jax.methods.mentornet import loss_dump
@@ -30,7 +30,7 @@ _STEPS = 120
 
 
 def _splits():
-  return splits_lib.noisy_labels(
+  return noisy_labels.noisy_labels(
     sources.load("digits", "train"),
     sources.load("digits", "test"),
     builder="uniform_flip",
@@ -40,9 +40,17 @@ def _splits():
   )
 
 
-def _train(folder, method):
+def _train(folder, method, epoch_probes=()):
   config = config_lib.Config(num_steps=_STEPS, log_every=10, num_devices=1)
-  (result,) = loop.train(config, _MODEL, method, _OPTIMIZER, [_splits()], folder)
+  (result,) = loop.train(
+    config,
+    _MODEL,
+    method,
+    _OPTIMIZER,
+    [_splits()],
+    folder,
+    epoch_probes=epoch_probes,
+  )
   return result
 
 
@@ -51,7 +59,8 @@ def dump(tmp_path_factory):
   """A real student's recorded losses, as a script would dump them."""
   folder = tmp_path_factory.mktemp("student")
   writer = loss_dump.Writer(folder / "losses")
-  _train(folder / "run", loss_dump.recording(baselines.uniform(), writer))
+  probe = loss_dump.record_losses(writer)
+  _train(folder / "run", baselines.uniform(), epoch_probes=[probe])
   train = _splits().train
   path = folder / "dump.npz"
   found = writer.combine(

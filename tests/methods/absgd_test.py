@@ -1,7 +1,8 @@
-"""ABSGD: the published numbers, what its objective promises, overflow, schedules."""
+"""ABSGD: published numbers, the gradient of its objective, overflow, the loop."""
 
 import functools
 import math
+import types
 
 import chex
 import hypothesis
@@ -12,7 +13,12 @@ import numpy as np
 import pytest
 
 from l2rw_jax import base
+from l2rw_jax import changed_loss
+from l2rw_jax import losses as losses_lib
 from l2rw_jax.methods import absgd
+from l2rw_jax.methods import ldam_drw
+from l2rw_jax.models import classifier
+from l2rw_jax.models import mlp
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -84,15 +90,15 @@ def _start(losses, lam, gamma=1.0, alpha=1.0, **options):
 def test_golden_vectors(lam, gamma, alpha, normalizers, weights, totals, values):
   memory = -jnp.inf
   for step, losses in enumerate((_FIRST, _SECOND)):
-    found, memory = _weights(losses, memory, lam, gamma, alpha)
+    result, memory = _weights(losses, memory, lam, gamma, alpha)
     np.testing.assert_allclose(jnp.exp(memory), normalizers[step], atol=5e-7)
-    np.testing.assert_allclose(found, weights[step], atol=5e-7)
-    np.testing.assert_allclose(found.sum(), totals[step], atol=5e-7)
-    np.testing.assert_allclose(found @ losses, values[step], atol=5e-7)
+    np.testing.assert_allclose(result, weights[step], atol=5e-7)
+    np.testing.assert_allclose(result.sum(), totals[step], atol=5e-7)
+    np.testing.assert_allclose(result @ losses, values[step], atol=5e-7)
 
 
 def _published(batches, lam, gamma, alpha):
-  """The exponentials as printed, in NumPy."""
+  """Weights and normalizers from plain exponentials, in NumPy."""
   u, history = 0.0, []
   for losses in batches:
     e = np.exp(losses / lam)
@@ -114,22 +120,22 @@ _quick = hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
   gamma=st.floats(0.01, 1),
   alpha=st.floats(0.1, 3),
 )
-def test_equal_to_the_plain_exponentials(batches, lam, gamma, alpha):
+def test_weights_equal_the_plain_exponentials(batches, lam, gamma, alpha):
   memory = -jnp.inf
   for losses, (weights, u) in zip(
     batches, _published(batches, lam, gamma, alpha), strict=True
   ):
-    found, memory = _weights(losses, memory, lam, gamma, alpha)
-    np.testing.assert_allclose(found, weights, rtol=1e-12)
+    result, memory = _weights(losses, memory, lam, gamma, alpha)
+    np.testing.assert_allclose(result, weights, rtol=1e-12)
     np.testing.assert_allclose(memory, np.log(u), rtol=1e-12, atol=1e-12)
-    # sum p = mean(e) / u, bounded as no exponential exceeds what it is divided by.
-    np.testing.assert_allclose(found.sum(), np.exp(losses / lam).mean() / u, 1e-12)
-    assert found.sum() <= (1 + 1e-12) / (gamma * alpha)
+    # sum p = mean(e) / u is bounded, because u contains gamma alpha mean(e).
+    np.testing.assert_allclose(result.sum(), np.exp(losses / lam).mean() / u, 1e-12)
+    assert result.sum() <= (1 + 1e-12) / (gamma * alpha)
 
 
 @jax.jit
 def _slopes(lam, inputs, targets):
-  """Of the weighted loss, and of lambda log mean exp(l / lambda)."""
+  """Gradients of the weighted loss and of lambda log mean exp(l / lambda)."""
 
   def losses_fn(params):
     return (inputs @ params - targets) ** 2
@@ -149,19 +155,19 @@ def _slopes(lam, inputs, targets):
 @pytest.mark.usefixtures("x64")
 @_quick
 @hypothesis.given(lam=_LAMBDAS, seed=st.integers(0, 99))
-def test_without_memory_the_step_is_the_gradient_of_the_objective(lam, seed):
+def test_step_without_memory_is_the_gradient_of_the_objective(lam, seed):
   rng = np.random.default_rng(seed)
-  found, expected = _slopes(lam, rng.normal(size=(5, 3)), rng.normal(size=5))
-  np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+  result, expected = _slopes(lam, rng.normal(size=(5, 3)), rng.normal(size=5))
+  np.testing.assert_allclose(result, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
-def test_limits_in_lambda():
+def test_limits_of_lambda():
   for lam in (1e9, -1e9, math.inf, -math.inf):
     np.testing.assert_allclose(_start(_FIRST, lam)[0], np.full(4, 0.25), atol=1e-8)
   np.testing.assert_allclose(_start(_FIRST, 1e-3)[0], [0, 0, 0, 1], atol=1e-12)
   np.testing.assert_allclose(_start(_FIRST, -1e-3)[0], [1, 0, 0, 0], atol=1e-12)
-  # F = mean + Var / (2 lambda): for lambda > 0 above the mean, below it else.
+  # F = mean + Var / (2 lambda): above the mean for lambda > 0, else below.
   for lam in (300.0, -300.0):
     expansion = _FIRST.mean() + _FIRST.var() / (2 * lam)
     value = lam * _start(_FIRST, lam)[1]
@@ -171,7 +177,7 @@ def test_limits_in_lambda():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("gamma", "alpha"), [(0.9, 1.0), (0.1, 0.5), (1.0, 2.0)])
-def test_weights_sum_to_one_over_gamma_alpha_first_and_over_alpha_at_last(gamma, alpha):
+def test_weights_sum_to_one_over_gamma_alpha_then_one_over_alpha(gamma, alpha):
   memory = -jnp.inf
   totals = []
   for _ in range(300):
@@ -193,11 +199,11 @@ def test_weights_sum_to_one_over_gamma_alpha_first_and_over_alpha_at_last(gamma,
     [7.0],
   ],
 )
-def test_finite_in_float32_where_the_exponential_is_not(lam, losses):
+def test_weights_are_finite_where_the_exponential_overflows(lam, losses):
   losses = np.array(losses, np.float32)
   gamma, alpha = 0.9, 0.5
   memory = np.float32(-np.inf)
-  # Up, down and up again, so that the memory meets every magnitude.
+  # Losses rise, fall and rise, so that the normalizer has every magnitude.
   for batch in (losses, 0 * losses, losses[::-1], losses):
     weights, memory = _weights(batch, memory, np.float32(lam), gamma, alpha)
     assert weights.dtype == memory.dtype == np.float32
@@ -205,8 +211,8 @@ def test_finite_in_float32_where_the_exponential_is_not(lam, losses):
     assert (weights >= 0).all() and weights.sum() <= 1.0001 / (gamma * alpha)
 
 
-def test_first_weights_are_right_however_large_the_losses():
-  # exp(1e33) of the heaviest: it has all the weight there is, 1 / (gamma alpha).
+def test_first_weights_are_correct_for_huge_losses():
+  # exp(1e33) dominates: the first example has the whole weight, 1 / (gamma alpha).
   weights, _ = _start([1e30, 1.0, 0.0], 1e-3, 0.9)
   np.testing.assert_allclose(weights, [1 / 0.9, 0, 0], rtol=1e-6)
   weights, _ = _start([1000.0, 999.0, 0.0], 1.0, 0.9)
@@ -214,13 +220,13 @@ def test_first_weights_are_right_however_large_the_losses():
   np.testing.assert_allclose(weights, expected, rtol=1e-6)
 
 
-def test_the_weights_are_constants_and_batch_under_vmap():
+def test_weights_are_constant_and_support_vmap():
   def total(losses, memory, lam):
     weights, memory = absgd.example_weights(losses, memory, lam, gamma=1.0)
     return jnp.sum(weights**2) + jnp.where(jnp.isfinite(memory), memory, 0)
 
-  slopes = jax.grad(total, argnums=(0, 1, 2))(jnp.array(_FIRST), -jnp.inf, 2.0)
-  assert not any(np.any(x) for x in slopes)
+  gradients = jax.grad(total, argnums=(0, 1, 2))(jnp.array(_FIRST), -jnp.inf, 2.0)
+  assert not any(np.any(x) for x in gradients)
   lams = jnp.array([2.0, -2.0, jnp.inf])
   weights, memory = jax.vmap(
     lambda lam: absgd.example_weights(jnp.array(_FIRST), -jnp.inf, lam, gamma=1.0)
@@ -230,7 +236,7 @@ def test_the_weights_are_constants_and_batch_under_vmap():
   assert memory[2] == -jnp.inf
 
 
-def test_infinite_lambda_is_the_plain_mean_and_leaves_the_normalizer_alone():
+def test_infinite_lambda_gives_uniform_weights_and_keeps_the_normalizer():
   for lam in (jnp.inf, -jnp.inf):
     weights, memory = _weights(
       _FIRST, 1.5, lam, 0.5, 0.5, options=(("clip", 0.1), ("uniform_share", 1.0))
@@ -239,7 +245,7 @@ def test_infinite_lambda_is_the_plain_mean_and_leaves_the_normalizer_alone():
     assert memory == 1.5
 
 
-def test_clip_and_the_extra_uniform_weight():
+def test_clip_and_uniform_share():
   plain, _ = _start(_FIRST, 2.0, 0.5)
   clipped, _ = _start(_FIRST, 2.0, 0.5, clip=0.3)
   np.testing.assert_allclose(clipped, np.minimum(plain, 0.3))
@@ -248,14 +254,14 @@ def test_clip_and_the_extra_uniform_weight():
   np.testing.assert_allclose(both, clipped + 0.25, rtol=1e-6)
 
 
-def test_a_broken_loss_is_not_hidden():
+def test_nan_loss_gives_nan_weights():
   weights, memory = _start([1.0, np.nan], 2.0)
   assert np.isnan(weights).all() and np.isnan(memory)
   weights, _ = _start([1.0, np.nan], math.inf)
   np.testing.assert_array_equal(weights, [0.5, 0.5])
 
 
-def test_half_precision_is_reckoned_in_single():
+def test_half_precision_is_computed_in_float32():
   weights, memory = absgd.example_weights(
     jnp.asarray(_FIRST, jnp.bfloat16), -jnp.inf, 2.0, gamma=1.0
   )
@@ -297,13 +303,130 @@ def _eagerly(**settings):
     (lambda: _eagerly(uniform_share=-1), "uniform_share=-1 must be at least 0"),
   ],
 )
-def test_settings_out_of_range(make, message):
+def test_settings_out_of_range_are_refused(make, message):
   with pytest.raises(base.InputError, match=message):
     make()
 
 
-def test_a_traced_lambda_of_zero_gives_nan():
+def test_traced_lambda_of_zero_gives_nan():
   run = jax.jit(
     lambda lam: absgd.example_weights(jnp.ones(2), -jnp.inf, lam, gamma=1.0)
   )
   assert np.isnan(run(0.0)[0]).all() and np.isfinite(run(1.0)[0]).all()
+
+
+_COUNTS = jnp.array([30, 10])
+_NET = mlp.MLP(2, (4,))
+
+
+def _task():
+  return classifier.Classifier(_NET, 2).problem(
+    class_counts=_COUNTS, num_examples=40, num_steps=10
+  )
+
+
+@functools.cache
+def _inputs():
+  rng = np.random.default_rng(0)
+  batch = {
+    "image": rng.normal(size=(6, 3)).astype(np.float32),
+    "label": np.array([0, 1, 1, 0, 0, 1], np.int32),
+    "index": np.arange(6),
+  }
+  params = _NET.init(jax.random.key(0), batch["image"])["params"]
+  step = jnp.zeros((), int)
+  return base.Inputs(params, {}, (), batch, None, step, jax.random.key(1))
+
+
+def _state(method, epoch=0):
+  state = method.init(jax.random.key(2), _task(), _inputs().params)
+  return method.refresh(state, _task(), types.SimpleNamespace(epoch=epoch))
+
+
+def _step(method, state):
+  return method.gradients(state, _task(), _inputs())
+
+
+def _base_losses(params, loss):
+  batch = _inputs().batch
+  outputs = _NET.apply({"params": params}, batch["image"])
+  return loss(outputs, batch, _COUNTS)
+
+
+def _cross_entropy(outputs, batch, class_counts):
+  del class_counts
+  return losses_lib.softmax_cross_entropy(outputs, batch["label"])
+
+
+def _class_weighted(outputs, batch, class_counts):
+  rarity = jnp.max(class_counts) / class_counts
+  return rarity[batch["label"]] * _cross_entropy(outputs, batch, class_counts)
+
+
+def _on_labels(loss):
+  return lambda outputs, batch, class_counts: loss(outputs, batch["label"])
+
+
+_LOSSES_UNDER_ABSGD = {
+  "cross_entropy": _cross_entropy,
+  "class_weighted": _class_weighted,
+  "ldam": ldam_drw.loss(scale=3.0),
+  "focal": _on_labels(losses_lib.focal),
+  "symmetric": _on_labels(losses_lib.symmetric_cross_entropy),
+  "truncated": _on_labels(
+    functools.partial(losses_lib.generalized_cross_entropy, threshold=0.5)
+  ),
+}
+_FOR_NOISE = ("symmetric", "truncated")
+
+
+@pytest.mark.parametrize("name", _LOSSES_UNDER_ABSGD)
+def test_step_on_any_loss(name):
+  loss, lam = _LOSSES_UNDER_ABSGD[name], -2.0 if name in _FOR_NOISE else 2.0
+  method = changed_loss.changed_loss(absgd.absgd(lam, gamma=0.5), loss)
+  state = _state(method)
+  for _ in range(2):
+    memory = state.inner.log_normalizer
+    result, state = _step(method, state)
+    values = _base_losses(_inputs().params, loss)
+    np.testing.assert_allclose(result.losses, values, rtol=1e-5)
+    weights, memory = absgd.example_weights(values, memory, lam, gamma=0.5)
+    np.testing.assert_allclose(result.weights, weights, rtol=1e-5)
+    np.testing.assert_allclose(result.metrics["log_normalizer"], memory, rtol=1e-5)
+    np.testing.assert_allclose(result.metrics["total_weight"], weights.sum(), 1e-5)
+    expected = jax.grad(lambda p, w=weights: w @ _base_losses(p, loss))(
+      _inputs().params
+    )
+    chex.assert_trees_all_close(result.grads, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_two_stage_is_uniform_and_then_absgd():
+  method = absgd.absgd(absgd.two_stage(-5.0, 3), gamma=0.5, add_uniform=True)
+  state = _state(method, epoch=2)
+  result, after = _step(method, state)
+  np.testing.assert_allclose(result.weights, np.full(6, 1 / 6), rtol=1e-6)
+  assert result.metrics["log_normalizer"] == 0
+  chex.assert_trees_all_equal(after, state)
+  state = method.refresh(after, _task(), types.SimpleNamespace(epoch=3))
+  result, _ = _step(method, state)
+  # 1 / gamma from the first step of ABSGD, and 1 from the uniform weights.
+  np.testing.assert_allclose(result.metrics["total_weight"], 3, rtol=1e-5)
+
+
+def test_normalizer_is_reset_only_when_lambda_changes():
+  method = absgd.absgd(lambda epoch: 2.0 if epoch < 2 else 4.0)
+  _, state = _step(method, _state(method))
+  assert np.isfinite(state.log_normalizer) and state.lam == 2
+  kept = method.refresh(state, _task(), types.SimpleNamespace(epoch=1))
+  chex.assert_trees_all_equal(kept, state)
+  new = method.refresh(kept, _task(), types.SimpleNamespace(epoch=2))
+  assert new.log_normalizer == -np.inf and new.lam == 4
+  # A checkpoint needs shapes and types that never change.
+  chex.assert_trees_all_equal_shapes_and_dtypes(new, state, _state(method))
+  assert all(x.dtype == np.float32 for x in new)
+
+
+def test_schedule_that_reaches_zero_is_refused():
+  method = absgd.absgd(lambda epoch: 2.0 - epoch)
+  with pytest.raises(base.InputError, match=r"lam=0\.0 must not be 0"):
+    _state(method, epoch=2)

@@ -1,4 +1,4 @@
-"""The advisor network: its gate, its meta gradient, and what it must not touch."""
+"""The advisor network: its gate, its meta gradient, and its constants."""
 
 import functools
 
@@ -48,20 +48,20 @@ def _task():
 
 
 def _loss(params, psi, batch, constants=None):
-  """Mean gated loss, written out; the gate sees `constants` (params) alone."""
-  params_seen = params if constants is None else constants
+  """Mean gated loss; the gate is computed from `constants` (params) if given."""
+  gate_params = params if constants is None else constants
   features = _MODEL.features(params, {}, batch, jax.random.key(2), True)[0]
-  seen = _MODEL.features(params_seen, {}, batch, jax.random.key(2), True)[0]
+  gate_features = _MODEL.features(gate_params, {}, batch, jax.random.key(2), True)[0]
   before = losses_lib.softmax_cross_entropy(
-    _MODEL.head(params_seen, seen), batch["label"]
+    _MODEL.head(gate_params, gate_features), batch["label"]
   )
-  gate = _NET.apply(psi, *jax.lax.stop_gradient((seen, before)))
+  gate = _NET.apply(psi, *jax.lax.stop_gradient((gate_features, before)))
   logits = _MODEL.head(params, features * gate)
   return losses_lib.softmax_cross_entropy(logits, batch["label"]).mean()
 
 
 def _unrolled(psi, inputs):
-  """The clean loss after the virtual step: reverse over reverse."""
+  """The meta loss after the virtual step; differentiated, reverse over reverse."""
   gradient = jax.grad(_loss)(inputs.params, psi, inputs.batch)
   optimizer = optax.sgd(_RATE)
   ahead = hypergradient.lookahead_params(
@@ -73,11 +73,11 @@ def _unrolled(psi, inputs):
 
 @jax.jit
 def _advised(psi, inputs, learning_rate=_RATE):
-  """One step of the method from psi: (psi's meta gradient, gradients)."""
+  """One step of the method from psi: (meta gradient of psi, gradients, state)."""
   method = advisor.advisor(learning_rate, hidden=5, optimizer=optax.sgd(1.0))
   state = method.init(jax.random.key(1), _task(), inputs.params)
-  found, after = method.gradients(state._replace(params=psi), _task(), inputs)
-  return jax.tree.map(jnp.subtract, psi, after.params), found, after
+  result, after = method.gradients(state._replace(params=psi), _task(), inputs)
+  return jax.tree.map(jnp.subtract, psi, after.params), result, after
 
 
 def _psi():
@@ -86,7 +86,7 @@ def _psi():
   return jax.tree.map(lambda x: rng.normal(size=x.shape), psi)
 
 
-def test_meta_gradient_is_that_of_the_unrolled_steps_and_of_differences(x64):
+def test_meta_gradient_equals_the_unrolled_step_and_finite_differences(x64):
   inputs, psi = _inputs(), _psi()
   gradient, _, after = _advised(psi, inputs)
   value, literal = jax.jit(jax.value_and_grad(_unrolled))(psi, inputs)
@@ -104,37 +104,37 @@ def test_meta_gradient_is_that_of_the_unrolled_steps_and_of_differences(x64):
   np.testing.assert_allclose(optax.tree.vdot(gradient, along), slope, rtol=1e-5)
 
 
-def test_the_real_step_is_under_the_new_gate_held_constant(x64):
+def test_real_step_uses_the_new_gate_as_a_constant(x64):
   inputs, psi = _inputs(), _psi()
-  _, found, after = _advised(psi, inputs)
+  _, result, after = _advised(psi, inputs)
   gradient = jax.jit(jax.grad(_loss))
   expected = gradient(inputs.params, after.params, inputs.batch)
-  chex.assert_trees_all_close(found.grads, expected, rtol=1e-9)
-  # No path from the parameters through the advisor's inputs.
+  chex.assert_trees_all_close(result.grads, expected, rtol=1e-9)
+  # The parameters have no gradient through the advisor's inputs.
   fixed = gradient(inputs.params, after.params, inputs.batch, inputs.params)
-  chex.assert_trees_all_close(found.grads, fixed, rtol=1e-9)
+  chex.assert_trees_all_close(result.grads, fixed, rtol=1e-9)
 
 
-def test_an_open_gate_is_plain_training(x64):
+def test_open_gate_is_uniform_training(x64):
   inputs, psi = _inputs(), _psi()
   last = psi["params"]["Dense_2"]
   open_psi = {
     "params": {**psi["params"], "Dense_2": jax.tree.map(jnp.zeros_like, last)}
   }
   open_psi["params"]["Dense_2"]["bias"] = jnp.full(_D, 500.0)
-  _, found, _ = _advised(open_psi, inputs)
+  _, result, _ = _advised(open_psi, inputs)
   plain = jax.jit(lambda i: baselines.uniform().gradients((), _task(), i)[0])(inputs)
-  chex.assert_trees_all_close(found.grads, plain.grads, rtol=1e-9)
-  np.testing.assert_allclose(found.weights, np.full(_B, 1 / _B))
-  np.testing.assert_allclose(found.losses, plain.losses)
+  chex.assert_trees_all_close(result.grads, plain.grads, rtol=1e-9)
+  np.testing.assert_allclose(result.weights, np.full(_B, 1 / _B))
+  np.testing.assert_allclose(result.losses, plain.losses)
 
 
-def test_without_a_virtual_step_there_is_nothing_to_learn(x64):
+def test_zero_learning_rate_gives_a_zero_meta_gradient(x64):
   gradient, *_ = _advised(_psi(), _inputs(), learning_rate=0.0)
   assert all(not x.any() for x in jax.tree.leaves(gradient))
 
 
-def test_the_released_size_and_start():
+def test_network_has_the_released_size_and_initialization():
   net = advisor.AdvisorNet(2048)
   shapes = jax.eval_shape(
     net.init, jax.random.key(0), jnp.zeros((1, 2048)), jnp.zeros(1)
@@ -144,11 +144,11 @@ def test_the_released_size_and_start():
   psi = net.init(jax.random.key(0), jnp.zeros((1, 64)), jnp.zeros(1))
   gate = advisor.gate(net, psi, jnp.ones((8, 64)), jnp.linspace(0, 5, 8))
   assert gate.shape == (8, 64) and 0.4 < gate.mean() < 0.6
-  # The loss alone tells these eight apart.
+  # These eight examples differ only in their losses.
   assert not np.allclose(gate[0], gate[-1])
 
 
-def test_a_network_that_cannot_be_split_is_refused():
+def test_network_without_features_is_refused():
   class Whole(mlp.MLP):
     num_features = None
 

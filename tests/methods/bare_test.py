@@ -1,4 +1,4 @@
-"""BARE: golden vector, a literal reference of both statistics, its edges."""
+"""BARE: golden vector, a reference implementation of both statistics, edge cases."""
 
 import functools
 
@@ -23,7 +23,7 @@ _LOGITS = jnp.array(
 _LABELS = jnp.array([0, 1, 2, 0, 1, 1])
 
 
-def test_golden_vector_of_the_released_rule():
+def test_golden_vector_of_the_released_code():
   kept = bare.select(_LOGITS, _LABELS)
   np.testing.assert_array_equal(kept, [True, True, True, False, False, False])
   weights = bare.example_weights(_LOGITS, _LABELS)
@@ -33,7 +33,7 @@ def test_golden_vector_of_the_released_rule():
 
 
 def _literal(logits, labels, kappa, statistics):
-  """One example, one class at a time, in NumPy."""
+  """The selection in NumPy, one example and one class at a time."""
   exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
   p = np.clip(exponentials / exponentials.sum(axis=1, keepdims=True), 1e-8, 1 - 1e-8)
   kept = []
@@ -42,7 +42,7 @@ def _literal(logits, labels, kappa, statistics):
       values, lost = p[labels == label, label], 0
     else:
       values, lost = p[:, label], 1
-    # On the threshold itself (one or two examples of a class) rounding would decide.
+    # On the threshold (one or two examples of a class) rounding would decide.
     threshold = values.mean() + kappa * values.std(ddof=lost)
     kept.append(p[i, label] >= threshold - 1e-15 * values.mean())
   return np.array(kept)
@@ -51,18 +51,18 @@ def _literal(logits, labels, kappa, statistics):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("statistics", bare.STATISTICS)
 @pytest.mark.parametrize("kappa", [0.0, 0.5, 1.0])
-def test_equals_the_literal_rule(statistics, kappa):
+def test_selection_equals_the_literal_rule(statistics, kappa):
   rng = np.random.default_rng(0)
   for _ in range(20):
     logits, labels = rng.normal(0, 3, (40, 4)), rng.integers(4, size=40)
-    found = bare.select(logits, labels, kappa=kappa, statistics=statistics)
+    result = bare.select(logits, labels, kappa=kappa, statistics=statistics)
     expected = _literal(logits, labels, kappa, statistics)
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(result, expected)
     assert 0 < expected.sum() < 40
 
 
 def _batch_of_a_good_network(noise, rng):
-  """Logits right with confidence 0.95, and labels wrong in a share `noise`."""
+  """Correct logits with confidence 0.95, and a share `noise` of wrong labels."""
   truth = rng.integers(10, size=128)
   logits = rng.normal(0, 0.3, (128, 10)) + 5.2 * np.eye(10)[truth]
   wrong = rng.random(128) < noise
@@ -71,7 +71,7 @@ def _batch_of_a_good_network(noise, rng):
 
 
 @pytest.mark.parametrize("noise", [0.2, 0.5, 0.7])
-def test_keeps_what_is_clean_where_the_papers_statistic_loses_half(noise):
+def test_default_statistic_keeps_clean_examples(noise):
   rng = np.random.default_rng(1)
   recall = {name: [] for name in bare.STATISTICS}
   for _ in range(20):
@@ -82,11 +82,11 @@ def test_keeps_what_is_clean_where_the_papers_statistic_loses_half(noise):
       if name == "batch_column":
         assert not kept[~clean].any()
   assert np.mean(recall["batch_column"]) > 0.98
-  if noise < 0.6:  # at most half of a class can pass, and 1 - noise of it is clean
+  if noise < 0.6:  # At most half of a class is selected; 1 - noise of it is clean.
     assert np.mean(recall["own_label"]) < 0.6
 
 
-def test_weights_are_equal_among_the_kept_and_constant_in_the_logits():
+def test_weights_are_equal_among_selected_examples_and_constant():
   weights = bare.example_weights(_LOGITS, _LABELS, kappa=0.5)
   kept = bare.select(_LOGITS, _LABELS, kappa=0.5)
   np.testing.assert_allclose(weights, kept / kept.sum(), rtol=1e-6)
@@ -95,7 +95,7 @@ def test_weights_are_equal_among_the_kept_and_constant_in_the_logits():
 
 
 @pytest.mark.parametrize("kappa", [1.0, 1e9])
-def test_where_nothing_is_kept_everything_is(kappa):
+def test_empty_selection_gives_uniform_weights(kappa):
   logits = jnp.zeros((4, 3)) if kappa == 1.0 else _LOGITS[:4]
   # Equal probabilities: the deviation is 0 and everything lies on the mean.
   weights = bare.example_weights(logits, _LABELS[:4], kappa=kappa)
@@ -103,7 +103,7 @@ def test_where_nothing_is_kept_everything_is(kappa):
 
 
 @pytest.mark.parametrize("statistics", bare.STATISTICS)
-def test_where_all_posteriors_are_alike_all_are_kept_on_any_devices(statistics):
+def test_equal_posteriors_are_all_selected_on_any_number_of_devices(statistics):
   rng = np.random.default_rng(0)
   labels = jnp.asarray(rng.integers(10, size=96))
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("devices",))
@@ -121,7 +121,7 @@ def test_where_all_posteriors_are_alike_all_are_kept_on_any_devices(statistics):
   for scale in (0.1, 1.0, 3.0, 10.0, 100.0):
     logits = jnp.tile(scale * rng.normal(size=10).astype(np.float32), (96, 1))
     assert alone(logits, labels).all() and sharded(logits, labels).all()
-    # The same probabilities but for the order in which their sum was taken.
+    # The same probabilities except for the order of their summation.
     others = jnp.asarray(rng.permuted(logits[:, 1:], axis=1))
     shuffled = jnp.concatenate([logits[:, :1], others], axis=1)
     assert alone(shuffled, 0 * labels).all()
@@ -129,7 +129,7 @@ def test_where_all_posteriors_are_alike_all_are_kept_on_any_devices(statistics):
 
 @pytest.mark.parametrize("statistics", bare.STATISTICS)
 @pytest.mark.parametrize("scale", [1.0, 1e4, 1e30])
-def test_a_batch_of_one_and_extreme_logits_have_finite_weights(statistics, scale):
+def test_weights_of_one_example_and_of_extreme_logits_are_finite(statistics, scale):
   for size in (1, 2, 6):
     weights = bare.example_weights(
       scale * _LOGITS[:size], _LABELS[:size], statistics=statistics
@@ -137,11 +137,11 @@ def test_a_batch_of_one_and_extreme_logits_have_finite_weights(statistics, scale
     np.testing.assert_allclose(weights.sum(), 1, rtol=1e-6)
 
 
-def test_a_batch_of_one_keeps_nothing_in_particular():
+def test_batch_of_one_selects_nothing():
   assert not bare.select(_LOGITS[:1], _LABELS[:1]).any()
 
 
-def test_one_logit_is_two_classes():
+def test_one_logit_means_two_classes():
   logits = jnp.array([[2.0], [-1.0], [0.5], [-3.0], [1.0]])
   labels = jnp.array([1, 0, 0, 0, 1])
   both = jnp.concatenate([jnp.zeros_like(logits), logits], axis=1)
@@ -150,7 +150,7 @@ def test_one_logit_is_two_classes():
   assert 0 < expected.sum() < 5
 
 
-def test_half_precision_is_reckoned_in_single():
+def test_half_precision_is_computed_in_float32():
   rng = np.random.default_rng(0)
   logits = jnp.asarray(rng.normal(0, 3, (60, 4)), jnp.bfloat16)
   labels = jnp.asarray(rng.integers(4, size=60))
@@ -159,15 +159,15 @@ def test_half_precision_is_reckoned_in_single():
   assert bare.example_weights(logits, labels).dtype == jnp.bfloat16
 
 
-def test_side_by_side_under_jit():
+def test_vmap_under_jit():
   both = jnp.stack([_LOGITS, _LOGITS[::-1]])
   labels = jnp.stack([_LABELS, _LABELS[::-1]])
-  found = jax.jit(jax.vmap(bare.example_weights))(both, labels)
-  np.testing.assert_allclose(found[0], found[1][::-1])
+  result = jax.jit(jax.vmap(bare.example_weights))(both, labels)
+  np.testing.assert_allclose(result[0], result[1][::-1])
 
 
 @pytest.mark.parametrize("size", [1, 6])
-def test_a_step_follows_the_kept_examples(size):
+def test_step_uses_the_selected_examples(size):
   model = classifier.Classifier(mlp.MLP(3, (8,)), 3)
   problem = model.problem(class_counts=jnp.ones(3), num_examples=9, num_steps=2)
   rng = np.random.default_rng(0)
@@ -180,19 +180,21 @@ def test_a_step_follows_the_kept_examples(size):
   inputs = base.Inputs(
     params, {}, (), batch, None, jnp.zeros((), int), jax.random.key(1)
   )
-  found, _ = bare.bare().gradients((), problem, inputs)
+  result, _ = bare.bare().gradients((), problem, inputs)
 
   def loss(p):
     logits, _ = problem.forward(p, {}, batch, None, False)
-    own = losses.softmax_cross_entropy(logits, batch["label"])
-    return jnp.sum(bare.example_weights(logits, batch["label"]) * own)
+    values = losses.softmax_cross_entropy(logits, batch["label"])
+    return jnp.sum(bare.example_weights(logits, batch["label"]) * values)
 
-  chex.assert_trees_all_close(found.grads, jax.grad(loss)(params), rtol=1e-5, atol=1e-6)
+  chex.assert_trees_all_close(
+    result.grads, jax.grad(loss)(params), rtol=1e-5, atol=1e-6
+  )
   logits, _ = problem.forward(params, {}, batch, None, False)
   kept = bare.select(logits, jnp.asarray(batch["label"]))
-  np.testing.assert_allclose(found.metrics["kept_share"], kept.mean())
-  if size == 1:  # Nothing is kept, so that all is trained on.
-    assert found.metrics["kept_share"] == 0 and found.weights == 1
+  np.testing.assert_allclose(result.metrics["kept_share"], kept.mean())
+  if size == 1:  # Nothing is selected, so all examples are used.
+    assert result.metrics["kept_share"] == 0 and result.weights == 1
 
 
 @pytest.mark.parametrize(
@@ -204,18 +206,18 @@ def test_a_step_follows_the_kept_examples(size):
     ({"kappa": float("inf")}, "kappa=inf must be at least 0, and finite"),
   ],
 )
-def test_mistakes_are_one_line(given, message):
+def test_bad_settings_are_refused(given, message):
   for function in (bare.bare, lambda **g: bare.select(_LOGITS, _LABELS, **g)):
     with pytest.raises(base.InputError, match=message):
       function(**given)
 
 
-def test_shapes_must_fit():
+def test_mismatched_shapes_are_refused():
   with pytest.raises(base.InputError, match=r"labels must be integers of shape"):
     bare.select(_LOGITS, _LABELS[:3])
 
 
-def test_broken_logits_and_impossible_labels_are_not_uniform_weights():
+def test_nan_logits_and_invalid_labels_give_nan_weights():
   logits = jnp.eye(4, 3)
   good = jnp.array([0, 1, 2, 0])
   assert np.isnan(bare.example_weights(logits.at[1, 0].set(jnp.nan), good)).all()

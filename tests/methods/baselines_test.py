@@ -1,4 +1,4 @@
-"""The weights of each baseline, by hand."""
+"""The weights of each baseline against hand-computed values, and its loss."""
 
 import dataclasses
 import functools
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from l2rw_jax import base
+from l2rw_jax import class_balance
 from l2rw_jax import linearization
 from l2rw_jax import losses
 from l2rw_jax.methods import baselines
@@ -76,14 +77,14 @@ def _run(method, batch=_BATCH, step=0, seed=0, epoch=0):
     key=jax.random.key(seed),
   )
   state = _state(method, epoch)
-  found, new_state = _gradients_fn(method)(state, inputs)
+  result, new_state = _gradients_fn(method)(state, inputs)
   chex.assert_trees_all_equal(new_state, state)
-  return found
+  return result
 
 
-def _assert_is_gradient_of(found, batch, weights):
+def _assert_is_gradient_of(result, batch, weights):
   expected = jax.grad(lambda p: jnp.sum(weights * _losses_of(p, batch)))(_PARAMS)
-  np.testing.assert_allclose(found.grads, expected, rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(result.grads, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -100,22 +101,28 @@ def _assert_is_gradient_of(found, batch, weights):
       baselines.class_proportion("official_code"),
       np.array([0.4, 0.7, 0.9])[_LABELS],
     ),
-    # Two of the minority, so the first two of the majority: its ties are exact.
+    # Two of the minority, hence the first two of the majority, since all are tied.
     (
       baselines.hard_mining("official_code"),
       np.array([1, 1, 0, 1, 0, 1]) / 4,
     ),
   ],
-  ids=["uniform", "resampling", "proportion", "proportion_code", "mining_code"],
+  ids=[
+    "uniform",
+    "resampling",
+    "class_proportion",
+    "class_proportion_code",
+    "mining_code",
+  ],
 )
-def test_weights_by_hand(method, weights):
-  found = _run(method)
-  np.testing.assert_allclose(found.weights, weights, rtol=1e-6)
-  np.testing.assert_allclose(found.losses, _losses_of(_PARAMS, _BATCH), rtol=1e-5)
+def test_weights_match_hand_computed_values(method, weights):
+  result = _run(method)
+  np.testing.assert_allclose(result.weights, weights, rtol=1e-6)
+  np.testing.assert_allclose(result.losses, _losses_of(_PARAMS, _BATCH), rtol=1e-5)
   np.testing.assert_allclose(
-    found.model_state["seen"], _BATCH["x"].sum(), rtol=1e-5, atol=1e-6
+    result.model_state["seen"], _BATCH["x"].sum(), rtol=1e-5, atol=1e-6
   )
-  _assert_is_gradient_of(found, _BATCH, weights)
+  _assert_is_gradient_of(result, _BATCH, weights)
   assert not method.needs_meta
 
 
@@ -130,7 +137,7 @@ def test_random_weights_are_rectified_noise_that_sums_to_one():
 
 
 def _brute_force(values, majority):
-  """All of the minority, and as many of the majority, hardest first."""
+  """All minority examples, and as many of the hardest majority examples."""
   kept = ~majority
   wanted = max(kept.sum(), 1)
   for i in sorted(np.flatnonzero(majority), key=lambda i: (-values[i], i))[:wanted]:
@@ -145,7 +152,7 @@ _hardest = jax.jit(baselines.hardest)
   st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=5, max_size=5)
 )
 @hypothesis.settings(deadline=None, max_examples=60)
-def test_hardest_is_the_brute_force(examples):
+def test_hardest_equals_brute_force(examples):
   values = np.array([v for v, _ in examples], np.float32)
   majority = np.array([m for _, m in examples])
   np.testing.assert_array_equal(
@@ -154,34 +161,34 @@ def test_hardest_is_the_brute_force(examples):
 
 
 def test_hard_mining_keeps_the_highest_losses_of_the_largest_class():
-  found = _run(baselines.hard_mining())
-  kept = _brute_force(np.asarray(found.losses), _LABELS == 0)
+  result = _run(baselines.hard_mining())
+  kept = _brute_force(np.asarray(result.losses), _LABELS == 0)
   assert kept.sum() == 4
-  np.testing.assert_allclose(found.weights, kept / 4, rtol=1e-6)
-  _assert_is_gradient_of(found, _BATCH, kept / 4)
+  np.testing.assert_allclose(result.weights, kept / 4, rtol=1e-6)
+  _assert_is_gradient_of(result, _BATCH, kept / 4)
 
 
 @pytest.mark.parametrize("variant", ["paper", "official_code"])
 def test_hard_mining_without_a_minority_keeps_one(variant):
-  found = _run(baselines.hard_mining(variant), _examples([0] * 6))
-  best = np.argmax(found.losses) if variant == "paper" else 0
-  np.testing.assert_array_equal(found.weights, np.arange(6) == best)
+  result = _run(baselines.hard_mining(variant), _examples([0] * 6))
+  best = np.argmax(result.losses) if variant == "paper" else 0
+  np.testing.assert_array_equal(result.weights, np.arange(6) == best)
 
 
 def test_hard_mining_without_a_majority_keeps_all():
-  found = _run(baselines.hard_mining(), _examples([1, 2, 1, 1, 2, 2]))
-  np.testing.assert_allclose(found.weights, np.full(6, 1 / 6), rtol=1e-6)
+  result = _run(baselines.hard_mining(), _examples([1, 2, 1, 1, 2, 2]))
+  np.testing.assert_allclose(result.weights, np.full(6, 1 / 6), rtol=1e-6)
 
 
-def test_clean_only_is_the_gradient_of_the_mean_clean_loss():
+def test_clean_only_is_the_gradient_of_the_mean_meta_loss():
   method = baselines.clean_only()
-  found = _run(method)
-  _assert_is_gradient_of(found, _META, np.full(4, 1 / 4))
-  assert not found.weights.any()
-  np.testing.assert_allclose(found.losses, _losses_of(_PARAMS, _BATCH), rtol=1e-5)
-  np.testing.assert_allclose(found.value, _losses_of(_PARAMS, _META).mean(), rtol=1e-5)
+  result = _run(method)
+  _assert_is_gradient_of(result, _META, np.full(4, 1 / 4))
+  assert not result.weights.any()
+  np.testing.assert_allclose(result.losses, _losses_of(_PARAMS, _BATCH), rtol=1e-5)
+  np.testing.assert_allclose(result.value, _losses_of(_PARAMS, _META).mean(), rtol=1e-5)
   np.testing.assert_allclose(
-    found.model_state["seen"], _META["x"].sum(), rtol=1e-5, atol=1e-6
+    result.model_state["seen"], _META["x"].sum(), rtol=1e-5, atol=1e-6
   )
   assert method.needs_meta
 
@@ -191,14 +198,14 @@ def test_fine_tuning_switches_exactly(first):
   method = baselines.fine_tuning(3, first)
   initial = _run(first or baselines.uniform())
   watched = initial.weights @ initial.losses
-  # Both phases return the same fields, for they are branches of one program.
+  # Both phases return the same fields, because they are branches of `lax.cond`.
   healthy = {"fault": jnp.zeros((), jnp.int32), "zero_slope": jnp.array(False)}
   initial = initial._replace(metrics={}, value=watched, **healthy)
   clean = _run(baselines.clean_only())._replace(**healthy)
   for step in range(_NUM_STEPS):
-    found = _run(method, step=step)
+    result = _run(method, step=step)
     expected = initial if step < _NUM_STEPS - 3 else clean
-    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_close(result, expected, rtol=1e-5, atol=1e-7)
   assert method.needs_meta
 
 
@@ -228,7 +235,7 @@ def test_resampling_is_exactly_balanced(num_classes):
 
 
 @pytest.mark.parametrize(("epoch", "is_balanced"), [(0, False), (3, False), (4, True)])
-def test_resampling_waits_for_its_epoch(epoch, is_balanced):
+def test_resampling_starts_at_its_epoch(epoch, is_balanced):
   method = baselines.resampling(4)
   labels = np.repeat([0, 1, 2], [160, 30, 10])
   train = {"label": labels, "index": np.arange(200)}
@@ -236,7 +243,7 @@ def test_resampling_waits_for_its_epoch(epoch, is_balanced):
   drawn = np.bincount(labels[rows], minlength=3)
   if is_balanced:
     np.testing.assert_array_equal(drawn, [66, 66, 66])
-    assert len(np.unique(rows)) < 198  # The rarest class has only ten to draw from.
+    assert len(np.unique(rows)) < 198  # The rarest class has only ten examples.
   else:
     np.testing.assert_array_equal(np.sort(rows), np.arange(200))
     assert (rows != np.arange(200)).any()
@@ -246,19 +253,21 @@ _EFFECTIVE = (1 - 0.9 ** np.array([60, 30, 10])) / (1 - 0.9)
 
 
 @pytest.mark.parametrize("from_epoch", [0, 4])
-def test_class_balanced_waits_for_its_epoch(from_epoch):
+def test_class_balanced_weights_start_at_their_epoch(from_epoch):
   method = baselines.class_balanced(0.9, from_epoch)
   for epoch in (0, 3, 4):
-    found = _run(method, epoch=epoch)
-    own = 1 / _EFFECTIVE[_LABELS] if epoch >= from_epoch else np.ones(6)
-    np.testing.assert_allclose(found.weights, own / own.sum(), rtol=1e-5)
-    _assert_is_gradient_of(found, _BATCH, own / own.sum())
-    np.testing.assert_allclose(found.losses, _losses_of(_PARAMS, _BATCH), rtol=1e-5)
+    result = _run(method, epoch=epoch)
+    unnormalized = 1 / _EFFECTIVE[_LABELS] if epoch >= from_epoch else np.ones(6)
+    np.testing.assert_allclose(
+      result.weights, unnormalized / unnormalized.sum(), rtol=1e-5
+    )
+    _assert_is_gradient_of(result, _BATCH, unnormalized / unnormalized.sum())
+    np.testing.assert_allclose(result.losses, _losses_of(_PARAMS, _BATCH), rtol=1e-5)
 
 
 def test_class_balanced_with_one_class_in_the_batch_is_uniform():
-  found = _run(baselines.class_balanced(), _examples([2] * 6))
-  np.testing.assert_allclose(found.weights, np.full(6, 1 / 6), rtol=1e-6)
+  result = _run(baselines.class_balanced(), _examples([2] * 6))
+  np.testing.assert_allclose(result.weights, np.full(6, 1 / 6), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +278,7 @@ def test_class_balanced_with_one_class_in_the_batch_is_uniform():
     (lambda: baselines.resampling(-1), "resampling: from_epoch=-1"),
   ],
 )
-def test_settings_out_of_range_are_told_at_once(make, message):
+def test_settings_out_of_range_are_refused_immediately(make, message):
   with pytest.raises(base.InputError, match=message):
     make()
 
@@ -277,20 +286,83 @@ def test_settings_out_of_range_are_told_at_once(make, message):
 @pytest.mark.parametrize(
   "factory", [baselines.class_balanced, baselines.class_proportion]
 )
-def test_counts_of_other_classes_are_refused(factory):
+def test_class_counts_of_another_length_are_refused(factory):
   problem = dataclasses.replace(_TASK, class_counts=np.array([1, 2]))
   with pytest.raises(base.InputError, match="each of the 3 classes"):
     factory().gradients((), problem, types.SimpleNamespace(batch=_BATCH))
 
 
 @pytest.mark.parametrize("factory", [baselines.class_proportion, baselines.hard_mining])
-def test_an_unknown_variant_is_refused(factory):
+def test_unknown_variant_is_refused(factory):
   with pytest.raises(base.InputError, match=f"{factory.__name__}: variant='code'"):
     factory("code")
 
 
-def test_a_nan_loss_is_kept_by_hard_mining():
+def test_hard_mining_keeps_a_nan_loss():
   kept = baselines.hardest(
     jnp.array([jnp.nan, 1.0, 0.0]), jnp.array([True, True, False])
   )
   np.testing.assert_array_equal(kept, [True, False, True])
+
+
+_MEAN_LOSSES = {
+  "focal": (baselines.focal(1.5), functools.partial(losses.focal, gamma=1.5)),
+  "soft": (baselines.bootstrapping("soft"), losses.bootstrapping_soft),
+  "hard": (
+    baselines.bootstrapping("hard", 0.6),
+    functools.partial(losses.bootstrapping_hard, beta=0.6),
+  ),
+  "sce": (
+    baselines.symmetric_cross_entropy(0.2, 0.5),
+    functools.partial(losses.symmetric_cross_entropy, alpha=0.2, beta=0.5),
+  ),
+  "gce": (
+    baselines.generalized_cross_entropy(0.5, 0.3),
+    functools.partial(losses.generalized_cross_entropy, q=0.5, threshold=0.3),
+  ),
+}
+
+
+@pytest.mark.parametrize("name", _MEAN_LOSSES)
+def test_methods_named_after_a_loss_minimize_its_mean(name):
+  method, loss_fn = _MEAN_LOSSES[name]
+
+  @jax.jit
+  def expected(params):
+    values = loss_fn(_BATCH["x"] @ params, _LABELS)
+    return jnp.mean(values), values
+
+  gradients = _run(method)
+  expected_grads, values = jax.grad(expected, has_aux=True)(_PARAMS)
+  np.testing.assert_allclose(gradients.losses, values, rtol=1e-5)
+  np.testing.assert_allclose(gradients.grads, expected_grads, rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(gradients.weights, np.full(6, 1 / 6), rtol=1e-6)
+
+
+def test_class_balanced_focal_defers_only_its_weights():
+  method = baselines.class_balanced_focal(1.0, 0.9, 3)
+  expected = losses.focal(_BATCH["x"] @ _PARAMS, _LABELS, 1.0)
+  for epoch in (2, 3):
+    gradients = _run(method, epoch=epoch)
+    np.testing.assert_allclose(gradients.losses, expected, rtol=1e-5)
+    per_class = class_balance.effective_number(_COUNTS, 0.9)
+    weights = np.asarray(per_class)[_LABELS] if epoch == 3 else np.ones(6)
+    np.testing.assert_allclose(gradients.weights, weights / weights.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda: baselines.focal(-1.0), "focal: gamma=-1.0 must be at least 0"),
+    (lambda: baselines.class_balanced_focal(-1.0), "focal: gamma=-1.0"),
+    (lambda: baselines.class_balanced_focal(1.0, -0.5), "beta=-0.5 of the"),
+    (lambda: baselines.bootstrapping("firm"), "kind='firm'; choose 'soft' or"),
+    (lambda: baselines.bootstrapping("soft", 2.0), "bootstrapping_soft: beta=2.0"),
+    (lambda: baselines.symmetric_cross_entropy(-1.0), "alpha=-1.0, beta=1.0 must"),
+    (lambda: baselines.generalized_cross_entropy(1.5), "q=1.5 must be in"),
+    (lambda: baselines.generalized_cross_entropy(0.7, 0.0), "threshold=0.0 must"),
+  ],
+)
+def test_loss_settings_out_of_range_are_refused_when_the_method_is_made(make, message):
+  with pytest.raises(base.InputError, match=message):
+    make()

@@ -1,4 +1,4 @@
-"""FORML: its first-order identity, its weights that stay, its guards."""
+"""FORML: its first-order identity, persistent weights, edge cases."""
 
 import functools
 
@@ -86,16 +86,16 @@ def _fair_loss(objective, params, weights):
 def test_first_order_identity_and_finite_differences(setting):
   objective, params = _objective(setting), _params()
   weights = _WEIGHTS / _WEIGHTS.sum()
-  found = _run(objective)
+  result = _run(objective)
   value, ahead = _fair_loss(objective, params, weights)
-  np.testing.assert_allclose(found.objective, value, rtol=1e-12)
+  np.testing.assert_allclose(result.objective, value, rtol=1e-12)
   # dF/dw_i = -alpha <grad F(p'), grad l_i(p)>.
   slope = jax.grad(lambda p: objective(_losses_fn(p, _META)))(ahead)
   jacobian = jax.jacrev(_losses_fn)(params, _BATCH)
   products = jax.tree.map(
     lambda j, g: (j * g).reshape(_B, -1).sum(axis=1), jacobian, slope
   )
-  np.testing.assert_allclose(found.gradient, -_ALPHA * sum(products.values()), 1e-10)
+  np.testing.assert_allclose(result.gradient, -_ALPHA * sum(products.values()), 1e-10)
   step = 1e-6
 
   @jax.jit
@@ -104,24 +104,24 @@ def test_first_order_identity_and_finite_differences(setting):
     return (up[0] - down[0]) / (2 * step)
 
   differences = jax.vmap(difference)(step * jnp.eye(_B))
-  np.testing.assert_allclose(found.gradient, differences, rtol=1e-5, atol=1e-8)
-  expected = np.maximum(weights - _ETA * found.gradient, 0)
-  np.testing.assert_allclose(found.weights, expected / expected.sum(), rtol=1e-12)
-  np.testing.assert_allclose(found.losses, _losses_fn(params, _BATCH), rtol=1e-12)
-  assert found.finite and found.aux is None
+  np.testing.assert_allclose(result.gradient, differences, rtol=1e-5, atol=1e-8)
+  expected = np.maximum(weights - _ETA * result.gradient, 0)
+  np.testing.assert_allclose(result.weights, expected / expected.sum(), rtol=1e-12)
+  np.testing.assert_allclose(result.losses, _losses_fn(params, _BATCH), rtol=1e-12)
+  assert result.finite and result.aux is None
 
 
-def test_the_scale_of_the_given_weights_does_not_matter():
+def test_scale_of_the_weights_does_not_matter():
   objective = _objective("worst")
-  expected, found = _run(objective), _run(objective, 50 * _WEIGHTS)
-  np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-5)
+  expected, result = _run(objective), _run(objective, 50 * _WEIGHTS)
+  np.testing.assert_allclose(result.weights, expected.weights, rtol=1e-5)
 
 
-def test_from_zero_weights_the_mean_is_l2rw():
-  found = _run(_objective("mean"), np.zeros(_B), weight_learning_rate=1.0)
+def test_mean_objective_from_zero_weights_is_l2rw():
+  result = _run(_objective("mean"), np.zeros(_B), weight_learning_rate=1.0)
   run = functools.partial(l2rw.example_weights, _losses_fn)
   expected = jax.jit(run)(_params(), _BATCH, _META)
-  np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(result.weights, expected.weights, rtol=1e-4, atol=1e-6)
 
 
 def _squared(params, batch):
@@ -129,7 +129,7 @@ def _squared(params, batch):
 
 
 def _two_groups(targets, objective, weights=(1.0, 1.0)):
-  """Two parameters, one a group: example i helps group i alone."""
+  """Two parameters, one per group: example i lowers only the loss of group i."""
   batch = {"x": jnp.eye(2), "y": jnp.ones(2)}
   exemplars = {"x": jnp.eye(2), "y": jnp.asarray(targets)}
   return forml.example_weights(
@@ -144,16 +144,16 @@ def _two_groups(targets, objective, weights=(1.0, 1.0)):
   )
 
 
-def test_by_hand():
+def test_update_matches_hand_computed_values():
   # p' = 0 + 0.1 * 0.5 * 2 = 0.1 in both; exemplar losses 0.9^2 and 2.9^2.
-  found = _two_groups([1.0, 3.0], group_objectives.worst)
-  np.testing.assert_allclose(found.objective, 8.41, rtol=1e-6)
+  result = _two_groups([1.0, 3.0], group_objectives.worst)
+  np.testing.assert_allclose(result.objective, 8.41, rtol=1e-6)
   # -0.1 * (-2 * 2.9) * (-2) = -1.16 for the example of the worse group.
-  np.testing.assert_allclose(found.gradient, [0, -1.16], rtol=1e-5)
-  np.testing.assert_allclose(found.weights, np.array([0.5, 0.616]) / 1.116, rtol=1e-5)
-  found = _two_groups([1.0, 3.0], group_objectives.gap)
-  np.testing.assert_allclose(found.gradient, [0.36, -1.16], rtol=1e-5)
-  np.testing.assert_allclose(found.weights, np.array([0.464, 0.616]) / 1.08, rtol=1e-5)
+  np.testing.assert_allclose(result.gradient, [0, -1.16], rtol=1e-5)
+  np.testing.assert_allclose(result.weights, np.array([0.5, 0.616]) / 1.116, rtol=1e-5)
+  result = _two_groups([1.0, 3.0], group_objectives.gap)
+  np.testing.assert_allclose(result.gradient, [0.36, -1.16], rtol=1e-5)
+  np.testing.assert_allclose(result.weights, np.array([0.464, 0.616]) / 1.08, rtol=1e-5)
 
 
 @pytest.mark.parametrize("objective", [group_objectives.gap, group_objectives.worst])
@@ -165,26 +165,26 @@ def test_reversed_roles_reverse_the_update(objective):
   np.testing.assert_allclose(other.gradient, one.gradient[::-1], rtol=1e-6)
 
 
-def test_groups_that_fare_alike_leave_the_weights_alone_for_the_gap():
-  found = _two_groups([3.0, 3.0], group_objectives.gap, (1.0, 1.0))
-  assert not found.gradient.any()
-  np.testing.assert_allclose(found.weights, [0.5, 0.5])
+def test_gap_of_equal_groups_does_not_change_the_weights():
+  result = _two_groups([3.0, 3.0], group_objectives.gap, (1.0, 1.0))
+  assert not result.gradient.any()
+  np.testing.assert_allclose(result.weights, [0.5, 0.5])
 
 
-def test_weights_that_all_fall_to_zero_stay_zero():
+def test_all_zero_weights_stay_finite():
   weights, gradient = jnp.array([0.5, 0.5]), jnp.array([6.0, 9.0])
   assert not forml.update_weights(weights, gradient, 0.1).any()
   np.testing.assert_allclose(
     forml.update_weights(weights, gradient, 1 / 15), [1.0, 0.0], rtol=1e-5
   )
-  # From zero the guard leaves the look-ahead where it is: no NaN, and a way back.
-  found = _two_groups([1.0, 3.0], group_objectives.worst, (0.0, 0.0))
-  np.testing.assert_allclose(found.weights, [0.0, 1.0])
+  # Zero weights give no look-ahead step and no NaN, and can become positive.
+  result = _two_groups([1.0, 3.0], group_objectives.worst, (0.0, 0.0))
+  np.testing.assert_allclose(result.weights, [0.0, 1.0])
 
 
 def test_no_gradient_flows_through_the_weights():
   def total(params):
-    found = forml.example_weights(
+    result = forml.example_weights(
       _losses_fn,
       params,
       _BATCH,
@@ -194,18 +194,18 @@ def test_no_gradient_flows_through_the_weights():
       weight_learning_rate=_ETA,
       inner_learning_rate=_ALPHA,
     )
-    return jnp.sum(found.weights * jnp.arange(_B))
+    return jnp.sum(result.weights * jnp.arange(_B))
 
-  slopes = jax.jit(jax.grad(total))(_params())
-  assert not any(x.any() for x in jax.tree.leaves(slopes))
+  gradients = jax.jit(jax.grad(total))(_params())
+  assert not any(x.any() for x in jax.tree.leaves(gradients))
 
 
-def test_nan_is_told():
+def test_nan_is_reported():
   params = _params()
   params["w"] = params["w"] * np.nan
-  found = _run(_objective("worst"), params=params)
-  assert not found.finite
-  assert np.isnan(found.weights).any()
+  result = _run(_objective("worst"), params=params)
+  assert not result.finite
+  assert np.isnan(result.weights).any()
 
 
 def _task(axis_name=None):
@@ -232,32 +232,32 @@ def _inputs(batch, meta_batch=_META):
   return base.Inputs(_params(), {}, (), batch, meta_batch, jnp.int32(0), key)
 
 
-def test_weights_are_kept_per_example_in_units_of_the_uniform_one():
+def test_weights_are_stored_per_example_in_units_of_the_uniform_weight():
   method = forml.forml(_ETA, "worst", inner_learning_rate=_ALPHA)
   assert method.needs_meta
   state = method.init(jax.random.key(0), _task(), _params())
   np.testing.assert_array_equal(state, np.ones(_N))
   run = jax.jit(lambda s, b: method.gradients(s, _task(), _inputs(b)))
-  found, state = run(state, _BATCH)
+  result, state = run(state, _BATCH)
   expected = _run(_objective("worst"), np.ones(_B))
-  np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-4)
-  np.testing.assert_allclose(state[_BATCH["index"]], _B * found.weights, rtol=1e-6)
-  assert np.ptp(found.weights) > 0.01
+  np.testing.assert_allclose(result.weights, expected.weights, rtol=1e-4)
+  np.testing.assert_allclose(state[_BATCH["index"]], _B * result.weights, rtol=1e-6)
+  assert np.ptp(result.weights) > 0.01
   others = np.setdiff1d(np.arange(_N), _BATCH["index"])
   np.testing.assert_array_equal(state[others], np.ones(_N - _B))
-  weighted = jax.grad(lambda p: jnp.sum(found.weights * _losses_fn(p, _BATCH)))
-  chex.assert_trees_all_close(found.grads, weighted(_params()), rtol=1e-4, atol=1e-6)
-  np.testing.assert_allclose(found.metrics["objective"], expected.objective, rtol=1e-5)
-  # The next visit starts where this one ended.
+  weighted = jax.grad(lambda p: jnp.sum(result.weights * _losses_fn(p, _BATCH)))
+  chex.assert_trees_all_close(result.grads, weighted(_params()), rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(result.metrics["objective"], expected.objective, rtol=1e-5)
+  # The next update starts from the stored weights.
   again, _ = run(state, _BATCH)
-  expected = _run(_objective("worst"), found.weights)
+  expected = _run(_objective("worst"), result.weights)
   np.testing.assert_allclose(again.weights, expected.weights, rtol=1e-4)
 
 
 @pytest.mark.parametrize("num_devices", [2, 4])
 @pytest.mark.parametrize("repeats", [False, True])
-def test_weights_and_state_on_any_number_of_devices(num_devices, repeats):
-  """Exemplars shared out among the devices, or repeated on each of them."""
+def test_weights_and_state_do_not_depend_on_the_number_of_devices(num_devices, repeats):
+  """Exemplars are divided among the devices, or repeated on each of them."""
   batch = _examples(5, 8)
   method = forml.forml(_ETA, "gap", inner_learning_rate=_ALPHA)
 
@@ -275,17 +275,17 @@ def test_weights_and_state_on_any_number_of_devices(num_devices, repeats):
     functools.partial(step, "d"), "d", in_axes=(None, 0, None if repeats else 0)
   )
   meta_batch = _META if repeats else share(_META)
-  found, state = mapped(jnp.ones(_N), share(batch), meta_batch)
-  np.testing.assert_allclose(found.weights.ravel(), expected.weights, rtol=1e-4)
+  result, state = mapped(jnp.ones(_N), share(batch), meta_batch)
+  np.testing.assert_allclose(result.weights.ravel(), expected.weights, rtol=1e-4)
   for index in range(num_devices):
     np.testing.assert_allclose(state[index], expected_state, rtol=1e-4)
-    own = jax.tree.map(lambda x, i=index: x[i], (found.grads, found.metrics))
+    on_device = jax.tree.map(lambda x, i=index: x[i], (result.grads, result.metrics))
     chex.assert_trees_all_close(
-      own, (expected.grads, expected.metrics), rtol=1e-4, atol=1e-6
+      on_device, (expected.grads, expected.metrics), rtol=1e-4, atol=1e-6
     )
 
 
-def test_another_way_to_form_groups():
+def test_groups_fn_defines_the_groups():
   method = forml.forml(
     _ETA,
     "worst",
@@ -293,25 +293,25 @@ def test_another_way_to_form_groups():
     inner_learning_rate=_ALPHA,
     groups_fn=lambda batch: batch["label"] // 2,
   )
-  found, _ = method.gradients(jnp.ones(_N), _task(), _inputs(_BATCH))
+  result, _ = method.gradients(jnp.ones(_N), _task(), _inputs(_BATCH))
   objective = functools.partial(
     group_objectives.worst, groups=jnp.asarray(_META["label"] // 2), num_groups=2
   )
   expected = _run(objective, np.ones(_B))
-  np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-4)
+  np.testing.assert_allclose(result.weights, expected.weights, rtol=1e-4)
 
 
-def test_exemplars_without_groups_are_refused_but_for_the_mean():
+def test_exemplars_without_groups_are_refused_except_for_the_mean():
   plain = {k: v for k, v in _META.items() if k != "group"}
   for name in ("gap", "worst", "soft_tpr"):
     with pytest.raises(base.InputError, match=f"no 'group', .* objective='{name}'"):
       forml.forml(objective=name).gradients(
         jnp.ones(_N), _task(), _inputs(_BATCH, plain)
       )
-  found, _ = forml.forml(objective="mean").gradients(
+  result, _ = forml.forml(objective="mean").gradients(
     jnp.ones(_N), _task(), _inputs(_BATCH, plain)
   )
-  np.testing.assert_allclose(found.weights.sum(), 1, rtol=1e-5)
+  np.testing.assert_allclose(result.weights.sum(), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -340,12 +340,12 @@ def test_exemplars_without_groups_are_refused_but_for_the_mean():
     ({"inner_learning_rate": -1.0}, "inner_learning_rate=-1.0 must be at least 0"),
   ],
 )
-def test_settings_out_of_range(settings, message):
+def test_settings_out_of_range_are_refused(settings, message):
   with pytest.raises(base.InputError, match=message):
     forml.forml(**settings)
 
 
-def test_the_unrolled_definition_takes_an_objective_too():
+def test_unrolled_weight_gradient_supports_objectives():
   objective, optimizer = _objective("worst"), optax.sgd(_ALPHA)
   expected = jax.jit(
     lambda p, w: hypergradient.unrolled_weight_gradient(

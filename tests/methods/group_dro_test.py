@@ -1,4 +1,4 @@
-"""Group DRO: its two steps, groups that a batch lacks, who wins in the end."""
+"""Group DRO: its two steps, absent groups, and long runs."""
 
 import functools
 import types
@@ -18,7 +18,7 @@ from l2rw_jax.models import mlp
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 _LOSSES = np.array([1.0, 3.0, 5.0, 0.5, 2.5, 0.1])
-_GROUPS = np.array([0, 0, 1, 3, 1, 3])  # Nobody of group 2.
+_GROUPS = np.array([0, 0, 1, 3, 1, 3])  # Group 2 is absent.
 
 _weights = jax.jit(group_dro.example_weights)
 
@@ -28,7 +28,7 @@ def _uniform(size=4):
 
 
 def _published(losses, groups, q, eta, adjustments=0.0):
-  """The printed algorithm, a group at a time, in NumPy."""
+  """The published algorithm in NumPy, one group at a time."""
   q, weights = np.array(q, float), np.zeros(len(losses))
   adjustments = np.broadcast_to(adjustments, q.shape)
   for g in np.unique(groups):
@@ -42,18 +42,18 @@ def _published(losses, groups, q, eta, adjustments=0.0):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("adjustments", [0.0, np.array([0.1, 0.2, 0.9, 0.4])])
 @pytest.mark.parametrize("eta", [0.01, 0.7])
-def test_equal_to_the_published_algorithm(eta, adjustments):
+def test_weights_equal_the_published_algorithm(eta, adjustments):
   rng = np.random.default_rng(0)
   log_q, q = jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4])), [0.1, 0.2, 0.3, 0.4]
   for _ in range(4):
     losses, groups = rng.exponential(size=6), rng.integers(4, size=6)
     expected, q = _published(losses, groups, q, eta, adjustments)
-    found, log_q = _weights(losses, groups, log_q, eta, adjustments=adjustments)
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    result, log_q = _weights(losses, groups, log_q, eta, adjustments=adjustments)
+    np.testing.assert_allclose(result, expected, rtol=1e-12)
     np.testing.assert_allclose(jnp.exp(log_q), q, rtol=1e-12)
 
 
-def test_without_a_step_every_group_counts_alike_whatever_its_size():
+def test_without_a_step_groups_of_any_size_count_equally():
   weights, log_q = _weights(_LOSSES, _GROUPS, _uniform(), 0.0)
   np.testing.assert_allclose(jnp.exp(log_q), np.full(4, 0.25), rtol=1e-6)
   np.testing.assert_allclose(weights, np.full(6, 0.125), rtol=1e-6)
@@ -61,25 +61,25 @@ def test_without_a_step_every_group_counts_alike_whatever_its_size():
   np.testing.assert_allclose(weights @ _LOSSES, sum(means) / 4, rtol=1e-6)
 
 
-def test_a_group_that_the_batch_lacks_keeps_its_share_to_itself():
+def test_absent_group_keeps_its_share():
   q = np.array([0.1, 0.2, 0.3, 0.4])
   weights, log_q = _weights(_LOSSES, _GROUPS, jnp.log(q), 0.1, adjustments=5.0)
-  found = np.exp(log_q)
-  np.testing.assert_allclose(weights.sum(), 1 - found[2], rtol=1e-6)
-  # Neither its loss, of which nothing is known, nor the adjustment moves it.
+  result = np.exp(log_q)
+  np.testing.assert_allclose(weights.sum(), 1 - result[2], rtol=1e-6)
+  # Neither its loss, which is unknown, nor the adjustment changes it.
   grown = 0.1 * (np.array([2.0, 3.75, 0.3]) + 5.0)
   present = [0, 1, 3]
   np.testing.assert_allclose(
-    np.log(found[present] / found[2]) - np.log(q[present] / q[2]), grown, rtol=1e-5
+    np.log(result[present] / result[2]) - np.log(q[present] / q[2]), grown, rtol=1e-5
   )
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_the_same_under_shard_map(check_vma):
+def test_shard_map_gives_the_same_result(check_vma):
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("devices",))
   whole, split = PartitionSpec(), PartitionSpec("devices")
   step = functools.partial(group_dro.example_weights, axis_name="devices")
-  found = jax.jit(
+  result = jax.jit(
     jax.shard_map(
       step,
       mesh=mesh,
@@ -89,11 +89,11 @@ def test_the_same_under_shard_map(check_vma):
     )
   )(_LOSSES, _GROUPS, _uniform(), 0.7)
   expected = _weights(_LOSSES, _GROUPS, _uniform(), 0.7)
-  for actual, desired in zip(found, expected, strict=True):
+  for actual, desired in zip(result, expected, strict=True):
     np.testing.assert_allclose(actual, desired, rtol=1e-6)
 
 
-def test_a_group_that_does_not_exist_is_refused_or_nan():
+def test_nonexistent_group_is_refused_or_nan():
   groups = np.array([0, 0, 1, -1, 1, 4])
   with pytest.raises(base.InputError, match="the group of row 3 does not exist"):
     group_dro.example_weights(_LOSSES, groups, _uniform(), 0.1)
@@ -104,7 +104,7 @@ def test_a_group_that_does_not_exist_is_refused_or_nan():
   np.testing.assert_allclose(log_q[2], log_q[3])
 
 
-def test_the_worst_group_wins_and_a_lost_one_comes_back():
+def test_worst_group_dominates_and_a_small_one_recovers():
   losses, groups = np.array([0.2, 2.0, 1.9], np.float32), np.arange(3)
   log_q = _uniform(3)
   for _ in range(1000):
@@ -128,7 +128,7 @@ def test_the_worst_group_wins_and_a_lost_one_comes_back():
     ([5.0], [2]),
   ],
 )
-def test_finite_whatever_the_losses(eta, losses, groups):
+def test_weights_of_extreme_losses_are_finite(eta, losses, groups):
   losses, log_q = np.array(losses, np.float32), _uniform(3)
   for _ in range(3):
     weights, log_q = _weights(losses, np.array(groups), log_q, eta)
@@ -136,18 +136,18 @@ def test_finite_whatever_the_losses(eta, losses, groups):
     assert (weights >= 0).all() and weights.sum() <= 1.00001
 
 
-def test_the_worst_of_huge_losses_is_told():
+def test_worst_of_huge_losses_is_identified():
   losses = np.array([1e38, 2e38, 0.0], np.float32)
   weights, _ = _weights(losses, np.arange(3), _uniform(3), 1e3)
   np.testing.assert_array_equal(weights, [0, 1, 0])
 
 
-def test_a_broken_loss_is_not_hidden():
+def test_nan_loss_gives_nan_weights():
   weights, log_q = _weights(np.array([1.0, np.nan]), np.arange(2), _uniform(2), 0.1)
   assert np.isnan(weights).all() and np.isnan(log_q).all()
 
 
-def test_half_precision_is_reckoned_in_single():
+def test_half_precision_is_computed_in_float32():
   losses = jnp.asarray(_LOSSES, jnp.bfloat16)
   weights, log_q = _weights(losses, _GROUPS, _uniform(), 0.7)
   assert weights.dtype == jnp.bfloat16 and log_q.dtype == jnp.float32
@@ -155,18 +155,18 @@ def test_half_precision_is_reckoned_in_single():
   np.testing.assert_allclose(weights.astype(float), expected, rtol=1e-2)
 
 
-def test_the_weights_are_constants_and_batch_under_vmap():
+def test_weights_are_constant_and_support_vmap():
   def total(losses, log_q):
     weights, log_q = group_dro.example_weights(losses, jnp.array(_GROUPS), log_q, 0.5)
     return jnp.sum(weights**2) + jnp.sum(log_q**2)
 
-  slopes = jax.grad(total, argnums=(0, 1))(jnp.array(_LOSSES), _uniform())
-  assert not any(np.any(x) for x in slopes)
+  gradients = jax.grad(total, argnums=(0, 1))(jnp.array(_LOSSES), _uniform())
+  assert not any(np.any(x) for x in gradients)
   rates = jnp.array([0.0, 0.5])
-  found = jax.vmap(lambda eta: _weights(_LOSSES, _GROUPS, _uniform(), eta))(rates)
+  result = jax.vmap(lambda eta: _weights(_LOSSES, _GROUPS, _uniform(), eta))(rates)
   for row, eta in enumerate(rates):
     alone = _weights(_LOSSES, _GROUPS, _uniform(), eta)
-    chex.assert_trees_all_close(jax.tree.map(lambda x, r=row: x[r], found), alone)
+    chex.assert_trees_all_close(jax.tree.map(lambda x, r=row: x[r], result), alone)
 
 
 _NET = mlp.MLP(3, (4,))
@@ -200,15 +200,15 @@ def _refreshed(method, epoch=0, **train):
 
 
 @pytest.mark.parametrize(("key", "num_groups"), [("label", None), ("group", 2)])
-def test_a_step_of_the_method(key, num_groups):
+def test_step_of_the_method(key, num_groups):
   method = group_dro.group_dro(num_groups, 0.5, key)
   state = _refreshed(method, group=np.arange(9) % 2)
-  found, after = method.gradients(state, _task(), _inputs())
+  result, after = method.gradients(state, _task(), _inputs())
   groups, size = _inputs().batch[key], num_groups or 3
-  weights, q = _published(np.asarray(found.losses), groups, [1 / size] * size, 0.5)
-  np.testing.assert_allclose(found.weights, weights, rtol=1e-5)
-  np.testing.assert_allclose(found.metrics["largest_q"], q.max(), rtol=1e-5)
-  np.testing.assert_allclose(found.metrics["total_weight"], 1, rtol=1e-5)
+  weights, q = _published(np.asarray(result.losses), groups, [1 / size] * size, 0.5)
+  np.testing.assert_allclose(result.weights, weights, rtol=1e-5)
+  np.testing.assert_allclose(result.metrics["largest_q"], q.max(), rtol=1e-5)
+  np.testing.assert_allclose(result.metrics["total_weight"], 1, rtol=1e-5)
   np.testing.assert_allclose(jnp.exp(after.log_q), q, rtol=1e-5)
   chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
 
@@ -217,17 +217,17 @@ def test_a_step_of_the_method(key, num_groups):
     return weights @ _task().loss(outputs, _inputs().batch)
 
   expected = jax.grad(weighted)(_inputs().params)
-  chex.assert_trees_all_close(found.grads, expected, rtol=1e-4, atol=1e-7)
+  chex.assert_trees_all_close(result.grads, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_small_groups_are_raised_by_the_adjustment():
+def test_adjustment_favors_small_groups():
   method = group_dro.group_dro(step_size=0.5, adjustment=2.0)
   state = _refreshed(method)
   np.testing.assert_allclose(state.adjustments, 2 / np.sqrt([4, 2, 3]), rtol=1e-6)
-  found, after = method.gradients(state, _task(), _inputs())
+  result, after = method.gradients(state, _task(), _inputs())
   labels = _inputs().batch["label"]
   _, q = _published(
-    np.asarray(found.losses), labels, [1 / 3] * 3, 0.5, state.adjustments
+    np.asarray(result.losses), labels, [1 / 3] * 3, 0.5, state.adjustments
   )
   np.testing.assert_allclose(jnp.exp(after.log_q), q, rtol=1e-5)
   kept = method.refresh(after, _task(), types.SimpleNamespace(epoch=1))
@@ -273,6 +273,6 @@ def test_small_groups_are_raised_by_the_adjustment():
     ),
   ],
 )
-def test_what_is_refused(make, message):
+def test_bad_arguments_are_refused(make, message):
   with pytest.raises(base.InputError, match=message):
     make()

@@ -1,4 +1,4 @@
-"""One look at a batch, whatever library the network is written in.
+"""L2RW with networks of several libraries.
 
 Each network has BatchNorm in training mode where its library has one, and is
 compared with the literal derivative through the unrolled step.
@@ -124,7 +124,7 @@ class _EquinoxNet(eqx.Module):
   first: eqx.nn.Linear
   norm: eqx.nn.BatchNorm
   last: eqx.nn.Linear
-  activation: Any  # Not an array: `partition` has to take it out.
+  activation: Any  # Not an array: `partition` has to separate it.
 
   def __init__(self, key):
     first, last = jax.random.split(key)
@@ -162,7 +162,7 @@ _LIBRARIES = {
 
 
 @pytest.mark.parametrize("name", _LIBRARIES)
-def test_equals_the_unrolled_step(name):
+def test_scores_equal_the_unrolled_step(name):
   case = _LIBRARIES[name]()
   optimizer = optax.sgd(0.1, momentum=0.9)
   opt_state = optimizer.init(case.params)
@@ -201,7 +201,7 @@ def test_equals_the_unrolled_step(name):
 
 
 @pytest.mark.parametrize("name", ["nnx", "equinox"])
-def test_gradients_are_applied_the_way_of_the_library(name):
+def test_gradients_are_applied_with_each_library(name):
   case = _LIBRARIES[name]()
   run = jax.jit(l2rw.weighted_value_and_grad(case.losses_fn, has_aux=True))
   (before, _), grads = run(case.params, _BATCH, _META)

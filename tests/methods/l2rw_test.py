@@ -1,4 +1,4 @@
-"""L2RW: the paper's equations, its guards, and the drop-in gradient."""
+"""L2RW: the paper's equations, edge cases, and `weighted_value_and_grad`."""
 
 import functools
 
@@ -6,14 +6,17 @@ import chex
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
 
+import l2rw_jax
 from l2rw_jax import base
 from l2rw_jax import hypergradient
 from l2rw_jax import linearization
 from l2rw_jax import losses
+from l2rw_jax import normalization
 from l2rw_jax.methods import l2rw
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -55,7 +58,7 @@ def _hand_case(**meta):
   return jnp.zeros(2), batch, {k: jnp.array(v) for k, v in meta.items()}
 
 
-def test_computed_by_hand():
+def test_weights_match_hand_computed_values():
   # grad l = [-1, 0], [0, 1]; grad M = -2 * [1, -0.5]: scores 2 and 1.
   data = _hand_case(x=[[1.0, -0.5]], y=[2.0])
   info = l2rw.example_weights(_squared, *data)
@@ -70,7 +73,7 @@ def test_computed_by_hand():
   np.testing.assert_allclose(grads, [-2 / 3, 1 / 3], rtol=1e-6)
 
 
-def test_all_examples_rejected_is_no_step_and_no_nan():
+def test_rejecting_all_examples_gives_zero_weights_without_nan():
   data = _hand_case(x=[[-1.0, 1.0]], y=[2.0])
   (loss, info), grads = l2rw.weighted_value_and_grad(_squared)(*data)
   assert (info.scores < 0).all()
@@ -94,7 +97,7 @@ def test_scores_are_inner_products_of_gradients():
 
 
 @pytest.mark.parametrize("rate", [1e-4, 1e3])
-def test_the_learning_rate_of_the_look_ahead_cancels(rate):
+def test_lookahead_learning_rate_cancels(rate):
   expected = _example_weights(_params(), _BATCH, _META)
   actual = l2rw.example_weights(
     _losses_fn, _params(), _BATCH, _META, optimizer=optax.sgd(rate)
@@ -104,7 +107,7 @@ def test_the_learning_rate_of_the_look_ahead_cancels(rate):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_order_of_examples_does_not_matter(seed):
+def test_order_of_examples_does_not_matter(seed):
   rng = np.random.default_rng(seed)
   order, meta_order = rng.permutation(_B), rng.permutation(_M)
   expected = _example_weights(_params(), _BATCH, _META)
@@ -128,7 +131,7 @@ def _unrolled(losses_fn, params, optimizer, opt_state, meta=None):
   return jax.jit(unrolled)(params, _BATCH, meta_batch, jnp.zeros(_B))
 
 
-def test_another_loss_and_another_shape_for_the_clean_batch():
+def test_meta_batch_with_another_loss_and_shape():
   target = np.random.default_rng(7).normal(size=(_M, 4)).astype(np.float32)
 
   def meta_losses_fn(params, meta_batch):
@@ -148,12 +151,12 @@ def test_another_loss_and_another_shape_for_the_clean_batch():
     optimizer.init(_params()),
     (meta_losses_fn, target),
   )
-  for found in (info, fused):
-    np.testing.assert_allclose(found.scores, expected, rtol=1e-4, atol=1e-5)
+  for outcome in (info, fused):
+    np.testing.assert_allclose(outcome.scores, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("engine", linearization.ENGINES)
-def test_drop_in_equals_the_three_lines_of_the_readme(engine):
+def test_weighted_value_and_grad_equals_its_parts(engine):
   params = _params()
   optimizer = optax.sgd(0.1, momentum=0.9)
   _, opt_state = optimizer.update(params, optimizer.init(params), params)
@@ -182,7 +185,7 @@ def test_drop_in_equals_the_three_lines_of_the_readme(engine):
   chex.assert_trees_all_close(grads, expected_grads, rtol=1e-4, atol=tolerance)
 
 
-def test_vmap_over_seeds_is_a_loop_over_seeds():
+def test_vmap_over_seeds_equals_a_loop():
   seeds = range(3)
   stacked = jax.tree.map(lambda *x: np.stack(x), *map(_params, seeds))
   run = l2rw.weighted_value_and_grad(_losses_fn)
@@ -198,7 +201,7 @@ def test_vmap_over_seeds_is_a_loop_over_seeds():
     chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_vmap_needs_no_jit():
+def test_vmap_without_jit():
   _, batch, meta_batch = _hand_case(x=[[1.0, -0.5]], y=[2.0])
   weigh = functools.partial(l2rw.example_weights, _squared)
   info = jax.vmap(weigh, in_axes=(0, None, None))(jnp.zeros((2, 2)), batch, meta_batch)
@@ -206,7 +209,7 @@ def test_vmap_needs_no_jit():
   assert info.finite.all()
 
 
-def test_nan_is_not_taken_for_a_rejection():
+def test_nan_is_reported_and_not_a_rejection():
   batch = {**_BATCH, "x": _BATCH["x"].copy()}
   batch["x"][0] = np.nan
   info = _example_weights(_params(), batch, _META)
@@ -262,7 +265,7 @@ def _task():
   )
 
 
-def test_only_the_training_batch_moves_the_running_statistics():
+def test_only_the_training_batch_changes_the_running_statistics():
   problem, key = _task(), jax.random.key(0)
   variables = jax.jit(_Net().init, static_argnums=2)(key, _BATCH["x"], True)
   params, outer = variables.pop("params"), optax.sgd(0.1, momentum=0.9)
@@ -273,10 +276,10 @@ def test_only_the_training_batch_moves_the_running_statistics():
   for optimizer in (None, outer):
     method = l2rw.l2rw(optimizer)
     assert method.needs_meta
-    found, state = jax.jit(lambda i, m=method: m.gradients((), problem, i))(inputs)
+    outcome, state = jax.jit(lambda i, m=method: m.gradients((), problem, i))(inputs)
     assert state == ()
-    chex.assert_trees_all_close(found.model_state, want_state, rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(found.losses, want_losses, rtol=1e-5)
+    chex.assert_trees_all_close(outcome.model_state, want_state, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(outcome.losses, want_losses, rtol=1e-5)
     scores = -_unrolled(
       lambda p, b: losses_of(p, b)[0],
       params,
@@ -284,6 +287,131 @@ def test_only_the_training_batch_moves_the_running_statistics():
       opt_state if optimizer else optax.sgd(1.0).init(params),
     )
     expected = np.maximum(scores, 0) / np.maximum(scores, 0).sum()
-    np.testing.assert_allclose(found.weights, expected, rtol=1e-3, atol=1e-5)
-    assert found.metrics["rejected"] == np.mean(expected == 0)
-    assert found.metrics["direction_finite"] == 1
+    np.testing.assert_allclose(outcome.weights, expected, rtol=1e-3, atol=1e-5)
+    assert outcome.metrics["rejected"] == np.mean(expected == 0)
+    assert outcome.metrics["direction_finite"] == 1
+
+
+def _squared_errors(params, batch):
+  return (batch["x"] @ params - batch["y"]) ** 2
+
+
+def _regression(size: int, seed: int = 0):
+  rng = np.random.default_rng(seed)
+
+  def part(n):
+    return {
+      "x": rng.normal(size=(n, 3)).astype(np.float32),
+      "y": rng.normal(size=n).astype(np.float32),
+    }
+
+  return jnp.ones(3), part(size), part(4)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_two_mapped_axes_equal_one_device(check_vma):
+  params, batch, clean = _regression(8)
+  fun = l2rw_jax.weighted_value_and_grad(_squared_errors)
+  (_, expected), grads = fun(params, batch, clean)
+  mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+  def body(params, batch, clean):
+    fun = l2rw_jax.weighted_value_and_grad(_squared_errors, axis_name=("a", "b"))
+    (_, info), grads = fun(params, batch, clean)
+    return grads, info.scores, info.weights
+
+  shards = P(("a", "b"))
+  mapped = jax.shard_map(
+    body,
+    mesh=mesh,
+    in_specs=(P(), shards, shards),
+    out_specs=(P(), shards, shards),
+    check_vma=check_vma,
+  )
+  result = jax.jit(mapped)(params, batch, clean)
+  wanted = (grads, expected.scores, expected.weights)
+  for one, other in zip(result, wanted, strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_nan_example_is_reported():
+  params, batch, clean = _regression(4)
+  batch["x"][2] = np.nan
+  with pytest.raises(
+    FloatingPointError, match=r"1 of 4 training losses .* first in row 2"
+  ):
+    l2rw.example_weights(_squared_errors, params, batch, clean)
+  weigh = jax.jit(lambda *args: l2rw.example_weights(_squared_errors, *args))
+  result = weigh(params, batch, clean)
+  assert not result.finite and np.isnan(result.weights).all()
+
+
+def test_no_gradient_flows_through_the_weights():
+  params, batch, clean = _regression(4)
+
+  def weighted(params):
+    weights = l2rw.example_weights(_squared_errors, params, batch, clean).weights
+    return jnp.sum(weights * _squared_errors(params, batch))
+
+  _, grads = l2rw_jax.weighted_value_and_grad(_squared_errors)(params, batch, clean)
+  np.testing.assert_allclose(jax.grad(weighted)(params), grads, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("scores", "expected"),
+  [
+    (np.float32([8e37] * 5), [0.2] * 5),
+    (np.float16([1000] * 100), [0.01] * 100),
+    (np.float32([2e-38, 2e-38]), [0.5, 0.5]),
+  ],
+)
+def test_weights_of_extreme_scores(scores, expected):
+  result = normalization.rectify(jnp.asarray(scores))
+  np.testing.assert_allclose(result, expected, rtol=2e-3)
+
+
+def test_weights_of_the_wrong_shape_are_refused():
+  params, batch, _ = _regression(4)
+  linearized = l2rw_jax.linearize(_squared_errors, params, batch)
+  with pytest.raises(base.InputError, match=r"\(4,\).*\(3,\)"):
+    linearized.weighted_gradient(jnp.ones(3))
+
+
+def test_empty_meta_batch_is_refused_under_jit():
+  params, batch, clean = _regression(4)
+  clean = {name: values[:0] for name, values in clean.items()}
+  with pytest.raises(base.InputError, match="meta_batch is empty"):
+    jax.jit(lambda: l2rw.example_weights(_squared_errors, params, batch, clean))()
+
+
+def test_params_with_a_function_are_refused_with_advice():
+  params = {"w": jnp.ones(3), "activation": jnp.tanh}
+  with pytest.raises(base.InputError, match=r"eqx\.partition"):
+    l2rw_jax.linearize(lambda p, x: x @ p["w"], params, jnp.ones((2, 3)))
+
+
+@pytest.mark.parametrize("where", ["training", "clean"])
+def test_nan_loss_with_a_zero_gradient_is_not_finite(where):
+  params, batch, clean = _regression(4)
+
+  def spoiled(params, batch):
+    losses = _squared_errors(params, batch)
+    return jnp.where(jnp.arange(4) == 1, jnp.nan, losses)
+
+  fns = {"training": (spoiled, _squared_errors), "clean": (_squared_errors, spoiled)}[
+    where
+  ]
+
+  def run(batch):
+    return l2rw.example_weights(fns[0], params, batch, clean, meta_losses_fn=fns[1])
+
+  with pytest.raises(FloatingPointError, match=r"1 of 4 .* losses .* first in row 1"):
+    run(batch)
+  result = jax.jit(run)(batch)
+  assert not result.finite and np.isfinite(result.weights).all()
+
+
+def test_opt_state_without_optimizer_is_refused():
+  params, batch, clean = _regression(4)
+  with pytest.raises(base.InputError, match="opt_state without optimizer"):
+    l2rw.example_weights(_squared_errors, params, batch, clean, opt_state=())

@@ -1,4 +1,4 @@
-"""LDAM-DRW: its margins, its losses, its late switch, what it goes with."""
+"""LDAM-DRW: margins, losses, deferred balancing, combination with other methods."""
 
 import functools
 import types
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from l2rw_jax import base
+from l2rw_jax import changed_loss
 from l2rw_jax.methods import baselines
-from l2rw_jax.methods import changed_loss
 from l2rw_jax.methods import ldam_drw
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
@@ -24,15 +24,15 @@ _MARGINS = np.array([1 / 6, 1 / 4, 1 / 2])  # n^(-1/4) / 2.
 _B = 12
 
 
-def test_margins_of_the_long_tail_of_cifar_10():
+def test_margins_for_long_tailed_cifar_10():
   counts = np.array([5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50])
   expected = [0.1581, 0.1797, 0.2042, 0.2321, 0.2638, 0.2998, 0.3407, 0.3872, 0.4405]
-  found = jax.jit(ldam_drw.margins)(counts)
-  np.testing.assert_allclose(found, [*expected, 0.5], atol=5e-5)
-  np.testing.assert_allclose(ldam_drw.margins(counts, 0.3), 0.6 * found, rtol=1e-6)
+  result = jax.jit(ldam_drw.margins)(counts)
+  np.testing.assert_allclose(result, [*expected, 0.5], atol=5e-5)
+  np.testing.assert_allclose(ldam_drw.margins(counts, 0.3), 0.6 * result, rtol=1e-6)
 
 
-def test_margins_of_classes_of_one_and_of_none():
+def test_margins_of_classes_with_one_or_no_example():
   margins = jax.jit(ldam_drw.margins)
   np.testing.assert_allclose(margins(_COUNTS), _MARGINS, rtol=1e-6)
   np.testing.assert_allclose(margins(np.array([0, 16, 0])), [0, 0.5, 0])
@@ -42,12 +42,14 @@ def test_margins_of_classes_of_one_and_of_none():
 
 
 def _literal(z, label, hinge):
-  """Of one example in double precision, as the paper prints it, scale 30."""
+  """Loss of one example in double precision by the paper's formula, scale 30."""
   others = np.delete(z, label)
-  own = z[label] - _MARGINS[label]
+  label_cosine = z[label] - _MARGINS[label]
   if hinge:
-    return max(others.max() - own, 0)
-  return -np.log(np.exp(30 * own) / (np.exp(30 * own) + np.exp(30 * others).sum()))
+    return max(others.max() - label_cosine, 0)
+  return -np.log(
+    np.exp(30 * label_cosine) / (np.exp(30 * label_cosine) + np.exp(30 * others).sum())
+  )
 
 
 def _both(cosines, labels, margins):
@@ -57,53 +59,53 @@ def _both(cosines, labels, margins):
       True: ldam_drw.ldam_hinge(z, labels, margins),
     }
 
-  slopes = jax.jacrev(lambda z: jax.tree.map(jnp.sum, values(z)))(cosines)
-  return values(cosines), slopes
+  gradients = jax.jacrev(lambda z: jax.tree.map(jnp.sum, values(z)))(cosines)
+  return values(cosines), gradients
 
 
 _run_both = jax.jit(_both)
 
 
 @pytest.mark.usefixtures("x64")
-def test_losses_are_the_printed_formulas_and_their_slopes_finite_differences():
+def test_losses_and_gradients_match_the_formulas_and_finite_differences():
   cosines = np.random.default_rng(0).uniform(-1, 1, size=(_B, 3))
   labels = np.arange(_B) % 3
-  found, slopes = _run_both(cosines, labels, _MARGINS)
+  result, gradients = _run_both(cosines, labels, _MARGINS)
   for hinge in (False, True):
     expected = [_literal(*given, hinge) for given in zip(cosines, labels, strict=True)]
-    np.testing.assert_allclose(found[hinge], expected, rtol=1e-10, atol=1e-12)
-  assert min(found[True]) == 0 < max(found[True])
+    np.testing.assert_allclose(result[hinge], expected, rtol=1e-10, atol=1e-12)
+  assert min(result[True]) == 0 < max(result[True])
   for column in np.eye(3):
     above, below = (
       _run_both(cosines + s * column, labels, _MARGINS)[0] for s in (1e-6, -1e-6)
     )
     for hinge in (False, True):
       difference = (above[hinge] - below[hinge]) / 2e-6
-      np.testing.assert_allclose(slopes[hinge] @ column, difference, atol=1e-6)
+      np.testing.assert_allclose(gradients[hinge] @ column, difference, atol=1e-6)
 
 
-def test_losses_at_the_ends_of_the_cosine_and_far_beyond():
+def test_losses_of_extreme_cosines_are_finite():
   rows = np.array([[1, -1, -1], [-1, 1, 1], [1, 1, 1], [1e4, -1e4, 0]], np.float32)
-  found = _run_both(np.repeat(rows, 3, 0), np.tile(np.arange(3), 4), _MARGINS)
-  for leaf in jax.tree.leaves(found):
+  result = _run_both(np.repeat(rows, 3, 0), np.tile(np.arange(3), 4), _MARGINS)
+  for leaf in jax.tree.leaves(result):
     assert np.isfinite(leaf).all()
-  # By hand: the first row's label is class 0, 2 - 1/6 above the others.
-  assert found[0][False][0] == pytest.approx(
+  # The label of the first row is class 0, which is 2 - 1/6 above the others.
+  assert result[0][False][0] == pytest.approx(
     np.log1p(2 * np.exp(-30 * (2 - 1 / 6))), abs=1e-6
   )
-  np.testing.assert_allclose(found[0][True][:3], [0, 2.25, 2.5], rtol=1e-6)
+  np.testing.assert_allclose(result[0][True][:3], [0, 2.25, 2.5], rtol=1e-6)
 
 
-def test_side_by_side_as_alone():
+def test_vmap_gives_the_same_losses():
   rng = np.random.default_rng(1)
   cosines = rng.uniform(-1, 1, size=(2, _B, 3)).astype(np.float32)
   labels = rng.integers(3, size=(2, _B))
   margins = np.stack([_MARGINS, _MARGINS[::-1]]).astype(np.float32)
-  found = jax.jit(jax.vmap(_both))(cosines, labels, margins)
+  result = jax.jit(jax.vmap(_both))(cosines, labels, margins)
   for run in range(2):
     alone = _run_both(cosines[run], labels[run], margins[run])
     chex.assert_trees_all_close(
-      jax.tree.map(lambda x, i=run: x[i], found), alone, rtol=1e-5, atol=1e-6
+      jax.tree.map(lambda x, i=run: x[i], result), alone, rtol=1e-5, atol=1e-6
     )
 
 
@@ -115,7 +117,7 @@ _EFFECTIVE = (1 - 0.9**_COUNTS) / (1 - 0.9)
 
 @functools.cache
 def _learner(cosine=True, counts=tuple(_COUNTS)):
-  """A task, and what is needed for a step of it."""
+  """A learning problem and the inputs of a step."""
   model = classifier.Classifier(mlp.MLP(3, (5,), cosine), 3)
   problem = model.problem(class_counts=np.array(counts), num_examples=98, num_steps=9)
   batch = {
@@ -162,13 +164,13 @@ def test_ldam_drw_reweights_from_its_epoch(hinge):
     return jnp.sum(values * weights), values
 
   for epoch, is_balanced in ((0, False), (3, False), (4, True)):
-    found = _step(method, epoch)
-    own = 1 / _EFFECTIVE[_LABELS] if is_balanced else np.ones(6)
-    weights = (own / own.sum()).astype(np.float32)
-    np.testing.assert_allclose(found.weights, weights, rtol=1e-5)
+    result = _step(method, epoch)
+    unnormalized = 1 / _EFFECTIVE[_LABELS] if is_balanced else np.ones(6)
+    weights = (unnormalized / unnormalized.sum()).astype(np.float32)
+    np.testing.assert_allclose(result.weights, weights, rtol=1e-5)
     slope, values = slope_and_losses(_learner()[1].params, weights)
-    np.testing.assert_allclose(found.losses, values, rtol=1e-4, atol=1e-5)
-    chex.assert_trees_all_close(found.grads, slope, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(result.losses, values, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(result.grads, slope, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -184,30 +186,32 @@ def test_ldam_drs_resamples_from_its_epoch(epoch, drawn):
   assert (np.bincount(rows, minlength=97) == 1).all() == (epoch == 3)
 
 
-def test_ldam_alone_never_balances_and_is_a_loss_for_any_method():
+def test_ldam_without_balancing_and_as_a_loss_for_another_method():
   method = ldam_drw.ldam_drw(balance="none")
   assert method.sample is base.permutation
-  found = _step(method, epoch=1000)
-  np.testing.assert_allclose(found.weights, np.full(6, 1 / 6), rtol=1e-6)
+  result = _step(method, epoch=1000)
+  np.testing.assert_allclose(result.weights, np.full(6, 1 / 6), rtol=1e-6)
   other = changed_loss.changed_loss(baselines.class_proportion(), ldam_drw.loss())
-  np.testing.assert_allclose(_step(other).losses, found.losses, rtol=1e-5)
+  np.testing.assert_allclose(_step(other).losses, result.losses, rtol=1e-5)
 
 
-def test_evaluation_takes_the_largest_cosine_without_margins():
+def test_evaluation_predicts_the_largest_cosine():
   problem, inputs = _learner()
   batch = inputs.batch
-  found = evaluation.predict(problem, inputs.params, {}, batch)
-  np.testing.assert_array_equal(found.predicted, _cosines(inputs.params).argmax(axis=1))
+  result = evaluation.predict(problem, inputs.params, {}, batch)
+  np.testing.assert_array_equal(
+    result.predicted, _cosines(inputs.params).argmax(axis=1)
+  )
 
 
-def test_logits_that_are_not_cosines_are_told_before_the_first_step():
+def test_logits_that_are_not_cosines_are_refused_before_the_first_step():
   method = ldam_drw.ldam_drw(from_epoch=1)
   _refreshed(method, 0, cosine=True)
   with pytest.raises(base.InputError, match="not cosines; build it with cosine=True"):
     _refreshed(method, 0, cosine=False)
 
 
-def test_counts_of_other_classes_are_told():
+def test_class_counts_of_another_length_are_refused():
   problem, inputs = _learner(counts=(5, 4))
   method = ldam_drw.ldam_drw(balance="none")
   state = method.init(jax.random.key(0), problem, inputs.params)
@@ -227,13 +231,13 @@ def test_counts_of_other_classes_are_told():
     ({"balance": "both"}, "balance='both'; choose one of reweight, resample, none"),
   ],
 )
-def test_settings_out_of_range(settings, message):
+def test_settings_out_of_range_are_refused(settings, message):
   with pytest.raises(base.InputError, match=message):
     ldam_drw.ldam_drw(**{"from_epoch": 3, **settings})
 
 
 @pytest.mark.parametrize("hinge", [False, True])
-def test_a_loss_for_other_methods_tells_mistakes_at_once(hinge):
+def test_bad_settings_of_the_loss_are_refused_immediately(hinge):
   with pytest.raises(base.InputError, match="max_margin=nan must be at least 0"):
     ldam_drw.loss(float("nan"), hinge=hinge)
   with pytest.raises(base.InputError, match=r"scale=-1\.0 must be more than 0"):
@@ -249,7 +253,7 @@ def test_a_loss_for_other_methods_tells_mistakes_at_once(hinge):
     ((3,), (3,), (3,)),
   ],
 )
-def test_shapes_that_do_not_fit(cosines, labels, margins):
+def test_mismatched_shapes_are_refused(cosines, labels, margins):
   for loss_fn in (ldam_drw.ldam, ldam_drw.ldam_hinge):
     with pytest.raises(base.InputError, match=r"(ldam: cosines|logits) must be"):
       loss_fn(jnp.zeros(cosines), jnp.zeros(labels, int), jnp.zeros(margins))

@@ -1,4 +1,4 @@
-"""Meta-Weight-Net: its gradient by definition, the variants, the released sizes."""
+"""Meta-Weight-Net: its gradient, the variants of the releases, their sizes."""
 
 import functools
 
@@ -54,7 +54,7 @@ def _problem(dtype=np.float64):
 
 
 def _unrolled(phi, params, batch, meta_batch, normalization, detached, optimizer):
-  """M(step(grad of the weighted loss)) as it is written in the paper."""
+  """M(step(gradient of the weighted loss)), the definition in the paper."""
 
   def weighted_loss(params):
     losses = _losses_fn(params, batch)
@@ -72,13 +72,13 @@ def _unrolled(phi, params, batch, meta_batch, normalization, detached, optimizer
 @pytest.mark.parametrize(("normalization", "detached"), _VARIANTS)
 @pytest.mark.parametrize(
   "optimizer",
-  # A large eps: a fresh Adam otherwise takes the same step whatever the gradient.
+  # A large eps, because a fresh Adam otherwise ignores the size of the gradient.
   [optax.sgd(_RATE), optax.adam(_RATE, eps=1.0)],
   ids=["sgd", "adam"],
 )
-def test_gradient_is_that_of_the_unrolled_step(x64, normalization, detached, optimizer):
+def test_gradient_equals_the_unrolled_step(x64, normalization, detached, optimizer):
   problem = _problem()
-  found = jax.jit(
+  result = jax.jit(
     lambda phi, params, batch, meta: meta_weight_net.network_gradient(
       _NET.apply,
       phi,
@@ -95,15 +95,15 @@ def test_gradient_is_that_of_the_unrolled_step(x64, normalization, detached, opt
     _unrolled, normalization=normalization, detached=detached, optimizer=optimizer
   )
   value, literal = jax.jit(jax.value_and_grad(meta_loss))(*problem)
-  np.testing.assert_allclose(found.meta_loss, value, rtol=1e-12)
-  assert found.finite
+  np.testing.assert_allclose(result.meta_loss, value, rtol=1e-12)
+  assert result.finite
   scale = optax.tree.norm(literal)
   assert scale > 1e-6
-  chex.assert_trees_all_close(found.gradient, literal, rtol=1e-7, atol=1e-9 * scale)
+  chex.assert_trees_all_close(result.gradient, literal, rtol=1e-7, atol=1e-9 * scale)
 
 
 @pytest.mark.parametrize(("normalization", "detached"), _VARIANTS)
-def test_gradient_is_that_of_finite_differences(x64, normalization, detached):
+def test_gradient_equals_finite_differences(x64, normalization, detached):
   phi, *rest = _problem()
   options = {
     "optimizer": optax.sgd(_RATE),
@@ -112,7 +112,7 @@ def test_gradient_is_that_of_finite_differences(x64, normalization, detached):
   }
 
   @jax.jit
-  def lesson(phi):
+  def meta_gradient(phi):
     return meta_weight_net.network_gradient(
       _NET.apply, phi, _losses_fn, *rest, **options
     )
@@ -121,7 +121,7 @@ def test_gradient_is_that_of_finite_differences(x64, normalization, detached):
   def meta_loss(phi):
     return _unrolled(phi, *rest, **options)
 
-  found = lesson(phi).gradient
+  result = meta_gradient(phi).gradient
   rng = np.random.default_rng(1)
   for _ in range(3):
     along = jax.tree.map(lambda x: rng.normal(size=x.shape), phi)
@@ -131,7 +131,7 @@ def test_gradient_is_that_of_finite_differences(x64, normalization, detached):
       return meta_loss(moved)
 
     slope = (at(1e-5) - at(-1e-5)) / 2e-5
-    np.testing.assert_allclose(optax.tree.vdot(found, along), slope, rtol=1e-5)
+    np.testing.assert_allclose(optax.tree.vdot(result, along), slope, rtol=1e-5)
 
 
 def test_closed_form_of_the_paper(x64):
@@ -153,13 +153,13 @@ def test_closed_form_of_the_paper(x64):
   expected = jax.tree.map(
     lambda j: -rate / _B * jnp.tensordot(products, j, 1), jacobian
   )
-  found = meta_weight_net.network_gradient(
+  result = meta_weight_net.network_gradient(
     _NET.apply, phi, _losses_fn, params, batch, meta_batch, optimizer=optax.sgd(rate)
   )
-  chex.assert_trees_all_close(found.gradient, expected, rtol=1e-9, atol=1e-14)
+  chex.assert_trees_all_close(result.gradient, expected, rtol=1e-9, atol=1e-14)
 
 
-def test_weights_computed_by_hand():
+def test_weights_match_hand_computed_values():
   losses = jnp.array([0.0, 1.0, 3.0])
 
   def weight_fn(k, losses):
@@ -178,7 +178,7 @@ def test_weights_computed_by_hand():
   np.testing.assert_allclose(inner, [0, 4 / 3, 4], rtol=1e-6)
 
 
-def test_the_released_network():
+def test_network_has_the_released_size():
   net = meta_weight_net.WeightNet()
   phi = net.init(jax.random.key(0), jnp.zeros(1))
   assert sum(x.size for x in jax.tree.leaves(phi)) == 301
@@ -202,14 +202,14 @@ def test_the_released_network():
     ({"every": 0}, "every=0 must be at least 1"),
   ],
 )
-def test_mistakes_are_one_line(arguments, message):
+def test_bad_settings_are_refused(arguments, message):
   with pytest.raises(base.InputError, match=message) as raised:
     meta_weight_net.meta_weight_net(0.1, **arguments)
   assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", meta_weight_net.PRESETS)
-def test_presets_are_the_released_variants(name):
+def test_presets_match_the_releases(name):
   expected = {
     "imbalance": ("sum", False),
     "noise": ("sum", True),
@@ -226,7 +226,7 @@ def test_presets_are_the_released_variants(name):
   one, other = 1 + 5e-4 * 2, 5e-4 * 2
   momentum = other + 0.9 * one
   nesterov = np.array([one + 0.9 * one, other + 0.9 * momentum])
-  # Adam: the decay of 2e-4 joins the gradient, and so both moments.
+  # Adam: the decay of 2e-4 is added to the gradient, and so enters both moments.
   one, other = 1 + 2e-4, 2e-4
   mean = (0.9 * 0.1 * one + 0.1 * other) / (1 - 0.9**2)
   square = (0.999 * 1e-3 * one**2 + 1e-3 * other**2) / (1 - 0.999**2)
@@ -260,20 +260,20 @@ def _factory_step(**options):
   inputs = base.Inputs(
     params, variables, (), batch, meta_batch, jnp.int32(0), jax.random.key(2)
   )
-  found, after = jax.jit(lambda s, i: method.gradients(s, problem, i))(before, inputs)
+  result, after = jax.jit(lambda s, i: method.gradients(s, problem, i))(before, inputs)
 
   def losses_fn(params, batch):
     return problem.losses_fn(variables, inputs.key)(params, batch)[0]
 
-  return losses_fn, before, after, found, inputs
+  return losses_fn, before, after, result, inputs
 
 
 @pytest.mark.parametrize(("normalization", "detached"), _VARIANTS)
-def test_the_method_learns_first_and_weighs_by_what_it_learned(normalization, detached):
-  losses_fn, before, after, found, inputs = _factory_step(
+def test_weights_use_the_updated_network(normalization, detached):
+  losses_fn, before, after, result, inputs = _factory_step(
     normalization=normalization, detached=detached
   )
-  lesson = meta_weight_net.network_gradient(
+  meta_gradient = meta_weight_net.network_gradient(
     _NET.apply,
     before.params,
     losses_fn,
@@ -284,7 +284,9 @@ def test_the_method_learns_first_and_weighs_by_what_it_learned(normalization, de
     normalization=normalization,
     detached=detached,
   )
-  expected = jax.tree.map(lambda p, g: p - 50 * g, before.params, lesson.gradient)
+  expected = jax.tree.map(
+    lambda p, g: p - 50 * g, before.params, meta_gradient.gradient
+  )
   chex.assert_trees_all_close(after.params, expected, rtol=1e-4, atol=1e-6)
   losses = losses_fn(inputs.params, inputs.batch)
   old, new = (
@@ -294,19 +296,19 @@ def test_the_method_learns_first_and_weighs_by_what_it_learned(normalization, de
     for state in (before, after)
   )
   assert np.abs(new - old).max() > 1e-5
-  np.testing.assert_allclose(found.weights, new, rtol=1e-5)
+  np.testing.assert_allclose(result.weights, new, rtol=1e-5)
   grads = jax.grad(lambda p: jnp.sum(new * losses_fn(p, inputs.batch)))(inputs.params)
-  chex.assert_trees_all_close(found.grads, grads, rtol=1e-4, atol=1e-6)
+  chex.assert_trees_all_close(result.grads, grads, rtol=1e-4, atol=1e-6)
 
 
-def test_a_preset_sets_what_is_not_given():
-  *_, found, _ = _factory_step(preset="imbalance")
-  np.testing.assert_allclose(found.weights.sum(), 1, rtol=1e-5)
-  *_, found, _ = _factory_step(preset="noise_stable")
-  assert found.weights.sum() < 0.9
+def test_preset_provides_missing_settings():
+  *_, result, _ = _factory_step(preset="imbalance")
+  np.testing.assert_allclose(result.weights.sum(), 1, rtol=1e-5)
+  *_, result, _ = _factory_step(preset="noise_stable")
+  assert result.weights.sum() < 0.9
 
 
-def test_lessons_come_every_so_many_steps():
+def test_network_is_updated_every_so_many_steps():
   state = meta_network.init(jnp.array(1.0), optax.sgd(1.0))
 
   def meta_gradient_fn(phi):
@@ -325,8 +327,8 @@ def test_lessons_come_every_so_many_steps():
   assert float(always.params) == 0.5 and float(always.meta_loss) == 7
 
 
-def test_learns_to_distrust_large_losses():
-  """Half the labels are wrong: after lessons, V falls with the loss."""
+def test_network_learns_small_weights_for_large_losses():
+  """Half of the labels are wrong: V learns to decrease with the loss."""
   rng = np.random.default_rng(0)
   x = rng.normal(size=(200, 5)).astype(np.float32)
   label = (x[:, 0] > 0).astype(np.int32)
@@ -342,7 +344,7 @@ def test_learns_to_distrust_large_losses():
 
   @jax.jit
   def teach(phi, opt_state):
-    found = meta_weight_net.network_gradient(
+    result = meta_weight_net.network_gradient(
       net.apply,
       phi,
       losses_fn,
@@ -351,7 +353,7 @@ def test_learns_to_distrust_large_losses():
       {"x": x[:50], "label": label[:50]},
       optimizer=optax.sgd(1.0),
     )
-    updates, opt_state = optimizer.update(found.gradient, opt_state)
+    updates, opt_state = optimizer.update(result.gradient, opt_state)
     return optax.apply_updates(phi, updates), opt_state
 
   opt_state = optimizer.init(phi)

@@ -1,4 +1,4 @@
-"""The S-model: its loss, its two gradients, when its layer is on and what it learns."""
+"""The S-model: its loss, its two gradients, and the learned layer."""
 
 import functools
 import types
@@ -11,9 +11,9 @@ import optax
 import pytest
 
 from l2rw_jax import base
+from l2rw_jax import label_transition
 from l2rw_jax import losses
 from l2rw_jax.methods import baselines
-from l2rw_jax.methods import label_transition
 from l2rw_jax.methods import s_model
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
@@ -30,7 +30,7 @@ def _draw(seed, size=6, num_logits=3):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("num_logits", [1, 3])
-def test_equal_to_the_product_of_two_softmaxes(num_logits):
+def test_loss_equals_the_product_of_two_softmaxes(num_logits):
   logits, labels, layer = _draw(0, num_logits=num_logits)
   z = np.asarray(logits)
   if num_logits == 1:
@@ -38,23 +38,23 @@ def test_equal_to_the_product_of_two_softmaxes(num_logits):
   p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
   t = np.exp(layer) / np.exp(layer).sum(axis=1, keepdims=True)
   expected = [-np.log((p @ t)[i, y]) for i, y in enumerate(labels)]
-  found = jax.jit(s_model.s_model_loss)(logits, labels, layer)
-  np.testing.assert_allclose(found, expected, rtol=1e-12)
+  result = jax.jit(s_model.s_model_loss)(logits, labels, layer)
+  np.testing.assert_allclose(result, expected, rtol=1e-12)
   forward = losses.forward_corrected(logits, jnp.asarray(labels), jnp.asarray(t))
-  np.testing.assert_allclose(found, forward, rtol=1e-12)
+  np.testing.assert_allclose(result, forward, rtol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
-def test_gradients_by_finite_differences():
+def test_gradients_equal_finite_differences():
   logits, labels, layer = _draw(1)
 
   def mean(logits, layer):
     return s_model.s_model_loss(logits, jnp.asarray(labels), layer).mean()
 
   run = jax.jit(mean)
-  found = jax.jit(jax.grad(mean, argnums=(0, 1)))(logits, layer)
+  result = jax.jit(jax.grad(mean, argnums=(0, 1)))(logits, layer)
   step = 1e-6
-  for position, slope in enumerate(found):
+  for position, slope in enumerate(result):
     for entry in np.ndindex(slope.shape):
       ends = []
       for sign in (1, -1):
@@ -68,9 +68,7 @@ def test_gradients_by_finite_differences():
 @pytest.mark.parametrize("num_logits", [1, 3])
 @pytest.mark.parametrize("layer_scale", [0, 1e4, 1e30])
 @pytest.mark.parametrize("scale", [0, 1e4, 1e30])
-def test_finite_in_float32_wherever_logits_and_layer_are(
-  scale, layer_scale, num_logits
-):
+def test_loss_is_finite_for_finite_logits_and_layer(scale, layer_scale, num_logits):
   logits, labels, layer = _draw(2, num_logits=num_logits)
   given = scale * logits.astype(np.float32), layer_scale * layer.astype(np.float32)
 
@@ -78,12 +76,14 @@ def test_finite_in_float32_wherever_logits_and_layer_are(
     values = s_model.s_model_loss(logits, jnp.asarray(labels), layer)
     return values.sum(), values
 
-  (_, values), slopes = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(*given)
-  assert base.all_finite((values, slopes))
+  (_, values), gradients = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(
+    *given
+  )
+  assert base.all_finite((values, gradients))
   assert (values >= 0).all()
 
 
-def test_with_sure_predictions_the_layer_learns_their_confusion():
+def test_layer_converges_to_the_confusion_of_certain_predictions():
   rng = np.random.default_rng(3)
   predicted = rng.integers(3, size=400)
   truth = np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.1, 0.6]])
@@ -97,9 +97,9 @@ def test_with_sure_predictions_the_layer_learns_their_confusion():
     )
     return jax.lax.fori_loop(0, 500, lambda _, a: a - 5.0 * slope(a), layer)
 
-  found = jax.nn.softmax(fit(jnp.log(s_model.smoothed_identity(3))), axis=1)
+  result = jax.nn.softmax(fit(jnp.log(s_model.smoothed_identity(3))), axis=1)
   expected = label_transition.confusion(predicted, labels, 3, smoothing=0.0)
-  np.testing.assert_allclose(found, expected, atol=1e-4)
+  np.testing.assert_allclose(result, expected, atol=1e-4)
 
 
 def test_smoothed_identity():
@@ -150,7 +150,7 @@ def _begin(method, num_logits=3):
 
 
 @pytest.mark.parametrize("num_logits", [1, 3])
-def test_one_step_moves_network_and_layer_along_the_same_loss(num_logits):
+def test_step_updates_network_and_layer_on_the_same_loss(num_logits):
   method = s_model.s_model(optimizer=optax.sgd(0.5), smoothing=0.2)
   problem, inputs = _task(num_logits), _inputs(num_logits)
   state = _begin(method, num_logits)
@@ -162,30 +162,30 @@ def test_one_step_moves_network_and_layer_along_the_same_loss(num_logits):
     logits = _net(num_logits).apply({"params": params}, inputs.batch["image"])
     return s_model.s_model_loss(logits, inputs.batch["label"], layer).mean()
 
-  found, after = method.gradients(state, problem, inputs)
-  slopes = jax.grad(mean, argnums=(0, 1))(inputs.params, state.logits)
-  chex.assert_trees_all_close(found.grads, slopes[0], rtol=1e-4, atol=1e-7)
-  np.testing.assert_allclose(after.logits, state.logits - 0.5 * slopes[1], rtol=1e-5)
-  assert np.abs(slopes[1]).max() > 1e-3
-  np.testing.assert_allclose(found.losses.mean(), mean(inputs.params, state.logits))
-  np.testing.assert_allclose(found.weights, np.full(6, 1 / 6), rtol=1e-6)
-  np.testing.assert_allclose(found.metrics["transition_diagonal"], 0.8, rtol=1e-5)
+  result, after = method.gradients(state, problem, inputs)
+  gradients = jax.grad(mean, argnums=(0, 1))(inputs.params, state.logits)
+  chex.assert_trees_all_close(result.grads, gradients[0], rtol=1e-4, atol=1e-7)
+  np.testing.assert_allclose(after.logits, state.logits - 0.5 * gradients[1], rtol=1e-5)
+  assert np.abs(gradients[1]).max() > 1e-3
+  np.testing.assert_allclose(result.losses.mean(), mean(inputs.params, state.logits))
+  np.testing.assert_allclose(result.weights, np.full(6, 1 / 6), rtol=1e-6)
+  np.testing.assert_allclose(result.metrics["transition_diagonal"], 0.8, rtol=1e-5)
   chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
 
 
 @pytest.mark.parametrize("initial", s_model.INITIALS)
-def test_until_its_epoch_the_layer_is_off_and_stays_as_it_is(initial):
-  # Decay would move a layer that only had no gradient.
+def test_layer_is_inactive_and_constant_before_its_epoch(initial):
+  # Weight decay would change a layer whose gradient is 0.
   method = s_model.s_model(
     optimizer=optax.adamw(0.1, weight_decay=0.1), from_epoch=2, initial=initial
   )
   state = _begin(method)
   for epoch in (0, 1):
     state = method.refresh(state, _task(), _view(epoch))
-    found, after = method.gradients(state, _task(), _inputs())
+    result, after = method.gradients(state, _task(), _inputs())
     plain, _ = baselines.uniform().gradients((), _task(), _inputs())
-    assert found.metrics.pop("transition_diagonal") == 1
-    chex.assert_trees_all_close(found, plain, rtol=1e-5, atol=1e-7)
+    assert result.metrics.pop("transition_diagonal") == 1
+    chex.assert_trees_all_close(result, plain, rtol=1e-5, atol=1e-7)
     chex.assert_trees_all_equal(after, state)
   state = method.refresh(after, _task(), _view(2))
   expected = s_model.smoothed_identity(3)
@@ -196,23 +196,23 @@ def test_until_its_epoch_the_layer_is_off_and_stays_as_it_is(initial):
     expected = label_transition.confusion(predicted, labels, 3)
   layer = jax.nn.softmax(state.logits, axis=1)
   np.testing.assert_allclose(layer, expected, rtol=1e-4, atol=1e-7)
-  found, after = method.gradients(state, _task(), _inputs())
+  result, after = method.gradients(state, _task(), _inputs())
   np.testing.assert_allclose(
-    found.metrics["transition_diagonal"], np.diag(expected).mean(), rtol=1e-4
+    result.metrics["transition_diagonal"], np.diag(expected).mean(), rtol=1e-4
   )
   assert np.abs(after.logits - state.logits).max() > 0.01
   kept = method.refresh(after, _task(), _view(3))
   chex.assert_trees_all_equal(kept, after)
 
 
-def test_a_class_that_is_never_predicted_starts_finite():
+def test_class_that_is_never_predicted_has_finite_logits():
   method = s_model.s_model(from_epoch=1, initial="confusion")
   view = _view(1)
-  zero = jax.tree.map(jnp.zeros_like, view.params)  # Predicts class 0 for all.
+  zero = jax.tree.map(jnp.zeros_like, view.params)  # Predicts class 0 for all examples.
   view = types.SimpleNamespace(**{**vars(view), "params": zero})
   state = method.refresh(_begin(method), _task(), view)
-  found, after = method.gradients(state, _task(), _inputs())
-  assert base.all_finite((found.grads, found.losses, after.logits))
+  result, after = method.gradients(state, _task(), _inputs())
+  assert base.all_finite((result.grads, result.losses, after.logits))
   np.testing.assert_allclose(
     jax.nn.softmax(state.logits, axis=1)[1:], np.eye(3)[1:], atol=1e-6
   )
@@ -243,6 +243,6 @@ def test_a_class_that_is_never_predicted_starts_finite():
     ),
   ],
 )
-def test_what_is_refused(make, message):
+def test_bad_arguments_are_refused(make, message):
   with pytest.raises(base.InputError, match=message):
     make()

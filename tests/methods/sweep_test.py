@@ -1,4 +1,4 @@
-"""What holds for every method: any number of devices, runs side by side, state."""
+"""Properties of every method: number of devices, runs side by side, state."""
 
 import functools
 
@@ -16,11 +16,10 @@ from l2rw_jax.methods import advisor
 from l2rw_jax.methods import bare
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import forml
+from l2rw_jax.methods import forward_correction
 from l2rw_jax.methods import group_dro
 from l2rw_jax.methods import l2rw
-from l2rw_jax.methods import label_transition
 from l2rw_jax.methods import ldam_drw
-from l2rw_jax.methods import loss_baselines
 from l2rw_jax.methods import mentornet
 from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.methods import nested_maml
@@ -38,7 +37,7 @@ _OUTER = optax.sgd(0.3, momentum=0.9)
 
 
 def _selected(method):
-  """As after a selection, of which an update sees the weights alone."""
+  """A state as after a selection; an update uses only its weights."""
 
   def init(key, problem, params):
     weights = jnp.linspace(0, 2, problem.num_examples)
@@ -47,15 +46,15 @@ def _selected(method):
   return method._replace(init=init)
 
 
-# Plain SGD: a meta gradient too large by the number of devices would show.
+# Plain SGD, so that a meta gradient with a wrong scale is noticed.
 _META = optax.sgd(3.0)
-# Add a method here, with settings under which it does something in four steps.
+# Add a method here, with settings that have an effect within four steps.
 _METHODS = {
   "uniform": baselines.uniform(),
   "random": baselines.random(),
   "class_proportion": baselines.class_proportion(),
   "hard_mining": baselines.hard_mining(),
-  "class_balanced_focal": loss_baselines.class_balanced_focal(1.0, 0.9),
+  "class_balanced_focal": baselines.class_balanced_focal(1.0, 0.9),
   "clean_only": baselines.clean_only(),
   "fine_tuning_l2rw": baselines.fine_tuning(2, l2rw.l2rw()),
   "l2rw": l2rw.l2rw(),
@@ -83,7 +82,7 @@ _METHODS = {
   "bare_own_label": bare.bare(0.5, "own_label"),
   "absgd": absgd.absgd(1.0, gamma=0.7, alpha=0.5),
   "absgd_noise": absgd.absgd(-1.0, gamma=0.5, clip=0.1, add_uniform=True),
-  "forward_correction": label_transition.forward_correction(
+  "forward_correction": forward_correction.forward_correction(
     transition=0.7 * np.eye(_CLASSES) + 0.1
   ),
   "s_model": s_model.s_model(optimizer=_META),
@@ -156,13 +155,13 @@ def _initial(name, seed=0):
 
 def _step_fn(name, axis_name):
   def step(state, batch, meta_batch):
-    # The loop's own step, and what the method told it.
-    told = []
+    # The loop's step and the gradients that the method returned.
+    returned = []
 
     def gradients(*given):
-      found, method_state = _METHODS[name].gradients(*given)
-      told.append(found)
-      return found, method_state
+      result, method_state = _METHODS[name].gradients(*given)
+      returned.append(result)
+      return result, method_state
 
     new_state, _ = step_lib.train_step(
       state,
@@ -173,14 +172,14 @@ def _step_fn(name, axis_name):
       method=_METHODS[name]._replace(gradients=gradients),
       optimizer=_OUTER,
     )
-    return new_state, told[0]
+    return new_state, returned[0]
 
   return step
 
 
 @functools.cache
 def _history(name, num_devices, seed=0):
-  """`Gradients` of every update and the last state; None is jit without an axis."""
+  """`Gradients` of every update and the last state; None runs jit without an axis."""
   state = _initial(name, seed)
   if num_devices is None:
     step_fn = jax.jit(_step_fn(name, None))
@@ -194,8 +193,8 @@ def _history(name, num_devices, seed=0):
       batches = jax.tree.map(
         lambda x: x.reshape(num_devices, -1, *x.shape[1:]), batches
       )
-    state, found = step_fn(state, *batches)
-    history.append(jax.device_get(found))
+    state, result = step_fn(state, *batches)
+    history.append(jax.device_get(result))
   return history, jax.device_get(state)
 
 
@@ -208,20 +207,20 @@ def _assert_close(actual, expected):
 
 
 @pytest.mark.parametrize("name", _METHODS)
-def test_trains_alike_on_eight_devices_as_on_one(name):
+def test_eight_devices_equal_one(name):
   expected_history, expected_state = _history(name, None)
   history, state = _history(name, 8)
   for index in (0, 7):
     _assert_close(_on_device(state, index), expected_state)
-  for found, expected in zip(history, expected_history, strict=True):
+  for result, expected in zip(history, expected_history, strict=True):
     for index in (0, 7):
-      seen = _on_device(found, index)
-      weights, values = found.weights.ravel(), found.losses.ravel()
+      seen = _on_device(result, index)
+      weights, values = result.weights.ravel(), result.losses.ravel()
       _assert_close(seen._replace(weights=weights, losses=values), expected)
 
 
 @pytest.mark.parametrize("name", _METHODS)
-def test_trains_side_by_side_as_alone(name):
+def test_runs_side_by_side_equal_single_runs(name):
   states = [_initial(name, seed) for seed in (0, 1)]
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
   step_fn = jax.jit(jax.vmap(_step_fn(name, None), in_axes=(0, None, None)))
@@ -233,21 +232,21 @@ def test_trains_side_by_side_as_alone(name):
 
 
 @pytest.mark.parametrize("name", _METHODS)
-def test_says_what_the_loop_expects(name):
+def test_method_satisfies_the_contract(name):
   history, state = _history(name, None)
   assert state.failure.step == -1  # Every number was finite.
-  for found in history:
-    assert found.weights.shape == found.losses.shape == (_B,)
-    assert (found.weights >= 0).all()
-    assert all(np.shape(value) == () for value in found.metrics.values())
-    chex.assert_trees_all_equal_shapes_and_dtypes(found.grads, state.params)
+  for result in history:
+    assert result.weights.shape == result.losses.shape == (_B,)
+    assert (result.weights >= 0).all()
+    assert all(np.shape(value) == () for value in result.metrics.values())
+    chex.assert_trees_all_equal_shapes_and_dtypes(result.grads, state.params)
   before = _initial(name)
   chex.assert_trees_all_equal_shapes_and_dtypes(state, before)
   moved = jax.tree.map(lambda a, b: np.any(a != b), state.params, before.params)
   assert any(jax.tree.leaves(moved))
 
 
-def test_the_updates_show_fine_tuning_in_both_phases_and_mining_at_work():
+def test_steps_cover_both_phases_of_fine_tuning_and_hard_mining():
   weighs = [bool(f.weights.any()) for f in _history("fine_tuning_l2rw", None)[0]]
   assert weighs == [True, True, False, False]
   kept = [(f.weights == 0).sum() for f in _history("hard_mining", None)[0]]
@@ -255,8 +254,8 @@ def test_the_updates_show_fine_tuning_in_both_phases_and_mining_at_work():
 
 
 @pytest.mark.parametrize("name", _METHODS)
-def test_can_be_traced_under_an_explicit_mesh(name):
-  # What JAX refuses there, it refuses while tracing; `formulas_sweep_test` compares
+def test_methods_can_be_traced_under_an_explicit_mesh(name):
+  # JAX reports errors of sharding while tracing; `formulas_sweep_test` compares
   # the numbers of the formulas.
   mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
   spread = jax.sharding.NamedSharding(mesh, jax.P("data"))
@@ -269,5 +268,5 @@ def test_can_be_traced_under_an_explicit_mesh(name):
     return _step_fn(name, None)(state, batch, meta_batch)[1]
 
   with jax.set_mesh(mesh):
-    found = jax.eval_shape(first_step, jax.random.key(0), *batches)
-  assert found.weights.shape == found.losses.shape == (_B,)
+    result = jax.eval_shape(first_step, jax.random.key(0), *batches)
+  assert result.weights.shape == result.losses.shape == (_B,)

@@ -1,4 +1,4 @@
-"""WarPI: golden vectors, the meta gradient by definition, draws and ablation."""
+"""WarPI: golden vectors, the meta gradient, draws, and the ablation."""
 
 import chex
 import jax
@@ -60,7 +60,7 @@ def test_limits_of_the_rectifier():
   np.testing.assert_array_equal(gradient, 0)
 
 
-def test_losses_are_averaged_over_draws_not_probabilities():
+def test_losses_not_probabilities_are_averaged_over_draws():
   logits, labels = jnp.array([[2.0, -1.0, 0.5]]), jnp.array([1])
   vectors = jnp.array([[[0.9, 0.5, 0.2]], [[0.1, 0.8, 0.7]]])
   each = [warpi.rectified_cross_entropy(logits, v[None], labels) for v in vectors]
@@ -80,7 +80,7 @@ def test_released_sizes(num_classes, size):
   assert sum(x.size for x in jax.tree.leaves(phi)) == size
 
 
-def test_the_log_variance_is_safe_and_labels_are_told_apart():
+def test_log_variance_is_clipped_and_labels_matter():
   net = warpi.RectifierNet(_C, hidden=4)
   logits = jnp.array([[1.0, 2.0, 3.0]] * 2)
   labels = jnp.array([0, 2])
@@ -128,7 +128,7 @@ def _meta_losses_fn(params, batch):
 
 
 def _unrolled(phi, params, batch, meta_batch, noise):
-  """The released three steps, written out: reverse over reverse."""
+  """The three released steps; the meta step is reverse over reverse."""
 
   def inner(params):
     logits = _logits_fn(params, batch)
@@ -161,12 +161,12 @@ def _lesson(phi, params, batch, meta_batch, noise):
   )
 
 
-def test_meta_gradient_is_that_of_the_unrolled_steps_and_of_differences(x64):
+def test_meta_gradient_equals_the_unrolled_step_and_finite_differences(x64):
   phi, *rest = _problem()
-  found = jax.jit(_lesson)(phi, *rest)
+  result = jax.jit(_lesson)(phi, *rest)
   value, literal = jax.jit(jax.value_and_grad(_unrolled))(phi, *rest)
-  np.testing.assert_allclose(found.meta_loss, value, rtol=1e-12)
-  chex.assert_trees_all_close(found.gradient, literal, rtol=1e-7, atol=1e-12)
+  np.testing.assert_allclose(result.meta_loss, value, rtol=1e-12)
+  chex.assert_trees_all_close(result.gradient, literal, rtol=1e-7, atol=1e-12)
   assert optax.tree.norm(literal["params"]["Embed_0"]) > 1e-4  # Labels are learned.
   rng = np.random.default_rng(1)
   along = jax.tree.map(lambda x: rng.normal(size=x.shape), phi)
@@ -176,7 +176,7 @@ def test_meta_gradient_is_that_of_the_unrolled_steps_and_of_differences(x64):
     return meta_loss(jax.tree.map(lambda x, d: x + step * d, phi, along), *rest)
 
   slope = (at(1e-5) - at(-1e-5)) / 2e-5
-  np.testing.assert_allclose(optax.tree.vdot(found.gradient, along), slope, rtol=1e-5)
+  np.testing.assert_allclose(optax.tree.vdot(result.gradient, along), slope, rtol=1e-5)
 
 
 def _step(method, seed=0, outputs=_C, details=False):
@@ -206,7 +206,7 @@ def _step(method, seed=0, outputs=_C, details=False):
 
 
 def _written_out(phi, params, batch, noise):
-  """The rectified mean loss of `_step`'s classifier, phi's inputs held constant."""
+  """Rectified mean loss of the classifier in `_step`; inputs of phi are constant."""
   model = classifier.Classifier(mlp.MLP(_C, (4,)), _C)
   logits, _ = model.forward(params, {}, batch, jax.random.key(0), True)
   net = warpi.RectifierNet(_C, hidden=5)
@@ -218,24 +218,24 @@ def _written_out(phi, params, batch, noise):
   return jnp.mean(jnp.stack(per_draw))
 
 
-def test_the_real_step_is_under_the_new_network_and_fresh_draws():
+def test_real_step_uses_the_new_network_and_new_draws():
   method = warpi.warpi(0.1, num_samples=2, hidden=5, optimizer=optax.sgd(20.0))
   run, params, batch, before = _step(method, details=True)
-  found, after = run(0)
+  result, after = run(0)
   key = jax.random.fold_in(jax.random.key(0), warpi._NOISE_KEY)
   virtual, real = (
     jax.random.normal(k, (_B, 2, _C)).swapaxes(0, 1) for k in jax.random.split(key)
   )
   gradient = jax.jit(jax.grad(_written_out, argnums=1))
   expected = gradient(after.params, params, batch, real)
-  chex.assert_trees_all_close(found.grads, expected, rtol=1e-4, atol=1e-6)
+  chex.assert_trees_all_close(result.grads, expected, rtol=1e-4, atol=1e-6)
   for phi, noise in ((before.params, real), (after.params, virtual)):
     other = gradient(phi, params, batch, noise)
-    difference = optax.tree.norm(jax.tree.map(jnp.subtract, other, found.grads))
+    difference = optax.tree.norm(jax.tree.map(jnp.subtract, other, result.grads))
     assert difference > 1e-4
 
 
-def test_every_step_draws_anew_and_the_ablation_does_not():
+def test_every_step_has_new_draws_except_in_the_ablation():
   run = _step(warpi.warpi(0.1))
   (one, _), (other, _) = run(0), run(1)
   assert not np.allclose(one.weights, other.weights)
@@ -255,11 +255,11 @@ def test_every_step_draws_anew_and_the_ablation_does_not():
     ({"every": -1}, "every=-1 must be at least 1"),
   ],
 )
-def test_mistakes_are_one_line(arguments, message):
+def test_bad_settings_are_refused(arguments, message):
   with pytest.raises(base.InputError, match=message):
     warpi.warpi(0.1, **arguments)
 
 
 def test_a_single_logit_is_refused():
-  with pytest.raises(base.InputError, match="one output a class"):
+  with pytest.raises(base.InputError, match="one logit per class"):
     _step(warpi.warpi(0.1), outputs=1)(0)

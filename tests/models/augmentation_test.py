@@ -1,4 +1,4 @@
-"""Crops, flips and scaling: by hand, by frequency, on any number of devices."""
+"""Crops, flips and scaling: values, frequencies, number of devices."""
 
 import jax
 import jax.numpy as jnp
@@ -18,31 +18,31 @@ def keys(number, seed=0):
 
 
 @pytest.mark.parametrize("padding", augmentation.PADDINGS)
-def test_crops_are_the_windows_of_the_padded_image_evenly(padding):
+def test_crops_are_uniform_over_windows_of_the_padded_image(padding):
   image = np.arange(1.0, 13.0).reshape(3, 4, 1)
   mode = {"zero": "constant", "reflect": "reflect"}[padding]
   padded = np.pad(image, ((1, 1), (1, 1), (0, 0)), mode=mode)
   windows = [padded[i : i + 3, j : j + 4].tobytes() for i in range(3) for j in range(3)]
   images = jnp.tile(image[None], (1800, 1, 1, 1))
-  found = augmentation.random_crop(images, keys(1800), 1, padding)
-  assert found.shape == images.shape
+  result = augmentation.random_crop(images, keys(1800), 1, padding)
+  assert result.shape == images.shape
   counts = [0] * 9
-  for crop in np.asarray(found, padded.dtype):
+  for crop in np.asarray(result, padded.dtype):
     counts[windows.index(crop.tobytes())] += 1
-  # 200 each, deviation 13.3.
+  # 200 each, with a standard deviation of 13.3.
   assert min(counts) > 140 and max(counts) < 260
 
 
 def test_half_of_the_images_are_mirrored_left_to_right():
   images = jnp.tile(jnp.arange(6.0).reshape(1, 2, 3, 1), (1000, 1, 1, 1))
-  found = np.asarray(augmentation.random_flip(images, keys(1000)))
-  mirrored = (found == np.asarray(images)[:, :, ::-1]).all((1, 2, 3))
-  same = (found == np.asarray(images)).all((1, 2, 3))
+  result = np.asarray(augmentation.random_flip(images, keys(1000)))
+  mirrored = (result == np.asarray(images)[:, :, ::-1]).all((1, 2, 3))
+  same = (result == np.asarray(images)).all((1, 2, 3))
   assert (mirrored ^ same).all()
-  assert 437 < mirrored.sum() < 563  # Four deviations.
+  assert 437 < mirrored.sum() < 563  # Four standard deviations.
 
 
-def test_scaling_by_hand():
+def test_scaling_matches_hand_computed_values():
   images = jnp.array([0.0, 0.25, 1.0]).reshape(1, 1, 1, 3)
   np.testing.assert_allclose(
     augmentation.normalize(images, (0.5,), (0.5,)).ravel(), [-1, -0.5, 1]
@@ -55,7 +55,7 @@ def test_scaling_by_hand():
   np.testing.assert_allclose(
     augmentation.standardize(pair).ravel(), [-1, 1, 0, 0], atol=1e-6
   )
-  # A nearly flat image is divided by 1 / sqrt(2), not by its deviation.
+  # A nearly constant image is divided by 1 / sqrt(2), not by its deviation.
   flat = jnp.array([0.0, 0.2]).reshape(1, 1, 2, 1)
   np.testing.assert_allclose(
     augmentation.standardize(flat).ravel(), [-0.1 * 2**0.5, 0.1 * 2**0.5], rtol=1e-5
@@ -81,16 +81,16 @@ def test_evaluation_only_scales():
 def test_padding_is_black_before_the_scaling():
   images = jnp.ones((200, 3, 3, 1))
   to_one = augmentation.Preprocess(pad=2, mean=(0.5,), std=(0.5,))
-  found = to_one(images, keys(200), True)
-  assert set(np.unique(found)) == {-1, 1}
+  result = to_one(images, keys(200), True)
+  assert set(np.unique(result)) == {-1, 1}
 
 
 def test_crop_and_flip_are_independent():
   marked = jnp.zeros((1, 5, 5, 1)).at[0, 2, 1].set(1)
   images = jnp.tile(marked, (3000, 1, 1, 1))
   both = augmentation.Preprocess(pad=1, flip=True)
-  found = np.asarray(both(images, keys(3000), True))
-  _, row, column, _ = (found == 1).nonzero()
+  result = np.asarray(both(images, keys(3000), True))
+  _, row, column, _ = (result == 1).nonzero()
   # Rows 1 to 3; columns 0 to 2 and, mirrored, 4 to 2: 2 is hit from both sides.
   shares = np.array([[1, 1, 2, 1, 1]] * 3) / 18
   counts = np.zeros((5, 5))
@@ -99,7 +99,7 @@ def test_crop_and_flip_are_independent():
 
 
 @pytest.mark.parametrize("devices", [2, 8])
-def test_what_an_example_gets_depends_on_its_key_alone(devices):
+def test_augmentation_depends_only_on_the_key(devices):
   images = jax.random.uniform(jax.random.key(1), (16, 8, 8, 3))
   alone = jax.jit(lambda x, k: CIFAR(x, k, True))(images, keys(16))
   shards = images.reshape(devices, -1, 8, 8, 3)
@@ -112,7 +112,7 @@ def test_what_an_example_gets_depends_on_its_key_alone(devices):
   np.testing.assert_allclose(shuffled, alone[order], atol=1e-6)
 
 
-def test_a_classifier_augments_in_training_only_and_anew_every_step():
+def test_classifier_augments_differently_at_every_training_step():
   model = classifier.Classifier(mlp.MLP(2, hidden=()), 2, preprocess=CIFAR)
   batch = {
     "image": jax.random.uniform(jax.random.key(0), (4, 8, 8, 3)),
@@ -133,7 +133,7 @@ def test_a_classifier_augments_in_training_only_and_anew_every_step():
 
 
 @pytest.mark.parametrize("devices", [2, 4])
-def test_a_classifier_augments_alike_on_any_number_of_devices(devices):
+def test_augmentation_does_not_depend_on_the_number_of_devices(devices):
   model = classifier.Classifier(mlp.MLP(2, hidden=()), 2, preprocess=CIFAR)
   batch = {
     "image": jax.random.uniform(jax.random.key(0), (8, 8, 8, 3)),
@@ -158,7 +158,7 @@ def test_a_classifier_augments_alike_on_any_number_of_devices(devices):
     ({"pad": 1, "padding": "black"}, "padding must be one of zero, reflect.*'black'"),
   ],
 )
-def test_bad_settings_are_told(options, message):
+def test_bad_settings_are_refused(options, message):
   preprocess = augmentation.Preprocess(**options)
   with pytest.raises(base.InputError, match=message) as error:
     preprocess(jnp.zeros((2, 8, 9, 3)), keys(2), True)

@@ -1,4 +1,4 @@
-"""A network and a loss as the pure functions of a task."""
+"""A network and a loss as the pure functions of a problem."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ BATCH = {"image": jnp.zeros((2, 4, 4, 1)), "label": jnp.zeros(2, jnp.int32)}
 
 
 @pytest.mark.parametrize(("outputs", "num_classes"), [(10, 10), (1, 2), (2, 2)])
-def test_networks_that_fit_pass(outputs, num_classes):
+def test_matching_networks_are_accepted(outputs, num_classes):
   model = classifier.Classifier(mlp.MLP(outputs, (3,)), num_classes)
   model.check(BATCH, num_classes)
 
@@ -25,7 +25,7 @@ def test_networks_that_fit_pass(outputs, num_classes):
 @pytest.mark.parametrize(
   ("outputs", "claimed", "num_classes"), [(1, 10, 10), (5, 10, 10), (10, 10, 2)]
 )
-def test_networks_that_do_not_fit_are_refused(outputs, claimed, num_classes):
+def test_mismatched_networks_are_refused(outputs, claimed, num_classes):
   model = classifier.Classifier(mlp.MLP(outputs, (3,)), claimed)
   message = f"{claimed} classes with {outputs} logits .* {num_classes} classes"
   with pytest.raises(base.InputError, match=message):
@@ -38,7 +38,7 @@ def test_networks_that_do_not_fit_are_refused(outputs, claimed, num_classes):
   ids=lambda model: type(model).__name__,
 )
 @pytest.mark.parametrize("train", [False, True])
-def test_a_network_is_its_head_after_its_features(model, train):
+def test_network_is_the_head_of_its_features(model, train):
   images = np.random.default_rng(0).normal(size=(4, 12, 12, 1)).astype(np.float32)
   batch = {"image": images, "index": np.arange(4)}
   problem = classifier.Classifier(model, 10).problem(
@@ -66,7 +66,7 @@ def _jitter(images, keys, train):
   return images * 2 + noise
 
 
-def test_augmentation_is_drawn_for_an_example_wherever_it_stands():
+def test_augmentation_follows_the_example_index():
   model = classifier.Classifier(mlp.MLP(3, (2,)), 3, preprocess=_jitter)
   images = np.random.default_rng(0).normal(size=(4, 2, 2, 1)).astype(np.float32)
   batch = {"image": images, "index": np.arange(4)}

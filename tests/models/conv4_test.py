@@ -1,4 +1,4 @@
-"""Conv4: its convolution is flax's, its sizes are the usual ones, nothing overflows."""
+"""Conv4: its convolution against flax, its sizes, and finite derivatives."""
 
 from flax import linen as nn
 import jax
@@ -13,13 +13,13 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", [(7, 8, 3), (1, 1, 1), (2, 5, 4)])
-def test_the_convolution_is_that_of_flax(stride, shape):
+def test_convolution_equals_flax(stride, shape):
   x = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
-  own = conv4.Conv3x3(6, stride)
-  variables = own.init(jax.random.key(0), x)
+  conv = conv4.Conv3x3(6, stride)
+  variables = conv.init(jax.random.key(0), x)
   variables["params"]["bias"] += jnp.arange(6.0)
   expected = nn.Conv(6, (3, 3), stride, padding="SAME").apply(variables, x)
-  np.testing.assert_allclose(own.apply(variables, x), expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(conv.apply(variables, x), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -44,14 +44,16 @@ def test_parameters_of_the_omniglot_network():
   assert total == convolutions + 4 * 3 * 64 + (4 * 64 + 1) * 5
 
 
-def test_statistics_are_those_of_the_images_at_hand():
+def test_statistics_are_those_of_the_given_images():
   net = conv4.Conv4(3, width=4)
   rng = np.random.default_rng(1)
   x = rng.normal(size=(4, 8, 8, 1)).astype(np.float32)
   variables = net.init(jax.random.key(0), x)
   logits = net.apply(variables, x, train=True)
   np.testing.assert_array_equal(logits, net.apply(variables, x, train=False))
-  alone = net.apply(variables, x[:2])  # In other company, another answer.
+  alone = net.apply(
+    variables, x[:2]
+  )  # The logits of an image depend on the other images.
   assert np.abs(alone - logits[:2]).max() > 1e-2
 
 

@@ -1,4 +1,4 @@
-"""The few-shot learner: MAML's equations, its labels and its mistakes."""
+"""The few-shot learner: MAML's equations, labels, and errors."""
 
 import functools
 
@@ -20,7 +20,7 @@ _WAYS, _SHOTS, _QUERIES = 3, 2, 4
 
 
 class _Net(nn.Module):
-  """Smooth, so that finite differences hold."""
+  """A smooth network, for finite differences."""
 
   num_outputs: int = _WAYS
 
@@ -55,7 +55,7 @@ def _losses(learner, params, batch, train=True):
 
 def _literal(params, batch, num_steps, rate, first_order=False):
   """MAML's task losses, task by task, image by image."""
-  net, found = _Net(), []
+  net, result = _Net(), []
   for images in batch["image"]:
     support = [(images[w, i], w) for w in range(_WAYS) for i in range(_SHOTS)]
     query = [(images[w, _SHOTS + i], w) for w in range(_WAYS) for i in range(_QUERIES)]
@@ -71,38 +71,43 @@ def _literal(params, batch, num_steps, rate, first_order=False):
       if first_order:
         slope = jax.lax.stop_gradient(slope)
       adapted = jax.tree.map(lambda p, g: p - rate * g, adapted, slope)
-    found.append(mean_loss(adapted, query))
-  return jnp.stack(found)
+    result.append(mean_loss(adapted, query))
+  return jnp.stack(result)
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
   ("num_steps", "first_order"), [(0, False), (1, False), (2, True), (3, False)]
 )
-def test_losses_and_their_gradients_are_those_of_maml(num_steps, first_order):
+def test_losses_and_gradients_equal_maml(num_steps, first_order):
   batch = _batch(dtype=np.float64)
   learner = _learner(num_inner_steps=num_steps, first_order=first_order)
   params, state = learner.init(jax.random.key(1), batch)
   assert state == {}
-  own = functools.partial(_losses, learner, batch=batch)
+  learner_losses = functools.partial(_losses, learner, batch=batch)
   literal = functools.partial(
     _literal, batch=batch, num_steps=num_steps, rate=0.5, first_order=first_order
   )
 
   @jax.jit
   def numbers(params):
-    own_twice = jax.jacrev(own)(params), jax.jacfwd(own)(params)
-    return own(params), literal(params), own_twice, jax.jacrev(literal)(params)
+    jacobians = jax.jacrev(learner_losses)(params), jax.jacfwd(learner_losses)(params)
+    return (
+      learner_losses(params),
+      literal(params),
+      jacobians,
+      jax.jacrev(literal)(params),
+    )
 
-  found, expected, jacobians, jacobian = numbers(params)
-  np.testing.assert_allclose(found, expected, rtol=1e-12)
+  result, expected, jacobians, jacobian = numbers(params)
+  np.testing.assert_allclose(result, expected, rtol=1e-12)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12)
   for one in jacobians:
     jax.tree.map(close, one, jacobian)
 
 
 @pytest.mark.usefixtures("x64")
-def test_the_second_order_gradient_is_the_slope_of_the_loss():
+def test_second_order_gradient_equals_finite_differences():
   batch = _batch(dtype=np.float64)
   learner = _learner(num_inner_steps=2)
   params, _ = learner.init(jax.random.key(1), batch)
@@ -121,25 +126,27 @@ def test_the_second_order_gradient_is_the_slope_of_the_loss():
   assert abs(product - difference) > 1e-4 * abs(difference)
 
 
-def test_evaluation_takes_its_own_steps_and_many_tasks_at_once():
-  batch = _batch(num_tasks=23)  # More than are adapted side by side, not a multiple.
+def test_evaluation_uses_its_number_of_steps_for_any_number_of_tasks():
+  batch = _batch(
+    num_tasks=23
+  )  # More tasks than one evaluation batch, and not a multiple of it.
   learner = _learner(num_inner_steps=1, num_test_steps=3)
   params, _ = learner.init(jax.random.key(1), batch)
-  found = _losses(learner, params, batch, train=False)
-  np.testing.assert_allclose(found, _literal(params, batch, 3, 0.5), rtol=1e-4)
+  result = _losses(learner, params, batch, train=False)
+  np.testing.assert_allclose(result, _literal(params, batch, 3, 0.5), rtol=1e-4)
 
 
-def test_more_steps_learn_a_task_better():
+def test_more_steps_lower_the_task_loss():
   rng = np.random.default_rng(0)
   centers = rng.normal(size=(1, _WAYS, 1, 2, 2, 1))
   batch = _batch(num_tasks=1)
   batch["image"] = (centers + 0.1 * batch["image"]).astype(np.float32)
   learner = _learner()
   params, _ = learner.init(jax.random.key(0), batch)
-  found = [
+  result = [
     _losses(learner._replace(num_inner_steps=n), params, batch)[0] for n in (0, 5, 50)
   ]
-  assert found[0] > found[1] > found[2] and found[2] < 0.2
+  assert result[0] > result[1] > result[2] and result[2] < 0.2
 
 
 def test_adapt_of_any_pytree():
@@ -147,12 +154,12 @@ def test_adapt_of_any_pytree():
     return 0.5 * (params["a"] * x + params["b"][0]) ** 2
 
   params = {"a": jnp.array(1.0), "b": [jnp.array(2.0)]}
-  found = few_shot.adapt(losses_fn, params, jnp.array([1.0, -1.0]), learning_rate=0.5)
+  result = few_shot.adapt(losses_fn, params, jnp.array([1.0, -1.0]), learning_rate=0.5)
   # Mean of (x + 2) x and of x + 2: 1 and 2.
-  assert float(found["a"]) == 0.5 and float(found["b"][0]) == 1.0
+  assert float(result["a"]) == 0.5 and float(result["b"][0]) == 1.0
 
 
-def test_pixels_are_scaled_once_used():
+def test_uint8_pixels_are_scaled():
   batch = _batch()
   pixels = np.random.default_rng(0).integers(256, size=batch["image"].shape)
   learner = _learner()
@@ -165,7 +172,7 @@ def test_pixels_are_scaled_once_used():
   np.testing.assert_allclose(_losses(doubled, params, raw), expected, rtol=1e-6)
 
 
-def test_it_can_be_a_key_of_a_cache():
+def test_learner_is_hashable():
   settings = (conv4.Conv4(5), 5, 1)
   assert few_shot.Learner(*settings) == few_shot.Learner(*settings)
   assert len({few_shot.Learner(*settings), few_shot.Learner(*settings)}) == 1
@@ -195,14 +202,14 @@ _IMAGES = _batch()["image"]
     ({}, _with("label", _batch()["label"][:, ::-1]), 3, "the label of a way is its"),
     ({}, _with("label", _batch()["label"][:, 1:]), 3, "the label of a way is its"),
     ({"network": _Net(4)}, _batch(), 3, "a network of 4 logits does not fit 3 ways"),
-    ({"network": _Stateful()}, _batch(), 3, "the network keeps batch_stats"),
+    ({"network": _Stateful()}, _batch(), 3, "the network has the state batch_stats"),
     ({"inner_learning_rate": -1.0}, _batch(), 3, "inner_learning_rate=-1.0 must be"),
     ({"inner_learning_rate": np.nan}, _batch(), 3, "inner_learning_rate=nan must be"),
     ({"num_shots": 0}, _batch(), 3, "num_shots=0 must be at least 1"),
     ({"num_inner_steps": -1}, _batch(), 3, "num_inner_steps=-1 must be at least 0"),
   ],
 )
-def test_what_does_not_fit_is_said(settings, batch, num_classes, message):
+def test_mismatched_tasks_are_refused(settings, batch, num_classes, message):
   learner = _learner()._replace(**settings)
   with pytest.raises(base.InputError, match=message) as caught:
     learner.check(batch, num_classes)

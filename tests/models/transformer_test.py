@@ -1,4 +1,4 @@
-"""The vision transformer: its size, its formula, examples one by one."""
+"""The vision transformer: its size, its formula, layerwise linearization."""
 
 import functools
 
@@ -26,13 +26,13 @@ def _images(*shape):
 def _variables(model, images):
   rng = np.random.default_rng(1)
   shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-  # Biases and scales that tell.
+  # Biases and scales that affect the result.
   return jax.tree.map(
     lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32) + 0.1, shapes
   )
 
 
-def test_parameters_by_hand():
+def test_parameters_match_a_manual_count():
   image = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
   model = transformer.VisionTransformer(10)
   logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), image)
@@ -44,16 +44,16 @@ def test_parameters_by_hand():
   assert total == 4 * block + outside == 809_098
 
 
-def test_equal_to_the_equations_in_numpy():
+def test_network_equals_numpy():
   images = _images(2, 8, 12, 3)
   model = _small()
   variables = _variables(model, images)
   p = variables["params"]
 
-  def norm(x, own):
+  def norm(x, layer):
     x = x - x.mean(-1, keepdims=True)
     x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
-    return x * own["scale"] + own["bias"]
+    return x * layer["scale"] + layer["bias"]
 
   cut = images.reshape(2, 2, 4, 3, 4, 3).swapaxes(2, 3).reshape(2, 6, 48)
   x = cut @ p["patches"]["kernel"].reshape(48, 16) + p["patches"]["bias"]
@@ -73,11 +73,11 @@ def test_equal_to_the_equations_in_numpy():
     x = x + y @ block["contract"]["kernel"] + block["contract"]["bias"]
   features = norm(x, p["norm"]).mean(1)
   expected = features @ p["head"]["kernel"] + p["head"]["bias"]
-  found = jax.jit(functools.partial(model.apply, train=True))(variables, images)
-  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+  result = jax.jit(functools.partial(model.apply, train=True))(variables, images)
+  np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_it_can_be_linearised_layer_by_layer():
+def test_layerwise_linearization_is_supported():
   images, model = _images(5, 8, 8, 3), _small()
   variables = _variables(model, images)
 
@@ -86,14 +86,14 @@ def test_it_can_be_linearised_layer_by_layer():
 
   @functools.partial(jax.jit, static_argnums=1)
   def change(variables, engine):
-    found = linearization.linearize(losses_fn, variables, images, engine=engine)
-    return found.directional(variables)
+    result = linearization.linearize(losses_fn, variables, images, engine=engine)
+    return result.directional(variables)
 
-  found = [change(variables, engine) for engine in ("layerwise", "forward")]
-  np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-4)
+  result = [change(variables, engine) for engine in ("layerwise", "forward")]
+  np.testing.assert_allclose(*result, rtol=1e-4, atol=1e-4)
 
 
-def test_half_precision_is_near():
+def test_half_precision_is_close_to_float32():
   images = _images(4, 8, 8, 3)
   model = _small(cosine=True)
   variables = _variables(model, images)
@@ -112,7 +112,7 @@ def test_half_precision_is_near():
   ("options", "message"),
   [({"patch": 3}, "patch=3 does not divide"), ({"num_heads": 3}, "num_heads=3 does")],
 )
-def test_sizes_that_do_not_divide(options, message):
+def test_indivisible_sizes_are_refused(options, message):
   model = _small().clone(**options)
   with pytest.raises(base.InputError, match=message):
     jax.eval_shape(model.init, jax.random.key(0), _images(1, 8, 8, 3))

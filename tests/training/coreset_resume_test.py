@@ -5,7 +5,7 @@ import toy_runs
 
 from l2rw_jax.io import workdir
 from l2rw_jax.methods import adacore
-from l2rw_jax.training import batches
+from l2rw_jax.training import sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -21,14 +21,14 @@ def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path, monkeypatch, make):
   method = methods[make]
   toy_runs.train(tmp_path / "whole", method, num_steps=11, checkpoint_every=3)
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    original = batches.BatchSource.next
+    original = sampling.Sampler.next
 
     def stop(self, step):
       if step == 5:  # The second selection was before step 4.
         raise KeyboardInterrupt
       return original(self, step)
 
-    patch.setattr(batches.BatchSource, "next", stop)
+    patch.setattr(sampling.Sampler, "next", stop)
     toy_runs.train(tmp_path / "run", method, num_steps=11, checkpoint_every=3)
   toy_runs.train(tmp_path / "run", method, num_steps=11, checkpoint_every=3)
   whole, run = (toy_runs.outcome(tmp_path / name) for name in ("whole", "run"))

@@ -10,10 +10,9 @@ import pytest
 import toy_runs
 
 from l2rw_jax import base
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.io import workdir
 from l2rw_jax.methods import baselines
-from l2rw_jax.training import batches
-from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import device_data
 from l2rw_jax.training import devices
 
@@ -57,7 +56,7 @@ def test_both_stores_give_the_rows_asked_for(count):
   rows = np.random.default_rng(0).integers(12, size=(2, 3, 4))  # [R, K, B]
   spread = devices.shard(rows.astype(np.int32), chosen)
   expected = np.stack([s["image"][r] for s, r in zip(_SETS, rows, strict=True)])
-  for store in (device_data.Resident(_SETS, chosen), device_data.Streamed(_SETS)):
+  for store in (device_data.OnDevices(_SETS, chosen), device_data.OnHost(_SETS)):
     found = _taken(store, spread)
     np.testing.assert_array_equal(devices.unshard(found["index"]), rows)
     images = np.asarray(found["image"])  # [D, R, K, b, 2]
@@ -74,7 +73,7 @@ class _Device:
 
 
 def _kind(monkeypatch, sets, chosen):
-  monkeypatch.setattr(device_data, "Resident", lambda *_: "resident")
+  monkeypatch.setattr(device_data, "OnDevices", lambda *_: "OnDevices")
   store = device_data.store(sets, chosen, device_data.budget(chosen))
   return store if isinstance(store, str) else type(store).__name__
 
@@ -83,13 +82,13 @@ def _kind(monkeypatch, sets, chosen):
   ("chosen", "kind"),
   [
     # Two sets of 24 floats and 12 integers: 288 bytes.
-    ([_Device("gpu", {"bytes_limit": 4 * 288})], "resident"),
-    ([_Device("gpu", {"bytes_limit": 4 * 287})], "Streamed"),
-    ([_Device("gpu", {"bytes_limit": 4 * 288})] * 8, "resident"),
-    ([_Device("gpu", {"bytes_limit": 4 * 288 + 9, "bytes_in_use": 9})], "resident"),
-    ([_Device("gpu", {"bytes_limit": 4 * 288, "bytes_in_use": 9})], "Streamed"),
-    ([_Device("tpu", None)], "resident"),
-    ([_Device("cpu", {"bytes_limit": 1})], "resident"),
+    ([_Device("gpu", {"bytes_limit": 4 * 288})], "OnDevices"),
+    ([_Device("gpu", {"bytes_limit": 4 * 287})], "OnHost"),
+    ([_Device("gpu", {"bytes_limit": 4 * 288})] * 8, "OnDevices"),
+    ([_Device("gpu", {"bytes_limit": 4 * 288 + 9, "bytes_in_use": 9})], "OnDevices"),
+    ([_Device("gpu", {"bytes_limit": 4 * 288, "bytes_in_use": 9})], "OnHost"),
+    ([_Device("tpu", None)], "OnDevices"),
+    ([_Device("cpu", {"bytes_limit": 1})], "OnDevices"),
   ],
 )
 def test_what_fits_a_quarter_of_the_memory_goes_to_the_devices(
@@ -100,22 +99,22 @@ def test_what_fits_a_quarter_of_the_memory_goes_to_the_devices(
 
 def test_cpu_devices_share_one_memory(monkeypatch):
   monkeypatch.setattr(device_data, "_HOST_BYTES", 2 * 288)
-  assert _kind(monkeypatch, _SETS, [_Device("cpu", None)] * 2) == "resident"
-  assert _kind(monkeypatch, _SETS, [_Device("cpu", None)] * 4) == "Streamed"
-  assert _kind(monkeypatch, _SETS, [_Device("tpu", None)] * 4) == "resident"
+  assert _kind(monkeypatch, _SETS, [_Device("cpu", None)] * 2) == "OnDevices"
+  assert _kind(monkeypatch, _SETS, [_Device("cpu", None)] * 4) == "OnHost"
+  assert _kind(monkeypatch, _SETS, [_Device("tpu", None)] * 4) == "OnDevices"
 
 
 def test_arrays_of_jax_are_arrays(monkeypatch):
   sets = [{name: jnp.asarray(x) for name, x in one.items()} for one in _SETS]
-  assert _kind(monkeypatch, sets, devices.choose(1, 8)) == "resident"
+  assert _kind(monkeypatch, sets, devices.choose(1, 8)) == "OnDevices"
 
 
-@pytest.mark.parametrize(("more", "kept"), [(0, "Resident"), (-1, "Streamed")])
+@pytest.mark.parametrize(("more", "kept"), [(0, "OnDevices"), (-1, "OnHost")])
 def test_the_clean_set_has_what_the_other_left(tmp_path, monkeypatch, more, kept):
   stores, original = [], device_data.store
   split = toy_runs.make_splits()
   sizes = [
-    sum(x.nbytes for x in batches.examples_dict(part).values())
+    sum(x.nbytes for x in examples_lib.as_batch(part).values())
     for part in (split.train, split.meta)
   ]
 
@@ -126,7 +125,7 @@ def test_the_clean_set_has_what_the_other_left(tmp_path, monkeypatch, more, kept
   monkeypatch.setattr(device_data, "store", store)
   monkeypatch.setattr(device_data, "_HOST_BYTES", sum(sizes) + more)
   toy_runs.train(tmp_path, _TUNED, [split], num_steps=1)
-  assert [type(s).__name__ for s in stores] == ["Resident", kept]
+  assert [type(s).__name__ for s in stores] == ["OnDevices", kept]
   assert [s.num_bytes for s in stores] == [sizes[0], sizes[1] if not more else 0]
 
 
@@ -141,7 +140,7 @@ def test_what_all_devices_take_is_read_once():
   sets = [{"image": Noting(s["image"])} for s in _SETS]
   rows = np.random.default_rng(0).integers(12, size=(2, 3, 5)).astype(np.int32)
   chosen = devices.choose(4, 8)
-  found = _taken(device_data.Streamed(sets), devices.repeat(rows, chosen))["image"]
+  found = _taken(device_data.OnHost(sets), devices.repeat(rows, chosen))["image"]
   assert asked == [3 * 5] * 2
   expected = np.stack([s["image"][r] for s, r in zip(_SETS, rows, strict=True)])
   for own in found:
@@ -150,7 +149,7 @@ def test_what_all_devices_take_is_read_once():
 
 def test_what_is_no_array_stays_on_the_host(monkeypatch):
   sets = [{**s, "image": _Rows(s["image"])} for s in _SETS]
-  assert _kind(monkeypatch, sets, devices.choose(1, 8)) == "Streamed"
+  assert _kind(monkeypatch, sets, devices.choose(1, 8)) == "OnHost"
 
 
 @pytest.mark.parametrize("count", [1, 8])
@@ -178,13 +177,13 @@ def _of_bytes(splits, make):
 
 def test_row_numbers_alone_are_sent(tmp_path, monkeypatch):
   loaded = []
-  original = batches.BatchSource.load
+  original = device_data.DeviceData.load
 
   def note(self, steps):
     loaded.append(original(self, steps))
     return loaded[-1]
 
-  monkeypatch.setattr(batches.BatchSource, "load", note)
+  monkeypatch.setattr(device_data.DeviceData, "load", note)
   toy_runs.train(tmp_path, _TUNED, num_devices=2, steps_per_call=2, log_every=4)
   assert len(loaded) > 2
   for part in ("train", "meta"):
@@ -222,7 +221,9 @@ def test_a_run_leaves_nothing_on_the_devices(tmp_path, monkeypatch):
 )
 def test_what_is_no_list_of_rows_is_refused(tmp_path, rows, what):
   method = baselines.uniform()._replace(sample=lambda *_: rows)
-  with pytest.raises(base.InputError, match=f"`sample` gave {what}; it must give"):
+  with pytest.raises(
+    base.InputError, match=f"`sample` returned {what}; it must return"
+  ):
     toy_runs.train(tmp_path, method)
 
 
@@ -230,7 +231,7 @@ def test_what_is_no_list_of_rows_is_refused(tmp_path, rows, what):
 def test_a_row_that_is_not_there_is_refused(tmp_path, row):
   uniform = baselines.uniform()
   method = uniform._replace(sample=lambda *_: np.full(16, row))
-  message = f"`sample` gave row {row} of 40 training examples; rows are 0 to 39"
+  message = f"`sample` returned row {row} of 40 training examples; rows are 0 to 39"
   with pytest.raises(base.InputError, match=message):
     toy_runs.train(tmp_path, method)
 
@@ -238,14 +239,11 @@ def test_a_row_that_is_not_there_is_refused(tmp_path, row):
 @pytest.mark.parametrize("needs_meta", [True, False])
 def test_clean_examples_on_the_host_are_sent_step_by_step(monkeypatch, needs_meta):
   split = toy_runs.make_splits(num_meta=5)
-  examples = batches.examples_dict(split.train)
+  examples = examples_lib.as_batch(split.train)
   room = sum(np.asarray(x).nbytes for x in examples.values())
   monkeypatch.setattr(device_data, "budget", lambda devices: room)
-  config = config_lib.Config(num_steps=1, batch_size=8)
-  source = batches.BatchSource(
-    config, [split], lambda *_: np.arange(40), needs_meta, jax.devices()[:1], None
-  )
-  assert source.streamed == needs_meta
+  data = device_data.DeviceData([split], jax.devices()[:1], needs_meta)
+  assert data.is_streamed == needs_meta
 
 
 class _File(_Rows):

@@ -8,8 +8,8 @@ import toy_runs
 
 from l2rw_jax.io import workdir
 from l2rw_jax.methods import baselines
-from l2rw_jax.training import batches
 from l2rw_jax.training import interruption
+from l2rw_jax.training import sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -29,7 +29,7 @@ def test_a_signal_saves_a_checkpoint_between_looks(tmp_path, monkeypatch, number
   def end(*_):
     raise _Ended
 
-  original = batches.BatchSource.next
+  original = sampling.Sampler.next
 
   def interrupted(self, step):
     if step == 2:
@@ -39,7 +39,7 @@ def test_a_signal_saves_a_checkpoint_between_looks(tmp_path, monkeypatch, number
   before = signal.signal(number, end)
   try:
     with monkeypatch.context() as patch, pytest.raises(_Ended):
-      patch.setattr(batches.BatchSource, "next", interrupted)
+      patch.setattr(sampling.Sampler, "next", interrupted)
       toy_runs.train(folder, method, **looks)
     assert signal.getsignal(number) is end
   finally:

@@ -38,7 +38,7 @@ _SAME = (
 _KILLED = """
 import os, pathlib, runpy, signal, sys
 from l2rw_jax.io import workdir
-from l2rw_jax.training import batches
+from l2rw_jax.training import sampling
 
 def kill_before(module, function, is_here):
   original = getattr(module, function)
@@ -51,7 +51,7 @@ def kill_before(module, function, is_here):
 kind, where = sys.argv[1].split(":")
 del sys.argv[1]
 if kind == "step":
-  kill_before(batches.BatchSource, "next", lambda _, step: step == int(where))
+  kill_before(sampling.Sampler, "next", lambda _, step: step == int(where))
 elif kind == "rename":
   kill_before(os, "rename", lambda _, made: pathlib.Path(made).name == where)
 else:

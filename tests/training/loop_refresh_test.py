@@ -9,7 +9,6 @@ import toy_runs
 from l2rw_jax import base
 from l2rw_jax.io import workdir
 from l2rw_jax.methods import baselines
-from l2rw_jax.training import batches
 from l2rw_jax.training import sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -47,14 +46,14 @@ class _Toy:
 def _visited(monkeypatch):
   """Rows of every step that any run draws from now on, by step."""
   drawn = {}
-  original = batches.BatchSource.next
+  original = sampling.Sampler.next
 
   def note(self, step):
     found = original(self, step)
     drawn.setdefault(step, []).append(found.train)
     return found
 
-  monkeypatch.setattr(batches.BatchSource, "next", note)
+  monkeypatch.setattr(sampling.Sampler, "next", note)
   return drawn
 
 
@@ -113,14 +112,14 @@ def test_an_interrupted_epoch_goes_on_in_the_same_order(
 
   train(tmp_path / "whole")
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    original = batches.BatchSource.next
+    original = sampling.Sampler.next
 
     def stop(self, step):
       if step == at:
         raise KeyboardInterrupt
       return original(self, step)
 
-    patch.setattr(batches.BatchSource, "next", stop)
+    patch.setattr(sampling.Sampler, "next", stop)
     train(tmp_path / "run")
   toy.views.clear()
   drawn = _visited(monkeypatch)
@@ -135,13 +134,13 @@ def test_an_interrupted_epoch_goes_on_in_the_same_order(
 
 def test_a_new_epoch_compiles_nothing(tmp_path, caplog, monkeypatch):
   counts = []
-  original = batches.BatchSource.next
+  original = sampling.Sampler.next
 
   def count(self, step):
     counts.append(sum(r.getMessage().startswith("Compiling") for r in caplog.records))
     return original(self, step)
 
-  monkeypatch.setattr(batches.BatchSource, "next", count)
+  monkeypatch.setattr(sampling.Sampler, "next", count)
   with jax.log_compiles():
     toy_runs.train(tmp_path, _Toy().method, num_steps=_STEPS, eval_every=1)
   assert counts[1] > counts[0]

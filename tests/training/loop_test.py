@@ -15,8 +15,8 @@ from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 from l2rw_jax.models import classifier
 from l2rw_jax.models import resnet
-from l2rw_jax.training import batches
 from l2rw_jax.training import devices
+from l2rw_jax.training import sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -36,7 +36,7 @@ def _remembering():
 _METHODS = {
   "uniform": baselines.uniform(),
   "random": baselines.random(),
-  "proportion": baselines.class_proportion(),
+  "class_proportion": baselines.class_proportion(),
   "resampling": baselines.resampling(),
   "hard_mining": baselines.hard_mining(),
   "clean_only": baselines.clean_only(),
@@ -128,7 +128,7 @@ def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
   method = _METHODS["l2rw"]
   first = toy_runs.train(tmp_path, method, seeds=(0, 1, 2))
   times = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-  monkeypatch.setattr(batches.BatchSource, "next", None)
+  monkeypatch.setattr(sampling.Sampler, "next", None)
   second = toy_runs.train(tmp_path, method, seeds=(0, 1, 2))
   assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == times
   for one, other in zip(first, second, strict=True):
@@ -139,14 +139,14 @@ def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", list(_METHODS))
 def test_every_method_runs_and_compiles_once(tmp_path, caplog, monkeypatch, name):
   compiled = []
-  original = batches.BatchSource.next
+  original = sampling.Sampler.next
 
   def count(self, step):
     messages = [r.getMessage() for r in caplog.records]
     compiled.append([m for m in messages if m.startswith("Compiling")])
     return original(self, step)
 
-  monkeypatch.setattr(batches.BatchSource, "next", count)
+  monkeypatch.setattr(sampling.Sampler, "next", count)
   with jax.log_compiles(), caplog.at_level(logging.WARNING):
     results = toy_runs.train(
       tmp_path, _METHODS[name], seeds=(0, 1), num_steps=11, eval_every=1

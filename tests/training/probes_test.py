@@ -87,7 +87,7 @@ def test_a_network_with_shared_statistics_can_be_looked_at_from_outside():
   def outputs(params):
     return model.forward(params, model_state, x, jax.random.key(1), True)
 
-  (found, new_state) = devices.alone(outputs)(params)
+  (found, new_state) = devices.on_one_device(outputs)(params)
   moved = 0.99 * 0.0 + 0.01 * x["image"].mean(0)
   np.testing.assert_allclose(
     new_state["batch_stats"]["BatchNorm_0"]["mean"], moved, rtol=1e-5

@@ -1,4 +1,4 @@
-"""Recording a student's losses through the loop."""
+"""Recording a student's losses with an epoch probe of the loop."""
 
 import numpy as np
 import pytest
@@ -16,12 +16,13 @@ _UNIFORM, _L2RW = baselines.uniform(), l2rw.l2rw()
 
 
 def _recorded(folder, *, runs="run", method=_UNIFORM, seeds=(0,), **settings):
-  """Trains 12 steps, 5 an epoch, recording; a `Writer` that has the losses."""
+  """Records the losses of 12 steps, 5 per epoch; returns the `Writer`."""
   writer = loss_dump.Writer(folder / "losses")
-  recording = {k: settings.pop(k) for k in ("every", "num_examples") if k in settings}
+  options = {k: settings.pop(k) for k in ("every", "num_examples") if k in settings}
   toy_runs.train(
     folder / runs,
-    loss_dump.recording(method, writer, **recording),
+    method,
+    epoch_probes=[loss_dump.record_losses(writer, **options)],
     **({"num_steps": 12, "seeds": seeds} | settings),
   )
   return writer
@@ -34,7 +35,7 @@ def _combine(writer, seed=0, num_steps=12):
   )
 
 
-def test_every_example_at_every_epoch(tmp_path):
+def test_all_examples_are_recorded_before_every_epoch(tmp_path):
   dump = _combine(_recorded(tmp_path))
   train = toy_runs.make_splits().train
   # Epochs of 5 steps begin at steps 0, 5 and 10 of 12.
@@ -50,7 +51,7 @@ def test_every_example_at_every_epoch(tmp_path):
   assert late[right].mean() < late[~right].mean()
 
 
-def test_losses_are_those_of_the_network_at_that_step(tmp_path):
+def test_losses_are_those_of_the_parameters_before_the_epoch(tmp_path):
   dump = _combine(_recorded(tmp_path))
   # The last epoch began at step 10: the end of a run of 10 steps.
   toy_runs.train(tmp_path / "ten", _UNIFORM, num_steps=10)
@@ -66,13 +67,13 @@ def test_losses_are_those_of_the_network_at_that_step(tmp_path):
   np.testing.assert_allclose(dump.loss[80:], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_recording_changes_nothing_else(tmp_path):
+def test_recording_does_not_change_the_run(tmp_path):
   _recorded(tmp_path, method=_L2RW)
   toy_runs.train(tmp_path / "plain", _L2RW, num_steps=12)
   assert toy_runs.outcome(tmp_path / "run") == toy_runs.outcome(tmp_path / "plain")
 
 
-def test_a_sample_every_other_epoch(tmp_path):
+def test_a_random_sample_is_recorded_every_second_epoch(tmp_path):
   dump = _combine(_recorded(tmp_path, every=2, num_examples=10))
   np.testing.assert_array_equal(dump.epoch_percent, np.repeat([0, 83], 10))
   first, second = dump.sample[:10], dump.sample[10:]
@@ -80,7 +81,7 @@ def test_a_sample_every_other_epoch(tmp_path):
   assert (np.diff(first) > 0).all()
 
 
-def test_runs_side_by_side_are_kept_apart(tmp_path):
+def test_runs_side_by_side_are_recorded_separately(tmp_path):
   writer = _recorded(tmp_path, seeds=(0, 1))
   alone = _combine(_recorded(tmp_path / "alone", seeds=(1,)), seed=1)
   both = _combine(writer, seed=1)
@@ -88,7 +89,7 @@ def test_runs_side_by_side_are_kept_apart(tmp_path):
   assert not np.allclose(both.loss, _combine(writer, seed=0).loss)
 
 
-def test_a_run_that_is_repeated_has_no_row_twice(tmp_path):
+def test_repeating_a_run_records_no_row_twice(tmp_path):
   first = _combine(_recorded(tmp_path))
   again = _combine(_recorded(tmp_path, runs="again"))
   for a, b in zip(first, again, strict=True):
@@ -101,7 +102,7 @@ def test_a_folder_of_other_losses_is_refused(tmp_path):
     _recorded(tmp_path, runs="other", splits=[toy_runs.make_splits(5)])
 
 
-def test_an_interrupted_run_has_the_rows_of_an_uninterrupted_one(tmp_path):
+def test_an_interrupted_run_records_the_same_rows(tmp_path):
   expected = _combine(_recorded(tmp_path / "whole"))
   writer, epochs = loss_dump.Writer(tmp_path / "losses"), []
 
@@ -111,11 +112,28 @@ def test_an_interrupted_run_has_the_rows_of_an_uninterrupted_one(tmp_path):
     if epochs == [0, 1]:
       raise KeyboardInterrupt
 
-  method = loss_dump.recording(_UNIFORM, until_interrupted)
-  settings = {"num_steps": 12, "checkpoint_every": 3}
+  settings = {
+    "num_steps": 12,
+    "checkpoint_every": 3,
+    "epoch_probes": [loss_dump.record_losses(until_interrupted)],
+  }
   with pytest.raises(KeyboardInterrupt):
-    toy_runs.train(tmp_path / "run", method, **settings)
-  toy_runs.train(tmp_path / "run", method, **settings)
+    toy_runs.train(tmp_path / "run", _UNIFORM, **settings)
+  toy_runs.train(tmp_path / "run", _UNIFORM, **settings)
   assert epochs == [0, 1, 1, 2]
   for a, b in zip(_combine(writer), expected, strict=True):
     np.testing.assert_array_equal(a, b)
+
+
+def test_every_epoch_is_recorded_with_several_steps_per_call(tmp_path):
+  epochs = []
+  toy_runs.train(
+    tmp_path,
+    _UNIFORM,
+    num_steps=12,
+    log_every=12,
+    eval_every=12,
+    steps_per_call=4,
+    epoch_probes=[lambda snapshot, epoch: epochs.append((snapshot.step, epoch))],
+  )
+  assert epochs == [(0, 0), (5, 1), (10, 2)]

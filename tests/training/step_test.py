@@ -11,6 +11,7 @@ import pytest
 
 from l2rw_jax import base
 from l2rw_jax import linearization
+from l2rw_jax import weighted_update
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 from l2rw_jax.training import devices
@@ -97,7 +98,7 @@ def test_a_good_step_by_hand():
 
 def _weighted(weights):
   def gradients(state, problem, inputs):
-    return baselines.weighted_gradients(
+    return weighted_update.weighted_gradients(
       problem, inputs, lambda losses: jnp.array(weights, losses.dtype)
     ), state
 

@@ -15,8 +15,8 @@ from l2rw_jax.io import workdir
 from l2rw_jax.methods import adacore
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
-from l2rw_jax.training import batches
 from l2rw_jax.training import config as config_lib
+from l2rw_jax.training import device_data
 from l2rw_jax.training import devices
 from l2rw_jax.training import steps_per_call
 from l2rw_jax.training import timer as timer_lib
@@ -78,7 +78,7 @@ def test_one_step_on_cpu_more_elsewhere_or_as_told():
   assert steps_per_call.most(told, devices.choose(1, 8)) == 7
   often = config_lib.Config(100, log_every=10, eval_every=8)
   assert steps_per_call.most(often, [Accelerator()]) == 8
-  assert steps_per_call.most(told, [Accelerator()], streamed=True) == 1
+  assert steps_per_call.most(told, [Accelerator()], is_streamed=True) == 1
 
 
 def test_less_than_one_step_is_refused(tmp_path):
@@ -158,7 +158,7 @@ def test_a_failure_within_a_dispatch_is_told_as_ever(tmp_path, bad_step):
 
 def test_two_programs_serve_all_lengths(tmp_path, monkeypatch):
   traced, lengths, before = [], [], []
-  original = batches.BatchSource.load
+  original = device_data.DeviceData.load
 
   def gradients(state, problem, inputs):
     traced.append(None)
@@ -169,7 +169,7 @@ def test_two_programs_serve_all_lengths(tmp_path, monkeypatch):
     before.append(len(traced))
     return original(self, steps)
 
-  monkeypatch.setattr(batches.BatchSource, "load", load)
+  monkeypatch.setattr(device_data.DeviceData, "load", load)
   toy_runs.train(
     tmp_path,
     _METHODS["uniform"]._replace(gradients=gradients),
@@ -233,7 +233,7 @@ def test_nobody_waits_for_a_step_before_the_log(tmp_path, monkeypatch, most):
     io_callback(hold, jax.ShapeDtypeStruct((), np.int32), inputs.step)
     return _METHODS["uniform"].gradients(state, problem, inputs)
 
-  original, sent = batches.BatchSource.load, []
+  original, sent = device_data.DeviceData.load, []
 
   def load(self, steps):
     sent.extend(steps)
@@ -241,7 +241,7 @@ def test_nobody_waits_for_a_step_before_the_log(tmp_path, monkeypatch, most):
       all_sent.set()
     return original(self, steps)
 
-  monkeypatch.setattr(batches.BatchSource, "load", load)
+  monkeypatch.setattr(device_data.DeviceData, "load", load)
   # One CPU device takes its steps within the call; two take them aside.
   toy_runs.train(
     tmp_path,

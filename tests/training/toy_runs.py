@@ -11,9 +11,9 @@ import orbax.checkpoint as ocp
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
-from l2rw_jax.training import batches
 from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import loop
+from l2rw_jax.training import sampling
 
 CLASSES = 3
 NUM_TRAIN = 40
@@ -50,14 +50,24 @@ def make_splits(
   )
 
 
-def train(folder, method, splits=None, model=MODEL, probes=(), **settings: Any):
+def train(
+  folder, method, splits=None, model=MODEL, probes=(), epoch_probes=(), **settings: Any
+):
   """`loop.train` with a batch of 8, one device and a row of metrics a step."""
   seeds = settings.setdefault("seeds", (0,))
   given = {"num_steps": 7, "batch_size": 8, "log_every": 1, "eval_every": 3}
   config = config_lib.Config(**(given | {"num_devices": 1} | settings))
   splits = splits or [make_splits(seed) for seed in seeds]
   return loop.train(
-    config, model, method, OPTIMIZER, splits, folder, name="toy", probes=probes
+    config,
+    model,
+    method,
+    OPTIMIZER,
+    splits,
+    folder,
+    name="toy",
+    probes=probes,
+    epoch_probes=epoch_probes,
   )
 
 
@@ -97,11 +107,11 @@ def outcome(folder: pathlib.Path) -> dict[str, bytes]:
 
 def interrupt(monkeypatch, at: int) -> None:
   """Stops runs as Ctrl-C would, before they draw the batch of step `at`."""
-  original = batches.BatchSource.next
+  original = sampling.Sampler.next
 
   def stop(self, step):
     if step == at:
       raise KeyboardInterrupt
     return original(self, step)
 
-  monkeypatch.setattr(batches.BatchSource, "next", stop)
+  monkeypatch.setattr(sampling.Sampler, "next", stop)

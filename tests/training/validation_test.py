@@ -8,10 +8,10 @@ import pytest
 import toy_runs
 
 from l2rw_jax import base
+from l2rw_jax import changed_loss
 from l2rw_jax import losses
 from l2rw_jax.methods import bare
 from l2rw_jax.methods import baselines
-from l2rw_jax.methods import changed_loss
 from l2rw_jax.training import step as step_lib
 from l2rw_jax.training import validation
 

@@ -1,4 +1,4 @@
-"""What a mentor is fitted to, and its fitting.
+"""Fitting a mentor, and the rows that it is fitted to.
 
 MentorNet-PD imitates a predefined curriculum on a grid of losses; MentorNet-DD
 learns from a student's recorded losses which labels were right.
@@ -23,14 +23,14 @@ from l2rw_jax.methods.mentornet import network as mentornet_network
 
 
 class Rows(NamedTuple):
-  """What a mentor is fitted to: N rows, NumPy arrays.
+  """N rows of inputs and target weights for a mentor, NumPy arrays.
 
   Attributes:
     losses: float32 [N].
     differences: loss minus percentile, float32 [N].
     labels: int32 [N].
-    epochs: percent, int32 [N].
-    targets: the weights wanted, float32 [N].
+    epochs: epoch percents, int32 [N].
+    targets: target weights, float32 [N].
   """
 
   losses: np.ndarray
@@ -43,16 +43,16 @@ class Rows(NamedTuple):
 def pd_rows(curriculum: str, *, num_rows: int | None = 100_000, seed: int = 0) -> Rows:
   """Random rows of the released grid, with the weights of a predefined curriculum.
 
-  The grid, 1.2 million rows: losses 0, 0.1, .. 9.9, 10, 11, .. 29; differences
+  The grid has 1.2 million rows: losses 0, 0.1, .. 9.9, 10, 11, .. 29; differences
   -5, -4.9, .. 4.9; epochs 0 .. 99; label 0.
 
   Args:
     curriculum: a key of `mentornet.CURRICULA`.
-    num_rows: how many to keep, all if None.
-    seed: of the choice.
+    num_rows: number of rows to keep; None is all.
+    seed: of the random choice of rows.
 
   Raises:
-    InputError: no such curriculum, or more rows than there are.
+    InputError: an unknown curriculum, or more rows than the grid has.
   """
   if curriculum not in mentornet.CURRICULA:
     names = ", ".join(mentornet.CURRICULA)
@@ -63,16 +63,16 @@ def pd_rows(curriculum: str, *, num_rows: int | None = 100_000, seed: int = 0) -
   size = int(np.prod(shape))
   if num_rows is not None and not 1 < num_rows <= size:
     raise base.InputError(f"--num_rows={num_rows} must lie between 2 and {size}.")
-  # Drawn with all rows too: `split` takes the test rows from the end.
+  # Also shuffled if all rows are kept, because `split` takes test rows from the end.
   rng = np.random.default_rng(seed)
   chosen = rng.permutation(size)[:num_rows]
   places = np.unravel_index(chosen, shape)
   losses, differences, epochs = (a[p] for a, p in zip(axes, places, strict=True))
   differences = np.round(differences, 1).astype(np.float32)
   labels = np.zeros(len(chosen), np.int32)
-  given = (losses.astype(np.float32), differences, labels, epochs.astype(np.int32))
-  targets = np.asarray(mentornet.CURRICULA[curriculum](*given), np.float32)
-  return Rows(*given, targets)
+  features = (losses.astype(np.float32), differences, labels, epochs.astype(np.int32))
+  targets = np.asarray(mentornet.CURRICULA[curriculum](*features), np.float32)
+  return Rows(*features, targets)
 
 
 def dd_rows(
@@ -85,21 +85,21 @@ def dd_rows(
   use_labels: bool = False,
   seed: int = 0,
 ) -> Rows:
-  """Rows of a student's recorded losses; the weight wanted is 1 for a true label.
+  """Rows of a student's recorded losses; the target weight is 1 for correct labels.
 
   Args:
     losses: [N].
-    labels: what the student was trained on, [N].
+    labels: labels that the student was trained on, [N].
     true_labels: [N].
-    epochs: percent, [N].
-    percentile: from 0 to 100, of all recorded losses together as released; the
-      differences are taken from it.
-    use_labels: shows the labels to the mentor; the released code shows 0.
-    seed: of the rows' order.
+    epochs: epoch percents, [N].
+    percentile: from 0 to 100, of all recorded losses together, as released; it is
+      subtracted from the losses to give the differences.
+    use_labels: whether the mentor gets the labels; in the released code it gets 0.
+    seed: of the order of the rows.
 
   Raises:
-    InputError: a loss is not finite, an epoch outside 0 to 99, or every label is
-      right (or wrong), so that there is nothing to tell apart.
+    InputError: a loss is not finite, an epoch percent is outside 0 to 99, or all labels
+      are right (or all wrong), so that there is nothing to learn.
   """
   mentornet.check_percentile(percentile)
   if not np.isfinite(losses).all():
@@ -125,13 +125,13 @@ def dd_rows(
 
 
 def split(rows: Rows, share: float = 0.8) -> tuple[Rows, Rows]:
-  """The first `share` of rows that are in random order, and the others."""
+  """Splits rows that are in random order into the first `share` and the others."""
   cut = int(share * len(rows.losses))
   return Rows(*(x[:cut] for x in rows)), Rows(*(x[cut:] for x in rows))
 
 
 def is_binary(targets: np.ndarray) -> bool:
-  """Whether every target is 0 or 1, so that the mentor is a classifier."""
+  """Whether every target is 0 or 1, so that fitting the mentor is classification."""
   return bool(np.isin(targets, (0, 1)).all())
 
 
@@ -152,30 +152,31 @@ def fit(
   restarts: int = 8,
   seed: int = 0,
 ) -> base.PyTree:
-  """Fits a mentor with the released settings, from several starts; deterministic.
+  """Fits a mentor with the released settings from several starts; deterministic.
 
-  Adam, learning rate times 0.9 every 1,000 steps, gradients clipped to norm 5,
-  on batches drawn with replacement. At this learning rate about half of the
-  starts of the released network never learn to look at the epoch, so, other than
-  in the released code, the best of several is kept.
+  The optimizer is Adam with a learning rate that is multiplied by 0.9 every 1,000 steps
+  and with gradients clipped to norm 5; batches are drawn with replacement. At this
+  learning rate about half of the starts of the released network never learn to use the
+  epoch. Unlike the released code, this function therefore keeps the best of several
+  starts.
 
   Args:
-    network: what to fit.
-    rows: to these.
-    num_steps: updates.
-    batch_size: rows an update.
-    learning_rate: at first.
-    restarts: how many starts, fitted one after the other; the one with the lowest loss
-      over all rows is kept. 1 is the released procedure.
-    seed: of initialization and batches. A start does not depend on how many
-      others there are.
+    network: the network to fit.
+    rows: inputs and targets.
+    num_steps: number of updates.
+    batch_size: rows per update.
+    learning_rate: initial learning rate.
+    restarts: number of starts, which are fitted one after the other; the one with the
+      lowest loss over all rows is kept. 1 is the released procedure.
+    seed: of initialization and batches. The result of a start does not depend on the
+      number of starts.
 
   Returns:
     The network's variables as NumPy arrays.
 
   Raises:
-    InputError: a label the network has no embedding for, no rows in a batch, no
-      start, or every start diverged.
+    InputError: a label for which the network has no embedding, `batch_size` or
+      `restarts` below 1, or every start diverged.
   """
   for name, value in (("batch_size", batch_size), ("restarts", restarts)):
     if value < 1:
@@ -187,8 +188,8 @@ def fit(
     )
   key = jax.random.key(seed)
   arrays = jax.tree.map(jnp.asarray, rows)
-  # One after the other: side by side, XLA would round a start by how many there are,
-  # and a fit amplifies that.
+  # Not under one `vmap`: there, rounding in XLA would depend on the number of starts,
+  # and fitting amplifies rounding errors.
   starts = [
     _fit_one(
       network,
@@ -201,16 +202,16 @@ def fit(
     )
     for start in range(restarts)
   ]
-  variables, found = zip(*jax.device_get(starts), strict=True)
-  if not np.isfinite(found).any():
+  variables, losses = zip(*jax.device_get(starts), strict=True)
+  if not np.isfinite(losses).any():
     raise base.InputError("the mentor's fit diverged: lower --learning_rate.")
-  return variables[np.nanargmin(found)]
+  return variables[np.nanargmin(losses)]
 
 
-# One program for all steps: a dispatch costs more than such a step.
+# One program for all steps, because a dispatch takes longer than such a step.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _fit_one(network, batch_size, is_binary, key, rows, num_steps, learning_rate):
-  """`(variables, mean loss over all rows)` from the start of the key."""
+  """`(variables, mean loss over all rows)` of the start with this key."""
   init_key, batch_key = jax.random.split(key)
   variables = dict(network.init(init_key, *(x[:1] for x in rows[:4])))
   params = variables.pop("params")
@@ -242,11 +243,11 @@ def _apply(network, variables, *features):
 
 
 def imitation_errors(mentor: mentornet_network.Mentor, rows: Rows) -> dict[str, float]:
-  """How well a mentor imitates.
+  """Errors of a mentor's weights with respect to the targets.
 
   Returns:
-    "mse", the mean squared error of its weights, and "accuracy", the share of
-    rows whose weight is on the right side of a half.
+    "mse", the mean squared error of the weights, and "accuracy", the share of rows
+    whose weight and target are on the same side of 1/2.
   """
   weights = np.asarray(_apply(mentor.network, mentor.variables, *rows[:4]))
   right = (weights > 0.5) == (rows.targets > 0.5)

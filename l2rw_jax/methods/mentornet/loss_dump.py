@@ -1,7 +1,8 @@
-"""Floor 4: a student's losses over its training, recorded, kept and read back.
+"""Records a student's losses during its training; writes and reads them as a dump.
 
-MentorNet-DD is fitted to such a dump. Record with `recording`, giving it a
-`Writer`; when the run is done, `combine` what the writer kept and `write_dump` it.
+MentorNet-DD is fitted to such a dump. Train with the epoch probe
+`record_losses(Writer(folder))`; when the run has finished, call `Writer.combine` and
+pass its result to `write_dump`.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import io
 import os
 import pathlib
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import zipfile
 import zlib
 
@@ -18,6 +19,8 @@ import jax
 import numpy as np
 
 from l2rw_jax import base
+from l2rw_jax import inference
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.io import workdir
 
 _DTYPES = {
@@ -29,7 +32,7 @@ _DTYPES = {
 }
 _ANY_ROW = (0, np.iinfo(np.int32).max)
 _ANY_CLASS = (0, 999_999)
-# What the integers may be; a cast would turn larger ones into others.
+# Allowed integers; a cast would change larger ones.
 _RANGES = {
   "sample": _ANY_ROW,
   "index": _ANY_ROW,
@@ -45,7 +48,7 @@ class LossDump(NamedTuple):
   Attributes:
     sample: the example's row in its training set, int32 [N].
     epoch_percent: percent of training done, 0 to 99, int32 [N].
-    label: what the student was trained on, int32 [N].
+    label: label that the student was trained on, int32 [N].
     true_label: int32 [N].
     loss: float32 [N].
   """
@@ -61,56 +64,58 @@ class LossDump(NamedTuple):
 Sink = Callable[[int, int, np.ndarray, np.ndarray], None]
 
 
-def recording(
-  method: base.Method,
+def record_losses(
   sink: Sink,
   *,
   every: int = 1,
   num_examples: int | None = None,
   batch_size: int = 500,
-) -> base.Method:
-  """`method`, with the training set's losses shown to `sink` before an epoch.
+) -> Callable[[Any, int], None]:
+  """An epoch probe that passes the training set's losses to `sink`.
 
-  Losses are those of the network as it is evaluated, not as it is trained (no
-  dropout, running batch statistics). A run that is continued after a kill shows
-  the epochs since its last checkpoint a second time.
+  The losses are those of the network in evaluation mode (no dropout, running batch
+  statistics). A run that is resumed after a kill records the epochs since its last
+  checkpoint again.
 
   Args:
-    method: trains as without this.
     sink: called on the host with the run's seed, the epoch, counted from 0, the
       examples' indices and their losses.
-    every: epochs between two records.
-    num_examples: records a random sample of so many, new each time; all if None.
-    batch_size: examples a forward pass.
+    every: number of epochs between records.
+    num_examples: size of the random sample to record, drawn anew each time; None
+      records all examples.
+    batch_size: examples per forward pass.
+
+  Returns:
+    An `evaluation.EpochProbe`, for `loop.train(..., epoch_probes=[...])`.
 
   Raises:
     InputError: `every` or `num_examples` is less than 1.
   """
   if every < 1 or (num_examples is not None and num_examples < 1):
-    raise base.InputError("recording: every and num_examples must be at least 1.")
+    raise base.InputError("record_losses: every and num_examples must be at least 1.")
 
-  def refresh(state, problem, view):
-    if view.epoch % every == 0:
-      index = np.asarray(view.train["index"])
-      # A generator of its own leaves the draws of the method's refresh alone.
-      rows = np.random.default_rng([view.seed, view.epoch]).permutation(len(index))
-      rows = np.sort(rows[:num_examples])
-      found = _losses(problem, view, rows, batch_size)
-      sink(view.seed, view.epoch, index[rows], found)
-    return method.refresh(state, problem, view)
+  def probe(snapshot, epoch):
+    if epoch % every:
+      return
+    train, problem = snapshot.splits.train, snapshot.problem
+    examples = examples_lib.as_batch(train)
+    size = len(train.label)
+    rows = np.random.default_rng([snapshot.seed, epoch]).permutation(size)
+    rows = np.sort(rows[:num_examples])
 
-  return method._replace(refresh=refresh)
+    def losses(batch):
+      return _batch_losses(
+        problem.forward,
+        problem.loss,
+        snapshot.state.params,
+        snapshot.state.model_state,
+        {name: column[batch["row"]] for name, column in examples.items()},
+      )
 
+    recorded = inference.map_batches(losses, {"row": rows}, batch_size)
+    sink(snapshot.seed, epoch, np.asarray(train.index)[rows], recorded)
 
-def _losses(problem, view, rows, batch_size):
-  found = []
-  for start in range(0, len(rows), batch_size):
-    chosen = rows[start : start + batch_size]
-    batch = {k: v[chosen] for k, v in view.train.items()}
-    found.append(
-      _batch_losses(problem.forward, problem.loss, view.params, view.model_state, batch)
-    )
-  return np.concatenate(jax.device_get(found))
+  return probe
 
 
 @functools.partial(jax.jit, static_argnames=("forward", "loss"))
@@ -120,30 +125,31 @@ def _batch_losses(forward, loss, params, model_state, batch):
 
 
 class Writer:
-  """A sink that keeps each epoch in a file of its own, so that runs can resume.
+  """A sink that writes each epoch to a separate file, so that runs can resume.
 
   folder/seed-S/epoch-E.npz   "index" and "loss"
   """
 
   def __init__(self, folder: str | os.PathLike):
-    """Keeps everything in `folder`, which must belong to one set of runs."""
+    """Stores all files in `folder`, which must belong to one set of runs."""
     self.folder = pathlib.Path(folder)
 
   def __call__(
     self, seed: int, epoch: int, index: np.ndarray, losses: np.ndarray
   ) -> None:
-    """Keeps an epoch; one that is there already is replaced by the same.
+    """Writes an epoch; an existing file of the same epoch must agree with it.
 
     Raises:
-      InputError: what is there is of other settings, or it cannot be written.
+      InputError: the existing file is of other settings, or it cannot be written.
     """
-    path = self._of_run(seed) / f"epoch-{epoch:05d}.npz"
+    path = self._run_folder(seed) / f"epoch-{epoch:05d}.npz"
     if path.exists():
-      kept = _load_epoch(path)
-      same = np.array_equal(kept["index"], index)
-      # Not to the last bit: the run may have resumed on another machine.
+      previous = _load_epoch(path)
+      same = np.array_equal(previous["index"], index)
+      # Not bit for bit: the run may have resumed on another machine.
       if not (
-        same and np.allclose(kept["loss"], losses, rtol=1e-2, atol=1e-3, equal_nan=True)
+        same
+        and np.allclose(previous["loss"], losses, rtol=1e-2, atol=1e-3, equal_nan=True)
       ):
         raise base.InputError(
           f"{path} holds the losses of other settings; delete {self.folder} or record"
@@ -160,7 +166,7 @@ class Writer:
     batch_size: int,
     num_steps: int,
   ) -> LossDump:
-    """All that was recorded of a run, in order of epoch and example.
+    """All recorded losses of a run, in order of epoch and example.
 
     Args:
       seed: of the run.
@@ -170,12 +176,12 @@ class Writer:
       num_steps: of the run.
 
     Raises:
-      InputError: nothing was recorded, a file is damaged, or of more examples.
+      InputError: nothing was recorded, a file is damaged or has more examples.
     """
     columns = []
-    for path in sorted(self._of_run(seed).glob("epoch-*.npz")):
-      kept = _load_epoch(path)
-      index = kept["index"]
+    for path in sorted(self._run_folder(seed).glob("epoch-*.npz")):
+      record = _load_epoch(path)
+      index = record["index"]
       if len(index) and index.max() >= len(label):
         raise base.InputError(
           f"{path} is of more than these {len(label)} examples; delete {self.folder}"
@@ -183,14 +189,15 @@ class Writer:
         )
       steps = int(path.stem.removeprefix("epoch-")) * (len(label) // batch_size)
       percent = np.full(len(index), min(100 * steps // num_steps, 99))
-      columns.append((index, percent, label[index], true_label[index], kept["loss"]))
+      columns.append((index, percent, label[index], true_label[index], record["loss"]))
     if not columns:
       raise base.InputError(
-        f"{self._of_run(seed)} holds no recorded losses: record the run from its start."
+        f"{self._run_folder(seed)} holds no recorded losses: record the run from its"
+        " start."
       )
     return _dump(*(np.concatenate(c) for c in zip(*columns, strict=True)))
 
-  def _of_run(self, seed):
+  def _run_folder(self, seed):
     return self.folder / f"seed-{seed}"
 
 
@@ -201,9 +208,9 @@ def _dump(*columns):
 
 
 def write_dump(path: str | os.PathLike, dump: LossDump) -> None:
-  """Writes a dump, whole or not at all: CSV if `path` ends so, else NumPy's npz.
+  """Writes a dump atomically, as CSV if `path` ends in .csv, else as NumPy's npz.
 
-  Makes the folder if need be.
+  The folder is created if it does not exist.
 
   Raises:
     InputError: the file cannot be written.
@@ -213,7 +220,7 @@ def write_dump(path: str | os.PathLike, dump: LossDump) -> None:
     _save(path, **dump._asdict())
     return
   text = io.StringIO()
-  # Nine digits tell float32 numbers apart.
+  # Nine digits represent a float32 number exactly.
   formats = ["%d"] * 4 + ["%.9g"]
   table = np.column_stack([c.astype(np.float64) for c in dump])
   np.savetxt(text, table, formats, delimiter=",", header=",".join(_DTYPES), comments="")
@@ -221,10 +228,10 @@ def write_dump(path: str | os.PathLike, dump: LossDump) -> None:
 
 
 def read_dump(path: str | os.PathLike) -> LossDump:
-  """Reads what `write_dump` wrote.
+  """Reads a dump that `write_dump` wrote.
 
   Raises:
-    InputError: there is no such file, it is damaged, or a column is missing.
+    InputError: the file does not exist, is damaged, or lacks a column.
   """
   path = pathlib.Path(path)
   try:
@@ -241,7 +248,7 @@ def read_dump(path: str | os.PathLike) -> LossDump:
 
 
 def _check_columns(columns):
-  """Raises ValueError unless `_dump` keeps every number of the columns as it is."""
+  """Raises ValueError if `_dump` would change a number of the columns."""
   for name, column in columns.items():
     if column.dtype.kind not in "iuf" or column.ndim != 1:
       raise ValueError(f"its column {name} is not a list of numbers")
@@ -272,8 +279,8 @@ def _read_csv(path):
   return dict(zip(_DTYPES, table.T, strict=True))
 
 
-# What NumPy and zipfile raise for archives that are cut, encrypted, compressed in
-# ways they do not know, or whose headers promise more than there is memory for.
+# Errors of NumPy and zipfile for archives that are truncated, encrypted, compressed by
+# an unknown algorithm, or whose headers announce more data than fits in memory.
 _UNREADABLE = (
   *(OSError, ValueError, EOFError, TypeError, RuntimeError, MemoryError),
   *(OverflowError, SyntaxError, zipfile.BadZipFile, zlib.error, struct.error),
@@ -281,14 +288,14 @@ _UNREADABLE = (
 
 
 def _load(path, *names):
-  """Arrays by name; a ValueError tells what is wrong with the file."""
+  """Arrays by name; raises ValueError with a description if the file is damaged."""
   try:
-    with np.load(path, allow_pickle=False) as kept:
-      return {name: kept[name] for name in names}
+    with np.load(path, allow_pickle=False) as arrays:
+      return {name: arrays[name] for name in names}
   except KeyError as error:
     raise ValueError(f"no column {error.args[0].split()[0]}") from error
   except _UNREADABLE as error:
-    # np.load takes anything that is no archive for a pickle.
+    # np.load treats any file that is not an archive as a pickle.
     reason = getattr(error, "strerror", None) or "damaged, or not an npz file"
     raise ValueError(reason) from error
 

@@ -1,4 +1,4 @@
-"""Floor 4: a fitted mentor on disk, one JSON file."""
+"""The file of a fitted mentor, in JSON."""
 
 from collections.abc import Callable
 import hashlib
@@ -23,12 +23,12 @@ _REFIT = "fit another with experiments.mentornet_pretrain"
 def save(
   path: str | os.PathLike, mentor: mentornet_network.Mentor, facts: dict[str, Any]
 ) -> None:
-  """Writes a mentor whole or not at all.
+  """Writes a mentor atomically.
 
   Args:
     path: file to create or replace; its folder must exist.
-    mentor: any.
-    facts: JSON values to keep beside it: what it was fitted to, and how well.
+    mentor: the fitted mentor.
+    facts: JSON values to store with it, such as what it was fitted to, and how well.
 
   Raises:
     InputError: the file cannot be written.
@@ -42,7 +42,7 @@ def save(
     "num_labels": mentor.network.num_labels,
     "num_classes": mentor.num_classes,
     "facts": facts,
-    # A float32 comes back from JSON's decimals as it was, bit for bit.
+    # A float32 survives the conversion to decimals and back without rounding.
     "variables": {_name(place): np.asarray(x).tolist() for place, x in flat},
   }
   workdir.write_json(path, record | {"sha256": _digest(record)})
@@ -55,16 +55,16 @@ def load(
 
   Args:
     path: as given to `save`.
-    num_classes: C of the student's data; None checks nothing.
+    num_classes: C of the student's data; None does not check it.
 
   Raises:
     InputError: there is no mentor at `path`, it is damaged or of another format,
-      or it looks at labels of another number of classes.
+      or it uses labels of another number of classes.
   """
   record = read(path)
-  wanted = record["num_classes"]
-  if num_classes is not None and wanted not in (None, num_classes):
-    raise base.InputError(mentornet.class_mismatch(wanted, num_classes))
+  fitted_classes = record["num_classes"]
+  if num_classes is not None and fitted_classes not in (None, num_classes):
+    raise base.InputError(mentornet.class_mismatch(fitted_classes, num_classes))
   network = mentornet_network.MentorNetwork(record["num_labels"], record["compat"])
   features = np.zeros(1, np.float32), np.zeros(1, np.int32)
   like = jax.eval_shape(
@@ -86,7 +86,7 @@ def _name(place):
 
 
 def _array(path, name, stored, shape):
-  """One variable; an InputError if it is not of `shape`, or not finite."""
+  """One variable; raises InputError unless it is finite and has this shape."""
   try:
     with np.errstate(over="ignore"):
       array = np.asarray(np.asarray(stored, np.float64), np.float32)
@@ -100,7 +100,7 @@ def _array(path, name, stored, shape):
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
-  """The whole record, its facts included, once it is seen to be sound.
+  """Reads the whole record, including its facts, and checks it.
 
   Raises:
     InputError: as `load`.
@@ -116,7 +116,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     raise base.InputError(_not_a_mentor(path)) from error
   try:
     record = json.loads(text)
-  # The parser goes one call deeper for each bracket.
+  # The parser recurses for every bracket.
   except (ValueError, RecursionError) as error:
     raise base.InputError(f"--mentor={path} is damaged: {_REFIT}.") from error
   if not isinstance(record, dict) or record.get("kind") != _KIND:
@@ -128,10 +128,10 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     )
   if record.pop("sha256", None) != _digest(record):
     raise _damaged(path, "its checksum differs")
-  for name, is_sound in _FIELDS.items():
+  for name, is_valid in _FIELDS.items():
     if name not in record:
       raise _damaged(path, f"it has no {name}")
-    if not is_sound(record[name]):
+    if not is_valid(record[name]):
       raise _damaged(path, f"its {name} cannot be {str(record[name])[:40]!r}")
   if record["num_classes"] not in (None, record["num_labels"]):
     raise _damaged(path, "its num_classes and num_labels differ")
@@ -140,11 +140,11 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 
 def _is_size(value):
   is_integer = isinstance(value, int) and not isinstance(value, bool)
-  return is_integer and 1 <= value <= _MOST_CLASSES
+  return is_integer and 1 <= value <= _MAX_CLASSES
 
 
-# A checksum can be made for any content, so each field is checked too.
-_MOST_CLASSES = 1_000_000
+# A crafted file can have a correct checksum, so each field is checked too.
+_MAX_CLASSES = 1_000_000
 _FIELDS: dict[str, Callable[[Any], bool]] = {
   "curriculum": lambda value: value in (*mentornet.CURRICULA, "dd"),
   "compat": lambda value: value in mentornet_network.COMPAT,

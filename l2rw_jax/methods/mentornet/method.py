@@ -1,12 +1,12 @@
 """MentorNet: example weights from a curriculum (Jiang et al., 2018).
 
-A curriculum maps what a student's training shows of an example to its weight v
-in [0, 1]: the loss l, its difference d = l - m to a moving percentile m of the
-losses, the label, and the time e, the percent of training done, 0 to 99. The
-student's loss is sum_i v_i l_i / n, divided by the batch size n and not by
-sum_i v_i; nothing flows back through v. Curricula are predefined (below), or a
-network, the mentor: fitted to a predefined one (MentorNet-PD) or to labels known
-to be right or wrong (MentorNet-DD), see `mentornet_network`.
+A curriculum maps four features of an example during the student's training to its
+weight v in [0, 1]: the loss l, the difference d = l - m to a moving percentile m of the
+losses, the label, and the epoch percent e, the percent of training done, 0 to 99. The
+student's loss is sum_i v_i l_i / n, divided by the batch size n and not by sum_i v_i;
+v is constant under differentiation. A curriculum is either predefined (below) or a
+network, the mentor. The mentor is fitted to a predefined curriculum (MentorNet-PD) or
+to labels that are known to be right or wrong (MentorNet-DD), see `network`.
 
 A student's step, as in the released code:
 
@@ -15,10 +15,10 @@ A student's step, as in the released code:
     v = curriculum(l, l - m, label, e), 1 during burn-in
     v = 0 for all but floor(n (1 - rate(e))) random examples
 
-Where the released code departs from the paper as far as the paper is known to
-us: the paper samples from v, the code keeps v and drops examples at random;
-the code's weight decay is scaled by the mean of v (`weight_decay`); its hard
-mining keeps every example of a label above 0 (`positive_labels`).
+Differences between the released code and the paper, as far as its text is known to us:
+the paper samples from v, the code keeps v and drops examples at random; the code's
+weight decay is scaled by the mean of v (`weight_decay`); its hard mining keeps every
+example with a label above 0 (`positive_labels`).
 
 References:
   Jiang, Zhou, Leung, Li, Fei-Fei, "MentorNet: Learning Data-Driven Curriculum
@@ -36,18 +36,20 @@ import numpy as np
 
 from l2rw_jax import base
 
-# (losses [B], differences [B], labels [B], epoch percent []) -> weights [B]. Some are
-# smooth in the losses: hold the weights constant where you differentiate.
+# (losses [B], differences [B], labels [B], epoch percent []) -> weights [B]. Some
+# curricula are differentiable in the losses; apply `stop_gradient` to the weights.
 Curriculum = Callable[[Any, Any, Any, Any], Any]
-# (rate, number of epoch percents) in order; the numbers add up to 100.
+# (rate, number of epoch percents) in order; the numbers sum to 100.
 Schedule = Sequence[tuple[float, int]]
 NO_DROPOUT: Schedule = ((0.0, 100),)
+# Folded into the step's key, so that example dropout and the network draw differently.
+_DROPOUT_KEY = 0x6D656E74
 
 
 def uniform(
   losses: Any, differences: Any = None, labels: Any = None, epoch: Any = None
 ) -> Any:
-  """Weight 1 for everyone, [B]."""
+  """Weight 1 for every example, [B]."""
   del differences, labels, epoch
   return jnp.ones_like(losses)
 
@@ -75,9 +77,10 @@ def hard(
     differences: [B].
     labels: [B]; needed with `positive_labels` only.
     epoch: not used.
-    positive_labels: as in the released code, 1 also wherever the label is above
-      0. Its labels are 0 (background) or 1, and in training always 0, so with
-      the labels of a classifier of C classes it only spares class 0.
+    positive_labels: whether the weight is also 1 wherever the label is above 0, as in
+      the released code. There the labels are 0 (background) or 1, and always 0 in
+      training; with the labels of a classifier of C classes this exempts all classes
+      but class 0 from mining.
   """
   del epoch
   kept = differences >= 0
@@ -89,7 +92,7 @@ def hard(
 
 
 def _unless_nan(kept, losses, differences):
-  """1 for what is kept, but NaN for a NaN difference, so that it is noticed."""
+  """1 where `kept`, else 0, but NaN for a NaN difference, so that it is noticed."""
   dtype = jnp.asarray(losses).dtype
   differences = jnp.asarray(differences).astype(dtype)
   return jnp.where(jnp.isnan(differences), differences, kept.astype(dtype))
@@ -103,7 +106,7 @@ def focal(
   *,
   gamma: float = 2.0,
 ) -> Any:
-  """(1 - exp(-l))^gamma, the focal loss's factor for a cross-entropy l; [B]."""
+  """(1 - exp(-l))^gamma, the factor of the focal loss for a cross-entropy l; [B]."""
   del differences, labels, epoch
   return (-jnp.expm1(-jnp.maximum(losses, 0))) ** gamma
 
@@ -116,16 +119,16 @@ def spcl_linear(
   *,
   gamma: float = 1.0,
 ) -> Any:
-  """1 - d / gamma within [0, 1] [eq. 7; gamma is its lambda_2 > 0]; [B]."""
+  """1 - d / gamma, clipped to [0, 1] [eq. 7; gamma is its lambda_2 > 0]; [B]."""
   del losses, labels, epoch
   return jnp.clip(1 - differences / gamma, 0, 1)
 
 
 def pd_mixture(losses: Any, differences: Any, labels: Any, epoch: Any) -> Any:
-  """What MentorNet-PD imitates: 1 to e = 18, self-paced, SPCL from e = 90; [B]."""
-  given = (losses, differences, labels, epoch)
-  late = jnp.where(epoch < 90, self_paced(*given), spcl_linear(*given))
-  return jnp.where(epoch <= 18, uniform(*given), late)
+  """MentorNet-PD's target: 1 up to e = 18, then self-paced, SPCL from e = 90; [B]."""
+  features = (losses, differences, labels, epoch)
+  late = jnp.where(epoch < 90, self_paced(*features), spcl_linear(*features))
+  return jnp.where(epoch <= 18, uniform(*features), late)
 
 
 CURRICULA: dict[str, Curriculum] = {
@@ -148,10 +151,10 @@ def moving_percentile(
   """decay * previous + (1 - decay) * percentile of the global batch; [].
 
   Args:
-    previous: the last value, 0 before the first batch.
+    previous: the previous value, 0 before the first batch.
     losses: this device's losses [B], held constant.
-    percentile: from 0 to 100. Of the sorted losses the nearest is taken, at a
-      tie the lower: no interpolation.
+    percentile: from 0 to 100. The nearest of the sorted losses is used, the lower one
+      at a tie, without interpolation.
     decay: 0.5 in the released CIFAR program, 0.9 by its function's default.
     axis_name: mapped axis over which the batch is sharded.
 
@@ -169,10 +172,10 @@ def moving_percentile(
   all_losses = base.unsharded(base.gather(losses, axis_name))
   ordered = jnp.sort(jax.lax.stop_gradient(all_losses).astype(dtype))
   nearest = math.ceil(percentile / 100 * (ordered.size - 1) - 0.5)
-  # NaN is sorted to the end, where it would not be seen.
+  # NaN is sorted to the end, so a percentile below 100 would ignore it.
   value = jnp.where(jnp.isnan(ordered[-1]), ordered[-1], ordered[nearest])
   previous = jnp.asarray(previous).astype(dtype)
-  # Equal on every device already; the maximum lets `shard_map` know.
+  # Already equal on every device; the maximum marks it as such for `shard_map`.
   return decay * previous + (1 - decay) * base.pmax(value, axis_name)
 
 
@@ -196,7 +199,7 @@ def epoch_percent(step: Any, num_steps: int) -> base.Array:
   83
   """
   step = jnp.asarray(step)
-  # Compared with the first step of each percent: 100 * step overflows int32.
+  # Compare with the first step of each percent, because 100 * step overflows int32.
   largest = np.iinfo(step.dtype).max
   firsts = [min(-(-k * num_steps // 100), largest) for k in range(1, 100)]
   return jnp.sum(step >= np.array(firsts, step.dtype)).astype(jnp.int32)
@@ -205,7 +208,7 @@ def epoch_percent(step: Any, num_steps: int) -> base.Array:
 def example_dropout(
   key: base.Array, weights: Any, rate: Any, *, axis_name: base.AxisName = None
 ) -> base.Array:
-  """Keeps floor(n (1 - rate)) random weights of the global batch; the rest is 0.
+  """Keeps floor(n (1 - rate)) random weights of the global batch, sets others to 0.
 
   Args:
     key: typed PRNG key, the same on every device.
@@ -214,7 +217,7 @@ def example_dropout(
     axis_name: mapped axis over which the batch is sharded.
   """
   size = base.global_size(weights.shape[0], axis_name)
-  # A hair more: 10 (1 - 0.9) must not be 0.99999998.
+  # The offset prevents that 10 (1 - 0.9) = 0.99999998 is rounded down to 0.
   num_kept = jnp.floor(size * (1 - jnp.asarray(rate, jnp.float32)) + 1e-3)
   kept = jax.random.permutation(key, size) < num_kept.astype(jnp.int32)
   kept = base.sharded_like(base.local_slice(kept, axis_name), weights)
@@ -225,7 +228,7 @@ def dropout_rates(schedule: Schedule) -> np.ndarray:
   """The dropout rate of every epoch percent, float32 [100].
 
   Raises:
-    InputError: a rate outside [0, 1], or numbers that do not add up to 100.
+    InputError: a rate outside [0, 1], or numbers that do not sum to 100.
   """
   for rate, _ in schedule:
     _check_range("dropout: rate", rate, 0, 1)
@@ -238,12 +241,12 @@ def dropout_rates(schedule: Schedule) -> np.ndarray:
 
 
 class Preset(NamedTuple):
-  """How the released commands run a curriculum on CIFAR; see `preset`.
+  """Settings of a curriculum in the released commands for CIFAR; see `preset`.
 
   Attributes:
     percentiles: at 20%, 40% and 80% noise.
-    burn_in: first epoch percents with weight 1, plus 1.
-    fixed_epoch_after_burn_in: whether the mentor's clock stops at `burn_in`.
+    burn_in: the number of initial epoch percents with weight 1, plus 1.
+    fixed_epoch_after_burn_in: whether the mentor's epoch percent stops at `burn_in`.
     dropout: schedule of the example dropout.
   """
 
@@ -265,15 +268,15 @@ PRESETS = {
 
 
 def preset(name: str, noise_fraction: float) -> dict[str, Any]:
-  """Keyword arguments of `mentornet` as in the released CIFAR commands.
+  """Keyword arguments of `mentornet` from the released CIFAR commands.
 
-  The last segment of "dd_resnet"'s dropout is never reached, there and here: the
-  clock that it is looked up by stops at 18.
+  The last segment of "dd_resnet"'s dropout schedule is never reached, neither in the
+  release nor here, because the epoch percent stops at 18.
 
   Args:
     name: a key of `PRESETS`.
-    noise_fraction: share of wrong labels; the nearest of 0.2, 0.4 and 0.8, for
-      which there are settings, is taken, at a tie the lower.
+    noise_fraction: share of wrong labels. The settings are those of the nearest of 0.2,
+      0.4 and 0.8, the lower one at a tie.
 
   Raises:
     InputError: there is no such preset.
@@ -281,7 +284,7 @@ def preset(name: str, noise_fraction: float) -> dict[str, Any]:
   if name not in PRESETS:
     raise base.InputError(f"preset={name!r}: choose among {', '.join(PRESETS)}.")
   percentiles, burn_in, is_fixed, dropout = PRESETS[name]
-  # Rounded, for 0.6 - 0.4 and 0.8 - 0.6 differ in floating point.
+  # Rounded, because 0.6 - 0.4 and 0.8 - 0.6 differ in floating point.
   gaps = [round(abs(noise_fraction - level), 6) for level in (0.2, 0.4, 0.8)]
   return {
     "percentile": percentiles[gaps.index(min(gaps))],
@@ -305,16 +308,16 @@ def mentornet(
   """MentorNet's student for the training loop.
 
   Args:
-    weights_fn: a curriculum of this file or a `mentornet_network.Mentor`.
+    weights_fn: a curriculum of this file or a `network.Mentor`.
     percentile: of the batch's losses, from 0 to 100.
-    decay: of the moving percentile, see there.
+    decay: of `moving_percentile`.
     burn_in: v = 1 while e < burn_in - 1.
-    fixed_epoch_after_burn_in: stops the clock: e is at most `burn_in`, for the
-      curriculum and the dropout schedule alike.
+    fixed_epoch_after_burn_in: whether e is at most `burn_in`, for both the curriculum
+      and the dropout schedule.
     dropout: schedule of the example dropout.
-    weight_decay: adds weight_decay * mean(v) * p to the gradient of every
-      parameter p with more than one axis, as the released code does. At 0 decay
-      is left to the optimizer, which does not scale it. Not part of `losses`.
+    weight_decay: adds weight_decay * mean(v) * p to the gradient of every parameter p
+      with more than one axis, as the released code does; `losses` do not include it.
+      With 0, weight decay is left to the optimizer, which does not scale it by v.
 
   Returns:
     A `base.Method` whose state is the moving percentile, float32 [].
@@ -341,9 +344,7 @@ def mentornet(
   def gradients(state, problem, inputs):
     if num_classes not in (None, problem.num_classes):
       raise base.InputError(class_mismatch(num_classes, problem.num_classes))
-    params = base.local(inputs.params, problem.axis_name)
-    losses_fn = problem.losses_fn(inputs.model_state, inputs.key)
-    linearized = problem.linearize(losses_fn, params, inputs.batch, has_aux=True)
+    linearized = problem.linearize_batch(inputs)
     losses = linearized.losses
     size = base.global_size(losses.shape[0], problem.axis_name)
     moving = moving_percentile(
@@ -353,7 +354,7 @@ def mentornet(
     v = curriculum(losses, labels, moving, inputs.step, problem, key)
     weights = (v / size).astype(losses.dtype)
     mean_weight = base.psum(jnp.sum(weights), problem.axis_name)
-    grads = base.psum(linearized.weighted_gradient(weights), problem.axis_name)
+    grads = base.summed_gradient(linearized, weights, problem.axis_name)
     if weight_decay:
       grads = _add_decay(grads, inputs.params, weight_decay * mean_weight)
     metrics = {"percentile": moving, "mean_weight": mean_weight}
@@ -362,15 +363,11 @@ def mentornet(
   return base.Method(gradients, init=lambda *_: jnp.zeros((), jnp.float32))
 
 
-# Keeps the draw apart from those that the network makes of the same key.
-_DROPOUT_KEY = 0x6D656E74
-
-
-def class_mismatch(num_classes: int, wanted: int) -> str:
-  """The message for a mentor that was fitted for other classes."""
+def class_mismatch(num_classes: int, expected: int) -> str:
+  """Error message for a mentor that was fitted for another number of classes."""
   return (
     f"--mentor was fitted for the labels of {num_classes} classes, the data have"
-    f" {wanted}; fit one with experiments.mentornet_pretrain on a dump of these data,"
+    f" {expected}; fit one with experiments.mentornet_pretrain on a dump of these data,"
     " or without --use_labels for any number of classes."
   )
 

@@ -1,21 +1,21 @@
 """The mentor: MentorNet's network.
 
-The released network reads one step (history length 1) with a bidirectional LSTM
-of one unit a direction, joins it with embeddings of label and epoch percent, and
-ends in dense layers of 20 and 1: 257 trained and 500 frozen numbers. `compat`
-chooses between what was released and the textbook reading of the paper, ours
-where its text is not known:
+The released network processes one step (history length 1) with a bidirectional LSTM of
+one unit per direction, concatenates the result with embeddings of label and epoch
+percent, and applies dense layers of 20 and 1 units: 257 trained and 500 frozen
+parameters. `compat` selects the released network or the one that the paper describes,
+completed by standard choices where its text is not known to us:
 
 | | "official_code" | "paper" |
 |---|---|---|
-| of the LSTM | cell states | hidden states |
+| output of the LSTM | cell states | hidden states |
 | last bias | added to each of the 20 output weights | a bias |
 | epoch embedding | frozen as initialized | trained |
 
-The default is "official_code": it gave the published student commands their
-mentors, and the paper's text known to us leaves sizes open. Embeddings start
-uniform in [-1, 1] and LSTM kernels as in flax, which is our choice; dense layers
-start at N(0, 1), as released.
+The default is "official_code": the mentors of the published student commands are such
+networks, and the paper's text known to us does not specify sizes. Dense layers are
+initialized from N(0, 1), as released. The initialization of embeddings, uniform in
+[-1, 1], and of LSTM kernels, that of flax, are choices of this library.
 
 References:
   Jiang, Zhou, Leung, Li, Fei-Fei, "MentorNet: Learning Data-Driven Curriculum
@@ -34,16 +34,16 @@ from l2rw_jax import base
 
 COMPAT = ("official_code", "paper")
 _NORMAL = nn.initializers.normal(1.0)
-# Sums of products of weights and features must not become inf - inf.
+# Inputs are clipped to this, so that sums of their products do not give inf - inf.
 _LARGEST = 1e30
 
 
 class MentorNetwork(nn.Module):
-  """(losses, differences, labels, epoch percent) to logits of weights, [B].
+  """Maps (losses, differences, labels, epoch percent) to logits of weights, [B].
 
   Attributes:
     num_labels: rows of the label embedding; the released code has 2.
-    compat: "official_code" or "paper", see above.
+    compat: "official_code" or "paper", see the module docstring.
   """
 
   num_labels: int = 2
@@ -56,7 +56,7 @@ class MentorNetwork(nn.Module):
     """Logits [B]; the weights are their sigmoid.
 
     Args:
-      losses: [B], or [B, k] the last k of each example, oldest first.
+      losses: [B], or [B, k] with the last k losses of each example, oldest first.
       differences: losses minus the moving percentile, shaped like `losses`.
       labels: integers below `num_labels`, [B].
       epoch: percent of training done, 0 to 99; [] or [B].
@@ -71,8 +71,8 @@ class MentorNetwork(nn.Module):
       self._epoch_embedding(
         base.sharded_like(jnp.broadcast_to(epoch, labels.shape), labels)
       ),
-      self._read(nn.LSTMCell(1, name="forward"), steps),
-      self._read(nn.LSTMCell(1, name="backward"), steps[:, ::-1]),
+      self._last_state(nn.LSTMCell(1, name="forward"), steps),
+      self._last_state(nn.LSTMCell(1, name="backward"), steps[:, ::-1]),
     ]
     dense = nn.Dense(20, kernel_init=_NORMAL, bias_init=_NORMAL, name="hidden")
     return self._output(nn.tanh(dense(jnp.concatenate(features, axis=-1))))
@@ -91,7 +91,7 @@ class MentorNetwork(nn.Module):
 
     return base.take(self.variable("frozen", name, init).value, epoch)
 
-  def _read(self, cell, steps):
+  def _last_state(self, cell, steps):
     carry = (jnp.zeros_like(steps[:, 0, :1]),) * 2
     for t in range(steps.shape[1]):
       carry, hidden = cell(carry, steps[:, t])
@@ -111,14 +111,14 @@ def _uniform(key, shape):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mentor:
-  """A fitted mentor; a curriculum, as `mentornet.mentornet` takes it.
+  """A fitted mentor, a curriculum for `mentornet.mentornet`.
 
   Attributes:
     curriculum: what it was fitted to: a key of `mentornet.CURRICULA`, or "dd".
     network: the module.
     variables: its fitted variables.
-    num_classes: C if it looks at labels; None if it takes all for 0, as released,
-      and so fits students of any number of classes.
+    num_classes: C if the mentor uses labels. None if it replaces all labels by 0, as in
+      the released code; such a mentor applies to any number of classes.
   """
 
   curriculum: str
@@ -134,7 +134,7 @@ class Mentor:
       labels = jnp.zeros(losses.shape[:1], jnp.int32)
       labels = base.sharded_like(labels, losses)
     features = (losses, differences, labels, epoch)
-    # An embedding kept as a NumPy array cannot be indexed by a traced epoch.
+    # A traced epoch cannot index an embedding that is a NumPy array.
     variables = jax.tree.map(jnp.asarray, self.variables)
     logits: Any = self.network.apply(variables, *features)
     return jax.nn.sigmoid(logits)

@@ -1,4 +1,4 @@
-"""The grid and the recorded rows a mentor is fitted to, and the fit."""
+"""Fitting a mentor: rows of the grid, rows of recorded losses, the fit."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from l2rw_jax.methods.mentornet import network as mentornet_network
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def test_the_grid_is_the_released_one():
+def test_grid_equals_the_released_grid():
   rows = mentornet_fitting.pd_rows("self_paced", num_rows=None)
   assert len(rows.losses) == 120 * 100 * 100
   losses = np.unique(rows.losses)
@@ -20,7 +20,7 @@ def test_the_grid_is_the_released_one():
   np.testing.assert_allclose(losses, [*tenths, *range(10, 30)], rtol=1e-6)
   differences = np.unique(rows.differences)
   np.testing.assert_allclose(differences, np.arange(-50, 50) / 10, atol=1e-6)
-  assert 0 in differences  # On which side of 0 a difference lies is all it says.
+  assert 0 in differences  # Only the sign of a difference carries information.
   np.testing.assert_array_equal(np.unique(rows.epochs), range(100))
   assert not rows.labels.any()
   np.testing.assert_array_equal(rows.targets, rows.differences <= 0)
@@ -70,7 +70,7 @@ def test_rows_of_recorded_losses(use_labels):
     (3, np.full(5, 100), "--dump holds epoch percents outside 0 to 99"),
   ],
 )
-def test_a_useless_dump_is_one_line(column, value, message):
+def test_useless_dumps_are_refused(column, value, message):
   given = list(_recorded())
   given[column] = value
   with pytest.raises(base.InputError, match=message):
@@ -79,7 +79,7 @@ def test_a_useless_dump_is_one_line(column, value, message):
     mentornet_fitting.dd_rows(*_recorded(), percentile=0.75)
 
 
-def test_wrong_names_and_numbers_are_one_line():
+def test_bad_names_and_numbers_are_refused():
   with pytest.raises(
     base.InputError, match="--curriculum=easy: choose among self_paced"
   ):
@@ -110,14 +110,14 @@ def _fit(rows, compat="official_code", num_steps=600, restarts=2, **settings):
 
 
 @pytest.mark.parametrize("compat", mentornet_network.COMPAT)
-def test_a_fit_imitates_on_rows_it_has_not_seen(compat):
+def test_fit_generalizes_to_other_rows(compat):
   rows = mentornet_fitting.pd_rows("self_paced", num_rows=4000)
   train, test = mentornet_fitting.split(rows)
-  found = mentornet_fitting.imitation_errors(_fit(train, compat), test)
-  assert found["accuracy"] > 0.95 and found["mse"] < 0.05
+  result = mentornet_fitting.imitation_errors(_fit(train, compat), test)
+  assert result["accuracy"] > 0.95 and result["mse"] < 0.05
 
 
-def test_a_fit_is_deterministic_and_more_starts_are_no_worse():
+def test_fit_is_deterministic_and_improves_with_more_starts():
   rows = mentornet_fitting.pd_rows("pd", num_rows=1000)
   several, again, one = (_fit(rows, num_steps=300, restarts=r) for r in (2, 2, 1))
   for a, b in zip(
@@ -128,7 +128,7 @@ def test_a_fit_is_deterministic_and_more_starts_are_no_worse():
   assert errors[0] <= errors[1] + 1e-6
 
 
-def test_frozen_embeddings_stay_and_everything_else_moves():
+def test_only_frozen_embeddings_do_not_change():
   rows = mentornet_fitting.pd_rows("pd", num_rows=1000)
   start, end = (_fit(rows, num_steps=n, restarts=1).variables for n in (0, 20))
   np.testing.assert_array_equal(
@@ -138,7 +138,7 @@ def test_frozen_embeddings_stay_and_everything_else_moves():
     assert not np.array_equal(start["params"][name], end["params"][name]), name
 
 
-def test_a_label_without_embedding_and_a_fit_that_diverged_are_one_line():
+def test_labels_without_embedding_and_diverged_fits_are_refused():
   rows = mentornet_fitting.pd_rows("pd", num_rows=100)
   with pytest.raises(base.InputError, match="between 0 and 1; got 2 to 2"):
     _fit(rows._replace(labels=rows.labels + 2))
@@ -147,7 +147,7 @@ def test_a_label_without_embedding_and_a_fit_that_diverged_are_one_line():
 
 
 @pytest.mark.parametrize("setting", ["restarts", "batch_size"])
-def test_a_fit_of_nothing_is_one_line(setting):
+def test_empty_fits_are_refused(setting):
   rows = mentornet_fitting.pd_rows("pd", num_rows=100)
   with pytest.raises(base.InputError, match=f"fit: {setting}=0 must be at least 1"):
     _fit(rows, **{setting: 0})

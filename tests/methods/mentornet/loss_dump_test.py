@@ -1,4 +1,4 @@
-"""Recorded losses on disk: whole, found again, and every kind of damage."""
+"""Files of recorded losses: round trips, and every kind of damage."""
 
 import contextlib
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from l2rw_jax import base
-from l2rw_jax.methods import baselines
 from l2rw_jax.methods.mentornet import loss_dump
 
 
@@ -15,7 +14,7 @@ def _combine(folder):
   return loss_dump.Writer(folder).combine(0, labels, labels, batch_size=8, num_steps=12)
 
 
-def test_nothing_recorded_and_damage_are_one_line(tmp_path):
+def test_missing_and_damaged_records_are_refused(tmp_path):
   with pytest.raises(base.InputError, match="holds no recorded losses"):
     _combine(tmp_path)
   (tmp_path / "seed-0").mkdir()
@@ -32,10 +31,10 @@ def test_nothing_recorded_and_damage_are_one_line(tmp_path):
     _combine(tmp_path / "many")
 
 
-def test_recording_nothing_is_one_line():
+def test_recording_zero_examples_or_epochs_is_refused():
   for settings in ({"every": 0}, {"num_examples": 0}):
     with pytest.raises(base.InputError, match="must be at least 1"):
-      loss_dump.recording(baselines.uniform(), print, **settings)
+      loss_dump.record_losses(print, **settings)
 
 
 def _dump():
@@ -46,11 +45,11 @@ def _dump():
 
 
 @pytest.mark.parametrize("name", ["dump.csv", "dump.npz", "dump"])
-def test_a_dump_comes_back_bit_for_bit(tmp_path, name):
+def test_dump_is_restored_bit_for_bit(tmp_path, name):
   path = tmp_path / "new" / "folder" / name
   loss_dump.write_dump(path, _dump())
-  found = loss_dump.read_dump(path)
-  for a, b in zip(found, _dump(), strict=True):
+  result = loss_dump.read_dump(path)
+  for a, b in zip(result, _dump(), strict=True):
     assert a.dtype == b.dtype
     np.testing.assert_array_equal(a, b)
   assert list(path.parent.iterdir()) == [path]
@@ -75,7 +74,7 @@ _HEADER = "sample,epoch_percent,label,true_label,loss"
     ("d.csv", None, "No such file"),
   ],
 )
-def test_an_unreadable_dump_is_one_line(tmp_path, name, content, message):
+def test_unreadable_dumps_are_refused(tmp_path, name, content, message):
   if content is not None:
     (tmp_path / name).write_text(content)
   with pytest.raises(base.InputError) as error:
@@ -84,7 +83,7 @@ def test_an_unreadable_dump_is_one_line(tmp_path, name, content, message):
   assert line.startswith(f"--dump={tmp_path}") and message in line
 
 
-def test_an_archive_of_other_columns_is_one_line(tmp_path):
+def test_archives_with_other_columns_are_refused(tmp_path):
   np.savez(tmp_path / "dump.npz", sample=np.arange(3))
   with pytest.raises(base.InputError, match=r"no column"):
     loss_dump.read_dump(tmp_path / "dump.npz")
@@ -119,13 +118,13 @@ def _npz(path, **changed):
     ({"sample": np.array([{}] * 20)}, "damaged, or not an npz file"),
   ],
 )
-def test_crafted_columns_are_one_line(tmp_path, changed, message):
+def test_invalid_columns_are_refused(tmp_path, changed, message):
   _npz(tmp_path / "dump.npz", **changed)
   with pytest.raises(base.InputError, match=message):
     loss_dump.read_dump(tmp_path / "dump.npz")
 
 
-def test_damaged_archives_are_one_line(tmp_path):
+def test_damaged_archives_are_refused(tmp_path):
   path = tmp_path / "dump.npz"
   loss_dump.write_dump(path, _dump())
   whole = path.read_bytes()
@@ -135,12 +134,12 @@ def test_damaged_archives_are_one_line(tmp_path):
       whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :],
     ):
       path.write_bytes(damaged)
-      # A bit outside the data, such as of a date, changes nothing.
+      # A changed bit outside of the data, such as in a date, has no effect.
       with contextlib.suppress(base.InputError):
         np.testing.assert_array_equal(loss_dump.read_dump(path).loss, _dump().loss)
 
 
-def test_a_loss_beyond_float32_is_infinite(tmp_path):
+def test_loss_beyond_float32_is_infinite(tmp_path):
   _npz(tmp_path / "dump.npz", loss=np.full(20, 1e300))
   assert np.isinf(loss_dump.read_dump(tmp_path / "dump.npz").loss).all()
 
@@ -155,7 +154,7 @@ def test_a_loss_beyond_float32_is_infinite(tmp_path):
     ("epoch-last", {"index": np.array([0]), "loss": np.ones(1)}),
   ],
 )
-def test_crafted_epochs_are_one_line(tmp_path, name, columns):
+def test_invalid_epochs_are_refused(tmp_path, name, columns):
   (tmp_path / "seed-0").mkdir()
   np.savez(tmp_path / "seed-0" / f"{name}.npz", **columns)
   with pytest.raises(base.InputError, match="cannot read it"):

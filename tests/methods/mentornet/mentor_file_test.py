@@ -1,4 +1,4 @@
-"""A mentor comes back from its file as it was, or one line says why not."""
+"""Files of mentors: round trips, and one-line errors."""
 
 import functools
 import hashlib
@@ -33,13 +33,13 @@ def path(tmp_path):
 
 @pytest.mark.parametrize("compat", mentornet_network.COMPAT)
 @pytest.mark.parametrize("num_classes", [None, 10])
-def test_a_mentor_comes_back_bit_for_bit(tmp_path, compat, num_classes):
+def test_mentor_is_restored_bit_for_bit(tmp_path, compat, num_classes):
   mentor = _mentor(compat, num_classes)
   mentor_file.save(tmp_path / "mentor.json", mentor, {"seed": 3})
-  found = mentor_file.load(tmp_path / "mentor.json", num_classes=10)
-  assert (found.curriculum, found.network) == ("pd", mentor.network)
-  assert found.num_classes == num_classes
-  before, after = (jax.tree_util.tree_flatten(m.variables) for m in (mentor, found))
+  result = mentor_file.load(tmp_path / "mentor.json", num_classes=10)
+  assert (result.curriculum, result.network) == ("pd", mentor.network)
+  assert result.num_classes == num_classes
+  before, after = (jax.tree_util.tree_flatten(m.variables) for m in (mentor, result))
   assert before[1] == after[1]
   for a, b in zip(before[0], after[0], strict=True):
     assert b.dtype == np.float32
@@ -47,7 +47,7 @@ def test_a_mentor_comes_back_bit_for_bit(tmp_path, compat, num_classes):
   assert mentor_file.read(tmp_path / "mentor.json")["facts"] == {"seed": 3}
 
 
-def test_a_mentor_that_looks_at_no_labels_fits_any_classes(path):
+def test_mentor_without_labels_fits_any_number_of_classes(path):
   for num_classes in (2, 10, 100, None):
     mentor_file.load(path, num_classes=num_classes)
 
@@ -60,20 +60,20 @@ def _complaint(path, **settings):
   return line
 
 
-def test_other_classes_are_one_line(tmp_path):
+def test_another_number_of_classes_is_refused(tmp_path):
   mentor_file.save(tmp_path / "mentor.json", _mentor(num_classes=10), {})
   assert "labels of 10 classes, the data have 100" in _complaint(
     tmp_path / "mentor.json", num_classes=100
   )
 
 
-def test_no_file_is_one_line(tmp_path):
+def test_missing_file_is_refused(tmp_path):
   assert "cannot read it (No such file" in _complaint(tmp_path / "mentor.json")
   assert "cannot read it (Is a directory" in _complaint(tmp_path)
 
 
 @pytest.mark.parametrize("version", [0, 2, None, "1"])
-def test_another_version_is_one_line(path, version):
+def test_another_version_is_refused(path, version):
   record = json.loads(path.read_text())
   path.write_text(json.dumps(record | {"version": version}))
   line = _complaint(path)
@@ -81,37 +81,37 @@ def test_another_version_is_one_line(path, version):
 
 
 @pytest.mark.parametrize("content", ["[]", "3", '{"kind": "cake"}', "{}"])
-def test_another_kind_of_file_is_one_line(path, content):
+def test_another_kind_of_file_is_refused(path, content):
   path.write_text(content)
   assert "is not a mentor; name the mentor.json" in _complaint(path)
 
 
-def test_bytes_that_are_no_text_are_one_line(path):
+def test_binary_file_is_refused(path):
   path.write_bytes(b"\x89PNG\xff\xfe\x00")
   assert "is not a mentor" in _complaint(path)
 
 
-def test_a_truncated_file_is_one_line(path):
+def test_truncated_file_is_refused(path):
   text = path.read_text()
   for share in (0.0, 0.01, 0.5, 0.99):
     path.write_text(text[: int(share * len(text))])
     assert "is damaged" in _complaint(path)
 
 
-def test_a_changed_number_is_one_line(path):
+def test_changed_number_is_refused(path):
   record = json.loads(path.read_text())
   record["variables"]["params/output_bias"][0] += 1e-6
   path.write_text(json.dumps(record))
   assert "is damaged (its checksum differs)" in _complaint(path)
 
 
-def test_a_folder_that_is_not_there_is_one_line(tmp_path):
+def test_missing_folder_is_refused(tmp_path):
   with pytest.raises(base.InputError, match=r"cannot write .*No such file"):
     mentor_file.save(tmp_path / "none" / "mentor.json", _mentor(), {})
 
 
 def _with_checksum(path, change):
-  """Writes the mentor changed, with a checksum of what it then holds."""
+  """Changes the file of a mentor and updates its checksum."""
   record = json.loads(path.read_text())
   del record["sha256"]
   change(record)
@@ -153,11 +153,11 @@ _CRAFTED = {
 
 
 @pytest.mark.parametrize("name", _CRAFTED)
-def test_a_crafted_file_with_a_right_checksum_is_one_line(path, name):
+def test_invalid_fields_with_a_correct_checksum_are_refused(path, name):
   _with_checksum(path, _CRAFTED[name])
   assert "is damaged (" in _complaint(path)
 
 
-def test_deep_json_is_one_line(path):
+def test_deep_json_is_refused(path):
   path.write_text("[" * 200_000)
   assert "is damaged" in _complaint(path)

@@ -1,4 +1,4 @@
-"""MentorNet's curricula by hand, its moving percentile, dropout, and a student step."""
+"""MentorNet: curricula, moving percentile, dropout, and a student's step."""
 
 import functools
 
@@ -34,18 +34,18 @@ _LABELS = np.array([0, 1, 0, 1, 0], np.int32)
     (mentornet.pd_mixture, 89, [1, 1, 1, 0, 0]),
   ],
 )
-def test_predefined_curricula_by_hand(curriculum, epoch, expected):
-  found = curriculum(_LOSSES, _DIFFERENCES, _LABELS, epoch)
-  np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
-  assert found.dtype == np.float32
+def test_predefined_curricula_match_hand_computed_values(curriculum, epoch, expected):
+  result = curriculum(_LOSSES, _DIFFERENCES, _LABELS, epoch)
+  np.testing.assert_allclose(result, expected, rtol=1e-6, atol=1e-7)
+  assert result.dtype == np.float32
   compiled = jax.jit(curriculum)(_LOSSES, _DIFFERENCES, _LABELS, epoch)
   np.testing.assert_allclose(compiled, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_the_last_tenth_of_the_mixture_falls_linearly():
+def test_mixture_decreases_linearly_in_the_last_tenth():
   differences = np.array([-0.5, 0.0, 0.25, 0.999, 1.0, 3.0], np.float32)
-  found = mentornet.pd_mixture(differences + 1, differences, None, 90)
-  np.testing.assert_allclose(found, [1, 1, 0.75, 0.001, 0, 0], atol=1e-6)
+  result = mentornet.pd_mixture(differences + 1, differences, None, 90)
+  np.testing.assert_allclose(result, [1, 1, 0.75, 0.001, 0, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", mentornet.CURRICULA)
@@ -53,22 +53,24 @@ def test_the_last_tenth_of_the_mixture_falls_linearly():
 def test_curricula_of_extreme_losses_lie_between_0_and_1(name, loss):
   losses = np.full(2, loss, np.float32)
   for epoch in (0, 50, 99):
-    found = mentornet.CURRICULA[name](losses, losses - 1e30, np.zeros(2, int), epoch)
-    assert ((found >= 0) & (found <= 1)).all()
+    result = mentornet.CURRICULA[name](losses, losses - 1e30, np.zeros(2, int), epoch)
+    assert ((result >= 0) & (result <= 1)).all()
 
 
 @pytest.mark.parametrize(
   ("percentile", "expected"),
   [(0, 1), (12.4, 1), (12.5, 1), (12.6, 2), (50, 3), (70, 4), (75, 4), (100, 5)],
 )
-def test_percentile_takes_the_nearest_loss_and_at_a_tie_the_lower(percentile, expected):
+def test_percentile_is_the_nearest_loss_and_the_lower_one_at_a_tie(
+  percentile, expected
+):
   losses = jnp.array([3.0, 5.0, 1.0, 4.0, 2.0])
-  found = mentornet.moving_percentile(0.0, losses, percentile, decay=0.0)
-  assert found == expected
+  result = mentornet.moving_percentile(0.0, losses, percentile, decay=0.0)
+  assert result == expected
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.9])
-def test_percentile_moves(decay):
+def test_percentile_is_a_moving_average(decay):
   moving = 0.0
   for losses in ([1.0, 2.0, 9.0], [4.0, 6.0, 8.0]):
     moving = mentornet.moving_percentile(moving, jnp.array(losses), 50, decay=decay)
@@ -88,13 +90,13 @@ def test_percentile_of_one_example_and_of_half_precision():
 def test_dropout_keeps_an_exact_number(size, rate):
   weights = jnp.linspace(0.5, 1, size)
   drop = jax.jit(mentornet.example_dropout)
-  found = np.asarray(drop(jax.random.key(0), weights, rate))
-  # In whole hundredths, where floating point cannot err.
-  assert np.count_nonzero(found) == size * (100 - round(100 * rate)) // 100
-  np.testing.assert_array_equal(found[found > 0], weights[found > 0])
+  result = np.asarray(drop(jax.random.key(0), weights, rate))
+  # In whole hundredths, which avoids rounding.
+  assert np.count_nonzero(result) == size * (100 - round(100 * rate)) // 100
+  np.testing.assert_array_equal(result[result > 0], weights[result > 0])
 
 
-def test_dropout_is_uniform_over_places():
+def test_dropout_is_uniform_over_positions():
   keys = jax.random.split(jax.random.key(1), 2000)
   drop = jax.vmap(lambda key: mentornet.example_dropout(key, jnp.ones(10), 0.7))
   counts = np.asarray(drop(keys)).sum(axis=0)
@@ -102,7 +104,7 @@ def test_dropout_is_uniform_over_places():
   assert (abs(counts - 600) < 4.5 * 20.5).all()
 
 
-def test_schedules_as_released():
+def test_schedules_match_the_release():
   rates = mentornet.dropout_rates(((0.5, 17), (0.05, 78), (1.0, 5)))
   assert rates.shape == (100,)
   np.testing.assert_allclose(
@@ -129,19 +131,21 @@ def test_epoch_percent(step, num_steps, expected):
     ("dd_inception", (80, 60, 50), 18, True, 0.05),
   ],
 )
-def test_presets_of_the_released_commands(name, percentiles, burn_in, fixed, late_rate):
+def test_presets_match_the_released_commands(
+  name, percentiles, burn_in, fixed, late_rate
+):
   for noise, percentile in zip((0.2, 0.4, 0.8), percentiles, strict=True):
-    found = mentornet.preset(name, noise)
-    assert found["percentile"] == percentile
-    assert (found["burn_in"], found["fixed_epoch_after_burn_in"]) == (burn_in, fixed)
-    assert found["decay"] == 0.5
-    rates = mentornet.dropout_rates(found["dropout"])
+    result = mentornet.preset(name, noise)
+    assert result["percentile"] == percentile
+    assert (result["burn_in"], result["fixed_epoch_after_burn_in"]) == (burn_in, fixed)
+    assert result["decay"] == 0.5
+    rates = mentornet.dropout_rates(result["dropout"])
     np.testing.assert_allclose(rates[99], late_rate)
     np.testing.assert_allclose(rates[:17], 0.0 if late_rate == 0 else 0.5)
-    mentornet.mentornet(mentornet.self_paced, **found)
+    mentornet.mentornet(mentornet.self_paced, **result)
 
 
-def test_noise_between_the_presets_takes_the_nearest():
+def test_preset_uses_the_nearest_noise_level():
   levels = {0.0: 80, 0.3: 80, 0.31: 60, 0.5: 60, 0.6: 60, 0.61: 50, 1.0: 50}
   for noise, percentile in levels.items():
     assert mentornet.preset("dd_resnet", noise)["percentile"] == percentile, noise
@@ -161,19 +165,19 @@ def test_noise_between_the_presets_takes_the_nearest():
     ({"dropout": ()}, "must add up to 100"),
   ],
 )
-def test_a_wrong_setting_is_one_line(settings, message):
+def test_bad_settings_are_refused(settings, message):
   with pytest.raises(base.InputError, match=message):
     mentornet.mentornet(mentornet.self_paced, **settings)
 
 
-def test_wrong_names_and_shapes_are_one_line():
+def test_bad_names_and_shapes_are_refused():
   with pytest.raises(base.InputError, match="'ddd': choose among self_paced, focal"):
     mentornet.preset("ddd", 0.4)
   with pytest.raises(base.InputError, match=r"losses must be one number per example"):
     mentornet.moving_percentile(0.0, jnp.ones((2, 2)), 75)
 
 
-# A student of two parameters whose losses can be told by hand: l_i = p . x_i + b.
+# A student of two parameters with simple losses: l_i = p . x_i + b.
 _X = np.array([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0], [0.0, 4.0]], np.float32)
 _PARAMS = {"p": np.ones((2, 1), np.float32), "b": np.zeros(1, np.float32)}
 
@@ -204,19 +208,19 @@ def _step(method, step=50, state=None, num_steps=100, seed=0):
   return method.gradients(state, _task(num_steps), inputs)
 
 
-def test_a_student_step_by_hand():
+def test_student_step_matches_hand_computed_values():
   # Losses 1 to 4, 50th percentile 2 (a tie), m = 1: d = 0, 1, 2, 3.
   method = mentornet.mentornet(
     functools.partial(mentornet.spcl_linear, gamma=4.0), percentile=50
   )
-  found, state = _step(method)
+  result, state = _step(method)
   assert state == 1
-  np.testing.assert_allclose(found.losses, [1, 2, 3, 4])
+  np.testing.assert_allclose(result.losses, [1, 2, 3, 4])
   # Divided by n, not by the sum of v.
-  np.testing.assert_allclose(found.weights, np.array([1, 0.75, 0.5, 0.25]) / 4)
-  np.testing.assert_allclose(found.grads["p"][:, 0], [2.5 / 4, 2.5 / 4])
-  np.testing.assert_allclose(found.grads["b"], [2.5 / 4])
-  assert found.metrics == {"percentile": 1, "mean_weight": 0.625}
+  np.testing.assert_allclose(result.weights, np.array([1, 0.75, 0.5, 0.25]) / 4)
+  np.testing.assert_allclose(result.grads["p"][:, 0], [2.5 / 4, 2.5 / 4])
+  np.testing.assert_allclose(result.grads["b"], [2.5 / 4])
+  assert result.metrics == {"percentile": 1, "mean_weight": 0.625}
   _, state = _step(method, state=state)
   assert state == 1.5
 
@@ -239,7 +243,7 @@ def _reports_epoch(losses, differences, labels, epoch):
 @pytest.mark.parametrize(
   ("burn_in", "fixed", "expected"),
   [
-    # While e < 17 the weight is 1; at 17 the curriculum is asked already.
+    # For e < 17 the weight is 1; from 17 on the curriculum is used.
     (18, False, {0: 1, 16: 1, 17: 17, 18: 18, 19: 19, 99: 99}),
     (18, True, {0: 1, 16: 1, 17: 17, 18: 18, 19: 18, 99: 18}),
     (0, True, {0: 0, 50: 0, 99: 0}),
@@ -247,7 +251,7 @@ def _reports_epoch(losses, differences, labels, epoch):
     (1, False, {0: 0, 1: 1, 2: 2}),
   ],
 )
-def test_burn_in_and_the_clock(burn_in, fixed, expected):
+def test_burn_in_and_fixed_epoch(burn_in, fixed, expected):
   method = mentornet.mentornet(
     _reports_epoch, burn_in=burn_in, fixed_epoch_after_burn_in=fixed
   )
@@ -255,7 +259,7 @@ def test_burn_in_and_the_clock(burn_in, fixed, expected):
     assert _step(method, step)[0].metrics["mean_weight"] == weight, step
 
 
-def test_dropout_follows_the_schedule_and_the_stopped_clock():
+def test_dropout_follows_the_schedule_and_the_fixed_epoch():
   schedule = ((0.5, 17), (0.25, 78), (1.0, 5))
   running = mentornet.mentornet(mentornet.uniform, dropout=schedule)
   stopped = mentornet.mentornet(
@@ -264,34 +268,34 @@ def test_dropout_follows_the_schedule_and_the_stopped_clock():
   expected = {0: (2, 2), 16: (2, 2), 17: (3, 3), 94: (3, 3), 95: (0, 3), 99: (0, 3)}
   for step, counts in expected.items():
     for method, kept in zip((running, stopped), counts, strict=True):
-      found, _ = _step(method, step)
-      assert np.count_nonzero(found.weights) == kept
-      np.testing.assert_allclose(found.weights[found.weights > 0], 0.25)
-      assert all(np.isfinite(g).all() for g in jax.tree.leaves(found.grads))
+      result, _ = _step(method, step)
+      assert np.count_nonzero(result.weights) == kept
+      np.testing.assert_allclose(result.weights[result.weights > 0], 0.25)
+      assert all(np.isfinite(g).all() for g in jax.tree.leaves(result.grads))
   chosen = {
     np.asarray(_step(running, 0, seed=s)[0].weights).tobytes() for s in range(8)
   }
   assert len(chosen) > 2
 
 
-def test_the_curriculum_sees_the_labels_of_the_batch():
-  found, _ = _step(
+def test_curriculum_gets_the_labels_of_the_batch():
+  result, _ = _step(
     mentornet.mentornet(
       functools.partial(mentornet.hard, positive_labels=True), percentile=100
     )
   )  # m = 2: d = -1, 0, 1, 2, and the second and last label are 1.
-  np.testing.assert_allclose(found.weights, np.array([0, 1, 1, 1]) / 4)
+  np.testing.assert_allclose(result.weights, np.array([0, 1, 1, 1]) / 4)
 
 
-def test_nothing_flows_back_through_the_weights():
+def test_weights_are_constant():
   method = mentornet.mentornet(mentornet.focal)
-  found, _ = _step(method)
-  v = (1 - np.exp(-found.losses)) ** 2
-  np.testing.assert_allclose(found.weights, v / 4, rtol=1e-6)
-  np.testing.assert_allclose(found.grads["p"][:, 0], v @ _X / 4, rtol=1e-6)
+  result, _ = _step(method)
+  v = (1 - np.exp(-result.losses)) ** 2
+  np.testing.assert_allclose(result.weights, v / 4, rtol=1e-6)
+  np.testing.assert_allclose(result.grads["p"][:, 0], v @ _X / 4, rtol=1e-6)
 
 
-def test_a_mentor_for_other_classes_is_one_line():
+def test_mentor_for_other_classes_is_refused():
   class Mentor:
     num_classes = 10
 
@@ -303,7 +307,7 @@ def test_a_mentor_for_other_classes_is_one_line():
 
 
 @pytest.mark.parametrize("num_steps", [1, 7, 100, 30_000_000, 2**31 - 1])
-def test_the_epoch_percent_is_exact_for_runs_of_any_length(num_steps):
+def test_epoch_percent_is_exact_for_runs_of_any_length(num_steps):
   steps = {0, num_steps // 3, num_steps - 1}
   for percent in (1, 50, 99):
     first = -(-percent * num_steps // 100)
@@ -313,7 +317,7 @@ def test_the_epoch_percent_is_exact_for_runs_of_any_length(num_steps):
     assert mentornet.epoch_percent(step, num_steps) == expected, step
 
 
-def test_curricula_need_only_what_they_read():
+def test_curricula_need_only_the_arguments_they_use():
   losses = jnp.array([0.0, 1.0])
   np.testing.assert_array_equal(mentornet.uniform(losses), 1)
   np.testing.assert_array_equal(mentornet.self_paced(losses, losses - 0.5), [1, 0])
@@ -321,9 +325,9 @@ def test_curricula_need_only_what_they_read():
     mentornet.hard(losses, losses, positive_labels=True)
 
 
-def test_a_nan_loss_is_not_dropped_in_silence():
+def test_nan_loss_gives_a_nan_weight():
   losses = jnp.array([jnp.nan, 1.0, 2.0])
   assert np.isnan(mentornet.moving_percentile(0.0, losses, 50.0))
   for curriculum in (mentornet.self_paced, mentornet.hard):
-    found = curriculum(losses, losses - 1.5)
-    np.testing.assert_array_equal(np.isnan(found), [True, False, False])
+    result = curriculum(losses, losses - 1.5)
+    np.testing.assert_array_equal(np.isnan(result), [True, False, False])

@@ -1,4 +1,4 @@
-"""The mentor's network against NumPy, its quirks, and weights of any loss."""
+"""The mentor's network against NumPy, and weights of extreme losses."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def _count(tree):
   return sum(x.size for x in jax.tree.leaves(tree))
 
 
-def test_number_of_parameters_as_released():
+def test_number_of_parameters_matches_the_release():
   _, variables = _init("official_code")
   assert {k: _count(v) for k, v in variables.items()} == {"params": 257, "frozen": 500}
   _, variables = _init("paper")
@@ -82,9 +82,9 @@ def _reference(variables, compat, losses, differences, labels=_LABELS, epochs=_E
 
 @pytest.mark.parametrize("history", [1, 3])
 @pytest.mark.parametrize("compat", mentornet_network.COMPAT)
-def test_the_network_as_written_in_numpy(compat, history):
+def test_network_equals_numpy(compat, history):
   network, variables = _init(compat, history)
-  # Biases that start at 0 would hide where they enter.
+  # With biases of 0 the test would not notice where they are added.
   leaves, structure = jax.tree.flatten(jax.device_get(variables))
   rng = np.random.default_rng(5)
   leaves = [rng.normal(size=x.shape).astype(np.float32) for x in leaves]
@@ -92,13 +92,13 @@ def test_the_network_as_written_in_numpy(compat, history):
   losses, differences = _LOSSES, _DIFFERENCES
   if history > 1:
     losses, differences = (rng.normal(size=(3, history)) for _ in range(2))
-  found = jax.jit(network.apply)(variables, losses, differences, _LABELS, _EPOCHS)
+  result = jax.jit(network.apply)(variables, losses, differences, _LABELS, _EPOCHS)
   expected = _reference(variables, compat, losses, differences)
-  assert found.shape == (3,)
-  np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-5)
+  assert result.shape == (3,)
+  np.testing.assert_allclose(result, expected, rtol=2e-5, atol=1e-5)
 
 
-def test_one_epoch_for_the_batch_and_one_an_example():
+def test_epoch_is_a_scalar_or_per_example():
   network, variables = _init("official_code")
   apply = jax.jit(network.apply)
   given = (variables, _LOSSES, _DIFFERENCES, _LABELS)
@@ -107,10 +107,10 @@ def test_one_epoch_for_the_batch_and_one_an_example():
 
 
 @pytest.mark.parametrize("compat", mentornet_network.COMPAT)
-def test_weights_of_extreme_losses_are_numbers_between_0_and_1(compat):
+def test_weights_of_extreme_losses_lie_between_0_and_1(compat):
   network, variables = _init(compat)
   mentor = mentornet_network.Mentor("pd", network, variables)
-  # Times 10: sums of opposite infinities would show.
+  # Scaled by 10, so that inf - inf would occur without clipping.
   large = jax.tree.map(lambda x: 10 * x, variables)
   bold = mentornet_network.Mentor("pd", network, large)
   for loss in (0.0, 1e4, 3.4e38):
@@ -118,18 +118,18 @@ def test_weights_of_extreme_losses_are_numbers_between_0_and_1(compat):
     for ask, sign in ((jax.jit(mentor), 1), (jax.jit(bold), -1)):
       weights = ask(losses, sign * losses, None, 3)
       assert ((weights >= 0) & (weights <= 1)).all()
-  # A loss that is no number is not hidden.
+  # A NaN loss gives a NaN weight.
   assert np.isnan(mentor(np.full(3, np.nan), losses, None, 3)).all()
 
 
-def test_a_mentor_of_no_classes_takes_every_label_for_0():
+def test_mentor_without_classes_replaces_labels_by_0():
   network, variables = _init("official_code")
   plain = mentornet_network.Mentor("pd", network, variables)
   given = (_LOSSES, _DIFFERENCES)
-  found = plain(*given, np.array([5, 9, 2]), 40)
-  np.testing.assert_array_equal(found, plain(*given, np.zeros(3, int), 40))
+  result = plain(*given, np.array([5, 9, 2]), 40)
+  np.testing.assert_array_equal(result, plain(*given, np.zeros(3, int), 40))
   looking = mentornet_network.Mentor("dd", network, variables, num_classes=2)
-  assert not np.array_equal(looking(*given, _LABELS, 40), found)
+  assert not np.array_equal(looking(*given, _LABELS, 40), result)
 
 
 def test_a_mentor_is_a_curriculum():
@@ -150,9 +150,9 @@ def test_a_mentor_is_a_curriculum():
     jnp.array(1.0), {}, (), batch, None, jnp.int32(40), jax.random.key(0)
   )
   method = mentornet.mentornet(mentor, percentile=50, decay=0.0)
-  found, percentile = method.gradients(jnp.array(0.0), problem, inputs)
+  result, percentile = method.gradients(jnp.array(0.0), problem, inputs)
   np.testing.assert_allclose(percentile, 0.7)
-  # A mentor of no classes is shown label 0, at percent 40 of the run.
+  # A mentor without classes gets label 0, at percent 40 of the run.
   differences, labels, epochs = _LOSSES - 0.7, np.zeros(3, int), np.full(3, 40)
   expected = _sigmoid(
     np.array(
@@ -160,10 +160,10 @@ def test_a_mentor_is_a_curriculum():
     )
   )
   assert np.ptp(expected) > 1e-3
-  np.testing.assert_allclose(found.weights, expected / 3, rtol=1e-4)
-  np.testing.assert_allclose(found.grads, found.weights @ _LOSSES, rtol=1e-5)
+  np.testing.assert_allclose(result.weights, expected / 3, rtol=1e-4)
+  np.testing.assert_allclose(result.grads, result.weights @ _LOSSES, rtol=1e-5)
 
 
-def test_an_unknown_compat_is_one_line():
+def test_unknown_compat_is_refused():
   with pytest.raises(base.InputError, match="compat='keras': choose among"):
     _init("keras")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from l2rw_jax import base
+from l2rw_jax import changed_loss
 from l2rw_jax import losses
 from l2rw_jax.methods import baselines
-from l2rw_jax.methods import changed_loss
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
 

@@ -1,0 +1,104 @@
+"""Trains any method on another loss, from some epoch on."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from l2rw_jax import base
+
+# (outputs, batch, class_counts [C]) -> losses [B].
+Loss = Callable[[base.PyTree, base.Batch, base.Array], base.Array]
+
+
+class State(NamedTuple):
+  """State of `changed_loss`.
+
+  Attributes:
+    epoch: the current epoch, counted from 0; int32 scalar.
+    inner: state of the wrapped method.
+  """
+
+  epoch: base.Array
+  inner: base.PyTree
+
+
+def changed_loss(
+  method: base.Method, loss: Loss, *, from_epoch: int = 0
+) -> base.Method:
+  """Replaces the per-example loss that `method` trains on by `loss`.
+
+  The weights of the method, its `Gradients.losses` and its meta loss are computed from
+  the new loss; evaluation uses the loss of the classifier. The wrapper has no effect on
+  methods that define a loss of their own: `forward_correction`, `s_model` once its
+  layer is active, `ldam_drw` and the baselines named after a loss. `warpi` trains on
+  its rectified cross-entropy; only its meta loss and its reported losses change.
+
+  Wrap a method twice to change the loss twice. The outer loss is used first, here LDAM
+  until epoch 160 and then weighted LDAM:
+
+    changed_loss(changed_loss(absgd, weighted_ldam, from_epoch=160), ldam)
+
+  Applied inside this wrapper, `training.validation.watched` measures the new loss;
+  applied outside, it measures the loss of the classifier.
+
+  Args:
+    method: the method to wrap.
+    loss: `(outputs, batch, class_counts) -> [B]`.
+    from_epoch: the first epoch, counted from 0, that uses `loss`.
+
+  Returns:
+    A `base.Method` whose state is a `State`.
+
+  Raises:
+    InputError: `from_epoch` is negative.
+  """
+  check_epoch("changed_loss", from_epoch)
+
+  def init(key, problem, params):
+    return State(jnp.zeros((), jnp.int32), method.init(key, problem, params))
+
+  def changed(problem, epoch):
+    def current_loss(outputs, batch):
+      new = loss(outputs, batch, problem.class_counts)
+      if not from_epoch:
+        return new
+      return jnp.where(epoch >= from_epoch, new, problem.loss(outputs, batch))
+
+    return dataclasses.replace(problem, loss=current_loss)
+
+  def gradients(state, problem, inputs):
+    gradients, inner = method.gradients(
+      state.inner, changed(problem, state.epoch), inputs
+    )
+    return gradients, state._replace(inner=inner)
+
+  @functools.cache
+  def loss_with_counts(class_counts):
+    counts = jnp.asarray(class_counts)
+    return lambda outputs, batch: loss(outputs, batch, counts)
+
+  def refresh(state, problem, view):
+    if view.epoch >= from_epoch:
+      # One function object for all epochs, so that it is compiled only once.
+      counts = tuple(np.asarray(problem.class_counts).tolist())
+      problem = dataclasses.replace(problem, loss=loss_with_counts(counts))
+    inner = method.refresh(state.inner, problem, view)
+    return State(jnp.asarray(view.epoch, jnp.int32), inner)
+
+  def inner_sample(state, problem, train, rng):
+    return method.sample(state.inner, problem, train, rng)
+
+  # The loop recognizes `base.permutation` and then does not fetch the state.
+  is_permutation = method.sample is base.permutation
+  sample = base.permutation if is_permutation else inner_sample
+  return method._replace(gradients=gradients, init=init, refresh=refresh, sample=sample)
+
+
+def check_epoch(where: str, from_epoch: int) -> None:
+  """Raises InputError if `from_epoch` is negative; `where` begins the message."""
+  if from_epoch < 0:
+    raise base.InputError(f"{where}: from_epoch={from_epoch} must be at least 0.")

@@ -1,0 +1,163 @@
+"""Estimates of a label transition matrix from a network's predictions.
+
+T_ij is the probability that an example of class i is given the label j; rows sum to 1.
+Both estimators use the predictions of a network that was trained on the given labels.
+`estimate_transition` assumes that every class i has an anchor, an example that surely
+belongs to it, for which the network predicts T_i. `confusion` counts given labels
+among the examples that are predicted to be of a class.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2rw_jax import base
+from l2rw_jax import inference
+from l2rw_jax import losses
+
+ESTIMATORS = ("anchor", "confusion")
+_BATCH_SIZE = 500
+
+
+def estimate_transition(
+  probabilities: base.Array, percentile: float = 97.0
+) -> base.Array:
+  """T from the predictions of a network that was trained on the given labels.
+
+  Row i is the prediction for the anchor of class i, the example whose p_i has the
+  given rank. A high percentile is robust to outliers, unlike the maximum.
+
+  Args:
+    probabilities: of the given labels, [N, C], N at least 1; rows sum to 1. Logits
+      are refused outside `jit`.
+    percentile: rank, from 0 to 100: the example at floor(percentile / 100 (N - 1))
+      in ascending order. 100 is the maximum, the paper's formula; 97, the value of the
+      released code, requires that every class has more than 3 % of the examples.
+
+  Returns:
+    T [C, C].
+
+  Raises:
+    InputError: the shape or the percentile is wrong; outside `jit` also if a row
+      holds a negative number or does not sum to 1.
+
+  References:
+    Patrini et al., "Making Deep Neural Networks Robust to Label Noise: a Loss
+    Correction Approach", CVPR 2017, section 4.
+
+  >>> import jax.numpy as jnp
+  >>> print(estimate_transition(jnp.array([[.75, .25], [.5, .5], [.125, .875]]), 100))
+  [[0.75  0.25 ]
+   [0.125 0.875]]
+  """
+  if probabilities.ndim != 2 or not len(probabilities):
+    raise base.InputError(
+      f"probabilities must be [N, C], N at least 1; got {probabilities.shape}."
+    )
+  check_percentile(percentile)
+  _check_distributions(probabilities)
+  probabilities = base.unsharded(probabilities)
+  rank = math.floor(percentile * (len(probabilities) - 1) / 100)
+  rows = probabilities[jnp.argsort(probabilities, axis=0)[rank]]
+  return rows / rows.sum(axis=1, keepdims=True)
+
+
+def confusion(
+  predicted: base.Array, labels: base.Array, num_classes: int, smoothing: float = 1.0
+) -> base.Array:
+  """Share of each given label among the examples predicted to be of a class.
+
+  This estimates T only as long as the network has not memorized the wrong labels: a
+  network that has memorized them predicts them, and the estimate is the identity.
+
+  Args:
+    predicted: classes, [N].
+    labels: as given, [N].
+    num_classes: C.
+    smoothing: examples added to each row, spread evenly over its entries.
+
+  Returns:
+    T [C, C]; the row of a class that is never predicted is that of the identity.
+
+  Raises:
+    InputError: the shapes differ, `smoothing` is negative, or, outside `jit`, an
+      entry is not a class. Under `jit` T is NaN then.
+
+  >>> import jax.numpy as jnp
+  >>> print(confusion(jnp.array([0, 0, 0]), jnp.array([0, 0, 1]), 2))
+  [[0.625 0.375]
+   [0.    1.   ]]
+  """
+  if predicted.shape != labels.shape or labels.ndim != 1:
+    raise base.InputError(
+      f"predicted and labels must be [N]; got {predicted.shape} and {labels.shape}."
+    )
+  predicted, labels = base.unsharded(predicted), base.unsharded(labels)
+  exists = (jnp.minimum(predicted, labels) >= 0) & (
+    jnp.maximum(predicted, labels) < num_classes
+  )
+  if not isinstance(exists, jax.core.Tracer) and not exists.all():
+    raise base.InputError(
+      f"confusion: row {jnp.argmin(exists)} of predicted or labels is none of the"
+      f" {num_classes} classes; leave such rows out."
+    )
+  if smoothing < 0:
+    raise base.InputError(f"smoothing={smoothing} must be at least 0.")
+  counts = jnp.zeros((num_classes, num_classes)).at[predicted, labels].add(1)
+  counts = counts * jnp.sqrt(jnp.where(exists.all(), 1.0, -1.0))
+  totals = counts.sum(axis=1, keepdims=True)
+  rows = (counts + smoothing / num_classes) / jnp.maximum(totals + smoothing, 1)
+  return jnp.where(totals == 0, jnp.eye(num_classes), rows)
+
+
+def estimate_from_network(
+  estimator: str, problem: base.Problem, view: base.EpochView, percentile: float = 97.0
+) -> base.Array:
+  """T from evaluation-mode predictions on the whole training set; on the host.
+
+  Args:
+    estimator: one of `ESTIMATORS`, "anchor" for `estimate_transition`.
+    problem: the learning problem.
+    view: holds the network and the training set.
+    percentile: of "anchor".
+
+  Returns:
+    T [C, C].
+  """
+
+  def predict(batch):
+    return _log_probabilities(problem.forward, view.params, view.model_state, batch)
+
+  log_p = jnp.asarray(inference.map_batches(predict, view.train, _BATCH_SIZE))
+  if estimator == "anchor":
+    return estimate_transition(jnp.exp(log_p), percentile)
+  labels = jnp.asarray(view.train["label"])
+  return confusion(jnp.argmax(log_p, axis=1), labels, log_p.shape[1])
+
+
+@functools.partial(jax.jit, static_argnames="forward")
+def _log_probabilities(forward, params, model_state, batch):
+  outputs, _ = forward(params, model_state, batch, jax.random.key(0), False)
+  return losses.log_probabilities(losses.logits_of(outputs))
+
+
+def check_percentile(percentile: float) -> None:
+  """Raises InputError if `percentile` is not between 0 and 100."""
+  if not 0 <= percentile <= 100:
+    raise base.InputError(f"percentile={percentile} must lie between 0 and 100.")
+
+
+def _check_distributions(probabilities):
+  if isinstance(probabilities, jax.core.Tracer):
+    return
+  rows = np.asarray(probabilities, np.float64)
+  # bfloat16 has a precision of three digits.
+  bad = (rows < 0).any(axis=1) | ~np.isclose(rows.sum(axis=1), 1, atol=2e-2)
+  if bad.any():
+    raise base.InputError(
+      f"probabilities: row {np.argmax(bad)} is no distribution (its sum is"
+      f" {rows[np.argmax(bad)].sum():g}); of logits take jax.nn.softmax first."
+    )

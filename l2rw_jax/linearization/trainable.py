@@ -1,0 +1,113 @@
+"""The trainable leaves of a pytree of parameters.
+
+A leaf can be differentiated if its type is floating point or complex. All others
+(counters, masks, PRNG keys) are held fixed, and their gradients are zeros.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2rw_jax import base
+
+
+class Partition:
+  """Splits pytrees shaped like `params` into trainable leaves and the others.
+
+  >>> import jax.numpy as jnp
+  >>> params = {"count": jnp.array(3), "w": jnp.array([1., 2.])}
+  >>> partition = Partition(params)
+  >>> partition.leaves(params)
+  [Array([1., 2.], dtype=float32)]
+  >>> partition.combine([jnp.array([5., 6.])])["count"]
+  Array(3, dtype=int32, weak_type=True)
+  >>> partition.combine_gradient([jnp.array([5., 6.])])["count"]
+  Array(0, dtype=int32, weak_type=True)
+
+  Attributes:
+    names: paths of the trainable leaves, for error messages.
+  """
+
+  def __init__(self, params: base.PyTree):
+    """Raises InputError if a leaf of `params` is not an array or a number."""
+    leaves_with_paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    self._treedef: Any = treedef
+    self._leaves = [leaf for _, leaf in leaves_with_paths]
+    self._is_trainable = [_is_trainable(leaf) for leaf in self._leaves]
+    self.names = [
+      jax.tree_util.keystr(path, simple=True, separator="/")
+      for (path, _), keep in zip(leaves_with_paths, self._is_trainable, strict=True)
+      if keep
+    ]
+
+  def leaves(self, tree: base.PyTree) -> list[base.Array]:
+    """The trainable leaves of a pytree shaped like `params`."""
+    leaves = self._treedef.flatten_up_to(tree)
+    pairs = zip(leaves, self._is_trainable, strict=True)
+    return [jnp.asarray(leaf) for leaf, keep in pairs if keep]
+
+  def combine(self, leaves: list[Any]) -> base.PyTree:
+    """A pytree of trainable leaves and, for the others, the leaves of `params`."""
+    return self._combine(leaves, self._leaves)
+
+  def combine_gradient(self, leaves: list[Any]) -> base.PyTree:
+    """A pytree of gradients of trainable leaves and, for the others, zeros."""
+    return self._combine(leaves, [zero_gradient(leaf) for leaf in self._leaves])
+
+  def _combine(self, leaves, others):
+    remaining = iter(leaves)
+    pairs = zip(others, self._is_trainable, strict=True)
+    return self._treedef.unflatten(
+      next(remaining) if keep else other for other, keep in pairs
+    )
+
+
+def check(params: base.PyTree) -> None:
+  """Raises InputError unless a leaf of `params` is trainable.
+
+  Without one, all example weights would silently be zero.
+  """
+  types = [_type(leaf) for leaf in jax.tree.leaves(params)]
+  if not any(jnp.issubdtype(t, jnp.inexact) for t in types):
+    names = sorted({str(t) for t in types})
+    raise base.InputError(
+      "params holds no floating point array, so that nothing can be trained"
+      f" (its types: {', '.join(names) or 'none'}): convert params to float32."
+    )
+
+
+def zero_gradient(leaf: Any) -> Any:
+  """The gradient of a leaf that is held fixed: zeros of its shape and type."""
+  if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended):  # Typed PRNG keys.
+    return np.zeros(jnp.shape(leaf), jax.dtypes.float0)
+  return jnp.zeros_like(leaf)
+
+
+def without_keys(tree: base.PyTree) -> base.PyTree:
+  """`tree` with float zeros in place of typed PRNG keys and their gradients.
+
+  Optimizers compute with all leaves, but typed keys do not support arithmetic.
+  """
+
+  def replace(leaf):
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    is_key = jnp.issubdtype(dtype, jax.dtypes.extended) or dtype == jax.dtypes.float0
+    return jnp.zeros(jnp.shape(leaf)) if is_key else leaf
+
+  return jax.tree.map(replace, tree)
+
+
+def _is_trainable(leaf: Any) -> bool:
+  return bool(jnp.issubdtype(_type(leaf), jnp.inexact))
+
+
+def _type(leaf: Any) -> Any:
+  try:
+    return jnp.result_type(leaf)
+  except TypeError:
+    raise base.InputError(
+      f"params holds a {type(leaf).__name__}, which is no array: split it off, for"
+      " instance by eqx.partition(model, eqx.is_inexact_array)."
+    ) from None

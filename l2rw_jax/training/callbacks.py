@@ -1,0 +1,269 @@
+"""What happens between the steps of a `run.Run`: metrics, evaluation, checkpoints.
+
+`loop.train` uses all of these; each can also be used in another loop.
+"""
+
+from collections.abc import Mapping, Sequence
+import contextlib
+import pathlib
+from typing import Any
+
+from absl import logging
+import jax.numpy as jnp
+import numpy as np
+
+from l2rw_jax import base
+from l2rw_jax.io import checkpointing
+from l2rw_jax.io import metric_writer
+from l2rw_jax.training import evaluation
+from l2rw_jax.training import identity
+from l2rw_jax.training import run as run_lib
+from l2rw_jax.training import sampling
+from l2rw_jax.training import step as step_lib
+from l2rw_jax.training import timer as timer_lib
+from l2rw_jax.training import weight_log
+
+TIMING = "timing.json"
+
+
+class Metrics:
+  """Writes the metrics of R runs; a context manager, because it keeps files open."""
+
+  def __init__(
+    self,
+    folders: Sequence[pathlib.Path],
+    resume_step: int | None = None,
+    saved: Mapping[str, Any] | None = None,
+  ):
+    """Creates the folders and opens their files.
+
+    Args:
+      folders: the folder of each run.
+      resume_step: the step from which the runs continue, or None for new runs.
+      saved: what `to_json` returned at that step.
+    """
+    histories = saved["metrics"] if saved else [None] * len(folders)
+    # Metrics [R, K] of the steps since the last row, by name.
+    self._window: dict[str, np.ndarray] = {}
+    if saved:
+      self._window = {
+        name: np.asarray(column["values"]).astype(jnp.dtype(column["dtype"]))
+        for name, column in saved["window"].items()
+      }
+    self._writers = []
+    with contextlib.ExitStack() as files:
+      for folder, history in zip(folders, histories, strict=True):
+        folder.mkdir(parents=True, exist_ok=True)
+        writer = metric_writer.MetricWriter(
+          folder, resume_step=resume_step, history=history
+        )
+        self._writers.append(files.enter_context(writer))
+      self._files = files.pop_all()
+
+  def __enter__(self) -> "Metrics":
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    self._files.__exit__(*exception)
+
+  def close(self, run: int) -> None:
+    """Closes the files of one run, which derives `metrics.csv`."""
+    self._writers[run].close()
+
+  def add(self, metrics: Mapping[str, np.ndarray]) -> None:
+    """Adds the metrics [R, K] of some steps to the next row."""
+    for name, values in metrics.items():
+      earlier = [self._window[name]] if name in self._window else []
+      self._window[name] = np.concatenate([*earlier, values], axis=1)
+
+  def write_means(self, step: int) -> None:
+    """Writes a row for each run: the means over the steps since the last row."""
+    for run, writer in enumerate(self._writers):
+      means = {f"train/{name}": _mean(x[run]) for name, x in self._window.items()}
+      writer.write(step, means)
+    self._window = {}
+
+  def write(self, run: int, step: int, values: Mapping[str, float]) -> None:
+    """Writes a row for one run."""
+    self._writers[run].write(step, values)
+
+  def last(self, name: str) -> float:
+    """Mean over the runs of a metric in the last step that was added."""
+    return _mean(self._window[name][:, -1])
+
+  def to_json(self) -> dict[str, Any]:
+    """The rows written so far and the steps since the last row."""
+    return {
+      "metrics": [writer.history for writer in self._writers],
+      "window": {
+        name: {"dtype": str(x.dtype), "values": x.astype(np.float64).tolist()}
+        for name, x in self._window.items()
+      },
+    }
+
+
+class Evaluation:
+  """Evaluates the runs and writes the results as metrics."""
+
+  def __init__(
+    self,
+    metrics: Metrics,
+    evaluators: Sequence[evaluation.Evaluator],
+    probes: Sequence[evaluation.Probe] = (),
+    name: str = "train",
+  ):
+    """Measures nothing yet.
+
+    Args:
+      metrics: where the results are written.
+      evaluators: metrics of the test set; one of them computes `accuracy`.
+      probes: metrics of the runs themselves.
+      name: name of the runs in log messages.
+    """
+    self._metrics, self._name = metrics, name
+    self._evaluators, self._probes = evaluators, probes
+
+  def at_start(self, run: run_lib.Run) -> None:
+    """Measures the probes of new runs."""
+    if run.step == 0 and self._probes:
+      self._measure(run, ())
+
+  def __call__(self, run: run_lib.Run) -> None:
+    """Measures the evaluators and probes if an evaluation is due."""
+    if run.config.is_due(run.step, run.config.eval_every):
+      run.timer.note(run.step)
+      self._measure(run, self._evaluators)
+
+  def _measure(self, run, evaluators):
+    for index, seed in enumerate(run.config.seeds):
+      values = evaluation.measure(run.snapshot(index), evaluators, self._probes)
+      if values:
+        self._metrics.write(index, run.step, values)
+      if "test/accuracy" in values:
+        logging.info(
+          "%s, seed %d, step %d: test accuracy %.4f",
+          self._name,
+          seed,
+          run.step,
+          values["test/accuracy"],
+        )
+
+
+class Checkpoints:
+  """Saves and restores a run with its metrics and its weight log."""
+
+  def __init__(self, folder: pathlib.Path, identities: Sequence[dict[str, Any]]):
+    """Opens the checkpoints in `folder`.
+
+    Args:
+      folder: the folder of the runs.
+      identities: the identity of each run. A checkpoint of other runs is refused.
+    """
+    self._folder, self._identities = folder, list(identities)
+    self._place = folder / "checkpoints"
+    self._checkpointer = checkpointing.Checkpointer(self._place)
+    self._saved_step = -1
+
+  def close(self) -> None:
+    """Frees what the checkpointer holds."""
+    self._checkpointer.close()
+
+  def restore(
+    self, run: run_lib.Run
+  ) -> tuple[weight_log.WeightLog, dict[str, Any] | None]:
+    """Continues `run` at its latest checkpoint, if there is one.
+
+    Args:
+      run: a new run; its step, state, positions and timer are restored.
+
+    Returns:
+      The weight log, and the argument `saved` of `Metrics`; None without a
+      checkpoint.
+
+    Raises:
+      InputError: the checkpoint is of another run, or of an unfinished run on other
+        devices or with other versions.
+    """
+    shape = (len(run.splits), len(run.splits[0].train.label))
+    weights = weight_log.WeightLog.empty(*shape)
+    restored = self._checkpointer.restore_latest((run.host_state(), weights))
+    if restored is None:
+      return weights, None
+    self._check_identity(restored, run)
+    state, weights = restored.state
+    positions = [sampling.Position(*p) for p in restored.host["positions"]]
+    run.restore(restored.step, state, positions)
+    run.timer = timer_lib.Timer.restore(self._folder / TIMING, restored.step)
+    self._saved_step = restored.step
+    # The restored arrays are read-only.
+    return weight_log.WeightLog(*(np.array(x) for x in weights)), restored.host
+
+  def _check_identity(self, restored, run):
+    saved = restored.host.get("identity", [None] * len(self._identities))
+    for old, new in zip(saved, self._identities, strict=True):
+      identity.check_run(old, new, self._place)
+    if restored.step < run.config.num_steps:
+      made_by = identity.made_by(len(run.devices))
+      identity.check_made_by(restored.host.get("made_by"), made_by, self._place)
+
+  def __call__(
+    self, run: run_lib.Run, metrics: Metrics, weights: weight_log.WeightLog
+  ) -> None:
+    """Saves a checkpoint if one is due."""
+    if run.config.is_due(run.step, run.config.checkpoint_every):
+      self.save(run, metrics, weights)
+
+  def save(
+    self, run: run_lib.Run, metrics: Metrics, weights: weight_log.WeightLog
+  ) -> None:
+    """Saves a checkpoint unless this step is saved already."""
+    if run.step <= self._saved_step:
+      return
+    # The timer comes first, so that it is there for every checkpoint.
+    self.write_timing(run)
+    host = {
+      "positions": [list(position) for position in run.sampler.positions()],
+      **metrics.to_json(),
+      "identity": self._identities,
+      "made_by": identity.made_by(len(run.devices)),
+    }
+    self._checkpointer.save(run.step, (run.host_state(), weights), host)
+    self._saved_step = run.step
+
+  def write_timing(self, run: run_lib.Run) -> None:
+    """Writes the seconds of training to `timing.json`."""
+    facts = {"steps_per_call": run.steps_per_call}
+    run.timer.write(self._folder / TIMING, run.step, facts)
+
+  def raise_on_failure(
+    self,
+    run: run_lib.Run,
+    metrics: Metrics,
+    weights: weight_log.WeightLog,
+    name: str,
+  ) -> None:
+    """Saves the last good state and raises InputError if a step was not finite.
+
+    Args:
+      run: the runs; waits for their steps.
+      metrics: saved with the checkpoint.
+      weights: likewise.
+      name: name of the runs in the message.
+    """
+    failure = run.failure()
+    failed = step_lib.first_failed_run(failure)
+    if failed is None:
+      return
+    run.step = int(failure.step[failed])
+    what, advice = step_lib.explain_failure(failure, failed, run.config.batch_size)
+    self.save(run, metrics, weights)
+    raise base.InputError(
+      f"{name}, seed {run.config.seeds[failed]}, step {run.step}: {what}; the last"
+      f" good parameters are in {self._place}. {advice} Start again in another"
+      " --workdir."
+    )
+
+
+def _mean(values):
+  # In float32 at least: a sum of many bfloat16 numbers stops growing.
+  return np.mean(values.astype(np.promote_types(values.dtype, np.float32)))

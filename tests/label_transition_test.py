@@ -1,0 +1,106 @@
+"""Estimates of the transition matrix from predictions and labels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax import label_transition
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+_T = np.array([[0.7, 0.2, 0.1], [0.0, 0.9, 0.1], [0.3, 0.1, 0.6]])
+
+
+def _noisy_posteriors(num_anchors, num_others=100):
+  """p(given label | x), with `num_anchors` examples of certain class for each class."""
+  clean = np.random.default_rng(0).dirichlet(np.full(3, 2.0), size=num_others)
+  clean = np.concatenate([clean, np.repeat(np.eye(3), num_anchors, axis=0)])
+  return np.random.default_rng(1).permutation(clean) @ _T
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("num_anchors", "percentile"), [(1, 100), (8, 97), (8, 100)])
+def test_anchors_recover_the_matrix(num_anchors, percentile):
+  # T_ii is the largest entry of its column, so the given label i is most probable for
+  # the anchors of class i.
+  probabilities = _noisy_posteriors(num_anchors)
+  result = jax.jit(label_transition.estimate_transition, static_argnums=1)(
+    probabilities, percentile
+  )
+  np.testing.assert_allclose(result, _T, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("size", [1, 2, 50, 77])
+def test_percentile_equals_the_released_estimator(size):
+  probabilities = np.random.default_rng(size).dirichlet(np.ones(4), size=size)
+  result = label_transition.estimate_transition(jnp.asarray(probabilities), 97.0)
+  if size == 1:  # There is nothing below its one example.
+    np.testing.assert_allclose(result, np.repeat(probabilities, 4, axis=0))
+    return
+  expected = []
+  for column in probabilities.T:
+    threshold = np.percentile(column, 97, method="higher")
+    expected.append(probabilities[np.where(column >= threshold, 0, column).argmax()])
+  np.testing.assert_allclose(result, expected, rtol=1e-12)
+
+
+def test_outliers_above_the_percentile_are_skipped():
+  probabilities = np.concatenate([_noisy_posteriors(8), np.eye(3)[[0, 1]]])
+  result = label_transition.estimate_transition(jnp.asarray(probabilities), 97.0)
+  np.testing.assert_allclose(result, _T, atol=1e-6)
+  result = label_transition.estimate_transition(jnp.asarray(probabilities), 100.0)
+  np.testing.assert_allclose(result[:2], np.eye(3)[:2], atol=1e-6)
+
+
+def test_confusion_counts_the_given_labels_of_each_predicted_class():
+  rng = np.random.default_rng(0)
+  predicted, labels = rng.choice([0, 1, 3], size=200), rng.integers(4, size=200)
+  for smoothing in (0.0, 1.0, 5.0):
+    result = jax.jit(label_transition.confusion, static_argnums=(2, 3))(
+      predicted, labels, 4, smoothing
+    )
+    for i in range(4):
+      counts = np.bincount(labels[predicted == i], minlength=4) + smoothing / 4
+      expected = np.eye(4)[i] if i == 2 else counts / counts.sum()
+      np.testing.assert_allclose(result[i], expected, rtol=1e-6)
+    np.testing.assert_allclose(result.sum(axis=1), np.ones(4), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (
+      lambda: label_transition.estimate_transition(jnp.ones((0, 3))),
+      r"probabilities must be \[N, C\], N at least 1",
+    ),
+    (
+      lambda: label_transition.confusion(jnp.zeros(3, int), jnp.zeros(2, int), 2),
+      r"predicted and labels must be \[N\]",
+    ),
+    (
+      lambda: label_transition.confusion(
+        jnp.zeros(3, int), jnp.zeros(3, int), 2, smoothing=-1
+      ),
+      "smoothing=-1 must be at least 0",
+    ),
+  ],
+)
+def test_bad_arguments_are_refused(make, message):
+  with pytest.raises(base.InputError, match=message):
+    make()
+
+
+def test_logits_in_place_of_probabilities_are_refused():
+  with pytest.raises(base.InputError, match="row 1 is no distribution"):
+    label_transition.estimate_transition(jnp.array([[0.5, 0.5], [2.0, -1.0]]))
+
+
+def test_labels_out_of_range_are_refused_or_give_nan():
+  predicted, labels = jnp.array([0, 1]), jnp.array([0, -1])
+  with pytest.raises(base.InputError, match="row 1 of predicted or labels"):
+    label_transition.confusion(predicted, labels, 2)
+  run = jax.jit(lambda labels: label_transition.confusion(predicted, labels, 2))
+  assert np.isnan(run(labels)).all() and np.isfinite(run(predicted)).all()

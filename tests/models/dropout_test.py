@@ -1,0 +1,22 @@
+"""Dropout: rates, and masks per example."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2rw_jax.models import dropout
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def test_masks_keep_the_mean_and_differ_between_examples():
+  layer = dropout.Dropout(0.3)
+  x = jnp.full((50, 1000), 2.0)
+  result = layer.apply({}, x, True, rngs={"dropout": jax.random.key(0)})
+  kept = result > 0
+  np.testing.assert_allclose(result[kept], 2 / 0.7, rtol=1e-6)
+  # Four standard deviations of 50,000 coins.
+  assert np.mean(kept) == pytest.approx(0.7, abs=0.0083)
+  assert len({row.tobytes() for row in np.asarray(kept)}) == 50
+  np.testing.assert_array_equal(layer.apply({}, x, False), x)
