@@ -34,8 +34,6 @@ TEST = [
 
 DOCS = [
   *EXPERIMENTS,
-  "dm-haiku>=0.0.14",
-  "equinox>=0.11",
   "furo>=2024.8",
   "ipykernel>=6.29",
   "myst-nb>=1.2",
