@@ -107,9 +107,9 @@ def linearize(
       raise base.InputError(
         f"weights must be one number per loss, {losses.shape}; got {weights.shape}."
       )
-    return found.vjp_fn(base.sharded_like(weights.astype(losses.dtype), losses))
+    return found.vjp(base.sharded_like(weights.astype(losses.dtype), losses))
 
-  return base.Linearized(losses, found.jvp_fn, weighted_gradient, found.aux)
+  return base.Linearized(losses, found.jvp, weighted_gradient, found.aux)
 
 
 def check_trainable(params: base.PyTree) -> None:

@@ -71,7 +71,7 @@ def microbatched(
   Example:
     >>> import jax.numpy as jnp
     >>> losses_fn = lambda p, x: (x @ p) ** 2
-    >>> one_by_one = in_parts(linearization.linearize, 1)
+    >>> one_by_one = microbatched(linearization.linearize, 1)
     >>> lin = one_by_one(losses_fn, jnp.array([1., 2.]), jnp.eye(2))
     >>> print(lin.losses, lin.directional(jnp.array([1., 0.])))
     [1. 4.] [2. 0.]
