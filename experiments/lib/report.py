@@ -41,7 +41,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def auroc(weights: dict[str, np.ndarray]) -> float | None:
-  """How well low weight finds wrong labels; 0.5 is chance, None if undefined.
+  """How well low weights indicate wrong labels; 0.5 is chance, None if undefined.
 
   Args:
     weights: columns of a run's `weights.csv`.
@@ -72,7 +72,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def save(folder: pathlib.Path, rows: list[dict[str, Any]], flags: dict) -> None:
   """Writes `results.json` and `results.csv`, one row a run, flags in each row.
 
-  `results.json` carries its own checksum and that of `results.csv`.
+  `results.json` carries its checksum and that of `results.csv`.
   """
   everything = {"flags": flags, "rows": rows}
   text = io.StringIO()
