@@ -58,7 +58,7 @@ class Settings(long_tail.Settings):
   preset: str = flag("ldam", choices=PRESETS)
   network: str | None = flag(
     None,
-    "Network to train. The default is resnet_32, and resnet_8 with --smoke.",
+    unset="resnet_32, and resnet_8 with --smoke",
     choices=["resnet_32", "wrn_28_10", "resnet_8", "mlp"],
   )
   smoke: bool = flag(

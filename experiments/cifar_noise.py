@@ -171,9 +171,7 @@ class Settings(registries.Settings, runner.Settings):
     "Data set: the name of any image set that TFDS has prepared in --data_dir. The"
     " default is cifar10, and cifar10_n for --noise=human.",
   )
-  noise: str | None = flag(
-    None, _preset("Builder of the wrong labels."), choices=splits_lib.BUILDERS
-  )
+  noise: str | None = flag(None, unset="the preset's", choices=splits_lib.BUILDERS)
   noise_fraction: float | None = flag(
     None,
     _preset("Parameter of the noise builder, see l2rw_jax/data/noise_builders.py."),
@@ -185,9 +183,7 @@ class Settings(registries.Settings, runner.Settings):
     choices=splits_lib.ANNOTATIONS,
     group="data",
   )
-  network: str | None = flag(
-    None, _preset("Network to train."), choices=registries.NETWORKS
-  )
+  network: str | None = flag(None, unset="the preset's", choices=registries.NETWORKS)
   augmentation: str | None = flag(
     None,
     _preset("Augmentation and scaling of the images, by paper."),
@@ -205,20 +201,15 @@ class Settings(registries.Settings, runner.Settings):
     ),
   )
   learning_rate: float | None = flag(None, _preset("Learning rate of SGD."))
-  momentum: float | None = flag(None, _preset("Momentum of SGD."))
+  momentum: float | None = flag(None, unset="the preset's")
   nesterov: bool | None = flag(None, _preset("Use Nesterov's momentum."))
-  weight_decay: float | None = flag(None, _preset("Weight decay of the classifier."))
-  batch_size: int | None = flag(None, _preset("Number of training examples in a step."))
+  weight_decay: float | None = flag(None, unset="the preset's")
+  batch_size: int | None = flag(None, unset="the preset's")
   meta_batch_size: int | None = flag(
-    None,
-    "Number of clean examples in a step. The default is the preset's, or as many as"
-    " there are.",
+    None, unset="the preset's, or as many as there are"
   )
-  num_meta: int | None = flag(None, _preset("Number of clean images of each class."))
-  num_validation: int | None = flag(
-    None,
-    _preset("Number of images with wrong labels that are held out of training."),
-  )
+  num_meta: int | None = flag(None, unset="the preset's")
+  num_validation: int | None = flag(None, unset="the preset's")
   seeds_at_once: int = flag(1)
   eval_every: int = flag(500)
   dump_losses: bool = flag(False)

@@ -114,17 +114,11 @@ class Settings(runner.Settings):
     choices=coresets.BUDGETS,
     methods=_SELECTING,
   )
-  num_steps: int | None = flag(
-    None, "Number of parameter updates. The default is 3,600; digits: 1,000."
-  )
-  batch_size: int | None = flag(
-    None, "Number of training examples in a step. The default is 100; digits: 20."
-  )
+  num_steps: int | None = flag(None, unset="3,600; digits: 1,000")
+  batch_size: int | None = flag(None, unset="100; digits: 20")
   learning_rate: float = flag(0.1, "Learning rate of SGD.")
   momentum: float = flag(0.0)
-  eval_every: int | None = flag(
-    None, "Number of steps between two evaluations. The default is 150; digits: 50."
-  )
+  eval_every: int | None = flag(None, unset="150; digits: 50")
 
   def resolve(self) -> "Settings":
     """The settings with the defaults of the data set."""
@@ -298,6 +292,7 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
       setting.folder() + "/seeds-{first}",
       1,
       (evaluation.accuracy, evaluation.per_class_accuracy),
+      setting.folder(),
     )
     for setting in make_settings(settings, split)
   ]

@@ -53,9 +53,7 @@ class Settings(runner.Settings):
   num_meta: int = flag(5)
   num_steps: int = flag(3000)
   batch_size: int = flag(100)
-  meta_batch_size: int | None = flag(
-    None, "Number of clean examples in a step. The default is all of them."
-  )
+  meta_batch_size: int | None = flag(None, unset="all of them")
   learning_rate: float = flag(0.1, "Learning rate of SGD.")
   momentum: float = flag(0.0)
 

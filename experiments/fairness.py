@@ -72,11 +72,7 @@ class Settings(runner.Settings):
     choices=fairness.GROUPS,
     group="data",
   )
-  imbalance: float | None = flag(
-    None,
-    "Size of the largest class over that of the smallest. The default is 100; digits:"
-    " 10; --groups=inverted: 1.",
-  )
+  imbalance: float | None = flag(None, unset="100; digits: 10; --groups=inverted: 1")
   noise_fraction: float = flag(0.0, "Share of the training labels that is flipped.")
   minority_share: float = flag(
     0.05,
@@ -143,9 +139,7 @@ class Settings(runner.Settings):
     " --methods.",
     group="method",
   )
-  num_steps: int | None = flag(
-    None, "Number of parameter updates. The default is 3,000; cifar10: 20,000."
-  )
+  num_steps: int | None = flag(None, unset="3,000; cifar10: 20,000")
   batch_size: int = flag(100)
   meta_batch_size: int | None = flag(
     None, "Number of exemplars in a step. The default is all; cifar10: 100."

@@ -90,9 +90,7 @@ class Settings(settings_lib.Settings):
     (0.0, 0.25, 0.5),
     "Share of the labels that is replaced by any class, possibly the true one.",
   )
-  num_train: int | None = flag(
-    None, "Number of training images. The default is 5,000; digits: all."
-  )
+  num_train: int | None = flag(None, unset="5,000; digits: all")
   num_unlabeled: int = flag(
     0,
     "Number of images held out to be labeled at random; 0 takes the training images, as"
@@ -100,9 +98,7 @@ class Settings(settings_lib.Settings):
     bounds=settings_lib.IMAGES,
     group="data",
   )
-  num_epochs: int | None = flag(
-    None, "Number of passes over the training set. The default is 60; digits: 200."
-  )
+  num_epochs: int | None = flag(None, unset="60; digits: 200")
   batch_size: int = flag(
     128, "Number of examples in a step of training, and of the probe."
   )
@@ -286,6 +282,7 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
           optimizer,
           splits,
           f"noise-{fraction}/{model.folder()}",
+          title=f"noise-{fraction} {model.folder()}",
         )
       )
   return cells

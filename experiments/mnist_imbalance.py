@@ -226,6 +226,7 @@ def make_cell(settings: Settings, name: str, majority: float) -> runner.Cell:
     f"majority-{majority}-{name}" + "/splits-{first}-{last}",
     runner.seeds_at_once(settings.splits_at_once, has_convolutions=True),
     (evaluation.accuracy, evaluation.per_class_accuracy),
+    f"{name} at {majority:g}",
   )
 
 

@@ -132,21 +132,12 @@ class Settings(registries.Settings, runner.Settings):
   methods: tuple[str, ...] = flag(
     COMPARED, f"Methods to compare, of {', '.join(METHODS)}."
   )
-  seeds_at_once: int | None = flag(
-    None,
-    "Number of seeds trained side by side. The default is all, and 1 for LeNet on CPU.",
-  )
-  num_epochs: int | None = flag(
-    None, "Number of passes over the training set. The default is the preset's."
-  )
+  seeds_at_once: int | None = flag(None, unset="all, and 1 for LeNet on CPU")
+  num_epochs: int | None = flag(None, unset="the preset's")
   num_meta: int = flag(
     100, "Number of clean images of each class; with digits, at most 20 are sensible."
   )
-  num_validation: int | None = flag(
-    None,
-    "Number of images with wrong labels that are held out of training. The default is"
-    " the preset's.",
-  )
+  num_validation: int | None = flag(None, unset="the preset's")
   plateau: bool | None = flag(
     None,
     "Let the learning rate fall to a tenth when the validation loss stops falling. The"
@@ -158,21 +149,14 @@ class Settings(registries.Settings, runner.Settings):
     choices=PIXELS,
     group="data",
   )
-  batch_size: int | None = flag(
-    None, "Number of training examples in a step. The default is the preset's."
-  )
-  meta_batch_size: int | None = flag(
-    None, "Number of clean examples in a step. The default is the preset's."
-  )
+  batch_size: int | None = flag(None, unset="the preset's")
+  meta_batch_size: int | None = flag(None, unset="the preset's")
   learning_rate: float | None = flag(
     None, "Learning rate at the start. The default is the preset's."
   )
-  momentum: float | None = flag(None, "Momentum of SGD. The default is the preset's.")
+  momentum: float | None = flag(None, unset="the preset's")
   lookahead_learning_rate: float | None = flag(
-    None,
-    "Learning rate of the virtual step of the meta-learned methods. The default is the"
-    " preset's.",
-    aliases=["look_ahead_rate"],
+    None, unset="the preset's", aliases=["look_ahead_rate"]
   )
   dump_losses: bool = flag(False)
 

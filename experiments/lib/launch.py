@@ -110,10 +110,10 @@ def _is_text(details: settings_lib.Flag, kind: settings_lib.Kind) -> bool:
 
 def _define(settings: type[settings_lib.Flags]) -> flags.FlagValues:
   """absl's flags for the fields of a class of settings."""
-  values = flags.FlagValues()
+  values, kinds = flags.FlagValues(), settings_lib.kinds_of(settings)
   defaults = {f.name: f.default for f in dataclasses.fields(settings)}
   for name, details in settings_lib.flags_of(settings).items():
-    kind = settings_lib.kinds_of(settings)[name]
+    kind = kinds[name]
     default: Any = defaults[name]
     define: Any
     if kind.several:

@@ -64,11 +64,7 @@ class Settings(registries.LongTailSettings, runner.Settings):
   num_meta: int | None = flag(
     None, _preset("Number of clean meta images of each class.")
   )
-  seeds_at_once: int | None = flag(
-    None,
-    "Number of seeds trained side by side. The default is all, and 1 with"
-    " convolutions.",
-  )
+  seeds_at_once: int | None = flag(None, unset="all, and 1 with convolutions")
   num_epochs: int | None = flag(
     None,
     _preset("Number of passes over the training set; drops move in proportion."),
@@ -79,7 +75,7 @@ class Settings(registries.LongTailSettings, runner.Settings):
     "Number of meta images in a step. The default is 100, or as many as there are.",
   )
   learning_rate: float | None = flag(None, _preset("Highest learning rate of SGD."))
-  momentum: float | None = flag(None, _preset("Momentum of SGD."))
+  momentum: float | None = flag(None, unset="the preset's")
   weight_decay: float | None = flag(None, _preset("Weight decay of all parameters."))
   eval_every: int = flag(1, "Number of epochs between two evaluations.")
 

@@ -65,6 +65,7 @@ class Cell:
       the first and the last of the seeds that are trained side by side.
     side_by_side: number of seeds that are trained side by side; None for all.
     evaluators: of the test set.
+    title: for messages; the facts and the method if empty.
   """
 
   method_name: str
@@ -77,11 +78,12 @@ class Cell:
   folder: str
   side_by_side: int | None = None
   evaluators: Sequence[evaluation.Evaluator] = (evaluation.accuracy,)
+  title: str = ""
 
   @property
   def name(self) -> str:
-    """Of its facts and its method, for folders and messages."""
-    return folder_name(self.facts, self.method_name)
+    """For messages."""
+    return self.title or folder_name(self.facts, self.method_name)
 
   def groups(self) -> Iterator[tuple[tuple[int, ...], pathlib.PurePath]]:
     """The seeds that are trained side by side, with their folder."""

@@ -175,6 +175,7 @@ def flag(
   default: Any,
   help: str | None = None,
   *,
+  unset: str | None = None,
   choices: Iterable[str] | None = None,
   bounds: Bounds | None = None,
   group: str | None = None,
@@ -186,11 +187,14 @@ def flag(
 ) -> Any:
   """A field of `Settings`; arguments as in `Flag`.
 
+  `unset` is added to the help text: what None, the default, stands for.
+
   Without `help`, `bounds` or `group` the field takes those that `SHARED` has for its
   name; otherwise a flag of some methods belongs to the group of the methods.
   """
   details = {
     "help": help,
+    "unset": unset,
     "group": group,
     "choices": None if choices is None else tuple(choices),
     "bounds": bounds,
@@ -203,18 +207,20 @@ def flag(
   return dataclasses.field(default=default, metadata=details)
 
 
-@functools.cache
-def flags_of(settings: type[Any]) -> dict[str, Flag]:
+def flags_of(settings: "type[Flags]") -> dict[str, Flag]:
   """The flags of a class of settings, by name, base classes first."""
   flags = {}
   for field in dataclasses.fields(settings):
     if "help" not in field.metadata:
       continue
     details = dict(field.metadata)
+    unset = details.pop("unset")
     group = "method" if details["methods"] else "common"
     shared = SHARED.get(field.name, ("", None, group))
     for name, value in zip(("help", "bounds", "group"), shared, strict=True):
       details[name] = value if details[name] is None else details[name]
+    if unset:
+      details["help"] += f" The default is {unset}."
     flags[field.name] = Flag(**details)
   return flags
 
@@ -226,8 +232,7 @@ class Kind(NamedTuple):
   several: bool
 
 
-@functools.cache
-def kinds_of(settings: type[Any]) -> dict[str, Kind]:
+def kinds_of(settings: "type[Flags]") -> dict[str, Kind]:
   """The types of the flags of a class of settings."""
   hints, kinds = typing.get_type_hints(settings), {}
   for name in flags_of(settings):
