@@ -468,7 +468,8 @@ def out_of_memory(names: Iterable[str]) -> str:
 def in_terms_of_flags(message: str, names: Iterable[str]) -> str:
   """An error of the library, with flags in place of the parameters they set.
 
-  A word is taken for a parameter if it has an underscore or "=" follows it.
+  A word is taken for a parameter if it has an underscore or "=" follows it, outside of
+  double quotes, in which a message has a command to run.
 
   Args:
     message: of the error.
@@ -480,10 +481,14 @@ def in_terms_of_flags(message: str, names: Iterable[str]) -> str:
 
   def replaced(match: re.Match) -> str:
     word = match[0]
-    is_parameter = "_" in word or message[match.end() : match.end() + 1] == "="
+    is_parameter = "_" in word or match.string[match.end() : match.end() + 1] == "="
     return f"--{flag_of[word]}" if is_parameter and word in flag_of else word
 
-  return re.sub(r"(?<![\w./'\"-])[a-z]\w*(?![\w./'\"-])", replaced, message)
+  parts = message.split('"')
+  parts[::2] = [
+    re.sub(r"(?<![\w./'-])[a-z]\w*(?![\w./'-])", replaced, part) for part in parts[::2]
+  ]
+  return '"'.join(parts)
 
 
 def check_ascii(arguments: Iterable[str], names: Iterable[str]) -> None:

@@ -206,6 +206,7 @@ def test_out_of_memory_names_the_flags_that_decide_it():
     ("--num_meta=2: raise --num_meta", ["num_meta"], "--num_meta=2: raise --num_meta"),
     ("/a/num_meta/b num_meta.txt 'seed=1'", ["num_meta", "seed"], None),
     ("num_steps of a Config", ["width"], None),
+    ('run "f(seed=1)" or seed=2', ["seed"], 'run "f(seed=1)" or --seed=2'),
   ],
 )
 def test_messages_name_flags_not_parameters(message, names, expected):
