@@ -13,27 +13,28 @@ Ours: results/coreset_selection.
 
 from collections.abc import Callable, Sequence
 import ctypes
+import dataclasses
 import os
 import pathlib
 import re
 import time
 from typing import Any, NamedTuple
 
-from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from scipy.spatial import distance
 
-from experiments import _catalogue
-from experiments import _launch
-from experiments import _report
+from experiments.lib import launch
+from experiments.lib import runner
+from experiments.lib import settings as settings_lib
+from experiments.lib.settings import flag
+from experiments.tables import catalog
 from l2rw_jax import base
 from l2rw_jax import coresets
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import noisy_labels
-from l2rw_jax.data import sources
 from l2rw_jax.io import workdir
 from l2rw_jax.methods import adacore
 from l2rw_jax.methods import baselines
@@ -44,19 +45,39 @@ from l2rw_jax.training import device_data
 from l2rw_jax.training import devices as devices_lib
 from l2rw_jax.training import sampling
 
-_DATASET = flags.DEFINE_enum("dataset", "mnist", ["mnist", "digits"], "Which digits.")
-_FRACTION = flags.DEFINE_float("fraction", 0.1, "To choose.")
-_EPSILONS = flags.DEFINE_multi_float(
-  "epsilon", [0.1, 0.01], "Of the stochastic greedy; repeat the flag."
-)
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Turns of each.", lower_bound=1)
-_EPOCHS = flags.DEFINE_integer(
-  "epochs", 2, "Of training before the gradients are taken.", lower_bound=1
-)
-_PART = flags.DEFINE_integer(
-  "part", 10, "The naive one sees one in so many examples.", lower_bound=1
-)
-flags.adopt_module_key_flags(_launch)
+
+@dataclasses.dataclass(frozen=True)
+class Settings(settings_lib.Settings):
+  """The flags of this benchmark."""
+
+  dataset: str = flag("mnist")
+  fraction: float = flag(
+    0.1,
+    "Share of the training set to select, in (0, 1].",
+    bounds=settings_lib.Bounds(1e-6, 1),
+    group="data",
+  )
+  epsilon: tuple[float, ...] = flag(
+    (0.1, 0.01),
+    "Epsilon of stochastic greedy selection.",
+    bounds=settings_lib.INNER_SHARE,
+    group="method",
+  )
+  repeats: int = flag(5, "Number of turns of each.", bounds=settings_lib.REPEATS)
+  epochs: int = flag(
+    2,
+    "Number of epochs of training before the gradients are taken.",
+    bounds=settings_lib.EPOCHS,
+  )
+  part: int = flag(
+    10,
+    "The naive selection sees one in so many examples.",
+    bounds=settings_lib.Bounds(1, 10**6),
+    group="data",
+  )
+
+
+TABLE = catalog.CORESET_SELECTION
 _BATCH_SIZE = 100
 
 
@@ -164,12 +185,12 @@ def _status_mib(name: str) -> float:
 
 
 def contestants(
-  proxies: np.ndarray, labels: np.ndarray
+  settings: Settings, proxies: np.ndarray, labels: np.ndarray
 ) -> dict[str, tuple[np.ndarray, np.ndarray, Callable[[], np.ndarray]]]:
   """By name: the proxies and labels that it chooses among, and how it chooses."""
 
   def make(proxies, labels, greedy, epsilon=0.1):
-    size = adacore.subset_size(_FRACTION.value, len(labels))
+    size = adacore.subset_size(settings.fraction, len(labels))
 
     def choose():
       if greedy == "naive":
@@ -181,12 +202,12 @@ def contestants(
 
     return proxies, labels, choose
 
-  whole, part = (proxies, labels), (proxies[:: _PART.value], labels[:: _PART.value])
+  whole, part = (proxies, labels), (proxies[:: settings.part], labels[:: settings.part])
   return {
     "lazy": make(*whole, "lazy"),
     **{
       f"stochastic {epsilon:g}": make(*whole, "stochastic", epsilon)
-      for epsilon in _EPSILONS.value
+      for epsilon in settings.epsilon
     },
     "naive, of a part": make(*part, "naive"),
     "lazy, of a part": make(*part, "lazy"),
@@ -206,29 +227,26 @@ def _turn(run: Callable[[], Any]) -> Turn:
   return Turn(time.perf_counter() - started, time.process_time() - cpu_started)
 
 
-def measure() -> list[dict[str, Any]]:
+def measure(settings: Settings) -> runner.Rows:
   """A row for the epoch and for every way to choose."""
-  train, test = (
-    sources.load(_DATASET.value, split, **_launch.data_folders())
-    for split in ("train", "test")
-  )
+  train, test = settings.load("train"), settings.load("test")
   split = noisy_labels.noisy_labels(
     train, test, builder="uniform_flip", fraction=0.0, num_meta_per_class=0, seed=0
   )
   training = Training(split)
-  for _ in range(_EPOCHS.value):
+  for _ in range(settings.epochs):
     training.epoch()
   proxies, labels = training.gradients(), split.train.label
-  ways = contestants(proxies, labels)
+  ways = contestants(settings, proxies, labels)
   chosen = {name: choose() for name, (_, _, choose) in ways.items()}  # compiles
   extra = {name: extra_mib(choose) for name, (_, _, choose) in ways.items()}
   turns: dict[str, list[Turn]] = {name: [] for name in ("epoch", *ways)}
-  for _ in range(_REPEATS.value):
+  for _ in range(settings.repeats):
     turns["epoch"].append(_turn(training.epoch))
     for name, (_, _, choose) in ways.items():
       turns[name].append(_turn(choose))
-  facts = {"dataset": _DATASET.value, "fraction": _FRACTION.value}
-  facts |= {"repeats": _REPEATS.value, "cpus": len(os.sched_getaffinity(0))}
+  facts = {"dataset": settings.dataset, "fraction": settings.fraction}
+  facts |= {"repeats": settings.repeats, "cpus": len(os.sched_getaffinity(0))}
   facts |= {"seed": 0, "data": split.fingerprint}
   rows = []
   for name in turns:
@@ -278,18 +296,16 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   plt.close(figure)
 
 
-def main() -> None:
+def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   """Measures, prints and writes."""
-  adacore.check_fraction("--fraction", _FRACTION.value)
-  for epsilon in _EPSILONS.value:
+  adacore.check_fraction("--fraction", settings.fraction)
+  for epsilon in settings.epsilon:
     coresets.check_greedy("stochastic", epsilon)
-  folder = _launch.prepare("coreset_selection", __name__, ())
-  rows, flags_given = measure(), _launch.flags_of(__name__)
-  _report.save(folder, rows, flags_given)
+  folder = runner.open_folder(settings, TABLE.name, workdir)
+  rows = measure(settings)
   draw(rows, folder / "figure.png")
-  print(_catalogue.summary("coreset_selection", rows, flags_given))
-  print(f"\nwritten: {folder}/results.json, results.csv, figure.png")
+  return runner.report(settings, TABLE, folder, rows)
 
 
 if __name__ == "__main__":
-  _launch.run(main)
+  launch.main(Settings, run, TABLE.name)

@@ -17,13 +17,14 @@ other by spinning: on a CPU that is not idle that made a step of the MLP 100 tim
 long, and OMP_WAIT_POLICY=passive in the environment mended it. On a GPU where both
 frameworks do not fit together, --peer_only makes the peer's rows alone, in another
 --workdir.
-Memory that XLA and PyTorch free stays with the process (`experiments._allocator`).
+Memory that XLA and PyTorch free stays with the process (`experiments.lib.launch`).
 Each group is saved as it is done, and the same command continues on the same machine;
 with all of them there it draws the figures anew.
 Command: python -m benchmarks.step_time --peer=torch
 Ours: results/step_time.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -33,49 +34,72 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-from absl import flags
 import jax
 
 from benchmarks import _networks
 from benchmarks import _step_time_figure
 from benchmarks import _steps
 from benchmarks import _turns
-from experiments import _catalogue
-from experiments import _launch
-from experiments import _report
+from experiments.lib import launch
+from experiments.lib import runner
+from experiments.lib import settings as settings_lib
+from experiments.lib.settings import flag
+from experiments.tables import catalog
 from l2rw_jax import base
 from l2rw_jax.io import workdir
 
-_NETWORKS = flags.DEFINE_list(
-  "networks", None, "To train. [all; on a CPU all but wrn_28_10]"
-)
-_METHODS = flags.DEFINE_list(
-  "methods", None, "To time. [all; of large networks on a CPU those that look ahead]"
-)
-_ENGINES = flags.DEFINE_list(
-  "engines", list(_steps.ENGINES), "Of the methods that look ahead."
-)
-_META_SIZES = flags.DEFINE_list(
-  "meta_sizes", ["1", "0.1"], "Clean examples a step, over --batch_size."
-)
-_BATCH_SIZE = flags.DEFINE_integer(
-  "batch_size", None, "Examples a step. [100; of wrn_28_10 on a CPU 10]", lower_bound=1
-)
-_REPEATS = flags.DEFINE_integer(
-  "repeats", 30, "Turns of each contestant, at most.", lower_bound=1
-)
-_SECONDS = flags.DEFINE_float(
-  "seconds", 20.0, "After these no new round of turns begins, but for the first five."
-)
-_DTYPE = flags.DEFINE_enum(
-  "dtype", "float32", ["float32", "bfloat16"], "Of the computation."
-)
-_PEER = flags.DEFINE_enum("peer", None, ["torch"], "To measure beside ours.")
-_PEER_ONLY = flags.DEFINE_bool("peer_only", False, "Its rows alone.")
-_PEER_COMPILE = flags.DEFINE_bool(
-  "peer_compile", False, "Also by torch.compile, where that runs."
-)
-flags.adopt_module_key_flags(_launch)
+
+@dataclasses.dataclass(frozen=True)
+class Settings(settings_lib.Settings):
+  """The flags of this benchmark."""
+
+  EXTENDABLE = ("networks", "meta_sizes")
+
+  networks: tuple[str, ...] | None = flag(
+    None,
+    "Networks to train, separated by commas. The default is all; on a CPU all but"
+    " wrn_28_10.",
+  )
+  methods: tuple[str, ...] | None = flag(
+    None,
+    "Methods to time, separated by commas. The default is all; of large networks on a"
+    " CPU those that look ahead.",
+  )
+  engines: tuple[str, ...] = flag(
+    tuple(_steps.ENGINES),
+    "Engines of the methods that look ahead, separated by commas.",
+    group="method",
+  )
+  meta_sizes: tuple[str, ...] = flag(
+    ("1", "0.1"),
+    "Number of clean examples in a step over --batch_size, separated by commas.",
+  )
+  batch_size: int | None = flag(
+    None,
+    "Number of examples in a step. The default is 100; of wrn_28_10 on a CPU 10.",
+  )
+  repeats: int = flag(
+    30, "Largest number of turns of each contestant.", bounds=settings_lib.REPEATS
+  )
+  seconds: float = flag(
+    20.0,
+    "Number of seconds after which no new round of turns begins, except for the first"
+    " five.",
+    bounds=settings_lib.Bounds(0, 1e7),
+  )
+  dtype: str = flag(
+    "float32", "Type of the computation.", choices=["float32", "bfloat16"]
+  )
+  peer: str | None = flag(
+    None, "Framework to measure as well.", choices=["torch"], group="method"
+  )
+  peer_only: bool = flag(False, "Measure the peer alone.", group="method")
+  peer_compile: bool = flag(
+    False, "Measure torch.compile too, where that runs.", group="method"
+  )
+
+
+TABLE = catalog.STEP_TIME
 
 
 class Group(NamedTuple):
@@ -97,7 +121,7 @@ class Group(NamedTuple):
     return f"{self.setting.network}-{'none' if self.share is None else self.share}"
 
 
-def plan() -> list[Group]:
+def plan(settings: Settings) -> list[Group]:
   """What the flags ask for.
 
   Raises:
@@ -106,35 +130,37 @@ def plan() -> list[Group]:
   on_cpu = jax.default_backend() == "cpu"
   offered = list(_networks.NETWORKS)
   usual = [n for n in offered if n != "wrn_28_10" or not on_cpu]
-  given = _NETWORKS.value
+  given = settings.networks
   names = _chosen("networks", usual if given is None else given, offered)
-  engines = _chosen("engines", _ENGINES.value, _steps.ENGINES)
-  shares = [_share(text) for text in _META_SIZES.value]
+  engines = _chosen("engines", settings.engines, _steps.ENGINES)
+  shares = [_share(text) for text in settings.meta_sizes]
   if not shares:
     raise base.InputError("--meta_sizes= is empty: give shares of the batch, as 1,0.1.")
   groups: list[Group] = []
   for name in names:
-    groups += _groups(name, on_cpu, engines, shares)
+    groups += _groups(settings, name, on_cpu, engines, shares)
   return groups
 
 
-def _groups(name, on_cpu, engines, shares):
+def _groups(settings, name, on_cpu, engines, shares):
   network = _networks.NETWORKS[name]
-  if not network.half and _DTYPE.value != "float32":
+  if not network.half and settings.dtype != "float32":
     raise base.InputError(
-      f"--dtype={_DTYPE.value}: {name} computes in float32; choose other --networks."
+      f"--dtype={settings.dtype}: {name} computes in float32; choose other --networks."
     )
   few = network.large and on_cpu
   usual = _steps.LOOKING_AHEAD if few else list(_steps.METHODS)
-  given = _METHODS.value
+  given = settings.methods
   methods = _chosen("methods", usual if given is None else given, _steps.METHODS)
-  size = _BATCH_SIZE.value or (network.cpu_batch_size if on_cpu else network.batch_size)
+  size = settings.batch_size or (
+    network.cpu_batch_size if on_cpu else network.batch_size
+  )
   found: dict[int | None, Group] = {}
   for share in (None, *shares):
     meta_size = None if share is None else max(1, round(share * size))
     own = [m for m in methods if (m in _steps.NEED_META) == (share is not None)]
     pairs = _steps.pairs(name, [m for m in own if m != "plain"], engines)
-    setting = _networks.Setting(name, _DTYPE.value, size, meta_size)
+    setting = _networks.Setting(name, settings.dtype, size, meta_size)
     if pairs or own == ["plain"]:
       found.setdefault(meta_size, Group(setting, share, pairs))
   if not found:
@@ -189,22 +215,22 @@ def _torch_steps() -> Any:
   return found
 
 
-def measure(group: Group) -> list[dict[str, Any]]:
+def measure(settings: Settings, group: Group) -> list[dict[str, Any]]:
   """A row for every contestant that could run, plain training first.
 
   Raises:
     InputError: there is no memory for plain training.
   """
   started = time.perf_counter()
-  contestants = [c for c in _contestants(group) if c is not None]
+  contestants = [c for c in _contestants(settings, group) if c is not None]
   if not contestants:
     raise base.InputError(f"{group.name}: no memory for it; lower --batch_size.")
   ready = time.perf_counter()
-  turns = _turns.take(contestants, _REPEATS.value, _SECONDS.value)
+  turns = _turns.take(contestants, settings.repeats, settings.seconds)
   by_name = dict(
     zip([(c.framework, c.method) for c in contestants], turns, strict=True)
   )
-  facts = _facts(group.setting) | {"meta_share": group.share}
+  facts = _facts(settings, group.setting) | {"meta_share": group.share}
   rows = []
   for contestant, own in zip(contestants, turns, strict=True):
     framework, method = contestant.framework, contestant.method
@@ -222,20 +248,20 @@ def measure(group: Group) -> list[dict[str, Any]]:
   return [_derived(row, rows) for row in rows]
 
 
-def _contestants(group):
+def _contestants(settings, group):
   setting = group.setting
-  if not _PEER_ONLY.value:
+  if not settings.peer_only:
     plain = _plain(setting._replace(meta_size=None))
     yield plain
     for pair in group.pairs if plain else ():
       make = functools.partial(_steps.contestant, setting, *pair)
       yield _attempt(make, f"{pair[0]} by {pair[1]} of {group.name}")
-  if not _PEER.value:
+  if not settings.peer:
     return
   peer = _torch_steps()
   where = peer.device(jax.default_backend() == "gpu")
   own = {method for method, _ in group.pairs}
-  for compiled in (False, True)[: 1 + _PEER_COMPILE.value]:
+  for compiled in (False, True)[: 1 + settings.peer_compile]:
     for method in ("plain", *(m for m in peer.METHODS if m in own)):
       make = functools.partial(
         peer.contestant, setting, method, _steps.LEARNING_RATE, where, compiled
@@ -268,23 +294,25 @@ def _attempt(make, what, forgiving=False):
     return None
 
 
-def _facts(setting):
+def _facts(settings, setting):
   """What all rows of a group say."""
   digest = hashlib.sha256()
   for part in setting.batches():
     for array in (part or {}).values():
       digest.update(array.tobytes())
   facts = setting._asdict() | {"seed": 0, "data": digest.hexdigest()[:16]}
-  peak = None if _PEER_ONLY.value else _steps.matrix_peak(setting.dtype)
-  return facts | {"matrix_flops_per_second": peak} | _machine() | workdir.run_info()
+  peak = None if settings.peer_only else _steps.matrix_peak(setting.dtype)
+  return (
+    facts | {"matrix_flops_per_second": peak} | _machine(settings) | workdir.run_info()
+  )
 
 
-def _machine():
+def _machine(settings):
   """On what was measured; times of two machines do not compare."""
   info = workdir.run_info()
   found = {name: info[name] for name in ("platform", "device_kind", "jax")}
   found |= {"cpus": _turns.num_cpus(), "torch": None, "omp_wait_policy": None}
-  if _PEER.value:
+  if settings.peer:
     found["torch"] = str(_torch_steps().torch.__version__)
     found["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "default")
   return found
@@ -306,45 +334,43 @@ def _derived(row, rows):
   return row
 
 
-def _rows_of(group: Group, folder: pathlib.Path) -> list[dict[str, Any]]:
+def _rows_of(
+  settings: Settings, group: Group, folder: pathlib.Path
+) -> list[dict[str, Any]]:
   """Of an earlier call if it got so far, else measured and kept."""
   path = folder / f"{group.name}.json"
   if path.exists():
     kept: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     return kept
-  rows = measure(group)
+  rows = measure(settings, group)
   workdir.write_json(path, rows)
   return rows
 
 
-def main() -> None:
+def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   """Measures, prints and writes."""
-  if (_PEER_ONLY.value or _PEER_COMPILE.value) and not _PEER.value:
+  if (settings.peer_only or settings.peer_compile) and not settings.peer:
     raise base.InputError("--peer_only and --peer_compile need --peer=torch.")
-  if _SECONDS.value <= 0:
-    raise base.InputError(f"--seconds={_SECONDS.value} must be above 0.")
-  if _PEER.value:
+  if settings.seconds <= 0:
+    raise base.InputError(f"--seconds={settings.seconds} must be above 0.")
+  if settings.peer:
     # Or else JAX would take the GPU's memory as a whole.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     _torch_steps()
   # A program from the cache would be compiled in no time.
   jax.config.update("jax_enable_compilation_cache", False)
-  groups = plan()
-  extendable = ("networks", "meta_sizes")
-  folder = _launch.prepare("step_time", __name__, extendable, **_machine())
+  groups = plan(settings)
+  folder = runner.open_folder(settings, TABLE.name, workdir, **_machine(settings))
   rows: list[dict[str, Any]] = []
   for group in groups:
     known = {(r["network"], r["framework"]) for r in rows if r["method"] == "plain"}
-    found = _rows_of(group, folder)
+    found = _rows_of(settings, group, folder)
     # Plain training took its turns in every group, and is told once.
     new = [r for r in found if (r["network"], r["framework"]) not in known]
     rows += [r for r in found if r["method"] != "plain" or r in new]
-  flags_given = _launch.flags_of(__name__)
-  _report.save(folder, rows, flags_given)
   figures = _step_time_figure.draw(rows, folder)
-  print(_catalogue.summary("step_time", rows, flags_given))
-  print(f"\nwritten: {folder}/results.json, results.csv, {', '.join(figures)}")
+  return runner.report(settings, TABLE, folder, rows, figures)
 
 
 if __name__ == "__main__":
-  _launch.run(main)
+  launch.main(Settings, run, TABLE.name)

@@ -1,4 +1,4 @@
-"""Floor 6: the experiments of the papers, as scripts."""
+"""Floor 7: the experiments of the papers, as scripts."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def _on_uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-  """What `_launch` does with an interruption, also while modules are imported."""
+  """Ends as `lib.launch` does on an interruption, also while modules are imported."""
   if not issubclass(kind, KeyboardInterrupt):
     sys.__excepthook__(kind, error, trace)
     return

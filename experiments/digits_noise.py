@@ -5,73 +5,84 @@ The demonstration that needs no download: scikit-learn's bundled 8x8 digits,
 images a class, 500 clean test images.
 Command: python -m experiments.digits_noise
 Device, time: 2 CPU cores, under 3 minutes.
-Published: nothing; the task is ours, the noise is that of Ren et al. (2018).
-Ours: results/digits_noise.
+Published: nothing; the problem is this project's, the noise is that of Ren et al.
+(2018). Measured: results/digits_noise.
 """
 
+from collections.abc import Sequence
+import dataclasses
 import functools
 import pathlib
 from typing import Any
 
-from absl import flags
 import numpy as np
 import optax
 
-from experiments import _catalogue
-from experiments import _launch
-from experiments import _own_data
-from experiments import _probes
-from experiments import _report
-from experiments import _trusted
+from experiments.lib import figures
+from experiments.lib import launch
+from experiments.lib import report
+from experiments.lib import runner
+from experiments.lib.settings import flag
+from experiments.tables import table
 from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import noisy_labels
-from l2rw_jax.data import sources
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
-from l2rw_jax.training import config as config_lib
-from l2rw_jax.training import loop
-from l2rw_jax.training import results as results_lib
 
-METHODS = [
-  "uniform",
-  "random",
-  "proportion",
-  "resampling",
-  "clean_only",
-  "fine_tuning",
+METHODS = (
+  *("uniform", "random", "proportion", "resampling", "clean_only", "fine_tuning"),
   "l2rw",
-]
-Runs = dict[str, list[results_lib.Result]]
+)
 
-_DATASET = flags.DEFINE_string("dataset", "digits", f"digits, {_own_data.HELP}")
-_METHODS = flags.DEFINE_list("methods", METHODS, f"Of {', '.join(METHODS)}.")
-_BUILDER = flags.DEFINE_enum(
-  "noise", "uniform_flip", ["uniform_flip", "background_flip"], "How labels go wrong."
+
+@dataclasses.dataclass(frozen=True)
+class Settings(runner.Settings):
+  """The flags of this script."""
+
+  EXTENDABLE = ("methods",)
+
+  dataset: str = flag("digits", recorded=False)
+  methods: tuple[str, ...] = flag(
+    METHODS, f"Methods to compare, of {', '.join(METHODS)}.", group="method"
+  )
+  noise: str = flag("uniform_flip", choices=["uniform_flip", "background_flip"])
+  noise_fraction: float = flag(0.4, "Share of the training labels that is flipped.")
+  num_meta: int = flag(5)
+  num_steps: int = flag(3000)
+  batch_size: int = flag(100)
+  meta_batch_size: int | None = flag(None, unset="all of them")
+  learning_rate: float = flag(0.1, "Learning rate of SGD.")
+  momentum: float = flag(0.0)
+
+  def record(self) -> dict[str, Any]:
+    """As in the base class; the data set if it is not digits."""
+    entries = super().record()
+    return entries if self.dataset == "digits" else {**entries, "dataset": self.dataset}
+
+
+TABLE = table.Layout(
+  name="digits_noise",
+  title="Handwritten digits with wrong labels",
+  metrics=(
+    table.Metric("accuracy_percent", "test accuracy %"),
+    table.Metric("best_accuracy", "best on test %", scale=100),
+    table.Metric("weight_auroc", "AUROC of weights", decimals=3),
+  ),
+  settings={
+    "noise": "{}",
+    "noise_fraction": "{:.0%} of the labels wrong",
+    "num_meta": "{} clean images a class",
+    "num_steps": "{:,} steps",
+  },
+  published="Published: nothing, the problem is this project's.",
 )
-_FRACTION = flags.DEFINE_float(
-  "noise_fraction", 0.4, "Share of training labels that is flipped.", 0.0, 1.0
-)
-_NUM_META = flags.DEFINE_integer("num_meta", 5, "Clean images a class.")
-_NUM_SEEDS = flags.DEFINE_integer("num_seeds", 3, "Repetitions.", lower_bound=1)
-_NUM_STEPS = flags.DEFINE_integer("num_steps", 3000, "Updates.", lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 100, "Batch size.", lower_bound=1)
-_META_BATCH_SIZE = flags.DEFINE_integer(
-  "meta_batch_size", None, "Clean examples a step. [all]"
-)
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.1, "Of SGD.", lower_bound=0.0)
-_MOMENTUM = flags.DEFINE_float("momentum", 0.0, "Of SGD.", lower_bound=0.0)
-flags.adopt_module_key_flags(_launch)
-flags.adopt_module_key_flags(_trusted)
-flags.adopt_module_key_flags(_probes)
-# Data are part of every run's identity: the flag is newer than some folders.
-_EXTENDABLE = ("methods", "dataset")
 
 
 def make_method(name: str, num_steps: int) -> base.Method:
-  """The `Method` behind a name of `--methods`."""
+  """The `Method` of a name of `--methods`."""
   methods = {
     "uniform": baselines.uniform,
     "random": baselines.random,
@@ -86,157 +97,98 @@ def make_method(name: str, num_steps: int) -> base.Method:
   return methods[name]()
 
 
-@functools.cache
-def load(split: str) -> sources.Source:
-  """A split of `--dataset`, read once."""
-  return _own_data.load(_DATASET.value, split, ["digits"])
-
-
-def make_splits() -> list[examples_lib.Splits]:
-  """The data of every seed."""
-  train, test = (load(part) for part in ("train", "test"))
-  trusted = _trusted.load(train)
+def make_splits(settings: Settings, seeds: Sequence[int]) -> list[examples_lib.Splits]:
+  """The data of some seeds."""
   return [
     noisy_labels.noisy_labels(
-      train,
-      test,
-      builder=_BUILDER.value,
-      fraction=_FRACTION.value,
-      num_meta_per_class=_NUM_META.value if trusted is None else 0,
+      settings.load("train"),
+      settings.load("test"),
+      builder=settings.noise,
+      fraction=settings.noise_fraction,
+      num_meta_per_class=settings.num_meta,
       seed=seed,
-      trusted=trusted,
     )
-    for seed in range(_NUM_SEEDS.value)
+    for seed in seeds
   ]
 
 
-def make_config() -> config_lib.Config:
-  """How every method is run, its seeds side by side."""
-  return _launch.run_config(
-    num_steps=_NUM_STEPS.value,
-    batch_size=_BATCH_SIZE.value,
-    meta_batch_size=_META_BATCH_SIZE.value,
-    seeds=tuple(range(_NUM_SEEDS.value)),
+def make_cells(settings: Settings) -> list[runner.Cell]:
+  """A cell for every method, its seeds side by side."""
+  if not settings.methods:
+    raise base.InputError(f"--methods= is empty: choose among {', '.join(METHODS)}.")
+  num_classes = settings.load("train").num_classes
+  model = classifier.Classifier(mlp.MLP(num_classes), num_classes)
+  config = settings.config(
+    num_steps=settings.num_steps,
+    batch_size=settings.batch_size,
+    meta_batch_size=settings.meta_batch_size,
+    seeds=settings.seeds,
   )
-
-
-def train_all(
-  methods: dict[str, base.Method],
-  splits: list[examples_lib.Splits],
-  folder: pathlib.Path,
-) -> Runs:
-  """Trains every method."""
-  model = classifier.Classifier(mlp.MLP(splits[0].num_classes), splits[0].num_classes)
-  optimizer = optax.sgd(_LEARNING_RATE.value, momentum=_MOMENTUM.value)
-  return {
-    name: loop.train(
-      make_config(),
+  optimizer = optax.sgd(settings.learning_rate, momentum=settings.momentum)
+  splits = functools.partial(make_splits, settings)
+  return [
+    runner.Cell(
+      name,
+      {},
+      config,
       model,
-      method,
+      make_method(name, settings.num_steps),
       optimizer,
       splits,
-      folder / name,
-      name=name,
-      probes=_probes.chosen(),
+      folder=name,
     )
-    for name, method in methods.items()
-  }
-
-
-def result_rows(runs: Runs) -> list[dict[str, Any]]:
-  """One line of `results.csv` for every run."""
-  return [
-    {
-      "method": name,
-      "accuracy_percent": 100 * result.metrics["last"]["accuracy"],
-      "weight_auroc": _report.auroc(result.weights),
-      "rejection_auroc": _report.rejection_auroc(result.weights),
-      **_probes.columns(result.metrics),
-      **_report.run_fields(result.metrics),
-    }
-    for name, results in runs.items()
-    for result in results
+    for name in dict.fromkeys(settings.methods)
   ]
 
 
-def draw(runs: Runs, rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-  """Accuracy of every method; how often L2RW rejects clean and flipped labels."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
-  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
-  for i, method in enumerate(runs):
-    ours = _report.interval(
-      [r["accuracy_percent"] for r in rows if r["method"] == method]
-    )
-    error = np.nan_to_num(ours.half_width)
-    left.barh(
-      i, ours.mean, xerr=error, capsize=3, color="C1" if method == "l2rw" else "C0"
-    )
-    left.text(2, i, f"{ours.mean:.1f}", va="center", color="white")
-  left.set_yticks(range(len(runs)), list(runs))
-  left.invert_yaxis()
-  left.set_xlim(0, 100)
-  left.set_xlabel("test accuracy (%)")
-  name = pathlib.PurePath(_DATASET.value).name
-  left.set_title(f"{name}, {_FRACTION.value:.0%} wrong labels")
-  if "l2rw" in runs:
-    draw_rejections(right, [result.weights for result in runs["l2rw"]])
-  else:
-    right.set_axis_off()
-  figure.tight_layout()
-  figure.savefig(path, dpi=150)
-  plt.close(figure)
+def draw(
+  settings: Settings,
+  rows: runner.Rows,
+  weights: list[dict[str, np.ndarray]],
+  path: pathlib.Path,
+) -> None:
+  """Accuracy of every method; L2RW's weights, clean against flipped labels."""
+  methods = list(dict.fromkeys(row["method"] for row in rows))
+  with figures.figure(path, 1, 2, figsize=(10, 3.6)) as (_, (left, right)):
+    for i, method in enumerate(methods):
+      values = [r["accuracy_percent"] for r in rows if r["method"] == method]
+      mean, half_width, _ = report.interval(values)
+      error, color = np.nan_to_num(half_width), "C1" if method == "l2rw" else "C0"
+      left.barh(i, mean, xerr=error, capsize=3, color=color)
+      left.text(2, i, f"{mean:.1f}", va="center", color="white")
+    left.set_yticks(range(len(methods)), methods)
+    left.invert_yaxis()
+    left.set_xlim(0, 100)
+    left.set_xlabel("test accuracy (%)")
+    left.set_title(f"{settings.dataset}, {settings.noise_fraction:.0%} wrong labels")
+    if weights:
+      figures.weights(right, weights)
+    else:
+      right.set_axis_off()
 
 
-def draw_rejections(axes: Any, weights: list[dict[str, np.ndarray]]) -> None:
-  """Histogram of the share of steps with weight zero, all seeds together."""
-  share = np.concatenate([_report.rejected_share(w) for w in weights])
-  is_clean = np.concatenate([w["label"] == w["true_label"] for w in weights])
-  known = np.isfinite(share)
-  bins = np.linspace(0, 1, 41)
-  for chosen, label, color in (
-    (is_clean, "clean label", "C0"),
-    (~is_clean, "flipped label", "C3"),
-  ):
-    axes.hist(share[chosen & known], bins, alpha=0.6, label=label, color=color)
-  parts = []
-  for what, statistic in (
-    ("zero weights", _report.rejection_auroc),
-    ("mean weight", _report.auroc),
-  ):
-    scores = [s for s in (statistic(w) for w in weights) if s is not None]
-    parts += [f"{what} {np.mean(scores):.3f}"] if scores else []
-  axes.set_title("L2RW, AUROC: " + ", ".join(parts) if parts else "L2RW")
-  axes.set_xlabel("share of steps with weight zero")
-  axes.set_ylabel("training examples")
-  # Matplotlib warns where it takes long to choose the best place.
-  axes.legend(loc="upper right")
-
-
-def main() -> None:
+def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   """Trains what is missing, then prints and writes the comparison."""
-  methods = {name: make_method(name, _NUM_STEPS.value) for name in _METHODS.value}
-  if not methods:
-    raise base.InputError(f"--methods= is empty: choose among {', '.join(METHODS)}.")
-  splits = make_splits()
-  for method in methods.values():  # mistakes show before anything is written
-    config_lib.check(make_config(), method, splits)
-  _probes.check(splits[0])
-  more = _probes.given() | _trusted.given()
-  folder = _launch.prepare("digits_noise", __name__, _EXTENDABLE, **more)
-  runs = train_all(methods, splits, folder)
-  rows = result_rows(runs)
-  flags_given = _launch.flags_of(__name__) | more
-  if not _DATASET.present:
-    del flags_given["dataset"]
-  _report.save(folder, rows, flags_given)
-  draw(runs, rows, folder / "figure.png")
-  print(_catalogue.summary("digits_noise", rows, flags_given))
-  print(f"\nwritten: {folder}/results.json, results.csv, figure.png")
+  cells = make_cells(settings)
+  runner.check(settings, cells)
+  folder = runner.open_folder(settings, TABLE.name, workdir)
+  rows, weights = [], []
+  for cell in cells:
+    for result in runner.train(settings, cell, folder):
+      rows.append(
+        {
+          "method": cell.method_name,
+          "accuracy_percent": 100 * result.metrics["last"]["accuracy"],
+          "weight_auroc": report.auroc(result.weights),
+          **settings.probe_columns(result.metrics),
+          **report.run_fields(result.metrics),
+        }
+      )
+      if cell.method_name == "l2rw":
+        weights.append(result.weights)
+  draw(settings, rows, weights, folder / "figure.png")
+  return runner.report(settings, TABLE, folder, rows)
 
 
 if __name__ == "__main__":
-  _launch.run(main)
+  launch.main(Settings, run, TABLE.name)

@@ -2,127 +2,190 @@ r"""FORML against its baselines on data that are unfair to some groups.
 
 Paper: Yan, Seto, Apostoloff, "FORML: Learning to Reweight Data for Fairness"
   (DataPerf at ICML 2022). Its tables, surrogate and sizes could not be read, so
-  the protocol here is ours: a long tail of classes (groups are the classes), or
-  few inverted images (--groups=inverted, groups are inverted or not), wrong labels
-  on request, and a balanced, clean exemplar set.
+  the protocol here is this project's: a long tail of classes (groups are the
+  classes), or few inverted images (--groups=inverted, groups are inverted or not),
+  wrong labels on request, and a balanced, clean exemplar set.
 Command: python -m experiments.fairness --data_dir=DIR
   without a download: --dataset=digits; an attribute: --groups=inverted;
   data condensation: --condense=10,25,50,75 --condense_by=forml_worst
 Device, time: one CPU core, 8 minutes with condensation (MNIST, 3 seeds).
   FORML's default step of 0.02 was chosen by hand among 0.0004 to 0.1, looking at
   the test sets of seeds 0 and 1; no other method was tuned.
-Published: improved equality of opportunity, no number to put beside ours.
-Ours: results/fairness.
+Published: improved equality of opportunity, no number that compares.
+Measured: results/fairness.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import pathlib
 from typing import Any, NamedTuple
 
-from absl import flags
-import jax
+import numpy as np
 import optax
 
-from experiments import _bounds
-from experiments import _catalogue
-from experiments import _condensation
-from experiments import _fairness_report
-from experiments import _launch
-from experiments import _probes
-from experiments import _report
+from experiments.lib import figures
+from experiments.lib import launch
+from experiments.lib import registries
+from experiments.lib import report
+from experiments.lib import runner
+from experiments.lib import settings as settings_lib
+from experiments.lib.settings import flag
+from experiments.tables import table
 from l2rw_jax import base
 from l2rw_jax import group_objectives
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import fairness
-from l2rw_jax.data import sources
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import forml
 from l2rw_jax.methods import l2rw
 from l2rw_jax.models import classifier
-from l2rw_jax.models import lenet
-from l2rw_jax.models import mlp
-from l2rw_jax.models import resnet
-from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import devices
 from l2rw_jax.training import evaluation
-from l2rw_jax.training import loop
-from l2rw_jax.training import results as results_lib
 
-FORML = [f"forml_{name}" for name in forml.OBJECTIVES]
-METHODS = ["uniform", "class_proportion", "l2rw", "clean_only", *FORML]
-
-_DATASET = flags.DEFINE_enum(
-  "dataset", "mnist", ["mnist", "digits", "cifar10"], "Which images."
-)
-_GROUPS = flags.DEFINE_enum(
-  "groups", "class", fairness.GROUPS, "Between whom to be fair."
-)
-_IMBALANCE = flags.DEFINE_float(
-  "imbalance", None, "Largest over smallest class. [100; digits: 10; inverted: 1]"
-)
-_NOISE_FRACTION = flags.DEFINE_float(
-  "noise_fraction", 0.0, "Share of training labels that is flipped.", 0.0, 1.0
-)
-_MINORITY_SHARE = flags.DEFINE_float(
-  "minority_share", 0.05, "Share of inverted training images."
-)
-_NUM_EXEMPLARS = flags.DEFINE_integer(
-  "num_exemplars", None, "Of each class (with each attribute). [10; digits: 5]"
-)
-_MODEL = flags.DEFINE_enum(
-  "model", None, ["mlp", "lenet", "resnet"], "784-256-10, ... [mlp; cifar10: resnet]"
-)
-_METHODS = flags.DEFINE_list("methods", METHODS, f"Of {', '.join(METHODS)}.")
-_WEIGHT_LEARNING_RATE = flags.DEFINE_float(
-  "weight_learning_rate",
-  None,
-  "Of FORML's weights. [0.02 / --inner_learning_rate]",
-  lower_bound=0.0,
-)
-_INNER_LEARNING_RATE = flags.DEFINE_float(
-  "inner_learning_rate", None, "Of the look-ahead. [--learning_rate]", lower_bound=0.0
-)
-_REDUCTION = flags.DEFINE_enum(
-  "reduction", "mean", ["mean", "max"], "Over pairs of groups, of gap and soft_tpr."
-)
-_MEAN_COEFFICIENT = flags.DEFINE_float(
-  "mean_coefficient", 1.0, "Of the mean in gap and soft_tpr.", lower_bound=0.0
-)
-_TEMPERATURE = flags.DEFINE_float(
-  "temperature", 0.0, "Of worst; 0 is the hard maximum.", lower_bound=0.0
-)
-_CONDENSE = flags.DEFINE_list(
-  "condense", [], "Percentages: train uniformly on the top q% by FORML weight."
-)
-_CONDENSE_BY = flags.DEFINE_string(
-  "condense_by", None, "Whose weights. [the last forml_ of --methods]"
-)
-_NUM_SEEDS = flags.DEFINE_integer("num_seeds", 3, "Repetitions.", lower_bound=1)
-_NUM_STEPS = flags.DEFINE_integer(
-  "num_steps", None, "Updates. [3000; cifar10: 20000]", lower_bound=1
-)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 100, "Batch size.", lower_bound=1)
-_META_BATCH_SIZE = flags.DEFINE_integer(
-  "meta_batch_size", None, "Exemplars a step. [all; cifar10: 100]"
-)
-_LEARNING_RATE = flags.DEFINE_float(
-  "learning_rate", None, "Of SGD. [0.1; inverted: 0.02]", lower_bound=0.0
-)
-_MOMENTUM = flags.DEFINE_float("momentum", 0.0, "Of SGD.", lower_bound=0.0)
-_EVAL_EVERY = flags.DEFINE_integer(
-  "eval_every", 500, "Steps between two evaluations.", lower_bound=1
-)
-flags.adopt_module_key_flags(_launch)
-flags.adopt_module_key_flags(_probes)
-_OF_FORML = ("weight_learning_rate", "inner_learning_rate", "mean_coefficient")
-_USED_BY = {
-  **dict.fromkeys(_OF_FORML, FORML),
-  "temperature": ("forml_worst",),
-  "reduction": ("forml_gap", "forml_soft_tpr"),
+FORML = tuple(f"forml_{name}" for name in forml.OBJECTIVES)
+METHODS = ("uniform", "class_proportion", "l2rw", "clean_only", *FORML)
+NETWORKS = {
+  **registries.SMALL_NETWORKS,
+  "resnet": registries.NETWORKS["resnet_32"],
 }
-_EXTENDABLE = ("methods", "condense", "condense_by")
+# Column of a row: its heading, and its name in `evaluation.equal_opportunity`.
+MEASURES = {
+  "accuracy_percent": ("accuracy %", "accuracy"),
+  "worst_group_percent": ("worst group %", "worst_group_accuracy"),
+  "worst_cell_percent": ("worst class and group %", "worst_cell_accuracy"),
+  "gap_max_percent": ("largest TPR gap %", "tpr_gap_max"),
+  "gap_mean_percent": ("mean TPR gap %", "tpr_gap_mean"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(runner.Settings):
+  """The flags of this script."""
+
+  EXTENDABLE = ("methods", "condense", "condense_by")
+
+  dataset: str = flag("mnist")
+  groups: str = flag(
+    "class",
+    "Groups between which to be fair: the classes, or inverted images and the others.",
+    choices=fairness.GROUPS,
+    group="data",
+  )
+  imbalance: float | None = flag(None, unset="100; digits: 10; --groups=inverted: 1")
+  noise_fraction: float = flag(0.0, "Share of the training labels that is flipped.")
+  minority_share: float = flag(
+    0.05,
+    "Share of the training images that is inverted, for --groups=inverted.",
+    bounds=settings_lib.INNER_SHARE,
+    group="data",
+  )
+  num_exemplars: int | None = flag(
+    None,
+    "Number of exemplars of each class (with each attribute). The default is 10;"
+    " digits: 5.",
+    bounds=settings_lib.IMAGES,
+    group="data",
+  )
+  network: str | None = flag(
+    None,
+    "Network to train: an MLP 784-256-10, L2RW's LeNet, or ResNet-32. The default is"
+    " mlp; cifar10: resnet.",
+    choices=NETWORKS,
+    aliases=["model"],
+    key="model",
+  )
+  methods: tuple[str, ...] = flag(
+    METHODS, f"Methods to compare, of {', '.join(METHODS)}."
+  )
+  weight_learning_rate: float | None = flag(
+    None,
+    "Learning rate of FORML's weights; 0 keeps them constant. The default is 0.02 /"
+    " --inner_learning_rate.",
+    methods=FORML,
+  )
+  inner_learning_rate: float | None = flag(
+    None,
+    "Learning rate of FORML's look-ahead step. The default is --learning_rate.",
+    methods=FORML,
+  )
+  reduction: str = flag(
+    "mean",
+    "Reduction over pairs of groups, of the objectives gap and soft_tpr.",
+    choices=["mean", "max"],
+    methods=["forml_gap", "forml_soft_tpr"],
+  )
+  mean_coefficient: float = flag(
+    1.0,
+    "Coefficient of the mean in the objectives gap and soft_tpr.",
+    bounds=settings_lib.COEFFICIENT,
+    methods=FORML,
+  )
+  temperature: float = flag(
+    0.0,
+    "Temperature of the objective worst; 0 is the hard maximum.",
+    bounds=settings_lib.COEFFICIENT,
+    methods=["forml_worst"],
+  )
+  condense: tuple[str, ...] = flag(
+    (),
+    "Percentages q, separated by commas: also train uniformly on the q% of the images"
+    " with the highest FORML weights, and on as many at random.",
+    group="method",
+  )
+  condense_by: str | None = flag(
+    None,
+    "Method whose weights --condense takes. The default is the last forml_ method of"
+    " --methods.",
+    group="method",
+  )
+  num_steps: int | None = flag(None, unset="3,000; cifar10: 20,000")
+  batch_size: int = flag(100)
+  meta_batch_size: int | None = flag(
+    None, "Number of exemplars in a step. The default is all; cifar10: 100."
+  )
+  learning_rate: float | None = flag(
+    None, "Learning rate of SGD. The default is 0.1; --groups=inverted: 0.02."
+  )
+  momentum: float = flag(0.0)
+  eval_every: int = flag(500)
+
+  @property
+  def rate(self) -> float:
+    """Of SGD: bright inverted images have three times the norm of dark ones."""
+    default = 0.02 if self.groups == "inverted" else 0.1
+    return default if self.learning_rate is None else self.learning_rate
+
+  @property
+  def num_groups(self) -> int:
+    """Groups between which to be fair."""
+    return self.load("train").num_classes if self.groups == "class" else 2
+
+
+def label(one: Mapping[str, Any]) -> str:
+  """The name of a row's method in the table."""
+  if one["kept_percent"] is None:
+    return one["method"]
+  by = f" by {one['method']}" if one["kept"] == "top" else ""
+  return f"uniform on {one['kept']} {one['kept_percent']}%{by}"
+
+
+TABLE = table.Layout(
+  name="fairness",
+  title="Fairness between groups",
+  metrics=tuple(
+    table.Metric(column, heading) for column, (heading, _) in MEASURES.items()
+  ),
+  settings={
+    "dataset": "{}",
+    "groups": "groups by {}",
+    "imbalance": "largest class over smallest {:g}",
+    "noise_fraction": "{:.0%} of the labels wrong",
+    "num_steps": "{:,} steps",
+  },
+  method=label,
+  published="Published: no number that could be read; the protocol is this project's.",
+)
 
 
 class Setting(NamedTuple):
@@ -140,30 +203,12 @@ class Setting(NamedTuple):
     return f"condensed-{self.method}-{self.kept}-{self.percent}"
 
 
-def make_method(name: str) -> base.Method:
-  """The `Method` behind a name of `--methods`."""
+def make_method(settings: Settings, name: str) -> base.Method:
+  """The `Method` of a name of `--methods`."""
   if name not in METHODS:
     raise base.InputError(f"--methods={name}: choose among {', '.join(METHODS)}.")
   if name in FORML:
-    inner, rate = _INNER_LEARNING_RATE.value, _WEIGHT_LEARNING_RATE.value
-    inner = learning_rate() if inner is None else inner
-    if rate is None:
-      # A step of the weights is in proportion to the product of the two.
-      rate = 0.02 / inner if inner else 0.0
-    objective = name.removeprefix("forml_")
-    given: dict[str, Any] = {
-      "reduction": _REDUCTION.value,
-      "mean_coefficient": _MEAN_COEFFICIENT.value,
-      "temperature": _TEMPERATURE.value,
-    }
-    used = forml.objective_settings(objective, _REDUCTION.value)
-    return forml.forml(
-      rate,
-      objective,
-      _num_groups(),
-      inner_learning_rate=inner,
-      **{setting: given[setting] for setting in used},
-    )
+    return _make_forml(settings, name.removeprefix("forml_"))
   methods = {
     "uniform": baselines.uniform,
     "class_proportion": baselines.class_proportion,
@@ -173,190 +218,290 @@ def make_method(name: str) -> base.Method:
   return methods[name]()
 
 
-def learning_rate() -> float:
-  """Of SGD: bright inverted images have three times the norm of dark ones."""
-  if _LEARNING_RATE.value is None:
-    return 0.02 if _GROUPS.value == "inverted" else 0.1
-  return _LEARNING_RATE.value
+def _make_forml(settings: Settings, objective: str) -> base.Method:
+  inner, rate = settings.inner_learning_rate, settings.weight_learning_rate
+  inner = settings.rate if inner is None else inner
+  if rate is None:
+    # A step of the weights is in proportion to the product of the two.
+    rate = 0.02 / inner if inner else 0.0
+  used = forml.settings_of(objective, settings.reduction)
+  options = {name: getattr(settings, name) for name in used}
+  return forml.forml(
+    rate, objective, settings.num_groups, inner_learning_rate=inner, **options
+  )
 
 
-def _num_groups() -> int:
-  return load("train").num_classes if _GROUPS.value == "class" else 2
-
-
-@functools.cache
-def load(split: str) -> sources.Source:
-  """A split of `--dataset`, read once."""
-  return sources.load(_DATASET.value, split, **_launch.data_folders())
-
-
-def make_splits() -> list[examples_lib.Splits]:
-  """The data of every seed."""
-  is_inverted = _GROUPS.value == "inverted"
-  _bounds.check_used("minority_share", is_inverted, f"with --groups={_GROUPS.value}")
-  small = _DATASET.value == "digits"
-  imbalance, num_exemplars = _IMBALANCE.value, _NUM_EXEMPLARS.value
+def make_splits(settings: Settings, seeds: Sequence[int]) -> list[examples_lib.Splits]:
+  """The data of some seeds."""
+  is_inverted, small = settings.groups == "inverted", settings.dataset == "digits"
+  settings.check_used("minority_share", is_inverted, f"with --groups={settings.groups}")
+  imbalance, num_exemplars = settings.imbalance, settings.num_exemplars
   if imbalance is None:
-    imbalance = 1.0 if _GROUPS.value == "inverted" else 10.0 if small else 100.0
+    imbalance = 1.0 if is_inverted else 10.0 if small else 100.0
   if num_exemplars is None:
     num_exemplars = 5 if small else 10
   return [
     fairness.fairness(
-      load("train"),
-      load("test"),
-      groups=_GROUPS.value,
+      settings.load("train"),
+      settings.load("test"),
+      groups=settings.groups,
       imbalance=imbalance,
-      noise_fraction=_NOISE_FRACTION.value,
-      minority_share=_MINORITY_SHARE.value,
+      noise_fraction=settings.noise_fraction,
+      minority_share=settings.minority_share,
       num_exemplars=num_exemplars,
       seed=seed,
     )
-    for seed in range(_NUM_SEEDS.value)
+    for seed in seeds
   ]
 
 
-def make_model() -> classifier.Classifier:
-  """The network of `--model`."""
-  num_classes = load("train").num_classes
-  default = "resnet" if _DATASET.value == "cifar10" else "mlp"
-  models = {
-    "mlp": lambda: mlp.MLP(num_classes, hidden=(256,)),
-    "lenet": lambda: lenet.LeNet(num_classes),
-    "resnet": lambda: resnet.ResNet(num_classes, axis_name=devices.AXIS_NAME),
-  }
-  return classifier.Classifier(models[_MODEL.value or default](), num_classes)
-
-
-def make_config() -> config_lib.Config:
-  """How every method is run."""
-  large = _DATASET.value == "cifar10"
-  return _launch.run_config(
-    num_steps=_NUM_STEPS.value or (20000 if large else 3000),
-    batch_size=_BATCH_SIZE.value,
-    meta_batch_size=_meta_batch_size(large),
-    eval_every=_EVAL_EVERY.value,
-    seeds=tuple(range(_NUM_SEEDS.value)),
-  )
-
-
-def _meta_batch_size(large: bool) -> int | None:
-  if _META_BATCH_SIZE.value is None and large:
-    return 100
-  return _META_BATCH_SIZE.value
-
-
-def train(
+def make_cell(
+  settings: Settings,
   setting: Setting,
   method: base.Method,
   splits: Sequence[examples_lib.Splits],
-  folder: pathlib.Path,
-) -> list[results_lib.Result]:
-  """Trains every seed of a setting: side by side, but convolutions on CPU."""
-  model, config = make_model(), make_config()
-  flat = isinstance(model.model, mlp.MLP)
-  at_once = len(splits) if flat or jax.default_backend() != "cpu" else 1
-  found = []
-  for first in range(0, len(splits), at_once):
-    seeds = config.seeds[first : first + at_once]
-    found += loop.train(
-      dataclasses.replace(config, seeds=seeds),
-      model,
-      method,
-      optax.sgd(learning_rate(), momentum=_MOMENTUM.value),
-      splits[first : first + at_once],
-      folder / setting.name / f"seeds-{seeds[0]}-{seeds[-1]}",
-      evaluators=(
-        evaluation.accuracy,
-        evaluation.per_class_accuracy,
-        evaluation.equal_opportunity,
-      ),
-      name=setting.name,
-      probes=_probes.chosen(),
-    )
-  return found
+) -> runner.Cell:
+  """How a setting is trained: seeds side by side, except convolutions on CPU."""
+  large, num_classes = settings.dataset == "cifar10", splits[0].num_classes
+  network = settings.network or ("resnet" if large else "mlp")
+  meta_batch_size = settings.meta_batch_size
+  if meta_batch_size is None and large:
+    meta_batch_size = 100
+  config = settings.config(
+    num_steps=settings.num_steps or (20000 if large else 3000),
+    batch_size=settings.batch_size,
+    meta_batch_size=meta_batch_size,
+    eval_every=settings.eval_every,
+    seeds=settings.seeds,
+  )
+  made = NETWORKS[network](num_classes, axis_name=devices.AXIS_NAME)
+  return runner.Cell(
+    setting.name,
+    {},
+    config,
+    classifier.Classifier(made, num_classes),
+    method,
+    make_optimizer(settings.rate, settings.momentum),
+    lambda seeds: [splits[seed] for seed in seeds],
+    setting.name + "/seeds-{first}-{last}",
+    runner.seeds_at_once(None, network != "mlp"),
+    (
+      evaluation.accuracy,
+      evaluation.per_class_accuracy,
+      evaluation.equal_opportunity,
+    ),
+  )
 
 
-def condensations(methods: Sequence[str], size: int) -> list[Setting]:
-  """What `--condense` asks for, once it is seen to be possible."""
-  by = _CONDENSE_BY.value or next((m for m in reversed(methods) if m in FORML), "")
-  if _CONDENSE_BY.value is not None and not _CONDENSE.value:
+@functools.cache
+def make_optimizer(rate: float, momentum: float) -> optax.GradientTransformation:
+  """SGD; one object for all cells."""
+  return optax.sgd(rate, momentum=momentum)
+
+
+def condensations(
+  settings: Settings, methods: Sequence[str], size: int
+) -> list[Setting]:
+  """What `--condense` asks for, after a check that it is possible."""
+  last = next((m for m in reversed(methods) if m in FORML), "")
+  by = settings.condense_by or last
+  if settings.condense_by is not None and not settings.condense:
     raise base.InputError(
-      f"--condense_by={_CONDENSE_BY.value} needs --condense: give percentages, or leave"
-      " it out."
+      f"--condense_by={settings.condense_by} needs --condense: give percentages, or"
+      " leave it out."
     )
-  settings = []
-  for text in _CONDENSE.value:
+  condensed_settings = []
+  for text in settings.condense:
     if not (text.isdecimal() and len(text) < 3 and 1 <= int(text) <= 99):
       raise base.InputError(
         f"--condense={text}: give whole percentages between 1 and 99, such as 10,25,50."
       )
-    kept = _condensation.num_kept(size, int(text))
-    if kept < _BATCH_SIZE.value:
+    kept = num_kept(size, int(text))
+    if kept < settings.batch_size:
       raise base.InputError(
         f"--condense={text} keeps {kept} of {size} images, less"
-        f" than --batch_size={_BATCH_SIZE.value}; raise it or lower the batch size."
+        f" than --batch_size={settings.batch_size}; raise it or lower the batch size."
       )
-    settings += [Setting(by, int(text), which) for which in ("top", "random")]
-  if settings and (by not in FORML or by not in methods):
+    condensed_settings += [Setting(by, int(text), which) for which in ("top", "random")]
+  if condensed_settings and (by not in FORML or by not in methods):
     raise base.InputError(
       f"--condense needs the weights of a forml_ method of --methods; --condense_by"
       f" is {by!r}. Choose among {', '.join(FORML)}, and list it in --methods too."
     )
-  return settings
+  return condensed_settings
 
 
-def check(
-  methods: dict[str, base.Method], splits: Sequence[examples_lib.Splits]
-) -> None:
-  """Mistakes show before anything is written."""
+def condensed(
+  splits: examples_lib.Splits,
+  last_weight: np.ndarray,
+  percent: int,
+  kept: str,
+  seed: int,
+) -> examples_lib.Splits:
+  """The data with a part of the training set.
+
+  Args:
+    splits: the whole.
+    last_weight: the last weight of each training example, [N]; NaN, of one that was
+      never in a batch, counts as the uniform 1 of the start. Ties are broken at
+      random.
+    percent: how much to keep.
+    kept: "top" by weight, or "random".
+    seed: of the draw.
+  """
+  rng = np.random.default_rng([seed, percent])
+  order = rng.permutation(len(last_weight))
+  if kept == "top":
+    weights = np.nan_to_num(last_weight, nan=1.0)
+    order = order[np.argsort(-weights[order], kind="stable")]
+  return examples_lib.keep_train(splits, order[: num_kept(len(order), percent)])
+
+
+def num_kept(size: int, percent: int) -> int:
+  """How many of `size` examples are `percent` of them."""
+  return round(size * percent / 100)
+
+
+def make_row(
+  dataset: str,
+  groups: str,
+  method: str,
+  percent: int | None,
+  kept: str,
+  metrics: dict[str, Any],
+) -> dict[str, Any]:
+  """One run's line of `results.csv`.
+
+  Args:
+    dataset: of the run.
+    groups: "class" or "inverted".
+    method: that trained it or, condensed, whose weights chose its images.
+    percent: of the images it was trained on uniformly; None for all, by `method`.
+    kept: "top" or "random"; "" for all.
+    metrics: content of the run's `results.json`.
+  """
+  last = metrics["last"]
+  measured = {
+    column: None if name not in last else 100 * last[name]
+    for column, (_, name) in MEASURES.items()
+  }
+  return {
+    "dataset": dataset,
+    "groups": groups,
+    "method": method,
+    "kept_percent": percent,
+    "kept": kept,
+    **measured,
+    **report.run_fields(metrics),
+  }
+
+
+def _columns(rows: runner.Rows) -> list[str]:
+  return [column for column in MEASURES if rows[0][column] is not None]
+
+
+def _interval(rows: runner.Rows, name: str, column: str) -> report.Interval:
+  return report.interval([r[column] for r in rows if label(r) == name])
+
+
+def draw(rows: runner.Rows, path: pathlib.Path) -> None:
+  """Bars of every measure by method and, with condensation, its curves."""
+  whole = [r for r in rows if r["kept_percent"] is None]
+  smaller = [r for r in rows if r["kept_percent"] is not None]
+  panels = 1 + bool(smaller)
+  size = (4 + 5 * panels, 3.8)
+  with figures.figure(path, 1, panels, figsize=size, squeeze=False) as (_, axes):
+    _draw_bars(axes[0, 0], whole)
+    if smaller:
+      _draw_curves(axes[0, 1], whole, smaller)
+
+
+def _draw_bars(axes: Any, rows: runner.Rows) -> None:
+  columns, names = _columns(rows), list(dict.fromkeys(map(label, rows)))
+  width = 0.8 / len(names)
+  for i, name in enumerate(names):
+    places = np.arange(len(columns)) + (i - (len(names) - 1) / 2) * width
+    intervals = [_interval(rows, name, column) for column in columns]
+    errors = [np.nan_to_num(f.half_width) for f in intervals]
+    means = [f.mean for f in intervals]
+    axes.bar(places, means, width * 0.9, yerr=errors, capsize=2, label=name)
+    for place, column in zip(places, columns, strict=True):
+      values = [r[column] for r in rows if label(r) == name]
+      axes.plot([place] * len(values), values, "k.", markersize=3)
+  axes.set_xticks(range(len(columns)), [MEASURES[c][0] for c in columns], fontsize=8)
+  axes.set_ylabel("mean and 95% interval, a dot a seed")
+  axes.set_title(f"{rows[0]['dataset']}, groups: {rows[0]['groups']}")
+  axes.set_ylim(0, 105)
+  axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
+def _draw_curves(axes: Any, whole: runner.Rows, rows: runner.Rows) -> None:
+  percents = sorted({r["kept_percent"] for r in rows})
+  for column, line in (("accuracy_percent", "--"), ("worst_group_percent", "-")):
+    heading = MEASURES[column][0]
+    for kept, color in (("top", "C3"), ("random", "C0")):
+      means = [
+        np.mean(
+          [r[column] for r in rows if (r["kept"], r["kept_percent"]) == (kept, percent)]
+        )
+        for percent in percents
+      ]
+      axes.plot(percents, means, f"{color}o{line}", label=f"{kept}: {heading}")
+    uniform = [r[column] for r in whole if r["method"] == "uniform"]
+    if uniform:
+      axes.axhline(np.mean(uniform), color="black", linestyle=line, linewidth=0.8)
+  axes.set_xlabel("% of the training set kept (black: uniform on all)")
+  axes.set_title(f"uniform on a part, top by {rows[0]['method']} weight")
+  axes.set_ylim(0, 105)
+  axes.legend(fontsize=7)
+
+
+def _check(settings: Settings, cells: Sequence[runner.Cell]) -> None:
+  for cell in cells:
+    for split in cell.splits(settings.seeds) if cell.method.needs_meta else ():
+      try:
+        group_objectives.check_groups(split.meta.group, settings.num_groups)
+      except base.InputError as error:
+        raise base.InputError(f"{error} Raise --num_exemplars.") from error
+  runner.check(settings, cells)
+
+
+def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
+  """Trains what is missing, then prints and writes the comparison."""
+  methods = {name: make_method(settings, name) for name in settings.methods}
   if not methods:
     raise base.InputError(f"--methods= is empty: choose among {', '.join(METHODS)}.")
-  for method in methods.values():
-    if method.needs_meta:
-      for split in splits:
-        _check_exemplars(split)
-    config_lib.check(make_config(), method, splits)
-  _probes.check(splits[0])
-
-
-def _check_exemplars(split: examples_lib.Splits) -> None:
-  try:
-    group_objectives.check_groups(split.meta.group, _num_groups())
-  except base.InputError as error:
-    raise base.InputError(f"{error} Raise --num_exemplars.") from error
-
-
-def main() -> None:
-  """Trains what is missing, then prints and writes the comparison."""
-  methods = {name: make_method(name) for name in _METHODS.value}
-  splits = make_splits()
-  check(methods, splits)
-  settings = condensations(list(methods), len(splits[0].train.label))
-  folder = _launch.prepare("fairness", __name__, _EXTENDABLE, **_probes.given())
-  runs = {
-    Setting(name): train(Setting(name), method, splits, folder)
+  splits = make_splits(settings, settings.seeds)
+  cells = {
+    Setting(name): make_cell(settings, Setting(name), method, splits)
     for name, method in methods.items()
   }
-  for setting in settings:
-    weights = [r.weights["last_weight"] for r in runs[Setting(setting.method)]]
-    smaller = [
-      _condensation.condensed(split, weight, setting.percent or 0, setting.kept, seed)
-      for seed, (split, weight) in enumerate(zip(splits, weights, strict=True))
+  _check(settings, list(cells.values()))
+  smaller = condensations(settings, list(methods), len(splits[0].train.label))
+  folder = runner.open_folder(settings, TABLE.name, workdir)
+  runs = {s: runner.train(settings, cell, folder) for s, cell in cells.items()}
+  for setting in smaller:
+    parts = [
+      condensed(
+        split, result.weights["last_weight"], setting.percent or 0, setting.kept, seed
+      )
+      for seed, (split, result) in enumerate(
+        zip(splits, runs[Setting(setting.method)], strict=True)
+      )
     ]
-    runs[setting] = train(setting, baselines.uniform(), smaller, folder)
+    cell = make_cell(settings, setting, baselines.uniform(), parts)
+    runs[setting] = runner.train(settings, cell, folder)
   rows = [
-    _fairness_report.row(_DATASET.value, _GROUPS.value, *setting, result.metrics)
-    | _probes.columns(result.metrics)
+    make_row(settings.dataset, settings.groups, *setting, result.metrics)
+    | settings.probe_columns(result.metrics)
     for setting, results in runs.items()
     for result in results
   ]
-  flags_given = _launch.flags_of(__name__) | _probes.given()
-  _report.save(folder, rows, flags_given)
-  _fairness_report.draw(rows, folder / "figure.png")
-  print(_bounds.unused(_USED_BY, _METHODS.value), end="")
-  print(_catalogue.summary("fairness", rows, flags_given))
-  print(f"\nwritten: {folder}/results.json, results.csv, figure.png")
+  draw(rows, folder / "figure.png")
+  return runner.report(
+    settings, TABLE, folder, rows, methods=(METHODS, settings.methods)
+  )
 
 
 if __name__ == "__main__":
-  _launch.run(main)
+  launch.main(Settings, run, TABLE.name)

@@ -3,7 +3,7 @@ r"""NestedMAML against MAML where some of the training tasks are not like the re
 Paper: Killamsetty et al., "A Nested Bi-level Optimization Framework for Robust Few
   Shot Learning" (AAAI 2022). Its protocol, on Omniglot in place of mini-ImageNet: a
   share of the training tasks comes from another data set, or a share of the training
-  images is mislabeled; validation tasks, of classes of their own, are clean.
+  images is mislabeled; validation tasks, of other classes, are clean.
 Command: python -m experiments.few_shot --data_dir=DIR
   mislabeled images: --ood=none --noise_share=0.3 --share=item
   without a download: --dataset=digits --ood=shuffled
@@ -13,26 +13,27 @@ Device, time: one CPU core, 8 minutes a share (five methods, two seeds), mostly
   compilation and NestedMAML. Step, clip and number of clusters of its weights were
   chosen on --evaluate_on=tuning classes, with --ood=shuffled at 0.9; nothing else was.
 Published: mini-ImageNet with SVHN or FashionMNIST tasks only; nothing on these data.
-Ours: results/few_shot.
+Measured: results/few_shot.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import functools
 import pathlib
+from typing import Any
 
-from absl import flags
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import _bounds
-from experiments import _catalogue
-from experiments import _few_shot_report
-from experiments import _launch
-from experiments import _report
+from experiments.lib import figures
+from experiments.lib import launch
+from experiments.lib import report
+from experiments.lib import runner
+from experiments.lib import settings as settings_lib
+from experiments.lib.settings import flag
+from experiments.tables import table
 from l2rw_jax import base
-from l2rw_jax import weighted_update
 from l2rw_jax.data import episodes
 from l2rw_jax.data import image_classes
 from l2rw_jax.data import sources
@@ -47,161 +48,272 @@ from l2rw_jax.training import loop
 from l2rw_jax.training import results as results_lib
 
 METHODS = (
-  "maml",
-  "maml_removed",
-  "maml_zeroed",
-  "nested_maml",
-  "nested_maml_fo",
-  "meta_only",
-  "l2rw",
+  *("maml", "maml_removed", "maml_zeroed", "nested_maml", "nested_maml_fo"),
+  *("meta_only", "l2rw"),
 )
-OODS = ("none", "mnist", "cifar10", "shuffled")
-# Classes for training, validation tasks, choosing settings, testing.
+_NESTED = ("nested_maml", "nested_maml_fo")
+# Classes for training, validation tasks, choosing settings, testing; of other data
+# sets, shares of them.
 _CLASSES = {"omniglot": (140, 30, 20, 52), "digits": (4, 2, 2, 2)}
+_SHARES = (0.6, 0.15, 0.05)
 # Of a foreign source: several hundred images of a class.
 _NUM_FOREIGN = 5000
-
-_DATASET = flags.DEFINE_enum(
-  "dataset", "omniglot", ["omniglot", "digits", "mini_imagenet"], "Of the tasks."
-)
-_OOD = flags.DEFINE_enum(
-  "ood", "mnist", OODS, "Other tasks' source; shuffled: own images, no classes."
-)
-_OOD_SHARE = flags.DEFINE_multi_float(
-  "ood_share", [0.3, 0.6, 0.9], "Of the training tasks; may be repeated.", 0.0
-)
-_NOISE_SHARE = flags.DEFINE_float(
-  "noise_share", 0.0, "Of the training images, relabeled at random.", 0.0, 1.0
-)
-_METHODS = flags.DEFINE_list("methods", list(METHODS[:5]), f"Of {', '.join(METHODS)}.")
-_NUM_WAYS = flags.DEFINE_integer(
-  "num_ways", None, "Classes of a task. [5; digits: 2]", lower_bound=2
-)
-_NUM_SHOTS = flags.DEFINE_integer("num_shots", 1, "Supports of a class.")
-_NUM_QUERIES = flags.DEFINE_integer("num_queries", 5, "Queries of a class.")
-_NUM_TASKS = flags.DEFINE_integer("num_tasks", 5000, "Training tasks.", 1)
-_NUM_META_TASKS = flags.DEFINE_integer("num_meta_tasks", 1000, "Validation tasks.", 1)
-_NUM_TEST_TASKS = flags.DEFINE_integer("num_test_tasks", 600, "Test tasks.", 2)
-_EVALUATE_ON = flags.DEFINE_enum(
-  "evaluate_on", "test", ["test", "tuning"], "Classes; tuning is to choose settings."
-)
-_ROTATIONS = flags.DEFINE_bool("rotations", False, "Four training classes of each.")
-_SHARE = flags.DEFINE_enum(
-  "share", "cluster", nested_maml.SHARES, "What has a weight in NestedMAML."
-)
-_NUM_CLUSTERS = flags.DEFINE_integer("num_clusters", 20, "Of training tasks.", 1)
-_WEIGHT_LEARNING_RATE = flags.DEFINE_float(
-  "weight_learning_rate", 1e4, "Of task weights, gamma.", 0.0
-)
-_LOOK_AHEAD_LEARNING_RATE = flags.DEFINE_float(
-  "lookahead_learning_rate", None, "Eta. [--learning_rate]", 0.0
-)
-_CLIP = flags.DEFINE_float("clip", 2e-5, "Largest slope of a weight.", 0.0)
-_EVERY = flags.DEFINE_integer("every", 1, "Steps between updates of weights.", 1)
-_WIDTH = flags.DEFINE_integer("width", 32, "Channels of the network.", 1)
-_INNER_LEARNING_RATE = flags.DEFINE_float("inner_learning_rate", 0.4, "Alpha.", 0.0)
-_NUM_INNER_STEPS = flags.DEFINE_integer("num_inner_steps", 1, "In training.", 0)
-_NUM_ADAPTATION_STEPS = flags.DEFINE_integer("num_adaptation_steps", 3, "In tests.", 0)
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.003, "Of Adam.", 0.0)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Tasks a step.", 1)
-_META_BATCH_SIZE = flags.DEFINE_integer("meta_batch_size", 4, "Validation tasks.", 1)
-_NUM_STEPS = flags.DEFINE_integer("num_steps", 500, "Updates.", 1)
-_EVAL_EVERY = flags.DEFINE_integer("eval_every", 500, "Steps to an evaluation.", 1)
-_NUM_SEEDS = flags.DEFINE_integer("num_seeds", 2, "Repetitions.", lower_bound=1)
-flags.adopt_module_key_flags(_launch)
-_EXTENDABLE = ("methods", "ood_share")
-_NESTED = ("nested_maml", "nested_maml_fo")
-_OF_WEIGHTS = ("share", "weight_learning_rate", "lookahead_learning_rate", "clip")
-_USED_BY = dict.fromkeys((*_OF_WEIGHTS, "every"), _NESTED)
+# Results of `weights_of`: mean weights of parts of the training tasks.
+WEIGHTS = ("own_weight", "foreign_weight", "right_weight", "wrong_weight")
 
 
-def num_ways() -> int:
-  """Classes of a task."""
-  return _NUM_WAYS.value or (2 if _DATASET.value == "digits" else 5)
+@dataclasses.dataclass(frozen=True)
+class Settings(settings_lib.Settings):
+  """The flags of this script."""
+
+  EXTENDABLE = ("methods", "ood_share")
+
+  dataset: str = flag(
+    "omniglot",
+    "Data set of the tasks: omniglot, digits, mini_imagenet (folders of images in"
+    " --data_dir), or the name of any image set that TFDS has prepared in --data_dir,"
+    " whose classes are divided.",
+  )
+  ood: str = flag(
+    "mnist",
+    "Source of the other tasks: none, shuffled (images of --dataset, without classes),"
+    " or the name of a data set as for --dataset.",
+    group="data",
+  )
+  ood_share: tuple[float, ...] = flag(
+    (0.3, 0.6, 0.9),
+    "Share of the training tasks that is from --ood.",
+    bounds=settings_lib.Bounds(0, settings_lib.BELOW_ONE),
+    group="data",
+  )
+  noise_share: float = flag(
+    0.0,
+    "Share of the training images that is relabeled at random.",
+    bounds=settings_lib.SHARE,
+    group="data",
+  )
+  methods: tuple[str, ...] = flag(
+    METHODS[:5], f"Methods to compare, of {', '.join(METHODS)}."
+  )
+  num_ways: int | None = flag(
+    None,
+    "Number of classes of a task. The default is 5; digits: 2.",
+    bounds=settings_lib.Bounds(2, 10**4),
+    group="data",
+  )
+  num_shots: int = flag(
+    1,
+    "Number of support images of a class.",
+    bounds=settings_lib.Bounds(1, 10**5),
+    group="data",
+  )
+  num_queries: int = flag(
+    5,
+    "Number of query images of a class.",
+    bounds=settings_lib.Bounds(1, 10**5),
+    group="data",
+  )
+  num_tasks: int = flag(
+    5000,
+    "Number of training tasks.",
+    bounds=settings_lib.Bounds(1, 10**6),
+    group="data",
+  )
+  num_meta_tasks: int = flag(
+    1000,
+    "Number of validation tasks.",
+    bounds=settings_lib.Bounds(1, 10**6),
+    group="data",
+  )
+  num_test_tasks: int = flag(
+    600,
+    "Number of test tasks.",
+    bounds=settings_lib.Bounds(2, 10**6),
+    group="data",
+  )
+  evaluate_on: str = flag(
+    "test",
+    "Classes to evaluate on; tuning classes are for choosing settings.",
+    choices=["test", "tuning"],
+    group="data",
+  )
+  rotations: bool = flag(
+    False, "Also train on 90-degree rotations of every class.", group="data"
+  )
+  share: str = flag(
+    "cluster",
+    "What has a weight in NestedMAML.",
+    choices=nested_maml.SHARES,
+    methods=_NESTED,
+  )
+  num_clusters: int = flag(
+    20,
+    "Number of clusters of training tasks.",
+    bounds=settings_lib.Bounds(1, 10**6),
+    group="method",
+  )
+  weight_learning_rate: float = flag(
+    1e4, "Learning rate of the task weights; 0 keeps them constant.", methods=_NESTED
+  )
+  lookahead_learning_rate: float | None = flag(
+    None,
+    "Learning rate of the virtual step of NestedMAML. The default is --learning_rate.",
+    methods=_NESTED,
+    aliases=["look_ahead_learning_rate"],
+  )
+  clip: float = flag(
+    2e-5,
+    "Largest derivative with respect to a task weight.",
+    bounds=settings_lib.Bounds(settings_lib.TINY, 1e6),
+    methods=_NESTED,
+  )
+  every: int = flag(
+    1,
+    "Number of steps from one update of the task weights to the next.",
+    bounds=settings_lib.STEPS,
+    methods=_NESTED,
+  )
+  width: int = flag(
+    32, "Number of channels of the network.", bounds=settings_lib.Bounds(1, 4096)
+  )
+  inner_learning_rate: float = flag(0.4)
+  num_inner_steps: int = flag(
+    1,
+    "Number of steps of the inner loop in training.",
+    bounds=settings_lib.Bounds(0, 10**4),
+    group="method",
+  )
+  num_adaptation_steps: int = flag(
+    3,
+    "Number of steps of the inner loop in tests.",
+    bounds=settings_lib.Bounds(0, 10**4),
+    group="method",
+  )
+  learning_rate: float = flag(0.003, "Learning rate of Adam, of the outer loop.")
+  batch_size: int = flag(4, "Number of training tasks in a step.")
+  meta_batch_size: int = flag(4, "Number of validation tasks in a step.")
+  num_steps: int = flag(500)
+  eval_every: int = flag(500)
+  num_seeds: int = flag(2)
+
+  @property
+  def ways(self) -> int:
+    """Classes of a task."""
+    return self.num_ways or (2 if self.dataset == "digits" else 5)
+
+
+TABLE = table.Layout(
+  name="few_shot",
+  title="Few-shot learning with tasks of another kind",
+  metrics=(
+    table.Metric("accuracy_percent", "meta-test accuracy %"),
+    table.Metric("interval_percent", "interval over tasks, ± %"),
+    table.Metric("own_weight", "weight of own tasks"),
+    table.Metric("foreign_weight", "weight of other tasks"),
+    table.Metric("right_weight", "weight of right queries"),
+    table.Metric("wrong_weight", "weight of wrong queries"),
+    table.Metric("weight_auroc", "AUROC of weights", decimals=3),
+  ),
+  settings={
+    "dataset": "{}",
+    "num_ways": "{}-way",
+    "num_shots": "{}-shot",
+    "evaluate_on": "{} classes",
+    "ood": "other tasks from {}",
+    "ood_share": "{:.0%} of them",
+    "noise_share": "{:.0%} of the images mislabeled",
+    "num_clusters": "{} clusters",
+    "share": "a weight for each {}",
+    "num_steps": "{:,} steps",
+  },
+  keys=("ood", "ood_share", "noise_share"),
+  published=(
+    "Published: mini-ImageNet with SVHN or FashionMNIST tasks only (Killamsetty et"
+    " al. 2022); nothing on these data."
+  ),
+)
 
 
 @functools.cache
-def load(dataset: str) -> list[sources.Source]:
+def load_classes(
+  dataset: str, data_dir: str | None, cache_dir: str | None
+) -> list[sources.Source]:
   """Sources of the training, validation, tuning and test classes; read once.
 
-  Which class is where does not depend on the seed, so that no setting is chosen on
-  a class that another seed tests on.
+  The division of the classes does not depend on the seed, so that no setting is chosen
+  on a class that another seed tests on.
   """
   if dataset == "mini_imagenet":
-    root = _launch.data_folders()["data_dir"]
-    if root is None:
+    if data_dir is None:
       raise base.InputError("--dataset=mini_imagenet needs its folder: --data_dir=.")
     train, val, test = (
-      image_classes.image_folder(root, split, size=84)
+      image_classes.image_folder(data_dir, split, size=84)
       for split in ("train", "val", "test")
     )
     half = val.num_classes // 2
     return [train, *image_classes.split_classes(val, (half, half), 0), test]
-  if dataset == "digits":
-    whole = sources.load("digits", "train")
+  if dataset == "omniglot":
+    whole = image_classes.omniglot(data_dir=data_dir, cache_dir=cache_dir)
   else:
-    folders = _launch.data_folders()
-    whole = image_classes.omniglot(
-      data_dir=folders["data_dir"], cache_dir=folders["cache_dir"]
-    )
-  return image_classes.split_classes(whole, _CLASSES[dataset], seed=0)
+    whole = sources.load(dataset, "train", data_dir=data_dir, cache_dir=cache_dir)
+  first = [max(1, round(share * whole.num_classes)) for share in _SHARES]
+  shares = (*first, whole.num_classes - sum(first))
+  return image_classes.split_classes(whole, _CLASSES.get(dataset, shares), seed=0)
 
 
-def foreign_source(train: sources.Source, seed: int) -> sources.Source | None:
-  """Where `--ood` tasks are from, in images like those of `train`."""
-  if _OOD.value == "none":
+def foreign_source(
+  settings: Settings, train: sources.Source, seed: int
+) -> sources.Source | None:
+  """The source of the `--ood` tasks, in images like those of `train`."""
+  if settings.ood == "none":
     return None
-  if _OOD.value == "shuffled":
+  if settings.ood == "shuffled":
     return image_classes.shuffled(train, seed)
-  found = load_foreign(_OOD.value)
+  source = settings.load(f"train[:{_NUM_FOREIGN}]", settings.ood)
   _, size, _, channels = train.images.shape
-  return found._replace(images=image_classes.resized(found.images, size, channels))
+  return source._replace(images=image_classes.resized(source.images, size, channels))
 
 
-@functools.cache
-def load_foreign(name: str) -> sources.Source:
-  """Some images of another data set."""
-  return sources.load(name, f"train[:{_NUM_FOREIGN}]", **_launch.data_folders())
-
-
-def make_problem(ood_share: float, seed: int) -> episodes.Episodes:
+def make_problem(settings: Settings, ood_share: float, seed: int) -> episodes.Episodes:
   """The tasks of one run."""
-  train, meta, tuning, test = load(_DATASET.value)
-  if _ROTATIONS.value:
+  train, meta, tuning, test = load_classes(
+    settings.dataset, settings.data_dir, settings.cache_dir
+  )
+  if settings.rotations:
     train = image_classes.rotated(train)
   return episodes.episodes(
     train,
     meta,
-    test if _EVALUATE_ON.value == "test" else tuning,
-    num_ways=num_ways(),
-    num_shots=_NUM_SHOTS.value,
-    num_queries=_NUM_QUERIES.value,
-    num_tasks=_NUM_TASKS.value,
-    num_meta_tasks=_NUM_META_TASKS.value,
-    num_test_tasks=_NUM_TEST_TASKS.value,
-    foreign=foreign_source(train, seed),
+    test if settings.evaluate_on == "test" else tuning,
+    num_ways=settings.ways,
+    num_shots=settings.num_shots,
+    num_queries=settings.num_queries,
+    num_tasks=settings.num_tasks,
+    num_meta_tasks=settings.num_meta_tasks,
+    num_test_tasks=settings.num_test_tasks,
+    foreign=foreign_source(settings, train, seed),
     foreign_share=ood_share,
-    noise_share=_NOISE_SHARE.value,
-    num_clusters=_NUM_CLUSTERS.value,
+    noise_share=settings.noise_share,
+    num_clusters=settings.num_clusters,
     seed=seed,
   )
 
 
-def make_learner() -> few_shot.Learner:
+def make_learner(settings: Settings) -> few_shot.Learner:
   """The network and how it adapts."""
-  pool = _DATASET.value == "mini_imagenet"
+  pool = settings.dataset == "mini_imagenet"
   return few_shot.Learner(
-    network=conv4.Conv4(num_ways(), _WIDTH.value, pool=pool),
-    num_ways=num_ways(),
-    num_shots=_NUM_SHOTS.value,
-    inner_learning_rate=_INNER_LEARNING_RATE.value,
-    num_inner_steps=_NUM_INNER_STEPS.value,
-    num_test_steps=_NUM_ADAPTATION_STEPS.value,
+    network=conv4.Conv4(settings.ways, settings.width, pool=pool),
+    num_ways=settings.ways,
+    num_shots=settings.num_shots,
+    inner_learning_rate=settings.inner_learning_rate,
+    num_inner_steps=settings.num_inner_steps,
+    num_test_steps=settings.num_adaptation_steps,
   )
 
 
-def make_method(name: str) -> base.Method:
-  """The `Method` behind a name of `--methods`."""
+def make_method(settings: Settings, name: str) -> base.Method:
+  """The `Method` of a name of `--methods`."""
   if name not in METHODS:
     raise base.InputError(f"--methods={name}: choose among {', '.join(METHODS)}.")
   if name in ("maml", "maml_removed"):
@@ -212,47 +324,47 @@ def make_method(name: str) -> base.Method:
     return baselines.clean_only()
   if name == "l2rw":
     return l2rw.l2rw()
-  share, eta = _SHARE.value, _LOOK_AHEAD_LEARNING_RATE.value
-  first_order = make_learner()._replace(first_order=True).forward
+  share, eta = settings.share, settings.lookahead_learning_rate
+  first_order = make_learner(settings)._replace(first_order=True).forward
   return nested_maml.nested_maml(
-    _WEIGHT_LEARNING_RATE.value,
-    _LEARNING_RATE.value if eta is None else eta,
+    settings.weight_learning_rate,
+    settings.learning_rate if eta is None else eta,
     share,
-    num_clusters=_NUM_CLUSTERS.value if share == "cluster" else None,
-    num_items=num_ways() * _NUM_QUERIES.value if share == "item" else None,
-    clip=_CLIP.value,
-    every=_EVERY.value,
+    num_clusters=settings.num_clusters if share == "cluster" else None,
+    num_items=settings.ways * settings.num_queries if share == "item" else None,
+    clip=settings.clip,
+    every=settings.every,
     meta_forward=first_order if name == "nested_maml_fo" else None,
   )
 
 
 def zeroed() -> base.Method:
-  """MAML with weight 0 for tasks of group 1: the published skyline."""
+  """MAML with weight 0 for tasks of group 1: the published upper bound."""
 
-  def gradients(state, task, inputs):
+  def gradients(state, problem, inputs):
     def weights(losses):
-      size = base.global_size(losses.shape[0], task.axis_name)
+      size = base.global_size(losses.shape[0], problem.axis_name)
       return (inputs.batch["group"] == 0) / jnp.asarray(size, losses.dtype)
 
-    return weighted_update.weighted_gradients(task, inputs, weights), state
+    return baselines.weighted_gradients(problem, inputs, weights), state
 
   return base.Method(gradients)
 
 
-def make_config(seed: int) -> config_lib.Config:
+def make_config(settings: Settings, seed: int) -> config_lib.Config:
   """How every method is run."""
-  return _launch.run_config(
-    num_steps=_NUM_STEPS.value,
-    batch_size=_BATCH_SIZE.value,
-    meta_batch_size=_META_BATCH_SIZE.value,
-    eval_every=_EVAL_EVERY.value,
+  return settings.config(
+    num_steps=settings.num_steps,
+    batch_size=settings.batch_size,
+    meta_batch_size=settings.meta_batch_size,
+    eval_every=settings.eval_every,
     seeds=(seed,),
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One line of `results.csv` to be."""
+  """What one line of `results.csv` is made from."""
 
   method: str
   ood_share: float
@@ -265,17 +377,18 @@ class Run:
 
 
 def problem_of(run: Run, problem: episodes.Episodes) -> episodes.Episodes:
-  """What a run trains on; two methods are told which tasks are foreign."""
+  """What a run trains on; two methods know which tasks are foreign."""
   is_foreign = problem.pool.is_foreign
   if run.method == "maml_removed":
     return episodes.keep_tasks(problem, np.flatnonzero(~is_foreign))
   if run.method == "maml_zeroed":
-    told = problem.splits.train._replace(group=is_foreign.astype(np.int32))
-    return problem._replace(splits=problem.splits._replace(train=told))
+    train = problem.splits.train._replace(group=is_foreign.astype(np.int32))
+    return problem._replace(splits=problem.splits._replace(train=train))
   return problem
 
 
 def train(
+  settings: Settings,
   run: Run,
   problem: episodes.Episodes,
   method: base.Method,
@@ -284,73 +397,170 @@ def train(
 ) -> results_lib.Result:
   """Trains one run, or finishes it, or reads it back."""
   probes: Sequence[evaluation.Probe] = ()
-  if run.method.startswith("nested"):
-    probes = (_few_shot_report.weights_of(problem.pool, _SHARE.value),)
-  (found,) = loop.train(
-    make_config(run.seed),
-    make_learner(),
+  if run.method in _NESTED:
+    probes = (weights_of(problem.pool, settings.share),)
+  (result,) = loop.train(
+    make_config(settings, run.seed),
+    make_learner(settings),
     method,
     optimizer,
     [problem.splits],
     folder / run.folder,
-    evaluators=(evaluation.accuracy, _few_shot_report.interval_over_tasks),
+    evaluators=(evaluation.accuracy, interval_over_tasks),
     name=run.folder,
     probes=probes,
   )
-  return found
+  return result
 
 
-def check(
-  runs: Sequence[Run],
-  methods: dict[str, base.Method],
-  problems: Callable[[float, int], episodes.Episodes],
+def interval_over_tasks(predictions: evaluation.Predictions) -> dict[str, float]:
+  """`interval`: 1.96 standard errors of the accuracy of a task."""
+  accuracies = (predictions.predicted == predictions.labels).mean(axis=1)
+  spread = np.std(accuracies, ddof=1) / np.sqrt(len(accuracies))
+  return {"interval": float(1.96 * spread)}
+
+
+def weights_of(pool: episodes.Pool, share: str) -> evaluation.Probe:
+  """A probe of NestedMAML: mean weights of tasks, and of single queries if it has them.
+
+  Parts without a member are left out.
+
+  Args:
+    pool: the training tasks.
+    share: of NestedMAML.
+  """
+
+  def probe(snapshot):
+    state: nested_maml.State = snapshot.state.method_state
+    weights = np.asarray(state.weights)
+    if share == "cluster":
+      weights = weights[snapshot.splits.train.group]
+    is_wrong = pool.wrong_items()
+    is_foreign = pool.is_foreign
+    parts = {"own_weight": weights[~is_foreign], "foreign_weight": weights[is_foreign]}
+    if weights.ndim == 2:
+      parts["right_weight"] = weights[~is_wrong]
+      parts["wrong_weight"] = weights[is_wrong]
+    return {name: float(np.mean(part)) for name, part in parts.items() if part.size}
+
+  return probe
+
+
+def make_row(
+  facts: dict[str, Any], pool: episodes.Pool, result: results_lib.Result
+) -> dict[str, Any]:
+  """One run's line of `results.csv`.
+
+  Args:
+    facts: the settings that distinguish lines.
+    pool: the training tasks.
+    result: of the run.
+  """
+  metrics = result.metrics
+  probes = metrics.get("probes", {})
+  return {
+    **facts,
+    "accuracy_percent": 100 * metrics["last"]["accuracy"],
+    "interval_percent": 100 * metrics["last"]["interval"],
+    **{name: probes[name][-1] if name in probes else None for name in WEIGHTS},
+    "weight_auroc": _auroc(pool.is_foreign, result.weights["mean_weight"]),
+    "num_tasks": len(pool.is_foreign),
+    **report.run_fields(metrics),
+  }
+
+
+def _auroc(is_foreign: np.ndarray, weights: np.ndarray) -> float | None:
+  columns = {"label": ~is_foreign, "true_label": np.ones_like(is_foreign)}
+  return report.auroc({**columns, "mean_weight": weights})
+
+
+def pooled(rows: runner.Rows) -> tuple[float, float]:
+  """Mean accuracy and its interval over the test tasks of all seeds, in percent."""
+  mean = np.mean([r["accuracy_percent"] for r in rows])
+  squares = np.sum([r["interval_percent"] ** 2 for r in rows])
+  return float(mean), float(np.sqrt(squares) / len(rows))
+
+
+def draw(rows: runner.Rows, path: pathlib.Path) -> None:
+  """Accuracy against the share of foreign tasks; mean weights of both kinds."""
+  has_weights = any(r[name] is not None for r in rows for name in WEIGHTS)
+  panels = 2 if has_weights else 1
+  size = (5.5 * panels, 4)
+  with figures.figure(path, 1, panels, figsize=size, squeeze=False) as (figure, axes):
+    left, right = axes[0, 0], axes[0, -1]
+    for i, method in enumerate(dict.fromkeys(r["method"] for r in rows)):
+      _draw_method(left, right, method, [r for r in rows if r["method"] == method], i)
+    left.set_ylabel("accuracy %, 95% interval; a dot a seed")
+    if has_weights:
+      right.set_ylabel("mean weight at the end, 1 at the start")
+    kind = {"none": "foreign"}.get(rows[0]["ood"], rows[0]["ood"])
+    for ax in axes[0]:
+      ax.set_xlabel(f"share of {kind} tasks")
+      ax.set_xticks(sorted({r["ood_share"] for r in rows}))
+      ax.legend(fontsize=8)
+    ways, shots, noise = (rows[0][k] for k in ("num_ways", "num_shots", "noise_share"))
+    redrawn = f", {noise:.0%} of the labels redrawn" if noise else ""
+    figure.suptitle(f"{rows[0]['dataset']}, {ways}-way {shots}-shot{redrawn}")
+
+
+def _draw_method(
+  left: Any, right: Any, method: str, rows: runner.Rows, number: int
 ) -> None:
-  """Mistakes show before anything is written."""
-  _bounds.check_used("ood_share", _OOD.value != "none", "with --ood=none")
-  if not runs:
-    raise base.InputError(f"--methods= is empty: choose among {', '.join(METHODS)}.")
-  for run in runs:
-    splits = problem_of(run, problems(run.ood_share, run.seed)).splits
-    config_lib.check(make_config(run.seed), methods[run.method], [splits])
+  shares, color = sorted({r["ood_share"] for r in rows}), f"C{number}"
+  by_share = [[r for r in rows if r["ood_share"] == s] for s in shares]
+  means, intervals = zip(*map(pooled, by_share), strict=True)
+  left.errorbar(
+    shares, means, intervals, capsize=3, color=color, marker="o", label=method
+  )
+  points = [r["ood_share"] for r in rows], [r["accuracy_percent"] for r in rows]
+  left.plot(*points, "k.", markersize=4)
+  for name, line in zip(WEIGHTS, ("-", "--", "-.", ":"), strict=True):
+    if all(r[name] is not None for r in rows):
+      weights = [np.mean([r[name] for r in part]) for part in by_share]
+      label = f"{method}, {name.removesuffix('_weight')}"
+      right.plot(shares, weights, color=color, linestyle=line, marker="o", label=label)
 
 
-def main() -> None:
+def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   """Trains what is missing, then prints and writes the comparison."""
-  methods = {name: make_method(name) for name in _METHODS.value}
-  shares = [0.0] if _OOD.value == "none" else list(dict.fromkeys(_OOD_SHARE.value))
+  settings.check_used("ood_share", settings.ood != "none", "with --ood=none")
+  methods = {name: make_method(settings, name) for name in settings.methods}
+  if not methods:
+    raise base.InputError(f"--methods= is empty: choose among {', '.join(METHODS)}.")
+  shares = [0.0] if settings.ood == "none" else list(dict.fromkeys(settings.ood_share))
   runs = [
     Run(method, share, seed)
     for share in shares
-    for seed in range(_NUM_SEEDS.value)
+    for seed in range(settings.num_seeds)
     for method in methods
   ]
-  problems = functools.cache(make_problem)
-  check(runs, methods, problems)
-  folder = _launch.prepare("few_shot", __name__, _EXTENDABLE)
-  optimizer = optax.adam(_LEARNING_RATE.value)
+  problems = functools.cache(functools.partial(make_problem, settings))
+  for one in runs:
+    splits = problem_of(one, problems(one.ood_share, one.seed)).splits
+    config_lib.check(make_config(settings, one.seed), methods[one.method], [splits])
+  folder = runner.open_folder(settings, TABLE.name, workdir)
+  optimizer = optax.adam(settings.learning_rate)
   rows = []
-  for run in runs:
-    problem = problem_of(run, problems(run.ood_share, run.seed))
-    found = train(run, problem, methods[run.method], optimizer, folder)
+  for one in runs:
+    problem = problem_of(one, problems(one.ood_share, one.seed))
+    result = train(settings, one, problem, methods[one.method], optimizer, folder)
     facts = {
-      "dataset": _DATASET.value,
-      "ood": _OOD.value,
-      "ood_share": run.ood_share,
-      "noise_share": _NOISE_SHARE.value,
-      "num_ways": num_ways(),
-      "num_shots": _NUM_SHOTS.value,
-      "num_clusters": _NUM_CLUSTERS.value,
-      "share": _SHARE.value,
-      "method": run.method,
+      "dataset": settings.dataset,
+      "ood": settings.ood,
+      "ood_share": one.ood_share,
+      "noise_share": settings.noise_share,
+      "num_ways": settings.ways,
+      "num_shots": settings.num_shots,
+      "num_clusters": settings.num_clusters,
+      "share": settings.share,
+      "method": one.method,
     }
-    rows.append(_few_shot_report.row(facts, problem.pool, found))
-  flags_given = _launch.flags_of(__name__)
-  _report.save(folder, rows, flags_given)
-  _few_shot_report.draw(rows, folder / "figure.png")
-  print(_bounds.unused(_USED_BY, _METHODS.value), end="")
-  print(_catalogue.summary("few_shot", rows, flags_given))
-  print(f"\nwritten: {folder}/results.json, results.csv, figure.png")
+    rows.append(make_row(facts, problem.pool, result))
+  draw(rows, folder / "figure.png")
+  return runner.report(
+    settings, TABLE, folder, rows, methods=(METHODS, settings.methods)
+  )
 
 
 if __name__ == "__main__":
-  _launch.run(main)
+  launch.main(Settings, run, TABLE.name)

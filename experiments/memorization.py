@@ -1,43 +1,45 @@
-r"""Which networks memorize wrong labels, told without one clean label.
+r"""Which networks memorize wrong labels, measured without one clean label.
 
 Paper: Forouzesh, Sedghi, Thiran (ICLR 2023): networks that fit a randomly labeled
   batch in one step memorize. Many networks and learning rates, each trained on labels
   of which a share was replaced at random (the true class may be drawn again), by SGD
   with momentum 0.9, weight decay 5e-4 and a cosine schedule; a probe before every
-  epoch. Networks and data are ours: MLPs (LeNet if asked) on few images, so that wrong
-  labels are memorized within minutes.
+  epoch. Networks and data are this project's: MLPs (LeNet if asked) on few
+  images, so that wrong labels are memorized within minutes.
 Command: python -m experiments.memorization --data_dir=DIR
   without a download, in minutes: --dataset=digits
 Device, time: one CPU core, 30 minutes; digits 5.
-Published: nothing that compares; its tables are of CIFAR and Clothing1M. Ours:
+Published: nothing that compares; its tables are of CIFAR and Clothing1M. Measured:
   results/memorization.
 """
 
 from collections.abc import Sequence
+import dataclasses
 import functools
+import operator
 import pathlib
 import re
 from typing import Any, NamedTuple
 
-from absl import flags
+import numpy as np
 import optax
 
-from experiments import _catalogue
-from experiments import _launch
-from experiments import _memorization_report
-from experiments import _report
+from experiments.lib import figures
+from experiments.lib import launch
+from experiments.lib import report
+from experiments.lib import runner
+from experiments.lib import settings as settings_lib
+from experiments.lib.settings import flag
+from experiments.tables import table
 from l2rw_jax import base
+from l2rw_jax import susceptibility
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import noisy_labels
-from l2rw_jax.data import sources
 from l2rw_jax.methods import baselines
 from l2rw_jax.models import classifier
 from l2rw_jax.models import lenet
 from l2rw_jax.models import mlp
-from l2rw_jax.training import config as config_lib
-from l2rw_jax.training import loop
 from l2rw_jax.training import memorization
-from l2rw_jax.training import results as results_lib
 from l2rw_jax.training import sampling
 
 NETWORKS = {
@@ -47,49 +49,104 @@ NETWORKS = {
   ],
   "digits": ["mlp-16", "mlp-64", "mlp-256", "mlp-256x2"],
 }
-
-_DATASET = flags.DEFINE_enum("dataset", "mnist", list(NETWORKS), "Which digits.")
-_NETWORKS = flags.DEFINE_list(
-  "networks",
-  None,
-  "Of mlp-WIDTH, mlp-WIDTHxDEPTH and lenet (slow on a CPU). [six MLPs; digits: four]",
-)
-_LEARNING_RATES = flags.DEFINE_multi_float(
-  "learning_rate",
-  [0.1, 0.01, 0.001, 0.0001],
-  "At the start; repeat the flag.",
-  lower_bound=0.0,
-)
-_WEIGHT_DECAYS = flags.DEFINE_multi_float(
-  "weight_decay", [5e-4], "L2, before momentum; repeat the flag.", lower_bound=0.0
-)
-_MOMENTUM = flags.DEFINE_float("momentum", 0.9, "Of SGD.", lower_bound=0.0)
-_FRACTIONS = flags.DEFINE_multi_float(
-  "noise_fraction",
-  [0.0, 0.25, 0.5],
-  "Share of labels replaced by any class, the true one too; repeat the flag.",
-)
-_NUM_TRAIN = flags.DEFINE_integer(
-  "num_train", None, "Training images. [5000; digits: all]", lower_bound=1
-)
-_NUM_UNLABELLED = flags.DEFINE_integer(
-  "num_unlabeled",
-  0,
-  "Images held out to be labeled at random; 0: those of training, as released.",
-  lower_bound=0,
-)
-_NUM_EPOCHS = flags.DEFINE_integer(
-  "num_epochs", None, "Passes over the training set. [60; digits: 200]", lower_bound=1
-)
-_BATCH_SIZE = flags.DEFINE_integer(
-  "batch_size", 128, "Of training and of the probe.", lower_bound=1
-)
-_NUM_SEEDS = flags.DEFINE_integer(
-  "num_seeds", 1, "Of every network and learning rate, side by side.", lower_bound=1
-)
-flags.adopt_module_key_flags(_launch)
 _MOST_WIDE, _MOST_DEEP, _MOST_WEIGHTS = 65_536, 100, 2**30
-_EXTENDABLE = ("networks", "learning_rate", "weight_decay", "noise_fraction")
+_PAIRS = (
+  ("susceptibility", "wrong_subset_percent"),
+  ("susceptibility", "accuracy_percent"),
+  ("train_percent", "accuracy_percent"),
+)
+_REGIONS = (1, 2, 3, 4)
+_MOST_CURVES = 4
+# Learning rates are decades apart, and so are drops; some are below zero.
+_LINEAR = 1e-3
+_SHORT = {
+  "susceptibility": "susceptibility",
+  "wrong_subset_percent": "accuracy on wrong labels",
+  "accuracy_percent": "test accuracy",
+  "train_percent": "training accuracy",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(settings_lib.Settings):
+  """The flags of this script."""
+
+  EXTENDABLE = ("networks", "learning_rate", "weight_decay", "noise_fraction")
+
+  dataset: str = flag("mnist")
+  networks: tuple[str, ...] | None = flag(
+    None,
+    "Networks to train, of mlp-WIDTH, mlp-WIDTHxDEPTH and lenet (slow on a CPU),"
+    " separated by commas. The default is six MLPs; digits: four.",
+  )
+  learning_rate: tuple[float, ...] = flag(
+    (0.1, 0.01, 0.001, 0.0001), "Learning rate at the start."
+  )
+  weight_decay: tuple[float, ...] = flag(
+    (5e-4,), "Weight decay (L2), added before momentum."
+  )
+  momentum: float = flag(0.9)
+  noise_fraction: tuple[float, ...] = flag(
+    (0.0, 0.25, 0.5),
+    "Share of the labels that is replaced by any class, possibly the true one.",
+  )
+  num_train: int | None = flag(None, unset="5,000; digits: all")
+  num_unlabeled: int = flag(
+    0,
+    "Number of images held out to be labeled at random; 0 takes the training images, as"
+    " in the released code.",
+    bounds=settings_lib.IMAGES,
+    group="data",
+  )
+  num_epochs: int | None = flag(None, unset="60; digits: 200")
+  batch_size: int = flag(
+    128, "Number of examples in a step of training, and of the probe."
+  )
+  num_seeds: int = flag(
+    1, "Number of seeds of every network and learning rate, trained side by side."
+  )
+
+  @property
+  def epochs(self) -> int:
+    """Passes over the training set."""
+    return self.num_epochs or (200 if self.dataset == "digits" else 60)
+
+  @property
+  def unlabeled(self) -> str:
+    """The part of the data that is labeled at random."""
+    return "validation" if self.num_unlabeled else "train"
+
+  def make_probes(self) -> list[Any]:
+    """Susceptibility on the images of the run, and which labels are memorized."""
+    return [
+      memorization.susceptibility(self.batch_size, self.unlabeled),
+      memorization.accuracy,
+    ]
+
+
+TABLE = table.Layout(
+  name="memorization",
+  title="Which networks memorize wrong labels, without a clean one",
+  metrics=(
+    table.Metric("accuracy_percent", "clean test accuracy %"),
+    table.Metric("susceptibility", "susceptibility", decimals=3),
+    table.Metric("train_percent", "training accuracy, labels as given %"),
+    table.Metric("wrong_subset_percent", "accuracy on wrong labels %"),
+  ),
+  settings={
+    "dataset": "{}",
+    "noise_fraction": "{:.0%} of the labels replaced",
+    "num_train": "{:,} images",
+    "num_epochs": "{} epochs",
+  },
+  keys=("noise_fraction",),
+  method=lambda row: f"region {row['region'] or '-'}",
+  method_heading="models of",
+  repeat="model",
+  identity=operator.itemgetter("network", "learning_rate", "weight_decay", "seed"),
+  published="Published: nothing on these data. On Clothing1M, 19 models, the released"
+  " README has test accuracies of 61.8, 57.9, 51.3 and 51.4 % in regions 1 to 4.",
+)
 
 
 class Setting(NamedTuple):
@@ -104,21 +161,21 @@ class Setting(NamedTuple):
     return f"{self.network}-rate-{self.learning_rate}-decay-{self.weight_decay}"
 
 
-def make_network(name: str) -> mlp.MLP | lenet.LeNet:
-  """The network behind a name of `--networks`; ten classes."""
+def make_network(name: str, num_classes: int = 10) -> mlp.MLP | lenet.LeNet:
+  """The network behind a name of `--networks`."""
   if name == "lenet":
-    return lenet.LeNet(10)
-  found = re.fullmatch(r"mlp-([1-9]\d*)(?:x([1-9]\d*))?", name, re.ASCII)
-  if found and not _is_small(*found.groups()):
+    return lenet.LeNet(num_classes)
+  match = re.fullmatch(r"mlp-([1-9]\d*)(?:x([1-9]\d*))?", name, re.ASCII)
+  if match and not _is_small(*match.groups()):
     raise base.InputError(
       f"--networks={name[:60]}: give a width of at most {_MOST_WIDE}, a depth of at"
       f" most {_MOST_DEEP} and at most {_MOST_WEIGHTS} weights in all."
     )
-  if not found:
+  if not match:
     raise base.InputError(
       f"--networks={name}: give lenet, mlp-WIDTH or mlp-WIDTHxDEPTH, such as mlp-512x2."
     )
-  return mlp.MLP(10, (int(found[1]),) * int(found[2] or 1))
+  return mlp.MLP(num_classes, (int(match[1]),) * int(match[2] or 1))
 
 
 def _is_small(width: str, depth: str | None) -> bool:
@@ -130,48 +187,32 @@ def _is_small(width: str, depth: str | None) -> bool:
   return wide <= _MOST_WIDE and deep <= _MOST_DEEP and num_weights <= _MOST_WEIGHTS
 
 
-@functools.cache
-def load(split: str) -> sources.Source:
-  """A split of `--dataset`, read once."""
-  return sources.load(_DATASET.value, split, **_launch.data_folders())
+def make_splits(
+  settings: Settings, fraction: float, seeds: Sequence[int]
+) -> list[examples_lib.Splits]:
+  """The data of some seeds; the images of a seed are the same at every noise."""
+  return [_make_split(settings, fraction, seed) for seed in seeds]
 
 
-def make_split(fraction: float, seed: int) -> examples_lib.Splits:
-  """The data of a seed; its images are the same at every noise."""
+def _make_split(settings: Settings, fraction: float, seed: int) -> examples_lib.Splits:
   split = noisy_labels.noisy_labels(
-    load("train"),
-    load("test"),
+    settings.load("train"),
+    settings.load("test"),
     builder="mwn_uniform",
     fraction=fraction,
     num_meta_per_class=0,
-    num_validation=_NUM_UNLABELLED.value,
+    num_validation=settings.num_unlabeled,
     seed=seed,
   )
-  size, there = _NUM_TRAIN.value, len(split.train.label)
+  size, available = settings.num_train, len(split.train.label)
   if size is None:
-    size = 5000 if _DATASET.value == "mnist" else there
-  if size > there:
+    size = available if settings.dataset == "digits" else 5000
+  if size > available:
     raise base.InputError(
-      f"--num_train={size} of {there} images; lower it or --num_unlabeled."
+      f"--num_train={size} of {available} images; lower it or --num_unlabeled."
     )
-  order = sampling.generator(seed, "training subset", 0).permutation(there)
+  order = sampling.generator(seed, "training subset", 0).permutation(available)
   return examples_lib.keep_train(split, order[:size])
-
-
-def num_epochs() -> int:
-  """Passes over the training set."""
-  return _NUM_EPOCHS.value or (60 if _DATASET.value == "mnist" else 200)
-
-
-def make_config(split: examples_lib.Splits) -> config_lib.Config:
-  """How every network is trained."""
-  steps = max(1, len(split.train.label) // _BATCH_SIZE.value)  # an epoch
-  return _launch.run_config(
-    num_steps=num_epochs() * steps,
-    batch_size=_BATCH_SIZE.value,
-    seeds=tuple(range(_NUM_SEEDS.value)),
-    eval_every=steps,
-  )
 
 
 @functools.cache
@@ -185,121 +226,281 @@ def make_optimizer(
   )
 
 
-def train(
-  setting: Setting,
-  splits: Sequence[examples_lib.Splits],
-  method: base.Method,
-  folder: pathlib.Path,
-) -> list[results_lib.Result]:
-  """Trains every seed of a network at one noise."""
-  config = make_config(splits[0])
-  optimizer = make_optimizer(
-    setting.learning_rate, setting.weight_decay, _MOMENTUM.value, config.num_steps
-  )
-  return loop.train(
-    config,
-    classifier.Classifier(make_network(setting.network), 10),
-    method,
-    optimizer,
-    splits,
-    folder / setting.folder(),
-    name=f"{folder.name} {setting.folder()}",
-    probes=make_probes(),
-  )
-
-
-def make_probes() -> list[Any]:
-  """Susceptibility on the images of the run, and what is known by heart."""
-  unlabeled = "validation" if _NUM_UNLABELLED.value else "train"
-  return [
-    memorization.susceptibility(_BATCH_SIZE.value, unlabeled),
-    memorization.accuracy,
+def make_settings(settings: Settings) -> list[Setting]:
+  """Every network at every learning rate and weight decay."""
+  networks = settings.networks
+  if networks is None:
+    networks = tuple(NETWORKS["digits" if settings.dataset == "digits" else "mnist"])
+  models = [
+    Setting(network, rate, decay)
+    for network in networks
+    for rate in settings.learning_rate
+    for decay in settings.weight_decay
   ]
+  for model in models:
+    make_network(model.network)
+  models = list(dict.fromkeys(models))
+  if len(models) * settings.num_seeds < 2:
+    raise base.InputError(
+      "one model cannot be compared: give more --networks, --learning_rate,"
+      " --weight_decay or --num_seeds."
+    )
+  return models
 
 
-def row(
-  setting: Setting, fraction: float, split: examples_lib.Splits, result: Any
+def make_cells(settings: Settings) -> list[runner.Cell]:
+  """Every network at every noise."""
+  models, method, data = make_settings(settings), baselines.uniform(), {}
+  for fraction in dict.fromkeys(settings.noise_fraction):
+    splits = functools.partial(make_splits, settings, fraction)
+    (split,) = splits((0,))
+    steps_per_epoch = max(1, len(split.train.label) // settings.batch_size)
+    config = settings.config(
+      num_steps=settings.epochs * steps_per_epoch,
+      batch_size=settings.batch_size,
+      seeds=tuple(range(settings.num_seeds)),
+      eval_every=steps_per_epoch,
+    )
+    runner.check_data(config, method, split)
+    images = getattr(split, settings.unlabeled).image
+    memorization.check(split, images, settings.batch_size)
+    data[fraction] = splits, config, split.num_classes
+  cells = []
+  for model in models:
+    for fraction, (splits, config, num_classes) in data.items():
+      optimizer = make_optimizer(
+        model.learning_rate, model.weight_decay, settings.momentum, config.num_steps
+      )
+      network = make_network(model.network, num_classes)
+      cells.append(
+        runner.Cell(
+          model.folder(),
+          {"noise_fraction": fraction, **model._asdict()},
+          config,
+          classifier.Classifier(network, num_classes),
+          method,
+          optimizer,
+          splits,
+          f"noise-{fraction}/{model.folder()}",
+          title=f"noise-{fraction} {model.folder()}",
+        )
+      )
+  return cells
+
+
+def make_row(
+  settings: Settings, cell: runner.Cell, split: examples_lib.Splits, result: Any
 ) -> dict[str, Any]:
   """One run's line of `results.csv`, before its region is known."""
-  metrics, train_set = result.metrics, split.train
+  metrics, train = result.metrics, split.train
   last = {name: values[-1] for name, values in metrics["probes"].items()}
   wrong = last.get("train_accuracy_wrong")
   return {
-    "dataset": _DATASET.value,
-    "noise_fraction": fraction,
-    **setting._asdict(),
+    "dataset": settings.dataset,
+    **cell.facts,
     "susceptibility": memorization.zeta(metrics),
     "train_percent": 100 * last["train_accuracy"],
     "clean_subset_percent": 100 * last["train_accuracy_clean"],
     "wrong_subset_percent": None if wrong is None else 100 * wrong,
     "accuracy_percent": 100 * metrics["last"]["accuracy"],
-    "wrong_labels_percent": 100
-    * float((train_set.label != train_set.true_label).mean()),
-    "num_train": len(train_set.label),
-    "num_epochs": num_epochs(),
-    "batch_size": _BATCH_SIZE.value,
-    **_report.run_fields(metrics),
+    "wrong_labels_percent": 100 * float((train.label != train.true_label).mean()),
+    "num_train": len(train.label),
+    "num_epochs": settings.epochs,
+    "batch_size": settings.batch_size,
+    **report.run_fields(metrics),
   }
 
 
-def make_settings() -> list[Setting]:
-  """Every network at every learning rate and weight decay."""
-  given = _NETWORKS.value
-  networks = NETWORKS[_DATASET.value] if given is None else given
-  settings = [
-    Setting(network, rate, decay)
-    for network in networks
-    for rate in _LEARNING_RATES.value
-    for decay in _WEIGHT_DECAYS.value
+def of_noise(rows: runner.Rows, fraction: float) -> runner.Rows:
+  """The models of one noise that can be compared.
+
+  One without a susceptibility, because a drop was not finite, cannot.
+  """
+  return [
+    row
+    for row in rows
+    if row["noise_fraction"] == fraction and row["susceptibility"] is not None
   ]
-  for setting in settings:
-    make_network(setting.network)
-  settings = list(dict.fromkeys(settings))
-  if len(settings) * _NUM_SEEDS.value < 2:
-    raise base.InputError(
-      "one model cannot be compared: give more --networks, --learning_rate,"
-      " --weight_decay or --num_seeds."
+
+
+def fractions_of(rows: runner.Rows) -> list[float]:
+  """The noise fractions, ascending."""
+  return sorted({row["noise_fraction"] for row in rows})
+
+
+def with_regions(rows: runner.Rows) -> runner.Rows:
+  """The rows with the `region` of each among the models of its noise, or None."""
+  regions: dict[int, int] = {}
+  for fraction in fractions_of(rows):
+    models = of_noise(rows, fraction)
+    if len(models) > 1:
+      numbers = susceptibility.regions(
+        _column(models, "susceptibility"), _train(models)
+      )
+      regions |= {
+        id(row): int(region) for row, region in zip(models, numbers, strict=True)
+      }
+  return [{"region": regions.get(id(row)), **row} for row in rows]
+
+
+def selection(rows: runner.Rows) -> str:
+  """Clean test accuracy by region, as the paper reports it, as a Markdown table."""
+  header = ["noise_fraction", "all models", *(f"region {r}" for r in _REGIONS)]
+  lines = []
+  for fraction in fractions_of(rows):
+    models = of_noise(rows, fraction)
+    groups = [models, *([r for r in models if r["region"] == g] for g in _REGIONS)]
+    lines.append([f"{fraction:g}", *map(_spread, groups)])
+  title = "Clean test accuracy %, mean ± standard deviation over models (how many)"
+  return f"{title}:\n\n{report.table(header, lines)}"
+
+
+def _spread(rows: runner.Rows) -> str:
+  values = _column(rows, "accuracy_percent")
+  if not values:
+    return "-"
+  return f"{np.mean(values):.2f} ± {np.std(values):.2f} ({len(values)})"
+
+
+def correlations(rows: runner.Rows) -> str:
+  """Rank correlations over the models of each noise, as a Markdown table."""
+  header = ["noise_fraction", *(f"{_SHORT[a]}, {_SHORT[b]}" for a, b in _PAIRS)]
+  lines = []
+  for fraction in fractions_of(rows):
+    models = of_noise(rows, fraction)
+    numbers = [_correlation(models, *pair) for pair in _PAIRS]
+    lines.append(
+      [f"{fraction:g}", *("-" if r is None else f"{r:+.2f}" for r in numbers)]
     )
-  return settings
+  return f"Rank correlations over models:\n\n{report.table(header, lines)}"
 
 
-def main() -> None:
+def _correlation(rows: runner.Rows, one: str, other: str) -> float | None:
+  pairs = [(row[one], row[other]) for row in rows if row[other] is not None]
+  if len(pairs) < 2:
+    return None
+  return susceptibility.rank_correlation(*zip(*pairs, strict=True))
+
+
+def _column(rows: runner.Rows, name: str) -> list[float]:
+  return [row[name] for row in rows]
+
+
+def _train(rows: runner.Rows) -> list[float]:
+  return _column(rows, "train_percent")
+
+
+def draw(rows: runner.Rows, path: pathlib.Path) -> None:
+  """A panel per noise: training accuracy against susceptibility, a dot a model.
+
+  The color is the accuracy on clean test images; lines are the means between the
+  regions.
+  """
+  fractions = fractions_of(rows)
+  size = (4.2 * len(fractions), 3.8)
+  with figures.figure(path, 1, len(fractions), figsize=size, squeeze=False) as (
+    figure,
+    axes,
+  ):
+    for ax, fraction in zip(axes[0], fractions, strict=True):
+      _draw_noise(figure, ax, of_noise(rows, fraction))
+      ax.set_title(f"{rows[0]['dataset']}, {fraction:.0%} of the labels replaced")
+
+
+def _draw_noise(figure: Any, ax: Any, models: runner.Rows) -> None:
+  zeta, accuracy = _column(models, "susceptibility"), _train(models)
+  colors = _column(models, "accuracy_percent")
+  options = {"cmap": "viridis", "edgecolors": "black", "linewidths": 0.4}
+  dots = ax.scatter(zeta, accuracy, c=colors, **options)
+  ax.set_xscale("symlog", linthresh=_LINEAR)
+  ax.margins(0.12)
+  figure.colorbar(dots, ax=ax, label="clean test accuracy (%)")
+  if len(models) > 1:
+    at_zeta, at_accuracy = susceptibility.boundaries(zeta, accuracy)
+    ax.axvline(at_zeta, color="black", linewidth=0.8, linestyle=":")
+    ax.axhline(at_accuracy, color="black", linewidth=0.8, linestyle=":")
+  for region, (x, y) in zip(_REGIONS, [(0, 1), (1, 1), (0, 0), (1, 0)], strict=True):
+    ax.annotate(
+      str(region),
+      (0.03 + 0.94 * x, 0.03 + 0.94 * y),
+      xycoords="axes fraction",
+      ha="right" if x else "left",
+      va="top" if y else "bottom",
+      color="C3",
+      fontsize=13,
+      zorder=0,
+    )
+  ax.set_xlabel("susceptibility (mean drop, nats)")
+  ax.set_ylabel("training accuracy, labels as given (%)")
+
+
+def draw_curves(
+  runs: Sequence[tuple[dict[str, Any], dict[str, Any]]], path: pathlib.Path
+) -> bool:
+  """Susceptibility and accuracy on wrong labels over the epochs, at the highest noise.
+
+  Args:
+    runs: row and probes of each. Up to four are drawn, from the lowest
+      susceptibility to the highest.
+    path: to write.
+
+  Returns:
+    Whether there was anything to draw.
+  """
+  highest = fractions_of([row for row, _ in runs])[-1]
+  chosen = [run for run in runs if of_noise([run[0]], highest)]
+  chosen.sort(key=lambda run: run[0]["susceptibility"])
+  if not chosen:
+    return False
+  places = np.linspace(0, len(chosen) - 1, min(_MOST_CURVES, len(chosen)))
+  with figures.figure(path, 1, 2, figsize=(9.5, 3.6), tight=True) as (figure, axes):
+    left, right = axes
+    for color, place in enumerate(np.rint(places).astype(int)):
+      row, probes = chosen[place]
+      zeta = susceptibility.running_average(probes["susceptibility_drop"][:-1])
+      name = f"{row['network']}, rate {row['learning_rate']:g}"
+      left.plot(np.arange(1, len(zeta) + 1), zeta, f"C{color}", label=name)
+      wrong = probes.get("train_accuracy_wrong")
+      if wrong:
+        right.plot(100 * np.array(wrong), f"C{color}", label=name)
+    left.set_yscale("symlog", linthresh=_LINEAR)
+    left.set_ylabel("susceptibility so far (nats)")
+    right.set_ylabel("accuracy on wrong labels (%)")
+    for ax in axes:
+      ax.set_xlabel("epoch")
+    figure.legend(
+      *left.get_legend_handles_labels(),
+      loc="center left",
+      bbox_to_anchor=(1, 0.5),
+      fontsize=8,
+      frameon=False,
+    )
+    title = f"{chosen[0][0]['dataset']}, {highest:.0%} of the labels replaced"
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+  return True
+
+
+def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   """Trains what is missing, then prints and writes the comparison."""
-  settings, method = make_settings(), baselines.uniform()
-  fractions = list(dict.fromkeys(_FRACTIONS.value))
-  splits = {
-    fraction: [make_split(fraction, seed) for seed in range(_NUM_SEEDS.value)]
-    for fraction in fractions
-  }
-  for own in splits.values():  # mistakes show before anything is written
-    config_lib.check(make_config(own[0]), method, own)
-    images = own[0].validation.image if _NUM_UNLABELLED.value else own[0].train.image
-    memorization.check(own[0], images, _BATCH_SIZE.value)
-  folder = _launch.prepare("memorization", __name__, _EXTENDABLE)
+  cells = make_cells(settings)
+  folder = runner.open_folder(settings, TABLE.name, workdir)
   rows, probed = [], []
-  for setting in settings:
-    for fraction, own in splits.items():
-      found = train(setting, own, method, folder / f"noise-{fraction}")
-      rows += [row(setting, fraction, *run) for run in zip(own, found, strict=True)]
-      probed += [result.metrics["probes"] for result in found]
-  runs = list(zip(_memorization_report.with_regions(rows), probed, strict=True))
+  for cell in cells:
+    results = runner.train(settings, cell, folder)
+    for split, result in zip(cell.splits(cell.config.seeds), results, strict=True):
+      rows.append(make_row(settings, cell, split, result))
+      probed.append(result.metrics["probes"])
+  runs = list(zip(with_regions(rows), probed, strict=True))
   runs.sort(key=lambda run: (run[0]["noise_fraction"], run[0]["region"] or 5))
-  report(folder, runs)
-
-
-def report(folder: pathlib.Path, runs: list[tuple[dict[str, Any], Any]]) -> None:
-  """Writes and prints what was found."""
-  rows, flags_given = [row for row, _ in runs], _launch.flags_of(__name__)
-  _report.save(folder, rows, flags_given)
-  _memorization_report.draw(rows, folder / "figure.png")
-  written = ["results.json", "results.csv", "figure.png"]
-  if _memorization_report.draw_curves(runs, folder / "curves.png"):
-    written.append("curves.png")
-  print(_catalogue.summary("memorization", rows, flags_given))
-  print(f"\n{_memorization_report.selection(rows)}")
-  print(f"\n{_memorization_report.correlations(rows)}")
-  print(f"\nwritten: {folder}/{', '.join(written)}")
+  rows = [row for row, _ in runs]
+  draw(rows, folder / "figure.png")
+  files = ["figure.png"]
+  if draw_curves(runs, folder / "curves.png"):
+    files.append("curves.png")
+  more = f"{selection(rows)}\n\n{correlations(rows)}"
+  return runner.report(settings, TABLE, folder, rows, files, more=more)
 
 
 if __name__ == "__main__":
-  _launch.run(main)
+  launch.main(Settings, run, TABLE.name)

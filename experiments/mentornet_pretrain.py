@@ -1,4 +1,4 @@
-r"""Fits a mentor: the curriculum network that weighs a student's examples.
+r"""Fits a mentor: the curriculum network that weights a student's examples.
 
 Paper: Jiang et al., "MentorNet: Learning Data-Driven Curriculum for Very Deep
   Neural Networks on Corrupted Labels" (ICML 2018), MentorNet-PD and -DD.
@@ -7,98 +7,150 @@ Command: python -m experiments.mentornet_pretrain --curriculum=pd
   --percentile=90, where FILE is a student's recorded losses. Students load the
   mentor.json it leaves in --workdir.
 Device, time: one CPU core, under a minute.
-Published: none of the fit itself; of students see results/.
+Published: none of the fit itself; for students see results/.
 """
 
+import dataclasses
 import hashlib
 import pathlib
 from typing import Any
 
-from absl import flags
 import numpy as np
 
-from experiments import _bounds
-from experiments import _catalogue
-from experiments import _launch
-from experiments import _report
+from experiments.lib import figures
+from experiments.lib import launch
+from experiments.lib import runner
+from experiments.lib import settings as settings_lib
+from experiments.lib.settings import flag
+from experiments.tables import table
 from l2rw_jax import base
-from l2rw_jax.io import workdir
+from l2rw_jax.io import workdir as workdir_lib
 from l2rw_jax.methods import mentornet
 from l2rw_jax.methods.mentornet import fitting as mentornet_fitting
 from l2rw_jax.methods.mentornet import loss_dump
 from l2rw_jax.methods.mentornet import mentor_file
 from l2rw_jax.methods.mentornet import network as mentornet_network
 
-_CURRICULUM = flags.DEFINE_enum(
-  "curriculum", "pd", [*mentornet.CURRICULA, "dd"], "What to fit; dd needs --dump."
-)
-_DUMP = flags.DEFINE_string("dump", None, "Recorded losses of a student, for dd.")
-_PERCENTILE = flags.DEFINE_float(
-  "percentile",
-  75.0,
-  "Of all losses in --dump, from 0 to 100; differences are taken from it.",
-)
-_USE_LABELS = flags.DEFINE_bool(
-  "use_labels", False, "dd: shows the labels to the mentor, which then fits their C."
-)
-_COMPAT = flags.DEFINE_enum(
-  "compat",
-  "official_code",
-  mentornet_network.COMPAT,
-  "Whose network, see methods/mentornet_network.py.",
-)
-_NUM_ROWS = flags.DEFINE_integer(
-  "num_rows", 100_000, "Rows of the grid to keep.", lower_bound=2
-)
-_NUM_STEPS = flags.DEFINE_integer("num_steps", 30_000, "Updates.", lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Rows an update.", lower_bound=1)
-_LEARNING_RATE = flags.DEFINE_float(
-  "learning_rate", 0.1, "Of Adam, at first.", lower_bound=0.0
-)
-_RESTARTS = flags.DEFINE_integer(
-  "restarts", 8, "Starts, of which the best is kept; released: 1.", lower_bound=1
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Of all draws.", lower_bound=0)
-flags.declare_key_flag("workdir")
-
 _EPOCHS = (5, 50, 95)
 _PERCENTILES_SHOWN = (0.5, 1.5, 3.0)
 
 
-def make_rows() -> tuple[mentornet_fitting.Rows, int | None]:
+@dataclasses.dataclass(frozen=True)
+class Settings(settings_lib.Settings):
+  """The flags of this script."""
+
+  EXTENDABLE = ("dump",)
+
+  curriculum: str = flag(
+    "pd",
+    "Curriculum to fit; dd is that of recorded losses and needs --dump.",
+    choices=[*mentornet.CURRICULA, "dd"],
+    group="method",
+  )
+  dump: str | None = flag(
+    None,
+    "File of a student's recorded losses, for --curriculum=dd.",
+    group="data",
+  )
+  percentile: float = flag(
+    75.0,
+    "Percentile of all losses in --dump, from 0 to 100, from which differences are"
+    " taken.",
+    bounds=settings_lib.Bounds(0, 100),
+    group="data",
+  )
+  use_labels: bool = flag(
+    False,
+    "Show the labels to the mentor of --curriculum=dd, which then fits data of as many"
+    " classes only.",
+    group="method",
+  )
+  compat: str = flag(
+    "official_code",
+    "Network of the released code or of the paper, see"
+    " l2rw_jax/methods/mentornet/network.py.",
+    choices=mentornet_network.COMPAT,
+    group="method",
+  )
+  num_rows: int = flag(
+    100_000,
+    "Number of rows of the grid to keep.",
+    bounds=settings_lib.Bounds(2, 1_200_000),
+    group="data",
+  )
+  num_steps: int = flag(30_000)
+  batch_size: int = flag(32, "Number of rows in an update.")
+  learning_rate: float = flag(0.1, "Learning rate of Adam at the start.")
+  restarts: int = flag(
+    8,
+    "Number of random starts, of which the best is kept; the released code has 1.",
+    bounds=settings_lib.Bounds(1, 1000),
+  )
+  seed: int = flag(
+    0, "Seed of all random draws.", bounds=settings_lib.Bounds(0, 2**31 - 1)
+  )
+
+  def input_files(self) -> dict[str, str]:
+    """The recorded losses."""
+    return {"dump": self.dump} if self.dump else {}
+
+
+TABLE = table.Layout(
+  name="mentornet_pretrain",
+  title="MentorNet fitted to a curriculum",
+  metrics=(
+    table.Metric("accuracy", "accuracy %", scale=100),
+    table.Metric("mse", "mean squared error", decimals=5),
+    table.Metric("num_rows", "number", decimals=0),
+  ),
+  settings={"compat": "network of {}", "rows": "{} rows"},
+  keys=("rows",),
+  method=lambda row: row["curriculum"],
+  method_heading="curriculum",
+  repeat="fit",
+  published="Published: nothing; how well a mentor imitates what it was fitted to.",
+)
+
+
+def make_rows(
+  settings: Settings,
+) -> tuple[mentornet_fitting.Rows, int | None]:
   """What to fit, and the classes the mentor will look at (None: no labels)."""
-  is_dd, where = _CURRICULUM.value == "dd", f"with --curriculum={_CURRICULUM.value}"
-  _bounds.check_used("percentile", is_dd, where)
-  _bounds.check_used("num_rows", not is_dd, where)
+  is_dd, where = settings.curriculum == "dd", f"with --curriculum={settings.curriculum}"
+  settings.check_used("percentile", is_dd, where)
+  settings.check_used("num_rows", not is_dd, where)
   if not is_dd:
-    for name, given in (("dump", _DUMP.value), ("use_labels", _USE_LABELS.value)):
+    for name, given in (("dump", settings.dump), ("use_labels", settings.use_labels)):
       if given:
         raise base.InputError(f"--{name} is for --curriculum=dd.")
     rows = mentornet_fitting.pd_rows(
-      _CURRICULUM.value, num_rows=_NUM_ROWS.value, seed=_SEED.value
+      settings.curriculum, num_rows=settings.num_rows, seed=settings.seed
     )
     return rows, None
-  if not _DUMP.value:
+  if not settings.dump:
     raise base.InputError(
       "--curriculum=dd needs --dump=FILE: losses of a student, recorded with"
       " --dump_losses by experiments.mnist_noise or experiments.cifar_noise."
     )
-  dump = loss_dump.read_dump(_DUMP.value)
+  dump = loss_dump.read_dump(settings.dump)
   rows = mentornet_fitting.dd_rows(
     dump.loss,
     dump.label,
     dump.true_label,
     dump.epoch_percent,
-    percentile=_PERCENTILE.value,
-    use_labels=_USE_LABELS.value,
-    seed=_SEED.value,
+    percentile=settings.percentile,
+    use_labels=settings.use_labels,
+    seed=settings.seed,
   )
   num_classes = int(max(dump.label.max(), dump.true_label.max())) + 1
-  return rows, num_classes if _USE_LABELS.value else None
+  return rows, num_classes if settings.use_labels else None
 
 
 def fit_or_load(
-  rows: mentornet_fitting.Rows, num_classes: int | None, folder: pathlib.Path
+  settings: Settings,
+  rows: mentornet_fitting.Rows,
+  num_classes: int | None,
+  folder: pathlib.Path,
 ) -> mentornet_network.Mentor:
   """The mentor in the folder, fitted if it is not there yet."""
   path = folder / "mentor.json"
@@ -106,23 +158,25 @@ def fit_or_load(
   if path.exists():
     if mentor_file.read(path)["facts"].get("rows") != fitted_to:
       raise base.InputError(
-        f"{path} was fitted to other losses than those of --dump={_DUMP.value} now;"
+        f"{path} was fitted to other losses than those of --dump={settings.dump} now;"
         " choose another --workdir or delete it."
       )
     return mentor_file.load(path)
-  network = mentornet_network.MentorNetwork(num_classes or 2, _COMPAT.value)
+  network = mentornet_network.MentorNetwork(num_classes or 2, settings.compat)
   variables = mentornet_fitting.fit(
     network,
     mentornet_fitting.split(rows)[0],
-    num_steps=_NUM_STEPS.value,
-    batch_size=_BATCH_SIZE.value,
-    learning_rate=_LEARNING_RATE.value,
-    restarts=_RESTARTS.value,
-    seed=_SEED.value,
+    num_steps=settings.num_steps,
+    batch_size=settings.batch_size,
+    learning_rate=settings.learning_rate,
+    restarts=settings.restarts,
+    seed=settings.seed,
   )
-  mentor = mentornet_network.Mentor(_CURRICULUM.value, network, variables, num_classes)
-  facts = {"rows": fitted_to, "flags": _launch.flags_of(__name__)}
-  mentor_file.save(path, mentor, facts | workdir.run_info())
+  mentor = mentornet_network.Mentor(
+    settings.curriculum, network, variables, num_classes
+  )
+  facts = {"rows": fitted_to, "flags": settings.record()}
+  mentor_file.save(path, mentor, facts | workdir_lib.run_info())
   return mentor
 
 
@@ -146,40 +200,41 @@ def table_rows(
       "num_rows": len(part.losses),
       **mentornet_fitting.imitation_errors(mentor, part),
       "mean_target": float(part.targets.mean()),
-      **workdir.run_info(),
+      **workdir_lib.run_info(),
     }
     for name, part in parts
   ]
 
 
 def draw(
-  mentor: mentornet_network.Mentor, rows: mentornet_fitting.Rows, path: pathlib.Path
+  mentor: mentornet_network.Mentor,
+  rows: mentornet_fitting.Rows,
+  percentile: float,
+  path: pathlib.Path,
 ) -> None:
   """Weight against loss, a panel an epoch: learned, and what it was fitted to."""
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
   is_dd = mentor.curriculum == "dd"
   epochs: Any = _EPOCHS
   if is_dd:  # Recorded ones near the start, the middle and the end.
     epochs = np.quantile(np.unique(rows.epochs), (0, 0.5, 1), method="nearest")
-  figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True)
-  for axis, epoch in zip(axes, epochs, strict=True):
-    (_draw_recorded if is_dd else _draw_predefined)(axis, mentor, rows, int(epoch))
-    axis.set_title(f"{int(epoch)}% of training")
-    axis.set_xlabel("loss")
-  axes[0].set_ylabel("weight of an example")
-  axes[0].set_ylim(-0.05, 1.05)
-  axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-  figure.suptitle(f"Mentor fitted to {mentor.curriculum} ({mentor.network.compat})")
-  figure.tight_layout()
-  figure.savefig(path, dpi=150, bbox_inches="tight")
-  plt.close(figure)
+  options = {"figsize": (10, 3.2), "sharey": True, "tight": True}
+  with figures.figure(path, 1, 3, **options) as (figure, axes):
+    for axis, epoch in zip(axes, epochs, strict=True):
+      if is_dd:
+        _draw_recorded(axis, mentor, rows, int(epoch), percentile)
+      else:
+        _draw_predefined(axis, mentor, int(epoch))
+      axis.set_title(f"{int(epoch)}% of training")
+      axis.set_xlabel("loss")
+    axes[0].set_ylabel("weight of an example")
+    axes[0].set_ylim(-0.05, 1.05)
+    axes[-1].legend(
+      fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
+    )
+    figure.suptitle(f"Mentor fitted to {mentor.curriculum} ({mentor.network.compat})")
 
 
-def _draw_predefined(axis, mentor, rows, epoch):
+def _draw_predefined(axis, mentor, epoch):
   losses = np.linspace(0, 6, 601, dtype=np.float32)
   labels = np.zeros(len(losses), np.int32)
   wanted = mentornet.CURRICULA[mentor.curriculum]
@@ -191,7 +246,7 @@ def _draw_predefined(axis, mentor, rows, epoch):
   axis.plot([], [], "k--", linewidth=1, label="the curriculum itself")
 
 
-def _draw_recorded(axis, mentor, rows, epoch):
+def _draw_recorded(axis, mentor, rows, epoch, shown_percentile):
   """Learned curve, and the share of right labels among losses of one size."""
   at = rows.epochs == epoch
   percentile = float(np.median(rows.losses - rows.differences))
@@ -203,28 +258,25 @@ def _draw_recorded(axis, mentor, rows, epoch):
     name = "learned" + (f", label {label}" if mentor.num_classes else "")
     axis.plot(losses, weights, color=f"C{label}", label=name)
   edges = np.linspace(0, top, 21)
-  found, _ = np.histogram(rows.losses[at], edges)
+  count, _ = np.histogram(rows.losses[at], edges)
   right, _ = np.histogram(rows.losses[at], edges, weights=rows.targets[at])
-  seen = found > 0
+  present = count > 0
   centers = (edges[:-1] + edges[1:]) / 2
   name = "share of right labels"
-  axis.plot(centers[seen], right[seen] / found[seen], "k.", label=name)
-  name = f"percentile {_PERCENTILE.value:g}"
+  axis.plot(centers[present], right[present] / count[present], "k.", label=name)
+  name = f"percentile {shown_percentile:g}"
   axis.axvline(percentile, color="0.7", linewidth=1, label=name)
 
 
-def main() -> None:
+def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   """Fits the mentor if need be, then prints and draws how well it imitates."""
-  rows, num_classes = make_rows()
-  folder = _launch.prepare("mentornet_pretrain", __name__, ())
-  mentor = fit_or_load(rows, num_classes, folder)
+  rows, num_classes = make_rows(settings)
+  folder = runner.open_folder(settings, TABLE.name, workdir)
+  mentor = fit_or_load(settings, rows, num_classes, folder)
+  draw(mentor, rows, settings.percentile, folder / "figure.png")
   results = table_rows(mentor, rows)
-  flags_given = _launch.flags_of(__name__)
-  _report.save(folder, results, flags_given)
-  draw(mentor, rows, folder / "figure.png")
-  print(_catalogue.summary("mentornet_pretrain", results, flags_given))
-  print(f"\nwritten: {folder}/mentor.json, results.json, results.csv, figure.png")
+  return runner.report(settings, TABLE, folder, results, before=["mentor.json"])
 
 
 if __name__ == "__main__":
-  _launch.run(main)
+  launch.main(Settings, run, TABLE.name)

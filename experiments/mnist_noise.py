@@ -1,4 +1,4 @@
-r"""MNIST with wrong labels: every method that learns to weigh, side by side.
+r"""Images with wrong labels: every method that learns to weight, side by side.
 
 Paper: the setting of BARE's MNIST table (Patel and Sastry, WACV 2023): an MLP
   784-256-10, symmetric noise 0.5 and 0.7; it lists plain cross-entropy, L2RW and
@@ -9,53 +9,36 @@ Command: python -m experiments.mnist_noise --data_dir=DIR
   as the table was made: --preset=bare --methods=uniform,bare, and --pixels=raw
 Device, time: one CPU core, 2 to 8 minutes a method and noise (MLP, 3 seeds).
 Published (accuracy %, sym 0.5 / 0.7): cross-entropy 74.30 / 61.19, L2RW 90.39 /
-  85.10, Meta-Weight-Net 74.94 / 65.52, BARE 94.38 / 91.61, under --preset=bare. Ours:
-  results/mnist_noise, results/mnist_noise_bare.
+  85.10, Meta-Weight-Net 74.94 / 65.52, BARE 94.38 / 91.61, under --preset=bare.
+Measured: results/mnist_noise, results/mnist_noise_bare.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
 
-from absl import flags
-import jax
-
-from experiments import _bounds
-from experiments import _catalogue
-from experiments import _launch
-from experiments import _methods
-from experiments import _noise
-from experiments import _noise_report
-from experiments import _optimizer_config
-from experiments import _own_data
-from experiments import _probes
-from experiments import _published
-from experiments import _report
-from experiments import _trusted
+from experiments.lib import figures
+from experiments.lib import launch
+from experiments.lib import optimizers
+from experiments.lib import registries
+from experiments.lib import runner
+from experiments.lib import settings as settings_lib
+from experiments.lib.settings import flag
+from experiments.tables import published
+from experiments.tables import table
 from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import noisy_labels
-from l2rw_jax.data import sources
 from l2rw_jax.models import augmentation
 from l2rw_jax.models import classifier
-from l2rw_jax.models import lenet
-from l2rw_jax.models import mlp
-from l2rw_jax.training import config as config_lib
 
-COMPARED = [
-  "uniform",
-  "l2rw",
-  "meta_weight_net",
-  "warpi",
-  "advisor",
-  "bare",
-  "absgd",
-  "symmetric_cross_entropy",
-  "generalized_cross_entropy",
-  "bootstrapping_hard",
+METHODS = tuple(registries.NOISE)
+COMPARED = (
+  *("uniform", "l2rw", "meta_weight_net", "warpi", "advisor", "bare", "absgd"),
+  *("symmetric_cross_entropy", "generalized_cross_entropy", "bootstrapping_hard"),
   "forward_correction",
-]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,311 +49,298 @@ class Preset:
     num_epochs: passes over the training set.
     batch_size: B.
     meta_batch_size: M.
-    optimization: of every method but those of `own`.
+    optimizer: of every method except those of `by_method`.
     num_validation: images with wrong labels held out of training.
     plateau: whether the learning rate falls when their loss stops falling.
-    lookahead_learning_rate: of the virtual SGD step; None is the optimization's own. A
-      rate of Adam is none of SGD's: at 1e-3 the lessons of Meta-Weight-Net's
-      network are a hundredth of its papers', and its weight decay drowns them.
-    own: by method.
+    lookahead_learning_rate: of the virtual SGD step; None for the optimizer's learning
+      rate. A learning rate of Adam does not suit SGD: at 1e-3 the updates of
+      Meta-Weight-Net's network are a hundredth of its paper's, and its weight decay
+      outweighs them.
+    by_method: optimizers of single methods.
   """
 
   num_epochs: int
   batch_size: int
   meta_batch_size: int
-  optimizer_config: _optimizer_config.OptimizerConfig
+  optimizer: optimizers.OptimizerConfig
   lookahead_learning_rate: float | None = None
   num_validation: int = 0
   plateau: bool = False
-  own: dict[str, _optimizer_config.OptimizerConfig] = dataclasses.field(
+  by_method: Mapping[str, optimizers.OptimizerConfig] = dataclasses.field(
     default_factory=dict
   )
 
 
-# "shared" is ours: one schedule for all. "bare" is the table's: 48,000 images to train
-# on, whose pixels its released code never scales (--pixels=raw). That code watches
-# 1,000 validation images, of which we have 11,000 to watch, and its program for BARE
-# (not those for the baselines) has a small LeNet where the paper has this MLP. "own"
-# gives each method the optimizer of its paper's image experiments, for as many epochs.
+def _sgd(
+  rate: float, decay: float = 0.0, drops: tuple[tuple[float, float], ...] = ()
+) -> optimizers.OptimizerConfig:
+  return optimizers.OptimizerConfig("sgd", rate, 0.9, False, decay, drops)
+
+
+# "shared" is one schedule for all methods. "bare" is the table's: 48,000 images to
+# train on, whose pixels its released code never scales (--pixels=raw). That code
+# watches 1,000 validation images where 11,000 are watched here, and its program for
+# BARE (not those for the baselines) has a small LeNet where the paper has this MLP.
+# "own" gives each method the optimizer of its paper's image experiments, for as many
+# epochs.
 _DROPS = ((2 / 3, 0.1), (5 / 6, 0.1))
+_ADAM = optimizers.OptimizerConfig("adam", 1e-3)
 PRESETS = {
-  "shared": Preset(30, 100, 100, _optimizer_config.OptimizerConfig("adam", 1e-3), 0.1),
+  "shared": Preset(30, 100, 100, _ADAM, 0.1),
   "bare": Preset(
-    200,
-    128,
-    128,
-    _optimizer_config.OptimizerConfig("adam", 2e-4),
+    *(200, 128, 128, optimizers.OptimizerConfig("adam", 2e-4)),
     num_validation=11_000,
     plateau=True,
   ),
   "own": Preset(
-    30,
-    100,
-    100,
-    _optimizer_config.OptimizerConfig("adam", 1e-3),
-    own={
-      "l2rw": _optimizer_config.OptimizerConfig("sgd", 1e-3, 0.9),
-      "meta_weight_net": _optimizer_config.OptimizerConfig(
-        "sgd", 0.1, 0.9, False, 5e-4, _DROPS
-      ),
-      "mentornet_pd": _optimizer_config.OptimizerConfig(
-        "sgd", 0.1, 0.9, False, 2e-4, _DROPS
-      ),
-      "mentornet_dd": _optimizer_config.OptimizerConfig(
-        "sgd", 0.1, 0.9, False, 2e-4, _DROPS
-      ),
-      "warpi": _optimizer_config.OptimizerConfig("sgd", 0.1, 0.9, False, 5e-4, _DROPS),
-      "advisor": _optimizer_config.OptimizerConfig(
-        "sgd", 0.01, 0.9, False, 1e-4, ((0.5, 0.1), (0.85, 0.1))
-      ),
+    *(30, 100, 100, _ADAM),
+    by_method={
+      "l2rw": _sgd(1e-3),
+      "meta_weight_net": _sgd(0.1, 5e-4, _DROPS),
+      "mentornet_pd": _sgd(0.1, 2e-4, _DROPS),
+      "mentornet_dd": _sgd(0.1, 2e-4, _DROPS),
+      "warpi": _sgd(0.1, 5e-4, _DROPS),
+      "advisor": _sgd(0.01, 1e-4, ((0.5, 0.1), (0.85, 0.1))),
     },
   ),
 }
-
 PIXELS = {"unit": None, "raw": augmentation.Preprocess(std=(1 / 255,))}
 
-_DATASET = flags.DEFINE_string("dataset", "mnist", f"mnist, digits, {_own_data.HELP}")
-_PRESET = flags.DEFINE_enum(
-  "preset", "shared", list(PRESETS), "How to train; other flags override."
-)
-_NETWORK = flags.DEFINE_enum(
-  "network", "mlp", ["mlp", "lenet"], "MLP 784-256-10, or L2RW's LeNet."
-)
-_NOISE = flags.DEFINE_enum(
-  "noise",
-  "bare_symmetric",
-  [name for name in noisy_labels.BUILDERS if name != "human"],
-  "Builder of the wrong labels.",
-)
-_VARIANT = flags.DEFINE_enum(
-  "variant", "paper", ["paper", "official_code"], "Of the builder."
-)
-_FRACTIONS = flags.DEFINE_multi_float(
-  "noise_fraction", None, "The builder's parameter; repeat the flag. [0.5 and 0.7]"
-)
-_METHODS = flags.DEFINE_list(
-  "methods", COMPARED, f"Comma-separated, of {', '.join(_methods.NAMES)}."
-)
-_NUM_SEEDS = flags.DEFINE_integer("num_seeds", 3, "Repetitions.", lower_bound=1)
-_AT_ONCE = flags.DEFINE_integer(
-  "seeds_at_once",
-  None,
-  "Seeds trained side by side. [all; LeNet on CPU: 1]",
-  lower_bound=1,
-)
-_NUM_EPOCHS = flags.DEFINE_integer(
-  "num_epochs", None, "Passes over the training set. [the preset's]", lower_bound=1
-)
-_NUM_META = flags.DEFINE_integer(
-  "num_meta", 100, "Clean images a class; digits: at most 20 are sensible."
-)
-_NUM_VALIDATION = flags.DEFINE_integer(
-  "num_validation",
-  None,
-  "Images with wrong labels held out of training. [the preset's]",
-  lower_bound=0,
-)
-_PLATEAU = flags.DEFINE_bool(
-  "plateau",
-  None,
-  "Whether the learning rate falls to a tenth when their loss stops falling."
-  " [the preset's]",
-)
-_PIXELS = flags.DEFINE_enum(
-  "pixels", "unit", list(PIXELS), "Scale of the pixels: 0 to 1, or 0 to 255."
-)
-_BATCH_SIZE = flags.DEFINE_integer(
-  "batch_size", None, "Batch size. [the preset's]", lower_bound=1
-)
-_META_BATCH_SIZE = flags.DEFINE_integer(
-  "meta_batch_size", None, "Clean examples a step. [the preset's]", lower_bound=1
-)
-_LEARNING_RATE = flags.DEFINE_float(
-  "learning_rate", None, "At the start. [the preset's]", lower_bound=0.0
-)
-_MOMENTUM = flags.DEFINE_float(
-  "momentum", None, "Of SGD. [the preset's]", lower_bound=0.0
-)
-_LOOK_AHEAD_RATE = flags.DEFINE_float(
-  "lookahead_learning_rate",
-  None,
-  "Learning rate of the meta-learned methods' virtual step. [the preset's]",
-  lower_bound=0.0,
-)
-_DUMP_LOSSES = flags.DEFINE_bool(
-  "dump_losses",
-  False,
-  "Keep training losses in losses-seed-S.npz, to fit a MentorNet-DD to.",
-)
-flags.adopt_module_key_flags(_methods)
-flags.adopt_module_key_flags(_launch)
-flags.adopt_module_key_flags(_trusted)
-flags.adopt_module_key_flags(_probes)
-_EXTENDABLE = ("noise_fraction", "methods", "mentor")
+
+@dataclasses.dataclass(frozen=True)
+class Settings(registries.Settings, runner.Settings):
+  """The flags of this script."""
+
+  EXTENDABLE = ("noise_fraction", "methods", "mentor")
+
+  dataset: str = flag("mnist")
+  preset: str = flag("shared", choices=PRESETS)
+  network: str = flag(
+    "mlp",
+    "Network to train: an MLP 784-256-10, or L2RW's LeNet.",
+    choices=registries.SMALL_NETWORKS,
+  )
+  noise: str = flag(
+    "bare_symmetric",
+    choices=[name for name in noisy_labels.BUILDERS if name != "human"],
+  )
+  noise_variant: str = flag(
+    "paper", choices=["paper", "official_code"], aliases=["variant"], key="variant"
+  )
+  noise_fraction: tuple[float, ...] | None = flag(
+    None, "Parameter of the noise builder. The default is 0.5 and 0.7."
+  )
+  methods: tuple[str, ...] = flag(
+    COMPARED, f"Methods to compare, of {', '.join(METHODS)}."
+  )
+  seeds_at_once: int | None = flag(None, unset="all, and 1 for LeNet on CPU")
+  num_epochs: int | None = flag(None, unset="the preset's")
+  num_meta: int = flag(
+    100, "Number of clean images of each class; with digits, at most 20 are sensible."
+  )
+  num_validation: int | None = flag(None, unset="the preset's")
+  plateau: bool | None = flag(
+    None,
+    "Let the learning rate fall to a tenth when the validation loss stops falling. The"
+    " default is the preset's.",
+  )
+  pixels: str = flag(
+    "unit",
+    "Scale of the pixels: 0 to 1, or 0 to 255.",
+    choices=PIXELS,
+    group="data",
+  )
+  batch_size: int | None = flag(None, unset="the preset's")
+  meta_batch_size: int | None = flag(None, unset="the preset's")
+  learning_rate: float | None = flag(
+    None, "Learning rate at the start. The default is the preset's."
+  )
+  momentum: float | None = flag(None, unset="the preset's")
+  lookahead_learning_rate: float | None = flag(
+    None, unset="the preset's", aliases=["look_ahead_rate"]
+  )
+  dump_losses: bool = flag(False)
 
 
-@functools.cache
-def load(split: str) -> sources.Source:
-  """A split of `--dataset`, read once."""
-  return _own_data.load(_DATASET.value, split, ["mnist", "digits"])
+TABLE = table.Layout(
+  name="mnist_noise",
+  title="MNIST with wrong labels",
+  metrics=table.NOISE_METRICS,
+  settings={
+    "dataset": "{}",
+    "network": "{}",
+    "preset": "preset {}",
+    "pixels": "{} pixels",
+    "noise": "{}",
+    "variant": "variant {}",
+    "fraction": "fraction {:g}",
+    "num_meta": "{:,} clean images",
+    "num_steps": "{:,} steps",
+    "plateau_steps": "plateau",
+  },
+  keys=("noise", "fraction"),
+  published=published.MNIST_NOISE_SOURCE,
+)
+BARE_TABLE = dataclasses.replace(
+  TABLE,
+  name="mnist_noise_bare",
+  title="MNIST with wrong labels, as BARE's table was made",
+  keys=("noise", "fraction", "pixels", "plateau_steps"),
+)
 
 
-def make_splits(fraction: float, seeds: Sequence[int]) -> list[examples_lib.Splits]:
+def make_splits(
+  settings: Settings, fraction: float, seeds: Sequence[int]
+) -> list[examples_lib.Splits]:
   """The data of some seeds."""
-  num_validation = _NUM_VALIDATION.value
+  num_validation = settings.num_validation
   if num_validation is None:
-    num_validation = PRESETS[_PRESET.value].num_validation
-  trusted = _trusted.load(load("train"))
+    num_validation = PRESETS[settings.preset].num_validation
   return [
     noisy_labels.noisy_labels(
-      load("train"),
-      load("test"),
-      builder=_NOISE.value,
+      settings.load("train"),
+      settings.load("test"),
+      builder=settings.noise,
       fraction=fraction,
-      num_meta_per_class=_NUM_META.value if trusted is None else 0,
+      num_meta_per_class=settings.num_meta,
       num_validation=num_validation,
       seed=seed,
-      variant=_VARIANT.value,
-      trusted=trusted,
+      variant=settings.noise_variant,
     )
     for seed in seeds
   ]
 
 
-def make_cell(name: str, fraction: float, split: examples_lib.Splits) -> _noise.Cell:
-  """How a method is run: the preset's settings under the flags given."""
-  preset = PRESETS[_PRESET.value]
-  optimizer_config = preset.own.get(name, preset.optimizer_config)
-  batch_size = _BATCH_SIZE.value or preset.batch_size
-  meta_batch_size = _META_BATCH_SIZE.value or min(
-    preset.meta_batch_size, max(1, len(split.meta.label))
-  )
-  steps = max(1, len(split.train.label) // batch_size)  # an epoch
-  plateau = preset.plateau if _PLATEAU.value is None else _PLATEAU.value
+def make_optimizer(
+  settings: Settings, name: str, split: examples_lib.Splits, steps_per_epoch: int
+) -> optimizers.OptimizerConfig:
+  """The preset's optimizer under the flags given."""
+  preset = PRESETS[settings.preset]
+  optimizer = preset.by_method.get(name, preset.optimizer)
+  plateau = preset.plateau if settings.plateau is None else settings.plateau
   if plateau and not len(split.validation.label):
     raise base.InputError("--plateau needs a validation set: give --num_validation.")
-  given: dict[str, Any] = {
-    "learning_rate": _LEARNING_RATE.value,
-    "momentum": _MOMENTUM.value,
-    "plateau_steps": steps if plateau else None,
-  }
-  given = {k: v for k, v in given.items() if v is not None}
-  if _MOMENTUM.value is not None and optimizer_config.name != "sgd":
+  if settings.momentum is not None and optimizer.name != "sgd":
     raise base.InputError(
-      f"--momentum={_MOMENTUM.value:g} is of SGD; --preset={_PRESET.value} trains"
-      f" {name} by {optimizer_config.name}: leave it out."
+      f"--momentum={settings.momentum:g} is of SGD; --preset={settings.preset} trains"
+      f" {name} by {optimizer.name}: leave it out."
     )
-  config = _launch.run_config(
-    num_steps=(_NUM_EPOCHS.value or preset.num_epochs) * steps,
+  given = settings_lib.given_values(
+    learning_rate=settings.learning_rate,
+    momentum=settings.momentum,
+    plateau_steps=steps_per_epoch if plateau else None,
+  )
+  return dataclasses.replace(optimizer, **given)
+
+
+def make_cell(
+  settings: Settings,
+  name: str,
+  fraction: float,
+  splits: runner.MakeSplits,
+  split: examples_lib.Splits,
+) -> runner.Cell:
+  """How a method is run: the preset's settings under the flags given.
+
+  Args:
+    settings: of the script.
+    name: of the method.
+    fraction: of the noise.
+    splits: seeds -> the data of each.
+    split: of seed 0.
+  """
+  preset = PRESETS[settings.preset]
+  batch_size = settings.batch_size or preset.batch_size
+  num_meta = len(split.meta.label)
+  meta_batch_size = settings.meta_batch_size or min(
+    preset.meta_batch_size, max(1, num_meta)
+  )
+  steps_per_epoch = max(1, len(split.train.label) // batch_size)
+  num_epochs = settings.num_epochs or preset.num_epochs
+  config = settings.config(
+    num_steps=num_epochs * steps_per_epoch,
     batch_size=batch_size,
-    meta_batch_size=meta_batch_size if len(split.meta.label) else None,
-    eval_every=steps,
+    meta_batch_size=meta_batch_size if num_meta else None,
+    eval_every=steps_per_epoch,
+    seeds=settings.seeds,
   )
-  num_classes = split.num_classes
-  is_mlp = _NETWORK.value == "mlp"
-  network = mlp.MLP(num_classes, (256,)) if is_mlp else lenet.LeNet(num_classes)
-  return _noise.make_cell(
-    name,
-    {"noise": _NOISE.value, "variant": _VARIANT.value, "fraction": fraction},
+  optimizer = make_optimizer(settings, name, split, steps_per_epoch)
+  rate = settings.lookahead_learning_rate
+  problem = runner.make_problem(
+    settings,
     config,
-    dataclasses.replace(optimizer_config, **given),
-    classifier.Classifier(network, num_classes, PIXELS[_PIXELS.value]),
-    fraction,
-    len(split.train.label),
-    preset.lookahead_learning_rate
-    if _LOOK_AHEAD_RATE.value is None
-    else _LOOK_AHEAD_RATE.value,
+    optimizer,
+    split.num_classes,
+    lookahead_learning_rate=preset.lookahead_learning_rate if rate is None else rate,
+    noise_fraction=fraction,
+    num_epochs=num_epochs,
   )
-
-
-def seed_groups() -> dict[str, tuple[int, ...]]:
-  """The seeds that are trained side by side, by name of their folder."""
-  alone = _NETWORK.value == "lenet" and jax.default_backend() == "cpu"
-  at_once = _AT_ONCE.value or (1 if alone else _NUM_SEEDS.value)
-  seeds = range(_NUM_SEEDS.value)
-  groups = [tuple(seeds[first : first + at_once]) for first in seeds[::at_once]]
-  return {f"seeds-{group[0]}-{group[-1]}": group for group in groups}
-
-
-def train(cell: _noise.Cell, folder: Any) -> list[dict[str, Any]]:
-  """Trains a cell for every seed; a result row for each."""
-  rows = []
-  for name, seeds in seed_groups().items():
-    config = dataclasses.replace(cell.config, seeds=seeds)
-    results = _noise.train(
-      cell._replace(config=config),
-      make_splits(cell.noise["fraction"], seeds),
-      folder / name,
-      dump_losses=_DUMP_LOSSES.value,
-    )
-    rows += [row(cell, result) for result in results]
-  return rows
-
-
-def num_meta() -> int:
-  """Clean examples in all."""
-  trusted = _trusted.load(load("train"))
-  if trusted is not None:
-    return len(trusted.labels)
-  return load("train").num_classes * _NUM_META.value
-
-
-def row(cell: _noise.Cell, result: Any) -> dict[str, Any]:
-  """One run's line of `results.csv`."""
-  published: tuple[float | None, float | None] = (None, None)
-  is_theirs = _DATASET.value == "mnist" and _NETWORK.value == "mlp"
-  if is_theirs:
-    key = (cell.noise["noise"], cell.noise["fraction"])
-    published = _published.MNIST_NOISE.get(key, {}).get(cell.name, published)
+  network = registries.SMALL_NETWORKS[settings.network](split.num_classes)
   facts = {
-    "dataset": _DATASET.value,
-    "network": _NETWORK.value,
-    "preset": _PRESET.value,
-    "pixels": _PIXELS.value,
-    "published_percent": published[0],
-    "published_spread": published[1],
-    "num_meta": num_meta(),
+    "noise": settings.noise,
+    "variant": settings.noise_variant,
+    "fraction": fraction,
   }
-  return _noise.row(cell, result, **facts)
-
-
-def main() -> None:
-  """Trains what is missing, then prints and writes the comparison."""
-  names = _methods.check(_METHODS.value)
-  fractions = list(dict.fromkeys(_FRACTIONS.value or [0.5, 0.7]))
-  cells = []
-  for fraction in fractions:  # mistakes show before anything is written
-    (split,) = make_splits(fraction, [0])
-    _probes.check(split)
-    for name in names:
-      cell = make_cell(name, fraction, split)
-      config_lib.check(cell.config, cell.method, [split])
-      cells.append(cell)
-  modules = (__name__, _methods.__name__)
-  folder = _launch.prepare(
-    "mnist_noise",
-    modules[0],
-    _EXTENDABLE,
-    modules[1],
-    **_probes.given(),
-    **_trusted.given(),
+  return runner.Cell(
+    name,
+    facts,
+    config,
+    classifier.Classifier(network, split.num_classes, PIXELS[settings.pixels]),
+    registries.make_method(name, settings, problem, num_epochs),
+    optimizer,
+    splits,
+    "seeds-{first}-{last}/" + runner.folder_name(facts, name),
+    runner.seeds_at_once(settings.seeds_at_once, settings.network == "lenet"),
   )
-  rows = [row for cell in cells for row in train(cell, folder)]
-  flags_given = _launch.flags_of(*modules) | _probes.given() | _trusted.given()
-  _report.save(folder, rows, flags_given)
-  columns = ("noise", "fraction")
-  _noise_report.draw(rows, columns, folder / "figure.png")
-  written = ["results.json", "results.csv", "figure.png"]
+
+
+def make_row(settings: Settings, cell: runner.Cell, result: Any) -> dict[str, Any]:
+  """One run's line of `results.csv`."""
+  numbers: tuple[float | None, float | None] = (None, None)
+  if settings.dataset == "mnist" and settings.network == "mlp":
+    key = (cell.facts["noise"], cell.facts["fraction"])
+    numbers = published.MNIST_NOISE.get(key, {}).get(cell.method_name, numbers)
+  num_classes = settings.load("train").num_classes
+  return runner.row(
+    settings,
+    cell,
+    result,
+    dataset=settings.dataset,
+    network=settings.network,
+    preset=settings.preset,
+    pixels=settings.pixels,
+    published_percent=numbers[0],
+    published_spread=numbers[1],
+    num_meta=num_classes * settings.num_meta,
+  )
+
+
+def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
+  """Trains what is missing, then prints and writes the comparison."""
+  names = settings.choose_methods(settings.methods, METHODS)
+  fractions = settings.noise_fraction
+  cells = []
+  for fraction in dict.fromkeys((0.5, 0.7) if fractions is None else fractions):
+    splits = functools.partial(make_splits, settings, fraction)
+    (split,) = splits((0,))
+    cells += [make_cell(settings, name, fraction, splits, split) for name in names]
+  runner.check(settings, cells)
+  folder = runner.open_folder(settings, TABLE.name, workdir)
+  rows = [
+    make_row(settings, cell, result)
+    for cell in cells
+    for result in runner.train(settings, cell, folder)
+  ]
+  figures.accuracies(rows, ("noise", "fraction"), folder / "figure.png")
+  files = ["figure.png"]
   for cell in cells:
-    name = f"curve-{cell.noise['fraction']}.png"
-    if cell.name == "meta_weight_net" and _noise.draw_curves(
-      cell, folder / next(iter(seed_groups())), folder / name
+    file = f"curve-{cell.facts['fraction']}.png"
+    if cell.method_name == "meta_weight_net" and figures.meta_weight_net_curves(
+      cell, folder, folder / file
     ):
-      written.append(name)
-  print(_bounds.unused(_methods.USED_BY, names), end="")
-  print(_catalogue.summary("mnist_noise", rows, flags_given))
-  print(f"\nwritten: {folder}/{', '.join(written)}")
+      files.append(file)
+  return runner.report(settings, TABLE, folder, rows, files, methods=(METHODS, names))
 
 
 if __name__ == "__main__":
-  _launch.run(main)
+  launch.main(Settings, run, TABLE.name)

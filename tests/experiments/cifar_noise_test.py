@@ -10,12 +10,14 @@ import optax
 import pytest
 import scripts
 
-from experiments import _cifar
-from experiments import _methods
-from experiments import _optimizer_config
-from experiments import _published_cifar
+from experiments import cifar_noise as script
+from experiments.lib import optimizers
+from experiments.lib import registries
+from experiments.tables import published_cifar
 from l2rw_jax.data import noisy_labels
 from l2rw_jax.data import sources
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 _NAME = "cifar_noise"
 _SMALL = ("--smoke", "--num_devices=1", "--num_seeds=1")
@@ -89,7 +91,7 @@ def run(data_dir, tmp_path_factory):
   return cwd / "runs" / _NAME, done.printed
 
 
-def test_what_a_run_leaves(run):
+def test_run_writes_rows_and_figures(run):
   folder, printed = run
   header, *lines = scripts.table(printed)
   assert header[:5] == ["dataset", "noise", "fraction", "num_steps", "method"]
@@ -106,13 +108,13 @@ def test_what_a_run_leaves(run):
 
 
 def test_flags_override_the_preset(data_dir, tmp_path):
-  own = """--network=mlp --preset=warpi --dataset=cifar100 --methods=uniform
+  overridden = """--network=mlp --preset=warpi --dataset=cifar100 --methods=uniform
     --noise=bare_symmetric --noise_fraction=0.9 --num_steps=6 --decay_steps=2,4
     --learning_rate=0.5 --momentum=0 --nesterov --weight_decay=0.25 --batch_size=10
     --num_meta=0 --num_validation=100 --augmentation=none --dump_losses"""
   given = [
     ["--network=mlp", "--preset=mwn_flip", "--methods=l2rw,meta_weight_net"],
-    own.split(),
+    overridden.split(),
     ["--network=mlp", "--noise=human", "--annotation=aggre", "--methods=uniform"],
   ]
   commands = [
@@ -120,8 +122,8 @@ def test_flags_override_the_preset(data_dir, tmp_path):
     for i, flags in enumerate(given)
   ]
   for done in scripts.run_many(_NAME, commands):
-    assert done.status is None and done.complaints == "", done
-  (l2rw, flip), (own,), (human,) = (
+    assert done.status == 0 and done.complaints == "", done
+  (l2rw, flip), (overridden,), (human,) = (
     scripts.saved_rows(tmp_path / str(i))[0] for i in range(3)
   )
   assert (l2rw["method"], flip["method"]) == ("l2rw", "meta_weight_net")
@@ -142,16 +144,16 @@ def test_flags_override_the_preset(data_dir, tmp_path):
     "augmentation": "none",
     "drops": "0.333333:0.1 0.666667:0.1",
   }
-  assert {name: own[name] for name in expected} == expected
+  assert {name: overridden[name] for name in expected} == expected
   assert list((tmp_path / "1").glob("**/losses-seed-0.npz"))
   assert (human["dataset"], human["annotation"]) == ("cifar10_n", "aggre")
   assert human["fraction"] is None and human["wrong_percent"] == 100
 
 
 _MISTAKES = {
-  "preset": (["--preset=ours"], "should be one of <l2rw_uniform|"),
+  "preset": (["--preset=mine"], "should be one of <l2rw_uniform|"),
   "method": (["--methods=magic"], "--methods=magic: choose among uniform"),
-  "dataset": (["--dataset=cifar"], "should be one of <cifar10|cifar100|cifar10_n>"),
+  "dataset": (["--dataset=cifar"], "unknown data set 'cifar'; did you mean cifar10"),
   "network": (["--network=vgg"], "should be one of <resnet_32|"),
   "noise": (["--noise=flip"], "should be one of <uniform_flip|"),
   "no_data": (["--data_dir=nowhere"], "'cifar10' is not there"),
@@ -178,7 +180,7 @@ _MISTAKES = {
 
 @pytest.fixture(scope="module")
 def mistakes(run, data_dir, tmp_path_factory):
-  """Outcome of every mistake, in one process."""
+  """Outcomes of command lines with mistakes, in one process."""
   folder = tmp_path_factory.mktemp("mistakes")
   return scripts.run_mistakes(
     _NAME, _MISTAKES, folder, *_shared(data_dir), kept=run[0], run=run[0]
@@ -186,7 +188,7 @@ def mistakes(run, data_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", _MISTAKES)
-def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
+def test_mistake_is_one_line_and_writes_nothing(mistakes, name):
   scripts.assert_one_line(mistakes[name], _MISTAKES[name][1])
 
 
@@ -228,43 +230,43 @@ def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
     ("warpi", ("resnet_32", 58800, (39200, 49000), False, 5e-4, True, 100, 100, 10)),
   ],
 )
-def test_presets_are_those_of_the_released_codes(name, facts):
-  preset = _cifar.PRESETS[name]
-  found = _cifar.make_optimization(preset)
+def test_presets_equal_the_released_codes(name, facts):
+  preset = script.PRESETS[name]
+  result = script.make_optimizer(preset)
   assert facts == (
     preset.network,
     preset.num_steps,
     preset.decay_steps,
-    found.nesterov,
-    found.weight_decay,
-    found.decay_all,
+    result.nesterov,
+    result.weight_decay,
+    result.decay_all,
     preset.batch_size,
     preset.num_meta[10],
     preset.num_meta[100],
   )
-  assert (found.momentum, found.learning_rate) == (0.9, 0.1)
-  rates = found.schedule(preset.num_steps)
+  assert (result.momentum, result.learning_rate) == (0.9, 0.1)
+  rates = result.schedule(preset.num_steps)
   for i, step in enumerate(preset.decay_steps):
     assert float(rates(step - 1)) == pytest.approx(0.1 ** (i + 1))
     assert float(rates(step + 1)) == pytest.approx(0.1 ** (i + 2))
 
 
-@pytest.mark.parametrize("name", _cifar.PRESETS)
+@pytest.mark.parametrize("name", script.PRESETS)
 @pytest.mark.parametrize("num_classes", [10, 100])
-def test_every_presets_network_fits_its_data(name, num_classes):
-  model = _cifar.make_classifier(_cifar.PRESETS[name], num_classes)
+def test_networks_of_presets_fit_the_data(name, num_classes):
+  model = script.make_classifier(script.PRESETS[name], num_classes)
   model.check({"image": jnp.zeros((1, 32, 32, 3))}, num_classes)
 
 
-def test_warpi_scales_cifar_100_by_its_own_statistics():
+def test_warpi_scales_cifar_100_by_its_statistics():
   gray = jnp.full((1, 1, 1, 3), 0.5)
   for num_classes, mean, std in (
     (10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     (100, (0.507, 0.487, 0.441), (0.267, 0.265, 0.276)),
   ):
-    model = _cifar.make_classifier(_cifar.PRESETS["warpi"], num_classes)
-    found = model.preprocess(gray, None, False).ravel()
-    np.testing.assert_allclose(found, (0.5 - np.array(mean)) / std, rtol=1e-4)
+    model = script.make_classifier(script.PRESETS["warpi"], num_classes)
+    result = model.preprocess(gray, None, False).ravel()
+    np.testing.assert_allclose(result, (0.5 - np.array(mean)) / std, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -277,31 +279,33 @@ def test_warpi_scales_cifar_100_by_its_own_statistics():
   ],
 )
 def test_decay_is_an_l2_loss_before_momentum(nesterov, decay_all, kernel, bias):
-  tx = _optimizer_config.OptimizerConfig(
+  tx = optimizers.OptimizerConfig(
     nesterov=nesterov, decay_all=decay_all, weight_decay=0.5
   ).optimizer(10)
   params = {"kernel": jnp.full((1, 1), 2.0), "bias": jnp.full(1, 2.0)}
   grads = jax.tree.map(jnp.ones_like, params)
   updates, _ = tx.update(grads, tx.init(params), params)
-  found = optax.apply_updates(params, updates)
-  np.testing.assert_allclose([found["kernel"][0, 0], found["bias"][0]], [kernel, bias])
+  result = optax.apply_updates(params, updates)
+  np.testing.assert_allclose(
+    [result["kernel"][0, 0], result["bias"][0]], [kernel, bias]
+  )
 
 
 def test_one_optimizer_for_all_seeds():
-  make = _optimizer_config.OptimizerConfig
+  make = optimizers.OptimizerConfig
   first, same, other = (make(weight_decay=d) for d in (0.5, 0.5, 0.1))
   assert first.optimizer(10) is same.optimizer(10)
   assert first.optimizer(10) is not other.optimizer(10)
 
 
-def test_published_numbers_are_found_where_they_belong():
-  lookup = _published_cifar.lookup
-  found = lookup("l2rw_uniform", "cifar10", "uniform_flip", 0.4, "l2rw")
-  assert found == (86.92, 0.19)
-  found = lookup("mwn_flip", "cifar100", "mwn_flip2", 0.4, "meta_weight_net")
-  assert found == (58.64, 0.47)
-  found = lookup("mwn_uniform", "cifar10", "mwn_uniform", 0.6, "uniform")
-  assert found == (53.12, 3.03)
+def test_lookup_of_published_numbers():
+  lookup = published_cifar.lookup
+  result = lookup("l2rw_uniform", "cifar10", "uniform_flip", 0.4, "l2rw")
+  assert result == (86.92, 0.19)
+  result = lookup("mwn_flip", "cifar100", "mwn_flip2", 0.4, "meta_weight_net")
+  assert result == (58.64, 0.47)
+  result = lookup("mwn_uniform", "cifar10", "mwn_uniform", 0.6, "uniform")
+  assert result == (53.12, 3.03)
   # Two papers mean two things by "Focal".
   assert lookup("mwn_uniform", "cifar10", "mwn_uniform", 0.4, "focal") == (75.96, 1.31)
   mentornet = lookup("mentornet", "cifar10", "mwn_uniform", 0.4, "focal_weight")
@@ -315,7 +319,7 @@ def test_published_numbers_are_found_where_they_belong():
     ("mwn_flip", "cifar10", "mwn_flip2", 0.4, "advisor"),
   ):
     assert lookup(preset, data, builder, fraction, method) == (None, None)
-  for preset, (builder, fractions, table) in _published_cifar._TABLES.items():
-    assert _cifar.PRESETS[preset].noise == builder and 0.4 in fractions
+  for preset, (builder, fractions, table) in published_cifar._TABLES.items():
+    assert script.PRESETS[preset].noise == builder and 0.4 in fractions
     for methods in table.values():
-      assert set(methods) <= set(_methods.NAMES)
+      assert set(methods) <= set(registries.NOISE)

@@ -6,10 +6,10 @@ import statistics
 
 import pytest
 
-from experiments import _published
-from experiments import _published_cifar
-from experiments import _table_formats
-from experiments import tables
+from experiments.tables import catalog
+from experiments.tables import formats
+from experiments.tables import published
+from experiments.tables import published_cifar
 from l2rw_jax import susceptibility
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -24,17 +24,17 @@ def rows(name: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def committed():
-  return tables.collect(RESULTS)
+  return catalog.collect(RESULTS)
 
 
 def test_results_readme_holds_the_tables_of_the_committed_rows(committed):
   readme = (RESULTS / "README.md").read_text()
-  assert tables.between_markers(readme, tables.compact(committed)) == readme, COMMAND
+  assert catalog.between_markers(readme, catalog.compact(committed)) == readme, COMMAND
 
 
 def test_the_long_tables_are_those_of_the_committed_rows(committed):
-  assert (RESULTS / "tables.md").read_text() == tables.markdown(committed), COMMAND
-  text = _table_formats.long_form(committed)
+  assert (RESULTS / "tables.md").read_text() == catalog.markdown(committed), COMMAND
+  text = formats.long_form(committed)
   assert (RESULTS / "tables.csv").read_text() == text, COMMAND
   assert (RESULTS / "tables.png").stat().st_size > 10_000
 
@@ -51,20 +51,20 @@ def test_every_committed_run_is_in_a_table(committed):
 
 # (method, setting) -> the value and its "±" in a paper's table.
 PUBLISHED = {
-  "mnist_imbalance": lambda method, setting: _published.MNIST_IMBALANCE.get(
+  "mnist_imbalance": lambda method, setting: published.MNIST_IMBALANCE.get(
     method, {}
   ).get(setting["majority"]),
-  "mnist_noise": lambda method, setting: _published.MNIST_NOISE.get(
+  "mnist_noise": lambda method, setting: published.MNIST_NOISE.get(
     (setting["noise"], setting["fraction"]), {}
   ).get(method),
-  "mnist_noise_bare": lambda method, setting: _published.MNIST_NOISE.get(
+  "mnist_noise_bare": lambda method, setting: published.MNIST_NOISE.get(
     (setting["noise"], setting["fraction"]), {}
   ).get(method),
-  "cifar_noise": lambda method, setting: _published_cifar.lookup(
+  "cifar_noise": lambda method, setting: published_cifar.lookup(
     *(setting[k] for k in ("preset", "dataset", "noise", "fraction")), method
   ),
   "cifar_long_tail": lambda method, setting: (
-    _published_cifar.long_tail(
+    published_cifar.long_tail(
       *(setting["dataset"], method),
       *(setting[k] for k in ("builder", "shape", "imbalance")),
     ),

@@ -1,4 +1,4 @@
-"""The coreset experiment on digits: curves, equal seconds, every mistake."""
+"""The coreset experiment on digits: curves, equal seconds, errors."""
 
 import csv
 import time
@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import scripts
 
-from experiments import _coreset_report
+from experiments import coreset as script
 from l2rw_jax.io import workdir
 from l2rw_jax.methods import adacore
 from l2rw_jax.methods import baselines
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 _NAME = "coreset"
 _SMALL = (
@@ -44,7 +46,7 @@ def test_the_table(run):
   assert {line[-1] for line in lines} == {"1"}
 
 
-def test_each_row_tells_its_run_and_its_curve(run):
+def test_rows_describe_runs_and_curves(run):
   folder, _ = run
   rows, csv_rows, flags = scripts.saved_rows(folder)
   assert flags["fraction"] == [0.1] and len(rows) == len(csv_rows) == 5
@@ -52,13 +54,13 @@ def test_each_row_tells_its_run_and_its_curve(run):
     lines = list(csv.DictReader(file))
   assert len(lines) == 5 * 4
   for number, row in enumerate(rows):
-    own = lines[4 * number : 4 * number + 4]
-    assert {line["method"] for line in own} == {row["method"]}
-    assert [int(line["step"]) for line in own] == [2, 4, 6, 8]
-    seconds = [float(line["seconds"]) for line in own]
+    curve_lines = lines[4 * number : 4 * number + 4]
+    assert {line["method"] for line in curve_lines} == {row["method"]}
+    assert [int(line["step"]) for line in curve_lines] == [2, 4, 6, 8]
+    seconds = [float(line["seconds"]) for line in curve_lines]
     assert seconds == sorted(seconds)
     assert row["seconds"] == pytest.approx(seconds[-1], abs=1e-4)
-    last = float(own[-1]["accuracy_percent"])
+    last = float(curve_lines[-1]["accuracy_percent"])
     assert row["accuracy_percent"] == pytest.approx(last, abs=0.01)
     assert 0 < row["equal_seconds"] <= row["seconds"]
     # 1,297 images, 129 or 130 a pass in batches of 20: six steps from one to the next.
@@ -68,7 +70,7 @@ def test_each_row_tells_its_run_and_its_curve(run):
   assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_second_call_reads_the_first_and_a_tail_is_cut(run):
+def test_second_call_reads_the_first_and_a_tail_is_cut(run):
   folder, printed = run
   before = (folder / "results.csv").read_bytes()
   tail = folder.parent / "tail"
@@ -85,10 +87,10 @@ def test_a_second_call_reads_the_first_and_a_tail_is_cut(run):
       ],
     ],
   )
-  assert again.status is None and again.complaints == "", again
+  assert again.status == 0 and again.complaints == "", again
   assert scripts.table(again.printed) == scripts.table(printed)
   assert (folder / "results.csv").read_bytes() == before
-  assert cut.status is None and cut.complaints == "", cut
+  assert cut.status == 0 and cut.complaints == "", cut
   rows, _, _ = scripts.saved_rows(tail)
   assert {row["imbalance"] for row in rows} == {4.0}
   assert rows[0]["num_train"] < 1000
@@ -99,7 +101,7 @@ def test_a_second_call_reads_the_first_and_a_tail_is_cut(run):
 
 def _curve(seconds, percent):
   steps = np.arange(1, len(seconds) + 1)
-  return _coreset_report.Curve(steps, np.array(seconds), np.array(percent))
+  return script.Curve(steps, np.array(seconds), np.array(percent))
 
 
 def test_a_curve_by_hand():
@@ -109,28 +111,28 @@ def test_a_curve_by_hand():
   assert [curve.reaches(x) for x in (50, 75, 90, 91)] == [1.0, 2.0, 4.0, None]
 
 
-def test_equal_seconds_are_those_of_the_first_to_finish_beside_a_run():
+def test_equal_seconds_are_of_the_first_run_to_finish():
   curves = [_curve([1.0, 4.0], [60.0, 90.0]), _curve([2.0, 8.0], [70.0, 100.0])]
   rows = [
     {"model": "mlp", "seed": 0, "seconds": c.seconds[-1], "curve": c} for c in curves
   ]
   rows.append({**rows[0], "model": "logistic", "seconds": 2.0})
   rows.append({**rows[1], "seed": 1})
-  found = _coreset_report.with_equal_seconds(rows)
-  assert [r["equal_seconds"] for r in found] == [4.0, 4.0, 2.0, 8.0]
-  assert [r["percent_at_equal"] for r in found] == [90.0, 80.0, 70.0, 100.0]
-  assert [r["percent_at_half"] for r in found] == [70.0, 70.0, 60.0, 80.0]
+  result = script.with_equal_seconds(rows)
+  assert [r["equal_seconds"] for r in result] == [4.0, 4.0, 2.0, 8.0]
+  assert [r["percent_at_equal"] for r in result] == [90.0, 80.0, 70.0, 100.0]
+  assert [r["percent_at_half"] for r in result] == [70.0, 70.0, 60.0, 80.0]
 
 
-def test_all_data_are_drawn_beside_every_fraction():
+def test_all_data_are_drawn_in_every_panel():
   rows = [
     {"model": "mlp", "method": "full", "fraction": 1.0},
     {"model": "mlp", "method": "craig", "fraction": 0.1},
     {"model": "mlp", "method": "craig", "fraction": 0.3},
   ]
-  found = _coreset_report.panels(rows)
-  assert found == {("mlp", 0.1): [0, 1], ("mlp", 0.3): [0, 2]}
-  assert _coreset_report.panels(rows[:1]) == {("mlp", 1.0): [0]}
+  result = script.panels(rows)
+  assert result == {("mlp", 0.1): [0, 1], ("mlp", 0.3): [0, 2]}
+  assert script.panels(rows[:1]) == {("mlp", 1.0): [0]}
 
 
 def test_selections_are_timed_by_epoch(tmp_path):
@@ -142,13 +144,13 @@ def test_selections_are_timed_by_epoch(tmp_path):
     return state + 1
 
   method = adacore.random_subset(0.5)._replace(refresh=refresh)
-  timed = _coreset_report.timed(method, tmp_path / "run")
+  timed = script.timed(method, tmp_path / "run")
   assert timed.refresh(1, None, View) == 2
   timed.refresh(1, None, View)  # after an interruption: not twice
   seconds = workdir.read_record(tmp_path / "run" / "selections.json")
   assert list(seconds) == ["3"] and 0.01 <= seconds["3"] < 10
   uniform = baselines.uniform()
-  assert _coreset_report.timed(uniform, tmp_path) is uniform
+  assert script.timed(uniform, tmp_path) is uniform
 
 
 # -- mistakes ----------------------------------------------------------------
@@ -156,7 +158,7 @@ def test_selections_are_timed_by_epoch(tmp_path):
 _MISTAKES = {
   "unknown_method": (["--methods=magic"], "--methods=magic: choose among full, random"),
   "no_method": (["--methods="], "--methods=: choose among full"),
-  "unknown_model": (["--model=lenet"], "--model=lenet: choose among logistic, mlp"),
+  "unknown_model": (["--model=lenet"], "--network=lenet: choose among logistic, mlp"),
   "fraction_0": (
     ["--fraction=0"],
     "--fraction=0 must lie between 1e-06 and 1",
@@ -174,7 +176,7 @@ _MISTAKES = {
   ),
   "epsilon": (["--greedy_epsilon=1e-320"], "--greedy_epsilon=1e-320 must lie"),
   "imbalance": (["--imbalance=0.5"], "--imbalance=0.5 must lie between 1 and"),
-  "refresh": (["--refresh_every=0"], "0 is not a positive integer"),
+  "refresh": (["--refresh_every=0"], "=0 must lie between 1 and"),
   "budget": (["--budget=fair"], "should be one of <proportional|equal>"),
   "no_data": (["--dataset=mnist", "--data_dir={tmp}/none"], "'mnist' is not there"),
   "other_settings": (["--workdir={run}", "--momentum=0.9"], "momentum was 0.0, now"),
@@ -183,7 +185,7 @@ _MISTAKES = {
 
 @pytest.fixture(scope="module")
 def mistakes(run, tmp_path_factory):
-  """Outcome of every mistake."""
+  """Outcomes of command lines with mistakes."""
   folder = tmp_path_factory.mktemp("mistakes")
   small = [flag for flag in _SMALL if not flag.startswith("--fraction")]
   return scripts.run_mistakes(
@@ -192,5 +194,5 @@ def mistakes(run, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", _MISTAKES)
-def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
+def test_mistake_is_one_line_and_writes_nothing(mistakes, name):
   scripts.assert_one_line(mistakes[name], _MISTAKES[name][1])

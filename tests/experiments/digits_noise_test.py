@@ -1,10 +1,15 @@
-"""The demonstration as its users meet it: what it leaves, and every mistake."""
+"""The demonstration as a program: its files, its errors, interruptions."""
 
+import json
 import re
 
 import numpy as np
 import pytest
 import scripts
+
+from experiments import digits_noise
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 _NAME = "digits_noise"
 _SMALL = ("--num_steps=4", "--num_seeds=2", "--num_devices=1")
@@ -34,7 +39,7 @@ def run(tmp_path_factory):
   return cwd, done.printed
 
 
-def test_the_table_and_where_it_was_written(run):
+def test_table_and_written_files_are_printed(run):
   _, printed = run
   header, *lines = scripts.table(printed)
   assert header[0] == "method" and header[-1] == "seeds"
@@ -44,7 +49,7 @@ def test_the_table_and_where_it_was_written(run):
   assert last == "written: runs/digits_noise/results.json, results.csv, figure.png"
 
 
-def test_each_row_tells_all_about_its_run(run):
+def test_rows_describe_their_runs(run):
   cwd, printed = run
   folder = cwd / "runs" / _NAME
   rows, csv_rows, flags = scripts.saved_rows(folder)
@@ -72,8 +77,11 @@ _MISTAKES = {
   "unknown_flag": (["--nonsense=1"], "Unknown command line flag 'nonsense'"),
   "unknown_method": (["--methods=l2rw,magic"], "--methods=magic: choose among uniform"),
   "no_method": (["--methods="], "--methods= is empty: choose among uniform"),
-  "unknown_noise": (["--noise=salt"], "<uniform_flip|background_flip>"),
-  "noise_fraction": (["--noise_fraction=1.5"], "1.5 is not a number in the range"),
+  "unknown_noise": (
+    ["--noise=salt"],
+    "should be one of <uniform_flip|background_flip>",
+  ),
+  "noise_fraction": (["--noise_fraction=1.5"], "=1.5 must lie between 0 and 1"),
   "noise_nan": (
     ["--noise_fraction=nan"],
     "--noise_fraction=nan is not a finite number.",
@@ -87,11 +95,11 @@ _MISTAKES = {
     "=0 must lie between 1 and",
   ),
   "batch": (["--batch_size=1248"], "is larger than the 1247 training examples"),
-  "batch_zero": (["--batch_size=0"], "0 is not a positive integer"),
+  "batch_zero": (["--batch_size=0"], "=0 must lie between 1 and"),
   "indivisible": (["--num_devices=3"], "=100 does not divide among --num_devices=3"),
   "devices": (["--num_devices=9"], "--num_devices=9: this machine has 8 cpu device(s)"),
   "steps": (["--num_steps=many"], "invalid literal for int()"),
-  "learning_rate": (["--learning_rate=-1"], "-1.0 is not a non-negative number"),
+  "learning_rate": (["--learning_rate=-1"], "=-1 must lie between"),
   "learning_rate_inf": (["--learning_rate=inf"], "is not a finite number"),
   "positional": (["l2rw"], "unexpected argument 'l2rw': flags begin with --."),
   "probe": (["--probes=magic"], "--probes=magic: choose among susceptibility, train"),
@@ -121,7 +129,7 @@ _MISTAKES = {
 
 @pytest.fixture(scope="module")
 def mistakes(run, tmp_path_factory):
-  """Outcome of every mistake."""
+  """Outcomes of command lines with mistakes."""
   folder, cwd = tmp_path_factory.mktemp("mistakes"), run[0]
   (folder / "file").touch()
   return scripts.run_mistakes(
@@ -130,12 +138,12 @@ def mistakes(run, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", _MISTAKES)
-def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
+def test_mistake_is_one_line_and_writes_nothing(mistakes, name):
   scripts.assert_one_line(mistakes[name], _MISTAKES[name][1])
 
 
-def test_a_mistake_from_the_shell_ends_the_same_way(tmp_path):
-  done = scripts.run(_NAME, "--num_metas=3", cwd=tmp_path)
+def test_mistake_in_a_shell_is_one_line(tmp_path):
+  done = scripts.start_script(_NAME, "--num_metas=3", cwd=tmp_path)
   scripts.assert_one_line(done, "Unknown command line flag 'num_metas'. Did you mean")
   assert list(tmp_path.iterdir()) == []
 
@@ -148,19 +156,28 @@ def test_help_names_every_flag(tmp_path):
   assert done.printed.startswith("L2RW against its baselines")
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path):
+def test_full_disk_is_one_line_and_the_command_continues(tmp_path):
   flags = [*_SMALL, "--methods=uniform", "--workdir=run"]
   module = f"experiments.{_NAME}"
   done = scripts.start("-c", scripts.FULL_DISK, module, 200_000, *flags, cwd=tmp_path)
   scripts.assert_one_line(done, "cannot write the checkpoint of step 4")
   assert "File too large. Free some space and run the same command" in done.complaints
   assert not list(tmp_path.rglob("results.json"))
-  done = scripts.run(_NAME, *flags, cwd=tmp_path)
+  done = scripts.start_script(_NAME, *flags, cwd=tmp_path)
   assert done.status == 0 and done.complaints == ""
   assert len(scripts.table(done.printed)) == 2
 
 
-def test_divergence_is_one_line_and_stays_so(tmp_path):
+def test_run_with_settings_equals_the_command(run, tmp_path):
+  settings = digits_noise.Settings(
+    methods=("l2rw",), noise_fraction=0.3, num_steps=4, num_seeds=2, num_devices=1
+  )
+  rows = digits_noise.run(settings, tmp_path)
+  recorded, _, _ = scripts.saved_rows(run[0] / "runs" / _NAME)
+  assert json.loads(json.dumps(rows)) == recorded[:2]
+
+
+def test_divergence_is_one_line_again(tmp_path):
   small = ["--num_seeds=1", "--num_devices=1", "--methods=uniform"]
   diverging = [*small, f"--workdir={tmp_path}/run", "--learning_rate=1e20"]
   finished = [*small, f"--workdir={tmp_path}/short", "--learning_rate=1e20"]
@@ -173,4 +190,4 @@ def test_divergence_is_one_line_and_stays_so(tmp_path):
   assert again == first
   assert not list((tmp_path / "run").rglob("results.json"))
   # Its only step was sound, so there is a result: bad, but no number is missing.
-  assert short.status is None and len(scripts.table(short.printed)) == 2
+  assert short.status == 0 and len(scripts.table(short.printed)) == 2

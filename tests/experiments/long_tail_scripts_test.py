@@ -1,11 +1,16 @@
-"""Long tails on a small scale: presets, what a run leaves, and every mistake."""
+"""Long tails on a small scale: presets, files and errors."""
 
-import json
-
+import numpy as np
 import pytest
 import scripts
 
-from experiments import _published_cifar
+from experiments import cifar_long_tail
+from experiments.lib import registries
+from experiments.tables import published
+from experiments.tables import published_cifar
+from l2rw_jax.data import sources
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 _NAME = "mnist_long_tail"
 _SMALL = (
@@ -28,7 +33,7 @@ def run(tmp_path_factory):
   return cwd / "runs" / _NAME, done.printed
 
 
-def test_what_a_run_leaves(run):
+def test_run_writes_rows_and_figures(run):
   folder, printed = run
   header, *lines = scripts.table(printed)
   assert header[:4] == ["shape", "imbalance", "num_epochs", "method"]
@@ -60,7 +65,7 @@ def test_what_a_run_leaves(run):
   assert len({row["data"] for row in rows}) == 2  # a training set for each seed
 
 
-def test_another_imbalance_and_shape_of_builder(run):
+def test_more_imbalances_and_another_shape(run):
   folder, _ = run
   before = scripts.contents(folder / "seeds-0-1")
   more = [*_SMALL, "--num_seeds=2", "--methods=uniform", "--imbalance=5"]
@@ -72,7 +77,7 @@ def test_another_imbalance_and_shape_of_builder(run):
       [*_SMALL, *shape, "--methods=focal", f"--workdir={folder.parent}/step"],
     ],
   )
-  assert again.status is None and other.status is None, (again, other)
+  assert again.status == 0 and other.status == 0, (again, other)
   after = scripts.contents(folder / "seeds-0-1")
   assert before.items() <= after.items()  # nothing was repeated
   lines = scripts.table(again.printed)[1:]
@@ -126,7 +131,7 @@ _MISTAKES = {
 
 @pytest.fixture(scope="module")
 def mistakes(run, tmp_path_factory):
-  """Outcome of every mistake."""
+  """Outcomes of command lines with mistakes."""
   folder = tmp_path_factory.mktemp("mistakes")
   shared = (*_SMALL, "--num_seeds=2", "--methods=uniform")
   return scripts.run_mistakes(
@@ -135,12 +140,12 @@ def mistakes(run, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", _MISTAKES)
-def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
+def test_mistake_is_one_line_and_writes_nothing(mistakes, name):
   scripts.assert_one_line(mistakes[name], _MISTAKES[name][1])
 
 
 def test_published_numbers():
-  of = _published_cifar.long_tail
+  of = published_cifar.long_tail
   assert of("cifar10", "uniform", "ldam", "exponential", 100.0) == 70.36
   assert of("cifar10", "ldam_drw", "ldam", "exponential", 100.0) == 77.03
   assert of("cifar100", "ldam_drw", "ldam", "step", 10.0) == 59.46
@@ -156,63 +161,59 @@ def test_published_numbers():
     assert of(*absent) is None
 
 
-# CIFAR's script on images made on the spot, small enough for a moment.
-_CIFAR = """
-import contextlib, io, json, sys
-from absl.testing import flagsaver
-import numpy as np
-from experiments import _launch
-from experiments import cifar_long_tail as script
-from l2rw_jax.data import sources
-
-def load(name, split, **folders):
+def _made_up(name, split, **folders):
+  """Images of CIFAR's shape, few enough for a moment."""
   num_classes = 100 if name == "cifar100" else 10
   size = (1000 if num_classes == 100 else 600) if split == "train" else num_classes
   labels = (np.arange(size) % num_classes).astype(np.int32)
   images = np.random.default_rng(0).integers(0, 256, (size, 32, 32, 3), np.uint8)
   return sources.Source(name, "1.0.0", split, images, labels, num_classes, {})
 
-rates = {}
-for name, preset in script.PRESETS.items():
-  rate = preset.optimization.schedule(preset.num_epochs * 97)
-  rates[name] = [float(rate(97 * e + 96)) for e in range(preset.num_epochs)]
-sources.load = load
-for arguments in json.load(sys.stdin):
-  sys.argv = ["script", *arguments]
-  with flagsaver.flagsaver(), contextlib.redirect_stdout(io.StringIO()):
-    with contextlib.suppress(SystemExit):
-      _launch.run(script.main)
-json.dump(rates, sys.stdout)
-"""
-
 
 @pytest.fixture(scope="module")
 def cifar(tmp_path_factory):
-  """Learning rates at the end of every epoch by preset, and rows of short runs."""
+  """Rows of short runs, by preset."""
   folder = tmp_path_factory.mktemp("cifar")
-  shared = ["--smoke", "--network=mlp", "--num_seeds=1", "--num_devices=1"]
-  ldam = ["--preset=ldam", "--imbalance=5", "--methods=uniform,ldam_drw"]
-  mwn = ["--preset=mwn", "--imbalance=2", "--methods=l2rw", "--dataset=cifar100"]
-  commands = [
-    [*shared, *ldam, f"--workdir={folder}/ldam"],
-    [*shared, *mwn, f"--workdir={folder}/mwn"],
-  ]
-  done = scripts.start("-c", _CIFAR, stdin=json.dumps(commands))
-  assert done.status == 0 and done.complaints == "", done.complaints
-  rows = {name: scripts.saved_rows(folder / name)[0] for name in ("ldam", "mwn")}
-  return json.loads(done.printed), rows
+  shared = {"smoke": True, "network": "mlp", "num_seeds": 1, "num_devices": 1}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sources, "load", _made_up)
+    return {
+      settings.preset: cifar_long_tail.run(settings, folder / settings.preset)
+      for settings in (
+        cifar_long_tail.Settings(
+          preset="ldam",
+          imbalance=(5.0,),
+          methods=("uniform", "ldam_drw"),
+          data_dir=str(folder),
+          **shared,
+        ),
+        cifar_long_tail.Settings(
+          preset="mwn",
+          imbalance=(2.0,),
+          methods=("l2rw",),
+          dataset="cifar100",
+          data_dir=str(folder),
+          **shared,
+        ),
+      )
+    }
 
 
-def test_schedules_of_the_papers(cifar):
-  rates, _ = cifar
+def _rates(preset):
+  """Learning rates at the end of every epoch."""
+  rate = preset.optimizer.schedule(preset.num_epochs * 97)
+  return [float(rate(97 * epoch + 96)) for epoch in range(preset.num_epochs)]
+
+
+def test_schedules_of_the_papers():
   ldam = [0.02, 0.04, 0.06, 0.08] + [0.1] * 156 + [1e-3] * 20 + [1e-5] * 20
-  assert rates["ldam"] == pytest.approx(ldam, rel=1e-5)
+  assert _rates(cifar_long_tail.PRESETS["ldam"]) == pytest.approx(ldam, rel=1e-5)
   mwn = [0.1] * 79 + [0.01] * 10 + [1e-3] * 11
-  assert rates["mwn"] == pytest.approx(mwn, rel=1e-5)
+  assert _rates(cifar_long_tail.PRESETS["mwn"]) == pytest.approx(mwn, rel=1e-5)
 
 
 def test_a_short_run_on_cifar(cifar):
-  rows = cifar[1]["ldam"]
+  rows = cifar["ldam"]
   assert [row["method"] for row in rows] == ["uniform", "ldam_drw"]
   for row in rows:
     assert (row["dataset"], row["preset"], row["network"]) == ("cifar10", "ldam", "mlp")
@@ -225,23 +226,14 @@ def test_a_short_run_on_cifar(cifar):
 
 
 def test_the_other_preset_on_cifar_100(cifar):
-  (row,) = cifar[1]["mwn"]
+  (row,) = cifar["mwn"]
   assert (row["builder"], row["num_meta"], row["nesterov"]) == ("mwn", 2, True)
   assert row["class_counts"].startswith("8 7 ") and row["class_counts"].endswith(" 4")
 
 
-_TABLES = """
-from experiments import _long_tail_methods, _methods, _published, _published_cifar
-noise = [t for _, _, sets in _published_cifar._TABLES.values() for t in sets.values()]
-noise += _published.MNIST_NOISE.values()
-tails = [_published_cifar._LDAM_ERRORS, _published_cifar._MWN_ACCURACIES]
-print(sorted(
-  {m for t in noise for m in t} - set(_methods.NAMES)
-  | {m for t in tails for m in t} - set(_long_tail_methods.NAMES)
-))
-"""
-
-
-def test_every_published_method_is_one_of_ours():
-  # A process of its own, as the modules define flags.
-  assert scripts.start("-c", _TABLES).printed.strip() == "[]"
+def test_every_published_method_is_one_of_the_registry():
+  noise = [t for _, _, sets in published_cifar._TABLES.values() for t in sets.values()]
+  noise += published.MNIST_NOISE.values()
+  tails = [published_cifar._LDAM_ERRORS, published_cifar._MWN_ACCURACIES]
+  assert {method for table in noise for method in table} <= set(registries.NOISE)
+  assert {method for table in tails for method in table} <= set(registries.LONG_TAIL)

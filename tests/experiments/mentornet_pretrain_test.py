@@ -61,10 +61,10 @@ def dump(tmp_path_factory):
   _train(folder / "run", baselines.uniform(), epoch_probes=[probe])
   train = _splits().train
   path = folder / "dump.npz"
-  found = writer.combine(
+  recorded = writer.combine(
     0, train.label, train.true_label, batch_size=100, num_steps=_STEPS
   )
-  loss_dump.write_dump(path, found)
+  loss_dump.write_dump(path, recorded)
   return path
 
 
@@ -74,7 +74,10 @@ _RUNS = {
   "labels": ["--curriculum=dd", "--dump={dump}", "--use_labels", "--compat=paper"],
 }
 _MISTAKES = {
-  "curriculum": (["--curriculum=easy"], "<self_paced|hard|focal|spcl|pd|dd>"),
+  "curriculum": (
+    ["--curriculum=easy"],
+    "should be one of <self_paced|hard|focal|spcl|pd|dd>",
+  ),
   "no_dump": (["--curriculum=dd"], "--curriculum=dd needs --dump=FILE: losses of a"),
   "missing_dump": (
     ["--curriculum=dd", "--dump=/nowhere/dump.csv"],
@@ -94,9 +97,9 @@ _MISTAKES = {
   "rows": (["--num_rows=1200001"], "--num_rows=1200001 must lie between 2 and 1200000"),
   "seed": (["--seed=9223372036854775808"], "--seed=9223372036854775808 must lie"),
   "batch": (["--batch_size=100000000"], "--batch_size=100000000 must lie between"),
-  "one_row": (["--num_rows=1"], "1 is not integer >= 2"),
+  "one_row": (["--num_rows=1"], "=1 must lie between 2 and"),
   "rate_nan": (["--learning_rate=nan"], "--learning_rate=nan is not a finite number."),
-  "restarts": (["--restarts=0"], "0 is not a positive integer"),
+  "restarts": (["--restarts=0"], "=0 must lie between 1 and"),
   "other_settings": (["--workdir={runs}/pd", "--seed=1"], "seed was 0, now 1"),
   "damaged": (
     ["--workdir={runs}/damaged", *_RUNS["pd"]],
@@ -124,9 +127,9 @@ def done(dump, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", _RUNS)
-def test_what_a_run_leaves(done, name):
+def test_run_writes_rows_and_figures(done, name):
   folder, runs, _ = done
-  assert runs[name].status is None and runs[name].complaints == "", runs[name]
+  assert runs[name].status == 0 and runs[name].complaints == "", runs[name]
   header, *lines = scripts.table(runs[name].printed)
   assert header[:4] == ["rows", "curriculum", "accuracy %", "mean squared error"]
   assert [line[0] for line in lines] == ["train", "test"]
@@ -148,7 +151,7 @@ def test_what_a_run_leaves(done, name):
 
 
 @pytest.mark.parametrize("name", _MISTAKES)
-def test_a_mistake_is_one_line(done, name):
+def test_mistake_is_one_line(done, name):
   scripts.assert_one_line(done[2][name], _MISTAKES[name][1])
 
 
@@ -169,7 +172,7 @@ def test_a_finished_run_is_not_repeated_and_another_dump_is_one_line(done, dump)
     ],
   )
   dump.write_bytes(kept)
-  assert again.status is None
+  assert again.status == 0
   scripts.assert_one_line(other, "the content of --dump was")
   mentors = [k for k in before if k.endswith("mentor.json")]
   after = scripts.contents(folder)
@@ -181,7 +184,7 @@ def test_a_finished_run_is_not_repeated_and_another_dump_is_one_line(done, dump)
 @pytest.mark.parametrize(
   ("name", "preset"), [("pd", "pd"), ("dd", "dd_resnet"), ("labels", "dd_inception")]
 )
-def test_a_student_learns_under_the_loaded_mentor(done, tmp_path, name, preset):
+def test_student_learns_with_the_loaded_mentor(done, tmp_path, name, preset):
   mentor = mentor_file.load(done[0] / name / "mentor.json", num_classes=10)
   method = mentornet.mentornet(mentor, **mentornet.preset(preset, 0.4))
   result = _train(tmp_path / "run", method)
@@ -198,7 +201,7 @@ def test_a_mentor_of_other_classes_is_one_line(done):
     mentor_file.load(path, num_classes=2)
 
 
-def test_a_mentor_of_recorded_losses_tells_right_labels_from_wrong(done, dump):
+def test_mentor_of_recorded_losses_separates_right_from_wrong(done, dump):
   mentor = mentor_file.load(done[0] / "dd" / "mentor.json")
   recorded = loss_dump.read_dump(dump)
   late = recorded.epoch_percent > 50

@@ -1,10 +1,15 @@
-"""The MNIST imbalance figure on a small scale: what it leaves, and every mistake."""
+"""The MNIST imbalance figure on a small scale: its files and its errors."""
 
 import json
 import re
 
 import pytest
 import scripts
+
+from experiments import mnist_imbalance as script
+from experiments.lib import runner
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 _NAME = "mnist_imbalance"
 _STEPS = ("--num_steps=2", "--l2rw_steps=2", "--num_devices=1")
@@ -47,13 +52,13 @@ def run(tmp_path_factory):
   return cwd / "runs" / _NAME, done.printed
 
 
-def test_what_a_run_leaves(run):
+def test_run_writes_rows_and_figures(run):
   folder, printed = run
   header, *lines = scripts.table(printed)
   # Nothing was published for digits.
   assert header == ["majority", "method", "test error %", "splits"]
-  found = [(line[0], line[1], line[3]) for line in lines]
-  assert found == [("0.9", "l2rw", "2"), ("0.9", "uniform", "2")]
+  outcomes = [(line[0], line[1], line[3]) for line in lines]
+  assert outcomes == [("0.9", "l2rw", "2"), ("0.9", "uniform", "2")]
   assert printed.splitlines()[-1].startswith("written: runs/mnist_imbalance/results")
   rows, csv_rows, flags = scripts.saved_rows(folder)
   assert set(flags) == set(_FLAGS) and flags["majority"] == [0.9]
@@ -70,14 +75,14 @@ def test_what_a_run_leaves(run):
   assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_more_methods_are_added_to_a_folder_without_repeating(run):
+def test_adding_methods_does_not_repeat_runs(run):
   folder, _ = run
   parts = {p: p.stat().st_mtime_ns for p in folder.glob("majority-*/**/*")}
   flags = [*_SMALL, "--splits_at_once=2", "--majority=0.9", "--majority=0.9"]
   # What is asked for twice is still one method at one majority.
   methods = "--methods=hard_mining,hard_mining,uniform"
   (done,) = scripts.run_many(_NAME, [[*flags, methods, f"--workdir={folder}"]])
-  assert done.status is None and done.complaints == "", done
+  assert done.status == 0 and done.complaints == "", done
   lines = scripts.table(done.printed)[1:]
   assert [(line[1], line[-1]) for line in lines] == [
     ("hard_mining", "2"),
@@ -86,11 +91,11 @@ def test_more_methods_are_added_to_a_folder_without_repeating(run):
   assert {p: p.stat().st_mtime_ns for p in parts} == parts
 
 
-def test_splits_side_by_side_are_the_splits_alone(run, tmp_path):
+def test_splits_side_by_side_equal_splits_alone(run, tmp_path):
   folder, _ = run
   flags = [*_SMALL, "--majority=0.9", "--methods=l2rw", f"--workdir={tmp_path}"]
   (done,) = scripts.run_many(_NAME, [[*flags, "--splits_at_once=1"]])
-  assert done.status is None and done.complaints == "", done
+  assert done.status == 0 and done.complaints == "", done
   for seed in (0, 1):
     together, alone = (
       [json.loads(line) for line in path.read_text().splitlines()]
@@ -100,44 +105,36 @@ def test_splits_side_by_side_are_the_splits_alone(run, tmp_path):
       )
     )
     assert len(together) == len(alone) and "test/loss" in alone[-1]
-    for ours, theirs in zip(together, alone, strict=True):
-      assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    for one, other in zip(together, alone, strict=True):
+      assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
 
 
-# Alone in its process, as the flags of two scripts do not go together.
-_SHARED = """
-import pathlib, sys
-from absl import flags
-from experiments import mnist_imbalance as script
-flags.FLAGS(sys.argv)
-calls = []
+def test_majorities_share_compiled_steps(monkeypatch, tmp_path):
+  calls = []
 
-def note(config, model, method, optimizer, splits, *args, **kwargs):
-  calls.append((config, model, method, optimizer, len(splits[0].train.label)))
-  return []
+  def note(config, model, method, optimizer, splits, *args, **kwargs):
+    calls.append((config, model, method, optimizer, len(splits[0].train.label)))
+    return []
 
-script.loop.train = note
-for name in script.FIGURE_METHODS:
-  for majority in (0.9, 0.95):
-    script.train(script.make_cell(name, majority), pathlib.Path())
-  one, other = calls[-2:]
-  assert one == other and hash(one) == hash(other), name
-print(len(calls))
-"""
-
-
-def test_all_majorities_of_a_method_share_what_is_compiled():
-  done = scripts.start("-c", _SHARED, *_SMALL, "--splits_at_once=2")
-  assert (done.status, done.printed) == (0, "12\n"), done.complaints
+  monkeypatch.setattr(runner.loop, "train", note)
+  settings = script.Settings(
+    dataset="digits", num_steps=2, l2rw_steps=2, num_splits=2, splits_at_once=2
+  )
+  for name in script.FIGURE_METHODS:
+    for majority in (0.9, 0.95):
+      runner.train(settings, script.make_cell(settings, name, majority), tmp_path)
+    one, other = calls[-2:]
+    assert one == other and hash(one) == hash(other), name
+  assert len(calls) == 12
 
 
 _MISTAKES = {
   "unknown_flag": (["--nonsense=1"], "Unknown command line flag 'nonsense'"),
   "unknown_method": (["--methods=magic"], "--methods=magic: choose among uniform"),
   "no_method": (["--methods="], "--methods=: choose among uniform"),
-  "unknown_data": (["--dataset=nmist"], "should be one of <mnist|digits>"),
+  "unknown_data": (["--dataset=nmist"], "unknown data set 'nmist'; did you mean"),
   "no_data": (["--dataset=mnist", "--data_dir={tmp}/none"], "'mnist' is not there"),
-  "protocol": (["--protocol=ours"], "should be one of <paper|official_code>"),
+  "protocol": (["--protocol=mine"], "should be one of <paper|official_code>"),
   "majority_0": (["--majority=0"], "--majority=0 must lie between"),
   "majority_1": (["--majority=1"], "--majority=1 must lie between"),
   "majority_1.5": (["--majority=1.5"], "--majority=1.5 must lie between"),
@@ -152,12 +149,12 @@ _MISTAKES = {
   "meta_negative": (["--num_meta=-2"], "--num_meta=-2 must lie between 0 and"),
   "meta_none": (["--num_meta=0"], "needs a clean meta set and it is empty"),
   "train_many": (["--num_train=5000"], "Use --num_train=144 or less"),
-  "train_none": (["--num_train=0"], "0 is not a positive integer"),
+  "train_none": (["--num_train=0"], "=0 must lie between 1 and"),
   "batch": (["--batch_size=132"], "is larger than the 131 training examples"),
   "indivisible": (["--num_devices=3"], "=100 does not divide among --num_devices=3"),
   "devices": (["--num_devices=9"], "--num_devices=9: this machine has 8 cpu device(s)"),
-  "dispatch": (["--steps_per_call=0"], "0 is not a positive integer"),
-  "splits": (["--num_splits=0"], "0 is not a positive integer"),
+  "dispatch": (["--steps_per_call=0"], "=0 must lie between 1 and"),
+  "splits": (["--num_splits=0"], "=0 must lie between 1 and"),
   "positional": (["digits"], "unexpected argument 'digits': flags begin with --."),
   "not_a_folder": (["--workdir={tmp}/file/run"], "/file/run: cannot write (Not a dir"),
   "other_settings": (["--workdir={run}", "--momentum=0"], "momentum was 0.9, now 0.0"),
@@ -166,21 +163,21 @@ _MISTAKES = {
 
 @pytest.fixture(scope="module")
 def mistakes(run, tmp_path_factory):
-  """Outcome of every mistake and the folder they were to write in."""
+  """Outcomes of command lines with mistakes and the folder they were to write in."""
   folder = tmp_path_factory.mktemp("mistakes")
   (folder / "file").touch()
-  found = scripts.run_mistakes(
+  outcomes = scripts.run_mistakes(
     _NAME, _MISTAKES, folder, *_SMALL, kept=run[0], tmp=folder, run=run[0]
   )
-  return found, folder
+  return outcomes, folder
 
 
 @pytest.mark.parametrize("name", _MISTAKES)
-def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
+def test_mistake_is_one_line_and_writes_nothing(mistakes, name):
   scripts.assert_one_line(mistakes[0][name], _MISTAKES[name][1])
 
 
-def test_missing_data_says_where_it_looked_and_how_to_get_them(mistakes):
+def test_missing_data_error_names_folder_and_remedy(mistakes):
   outcomes, folder = mistakes
   said = outcomes["no_data"].complaints
   assert f"{folder}/none/mnist" in said

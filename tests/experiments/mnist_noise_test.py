@@ -1,4 +1,4 @@
-"""MNIST with wrong labels on a small scale: what it leaves, and every mistake."""
+"""MNIST with wrong labels on a small scale: its files and its errors."""
 
 import json
 import re
@@ -11,6 +11,8 @@ import scripts
 from l2rw_jax.methods.mentornet import loss_dump
 from l2rw_jax.methods.mentornet import mentor_file
 from l2rw_jax.methods.mentornet import network as mentornet_network
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 _NAME = "mnist_noise"
 _SMALL = ("--dataset=digits", "--num_meta=5", "--num_epochs=1", "--num_devices=1")
@@ -53,13 +55,13 @@ def run(tmp_path_factory):
   return cwd / "runs" / _NAME, done.printed
 
 
-def test_what_a_run_leaves(run):
+def test_run_writes_rows_and_figures(run):
   folder, printed = run
   header, *lines = scripts.table(printed)
   # Nothing was published for digits.
   assert header[:3] == ["noise", "fraction", "method"] and "published" not in header
-  found = [(line[1], line[2], line[-1]) for line in lines]
-  assert found == [("0.5", name, "2") for name in _METHODS]
+  cells = [(line[1], line[2], line[-1]) for line in lines]
+  assert cells == [("0.5", name, "2") for name in _METHODS]
   rows, csv_rows, flags = scripts.saved_rows(folder)
   assert len(rows) == len(csv_rows) == 2 * len(_METHODS)
   assert flags["mentor"] == ["mentor.json"] and flags["warpi_samples"] == 3
@@ -114,12 +116,15 @@ _MISTAKES = {
   ),
   "mentor_preset": (["--mentor_preset=mine"], "should be one of <self_paced|"),
   "mwn_preset": (["--mwn_preset=mine"], "should be one of <imbalance|"),
-  "meta_every": (["--meta_every=0"], "0 is not a positive integer"),
-  "samples": (["--warpi_samples=0"], "0 is not a positive integer"),
+  "meta_every": (["--meta_every=0"], "=0 must lie between 1 and"),
+  "samples": (["--warpi_samples=0"], "=0 must lie between 1 and"),
   "preset": (["--preset=mine"], "should be one of <shared|bare|own>"),
   "network": (["--network=cnn"], "should be one of <mlp|lenet>"),
   "noise": (["--noise=mine"], "should be one of <uniform_flip|"),
-  "variant": (["--variant=mine"], "should be one of <paper|official_code>"),
+  "variant": (
+    ["--variant=mine"],
+    "--noise_variant=mine: value should be one of <paper|official_code>",
+  ),
   "fraction": (
     ["--noise_fraction=1.5"],
     "--noise_fraction=1.5 must lie between",
@@ -132,7 +137,7 @@ _MISTAKES = {
   "meta_many": (["--num_meta=500"], "lower --num_meta"),
   "meta_batch": (["--meta_batch_size=51"], "must lie between 1 and the 50 clean"),
   "plateau": (["--plateau"], "--plateau needs a validation set: give --num_validation"),
-  "validation": (["--num_validation=-1"], "-1 is not a non-negative integer"),
+  "validation": (["--num_validation=-1"], "=-1 must lie between 0 and"),
   "validation_many": (["--preset=bare"], "num_validation=11000; lower one of them"),
   "pixels": (["--pixels=big"], "should be one of <unit|raw>"),
   "kappa": (["--methods=bare", "--bare_kappa=-1"], "bare_kappa"),
@@ -153,7 +158,7 @@ _MISTAKES = {
 
 @pytest.fixture(scope="module")
 def mistakes(run, tmp_path_factory):
-  """Outcome of every mistake."""
+  """Outcomes of command lines with mistakes."""
   folder = tmp_path_factory.mktemp("mistakes")
   inputs = tmp_path_factory.mktemp("inputs")
   _mentor(inputs / "mentor.json")
@@ -167,12 +172,12 @@ def mistakes(run, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", _MISTAKES)
-def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
+def test_mistake_is_one_line_and_writes_nothing(mistakes, name):
   scripts.assert_one_line(mistakes[name], _MISTAKES[name][1])
 
 
 @pytest.mark.real_data
-def test_own_presets_on_mnist(tfds_dir, decoded, tmp_path):
+def test_preset_own_on_mnist(tfds_dir, decoded, tmp_path):
   done = scripts.run(
     _NAME,
     f"--data_dir={tfds_dir}",
@@ -196,7 +201,7 @@ def test_own_presets_on_mnist(tfds_dir, decoded, tmp_path):
   assert (row["published_percent"], row["published_spread"]) == (95.40, 0.31)
 
 
-def test_lenet_has_its_seeds_one_after_the_other(tmp_path):
+def test_lenet_trains_one_seed_at_a_time(tmp_path):
   done = scripts.run(
     _NAME,
     "--dataset=digits",

@@ -7,35 +7,35 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import _report
+from experiments.lib import report
 from l2rw_jax.io import workdir
 
 
 @pytest.mark.parametrize("values", [[1.0, 2.0], [3.5, 4.5, 4.0, 10.0, -2.0]])
 def test_interval_is_that_of_student(values):
-  found = _report.interval(values)
+  interval = report.interval(values)
   low, high = stats.t.interval(
     0.95, len(values) - 1, loc=np.mean(values), scale=stats.sem(values)
   )
-  assert found.mean == pytest.approx((low + high) / 2)
-  assert found.half_width == pytest.approx((high - low) / 2)
-  assert found.repeats == len(values)
+  assert interval.mean == pytest.approx((low + high) / 2)
+  assert interval.half_width == pytest.approx((high - low) / 2)
+  assert interval.repeats == len(values)
 
 
 def test_interval_by_hand():
   # Mean 20, standard deviation 10, t(0.975, 2) = 4.302653.
-  found = _report.interval([10.0, 20.0, 30.0])
-  assert found.half_width == pytest.approx(4.302653 * 10 / math.sqrt(3), rel=1e-6)
-  assert str(found) == "20.00 ± 24.84" and f"{found:.1f}" == "20.0 ± 24.8"
+  interval = report.interval([10.0, 20.0, 30.0])
+  assert interval.half_width == pytest.approx(4.302653 * 10 / math.sqrt(3), rel=1e-6)
+  assert str(interval) == "20.00 ± 24.84" and f"{interval:.1f}" == "20.0 ± 24.8"
 
 
 def test_a_single_number_has_no_interval():
-  found = _report.interval([2.345])
-  assert math.isnan(found.half_width) and str(found) == "2.35"
+  interval = report.interval([2.345])
+  assert math.isnan(interval.half_width) and str(interval) == "2.35"
 
 
 def test_table_is_aligned_markdown():
-  assert _report.table(["a", "method"], [[1, "x"], ["long", None]]) == (
+  assert report.table(["a", "method"], [[1, "x"], ["long", None]]) == (
     "| a    | method |\n|------|--------|\n| 1    | x      |\n| long | None   |"
   )
 
@@ -43,7 +43,7 @@ def test_table_is_aligned_markdown():
 def test_saved_rows_carry_the_flags(tmp_path):
   flags = {"steps": 3, "methods": ["a", "b"], "meta": None}
   rows = [{"method": "a, really", "score": 0.1}, {"method": "b", "score": None}]
-  _report.save(tmp_path, rows, flags)
+  report.save(tmp_path, rows, flags)
   assert workdir.read_record(tmp_path / "results.json") == {
     "flags": flags,
     "rows": rows,
@@ -59,10 +59,10 @@ def test_saved_rows_carry_the_flags(tmp_path):
 
 
 def test_run_fields_need_every_fact_of_a_run():
-  metrics = {name: name for name in _report.RUN_FIELDS}
-  assert _report.run_fields({**metrics, "last": {}}) == metrics
+  metrics = {name: name for name in report.RUN_FIELDS}
+  assert report.run_fields({**metrics, "last": {}}) == metrics
   with pytest.raises(KeyError):
-    _report.run_fields({"seed": 0})
+    report.run_fields({"seed": 0})
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_auroc_by_hand(labels, mean, expected):
   # Label 0 is the true one everywhere.
   weights = {"label": np.array(labels), "mean_weight": np.array(mean, float)}
   weights["true_label"] = np.zeros(len(labels), int)
-  assert _report.auroc(weights) == expected
+  assert report.auroc(weights) == expected
 
 
 def test_rejection_auroc_by_hand():
@@ -93,10 +93,10 @@ def test_rejection_auroc_by_hand():
     "mean_weight": np.array([1.0, 0.5, 2.0, 3.0, np.nan]),
   }
   np.testing.assert_array_equal(
-    _report.rejected_share(weights), [0, 0.5, 0.5, 1, np.nan]
+    report.rejected_share(weights), [0, 0.5, 0.5, 1, np.nan]
   )
   # Of four pairs, three are in order and one is even; by mean weight, all are not.
-  assert _report.rejection_auroc(weights) == 3.5 / 4
-  assert _report.auroc(weights) == 0
+  assert report.rejection_auroc(weights) == 3.5 / 4
+  assert report.auroc(weights) == 0
   never = {**weights, "rejected": np.zeros(5, int)}
-  assert _report.rejection_auroc(never) is None
+  assert report.rejection_auroc(never) is None

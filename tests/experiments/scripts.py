@@ -1,6 +1,9 @@
-"""Runs a script as its users do, or many times over in one process."""
+"""Runs scripts in this process, or as their users do in one of their own."""
 
+import contextlib
 import csv
+import importlib
+import io
 import json
 import os
 import pathlib
@@ -9,37 +12,11 @@ import sys
 import tempfile
 from typing import Any, NamedTuple
 
+from experiments.lib import launch
+
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 # Compiled programs: most of the processes started here need not compile them again.
 _COMPILED = tempfile.TemporaryDirectory(prefix="l2rw_jax-compiled-")
-
-# One process for many command lines: each sees fresh flags, and its exit status
-# and outputs are kept apart.
-_MANY = """
-import contextlib, importlib, io, json, sys
-from absl.testing import flagsaver
-from experiments import _launch
-module = importlib.import_module(sys.argv[1])
-outcomes = []
-for arguments in json.load(sys.stdin):
-  printed, complaints = io.StringIO(), io.StringIO()
-  sys.argv = ["script", *arguments]
-  if hasattr(module, "load"):
-    module.load.cache_clear()
-  with (
-    flagsaver.flagsaver(),
-    contextlib.redirect_stdout(printed),
-    contextlib.redirect_stderr(complaints),
-  ):
-    try:
-      _launch.run(module.main)
-    except SystemExit as error:
-      status = error.code
-    except BaseException as error:
-      status = repr(error)
-  outcomes.append((status, printed.getvalue(), complaints.getvalue()))
-json.dump(outcomes, sys.stdout)
-"""
 
 # A disk that takes small files only; the process is the very script otherwise.
 FULL_DISK = """
@@ -83,17 +60,32 @@ def start(*arguments: Any, cwd=REPOSITORY, stdin: str | None = None) -> Outcome:
   return Outcome(process.returncode, process.stdout, process.stderr)
 
 
-def run(name: str, *arguments: Any, cwd=REPOSITORY) -> Outcome:
-  """`python -m experiments.NAME`."""
+def run(name: str, *arguments: Any, cwd: Any = ".") -> Outcome:
+  """As `python -m experiments.NAME` in a folder, but in this process."""
+  module = importlib.import_module(name if "." in name else f"experiments.{name}")
+  experiment = module.TABLE.name if hasattr(module, "TABLE") else ""
+  printed, complaints, status = io.StringIO(), io.StringIO(), 0
+  with (
+    contextlib.chdir(cwd),
+    contextlib.redirect_stdout(printed),
+    contextlib.redirect_stderr(complaints),
+  ):
+    try:
+      texts = [str(argument) for argument in arguments]
+      launch.execute(module.Settings, module.run, experiment, texts)
+    except SystemExit as error:
+      status = error.code
+  return Outcome(status, printed.getvalue(), complaints.getvalue())
+
+
+def start_script(name: str, *arguments: Any, cwd: Any = REPOSITORY) -> Outcome:
+  """`python -m experiments.NAME`, in a process of its own."""
   return start("-m", f"experiments.{name}", *arguments, cwd=cwd)
 
 
 def run_many(name: str, commands: list[list[str]]) -> list[Outcome]:
-  """As `run`, for many command lines; only faster. A name with a dot is a module's."""
-  module = name if "." in name else f"experiments.{name}"
-  done = start("-c", _MANY, module, stdin=json.dumps(commands))
-  assert done.status == 0 and done.complaints == "", done.complaints
-  return [Outcome(*outcome) for outcome in json.loads(done.printed)]
+  """As `run`, for many command lines."""
+  return [run(name, *arguments) for arguments in commands]
 
 
 def run_mistakes(

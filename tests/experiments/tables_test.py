@@ -1,4 +1,4 @@
-"""Tables of made-up results: every number by hand, and every mistake."""
+"""Tables of made-up results: numbers by hand, and errors."""
 
 import csv
 import io
@@ -7,14 +7,13 @@ import json
 import pytest
 import scripts
 
-from experiments import _catalogue
-from experiments import _fairness_report
-from experiments import _table_formats
-from experiments import _tables
-from experiments import tables
+from experiments import fairness
+from experiments.tables import catalog as tables
+from experiments.tables import formats
+from experiments.tables import table as table_lib
 from l2rw_jax import base
 
-_NAME = "tables"
+_NAME = "experiments.tables.__main__"
 _NOISE = {
   "noise": "n",
   "fraction": 0.5,
@@ -34,9 +33,9 @@ _ROWS = [
 ]
 
 
-def make(name, rows, **flags) -> _tables.Table:
-  section = _tables.Section(name, _catalogue.EXPERIMENTS[name], rows, flags)
-  return _tables.make(section)
+def make(name, rows, **flags) -> table_lib.Table:
+  section = table_lib.Section(name, tables.layouts()[name], rows, flags)
+  return table_lib.make(section)
 
 
 def save(folder, rows, **flags):
@@ -55,8 +54,8 @@ def results(tmp_path):
   return tmp_path / "results"
 
 
-def test_the_summary_puts_ours_beside_what_was_published():
-  text = _table_formats.summary(make("mnist_noise", _ROWS, preset="mine"))
+def test_summary_has_measured_and_published_values():
+  text = formats.summary(make("mnist_noise", _ROWS, preset="mine"))
   first, *_, last = text.splitlines()
   assert first == "mlp, preset mine; mean ± 95% interval."
   header, *lines = scripts.table(text)
@@ -66,9 +65,9 @@ def test_the_summary_puts_ours_beside_what_was_published():
     *("best on test %", "AUROC of mean weights", "seeds"),
   ]
   # t(0.975, 2) = 4.3027 standard errors of 1 / sqrt(3).
-  ours, best, auroc = "90.00 ± 2.48", "92.00 ± 0.00", "0.750 ± 0.000"
+  measured, best, auroc = "90.00 ± 2.48", "92.00 ± 0.00", "0.750 ± 0.000"
   assert lines == [
-    ["n", "0.5", "l2rw", ours, "91.39 ± 0.07", "-1.39", best, auroc, "3"],
+    ["n", "0.5", "l2rw", measured, "91.39 ± 0.07", "-1.39", best, auroc, "3"],
     ["n", "0.5", "bare", "94.50", "91.39", "+3.11", "92.00", "0.750", "1"],
     ["n", "0.5", "advisor", "70.00", "-", "-", "92.00", "-", "1"],
     ["n", "0.7", "l2rw", "60.00", "-", "-", "92.00", "-", "1"],
@@ -78,7 +77,7 @@ def test_the_summary_puts_ours_beside_what_was_published():
 
 
 def test_the_short_form_has_a_column_per_setting():
-  text = _table_formats.compact(make("mnist_noise", _ROWS))
+  text = formats.compact(make("mnist_noise", _ROWS))
   assert text.startswith("mlp, n; 1 to 3 seeds; test accuracy %.\n")
   assert scripts.table(text) == [
     ["method", "fraction 0.5", "fraction 0.7"],
@@ -91,19 +90,19 @@ def test_the_short_form_has_a_column_per_setting():
 def test_the_short_form_of_one_setting_has_a_column_per_metric():
   row = {"method": "l2rw", "best_accuracy": 0.5, "weight_auroc": None}
   rows = [{**row, "seed": s, "accuracy_percent": a} for s, a in enumerate((40, 60))]
-  text = _table_formats.compact(make("digits_noise", rows, noise_fraction=0.25))
+  text = formats.compact(make("digits_noise", rows, noise_fraction=0.25))
   assert text.startswith("25% of the labels wrong; 2 seeds.\n")
   # Nobody has weights, so they have no column. t(0.975, 1) = 12.706, times 10.
   assert scripts.table(text) == [
     ["method", "test accuracy %", "best on test %"],
     ["l2rw", "50.00 ± 127.06", "50.00 ± 0.00"],
   ]
-  assert text.endswith("Published: nothing, the task is ours.")
+  assert text.endswith("Published: nothing, the problem is this project's.")
 
 
 def test_a_setting_that_differs_has_a_column_of_its_own():
   rows = [_ROWS[0], {**_ROWS[0], "network": "lenet", "preset": "own"}]
-  header, *lines = scripts.table(_table_formats.summary(make("mnist_noise", rows)))
+  header, *lines = scripts.table(formats.summary(make("mnist_noise", rows)))
   assert header[:5] == ["noise", "fraction", "network", "preset", "method"]
   assert [line[2:4] for line in lines] == [["mlp", "-"], ["lenet", "own"]]
 
@@ -111,7 +110,7 @@ def test_a_setting_that_differs_has_a_column_of_its_own():
 @pytest.mark.parametrize(("fraction", "shown"), [(0.0, True), (None, False)])
 def test_a_key_has_a_column_unless_no_run_has_it(fraction, shown):
   header, line = scripts.table(
-    _table_formats.summary(make("mnist_noise", [{**_ROWS[0], "fraction": fraction}]))
+    formats.summary(make("mnist_noise", [{**_ROWS[0], "fraction": fraction}]))
   )
   assert ("fraction" in header) == shown
   assert line[: header.index("method")] == ["n", *(["0"] if shown else [])]
@@ -120,42 +119,42 @@ def test_a_key_has_a_column_unless_no_run_has_it(fraction, shown):
 def test_a_method_may_be_named_by_several_columns():
   whole = {"method": "uniform", "kept_percent": None, "kept": ""}
   part = {"method": "forml_gap", "kept_percent": 9, "kept": "top"}
-  measured = dict.fromkeys(_fairness_report.MEASURES, 1.0)
+  measured = dict.fromkeys(fairness.MEASURES, 1.0)
   measured["worst_cell_percent"] = None
   rows = [{**whole, **measured}, {**part, **measured}]
-  _, *lines = scripts.table(_table_formats.summary(make("fairness", rows)))
+  _, *lines = scripts.table(formats.summary(make("fairness", rows)))
   assert lines == [
     ["uniform", *["1.00"] * 4, "1"],
     ["uniform on top 9% by forml_gap", *["1.00"] * 4, "1"],
   ]
 
 
-def test_the_long_form_has_a_line_a_number(results):
-  text = _table_formats.long_form(tables.collect(results))
-  found = list(csv.DictReader(io.StringIO(text)))
-  assert set(found[0]) == set(_table_formats.LONG_FORM)
-  first, single = found[0], found[3]
+def test_long_form_has_a_line_for_each_number(results):
+  text = formats.long_form(tables.collect(results))
+  lines = list(csv.DictReader(io.StringIO(text)))
+  assert set(lines[0]) == set(formats.LONG_FORM)
+  first, single = lines[0], lines[3]
   assert first["setting"] == "network=mlp; preset=mine; noise=n; fraction=0.5"
   names = ("experiment", "method", "metric", "mean", "repeats", "published")
-  told = ["mnist_noise", "l2rw", "test accuracy %", "90", "3", "91.39"]
-  assert [first[name] for name in names] == told
+  expected = ["mnist_noise", "l2rw", "test accuracy %", "90", "3", "91.39"]
+  assert [first[name] for name in names] == expected
   assert float(first["half_width"]) == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
   assert float(first["difference"]) == pytest.approx(-1.39)
   assert (first["published_spread"], single["published_spread"]) == ("0.07", "")
   assert (single["method"], single["half_width"]) == ("bare", "")
-  # Of a method without weights there is no AUROC to tell.
-  of_advisor = [line["metric"] for line in found if line["method"] == "advisor"]
+  # Of a method without weights there is no AUROC.
+  of_advisor = [line["metric"] for line in lines if line["method"] == "advisor"]
   assert of_advisor == ["test accuracy %", "best on test %"]
 
 
 def test_parts_of_an_experiment_are_taken_together(results):
   table = tables.collect(results, ["mentornet_pretrain"])[0]
-  assert [(line.method, line.values[0].ours.mean) for line in table.lines] == [
+  assert [(line.method, line.values[0].measured.mean) for line in table.lines] == [
     ("dd", 75.0),
     ("pd", 25.0),
   ]
-  # What all parts were made with is told; the curriculum is not theirs in common.
-  assert "network of paper" in _table_formats.summary(table)
+  # Settings that all parts share are printed; they do not share the curriculum.
+  assert "network of paper" in formats.summary(table)
 
 
 @pytest.fixture
@@ -175,7 +174,7 @@ def test_the_command_prints_and_writes_the_same_tables(results, readme, tmp_path
   text = (out / "tables.md").read_text()
   assert done.printed.startswith(text) and text == tables.markdown(loaded)
   assert done.printed.endswith(f", {out}/tables.csv, {out}/tables.png\n")
-  assert (out / "tables.csv").read_text() == _table_formats.long_form(loaded)
+  assert (out / "tables.csv").read_text() == formats.long_form(loaded)
   assert (out / "tables.png").read_bytes().startswith(b"\x89PNG")
   expected = (
     f"# Mine\n\n{tables.BEGIN}\n\n{tables.compact(loaded)}\n{tables.END}\nafter\n"
@@ -198,7 +197,7 @@ def test_formats_and_only(results):
   one = [f"--results={results}", "--only=mnist_noise"]
   printed = scripts.run_many(_NAME, [[*one, f"--format={f}"] for f in _FORMATS])
   for outcome, start in zip(printed, _FORMATS.values(), strict=True):
-    assert outcome.status is None and outcome.complaints == ""
+    assert outcome.status == 0 and outcome.complaints == ""
     assert outcome.printed.startswith(start)
     assert "mnist_noise" in outcome.printed
     assert "mentornet_pretrain" not in outcome.printed
@@ -228,14 +227,17 @@ _BROKEN_ROWS = {
   "row": ([7], "results.json cannot be read as results (a row is no object)"),
 }
 _MISTAKES = {
-  "no_folder": (["--results={tmp}/none"], "/none is no folder; run from"),
+  "no_folder": (["--results={tmp}/none"], "/none is not a folder; run from"),
   "empty": (["--results={tmp}/empty"], "/empty holds no NAME/results.json"),
   "not_json": (
     ["--results={tmp}/not_json"],
     "results.json cannot be read as results (",
   ),
   "no_flags": (["--results={tmp}/no_flags"], "cannot be read as results ('flags')"),
-  "unknown": (["--results={tmp}/unknown"], "/mine has no entry in experiments/_cata"),
+  "unknown": (
+    ["--results={tmp}/unknown"],
+    "/mine has no script with a TABLE of that name",
+  ),
   "only": (["--only=magic"], "--only=magic: choose among digits_noise"),
   "only_absent": (["--only=fairness"], "--only=fairness: no {tmp}/good/fairness/res"),
   "format": (["--format=pdf"], "should be one of <markdown|compact|csv>"),
@@ -250,7 +252,7 @@ _MISTAKES = {
 
 @pytest.fixture(scope="module")
 def mistakes(tmp_path_factory):
-  """Outcome of every mistake."""
+  """Outcomes of command lines with mistakes."""
   folder = tmp_path_factory.mktemp("mistakes")
   save(folder / "good" / "mnist_noise", _ROWS)
   (folder / "empty").mkdir()
@@ -275,7 +277,7 @@ def mistakes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [*_MISTAKES, *_BROKEN_ROWS])
-def test_a_mistake_is_one_line_and_writes_nothing(mistakes, name):
+def test_mistake_is_one_line_and_writes_nothing(mistakes, name):
   outcomes, folder = mistakes
   _, message = {**_MISTAKES, **_BROKEN_ROWS}[name]
   scripts.assert_one_line(outcomes[name], message.replace("{tmp}", str(folder)))
@@ -304,7 +306,7 @@ def test_text_of_a_results_file_stays_text_in_markdown():
   rows.append({**rows[0], "noise": "n", **_NONE, "accuracy_percent": 2.0})
   table = make("mnist_noise", rows, preset=_HOSTILE)
   shown = '&lt;img src=x onerror="y"&gt;\\|\\`\\[a\\](b)\\\\  \\[2J '
-  for text in (_table_formats.summary(table), _table_formats.compact(table)):
+  for text in (formats.summary(table), formats.compact(table)):
     assert shown in text and "<img" not in text and "\x1b" not in text
     text.encode()  # No half of a character is left.
     lines = [line.replace("\\|", "") for line in text.splitlines() if line[:1] == "|"]
@@ -314,7 +316,7 @@ def test_text_of_a_results_file_stays_text_in_markdown():
 @pytest.mark.parametrize("start", ["=HYPERLINK(1)", "+1", "-1", "@x", "  =1", "\t=1"])
 def test_text_of_a_results_file_is_no_formula_of_a_spreadsheet(start):
   rows = [{**_NOISE, "accuracy_percent": 1.0, "method": start}]
-  text = _table_formats.long_form([make("mnist_noise", rows)])
+  text = formats.long_form([make("mnist_noise", rows)])
   (_, line, *_) = csv.reader(io.StringIO(text))
   assert line[2] == "'" + start.replace("\t", " ")
   assert line[0] == "mnist_noise"
@@ -336,7 +338,7 @@ def test_text_of_a_results_file_is_no_formula_of_a_figure(tmp_path):
     {"network": {"a": 1}},
   ],
 )
-def test_values_that_cannot_be_shown_are_one_line(changed):
+def test_unreadable_values_are_one_line(changed):
   with pytest.raises(base.InputError, match="run its script again") as error:
     make("mnist_noise", [{**_NOISE, "accuracy_percent": 1.0, **changed}])
   assert len(str(error.value)) < 200

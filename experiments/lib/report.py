@@ -43,8 +43,8 @@ def interval(values: Sequence[float]) -> Interval:
 def auroc(weights: dict[str, np.ndarray]) -> float | None:
   """How well a low mean weight finds wrong labels.
 
-  The mean weight finds them badly: most of it comes from the few steps in which an
-  example was much needed, right or wrong. See `rejection_auroc`.
+  The mean weight finds them badly: most of it comes from the few steps in which which an
+  example has a large weight, right or wrong. See `rejection_auroc`.
 
   Args:
     weights: columns of a run's `weights.csv`.
@@ -101,7 +101,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def save(folder: pathlib.Path, rows: list[dict[str, Any]], flags: dict) -> None:
   """Writes `results.json` and `results.csv`, one row a run, flags in each row.
 
-  `results.json` carries its own checksum and that of `results.csv`.
+  `results.json` carries its checksum and that of `results.csv`.
   """
   everything = {"flags": flags, "rows": rows}
   text = io.StringIO()

@@ -1,11 +1,11 @@
-"""Rows of results to what a table says: ours beside the published value."""
+"""What a table says of rows of results: measured values next to published ones."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import dataclasses
 import operator
 from typing import Any, NamedTuple
 
-from experiments import _report
+from experiments.lib import report
 from l2rw_jax import base
 
 Row = Mapping[str, Any]
@@ -33,16 +33,17 @@ class Metric:
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
+class Layout:
   """What the table of a script shows.
 
   Attributes:
+    name: of its folder of results.
     title: for people.
     metrics: the first is the one that the experiment is about.
-    settings: what tells one cell of the experiment from another but for method and
-      seed: column of a row, or flag -> how to say its value, as `str.format` does.
+    settings: what distinguishes cells of the experiment besides method and seed: a
+      column of the rows or a flag -> how to print its value, for `str.format`.
     keys: those of `settings` that always have a column; the others have one where
-      they differ between rows, and are told once where they do not.
+      they differ between rows, and are printed once above the table otherwise.
     method: what a row's line is called.
     method_heading: of that column.
     repeat: what the runs of a line differ in.
@@ -51,6 +52,7 @@ class Experiment:
       there are none.
   """
 
+  name: str
   title: str
   metrics: tuple[Metric, ...]
   settings: Mapping[str, str]
@@ -62,36 +64,49 @@ class Experiment:
   identity: Callable[[Row], Any] = lambda row: row.get("seed")
 
 
+# Of the experiments with wrong labels.
+NOISE_METRICS = (
+  Metric(
+    "accuracy_percent",
+    "test accuracy %",
+    published="published_percent",
+    spread="published_spread",
+  ),
+  Metric("best_percent", "best on test %"),
+  Metric("weight_auroc", "AUROC of weights", decimals=3),
+)
+
+
 class Section(NamedTuple):
   """One experiment with the runs it has.
 
   Attributes:
     name: of its folder.
-    experiment: how to read its rows.
+    layout: how to read its rows.
     rows: one a run.
     flags: that the runs were made with.
   """
 
   name: str
-  experiment: Experiment
+  layout: Layout
   rows: Sequence[Row]
   flags: Row
 
 
 class Value(NamedTuple):
-  """Ours and the published value of one metric; None where there is none."""
+  """Measured and published value of one metric; None where there is none."""
 
   metric: Metric
-  ours: _report.Interval | None
+  measured: report.Interval | None
   published: float | None
   spread: float | None
 
   @property
   def difference(self) -> float | None:
-    """Ours minus published."""
-    if self.ours is None or self.published is None:
+    """Measured minus published."""
+    if self.measured is None or self.published is None:
       return None
-    return self.ours.mean - self.published
+    return self.measured.mean - self.published
 
 
 class Line(NamedTuple):
@@ -108,33 +123,33 @@ class Table(NamedTuple):
 
   Attributes:
     name: of the experiment's folder.
-    experiment: what the table shows.
+    layout: what the table shows.
     lines: in the order of their first rows.
   """
 
   name: str
-  experiment: Experiment
+  layout: Layout
   lines: list[Line]
 
   def varying(self) -> list[str]:
     """The settings that differ between lines."""
-    names = self.experiment.settings
+    names = self.layout.settings
     return [n for n in names if len({line.setting[n] for line in self.lines}) > 1]
 
   def say(self, line: Line, names: Iterable[str]) -> str:
     """Some of a line's settings in words."""
-    said = [(self.experiment.settings[n], line.setting[n]) for n in names]
-    return ", ".join(how.format(value) for how, value in said if value is not None)
+    texts = [(self.layout.settings[n], line.setting[n]) for n in names]
+    return ", ".join(text.format(value) for text, value in texts if value is not None)
 
   def say_constant(self, but: Collection[str]) -> str:
-    """In words, the settings that do not differ."""
-    same = [name for name in self.experiment.settings if name not in but]
+    """The settings that do not differ, in words."""
+    same = [name for name in self.layout.settings if name not in but]
     return self.say(self.lines[0], same)
 
   def metrics(self) -> list[int]:
-    """Which of the metrics some run has."""
-    count = range(len(self.experiment.metrics))
-    return [i for i in count if any(line.values[i].ours for line in self.lines)]
+    """The numbers of the metrics that some run has."""
+    count = range(len(self.layout.metrics))
+    return [i for i in count if any(line.values[i].measured for line in self.lines)]
 
   def has_published(self, metric: int) -> bool:
     """Whether any line has a published value of a metric."""
@@ -148,30 +163,30 @@ def make(section: Section) -> Table:
     InputError: there is no row, a row lacks a column or holds there what cannot be
       read, runs of one line have the same seed, or their published values differ.
   """
-  experiment = section.experiment
+  layout = section.layout
   if not section.rows:
     raise base.InputError(f"{section.name}: no rows; run its script again.")
   groups: dict[tuple, list[Row]] = {}
   for row in section.rows:
-    setting = tuple(_setting(section, row, name) for name in experiment.settings)
+    setting = tuple(_setting(section, row, name) for name in layout.settings)
     groups.setdefault((_method(section, row), *setting), []).append(row)
-  found = []
-  for (method, *values), own in groups.items():
-    _check_seeds(section, method, own)
-    found.append(
+  lines = []
+  for (method, *values), rows in groups.items():
+    _check_seeds(section, method, rows)
+    lines.append(
       Line(
         method,
-        dict(zip(experiment.settings, values, strict=True)),
-        [_value(section, metric, own) for metric in experiment.metrics],
-        len(own),
+        dict(zip(layout.settings, values, strict=True)),
+        [_value(section, metric, rows) for metric in layout.metrics],
+        len(rows),
       )
     )
-  return Table(section.name, experiment, found)
+  return Table(section.name, layout, lines)
 
 
 def _method(section: Section, row: Row) -> str:
   try:
-    return _printable(str(section.experiment.method(row)))
+    return _printable(str(section.layout.method(row)))
   except KeyError as error:
     raise _lacks(section, str(error)) from error
   except (TypeError, ValueError, OverflowError) as error:
@@ -186,11 +201,11 @@ def _printable(text: str) -> str:
 
 
 def _setting(section: Section, row: Row, name: str) -> Any:
-  if name not in row and name in section.experiment.keys:
+  if name not in row and name in section.layout.keys:
     raise _lacks(section, repr(name))
   value = row[name] if name in row else section.flags.get(name)
   try:
-    section.experiment.settings[name].format(value)
+    section.layout.settings[name].format(value)
     hash(value)
   except (TypeError, ValueError, OverflowError) as error:
     if value is not None:
@@ -208,26 +223,26 @@ def _lacks(section: Section, column: str) -> base.InputError:
 
 def _check_seeds(section: Section, method: str, rows: Sequence[Row]) -> None:
   """Runs that differ in more than their seed must not be averaged."""
-  seeds = [section.experiment.identity(row) for row in rows]
+  seeds = [section.layout.identity(row) for row in rows]
   if len({str(seed) for seed in seeds}) < len(seeds):
     raise base.InputError(
-      f"{section.name}: {method} has two rows of one {section.experiment.repeat} and"
-      f" setting; name what tells them apart in `settings` of _catalogue.py."
+      f"{section.name}: {method} has two rows of one {section.layout.repeat} and"
+      f" setting; name what distinguishes them in `settings` of its table."
     )
 
 
 def _value(section: Section, metric: Metric, rows: Sequence[Row]) -> Value:
-  found = [_number(section, row, metric.column) for row in rows]
-  known = [metric.scale * number for number in found if number is not None]
+  numbers = [_number(section, row, metric.column) for row in rows]
+  known = [metric.scale * number for number in numbers if number is not None]
   published: list[float | None] = []
   for column in (metric.published, metric.spread):
-    numbers = {_number(section, row, column) for row in rows} if column else {None}
-    if len(numbers) > 1:
+    values = {_number(section, row, column) for row in rows} if column else {None}
+    if len(values) > 1:
       raise base.InputError(
         f"{section.name}: {column!r} differs between runs of one line; mend its rows."
       )
-    published += numbers
-  return Value(metric, _report.interval(known) if known else None, *published)
+    published += values
+  return Value(metric, report.interval(known) if known else None, *published)
 
 
 def _number(section: Section, row: Row, column: str) -> float | None:

@@ -1,34 +1,32 @@
-"""The folder of an experiment knows the files that its flags name."""
+"""The folder of an experiment records the files that its flags name."""
 
 import ast
-import pathlib
+import dataclasses
 import shutil
 
-from absl import flags
-from absl.testing import flagsaver
 import jax
 import numpy as np
 import pytest
+import scripts
 
-from experiments import _launch
-from experiments import _methods
+from experiments.lib import registries
+from experiments.lib import runner
 from l2rw_jax import base
 from l2rw_jax.methods.mentornet import mentor_file
 from l2rw_jax.methods.mentornet import network as mentornet_network
 
-_EXPERIMENTS = pathlib.Path(_launch.__file__).parent
 _SUFFIXES = (".png", ".json", ".npz", ".txt", ".csv")
 
 
-@pytest.fixture(autouse=True)
-def parsed():
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
+@dataclasses.dataclass(frozen=True)
+class _Settings(registries.Settings):
+  """The flags of the methods."""
+
+  EXTENDABLE = ("mentor",)
 
 
 def _prepare(folder, mentor):
-  with flagsaver.flagsaver(workdir=str(folder), mentor=mentor):
-    return _launch.prepare("noise", _methods.__name__, ("mentor",))
+  return runner.open_folder(_Settings(mentor=mentor), "noise", folder)
 
 
 def _mentor(path, curriculum, seed):
@@ -77,12 +75,12 @@ def _last(text):
   return str(end.value) if isinstance(end, ast.Constant) else ""
 
 
-def test_names_of_files_do_not_round():
-  for path in _EXPERIMENTS.glob("*.py"):
+def test_file_names_do_not_round_numbers():
+  for path in (scripts.REPOSITORY / "experiments").rglob("*.py"):
     for name in _names_of_files(ast.parse(path.read_text(encoding="utf-8"))):
       assert not _rounds(name), f"{path.name}: {ast.unparse(name)}"
 
 
-def test_the_rule_sees_rounded_names():
+def test_rounded_names_are_detected():
   text = 'def folder(x):\n  return f"a-{x:g}"\ny / f"{x:.3f}"\nz = f"{x:g}.png"'
   assert sum(map(_rounds, _names_of_files(ast.parse(text)))) == 3

@@ -8,9 +8,9 @@ import pytest
 
 _PROGRAM = """
 import ctypes, resource
-from experiments import _allocator
+from experiments.lib import launch
 if {kept}:
-  assert _allocator.keep_freed_memory()
+  assert launch.keep_freed_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes, size = [ctypes.c_void_p], 2**26
@@ -24,7 +24,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a matter of glibc")
-def test_large_blocks_are_not_given_back():
+def test_large_blocks_stay_with_the_process():
   faults = [
     int(
       subprocess.run(

@@ -1,4 +1,4 @@
-"""One picture of all published values beside ours."""
+"""One picture of all published values next to the measured ones."""
 
 from collections.abc import Sequence
 import pathlib
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import _tables
+from experiments.tables import table as table_lib
 
 
 class _Panel(NamedTuple):
@@ -15,11 +15,11 @@ class _Panel(NamedTuple):
   title: str
   metric: str
   labels: list[str]
-  values: list[_tables.Value]
+  values: list[table_lib.Value]
 
 
-def draw(tables: Sequence[_tables.Table], path: pathlib.Path) -> bool:
-  """A panel per experiment, a line per method: a dot is ours, a diamond published.
+def draw(tables: Sequence[table_lib.Table], path: pathlib.Path) -> bool:
+  """A panel per experiment, a line per method: a dot is measured, a diamond published.
 
   Returns:
     Whether there was anything to draw: some published value.
@@ -49,29 +49,29 @@ def draw(tables: Sequence[_tables.Table], path: pathlib.Path) -> bool:
   return True
 
 
-def _panels(table: _tables.Table) -> list[_Panel]:
+def _panels(table: table_lib.Table) -> list[_Panel]:
   varying, panels = table.varying(), []
   for i in filter(table.has_published, table.metrics()):
     lines = [line for line in table.lines if line.values[i].difference is not None]
-    said = [(line.method, table.say(line, varying)) for line in lines]
-    labels = [f"{method}, {where}" if where else method for method, where in said]
-    heading = table.experiment.metrics[i].heading
+    names = [(line.method, table.say(line, varying)) for line in lines]
+    labels = [f"{method}, {where}" if where else method for method, where in names]
+    heading = table.layout.metrics[i].heading
     values = [line.values[i] for line in lines]
-    panels.append(_Panel(table.experiment.title, heading, labels, values))
+    panels.append(_Panel(table.layout.title, heading, labels, values))
   return panels
 
 
 def _draw_panel(ax: Any, panel: _Panel) -> None:
   places = np.arange(len(panel.labels))
-  ours = [value.ours for value in panel.values if value.ours is not None]
+  measured = [v.measured for v in panel.values if v.measured is not None]
   ax.errorbar(
-    [interval.mean for interval in ours],
+    [interval.mean for interval in measured],
     places - 0.13,
-    xerr=np.nan_to_num([interval.half_width for interval in ours]),
+    xerr=np.nan_to_num([interval.half_width for interval in measured]),
     fmt="o",
     color="C0",
     capsize=2,
-    label="ours, 95% interval",
+    label="measured, 95% interval",
   )
   ax.errorbar(
     [value.published for value in panel.values],
@@ -81,7 +81,7 @@ def _draw_panel(ax: Any, panel: _Panel) -> None:
     color="C1",
     markersize=5,
     capsize=2,
-    label="published, with its own ±",
+    label="published, with its ±",
   )
   # A label from a results file must not be read as a formula of TeX.
   ax.set_yticks(places, [label.replace("$", r"\$") for label in panel.labels])

@@ -19,18 +19,18 @@ class OptimizerConfig:
 
   Attributes:
     name: "sgd" or "adam".
-    learning_rate: at its highest.
+    learning_rate: the highest.
     momentum: of SGD.
     nesterov: whether it is Nesterov's.
     weight_decay: L2, added to the gradient before momentum.
     drops: (share of the run done, factor on the learning rate), accumulating.
-    decay_all: whether biases and BatchNorm decay too, as by PyTorch's optimizers;
-      else kernels only, as by the L2 losses of the TensorFlow codes.
-    warmup: share of the run in which the learning rate climbs, in five stairs (in
-      LDAM's code, one of the first five epochs each).
-    plateau_steps: updates in an epoch, if the learning rate falls to a tenth
-      (at the least 1e-5) whenever the validation loss has not fallen for more than
-      5 epochs, as in BARE's released code.
+    decay_all: whether biases and BatchNorm decay too, as with PyTorch's optimizers;
+      otherwise only kernels decay, as with the L2 losses of the TensorFlow codes.
+    warmup: share of the run in which the learning rate rises in five equal steps
+      (in LDAM's code, one in each of the first five epochs).
+    plateau_steps: updates in an epoch, if the learning rate falls to a tenth (but not
+      below 1e-5) whenever the validation loss has not fallen for more than 5 epochs,
+      as in BARE's released code; None for no such rule.
   """
 
   name: str = "sgd"

@@ -1,0 +1,1 @@
+"""Floor 6: what the scripts share."""

@@ -1,0 +1,172 @@
+"""Figures that several scripts draw."""
+
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from experiments.lib import report
+from experiments.lib import runner
+
+Row = dict[str, Any]
+
+
+@contextlib.contextmanager
+def figure(
+  path: pathlib.Path, *shape: int, **options: Any
+) -> Iterator[tuple[Any, Any]]:
+  """A figure and its axes, which are written to a PNG and closed in the end.
+
+  Args:
+    path: of the PNG.
+    *shape: number of rows and columns of axes.
+    **options: of `plt.subplots`; a tight bounding box with `tight`, for legends
+      outside the axes.
+  """
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  tight = options.pop("tight", False)
+  drawn, axes = plt.subplots(*shape, **options)
+  try:
+    yield drawn, axes
+    if not tight:
+      drawn.tight_layout()
+    drawn.savefig(path, dpi=150, bbox_inches="tight" if tight else None)
+  finally:
+    plt.close(drawn)
+
+
+def panels(
+  rows: Sequence[Row],
+  columns: Sequence[str],
+  path: pathlib.Path,
+  *,
+  draw_method: Callable[[Any, int, list[Row]], None],
+  draw_legend: Callable[[Any], None],
+  title: Callable[..., str] | None = None,
+) -> None:
+  """Draws a panel for every setting; methods share the vertical axis.
+
+  Args:
+    rows: of results.
+    columns: whose values distinguish settings.
+    path: of the PNG.
+    draw_method: `(axes, height, rows of one method in one panel)`.
+    draw_legend: on the axes of the last panel.
+    title: of a panel, from its values of `columns`; the values if None.
+  """
+  settings = list(dict.fromkeys(tuple(r[c] for c in columns) for r in rows))
+  methods = list(dict.fromkeys(r["method"] for r in rows))
+  size = (2.3 + 3.7 * len(settings), 1.5 + 0.38 * len(methods))
+  options = {"figsize": size, "sharey": True, "squeeze": False, "tight": True}
+  with figure(path, 1, len(settings), **options) as (_, axes):
+    for setting, ax in zip(settings, axes[0], strict=True):
+      here = [r for r in rows if tuple(r[c] for c in columns) == setting]
+      for place, method in enumerate(methods):
+        chosen = [r for r in here if r["method"] == method]
+        if chosen:
+          draw_method(ax, place, chosen)
+      ax.set_title((title or _values)(*setting), fontsize=10)
+      ax.set_xlabel("test accuracy (%), last step")
+    axes[0, 0].set_yticks(range(len(methods)), methods)
+    axes[0, 0].invert_yaxis()
+    draw_legend(axes[0, -1])
+    axes[0, -1].legend(
+      fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
+    )
+
+
+def _values(*values: Any) -> str:
+  return " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+
+
+def accuracies(rows: Sequence[Row], columns: Sequence[str], path: pathlib.Path) -> None:
+  """A panel per setting: a bar per method, a dot a run, a diamond as published."""
+
+  def draw_legend(ax):
+    ax.plot([], [], "k.", label="one seed")
+    if any(r["published_percent"] is not None for r in rows):
+      ax.plot([], [], "D", color="C1", label="published mean")
+
+  panels(rows, columns, path, draw_method=_draw_accuracy, draw_legend=draw_legend)
+
+
+def _draw_accuracy(ax: Any, place: int, rows: list[Row]) -> None:
+  values = [r["accuracy_percent"] for r in rows]
+  color = "C7" if rows[0]["method"] == "uniform" else "C0"
+  mean = np.mean(values)
+  ax.barh(place, mean, color=color, height=0.7)
+  ax.plot(values, [place] * len(values), "k.", markersize=4)
+  ax.text(1.5, place, f"{mean:.1f}", va="center", color="white", fontsize=8)
+  if rows[0]["published_percent"] is not None:
+    ax.plot(rows[0]["published_percent"], place, "D", color="C1", markersize=5)
+  ax.set_xlim(0, 100)
+
+
+def meta_weight_net_curves(
+  cell: runner.Cell, folder: pathlib.Path, path: pathlib.Path
+) -> bool:
+  """Meta-Weight-Net's weight against the loss over the epochs of its first seed.
+
+  Args:
+    cell: that of the method.
+    folder: of the experiment.
+    path: of the PNG.
+
+  Returns:
+    Whether there was anything to draw.
+  """
+  seeds, place = next(iter(cell.groups()))
+  files = sorted((folder / place / "curves" / f"seed-{seeds[0]}").glob("epoch-*.txt"))
+  if not files:
+    return False
+  with figure(path, figsize=(5, 3.4)) as (_, axes):
+    for i in sorted({round(i) for i in np.linspace(0, len(files) - 1, 7)}):
+      epoch = int(files[i].stem.removeprefix("epoch-"))
+      color = _viridis(0.9 * i / max(1, len(files) - 1))
+      label = f"before epoch {epoch}"
+      axes.plot(runner.LOSS_GRID, np.loadtxt(files[i]), color=color, label=label)
+    axes.set_xlabel("training loss of an example")
+    axes.set_ylabel("weight V (before averaging)")
+    axes.set_ylim(0, 1)
+    noise = f"{cell.facts['noise']} {cell.facts['fraction']}"
+    axes.set_title(f"Meta-Weight-Net's weights, {noise}", fontsize=10)
+    axes.legend(fontsize=8, frameon=False)
+  return True
+
+
+def _viridis(share: float) -> Any:
+  from matplotlib import pyplot as plt
+
+  return plt.get_cmap("viridis")(share)
+
+
+def weights(axes: Any, columns: list[dict[str, np.ndarray]]) -> None:
+  """Histogram of mean weights, all seeds together.
+
+  Args:
+    axes: to draw on.
+    columns: of the `weights.csv` of each run.
+  """
+  mean = np.concatenate([w["mean_weight"] for w in columns])
+  is_clean = np.concatenate([w["label"] == w["true_label"] for w in columns])
+  known = np.isfinite(mean)
+  bins = np.linspace(0, np.quantile(mean[known], 0.995), 41)
+  for chosen, label, color in (
+    (is_clean, "clean label", "C0"),
+    (~is_clean, "flipped label", "C3"),
+  ):
+    values = np.minimum(mean[chosen & known], bins[-1])
+    axes.hist(values, bins, alpha=0.6, label=label, color=color)
+  axes.axvline(1, color="black", linewidth=0.8, linestyle=":", label="uniform weight")
+  scores = [s for s in map(report.auroc, columns) if s is not None]
+  title = "L2RW's weights" + (f", AUROC {np.mean(scores):.3f}" if scores else "")
+  axes.set_title(title)
+  axes.set_xlabel("mean weight over training (uniform = 1)")
+  axes.set_ylabel("training examples")
+  axes.legend()

@@ -1,0 +1,270 @@
+"""Runs a script as a program: flags from its settings, one-line errors, signals."""
+
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import ctypes
+import dataclasses
+import os
+import signal
+import sys
+import textwrap
+from typing import Any
+
+from absl import app
+from absl import flags
+from absl import logging
+import jax
+
+from experiments.lib import settings as settings_lib
+from l2rw_jax import base
+
+Run = Callable[..., Any]
+_HELP = ("help", "helpshort", "helpfull", "helpxml")
+
+
+def main(settings: type[settings_lib.Flags], run: Run, name: str = "") -> None:
+  """Runs a script with the flags of the command line.
+
+  Mistakes end with one line and status 2; SIGINT, SIGTERM and SIGHUP end with one line
+  and status 130, 143 and 129, and a run that is training saves a checkpoint first.
+
+  Args:
+    settings: the script's; its fields are the flags.
+    run: `(settings, workdir) -> rows`.
+    name: of the experiment, for the default folder.
+  """
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  logging.set_verbosity(logging.WARNING)
+  keep_freed_memory()
+  sys.unraisablehook = _report_unraisable
+  for number in (signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_DFL:  # `nohup` has SIGHUP ignored.
+      signal.signal(number, _stop)
+
+  def parse_all(argv):
+    flags.FLAGS.mark_as_parsed()  # The flags are those of `settings` alone.
+    with _one_line_errors(settings):
+      return parse(settings, argv[1:])
+
+  def run_parsed(parsed):
+    with _one_line_errors(settings):
+      _run(run, parsed, name)
+
+  app.run(run_parsed, flags_parser=parse_all)
+
+
+def execute(
+  settings: type[settings_lib.Flags],
+  run: Run,
+  name: str,
+  arguments: Sequence[str],
+) -> None:
+  """As `main`, with given arguments and without changing the process.
+
+  Raises:
+    SystemExit: the arguments ask for help, or there was a mistake.
+  """
+  with _one_line_errors(settings):
+    _run(run, parse(settings, arguments), name)
+
+
+def _run(run: Run, settings: Any, name: str) -> None:
+  run(settings, getattr(settings, "workdir", None) or f"runs/{name}")
+
+
+def parse(settings: type[settings_lib.Flags], arguments: Sequence[str]) -> Any:
+  """The settings that the arguments of a command line ask for.
+
+  Args:
+    settings: class of the settings.
+    arguments: of the command line, without the program's name.
+
+  Raises:
+    InputError, flags.Error: a mistake.
+    SystemExit: help was asked for, and printed.
+  """
+  values, kinds = _define(settings), settings_lib.kinds_of(settings)
+  not_text = [
+    spelling
+    for name, details in settings_lib.flags_of(settings).items()
+    if not (kinds[name].type is bool or _is_text(details, kinds[name]))
+    for spelling in (name, *details.aliases)
+  ]
+  settings_lib.check_ascii(arguments, not_text)
+  rest = values(["", *arguments])[1:]
+  if any(values[name].value for name in _HELP):
+    _print_help(settings, values)
+    sys.exit(1)  # As every absl program does.
+  if rest:
+    raise base.InputError(f"unexpected argument {rest[0]!r}: flags begin with --.")
+  parsed = {name: values[name].value for name in kinds}
+  given = frozenset(name for name in kinds if values[name].present)
+  return settings(**parsed, given=given)
+
+
+def _is_text(details: settings_lib.Flag, kind: settings_lib.Kind) -> bool:
+  """Whether a flag may have any text, such as a path."""
+  single = not kind.several or details.repeated
+  return kind.type is str and single and not details.choices
+
+
+def _define(settings: type[settings_lib.Flags]) -> flags.FlagValues:
+  """absl's flags for the fields of a class of settings."""
+  values, kinds = flags.FlagValues(), settings_lib.kinds_of(settings)
+  defaults = {f.name: f.default for f in dataclasses.fields(settings)}
+  for name, details in settings_lib.flags_of(settings).items():
+    kind = kinds[name]
+    default: Any = defaults[name]
+    define: Any
+    if kind.several:
+      default = None if default is None else list(default)
+      lists = {int: flags.DEFINE_multi_integer, float: flags.DEFINE_multi_float}
+      lists[str] = flags.DEFINE_multi_string if details.repeated else flags.DEFINE_list
+      define = lists[kind.type]
+    else:
+      define = {
+        bool: flags.DEFINE_bool,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        str: flags.DEFINE_string,
+      }[kind.type]
+    define(name, default, details.help, flag_values=values)
+    for alias in details.aliases:
+      flags.DEFINE_alias(alias, name, flag_values=values)
+  for name in _HELP:
+    flags.DEFINE_bool(name, False, "Print this help.", flag_values=values)
+  for module, own_flags in flags.FLAGS.flags_by_module_dict().items():
+    for absl_flag in own_flags if module.startswith("absl.") else ():
+      if absl_flag.name not in values:
+        values[absl_flag.name] = absl_flag
+  return values
+
+
+def _print_help(settings: type[settings_lib.Flags], values: flags.FlagValues) -> None:
+  """The script's description, and its flags by group."""
+  if values["helpxml"].value:
+    values.write_help_in_xml_format(sys.stdout)
+    return
+  print((sys.modules[settings.__module__].__doc__ or "").rstrip())
+  for group, title in settings_lib.GROUPS.items():
+    lines = [
+      _flag_help(name, details, settings)
+      for name, details in settings_lib.flags_of(settings).items()
+      if details.group == group
+    ]
+    if lines:
+      print(f"\n{title}:", *lines, sep="\n")
+  print("\nFlags of every absl program:")
+  print("  --flagfile: Read flags from a file, one a line.")
+  if not values["helpfull"].value:
+    print("  --helpfull: Print the other flags of absl, too.")
+    return
+  for name in sorted(set(values) - set(settings_lib.flags_of(settings))):
+    if "Alias for" not in values[name].help:
+      print(f"  --{name}: {' '.join(values[name].help.split())}")
+
+
+def _flag_help(
+  name: str, details: settings_lib.Flag, settings: type[settings_lib.Flags]
+) -> str:
+  kind = settings_lib.kinds_of(settings)[name]
+  default = next(f.default for f in dataclasses.fields(settings) if f.name == name)
+  spelling = f"[no]{name}" if kind.type is bool else name
+  choices = f"<{'|'.join(details.choices)}>: " if details.choices else ""
+  notes = [details.help]
+  if details.methods:
+    notes.append(f"For --methods={','.join(details.methods)}.")
+  if kind.several and (kind.type is not str or details.repeated):
+    notes.append("Repeat the flag for several values.")
+  if default is not None and default != ():
+    text = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    notes.append(f"[default: {text}]")
+  lines = textwrap.wrap(
+    f"--{spelling}: {choices}{' '.join(notes)}",
+    width=80,
+    initial_indent="  ",
+    subsequent_indent="    ",
+    break_long_words=False,
+    break_on_hyphens=False,
+  )
+  return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _one_line_errors(settings: type[settings_lib.Flags]) -> Iterator[None]:
+  """Turns mistakes and interruptions into one line and an exit status."""
+  names = settings_lib.flags_of(settings)
+  try:
+    yield
+  except (base.InputError, flags.Error) as error:
+    _give_up(settings_lib.in_terms_of_flags(str(error), names))
+  except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    if not settings_lib.is_out_of_memory(error):
+      raise
+    _give_up(settings_lib.out_of_memory(names))
+  except OSError as error:
+    _give_up(f"{error.filename or 'input/output'}: {error.strerror}")
+  except KeyboardInterrupt:
+    _end_by(signal.SIGINT)
+  except _Stopped as stopped:
+    _end_by(stopped.number)
+
+
+class _Stopped(BaseException):
+  """A signal asked the process to end."""
+
+  def __init__(self, number: int):
+    super().__init__(number)
+    self.number = signal.Signals(number)
+
+
+def _stop(number: int, frame: Any) -> None:
+  del frame
+  raise _Stopped(number)
+
+
+def _end_by(number: signal.Signals) -> None:
+  event = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
+  with contextlib.suppress(OSError):  # The terminal may be closed.
+    print(f"\n{event}; the same command continues.", file=sys.stderr, flush=True)
+  sys.exit(128 + number)
+
+
+def _report_unraisable(unraisable: Any) -> None:
+  # After a failed read or write TensorStore still answers Orbax, whose event loop
+  # is closed by then: a traceback for each answer, around our one line.
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
+
+
+def _give_up(error: object) -> None:
+  print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+  sys.exit(2)
+
+
+# Of glibc's malloc.h; the largest that mallopt takes.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_MOST = 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+  """Lets glibc keep large blocks that are freed, instead of returning them.
+
+  A step of XLA:CPU takes its temporary memory from malloc and frees it at its end.
+  glibc returns blocks above 32 MiB to the system at once, so that every step faults in
+  each of its pages again: a fifth of the time of a LeNet step by L2RW when that took
+  47 MiB (2.6 against 2.3 times a plain one, M = B; 1.8 against 1.4, B / 10). In another
+  program, `MALLOC_MMAP_THRESHOLD_=4294967296` with
+  `MALLOC_TRIM_THRESHOLD_=17179869184` in the environment has the same effect.
+
+  Returns:
+    Whether it was done; without glibc there is nothing to do.
+  """
+  if not sys.platform.startswith("linux"):
+    return False
+  try:
+    mallopt = ctypes.CDLL(None).mallopt
+  except (AttributeError, OSError):
+    return False
+  mallopt.argtypes, mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
+  return bool(mallopt(_MMAP_THRESHOLD, _MOST) and mallopt(_TRIM_THRESHOLD, _MOST))

@@ -1,0 +1,382 @@
+"""What the two scripts of long tails share: flags, data, cells, rows and the figure."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.lib import figures
+from experiments.lib import optimizers
+from experiments.lib import registries
+from experiments.lib import runner
+from experiments.lib import settings as settings_lib
+from experiments.lib.settings import flag
+from experiments.tables import published_cifar
+from experiments.tables import table
+from l2rw_jax import base
+from l2rw_jax.data import examples as examples_lib
+from l2rw_jax.data import long_tail
+from l2rw_jax.data import sources
+from l2rw_jax.models import classifier
+from l2rw_jax.training import evaluation
+from l2rw_jax.training import results as results_lib
+
+METHODS = tuple(registries.LONG_TAIL)
+_SHOTS = {f"{name}_percent": f"{name}-shot" for name in evaluation.SHOTS}
+_COLORS = {"many_percent": "C2", "medium_percent": "C1", "few_percent": "C3"}
+
+
+def _preset(text: str) -> str:
+  return f"{text} The default is the preset's."
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(registries.LongTailSettings, runner.Settings):
+  """The flags of both scripts."""
+
+  EXTENDABLE = ("methods", "imbalance", "mentor")
+
+  dataset: str = flag("mnist")
+  methods: tuple[str, ...] | None = flag(
+    None,
+    f"Methods to compare, of {', '.join(METHODS)}. The default is those compared in"
+    " the committed table.",
+  )
+  shape: str = flag(
+    "exponential",
+    "Shape of the tail: class sizes fall exponentially, or half of them are low.",
+    choices=long_tail.SHAPES,
+    group="data",
+  )
+  imbalance: tuple[float, ...] = flag((100.0,))
+  builder: str | None = flag(
+    None,
+    _preset(
+      "Paper whose class sizes to take: ldam (meta images from what is left over) or"
+      " mwn (meta images are taken out first)."
+    ),
+    choices=long_tail.BUILDERS,
+    group="data",
+  )
+  num_meta: int | None = flag(
+    None, _preset("Number of clean meta images of each class.")
+  )
+  seeds_at_once: int | None = flag(None, unset="all, and 1 with convolutions")
+  num_epochs: int | None = flag(
+    None,
+    _preset("Number of passes over the training set; drops move in proportion."),
+  )
+  batch_size: int | None = flag(None, _preset("Number of training images in a step."))
+  meta_batch_size: int | None = flag(
+    None,
+    "Number of meta images in a step. The default is 100, or as many as there are.",
+  )
+  learning_rate: float | None = flag(None, _preset("Highest learning rate of SGD."))
+  momentum: float | None = flag(None, unset="the preset's")
+  weight_decay: float | None = flag(None, _preset("Weight decay of all parameters."))
+  eval_every: int = flag(1, "Number of epochs between two evaluations.")
+
+
+class Preset(NamedTuple):
+  """How to train.
+
+  Attributes:
+    num_epochs: passes over the training set.
+    batch_size: B.
+    optimizer: of every method.
+    builder: of the training set.
+    num_meta: meta images of each class.
+    deferred: share of the run after which deferred methods begin.
+  """
+
+  num_epochs: int
+  batch_size: int
+  optimizer: optimizers.OptimizerConfig
+  builder: str
+  num_meta: int
+  deferred: float = 0.8
+
+
+class Experiment(NamedTuple):
+  """What the scripts differ in.
+
+  Attributes:
+    table: of the script.
+    train: images to cut the tail from.
+    test: images of the test set.
+    make_model: whether the classifier is of cosines -> the network.
+    preset: how to train; flags override it.
+    facts: entries of every row: dataset, network and so on.
+    methods: compared by default.
+    side_by_side: number of seeds to train side by side unless a flag gives another.
+    comparable: whether published numbers may stand next to these.
+  """
+
+  table: table.Layout
+  train: sources.Source
+  test: sources.Source
+  make_model: Callable[[bool], classifier.Classifier]
+  preset: Preset
+  facts: dict[str, Any]
+  methods: Sequence[str]
+  side_by_side: int | None
+  comparable: bool = False
+
+
+def make_table(name: str, title: str, published: str, *keys: str) -> table.Layout:
+  """The table of a script."""
+  return table.Layout(
+    name=name,
+    title=title,
+    metrics=(
+      table.NOISE_METRICS[0],
+      table.Metric("balanced_percent", "balanced %"),
+      *(table.Metric(column, f"{shots} %") for column, shots in _SHOTS.items()),
+      table.NOISE_METRICS[1],
+    ),
+    settings={
+      "dataset": "{}",
+      "network": "{}",
+      "preset": "preset {}",
+      "builder": "builder {}",
+      "shape": "{}",
+      "imbalance": "imbalance {:g}",
+      "num_meta": "{} meta images a class",
+      "num_epochs": "{} epochs",
+    },
+    keys=("shape", "imbalance", *keys),
+    published=published,
+  )
+
+
+def _with_flags(settings: Settings, preset: Preset) -> Preset:
+  """The preset under the flags that were given."""
+  given = settings_lib.given_values(
+    learning_rate=settings.learning_rate,
+    momentum=settings.momentum,
+    weight_decay=settings.weight_decay,
+  )
+  return preset._replace(
+    optimizer=dataclasses.replace(preset.optimizer, **given),
+    **settings_lib.given_values(
+      num_epochs=settings.num_epochs,
+      batch_size=settings.batch_size,
+      builder=settings.builder,
+      num_meta=settings.num_meta,
+      deferred=settings.deferred,
+    ),
+  )
+
+
+def _make_splits(
+  settings: Settings, experiment: Experiment, imbalance: float, seeds: Sequence[int]
+) -> list[examples_lib.Splits]:
+  """The data of some seeds."""
+  return [
+    long_tail.long_tail_splits(
+      experiment.train,
+      experiment.test,
+      builder=experiment.preset.builder,
+      shape=settings.shape,
+      imbalance=imbalance,
+      num_meta_per_class=experiment.preset.num_meta,
+      seed=seed,
+    )
+    for seed in seeds
+  ]
+
+
+def _counts(split: examples_lib.Splits) -> list[int]:
+  return examples_lib.class_counts(split.train, split.num_classes).tolist()
+
+
+def make_cells(
+  settings: Settings, experiment: Experiment, names: Sequence[str], imbalance: float
+) -> list[runner.Cell]:
+  """How every method is run on a tail."""
+  preset = experiment.preset
+  splits = functools.partial(_make_splits, settings, experiment, imbalance)
+  (split,) = splits((0,))
+  steps_per_epoch = max(1, len(split.train.label) // preset.batch_size)
+  num_meta = len(split.meta.label)
+  config = settings.config(
+    num_steps=preset.num_epochs * steps_per_epoch,
+    batch_size=preset.batch_size,
+    meta_batch_size=settings.meta_batch_size or min(100, num_meta) or None,
+    eval_every=settings.eval_every * steps_per_epoch,
+    seeds=settings.seeds,
+  )
+  problem = runner.make_problem(
+    settings,
+    config,
+    preset.optimizer,
+    split.num_classes,
+    deferred=preset.deferred,
+    num_epochs=preset.num_epochs,
+    # ABSGD's package, demonstrating itself on CIFAR-10 of imbalance 100.
+    absgd=registries.Absgd(2.0, 0.9, 1.0),
+    mwn_preset="imbalance",
+  )
+  tail = {"builder": preset.builder, "shape": settings.shape, "imbalance": imbalance}
+  counts = _counts(split)
+  return [
+    runner.Cell(
+      name,
+      tail,
+      config,
+      experiment.make_model(registries.needs_cosines(name)),
+      registries.make_method(name, settings, problem, preset.num_epochs),
+      preset.optimizer,
+      splits,
+      "seeds-{first}-{last}/" + runner.folder_name(tail, name),
+      settings.seeds_at_once or experiment.side_by_side,
+      (
+        evaluation.accuracy,
+        evaluation.per_class_accuracy,
+        evaluation.shot_accuracy(counts, *evaluation.shot_thresholds(counts)),
+      ),
+    )
+    for name in names
+  ]
+
+
+def _rows(
+  settings: Settings,
+  experiment: Experiment,
+  cell: runner.Cell,
+  results: Sequence[results_lib.Result],
+) -> runner.Rows:
+  """The lines of `results.csv` of a cell's runs."""
+  (split,) = cell.splits((0,))
+  counts = _counts(split)
+  limits = evaluation.shot_thresholds(counts)
+  published = None
+  if experiment.comparable:
+    published = published_cifar.long_tail(
+      experiment.facts["dataset"], cell.method_name, **cell.facts
+    )
+  rows = []
+  for result in results:
+    row = runner.row(
+      settings,
+      cell,
+      result,
+      **experiment.facts,
+      **measured(result.metrics["last"]),
+      published_percent=published,
+      published_spread=None,
+      many_above=limits[0],
+      few_below=limits[1],
+      num_train=sum(counts),
+      class_counts=" ".join(map(str, counts)),
+      num_meta=experiment.preset.num_meta,
+      num_epochs=experiment.preset.num_epochs,
+      deferred=experiment.preset.deferred,
+    )
+    del row["weight_auroc"]  # no label is wrong
+    rows.append(row)
+  return rows
+
+
+def measured(last: dict[str, float]) -> dict[str, float | None]:
+  """A row's columns besides the accuracy.
+
+  Args:
+    last: results of the evaluators at the last step.
+
+  Returns:
+    In percent; None for a group that has no class.
+  """
+  names = {"balanced_percent": "balanced_accuracy"}
+  names |= {f"{name}_percent": f"{name}_shot_accuracy" for name in evaluation.SHOTS}
+  return {
+    column: 100 * last[name] if name in last else None for column, name in names.items()
+  }
+
+
+def thresholds(rows: runner.Rows) -> str:
+  """Which classes are many- and few-shot ones, a line per tail."""
+  tails = {(r["shape"], r["imbalance"], r["many_above"], r["few_below"]) for r in rows}
+  return "\n".join(
+    f"{shape} {imbalance:g}: many-shot classes have more than {many} training images,"
+    f" few-shot ones less than {few}."
+    for shape, imbalance, many, few in sorted(tails)
+  )
+
+
+def draw(rows: runner.Rows, path: pathlib.Path) -> None:
+  """A panel per tail, a line per method from its few- to its many-shot classes.
+
+  The bar is the accuracy, a dot a run, a diamond as published.
+  """
+
+  def draw_legend(ax):
+    for column, shots in _SHOTS.items():
+      if any(r[column] is not None for r in rows):
+        ax.plot([], [], "o", color=_COLORS[column], label=f"{shots} classes")
+    ax.plot([], [], "k|", markersize=10, markeredgewidth=2, label="all (dots: seeds)")
+    if any(r["published_percent"] is not None for r in rows):
+      ax.plot([], [], "D", color="C4", label="published, all")
+
+  figures.panels(
+    rows,
+    ("dataset", "builder", "shape", "imbalance"),
+    path,
+    draw_method=_draw_method,
+    draw_legend=draw_legend,
+    title=lambda dataset, builder, shape, imbalance: (
+      f"{dataset}, {shape} {imbalance:g} ({builder})"
+    ),
+  )
+
+
+def _draw_method(ax: Any, place: int, rows: runner.Rows) -> None:
+  shots = {c: np.mean([r[c] for r in rows]) for c in _SHOTS if rows[0][c] is not None}
+  ax.hlines(place, min(shots.values()), max(shots.values()), color="0.75", zorder=1)
+  for column, mean in shots.items():
+    ax.plot(mean, place, "o", color=_COLORS[column], markersize=5)
+  values = [r["accuracy_percent"] for r in rows]
+  ax.plot(np.mean(values), place, "k|", markersize=15, markeredgewidth=2)
+  ax.plot(values, [place] * len(values), "k.", markersize=3)
+  if rows[0]["published_percent"] is not None:
+    ax.plot(rows[0]["published_percent"], place, "D", color="C4", markersize=5)
+  ax.grid(axis="x", linewidth=0.4)
+  ax.set_axisbelow(True)
+
+
+def run(
+  settings: Settings, experiment: Experiment, workdir: runner.Folder
+) -> runner.Rows:
+  """Trains what is missing, then prints and writes the comparison."""
+  methods = experiment.methods if settings.methods is None else settings.methods
+  names = settings.choose_methods(methods, METHODS)
+  preset = _with_flags(settings, experiment.preset)
+  # Published numbers are of the unchanged preset; only the meta set may differ, as it
+  # depends on the method.
+  is_preset = preset._replace(num_meta=experiment.preset.num_meta) == experiment.preset
+  experiment = experiment._replace(
+    preset=preset, comparable=experiment.comparable and is_preset
+  )
+  if not settings.imbalance:
+    raise base.InputError("--imbalance= is empty: give a number of at least 1.")
+  cells = []
+  for imbalance in dict.fromkeys(settings.imbalance):
+    cells += make_cells(settings, experiment, names, imbalance)
+  runner.check(settings, cells)
+  folder = runner.open_folder(settings, experiment.table.name, workdir)
+  rows = []
+  for cell in cells:
+    results = runner.train(settings, cell, folder)
+    rows += _rows(settings, experiment, cell, results)
+  draw(rows, folder / "figure.png")
+  return runner.report(
+    settings,
+    experiment.table,
+    folder,
+    rows,
+    methods=(METHODS, names),
+    more=thresholds(rows),
+  )

@@ -1,0 +1,489 @@
+"""Methods and networks by name, and the flags of the methods."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+
+from experiments.lib import settings as settings_lib
+from experiments.lib.settings import flag
+from l2rw_jax import base
+from l2rw_jax import changed_loss
+from l2rw_jax import class_balance
+from l2rw_jax import label_transition
+from l2rw_jax import meta_network
+from l2rw_jax.methods import absgd
+from l2rw_jax.methods import advisor
+from l2rw_jax.methods import bare
+from l2rw_jax.methods import baselines
+from l2rw_jax.methods import forml
+from l2rw_jax.methods import group_dro
+from l2rw_jax.methods import l2rw
+from l2rw_jax.methods import ldam_drw
+from l2rw_jax.methods import mentornet
+from l2rw_jax.methods import meta_weight_net
+from l2rw_jax.methods import s_model
+from l2rw_jax.methods import warpi
+from l2rw_jax.methods.mentornet import mentor_file
+from l2rw_jax.models import augmentation
+from l2rw_jax.models import lenet
+from l2rw_jax.models import mlp
+from l2rw_jax.models import preactivation_resnet
+from l2rw_jax.models import resnet
+from l2rw_jax.models import wide_resnet
+
+# Methods by what they have in common, for the notes on flags that have no effect.
+_META_LEARNED = ("meta_weight_net", "warpi", "warpi_deterministic", "advisor")
+_MENTORS = ("mentornet_pd", "mentornet_dd")
+_ABSGD = ("absgd", "absgd_ldam_drw")
+_TRANSITION = ("forward_correction", "s_model_conf")
+_LDAM = (
+  *("ldam", "ldam_hinge", "ldam_drw", "ldam_drs", "ldam_hinge_drs"),
+  "absgd_ldam_drw",
+)
+_DEFERRED = (
+  *("absgd", "absgd_ldam_drw", "uniform_drw", "uniform_drs"),
+  *("ldam_drw", "ldam_drs", "ldam_hinge_drs"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(settings_lib.Settings):
+  """The flags of the methods for wrong labels."""
+
+  meta_every: int = flag(
+    1,
+    "Number of steps from one meta step to the next.",
+    bounds=settings_lib.STEPS,
+    methods=_META_LEARNED,
+  )
+  mwn_preset: str | None = flag(
+    None,
+    "Release of Meta-Weight-Net to follow. The default is noise_stable, and in a long"
+    " tail imbalance.",
+    choices=meta_weight_net.PRESETS,
+    methods=["meta_weight_net"],
+  )
+  mentor: tuple[str, ...] = flag(
+    (),
+    "A fitted mentor (mentor.json of mentornet_pretrain), one for each mentornet_NAME.",
+    methods=_MENTORS,
+    repeated=True,
+  )
+  mentor_preset: str | None = flag(
+    None,
+    "Percentile, burn-in and dropout of MentorNet's student. The default is that of the"
+    " curriculum.",
+    choices=mentornet.PRESETS,
+    methods=_MENTORS,
+  )
+  mentor_percentile: float | None = flag(
+    None,
+    "Percentile of the losses, from 0 to 100, with which a curriculum compares. The"
+    " default depends on the noise level.",
+    bounds=settings_lib.Bounds(0, 100),
+    methods=["self_paced", "focal_weight", "pd_mixture", *_MENTORS],
+  )
+  warpi_samples: int = flag(
+    3,
+    "Number of draws of WarPI's rectifying vector.",
+    bounds=settings_lib.Bounds(1, 1000),
+    methods=["warpi"],
+  )
+  bare_kappa: float = flag(
+    1.0,
+    "Number of standard deviations above the mean that BARE asks for.",
+    bounds=settings_lib.Bounds(0, 1e3),
+    methods=["bare"],
+  )
+  bare_statistics: str = flag(
+    "batch_column",
+    "Statistics of BARE's released code, or those of its paper's formula.",
+    choices=bare.STATISTICS,
+    methods=["bare"],
+  )
+  focal_gamma: float = flag(
+    1.0,
+    "Exponent of the focal loss; LDAM's code has 1.",
+    bounds=settings_lib.Bounds(0, 100),
+    methods=["focal", "class_balanced_focal"],
+  )
+  absgd_lambda: float | None = flag(
+    None,
+    "Temperature of ABSGD: above 0 for rare classes, below 0 for wrong labels. The"
+    " default is -5, and 2 in a long tail.",
+    bounds=settings_lib.Bounds(-1e6, 1e6, 1e-6),
+    methods=_ABSGD,
+  )
+  absgd_gamma: float | None = flag(
+    None,
+    "Weight of the new batch in ABSGD's normalizer, in (0, 1]. The default is 0.5, and"
+    " 0.9 in a long tail.",
+    bounds=settings_lib.Bounds(1e-6, 1),
+    methods=_ABSGD,
+  )
+  absgd_alpha: float | None = flag(
+    None,
+    "Exponent of ABSGD's normalizer, which divides the step. The default is 0.5, and 1"
+    " in a long tail.",
+    bounds=settings_lib.Bounds(1e-6, 1e6),
+    methods=_ABSGD,
+  )
+  deferred: float | None = flag(
+    None,
+    "Share of the run after which deferred methods and ABSGD begin. The default is 2/3,"
+    " and in a long tail that of the preset.",
+    bounds=settings_lib.SHARE,
+    methods=_DEFERRED,
+  )
+  gce_threshold: float = flag(
+    0.0,
+    "Probability in [0, 1) below which the generalized cross-entropy is truncated; 0"
+    " for no truncation. An untrained network is below it everywhere.",
+    bounds=settings_lib.Bounds(0, settings_lib.BELOW_ONE),
+    methods=["generalized_cross_entropy"],
+  )
+  transition_epoch: int = flag(
+    2,
+    "Epoch at which forward_correction estimates the label transitions, and"
+    " s_model_conf starts: before the wrong labels are memorized.",
+    bounds=settings_lib.EPOCHS,
+    methods=_TRANSITION,
+  )
+
+  def input_files(self) -> dict[str, str]:
+    """The mentors; there is one of each curriculum."""
+    return {
+      f"mentor of curriculum {mentor_file.load(path).curriculum}": path
+      for path in self.mentor
+    }
+
+  def choose_methods(self, names: Sequence[str], offered: Sequence[str]) -> list[str]:
+    """The names without repetitions.
+
+    Raises:
+      InputError: none is given, one is not offered, or a file of `--mentor` is no
+        mentor.
+    """
+    names = settings_lib.choose("methods", names, offered)
+    for path in self.mentor:
+      mentor_file.read(path)
+    return names
+
+  def deferred_epoch(self, share: float, num_epochs: float) -> int:
+    """The first epoch after --deferred, or else after a share of the run."""
+    share = share if self.deferred is None else self.deferred
+    return int(share * num_epochs + 1e-6)
+
+  def bare_weights(self, logits: base.Array, labels: base.Array) -> base.Array:
+    """BARE's weights under its flags."""
+    return bare.example_weights(logits, labels, **self._bare())
+
+  def _bare(self) -> dict[str, Any]:
+    return {"kappa": self.bare_kappa, "statistics": self.bare_statistics}
+
+  def _student(self, preset: str, noise_fraction: float) -> dict[str, Any]:
+    options = mentornet.preset(preset, noise_fraction)
+    if self.mentor_percentile is not None:
+      mentornet.check_percentile(self.mentor_percentile)
+      options["percentile"] = self.mentor_percentile
+    return options
+
+
+@dataclasses.dataclass(frozen=True)
+class LongTailSettings(Settings):
+  """The flags of the methods for a long tail."""
+
+  beta: float = flag(
+    0.9999,
+    "Beta of the effective number of examples of a class, in [0, 1).",
+    bounds=settings_lib.Bounds(0, 0.9999999),
+    methods=[
+      *("class_balanced", "class_balanced_focal", "uniform_drw", "ldam_drw"),
+      "absgd_ldam_drw",
+    ],
+  )
+  ldam_margin: float = flag(
+    0.5,
+    "LDAM's margin of the rarest class.",
+    bounds=settings_lib.Bounds(0, 1e3),
+    methods=_LDAM,
+  )
+  ldam_scale: float = flag(
+    30.0,
+    "Scale of LDAM's cosines.",
+    bounds=settings_lib.Bounds(1e-6, 1e4),
+    methods=_LDAM,
+  )
+
+
+class Absgd(NamedTuple):
+  """Settings of ABSGD; the defaults are those of its release for Clothing1M."""
+
+  lam: float = -5.0
+  gamma: float = 0.5
+  alpha: float = 0.5
+
+
+# Of ABSGD's published command for CIFAR-10; LDAM's losses, scaled by 30, need a larger
+# lambda than the plain cross-entropy's 2.
+_ABSGD_ON_LDAM = Absgd(5.0, 0.7, 0.5)
+
+
+class Problem(NamedTuple):
+  """What a method needs to know of the run.
+
+  Attributes:
+    lookahead_learning_rate: learning rate of the look-ahead step of meta-learned
+      methods, a number or `step -> number`; in the papers it is the classifier's.
+    num_steps: updates.
+    noise_fraction: share of wrong labels, as the builder was asked for; for human
+      labels, the actual share.
+    num_classes: C.
+    deferred_epoch: the first epoch, counted from 0, of whatever is deferred:
+      balanced classes, ABSGD's finite lambda.
+    absgd: ABSGD's settings where no flag gives others.
+    mwn_preset: Meta-Weight-Net's release where no flag gives another.
+  """
+
+  lookahead_learning_rate: meta_network.Schedule
+  num_steps: int
+  noise_fraction: float
+  num_classes: int
+  deferred_epoch: int = 0
+  absgd: Absgd = Absgd()
+  mwn_preset: str = "noise_stable"
+
+
+# `(settings, problem) -> method`; the settings are `Settings`, and `LongTailSettings`
+# for the methods that only `LONG_TAIL` has.
+Factory = Callable[[Any, Problem], base.Method]
+
+
+def _fine_tuning(settings: Settings, problem: Problem) -> base.Method:
+  return baselines.fine_tuning(max(1, problem.num_steps // 10))
+
+
+def _meta_weight_net(settings: Settings, problem: Problem) -> base.Method:
+  preset = settings.mwn_preset or problem.mwn_preset
+  rate = problem.lookahead_learning_rate
+  return meta_weight_net.meta_weight_net(rate, preset, every=settings.meta_every)
+
+
+def _warpi(deterministic: bool) -> Factory:
+  return lambda settings, problem: warpi.warpi(
+    problem.lookahead_learning_rate,
+    num_samples=settings.warpi_samples,
+    deterministic=deterministic,
+    every=settings.meta_every,
+  )
+
+
+def _advisor(settings: Settings, problem: Problem) -> base.Method:
+  return advisor.advisor(problem.lookahead_learning_rate, every=settings.meta_every)
+
+
+def _curriculum(name: str, preset: str) -> Factory:
+  """A predefined curriculum, without a network."""
+  return lambda settings, problem: mentornet.mentornet(
+    getattr(mentornet, name), **settings._student(preset, problem.noise_fraction)
+  )
+
+
+def _mentor(curriculum: str, preset: str) -> Factory:
+  """A student of the mentor that was fitted to `curriculum`."""
+
+  def make(settings: Settings, problem: Problem) -> base.Method:
+    for path in settings.mentor:
+      mentor = mentor_file.load(path, problem.num_classes)
+      if mentor.curriculum == curriculum:
+        name = settings.mentor_preset or preset
+        return mentornet.mentornet(
+          mentor, **settings._student(name, problem.noise_fraction)
+        )
+    raise base.InputError(
+      f"--methods=mentornet_{curriculum} needs a mentor of that curriculum: run"
+      f" experiments.mentornet_pretrain --curriculum={curriculum} and name its"
+      " mentor.json with --mentor."
+    )
+
+  return make
+
+
+def _absgd(settings: Settings, problem: Problem) -> base.Method:
+  given = (settings.absgd_lambda, settings.absgd_gamma, settings.absgd_alpha)
+  lam, gamma, alpha = (
+    preset if value is None else value
+    for value, preset in zip(given, problem.absgd, strict=True)
+  )
+  schedule = absgd.two_stage(lam, problem.deferred_epoch)
+  return absgd.absgd(schedule, gamma=gamma, alpha=alpha)
+
+
+def _class_balanced_focal(settings: LongTailSettings, problem: Problem) -> base.Method:
+  return baselines.class_balanced_focal(settings.focal_gamma, settings.beta)
+
+
+def _uniform_drw(settings: LongTailSettings, problem: Problem) -> base.Method:
+  return baselines.class_balanced(settings.beta, problem.deferred_epoch)
+
+
+def _ldam(balance: str, hinge: bool = False) -> Factory:
+  """LDAM with classes balanced late or never."""
+  return lambda settings, problem: ldam_drw.ldam_drw(
+    settings.ldam_margin,
+    settings.ldam_scale,
+    settings.beta,
+    None if balance == "none" else problem.deferred_epoch,
+    hinge=hinge,
+    balance=balance,
+  )
+
+
+def _absgd_ldam_drw(settings: LongTailSettings, problem: Problem) -> base.Method:
+  """ABSGD on LDAM's losses, weighted by class before the exponential, as released."""
+  beta = settings.beta
+  class_balance.check_beta(beta)
+  ldam = ldam_drw.loss(settings.ldam_margin, settings.ldam_scale)
+
+  def weighted(outputs, batch, class_counts):
+    per_class = class_balance.effective_number(class_counts, beta)
+    return per_class[batch["label"]] * ldam(outputs, batch, class_counts)
+
+  late = changed_loss.changed_loss(
+    _absgd(settings, problem._replace(absgd=_ABSGD_ON_LDAM)),
+    weighted,
+    from_epoch=problem.deferred_epoch,
+  )
+  return changed_loss.changed_loss(late, ldam)
+
+
+# For wrong labels.
+NOISE: dict[str, Factory] = {
+  "uniform": lambda settings, problem: baselines.uniform(),
+  "random": lambda settings, problem: baselines.random(),
+  "clean_only": lambda settings, problem: baselines.clean_only(),
+  "fine_tuning": _fine_tuning,
+  "self_paced": _curriculum("self_paced", "self_paced"),
+  "focal_weight": _curriculum("focal", "focal"),
+  "pd_mixture": _curriculum("pd_mixture", "pd"),
+  "mentornet_pd": _mentor("pd", "pd"),
+  "mentornet_dd": _mentor("dd", "dd_resnet"),
+  "l2rw": lambda settings, problem: l2rw.l2rw(),
+  "meta_weight_net": _meta_weight_net,
+  "warpi": _warpi(deterministic=False),
+  "warpi_deterministic": _warpi(deterministic=True),
+  "advisor": _advisor,
+  "forml": lambda settings, problem: forml.forml(
+    objective="mean", groups_fn=lambda batch: batch["label"]
+  ),
+  "bare": lambda settings, problem: bare.bare(**settings._bare()),
+  "absgd": _absgd,
+  "focal": lambda settings, problem: baselines.focal(settings.focal_gamma),
+  "bootstrapping_soft": lambda settings, problem: baselines.bootstrapping("soft"),
+  "bootstrapping_hard": lambda settings, problem: baselines.bootstrapping("hard"),
+  "symmetric_cross_entropy": lambda settings, problem: (
+    baselines.symmetric_cross_entropy()
+  ),
+  "generalized_cross_entropy": lambda settings, problem: (
+    baselines.generalized_cross_entropy(threshold=settings.gce_threshold or None)
+  ),
+  "forward_correction": lambda settings, problem: label_transition.forward_correction(
+    settings.transition_epoch
+  ),
+  "s_model": lambda settings, problem: s_model.s_model(),
+  "s_model_conf": lambda settings, problem: s_model.s_model(
+    from_epoch=settings.transition_epoch, initial="confusion"
+  ),
+  "group_dro": lambda settings, problem: group_dro.group_dro(),
+}
+# For long tails: these also need class counts that differ, or a classifier of cosines.
+LONG_TAIL: dict[str, Factory] = {
+  **NOISE,
+  "class_proportion": lambda settings, problem: baselines.class_proportion(),
+  "hard_mining": lambda settings, problem: baselines.hard_mining(),
+  "resampling": lambda settings, problem: baselines.resampling(),
+  "class_balanced": lambda settings, problem: baselines.class_balanced(settings.beta),
+  "class_balanced_focal": _class_balanced_focal,
+  "uniform_drw": _uniform_drw,
+  "uniform_drs": lambda settings, problem: baselines.resampling(problem.deferred_epoch),
+  "ldam": _ldam("none"),
+  "ldam_hinge": _ldam("none", hinge=True),
+  "ldam_drw": _ldam("reweight"),
+  "ldam_drs": _ldam("resample"),
+  "ldam_hinge_drs": _ldam("resample", hinge=True),
+  "absgd_ldam_drw": _absgd_ldam_drw,
+}
+
+
+def needs_cosines(name: str) -> bool:
+  """Whether a method's network must have a classifier of cosines."""
+  return name in _LDAM
+
+
+def make_method(
+  name: str, settings: Settings, problem: Problem, num_epochs: float
+) -> base.Method:
+  """The `Method` of a name of `LONG_TAIL`.
+
+  Raises:
+    InputError: it would begin after the end of the run, or its settings do not fit.
+  """
+  if name in _TRANSITION:
+    epoch, flag_name = settings.transition_epoch, "transition_epoch"
+  else:
+    epoch, flag_name = problem.deferred_epoch, "deferred"
+  if name in (*_TRANSITION, *_DEFERRED) and epoch >= num_epochs:
+    raise base.InputError(
+      f"--methods={name} would begin at epoch {epoch} of {num_epochs:g}, so never:"
+      f" lower --{flag_name} or train longer."
+    )
+  return LONG_TAIL[name](settings, problem)
+
+
+def _without_batch_statistics(network: Callable[..., nn.Module]) -> Callable:
+  return lambda num_classes, axis_name=None, **options: network(num_classes, **options)
+
+
+# `(number of classes, axis_name=..., ...) -> network`. Those with BatchNorm share its
+# statistics over all devices. The number of parameters is that for 10 classes.
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+  "resnet_32": resnet.ResNet,  # post-activation, 464,154
+  "wrn_28_10": wide_resnet.WideResNet,  # 36,479,194
+  "l2rw_resnet_32": preactivation_resnet.resnet_32,  # 462,954
+  "l2rw_wrn_28_10": preactivation_resnet.wrn_28_10,  # 36,211,178
+  "mentornet_wrn_56_10": preactivation_resnet.LeakyWideResNet,  # 84,627,034
+  "resnet_8": functools.partial(resnet.ResNet, blocks=1),
+  "lenet": _without_batch_statistics(lenet.LeNet),
+  "mlp": _without_batch_statistics(mlp.MLP),
+}
+# For digits: the MLP has a single hidden layer of 256.
+SMALL_NETWORKS: dict[str, Callable[..., nn.Module]] = {
+  "mlp": _without_batch_statistics(functools.partial(mlp.MLP, hidden=(256,))),
+  "lenet": NETWORKS["lenet"],
+}
+
+# Channel statistics as each released code has them.
+_MWN = augmentation.Preprocess(
+  pad=4,
+  padding="reflect",
+  flip=True,
+  mean=(125.3 / 255, 123.0 / 255, 113.9 / 255),
+  std=(63.0 / 255, 62.1 / 255, 66.7 / 255),
+)
+_WARPI = dataclasses.replace(
+  _MWN, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)
+)
+AUGMENTATIONS = {
+  "none": augmentation.Preprocess(mean=(0.5,), std=(0.5,)),
+  "l2rw": augmentation.Preprocess(pad=2, flip=True, mean=(0.5,), std=(0.5,)),
+  "mwn": _MWN,
+  "mentornet": augmentation.Preprocess(pad=2, flip=True, standardize=True),
+  "warpi": _WARPI,
+  "ldam": dataclasses.replace(_WARPI, padding="zero"),
+}
+WARPI_100 = dataclasses.replace(
+  _MWN, mean=(0.507, 0.487, 0.441), std=(0.267, 0.265, 0.276)
+)

@@ -1,0 +1,350 @@
+"""Trains the cells of an experiment, and reports their rows."""
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from experiments.lib import optimizers
+from experiments.lib import probes
+from experiments.lib import registries
+from experiments.lib import report as report_lib
+from experiments.lib import settings as settings_lib
+from experiments.lib.settings import flag
+from experiments.tables import formats
+from experiments.tables import table as table_lib
+from l2rw_jax import base
+from l2rw_jax.data import examples as examples_lib
+from l2rw_jax.data import sources
+from l2rw_jax.io import workdir as workdir_lib
+from l2rw_jax.methods import meta_weight_net
+from l2rw_jax.methods.mentornet import loss_dump
+from l2rw_jax.training import config as config_lib
+from l2rw_jax.training import evaluation
+from l2rw_jax.training import loop
+from l2rw_jax.training import results as results_lib
+from l2rw_jax.training import validation
+
+Rows = list[dict[str, Any]]
+Folder = str | os.PathLike
+MakeSplits = Callable[[Sequence[int]], list[examples_lib.Splits]]
+# Losses at which the curve of Meta-Weight-Net is recorded.
+LOSS_GRID = np.concatenate([np.linspace(0, 10, 101), np.linspace(10.5, 20, 20)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(probes.Settings):
+  """The flags of every script that trains classifiers."""
+
+  num_seeds: int = flag(3)
+
+  @property
+  def seeds(self) -> tuple[int, ...]:
+    """The seeds of the repetitions."""
+    return tuple(range(self.num_seeds))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One method on one kind of data, trained once for every seed.
+
+  Attributes:
+    method_name: in --methods.
+    facts: columns of its rows, which distinguish cells of one method.
+    config: how to run; its seeds are those of all runs.
+    model: the network and its loss.
+    method: the method.
+    optimizer: of the classifier.
+    splits: seeds -> the data of each.
+    folder: of its runs, below that of the experiment; {first} and {last} stand for
+      the first and the last of the seeds that are trained side by side.
+    side_by_side: number of seeds that are trained side by side; None for all.
+    evaluators: of the test set.
+    title: for messages; the facts and the method if empty.
+  """
+
+  method_name: str
+  facts: dict[str, Any]
+  config: config_lib.Config
+  model: config_lib.Model
+  method: base.Method
+  optimizer: optimizers.OptimizerConfig | optax.GradientTransformation
+  splits: MakeSplits
+  folder: str
+  side_by_side: int | None = None
+  evaluators: Sequence[evaluation.Evaluator] = (evaluation.accuracy,)
+  title: str = ""
+
+  @property
+  def name(self) -> str:
+    """For messages."""
+    return self.title or folder_name(self.facts, self.method_name)
+
+  def groups(self) -> Iterator[tuple[tuple[int, ...], pathlib.PurePath]]:
+    """The seeds that are trained side by side, with their folder."""
+    seeds = self.config.seeds
+    size = self.side_by_side or len(seeds)
+    for start in range(0, len(seeds), size):
+      group = seeds[start : start + size]
+      yield group, pathlib.PurePath(self.folder.format(first=group[0], last=group[-1]))
+
+
+def folder_name(facts: dict[str, Any], method_name: str) -> str:
+  """The name of a cell, for folders and messages."""
+  values = (str(value) for value in facts.values() if value is not None)
+  return "-".join([*values, method_name])
+
+
+def seeds_at_once(given: int | None, has_convolutions: bool) -> int | None:
+  """How many seeds to train side by side; on CPU convolutions are faster alone."""
+  return given or (1 if has_convolutions and jax.default_backend() == "cpu" else None)
+
+
+def make_problem(
+  settings: registries.Settings,
+  config: config_lib.Config,
+  optimizer: optimizers.OptimizerConfig,
+  num_classes: int,
+  *,
+  lookahead_learning_rate: float | None = None,
+  noise_fraction: float = 0.0,
+  deferred: float = 2 / 3,
+  num_epochs: float,
+  **others: Any,
+) -> registries.Problem:
+  """What a method needs to know of a run.
+
+  Args:
+    settings: of the methods.
+    config: how to run.
+    optimizer: of the classifier; its learning rate and schedule are those of the
+      look-ahead step if `lookahead_learning_rate` is None.
+    num_classes: C.
+    lookahead_learning_rate: of the look-ahead step.
+    noise_fraction: share of wrong labels.
+    deferred: share of the run after which deferred methods begin unless a flag gives
+      another; two thirds, as ABSGD's release has it on CIFAR with wrong labels (80 of
+      120 epochs).
+    num_epochs: length of the run.
+    **others: fields of `registries.Problem`.
+  """
+  rate = lookahead_learning_rate
+  return registries.Problem(
+    optimizer.schedule(config.num_steps) if rate is None else rate,
+    config.num_steps,
+    noise_fraction,
+    num_classes,
+    settings.deferred_epoch(deferred, num_epochs),
+    **others,
+  )
+
+
+def check(settings: probes.Settings, cells: Sequence[Cell]) -> None:
+  """Raises InputError unless every cell can be trained, before anything is written."""
+  make_splits = None
+  for cell in cells:
+    if cell.splits is not make_splits:  # Cells of the same data share the function.
+      make_splits = cell.splits
+      (split,) = make_splits(cell.config.seeds[:1])
+      settings.check_probes(split)
+    check_data(cell.config, cell.method, split)
+
+
+def check_data(
+  config: config_lib.Config, method: base.Method, split: examples_lib.Splits
+) -> None:
+  """Raises InputError unless a method can be trained on the data of the first seed."""
+  first = dataclasses.replace(config, seeds=config.seeds[:1])
+  config_lib.check(first, method, [split])
+
+
+def open_folder(
+  settings: settings_lib.Settings, name: str, workdir: Folder, **facts: Any
+) -> pathlib.Path:
+  """Creates or reopens the folder of an experiment.
+
+  Args:
+    settings: compared with those of the folder, except the extendable ones.
+    name: of the experiment.
+    workdir: the folder.
+    **facts: compared too.
+
+  Raises:
+    InputError: it holds a run of other settings or input files, or cannot be written.
+  """
+  flags = settings_lib.flags_of(type(settings))
+  ignored = {flags[name].key or name for name in settings.EXTENDABLE}
+  kept = {k: v for k, v in settings.record().items() if k not in ignored}
+  kept = {**kept, **facts, "experiment": name}
+  return workdir_lib.prepare(workdir, kept, settings.input_files())
+
+
+def train(settings: Any, cell: Cell, folder: pathlib.Path) -> list[results_lib.Result]:
+  """Trains a cell for every seed, or finishes it, or reads it back.
+
+  With `dump_losses` among the settings, the training losses of every hundredth of the
+  run are kept in `losses-seed-S.npz`, for experiments.mentornet_pretrain.
+
+  Args:
+    settings: of the script.
+    cell: what to train.
+    folder: of the experiment.
+  """
+  results = []
+  for seeds, place in cell.groups():
+    config = dataclasses.replace(cell.config, seeds=seeds)
+    results += _train_group(settings, cell, config, folder / place)
+  return results
+
+
+def _train_group(
+  settings: probes.Settings, cell: Cell, config: config_lib.Config, folder: pathlib.Path
+) -> list[results_lib.Result]:
+  splits, method, optimizer = cell.splits(config.seeds), cell.method, cell.optimizer
+  if cell.method_name == "meta_weight_net":
+    method = _record_curves(method, folder)
+  if isinstance(optimizer, optimizers.OptimizerConfig):
+    if optimizer.plateau_steps:
+      method = _watch_validation(method, settings, cell, config, splits)
+    optimizer = optimizer.optimizer(config.num_steps)
+  writer = loss_dump.Writer(folder / "losses")
+  dumps = getattr(settings, "dump_losses", False)
+  if dumps:
+    steps_per_epoch = len(splits[0].train.label) // config.batch_size
+    num_epochs = -(-config.num_steps // steps_per_epoch)
+    every = max(1, num_epochs // 100)
+    method = loss_dump.recording(method, writer, every=every, num_examples=10_000)
+  results = loop.train(
+    config,
+    cell.model,
+    method,
+    optimizer,
+    splits,
+    folder,
+    cell.evaluators,
+    name=cell.name,
+    probes=settings.make_probes(),
+  )
+  for seed, split in zip(config.seeds, splits, strict=True) if dumps else ():
+    dump = writer.combine(
+      seed,
+      split.train.label,
+      split.train.true_label,
+      batch_size=config.batch_size,
+      num_steps=config.num_steps,
+    )
+    loss_dump.write_dump(folder / f"losses-seed-{seed}.npz", dump)
+  return results
+
+
+def _watch_validation(
+  method: base.Method,
+  settings: Any,
+  cell: Cell,
+  config: config_lib.Config,
+  splits: Sequence[examples_lib.Splits],
+) -> base.Method:
+  """For an optimizer whose learning rate falls on a plateau of the validation loss."""
+  held_out = {
+    s: split.validation for s, split in zip(config.seeds, splits, strict=True)
+  }
+  # The released code of BARE selects in validation batches too.
+  selects = cell.method_name == "bare"
+  return validation.watched(
+    method,
+    held_out,
+    weights=settings.bare_weights if selects else None,
+    batch_size=config.batch_size if selects else 1000,
+  )
+
+
+def _record_curves(method: base.Method, folder: pathlib.Path) -> base.Method:
+  """Keeps Meta-Weight-Net's curve from before every epoch, for `figures.curves`."""
+
+  def refresh(state, problem, view):
+    net = meta_weight_net.WeightNet()
+    curve = net.apply(jax.device_get(state.params), LOSS_GRID.astype(np.float32))
+    place = folder / "curves" / f"seed-{view.seed}"
+    place.mkdir(parents=True, exist_ok=True)
+    np.savetxt(place / f"epoch-{view.epoch:05d}.txt", np.asarray(curve), "%.6g")
+    return method.refresh(state, problem, view)
+
+  return method._replace(refresh=refresh)
+
+
+def row(
+  settings: probes.Settings, cell: Cell, result: results_lib.Result, **facts: Any
+) -> dict[str, Any]:
+  """One run's line of `results.csv`; `facts` go in front."""
+  metrics, optimizer = result.metrics, {}
+  if isinstance(cell.optimizer, optimizers.OptimizerConfig):
+    optimizer = dataclasses.asdict(cell.optimizer)
+    drops = (f"{share:g}:{factor:g}" for share, factor in optimizer["drops"])
+    optimizer["drops"] = " ".join(drops)
+  return {
+    **facts,
+    "method": cell.method_name,
+    **cell.facts,
+    "accuracy_percent": 100 * metrics["last"]["accuracy"],
+    "best_percent": 100 * metrics["best_accuracy"],
+    "weight_auroc": report_lib.auroc(result.weights),
+    "batch_size": cell.config.batch_size,
+    **optimizer,
+    **settings.probe_columns(metrics),
+    **report_lib.run_fields(metrics),
+  }
+
+
+def report(
+  settings: settings_lib.Settings,
+  table: table_lib.Layout,
+  folder: pathlib.Path,
+  rows: Rows,
+  files: Sequence[str] = ("figure.png",),
+  *,
+  methods: tuple[Sequence[str], Sequence[str]] = ((), ()),
+  more: str = "",
+  before: Sequence[str] = (),
+) -> Rows:
+  """Writes results.json and results.csv, and prints the table.
+
+  Args:
+    settings: with which the rows were made.
+    table: what to print of them.
+    folder: of the experiment.
+    rows: one a run.
+    files: other files that were written to the folder.
+    methods: those that the script offers and those that were run, for notes on flags
+      that have no effect.
+    more: to print below the table.
+    before: files to name before those of the table.
+
+  Returns:
+    The rows.
+  """
+  flags = settings.record()
+  report_lib.save(folder, rows, flags)
+  print(settings.notes(*methods), end="")
+  print(
+    formats.summary(table_lib.make(table_lib.Section(table.name, table, rows, flags)))
+  )
+  if more:
+    print(f"\n{more}")
+  written = [*before, "results.json", "results.csv", *files]
+  print(f"\nwritten: {folder}/{', '.join(written)}")
+  return rows
+
+
+def first_images(source: sources.Source, size: int) -> sources.Source:
+  """The beginning of a split, to try a script out."""
+  return source._replace(
+    split=f"{source.split}[:{size}]",
+    images=source.images[:size],
+    labels=source.labels[:size],
+    extra={name: labels[:size] for name, labels in source.extra.items()},
+  )

@@ -1,0 +1,517 @@
+"""Settings of a script: a frozen dataclass whose fields are its flags.
+
+A field is declared with `flag`, which holds what `--help` says, the values allowed,
+and the methods that use it. Nothing here reads a command line: `launch` does, and
+tests and notebooks construct settings directly.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import functools
+import itertools
+import math
+import re
+import types
+import typing
+from typing import Any, ClassVar, NamedTuple, Self
+
+import jax
+
+from l2rw_jax import base
+from l2rw_jax.data import sources
+from l2rw_jax.training import config as config_lib
+
+
+class Bounds(NamedTuple):
+  """The values that a numeric flag may have.
+
+  Attributes:
+    low: the least.
+    high: the greatest.
+    magnitude: the least distance from 0.
+  """
+
+  low: float
+  high: float
+  magnitude: float = 0.0
+
+  def holds(self, value: float) -> bool:
+    """Whether a flag may have the value; NaN never may."""
+    return self.low <= value <= self.high and abs(value) >= self.magnitude
+
+  def __str__(self) -> str:
+    """For an error."""
+    text = f"between {_plain(self.low)} and {_plain(self.high)}"
+    if self.magnitude:
+      text += f", at least {self.magnitude:g} away from 0"
+    return text
+
+
+# Positive numbers that float32 distinguishes from 0, and numbers below 1 that it
+# distinguishes from 1.
+TINY, BELOW_ONE = 1e-12, 0.999999
+# High enough that a run which diverges is reported by the loop, at the step where it
+# happens.
+RATE = Bounds(TINY, 1e20)
+SHARE = Bounds(0, 1)
+INNER_SHARE = Bounds(1e-6, BELOW_ONE)
+COEFFICIENT = Bounds(0, 1e6)
+STEPS = Bounds(1, 10**9)
+EPOCHS = Bounds(1, 10**6)
+REPEATS = Bounds(1, 10**4)
+BATCH = Bounds(1, 10**6)
+IMAGES = Bounds(0, 10**8)
+
+# What --help shows, in this order.
+GROUPS = {
+  "common": "Training and evaluation",
+  "data": "Data",
+  "method": "Methods",
+  "output": "Output",
+}
+
+# Flags of several scripts, which mean the same in all of them: help text, bounds and
+# group. A script gives the default, and may give a text of its own.
+SHARED: Mapping[str, tuple[str, Bounds | None, str]] = {
+  "num_seeds": ("Number of repetitions, each with its own seed.", REPEATS, "common"),
+  "num_steps": ("Number of parameter updates.", STEPS, "common"),
+  "num_epochs": ("Number of passes over the training set.", EPOCHS, "common"),
+  "batch_size": ("Number of training examples in a step.", BATCH, "common"),
+  "meta_batch_size": ("Number of clean examples in a step.", BATCH, "common"),
+  "eval_every": ("Number of steps between two evaluations.", STEPS, "common"),
+  "learning_rate": ("Learning rate of the optimizer.", RATE, "common"),
+  "momentum": ("Momentum of SGD.", Bounds(0, BELOW_ONE), "common"),
+  "weight_decay": ("Weight decay of the classifier.", Bounds(0, BELOW_ONE), "common"),
+  "network": ("Network to train.", None, "common"),
+  "seeds_at_once": ("Number of seeds trained side by side.", REPEATS, "common"),
+  "smoke": (
+    "Run a few steps of a small network on the first images, to try the script out.",
+    None,
+    "common",
+  ),
+  "preset": (
+    "Settings to start from; other flags override them one by one.",
+    None,
+    "common",
+  ),
+  "dataset": (
+    "Data set: digits, which needs no download, or the name of any image set that"
+    " TFDS has prepared in --data_dir.",
+    None,
+    "data",
+  ),
+  "noise": ("Builder of the wrong labels.", None, "data"),
+  "noise_fraction": (
+    "Parameter of the noise builder: the share of wrong labels.",
+    SHARE,
+    "data",
+  ),
+  "noise_variant": (
+    "Variant of the noise builder: that of the paper or of its released code.",
+    None,
+    "data",
+  ),
+  "imbalance": (
+    "Size of the largest class over that of the smallest.",
+    Bounds(1, 1e6),
+    "data",
+  ),
+  "num_meta": ("Number of clean images of each class.", IMAGES, "data"),
+  "num_validation": (
+    "Number of images with wrong labels that are held out of training.",
+    IMAGES,
+    "data",
+  ),
+  "num_train": ("Number of training images.", Bounds(1, 10**8), "data"),
+  "methods": ("Methods to compare, separated by commas.", None, "method"),
+  "inner_learning_rate": ("Learning rate of the inner loop.", RATE, "method"),
+  "lookahead_learning_rate": (
+    "Learning rate of the virtual step of the meta-learned methods.",
+    RATE,
+    "method",
+  ),
+  # FORML's and NestedMAML's are in units of their weights; 0 leaves them as they are.
+  "weight_learning_rate": (
+    "Learning rate of the weights; 0 keeps them constant.",
+    Bounds(0, 1e9),
+    "method",
+  ),
+  "dump_losses": (
+    "Keep the training losses in losses-seed-S.npz, to fit a MentorNet-DD to them.",
+    None,
+    "output",
+  ),
+}
+
+
+class Flag(NamedTuple):
+  """What is known of a flag besides its type and default.
+
+  Attributes:
+    help: full sentences for --help.
+    group: key of `GROUPS`.
+    choices: the strings allowed; None allows all.
+    bounds: of a number; None allows all.
+    methods: names of --methods that use it; empty if all do.
+    aliases: older spellings, which still work.
+    key: under which the value is recorded; the name if None.
+    recorded: whether the value decides the outcome and belongs in the results.
+    repeated: whether several strings are given by repeating the flag rather than
+      separated by commas.
+  """
+
+  help: str
+  group: str
+  choices: tuple[str, ...] | None = None
+  bounds: Bounds | None = None
+  methods: tuple[str, ...] = ()
+  aliases: tuple[str, ...] = ()
+  key: str | None = None
+  recorded: bool = True
+  repeated: bool = False
+
+
+def flag(
+  default: Any,
+  help: str | None = None,
+  *,
+  unset: str | None = None,
+  choices: Iterable[str] | None = None,
+  bounds: Bounds | None = None,
+  group: str | None = None,
+  methods: Sequence[str] = (),
+  aliases: Sequence[str] = (),
+  key: str | None = None,
+  recorded: bool = True,
+  repeated: bool = False,
+) -> Any:
+  """A field of `Settings`; arguments as in `Flag`.
+
+  `unset` is added to the help text: what None, the default, stands for.
+
+  Without `help`, `bounds` or `group` the field takes those that `SHARED` has for its
+  name; otherwise a flag of some methods belongs to the group of the methods.
+  """
+  details = {
+    "help": help,
+    "unset": unset,
+    "group": group,
+    "choices": None if choices is None else tuple(choices),
+    "bounds": bounds,
+    "methods": tuple(methods),
+    "aliases": tuple(aliases),
+    "key": key,
+    "recorded": recorded,
+    "repeated": repeated,
+  }
+  return dataclasses.field(default=default, metadata=details)
+
+
+def flags_of(settings: "type[Flags]") -> dict[str, Flag]:
+  """The flags of a class of settings, by name, base classes first."""
+  flags = {}
+  for field in dataclasses.fields(settings):
+    if "help" not in field.metadata:
+      continue
+    details = dict(field.metadata)
+    unset = details.pop("unset")
+    group = "method" if details["methods"] else "common"
+    shared = SHARED.get(field.name, ("", None, group))
+    for name, value in zip(("help", "bounds", "group"), shared, strict=True):
+      details[name] = value if details[name] is None else details[name]
+    if unset:
+      details["help"] += f" The default is {unset}."
+    flags[field.name] = Flag(**details)
+  return flags
+
+
+class Kind(NamedTuple):
+  """The type of a flag: of one value, and whether it takes several."""
+
+  type: type
+  several: bool
+
+
+def kinds_of(settings: "type[Flags]") -> dict[str, Kind]:
+  """The types of the flags of a class of settings."""
+  hints, kinds = typing.get_type_hints(settings), {}
+  for name in flags_of(settings):
+    hint = hints[name]
+    if isinstance(hint, types.UnionType):  # X | None
+      (hint,) = (t for t in typing.get_args(hint) if t is not type(None))
+    several = typing.get_origin(hint) is tuple
+    kinds[name] = Kind(typing.get_args(hint)[0] if several else hint, several)
+  return kinds
+
+
+@functools.cache
+def _load(name: str, split: str, data_dir: str | None, cache_dir: str | None):
+  return sources.load(name, split, data_dir=data_dir, cache_dir=cache_dir)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+  """What all settings can do; a script extends it by its flags.
+
+  Raises:
+    InputError: a value is not allowed.
+  """
+
+  # Flags that choose which runs to do, not how. A later call may give others: runs
+  # that are there already are not repeated, and the table holds what the last call
+  # asked for.
+  EXTENDABLE: ClassVar[tuple[str, ...]] = ()
+
+  # Names of the flags that a command line gave, also those given their default.
+  given: frozenset[str] = dataclasses.field(
+    default=frozenset(), compare=False, repr=False, kw_only=True
+  )
+
+  def __post_init__(self):
+    """Checks every value, and turns lists into tuples so that settings are hashable."""
+    for name, details in flags_of(type(self)).items():
+      value = getattr(self, name)
+      if isinstance(value, list):
+        object.__setattr__(self, name, tuple(value))
+      check(name, value, details)
+
+  def record(self) -> dict[str, Any]:
+    """Every flag that decides the outcome, with its value, as JSON has it."""
+    entries = {}
+    for name, details in flags_of(type(self)).items():
+      if details.recorded:
+        value = getattr(self, name)
+        entries[details.key or name] = (
+          list(value) if isinstance(value, tuple) else value
+        )
+    return entries
+
+  def input_files(self) -> dict[str, str]:
+    """Paths of the files that the run reads, by a name for errors.
+
+    Their contents decide the outcome, wherever the files lie. The flags that name
+    them must be in `EXTENDABLE`.
+    """
+    return {}
+
+  def is_given(self, name: str) -> bool:
+    """Whether a flag was given on the command line or differs from its default."""
+    default = next(f.default for f in dataclasses.fields(self) if f.name == name)
+    return name in self.given or getattr(self, name) != default
+
+  def check_used(self, name: str, is_used: bool, where: str) -> None:
+    """Raises InputError if a flag is given where it has no effect.
+
+    Args:
+      name: of the flag.
+      is_used: whether it has an effect.
+      where: the case in which it has none, such as "with --ood=none".
+    """
+    if self.is_given(name) and not is_used:
+      raise base.InputError(f"--{name} has no effect {where}: leave it out.")
+
+  def notes(self, offered: Sequence[str], chosen: Iterable[str]) -> str:
+    """Which flags were given for methods that are not run, a line each.
+
+    They are allowed, since a later call may add such a method to the same folder.
+
+    Args:
+      offered: the methods of the script.
+      chosen: those that are run.
+    """
+    chosen, lines = set(chosen), []
+    for name, details in flags_of(type(self)).items():
+      users = [method for method in details.methods if method in offered]
+      if users and self.is_given(name) and not chosen.intersection(users):
+        methods = ",".join(users)
+        lines.append(
+          f"note: --{name} has no effect here; it is for --methods={methods}."
+        )
+    return "".join(f"{line}\n" for line in lines)
+
+  def replace(self, **values: Any) -> Self:
+    """The settings with other values."""
+    return dataclasses.replace(self, **values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Flags):
+  """The flags of every script that trains."""
+
+  num_devices: int | None = flag(
+    None,
+    "Number of local devices to train on. The default is the most that divide the"
+    " batch.",
+    bounds=Bounds(1, 10**5),
+  )
+  # Affects speed only, and rounding: a folder may be continued with another.
+  steps_per_call: int | None = flag(
+    None,
+    "Number of steps sent to the devices at once. More are faster, except for"
+    " convolutions on CPU. The default is 1 on CPU and 20 elsewhere.",
+    bounds=Bounds(1, 10**6),
+    recorded=False,
+  )
+  checkpoint_every: int = flag(
+    1000, "Number of steps between two checkpoints.", bounds=STEPS, group="output"
+  )
+  workdir: str | None = flag(
+    None,
+    "Folder of the experiment; the same command continues an interrupted run. The"
+    " default is runs/NAME.",
+    group="output",
+    recorded=False,
+  )
+  data_dir: str | None = flag(
+    None,
+    "Folder of prepared TFDS data sets. The default is TFDS_DATA_DIR, or else TFDS's"
+    " own folder.",
+    group="data",
+    recorded=False,
+  )
+  cache_dir: str | None = flag(
+    None,
+    "Folder in which decoded data sets are kept. The default is ~/.cache/l2rw_jax.",
+    group="data",
+    recorded=False,
+  )
+
+  def load(self, split: str, dataset: str | None = None) -> sources.Source:
+    """A split of `--dataset`, or of another data set; read once in a process."""
+    name = dataset or typing.cast(Any, self).dataset
+    return _load(name, split, self.data_dir, self.cache_dir)
+
+  def config(self, **values: Any) -> config_lib.Config:
+    """How to run, with the flags that every script has filled in."""
+    return config_lib.Config(
+      num_devices=self.num_devices,
+      steps_per_call=self.steps_per_call,
+      checkpoint_every=self.checkpoint_every,
+      **values,
+    )
+
+
+def check(name: str, value: Any, details: Flag) -> None:
+  """Raises InputError if a flag must not have a value.
+
+  Args:
+    name: of the flag.
+    value: its value, or several in a list or tuple.
+    details: its choices and bounds.
+  """
+  several = isinstance(value, list | tuple)
+  for one in value if several else [value]:
+    if isinstance(one, float) and not math.isfinite(one):
+      raise base.InputError(f"--{name}={one} is not a finite number.")
+    if isinstance(one, str) and details.choices and one not in details.choices:
+      choices = "|".join(details.choices)
+      raise base.InputError(f"--{name}={one}: value should be one of <{choices}>.")
+    if isinstance(one, bool) or not isinstance(one, int | float):
+      continue
+    if details.bounds and not details.bounds.holds(one):
+      raise base.InputError(
+        f"--{name}={_plain(one)} must lie {details.bounds}: choose another number."
+      )
+  if value == "" or (several and details.repeated and "" in value):
+    raise base.InputError(f"--{name}= is empty: give a value or leave the flag out.")
+
+
+def choose(flag_name: str, names: Iterable[str], offered: Sequence[str]) -> list[str]:
+  """The names without repetitions.
+
+  Raises:
+    InputError: none is given, or one is not offered.
+  """
+  names = list(dict.fromkeys(names))
+  for name in names or [""]:
+    if name not in offered:
+      raise base.InputError(f"--{flag_name}={name}: choose among {', '.join(offered)}.")
+  return names
+
+
+def given_values(**values: Any) -> dict[str, Any]:
+  """Those values that are not None, to override those of a preset."""
+  return {name: value for name, value in values.items() if value is not None}
+
+
+# Flags that decide how much memory a run takes, the likeliest cause first.
+_MEMORY = (
+  *("networks", "width", "warpi_samples", "restarts", "num_tasks", "num_meta_tasks"),
+  *("num_test_tasks", "num_ways", "num_shots", "num_queries", "num_inner_steps"),
+  *("seeds_at_once", "splits_at_once", "num_seeds", "num_rows", "batch_size"),
+  *("meta_batch_size", "hard_mining_batch", "probe_batch_size", "num_train"),
+)
+
+# Parameters of the library whose flag has another name.
+_FLAG_OF = {
+  "num_meta_per_class": "num_meta",
+  "foreign_share": "ood_share",
+  "fraction": "noise_fraction",
+  "percentile": "mentor_percentile",
+}
+
+
+def is_out_of_memory(error: Exception) -> bool:
+  """Whether NumPy, Python or XLA could not get the memory that it asked for."""
+  if isinstance(error, jax.errors.JaxRuntimeError):
+    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
+  return isinstance(error, MemoryError)
+
+
+def out_of_memory(names: Iterable[str]) -> str:
+  """The error of a run that does not fit, with the flags that decide its memory."""
+  names = set(names)
+  deciding = ", ".join(f"--{name}" for name in _MEMORY if name in names)
+  return f"out of memory: lower one of {deciding}." if deciding else "out of memory."
+
+
+def in_terms_of_flags(message: str, names: Iterable[str]) -> str:
+  """An error of the library, with flags in place of the parameters they set.
+
+  A word is taken for a parameter if it has an underscore or "=" follows it, outside of
+  double quotes, in which a message has a command to run.
+
+  Args:
+    message: of the error.
+    names: of the flags that are defined.
+  """
+  names = set(names)
+  flag_of = {k: v for k, v in _FLAG_OF.items() if k not in names and v in names}
+  flag_of |= {name: name for name in names}
+
+  def replaced(match: re.Match) -> str:
+    word = match[0]
+    is_parameter = "_" in word or match.string[match.end() : match.end() + 1] == "="
+    return f"--{flag_of[word]}" if is_parameter and word in flag_of else word
+
+  parts = message.split('"')
+  parts[::2] = [
+    re.sub(r"(?<![\w./'-])[a-z]\w*(?![\w./'-])", replaced, part) for part in parts[::2]
+  ]
+  return '"'.join(parts)
+
+
+def check_ascii(arguments: Iterable[str], names: Iterable[str]) -> None:
+  """Raises InputError if an argument gives a number or a choice beyond ASCII.
+
+  Python reads the digits of every script as numbers, so that no later check sees
+  them.
+
+  Args:
+    arguments: of the command line.
+    names: flags whose values must be ASCII.
+  """
+  arguments, names = list(arguments), set(names)
+  for argument, following in itertools.zip_longest(
+    arguments, arguments[1:], fillvalue=""
+  ):
+    name, is_joined, value = argument.lstrip("-").partition("=")
+    value = value if is_joined else following
+    if argument.startswith("-") and name in names and not value.isascii():
+      raise base.InputError(f"--{name}={value}: write it in ASCII, digits as 0 to 9.")
+
+
+def _plain(value: float) -> str:
+  if isinstance(value, int):
+    return str(value) if abs(value) < 10**30 else f"{str(value)[:20]}..."
+  return f"{value:g}" if value == int(value) else str(value)

@@ -1,0 +1,236 @@
+r"""All committed results next to their published values.
+
+Every table is the `TABLE` of its script; those of the benchmarks are here.
+"""
+
+from collections.abc import Sequence
+import functools
+import importlib
+import json
+import pathlib
+import pkgutil
+from typing import Any
+
+import experiments
+from experiments.tables import figure
+from experiments.tables import formats
+from experiments.tables import table as table_lib
+from l2rw_jax import base
+from l2rw_jax.io import workdir
+
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+# The order of the tables; those of new scripts follow.
+_ORDER = (
+  *("digits_noise", "mnist_imbalance", "mnist_noise", "mnist_noise_bare"),
+  *("cifar_noise", "mnist_long_tail", "cifar_long_tail", "fairness", "memorization"),
+  *("few_shot", "coreset", "coreset_selection", "step_time", "mentornet_pretrain"),
+)
+
+
+def _step_label(row: table_lib.Row) -> str:
+  """Method, engine and framework of a timed step."""
+  engine = "" if row["engine"] is None else f", {row['engine']}"
+  framework = {"jax": "", "torch": " (PyTorch)"}.get(
+    row["framework"], f" ({row['framework']})"
+  )
+  return f"{row['method']}{engine}{framework}"
+
+
+CORESET_SELECTION = table_lib.Layout(
+  name="coreset_selection",
+  title="Choosing a tenth of MNIST, in epochs of training on it",
+  metrics=(
+    table_lib.Metric("seconds", "seconds, median", decimals=3),
+    table_lib.Metric("epochs", "epochs"),
+    table_lib.Metric("cpu_epochs", "epochs, of CPU time"),
+    table_lib.Metric("extra_mib", "extra memory MiB", decimals=0),
+    table_lib.Metric("cost", "sum of distances", decimals=1),
+  ),
+  settings={
+    "dataset": "{}",
+    "num_examples": "{:,} examples",
+    "fraction": "{:.0%} to choose",
+    "repeats": "{} turns of each",
+    "cpus": "{} CPU cores",
+  },
+  keys=("num_examples", "cpus"),
+  method_heading="what",
+  repeat="benchmark",
+  published="Published: nothing that compares.",
+)
+
+STEP_TIME = table_lib.Layout(
+  name="step_time",
+  title="What a training step costs",
+  metrics=(
+    table_lib.Metric("ratio", "time / plain"),
+    table_lib.Metric("milliseconds", "ms"),
+    table_lib.Metric("examples_per_second", "examples / s", decimals=0),
+    table_lib.Metric("flops_ratio", "FLOPs / plain"),
+    table_lib.Metric("temporary_bytes_ratio", "memory / plain"),
+    table_lib.Metric("faster_than_torch", "times eager PyTorch's speed"),
+    table_lib.Metric("fraction_of_peak", "of matrix peak"),
+    table_lib.Metric("compile_seconds", "s to compile", decimals=1),
+    table_lib.Metric("repeats", "turns", decimals=0),
+  ),
+  settings={
+    "network": "{}",
+    "dtype": "{}",
+    "batch_size": "batch {}",
+    "meta_share": "M/B = {:g}",
+    "platform": "{}",
+    "cpus": "{} CPU cores",
+  },
+  keys=("network", "meta_share"),
+  method=_step_label,
+  repeat="benchmark",
+  published="Published: L2RW at about 3 times plain training (Ren et al. 2018).",
+)
+
+
+@functools.cache
+def layouts() -> dict[str, table_lib.Layout]:
+  """The layout of every table, by name, from all scripts."""
+  layouts = [CORESET_SELECTION, STEP_TIME]
+  for info in pkgutil.iter_modules(experiments.__path__):
+    if not info.ispkg:
+      module = importlib.import_module(f"experiments.{info.name}")
+      values = vars(module).values()
+      layouts += [v for v in values if isinstance(v, table_lib.Layout)]
+  names = [layout.name for layout in layouts]
+  order = [name for name in _ORDER if name in names]
+  order += [name for name in names if name not in order]
+  return {name: layouts[names.index(name)] for name in order}
+
+
+def collect(results: pathlib.Path, only: Sequence[str] = ()) -> list[table_lib.Table]:
+  """The tables of a folder of results.
+
+  Args:
+    results: with a folder for each experiment, which holds a `results.json` or
+      folders that do, whose rows are taken together.
+    only: names of experiments; empty for all there are.
+
+  Raises:
+    InputError: there are none, one has no table, or its rows cannot be
+      read.
+  """
+  known = layouts()
+  if not results.is_dir():
+    raise base.InputError(
+      f"--results={results} is not a folder; run from the repository's root, or name"
+      " the folder that holds the results."
+    )
+  folders = [path for path in sorted(results.iterdir()) if path.is_dir()]
+  files = {folder.name: _files(folder) for folder in folders}
+  files = {name: paths for name, paths in files.items() if paths}
+  for name in only:
+    if name not in known:
+      raise base.InputError(f"--only={name}: choose among {', '.join(known)}.")
+    if name not in files:
+      raise base.InputError(f"--only={name}: no {results / name}/results.json.")
+  unknown = [name for name in files if name not in known]
+  if unknown and not only:
+    raise base.InputError(
+      f"{results / unknown[0]} has no script with a TABLE of that name: add one, or"
+      " choose others with --only."
+    )
+  names = [name for name in known if name in (only or files)]
+  if not names:
+    raise base.InputError(f"--results={results} holds no NAME/results.json.")
+  return [table_lib.make(_section(name, files[name])) for name in names]
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+  path = folder / "results.json"
+  return [path] if path.is_file() else sorted(folder.glob("*/results.json"))
+
+
+def _section(name: str, files: Sequence[pathlib.Path]) -> table_lib.Section:
+  contents = [_read(path) for path in files]
+  flags_of_all = dict(contents[0]["flags"])
+  for content in contents[1:]:
+    others = content["flags"]
+    flags_of_all = {k: v for k, v in flags_of_all.items() if others.get(k) == v}
+  rows = [row for content in contents for row in content["rows"]]
+  return table_lib.Section(name, layouts()[name], rows, flags_of_all)
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    rows = content["rows"]
+    if not isinstance(content["flags"], dict) or not isinstance(rows, list):
+      raise TypeError("flags and rows have other types")
+    if not all(isinstance(row, dict) for row in rows):
+      raise TypeError("a row is no object")
+  except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    raise base.InputError(
+      f"{path} cannot be read as results ({error}); run its script again."
+    ) from error
+  return content
+
+
+def markdown(tables: Sequence[table_lib.Table]) -> str:
+  """All metrics of all experiments."""
+  parts = [
+    "# Every committed result next to its published value",
+    f"Mean ± 95% Student-t interval over the runs of a line, at the last step unless"
+    f" its column says otherwise. {_MADE}",
+  ]
+  for table in tables:
+    parts += [f"## {_title(table)}", formats.summary(table)]
+  return "\n\n".join(parts) + "\n"
+
+
+def compact(tables: Sequence[table_lib.Table]) -> str:
+  """The README's short form."""
+  parts = [
+    f"Mean ± 95% Student-t interval over runs, at the last step; in brackets the"
+    f" published value. {_MADE}"
+  ]
+  for table in tables:
+    parts += [f"### {_title(table)}", formats.compact(table)]
+  return "\n\n".join(parts) + "\n"
+
+
+_MADE = "Written by `python -m experiments.tables --out=results --readme=README.md`."
+
+
+def _title(table: table_lib.Table) -> str:
+  return f"{table.layout.title} (`{table.name}`)"
+
+
+def between_markers(text: str, block: str) -> str:
+  """`text` with `block` between its markers.
+
+  Raises:
+    InputError: the markers are missing, repeated or in the wrong order.
+  """
+  before, _, rest = text.partition(BEGIN)
+  _, end, after = rest.partition(END)
+  if not end or text.count(BEGIN) != 1 or text.count(END) != 1:
+    raise base.InputError(
+      f"--readme must hold one {BEGIN} and after it one {END}; add them where the"
+      " tables are to stand."
+    )
+  return f"{before}{BEGIN}\n\n{block}\n{END}{after}"
+
+
+def rewrite(readme: pathlib.Path, block: str) -> None:
+  """Puts `block` between the markers of a file."""
+  try:
+    text = readme.read_text(encoding="utf-8")
+  except UnicodeDecodeError as error:
+    raise base.InputError(f"--readme={readme} is not UTF-8 text ({error}).") from error
+  workdir.write_text(readme, between_markers(text, block))
+
+
+def write(folder: pathlib.Path, tables: Sequence[table_lib.Table]) -> list[str]:
+  """Writes `tables.md`, `tables.csv` and, with anything published, `tables.png`."""
+  folder.mkdir(parents=True, exist_ok=True)
+  workdir.write_text(folder / "tables.md", markdown(tables))
+  workdir.write_text(folder / "tables.csv", formats.long_form(tables))
+  drawn = figure.draw(tables, folder / "tables.png")
+  names = ["tables.md", "tables.csv", *(["tables.png"] if drawn else [])]
+  return [str(folder / name) for name in names]
