@@ -224,7 +224,7 @@ def _make_forml(settings: Settings, objective: str) -> base.Method:
   if rate is None:
     # A step of the weights is in proportion to the product of the two.
     rate = 0.02 / inner if inner else 0.0
-  used = forml.settings_of(objective, settings.reduction)
+  used = forml.objective_settings(objective, settings.reduction)
   options = {name: getattr(settings, name) for name in used}
   return forml.forml(
     rate, objective, settings.num_groups, inner_learning_rate=inner, **options

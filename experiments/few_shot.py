@@ -34,6 +34,7 @@ from experiments.lib import settings as settings_lib
 from experiments.lib.settings import flag
 from experiments.tables import table
 from l2rw_jax import base
+from l2rw_jax import weighted_update
 from l2rw_jax.data import episodes
 from l2rw_jax.data import image_classes
 from l2rw_jax.data import sources
@@ -346,7 +347,7 @@ def zeroed() -> base.Method:
       size = base.global_size(losses.shape[0], problem.axis_name)
       return (inputs.batch["group"] == 0) / jnp.asarray(size, losses.dtype)
 
-    return baselines.weighted_gradients(problem, inputs, weights), state
+    return weighted_update.weighted_gradients(problem, inputs, weights), state
 
   return base.Method(gradients)
 

@@ -237,7 +237,7 @@ def make_splits(
   small, num_meta = settings.dataset == "digits", settings.num_meta
   num_test = make_protocol(settings).num_test
   return [
-    four_vs_nine.four_versus_nine(
+    four_vs_nine.four_vs_nine(
       settings.load("train"),
       settings.load("test"),
       majority=majority,

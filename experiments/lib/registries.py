@@ -12,13 +12,13 @@ from experiments.lib.settings import flag
 from l2rw_jax import base
 from l2rw_jax import changed_loss
 from l2rw_jax import class_balance
-from l2rw_jax import label_transition
 from l2rw_jax import meta_network
 from l2rw_jax.methods import absgd
 from l2rw_jax.methods import advisor
 from l2rw_jax.methods import bare
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import forml
+from l2rw_jax.methods import forward_correction
 from l2rw_jax.methods import group_dro
 from l2rw_jax.methods import l2rw
 from l2rw_jax.methods import ldam_drw
@@ -390,7 +390,7 @@ NOISE: dict[str, Factory] = {
   "generalized_cross_entropy": lambda settings, problem: (
     baselines.generalized_cross_entropy(threshold=settings.gce_threshold or None)
   ),
-  "forward_correction": lambda settings, problem: label_transition.forward_correction(
+  "forward_correction": lambda settings, problem: forward_correction.forward_correction(
     settings.transition_epoch
   ),
   "s_model": lambda settings, problem: s_model.s_model(),

@@ -43,8 +43,8 @@ def interval(values: Sequence[float]) -> Interval:
 def auroc(weights: dict[str, np.ndarray]) -> float | None:
   """How well a low mean weight finds wrong labels.
 
-  The mean weight finds them badly: most of it comes from the few steps in which which an
-  example has a large weight, right or wrong. See `rejection_auroc`.
+  The mean weight is a poor indicator: a few steps with a large weight, whether the
+  label is right or wrong, dominate it. See `rejection_auroc`.
 
   Args:
     weights: columns of a run's `weights.csv`.

@@ -206,8 +206,9 @@ def _train_group(
   settings: probes.Settings, cell: Cell, config: config_lib.Config, folder: pathlib.Path
 ) -> list[results_lib.Result]:
   splits, method, optimizer = cell.splits(config.seeds), cell.method, cell.optimizer
+  epoch_probes: list[evaluation.EpochProbe] = []
   if cell.method_name == "meta_weight_net":
-    method = _record_curves(method, folder)
+    epoch_probes.append(_record_curves(folder))
   if isinstance(optimizer, optimizers.OptimizerConfig):
     if optimizer.plateau_steps:
       method = _watch_validation(method, settings, cell, config, splits)
@@ -218,7 +219,9 @@ def _train_group(
     steps_per_epoch = len(splits[0].train.label) // config.batch_size
     num_epochs = -(-config.num_steps // steps_per_epoch)
     every = max(1, num_epochs // 100)
-    method = loss_dump.recording(method, writer, every=every, num_examples=10_000)
+    epoch_probes.append(
+      loss_dump.record_losses(writer, every=every, num_examples=10_000)
+    )
   results = loop.train(
     config,
     cell.model,
@@ -229,6 +232,7 @@ def _train_group(
     cell.evaluators,
     name=cell.name,
     probes=settings.make_probes(),
+    epoch_probes=epoch_probes,
   )
   for seed, split in zip(config.seeds, splits, strict=True) if dumps else ():
     dump = writer.combine(
@@ -263,18 +267,20 @@ def _watch_validation(
   )
 
 
-def _record_curves(method: base.Method, folder: pathlib.Path) -> base.Method:
-  """Keeps Meta-Weight-Net's curve from before every epoch, for `figures.curves`."""
+def _record_curves(folder: pathlib.Path) -> evaluation.EpochProbe:
+  """Saves Meta-Weight-Net's weight function every epoch, for `figures.curves`."""
 
-  def refresh(state, problem, view):
+  def probe(snapshot, epoch):
+    state = snapshot.state.method_state
+    if isinstance(state, validation.State):
+      state = state.inner
     net = meta_weight_net.WeightNet()
     curve = net.apply(jax.device_get(state.params), LOSS_GRID.astype(np.float32))
-    place = folder / "curves" / f"seed-{view.seed}"
-    place.mkdir(parents=True, exist_ok=True)
-    np.savetxt(place / f"epoch-{view.epoch:05d}.txt", np.asarray(curve), "%.6g")
-    return method.refresh(state, problem, view)
+    run_folder = folder / "curves" / f"seed-{snapshot.seed}"
+    run_folder.mkdir(parents=True, exist_ok=True)
+    np.savetxt(run_folder / f"epoch-{epoch:05d}.txt", np.asarray(curve), "%.6g")
 
-  return method._replace(refresh=refresh)
+  return probe
 
 
 def row(
