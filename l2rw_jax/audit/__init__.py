@@ -2,7 +2,7 @@
 
 from l2rw_jax.audit.label_issues import LabelIssues
 from l2rw_jax.audit.label_issues import find_label_issues
-from l2rw_jax.audit.recording import recording
+from l2rw_jax.audit.recorded_method import recording
 from l2rw_jax.audit.statistics import State
 from l2rw_jax.audit.statistics import init
 from l2rw_jax.audit.statistics import summarize

@@ -4,7 +4,7 @@ const at = (id) => document.getElementById(id);
 const count = (number) => number.toLocaleString("en-US");
 const size = data.given.length;
 const PAGE = 48;
-const THRESHOLDS = [0.9, 0.7, 0.5, 0.3, 0.1, 0];
+const THRESHOLDS = [2, 1.5, 1, 0.5, 0];
 const MOST_CLASSES = 24;
 const percent = (share) => (share < 0.005 ? "0%" : Math.round(100 * share) + "%");
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import csv
 import dataclasses
 import hashlib
+import io
 import os
 import pathlib
 import re
@@ -663,15 +664,17 @@ def _csv_rows(path: pathlib.Path) -> list[list[str]]:
   except UnicodeDecodeError as error:
     raise base.InputError(f"{path} is not encoded as UTF-8; convert it") from error
   try:
-    dialect: Any = csv.Sniffer().sniff(text[:20_000], delimiters=",;\t|")
-  except csv.Error:  # One column, or too uneven to be certain.
-    dialect = csv.excel
-  try:
-    lines = text.splitlines(keepends=True)
-    rows = csv.reader(lines, delimiter=dialect.delimiter)
-    return [[_unquoted(cell) for cell in row] for row in rows if row]
+    # Not `csv.Sniffer`, which is led astray by quotes and by text in cells.
+    firsts = {d: next(_parsed(text, d), []) for d in ",;\t|"}
+    delimiter = max(firsts, key=lambda d: len(firsts[d]))
+    return [[_unquoted(c) for c in row] for row in _parsed(text, delimiter) if row]
   except csv.Error as error:
     raise base.InputError(f"{path} is not a CSV file: {error}") from error
+
+
+def _parsed(text: str, delimiter: str) -> Iterator[list[str]]:
+  # Lines end at line breaks only, not at other characters that Unicode calls ends.
+  return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
 
 
 def _table(path: pathlib.Path, label_column: str | None) -> _Raw:

@@ -260,6 +260,22 @@ def test_the_column_of_labels(tmp_path):
     own_data.read(name, label_column="n")
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_delimiters_quotes_and_line_breaks(tmp_path, delimiter):
+  texts = ['"x|y;z, w"', '"a ""quoted"" one"', '"two\nlines"', "one\u2028line"]
+  rows = [delimiter.join((str(i), texts[i % 4], "pq"[i % 2])) for i in range(8)]
+  data = own_data.read(
+    _table(tmp_path / "t.csv", rows, delimiter.join(("n", "text", "label")))
+  )
+  assert data.columns["text"][:4] == [
+    "x|y;z, w",
+    'a "quoted" one',
+    "two\nlines",
+    "one\u2028line",
+  ]
+  assert data.skipped == () and data.form.class_names == ("p", "q")
+
+
 def test_trusted_examples_take_the_form_of_the_others(tmp_path):
   rows = [f"{i},{'ab'[i % 2]},{'xyz'[i % 3]}" for i in range(12)]
   data = own_data.read(_table(tmp_path / "t.csv", rows))

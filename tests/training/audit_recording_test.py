@@ -6,7 +6,7 @@ import toy_runs
 
 from l2rw_jax import audit
 from l2rw_jax import changed_loss
-from l2rw_jax.audit import recording
+from l2rw_jax.audit import recorded_method
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 
@@ -100,6 +100,6 @@ def test_the_wrong_labels_come_first(tmp_path):
 
 def test_wrapped_methods_report_too():
   wrapped = changed_loss.changed_loss(_UNIFORM, lambda outputs, batch, counts: None)
-  recorded = recording.Recorded(audit.init(2, 2), ())
+  recorded = recorded_method.Recorded(audit.init(2, 2), ())
   state = changed_loss.State(np.int32(0), recorded)
   assert wrapped.report(state)["seen"].tolist() == [0, 0]

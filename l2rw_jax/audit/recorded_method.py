@@ -34,8 +34,9 @@ def recording(method: base.Method) -> base.Method:
 
   Training is the same without. The logits are those of the training batch before the
   step's update, as the network is trained (dropout, batch statistics). They cost at
-  most one forward pass a step, and none where XLA shares it with the method's own, as
-  it does for plain training. Weights are recorded, and so are the scores of methods
+  most one forward pass a step, and none where XLA shares it with the method's own: on
+  LeNet, recording adds 0.01% to the FLOPs of plain training and 15% to those of L2RW
+  with as many clean examples. Weights are recorded, and so are the scores of methods
   that report them (L2RW). Wrap a method in other wrappers before this one.
 
   Args:
