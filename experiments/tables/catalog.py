@@ -212,7 +212,9 @@ def compact(tables: Sequence[table_lib.Table]) -> str:
   return "\n\n".join(parts) + "\n"
 
 
-_MADE = "Written by `python -m experiments.tables --out=results --readme=README.md`."
+_MADE = (
+  "Written by `python -m experiments.tables --out=results --readme=results/README.md`."
+)
 
 
 def _title(table: table_lib.Table) -> str:
