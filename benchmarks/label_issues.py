@@ -12,29 +12,30 @@ with seeds 100 and 101, training images 50,000 to 59,999 of MNIST, iris and a sy
 set. cleanlab and the neighbors have their own defaults. Seconds are those of all
 processor cores together, so that other work on the machine does not count.
 Command: python -m benchmarks.label_issues --data_dir=DIR, with pip install cleanlab
-Ours: results/label_issues.
+Measured: results/label_issues.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
 import functools
 import math
 import time
 from typing import Any, NamedTuple
 
-from absl import flags
 import jax
 import numpy as np
 import optax
 
-from experiments import _catalogue
-from experiments import _launch
-from experiments import _report
+from experiments.lib import launch
+from experiments.lib import runner
+from experiments.lib import settings as settings_lib
+from experiments.lib.settings import flag
+from experiments.tables import catalog
 from l2rw_jax import audit
 from l2rw_jax import base
 from l2rw_jax import losses
 from l2rw_jax.data import label_noise
-from l2rw_jax.data import sources
-from l2rw_jax.io import workdir
+from l2rw_jax.io import workdir as workdir_lib
 from l2rw_jax.methods import l2rw
 from l2rw_jax.models import mlp
 
@@ -49,17 +50,32 @@ EPOCHS = {
 NOISES = ("symmetric:0.1", "symmetric:0.2", "symmetric:0.4", "pair:0.2", "pair:0.4")
 METHODS = ("audit", "audit_trusted", "cleanlab", "neighbors")
 
-_DATASETS = flags.DEFINE_list("datasets", list(EPOCHS), f"Of {', '.join(EPOCHS)}.")
-_NOISES = flags.DEFINE_list("noises", list(NOISES), "Kind and share of wrong labels.")
-_METHODS = flags.DEFINE_list("methods", list(METHODS), f"Of {', '.join(METHODS)}.")
-_NUM_SEEDS = flags.DEFINE_integer("num_seeds", 3, "Repetitions.", lower_bound=1)
-_NUM_EXAMPLES = flags.DEFINE_integer(
-  "num_examples", 4_000, "Most examples of a set.", lower_bound=100
-)
-flags.adopt_module_key_flags(_launch)
+TABLE = catalog.LABEL_ISSUES
 _HIDDEN = (256, 256)
 _LEARNING_RATE = 1e-3
 _FOLDS, _NEIGHBORS, _TRUSTED = 5, 10, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(settings_lib.Settings):
+  """The flags of this benchmark."""
+
+  datasets: tuple[str, ...] = flag(
+    tuple(EPOCHS), f"Data sets, of {', '.join(EPOCHS)}.", group="data"
+  )
+  noises: tuple[str, ...] = flag(
+    NOISES, f"Kind and share of wrong labels, of {', '.join(NOISES)}.", group="data"
+  )
+  methods: tuple[str, ...] = flag(
+    METHODS, f"Rankings to compare, of {', '.join(METHODS)}."
+  )
+  num_seeds: int = flag(3)
+  num_examples: int = flag(
+    4_000,
+    "Greatest number of examples of a set.",
+    bounds=settings_lib.Bounds(100, 10**8),
+    group="data",
+  )
 
 
 class Cell(NamedTuple):
@@ -99,7 +115,7 @@ class Ranking(NamedTuple):
 
 
 @functools.cache
-def load(name: str, size: int) -> tuple[np.ndarray, np.ndarray, int]:
+def load(settings: Settings, name: str) -> tuple[np.ndarray, np.ndarray, int]:
   """Inputs [N, d], labels [N] and the number of classes of a set."""
   if name not in EPOCHS:
     raise base.InputError(f"--datasets={name}: choose among {', '.join(EPOCHS)}.")
@@ -112,15 +128,16 @@ def load(name: str, size: int) -> tuple[np.ndarray, np.ndarray, int]:
     ]()
     x = preprocessing.scale(bunch.data).astype(np.float32)
     return x, bunch.target.astype(np.int32), len(bunch.target_names)
-  source = sources.load(name, "train", **_launch.data_folders())
+  source, size = settings.load("train", name), settings.num_examples
   x = source.images[:size].reshape(-1, math.prod(source.images.shape[1:]))
   return x.astype(np.float32) / 255, source.labels[:size], source.num_classes
 
 
-def make_cell(name: str, noise: str, seed: int) -> Cell:
+def make_cell(settings: Settings, name: str, noise: str, seed: int) -> Cell:
   """A set with wrong labels.
 
   Args:
+    settings: of the benchmark.
     name: of the set.
     noise: "symmetric:SHARE", exactly that share, each class as likely as another; or
       "pair:SHARE", every class mistaken for the next one with that probability.
@@ -129,7 +146,7 @@ def make_cell(name: str, noise: str, seed: int) -> Cell:
   Raises:
     InputError: unknown names.
   """
-  x, labels, num_classes = load(name, _NUM_EXAMPLES.value)
+  x, labels, num_classes = load(settings, name)
   kind, _, share = noise.partition(":")
   if noise not in NOISES:
     raise base.InputError(f"--noises={noise}: choose among {', '.join(NOISES)}.")
@@ -297,9 +314,9 @@ def neighbors_ranking(cell: Cell) -> Ranking:
   return Ranking(score, None, time.process_time() - started)
 
 
-def rankings(cell: Cell) -> Iterator[tuple[str, Ranking]]:
-  """What each of `--methods` says."""
-  for method in _METHODS.value:
+def rankings(cell: Cell, methods: Sequence[str]) -> Iterator[tuple[str, Ranking]]:
+  """The rankings of each of `--methods`."""
+  for method in methods:
     if method in ("audit", "audit_trusted"):
       yield from audit_rankings(cell, method == "audit_trusted")
     elif method == "cleanlab":
@@ -344,9 +361,9 @@ def measure(ranking: Ranking, is_wrong: np.ndarray) -> dict[str, Any]:
   return row | {"seconds": ranking.seconds}
 
 
-def main() -> None:
+def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   """Measures, prints and writes."""
-  if "cleanlab" in _METHODS.value:
+  if "cleanlab" in settings.methods:
     try:
       import cleanlab  # noqa: F401
     except ImportError:
@@ -356,19 +373,19 @@ def main() -> None:
       ) from None
   cells = [
     (name, noise, seed)
-    for name in _DATASETS.value
-    for noise in _NOISES.value
+    for name in settings.datasets
+    for noise in settings.noises
     # Of two classes, the next one is the only other one.
     if not (name == "breast_cancer" and noise.startswith("pair"))
-    for seed in range(_NUM_SEEDS.value)
+    for seed in range(settings.num_seeds)
   ]
-  for first in cells[:: _NUM_SEEDS.value]:  # mistakes show before anything is written
-    make_cell(*first)
-  folder = _launch.prepare("label_issues", __name__, ())
+  for first in cells[:: settings.num_seeds]:
+    make_cell(settings, *first)  # Mistakes show before anything is written.
+  folder = runner.open_folder(settings, TABLE.name, workdir)
   rows = []
   for name, noise, seed in cells:
-    cell = make_cell(name, noise, seed)
-    for method, ranking in rankings(cell):
+    cell = make_cell(settings, name, noise, seed)
+    for method, ranking in rankings(cell, settings.methods):
       rows.append(
         {
           "method": method,
@@ -377,7 +394,7 @@ def main() -> None:
           "seed": seed,
           "num_examples": len(cell.given),
           **measure(ranking, cell.given != cell.true),
-          **workdir.run_info(),
+          **workdir_lib.run_info(),
         }
       )
     done = ", ".join(
@@ -386,11 +403,8 @@ def main() -> None:
       if (row["dataset"], row["noise"], row["seed"]) == (name, noise, seed)
     )
     print(f"{name} {noise} seed {seed}: {done}", flush=True)
-  flags_given = _launch.flags_of(__name__)
-  _report.save(folder, rows, flags_given)
-  print(_catalogue.summary("label_issues", rows, flags_given))
-  print(f"\nwritten: {folder}/results.json, results.csv")
+  return runner.report(settings, TABLE, folder, rows, ())
 
 
 if __name__ == "__main__":
-  _launch.run(main)
+  launch.main(Settings, run, TABLE.name)

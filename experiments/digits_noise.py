@@ -22,6 +22,7 @@ from experiments.lib import figures
 from experiments.lib import launch
 from experiments.lib import report
 from experiments.lib import runner
+from experiments.lib import trusted
 from experiments.lib.settings import flag
 from experiments.tables import table
 from l2rw_jax import base
@@ -39,7 +40,7 @@ METHODS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(runner.Settings):
+class Settings(trusted.Settings, runner.Settings):
   """The flags of this script."""
 
   EXTENDABLE = ("methods",)
@@ -69,7 +70,10 @@ TABLE = table.Layout(
   metrics=(
     table.Metric("accuracy_percent", "test accuracy %"),
     table.Metric("best_accuracy", "best on test %", scale=100),
-    table.Metric("weight_auroc", "AUROC of weights", decimals=3),
+    table.Metric("weight_auroc", "AUROC of mean weights", decimals=3),
+    table.Metric(
+      "rejection_auroc", "AUROC of zero weights", decimals=3, is_optional=True
+    ),
   ),
   settings={
     "noise": "{}",
@@ -105,8 +109,8 @@ def make_splits(settings: Settings, seeds: Sequence[int]) -> list[examples_lib.S
       settings.load("test"),
       builder=settings.noise,
       fraction=settings.noise_fraction,
-      num_meta_per_class=settings.num_meta,
       seed=seed,
+      **settings.meta_set(),
     )
     for seed in seeds
   ]
@@ -147,7 +151,7 @@ def draw(
   weights: list[dict[str, np.ndarray]],
   path: pathlib.Path,
 ) -> None:
-  """Accuracy of every method; L2RW's weights, clean against flipped labels."""
+  """Accuracy of every method; how often L2RW rejects clean and flipped labels."""
   methods = list(dict.fromkeys(row["method"] for row in rows))
   with figures.figure(path, 1, 2, figsize=(10, 3.6)) as (_, (left, right)):
     for i, method in enumerate(methods):
@@ -160,9 +164,10 @@ def draw(
     left.invert_yaxis()
     left.set_xlim(0, 100)
     left.set_xlabel("test accuracy (%)")
-    left.set_title(f"{settings.dataset}, {settings.noise_fraction:.0%} wrong labels")
+    name = pathlib.PurePath(settings.dataset).name
+    left.set_title(f"{name}, {settings.noise_fraction:.0%} wrong labels")
     if weights:
-      figures.weights(right, weights)
+      figures.rejections(right, weights)
     else:
       right.set_axis_off()
 
@@ -180,6 +185,7 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
           "method": cell.method_name,
           "accuracy_percent": 100 * result.metrics["last"]["accuracy"],
           "weight_auroc": report.auroc(result.weights),
+          "rejection_auroc": report.rejection_auroc(result.weights),
           **settings.probe_columns(result.metrics),
           **report.run_fields(result.metrics),
         }

@@ -20,13 +20,15 @@ import io
 import pathlib
 from typing import Any
 
-from absl import flags
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import _launch
-from experiments import _own_data
+from experiments.lib import launch
+from experiments.lib import own_data as own_data_lib
+from experiments.lib import runner
+from experiments.lib import settings as settings_lib
+from experiments.lib.settings import flag
 from l2rw_jax import audit
 from l2rw_jax import base
 from l2rw_jax.audit import page
@@ -34,7 +36,7 @@ from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import image_files
 from l2rw_jax.data import own_data
 from l2rw_jax.data import sources
-from l2rw_jax.io import workdir
+from l2rw_jax.io import workdir as workdir_lib
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 from l2rw_jax.models import augmentation
@@ -44,46 +46,80 @@ from l2rw_jax.models import mlp
 from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import loop
 
-_IMAGES = flags.DEFINE_string("images", None, "Folder of images, one folder a class.")
-_LABELS = flags.DEFINE_string(
-  "labels", None, "CSV file of path,label for --images. [FOLDER/labels.csv, if any]"
-)
-_NPZ = flags.DEFINE_string("npz", None, "NumPy archive with the arrays X and y.")
-_CSV = flags.DEFINE_string("csv", None, "CSV file with a header.")
-_LABEL_COLUMN = flags.DEFINE_string(
-  "label_column", None, "Column of labels in --csv. [label, class, target, y; the last]"
-)
-_DATASET = flags.DEFINE_string(
-  "dataset", None, "digits, a prepared TFDS set, images:DIR, npz:FILE or csv:FILE."
-)
-_TRUSTED = flags.DEFINE_string(
-  "trusted",
-  None,
-  "Examples with labels you trust, as images:DIR, npz:FILE or csv:FILE: adds the scores"
-  " of L2RW to the statistics.",
-)
-_NUM_EPOCHS = flags.DEFINE_integer(
-  "num_epochs", None, "Passes over the data. [20, 15 or 10: fewer for more examples]"
-)
-_BATCH_SIZE = flags.DEFINE_integer(
-  "batch_size", None, "Batch size. [100; less for small data]"
-)
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Of Adam.")
-_IMAGE_SIZE = flags.DEFINE_integer(
-  "image_size",
-  None,
-  "Height and width to resize --images to. [the most frequent size, at most 64]",
-)
-_NUM_PICTURES = flags.DEFINE_integer(
-  "num_pictures", 500, "Pictures or rows in issues.html, of the most suspicious."
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the network and the order of examples.")
-flags.adopt_module_key_flags(_launch)
-
+_NAME = "find_label_issues"
 _THUMBNAIL = 112
 _TRUSTED_BATCH = 100
-# Flags that change what is written, not how the network is trained.
-_EXTENDABLE = ("num_pictures",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(settings_lib.Settings):
+  """The flags of this script."""
+
+  # It changes what is written, not how the network is trained.
+  EXTENDABLE = ("num_pictures",)
+
+  images: str | None = flag(
+    None, "Folder of images, with one folder for each class.", group="data"
+  )
+  labels: str | None = flag(
+    None,
+    "CSV file of path,label for --images.",
+    unset="FOLDER/labels.csv, if there is one",
+    group="data",
+  )
+  npz: str | None = flag(None, "NumPy archive with the arrays X and y.", group="data")
+  csv: str | None = flag(None, "CSV file with a header.", group="data")
+  label_column: str | None = flag(
+    None,
+    "Column of the labels in --csv.",
+    unset="one called label, labels, class, target or y, else the last",
+    group="data",
+  )
+  dataset: str | None = flag(None)
+  trusted: str | None = flag(
+    None,
+    "Examples with labels that you trust, as images:DIR, npz:FILE or csv:FILE. They add"
+    " the scores of L2RW to the statistics.",
+    group="data",
+  )
+  image_size: int | None = flag(
+    None,
+    "Height and width to which --images are resized.",
+    unset="their most frequent size, with no side above 64",
+    bounds=settings_lib.Bounds(4, 1024),
+    group="data",
+  )
+  num_epochs: int | None = flag(None, unset="20, 15 or 10: fewer for more examples")
+  batch_size: int | None = flag(None, unset="100, and less for small data")
+  learning_rate: float = flag(1e-3, "Learning rate of Adam.")
+  seed: int = flag(
+    0,
+    "Seed of the network and of the order of the examples.",
+    bounds=settings_lib.Bounds(0, 2**31 - 1),
+  )
+  num_pictures: int = flag(
+    500,
+    "Number of pictures or rows in issues.html, of the most suspicious examples.",
+    bounds=settings_lib.Bounds(0, 10**5),
+    group="output",
+  )
+
+  @property
+  def source_name(self) -> str:
+    """The one data set that the flags name, such as images:DIR.
+
+    Raises:
+      InputError: the flags name none, or several.
+    """
+    names = [n for n in ("images", "npz", "csv", "dataset") if getattr(self, n)]
+    if len(names) != 1:
+      raise base.InputError(
+        "give exactly one of --images=FOLDER, --npz=FILE, --csv=FILE and"
+        f" --dataset=NAME; got {' and '.join(f'--{n}' for n in names) or 'none'}."
+      )
+    (kind,) = names
+    value = getattr(self, kind)
+    return value if kind == "dataset" else f"{kind}:{value}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,41 +140,26 @@ class Standardize:
     return augmentation.normalize(images.astype(jnp.float32), (self.mean,), (self.std,))
 
 
-def source_name() -> str:
-  """The one data set that the flags name, such as images:DIR."""
-  given = {
-    "images": _IMAGES.value,
-    "npz": _NPZ.value,
-    "csv": _CSV.value,
-    "dataset": _DATASET.value,
-  }
-  chosen = [name for name, value in given.items() if value is not None]
-  if len(chosen) != 1:
-    raise base.InputError(
-      "give exactly one of --images=FOLDER, --npz=FILE, --csv=FILE and --dataset=NAME;"
-      f" got {' and '.join(f'--{name}' for name in chosen) or 'none'}."
-    )
-  (kind,) = chosen
-  return given[kind] if kind == "dataset" else f"{kind}:{given[kind]}"  # type: ignore
+def read_data(settings: Settings) -> own_data.OwnData:
+  """The examples to audit.
 
-
-def read_data() -> own_data.OwnData:
-  """The examples to audit."""
-  name = source_name()
+  Raises:
+    InputError: the data cannot be read, or a flag is for other data.
+  """
+  name = settings.source_name
   kind = name.partition(":")[0]
-  for flag, needed in (("labels", "images"), ("image_size", "images")):
-    if flags.FLAGS[flag].value is not None and kind != needed:
-      raise base.InputError(f"--{flag} is for --{needed}: leave it out.")
-  if _LABEL_COLUMN.value is not None and kind != "csv":
-    raise base.InputError("--label_column is for --csv: leave it out.")
+  kinds = {"labels": "images", "image_size": "images", "label_column": "csv"}
+  for flag_name, needed in kinds.items():
+    if getattr(settings, flag_name) is not None and kind != needed:
+      raise base.InputError(f"--{flag_name} is for --{needed}: leave it out.")
   if own_data.is_own(name):
     return own_data.read(
       name,
-      labels=_LABELS.value,
-      label_column=_LABEL_COLUMN.value,
-      image_size=_IMAGE_SIZE.value,
+      labels=settings.labels,
+      label_column=settings.label_column,
+      image_size=settings.image_size,
     )
-  source = sources.load(name, "train", **_launch.data_folders())
+  source = settings.load("train")
   class_names = source.class_names or sources.numbers(source.num_classes)
   return own_data.OwnData(
     features=source.images,
@@ -153,11 +174,13 @@ def read_data() -> own_data.OwnData:
   )
 
 
-def read_trusted(data: own_data.OwnData) -> own_data.OwnData | None:
+def read_trusted(settings: Settings, data: own_data.OwnData) -> own_data.OwnData | None:
   """The examples of --trusted, in the form of `data`."""
-  if _TRUSTED.value is None:
+  if settings.trusted is None:
     return None
-  return own_data.read(_TRUSTED.value, label_column=_LABEL_COLUMN.value, like=data.form)
+  return own_data.read(
+    settings.trusted, label_column=settings.label_column, like=data.form
+  )
 
 
 def make_splits(
@@ -172,25 +195,26 @@ def make_splits(
 
 
 def make_config(
-  data: own_data.OwnData, trusted: own_data.OwnData | None
+  settings: Settings, data: own_data.OwnData, trusted: own_data.OwnData | None
 ) -> config_lib.Config:
   """How long to train: fewer epochs for more examples."""
   size = len(data.labels)
-  batch_size = _BATCH_SIZE.value or min(size, 100, max(8, size // 13))
-  num_epochs = _NUM_EPOCHS.value or (20 if size < 1000 else 15 if size < 5000 else 10)
+  batch_size = settings.batch_size or min(size, 100, max(8, size // 13))
+  num_epochs = settings.num_epochs or (20 if size < 1000 else 15 if size < 5000 else 10)
   num_steps = num_epochs * max(1, size // batch_size)
-  return _launch.run_config(
+  return settings.config(
     num_steps=num_steps,
     batch_size=batch_size,
     meta_batch_size=None
     if trusted is None
     else min(len(trusted.labels), _TRUSTED_BATCH),
-    seeds=(_SEED.value,),
+    seeds=(settings.seed,),
     eval_every=num_steps,
   )
 
 
 def train(
+  settings: Settings,
   config: config_lib.Config,
   method: base.Method,
   data: own_data.OwnData,
@@ -198,10 +222,9 @@ def train(
   folder: pathlib.Path,
 ) -> audit.LabelIssues:
   """Trains the network, or reads the finished run, and ranks the labels."""
-  optimizer = optax.adam(_LEARNING_RATE.value)
-  name = "find_label_issues"
+  optimizer = optax.adam(settings.learning_rate)
   (result,) = loop.train(
-    config, make_model(data), method, optimizer, [splits], folder, name=name
+    config, make_model(data), method, optimizer, [splits], folder, name=_NAME
   )
   statistics = {k: x for k, x in result.statistics.items() if _varies(x)}
   return audit.find_label_issues(statistics, data.labels)
@@ -302,13 +325,16 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def write(
-  data: own_data.OwnData, issues: audit.LabelIssues, folder: pathlib.Path
+  settings: Settings,
+  data: own_data.OwnData,
+  issues: audit.LabelIssues,
+  folder: pathlib.Path,
 ) -> None:
   """Writes issues.csv and issues.html."""
   # A file name may hold bytes that are no UTF-8; they are written as they are.
   table = csv_text(data, issues, data.names).encode("utf-8", "surrogateescape")
-  workdir.write_bytes(folder / "issues.csv", table)
-  worst = issues.index[: _NUM_PICTURES.value].tolist()
+  workdir_lib.write_bytes(folder / "issues.csv", table)
+  worst = issues.index[: settings.num_pictures].tolist()
   notes = [
     *own_data.report(data),
     *(f"Skipped: {name}: {reason}" for name, reason in data.skipped),
@@ -317,7 +343,7 @@ def write(
     issues,
     data.form.class_names,
     data.names,
-    title=f"Label issues in {pathlib.PurePath(source_name()).name}",
+    title=f"Label issues in {pathlib.PurePath(settings.source_name).name}",
     key="path" if data.root is not None else "index",
     rows=data.rows,
     pictures=list(pictures(data, worst)),
@@ -325,7 +351,7 @@ def write(
     duplicate_of=data.duplicate_of.tolist(),
     notes=notes,
   )
-  workdir.write_text(folder / "issues.html", html)
+  workdir_lib.write_text(folder / "issues.html", html)
 
 
 def summary(data: own_data.OwnData, issues: audit.LabelIssues) -> str:
@@ -344,21 +370,22 @@ def summary(data: own_data.OwnData, issues: audit.LabelIssues) -> str:
   return "\n".join(lines)
 
 
-def main() -> None:
-  """Reads the data, trains, and writes the list and the page."""
-  data = read_data()
-  _own_data.show_report(source_name(), data)
-  trusted = read_trusted(data)
-  config, splits = make_config(data, trusted), make_splits(data, trusted)
+def run(settings: Settings, workdir: runner.Folder) -> audit.LabelIssues:
+  """Reads the data, trains, and writes the list and the page; returns the ranking."""
+  data = read_data(settings)
+  own_data_lib.show_report(settings.source_name, data)
+  trusted = read_trusted(settings, data)
+  config, splits = make_config(settings, data, trusted), make_splits(data, trusted)
   method = audit.recording(make_method(trusted is not None))
   # Mistakes show before anything is written.
   config_lib.check(config, method, [splits])
-  folder = _launch.prepare("find_label_issues", __name__, _EXTENDABLE)
-  issues = train(config, method, data, splits, folder)
-  write(data, issues, folder)
-  print(_own_data.printable(summary(data, issues)))
+  folder = runner.open_folder(settings, _NAME, workdir)
+  issues = train(settings, config, method, data, splits, folder)
+  write(settings, data, issues, folder)
+  print(own_data_lib.printable(summary(data, issues)))
   print(f"\nwritten: {folder}/issues.csv, {folder}/issues.html (open it in a browser)")
+  return issues
 
 
 if __name__ == "__main__":
-  _launch.run(main)
+  launch.main(Settings, run, _NAME)

@@ -24,6 +24,7 @@ from experiments.lib import optimizers
 from experiments.lib import registries
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
+from experiments.lib import trusted
 from experiments.lib.settings import flag
 from experiments.tables import published
 from experiments.tables import table
@@ -108,7 +109,7 @@ PIXELS = {"unit": None, "raw": augmentation.Preprocess(std=(1 / 255,))}
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(registries.Settings, runner.Settings):
+class Settings(registries.Settings, trusted.Settings, runner.Settings):
   """The flags of this script."""
 
   EXTENDABLE = ("noise_fraction", "methods", "mentor")
@@ -202,10 +203,10 @@ def make_splits(
       settings.load("test"),
       builder=settings.noise,
       fraction=fraction,
-      num_meta_per_class=settings.num_meta,
       num_validation=num_validation,
       seed=seed,
       variant=settings.noise_variant,
+      **settings.meta_set(),
     )
     for seed in seeds
   ]
@@ -300,7 +301,10 @@ def make_row(settings: Settings, cell: runner.Cell, result: Any) -> dict[str, An
   if settings.dataset == "mnist" and settings.network == "mlp":
     key = (cell.facts["noise"], cell.facts["fraction"])
     numbers = published.MNIST_NOISE.get(key, {}).get(cell.method_name, numbers)
-  num_classes = settings.load("train").num_classes
+  if settings.trusted_source is None:
+    num_meta = settings.load("train").num_classes * settings.num_meta
+  else:
+    num_meta = len(settings.trusted_source.labels)
   return runner.row(
     settings,
     cell,
@@ -311,7 +315,7 @@ def make_row(settings: Settings, cell: runner.Cell, result: Any) -> dict[str, An
     pixels=settings.pixels,
     published_percent=numbers[0],
     published_spread=numbers[1],
-    num_meta=num_classes * settings.num_meta,
+    num_meta=num_meta,
   )
 
 

@@ -146,27 +146,32 @@ def _viridis(share: float) -> Any:
   return plt.get_cmap("viridis")(share)
 
 
-def weights(axes: Any, columns: list[dict[str, np.ndarray]]) -> None:
-  """Histogram of mean weights, all seeds together.
+def rejections(axes: Any, columns: list[dict[str, np.ndarray]]) -> None:
+  """Histogram of the share of steps with weight zero, all seeds together.
 
   Args:
     axes: to draw on.
     columns: of the `weights.csv` of each run.
   """
-  mean = np.concatenate([w["mean_weight"] for w in columns])
+  share = np.concatenate([report.rejected_share(w) for w in columns])
   is_clean = np.concatenate([w["label"] == w["true_label"] for w in columns])
-  known = np.isfinite(mean)
-  bins = np.linspace(0, np.quantile(mean[known], 0.995), 41)
+  known = np.isfinite(share)
+  bins = np.linspace(0, 1, 41)
   for chosen, label, color in (
     (is_clean, "clean label", "C0"),
     (~is_clean, "flipped label", "C3"),
   ):
-    values = np.minimum(mean[chosen & known], bins[-1])
-    axes.hist(values, bins, alpha=0.6, label=label, color=color)
-  axes.axvline(1, color="black", linewidth=0.8, linestyle=":", label="uniform weight")
-  scores = [s for s in map(report.auroc, columns) if s is not None]
-  title = "L2RW's weights" + (f", AUROC {np.mean(scores):.3f}" if scores else "")
-  axes.set_title(title)
-  axes.set_xlabel("mean weight over training (uniform = 1)")
+    axes.hist(share[chosen & known], bins, alpha=0.6, label=label, color=color)
+  parts = []
+  for name, statistic in (
+    ("zero weights", report.rejection_auroc),
+    ("mean weight", report.auroc),
+  ):
+    scores = [s for s in map(statistic, columns) if s is not None]
+    parts += [f"{name} {np.mean(scores):.3f}"] if scores else []
+  aurocs = f"\nAUROC: {', '.join(parts)}" if parts else ""
+  axes.set_title(f"L2RW's rejections{aurocs}")
+  axes.set_xlabel("share of steps with weight zero")
   axes.set_ylabel("training examples")
-  axes.legend()
+  # Matplotlib warns if it takes long to choose the best place.
+  axes.legend(loc="upper right")

@@ -17,7 +17,9 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 
+from experiments.lib import own_data as own_data_lib
 from l2rw_jax import base
+from l2rw_jax.data import own_data
 from l2rw_jax.data import sources
 from l2rw_jax.training import config as config_lib
 
@@ -95,8 +97,8 @@ SHARED: Mapping[str, tuple[str, Bounds | None, str]] = {
     "common",
   ),
   "dataset": (
-    "Data set: digits, which needs no download, or the name of any image set that"
-    " TFDS has prepared in --data_dir.",
+    "Data set: digits, which needs no download, the name of any image set that TFDS"
+    f" has prepared in --data_dir, {own_data_lib.HELP}.",
     None,
     "data",
   ),
@@ -377,9 +379,25 @@ class Settings(Flags):
   )
 
   def load(self, split: str, dataset: str | None = None) -> sources.Source:
-    """A split of `--dataset`, or of another data set; read once in a process."""
+    """A split of `--dataset`, or of another data set.
+
+    A user's own data are read once by these settings, other sets once in a process.
+    """
     name = dataset or typing.cast(Any, self).dataset
+    if own_data.is_own(name):
+      return sources.from_own(name, split, self.read_own(name, split))
     return _load(name, split, self.data_dir, self.cache_dir)
+
+  def read_own(self, name: str, part: str) -> own_data.OwnData:
+    """A part of a user's own data, such as images:DIR; read and reported once."""
+    if (name, part) not in self._own:
+      self._own[name, part] = own_data_lib.read(name, part)
+    return self._own[name, part]
+
+  @functools.cached_property
+  def _own(self) -> dict[tuple[str, str], own_data.OwnData]:
+    """What `read_own` has read: the files may change before the next settings."""
+    return {}
 
   def config(self, **values: Any) -> config_lib.Config:
     """How to run, with the flags that every script has filled in."""

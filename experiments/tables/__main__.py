@@ -2,7 +2,7 @@ r"""Every committed result next to its published value.
 
 Reads `results/` only; trains nothing and needs no data.
 Command: python -m experiments.tables
-  after committing new results: --out=results --readme=README.md
+  after committing new results: --out=results --readme=results/README.md
 Time: seconds.
 """
 

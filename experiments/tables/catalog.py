@@ -23,7 +23,8 @@ BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 _ORDER = (
   *("digits_noise", "mnist_imbalance", "mnist_noise", "mnist_noise_bare"),
   *("cifar_noise", "mnist_long_tail", "cifar_long_tail", "fairness", "memorization"),
-  *("few_shot", "coreset", "coreset_selection", "step_time", "mentornet_pretrain"),
+  *("few_shot", "coreset", "coreset_selection", "label_issues", "step_time"),
+  "mentornet_pretrain",
 )
 
 
@@ -59,6 +60,23 @@ CORESET_SELECTION = table_lib.Layout(
   published="Published: nothing that compares.",
 )
 
+LABEL_ISSUES = table_lib.Layout(
+  name="label_issues",
+  title="Ranking wrong labels: one training run next to cross-validation",
+  metrics=(
+    table_lib.Metric("auroc", "AUROC", decimals=4),
+    table_lib.Metric("precision_at_k", "precision at k %", scale=100, decimals=1),
+    table_lib.Metric("missed_share", "missed at the noise rate %", 100, decimals=1),
+    table_lib.Metric("estimate_ratio", "estimated / true number"),
+    table_lib.Metric("flagged_precision", "precision of flagged %", 100, decimals=1),
+    table_lib.Metric("flagged_recall", "recall of flagged %", 100, decimals=1),
+    table_lib.Metric("seconds", "CPU seconds", decimals=1),
+  ),
+  settings={"dataset": "{}", "noise": "{}", "num_examples": "{:,} examples"},
+  keys=("dataset", "noise"),
+  published="Published: nothing on these data under this protocol.",
+)
+
 STEP_TIME = table_lib.Layout(
   name="step_time",
   title="What a training step costs",
@@ -91,7 +109,7 @@ STEP_TIME = table_lib.Layout(
 @functools.cache
 def layouts() -> dict[str, table_lib.Layout]:
   """The layout of every table, by name, from all scripts."""
-  layouts = [CORESET_SELECTION, STEP_TIME]
+  layouts = [CORESET_SELECTION, LABEL_ISSUES, STEP_TIME]
   for info in pkgutil.iter_modules(experiments.__path__):
     if not info.ispkg:
       module = importlib.import_module(f"experiments.{info.name}")
@@ -194,7 +212,9 @@ def compact(tables: Sequence[table_lib.Table]) -> str:
   return "\n\n".join(parts) + "\n"
 
 
-_MADE = "Written by `python -m experiments.tables --out=results --readme=README.md`."
+_MADE = (
+  "Written by `python -m experiments.tables --out=results --readme=results/README.md`."
+)
 
 
 def _title(table: table_lib.Table) -> str:

@@ -22,6 +22,7 @@ class Metric:
     decimals: to print.
     published: the row's column of the published value, in the heading's unit.
     spread: the row's column of its "±", whatever that is.
+    is_optional: whether rows may lack the column, as those do that are older than it.
   """
 
   column: str
@@ -30,6 +31,7 @@ class Metric:
   decimals: int = 2
   published: str | None = None
   spread: str | None = None
+  is_optional: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,7 @@ NOISE_METRICS = (
     spread="published_spread",
   ),
   Metric("best_percent", "best on test %"),
-  Metric("weight_auroc", "AUROC of weights", decimals=3),
+  Metric("weight_auroc", "AUROC of mean weights", decimals=3),
 )
 
 
@@ -232,6 +234,8 @@ def _check_seeds(section: Section, method: str, rows: Sequence[Row]) -> None:
 
 
 def _value(section: Section, metric: Metric, rows: Sequence[Row]) -> Value:
+  if metric.is_optional:
+    rows = [{metric.column: None, **row} for row in rows]
   numbers = [_number(section, row, metric.column) for row in rows]
   known = [metric.scale * number for number in numbers if number is not None]
   published: list[float | None] = []

@@ -9,8 +9,6 @@ import scripts
 
 from experiments import digits_noise
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _NAME = "digits_noise"
 _SMALL = ("--num_steps=4", "--num_seeds=2", "--num_devices=1")
 _FLAGS = {
@@ -109,7 +107,7 @@ _MISTAKES = {
   ),
   "probe_batch": (
     ["--probes=susceptibility", "--probe_batch_size=1248"],
-    "a batch of 1248 unlabeled images is more than the 1247 there are",
+    "a batch of 1248 unlabeled images is more than the 1247 available",
   ),
   "probes_later": (
     [

@@ -9,6 +9,9 @@ from PIL import Image
 import pytest
 import scripts
 
+from experiments import find_label_issues
+from l2rw_jax.training import sampling
+
 _NAME = "find_label_issues"
 _WRONG = 12
 
@@ -70,8 +73,8 @@ def test_wrong_labels_come_first(run, table):
   folder, printed = run
   rows = _rows(folder)
   assert len(rows) == 150
-  found = {int(row["index"]) - 1 for row in rows[:_WRONG]}
-  assert len(found & set(range(_WRONG))) >= _WRONG - 1
+  first = {int(row["index"]) - 1 for row in rows[:_WRONG]}
+  assert len(first & set(range(_WRONG))) >= _WRONG - 1
   num_issues = sum(row["is_issue"] == "True" for row in rows)
   assert f"{num_issues} of 150 labels (" in printed
   assert abs(num_issues - _WRONG) <= 4
@@ -116,22 +119,18 @@ def test_the_same_command_reads_the_finished_run(run, table):
   assert done.status == 0 and len(_content(folder)["columns"]["a"]) == 3
 
 
-_INTERRUPTED = """
-import runpy, sys
-from l2rw_jax.training import sampling
-original = sampling.Sampler.next
-def stop(self, step):
-  if step == 33:
-    raise KeyboardInterrupt
-  return original(self, step)
-sampling.Sampler.next = stop
-runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
-"""
-
-
-def test_an_interrupted_run_is_continued_to_the_same_list(run, table, tmp_path):
+def test_interrupted_run_continues_to_the_same_list(run, table, tmp_path, monkeypatch):
   flags = _flags(table, tmp_path / "run", "--checkpoint_every=20")
-  done = scripts.start("-c", _INTERRUPTED, f"experiments.{_NAME}", *flags)
+  original = sampling.Sampler.next
+
+  def interrupted(self, step):
+    if step == 33:
+      raise KeyboardInterrupt
+    return original(self, step)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(sampling.Sampler, "next", interrupted)
+    done = scripts.run(_NAME, *flags)
   assert done.status == 130 and "the same command continues" in done.complaints
   assert not (tmp_path / "run" / "issues.csv").exists()
   done = scripts.run(_NAME, *flags)
@@ -139,7 +138,7 @@ def test_an_interrupted_run_is_continued_to_the_same_list(run, table, tmp_path):
   assert _rows(tmp_path / "run") == _rows(run[0])
 
 
-def test_a_folder_of_images_with_trusted_ones(tmp_path):
+def test_folder_of_images_with_trusted_ones(tmp_path, capsys):
   rng = np.random.default_rng(0)
   for part, size in (("all", 40), ("trusted", 6)):
     for i in range(size):
@@ -151,18 +150,18 @@ def test_a_folder_of_images_with_trusted_ones(tmp_path):
       folder.mkdir(parents=True, exist_ok=True)
       Image.fromarray(pixels).save(folder / f"{i}.png")
   (tmp_path / "all" / "side 0" / "broken.png").write_text("no image")
-  done = scripts.run(
-    _NAME,
-    f"--images={tmp_path / 'all'}",
-    f"--trusted=images:{tmp_path / 'trusted'}",
-    "--num_epochs=12",
-    "--num_devices=1",
-    f"--workdir={tmp_path / 'run'}",
+  settings = find_label_issues.Settings(
+    images=str(tmp_path / "all"),
+    trusted=f"images:{tmp_path / 'trusted'}",
+    num_epochs=12,
+    num_devices=1,
   )
-  assert done.status == 0 and done.complaints == "", done.complaints
-  assert "1 were skipped (side 0/broken.png" in done.printed
+  issues = find_label_issues.run(settings, tmp_path / "run")
+  printed = capsys.readouterr()
+  assert "1 were skipped (side 0/broken.png" in printed.out and printed.err == ""
   rows = _rows(tmp_path / "run")
   assert len(rows) == 40 and all(row["mean_score"] for row in rows)
+  assert sum(row["is_issue"] == "True" for row in rows) == issues.num_issues
   worst = {row["path"].split("/")[1] for row in rows[:4]}
   assert len(worst & {"0.png", "1.png", "2.png", "3.png"}) >= 3
   content = _content(tmp_path / "run")

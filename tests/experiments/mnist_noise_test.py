@@ -12,8 +12,6 @@ from l2rw_jax.methods.mentornet import loss_dump
 from l2rw_jax.methods.mentornet import mentor_file
 from l2rw_jax.methods.mentornet import network as mentornet_network
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _NAME = "mnist_noise"
 _SMALL = ("--dataset=digits", "--num_meta=5", "--num_epochs=1", "--num_devices=1")
 _METHODS = [
@@ -144,7 +142,7 @@ _MISTAKES = {
   "statistics": (["--bare_statistics=mine"], "should be one of <batch_column|"),
   "batch": (["--batch_size=1248"], "is larger than the 1247 training examples"),
   "devices": (["--num_devices=3"], "does not divide among --num_devices=3"),
-  "data": (["--dataset=mnist", "--data_dir={tmp}/none"], "'mnist' is not there"),
+  "data": (["--dataset=mnist", "--data_dir={tmp}/none"], "'mnist' does not exist"),
   "momentum": (
     ["--momentum=0"],
     "--momentum=0 is of SGD; --preset=shared trains uniform",

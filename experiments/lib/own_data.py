@@ -1,0 +1,35 @@
+"""Users' own data: what is printed when they are read."""
+
+from l2rw_jax.data import own_data
+
+HELP = "or data of your own: images:DIR, npz:FILE or csv:FILE (docs/your_own_data.md)"
+
+
+def read(name: str, part: str) -> own_data.OwnData:
+  """A part of a user's own data; prints what was skipped or changed.
+
+  Args:
+    name: images:DIR, npz:FILE or csv:FILE.
+    part: train or test.
+
+  Raises:
+    InputError: the data cannot be read.
+  """
+  data = own_data.read(name, part)
+  if part == "train":  # The test part has the same notes.
+    show_report(name, data)
+  return data
+
+
+def show_report(name: str, data: own_data.OwnData) -> None:
+  """Prints what was skipped or changed while data were read."""
+  for line in own_data.report(data):
+    print(printable(f"{name}: {line}"))
+
+
+def printable(text: str) -> str:
+  """Text with characters escaped that a terminal cannot show or would obey."""
+  return "".join(
+    c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode()
+    for c in text
+  )

@@ -1,0 +1,59 @@
+"""A user's own trusted examples as the meta set of a script."""
+
+import dataclasses
+import functools
+from typing import Any, cast
+
+from experiments.lib import own_data as own_data_lib
+from experiments.lib import settings as settings_lib
+from experiments.lib.settings import flag
+from l2rw_jax.data import own_data
+from l2rw_jax.data import sources
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(settings_lib.Settings):
+  """The flag --trusted, for scripts that also have --dataset and --num_meta."""
+
+  trusted: str | None = flag(
+    None,
+    "Data of your own with labels that you trust, images:DIR, npz:FILE or csv:FILE:"
+    " all of them become the meta set, instead of --num_meta clean images of each"
+    " class.",
+    group="data",
+  )
+
+  def record(self) -> dict[str, Any]:
+    """As in the base class, with only the flag that decides the meta set.
+
+    A folder from before there was --trusted therefore still fits.
+    """
+    entries = super().record()
+    del entries["trusted" if self.trusted is None else "num_meta"]
+    return entries
+
+  @functools.cached_property
+  def trusted_source(self) -> sources.Source | None:
+    """The examples of --trusted in the form of the training data; None without.
+
+    Raises:
+      InputError: --num_meta is given too, or the examples do not fit.
+    """
+    if self.trusted is None:
+      return None
+    self.check_used("num_meta", False, "with --trusted")
+    train = self.load("train")
+    if own_data.is_own(train.name):
+      form = self.read_own(train.name, "train").form
+    else:
+      names = train.class_names or sources.numbers(train.num_classes)
+      form = own_data.Form(names, train.images.shape[1:])
+    data = own_data.read(self.trusted, like=form)
+    own_data_lib.show_report(self.trusted, data)
+    return sources.from_own(self.trusted, "trusted", data)
+
+  def meta_set(self) -> dict[str, Any]:
+    """The arguments of `noisy_labels.noisy_labels` that choose the meta set."""
+    if self.trusted_source is None:
+      return {"num_meta_per_class": cast(Any, self).num_meta}
+    return {"num_meta_per_class": 0, "trusted": self.trusted_source}
