@@ -297,8 +297,8 @@ def cleanlab_ranking(cell: Cell) -> Ranking:
     total += seconds + time.process_time() - started
   started = time.process_time()
   quality = rank.get_label_quality_scores(cell.given, probabilities)
-  found = cleanlab_filter.find_label_issues(cell.given, probabilities, n_jobs=1)
-  return Ranking(-quality, int(found.sum()), total + time.process_time() - started)
+  is_issue = cleanlab_filter.find_label_issues(cell.given, probabilities, n_jobs=1)
+  return Ranking(-quality, int(is_issue.sum()), total + time.process_time() - started)
 
 
 def neighbors_ranking(cell: Cell) -> Ranking:

@@ -88,7 +88,7 @@ def test_wrong_labels_come_first(run, table):
   assert "mean_score" not in rows[0]
 
 
-def test_what_is_printed(run):
+def test_skipped_rows_and_suggestions_are_printed(run):
   folder, printed = run
   assert "1 were skipped (row 0: it has no label)." in printed
   assert "given " in printed and ", suggested " in printed
@@ -97,7 +97,7 @@ def test_what_is_printed(run):
   )
 
 
-def test_the_page(run):
+def test_page_has_the_rows_of_the_table(run):
   folder, _ = run
   html, content = (folder / "issues.html").read_text(), _content(folder)
   rows = _rows(folder)
@@ -109,7 +109,7 @@ def test_the_page(run):
   assert "Skipped: row 0: it has no label" in content["notes"]
 
 
-def test_the_same_command_reads_the_finished_run(run, table):
+def test_same_command_reads_the_finished_run(run, table):
   folder, _ = run
   before = scripts.contents(folder)
   done = scripts.run(_NAME, *_flags(table, folder))
@@ -198,7 +198,7 @@ def mistakes(run, table, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", _MISTAKES)
-def test_a_mistake_is_one_line(mistakes, name):
+def test_mistake_is_one_line_and_writes_nothing(mistakes, name):
   outcome = mistakes[name]
   assert outcome.status == 2
   (line,) = outcome.complaints.splitlines()

@@ -1,0 +1,106 @@
+"""Users' own data in the scripts: --dataset, and --trusted as the meta set."""
+
+import csv
+
+import numpy as np
+import pytest
+import scripts
+
+from experiments import digits_noise
+from experiments import mnist_noise
+from l2rw_jax import base
+
+_SMALL = {"num_seeds": 1, "num_devices": 1, "batch_size": 20}
+
+
+def _save_table(path, size, seed=0):
+  """Points around three centers; returns the name of the data set."""
+  rng = np.random.default_rng(seed)
+  labels = rng.integers(3, size=size)
+  points = 4 * np.eye(3)[labels] + rng.normal(size=(size, 3))
+  with open(path, "w", newline="") as file:
+    writer = csv.writer(file)
+    writer.writerow(["a", "b", "c", "kind"])
+    writer.writerows(
+      [*x.round(3), "xyz"[y]] for x, y in zip(points, labels, strict=True)
+    )
+  return f"csv:{path}"
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("tables")
+  return (
+    _save_table(folder / "points.csv", 90),
+    _save_table(folder / "trusted.csv", 9, seed=1),
+  )
+
+
+def test_trusted_examples_are_the_meta_set_of_digits_noise(tables, tmp_path):
+  dataset, trusted = tables
+  flags = [f"--dataset={dataset}", f"--trusted={trusted}", "--methods=l2rw"]
+  flags += [*("--num_steps=2", "--num_seeds=1", "--num_devices=1", "--batch_size=20")]
+  flags.append(f"--workdir={tmp_path / 'run'}")
+  done = scripts.run("digits_noise", *flags)
+  assert done.status == 0 and done.complaints == "", done.complaints
+  notes = done.printed.splitlines()[:2]
+  assert notes == [f"{name}: The labels are the column 'kind'." for name in tables]
+  assert "clean images a class" not in done.printed
+  rows, _, recorded = scripts.saved_rows(tmp_path / "run")
+  assert (recorded["dataset"], recorded["trusted"]) == tables
+  assert "num_meta" not in recorded and len(rows) == 1
+  unused = scripts.run("digits_noise", *flags, "--num_meta=5")
+  message = "error: --num_meta has no effect with --trusted: leave it out.\n"
+  assert (unused.status, unused.complaints) == (2, message)
+  other = scripts.run("digits_noise", *flags, f"--trusted={dataset}")
+  assert other.status == 2 and "trusted was " in other.complaints
+
+
+def test_all_trusted_examples_are_in_the_splits(tables):
+  dataset, trusted = tables
+  settings = digits_noise.Settings(dataset=dataset, trusted=trusted, **_SMALL)
+  (split,) = digits_noise.make_splits(settings, (0,))
+  assert split.meta.image.shape == (9, 3) and split.num_classes == 3
+  num_wrong = (split.train.label != split.train.true_label).sum()
+  assert num_wrong == round(0.4 * len(split.train.label))
+  with pytest.raises(base.InputError, match="--num_meta has no effect with --trusted"):
+    digits_noise.make_splits(settings.replace(num_meta=4), (0,))
+
+
+def test_images_with_trusted_ones_in_mnist_noise(tmp_path):
+  rng = np.random.default_rng(0)
+  labels = np.arange(60) % 3
+  images = rng.integers(60, size=(60, 9, 9, 1)).astype(np.uint8)
+  for image, label in zip(images, labels, strict=True):
+    image[:, 3 * label : 3 * label + 3] += 150
+  np.savez(tmp_path / "all.npz", X=images, y=labels)
+  np.savez(tmp_path / "trusted.npz", X=images[:6], y=labels[:6])
+  settings = mnist_noise.Settings(
+    dataset=f"npz:{tmp_path / 'all.npz'}",
+    trusted=f"npz:{tmp_path / 'trusted.npz'}",
+    noise="uniform_flip",
+    noise_fraction=(0.0,),
+    methods=("l2rw",),
+    num_epochs=1,
+    **_SMALL,
+  )
+  (row,) = mnist_noise.run(settings, tmp_path / "run")
+  assert row["num_meta"] == 6 and row["dataset"] == settings.dataset
+  assert (row["num_steps"], row["published_percent"]) == (2, None)
+
+
+def test_own_data_are_read_once_by_settings_and_again_by_others(tmp_path, capsys):
+  name = _save_table(tmp_path / "points.csv", 50)
+  settings = digits_noise.Settings(dataset=name)
+  train, test = settings.load("train"), settings.load("test")
+  assert len(train.labels) + len(test.labels) == 50
+  _save_table(tmp_path / "points.csv", 80)
+  assert settings.load("train").images is train.images
+  assert len(capsys.readouterr().out.splitlines()) == 1  # Reported once.
+  train, test = (settings.replace().load(part) for part in ("train", "test"))
+  assert len(train.labels) + len(test.labels) == 80
+
+
+def test_digits_are_recorded_as_before_there_were_own_data():
+  recorded = digits_noise.Settings().record()
+  assert recorded["num_meta"] == 5 and not {"trusted", "dataset"} & set(recorded)
