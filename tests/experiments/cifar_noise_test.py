@@ -17,8 +17,6 @@ from experiments.tables import published_cifar
 from l2rw_jax.data import noisy_labels
 from l2rw_jax.data import sources
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _NAME = "cifar_noise"
 _SMALL = ("--smoke", "--num_devices=1", "--num_seeds=1")
 

@@ -12,8 +12,6 @@ from l2rw_jax.io import workdir
 from l2rw_jax.methods import adacore
 from l2rw_jax.methods import baselines
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _NAME = "coreset"
 _SMALL = (
   "--dataset=digits",

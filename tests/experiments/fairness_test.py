@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 import scripts
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _NAME = "fairness"
 _SMALL = ("--dataset=digits", "--num_steps=4", "--num_seeds=2", "--num_devices=1")
 _SETTINGS = ["forml_worst", "uniform", "l2rw"]

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import scripts
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _NAME = "few_shot"
 _SMALL = (
   "--dataset=digits",

@@ -10,8 +10,6 @@ from experiments.tables import published
 from experiments.tables import published_cifar
 from l2rw_jax.data import sources
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _NAME = "mnist_long_tail"
 _SMALL = (
   "--dataset=digits",

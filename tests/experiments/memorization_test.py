@@ -10,8 +10,6 @@ import scripts
 from experiments import memorization as script
 from l2rw_jax import susceptibility
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _NAME = "memorization"
 _SMALL = (
   *("--dataset=digits", "--num_train=150", "--num_epochs=2", "--batch_size=50"),

@@ -9,8 +9,6 @@ import scripts
 from experiments import mnist_imbalance as script
 from experiments.lib import runner
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _NAME = "mnist_imbalance"
 _STEPS = ("--num_steps=2", "--l2rw_steps=2", "--num_devices=1")
 _SMALL = (*_STEPS, "--dataset=digits", "--num_splits=2", "--hard_mining_batch=50")

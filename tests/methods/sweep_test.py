@@ -214,6 +214,8 @@ def test_eight_devices_equal_one(name):
     for index in (0, 7):
       seen = _on_device(result, index)
       weights, values = result.weights.ravel(), result.losses.ravel()
+      if result.scores is not None:
+        seen = seen._replace(scores=result.scores.ravel())
       _assert_close(seen._replace(weights=weights, losses=values), expected)
 
 
