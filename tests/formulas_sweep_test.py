@@ -558,11 +558,10 @@ _FORMULAS: dict[str, _Formula] = {
     lambda a, w: class_balance.effective_number(w["counts"], 0.0)
   ),
   "class_balance.deferred_example_weights": _spread(
-    lambda d, axis: (
+    lambda d, axis: _Found(
       class_balance.deferred_example_weights(
         d.whole["counts"], d.batch["labels"], 0.9, jnp.int32(2), 2, axis
-      ),
-      (),
+      )
     )
   ),
   "class_balance.example_weights": _spread(

@@ -234,10 +234,14 @@ def fine_tuning(num_steps: int, method: base.Method | None = None) -> base.Metho
 
 
 def _same_structure(gradients, problem):
-  """`gradients` without metrics and with all optional fields, for `jax.lax.cond`."""
+  """`gradients` without metrics and scores, with all other optional fields.
+
+  The branches of `jax.lax.cond` must have one structure.
+  """
   has_meta_step = gradients.fault is not None
   return gradients._replace(
     metrics={},
+    scores=None,
     value=_value(gradients, problem),
     fault=gradients.fault if has_meta_step else jnp.zeros((), jnp.int32),
     zero_slope=gradients.zero_slope if has_meta_step else jnp.zeros((), bool),
