@@ -154,7 +154,7 @@ _MISTAKES = {
   "dataset": (["--dataset=cifar"], "unknown data set 'cifar'; did you mean cifar10"),
   "network": (["--network=vgg"], "should be one of <resnet_32|"),
   "noise": (["--noise=flip"], "should be one of <uniform_flip|"),
-  "no_data": (["--data_dir=nowhere"], "'cifar10' is not there"),
+  "no_data": (["--data_dir=nowhere"], "'cifar10' does not exist"),
   "human_where": (["--noise=human", "--dataset=cifar10"], "needs the data set cifar10"),
   "human_much": (["--noise=human", "--noise_fraction=0.2"], "human takes no fraction"),
   "not_human": (["--annotation=aggre"], "is for the builder human only"),

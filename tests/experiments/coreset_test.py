@@ -176,7 +176,7 @@ _MISTAKES = {
   "imbalance": (["--imbalance=0.5"], "--imbalance=0.5 must lie between 1 and"),
   "refresh": (["--refresh_every=0"], "=0 must lie between 1 and"),
   "budget": (["--budget=fair"], "should be one of <proportional|equal>"),
-  "no_data": (["--dataset=mnist", "--data_dir={tmp}/none"], "'mnist' is not there"),
+  "no_data": (["--dataset=mnist", "--data_dir={tmp}/none"], "'mnist' does not exist"),
   "other_settings": (["--workdir={run}", "--momentum=0.9"], "momentum was 0.0, now"),
 }
 

@@ -112,7 +112,7 @@ _MISTAKES = {
   "unknown_method": (["--methods=magic"], "--methods=magic: choose among uniform"),
   "no_method": (["--methods="], "--methods= is empty: choose among uniform"),
   "unknown_groups": (["--groups=gender"], "should be one of <class|inverted>"),
-  "no_data": (["--dataset=mnist", "--data_dir={tmp}/none"], "'mnist' is not there"),
+  "no_data": (["--dataset=mnist", "--data_dir={tmp}/none"], "'mnist' does not exist"),
   "imbalance": (["--imbalance=0.5"], "--imbalance=0.5 must lie between 1 and"),
   "imbalance_large": (["--imbalance=500"], "use --imbalance=121 or less"),
   "imbalance_nan": (["--imbalance=nan"], "--imbalance=nan is not a finite number"),

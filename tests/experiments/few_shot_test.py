@@ -142,7 +142,7 @@ _MISTAKES = {
   "share_nan": (["--ood_share=nan"], "--ood_share=nan is not a finite number"),
   "noise": (["--noise_share=2"], "=2 must lie between 0 and 1"),
   "ood": (["--ood=svhn"], "unknown data set 'svhn'; known are"),
-  "no_data": (["--ood=mnist", "--data_dir={tmp}/none"], "'mnist' is not there"),
+  "no_data": (["--ood=mnist", "--data_dir={tmp}/none"], "'mnist' does not exist"),
   "no_folder": (["--dataset=mini_imagenet"], "needs its folder: --data_dir="),
   "empty_folder": (
     ["--dataset=mini_imagenet", "--data_dir={tmp}"],

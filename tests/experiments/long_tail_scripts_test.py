@@ -122,7 +122,7 @@ _MISTAKES = {
   "absgd_gamma": (["--absgd_gamma=0", "--methods=absgd"], "--absgd_gamma=0 must lie"),
   "absgd_alpha": (["--absgd_alpha=0", "--methods=absgd"], "--absgd_alpha=0 must lie"),
   "network": (["--network=cnn"], "should be one of <mlp|lenet>"),
-  "data": (["--dataset=mnist", "--data_dir={run}/none"], "'mnist' is not there"),
+  "data": (["--dataset=mnist", "--data_dir={run}/none"], "'mnist' does not exist"),
   "other_settings": (["--workdir={run}", "--num_seeds=3"], "num_seeds was 2, now 3"),
 }
 

@@ -131,7 +131,7 @@ _MISTAKES = {
   "unknown_method": (["--methods=magic"], "--methods=magic: choose among uniform"),
   "no_method": (["--methods="], "--methods=: choose among uniform"),
   "unknown_data": (["--dataset=nmist"], "unknown data set 'nmist'; did you mean"),
-  "no_data": (["--dataset=mnist", "--data_dir={tmp}/none"], "'mnist' is not there"),
+  "no_data": (["--dataset=mnist", "--data_dir={tmp}/none"], "'mnist' does not exist"),
   "protocol": (["--protocol=mine"], "should be one of <paper|official_code>"),
   "majority_0": (["--majority=0"], "--majority=0 must lie between"),
   "majority_1": (["--majority=1"], "--majority=1 must lie between"),
