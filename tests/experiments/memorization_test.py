@@ -153,9 +153,9 @@ _MISTAKES = {
   "num_train": (["--num_train=1298"], "--num_train=1298 of 1297 images; lower it"),
   "unlabeled": (
     ["--num_unlabeled=40"],
-    "a batch of 50 unlabeled images is more than the 40 there are",
+    "a batch of 50 unlabeled images is more than the 40 available ones",
   ),
-  "all_unlabelled": (["--num_unlabeled=1297"], "nothing is left to train on"),
+  "all_unlabeled": (["--num_unlabeled=1297"], "nothing is left to train on"),
   "batch": (["--batch_size=151"], "is larger than the 150 training examples"),
   "learning_rate": (["--learning_rate=-1"], "=-1 must lie between"),
 }
