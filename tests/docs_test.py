@@ -9,6 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.promotes(
+  "a reader's program runs optax.adam and its own arithmetic without these switches"
+)
+
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 DOCS = REPOSITORY / "docs"
 METHODS = DOCS / "methods"

@@ -218,7 +218,7 @@ class Learner(NamedTuple):
       return self.preprocess(images)
     if jnp.issubdtype(images.dtype, jnp.floating):
       return jnp.asarray(images)
-    return jnp.asarray(images) / jnp.float32(255)
+    return jnp.asarray(images).astype(jnp.float32) / 255
 
 
 def _merge_ways(images):
