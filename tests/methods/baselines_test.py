@@ -198,7 +198,7 @@ def test_fine_tuning_switches_exactly(first):
   watched = initial.weights @ initial.losses
   # Both phases return the same fields, because they are branches of `lax.cond`.
   healthy = {"fault": jnp.zeros((), jnp.int32), "zero_slope": jnp.array(False)}
-  initial = initial._replace(metrics={}, value=watched, **healthy)
+  initial = initial._replace(metrics={}, scores=None, value=watched, **healthy)
   clean = _run(baselines.clean_only())._replace(**healthy)
   for step in range(_NUM_STEPS):
     result = _run(method, step=step)
