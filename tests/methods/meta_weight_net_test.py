@@ -142,7 +142,7 @@ def test_closed_form_of_the_paper(x64):
   ahead = jax.tree.map(lambda p, g: p - rate * g, params, inner)
   meta_gradient = jax.grad(lambda p: _losses_fn(p, meta_batch).mean())(ahead)
   products = sum(
-    jnp.sum(j * g, axis=tuple(range(1, j.ndim)))
+    jnp.sum(j * g[None], axis=tuple(range(1, j.ndim)))
     for j, g in zip(
       jax.tree.leaves(per_example), jax.tree.leaves(meta_gradient), strict=True
     )
