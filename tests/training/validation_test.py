@@ -34,6 +34,7 @@ def _reference(values, *, factor, patience, min_scale, rtol=1e-4):
   return scales
 
 
+@pytest.mark.promotes("optax.contrib.reduce_on_plateau mixes float32 with int32")
 def test_reduce_on_plateau_matches_pytorch():
   rng = np.random.default_rng(0)
   values = np.concatenate([[3.0, 2.0, 1.0], 1 + rng.random(40)]).astype(np.float32)
