@@ -345,7 +345,7 @@ def zeroed() -> base.Method:
   def gradients(state, problem, inputs):
     def weights(losses):
       size = base.global_size(losses.shape[0], problem.axis_name)
-      return (inputs.batch["group"] == 0) / jnp.asarray(size, losses.dtype)
+      return (inputs.batch["group"] == 0).astype(losses.dtype) / size
 
     return weighted_update.weighted_gradients(problem, inputs, weights), state
 
