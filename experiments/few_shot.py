@@ -22,7 +22,6 @@ import functools
 import pathlib
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import optax
 
