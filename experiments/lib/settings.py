@@ -73,7 +73,7 @@ GROUPS = {
 }
 
 # Flags of several scripts, which mean the same in all of them: help text, bounds and
-# group. A script gives the default, and may give a text of its own.
+# group. A script sets the default and may replace the help text.
 SHARED: Mapping[str, tuple[str, Bounds | None, str]] = {
   "num_seeds": ("Number of repetitions, each with its own seed.", REPEATS, "common"),
   "num_steps": ("Number of parameter updates.", STEPS, "common"),

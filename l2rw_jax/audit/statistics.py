@@ -103,7 +103,7 @@ def init(num_examples: int, num_classes: int) -> State:
       f" {num_examples} and {num_classes}."
     )
 
-  # Every leaf is a buffer of its own: a step may donate the state.
+  # No two leaves share a buffer, so that a step may donate the state.
   def zeros(dtype, *shape):
     return jnp.zeros((num_examples, *shape), dtype)
 

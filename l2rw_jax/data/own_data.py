@@ -222,7 +222,7 @@ def _held_out(labels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
   if not len(held_out):
     raise base.InputError(
       f"{name} has no class of {_TEST_SHARE} examples, so that no test set can be held"
-      " out; give it more examples, or a test part of its own"
+      " out; give it more examples, or a separate test set"
     )
   return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 

@@ -66,7 +66,7 @@ def test_medians_by_hand():
 def test_extra_memory_is_what_is_touched():
   extra = coreset_selection.extra_mib(lambda: np.ones(2**25).sum())
   if extra is None:
-    pytest.skip("this system does not tell")
+    pytest.skip("this system does not report how much memory a process uses")
   assert 200 < extra < 400
 
 
