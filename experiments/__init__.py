@@ -1,4 +1,4 @@
-"""Floor 7: the experiments of the papers, as scripts."""
+"""The experiments of the papers, as scripts."""
 
 import os
 import sys

@@ -1,1 +1,1 @@
-"""Floor 6: what the scripts share."""
+"""What the scripts share."""

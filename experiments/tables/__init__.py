@@ -1,1 +1,1 @@
-"""Floor 6: how rows of results become tables; `python -m experiments.tables`."""
+"""How rows of results become tables; `python -m experiments.tables`."""

@@ -1,4 +1,4 @@
-"""Floor 4: image files as arrays of 8 bits a channel."""
+"""Image files as arrays of 8 bits a channel."""
 
 import os
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Floor 4: data of users: a folder of images, a NumPy archive, or a CSV table.
+"""Data of users: a folder of images, a NumPy archive, or a CSV table.
 
     images:DIR        DIR/CLASS/FILE, or DIR with a labels.csv of path,label
     npz:FILE          arrays X and y (or images and labels), optionally X_test, y_test

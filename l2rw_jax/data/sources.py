@@ -1,4 +1,4 @@
-"""Floor 4: a named data set as arrays in memory, as its makers published it.
+"""A named data set as arrays in memory, as its makers published it.
 
 `digits` comes with scikit-learn. images:DIR, npz:FILE and csv:FILE are a user's own
 data, see `own_data`. Every other name is an image classification set that
