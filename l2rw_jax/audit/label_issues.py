@@ -1,39 +1,49 @@
 """Which labels are wrong, from the statistics of one training run.
 
 The score of an example with the given label g and the mean predicted distribution p in
-C classes is a log odds ratio, that of the likeliest other label against the given one:
+C classes is a log odds ratio of the other labels against the given one:
 
-    score = max over j != g of log(R[j, g] p[j] + 1/C)  -  log(p[g] + 1/C)        (1)
+    score = log(sqrt(sum over j != g of (R[j, g] p[j])^2) + 1/C) - log(p[g] + 1/C)  (1)
 
 R[j, g] is how much more often examples of class j are labeled g than an average pair of
-classes is confused. Without R this is the margin of the mean distribution, which ranks
-as well as the best single statistic where any class may be mistaken for any other.
-Where mistakes have a direction (3 labeled 8, but not 3 labeled 1), the network's doubt
-between the given label and a class that is never mistaken for it is no evidence of a
-wrong label, and doubt about the usual mistake is strong evidence: that is Bayes' rule,
-with R as the prior of the mistake. The term 1/C, a uniform distribution mixed in, keeps
-probabilities apart that matter and those together that do not (1e-3 and 1e-6).
+classes is confused. Where mistakes have a direction (3 labeled 8, but not 3 labeled 1),
+the network's doubt between the given label and a class that is never mistaken for it is
+no evidence of a wrong label, and doubt about the usual mistake is strong evidence: that
+is Bayes' rule, with R as the prior of the mistake. The Euclidean norm stands between
+the likeliest other label, which ranks best where mistakes have a direction, and the sum
+of all others, which ranks best where they have none and classes resemble each other.
+The term 1/C, a uniform distribution mixed in, keeps probabilities apart that matter and
+those together that do not (1e-3 and 1e-6).
 
 R is estimated from the same distributions. Let t[c] be the mean of p[c] over the
-examples labeled c, the per-class thresholds of confident learning, and let
-c* = argmax over c of p[c] - t[c] be an example's most likely class. Then Q[j, g] counts
-the examples with c* = j and the label g, of those with another label than c* only the
-clear ones, p[c*] >= 0.8 t[c*], and off the diagonal
+examples labeled c, the per-class thresholds of confident learning, and let c* = argmax
+over c of p[c] - t[c] be an example's most likely class. Then Q[j, g] counts the
+examples with c* = j and the label g, of those with another label than c* only the clear
+ones, p[c*] >= 0.8 t[c*]. Examples that are merely hard for the network are counted too,
+but classes that resemble each other (pullovers and coats) are confused both ways, about
+equally often. What a pair has in common, S[j, g] = min(Q[j, g], Q[g, j]), is therefore
+no sign of a direction beyond the mean of S over all pairs. Off the diagonal,
 
-    M[j, g] = Q[j, :] summed  *  share of all examples off the diagonal / (C - 1)  (2)
-    R[j, g] = (1 + v Q[j, g]) / (1 + v M[j, g])                                    (3)
+    Z[j, g] = Q[j, g] - max(S[j, g] - mean of S, 0)
+    M[j, g] = Z[j, :] summed  *  share of Z off the diagonal / (C - 1)              (2)
+    v = max(sum of (Q - Q^T)^2 - (Q + Q^T) - S^2, 0) / (2 * sum of M^2)
+    R[j, g] = (1 + v Z[j, g]) / (1 + v M[j, g])                                     (3)
 
-M is what Q would be without any direction, and v the variance of Q / M beyond that of
-counts: the posterior mean of a rate under a gamma prior of mean 1 and variance v. If
-the counts are no more uneven than chance makes them, v is 0, R is 1, and nothing is
-lost. Examples that are merely hard for the network also have a direction (4 and 9);
-most of them are not clear.
+M is what Z would be without any direction, and v the variance of the rates Z / M: what
+Q differs from its transpose by, less the variance of counts and less the asymmetry S^2
+of classes that resemble each other. R is the posterior mean of a rate under a gamma
+prior of mean 1 and variance v. Where nothing is seen of a direction, v is 0, R is 1,
+and nothing is lost. Mistakes that go both ways equally often are not told from
+resemblance.
 
-The number of issues is the number of all examples with another label than c*. Confident
-learning counts those with p[c] >= t[c] for some c. Probabilities from training itself,
-unlike held-out ones, are pulled towards the given label, so that few wrong labels pass
-that test; the pull is about the same for all examples and leaves the order of
-p[c] - t[c] alone, until the network has memorized the wrong labels.
+The number of issues is the number of examples with another label than c*, less the
+examples that are merely hard: where, of all these, neither class of a pair is taken for
+the other more than 1.5 times as often as the reverse, what S exceeds its median over
+the pairs by does not count. Confident learning counts those with p[c] >= t[c] for some
+c. Probabilities from training itself, unlike held-out ones, are pulled towards the
+given label, so that few wrong labels pass that test; the pull is about the same for all
+examples and leaves the order of p[c] - t[c] alone, until the network has memorized the
+wrong labels.
 
 A trusted set enters through training: in a run of L2RW the network learns less from
 wrong labels, and its distributions rank better. The scores of L2RW themselves are
@@ -54,7 +64,8 @@ from l2rw_jax import base
 from l2rw_jax.audit import statistics as statistics_lib
 
 _PROBABILITIES = "mean_probabilities"
-# Chosen on other data and seeds than those of results/label_issues.
+# Like the form of the equations, chosen on other examples and seeds than those of
+# results/label_issues.
 _CLEAR = 0.8
 
 
@@ -71,7 +82,8 @@ class LabelIssues:
       suspicious. NaN where the example was never seen: such examples come last.
     is_issue: whether the label is estimated to be wrong, bool [N]: true for the first
       `num_issues` examples.
-    num_issues: estimated number of wrong labels.
+    num_issues: estimated number of wrong labels, at most the examples off the diagonal
+      of `confusion`.
     confusion: estimated number of examples of each class (row) with each given label
       (column), int64 [C, C].
     statistics: what `summarize` returned, every array in this order. A statistic that
@@ -150,15 +162,16 @@ def find_label_issues(statistics: Any, labels: Any) -> LabelIssues:
   rates = relative_rates(_count(likely[is_counted], given[is_counted], num_classes))
   rows = np.arange(len(given))
   is_given = np.arange(num_classes) == given[:, None]
-  others = np.where(is_given, -1, p * rates[:, given].T)
+  others = np.where(is_given, 0, p * rates[:, given].T)
   score, suggested = np.full(size, np.nan), labels.copy()
   score[is_seen] = np.log(
-    (others.max(axis=1) + 1 / num_classes) / (p[rows, given] + 1 / num_classes)
+    (np.linalg.norm(others, axis=1) + 1 / num_classes)
+    / (p[rows, given] + 1 / num_classes)
   )
-  suggested[is_seen] = others.argmax(axis=1)
+  suggested[is_seen] = np.where(is_given, -1, others).argmax(axis=1)
 
   order = np.argsort(-score, kind="stable")  # NaN is sorted last.
-  num_issues = int(confusion.sum() - np.trace(confusion))
+  num_issues = _number_of_issues(confusion)
   return LabelIssues(
     index=order,
     given=labels[order],
@@ -183,30 +196,41 @@ def relative_rates(confusion: Any) -> np.ndarray:
       [C, C].
 
   Returns:
-    R, float64 [C, C]; 1 on the diagonal, and everywhere if the counts off the diagonal
-    are no more uneven than chance makes them.
+    R, float64 [C, C]; 1 on the diagonal, and everywhere if the matrix is no less
+    symmetric than chance and classes that resemble each other make it.
 
   >>> print(relative_rates([[90, 5, 5], [6, 90, 4], [5, 5, 90]]))
   [[1. 1. 1.]
    [1. 1. 1.]
    [1. 1. 1.]]
   >>> print(relative_rates([[90, 10, 0], [0, 90, 10], [10, 0, 90]]).round(1))
-  [[1.  1.8 0.2]
-   [0.2 1.  1.8]
-   [1.8 0.2 1. ]]
+  [[1.  1.9 0.1]
+   [0.1 1.  1.9]
+   [1.9 0.1 1. ]]
   """
   counts = np.asarray(confusion, np.float64)
-  num_classes = len(counts)
-  is_mistake = ~np.eye(num_classes, dtype=bool)
-  share = float(counts[is_mistake].sum()) / max(float(counts.sum()), 1.0)
-  expected = counts.sum(axis=1, keepdims=True) * share / (num_classes - 1)
+  is_mistake = ~np.eye(len(counts), dtype=bool)
+  common = np.minimum(counts, counts.T)
+  excess = np.maximum(common - common[is_mistake].mean(), 0)
+  directed = counts - np.where(is_mistake, excess, 0)
+  share = directed[is_mistake].sum() / max(float(directed.sum()), 1.0)
+  expected = directed.sum(axis=1, keepdims=True) * share / (len(counts) - 1)
   expected = np.where(is_mistake, expected, 0)
-  # Counts of mean m and rate r have the variance m + m^2 Var(r).
-  excess = np.where(is_mistake, (counts - expected) ** 2 - expected, 0).sum()
-  scale = max(float((expected**2).sum()), float(np.finfo(np.float64).tiny))
-  variance = max(float(excess), 0.0) / scale
-  rates = (1 + variance * counts) / (1 + variance * expected)
+  direction = (counts - counts.T) ** 2 - (counts + counts.T) - common**2
+  scale = max(float(2 * (expected**2).sum()), float(np.finfo(np.float64).tiny))
+  variance = max(float(direction[is_mistake].sum()), 0.0) / scale
+  rates = (1 + variance * directed) / (1 + variance * expected)
   return np.where(is_mistake, rates, 1)
+
+
+def _number_of_issues(confusion):
+  """Examples off the diagonal, less those whose classes resemble each other."""
+  counts = confusion.astype(np.float64)
+  is_mistake = ~np.eye(len(counts), dtype=bool)
+  common = np.minimum(counts, counts.T)
+  excess = np.maximum(common - np.median(common[is_mistake]), 0)
+  is_hard = is_mistake & (2 * abs(counts - counts.T) <= common)
+  return int(counts[is_mistake].sum() - excess[is_hard].sum())
 
 
 def _likely_classes(p, given):

@@ -37,24 +37,32 @@ def _reference(p, given):
   classes = range(num_classes)
   t = [np.mean([p[i, c] for i in rows if given[i] == c]) for c in classes]
   likely = {i: max(classes, key=lambda c, i=i: p[i, c] - t[c]) for i in rows}
-  q = np.zeros((num_classes, num_classes))
+  pairs = [(j, g) for j in classes for g in classes if j != g]
+  q, everything = np.zeros((2, num_classes, num_classes))
   for i, j in likely.items():
+    everything[j, given[i]] += 1
     if j == given[i] or p[i, j] >= 0.8 * t[j]:
       q[j, given[i]] += 1
-  mistakes = [(j, g) for j in classes for g in classes if j != g]
-  share = sum(q[m] for m in mistakes) / q.sum()
-  m = {(j, g): q[j].sum() * share / (num_classes - 1) for j, g in mistakes}
-  v = sum((q[x] - m[x]) ** 2 - m[x] for x in mistakes) / sum(
-    m[x] ** 2 for x in mistakes
-  )
-  v = max(v, 0)
-  r = {x: (1 + v * q[x]) / (1 + v * m[x]) for x in mistakes}
+  s = {(j, g): min(q[j, g], q[g, j]) for j, g in pairs}
+  mean = sum(s.values()) / len(pairs)
+  z = {x: q[x] - max(s[x] - mean, 0) for x in pairs}
+  row = [q[j, j] + sum(z[j, g] for g in classes if g != j) for j in classes]
+  share = sum(z.values()) / sum(row)
+  m = {(j, g): row[j] * share / (num_classes - 1) for j, g in pairs}
+  v = sum((q[j, g] - q[g, j]) ** 2 - q[j, g] - q[g, j] - s[j, g] ** 2 for j, g in pairs)
+  v = max(v / sum(2 * m[x] ** 2 for x in pairs), 0)
+  r = {x: (1 + v * z[x]) / (1 + v * m[x]) for x in pairs}
   score = np.full(size, np.nan)
   for i in rows:
     g = given[i]
-    best = max(r[j, g] * p[i, j] for j in classes if j != g)
-    score[i] = np.log(best + 1 / num_classes) - np.log(p[i, g] + 1 / num_classes)
-  return score, sum(j != given[i] for i, j in likely.items())
+    others = sum((r[j, g] * p[i, j]) ** 2 for j in classes if j != g) ** 0.5
+    score[i] = np.log(others + 1 / num_classes) - np.log(p[i, g] + 1 / num_classes)
+  common = {(j, g): min(everything[j, g], everything[g, j]) for j, g in pairs}
+  number = sum(j != given[i] for i, j in likely.items())
+  for j, g in pairs:
+    if max(everything[j, g], everything[g, j]) <= 1.5 * common[j, g]:
+      number -= max(common[j, g] - np.median(list(common.values())), 0)
+  return score, int(number)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -65,7 +73,7 @@ def test_equations(seed):
   np.testing.assert_allclose(issues.score, score[issues.index], rtol=1e-12)
   assert issues.num_issues == number == issues.is_issue.sum()
   assert issues.confusion.sum() == 58
-  assert number == issues.confusion.sum() - np.trace(issues.confusion)
+  assert number <= issues.confusion.sum() - np.trace(issues.confusion)
 
 
 def test_the_worst_come_first_and_the_unseen_last():
@@ -124,7 +132,7 @@ def test_rates_of_even_uneven_and_no_counts():
   directed = np.diag(np.full(4, 60)) + np.roll(np.diag(np.full(4, 30)), 1, axis=1)
   rates = label_issues.relative_rates(directed)
   off = ~np.eye(4, dtype=bool)
-  np.testing.assert_allclose(rates[off][directed[off] > 0], 2.7, atol=0.2)
+  np.testing.assert_allclose(rates[off][directed[off] > 0], 88 / 30, rtol=1e-12)
   assert (rates[off][directed[off] == 0] < 0.1).all()
   np.testing.assert_array_equal(label_issues.relative_rates(np.diag([5, 0, 7])), 1)
   # Two classes: which of the two is mistaken for the other.
