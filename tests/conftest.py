@@ -5,6 +5,7 @@ Also the fixtures that tests of several folders share.
 
 import os
 import pathlib
+import tempfile
 
 import jax
 import pytest
@@ -19,8 +20,25 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Programs compile in a third of the time.
 jax.config.update("jax_disable_most_optimizations", True)
+# Every program is compiled once in a run of the tests, however often it is traced.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config):
+  """A compilation cache of this process alone, since JAX does not lock its files."""
+  folder = tempfile.TemporaryDirectory(prefix="l2rw_jax_programs_")
+  config.add_cleanup(folder.cleanup)
+  jax.config.update("jax_compilation_cache_dir", folder.name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _released_programs():
+  """Frees the programs of each file, since a process may map only so many."""
+  yield
+  jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +81,9 @@ def x64():
 @pytest.fixture(scope="module")
 def optimized():
   """All of XLA's optimizations, for tests of what the compiler makes of a program."""
+  # Of a program that is read from the cache, JAX does not know all of this.
+  jax.config.update("jax_enable_compilation_cache", False)
   jax.config.update("jax_disable_most_optimizations", False)
   yield
   jax.config.update("jax_disable_most_optimizations", True)
+  jax.config.update("jax_enable_compilation_cache", True)

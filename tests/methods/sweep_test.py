@@ -1,6 +1,7 @@
 """Properties of every method: number of devices, runs side by side, state."""
 
 import functools
+import itertools
 
 import chex
 from flax import linen as nn
@@ -29,7 +30,7 @@ from l2rw_jax.models import classifier
 from l2rw_jax.training import step as step_lib
 
 _AXIS = "devices"
-_B, _M, _CLASSES, _N, _NUM_STEPS = 16, 8, 3, 40, 4
+_B, _M, _CLASSES, _N, _NUM_STEPS, _DEVICES = 16, 8, 3, 40, 4, 8
 _TOLERANCE = 1e-5
 _OUTER = optax.sgd(0.3, momentum=0.9)
 
@@ -142,13 +143,18 @@ def _task(axis_name):
 
 
 @functools.cache
-def _initial(name, seed=0):
+def _init_fn(name):
   def init(key):
     params, model_state = _model(None).init(key, _data()[0][0])
     state = _METHODS[name].init(jax.random.fold_in(key, 1), _task(None), params)
     return step_lib.init_state(params, model_state, state, _OUTER)
 
-  return jax.device_get(jax.jit(init)(jax.random.key(seed)))
+  return jax.jit(init)
+
+
+@functools.cache
+def _initial(name, seed=0):
+  return jax.device_get(_init_fn(name)(jax.random.key(seed)))
 
 
 def _step_fn(name, axis_name):
@@ -176,27 +182,21 @@ def _step_fn(name, axis_name):
 
 
 @functools.cache
-def _history(name, num_devices, seed=0):
-  """`Gradients` of every update and the last state; None runs jit without an axis."""
-  state = _initial(name, seed)
-  if num_devices is None:
-    step_fn = jax.jit(_step_fn(name, None))
-  else:
-    devices = jax.devices()[:num_devices]
-    step_fn = jax.pmap(_step_fn(name, _AXIS), _AXIS, devices=devices)
-    state = jax.tree.map(lambda x: np.stack([x] * num_devices), state)
-  history = []
+def _compiled_step(name):
+  return jax.jit(_step_fn(name, None))
+
+
+@functools.cache
+def _history(name, seed=0):
+  """`Gradients` of every update and the last state of one run on one device."""
+  state, history = _initial(name, seed), []
   for batches in _data():
-    if num_devices is not None:
-      batches = jax.tree.map(
-        lambda x: x.reshape(num_devices, -1, *x.shape[1:]), batches
-      )
-    state, result = step_fn(state, *batches)
+    state, result = _compiled_step(name)(state, *batches)
     history.append(jax.device_get(result))
   return history, jax.device_get(state)
 
 
-def _on_device(tree, index):
+def _select(tree, *index):
   return jax.tree.map(lambda x: x[index], tree)
 
 
@@ -205,35 +205,32 @@ def _assert_close(actual, expected):
 
 
 @pytest.mark.parametrize("name", _METHODS)
-def test_eight_devices_equal_one(name):
-  expected_history, expected_state = _history(name, None)
-  history, state = _history(name, 8)
-  for index in (0, 7):
-    _assert_close(_on_device(state, index), expected_state)
-  for result, expected in zip(history, expected_history, strict=True):
-    for index in (0, 7):
-      seen = _on_device(result, index)
-      weights, values = result.weights.ravel(), result.losses.ravel()
-      if result.scores is not None:
-        seen = seen._replace(scores=result.scores.ravel())
-      _assert_close(seen._replace(weights=weights, losses=values), expected)
-
-
-@pytest.mark.parametrize("name", _METHODS)
-def test_runs_side_by_side_equal_single_runs(name):
-  states = [_initial(name, seed) for seed in (0, 1)]
-  stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
-  step_fn = jax.jit(jax.vmap(_step_fn(name, None), in_axes=(0, None, None)))
-  for batches in _data():
-    stacked, _ = step_fn(stacked, *batches)
-  for run, seed in enumerate((0, 1)):
-    _, alone = _history(name, None, seed)
-    _assert_close(_on_device(jax.device_get(stacked), run), alone)
+def test_two_runs_on_eight_devices_equal_single_runs_on_one(name):
+  step = jax.vmap(_step_fn(name, _AXIS), in_axes=(0, None, None))
+  step_fn = jax.pmap(step, _AXIS)
+  state = jax.tree.map(
+    lambda *x: np.stack([np.stack(x)] * _DEVICES), _initial(name, 0), _initial(name, 1)
+  )
+  expected = [_history(name, seed) for seed in (0, 1)]
+  for i, batches in enumerate(_data()):
+    split = jax.tree.map(lambda x: x.reshape(_DEVICES, -1, *x.shape[1:]), batches)
+    state, result = step_fn(state, *split)
+    result = jax.device_get(result)
+    for run, device in itertools.product((0, 1), (0, _DEVICES - 1)):
+      seen = _select(result, device, run)
+      rows = {
+        field: getattr(result, field)[:, run].ravel()
+        for field in ("weights", "losses", "scores")
+        if getattr(result, field) is not None
+      }
+      _assert_close(seen._replace(**rows), expected[run][0][i])
+  for run, device in itertools.product((0, 1), (0, _DEVICES - 1)):
+    _assert_close(_select(jax.device_get(state), device, run), expected[run][1])
 
 
 @pytest.mark.parametrize("name", _METHODS)
 def test_method_satisfies_the_contract(name):
-  history, state = _history(name, None)
+  history, state = _history(name)
   assert state.failure.step == -1  # Every number was finite.
   for result in history:
     assert result.weights.shape == result.losses.shape == (_B,)
@@ -247,9 +244,9 @@ def test_method_satisfies_the_contract(name):
 
 
 def test_steps_cover_both_phases_of_fine_tuning_and_hard_mining():
-  weighs = [bool(f.weights.any()) for f in _history("fine_tuning_l2rw", None)[0]]
+  weighs = [bool(f.weights.any()) for f in _history("fine_tuning_l2rw")[0]]
   assert weighs == [True, True, False, False]
-  kept = [(f.weights == 0).sum() for f in _history("hard_mining", None)[0]]
+  kept = [(f.weights == 0).sum() for f in _history("hard_mining")[0]]
   assert all(0 < count < _B for count in kept)
 
 
@@ -257,7 +254,7 @@ def test_steps_cover_both_phases_of_fine_tuning_and_hard_mining():
 def test_methods_can_be_traced_under_an_explicit_mesh(name):
   # JAX reports errors of sharding while tracing; `formulas_sweep_test` compares
   # the numbers of the formulas.
-  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+  mesh = jax.make_mesh((_DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
   spread = jax.sharding.NamedSharding(mesh, jax.P("data"))
   batches = jax.device_put(_data()[0], spread)
 
