@@ -336,7 +336,7 @@ def forward_corrected(
     f"forward_corrected: transition has shape {jnp.shape(transition)}; {classes}"
     f" classes need ({classes}, {classes})",
   )
-  transition = jnp.asarray(transition).astype(log_p.dtype)
+  transition = jnp.asarray(transition, log_p.dtype)
   tiny = jnp.finfo(log_p.dtype).tiny
   is_impossible = jnp.all(transition == 0, axis=0, keepdims=True)
   transition = jnp.where(is_impossible, tiny, transition)

@@ -368,3 +368,16 @@ def test_half_precision_logits_are_summed_in_float32(dtype):
     actual = loss_fn(logits, labels)
     assert actual.dtype == dtype
     np.testing.assert_allclose(actual.astype(float), np.log(70_000), rtol=4e-3)
+
+
+def test_a_numpy_transition_keeps_its_precision_after_a_trace_in_float32():
+  # JAX keeps a converted constant, also when double precision is turned on later.
+  rng = np.random.default_rng(0)
+  transition = 0.7 * np.eye(3) + 0.1
+  logits, labels = rng.normal(size=(5, 3)), np.array([0, 1, 2, 0, 1])
+  loss_fn = jax.jit(lambda z, y: losses.forward_corrected(z, y, transition))
+  loss_fn(logits.astype(np.float32), labels.astype(np.int32))
+  p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+  expected = -np.log((p @ transition)[np.arange(5), labels])
+  with jax.enable_x64(True):
+    np.testing.assert_allclose(loss_fn(logits, labels), expected, rtol=1e-14)

@@ -252,4 +252,4 @@ def _checked(cosines, labels, class_margins, where):
       f" {cosines.shape} and {jnp.shape(class_margins)}."
     )
   is_label = losses.label_mask(labels, num_classes)
-  return is_label, jnp.asarray(class_margins).astype(cosines.dtype)[None, :]
+  return is_label, jnp.asarray(class_margins, cosines.dtype)[None, :]

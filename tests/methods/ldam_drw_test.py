@@ -255,3 +255,15 @@ def test_mismatched_shapes_are_refused(cosines, labels, margins):
   for loss_fn in (ldam_drw.ldam, ldam_drw.ldam_hinge):
     with pytest.raises(base.InputError, match=r"(ldam: cosines|logits) must be"):
       loss_fn(jnp.zeros(cosines), jnp.zeros(labels, int), jnp.zeros(margins))
+
+
+def test_numpy_margins_keep_their_precision_after_a_trace_in_float32():
+  rng = np.random.default_rng(0)
+  cosines, labels = rng.uniform(-1, 1, (5, 3)), np.array([0, 1, 2, 0, 1])
+  margins = np.array([0.1, 0.2, 0.3]) / 3
+  loss_fn = jax.jit(lambda z, y: ldam_drw.ldam(z, y, margins, 3.0))
+  loss_fn(cosines.astype(np.float32), labels.astype(np.int32))
+  z = 3 * (cosines - margins * np.eye(3)[labels])
+  expected = np.log(np.exp(z).sum(axis=1)) - z[np.arange(5), labels]
+  with jax.enable_x64(True):
+    np.testing.assert_allclose(loss_fn(cosines, labels), expected, rtol=1e-14)

@@ -94,7 +94,7 @@ def hard(
 def _unless_nan(kept, losses, differences):
   """1 where `kept`, else 0, but NaN for a NaN difference, so that it is noticed."""
   dtype = jnp.asarray(losses).dtype
-  differences = jnp.asarray(differences).astype(dtype)
+  differences = jnp.asarray(differences, dtype)
   return jnp.where(jnp.isnan(differences), differences, kept.astype(dtype))
 
 
@@ -174,7 +174,7 @@ def moving_percentile(
   nearest = math.ceil(percentile / 100 * (ordered.size - 1) - 0.5)
   # NaN is sorted to the end, so a percentile below 100 would ignore it.
   value = jnp.where(jnp.isnan(ordered[-1]), ordered[-1], ordered[nearest])
-  previous = jnp.asarray(previous).astype(dtype)
+  previous = jnp.asarray(previous, dtype)
   # Already equal on every device; the maximum marks it as such for `shard_map`.
   return decay * previous + (1 - decay) * base.pmax(value, axis_name)
 
