@@ -361,3 +361,45 @@ def test_network_learns_small_weights_for_large_losses():
     phi, opt_state = teach(phi, opt_state)
   small, large = net.apply(phi, jnp.array([0.05, 4.0]))
   assert small > large + 0.3
+
+
+@pytest.mark.parametrize("normalization", ["mean", "sum"])
+@pytest.mark.parametrize("detached", [True, False])
+def test_a_loss_of_1e30_leaves_the_gradient_of_float64(normalization, detached):
+  net = meta_weight_net.WeightNet((8,))
+  rng = np.random.default_rng(0)
+  x, meta = rng.normal(size=(6, 3)), rng.normal(size=(4, 3))
+  w = rng.normal(size=3)
+  phi = jax.device_get(net.init(jax.random.key(0), jnp.zeros(1)))
+
+  def losses_fn(params, batch):
+    return (batch["x"] @ params - batch["y"]) ** 2 + batch["offset"]
+
+  def gradient(dtype):
+    def batch(x, y, offset):
+      return {"x": x.astype(dtype), "y": y.astype(dtype), "offset": offset.astype(dtype)}
+
+    return meta_weight_net.network_gradient(
+      net.apply,
+      jax.tree.map(lambda leaf: leaf.astype(dtype), phi),
+      losses_fn,
+      w.astype(dtype),
+      batch(x, np.zeros(6), 1e30 * (np.arange(6) == 2)),
+      batch(meta, np.ones(4), np.zeros(4)),
+      optimizer=optax.sgd(0.1),
+      normalization=normalization,
+      detached=detached,
+    )
+
+  if normalization == "sum" and not detached:
+    # The other weights depend on the loss of 1e30, which multiplies the look-ahead.
+    with pytest.raises(FloatingPointError, match="4 of 4 meta losses"):
+      gradient(np.float32)
+    return
+  single = gradient(np.float32)
+  with jax.enable_x64(True):
+    double = gradient(np.float64)
+  assert single.finite and double.finite
+  chex.assert_trees_all_close(
+    single.gradient, jax.tree.map(np.float32, double.gradient), rtol=1e-4, atol=1e-7
+  )
