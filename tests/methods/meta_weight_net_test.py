@@ -377,7 +377,11 @@ def test_a_loss_of_1e30_leaves_the_gradient_of_float64(normalization, detached):
 
   def gradient(dtype):
     def batch(x, y, offset):
-      return {"x": x.astype(dtype), "y": y.astype(dtype), "offset": offset.astype(dtype)}
+      return {
+        "x": x.astype(dtype),
+        "y": y.astype(dtype),
+        "offset": offset.astype(dtype),
+      }
 
     return meta_weight_net.network_gradient(
       net.apply,

@@ -254,7 +254,9 @@ def test_steps_cover_both_phases_of_fine_tuning_and_hard_mining():
 def test_methods_can_be_traced_under_an_explicit_mesh(name):
   # JAX reports errors of sharding while tracing; `formulas_sweep_test` compares
   # the numbers of the formulas.
-  mesh = jax.make_mesh((_DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+  mesh = jax.make_mesh(
+    (_DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,)
+  )
   spread = jax.sharding.NamedSharding(mesh, jax.P("data"))
   batches = jax.device_put(_data()[0], spread)
 
