@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import dataclasses
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -20,6 +21,7 @@ from l2rw_jax import base
 
 Run = Callable[..., Any]
 _HELP = ("help", "helpshort", "helpfull", "helpxml")
+_WANTED = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def main(settings: type[settings_lib.Flags], run: Run, name: str = "") -> None:
@@ -91,7 +93,14 @@ def parse(settings: type[settings_lib.Flags], arguments: Sequence[str]) -> Any:
     for spelling in (name, *details.aliases)
   ]
   settings_lib.check_ascii(arguments, not_text)
-  rest = values(["", *arguments])[1:]
+  try:
+    rest = values(["", *arguments])[1:]
+  except flags.IllegalFlagValueError as error:
+    raise base.InputError(_plain(str(error), settings)) from None
+  except flags.CantOpenFlagFileError as error:
+    reason = error.__context__
+    path, why = getattr(reason, "filename", None), getattr(reason, "strerror", None)
+    raise base.InputError(f"--flagfile={path}: {why or error}") from None
   if any(values[name].value for name in _HELP):
     _print_help(settings, values)
     sys.exit(1)  # As every absl program does.
@@ -100,6 +109,17 @@ def parse(settings: type[settings_lib.Flags], arguments: Sequence[str]) -> Any:
   parsed = {name: values[name].value for name in kinds}
   given = frozenset(name for name in kinds if values[name].present)
   return settings(**parsed, given=given)
+
+
+def _plain(message: str, settings: type[settings_lib.Flags]) -> str:
+  """absl's message about a value of the wrong type, without Python's words for it."""
+  kinds, wanted = settings_lib.kinds_of(settings), {}
+  for name, details in settings_lib.flags_of(settings).items():
+    wanted |= dict.fromkeys((name, *details.aliases), _WANTED.get(kinds[name].type))
+  match = re.fullmatch(r"flag --(\w+)=(.*?): .*", message, re.DOTALL)
+  if match is None or wanted.get(match[1]) is None:
+    return message
+  return f"--{match[1]}={match[2]} is not {wanted[match[1]]}."
 
 
 def _is_text(details: settings_lib.Flag, kind: settings_lib.Kind) -> bool:

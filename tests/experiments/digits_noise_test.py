@@ -96,7 +96,7 @@ _MISTAKES = {
   "batch_zero": (["--batch_size=0"], "=0 must lie between 1 and"),
   "indivisible": (["--num_devices=3"], "=100 does not divide among --num_devices=3"),
   "devices": (["--num_devices=9"], "--num_devices=9: this machine has 8 cpu device(s)"),
-  "steps": (["--num_steps=many"], "invalid literal for int()"),
+  "steps": (["--num_steps=many"], "--num_steps=many is not a whole number."),
   "learning_rate": (["--learning_rate=-1"], "=-1 must lie between"),
   "learning_rate_inf": (["--learning_rate=inf"], "is not a finite number"),
   "positional": (["l2rw"], "unexpected argument 'l2rw': flags begin with --."),
@@ -116,7 +116,10 @@ _MISTAKES = {
     ],
     'probes was absent, now ["training_accuracy"]',
   ),
-  "flagfile": (["--flagfile=/nowhere/flags.txt"], "Unable to open flagfile"),
+  "flagfile": (
+    ["--flagfile=/nowhere/flags.txt"],
+    "--flagfile=/nowhere/flags.txt: No such file",
+  ),
   "not_a_folder": (["--workdir={tmp}/file/run"], "/file/run: cannot write (Not a dir"),
   "other_settings": (
     ["--workdir={run}/runs/digits_noise"],

@@ -141,7 +141,7 @@ _MISTAKES = {
     ["--majority=0.9", "--majority=0.999"],
     "Use --num_train=130 or less",
   ),
-  "majority_text": (["--majority=most"], "could not convert string to float: 'most'"),
+  "majority_text": (["--majority=most"], "--majority=most is not a number."),
   "meta_many": (["--num_meta=140"], "nothing is left to train on"),
   "meta_odd": (["--num_meta=3"], "num_meta must be even"),
   "meta_negative": (["--num_meta=-2"], "--num_meta=-2 must lie between 0 and"),
