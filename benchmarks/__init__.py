@@ -1,1 +1,1 @@
-"""How long a part takes on this machine, beside what it has to keep up with."""
+"""Benchmarks: measured times of this library, next to those of the alternatives."""

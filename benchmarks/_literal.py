@@ -1,7 +1,8 @@
-"""The rivals of `linearize`, as `base.Method`s: plain SGD, and the papers literally.
+"""Baselines for `linearize`: plain SGD and literal implementations of the papers.
 
-The literal forms are what their definitions say: `jax.grad` through the unrolled
-inner step (`hypergradient.unrolled_weight_gradient`), then a second, weighted pass.
+The literal implementations follow the definitions. They differentiate through the
+unrolled inner step with `jax.grad` (`hypergradient.unrolled_weight_gradient`), and then
+compute the weighted gradient in a second pass.
 """
 
 import jax
@@ -16,7 +17,7 @@ from l2rw_jax.methods import meta_weight_net
 
 
 def plain() -> base.Method:
-  """The gradient of the mean loss, by `jax.value_and_grad`."""
+  """Plain training: the gradient of the mean loss, computed by `jax.grad`."""
 
   def gradients(state, problem, inputs):
     size = inputs.batch["label"].shape[0]
@@ -26,18 +27,23 @@ def plain() -> base.Method:
 
 
 def l2rw() -> base.Method:
-  """L2RW as its Algorithm 1 is written, on one device."""
+  """L2RW exactly as in Algorithm 1 of Ren et al. (2018), on one device."""
 
   def gradients(state, problem, inputs):
-    start = jnp.zeros(inputs.batch["label"].shape[0])
-    slopes = _slopes(problem, inputs, start, optax.sgd(1.0))
-    return _weighted(problem, inputs, normalization.rectify(-slopes)), state
+    zeros = jnp.zeros(inputs.batch["label"].shape[0])
+    weight_gradient = _weight_gradient(problem, inputs, zeros, optax.sgd(1.0))
+    weights = normalization.rectify(-weight_gradient)
+    return _weighted(problem, inputs, weights), state
 
   return base.Method(gradients, needs_meta=True)
 
 
 def mwn(learning_rate: float) -> base.Method:
-  """Meta-Weight-Net, preset "noise_stable", on one device."""
+  """Meta-Weight-Net with the preset "noise_stable", on one device.
+
+  Args:
+    learning_rate: the learning rate of the look-ahead step.
+  """
   net = meta_weight_net.WeightNet()
   optimizer = meta_weight_net.PRESETS["noise_stable"].optimizer
 
@@ -52,10 +58,12 @@ def mwn(learning_rate: float) -> base.Method:
       return meta_weight_net.example_weights(net.apply, phi, losses)
 
     def meta_gradient_fn(phi):
-      slopes = _slopes(problem, inputs, weights_fn(phi), optax.sgd(learning_rate))
-      gradient = hypergradient.network_gradient(weights_fn, phi, slopes)
-      no, none = jnp.array(False), jnp.zeros((), jnp.int32)
-      return meta_network.MetaGradient(gradient, jnp.zeros(()), ~no, no, none)
+      weight_gradient = _weight_gradient(
+        problem, inputs, weights_fn(phi), optax.sgd(learning_rate)
+      )
+      gradient = hypergradient.network_gradient(weights_fn, phi, weight_gradient)
+      false, no_fault = jnp.array(False), jnp.zeros((), jnp.int32)
+      return meta_network.MetaGradient(gradient, jnp.zeros(()), ~false, false, no_fault)
 
     state = meta_network.update(state, meta_gradient_fn, optimizer, inputs.step)
     return _weighted(problem, inputs, weights_fn(state.params)), state
@@ -64,13 +72,13 @@ def mwn(learning_rate: float) -> base.Method:
 
 
 def _losses_fn(problem, inputs):
-  """`(params, batch) -> losses [B]`; what else the network returns is dropped."""
+  """Returns a function `(params, batch) -> losses [B]` without auxiliary outputs."""
   losses_fn = problem.losses_fn(inputs.model_state, inputs.key)
   return lambda params, batch: losses_fn(params, batch)[0]
 
 
-def _slopes(problem, inputs, weights, optimizer):
-  """dM/dw [B] at `weights`."""
+def _weight_gradient(problem, inputs, weights, optimizer):
+  """The derivative dM/dw of the meta loss at `weights`, [B]."""
   meta_losses_fn = problem.meta_losses_fn(inputs.model_state, inputs.key)
   return hypergradient.unrolled_weight_gradient(
     _losses_fn(problem, inputs),
@@ -85,7 +93,7 @@ def _slopes(problem, inputs, weights, optimizer):
 
 
 def _weighted(problem, inputs, weights):
-  """The ordinary gradient of a loss under constant weights."""
+  """The gradient of the weighted loss, for constant weights."""
 
   def loss_fn(params):
     losses_fn = problem.losses_fn(inputs.model_state, inputs.key)

@@ -1,4 +1,4 @@
-"""The networks whose steps are timed, and the batches that they are shown."""
+"""The networks whose training steps are timed, and their batches."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,71 +19,82 @@ _MNIST, _CIFAR = (28, 28, 1), (32, 32, 3)
 
 
 class Network(NamedTuple):
-  """One of them.
+  """A network of the benchmark.
 
   Attributes:
-    make: the module, of options `cosine` and, where `half` says so, `dtype`.
-    shape: of an image, [H, W, C].
-    batch_size: on an accelerator.
-    cpu_batch_size: on a CPU.
-    half: whether it can compute in bfloat16.
-    mixes: whether examples see each other (BatchNorm), which rules out the
-      layerwise engine.
-    large: whether a step takes so long on a CPU that, unless others are asked for,
-      only the methods are timed that this benchmark is about.
+    make: returns the module. It takes the option `cosine` and, if
+      `supports_bfloat16`, the option `dtype`.
+    shape: the shape of an image, [H, W, C].
+    batch_size: the default batch size on accelerators.
+    cpu_batch_size: the default batch size on a CPU.
+    supports_bfloat16: whether the network can compute in bfloat16.
+    mixes_examples: whether the output for one example depends on the other examples
+      of the batch (BatchNorm), which rules out the layerwise engine.
+    slow_on_cpu: whether a step on a CPU takes so long that only the methods with a
+      look-ahead step are timed by default.
   """
 
   make: Callable[..., nn.Module]
   shape: tuple[int, int, int]
   batch_size: int = 100
   cpu_batch_size: int = 100
-  half: bool = True
-  mixes: bool = False
-  large: bool = False
+  supports_bfloat16: bool = True
+  mixes_examples: bool = False
+  slow_on_cpu: bool = False
 
 
 NETWORKS = {
   "mlp": Network(
-    lambda **options: mlp.MLP(NUM_CLASSES, (256,), **options), _MNIST, half=False
+    lambda **options: mlp.MLP(NUM_CLASSES, (256,), **options),
+    _MNIST,
+    supports_bfloat16=False,
   ),
   "lenet": Network(
-    lambda **options: lenet.LeNet(NUM_CLASSES, **options), _MNIST, half=False
+    lambda **options: lenet.LeNet(NUM_CLASSES, **options),
+    _MNIST,
+    supports_bfloat16=False,
   ),
   "resnet32_gn": Network(
     lambda **options: resnet.ResNet(NUM_CLASSES, norm="group", **options),
     _CIFAR,
-    large=True,
+    slow_on_cpu=True,
   ),
   "resnet32_bn": Network(
     lambda **options: resnet.ResNet(NUM_CLASSES, **options),
     _CIFAR,
-    mixes=True,
-    large=True,
+    mixes_examples=True,
+    slow_on_cpu=True,
   ),
   "transformer": Network(
     lambda **options: transformer.VisionTransformer(NUM_CLASSES, **options),
     _CIFAR,
-    large=True,
+    slow_on_cpu=True,
   ),
   "wrn_28_10": Network(
     lambda **options: wide_resnet.WideResNet(NUM_CLASSES, **options),
     _CIFAR,
     cpu_batch_size=10,
-    mixes=True,
-    large=True,
+    mixes_examples=True,
+    slow_on_cpu=True,
   ),
 }
 
 
 def module(name: str, dtype: str, cosine: bool = False) -> nn.Module:
-  """The network, computing in `dtype`; `cosine` as in `models.split`."""
+  """Returns the module of a network.
+
+  Args:
+    name: a key of `NETWORKS`.
+    dtype: the type of the computation.
+    cosine: whether the last layer is a cosine classifier; see `models.split`.
+  """
   network = NETWORKS[name]
-  options = {"dtype": jnp.dtype(dtype)} if network.half else {}
+  options = {"dtype": jnp.dtype(dtype)} if network.supports_bfloat16 else {}
   return network.make(cosine=cosine, **options)
 
 
 def batch(name: str, size: int, seed: int) -> dict[str, np.ndarray]:
-  """Images of white noise with labels at random: nothing to be learned of them."""
+  """Returns a batch of white-noise images with random labels."""
   rng = np.random.default_rng(seed)
   images = rng.normal(size=(size, *NETWORKS[name].shape)).astype(np.float32)
   labels = rng.integers(NUM_CLASSES, size=size).astype(np.int32)
@@ -91,13 +102,14 @@ def batch(name: str, size: int, seed: int) -> dict[str, np.ndarray]:
 
 
 class Setting(NamedTuple):
-  """What the contestants of one group share.
+  """The settings that the timed implementations of one group share.
 
   Attributes:
-    network: its name.
-    dtype: of the computation.
-    batch_size: B.
-    meta_size: M, or None for what needs no clean batch.
+    network: the name of the network, a key of `NETWORKS`.
+    dtype: the type of the computation.
+    batch_size: the number of training examples in a step, B.
+    meta_size: the number of meta examples in a step, M. None for methods without a
+      meta batch.
   """
 
   network: str
@@ -106,7 +118,7 @@ class Setting(NamedTuple):
   meta_size: int | None
 
   def batches(self) -> tuple[base.Batch, base.Batch | None]:
-    """The training batch and, if there is one, the clean batch."""
+    """Returns the training batch and the meta batch, which may be None."""
     train = batch(self.network, self.batch_size, 0)
     if self.meta_size is None:
       return train, None

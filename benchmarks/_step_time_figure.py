@@ -1,4 +1,4 @@
-"""Pictures of the rows of `step_time`: all of them, and L2RW for who is in a hurry."""
+"""Figures of the results of `step_time`: one of all rows, and a short one of L2RW."""
 
 from collections.abc import Mapping, Sequence
 import pathlib
@@ -15,41 +15,41 @@ _COLORS = {
   None: "C2",
 }
 _LABELS = {
-  None: "ours, plain training",
+  None: "l2rw_jax, plain training",
   "double backward": "PyTorch, double backward",
   "literal": "JAX, jax.grad through the step",
-  "forward": "ours, forward mode",
-  "layerwise": "ours, layer by layer",
+  "forward": "l2rw_jax, forward mode",
+  "layerwise": "l2rw_jax, layer by layer",
 }
 
 
 def draw(rows: Sequence[Row], folder: pathlib.Path) -> list[str]:
-  """Writes figure.png and, where L2RW was timed but by torch.compile, l2rw.png.
+  """Writes figure.png and, if L2RW was timed without torch.compile, l2rw.png.
 
   Args:
-    rows: of `results.json`.
-    folder: for the files.
+    rows: the rows of `results.json`.
+    folder: the folder to write the files to.
 
   Returns:
-    Their names.
+    The names of the files.
   """
   import matplotlib
 
   matplotlib.use("Agg")
   from matplotlib import pyplot as plt
 
-  made = {"figure.png": _everything(plt, rows)}
+  figures = {"figure.png": _all_rows(plt, rows)}
   eager = [r for r in rows if r["framework"] != "torch.compile"]
   if any(r["method"] == "l2rw" for r in eager):
-    made["l2rw.png"] = _l2rw(plt, eager)
-  for name, figure in made.items():
+    figures["l2rw.png"] = _l2rw(plt, eager)
+  for name, figure in figures.items():
     figure.savefig(folder / name, dpi=130, bbox_inches="tight")
     plt.close(figure)
-  return list(made)
+  return list(figures)
 
 
-def _everything(plt, rows):
-  """A line per network: on the left ratios to plain training, on the right speed."""
+def _all_rows(plt, rows):
+  """One row of axes per network: ratios to plain training on the left, then speed."""
   networks = list(dict.fromkeys(r["network"] for r in rows))
   sizes = [len(_ways(rows, network)) for network in networks]
   figure, axes = plt.subplots(
@@ -62,27 +62,28 @@ def _everything(plt, rows):
   )
   for network, (left, right) in zip(networks, axes, strict=True):
     ways = _ways(rows, network)
-    own = [r for r in rows if r["network"] == network]
-    _bars(left, own, ways, "ratio", "{:.2f}")
-    _bars(right, own, ways, "examples_per_second", "{:,.0f}")
+    of_network = [r for r in rows if r["network"] == network]
+    _bars(left, of_network, ways, "ratio", "{:.2f}")
+    _bars(right, of_network, ways, "examples_per_second", "{:,.0f}")
     left.set_yticks(range(len(ways)), [_name(*way) for way in ways])
     right.set_yticks(range(len(ways)), [])
     left.axvline(1, color="black", linewidth=0.8, linestyle=":")
-    left.set_title(f"{network}, batch {own[0]['batch_size']}, {own[0]['dtype']}")
-    right.set_title("examples a second (more is better)")
+    first = of_network[0]
+    left.set_title(f"{network}, batch size {first['batch_size']}, {first['dtype']}")
+    right.set_title("examples per second (higher is better)")
     for ax in (left, right):
       ax.invert_yaxis()
       ax.margins(x=0.14)
-  axes[-1, 0].set_xlabel("time of a step; plain training in the same framework = 1")
-  axes[-1, 1].set_xlabel("training examples a second, median")
+  axes[-1, 0].set_xlabel("time per step / plain training in the same framework")
+  axes[-1, 1].set_xlabel("training examples per second, median")
   shares = _shares(rows)
   handles = [
     plt.Rectangle((0, 0), 1, 1, color="0.3", alpha=_alpha(share, shares))
     for share in shares
   ]
-  labels = [f"clean batch {share:g} x batch" for share in shares]
+  labels = [f"meta batch {share:g} x batch" for share in shares]
   if shares:
-    labels[0] += ", or none needed"
+    labels[0] += ", or no meta batch"
     figure.legend(handles, labels, loc="outside upper right", ncols=len(labels))
   figure.suptitle(_machine(rows[0]), x=0.01, ha="left", fontsize=10)
   return figure
@@ -93,29 +94,30 @@ def _shares(rows):
 
 
 def _alpha(share, shares):
-  """The fewer clean examples, the paler."""
+  """The opacity of a bar: smaller meta batches are paler."""
   return 1 if share is None else 1 - 0.7 * shares.index(share) / len(shares)
 
 
 def _ways(rows, network):
-  found = [
+  """The implementations that were timed: tuples of method, engine and framework."""
+  ways = [
     (r["method"], r["engine"], r["framework"]) for r in rows if r["network"] == network
   ]
-  # Of a method together, the peer's first.
-  order = list(dict.fromkeys(method for method, _, _ in found))
+  # Group the implementations of each method, with PyTorch first.
+  order = list(dict.fromkeys(method for method, _, _ in ways))
   return sorted(
-    dict.fromkeys(found), key=lambda way: (order.index(way[0]), way[2] == "jax")
+    dict.fromkeys(ways), key=lambda way: (order.index(way[0]), way[2] == "jax")
   )
 
 
 def _bars(ax, rows, ways, column, form):
-  """A bar a way; of several sizes of the clean batch one below the other."""
+  """Draws a bar per implementation and size of the meta batch."""
   shares = _shares(rows)
   for place, way in enumerate(ways):
-    own = [r for r in rows if (r["method"], r["engine"], r["framework"]) == way]
-    own = sorted(own, key=lambda r: -(r["meta_share"] or 0))
-    height = 0.8 / len(own)
-    for i, row in enumerate(own):
+    bars = [r for r in rows if (r["method"], r["engine"], r["framework"]) == way]
+    bars = sorted(bars, key=lambda r: -(r["meta_share"] or 0))
+    height = 0.8 / len(bars)
+    for i, row in enumerate(bars):
       y = place - 0.4 + (i + 0.5) * height
       color = "C1" if row["framework"] != "jax" else _COLORS[row["engine"]]
       alpha = _alpha(row["meta_share"], shares)
@@ -133,11 +135,11 @@ def _name(method, engine, framework):
 
 
 def _l2rw(plt, rows):
-  """Above, how much longer a step takes than plain; below, beside the peer's step."""
-  own = [r for r in rows if r["method"] == "l2rw"]
-  shares, networks = _shares(own), list(dict.fromkeys(r["network"] for r in own))
+  """Draws the time of L2RW relative to plain training and, below it, to PyTorch."""
+  l2rw = [r for r in rows if r["method"] == "l2rw"]
+  shares, networks = _shares(l2rw), list(dict.fromkeys(r["network"] for r in l2rw))
   panels = ["ratio"]
-  if any(r["faster_than_torch"] for r in own):
+  if any(r["faster_than_torch"] for r in l2rw):
     panels.append("faster_than_torch")
   figure, axes = plt.subplots(
     len(panels),
@@ -149,29 +151,29 @@ def _l2rw(plt, rows):
   )
   plain = [r for r in rows if r["method"] == "plain"]
   for share, column in zip(shares, axes.T, strict=True):
-    here = [r for r in own if r["meta_share"] == share]
-    column[0].set_title(f"clean batch {share:g} x batch")
+    of_share = [r for r in l2rw if r["meta_share"] == share]
+    column[0].set_title(f"meta batch {share:g} x batch")
     for panel, ax in zip(panels, column, strict=True):
-      _columns(ax, here if panel == "ratio" else here + plain, networks, panel)
-  axes[0, 0].set_ylabel("time / plain training\nof the same framework")
-  axes[-1, 0].set_ylabel("PyTorch's time / time\n(more is better)")
+      _columns(ax, of_share if panel == "ratio" else of_share + plain, networks, panel)
+  axes[0, 0].set_ylabel("time / plain training\nin the same framework")
+  axes[-1, 0].set_ylabel("PyTorch's time / time\n(higher is better)")
   if len(panels) == 1:
     axes[0, 0].set_ylabel("time / plain training")
-  found = dict(zip(*axes[-1, 0].get_legend_handles_labels()[::-1], strict=True))
-  found |= dict(zip(*axes[0, 0].get_legend_handles_labels()[::-1], strict=True))
-  figure.legend(found.values(), found, loc="outside upper center", ncols=2)
+  handles = dict(zip(*axes[-1, 0].get_legend_handles_labels()[::-1], strict=True))
+  handles |= dict(zip(*axes[0, 0].get_legend_handles_labels()[::-1], strict=True))
+  figure.legend(handles.values(), handles, loc="outside upper center", ncols=2)
   figure.suptitle(f"L2RW: {_machine(rows[0])}", fontsize=9, y=-0.01, va="top")
   return figure
 
 
 def _columns(ax, rows, networks, column):
-  """For every network a bar an engine, where `column` is known."""
+  """Draws a bar for each network and engine whose value of `column` is known."""
   rows = [r for r in rows if r[column]]
   engines = [e for e in _LABELS if any(r["engine"] == e for r in rows)]
   width = 0.8 / max(1, len(engines))
   for i, engine in enumerate(engines):
-    found = {r["network"]: r[column] for r in rows if r["engine"] == engine}
-    heights = [found.get(network, np.nan) for network in networks]
+    values = {r["network"]: r[column] for r in rows if r["engine"] == engine}
+    heights = [values.get(network, np.nan) for network in networks]
     places = np.arange(len(networks)) - 0.4 + (i + 0.5) * width
     bars = ax.bar(places, heights, width, color=_COLORS[engine], label=_LABELS[engine])
     ax.bar_label(bars, ["" if np.isnan(h) else f"{h:.1f}" for h in heights], fontsize=6)

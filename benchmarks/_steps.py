@@ -1,4 +1,4 @@
-"""Training steps of this library, compiled and counted."""
+"""Compiled training steps of this library, and what they cost."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -27,7 +27,7 @@ from l2rw_jax.methods.mentornet import network as mentornet_network
 from l2rw_jax.models import classifier
 from l2rw_jax.training import step as step_lib
 
-# So low that noise stays noise, and every step computes on numbers of one kind.
+# So low that the parameters hardly change: every step computes with similar values.
 LEARNING_RATE = 1e-3
 ENGINES = ("literal", "forward", "layerwise")
 _NUM_EXAMPLES, _NUM_STEPS = 50_000, 100_000
@@ -35,14 +35,14 @@ _CHAIN = 5
 
 
 def _mentornet() -> base.Method:
-  """A student of a mentor that was never fitted, which takes as long."""
+  """MentorNet with a mentor that was not trained, which takes the same time."""
   network, one = mentornet_network.MentorNetwork(), jnp.zeros(1)
   labels = jnp.zeros(1, jnp.int32)
   variables = network.init(jax.random.key(0), one, one, labels, jnp.int32(0))
   return mentornet.mentornet(mentornet_network.Mentor("pd", network, variables))
 
 
-# By engine; None where there is no choice.
+# The methods by engine. The engine is None for methods that do not choose one.
 METHODS: dict[str, dict[str | None, Callable[[], base.Method]]] = {
   "plain": {None: _literal.plain},
   "l2rw": {
@@ -62,59 +62,76 @@ METHODS: dict[str, dict[str | None, Callable[[], base.Method]]] = {
   "ldam": {None: lambda: ldam_drw.ldam_drw(from_epoch=0)},
   "bare": {None: bare.bare},
 }
-# Those whose cost is the question.
-LOOKING_AHEAD = ("l2rw", "meta_weight_net")
-NEED_META = (*LOOKING_AHEAD, "warpi", "advisor")
+# The methods with a look-ahead step, whose cost this benchmark is about.
+LOOKAHEAD_METHODS = ("l2rw", "meta_weight_net")
+META_METHODS = (*LOOKAHEAD_METHODS, "warpi", "advisor")
 
 
 def pairs(
   network: str, names: Sequence[str], engines: Sequence[str]
 ) -> list[tuple[str, str | None]]:
-  """Which methods by which engines can train a network, without repetitions."""
-  fitting = [e for e in engines if e != "layerwise" or not mixes(network)]
+  """Lists the methods and engines that can train a network.
+
+  Args:
+    network: the name of the network.
+    names: the methods to consider.
+    engines: the engines to consider.
+
+  Returns:
+    Pairs of a method and an engine, without repetitions. The engine is None for
+    methods that do not choose one.
+  """
+  supported = [e for e in engines if e != "layerwise" or not mixes_examples(network)]
   return [
     (name, engine)
     for name in names
     for engine in METHODS[name]
-    if engine is None or engine in fitting
+    if engine is None or engine in supported
   ]
 
 
-def mixes(network: str) -> bool:
-  """Whether its examples see each other, which the layerwise engine cannot follow."""
-  return _networks.NETWORKS[network].mixes
+def mixes_examples(network: str) -> bool:
+  """Whether the network mixes examples, which the layerwise engine does not support."""
+  return _networks.NETWORKS[network].mixes_examples
 
 
-def contestant(
+def implementation(
   setting: _networks.Setting, method: str, engine: str | None = None
-) -> _turns.Contestant:
-  """A step compiled for a setting: gradients by the method, then SGD.
+) -> _turns.Implementation:
+  """Compiles a training step: the gradients of a method, then an SGD update.
 
-  What a user's own training loop does, with the state donated; the checks of
-  `training.step.train_step` are left out here as in the other framework.
+  The step does what a user's training loop does, with the state donated. As in
+  PyTorch's implementation, the checks of `training.step.train_step` are left out.
+
+  Args:
+    setting: the network, the type of the computation, and the batch sizes.
+    method: a key of `METHODS`.
+    engine: a key of `METHODS[method]`.
+
+  Returns:
+    The compiled step.
 
   Raises:
-    jax.errors.JaxRuntimeError: not enough memory.
+    jax.errors.JaxRuntimeError: if there is not enough memory.
   """
   model = _classifier(setting.network, setting.dtype, method == "ldam")
-  optimizer, made = optax.sgd(LEARNING_RATE), METHODS[method][engine]()
+  optimizer, base_method = optax.sgd(LEARNING_RATE), METHODS[method][engine]()
   counts = jnp.full(_networks.NUM_CLASSES, _NUM_EXAMPLES // _networks.NUM_CLASSES)
   batch, meta_batch = jax.device_put(setting.batches())
   params, model_state = _variables(model, setting)
-  problem = _task(model, engine, counts)
-  method_state = made.init(jax.random.key(1), problem, params)
+  problem = _problem(model, engine, counts)
+  method_state = base_method.init(jax.random.key(1), problem, params)
   state = step_lib.init_state(params, model_state, method_state, optimizer)
 
   def step(state, batch, meta_batch, counts, key):
-    return _step(
-      state, batch, meta_batch, key, _task(model, engine, counts), made, optimizer
-    )
+    problem = _problem(model, engine, counts)
+    return _step(state, batch, meta_batch, key, problem, base_method, optimizer)
 
   arguments = (batch, meta_batch, counts, jax.random.key(2))
   started = time.perf_counter()
   lowered = jax.jit(step, donate_argnums=0).lower(state, *arguments)
   compiled = lowered.compile()
-  facts = {"compile_seconds": time.perf_counter() - started}
+  info = {"compile_seconds": time.perf_counter() - started}
 
   def run(steps):
     nonlocal state
@@ -123,10 +140,10 @@ def contestant(
     jax.block_until_ready(state)
     return float(loss)
 
-  facts |= {"num_parameters": num_parameters(params)} | costs(
+  info |= {"num_parameters": num_parameters(params)} | costs(
     lowered, compiled, literal=engine == "literal"
   )
-  return _turns.Contestant(method, engine, "jax", run, facts)
+  return _turns.Implementation(method, engine, "jax", run, info)
 
 
 def _step(state, batch, meta_batch, key, problem, method, optimizer):
@@ -139,17 +156,17 @@ def _step(state, batch, meta_batch, key, problem, method, optimizer):
     step=state.step,
     key=jax.random.fold_in(key, state.step),
   )
-  found, method_state = method.gradients(state.method_state, problem, inputs)
+  result, method_state = method.gradients(state.method_state, problem, inputs)
   with base.implicit_promotion():
-    updates, opt_state = optimizer.update(found.grads, state.opt_state, state.params)
+    updates, opt_state = optimizer.update(result.grads, state.opt_state, state.params)
   state = state._replace(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
-    model_state=found.model_state,
+    model_state=result.model_state,
     opt_state=opt_state,
     method_state=method_state,
   )
-  return state, (jnp.mean(found.losses), found.weights, found.metrics)
+  return state, (jnp.mean(result.losses), result.weights, result.metrics)
 
 
 def _classifier(network, dtype, cosine):
@@ -158,7 +175,7 @@ def _classifier(network, dtype, cosine):
   )
 
 
-def _task(model, engine, counts):
+def _problem(model, engine, counts):
   problem = model.problem(
     class_counts=counts, num_examples=_NUM_EXAMPLES, num_steps=_NUM_STEPS
   )
@@ -169,43 +186,52 @@ def _task(model, engine, counts):
 
 
 def _variables(model, setting):
-  """Fresh ones for every contestant, which gives them away at its first step."""
+  """New parameters for every implementation, whose first step donates them."""
   example = _networks.batch(setting.network, 1, 0)
-  return _initial(model)(jax.random.key(0), example)
+  return _init_fn(model)(jax.random.key(0), example)
 
 
 @functools.lru_cache(maxsize=4)
-def _initial(model):
+def _init_fn(model):
   return jax.jit(model.init)
 
 
 def num_parameters(params: base.PyTree) -> int:
-  """How many numbers are trained."""
+  """The number of trained parameters."""
   return sum(x.size for x in jax.tree.leaves(params))
 
 
 def costs(lowered: Any, compiled: Any, literal: bool = False) -> dict[str, Any]:
-  """What the compiler counts: operations, memory traffic, temporary memory.
+  """Returns the FLOPs, memory traffic and temporary memory that the compiler reports.
 
-  Any of them is None where a backend does not tell. On accelerators the compiled
-  program calls libraries that hide their operations, so there they are counted in
-  the program before optimization, a little too many; not of `literal` programs, which
-  repeat what the compiler then takes once.
+  On accelerators, the compiled program calls libraries whose operations are not
+  counted. There the FLOPs are those of the program before optimization, which slightly
+  overestimates them. They are not reported for literal implementations, which repeat
+  computations that the compiler merges.
+
+  Args:
+    lowered: the lowered program.
+    compiled: the compiled program.
+    literal: whether the program is a literal implementation (see `_literal`).
+
+  Returns:
+    The columns of a row; None for values that the backend does not report.
   """
-  found = _tell(compiled.cost_analysis) or {}
+  after = _analyze(compiled.cost_analysis) or {}
   on_cpu = jax.default_backend() == "cpu"
-  before = {} if literal else _tell(lowered.cost_analysis) or {}
-  counted = found if on_cpu else before
-  memory = _tell(compiled.memory_analysis)
+  before = {} if literal else _analyze(lowered.cost_analysis) or {}
+  counted = after if on_cpu else before
+  memory = _analyze(compiled.memory_analysis)
   return {
     "flops": counted.get("flops"),
     "flops_counted": "compiled" if on_cpu else "before optimization",
-    "bytes_accessed": found.get("bytes accessed"),
+    "bytes_accessed": after.get("bytes accessed"),
     "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
   }
 
 
-def _tell(analysis):
+def _analyze(analysis):
+  """The result of an analysis, or None if the backend does not support it."""
   try:
     return analysis()
   except (NotImplementedError, jax.errors.JaxRuntimeError):
@@ -214,22 +240,23 @@ def _tell(analysis):
 
 @functools.lru_cache
 def matrix_peak(dtype: str, size: int | None = None, repeats: int = 5) -> float:
-  """Operations a second of large products of matrices: the best of some turns.
+  """Measures the FLOPs per second of products of large matrices.
 
   Args:
-    dtype: of the matrices.
-    size: of their sides; None is 1024 on a CPU and 8192 elsewhere.
-    repeats: turns.
+    dtype: the type of the matrices.
+    size: the number of rows and columns. The default is 1024 on a CPU and 8192 on
+      other devices.
+    repeats: the number of measurements, of which the fastest counts.
   """
   size = size or (1024 if jax.default_backend() == "cpu" else 8192)
   product = jax.jit(jnp.matmul)
-  # Times itself it is itself, so that a chain of products stays in range.
+  # The matrix is idempotent, so that repeated products stay in range.
   matrix = jnp.full((size, size), 1 / size, jnp.dtype(dtype))
   taken = []
   for _ in range(1 + repeats):  # The first one compiles.
-    found, started = matrix, time.perf_counter()
+    result, started = matrix, time.perf_counter()
     for _ in range(_CHAIN):
-      found = product(found, matrix)
-    jax.block_until_ready(found)
+      result = product(result, matrix)
+    jax.block_until_ready(result)
     taken.append(time.perf_counter() - started)
   return _CHAIN * 2 * size**3 / min(taken[1:])

@@ -1,7 +1,7 @@
-"""The networks of the benchmark in PyTorch, as its users write them.
+"""The networks of the benchmark in PyTorch, in idiomatic PyTorch code.
 
-Image layout is NCHW. Layers stand in the order in which flax numbers them, and
-have its epsilons, so that weights carry over one by one.
+Images have the layout NCHW. The layers are in the order in which flax numbers them and
+use the epsilons of flax, so that parameters can be copied between the frameworks.
 """
 
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn import functional
 
 _CLASSES = 10
-_LAYER_NORM_EPSILON = 1e-6  # flax's; PyTorch's is 1e-5.
+_LAYER_NORM_EPSILON = 1e-6  # The default of flax; PyTorch's is 1e-5.
 
 
 class MLP(nn.Module):
-  """784-256-10."""
+  """A multilayer perceptron with 784, 256 and 10 units."""
 
   def __init__(self) -> None:
     super().__init__()
@@ -23,12 +23,12 @@ class MLP(nn.Module):
     self.head = nn.Linear(256, _CLASSES)
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
-    """Images to logits."""
+    """Returns the logits of images."""
     return self.head(functional.relu(self.hidden(x.flatten(1))))
 
 
 class LeNet(nn.Module):
-  """Three 5x5 convolutions, pooled 3x3/2 with TensorFlow's SAME padding."""
+  """LeNet: three 5x5 convolutions, each with 3x3/2 max pooling and SAME padding."""
 
   def __init__(self) -> None:
     super().__init__()
@@ -38,10 +38,11 @@ class LeNet(nn.Module):
     self.head = nn.Linear(100, _CLASSES)
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
-    """Images to logits."""
+    """Returns the logits of images."""
     for convolution in self.convolutions:
       x = convolution(x)
-      # An odd side is padded on both ends, an even one on the far end only.
+      # As in TensorFlow, SAME pads both ends of an odd side, but only the far end of
+      # an even one.
       odd = x.shape[-1] % 2
       x = functional.relu(functional.max_pool2d(x, 3, 2, odd, ceil_mode=not odd))
     return self.head(functional.relu(self.hidden(x.flatten(1))))
@@ -51,9 +52,9 @@ class ResNet(nn.Module):
   """ResNet-32 for CIFAR with option-A shortcuts.
 
   Args:
-    norm: number of features -> normalization layer.
-    blocks: a stage.
-    width: of the first stage.
+    norm: returns a normalization layer for a number of features.
+    blocks: the number of blocks per stage.
+    width: the number of features of the first stage.
   """
 
   def __init__(
@@ -72,7 +73,7 @@ class ResNet(nn.Module):
     self.head = nn.Linear(size, _CLASSES)
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
-    """Images to logits."""
+    """Returns the logits of images."""
     x = self.stages(functional.relu(self.norm(self.stem(x))))
     return self.head(x.mean((2, 3)))
 
@@ -95,12 +96,17 @@ class _Block(nn.Module):
 
 
 def group_norm(width: int) -> nn.Module:
-  """8 groups."""
+  """Group normalization with 8 groups."""
   return nn.GroupNorm(8, width, eps=_LAYER_NORM_EPSILON)
 
 
 class WideResNet(nn.Module):
-  """WRN-28-10 without dropout."""
+  """WRN-28-10 without dropout.
+
+  Args:
+    blocks: the number of blocks per stage.
+    widen: the widening factor.
+  """
 
   def __init__(self, blocks: int = 4, widen: int = 10) -> None:
     super().__init__()
@@ -116,7 +122,7 @@ class WideResNet(nn.Module):
     self.head = nn.Linear(size, _CLASSES)
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
-    """Images to logits."""
+    """Returns the logits of images."""
     x = functional.relu(self.norm(self.stages(self.stem(x))))
     return self.head(x.mean((2, 3)))
 
@@ -141,7 +147,13 @@ class _WideBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-  """Patches of 4x4, learned positions, the mean over patches."""
+  """A vision transformer: 4x4 patches, learned positions, mean pooling.
+
+  Args:
+    width: the number of features.
+    depth: the number of blocks.
+    heads: the number of attention heads.
+  """
 
   def __init__(self, width: int = 128, depth: int = 4, heads: int = 4) -> None:
     super().__init__()
@@ -152,13 +164,13 @@ class VisionTransformer(nn.Module):
     self.head = nn.Linear(width, _CLASSES)
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
-    """Images to logits."""
+    """Returns the logits of images."""
     x = self.patches(x).flatten(2).transpose(1, 2) + self.positions
     return self.head(self.norm(self.blocks(x)).mean(1))
 
 
 class _Attention(nn.Module):
-  """A block: attention, then two dense layers."""
+  """A transformer block: self-attention, then two dense layers."""
 
   def __init__(self, width, heads):
     super().__init__()

@@ -1,16 +1,19 @@
-"""The same training steps in PyTorch, as its users write them.
+"""The same training steps in PyTorch, in idiomatic PyTorch code.
 
-L2RW and Meta-Weight-Net by double backward: the inner gradient is taken with
+L2RW and Meta-Weight-Net use double backward: the inner gradient is computed with
 `create_graph=True`, the look-ahead is a functional step, and a second, ordinary pass
-trains with the weights. `Eager.example_weights` is that of Algorithm 1 in Ren et al.
-(2018); `Traced` takes the same weights by `torch.func.grad` for `torch.compile`
-(in its default mode), which does not go through `create_graph`.
+trains with the weights. `Eager.example_weights` implements Algorithm 1 of Ren et al.
+(2018). `Traced` computes the same weights with `torch.func.grad`, because
+`torch.compile` (used in its default mode) does not support `create_graph`.
 
-As in released code the training batch passes the network twice, and in `Eager` all
-three passes move BatchNorm's statistics; the look-ahead of `Traced` leaves them alone.
-On a GPU products of float32 are TF32, as JAX takes them, and images of several
-channels and the kernels of convolutions lie channels last. On a CPU that made L2RW of
-ResNet-32 slower, but plain training with BatchNorm faster; there they lie as usual.
+As in the released code, the training batch passes through the network twice. In
+`Eager`, all three forward passes update the BatchNorm statistics; the look-ahead of
+`Traced` does not.
+
+On a GPU, products of float32 matrices use TF32, as in JAX, and images with several
+channels and convolution kernels have the memory format channels_last. On a CPU, that
+format made L2RW with ResNet-32 slower and plain training with BatchNorm faster, so the
+default format is used there.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,11 +35,18 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 METHODS = ("plain", "l2rw", "meta_weight_net")
 
 
-def device(on_gpu: bool) -> torch.device | None:
-  """Where PyTorch computes beside ours; None if it sees no such device."""
+def select_device(on_gpu: bool) -> torch.device | None:
+  """Configures PyTorch and returns its device.
+
+  Args:
+    on_gpu: whether JAX computes on a GPU.
+
+  Returns:
+    The same kind of device as that of JAX, or None if PyTorch has none.
+  """
   if on_gpu:
-    torch.backends.cudnn.benchmark = True  # XLA chooses its convolutions by time too.
-    # And computes products of float32 in TF32, which here is not the default.
+    torch.backends.cudnn.benchmark = True  # XLA times its convolutions too.
+    # XLA also uses TF32 for float32, which is not the default of PyTorch.
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     return torch.device("cuda") if torch.cuda.is_available() else None
@@ -44,31 +54,39 @@ def device(on_gpu: bool) -> torch.device | None:
   return torch.device("cpu")
 
 
-def batch(arrays: Mapping[str, Any], where: torch.device) -> Batch:
-  """Images NCHW and labels of a batch of ours."""
+def batch(arrays: Mapping[str, Any], device: torch.device) -> Batch:
+  """Converts a batch of this library to PyTorch.
+
+  Args:
+    arrays: a batch with images [B, H, W, C] and labels.
+    device: the device of the tensors.
+
+  Returns:
+    Images [B, C, H, W] and labels [B].
+  """
   images = torch.tensor(arrays["image"]).permute(0, 3, 1, 2)
-  images = images.contiguous(memory_format=_layout(images.shape[1], where))
-  return images.to(where), torch.tensor(arrays["label"]).long().to(where)
+  images = images.contiguous(memory_format=_layout(images.shape[1], device))
+  return images.to(device), torch.tensor(arrays["label"]).long().to(device)
 
 
-def _layout(channels, where):
-  if where.type == "cuda" and channels > 1:
+def _layout(channels, device):
+  if device.type == "cuda" and channels > 1:
     return torch.channels_last
   return torch.contiguous_format
 
 
 def losses(model: Callable[..., Any], data: Batch) -> torch.Tensor:
-  """[B], in nats."""
+  """Returns the cross-entropy of each example in nats, [B]."""
   return functional.cross_entropy(model(data[0]).float(), data[1], reduction="none")
 
 
 class Eager:
-  """A network in training.
+  """Training steps of a network in eager mode.
 
   Args:
-    model: it.
-    learning_rate: of SGD, and of Meta-Weight-Net's look-ahead.
-    dtype: of the computation; the parameters are float32.
+    model: the network.
+    learning_rate: the learning rate of SGD and of Meta-Weight-Net's look-ahead.
+    dtype: the type of the computation. The parameters are float32.
   """
 
   def __init__(
@@ -86,70 +104,72 @@ class Eager:
     )
 
   def precision(self) -> contextlib.AbstractContextManager[Any]:
-    """Casts to the computation's type, where it is another."""
+    """Returns a context that casts to the type of the computation if necessary."""
     if self._dtype == torch.float32:
       return contextlib.nullcontext()
     return torch.autocast(self._device.type, self._dtype)
 
   def plain(self, data: Batch, meta: Batch | None = None) -> torch.Tensor:
-    """A step of SGD on the mean loss, which is returned."""
+    """Takes an SGD step on the mean loss and returns that loss."""
     del meta
     with self.precision():
       loss = losses(self.model, data).mean()
     return self._update(loss)
 
   def l2rw(self, data: Batch, meta: Batch) -> torch.Tensor:
-    """A step of L2RW; the weighted loss is returned."""
+    """Takes a step of L2RW and returns the weighted loss."""
     weights = self.example_weights(data, meta)
     with self.precision():
       loss = (weights * losses(self.model, data)).sum()
     return self._update(loss)
 
   def meta_weight_net(self, data: Batch, meta: Batch) -> torch.Tensor:
-    """A step of Meta-Weight-Net; the weighted loss is returned."""
+    """Takes a step of Meta-Weight-Net and returns the weighted loss."""
     gradient = self.network_gradient(data, meta)
     for parameter, g in zip(self.weight_net.parameters(), gradient, strict=True):
       parameter.grad = g
     self._weight_optimizer.step()
     with self.precision():
-      own = losses(self.model, data)
+      values = losses(self.model, data)
       with torch.no_grad():
-        weights = self.weight_net(own[:, None])[:, 0]
-      loss = (weights * own).mean()
+        weights = self.weight_net(values[:, None])[:, 0]
+      loss = (weights * values).mean()
     return self._update(loss)
 
   def example_weights(self, data: Batch, meta: Batch) -> torch.Tensor:
-    """L2RW's, [B]; they add up to 1, or are all zero."""
+    """Returns the weights of L2RW, [B]. Their sum is 1, or all of them are 0."""
     epsilon = torch.zeros(len(data[1]), device=self._device, requires_grad=True)
-    meta_loss = self._look_ahead(lambda own: (epsilon * own).sum(), data, meta, 1.0)
-    (slopes,) = torch.autograd.grad(meta_loss, epsilon)
-    return _rectified(slopes)
+    meta_loss = self._lookahead_meta_loss(
+      lambda values: (epsilon * values).sum(), data, meta, 1.0
+    )
+    (weight_gradient,) = torch.autograd.grad(meta_loss, epsilon)
+    return _rectified(weight_gradient)
 
   def network_gradient(self, data: Batch, meta: Batch) -> tuple[torch.Tensor, ...]:
-    """Of the meta loss in the parameters of Meta-Weight-Net's network."""
+    """Returns the gradient of the meta loss in the weighting network's parameters."""
 
-    def loss_fn(own):
-      return (self.weight_net(own.detach()[:, None])[:, 0] * own).mean()
+    def loss_fn(values):
+      return (self.weight_net(values.detach()[:, None])[:, 0] * values).mean()
 
-    meta_loss = self._look_ahead(loss_fn, data, meta, self._rate)
+    meta_loss = self._lookahead_meta_loss(loss_fn, data, meta, self._rate)
     return torch.autograd.grad(meta_loss, tuple(self.weight_net.parameters()))
 
-  def _look_ahead(self, loss_fn, data, meta, rate):
-    """The meta loss after a step on `loss_fn` of the losses, as a graph."""
+  def _lookahead_meta_loss(self, loss_fn, data, meta, rate):
+    """The differentiable meta loss after an SGD step on `loss_fn` of the losses."""
     parameters = dict(self.model.named_parameters())
     with self.precision():
       with _twice_differentiable():
-        inner = loss_fn(losses(self._at(parameters), data))
+        inner = loss_fn(losses(self._model_fn(parameters), data))
       gradient = torch.autograd.grad(
         inner, tuple(parameters.values()), create_graph=True
       )
-      ahead = {
+      lookahead_parameters = {
         name: value - rate * g
         for (name, value), g in zip(parameters.items(), gradient, strict=True)
       }
-      return losses(self._at(ahead), meta).mean()
+      return losses(self._model_fn(lookahead_parameters), meta).mean()
 
-  def _at(self, parameters):
+  def _model_fn(self, parameters):
     return lambda x: torch.func.functional_call(self.model, parameters, (x,))
 
   def _update(self, loss):
@@ -160,33 +180,36 @@ class Eager:
 
 
 class Traced(Eager):
-  """The same for `torch.compile`: derivatives by `torch.func`."""
+  """The same steps for `torch.compile`: derivatives are computed by `torch.func`."""
 
   def __init__(self, model: nn.Module, *options: Any) -> None:
     super().__init__(model, *options)
     self.model = torch.compile(model)
     self._inner_model = model
-    self.slopes_fn = torch.compile(self.slopes, fullgraph=True)
+    self.weight_gradient_fn = torch.compile(self.weight_gradient, fullgraph=True)
 
   def example_weights(self, data: Batch, meta: Batch) -> torch.Tensor:
     """See `Eager`."""
-    start = torch.zeros(len(data[1]), device=self._device)
-    return _rectified(self._slopes_at(start, data, meta, 1.0))
+    zeros = torch.zeros(len(data[1]), device=self._device)
+    return _rectified(self._compiled_weight_gradient(zeros, data, meta, 1.0))
 
   def network_gradient(self, data: Batch, meta: Batch) -> tuple[torch.Tensor, ...]:
-    """See `Eager`; of its chain of derivatives the last link is not compiled."""
+    """See `Eager`. The derivative of the weighting network is not compiled."""
     with torch.no_grad(), self.precision():
-      own = losses(self.model, data)
-    weights = self.weight_net(own[:, None])[:, 0] / len(own)
-    slopes = self._slopes_at(weights.detach(), data, meta, self._rate)
-    return torch.autograd.grad(weights, tuple(self.weight_net.parameters()), slopes)
+      values = losses(self.model, data)
+    weights = self.weight_net(values[:, None])[:, 0] / len(values)
+    weight_gradient = self._compiled_weight_gradient(
+      weights.detach(), data, meta, self._rate
+    )
+    parameters = tuple(self.weight_net.parameters())
+    return torch.autograd.grad(weights, parameters, weight_gradient)
 
-  def _slopes_at(self, *arguments):
+  def _compiled_weight_gradient(self, *arguments):
     parameters = {k: v.detach() for k, v in self._inner_model.named_parameters()}
     with self.precision():
-      return self.slopes_fn(parameters, *arguments)
+      return self.weight_gradient_fn(parameters, *arguments)
 
-  def slopes(
+  def weight_gradient(
     self,
     parameters: dict[str, torch.Tensor],
     weights: torch.Tensor,
@@ -194,10 +217,10 @@ class Traced(Eager):
     meta: Batch,
     rate: float,
   ) -> torch.Tensor:
-    """dM/dw [B] at `weights`, not compiled."""
+    """Returns the derivative dM/dw of the meta loss at `weights`, [B]."""
 
     def losses_at(parameters, data):
-      # `torch.func.grad` refuses changes of BatchNorm's own statistics.
+      # `torch.func.grad` does not allow in-place updates of the BatchNorm statistics.
       copies = {k: v.clone() for k, v in self._inner_model.named_buffers()}
       both = (parameters, copies)
       return losses(
@@ -210,53 +233,57 @@ class Traced(Eager):
           return (weights * losses_at(parameters, data)).sum()
 
       gradient = torch.func.grad(inner)(parameters)
-      ahead = {k: value - rate * gradient[k] for k, value in parameters.items()}
-      return losses_at(ahead, meta).mean()
+      lookahead_parameters = {
+        k: value - rate * gradient[k] for k, value in parameters.items()
+      }
+      return losses_at(lookahead_parameters, meta).mean()
 
     return torch.func.grad(meta_loss)(weights)
 
 
 def _twice_differentiable():
-  """Not the fused kernels of attention: they have no derivative of the second order."""
+  """Avoids fused attention kernels, which have no second derivative."""
   return sdpa_kernel(SDPBackend.MATH)
 
 
-def _rectified(slopes):
-  weights = torch.clamp(-slopes, min=0)
+def _rectified(weight_gradient):
+  weights = torch.clamp(-weight_gradient, min=0)
   total = weights.sum()
   return weights / torch.where(total > 0, total, torch.ones_like(total))
 
 
-def contestant(
+def implementation(
   setting: _networks.Setting,
   method: str,
   learning_rate: float,
-  where: torch.device,
+  device: torch.device,
   compiled: bool = False,
-) -> _turns.Contestant:
-  """A step of a fresh network.
+) -> _turns.Implementation:
+  """Returns a training step of a newly initialized network.
 
   Args:
-    setting: network, type and batches.
+    setting: the network, the type of the computation, and the batch sizes.
     method: one of `METHODS`.
     learning_rate: see `Eager`.
-    where: the device.
-    compiled: by `torch.compile`; the first step, which compiles, is taken here.
+    device: the device to compute on.
+    compiled: whether to use `torch.compile`. This function takes the first step, which
+      compiles.
   """
-  train, clean = setting.batches()
-  data, meta = batch(train, where), None if clean is None else batch(clean, where)
-  layout = _layout(data[0].shape[1], where)
+  train, meta_arrays = setting.batches()
+  data = batch(train, device)
+  meta = None if meta_arrays is None else batch(meta_arrays, device)
+  layout = _layout(data[0].shape[1], device)
   model = _torch_networks.NETWORKS[setting.network]().train()
-  model = model.to(where, memory_format=layout)
-  made = (Traced if compiled else Eager)(model, learning_rate, setting.dtype)
-  step = getattr(made, method)
+  model = model.to(device, memory_format=layout)
+  trainer = (Traced if compiled else Eager)(model, learning_rate, setting.dtype)
+  step = getattr(trainer, method)
 
   def run(steps):
     for _ in range(steps):
       loss = step(data, meta)
-    return float(loss)  # waits
+    return float(loss)  # Waits for the step.
 
-  facts: dict[str, Any] = {
+  info: dict[str, Any] = {
     "compile_seconds": None,
     "num_parameters": sum(p.numel() for p in model.parameters()),
     **dict.fromkeys(("flops", "bytes_accessed", "flops_counted")),
@@ -265,18 +292,18 @@ def contestant(
   started = time.perf_counter()
   run(1)
   if compiled:
-    facts["compile_seconds"] = time.perf_counter() - started
-  if where.type == "cuda":
-    facts["temporary_bytes"] = _peak_memory(run)
+    info["compile_seconds"] = time.perf_counter() - started
+  if device.type == "cuda":
+    info["temporary_bytes"] = _peak_memory(run)
   framework = "torch.compile" if compiled else "torch"
   engine = None
   if method != "plain":
     engine = "torch.func.grad" if compiled else "double backward"
-  return _turns.Contestant(method, engine, framework, run, facts)
+  return _turns.Implementation(method, engine, framework, run, info)
 
 
 def _peak_memory(run):
-  """Bytes of a step beyond what is kept from step to step."""
+  """The peak memory of a step beyond what is allocated between steps, in bytes."""
   torch.cuda.synchronize()
   torch.cuda.reset_peak_memory_stats()
   before = torch.cuda.memory_allocated()

@@ -1,14 +1,16 @@
-r"""How long it takes to choose 10% of MNIST, in epochs of training on it.
+r"""The time to select 10% of MNIST, in epochs of training on MNIST.
 
-What is timed is what AdaCore and CRAIG do before every few passes: 6,000 of 60,000
-examples, class by class, by the 10-dimensional gradients at the logits of a partly
-trained MLP 784-256-10. An epoch is 600 steps of that MLP in batches of 100 through the
-loop's own compiled step. All take turns, and of each the median counts, so that other
-work on the machine meets all alike. The naive greedy holds each class's whole distance
-matrix and computes every gain at every step; it and the lazy one beside it see a tenth
-of the examples only.
+The benchmark times what AdaCore and CRAIG do every few epochs: they select 6,000 of
+60,000 examples, class by class, by the 10-dimensional gradients with respect to the
+logits of a partly trained MLP (784-256-10). An epoch is 600 steps of that MLP in
+batches of 100, with the compiled step of the training loop. The epoch and all
+selections are timed in turn, round by round, and the results are medians over rounds,
+so that other load on the machine affects all of them equally. The naive greedy
+selection stores the whole distance matrix of each class and computes every gain at
+every step. It is timed on a tenth of the examples only, next to the lazy selection on
+the same examples.
 Command: python -m benchmarks.coreset_selection --data_dir=DIR
-Ours: results/coreset_selection.
+Results: results/coreset_selection.
 """
 
 from collections.abc import Callable, Sequence
@@ -63,7 +65,7 @@ class Settings(settings_lib.Settings):
     bounds=settings_lib.INNER_SHARE,
     group="method",
   )
-  repeats: int = flag(5, "Number of turns of each.", bounds=settings_lib.REPEATS)
+  repeats: int = flag(5, "Number of measurements of each.", bounds=settings_lib.REPEATS)
   epochs: int = flag(
     2,
     "Number of epochs of training before the gradients are taken.",
@@ -71,7 +73,7 @@ class Settings(settings_lib.Settings):
   )
   part: int = flag(
     10,
-    "The naive selection sees one in so many examples.",
+    "The naive selection is timed on one in this many examples.",
     bounds=settings_lib.Bounds(1, 10**6),
     group="data",
   )
@@ -82,10 +84,10 @@ _BATCH_SIZE = 100
 
 
 class Training:
-  """An MLP in training, an epoch at a time, as the loop trains it."""
+  """Trains an MLP, one epoch at a time, with the step of the training loop."""
 
   def __init__(self, split: examples_lib.Splits):
-    """Nothing trained, nothing compiled."""
+    """Initializes the parameters; compilation happens in the first epoch."""
     self._size = len(split.train.label)
     self._model = classifier.Classifier(mlp.MLP(split.num_classes, (256,)), 10)
     counts = examples_lib.class_counts(split.train, split.num_classes)
@@ -115,14 +117,14 @@ class Training:
     return rng.permutation(self._size)
 
   def epoch(self) -> None:
-    """Every example once."""
+    """Trains on every example once."""
     for _ in range(self._size // _BATCH_SIZE):
       batch = self._data.load([self._sampler.next(0)])
       self._state, _ = self._step(self._state, *batch, *self._constants)
     jax.block_until_ready(self._state)
 
   def gradients(self) -> np.ndarray:
-    """At the logits, of every example, [N, C]."""
+    """Returns the gradient of each example's loss in its logits, [N, C]."""
     state = devices_lib.take(devices_lib.unreplicate(self._state), 0)
     problem = self._model.problem(
       class_counts=self._counts[0], num_examples=self._size, num_steps=1
@@ -137,38 +139,54 @@ class Training:
 
 
 def naive_greedy(proxies: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
-  """The rows that `coresets.select` chooses, by whole matrices and every gain."""
+  """Selects the same rows as `coresets.select`, with all distances and gains.
+
+  Args:
+    proxies: the vectors that represent the examples, [N, D].
+    labels: the labels, [N].
+    size: the number of rows to select.
+
+  Returns:
+    The selected rows, ascending.
+  """
   classes, counts = np.unique(labels, return_counts=True)
-  found = []
+  selected = []
   for c, budget in zip(
     classes, coresets.class_budgets(counts.tolist(), size), strict=True
   ):
     members = np.flatnonzero(labels == c)
-    away = distance.cdist(proxies[members], proxies[members])
-    nearest = np.full(len(members), 2 * away.max())
+    distances = distance.cdist(proxies[members], proxies[members])
+    nearest = np.full(len(members), 2 * distances.max())
     rows: list[int] = []
     for _ in range(budget):
-      gains = np.maximum(nearest - away, 0).sum(axis=1)
+      gains = np.maximum(nearest - distances, 0).sum(axis=1)
       gains[rows] = -np.inf
       rows.append(int(np.argmax(gains)))
-      nearest = np.minimum(nearest, away[rows[-1]])
-    found.append(members[rows])
-  return np.sort(np.concatenate(found))
+      nearest = np.minimum(nearest, distances[rows[-1]])
+    selected.append(members[rows])
+  return np.sort(np.concatenate(selected))
 
 
 def cost(proxies: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> float:
-  """Sum of every example's distance to the nearest chosen one of its class."""
+  """The sum over examples of the distance to the nearest selected one of the class."""
   total = 0.0
   for c in np.unique(labels):
-    chosen = rows[labels[rows] == c]
-    total += distance.cdist(proxies[labels == c], proxies[chosen]).min(axis=1).sum()
+    selected = rows[labels[rows] == c]
+    total += distance.cdist(proxies[labels == c], proxies[selected]).min(axis=1).sum()
   return float(total)
 
 
 def extra_mib(run: Callable[[], Any]) -> float | None:
-  """How far the memory of this process rises above what it is before; Linux only."""
+  """Measures how much the memory of this process grows while `run` runs.
+
+  Args:
+    run: the function to measure.
+
+  Returns:
+    The peak increase in MiB, or None on systems other than Linux.
+  """
   try:
-    # What was freed goes back to the kernel, and its memory of the peak is cleared.
+    # Return freed memory to the kernel, and reset the peak that it reports.
     ctypes.CDLL(None).malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")
   except (AttributeError, OSError):
@@ -180,19 +198,29 @@ def extra_mib(run: Callable[[], Any]) -> float | None:
 
 def _status_mib(name: str) -> float:
   text = pathlib.Path("/proc/self/status").read_text()
-  found = re.search(rf"{name}:\s+(\d+) kB", text)
-  return int(found[1]) / 1024 if found else float("nan")
+  match = re.search(rf"{name}:\s+(\d+) kB", text)
+  return int(match[1]) / 1024 if match else float("nan")
 
 
-def contestants(
+def selections(
   settings: Settings, proxies: np.ndarray, labels: np.ndarray
 ) -> dict[str, tuple[np.ndarray, np.ndarray, Callable[[], np.ndarray]]]:
-  """By name: the proxies and labels that it chooses among, and how it chooses."""
+  """Returns the selections to time.
+
+  Args:
+    settings: the flags of the benchmark.
+    proxies: the vectors that represent the examples, [N, D].
+    labels: the labels, [N].
+
+  Returns:
+    By name, the proxies and labels to select from, and a function that returns the
+    selected rows.
+  """
 
   def make(proxies, labels, greedy, epsilon=0.1):
     size = adacore.subset_size(settings.fraction, len(labels))
 
-    def choose():
+    def select():
       if greedy == "naive":
         return naive_greedy(proxies, labels, size)
       key = jax.random.key(0)
@@ -200,7 +228,7 @@ def contestants(
         proxies, labels, size, greedy=greedy, epsilon=epsilon, key=key
       ).rows
 
-    return proxies, labels, choose
+    return proxies, labels, select
 
   whole, part = (proxies, labels), (proxies[:: settings.part], labels[:: settings.part])
   return {
@@ -215,7 +243,12 @@ def contestants(
 
 
 class Turn(NamedTuple):
-  """What one turn took: on the clock, and of all processor cores together."""
+  """One measurement.
+
+  Attributes:
+    seconds: the wall-clock time.
+    cpu_seconds: the CPU time of all processor cores together.
+  """
 
   seconds: float
   cpu_seconds: float
@@ -228,7 +261,7 @@ def _turn(run: Callable[[], Any]) -> Turn:
 
 
 def measure(settings: Settings) -> runner.Rows:
-  """A row for the epoch and for every way to choose."""
+  """Returns a row for the epoch and for each selection."""
   train, test = settings.load("train"), settings.load("test")
   split = noisy_labels.noisy_labels(
     train, test, builder="uniform_flip", fraction=0.0, num_meta_per_class=0, seed=0
@@ -237,39 +270,48 @@ def measure(settings: Settings) -> runner.Rows:
   for _ in range(settings.epochs):
     training.epoch()
   proxies, labels = training.gradients(), split.train.label
-  ways = contestants(settings, proxies, labels)
-  chosen = {name: choose() for name, (_, _, choose) in ways.items()}  # compiles
-  extra = {name: extra_mib(choose) for name, (_, _, choose) in ways.items()}
-  turns: dict[str, list[Turn]] = {name: [] for name in ("epoch", *ways)}
+  timed = selections(settings, proxies, labels)
+  # The first call compiles.
+  selected = {name: select() for name, (_, _, select) in timed.items()}
+  extra = {name: extra_mib(select) for name, (_, _, select) in timed.items()}
+  turns: dict[str, list[Turn]] = {name: [] for name in ("epoch", *timed)}
   for _ in range(settings.repeats):
     turns["epoch"].append(_turn(training.epoch))
-    for name, (_, _, choose) in ways.items():
-      turns[name].append(_turn(choose))
-  facts = {"dataset": settings.dataset, "fraction": settings.fraction}
-  facts |= {"repeats": settings.repeats, "cpus": len(os.sched_getaffinity(0))}
-  facts |= {"seed": 0, "data": split.fingerprint}
+    for name, (_, _, select) in timed.items():
+      turns[name].append(_turn(select))
+  columns = {"dataset": settings.dataset, "fraction": settings.fraction}
+  columns |= {"repeats": settings.repeats, "cpus": len(os.sched_getaffinity(0))}
+  columns |= {"seed": 0, "data": split.fingerprint}
   rows = []
   for name in turns:
-    row = {"method": name, **facts, "num_examples": len(labels)}
+    row = {"method": name, **columns, "num_examples": len(labels)}
     row |= {"num_chosen": None, "cost": None}
-    if name in ways:
-      of, among, _ = ways[name]
-      row |= {"num_examples": len(among), "num_chosen": len(chosen[name])}
-      row["cost"] = cost(of, among, chosen[name])
+    if name in timed:
+      proxies_of, labels_of, _ = timed[name]
+      row |= {"num_examples": len(labels_of), "num_chosen": len(selected[name])}
+      row["cost"] = cost(proxies_of, labels_of, selected[name])
     row |= summary(turns[name], turns["epoch"])
     rows.append({**row, "extra_mib": extra.get(name), **workdir.run_info()})
   return rows
 
 
-def summary(taken: Sequence[Turn], epochs: Sequence[Turn]) -> dict[str, float]:
-  """Medians over turns, in seconds and in epochs of the same turn."""
-  ours, theirs = np.array(taken), np.array(epochs)
-  seconds, cpu_seconds = np.median(ours, axis=0)
-  ratio, cpu_ratio = np.median(ours / theirs, axis=0)
+def summary(turns: Sequence[Turn], epochs: Sequence[Turn]) -> dict[str, float]:
+  """Computes the columns of a row: medians over rounds.
+
+  Args:
+    turns: the measurements of a selection, one per round.
+    epochs: those of an epoch in the same rounds.
+
+  Returns:
+    Times in seconds, and relative to the epoch of the same round.
+  """
+  times, epoch_times = np.array(turns), np.array(epochs)
+  seconds, cpu_seconds = np.median(times, axis=0)
+  ratio, cpu_ratio = np.median(times / epoch_times, axis=0)
   return {
     "seconds": float(seconds),
-    "seconds_least": float(ours[:, 0].min()),
-    "seconds_most": float(ours[:, 0].max()),
+    "seconds_least": float(times[:, 0].min()),
+    "seconds_most": float(times[:, 0].max()),
     "epochs": float(ratio),
     "cpu_seconds": float(cpu_seconds),
     "cpu_epochs": float(cpu_ratio),
@@ -277,7 +319,7 @@ def summary(taken: Sequence[Turn], epochs: Sequence[Turn]) -> dict[str, float]:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-  """A bar a way to choose, in epochs, beside the one epoch that it may take."""
+  """Draws a bar for each selection, in epochs, and a line at one epoch."""
   import matplotlib
 
   matplotlib.use("Agg")
@@ -290,14 +332,14 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   ax.axvline(1, color="black", linewidth=0.8, linestyle=":")
   ax.invert_yaxis()
   ax.margins(x=0.15)
-  ax.set_xlabel(f"epochs of training, median of {rows[0]['repeats']} turns")
-  ax.set_title(f"choosing {rows[0]['fraction']:.0%} of {rows[0]['dataset']}")
+  ax.set_xlabel(f"epochs of training, median of {rows[0]['repeats']} measurements")
+  ax.set_title(f"Time to select {rows[0]['fraction']:.0%} of {rows[0]['dataset']}")
   figure.savefig(path, dpi=150, bbox_inches="tight")
   plt.close(figure)
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Measures, prints and writes."""
+  """Runs the benchmark, prints the results and writes them to a folder."""
   adacore.check_fraction("--fraction", settings.fraction)
   for epsilon in settings.epsilon:
     coresets.check_greedy("stochastic", epsilon)

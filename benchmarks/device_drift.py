@@ -1,12 +1,13 @@
 r"""How far runs on 1, 2 and 8 devices drift apart, and whether rounding is the cause.
 
-Trains a small network on digits with 40% wrong labels, the same batches on every
-number of devices, in float32 and in float64. The control is one device whose initial
-parameters are moved by one unit in the last place: where it drifts as far,
-rounding is enough to explain the drift. L2RW is run with three orders of sums: layer by
-layer, in forward mode, and in microbatches of the rows that one of eight devices has.
+A small network is trained on digits with 40% wrong labels, with the same batches on
+every number of devices, in float32 and in float64. The control is a run on one device
+whose initial parameters are moved by one unit in the last place. If the control drifts
+as far, rounding alone can explain the drift. L2RW computes its sums in three orders:
+layer by layer, in forward mode, and in microbatches of the rows that one of eight
+devices has.
 Command: python -m benchmarks.device_drift [FILE.csv]
-Measured: results/device_drift.csv (8 virtual CPU devices).
+Results: results/device_drift.csv (8 virtual CPU devices).
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ from l2rw_jax.methods import l2rw
 from l2rw_jax.training import devices as devices_lib
 
 _STEPS = (10, 50, 100, 200, 300)
-# Rows of a batch, of which one of eight devices has five.
+# The number of rows of a batch, and of the share that one of eight devices has.
 _BATCH_SIZE, _SHARE = 40, 5
 _AXIS = devices_lib.AXIS_NAME
 
@@ -50,8 +51,8 @@ def _l2rw(**options: Any) -> Callable[..., Any]:
 
 def _uniform(params, batch, meta_batch):
   del meta_batch
-  values, pull = jax.vjp(lambda p: _losses_fn(p, batch), params)
-  (grads,) = pull(jnp.full_like(values, 1 / _BATCH_SIZE))
+  values, vjp_fn = jax.vjp(lambda p: _losses_fn(p, batch), params)
+  (grads,) = vjp_fn(jnp.full_like(values, 1 / _BATCH_SIZE))
   return base.psum(grads, _AXIS), values, jnp.ones_like(values)
 
 
@@ -65,7 +66,7 @@ METHODS = {
 
 @functools.cache
 def _compiled(method: str, num_devices: int, dtype: Any) -> Callable[..., Any]:
-  """The training step on so many devices; `dtype` tells programs apart."""
+  """Returns the training step on a number of devices, cached for each `dtype`."""
   del dtype
 
   def step(params, batch, meta_batch):
@@ -83,10 +84,13 @@ def run(
 
   Args:
     method: a key of `METHODS`.
-    num_devices: a divisor of 8.
-    seed: of the data and the parameters.
-    num_steps: how many steps to take.
-    moved: whether the parameters start one unit in the last place higher.
+    num_devices: the number of devices, a divisor of 8.
+    seed: the seed of the data and the parameters.
+    num_steps: the number of steps.
+    moved: whether the initial parameters are moved up by one unit in the last place.
+
+  Yields:
+    The mean loss and the weights of a step.
   """
   dtype = jnp.result_type(float)
   digits = sources.load("digits", "train")
@@ -109,33 +113,42 @@ def run(
     params = jax.tree.map(lambda x: jnp.nextafter(x, jnp.full_like(x, jnp.inf)), params)
 
   chosen = jax.devices()[:num_devices]
-  mapped = _compiled(method, num_devices, dtype)
+  step_fn = _compiled(method, num_devices, dtype)
 
-  def shared(rows):
-    """[D, 1, b, ...]: one run, its rows spread over the devices."""
+  def sharded(rows):
+    """A batch with its rows divided among the devices, [D, 1, b, ...]."""
     batch = {"image": images[rows], "label": labels[rows].astype(np.int32)}
     return jax.tree.map(lambda x: x.reshape(num_devices, 1, -1, *x.shape[1:]), batch)
 
   params = devices_lib.replicate(jax.tree.map(lambda x: x[None], params), chosen)
-  meta_batch = shared(meta)
+  meta_batch = sharded(meta)
   for _ in range(num_steps):
     rows = rng.choice(train, _BATCH_SIZE, replace=False)
-    params, loss, weights = mapped(params, shared(rows), meta_batch)
+    params, loss, weights = step_fn(params, sharded(rows), meta_batch)
     yield float(loss[0, 0]), np.asarray(weights).ravel()
 
 
 def drift(
   one: list[tuple[float, np.ndarray]], other: list[tuple[float, np.ndarray]]
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Differences of the loss, and the largest of the weights, at every step."""
+  """Compares two runs.
+
+  Args:
+    one: the loss and the weights [B] of every step of a run.
+    other: those of another run.
+
+  Returns:
+    The absolute difference of the losses, and the largest absolute difference of the
+    weights, at every step.
+  """
   pairs = list(zip(one, other, strict=True))
-  losses_apart = np.array([abs(a[0] - b[0]) for a, b in pairs])
-  weights_apart = np.array([abs(a[1] - b[1]).max() for a, b in pairs])
-  return losses_apart, weights_apart
+  loss_differences = np.array([abs(a[0] - b[0]) for a, b in pairs])
+  weight_differences = np.array([abs(a[1] - b[1]).max() for a, b in pairs])
+  return loss_differences, weight_differences
 
 
 def main() -> None:
-  """Prints the drift as CSV, and writes it to the file that is named, if any."""
+  """Writes the drift as CSV to the file that is named, or else prints it."""
   jax.config.update("jax_num_cpu_devices", 8)
   rows, info = [], workdir_lib.run_info()
   for bits in (32, 64):
@@ -149,10 +162,10 @@ def main() -> None:
             "1 device, moved": run(method, 1, seed, _STEPS[-1], moved=True),
           }
           for name, other in others.items():
-            apart = drift(one, list(other))
+            differences = drift(one, list(other))
             for step in _STEPS:
-              # The largest of the ten steps up to this one.
-              loss, weight = (x[step - 10 : step].max() for x in apart)
+              # The largest difference of the ten steps up to this one.
+              loss, weight = (x[step - 10 : step].max() for x in differences)
               rows.append(
                 {
                   "float": bits,

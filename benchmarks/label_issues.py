@@ -1,18 +1,22 @@
-r"""Wrong labels that one training run finds, next to cleanlab's cross-validation.
+r"""Detection of wrong labels from one training run, compared with cross-validation.
 
-Labels of small sets are made wrong, a network is trained on them once, and the ranking
-of `audit.find_label_issues` is compared with what is done without it: the same
-network trained five times for cleanlab's out-of-fold probabilities, the area under the
-margin (AUM) and the mean loss of the one run, nearest neighbors, and, with five trusted
-examples a class, the ranking of an L2RW run. No method sees a true label; the trusted
-examples are part of no training set. Digits, wine and breast_cancer come with
-scikit-learn; of mnist and fashion_mnist the first 4,000 training images are taken.
-Recipe (network, rate, epochs) and ranking were chosen on other data or seeds: digits
-with seeds 100 and 101, training images 50,000 to 59,999 of MNIST, iris and a synthetic
-set. cleanlab and the neighbors have their own defaults. Seconds are those of all
-processor cores together, so that other work on the machine does not count.
+Some labels of small data sets are replaced by wrong ones, a network is trained on them
+once, and the ranking of `audit.find_label_issues` is compared with these alternatives:
+
+- cleanlab, with out-of-fold probabilities of the same network trained five times;
+- the area under the margin (AUM) and the mean loss of the same run;
+- the nearest neighbors;
+- the statistics of an L2RW run with five trusted examples per class.
+
+No method uses the true labels of the training set, which does not contain the trusted
+examples. Digits, wine and breast_cancer are bundled with scikit-learn; for mnist and
+fashion_mnist, the first 4,000 training images are used. The recipe (network, learning
+rate, epochs) and the ranking were chosen on other data or seeds: digits with seeds 100
+and 101, training images 50,000 to 59,999 of MNIST, iris, and a synthetic set. cleanlab
+and the nearest neighbors use their default settings. Seconds are CPU time of all
+processor cores, so that other load on the machine does not count.
 Command: python -m benchmarks.label_issues --data_dir=DIR, with pip install cleanlab
-Measured: results/label_issues.
+Results: results/label_issues.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +43,7 @@ from l2rw_jax.io import workdir as workdir_lib
 from l2rw_jax.methods import l2rw
 from l2rw_jax.models import mlp
 
-# Epochs of each set: the smaller the set, the more passes until it is learned.
+# The number of epochs for each data set. Smaller sets need more passes.
 EPOCHS = {
   "digits": 20,
   "mnist": 12,
@@ -61,34 +65,36 @@ class Settings(settings_lib.Settings):
   """The flags of this benchmark."""
 
   datasets: tuple[str, ...] = flag(
-    tuple(EPOCHS), f"Data sets, of {', '.join(EPOCHS)}.", group="data"
+    tuple(EPOCHS), f"Data sets, among {', '.join(EPOCHS)}.", group="data"
   )
   noises: tuple[str, ...] = flag(
-    NOISES, f"Kind and share of wrong labels, of {', '.join(NOISES)}.", group="data"
+    NOISES,
+    f"Kind and fraction of wrong labels, among {', '.join(NOISES)}.",
+    group="data",
   )
   methods: tuple[str, ...] = flag(
-    METHODS, f"Rankings to compare, of {', '.join(METHODS)}."
+    METHODS, f"Rankings to compare, among {', '.join(METHODS)}."
   )
   num_seeds: int = flag(3)
   num_examples: int = flag(
     4_000,
-    "Greatest number of examples of a set.",
+    "Largest number of examples of a data set.",
     bounds=settings_lib.Bounds(100, 10**8),
     group="data",
   )
 
 
-class Cell(NamedTuple):
-  """One set of examples with wrong labels.
+class NoisyData(NamedTuple):
+  """A data set with wrong labels.
 
   Attributes:
-    x: inputs, float32 [N, d].
-    given: labels, some of them wrong, int32 [N].
-    true: int32 [N].
-    trusted: inputs and true labels of five more examples a class.
-    num_classes: C.
-    num_epochs: of training.
-    seed: of everything random.
+    x: the inputs, float32 [N, d].
+    given: the given labels, some of them wrong, int32 [N].
+    true: the true labels, int32 [N].
+    trusted: the inputs and true labels of five additional examples per class.
+    num_classes: the number of classes, C.
+    num_epochs: the number of epochs of training.
+    seed: the seed of all random choices.
   """
 
   x: np.ndarray
@@ -101,12 +107,12 @@ class Cell(NamedTuple):
 
 
 class Ranking(NamedTuple):
-  """What a method says of N labels.
+  """A ranking of N labels by how suspicious they are.
 
   Attributes:
-    score: higher is more suspicious, [N].
-    num_issues: how many labels the method calls wrong; None if it does not say.
-    seconds: of processor time, without compilation.
+    score: a score for each label, [N]. Higher scores are more suspicious.
+    num_issues: the estimated number of wrong labels; None if the method gives none.
+    seconds: the CPU time without compilation.
   """
 
   score: np.ndarray
@@ -116,7 +122,11 @@ class Ranking(NamedTuple):
 
 @functools.cache
 def load(settings: Settings, name: str) -> tuple[np.ndarray, np.ndarray, int]:
-  """Inputs [N, d], labels [N] and the number of classes of a set."""
+  """Returns the inputs [N, d], labels [N] and number of classes of a data set.
+
+  Raises:
+    InputError: if the data set is not one of `EPOCHS`.
+  """
   if name not in EPOCHS:
     raise base.InputError(f"--datasets={name}: choose among {', '.join(EPOCHS)}.")
   if name in ("wine", "breast_cancer"):
@@ -133,18 +143,22 @@ def load(settings: Settings, name: str) -> tuple[np.ndarray, np.ndarray, int]:
   return x.astype(np.float32) / 255, source.labels[:size], source.num_classes
 
 
-def make_cell(settings: Settings, name: str, noise: str, seed: int) -> Cell:
-  """A set with wrong labels.
+def make_noisy_data(settings: Settings, name: str, noise: str, seed: int) -> NoisyData:
+  """Loads a data set and replaces some of its labels by wrong ones.
 
   Args:
-    settings: of the benchmark.
-    name: of the set.
-    noise: "symmetric:SHARE", exactly that share, each class as likely as another; or
-      "pair:SHARE", every class mistaken for the next one with that probability.
-    seed: of the trusted examples, the noise and the training.
+    settings: the flags of the benchmark.
+    name: the name of the data set.
+    noise: "symmetric:SHARE" for exactly that share of wrong labels, each drawn
+      uniformly from the other classes, or "pair:SHARE" to replace each label with that
+      probability by the next class.
+    seed: the seed of the trusted examples, the noise and the training.
+
+  Returns:
+    The data set with wrong labels.
 
   Raises:
-    InputError: unknown names.
+    InputError: if a name is unknown.
   """
   x, labels, num_classes = load(settings, name)
   kind, _, share = noise.partition(":")
@@ -167,16 +181,21 @@ def make_cell(settings: Settings, name: str, noise: str, seed: int) -> Cell:
     pairs = {c: (c + 1) % num_classes for c in range(num_classes)}
     matrix = label_noise.pair_matrix(num_classes, float(share), pairs)
     given = label_noise.resample(true, matrix, rng=rng)
-  return Cell(
+  return NoisyData(
     x[rows], given, true, (x[trusted], labels[trusted]), num_classes, EPOCHS[name], seed
   )
 
 
 class Trainer:
-  """The same network and optimizer for every method, in a loop of a few lines."""
+  """A short training loop, with the same network and optimizer for every method."""
 
   def __init__(self, num_classes: int, with_trusted: bool = False):
-    """Nothing compiled yet; `with_trusted` trains with the weights of L2RW."""
+    """Creates the model and the optimizer.
+
+    Args:
+      num_classes: the number of classes.
+      with_trusted: whether to train with the weights of L2RW on the trusted examples.
+    """
     self.model = mlp.MLP(num_classes, _HIDDEN)
     self.optimizer = optax.adam(_LEARNING_RATE)
     self.num_classes = num_classes
@@ -211,60 +230,62 @@ class Trainer:
     return jax.lax.scan(step, carry, rows)[0]
 
   def train(
-    self, cell: Cell, chosen: np.ndarray | None = None
+    self, data: NoisyData, train_rows: np.ndarray | None = None
   ) -> tuple[Any, audit.State, float]:
-    """Trains on a cell.
+    """Trains a network.
 
     Args:
-      cell: the examples.
-      chosen: rows to train on; all if None.
+      data: the data set.
+      train_rows: the rows to train on; the default is all rows.
 
     Returns:
-      Parameters, statistics, and processor seconds without compilation.
+      The parameters, the statistics, and the CPU seconds without compilation.
     """
-    if chosen is None:
-      chosen = np.arange(len(cell.given))
-    size = len(chosen)
+    if train_rows is None:
+      train_rows = np.arange(len(data.given))
+    size = len(train_rows)
     batch_size = min(100, max(8, size // 13))
-    params = self.model.init(jax.random.key(cell.seed), cell.x[:1])["params"]
-    state = audit.init(len(cell.given), self.num_classes)
+    params = self.model.init(jax.random.key(data.seed), data.x[:1])["params"]
+    state = audit.init(len(data.given), self.num_classes)
     carry = (params, self.optimizer.init(params), state)
-    data, trusted = jax.device_put(((cell.x, cell.given), cell.trusted))
-    rng = np.random.default_rng([cell.seed, size])
+    arrays, trusted = jax.device_put(((data.x, data.given), data.trusted))
+    rng = np.random.default_rng([data.seed, size])
     shape = (size // batch_size, batch_size)
-    key = (cell.x.shape, shape)
+    key = (data.x.shape, shape)
     if key not in self._compiled:
       like = jax.ShapeDtypeStruct(shape, np.int32)
-      lowered = jax.jit(self._epoch).lower(carry, data, trusted, like)
+      lowered = jax.jit(self._epoch).lower(carry, arrays, trusted, like)
       self._compiled[key] = lowered.compile()
     jax.block_until_ready(carry)
     started = time.process_time()
-    for _ in range(cell.num_epochs):
-      rows = chosen[rng.permutation(size)][: shape[0] * shape[1]].reshape(shape)
-      carry = self._compiled[key](carry, data, trusted, rows.astype(np.int32))
+    for _ in range(data.num_epochs):
+      rows = train_rows[rng.permutation(size)][: shape[0] * shape[1]].reshape(shape)
+      carry = self._compiled[key](carry, arrays, trusted, rows.astype(np.int32))
     jax.block_until_ready(carry)
     return carry[0], carry[2], time.process_time() - started
 
   def predict(self, params: Any, x: np.ndarray) -> np.ndarray:
-    """Probabilities of a trained network, [N, C]."""
+    """Returns the probabilities of a trained network, [N, C]."""
     logits: Any = self.model.apply({"params": params}, x)
     return np.asarray(jax.nn.softmax(logits))
 
 
 @functools.cache
 def trainer(num_classes: int, with_trusted: bool) -> Trainer:
-  """One for all cells of a kind, so that each shape is compiled once."""
+  """Returns a trainer that is shared, so that each shape is compiled once."""
   return Trainer(num_classes, with_trusted)
 
 
-def audit_rankings(cell: Cell, with_trusted: bool) -> Iterator[tuple[str, Ranking]]:
-  """Rankings by one run: ours and, of the plain run, single statistics."""
-  _, state, seconds = trainer(cell.num_classes, with_trusted).train(cell)
+def audit_rankings(
+  data: NoisyData, with_trusted: bool
+) -> Iterator[tuple[str, Ranking]]:
+  """Yields the rankings from one run: the audit, and single statistics."""
+  _, state, seconds = trainer(data.num_classes, with_trusted).train(data)
   started = time.process_time()
   statistics = audit.summarize(state)
-  issues = audit.find_label_issues(statistics, cell.given)
+  issues = audit.find_label_issues(statistics, data.given)
   total = seconds + time.process_time() - started
-  score = np.empty(len(cell.given))
+  score = np.empty(len(data.given))
   score[issues.index] = issues.score
   name = "audit, 5 trusted a class" if with_trusted else "audit"
   yield name, Ranking(score, issues.num_issues, total)
@@ -278,66 +299,67 @@ def audit_rankings(cell: Cell, with_trusted: bool) -> Iterator[tuple[str, Rankin
     yield "mean loss", Ranking(statistics["mean_loss"], None, seconds)
 
 
-def cleanlab_ranking(cell: Cell) -> Ranking:
-  """Out-of-fold probabilities of the same network, and cleanlab's verdict on them."""
+def cleanlab_ranking(data: NoisyData) -> Ranking:
+  """Returns cleanlab's ranking, from out-of-fold probabilities of the same network."""
   from cleanlab import filter as cleanlab_filter
   from cleanlab import rank
   from sklearn import model_selection
 
   folds = model_selection.StratifiedKFold(
-    _FOLDS, shuffle=True, random_state=cell.seed
-  ).split(cell.x, cell.given)
-  probabilities = np.zeros((len(cell.given), cell.num_classes))
-  network = trainer(cell.num_classes, False)
+    _FOLDS, shuffle=True, random_state=data.seed
+  ).split(data.x, data.given)
+  probabilities = np.zeros((len(data.given), data.num_classes))
+  network = trainer(data.num_classes, False)
   total = 0.0
   for train, held_out in folds:
-    params, _, seconds = network.train(cell, train)
+    params, _, seconds = network.train(data, train)
     started = time.process_time()
-    probabilities[held_out] = network.predict(params, cell.x[held_out])
+    probabilities[held_out] = network.predict(params, data.x[held_out])
     total += seconds + time.process_time() - started
   started = time.process_time()
-  quality = rank.get_label_quality_scores(cell.given, probabilities)
-  is_issue = cleanlab_filter.find_label_issues(cell.given, probabilities, n_jobs=1)
+  quality = rank.get_label_quality_scores(data.given, probabilities)
+  is_issue = cleanlab_filter.find_label_issues(data.given, probabilities, n_jobs=1)
   return Ranking(-quality, int(is_issue.sum()), total + time.process_time() - started)
 
 
-def neighbors_ranking(cell: Cell) -> Ranking:
-  """The share of the ten nearest neighbors with another label, by closeness."""
+def neighbors_ranking(data: NoisyData) -> Ranking:
+  """Ranks by the share of the nearest neighbors with another label, by closeness."""
   from sklearn import neighbors
 
   started = time.process_time()
-  index = neighbors.NearestNeighbors(n_neighbors=_NEIGHBORS).fit(cell.x)
-  distances, rows = index.kneighbors()  # Without the example itself.
+  index = neighbors.NearestNeighbors(n_neighbors=_NEIGHBORS).fit(data.x)
+  distances, rows = index.kneighbors()  # Excludes the example itself.
   closeness = 1 / np.maximum(distances, 1e-12)
-  is_other = cell.given[rows] != cell.given[:, None]
+  is_other = data.given[rows] != data.given[:, None]
   score = (closeness * is_other).sum(axis=1) / closeness.sum(axis=1)
   return Ranking(score, None, time.process_time() - started)
 
 
-def rankings(cell: Cell, methods: Sequence[str]) -> Iterator[tuple[str, Ranking]]:
-  """The rankings of each of `--methods`."""
+def rankings(data: NoisyData, methods: Sequence[str]) -> Iterator[tuple[str, Ranking]]:
+  """Yields the rankings of each of `--methods`."""
   for method in methods:
     if method in ("audit", "audit_trusted"):
-      yield from audit_rankings(cell, method == "audit_trusted")
+      yield from audit_rankings(data, method == "audit_trusted")
     elif method == "cleanlab":
-      yield "cleanlab, 5-fold", cleanlab_ranking(cell)
+      yield "cleanlab, 5-fold", cleanlab_ranking(data)
     elif method == "neighbors":
-      yield "10 nearest neighbors", neighbors_ranking(cell)
+      yield "10 nearest neighbors", neighbors_ranking(data)
     else:
       raise base.InputError(f"--methods={method}: choose among {', '.join(METHODS)}.")
 
 
 def measure(ranking: Ranking, is_wrong: np.ndarray) -> dict[str, Any]:
-  """How good a ranking is.
+  """Measures the quality of a ranking.
 
   Args:
-    ranking: of N labels.
-    is_wrong: bool [N].
+    ranking: the ranking of N labels.
+    is_wrong: whether each label is wrong, bool [N].
 
   Returns:
-    The area under the ROC curve; precision at k, the number of wrong labels (the share
-    missed when so many are flagged is 1 less that); what the method calls wrong over
-    the true number, and precision and recall of these.
+    The area under the ROC curve; the precision at k, where k is the number of wrong
+    labels (1 minus this is the share of wrong labels that are missed if k are flagged);
+    the estimated over the true number of wrong labels, and the precision and recall if
+    the estimated number is flagged.
   """
   from sklearn import metrics
 
@@ -362,38 +384,38 @@ def measure(ranking: Ranking, is_wrong: np.ndarray) -> dict[str, Any]:
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Measures, prints and writes."""
+  """Runs the benchmark, prints the results and writes them to a folder."""
   if "cleanlab" in settings.methods:
     try:
       import cleanlab  # noqa: F401
     except ImportError:
       raise base.InputError(
         "--methods=cleanlab needs cleanlab: pip install '.[benchmarks]', or leave it"
-        " out."
+        " out of --methods."
       ) from None
-  cells = [
+  configurations = [
     (name, noise, seed)
     for name in settings.datasets
     for noise in settings.noises
-    # Of two classes, the next one is the only other one.
+    # With two classes, the next class is the only other one, as for symmetric noise.
     if not (name == "breast_cancer" and noise.startswith("pair"))
     for seed in range(settings.num_seeds)
   ]
-  for first in cells[:: settings.num_seeds]:
-    make_cell(settings, *first)  # Mistakes show before anything is written.
+  for first in configurations[:: settings.num_seeds]:
+    make_noisy_data(settings, *first)  # Raises before anything is written.
   folder = runner.open_folder(settings, TABLE.name, workdir)
   rows = []
-  for name, noise, seed in cells:
-    cell = make_cell(settings, name, noise, seed)
-    for method, ranking in rankings(cell, settings.methods):
+  for name, noise, seed in configurations:
+    data = make_noisy_data(settings, name, noise, seed)
+    for method, ranking in rankings(data, settings.methods):
       rows.append(
         {
           "method": method,
           "dataset": name,
           "noise": noise,
           "seed": seed,
-          "num_examples": len(cell.given),
-          **measure(ranking, cell.given != cell.true),
+          "num_examples": len(data.given),
+          **measure(ranking, data.given != data.true),
           **workdir_lib.run_info(),
         }
       )

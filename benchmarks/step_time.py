@@ -1,27 +1,30 @@
-r"""What a training step costs: time, operations, memory, beside plain SGD and PyTorch.
+r"""Cost of a training step, compared with plain SGD and PyTorch.
 
-Networks by sizes of the clean batch by methods by engines. All contestants of one
-network and one clean batch are compiled first, then take turns in an order by chance;
-of each the median counts, and of ratios the median of those within the same turn, so
-that other work on the machine meets all alike. A step is the method's gradients and
-SGD, with the state donated, on batches that lie on the device. Compilation is apart.
-Methods without a clean batch have one row, and engines only those that look ahead:
+The benchmark measures the time, the FLOPs and the memory of a training step for each
+network, size of the meta batch, method and engine. All implementations for one network
+and one size of the meta batch form a group. They are compiled first, and are then timed
+in rounds: in each round, every implementation takes one turn, in random order. The
+results are medians over turns, and ratios are medians of the ratios within a round, so
+that other load on the machine affects all implementations equally. A step computes the
+gradients of the method and an SGD update, with the state donated and the batches on the
+device. The time of compilation is reported separately. Methods without a meta batch
+have a single row. Only methods with a look-ahead step have engines:
 
   literal     `jax.grad` through the unrolled inner step, then a second pass
-  forward     `linearization.linearize`, by forward mode
-  layerwise   the same, layer by layer; not for BatchNorm
+  forward     `linearization.linearize` in forward mode
+  layerwise   `linearization.linearize` layer by layer; not for BatchNorm
 
-With --peer=torch the same networks and batches in PyTorch, as its users write it
-(`benchmarks._torch_steps`), take their turns among ours. Its threads wait for each
-other by spinning: on a CPU that is not idle that made a step of the MLP 100 times as
-long, and OMP_WAIT_POLICY=passive in the environment mended it. On a GPU where both
-frameworks do not fit together, --peer_only makes the peer's rows alone, in another
---workdir.
-Memory that XLA and PyTorch free stays with the process (`experiments.lib.launch`).
-Each group is saved as it is done, and the same command continues on the same machine;
-with all of them there it draws the figures anew.
+With --peer=torch, the same networks and batches are also timed in PyTorch
+(`benchmarks._torch_steps`), in the same rounds. PyTorch's threads busy-wait for each
+other. On a CPU with other load, this made a step of the MLP 100 times slower, and
+setting OMP_WAIT_POLICY=passive in the environment fixed it. On a GPU without enough
+memory for both frameworks, --peer_only measures PyTorch alone, in another --workdir.
+
+The process keeps memory that XLA and PyTorch free (`experiments.lib.launch`). Each
+group is saved when it is finished, and the same command continues on the same machine.
+When all groups are finished, it draws the figures again.
 Command: python -m benchmarks.step_time --peer=torch
-Ours: results/step_time.
+Results: results/step_time.
 """
 
 import dataclasses
@@ -62,24 +65,24 @@ class Settings(settings_lib.Settings):
   )
   methods: tuple[str, ...] | None = flag(
     None,
-    "Methods to time, separated by commas. The default is all; of large networks on a"
-    " CPU those that look ahead.",
+    "Methods to time, separated by commas. The default is all; for large networks on a"
+    " CPU, only methods with a look-ahead step.",
   )
   engines: tuple[str, ...] = flag(
     tuple(_steps.ENGINES),
-    "Engines of the methods that look ahead, separated by commas.",
+    "Engines of the methods with a look-ahead step, separated by commas.",
     group="method",
   )
   meta_sizes: tuple[str, ...] = flag(
     ("1", "0.1"),
-    "Number of clean examples in a step over --batch_size, separated by commas.",
+    "Sizes of the meta batch, relative to --batch_size, separated by commas.",
   )
   batch_size: int | None = flag(
     None,
-    "Number of examples in a step. The default is 100; of wrn_28_10 on a CPU 10.",
+    "Number of examples in a step. The default is 100, or 10 for wrn_28_10 on a CPU.",
   )
   repeats: int = flag(
-    30, "Largest number of turns of each contestant.", bounds=settings_lib.REPEATS
+    30, "Largest number of turns of each implementation.", bounds=settings_lib.REPEATS
   )
   seconds: float = flag(
     20.0,
@@ -88,14 +91,16 @@ class Settings(settings_lib.Settings):
     bounds=settings_lib.Bounds(0, 1e7),
   )
   dtype: str = flag(
-    "float32", "Type of the computation.", choices=["float32", "bfloat16"]
+    "float32", "Data type of the computation.", choices=["float32", "bfloat16"]
   )
   peer: str | None = flag(
-    None, "Framework to measure as well.", choices=["torch"], group="method"
+    None, "Other framework to measure as well.", choices=["torch"], group="method"
   )
-  peer_only: bool = flag(False, "Measure the peer alone.", group="method")
+  peer_only: bool = flag(False, "Measure only the other framework.", group="method")
   peer_compile: bool = flag(
-    False, "Measure torch.compile too, where that runs.", group="method"
+    False,
+    "Also measure torch.compile, for the methods that it can compile.",
+    group="method",
   )
 
 
@@ -103,12 +108,13 @@ TABLE = catalog.STEP_TIME
 
 
 class Group(NamedTuple):
-  """Contestants that take turns.
+  """Implementations that are timed in the same rounds.
 
   Attributes:
-    setting: what they share.
-    share: M / B, or None without a clean batch.
-    pairs: methods and engines of ours beside plain training.
+    setting: the settings that they share.
+    share: the size of the meta batch over that of the batch, M / B. None without a
+      meta batch.
+    pairs: the methods and engines of this library, in addition to plain training.
   """
 
   setting: _networks.Setting
@@ -117,21 +123,21 @@ class Group(NamedTuple):
 
   @property
   def name(self) -> str:
-    """Of its file."""
+    """The name of the group and of its file."""
     return f"{self.setting.network}-{'none' if self.share is None else self.share}"
 
 
 def plan(settings: Settings) -> list[Group]:
-  """What the flags ask for.
+  """Returns the groups that the flags select.
 
   Raises:
-    InputError: they ask for what there is not.
+    InputError: if a name or a value is invalid, or no implementation remains.
   """
   on_cpu = jax.default_backend() == "cpu"
   offered = list(_networks.NETWORKS)
-  usual = [n for n in offered if n != "wrn_28_10" or not on_cpu]
+  default = [n for n in offered if n != "wrn_28_10" or not on_cpu]
   given = settings.networks
-  names = _chosen("networks", usual if given is None else given, offered)
+  names = _chosen("networks", default if given is None else given, offered)
   engines = _chosen("engines", settings.engines, _steps.ENGINES)
   shares = [_share(text) for text in settings.meta_sizes]
   if not shares:
@@ -144,31 +150,31 @@ def plan(settings: Settings) -> list[Group]:
 
 def _groups(settings, name, on_cpu, engines, shares):
   network = _networks.NETWORKS[name]
-  if not network.half and settings.dtype != "float32":
+  if not network.supports_bfloat16 and settings.dtype != "float32":
     raise base.InputError(
       f"--dtype={settings.dtype}: {name} computes in float32; choose other --networks."
     )
-  few = network.large and on_cpu
-  usual = _steps.LOOKING_AHEAD if few else list(_steps.METHODS)
+  is_slow = network.slow_on_cpu and on_cpu
+  default = _steps.LOOKAHEAD_METHODS if is_slow else list(_steps.METHODS)
   given = settings.methods
-  methods = _chosen("methods", usual if given is None else given, _steps.METHODS)
+  methods = _chosen("methods", default if given is None else given, _steps.METHODS)
   size = settings.batch_size or (
     network.cpu_batch_size if on_cpu else network.batch_size
   )
-  found: dict[int | None, Group] = {}
+  groups: dict[int | None, Group] = {}
   for share in (None, *shares):
     meta_size = None if share is None else max(1, round(share * size))
-    own = [m for m in methods if (m in _steps.NEED_META) == (share is not None)]
-    pairs = _steps.pairs(name, [m for m in own if m != "plain"], engines)
+    of_share = [m for m in methods if (m in _steps.META_METHODS) == (share is not None)]
+    pairs = _steps.pairs(name, [m for m in of_share if m != "plain"], engines)
     setting = _networks.Setting(name, settings.dtype, size, meta_size)
-    if pairs or own == ["plain"]:
-      found.setdefault(meta_size, Group(setting, share, pairs))
-  if not found:
+    if pairs or of_share == ["plain"]:
+      groups.setdefault(meta_size, Group(setting, share, pairs))
+  if not groups:
     raise base.InputError(
-      f"--engines={','.join(engines)}: examples of {name} see each other (BatchNorm);"
-      " add forward or literal."
+      f"--engines={','.join(engines)}: layerwise does not support {name}, whose"
+      " BatchNorm mixes examples; add forward or literal."
     )
-  return list(found.values())
+  return list(groups.values())
 
 
 def _chosen(flag, names, offered):
@@ -188,11 +194,11 @@ def _share(text):
   return share
 
 
-def _torch_steps() -> Any:
-  """The peer's steps, which are imported only where they are asked for.
+def _import_torch_steps() -> Any:
+  """Imports the steps in PyTorch, which is an optional dependency.
 
   Raises:
-    InputError: PyTorch is not there, or not for this device.
+    InputError: if PyTorch is not installed or does not support the device of JAX.
   """
   platform = jax.default_backend()
   if platform not in ("cpu", "gpu"):
@@ -201,125 +207,137 @@ def _torch_steps() -> Any:
       " GPU; set JAX_PLATFORMS=cpu."
     )
   try:
-    from benchmarks import _torch_steps as found
+    from benchmarks import _torch_steps
   except ImportError as error:
     raise base.InputError(
       f"--peer=torch: PyTorch cannot be imported ({error}); run pip install"
       " '.[benchmarks]' in the checkout."
     ) from error
-  if found.device(platform == "gpu") is None:
+  if _torch_steps.select_device(platform == "gpu") is None:
     raise base.InputError(
       "--peer=torch: JAX computes on a GPU and PyTorch sees none; install PyTorch for"
       " CUDA, or set JAX_PLATFORMS=cpu."
     )
-  return found
+  return _torch_steps
 
 
 def measure(settings: Settings, group: Group) -> list[dict[str, Any]]:
-  """A row for every contestant that could run, plain training first.
+  """Times a group and returns a row for every implementation that ran.
+
+  Plain training comes first.
 
   Raises:
-    InputError: there is no memory for plain training.
+    InputError: if there is not enough memory for plain training.
   """
   started = time.perf_counter()
-  contestants = [c for c in _contestants(settings, group) if c is not None]
-  if not contestants:
-    raise base.InputError(f"{group.name}: no memory for it; lower --batch_size.")
+  implementations = [c for c in _implementations(settings, group) if c is not None]
+  if not implementations:
+    raise base.InputError(f"{group.name}: not enough memory; lower --batch_size.")
   ready = time.perf_counter()
-  turns = _turns.take(contestants, settings.repeats, settings.seconds)
+  turns = _turns.take(implementations, settings.repeats, settings.seconds)
   by_name = dict(
-    zip([(c.framework, c.method) for c in contestants], turns, strict=True)
+    zip([(c.framework, c.method) for c in implementations], turns, strict=True)
   )
-  facts = _facts(settings, group.setting) | {"meta_share": group.share}
+  columns = _shared_columns(settings, group.setting) | {"meta_share": group.share}
   rows = []
-  for contestant, own in zip(contestants, turns, strict=True):
-    framework, method = contestant.framework, contestant.method
+  for implementation, measured in zip(implementations, turns, strict=True):
+    framework, method = implementation.framework, implementation.method
     peer = by_name.get(("torch", method)) if framework == "jax" else None
-    row = {"method": method, "engine": contestant.engine, "framework": framework}
-    row |= facts | contestant.facts
+    row = {"method": method, "engine": implementation.engine, "framework": framework}
+    row |= columns | implementation.info
     if method == "plain":
       row |= {"meta_size": None, "meta_share": None}
-    rows.append(row | _turns.summary(own, by_name[framework, "plain"], peer))
+    rows.append(row | _turns.summary(measured, by_name[framework, "plain"], peer))
   print(
-    f"{group.name}: {len(contestants)} contestants, {ready - started:.0f} s to compile,"
-    f" {len(turns[0].seconds)} turns in {time.perf_counter() - ready:.0f} s",
+    f"{group.name}: {len(implementations)} implementations,"
+    f" {ready - started:.0f} s to compile, {len(turns[0].seconds)} turns in"
+    f" {time.perf_counter() - ready:.0f} s",
     flush=True,
   )
   return [_derived(row, rows) for row in rows]
 
 
-def _contestants(settings, group):
+def _implementations(settings, group):
   setting = group.setting
   if not settings.peer_only:
     plain = _plain(setting._replace(meta_size=None))
     yield plain
     for pair in group.pairs if plain else ():
-      make = functools.partial(_steps.contestant, setting, *pair)
+      make = functools.partial(_steps.implementation, setting, *pair)
       yield _attempt(make, f"{pair[0]} by {pair[1]} of {group.name}")
   if not settings.peer:
     return
-  peer = _torch_steps()
-  where = peer.device(jax.default_backend() == "gpu")
-  own = {method for method, _ in group.pairs}
+  peer = _import_torch_steps()
+  device = peer.select_device(jax.default_backend() == "gpu")
+  methods = {method for method, _ in group.pairs}
   for compiled in (False, True)[: 1 + settings.peer_compile]:
-    for method in ("plain", *(m for m in peer.METHODS if m in own)):
+    for method in ("plain", *(m for m in peer.METHODS if m in methods)):
       make = functools.partial(
-        peer.contestant, setting, method, _steps.LEARNING_RATE, where, compiled
+        peer.implementation, setting, method, _steps.LEARNING_RATE, device, compiled
       )
-      found = _attempt(make, f"{method} of {group.name} in PyTorch", compiled)
-      yield found
-      if found is None and method == "plain":
-        break  # There is nothing to compare the others with.
+      implementation = _attempt(make, f"{method} of {group.name} in PyTorch", compiled)
+      yield implementation
+      if implementation is None and method == "plain":
+        break  # The other methods have no baseline.
 
 
 @functools.lru_cache(maxsize=1)
 def _plain(setting):
-  """One for all groups of a network."""
-  make = functools.partial(_steps.contestant, setting, "plain")
+  """Plain training, which is compiled once for all groups of a network."""
+  make = functools.partial(_steps.implementation, setting, "plain")
   return _attempt(make, f"plain training of {setting.network}")
 
 
-def _attempt(make, what, forgiving=False):
-  """A contestant that has taken a step, or None where memory is short, told."""
+def _attempt(make, description, skip_errors=False):
+  """Makes an implementation and takes a step.
+
+  If there is not enough memory, or on any error with `skip_errors`, the error is
+  printed and the result is None.
+  """
   try:
-    contestant = make()
-    _turns.run(contestant, 1)
-    return contestant
+    implementation = make()
+    _turns.run(implementation, 1)
+    return implementation
   except Exception as error:
-    short = "RESOURCE_EXHAUSTED" in str(error) or "OutOfMemory" in type(error).__name__
-    if not (short or forgiving):
+    out_of_memory = (
+      "RESOURCE_EXHAUSTED" in str(error) or "OutOfMemory" in type(error).__name__
+    )
+    if not (out_of_memory or skip_errors):
       raise
-    said = next(iter(str(error).splitlines()), "")
-    print(f"left out: {what}: {type(error).__name__}: {said}", file=sys.stderr)
+    message = next(iter(str(error).splitlines()), "")
+    print(f"skipped {description}: {type(error).__name__}: {message}", file=sys.stderr)
     return None
 
 
-def _facts(settings, setting):
-  """What all rows of a group say."""
+def _shared_columns(settings, setting):
+  """The columns that are the same for all rows of a group."""
   digest = hashlib.sha256()
-  for part in setting.batches():
-    for array in (part or {}).values():
+  for batch in setting.batches():
+    for array in (batch or {}).values():
       digest.update(array.tobytes())
-  facts = setting._asdict() | {"seed": 0, "data": digest.hexdigest()[:16]}
+  columns = setting._asdict() | {"seed": 0, "data": digest.hexdigest()[:16]}
   peak = None if settings.peer_only else _steps.matrix_peak(setting.dtype)
   return (
-    facts | {"matrix_flops_per_second": peak} | _machine(settings) | workdir.run_info()
+    columns
+    | {"matrix_flops_per_second": peak}
+    | _machine(settings)
+    | workdir.run_info()
   )
 
 
 def _machine(settings):
-  """On what was measured; times of two machines do not compare."""
+  """Describes the machine, because times of different machines are not comparable."""
   info = workdir.run_info()
-  found = {name: info[name] for name in ("platform", "device_kind", "jax")}
-  found |= {"cpus": _turns.num_cpus(), "torch": None, "omp_wait_policy": None}
+  machine = {name: info[name] for name in ("platform", "device_kind", "jax")}
+  machine |= {"cpus": _turns.num_cpus(), "torch": None, "omp_wait_policy": None}
   if settings.peer:
-    found["torch"] = str(_torch_steps().torch.__version__)
-    found["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "default")
-  return found
+    machine["torch"] = str(_import_torch_steps().torch.__version__)
+    machine["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "default")
+  return machine
 
 
 def _derived(row, rows):
-  """`row` with its costs a second, and beside those of plain training."""
+  """Adds rates and ratios to plain training to a row."""
   plains = {r["framework"]: r for r in rows if r["method"] == "plain"}
   plain = plains[row["framework"]]
   seconds = row["milliseconds"] / 1e3
@@ -337,37 +355,37 @@ def _derived(row, rows):
 def _rows_of(
   settings: Settings, group: Group, folder: pathlib.Path
 ) -> list[dict[str, Any]]:
-  """Of an earlier call if it got so far, else measured and kept."""
+  """Returns the saved rows of a group, or measures and saves them."""
   path = folder / f"{group.name}.json"
   if path.exists():
-    kept: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    return kept
+    saved: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return saved
   rows = measure(settings, group)
   workdir.write_json(path, rows)
   return rows
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Measures, prints and writes."""
+  """Runs the benchmark, prints the results and writes them to a folder."""
   if (settings.peer_only or settings.peer_compile) and not settings.peer:
     raise base.InputError("--peer_only and --peer_compile need --peer=torch.")
   if settings.seconds <= 0:
     raise base.InputError(f"--seconds={settings.seconds} must be above 0.")
   if settings.peer:
-    # Or else JAX would take the GPU's memory as a whole.
+    # Otherwise JAX would allocate most of the memory of the GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    _torch_steps()
-  # A program from the cache would be compiled in no time.
+    _import_torch_steps()
+  # A program from the cache would have no compilation time.
   jax.config.update("jax_enable_compilation_cache", False)
   groups = plan(settings)
   folder = runner.open_folder(settings, TABLE.name, workdir, **_machine(settings))
   rows: list[dict[str, Any]] = []
   for group in groups:
     known = {(r["network"], r["framework"]) for r in rows if r["method"] == "plain"}
-    found = _rows_of(settings, group, folder)
-    # Plain training took its turns in every group, and is told once.
-    new = [r for r in found if (r["network"], r["framework"]) not in known]
-    rows += [r for r in found if r["method"] != "plain" or r in new]
+    group_rows = _rows_of(settings, group, folder)
+    # Plain training is timed in every group, but reported once.
+    new = [r for r in group_rows if (r["network"], r["framework"]) not in known]
+    rows += [r for r in group_rows if r["method"] != "plain" or r in new]
   figures = _step_time_figure.draw(rows, folder)
   return runner.report(settings, TABLE, folder, rows, figures)
 

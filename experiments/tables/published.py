@@ -1,6 +1,6 @@
-"""Numbers that papers publish, to stand beside ours."""
+"""Published numbers, which the tables show next to the results of this library."""
 
-# Method -> majority -> (test error in %, its "±").
+# Maps a method and a majority to the test error in % and its "±".
 MNIST_IMBALANCE_SOURCE = (
   "Published: Ren et al. (2018), figure 3, read off its coordinates; their ± is the"
   " drawn error bar, whose type is not stated."
@@ -50,7 +50,8 @@ MNIST_IMBALANCE = {
   },
 }
 
-# (builder, rate) -> method -> (test accuracy in %, its "±"), last epoch.
+# Maps a builder and noise rate, and a method, to the test accuracy in % after the last
+# epoch and its "±".
 MNIST_NOISE_SOURCE = (
   "Published: Patel and Sastry (2023, BARE), MNIST table, read from a secondary source;"
   " their ± is a standard deviation; 200 epochs and, in the released code, pixels from"

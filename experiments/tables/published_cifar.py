@@ -1,16 +1,16 @@
-"""What papers publish for CIFAR, to stand beside ours: wrong labels, long tails."""
+"""Published numbers for CIFAR with wrong labels and long tails."""
 
-# (test accuracy in %, its "±", or None). Keys: preset, data set, noise fraction,
-# method of ours.
 SOURCE = (
   "Published: the tables of the preset's paper (Ren et al. 2018, Shu et al. 2019, Jiang"
-  " et al. 2018); L2RW's ± is a 95% interval over 5 splits, what Meta-Weight-Net's is"
-  " could not be verified, MentorNet gives none."
+  " et al. 2018). The ± of L2RW is a 95% interval over 5 splits; the meaning of that of"
+  " Meta-Weight-Net could not be verified; MentorNet reports none."
 )
+# The test accuracy in %, and its "±" or None.
 Number = tuple[float, float | None]
-# Our names for theirs: bootstrapping_hard and _soft are Reed-Hard and -Soft,
-# s_model_conf is S-Model+Conf. "Focal" is the focal loss in Meta-Weight-Net's tables
-# and in LDAM's; in MentorNet's it is a curriculum, focal_weight.
+# Methods are called by their names in this library: bootstrapping_hard and _soft are
+# Reed-Hard and Reed-Soft, and s_model_conf is S-Model+Conf. "Focal" is the focal loss
+# in the tables of Meta-Weight-Net and LDAM, but a curriculum (focal_weight) in that of
+# MentorNet.
 
 _L2RW_UNIFORM = {
   "cifar10": {
@@ -53,9 +53,9 @@ _L2RW_BACKGROUND = {
   },
 }
 
-# Of Meta-Weight-Net's tables, the methods that are ours too; it does not say which
-# MentorNet it took, nor the focal loss's gamma (ours is 1).
-# By noise fraction: 0, 0.4, 0.6.
+# The methods of Meta-Weight-Net's tables that this library implements. The paper states
+# neither which MentorNet it used nor the gamma of the focal loss (1 in this library).
+# The columns are the noise fractions 0, 0.4 and 0.6.
 _MWN_UNIFORM = {
   "cifar10": {
     "uniform": ((95.60, 0.22), (68.07, 1.23), (53.12, 3.03)),
@@ -77,7 +77,7 @@ _MWN_UNIFORM = {
   },
 }
 
-# By noise fraction: 0, 0.2, 0.4.
+# The columns are the noise fractions 0, 0.2 and 0.4.
 _MWN_FLIP = {
   "cifar10": {
     "uniform": ((92.89, 0.32), (76.83, 2.30), (70.77, 2.31)),
@@ -101,7 +101,8 @@ _MWN_FLIP = {
   },
 }
 
-# MentorNet's table 2, "ResNet-101" student; by noise fraction: 0.2, 0.4, 0.8.
+# Table 2 of MentorNet, with the student "ResNet-101". The columns are the noise
+# fractions 0.2, 0.4 and 0.8.
 _MENTORNET = {
   "cifar10": {
     "uniform": ((82.0, None), (69.0, None), (18.0, None)),
@@ -121,7 +122,8 @@ _MENTORNET = {
   },
 }
 
-# preset -> (builder, fractions, data set -> method -> a number for each fraction)
+# Maps a preset to the builder, the noise fractions, and a table: data set -> method ->
+# a number for each fraction.
 _TABLES: dict[str, tuple[str, tuple[float, ...], dict]] = {
   "l2rw_uniform": ("uniform_flip", (0.4,), _L2RW_UNIFORM),
   "l2rw_background": ("background_flip", (0.4,), _L2RW_BACKGROUND),
@@ -134,12 +136,12 @@ _TABLES: dict[str, tuple[str, tuple[float, ...], dict]] = {
 def lookup(
   preset: str, dataset: str, noise: str, fraction: float | None, method: str
 ) -> tuple[float | None, float | None]:
-  """The published accuracy and its +-, or (None, None) where there is none."""
+  """Returns the published accuracy in % and its ±; each is None if not published."""
   builder, fractions, table = _TABLES.get(preset, ("", (), {}))
-  found = table.get(dataset, {}).get(method)
-  if noise != builder or fraction not in fractions or found is None:
+  numbers = table.get(dataset, {}).get(method)
+  if noise != builder or fraction not in fractions or numbers is None:
     return None, None
-  return found if len(fractions) == 1 else found[fractions.index(fraction)]
+  return numbers if len(fractions) == 1 else numbers[fractions.index(fraction)]
 
 
 LONG_TAIL_SOURCE = (
@@ -147,9 +149,10 @@ LONG_TAIL_SOURCE = (
   " whether of the last or the best epoch is not stated); builder mwn, Shu et al. 2019"
   " (best epoch on the test set). Neither gives a ± here."
 )
-# Exponential 100 and 10, step 100 and 10, on CIFAR-10 and then on CIFAR-100. Not here:
-# class-balanced resampling, which is by effective numbers, and the class-balanced focal
-# loss, whose code takes the probability from the weighted loss; ours do neither.
+# The columns are exponential 100 and 10, and step 100 and 10, on CIFAR-10 and then on
+# CIFAR-100. Two methods are omitted because this library implements them differently:
+# class-balanced resampling, which uses effective numbers, and the class-balanced focal
+# loss, whose code computes the probability from the weighted loss.
 _LDAM_TAILS = (
   ("exponential", 100.0),
   ("exponential", 10.0),
@@ -166,8 +169,9 @@ _LDAM_ERRORS = {
   "uniform_drs": (25.50, 13.28, 27.97, 14.83, 59.67, 42.74, 58.65, 43.21),
 }
 
-# Exponential 200, 100, 50, 20, 10 and 1, on CIFAR-10 and then on CIFAR-100. The
-# plain cross-entropy equals LDAM's to all digits: neither is a rerun, it seems.
+# The columns are exponential 200, 100, 50, 20, 10 and 1, on CIFAR-10 and then on
+# CIFAR-100. Where both papers report plain cross-entropy, all digits are the same, so
+# the numbers are probably not from separate runs.
 _MWN_TAILS = tuple(("exponential", f) for f in (200.0, 100.0, 50.0, 20.0, 10.0, 1.0))
 _MWN_ACCURACIES = {
   "uniform": (
@@ -200,7 +204,7 @@ _MWN_ACCURACIES = {
 def long_tail(
   dataset: str, method: str, builder: str, shape: str, imbalance: float
 ) -> float | None:
-  """The published accuracy (%) of ResNet-32, or None where there is none."""
+  """Returns the published accuracy of ResNet-32 in %, or None."""
   tails = {"ldam": _LDAM_TAILS, "mwn": _MWN_TAILS}[builder]
   sets = ("cifar10", "cifar100")
   if (shape, imbalance) not in tails or dataset not in sets:

@@ -1,11 +1,11 @@
-"""The statistics of training as a part of any method's state.
+"""Wraps a method so that it records the training statistics of every example.
 
     method = audit.recording(baselines.uniform())
     (result,) = loop.train(config, model, method, optimizer, [splits], folder)
     issues = audit.find_label_issues(result.statistics, splits.train.label)
 
-What is recorded belongs to the method's state. So it is saved in every checkpoint,
-and an interrupted run continues with what it had.
+The statistics are part of the method's state. They are therefore saved in every
+checkpoint, and an interrupted run continues with them.
 """
 
 import functools
@@ -17,30 +17,31 @@ from l2rw_jax.audit import statistics as statistics_lib
 
 
 class Recorded(NamedTuple):
-  """What `recording` carries.
+  """The state of a method that records statistics.
 
   Attributes:
-    statistics: of the run so far.
-    inner: the method's state.
+    statistics: the statistics of the run so far.
+    inner: the state of the wrapped method.
   """
 
   statistics: statistics_lib.State
   inner: base.PyTree
 
 
-@functools.lru_cache(maxsize=16)  # One program for all runs of a method.
+@functools.lru_cache(maxsize=16)  # All runs of a method share a compiled step.
 def recording(method: base.Method) -> base.Method:
-  """`method`, with the statistics of every training example recorded.
+  """Wraps `method` to record the statistics of every training example.
 
-  Training is the same without. The logits are those of the training batch before the
-  step's update, as the network is trained (dropout, batch statistics). They cost at
-  most one forward pass a step, and none where XLA shares it with the method's own: on
-  LeNet, recording adds 0.01% to the FLOPs of plain training and 15% to those of L2RW
-  with as many clean examples. Weights are recorded, and so are the scores of methods
-  that report them (L2RW). Wrap a method in other wrappers before this one.
+  Recording does not change training. The logits are those of the training batch before
+  the step's update, in training mode (dropout, batch statistics). They cost at most one
+  forward pass per step, and nothing if XLA merges it with the forward pass of the
+  method. On LeNet, recording adds 0.01% to the FLOPs of plain training, and 15% to
+  those of L2RW with a meta batch of the same size. Weights are recorded too, and so are
+  the scores of methods that report them (L2RW). Apply other wrappers to the method
+  before this one.
 
   Args:
-    method: of a classifier with one label an example.
+    method: a method for a classifier with one label per example.
 
   Returns:
     A `base.Method` whose state is a `Recorded` and whose `report` is `summarize`.
@@ -51,7 +52,7 @@ def recording(method: base.Method) -> base.Method:
     return Recorded(statistics, method.init(key, problem, params))
 
   def gradients(state, problem, inputs):
-    found, inner = method.gradients(state.inner, problem, inputs)
+    result, inner = method.gradients(state.inner, problem, inputs)
     outputs, _ = problem.forward(
       inputs.params, inputs.model_state, inputs.batch, inputs.key, True
     )
@@ -60,11 +61,11 @@ def recording(method: base.Method) -> base.Method:
       inputs.batch["index"],
       losses.logits_of(outputs),
       inputs.batch["label"],
-      found.weights,
-      found.scores,
+      result.weights,
+      result.scores,
       axis_name=problem.axis_name,
     )
-    return found, Recorded(statistics, inner)
+    return result, Recorded(statistics, inner)
 
   def refresh(state, problem, view):
     return state._replace(inner=method.refresh(state.inner, problem, view))
@@ -72,13 +73,13 @@ def recording(method: base.Method) -> base.Method:
   def inner_sample(state, problem, train, rng):
     return method.sample(state.inner, problem, train, rng)
 
-  # The loop treats these two functions specially: it does not look at the state.
-  keeps = method.refresh is base.keep_state
+  # The loop recognizes these two functions by identity, so pass them through.
+  keeps_state = method.refresh is base.keep_state
   permutes = method.sample is base.permutation
   return method._replace(
     gradients=gradients,
     init=init,
-    refresh=base.keep_state if keeps else refresh,
+    refresh=base.keep_state if keeps_state else refresh,
     sample=base.permutation if permutes else inner_sample,
     report=lambda state: statistics_lib.summarize(state.statistics),
   )

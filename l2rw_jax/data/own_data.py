@@ -1,12 +1,12 @@
-"""Data of users: a folder of images, a NumPy archive, or a CSV table.
+"""Readers for users' data: a folder of images, a NumPy archive, or a CSV table.
 
     images:DIR        DIR/CLASS/FILE, or DIR with a labels.csv of path,label
     npz:FILE          arrays X and y (or images and labels), optionally X_test, y_test
-    csv:FILE          a table with a header; csv:FILE#NAME names the column of labels
+    csv:FILE          a table with a header; csv:FILE#NAME names the label column
 
-Labels may be strings or numbers. What cannot be used (an unreadable image, a row
-without a label) is skipped and listed with its reason; what is changed on the way
-(sizes, columns that hold no information) is noted once.
+Labels may be strings or numbers. Examples that cannot be used (an unreadable image, a
+row without a label) are skipped and listed with a reason. Changes to the data (resized
+images, columns that are left out) are described in notes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,28 +26,28 @@ from l2rw_jax import base
 from l2rw_jax.data import image_files
 
 KINDS = ("images", "npz", "csv")
-# Larger images are shrunk: a small network learns which labels are wrong as well from
-# small images, in a fraction of the time.
+# Larger images are shrunk: a small network detects wrong labels equally well in small
+# images, in a fraction of the time.
 _LARGEST_SIDE = 64
-_TEST_SHARE = 5  # Every fifth example of a class.
+_TEST_SHARE = 5  # One example in five is held out, per class.
 _MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?", "<na>"})
 _LABEL_COLUMNS = ("label", "labels", "class", "target", "y")
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-# A column with a larger share of values that are no numbers is one of categories.
+# A column with a larger share of values that are not numbers is categorical.
 _STRAY_SHARE = 0.05
-_MOST_CATEGORIES = 30
+_MAX_CATEGORIES = 30
 _FEATURE_KEYS = ("x", "images", "image", "features", "data")
 _LABEL_KEYS = ("y", "labels", "label", "target", "targets")
 
 
 class Form(NamedTuple):
-  """What further examples must look like to be used together with these.
+  """The format that other examples must have to be used with a data set.
 
   Attributes:
-    class_names: of each class, in the order of the labels.
-    shape: of the features of one example.
-    encoder: turns raw columns of a table into features; None for images.
+    class_names: the name of each class, in the order of the labels.
+    shape: the shape of the features of one example.
+    encoder: converts the raw columns of a table to features; None for images.
   """
 
   class_names: tuple[str, ...]
@@ -57,20 +57,22 @@ class Form(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OwnData:
-  """N examples of a user.
+  """A user's data set of N examples.
 
   Attributes:
-    features: uint8 [N, H, W, 1 or 3] for image files; what a NumPy archive holds, as
-      uint8 or float32 [N, ...]; float32 [N, D], standardized, for rows of a table.
-    labels: int32 [N].
-    form: the names of the classes, and what further examples must look like.
-    names: of each example: its path below the folder, or "row 12", counted from 0.
-    rows: position of each example in the source before any was skipped, int64 [N].
-    columns: the columns of a table as they were read, by name, N strings each.
-    skipped: name and reason of each example that cannot be used.
-    notes: sentences about what was changed.
-    duplicate_of: row of the first example with exactly the same features, -1 for
-      those that are the first or the only ones; int64 [N].
+    features: uint8 [N, H, W, 1 or 3] for image files; uint8 or float32 [N, ...] for
+      NumPy archives; standardized float32 [N, D] for tables.
+    labels: the labels, int32 [N].
+    form: the class names, and the format that other examples must have.
+    names: the name of each example: its path relative to the folder, or "row 12",
+      counted from 0.
+    rows: the position of each example in the source, including skipped examples,
+      int64 [N].
+    columns: the raw columns of a table by name, N strings each.
+    skipped: the name of each example that cannot be used, and the reason.
+    notes: sentences that describe changes to the data.
+    duplicate_of: the row of the first example with exactly the same features, or -1 if
+      there is no such example before this one; int64 [N].
     root: the folder of the images; None for archives and tables.
   """
 
@@ -87,10 +89,10 @@ class OwnData:
 
 
 class _Raw(NamedTuple):
-  """Examples before they are brought into one form; lists of length N."""
+  """N examples before they are converted to one format."""
 
-  values: Any  # paths of images, an array, or a table: name of column -> N strings
-  labels: np.ndarray  # strings
+  values: Any  # Paths of images, an array, or a table (column name -> N strings).
+  labels: np.ndarray  # Strings.
   names: np.ndarray
   rows: np.ndarray
   skipped: list[tuple[str, str]]
@@ -98,6 +100,7 @@ class _Raw(NamedTuple):
   root: pathlib.Path | None = None
 
   def take(self, chosen: np.ndarray) -> "_Raw":
+    """Returns the examples with the indices, or at the mask, `chosen`."""
     if isinstance(self.values, dict):
       values: Any = {name: column[chosen] for name, column in self.values.items()}
     else:
@@ -111,14 +114,14 @@ class _Raw(NamedTuple):
 
 
 def is_own(name: str) -> bool:
-  """Whether a name of a data set is that of a user's own, such as images:DIR."""
+  """Whether the name of a data set refers to user data, such as images:DIR."""
   kind, colon, _ = name.partition(":")
   return bool(colon) and kind in KINDS
 
 
 def read(
   name: str,
-  part: str | None = None,
+  split: str | None = None,
   *,
   labels: str | os.PathLike | None = None,
   label_column: str | None = None,
@@ -129,64 +132,64 @@ def read(
 
   Args:
     name: images:DIR, npz:FILE or csv:FILE.
-    part: "train" or "test": the source's own parts (the folders DIR/train and
-      DIR/test, the arrays X_test and y_test), or else four fifths and one fifth of
-      each class, always the same ones. None is everything, without the source's own
-      test part.
-    labels: for images, a CSV file of path,label; default DIR/labels.csv if there is
-      one, else the folders are the classes.
-    label_column: for a table, the column of labels; default one called label, labels,
-      class, target or y, else the last.
-    image_size: for image files, the height and width; default their most frequent
+    split: "train" or "test". If the source has these splits (the folders DIR/train and
+      DIR/test, the arrays X_test and y_test), they are used. Otherwise, a fixed fifth
+      of the examples of each class is the test set. By default, all examples are
+      returned, except for the source's test split.
+    labels: for images, a CSV file of path,label. The default is DIR/labels.csv if it
+      exists; otherwise, the folders are the classes.
+    label_column: for a table, the label column. The default is a column called label,
+      labels, class, target or y, or else the last column.
+    image_size: for image files, the height and width. The default is the most frequent
       size, with no side above 64.
-    like: the form of other examples that these must have; default: their own, or that
-      of the training part for the test part.
+    like: the format that the examples must have. The test set has the format of the
+      training set by default.
 
   Returns:
     The examples.
 
   Raises:
-    InputError: there is no such file or folder, it has another layout, no example can
-      be used, there are less than two classes, or the examples do not have the form
-      `like`.
+    InputError: if the file or folder does not exist or has another layout, no example
+      can be used, there are fewer than two classes, or the examples do not have the
+      format `like`.
   """
   kind, _, place = name.partition(":")
   if kind not in KINDS or not place:
     raise base.InputError(
       f"the data {name!r} must be one of images:DIR, npz:FILE and csv:FILE"
     )
-  if part not in (None, "train", "test"):
-    raise base.InputError(f"{name} has the parts train and test; got {part!r}")
-  if part == "test" and like is None:
+  if split not in (None, "train", "test"):
+    raise base.InputError(f"{name} has the parts train and test; got {split!r}")
+  if split == "test" and like is None:
     like = read(
       name, "train", labels=labels, label_column=label_column, image_size=image_size
     ).form
   path = pathlib.Path(place).expanduser()
   if kind == "images":
-    raw, is_part = _images(path, part, labels)
+    raw, is_split = _images(path, split, labels)
   elif kind == "npz":
-    raw, is_part = _archive(path, part)
+    raw, is_split = _archive(path, split)
   else:
     path, column = _table_name(place, label_column)
-    raw, is_part = _table(path, column), False
+    raw, is_split = _table(path, column), False
   if not len(raw.labels):
     raise base.InputError(f"{name} has no example that can be used{_first(raw)}")
   chosen = np.arange(len(raw.labels))
-  fitted = chosen
-  if part and not is_part:
-    fitted, test = _held_out(raw.labels, name)
-    chosen = fitted if part == "train" else test
-  return _formed(name, raw, chosen, fitted, image_size, like)
+  train = chosen
+  if split and not is_split:
+    train, test = _train_and_test(raw.labels, name)
+    chosen = train if split == "train" else test
+  return _convert(name, raw, chosen, train, image_size, like)
 
 
 def report(data: OwnData) -> list[str]:
-  """What a user should know of the reading: notes, what was skipped, duplicates.
+  """Describes the changes to the data, the skipped examples and the duplicates.
 
   Args:
-    data: as `read` returns it.
+    data: the data as `read` returns it.
 
   Returns:
-    Sentences; of the skipped examples the first three by name.
+    Sentences. The first three skipped examples are listed by name.
   """
   lines = list(data.notes)
   if data.skipped:
@@ -211,8 +214,8 @@ def _first(raw: _Raw) -> str:
   return f"; {len(raw.skipped)} were skipped, the first is {name}: {reason}"
 
 
-def _held_out(labels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-  """Rows of four fifths and of one fifth of every class, ascending."""
+def _train_and_test(labels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+  """Splits the rows of every class 4 to 1; both results are ascending."""
   rng = np.random.default_rng(0)
   test = []
   for label in np.unique(labels):
@@ -227,56 +230,56 @@ def _held_out(labels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
   return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
-def _formed(
+def _convert(
   name: str,
   raw: _Raw,
   chosen: np.ndarray,
-  fitted: np.ndarray,
+  train: np.ndarray,
   image_size: int | None,
   like: Form | None,
 ) -> OwnData:
-  """The chosen examples in the form of `like`, or in that of the fitted ones."""
-  own = raw.take(chosen)
+  """Converts examples to the format `like`, or to that of the rows `train`."""
+  examples = raw.take(chosen)
   encoder = None if like is None else like.encoder
   if isinstance(raw.values, dict) or (raw.values.ndim == 2 and raw.root is None):
     if encoder is None:
       if like is not None:
         raise base.InputError(f"{name} has rows and the other data have images")
-      encoder = Encoder.fit(name, raw.take(fitted).values, raw.notes)
-    features = encoder(name, own.values)
+      encoder = Encoder.fit(name, raw.take(train).values, raw.notes)
+    features = encoder(name, examples.values)
   elif raw.root is not None:
-    own, features = _decoded(name, raw, own, image_size, like)
+    examples, features = _decode(name, raw, examples, image_size, like)
   else:
-    features = own.values
+    features = examples.values
     if features.dtype != np.uint8:
       finite = np.isfinite(features).reshape(len(features), -1).all(axis=1)
       raw.skipped.extend(
-        (str(n), "it holds NaN or infinite values") for n in own.names[~finite]
+        (str(n), "it holds NaN or infinite values") for n in examples.names[~finite]
       )
-      own, features = own.take(finite), features[finite]
-  if not len(own.labels):
+      examples, features = examples.take(finite), features[finite]
+  if not len(examples.labels):
     raise base.InputError(f"{name} has no example that can be used{_first(raw)}")
-  class_names = like.class_names if like else _ordered(np.unique(own.labels))
+  class_names = like.class_names if like else _ordered(np.unique(examples.labels))
   shape = features.shape[1:]
   if like is not None and like.shape != shape:
     raise base.InputError(
       f"{name} has examples of shape {list(shape)} and the other data have"
       f" {list(like.shape)}; give both the same shape"
     )
-  if like is None and not 2 <= len(class_names) <= max(2, len(own.labels) // 2):
+  if like is None and not 2 <= len(class_names) <= max(2, len(examples.labels) // 2):
     raise base.InputError(
-      f"{name} has {len(class_names)} different labels in {len(own.labels)} examples,"
-      f" the first is {class_names[0]!r}; labels must be those of two or more classes,"
-      " with two or more examples on average"
+      f"{name} has {len(class_names)} different labels in {len(examples.labels)}"
+      f" examples, the first is {class_names[0]!r}; labels must be those of two or more"
+      " classes, with two or more examples on average"
     )
   return OwnData(
     features=np.ascontiguousarray(features),
-    labels=_numbered(name, own.labels, class_names),
+    labels=_numbered(name, examples.labels, class_names),
     form=Form(class_names, shape, encoder),
-    names=tuple(map(str, own.names)),
-    rows=own.rows,
-    columns={k: v.tolist() for k, v in own.values.items()}
-    if isinstance(own.values, dict)
+    names=tuple(map(str, examples.names)),
+    rows=examples.rows,
+    columns={k: v.tolist() for k, v in examples.values.items()}
+    if isinstance(examples.values, dict)
     else {},
     skipped=tuple(raw.skipped),
     notes=tuple(raw.notes),
@@ -286,7 +289,7 @@ def _formed(
 
 
 def _ordered(labels: np.ndarray) -> tuple[str, ...]:
-  """Names of classes: by value if all are whole numbers, else alphabetically."""
+  """Sorts class names: by value if all are integers, else alphabetically."""
   names = [str(label) for label in labels]
   if all(re.fullmatch(r"[+-]?\d{1,18}", name) for name in names):
     return tuple(sorted(names, key=int))
@@ -294,7 +297,7 @@ def _ordered(labels: np.ndarray) -> tuple[str, ...]:
 
 
 def _numbered(name: str, labels: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
-  number_of = {given: i for i, given in enumerate(class_names)}
+  number_of = {class_name: i for i, class_name in enumerate(class_names)}
   unknown = sorted(set(map(str, labels)) - number_of.keys())
   if unknown:
     shown = ", ".join(class_names[:10]) + (", ..." if len(class_names) > 10 else "")
@@ -306,25 +309,32 @@ def _numbered(name: str, labels: np.ndarray, class_names: Sequence[str]) -> np.n
 
 
 def duplicates(features: np.ndarray) -> np.ndarray:
-  """For each example the row of the first that is exactly equal, else -1; int64 [N].
+  """Finds exact duplicates.
+
+  Args:
+    features: the features of N examples, [N, ...].
+
+  Returns:
+    For each example, the row of the first example that is exactly equal, or -1 if there
+    is no such example before this one; int64 [N].
 
   >>> duplicates(np.array([[1], [2], [1], [1]])).tolist()
   [-1, -1, 0, 0]
   """
   first: dict[bytes, int] = {}
-  found = np.full(len(features), -1, np.int64)
+  duplicate_of = np.full(len(features), -1, np.int64)
   for row, example in enumerate(np.ascontiguousarray(features)):
     digest = hashlib.blake2b(example.tobytes(), digest_size=16).digest()
     if first.setdefault(digest, row) != row:
-      found[row] = first[digest]
-  return found
+      duplicate_of[row] = first[digest]
+  return duplicate_of
 
 
 def csv_cell(text: str) -> str:
-  """Text for a CSV file that no spreadsheet takes for a formula.
+  """Escapes text for a CSV file so that no spreadsheet evaluates it as a formula.
 
-  A quote goes before a leading =, +, -, @, tab or line break, unless the text is a
-  number. `read` removes it again.
+  Text that starts with =, +, -, @, a tab or a carriage return and is not a number gets
+  a leading quote, which `read` removes.
 
   >>> csv_cell("=A1"), csv_cell("-1.5"), csv_cell("cat")
   ("'=A1", '-1.5', 'cat')
@@ -342,16 +352,16 @@ def _unquoted(text: str) -> str:
 
 
 def _images(
-  folder: pathlib.Path, part: str | None, labels: str | os.PathLike | None
+  folder: pathlib.Path, split: str | None, labels: str | os.PathLike | None
 ) -> tuple[_Raw, bool]:
-  """The files of a folder with their labels, and whether they are a part of it."""
+  """Lists image files with labels, and whether the folder provides this split."""
   if not folder.is_dir():
     raise base.InputError(f"{folder} is not a folder of images")
   notes: list[str] = []
-  is_part = False
+  is_split = False
   if labels is None and all((folder / p).is_dir() for p in ("train", "test")):
-    folder, is_part = folder / (part or "train"), part is not None
-    if part is None:
+    folder, is_split = folder / (split or "train"), split is not None
+    if split is None:
       notes.append(f"Only the images in {folder} were read, not those in ../test.")
   listed = pathlib.Path(labels).expanduser() if labels else folder / "labels.csv"
   if labels or listed.exists():
@@ -368,15 +378,15 @@ def _images(
     notes,
     folder,
   )
-  return raw, is_part
+  return raw, is_split
 
 
 def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Every file below a folder that is not hidden, in the order of their paths."""
+  """Yields the files below a folder that are not hidden, in a fixed order."""
   seen = set()
   for place, folders, files in os.walk(folder, followlinks=True):
     real = os.path.realpath(place)
-    if real in seen:  # Links may lead in a circle.
+    if real in seen:  # Links may form a cycle.
       folders.clear()
       continue
     seen.add(real)
@@ -389,6 +399,7 @@ def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 def _in_classes(
   folder: pathlib.Path,
 ) -> tuple[list[pathlib.Path], list[str], list[tuple[str, str]]]:
+  """The images in folders of classes, their labels, and the skipped files."""
   files, labels, skipped = [], [], []
   for path in _walk(folder):
     inside = path.relative_to(folder)
@@ -410,7 +421,7 @@ def _in_classes(
 def _listed(
   folder: pathlib.Path, listing: pathlib.Path
 ) -> tuple[list[pathlib.Path], list[str], list[tuple[str, str]]]:
-  """The images that a CSV file of path,label lists."""
+  """The images in a CSV file of path,label, their labels, and the skipped files."""
   rows = _csv_rows(listing)
   header = [cell.strip().lower() for cell in rows[0]] if rows else []
   path_at = next((header.index(c) for c in _PATH_COLUMNS if c in header), None)
@@ -456,18 +467,18 @@ def _listed(
 
 
 def _exists_within(path: pathlib.Path, root: pathlib.Path) -> bool:
-  """Whether a path is that of a file below `root`: a list may come from elsewhere."""
+  """Whether a path is a file below `root`; the list of paths may be untrusted."""
   try:
     return path.resolve().is_relative_to(root) and path.is_file()
-  except (OSError, ValueError):  # Too long, or with a null character.
+  except (OSError, ValueError):  # The path is too long or has a null character.
     return False
 
 
-def _decoded(
-  name: str, raw: _Raw, own: _Raw, image_size: int | None, like: Form | None
+def _decode(
+  name: str, raw: _Raw, examples: _Raw, image_size: int | None, like: Form | None
 ) -> tuple[_Raw, np.ndarray]:
-  """The images, all of one size; those that cannot be read are left out."""
-  # The headers of all parts decide the form, so that it is the same for each part.
+  """Reads the images, all in one size, and skips those that cannot be read."""
+  # The headers of all splits determine the format, so that all splits have the same.
   headers = {}
   for example, path in zip(raw.names, raw.values, strict=True):
     try:
@@ -484,9 +495,11 @@ def _decoded(
     raise base.InputError(
       f"{name} has images and the other data have examples of shape {list(like.shape)}"
     )
-  features = np.empty((len(own.names), *size, channels), np.uint8)
-  is_good = np.zeros(len(own.names), bool)
-  for row, (example, path) in enumerate(zip(own.names, own.values, strict=True)):
+  features = np.empty((len(examples.names), *size, channels), np.uint8)
+  is_good = np.zeros(len(examples.names), bool)
+  for row, (example, path) in enumerate(
+    zip(examples.names, examples.values, strict=True)
+  ):
     if example not in headers:
       continue
     try:
@@ -494,7 +507,7 @@ def _decoded(
       is_good[row] = True
     except ValueError as error:
       raw.skipped.append((str(example), str(error)))
-  return own.take(is_good), features if is_good.all() else features[is_good]
+  return examples.take(is_good), features if is_good.all() else features[is_good]
 
 
 def _image_form(
@@ -504,18 +517,21 @@ def _image_form(
   counts: dict[tuple[int, int], int] = {}
   for size in sizes:
     counts[size] = counts.get(size, 0) + 1
-  usual = max(counts, key=lambda size: (counts[size], size))
+  most_frequent = max(counts, key=lambda size: (counts[size], size))
   if image_size is not None:
     height = width = image_size
   else:
-    scale = min(1.0, _LARGEST_SIDE / max(usual))
-    height, width = (max(1, round(side * scale)) for side in usual)
+    scale = min(1.0, _LARGEST_SIDE / max(most_frequent))
+    height, width = (max(1, round(side * scale)) for side in most_frequent)
   resized = sum(count for size, count in counts.items() if size != (height, width))
   if resized:
-    what = f"{len(counts)} sizes" if len(counts) > 1 else f"{usual[1]} x {usual[0]}"
+    if len(counts) > 1:
+      description = f"{len(counts)} sizes"
+    else:
+      description = f"{most_frequent[1]} x {most_frequent[0]}"
     notes.append(
-      f"{resized} of {len(sizes)} images ({what}) were resized to {width} x {height}"
-      " pixels."
+      f"{resized} of {len(sizes)} images ({description}) were resized to"
+      f" {width} x {height} pixels."
     )
   num_gray = sum(h.is_gray for h in headers.values())
   if 0 < num_gray < len(headers):
@@ -526,19 +542,19 @@ def _image_form(
 # -- archives ----------------------------------------------------------------
 
 
-def _archive(path: pathlib.Path, part: str | None) -> tuple[_Raw, bool]:
-  """The examples of a NumPy archive, and whether they are a part of it."""
+def _archive(path: pathlib.Path, split: str | None) -> tuple[_Raw, bool]:
+  """Reads a NumPy archive, and returns whether the archive provides this split."""
   arrays = _load_archive(path)
   keys = {name.lower(): name for name in arrays}
 
   def key(stems, suffix):
     return next((keys[s + suffix] for s in stems if s + suffix in keys), None)
 
-  suffixes = ("", "_train") if part != "test" else ("_test",)
+  suffixes = ("", "_train") if split != "test" else ("_test",)
   pairs = [(key(_FEATURE_KEYS, s), key(_LABEL_KEYS, s)) for s in suffixes]
   pair = next((p for p in pairs if None not in p), None)
   has_test = key(_FEATURE_KEYS, "_test") and key(_LABEL_KEYS, "_test")
-  if pair is None and part == "test":
+  if pair is None and split == "test":
     return _archive(path, None)[0], False
   if pair is None:
     raise base.InputError(
@@ -546,7 +562,7 @@ def _archive(path: pathlib.Path, part: str | None) -> tuple[_Raw, bool]:
       f" {', '.join(arrays) or 'nothing'}"
     )
   notes = []
-  if part is None and has_test:
+  if split is None and has_test:
     notes.append(f"The test arrays in {path} were not read.")
   features = _archive_features(path, pair[0], arrays[pair[0]], notes)
   labels, is_labeled = _archive_labels(path, pair[1], arrays[pair[1]])
@@ -612,7 +628,7 @@ def _archive_features(
 def _archive_labels(
   path: pathlib.Path, name: str, labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The labels as strings, and which of them are there."""
+  """Returns the labels as strings, and a mask of the examples that have one."""
   if labels.ndim == 2 and labels.shape[1] == 1:
     labels = labels[:, 0]
   elif labels.ndim == 2 and labels.dtype.kind in "biuf":
@@ -647,7 +663,7 @@ def _archive_labels(
 def _table_name(
   place: str, label_column: str | None
 ) -> tuple[pathlib.Path, str | None]:
-  """The path in csv:FILE or csv:FILE#NAME, and the name of the column of labels."""
+  """Parses FILE or FILE#NAME into the path and the name of the label column."""
   path = pathlib.Path(place).expanduser()
   if label_column is None and not path.exists() and "#" in place:
     file, _, label_column = place.rpartition("#")
@@ -656,7 +672,7 @@ def _table_name(
 
 
 def _csv_rows(path: pathlib.Path) -> list[list[str]]:
-  """The rows of a CSV file, whatever its delimiter, without empty ones."""
+  """The nonempty rows of a CSV file with any of the usual delimiters."""
   try:
     text = path.read_text(encoding="utf-8-sig")
   except OSError as error:
@@ -664,21 +680,21 @@ def _csv_rows(path: pathlib.Path) -> list[list[str]]:
   except UnicodeDecodeError as error:
     raise base.InputError(f"{path} is not encoded as UTF-8; convert it") from error
   try:
-    # Not `csv.Sniffer`, which is led astray by quotes and by text in cells.
-    firsts = {d: next(_parsed(text, d), []) for d in ",;\t|"}
-    delimiter = max(firsts, key=lambda d: len(firsts[d]))
+    # `csv.Sniffer` is not reliable if cells contain quotes or text.
+    headers = {d: next(_parsed(text, d), []) for d in ",;\t|"}
+    delimiter = max(headers, key=lambda d: len(headers[d]))
     return [[_unquoted(c) for c in row] for row in _parsed(text, delimiter) if row]
   except csv.Error as error:
     raise base.InputError(f"{path} is not a CSV file: {error}") from error
 
 
 def _parsed(text: str, delimiter: str) -> Iterator[list[str]]:
-  # Lines end at line breaks only, not at other characters that Unicode calls ends.
+  # Lines end only at line breaks, not at other line separators of Unicode.
   return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
 
 
 def _table(path: pathlib.Path, label_column: str | None) -> _Raw:
-  """The rows of a CSV file that have a label, and as many fields as the header."""
+  """Reads the rows of a CSV file that have a label and as many fields as the header."""
   header, *rows = _csv_rows(path) or [[]]
   names = _unique([cell.strip() for cell in header])
   if len(names) < 2:
@@ -716,30 +732,31 @@ def _table(path: pathlib.Path, label_column: str | None) -> _Raw:
 
 
 def _unique(names: Sequence[str]) -> list[str]:
-  """Names of columns, none of them empty or given twice."""
-  made: list[str] = []
+  """Makes column names unique and nonempty."""
+  unique: list[str] = []
   for i, name in enumerate(names):
     name = name or f"column {i}"
     number, candidate = 1, name
-    while candidate in made:
+    while candidate in unique:
       number += 1
       candidate = f"{name}.{number}"
-    made.append(candidate)
-  return made
+    unique.append(candidate)
+  return unique
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoder:
-  """Turns rows into numbers: standardized, without missing values, one-hot.
+  """Converts the rows of a table to standardized numbers and one-hot categories.
 
-  A missing number becomes the column's median, with a further column that says so; a
-  missing category is a category. Means, deviations, medians and categories are those
-  of the rows that the encoder was fitted to.
+  A missing number is replaced by the median of the column, and an additional column
+  indicates it. A missing category is a category. The means, standard deviations,
+  medians and categories are those of the rows that the encoder was fitted to.
 
   Attributes:
-    numeric: names of the columns of numbers; None for a plain array [N, D].
-    categorical: names of the columns of categories.
-    transforms: fitted scikit-learn transformers of both kinds; None for no columns.
+    numeric: the names of the numeric columns; None for an array [N, D].
+    categorical: the names of the categorical columns.
+    transforms: the fitted scikit-learn transformers of both kinds; None for a kind
+      without columns.
   """
 
   numeric: tuple[str, ...] | None
@@ -751,12 +768,15 @@ class Encoder:
     """Fits an encoder.
 
     Args:
-      name: of the data, for messages.
-      values: numbers [N, D], or a table of strings by name of column.
-      notes: is extended by what was left out.
+      name: the name of the data, for messages.
+      values: numbers [N, D], or a table of strings by column name.
+      notes: a list to which notes about omitted columns are appended.
+
+    Returns:
+      The fitted encoder.
 
     Raises:
-      InputError: no column holds any information.
+      InputError: if no column is usable.
     """
     impute, pipeline, preprocessing = _sklearn()
     if isinstance(values, dict):
@@ -780,20 +800,20 @@ class Encoder:
     if categorical:
       encoder = preprocessing.OneHotEncoder(
         handle_unknown="infrequent_if_exist",
-        max_categories=_MOST_CATEGORIES,
+        max_categories=_MAX_CATEGORIES,
         sparse_output=False,
       ).fit(_categories(values, categorical))
     return cls(labels, tuple(categorical), (scaler, encoder))
 
   def __call__(self, name: str, values: Any) -> np.ndarray:
-    """The features of rows, float32 [N, D'].
+    """Returns the features of rows, float32 [N, D'].
 
     Args:
-      name: of the data, for messages.
-      values: as in `fit`.
+      name: the name of the data, for messages.
+      values: numbers or a table, as in `fit`.
 
     Raises:
-      InputError: columns are missing, or their number differs.
+      InputError: if columns are missing, or their number differs.
     """
     scaler, encoder = self.transforms
     if isinstance(values, dict) != (self.numeric is not None):
@@ -804,23 +824,23 @@ class Encoder:
       numbers = np.asarray(values, np.float64).copy()
       numbers[~np.isfinite(numbers)] = np.nan
     else:
-      lacking = [c for c in (*self.numeric, *self.categorical) if c not in values]
-      if lacking:
+      missing = [c for c in (*self.numeric, *self.categorical) if c not in values]
+      if missing:
         raise base.InputError(
-          f"{name} has no column {lacking[0]!r}, which the other data have"
+          f"{name} has no column {missing[0]!r}, which the other data have"
         )
       numbers = _numbers(values, self.numeric)
-    made = []
+    blocks = []
     if scaler is not None:
       if numbers.shape[1] != scaler.n_features_in_:
         raise base.InputError(
           f"{name} has {numbers.shape[1]} features and the other data have"
           f" {scaler.n_features_in_}"
         )
-      made.append(scaler.transform(numbers))
+      blocks.append(scaler.transform(numbers))
     if encoder is not None:
-      made.append(encoder.transform(_categories(values, self.categorical)))
-    return np.concatenate(made, axis=1).astype(np.float32)
+      blocks.append(encoder.transform(_categories(values, self.categorical)))
+    return np.concatenate(blocks, axis=1).astype(np.float32)
 
 
 def _sklearn() -> tuple[Any, Any, Any]:
@@ -838,7 +858,7 @@ def _sklearn() -> tuple[Any, Any, Any]:
 def _kinds_of_columns(
   table: Mapping[str, np.ndarray], notes: list[str]
 ) -> tuple[list[str], list[str]]:
-  """Names of the columns of numbers and of categories; others are noted."""
+  """Returns the names of numeric and categorical columns; notes the other columns."""
   numeric, categorical = [], []
   for name, column in table.items():
     cells = [c for c in column if c.lower() not in _MISSING]
@@ -852,10 +872,10 @@ def _kinds_of_columns(
       numeric.append(name)
       if strays:
         notes.append(
-          f"{len(strays)} values of the column {name!r}, such as {strays[0]!r}, are no"
-          " numbers and count as missing."
+          f"{len(strays)} values of the column {name!r}, such as {strays[0]!r}, are"
+          " not numbers and count as missing."
         )
-    elif len(different) > max(_MOST_CATEGORIES, len(cells) // 2):
+    elif len(different) > max(_MAX_CATEGORIES, len(cells) // 2):
       notes.append(
         f"The column {name!r} has {len(different)} different texts in {len(cells)} rows"
         " and was left out."

@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
   before = (made / "mlp-1.0.json").read_bytes()
   printed = _benchmark("--meta_sizes=1,0.5", cwd=cwd)
   assert (made / "mlp-1.0.json").read_bytes() == before
-  assert "mlp-0.5: 4 contestants" in printed and "mlp-1.0: " not in printed
+  assert "mlp-0.5: 4 implementations" in printed and "mlp-1.0: " not in printed
   assert len(scripts.table(printed)) == 1 + 8
   return made
 
@@ -100,7 +100,7 @@ _MISTAKES = {
   "peer": (["--peer_only"], "need --peer=torch"),
   "batch_norm": (
     ["--networks=resnet32_bn", "--methods=l2rw", "--engines=layerwise"],
-    "examples of resnet32_bn see each other (BatchNorm); add forward or literal",
+    "BatchNorm mixes examples; add forward or literal",
   ),
   "other_settings": (
     ["--workdir={done}", "--repeats=3"],
@@ -157,8 +157,8 @@ def test_networks_that_mix_examples_are_not_taken_layer_by_layer():
   every = list(_steps.METHODS)
   for name, network in _networks.NETWORKS.items():
     found = _steps.pairs(name, every, _steps.ENGINES)
-    assert len(found) == len(set(found)) == 7 + 6 - 2 * network.mixes
-    assert (("l2rw", "layerwise") in found) != network.mixes
+    assert len(found) == len(set(found)) == 7 + 6 - 2 * network.mixes_examples
+    assert (("l2rw", "layerwise") in found) != network.mixes_examples
 
 
 class _Clock:
@@ -176,7 +176,7 @@ class _Clock:
       self.log.append((name, steps))
       return loss
 
-    return _turns.Contestant(name, None, "jax", run, {})
+    return _turns.Implementation(name, None, "jax", run, {})
 
 
 @pytest.fixture

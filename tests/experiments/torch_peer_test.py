@@ -145,7 +145,8 @@ def test_example_weights_are_ours(name):
 def test_the_form_for_the_compiler_is_the_eager_one(name):
   _, (model, *data) = _problem(name)
   eager, traced = peer.Eager(model, 0.1), peer.Traced(model, 0.1)
-  traced.model, traced.slopes_fn = model, traced.slopes  # before compilation
+  # Replace the compiled functions.
+  traced.model, traced.weight_gradient_fn = model, traced.weight_gradient
   weights = eager.example_weights(*data)
   np.testing.assert_allclose(traced.example_weights(*data), weights, atol=1e-6)
   traced.weight_net = eager.weight_net
@@ -187,7 +188,7 @@ def test_network_gradient_of_meta_weight_net_is_ours():
 def test_a_step_moves_the_network_and_the_loss_falls(method):
   torch.manual_seed(0)
   setting = _networks.Setting("mlp", "float32", _B, _M)
-  contestant = peer.contestant(setting, method, 0.1, torch.device("cpu"))
+  contestant = peer.implementation(setting, method, 0.1, torch.device("cpu"))
   losses = [contestant.run(1) for _ in range(30)]
   assert losses[-1] < losses[0]
-  assert contestant.facts["num_parameters"] == 203_530
+  assert contestant.info["num_parameters"] == 203_530
