@@ -7,7 +7,7 @@ as far, rounding alone can explain the drift. L2RW computes its sums in three or
 layer by layer, in forward mode, and in microbatches of the rows that one of eight
 devices has.
 Command: python -m benchmarks.device_drift [FILE.csv]
-Results: results/device_drift.csv (8 virtual CPU devices).
+Results: results/device_drift (8 virtual CPU devices).
 """
 
 from collections.abc import Callable, Iterator
