@@ -113,7 +113,8 @@ def parse(settings: type[settings_lib.Flags], arguments: Sequence[str]) -> Any:
 
 def _plain(message: str, settings: type[settings_lib.Flags]) -> str:
   """absl's message about a value of the wrong type, without Python's words for it."""
-  kinds, wanted = settings_lib.kinds_of(settings), {}
+  kinds = settings_lib.kinds_of(settings)
+  wanted: dict[str, str | None] = {}
   for name, details in settings_lib.flags_of(settings).items():
     wanted |= dict.fromkeys((name, *details.aliases), _WANTED.get(kinds[name].type))
   match = re.fullmatch(r"flag --(\w+)=(.*?): .*", message, re.DOTALL)
