@@ -141,6 +141,10 @@ class Gradients(NamedTuple):
       gradients are zero, see `hypergradient.Direction`; bool scalar, or None.
     scores: this device's scores before they are clipped at zero, [B]; None for a
       method without scores.
+    fixed: a pair of pytrees like `params`, `(is_fixed, values)`: a parameter whose
+      bool scalar is True has that value after the step, whatever the optimizer does.
+      None leaves all parameters to the optimizer, whose momentum and weight decay
+      would also move those without a gradient.
   """
 
   grads: PyTree
@@ -152,6 +156,7 @@ class Gradients(NamedTuple):
   fault: Array | None = None
   zero_slope: Array | None = None
   scores: Array | None = None
+  fixed: tuple[PyTree, PyTree] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ import numpy as np
 import optax
 
 from l2rw_jax import base
+from l2rw_jax import class_balance
 
 
 def softmax_cross_entropy(
@@ -347,6 +348,81 @@ def forward_corrected(
   return (loss * scale).astype(logits.dtype)
 
 
+def balanced_softmax(
+  logits: base.Array,
+  labels: base.Array,
+  class_counts: base.Array,
+  *,
+  where: base.Array | None = None,
+) -> base.Array:
+  """-log(n_y exp(z_y) / sum_j n_j exp(z_j)), with n_j training examples of class j.
+
+  Only the loss of training examples has the counts: evaluation uses the logits z as
+  they are, which are then those of classes that are equally frequent. It is
+  `logit_adjusted` with tau = 1, since a common factor of the counts cancels.
+
+  Args:
+    logits: z, [B, C] or [B, 1].
+    labels: integer class of each example, [B].
+    class_counts: n, [C] (C = 2 for a single logit), non-negative, in any unit. A class
+      without examples has probability 0 here, and its logit no gradient; a label of
+      such a class has an infinite loss and no gradient.
+    where: which examples count, bool [B]; None is all.
+
+  Returns:
+    Losses [B].
+
+  Raises:
+    InputError: the shapes do not fit, or `class_counts` are invalid, see
+      `class_balance.inverse_frequency`.
+
+  References:
+    Ren, Yu, Sheng, Ma, Zhao, Yi, Li, "Balanced Meta-Softmax for Long-Tailed Visual
+    Recognition", NeurIPS 2020; without its meta sampler.
+
+  >>> import jax.numpy as jnp
+  >>> logits, labels = jnp.zeros((3, 2)), jnp.array([0, 1, 1])
+  >>> losses = balanced_softmax(logits, labels, jnp.array([3, 1]))
+  >>> print(jnp.exp(-losses).round(2))
+  [0.75 0.25 0.25]
+  """
+  return _count_adjusted(logits, labels, class_counts, 1.0, where)
+
+
+def logit_adjusted(
+  logits: base.Array,
+  labels: base.Array,
+  class_counts: base.Array,
+  tau: float = 1.0,
+  *,
+  where: base.Array | None = None,
+) -> base.Array:
+  """The cross-entropy of z + tau log pi, with pi_j the share of class j in training.
+
+  Only the loss of training examples is adjusted: evaluation uses the logits z as they
+  are. tau = 1 is `balanced_softmax`.
+
+  Args:
+    logits: z, [B, C] or [B, 1].
+    labels: integer class of each example, [B].
+    class_counts: training examples of each class; as in `balanced_softmax`.
+    tau: at least 0. 0 gives the cross-entropy, also of classes without examples.
+    where: which examples count, bool [B]; None is all.
+
+  Returns:
+    Losses [B].
+
+  Raises:
+    InputError: `tau` is negative, or for the reasons of `balanced_softmax`.
+
+  References:
+    Menon, Jayasumana, Rawat, Jain, Veit, Kumar, "Long-tail Learning via Logit
+    Adjustment", ICLR 2021 (the logit-adjusted softmax cross-entropy).
+  """
+  _check(0 <= tau < math.inf, f"logit_adjusted: tau={tau} must be at least 0")
+  return _count_adjusted(logits, labels, class_counts, tau, where)
+
+
 def transition_loss(
   log_p: base.Array, is_label: base.Array, log_t: base.Array
 ) -> base.Array:
@@ -465,6 +541,28 @@ def _safe(logits, labels, where):
   is_label = label_mask(labels, max(logits.shape[1], 2))
   scale = label_scale(is_label, where).astype(logits.dtype)
   return logits, jnp.argmax(is_label, axis=1), scale
+
+
+def _count_adjusted(logits, labels, class_counts, tau, where):
+  """The cross-entropy of logits + tau log counts, [B]; see `logit_adjusted`."""
+  check_logits(logits, labels, where)
+  class_balance.check_counts(class_counts, max(logits.shape[1], 2))
+  dtype = logits.dtype
+  logits, labels, scale = _safe(logits, labels, where)
+  if logits.shape[1] == 1:
+    logits = jnp.concatenate([jnp.zeros_like(logits), logits], axis=1)
+  counts = class_balance.as_counts(class_counts)
+  # The sum of the counts would cancel in the softmax.
+  offsets = tau * jnp.log(jnp.where(counts == 0, 1, counts))
+  is_absent = (counts == 0) & (tau > 0)
+  # Rows whose label is of an absent class keep all logits, so that nothing is
+  # inf - inf; their loss is replaced.
+  is_infinite = base.take(is_absent, labels)
+  is_out = is_absent[None, :] & ~is_infinite[:, None]
+  adjusted = jnp.where(is_out, -jnp.inf, logits + offsets[None, :].astype(logits.dtype))
+  loss = optax.softmax_cross_entropy_with_integer_labels(adjusted, labels) * scale
+  # Not where the scale is 0, for an example left out, or NaN, for no class.
+  return jnp.where(is_infinite & (scale == 1), jnp.inf, loss).astype(dtype)
 
 
 def _at(values, is_label):

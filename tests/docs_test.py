@@ -149,6 +149,7 @@ _OUTCOMES = {
   "l2rw": lambda r: moved(r, "params") and np.isclose(r["weights"].sum(), 1),
   "label_transition": lambda r: np.isfinite(r["loss"]),
   "ldam_drw": lambda r: np.isclose(r["weights"].sum(), 1) and (r["losses"] > 0).all(),
+  "logit_adjustment": lambda r: r["loss"] > 0 and len(r["predicted"]) == 8,
   "mentornet": lambda r: ((r["v"] >= 0) & (r["v"] <= 1)).all() and r["percentile"] > 0,
   "meta_weight_net": lambda r: moved(r, "phi") and moved(r, "params"),
   "nested_maml": lambda r: (r["kept"][:5] == 1).all() and (r["kept"] != 1).any(),

@@ -540,6 +540,12 @@ _FORMULAS: dict[str, _Formula] = {
   "losses.forward_corrected": _each(
     lambda b, w: losses.forward_corrected(b["logits"], b["labels"], w["transition"])
   ),
+  "losses.balanced_softmax": _each(
+    lambda b, w: losses.balanced_softmax(b["logits"], b["binary"], w["counts"])
+  ),
+  "losses.logit_adjusted": _each(
+    lambda b, w: losses.logit_adjusted(b["logits"], b["labels"], w["counts"] + 1, 0.5)
+  ),
   "normalization.sum_to_one": _spread(
     lambda d, axis: _Found(normalization.sum_to_one(d.batch["losses"], axis)),
     has_gradient=True,

@@ -18,6 +18,8 @@ _TRANSITION = {
   3: np.array([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.0, 0.5, 0.5]]),
 }
 
+_COUNTS = np.array([40, 5, 1])
+
 
 def _symmetric(log_p, is_label):
   p = np.maximum(np.exp(log_p), 1e-7)
@@ -51,6 +53,16 @@ def _corrected(logits, labels, **options):
   return losses.forward_corrected(logits, labels, transition, **options)
 
 
+def _adjusted(log_p, is_label):
+  z = log_p + 0.7 * np.log(_COUNTS[: log_p.shape[1]])
+  return np.log(np.exp(z).sum(1)) - z[is_label]
+
+
+def _with_counts(logits, labels, **options):
+  counts = _COUNTS[: max(logits.shape[-1], 2)]
+  return losses.logit_adjusted(logits, labels, counts, 0.7, **options)
+
+
 # Each loss, and its formula for log p [B, C] and a mask of the labels [B, C].
 _LOSSES: dict[str, tuple[Any, Any]] = {
   "cross_entropy": (_plain, lambda log_p, y: -log_p[y]),
@@ -70,6 +82,7 @@ _LOSSES: dict[str, tuple[Any, Any]] = {
     lambda log_p, y: -0.8 * log_p[y] - 0.2 * log_p.max(1),
   ),
   "forward_corrected": (_corrected, _forward),
+  "logit_adjusted": (_with_counts, _adjusted),
 }
 
 
@@ -142,7 +155,8 @@ def test_every_loss_is_its_formula(kind, labels, where, scale, seed):
   assert values.dtype == slopes.dtype == logits.dtype
   values, slopes = (np.asarray(x, np.float64) for x in (values, slopes))
 
-  np.testing.assert_array_equal(np.isnan(values), np.tile(counts & ~exists, (8, 1)))
+  is_nan = np.tile(counts & ~exists, (len(_LOSSES), 1))
+  np.testing.assert_array_equal(np.isnan(values), is_nan)
   assert not values[:, ~counts].any() and not slopes[:, ~counts].any()
   good = counts & exists
   assert np.isfinite(slopes[:, good]).all()

@@ -77,6 +77,7 @@ def test_predictions():
     losses.bootstrapping_soft,
     losses.bootstrapping_hard,
     lambda *args: losses.forward_corrected(*args, np.eye(2)),
+    lambda *args: losses.balanced_softmax(*args, np.ones(2)),
   ],
 )
 @pytest.mark.parametrize(
@@ -90,6 +91,7 @@ def test_mismatched_shapes_are_refused(loss_fn, logits, labels):
 
 _CLASSES = 3
 _NOISE = np.array([[7, 2, 1], [0, 6, 4], [3, 0, 7]], np.float32) / 10
+_COUNTS = np.array([50, 10, 2])
 _LOSSES = {
   "cross_entropy": losses.softmax_cross_entropy,
   "focal": losses.focal,
@@ -100,6 +102,7 @@ _LOSSES = {
   "soft": losses.bootstrapping_soft,
   "hard": losses.bootstrapping_hard,
   "forward": functools.partial(losses.forward_corrected, transition=_NOISE),
+  "adjusted": functools.partial(losses.logit_adjusted, class_counts=_COUNTS, tau=0.5),
 }
 
 
@@ -117,6 +120,7 @@ def _literal(p, label):
     "soft": -np.sum((0.95 * target + 0.05 * p) * np.log(p)),
     "hard": -np.sum((0.8 * target + 0.2 * np.eye(len(p))[p.argmax()]) * np.log(p)),
     "forward": -np.log((p @ _NOISE)[label]),
+    "adjusted": -np.log(p_y * _COUNTS[label] ** 0.5 / np.sum(p * _COUNTS**0.5)),
   }
 
 
@@ -186,10 +190,11 @@ def _run_binary(one, two, labels):
   """Values and gradients by the last logit, for logits [B, 1] and [B, 2]."""
   transition = _NOISE[:2, :2]
   binary = {k: v for k, v in _LOSSES.items() if k != "cross_entropy"}
-  forward = functools.partial(losses.forward_corrected, transition=transition)
+  binary["forward"] = functools.partial(binary["forward"], transition=transition)
+  binary["adjusted"] = functools.partial(binary["adjusted"], class_counts=_COUNTS[:2])
 
   def values(logits):
-    return {k: v(logits, labels) for k, v in (binary | {"forward": forward}).items()}
+    return {k: v(logits, labels) for k, v in binary.items()}
 
   def run(logits):
     gradients = jax.jacrev(lambda z: jax.tree.map(jnp.sum, values(z)))(logits)
@@ -224,6 +229,7 @@ def test_limits_of_parameters_give_known_losses():
       "soft": losses.bootstrapping_soft(logits, labels, 1),
       "hard": losses.bootstrapping_hard(logits, labels, 1),
       "forward": losses.forward_corrected(logits, labels, np.eye(_CLASSES)),
+      "adjusted": losses.logit_adjusted(logits, labels, np.arange(_CLASSES), 0),
       "absolute": losses.generalized_cross_entropy(logits, labels, 1),
     }
 
@@ -272,6 +278,9 @@ def test_a_label_of_probability_zero_has_a_finite_loss():
     (losses.bootstrapping_soft, {"beta": 1.1}, "bootstrapping_soft: beta=1.1 must be"),
     (losses.bootstrapping_hard, {"beta": -0.1}, "bootstrapping_hard: beta=-0.1 must"),
     (losses.forward_corrected, {"transition": np.eye(2)}, r"shape \(2, 2\); 3 classes"),
+    (losses.logit_adjusted, {"class_counts": _COUNTS, "tau": -1}, "tau=-1 must be at"),
+    (losses.balanced_softmax, {"class_counts": _COUNTS[:2]}, "each of the 3 classes"),
+    (losses.balanced_softmax, {"class_counts": -_COUNTS}, "must not be negative"),
   ],
 )
 def test_settings_out_of_range_are_refused(loss_fn, options, message):
@@ -332,7 +341,8 @@ def test_infinite_negative_logits_give_finite_losses_and_gradients():
     value, gradient = actual[name]
     assert np.isfinite(value).all() and np.isfinite(gradient).all(), name
     assert gradient[0, 1] == 0, name
-    if name not in ("forward", "sce"):  # They depend on the number of classes.
+    # These depend on the number of classes.
+    if name not in ("forward", "sce", "adjusted"):
       reduced = _LOSSES[name](two, np.array([1]))[0]
       np.testing.assert_allclose(value[0], reduced, rtol=1e-5, err_msg=name)
 
@@ -381,3 +391,66 @@ def test_a_numpy_transition_keeps_its_precision_after_a_trace_in_float32():
   expected = -np.log((p @ transition)[np.arange(5), labels])
   with jax.enable_x64(True):
     np.testing.assert_allclose(loss_fn(logits, labels), expected, rtol=1e-14)
+
+
+# Balanced softmax and logit adjustment.
+
+
+@jax.jit
+def _balanced(logits, labels, class_counts, where):
+  """Losses [B] and gradients [B, C] by name."""
+
+  def run(loss_fn):
+    value, vjp_fn = jax.vjp(
+      lambda z: loss_fn(z, labels, class_counts, where=where), logits
+    )
+    return value, vjp_fn(jnp.ones_like(value))[0]
+
+  adjusted = functools.partial(losses.logit_adjusted, tau=1.0)
+  return {"balanced": run(losses.balanced_softmax), "adjusted": run(adjusted)}
+
+
+def test_balanced_softmax_without_examples_of_a_class():
+  # Class 1 has no example. The labels of row 3 and 4 are class 1, that of row 5 none.
+  logits = np.random.default_rng(0).normal(size=(6, _CLASSES)).astype(np.float32)
+  logits[1] = [-1e8, 1e30, -1e8 + 64]
+  labels, counts = np.array([0, 2, 0, 1, 1, 3]), np.array([6, 0, 3])
+  counted = np.array([True, True, False, True, False, True])
+  z = logits[:, [0, 2]].astype(float)
+  shifted = np.exp(z - z.max(axis=1, keepdims=True)) * [6, 3]
+  p = (shifted / shifted.sum(axis=1, keepdims=True))[:3]
+  for value, gradient in _balanced(logits, labels, counts, counted).values():
+    expected = [-np.log(p[0, 0]), -np.log(p[1, 1]), 0, np.inf, 0, np.nan]
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient[0], [p[0, 0] - 1, 0, p[0, 1]], rtol=1e-5)
+    assert np.isfinite(gradient[1]).all() and gradient[1, 1] == 0
+    assert not gradient[2:5].any() and np.isnan(gradient[5, [0, 2]]).all()
+
+
+def test_balanced_softmax_with_impossible_counts():
+  logits, labels = np.ones((6, _CLASSES), np.float32), np.array([0, 1, 2, 0, -1, 3])
+  counted = np.arange(6) != 3
+  none, negative, two = (
+    _balanced(logits, labels, np.array(counts), counted)
+    for counts in ([0, 0, 0], [3, -1, 1], [0, 0, 3])
+  )
+  for name, (value, gradient) in none.items():
+    np.testing.assert_array_equal(value, [np.inf] * 3 + [0, np.nan, np.nan])
+    assert not gradient[:4].any()
+    # The first class has no example either, and stands in for a label that is none.
+    np.testing.assert_array_equal(two[name][0], [np.inf, np.inf, 0, 0, np.nan, np.nan])
+    assert np.isnan(negative[name][0]).all()
+
+
+def test_balanced_softmax_is_the_cross_entropy_of_the_classes_in_balance():
+  # A classifier with the logits log p(x | y) is right in balance: with the counts of
+  # training it has the losses of the posterior of training.
+  likelihood = np.random.default_rng(1).dirichlet(np.ones(6), size=_CLASSES).T
+  posterior = likelihood * _COUNTS / (likelihood @ _COUNTS)[:, None]
+  labels, counted = np.arange(6) % _CLASSES, np.ones(6, bool)
+  logits = np.log(likelihood).astype(np.float32)
+  for value, gradient in _balanced(logits, labels, _COUNTS, counted).values():
+    expected = -np.log(posterior[np.arange(6), labels])
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    target = np.eye(_CLASSES)[labels]
+    np.testing.assert_allclose(gradient, posterior - target, rtol=1e-4, atol=1e-6)

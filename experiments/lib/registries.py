@@ -45,7 +45,7 @@ _LDAM = (
 )
 _DEFERRED = (
   *("absgd", "absgd_ldam_drw", "uniform_drw", "uniform_drs"),
-  *("ldam_drw", "ldam_drs", "ldam_hinge_drs"),
+  *("ldam_drw", "ldam_drs", "ldam_hinge_drs", "classifier_retraining"),
 )
 
 
@@ -204,6 +204,12 @@ class LongTailSettings(Settings):
       *("class_balanced", "class_balanced_focal", "uniform_drw", "ldam_drw"),
       "absgd_ldam_drw",
     ],
+  )
+  logit_tau: float = flag(
+    1.0,
+    "Factor of the logarithms of the class shares in logit adjustment.",
+    bounds=settings_lib.Bounds(0, 100),
+    methods=["logit_adjusted"],
   )
   ldam_margin: float = flag(
     0.5,
@@ -407,6 +413,13 @@ LONG_TAIL: dict[str, Factory] = {
   "resampling": lambda settings, problem: baselines.resampling(),
   "class_balanced": lambda settings, problem: baselines.class_balanced(settings.beta),
   "class_balanced_focal": _class_balanced_focal,
+  "balanced_softmax": lambda settings, problem: baselines.balanced_softmax(),
+  "logit_adjusted": lambda settings, problem: baselines.logit_adjusted(
+    settings.logit_tau
+  ),
+  "classifier_retraining": lambda settings, problem: baselines.classifier_retraining(
+    problem.deferred_epoch
+  ),
   "uniform_drw": _uniform_drw,
   "uniform_drs": lambda settings, problem: baselines.resampling(problem.deferred_epoch),
   "ldam": _ldam("none"),

@@ -11,6 +11,7 @@ References:
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from l2rw_jax import class_balance
 from l2rw_jax import losses as losses_lib
 from l2rw_jax import normalization
 from l2rw_jax import weighted_update
+from l2rw_jax.linearization import batch_axes
 
 
 def uniform() -> base.Method:
@@ -130,6 +132,119 @@ def resampling(from_epoch: int = 0) -> base.Method:
   return _with_epoch_state(uniform()._replace(sample=sample), from_epoch)
 
 
+class Retraining(NamedTuple):
+  """State of `classifier_retraining`.
+
+  Attributes:
+    epoch: the current epoch, counted from 0; int32 scalar.
+    restarts: whether the next step sets the last layer to `initial`; bool scalar.
+    initial: parameters of the last layer at the start of the run.
+  """
+
+  epoch: base.Array
+  restarts: base.Array
+  initial: list[base.Array]
+
+
+def classifier_retraining(from_epoch: int, *, restart: bool = True) -> base.Method:
+  """Trains a network, then its last layer alone on class-balanced batches (cRT).
+
+  Until `from_epoch` this is `uniform`. The first step from then on only sets the last
+  layer back to its parameters at the start of the run. All later ones train it on the
+  mean loss of `class_balance.balanced_order`, and the parameters of the features stay
+  as they are, also under momentum and weight decay (`Gradients.fixed`). A step costs as
+  much as in plain training.
+
+  BatchNorm goes on as in training, as in the released code: it uses the statistics of
+  the balanced batches, and its running statistics follow them. Unlike in the paper,
+  the last layer does not start from new random numbers, and the second phase continues
+  the optimizer and the learning rate schedule of the first; the paper starts a new
+  schedule, of 10 epochs on ImageNet-LT. If the learning rate has fallen by then, a last
+  layer that is set back may need more epochs than are left.
+
+  Args:
+    from_epoch: the first epoch of the second phase, counted from 0.
+    restart: whether the last layer is set back; False trains it further.
+
+  Returns:
+    A `base.Method` whose state is a `Retraining`.
+
+  Raises:
+    InputError: `from_epoch` is negative; in training, the network has no separate last
+      layer (`base.Problem.head`).
+
+  References:
+    Kang, Xie, Rohrbach, Yan, Gordo, Feng, Kalantidis, "Decoupling Representation and
+    Classifier for Long-Tailed Recognition", ICLR 2020 (cRT), and its released
+    code.
+  """
+  changed_loss.check_epoch("classifier_retraining", from_epoch)
+
+  def init(key, problem, params):
+    del key
+    leaves = jax.tree.leaves(params)
+    is_head = _head_leaves(problem, params)
+    # Copies, since a training loop may donate the parameters.
+    initial = [jnp.array(x) for x, keep in zip(leaves, is_head, strict=True) if keep]
+    return Retraining(jnp.zeros((), jnp.int32), jnp.zeros((), bool), initial)
+
+  def gradients(state, problem, inputs):
+    found = weighted_update.uniform_gradients(problem, inputs)
+    is_head = _head_leaves(problem, inputs.params)
+    is_second = state.epoch >= from_epoch
+    leaves, treedef = jax.tree.flatten(inputs.params)
+    initial = iter(state.initial)
+    values = [
+      next(initial) if head else x for x, head in zip(leaves, is_head, strict=True)
+    ]
+    is_fixed = [state.restarts if head else is_second for head in is_head]
+    grads = [
+      x if head else jnp.where(is_second, jnp.zeros_like(x), x)
+      for x, head in zip(jax.tree.leaves(found.grads), is_head, strict=True)
+    ]
+    fixed = tuple(jax.tree.unflatten(treedef, x) for x in (is_fixed, values))
+    found = found._replace(grads=jax.tree.unflatten(treedef, grads), fixed=fixed)
+    return found, state._replace(restarts=jnp.zeros_like(state.restarts))
+
+  def refresh(state, problem, view):
+    del problem
+    epoch = jnp.asarray(view.epoch, jnp.int32)
+    return state._replace(epoch=epoch, restarts=(epoch == from_epoch) & restart)
+
+  def sample(state, problem, train, rng):
+    if state.epoch < from_epoch:
+      return base.permutation(state, problem, train, rng)
+    return class_balance.balanced_order(train["label"], rng)
+
+  return base.Method(gradients, init=init, refresh=refresh, sample=sample)
+
+
+def _head_leaves(problem, params):
+  """Whether the last layer reads each leaf of the parameters, in order."""
+  if problem.head is None or problem.num_features is None:
+    raise base.InputError(
+      "classifier_retraining trains the last layer alone: it needs a network with"
+      " methods features and head and a num_features, as those of l2rw_jax.models;"
+      " choose another method or split the network."
+    )
+  features = jax.ShapeDtypeStruct((1, problem.num_features), jnp.result_type(float))
+  closed = jax.make_jaxpr(problem.head)(params, features)
+  return _is_read(closed.jaxpr)[:-1]
+
+
+def _is_read(jaxpr):
+  """Whether each input of a jaxpr is read, also by the calls in it."""
+  read = {id(v) for v in jaxpr.outvars}
+  for eqn in jaxpr.eqns:
+    call = batch_axes.inlined(eqn)
+    if call is None:
+      read |= {id(v) for v in eqn.invars}
+    else:
+      flags = _is_read(call[0])
+      read |= {id(v) for v, flag in zip(eqn.invars, flags, strict=True) if flag}
+  return [id(v) in read for v in jaxpr.invars]
+
+
 def hard_mining(variant: str = "paper") -> base.Method:
   """Equal weights for the minority and for the hardest majority examples.
 
@@ -211,7 +326,8 @@ def fine_tuning(num_steps: int, method: base.Method | None = None) -> base.Metho
     method: the first phase; `uniform()` if None.
 
   Raises:
-    InputError: `num_steps` is less than 1.
+    InputError: `num_steps` is less than 1; in training, the first phase is
+      `classifier_retraining`.
   """
   if num_steps < 1:
     raise base.InputError(f"fine_tuning: num_steps={num_steps} must be at least 1.")
@@ -238,6 +354,11 @@ def _same_structure(gradients, problem):
 
   The branches of `jax.lax.cond` must have one structure.
   """
+  if gradients.fixed is not None:
+    raise base.InputError(
+      "fine_tuning: its last steps train all parameters, so that the first phase cannot"
+      " be one that fixes some of them, such as classifier_retraining."
+    )
   has_meta_step = gradients.fault is not None
   return gradients._replace(
     metrics={},
@@ -277,6 +398,21 @@ def class_balanced_focal(
   """
   focal_loss = functools.partial(losses_lib.focal, gamma=gamma)
   return _with_loss(class_balanced(beta, from_epoch), focal_loss)
+
+
+def balanced_softmax() -> base.Method:
+  """Minimizes the mean of `losses.balanced_softmax`; evaluation uses plain logits."""
+  return _with_counts_loss(uniform(), losses_lib.balanced_softmax)
+
+
+def logit_adjusted(tau: float = 1.0) -> base.Method:
+  """Minimizes the mean of `losses.logit_adjusted`; evaluation uses plain logits.
+
+  Raises:
+    InputError: `tau` is negative.
+  """
+  loss_fn = functools.partial(losses_lib.logit_adjusted, tau=tau)
+  return _with_counts_loss(uniform(), loss_fn)
 
 
 def bootstrapping(kind: str, beta: float | None = None) -> base.Method:
@@ -325,12 +461,19 @@ def generalized_cross_entropy(
 
 def _with_loss(method, loss_fn):
   """`method` on `(logits, labels) -> [B]`; raises if a setting of it is invalid."""
+  return _with_counts_loss(
+    method, lambda logits, labels, class_counts: loss_fn(logits, labels)
+  )
+
+
+def _with_counts_loss(method, loss_fn):
+  """As `_with_loss`, for `(logits, labels, class_counts) -> [B]`."""
   label = jax.ShapeDtypeStruct((1,), jnp.int32)
-  jax.eval_shape(loss_fn, jax.ShapeDtypeStruct((1, 2), jnp.float32), label)
+  two = jax.ShapeDtypeStruct((2,), jnp.int32)
+  jax.eval_shape(loss_fn, jax.ShapeDtypeStruct((1, 2), jnp.float32), label, two)
 
   def loss(outputs, batch, class_counts):
-    del class_counts
-    return loss_fn(losses_lib.logits_of(outputs), batch["label"])
+    return loss_fn(losses_lib.logits_of(outputs), batch["label"], class_counts)
 
   return changed_loss.changed_loss(method, loss)
 

@@ -129,6 +129,8 @@ def train_step(
       value=metrics["weighted_loss"] if result.value is None else result.value,
     )
     params = optax.apply_updates(state.params, updates)
+  if result.fixed is not None:
+    params = jax.tree.map(jnp.where, *result.fixed, params)
   proposed = TrainState(
     step=state.step + 1,
     params=params,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from l2rw_jax import base
@@ -18,6 +19,7 @@ from l2rw_jax import linearization
 from l2rw_jax import losses
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
+from l2rw_jax.training import step as step_lib
 
 _CLASSES, _NUM_STEPS = 3, 10
 _COUNTS = np.array([60, 30, 10])
@@ -318,6 +320,14 @@ _MEAN_LOSSES = {
     baselines.generalized_cross_entropy(0.5, 0.3),
     functools.partial(losses.generalized_cross_entropy, q=0.5, threshold=0.3),
   ),
+  "balanced": (
+    baselines.balanced_softmax(),
+    functools.partial(losses.balanced_softmax, class_counts=_COUNTS),
+  ),
+  "adjusted": (
+    baselines.logit_adjusted(0.5),
+    functools.partial(losses.logit_adjusted, class_counts=_COUNTS, tau=0.5),
+  ),
 }
 
 
@@ -359,8 +369,141 @@ def test_class_balanced_focal_defers_only_its_weights():
     (lambda: baselines.symmetric_cross_entropy(-1.0), "alpha=-1.0, beta=1.0 must"),
     (lambda: baselines.generalized_cross_entropy(1.5), "q=1.5 must be in"),
     (lambda: baselines.generalized_cross_entropy(0.7, 0.0), "threshold=0.0 must"),
+    (lambda: baselines.logit_adjusted(-1.0), "logit_adjusted: tau=-1.0 must be at"),
+    (lambda: baselines.classifier_retraining(-1), "retraining: from_epoch=-1 must"),
   ],
 )
 def test_loss_settings_out_of_range_are_refused_when_the_method_is_made(make, message):
   with pytest.raises(base.InputError, match=message):
     make()
+
+
+# Classifier re-training: a network of two layers, the last one behind `jax.jit`.
+
+
+@jax.jit
+def _head(params, features):
+  return features @ params["v"] + params["b"][None]
+
+
+def _features(params, model_state, batch, key, train):
+  del key, train
+  return jnp.tanh(batch["x"] @ params["w"]), model_state
+
+
+_SPLIT = dataclasses.replace(
+  _TASK,
+  forward=lambda params, *given: (
+    _head(params, _features(params, *given)[0]),
+    given[0],
+  ),
+  features=_features,
+  head=_head,
+  num_features=5,
+)
+_RETRAINING = baselines.classifier_retraining(2)
+_MOMENTUM = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.5, momentum=0.9))
+
+
+@jax.jit
+def _retraining_step(state):
+  result = []
+
+  def gradients(*given):
+    found, method_state = _RETRAINING.gradients(*given)
+    result.append(found)
+    return found, method_state
+
+  state, _ = step_lib.train_step(
+    state,
+    _BATCH,
+    None,
+    jax.random.key(0),
+    problem=_SPLIT,
+    method=_RETRAINING._replace(gradients=gradients),
+    optimizer=_MOMENTUM,
+  )
+  return state, result[0]
+
+
+def _two_layers(params):
+  """Losses [6] and the gradient of their mean, by hand in double precision."""
+  w, v, b = (np.asarray(params[name], np.float64) for name in "wvb")
+  x = _BATCH["x"].astype(np.float64)
+  hidden = np.tanh(x @ w)
+  p = np.exp(hidden @ v + b)
+  p /= p.sum(axis=1, keepdims=True)
+  slopes = (p - np.eye(_CLASSES)[_LABELS]) / 6
+  grads = {
+    "w": x.T @ (slopes @ v.T * (1 - hidden**2)),
+    "v": hidden.T @ slopes,
+    "b": slopes.sum(axis=0),
+  }
+  return -np.log(p[np.arange(6), _LABELS]), grads
+
+
+def test_classifier_retraining_restarts_the_last_layer_and_keeps_the_features():
+  rng = np.random.default_rng(4)
+  shapes = {"w": (4, 5), "v": (5, _CLASSES), "b": (_CLASSES,)}
+  first = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+  first = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), first)
+  method_state = _RETRAINING.init(jax.random.key(0), _SPLIT, first)
+  state = step_lib.init_state(first, {}, method_state, _MOMENTUM)
+  for epoch in range(4):
+    view = types.SimpleNamespace(epoch=epoch)
+    refreshed = _RETRAINING.refresh(state.method_state, _SPLIT, view)
+    state = state._replace(method_state=refreshed)
+    for step in range(2):
+      before = jax.device_get(state)
+      state, found = _retraining_step(state)
+      losses_by_hand, grads = _two_layers(before.params)
+      if epoch >= 2:
+        grads["w"] = np.zeros((4, 5))
+      np.testing.assert_allclose(found.losses, losses_by_hand, rtol=1e-5)
+      np.testing.assert_allclose(found.weights, np.full(6, 1 / 6), rtol=1e-6)
+      chex.assert_trees_all_close(found.grads, grads, rtol=1e-4, atol=1e-6)
+      trace = before.opt_state[1][0].trace
+      expected = {
+        name: x - 0.5 * (grads[name] + 0.1 * x + 0.9 * trace[name])
+        for name, x in before.params.items()
+      }
+      if epoch >= 2:
+        expected["w"] = before.params["w"]
+        np.testing.assert_array_equal(state.params["w"], before.params["w"])
+      if (epoch, step) == (2, 0):
+        assert (before.params["v"] != first["v"]).any()
+        expected |= {"v": first["v"], "b": first["b"]}
+      chex.assert_trees_all_close(state.params, expected, rtol=1e-4, atol=1e-6)
+  assert state.failure.step == -1
+
+
+def test_classifier_retraining_balances_the_classes_from_its_epoch():
+  labels = np.repeat([0, 1, 2], [16, 3, 1])
+  train = {"label": labels, "index": np.arange(20)}
+  for epoch, expected in ((1, [16, 3, 1]), (2, [6, 6, 6])):
+    state = baselines.Retraining(jnp.int32(epoch), jnp.bool_(False), [])
+    rows = _RETRAINING.sample(state, _SPLIT, train, np.random.default_rng(0))
+    np.testing.assert_array_equal(np.bincount(labels[rows]), expected)
+
+
+def test_classifier_retraining_restarts_only_if_asked_to():
+  further = baselines.classifier_retraining(2, restart=False)
+  state = baselines.Retraining(jnp.int32(1), jnp.bool_(False), [])
+  for method, expected in ((_RETRAINING, [0, 0, 1, 0]), (further, [0, 0, 0, 0])):
+    views = [types.SimpleNamespace(epoch=epoch) for epoch in range(4)]
+    found = [method.refresh(state, _SPLIT, view).restarts for view in views]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_classifier_retraining_needs_a_separate_last_layer():
+  with pytest.raises(base.InputError, match="it needs a network with methods features"):
+    _RETRAINING.init(jax.random.key(0), _TASK, _PARAMS)
+
+
+def test_fine_tuning_after_classifier_retraining_is_refused():
+  method = baselines.fine_tuning(3, _RETRAINING)
+  params = {"w": jnp.ones((4, 5)), "v": jnp.ones((5, 3)), "b": jnp.ones(3)}
+  state = method.init(jax.random.key(0), _SPLIT, params)
+  inputs = base.Inputs(params, {}, (), _BATCH, _META, jnp.int32(0), jax.random.key(0))
+  with pytest.raises(base.InputError, match="fine_tuning: its last steps train all"):
+    jax.eval_shape(lambda state: method.gradients(state, _SPLIT, inputs)[0], state)
