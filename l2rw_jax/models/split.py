@@ -52,7 +52,8 @@ class Cosine(nn.Module):
   def __call__(self, features: jax.Array) -> jax.Array:
     """Maps features [B, d] to cosines [B, C]."""
     kernel = self.param("kernel", _unit_columns, (features.shape[-1], self.num_outputs))
-    features, kernel = nn.dtypes.promote_dtype(features, kernel)
+    with jax.numpy_dtype_promotion("standard"):  # Half-precision features to float32.
+      features, kernel = nn.dtypes.promote_dtype(features, kernel)
     return _normalize(features, -1) @ _normalize(kernel, 0)
 
 

@@ -1,6 +1,5 @@
 """A small vision transformer."""
 
-import functools
 from typing import Any
 
 from flax import linen as nn
@@ -76,7 +75,13 @@ class VisionTransformer(split.SplitNetwork):
     for i in range(self.depth):
       block = _Block(self.num_heads, self.expansion, self.dtype, name=f"block_{i}")
       x = block(x)
-    return nn.LayerNorm(dtype=self.dtype, name="norm")(x).mean(axis=1)
+    return _norm("norm", self.dtype, x).mean(axis=1)
+
+
+def _norm(name, dtype, x):
+  """LayerNorm in float32 at least, without the implicit promotion of flax."""
+  wide = x.astype(base.accumulator_dtype(x.dtype))
+  return nn.LayerNorm(name=name)(wide).astype(dtype)
 
 
 class _Block(nn.Module):
@@ -90,9 +95,8 @@ class _Block(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [B, T, d] to [B, T, d]."""
     width = x.shape[-1]
-    norm = functools.partial(nn.LayerNorm, dtype=self.dtype)
-    x = x + self._attend(norm(name="norm_before_attention")(x))
-    y = norm(name="norm_before_dense")(x)
+    x = x + self._attend(_norm("norm_before_attention", self.dtype, x))
+    y = _norm("norm_before_dense", self.dtype, x)
     y = nn.Dense(self.expansion * width, dtype=self.dtype, name="expand")(y)
     return x + nn.Dense(width, dtype=self.dtype, name="contract")(nn.gelu(y))
 

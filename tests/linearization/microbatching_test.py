@@ -15,7 +15,6 @@ from l2rw_jax import base
 from l2rw_jax import group_objectives
 from l2rw_jax import hypergradient
 from l2rw_jax import linearization
-from l2rw_jax import losses
 from l2rw_jax.linearization import microbatching
 from l2rw_jax.methods import l2rw
 from l2rw_jax.methods import meta_weight_net
@@ -24,7 +23,7 @@ from l2rw_jax.models import mlp
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-_B, _M, _CLASSES = 7, 5, 3
+_B, _M = 5, 3
 _close = functools.partial(chex.assert_trees_all_close, rtol=1e-12, atol=1e-14)
 
 
@@ -37,28 +36,25 @@ def loop(request, monkeypatch):
 def _examples(seed, size):
   rng = np.random.default_rng(seed)
   return {
-    "x": rng.normal(size=(size, 6, 2)),
-    "label": rng.integers(_CLASSES, size=size),
+    "x": rng.normal(size=(size, 3)),
+    "label": rng.integers(3, size=size),
   }
 
 
 def _params(seed=2):
   rng = np.random.default_rng(seed)
-  shapes = {"kernel": (3, 2, 4), "out": (4, _CLASSES)}
+  shapes = {"kernel": (3, 4), "out": (4,)}
   made = {k: jnp.asarray(rng.normal(size=v)) for k, v in shapes.items()}
   return {**made, "count": jnp.int32(4)}
 
 
 def _losses_fn(params, batch):
-  h = jax.lax.conv_general_dilated(
-    batch["x"], params["kernel"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
-  )
-  logits = jnp.tanh(h).mean(1) @ params["out"]
-  return losses.softmax_cross_entropy(logits, batch["label"])
+  outputs = jnp.tanh(batch["x"] @ params["kernel"]) @ params["out"]
+  return (outputs - batch["label"].astype(outputs.dtype)) ** 2
 
 
 def _with_aux(params, batch):
-  return _losses_fn(params, batch), {"sums": batch["x"].sum(2), "none": {}}
+  return _losses_fn(params, batch), {"sums": batch["x"].sum(1), "none": {}}
 
 
 def _three(linearize, **options):
@@ -80,18 +76,23 @@ def _three(linearize, **options):
   return run(_params(), _examples(0, _B))
 
 
+@functools.cache
+def _three_of_the_whole_batch():
+  return _three(linearization.linearize)
+
+
 @pytest.mark.usefixtures("loop")
-@pytest.mark.parametrize("size", [1, 3, 7, 100])
+@pytest.mark.parametrize("size", [1, 2, _B, 100])
 def test_any_microbatch_size_gives_the_numbers_of_the_whole_batch(size):
   actual = _three(microbatching.microbatched(linearization.linearize, size))
-  _close(actual, _three(linearization.linearize))
+  _close(actual, _three_of_the_whole_batch())
   assert actual[3]["count"] == 0
 
 
 @pytest.mark.parametrize("engine", ["forward", "layerwise", "reverse"])
 def test_any_engine(engine):
-  linearize = microbatching.microbatched(linearization.linearize, 4)
-  _close(_three(linearize, engine=engine), _three(linearization.linearize))
+  linearize = microbatching.microbatched(linearization.linearize, 3)
+  _close(_three(linearize, engine=engine), _three_of_the_whole_batch())
 
 
 def _without_engine(info):
@@ -127,11 +128,11 @@ def _mwn(params, batch, meta_batch, size, axis_name=None):
 @pytest.mark.usefixtures("loop")
 @pytest.mark.parametrize("run", [_l2rw, _mwn])
 def test_methods_under_vmap(run):
-  data = _examples(0, _B), _examples(1, _M)
+  data = _examples(0, 4), _examples(1, 4)  # two microbatches of each
   many = jax.tree.map(lambda *x: jnp.stack(x), _params(0), _params(1))
   actual, expected = (
     jax.jit(jax.vmap(lambda params, size=size: run(params, *data, size)))(many)
-    for size in (3, None)
+    for size in (2, None)
   )
   _close(actual, expected)
 
@@ -161,22 +162,24 @@ def test_weights_may_be_computed_inside_a_differentiated_loss():
   params = {k: v for k, v in _params().items() if k != "count"}
 
   def weighted(params):
-    actual = l2rw.example_weights(_losses_fn, params, *data, microbatch_size=3)
+    actual = l2rw.example_weights(_losses_fn, params, *data, microbatch_size=2)
     return jnp.sum(actual.weights * _losses_fn(params, data[0]))
 
   *_, expected = jax.jit(_l2rw, static_argnums=3)(params, *data, None)
   _close(jax.jit(jax.grad(weighted))(params), expected)
 
 
+def _small_weights(x, meta_x, size):
+  """Outside `jit` every operation is compiled, so both tests share the shapes."""
+  params = jnp.array([1.0, -2.0])
+  return l2rw.example_weights(
+    lambda p, x: (x @ p) ** 2, params, x, meta_x, microbatch_size=size
+  )
+
+
 def test_microbatches_work_outside_jit():
-  params, x = (
-    jnp.array([1.0, -2.0]),
-    jnp.asarray(np.random.default_rng(0).normal(size=(3, 2))),
-  )
-  actual, expected = (
-    l2rw.example_weights(lambda p, x: (x @ p) ** 2, params, x, x, microbatch_size=size)
-    for size in (2, None)
-  )
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2)))
+  actual, expected = (_small_weights(x, x, size) for size in (2, None))
   assert (actual.engine, expected.engine) == ("microbatched", "layerwise")
   _close(_without_engine(actual), _without_engine(expected))
 
@@ -241,11 +244,15 @@ def _gradients(method, net):
   }
   model = classifier.Classifier(net, 2)
   problem = model.problem(class_counts=jnp.array([2, 2]), num_examples=4, num_steps=1)
+  # Random values from NumPy, since an initialization would have to be compiled.
+  params, model_state = jax.tree.map(
+    lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype),
+    jax.eval_shape(model.init, jax.random.key(0), batch),
+  )
 
   @jax.jit
   def run(batch):
     key = jax.random.key(0)
-    params, model_state = model.init(key, batch)
     state = method.init(key, problem, params)
     inputs = base.Inputs(params, model_state, (), batch, batch, jnp.int32(0), key)
     return method.gradients(state, problem, inputs)[0]
@@ -254,15 +261,20 @@ def _gradients(method, net):
 
 
 def test_keys_per_example_are_split_with_the_examples():
-  keys = jax.random.split(jax.random.key(0), 5)
+  keys = jax.random.split(jax.random.key(0), 3)
 
   def losses_fn(params, keys):
     return params * jax.vmap(jax.random.normal)(keys)
 
   linearize = microbatching.microbatched(linearization.linearize, np.int64(2))
-  actual = linearize(losses_fn, jnp.array(2.0), keys)
-  _close(actual.losses, losses_fn(2.0, keys))
-  _close(actual.directional(jnp.array(1.0)), losses_fn(1.0, keys))
+
+  @jax.jit
+  def both(keys):
+    found = linearize(losses_fn, jnp.array(2.0), keys)
+    actual = found.losses, found.directional(jnp.array(1.0))
+    return actual, (losses_fn(2.0, keys), losses_fn(1.0, keys))
+
+  _close(*both(keys))
 
 
 def test_arrays_without_a_row_per_example_are_refused():
@@ -307,15 +319,9 @@ def test_weights_of_another_shape_are_refused():
 
 
 def test_a_nan_in_one_part_of_the_meta_batch_is_reported():
-  batch, meta_batch = _examples(0, _B), _examples(1, _M)
-  meta_batch["label"][3] = _CLASSES  # in the second of three parts
-
-  def run(params):
-    return l2rw.example_weights(
-      _losses_fn, params, batch, meta_batch, microbatch_size=2
-    )
-
-  with pytest.raises(FloatingPointError, match=r"1 of 5 meta losses .* in row 3"):
-    run(_params())
-  found = jax.jit(run)(_params())
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2)))
+  meta_x = jnp.array([[1.0, 2.0], [2.0, 1.0], [jnp.nan, 1.0]])  # in the second part
+  with pytest.raises(FloatingPointError, match=r"1 of 3 meta losses .* in row 2"):
+    _small_weights(x, meta_x, 2)
+  found = jax.jit(functools.partial(_small_weights, size=2))(x, meta_x)
   assert not found.finite and found.fault == base.Fault.META_LOSSES

@@ -76,7 +76,7 @@ def test_network_equals_numpy():
 
 
 def test_layerwise_linearization_is_supported():
-  images, model = _images(5, 8, 8, 3), _small()
+  images, model = _images(5, 8, 8, 3), _small().clone(depth=1)
   variables = _variables(model, images)
 
   def losses_fn(params, batch):
