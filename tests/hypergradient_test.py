@@ -74,40 +74,60 @@ def _meta_loss(losses_fn, params, batch, meta_batch, weights, optimizer, opt_sta
   return jnp.mean(losses_fn(ahead, meta_batch))
 
 
-def _finite_differences(meta_loss_of, weights, step=1e-5):
-  moved = step * jnp.eye(weights.size)
-  up, down = (jax.vmap(meta_loss_of)(weights[None] + s * moved) for s in (1, -1))
-  return (up - down) / (2 * step)
+@functools.partial(jax.jit, static_argnums=0)
+def _inner_gradients(losses_fn, weights):
+  """Gradients at each row of the weights."""
+
+  def gradient(weights):
+    return jax.grad(lambda p: jnp.sum(weights * losses_fn(p, _data()[0])))(_params())
+
+  return jax.vmap(gradient)(weights)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _meta_losses(losses_fn, ahead):
+  return jax.vmap(lambda params: jnp.mean(losses_fn(params, _data()[1])))(ahead)
 
 
 def _three_ways(losses_fn, optimizer):
-  """Jitted `(opt_state, weights) -> (weight gradient, unrolled, differences)`."""
+  """`(opt_state, weights) -> (weight gradient, unrolled, finite differences)`."""
   batch, meta_batch = _data()
   params = _params()
 
-  def three_ways(opt_state, weights):
+  @jax.jit
+  def two_ways(opt_state, weights):
     data = (losses_fn, params, batch, meta_batch)
     unrolled = hypergradient.unrolled_weight_gradient(
       losses_fn, *data, weights, optimizer=optimizer, opt_state=opt_state
     )
+    return _weight_gradient(*data, weights, optimizer, opt_state), unrolled
 
-    def meta_loss_of(w):
-      return _meta_loss(*data, w, optimizer, opt_state)
+  @jax.jit
+  def steps(opt_state, gradients):
+    return jax.vmap(
+      lambda g: hypergradient.lookahead_params(params, g, optimizer, opt_state)
+    )(gradients)
 
-    actual = _weight_gradient(*data, weights, optimizer, opt_state)
-    return actual, unrolled, _finite_differences(meta_loss_of, weights)
+  def three_ways(opt_state, weights, step=1e-5):
+    moved = step * np.concatenate([np.eye(_B), -np.eye(_B)])
+    ahead = steps(opt_state, _inner_gradients(losses_fn, weights[None] + moved))
+    up, down = np.asarray(_meta_losses(losses_fn, ahead)).reshape(2, _B)
+    return *two_ways(opt_state, weights), (up - down) / (2 * step)
 
-  return jax.jit(three_ways)
+  return three_ways
 
 
-def _warm(optimizer, params, num_updates=3):
-  """The state after a few updates, as in the middle of a run."""
-  state = hypergradient.init_optimizer(optimizer, params)
-  for i in range(num_updates):
-    gradient = jax.tree.map(lambda p, i=i: np.cos(3 * p + i), params)
-    with base.implicit_promotion():
-      _, state = optimizer.update(gradient, state, params)
-  return state
+def _warm(optimizer, params):
+  """A state as in the middle of a run."""
+  rng = np.random.default_rng(3)
+
+  def fill(x):
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+      return rng.uniform(0.1, 1, size=x.shape).astype(x.dtype)
+    return np.full(x.shape, 3, x.dtype)
+
+  init = functools.partial(hypergradient.init_optimizer, optimizer)
+  return jax.tree.map(fill, jax.eval_shape(init, params))
 
 
 _SCHEDULE = optax.cosine_decay_schedule(0.3, 10)
@@ -145,7 +165,7 @@ def test_weight_gradient_equals_the_unrolled_step_and_finite_differences(name):
   three_ways = _three_ways(_losses_fn, optimizer)
   fresh = hypergradient.init_optimizer(optimizer, _params())
   for state in (fresh, _warm(optimizer, _params())):
-    for weights in (jnp.zeros(_B), jnp.full(_B, 1 / _B)):
+    for weights in (np.zeros(_B), np.full(_B, 1 / _B)):
       actual, unrolled, differences = three_ways(state, weights)
       _assert_close(actual, unrolled, 1e-12)
       _assert_close(actual, differences, 1e-6)
@@ -154,7 +174,7 @@ def test_weight_gradient_equals_the_unrolled_step_and_finite_differences(name):
 def test_decay_in_the_loss_equals_the_unrolled_step():
   three_ways = _three_ways(_decayed_losses_fn, optax.sgd(0.3))
   state = optax.sgd(0.3).init(_params())
-  actual, unrolled, differences = three_ways(state, jnp.full(_B, 1 / _B))
+  actual, unrolled, differences = three_ways(state, np.full(_B, 1 / _B))
   _assert_close(actual, unrolled, 1e-12)
   _assert_close(actual, differences, 1e-6)
 
@@ -194,10 +214,13 @@ def test_ridge_regression_in_closed_form():
   meta_gradient = z.T @ (z @ ahead - t) / _M + _DECAY * ahead
   expected = -rate * gradients @ meta_gradient
   optimizer = optax.sgd(rate)
-  actual = _weight_gradient(
-    losses_fn, p, (x, y), (z, t), jnp.asarray(weights), optimizer, optimizer.init(p)
-  )
-  np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+  @jax.jit
+  def run(p, weights):
+    state = optimizer.init(p)
+    return _weight_gradient(losses_fn, p, (x, y), (z, t), weights, optimizer, state)
+
+  np.testing.assert_allclose(run(p, weights), expected, rtol=1e-12)
 
 
 class _Net(nn.Module):
@@ -293,14 +316,27 @@ def test_network_gradient_is_the_gradient_of_the_unrolled_meta_loss():
   chex.assert_trees_all_close(actual, expected, rtol=1e-11)
 
 
-def _direction(optimizer, meta_batch, params=None):
-  params = _params() if params is None else params
+# The reports of faults outside `jit` cost a compilation for each operation and shape,
+# so that they use the smallest problem: one parameter vector and squared losses.
+
+
+def _targets():
+  return np.arange(1.0, _M + 1)
+
+
+def _faulty_losses_fn(params, targets):
+  return (params.sum() - targets) ** 2
+
+
+def _direction(optimizer, targets, losses_fn=_faulty_losses_fn, **options):
+  params = jnp.ones(2)
   return hypergradient.direction(
-    _losses_fn,
+    losses_fn,
     params,
-    meta_batch,
+    targets,
     optimizer=optimizer,
     opt_state=optimizer.init(params),
+    **options,
   )
 
 
@@ -312,38 +348,33 @@ _TRAPS = {
 
 @pytest.mark.parametrize("name", _TRAPS)
 def test_an_optimizer_without_a_derivative_at_zero_is_reported(name):
-  _, meta_batch = _data()
   with pytest.raises(FloatingPointError, match=r"meta gradient is finite.*adam"):
-    _direction(_TRAPS[name], meta_batch)
-  checked = checkify.checkify(
-    jax.jit(lambda batch: _direction(_TRAPS[name], batch).finite)
-  )
-  error, finite = checked(meta_batch)
+    _direction(_TRAPS[name], _targets())
+  run = jax.jit(lambda targets: _direction(_TRAPS[name], targets).finite)
+  error, finite = checkify.checkify(run)(_targets())
   assert not finite
   assert "adam with eps_root > 0" in error.get()
-  assert not jax.jit(lambda batch: _direction(_TRAPS[name], batch).finite)(meta_batch)
+  assert not run(_targets())
 
 
-def test_a_nan_meta_batch_is_not_blamed_on_the_optimizer():
-  _, meta_batch = _data()
-  meta_batch = {**meta_batch, "x": meta_batch["x"] * np.nan}
+def test_nan_meta_examples_are_not_blamed_on_the_optimizer():
+  targets = _targets() * np.nan
   with pytest.raises(FloatingPointError, match="check meta_batch"):
-    _direction(optax.sgd(0.1), meta_batch)
+    _direction(optax.sgd(0.1), targets)
   checked = checkify.checkify(
-    jax.jit(lambda batch: _direction(optax.adam(0.1), batch).finite)
+    jax.jit(lambda targets: _direction(optax.adam(0.1), targets).finite)
   )
-  error, finite = checked(meta_batch)
+  error, finite = checked(targets)
   assert not finite
   assert "check meta_batch" in error.get()
   assert "eps_root" not in error.get()
 
 
 def test_checkify_reports_no_error_for_a_finite_direction():
-  _, meta_batch = _data()
   checked = checkify.checkify(
-    jax.jit(lambda batch: _direction(optax.sgd(0.1), batch).finite)
+    jax.jit(lambda targets: _direction(optax.sgd(0.1), targets).finite)
   )
-  error, finite = checked(meta_batch)
+  error, finite = checked(_targets())
   error.throw()
   assert finite
 
@@ -359,52 +390,39 @@ _ZERO_SLOPE = {
 
 @pytest.mark.parametrize("name", _ZERO_SLOPE)
 def test_a_step_that_ignores_the_gradient_is_reported(name):
-  _, meta_batch = _data()
   with pytest.raises(base.InputError, match="step does not change with the gradient"):
-    _direction(_ZERO_SLOPE[name], meta_batch)
-  result = jax.jit(lambda batch: _direction(_ZERO_SLOPE[name], batch))(meta_batch)
+    _direction(_ZERO_SLOPE[name], _targets())
+  result = jax.jit(lambda targets: _direction(_ZERO_SLOPE[name], targets))(_targets())
   assert result.finite and result.zero_slope
-  assert not _direction(optax.sgd(0.1), meta_batch).zero_slope
+  assert not _direction(optax.sgd(0.1), _targets()).zero_slope
 
 
 def test_an_optimizer_that_uses_a_value_gets_one():
-  _, meta_batch = _data()
   optimizer = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
-  result, plain = (_direction(o, meta_batch) for o in (optimizer, optax.sgd(0.1)))
+  result, plain = (_direction(o, _targets()) for o in (optimizer, optax.sgd(0.1)))
   chex.assert_trees_all_close(result.vector, plain.vector)
 
 
 def test_a_line_search_is_refused():
   with pytest.raises(base.InputError, match=r"also needs .*value_fn.*optax.sgd"):
-    _direction(optax.lbfgs(), _data()[1])
-
-
-def _partly_nan(params, batch):
-  # Like a gather that fills with NaN: the loss is NaN and its gradient zero.
-  return jnp.where(jnp.arange(_M) >= 2, jnp.nan, _losses_fn(params, batch))
+    jax.eval_shape(functools.partial(_direction, optax.lbfgs()), _targets())
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 2])
 def test_a_nan_loss_with_a_finite_gradient_is_reported(microbatch_size):
-  if microbatch_size:
-    losses_fn = lambda p, b: jnp.where(b["x"][:, 0] > -9, jnp.nan, _losses_fn(p, b))  # noqa: E731
-  else:
-    losses_fn = _partly_nan
-  optimizer = optax.sgd(0.1)
+  def losses_fn(params, targets):
+    # Like a gather that fills with NaN: the loss is NaN and its gradient zero.
+    found = _faulty_losses_fn(params, targets)
+    return jnp.where(targets >= 3, jnp.nan, found)
 
-  def run(meta_batch):
-    return hypergradient.direction(
-      losses_fn,
-      _params(),
-      meta_batch,
-      optimizer=optimizer,
-      opt_state=optimizer.init(_params()),
-      microbatch_size=microbatch_size,
+  def run(targets):
+    return _direction(
+      optax.sgd(0.1), targets, losses_fn, microbatch_size=microbatch_size
     )
 
   with pytest.raises(FloatingPointError, match=r"of 4 meta losses .* first in row"):
-    run(_data()[1])
-  result = jax.jit(run)(_data()[1])
+    run(_targets())
+  result = jax.jit(run)(_targets())
   assert not result.finite and result.fault == base.Fault.META_LOSSES
   assert base.all_finite(result.vector)
 
@@ -454,15 +472,11 @@ def test_meta_losses_without_aux_or_gradient_are_refused(result, has_aux, messag
 
 
 def test_meta_losses_must_be_one_number_per_example():
-  optimizer = optax.sgd(0.1)
+  def losses_fn(params, targets):
+    return _faulty_losses_fn(params, targets).mean()
+
   with pytest.raises(ValueError, match=r"meta_losses_fn's result .*got shape \(\)"):
-    hypergradient.direction(
-      lambda params, batch: _losses_fn(params, batch).mean(),
-      _params(),
-      _data()[1],
-      optimizer=optimizer,
-      opt_state=optimizer.init(_params()),
-    )
+    _direction(optax.sgd(0.1), _targets(), losses_fn)
 
 
 def _regression():
@@ -528,9 +542,10 @@ def _shard_map(check_vma):
       devices=jax.devices()[:2],
     )
     split, whole = jax.sharding.PartitionSpec(axis_name), jax.sharding.PartitionSpec()
-    return jax.shard_map(
+    mapped = jax.shard_map(
       fun, mesh=mesh, in_specs=(whole, split), out_specs=whole, check_vma=check_vma
     )
+    return jax.jit(mapped)
 
   return wrap
 
@@ -541,7 +556,7 @@ def _stacked(map_fn):
 
     def run(params, meta_batch):
       shards = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), meta_batch)
-      results = mapped(params, shards)
+      results = jax.device_get(mapped(params, shards))
       first, second = (jax.tree.map(lambda x, i=i: x[i], results) for i in (0, 1))
       chex.assert_trees_all_close(second, first, rtol=1e-13)
       return first
@@ -551,31 +566,37 @@ def _stacked(map_fn):
   return wrap
 
 
-@pytest.mark.parametrize(
-  "wrap",
-  [_stacked(jax.pmap), _stacked(jax.vmap), _shard_map(True), _shard_map(False)],
-  ids=["pmap", "vmap", "shard_map", "shard_map_unchecked"],
-)
-@pytest.mark.parametrize("objective", [None, _peaked], ids=["mean", "peaked"])
-def test_objectives_use_the_losses_of_all_devices(wrap, objective):
+def _directions(axis_name, params, meta_batch):
+  """Of two objectives: the vector and the meta loss."""
   optimizer = optax.sgd(0.3)
 
-  def run(axis_name):
-    def direction(params, meta_batch):
-      result = hypergradient.direction(
-        _squared_losses_fn,
-        params,
-        meta_batch,
-        optimizer=optimizer,
-        opt_state=optimizer.init(params),
-        objective=objective,
-        axis_name=axis_name,
-      )
-      return result.vector, result.meta_loss
+  def direction(objective):
+    result = hypergradient.direction(
+      _squared_losses_fn,
+      params,
+      meta_batch,
+      optimizer=optimizer,
+      opt_state=optimizer.init(params),
+      objective=objective,
+      axis_name=axis_name,
+    )
+    return result.vector, result.meta_loss
 
-    return direction
+  return {"mean": direction(None), "peaked": direction(_peaked)}
 
-  meta_batch = _regression()[1]
-  expected = jax.jit(run(None))(_regression_params(), meta_batch)
-  actual = wrap(run("devices"), "devices")(_regression_params(), meta_batch)
+
+@pytest.mark.parametrize(
+  "wrap",
+  [
+    _stacked(jax.pmap),
+    _stacked(lambda *args, **options: jax.jit(jax.vmap(*args, **options))),
+    _shard_map(True),
+    _shard_map(False),
+  ],
+  ids=["pmap", "vmap", "shard_map", "shard_map_unchecked"],
+)
+def test_objectives_use_the_losses_of_all_devices(wrap):
+  data = _regression_params(), _regression()[1]
+  expected = jax.jit(functools.partial(_directions, None))(*data)
+  actual = wrap(functools.partial(_directions, "devices"), "devices")(*data)
   chex.assert_trees_all_close(actual, expected, rtol=1e-12)

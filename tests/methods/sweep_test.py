@@ -102,11 +102,11 @@ class _Net(nn.Module):
   num_features = 6
 
   def setup(self):
-    self.output = nn.Dense(_CLASSES)
+    self.output = nn.Dense(_CLASSES, use_bias=False)
 
   @nn.compact
   def features(self, x, train=False):
-    x = nn.Dense(6)(x)
+    x = nn.Dense(6, use_bias=False)(x)
     x = nn.BatchNorm(use_running_average=not train, axis_name=self.axis_name)(x)
     return nn.tanh(x)
 
@@ -145,19 +145,26 @@ def _task(axis_name):
   )
 
 
+@jax.jit
+def _init(key):
+  """States of every method, by one program."""
+  params, model_state = _model(None).init(key, _data()[0][0])
+  key = jax.random.fold_in(key, 1)
+  return {
+    name: step_lib.init_state(
+      params, model_state, method.init(key, _task(None), params), _OUTER
+    )
+    for name, method in _METHODS.items()
+  }
+
+
 @functools.cache
-def _init_fn(name):
-  def init(key):
-    params, model_state = _model(None).init(key, _data()[0][0])
-    state = _METHODS[name].init(jax.random.fold_in(key, 1), _task(None), params)
-    return step_lib.init_state(params, model_state, state, _OUTER)
-
-  return jax.jit(init)
+def _initial_states(seed):
+  return jax.device_get(_init(jax.random.key(seed)))
 
 
-@functools.cache
 def _initial(name, seed=0):
-  return jax.device_get(_init_fn(name)(jax.random.key(seed)))
+  return _initial_states(seed)[name]
 
 
 def _step_fn(name, axis_name):
@@ -262,13 +269,15 @@ def test_methods_can_be_traced_under_an_explicit_mesh(name):
   )
   spread = jax.sharding.NamedSharding(mesh, jax.P("data"))
   batches = jax.device_put(_data()[0], spread)
+  state = _initial(name)
+  same = jax.sharding.NamedSharding(mesh, jax.P())
+  given = jax.device_put((state.params, state.model_state), same)
 
-  def first_step(key, batch, meta_batch):
-    params, model_state = _model(None).init(key, _data()[0][0])
-    state = _METHODS[name].init(key, _task(None), params)
-    state = step_lib.init_state(params, model_state, state, _OUTER)
+  def first_step(given, key, batch, meta_batch):
+    state = _METHODS[name].init(key, _task(None), given[0])
+    state = step_lib.init_state(*given, state, _OUTER)
     return _step_fn(name, None)(state, batch, meta_batch)[1]
 
   with jax.set_mesh(mesh):
-    result = jax.eval_shape(first_step, jax.random.key(0), *batches)
+    result = jax.eval_shape(first_step, given, jax.random.key(0), *batches)
   assert result.weights.shape == result.losses.shape == (_B,)
