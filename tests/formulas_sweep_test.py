@@ -96,9 +96,6 @@ class _Formula(NamedTuple):
     refused: the kinds of mesh where the library raises an InputError by design.
     has_gradient: whether its gradient, in all that it reads, is compared as well.
     communicates: whether it takes an axis name and so has another program in `pmap`.
-    by_example: whether no example has an influence on others. Then devices exchange
-      nothing, and its numbers are compared under the explicit mesh only; under the
-      other kinds it is traced, which is when JAX reports errors.
     tolerance: relative, of its numbers.
   """
 
@@ -107,15 +104,12 @@ class _Formula(NamedTuple):
   tolerance: float = 1e-5
   has_gradient: bool = False
   communicates: bool = False
-  by_example: bool = False
 
 
 def _each(fn):
   """A formula of each example by itself: `(batch, whole) -> rows`."""
   return _Formula(
-    lambda data, _: _Found(rows=fn(data.batch, data.whole)),
-    has_gradient=True,
-    by_example=True,
+    lambda data, _: _Found(rows=fn(data.batch, data.whole)), has_gradient=True
   )
 
 
@@ -838,8 +832,6 @@ _FORMULAS: dict[str, _Formula] = {
 
 _HAVE_GRADIENT = [name for name, f in _FORMULAS.items() if f.has_gradient]
 _COMMUNICATE = {name: f for name, f in _FORMULAS.items() if f.communicates}
-_BY_EXAMPLE = {name: f for name, f in _FORMULAS.items() if f.by_example}
-_JOINT = {name: f for name, f in _FORMULAS.items() if not f.by_example}
 
 
 def _total(formula, leaves, treedef):
@@ -926,21 +918,11 @@ def _on_one_device():
     return evaluate(_data()), errors
 
 
-def _on_explicit_mesh():
-  mesh = _mesh(jax.sharding.AxisType.Explicit)
+def _on_mesh(axis_type):
+  mesh = _mesh(axis_type)
   evaluate, errors = _table(_FORMULAS)
   with jax.set_mesh(mesh):
     return jax.jit(evaluate)(_placed(_data(), mesh)), errors
-
-
-def _on_auto_mesh():
-  mesh = _mesh(jax.sharding.AxisType.Auto)
-  evaluate, errors = _table(_JOINT)
-  trace, errors_of_trace = _table(_BY_EXAMPLE)
-  data = _placed(_data(), mesh)
-  with jax.set_mesh(mesh):
-    found = jax.jit(evaluate)(data) | jax.eval_shape(trace, data)
-  return found, errors | errors_of_trace
 
 
 @functools.cache
@@ -956,21 +938,15 @@ def _gradients_on_explicit_mesh():
 
 
 def _in_shard_map():
-  evaluate, errors = _table(_JOINT)
-  trace, errors_of_trace = _table(_BY_EXAMPLE)
-
-  def mapped(fn, formulas):
-    return jax.shard_map(
-      lambda data: fn(data, _AXIS),
-      mesh=_mesh(jax.sharding.AxisType.Auto),
-      in_specs=(_spec(True, False),),
-      out_specs=dict.fromkeys(formulas, _Found(jax.P(_AXIS), jax.P())),
-      check_vma=True,
-    )
-
-  found = jax.jit(mapped(evaluate, _JOINT))(_data())
-  found |= jax.eval_shape(mapped(trace, _BY_EXAMPLE), _data())
-  return found, errors | errors_of_trace
+  evaluate, errors = _table(_FORMULAS)
+  mapped = jax.shard_map(
+    lambda data: evaluate(data, _AXIS),
+    mesh=_mesh(jax.sharding.AxisType.Auto),
+    in_specs=(_spec(True, False),),
+    out_specs=dict.fromkeys(_FORMULAS, _Found(jax.P(_AXIS), jax.P())),
+    check_vma=True,
+  )
+  return jax.jit(mapped)(_data()), errors
 
 
 def _in_pmap():
@@ -980,12 +956,11 @@ def _in_pmap():
     return evaluate(data, _AXIS)
 
   def split(tree):
-    arrays = jax.device_get(tree)
-    return jax.tree.map(lambda x: x.reshape(_DEVICES, -1, *x.shape[1:]), arrays)
+    return jax.tree.map(lambda x: x.reshape(_DEVICES, -1, *x.shape[1:]), tree)
 
   data = _data()
   data = data._replace(batch=split(data.batch), meta=split(data.meta))
-  found = jax.device_get(jax.pmap(run, _AXIS, in_axes=(_Data(0, 0, None, None),))(data))
+  found = jax.pmap(run, _AXIS, in_axes=(_Data(0, 0, None, None),))(data)
 
   def joined(found):
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found.rows)
@@ -996,8 +971,8 @@ def _in_pmap():
 
 _KINDS = {
   "one": _on_one_device,
-  "explicit": _on_explicit_mesh,
-  "auto": _on_auto_mesh,
+  "explicit": functools.partial(_on_mesh, jax.sharding.AxisType.Explicit),
+  "auto": functools.partial(_on_mesh, jax.sharding.AxisType.Auto),
   "shard_map": _in_shard_map,
   "pmap": _in_pmap,
 }
@@ -1017,11 +992,6 @@ def _result(kind, name):
 
 
 def _assert_close(name, actual, expected):
-  if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(actual)):
-    assert _FORMULAS[name].by_example
-    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), t) for t in (actual, expected)]
-    assert shapes[0] == shapes[1]
-    return
   rtol = _FORMULAS[name].tolerance
   chex.assert_trees_all_close(actual, expected, rtol=rtol, atol=rtol / 10)
 
