@@ -126,30 +126,32 @@ def test_weights_and_scores_are_averaged_over_the_steps_that_have_them():
   state = audit.init(2, 2)
   logits, labels = jnp.zeros((2, 2)), jnp.zeros(2, jnp.int32)
   index = jnp.arange(2)
-  state = audit.update(state, index, logits, labels)
+  state = _update(state, index, logits, labels)
   assert np.isnan(audit.summarize(state)["mean_weight"]).all()
-  state = audit.update(state, index, logits, labels, weights=jnp.array([0.0, 1.0]))
+  state = _update(state, index, logits, labels, weights=jnp.array([0.0, 1.0]))
   found = audit.summarize(state)
   np.testing.assert_array_equal(found["mean_weight"], [0, 2])
   np.testing.assert_array_equal(found["zero_weight_share"], [1, 0])
   assert np.isnan(found["mean_score"]).all()
   for scale in (1e-30, 1e30):  # In float32 their sums are zero and infinite.
     scores = scale * jnp.array([3.0, -1.0])
-    state = audit.update(state, index, logits, labels, scores=scores)
+    state = _update(state, index, logits, labels, scores=scores)
   found = audit.summarize(state)
   np.testing.assert_allclose(found["mean_score"], [1.5, -0.5], rtol=1e-6)
 
 
 def test_forgetting_with_several_rows_of_one_example():
   right, wrong = [2.0, 0.0], [0.0, 2.0]
-  state = audit.init(1, 2)
+  state, zeros = audit.init(2, 2), jnp.zeros(2, jnp.int32)
   # Correct; one of two rows is wrong: forgotten; wrong: nothing new; correct; wrong.
-  for rows in ([right], [right, wrong], [wrong], [right, right], [wrong]):
-    labels = jnp.zeros(len(rows), jnp.int32)
-    state = audit.update(state, labels, jnp.array(rows), labels)
+  for first, second in (
+    *((right, right), (right, wrong), (wrong, wrong)),
+    *((right, right), (wrong, wrong)),
+  ):
+    state = _update(state, zeros, jnp.array([first, second]), zeros)
   found = audit.summarize(state)
-  assert found["forgetting_events"] == 2 and found["wrong_predictions"] == 3
-  assert found["seen"] == 7
+  assert found["forgetting_events"][0] == 2 and found["wrong_predictions"][0] == 5
+  assert found["seen"].tolist() == [10, 0]
 
 
 @pytest.fixture

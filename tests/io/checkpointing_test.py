@@ -409,9 +409,7 @@ import numpy as np
 from l2rw_jax import base
 from l2rw_jax.io import checkpointing
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-directory, limit = sys.argv[1], int(sys.argv[2])
 state = {"w": np.random.default_rng(0).normal(size=100_000)}
-checkpointer = checkpointing.Checkpointer(directory, max_to_keep=1)
 
 def save(step, limit):
   resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -421,30 +419,36 @@ def save(step, limit):
     print(error)
   print(os.listdir(directory))
 
-save(1, limit)
-save(1, resource.RLIM_INFINITY)
-save(2, limit)
-print(checkpointer.restore_latest(state).host)
-save(2, resource.RLIM_INFINITY)
-print(checkpointer.restore_latest(state).host)
+for limit in map(int, sys.argv[2:]):
+  directory = f"{sys.argv[1]}/{limit}"
+  checkpointer = checkpointing.Checkpointer(directory, max_to_keep=1)
+  save(1, limit)
+  save(1, resource.RLIM_INFINITY)
+  save(2, limit)
+  print(checkpointer.restore_latest(state).host)
+  save(2, resource.RLIM_INFINITY)
+  print(checkpointer.restore_latest(state).host)
 """
 
 
-@pytest.mark.parametrize("limit", [0, 100_000])  # The record fails; the arrays fail.
-def test_full_disk_is_one_line_and_keeps_the_previous_one(tmp_path, limit):
-  run = _run(_FULL_DISK, tmp_path, limit)
-  message = (
-    f"cannot write the checkpoint of step %d in {tmp_path}: File too large."
-    " Free some space and run the same command again: it continues from %s"
-  )
-  assert run.stdout.splitlines() == [
-    message % (1, "the start"),
-    "[]",
-    "['1']",
-    message % (2, "step 1"),
-    "['1']",
-    "{'step': 1}",
-    "['2']",
-    "{'step': 2}",
-  ]
+def test_full_disk_is_one_line_and_keeps_the_previous_one(tmp_path):
+  limits = (0, 100_000)  # The record fails; the arrays fail.
+  run = _run(_FULL_DISK, tmp_path, *limits)
+  expected = []
+  for limit in limits:
+    message = (
+      f"cannot write the checkpoint of step %d in {tmp_path}/{limit}: File too large."
+      " Free some space and run the same command again: it continues from %s"
+    )
+    expected += [
+      message % (1, "the start"),
+      "[]",
+      "['1']",
+      message % (2, "step 1"),
+      "['1']",
+      "{'step': 1}",
+      "['2']",
+      "{'step': 2}",
+    ]
+  assert run.stdout.splitlines() == expected
   assert run.stderr == ""

@@ -1,5 +1,7 @@
 """Statistics of every example, recorded in the loop with any method."""
 
+import shutil
+
 import numpy as np
 import pytest
 import toy_runs
@@ -60,25 +62,27 @@ def test_statistics_agree_with_what_the_loop_logs(recorded):
 
 
 def test_a_resumed_run_and_eight_devices_have_the_same(recorded, tmp_path, monkeypatch):
-  _, (expected, _) = recorded
-  settings = {**_STEPS, "checkpoint_every": 3}
+  _, expected = recorded
+  settings = {**_STEPS, "checkpoint_every": 3, "seeds": (0, 1)}
   with monkeypatch.context() as patch:
     toy_runs.interrupt(patch, 5)
     with pytest.raises(KeyboardInterrupt):
       toy_runs.train(tmp_path / "a", _L2RW, **settings)
-  (resumed,) = toy_runs.train(tmp_path / "a", _L2RW, **settings)
-  _same(resumed.statistics, expected.statistics)
-  (again,) = toy_runs.train(tmp_path / "a", _L2RW, **settings)  # Read from the disk.
-  _same(again.statistics, resumed.statistics, rtol=0)
+  resumed = toy_runs.train(tmp_path / "a", _L2RW, **settings)
+  again = toy_runs.train(tmp_path / "a", _L2RW, **settings)  # Read from the disk.
+  for one, other, result in zip(resumed, again, expected, strict=True):
+    _same(one.statistics, result.statistics)
+    _same(other.statistics, one.statistics, rtol=0)
   (many,) = toy_runs.train(tmp_path / "b", _L2RW, num_devices=8, **_STEPS)
-  _same(many.statistics, expected.statistics)
+  _same(many.statistics, expected[0].statistics)
 
 
-def test_a_damaged_file_is_made_again(tmp_path):
-  (run,) = toy_runs.train(tmp_path, _UNIFORM, **_STEPS)
-  path = tmp_path / "seed-0" / "statistics.npz"
+def test_a_damaged_file_is_made_again(recorded, tmp_path):
+  folder, (run, _) = recorded
+  copy = shutil.copytree(folder, tmp_path / "run")
+  path = copy / "seed-0" / "statistics.npz"
   path.write_bytes(path.read_bytes()[:-10])
-  (again,) = toy_runs.train(tmp_path, _UNIFORM, **_STEPS)
+  again, _ = toy_runs.train(copy, _L2RW, seeds=(0, 1), **_STEPS)
   _same(again.statistics, run.statistics, rtol=0)
 
 

@@ -120,7 +120,7 @@ def test_meta_set_uses_the_rest_of_the_budget(tmp_path, monkeypatch, more, kept)
 
   monkeypatch.setattr(device_data, "store", store)
   monkeypatch.setattr(device_data, "_HOST_BYTES", sum(sizes) + more)
-  toy_runs.train(tmp_path, _TUNED, [split], num_steps=1)
+  toy_runs.train(tmp_path, _TUNED, [split], num_steps=2)
   assert [type(s).__name__ for s in stores] == ["OnDevices", kept]
   assert [s.num_bytes for s in stores] == [sizes[0], sizes[1] if not more else 0]
 
@@ -148,27 +148,64 @@ def test_row_sources_stay_on_the_host(monkeypatch):
   assert _kind(monkeypatch, sets, devices.choose(1, 8)) == "OnHost"
 
 
-@pytest.mark.parametrize("count", [1, 8])
-def test_runs_end_with_the_same_bytes(tmp_path, monkeypatch, count):
+def _of_bytes(examples, make):
+  """Examples whose images are of uint8, made by `make`."""
+  image = np.clip(examples.image + 3, 0, 6).astype(np.uint8)
+  return examples._replace(image=make(image))
+
+
+class _File(_Rows):
+  """A row source like HDF5: no ndim, ascending rows without repetition only."""
+
+  def __init__(self, array):
+    super().__init__(array)
+    del self.ndim
+
+  def __getitem__(self, rows):
+    if not isinstance(rows, slice) and np.any(np.diff(rows) <= 0):
+      raise TypeError("Indexing elements must be in increasing order")
+    return super().__getitem__(rows)
+
+
+def _of_file(examples):
+  """Examples in the least convenient form: images in a file, and a list of labels."""
+  return examples._replace(
+    image=_File(examples.image), label=examples.label.astype(float).tolist()
+  )
+
+
+@pytest.mark.parametrize(
+  ("count", "on_devices", "on_host"),
+  [
+    (1, lambda examples: examples, _of_file),
+    (8, lambda part: _of_bytes(part, np.asarray), lambda part: _of_bytes(part, _Rows)),
+  ],
+  ids=["one_device_and_a_file", "eight_devices_and_bytes"],
+)
+def test_runs_end_with_the_same_bytes(
+  tmp_path, monkeypatch, count, on_devices, on_host
+):
   monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
   settings = {"seeds": (0, 1), "num_devices": count, "steps_per_call": 1}
   settings |= {"log_every": 6, "eval_every": 6, "meta_batch_size": 5}
-  outcomes = []
-  for place in (np.asarray, _Rows):  # On the devices; on the host.
-    splits = [_of_bytes(toy_runs.make_splits(seed), place) for seed in (0, 1)]
-    toy_runs.train(tmp_path / place.__name__, _TUNED, splits, **settings)
-    outcomes.append(toy_runs.outcome(tmp_path / place.__name__))
-  assert outcomes[0] == outcomes[1]
+  for name, changed in (("devices", on_devices), ("host", on_host)):
+    splits = [
+      split._replace(
+        train=changed(split.train), meta=changed(split.meta), test=changed(split.test)
+      )
+      for split in map(toy_runs.make_splits, (0, 1))
+    ]
+    toy_runs.train(tmp_path / name, _TUNED, splits, **settings)
+  assert toy_runs.outcome(tmp_path / "devices") == toy_runs.outcome(tmp_path / "host")
 
 
-def _of_bytes(splits, make):
-  """Splits with uint8 images, made by `make`; only uint8 images may be no array."""
-
-  def convert(examples):
-    image = np.clip(examples.image + 3, 0, 6).astype(np.uint8)
-    return examples._replace(image=make(image))
-
-  return splits._replace(train=convert(splits.train), meta=convert(splits.meta))
+def test_labels_that_are_no_numbers_raise(tmp_path):
+  splits = toy_runs.make_splits()
+  words = splits.train._replace(label=splits.train.label.astype(str))
+  with pytest.raises(
+    base.InputError, match="label in train of seed 0 must be integers"
+  ):
+    toy_runs.train(tmp_path, _TUNED, [splits._replace(train=words)])
 
 
 def test_only_row_numbers_are_sent(tmp_path, monkeypatch):
@@ -180,8 +217,9 @@ def test_only_row_numbers_are_sent(tmp_path, monkeypatch):
     return loaded[-1]
 
   monkeypatch.setattr(device_data.DeviceData, "load", record)
-  toy_runs.train(tmp_path, _TUNED, num_devices=2, steps_per_call=2, log_every=4)
-  assert len(loaded) > 2
+  settings = {"num_steps": 6, "log_every": 6, "eval_every": 6}
+  toy_runs.train(tmp_path, _TUNED, num_devices=2, steps_per_call=2, **settings)
+  assert len(loaded) == 3
   for part in ("train", "meta"):
     first, *others = [getattr(b, part) for b in loaded]
     assert all(isinstance(x, jax.Array) for x in first.examples.values())
@@ -240,38 +278,3 @@ def test_meta_set_on_the_host_is_streamed(monkeypatch, needs_meta):
   monkeypatch.setattr(device_data, "budget", lambda devices: room)
   data = device_data.DeviceData([split], jax.devices()[:1], needs_meta)
   assert data.is_streamed == needs_meta
-
-
-class _File(_Rows):
-  """A row source like HDF5: no ndim, ascending rows without repetition only."""
-
-  def __init__(self, array):
-    super().__init__(array)
-    del self.ndim
-
-  def __getitem__(self, rows):
-    if not isinstance(rows, slice) and np.any(np.diff(rows) <= 0):
-      raise TypeError("Indexing elements must be in increasing order")
-    return super().__getitem__(rows)
-
-
-def test_row_sources_and_lists_of_labels_give_the_same_run(tmp_path, monkeypatch):
-  monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
-  splits = toy_runs.make_splits()
-
-  def changed(examples):
-    return examples._replace(
-      image=_File(examples.image), label=examples.label.astype(float).tolist()
-    )
-
-  parts = {name: changed(getattr(splits, name)) for name in ("train", "meta", "test")}
-  settings = {"num_steps": 6, "steps_per_call": 1, "meta_batch_size": 5}
-  settings |= {"log_every": 6, "eval_every": 6}
-  for name, data in (("arrays", splits), ("files", splits._replace(**parts))):
-    toy_runs.train(tmp_path / name, _TUNED, [data], **settings)
-  assert toy_runs.outcome(tmp_path / "arrays") == toy_runs.outcome(tmp_path / "files")
-  words = splits.train._replace(label=splits.train.label.astype(str))
-  with pytest.raises(
-    base.InputError, match="label in train of seed 0 must be integers"
-  ):
-    toy_runs.train(tmp_path / "words", _TUNED, [splits._replace(train=words)])

@@ -15,7 +15,6 @@ from l2rw_jax.methods import adacore
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 from l2rw_jax.models import classifier
-from l2rw_jax.models import resnet
 from l2rw_jax.training import devices
 from l2rw_jax.training import sampling
 
@@ -88,16 +87,18 @@ class _NormNet(nn.Module):
     return nn.Dense(toy_runs.CLASSES)(nn.tanh(x))
 
 
+_NORM_MODEL = classifier.Classifier(_NormNet(), toy_runs.CLASSES)
+
+
 @pytest.mark.parametrize("num_meta", [8, 5])  # Two and eight do not divide five.
 def test_one_two_and_eight_devices_agree(tmp_path, num_meta):
-  model = classifier.Classifier(_NormNet(), toy_runs.CLASSES)
   splits = [toy_runs.make_splits(num_train=60, num_meta=num_meta)]
   results = {
     count: toy_runs.train(
       tmp_path / str(count),
       _METHODS["l2rw"],
       splits,
-      model,
+      _NORM_MODEL,
       batch_size=16,
       num_devices=count,
     )[0]
@@ -152,39 +153,36 @@ def test_every_method_runs_and_compiles_once(tmp_path, caplog, monkeypatch, name
 
 
 @pytest.mark.parametrize("at", [0, 2, 6])  # Before, between and at the end.
-def test_interrupted_resnet_ends_with_the_same_bytes(
-  tmp_path, monkeypatch, resnet_run, at
+def test_interrupted_run_with_batch_statistics_ends_with_the_same_bytes(
+  tmp_path, monkeypatch, whole_run, at
 ):
   monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     toy_runs.interrupt(patch, at)
-    _train_resnet(tmp_path)
-  _train_resnet(tmp_path)
-  assert toy_runs.outcome(tmp_path) == toy_runs.outcome(resnet_run)
+    _train_norm_net(tmp_path)
+  _train_norm_net(tmp_path)
+  assert toy_runs.outcome(tmp_path) == toy_runs.outcome(whole_run)
   step, arrays = toy_runs.saved(tmp_path)
-  expected_step, expected = toy_runs.saved(resnet_run)
+  expected_step, expected = toy_runs.saved(whole_run)
   assert step == expected_step == 7
   assert any("batch_stats" in path for path in arrays)
   for path, array in arrays.items():
     np.testing.assert_array_equal(array, expected[path])
 
 
-_RESNET = classifier.Classifier(
-  resnet.ResNet(toy_runs.CLASSES, blocks=1, width=4), toy_runs.CLASSES
-)
-
-
-def _train_resnet(folder):
-  splits = [toy_runs.make_splits(num_train=30, shape=(4, 4, 1))]
-  return toy_runs.train(folder, _METHODS["random"], splits, _RESNET, checkpoint_every=2)
+def _train_norm_net(folder):
+  splits = [toy_runs.make_splits(num_train=30)]
+  return toy_runs.train(
+    folder, _METHODS["random"], splits, _NORM_MODEL, checkpoint_every=2
+  )
 
 
 @pytest.fixture(scope="module")
-def resnet_run(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("resnet")
+def whole_run(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("whole")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(workdir, "_commit", lambda: "unknown")
-    _train_resnet(folder)
+    _train_norm_net(folder)
   return folder
 
 
