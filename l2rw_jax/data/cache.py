@@ -97,7 +97,7 @@ def _replace(path: pathlib.Path, arrays: Arrays) -> None:
   partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
   try:
     with open(partial, "xb") as file:
-      np.savez(file, allow_pickle=False, **arrays)
+      np.savez(file, **arrays)
       file.flush()
       os.fsync(file.fileno())
     os.replace(partial, path)

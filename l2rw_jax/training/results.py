@@ -89,7 +89,7 @@ def write(
   files = [_WEIGHTS, variables.FILE, *metric_writer.FILES]
   if statistics:
     content = io.BytesIO()
-    np.savez(content, allow_pickle=False, **statistics)
+    np.savez(content, **statistics)
     workdir.write_bytes(folder / _STATISTICS, content.getvalue())
     files.append(_STATISTICS)
   results = {
