@@ -111,7 +111,7 @@ def test_flags_override_the_preset(data_dir, tmp_path):
     --learning_rate=0.5 --momentum=0 --nesterov --weight_decay=0.25 --batch_size=10
     --num_meta=0 --num_validation=100 --augmentation=none --dump_losses"""
   given = [
-    ["--network=mlp", "--preset=mwn_flip", "--methods=l2rw,meta_weight_net"],
+    ["--network=mlp", "--preset=mwn_flip", "--methods=meta_weight_net"],
     overridden.split(),
     ["--network=mlp", "--noise=human", "--annotation=aggre", "--methods=uniform"],
   ]
@@ -121,10 +121,10 @@ def test_flags_override_the_preset(data_dir, tmp_path):
   ]
   for done in scripts.run_many(_NAME, commands):
     assert done.status == 0 and done.complaints == "", done
-  (l2rw, flip), (overridden,), (human,) = (
+  (flip,), (overridden,), (human,) = (
     scripts.saved_rows(tmp_path / str(i))[0] for i in range(3)
   )
-  assert (l2rw["method"], flip["method"]) == ("l2rw", "meta_weight_net")
+  assert flip["method"] == "meta_weight_net"
   assert flip["noise"] == "mwn_flip2" and flip["nesterov"] and flip["decay_all"]
   assert (tmp_path / "0" / "curve.png").exists()
   expected = {

@@ -2,16 +2,19 @@
 
 import json
 
+from flax import linen as nn
 import numpy as np
 import pytest
 import scripts
+
+from experiments import few_shot as script
+from l2rw_jax.models import conv4
 
 _NAME = "few_shot"
 _SMALL = (
   "--dataset=digits",
   "--ood=shuffled",
   "--width=4",
-  "--num_inner_steps=0",  # Compiles in no time.
   "--num_adaptation_steps=1",
   "--num_steps=4",
   "--num_tasks=24",
@@ -24,6 +27,29 @@ _SMALL = (
   "--num_devices=1",
 )
 _METHODS = ["maml", "maml_removed", "nested_maml"]
+
+
+class _Linear(nn.Module):
+  """Logits that are linear in the pixels."""
+
+  num_outputs: int
+
+  @nn.compact
+  def __call__(self, images, train=False):
+    return nn.Dense(self.num_outputs)(images.reshape(images.shape[0], -1))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def learner_of():
+  """The script's own `make_learner`, since runs take a network that compiles soon."""
+  own = script.make_learner
+
+  def linear(settings):
+    return own(settings)._replace(network=_Linear(settings.ways))
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(script, "make_learner", linear)
+    yield own
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +152,17 @@ def test_more_shares_are_added_and_items_have_weights(run):
   assert by_method["nested_maml_fo"]["wrong_weight"] is not None
   assert by_method["nested_maml_fo"]["foreign_weight"] is None
   assert by_method["l2rw"]["right_weight"] is None
+
+
+def test_the_network_is_conv4_and_fits_the_tasks(learner_of):
+  settings = script.Settings(dataset="digits", ood="shuffled", num_clusters=1)
+  settings = settings.replace(num_tasks=6, num_meta_tasks=2, num_test_tasks=2)
+  learner = learner_of(settings)
+  assert learner.network == conv4.Conv4(2, 32, pool=False)
+  train = script.make_problem(settings, 0.5, seed=0).splits.train
+  learner.check({"image": train.image, "label": train.label}, 2)
+  learner = learner_of(settings.replace(dataset="mini_imagenet", width=8))
+  assert learner.network == conv4.Conv4(5, 8, pool=True)
 
 
 _MISTAKES = {
