@@ -18,15 +18,16 @@ def _noisy_posteriors(num_anchors, num_others=100):
   return np.random.default_rng(1).permutation(clean) @ _T
 
 
+_estimate = jax.jit(label_transition.estimate_transition, static_argnums=1)
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("num_anchors", "percentile"), [(1, 100), (8, 97), (8, 100)])
 def test_anchors_recover_the_matrix(num_anchors, percentile):
   # T_ii is the largest entry of its column, so the given label i is most probable for
   # the anchors of class i.
   probabilities = _noisy_posteriors(num_anchors)
-  result = jax.jit(label_transition.estimate_transition, static_argnums=1)(
-    probabilities, percentile
-  )
+  result = _estimate(probabilities, percentile)
   np.testing.assert_allclose(result, _T, rtol=1e-12)
 
 
@@ -34,7 +35,7 @@ def test_anchors_recover_the_matrix(num_anchors, percentile):
 @pytest.mark.parametrize("size", [1, 2, 50, 77])
 def test_percentile_equals_the_released_estimator(size):
   probabilities = np.random.default_rng(size).dirichlet(np.ones(4), size=size)
-  result = label_transition.estimate_transition(jnp.asarray(probabilities), 97.0)
+  result = _estimate(probabilities, 97.0)
   if size == 1:  # There is nothing below its one example.
     np.testing.assert_allclose(result, np.repeat(probabilities, 4, axis=0))
     return
@@ -47,24 +48,23 @@ def test_percentile_equals_the_released_estimator(size):
 
 def test_outliers_above_the_percentile_are_skipped():
   probabilities = np.concatenate([_noisy_posteriors(8), np.eye(3)[[0, 1]]])
-  result = label_transition.estimate_transition(jnp.asarray(probabilities), 97.0)
+  result = _estimate(probabilities, 97.0)
   np.testing.assert_allclose(result, _T, atol=1e-6)
-  result = label_transition.estimate_transition(jnp.asarray(probabilities), 100.0)
-  np.testing.assert_allclose(result[:2], np.eye(3)[:2], atol=1e-6)
+  result = _estimate(probabilities, 100.0)
+  np.testing.assert_allclose(np.asarray(result)[:2], np.eye(3)[:2], atol=1e-6)
 
 
 def test_confusion_counts_the_given_labels_of_each_predicted_class():
   rng = np.random.default_rng(0)
   predicted, labels = rng.choice([0, 1, 3], size=200), rng.integers(4, size=200)
+  confusion = jax.jit(label_transition.confusion, static_argnums=(2, 3))
   for smoothing in (0.0, 1.0, 5.0):
-    result = jax.jit(label_transition.confusion, static_argnums=(2, 3))(
-      predicted, labels, 4, smoothing
-    )
+    result = np.asarray(confusion(predicted, labels, 4, smoothing))
     for i in range(4):
       counts = np.bincount(labels[predicted == i], minlength=4) + smoothing / 4
       expected = np.eye(4)[i] if i == 2 else counts / counts.sum()
       np.testing.assert_allclose(result[i], expected, rtol=1e-6)
-    np.testing.assert_allclose(result.sum(axis=1), np.ones(4), rtol=1e-6)
+    np.testing.assert_allclose(np.sum(result, axis=1), np.ones(4), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

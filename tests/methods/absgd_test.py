@@ -34,9 +34,9 @@ def _weights(losses, log_normalizer, lam, gamma=1.0, alpha=1.0, options=()):
 def _start(losses, lam, gamma=1.0, alpha=1.0, **options):
   dtype = jnp.result_type(float)
   return _weights(
-    jnp.asarray(losses, dtype),
-    jnp.asarray(-jnp.inf, dtype),
-    jnp.asarray(lam, dtype),
+    np.asarray(losses, dtype),
+    np.asarray(-np.inf, dtype),
+    np.asarray(lam, dtype),
     gamma,
     alpha,
     options=tuple(options.items()),
@@ -88,8 +88,8 @@ def _start(losses, lam, gamma=1.0, alpha=1.0, **options):
 def test_golden_vectors(lam, gamma, alpha, normalizers, weights, totals, values):
   memory = -jnp.inf
   for step, losses in enumerate((_FIRST, _SECOND)):
-    result, memory = _weights(losses, memory, lam, gamma, alpha)
-    np.testing.assert_allclose(jnp.exp(memory), normalizers[step], atol=5e-7)
+    result, memory = jax.device_get(_weights(losses, memory, lam, gamma, alpha))
+    np.testing.assert_allclose(np.exp(memory), normalizers[step], atol=5e-7)
     np.testing.assert_allclose(result, weights[step], atol=5e-7)
     np.testing.assert_allclose(result.sum(), totals[step], atol=5e-7)
     np.testing.assert_allclose(result @ losses, values[step], atol=5e-7)
@@ -123,7 +123,7 @@ def test_weights_equal_the_plain_exponentials(batches, lam, gamma, alpha):
   for losses, (weights, u) in zip(
     batches, _published(batches, lam, gamma, alpha), strict=True
   ):
-    result, memory = _weights(losses, memory, lam, gamma, alpha)
+    result, memory = jax.device_get(_weights(losses, memory, lam, gamma, alpha))
     np.testing.assert_allclose(result, weights, rtol=1e-12)
     np.testing.assert_allclose(memory, np.log(u), rtol=1e-12, atol=1e-12)
     # sum p = mean(e) / u is bounded, because u contains gamma alpha mean(e).
@@ -203,7 +203,9 @@ def test_weights_are_finite_where_the_exponential_overflows(lam, losses):
   memory = np.float32(-np.inf)
   # Losses rise, fall and rise, so that the normalizer has every magnitude.
   for batch in (losses, 0 * losses, losses[::-1], losses):
-    weights, memory = _weights(batch, memory, np.float32(lam), gamma, alpha)
+    weights, memory = jax.device_get(
+      _weights(batch, memory, np.float32(lam), gamma, alpha)
+    )
     assert weights.dtype == memory.dtype == np.float32
     assert np.isfinite(weights).all() and np.isfinite(memory)
     assert (weights >= 0).all() and weights.sum() <= 1.0001 / (gamma * alpha)
@@ -223,12 +225,14 @@ def test_weights_are_constant_and_support_vmap():
     weights, memory = absgd.example_weights(losses, memory, lam, gamma=1.0)
     return jnp.sum(weights**2) + jnp.where(jnp.isfinite(memory), memory, 0)
 
-  gradients = jax.grad(total, argnums=(0, 1, 2))(jnp.array(_FIRST), -jnp.inf, 2.0)
+  slopes = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+  gradients = slopes(jnp.array(_FIRST), -jnp.inf, 2.0)
   assert not any(np.any(x) for x in gradients)
-  lams = jnp.array([2.0, -2.0, jnp.inf])
-  weights, memory = jax.vmap(
+  lams = np.array([2.0, -2.0, np.inf], np.float32)
+  run = jax.vmap(
     lambda lam: absgd.example_weights(jnp.array(_FIRST), -jnp.inf, lam, gamma=1.0)
-  )(lams)
+  )
+  weights, memory = jax.device_get(jax.jit(run)(lams))
   for row, lam in enumerate(lams):
     chex.assert_trees_all_close((weights[row], memory[row]), _start(_FIRST, lam))
   assert memory[2] == -jnp.inf
@@ -331,7 +335,7 @@ def _inputs():
     "label": np.array([0, 1, 1, 0, 0, 1], np.int32),
     "index": np.arange(6),
   }
-  params = _NET.init(jax.random.key(0), batch["image"])["params"]
+  params = jax.jit(_NET.init)(jax.random.key(0), batch["image"])["params"]
   step = jnp.zeros((), int)
   return base.Inputs(params, {}, (), batch, None, step, jax.random.key(1))
 
@@ -341,12 +345,12 @@ def _state(method, epoch=0):
   return method.refresh(state, _task(), types.SimpleNamespace(epoch=epoch))
 
 
-def _step(method, state):
-  return method.gradients(state, _task(), _inputs())
+def _step_fn(method):
+  step = jax.jit(lambda state, inputs: method.gradients(state, _task(), inputs))
+  return lambda state: step(state, _inputs())
 
 
-def _base_losses(params, loss):
-  batch = _inputs().batch
+def _base_losses(params, loss, batch):
   outputs = _NET.apply({"params": params}, batch["image"])
   return loss(outputs, batch, _COUNTS)
 
@@ -382,38 +386,44 @@ _FOR_NOISE = ("symmetric", "truncated")
 def test_step_on_any_loss(name):
   loss, lam = _LOSSES_UNDER_ABSGD[name], -2.0 if name in _FOR_NOISE else 2.0
   method = changed_loss.changed_loss(absgd.absgd(lam, gamma=0.5), loss)
-  state = _state(method)
+  state, step = _state(method), _step_fn(method)
+
+  @jax.jit
+  @functools.partial(jax.grad, has_aux=True)
+  def reference(params, memory, batch):
+    values = _base_losses(params, loss, batch)
+    weights, memory = absgd.example_weights(values, memory, lam, gamma=0.5)
+    return weights @ values, (values, weights, memory)
+
   for _ in range(2):
     memory = state.inner.log_normalizer
-    result, state = _step(method, state)
-    values = _base_losses(_inputs().params, loss)
+    result, state = step(state)
+    expected, (values, weights, memory) = jax.device_get(
+      reference(_inputs().params, memory, _inputs().batch)
+    )
     np.testing.assert_allclose(result.losses, values, rtol=1e-5)
-    weights, memory = absgd.example_weights(values, memory, lam, gamma=0.5)
     np.testing.assert_allclose(result.weights, weights, rtol=1e-5)
     np.testing.assert_allclose(result.metrics["log_normalizer"], memory, rtol=1e-5)
     np.testing.assert_allclose(result.metrics["total_weight"], weights.sum(), 1e-5)
-    expected = jax.grad(lambda p, w=weights: w @ _base_losses(p, loss))(
-      _inputs().params
-    )
     chex.assert_trees_all_close(result.grads, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_two_stage_is_uniform_and_then_absgd():
   method = absgd.absgd(absgd.two_stage(-5.0, 3), gamma=0.5, add_uniform=True)
-  state = _state(method, epoch=2)
-  result, after = _step(method, state)
+  state, step = _state(method, epoch=2), _step_fn(method)
+  result, after = step(state)
   np.testing.assert_allclose(result.weights, np.full(6, 1 / 6), rtol=1e-6)
   assert result.metrics["log_normalizer"] == 0
   chex.assert_trees_all_equal(after, state)
   state = method.refresh(after, _task(), types.SimpleNamespace(epoch=3))
-  result, _ = _step(method, state)
+  result, _ = step(state)
   # 1 / gamma from the first step of ABSGD, and 1 from the uniform weights.
   np.testing.assert_allclose(result.metrics["total_weight"], 3, rtol=1e-5)
 
 
 def test_normalizer_is_reset_only_when_lambda_changes():
   method = absgd.absgd(lambda epoch: 2.0 if epoch < 2 else 4.0)
-  _, state = _step(method, _state(method))
+  _, state = _step_fn(method)(_state(method))
   assert np.isfinite(state.log_normalizer) and state.lam == 2
   kept = method.refresh(state, _task(), types.SimpleNamespace(epoch=1))
   chex.assert_trees_all_equal(kept, state)

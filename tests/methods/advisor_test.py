@@ -35,8 +35,8 @@ def _inputs():
   rng = np.random.default_rng(0)
   batch, meta_batch = _examples(rng, _B), _examples(rng, _M)
   single = {**batch, "image": batch["image"].astype(np.float32)}
-  params, model_state = _MODEL.init(jax.random.key(0), single)
-  params = jax.tree.map(lambda x: x.astype(float) + 0.1, params)
+  params, model_state = jax.jit(_MODEL.init)(jax.random.key(0), single)
+  params = jax.tree.map(lambda x: np.asarray(x, float) + 0.1, params)
   return base.Inputs(
     params, model_state, (), batch, meta_batch, jnp.int32(0), jax.random.key(2)
   )
@@ -81,7 +81,7 @@ def _advised(psi, inputs, learning_rate=_RATE):
 
 def _psi():
   rng = np.random.default_rng(3)
-  psi = _NET.init(jax.random.key(0), jnp.zeros((1, _D)), jnp.zeros(1))
+  psi = jax.eval_shape(_NET.init, jax.random.key(0), np.zeros((1, _D)), np.zeros(1))
   return jax.tree.map(lambda x: rng.normal(size=x.shape), psi)
 
 
@@ -89,17 +89,19 @@ def test_meta_gradient_equals_the_unrolled_step_and_finite_differences(x64):
   inputs, psi = _inputs(), _psi()
   gradient, _, after = _advised(psi, inputs)
   value, literal = jax.jit(jax.value_and_grad(_unrolled))(psi, inputs)
-  meta_loss = jax.jit(_unrolled)
   np.testing.assert_allclose(after.meta_loss, value, rtol=1e-6)
   assert optax.tree.norm(literal) > 1e-5
   chex.assert_trees_all_close(gradient, literal, rtol=1e-6, atol=1e-10)
   rng = np.random.default_rng(1)
   along = jax.tree.map(lambda x: rng.normal(size=x.shape), psi)
 
+  @jax.jit
+  @jax.vmap
   def at(step):
-    return meta_loss(jax.tree.map(lambda x, d: x + step * d, psi, along), inputs)
+    return _unrolled(jax.tree.map(lambda x, d: x + step * d, psi, along), inputs)
 
-  slope = (at(1e-5) - at(-1e-5)) / 2e-5
+  above, below = np.asarray(at(np.array([1e-5, -1e-5])))
+  slope = (above - below) / 2e-5
   np.testing.assert_allclose(optax.tree.vdot(gradient, along), slope, rtol=1e-5)
 
 
@@ -140,7 +142,7 @@ def test_network_has_the_released_size_and_initialization():
   )
   assert sum(x.size for x in jax.tree.leaves(shapes)) == 616_748
   net = advisor.AdvisorNet(64)
-  psi = net.init(jax.random.key(0), jnp.zeros((1, 64)), jnp.zeros(1))
+  psi = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 64)), jnp.zeros(1))
   gate = advisor.gate(net, psi, jnp.ones((8, 64)), jnp.linspace(0, 5, 8))
   assert gate.shape == (8, 64) and 0.4 < gate.mean() < 0.6
   # These eight examples differ only in their losses.

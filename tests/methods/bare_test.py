@@ -21,12 +21,19 @@ _LOGITS = jnp.array(
 _LABELS = jnp.array([0, 1, 2, 0, 1, 1])
 
 
+# One program per shape instead of one per operation.
+_STATIC = ("kappa", "statistics")
+_select = jax.jit(bare.select, static_argnames=_STATIC)
+_example_weights = jax.jit(bare.example_weights, static_argnames=_STATIC)
+
+
 def test_golden_vector_of_the_released_code():
-  kept = bare.select(_LOGITS, _LABELS)
+  kept = _select(_LOGITS, _LABELS)
   np.testing.assert_array_equal(kept, [True, True, True, False, False, False])
-  weights = bare.example_weights(_LOGITS, _LABELS)
+  weights = _example_weights(_LOGITS, _LABELS)
   np.testing.assert_allclose(weights, np.array([1, 1, 1, 0, 0, 0]) / 3, rtol=1e-6)
-  loss = jnp.sum(weights * losses.softmax_cross_entropy(_LOGITS, _LABELS))
+  values = jax.jit(losses.softmax_cross_entropy)(_LOGITS, _LABELS)
+  loss = np.sum(np.asarray(weights) * np.asarray(values))
   np.testing.assert_allclose(loss, 0.239545, atol=1e-6)
 
 
@@ -53,7 +60,7 @@ def test_selection_equals_the_literal_rule(statistics, kappa):
   rng = np.random.default_rng(0)
   for _ in range(20):
     logits, labels = rng.normal(0, 3, (40, 4)), rng.integers(4, size=40)
-    result = bare.select(logits, labels, kappa=kappa, statistics=statistics)
+    result = _select(logits, labels, kappa=kappa, statistics=statistics)
     expected = _literal(logits, labels, kappa, statistics)
     np.testing.assert_array_equal(result, expected)
     assert 0 < expected.sum() < 40
@@ -75,7 +82,7 @@ def test_default_statistic_keeps_clean_examples(noise):
   for _ in range(20):
     logits, labels, clean = _batch_of_a_good_network(noise, rng)
     for name in bare.STATISTICS:
-      kept = np.asarray(bare.select(logits, labels, statistics=name))
+      kept = np.asarray(_select(logits, labels, statistics=name))
       recall[name].append(kept[clean].mean())
       if name == "batch_column":
         assert not kept[~clean].any()
@@ -85,10 +92,10 @@ def test_default_statistic_keeps_clean_examples(noise):
 
 
 def test_weights_are_equal_among_selected_examples_and_constant():
-  weights = bare.example_weights(_LOGITS, _LABELS, kappa=0.5)
-  kept = np.asarray(bare.select(_LOGITS, _LABELS, kappa=0.5))
+  weights = _example_weights(_LOGITS, _LABELS, kappa=0.5)
+  kept = np.asarray(_select(_LOGITS, _LABELS, kappa=0.5))
   np.testing.assert_allclose(weights, kept / kept.sum(), rtol=1e-6)
-  slope = jax.grad(lambda z: bare.example_weights(z, _LABELS)[0])(_LOGITS)
+  slope = jax.jit(jax.grad(lambda z: bare.example_weights(z, _LABELS)[0]))(_LOGITS)
   assert not slope.any()
 
 
@@ -96,7 +103,7 @@ def test_weights_are_equal_among_selected_examples_and_constant():
 def test_empty_selection_gives_uniform_weights(kappa):
   logits = jnp.zeros((4, 3)) if kappa == 1.0 else _LOGITS[:4]
   # Equal probabilities: the deviation is 0 and everything lies on the mean.
-  weights = bare.example_weights(logits, _LABELS[:4], kappa=kappa)
+  weights = _example_weights(logits, _LABELS[:4], kappa=kappa)
   np.testing.assert_allclose(weights, 0.25)
 
 
@@ -129,22 +136,22 @@ def test_equal_posteriors_are_all_selected_on_any_number_of_devices(statistics):
 @pytest.mark.parametrize("scale", [1.0, 1e4, 1e30])
 def test_weights_of_one_example_and_of_extreme_logits_are_finite(statistics, scale):
   for size in (1, 2, 6):
-    weights = bare.example_weights(
+    weights = _example_weights(
       scale * _LOGITS[:size], _LABELS[:size], statistics=statistics
     )
     np.testing.assert_allclose(weights.sum(), 1, rtol=1e-6)
 
 
 def test_batch_of_one_selects_nothing():
-  assert not bare.select(_LOGITS[:1], _LABELS[:1]).any()
+  assert not _select(_LOGITS[:1], _LABELS[:1]).any()
 
 
 def test_one_logit_means_two_classes():
   logits = jnp.array([[2.0], [-1.0], [0.5], [-3.0], [1.0]])
   labels = jnp.array([1, 0, 0, 0, 1])
   both = jnp.concatenate([jnp.zeros_like(logits), logits], axis=1)
-  expected = bare.select(both, labels)
-  np.testing.assert_array_equal(bare.select(logits, labels), expected)
+  expected = _select(both, labels)
+  np.testing.assert_array_equal(_select(logits, labels), expected)
   assert 0 < expected.sum() < 5
 
 
@@ -152,9 +159,9 @@ def test_half_precision_is_computed_in_float32():
   rng = np.random.default_rng(0)
   logits = jnp.asarray(rng.normal(0, 3, (60, 4)), jnp.bfloat16)
   labels = jnp.asarray(rng.integers(4, size=60))
-  expected = bare.select(logits.astype(jnp.float32), labels)
-  np.testing.assert_array_equal(bare.select(logits, labels), expected)
-  assert bare.example_weights(logits, labels).dtype == jnp.bfloat16
+  expected = _select(logits.astype(jnp.float32), labels)
+  np.testing.assert_array_equal(_select(logits, labels), expected)
+  assert _example_weights(logits, labels).dtype == jnp.bfloat16
 
 
 def test_vmap_under_jit():
@@ -174,22 +181,23 @@ def test_step_uses_the_selected_examples(size):
     "label": np.asarray(_LABELS[:size]),
     "index": np.arange(size),
   }
-  params, _ = model.init(jax.random.key(0), batch)
+  one = jax.tree.map(lambda x: x[:1], batch)  # The same program for both sizes.
+  params, _ = jax.jit(model.init)(jax.random.key(0), one)
   inputs = base.Inputs(
     params, {}, (), batch, None, jnp.zeros((), int), jax.random.key(1)
   )
-  result, _ = bare.bare().gradients((), problem, inputs)
+  result, _ = jax.jit(lambda i: bare.bare().gradients((), problem, i))(inputs)
 
-  def loss(p):
+  @jax.jit
+  @functools.partial(jax.grad, has_aux=True)
+  def slope_and_kept(p):
     logits, _ = problem.forward(p, {}, batch, None, False)
     values = losses.softmax_cross_entropy(logits, batch["label"])
-    return jnp.sum(bare.example_weights(logits, batch["label"]) * values)
+    weights = bare.example_weights(logits, batch["label"])
+    return jnp.sum(weights * values), bare.select(logits, batch["label"])
 
-  chex.assert_trees_all_close(
-    result.grads, jax.grad(loss)(params), rtol=1e-5, atol=1e-6
-  )
-  logits, _ = problem.forward(params, {}, batch, None, False)
-  kept = bare.select(logits, jnp.asarray(batch["label"]))
+  slope, kept = slope_and_kept(params)
+  chex.assert_trees_all_close(result.grads, slope, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(result.metrics["kept_share"], kept.mean())
   if size == 1:  # Nothing is selected, so all examples are used.
     assert result.metrics["kept_share"] == 0 and result.weights == 1

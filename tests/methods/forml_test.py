@@ -19,7 +19,6 @@ from l2rw_jax.methods import l2rw
 
 _B, _M, _CLASSES, _N = 6, 8, 3, 20
 _ALPHA, _ETA = 0.2, 0.3
-_GROUPS = np.arange(_M) % _CLASSES
 
 
 def _examples(seed, size):
@@ -60,52 +59,78 @@ _SETTINGS = {
 }
 
 
+@functools.cache
 def _objective(setting):
   made = forml.make_objective(**_SETTINGS[setting])
-  return lambda values: made(values, jnp.asarray(_GROUPS), _CLASSES)
+  return lambda values: made(values, jnp.arange(_M) % _CLASSES, _CLASSES)
 
 
-def _run(objective, weights=_WEIGHTS, params=None, **options):
-  given = {"weight_learning_rate": _ETA, "inner_learning_rate": _ALPHA, **options}
-  run = functools.partial(forml.example_weights, _losses_fn, **given)
-  return jax.jit(lambda p, w: run(p, _BATCH, _META, w, objective))(
-    params or _params(), jnp.asarray(weights)
+def _update(params, weights, objective, eta=_ETA, batch=_BATCH, meta_batch=_META):
+  return forml.example_weights(
+    _losses_fn,
+    params,
+    batch,
+    meta_batch,
+    weights,
+    objective,
+    weight_learning_rate=eta,
+    inner_learning_rate=_ALPHA,
   )
 
 
-def _fair_loss(objective, params, weights):
-  weighted = jax.grad(lambda p: jnp.sum(weights * _losses_fn(p, _BATCH)))(params)
-  ahead = jax.tree.map(lambda p, g: p - _ALPHA * g, params, weighted)
-  return objective(_losses_fn(ahead, _META)), ahead
+_jitted_update = jax.jit(_update, static_argnames=("objective", "eta"))
+
+
+def _run(objective, weights=_WEIGHTS, params=None, **options):
+  weights = jnp.asarray(weights)
+  return _jitted_update(params or _params(), weights, objective, **options)
+
+
+_STEP = 1e-6
+
+
+@jax.jit
+def _run_and_references(number, params, weights, batch, meta_batch):
+  """One program for all settings: the update, and what its parts should equal."""
+  settings = [_objective(setting) for setting in _SETTINGS]
+
+  def objective(values):
+    return jnp.stack([fair(values) for fair in settings])[number]
+
+  def ahead(weights):
+    weighted = jax.grad(lambda p: jnp.sum(weights * _losses_fn(p, batch)))(params)
+    return jax.tree.map(lambda p, g: p - _ALPHA * g, params, weighted)
+
+  def fair_loss(params):
+    return objective(_losses_fn(params, meta_batch))
+
+  result = _update(params, weights, objective, _ETA, batch, meta_batch)
+  value, slope = jax.value_and_grad(fair_loss)(ahead(weights))
+  jacobian = jax.jacrev(_losses_fn)(params, batch)
+  moves = jnp.concatenate([jnp.eye(_B), -jnp.eye(_B)])
+  moved = jax.vmap(lambda move: fair_loss(ahead(weights + _STEP * move)))(moves)
+  return result, value, slope, jacobian, moved, _losses_fn(params, batch)
 
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("setting", _SETTINGS)
 def test_first_order_identity_and_finite_differences(setting):
-  objective, params = _objective(setting), _params()
   weights = _WEIGHTS / _WEIGHTS.sum()
-  result = _run(objective)
-  value, ahead = _fair_loss(objective, params, weights)
+  number = list(_SETTINGS).index(setting)
+  # JAX would remember that the arrays of _BATCH and _META were once of 64 bits.
+  copies = jax.tree.map(np.array, (_BATCH, _META))
+  result, value, slope, jacobian, moved, losses_before = jax.device_get(
+    _run_and_references(number, _params(), weights, *copies)
+  )
   np.testing.assert_allclose(result.objective, value, rtol=1e-12)
   # dF/dw_i = -alpha <grad F(p'), grad l_i(p)>.
-  slope = jax.grad(lambda p: objective(_losses_fn(p, _META)))(ahead)
-  jacobian = jax.jacrev(_losses_fn)(params, _BATCH)
-  products = jax.tree.map(
-    lambda j, g: (j * g[None]).reshape(_B, -1).sum(axis=1), jacobian, slope
-  )
-  np.testing.assert_allclose(result.gradient, -_ALPHA * sum(products.values()), 1e-10)
-  step = 1e-6
-
-  @jax.jit
-  def difference(move):
-    up, down = (_fair_loss(objective, params, weights + s * move) for s in (1, -1))
-    return (up[0] - down[0]) / (2 * step)
-
-  differences = jax.vmap(difference)(step * jnp.eye(_B))
+  products = [np.tensordot(j, slope[name], 2) for name, j in jacobian.items()]
+  np.testing.assert_allclose(result.gradient, -_ALPHA * sum(products), 1e-10)
+  differences = (moved[:_B] - moved[_B:]) / (2 * _STEP)
   np.testing.assert_allclose(result.gradient, differences, rtol=1e-5, atol=1e-8)
   expected = np.maximum(weights - _ETA * result.gradient, 0)
   np.testing.assert_allclose(result.weights, expected / expected.sum(), rtol=1e-12)
-  np.testing.assert_allclose(result.losses, _losses_fn(params, _BATCH), rtol=1e-12)
+  np.testing.assert_allclose(result.losses, losses_before, rtol=1e-12)
   assert result.finite and result.aux is None
 
 
@@ -116,7 +141,7 @@ def test_scale_of_the_weights_does_not_matter():
 
 
 def test_mean_objective_from_zero_weights_is_l2rw():
-  result = _run(_objective("mean"), np.zeros(_B), weight_learning_rate=1.0)
+  result = _run(_objective("mean"), np.zeros(_B), eta=1.0)
   run = functools.partial(l2rw.example_weights, _losses_fn)
   expected = jax.jit(run)(_params(), _BATCH, _META)
   np.testing.assert_allclose(result.weights, expected.weights, rtol=1e-4, atol=1e-6)
@@ -126,19 +151,24 @@ def _squared(params, batch):
   return (batch["x"] @ params - batch["y"]) ** 2
 
 
-def _two_groups(targets, objective, weights=(1.0, 1.0)):
-  """Two parameters, one per group: example i lowers only the loss of group i."""
-  batch = {"x": jnp.eye(2), "y": jnp.ones(2)}
-  exemplars = {"x": jnp.eye(2), "y": jnp.asarray(targets)}
+@functools.partial(jax.jit, static_argnames="objective")
+def _two_groups_update(weights, targets, objective):
   return forml.example_weights(
     _squared,
     jnp.zeros(2),
-    batch,
-    exemplars,
-    jnp.asarray(weights),
+    {"x": jnp.eye(2), "y": jnp.ones(2)},
+    {"x": jnp.eye(2), "y": targets},
+    weights,
     lambda values: objective(values, jnp.arange(2), 2),
     weight_learning_rate=0.1,
     inner_learning_rate=0.1,
+  )
+
+
+def _two_groups(targets, objective, weights=(1.0, 1.0)):
+  """Two parameters, one per group: example i lowers only the loss of group i."""
+  return jax.device_get(
+    _two_groups_update(np.array(weights), np.array(targets), objective)
   )
 
 
@@ -182,16 +212,7 @@ def test_all_zero_weights_stay_finite():
 
 def test_no_gradient_flows_through_the_weights():
   def total(params):
-    result = forml.example_weights(
-      _losses_fn,
-      params,
-      _BATCH,
-      _META,
-      jnp.asarray(_WEIGHTS),
-      _objective("gap"),
-      weight_learning_rate=_ETA,
-      inner_learning_rate=_ALPHA,
-    )
+    result = _update(params, jnp.asarray(_WEIGHTS), _objective("gap"))
     return jnp.sum(result.weights * jnp.arange(1.0 * _B))
 
   gradients = jax.jit(jax.grad(total))(_params())
@@ -243,7 +264,9 @@ def test_weights_are_stored_per_example_in_units_of_the_uniform_weight():
   assert np.ptp(result.weights) > 0.01
   others = np.setdiff1d(np.arange(_N), _BATCH["index"])
   np.testing.assert_array_equal(state[others], np.ones(_N - _B))
-  weighted = jax.grad(lambda p: jnp.sum(result.weights * _losses_fn(p, _BATCH)))
+  weighted = jax.jit(
+    jax.grad(lambda p: jnp.sum(result.weights * _losses_fn(p, _BATCH)))
+  )
   chex.assert_trees_all_close(result.grads, weighted(_params()), rtol=1e-4, atol=1e-6)
   np.testing.assert_allclose(result.metrics["objective"], expected.objective, rtol=1e-5)
   # The next update starts from the stored weights.
@@ -252,8 +275,7 @@ def test_weights_are_stored_per_example_in_units_of_the_uniform_weight():
   np.testing.assert_allclose(again.weights, expected.weights, rtol=1e-4)
 
 
-@pytest.mark.parametrize("num_devices", [2, 4])
-@pytest.mark.parametrize("repeats", [False, True])
+@pytest.mark.parametrize(("num_devices", "repeats"), [(2, True), (4, False)])
 def test_weights_and_state_do_not_depend_on_the_number_of_devices(num_devices, repeats):
   """Exemplars are divided among the devices, or repeated on each of them."""
   batch = _examples(5, 8)
@@ -291,7 +313,8 @@ def test_groups_fn_defines_the_groups():
     inner_learning_rate=_ALPHA,
     groups_fn=lambda batch: batch["label"] // 2,
   )
-  result, _ = method.gradients(jnp.ones(_N), _task(), _inputs(_BATCH))
+  run = jax.jit(lambda s: method.gradients(s, _task(), _inputs(_BATCH)))
+  result, _ = run(jnp.ones(_N))
   objective = functools.partial(
     group_objectives.worst, groups=jnp.asarray(_META["label"] // 2), num_groups=2
   )
@@ -301,14 +324,16 @@ def test_groups_fn_defines_the_groups():
 
 def test_exemplars_without_groups_are_refused_except_for_the_mean():
   plain = {k: v for k, v in _META.items() if k != "group"}
+
+  def run(name):
+    method = forml.forml(objective=name)
+    step = jax.jit(lambda s: method.gradients(s, _task(), _inputs(_BATCH, plain)))
+    return step(jnp.ones(_N))
+
   for name in ("gap", "worst", "soft_tpr"):
     with pytest.raises(base.InputError, match=f"no 'group', .* objective='{name}'"):
-      forml.forml(objective=name).gradients(
-        jnp.ones(_N), _task(), _inputs(_BATCH, plain)
-      )
-  result, _ = forml.forml(objective="mean").gradients(
-    jnp.ones(_N), _task(), _inputs(_BATCH, plain)
-  )
+      run(name)
+  result, _ = run("mean")
   np.testing.assert_allclose(result.weights.sum(), 1, rtol=1e-5)
 
 

@@ -67,93 +67,79 @@ def _unrolled(phi, params, batch, meta_batch, normalization, detached, optimizer
   return _losses_fn(ahead, meta_batch).mean()
 
 
-@pytest.mark.parametrize(("normalization", "detached"), _VARIANTS)
-@pytest.mark.parametrize(
-  "optimizer",
+_OPTIMIZERS = {
+  "sgd": optax.sgd(_RATE),
   # A large eps, because a fresh Adam otherwise ignores the size of the gradient.
-  [optax.sgd(_RATE), optax.adam(_RATE, eps=1.0)],
-  ids=["sgd", "adam"],
+  "adam": optax.adam(_RATE, eps=1.0),
+}
+
+
+@pytest.mark.parametrize(
+  ("optimizer", "normalization", "detached"),
+  [
+    *(("sgd", *variant) for variant in _VARIANTS),
+    ("adam", "mean", True),
+    ("adam", "sum", False),
+  ],
 )
-def test_gradient_equals_the_unrolled_step(x64, normalization, detached, optimizer):
-  problem = _problem()
+def test_gradient_equals_the_unrolled_step_and_finite_differences(
+  x64, optimizer, normalization, detached
+):
+  phi, *rest = problem = _problem()
+  options = {
+    "optimizer": _OPTIMIZERS[optimizer],
+    "normalization": normalization,
+    "detached": detached,
+  }
   result = jax.jit(
-    lambda phi, params, batch, meta: meta_weight_net.network_gradient(
-      _NET.apply,
-      phi,
-      _losses_fn,
-      params,
-      batch,
-      meta,
-      optimizer=optimizer,
-      normalization=normalization,
-      detached=detached,
+    lambda phi, *given: meta_weight_net.network_gradient(
+      _NET.apply, phi, _losses_fn, *given, **options
     )
   )(*problem)
-  meta_loss = functools.partial(
-    _unrolled, normalization=normalization, detached=detached, optimizer=optimizer
-  )
+  meta_loss = functools.partial(_unrolled, **options)
   value, literal = jax.jit(jax.value_and_grad(meta_loss))(*problem)
   np.testing.assert_allclose(result.meta_loss, value, rtol=1e-12)
   assert result.finite
   scale = optax.tree.norm(literal)
   assert scale > 1e-6
   chex.assert_trees_all_close(result.gradient, literal, rtol=1e-7, atol=1e-9 * scale)
-
-
-@pytest.mark.parametrize(("normalization", "detached"), _VARIANTS)
-def test_gradient_equals_finite_differences(x64, normalization, detached):
-  phi, *rest = _problem()
-  options = {
-    "optimizer": optax.sgd(_RATE),
-    "normalization": normalization,
-    "detached": detached,
-  }
-
-  @jax.jit
-  def meta_gradient(phi):
-    return meta_weight_net.network_gradient(
-      _NET.apply, phi, _losses_fn, *rest, **options
-    )
-
-  @jax.jit
-  def meta_loss(phi):
-    return _unrolled(phi, *rest, **options)
-
-  result = meta_gradient(phi).gradient
+  if optimizer == "adam":
+    return
   rng = np.random.default_rng(1)
-  for _ in range(3):
-    along = jax.tree.map(lambda x: rng.normal(size=x.shape), phi)
-
-    def at(step, along=along):
-      moved = jax.tree.map(lambda x, d: x + step * d, phi, along)
-      return meta_loss(moved)
-
-    slope = (at(1e-5) - at(-1e-5)) / 2e-5
-    np.testing.assert_allclose(optax.tree.vdot(result, along), slope, rtol=1e-5)
+  along = jax.tree.map(lambda x: rng.normal(size=(3, *x.shape)), phi)
+  steps = np.array([1e-5, -1e-5])
+  moved = jax.tree.map(lambda x, d: x + np.multiply.outer(steps, d), phi, along)
+  over_steps = jax.vmap(jax.vmap(lambda phi: meta_loss(phi, *rest)))
+  above, below = np.asarray(jax.jit(over_steps)(moved))
+  products = jax.tree.map(
+    lambda g, d: (np.asarray(g) * d).reshape(3, -1).sum(axis=1), result.gradient, along
+  )
+  slopes = (above - below) / 2e-5
+  np.testing.assert_allclose(sum(jax.tree.leaves(products)), slopes, rtol=1e-5)
 
 
 def test_closed_form_of_the_paper(x64):
-  phi, params, batch, meta_batch = _problem()
-  rate = _RATE
-  losses = _losses_fn(params, batch)
-  per_example = jax.jacrev(_losses_fn)(params, batch)
-  values = _NET.apply(phi, losses)
-  inner = jax.tree.map(lambda j: jnp.tensordot(values, j, 1) / _B, per_example)
-  ahead = jax.tree.map(lambda p, g: p - rate * g, params, inner)
-  meta_gradient = jax.grad(lambda p: _losses_fn(p, meta_batch).mean())(ahead)
-  products = sum(
-    jnp.sum(j * g[None], axis=tuple(range(1, j.ndim)))
-    for j, g in zip(
-      jax.tree.leaves(per_example), jax.tree.leaves(meta_gradient), strict=True
-    )
-  )
-  jacobian = jax.jacrev(lambda phi: _NET.apply(phi, losses))(phi)
+  problem = _problem()
+
+  @jax.jit
+  def parts(phi, params, batch, meta_batch):
+    losses = _losses_fn(params, batch)
+    per_example = jax.jacrev(_losses_fn)(params, batch)
+    values = _NET.apply(phi, losses)
+    inner = jax.tree.map(lambda j: jnp.tensordot(values, j, 1) / _B, per_example)
+    ahead = jax.tree.map(lambda p, g: p - _RATE * g, params, inner)
+    slope = jax.grad(lambda p: _losses_fn(p, meta_batch).mean())(ahead)
+    return per_example, slope, jax.jacrev(lambda phi: _NET.apply(phi, losses))(phi)
+
+  per_example, slope, jacobian = jax.device_get(parts(*problem))
+  products = sum(np.tensordot(per_example[name], slope[name], 2) for name in slope)
   expected = jax.tree.map(
-    lambda j: -rate / _B * jnp.tensordot(products, j, 1), jacobian
+    lambda j: -_RATE / _B * np.tensordot(products, j, 1), jacobian
   )
-  result = meta_weight_net.network_gradient(
-    _NET.apply, phi, _losses_fn, params, batch, meta_batch, optimizer=optax.sgd(rate)
+  run = functools.partial(
+    meta_weight_net.network_gradient, _NET.apply, optimizer=optax.sgd(_RATE)
   )
+  result = jax.jit(lambda phi, *given: run(phi, _losses_fn, *given))(*problem)
   chex.assert_trees_all_close(result.gradient, expected, rtol=1e-9, atol=1e-14)
 
 
@@ -251,11 +237,11 @@ def _factory_step(**options):
 
   batch, meta_batch = examples(_B), examples(_M)
   problem = model.problem(class_counts=jnp.ones(3), num_examples=_B, num_steps=4)
-  params, variables = model.init(jax.random.key(0), batch)
+  params, variables = jax.jit(model.init)(jax.random.key(0), batch)
   method = meta_weight_net.meta_weight_net(
     lambda step: _RATE * (step + 1), hidden=(4,), optimizer=optax.sgd(50.0), **options
   )
-  before = method.init(jax.random.key(1), problem, params)
+  before = jax.jit(lambda: method.init(jax.random.key(1), problem, params))()
   inputs = base.Inputs(
     params, variables, (), batch, meta_batch, jnp.int32(0), jax.random.key(2)
   )
@@ -272,31 +258,35 @@ def test_weights_use_the_updated_network(normalization, detached):
   losses_fn, before, after, result, inputs = _factory_step(
     normalization=normalization, detached=detached
   )
-  meta_gradient = meta_weight_net.network_gradient(
-    _NET.apply,
-    before.params,
-    losses_fn,
-    inputs.params,
-    inputs.batch,
-    inputs.meta_batch,
-    optimizer=optax.sgd(_RATE),
-    normalization=normalization,
-    detached=detached,
-  )
-  expected = jax.tree.map(
-    lambda p, g: p - 50 * g, before.params, meta_gradient.gradient
-  )
-  chex.assert_trees_all_close(after.params, expected, rtol=1e-4, atol=1e-6)
-  losses = losses_fn(inputs.params, inputs.batch)
-  old, new = (
-    meta_weight_net.example_weights(
-      _NET.apply, state.params, losses, normalization=normalization
+
+  @jax.jit
+  def references(old_phi, new_phi):
+    meta_gradient = meta_weight_net.network_gradient(
+      _NET.apply,
+      old_phi,
+      losses_fn,
+      inputs.params,
+      inputs.batch,
+      inputs.meta_batch,
+      optimizer=optax.sgd(_RATE),
+      normalization=normalization,
+      detached=detached,
     )
-    for state in (before, after)
-  )
+    losses = losses_fn(inputs.params, inputs.batch)
+    old, new = (
+      meta_weight_net.example_weights(
+        _NET.apply, phi, losses, normalization=normalization
+      )
+      for phi in (old_phi, new_phi)
+    )
+    slope = jax.grad(lambda p: jnp.sum(new * losses_fn(p, inputs.batch)))
+    return meta_gradient.gradient, old, new, slope(inputs.params)
+
+  gradient, old, new, grads = jax.device_get(references(before.params, after.params))
+  expected = jax.tree.map(lambda p, g: np.asarray(p) - 50 * g, before.params, gradient)
+  chex.assert_trees_all_close(after.params, expected, rtol=1e-4, atol=1e-6)
   assert np.abs(new - old).max() > 1e-5
   np.testing.assert_allclose(result.weights, new, rtol=1e-5)
-  grads = jax.grad(lambda p: jnp.sum(new * losses_fn(p, inputs.batch)))(inputs.params)
   chex.assert_trees_all_close(result.grads, grads, rtol=1e-4, atol=1e-6)
 
 

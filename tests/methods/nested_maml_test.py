@@ -50,15 +50,13 @@ _META = tuple(np.array(x) for x in ([1.0, 0.5], [0.8, 1.2], [1.0, 2.0], [1.1, 0.
 )
 def test_equation_8_in_the_scalar_case(first_order, gradient, weights):
   before = jnp.array([0.5, 0.5])
-  result = nested_maml.weight_gradient(
+  slopes_fn = functools.partial(
+    nested_maml.weight_gradient,
     _quadratic(),
-    jnp.zeros(()),
-    _TRAIN,
-    _META,
-    before,
     lookahead_learning_rate=_ETA,
     meta_losses_fn=_quadratic(first_order),
   )
+  result = jax.jit(slopes_fn)(jnp.zeros(()), _TRAIN, _META, before)
   np.testing.assert_allclose(result.gradient, gradient, atol=5e-9)
   np.testing.assert_allclose(result.meta_loss, 0.63357877, atol=5e-9)
   after = nested_maml.update_weights(before, result.gradient, 1.0)
@@ -103,9 +101,12 @@ def _net_params():
   return {"w": rng.normal(size=(3, 5)), "v": rng.normal(size=5)}
 
 
-@functools.partial(jax.jit, static_argnames="with_hessian")
-def _literal_equation_8(params, tasks, meta_tasks, weights, with_hessian):
-  """-(eta / mn) sum_j grad_phi L_Vj . (g_i - alpha H_j g_i), with explicit Hessians."""
+@jax.jit
+def _literal_equation_8(params, tasks, meta_tasks, weights):
+  """-(eta / mn) sum_j grad_phi L_Vj . (g_i - alpha H_j g_i), with explicit Hessians.
+
+  Returns it without the Hessians, and with them.
+  """
   flat, unflatten = jax.flatten_util.ravel_pytree(params)
 
   def support(p, tasks, i):
@@ -118,17 +119,17 @@ def _literal_equation_8(params, tasks, meta_tasks, weights, with_hessian):
     return query(p - _ALPHA * jax.grad(support)(p, tasks, i), tasks, i)
 
   m, n = len(tasks["x"]), len(meta_tasks["x"])
-  g = [jax.grad(adapted_loss)(flat, i) for i in range(m)]
-  ahead = flat - _ETA / m * sum(w * gi for w, gi in zip(weights, g, strict=True))
-  total = [0.0] * m
-  for j in range(n):
+  g = jax.vmap(lambda i: jax.grad(adapted_loss)(flat, i))(jnp.arange(m))
+  ahead = flat - _ETA / m * weights @ g
+
+  def per_meta_task(j):
     phi = ahead - _ALPHA * jax.grad(support)(ahead, meta_tasks, j)
     slope = jax.grad(query)(phi, meta_tasks, j)
     hessian = jax.hessian(support)(ahead, meta_tasks, j)
-    for i in range(m):
-      correction = _ALPHA * hessian @ g[i] if with_hessian else 0.0
-      total[i] += slope @ (g[i] - correction)
-  return -_ETA / (m * n) * jnp.stack(total)
+    return g @ slope, (g - _ALPHA * g @ hessian) @ slope
+
+  totals = [x.sum(axis=0) for x in jax.vmap(per_meta_task)(jnp.arange(n))]
+  return [-_ETA / (m * n) * total for total in totals]
 
 
 @pytest.mark.usefixtures("x64")
@@ -143,16 +144,17 @@ def test_equation_8_with_explicit_hessians_or_without(first_order):
     meta_losses_fn=_net_losses(first_order),
   )
   result = jax.jit(slopes_fn)(params, tasks, meta_tasks, weights)
-  literal = functools.partial(_literal_equation_8, params, tasks, meta_tasks, weights)
-  expected = literal(with_hessian=not first_order)
+  without, with_hessians = _literal_equation_8(params, tasks, meta_tasks, weights)
+  expected, other = (
+    (without, with_hessians) if first_order else (with_hessians, without)
+  )
   np.testing.assert_allclose(result.gradient, expected, rtol=1e-9)
-  other = literal(with_hessian=first_order)
   assert np.abs(other / expected - 1).max() > 1e-3
 
 
 @pytest.mark.usefixtures("x64")
 def test_several_inner_steps_equal_the_unrolled_step_and_finite_differences():
-  losses_fn = _net_losses(num_steps=3)
+  losses_fn = _net_losses(num_steps=2)
   params, weights = _net_params(), np.array([0.5, 1.0, 2.0])
   tasks, meta_tasks = _net_tasks(0, 3), _net_tasks(1, 2)
   optimizer = optax.sgd(_ETA)
@@ -177,15 +179,17 @@ def test_several_inner_steps_equal_the_unrolled_step_and_finite_differences():
   np.testing.assert_allclose(result.gradient, unrolled / 3, rtol=1e-9)
 
   @jax.jit
+  @jax.vmap
   def validation_loss(weights):
     slope = jax.grad(lambda p: jnp.mean(weights * losses_fn(p, tasks)))(params)
     ahead = jax.tree.map(lambda p, g: p - _ETA * g, params, slope)
     return jnp.mean(losses_fn(ahead, meta_tasks))
 
-  for i, move in enumerate(1e-4 * np.eye(3)):
-    up, down = validation_loss(weights + move), validation_loss(weights - move)
-    np.testing.assert_allclose(result.gradient[i], (up - down) / 2e-4, rtol=1e-6)
-  np.testing.assert_allclose(result.meta_loss, validation_loss(weights), rtol=1e-12)
+  moves = 1e-4 * np.concatenate([np.eye(3), -np.eye(3), np.zeros((1, 3))])
+  values = np.asarray(validation_loss(weights + moves))
+  differences = (values[:3] - values[3:6]) / 2e-4
+  np.testing.assert_allclose(result.gradient, differences, rtol=1e-6)
+  np.testing.assert_allclose(result.meta_loss, values[6], rtol=1e-12)
 
 
 def test_weights_are_clipped_and_floored():
@@ -224,6 +228,7 @@ def _examples(seed, index):
 
 _BATCH = _examples(0, [3, 1, 4, 0, 5, 9, 2, 6])
 _VALIDATION = _examples(1, range(8))
+_DATA = _BATCH, _VALIDATION
 
 
 def _task(axis_name=None):
@@ -248,15 +253,20 @@ def _params():
 
 def _inputs(batch, validation, step=0):
   return base.Inputs(
-    _params(), {}, (), batch, validation, jnp.array(step), jax.random.key(1)
+    _params(), {}, (), batch, validation, jnp.asarray(step), jax.random.key(1)
   )
 
 
-def _once(method, state=None, step=0):
-  if state is None:
-    state = method.init(jax.random.key(2), _task(), _params())
-  run = jax.jit(lambda s, b, v: method.gradients(s, _task(), _inputs(b, v, step)))
-  return run(state, _BATCH, _VALIDATION)
+def _start(method):
+  return jax.jit(lambda: method.init(jax.random.key(2), _task(), _params()))()
+
+
+def _step_fn(method):
+  return jax.jit(lambda s, step: method.gradients(s, _task(), _inputs(*_DATA, step)))
+
+
+def _once(method):
+  return _step_fn(method)(_start(method), 0)
 
 
 def _losses(params, batch):
@@ -269,15 +279,15 @@ def _item_losses(params, batch, scale=1.0):
   return -jnp.take_along_axis(chosen, batch["label"][..., None], -1)[..., 0]
 
 
-def _gradient(losses_fn, weights, meta_losses_fn=_losses):
-  """dM/dw at weights shaped like the losses, by `jax.grad` of the unrolled step."""
+def _value_and_gradient(losses_fn, weights, meta_losses_fn=_losses):
+  """M and dM/dw at weights shaped like the losses, from the unrolled step."""
 
   def validation_loss(w):
     slope = jax.grad(lambda p: jnp.mean(w * losses_fn(p, _BATCH)))(_params())
     ahead = jax.tree.map(lambda p, g: p - _ETA * g, _params(), slope)
     return jnp.mean(meta_losses_fn(ahead, _VALIDATION))
 
-  return jax.jit(jax.grad(validation_loss))(weights)
+  return jax.jit(jax.value_and_grad(validation_loss))(weights)
 
 
 _SHARES = {
@@ -307,7 +317,7 @@ def test_zero_weight_learning_rate_is_maml():
 
 def test_weights_per_task():
   result, state = _once(_method())
-  gradient = _gradient(_losses, jnp.ones(_TASKS))
+  _, gradient = _value_and_gradient(_losses, jnp.ones(_TASKS))
   assert state.weights.shape == (_N,)
   expected = np.ones(_N)
   expected[_BATCH["index"]] = np.maximum(1 - _GAMMA * gradient, 0)
@@ -318,7 +328,7 @@ def test_weights_per_task():
 
 def test_gradients_are_summed_within_clusters():
   result, state = _once(_method("cluster"))
-  gradient = _gradient(_losses, jnp.ones(_TASKS))
+  _, gradient = _value_and_gradient(_losses, jnp.ones(_TASKS))
   sums = [gradient[_BATCH["group"] == c].sum() for c in range(3)]
   expected = np.maximum(1 - _GAMMA * np.array(sums), 0)
   np.testing.assert_allclose(state.weights, expected, rtol=1e-3, atol=1e-3)
@@ -327,7 +337,7 @@ def test_gradients_are_summed_within_clusters():
 
 def test_weights_per_query_sum_to_the_task_weight():
   result, state = _once(_method("item", gamma=1000.0))
-  gradient = _gradient(_item_losses, jnp.ones((_TASKS, _ITEMS)))
+  _, gradient = _value_and_gradient(_item_losses, jnp.ones((_TASKS, _ITEMS)))
   assert state.weights.shape == (_N, _ITEMS)
   weights = np.maximum(1 - 1000.0 * gradient, 0)
   batch_weights = state.weights[_BATCH["index"]]
@@ -342,7 +352,7 @@ def test_weights_per_query_sum_to_the_task_weight():
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
     result.grads,
-    jax.grad(weighted)(_params()),
+    jax.jit(jax.grad(weighted))(_params()),
   )
 
 
@@ -353,21 +363,23 @@ def test_meta_forward_is_used_for_validation_tasks():
 
   _, state = _once(_method(meta_forward=doubled))
   meta_losses_fn = functools.partial(_item_losses, scale=2.0)
-  gradient = _gradient(_losses, jnp.ones(_TASKS), meta_losses_fn)
+  expected_loss, gradient = _value_and_gradient(
+    _losses, jnp.ones(_TASKS), meta_losses_fn
+  )
   expected = np.maximum(1 - _GAMMA * gradient, 0)
   batch_weights = state.weights[_BATCH["index"]]
   np.testing.assert_allclose(batch_weights, expected, rtol=1e-3, atol=1e-3)
-  expected_loss = _once(_method(gamma=0.0, meta_forward=doubled))[1].meta_loss
   np.testing.assert_allclose(state.meta_loss, expected_loss, rtol=1e-6)
   assert state.finite
 
 
 def test_weights_are_updated_every_so_many_steps():
   method = _method(every=2)
-  _, first = _once(method, step=0)
-  _, second = _once(method, first, step=1)
+  run = _step_fn(method)
+  _, first = run(_start(method), 0)
+  _, second = run(first, 1)
   np.testing.assert_array_equal(first.weights, second.weights)
-  _, third = _once(method, second, step=2)
+  _, third = run(second, 2)
   assert np.abs(third.weights - second.weights).max() > 1e-3
 
 
@@ -384,8 +396,7 @@ def test_eight_devices_equal_one(share):
     "d",
     in_axes=(None, 0, 0),
   )
-  start = method.init(jax.random.key(2), _task(), _params())
-  result, states = step(start, *shards)
+  result, states = step(_start(method), *shards)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
   for device in (0, 7):
     on_device = jax.tree.map(lambda x, i=device: x[i], (states.weights, result.grads))

@@ -38,29 +38,33 @@ def test_loss_equals_the_product_of_two_softmaxes(num_logits):
   expected = [-np.log((p @ t)[i, y]) for i, y in enumerate(labels)]
   result = jax.jit(s_model.s_model_loss)(logits, labels, layer)
   np.testing.assert_allclose(result, expected, rtol=1e-12)
-  forward = losses.forward_corrected(logits, jnp.asarray(labels), jnp.asarray(t))
+  forward = jax.jit(losses.forward_corrected)(logits, labels, t)
   np.testing.assert_allclose(result, forward, rtol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
 def test_gradients_equal_finite_differences():
   logits, labels, layer = _draw(1)
+  sizes = logits.size, layer.size
 
-  def mean(logits, layer):
+  def mean(both):
+    """The loss at the entries of the logits, followed by those of the layer."""
+    logits, layer = both[: sizes[0]].reshape(-1, 3), both[sizes[0] :].reshape(3, 3)
     return s_model.s_model_loss(logits, jnp.asarray(labels), layer).mean()
 
-  run = jax.jit(mean)
-  result = jax.jit(jax.grad(mean, argnums=(0, 1)))(logits, layer)
-  step = 1e-6
-  for position, slope in enumerate(result):
-    for entry in np.ndindex(slope.shape):
-      ends = []
-      for sign in (1, -1):
-        given = [logits, layer]
-        given[position] = given[position].at[entry].add(sign * step)
-        ends.append(run(*given))
-      difference = (ends[0] - ends[1]) / (2 * step)
-      np.testing.assert_allclose(slope[entry], difference, rtol=1e-6, atol=1e-9)
+  both = np.concatenate([np.ravel(logits), np.ravel(layer)])
+  result = jax.jit(jax.grad(mean))(both)
+  moves = 1e-6 * np.eye(sum(sizes))
+  values = jax.jit(jax.vmap(mean))(np.concatenate([both + moves, both - moves]))
+  above, below = np.split(np.asarray(values), 2)
+  np.testing.assert_allclose(result, (above - below) / 2e-6, rtol=1e-6, atol=1e-9)
+
+
+@jax.jit
+@functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+def _values_and_gradients(logits, layer, labels):
+  values = s_model.s_model_loss(logits, labels, layer)
+  return values.sum(), values
 
 
 @pytest.mark.parametrize("num_logits", [1, 3])
@@ -68,17 +72,11 @@ def test_gradients_equal_finite_differences():
 @pytest.mark.parametrize("scale", [0, 1e4, 1e30])
 def test_loss_is_finite_for_finite_logits_and_layer(scale, layer_scale, num_logits):
   logits, labels, layer = _draw(2, num_logits=num_logits)
-  given = scale * logits.astype(np.float32), layer_scale * layer.astype(np.float32)
-
-  def total(logits, layer):
-    values = s_model.s_model_loss(logits, jnp.asarray(labels), layer)
-    return values.sum(), values
-
-  (_, values), gradients = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(
-    *given
-  )
-  assert base.all_finite((values, gradients))
-  assert (values >= 0).all()
+  given = scale * np.float32(logits), layer_scale * np.float32(layer)
+  (_, values), gradients = _values_and_gradients(*given, labels)
+  for result in (values, *gradients):
+    assert np.isfinite(result).all()
+  assert (np.asarray(values) >= 0).all()
 
 
 def test_layer_converges_to_the_confusion_of_certain_predictions():
@@ -86,7 +84,7 @@ def test_layer_converges_to_the_confusion_of_certain_predictions():
   predicted = rng.integers(3, size=400)
   truth = np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.1, 0.6]])
   labels = np.array([rng.choice(3, p=truth[i]) for i in predicted])
-  logits = 50.0 * jax.nn.one_hot(predicted, 3)
+  logits = 50 * np.eye(3, dtype=np.float32)[predicted]
 
   @jax.jit
   def fit(layer):
@@ -129,7 +127,8 @@ def _examples(size, num_classes):
 @functools.cache
 def _inputs(num_logits=3):
   batch = _examples(6, max(num_logits, 2))
-  params = _net(num_logits).init(jax.random.key(0), batch["image"])["params"]
+  init = jax.jit(_net(num_logits).init)
+  params = init(jax.random.key(0), batch["image"])["params"]
   step = jnp.zeros((), int)
   return base.Inputs(params, {}, (), batch, None, step, jax.random.key(1))
 
@@ -147,25 +146,39 @@ def _begin(method, num_logits=3):
   return method.init(jax.random.key(2), _task(num_logits), _inputs(num_logits).params)
 
 
+def _step(method, state, num_logits=3):
+  problem = _task(num_logits)
+  step = jax.jit(lambda state, inputs: method.gradients(state, problem, inputs))
+  return step(state, _inputs(num_logits))
+
+
+def _softmax(layer):
+  exponentials = np.exp(layer - np.max(layer, axis=1, keepdims=True))
+  return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
 @pytest.mark.parametrize("num_logits", [1, 3])
 def test_step_updates_network_and_layer_on_the_same_loss(num_logits):
   method = s_model.s_model(optimizer=optax.sgd(0.5), smoothing=0.2)
-  problem, inputs = _task(num_logits), _inputs(num_logits)
+  inputs = _inputs(num_logits)
   state = _begin(method, num_logits)
   classes = max(num_logits, 2)
-  start = jax.nn.softmax(state.logits, axis=1)
+  start = _softmax(state.logits)
   np.testing.assert_allclose(start, s_model.smoothed_identity(classes, 0.2), rtol=1e-5)
 
-  def mean(params, layer):
+  @jax.jit
+  @functools.partial(jax.value_and_grad, argnums=(0, 1))
+  def mean_and_gradients(params, layer):
     logits = _net(num_logits).apply({"params": params}, inputs.batch["image"])
     return s_model.s_model_loss(logits, inputs.batch["label"], layer).mean()
 
-  result, after = method.gradients(state, problem, inputs)
-  gradients = jax.grad(mean, argnums=(0, 1))(inputs.params, state.logits)
+  result, after = _step(method, state, num_logits)
+  mean, gradients = mean_and_gradients(inputs.params, state.logits)
   chex.assert_trees_all_close(result.grads, gradients[0], rtol=1e-4, atol=1e-7)
-  np.testing.assert_allclose(after.logits, state.logits - 0.5 * gradients[1], rtol=1e-5)
+  moved = np.asarray(state.logits) - 0.5 * np.asarray(gradients[1])
+  np.testing.assert_allclose(after.logits, moved, rtol=1e-5)
   assert np.abs(gradients[1]).max() > 1e-3
-  np.testing.assert_allclose(result.losses.mean(), mean(inputs.params, state.logits))
+  np.testing.assert_allclose(np.mean(result.losses), mean)
   np.testing.assert_allclose(result.weights, np.full(6, 1 / 6), rtol=1e-6)
   np.testing.assert_allclose(result.metrics["transition_diagonal"], 0.8, rtol=1e-5)
   chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
@@ -178,10 +191,10 @@ def test_layer_is_inactive_and_constant_before_its_epoch(initial):
     optimizer=optax.adamw(0.1, weight_decay=0.1), from_epoch=2, initial=initial
   )
   state = _begin(method)
+  plain, _ = _step(baselines.uniform(), ())
   for epoch in (0, 1):
     state = method.refresh(state, _task(), _view(epoch))
-    result, after = method.gradients(state, _task(), _inputs())
-    plain, _ = baselines.uniform().gradients((), _task(), _inputs())
+    result, after = _step(method, state)
     assert result.metrics.pop("transition_diagonal") == 1
     chex.assert_trees_all_close(result, plain, rtol=1e-5, atol=1e-7)
     chex.assert_trees_all_equal(after, state)
@@ -192,13 +205,13 @@ def test_layer_is_inactive_and_constant_before_its_epoch(initial):
     logits = _net(3).apply({"params": view.params}, view.train["image"])
     predicted, labels = logits.argmax(axis=1), jnp.asarray(view.train["label"])
     expected = label_transition.confusion(predicted, labels, 3)
-  layer = jax.nn.softmax(state.logits, axis=1)
+  layer = _softmax(state.logits)
   np.testing.assert_allclose(layer, expected, rtol=1e-4, atol=1e-7)
-  result, after = method.gradients(state, _task(), _inputs())
+  result, after = _step(method, state)
   np.testing.assert_allclose(
     result.metrics["transition_diagonal"], np.diag(expected).mean(), rtol=1e-4
   )
-  assert np.abs(after.logits - state.logits).max() > 0.01
+  assert np.abs(np.asarray(after.logits) - np.asarray(state.logits)).max() > 0.01
   kept = method.refresh(after, _task(), _view(3))
   chex.assert_trees_all_equal(kept, after)
 
@@ -209,11 +222,10 @@ def test_class_that_is_never_predicted_has_finite_logits():
   zero = jax.tree.map(jnp.zeros_like, view.params)  # Predicts class 0 for all examples.
   view = types.SimpleNamespace(**{**vars(view), "params": zero})
   state = method.refresh(_begin(method), _task(), view)
-  result, after = method.gradients(state, _task(), _inputs())
-  assert base.all_finite((result.grads, result.losses, after.logits))
-  np.testing.assert_allclose(
-    jax.nn.softmax(state.logits, axis=1)[1:], np.eye(3)[1:], atol=1e-6
-  )
+  result, after = _step(method, state)
+  for leaf in jax.tree.leaves((result.grads, result.losses, after.logits)):
+    assert np.isfinite(leaf).all()
+  np.testing.assert_allclose(_softmax(state.logits)[1:], np.eye(3)[1:], atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,12 @@ _B, _M, _C, _S, _RATE = 6, 5, 3, 2, 0.4
 _NET = warpi.RectifierNet(_C, hidden=4)
 
 
+@jax.jit
+@jax.value_and_grad
+def _rectified_sum(logits, vectors, labels):
+  return warpi.rectified_cross_entropy(logits, vectors, labels).sum()
+
+
 @pytest.mark.parametrize(
   ("vector", "loss", "gradient"),
   [
@@ -29,29 +35,23 @@ _NET = warpi.RectifierNet(_C, hidden=4)
   ],
 )
 def test_golden_vectors(x64, vector, loss, gradient):
-  logits, labels = jnp.array([[2.0, -1.0, 0.5]]), jnp.array([0])
-
-  def rectified(logits):
-    return warpi.rectified_cross_entropy(logits, jnp.array([[vector]]), labels)[0]
-
-  value, slope = jax.value_and_grad(rectified)(logits)
+  logits, labels = np.array([[2.0, -1.0, 0.5]]), np.array([0])
+  value, slope = _rectified_sum(logits, np.array([[vector]]), labels)
   np.testing.assert_allclose(value, loss, rtol=1e-7)
   np.testing.assert_allclose(slope[0], gradient, rtol=1e-6)
 
 
 def test_limits_of_the_rectifier():
-  logits = jnp.array([[2.0, -1.0, 0.5], [0.0, 3.0, -2.0]])
-  labels = jnp.array([0, 2])
+  logits = np.array([[2.0, -1.0, 0.5], [0.0, 3.0, -2.0]], np.float32)
+  labels = np.array([0, 2])
+  cross_entropy = jax.jit(losses_lib.softmax_cross_entropy)
 
   def with_factor(c):
-    vectors = jnp.full((2, 2, 3), c)
-    return jax.value_and_grad(
-      lambda z: warpi.rectified_cross_entropy(z, vectors, labels).sum()
-    )(logits)
+    return _rectified_sum(logits, np.full((2, 2, 3), c, np.float32), labels)
 
-  plain = losses_lib.softmax_cross_entropy(logits, labels).sum()
+  plain = np.sum(cross_entropy(logits, labels))
   np.testing.assert_allclose(with_factor(1.0)[0], plain, rtol=1e-6)
-  cooled = losses_lib.softmax_cross_entropy(0.25 * logits, labels).sum()
+  cooled = np.sum(cross_entropy(0.25 * logits, labels))
   np.testing.assert_allclose(with_factor(0.25)[0], cooled, rtol=1e-6)
   value, gradient = with_factor(0.0)
   np.testing.assert_allclose(value, 2 * np.log(3), rtol=1e-6)
@@ -82,11 +82,12 @@ def test_log_variance_is_clipped_and_labels_matter():
   net = warpi.RectifierNet(_C, hidden=4)
   logits = jnp.array([[1.0, 2.0, 3.0]] * 2)
   labels = jnp.array([0, 2])
-  phi = net.init(jax.random.key(0), logits, labels)
-  mean, _ = net.apply(phi, logits, labels)
+  phi = jax.jit(net.init)(jax.random.key(0), logits, labels)
+  apply = jax.jit(net.apply)
+  mean, _ = apply(phi, logits, labels)
   assert not np.allclose(mean[0], mean[1])
-  wild = jax.tree.map(lambda x: 1e4 * x, phi)
-  mean, log_variance = net.apply(wild, logits, labels)
+  wild = jax.tree.map(lambda x: np.float32(1e4) * np.asarray(x), phi)
+  mean, log_variance = apply(wild, logits, labels)
   assert jnp.abs(log_variance).max() == 10
   vectors = warpi.rectifiers(mean, log_variance, jnp.ones((_S, 2, _C)))
   assert vectors.shape == (_S, 2, _C) and jnp.isfinite(vectors).all()
@@ -111,7 +112,9 @@ def _problem():
   params = {"w": rng.normal(size=(4, 5)), "v": rng.normal(size=(5, _C))}
   phi = jax.tree.map(
     lambda x: rng.normal(size=x.shape),
-    _NET.init(jax.random.key(0), jnp.zeros((1, _C)), jnp.zeros(1, jnp.int32)),
+    jax.eval_shape(
+      _NET.init, jax.random.key(0), jnp.zeros((1, _C)), jnp.zeros(1, jnp.int32)
+    ),
   )
   noise = rng.normal(size=(_S, _B, _C))
   return phi, params, examples(_B), examples(_M), noise
@@ -168,12 +171,13 @@ def test_meta_gradient_equals_the_unrolled_step_and_finite_differences(x64):
   assert optax.tree.norm(literal["params"]["Embed_0"]) > 1e-4  # Labels are learned.
   rng = np.random.default_rng(1)
   along = jax.tree.map(lambda x: rng.normal(size=x.shape), phi)
-  meta_loss = jax.jit(_unrolled)
-
-  def at(step):
-    return meta_loss(jax.tree.map(lambda x, d: x + step * d, phi, along), *rest)
-
-  slope = (at(1e-5) - at(-1e-5)) / 2e-5
+  both = jax.jit(
+    jax.vmap(
+      lambda step: _unrolled(jax.tree.map(lambda x, d: x + step * d, phi, along), *rest)
+    )
+  )
+  above, below = np.asarray(both(np.array([1e-5, -1e-5])))
+  slope = (above - below) / 2e-5
   np.testing.assert_allclose(optax.tree.vdot(result.gradient, along), slope, rtol=1e-5)
 
 
@@ -190,8 +194,9 @@ def _step(method, seed=0, outputs=_C, details=False):
 
   batch, meta_batch = examples(_B), examples(_M)
   problem = model.problem(class_counts=jnp.ones(_C), num_examples=_B, num_steps=10)
-  params, model_state = model.init(jax.random.key(0), batch)
-  state = method.init(jax.random.key(1), problem, params)
+  params, model_state = jax.jit(model.init)(jax.random.key(0), batch)
+  init = jax.jit(lambda key, params: method.init(key, problem, params))
+  state = init(jax.random.key(1), params)
 
   @jax.jit
   def run(key):

@@ -137,11 +137,11 @@ def test_only_frozen_embeddings_do_not_change():
 
 
 def test_labels_without_embedding_and_diverged_fits_are_refused():
-  rows = mentornet_fitting.pd_rows("pd", num_rows=100)
+  rows = mentornet_fitting.pd_rows("pd", num_rows=1000)
   with pytest.raises(base.InputError, match="between 0 and 1; got 2 to 2"):
     _fit(rows._replace(labels=rows.labels + 2))
   with pytest.raises(base.InputError, match="diverged: lower --learning_rate"):
-    _fit(rows, num_steps=5, learning_rate=float("inf"))
+    _fit(rows, num_steps=5, restarts=1, learning_rate=float("inf"))
 
 
 @pytest.mark.parametrize("setting", ["restarts", "batch_size"])

@@ -16,10 +16,10 @@ from l2rw_jax.methods.mentornet import network as mentornet_network
 @functools.cache
 def _mentor(compat="official_code", num_classes=None):
   network = mentornet_network.MentorNetwork(num_classes or 2, compat)
-  values = np.zeros(1, np.float32)
-  variables = jax.jit(network.init)(
-    jax.random.key(1), values, values, np.zeros(1, int), 0
-  )
+  values, labels = np.zeros(1, np.float32), np.zeros(1, int)
+  shapes = jax.eval_shape(network.init, jax.random.key(1), values, values, labels, 0)
+  rng = np.random.default_rng(1)
+  variables = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes)
   return mentornet_network.Mentor("pd", network, variables, num_classes)
 
 

@@ -1,5 +1,7 @@
 """The mentor's network against NumPy, and weights of extreme losses."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ _LABELS = np.array([0, 1, 1], np.int32)
 _EPOCHS = np.array([0, 50, 99], np.int32)
 
 
+@functools.cache
 def _init(compat, history=1, seed=0):
   network = mentornet_network.MentorNetwork(compat=compat)
   shape = (3,) if history == 1 else (3, history)
@@ -109,15 +112,17 @@ def test_weights_of_extreme_losses_lie_between_0_and_1(compat):
   network, variables = _init(compat)
   mentor = mentornet_network.Mentor("pd", network, variables)
   # Scaled by 10, so that inf - inf would occur without clipping.
-  large = jax.tree.map(lambda x: 10 * x, variables)
+  large = jax.tree.map(lambda x: np.float32(10) * np.asarray(x), variables)
   bold = mentornet_network.Mentor("pd", network, large)
+  asks = (jax.jit(mentor), 1), (jax.jit(bold), -1)
   for loss in (0.0, 1e4, 3.4e38):
     losses = np.full(3, loss, np.float32)
-    for ask, sign in ((jax.jit(mentor), 1), (jax.jit(bold), -1)):
-      weights = ask(losses, sign * losses, None, 3)
+    for ask, sign in asks:
+      weights = np.asarray(ask(losses, sign * losses, None, 3))
       assert ((weights >= 0) & (weights <= 1)).all()
   # A NaN loss gives a NaN weight.
-  assert np.isnan(mentor(np.full(3, np.nan), losses, None, 3)).all()
+  nan = np.full(3, np.nan, np.float32)
+  assert np.isnan(asks[0][0](nan, losses, None, 3)).all()
 
 
 def test_mentor_without_classes_replaces_labels_by_0():
