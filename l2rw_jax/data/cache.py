@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import secrets
+from typing import Any
 
 import numpy as np
 
@@ -95,9 +96,10 @@ def _replace(path: pathlib.Path, arrays: Arrays) -> None:
   # `workdir.write_bytes` would copy the arrays in memory, and machines that share a
   # cache may have equal process ids. Files of `tempfile` are private to the user.
   partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+  named: dict[str, Any] = dict(arrays)
   try:
     with open(partial, "xb") as file:
-      np.savez(file, **arrays)
+      np.savez(file, **named)
       file.flush()
       os.fsync(file.fileno())
     os.replace(partial, path)

@@ -89,7 +89,8 @@ def write(
   files = [_WEIGHTS, variables.FILE, *metric_writer.FILES]
   if statistics:
     content = io.BytesIO()
-    np.savez(content, **statistics)
+    named: dict[str, Any] = dict(statistics)
+    np.savez(content, **named)
     workdir.write_bytes(folder / _STATISTICS, content.getvalue())
     files.append(_STATISTICS)
   results = {
