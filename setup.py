@@ -57,6 +57,8 @@ setuptools.setup(
     "absl-py>=2.0",
     "chex>=0.1.90",
     "flax>=0.12",
+    # tensorflow-datasets 4.9.10 imports it and does not ask for it.
+    "importlib_resources>=6.0",
     "jax>=0.10.2",
     "jaxlib>=0.10.2",
     "numpy>=2.0",
