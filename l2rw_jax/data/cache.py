@@ -96,7 +96,10 @@ def _replace(path: pathlib.Path, arrays: Arrays) -> None:
   # `workdir.write_bytes` would copy the arrays in memory, and machines that share a
   # cache may have equal process ids. Files of `tempfile` are private to the user.
   partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-  named: dict[str, Any] = dict(arrays)
+  named: dict[str, Any] = {name: np.asarray(x) for name, x in arrays.items()}
+  for name, array in named.items():
+    if array.dtype.hasobject:
+      raise ValueError(f"cannot cache {name}: NumPy would pickle its Python objects.")
   try:
     with open(partial, "xb") as file:
       np.savez(file, **named)

@@ -166,7 +166,7 @@ def test_uint8_pixels_are_scaled():
   expected = _losses(learner, params, scaled)
   raw = {**batch, "image": pixels.astype(np.uint8)}
   np.testing.assert_allclose(_losses(learner, params, raw), expected, rtol=1e-6)
-  doubled = learner._replace(preprocess=lambda x: x / 255.0)
+  doubled = learner._replace(preprocess=lambda x: jnp.float32(x) / 255)
   np.testing.assert_allclose(_losses(doubled, params, raw), expected, rtol=1e-6)
 
 
