@@ -187,7 +187,7 @@ def linearize_outputs(
 
   Example:
     >>> import jax.numpy as jnp
-    >>> lin = linearize_outputs(lambda p, x: x * p, jnp.array([1., 2.]), jnp.eye(2))
+    >>> lin = linearize_outputs(lambda p, x: x * p[None], jnp.ones(2), jnp.eye(2))
     >>> print(lin.jvp(jnp.array([1., 0.])))
     [[1. 0.]
      [0. 0.]]

@@ -55,8 +55,13 @@ def test_ignored_signal_stays_ignored_and_second_signal_is_raised():
     assert not signals
   finally:
     signal.signal(signal.SIGHUP, before)
-  with pytest.raises(KeyboardInterrupt), interruption.deferred() as signals:
-    signal.raise_signal(signal.SIGINT)
-    assert signals == [signal.SIGINT]
-    signal.raise_signal(signal.SIGINT)
-    pytest.fail("the second signal was deferred")
+  # A process in the background starts with this signal ignored.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    with pytest.raises(KeyboardInterrupt), interruption.deferred() as signals:
+      signal.raise_signal(signal.SIGINT)
+      assert signals == [signal.SIGINT]
+      signal.raise_signal(signal.SIGINT)
+      pytest.fail("the second signal was deferred")
+  finally:
+    signal.signal(signal.SIGINT, before)
