@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import ctypes
 import dataclasses
+import logging as std_logging
 import os
 import re
 import signal
@@ -37,6 +38,8 @@ def main(settings: type[settings_lib.Flags], run: Run, name: str = "") -> None:
   """
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   logging.set_verbosity(logging.WARNING)
+  # Of these programs only Orbax uses asyncio, which logs each failed task of a write.
+  std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
   keep_freed_memory()
   sys.unraisablehook = _report_unraisable
   for number in (signal.SIGTERM, signal.SIGHUP):
@@ -253,12 +256,19 @@ def _end_by(number: signal.Signals) -> None:
 
 def _report_unraisable(unraisable: Any) -> None:
   # After a failed read or write TensorStore still answers Orbax, whose event loop
-  # is closed by then: a traceback for each answer, around our one line.
-  if str(unraisable.exc_value) != "Event loop is closed":
+  # is closed by then: a traceback for each answer, around our one line. What files
+  # report while they are collected after it is the same failure again.
+  if not _gave_up and str(unraisable.exc_value) != "Event loop is closed":
     sys.__unraisablehook__(unraisable)
 
 
+# Set once a script has reported the mistake or failure that ends it.
+_gave_up = False
+
+
 def _give_up(error: object) -> None:
+  global _gave_up
+  _gave_up = True
   print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
   sys.exit(2)
 

@@ -121,7 +121,8 @@ def assert_one_line(outcome: Outcome, message: str) -> None:
   """Status 2, nothing printed, and one line of complaint that holds `message`."""
   assert outcome.status == 2, outcome
   assert outcome.printed == ""
-  (line,) = outcome.complaints.splitlines()
+  assert len(outcome.complaints.splitlines()) == 1, outcome.complaints
+  line = outcome.complaints.rstrip("\n")
   assert line.startswith("error: ") and message in line, line
 
 
