@@ -79,7 +79,10 @@ def _shorten(app, what, name, obj, options, signature, returned):
 def _visit_math(self, node):
   is_block = isinstance(node, nodes.math_block)
   code = latex2mathml.tex2mathml(node.astext(), as_block=is_block)
-  self.body.append(f'<div style="overflow-x: auto">{code}</div>' if is_block else code)
+  if is_block:
+    # The padding leaves room for what MathML draws above and below a line.
+    code = f'<div style="overflow: auto hidden; padding: 0.6em 0">{code}</div>'
+  self.body.append(code)
   raise nodes.SkipNode
 
 
