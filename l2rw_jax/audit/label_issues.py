@@ -33,8 +33,8 @@ M is what Z would be without any direction, and v the variance of the rates Z / 
 Q differs from its transpose by, less the variance of counts and less the asymmetry S^2
 of classes that resemble each other. R is the posterior mean of a rate under a gamma
 prior of mean 1 and variance v. Where nothing is seen of a direction, v is 0, R is 1,
-and nothing is lost. Mistakes that go both ways equally often are not told from
-resemblance.
+and nothing is lost. Mistakes that go both ways equally often cannot be distinguished
+from resemblance.
 
 The number of issues is the number of examples with another label than c*, less the
 examples that are merely hard: where, of all these, neither class of a pair is taken for

@@ -189,7 +189,7 @@ def classifier_retraining(from_epoch: int, *, restart: bool = True) -> base.Meth
     return Retraining(jnp.zeros((), jnp.int32), jnp.zeros((), bool), initial)
 
   def gradients(state, problem, inputs):
-    found = weighted_update.uniform_gradients(problem, inputs)
+    result = weighted_update.uniform_gradients(problem, inputs)
     is_head = _head_leaves(problem, inputs.params)
     is_second = state.epoch >= from_epoch
     leaves, treedef = jax.tree.flatten(inputs.params)
@@ -200,11 +200,11 @@ def classifier_retraining(from_epoch: int, *, restart: bool = True) -> base.Meth
     is_fixed = [state.restarts if head else is_second for head in is_head]
     grads = [
       x if head else jnp.where(is_second, jnp.zeros_like(x), x)
-      for x, head in zip(jax.tree.leaves(found.grads), is_head, strict=True)
+      for x, head in zip(jax.tree.leaves(result.grads), is_head, strict=True)
     ]
     fixed = tuple(jax.tree.unflatten(treedef, x) for x in (is_fixed, values))
-    found = found._replace(grads=jax.tree.unflatten(treedef, grads), fixed=fixed)
-    return found, state._replace(restarts=jnp.zeros_like(state.restarts))
+    result = result._replace(grads=jax.tree.unflatten(treedef, grads), fixed=fixed)
+    return result, state._replace(restarts=jnp.zeros_like(state.restarts))
 
   def refresh(state, problem, view):
     del problem
