@@ -446,6 +446,13 @@ def take(table: Array, index: Array) -> Array:
     An array of shape `index.shape + table.shape[1:]`.
   """
   table, index = jnp.asarray(table), jnp.asarray(index)
+  if index.dtype == jnp.bool_:
+    index = index.astype(jnp.int32)
+  if not jnp.issubdtype(index.dtype, jnp.integer):
+    raise InputError(
+      f"classes and groups must be integers; got {index.dtype}. Convert them with"
+      " astype(int)."
+    )
   sharding = jax.typeof(index).sharding
   options: dict[str, Any] = {}
   if any(sharding.spec):
@@ -500,6 +507,26 @@ def max_abs(tree: PyTree) -> Array:
   # The last one of a sort, not a maximum: XLA repeats a chain of comparisons of scalars
   # in every operation that reads its result. NaN is sorted to the end.
   return jnp.sort(jnp.stack(largest or [jnp.zeros((), dtype)]))[-1]
+
+
+def divide_by_largest(values: Array, largest: Array) -> Array:
+  """`values / largest` for any magnitude of `values`; `values` if `largest` is 0.
+
+  XLA divides an array by a broadcast number by multiplying it by the reciprocal, which
+  is flushed to zero above 8.5e37 in float32, and is infinite below 2.9e-39.
+
+  Args:
+    values: floating-point array.
+    largest: largest absolute value, of a shape that broadcasts to that of `values`.
+
+  >>> import jax.numpy as jnp
+  >>> print(divide_by_largest(jnp.array([1.5e38, 3e38]), jnp.array([3e38])))
+  [0.5 1. ]
+  """
+  # Powers of two, which change no digit.
+  factor = jnp.where(largest > 1, 2.0**-2, 2.0**64).astype(values.dtype)
+  divisor = jnp.where(largest == 0, 1, largest.astype(values.dtype) * factor)
+  return values * factor / divisor
 
 
 def finite_rows(

@@ -88,6 +88,9 @@ def example_weights(
   >>> print(example_weights(jnp.array([1., 3.]), jnp.array([0, 1, 1, 0])))
   [0.125 0.375 0.375 0.125]
   """
+  if not jnp.issubdtype(jnp.result_type(class_weights), jnp.inexact):
+    # So that a label that is no class gives NaN.
+    class_weights = jnp.asarray(class_weights, float)
   return normalization.sum_to_one(base.take(class_weights, labels), axis_name)
 
 
@@ -115,6 +118,11 @@ def as_counts(class_counts: base.Array) -> base.Array:
     InputError: for the reasons of `inverse_frequency`.
   """
   check_counts(class_counts)
+  if not isinstance(class_counts, jax.Array):
+    # JAX would keep the lower half of integers of 64 bits.
+    class_counts = np.asarray(class_counts)
+    if np.issubdtype(class_counts.dtype, np.integer):
+      class_counts = class_counts.astype(np.float64)
   counts = jnp.asarray(class_counts)
   dtype = counts.dtype if jnp.issubdtype(counts.dtype, jnp.inexact) else float
   dtype = base.accumulator_dtype(jax.dtypes.canonicalize_dtype(dtype))

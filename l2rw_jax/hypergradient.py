@@ -99,7 +99,16 @@ def init_optimizer(
   Args:
     optimizer: any optax optimizer.
     params: any pytree of parameters, which may hold PRNG keys.
+
+  Raises:
+    InputError: `optimizer` is not an optimizer, but a function that makes one, say.
   """
+  # Not isinstance: `optax.MultiSteps` has both functions, but is of another type.
+  if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+    raise base.InputError(
+      "optimizer must be an optax optimizer, such as optax.sgd(0.1); got"
+      f" {optimizer!r}."
+    )
   with base.implicit_promotion():
     return optimizer.init(trainable.without_keys(params))
 
@@ -247,9 +256,19 @@ def _meta_loss(objective, losses, axis_name):
     loss = base.pmean(jnp.mean(losses.astype(dtype)), axis_name).astype(losses.dtype)
     size = base.global_size(losses.size, axis_name)
     return loss, jnp.full_like(losses, 1 / size)
+
   # Every device differentiates the same function of the same gathered losses, so that
   # no collective is transposed. Each then uses its slice of the gradient.
-  loss, gradient = jax.value_and_grad(objective)(base.gather(losses, axis_name))
+  def scalar(losses):
+    value = objective(losses)
+    if jnp.shape(value) != ():
+      raise base.InputError(
+        f"objective must return one number; got shape {jnp.shape(value)}. Reduce the"
+        " losses of all examples, for instance by their mean."
+      )
+    return value
+
+  loss, gradient = jax.value_and_grad(scalar)(base.gather(losses, axis_name))
   return base.pmean(loss, axis_name), base.local_slice(gradient, axis_name)
 
 
@@ -322,7 +341,7 @@ def _unit(vector):
   largest = base.max_abs(vector)
   largest = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
   squares = [
-    jnp.sum(jnp.abs(x / largest.astype(x.dtype)).astype(largest.dtype) ** 2)
+    jnp.sum(jnp.abs(base.divide_by_largest(x, largest)).astype(largest.dtype) ** 2)
     for x in leaves
   ]
   norm = largest * jnp.sqrt(jnp.sum(jnp.stack(squares)))
@@ -332,7 +351,7 @@ def _unit(vector):
   def scaled(x):
     if not _is_inexact(x.dtype):
       return x
-    return (wide(x) / length.astype(wide(x).dtype)).astype(x.dtype)
+    return base.divide_by_largest(wide(x), length).astype(x.dtype)
 
   return jax.tree.map(scaled, vector), length
 

@@ -460,12 +460,17 @@ def label_mask(labels: base.Array, num_classes: int) -> base.Array:
 def check_logits(
   logits: base.Array, labels: base.Array, where: base.Array | None = None
 ) -> None:
-  """Raises InputError unless logits are [B, C], labels integers [B], `where` [B]."""
+  """Raises InputError unless logits are floats [B, C], labels integers [B]."""
   shape = jnp.shape(logits)
   if len(shape) != 2 or shape[1] < 1 or jnp.shape(labels) != shape[:1]:
     raise base.InputError(
       "logits must be [B, C] and labels must be integers of shape [B]; got logits of"
       f" shape {shape} and labels of shape {jnp.shape(labels)}."
+    )
+  if not jnp.issubdtype(jnp.result_type(logits), jnp.floating):
+    raise base.InputError(
+      f"logits must be floating-point numbers; got {jnp.result_type(logits)}, in which"
+      " losses would be rounded. Convert them with logits.astype(jnp.float32)."
     )
   dtype = jnp.result_type(labels)
   if not (jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_):

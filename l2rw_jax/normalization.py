@@ -10,7 +10,8 @@ def sum_to_one(scores: base.Array, axis_name: base.AxisName = None) -> base.Arra
 
   If all scores are zero, so are the weights, as in the paper:
   w_i = s_i / (S + delta(S)) with delta(S) = 1 if S = 0 else 0.
-  A NaN score makes every weight NaN, so that it is not mistaken for a weight of zero.
+  A NaN or negative score makes every weight NaN, so that it is not mistaken for a
+  weight of zero.
   Scores are first divided by the largest one, so that their sum cannot overflow. Sums
   and quotients of float16 and bfloat16 are computed in float32.
 
@@ -34,7 +35,10 @@ def sum_to_one(scores: base.Array, axis_name: base.AxisName = None) -> base.Arra
   # In float16, the sum of small numbers and its reciprocal would underflow.
   scores = scores.astype(base.accumulator_dtype(dtype))
   largest = base.pmax(jnp.max(scores, initial=0), axis_name)
-  scores = scores / jnp.where(largest == 0, 1, largest)
+  # Unlike a constant NaN, sqrt(-1) raises no error under `jax_debug_nans` for good
+  # scores.
+  sign = jnp.sqrt(jnp.where(jnp.any(scores < 0), -1.0, 1.0)).astype(scores.dtype)
+  scores = base.divide_by_largest(scores, largest) * sign
   total = base.psum(jnp.sum(scores), axis_name)
   weights = scores / jnp.where(total == 0, 1, total)
   return weights.astype(dtype) if jnp.issubdtype(dtype, jnp.inexact) else weights

@@ -28,6 +28,8 @@ import numpy as np
 import optax
 
 from l2rw_jax import base
+from l2rw_jax import hypergradient
+from l2rw_jax.linearization import trainable
 
 
 class Drop(NamedTuple):
@@ -84,19 +86,23 @@ def loss_drop(
     FloatingPointError: outside `jit`, if a loss or the gradient is not finite.
   """
 
-  def mean_loss(p):
-    losses, _ = base.losses_and_aux("losses_fn", losses_fn(p, batch), has_aux)
-    dtype = base.accumulator_dtype(losses.dtype)
-    return jnp.mean(losses.astype(dtype)).astype(losses.dtype)
+  trainable.check(params)
+  partition = trainable.Partition(params)
 
-  loss_and_gradient = jax.value_and_grad(mean_loss)(base.local(params, axis_name))
-  before, gradient = base.pmean(loss_and_gradient, axis_name)
-  with base.implicit_promotion():
-    updates, _ = optax.with_extra_args_support(optimizer).update(
-      gradient, opt_state, params, value=before
-    )
-    updated = optax.apply_updates(params, updates)
-  after = base.pmean(mean_loss(updated), axis_name)
+  def mean_loss(leaves):
+    returned = losses_fn(partition.combine(leaves), batch)
+    losses, _ = base.losses_and_aux("losses_fn", returned, has_aux)
+    dtype = base.accumulator_dtype(losses.dtype)
+    return jnp.mean(losses.astype(dtype)).astype(losses.dtype), losses
+
+  leaves = base.local(partition.leaves(params), axis_name)
+  (loss, losses), local_gradient = jax.value_and_grad(mean_loss, has_aux=True)(leaves)
+  base.finite_rows("losses", losses, axis_name, ": check batch and params")
+  before, gradient = base.pmean((loss, local_gradient), axis_name)
+  updated = hypergradient.lookahead_params(
+    params, partition.combine_gradient(gradient), optimizer, opt_state, value=before
+  )
+  after = base.pmean(mean_loss(partition.leaves(updated))[0], axis_name)
   drop = before - after
   # A NaN loss can have a zero gradient, and an infinite gradient a finite step.
   finite = base.all_finite((before, after, drop, gradient))

@@ -111,6 +111,19 @@ def test_invalid_counts_are_refused_or_give_nan(bad):
     assert np.isnan(jax.jit(weights)(jnp.array([3.0, bad]))).all()
 
 
+@pytest.mark.parametrize("dtype", [int, float])
+def test_a_label_that_is_no_class_gives_nan(dtype):
+  class_weights = jnp.array([1, 3], dtype)
+  assert np.isnan(class_balance.example_weights(class_weights, jnp.array([0, 2]))).all()
+  with pytest.raises(base.InputError, match="classes and groups must be integers"):
+    class_balance.example_weights(class_weights, jnp.array([0.0, 1.0]))
+
+
+def test_counts_that_exceed_32_bits():
+  weights = class_balance.inverse_frequency(np.array([3 * 2**32, 2**32]))
+  np.testing.assert_allclose(weights, [2 / 3, 2])
+
+
 def test_counts_keep_double_precision(x64):
   counts = np.array([5000, 17, 3])
   expected = counts.sum() / 3 / counts

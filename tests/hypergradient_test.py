@@ -403,6 +403,11 @@ def test_an_optimizer_that_uses_a_value_gets_one():
   chex.assert_trees_all_close(result.vector, plain.vector)
 
 
+def test_a_function_that_makes_an_optimizer_is_refused():
+  with pytest.raises(base.InputError, match="optimizer must be an optax optimizer"):
+    hypergradient.init_optimizer(optax.sgd, {"w": jnp.zeros(2)})
+
+
 def test_a_line_search_is_refused():
   with pytest.raises(base.InputError, match=r"also needs .*value_fn.*optax.sgd"):
     jax.eval_shape(functools.partial(_direction, optax.lbfgs()), _targets())

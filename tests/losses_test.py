@@ -362,6 +362,13 @@ def test_logits_or_labels_of_another_loss_are_refused(loss_fn, logits, labels, m
     loss_fn(jnp.zeros(logits), labels)
 
 
+@pytest.mark.parametrize("name", list(_LOSSES))
+def test_integer_logits_are_refused(name):
+  # The losses would be rounded to integers.
+  with pytest.raises(base.InputError, match=r"got int32.*astype\(jnp.float32\)"):
+    _LOSSES[name](jnp.array([[1, 2, 0]]), np.array([1]))
+
+
 def test_labels_other_than_0_and_1_give_nan_for_a_single_logit():
   actual = losses.sigmoid_cross_entropy(jnp.zeros((4, 1)), jnp.array([-1, 0, 1, 2]))
   np.testing.assert_array_equal(np.isnan(actual), [True, False, False, True])

@@ -44,13 +44,22 @@ def test_the_scale_of_the_scores_does_not_matter(scores, scale):
   )
 
 
+@pytest.mark.parametrize("largest", [4e-38, 1e-20, 8e37, 1e38, 3.4e38])
+def test_scores_of_any_size_are_divided_by_their_sum(largest):
+  scores = np.array([largest, -largest, largest / 2, 0], np.float32)
+  np.testing.assert_allclose(_rectify(scores), [2 / 3, 0, 1 / 3, 0], rtol=1e-6)
+  alone = np.array([0, largest, 0, 0], np.float32)
+  np.testing.assert_allclose(_sum_to_one(alone), [0, 1, 0, 0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("scores", [[0.0, 0.0], [-1.0, -2.0], [-0.0, 0.0]])
 def test_scores_without_a_positive_one_give_zero_weights(scores):
   assert not _rectify(jnp.array(scores)).any()
   assert np.isfinite(jax.jacobian(_rectify)(jnp.array(scores))).all()
 
 
-def test_nan_scores_give_nan_weights():
+def test_nan_and_negative_scores_give_nan_weights():
+  assert np.isnan(_sum_to_one(jnp.array([1.0, -1e-3, 0.0]))).all()
   assert np.isnan(_rectify(jnp.array([1.0, jnp.nan, -1.0]))).all()
   assert np.isnan(_sum_to_one(jnp.array([1.0, jnp.nan]))).all()
 

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from l2rw_jax import base
+from l2rw_jax import hypergradient
 from l2rw_jax import losses
 from l2rw_jax import susceptibility
 
@@ -109,6 +110,27 @@ def test_aux_does_not_change_the_drop():
     _drop(optimizer, losses_fn=with_aux)
   with pytest.raises(base.InputError, match=r"one number per example, shape \[B\]"):
     _drop(optimizer, losses_fn=lambda p, b: _losses_of(p, b).mean())
+
+
+def test_leaves_that_cannot_be_trained_do_not_change_the_drop():
+  optimizer = optax.sgd(0.1, momentum=0.9)
+  params = {"w": jnp.array(_W), "key": jax.random.key(0), "count": jnp.int32(3)}
+  actual = _drop(
+    optimizer,
+    hypergradient.init_optimizer(optimizer, params),
+    params,
+    lambda params, batch: _losses_of(params["w"], batch),
+  )
+  np.testing.assert_allclose(actual, _drop(optimizer, params=jnp.array(_W)), rtol=1e-6)
+
+
+def test_the_row_of_a_loss_that_is_not_finite_is_named():
+  batch = {"x": _X, "label": np.array([1, 2, 0])}
+  optimizer = optax.sgd(0.1)
+  with pytest.raises(FloatingPointError, match=r"1 of 3 losses .* first in row 1"):
+    susceptibility.loss_drop(
+      _losses_of, _W, batch, optimizer=optimizer, opt_state=optimizer.init(_W)
+    )
 
 
 def _bigger(rng, size=16):

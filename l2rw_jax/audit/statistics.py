@@ -258,11 +258,6 @@ def _check(index, logits, labels, weights, scores, mask, num_classes):
       f"the state is of {num_classes} classes and the logits have shape"
       f" {logits.shape}; give audit.init the number of classes of the network."
     )
-  if not jnp.issubdtype(logits.dtype, jnp.floating):
-    raise base.InputError(
-      f"logits must be floating-point numbers; got {logits.dtype}. Convert them with"
-      " logits.astype(jnp.float32)."
-    )
   for name, values in (("weights", weights), ("scores", scores), ("mask", mask)):
     if values is None:
       continue
@@ -346,7 +341,7 @@ def _scaled(scores, counts):
   """Scores over their mean size among the rows that count; zeros stay zeros."""
   # The largest is divided out first, so that no sum overflows and none underflows.
   largest = jnp.max(jnp.abs(scores), initial=0)
-  scores = scores / jnp.where(largest == 0, 1, largest)
+  scores = base.divide_by_largest(scores, largest)
   number = jnp.maximum(jnp.sum(counts), 1).astype(jnp.float32)
   size = jnp.sum(jnp.abs(scores)) / number
   return scores / jnp.where(size == 0, 1, size)

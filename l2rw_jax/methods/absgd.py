@@ -87,7 +87,7 @@ def example_weights(
   >>> print(jnp.round(7 * weights), jnp.round(6 * jnp.exp(log_u)))
   [2. 4. 8.] 7.0
   """
-  base.check_vector("losses", losses)
+  base.check_losses("losses", losses)
   _check_settings(lam, gamma, alpha, clip, uniform_share)
   dtype = base.accumulator_dtype(losses.dtype)
   # Stop gradients before the collectives, which must not be differentiated.

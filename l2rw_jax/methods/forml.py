@@ -179,6 +179,9 @@ def reweigh(
   )
   optimizer = optax.sgd(inner_learning_rate)
   weights = normalization.sum_to_one(weights, axis_name)
+  base.finite_rows(
+    "weights", weights, axis_name, " before the update: none may be negative"
+  )
   direction = hypergradient.direction(
     meta_losses_fn,
     params,

@@ -195,7 +195,7 @@ def group_dro(
 
 
 def _check_shapes(losses, groups, log_q):
-  base.check_vector("losses", losses)
+  base.check_losses("losses", losses)
   if jnp.shape(groups) != losses.shape:
     raise base.InputError(
       f"group_dro: groups must be one integer an example, shape {losses.shape}; got"

@@ -95,6 +95,7 @@ def example_weights(
   >>> print(example_weights(lambda k, l: l > k, 1., jnp.array([0., 2., 3., 4.])))
   [0.   0.25 0.25 0.25]
   """
+  base.check_losses("losses", losses)
   values = weight_fn(phi, jax.lax.stop_gradient(losses)).astype(losses.dtype)
   base.check_vector("weight_fn's result", values)
   if normalization == "sum":

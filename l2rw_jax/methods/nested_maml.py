@@ -169,7 +169,9 @@ def linearized_weight_gradient(
     axis_name=axis_name,
   )
   gradient = hypergradient.weight_gradient(linearized, direction, axis_name) / size
-  gradient = jax.lax.stop_gradient(gradient).astype(weights.dtype)
+  # Not the type of integer weights, such as ones, which would round it to zero.
+  dtype = base.common_dtype(weights, linearized.losses)
+  gradient = jax.lax.stop_gradient(gradient).astype(dtype)
   fault = base.first_fault(
     direction.fault,
     training_losses=losses_finite,

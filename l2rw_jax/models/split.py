@@ -6,6 +6,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from l2rw_jax import base
+
 
 class SplitNetwork(nn.Module):
   """A network whose features and last layer can be computed separately.
@@ -66,6 +68,6 @@ def _normalize(x: jax.Array, axis: int) -> jax.Array:
   # Dividing by a constant first does not change the result, but avoids overflow.
   largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True))
   is_zero = largest < 1e-12
-  x = x / jnp.where(is_zero, 1, largest)
+  x = jnp.where(is_zero, x, base.divide_by_largest(x, largest))
   squares = jnp.sum(x**2, axis, keepdims=True)
   return x / jnp.sqrt(jnp.where(is_zero, 1, squares))

@@ -298,6 +298,10 @@ def _eagerly(**settings):
       lambda: absgd.example_weights(jnp.ones((2, 2)), -jnp.inf, 1.0, gamma=1.0),
       "losses must be one number per example",
     ),
+    (
+      lambda: absgd.example_weights(jnp.ones(2, int), -jnp.inf, 1.0, gamma=1.0),
+      "losses must be floating-point numbers",
+    ),
     (lambda: _eagerly(gamma=0.0), "gamma=0.0 must be above 0 and at most 1"),
     (lambda: _eagerly(gamma=jnp.array(2.0)), "gamma=2.0 must be above 0 and at most 1"),
     (lambda: _eagerly(alpha=-1.0), "alpha=-1.0 must be a number above 0"),

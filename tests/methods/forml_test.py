@@ -168,7 +168,7 @@ def _two_groups_update(weights, targets, objective):
 def _two_groups(targets, objective, weights=(1.0, 1.0)):
   """Two parameters, one per group: example i lowers only the loss of group i."""
   return jax.device_get(
-    _two_groups_update(np.array(weights), np.array(targets), objective)
+    _two_groups_update(jnp.array(weights), jnp.array(targets), objective)
   )
 
 
@@ -208,6 +208,19 @@ def test_all_zero_weights_stay_finite():
   # Zero weights give no look-ahead step and no NaN, and can become positive.
   result = _two_groups([1.0, 3.0], group_objectives.worst, (0.0, 0.0))
   np.testing.assert_allclose(result.weights, [0.0, 1.0])
+
+
+def test_weights_before_the_update_must_not_be_negative():
+  with (
+    jax.disable_jit(),
+    pytest.raises(FloatingPointError, match="before the update: none may be negative"),
+  ):
+    _two_groups([1.0, 3.0], group_objectives.worst, (1.0, -1.0))
+
+
+def test_the_objective_must_return_a_scalar():
+  with pytest.raises(base.InputError, match="objective must return one number"):
+    _two_groups([1.0, 3.0], lambda losses, groups, num_groups: losses)
 
 
 def test_no_gradient_flows_through_the_weights():

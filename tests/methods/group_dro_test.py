@@ -269,6 +269,12 @@ def test_adjustment_favors_small_groups():
     ),
     (
       lambda: group_dro.example_weights(
+        jnp.ones(2, int), jnp.zeros(2, int), jnp.zeros(2), 0.1
+      ),
+      "losses must be floating-point numbers",
+    ),
+    (
+      lambda: group_dro.example_weights(
         jnp.ones(2), jnp.zeros(2, int), jnp.zeros((2, 1)), 0.1
       ),
       "log_q must be one number a group",

@@ -178,6 +178,12 @@ def test_network_has_the_released_size():
   )
 
 
+def test_integer_losses_are_refused():
+  # The weights would be rounded to zero.
+  with pytest.raises(base.InputError, match="losses must be floating-point numbers"):
+    meta_weight_net.example_weights(lambda _, x: x / 2, None, jnp.array([1, 2]))
+
+
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [

@@ -64,6 +64,17 @@ def test_equation_8_in_the_scalar_case(first_order, gradient, weights):
   assert result.finite and result.aux is None
 
 
+def test_integer_weights_have_a_gradient_that_is_not_rounded():
+  gradients = [
+    nested_maml.weight_gradient(
+      _quadratic(), 0.0, _TRAIN, _META, weights, lookahead_learning_rate=_ETA
+    ).gradient
+    for weights in (jnp.ones(2, int), jnp.ones(2))
+  ]
+  assert gradients[1].all()
+  np.testing.assert_array_equal(*gradients)
+
+
 def _net_item_losses(params, x, y):
   return 0.5 * (jnp.tanh(x @ params["w"]) @ params["v"] - y) ** 2
 

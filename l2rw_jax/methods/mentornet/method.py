@@ -201,12 +201,15 @@ def epoch_percent(step: Any, num_steps: int) -> base.Array:
   >>> print(epoch_percent(25_000_000, 30_000_000))
   83
   """
-  step = jnp.asarray(step)
-  if not jnp.issubdtype(step.dtype, jnp.integer):
+  dtype = jnp.result_type(step)
+  if not jnp.issubdtype(dtype, jnp.integer):
     raise base.InputError(
-      f"epoch_percent: step must be an integer; got {step.dtype}. Convert it with"
+      f"epoch_percent: step must be an integer; got {dtype}. Convert it with"
       " step.astype(int)."
     )
+  if not isinstance(step, jax.Array):
+    # A number of the host may have more bits than JAX keeps, but no percent needs them.
+    return jnp.asarray(min(max(100 * int(step) // num_steps, 0), 99), jnp.int32)
   # Compare with the first step of each percent, because 100 * step overflows int32.
   largest = np.iinfo(step.dtype).max
   firsts = [min(-(-k * num_steps // 100), largest) for k in range(1, 100)]

@@ -119,6 +119,13 @@ def test_schedules_match_the_release():
 )  # fmt: skip
 def test_epoch_percent(step, num_steps, expected):
   assert mentornet.epoch_percent(step, num_steps) == expected
+  assert mentornet.epoch_percent(jnp.int32(step), num_steps) == expected
+
+
+def test_epoch_percent_of_a_step_that_exceeds_32_bits():
+  for step in (3_000_000_000, np.int64(3_000_000_000)):
+    assert mentornet.epoch_percent(step, 4_000_000_000) == 75
+  assert mentornet.epoch_percent(jnp.int32(1_000_000_000), 4_000_000_000) == 25
 
 
 @pytest.mark.parametrize(
