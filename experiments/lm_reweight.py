@@ -1,0 +1,377 @@
+r"""A small language model on text of which a share of the documents is corrupted.
+
+A GPT learns the sources of Python's standard library, byte by byte. Of the training
+documents 30% are shuffled bytes, English prose or random bytes, a third each. A few
+documents are known to be clean: L2RW and Meta-Weight-Net learn from them which others
+to use. They are compared with uniform weights, with leaving out the documents of large
+loss, with the clean documents alone, and with fine-tuning on these.
+Command: python -m experiments.lm_reweight
+Device, time: 2 CPU cores, 20 minutes.
+Published: nothing that compares. Measured: results/lm_reweight.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import math
+import pathlib
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.lib import figures
+from experiments.lib import launch
+from experiments.lib import report
+from experiments.lib import runner
+from experiments.lib import settings as settings_lib
+from experiments.lib.settings import flag
+from experiments.tables import table
+from l2rw_jax import base
+from l2rw_jax.data import examples as examples_lib
+from l2rw_jax.data import text_documents
+from l2rw_jax.io import metric_writer
+from l2rw_jax.io import workdir as workdir_lib
+from l2rw_jax.methods import baselines
+from l2rw_jax.methods import l2rw
+from l2rw_jax.methods import mentornet
+from l2rw_jax.methods import meta_weight_net
+from l2rw_jax.models import language_model
+from l2rw_jax.training import evaluation
+from l2rw_jax.training import results as results_lib
+
+METHODS = (
+  *("uniform", "small_loss", "clean_only", "fine_tuning", "l2rw", "meta_weight_net"),
+)
+# Width of an attention head.
+_HEAD = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(settings_lib.Settings):
+  """The flags of this script."""
+
+  EXTENDABLE = ("methods",)
+
+  methods: tuple[str, ...] = flag(
+    METHODS, f"Methods to compare, of {', '.join(METHODS)}.", group="method"
+  )
+  num_train: int = flag(4000, "Number of training documents.")
+  num_meta: int = flag(64, "Number of clean documents.")
+  num_test: int = flag(
+    500,
+    "Number of clean test documents.",
+    bounds=settings_lib.Bounds(1, 10**8),
+    group="data",
+  )
+  length: int = flag(
+    64,
+    "Number of bytes that are predicted in a document.",
+    bounds=settings_lib.Bounds(1, 65_536),
+    group="data",
+  )
+  corrupted: float = flag(
+    0.3, "Share of corrupted documents.", bounds=settings_lib.SHARE, group="data"
+  )
+  width: int = flag(
+    64,
+    f"Number of features of a byte; a multiple of {_HEAD}, the width of an attention"
+    " head.",
+    bounds=settings_lib.Bounds(_HEAD, 8192),
+  )
+  depth: int = flag(
+    2, "Number of transformer blocks.", bounds=settings_lib.Bounds(1, 1000)
+  )
+  scan: bool = flag(
+    False, "Compile the blocks as one lax.scan over stacked parameters."
+  )
+  remat: bool = flag(
+    False, "Compute activations again in the backward pass instead of storing them."
+  )
+  bfloat16: bool = flag(False, "Compute the network in bfloat16.")
+  num_steps: int = flag(2000)
+  batch_size: int = flag(32)
+  meta_batch_size: int | None = flag(32)
+  eval_every: int = flag(200)
+  learning_rate: float = flag(
+    0.003, "Learning rate of AdamW at the start; it falls to 0 by a cosine."
+  )
+  lookahead_learning_rate: float = flag(0.1, methods=("meta_weight_net",))
+  num_seeds: int = flag(3)
+
+  @property
+  def seeds(self) -> tuple[int, ...]:
+    """The seeds of the repetitions."""
+    return tuple(range(self.num_seeds))
+
+  def make_probes(self) -> Sequence[evaluation.Probe]:
+    """No probe: those of images do not apply."""
+    return ()
+
+
+TABLE = table.Layout(
+  name="lm_reweight",
+  title="A language model on text with corrupted documents",
+  metrics=(
+    table.Metric("bits_per_byte", "bits per byte, clean test", decimals=3),
+    table.Metric("bits_in_uniform_time", "the same, in uniform's seconds", decimals=3),
+    table.Metric("recovered_percent", "corrupted documents recovered %", decimals=1),
+    table.Metric("shuffled_percent", "of the shuffled %", decimals=1),
+    table.Metric("english_percent", "of the English %", decimals=1),
+    table.Metric("random_percent", "of the random %", decimals=1),
+    table.Metric("seconds", "seconds", decimals=0),
+  ),
+  settings={
+    "num_train": "{:,} documents",
+    "corrupted": "{:.0%} corrupted",
+    "num_meta": "{} clean documents",
+    "num_steps": "{:,} steps",
+  },
+  published="Published: nothing, the problem is this project's.",
+)
+
+
+def make_method(name: str, settings: Settings) -> base.Method:
+  """The `Method` of a name of `--methods`."""
+  methods = {
+    "uniform": baselines.uniform,
+    # It is given the share of corrupted documents, and starts after a tenth of the run.
+    "small_loss": lambda: mentornet.mentornet(
+      mentornet.self_paced, percentile=100 * (1 - settings.corrupted), burn_in=10
+    ),
+    "clean_only": baselines.clean_only,
+    "fine_tuning": lambda: baselines.fine_tuning(max(1, settings.num_steps // 10)),
+    "l2rw": l2rw.l2rw,
+    "meta_weight_net": lambda: meta_weight_net.meta_weight_net(
+      settings.lookahead_learning_rate
+    ),
+  }
+  return methods[name]()
+
+
+def make_splits(settings: Settings, seeds: Sequence[int]) -> list[examples_lib.Splits]:
+  """The documents of some seeds."""
+  texts = text_documents.standard_library()
+  return [
+    text_documents.corrupted_documents(
+      texts,
+      length=settings.length,
+      num_train=settings.num_train,
+      num_meta=settings.num_meta,
+      num_test=settings.num_test,
+      fraction=settings.corrupted,
+      seed=seed,
+    )
+    for seed in seeds
+  ]
+
+
+def make_model(settings: Settings) -> language_model.LanguageModel:
+  """The network of the flags."""
+  if settings.width % _HEAD:
+    raise base.InputError(f"--width={settings.width} must be a multiple of {_HEAD}.")
+  vocabulary = text_documents.VOCABULARY
+  network = language_model.GPT(
+    vocabulary,
+    settings.width,
+    settings.depth,
+    num_heads=settings.width // _HEAD,
+    scan=settings.scan,
+    remat=settings.remat,
+    dtype="bfloat16" if settings.bfloat16 else "float32",
+  )
+  return language_model.LanguageModel(network, vocabulary)
+
+
+def make_cells(settings: Settings) -> list[runner.Cell]:
+  """A cell for every method, its seeds one after the other."""
+  names = settings_lib.choose("methods", settings.methods, METHODS)
+  config = settings.config(
+    num_steps=settings.num_steps,
+    batch_size=settings.batch_size,
+    meta_batch_size=settings.meta_batch_size,
+    seeds=settings.seeds,
+  )
+  schedule = optax.cosine_decay_schedule(settings.learning_rate, settings.num_steps)
+  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+  splits, model = functools.partial(make_splits, settings), make_model(settings)
+  return [
+    runner.Cell(
+      name,
+      {},
+      config,
+      model,
+      make_method(name, settings),
+      optimizer,
+      splits,
+      folder=f"{name}/seed-{{first}}",
+      side_by_side=1,
+    )
+    for name in dict.fromkeys(names)
+  ]
+
+
+def suspicion(
+  name: str,
+  model: language_model.LanguageModel,
+  train: examples_lib.Examples,
+  result: results_lib.Result,
+) -> np.ndarray | None:
+  """How much a method distrusts each training document, [N].
+
+  That is the share of steps in which the document had the weight zero, or minus its
+  mean weight if the method gives no zero weights. Uniform training has the loss of the
+  trained network. None for methods that see no training document, or that treat all
+  alike.
+  """
+  if name == "uniform":
+    problem = model.problem(
+      class_counts=jnp.zeros(model.vocabulary),
+      num_examples=len(train.label),
+      num_steps=result.metrics["num_steps"],
+    )
+    batch = examples_lib.as_batch(train)
+    return evaluation.predict(problem, result.params, result.model_state, batch).losses
+  if name == "meta_weight_net":
+    return -result.weights["mean_weight"]
+  if name in ("l2rw", "small_loss"):
+    return report.rejected_share(result.weights)
+  return None
+
+
+def recovered(values: np.ndarray | None, kinds: np.ndarray) -> dict[str, float | None]:
+  """Share of the corrupted documents among as many of the most suspicious ones, in %.
+
+  Args:
+    values: how suspicious each document is, [N]; NaN if it was never seen.
+    kinds: of the documents, indices into `text_documents.KINDS`, [N].
+  """
+  is_wrong = kinds != 0
+  names = {"recovered": is_wrong}
+  names |= {kind: kinds == i for i, kind in enumerate(text_documents.KINDS) if i}
+  if values is None or not is_wrong.any():
+    return {f"{name}_percent": None for name in names}
+  # A stable sort on the negative: equal values in the order of the documents, which
+  # says nothing of their kind.
+  ranked = np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")
+  is_flagged = np.zeros(len(kinds), bool)
+  is_flagged[ranked[: is_wrong.sum()]] = True
+  return {
+    f"{name}_percent": 100 * float(is_flagged[members].mean())
+    if members.any()
+    else None
+    for name, members in names.items()
+  }
+
+
+class Curve(NamedTuple):
+  """Bits per byte of the test documents during one run, arrays by evaluation."""
+
+  seconds: np.ndarray
+  bits: np.ndarray
+
+
+def read_curve(folder: pathlib.Path, seed: int) -> Curve:
+  """The curve of a finished run.
+
+  Args:
+    folder: with `timing.json`.
+    seed: of the run.
+
+  Raises:
+    InputError: it is not known how long the first steps took.
+  """
+  timing = workdir_lib.read_record(folder / "timing.json")
+  if timing["untimed_steps"]:
+    raise base.InputError(
+      f"{folder / 'timing.json'} was damaged, so that it is unknown how long the first"
+      f" {timing['untimed_steps']} steps took. Delete {folder} to train again."
+    )
+  losses = {
+    line["step"]: line["test/loss"]
+    for line in metric_writer.read(folder / f"seed-{seed}")
+    if line.get("test/loss") is not None
+  }
+  steps, seconds = zip(*timing["evaluations"], strict=True)
+  bits = np.array([losses[step] for step in steps]) / math.log(2)
+  return Curve(np.array(seconds), bits)
+
+
+def draw(rows: runner.Rows, curves: dict[str, list[Curve]], path: pathlib.Path) -> None:
+  """Bits per byte against seconds, and the corrupted documents that are recovered."""
+  with figures.figure(path, 1, 2, figsize=(11, 3.8)) as (_, (left, right)):
+    for color, (name, runs) in enumerate(curves.items()):
+      for number, curve in enumerate(runs):
+        label = name.replace("_", " ") if not number else None
+        left.plot(*curve, color=f"C{color}", lw=1.2, alpha=0.8, label=label)
+    best = min(curve.bits.min() for runs in curves.values() for curve in runs)
+    first = max(curve.bits[0] for runs in curves.values() for curve in runs)
+    left.set_ylim(0.97 * best, min(first, 2.5 * best))
+    left.set_xlabel("seconds of training")
+    left.set_ylabel("bits per byte of clean test documents")
+    left.set_title("A line for each seed", fontsize=10)
+    left.legend(fontsize=8, frameon=False)
+    names = [name for name in curves if _mean(rows, name, "recovered") is not None]
+    kinds = ("recovered", *text_documents.KINDS[1:])
+    for place, kind in enumerate(kinds):
+      heights = [_mean(rows, name, kind) or 0 for name in names]
+      right.bar(
+        np.arange(len(names)) + 0.2 * (place - 1.5),
+        heights,
+        0.18,
+        label="all" if kind == "recovered" else kind,
+      )
+    right.set_xticks(range(len(names)), [n.replace("_", "\n", 1) for n in names])
+    right.set_ylim(0, 100)
+    right.set_ylabel("corrupted documents recovered (%)")
+    right.set_title("Among as many suspects as are corrupted", fontsize=10)
+    right.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+
+
+def _mean(rows, method, kind):
+  values = [row[f"{kind}_percent"] for row in rows if row["method"] == method]
+  return None if None in values else float(np.mean(values))
+
+
+def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
+  """Trains what is missing, then prints and writes the comparison."""
+  cells = make_cells(settings)
+  splits = make_splits(settings, settings.seeds)
+  for cell in cells:
+    runner.check_data(cell.config, cell.method, splits[0])
+  folder = runner.open_folder(settings, TABLE.name, workdir)
+  rows: runner.Rows = []
+  curves: dict[str, list[Curve]] = {}
+  for cell in cells:
+    results = runner.train(settings, cell, folder)
+    curves[cell.method_name] = []
+    for split, result in zip(splits, results, strict=True):
+      seed = result.metrics["seed"]
+      curve = read_curve(folder / cell.folder.format(first=seed), seed)
+      curves[cell.method_name].append(curve)
+      values = suspicion(cell.method_name, make_model(settings), split.train, result)
+      rows.append(
+        {
+          "method": cell.method_name,
+          "bits_per_byte": float(curve.bits[-1]),
+          "bits_in_uniform_time": None,
+          **recovered(values, np.asarray(split.train.group)),
+          "seconds": float(curve.seconds[-1]),
+          **report.run_fields(result.metrics),
+        }
+      )
+  by_seed = {r["seed"]: r["seconds"] for r in rows if r["method"] == "uniform"}
+  for row in rows:
+    if row["seed"] in by_seed:
+      curve = curves[row["method"]][settings.seeds.index(row["seed"])]
+      limit = by_seed[row["seed"]]
+      row["bits_in_uniform_time"] = float(np.interp(limit, *curve))
+  draw(rows, curves, folder / "figure.png")
+  return runner.report(
+    settings, TABLE, folder, rows, methods=(METHODS, settings.methods)
+  )
+
+
+if __name__ == "__main__":
+  launch.main(Settings, run, TABLE.name)

@@ -1,0 +1,71 @@
+"""The language model on corrupted text: rows, recovery of documents, errors."""
+
+import numpy as np
+import pytest
+
+from experiments import lm_reweight
+from l2rw_jax import base
+
+_SMALL = {
+  "methods": ("uniform", "l2rw"),
+  "num_train": 30,
+  "num_meta": 4,
+  "num_test": 6,
+  "length": 8,
+  "width": 16,
+  "depth": 1,
+  "num_steps": 4,
+  "batch_size": 4,
+  "meta_batch_size": 4,
+  "eval_every": 2,
+  "num_seeds": 1,
+  "num_devices": 1,
+}
+
+
+def test_a_run_writes_its_rows_and_figure(tmp_path):
+  rows = lm_reweight.run(lm_reweight.Settings(**_SMALL), tmp_path)
+  assert [row["method"] for row in rows] == ["uniform", "l2rw"]
+  for row in rows:
+    # A network of random weights needs log2(256) bits.
+    assert 6 < row["bits_per_byte"] < 10
+    assert 0 <= row["recovered_percent"] <= 100
+    assert row["seconds"] > 0
+  assert rows[0]["bits_in_uniform_time"] == rows[0]["bits_per_byte"]
+  assert (tmp_path / "figure.png").stat().st_size > 10_000
+  assert (tmp_path / "results.csv").exists()
+
+
+def test_every_method_fits_the_problem():
+  settings = lm_reweight.Settings(**{**_SMALL, "methods": lm_reweight.METHODS})
+  cells = lm_reweight.make_cells(settings)
+  assert [cell.method_name for cell in cells] == list(lm_reweight.METHODS)
+
+
+def test_recovered_documents_by_hand():
+  kinds = np.array([0, 1, 2, 0, 3, 0])
+  suspicion = np.array([0.9, 0.8, np.nan, 0.1, 0.7, 0.0])
+  assert lm_reweight.recovered(suspicion, kinds) == pytest.approx(
+    {
+      "recovered_percent": 100 * 2 / 3,
+      "shuffled_percent": 100,
+      "english_percent": 0,
+      "random_percent": 100,
+    }
+  )
+  assert set(lm_reweight.recovered(None, kinds).values()) == {None}
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    ({"width": 20}, "--width=20 must be a multiple of 16"),
+    ({"methods": ("sgd",)}, "--methods=sgd: choose among"),
+    ({"corrupted": 1.5}, "--corrupted=1.5"),
+    ({"num_train": 10**8}, "documents, and 100000000 are wanted"),
+  ],
+)
+def test_impossible_flags_are_refused(flags, message, tmp_path):
+  with pytest.raises(base.InputError, match=message):
+    lm_reweight.run(lm_reweight.Settings(**{**_SMALL, **flags}), tmp_path)
+  assert not list(tmp_path.iterdir())
