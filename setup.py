@@ -12,6 +12,7 @@ VERSION = re.search(
 
 EXPERIMENTS = [
   "array_record",
+  "grain>=0.2.12",
   "matplotlib>=3.8",
   "orbax-checkpoint>=0.11",
   "pillow>=10",

@@ -30,6 +30,10 @@ from l2rw_jax.training import step as step_lib
 from l2rw_jax.training import steps_per_call
 from l2rw_jax.training import timer as timer_lib
 
+# Calls of streamed examples that are sent to the devices before one of them has to be
+# done, since each of them keeps its examples.
+MOST_QUEUED = 2
+
 
 class Output(NamedTuple):
   """What K steps of R runs report, on the host.
@@ -107,7 +111,9 @@ class Run:
       num_meta=len(splits[0].meta.label) if method.needs_meta else 0,
       meta_batch_size=config.meta_batch_size,
     )
-    self._data = device_data.DeviceData(splits, self.devices, method.needs_meta)
+    self._data = device_data.DeviceData(
+      splits, self.devices, method.needs_meta, config.data
+    )
     self.steps_per_call = steps_per_call.most(
       config, self.devices, self._data.is_streamed
     )
@@ -118,7 +124,8 @@ class Run:
     self._compiled_lengths: set[int] = set()
 
   def close(self) -> None:
-    """Frees the device arrays that hold examples."""
+    """Frees the device arrays that hold examples, and ends the threads that read."""
+    self._data.close()
     # The sampler refers to this object. Break the reference cycle so that device
     # arrays are freed at once.
     del self.sampler, self._data
@@ -196,6 +203,7 @@ class Run:
     count = steps_per_call.length(
       self.config, self.step, self.steps_per_call, self._epoch()
     )
+    self._data.read_ahead(self._num_known_steps(), self.sampler.ahead)
     rows = [self.sampler.next(self.step + k) for k in range(count)]
     arguments = (self.state, *self._data.load(rows), *self._constants)
     if count not in self._compiled_lengths:
@@ -205,6 +213,8 @@ class Run:
         self._steps.lower(*arguments).compile()  # Cached for the call below.
     self.state, output = self._steps(*arguments)
     self._pending.append((rows, output))
+    if self._data.is_streamed and len(self._pending) >= MOST_QUEUED:
+      jax.block_until_ready(self._pending[-MOST_QUEUED])
     self.step += count
     return count
 
@@ -228,6 +238,13 @@ class Run:
     state, problem = self._state_and_problem(run)
     train = examples_lib.as_batch(self.splits[run].train)
     return self.method.sample(state.method_state, problem, train, rng)
+
+  def _num_known_steps(self):
+    """Coming steps whose rows do not depend on the state of the method."""
+    if self.method.sample is base.permutation:
+      return self.config.num_steps - self.step
+    steps_left, _ = self.sampler.epoch()
+    return min(steps_left, self.config.num_steps - self.step)
 
   def _epoch(self):
     """`sampler.epoch()` if the host has to act between epochs."""
