@@ -29,6 +29,7 @@ TEST = [
   "mypy>=1.11",
   "pytest>=8",
   "pytest-xdist>=3.6",
+  "pyyaml>=6",
   "ruff>=0.12",
   "setuptools>=77",
 ]

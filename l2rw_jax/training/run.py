@@ -11,6 +11,7 @@ another loop:
 """
 
 from collections.abc import Sequence
+import time
 from typing import NamedTuple
 
 import jax
@@ -62,6 +63,7 @@ class Run:
     sampler: draws the rows of each step.
     steps_per_call: K, the number of steps in a full call.
     timer: seconds of training. It is stopped while programs are compiled.
+    input_seconds: seconds that `take_steps` has waited for examples.
   """
 
   def __init__(
@@ -88,6 +90,7 @@ class Run:
     self.devices = devices_lib.choose(config.num_devices, config.batch_size)
     self.step = 0
     self.timer = timer_lib.Timer()
+    self.input_seconds = 0.0
     self._model, self._optimizer = model, optimizer
     self._num_examples = len(splits[0].train.label)
     counts = [examples_lib.class_counts(s.train, s.num_classes) for s in splits]
@@ -205,7 +208,10 @@ class Run:
     )
     self._data.read_ahead(self._num_known_steps(), self.sampler.ahead)
     rows = [self.sampler.next(self.step + k) for k in range(count)]
-    arguments = (self.state, *self._data.load(rows), *self._constants)
+    start = time.perf_counter()
+    batches = self._data.load(rows)
+    self.input_seconds += time.perf_counter() - start
+    arguments = (self.state, *batches, *self._constants)
     if count not in self._compiled_lengths:
       self._compiled_lengths.add(count)
       jax.block_until_ready(self.state)  # The timer includes the steps before.
