@@ -12,6 +12,7 @@ VERSION = re.search(
 
 EXPERIMENTS = [
   "array_record",
+  "grain>=0.2.12",
   "matplotlib>=3.8",
   "orbax-checkpoint>=0.11",
   "pillow>=10",
@@ -28,6 +29,7 @@ TEST = [
   "mypy>=1.11",
   "pytest>=8",
   "pytest-xdist>=3.6",
+  "pyyaml>=6",
   "ruff>=0.12",
   "setuptools>=77",
 ]

@@ -5,17 +5,18 @@ from l2rw_jax.data import own_data
 HELP = "or data of your own: images:DIR, npz:FILE or csv:FILE (docs/your_own_data.md)"
 
 
-def read(name: str, part: str) -> own_data.OwnData:
+def read(name: str, part: str, in_memory: bool | None = True) -> own_data.OwnData:
   """A part of a user's own data; prints what was skipped or changed.
 
   Args:
     name: images:DIR, npz:FILE or csv:FILE.
     part: train or test.
+    in_memory: as in `own_data.read`.
 
   Raises:
     InputError: the data cannot be read.
   """
-  data = own_data.read(name, part)
+  data = own_data.read(name, part, in_memory=in_memory)
   if part == "train":  # The test part has the same notes.
     show_report(name, data)
   return data

@@ -64,6 +64,9 @@ REPEATS = Bounds(1, 10**4)
 BATCH = Bounds(1, 10**6)
 IMAGES = Bounds(0, 10**8)
 
+# Whether images are read into memory, by the value of --data.
+_IN_MEMORY = {"auto": None, "resident": True, "stream": False}
+
 # What --help shows, in this order.
 GROUPS = {
   "common": "Training and evaluation",
@@ -247,8 +250,16 @@ def kinds_of(settings: "type[Flags]") -> dict[str, Kind]:
 
 
 @functools.cache
-def _load(name: str, split: str, data_dir: str | None, cache_dir: str | None):
-  return sources.load(name, split, data_dir=data_dir, cache_dir=cache_dir)
+def _load(
+  name: str,
+  split: str,
+  data_dir: str | None,
+  cache_dir: str | None,
+  in_memory: bool | None,
+):
+  return sources.load(
+    name, split, data_dir=data_dir, cache_dir=cache_dir, in_memory=in_memory
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,6 +365,16 @@ class Settings(Flags):
     bounds=Bounds(1, 10**6),
     recorded=False,
   )
+  # Affects speed and memory only.
+  data: str = flag(
+    "auto",
+    "Where training examples are kept: resident keeps them on the devices, stream reads"
+    " them ahead of the steps that take them, and auto does so if they do not fit"
+    " (docs/your_own_data.md).",
+    choices=config_lib.DATA,
+    group="data",
+    recorded=False,
+  )
   checkpoint_every: int = flag(
     1000, "Number of steps between two checkpoints.", bounds=STEPS, group="output"
   )
@@ -386,12 +407,13 @@ class Settings(Flags):
     name = dataset or typing.cast(Any, self).dataset
     if own_data.is_own(name):
       return sources.from_own(name, split, self.read_own(name, split))
-    return _load(name, split, self.data_dir, self.cache_dir)
+    return _load(name, split, self.data_dir, self.cache_dir, _IN_MEMORY[self.data])
 
   def read_own(self, name: str, part: str) -> own_data.OwnData:
     """A part of a user's own data, such as images:DIR; read and reported once."""
     if (name, part) not in self._own:
-      self._own[name, part] = own_data_lib.read(name, part)
+      in_memory = _IN_MEMORY[self.data]
+      self._own[name, part] = own_data_lib.read(name, part, in_memory)
     return self._own[name, part]
 
   @functools.cached_property
@@ -405,6 +427,7 @@ class Settings(Flags):
       num_devices=self.num_devices,
       steps_per_call=self.steps_per_call,
       checkpoint_every=self.checkpoint_every,
+      data=self.data,
       **values,
     )
 

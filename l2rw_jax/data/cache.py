@@ -46,6 +46,14 @@ def cached_arrays(
   return arrays
 
 
+def folder(cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
+  """The folder of the cache: `cache_dir`, or else that of the user."""
+  if cache_dir is not None:
+    return pathlib.Path(cache_dir).expanduser()
+  caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  return pathlib.Path(caches).expanduser() / "l2rw_jax"
+
+
 def _path(folder: pathlib.Path, key: str) -> pathlib.Path:
   # The readable part is shortened and may not be unique; the digest is.
   readable = re.sub(r"[^A-Za-z0-9.]+", "_", key)[:80]

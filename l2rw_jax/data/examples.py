@@ -4,7 +4,7 @@ This file has what every function that makes splits needs: the types that it ret
 `assemble`, and checks of its arguments.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import hashlib
 import itertools
 import math
@@ -28,7 +28,11 @@ class Examples(NamedTuple):
     image: float32 [N, ...]; uint8 pixels are scaled to [0, 1], floats are unchanged.
       It may also be a row source: any object with `len`, `shape` and `dtype` that
       returns an array when indexed with a slice or an array of rows. The model has
-      to scale its pixels.
+      to scale its pixels. A row source may be indexed in several threads at a time.
+      It may have an attribute `fingerprint`, a string that changes whenever its
+      content does, such as a checksum of its file. Otherwise all its rows are read,
+      in blocks, when a run starts or continues: for a checksum, and floats also to
+      find NaN.
     label: the labels for training, int32 [N]; [N, Q] if an example has Q labels.
     true_label: the true labels, of the same shape.
     index: int32 [N], 0 .. N - 1, the row in this part.
@@ -37,7 +41,7 @@ class Examples(NamedTuple):
       the true class. Like `true_label`, methods may use it on the meta set only.
   """
 
-  image: np.ndarray
+  image: Any
   label: np.ndarray
   true_label: np.ndarray
   index: np.ndarray  # type: ignore[assignment]  # hides tuple.index, unused here
@@ -122,12 +126,25 @@ def assemble(
     del disjoint["meta"]
   check_disjoint(disjoint)
   no_rows = np.zeros(0, np.int64)
+  # The meta set is always in memory: it is small, and every step takes some of it.
+  is_lazy = {
+    "train": not isinstance(train.images, np.ndarray),
+    "test": not isinstance(test.images, np.ndarray),
+  }
+  is_lazy["validation"] = is_lazy["train"]
   parts = {
-    name: _select(train.images, rows.get(name, no_rows), labels, true_labels, groups)
+    name: _select(
+      train.images,
+      rows.get(name, no_rows),
+      labels,
+      true_labels,
+      groups,
+      is_lazy.get(name, False),
+    )
     for name in ("train", "meta", "validation")
   }
   parts["test"] = _select(
-    test.images, rows["test"], test_labels, test_labels, test_groups
+    test.images, rows["test"], test_labels, test_labels, test_groups, is_lazy["test"]
   )
   fingerprint = _fingerprint(train, test, parts)
   return Splits(**parts, num_classes=num_classes, fingerprint=fingerprint)
@@ -208,8 +225,9 @@ def keep_train(splits: Splits, rows: np.ndarray) -> Splits:
   """
   rows = np.sort(rows)
   whole = splits.train
+  is_array = isinstance(whole.image, np.ndarray)
   kept = Examples(
-    image=whole.image[rows],
+    image=whole.image[rows] if is_array else View(whole.image, rows),
     label=whole.label[rows],
     true_label=whole.true_label[rows],
     index=np.arange(len(rows), dtype=np.int32),
@@ -243,18 +261,16 @@ def _origin(source: sources.Source) -> tuple[str, str, str]:
 
 
 def _select(
-  images: np.ndarray,
+  images: Any,
   rows: np.ndarray,
   labels: np.ndarray,
   true_labels: np.ndarray,
   groups: np.ndarray | None,
+  is_lazy: bool = False,
 ) -> Examples:
   rows = np.sort(rows)
-  chosen = images[rows]
-  if chosen.dtype == np.uint8:
-    chosen = np.divide(chosen, np.float32(255), dtype=np.float32)
   return Examples(
-    image=chosen.astype(np.float32, copy=False),
+    image=View(images, rows) if is_lazy else _scaled(read_rows(images, rows)),
     label=labels[rows].astype(np.int32),
     true_label=true_labels[rows].astype(np.int32),
     index=np.arange(len(rows), dtype=np.int32),
@@ -305,14 +321,15 @@ def check_disjoint(rows: Mapping[str, np.ndarray]) -> None:
 def check_images(images: Any, what: str) -> None:
   """Raises InputError unless the images are uint8 or finite floats.
 
-  Floats are read in blocks, so that a row source may be larger than memory.
+  Floats are read in blocks, so that a row source may be larger than memory, and a row
+  source with a `fingerprint` is not read; training stops at a loss that is not finite.
 
   Args:
     images: [N, ...], an array or a row source as in `Examples.image`.
     what: name of the images in the message.
   """
   try:
-    dtype, shape, size = np.dtype(images.dtype), tuple(images.shape), len(images)
+    dtype, _, _ = np.dtype(images.dtype), tuple(images.shape), len(images)
   except (AttributeError, TypeError):
     raise base.InputError(
       f"{what} must be an array, or a row source with a shape, a NumPy dtype and a"
@@ -322,19 +339,75 @@ def check_images(images: Any, what: str) -> None:
     return
   if not jax.dtypes.issubdtype(dtype, np.floating):
     raise base.InputError(f"{what} must be uint8 or floating; got {dtype}")
-  block = max(1, _BLOCK_BYTES // max(1, dtype.itemsize * math.prod(shape[1:])))
-  num_bad, first = 0, None
-  for start in range(0, size, block):
-    pixels = np.asarray(images[start : min(start + block, size)])
+  if not isinstance(images, np.ndarray) and hasattr(images, "fingerprint"):
+    return
+  num_bad, first, start = 0, None, 0
+  for pixels in blocks(images):
     bad = np.flatnonzero(~np.isfinite(pixels).reshape(len(pixels), -1).all(axis=1))
     num_bad += len(bad)
     if first is None and len(bad):
       first = start + bad[0]
+    start += len(pixels)
   if num_bad:
     raise base.InputError(
       f"{num_bad} of {what} hold NaN or infinite pixels, the first at index"
       f" {first}; remove or repair them"
     )
+
+
+def blocks(source: Any) -> Iterator[np.ndarray]:
+  """Yields the rows of an array or a row source in order, 64 MiB at a time.
+
+  Args:
+    source: [N, ...], as in `Examples.image`.
+  """
+  row_bytes = np.dtype(source.dtype).itemsize * math.prod(source.shape[1:])
+  size, block = len(source), max(1, _BLOCK_BYTES // max(1, row_bytes))
+  for start in range(0, size, block):
+    yield np.asarray(source[start : min(start + block, size)])
+
+
+class View:
+  """Some rows of a row source, as a row source of float32.
+
+  Pixels of uint8 are scaled to [0, 1], with the same numbers as in memory. If the
+  source has a `fingerprint`, the view has one.
+  """
+
+  dtype = np.dtype(np.float32)
+
+  def __init__(self, source: Any, rows: np.ndarray):
+    """Reads nothing.
+
+    Args:
+      source: as in `Examples.image`.
+      rows: integers [n].
+    """
+    self.shape = (len(rows), *source.shape[1:])
+    self._source, self._rows = source, rows
+    if hasattr(source, "fingerprint"):
+      digest = hashlib.sha256(str(source.fingerprint).encode())
+      digest.update(rows.astype("<i8").tobytes())
+      self.fingerprint = digest.hexdigest()
+
+  @property
+  def ndim(self) -> int:
+    """The number of axes."""
+    return len(self.shape)
+
+  def __len__(self) -> int:
+    """The number of rows."""
+    return len(self._rows)
+
+  def __getitem__(self, rows: Any) -> np.ndarray:
+    """Reads rows, given by a slice or an array of integers."""
+    return _scaled(read_rows(self._source, self._rows[rows]))
+
+
+def _scaled(images: np.ndarray) -> np.ndarray:
+  if images.dtype == np.uint8:
+    return np.divide(images, np.float32(255), dtype=np.float32)
+  return images.astype(np.float32, copy=False)
 
 
 def read_rows(source: Any, rows: np.ndarray) -> np.ndarray:

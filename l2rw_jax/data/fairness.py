@@ -150,7 +150,7 @@ def _invert(
   source: sources.Source, rows: np.ndarray
 ) -> tuple[sources.Source, np.ndarray]:
   """A renamed source with some images inverted, and which ones are, int32 [N]."""
-  images = source.images.copy()
+  images = np.array(source.images)
   brightest = 255 if images.dtype == np.uint8 else 1
   images[rows] = brightest - images[rows]
   inverted = np.zeros(len(images), np.int32)

@@ -24,6 +24,7 @@ import numpy as np
 
 from l2rw_jax import base
 from l2rw_jax.data import image_files
+from l2rw_jax.data import row_sources
 
 KINDS = ("images", "npz", "csv")
 # Larger images are shrunk: a small network detects wrong labels equally well in small
@@ -60,8 +61,9 @@ class OwnData:
   """A user's data set of N examples.
 
   Attributes:
-    features: uint8 [N, H, W, 1 or 3] for image files; uint8 or float32 [N, ...] for
-      NumPy archives; standardized float32 [N, D] for tables.
+    features: uint8 [N, H, W, 1 or 3] for image files, a row source if they were not
+      read into memory; uint8 or float32 [N, ...] for NumPy archives; standardized
+      float32 [N, D] for tables.
     labels: the labels, int32 [N].
     form: the class names, and the format that other examples must have.
     names: the name of each example: its path relative to the folder, or "row 12",
@@ -72,11 +74,12 @@ class OwnData:
     skipped: the name of each example that cannot be used, and the reason.
     notes: sentences that describe changes to the data.
     duplicate_of: the row of the first example with exactly the same features, or -1 if
-      there is no such example before this one; int64 [N].
+      there is no such example before this one; int64 [N]. Always -1 if the features
+      were not read into memory.
     root: the folder of the images; None for archives and tables.
   """
 
-  features: np.ndarray
+  features: Any
   labels: np.ndarray
   form: Form
   names: tuple[str, ...]
@@ -127,8 +130,9 @@ def read(
   label_column: str | None = None,
   image_size: int | None = None,
   like: Form | None = None,
+  in_memory: bool | None = True,
 ) -> OwnData:
-  """Reads a user's data into memory.
+  """Reads a user's data.
 
   Args:
     name: images:DIR, npz:FILE or csv:FILE.
@@ -144,6 +148,9 @@ def read(
       size, with no side above 64.
     like: the format that the examples must have. The test set has the format of the
       training set by default.
+    in_memory: for image files, whether to read them into memory. If not, only their
+      headers are read, so that a damaged file is an error when it is used. None reads
+      them into memory if they take at most half of it.
 
   Returns:
     The examples.
@@ -162,7 +169,12 @@ def read(
     raise base.InputError(f"{name} has the parts train and test; got {split!r}")
   if split == "test" and like is None:
     like = read(
-      name, "train", labels=labels, label_column=label_column, image_size=image_size
+      name,
+      "train",
+      labels=labels,
+      label_column=label_column,
+      image_size=image_size,
+      in_memory=in_memory,
     ).form
   path = pathlib.Path(place).expanduser()
   if kind == "images":
@@ -179,7 +191,7 @@ def read(
   if split and not is_split:
     train, test = _train_and_test(raw.labels, name)
     chosen = train if split == "train" else test
-  return _convert(name, raw, chosen, train, image_size, like)
+  return _convert(name, raw, chosen, train, image_size, like, in_memory)
 
 
 def report(data: OwnData) -> list[str]:
@@ -237,6 +249,7 @@ def _convert(
   train: np.ndarray,
   image_size: int | None,
   like: Form | None,
+  in_memory: bool | None,
 ) -> OwnData:
   """Converts examples to the format `like`, or to that of the rows `train`."""
   examples = raw.take(chosen)
@@ -248,7 +261,7 @@ def _convert(
       encoder = Encoder.fit(name, raw.take(train).values, raw.notes)
     features = encoder(name, examples.values)
   elif raw.root is not None:
-    examples, features = _decode(name, raw, examples, image_size, like)
+    examples, features = _decode(name, raw, examples, image_size, like, in_memory)
   else:
     features = examples.values
     if features.dtype != np.uint8:
@@ -272,8 +285,12 @@ def _convert(
       f" examples, the first is {class_names[0]!r}; labels must be those of two or more"
       " classes, with two or more examples on average"
     )
+  is_array = isinstance(features, np.ndarray)
+  if is_array:
+    features = np.ascontiguousarray(features)
+  none = np.full(len(examples.labels), -1, np.int64)
   return OwnData(
-    features=np.ascontiguousarray(features),
+    features=features,
     labels=_numbered(name, examples.labels, class_names),
     form=Form(class_names, shape, encoder),
     names=tuple(map(str, examples.names)),
@@ -283,7 +300,7 @@ def _convert(
     else {},
     skipped=tuple(raw.skipped),
     notes=tuple(raw.notes),
-    duplicate_of=duplicates(features),
+    duplicate_of=duplicates(features) if is_array else none,
     root=raw.root,
   )
 
@@ -475,8 +492,13 @@ def _exists_within(path: pathlib.Path, root: pathlib.Path) -> bool:
 
 
 def _decode(
-  name: str, raw: _Raw, examples: _Raw, image_size: int | None, like: Form | None
-) -> tuple[_Raw, np.ndarray]:
+  name: str,
+  raw: _Raw,
+  examples: _Raw,
+  image_size: int | None,
+  like: Form | None,
+  in_memory: bool | None,
+) -> tuple[_Raw, Any]:
   """Reads the images, all in one size, and skips those that cannot be read."""
   # The headers of all splits determine the format, so that all splits have the same.
   headers = {}
@@ -495,6 +517,11 @@ def _decode(
     raise base.InputError(
       f"{name} has images and the other data have examples of shape {list(like.shape)}"
     )
+  if in_memory is None:
+    in_memory = row_sources.fit_in_memory(len(examples.names), (*size, channels))
+  if not in_memory:
+    examples = examples.take(np.array([n in headers for n in examples.names], bool))
+    return examples, row_sources.ImageFiles(examples.values, size, channels)
   features = np.empty((len(examples.names), *size, channels), np.uint8)
   is_good = np.zeros(len(examples.names), bool)
   for row, (example, path) in enumerate(

@@ -1,4 +1,4 @@
-"""A named data set as arrays in memory, as its makers published it.
+"""A named data set, as its makers published it.
 
 `digits` comes with scikit-learn. images:DIR, npz:FILE and csv:FILE are a user's own
 data, see `own_data`. Every other name is an image classification set that
@@ -22,10 +22,13 @@ import numpy as np
 from l2rw_jax import base
 from l2rw_jax.data import cache
 from l2rw_jax.data import own_data
+from l2rw_jax.data import row_sources
 
 _log = logging.getLogger(__name__)
 
 _BLOCK = 1000
+# Images in fewer bytes of files fit in any memory.
+_SMALL_FILES = 2**28
 _EXTRA = "extra."
 _INFO = "dataset_info.json"
 _FEATURES = "features.json"
@@ -57,7 +60,8 @@ class Source(NamedTuple):
     name: name of the data set, with its configuration if it has any.
     version: version of the data set.
     split: what was asked for, such as `train` or `train[:90%]`.
-    images: uint8 [N, H, W, channels]; of a user's own data also float32 [N, ...].
+    images: uint8 [N, H, W, channels]; of a user's own data also float32 [N, ...]. A
+      row source, if the set was not read into memory.
     labels: int32 [N]; the true labels, where the set has several.
     num_classes: C.
     extra: other class labels of the examples, int32 [N] each, by the name they
@@ -69,7 +73,7 @@ class Source(NamedTuple):
   name: str
   version: str
   split: str
-  images: np.ndarray
+  images: Any
   labels: np.ndarray
   num_classes: int
   extra: dict[str, np.ndarray]
@@ -82,12 +86,13 @@ def load(
   *,
   data_dir: str | os.PathLike | None = None,
   cache_dir: str | os.PathLike | None = None,
+  in_memory: bool | None = True,
 ) -> Source:
-  """Reads one split of a data set into memory; never downloads.
+  """Reads one split of a data set; never downloads.
 
   A set is decoded once and its arrays are kept in `cache_dir`, under a key that
-  holds name, version, split and the set's own description files. Meant for sets
-  that fit in memory.
+  holds name, version, split and the set's own description files. Of a set that is not
+  read into memory, only the labels are, and images are decoded when they are used.
 
   Args:
     name: `digits`; a user's own data, `images:DIR`, `npz:FILE` or `csv:FILE`, see
@@ -99,6 +104,9 @@ def load(
       `~/tensorflow_datasets`. Not used by `digits`.
     cache_dir: folder of decoded arrays, default `$XDG_CACHE_HOME/l2rw_jax`,
       else `~/.cache/l2rw_jax`. Not used by `digits`.
+    in_memory: whether to read the images into memory; None reads prepared sets and
+      image files into memory if they take at most half of it. `digits`, archives and
+      tables are always read into memory.
 
   Returns:
     The split.
@@ -112,7 +120,7 @@ def load(
   if name == "digits":
     return _digits(split)
   if own_data.is_own(name):
-    data = own_data.read(name, split)
+    data = own_data.read(name, split, in_memory=in_memory)
     for line in own_data.report(data):
       _log.warning("%s %s: %s", name, split, line)
     return from_own(name, split, data)
@@ -123,11 +131,15 @@ def load(
   root = pathlib.Path(data_dir or default).expanduser()
   folder = _find(name, root)
   title = name.partition(":")[0]
-  arrays = cache.cached_arrays(
-    _cache_dir(cache_dir),
-    f"{title}/{folder.name}/{split}/{_description(folder)}",
-    lambda: _decode(folder, split),
-  )
+  key = f"{title}/{folder.name}/{split}/{_description(folder)}"
+  if in_memory is None:
+    in_memory = _fits_in_memory(folder, split)
+  if in_memory:
+    arrays = cache.cached_arrays(
+      cache.folder(cache_dir), key, lambda: _decode(folder, split)
+    )
+  else:
+    arrays = _labels_and_images(folder, split, key, cache_dir)
   return Source(
     title,
     folder.name,
@@ -193,13 +205,6 @@ def _digits(split: str) -> Source:
   return Source(
     "digits", "1.0.0", split, images[..., None], labels, 10, {}, numbers(10)
   )
-
-
-def _cache_dir(cache_dir: str | os.PathLike | None) -> pathlib.Path:
-  if cache_dir is not None:
-    return pathlib.Path(cache_dir).expanduser()
-  caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return pathlib.Path(caches).expanduser() / "l2rw_jax"
 
 
 def check_folder_name(what: str, name: str) -> None:
@@ -370,37 +375,98 @@ def _builder(folder: pathlib.Path) -> Any:
   return builder
 
 
+def _fits_in_memory(folder: pathlib.Path, split: str) -> bool:
+  """Whether the images of a split fit; files of a few megabytes always do."""
+  files = sum(path.stat().st_size for path in folder.glob("*.array_record*"))
+  if files <= _SMALL_FILES:
+    return True
+  with _quiet():
+    builder = _builder(folder)
+    image = builder.info.features["image"]
+    return row_sources.fit_in_memory(len(_open(builder, split)), image.shape)
+
+
 def _decode(folder: pathlib.Path, split: str) -> cache.Arrays:
+  """Images and labels of a split, in memory."""
+  with _quiet():
+    builder, features, labels = _opened(folder)
+    rows = _open(builder, split)
+    with _readable(folder, split, len(rows)):
+      _check_numbers(folder, builder, split)
+      arrays = _stack(rows, {"image": features["image"].shape, **labels})
+  return {"images": arrays.pop("image"), **_checked(folder, split, features, arrays)}
+
+
+def _labels_and_images(
+  folder: pathlib.Path, split: str, key: str, cache_dir: str | os.PathLike | None
+) -> dict[str, Any]:
+  """As `_decode`, with images that are decoded when they are read."""
   with _quiet():
     import tensorflow_datasets as tfds
 
-    builder = _builder(folder)
-    features = dict(builder.info.features.items())
-    labels = [
-      name
-      for name, feature in sorted(features.items())
-      if isinstance(feature, tfds.features.ClassLabel)
-    ]
-    _check_features(folder, features, labels)
+    builder, features, labels = _opened(folder)
     rows = _open(builder, split)
-    try:
-      _check_numbers(folder, builder, split)
-      arrays = _stack(rows, features["image"].shape, labels)
-    except base.InputError:
-      raise
-    except MemoryError:
-      raise base.InputError(
-        f"the {len(rows)} images of {split!r} in {folder} do not fit in memory; take a"
-        " slice of the split, such as train[:10%]"
-      ) from None
-    # Damage can raise any error, also in the decoders of images.
-    except Exception as error:
-      reason = f"{type(error).__name__}: {str(error).partition(';')[0]}"
-      raise base.InputError(_damaged(folder, reason.partition("\n")[0])) from error
-  for name in labels:
-    _check_classes(folder, split, name, arrays[name], features[name].num_classes)
+
+    def build():
+      only_labels = _open(builder, split, {"image": tfds.decode.SkipDecoding()})
+      with _readable(folder, split, len(rows)):
+        _check_numbers(folder, builder, split)
+        arrays = _stack(only_labels, labels)
+      return _checked(folder, split, features, arrays)
+
+    arrays = cache.cached_arrays(cache.folder(cache_dir), f"{key}/labels", build)
+  files = sorted(folder.glob("*.array_record*"))
+
+  def fingerprint():
+    return f"{key}/{row_sources.hash_of_files(files, cache_dir)}"
+
+  shape = features["image"].shape
+  images = row_sources.StoredImages(rows, shape, fingerprint, folder)
+  return {"images": images, **arrays}
+
+
+def _opened(
+  folder: pathlib.Path,
+) -> tuple[Any, dict[str, Any], dict[str, tuple[int, ...]]]:
+  """The builder of a set, its features, and the names of its labels with no shape."""
+  import tensorflow_datasets as tfds
+
+  builder = _builder(folder)
+  features = dict(builder.info.features.items())
+  labels = [
+    name
+    for name, feature in sorted(features.items())
+    if isinstance(feature, tfds.features.ClassLabel)
+  ]
+  _check_features(folder, features, labels)
+  return builder, features, dict.fromkeys(labels, ())
+
+
+@contextlib.contextmanager
+def _readable(folder: pathlib.Path, split: str, size: int) -> Iterator[None]:
+  """Turns errors of reading into an InputError."""
+  try:
+    yield
+  except base.InputError:
+    raise
+  except MemoryError:
+    raise base.InputError(
+      f"the {size} images of {split!r} in {folder} do not fit in memory; take a"
+      " slice of the split, such as train[:10%], or --data=stream"
+    ) from None
+  # Damage can raise any error, also in the decoders of images.
+  except Exception as error:
+    reason = f"{type(error).__name__}: {str(error).partition(';')[0]}"
+    raise base.InputError(_damaged(folder, reason.partition("\n")[0])) from error
+
+
+def _checked(
+  folder: pathlib.Path, split: str, features: dict[str, Any], arrays: cache.Arrays
+) -> cache.Arrays:
+  """Labels by their names in a `Source`, after checking them."""
+  for name, labels in arrays.items():
+    _check_classes(folder, split, name, labels, features[name].num_classes)
   return {
-    "images": arrays.pop("image"),
     "labels": arrays.pop("label"),
     "num_classes": np.array(features["label"].num_classes),
     **{_EXTRA + name: array for name, array in arrays.items()},
@@ -464,20 +530,23 @@ def _check_classes(
     )
 
 
-def _stack(rows: Any, shape: tuple[int, ...], labels: list[str]) -> cache.Arrays:
-  images = np.empty((len(rows), *shape), np.uint8)
-  columns = {name: np.empty(len(rows), np.int32) for name in labels}
+def _stack(rows: Any, shapes: dict[str, tuple[int, ...]]) -> cache.Arrays:
+  """The columns of a set; images are uint8, and labels int32 without a shape."""
+  arrays = {
+    name: np.empty((len(rows), *shape), np.uint8 if shape else np.int32)
+    for name, shape in shapes.items()
+  }
   for start in range(0, len(rows), _BLOCK):
     # Reading blocks is several times faster than reading rows.
     block = rows.__getitems__(range(start, min(start + _BLOCK, len(rows))))
-    stop = start + len(block)
-    pixels = np.stack([row["image"] for row in block])
-    if pixels.shape[1:] != tuple(shape):
-      raise ValueError(f"images of shape {pixels.shape[1:]} instead of {shape}")
-    images[start:stop] = pixels
-    for name, column in columns.items():
-      column[start:stop] = [row[name] for row in block]
-  return {"image": images, **columns}
+    for name, array in arrays.items():
+      values = np.stack([row[name] for row in block])
+      if values.shape[1:] != tuple(shapes[name]):
+        raise ValueError(
+          f"images of shape {values.shape[1:]} instead of {shapes[name]}"
+        )
+      array[start : start + len(block)] = values
+  return arrays
 
 
 def _check_features(
@@ -496,9 +565,9 @@ def _check_features(
     )
 
 
-def _open(builder: Any, split: str) -> Any:
+def _open(builder: Any, split: str, decoders: Any = None) -> Any:
   try:
-    return builder.as_data_source(split=split)
+    return builder.as_data_source(split=split, decoders=decoders)
   except NotImplementedError:
     raise base.InputError(
       f"{builder.data_path} is stored as {builder.info.file_format.value}; prepare it"

@@ -10,6 +10,9 @@ from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.training import devices
 
+# Where training examples are kept, see `Config.data`.
+DATA = ("auto", "resident", "stream")
+
 
 class Model(Protocol):
   """A network and its loss, such as `models.classifier.Classifier`."""
@@ -52,7 +55,10 @@ class Config:
     steps_per_call: steps that are sent to the devices at once, as one compiled loop.
       If None, 1 on CPU, where convolutions in a loop are slow, and 20 elsewhere. It
       is at most the smallest of the three intervals above, and 1 if training examples
-      are kept on the host. Affects speed only (and rounding).
+      are not kept on the devices. Affects speed only (and rounding).
+    data: where training examples are kept. "resident" keeps them on the devices,
+      "stream" reads them ahead of the steps that take them, and "auto" does so if they
+      do not fit on the devices or are a row source. Affects speed only.
   """
 
   num_steps: int
@@ -64,6 +70,7 @@ class Config:
   checkpoint_every: int = 1000
   num_devices: int | None = None
   steps_per_call: int | None = None
+  data: str = "auto"
 
   @property
   def intervals(self) -> tuple[int, int, int]:
@@ -89,6 +96,8 @@ def check(
     raise base.InputError(
       f"--steps_per_call={config.steps_per_call} must be at least 1."
     )
+  if config.data not in DATA:
+    raise base.InputError(f"--data={config.data}: choose among {', '.join(DATA)}.")
   for seed, split in zip(config.seeds, splits, strict=True):
     for part in ("train", "meta", "test"):
       examples = getattr(split, part)

@@ -1,12 +1,12 @@
-"""Where examples are kept during training: on the devices if they fit, or on the host.
+"""Where examples are kept during training: on the devices if they fit, or elsewhere.
 
-In both cases a step receives arrays of examples and the rows to take from them, so
-that one compiled step serves both. A set on the devices is sent once, and each call
-sends row numbers only; from a set on the host, each call sends the examples that its
-steps take.
+In all cases a step receives arrays of examples and the rows to take from them, so
+that one compiled step serves all. A set on the devices is sent once, and each call
+sends row numbers only. Otherwise, each call sends the examples that its steps take:
+of the training set, `streaming` reads them ahead in other threads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
@@ -16,6 +16,7 @@ from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.training import devices as devices_lib
 from l2rw_jax.training import sampling
+from l2rw_jax.training import streaming
 
 # Share of an accelerator's free memory. The rest is for activations, and for the
 # second copy that exists while sets are copied to the devices.
@@ -61,6 +62,7 @@ class DeviceData:
     splits: Sequence[examples_lib.Splits],
     devices: list[jax.Device],
     needs_meta: bool,
+    kind: str = "auto",
   ):
     """Copies to the devices what fits there.
 
@@ -68,11 +70,17 @@ class DeviceData:
       splits: the data of each run.
       devices: the devices that train.
       needs_meta: whether the method uses the meta set.
+      kind: "resident" keeps the training set on the devices, "stream" reads its rows
+        ahead of the steps that take them, and "auto" does the latter if the set does
+        not fit on the devices or is a row source.
+
+    Raises:
+      InputError: the training set of "resident" is a row source.
     """
     self._devices = devices
     max_bytes = budget(devices)
     train = [examples_lib.as_batch(split.train) for split in splits]
-    self._train = store(train, devices, max_bytes)
+    self._train = store(train, devices, max_bytes, kind, reads_ahead=True)
     self._meta: Store | None = None
     if needs_meta:
       meta = [examples_lib.as_batch(split.meta) for split in splits]
@@ -80,6 +88,28 @@ class DeviceData:
     self.is_streamed = any(
       sets is not None and not sets.num_bytes for sets in (self._train, self._meta)
     )
+
+  def read_ahead(
+    self, num_steps: int, ahead: Callable[[], Callable[[int], np.ndarray]]
+  ) -> None:
+    """Starts to read the training examples of coming steps, if they are streamed.
+
+    Nothing is done while steps of an earlier call are left.
+
+    Args:
+      num_steps: number of coming steps whose rows are known.
+      ahead: returns the function of their rows, see `Sampler.ahead`.
+    """
+    if isinstance(self._train, streaming.Stream) and not self._train.steps_left:
+      rows = ahead()
+      self._train.start(
+        num_steps, lambda i: devices_lib.spread([rows(i)], self._devices)
+      )
+
+  def close(self) -> None:
+    """Ends the threads that read ahead."""
+    if isinstance(self._train, streaming.Stream):
+      self._train.close()
 
   def load(self, steps: Sequence[sampling.Rows]) -> Batches:
     """Returns the examples of some steps, and sends those that are on the host."""
@@ -104,20 +134,41 @@ class Store(Protocol):
 
 
 def store(
-  sets: Sequence[base.Batch], devices: list[jax.Device], max_bytes: int
+  sets: Sequence[base.Batch],
+  devices: list[jax.Device],
+  max_bytes: int,
+  kind: str = "auto",
+  reads_ahead: bool = False,
 ) -> Store:
-  """Puts plain arrays that fit on every device, and keeps all others on the host.
+  """Puts sets on every device, or keeps them on the host.
 
   Args:
     sets: for each run, arrays with leading axis N or row sources.
     devices: the devices that train.
     max_bytes: bytes that may be used on each device, see `budget`. While the sets
       are copied, a device holds them twice.
+    kind: as in `DeviceData`.
+    reads_ahead: whether examples that are not on the devices are read ahead of the
+      steps that take them.
+
+  Raises:
+    InputError: a set of "resident" has a row source.
   """
-  sets = [{name: _on_host(x) for name, x in one.items()} for one in sets]
-  if _are_arrays(sets) and _num_bytes(sets) <= max_bytes:
+  sets = [
+    {k: np.asarray(x) if isinstance(x, jax.Array) else x for k, x in one.items()}
+    for one in sets
+  ]
+  are_arrays = all(isinstance(x, np.ndarray) for one in sets for x in one.values())
+  if kind == "resident" and not are_arrays:
+    raise base.InputError(
+      "--data=resident needs a training set that is in memory, and its images are a"
+      " row source, which is read row by row; choose --data=stream."
+    )
+  fits = are_arrays and _num_bytes(sets) <= max_bytes
+  if kind == "resident" or (kind == "auto" and fits):
     return OnDevices(sets, devices)
-  return OnHost(sets)
+  on_host = OnHost(sets)
+  return streaming.Stream(on_host.part) if reads_ahead else on_host
 
 
 def budget(devices: list[jax.Device]) -> int:
@@ -184,14 +235,6 @@ class OnHost:
       for name in self._sets[0]
     }
     return Part(examples, np.broadcast_to(local_rows, rows.shape))
-
-
-def _on_host(x):
-  return np.asarray(x) if isinstance(x, jax.Array) else x
-
-
-def _are_arrays(sets):
-  return all(isinstance(x, np.ndarray) for one in sets for x in one.values())
 
 
 def _num_bytes(sets):

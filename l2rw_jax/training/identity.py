@@ -11,8 +11,9 @@ from l2rw_jax.data import fingerprint
 from l2rw_jax.io import workdir
 from l2rw_jax.training import config as config_lib
 
-# Seeds and devices are stored elsewhere; steps per call affect rounding only.
-_EXCLUDED = ("seeds", "num_devices", "steps_per_call")
+# Seeds and devices are stored elsewhere; steps per call affect rounding only, and where
+# the data are kept affects nothing.
+_EXCLUDED = ("seeds", "num_devices", "steps_per_call", "data")
 _ADVICE = "choose another --workdir or delete it."
 
 

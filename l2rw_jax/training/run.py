@@ -11,6 +11,7 @@ another loop:
 """
 
 from collections.abc import Sequence
+import time
 from typing import NamedTuple
 
 import jax
@@ -29,6 +30,10 @@ from l2rw_jax.training import sampling
 from l2rw_jax.training import step as step_lib
 from l2rw_jax.training import steps_per_call
 from l2rw_jax.training import timer as timer_lib
+
+# Calls of streamed examples that are sent to the devices before one of them has to be
+# done, since each of them keeps its examples.
+MOST_QUEUED = 2
 
 
 class Output(NamedTuple):
@@ -58,6 +63,7 @@ class Run:
     sampler: draws the rows of each step.
     steps_per_call: K, the number of steps in a full call.
     timer: seconds of training. It is stopped while programs are compiled.
+    input_seconds: seconds that `take_steps` has waited for examples.
   """
 
   def __init__(
@@ -84,6 +90,7 @@ class Run:
     self.devices = devices_lib.choose(config.num_devices, config.batch_size)
     self.step = 0
     self.timer = timer_lib.Timer()
+    self.input_seconds = 0.0
     self._model, self._optimizer = model, optimizer
     self._num_examples = len(splits[0].train.label)
     counts = [examples_lib.class_counts(s.train, s.num_classes) for s in splits]
@@ -107,7 +114,9 @@ class Run:
       num_meta=len(splits[0].meta.label) if method.needs_meta else 0,
       meta_batch_size=config.meta_batch_size,
     )
-    self._data = device_data.DeviceData(splits, self.devices, method.needs_meta)
+    self._data = device_data.DeviceData(
+      splits, self.devices, method.needs_meta, config.data
+    )
     self.steps_per_call = steps_per_call.most(
       config, self.devices, self._data.is_streamed
     )
@@ -118,7 +127,8 @@ class Run:
     self._compiled_lengths: set[int] = set()
 
   def close(self) -> None:
-    """Frees the device arrays that hold examples."""
+    """Frees the device arrays that hold examples, and ends the threads that read."""
+    self._data.close()
     # The sampler refers to this object. Break the reference cycle so that device
     # arrays are freed at once.
     del self.sampler, self._data
@@ -196,8 +206,12 @@ class Run:
     count = steps_per_call.length(
       self.config, self.step, self.steps_per_call, self._epoch()
     )
+    self._data.read_ahead(self._num_known_steps(), self.sampler.ahead)
     rows = [self.sampler.next(self.step + k) for k in range(count)]
-    arguments = (self.state, *self._data.load(rows), *self._constants)
+    start = time.perf_counter()
+    batches = self._data.load(rows)
+    self.input_seconds += time.perf_counter() - start
+    arguments = (self.state, *batches, *self._constants)
     if count not in self._compiled_lengths:
       self._compiled_lengths.add(count)
       jax.block_until_ready(self.state)  # The timer includes the steps before.
@@ -205,6 +219,8 @@ class Run:
         self._steps.lower(*arguments).compile()  # Cached for the call below.
     self.state, output = self._steps(*arguments)
     self._pending.append((rows, output))
+    if self._data.is_streamed and len(self._pending) >= MOST_QUEUED:
+      jax.block_until_ready(self._pending[-MOST_QUEUED])
     self.step += count
     return count
 
@@ -228,6 +244,13 @@ class Run:
     state, problem = self._state_and_problem(run)
     train = examples_lib.as_batch(self.splits[run].train)
     return self.method.sample(state.method_state, problem, train, rng)
+
+  def _num_known_steps(self):
+    """Coming steps whose rows do not depend on the state of the method."""
+    if self.method.sample is base.permutation:
+      return self.config.num_steps - self.step
+    steps_left, _ = self.sampler.epoch()
+    return min(steps_left, self.config.num_steps - self.step)
 
   def _epoch(self):
     """`sampler.epoch()` if the host has to act between epochs."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import functools
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -69,6 +70,28 @@ class TrainSampler:
   def steps_left(self) -> int:
     """Batches left in the current epoch, at least 1."""
     return self.epoch_length() - self.position.offset
+
+  def ahead(self) -> Callable[[int], np.ndarray]:
+    """Returns a function `i -> rows` of the batch that comes i batches after the next.
+
+    The function may be called in other threads, and does not change when this sampler
+    moves on. It draws the order of later epochs itself, which must then depend on the
+    epoch only.
+    """
+    (epoch, offset), size = self.position, self._batch_size
+    first, length = self._rows(), self.epoch_length()
+    draw, lock = functools.lru_cache(maxsize=2)(self._epoch_order), threading.Lock()
+
+    def rows(i: int) -> np.ndarray:
+      later, place = divmod(offset + i, length)
+      if later:
+        with lock:  # Threads that wait for the same order draw it once.
+          order = np.asarray(draw(epoch + later))
+      else:
+        order = first
+      return order[place * size : (place + 1) * size]
+
+    return rows
 
   def next(self) -> np.ndarray:
     """Returns the rows of the next batch, [B], and moves on."""
@@ -157,6 +180,14 @@ class Sampler:
     """Steps until one of the runs starts an epoch, and steps of the shortest epoch."""
     steps_left = min(run.steps_left() for run in self.runs)
     return steps_left, min(run.epoch_length() for run in self.runs)
+
+  def ahead(self) -> Callable[[int], np.ndarray]:
+    """Returns a function `i -> train` rows [R, B] of the i-th step after the next one.
+
+    See `TrainSampler.ahead`.
+    """
+    runs = [run.ahead() for run in self.runs]
+    return lambda i: np.stack([rows(i) for rows in runs])
 
   def next(self, step: int) -> Rows:
     """Returns the rows of `step` and moves on."""

@@ -243,6 +243,32 @@ def test_float_images_in_a_file_are_checked_in_blocks(monkeypatch):
     examples_lib.check_images([[1.0]], "rows")
 
 
+def test_sources_of_rows_are_not_read_to_make_splits():
+  """The parts hold the same numbers as those of arrays; the meta set is in memory."""
+  rng = np.random.default_rng(0)
+  rows = {"train": [7, 1, 5], "meta": [0, 2], "validation": [3], "test": [4, 6]}
+  rows = {name: np.array(part) for name, part in rows.items()}
+  for images in (
+    rng.integers(256, size=(8, 2, 2), dtype=np.uint8),
+    rng.normal(size=(8, 2, 2)),
+  ):
+    splits = []
+    for data in (images, _File(images)):
+      one = source()._replace(images=data, labels=np.arange(8, dtype=np.int32) % 2)
+      columns = dict.fromkeys(("labels", "true_labels", "test_labels"), one.labels)
+      made = examples_lib.assemble(one, one, rows, num_classes=2, **columns)
+      splits.append(examples_lib.keep_train(made, np.array([0, 2])))
+    assert data.largest_read == 2  # The meta set.
+    assert splits[0].fingerprint == splits[1].fingerprint
+    for part in rows:
+      expected, actual = (getattr(split, part).image for split in splits)
+      assert isinstance(actual, np.ndarray) == (part == "meta")
+      assert actual.dtype == np.float32 and actual.shape == expected.shape
+      assert actual.ndim == 3 and len(actual) == len(expected)
+      np.testing.assert_array_equal(actual[:], expected)
+      np.testing.assert_array_equal(actual[[0]], expected[[0]])
+
+
 def test_read_rows_in_any_order():
   array = np.arange(12).reshape(6, 2)
   rows = np.array([4, 0, 4, 2])

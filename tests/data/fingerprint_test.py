@@ -10,15 +10,17 @@ class _Rows:
   """A row source that is not an array, and counts the rows that it reads."""
 
   def __init__(self, array):
-    self._array, self.num_read = array, 0
+    self._array, self.num_read, self.largest_read = array, 0, 0
     self.shape, self.dtype = array.shape, array.dtype
 
   def __len__(self):
     return len(self._array)
 
   def __getitem__(self, rows):
-    self.num_read += len(rows)
-    return self._array[rows]
+    values = self._array[rows]
+    self.num_read += len(values)
+    self.largest_read = max(self.largest_read, len(values))
+    return values
 
 
 def make_examples(size, image=None):
@@ -46,13 +48,42 @@ def test_every_field_of_every_part_matters():
   assert fingerprint.fingerprint(make_splits()) == digests[0]
 
 
-def test_row_sources_are_sampled():
+def test_every_row_of_a_row_source_matters(monkeypatch):
+  monkeypatch.setattr(examples_lib, "_BLOCK_BYTES", 64)
   images = np.arange(2000, dtype=np.uint8).reshape(1000, 2)
   source = _Rows(images)
-  digest = fingerprint.fingerprint(make_splits(train=make_examples(1000, source)))
-  assert source.num_read == 256
-  last = images.copy()
-  last[-1] += 1
-  assert digest != fingerprint.fingerprint(
-    make_splits(train=make_examples(1000, _Rows(last)))
-  )
+
+  def digest_of(image):
+    return fingerprint.fingerprint(make_splits(train=make_examples(1000, image)))
+
+  digest = digest_of(source)
+  # In blocks of 32 rows, with the digest of the same array.
+  assert source.num_read == 1000 and source.largest_read == 32
+  assert digest == digest_of(images)
+  for row in (0, 457, 999):
+    changed = images.copy()
+    changed[row, 1] += 1
+    assert digest != digest_of(_Rows(changed))
+
+
+def test_fingerprint_of_a_row_source_replaces_its_rows():
+  images = np.zeros((8, 2), np.uint8)
+
+  def digest_of(content, rows=None):
+    source = _Rows(images)
+    source.fingerprint = content
+    image = source if rows is None else examples_lib.View(source, np.array(rows))
+    examples_lib.check_images(image, "images")
+    digest = fingerprint.fingerprint(make_splits(train=make_examples(8, image)))
+    assert not source.num_read
+    return digest
+
+  digests = [
+    digest_of("a"),
+    digest_of("b"),
+    digest_of("a", range(8)),
+    digest_of("b", range(8)),
+    digest_of("a", range(7, -1, -1)),
+  ]
+  assert len(set(digests)) == len(digests)
+  assert digest_of("a", range(8)) == digests[2]

@@ -106,6 +106,51 @@ def load(data_dir, name="tiny", split="train", cache_dir=None):
   )
 
 
+def test_images_can_be_decoded_when_they_are_used(data_dir, tmp_path, monkeypatch):
+  def stored(cache_dir="cache", split="train[2:]", in_memory=False):
+    place = tmp_path / cache_dir
+    return sources.load(
+      "tiny", split, data_dir=data_dir, cache_dir=place, in_memory=in_memory
+    )
+
+  expected, source = stored(in_memory=True), stored()
+  assert not isinstance(source.images, np.ndarray)
+  assert source.images.shape == expected.images.shape == (IMAGES - 2, 6, 5, 3)
+  np.testing.assert_array_equal(source.images[:], expected.images)
+  rows = np.array([5, 0, 5])
+  np.testing.assert_array_equal(source.images[rows], expected.images[rows])
+  np.testing.assert_array_equal(source.labels, expected.labels)
+  np.testing.assert_array_equal(
+    source.extra["worse_label"], expected.extra["worse_label"]
+  )
+  assert source[:3] == expected[:3] and source.class_names == expected.class_names
+  # The fingerprint names the split, and covers the files.
+  digests = {source.images.fingerprint, stored(split="train").images.fingerprint}
+  assert len(digests) == 2 and stored().images.fingerprint in digests
+  file = next((data_dir / "tiny" / "1.0.0").glob("*train.array_record*"))
+  content = bytearray(file.read_bytes())
+  content[-1] ^= 1
+  file.write_bytes(content)
+  os.utime(file, ns=(0, 1))
+  assert stored().images.fingerprint not in digests
+  # A small set is read into memory, and a large one if it fits there.
+  assert isinstance(stored(in_memory=None).images, np.ndarray)
+  monkeypatch.setattr(sources, "_SMALL_FILES", 0)
+  assert isinstance(stored(in_memory=None).images, np.ndarray)
+  monkeypatch.setattr(sources.row_sources, "memory", lambda: 1)
+  assert not isinstance(stored(in_memory=None).images, np.ndarray)
+
+
+def test_an_image_that_cannot_be_decoded_names_the_set(data_dir, tmp_path):
+  source = sources.load(
+    "tiny", "train", data_dir=data_dir, cache_dir=tmp_path, in_memory=False
+  )
+  file = next((data_dir / "tiny" / "1.0.0").glob("*train.array_record*"))
+  file.write_bytes(bytes(len(file.read_bytes())))
+  with pytest.raises(base.InputError, match=r"an image in .*tiny/1.0.0 cannot be read"):
+    source.images[:]
+
+
 def test_digits_sizes_and_types():
   train, test = (sources.load("digits", split) for split in ("train", "test"))
   assert train.images.shape == (1297, 8, 8, 1)

@@ -36,7 +36,7 @@ _FLAGS = (
   "checkpoint_every",
 )
 # Not among the settings of a folder.
-_UNTOLD = ("workdir", "data_dir", "cache_dir", "steps_per_call", "flagfile")
+_UNTOLD = ("workdir", "data", "data_dir", "cache_dir", "steps_per_call", "flagfile")
 
 
 @pytest.fixture(scope="module")

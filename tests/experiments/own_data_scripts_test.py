@@ -3,12 +3,14 @@
 import csv
 
 import numpy as np
+from PIL import Image
 import pytest
 import scripts
 
 from experiments import digits_noise
 from experiments import mnist_noise
 from l2rw_jax import base
+from l2rw_jax.data import row_sources
 
 _SMALL = {"num_seeds": 1, "num_devices": 1, "batch_size": 20}
 
@@ -87,6 +89,32 @@ def test_images_with_trusted_ones_in_mnist_noise(tmp_path):
   (row,) = mnist_noise.run(settings, tmp_path / "run")
   assert row["num_meta"] == 6 and row["dataset"] == settings.dataset
   assert (row["num_steps"], row["published_percent"]) == (2, None)
+
+
+def test_streamed_images_have_the_results_of_those_in_memory(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  rng = np.random.default_rng(0)
+  for label in range(3):
+    (tmp_path / "images" / f"class {label}").mkdir(parents=True)
+    for i in range(20):
+      image = rng.integers(60, size=(6, 6)).astype(np.uint8)
+      image[:, 2 * label : 2 * label + 2] += 150
+      Image.fromarray(image).save(tmp_path / "images" / f"class {label}" / f"{i}.png")
+  rows, data_sets = [], []
+  for data in ("resident", "stream"):
+    settings = digits_noise.Settings(
+      dataset=f"images:{tmp_path / 'images'}",
+      methods=("uniform",),
+      num_steps=6,
+      data=data,
+      **_SMALL,
+    )
+    (row,) = digits_noise.run(settings, tmp_path / data)
+    rows.append({k: v for k, v in row.items() if "seconds" not in k})
+    data_sets.append(settings.load("train").images)
+  assert rows[0] == rows[1]
+  assert isinstance(data_sets[0], np.ndarray)
+  assert isinstance(data_sets[1], row_sources.ImageFiles)
 
 
 def test_own_data_are_read_once_by_settings_and_again_by_others(tmp_path, capsys):

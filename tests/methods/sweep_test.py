@@ -1,7 +1,10 @@
-"""Properties of every method: number of devices, runs side by side, state."""
+"""Properties of every method: devices, runs side by side, state, communication."""
 
 import functools
 import itertools
+import math
+import re
+from typing import NamedTuple
 
 import chex
 from flax import linen as nn
@@ -214,17 +217,30 @@ def _assert_close(actual, expected):
   chex.assert_trees_all_close(actual, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
 
 
+def _replicated(name):
+  """The initial states of two runs on eight devices."""
+  states = (_initial(name, 0), _initial(name, 1))
+  return jax.tree.map(lambda *x: np.stack([np.stack(x)] * _DEVICES), *states)
+
+
+def _split(batches):
+  return jax.tree.map(lambda x: x.reshape(_DEVICES, -1, *x.shape[1:]), batches)
+
+
+@functools.cache
+def _on_eight_devices(name):
+  """The compiled step of two runs."""
+  step = jax.vmap(_step_fn(name, _AXIS), in_axes=(0, None, None))
+  arguments = (_replicated(name), *_split(_data()[0]))
+  return jax.pmap(step, _AXIS).lower(*arguments).compile()
+
+
 @pytest.mark.parametrize("name", _METHODS)
 def test_two_runs_on_eight_devices_equal_single_runs_on_one(name):
-  step = jax.vmap(_step_fn(name, _AXIS), in_axes=(0, None, None))
-  step_fn = jax.pmap(step, _AXIS)
-  state = jax.tree.map(
-    lambda *x: np.stack([np.stack(x)] * _DEVICES), _initial(name, 0), _initial(name, 1)
-  )
+  step_fn, state = _on_eight_devices(name), _replicated(name)
   expected = [_history(name, seed) for seed in (0, 1)]
   for i, batches in enumerate(_data()):
-    split = jax.tree.map(lambda x: x.reshape(_DEVICES, -1, *x.shape[1:]), batches)
-    state, result = step_fn(state, *split)
+    state, result = step_fn(state, *_split(batches))
     result = jax.device_get(result)
     for run, device in itertools.product((0, 1), (0, _DEVICES - 1)):
       seen = _select(result, device, run)
@@ -251,6 +267,102 @@ def test_method_satisfies_the_contract(name):
   chex.assert_trees_all_equal_shapes_and_dtypes(state, before)
   moved = jax.tree.map(lambda a, b: np.any(a != b), state.params, before.params)
   assert any(jax.tree.leaves(moved))
+
+
+class _Communication(NamedTuple):
+  """What each device sends in a step of one run, as compiled.
+
+  Attributes:
+    all_reduces: their number. Each sums one or several arrays.
+    all_gathers: their number.
+    num_bytes: the results of all of them.
+    gradients: how many arrays as large as all parameters are summed.
+  """
+
+  all_reduces: int
+  all_gathers: int
+  num_bytes: int
+  gradients: int
+
+
+_PLAIN = _Communication(4, 0, 340, 1)
+# The parameters of the network take 240 bytes. BatchNorm sums its statistics (48 bytes)
+# once for each pass through the network. `warpi`, `advisor`, `s_model` and
+# `meta_weight_net` also sum the gradient of their network. The rest is a few numbers.
+_COMMUNICATION = {
+  **dict.fromkeys(
+    (
+      *("uniform", "random", "class_proportion", "balanced_softmax", "logit_adjusted"),
+      *("classifier_retraining", "forward_correction", "adacore", "random_subset"),
+    ),
+    _PLAIN,
+  ),
+  "hard_mining": _Communication(4, 2, 436, 1),
+  "class_balanced_focal": _Communication(5, 0, 344, 1),
+  "clean_only": _Communication(4, 0, 392, 1),
+  "fine_tuning_l2rw": _Communication(9, 0, 804, 2),
+  "l2rw": _Communication(9, 0, 748, 2),
+  "ldam_drw": _Communication(5, 0, 344, 1),
+  "l2rw_momentum": _Communication(9, 0, 748, 2),
+  "mentornet": _Communication(5, 1, 412, 1),
+  "meta_weight_net": _Communication(11, 2, 2356, 3),
+  "meta_weight_net_imbalance": _Communication(13, 2, 2364, 3),
+  "forml_gap": _Communication(13, 4, 1192, 3),
+  "forml_worst": _Communication(13, 4, 1192, 3),
+  "nested_maml": _Communication(10, 2, 1124, 3),
+  "nested_maml_clusters": _Communication(10, 2, 1156, 3),
+  "warpi": _Communication(11, 0, 46692, 3),
+  "advisor": _Communication(11, 0, 9452, 3),
+  "bare": _Communication(9, 0, 396, 1),
+  "bare_own_label": _Communication(9, 0, 402, 1),
+  "absgd": _Communication(6, 0, 352, 1),
+  "absgd_noise": _Communication(6, 0, 352, 1),
+  "s_model": _Communication(4, 0, 376, 1),
+  "group_dro": _Communication(5, 0, 356, 1),
+}
+_COLLECTIVE = re.compile(
+  r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)"
+  r"(?:-start)?\("
+)
+_ARRAY = re.compile(r"([a-z]+)(\d*)\[([\d,]*)\]")
+
+
+def _communication(name):
+  """Counts the collectives in the compiled step of two runs."""
+  kinds, num_bytes, shapes = [], 0, []
+  for line in _on_eight_devices(name).as_text().splitlines():
+    collective = _COLLECTIVE.search(line)
+    if collective is None:
+      continue
+    kinds.append(collective[2])
+    for _, bits, axes in _ARRAY.findall(collective[1]):
+      shape = tuple(map(int, filter(None, axes.split(","))))
+      num_bytes += math.prod(shape) * int(bits or 8) // 8
+      shapes.append(shape)
+  params = _initial(name).params
+  kernels = [params[layer]["kernel"] for layer in ("Dense_0", "output")]
+  (gradients,) = {shapes.count((2, *kernel.shape)) for kernel in kernels}
+  counts = [kinds.count(kind) for kind in ("all-reduce", "all-gather")]
+  assert sum(counts) == len(kinds)
+  return _Communication(*counts, num_bytes // 2, gradients)
+
+
+@pytest.mark.parametrize("name", _METHODS)
+def test_step_sends_the_documented_number_of_bytes(name):
+  """`docs/speed.md` has what these numbers mean on many chips."""
+  assert _communication(name) == _COMMUNICATION[name]
+
+
+def test_l2rw_adds_one_sum_of_the_size_of_the_parameters():
+  plain, weighted = _COMMUNICATION["uniform"], _COMMUNICATION["l2rw"]
+  num_params = sum(x.size for x in jax.tree.leaves(_initial("l2rw").params))
+  assert weighted.gradients == plain.gradients + 1
+  # The rest is what BatchNorm sums: in the forward and the backward pass of the meta
+  # batch and in the derivative along the direction, mean and square of six features
+  # each; and six numbers.
+  batch_norm = 3 * 2 * 6
+  extra = weighted.num_bytes - plain.num_bytes
+  assert extra == 4 * (num_params + batch_norm + 6)
 
 
 def test_steps_cover_both_phases_of_fine_tuning_and_hard_mining():

@@ -70,9 +70,10 @@ class _Device:
     self.memory_stats = lambda: memory
 
 
-def _kind(monkeypatch, sets, chosen):
+def _kind(monkeypatch, sets, chosen, kind="auto"):
   monkeypatch.setattr(device_data, "OnDevices", lambda *_: "OnDevices")
-  store = device_data.store(sets, chosen, device_data.budget(chosen))
+  budget = device_data.budget(chosen)
+  store = device_data.store(sets, chosen, budget, kind, reads_ahead=True)
   return store if isinstance(store, str) else type(store).__name__
 
 
@@ -81,10 +82,10 @@ def _kind(monkeypatch, sets, chosen):
   [
     # Two sets of 24 floats and 12 integers: 288 bytes.
     ([_Device("gpu", {"bytes_limit": 4 * 288})], "OnDevices"),
-    ([_Device("gpu", {"bytes_limit": 4 * 287})], "OnHost"),
+    ([_Device("gpu", {"bytes_limit": 4 * 287})], "Stream"),
     ([_Device("gpu", {"bytes_limit": 4 * 288})] * 8, "OnDevices"),
     ([_Device("gpu", {"bytes_limit": 4 * 288 + 9, "bytes_in_use": 9})], "OnDevices"),
-    ([_Device("gpu", {"bytes_limit": 4 * 288, "bytes_in_use": 9})], "OnHost"),
+    ([_Device("gpu", {"bytes_limit": 4 * 288, "bytes_in_use": 9})], "Stream"),
     ([_Device("tpu", None)], "OnDevices"),
     ([_Device("cpu", {"bytes_limit": 1})], "OnDevices"),
   ],
@@ -96,7 +97,7 @@ def test_sets_of_a_quarter_of_the_memory_are_on_the_devices(monkeypatch, chosen,
 def test_cpu_devices_share_one_memory(monkeypatch):
   monkeypatch.setattr(device_data, "_HOST_BYTES", 2 * 288)
   assert _kind(monkeypatch, _SETS, [_Device("cpu", None)] * 2) == "OnDevices"
-  assert _kind(monkeypatch, _SETS, [_Device("cpu", None)] * 4) == "OnHost"
+  assert _kind(monkeypatch, _SETS, [_Device("cpu", None)] * 4) == "Stream"
   assert _kind(monkeypatch, _SETS, [_Device("tpu", None)] * 4) == "OnDevices"
 
 
@@ -114,8 +115,8 @@ def test_meta_set_uses_the_rest_of_the_budget(tmp_path, monkeypatch, more, kept)
     for part in (split.train, split.meta)
   ]
 
-  def store(*args):
-    stores.append(original(*args))
+  def store(*args, **options):
+    stores.append(original(*args, **options))
     return stores[-1]
 
   monkeypatch.setattr(device_data, "store", store)
@@ -143,9 +144,21 @@ def test_rows_of_all_devices_are_read_once():
     np.testing.assert_array_equal(local_images, expected)
 
 
-def test_row_sources_stay_on_the_host(monkeypatch):
+def test_row_sources_are_streamed(monkeypatch):
   sets = [{**s, "image": _Rows(s["image"])} for s in _SETS]
-  assert _kind(monkeypatch, sets, devices.choose(1, 8)) == "OnHost"
+  chosen = devices.choose(1, 8)
+  for kind in ("auto", "stream"):
+    assert _kind(monkeypatch, sets, chosen, kind) == "Stream"
+  with pytest.raises(base.InputError, match=r"--data=resident needs .* row source"):
+    _kind(monkeypatch, sets, chosen, "resident")
+
+
+def test_where_the_data_are_can_be_chosen(monkeypatch):
+  monkeypatch.setattr(device_data, "_HOST_BYTES", 1)
+  chosen = devices.choose(1, 8)
+  assert _kind(monkeypatch, _SETS, chosen, "resident") == "OnDevices"
+  monkeypatch.setattr(device_data, "_HOST_BYTES", 2**30)
+  assert _kind(monkeypatch, _SETS, chosen, "stream") == "Stream"
 
 
 def _of_bytes(examples, make):
@@ -230,8 +243,8 @@ def test_only_row_numbers_are_sent(tmp_path, monkeypatch):
 def test_finished_run_frees_the_devices(tmp_path, monkeypatch):
   stores, original = [], device_data.store
 
-  def store(*args):
-    new_store = original(*args)
+  def store(*args, **options):
+    new_store = original(*args, **options)
     stores.append(weakref.ref(new_store))
     return new_store
 

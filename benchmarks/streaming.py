@@ -1,0 +1,226 @@
+r"""How fast training is with examples that are streamed, and how much memory they take.
+
+The same network is trained on the same rows of CIFAR-10 with examples that stay on the
+device (resident), that are copied from an array in memory (memory), and that are
+decoded from the files of TFDS (files). All of them train in turn, round by round, so
+that other load on the machine affects all equally; the results are medians over rounds.
+The share of the input is the time that the loop waits for examples of its steps, over
+the time of the steps.
+
+Before that, a network is trained on a set of generated examples, ten times as large as
+the buffer of the steps that are read ahead, to measure how much the memory of the
+process grows.
+Command: python -m benchmarks.streaming --data_dir=DIR
+Results: results/streaming.
+"""
+
+from collections.abc import Sequence
+import csv
+import dataclasses
+import os
+import pathlib
+import time
+from typing import Any
+
+import numpy as np
+import optax
+
+from experiments.lib import launch
+from experiments.lib import settings as settings_lib
+from experiments.lib.settings import flag
+from l2rw_jax.data import examples as examples_lib
+from l2rw_jax.data import noisy_labels
+from l2rw_jax.data import sources
+from l2rw_jax.io import workdir as workdir_lib
+from l2rw_jax.methods import l2rw
+from l2rw_jax.models import classifier
+from l2rw_jax.models import lenet
+from l2rw_jax.models import mlp
+from l2rw_jax.training import config as config_lib
+from l2rw_jax.training import run as run_lib
+from l2rw_jax.training import streaming
+
+_NETWORKS = {"mlp": lambda: mlp.MLP(10, (256,)), "lenet": lambda: lenet.LeNet(10)}
+_IN_MEMORY = {"files": False, "memory": True, "resident": True}
+_MIB = 2**20
+# Values of a generated example, 1 MiB of float32.
+_VALUES = 2**18
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(settings_lib.Settings):
+  """The flags of this benchmark."""
+
+  dataset: str = flag("cifar10")
+  networks: tuple[str, ...] = flag(
+    tuple(_NETWORKS), "Networks to train.", choices=_NETWORKS
+  )
+  batch_size: int = flag(100)
+  num_steps: int = flag(50, "Number of steps in a round.")
+  repeats: int = flag(7, "Number of rounds.", bounds=settings_lib.REPEATS)
+
+
+class Generated:
+  """A set of examples that are made when they are read."""
+
+  dtype = np.dtype(np.float32)
+  fingerprint = "generated"
+
+  def __init__(self, size: int):
+    """A set of `size` examples."""
+    self.shape = (size, _VALUES)
+
+  def __len__(self) -> int:
+    """The number of examples."""
+    return self.shape[0]
+
+  def __getitem__(self, rows: Any) -> np.ndarray:
+    """Example i has the value i everywhere."""
+    numbers = np.arange(len(self), dtype=np.float32)[rows] / len(self)
+    return np.broadcast_to(numbers[:, None], (len(numbers), _VALUES)).copy()
+
+
+def _peak_mib() -> float:
+  """The largest resident memory of the process since the last reset."""
+  status = pathlib.Path("/proc/self/status").read_text().splitlines()
+  (line,) = (x for x in status if x.startswith("VmHWM"))
+  return int(line.split()[1]) / 1024
+
+
+def _reset_peak() -> None:
+  pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def _make_run(
+  network: str, split: examples_lib.Splits, batch_size: int, num_steps: int, data: str
+) -> run_lib.Run:
+  method = l2rw.l2rw()
+  config = config_lib.Config(
+    num_steps=num_steps,
+    batch_size=batch_size,
+    meta_batch_size=min(batch_size, len(split.meta.label)),
+    num_devices=1,
+    steps_per_call=1,
+    data=data,
+  )
+  model = classifier.Classifier(_NETWORKS[network](), split.num_classes)
+  return run_lib.Run(config, model, method, optax.sgd(0.01), [split])
+
+
+def _take_steps(run: run_lib.Run, num_steps: int) -> None:
+  for _ in range(num_steps):
+    run.take_steps()
+  run.fetch()
+
+
+def memory_row() -> dict[str, Any]:
+  """Trains on generated examples of ten times the buffer, and measures the memory."""
+  batch_size = 8
+  num_steps = 10 * streaming.STEPS_AHEAD
+  size = num_steps * batch_size
+  labels = np.arange(size) % 10
+  meta = (np.zeros((10, _VALUES), np.float32), np.arange(10))
+  source = Generated(size)
+  split = examples_lib.from_arrays((source, labels), meta=meta, test=meta)
+  run = _make_run("mlp", split, batch_size, num_steps, "stream")
+  _take_steps(run, 2)
+  _reset_peak()
+  before = _peak_mib()
+  _take_steps(run, num_steps - 2)
+  growth = _peak_mib() - before
+  run.close()
+  return {
+    "part": "memory",
+    "network": "mlp",
+    "data": "generated",
+    "set_mib": size * _VALUES * 4 / _MIB,
+    "buffer_mib": streaming.STEPS_AHEAD * batch_size * _VALUES * 4 / _MIB,
+    "growth_mib": round(growth, 1),
+  }
+
+
+def speed_rows(settings: Settings) -> list[dict[str, Any]]:
+  """Times the steps of every network and every place of the data."""
+  rows, splits = [], {}
+  for in_memory in (False, True):
+    train, test = (
+      sources.load(
+        settings.dataset,
+        part,
+        data_dir=settings.data_dir,
+        cache_dir=settings.cache_dir,
+        in_memory=in_memory,
+      )
+      for part in ("train", "test")
+    )
+    splits[in_memory] = noisy_labels.noisy_labels(
+      train, test, builder="uniform_flip", fraction=0.4, num_meta_per_class=10, seed=0
+    )
+  num_steps = (settings.num_steps + streaming.STEPS_AHEAD) * (settings.repeats + 1)
+  for network in settings.networks:
+    runs = {
+      name: _make_run(
+        network,
+        splits[in_memory],
+        settings.batch_size,
+        num_steps,
+        "resident" if name == "resident" else "stream",
+      )
+      for name, in_memory in _IN_MEMORY.items()
+    }
+    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for _ in range(settings.repeats + 1):
+      for name, run in runs.items():
+        time.sleep(1)  # The other runs read ahead until their buffers are full.
+        _take_steps(run, streaming.STEPS_AHEAD)  # Were read ahead before.
+        start, waited = time.perf_counter(), run.input_seconds
+        _take_steps(run, settings.num_steps)
+        seconds = time.perf_counter() - start
+        turns[name].append((seconds, run.input_seconds - waited))
+    for name, run in runs.items():
+      rows.append(_speed_row(settings, network, name, turns[name][1:]))
+      run.close()
+  return rows
+
+
+def _speed_row(
+  settings: Settings, network: str, name: str, turns: Sequence[tuple[float, float]]
+) -> dict[str, Any]:
+  seconds, waited = np.array(turns).T
+  step_ms = 1000 * seconds / settings.num_steps
+  return {
+    "part": "speed",
+    "network": network,
+    "data": name,
+    "step_ms": round(float(np.median(step_ms)), 2),
+    "step_ms_least": round(float(step_ms.min()), 2),
+    "step_ms_most": round(float(step_ms.max()), 2),
+    "examples_per_second": round(
+      1000 * settings.batch_size / float(np.median(step_ms))
+    ),
+    "input_share": round(float(np.median(waited / seconds)), 4),
+    "batch_size": settings.batch_size,
+    "num_steps": settings.num_steps,
+    "repeats": settings.repeats,
+  }
+
+
+def run(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
+  """Runs the benchmark, prints the results and writes them to a folder."""
+  rows = [memory_row(), *speed_rows(settings)]
+  info = {**workdir_lib.run_info(), "cores": os.cpu_count()}
+  columns = list(dict.fromkeys(name for row in rows for name in row))
+  folder = pathlib.Path(workdir)
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / "streaming.csv").open("w", newline="") as file:
+    writer = csv.DictWriter(file, [*columns, *info], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, **info} for row in rows)
+  for row in rows:
+    print(" ".join(f"{name}={value}" for name, value in row.items()))
+  print(f"\nwritten: {folder}/streaming.csv")
+  return rows
+
+
+if __name__ == "__main__":
+  launch.main(Settings, run, "streaming")

@@ -1,0 +1,175 @@
+"""Images that are decoded when they are read, for sets that do not fit in memory.
+
+They are row sources (see `examples.Examples.image`), and may be read in several threads
+at a time. Their fingerprint covers the content of all files.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+import hashlib
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from l2rw_jax import base
+from l2rw_jax.data import cache
+from l2rw_jax.data import image_files
+
+# Of the memory of the machine, for the pixels of a set and their copy in float32.
+_SHARE = 1 / 2
+_READ_BYTES = 2**20
+
+
+def fit_in_memory(size: int, shape: Sequence[int]) -> bool:
+  """Whether uint8 images and their copy in float32 take at most half of the memory.
+
+  Args:
+    size: N.
+    shape: the shape of an image.
+  """
+  num_bytes = size * int(np.prod(shape, dtype=np.int64)) * 5
+  return num_bytes <= _SHARE * memory()
+
+
+def memory() -> int:
+  """Bytes of the machine's memory."""
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def hash_of_files(
+  paths: Sequence[str | os.PathLike], cache_dir: str | os.PathLike | None = None
+) -> str:
+  """SHA-256 over the contents of files, in order.
+
+  It is kept in `cache_dir` for these paths, sizes and times of modification, so that
+  files are read again only if one of them has changed. A file that was changed without
+  a new size or time of modification is not detected.
+
+  Args:
+    paths: the files.
+    cache_dir: as in `sources.load`.
+
+  Returns:
+    64 hex digits.
+  """
+  states = hashlib.sha256()
+  for path in paths:
+    status = os.stat(path)
+    state = (os.path.abspath(path), status.st_size, status.st_mtime_ns)
+    states.update(repr(state).encode())
+
+  def build():
+    digest = hashlib.sha256()
+    for path in paths:
+      with open(path, "rb") as file:
+        digest.update(f"{os.fstat(file.fileno()).st_size};".encode())
+        while block := file.read(_READ_BYTES):
+          digest.update(block)
+    return {"digest": np.frombuffer(digest.digest(), np.uint8)}
+
+  key = f"hash of {len(paths)} files/{states.hexdigest()}"
+  arrays = cache.cached_arrays(cache.folder(cache_dir), key, build)
+  return arrays["digest"].tobytes().hex()
+
+
+class _Images:
+  """What the row sources of this file share.
+
+  Attributes:
+    shape: [N, H, W, channels].
+    dtype: uint8.
+    fingerprint: changes whenever a file does; computed when it is first needed.
+  """
+
+  dtype = np.dtype(np.uint8)
+
+  def __init__(self, shape: tuple[int, ...], make_fingerprint: Callable[[], str]):
+    self.shape, self._make_fingerprint = shape, make_fingerprint
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    return self._make_fingerprint()
+
+  @property
+  def ndim(self) -> int:
+    return len(self.shape)
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __getitem__(self, rows: Any) -> np.ndarray:
+    chosen = np.arange(len(self))[rows]
+    images = np.empty((*chosen.shape, *self.shape[1:]), np.uint8)
+    self._fill(images.reshape(-1, *self.shape[1:]), np.ravel(chosen))
+    return images
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    """All images, for functions that change the images of a whole set."""
+    del copy
+    return self[:].astype(dtype or self.dtype, copy=False)
+
+  def _fill(self, images: np.ndarray, rows: np.ndarray) -> None:
+    raise NotImplementedError
+
+
+class StoredImages(_Images):
+  """Images of a set that tensorflow-datasets has prepared."""
+
+  def __init__(
+    self,
+    records: Any,
+    shape: tuple[int, ...],
+    make_fingerprint: Callable[[], str],
+    place: pathlib.Path,
+  ):
+    """Reads nothing.
+
+    Args:
+      records: a data source of tensorflow-datasets with a field "image".
+      shape: of an image.
+      make_fingerprint: computes the fingerprint.
+      place: folder of the set, for messages.
+    """
+    super().__init__((len(records), *shape), make_fingerprint)
+    self._records, self._place = records, place
+
+  def _fill(self, images, rows):
+    try:
+      for i, record in enumerate(self._records.__getitems__(rows.tolist())):
+        images[i] = record["image"]
+    # Damage can raise any error.
+    except Exception as error:
+      reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+      raise base.InputError(
+        f"an image in {self._place} cannot be read; copy or prepare the set again"
+        f" ({reason})"
+      ) from error
+
+
+class ImageFiles(_Images):
+  """Image files, resized to one shape."""
+
+  def __init__(
+    self, paths: Sequence[pathlib.Path], size: tuple[int, int], channels: int
+  ):
+    """Reads nothing.
+
+    Args:
+      paths: the files.
+      size: height and width of the images.
+      channels: 1 or 3.
+    """
+    super().__init__((len(paths), *size, channels), lambda: hash_of_files(self._paths))
+    self._paths = list(paths)
+
+  def _fill(self, images, rows):
+    _, height, width, channels = self.shape
+    for i, row in enumerate(rows):
+      try:
+        images[i] = image_files.read(self._paths[row], (height, width), channels)
+      except ValueError as error:
+        raise base.InputError(
+          f"{self._paths[row]} cannot be read: {error}; repair or remove it"
+        ) from error

@@ -1,0 +1,100 @@
+"""Reads the training examples of coming steps in other threads, in bounded memory.
+
+The rows of a step are those that `sampling` draws, so that streamed runs have the same
+numbers as others, continue at any step, and a row is read only for a step that takes
+it. The threads and the order of their results are those of grain.
+"""
+
+from collections.abc import Callable
+import os
+from typing import Any
+
+import numpy as np
+
+from l2rw_jax import base
+
+# Steps whose examples are read ahead, and hence kept in memory.
+STEPS_AHEAD = 8
+# Reading waits for disks and decoders, most of which run in parallel.
+MOST_THREADS = 8
+
+
+class Stream:
+  """A `device_data.Store` that reads the examples of coming steps ahead.
+
+  Attributes:
+    num_bytes: 0, because no set is kept on the devices.
+    steps_left: steps until the next call of `start`.
+  """
+
+  num_bytes = 0
+
+  def __init__(self, read: Callable[[np.ndarray], Any]):
+    """Starts no thread.
+
+    Args:
+      read: reads the examples of steps that take rows [D, R, K, b]; called in several
+        threads at a time.
+    """
+    self.steps_left = 0
+    self._read = read
+    self._iterator: Any = None
+
+  def start(self, num_steps: int, rows: Callable[[int], np.ndarray]) -> None:
+    """Starts to read the examples of steps, after those of an earlier call.
+
+    Args:
+      num_steps: number of steps.
+      rows: `i -> rows` [D, R, 1, b] of step i of these; called in several threads.
+
+    Raises:
+      InputError: grain is not installed.
+    """
+    try:
+      import grain  # An extra of the experiments, not needed to import the package.
+    except ImportError:
+      raise base.InputError(
+        "data that do not fit on the devices are read by grain: pip install grain, or"
+        " choose --data=resident."
+      ) from None
+    self.close()
+    threads = min(MOST_THREADS, os.cpu_count() or 1)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=STEPS_AHEAD)
+    steps = grain.MapDataset.source(_Steps(num_steps, rows, self._read))
+    self._iterator = iter(steps.to_iter_dataset(options))
+    self.steps_left = num_steps
+
+  def part(self, rows: np.ndarray) -> Any:
+    """Waits for the examples of the next step.
+
+    Args:
+      rows: [D, R, 1, b], those of the step.
+
+    Returns:
+      What `read` returned for them.
+    """
+    rows_read, part = next(self._iterator)
+    self.steps_left -= 1
+    if not np.array_equal(rows_read, rows):
+      raise RuntimeError("the rows that were read ahead are not those of the step")
+    return part
+
+  def close(self) -> None:
+    """Ends the threads."""
+    if self._iterator is not None:
+      self._iterator.close()
+      self._iterator = None
+
+
+class _Steps:
+  """A data source of grain: the examples of a step with their rows, read on demand."""
+
+  def __init__(self, num_steps, rows, read):
+    self._num_steps, self._rows, self._read = num_steps, rows, read
+
+  def __len__(self):
+    return self._num_steps
+
+  def __getitem__(self, step):
+    rows = self._rows(step)
+    return rows, self._read(rows)
