@@ -139,11 +139,15 @@ def load(settings: Settings, share: float, seed: int) -> Data:
   """
   train, test = settings.load("train"), settings.load("test")
   used = settings.num_train + settings.num_meta
-  for name in ("num_train", "num_meta"):
-    if getattr(settings, name) < settings.batch_size:
-      raise base.InputError(
-        f"--{name}={getattr(settings, name)} is less than --batch_size."
-      )
+  if settings.num_train < settings.batch_size:
+    raise base.InputError(
+      f"--num_train={settings.num_train} is less than --batch_size."
+    )
+  # `clean_only` holds a fifth of the clean images out.
+  if settings.num_meta - settings.num_meta // 5 < settings.batch_size:
+    raise base.InputError(
+      f"--num_meta={settings.num_meta}: four fifths of it are less than --batch_size."
+    )
   if used > len(train.labels):
     raise base.InputError(
       f"--num_train and --num_meta ask for {used} images; {train.name} has"

@@ -116,7 +116,7 @@ def test_saba_keeps_the_last_value_of_every_batch():
 def run(tmp_path_factory):
   """Rows of a short benchmark, its folder, and what it printed."""
   cwd = tmp_path_factory.mktemp("benchmark")
-  arguments = ["--dataset=digits", "--num_train=320", "--num_meta=70", "--shares=0.6"]
+  arguments = ["--dataset=digits", "--num_train=320", "--num_meta=80", "--shares=0.6"]
   arguments += ["--num_seeds=1", "--num_steps=30", "--eval_every=15"]
   arguments += ["--batch_size=64", "--learning_rate=0.1", "--kept_learning_rate=30"]
   done = scripts.run("benchmarks.data_cleaning", *arguments, cwd=cwd)
@@ -152,13 +152,13 @@ def test_every_method_learns_and_ranks(run):
   ("arguments", "complaint"),
   [
     (["--methods=sobo"], "--methods=sobo: choose among l2rw"),
-    (["--num_meta=10"], "--num_meta=10 is less than --batch_size"),
-    (["--num_train=5000"], "ask for 5070 images; digits has 1297"),
+    (["--num_meta=10"], "--num_meta=10: four fifths of it are less"),
+    (["--num_train=5000"], "ask for 5080 images; digits has 1297"),
     (["--shares=2"], "--shares=2 must lie between 0 and 1"),
   ],
 )
 def test_a_mistake_is_one_line(arguments, complaint, tmp_path):
-  small = ["--dataset=digits", "--num_train=320", "--num_meta=70"]
+  small = ["--dataset=digits", "--num_train=320", "--num_meta=80"]
   names = {argument.split("=")[0] for argument in arguments}
   small = [argument for argument in small if argument.split("=")[0] not in names]
   done = scripts.run("benchmarks.data_cleaning", *small, *arguments, cwd=tmp_path)
