@@ -98,8 +98,7 @@ class Settings(settings_lib.Flags):
   )
   only: tuple[str, ...] = flag(
     (),
-    "Parts of names of cells, separated by commas: run or list only cells whose name"
-    " contains one of them.",
+    "Names of cells, or parts of names, separated by commas: run or list only these.",
   )
   device: str | None = flag(
     None, "Device of the run and of the estimates.", unset="JAX's", choices=DEVICES
@@ -496,6 +495,8 @@ def _matching(cell: Cell, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def _measured(cell: Cell, rows: Sequence[dict[str, Any]]) -> report.Interval | None:
+  if cell.published is None:  # Its rows are of several settings.
+    return None
   values = [row[cell.column] for row in _matching(cell, rows) if cell.column in row]
   known = [value for value in values if value is not None]
   return report.interval(known) if known else None
@@ -519,7 +520,7 @@ class Entry(NamedTuple):
   @property
   def order(self) -> tuple[bool, float]:
     """Sorts a queue: what has been started, then the value per minute."""
-    return self.state.name != "started", -self.value / max(self.minutes, 0.01)
+    return self.state.name != "started", -self.value / max(self.minutes, 1e-6)
 
 
 def make_entries(
@@ -536,13 +537,21 @@ def make_entries(
   correction = statistics.median(ratios) if ratios else 1.0
   entries = []
   for cell, state, minutes in zip(cells, states, first, strict=True):
-    left = max(minutes * correction - state.minutes, 0.1)
+    # What takes longer than estimated is not as good as done.
+    left = max(minutes * correction - state.minutes, minutes * correction / 10)
     value = 3.0 if cell.is_own else 1.0
     if state.committed >= seeds(settings, cell):
       value /= 10
     left = 0.0 if state.name == "done" else left
     entries.append(Entry(cell, state, left, value))
   return sorted(entries, key=lambda entry: entry.order)
+
+
+def _published(cell: Cell) -> str:
+  if cell.published is None:
+    return "-"
+  spread = "" if cell.spread is None else f" ± {cell.spread:.2f}"
+  return f"{cell.published:.2f}{spread}"
 
 
 def _full_command(settings: Settings, cell: Cell) -> str:
@@ -558,12 +567,10 @@ def describe(settings: Settings, entries: Sequence[Entry]) -> str:
   header += ["state", "note", "command"]
   rows = []
   for cell, state, _, _ in entries:
-    number = "-" if cell.published is None else f"{cell.published:.2f}"
-    spread = "" if cell.spread is None else f" ± {cell.spread:.2f}"
     operations = flops(settings, cell)
     rows.append(
       [
-        *(cell.name, cell.paper, number + spread, state.measured or "-"),
+        *(cell.name, cell.paper, _published(cell), state.measured or "-"),
         *(state.committed, "-" if operations is None else f"{operations:.1e}"),
         *(f"{estimated_minutes(settings, cell, d):.1f}" for d in DEVICES),
         *(state.name, cell.note, _full_command(settings, cell)),
@@ -583,8 +590,8 @@ _REHEARSALS: dict[str, dict[str, Any]] = {
   "experiments.cifar_noise": {"smoke": True, "network": "mlp"},
   "experiments.cifar_long_tail": {"smoke": True, "network": "mlp"},
   "benchmarks.step_time": {
-    **{"networks": ("mlp",), "methods": ("plain", "l2rw"), "meta_sizes": ("0.1",)},
-    **{"engines": ("layerwise",), "repeats": 1, "seconds": 0.0, "batch_size": 10},
+    **{"networks": ("mlp",), "methods": ("plain",), "meta_sizes": ("0.1",)},
+    **{"engines": ("layerwise",), "repeats": 1, "seconds": 0.01, "batch_size": 10},
   },
 }
 
@@ -663,9 +670,8 @@ def _run_cell(
   if rows is None:
     return False
   measured = _measured(cell, rows)
-  if measured is not None and cell.published is not None and not settings.rehearse:
-    spread = "" if cell.spread is None else f" ± {cell.spread:.2f}"
-    print(f"\n{cell.name}: {measured}, published {cell.published:.2f}{spread}")
+  if measured is not None and not settings.rehearse:
+    print(f"\n{cell.name}: {measured}, published {_published(cell)}")
   return True
 
 
@@ -677,7 +683,10 @@ def choose_cells(settings: Settings) -> list[Cell]:
   """
   cells = catalogue()
   if settings.only:
-    cells = [c for c in cells if any(part in c.name for part in settings.only)]
+    names = {cell.name for cell in cells}
+    whole = names.intersection(settings.only)
+    parts = [part for part in settings.only if part not in names]
+    cells = [c for c in cells if c.name in whole or any(p in c.name for p in parts)]
   if not cells:
     raise base.InputError(
       f"--only={','.join(settings.only)}: no cell has such a name; see --list."

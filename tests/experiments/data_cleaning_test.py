@@ -99,10 +99,15 @@ def test_saba_keeps_the_last_value_of_every_batch():
   moves = [
     (before["z"] - after["z"]) / 0.1 for before, after in itertools.pairwise(states)
   ]
-  values = [
-    solvers_lib._inner_terms(sizes, states[t], half(batch, n, 0))[0]
-    for t, n in enumerate((0, 1, 0))
-  ]
+
+  @jax.jit
+  def gradients(states):
+    return [
+      solvers_lib._inner_terms(sizes, states[t], half(batch, n, 0))[0]
+      for t, n in enumerate((0, 1, 0))
+    ]
+
+  values = gradients(states)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
   close(moves[0], values[0])
   close(moves[1], values[1] + values[0] / 2)
@@ -112,6 +117,10 @@ def test_saba_keeps_the_last_value_of_every_batch():
   close(kept.mean, (values[2] + values[1]) / 2)
 
 
+# The others are their solvers, which the tests above check, in the same loop.
+_COMPARED = ("l2rw", "kept_weights", "meta_weight_net", "clean_only")
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   """Rows of a short benchmark, its folder, and what it printed."""
@@ -119,6 +128,7 @@ def run(tmp_path_factory):
   arguments = ["--dataset=digits", "--num_train=320", "--num_meta=80", "--shares=0.6"]
   arguments += ["--num_seeds=1", "--num_steps=30", "--eval_every=15"]
   arguments += ["--batch_size=64", "--learning_rate=0.1", "--kept_learning_rate=30"]
+  arguments.append(f"--methods={','.join(_COMPARED)}")
   done = scripts.run("benchmarks.data_cleaning", *arguments, cwd=cwd)
   assert done.status == 0 and done.complaints == "", done.complaints
   return cwd, arguments, done.printed
@@ -127,7 +137,7 @@ def run(tmp_path_factory):
 def test_every_method_learns_and_ranks(run):
   cwd, arguments, printed = run
   rows = scripts.saved_rows(cwd / "runs" / "data_cleaning")[0]
-  assert [row["method"] for row in rows] == list(data_cleaning.METHODS)
+  assert [row["method"] for row in rows] == list(_COMPARED)
   assert len(scripts.table(printed)) == 1 + len(rows)
   for row in rows:
     assert 45 < row["wrong_percent"] < 62  # 0.6 times nine tenths.
@@ -140,7 +150,6 @@ def test_every_method_learns_and_ranks(run):
     if learned and row["method"] != "meta_weight_net":
       assert row["weight_auroc"] > 0.6, row["method"]
   by_name = {row["method"]: row for row in rows}
-  assert by_name["oracle"]["error_percent"] < by_name["uniform"]["error_percent"]
   assert by_name["clean_only"]["regularization"] != 0.2
   assert by_name["l2rw"]["score_auroc"] is not None
   assert (cwd / "runs" / "data_cleaning" / "figure.png").stat().st_size > 10_000

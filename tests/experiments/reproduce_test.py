@@ -116,26 +116,17 @@ _KINDS = (
   "mnist_noise-bare-bare_symmetric-0.5-uniform",
   "cifar_noise-l2rw_background-0.4-uniform",
   "cifar_long_tail-ldam-step-100-uniform",
+  "step_time",
 )
 
 
 def test_a_cell_of_each_kind_is_rehearsed(made, tmp_path):
-  only = f"--only={','.join((*_KINDS[:3], 'ldam-step-100-uniform,step_time'))}"
-  # "ldam-step-100-uniform" also names the deferred variants, which --only cannot omit.
-  chosen = reproduce.choose_cells(reproduce.Settings(only=(*_KINDS, "step_time")))
-  names = [c.name for c in chosen if not c.name.endswith(("drw", "drs"))]
-  assert sorted(names) == sorted((*_KINDS, "step_time"))
-  del only
-  settings = reproduce.Settings(rehearse=True, results=str(tmp_path))
-  entries = []
-  for name in names:
-    chosen_settings = settings.replace(only=(name,))
-    entries += [
-      entry
-      for entry in reproduce.run(chosen_settings, tmp_path)
-      if entry.cell.name == name
-    ]
-  assert [entry.state.name for entry in entries] == ["done"] * len(names)
+  settings = reproduce.Settings(rehearse=True, results=str(tmp_path), only=_KINDS)
+  entries = reproduce.run(settings, tmp_path)
+  assert {entry.cell.name for entry in entries} == set(_KINDS)
+  assert [entry.state.name for entry in entries] == ["done"] * len(_KINDS)
+  kinds = {cell.module for cell in reproduce.catalogue()}
+  assert {entry.cell.module for entry in entries} == kinds
 
 
 def _record(folder, **values):
@@ -148,7 +139,7 @@ def test_the_queue_orders_by_value_per_minute_and_refuses_what_does_not_fit(
 ):
   names = ("a", "b", "c", "d")
   small = [
-    cells["step_time"]._replace(name=n, is_own=n == "c", module="x", repeats=None)
+    cells["step_time"]._replace(name=n, is_own=n == "c", module="x", published=3.0)
     for n in names
   ]
   minutes = dict(zip(names, (4.0, 2.0, 5.0, 50.0), strict=True))
@@ -156,7 +147,8 @@ def test_the_queue_orders_by_value_per_minute_and_refuses_what_does_not_fit(
   monkeypatch.setattr(
     reproduce, "estimated_minutes", lambda settings, cell, device: minutes[cell.name]
   )
-  done = []
+  done, now = [], [0.0]
+  monkeypatch.setattr(reproduce.time, "monotonic", lambda: now[0])
 
   def make_run(settings, cell):
     def run(its_settings, folder):
@@ -166,24 +158,30 @@ def test_the_queue_orders_by_value_per_minute_and_refuses_what_does_not_fit(
       rows = [{"method": "l2rw", "ratio": 1.5}]
       reproduce.workdir_lib.write_record(folder / "results.json", {"rows": rows})
       done.append(cell.name)
+      now[0] += speed * 60 * minutes[cell.name]
       return rows
 
     return run, is_there
 
   monkeypatch.setattr(reproduce, "make_run", make_run)
-  is_there = False
+  is_there, speed = False, 1.0
   settings = reproduce.Settings(minutes=20.0, device="cpu", results=str(tmp_path))
   with pytest.raises(base.InputError, match="1 cells failed: b"):
     reproduce.run(settings, tmp_path / "w")
   assert done == ["c", "a"]  # 3 / 5, then 1 / 2 fails, then 1 / 4; 1 / 50 is too long.
-  is_there = True
+  is_there, speed = True, 0.1
   entries = reproduce.run(settings, tmp_path / "w")
   assert done == ["c", "a", "b"]
   by_name = {entry.cell.name: entry for entry in entries}
   assert by_name["c"].state.measured.mean == 1.5
-  assert by_name["d"].state.name == "to do"
-  # What has run took seconds: the rest is estimated to be as much faster.
-  assert by_name["d"].minutes < 1
+  assert by_name["d"].state.name == "to do" and by_name["d"].minutes == 50
+  # Two of three took a tenth of the estimate: so will what is left.
+  reproduce.workdir_lib.write_record(
+    tmp_path / "w" / "a" / "reproduce.json",
+    {"minutes": 0.4, "is_done": True, "seeds": 3, "device": "cpu"},
+  )
+  reproduce.run(settings, tmp_path / "w")
+  assert done == ["c", "a", "b", "d"]
 
 
 def test_what_is_started_comes_first_and_needs_the_rest_only(cells, tmp_path):
@@ -197,12 +195,10 @@ def test_what_is_started_comes_first_and_needs_the_rest_only(cells, tmp_path):
 
 
 def test_time_runs_out_as_if_by_ctrl_c(cells, monkeypatch, tmp_path, capsys):
-  import time
-
   def make_run(settings, cell):
     def run(its_settings, folder):
       folder.mkdir(parents=True)
-      time.sleep(20)
+      reproduce.time.sleep(20)
 
     return run, None
 
