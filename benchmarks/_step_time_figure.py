@@ -23,6 +23,9 @@ _LABELS = {
 }
 
 
+_FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
+
+
 def draw(rows: Sequence[Row], folder: pathlib.Path) -> list[str]:
   """Writes figure.png and, if L2RW was timed without torch.compile, l2rw.png.
 
@@ -49,33 +52,35 @@ def draw(rows: Sequence[Row], folder: pathlib.Path) -> list[str]:
 
 
 def _all_rows(plt, rows):
-  """One row of axes per network: ratios to plain training on the left, then speed."""
+  """A column of axes per network: the time of a step over that of a plain one."""
   networks = list(dict.fromkeys(r["network"] for r in rows))
-  sizes = [len(_ways(rows, network)) for network in networks]
+  ways = _ways(rows)
   figure, axes = plt.subplots(
+    1,
     len(networks),
-    2,
-    figsize=(13, 1.2 + 0.34 * sum(sizes) + 0.9 * len(networks)),
-    height_ratios=[size + 2 for size in sizes],
+    figsize=(2.6 + 2.7 * len(networks), 1.6 + 0.34 * len(ways)),
+    sharey=True,
     squeeze=False,
     layout="constrained",
   )
-  for network, (left, right) in zip(networks, axes, strict=True):
-    ways = _ways(rows, network)
+  for network, ax in zip(networks, axes[0], strict=True):
     of_network = [r for r in rows if r["network"] == network]
-    _bars(left, of_network, ways, "ratio", "{:.2f}")
-    _bars(right, of_network, ways, "examples_per_second", "{:,.0f}")
-    left.set_yticks(range(len(ways)), [_name(*way) for way in ways])
-    right.set_yticks(range(len(ways)), [])
-    left.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    _bars(ax, of_network, ways)
+    ax.axvline(1, color="black", linewidth=0.8, linestyle=":")
     first = of_network[0]
-    left.set_title(f"{network}, batch size {first['batch_size']}, {first['dtype']}")
-    right.set_title("examples per second (higher is better)")
-    for ax in (left, right):
-      ax.invert_yaxis()
-      ax.margins(x=0.14)
-  axes[-1, 0].set_xlabel("time per step / plain training in the same framework")
-  axes[-1, 1].set_xlabel("training examples per second, median")
+    title = f"{network}, batch size {first['batch_size']}, {first['dtype']}"
+    speeds = {
+      r["framework"]: r["examples_per_second"]
+      for r in of_network
+      if r["method"] == "plain"
+    }
+    for name, speed in speeds.items():
+      title += f"\n{_FRAMEWORKS.get(name, name)}, plain: {speed:,.0f} examples/s"
+    ax.set_title(title, fontsize=8)
+    ax.margins(x=0.16)
+    ax.set_xlabel("time per step / plain", fontsize=9)
+  axes[0, 0].set_yticks(range(len(ways)), [_name(*way) for way in ways])
+  axes[0, 0].set_ylim(len(ways) - 0.4, -0.6)
   shares = _shares(rows)
   handles = [
     plt.Rectangle((0, 0), 1, 1, color="0.3", alpha=_alpha(share, shares))
@@ -84,7 +89,7 @@ def _all_rows(plt, rows):
   labels = [f"meta batch {share:g} x batch" for share in shares]
   if shares:
     labels[0] += ", or no meta batch"
-    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels))
+    figure.legend(handles, labels, loc="outside lower right", ncols=len(labels))
   figure.suptitle(_machine(rows[0]), x=0.01, ha="left", fontsize=10)
   return figure
 
@@ -98,11 +103,9 @@ def _alpha(share, shares):
   return 1 if share is None else 1 - 0.7 * shares.index(share) / len(shares)
 
 
-def _ways(rows, network):
+def _ways(rows):
   """The implementations that were timed: tuples of method, engine and framework."""
-  ways = [
-    (r["method"], r["engine"], r["framework"]) for r in rows if r["network"] == network
-  ]
+  ways = [(r["method"], r["engine"], r["framework"]) for r in rows]
   # Group the implementations of each method, with PyTorch first.
   order = list(dict.fromkeys(method for method, _, _ in ways))
   return sorted(
@@ -110,21 +113,20 @@ def _ways(rows, network):
   )
 
 
-def _bars(ax, rows, ways, column, form):
+def _bars(ax, rows, ways):
   """Draws a bar per implementation and size of the meta batch."""
   shares = _shares(rows)
   for place, way in enumerate(ways):
     bars = [r for r in rows if (r["method"], r["engine"], r["framework"]) == way]
     bars = sorted(bars, key=lambda r: -(r["meta_share"] or 0))
-    height = 0.8 / len(bars)
     for i, row in enumerate(bars):
+      height = 0.8 / len(bars)
       y = place - 0.4 + (i + 0.5) * height
       color = "C1" if row["framework"] != "jax" else _COLORS[row["engine"]]
       alpha = _alpha(row["meta_share"], shares)
-      ax.barh(y, row[column], height, color=color, alpha=alpha)
-      ax.annotate(
-        " " + form.format(row[column]), (row[column], y), va="center", fontsize=7
-      )
+      ax.barh(y, row["ratio"], height, color=color, alpha=alpha)
+      text = f" {row['ratio']:.2f}"
+      ax.annotate(text, (row["ratio"], y), va="center", fontsize=7)
 
 
 def _name(method, engine, framework):

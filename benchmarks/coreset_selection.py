@@ -328,11 +328,13 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   figure, ax = plt.subplots(figsize=(7, 0.8 + 0.45 * len(rows)))
   names = [f"{r['method']} ({r['num_examples']:,} examples)" for r in rows]
   bars = ax.barh(names, [r["epochs"] for r in rows])
-  ax.bar_label(bars, [f" {r['seconds']:.2f} s" for r in rows])
+  ax.bar_label(bars, [f" {r['epochs']:.2f} ({r['seconds']:.2f} s)" for r in rows])
   ax.axvline(1, color="black", linewidth=0.8, linestyle=":")
   ax.invert_yaxis()
-  ax.margins(x=0.15)
-  ax.set_xlabel(f"epochs of training, median of {rows[0]['repeats']} measurements")
+  ax.margins(x=0.28)
+  ax.set_xlabel(
+    f"epochs of training, median of {rows[0]['repeats']} ratios (median seconds)"
+  )
   ax.set_title(f"Time to select {rows[0]['fraction']:.0%} of {rows[0]['dataset']}")
   figure.savefig(path, dpi=150, bbox_inches="tight")
   plt.close(figure)

@@ -59,7 +59,10 @@ class Settings(long_tail.Settings):
   network: str | None = flag(
     None,
     unset="resnet_32, and resnet_8 with --smoke",
-    choices=["resnet_32", "wrn_28_10", "resnet_8", "mlp"],
+    choices=[
+      *("resnet_32", "wrn_28_10", "resnet_8", "mlp", "whitened", "whitened_gn"),
+      *("whitened_half", "whitened_half_gn"),
+    ],
   )
   smoke: bool = flag(
     False, "Two epochs of a small network on 2,000 images, to try the script out."
@@ -93,10 +96,15 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   network = settings.network or ("resnet_8" if settings.smoke else "resnet_32")
 
   def make_model(cosine: bool) -> classifier.Classifier:
-    made = registries.NETWORKS[network](
-      train.num_classes, axis_name=devices.AXIS_NAME, cosine=cosine
-    )
     preprocess = registries.AUGMENTATIONS[settings.preset]
+    made = registries.make_network(
+      network,
+      train.num_classes,
+      train.images,
+      preprocess,
+      axis_name=devices.AXIS_NAME,
+      cosine=cosine,
+    )
     return classifier.Classifier(made, train.num_classes, preprocess)
 
   experiment = long_tail.Experiment(

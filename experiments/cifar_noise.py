@@ -296,13 +296,21 @@ def make_optimizer(preset: Preset) -> optimizers.OptimizerConfig:
   )
 
 
-def make_classifier(preset: Preset, num_classes: int) -> classifier.Classifier:
-  """The network and its preprocessing, for the training loop."""
+def make_classifier(
+  preset: Preset, num_classes: int, images: np.ndarray
+) -> classifier.Classifier:
+  """The network and its preprocessing, for the training loop.
+
+  Args:
+    preset: names both.
+    num_classes: C.
+    images: of the training split, for networks with a whitening layer.
+  """
   preprocess = registries.AUGMENTATIONS[preset.augmentation]
   if preset.augmentation == "warpi" and num_classes == 100:
     preprocess = registries.WARPI_100
-  network = registries.NETWORKS[preset.network](
-    num_classes, axis_name=devices.AXIS_NAME
+  network = registries.make_network(
+    preset.network, num_classes, images, preprocess, axis_name=devices.AXIS_NAME
   )
   return classifier.Classifier(network, num_classes, preprocess)
 
@@ -361,6 +369,7 @@ def make_cells(settings: Settings, names: Sequence[str]) -> list[runner.Cell]:
     seeds=settings.seeds,
   )
   optimizer, facts = make_optimizer(preset), make_facts(settings, preset)
+  images = settings.load("train", facts["dataset"]).images
   num_epochs = config.num_steps / max(1, len(split.train.label) // config.batch_size)
   fraction = preset.noise_fraction
   problem = runner.make_problem(
@@ -376,7 +385,7 @@ def make_cells(settings: Settings, names: Sequence[str]) -> list[runner.Cell]:
       name,
       facts,
       config,
-      make_classifier(preset, split.num_classes),
+      make_classifier(preset, split.num_classes, images),
       registries.make_method(name, settings, problem, num_epochs),
       optimizer,
       splits,

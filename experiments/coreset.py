@@ -471,7 +471,7 @@ def draw(rows: runner.Rows, curves: Sequence[Curve], path: pathlib.Path) -> None
   members = panels(rows)
   models = list(dict.fromkeys(model for model, _ in members))
   width = max(sum(m == model for m, _ in members) for model in models)
-  size = (4.2 * width, 3.2 * len(models))
+  size = (4.2 * width + 1.3, 3.2 * len(models))
   colors = {m: f"C{i}" for i, m in enumerate(dict.fromkeys(r["method"] for r in rows))}
   with figures.figure(path, len(models), width, figsize=size, squeeze=False) as (
     _,
@@ -490,11 +490,17 @@ def draw(rows: runner.Rows, curves: Sequence[Curve], path: pathlib.Path) -> None
       lowest = min(rows[i]["accuracy_percent"] for i in numbers)
       ax.set_ylim(bottom=max(0, lowest - 8))
       ax.set_xscale("log")
-      ax.set_title(f"{rows[0]['dataset']}, {model}, {fraction:.0%}", fontsize=10)
+      figures.few_log_ticks(ax)
+      tail = rows[0].get("imbalance") or 1
+      title = f"{rows[0]['dataset']}, {model}, {fraction:.0%}"
+      title += f", imbalance {tail:g}" if tail != 1 else ""
+      ax.set_title(title, fontsize=10)
       ax.set_xlabel("seconds of training and selecting")
       ax.set_ylabel("test accuracy (%)")
       ax.grid(linewidth=0.3)
-    axes[0, 0].legend(fontsize=8, frameon=False, loc="lower right")
+    axes[0, -1].legend(
+      fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
+    )
 
 
 def _draw_curve(ax: Any, curves: Sequence[Curve], method: str, color: str) -> None:

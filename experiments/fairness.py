@@ -422,7 +422,7 @@ def _draw_bars(axes: Any, rows: runner.Rows) -> None:
   for i, name in enumerate(names):
     places = np.arange(len(columns)) + (i - (len(names) - 1) / 2) * width
     intervals = [_interval(rows, name, column) for column in columns]
-    errors = [np.nan_to_num(f.half_width) for f in intervals]
+    errors = figures.clipped_errors(intervals)
     means = [f.mean for f in intervals]
     axes.bar(places, means, width * 0.9, yerr=errors, capsize=2, label=name)
     for place, column in zip(places, columns, strict=True):
@@ -431,13 +431,13 @@ def _draw_bars(axes: Any, rows: runner.Rows) -> None:
   axes.set_xticks(range(len(columns)), [MEASURES[c][0] for c in columns], fontsize=8)
   axes.set_ylabel("mean and 95% interval, a dot a seed")
   axes.set_title(f"{rows[0]['dataset']}, groups: {rows[0]['groups']}")
-  axes.set_ylim(0, 105)
+  axes.set_ylim(0, 100)
   axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
 def _draw_curves(axes: Any, whole: runner.Rows, rows: runner.Rows) -> None:
   percents = sorted({r["kept_percent"] for r in rows})
-  for column, line in (("accuracy_percent", "--"), ("worst_group_percent", "-")):
+  for column, line in (("accuracy_percent", "s:"), ("worst_group_percent", "o-")):
     heading = MEASURES[column][0]
     for kept, color in (("top", "C3"), ("random", "C0")):
       means = [
@@ -446,14 +446,14 @@ def _draw_curves(axes: Any, whole: runner.Rows, rows: runner.Rows) -> None:
         )
         for percent in percents
       ]
-      axes.plot(percents, means, f"{color}o{line}", label=f"{kept}: {heading}")
+      axes.plot(percents, means, f"{color}{line}", label=f"{kept}: {heading}")
     uniform = [r[column] for r in whole if r["method"] == "uniform"]
     if uniform:
-      axes.axhline(np.mean(uniform), color="black", linestyle=line, linewidth=0.8)
+      axes.axhline(np.mean(uniform), color="black", linestyle=line[1:], linewidth=0.8)
   axes.set_xlabel("% of the training set kept (black: uniform on all)")
   axes.set_title(f"uniform on a part, top by {rows[0]['method']} weight")
-  axes.set_ylim(0, 105)
-  axes.legend(fontsize=7)
+  axes.set_ylim(0, 100)
+  axes.legend(fontsize=7, loc="lower right")
 
 
 def _check(settings: Settings, cells: Sequence[runner.Cell]) -> None:

@@ -482,25 +482,63 @@ def pooled(rows: runner.Rows) -> tuple[float, float]:
 
 
 def draw(rows: runner.Rows, path: pathlib.Path) -> None:
-  """Accuracy against the share of foreign tasks; mean weights of both kinds."""
+  """Accuracy against the share of foreign tasks; mean weights of both kinds.
+
+  With a single share, a line for each method.
+  """
   has_weights = any(r[name] is not None for r in rows for name in WEIGHTS)
   panels = 2 if has_weights else 1
-  size = (5.5 * panels, 4)
+  kind = {"none": "foreign"}.get(rows[0]["ood"], rows[0]["ood"])
+  shares = sorted({r["ood_share"] for r in rows})
+  methods = list(dict.fromkeys(r["method"] for r in rows))
+  by_method = {m: [r for r in rows if r["method"] == m] for m in methods}
+  accuracy, weight = "accuracy %, 95% interval; a dot a seed", "mean weight at the end"
+  ways, shots, noise = (rows[0][k] for k in ("num_ways", "num_shots", "noise_share"))
+  title = f"{rows[0]['dataset']}, {ways}-way {shots}-shot"
+  title += f", {noise:.0%} of the labels redrawn" if noise else ""
+  height = 4 if len(shares) > 1 else 1.6 + 0.3 * len(methods)
+  size = (2.3 + 5.5 * panels, height)
   with figures.figure(path, 1, panels, figsize=size, squeeze=False) as (figure, axes):
     left, right = axes[0, 0], axes[0, -1]
-    for i, method in enumerate(dict.fromkeys(r["method"] for r in rows)):
-      _draw_method(left, right, method, [r for r in rows if r["method"] == method], i)
-    left.set_ylabel("accuracy %, 95% interval; a dot a seed")
-    if has_weights:
-      right.set_ylabel("mean weight at the end, 1 at the start")
-    kind = {"none": "foreign"}.get(rows[0]["ood"], rows[0]["ood"])
-    for ax in axes[0]:
-      ax.set_xlabel(f"share of {kind} tasks")
-      ax.set_xticks(sorted({r["ood_share"] for r in rows}))
-      ax.legend(fontsize=8)
-    ways, shots, noise = (rows[0][k] for k in ("num_ways", "num_shots", "noise_share"))
-    redrawn = f", {noise:.0%} of the labels redrawn" if noise else ""
-    figure.suptitle(f"{rows[0]['dataset']}, {ways}-way {shots}-shot{redrawn}")
+    if len(shares) == 1:
+      title += f", {shares[0]:.0%} {kind} tasks"
+      _draw_lines(left, right, by_method)
+      left.set_xlabel(accuracy)
+      if has_weights:
+        right.set_xlabel(f"{weight}, 1 at the start")
+    else:
+      for i, (method, of_method) in enumerate(by_method.items()):
+        _draw_method(left, right, method, of_method, i)
+      left.set_ylabel(accuracy)
+      if has_weights:
+        right.set_ylabel(f"{weight}, 1 at the start")
+        right.set_ylim(bottom=0)
+      for ax in axes[0]:
+        ax.set_xlabel(f"share of {kind} tasks")
+        ax.set_xticks(shares)
+        ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.suptitle(title)
+
+
+def _draw_lines(left: Any, right: Any, by_method: dict[str, runner.Rows]) -> None:
+  weights = {}
+  for i, (method, rows) in enumerate(by_method.items()):
+    mean, interval = pooled(rows)
+    left.errorbar(mean, i, xerr=interval, fmt="o", color="C0", capsize=3)
+    left.plot(
+      [r["accuracy_percent"] for r in rows], [i] * len(rows), "k.", markersize=4
+    )
+    for name in WEIGHTS:
+      if all(r[name] is not None for r in rows):
+        label = f"{method}, {name.removesuffix('_weight')}"
+        weights[label] = np.mean([r[name] for r in rows])
+  left.set_yticks(range(len(by_method)), list(by_method))
+  left.set_ylim(len(by_method) - 0.5, -0.5)
+  left.set_xlim(0, 100)
+  if weights:
+    right.barh(range(len(weights)), list(weights.values()), height=0.4)
+    right.set_yticks(range(len(weights)), list(weights))
+    right.set_ylim(len(weights) - 0.5, -0.5)
 
 
 def _draw_method(

@@ -291,7 +291,8 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
         errors = [r["error_percent"] for r in runs]
         mean, half_width, _ = report.interval(errors)
         bar = np.nan_to_num(half_width)
-        axes.bar(place, mean, width * 0.9, yerr=bar, capsize=2, color=f"C{i}")
+        low_and_high = figures.clipped_errors([report.interval(errors)])
+        axes.bar(place, mean, width * 0.9, yerr=low_and_high, capsize=2, color=f"C{i}")
         axes.plot([place + 0.3 * width] * len(errors), errors, "k.", markersize=3)
         number = runs[0]["published_error_percent"]
         if number is not None:

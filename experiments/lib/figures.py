@@ -81,19 +81,51 @@ def panels(
     )
 
 
+def few_log_ticks(axes: Any) -> None:
+  """Plain numbers 1, 2 and 5 of each decade at a logarithmic horizontal axis."""
+  from matplotlib import ticker
+
+  axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+  axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+  axes.xaxis.set_minor_locator(ticker.NullLocator())
+
+
+def clipped_errors(
+  intervals: Sequence[report.Interval], low: float = 0.0, high: float = 100.0
+) -> np.ndarray:
+  """Lengths of error bars [2, N] that end at `low` and `high`, for percentages."""
+  means = np.array([interval.mean for interval in intervals])
+  widths = np.nan_to_num([interval.half_width for interval in intervals])
+  return np.clip(
+    [np.minimum(widths, means - low), np.minimum(widths, high - means)], 0, None
+  )
+
+
 def _values(*values: Any) -> str:
   return " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
 
 
 def accuracies(rows: Sequence[Row], columns: Sequence[str], path: pathlib.Path) -> None:
-  """A panel per setting: a bar per method, a dot a run, a diamond as published."""
+  """A panel per setting: a bar per method, a dot a run, a diamond as published.
+
+  Titles also name the data set, the network and the preset, of the first row.
+  """
+  names = [n for n in ("dataset", "network", "preset") if n not in columns]
+  where = ", ".join(str(rows[0][n]) for n in names if rows[0].get(n) is not None)
 
   def draw_legend(ax):
     ax.plot([], [], "k.", label="one seed")
     if any(r["published_percent"] is not None for r in rows):
       ax.plot([], [], "D", color="C1", label="published mean")
 
-  panels(rows, columns, path, draw_method=_draw_accuracy, draw_legend=draw_legend)
+  panels(
+    rows,
+    columns,
+    path,
+    draw_method=_draw_accuracy,
+    draw_legend=draw_legend,
+    title=lambda *values: f"{where}\n{_values(*values)}",
+  )
 
 
 def _draw_accuracy(ax: Any, place: int, rows: list[Row]) -> None:
@@ -104,7 +136,8 @@ def _draw_accuracy(ax: Any, place: int, rows: list[Row]) -> None:
   ax.plot(values, [place] * len(values), "k.", markersize=4)
   ax.text(1.5, place, f"{mean:.1f}", va="center", color="white", fontsize=8)
   if rows[0]["published_percent"] is not None:
-    ax.plot(rows[0]["published_percent"], place, "D", color="C1", markersize=5)
+    # Below the dots of the seeds, which it would hide.
+    ax.plot(rows[0]["published_percent"], place + 0.27, "D", color="C1", markersize=4)
   ax.set_xlim(0, 100)
 
 

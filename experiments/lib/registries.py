@@ -6,6 +6,8 @@ import functools
 from typing import Any, NamedTuple
 
 from flax import linen as nn
+import jax.numpy as jnp
+import numpy as np
 
 from experiments.lib import settings as settings_lib
 from experiments.lib.settings import flag
@@ -32,6 +34,7 @@ from l2rw_jax.models import lenet
 from l2rw_jax.models import mlp
 from l2rw_jax.models import preactivation_resnet
 from l2rw_jax.models import resnet
+from l2rw_jax.models import whitened
 from l2rw_jax.models import wide_resnet
 
 # Methods by what they have in common, for the notes on flags that have no effect.
@@ -469,6 +472,11 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
   "l2rw_wrn_28_10": preactivation_resnet.wrn_28_10,  # 36,211,178
   "mentornet_wrn_56_10": preactivation_resnet.LeakyWideResNet,  # 84,627,034
   "resnet_8": functools.partial(resnet.ResNet, blocks=1),
+  # Their first layer is computed from training images, see `make_network`.
+  "whitened": whitened.WhitenedNet,  # 1,972,514
+  "whitened_gn": functools.partial(whitened.WhitenedNet, norm="group"),
+  "whitened_half": functools.partial(whitened.WhitenedNet, width=32),  # 497,826
+  "whitened_half_gn": functools.partial(whitened.WhitenedNet, width=32, norm="group"),
   "lenet": _without_batch_statistics(lenet.LeNet),
   "mlp": _without_batch_statistics(mlp.MLP),
 }
@@ -477,6 +485,36 @@ SMALL_NETWORKS: dict[str, Callable[..., nn.Module]] = {
   "mlp": _without_batch_statistics(functools.partial(mlp.MLP, hidden=(256,))),
   "lenet": NETWORKS["lenet"],
 }
+# Number of images from which a whitening layer is computed.
+_WHITENING_IMAGES = 1000
+
+
+def make_network(
+  name: str,
+  num_classes: int,
+  images: np.ndarray,
+  preprocess: Callable[..., Any] | None,
+  **options: Any,
+) -> nn.Module:
+  """The network of a name of `NETWORKS`, with its whitening layer if it has one.
+
+  Args:
+    name: of the network.
+    num_classes: C.
+    images: training images, uint8 or float [N, H, W, C]; the first thousand decide the
+      whitening layer, without their labels.
+    preprocess: of `classifier.Classifier`.
+    **options: of the network.
+  """
+  if name.startswith("whitened"):
+    first = images[:_WHITENING_IMAGES]
+    if first.dtype == np.uint8:
+      first = np.divide(first, np.float32(255), dtype=np.float32)
+    if preprocess is not None:
+      first = preprocess(jnp.asarray(first), None, False)
+    options["whitening"] = whitened.whitening_filters(np.asarray(first))
+  return NETWORKS[name](num_classes, **options)
+
 
 # Channel statistics as each released code has them.
 _MWN = augmentation.Preprocess(

@@ -23,7 +23,8 @@ BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 _ORDER = (
   *("digits_noise", "mnist_imbalance", "mnist_noise", "mnist_noise_bare"),
   *("cifar_noise", "mnist_long_tail", "cifar_long_tail", "fairness", "memorization"),
-  *("few_shot", "coreset", "coreset_selection", "label_issues", "step_time"),
+  *("few_shot", "coreset", "coreset_selection", "label_issues", "data_cleaning"),
+  "step_time",
   "mentornet_pretrain",
 )
 
@@ -58,6 +59,23 @@ CORESET_SELECTION = table_lib.Layout(
   method_heading="what",
   repeat="benchmark",
   published="Published: nothing that compares.",
+)
+
+DATA_CLEANING = table_lib.Layout(
+  name="data_cleaning",
+  title="Data cleaning as a bilevel problem",
+  metrics=(
+    table_lib.Metric("error_percent", "test error %"),
+    table_lib.Metric("weight_auroc", "AUROC of weights", decimals=3),
+    table_lib.Metric("score_auroc", "AUROC of mean scores", decimals=3),
+    table_lib.Metric("seconds_to_target", "CPU seconds to 17%", decimals=1),
+    table_lib.Metric("seconds", "CPU seconds", decimals=1),
+  ),
+  settings={"dataset": "{}", "share": "p = {:g}", "num_steps": "{:,} steps"},
+  keys=("share",),
+  published=(
+    "Published: curves only (benchopt/benchmark_bilevel), which could not be read."
+  ),
 )
 
 LABEL_ISSUES = table_lib.Layout(
@@ -109,7 +127,7 @@ STEP_TIME = table_lib.Layout(
 @functools.cache
 def layouts() -> dict[str, table_lib.Layout]:
   """The layout of every table, by name, from all scripts."""
-  layouts = [CORESET_SELECTION, LABEL_ISSUES, STEP_TIME]
+  layouts = [CORESET_SELECTION, DATA_CLEANING, LABEL_ISSUES, STEP_TIME]
   for info in pkgutil.iter_modules(experiments.__path__):
     if not info.ispkg:
       module = importlib.import_module(f"experiments.{info.name}")

@@ -10,12 +10,23 @@ from experiments.tables import table as table_lib
 
 
 class _Panel(NamedTuple):
-  """The lines of one metric of one table that have a published value."""
+  """The lines of one metric of one table that have a published value.
+
+  Attributes:
+    title: of the table, with what all lines share.
+    metric: with its unit.
+    groups: by setting, as (method, value).
+  """
 
   title: str
   metric: str
-  labels: list[str]
-  values: list[table_lib.Value]
+  groups: dict[str, list[tuple[str, table_lib.Value]]]
+
+  @property
+  def height(self) -> int:
+    """Number of lines and of headings."""
+    headings = sum(bool(setting) for setting in self.groups)
+    return headings + sum(map(len, self.groups.values()))
 
 
 def draw(tables: Sequence[table_lib.Table], path: pathlib.Path) -> bool:
@@ -32,61 +43,105 @@ def draw(tables: Sequence[table_lib.Table], path: pathlib.Path) -> bool:
   matplotlib.use("Agg")
   from matplotlib import pyplot as plt
 
-  sizes = [len(panel.labels) for panel in panels]
+  sizes = [panel.height for panel in panels]
   figure, axes = plt.subplots(
     len(panels),
     1,
-    figsize=(11, 1.3 * len(panels) + 0.32 * sum(sizes)),
+    figsize=(9, 1.1 * len(panels) + 0.27 * sum(sizes)),
     height_ratios=[size + 1 for size in sizes],
     squeeze=False,
     layout="constrained",
   )
   for panel, ax in zip(panels, axes[:, 0], strict=True):
     _draw_panel(ax, panel)
-  figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right")
-  figure.savefig(path, dpi=150)
+  legend = axes[0, 0].get_legend_handles_labels()
+  figure.legend(*legend, loc="outside upper right", ncols=2, fontsize=8)
+  figure.savefig(path, dpi=130)
   plt.close(figure)
   return True
 
 
 def _panels(table: table_lib.Table) -> list[_Panel]:
   varying, panels = table.varying(), []
+  constant = table.say_constant(but=varying)
+  title = f"{table.layout.title}: {constant}" if constant else table.layout.title
   for i in filter(table.has_published, table.metrics()):
-    lines = [line for line in table.lines if line.values[i].difference is not None]
-    names = [(line.method, table.say(line, varying)) for line in lines]
-    labels = [f"{method}, {where}" if where else method for method, where in names]
-    heading = table.layout.metrics[i].heading
-    values = [line.values[i] for line in lines]
-    panels.append(_Panel(table.layout.title, heading, labels, values))
+    groups: dict[str, list[tuple[str, table_lib.Value]]] = {}
+    for line in table.lines:
+      if line.values[i].difference is not None:
+        setting = groups.setdefault(table.say(line, varying), [])
+        setting.append((line.method, line.values[i]))
+    panels.append(_Panel(title, table.layout.metrics[i].heading, groups))
   return panels
 
 
 def _draw_panel(ax: Any, panel: _Panel) -> None:
-  places = np.arange(len(panel.labels))
-  measured = [v.measured for v in panel.values if v.measured is not None]
+  labels, values, places, place = [], [], [], 0
+  for setting, lines in panel.groups.items():
+    if setting:
+      ax.text(
+        *(0.008, place, _plain(setting)),
+        transform=ax.get_yaxis_transform(),
+        **{"fontsize": 8, "color": "0.35", "va": "center", "style": "italic"},
+      )
+      place += 1
+    for method, value in lines:
+      labels.append(method)
+      values.append(value)
+      places.append(place)
+      place += 1
+  middle = np.array(places, float)
+  is_percent = panel.metric.rstrip().endswith("%")
+  measured = [v.measured for v in values if v.measured is not None]
   ax.errorbar(
     [interval.mean for interval in measured],
-    places - 0.13,
-    xerr=np.nan_to_num([interval.half_width for interval in measured]),
+    middle - 0.13,
+    xerr=_errors(
+      [interval.mean for interval in measured],
+      [interval.half_width for interval in measured],
+      is_percent,
+    ),
     fmt="o",
     color="C0",
+    markersize=4,
     capsize=2,
     label="measured, 95% interval",
   )
+  published = [float(v.published or 0.0) for v in values]
   ax.errorbar(
-    [value.published for value in panel.values],
-    places + 0.13,
-    xerr=[value.spread or 0.0 for value in panel.values],
+    published,
+    middle + 0.13,
+    xerr=_errors(published, [v.spread or 0.0 for v in values], is_percent),
     fmt="D",
     color="C1",
-    markersize=5,
+    markersize=4,
     capsize=2,
     label="published, with its ±",
   )
-  # A label from a results file must not be read as a formula of TeX.
-  ax.set_yticks(places, [label.replace("$", r"\$") for label in panel.labels])
-  ax.invert_yaxis()
-  ax.set_xlabel(panel.metric)
-  ax.set_title(panel.title, loc="left", fontsize=10)
+  ax.set_yticks(places, [_plain(label) for label in labels], fontsize=8)
+  ax.set_ylim(place - 0.4, -0.7)
+  if is_percent:
+    low, high = ax.get_xlim()
+    ax.set_xlim(max(low, 0), min(high, 100))
+  ax.set_xlabel(panel.metric, fontsize=8)
+  ax.tick_params(axis="x", labelsize=8)
+  ax.set_title(_plain(panel.title), loc="left", fontsize=9)
   ax.grid(axis="x", linewidth=0.4)
   ax.set_axisbelow(True)
+
+
+def _errors(
+  means: Sequence[float], widths: Sequence[float], is_percent: bool
+) -> np.ndarray:
+  """Lengths of error bars [2, N]; those of percentages end at 0 and 100."""
+  widths_known = np.nan_to_num(widths)
+  if not is_percent:
+    return np.stack([widths_known, widths_known])
+  centers = np.array(means)
+  left = np.minimum(widths_known, centers)
+  return np.maximum([left, np.minimum(widths_known, 100 - centers)], 0)
+
+
+def _plain(text: str) -> str:
+  # Text from a results file must not be read as a formula of TeX.
+  return text.replace("$", r"\$")

@@ -79,7 +79,7 @@ def compact(table: table_lib.Table) -> str:
     lines[0][0] = "setting"
   made = report.table(lines[0], lines[1:])
   above = "; ".join(part for part in shared if part)
-  return "\n\n".join([f"{above}.", made, layout.published])
+  return "\n\n".join([f"{above}.", made, _source(table)])
 
 
 def long_form(tables: Sequence[table_lib.Table]) -> str:
@@ -156,9 +156,19 @@ def _repeats(table: table_lib.Table) -> str:
   return f"{count} {table.layout.repeat}{'s' if most > 1 else ''}"
 
 
+def _source(table: table_lib.Table) -> str:
+  """Where the published values are from, or that these settings have none."""
+  published = table.layout.published
+  has_column = any(metric.published for metric in table.layout.metrics)
+  has_value = any(table.has_published(i) for i in table.metrics())
+  if has_column and not has_value and not published.startswith("Published: nothing"):
+    return "Published: nothing for these settings."
+  return published
+
+
 def _sources(table: table_lib.Table) -> str:
   """Where the published values are from, and which lines have none."""
-  published, varying = table.layout.published, table.varying()
+  published, varying = _source(table), table.varying()
   missing: dict[str, list[table_lib.Line]] = {}
   for line in table.lines:
     if all(value.published is None for value in line.values):

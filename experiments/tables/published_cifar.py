@@ -1,5 +1,7 @@
 """Published numbers for CIFAR with wrong labels and long tails."""
 
+from collections.abc import Iterator
+
 SOURCE = (
   "Published: the tables of the preset's paper (Ren et al. 2018, Shu et al. 2019, Jiang"
   " et al. 2018). The ± of L2RW is a 95% interval over 5 splits; the meaning of that of"
@@ -144,6 +146,14 @@ def lookup(
   return numbers if len(fractions) == 1 else numbers[fractions.index(fraction)]
 
 
+def noise_cells(dataset: str) -> Iterator[tuple[str, str, float, str]]:
+  """Yields (preset, noise, fraction, method) of every number that `lookup` knows."""
+  for preset, (builder, fractions, table) in _TABLES.items():
+    for fraction in fractions:
+      for method in table.get(dataset, {}):
+        yield preset, builder, fraction, method
+
+
 LONG_TAIL_SOURCE = (
   "Published: builder ldam, Cao et al. 2019, tables 2 and 5 (100 minus the error,"
   " whether of the last or the best epoch is not stated); builder mwn, Shu et al. 2019"
@@ -182,10 +192,6 @@ _MWN_ACCURACIES = {
     *(65.29, 70.38, 76.71, 82.76, 86.66, 93.03),
     *(35.62, 38.41, 44.32, 51.95, 55.78, 70.52),
   ),
-  "class_balanced": (
-    *(68.89, 74.57, 79.27, 84.36, 87.49, 92.89),
-    *(36.23, 39.60, 45.32, 52.59, 57.99, 70.50),
-  ),
   "fine_tuning": (
     *(66.08, 71.33, 77.42, 83.37, 86.42, 93.23),
     *(38.22, 41.83, 46.40, 52.11, 57.44, 70.72),
@@ -215,3 +221,13 @@ def long_tail(
   return (
     round(100 - _LDAM_ERRORS[method][column], 2) if method in _LDAM_ERRORS else None
   )
+
+
+def long_tail_cells(dataset: str) -> Iterator[tuple[str, str, str, float]]:
+  """Yields (method, builder, shape, imbalance) of every number of `long_tail`."""
+  tables = {"ldam": (_LDAM_TAILS, _LDAM_ERRORS), "mwn": (_MWN_TAILS, _MWN_ACCURACIES)}
+  for builder, (tails, methods) in tables.items():
+    for shape, imbalance in tails:
+      for method in methods:
+        if long_tail(dataset, method, builder, shape, imbalance) is not None:
+          yield method, builder, shape, imbalance

@@ -18,6 +18,7 @@ from l2rw_jax.data import noisy_labels
 from l2rw_jax.data import sources
 
 _NAME = "cifar_noise"
+_NO_IMAGES = np.zeros((0, 32, 32, 3), np.uint8)
 _SMALL = ("--smoke", "--num_devices=1", "--num_seeds=1")
 
 
@@ -252,7 +253,7 @@ def test_presets_equal_the_released_codes(name, facts):
 @pytest.mark.parametrize("name", script.PRESETS)
 @pytest.mark.parametrize("num_classes", [10, 100])
 def test_networks_of_presets_fit_the_data(name, num_classes):
-  model = script.make_classifier(script.PRESETS[name], num_classes)
+  model = script.make_classifier(script.PRESETS[name], num_classes, _NO_IMAGES)
   model.check({"image": jnp.zeros((1, 32, 32, 3))}, num_classes)
 
 
@@ -262,7 +263,7 @@ def test_warpi_scales_cifar_100_by_its_statistics():
     (10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     (100, (0.507, 0.487, 0.441), (0.267, 0.265, 0.276)),
   ):
-    model = script.make_classifier(script.PRESETS["warpi"], num_classes)
+    model = script.make_classifier(script.PRESETS["warpi"], num_classes, _NO_IMAGES)
     result = model.preprocess(gray, None, False).ravel()
     np.testing.assert_allclose(result, (0.5 - np.array(mean)) / std, rtol=1e-4)
 

@@ -9,6 +9,7 @@ import pytest
 import scripts
 
 import benchmarks.coreset_selection
+import benchmarks.data_cleaning
 import benchmarks.label_issues
 import benchmarks.step_time
 import experiments
@@ -20,6 +21,7 @@ from l2rw_jax import base
 # Any two scripts can be imported in one process.
 _MODULES = [
   benchmarks.coreset_selection,
+  benchmarks.data_cleaning,
   benchmarks.label_issues,
   benchmarks.step_time,
   importlib.import_module("experiments.tables.__main__"),

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 
+import numpy as np
 import pytest
 import scripts
 
@@ -349,3 +350,17 @@ def test_deep_json_is_one_line(tmp_path):
   (tmp_path / "mnist_noise" / "results.json").write_text("[" * 200_000)
   with pytest.raises(base.InputError, match="cannot be read as results"):
     tables.collect(tmp_path)
+
+
+def test_error_bars_of_percentages_end_at_0_and_100():
+  from experiments.lib import figures
+  from experiments.lib import report
+  from experiments.tables import figure
+
+  means, widths = [5.0, 95.0, 50.0], [9.0, 9.0, float("nan")]
+  expected = [[5, 9, 0], [9, 5, 0]]
+  np.testing.assert_allclose(figure._errors(means, widths, True), expected)
+  intervals = [report.Interval(m, w, 3) for m, w in zip(means, widths, strict=True)]
+  np.testing.assert_allclose(figures.clipped_errors(intervals), expected)
+  whole = figure._errors(means, widths, False)
+  np.testing.assert_allclose(whole, [[9, 9, 0], [9, 9, 0]])

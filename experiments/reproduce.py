@@ -1,0 +1,763 @@
+r"""Reproduces published cells, those of most value per minute first.
+
+The catalogue has every published number whose data set can be read here: the MNIST
+figure and the CIFAR tables of L2RW (Ren et al., 2018), the tables of Meta-Weight-Net
+(Shu et al., 2019), MentorNet-PD (Jiang et al., 2018), LDAM-DRW (Cao et al., 2019) and
+BARE (Patel and Sastry, 2023), and the time of a step. Each cell is a run of its script
+with its seeds, in a folder of its own below --workdir.
+Command: python -m experiments.reproduce --list
+  python -m experiments.reproduce --device=gpu --minutes=30
+  python -m experiments.reproduce --rehearse  (a few steps of every cell)
+Time: what --minutes allows. When it is over, the cell at work saves a checkpoint, and
+  the same command continues. A cell that does not fit in what is left is not started.
+Estimates: FLOPs are passes over the network, as XLA counts its forward pass, times
+  examples, steps and seeds. On two CPU cores 60 GFLOP/s are taken, what convolutions
+  reach in results/step_time. On a GPU nothing was measured: 20 TFLOP/s and 30
+  microseconds for each layer and pass are assumptions for an H100. What has run in
+  --workdir corrects the estimates of what has not.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import functools
+import importlib
+import json
+import math
+import pathlib
+import shlex
+import signal
+import statistics
+import threading
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from experiments import cifar_long_tail
+from experiments import cifar_noise
+from experiments import mnist_imbalance
+from experiments import mnist_noise
+from experiments.lib import launch
+from experiments.lib import registries
+from experiments.lib import report
+from experiments.lib import settings as settings_lib
+from experiments.lib.settings import flag
+from experiments.tables import published
+from experiments.tables import published_cifar
+from l2rw_jax import base
+from l2rw_jax.io import workdir as workdir_lib
+from l2rw_jax.models import lenet
+
+_RECORD = "reproduce.json"
+DEVICES = ("cpu", "gpu")
+# Floating-point operations a second, see the module's docstring.
+_SPEED = {"cpu": 60e9, "gpu": 20e12}
+# Seconds of a layer and pass that do not depend on its size.
+_LAUNCH = {"cpu": 5e-6, "gpu": 30e-6}
+_COMPILE_MINUTES = {"cpu": 0.5, "gpu": 1.5}
+# Committed mentors; that of MentorNet-DD learned from losses on MNIST, which is not the
+# published protocol, so its cells are left out.
+_MENTOR = "results/mentornet_pretrain/pd/mentor.json"
+_LEFT_OUT = ("mentornet_dd",)
+# The paper's method counts more than the baselines next to it.
+_OWN = {
+  "mnist_imbalance": "l2rw",
+  "bare": "bare",
+  "l2rw_uniform": "l2rw",
+  "l2rw_background": "l2rw",
+  "mwn_uniform": "meta_weight_net",
+  "mwn_flip": "meta_weight_net",
+  "mentornet": "mentornet_pd",
+  "ldam": "ldam_drw",
+  "mwn": "meta_weight_net",
+}
+_PAPERS = {
+  "mnist_imbalance": "Ren et al. 2018, figure 3",
+  "bare": "Patel and Sastry 2023, MNIST table",
+  "l2rw_uniform": "Ren et al. 2018, UniformFlip table",
+  "l2rw_background": "Ren et al. 2018, BackgroundFlip table",
+  "mwn_uniform": "Shu et al. 2019, uniform noise",
+  "mwn_flip": "Shu et al. 2019, flip noise",
+  "mentornet": "Jiang et al. 2018, table 2",
+  "ldam": "Cao et al. 2019, tables 2 and 5",
+  "mwn": "Shu et al. 2019, long tails",
+}
+_CIFAR, _MNIST = (32, 32, 3), (28, 28, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(settings_lib.Flags):
+  """The flags of this script."""
+
+  list: bool = flag(False, "Print the catalogue and run nothing.", group="output")
+  rehearse: bool = flag(
+    False,
+    "Run a few steps of every cell, with one seed and a small network, in"
+    " WORKDIR/rehearsal; the true networks are built and checked, but not trained.",
+  )
+  only: tuple[str, ...] = flag(
+    (),
+    "Names of cells, or parts of names, separated by commas: run or list only these.",
+  )
+  device: str | None = flag(
+    None, "Device of the run and of the estimates.", unset="JAX's", choices=DEVICES
+  )
+  minutes: float | None = flag(
+    None,
+    "Minutes after which to stop.",
+    unset="no limit",
+    bounds=settings_lib.Bounds(0.01, 1e6),
+  )
+  num_seeds: int = flag(
+    3, "Number of seeds of a cell; the MNIST figure has 10 splits if this is not given."
+  )
+  workdir: str | None = flag(
+    None,
+    "Folder of all cells. The default is runs/reproduce.",
+    group="output",
+    recorded=False,
+  )
+  results: str = flag(
+    "results",
+    "Folder of committed results: cells that have as many runs there come last.",
+    group="data",
+  )
+  data_dir: str | None = flag(
+    None,
+    "Folder of prepared TFDS data sets. The default is TFDS_DATA_DIR, or else TFDS's"
+    " own folder.",
+    group="data",
+    recorded=False,
+  )
+  cache_dir: str | None = flag(
+    None,
+    "Folder in which decoded data sets are kept. The default is ~/.cache/l2rw_jax.",
+    group="data",
+    recorded=False,
+  )
+
+
+class Cell(NamedTuple):
+  """A published number, and the run that reproduces it.
+
+  Attributes:
+    name: of its folder.
+    paper: and the table in it.
+    module: of the script.
+    method: its name in --methods.
+    facts: columns of the rows of this cell, besides the method.
+    settings: of the script, without folders and seeds.
+    published: the number, None if the cell is not a number of a table.
+    spread: its "±", or None.
+    column: of the rows to compare with it.
+    repeats: number of seeds; None is that of --num_seeds.
+    size: what a run costs; None if it is not a training run.
+    is_own: whether the method is the paper's.
+    note: what is uncertain about the protocol.
+  """
+
+  name: str
+  paper: str
+  module: str
+  method: str
+  facts: dict[str, Any]
+  settings: dict[str, Any]
+  published: float | None
+  spread: float | None
+  column: str
+  repeats: int | None
+  size: "Size | None"
+  is_own: bool
+  note: str = ""
+
+  @property
+  def seeds_flag(self) -> str:
+    """The script's flag for the number of seeds."""
+    return "num_splits" if self.module.endswith("mnist_imbalance") else "num_seeds"
+
+  @property
+  def command(self) -> str:
+    """The command that makes the same run, without folders and seeds."""
+    parts = ["python", "-m", self.module]
+    for name, value in self.settings.items():
+      several = isinstance(value, tuple)
+      is_list = several and all(isinstance(one, str) for one in value)
+      if is_list and name != "mentor":
+        parts.append(f"--{name}={','.join(value)}")
+      else:
+        parts += [f"--{name}={one}" for one in (value if several else (value,))]
+    return shlex.join(parts)
+
+
+class Size(NamedTuple):
+  """What decides the cost of a training run.
+
+  Attributes:
+    network: `() -> (module, image shape)`, by name in `_network`.
+    num_steps: updates.
+    batch_size: B.
+    meta_batch_size: M, of methods with a clean batch.
+  """
+
+  network: str
+  num_steps: int
+  batch_size: int
+  meta_batch_size: int
+
+
+def catalogue() -> list[Cell]:
+  """Every published cell, in the order of its papers."""
+  return [*_imbalance(), *_bare(), *_cifar_noise(), *_long_tail(), _step_time()]
+
+
+def _imbalance() -> Iterator[Cell]:
+  protocol = mnist_imbalance.PROTOCOLS["paper"]
+  for method, numbers in published.MNIST_IMBALANCE.items():
+    for majority, number in numbers.items():
+      batch_size = 100
+      yield Cell(
+        f"mnist_imbalance-{majority:g}-{method}",
+        _PAPERS["mnist_imbalance"],
+        "experiments.mnist_imbalance",
+        method,
+        {"dataset": "mnist", "majority": majority, "protocol": "paper"},
+        {"majority": (majority,), "methods": (method,)},
+        *number,
+        "error_percent",
+        10,
+        Size("mnist_lenet", protocol.num_steps, batch_size, 10),
+        method == _OWN["mnist_imbalance"],
+      )
+
+
+def _bare() -> Iterator[Cell]:
+  preset = mnist_noise.PRESETS["bare"]
+  # 48,000 of the 60,000 images: without 11,000 for validation and 1,000 clean ones.
+  steps = preset.num_epochs * (48_000 // preset.batch_size)
+  for (noise, fraction), methods in published.MNIST_NOISE.items():
+    for method, number in methods.items():
+      yield Cell(
+        f"mnist_noise-bare-{noise}-{fraction:g}-{method}",
+        _PAPERS["bare"],
+        "experiments.mnist_noise",
+        method,
+        {
+          **{"dataset": "mnist", "preset": "bare", "pixels": "raw"},
+          **{"noise": noise, "fraction": fraction},
+        },
+        {
+          **{"preset": "bare", "pixels": "raw", "noise": noise},
+          **{"noise_fraction": (fraction,), "methods": (method,)},
+        },
+        *number,
+        "accuracy_percent",
+        None,
+        Size("mnist_mlp", steps, preset.batch_size, preset.meta_batch_size),
+        method == _OWN["bare"],
+      )
+
+
+def _cifar_noise() -> Iterator[Cell]:
+  for name, noise, fraction, method in published_cifar.noise_cells("cifar10"):
+    if method in _LEFT_OUT:
+      continue
+    preset = cifar_noise.PRESETS[name]
+    settings = {
+      **{"preset": name, "dataset": "cifar10", "noise_fraction": fraction},
+      "methods": (method,),
+    }
+    if method == "mentornet_pd":
+      settings["mentor"] = (_MENTOR,)
+    number = published_cifar.lookup(name, "cifar10", noise, fraction, method)
+    yield Cell(
+      f"cifar_noise-{name}-{fraction:g}-{method}",
+      _PAPERS[name],
+      "experiments.cifar_noise",
+      method,
+      {
+        **{"dataset": "cifar10", "preset": name, "noise": noise},
+        **{"fraction": fraction, "network": preset.network},
+      },
+      settings,
+      *number,
+      "accuracy_percent",
+      None,
+      Size(preset.network, preset.num_steps, preset.batch_size, preset.meta_batch_size),
+      method == _OWN[name],
+      _NOTES.get(name, ""),
+    )
+
+
+# What the scripts say of their presets.
+_NOTES = {
+  "mwn_uniform": "published baselines on a longer schedule",
+  "mwn_flip": "length of the schedule not verified",
+  "mentornet": "whether the true class is drawn too is not verified",
+}
+
+
+def _long_tail() -> Iterator[Cell]:
+  for method, builder, shape, imbalance in published_cifar.long_tail_cells("cifar10"):
+    preset = cifar_long_tail.PRESETS[builder]
+    size = _tail_size(builder, shape, imbalance)
+    yield Cell(
+      f"cifar_long_tail-{builder}-{shape}-{imbalance:g}-{method}",
+      _PAPERS[builder],
+      "experiments.cifar_long_tail",
+      method,
+      {
+        **{"dataset": "cifar10", "preset": builder, "builder": builder},
+        **{"shape": shape, "imbalance": imbalance, "network": "resnet_32"},
+      },
+      {
+        **{"preset": builder, "shape": shape, "imbalance": (imbalance,)},
+        "methods": (method,),
+      },
+      published_cifar.long_tail("cifar10", method, builder, shape, imbalance),
+      None,
+      "accuracy_percent",
+      None,
+      Size(
+        "resnet_32",
+        preset.num_epochs * (size // preset.batch_size),
+        preset.batch_size,
+        100,
+      ),
+      method == _OWN[builder],
+    )
+
+
+def _tail_size(builder: str, shape: str, imbalance: float) -> int:
+  """Number of CIFAR-10's training images in a tail."""
+  largest = 5000 - (10 if builder == "mwn" else 0)
+  if shape == "step":
+    return 5 * largest + 5 * int(largest / imbalance)
+  return sum(int(largest * imbalance ** (-c / 9)) for c in range(10))
+
+
+def _step_time() -> Cell:
+  return Cell(
+    "step_time",
+    "Ren et al. 2018: about 3 times plain training",
+    "benchmarks.step_time",
+    "l2rw",
+    {},
+    {},
+    None,
+    None,
+    "ratio",
+    1,
+    None,
+    True,
+  )
+
+
+# Minutes of a cell without a size: measured on two CPU cores, assumed for a GPU.
+_FIXED_MINUTES = {"cpu": 20.0, "gpu": 5.0}
+
+
+def _network(name: str) -> tuple[Any, tuple[int, ...]]:
+  """A network by the name in `Size`, and the shape of its images."""
+  if name == "mnist_lenet":
+    return lenet.LeNet(1), _MNIST
+  if name == "mnist_mlp":
+    return registries.SMALL_NETWORKS["mlp"](10), _MNIST
+  return registries.NETWORKS[name](10), _CIFAR
+
+
+class Forward(NamedTuple):
+  """The forward pass of one example.
+
+  Attributes:
+    flops: floating-point operations, as XLA counts them before optimization.
+    layers: number of kernels.
+    has_batch_norm: whether examples see each other, which the layerwise engine refuses.
+  """
+
+  flops: float
+  layers: int
+  has_batch_norm: bool
+
+
+@functools.cache
+def forward(name: str) -> Forward:
+  """Traces a network without compiling it; InputError if it cannot be built."""
+  model, shape = _network(name)
+  image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), image)
+  cost = jax.jit(model.apply).lower(variables, image).cost_analysis()
+  cost = cost[0] if isinstance(cost, list) else cost
+  if not cost or not cost.get("flops"):
+    raise base.InputError(f"XLA does not count the FLOPs of {name} on this device.")
+  kernels = sum(x.ndim > 1 for x in jax.tree.leaves(variables["params"]))
+  return Forward(float(cost["flops"]), kernels, "batch_stats" in variables)
+
+
+def passes(method: str, has_batch_norm: bool) -> tuple[int, int]:
+  """Forward passes of a step for each training and each clean example.
+
+  A backward pass counts 2. Those of WarPI and of the others with a network in the loss
+  are those of Meta-Weight-Net.
+  """
+  if method == "l2rw":
+    return (5 if has_batch_norm else 4), 3
+  if method in ("meta_weight_net", "warpi", "advisor"):
+    return (7 if has_batch_norm else 5), 3
+  return 3, 0
+
+
+def seeds(settings: Settings, cell: Cell) -> int:
+  """Number of runs of a cell."""
+  if cell.repeats is None or settings.is_given("num_seeds"):
+    return settings.num_seeds
+  return cell.repeats
+
+
+def flops(settings: Settings, cell: Cell) -> float | None:
+  """Floating-point operations of all runs of a cell."""
+  if cell.size is None:
+    return None
+  pass_ = forward(cell.size.network)
+  train, meta = passes(cell.method, pass_.has_batch_norm)
+  examples = train * cell.size.batch_size + meta * cell.size.meta_batch_size
+  return seeds(settings, cell) * cell.size.num_steps * examples * pass_.flops
+
+
+def estimated_minutes(settings: Settings, cell: Cell, device: str) -> float:
+  """What a cell takes, by the rule in the module's docstring."""
+  if cell.size is None:
+    return _FIXED_MINUTES[device]
+  pass_ = forward(cell.size.network)
+  train, meta = passes(cell.method, pass_.has_batch_norm)
+  launches = cell.size.num_steps * pass_.layers * (train + meta) * _LAUNCH[device]
+  if device == "cpu":  # One seed after the other.
+    launches *= seeds(settings, cell)
+  computed = (flops(settings, cell) or 0.0) / _SPEED[device]
+  return _COMPILE_MINUTES[device] + max(computed, launches) / 60
+
+
+class State(NamedTuple):
+  """How far a cell is, from its folder and the committed results.
+
+  Attributes:
+    name: "done", "started" or "to do".
+    minutes: that it has taken so far, on the device of its record.
+    device: of the record, or None.
+    measured: of its rows.
+    committed: number of its runs among the committed results.
+  """
+
+  name: str
+  minutes: float
+  device: str | None
+  measured: report.Interval | None
+  committed: int
+
+
+def read_state(settings: Settings, cell: Cell, root: pathlib.Path) -> State:
+  """The state of a cell."""
+  folder = root / cell.name
+  path = folder / _RECORD
+  record = workdir_lib.read_record(path) if path.exists() else {}
+  measured = None
+  name = "started" if record else "to do"
+  if record.get("seeds", 0) >= seeds(settings, cell) and record.get("is_done"):
+    name = "done"
+    measured = _measured(cell, _rows(folder / "results.json"))
+  return State(
+    name,
+    record.get("minutes", 0.0),
+    record.get("device"),
+    measured,
+    len(_matching(cell, _committed(settings.results, cell.module))),
+  )
+
+
+def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))["rows"]
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise base.InputError(f"{path} cannot be read as results ({error}).") from error
+
+
+@functools.cache
+def _committed(results: str, module: str) -> list[dict[str, Any]]:
+  """All committed rows of a script."""
+  name = module.rpartition(".")[2]
+  paths = sorted(pathlib.Path(results).glob(f"{name}*/**/results.json"))
+  return [row for path in paths for row in _rows(path)]
+
+
+def _matching(cell: Cell, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+  wanted = {"method": cell.method, **cell.facts}
+  return [row for row in rows if all(row.get(k) == v for k, v in wanted.items())]
+
+
+def _measured(cell: Cell, rows: Sequence[dict[str, Any]]) -> report.Interval | None:
+  if cell.published is None:  # Its rows are of several settings.
+    return None
+  values = [row[cell.column] for row in _matching(cell, rows) if cell.column in row]
+  known = [value for value in values if value is not None]
+  return report.interval(known) if known else None
+
+
+class Entry(NamedTuple):
+  """A cell of the queue with its estimate.
+
+  Attributes:
+    cell: the published cell.
+    state: how far it is.
+    minutes: still to go, estimated; 0 if it is done.
+    value: what its result is worth.
+  """
+
+  cell: Cell
+  state: State
+  minutes: float
+  value: float
+
+  @property
+  def order(self) -> tuple[bool, float]:
+    """Sorts a queue: what has been started, then the value per minute."""
+    return self.state.name != "started", -self.value / max(self.minutes, 1e-6)
+
+
+def make_entries(
+  settings: Settings, cells: Sequence[Cell], root: pathlib.Path, device: str
+) -> list[Entry]:
+  """The cells with their states and estimates, in the order of `Entry.order`."""
+  states = [read_state(settings, cell, root) for cell in cells]
+  first = [estimated_minutes(settings, cell, device) for cell in cells]
+  ratios = [
+    state.minutes / minutes
+    for state, minutes in zip(states, first, strict=True)
+    if state.name == "done" and state.device == device
+  ]
+  correction = statistics.median(ratios) if ratios else 1.0
+  entries = []
+  for cell, state, minutes in zip(cells, states, first, strict=True):
+    # What takes longer than estimated is not as good as done.
+    left = max(minutes * correction - state.minutes, minutes * correction / 10)
+    value = 3.0 if cell.is_own else 1.0
+    if state.committed >= seeds(settings, cell):
+      value /= 10
+    left = 0.0 if state.name == "done" else left
+    entries.append(Entry(cell, state, left, value))
+  return sorted(entries, key=lambda entry: entry.order)
+
+
+def _published(cell: Cell) -> str:
+  if cell.published is None:
+    return "-"
+  spread = "" if cell.spread is None else f" ± {cell.spread:.2f}"
+  return f"{cell.published:.2f}{spread}"
+
+
+def _full_command(settings: Settings, cell: Cell) -> str:
+  if cell.size is None:  # It has no seeds.
+    return cell.command
+  return f"{cell.command} --{cell.seeds_flag}={seeds(settings, cell)}"
+
+
+def describe(settings: Settings, entries: Sequence[Entry]) -> str:
+  """The catalogue as a table."""
+  header = ["cell", "paper", "published", "measured", "committed runs", "FLOPs"]
+  header += [f"minutes on {device}, estimated" for device in DEVICES]
+  header += ["state", "note", "command"]
+  rows = []
+  for cell, state, _, _ in entries:
+    operations = flops(settings, cell)
+    rows.append(
+      [
+        *(cell.name, cell.paper, _published(cell), state.measured or "-"),
+        *(state.committed, "-" if operations is None else f"{operations:.1e}"),
+        *(f"{estimated_minutes(settings, cell, d):.1f}" for d in DEVICES),
+        *(state.name, cell.note, _full_command(settings, cell)),
+      ]
+    )
+  return report.table(header, rows)
+
+
+# Fewer steps, by script; the networks of CIFAR's scripts are replaced, because the true
+# ones would be compiled for minutes on a CPU.
+_REHEARSALS: dict[str, dict[str, Any]] = {
+  "experiments.mnist_imbalance": {
+    **{"num_steps": 2, "l2rw_steps": 2, "eval_every": 2, "num_test": 100},
+    **{"batch_size": 20, "hard_mining_batch": 20},
+  },
+  "experiments.mnist_noise": {"num_epochs": 1, "num_validation": 200, "num_meta": 10},
+  "experiments.cifar_noise": {"smoke": True, "network": "mlp"},
+  "experiments.cifar_long_tail": {"smoke": True, "network": "mlp"},
+  "benchmarks.step_time": {
+    **{"networks": ("mlp",), "methods": ("plain",), "meta_sizes": ("0.1",)},
+    **{"engines": ("layerwise",), "repeats": 1, "seconds": 0.01, "batch_size": 10},
+  },
+}
+
+
+def make_run(settings: Settings, cell: Cell) -> tuple[Callable[..., Any], Any]:
+  """The script's `run` and its settings for a cell.
+
+  Raises:
+    InputError: the script refuses them.
+  """
+  # By name: benchmarks are a floor above this one.
+  module = importlib.import_module(cell.module)
+  values = dict(cell.settings)
+  values |= {"data_dir": settings.data_dir, "cache_dir": settings.cache_dir}
+  fields = settings_lib.flags_of(module.Settings)
+  if cell.seeds_flag in fields:
+    values[cell.seeds_flag] = seeds(settings, cell)
+  at_once = cell.seeds_flag.removeprefix("num_") + "_at_once"
+  if jax.default_backend() != "cpu" and at_once in fields:
+    values[at_once] = seeds(settings, cell)
+  if settings.rehearse:
+    values |= _REHEARSALS[cell.module]
+    if cell.seeds_flag in fields:
+      values[cell.seeds_flag] = 1
+    values.pop(at_once, None)
+  return module.run, module.Settings(**values)
+
+
+class _OutOfTime:
+  """Sends this process the signal of Ctrl-C at the end of its minutes.
+
+  The training loop then saves a checkpoint, as it does for a user's.
+  """
+
+  def __init__(self, seconds: float | None):
+    self.is_over = False
+    self._timer = None
+    if seconds is not None:
+      self._timer = threading.Timer(seconds, self._end)
+      self._timer.daemon = True
+
+  def __enter__(self) -> "_OutOfTime":
+    if self._timer:
+      self._timer.start()
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    if self._timer:
+      self._timer.cancel()
+
+  def _end(self) -> None:
+    self.is_over = True
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
+def _run_cell(
+  settings: Settings, entry: Entry, root: pathlib.Path, seconds: float | None
+) -> bool:
+  """Runs a cell and records its time; returns whether it is finished."""
+  cell, folder = entry.cell, root / entry.cell.name
+  run, its_settings = make_run(settings, cell)
+  print(f"\n{cell.name}: {cell.command}", flush=True)
+  started, rows = time.monotonic(), None
+  try:
+    with _OutOfTime(seconds) as limit:
+      rows = run(its_settings, folder)
+  except KeyboardInterrupt:
+    if not limit.is_over:
+      raise
+  finally:
+    if folder.is_dir():
+      minutes = entry.state.minutes + (time.monotonic() - started) / 60
+      record = {"minutes": minutes, "is_done": rows is not None}
+      record |= {"seeds": seeds(settings, cell), "device": jax.default_backend()}
+      workdir_lib.write_record(folder / _RECORD, record)
+  if rows is None:
+    return False
+  measured = _measured(cell, rows)
+  if measured is not None and not settings.rehearse:
+    print(f"\n{cell.name}: {measured}, published {_published(cell)}")
+  return True
+
+
+def choose_cells(settings: Settings) -> list[Cell]:
+  """The cells of --only.
+
+  Raises:
+    InputError: there are none.
+  """
+  cells = catalogue()
+  if settings.only:
+    names = {cell.name for cell in cells}
+    whole = names.intersection(settings.only)
+    parts = [part for part in settings.only if part not in names]
+    cells = [c for c in cells if c.name in whole or any(p in c.name for p in parts)]
+  if not cells:
+    raise base.InputError(
+      f"--only={','.join(settings.only)}: no cell has such a name; see --list."
+    )
+  return cells
+
+
+def run(settings: Settings, workdir: Any) -> list[Entry]:
+  """Runs the queue, or prints it; returns its entries as they are at the end.
+
+  Raises:
+    InputError: another device was asked for than JAX has, or a script refuses a cell.
+  """
+  started = time.monotonic()
+  cells = choose_cells(settings)
+  backend = jax.default_backend()
+  device = settings.device or (backend if backend in DEVICES else "gpu")
+  root = pathlib.Path(workdir)
+  if settings.rehearse:
+    root = root / "rehearsal"
+  entries = make_entries(settings, cells, root, device)
+  if settings.list:
+    print(describe(settings, entries))
+    return entries
+  if device != (backend if backend in DEVICES else "gpu"):
+    raise base.InputError(
+      f"--device={device}: JAX computes on a {backend.upper()} here; leave the flag"
+      " out, or install jax for that device."
+    )
+  limit = math.inf if settings.minutes is None else settings.minutes
+  for entry in entries:  # Raises before anything is trained.
+    make_run(settings.replace(rehearse=False), entry.cell)
+  failed: dict[str, str] = {}
+  while True:
+    left = limit - (time.monotonic() - started) / 60
+    waiting = [
+      e for e in entries if e.state.name != "done" and e.cell.name not in failed
+    ]
+    fitting = [e for e in waiting if settings.rehearse or e.minutes <= left]
+    if not fitting or left <= 0:
+      break
+    seconds = None if math.isinf(left) else 60 * left
+    name = fitting[0].cell.name
+    try:
+      is_done = _run_cell(settings, fitting[0], root, seconds)
+    except (base.InputError, MemoryError, jax.errors.JaxRuntimeError) as error:
+      # The minutes of a device are too dear to end at the first mistake.
+      failed[name] = " ".join(str(error).split())
+      print(f"{name} failed: {failed[name]}", flush=True)
+      continue
+    entries = make_entries(settings, cells, root, device)
+    if not is_done:
+      print(f"{name}: the {limit:g} minutes are over; the same command continues.")
+      break
+  _summarize(entries, limit)
+  if failed:
+    raise base.InputError(f"{len(failed)} cells failed: {'; '.join(failed)}.")
+  return entries
+
+
+def _summarize(entries: Sequence[Entry], limit: float) -> None:
+  waiting = [entry for entry in entries if entry.state.name != "done"]
+  print(f"\n{len(entries) - len(waiting)} of {len(entries)} cells are done.")
+  if waiting and not math.isinf(limit):
+    least = min(entry.minutes for entry in waiting)
+    total = sum(entry.minutes for entry in waiting)
+    print(
+      f"The others need {total:.0f} minutes, the shortest {least:.1f} (estimated):"
+      " raise --minutes for those that do not fit, or run the same command again."
+    )
+
+
+if __name__ == "__main__":
+  launch.main(Settings, run, "reproduce")

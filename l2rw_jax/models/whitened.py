@@ -1,0 +1,239 @@
+"""A fast network for small images, with a whitened first convolution.
+
+The ideas are those of the public speed-runs on CIFAR-10 (Keller Jordan, "94% on
+CIFAR-10 in 3.29 seconds on a single GPU", arXiv:2404.00498): the first layer is not
+trained but decorrelates patches of 2x2 pixels; three pairs of 3x3 convolutions follow,
+each with a pooling after its first; GELU; no residual connections; convolutions that
+start as the identity on their first channels; small logits at the start.
+"""
+
+import functools
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from l2rw_jax import base
+from l2rw_jax.models import group_norm
+from l2rw_jax.models import pooling
+from l2rw_jax.models import split
+
+NORMS = ("batch", "group")
+PATCH = 2
+_NUM_GROUPS = 8
+# The features are divided by it, so that the first logits are small.
+_LOGIT_DIVISOR = 9.0
+# Relative to the mean variance of a pixel of a patch.
+_EPSILON = 1e-3
+
+# Numbers [PATCH * PATCH * C, K], K being the number of filters, as nested tuples, so
+# that a module which holds them can be hashed and compared.
+Filters = tuple[tuple[float, ...], ...]
+
+
+def whitening_filters(images: np.ndarray) -> Filters:
+  """Filters that decorrelate the patches of images and give them equal variance.
+
+  The patches of 2 x 2 pixels have a covariance matrix E diag(lambda) E^T. The filters
+  are the columns of E diag(lambda + epsilon)^(-1/2), with epsilon a thousandth of the
+  mean of lambda, and the same with the opposite sign, because GELU removes negative
+  outputs.
+
+  Args:
+    images: as the network gets them in evaluation, float [N, H, W, C]. Some thousand
+      are enough; no labels are needed.
+
+  Returns:
+    Filters [4 C, 8 C] for `WhitenedNet.whitening`, in the order of rows, columns and
+    channels of a patch.
+
+  Raises:
+    InputError: there is no patch, or the pixels are not finite.
+  """
+  images = np.asarray(images, np.float64)
+  if images.ndim != 4 or not len(images) or min(images.shape[1:3]) < PATCH:
+    raise base.InputError(
+      f"images of shape {images.shape}: whitening needs [N, H, W, C] with at least"
+      f" {PATCH}x{PATCH} pixels."
+    )
+  height, width = (size - PATCH + 1 for size in images.shape[1:3])
+  patches = np.stack(
+    [
+      images[:, row : row + height, column : column + width]
+      for row in range(PATCH)
+      for column in range(PATCH)
+    ],
+    axis=3,
+  )
+  patches = patches.reshape(-1, PATCH * PATCH * images.shape[-1])
+  if not np.isfinite(patches).all():
+    raise base.InputError("whitening: a pixel is NaN or infinite.")
+  patches = patches - patches.mean(axis=0)
+  variances, directions = np.linalg.eigh(patches.T @ patches / len(patches))
+  epsilon = max(_EPSILON * variances.mean(), 1e-12)
+  # Rounding can make the smallest variances negative.
+  filters = directions / np.sqrt(np.maximum(variances, 0) + epsilon)
+  # The sign of an eigenvector is arbitrary: the largest entry of each is positive.
+  largest = np.argmax(np.abs(filters), axis=0)
+  filters = filters * np.sign(filters[largest, np.arange(filters.shape[1])])
+  both = np.concatenate([filters, -filters], axis=1)
+  return tuple(tuple(float(value) for value in row) for row in both)
+
+
+class Whitening(nn.Module):
+  """A 2x2 convolution without padding whose kernel is constant; its bias is trained.
+
+  Attributes:
+    filters: of `whitening_filters`.
+    dtype: of the computation.
+  """
+
+  filters: Filters
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps images [B, H, W, C] to [B, H - 1, W - 1, K].
+
+    Raises:
+      InputError: the filters are for another number of channels.
+    """
+    rows, outputs = len(self.filters), len(self.filters[0])
+    if rows != PATCH * PATCH * x.shape[-1]:
+      raise base.InputError(
+        f"whitening has filters of {rows} numbers; patches of {PATCH}x{PATCH} pixels"
+        f" with {x.shape[-1]} channels have {PATCH * PATCH * x.shape[-1]}."
+      )
+    shape = (PATCH, PATCH, x.shape[-1], outputs)
+    kernel = jnp.asarray(self.filters, self.dtype).reshape(shape)
+    bias = self.param("bias", nn.initializers.zeros, (outputs,))
+    convolved = jax.lax.conv_general_dilated(
+      x.astype(self.dtype),
+      kernel,
+      (1, 1),
+      "VALID",
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return convolved + bias.astype(self.dtype)[None, None, None, :]
+
+
+class WhitenedNet(split.SplitNetwork):
+  """Six 3x3 convolutions after a whitening layer, for images of 9x9 pixels or more.
+
+  A 2x2 convolution with the filters of `whitening_filters`, which are constants, and a
+  bias; GELU; then three times: 3x3 convolution, 2x2 max pooling, normalization, GELU,
+  3x3 convolution, normalization, GELU, with `width`, 4 `width` and 4 `width` channels;
+  the maximum over the remaining positions; a linear layer. For CIFAR-10 there are
+  1,972,514 parameters at width 64, and 497,826 at width 32, with BatchNorm.
+
+  Differences from the speed-run: a head with a bias, and nothing of its training recipe
+  (learning rates of 10, a learning rate of its own for biases, an average of weights).
+
+  Attributes:
+    num_outputs: logits per example.
+    whitening: of `whitening_filters`; None is a trainable first convolution with as
+      many filters.
+    width: channels of the first pair; 64 in the speed-run.
+    norm: "batch", or "group": GroupNorm with 8 groups, which treats examples
+      separately, as the layerwise engine of `linearization.linearize` requires.
+    axis_name: mapped axis whose devices share batch statistics.
+    dtype: of the computation.
+    cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
+
+  Raises:
+    InputError: when initialized or applied, an unknown `norm`, "group" with a `width`
+      that is not a multiple of 8, images that are too small, or filters for another
+      number of channels.
+  """
+
+  num_outputs: int
+  whitening: Filters | None = None
+  width: int = 64
+  norm: str = "batch"
+  axis_name: str | None = None
+  dtype: Any = jnp.float32
+  cosine: bool = False
+
+  def setup(self) -> None:
+    """The output layer."""
+    self.output = split.output_layer(
+      self.num_outputs,
+      self.cosine,
+      kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+      dtype=self.dtype,
+      name="Dense_0",
+    )
+
+  @property
+  def num_features(self) -> int:
+    """Width of the penultimate layer."""
+    return 4 * self.width
+
+  @nn.compact
+  def features(self, x: jax.Array, train: bool = False) -> jax.Array:
+    """Maps images [B, H, W, C] to features [B, 4 width]."""
+    if min(x.shape[1:3]) < PATCH**3 + 1:
+      raise base.InputError(
+        f"images of {x.shape[1]}x{x.shape[2]} pixels are too small for this network:"
+        f" it needs {PATCH**3 + 1} in both directions."
+      )
+    conv = functools.partial(
+      nn.Conv,
+      kernel_size=(3, 3),
+      padding=1,
+      use_bias=False,
+      kernel_init=_identity,
+      dtype=self.dtype,
+    )
+    norm = self._norm(train)
+    if self.whitening is None:
+      filters = 2 * PATCH * PATCH * x.shape[-1]
+      first: nn.Module = nn.Conv(
+        filters, (PATCH, PATCH), padding=0, dtype=self.dtype, name="Whitening"
+      )
+    else:
+      first = Whitening(self.whitening, dtype=self.dtype, name="Whitening")
+    x = nn.gelu(first(x))
+    for width in (self.width, 4 * self.width, 4 * self.width):
+      x = nn.gelu(norm()(_halve(conv(width)(x))))
+      x = nn.gelu(norm()(conv(width)(x)))
+    return x.max(axis=(1, 2)) / jnp.asarray(_LOGIT_DIVISOR, x.dtype)
+
+  def _norm(self, train):
+    """Returns a constructor of normalization layers."""
+    if self.norm == "batch":
+      return functools.partial(
+        nn.BatchNorm,
+        use_running_average=not train,
+        momentum=0.9,
+        axis_name=self.axis_name,
+        dtype=self.dtype,
+      )
+    if self.norm not in NORMS:
+      raise base.InputError(f"norm={self.norm!r}: choose one of {NORMS}.")
+    if self.width % _NUM_GROUPS:
+      raise base.InputError(
+        f"norm='group' with width={self.width}: choose a multiple of {_NUM_GROUPS}."
+      )
+    return functools.partial(
+      group_norm.GroupNorm, num_groups=_NUM_GROUPS, dtype=self.dtype
+    )
+
+
+def _halve(x: jax.Array) -> jax.Array:
+  """2x2 max pooling; a last odd row or column is dropped."""
+  height, width = (size - size % 2 for size in x.shape[1:3])
+  return pooling.max_pool(x[:, :height, :width], 2, 2)
+
+
+def _identity(key, shape, dtype=jnp.float32):
+  """U(+-1 / sqrt(fan-in)), but the first channels of a 3x3 kernel copy their input."""
+  init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+  kernel = init(key, shape, dtype)
+  copied = min(shape[-2:])
+  identity = jnp.zeros((*shape[:-1], copied), dtype)
+  channels = jnp.arange(copied)
+  identity = identity.at[shape[0] // 2, shape[1] // 2, channels, channels].set(1)
+  return jnp.concatenate([identity, kernel[..., copied:]], axis=-1)

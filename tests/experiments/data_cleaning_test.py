@@ -1,0 +1,175 @@
+"""Data cleaning as a bilevel problem: the published formulas, and a run on digits."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scripts
+
+from benchmarks import _cleaning_solvers as solvers_lib
+from benchmarks import data_cleaning
+
+_SIZES = solvers_lib.Sizes(6, 6, 4, 3, batch_size=6, num_steps=5, regularization=0.2)
+
+
+def _problem():
+  """A state with nothing at 0, and batches of all six examples."""
+  rng = np.random.default_rng(0)
+  batches = [
+    solvers_lib.Batch(
+      jnp.asarray(rng.normal(size=(6, 4)), jnp.float32),
+      jnp.asarray(rng.integers(0, 3, 6), jnp.int32),
+      *[jnp.int32(0)] * 3,
+      jnp.ones(6, bool),
+    )
+    for _ in range(2)
+  ]
+  state = {
+    "z": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32),
+    "v": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32),
+    "logits": jnp.asarray(rng.normal(size=6), jnp.float32),
+  }
+  return state, batches
+
+
+def test_soba_steps_along_the_published_directions():
+  state, (batch, meta_batch) = _problem()
+  z, v, logits = (state[name] for name in ("z", "v", "logits"))
+
+  def log_likelihood(z, batch):
+    scores = batch.x @ z
+    return scores - jax.nn.logsumexp(scores, axis=1, keepdims=True)
+
+  def cross_entropy(z, batch):
+    return -jnp.take_along_axis(log_likelihood(z, batch), batch.y[:, None], 1)[:, 0]
+
+  def g(z, logits):
+    weighted = jax.nn.sigmoid(logits) * cross_entropy(z, batch)
+    return weighted.mean() + 0.2 * jnp.sum(z**2)
+
+  def f(z):
+    return cross_entropy(z, meta_batch).mean()
+
+  @jax.jit
+  def directions(z, v, logits):
+    # The whole matrices, where the solver has products.
+    hessian = jax.hessian(g)(z, logits)
+    mixed = jax.jacobian(jax.grad(g), argnums=1)(z, logits)
+    d_v = jnp.einsum("abcd,cd->ab", hessian, v) + jax.grad(f)(z)
+    return jax.grad(g)(z, logits), d_v, jnp.einsum("abn,ab->n", mixed, v)
+
+  @jax.jit
+  def soba(state, step):
+    return solvers_lib.soba(0.1, 2.0).step(_SIZES, state, step, batch, meta_batch)
+
+  after = soba(state, jnp.int32(3))  # Its step sizes are halved there.
+  d_z, d_v, d_x = directions(z, v, logits)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+  close(after["z"], z - 0.05 * d_z)
+  close(after["v"], v - 0.05 * d_v)
+  close(after["logits"], logits - 1.0 * d_x)
+
+
+def test_saba_keeps_the_last_value_of_every_batch():
+  # Two batches of three examples; directions by hand as SAGA defines them.
+  state, (batch, meta_batch) = _problem()
+  sizes = _SIZES._replace(batch_size=3)
+  solver = solvers_lib.saba(0.1, 1.0)
+  first = solver.init(sizes, jax.random.key(0)) | state
+
+  def half(of, number, following):
+    rows = slice(3 * number, 3 * number + 3)
+    return solvers_lib.Batch(
+      *(of.x[rows], of.y[rows], jnp.int32(3 * number), jnp.int32(number)),
+      *(jnp.int32(following), of.is_clean[rows]),
+    )
+
+  @jax.jit
+  def run(state):
+    states = [state]
+    for number, following in ((0, 1), (1, 0), (0, 1)):
+      batches = [half(of, number, following) for of in (batch, meta_batch)]
+      states.append(solver.step(sizes, dict(states[-1]), jnp.int32(0), *batches))
+    return states
+
+  states = run(first)
+  moves = [
+    (before["z"] - after["z"]) / 0.1 for before, after in itertools.pairwise(states)
+  ]
+
+  @jax.jit
+  def gradients(states):
+    return [
+      solvers_lib._inner_terms(sizes, states[t], half(batch, n, 0))[0]
+      for t, n in enumerate((0, 1, 0))
+    ]
+
+  values = gradients(states)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+  close(moves[0], values[0])
+  close(moves[1], values[1] + values[0] / 2)
+  close(moves[2], values[2] - values[0] + (values[0] + values[1]) / 2)
+  kept = states[-1]["inner"]
+  close(kept.last, jnp.stack([values[2], values[1]]))
+  close(kept.mean, (values[2] + values[1]) / 2)
+
+
+# The others are their solvers, which the tests above check, in the same loop.
+_COMPARED = ("l2rw", "kept_weights", "meta_weight_net", "clean_only")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """Rows of a short benchmark, its folder, and what it printed."""
+  cwd = tmp_path_factory.mktemp("benchmark")
+  arguments = ["--dataset=digits", "--num_train=320", "--num_meta=80", "--shares=0.6"]
+  arguments += ["--num_seeds=1", "--num_steps=30", "--eval_every=15"]
+  arguments += ["--batch_size=64", "--learning_rate=0.1", "--kept_learning_rate=30"]
+  arguments.append(f"--methods={','.join(_COMPARED)}")
+  done = scripts.run("benchmarks.data_cleaning", *arguments, cwd=cwd)
+  assert done.status == 0 and done.complaints == "", done.complaints
+  return cwd, arguments, done.printed
+
+
+def test_every_method_learns_and_ranks(run):
+  cwd, arguments, printed = run
+  rows = scripts.saved_rows(cwd / "runs" / "data_cleaning")[0]
+  assert [row["method"] for row in rows] == list(_COMPARED)
+  assert len(scripts.table(printed)) == 1 + len(rows)
+  for row in rows:
+    assert 45 < row["wrong_percent"] < 62  # 0.6 times nine tenths.
+    curve = [point.split(":") for point in row["curve"].split()]
+    assert [int(step) for step, _, _ in curve] == [0, 15, 30]
+    assert float(curve[-1][2]) == pytest.approx(row["error_percent"], abs=0.01)
+    assert row["error_percent"] < 80  # 90 without training.
+    learned = row["method"] in data_cleaning.LEARNED
+    assert (row["weight_auroc"] is not None) == learned
+    if learned and row["method"] != "meta_weight_net":
+      assert row["weight_auroc"] > 0.6, row["method"]
+  by_name = {row["method"]: row for row in rows}
+  assert by_name["clean_only"]["regularization"] != 0.2
+  assert by_name["l2rw"]["score_auroc"] is not None
+  assert (cwd / "runs" / "data_cleaning" / "figure.png").stat().st_size > 10_000
+  again = scripts.run("benchmarks.data_cleaning", *arguments, cwd=cwd)
+  assert again.status == 0 and again.printed == printed  # Nothing was repeated.
+
+
+@pytest.mark.parametrize(
+  ("arguments", "complaint"),
+  [
+    (["--methods=sobo"], "--methods=sobo: choose among l2rw"),
+    (["--num_meta=10"], "--num_meta=10: four fifths of it are less"),
+    (["--num_train=5000"], "ask for 5080 images; digits has 1297"),
+    (["--shares=2"], "--shares=2 must lie between 0 and 1"),
+  ],
+)
+def test_a_mistake_is_one_line(arguments, complaint, tmp_path):
+  small = ["--dataset=digits", "--num_train=320", "--num_meta=80"]
+  names = {argument.split("=")[0] for argument in arguments}
+  small = [argument for argument in small if argument.split("=")[0] not in names]
+  done = scripts.run("benchmarks.data_cleaning", *small, *arguments, cwd=tmp_path)
+  assert done.status == 2 and complaint in done.complaints, done.complaints
+  assert not (tmp_path / "runs").exists()

@@ -1,0 +1,238 @@
+"""The queue of published cells: its catalogue, its order, and a rehearsal."""
+
+import numpy as np
+import pytest
+import scripts
+
+from experiments import reproduce
+from experiments.lib import registries
+from experiments.lib import settings as settings_lib
+from experiments.tables import published
+from experiments.tables import published_cifar
+from l2rw_jax import base
+from l2rw_jax.data import sources
+
+
+@pytest.fixture(scope="module")
+def cells():
+  return {cell.name: cell for cell in reproduce.catalogue()}
+
+
+def test_every_published_value_that_can_be_run_is_in_the_catalogue(cells):
+  assert len(cells) == len(reproduce.catalogue())  # Every name is unique.
+  numbers = [n for m in published.MNIST_IMBALANCE.values() for n in m.values()]
+  numbers += [n for m in published.MNIST_NOISE.values() for n in m.values()]
+  for preset, noise, fraction, method in published_cifar.noise_cells("cifar10"):
+    if method != "mentornet_dd":
+      number = published_cifar.lookup(preset, "cifar10", noise, fraction, method)
+      numbers.append(number)
+  for method, *tail in published_cifar.long_tail_cells("cifar10"):
+    numbers.append((published_cifar.long_tail("cifar10", method, *tail), None))
+  given = [(c.published, c.spread) for c in cells.values() if c.published is not None]
+  assert sorted(given, key=str) == sorted(numbers, key=str)
+  assert len(given) > 150
+
+
+def test_methods_and_settings_are_those_of_the_scripts(cells):
+  settings = reproduce.Settings()
+  for cell in cells.values():
+    assert cell.method in registries.LONG_TAIL or cell.method == "proportion"
+    reproduce.make_run(settings, cell)  # Raises InputError if a flag has no such value.
+    rehearsal = reproduce.make_run(settings.replace(rehearse=True), cell)[1]
+    assert type(rehearsal) is type(reproduce.make_run(settings, cell)[1])
+
+
+def test_cells_that_the_issue_of_a_gpu_needs_are_named(cells):
+  for name, value in {
+    "cifar_long_tail-ldam-exponential-100-ldam_drw": 77.03,
+    "cifar_noise-l2rw_background-0.4-l2rw": 86.73,
+    "cifar_noise-mwn_flip-0.4-meta_weight_net": 87.54,
+    "cifar_noise-mwn_uniform-0.4-meta_weight_net": 89.27,
+    "cifar_noise-mentornet-0.4-mentornet_pd": 77.0,
+    "mnist_imbalance-0.995-l2rw": 3.62,
+  }.items():
+    assert cells[name].published == value and cells[name].is_own
+  assert cells["step_time"].module == "benchmarks.step_time"
+  assert cells["mnist_imbalance-0.9-l2rw"].command == (
+    "python -m experiments.mnist_imbalance --majority=0.9 --methods=l2rw"
+  )
+
+
+def test_flops_are_those_of_the_convolutions_times_the_passes(cells):
+  settings = reproduce.Settings()
+  lenet = reproduce.forward("mnist_lenet")
+  # 5x5 convolutions with SAME padding, at 28, 14 and 7 pixels, and two dense layers;
+  # XLA does not count products with padding.
+  whole = 2 * (784 * 25 * 16 + 196 * 400 * 32 + 49 * 800 * 64 + 1024 * 100 + 100)
+  assert 0.75 * whole < lenet.flops < 1.05 * whole
+  assert lenet.layers == 5 and not lenet.has_batch_norm
+  uniform, l2rw = (
+    reproduce.flops(settings, cells[f"mnist_imbalance-0.99-{method}"])
+    for method in ("uniform", "l2rw")
+  )
+  assert uniform == 10 * 8000 * 300 * lenet.flops
+  assert l2rw == 10 * 8000 * (4 * 100 + 3 * 10) * lenet.flops
+  more = settings.replace(num_seeds=5)
+  assert reproduce.flops(more, cells["mnist_imbalance-0.99-uniform"]) == uniform / 2
+  assert reproduce.passes("l2rw", True) == (5, 3)
+  assert reproduce.forward("resnet_32").has_batch_norm
+
+
+def test_the_number_of_images_of_a_tail_is_that_of_the_builder():
+  from l2rw_jax.data import long_tail
+
+  for builder, shape, imbalance in (
+    ("ldam", "exponential", 100.0),
+    ("mwn", "step", 10),
+  ):
+    largest = 5000 - (10 if builder == "mwn" else 0)
+    counts = long_tail.class_sizes(shape, largest, 10, imbalance)
+    assert abs(reproduce._tail_size(builder, shape, imbalance) - sum(counts)) <= 10
+
+
+def _source(split: str, shape: tuple[int, ...], labels: np.ndarray) -> sources.Source:
+  rng = np.random.default_rng(len(labels))
+  images = rng.integers(0, 256, (len(labels), *shape), np.uint8)
+  return sources.Source("made", "1", split, images, labels.astype(np.int32), 10, {})
+
+
+@pytest.fixture
+def made(monkeypatch):
+  """Random images in place of every data set, with enough 4s and 9s."""
+
+  def load(name, split, data_dir, cache_dir):
+    del data_dir, cache_dir
+    rest = np.tile(np.arange(10), 200)
+    if name == "cifar10":
+      return _source(split, (32, 32, 3), rest if split == "train" else rest[:500])
+    more = [np.full(600, 4), np.full(4900, 9)] if split == "train" else []
+    return _source(split, (28, 28, 1), np.concatenate([rest[:1000], *more]))
+
+  monkeypatch.setattr(settings_lib, "_load", load)
+  for module, values in reproduce._REHEARSALS.items():
+    if module.startswith("experiments"):  # Programs for one device compile sooner.
+      monkeypatch.setitem(reproduce._REHEARSALS, module, values | {"num_devices": 1})
+
+
+_KINDS = (
+  "mnist_imbalance-0.9-uniform",
+  "mnist_noise-bare-bare_symmetric-0.5-uniform",
+  "cifar_noise-l2rw_background-0.4-uniform",
+  "cifar_long_tail-ldam-step-100-uniform",
+  "step_time",
+)
+
+
+def test_a_cell_of_each_kind_is_rehearsed(made, tmp_path):
+  settings = reproduce.Settings(rehearse=True, results=str(tmp_path), only=_KINDS)
+  entries = reproduce.run(settings, tmp_path)
+  assert {entry.cell.name for entry in entries} == set(_KINDS)
+  assert [entry.state.name for entry in entries] == ["done"] * len(_KINDS)
+  kinds = {cell.module for cell in reproduce.catalogue()}
+  assert {entry.cell.module for entry in entries} == kinds
+
+
+def _record(folder, **values):
+  folder.mkdir(parents=True)
+  reproduce.workdir_lib.write_record(folder / "reproduce.json", values)
+
+
+def test_the_queue_orders_by_value_per_minute_and_refuses_what_does_not_fit(
+  cells, monkeypatch, tmp_path
+):
+  names = ("a", "b", "c", "d")
+  small = [
+    cells["step_time"]._replace(name=n, is_own=n == "c", module="x", published=3.0)
+    for n in names
+  ]
+  minutes = dict(zip(names, (4.0, 2.0, 5.0, 50.0), strict=True))
+  monkeypatch.setattr(reproduce, "catalogue", lambda: small)
+  monkeypatch.setattr(
+    reproduce, "estimated_minutes", lambda settings, cell, device: minutes[cell.name]
+  )
+  done, now = [], [0.0]
+  monkeypatch.setattr(reproduce.time, "monotonic", lambda: now[0])
+
+  def make_run(settings, cell):
+    def run(its_settings, folder):
+      if cell.name == "b" and not its_settings:
+        raise base.InputError("no data")
+      folder.mkdir(parents=True, exist_ok=True)
+      rows = [{"method": "l2rw", "ratio": 1.5}]
+      reproduce.workdir_lib.write_record(folder / "results.json", {"rows": rows})
+      done.append(cell.name)
+      now[0] += speed * 60 * minutes[cell.name]
+      return rows
+
+    return run, is_there
+
+  monkeypatch.setattr(reproduce, "make_run", make_run)
+  is_there, speed = False, 1.0
+  settings = reproduce.Settings(minutes=20.0, device="cpu", results=str(tmp_path))
+  with pytest.raises(base.InputError, match="1 cells failed: b"):
+    reproduce.run(settings, tmp_path / "w")
+  assert done == ["c", "a"]  # 3 / 5, then 1 / 2 fails, then 1 / 4; 1 / 50 is too long.
+  is_there, speed = True, 0.1
+  entries = reproduce.run(settings, tmp_path / "w")
+  assert done == ["c", "a", "b"]
+  by_name = {entry.cell.name: entry for entry in entries}
+  assert by_name["c"].state.measured.mean == 1.5
+  assert by_name["d"].state.name == "to do" and by_name["d"].minutes == 50
+  # Two of three took a tenth of the estimate: so will what is left.
+  reproduce.workdir_lib.write_record(
+    tmp_path / "w" / "a" / "reproduce.json",
+    {"minutes": 0.4, "is_done": True, "seeds": 3, "device": "cpu"},
+  )
+  reproduce.run(settings, tmp_path / "w")
+  assert done == ["c", "a", "b", "d"]
+
+
+def test_what_is_started_comes_first_and_needs_the_rest_only(cells, tmp_path):
+  settings = reproduce.Settings(results=str(tmp_path))
+  chosen = [cells["step_time"], cells["mnist_imbalance-0.9-l2rw"]]
+  _record(tmp_path / chosen[1].name, minutes=7.0, is_done=False, seeds=10, device="cpu")
+  entries = reproduce.make_entries(settings, chosen, tmp_path, "cpu")
+  assert [entry.state.name for entry in entries] == ["started", "to do"]
+  whole = reproduce.estimated_minutes(settings, chosen[1], "cpu")
+  assert entries[0].minutes == pytest.approx(whole - 7)
+
+
+def test_time_runs_out_as_if_by_ctrl_c(cells, monkeypatch, tmp_path, capsys):
+  def make_run(settings, cell):
+    def run(its_settings, folder):
+      folder.mkdir(parents=True)
+      reproduce.time.sleep(20)
+
+    return run, None
+
+  monkeypatch.setattr(reproduce, "make_run", make_run)
+  monkeypatch.setattr(reproduce, "estimated_minutes", lambda *a: 0.001)
+  settings = reproduce.Settings(only=("step_time",), minutes=0.02, device="cpu")
+  settings = settings.replace(results=str(tmp_path))
+  (entry,) = reproduce.run(settings, tmp_path / "w")
+  assert entry.state.name == "started"
+  assert "minutes are over; the same command continues" in capsys.readouterr().out
+
+
+def test_the_list_has_numbers_and_commands(tmp_path):
+  done = scripts.run("reproduce", "--list", "--only=ldam-exponential-100", cwd=tmp_path)
+  assert done.status == 0 and done.complaints == "", done.complaints
+  header, *lines = scripts.table(done.printed)
+  rows = {line[0]: dict(zip(header, line, strict=True)) for line in lines}
+  row = rows["cifar_long_tail-ldam-exponential-100-ldam_drw"]
+  assert row["published"] == "77.03" and row["state"] == "to do"
+  assert float(row["FLOPs"]) > 1e15
+  assert row["command"].endswith("--methods=ldam_drw --num_seeds=3")
+  assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+  ("arguments", "complaint"),
+  [
+    (["--only=sota"], "--only=sota: no cell has such a name; see --list"),
+    (["--device=gpu", "--only=step_time"], "--device=gpu: JAX computes on a CPU"),
+  ],
+)
+def test_a_mistake_is_one_line(arguments, complaint, tmp_path):
+  done = scripts.run("reproduce", *arguments, cwd=tmp_path)
+  assert done.status == 2 and complaint in done.complaints, done.complaints
