@@ -11,6 +11,21 @@ import optax
 from l2rw_jax.training import validation
 
 _STAIRS = 5
+SCHEDULES = ("constant", "cosine")
+
+
+@functools.cache  # The loop compiles anew for a new function.
+def schedule(name: str, learning_rate: float, num_steps: int) -> optax.ScalarOrSchedule:
+  """The learning rate of a name of `--schedule`.
+
+  Args:
+    name: one of `SCHEDULES`; "cosine" falls to 0 at the last step.
+    learning_rate: at the start.
+    num_steps: length of the run.
+  """
+  if name == "constant":
+    return learning_rate
+  return optax.cosine_decay_schedule(learning_rate, num_steps)
 
 
 @dataclasses.dataclass(frozen=True)

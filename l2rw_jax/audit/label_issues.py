@@ -53,7 +53,8 @@ by does not count, unless one of the two entries is more than 2.5 times the othe
     number of issues = E(W) + max(E(Q) - E(W), 0) o / (1 + o)
 
 where Q counts all examples, sure or not: the others are mostly wrong if most of those
-with another label are surely so, and mostly hard if few are.
+with another label are surely so, and mostly hard if few are. For x >= 1 all of them
+count.
 
 Confident learning counts the examples with p[c] >= t[c] for some c. Probabilities from
 training itself, unlike held-out ones, are pulled towards the given label, so that few
@@ -256,7 +257,8 @@ def _number_of_issues(p, given, likely):
       margins = margin[agrees]
     least = _SURE * max(np.median(margins), 0) if len(margins) else 0
     is_sure = (margin >= least) & (likely == c)
-    share = (margins >= least).mean() if len(margins) else 1
+    # A median above 0 makes it a half or more; otherwise the network knows nothing.
+    share = max((margins >= least).mean(), 0.5) if len(margins) else 1
     counts = np.bincount(given[is_sure & ~agrees], minlength=num_classes)
     sure[c] = counts / share
   everything = _count(likely[~agrees], given[~agrees], num_classes)
