@@ -159,7 +159,9 @@ def _preset(text: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(registries.Settings, trusted.Settings, runner.Settings):
+class Settings(
+  registries.Settings, trusted.Settings, optimizers.Settings, runner.Settings
+):
   """The flags of this script."""
 
   EXTENDABLE = ("methods", "num_seeds", "seeds_at_once", "mentor")
@@ -368,7 +370,10 @@ def make_cells(settings: Settings, names: Sequence[str]) -> list[runner.Cell]:
     eval_every=settings.eval_every,
     seeds=settings.seeds,
   )
-  optimizer, facts = make_optimizer(preset), make_facts(settings, preset)
+  if settings.schedule is not None:
+    settings.check_used("decay_steps", False, "with --schedule")
+  optimizer = settings.scheduled(make_optimizer(preset))
+  facts = make_facts(settings, preset)
   num_epochs = config.num_steps / max(1, len(split.train.label) // config.batch_size)
   fraction = preset.noise_fraction
   problem = runner.make_problem(

@@ -216,11 +216,13 @@ def draw(
 ) -> None:
   """Accuracy of every method, the rejections of L2RW, the most suspicious labels."""
   methods = list(dict.fromkeys(row["method"] for row in rows))
-  with figures.figure(path, figsize=(10, 6.2)) as (drawn, axes):
+  with figures.figure(path, figsize=(10, 5), tight=True) as (drawn, axes):
     axes.set_axis_off()
-    grid = drawn.add_gridspec(3, _NUM_SHOWN, height_ratios=(3, 0.05, 1))
-    left = drawn.add_subplot(grid[0, : _NUM_SHOWN // 2])
-    right = drawn.add_subplot(grid[0, _NUM_SHOWN // 2 :])
+    grid = drawn.add_gridspec(2, 1, height_ratios=(3.2, 1), hspace=0.55)
+    above = grid[0].subgridspec(1, 2, wspace=0.22)
+    left, right = (drawn.add_subplot(above[i]) for i in range(2))
+    list_axes, below = drawn.add_subplot(grid[1]), grid[1].subgridspec(1, _NUM_SHOWN)
+    list_axes.set_axis_off()
     for i, method in enumerate(methods):
       values = [r["accuracy_percent"] for r in rows if r["method"] == method]
       mean, half_width, _ = report.interval(values)
@@ -238,9 +240,9 @@ def draw(
     else:
       right.set_axis_off()
     if found.data.features.ndim == 4:
-      axes.set_title(_list_title(found), y=0.19, fontsize=10)
+      list_axes.set_title(_list_title(found), pad=30, fontsize=11)
       for place in range(min(_NUM_SHOWN, len(found.issues.index))):
-        _draw_issue(drawn.add_subplot(grid[2, place]), found, place)
+        _draw_issue(drawn.add_subplot(below[place]), found, place)
 
 
 def _list_title(found: Audit) -> str:

@@ -35,7 +35,9 @@ def _preset(text: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(registries.LongTailSettings, trusted.Settings, runner.Settings):
+class Settings(
+  registries.LongTailSettings, trusted.Settings, optimizers.Settings, runner.Settings
+):
   """The flags of both scripts."""
 
   EXTENDABLE = ("methods", "imbalance", "mentor")
@@ -161,7 +163,7 @@ def _with_flags(settings: Settings, preset: Preset) -> Preset:
     weight_decay=settings.weight_decay,
   )
   return preset._replace(
-    optimizer=dataclasses.replace(preset.optimizer, **given),
+    optimizer=settings.scheduled(dataclasses.replace(preset.optimizer, **given)),
     **settings_lib.given_values(
       num_epochs=settings.num_epochs,
       batch_size=settings.batch_size,
