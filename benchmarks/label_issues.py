@@ -12,9 +12,9 @@ No method uses the true labels of the training set, which does not contain the t
 examples. Digits, wine and breast_cancer are bundled with scikit-learn; of mnist,
 fashion_mnist and cifar10_n, the first training images are used. The labels of cifar10_n
 are those of human annotators: a seed changes the network and the trusted examples, not
-the labels. Its images enter as features that need no labels (see _patches). The recipe
-(network, learning rate, epochs) and the ranking were chosen on other data or seeds:
-digits with seeds 100 and 101, later training images of MNIST, Fashion-MNIST and
+the labels. Its images enter as features that need no labels (random_patches). The
+recipe (network, learning rate, epochs) and the ranking were chosen on other data or
+seeds: digits with seeds 100 and 101, later training images of MNIST, Fashion-MNIST and
 CIFAR-10N, iris, and synthetic sets. cleanlab and the nearest neighbors use their
 default settings. Seconds are CPU time of all processor cores, so that other load on the
 machine does not count.
@@ -34,7 +34,6 @@ import jax
 import numpy as np
 import optax
 
-from benchmarks import _patches
 from experiments.lib import launch
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
@@ -48,6 +47,7 @@ from l2rw_jax.data import noisy_labels
 from l2rw_jax.io import workdir as workdir_lib
 from l2rw_jax.methods import l2rw
 from l2rw_jax.models import mlp
+from l2rw_jax.models import random_patches
 
 # The number of epochs for each data set. Small tables are memorized soon.
 EPOCHS = {
@@ -153,7 +153,7 @@ def load(settings: Settings, name: str) -> tuple[np.ndarray, np.ndarray, int]:
   source, size = settings.load("train", name), settings.num_examples
   labels = source.labels[:size]
   if name == "cifar10_n":
-    return _patches.features(source.images[:size]), labels, source.num_classes
+    return random_patches.fit(source.images[:size])[1], labels, source.num_classes
   x = source.images[:size].reshape(-1, math.prod(source.images.shape[1:]))
   return x.astype(np.float32) / 255, labels, source.num_classes
 

@@ -33,8 +33,9 @@ class Result(NamedTuple):
       other files.
     weights: the columns of `weights.csv`, arrays [N] by name: index,
       source_index, label, true_label, mean_weight, last_weight (in units of the
-      uniform weight), seen, rejected (in batches). The two columns of labels are
-      missing if examples have several labels.
+      uniform weight), seen, rejected (in batches). A high rejected / seen is a sign
+      of a wrong label, and a better one than a low mean_weight. The two columns of
+      labels are missing if examples have several labels.
     statistics: what the method reports of each training example, arrays [N, ...] by
       name, as in `audit.recording`; empty if it reports nothing.
     params: the trained parameters after the last step, NumPy arrays.
