@@ -29,9 +29,11 @@ import numpy as np
 from experiments.lib import figures
 from experiments.lib import launch
 from experiments.lib import optimizers
+from experiments.lib import own_data as own_data_lib
 from experiments.lib import registries
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
+from experiments.lib import trusted
 from experiments.lib.settings import flag
 from experiments.tables import published_cifar
 from experiments.tables import table
@@ -157,7 +159,9 @@ def _preset(text: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(registries.Settings, runner.Settings):
+class Settings(
+  registries.Settings, trusted.Settings, optimizers.Settings, runner.Settings
+):
   """The flags of this script."""
 
   EXTENDABLE = ("methods", "num_seeds", "seeds_at_once", "mentor")
@@ -168,8 +172,8 @@ class Settings(registries.Settings, runner.Settings):
   )
   dataset: str | None = flag(
     None,
-    "Data set: the name of any image set that TFDS has prepared in --data_dir. The"
-    " default is cifar10, and cifar10_n for --noise=human.",
+    "Data set: the name of any image set that TFDS has prepared in --data_dir,"
+    f" {own_data_lib.HELP}. The default is cifar10, and cifar10_n for --noise=human.",
   )
   noise: str | None = flag(None, unset="the preset's", choices=noisy_labels.BUILDERS)
   noise_fraction: float | None = flag(
@@ -216,6 +220,12 @@ class Settings(registries.Settings, runner.Settings):
   smoke: bool = flag(
     False, "Three steps of a small network on 2,000 images, to try the script out."
   )
+
+  @property
+  def dataset_name(self) -> str:
+    """As in the base class; the default depends on the noise."""
+    noise = self.noise or PRESETS[self.preset].noise
+    return self.dataset or ("cifar10_n" if noise == "human" else "cifar10")
 
   def load(self, split: str, dataset: str | None = None) -> sources.Source:
     """As in the base class; the first images only with --smoke."""
@@ -319,7 +329,7 @@ def make_facts(settings: Settings, preset: Preset) -> dict[str, Any]:
   """What distinguishes the data of a cell."""
   is_human = preset.noise == "human"
   return {
-    "dataset": settings.dataset or ("cifar10_n" if is_human else "cifar10"),
+    "dataset": settings.dataset_name,
     "noise": preset.noise,
     "variant": settings.noise_variant,
     "fraction": preset.noise_fraction,
@@ -343,11 +353,11 @@ def make_splits(
       test,
       builder=preset.noise,
       fraction=preset.noise_fraction,
-      num_meta_per_class=num_meta,
       num_validation=preset.num_validation,
       seed=seed,
       variant=settings.noise_variant,
       annotation=facts["annotation"],
+      **settings.meta_set(num_meta),
     )
     for seed in seeds
   ]
@@ -368,7 +378,10 @@ def make_cells(settings: Settings, names: Sequence[str]) -> list[runner.Cell]:
     eval_every=settings.eval_every,
     seeds=settings.seeds,
   )
-  optimizer, facts = make_optimizer(preset), make_facts(settings, preset)
+  if settings.schedule is not None:
+    settings.check_used("decay_steps", False, "with --schedule")
+  optimizer = settings.scheduled(make_optimizer(preset))
+  facts = make_facts(settings, preset)
   images = settings.load("train", facts["dataset"]).images
   num_epochs = config.num_steps / max(1, len(split.train.label) // config.batch_size)
   fraction = preset.noise_fraction

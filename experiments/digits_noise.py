@@ -2,7 +2,10 @@ r"""L2RW against its baselines on handwritten digits with wrong labels.
 
 The demonstration that needs no download: scikit-learn's bundled 8x8 digits,
 1,247 to train on with 40% of the labels flipped to another class, 5 more clean
-images a class, 500 clean test images.
+images a class, 500 clean test images. The learning rate of every method falls as a
+cosine. Nothing was chosen on the test set: the accuracy is that after the last step.
+The run of L2RW also ranks the training labels by how suspicious they are, and the
+first seed's list becomes a page with pictures, issues.html.
 Command: python -m experiments.digits_noise
 Device, time: 2 CPU cores, under 3 minutes.
 Published: nothing; the problem is this project's, the noise is that of Ren et al.
@@ -13,30 +16,38 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import optax
 
 from experiments.lib import figures
+from experiments.lib import issue_files
 from experiments.lib import launch
+from experiments.lib import optimizers
+from experiments.lib import own_data as own_data_lib
 from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import trusted
 from experiments.lib.settings import flag
 from experiments.tables import table
+from l2rw_jax import audit
 from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import noisy_labels
+from l2rw_jax.data import own_data
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
+from l2rw_jax.training import results as results_lib
 
 METHODS = (
   *("uniform", "random", "proportion", "resampling", "clean_only", "fine_tuning"),
   "l2rw",
 )
+_COMPARED = ("uniform", "clean_only", "fine_tuning", "l2rw")
+_NUM_SHOWN = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +58,9 @@ class Settings(trusted.Settings, runner.Settings):
 
   dataset: str = flag("digits", recorded=False)
   methods: tuple[str, ...] = flag(
-    METHODS, f"Methods to compare, of {', '.join(METHODS)}.", group="method"
+    _COMPARED, f"Methods to compare, of {', '.join(METHODS)}.", group="method"
   )
+  num_seeds: int = flag(5)
   noise: str = flag("uniform_flip", choices=["uniform_flip", "background_flip"])
   noise_fraction: float = flag(0.4, "Share of the training labels that is flipped.")
   num_meta: int = flag(5)
@@ -57,6 +69,7 @@ class Settings(trusted.Settings, runner.Settings):
   meta_batch_size: int | None = flag(None, unset="all of them")
   learning_rate: float = flag(0.1, "Learning rate of SGD.")
   momentum: float = flag(0.0)
+  schedule: str = flag("cosine", choices=optimizers.SCHEDULES)
 
   def record(self) -> dict[str, Any]:
     """As in the base class; the data set if it is not digits."""
@@ -74,12 +87,17 @@ TABLE = table.Layout(
     table.Metric(
       "rejection_auroc", "AUROC of zero weights", decimals=3, is_optional=True
     ),
+    table.Metric("audit_auroc", "AUROC of the list", decimals=3, is_optional=True),
+    table.Metric(
+      "audit_precision", "precision at k %", 100, decimals=1, is_optional=True
+    ),
   ),
   settings={
     "noise": "{}",
     "noise_fraction": "{:.0%} of the labels wrong",
     "num_meta": "{} clean images a class",
     "num_steps": "{:,} steps",
+    "schedule": "{} learning rate",
   },
   published="Published: nothing, the problem is this project's.",
 )
@@ -128,7 +146,10 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
     meta_batch_size=settings.meta_batch_size,
     seeds=settings.seeds,
   )
-  optimizer = optax.sgd(settings.learning_rate, momentum=settings.momentum)
+  rate = optimizers.schedule(
+    settings.schedule, settings.learning_rate, settings.num_steps
+  )
+  optimizer = optax.sgd(rate, momentum=settings.momentum)
   splits = functools.partial(make_splits, settings)
   return [
     runner.Cell(
@@ -136,7 +157,7 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
       {},
       config,
       model,
-      make_method(name, settings.num_steps),
+      audit.recording(make_method(name, settings.num_steps)),
       optimizer,
       splits,
       folder=name,
@@ -145,15 +166,63 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
   ]
 
 
+class Audit(NamedTuple):
+  """The ranking of the training labels of one run.
+
+  Attributes:
+    data: the training set, as the page shows it.
+    is_wrong: whether each label is wrong, in the order of the training set, bool [N].
+    issues: the ranking.
+  """
+
+  data: own_data.OwnData
+  is_wrong: np.ndarray
+  issues: audit.LabelIssues
+
+  @property
+  def hits(self) -> np.ndarray:
+    """Whether each label is wrong, the most suspicious first, bool [N]."""
+    return self.is_wrong[self.issues.index]
+
+
+def make_audit(
+  settings: Settings, split: examples_lib.Splits, result: results_lib.Result
+) -> Audit:
+  """Ranks the training labels by the statistics of a run."""
+  train = split.train
+  data = issue_files.as_own_data(
+    settings.load("train"), train.source_index, train.label
+  )
+  issues = audit.find_label_issues(result.statistics, train.label)
+  return Audit(data, train.label != train.true_label, issues)
+
+
+def ranking_columns(found: Audit) -> dict[str, float | None]:
+  """How well the ranking finds the wrong labels, for the rows of the results."""
+  number = int(found.is_wrong.sum())
+  return {
+    "audit_auroc": report.ranking_auroc(found.issues.score, found.hits),
+    "audit_precision": float(found.hits[:number].mean()) if number else None,
+    "audit_estimate": found.issues.num_issues / number if number else None,
+  }
+
+
 def draw(
   settings: Settings,
   rows: runner.Rows,
   weights: list[dict[str, np.ndarray]],
+  found: Audit,
   path: pathlib.Path,
 ) -> None:
-  """Accuracy of every method; how often L2RW rejects clean and flipped labels."""
+  """Accuracy of every method, the rejections of L2RW, the most suspicious labels."""
   methods = list(dict.fromkeys(row["method"] for row in rows))
-  with figures.figure(path, 1, 2, figsize=(10, 3.6)) as (_, (left, right)):
+  with figures.figure(path, figsize=(10, 5), tight=True) as (drawn, axes):
+    axes.set_axis_off()
+    grid = drawn.add_gridspec(2, 1, height_ratios=(3.2, 1), hspace=0.55)
+    above = grid[0].subgridspec(1, 2, wspace=0.22)
+    left, right = (drawn.add_subplot(above[i]) for i in range(2))
+    list_axes, below = drawn.add_subplot(grid[1]), grid[1].subgridspec(1, _NUM_SHOWN)
+    list_axes.set_axis_off()
     for i, method in enumerate(methods):
       values = [r["accuracy_percent"] for r in rows if r["method"] == method]
       mean, half_width, _ = report.interval(values)
@@ -163,13 +232,36 @@ def draw(
     left.set_yticks(range(len(methods)), methods)
     left.invert_yaxis()
     left.set_xlim(0, 100)
-    left.set_xlabel("test accuracy (%)")
+    left.set_xlabel("test accuracy after the last step (%)")
     name = pathlib.PurePath(settings.dataset).name
     left.set_title(f"{name}, {settings.noise_fraction:.0%} wrong labels")
     if weights:
       figures.rejections(right, weights)
     else:
       right.set_axis_off()
+    if found.data.features.ndim == 4:
+      list_axes.set_title(_list_title(found), pad=30, fontsize=11)
+      for place in range(min(_NUM_SHOWN, len(found.issues.index))):
+        _draw_issue(drawn.add_subplot(below[place]), found, place)
+
+
+def _list_title(found: Audit) -> str:
+  number = int(found.is_wrong.sum())
+  return (
+    f"The {_NUM_SHOWN} most suspicious of {len(found.is_wrong):,} labels; of the first"
+    f" {number}, {found.hits[:number].mean():.0%} are wrong"
+  )
+
+
+def _draw_issue(axes: Any, found: Audit, place: int) -> None:
+  """One picture of the list, with the given and the suggested label."""
+  issues, names = found.issues, found.data.form.class_names
+  image = found.data.features[issues.index[place]]
+  axes.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray")
+  given, suggested = names[issues.given[place]], names[issues.suggested[place]]
+  color = "C3" if found.hits[place] else "black"
+  axes.set_title(f"given {given}\nlooks {suggested}", fontsize=8, color=color)
+  axes.set_axis_off()
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
@@ -177,23 +269,39 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   cells = make_cells(settings)
   runner.check(settings, cells)
   folder = runner.open_folder(settings, TABLE.name, workdir)
-  rows, weights = [], []
+  rows, weights, found = [], [], None
+  listed = "l2rw" if "l2rw" in settings.methods else settings.methods[0]
   for cell in cells:
-    for result in runner.train(settings, cell, folder):
+    splits = cell.splits(cell.config.seeds)
+    results = runner.train(settings, cell, folder)
+    for split, result in zip(splits, results, strict=True):
+      ranking = make_audit(settings, split, result)
+      if cell.method_name == listed and found is None:
+        found = ranking
       rows.append(
         {
           "method": cell.method_name,
           "accuracy_percent": 100 * result.metrics["last"]["accuracy"],
           "weight_auroc": report.auroc(result.weights),
           "rejection_auroc": report.rejection_auroc(result.weights),
+          **ranking_columns(ranking),
           **settings.probe_columns(result.metrics),
           **report.run_fields(result.metrics),
         }
       )
       if cell.method_name == "l2rw":
         weights.append(result.weights)
-  draw(settings, rows, weights, folder / "figure.png")
-  return runner.report(settings, TABLE, folder, rows)
+  assert found is not None  # There is a method, and it has a seed.
+  draw(settings, rows, weights, found, folder / "figure.png")
+  name = pathlib.PurePath(settings.dataset).name
+  size = len(found.is_wrong)
+  issue_files.write(folder, found.data, found.issues, name=name, num_pictures=size)
+  more = f"The labels of the first seed, ranked by the run of {listed}:\n"
+  more += own_data_lib.printable(issue_files.summary(found.data, found.issues))
+  if found.is_wrong.any():
+    more += f"\n{_list_title(found)}."
+  files = ("figure.png", "issues.csv", "issues.html (open it in a browser)")
+  return runner.report(settings, TABLE, folder, rows, files, more=more)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,7 @@ Writes issues.csv and issues.html (open it in a browser: it needs no network) to
 --workdir, and the trained network.
 """
 
-from collections.abc import Iterator
-import csv
 import dataclasses
-import io
 import pathlib
 from typing import Any
 
@@ -24,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.lib import issue_files
 from experiments.lib import launch
 from experiments.lib import own_data as own_data_lib
 from experiments.lib import runner
@@ -31,23 +29,19 @@ from experiments.lib import settings as settings_lib
 from experiments.lib.settings import flag
 from l2rw_jax import audit
 from l2rw_jax import base
-from l2rw_jax.audit import page
 from l2rw_jax.data import examples as examples_lib
-from l2rw_jax.data import image_files
 from l2rw_jax.data import own_data
-from l2rw_jax.data import sources
-from l2rw_jax.io import workdir as workdir_lib
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 from l2rw_jax.models import augmentation
 from l2rw_jax.models import classifier
 from l2rw_jax.models import lenet
 from l2rw_jax.models import mlp
+from l2rw_jax.models import random_patches
 from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import loop
 
 _NAME = "find_label_issues"
-_THUMBNAIL = 112
 _TRUSTED_BATCH = 100
 
 
@@ -89,7 +83,9 @@ class Settings(settings_lib.Settings):
     bounds=settings_lib.Bounds(4, 1024),
     group="data",
   )
-  num_epochs: int | None = flag(None, unset="20, 15 or 10: fewer for more examples")
+  num_epochs: int | None = flag(
+    None, unset="10 for tables, and 20, 15 or 10 for images: fewer for more"
+  )
   batch_size: int | None = flag(None, unset="100, and less for small data")
   learning_rate: float = flag(1e-3, "Learning rate of Adam.")
   seed: int = flag(
@@ -159,19 +155,7 @@ def read_data(settings: Settings) -> own_data.OwnData:
       label_column=settings.label_column,
       image_size=settings.image_size,
     )
-  source = settings.load("train")
-  class_names = source.class_names or sources.numbers(source.num_classes)
-  return own_data.OwnData(
-    features=source.images,
-    labels=source.labels,
-    form=own_data.Form(class_names, source.images.shape[1:]),
-    names=tuple(f"row {row}" for row in range(len(source.labels))),
-    rows=np.arange(len(source.labels)),
-    columns={},
-    skipped=(),
-    notes=(),
-    duplicate_of=own_data.duplicates(source.images),
-  )
+  return issue_files.as_own_data(settings.load("train"))
 
 
 def read_trusted(settings: Settings, data: own_data.OwnData) -> own_data.OwnData | None:
@@ -181,6 +165,24 @@ def read_trusted(settings: Settings, data: own_data.OwnData) -> own_data.OwnData
   return own_data.read(
     settings.trusted, label_column=settings.label_column, like=data.form
   )
+
+
+def prepare(
+  data: own_data.OwnData, trusted: own_data.OwnData | None
+) -> tuple[own_data.OwnData, own_data.OwnData | None]:
+  """The examples as the network takes them: color images become features.
+
+  On 6,000 images of CIFAR-10 with human labels, an MLP on the features had an AUROC of
+  0.82 in 13 seconds, and LeNet 0.77 in 127.
+  """
+  shape = data.features.shape
+  is_color = len(shape) == 4 and shape[-1] == 3 and data.features.dtype == np.uint8
+  if not is_color or min(shape[1:3]) < random_patches.LEAST_SIDE:
+    return data, trusted
+  make_features, features = random_patches.fit(data.features)
+  if trusted is not None:
+    trusted = dataclasses.replace(trusted, features=make_features(trusted.features))
+  return dataclasses.replace(data, features=features), trusted
 
 
 def make_splits(
@@ -200,7 +202,10 @@ def make_config(
   """How long to train: fewer epochs for more examples."""
   size = len(data.labels)
   batch_size = settings.batch_size or min(size, 100, max(8, size // 13))
-  num_epochs = settings.num_epochs or (20 if size < 1000 else 15 if size < 5000 else 10)
+  # A small table is memorized sooner than as many images.
+  is_table = data.features.ndim != 4
+  default = 10 if is_table or size >= 5000 else 15 if size >= 1000 else 20
+  num_epochs = settings.num_epochs or default
   num_steps = num_epochs * max(1, size // batch_size)
   return settings.config(
     num_steps=num_steps,
@@ -242,7 +247,7 @@ def make_method(is_scored: bool) -> base.Method:
 
 
 def make_model(data: own_data.OwnData) -> classifier.Classifier:
-  """A small CNN for images, an MLP for rows."""
+  """A small CNN for images, an MLP for rows and for features of color images."""
   num_classes = len(data.form.class_names)
   if data.features.ndim != 4:
     return classifier.Classifier(mlp.MLP(num_classes), num_classes)
@@ -251,138 +256,27 @@ def make_model(data: own_data.OwnData) -> classifier.Classifier:
   return classifier.Classifier(lenet.LeNet(num_classes), num_classes, scale)
 
 
-# -- what is written ---------------------------------------------------------
-
-
-def csv_text(
-  data: own_data.OwnData, issues: audit.LabelIssues, names: tuple[str, ...]
-) -> str:
-  """The content of issues.csv: a line an example, the most suspicious first."""
-  key = "path" if data.root is not None else "index"
-  statistics = {k: v for k, v in issues.statistics.items() if v.ndim == 1}
-  rows = np.arange(len(issues.index))
-  p = issues.statistics["mean_probabilities"]
-  statistics["probability_given"] = p[rows, issues.given]
-  statistics["probability_suggested"] = p[rows, issues.suggested]
-  text = io.StringIO()
-  writer = csv.writer(text, lineterminator="\n")
-  writer.writerow(
-    [key, "given", "suggested", "score", "is_issue", "duplicate_of", *statistics]
-  )
-  classes = [own_data.csv_cell(name) for name in data.form.class_names]
-  for rank, row in enumerate(issues.index.tolist()):
-    copy = int(data.duplicate_of[row])
-    writer.writerow(
-      [
-        own_data.csv_cell(names[row]) if key == "path" else int(data.rows[row]),
-        classes[issues.given[rank]],
-        classes[issues.suggested[rank]],
-        _number(issues.score[rank]),
-        bool(issues.is_issue[rank]),
-        ""
-        if copy < 0
-        else own_data.csv_cell(names[copy])
-        if key == "path"
-        else int(data.rows[copy]),
-        *(_number(column[rank]) for column in statistics.values()),
-      ]
-    )
-  return text.getvalue()
-
-
-def _number(value: float) -> str:
-  return f"{value:.6g}" if np.isfinite(value) else ""
-
-
-def pictures(data: own_data.OwnData, rows: list[int]) -> Iterator[bytes]:
-  """PNG files of some examples; none for rows of numbers."""
-  for row in rows:
-    image = None
-    if data.root is not None:
-      try:
-        image = image_files.read(
-          data.root / data.names[row], (_THUMBNAIL, _THUMBNAIL), 3, keep_shape=True
-        )
-      except ValueError:  # Removed since it was decoded.
-        image = data.features[row]
-    elif data.features.ndim == 4:
-      image = data.features[row]
-    yield b"" if image is None else _png(image)
-
-
-def _png(image: np.ndarray) -> bytes:
-  from PIL import Image
-
-  pixels = image[..., :3] if image.shape[-1] >= 3 else image[..., 0]
-  if pixels.dtype != np.uint8:
-    low, high = float(pixels.min()), float(pixels.max())
-    pixels = (255 * (pixels - low) / ((high - low) or 1)).round().astype(np.uint8)
-  made = Image.fromarray(pixels)
-  made.thumbnail((_THUMBNAIL, _THUMBNAIL))
-  file = io.BytesIO()
-  made.save(file, "PNG", optimize=True)
-  return file.getvalue()
-
-
-def write(
-  settings: Settings,
-  data: own_data.OwnData,
-  issues: audit.LabelIssues,
-  folder: pathlib.Path,
-) -> None:
-  """Writes issues.csv and issues.html."""
-  # A file name may hold bytes that are no UTF-8; they are written as they are.
-  table = csv_text(data, issues, data.names).encode("utf-8", "surrogateescape")
-  workdir_lib.write_bytes(folder / "issues.csv", table)
-  worst = issues.index[: settings.num_pictures].tolist()
-  notes = [
-    *own_data.report(data),
-    *(f"Skipped: {name}: {reason}" for name, reason in data.skipped),
-  ]
-  html = page.build(
-    issues,
-    data.form.class_names,
-    data.names,
-    title=f"Label issues in {pathlib.PurePath(settings.source_name).name}",
-    key="path" if data.root is not None else "index",
-    rows=data.rows,
-    pictures=list(pictures(data, worst)),
-    columns={k: [v[row] for row in worst] for k, v in data.columns.items()},
-    duplicate_of=data.duplicate_of.tolist(),
-    notes=notes,
-  )
-  workdir_lib.write_text(folder / "issues.html", html)
-
-
-def summary(data: own_data.OwnData, issues: audit.LabelIssues) -> str:
-  """What is printed: the number of issues and the worst five."""
-  size = len(data.labels)
-  lines = [
-    f"{issues.num_issues} of {size} labels"
-    f" ({issues.num_issues / size:.1%}) are estimated to be wrong."
-  ]
-  names = data.form.class_names
-  for rank in range(min(5, issues.num_issues)):
-    lines.append(
-      f"  {data.names[issues.index[rank]]}: given {names[issues.given[rank]]},"
-      f" suggested {names[issues.suggested[rank]]}, score {issues.score[rank]:.2f}"
-    )
-  return "\n".join(lines)
-
-
 def run(settings: Settings, workdir: runner.Folder) -> audit.LabelIssues:
   """Reads the data, trains, and writes the list and the page; returns the ranking."""
   data = read_data(settings)
   own_data_lib.show_report(settings.source_name, data)
   trusted = read_trusted(settings, data)
-  config, splits = make_config(settings, data, trusted), make_splits(data, trusted)
+  prepared, trusted = prepare(data, trusted)
+  config = make_config(settings, data, trusted)
+  splits = make_splits(prepared, trusted)
   method = audit.recording(make_method(trusted is not None))
   # Mistakes show before anything is written.
   config_lib.check(config, method, [splits])
   folder = runner.open_folder(settings, _NAME, workdir)
-  issues = train(settings, config, method, data, splits, folder)
-  write(settings, data, issues, folder)
-  print(own_data_lib.printable(summary(data, issues)))
+  issues = train(settings, config, method, prepared, splits, folder)
+  issue_files.write(
+    folder,
+    data,
+    issues,
+    name=pathlib.PurePath(settings.source_name).name,
+    num_pictures=settings.num_pictures,
+  )
+  print(own_data_lib.printable(issue_files.summary(data, issues)))
   print(f"\nwritten: {folder}/issues.csv, {folder}/issues.html (open it in a browser)")
   return issues
 

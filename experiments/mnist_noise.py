@@ -109,7 +109,9 @@ PIXELS = {"unit": None, "raw": augmentation.Preprocess(std=(1 / 255,))}
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(registries.Settings, trusted.Settings, runner.Settings):
+class Settings(
+  registries.Settings, trusted.Settings, optimizers.Settings, runner.Settings
+):
   """The flags of this script."""
 
   EXTENDABLE = ("noise_fraction", "methods", "mentor")
@@ -231,7 +233,9 @@ def make_optimizer(
     momentum=settings.momentum,
     plateau_steps=steps_per_epoch if plateau else None,
   )
-  return dataclasses.replace(optimizer, **given)
+  if settings.plateau:
+    settings.check_used("schedule", False, "with --plateau")
+  return settings.scheduled(dataclasses.replace(optimizer, **given))
 
 
 def make_cell(

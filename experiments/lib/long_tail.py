@@ -13,6 +13,7 @@ from experiments.lib import optimizers
 from experiments.lib import registries
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
+from experiments.lib import trusted
 from experiments.lib.settings import flag
 from experiments.tables import published_cifar
 from experiments.tables import table
@@ -34,7 +35,9 @@ def _preset(text: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(registries.LongTailSettings, runner.Settings):
+class Settings(
+  registries.LongTailSettings, trusted.Settings, optimizers.Settings, runner.Settings
+):
   """The flags of both scripts."""
 
   EXTENDABLE = ("methods", "imbalance", "mentor")
@@ -160,7 +163,7 @@ def _with_flags(settings: Settings, preset: Preset) -> Preset:
     weight_decay=settings.weight_decay,
   )
   return preset._replace(
-    optimizer=dataclasses.replace(preset.optimizer, **given),
+    optimizer=settings.scheduled(dataclasses.replace(preset.optimizer, **given)),
     **settings_lib.given_values(
       num_epochs=settings.num_epochs,
       batch_size=settings.batch_size,
@@ -182,8 +185,8 @@ def _make_splits(
       builder=experiment.preset.builder,
       shape=settings.shape,
       imbalance=imbalance,
-      num_meta_per_class=experiment.preset.num_meta,
       seed=seed,
+      **settings.meta_set(experiment.preset.num_meta),
     )
     for seed in seeds
   ]
@@ -272,7 +275,7 @@ def _rows(
       few_below=limits[1],
       num_train=sum(counts),
       class_counts=" ".join(map(str, counts)),
-      num_meta=experiment.preset.num_meta,
+      num_meta=len(split.meta.label) // split.num_classes,
       num_epochs=experiment.preset.num_epochs,
       deferred=experiment.preset.deferred,
     )

@@ -8,9 +8,48 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from experiments.lib import settings as settings_lib
+from experiments.lib.settings import flag
 from l2rw_jax.training import validation
 
 _STAIRS = 5
+SCHEDULES = ("constant", "cosine")
+
+
+@functools.cache  # The loop compiles anew for a new function.
+def schedule(name: str, learning_rate: float, num_steps: int) -> optax.ScalarOrSchedule:
+  """The learning rate of a name of `--schedule`.
+
+  Args:
+    name: one of `SCHEDULES`; "cosine" falls to 0 at the last step.
+    learning_rate: at the start.
+    num_steps: length of the run.
+  """
+  if name == "constant":
+    return learning_rate
+  return optax.cosine_decay_schedule(learning_rate, num_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(settings_lib.Settings):
+  """The flag --schedule, for scripts whose presets have schedules."""
+
+  schedule: str | None = flag(None, unset="the preset's", choices=SCHEDULES)
+
+  def record(self) -> dict[str, Any]:
+    """As in the base class; a folder from before there was --schedule still fits."""
+    entries = super().record()
+    if self.schedule is None:
+      del entries["schedule"]
+    return entries
+
+  def scheduled(self, optimizer: "OptimizerConfig") -> "OptimizerConfig":
+    """The optimizer with the schedule of --schedule; only a warm-up stays."""
+    if self.schedule is None:
+      return optimizer
+    return dataclasses.replace(
+      optimizer, drops=(), cosine=self.schedule == "cosine", plateau_steps=None
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +67,7 @@ class OptimizerConfig:
       otherwise only kernels decay, as with the L2 losses of the TensorFlow codes.
     warmup: share of the run in which the learning rate rises in five equal steps
       (in LDAM's code, one in each of the first five epochs).
+    cosine: whether the learning rate falls to 0 as a cosine instead of by drops.
     plateau_steps: updates in an epoch, if the learning rate falls to a tenth (but not
       below 1e-5) whenever the validation loss has not fallen for more than 5 epochs,
       as in BARE's released code; None for no such rule.
@@ -41,6 +81,7 @@ class OptimizerConfig:
   drops: tuple[tuple[float, float], ...] = ()
   decay_all: bool = True
   warmup: float = 0.0
+  cosine: bool = False
   plateau_steps: int | None = None
 
   @functools.cache  # noqa: B019  # frozen; the loop compiles anew for a new function
@@ -48,6 +89,8 @@ class OptimizerConfig:
     """`step -> learning rate`."""
     boundaries = {round(share * num_steps): factor for share, factor in self.drops}
     after = optax.piecewise_constant_schedule(self.learning_rate, boundaries)
+    if self.cosine:
+      after = optax.cosine_decay_schedule(self.learning_rate, num_steps)
     length = round(self.warmup * num_steps)
     if not length:
       return after

@@ -52,7 +52,7 @@ def auroc(weights: dict[str, np.ndarray]) -> float | None:
   Returns:
     The area under the ROC curve: 0.5 is chance; None if it is undefined.
   """
-  return _auroc(weights, -weights["mean_weight"])
+  return ranking_auroc(-weights["mean_weight"], _is_wrong(weights))
 
 
 def rejection_auroc(weights: dict[str, np.ndarray]) -> float | None:
@@ -65,7 +65,7 @@ def rejection_auroc(weights: dict[str, np.ndarray]) -> float | None:
     The area under the ROC curve: 0.5 is chance; None if it is undefined, as it is for
     methods that reject no example.
   """
-  return _auroc(weights, rejected_share(weights))
+  return ranking_auroc(rejected_share(weights), _is_wrong(weights))
 
 
 def rejected_share(weights: dict[str, np.ndarray]) -> np.ndarray:
@@ -74,8 +74,20 @@ def rejected_share(weights: dict[str, np.ndarray]) -> np.ndarray:
   return weights["rejected"] / np.where(seen > 0, seen, np.nan)
 
 
-def _auroc(weights: dict[str, np.ndarray], suspicion: np.ndarray) -> float | None:
-  is_wrong = weights["label"] != weights["true_label"]
+def _is_wrong(weights: dict[str, np.ndarray]) -> np.ndarray:
+  return weights["label"] != weights["true_label"]
+
+
+def ranking_auroc(suspicion: np.ndarray, is_wrong: np.ndarray) -> float | None:
+  """How well a number of each example finds wrong labels.
+
+  Args:
+    suspicion: [N]; examples where it is not finite do not count.
+    is_wrong: whether each label is wrong, bool [N].
+
+  Returns:
+    The area under the ROC curve: 0.5 is chance; None if it is undefined.
+  """
   known = np.isfinite(suspicion)
   is_wrong, suspicion = is_wrong[known], suspicion[known]
   if is_wrong.all() or not is_wrong.any() or np.ptp(suspicion) < 1e-9:

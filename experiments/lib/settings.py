@@ -85,6 +85,11 @@ SHARED: Mapping[str, tuple[str, Bounds | None, str]] = {
   "meta_batch_size": ("Number of clean examples in a step.", BATCH, "common"),
   "eval_every": ("Number of steps between two evaluations.", STEPS, "common"),
   "learning_rate": ("Learning rate of the optimizer.", RATE, "common"),
+  "schedule": (
+    "Whether the learning rate stays constant or falls to 0 as a cosine.",
+    None,
+    "common",
+  ),
   "momentum": ("Momentum of SGD.", Bounds(0, BELOW_ONE), "common"),
   "weight_decay": ("Weight decay of the classifier.", Bounds(0, BELOW_ONE), "common"),
   "network": ("Network to train.", None, "common"),

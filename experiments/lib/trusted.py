@@ -32,6 +32,11 @@ class Settings(settings_lib.Settings):
     del entries["trusted" if self.trusted is None else "num_meta"]
     return entries
 
+  @property
+  def dataset_name(self) -> str:
+    """The data set that is trained on."""
+    return cast(Any, self).dataset
+
   @functools.cached_property
   def trusted_source(self) -> sources.Source | None:
     """The examples of --trusted in the form of the training data; None without.
@@ -42,7 +47,7 @@ class Settings(settings_lib.Settings):
     if self.trusted is None:
       return None
     self.check_used("num_meta", False, "with --trusted")
-    train = self.load("train")
+    train = self.load("train", self.dataset_name)
     if own_data.is_own(train.name):
       form = self.read_own(train.name, "train").form
     else:
@@ -52,8 +57,14 @@ class Settings(settings_lib.Settings):
     own_data_lib.show_report(self.trusted, data)
     return sources.from_own(self.trusted, "trusted", data)
 
-  def meta_set(self) -> dict[str, Any]:
-    """The arguments of `noisy_labels.noisy_labels` that choose the meta set."""
+  def meta_set(self, num_meta: int | None = None) -> dict[str, Any]:
+    """The arguments of the functions that make splits which choose the meta set.
+
+    Args:
+      num_meta: clean images of each class without --trusted; those of --num_meta if
+        None.
+    """
     if self.trusted_source is None:
-      return {"num_meta_per_class": cast(Any, self).num_meta}
+      number = cast(Any, self).num_meta if num_meta is None else num_meta
+      return {"num_meta_per_class": number}
     return {"num_meta_per_class": 0, "trusted": self.trusted_source}

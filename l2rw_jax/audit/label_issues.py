@@ -36,14 +36,32 @@ prior of mean 1 and variance v. Where nothing is seen of a direction, v is 0, R 
 and nothing is lost. Mistakes that go both ways equally often cannot be distinguished
 from resemblance.
 
-The number of issues is the number of examples with another label than c*, less the
-examples that are merely hard: where, of all these, neither class of a pair is taken for
-the other more than 1.5 times as often as the reverse, what S exceeds its median over
-the pairs by does not count. Confident learning counts those with p[c] >= t[c] for some
-c. Probabilities from training itself, unlike held-out ones, are pulled towards the
-given label, so that few wrong labels pass that test; the pull is about the same for all
-examples and leaves the order of p[c] - t[c] alone, until the network has memorized the
-wrong labels.
+The number of issues is less than the number of examples with another label than c*:
+some of these examples are merely hard, and on correct labels all of them are. A wrong
+label leaves the network nearly as sure of another class as it is of that class where it
+is given; a hard example leaves it undecided. So let m = p[c*] less the largest other
+probability for an example labeled c*, and p[c*] - p[g] for one with another label g.
+An example is sure if m is at least 0.4 times the median m of the examples that are
+labeled c*. Let W[j, g] count the sure examples off the diagonal, each row divided by
+the share of sure examples among those labeled j, which stands for the wrong labels of
+which the network is not sure. Classes that resemble each other are mistaken both ways
+even surely: in E(W), the sum of W, what min(W, W^T) exceeds its median over the pairs
+by does not count, unless one of the two entries is more than 2.5 times the other. Then
+
+    x = E(W) / number of examples with another label than c*
+    o = (1.5 x / (1 - x))^3                                                         (4)
+    number of issues = E(W) + max(E(Q) - E(W), 0) o / (1 + o)
+
+where Q counts all examples, sure or not: the others are mostly wrong if most of those
+with another label are surely so, and mostly hard if few are. For x >= 1 all of them
+count.
+
+Confident learning counts the examples with p[c] >= t[c] for some c. Probabilities from
+training itself, unlike held-out ones, are pulled towards the given label, so that few
+wrong labels pass that test; the pull is about the same for all examples and leaves the
+order of p[c] - t[c] alone, until the network has memorized the wrong labels. Wrong
+labels that it has memorized are not counted, so that the number is too low on small
+tables.
 
 A trusted set enters through training: in a run of L2RW the network learns less from
 wrong labels, and its distributions rank better. The scores of L2RW themselves are
@@ -67,6 +85,7 @@ _PROBABILITIES = "mean_probabilities"
 # Like the form of the equations, chosen on other examples and seeds than those of
 # results/label_issues.
 _CLEAR = 0.8
+_SURE, _EVEN, _ODDS, _POWER = 0.4, 2.5, 1.5, 3
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,9 +101,9 @@ class LabelIssues:
       suspicious. NaN where the example was never seen: such examples come last.
     is_issue: whether the label is estimated to be wrong, bool [N]: true for the first
       `num_issues` examples.
-    num_issues: estimated number of wrong labels, at most the examples off the diagonal
-      of `confusion`.
-    confusion: estimated number of examples of each class (row) with each given label
+    num_issues: estimated number of wrong labels, equation (4), at most the examples
+      off the diagonal of `confusion`.
+    confusion: number of examples of each most likely class (row) with each given label
       (column), int64 [C, C].
     statistics: what `summarize` returned, every array in this order. A statistic that
       no example has is left out.
@@ -171,7 +190,7 @@ def find_label_issues(statistics: Any, labels: Any) -> LabelIssues:
   suggested[is_seen] = np.where(is_given, -1, others).argmax(axis=1)
 
   order = np.argsort(-score, kind="stable")  # NaN is sorted last.
-  num_issues = _number_of_issues(confusion)
+  num_issues = _number_of_issues(p, given, likely)
   return LabelIssues(
     index=order,
     given=labels[order],
@@ -223,14 +242,41 @@ def relative_rates(confusion: Any) -> np.ndarray:
   return np.where(is_mistake, rates, 1)
 
 
-def _number_of_issues(confusion):
-  """Examples off the diagonal, less those whose classes resemble each other."""
-  counts = confusion.astype(np.float64)
+def _number_of_issues(p, given, likely):
+  """The estimated number of wrong labels, equation (4)."""
+  num_classes = p.shape[1]
+  is_likely = np.arange(num_classes) == likely[:, None]
+  agrees = likely == given
+  rows = np.arange(len(given))
+  other = np.where(agrees, np.where(is_likely, -np.inf, p).max(axis=1), p[rows, given])
+  margin = p[rows, likely] - other
+  sure = np.zeros((num_classes, num_classes))
+  for c in np.unique(likely):
+    margins = margin[agrees & (likely == c)]
+    if not len(margins):  # No example says how sure the network is of this class.
+      margins = margin[agrees]
+    least = _SURE * max(np.median(margins), 0) if len(margins) else 0
+    is_sure = (margin >= least) & (likely == c)
+    # A median above 0 makes it a half or more; otherwise the network knows nothing.
+    share = max((margins >= least).mean(), 0.5) if len(margins) else 1
+    counts = np.bincount(given[is_sure & ~agrees], minlength=num_classes)
+    sure[c] = counts / share
+  everything = _count(likely[~agrees], given[~agrees], num_classes)
+  number = everything.sum()
+  least, most = _without_resemblance(sure), _without_resemblance(everything)
+  if least >= number:  # This also covers that no label disagrees.
+    return int(number)
+  odds = (_ODDS * least / (number - least)) ** _POWER
+  return round(least + max(most - least, 0) * odds / (1 + odds))
+
+
+def _without_resemblance(counts):
+  """The sum off the diagonal, less what pairs of classes have in common."""
   is_mistake = ~np.eye(len(counts), dtype=bool)
   common = np.minimum(counts, counts.T)
   excess = np.maximum(common - np.median(common[is_mistake]), 0)
-  is_hard = is_mistake & (2 * abs(counts - counts.T) <= common)
-  return int(counts[is_mistake].sum() - excess[is_hard].sum())
+  is_even = is_mistake & (np.maximum(counts, counts.T) <= _EVEN * common)
+  return float(counts[is_mistake].sum() - excess[is_even].sum())
 
 
 def _likely_classes(p, given):

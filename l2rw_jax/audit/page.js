@@ -28,9 +28,12 @@ function options(select, pairs) {
 const STORE = "l2rw_jax label issues " + data.id;
 let decisions = new Map();  // position -> ["keep"] | ["relabel", class] | ["remove"]
 let history = [];
-try {
-  decisions = new Map(JSON.parse(localStorage.getItem(STORE) || "[]"));
-} catch (error) { /* Private windows have no storage: decisions last until reload. */ }
+function restore() {
+  try {
+    decisions = new Map(JSON.parse(localStorage.getItem(STORE) || "[]"));
+  } catch (error) { /* Private windows have no storage: decisions last until reload. */ }
+}
+restore();
 function store() {
   try {
     localStorage.setItem(STORE, JSON.stringify([...decisions]));
@@ -358,6 +361,13 @@ at("undo").onclick = () => {
   store();
   draw();
 };
+// Another window decided, or a busy browser stores only now what was decided before the
+// page was loaded again. Without this the next decision would overwrite it.
+window.addEventListener("storage", (event) => {
+  if (event.key !== STORE && event.key !== null) return;
+  restore();
+  draw();
+});
 drawMatrix();
 drawCounts();
 // On a telephone the examples come first.

@@ -239,6 +239,24 @@ def keep_train(splits: Splits, rows: np.ndarray) -> Splits:
   return splits._replace(train=kept, fingerprint=digest.hexdigest()[:16])
 
 
+def check_trusted(
+  train: sources.Source, trusted: sources.Source, num_meta_per_class: int
+) -> None:
+  """Raises InputError unless a source can be the meta set of a training source.
+
+  Args:
+    train: the source of the training set.
+    trusted: the source of the meta set.
+    num_meta_per_class: images that are also drawn from `train`, which must be 0.
+  """
+  check_sources(train, trusted)
+  if num_meta_per_class:
+    raise base.InputError(
+      f"num_meta_per_class={num_meta_per_class} must be 0 with a trusted set, which is"
+      " the meta set"
+    )
+
+
 def with_meta(splits: Splits, source: sources.Source) -> Splits:
   """The same problem with the whole of another source as its meta set.
 

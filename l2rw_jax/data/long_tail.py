@@ -85,6 +85,7 @@ def long_tail_splits(
   imbalance: float,
   num_meta_per_class: int,
   seed: int,
+  trusted: sources.Source | None = None,
 ) -> examples_lib.Splits:
   """A long-tailed training set and a small, class-balanced, disjoint meta set.
 
@@ -114,6 +115,8 @@ def long_tail_splits(
     imbalance: images of the first class divided by those of the last, at least 1.
     num_meta_per_class: meta images of every class; 0 for none.
     seed: seed of the draws, at least 0. The released codes use one fixed seed.
+    trusted: a source that becomes the whole meta set; `num_meta_per_class` must then
+      be 0.
 
   Returns:
     The splits; the validation set is empty.
@@ -127,6 +130,8 @@ def long_tail_splits(
   """
   examples_lib.check_sources(train, test)
   examples_lib.check_sizes(num_meta_per_class=num_meta_per_class)
+  if trusted is not None:
+    examples_lib.check_trusted(train, trusted, num_meta_per_class)
   if builder not in BUILDERS:
     raise base.InputError(f"builder must be one of {BUILDERS}; got {builder!r}")
   (rng,) = examples_lib.generators(seed, 1)
@@ -143,7 +148,7 @@ def long_tail_splits(
     for pool, size in zip(pools, sizes, strict=True)
   ]
   meta = [pool[len(pool) - num_meta_per_class :] for pool in pools]
-  return examples_lib.assemble(
+  splits = examples_lib.assemble(
     train,
     test,
     {
@@ -156,6 +161,7 @@ def long_tail_splits(
     test_labels=test.labels,
     num_classes=train.num_classes,
   )
+  return splits if trusted is None else examples_lib.with_meta(splits, trusted)
 
 
 def _check_meta(source: sources.Source, sizes: list[int], num_meta: int) -> None:

@@ -111,12 +111,7 @@ def noisy_labels(
     num_meta_per_class=num_meta_per_class, num_validation=num_validation
   )
   if trusted is not None:
-    examples_lib.check_sources(train, trusted)
-    if num_meta_per_class:
-      raise base.InputError(
-        f"num_meta_per_class={num_meta_per_class} must be 0 with a trusted set, which"
-        " is the meta set"
-      )
+    examples_lib.check_trusted(train, trusted, num_meta_per_class)
   meta_rng, rows_rng, shared_rng, *noise_rngs = examples_lib.generators(seed, 5)
   request = Request(train, fraction, variant, annotation, shared_rng)
   relabel = make_relabeling(builder, request)

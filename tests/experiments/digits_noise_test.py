@@ -1,11 +1,13 @@
 """The demonstration as a program: its files, its errors, interruptions."""
 
+import csv
 import json
 import re
 
 import numpy as np
 import pytest
 import scripts
+from sklearn import metrics
 
 from experiments import digits_noise
 
@@ -22,6 +24,7 @@ _FLAGS = {
   "meta_batch_size": None,
   "learning_rate": 0.1,
   "momentum": 0.0,
+  "schedule": "cosine",
   "num_devices": 1,
   "checkpoint_every": 1000,
 }
@@ -43,8 +46,38 @@ def test_table_and_written_files_are_printed(run):
   assert header[0] == "method" and header[-1] == "seeds"
   assert [(line[0], line[-1]) for line in lines] == [("l2rw", "2"), ("uniform", "2")]
   assert all(re.fullmatch(r"\d+\.\d\d ± \d+\.\d\d", line[1]) for line in lines)
-  last = printed.splitlines()[-1]
-  assert last == "written: runs/digits_noise/results.json, results.csv, figure.png"
+  assert printed.splitlines()[-1] == (
+    "written: runs/digits_noise/results.json, results.csv, figure.png, issues.csv,"
+    " issues.html (open it in a browser)"
+  )
+
+
+def test_list_of_the_labels_of_the_first_seed(run):
+  cwd, printed = run
+  folder = cwd / "runs" / _NAME
+  with open(folder / "issues.csv", newline="") as file:
+    listed = list(csv.DictReader(file))
+  (text,) = re.findall(
+    r'id="data">(.*?)</script>', (folder / "issues.html").read_text()
+  )
+  content = json.loads(text)
+  settings = digits_noise.Settings(noise_fraction=0.3)
+  (split,) = digits_noise.make_splits(settings, (0,))
+  is_wrong = dict(
+    zip(
+      split.train.source_index, split.train.label != split.train.true_label, strict=True
+    )
+  )
+  # Four batches of a hundred: the others were never seen.
+  known = [row for row in listed if row["score"]]
+  hits = [is_wrong[int(row["index"])] for row in known]
+  assert len(listed) == 1247 and 300 < len(known) < 1247
+  auroc = metrics.roc_auc_score(hits, [float(row["score"]) for row in known])
+  rows, _, _ = scripts.saved_rows(folder)
+  assert rows[0]["audit_auroc"] == pytest.approx(auroc, abs=1e-3)
+  assert content["index"] == [int(row["index"]) for row in listed]
+  assert all(content["pictures"]) and len(content["pictures"]) == 1247
+  assert "ranked by the run of l2rw:" in printed
 
 
 def test_rows_describe_their_runs(run):

@@ -7,9 +7,13 @@ from PIL import Image
 import pytest
 import scripts
 
+from experiments import cifar_noise
 from experiments import digits_noise
+from experiments import mnist_long_tail
 from experiments import mnist_noise
 from l2rw_jax import base
+from l2rw_jax.data import examples
+from l2rw_jax.data import long_tail
 from l2rw_jax.data import row_sources
 
 _SMALL = {"num_seeds": 1, "num_devices": 1, "batch_size": 20}
@@ -132,3 +136,47 @@ def test_own_data_are_read_once_by_settings_and_again_by_others(tmp_path, capsys
 def test_digits_are_recorded_as_before_there_were_own_data():
   recorded = digits_noise.Settings().record()
   assert recorded["num_meta"] == 5 and not {"trusted", "dataset"} & set(recorded)
+
+
+def test_trusted_examples_are_the_meta_set_of_the_other_scripts(tmp_path):
+  rng = np.random.default_rng(0)
+  images = rng.integers(256, size=(60, 8, 8, 3)).astype(np.uint8)
+  labels = np.arange(60) % 3
+  np.savez(tmp_path / "images.npz", X=images, y=labels)
+  np.savez(tmp_path / "trusted.npz", X=images[:5], y=labels[:5])
+  own = {
+    "dataset": f"npz:{tmp_path / 'images.npz'}",
+    "trusted": f"npz:{tmp_path / 'trusted.npz'}",
+  }
+  settings = cifar_noise.Settings(preset="mwn_stable", num_validation=0, **own)
+  preset = cifar_noise.make_preset(settings)
+  (noisy,) = cifar_noise.make_splits(settings, preset, (0,))
+  # The tail is cut from all of the training images.
+  settings = mnist_long_tail.Settings(imbalance=(2.0,), **own)
+  tail = long_tail.long_tail_splits(
+    settings.load("train"),
+    settings.load("test"),
+    builder="mwn",
+    shape="exponential",
+    imbalance=2.0,
+    seed=0,
+    **settings.meta_set(10),
+  )
+  assert examples.class_counts(tail.train, 3)[0] == 16
+  for split in (noisy, tail):
+    np.testing.assert_array_equal(split.meta.label, labels[:5])
+    np.testing.assert_array_equal(split.meta.image, np.float32(images[:5]) / 255)
+  with pytest.raises(base.InputError, match="--num_meta has no effect with --trusted"):
+    cifar_noise.make_splits(cifar_noise.Settings(num_meta=2, **own), preset, (0,))
+
+
+def test_schedule_replaces_the_drops_of_the_preset():
+  settings = cifar_noise.Settings(schedule="cosine", num_steps=100)
+  optimizer = cifar_noise.make_optimizer(cifar_noise.make_preset(settings))
+  rate = settings.scheduled(optimizer).schedule(100)
+  np.testing.assert_allclose([rate(0), rate(50), rate(100)], [0.1, 0.05, 0], atol=1e-8)
+  constant = settings.replace(schedule="constant").scheduled(optimizer).schedule(100)
+  assert constant(0) == constant(99) == np.float32(0.1)
+  assert optimizer.schedule(100)(99) < 0.01
+  recorded = cifar_noise.Settings().record()
+  assert "schedule" not in recorded and settings.record()["schedule"] == "cosine"

@@ -1,0 +1,172 @@
+"""What is written and printed of a ranking of labels: issues.csv and issues.html."""
+
+from collections.abc import Iterator
+import csv
+import io
+import pathlib
+
+import numpy as np
+
+from l2rw_jax import audit
+from l2rw_jax.audit import page
+from l2rw_jax.data import image_files
+from l2rw_jax.data import own_data
+from l2rw_jax.data import sources
+from l2rw_jax.io import workdir as workdir_lib
+
+_THUMBNAIL = 112
+
+
+def as_own_data(
+  source: sources.Source,
+  rows: np.ndarray | None = None,
+  labels: np.ndarray | None = None,
+) -> own_data.OwnData:
+  """A named data set in the form of a user's own.
+
+  Args:
+    source: the data set.
+    rows: those to take, [N]; all if None.
+    labels: of these rows, [N]; those of the data set if None.
+  """
+  rows = np.arange(len(source.labels)) if rows is None else rows
+  features = source.images[rows]
+  class_names = source.class_names or sources.numbers(source.num_classes)
+  return own_data.OwnData(
+    features=features,
+    labels=source.labels[rows] if labels is None else labels,
+    form=own_data.Form(class_names, features.shape[1:]),
+    names=tuple(f"row {row}" for row in rows),
+    rows=rows,
+    columns={},
+    skipped=(),
+    notes=(),
+    duplicate_of=own_data.duplicates(features),
+  )
+
+
+def csv_text(
+  data: own_data.OwnData, issues: audit.LabelIssues, names: tuple[str, ...]
+) -> str:
+  """The content of issues.csv: a line an example, the most suspicious first."""
+  key = "path" if data.root is not None else "index"
+  statistics = {k: v for k, v in issues.statistics.items() if v.ndim == 1}
+  rows = np.arange(len(issues.index))
+  p = issues.statistics["mean_probabilities"]
+  statistics["probability_given"] = p[rows, issues.given]
+  statistics["probability_suggested"] = p[rows, issues.suggested]
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator="\n")
+  writer.writerow(
+    [key, "given", "suggested", "score", "is_issue", "duplicate_of", *statistics]
+  )
+  classes = [own_data.csv_cell(name) for name in data.form.class_names]
+  for rank, row in enumerate(issues.index.tolist()):
+    copy = int(data.duplicate_of[row])
+    writer.writerow(
+      [
+        own_data.csv_cell(names[row]) if key == "path" else int(data.rows[row]),
+        classes[issues.given[rank]],
+        classes[issues.suggested[rank]],
+        _number(issues.score[rank]),
+        bool(issues.is_issue[rank]),
+        ""
+        if copy < 0
+        else own_data.csv_cell(names[copy])
+        if key == "path"
+        else int(data.rows[copy]),
+        *(_number(column[rank]) for column in statistics.values()),
+      ]
+    )
+  return text.getvalue()
+
+
+def _number(value: float) -> str:
+  return f"{value:.6g}" if np.isfinite(value) else ""
+
+
+def pictures(data: own_data.OwnData, rows: list[int]) -> Iterator[bytes]:
+  """PNG files of some examples; none for rows of numbers."""
+  for row in rows:
+    image = None
+    if data.root is not None:
+      try:
+        image = image_files.read(
+          data.root / data.names[row], (_THUMBNAIL, _THUMBNAIL), 3, keep_shape=True
+        )
+      except ValueError:  # Removed since it was decoded.
+        image = data.features[row]
+    elif data.features.ndim == 4:
+      image = data.features[row]
+    yield b"" if image is None else _png(image)
+
+
+def _png(image: np.ndarray) -> bytes:
+  from PIL import Image
+
+  pixels = image[..., :3] if image.shape[-1] >= 3 else image[..., 0]
+  if pixels.dtype != np.uint8:
+    low, high = float(pixels.min()), float(pixels.max())
+    pixels = (255 * (pixels - low) / ((high - low) or 1)).round().astype(np.uint8)
+  made = Image.fromarray(pixels)
+  made.thumbnail((_THUMBNAIL, _THUMBNAIL))
+  file = io.BytesIO()
+  made.save(file, "PNG", optimize=True)
+  return file.getvalue()
+
+
+def write(
+  folder: pathlib.Path,
+  data: own_data.OwnData,
+  issues: audit.LabelIssues,
+  *,
+  name: str,
+  num_pictures: int,
+) -> None:
+  """Writes issues.csv and issues.html.
+
+  Args:
+    folder: to write to.
+    data: the examples.
+    issues: their ranking.
+    name: of the data, for the title of the page.
+    num_pictures: number of the most suspicious examples whose pictures or columns the
+      page holds.
+  """
+  # A file name may hold bytes that are no UTF-8; they are written as they are.
+  table = csv_text(data, issues, data.names).encode("utf-8", "surrogateescape")
+  workdir_lib.write_bytes(folder / "issues.csv", table)
+  worst = issues.index[:num_pictures].tolist()
+  notes = [
+    *own_data.report(data),
+    *(f"Skipped: {name}: {reason}" for name, reason in data.skipped),
+  ]
+  html = page.build(
+    issues,
+    data.form.class_names,
+    data.names,
+    title=f"Label issues in {name}",
+    key="path" if data.root is not None else "index",
+    rows=data.rows,
+    pictures=list(pictures(data, worst)),
+    columns={k: [v[row] for row in worst] for k, v in data.columns.items()},
+    duplicate_of=data.duplicate_of.tolist(),
+    notes=notes,
+  )
+  workdir_lib.write_text(folder / "issues.html", html)
+
+
+def summary(data: own_data.OwnData, issues: audit.LabelIssues) -> str:
+  """What is printed: the number of issues and the worst five."""
+  size = len(data.labels)
+  lines = [
+    f"{issues.num_issues} of {size} labels"
+    f" ({issues.num_issues / size:.1%}) are estimated to be wrong."
+  ]
+  names = data.form.class_names
+  for rank in range(min(5, issues.num_issues)):
+    lines.append(
+      f"  {data.names[issues.index[rank]]}: given {names[issues.given[rank]]},"
+      f" suggested {names[issues.suggested[rank]]}, score {issues.score[rank]:.2f}"
+    )
+  return "\n".join(lines)

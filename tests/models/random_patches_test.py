@@ -1,0 +1,47 @@
+"""Features from random patches: against a loop over windows, and their form."""
+
+import numpy as np
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax.models import random_patches
+
+
+def _images(size, side=12):
+  return np.random.default_rng(0).integers(256, size=(size, side, side, 3)).astype("u1")
+
+
+def _reference(made, image):
+  """Features of one image, a window at a time, before they are standardized."""
+  image = image.astype(np.float64) / 255
+  kernel = made.kernel.reshape(-1, made.kernel.shape[-1]).astype(np.float64)
+  responses = np.zeros((4, 4, 2 * kernel.shape[1]))
+  for i in range(4):
+    for j in range(4):
+      window = image[2 * i : 2 * i + 6, 2 * j : 2 * j + 6].ravel()
+      scaled = (window - window.mean()) / np.sqrt(window.var() + 0.01)
+      response = scaled @ kernel - made.bias
+      parts = (response - 0.5, -response - 0.5)
+      responses[i, j] = np.maximum(np.concatenate(parts), 0)
+  quadrants = [responses[a : a + 2, b : b + 2] for a in (0, 2) for b in (0, 2)]
+  return np.concatenate([x.mean(axis=(0, 1)) for x in quadrants])
+
+
+def test_features_are_those_of_a_loop_over_windows():
+  images = _images(6)
+  made, features = random_patches.fit(images)
+  assert features.shape == (6, 2048) and features.dtype == np.float32
+  expected = np.stack([_reference(made, image) for image in images])
+  np.testing.assert_allclose(features * made.std + made.mean, expected, atol=1e-4)
+  np.testing.assert_allclose(features.mean(axis=0), 0, atol=1e-4)
+  np.testing.assert_array_equal(made(images), features)
+  again, _ = random_patches.fit(images)
+  np.testing.assert_array_equal(made.kernel, again.kernel)
+  other, _ = random_patches.fit(images, seed=1)
+  assert not np.array_equal(made.kernel, other.kernel)
+
+
+@pytest.mark.parametrize("images", [_images(2, 8), _images(2).astype(np.float32)])
+def test_images_that_do_not_fit(images):
+  with pytest.raises(base.InputError, match=r"images must be uint8 .* at least 10"):
+    random_patches.fit(images)
