@@ -654,6 +654,12 @@ def check_vector(name: str, value: Any) -> None:
       f" {type(value).__name__}."
       " If it is (losses, aux), pass has_aux=True."
     )
+  if len(value.shape) == 2:
+    raise InputError(
+      f"{name} must be one number per example, shape [B]; got shape {value.shape}. If"
+      " every token or position is an example, return losses.reshape(-1), [B * T]; if"
+      " the sequence is, return its mean over T. Do not average over the batch."
+    )
   if len(value.shape) != 1:
     raise InputError(
       f"{name} must be one number per example, shape [B]; got shape"

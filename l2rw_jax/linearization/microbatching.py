@@ -86,7 +86,7 @@ def microbatched(
     num_rows(batch)
     trainable.check(params)
     if has_aux:
-      _check_aux(call, params, batch, microbatch_size)
+      check_aux(call, params, batch, microbatch_size)
     partition = trainable.Partition(params)
 
     def losses_step(leaves, microbatch):
@@ -98,7 +98,7 @@ def microbatched(
 
     def directional(vector):
       leaves = partition.leaves(vector)
-      return _scan(directional_step, leaves, batch, microbatch_size)[1]
+      return scan(directional_step, leaves, batch, microbatch_size)[1]
 
     def gradient_of(weights):
       if jnp.shape(weights) != losses.shape:
@@ -111,7 +111,7 @@ def microbatched(
       ).gradient
 
     leaves = partition.leaves(params)
-    _, (losses, aux) = _scan(losses_step, leaves, batch, microbatch_size)
+    _, (losses, aux) = scan(losses_step, leaves, batch, microbatch_size)
     engine = base.StaticStr("microbatched")
     return base.Linearized(losses, directional, gradient_of, aux, engine)
 
@@ -164,7 +164,7 @@ def weighted_gradient(
   check(microbatch_size)
   call, size = _always_aux(losses_fn, has_aux), num_rows(batch)
   if has_aux:
-    _check_aux(call, params, batch, microbatch_size)
+    check_aux(call, params, batch, microbatch_size)
   if jnp.shape(weights) not in ((), (size,)):
     raise base.InputError(
       f"weights must be one number per loss, {(size,)}; got {jnp.shape(weights)}."
@@ -186,7 +186,7 @@ def weighted_gradient(
   with jax.numpy_dtype_promotion("standard"):
     types = [base.accumulator_dtype(x.dtype) for x in leaves]
   zeros = [jnp.zeros_like(x, dtype=t) for x, t in zip(leaves, types, strict=True)]
-  total, (losses, aux) = _scan(add, zeros, (batch, weights), microbatch_size)
+  total, (losses, aux) = scan(add, zeros, (batch, weights), microbatch_size)
   gradient = [t.astype(x.dtype) for t, x in zip(total, leaves, strict=True)]
   return Weighted(losses, partition.combine_gradient(gradient), aux)
 
@@ -228,7 +228,7 @@ def _always_aux(losses_fn, has_aux):
   return call
 
 
-def _check_aux(call, params, batch, microbatch_size):
+def check_aux(call, params, batch, microbatch_size):
   """Raises InputError unless every array of aux has a row per example."""
   # With two sizes, a row per example differs from a statistic with B channels.
   sizes = (microbatch_size, 2 * microbatch_size)
@@ -250,7 +250,7 @@ def _check_aux(call, params, batch, microbatch_size):
       )
 
 
-def _scan(step, carry, rows, microbatch_size):
+def scan(step, carry, rows, microbatch_size):
   """`jax.lax.scan` over microbatches of `rows`, strictly one after the other.
 
   Args:

@@ -440,3 +440,45 @@ def test_small_slopes_in_half_precision_do_not_underflow(dtype, is_mixed):
     expected = 2e-5 * np.asarray(slopes)
     np.testing.assert_allclose(info.scores, expected, rtol=2e-2)
     np.testing.assert_allclose(info.weights.astype(float), [0.2, 0, 0.8], rtol=2e-2)
+
+
+def test_tokens_can_be_weighted():
+  """Losses [B * T] give scores [B, T]; losses [B, T] are refused, with this advice."""
+  rng = np.random.default_rng(0)
+  params = {"table": jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)}
+  mask = np.arange(4) < np.array([[2], [4], [3], [4]])
+  text, meta_text = (
+    {"ids": jnp.asarray(ids), "mask": jnp.asarray(mask)}
+    for ids in rng.integers(5, size=(2, 4, 5))
+  )
+
+  def by_token(params, batch):
+    h = jnp.cumsum(params["table"][batch["ids"][:, :-1]], axis=1)
+    logits = jax.nn.log_softmax(h @ params["table"].T)
+    values = jnp.take_along_axis(logits, batch["ids"][:, 1:, None], axis=2)[..., 0]
+    return jnp.where(batch["mask"], -values, 0)
+
+  def token_losses(params, batch):
+    return by_token(params, batch).reshape(-1)
+
+  @jax.jit
+  def both(params, text, meta_text):
+    expected = hypergradient.unrolled_weight_gradient(
+      token_losses,
+      token_losses,
+      params,
+      text,
+      meta_text,
+      jnp.zeros(16),
+      optimizer=optax.sgd(1.0),
+      opt_state=optax.sgd(1.0).init(params),
+    )
+    return l2rw.example_weights(token_losses, params, text, meta_text), -expected
+
+  info, expected = jax.device_get(both(params, text, meta_text))
+  scores = info.scores.reshape(mask.shape)
+  np.testing.assert_allclose(scores, expected.reshape(mask.shape), atol=1e-6)
+  assert (scores[~mask] == 0).all() and (scores[mask] != 0).all()
+  np.testing.assert_allclose(info.weights.sum(), 1, rtol=1e-6)
+  with pytest.raises(base.InputError, match=r"return losses.reshape\(-1\), \[B \* T\]"):
+    l2rw.example_weights(by_token, params, text, meta_text)

@@ -1,0 +1,681 @@
+"""Inner products of per-example gradients from recorded activations and slopes.
+
+The gradient of example i in the parameters of one operation (a *use*) is a sum over
+positions t of products of two vectors, an activation and a slope:
+
+    dense layer, convolution    G_i = sum_t left_it right_it^T
+    embedding                   the same, where left_it is one-hot and kept as an index
+
+so that inner products have two forms:
+
+    formed    <G_i, G_j>, from G_i itself                    FLOPs like T L R
+    ghost     sum_ts <left_it, left_js> <right_it, right_js>      like T^2 (L + R)
+
+for T positions and vectors of L and R numbers. `Gradients` adds the uses of the same
+parameter and chooses the form with fewer FLOPs. The gradients of all other operations
+(scales, biases, ...) are formed.
+"""
+
+from collections.abc import Callable, Sequence
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core as jax_core
+import jax.numpy as jnp
+
+from l2rw_jax import base
+from l2rw_jax.linearization import batch_axes
+from l2rw_jax.linearization import parameter_uses
+
+# Operations on parameters that keep inner products.
+_ISOMETRIES = ("convert_element_type", "copy", "neg", "reshape", "squeeze", "transpose")
+_ELEMENTWISE = frozenset(
+  (
+    *("add", "add_any", "atan2", "clamp", "complex", "div", "max", "min", "mul"),
+    *("nextafter", "pow", "rem", "select_n", "sub"),
+  )
+)
+
+
+class _Factors(NamedTuple):
+  """The gradients of a use as sums of products of two vectors.
+
+  The axes of the parameter are split into three tuples: axes along which the products
+  are separate (groups of a convolution), and those of the left and right vectors.
+
+  Attributes:
+    place: of the value in the program whose gradient this is.
+    shape: of this value, possibly with axes split.
+    axes: group, left and right axes of `shape`.
+    left: [B, G, T, L], or [B, 1, T] integers that stand for one-hot vectors.
+    right: [B, G, T, R].
+    form: computes the gradients, [B, *shape of the value]; None multiplies the vectors.
+  """
+
+  place: int
+  shape: tuple[int, ...]
+  axes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+  left: base.Array
+  right: base.Array
+  form: Callable[[], base.Array] | None = None
+
+  @property
+  def is_index(self) -> bool:
+    """Whether the left vectors are one-hot."""
+    return self.left.ndim == 3
+
+  def swapped(self) -> "_Factors":
+    """The same sum with left and right vectors exchanged."""
+    groups, left, right = self.axes
+    return self._replace(axes=(groups, right, left), left=self.right, right=self.left)
+
+  def sizes(self) -> tuple[int, int, int, int]:
+    """G, T, L and R."""
+    groups, left, _ = (math.prod(self.shape[a] for a in axes) for axes in self.axes)
+    return groups, self.right.shape[2], left, self.right.shape[3]
+
+  def formed(self, shape: tuple[int, ...]) -> base.Array:
+    """The gradients, [B, *shape]."""
+    if self.form is not None:
+      return self.form()
+    _, _, size, _ = self.sizes()
+    if self.is_index:
+
+      def add_rows(index, right):
+        return jnp.zeros((size, right.shape[-1]), right.dtype).at[index].add(right)
+
+      gradients = jax.vmap(add_rows)(self.left[:, 0], wide(self.right[:, 0]))
+    else:
+      gradients = _einsum("bgtl,bgtr->bglr", self.left, self.right)
+    axes = sum(self.axes, ())
+    batch = gradients.shape[0]
+    gradients = gradients.reshape(batch, *(self.shape[a] for a in axes))
+    order = [1 + axes.index(a) for a in range(len(axes))]
+    return gradients.transpose(0, *order).reshape(batch, *shape)
+
+
+class _Formed(NamedTuple):
+  """The gradients of a use.
+
+  Attributes:
+    place: of the value in the program whose gradient this is.
+    gradients: [B, *shape of the value].
+  """
+
+  place: int
+  gradients: base.Array
+
+
+def check(plan: parameter_uses.Plan) -> None:
+  """Raises NotLayerwiseError if a use of parameters is a loop or a call.
+
+  The gradients of such a use are not products of its inputs and slopes.
+  """
+  for step in plan.parameter_uses():
+    eqn = getattr(step, "eqn", None)
+    if eqn is None or any(True for _ in jax_core.jaxprs_in_params(eqn.params)):
+      name = "a loop" if eqn is None else eqn.primitive.name
+      raise parameter_uses.NotLayerwiseError(f"parameters are used inside {name}")
+
+
+class Gradients:
+  """The gradients of the losses of a batch, one for each example."""
+
+  def __init__(
+    self,
+    plan: parameter_uses.Plan,
+    values: dict[int, Any],
+    leaves: list[base.Array],
+    slopes: list[list[base.Array]],
+    size: int,
+  ):
+    """Prepares the uses of a program that has been run.
+
+    Args:
+      plan: its operations.
+      values: values by place.
+      leaves: the parameters; their places are 0, 1, ...
+      slopes: for each parameter use, the gradients of the sum of the losses in its
+        differentiable outputs.
+      size: B.
+    """
+    self._plan = plan
+    self._values = values
+    self._leaves = leaves
+    self._slopes = slopes
+    self._size = size
+    self._producers = {
+      place: step
+      for step in plan.steps
+      if step.kind == parameter_uses.Kind.PARAMS
+      for place in step.outputs
+    }
+    self._uses: list[_Factors | _Formed] = []
+    for step, gradients in zip(plan.parameter_uses(), slopes, strict=True):
+      for index in step.param_inputs:
+        self._uses.append(self._use(step, index, gradients))
+
+  def squares(self) -> base.Array:
+    """The squared norm of the gradient of each example, [B]."""
+    return self._total(pairs=False)
+
+  def products(self) -> base.Array:
+    """The inner products of the gradients of all pairs of examples, [B, B]."""
+    return self._total(pairs=True)
+
+  def weighted(self, weights: base.Array) -> list[base.Array]:
+    """The sum of w_i g_i over the examples, a list like the leaves."""
+    places, cotangents = [], []
+    for step, slopes in zip(self._plan.parameter_uses(), self._slopes, strict=True):
+      inputs = [parameter_uses.value_of(value, self._values) for value in step.inputs]
+      weighted = [
+        _times(slope, weights, axis)
+        for slope, (_, axis) in zip(slopes, step.differentiable_outputs, strict=True)
+      ]
+      apply, parameters = _as_function(step, inputs, step.param_inputs)
+      cotangents += jax.vjp(apply, *parameters)[1](weighted)
+      places += [step.inputs[i].place for i in step.param_inputs]
+    _, vjp_fn = jax.vjp(self._values_at(places, range(len(self._leaves))), self._leaves)
+    return vjp_fn(cotangents)[0]
+
+  def _values_at(self, places, leaves):
+    """The values at some places as a function of some leaves."""
+
+    def values_of(moving):
+      values = self._values | dict(zip(leaves, moving, strict=True))
+      self._plan.run(parameter_uses.Kind.PARAMS, values, run_refused=False)
+      return [values[place] for place in places]
+
+    return values_of
+
+  def _total(self, pairs):
+    terms, formed = [], list(range(len(self._leaves)))
+    for i, factors in self._candidates().items():
+      if _is_ghost_cheaper(factors, pairs, self._size):
+        terms.append(_ghost_products(factors) if pairs else _ghost_squares(factors))
+        formed.remove(i)
+    for gradients in self._formed(formed):
+      flat = wide(gradients.reshape(self._size, -1))
+      if pairs:
+        terms.append(jnp.real(_einsum("bp,cp->bc", flat, jnp.conj(flat))))
+      else:
+        terms.append(jnp.sum(jnp.square(jnp.abs(flat)), axis=1))
+    if not terms:
+      return jnp.zeros((self._size, self._size) if pairs else self._size)
+    return summed(terms)
+
+  def _candidates(self):
+    """Factors of the parameters that have a ghost form, by the index of the leaf."""
+    places: dict[int, set[int]] = {i: set() for i in range(len(self._leaves))}
+    for use in self._uses:
+      for i in self._sources(use.place):
+        places[i].add(use.place)
+    candidates = {}
+    for i, used in places.items():
+      if len(used) == 1 and self._is_view(*used):
+        factors = _merged([use for use in self._uses if use.place in used])
+        if factors is not None:
+          candidates[i] = factors
+    return candidates
+
+  def _sources(self, place):
+    """The leaves from which a value is computed."""
+    seen, sources, remaining = set(), set(), [place]
+    while remaining:
+      place = remaining.pop()
+      if place is None or place in seen:
+        continue
+      seen.add(place)
+      if place < len(self._leaves):
+        sources.add(place)
+      elif place in self._producers:
+        remaining += [value.place for value in self._producers[place].inputs]
+    return sources
+
+  def _is_view(self, place):
+    """Whether a value is a leaf, up to operations that keep inner products."""
+    while place in self._producers:
+      step = self._producers[place]
+      same_size = step.eqn.invars[0].aval.size == step.eqn.outvars[0].aval.size
+      is_view = step.eqn.primitive.name in _ISOMETRIES or (
+        step.eqn.primitive.name == "broadcast_in_dim" and same_size
+      )
+      if not is_view:
+        return False
+      place = step.inputs[0].place
+    return place < len(self._leaves)
+
+  def _formed(self, leaves):
+    """The gradients of some leaves, each [B, *shape]."""
+    totals: dict[int, base.Array] = {}
+    for use in self._uses:
+      if not self._sources(use.place).isdisjoint(leaves):
+        shape = jnp.shape(self._values[use.place])
+        gradients = use.gradients if isinstance(use, _Formed) else use.formed(shape)
+        gradients = gradients.astype(self._values[use.place].dtype)
+        if use.place in totals:
+          gradients += totals[use.place]
+        totals[use.place] = gradients
+    if not totals:
+      return []
+
+    moving = [self._leaves[i] for i in leaves]
+    _, vjp_fn = jax.vjp(self._values_at(list(totals), leaves), moving)
+    return jax.vmap(vjp_fn)(list(totals.values()))[0]
+
+  def _use(self, step, index, slopes):
+    """The gradients of one use in its input with this index."""
+    inputs = [parameter_uses.value_of(value, self._values) for value in step.inputs]
+    name = step.eqn.primitive.name
+    if len(step.param_inputs) == 1 and name in _FACTORS:
+      place, permutation = self._untransposed(step.inputs[index].place, name)
+      factors = _FACTORS[name](step, inputs, slopes[0], permutation)
+      if factors is not None:
+        return _Factors(place, *factors)
+    place = step.inputs[index].place
+    apply, (parameter,) = _as_function(step, inputs, [index])
+    if name in _ELEMENTWISE:
+      return self._elementwise_use(step, place, parameter, apply, slopes)
+    axis = self._row_axis(step, index)
+    if axis is not None:
+      (rows,) = jax.vjp(apply, parameter)[1](slopes)
+      return self._rows(place, rows, axis)
+    return _Formed(place, _one_by_one(step, apply, parameter, slopes, self._size))
+
+  def _untransposed(self, place, name):
+    """The value before casts and transpositions, and the permutation of its axes."""
+    permutation = list(range(jnp.ndim(self._values[place])))
+    while place in self._producers:
+      step = self._producers[place]
+      if step.eqn.primitive.name == "transpose" and name != "conv_general_dilated":
+        permutation = [step.eqn.params["permutation"][a] for a in permutation]
+      elif step.eqn.primitive.name not in ("convert_element_type", "copy"):
+        break
+      place = step.inputs[0].place
+    return place, permutation
+
+  def _elementwise_use(self, step, place, parameter, apply, slopes):
+    """The gradients in an operand of an elementwise operation."""
+    (slope,), ((_, axis),) = slopes, step.differentiable_outputs
+    # With a copy of the parameter at every position, the derivative of the sum of the
+    # losses in the copies is that of each example.
+    whole = jax.lax.broadcast_in_dim(
+      parameter, slope.shape, range(slope.ndim) if parameter.ndim else ()
+    )
+    (rows,) = jax.vjp(apply, whole)[1]([slope])
+    rows = wide(rows)
+    if not parameter.ndim:
+      return _Formed(place, rows.sum([a for a in range(rows.ndim) if a != axis]))
+    repeated = [a for a, size in enumerate(parameter.shape) if size == 1 and a != axis]
+    rows = rows.sum(repeated, keepdims=True)
+    if parameter.shape[axis] == 1:
+      rows = jnp.moveaxis(rows, axis, 0)
+      return _Formed(place, jnp.expand_dims(rows, axis + 1))
+    return self._rows(place, rows, axis)
+
+  def _row_axis(self, step, index):
+    """The axis along which a parameter has a row for each example, or None."""
+    for axis, size in enumerate(step.eqn.invars[index].aval.shape):
+      if size == self._size:
+        axes = [value.axis for value in step.inputs]
+        axes[index] = axis
+        try:
+          results = batch_axes.propagate(step.eqn, axes)
+        except batch_axes.MixedError:
+          continue
+        if all(results[i] == a for i, a in step.differentiable_outputs):
+          return axis
+    return None
+
+  def _rows(self, place, rows, axis):
+    """The gradients in a parameter with a row for each example along an axis."""
+    producer = self._producers.get(place)
+    if producer is not None and producer.eqn.primitive.name == "broadcast_in_dim":
+      old = producer.eqn.invars[0].aval.shape
+      dimensions = producer.eqn.params["broadcast_dimensions"]
+      kept = {d for d, size in zip(dimensions, old, strict=True) if size > 1}
+      if axis not in kept:  # All rows are the same.
+        summed = [a for a in range(rows.ndim) if a not in kept and a != axis]
+        rows = jnp.moveaxis(rows.sum(summed, keepdims=True), axis, 0)
+        source: Any = producer.inputs[0].place
+        return _Formed(source, rows.reshape(self._size, *old))
+    # Example i has a gradient in row i only.
+    is_row = jnp.expand_dims(
+      jnp.eye(self._size, dtype=bool), [a + 1 for a in range(rows.ndim) if a != axis]
+    )
+    return _Formed(place, jnp.where(is_row, rows[None], jnp.zeros_like(rows[None])))
+
+
+def summed(terms: Sequence[base.Array]) -> base.Array:
+  """The sum of arrays of the same shape, in the widest of their types."""
+  dtype = base.common_dtype(*terms)
+  # A product, because XLA repeats a chain of sums in every operation that uses it.
+  ones = jnp.ones(len(terms), dtype)
+  stacked = jnp.stack([term.astype(dtype) for term in terms])
+  return jnp.tensordot(ones, stacked, axes=1, precision="highest")
+
+
+def wide(x: base.Array) -> base.Array:
+  """Casts to float32 or wider (complex64 or wider)."""
+  return x.astype(base.accumulator_dtype(x.dtype))
+
+
+def _as_function(step, inputs, indices):
+  """A use as a function of some of its inputs, and these inputs."""
+
+  def apply(*parameters):
+    replaced = dict(zip(indices, parameters, strict=True))
+    results = parameter_uses.bind(
+      step.eqn, [replaced.get(i, x) for i, x in enumerate(inputs)]
+    )
+    return [results[i] for i, _ in step.differentiable_outputs]
+
+  return apply, [inputs[i] for i in indices]
+
+
+def _times(slope, weights, axis):
+  """Slopes times the weights of the examples, in the type of the slopes."""
+  dtype = base.common_dtype(slope, weights)
+  weights = jnp.expand_dims(weights, [a for a in range(slope.ndim) if a != axis])
+  return (slope.astype(dtype) * weights.astype(dtype)).astype(slope.dtype)
+
+
+def _one_by_one(step, apply, parameter, slopes, size):
+  """The gradients from the slopes of one example at a time, for any operation."""
+  _, vjp_fn = jax.vjp(apply, parameter)
+
+  def gradient(is_row):
+    def only(slope, axis):
+      mask = jnp.expand_dims(is_row, [a for a in range(slope.ndim) if a != axis])
+      return jnp.where(mask, slope, jnp.zeros_like(slope))
+
+    pairs = zip(slopes, step.differentiable_outputs, strict=True)
+    return vjp_fn([only(slope, axis) for slope, (_, axis) in pairs])[0]
+
+  return jax.vmap(gradient)(jnp.eye(size, dtype=bool))
+
+
+def _dense_factors(step, inputs, slope, permutation):
+  """Factors of a matrix product."""
+  (index,) = step.param_inputs
+  data = 1 - index
+  axis = step.inputs[data].axis
+  contract, batch = step.eqn.params["dimension_numbers"]
+  free = [
+    [a for a in range(inputs[i].ndim) if a not in (*contract[i], *batch[i])]
+    for i in range(2)
+  ]
+  if axis not in free[data]:
+    return None
+
+  def ordered(axes):
+    """Pairs of axes of both operands, in the order of the parameter's axes."""
+    pairs = zip(axes[index], axes[data], strict=True)
+    return sorted(pairs, key=lambda pair: permutation[pair[0]])
+
+  groups, contracted = ordered(batch), ordered(contract)
+  positions = [a for a in free[data] if a != axis]
+  right_axes = sorted(free[index], key=lambda a: permutation[a])
+  # The axes of the output: those of `batch`, then the free ones of both operands.
+  start = [len(batch[0]), len(batch[0]) + len(free[0])]
+
+  def output_axis(operand, a):
+    return start[operand] + free[operand].index(a)
+
+  left = inputs[data].transpose(
+    axis, *(a for _, a in groups), *positions, *(a for _, a in contracted)
+  )
+  right = slope.transpose(
+    output_axis(data, axis),
+    *(list(batch[data]).index(a) for _, a in groups),
+    *(output_axis(data, a) for a in positions),
+    *(output_axis(index, a) for a in right_axes),
+  )
+  shape = inputs[index].shape
+  sizes = [math.prod(shape[a] for a, _ in pairs) for pairs in (groups, contracted)]
+  num_positions = math.prod(inputs[data].shape[a] for a in positions)
+  batch_size = slope.shape[step.differentiable_outputs[0][1]]
+  num_right = math.prod(shape[a] for a in right_axes)
+  axes = (
+    tuple(permutation[a] for a, _ in groups),
+    tuple(permutation[a] for a, _ in contracted),
+    tuple(permutation[a] for a in right_axes),
+  )
+  untransposed = [0] * len(shape)
+  for a, size in zip(permutation, shape, strict=True):
+    untransposed[a] = size
+  return (
+    tuple(untransposed),
+    axes,
+    left.reshape(batch_size, sizes[0], num_positions, sizes[1]),
+    right.reshape(batch_size, sizes[0], num_positions, num_right),
+  )
+
+
+def _convolution_factors(step, inputs, slope, permutation):
+  """Factors of a convolution: the left vectors are patches of the images."""
+  del permutation  # Of casts, the identity.
+  params = step.eqn.params
+  numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+  kernel = inputs[1].transpose(numbers.rhs_spec)  # Output channels, input channels.
+  num_outputs, num_inputs, *window = kernel.shape
+  images = inputs[0].transpose(numbers.lhs_spec)
+  channels_first = slope.transpose(numbers.out_spec)
+  size, _, *positions = channels_first.shape
+  padding = [
+    (low, high, dilation - 1)
+    for (low, high), dilation in zip(
+      params["padding"], params["lhs_dilation"], strict=True
+    )
+  ]
+  images = jax.lax.pad(
+    images, jnp.zeros((), images.dtype), [(0, 0, 0), (0, 0, 0), *padding]
+  )
+  patches = []
+  for flat in range(math.prod(window)):
+    start: list[int] = []
+    remaining = flat
+    for length in reversed(window):
+      start.insert(0, remaining % length)
+      remaining //= length
+    start = [a * b for a, b in zip(start, params["rhs_dilation"], strict=True)]
+    strides = params["window_strides"]
+    stop = [
+      a + (length - 1) * stride + 1
+      for a, length, stride in zip(start, positions, strides, strict=True)
+    ]
+    patches.append(
+      jax.lax.slice(
+        images, (0, 0, *start), (*images.shape[:2], *stop), (1, 1, *strides)
+      )
+    )
+  # [B, groups, input channels of a group, window, positions]
+  left = jnp.stack(patches, axis=2).reshape(
+    size, groups, num_inputs * len(patches), math.prod(positions)
+  )
+  right = channels_first.reshape(
+    size, groups, num_outputs // groups, math.prod(positions)
+  )
+  # The axis of output channels is split into groups and the channels of a group.
+  spec = numbers.rhs_spec
+  split = spec[0]
+  shape = list(inputs[1].shape)
+  shape[split : split + 1] = [groups, num_outputs // groups]
+  moved = [a + (a > split) for a in spec[1:]]
+  return (
+    tuple(shape),
+    ((split,), tuple(moved), (split + 1,)),
+    left.swapaxes(2, 3),
+    right.swapaxes(2, 3),
+    lambda: _kernel_gradients(step, inputs, slope),
+  )
+
+
+def _kernel_gradients(step, inputs, slope):
+  """The gradients in the kernel of a convolution, by a convolution of each image."""
+  numbers = step.eqn.params["dimension_numbers"]
+  axes = numbers.lhs_spec[0], numbers.out_spec[0]
+
+  def gradient(image, slope):
+    image, slope = (
+      jnp.expand_dims(x, a) for x, a in zip((image, slope), axes, strict=True)
+    )
+    apply, (kernel,) = _as_function(step, [image, inputs[1]], [1])
+    return jax.vjp(apply, kernel)[1]([slope])[0]
+
+  return jax.vmap(gradient, axes)(inputs[0], slope)
+
+
+def _embedding_factors(step, inputs, slope, permutation):
+  """Factors of a lookup in a table."""
+  params, (table, indices) = step.eqn.params, inputs
+  numbers, axis = params["dimension_numbers"], step.inputs[1].axis
+  if step.param_inputs != [0] or axis is None or indices.shape[-1] != 1:
+    return None
+  (row,) = numbers.start_index_map
+  sizes = list(table.shape)
+  sizes[row] = 1
+  if (
+    tuple(numbers.collapsed_slice_dims) != (row,)
+    or numbers.operand_batching_dims
+    or list(params["slice_sizes"]) != sizes
+  ):
+    return None
+  index = jnp.moveaxis(indices[..., 0], axis, 0)
+  index = index.reshape(index.shape[0], 1, -1)
+  columns = [a for a in range(table.ndim) if a != row]
+  ordered = sorted(columns, key=lambda a: permutation[a])
+  positions = [a for a in range(slope.ndim) if a not in numbers.offset_dims]
+  first = positions.pop(axis)
+  right = slope.transpose(
+    first, *positions, *(numbers.offset_dims[columns.index(a)] for a in ordered)
+  ).reshape(*index.shape, -1)
+  inside = (index >= 0) & (index < table.shape[row])
+  if params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
+    right = jnp.where(inside[..., None], right, jnp.zeros_like(right))
+  index = jnp.clip(index, 0, table.shape[row] - 1)
+  shape = [0] * table.ndim
+  for a, size in zip(permutation, table.shape, strict=True):
+    shape[a] = size
+  axes = ((), (permutation[row],), tuple(permutation[a] for a in ordered))
+  return tuple(shape), axes, index, right
+
+
+_FACTORS = {
+  "dot_general": _dense_factors,
+  "conv_general_dilated": _convolution_factors,
+  "gather": _embedding_factors,
+}
+
+
+def _merged(uses: Sequence[_Factors | _Formed]) -> list[_Factors] | None:
+  """At most one dense and one index factor for all uses; None if they do not fit."""
+  factors = [use for use in uses if isinstance(use, _Factors)]
+  if len(factors) < len(uses):
+    return None
+  first = next((use for use in factors if use.is_index), factors[0])
+  dense: list[_Factors] = []
+  index: list[_Factors] = []
+  for use in factors:
+    if use.axes != first.axes and not use.is_index:
+      use = use.swapped()
+    is_complex = any(map(jnp.iscomplexobj, (use.left, use.right)))
+    if (use.axes, use.shape) != (first.axes, first.shape) or is_complex:
+      return None
+    (index if use.is_index else dense).append(use)
+  return [_concatenated(group) for group in (dense, index) if group]
+
+
+def _concatenated(uses):
+  """Uses of the same kind as one, with the positions of all."""
+  if len(uses) == 1:
+    return uses[0]
+
+  def join(arrays):
+    dtype = base.common_dtype(*arrays)
+    return jnp.concatenate([x.astype(dtype) for x in arrays], axis=2)
+
+  return uses[0]._replace(
+    form=None,
+    left=join([use.left for use in uses]),
+    right=join([use.right for use in uses]),
+  )
+
+
+def _is_ghost_cheaper(factors, pairs, size):
+  """Whether the ghost form takes fewer FLOPs, counted per example, than forming."""
+  ghost, formed = 0, 0
+  per_pair = size if pairs else 1
+  before = 0  # Positions of the dense use, which comes first.
+  for use in factors:
+    groups, length, left, right = use.sizes()
+    if use.is_index:
+      ghost += per_pair * 2 * length**2 * right if pairs else length**2
+      ghost += per_pair * 2 * length * before * right
+      formed += length * right
+    else:
+      ghost += per_pair * 2 * groups * length**2 * (left + right)
+      formed += 2 * groups * length * left * right
+      before = length
+  formed += per_pair * 2 * math.prod(factors[0].shape)
+  return ghost < formed
+
+
+def _ghost_squares(factors):
+  """Squared norms [B] of the sum of at most one dense and one index use."""
+  total: Any = 0
+  for use in factors:
+    if use.is_index:
+      # Slopes of the same row of the table are added at its first position.
+      index = use.left[:, 0]
+      first = jnp.argmax(index[:, :, None] == index[:, None], axis=2)
+      right = wide(use.right[:, 0])
+      rows = jax.vmap(lambda i, x: jnp.zeros_like(x).at[i].add(x))(first, right)
+      total += jnp.sum(jnp.square(rows), axis=(1, 2))
+    elif use.right.shape[2] == 1:
+      left, right = (
+        jnp.sum(jnp.square(wide(x[:, :, 0])), axis=2) for x in (use.left, use.right)
+      )
+      total += jnp.sum(left * right, axis=1)
+    else:
+      left, right = (_einsum("bgtl,bgsl->bgts", x, x) for x in (use.left, use.right))
+      total += jnp.sum(left * right, axis=(1, 2, 3))
+  if len(factors) == 2:
+    dense, index = factors
+    picked = jnp.take_along_axis(dense.left[:, 0], index.left, axis=2)
+    products = _einsum("btr,bsr->bts", dense.right[:, 0], index.right[:, 0])
+    total += 2 * jnp.sum(wide(picked) * products, axis=(1, 2))
+  return jnp.maximum(total, 0)  # Rounding may make a sum of products negative.
+
+
+def _ghost_products(factors):
+  """Inner products [B, B] of the sums of at most one dense and one index use."""
+  total: Any = 0
+  for use in factors:
+    if use.is_index:
+      index = use.left[:, 0]
+      left = index[:, None, :, None] == index[None, :, None, :]
+      right = _einsum("btr,csr->bcts", use.right[:, 0], use.right[:, 0])
+      total += jnp.sum(jnp.where(left, right, jnp.zeros_like(right)), axis=(2, 3))
+    else:
+      left, right = (_einsum("bgtl,cgsl->bcgts", x, x) for x in (use.left, use.right))
+      total += jnp.sum(left * right, axis=(2, 3, 4))
+  if len(factors) == 2:
+    dense, index = factors
+    picked = jnp.take(dense.left[:, 0], index.left[:, 0], axis=2)
+    products = _einsum("btr,csr->btcs", dense.right[:, 0], index.right[:, 0])
+    cross = jnp.sum(wide(picked) * products, axis=(1, 3))
+    total += cross + cross.T
+  return total
+
+
+def _einsum(formula, x, y):
+  """The product of two arrays, summed in float32 or wider."""
+  dtype = base.common_dtype(x, y)
+  return jnp.einsum(
+    formula,
+    x.astype(dtype),
+    y.astype(dtype),
+    preferred_element_type=base.accumulator_dtype(dtype),
+  )

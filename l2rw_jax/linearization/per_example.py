@@ -1,0 +1,487 @@
+"""Norms, inner products and clipped means of per-example gradients.
+
+Let g_i be the gradient of the loss of example i. Differentially private training needs
+the mean of the g_i after each has been clipped to a norm; the selection and the
+diagnosis of examples need their norms and inner products. `vmap(grad)` forms all g_i, a
+copy of the parameters for every example. The slopes that the layerwise engine records
+(see `layerwise`) give the same numbers without most of these copies. For a dense layer,
+with activations a_it and slopes d_it at position t of example i,
+
+    g_i = sum_t a_it d_it^T     <g_i, g_j> = sum_ts <a_it, a_js> <d_it, d_js>
+
+This second form, the *ghost product*, is cheap if an example has few positions. The
+first is cheap if it has many, and is what a plain gradient computes too. The cheaper of
+the two is chosen for every parameter by its FLOPs:
+
+* Dense layers, convolutions (as dense layers of patches) and embeddings (whose
+  activations are one-hot) have both forms.
+* Scales, biases and all other operations form g_i, which is small for most of them.
+* The uses of a parameter that is used several times (tied weights, an unrolled
+  recurrence) are added before the square, so that their cross terms are included.
+
+If the parameter is transformed before its use by more than a cast, a reshape or a
+transposition (weight normalization, an L2 penalty in the losses), g_i is formed for it.
+Memory is then that of `vmap(grad)` for these parameters; `microbatch_size` limits it.
+
+Reference: Goodfellow, "Efficient Per-Example Gradient Computations", 2015,
+arXiv:1510.01799; Lee and Kifer, "Scaling up Differentially Private Deep Learning with
+Fast Per-Example Gradient Clipping", PoPETs 2021, arXiv:2009.03106.
+"""
+
+from typing import Any, NamedTuple
+
+from absl import logging
+import jax
+from jax.experimental import checkify
+import jax.numpy as jnp
+import numpy as np
+
+from l2rw_jax import base
+from l2rw_jax.linearization import ghost_products
+from l2rw_jax.linearization import microbatching
+from l2rw_jax.linearization import parameter_uses
+from l2rw_jax.linearization import trainable
+
+ENGINES = ("auto", "layerwise", "vmap")
+_CHUNK = 16  # Examples at a time with engine="vmap", if no number is given.
+_MIXED = (
+  "the loss of an example changes with the other examples of the batch (BatchNorm, or a"
+  " dropout mask for a whole batch), so that engine='vmap', which computes examples one"
+  " by one, does not apply. Use GroupNorm or LayerNorm, and draw the mask of each"
+  " example from a key in the batch."
+)
+
+
+class Info(NamedTuple):
+  """What a function of this module computed in addition to its result.
+
+  Attributes:
+    losses: [B].
+    norms: Euclidean norms of the per-example gradients, [B], float32 at least.
+    aux: the auxiliary output of the losses function, or None.
+    engine: "layerwise" or "vmap", the engine that was used.
+  """
+
+  losses: base.Array
+  norms: base.Array
+  aux: Any = None
+  engine: base.StaticStr = base.StaticStr()
+
+
+def norms(
+  losses_fn: base.LossesFn,
+  params: base.PyTree,
+  batch: Any,
+  *,
+  has_aux: bool = False,
+  engine: str = "auto",
+  microbatch_size: int | None = None,
+) -> tuple[base.Array, Info]:
+  """Norms of the gradients of the losses of a batch.
+
+  Call it inside `jit`, like all functions of this module.
+
+  Args:
+    losses_fn: `(params, batch) -> losses [B]`, or `(losses [B], aux)` with `has_aux`.
+      The loss of an example must not depend on the others, as it does with BatchNorm in
+      training mode.
+    params: any pytree; the gradient has the leaves that are floating point or complex.
+    batch: arrays with a row per example; others are shared by all examples.
+    has_aux: whether `losses_fn` returns an auxiliary output in addition to the losses.
+    engine: "layerwise" records slopes, see the module's docstring; "vmap" computes the
+      gradients of a few examples at a time, each alone in a batch of one row; "auto" is
+      "layerwise" if the model allows it (see `linearization.linearize`), else "vmap".
+    microbatch_size: number of examples in memory at a time; None is all, or 16 with
+      "vmap". The results do not change. Every array of the batch and of aux must then
+      have a row per example.
+
+  Returns:
+    The norms [B], float32 at least, and an `Info`.
+
+  Raises:
+    InputError: the losses are not floating-point numbers of shape [B], `params` has no
+      trainable leaf, or `engine` is unknown or does not fit the model. With
+      engine="vmap", also if examples depend on each other; under `jit` the results are
+      then NaN.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> losses_fn = lambda p, x: (x @ p) ** 2
+    >>> print(norms(losses_fn, jnp.array([1., 2.]), jnp.eye(2))[0])
+    [2. 4.]
+  """
+
+  def step(carry, gradients):
+    return carry, jnp.sqrt(gradients.squares())
+
+  _, values, info = _map(
+    step, (), losses_fn, params, batch, has_aux, engine, microbatch_size
+  )
+  return values, info._replace(norms=values)
+
+
+def inner_products(
+  losses_fn: base.LossesFn,
+  params: base.PyTree,
+  batch: Any,
+  *,
+  has_aux: bool = False,
+  engine: str = "auto",
+) -> tuple[base.Array, Info]:
+  """Inner products of the gradients of all pairs of examples of a batch.
+
+  For complex parameters, these are the real parts of the complex products. Memory
+  grows with the square of the number of examples, and with engine="vmap" it holds the
+  gradients of all of them.
+
+  Args:
+    losses_fn: see `norms`.
+    params: see `norms`.
+    batch: see `norms`.
+    has_aux: see `norms`.
+    engine: see `norms`.
+
+  Returns:
+    The Gram matrix [B, B], float32 at least, and an `Info`.
+
+  Raises:
+    InputError: see `norms`.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> losses_fn = lambda p, x: (x @ p) ** 2
+    >>> x = jnp.array([[1., 0.], [1., 1.]])
+    >>> print(inner_products(losses_fn, jnp.array([1., 2.]), x)[0])
+    [[ 4. 12.]
+     [12. 72.]]
+  """
+
+  def step(carry, gradients):
+    return carry, gradients.products()
+
+  _, products, info = _map(
+    step, (), losses_fn, params, batch, has_aux, engine, None, whole=True
+  )
+  squares = jnp.maximum(jnp.diagonal(products), 0)
+  return products, info._replace(norms=jnp.sqrt(squares))
+
+
+def clipped_gradient(
+  losses_fn: base.LossesFn,
+  params: base.PyTree,
+  batch: Any,
+  max_norm: Any,
+  *,
+  has_aux: bool = False,
+  engine: str = "auto",
+  microbatch_size: int | None = None,
+  axis_name: base.AxisName = None,
+) -> tuple[base.PyTree, Info]:
+  """The mean of the gradients of a batch, each clipped to a norm.
+
+  This is (1/B) sum_i min(1, C / |g_i|) g_i for C = `max_norm`. Replacing one example
+  changes it by at most 2 C / B, and adding one example changes the sum by at most C,
+  which is what the noise of differentially private SGD is scaled by:
+
+      gradient + (C * noise_multiplier / B) * standard normal noise
+
+  Args:
+    losses_fn: see `norms`.
+    params: see `norms`.
+    batch: see `norms`.
+    max_norm: C, a positive scalar.
+    has_aux: see `norms`.
+    engine: see `norms`.
+    microbatch_size: see `norms`.
+    axis_name: mapped axis over which the batch is sharded; the mean is then that of the
+      global batch, the same on every device.
+
+  Returns:
+    The gradient, shaped like `params` (zeros for leaves that are not trainable), and an
+    `Info` with the norms before clipping.
+
+  Raises:
+    InputError: see `norms`; or `max_norm` is not positive.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> losses_fn = lambda p, x: (x @ p) ** 2
+    >>> print(clipped_gradient(losses_fn, jnp.array([1., 2.]), jnp.eye(2), 2.)[0])
+    [1. 1.]
+  """
+  if jnp.shape(max_norm) or (
+    not isinstance(max_norm, jax.core.Tracer) and not max_norm > 0
+  ):
+    raise base.InputError(f"max_norm={max_norm!r}: must be a positive number.")
+
+  partition = trainable.Partition(params)
+  local_params = base.local(params, axis_name)
+  leaves = partition.leaves(local_params)
+  with jax.numpy_dtype_promotion("standard"):
+    types = [base.accumulator_dtype(x.dtype) for x in leaves]
+  zeros = [jnp.zeros_like(x, dtype=t) for x, t in zip(leaves, types, strict=True)]
+
+  def add(total, gradients):
+    values = jnp.sqrt(gradients.squares())
+    limit = jnp.asarray(max_norm).astype(values.dtype)
+    clipped = gradients.weighted(limit / jnp.maximum(values, limit))
+    total = [t + x.astype(t.dtype) for t, x in zip(total, clipped, strict=True)]
+    return total, values
+
+  total, values, info = _map(
+    add, zeros, losses_fn, local_params, batch, has_aux, engine, microbatch_size
+  )
+  total = base.psum(total, axis_name)
+  size = base.global_size(info.losses.shape[0], axis_name)
+  mean = [(t / size).astype(x.dtype) for t, x in zip(total, leaves, strict=True)]
+  return partition.combine_gradient(mean), info._replace(norms=values)
+
+
+class _Recorded(NamedTuple):
+  """The gradients of a batch by the layerwise engine.
+
+  Attributes:
+    losses: [B].
+    aux: the auxiliary output.
+    gradients: the gradients.
+  """
+
+  losses: base.Array
+  aux: Any
+  gradients: ghost_products.Gradients
+
+  def squares(self) -> base.Array:
+    """Squared norms, [B]."""
+    return self.gradients.squares()
+
+  def products(self) -> base.Array:
+    """Inner products, [B, B]."""
+    return self.gradients.products()
+
+  def weighted(self, weights: base.Array) -> list[base.Array]:
+    """The sum of w_i g_i, a list like the leaves."""
+    return self.gradients.weighted(weights)
+
+
+class _Formed(NamedTuple):
+  """The gradients of a batch, for which every example was computed alone.
+
+  Attributes:
+    losses: of the examples alone, [B].
+    gradients: list of [B, *shape of the leaf].
+  """
+
+  losses: base.Array
+  gradients: list[base.Array]
+
+  def _flat(self):
+    return [
+      ghost_products.wide(g.reshape(self.losses.shape[0], -1)) for g in self.gradients
+    ]
+
+  def squares(self) -> base.Array:
+    """Squared norms, [B]."""
+    return ghost_products.summed(
+      [jnp.sum(jnp.square(jnp.abs(g)), axis=1) for g in self._flat()]
+    )
+
+  def products(self) -> base.Array:
+    """Inner products, [B, B]."""
+    return ghost_products.summed([jnp.real(g @ jnp.conj(g).T) for g in self._flat()])
+
+  def weighted(self, weights: base.Array) -> list[base.Array]:
+    """The sum of w_i g_i, a list like the leaves."""
+
+    def times(g):
+      g = ghost_products.wide(g)
+      return jnp.tensordot(weights.astype(g.dtype), g, axes=1)
+
+    return [times(g) for g in self.gradients]
+
+
+def _map(
+  step,
+  carry,
+  losses_fn,
+  params,
+  batch,
+  has_aux,
+  engine,
+  microbatch_size,
+  whole=False,
+):
+  """Calls `(carry, gradients) -> (carry, results)` for the microbatches of a batch.
+
+  Args:
+    step: this function, whose `gradients` are `_Recorded` or `_Formed`.
+    carry: its first argument in the first call, a list of arrays.
+    losses_fn: see `norms`.
+    params: see `norms`.
+    batch: see `norms`.
+    has_aux: see `norms`.
+    engine: see `norms`.
+    microbatch_size: see `norms`.
+    whole: whether `step` needs the gradients of all examples at once.
+
+  Returns:
+    The last carry, the results with a row per example, and an `Info` without norms.
+  """
+  if engine not in ENGINES:
+    raise base.InputError(f"engine={engine!r}: choose one of {ENGINES}.")
+  microbatching.check(microbatch_size)
+  trainable.check(params)
+  partition = trainable.Partition(params)
+  leaves = partition.leaves(params)
+
+  def call(leaves, batch):
+    result = losses_fn(partition.combine(leaves), batch)
+    return base.losses_and_aux("losses_fn", result, has_aux)
+
+  if microbatch_size is None:
+    gradients = _record(call, leaves, batch, partition.names, engine)
+    if gradients is not None:
+      carry, results = step(carry, gradients)
+      return carry, results, _info(gradients.losses, gradients.aux, "layerwise")
+    losses, aux = call(leaves, batch)
+    rows, merge = _split_rows(batch, losses.shape[0])
+    size = losses.shape[0] if whole else min(_CHUNK, losses.shape[0])
+
+    def vmap_step(carry, rows):
+      gradients = _form(call, leaves, rows, merge)
+      carry, results = step(carry, gradients)
+      return carry, (results, gradients.losses)
+
+    carry, (results, alone) = microbatching.scan(vmap_step, carry, rows, size)
+    carry, results = _checked(carry, results, losses, alone)
+    return carry, results, _info(losses, aux, "vmap")
+
+  microbatching.num_rows(batch)
+  if has_aux:
+    microbatching.check_aux(call, leaves, batch, microbatch_size)
+  names = set()
+
+  def microbatch_step(carry, microbatch):
+    size = jax.tree.leaves(microbatch)[0].shape[0]
+    # With one example, both engines do the same, and its axis is not recognized.
+    chosen = engine if size > 1 else "vmap"
+    gradients = _record(call, leaves, microbatch, partition.names, chosen)
+    if gradients is not None:
+      losses, aux = gradients.losses, gradients.aux
+      names.add("layerwise")
+    else:
+      losses, aux = call(leaves, microbatch)
+      gradients = _form(call, leaves, *_split_rows(microbatch, size))
+      names.add("vmap")
+    carry, results = step(carry, gradients)
+    return carry, (results, gradients.losses, losses, aux)
+
+  carry, (results, alone, losses, aux) = microbatching.scan(
+    microbatch_step, carry, batch, microbatch_size
+  )
+  if "vmap" in names:
+    carry, results = _checked(carry, results, losses, alone)
+  name = "layerwise" if "layerwise" in names else "vmap"
+  return carry, results, _info(losses, aux, name)
+
+
+def _info(losses, aux, engine):
+  return Info(losses, losses, aux, base.StaticStr(engine))
+
+
+def _record(call, leaves, batch, names, engine):
+  """A `_Recorded`, or None if every example has to be computed alone."""
+  if engine == "vmap":
+    return None
+  try:
+    return _layerwise(call, leaves, batch, names)
+  except Exception as error:
+    if engine == "layerwise" and isinstance(error, parameter_uses.NotLayerwiseError):
+      raise base.InputError(
+        f"engine='layerwise' does not fit this model: {error}. Use engine='vmap'."
+      ) from error
+    if engine == "layerwise":
+      raise
+    # As in `engines`: if the losses function has an error, the next call reports it.
+    logging.log_first_n(
+      logging.INFO, "vmap of grad instead of the layerwise engine: %s", 1, error
+    )
+    return None
+
+
+def _layerwise(call, leaves, batch, names):
+  """The activations and slopes of all parameter uses, see `layerwise`."""
+  plan, env, outputs, tree = parameter_uses.trace(call, leaves, batch, names)
+  steps = plan.parameter_uses()
+  ghost_products.check(plan)
+
+  def perturbed_losses(perturbations):
+    values, remaining = env | dict(enumerate(leaves)), iter(perturbations)
+    plan.run(parameter_uses.Kind.PARAMS, values)
+    for step in plan.steps:
+      if step.kind == parameter_uses.Kind.DATA:
+        inputs = [parameter_uses.value_of(value, values) for value in step.inputs]
+        results = parameter_uses.bind(step.eqn, inputs)
+        if step.param_inputs:
+          # Every use is perturbed at its outputs.
+          pairs = zip(step.differentiable_outputs, next(remaining), strict=True)
+          for (i, _), perturbation in pairs:
+            results[i] = results[i] + perturbation
+        values.update(zip(step.outputs, results, strict=True))
+    losses, *aux = [parameter_uses.value_of(output, values) for output in outputs]
+    return losses, (values, aux)
+
+  zeros = [
+    [_zeros(step.eqn.outvars[i].aval) for i, _ in step.differentiable_outputs]
+    for step in steps
+  ]
+  losses, vjp_fn, (values, aux) = jax.vjp(perturbed_losses, zeros, has_aux=True)
+  (slopes,) = vjp_fn(jnp.ones_like(losses))
+  gradients = ghost_products.Gradients(plan, values, leaves, slopes, losses.shape[0])
+  return _Recorded(losses, jax.tree.unflatten(tree, aux), gradients)
+
+
+def _zeros(aval):
+  zeros = jax.lax.full(aval.shape, 0, aval.dtype, sharding=aval.sharding)
+  return base.varying(zeros, aval)
+
+
+def _split_rows(batch, size):
+  """The arrays with a row per example, and a function from such arrays to a batch."""
+  leaves, tree = jax.tree.flatten(batch)
+  treedef: Any = tree
+  is_row = [jnp.shape(x)[:1] == (size,) for x in leaves]
+
+  def merge(rows):
+    remaining = iter(rows)
+    pairs = zip(leaves, is_row, strict=True)
+    return treedef.unflatten(next(remaining) if keep else x for x, keep in pairs)
+
+  return [x for x, keep in zip(leaves, is_row, strict=True) if keep], merge
+
+
+def _form(call, leaves, rows, merge):
+  """A `_Formed` of rows of a batch."""
+
+  def loss_and_gradient(row):
+    def loss(leaves):
+      losses, _ = call(leaves, merge([x[None] for x in row]))
+      return losses.reshape(())
+
+    value, vjp_fn = jax.vjp(loss, leaves)
+    return value, vjp_fn(jnp.ones_like(value))[0]
+
+  return _Formed(*jax.vmap(loss_and_gradient)(rows))
+
+
+def _checked(carry, results, losses, alone):
+  """Raises InputError if losses change with the batch, or returns NaN under `jit`."""
+  tolerance = float(jnp.finfo(losses.dtype).eps) ** 0.5
+  difference = jnp.abs(losses - alone)
+  # Losses that are NaN say nothing about their examples.
+  same = jnp.all(~(difference > tolerance * (1 + jnp.abs(losses))))
+  if not isinstance(same, jax.core.Tracer):
+    if not same:
+      raise base.InputError(_MIXED)
+    return carry, results
+  checkify.debug_check(same, _MIXED)
+  return jax.tree.map(lambda x: jnp.where(same, x, np.nan), (carry, results))

@@ -1,0 +1,335 @@
+"""Products of per-example gradients equal those of `vmap(grad)`."""
+
+import functools
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax import losses
+from l2rw_jax.linearization import ghost_products
+from l2rw_jax.linearization import per_example
+from l2rw_jax.models import group_norm
+from l2rw_jax.models import lenet
+from l2rw_jax.models import transformer
+
+_B = 4
+_FLAX_IN_FLOAT64 = pytest.mark.promotes("flax's layers mix float64 with float32")
+
+
+def _normal(*shape):
+  return np.random.default_rng(0).normal(size=shape)
+
+
+def _ids(*shape):
+  return np.random.default_rng(0).integers(5, size=shape)
+
+
+def _dense(p, x):
+  return jnp.tanh(x @ p["first"] + p["bias"][None]) @ p["second"]
+
+
+def _positions(p, x):
+  """A dense layer at many positions of an example."""
+  return jnp.tanh(x @ p["first"] + p["bias"][None, None]).sum(1)
+
+
+def _convolutions(p, x):
+  x = jax.lax.conv_general_dilated(
+    x, p["grouped"], (2, 1), ((1, 0), (2, 2)), rhs_dilation=(1, 2),
+    feature_group_count=2, dimension_numbers=("NHWC", "OIHW", "NCHW"),
+  )  # fmt: skip
+  x = jnp.tanh(x)
+  x = jax.lax.conv_general_dilated(
+    x, p["transposed"], (1, 1), ((1, 1), (0, 2)), lhs_dilation=(2, 1),
+    dimension_numbers=("NCHW", "HWIO", "NHWC"),
+  )  # fmt: skip
+  return jnp.sin(x).sum((1, 2))
+
+
+def _tied(p, ids):
+  """A table of embeddings that is also the output layer."""
+  h = jnp.tanh(p["table"][ids] + p["positions"])
+  return (h @ p["table"].T).sum(1)
+
+
+def _lookups(p, ids):
+  """Lookups along both axes of a table, some of them outside."""
+  rows = jnp.take(p["table"], ids - 2, axis=0, mode="clip")
+  columns = jnp.take(p["table"], ids, axis=1, fill_value=0, mode="fill")
+  return jnp.tanh(rows).sum(1) + jnp.tanh(columns).sum((0, 2))[:, None]
+
+
+def _recurrent(p, x):
+  h = jnp.zeros((x.shape[0], 3), x.dtype)
+  for t in range(x.shape[1]):
+    h = jnp.tanh(h @ p["kernel"] + x[:, t])
+  return h @ p["kernel"].T
+
+
+def _transformed(p, x):
+  """Weight normalization, slices, scalars, a penalty in the losses."""
+  kernel = p["v"] / jnp.linalg.norm(p["v"], axis=0, keepdims=True) * p["g"][None]
+  token = jnp.broadcast_to(p["g"][:1], (x.shape[0], 1))
+  h = jnp.concatenate([jnp.where(x @ kernel > 0, x @ kernel, p["g"][None]), token], 1)
+  h = jnp.concatenate([h * p["g"][0], h - p["scalar"]], 1) / p["scalar"]
+  return h + 0.1 * jnp.sum(p["v"] ** 2)
+
+
+def _experts(p, x):
+  """A different matrix for each head, and a product of parameters and rows."""
+  h = jnp.einsum("bhk,hkn->bhn", x, p["heads"])
+  h = jnp.einsum("nm,bhn->bmh", p["right"], jnp.tanh(h))
+  return jnp.cumsum(h, 1).sum(2) * jnp.cumprod(p["right"], 0)[:1]
+
+
+class _GroupNorms(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = nn.relu(nn.GroupNorm(2)(nn.Conv(4, (3, 3), (2, 2))(x)))
+    return group_norm.GroupNorm(2)(nn.Conv(4, (3, 3))(x)).mean((1, 2))
+
+
+class _Attention(nn.Module):
+  @nn.compact
+  def __call__(self, ids):
+    table = nn.Embed(5, 4)
+    h = table(ids)
+    h += nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(h))
+    h += nn.Dense(4)(nn.gelu(nn.Dense(6)(nn.RMSNorm()(h))))
+    return table.attend(h)[:, -1]
+
+
+def _scanned(p, x):
+  def step(h, x):
+    return jnp.tanh(h @ p["kernel"] + x), None
+
+  return jax.lax.scan(step, jnp.zeros((x.shape[0], 3)), x.swapaxes(0, 1))[0]
+
+
+def _arrays(**shapes):
+  rng = np.random.default_rng(1)
+  return {name: rng.normal(size=shape) for name, shape in shapes.items()}
+
+
+_DENSE = {"first": (6, 3), "bias": (3,), "second": (3, 5)}
+_NETWORKS = {
+  "dense": (_dense, _arrays(**_DENSE), _normal(_B, 6)),
+  "positions": (_positions, _arrays(**_DENSE), _normal(_B, 7, 6)),
+  "convolutions": (
+    _convolutions,
+    _arrays(grouped=(4, 2, 2, 3), transposed=(3, 3, 4, 3)),
+    _normal(_B, 6, 5, 4),
+  ),
+  "tied": (_tied, _arrays(table=(5, 3), positions=(1, 4, 3)), _ids(_B, 4)),
+  "tied_short": (_tied, _arrays(table=(5, 8), positions=(1, 2, 8)), _ids(_B, 2)),
+  "lookups": (_lookups, _arrays(table=(4, 4)), _ids(_B, 4)),
+  "recurrent": (_recurrent, _arrays(kernel=(3, 3)), _normal(_B, 5, 3)),
+  "transformed": (
+    _transformed,
+    _arrays(v=(3, 4), g=(4,), scalar=()),
+    _normal(_B, 3),
+  ),
+  "experts": (_experts, _arrays(heads=(2, 3, 4), right=(4, 5)), _normal(_B, 2, 3)),
+  "scanned": (_scanned, _arrays(kernel=(3, 3)), _normal(_B, 5, 3)),
+  "group_norm": (_GroupNorms(), None, _normal(_B, 6, 6, 3)),
+  "attention": (_Attention(), None, _ids(_B, 3)),
+}
+
+
+def _problem(name, dtype="float64"):
+  network, params, x = _NETWORKS[name]
+  x = jnp.asarray(x, dtype if x.dtype == "float64" else None)
+  if params is None:
+    shapes = jax.eval_shape(network.init, jax.random.key(0), x)
+    rng = np.random.default_rng(2)
+    params = jax.tree.map(lambda s: 0.1 + rng.normal(size=s.shape), shapes)
+    network = network.apply
+  params = jax.tree.map(lambda p: jnp.asarray(p, dtype), params)
+
+  def losses_fn(params, batch):
+    return losses.softmax_cross_entropy(network(params, batch["x"]), batch["y"])
+
+  return losses_fn, params, {"x": x, "y": jnp.arange(_B) % 3}
+
+
+def _gradients(losses_fn, params, batch):
+  """`vmap(grad)`, a matrix with a row for each example."""
+
+  def loss(params, row):
+    return losses_fn(params, jax.tree.map(lambda x: x[None], row))[0]
+
+  gradients = jax.vmap(jax.grad(loss), (None, 0))(params, batch)
+  return jnp.concatenate([g.reshape(_B, -1) for g in jax.tree.leaves(gradients)], 1)
+
+
+def _flat(tree):
+  return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+def _choose(is_ghost, *_):
+  return is_ghost
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=_FLAX_IN_FLOAT64 if net[1] is None else ())
+    for name, net in _NETWORKS.items()
+  ],
+)
+@pytest.mark.usefixtures("x64")
+def test_results_equal_vmap_of_grad(name, monkeypatch):
+  losses_fn, params, batch = _problem(name)
+
+  def results(params, batch):
+    gradients = _gradients(losses_fn, params, batch)
+    clipped, info = per_example.clipped_gradient(losses_fn, params, batch, 1.0)
+    both = []
+    for is_ghost in (True, False):
+      choice = functools.partial(_choose, is_ghost)
+      monkeypatch.setattr(ghost_products, "_is_ghost_cheaper", choice)
+      norms, _ = per_example.norms(losses_fn, params, batch)
+      both.append((norms, per_example.inner_products(losses_fn, params, batch)[0]))
+    return gradients, clipped, info, both
+
+  gradients, clipped, info, both = jax.device_get(jax.jit(results)(params, batch))
+  assert info.engine == ("vmap" if name == "scanned" else "layerwise")
+  norms, expected = np.linalg.norm(gradients, axis=1), gradients @ gradients.T
+  np.testing.assert_allclose(info.norms, norms, rtol=1e-11)
+  for actual_norms, actual in both:
+    np.testing.assert_allclose(actual_norms, norms, rtol=1e-11)
+    np.testing.assert_allclose(actual, expected, atol=1e-11 * expected.max())
+  factors = np.minimum(1, 1 / norms)
+  assert (factors < 1).any()
+  np.testing.assert_allclose(_flat(clipped), factors @ gradients / _B, atol=1e-12)
+
+
+def test_microbatches_do_not_change_the_results():
+  losses_fn, params, batch = _problem("positions", "float32")
+
+  def with_aux(params, batch):
+    return losses_fn(params, batch), {"sum": batch["x"].sum((1, 2))}
+
+  def results(params, batch, **options):
+    options["has_aux"] = True
+    return (
+      per_example.norms(with_aux, params, batch, **options),
+      per_example.clipped_gradient(with_aux, params, batch, 1.0, **options),
+    )
+
+  def by_options(params, batch):
+    return [
+      results(params, batch, **options)
+      for options in (
+        {"engine": "layerwise"},
+        {"engine": "layerwise", "microbatch_size": 3},
+        {"engine": "vmap"},
+        {"engine": "vmap", "microbatch_size": 3},
+      )
+    ]
+
+  first, *others = jax.jit(by_options)(params, batch)
+  for other in others:
+    for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(first), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  engines = [result[0][1].engine for result in (first, *others)]
+  assert engines == ["layerwise", "layerwise", "vmap", "vmap"]
+
+
+def _normalized(params, x):
+  return jnp.sum((x @ params - (x @ params).mean(0, keepdims=True)) ** 2, 1)
+
+
+def test_losses_that_depend_on_other_examples_are_refused():
+  params, x = jnp.ones((4, 2)), jnp.asarray(_normal(_B, 4), jnp.float32)
+  with pytest.raises(base.InputError, match="changes with the other examples"):
+    per_example.norms(_normalized, params, x)
+  with pytest.raises(base.InputError, match=r"does not fit .* engine='vmap'"):
+    per_example.norms(_normalized, params, x, engine="layerwise")
+  gradient, info = jax.jit(
+    lambda params, x: per_example.clipped_gradient(_normalized, params, x, 1.0)
+  )(params, x)
+  assert np.isnan(info.norms).all() and np.isnan(gradient).all()
+
+
+def test_wrong_arguments_are_reported():
+  def losses_fn(params, x):
+    return (x @ params) ** 2
+
+  params, x = jnp.ones(2), jnp.ones((3, 2))
+  for max_norm in (0.0, jnp.ones(3)):
+    with pytest.raises(base.InputError, match="max_norm"):
+      per_example.clipped_gradient(losses_fn, params, x, max_norm)
+  with pytest.raises(base.InputError, match="engine='forward': choose one of"):
+    per_example.norms(losses_fn, params, x, engine="forward")
+
+
+def test_leaves_that_are_held_fixed_and_shared_arrays_are_supported():
+  params = {"kernel": jnp.ones((2, 3), jnp.bfloat16), "count": jnp.array(3)}
+  batch = {"x": jnp.eye(4, 2, dtype=jnp.bfloat16), "scale": jnp.ones(3, jnp.bfloat16)}
+
+  def losses_fn(params, batch):
+    return ((batch["x"] @ params["kernel"]) * batch["scale"][None]).sum(1) * 2
+
+  for engine in ("layerwise", "vmap"):
+    gradient, info = per_example.clipped_gradient(
+      losses_fn, params, batch, 1.0, engine=engine
+    )
+    assert gradient["count"] == 0 and gradient["kernel"].dtype == jnp.bfloat16
+    expected = 2 * 3**0.5 * np.array([1, 1, 0, 0])
+    np.testing.assert_allclose(info.norms, expected, rtol=1e-6)
+    assert info.norms.dtype == jnp.float32
+    np.testing.assert_allclose(
+      np.asarray(gradient["kernel"], float), 0.25 / 3**0.5, rtol=0.01
+    )
+
+
+@pytest.mark.parametrize("name", ["lenet", "transformer"])
+def test_flops_are_at_most_one_and_a_half_times_those_of_plain_training(name):
+  if name == "lenet":
+    network = lenet.LeNet(10)
+  else:
+    network = transformer.VisionTransformer(10, width=64, depth=2)
+  x = jax.ShapeDtypeStruct((16, 28, 28, 1), jnp.float32)
+  params = jax.eval_shape(network.init, jax.random.key(0), x)
+
+  def losses_fn(params, x):
+    return jax.nn.logsumexp(network.apply(params, x), axis=1)
+
+  def flops(function):
+    return jax.jit(function).lower(params, x).cost_analysis()["flops"]
+
+  plain = flops(jax.grad(lambda params, x: losses_fn(params, x).mean()))
+  options = {"engine": "layerwise"}
+  norms = flops(lambda params, x: per_example.norms(losses_fn, params, x, **options))
+  clipped = flops(
+    lambda params, x: per_example.clipped_gradient(losses_fn, params, x, 1.0, **options)
+  )
+  products = flops(
+    lambda params, x: per_example.inner_products(losses_fn, params, x, **options)
+  )
+  assert 0.9 * plain < norms <= 1.1 * plain
+  assert clipped <= 1.42 * plain
+  assert products <= 1.3 * plain
+
+
+def test_clipping_over_devices_equals_one_device():
+  losses_fn, params, batch = _problem("dense", "float32")
+  expected, _ = per_example.clipped_gradient(losses_fn, params, batch, 1.0)
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  spec = jax.sharding.PartitionSpec
+
+  def step(params, batch):
+    return per_example.clipped_gradient(
+      losses_fn, params, batch, 1.0, axis_name="data", microbatch_size=1
+    )[0]
+
+  sharded = jax.shard_map(
+    step, mesh=mesh, in_specs=(spec(), spec("data")), out_specs=spec()
+  )
+  actual = jax.jit(sharded)(params, batch)
+  np.testing.assert_allclose(_flat(actual), _flat(expected), rtol=1e-5, atol=1e-6)
