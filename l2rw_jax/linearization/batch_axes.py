@@ -8,7 +8,7 @@ examples, or may do so.
 
 from collections.abc import Callable, Sequence
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core as jax_core
@@ -69,7 +69,12 @@ _CALLS = {
   "closed_call": "call_jaxpr",
   "core_call": "call_jaxpr",
   "custom_jvp_call": "call_jaxpr",
+  "custom_vjp_call": "call_jaxpr",
+  "checkpoint": "jaxpr",
+  "remat2": "jaxpr",
 }
+# Calls that compute the same without the call.
+_INLINED = ("jit", "pjit", "closed_call", "core_call")
 
 
 _LOOP = "the operations in its body are not followed"
@@ -78,12 +83,10 @@ _STATE = "it reads or writes a reference"
 _RARE = "few networks use it"
 # All other operations of JAX, and the reasons why they are not supported.
 REFUSED = {
-  **dict.fromkeys(("call", "cond", "scan", "while"), _LOOP),
-  **dict.fromkeys(("eval_jaxpr", "remat2"), _LOOP),
-  **dict.fromkeys(("checkpoint", "shard_map"), _LOOP),
+  **dict.fromkeys(("call", "cond", "while"), _LOOP),
+  **dict.fromkeys(("eval_jaxpr", "shard_map"), _LOOP),
   "custom_linear_solve": "its derivative solves another linear system",
   "custom_lin": "its backward rule is not followed",
-  "custom_vjp_call": "its backward rule is not followed",
   **dict.fromkeys(("all_gather", "all_to_all", "axis_index", "pmax"), _COLLECTIVE),
   **dict.fromkeys(("pmin", "ppermute", "psum", "ragged_all_to_all"), _COLLECTIVE),
   **dict.fromkeys(("get", "swap"), _STATE),
@@ -110,9 +113,99 @@ def inner_jaxpr(eqn: Any) -> Any:
 
 
 def inlined(eqn: Any) -> Any:
-  """`inner_jaxpr` of a call that can be inlined, without a custom derivative."""
-  name = eqn.primitive.name
-  return None if name.startswith("custom_") else inner_jaxpr(eqn)
+  """`inner_jaxpr` of a call that can be inlined.
+
+  A call with a custom derivative or with rematerialization cannot.
+  """
+  return inner_jaxpr(eqn) if eqn.primitive.name in _INLINED else None
+
+
+class Scan(NamedTuple):
+  """The parts of a `jax.lax.scan`.
+
+  Attributes:
+    jaxpr: the body, `(*consts, *carry, *rows of xs) -> (*carry, *rows of ys)`.
+    closed_consts: values of the constants of `jaxpr`.
+    num_consts: number of inputs that are the same in every iteration.
+    num_carry: number of values that an iteration passes to the next.
+    length: number of iterations.
+    reverse: whether the last rows come first.
+    unroll: number of iterations in one iteration of the compiled loop.
+  """
+
+  jaxpr: Any
+  closed_consts: Sequence[Any]
+  num_consts: int
+  num_carry: int
+  length: int
+  reverse: bool
+  unroll: int
+
+
+def scan(eqn: Any) -> Scan:
+  """The parts of the equation of a `jax.lax.scan`."""
+  params = eqn.params
+  inner = params["jaxpr"]
+  is_closed = isinstance(inner, jax_core.ClosedJaxpr)
+  if "ft_in" in params:  # Since jax 0.11.
+    num_consts, num_carry, _ = (len(part) for part in params["ft_in"].unpack())
+  else:
+    num_consts, num_carry = params["num_consts"], params["num_carry"]
+  return Scan(
+    inner.jaxpr if is_closed else inner,
+    inner.consts if is_closed else (),
+    num_consts,
+    num_carry,
+    params["length"],
+    params["reverse"],
+    params["unroll"],
+  )
+
+
+def body_axes(
+  eqn: Any, axes: Sequence[Axis], *, check_rules: bool = True
+) -> tuple[list[Axis | MixedError], list[Axis | MixedError]]:
+  """The batch axes of the inputs and outputs of the body of a `jax.lax.scan`.
+
+  The axis of a carry is the same before and after every iteration.
+
+  Args:
+    eqn: equation of the scan.
+    axes: batch axes of its inputs.
+    check_rules: see `propagate`.
+
+  Returns:
+    A batch axis, or a MixedError, for each input of the body and for each output.
+
+  Raises:
+    MixedError: the scan goes through the examples.
+  """
+  loop = scan(eqn)
+  first_x = loop.num_consts + loop.num_carry
+  if 0 in axes[first_x:]:
+    raise MixedError("scan, which goes through the examples one after the other")
+  inputs: list[Any] = [*axes[:first_x]]
+  inputs += [None if axis is None else axis - 1 for axis in axes[first_x:]]
+  carry = slice(loop.num_consts, first_x)
+  for check in dict.fromkeys((False, check_rules)):
+    before: list[Any] = []
+    while before != inputs[carry]:
+      before = inputs[carry]
+      outputs = _propagate_jaxpr(loop.jaxpr, len(loop.closed_consts), inputs, check)
+      inputs[carry] = [
+        _common_carry(*pair)
+        for pair in zip(before, outputs[: loop.num_carry], strict=True)
+      ]
+  return inputs, outputs
+
+
+def _common_carry(before, after):
+  """The axis of a carry, given those before and after one iteration."""
+  if before is None or isinstance(after, MixedError):
+    return before if isinstance(before, MixedError) else after
+  if after is None or isinstance(before, MixedError) or before == after:
+    return before
+  return MixedError("scan, which moves the examples' axis of its carry")
 
 
 def propagate(
@@ -132,14 +225,24 @@ def propagate(
   Raises:
     MixedError: the operation is not a call, and mixes examples, or may do so.
   """
+  name = eqn.primitive.name
   inner = inner_jaxpr(eqn)
   if inner is not None:
     jaxpr, consts = inner
     output_axes = _propagate_jaxpr(jaxpr, len(consts), axes, check_rules)
-    if check_rules and eqn.primitive.name == "custom_jvp_call":
+    if check_rules and name == "custom_jvp_call":
       return _checked_by_rule(eqn, axes, output_axes)
+    if check_rules and name == "custom_vjp_call":
+      return _checked_by_backward_rule(eqn, axes, output_axes)
     return output_axes
-  name = eqn.primitive.name
+  if name == "scan":
+    inputs, outputs = body_axes(eqn, axes, check_rules=check_rules)
+    first, end = scan(eqn).num_consts, scan(eqn).num_consts + scan(eqn).num_carry
+    rows = outputs[end - first :]
+    return [
+      *inputs[first:end],
+      *(axis + 1 if isinstance(axis, int) else axis for axis in rows),
+    ]
   if name in _ELEMENTWISE:
     return [_elementwise(eqn, axes)] * len(eqn.outvars)
   if name == "optimization_barrier":
@@ -158,7 +261,7 @@ def is_supported(name: str) -> bool:
     name in _ELEMENTWISE
     or name in _RULES
     or name in _CALLS
-    or name == "optimization_barrier"
+    or name in ("optimization_barrier", "scan")
   )
 
 
@@ -183,6 +286,39 @@ def _checked_by_rule(eqn, axes, output_axes):
     axis if tangent_axis is None or tangent_axis == axis else _mixes(eqn)
     for axis, tangent_axis in zip(output_axes, tangent_axes, strict=True)
   ]
+
+
+def _checked_by_backward_rule(eqn, axes, output_axes):
+  """`output_axes`, or errors if the rules of a custom_vjp mix examples."""
+  params = eqn.primitive.get_bind_params(eqn.params)
+
+  def gradients(values, cotangents):
+    outputs, vjp_fn = jax.vjp(lambda *x: eqn.primitive.bind(*x, **params), *values)
+    return outputs, vjp_fn(cotangents)
+
+  values = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+  cotangents = [
+    jax.ShapeDtypeStruct(
+      v.aval.shape, v.aval.dtype if _is_inexact(v) else jax.dtypes.float0
+    )
+    for v in eqn.outvars
+  ]
+  rule = jax.make_jaxpr(gradients)(values, cotangents)
+  known = [None if isinstance(axis, MixedError) else axis for axis in output_axes]
+  # The rule may call the function itself, whose rule must not be checked again.
+  rule_axes = _propagate_jaxpr(
+    rule.jaxpr, len(rule.consts), (*axes, *known), check_rules=False
+  )
+  pairs = zip((*output_axes, *axes), rule_axes, strict=True)
+  # Outputs that mix examples are not used, nor are gradients in constants.
+  if all(
+    actual is None or actual == expected
+    for expected, actual in pairs
+    if not isinstance(expected, MixedError) and expected is not None
+  ):
+    return output_axes
+  what = MixedError(f"{eqn.primitive.name}, whose backward rule mixes examples")
+  return [axis if isinstance(axis, MixedError) else what for axis in output_axes]
 
 
 def _propagate_jaxpr(jaxpr, num_consts, axes, check_rules):
@@ -213,6 +349,10 @@ def _propagate_jaxpr(jaxpr, num_consts, axes, check_rules):
 
 def _shape(atom):
   return atom.aval.shape
+
+
+def _is_inexact(atom):
+  return jnp.issubdtype(atom.aval.dtype, jnp.inexact)
 
 
 def _mixes(eqn):

@@ -25,7 +25,7 @@ Not supported are also `jax.custom_vjp` (its backward rule is not followed),
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -57,16 +57,6 @@ def linearize(
       operations that the losses depend on matter, not those of aux.
   """
   plan, env, outputs, tree = parameter_uses.trace(losses_fn, leaves, batch, names)
-  steps = plan.parameter_uses()
-
-  def param_inputs(leaves):
-    """For each parameter use, the inputs that depend on parameters alone (q)."""
-    values = env | dict(enumerate(leaves))
-    plan.run(parameter_uses.Kind.PARAMS, values, run_refused=False)
-    return [
-      [parameter_uses.value_of(step.inputs[i], values) for i in step.param_inputs]
-      for step in steps
-    ]
 
   def perturbed_losses(perturbations):
     values = env | dict(enumerate(leaves))
@@ -75,94 +65,226 @@ def linearize(
     losses, *aux = [parameter_uses.value_of(output, values) for output in outputs]
     return losses, (values, aux)
 
-  zeros = [[_zeros(step, i) for i, _ in step.differentiable_outputs] for step in steps]
-  losses, vjp_fn, (values, aux) = jax.vjp(perturbed_losses, zeros, has_aux=True)
-  (output_gradients,) = vjp_fn(jnp.ones_like(losses))
-  output_gradients = [
-    _sum_broadcast(step, gradients)
-    for step, gradients in zip(steps, output_gradients, strict=True)
-  ]
-
-  def use_fn(step, gradients):
-    """The operation as a function of its parameter inputs, and these inputs."""
-    inputs = [parameter_uses.value_of(value, values) for value in step.inputs]
-    if _broadcast_axes(step):  # Only the shape of the other summand matters.
-      inputs[1 - step.param_inputs[0]] = jnp.zeros_like(gradients[0])
-
-    def apply(*parameters):
-      replaced = dict(zip(step.param_inputs, parameters, strict=True))
-      results = parameter_uses.bind(
-        step.eqn, [replaced.get(i, x) for i, x in enumerate(inputs)]
-      )
-      return [results[i] for i, _ in step.differentiable_outputs]
-
-    return apply, [inputs[i] for i in step.param_inputs]
+  losses, vjp_fn, (values, aux) = jax.vjp(
+    perturbed_losses, plan.perturbations(), has_aux=True
+  )
+  (gradients,) = vjp_fn(jnp.ones_like(losses))
+  zeros = parameter_uses.zeros(jax.typeof(losses))
 
   def directional(vector):
-    _, tangents = jax.jvp(param_inputs, (leaves,), (vector,))
-    terms = []
-    for step, tangent, gradients in zip(steps, tangents, output_gradients, strict=True):
-      apply, parameters = use_fn(step, gradients)
-      _, output_tangents = jax.jvp(apply, tuple(parameters), tuple(tangent))
-      for (_, axis), t, g in zip(
-        step.differentiable_outputs, output_tangents, gradients, strict=True
-      ):
-        other_axes = tuple(i for i in range(g.ndim) if i != axis)
-        terms.append(jnp.sum((t * g).astype(losses.dtype), other_axes))
-    if not terms:
-      return jnp.zeros_like(losses)
-    # A matrix product, because XLA repeats a chain of sums in every operation that uses
-    # the result.
-    ones = jnp.ones(len(terms), losses.dtype)
-    return jnp.matmul(ones, jnp.stack(terms), precision="highest")
+    parameters, tangents = dict(enumerate(leaves)), dict(enumerate(vector))
+    return _directional(plan, parameters, tangents, values, gradients, zeros)
 
   def weighted_gradient(weights):
-    cotangents = []
-    for step, gradients in zip(steps, output_gradients, strict=True):
-      apply, parameters = use_fn(step, gradients)
-      weighted = [
-        _times(g, jnp.expand_dims(weights, [i for i in range(g.ndim) if i != axis]))
-        for (_, axis), g in zip(step.differentiable_outputs, gradients, strict=True)
-      ]
-      cotangents.append(list(jax.vjp(apply, *parameters)[1](weighted)))
-    return jax.vjp(param_inputs, leaves)[1](cotangents)[0]
+    parameters = dict(enumerate(leaves))
+    result = _weighted_gradient(plan, parameters, values, gradients, weights)
+    return [result[i] for i in range(len(leaves))]
 
   return losses, directional, weighted_gradient, jax.tree.unflatten(tree, aux)
+
+
+# Values by their place in a plan.
+_Values: TypeAlias = dict[int, Any]
+
+
+def _inputs_of_uses(
+  plan: parameter_uses.Plan, values: _Values
+) -> Callable[[_Values], list[Any]]:
+  """The inputs of each use that depend on parameters alone, as a function of these."""
+
+  def inputs(parameters):
+    env = values | parameters
+    plan.run(parameter_uses.Kind.PARAMS, env, run_refused=False)
+    return [
+      [parameter_uses.value_of(value, env) for value in step.parameters()]
+      for step in plan.parameter_uses()
+    ]
+
+  return inputs
+
+
+def _directional(
+  plan: parameter_uses.Plan,
+  parameters: _Values,
+  tangents: _Values,
+  values: _Values,
+  gradients: list[Any],
+  zeros: base.Array,
+) -> base.Array:
+  """The derivative of each loss along a direction of the parameters.
+
+  Args:
+    plan: the network, or the body of a loop.
+    parameters: its inputs that depend on parameters alone.
+    tangents: the direction, like `parameters`.
+    values: other values that the derivatives of its uses need.
+    gradients: for each use, the gradients of the losses in its perturbations.
+    zeros: zeros, shaped like the losses, [B].
+
+  Returns:
+    [B].
+  """
+  inputs, input_tangents = jax.jvp(
+    _inputs_of_uses(plan, values), (parameters,), (tangents,)
+  )
+  terms = []
+  uses = plan.parameter_uses()
+  for step, x, t, g in zip(uses, inputs, input_tangents, gradients, strict=True):
+    is_loop = isinstance(step, parameter_uses.Loop)
+    terms += (_loop_terms if is_loop else _terms)(step, x, t, g, values, zeros)
+  if not terms:
+    return zeros
+  # A matrix product, because XLA repeats a chain of sums in every operation that uses
+  # the result.
+  ones = jnp.ones(len(terms), zeros.dtype)
+  return jnp.matmul(ones, jnp.stack(terms), precision="highest")
+
+
+def _terms(step, inputs, tangents, gradients, values, zeros):
+  """The terms of `_directional` of an operation, [B] each."""
+  if not step.is_broadcast:
+    tangents = jax.jvp(_use(step, values), tuple(inputs), tuple(tangents))[1]
+  terms = []
+  for (_, axis), t, g in zip(
+    step.differentiable_outputs, tangents, gradients, strict=True
+  ):
+    others = tuple(i for i in range(g.ndim) if i != axis)
+    terms.append(jnp.sum((t * g).astype(zeros.dtype), others))
+  return terms
+
+
+def _loop_terms(loop, inputs, tangents, gradients, values, zeros):
+  """The term of `_directional` of a loop, [B], in a list."""
+  (consts, const_tangents), (rows, row_tangents) = (
+    [dict(zip(places, x, strict=True)) for x in (x_inputs, x_tangents)]
+    for places, x_inputs, x_tangents in _consts_and_rows(loop, inputs, tangents)
+  )
+  const_values, row_values = _other_values(loop, values)
+
+  def add(total, row):
+    row, row_tangents, row_values, records, gradients = row
+    term = _directional(
+      loop.body,
+      consts | row,
+      const_tangents | row_tangents,
+      const_values | row_values | records,
+      gradients,
+      zeros,
+    )
+    return total + term, None
+
+  xs = (rows, row_tangents, row_values, values[loop.records], gradients)
+  return [jax.lax.scan(add, zeros, xs, length=loop.length, unroll=loop.unroll)[0]]
+
+
+def _weighted_gradient(
+  plan: parameter_uses.Plan,
+  parameters: _Values,
+  values: _Values,
+  gradients: list[Any],
+  weights: base.Array,
+) -> _Values:
+  """The gradient of the weighted sum of losses; arguments as in `_directional`.
+
+  Returns:
+    Gradients, like `parameters`.
+  """
+  inputs, vjp_fn = jax.vjp(_inputs_of_uses(plan, values), parameters)
+  cotangents = []
+  uses = plan.parameter_uses()
+  for step, x, g in zip(uses, inputs, gradients, strict=True):
+    is_loop = isinstance(step, parameter_uses.Loop)
+    cotangents_of = _loop_cotangents if is_loop else _cotangents
+    cotangents.append(cotangents_of(step, x, g, values, weights))
+  (result,) = vjp_fn(cotangents)
+  return result
+
+
+def _cotangents(step, inputs, gradients, values, weights):
+  """The weighted gradient in the parameters of an operation."""
+  weighted = [
+    _times(g, jnp.expand_dims(weights, [i for i in range(g.ndim) if i != axis]))
+    for (_, axis), g in zip(step.differentiable_outputs, gradients, strict=True)
+  ]
+  if not step.is_broadcast:
+    return list(jax.vjp(_use(step, values), *inputs)[1](weighted))
+  ((_, axis),) = step.differentiable_outputs
+  return [jnp.sum(weighted[0], axis, keepdims=True).reshape(inputs[0].shape)]
+
+
+def _loop_cotangents(loop, inputs, gradients, values, weights):
+  """The weighted gradient in the parameters of a loop."""
+  (consts, rows) = (
+    dict(zip(places, x, strict=True)) for places, x in _consts_and_rows(loop, inputs)
+  )
+  const_values, row_values = _other_values(loop, values)
+
+  def add(totals, row):
+    row, row_values, records, gradients = row
+    result = _weighted_gradient(
+      loop.body, consts | row, const_values | row_values | records, gradients, weights
+    )
+    totals = {p: total + result[p].astype(total.dtype) for p, total in totals.items()}
+    return totals, {place: result[place] for place in row}
+
+  totals, row_gradients = jax.lax.scan(
+    add,
+    {place: _accumulator(x) for place, x in consts.items()},
+    (rows, row_values, values[loop.records], gradients),
+    length=loop.length,
+    unroll=loop.unroll,
+  )
+  return [
+    *(totals[place].astype(x.dtype) for place, x in consts.items()),
+    *(row_gradients[place] for place in rows),
+  ]
+
+
+def _consts_and_rows(loop, *lists):
+  """The places of constants and of rows in a loop's body, and values of each."""
+  consts = [place for place, value in loop.consts if value.is_parameter]
+  rows = [place for place, value in loop.rows if value.is_parameter]
+  size = len(consts)
+  return (consts, *(x[:size] for x in lists)), (rows, *(x[size:] for x in lists))
+
+
+def _other_values(loop, values):
+  """What derivatives need of a loop's constants and rows, except parameters."""
+  return [
+    {
+      place: parameter_uses.value_of(value, values)
+      for place, value in loop.other_inputs(inputs)
+    }
+    for inputs in (loop.consts, loop.rows)
+  ]
+
+
+def _accumulator(x):
+  """Zeros like `x`, of a type for sums."""
+  aval = jax.typeof(x)
+  return parameter_uses.zeros(aval.update(dtype=base.accumulator_dtype(x.dtype)))
+
+
+def _use(step, values):
+  """An operation as a function of its parameters alone."""
+  reads = step.reads()
+
+  def apply(*parameters):
+    inputs = [
+      parameter_uses.value_of(value, values)
+      if i in reads or value.place is None
+      else parameter_uses.zeros(value.aval)
+      for i, value in enumerate(step.inputs)
+    ]
+    for i, parameter in zip(step.param_inputs, parameters, strict=True):
+      inputs[i] = parameter
+    results = parameter_uses.bind(step.eqn, inputs)
+    return [results[i] for i, _ in step.differentiable_outputs]
+
+  return apply
 
 
 def _times(gradient: base.Array, weights: base.Array) -> base.Array:
   """The product, computed in the wider type and cast to the type of `gradient`."""
   dtype = base.common_dtype(gradient, weights)
   return (gradient.astype(dtype) * weights.astype(dtype)).astype(gradient.dtype)
-
-
-def _broadcast_axes(step: parameter_uses.Step) -> list[int]:
-  """Axes, other than the batch's, along which an added parameter is broadcast."""
-  if step.eqn.primitive.name not in ("add", "add_any") or len(step.param_inputs) > 1:
-    return []
-  _, batch_axis = step.differentiable_outputs[0]
-  parameter_shape = step.eqn.invars[step.param_inputs[0]].aval.shape
-  output_shape = step.eqn.outvars[0].aval.shape
-  if len(parameter_shape) != len(output_shape):  # A scalar.
-    return []
-  sizes = zip(parameter_shape, output_shape, strict=True)
-  return [
-    axis
-    for axis, (parameter_size, output_size) in enumerate(sizes)
-    if parameter_size == 1 < output_size and axis != batch_axis
-  ]
-
-
-def _sum_broadcast(
-  step: parameter_uses.Step, gradients: list[base.Array]
-) -> list[base.Array]:
-  """Output gradients, summed over the axes along which a bias is broadcast."""
-  axes = _broadcast_axes(step)
-  return [jnp.sum(g, axes, keepdims=True) for g in gradients] if axes else gradients
-
-
-def _zeros(step: parameter_uses.Step, output: int) -> base.Array:
-  """A perturbation of an output of an operation, with the sharding of the output."""
-  aval = step.eqn.outvars[output].aval
-  zeros = jax.lax.full(aval.shape, 0, aval.dtype, sharding=aval.sharding)
-  return base.varying(zeros, aval)

@@ -2,12 +2,17 @@
 
 A `Plan` is a jaxpr with inlined calls. Each of its values is a constant, or depends on
 parameters alone, or depends on examples. A parameter use is an operation with inputs of
-the last two kinds. The layerwise engine records the outputs of these operations.
+the last two kinds. The layerwise engine records what the derivatives of uses need.
+
+The body of a `jax.lax.scan` over values of examples is a plan of its own, see `Loop`.
+What does not depend on examples is computed outside of the loop if possible: operations
+that are the same in every iteration, and values that are passed from one iteration to
+the next (counters, keys).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import enum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from jax.extend import core as jax_core
@@ -15,6 +20,11 @@ import jax.numpy as jnp
 
 from l2rw_jax import base
 from l2rw_jax.linearization import batch_axes
+
+# Elementwise operations that broadcast axes of size one.
+_BROADCASTING = ("add", "sub", "mul", "div", "max", "min", "pow")
+# Operations whose derivative in one input does not depend on the other inputs.
+_INDEPENDENT = ("add_any", "concatenate")
 
 
 class NotLayerwiseError(base.InputError):
@@ -36,6 +46,7 @@ class Value(NamedTuple):
     place: index in the environment, or None for a literal.
     literal: the value of a literal.
     kind: what it depends on.
+    aval: its type.
     axis: the axis of the examples, or None.
     error: why the axis or the derivative is not known, or None. It is raised only if
       the losses depend on this value.
@@ -45,9 +56,19 @@ class Value(NamedTuple):
   place: int | None
   literal: Any
   kind: Kind
+  aval: Any
   axis: int | None = None
   error: NotLayerwiseError | None = None
   leaf: int | None = None
+
+  @property
+  def is_parameter(self) -> bool:
+    """Whether it depends on parameters alone and has a derivative in them."""
+    return self.kind == Kind.PARAMS and _is_inexact(self)
+
+
+# Pairs of a place in the body of a loop and the value outside that is put there.
+Places: TypeAlias = list[tuple[int, Value]]
 
 
 class Step(NamedTuple):
@@ -72,23 +93,204 @@ class Step(NamedTuple):
   differentiable_outputs: list[tuple[int, int]]
   is_refused: bool
 
+  @property
+  def is_use(self) -> bool:
+    """Whether examples and parameters meet in it."""
+    return bool(self.param_inputs)
+
+  @property
+  def is_broadcast(self) -> bool:
+    """Whether the use broadcasts one array of parameters over the examples.
+
+    Such a use (of a bias, or of the scale of a normalization) is perturbed at its
+    parameters, whose gradient per example is small; other uses at their outputs.
+    """
+    if self.eqn.primitive.name not in _BROADCASTING or len(self.param_inputs) != 1:
+      return False
+    shape = self.inputs[self.param_inputs[0]].aval.shape
+    return not shape or shape[self.differentiable_outputs[0][1]] == 1
+
+  def parameters(self) -> list[Value]:
+    """The inputs of a use that depend on parameters alone."""
+    return [self.inputs[i] for i in self.param_inputs]
+
+  def reads(self) -> list[int]:
+    """Indices of the other inputs whose values the derivative of a use needs."""
+    if self.is_broadcast or self.eqn.primitive.name in _INDEPENDENT:
+      return []
+    return [i for i in range(len(self.inputs)) if i not in self.param_inputs]
+
+  def needs(self) -> Iterable[Value]:
+    """Values that derivatives in parameters need, other than parameters."""
+    if self.is_use:
+      return [self.inputs[i] for i in self.reads()]
+    if self.kind == Kind.PARAMS and not self.is_refused:
+      return [value for value in self.inputs if not value.is_parameter]
+    return []
+
+  def perturbations(self) -> list[base.Array]:
+    """Zeros to be added to what a use perturbs."""
+    if not self.is_broadcast:
+      return [zeros(self.eqn.outvars[i].aval) for i, _ in self.differentiable_outputs]
+    output, axis = self.eqn.outvars[0].aval, self.differentiable_outputs[0][1]
+    parameter = self.parameters()[0].aval
+    shape = list(parameter.shape or [1] * output.ndim)
+    shape[axis] = output.shape[axis]
+    spec = (
+      name if size == full else None
+      for name, size, full in zip(
+        output.sharding.spec, shape, output.shape, strict=True
+      )
+    )
+    sharding = jax.NamedSharding(
+      output.sharding.mesh, jax.sharding.PartitionSpec(*spec)
+    )
+    return [
+      zeros(output.update(shape=tuple(shape), dtype=parameter.dtype, sharding=sharding))
+    ]
+
+  def run(self, env: dict[int, Any], perturbations: list[base.Array] | None) -> None:
+    """Computes the outputs into `env`."""
+    inputs = [value_of(value, env) for value in self.inputs]
+    if perturbations is None:
+      env.update(zip(self.outputs, bind(self.eqn, inputs), strict=True))
+      return
+    if self.is_broadcast:
+      (i,) = self.param_inputs
+      rank = perturbations[0].ndim
+      parameter = inputs[i] if jnp.ndim(inputs[i]) else inputs[i].reshape([1] * rank)
+      inputs[i] = parameter + perturbations[0]
+      results = bind(self.eqn, inputs)
+    else:
+      results = bind(self.eqn, inputs)
+      for (i, _), perturbation in zip(
+        self.differentiable_outputs, perturbations, strict=True
+      ):
+        results[i] = results[i] + perturbation
+    env.update(zip(self.outputs, results, strict=True))
+
+
+class Loop(NamedTuple):
+  """A `jax.lax.scan` over values of examples.
+
+  Attributes:
+    body: the operations of one iteration.
+    consts: values that are the same in every iteration.
+    rows: arrays of which each iteration gets one row.
+    carry: values that an iteration passes to the next; each is the first one.
+    carry_after: in the body, the values of the carry after the iteration.
+    results: in the body, values of which the rows are collected.
+    outputs: places of the last carry and of the collected rows.
+    records: place of what the body records, rows by place in the body.
+    length: number of iterations.
+    reverse: whether the last rows come first.
+    unroll: number of iterations in one iteration of the compiled loop.
+  """
+
+  body: "Plan"
+  consts: Places
+  rows: Places
+  carry: Places
+  carry_after: list[Value]
+  results: list[Value]
+  outputs: list[int]
+  records: int
+  length: int
+  reverse: bool
+  unroll: int
+
+  @property
+  def kind(self) -> Kind:
+    """The kind of its outputs."""
+    return Kind.DATA
+
+  @property
+  def is_refused(self) -> bool:
+    """Whether the axis or the derivative of all outputs is not known."""
+    return False
+
+  @property
+  def is_use(self) -> bool:
+    """Whether examples and parameters meet in its body."""
+    return bool(self.body.parameter_uses())
+
+  def parameters(self) -> list[Value]:
+    """The inputs that depend on parameters alone: constants, then rows."""
+    return [v for _, v in (*self.consts, *self.rows) if v.is_parameter]
+
+  def other_inputs(self, inputs: Places) -> Places:
+    """Those of the constants or rows that derivatives need, except parameters."""
+    needed = self.body.needs()
+    return [(p, v) for p, v in inputs if p in needed and not v.is_parameter]
+
+  def recorded(self) -> list[int]:
+    """Places in the body of values that derivatives need, and that it computes."""
+    given = {place for place, _ in (*self.consts, *self.rows)}
+    return sorted(self.body.needs() - given)
+
+  def needs(self) -> Iterable[Value]:
+    """Values that derivatives in parameters need, other than parameters."""
+    if not self.is_use:
+      return []
+    others = [v for _, v in self.other_inputs([*self.consts, *self.rows])]
+    return [*others, Value(self.records, None, Kind.DATA, None)]
+
+  def perturbations(self) -> list[Any]:
+    """Zeros for the uses in the body, one row per iteration."""
+    return jax.tree.map(
+      lambda x: jax.lax.broadcast(x, (self.length,)), self.body.perturbations()
+    )
+
+  def run(self, env: dict[int, Any], perturbations: list[Any] | None) -> None:
+    """Computes the outputs into `env`, and the records if there are perturbations."""
+    consts = {place: value_of(value, env) for place, value in self.consts}
+    rows = {place: value_of(value, env) for place, value in self.rows}
+    places = [place for place, _ in self.carry]
+    recorded = [] if perturbations is None else self.recorded()
+
+    def iterate(carry, row):
+      rows, perturbations = row
+      inner = consts | rows | dict(zip(places, carry, strict=True))
+      for kind in Kind:
+        self.body.run(kind, inner, perturbations if kind == Kind.DATA else None)
+      after = [_array_of(value, inner) for value in self.carry_after]
+      results = [_array_of(value, inner) for value in self.results]
+      # Records are not differentiated.
+      records = {place: jax.lax.stop_gradient(inner[place]) for place in recorded}
+      return after, (results, records)
+
+    carry, (results, records) = jax.lax.scan(
+      iterate,
+      [_array_of(value, env) for _, value in self.carry],
+      (rows, perturbations),
+      length=self.length,
+      reverse=self.reverse,
+      unroll=self.unroll,
+    )
+    env.update(zip(self.outputs, (*carry, *results), strict=True))
+    env[self.records] = records
+
 
 class Plan:
   """A jaxpr with inlined calls, and what each of its values depends on."""
 
-  def __init__(self, names: Sequence[str]):
+  def __init__(self, names: Sequence[str], outer: "Plan | None" = None):
     """Creates an empty plan.
 
     Args:
       names: names of the parameters, for error messages.
+      outer: the plan of which this one is the body of a loop.
     """
-    self.steps: list[Step] = []
+    self.steps: list[Step | Loop] = []
+    self.consts: Places = []  # Of the body of a loop.
     self._names = names
+    self._outer = outer
     self._size = 0
 
   def place(
     self,
     kind: Kind,
+    aval: Any,
     axis: int | None = None,
     *,
     error: NotLayerwiseError | None = None,
@@ -96,7 +298,17 @@ class Plan:
   ) -> Value:
     """Adds a place to the environment and returns its value."""
     self._size += 1
-    return Value(self._size - 1, None, kind, axis, error, leaf)
+    return Value(self._size - 1, None, kind, aval, axis, error, leaf)
+
+  def const(self, value: Value) -> Value:
+    """Adds a place for a value outside that is the same in every iteration."""
+    if value.place is None:
+      return value
+    inner = self.place(
+      value.kind, value.aval, value.axis, error=value.error, leaf=value.leaf
+    )
+    self.consts.append((_place(inner), value))
+    return inner
 
   def add(self, jaxpr: Any, consts: list[Value], args: list[Value]) -> list[Value]:
     """Appends the operations of a jaxpr and returns its outputs."""
@@ -104,7 +316,7 @@ class Plan:
 
     def read(atom):
       if isinstance(atom, jax_core.Literal):
-        return Value(None, atom.val, Kind.CONSTANT)
+        return Value(None, atom.val, Kind.CONSTANT, atom.aval)
       return values[atom]
 
     for eqn in jaxpr.eqns:
@@ -118,15 +330,30 @@ class Plan:
       call = batch_axes.inlined(eqn)
       if call is not None:
         jaxpr, consts = call
-        literals = [Value(None, c, Kind.CONSTANT) for c in consts]
-        return self.add(jaxpr, literals, inputs)
+        return self.add(jaxpr, _constants(consts), inputs)
+      outputs = self._add_scan(eqn, inputs) if eqn.primitive.name == "scan" else None
+      if outputs is not None:
+        return outputs
       outputs = self._data_outputs(eqn, inputs)
     else:
+      outputs = self._add_outside(eqn, inputs)
+      if outputs is not None:
+        return outputs
       error = self._derivative_error(eqn, inputs) if kind == Kind.PARAMS else None
       leaf = _last_leaf(inputs)
-      outputs = [self.place(kind, error=error, leaf=leaf) for _ in eqn.outvars]
+      outputs = [self.place(kind, v.aval, error=error, leaf=leaf) for v in eqn.outvars]
     self._append(eqn, inputs, outputs, kind)
     return outputs
+
+  def _add_outside(self, eqn, inputs):
+    """Adds an operation outside of the loop, if it is the same in every iteration."""
+    if self._outer is None or eqn.effects:
+      return None
+    consts = dict(self.consts)
+    if not all(value.place is None or value.place in consts for value in inputs):
+      return None
+    outside = [v if v.place is None else consts[v.place] for v in inputs]
+    return [self.const(value) for value in self._outer._add_eqn(eqn, outside)]
 
   def _data_outputs(self, eqn, inputs):
     """Places for the outputs of an operation on examples."""
@@ -139,9 +366,12 @@ class Plan:
         error = self._error(str(mixed), eqn, inputs)
     if error is None and any(value.kind == Kind.PARAMS for value in inputs):
       error = self._derivative_error(eqn, inputs)
-    return [self._data_output(axis, error, eqn, inputs) for axis in axes]
+    return [
+      self._data_output(axis, error, v.aval, eqn, inputs)
+      for axis, v in zip(axes, eqn.outvars, strict=True)
+    ]
 
-  def _data_output(self, axis, error, eqn, inputs):
+  def _data_output(self, axis, error, aval, eqn, inputs):
     """A place for one output with the batch axis `axis`, or its MixedError."""
     if error is None and axis is None:
       error = self._error(f"{eqn.primitive.name} hides a constant", eqn, inputs)
@@ -149,13 +379,16 @@ class Plan:
       error = self._error(str(axis), eqn, inputs)
     if error is not None:
       axis = None
-    return self.place(Kind.DATA, axis, error=error, leaf=_last_leaf(inputs))
+    return self.place(Kind.DATA, aval, axis, error=error, leaf=_last_leaf(inputs))
 
   def _derivative_error(self, eqn, inputs):
     """Why an operation has no derivative in the parameters, or None."""
     error = _first_error(inputs)
     if error is None and _has_custom_vjp(eqn):
       error = self._error("a jax.custom_vjp takes parameters", eqn, inputs)
+    is_call = eqn.primitive.name in ("checkpoint", "remat2")
+    if error is None and is_call and any(v.kind == Kind.DATA for v in inputs):
+      error = self._error("a jax.checkpoint takes parameters", eqn, inputs)
     return error
 
   def _error(self, what, eqn, inputs):
@@ -169,20 +402,16 @@ class Plan:
     if kind == Kind.DATA:
       differentiable_outputs = [
         (i, value.axis)
-        for i, (value, atom) in enumerate(zip(outputs, eqn.outvars, strict=True))
-        if value.error is None and _is_inexact(atom)
+        for i, value in enumerate(outputs)
+        if value.error is None and _is_inexact(value)
       ]
     if differentiable_outputs:
-      param_inputs = [
-        i
-        for i, (value, atom) in enumerate(zip(inputs, eqn.invars, strict=True))
-        if value.kind == Kind.PARAMS and _is_inexact(atom)
-      ]
+      param_inputs = [i for i, value in enumerate(inputs) if value.is_parameter]
     self.steps.append(
       Step(
         eqn,
         inputs,
-        [value.place for value in outputs],
+        [_place(value) for value in outputs],
         kind,
         param_inputs,
         differentiable_outputs,
@@ -190,11 +419,173 @@ class Plan:
       )
     )
 
+  def _add_scan(self, eqn, inputs):
+    """Adds a loop and returns its outputs; None if it goes through the examples."""
+    if _first_error(inputs) is not None:
+      return None
+    scan = batch_axes.scan(eqn)
+    start, end = scan.num_consts, scan.num_consts + scan.num_carry
+    try:
+      axes, _ = batch_axes.body_axes(
+        eqn, [value.axis for value in inputs], check_rules=False
+      )
+    except batch_axes.MixedError:
+      return None
+    avals = [v.aval for v in scan.jaxpr.invars]
+    states = [
+      self._first_state(value, axis, eqn, inputs)
+      for value, axis in zip(inputs[start:end], axes[start:end], strict=True)
+    ]
+    before = None
+    while before != states:
+      before = states
+      body = Plan(self._names, outer=self)
+      args = [body.const(value) for value in inputs[:start]]
+      args += [
+        body.place(kind, aval, axis, error=error, leaf=_last_leaf(inputs))
+        for (kind, axis, error), aval in zip(states, avals[start:end], strict=True)
+      ]
+      args += [
+        body.place(
+          value.kind,
+          aval,
+          None if value.axis is None else value.axis - 1,
+          leaf=value.leaf,
+        )
+        for value, aval in zip(inputs[end:], avals[end:], strict=True)
+      ]
+      after = body.add(scan.jaxpr, _constants(scan.closed_consts), args)
+      states = [
+        self._next_state(state, value, eqn, inputs)
+        for state, value in zip(before, after[: scan.num_carry], strict=True)
+      ]
+    rows = [(_place(arg), v) for arg, v in zip(args[end:], inputs[end:], strict=True)]
+    carry = [
+      (_place(arg), v)
+      for arg, v in zip(args[start:end], inputs[start:end], strict=True)
+    ]
+    return self._add_loop(scan, body, rows, carry, args[start:end], after, inputs)
+
+  def _first_state(self, value, axis, eqn, inputs):
+    """The kind, axis and error of a carry before the first iteration."""
+    if isinstance(axis, batch_axes.MixedError):
+      return Kind.DATA, None, self._error(str(axis), eqn, inputs)
+    return value.kind if axis is None else Kind.DATA, axis, None
+
+  def _next_state(self, state, after, eqn, inputs):
+    """The kind, axis and error of a carry in all iterations."""
+    kind, axis, error = state
+    error = error or after.error
+    if error is None and after.kind == Kind.DATA and axis != after.axis:
+      error = self._error("scan, which moves the examples' axis", eqn, inputs)
+    return max(kind, after.kind), None if error else axis, error
+
+  def _add_loop(self, scan, body, rows, carry, before, after, inputs):
+    """Adds the loop with this body, and loops for what does not depend on examples."""
+    outputs: list[Value | None] = [None] * len(after)
+    for kind in (Kind.CONSTANT, Kind.PARAMS):
+      moved = [
+        i
+        for i, value in enumerate(after)
+        if (before[i] if i < len(carry) else value).kind == kind
+      ]
+      if moved:
+        values, places = self._add_loop_of_kind(
+          kind, scan, body, rows, carry, before, after, moved
+        )
+        outputs = [values.get(i, output) for i, output in enumerate(outputs)]
+        rows = rows + places
+    is_data = [i for i, output in enumerate(outputs) if output is None]
+    leaf = _last_leaf(inputs)
+    for i in is_data:
+      value = before[i] if i < len(carry) else after[i]
+      axis = value.axis
+      if axis is not None and i >= len(carry):
+        axis += 1
+      aval = value.aval if i < len(carry) else _stacked(value.aval, scan.length)
+      outputs[i] = self.place(Kind.DATA, aval, axis, error=value.error, leaf=leaf)
+    self.steps.append(
+      Loop(
+        body,
+        body.consts,
+        rows,
+        [carry[i] for i in is_data if i < len(carry)],
+        [after[i] for i in is_data if i < len(carry)],
+        [after[i] for i in is_data if i >= len(carry)],
+        [_place(outputs[i]) for i in is_data],
+        _place(self.place(Kind.DATA, None)),
+        scan.length,
+        scan.reverse,
+        scan.unroll,
+      )
+    )
+    return outputs
+
+  def _add_loop_of_kind(self, kind, scan, body, rows, carry, before, after, moved):
+    """Adds a loop that computes only what is not of a higher kind.
+
+    Args:
+      kind: `CONSTANT` or `PARAMS`.
+      scan: the loop.
+      body: the operations of its body.
+      rows: its inputs of which each iteration gets one row.
+      carry: its inputs that an iteration passes to the next.
+      before: the carry, in the body.
+      after: the carry and the results after an iteration, in the body.
+      moved: indices of the outputs to compute, all of this kind.
+
+    Returns:
+      The values of these outputs, by index, and rows of the carry for the other loops.
+    """
+    consts = [(p, v) for p, v in body.consts if v.kind <= kind]
+    rows = [(p, v) for p, v in rows if v.kind <= kind]
+    carried = [i for i in range(len(carry)) if before[i].kind <= kind]
+    results = [i for i in moved if i >= len(carry)]
+
+    def loop(consts, rows, first):
+      def iterate(carry, row):
+        inner = consts | row | carry
+        for lower in range(kind + 1):
+          body.run(Kind(lower), inner)
+        values = [_array_of(after[i], inner) for i in carried]
+        collected = [_array_of(after[i], inner) for i in results]
+        return dict(zip(carry, values, strict=True)), (carry, collected)
+
+      return jax.lax.scan(
+        iterate, first, rows, length=scan.length, reverse=scan.reverse
+      )
+
+    groups = (consts, rows, [carry[i] for i in carried])
+    args = [{place: value.aval for place, value in group} for group in groups]
+    closed, shapes = jax.make_jaxpr(loop, return_shape=True)(*args)
+    flat = [dict(group)[place] for group in groups for place in sorted(dict(group))]
+    found = self.add(closed.jaxpr, _constants(closed.consts), flat)
+    last, (all_before, collected) = jax.tree.unflatten(
+      jax.tree.structure(shapes), found
+    )
+    places = [_place(before[i]) for i in carried]
+    values = dict(zip(results, collected, strict=True))
+    values |= {i: last[place] for i, place in zip(carried, places, strict=True)}
+    return {i: values[i] for i in moved}, [
+      (place, all_before[place])
+      for i, place in zip(carried, places, strict=True)
+      if i in moved
+    ]
+
+  def needs(self) -> set[int]:
+    """Places of values that derivatives in parameters need, other than parameters."""
+    values = [value for step in self.steps for value in step.needs()]
+    return {value.place for value in values if value.place is not None}
+
+  def perturbations(self) -> list[Any]:
+    """Zeros for each parameter use, see `run`."""
+    return [step.perturbations() for step in self.parameter_uses()]
+
   def run(
     self,
     kind: Kind,
     env: dict[int, Any],
-    perturbations: list[list[base.Array]] | None = None,
+    perturbations: list[Any] | None = None,
     run_refused: bool = True,
   ) -> None:
     """Computes the values of one kind into `env`, which has those of lower kinds.
@@ -202,25 +593,20 @@ class Plan:
     Args:
       kind: which operations to run.
       env: values by place.
-      perturbations: for each parameter use, arrays that are added to its differentiable
-        outputs.
+      perturbations: for each parameter use, arrays that are added to its parameters or
+        to its outputs.
       run_refused: whether to run operations without a known derivative, which only aux
         depends on.
     """
     remaining = iter(perturbations or ())
     for step in self.steps:
       if step.kind == kind and (run_refused or not step.is_refused):
-        results = bind(step.eqn, [value_of(value, env) for value in step.inputs])
-        if step.param_inputs:
-          for (i, _), perturbation in zip(
-            step.differentiable_outputs, next(remaining), strict=True
-          ):
-            results[i] = results[i] + perturbation
-        env.update(zip(step.outputs, results, strict=True))
+        is_perturbed = perturbations is not None and step.is_use
+        step.run(env, next(remaining) if is_perturbed else None)
 
-  def parameter_uses(self) -> list[Step]:
+  def parameter_uses(self) -> list[Step | Loop]:
     """The operations that have both examples and parameters as inputs."""
-    return [step for step in self.steps if step.param_inputs]
+    return [step for step in self.steps if step.is_use]
 
 
 def trace(
@@ -239,12 +625,15 @@ def trace(
   size = shapes[0].shape[0]
   plan = Plan(names)
   env: dict[Any, Any] = {}
-  args = [plan.place(Kind.PARAMS, leaf=i) for i in range(len(leaves))]
-  for array in jax.tree.leaves(batch):
+  avals = [v.aval for v in closed.jaxpr.invars]
+  args = [plan.place(Kind.PARAMS, avals[i], leaf=i) for i in range(len(leaves))]
+  arrays = jax.tree.leaves(batch)
+  for array, aval in zip(arrays, avals[len(leaves) :], strict=True):
     is_data = jnp.shape(array)[:1] == (size,)
-    args.append(plan.place(Kind.DATA, 0) if is_data else plan.place(Kind.CONSTANT))
+    kind, axis = (Kind.DATA, 0) if is_data else (Kind.CONSTANT, None)
+    args.append(plan.place(kind, aval, axis))
     env[args[-1].place] = array
-  consts = [plan.place(Kind.CONSTANT) for _ in closed.consts]
+  consts = [plan.place(Kind.CONSTANT, v.aval) for v in closed.jaxpr.constvars]
   env.update(zip([value.place for value in consts], closed.consts, strict=True))
   outputs = plan.add(closed.jaxpr, consts, args)
   losses = outputs[0]
@@ -269,6 +658,34 @@ def bind(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
   return list(results) if eqn.primitive.multiple_results else [results]
 
 
+def zeros(aval: Any) -> base.Array:
+  """Zeros with the type and the sharding of `aval`."""
+  result = jax.lax.full(aval.shape, 0, aval.dtype, sharding=aval.sharding)
+  return base.varying(result, aval)
+
+
+def _array_of(value, env):
+  """`value_of`, as an array also if it is a literal."""
+  if value.place is None:
+    return jnp.full(value.aval.shape, value.literal, value.aval.dtype)
+  return env[value.place]
+
+
+def _place(value):
+  """The place of a value that is not a literal."""
+  assert value.place is not None
+  return value.place
+
+
+def _constants(arrays):
+  return [Value(None, x, Kind.CONSTANT, jax.typeof(x)) for x in arrays]
+
+
+def _stacked(aval, length):
+  """The type of `length` rows of type `aval`."""
+  return jax.eval_shape(lambda x: jax.lax.broadcast(x, (length,)), aval)
+
+
 def _first_error(values):
   return next((value.error for value in values if value.error is not None), None)
 
@@ -286,5 +703,5 @@ def _last_leaf(inputs):
   return min(values, key=lambda value: value.kind).leaf if values else None
 
 
-def _is_inexact(atom):
-  return jnp.issubdtype(atom.aval.dtype, jnp.inexact)
+def _is_inexact(value):
+  return jnp.issubdtype(value.aval.dtype, jnp.inexact)

@@ -221,11 +221,27 @@ def _neighbors(params, x):
   return jnp.sum(h - jnp.roll(h, 1, axis=0), 1)
 
 
-def _scanned(params, x):
-  def step(carry, column):
-    return jnp.tanh(carry * params.sum() + column), None
+def _one_by_one(params, x):
+  def step(carry, row):
+    carry = jnp.tanh(carry + row @ params.sum(1))
+    return carry, carry
 
-  return jax.lax.scan(step, x[:, 0], x.T)[0]
+  return jax.lax.scan(step, jnp.zeros(()), x)[1]
+
+
+def _transposed(params, x):
+  def step(carry, _):
+    return jnp.sin(carry.T * params.sum()), None
+
+  wide = (x @ params[:, :1]) * jnp.ones((1, _B))
+  return jax.lax.scan(step, wide, None, 2)[0].sum(1)
+
+
+def _until(params, x):
+  def step(state):
+    return state[0] * params.sum(), state[1] + 1
+
+  return jax.lax.while_loop(lambda state: state[1] < 2, step, (x[:, 0], 0))[0]
 
 
 _MIXING = {
@@ -238,7 +254,12 @@ _MIXING = {
     "dot_general, which mixes",
   ),
   "transpose": (lambda p, x: (x @ p).reshape(2, _B).T.sum(1), "reshape, which"),
-  "scan": (_scanned, "scan, which is not known to keep"),
+  "scan": (_one_by_one, "scan, which goes through the examples"),
+  "scan, transposed": (_transposed, "scan, which moves the examples"),
+  "cond": (
+    lambda p, x: jax.lax.cond(p[0, 0] > 0, lambda h: h, jnp.sin, x @ p).sum(1),
+    "cond, which is not known to keep",
+  ),
   "fortran": (
     lambda p, x: jnp.tanh(jnp.reshape(x @ jnp.tile(p, 3), (_B, _B), order="F")).sum(0),
     "reshape, which mixes",
@@ -340,18 +361,30 @@ def _kernel(x):
 _kernel.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
 
 
+@jax.custom_vjp
+def _times_kernel(x, kernel):
+  return x @ kernel
+
+
+_times_kernel.defvjp(
+  lambda x, kernel: (x @ kernel, (x, kernel)),
+  lambda saved, g: (g @ saved[1].T, saved[0].T @ g),
+)
+
+
 @pytest.mark.parametrize(
   "losses_fn",
   [
-    lambda p, x: _kernel(x @ p).sum(1),
     lambda p, x: (_kernel(p.sum()) * x).sum(1),
     lambda p, x: (x @ jax.jit(_kernel)(p)).sum(1),
+    lambda p, x: _times_kernel(x, p).sum(1),
     lambda p, x: jax.checkpoint(lambda h: jnp.tanh(h @ p.T))(x @ p).sum(1),
+    _until,
   ],
 )
-def test_custom_vjp_and_checkpoint_are_refused(losses_fn):
+def test_operations_that_take_parameters_are_refused_by_name(losses_fn):
   params, x = jnp.ones((4, 2)), jnp.asarray(_images(4), jnp.float32)
-  with pytest.raises(base.InputError, match=r"custom_vjp|checkpoint|remat"):
+  with pytest.raises(base.InputError, match=r"custom_vjp|checkpoint|while"):
     linearization.linearize(losses_fn, params, x, engine="layerwise")
 
 

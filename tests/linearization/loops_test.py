@@ -1,0 +1,202 @@
+"""Layers and time steps in a `jax.lax.scan`, layer by layer."""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2rw_jax import linearization
+from l2rw_jax import losses
+
+_B, _T, _D, _LAYERS = 5, 4, 6, 3
+_FLAX_IN_FLOAT64 = pytest.mark.promotes("flax's layers mix float64 with float32")
+
+
+def _array(*shape, seed=0):
+  return 0.5 * np.random.default_rng(seed).normal(size=shape)
+
+
+class _Block(nn.Module):
+  """A block of a transformer, in the form that `nn.scan` takes."""
+
+  dtype: str = "float64"
+
+  @nn.compact
+  def __call__(self, h, _):
+    options = {"dtype": self.dtype, "param_dtype": "float64"}
+    normed = nn.LayerNorm(**options)(h)
+    h = h + nn.MultiHeadDotProductAttention(2, **options)(normed)
+    y = nn.gelu(nn.Dense(8, **options)(nn.LayerNorm(**options)(h)))
+    return h + nn.Dense(_D, **options)(y), None
+
+
+def _scanned(block):
+  return nn.scan(
+    block,
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    length=_LAYERS,
+  )
+
+
+class _Language(nn.Module):
+  """Tokens, their positions, scanned blocks and tied output weights."""
+
+  dtype: str = "float64"
+
+  @nn.compact
+  def __call__(self, tokens):
+    table = nn.Embed(11, _D, param_dtype="float64")
+    h = table(tokens) + self.param("positions", nn.initializers.normal(), (1, _T, _D))
+    h, _ = _scanned(_Block)(self.dtype)(h.astype(self.dtype), None)
+    return table.attend(h.astype("float64"))
+
+
+class _Recurrent(nn.Module):
+  """Two recurrent layers and a dense one."""
+
+  @nn.compact
+  def __call__(self, x):
+    for cell in (nn.OptimizedLSTMCell, nn.GRUCell):
+      x = nn.RNN(cell(_D, param_dtype="float64"))(x)
+    return nn.Dense(3, param_dtype="float64")(x[:, -1])
+
+
+def _language(dtype="float64"):
+  tokens = np.random.default_rng(0).integers(11, size=(_B, _T))
+  net = _Language(dtype)
+
+  def losses_fn(params, tokens):
+    log_probs = jax.nn.log_softmax(net.apply(params, tokens)[:, :-1])
+    return -jnp.take_along_axis(log_probs, tokens[:, 1:, None], 2).mean((1, 2))
+
+  return net, losses_fn, tokens
+
+
+def _recurrent():
+  net, x = _Recurrent(), _array(_B, _T, 3)
+  labels = jnp.arange(_B) % 3
+  return net, lambda p, x: losses.softmax_cross_entropy(net.apply(p, x), labels), x
+
+
+def _with_random_params(make):
+  net, losses_fn, x = make()
+  shapes = jax.eval_shape(net.init, jax.random.key(0), x)
+  rng = np.random.default_rng(1)
+  params = jax.tree.map(lambda s: 0.1 + 0.3 * rng.normal(size=s.shape), shapes)
+  return losses_fn, params, x
+
+
+def _stacked(params, x):
+  """Layers with a counter and a key in the carry, whose rows are collected."""
+
+  def layer(carry, weights):
+    h, i, key = carry
+    key, used = jax.random.split(key)
+    kept = jax.random.bernoulli(used, 0.8, h.shape[1:])
+    scale = params["scale"][i][None] * weights["scale"]
+    h = h + jnp.where(kept[None], jnp.tanh(h @ weights["kernel"] * scale), 0)
+    return (h, i + 1, key), (h.mean(1), i)
+
+  init = (x @ params["first"], 0, jax.random.key(0))
+  (h, i, key), (means, indices) = jax.lax.scan(layer, init, params["layers"])
+  noise = jax.random.normal(key, h.shape[1:]) * i + indices.sum()
+  return (h * noise[None]).sum(1) + (means**2).sum(0)
+
+
+def _penalized(params, x):
+  """A carry and collected rows that depend on parameters alone."""
+
+  def layer(carry, weights):
+    h, penalty, gain = carry
+    gain = gain * weights["scale"][:, :1]
+    h = jnp.tanh(h @ weights["kernel"]) * gain
+    return (h, penalty + (weights["kernel"] ** 2).sum(), gain), gain.sum()
+
+  init = (x @ params["first"], jnp.zeros(()), params["scale"][0, :1][None])
+  (h, penalty, _), gains = jax.lax.scan(layer, init, params["layers"], reverse=True)
+  return h.sum(1) * gains.prod() + penalty
+
+
+def _nested(params, x):
+  """Steps of time within layers, an input of examples that all layers read."""
+  memory = jnp.cos(x)
+
+  def layer(h, weights):
+    def step(state, row):
+      state = jnp.tanh(state @ weights["kernel"] + row @ params["first"])
+      return state, state.sum(1)
+
+    h, sums = jax.lax.scan(step, h, jnp.stack([memory, h[:, :4], memory**2]))
+    return h * weights["scale"], sums.T
+
+  _, sums = jax.lax.scan(layer, jnp.zeros((_B, _D)), params["layers"], unroll=2)
+  return (sums**2).sum((0, 2))
+
+
+def _indexed(params, x):
+  """A `fori_loop` that looks its weights up."""
+
+  def body(i, h):
+    return jnp.tanh(h @ params["layers"]["kernel"][i]) + params["scale"][i][None]
+
+  return jax.lax.fori_loop(0, _LAYERS, body, x @ params["first"]).sum(1)
+
+
+def _by_hand(losses_fn):
+  params = {
+    "first": _array(4, _D, seed=1),
+    "scale": 1 + _array(_LAYERS, _D, seed=2),
+    "layers": {
+      "kernel": _array(_LAYERS, _D, _D, seed=3),
+      "scale": 1 + _array(_LAYERS, 1, _D, seed=4),
+    },
+  }
+  return losses_fn, params, _array(_B, 4)
+
+
+_NETWORKS = {
+  "stacked": lambda: _by_hand(_stacked),
+  "penalized": lambda: _by_hand(_penalized),
+  "nested": lambda: _by_hand(_nested),
+  "indexed": lambda: _by_hand(_indexed),
+  "language": lambda: _with_random_params(_language),
+  "recurrent": lambda: _with_random_params(_recurrent),
+}
+
+
+def _like(tree, seed=9):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), tree)
+
+
+def _three(losses_fn, params, x, engine):
+  linearized = linearization.linearize(losses_fn, params, x, engine=engine)
+  weights = jnp.linspace(-1, 2, _B).astype(linearized.losses.dtype)
+  return (
+    linearized.losses,
+    linearized.directional(_like(params)),
+    linearized.weighted_gradient(weights),
+  )
+
+
+def _error(actual, expected):
+  """The largest difference, in units of the largest entry of all."""
+  pairs = list(zip(*map(jax.tree.leaves, (actual, expected)), strict=True))
+  scale = max(np.abs(y).max() for _, y in pairs)
+  return max(np.abs(x - y).max() for x, y in pairs) / scale
+
+
+@pytest.mark.usefixtures("x64")
+@_FLAX_IN_FLOAT64
+@pytest.mark.parametrize("name", _NETWORKS)
+def test_layerwise_equals_forward_mode(name):
+  losses_fn, params, x = _NETWORKS[name]()
+
+  @jax.jit
+  def both(params, x):
+    return [_three(losses_fn, params, x, e) for e in ("layerwise", "forward")]
+
+  for actual, expected in zip(*jax.device_get(both(params, x)), strict=True):
+    assert _error(actual, expected) < 1e-12
