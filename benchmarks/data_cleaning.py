@@ -228,8 +228,8 @@ def _steps(solver, sizes, state, first, arrays, numbers, meta_numbers):
       sizes,
       state,
       index,
-      batch(arrays[0], *of_train, sizes.num_examples),
-      batch(arrays[1], *of_meta, sizes.num_meta),
+      batch(arrays[0], of_train[0], of_train[1], sizes.num_examples),
+      batch(arrays[1], of_meta[0], of_meta[1], sizes.num_meta),
     )
     return state, None
 
@@ -310,8 +310,8 @@ def _aurocs(trust: dict[str, base.Array], is_clean: np.ndarray) -> dict[str, flo
 def clean_regularization(settings: Settings, data: Data, seed: int) -> float:
   """The regularization that is best on a fifth of the clean examples, held out."""
   held_out = max(1, len(data.meta[1]) // 5)
-  rest = tuple(values[held_out:] for values in data.meta)
-  fifth = tuple(values[:held_out] for values in data.meta)
+  x, y = data.meta
+  rest, fifth = (x[held_out:], y[held_out:]), (x[:held_out], y[:held_out])
   smaller = data._replace(meta=rest, test=fifth, dev=fifth)
   solver = make_solver(settings, "clean_only", 0.0)
 

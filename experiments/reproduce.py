@@ -208,7 +208,7 @@ class Size(NamedTuple):
 
 def catalogue() -> list[Cell]:
   """Every published cell, in the order of its papers."""
-  return [*_imbalance(), *_bare(), *_cifar_noise(), *_long_tail(), _step_time()]
+  return [*_imbalance(), *_bare(), *_cifar_noise(), *_long_tail(), *_step_time()]
 
 
 def _imbalance() -> Iterator[Cell]:
@@ -336,25 +336,35 @@ def _tail_size(builder: str, shape: str, imbalance: float) -> int:
   return sum(int(largest * imbalance ** (-c / 9)) for c in range(10))
 
 
-def _step_time() -> Cell:
-  return Cell(
-    "step_time",
-    "Ren et al. 2018: about 3 times plain training",
-    "benchmarks.step_time",
-    "l2rw",
-    {},
-    {},
-    None,
-    None,
-    "ratio",
-    1,
-    None,
-    True,
-  )
+def _step_time() -> Iterator[Cell]:
+  wide = {"networks": ("wrn_28_10",), "dtype": "bfloat16"}
+  facts = {"network": "wrn_28_10", "dtype": "bfloat16"}
+  for name, settings, of_rows in (
+    ("step_time", {}, {"dtype": "float32"}),
+    ("step_time-wrn_28_10", wide, facts),
+  ):
+    yield Cell(
+      name,
+      "Ren et al. 2018: about 3 times plain training",
+      "benchmarks.step_time",
+      "l2rw",
+      of_rows,
+      settings,
+      None,
+      None,
+      "ratio",
+      1,
+      None,
+      True,
+    )
 
 
-# Minutes of a cell without a size: measured on two CPU cores, assumed for a GPU.
-_FIXED_MINUTES = {"cpu": 20.0, "gpu": 5.0}
+# Minutes of cells without a size. The first number was measured on two CPU cores; the
+# others are assumptions.
+_FIXED_MINUTES = {
+  "step_time": {"cpu": 20.0, "gpu": 5.0},
+  "step_time-wrn_28_10": {"cpu": 240.0, "gpu": 3.0},
+}
 
 
 def _network(name: str) -> tuple[Any, tuple[int, ...]]:
@@ -427,7 +437,7 @@ def flops(settings: Settings, cell: Cell) -> float | None:
 def estimated_minutes(settings: Settings, cell: Cell, device: str) -> float:
   """What a cell takes, by the rule in the module's docstring."""
   if cell.size is None:
-    return _FIXED_MINUTES[device]
+    return _FIXED_MINUTES[cell.name][device]
   pass_ = forward(cell.size.network)
   train, meta = passes(cell.method, pass_.has_batch_norm)
   launches = cell.size.num_steps * pass_.layers * (train + meta) * _LAUNCH[device]
@@ -591,7 +601,13 @@ _REHEARSALS: dict[str, dict[str, Any]] = {
   "experiments.cifar_long_tail": {"smoke": True, "network": "mlp"},
   "benchmarks.step_time": {
     **{"networks": ("mlp",), "methods": ("plain",), "meta_sizes": ("0.1",)},
-    **{"engines": ("layerwise",), "repeats": 1, "seconds": 0.01, "batch_size": 10},
+    **{
+      "engines": ("layerwise",),
+      "dtype": "float32",
+      "repeats": 1,
+      "seconds": 0.01,
+      "batch_size": 10,
+    },
   },
 }
 
@@ -664,8 +680,10 @@ def _run_cell(
   finally:
     if folder.is_dir():
       minutes = entry.state.minutes + (time.monotonic() - started) / 60
-      record = {"minutes": minutes, "is_done": rows is not None}
-      record |= {"seeds": seeds(settings, cell), "device": jax.default_backend()}
+      record = {
+        **{"minutes": minutes, "is_done": rows is not None},
+        **{"seeds": seeds(settings, cell), "device": jax.default_backend()},
+      }
       workdir_lib.write_record(folder / _RECORD, record)
   if rows is None:
     return False

@@ -225,8 +225,10 @@ def long_tail(
 
 def long_tail_cells(dataset: str) -> Iterator[tuple[str, str, str, float]]:
   """Yields (method, builder, shape, imbalance) of every number of `long_tail`."""
-  tables = {"ldam": (_LDAM_TAILS, _LDAM_ERRORS), "mwn": (_MWN_TAILS, _MWN_ACCURACIES)}
-  for builder, (tails, methods) in tables.items():
+  for builder, tails, methods in (
+    ("ldam", _LDAM_TAILS, list(_LDAM_ERRORS)),
+    ("mwn", _MWN_TAILS, list(_MWN_ACCURACIES)),
+  ):
     for shape, imbalance in tails:
       for method in methods:
         if long_tail(dataset, method, builder, shape, imbalance) is not None:

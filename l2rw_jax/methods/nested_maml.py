@@ -43,7 +43,7 @@ SHARES = ("task", "cluster", "item")
 def update_weights(
   weights: base.Array,
   gradient: base.Array,
-  weight_learning_rate: float,
+  weight_learning_rate: float | base.Array,
   *,
   clip: float | None = None,
   floor: float = 0.0,

@@ -1,5 +1,6 @@
 """CIFAR's presets by the numbers of the papers, a run of few steps, mistakes."""
 
+import dataclasses
 import io
 import itertools
 
@@ -16,6 +17,7 @@ from experiments.lib import registries
 from experiments.tables import published_cifar
 from l2rw_jax.data import noisy_labels
 from l2rw_jax.data import sources
+from l2rw_jax.models import whitened
 
 _NAME = "cifar_noise"
 _NO_IMAGES = np.zeros((0, 32, 32, 3), np.uint8)
@@ -255,6 +257,18 @@ def test_presets_equal_the_released_codes(name, facts):
 def test_networks_of_presets_fit_the_data(name, num_classes):
   model = script.make_classifier(script.PRESETS[name], num_classes, _NO_IMAGES)
   model.check({"image": jnp.zeros((1, 32, 32, 3))}, num_classes)
+
+
+def test_the_first_layer_of_a_fast_network_is_that_of_the_first_training_images():
+  images = np.random.default_rng(0).integers(0, 256, (1100, 9, 9, 3), np.uint8)
+  preset = script.PRESETS["l2rw_background"]
+  preset = dataclasses.replace(preset, network="whitened_half_gn")
+  model = script.make_classifier(preset, 10, images).model
+  assert (model.width, model.norm) == (32, "group")
+  # L2RW's scaling maps [0, 1] to [-1, 1].
+  expected = whitened.whitening_filters(images[:1000] / 127.5 - 1)
+  np.testing.assert_allclose(model.whitening, expected, rtol=1e-3, atol=1e-3)
+  assert hash(model) == hash(script.make_classifier(preset, 10, images).model)
 
 
 def test_warpi_scales_cifar_100_by_its_statistics():

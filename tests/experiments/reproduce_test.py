@@ -53,6 +53,8 @@ def test_cells_that_the_issue_of_a_gpu_needs_are_named(cells):
   }.items():
     assert cells[name].published == value and cells[name].is_own
   assert cells["step_time"].module == "benchmarks.step_time"
+  wide = cells["step_time-wrn_28_10"].command
+  assert wide.endswith("step_time --networks=wrn_28_10 --dtype=bfloat16")
   assert cells["mnist_imbalance-0.9-l2rw"].command == (
     "python -m experiments.mnist_imbalance --majority=0.9 --methods=l2rw"
   )
@@ -158,7 +160,7 @@ def test_the_queue_orders_by_value_per_minute_and_refuses_what_does_not_fit(
       if cell.name == "b" and not its_settings:
         raise base.InputError("no data")
       folder.mkdir(parents=True, exist_ok=True)
-      rows = [{"method": "l2rw", "ratio": 1.5}]
+      rows = [{"method": "l2rw", "dtype": "float32", "ratio": 1.5}]
       reproduce.workdir_lib.write_record(folder / "results.json", {"rows": rows})
       done.append(cell.name)
       now[0] += speed * 60 * minutes[cell.name]
@@ -207,7 +209,9 @@ def test_time_runs_out_as_if_by_ctrl_c(cells, monkeypatch, tmp_path, capsys):
 
   monkeypatch.setattr(reproduce, "make_run", make_run)
   monkeypatch.setattr(reproduce, "estimated_minutes", lambda *a: 0.001)
-  settings = reproduce.Settings(only=("step_time",), minutes=0.02, device="cpu")
+  settings = reproduce.Settings(
+    only=("step_time-wrn_28_10",), minutes=0.02, device="cpu"
+  )
   settings = settings.replace(results=str(tmp_path))
   (entry,) = reproduce.run(settings, tmp_path / "w")
   assert entry.state.name == "started"
