@@ -70,6 +70,12 @@ class Settings(settings_lib.Settings):
     group="data",
   )
   dataset: str | None = flag(None)
+  split: str | None = flag(
+    None,
+    "Split of --dataset, such as test or train[:10000].",
+    unset="train",
+    group="data",
+  )
   trusted: str | None = flag(
     None,
     "Examples with labels that you trust, as images:DIR, npz:FILE or csv:FILE. They add"
@@ -143,8 +149,11 @@ def read_data(settings: Settings) -> own_data.OwnData:
     InputError: the data cannot be read, or a flag is for other data.
   """
   name = settings.source_name
-  kind = name.partition(":")[0]
-  kinds = {"labels": "images", "image_size": "images", "label_column": "csv"}
+  kind = name.partition(":")[0] if own_data.is_own(name) else "dataset"
+  kinds = {
+    **{"labels": "images", "image_size": "images"},
+    **{"label_column": "csv", "split": "dataset"},
+  }
   for flag_name, needed in kinds.items():
     if getattr(settings, flag_name) is not None and kind != needed:
       raise base.InputError(f"--{flag_name} is for --{needed}: leave it out.")
@@ -155,7 +164,7 @@ def read_data(settings: Settings) -> own_data.OwnData:
       label_column=settings.label_column,
       image_size=settings.image_size,
     )
-  return issue_files.as_own_data(settings.load("train"))
+  return issue_files.as_own_data(settings.load(settings.split or "train"))
 
 
 def read_trusted(settings: Settings, data: own_data.OwnData) -> own_data.OwnData | None:

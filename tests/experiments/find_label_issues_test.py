@@ -177,6 +177,8 @@ _MISTAKES = {
   "column": (["--csv={csv}", "--label_column=d"], "has no column 'd'; it has a, b, c"),
   "label_column": (["--npz=x", "--label_column=d"], "--label_column is for --csv"),
   "labels": (["--csv={csv}", "--labels=d"], "--labels is for --images: leave it out."),
+  "split": (["--csv={csv}", "--split=test"], "--split is for --dataset: leave it out."),
+  "no_split": (["--dataset=digits", "--split=all"], "digits has the splits train and"),
   "no_dataset": (["--dataset=mnits"], "unknown data set 'mnits'"),
   "trusted": (["--csv={csv}", "--trusted=zip:x"], "one of images:DIR, npz:FILE and"),
   "no_trusted": (["--csv={csv}", "--trusted=csv:none"], "none cannot be read: No such"),
