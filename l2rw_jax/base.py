@@ -167,7 +167,7 @@ class Problem:
     forward: `(params, model_state, batch, key, train) -> (outputs, model_state)`;
       `outputs` are logits [B, C], or a tuple that begins with them.
     loss: `(outputs, batch) -> [B]` unreduced losses.
-    linearize: `(losses_fn, params, batch, *, has_aux) -> Linearized`.
+    linearize: `(losses_fn, params, batch, *, has_aux, direction=None) -> Linearized`.
     linearize_outputs: `(outputs_fn, params, batch, *, has_aux) ->
       LinearizedOutputs`, for functions of the outputs before the loss.
     num_classes: C.
@@ -216,7 +216,10 @@ class Problem:
     return self.losses_fn(model_state, jax.random.fold_in(key, _META_KEY))
 
   def linearize_batch(
-    self, inputs: Inputs, losses_fn: Callable[..., tuple[Array, Any]] | None = None
+    self,
+    inputs: Inputs,
+    losses_fn: Callable[..., tuple[Array, Any]] | None = None,
+    direction: PyTree | None = None,
   ) -> Linearized:
     """The training batch of a step, linearized at the step's parameters.
 
@@ -224,12 +227,14 @@ class Problem:
       inputs: of the step.
       losses_fn: `(params, batch) -> (losses [B], aux)`; None is `losses_fn` of this
         problem, whose aux is the new model state.
+      direction: see `linearization.linearize`.
     """
     return self.linearize(
       losses_fn or self.losses_fn(inputs.model_state, inputs.key),
       local(inputs.params, self.axis_name),
       inputs.batch,
       has_aux=True,
+      **({} if direction is None else {"direction": direction}),
     )
 
   def linearize_batch_outputs(

@@ -312,6 +312,21 @@ def batch_after(direction: Direction, batch: Any) -> Any:
   return ordering.after(base.max_abs(direction.vector), batch)
 
 
+def local(direction: Direction, axis_name: base.AxisName) -> Direction:
+  """`direction` with its vector marked as varying over devices, see `base.local`."""
+  return direction._replace(vector=base.local(direction.vector, axis_name))
+
+
+def known_vector(direction: Direction) -> base.PyTree | None:
+  """The vector of which `weight_gradient` takes the derivative, if it is known.
+
+  It is not known for parameters in half precision, because it is scaled later.
+  """
+  types = [x.dtype for x in jax.tree.leaves(direction.vector)]
+  is_half = any(_is_inexact(t) and base.accumulator_dtype(t) != t for t in types)
+  return None if is_half else direction.vector
+
+
 def weight_gradient(
   linearized: base.Linearized, direction: Direction, axis_name: base.AxisName = None
 ) -> base.Array:

@@ -12,6 +12,7 @@ a per-example gradient.
 """
 
 from collections.abc import Callable
+import operator
 from typing import Any
 
 from absl import logging
@@ -36,6 +37,7 @@ def linearize(
   *,
   has_aux: bool = False,
   engine: str = "auto",
+  direction: base.PyTree | None = None,
 ) -> base.Linearized:
   """Linearizes the per-example losses of one batch at `params`.
 
@@ -45,10 +47,13 @@ def linearize(
   ============  =========  ====================================================
   layerwise     1, 1, 1    One backward pass records every use of a parameter,
                            see `layerwise`. For models that process examples
-                           independently: no BatchNorm in training mode, no scan
-                           over data; also no `jax.custom_vjp` or
-                           `jax.checkpoint`.
-  forward       0, 2, 2    `jax.linearize`. For any model.
+                           independently, with layers or time steps in
+                           `jax.lax.scan` or not: no BatchNorm in training mode;
+                           also no `jax.custom_vjp` or `jax.checkpoint` that
+                           takes parameters.
+  forward       0, 2, 2    `jax.linearize`. For any model. What a
+                           `jax.checkpoint` recomputes is not stored: then the
+                           costs are 0, 3, 3, or with `direction` 0, 2, 3.
   reverse       0, 2, 2    The gradient of `w -> <J^T w, v>`. For models with a
                            `jax.custom_vjp`, which has no forward mode; its
                            backward rule must be differentiable.
@@ -71,6 +76,10 @@ def linearize(
     has_aux: whether `losses_fn` returns an auxiliary output in addition to the
       losses, such as new BatchNorm statistics.
     engine: one of the above.
+    direction: the vector, shaped like `params`, of which `directional` will be called,
+      if it is known. Forward mode then computes this derivative together with the
+      losses and stores nothing for it; other engines ignore it. `directional` of other
+      vectors, also of an equal copy, takes another pass.
 
   Returns:
     A `base.Linearized`. Its functions may be called any number of times, but only in
@@ -100,7 +109,12 @@ def linearize(
   linearized = _layerwise(checked, params, batch, engine)
   if linearized is None:
     engine = "forward" if engine == "auto" else engine
-    linearized = linearize_outputs(checked, params, batch, has_aux=True, engine=engine)
+    if engine == "forward" and direction is not None:
+      linearized = _along(checked, params, batch, direction)
+    else:
+      linearized = linearize_outputs(
+        checked, params, batch, has_aux=True, engine=engine
+      )
   losses = linearized.outputs
 
   def weighted_gradient(weights):
@@ -148,6 +162,45 @@ def _layerwise(losses_fn, params, batch, engine):
     lambda weights: partition.combine_gradient(weighted_gradient(weights)),
     aux,
     base.StaticStr("layerwise"),
+  )
+
+
+def _along(losses_fn, params, batch, direction):
+  """Forward mode, with the derivative along `direction` in the first pass.
+
+  Neither the derivative nor what it needs is stored until `directional` is called. Of a
+  network under `jax.checkpoint`, nothing is computed again for it.
+  """
+  partition = trainable.Partition(params)
+  leaves, known = partition.leaves(params), jax.tree.leaves(direction)
+
+  def losses_and_aux(leaves):
+    return losses_fn(partition.combine(leaves), batch)
+
+  def losses_and_slopes(leaves):
+    tangents = partition.leaves(direction)
+    losses, slopes, aux = jax.jvp(losses_and_aux, (leaves,), (tangents,), has_aux=True)
+    return losses, (slopes, aux)
+
+  try:
+    losses, vjp_fn, (slopes, aux) = jax.vjp(losses_and_slopes, leaves, has_aux=True)
+  except (TypeError, NotImplementedError, ValueError) as error:
+    jax.eval_shape(losses_and_aux, leaves)  # Raises errors of `losses_fn` itself.
+    raise _no_forward_derivative(error) from error
+
+  def directional(vector):
+    given = jax.tree.leaves(vector)
+    if len(given) == len(known) and all(map(operator.is_, given, known)):
+      return slopes
+    tangents = partition.leaves(vector)
+    return jax.jvp(losses_and_aux, (leaves,), (tangents,), has_aux=True)[1]
+
+  return base.LinearizedOutputs(
+    losses,
+    directional,
+    lambda weights: partition.combine_gradient(vjp_fn(weights)[0]),
+    aux,
+    base.StaticStr("forward"),
   )
 
 

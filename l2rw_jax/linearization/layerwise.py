@@ -20,8 +20,10 @@ normalization) are differentiated as usual.
 
 The engine works on the jaxpr of the losses, so that it supports any framework and any
 sharing of parameters. `batch_axes` checks whether examples are processed independently.
-Not supported are also `jax.custom_vjp` (its backward rule is not followed),
-`jax.checkpoint` (the recording would undo it) and loops over data.
+In a `jax.lax.scan`, perturbations are rows of its input and what the derivatives need is
+recorded as rows of its output; two more loops go through these rows. Not supported are a
+`jax.custom_vjp` that takes parameters (its backward rule sums over examples), a
+`jax.checkpoint` that does (recording would undo it), `while` and `cond`.
 """
 
 from collections.abc import Callable

@@ -81,7 +81,10 @@ def microbatched(
   if microbatch_size is None:
     return linearize
 
-  def linearize_microbatched(losses_fn, params, batch, *, has_aux=False, **options):
+  def linearize_microbatched(
+    losses_fn, params, batch, *, has_aux=False, direction=None, **options
+  ):
+    del direction  # Every vector takes a pass of its own.
     call = _always_aux(losses_fn, has_aux)
     num_rows(batch)
     trainable.check(params)
@@ -93,8 +96,11 @@ def microbatched(
       return leaves, call(partition.combine(leaves), microbatch)
 
     def directional_step(vector, microbatch):
-      linearized = linearize(losses_fn, params, microbatch, has_aux=has_aux, **options)
-      return vector, linearized.directional(partition.combine_gradient(vector))
+      direction = partition.combine_gradient(vector)
+      linearized = linearize(
+        losses_fn, params, microbatch, has_aux=has_aux, direction=direction, **options
+      )
+      return vector, linearized.directional(direction)
 
     def directional(vector):
       leaves = partition.leaves(vector)

@@ -148,8 +148,15 @@ def example_weights(
   # `hypergradient.batch_after` is not used here, so that under one `jit` the caller's
   # gradient at `params` shares this forward pass.
   linearize = microbatching.microbatched(linearization.linearize, microbatch_size)
-  local_params = base.local(params, axis_name)
-  linearized = linearize(losses_fn, local_params, batch, has_aux=has_aux, engine=engine)
+  direction = hypergradient.local(direction, axis_name)
+  linearized = linearize(
+    losses_fn,
+    base.local(params, axis_name),
+    batch,
+    has_aux=has_aux,
+    engine=engine,
+    direction=hypergradient.known_vector(direction),
+  )
   return weigh(linearized, direction, axis_name)
 
 
@@ -262,8 +269,15 @@ def weighted_value_and_grad(
     )
     linearize = microbatching.microbatched(linearization.linearize, microbatch_size)
     batch = hypergradient.batch_after(direction, batch)
-    params = base.local(params, axis_name)
-    linearized = linearize(losses_fn, params, batch, has_aux=has_aux, engine=engine)
+    direction = hypergradient.local(direction, axis_name)
+    linearized = linearize(
+      losses_fn,
+      base.local(params, axis_name),
+      batch,
+      has_aux=has_aux,
+      engine=engine,
+      direction=hypergradient.known_vector(direction),
+    )
     info = weigh(linearized, direction, axis_name)
     loss = base.psum(jnp.sum(info.weights * info.losses), axis_name)
     grads = base.summed_gradient(linearized, info.weights, axis_name)
@@ -316,7 +330,10 @@ def l2rw(
     linearize = microbatching.microbatched(problem.linearize, microbatch_size)
     problem = dataclasses.replace(problem, linearize=linearize)
     inputs = inputs._replace(batch=hypergradient.batch_after(direction, inputs.batch))
-    linearized = problem.linearize_batch(inputs)
+    direction = hypergradient.local(direction, problem.axis_name)
+    linearized = problem.linearize_batch(
+      inputs, direction=hypergradient.known_vector(direction)
+    )
     info = weigh(linearized, direction, problem.axis_name)
     weights = info.weights
     if not reweight:
