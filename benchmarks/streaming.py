@@ -14,7 +14,7 @@ Command: python -m benchmarks.streaming --data_dir=DIR
 Results: results/streaming.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import csv
 import dataclasses
 import os
@@ -22,6 +22,7 @@ import pathlib
 import time
 from typing import Any
 
+from flax import linen as nn
 import numpy as np
 import optax
 
@@ -40,11 +41,14 @@ from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import run as run_lib
 from l2rw_jax.training import streaming
 
-_NETWORKS = {"mlp": lambda: mlp.MLP(10, (256,)), "lenet": lambda: lenet.LeNet(10)}
+_NETWORKS: dict[str, Callable[[], nn.Module]] = {
+  "mlp": lambda: mlp.MLP(10, (256,)),
+  "lenet": lambda: lenet.LeNet(10),
+}
 _IN_MEMORY = {"files": False, "memory": True, "resident": True}
 _MIB = 2**20
-# Values of a generated example, 1 MiB of float32.
-_VALUES = 2**18
+# Values of a generated example, 256 KiB of float32.
+_VALUES = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +60,8 @@ class Settings(settings_lib.Settings):
     tuple(_NETWORKS), "Networks to train.", choices=_NETWORKS
   )
   batch_size: int = flag(100)
-  num_steps: int = flag(50, "Number of steps in a round.")
-  repeats: int = flag(7, "Number of rounds.", bounds=settings_lib.REPEATS)
+  num_steps: int = flag(40, "Number of steps in a round.")
+  repeats: int = flag(5, "Number of rounds.", bounds=settings_lib.REPEATS)
 
 
 class Generated:
@@ -92,7 +96,11 @@ def _reset_peak() -> None:
 
 
 def _make_run(
-  network: str, split: examples_lib.Splits, batch_size: int, num_steps: int, data: str
+  network: nn.Module,
+  split: examples_lib.Splits,
+  batch_size: int,
+  num_steps: int,
+  data: str,
 ) -> run_lib.Run:
   method = l2rw.l2rw()
   config = config_lib.Config(
@@ -103,7 +111,7 @@ def _make_run(
     steps_per_call=1,
     data=data,
   )
-  model = classifier.Classifier(_NETWORKS[network](), split.num_classes)
+  model = classifier.Classifier(network, split.num_classes)
   return run_lib.Run(config, model, method, optax.sgd(0.01), [split])
 
 
@@ -115,14 +123,14 @@ def _take_steps(run: run_lib.Run, num_steps: int) -> None:
 
 def memory_row() -> dict[str, Any]:
   """Trains on generated examples of ten times the buffer, and measures the memory."""
-  batch_size = 8
+  batch_size = 32
   num_steps = 10 * streaming.STEPS_AHEAD
   size = num_steps * batch_size
   labels = np.arange(size) % 10
   meta = (np.zeros((10, _VALUES), np.float32), np.arange(10))
   source = Generated(size)
   split = examples_lib.from_arrays((source, labels), meta=meta, test=meta)
-  run = _make_run("mlp", split, batch_size, num_steps, "stream")
+  run = _make_run(mlp.MLP(10, (8,)), split, batch_size, num_steps, "stream")
   _take_steps(run, 2)
   _reset_peak()
   before = _peak_mib()
@@ -131,7 +139,7 @@ def memory_row() -> dict[str, Any]:
   run.close()
   return {
     "part": "memory",
-    "network": "mlp",
+    "network": "mlp of width 8",
     "data": "generated",
     "set_mib": size * _VALUES * 4 / _MIB,
     "buffer_mib": streaming.STEPS_AHEAD * batch_size * _VALUES * 4 / _MIB,
@@ -160,7 +168,7 @@ def speed_rows(settings: Settings) -> list[dict[str, Any]]:
   for network in settings.networks:
     runs = {
       name: _make_run(
-        network,
+        _NETWORKS[network](),
         splits[in_memory],
         settings.batch_size,
         num_steps,
