@@ -47,12 +47,14 @@ class Config:
     log_every: steps between two rows of training metrics.
     eval_every: steps between two evaluations.
     checkpoint_every: steps between two checkpoints.
-    num_devices: local devices to use; if None, the largest number that divides the
-      batch size.
+    num_devices: devices to use, over all processes. If None, one process uses the
+      largest number that divides the batch size, and several processes use all.
     steps_per_call: steps that are sent to the devices at once, as one compiled loop.
       If None, 1 on CPU, where convolutions in a loop are slow, and 20 elsewhere. It
       is at most the smallest of the three intervals above, and 1 if training examples
       are kept on the host. Affects speed only (and rounding).
+    device_map: how a step is mapped over the devices, "pmap" or "shard_map". Both run
+      the same program.
   """
 
   num_steps: int
@@ -64,6 +66,7 @@ class Config:
   checkpoint_every: int = 1000
   num_devices: int | None = None
   steps_per_call: int | None = None
+  device_map: str = "pmap"
 
   @property
   def intervals(self) -> tuple[int, int, int]:
@@ -85,6 +88,10 @@ def check(
 ) -> None:
   """Raises InputError unless `loop.train` accepts these arguments."""
   devices.choose(config.num_devices, config.batch_size)
+  if config.device_map not in devices.MAPS:
+    raise base.InputError(
+      f"--device_map={config.device_map} must be {' or '.join(devices.MAPS)}."
+    )
   if config.steps_per_call is not None and config.steps_per_call < 1:
     raise base.InputError(
       f"--steps_per_call={config.steps_per_call} must be at least 1."
