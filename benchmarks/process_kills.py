@@ -109,7 +109,8 @@ def main(folder: pathlib.Path, num_kills: int = NUM_KILLS) -> None:
   expected = outcome(folder / "whole")
   if len(expected) != 2 * len(_COMPARED):
     sys.exit(f"the uninterrupted runs failed: {errors}")
-  rng, rows, lost, number = random.Random(0), [], 0, 0
+  rng, lost, number = random.Random(0), 0, 0
+  rows: list[dict] = []
   while len(rows) < num_kills:
     run = folder / f"run-{number}"
     row = kill_one(started := start(run), rng)

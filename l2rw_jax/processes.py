@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+import jax.numpy as jnp
 import numpy as np
 
 from l2rw_jax import base
@@ -199,7 +200,9 @@ def from_first(tree: base.PyTree) -> base.PyTree:
   ]
   sent = _from_bytes(multihost_utils.broadcast_one_to_all(_as_bytes(raw)), raw)
   result = [
-    jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if key else new
+    jax.random.wrap_key_data(jnp.asarray(new), impl=jax.random.key_impl(old))
+    if key
+    else new
     for new, old, key in zip(sent, leaves, is_key, strict=True)
   ]
   return jax.tree.unflatten(structure, result)

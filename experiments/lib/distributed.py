@@ -50,13 +50,17 @@ def connect(settings: Any) -> None:
       " --coordinator_address, --num_processes and --process_id, or --distributed where"
       " JAX detects the cluster."
     )
+  address: str | None
+  count: int | None
+  number: int | None
   address, count, number = given.values()
-  if None not in (count, number) and number >= count:
+  if count is not None and number is not None and number >= count:
     raise base.InputError(
       f"--process_id={number} must be below --num_processes={count}: processes are"
       " counted from 0."
     )
-  _relay_c_output()
+  late = _late(settings)
+  _relay_c_output(late)
   # JAX's own service for preemption would handle SIGTERM instead of the training loop.
   jax.config.update("jax_enable_preemption_service", False)
   try:
@@ -69,9 +73,10 @@ def connect(settings: Any) -> None:
     )
     num_processes = jax.process_count()
   except (ValueError, RuntimeError) as error:
-    raise base.InputError(_failure(error, settings)) from error
+    raise base.InputError(_failure(error, late)) from error
   global _is_connected
   _is_connected = True
+  os.write(2, last_words.CONNECTED)
   if num_processes > 1 and not processes.is_first():
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
@@ -81,16 +86,21 @@ def refusal(flag: str) -> str:
   return f"{flag}: this script runs in one process; leave the flag out."
 
 
-def _failure(error: Exception, settings: Any) -> str:
+def _late(settings: Any) -> str:
+  """The error of a process that waited in vain for another one."""
+  return (
+    "not all processes arrived within"
+    f" --initialization_timeout={settings.initialization_timeout} seconds: start all of"
+    " them with the same --coordinator_address and --num_processes and different"
+    " --process_id, or wait longer."
+  )
+
+
+def _failure(error: Exception, late: str) -> str:
   """The error of a connection that failed, with the flag to change."""
   text = " ".join(str(error).split())
   if "DEADLINE_EXCEEDED" in text or "timed out" in text.lower():
-    return (
-      "not all processes arrived within"
-      f" --initialization_timeout={settings.initialization_timeout} seconds: start"
-      f" process 0 to {settings.num_processes or 'the last one'} with the same"
-      " --coordinator_address, or wait longer."
-    )
+    return late
   if "should be defined" in text or "must be defined" in text:
     return (
       "--distributed: JAX detects no cluster here (TPU pod, Slurm, Open MPI or"
@@ -99,7 +109,7 @@ def _failure(error: Exception, settings: Any) -> str:
   return f"the processes could not be connected: {text[:300]}"
 
 
-def _relay_c_output() -> None:
+def _relay_c_output(not_connected: str) -> None:
   """Sends what C++ prints through `last_words`, and nothing of what Python prints."""
   global _relay
   sys.stdout.flush()
@@ -108,7 +118,7 @@ def _relay_c_output() -> None:
   source, sink = os.pipe()
   program = pathlib.Path(last_words.__file__)
   _relay = subprocess.Popen(
-    [sys.executable, "-S", "-E", str(program)],
+    [sys.executable, "-S", "-E", str(program), not_connected],
     stdin=source,
     stdout=stderr,
     stderr=stderr,

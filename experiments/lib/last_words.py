@@ -12,7 +12,9 @@ import signal
 import sys
 from typing import BinaryIO
 
-# The process writes this before it ends with a line that says why.
+# The process writes these when it is connected to the others, and before it ends with
+# a line that says why.
+CONNECTED = b"\0connected\n"
 REPORTED = b"\0reported\n"
 # The lines with which the report of a lost connection begins.
 _REPORT = re.compile(rb"coordination_service|the JAX distributed service detected")
@@ -21,24 +23,28 @@ _LOST_TASKS = re.compile(rb"stopped sending heartbeats\):\s+(\d+)")
 _NOISE = (b"[Gloo] Rank ",)
 
 
-def relay(lines: Iterable[bytes], output: BinaryIO) -> None:
+def relay(lines: Iterable[bytes], output: BinaryIO, not_connected: str) -> None:
   """Copies `lines` until they end, except for the report of a lost connection.
 
   Args:
     lines: what the process prints, with newlines.
     output: receives the lines.
+    not_connected: what to say if the process was never connected.
   """
-  report, is_reported = b"", False
+  report, is_connected, is_reported = b"", False, False
   for line in lines:
     if line == REPORTED:
       is_reported = True
+    elif line == CONNECTED:
+      is_connected = True
     elif report or _REPORT.search(line):
       report += line
     elif not line.startswith(_NOISE):
       output.write(line)
       output.flush()
   if report and not is_reported:
-    output.write(f"error: {explanation(report)}\n".encode())
+    why = explanation(report) if is_connected else not_connected
+    output.write(f"error: {why}\n".encode())
     output.flush()
 
 
@@ -57,4 +63,4 @@ if __name__ == "__main__":
   # A terminal sends its signals to all processes; this one ends last.
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
-  relay(sys.stdin.buffer, sys.stdout.buffer)
+  relay(sys.stdin.buffer, sys.stdout.buffer, sys.argv[1])

@@ -81,21 +81,21 @@ def sweep(path, names, kind):
 
 def train(folder, names, signal_at=None, **settings):
   """`loop.train` of some methods; `signal_at` is [process, step, signal]."""
-  import loop_test
+  # In float64, so that what differs is not rounding.
+  jax.config.update("jax_enable_x64", True)
+  from flax import linen as nn
   import toy_runs
 
   from l2rw_jax import processes
   from l2rw_jax.methods import adacore
-  from l2rw_jax.methods import baselines
   from l2rw_jax.methods import l2rw
-  from l2rw_jax.methods import mentornet
+  from l2rw_jax.models import classifier
+  from l2rw_jax.training import devices
   from l2rw_jax.training import sampling
 
   methods = {
     "l2rw": l2rw.l2rw(),
     "adacore": adacore.adacore(0.5),
-    "resampling": baselines.resampling(),
-    "mentornet": mentornet.mentornet(mentornet.spcl_linear, percentile=60.0),
   }
   if signal_at is not None:
     process, at, number = signal_at
@@ -107,12 +107,31 @@ def train(folder, names, signal_at=None, **settings):
       return original(self, step)
 
     sampling.Sampler.next = draw
+
+  class NormNet(nn.Module):
+    """The smallest network with batch statistics shared over the devices."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+      x = nn.Dense(6, param_dtype=float)(x)
+      norm = nn.BatchNorm(
+        use_running_average=not train,
+        axis_name=devices.AXIS_NAME,
+        param_dtype=float,
+      )
+      return nn.Dense(toy_runs.CLASSES, param_dtype=float)(nn.tanh(norm(x)))
+
+  split = toy_runs.make_splits(num_train=60)
+  parts = {
+    part: getattr(split, part)._replace(image=getattr(split, part).image.astype(float))
+    for part in ("train", "meta", "validation", "test")
+  }
   for name in names:
     toy_runs.train(
       pathlib.Path(folder) / name,
       methods[name],
-      [toy_runs.make_splits(num_train=60)],
-      loop_test._NORM_MODEL,
+      [split._replace(**parts)],
+      classifier.Classifier(NormNet(), toy_runs.CLASSES),
       batch_size=16,
       **settings,
     )
