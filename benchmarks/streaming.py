@@ -55,13 +55,15 @@ _VALUES = 2**16
 class Settings(settings_lib.Settings):
   """The flags of this benchmark."""
 
+  SEVERAL_PROCESSES = False
+
   dataset: str = flag("cifar10")
   networks: tuple[str, ...] = flag(
     tuple(_NETWORKS), "Networks to train.", choices=_NETWORKS
   )
   batch_size: int = flag(100)
-  num_steps: int = flag(40, "Number of steps in a round.")
-  repeats: int = flag(5, "Number of rounds.", bounds=settings_lib.REPEATS)
+  num_steps: int = flag(20, "Number of steps in a round.")
+  repeats: int = flag(4, "Number of rounds.", bounds=settings_lib.REPEATS)
 
 
 class Generated:
@@ -179,7 +181,7 @@ def speed_rows(settings: Settings) -> list[dict[str, Any]]:
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for _ in range(settings.repeats + 1):
       for name, run in runs.items():
-        time.sleep(1)  # The other runs read ahead until their buffers are full.
+        time.sleep(0.5)  # The other runs read ahead until their buffers are full.
         _take_steps(run, streaming.STEPS_AHEAD)  # Were read ahead before.
         start, waited = time.perf_counter(), run.input_seconds
         _take_steps(run, settings.num_steps)
@@ -215,8 +217,8 @@ def _speed_row(
 
 def run(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
   """Runs the benchmark, prints the results and writes them to a folder."""
-  rows = [memory_row(), *speed_rows(settings)]
   info = {**workdir_lib.run_info(), "cores": os.cpu_count()}
+  rows = [memory_row(), *speed_rows(settings)]
   columns = list(dict.fromkeys(name for row in rows for name in row))
   folder = pathlib.Path(workdir)
   folder.mkdir(parents=True, exist_ok=True)
