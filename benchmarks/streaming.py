@@ -149,9 +149,9 @@ def memory_row() -> dict[str, Any]:
   }
 
 
-def speed_rows(settings: Settings) -> list[dict[str, Any]]:
-  """Times the steps of every network and every place of the data."""
-  rows, splits = [], {}
+def make_splits(settings: Settings) -> dict[bool, examples_lib.Splits]:
+  """The data with images that are decoded when they are read, and in memory (True)."""
+  splits = {}
   for in_memory in (False, True):
     train, test = (
       sources.load(
@@ -166,31 +166,37 @@ def speed_rows(settings: Settings) -> list[dict[str, Any]]:
     splits[in_memory] = noisy_labels.noisy_labels(
       train, test, builder="uniform_flip", fraction=0.4, num_meta_per_class=10, seed=0
     )
+  return splits
+
+
+def speed_rows(
+  settings: Settings, network: str, splits: dict[bool, examples_lib.Splits]
+) -> list[dict[str, Any]]:
+  """Times the steps of a network for every place of the data."""
   num_steps = (settings.num_steps + streaming.STEPS_AHEAD) * (settings.repeats + 1)
-  for network in settings.networks:
-    runs = {
-      name: _make_run(
-        _NETWORKS[network](),
-        splits[in_memory],
-        settings.batch_size,
-        num_steps,
-        "resident" if name == "resident" else "stream",
-      )
-      for name, in_memory in _IN_MEMORY.items()
-    }
-    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for _ in range(settings.repeats + 1):
-      for name, run in runs.items():
-        time.sleep(0.5)  # The other runs read ahead until their buffers are full.
-        _take_steps(run, streaming.STEPS_AHEAD)  # Were read ahead before.
-        start, waited = time.perf_counter(), run.input_seconds
-        _take_steps(run, settings.num_steps)
-        seconds = time.perf_counter() - start
-        turns[name].append((seconds, run.input_seconds - waited))
+  runs = {
+    name: _make_run(
+      _NETWORKS[network](),
+      splits[in_memory],
+      settings.batch_size,
+      num_steps,
+      "resident" if name == "resident" else "stream",
+    )
+    for name, in_memory in _IN_MEMORY.items()
+  }
+  turns: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+  for _ in range(settings.repeats + 1):
     for name, run in runs.items():
-      rows.append(_speed_row(settings, network, name, turns[name][1:]))
-      run.close()
-  return rows
+      time.sleep(0.5)  # The other runs read ahead until their buffers are full.
+      _take_steps(run, streaming.STEPS_AHEAD)  # Were read ahead before.
+      start, waited = time.perf_counter(), run.input_seconds
+      _take_steps(run, settings.num_steps)
+      seconds = time.perf_counter() - start
+      turns[name].append((seconds, run.input_seconds - waited))
+  for run in runs.values():
+    run.close()
+  # Programs are compiled in the first turn.
+  return [_speed_row(settings, network, name, turns[name][1:]) for name in runs]
 
 
 def _speed_row(
@@ -218,14 +224,17 @@ def _speed_row(
 def run(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
   """Runs the benchmark, prints the results and writes them to a folder."""
   info = {**workdir_lib.run_info(), "cores": os.cpu_count()}
-  rows = [memory_row(), *speed_rows(settings)]
-  columns = list(dict.fromkeys(name for row in rows for name in row))
   folder = pathlib.Path(workdir)
   folder.mkdir(parents=True, exist_ok=True)
-  with (folder / "streaming.csv").open("w", newline="") as file:
-    writer = csv.DictWriter(file, [*columns, *info], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, **info} for row in rows)
+  rows = [memory_row()]
+  splits = make_splits(settings)
+  for network in settings.networks:
+    rows += speed_rows(settings, network, splits)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with (folder / "streaming.csv").open("w", newline="") as file:
+      writer = csv.DictWriter(file, [*columns, *info], lineterminator="\n")
+      writer.writeheader()
+      writer.writerows({**row, **info} for row in rows)
   for row in rows:
     print(" ".join(f"{name}={value}" for name, value in row.items()))
   print(f"\nwritten: {folder}/streaming.csv")

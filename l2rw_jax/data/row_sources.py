@@ -100,10 +100,10 @@ class _Images:
     return self.shape[0]
 
   def __getitem__(self, rows: Any) -> np.ndarray:
-    if isinstance(rows, slice):
-      chosen = np.arange(*rows.indices(len(self)))
-    else:
-      chosen = np.asarray(rows)
+    is_slice = isinstance(rows, slice)
+    chosen: np.ndarray = np.asarray(
+      range(*rows.indices(len(self))) if is_slice else rows, np.int64
+    )
     if chosen.size and not 0 <= chosen.min() <= chosen.max() < len(self):
       raise IndexError(f"rows must be 0 to {len(self) - 1}")
     images = np.empty((*chosen.shape, *self.shape[1:]), np.uint8)
