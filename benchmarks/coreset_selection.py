@@ -52,6 +52,8 @@ from l2rw_jax.training import sampling
 class Settings(settings_lib.Settings):
   """The flags of this benchmark."""
 
+  SEVERAL_PROCESSES = False
+
   dataset: str = flag("mnist")
   fraction: float = flag(
     0.1,

@@ -74,7 +74,7 @@ def _compiled(method: str, num_devices: int, dtype: Any) -> Callable[..., Any]:
     params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
     return params, base.pmean(values.mean(), _AXIS), weights
 
-  return devices_lib.pmap_step(step, 1, jax.devices()[:num_devices])
+  return devices_lib.map_step(step, 1, jax.devices()[:num_devices])
 
 
 def run(

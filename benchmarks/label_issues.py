@@ -75,6 +75,8 @@ _FOLDS, _NEIGHBORS, _TRUSTED = 5, 10, 5
 class Settings(settings_lib.Settings):
   """The flags of this benchmark."""
 
+  SEVERAL_PROCESSES = False
+
   datasets: tuple[str, ...] = flag(
     DEFAULT, f"Data sets, among {', '.join(EPOCHS)}.", group="data"
   )

@@ -56,6 +56,8 @@ from l2rw_jax.io import workdir
 class Settings(settings_lib.Settings):
   """The flags of this benchmark."""
 
+  SEVERAL_PROCESSES = False
+
   EXTENDABLE = ("networks", "meta_sizes")
 
   networks: tuple[str, ...] | None = flag(

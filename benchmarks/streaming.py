@@ -14,7 +14,7 @@ Command: python -m benchmarks.streaming --data_dir=DIR
 Results: results/streaming.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import csv
 import dataclasses
 import os
@@ -22,6 +22,7 @@ import pathlib
 import time
 from typing import Any
 
+from flax import linen as nn
 import numpy as np
 import optax
 
@@ -40,24 +41,29 @@ from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import run as run_lib
 from l2rw_jax.training import streaming
 
-_NETWORKS = {"mlp": lambda: mlp.MLP(10, (256,)), "lenet": lambda: lenet.LeNet(10)}
+_NETWORKS: dict[str, Callable[[], nn.Module]] = {
+  "mlp": lambda: mlp.MLP(10, (256,)),
+  "lenet": lambda: lenet.LeNet(10),
+}
 _IN_MEMORY = {"files": False, "memory": True, "resident": True}
 _MIB = 2**20
-# Values of a generated example, 1 MiB of float32.
-_VALUES = 2**18
+# Values of a generated example, 256 KiB of float32.
+_VALUES = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings(settings_lib.Settings):
   """The flags of this benchmark."""
 
+  SEVERAL_PROCESSES = False
+
   dataset: str = flag("cifar10")
   networks: tuple[str, ...] = flag(
     tuple(_NETWORKS), "Networks to train.", choices=_NETWORKS
   )
   batch_size: int = flag(100)
-  num_steps: int = flag(50, "Number of steps in a round.")
-  repeats: int = flag(7, "Number of rounds.", bounds=settings_lib.REPEATS)
+  num_steps: int = flag(20, "Number of steps in a round.")
+  repeats: int = flag(4, "Number of rounds.", bounds=settings_lib.REPEATS)
 
 
 class Generated:
@@ -92,7 +98,11 @@ def _reset_peak() -> None:
 
 
 def _make_run(
-  network: str, split: examples_lib.Splits, batch_size: int, num_steps: int, data: str
+  network: nn.Module,
+  split: examples_lib.Splits,
+  batch_size: int,
+  num_steps: int,
+  data: str,
 ) -> run_lib.Run:
   method = l2rw.l2rw()
   config = config_lib.Config(
@@ -103,7 +113,7 @@ def _make_run(
     steps_per_call=1,
     data=data,
   )
-  model = classifier.Classifier(_NETWORKS[network](), split.num_classes)
+  model = classifier.Classifier(network, split.num_classes)
   return run_lib.Run(config, model, method, optax.sgd(0.01), [split])
 
 
@@ -115,14 +125,14 @@ def _take_steps(run: run_lib.Run, num_steps: int) -> None:
 
 def memory_row() -> dict[str, Any]:
   """Trains on generated examples of ten times the buffer, and measures the memory."""
-  batch_size = 8
+  batch_size = 32
   num_steps = 10 * streaming.STEPS_AHEAD
   size = num_steps * batch_size
   labels = np.arange(size) % 10
   meta = (np.zeros((10, _VALUES), np.float32), np.arange(10))
   source = Generated(size)
   split = examples_lib.from_arrays((source, labels), meta=meta, test=meta)
-  run = _make_run("mlp", split, batch_size, num_steps, "stream")
+  run = _make_run(mlp.MLP(10, (8,)), split, batch_size, num_steps, "stream")
   _take_steps(run, 2)
   _reset_peak()
   before = _peak_mib()
@@ -131,7 +141,7 @@ def memory_row() -> dict[str, Any]:
   run.close()
   return {
     "part": "memory",
-    "network": "mlp",
+    "network": "mlp of width 8",
     "data": "generated",
     "set_mib": size * _VALUES * 4 / _MIB,
     "buffer_mib": streaming.STEPS_AHEAD * batch_size * _VALUES * 4 / _MIB,
@@ -139,9 +149,9 @@ def memory_row() -> dict[str, Any]:
   }
 
 
-def speed_rows(settings: Settings) -> list[dict[str, Any]]:
-  """Times the steps of every network and every place of the data."""
-  rows, splits = [], {}
+def make_splits(settings: Settings) -> dict[bool, examples_lib.Splits]:
+  """The data with images that are decoded when they are read, and in memory (True)."""
+  splits = {}
   for in_memory in (False, True):
     train, test = (
       sources.load(
@@ -156,31 +166,37 @@ def speed_rows(settings: Settings) -> list[dict[str, Any]]:
     splits[in_memory] = noisy_labels.noisy_labels(
       train, test, builder="uniform_flip", fraction=0.4, num_meta_per_class=10, seed=0
     )
+  return splits
+
+
+def speed_rows(
+  settings: Settings, network: str, splits: dict[bool, examples_lib.Splits]
+) -> list[dict[str, Any]]:
+  """Times the steps of a network for every place of the data."""
   num_steps = (settings.num_steps + streaming.STEPS_AHEAD) * (settings.repeats + 1)
-  for network in settings.networks:
-    runs = {
-      name: _make_run(
-        network,
-        splits[in_memory],
-        settings.batch_size,
-        num_steps,
-        "resident" if name == "resident" else "stream",
-      )
-      for name, in_memory in _IN_MEMORY.items()
-    }
-    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for _ in range(settings.repeats + 1):
-      for name, run in runs.items():
-        time.sleep(1)  # The other runs read ahead until their buffers are full.
-        _take_steps(run, streaming.STEPS_AHEAD)  # Were read ahead before.
-        start, waited = time.perf_counter(), run.input_seconds
-        _take_steps(run, settings.num_steps)
-        seconds = time.perf_counter() - start
-        turns[name].append((seconds, run.input_seconds - waited))
+  runs = {
+    name: _make_run(
+      _NETWORKS[network](),
+      splits[in_memory],
+      settings.batch_size,
+      num_steps,
+      "resident" if name == "resident" else "stream",
+    )
+    for name, in_memory in _IN_MEMORY.items()
+  }
+  turns: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+  for _ in range(settings.repeats + 1):
     for name, run in runs.items():
-      rows.append(_speed_row(settings, network, name, turns[name][1:]))
-      run.close()
-  return rows
+      time.sleep(0.5)  # The other runs read ahead until their buffers are full.
+      _take_steps(run, streaming.STEPS_AHEAD)  # Were read ahead before.
+      start, waited = time.perf_counter(), run.input_seconds
+      _take_steps(run, settings.num_steps)
+      seconds = time.perf_counter() - start
+      turns[name].append((seconds, run.input_seconds - waited))
+  for run in runs.values():
+    run.close()
+  # Programs are compiled in the first turn.
+  return [_speed_row(settings, network, name, turns[name][1:]) for name in runs]
 
 
 def _speed_row(
@@ -207,15 +223,18 @@ def _speed_row(
 
 def run(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
   """Runs the benchmark, prints the results and writes them to a folder."""
-  rows = [memory_row(), *speed_rows(settings)]
   info = {**workdir_lib.run_info(), "cores": os.cpu_count()}
-  columns = list(dict.fromkeys(name for row in rows for name in row))
   folder = pathlib.Path(workdir)
   folder.mkdir(parents=True, exist_ok=True)
-  with (folder / "streaming.csv").open("w", newline="") as file:
-    writer = csv.DictWriter(file, [*columns, *info], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, **info} for row in rows)
+  rows = [memory_row()]
+  splits = make_splits(settings)
+  for network in settings.networks:
+    rows += speed_rows(settings, network, splits)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with (folder / "streaming.csv").open("w", newline="") as file:
+      writer = csv.DictWriter(file, [*columns, *info], lineterminator="\n")
+      writer.writeheader()
+      writer.writerows({**row, **info} for row in rows)
   for row in rows:
     print(" ".join(f"{name}={value}" for name, value in row.items()))
   print(f"\nwritten: {folder}/streaming.csv")

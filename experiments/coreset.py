@@ -59,6 +59,8 @@ _SELECTIONS = "selections.json"
 class Settings(runner.Settings):
   """The flags of this script."""
 
+  SEVERAL_PROCESSES = False
+
   EXTENDABLE = ("network", "methods", "fraction")
 
   dataset: str = flag("mnist")

@@ -49,6 +49,8 @@ _TRUSTED_BATCH = 100
 class Settings(settings_lib.Settings):
   """The flags of this script."""
 
+  SEVERAL_PROCESSES = False
+
   # It changes what is written, not how the network is trained.
   EXTENDABLE = ("num_pictures",)
 

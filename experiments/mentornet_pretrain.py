@@ -39,6 +39,8 @@ _PERCENTILES_SHOWN = (0.5, 1.5, 3.0)
 class Settings(settings_lib.Settings):
   """The flags of this script."""
 
+  SEVERAL_PROCESSES = False
+
   EXTENDABLE = ("dump",)
 
   curriculum: str = flag(

@@ -12,6 +12,7 @@ FLOORS = [
   (r"l2rw_jax/__init__\.py", 4),
   (r"l2rw_jax/base\.py", 0),
   (r"l2rw_jax/(losses|normalization|class_balance|group_objectives|inference)\.py", 1),
+  (r"l2rw_jax/processes\.py", 1),
   (r"l2rw_jax/coresets/.*", 1),
   (r"l2rw_jax/linearization/.*", 1),
   (r"l2rw_jax/(changed_loss|label_transition|weighted_update)\.py", 2),

@@ -20,13 +20,13 @@ set -euo pipefail
 source .venv/bin/activate
 
 status=0
-srun python -m experiments.cifar_noise \
+srun --kill-on-bad-exit=1 python -m experiments.cifar_noise \
   --distributed --initialization_timeout=300 \
   --preset=l2rw_background --methods=uniform,l2rw \
   --batch_size=128 --meta_batch_size=128 \
   --data_dir="$HOME/tensorflow_datasets" --workdir=runs/cifar_noise || status=$?
-# The same command continues the run.
-if [ "$status" = 143 ]; then
+# The same command continues a run that was stopped, or that lost a process (75).
+if [ "$status" = 143 ] || [ "$status" = 75 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

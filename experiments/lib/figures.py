@@ -9,6 +9,7 @@ import numpy as np
 
 from experiments.lib import report
 from experiments.lib import runner
+from l2rw_jax import processes
 
 Row = dict[str, Any]
 
@@ -17,7 +18,7 @@ Row = dict[str, Any]
 def figure(
   path: pathlib.Path, *shape: int, **options: Any
 ) -> Iterator[tuple[Any, Any]]:
-  """A figure and its axes, which are written to a PNG and closed in the end.
+  """A figure and its axes, which process 0 writes to a PNG in the end.
 
   Args:
     path: of the PNG.
@@ -36,7 +37,8 @@ def figure(
     yield drawn, axes
     if not tight:
       drawn.tight_layout()
-    drawn.savefig(path, dpi=150, bbox_inches="tight" if tight else None)
+    if processes.is_first():
+      drawn.savefig(path, dpi=150, bbox_inches="tight" if tight else None)
   finally:
     plt.close(drawn)
 

@@ -17,8 +17,10 @@ from absl import flags
 from absl import logging
 import jax
 
+from experiments.lib import distributed
 from experiments.lib import settings as settings_lib
 from l2rw_jax import base
+from l2rw_jax import processes
 
 Run = Callable[..., Any]
 _HELP = ("help", "helpshort", "helpfull", "helpxml")
@@ -29,7 +31,9 @@ def main(settings: type[settings_lib.Flags], run: Run, name: str = "") -> None:
   """Runs a script with the flags of the command line.
 
   Mistakes end with one line and status 2; SIGINT, SIGTERM and SIGHUP end with one line
-  and status 130, 143 and 129, and a run that is training saves a checkpoint first.
+  and status 130, 143 and 129, and a run that is training saves a checkpoint first. Of
+  several processes, the others then do the same. If a process is lost, the others end
+  with one line and status 75, or 134 if JAX notices it first.
 
   Args:
     settings: the script's; its fields are the flags.
@@ -53,6 +57,7 @@ def main(settings: type[settings_lib.Flags], run: Run, name: str = "") -> None:
 
   def run_parsed(parsed):
     with _one_line_errors(settings):
+      distributed.connect(parsed)
       _run(run, parsed, name)
 
   app.run(run_parsed, flags_parser=parse_all)
@@ -220,9 +225,13 @@ def _one_line_errors(settings: type[settings_lib.Flags]) -> Iterator[None]:
   names = settings_lib.flags_of(settings)
   try:
     yield
+  except processes.EndedError as error:
+    _lose(error)
   except (base.InputError, flags.Error) as error:
     _give_up(settings_lib.in_terms_of_flags(str(error), names))
   except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    if processes.is_lost(error):
+      _lose(error)
     if not settings_lib.is_out_of_memory(error):
       raise
     _give_up(settings_lib.out_of_memory(names))
@@ -251,7 +260,20 @@ def _end_by(number: signal.Signals) -> None:
   event = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
   with contextlib.suppress(OSError):  # The terminal may be closed.
     print(f"\n{event}; the same command continues.", file=sys.stderr, flush=True)
+  distributed.leave(128 + number)
   sys.exit(128 + number)
+
+
+def _lose(error: Exception) -> None:
+  """Ends with one line because another process has ended."""
+  reason = " ".join(str(error).split())[:200]
+  print(
+    f"error: another process ended or cannot be reached ({reason}); the same command"
+    " continues.",
+    file=sys.stderr,
+  )
+  distributed.leave(distributed.LOST_STATUS)
+  sys.exit(distributed.LOST_STATUS)
 
 
 def _report_unraisable(unraisable: Any) -> None:
@@ -270,6 +292,7 @@ def _give_up(error: object) -> None:
   global _gave_up
   _gave_up = True
   print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+  distributed.leave(2)
   sys.exit(2)
 
 

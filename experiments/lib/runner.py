@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import optax
 
+from experiments.lib import distributed
 from experiments.lib import optimizers
 from experiments.lib import probes
 from experiments.lib import registries
@@ -19,6 +20,7 @@ from experiments.lib.settings import flag
 from experiments.tables import formats
 from experiments.tables import table as table_lib
 from l2rw_jax import base
+from l2rw_jax import processes
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import sources
 from l2rw_jax.io import workdir as workdir_lib
@@ -175,8 +177,11 @@ def open_folder(
     **facts: compared too.
 
   Raises:
-    InputError: it holds a run of other settings or input files, or cannot be written.
+    InputError: it holds a run of other settings or input files, or cannot be written;
+      or the script runs in several processes and cannot.
   """
+  if not settings.SEVERAL_PROCESSES and processes.count() > 1:
+    raise base.InputError(distributed.refusal("jax.distributed"))
   flags = settings_lib.flags_of(type(settings))
   ignored = {flags[name].key or name for name in settings.EXTENDABLE}
   kept = {k: v for k, v in settings.record().items() if k not in ignored}
@@ -234,7 +239,9 @@ def _train_group(
     probes=settings.make_probes(),
     epoch_probes=epoch_probes,
   )
-  for seed, split in zip(config.seeds, splits, strict=True) if dumps else ():
+  # The first process has recorded the losses.
+  has_dumps = dumps and processes.is_first()
+  for seed, split in zip(config.seeds, splits, strict=True) if has_dumps else ():
     dump = writer.combine(
       seed,
       split.train.label,
@@ -317,7 +324,7 @@ def report(
   more: str = "",
   before: Sequence[str] = (),
 ) -> Rows:
-  """Writes results.json and results.csv, and prints the table.
+  """Writes results.json and results.csv, and prints the table; in process 0 only.
 
   Args:
     settings: with which the rows were made.
@@ -333,6 +340,8 @@ def report(
   Returns:
     The rows.
   """
+  if not processes.is_first():
+    return rows
   flags = settings.record()
   report_lib.save(folder, rows, flags)
   print(settings.notes(*methods), end="")

@@ -22,6 +22,7 @@ from l2rw_jax import base
 from l2rw_jax.data import own_data
 from l2rw_jax.data import sources
 from l2rw_jax.training import config as config_lib
+from l2rw_jax.training import devices
 
 
 class Bounds(NamedTuple):
@@ -72,6 +73,7 @@ GROUPS = {
   "common": "Training and evaluation",
   "data": "Data",
   "method": "Methods",
+  "processes": "Several processes",
   "output": "Output",
 }
 
@@ -356,13 +358,23 @@ class Flags:
 class Settings(Flags):
   """The flags of every script that trains."""
 
+  # Whether the script can train in several processes.
+  SEVERAL_PROCESSES: ClassVar[bool] = True
+
   num_devices: int | None = flag(
     None,
-    "Number of local devices to train on. The default is the most that divide the"
-    " batch.",
+    "Number of devices to train on, over all processes. The default is the most that"
+    " divide the batch, and with several processes all.",
     bounds=Bounds(1, 10**5),
   )
-  # Affects speed only, and rounding: a folder may be continued with another.
+  # Neither of these affects more than speed and rounding: a folder may be continued
+  # with other values.
+  device_map: str = flag(
+    "pmap",
+    "Function of JAX that runs a step on the devices; both run the same program.",
+    choices=devices.MAPS,
+    recorded=False,
+  )
   steps_per_call: int | None = flag(
     None,
     "Number of steps sent to the devices at once. More are faster, except for"
@@ -404,6 +416,41 @@ class Settings(Flags):
     recorded=False,
   )
 
+  distributed: bool = flag(
+    False,
+    "Connect to the other processes of this run, which JAX detects on a TPU pod and"
+    " under Slurm, Open MPI or Kubernetes.",
+    group="processes",
+    recorded=False,
+  )
+  coordinator_address: str | None = flag(
+    None,
+    "Host and port of process 0, such as localhost:12345.",
+    group="processes",
+    recorded=False,
+  )
+  num_processes: int | None = flag(
+    None,
+    "Number of processes of this run.",
+    bounds=Bounds(1, 10**5),
+    group="processes",
+    recorded=False,
+  )
+  process_id: int | None = flag(
+    None,
+    "Number of this process, from 0. Process 0 writes all files.",
+    bounds=Bounds(0, 10**5),
+    group="processes",
+    recorded=False,
+  )
+  initialization_timeout: int = flag(
+    300,
+    "Seconds to wait for the other processes at the start.",
+    bounds=Bounds(1, 10**5),
+    group="processes",
+    recorded=False,
+  )
+
   def load(self, split: str, dataset: str | None = None) -> sources.Source:
     """A split of `--dataset`, or of another data set.
 
@@ -430,6 +477,7 @@ class Settings(Flags):
     """How to run, with the flags that every script has filled in."""
     return config_lib.Config(
       num_devices=self.num_devices,
+      device_map=self.device_map,
       steps_per_call=self.steps_per_call,
       checkpoint_every=self.checkpoint_every,
       data=self.data,

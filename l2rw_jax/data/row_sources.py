@@ -100,7 +100,12 @@ class _Images:
     return self.shape[0]
 
   def __getitem__(self, rows: Any) -> np.ndarray:
-    chosen = np.arange(len(self))[rows]
+    is_slice = isinstance(rows, slice)
+    chosen: np.ndarray = np.asarray(
+      range(*rows.indices(len(self))) if is_slice else rows, np.int64
+    )
+    if chosen.size and not 0 <= chosen.min() <= chosen.max() < len(self):
+      raise IndexError(f"rows must be 0 to {len(self) - 1}")
     images = np.empty((*chosen.shape, *self.shape[1:]), np.uint8)
     self._fill(images.reshape(-1, *self.shape[1:]), np.ravel(chosen))
     return images

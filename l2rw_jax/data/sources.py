@@ -406,6 +406,8 @@ def _labels_and_images(
 
     builder, features, labels = _opened(folder)
     rows = _open(builder, split)
+    with _readable(folder, split, len(rows)):
+      rows[0]  # tensorflow-datasets logs a message about the first image.
 
     def build():
       only_labels = _open(builder, split, {"image": tfds.decode.SkipDecoding()})

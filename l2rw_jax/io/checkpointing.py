@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from l2rw_jax import base
+from l2rw_jax import processes
 
 _log = logging.getLogger(__name__)
 
@@ -36,13 +37,21 @@ class Restored(NamedTuple):
 class Checkpointer:
   """The latest checkpoints of one run; their checksums are verified on reading."""
 
-  def __init__(self, directory: str | os.PathLike, *, max_to_keep: int = 2):
+  def __init__(
+    self,
+    directory: str | os.PathLike,
+    *,
+    max_to_keep: int = 2,
+    read_only: bool = False,
+  ):
     """Opens or creates `directory` and removes incomplete checkpoints.
 
     Args:
       directory: holds the checkpoints of one run and nothing else.
       max_to_keep: number of checkpoints to keep. An old one is deleted only after a
         new one is complete.
+      read_only: opens an existing directory for `restore` and changes nothing in it.
+        Of several processes with the same state, one writes and the others read.
 
     Raises:
       InputError: the directory cannot be written.
@@ -53,10 +62,19 @@ class Checkpointer:
     logging.getLogger("asyncio").addFilter(_not_from_tensorstore)
     self._directory = pathlib.Path(directory).absolute()
     try:
-      self._directory.mkdir(parents=True, exist_ok=True)
-      self._clear_partial()
+      if not read_only:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._clear_partial()
+      this = processes.index()
       options = ocp.CheckpointManagerOptions(
-        max_to_keep=max_to_keep, enable_async_checkpointing=False
+        max_to_keep=None if read_only else max_to_keep,
+        read_only=read_only,
+        create=False,
+        enable_async_checkpointing=False,
+        # Orbax waits for no other process.
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+          primary_host=this, active_processes={this}
+        ),
       )
       self._manager = ocp.CheckpointManager(self._directory, options=options)
     except OSError as error:
@@ -130,14 +148,35 @@ class Checkpointer:
       except Exception as error:  # Damage can raise any exception.
         self._drop(step, error)
         continue
-      misfit = _misfit(record["leaves"], like)
-      if misfit:
-        raise base.InputError(
-          f"{self._directory} holds checkpoints of another model or method:"
-          f" {misfit}. Choose another --workdir or delete it."
-        )
-      return Restored(step, _unpack(record["leaves"], arrays, like), record["host"])
+      return self._unpacked(step, record, arrays, like)
     return None
+
+  def restore(self, step: int, like: base.PyTree) -> Restored:
+    """Restores the checkpoint of a step that exists, as `restore_latest` does.
+
+    Raises:
+      InputError: the checkpoint cannot be read, or does not fit `like`.
+    """
+    try:
+      self._manager.reload()
+      record, arrays = self._read(step)
+    except MemoryError:
+      raise
+    except Exception as error:  # Damage can raise any exception.
+      raise base.InputError(
+        f"cannot read the checkpoint of step {step} in {self._directory}:"
+        f" {_reason(error)}"
+      ) from error
+    return self._unpacked(step, record, arrays, like)
+
+  def _unpacked(self, step, record, arrays, like):
+    misfit = _misfit(record["leaves"], like)
+    if misfit:
+      raise base.InputError(
+        f"{self._directory} holds checkpoints of another model or method:"
+        f" {misfit}. Choose another --workdir or delete it."
+      )
+    return Restored(step, _unpack(record["leaves"], arrays, like), record["host"])
 
   def close(self) -> None:
     """Frees the resources of Orbax; the checkpointer cannot be used afterwards."""

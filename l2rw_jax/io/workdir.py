@@ -17,15 +17,18 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import time
 from typing import Any
 
 import jax
 
 from l2rw_jax import base
+from l2rw_jax import processes
 
 _SETTINGS = "settings.json"
 _LOCK = ".lock"
 _SCRATCH = ".scratch-"
+_SHARED = ".shared-"
 _CHECKSUM = "sha256"
 # Files and folders of a run, which must not be in a folder without settings.
 _TRACES = ("results.json", "metrics.jsonl", "checkpoints", "mentor.json")
@@ -178,7 +181,8 @@ def prepare(
   """Creates the folder of a run, or reopens it for the same run.
 
   The folder is locked until the process ends. Incomplete files of killed processes
-  are removed from it.
+  are removed from it. Several processes (see `processes`) all call this; process 0
+  writes, and all of them must see the same folder.
 
   Args:
     path: the folder; parents are created as needed.
@@ -194,11 +198,22 @@ def prepare(
   Raises:
     InputError: the folder cannot be written, or holds a run with other
       settings or inputs, or runs without settings, or its `settings.json` is
-      damaged, or another process uses it, or an input cannot be read.
+      damaged, or another process uses it, or an input cannot be read; or several
+      processes disagree on the settings or do not share the folder.
   """
   folder = pathlib.Path(path)
   digests = {name: file_digest(file) for name, file in (inputs or {}).items()}
   now = json.loads(_dump({**settings, "inputs": digests}))
+  processes.check_same("the settings", now)
+  now = processes.on_first("prepare", lambda: _prepare(path, now))
+  _check_shared(folder)
+  _prepared[folder.resolve()] = now
+  return folder
+
+
+def _prepare(path: str | os.PathLike, now: dict[str, Any]) -> dict[str, Any]:
+  """Locks the folder, compares its settings and writes them; returns them."""
+  folder = pathlib.Path(path)
   try:
     folder.mkdir(parents=True, exist_ok=True)
     # Root passes every permission check, so only a real write is a test.
@@ -225,8 +240,7 @@ def prepare(
     _refuse_traces(folder)
   if now != before:
     write_record(folder / _SETTINGS, now)
-  _prepared[folder.resolve()] = now
-  return folder
+  return now
 
 
 def settings_of(folder: str | os.PathLike) -> dict[str, Any]:
@@ -302,26 +316,66 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
   """Locks a folder within a `with`, and removes incomplete files from it.
 
   The operating system frees the lock when the process ends, for whatever reason. A
-  folder inside one that this process has prepared is locked already.
+  folder inside one that this process has prepared is locked already. Of several
+  processes, the first one holds the lock for all.
 
   Args:
     folder: an existing folder.
 
   Raises:
-    InputError: another process uses the folder.
+    InputError: another process uses the folder, or several processes do not share it.
   """
   place = pathlib.Path(folder).resolve()
-  if any(parent in _locks for parent in (place, *place.parents)):
-    yield
-    return
-  lock = _acquire(place)
-  try:
+  lock: int | None = None
+
+  def acquire():
+    nonlocal lock
+    if any(parent in _locks for parent in (place, *place.parents)):
+      return
+    lock = _acquire(place)
     _remove_leftovers(place)
+
+  try:
+    processes.on_first("lock", acquire)
+    _check_shared(place)
     yield
   finally:
     if lock is not None:
       (place / _LOCK).unlink(missing_ok=True)
       os.close(lock)
+
+
+# Seconds after which a file that another host wrote is visible: caches of network file
+# systems keep old listings for as long.
+_VISIBLE_AFTER = 60
+
+
+def _check_shared(folder: pathlib.Path) -> None:
+  """Raises InputError unless all processes see the same folder."""
+  if processes.count() == 1:
+    return
+  probe = None
+  if processes.is_first():
+    descriptor, path = tempfile.mkstemp(prefix=_SHARED, suffix=".0.tmp", dir=folder)
+    os.close(descriptor)
+    probe = pathlib.Path(path)
+  try:
+    name = processes.on_first("shared", lambda: probe and probe.name)
+    deadline = time.monotonic() + _VISIBLE_AFTER
+    while not (seen := (folder / name).exists()) and time.monotonic() < deadline:
+      time.sleep(0.2)
+    views = processes.exchange("seen", f"{int(seen)} {socket.gethostname()}")
+  finally:
+    if probe is not None:
+      probe.unlink(missing_ok=True)
+  for process, view in enumerate(views):
+    is_seen, host = view.split(" ", 1)
+    if is_seen == "0":
+      raise base.InputError(
+        f"--workdir={folder} is not shared: process {process} (host {host}) does not"
+        " see what process 0 writes there. Choose a folder on a file system that all"
+        " hosts share."
+      )
 
 
 def _lock_until_exit(folder: pathlib.Path) -> None:

@@ -1,6 +1,7 @@
 """What happens between the steps of a `run.Run`: metrics, evaluation, checkpoints.
 
-`loop.train` uses all of these; each can also be used in another loop.
+`loop.train` uses all of these; each can also be used in another loop. With several
+processes, all of them make the same calls; process 0 evaluates and writes files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2rw_jax import base
+from l2rw_jax import processes
 from l2rw_jax.io import checkpointing
 from l2rw_jax.io import metric_writer
 from l2rw_jax.training import evaluation
@@ -53,6 +55,8 @@ class Metrics:
     self._writers = []
     with contextlib.ExitStack() as files:
       for folder, history in zip(folders, histories, strict=True):
+        if not processes.is_first():
+          continue
         folder.mkdir(parents=True, exist_ok=True)
         writer = metric_writer.MetricWriter(
           folder, resume_step=resume_step, history=history
@@ -135,6 +139,9 @@ class Evaluation:
       self._measure(run, self._evaluators)
 
   def _measure(self, run, evaluators):
+    processes.on_first("evaluation", lambda: self._write(run, evaluators))
+
+  def _write(self, run, evaluators):
     for index, seed in enumerate(run.config.seeds):
       values = evaluation.measure(run.snapshot(index), evaluators, self._probes)
       if values:
@@ -161,7 +168,12 @@ class Checkpoints:
     """
     self._folder, self._identities = folder, list(identities)
     self._place = folder / "checkpoints"
-    self._checkpointer = checkpointing.Checkpointer(self._place)
+    # The first process removes what is incomplete, before others read.
+    if processes.is_first():
+      self._checkpointer = checkpointing.Checkpointer(self._place)
+    processes.on_first("checkpoints", lambda: None)
+    if not processes.is_first():
+      self._checkpointer = checkpointing.Checkpointer(self._place, read_only=True)
     self._saved_step = -1
 
   def close(self) -> None:
@@ -186,7 +198,7 @@ class Checkpoints:
     """
     shape = (len(run.splits), len(run.splits[0].train.label))
     weights = weight_log.WeightLog.empty(*shape)
-    restored = self._checkpointer.restore_latest((run.host_state(), weights))
+    restored = self._read((run.host_state(), weights))
     if restored is None:
       return weights, None
     self._check_identity(restored, run)
@@ -197,6 +209,19 @@ class Checkpoints:
     self._saved_step = restored.step
     # The restored arrays are read-only.
     return weight_log.WeightLog(*(np.array(x) for x in weights)), restored.host
+
+  def _read(self, like):
+    """The latest intact checkpoint, which process 0 finds."""
+    found = []
+
+    def latest():
+      found.append(self._checkpointer.restore_latest(like))
+      return None if found[0] is None else found[0].step
+
+    step = processes.on_first("restore", latest)
+    if processes.is_first():
+      return found[0]
+    return None if step is None else self._checkpointer.restore(step, like)
 
   def _check_identity(self, restored, run):
     saved = restored.host.get("identity", [None] * len(self._identities))
@@ -217,8 +242,11 @@ class Checkpoints:
     self, run: run_lib.Run, metrics: Metrics, weights: weight_log.WeightLog
   ) -> None:
     """Saves a checkpoint unless this step is saved already."""
-    if run.step <= self._saved_step:
-      return
+    if run.step > self._saved_step:
+      processes.on_first("save", lambda: self._save(run, metrics, weights))
+      self._saved_step = run.step
+
+  def _save(self, run, metrics, weights):
     # The timer comes first, so that it is there for every checkpoint.
     self.write_timing(run)
     host = {
@@ -228,11 +256,14 @@ class Checkpoints:
       "made_by": identity.made_by(len(run.devices)),
     }
     self._checkpointer.save(run.step, (run.host_state(), weights), host)
-    self._saved_step = run.step
 
   def write_timing(self, run: run_lib.Run) -> None:
     """Writes the seconds of training to `timing.json`."""
-    facts = {"steps_per_call": run.steps_per_call}
+    facts: dict[str, Any] = {
+      "steps_per_call": run.steps_per_call,
+      "device_map": run.config.device_map,
+      "num_processes": processes.count(),
+    }
     run.timer.write(self._folder / TIMING, run.step, facts)
 
   def raise_on_failure(

@@ -25,7 +25,8 @@ def functions(
   num_steps: int,
   num_runs: int,
   devices: tuple[jax.Device, ...],
-) -> tuple[Callable[..., Any], jax.stages.Wrapped]:
+  device_map: str = "pmap",
+) -> tuple[Callable[..., Any], Any]:
   """`(init, steps)` for arrays of R runs, cached.
 
   Scripts train on one split after another; the cache avoids recompiling the steps.
@@ -37,7 +38,8 @@ def functions(
     num_examples: N.
     num_steps: length of the run.
     num_runs: R.
-    devices: the devices that train.
+    devices: the devices that train, of all processes.
+    device_map: how the steps are mapped over them, one of `devices.MAPS`.
 
   Returns:
     init: `(keys [R], class_counts [R, C], examples [R, 1, ...]) -> TrainState`.
@@ -82,5 +84,5 @@ def functions(
 
   return (
     jax.jit(devices_lib.over_runs(init, num_runs)),
-    devices_lib.pmap_step(steps, num_runs, list(devices)),
+    devices_lib.map_step(steps, num_runs, list(devices), device_map),
   )

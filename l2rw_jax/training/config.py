@@ -50,8 +50,8 @@ class Config:
     log_every: steps between two rows of training metrics.
     eval_every: steps between two evaluations.
     checkpoint_every: steps between two checkpoints.
-    num_devices: local devices to use; if None, the largest number that divides the
-      batch size.
+    num_devices: devices to use, over all processes. If None, one process uses the
+      largest number that divides the batch size, and several processes use all.
     steps_per_call: steps that are sent to the devices at once, as one compiled loop.
       If None, 1 on CPU, where convolutions in a loop are slow, and 20 elsewhere. It
       is at most the smallest of the three intervals above, and 1 if training examples
@@ -59,6 +59,8 @@ class Config:
     data: where training examples are kept. "resident" keeps them on the devices,
       "stream" reads them ahead of the steps that take them, and "auto" does so if they
       do not fit on the devices or are a row source. Affects speed only.
+    device_map: how a step is mapped over the devices, "pmap" or "shard_map". Both run
+      the same program.
   """
 
   num_steps: int
@@ -71,6 +73,7 @@ class Config:
   num_devices: int | None = None
   steps_per_call: int | None = None
   data: str = "auto"
+  device_map: str = "pmap"
 
   @property
   def intervals(self) -> tuple[int, int, int]:
@@ -92,6 +95,10 @@ def check(
 ) -> None:
   """Raises InputError unless `loop.train` accepts these arguments."""
   devices.choose(config.num_devices, config.batch_size)
+  if config.device_map not in devices.MAPS:
+    raise base.InputError(
+      f"--device_map={config.device_map} must be {' or '.join(devices.MAPS)}."
+    )
   if config.steps_per_call is not None and config.steps_per_call < 1:
     raise base.InputError(
       f"--steps_per_call={config.steps_per_call} must be at least 1."

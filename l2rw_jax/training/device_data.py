@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from l2rw_jax import base
+from l2rw_jax import processes
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.training import devices as devices_lib
 from l2rw_jax.training import sampling
@@ -68,7 +69,7 @@ class DeviceData:
 
     Args:
       splits: the data of each run.
-      devices: the devices that train.
+      devices: the devices that train, of all processes.
       needs_meta: whether the method uses the meta set.
       kind: "resident" keeps the training set on the devices, "stream" reads its rows
         ahead of the steps that take them, and "auto" does the latter if the set does
@@ -78,7 +79,8 @@ class DeviceData:
       InputError: the training set of "resident" is a row source.
     """
     self._devices = devices
-    max_bytes = budget(devices)
+    # All processes must decide alike, or they would run different programs.
+    max_bytes = processes.smallest("device_data", budget(devices_lib.local(devices)))
     train = [examples_lib.as_batch(split.train) for split in splits]
     self._train = store(train, devices, max_bytes, kind, reads_ahead=True)
     self._meta: Store | None = None

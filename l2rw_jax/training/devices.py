@@ -1,9 +1,16 @@
 """The devices that train, the layout of arrays on them, and the only pmap.
 
-Arrays on the devices have two leading axes, `[D, R, ...]`: D local devices and R runs
+Arrays on the devices have two leading axes, `[D, R, ...]`: D devices and R runs
 (splits of the data, seeds) that one compiled step trains side by side. Rows and
 outputs of K steps have a third one, `[D, R, K, ...]`. On the host there is no device
 axis: the batch axis holds the examples of all devices, in order.
+
+With several processes, a step runs on the devices of all of them, process by process,
+and D counts the devices of this process. `jax.shard_map` runs the same program as
+`jax.pmap`. JAX only maintains pmap, which it implements by shard_map since version
+0.8: with several processes it converts all arguments and results of every call between
+arrays of this process and arrays of all processes. Under shard_map the state remains an
+array of all processes.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,21 +22,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2rw_jax import base
+from l2rw_jax import processes
 
 AXIS_NAME = "devices"
+# Ways to map a step over devices.
+MAPS = ("pmap", "shard_map")
 
 
 def choose(num_devices: int | None, batch_size: int) -> list[jax.Device]:
-  """The first `num_devices` local devices.
+  """The devices that train: those of all processes, process by process.
 
   Args:
-    num_devices: how many; if None, the largest number that divides the batch size.
+    num_devices: how many, over all processes. If None, a single process takes the
+      largest number that divides the batch size, and several processes take all.
     batch_size: B.
 
   Raises:
-    InputError: the machine has fewer devices, or their number does not divide the
-      batch size.
+    InputError: there are fewer devices, their number does not divide the batch size,
+      or processes would have different numbers of devices.
   """
+  if processes.count() > 1:
+    return _choose_of_all(num_devices, batch_size)
   available = jax.local_devices()
   if num_devices is None:
     most = min(len(available), batch_size)
@@ -47,9 +60,41 @@ def choose(num_devices: int | None, batch_size: int) -> list[jax.Device]:
   return available[:num_devices]
 
 
+def _choose_of_all(num_devices, batch_size):
+  by_process: dict[int, list[jax.Device]] = {p: [] for p in range(processes.count())}
+  for device in jax.devices():
+    by_process[device.process_index].append(device)
+  sizes = {process: len(devices) for process, devices in by_process.items()}
+  most = len(jax.devices())
+  if len(set(sizes.values())) > 1:
+    text = ", ".join(f"process {process} {size}" for process, size in sizes.items())
+    raise base.InputError(
+      f"every process needs the same number of devices; there are: {text}."
+    )
+  total = most if num_devices is None else num_devices
+  if not 1 <= total <= most or total % len(sizes):
+    raise base.InputError(
+      f"--num_devices={total}: the {len(sizes)} processes have {most}"
+      f" {jax.devices()[0].platform} devices together; choose a multiple of"
+      f" {len(sizes)} up to {most}."
+    )
+  if batch_size % total:
+    raise base.InputError(
+      f"--batch_size={batch_size} does not divide among the {total} devices of"
+      f" {len(sizes)} processes; choose a multiple, or fewer by --num_devices."
+    )
+  share = total // len(sizes)
+  return [device for process in sizes for device in by_process[process][:share]]
+
+
+def local(devices: Sequence[jax.Device]) -> list[jax.Device]:
+  """Those of the devices that belong to this process."""
+  return [d for d in devices if d.process_index == processes.index()]
+
+
 def replicate(tree: base.PyTree, devices: list[jax.Device]) -> base.PyTree:
   """Copies `[...]` leaves to every device, `[D, ...]`; needs room for two copies."""
-  return _copier(tuple(devices))(np.arange(len(devices)), tree)
+  return _copier(tuple(devices))(np.arange(len(local(devices))), tree)
 
 
 @functools.lru_cache(maxsize=8)
@@ -75,14 +120,14 @@ def take(tree: base.PyTree, index: int) -> base.PyTree:
 
 
 def shard(rows: np.ndarray, devices: list[jax.Device]) -> np.ndarray:
-  """Splits `[..., B]` into `[D, ..., B / D]` on the host, in order."""
+  """Splits `[..., B]` over all devices, `[len(devices), ..., B / len(devices)]`."""
   *shape, size = rows.shape
   rows = rows.reshape(*shape, len(devices), size // len(devices))
   return np.moveaxis(rows, -2, 0)
 
 
 def repeat(rows: np.ndarray, devices: list[jax.Device]) -> np.ndarray:
-  """Repeats `[..., M]` for every device, `[D, ..., M]`, on the host."""
+  """Repeats `[..., M]` for all devices, `[len(devices), ..., M]`, on the host."""
   return np.broadcast_to(rows, (len(devices), *rows.shape))
 
 
@@ -90,16 +135,19 @@ def spread(steps: Sequence[Any], devices: list[jax.Device]) -> np.ndarray:
   """Assigns the rows that K steps take to the devices.
 
   Args:
-    steps: for each step, rows [R, B].
-    devices: D devices.
+    steps: for each step, rows [R, B] of the global batch, the same in every process.
+    devices: the devices of all processes, N of them.
 
   Returns:
-    Rows, int32 [D, R, K, B / D]. If B is not divisible by D, every device takes all
-    of them, [D, R, K, B]: a mean over devices that hold the same examples is the
-    same mean. (Ten meta examples need not be divisible by eight devices.)
+    Rows of the D devices of this process, int32 [D, R, K, B / N]. If B is not
+    divisible by N, every device takes all of them, [D, R, K, B]: a mean over devices
+    that hold the same examples is the same mean. (Ten meta examples need not be
+    divisible by eight devices.)
   """
   rows = np.stack(steps, axis=1).astype(np.int32)  # [R, K, B]
-  return (repeat if rows.shape[-1] % len(devices) else shard)(rows, devices)
+  parts = (repeat if rows.shape[-1] % len(devices) else shard)(rows, devices)
+  first = devices.index(local(devices)[0])
+  return parts[first : first + len(local(devices))]
 
 
 def unshard(values: Any) -> np.ndarray:
@@ -143,13 +191,79 @@ def on_one_device(fun: Callable[..., Any]) -> Callable[..., Any]:
   return call
 
 
-def pmap_step(
-  step: Callable[..., Any], num_runs: int, devices: list[jax.Device]
-) -> jax.stages.Wrapped:
-  """Compiles `step` for `[D, R, ...]` arguments; the first one is donated."""
-  return jax.pmap(
-    over_runs(step, num_runs),
-    axis_name=AXIS_NAME,
-    devices=devices,
-    donate_argnums=(0,),
-  )
+def map_step(
+  step: Callable[..., Any],
+  num_runs: int,
+  devices: list[jax.Device],
+  kind: str = "pmap",
+) -> Any:
+  """Compiles `step` for `[D, R, ...]` arguments; the first one is donated.
+
+  Args:
+    step: `(state, ...) -> (state, output)` of one run on one device; `AXIS_NAME`
+      names the devices of all processes.
+    num_runs: R.
+    devices: the devices of all processes.
+    kind: one of `MAPS`; both compute the same numbers.
+
+  Returns:
+    A function with a method `lower`.
+  """
+  step = over_runs(step, num_runs)
+  if kind == "shard_map":
+    return _ShardMapped(step, devices)
+  return jax.pmap(step, axis_name=AXIS_NAME, devices=devices, donate_argnums=(0,))
+
+
+class _ShardMapped:
+  """A step under `jax.shard_map`, with the arguments and results of `jax.pmap`.
+
+  With several processes, the state is an array of all processes, and every other
+  argument and the output are arrays of this process.
+  """
+
+  def __init__(self, step: Callable[..., Any], devices: Sequence[jax.Device]):
+    mesh = jax.sharding.Mesh(np.array(devices), (AXIS_NAME,))
+    spec = jax.sharding.PartitionSpec(AXIS_NAME)
+    self._sharding = jax.sharding.NamedSharding(mesh, spec)
+    self._local = jax.sharding.NamedSharding(mesh.local_mesh, spec)
+
+    def block(*args):  # Arguments [1, R, ...].
+      results = step(*jax.tree.map(lambda x: x[0], args))
+      return jax.tree.map(lambda x: jnp.asarray(x)[None], results)
+
+    mapped = jax.shard_map(
+      block, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+    )
+    self._jitted = jax.jit(
+      mapped,
+      in_shardings=self._sharding,
+      out_shardings=self._sharding,
+      donate_argnums=(0,),
+    )
+
+  def __call__(self, *args: base.PyTree) -> tuple[base.PyTree, base.PyTree]:
+    state, output = self._jitted(*jax.tree.map(self._of_all, args))
+    return state, jax.tree.map(self._of_this, output)
+
+  def lower(self, *args: base.PyTree) -> jax.stages.Lowered:
+    return self._jitted.lower(*jax.tree.map(self._of_all, args))
+
+  def _of_all(self, x):
+    if processes.count() == 1 or not getattr(x, "is_fully_addressable", True):
+      return x
+    if not isinstance(x, jax.Array):
+      return jax.make_array_from_process_local_data(self._sharding, x)
+    return _from_shards(x, self._sharding, processes.count())
+
+  def _of_this(self, x):
+    if processes.count() == 1:
+      return x
+    return _from_shards(x, self._local, 1 / processes.count())
+
+
+def _from_shards(x, sharding, growth):
+  """The shards of `x` in this process as an array whose leading axis grows."""
+  shape = (round(x.shape[0] * growth), *x.shape[1:])
+  shards = [shard.data for shard in x.addressable_shards]
+  return jax.make_array_from_single_device_arrays(shape, sharding, shards)

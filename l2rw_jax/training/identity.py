@@ -5,15 +5,17 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from absl import logging
+
 from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import fingerprint
 from l2rw_jax.io import workdir
 from l2rw_jax.training import config as config_lib
 
-# Seeds and devices are stored elsewhere; steps per call affect rounding only, and where
-# the data are kept affects nothing.
-_EXCLUDED = ("seeds", "num_devices", "steps_per_call", "data")
+# Seeds are stored elsewhere. Where the data are kept changes no number, and the other
+# ones affect rounding only.
+EXCLUDED = ("seeds", "num_devices", "steps_per_call", "device_map", "data")
 _ADVICE = "choose another --workdir or delete it."
 
 
@@ -34,7 +36,7 @@ def of_runs(
     uses; "settings", with which the folder was prepared.
   """
   settings = dataclasses.asdict(config)
-  for name in _EXCLUDED:
+  for name in EXCLUDED:
     del settings[name]
   folder_settings = workdir.settings_of(folder)
   return [
@@ -49,7 +51,7 @@ def of_runs(
 
 
 def made_by(num_devices: int) -> dict[str, Any]:
-  """The versions, code and devices with which an unfinished run must continue."""
+  """The versions, code and devices with which a run is made."""
   return {**workdir.made_by(), "num_devices": num_devices}
 
 
@@ -79,13 +81,25 @@ def check_run(old: Any, new: dict[str, Any], place: pathlib.Path) -> None:
 def check_made_by(old: Any, new: dict[str, Any], place: pathlib.Path) -> None:
   """Raises InputError unless an unfinished run would continue with the same numbers.
 
+  Only the number of devices may change, which affects rounding: it is logged.
+
   Args:
     old: `made_by` that was saved with the checkpoint.
     new: `made_by` of this process.
     place: the folder of the checkpoints, for the message.
   """
-  differences = workdir.changes(old if isinstance(old, dict) else {}, new)
-  _refuse(differences, place, "a run that was started elsewhere")
+  old = dict(old) if isinstance(old, dict) else {}
+  before = old.get("num_devices")
+  if before not in (None, new["num_devices"]):
+    logging.warning(
+      "%s was saved on %d device(s), and the run continues on %d: its numbers differ by"
+      " rounding from those of a run on one of them.",
+      place,
+      before,
+      new["num_devices"],
+    )
+  old["num_devices"] = new["num_devices"]
+  _refuse(workdir.changes(old, new), place, "a run that was started elsewhere")
 
 
 def _refuse(differences: list[str], place: pathlib.Path, what: str) -> None:

@@ -1,10 +1,15 @@
 """Signals that ask a run to stop, deferred until its state can be saved."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
+import itertools
 import signal
 import threading
 from typing import Any
+
+import jax
+
+from l2rw_jax import processes
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -44,3 +49,113 @@ def deferred() -> Iterator[list[int]]:
     restore()
   if received:
     signal.raise_signal(received[0])
+
+
+@contextlib.contextmanager
+def agreed(signals: list[int]) -> Iterator[Callable[[], bool]]:
+  """Lets all processes stop between the same two calls of the compiled step.
+
+  Args:
+    signals: what `deferred` yields. It receives the signal of another process.
+
+  Yields:
+    A function to call before every call of the step; it returns whether to stop. A
+    single process stops after its first signal.
+  """
+  if processes.count() == 1:
+    yield lambda: bool(signals)
+    return
+  agreement = _Agreement(signals)
+  try:
+    yield agreement.stops
+  finally:
+    agreement.close()
+
+
+_numbers = itertools.count()  # Of the agreements, the same in every process.
+_POLL_SECONDS = 0.5
+
+
+class _Agreement:
+  """Decides after how many calls of the step all processes stop.
+
+  The devices of one process wait for those of the others, so all processes must make
+  the same calls. A thread looks for a signal of any process in the store of the
+  coordination service. It then keeps this process from starting further calls, and
+  publishes how many have been started. All processes continue to the largest of these
+  numbers. The main thread only counts calls, under a lock that is free.
+  """
+
+  def __init__(self, signals: list[int]):
+    self._signals = signals
+    self._prefix = f"l2rw_jax/stop/{next(_numbers)}"
+    self._lock = threading.Lock()
+    self._num_calls = 0
+    self._is_held = False
+    self._decided = threading.Event()
+    self._last_call = 0
+    self._closed = threading.Event()
+    self._thread = threading.Thread(target=self._watch, daemon=True)
+    self._thread.start()
+
+  def stops(self) -> bool:
+    """Counts a call, or returns True after the last one."""
+    with self._lock:
+      if not self._is_held:
+        self._num_calls += 1
+        return False
+    while not self._decided.wait(1.0):  # So that signal handlers run.
+      pass
+    if self._num_calls >= self._last_call:
+      return True
+    self._num_calls += 1
+    return False
+
+  def close(self) -> None:
+    """Ends the thread, and tells a process that still decides the number of calls."""
+    self._closed.set()
+    self._thread.join()
+    if not self._is_held:
+      processes.client().key_value_set(
+        f"{self._prefix}/{processes.index()}", str(self._num_calls)
+      )
+
+  def _watch(self):
+    # The main thread reports a connection that is lost.
+    try:
+      number = self._request()
+      if number is not None:
+        self._decide(number)
+    except jax.errors.JaxRuntimeError:
+      pass
+    finally:
+      self._decided.set()
+
+  def _request(self):
+    """The signal that one of the processes received; None if training ends first."""
+    client, key = processes.client(), f"{self._prefix}/signal"
+    while not self._closed.wait(_POLL_SECONDS):
+      if self._signals:
+        number = str(self._signals[0])
+        client.key_value_set(key, number, allow_overwrite=True)
+        return int(number)
+      try:
+        return int(client.key_value_try_get(key))
+      except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith("NOT_FOUND"):
+          raise
+    return None
+
+  def _decide(self, number):
+    with self._lock:
+      self._is_held = True
+      num_calls = self._num_calls
+    client = processes.client()
+    client.key_value_set(f"{self._prefix}/{processes.index()}", str(num_calls))
+    counts = [
+      int(processes.wait_for(f"{self._prefix}/{process}"))
+      for process in range(processes.count())
+    ]
+    self._last_call = max(counts)
+    if not self._signals:
+      self._signals.append(number)

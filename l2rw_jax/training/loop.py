@@ -13,8 +13,13 @@
 The same call continues an interrupted run and ends with the same bytes in these files
 (except for the seconds) as an uninterrupted one, if the number of steps per call is
 the same. Checkpoints and results record what the numbers of the run depend on:
-settings, data and, for an unfinished run, versions and devices. A folder that holds
-another run is refused. SIGINT, SIGTERM and SIGHUP save a checkpoint first.
+settings, data and, for an unfinished run, versions and kind of device. A folder that
+holds another run is refused. SIGINT, SIGTERM and SIGHUP save a checkpoint first.
+
+Several processes (`jax.distributed`) train one run together: all of them call `train`
+with the same arguments, every process feeds its devices its rows of every batch, and
+process 0 writes the files, in a folder that all of them see. The run can be continued
+by another number of processes and devices: the results differ by rounding only.
 """
 
 from collections.abc import Sequence
@@ -29,6 +34,7 @@ import jax
 import optax
 
 from l2rw_jax import base
+from l2rw_jax import processes
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.io import workdir
 from l2rw_jax.training import callbacks
@@ -75,29 +81,33 @@ def train(
   Raises:
     InputError: the settings and the data do not fit together; losses or gradients
       became NaN or infinite (the last good state is in the checkpoint); a file
-      cannot be written; `folder` holds a run with other settings, data, versions or
-      devices; another process uses it; JAX runs in several processes.
+      cannot be written; `folder` holds a run with other settings, data or versions;
+      another program uses it; several processes disagree on settings or data, or do
+      not share the folder.
     KeyboardInterrupt: a signal stopped the run; its checkpoint is saved.
   """
-  if jax.process_count() > 1:
-    raise base.InputError(
-      f"JAX runs in {jax.process_count()} processes, and training in more than one is"
-      " not supported: start a single process, without jax.distributed.initialize."
-    )
   folder = pathlib.Path(folder)
   folders = [folder / f"seed-{seed}" for seed in config.seeds]
   splits = config_lib.as_integers(splits, config.seeds)
   identities = identity.of_runs(config, splits, folder)
+  processes.check_same(
+    "a run",
+    {
+      "folder": str(folder.resolve()),
+      **{f"seed {x['seed']}": x for x in identities},
+      "made_by": workdir.made_by(),
+      **{name: getattr(config, name) for name in identity.EXCLUDED},
+    },
+  )
   # One row, for a source of rows is an array only where it is read.
   first = {k: x[:1] for k, x in examples_lib.as_batch(splits[0].train).items()}
-  if not _is_finished(folder, folders, identities):
+  if not processes.on_first(
+    "finished", lambda: _is_finished(folder, folders, identities)
+  ):
     config_lib.check(config, method, splits)
     test = examples_lib.as_batch(splits[0].test)
     model.check({k: x[:1] for k, x in test.items()}, splits[0].num_classes)
-    try:
-      folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise base.InputError(f"cannot write {folder}: {error.strerror}") from error
+    processes.on_first("folder", lambda: _make(folder))
     with workdir.locked(folder), contextlib.ExitStack() as files:
       run = run_lib.Run(config, model, method, optimizer, splits, epoch_probes)
       files.callback(run.close)
@@ -110,8 +120,10 @@ def train(
       metrics = files.enter_context(callbacks.Metrics(folders, resume_step, saved))
       evaluate = callbacks.Evaluation(metrics, evaluators, probes, name)
       _train(run, metrics, weights, evaluate, checkpoints, name)
-      _write_results(run, metrics, weights, folders, identities)
-      checkpoints.write_timing(run)
+      processes.on_first(
+        "results",
+        lambda: _write_results(run, metrics, weights, folders, identities, checkpoints),
+      )
   like = jax.eval_shape(model.init, jax.random.key(0), first)
   return [results.read(f, like) for f in folders]
 
@@ -138,8 +150,8 @@ def _train(
   evaluate.at_start(run)
   with progress_bar(config.num_steps, run.step, name) as bar:
     run.timer.start()
-    with interruption.deferred() as signals:
-      while run.step < config.num_steps and not signals:
+    with interruption.deferred() as signals, interruption.agreed(signals) as stops:
+      while run.step < config.num_steps and not stops():
         bar.update(run.take_steps())
         if config.is_due(run.step, *config.intervals):
           fetch()
@@ -168,7 +180,7 @@ def progress_bar(total: int, initial: int, description: str) -> Any:
     initial=initial,
     desc=description,
     unit="step",
-    disable=not sys.stderr.isatty(),
+    disable=not (sys.stderr.isatty() and processes.is_first()),
     leave=False,
   )
 
@@ -194,7 +206,14 @@ def _is_finished(folder, folders, identities):
   return not problems
 
 
-def _write_results(run, metrics, weights, folders, identities):
+def _make(folder):
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise base.InputError(f"cannot write {folder}: {error.strerror}") from error
+
+
+def _write_results(run, metrics, weights, folders, identities, checkpoints):
   for index, (folder, seed) in enumerate(zip(folders, run.config.seeds, strict=True)):
     metrics.close(index)
     facts = {
@@ -208,3 +227,4 @@ def _write_results(run, metrics, weights, folders, identities):
     statistics = run.method.report(state.method_state)
     split = run.splits[index]
     results.write(folder, state, weights, index, split, facts, statistics)
+  checkpoints.write_timing(run)

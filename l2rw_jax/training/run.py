@@ -20,6 +20,7 @@ import numpy as np
 import optax
 
 from l2rw_jax import base
+from l2rw_jax import processes
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.training import compilation
 from l2rw_jax.training import config as config_lib
@@ -57,7 +58,7 @@ class Run:
     config: settings of the runs.
     method: turns batches into gradients.
     splits: the data of each run.
-    devices: the devices that train.
+    devices: the devices that train, of all processes.
     step: updates sent to the devices; they are done once `fetch` has returned.
     state: the training state on the devices, [D, R, ...].
     sampler: draws the rows of each step.
@@ -103,6 +104,7 @@ class Run:
       config.num_steps,
       len(splits),
       tuple(self.devices),
+      config.device_map,
     )
     state = init(self._keys(0), self._class_counts, self._first_examples())
     self.state = devices_lib.replicate(state, self.devices)
@@ -225,17 +227,17 @@ class Run:
     return count
 
   def fetch(self) -> list[Output]:
-    """Waits for all steps, and returns the outputs since the last call."""
+    """Waits for all steps, and returns the outputs since the last call.
+
+    With several processes, all of them call this and receive the same outputs.
+    """
     rows = [rows for rows, _ in self._pending]
     outputs = jax.device_get([output for _, output in self._pending])
     self._pending = []
+    weights = processes.concatenate([output.weights for output in outputs])
     return [
-      Output(
-        steps,
-        devices_lib.unshard(output.weights),
-        devices_lib.first_copy(output.metrics),
-      )
-      for steps, output in zip(rows, outputs, strict=True)
+      Output(steps, devices_lib.unshard(w), devices_lib.first_copy(output.metrics))
+      for steps, w, output in zip(rows, weights, outputs, strict=True)
     ]
 
   def _epoch_order(self, run, epoch, rng):
@@ -263,14 +265,21 @@ class Run:
     return self.sampler.epoch() if acts_between_epochs else None
 
   def _probe_epochs(self):
-    """Calls the epoch probes for the runs that are about to start an epoch."""
-    if not self._epoch_probes:
+    """Calls the epoch probes for the runs that are about to start an epoch.
+
+    The first process calls them, because they may write files.
+    """
+    starting = [k for k, run in enumerate(self.sampler.runs) if run.starts_epoch()]
+    if not self._epoch_probes or not starting:
       return
-    for index, run in enumerate(self.sampler.runs):
-      if run.starts_epoch():
+
+    def call():
+      for index in starting:
         snapshot = self.snapshot(index)
         for probe in self._epoch_probes:
-          probe(snapshot, run.position.epoch)
+          probe(snapshot, self.sampler.runs[index].position.epoch)
+
+    processes.on_first("epoch_probes", call)
 
   def _refresh(self):
     """Calls the method's `refresh` for the runs that are about to start an epoch."""
@@ -292,7 +301,9 @@ class Run:
           rng=sampling.generator(seed, "refresh", epoch),
         )
         states[run] = self.method.refresh(state.method_state, problem, view)
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)
+    # Every process computes the same state. They all continue with that of the first
+    # one, because hosts may round differently.
+    stacked = processes.from_first(jax.tree.map(lambda *x: jnp.stack(x), *states))
     self.state = self.state._replace(
       method_state=devices_lib.replicate(stacked, self.devices)
     )

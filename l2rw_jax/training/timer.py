@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import pathlib
 import time
+from typing import Any
 
 from absl import logging
 
@@ -66,7 +67,7 @@ class Timer:
     return cls(seconds, earlier, record["untimed_steps"])
 
   def write(
-    self, path: pathlib.Path, step: int, facts: Mapping[str, int] | None = None
+    self, path: pathlib.Path, step: int, facts: Mapping[str, Any] | None = None
   ) -> None:
     """Saves the timer for a process that continues from `step`, and for readers.
 

@@ -39,6 +39,10 @@ def test_image_files_are_those_in_memory(folder):
   for rows in (slice(3, 5), np.array([7, 0, 7]), np.array([], int), 2):
     np.testing.assert_array_equal(images[rows], expected.features[rows])
   np.testing.assert_array_equal(np.array(images), expected.features)
+  np.testing.assert_array_equal(np.stack(list(images)), expected.features)
+  for rows in (-1, np.array([0, len(images)])):
+    with pytest.raises(IndexError, match="rows must be 0 to 15"):
+      images[rows]
   np.testing.assert_array_equal(data.labels, expected.labels)
   assert data.form == expected.form and (data.duplicate_of == -1).all()
 

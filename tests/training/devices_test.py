@@ -60,18 +60,20 @@ def test_replicate_and_unreplicate_are_inverse(count):
   assert back["a"].sharding.device_set == {chosen[0]}
 
 
-def test_pmap_step_is_traced_once_for_its_outputs():
+@pytest.mark.parametrize("kind", devices.MAPS)
+def test_mapped_step_is_traced_once_for_its_outputs(kind):
   chosen, traces = _choose(2), []
 
   def step(state, x):
     traces.append(0)
-    return state + jax.lax.psum(x.sum(), devices.AXIS_NAME)
+    total = jax.lax.psum(x.sum(), devices.AXIS_NAME)
+    return state + total, total
 
-  mapped = devices.pmap_step(step, 3, chosen)
+  mapped = devices.map_step(step, 3, chosen, kind)
   state = devices.replicate(jnp.zeros(3), chosen)
   batch = devices.shard(np.arange(12.0, dtype=np.float32).reshape(3, 4), chosen)
   for _ in range(3):
-    state = mapped(state, batch)
+    state, _ = mapped(state, batch)
   assert len(traces) == 1
   np.testing.assert_array_equal(devices.unreplicate(state), [18.0, 66.0, 114.0])
 

@@ -55,24 +55,24 @@ def test_folder_of_another_run_raises(runs, tmp_path, kind, changed, message):
   assert toy_runs.files(folder) == before
 
 
-@pytest.mark.parametrize(
-  "name, message",
-  [("jax", 'jax was ".*", now "9'), ("num_devices", "num_devices was 1")],
-)
-def test_only_finished_runs_may_change_machines(
-  runs, tmp_path, monkeypatch, name, message
-):
-  changed = {}
-  if name == "jax":
-    made_by = workdir.made_by() | {"jax": "99.9"}
-    monkeypatch.setattr(workdir, "made_by", lambda: made_by)
-  else:
-    changed["num_devices"] = 2
-  _train(pathlib.Path(shutil.copytree(runs["finished"], tmp_path / "a")), **changed)
+def test_only_finished_runs_may_change_versions(runs, tmp_path, monkeypatch):
+  made_by = workdir.made_by() | {"jax": "99.9"}
+  monkeypatch.setattr(workdir, "made_by", lambda: made_by)
+  _train(pathlib.Path(shutil.copytree(runs["finished"], tmp_path / "a")))
   folder = pathlib.Path(shutil.copytree(runs["interrupted"], tmp_path / "b"))
-  with pytest.raises(base.InputError, match=message) as caught:
-    _train(folder, **changed)
+  with pytest.raises(base.InputError, match=r'jax was ".*", now "9') as caught:
+    _train(folder)
   assert "\n" not in str(caught.value)
+
+
+def test_unfinished_run_may_change_the_number_of_devices(runs, tmp_path, caplog):
+  folder = pathlib.Path(shutil.copytree(runs["interrupted"], tmp_path / "run"))
+  (moved,) = _train(folder, num_devices=2)
+  assert "on 1 device(s), and the run continues on 2" in caplog.text
+  expected = toy_runs.rows(runs["finished"] / "seed-0")
+  for row, wanted in zip(toy_runs.rows(folder / "seed-0"), expected, strict=True):
+    assert row == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+  assert moved.metrics["num_devices"] == 2
 
 
 def test_runs_of_earlier_versions_raise_in_one_line(runs, tmp_path):

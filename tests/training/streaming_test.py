@@ -1,6 +1,7 @@
 """Streamed examples: the same runs, exact resumption, bounded memory."""
 
 import gc
+import sys
 import threading
 import weakref
 
@@ -123,6 +124,12 @@ def test_an_error_of_the_source_ends_the_run(tmp_path):
   split = split._replace(train=split.train._replace(image=source))
   with pytest.raises(base.InputError, match="row 3 cannot be read"):
     toy_runs.train(tmp_path, baselines.uniform(), [split])
+
+
+def test_grain_is_needed_to_stream(monkeypatch):
+  monkeypatch.setitem(sys.modules, "grain", None)
+  with pytest.raises(base.InputError, match="pip install grain, or choose --data=res"):
+    streaming.Stream(lambda rows: rows).start(1, lambda i: np.zeros((1, 1, 1, 1)))
 
 
 def test_unknown_kind_of_data_raises(tmp_path):

@@ -1,0 +1,157 @@
+"""A script in several processes: their connection, their output and their end."""
+
+import contextlib
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+
+from experiments.lib import last_words
+from l2rw_jax import base
+from l2rw_jax import processes
+
+# The exit status when another process was lost: all of them may be started again.
+LOST_STATUS = 75
+# JAX notices after this time that a process no longer answers.
+_HEARTBEAT_SECONDS = 30
+# A process that ends waits so long for the others: the first one serves them.
+_LEAVE_MS = 5000
+_FLAGS = ("coordinator_address", "num_processes", "process_id")
+_is_connected = False
+
+
+def connect(settings: Any) -> None:
+  """Connects this process to the others if the flags ask for it.
+
+  Process 0 alone prints to stdout; all of them print errors.
+
+  Args:
+    settings: of the script.
+
+  Raises:
+    InputError: the flags do not fit together, the script cannot use several processes,
+      or the connection fails.
+  """
+  given = {name: getattr(settings, name, None) for name in _FLAGS}
+  is_automatic = getattr(settings, "distributed", False)
+  missing = [f"--{name}" for name, value in given.items() if value is None]
+  if not is_automatic and len(missing) == len(given):
+    return
+  if not settings.SEVERAL_PROCESSES:
+    raise base.InputError(
+      refusal("--distributed" if is_automatic else f"--{_FLAGS[0]}")
+    )
+  if not is_automatic and missing:
+    raise base.InputError(
+      f"{' and '.join(missing)} must be given too: several processes need"
+      " --coordinator_address, --num_processes and --process_id, or --distributed where"
+      " JAX detects the cluster."
+    )
+  address: str | None
+  count: int | None
+  number: int | None
+  address, count, number = given.values()
+  if count is not None and number is not None and number >= count:
+    raise base.InputError(
+      f"--process_id={number} must be below --num_processes={count}: processes are"
+      " counted from 0."
+    )
+  late = _late(settings)
+  _relay_c_output(late)
+  # JAX's own service for preemption would handle SIGTERM instead of the training loop.
+  jax.config.update("jax_enable_preemption_service", False)
+  try:
+    jax.distributed.initialize(
+      coordinator_address=address,
+      num_processes=count,
+      process_id=number,
+      initialization_timeout=settings.initialization_timeout,
+      heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+    )
+    num_processes = jax.process_count()
+  except (ValueError, RuntimeError) as error:
+    raise base.InputError(_failure(error, late)) from error
+  global _is_connected
+  _is_connected = True
+  os.write(2, last_words.CONNECTED)
+  if num_processes > 1 and not processes.is_first():
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def refusal(flag: str) -> str:
+  """The error of a script that cannot use several processes."""
+  return f"{flag}: this script runs in one process; leave the flag out."
+
+
+def _late(settings: Any) -> str:
+  """The error of a process that waited in vain for another one."""
+  return (
+    "not all processes arrived within"
+    f" --initialization_timeout={settings.initialization_timeout} seconds: start all of"
+    " them with the same --coordinator_address and --num_processes and different"
+    " --process_id, or wait longer."
+  )
+
+
+def _failure(error: Exception, late: str) -> str:
+  """The error of a connection that failed, with the flag to change."""
+  text = " ".join(str(error).split())
+  if "DEADLINE_EXCEEDED" in text or "timed out" in text.lower():
+    return late
+  if "should be defined" in text or "must be defined" in text:
+    return (
+      "--distributed: JAX detects no cluster here (TPU pod, Slurm, Open MPI or"
+      " Kubernetes); give --coordinator_address, --num_processes and --process_id."
+    )
+  return f"the processes could not be connected: {text[:300]}"
+
+
+def _relay_c_output(not_connected: str) -> None:
+  """Sends what C++ prints through `last_words`, and nothing of what Python prints."""
+  global _relay
+  sys.stdout.flush()
+  sys.stderr.flush()
+  stdout, stderr = os.dup(1), os.dup(2)
+  source, sink = os.pipe()
+  program = pathlib.Path(last_words.__file__)
+  _relay = subprocess.Popen(
+    [sys.executable, "-S", "-E", str(program), not_connected],
+    stdin=source,
+    stdout=stderr,
+    stderr=stderr,
+    start_new_session=True,
+  )
+  os.close(source)
+  os.dup2(sink, 1)
+  os.dup2(sink, 2)
+  os.close(sink)
+  sys.stdout = os.fdopen(stdout, "w", buffering=1)
+  sys.stderr = os.fdopen(stderr, "w", buffering=1)
+
+
+_relay: subprocess.Popen | None = None
+
+
+def leave(status: int) -> None:
+  """Ends one of several processes whose last line is printed; returns if it is alone.
+
+  JAX would wait for the others until they end too, or report that they were lost.
+
+  Args:
+    status: of the exit.
+  """
+  if _relay is None:
+    return
+  with contextlib.suppress(OSError):
+    os.write(2, last_words.REPORTED)
+  if _is_connected:
+    # Others may still need the store of process 0 to learn why they end.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      processes.client().wait_at_barrier("l2rw_jax/leave", _LEAVE_MS)
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError):
+      stream.flush()
+  os._exit(status)

@@ -1,0 +1,239 @@
+"""Several processes of one program: which one this is, and what they exchange.
+
+`jax.distributed.initialize` connects the processes. All of them run the same code and
+call the functions of this file in the same order. A program of one process needs no
+connection: nothing is exchanged then.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import itertools
+import json
+import re
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import numpy as np
+
+from l2rw_jax import base
+
+# A process that waits for another one looks for signals this often.
+_POLL_MS = 1000
+# The client's message if a value is not there in time.
+_TIMED_OUT = ("DEADLINE_EXCEEDED", "NOT_FOUND")
+# Errors of the collectives (gloo, NCCL) and of the coordination service.
+_LOST = re.compile(
+  r"gloo|nccl|connection (closed|reset|refused)|socket closed|broken pipe"
+  r"|UNAVAILABLE|coordination.?service|heartbeat|barrier",
+  re.IGNORECASE,
+)
+# Numbers the exchanges, so that their names are unique.
+_numbers = itertools.count()
+
+
+class EndedError(base.InputError):
+  """Another process has ended, or cannot be reached; this one cannot go on alone."""
+
+
+def count() -> int:
+  """Number of processes."""
+  return jax.process_count()
+
+
+def index() -> int:
+  """The number of this process, counted from 0."""
+  return jax.process_index()
+
+
+def is_first() -> bool:
+  """Whether this is process 0, which writes all files."""
+  return index() == 0
+
+
+def client() -> Any:
+  """The client of the coordination service, which has a key-value store.
+
+  Raises:
+    InputError: there are several processes, but `jax.distributed.initialize` was not
+      called.
+  """
+  # JAX has no public name for it; Orbax uses the same one.
+  from jax._src import distributed
+
+  found = distributed.global_state.client
+  if found is None:
+    raise base.InputError(
+      f"JAX runs in {count()} processes that are not connected: call"
+      " jax.distributed.initialize() before any other use of JAX."
+    )
+  return found
+
+
+def wait_for(key: str) -> str:
+  """The value of a key in the store of the coordination service, once it is set.
+
+  If the process that sets it ends, JAX ends this one too.
+  """
+  while True:
+    try:
+      return client().blocking_key_value_get(key, _POLL_MS)
+    except jax.errors.JaxRuntimeError as error:
+      if not str(error).startswith(_TIMED_OUT):
+        raise
+
+
+def exchange(name: str, value: str) -> list[str]:
+  """The values that all processes pass, in order; each waits for all others.
+
+  Args:
+    name: of the exchange, the same everywhere.
+    value: of this process.
+  """
+  if count() == 1:
+    return [value]
+  prefix = _prefix(name)
+  client().key_value_set(f"{prefix}/{index()}", value)
+  return [wait_for(f"{prefix}/{process}") for process in range(count())]
+
+
+def smallest(name: str, value: int) -> int:
+  """The smallest of the integers that the processes pass."""
+  return min(map(int, exchange(name, str(value))))
+
+
+def on_first(name: str, function: Callable[[], Any]) -> Any:
+  """Calls `function` in process 0, for which all others wait.
+
+  Args:
+    name: of the call, the same everywhere.
+    function: returns a JSON value.
+
+  Returns:
+    In every process, what `function` returned.
+
+  Raises:
+    InputError: in every process, if `function` raised it.
+    EndedError: in the other processes, if `function` raised anything else.
+  """
+  if count() == 1:
+    return function()
+  key = _prefix(name)
+  if not is_first():
+    outcome = json.loads(wait_for(key))
+    if "ended" in outcome:
+      raise EndedError(outcome["ended"])
+    if "error" in outcome:
+      raise base.InputError(outcome["error"])
+    return outcome["value"]
+  outcome = {"ended": "process 0 ended"}
+  try:
+    result = function()
+    outcome = {"value": result}
+    return result
+  except base.InputError as error:
+    outcome = {"error": str(error)}
+    raise
+  except BaseException as error:
+    outcome = {"ended": f"process 0 ended ({type(error).__name__})"}
+    raise
+  finally:
+    client().key_value_set(key, json.dumps(outcome))
+
+
+def check_same(what: str, values: Mapping[str, Any]) -> None:
+  """Raises InputError, in every process, unless all of them pass the same values.
+
+  Args:
+    what: what the values are, for the message.
+    values: JSON values by name.
+  """
+  texts = exchange("check_same", json.dumps(values, sort_keys=True))
+  first = json.loads(texts[0])
+  for process, text in enumerate(texts):
+    if text != texts[0]:
+      other = json.loads(text)
+      raise base.InputError(
+        f"the processes disagree on {what}: {_difference(first, other, process)}."
+        " Start all processes with the same flags, data and code."
+      )
+
+
+def _difference(first: dict[str, Any], other: dict[str, Any], process: int) -> str:
+  for name in sorted(first.keys() | other.keys()):
+    one, two = (json.dumps(x[name]) if name in x else "absent" for x in (first, other))
+    if one != two:
+      return f"{name} is {one} in process 0 and {two} in process {process}"
+  return "their order differs"
+
+
+def concatenate(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+  """Concatenates the arrays of all processes along their leading axis, bit for bit.
+
+  Args:
+    arrays: of this process; those of the others have the same shapes and types.
+  """
+  if count() == 1 or not arrays:
+    return list(arrays)
+  parts = multihost_utils.process_allgather(_as_bytes(arrays))
+  by_process = [_from_bytes(part, arrays) for part in parts]
+  return [np.concatenate(blocks) for blocks in zip(*by_process, strict=True)]
+
+
+def from_first(tree: base.PyTree) -> base.PyTree:
+  """The tree of process 0, bit for bit, in every process.
+
+  Args:
+    tree: of this process: arrays and typed PRNG keys; those of the others have the
+      same structure, shapes and types.
+
+  Returns:
+    With several processes, NumPy arrays and typed keys.
+  """
+  if count() == 1:
+    return tree
+  leaves, structure = jax.tree.flatten(tree)
+  is_key = [jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves]
+  raw = [
+    np.asarray(jax.random.key_data(x) if key else x)
+    for x, key in zip(leaves, is_key, strict=True)
+  ]
+  sent = _from_bytes(multihost_utils.broadcast_one_to_all(_as_bytes(raw)), raw)
+  result = [
+    jax.random.wrap_key_data(jnp.asarray(new), impl=jax.random.key_impl(old))
+    if key
+    else new
+    for new, old, key in zip(sent, leaves, is_key, strict=True)
+  ]
+  return jax.tree.unflatten(structure, result)
+
+
+def _as_bytes(arrays: Sequence[np.ndarray]) -> np.ndarray:
+  # Sums of floats, by which JAX broadcasts, would turn -0.0 into 0.0.
+  flat = [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in arrays]
+  return np.concatenate([*flat, np.zeros(1, np.uint8)])
+
+
+def _from_bytes(content: np.ndarray, like: Sequence[np.ndarray]) -> list[np.ndarray]:
+  ends = np.cumsum([x.nbytes for x in like])
+  parts = np.split(np.asarray(content), ends)
+  return [p.view(x.dtype).reshape(x.shape) for p, x in zip(parts, like, strict=False)]
+
+
+def is_lost(error: BaseException) -> bool:
+  """Whether an error of JAX says that another process cannot be reached."""
+  if isinstance(error, EndedError):
+    return True
+  # A process that runs out of memory reports it, whatever the others then see.
+  text = str(error)
+  is_jax = isinstance(error, jax.errors.JaxRuntimeError)
+  return (
+    is_jax
+    and count() > 1
+    and "RESOURCE_EXHAUSTED" not in text
+    and bool(_LOST.search(text))
+  )
+
+
+def _prefix(name: str) -> str:
+  return f"l2rw_jax/{next(_numbers)}/{name}"

@@ -1,0 +1,243 @@
+"""Several real processes: the same numbers as one, and runs that move between them."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import toy_runs
+
+_WORKER = pathlib.Path(__file__).with_name("processes_worker.py")
+_REPOSITORY = _WORKER.parents[2]
+_TIMEOUT = 300
+_TOLERANCE = 1e-6
+
+
+def _port():
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    return free.getsockname()[1]
+
+
+def _environment(**more):
+  env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+  # The commit may change while this test runs.
+  return env | {"GIT_DIR": os.devnull, "JAX_PLATFORMS": "cpu"} | more
+
+
+def _start(command, env):
+  return subprocess.Popen(
+    [sys.executable, *command],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env=env,
+    cwd=_REPOSITORY,
+  )
+
+
+def _finish(started):
+  """Statuses and errors of processes, whose output is small."""
+  try:
+    outputs = [process.communicate(timeout=_TIMEOUT) for process in started]
+  finally:
+    for process in started:
+      process.kill()
+  return [p.returncode for p in started], outputs
+
+
+def _work(count, num_local, task, **arguments):
+  """Runs a task of the worker in `count` processes with `num_local` devices each."""
+  address = f"localhost:{_port()}"
+  started = [
+    _start(
+      [
+        str(_WORKER),
+        json.dumps(
+          {
+            "count": count,
+            "process": process,
+            "num_local": num_local,
+            "address": address,
+            "task": task,
+          }
+          | arguments
+        ),
+      ],
+      _environment(),
+    )
+    for process in range(count)
+  ]
+  statuses, outputs = _finish(started)
+  return statuses, [stderr for _, stderr in outputs]
+
+
+def _assert_close(path, expected_path):
+  with np.load(path) as actual, np.load(expected_path) as expected:
+    assert actual.files == expected.files and len(actual.files) > 20
+    for name in expected.files:
+      np.testing.assert_allclose(
+        actual[name], expected[name], rtol=_TOLERANCE, atol=_TOLERANCE, err_msg=name
+      )
+
+
+# Methods that use every collective and every kind of global state: a meta gradient,
+# networks for weights, moving percentiles, class statistics, group weights, clusters.
+_FEW = ("l2rw", "meta_weight_net", "mentornet", "bare", "group_dro", "hard_mining")
+
+
+@pytest.mark.parametrize("names", [_FEW, None], ids=["few", "every"])
+def test_weights_parameters_and_metrics_are_those_of_one_process(tmp_path, names):
+  # Every method in two processes, a few of them in four and under shard_map.
+  layouts = [(2, 4, "pmap")]
+  if names:
+    layouts = [(4, 2, "pmap"), (2, 4, "shard_map")]
+  for count, num_local, kind in [(1, 8, "pmap"), *layouts]:
+    statuses, errors = _work(
+      *(count, num_local, "sweep"),
+      path=str(tmp_path / f"{count}-{kind}.npz"),
+      names=names,
+      kind=kind,
+    )
+    assert statuses == [0] * count, errors
+  for count, _, kind in layouts:
+    _assert_close(tmp_path / f"{count}-{kind}.npz", tmp_path / "1-pmap.npz")
+
+
+def _assert_same_runs(folder, expected):
+  """Metrics, weights and parameters of two finished runs."""
+  rows, expected_rows = (
+    toy_runs.rows(folder / "seed-0"),
+    toy_runs.rows(expected / "seed-0"),
+  )
+  assert [sorted(row) for row in rows] == [sorted(row) for row in expected_rows]
+  for row, expected_row in zip(rows, expected_rows, strict=True):
+    for name, value in row.items():
+      np.testing.assert_allclose(
+        value, expected_row[name], rtol=_TOLERANCE, atol=_TOLERANCE, err_msg=name
+      )
+  tables = [
+    np.genfromtxt(f / "seed-0" / "weights.csv", delimiter=",", names=True)
+    for f in (folder, expected)
+  ]
+  for column in tables[0].dtype.names:
+    np.testing.assert_allclose(
+      *(t[column] for t in tables), rtol=_TOLERANCE, atol=_TOLERANCE, err_msg=column
+    )
+  params, expected_params = map(toy_runs.saved_params, (folder, expected))
+  assert params.keys() == expected_params.keys() and params
+  for name, value in params.items():
+    np.testing.assert_allclose(
+      value, expected_params[name], rtol=_TOLERANCE, atol=_TOLERANCE, err_msg=name
+    )
+
+
+_RUN = {"num_steps": 14, "num_devices": 4, "log_every": 2, "checkpoint_every": 4}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+  """Runs of one process with four devices."""
+  folder = tmp_path_factory.mktemp("one")
+  names = ["l2rw", "adacore"]
+  statuses, errors = _work(1, 4, "train", folder=str(folder), names=names, **_RUN)
+  assert statuses == [0], errors
+  return folder
+
+
+def test_runs_of_two_processes_are_those_of_one(tmp_path, one_process):
+  names = ["l2rw", "adacore"]
+  statuses, errors = _work(2, 2, "train", folder=str(tmp_path), names=names, **_RUN)
+  assert statuses == [0, 0], errors
+  for name in names:
+    _assert_same_runs(tmp_path / name, one_process / name)
+
+
+def test_run_moves_from_four_processes_to_two_to_one(tmp_path, one_process):
+  arguments = {"folder": str(tmp_path), "names": ["l2rw"], **_RUN}
+  statuses, _ = _work(4, 1, "train", signal_at=[2, 7, "SIGKILL"], **arguments)
+  assert statuses[2] == -signal.SIGKILL and 0 not in statuses
+  assert toy_runs.saved(tmp_path / "l2rw")[0] == 4
+  statuses, errors = _work(2, 2, "train", signal_at=[1, 9, "SIGTERM"], **arguments)
+  assert statuses == [-signal.SIGTERM] * 2, errors
+  # Both stop after the same step, soon after the signal.
+  assert toy_runs.saved(tmp_path / "l2rw")[0] >= 10
+  statuses, errors = _work(1, 4, "train", **arguments)
+  assert statuses == [0], errors
+  _assert_same_runs(tmp_path / "l2rw", one_process / "l2rw")
+
+
+_SCRIPT = ("-m", "experiments.digits_noise")
+_FLAGS = ("--num_seeds=1", "--methods=uniform", "--batch_size=100")
+
+
+def _start_scripts(flags, *, num_local=2, more=((), ())):
+  address = f"localhost:{_port()}"
+  return [
+    _start(
+      [
+        *_SCRIPT,
+        *_FLAGS,
+        *flags,
+        f"--coordinator_address={address}",
+        f"--num_processes={len(more)}",
+        f"--process_id={process}",
+        *own,
+      ],
+      _environment(
+        JAX_NUM_CPU_DEVICES=str(num_local), JAX_DISABLE_MOST_OPTIMIZATIONS="1"
+      ),
+    )
+    for process, own in enumerate(more)
+  ]
+
+
+def test_lost_process_ends_the_others_and_the_same_command_continues(tmp_path):
+  flags = (f"--workdir={tmp_path / 'run'}", "--num_steps=3000", "--checkpoint_every=20")
+  started = _start_scripts(flags)
+  checkpoints = tmp_path / "run" / "uniform" / "checkpoints"
+  _wait_until(lambda: (checkpoints / "40").exists(), started)
+  started[0].kill()
+  statuses, outputs = _finish(started)
+  assert statuses[0] == -signal.SIGKILL and statuses[1] in (75, -signal.SIGABRT)
+  (line,) = outputs[1][1].splitlines()
+  assert "ended or cannot be reached" in line and "the same command continues" in line
+  started = _start_scripts(flags)
+  statuses, outputs = _finish(started)
+  assert statuses == [0, 0], outputs
+  # The first process alone prints the table.
+  assert "| uniform" in outputs[0][0] and outputs[1][0] == ""
+  assert (tmp_path / "run" / "results.json").exists()
+
+
+def _wait_until(is_done, started):
+  import time
+
+  deadline = time.monotonic() + _TIMEOUT
+  while not is_done() and time.monotonic() < deadline:
+    assert all(process.poll() is None for process in started), _finish(started)
+    time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+  ("more", "message"),
+  [
+    (((), ("--num_steps=7",)), "num_steps is 5 in process 0 and 7 in process 1"),
+    ((("--num_meta=3",), ()), "num_meta is 3 in process 0 and"),
+  ],
+)
+def test_processes_that_disagree_end_with_one_line(tmp_path, more, message):
+  started = _start_scripts(
+    (f"--workdir={tmp_path / 'run'}", "--num_steps=5"), more=more
+  )
+  statuses, outputs = _finish(started)
+  assert statuses == [2, 2], outputs
+  for _, stderr in outputs:
+    (line,) = stderr.splitlines()
+    assert message in line
+  assert not (tmp_path / "run").exists()

@@ -1,0 +1,144 @@
+"""One of several processes of `processes_test`: trains toy problems, as it is told.
+
+The only argument is a JSON object; its "task" is the name of a function below.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import sys
+
+import jax
+
+_TESTS = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(_TESTS / "training"), str(_TESTS / "methods"), str(_TESTS.parent)]
+
+
+def _connect(count, process, num_devices, address):
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", num_devices)
+  jax.config.update("jax_disable_most_optimizations", True)
+  jax.config.update("jax_numpy_rank_promotion", "raise")
+  jax.config.update("jax_numpy_dtype_promotion", "strict")
+  jax.config.update("jax_enable_preemption_service", False)
+  if count > 1:
+    jax.distributed.initialize(address, count, process, initialization_timeout=60)
+
+
+def sweep(path, names, kind):
+  """Four steps of the methods of `sweep_test`, as one program; writes all numbers."""
+  import numpy as np
+  import sweep_test
+
+  from l2rw_jax import processes
+  from l2rw_jax.training import devices
+
+  def steps(states, batch, meta_batch):
+    results = {
+      name: sweep_test._step_fn(name, devices.AXIS_NAME)(
+        states[name], batch, meta_batch
+      )
+      for name in names
+    }
+    states = {name: state for name, (state, _) in results.items()}
+    output = {
+      name: (gradients.weights, gradients.losses, gradients.metrics)
+      for name, (_, gradients) in results.items()
+    }
+    return states, output
+
+  chosen = devices.choose(None, sweep_test._B)
+  own = devices.local(chosen)
+  first = chosen.index(own[0])
+
+  def split(batch):
+    parts = jax.tree.map(lambda x: x.reshape(len(chosen), 1, -1, *x.shape[1:]), batch)
+    return jax.tree.map(lambda x: x[first : first + len(own)], parts)
+
+  step = devices.map_step(steps, 1, chosen, kind)
+  initial = {name: sweep_test._initial(name) for name in names}
+  state = devices.replicate(
+    jax.tree.map(lambda x: np.asarray(x)[None], initial), chosen
+  )
+  numbers = {}
+  for i, batches in enumerate(sweep_test._data()):
+    state, output = step(state, *map(split, batches))
+    for name, (weights, losses, metrics) in jax.device_get(output).items():
+      joined = processes.concatenate([weights, losses])
+      numbers[f"{name}/{i}/weights"], numbers[f"{name}/{i}/losses"] = (
+        x.ravel() for x in joined
+      )
+      for metric, value in metrics.items():
+        numbers[f"{name}/{i}/{metric}"] = value[0, 0]
+  for path_, leaf in jax.tree_util.tree_leaves_with_path(
+    jax.device_get(devices.unreplicate(state))
+  ):
+    numbers[f"end{jax.tree_util.keystr(path_)}"] = np.asarray(leaf)
+  if processes.is_first():
+    np.savez(path, **numbers)
+
+
+def train(folder, names, signal_at=None, **settings):
+  """`loop.train` of some methods; `signal_at` is [process, step, signal]."""
+  # In float64, so that what differs is not rounding.
+  jax.config.update("jax_enable_x64", True)
+  from flax import linen as nn
+  import toy_runs
+
+  from l2rw_jax import processes
+  from l2rw_jax.methods import adacore
+  from l2rw_jax.methods import l2rw
+  from l2rw_jax.models import classifier
+  from l2rw_jax.training import devices
+  from l2rw_jax.training import sampling
+
+  methods = {
+    "l2rw": l2rw.l2rw(),
+    "adacore": adacore.adacore(0.5),
+  }
+  if signal_at is not None:
+    process, at, number = signal_at
+    original = sampling.Sampler.next
+
+    def draw(self, step):
+      if step == at and processes.index() == process:
+        os.kill(os.getpid(), signal.Signals[number])
+      return original(self, step)
+
+    sampling.Sampler.next = draw
+
+  class NormNet(nn.Module):
+    """The smallest network with batch statistics shared over the devices."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+      x = nn.Dense(6, param_dtype=float)(x)
+      norm = nn.BatchNorm(
+        use_running_average=not train,
+        axis_name=devices.AXIS_NAME,
+        param_dtype=float,
+      )
+      return nn.Dense(toy_runs.CLASSES, param_dtype=float)(nn.tanh(norm(x)))
+
+  split = toy_runs.make_splits(num_train=60)
+  parts = {
+    part: getattr(split, part)._replace(image=getattr(split, part).image.astype(float))
+    for part in ("train", "meta", "validation", "test")
+  }
+  for name in names:
+    toy_runs.train(
+      pathlib.Path(folder) / name,
+      methods[name],
+      [split._replace(**parts)],
+      classifier.Classifier(NormNet(), toy_runs.CLASSES),
+      batch_size=16,
+      **settings,
+    )
+
+
+if __name__ == "__main__":
+  arguments = json.loads(sys.argv[1])
+  _connect(*(arguments.pop(k) for k in ("count", "process", "num_local", "address")))
+  task = {"sweep": sweep, "train": train}[arguments.pop("task")]
+  task(**arguments)
