@@ -1,4 +1,4 @@
-"""Exchange between processes, for one of them; `training/processes_test` has several."""
+"""Exchange between processes, seen from one of them."""
 
 import jax
 import numpy as np

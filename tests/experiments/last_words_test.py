@@ -7,7 +7,7 @@ import pytest
 from experiments.lib import last_words
 
 _LOST = (
-  b"E1 1 coordination_service_agent.cc:288] Polled an error from coordination service\n",
+  b"E1 1 coordination_service_agent.cc:288] Polled an error from coordination\n",
   b"F1 1 client.h:86] Terminating process because the JAX distributed service detected"
   b" fatal errors. UNAVAILABLE: Failed to send RPC\n",
   b"*** Check failure stack trace: ***\n",
