@@ -1,0 +1,46 @@
+"""What remains of the C++ output of a process that loses another one."""
+
+import io
+
+import pytest
+
+from experiments.lib import last_words
+
+_LOST = (
+  b"E1 1 coordination_service_agent.cc:288] Polled an error from coordination\n",
+  b"F1 1 client.h:86] Terminating process because the JAX distributed service detected"
+  b" fatal errors. UNAVAILABLE: Failed to send RPC\n",
+  b"*** Check failure stack trace: ***\n",
+)
+_SILENT = (
+  b"E1 1 coordination_service.cc:1518] Use error polling to propagate the following"
+  b" error: The following tasks are unhealthy (stopped sending heartbeats):\n",
+  b"3\n",
+  b"The tasks have crashed.\n",
+)
+
+
+def _relayed(*lines):
+  output = io.BytesIO()
+  last_words.relay(lines, output, "nobody came.")
+  return output.getvalue().decode()
+
+
+@pytest.mark.parametrize(
+  ("lines", "expected"),
+  [
+    ((last_words.CONNECTED, *_LOST), "error: process 0 ended or cannot be reached;"),
+    ((last_words.CONNECTED, *_SILENT), "error: process 3 ended or cannot be reached;"),
+    (_LOST, "error: nobody came."),
+  ],
+)
+def test_report_of_a_lost_process_becomes_one_line(lines, expected):
+  (line,) = _relayed(*lines).splitlines()
+  assert line.startswith(expected)
+
+
+def test_other_output_passes_and_a_line_is_not_repeated():
+  noise = b"[Gloo] Rank 0 is connected to 3 peer ranks.\n"
+  assert _relayed(b"a\n", noise, last_words.CONNECTED, b"b") == "a\nb"
+  assert _relayed(last_words.CONNECTED, last_words.REPORTED, *_LOST) == ""
+  assert _relayed(last_words.CONNECTED, *_LOST, last_words.REPORTED) == ""

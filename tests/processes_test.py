@@ -1,0 +1,82 @@
+"""Exchange between processes, seen from one of them."""
+
+import jax
+import numpy as np
+import pytest
+
+from l2rw_jax import base
+from l2rw_jax import processes
+
+
+def test_one_process_exchanges_nothing():
+  assert processes.is_first() and processes.count() == 1
+  assert processes.exchange("x", "a") == ["a"]
+  assert processes.smallest("x", 3) == 3
+  assert processes.on_first("x", lambda: [1, 2]) == [1, 2]
+  processes.check_same("x", {"a": 1})
+  arrays = [np.arange(3)]
+  assert processes.concatenate(arrays)[0] is arrays[0]
+  assert processes.from_first(arrays) is arrays
+
+
+def test_bytes_restore_arrays_bit_for_bit():
+  arrays = [np.array([-0.0, np.nan], np.float32), np.zeros((2, 0)), np.array(True)]
+  back = processes._from_bytes(processes._as_bytes(arrays), arrays)
+  for array, restored in zip(arrays, back, strict=True):
+    assert restored.dtype == array.dtype and restored.shape == array.shape
+    assert restored.tobytes() == array.tobytes()
+
+
+class _Store:
+  """The store of two processes, of which this one is the second."""
+
+  def __init__(self, first):
+    self._first = first
+    self.sent = {}
+
+  def key_value_set(self, key, value):
+    self.sent[key] = value
+
+  def blocking_key_value_get(self, key, timeout_ms):
+    assert timeout_ms > 0
+    return self.sent.get(key, self._first)
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+  def make(first):
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "index", lambda: 1)
+    monkeypatch.setattr(processes, "client", lambda: store)
+    store = _Store(first)
+
+  return make
+
+
+@pytest.mark.parametrize(
+  ("outcome", "error"),
+  [('{"error": "no"}', base.InputError), ('{"ended": "no"}', processes.EndedError)],
+)
+def test_errors_of_the_first_process_are_raised_in_all(second_of_two, outcome, error):
+  second_of_two(outcome)
+  with pytest.raises(error, match="no"):
+    processes.on_first("x", lambda: pytest.fail("this is the second process"))
+
+
+def test_other_values_raise_in_one_line(second_of_two):
+  second_of_two('{"batch_size": 8, "seed": 1}')
+  processes.check_same("the settings", {"seed": 1, "batch_size": 8})
+  with pytest.raises(base.InputError, match="batch_size is 8 in process 0 and 9 in"):
+    processes.check_same("the settings", {"seed": 1, "batch_size": 9})
+
+
+def test_which_errors_say_that_a_process_is_lost(monkeypatch):
+  def lost(text):
+    return processes.is_lost(jax.errors.JaxRuntimeError(text))
+
+  closed = "UNKNOWN: Gloo all-reduce failed: Connection closed by peer"
+  assert not lost(closed)  # There is no other process.
+  monkeypatch.setattr(processes, "count", lambda: 2)
+  assert lost(closed) and lost("UNAVAILABLE: Socket closed")
+  assert not lost("RESOURCE_EXHAUSTED: Out of memory in gloo")
+  assert not lost("INVALID_ARGUMENT: shape") and not processes.is_lost(OSError("gloo"))
