@@ -1,6 +1,7 @@
 """The networks whose training steps are timed, and their batches."""
 
 from collections.abc import Callable
+import functools
 from typing import NamedTuple
 
 from flax import linen as nn
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2rw_jax import base
+from l2rw_jax.models import gpt
 from l2rw_jax.models import lenet
 from l2rw_jax.models import mlp
 from l2rw_jax.models import resnet
@@ -16,6 +18,7 @@ from l2rw_jax.models import wide_resnet
 
 NUM_CLASSES = 10
 _MNIST, _CIFAR = (28, 28, 1), (32, 32, 3)
+_NUM_BYTES, _SEQUENCE = 256, (64,)
 
 
 class Network(NamedTuple):
@@ -24,7 +27,8 @@ class Network(NamedTuple):
   Attributes:
     make: returns the module. It takes the option `cosine` and, if
       `supports_bfloat16`, the option `dtype`.
-    shape: the shape of an image, [H, W, C].
+    shape: the shape of an example: an image, [H, W, C], or a sequence of tokens, [T].
+    num_classes: the number of classes, or of tokens.
     batch_size: the default batch size on accelerators.
     cpu_batch_size: the default batch size on a CPU.
     supports_bfloat16: whether the network can compute in bfloat16.
@@ -32,15 +36,20 @@ class Network(NamedTuple):
       of the batch (BatchNorm), which rules out the layerwise engine.
     slow_on_cpu: whether a step on a CPU takes so long that only the methods with a
       look-ahead step are timed by default.
+    default_on_cpu: whether the network is timed on a CPU if none is named.
+    has_peer: whether it also exists in PyTorch.
   """
 
   make: Callable[..., nn.Module]
-  shape: tuple[int, int, int]
+  shape: tuple[int, ...]
+  num_classes: int = NUM_CLASSES
   batch_size: int = 100
   cpu_batch_size: int = 100
   supports_bfloat16: bool = True
   mixes_examples: bool = False
   slow_on_cpu: bool = False
+  default_on_cpu: bool = True
+  has_peer: bool = True
 
 
 NETWORKS = {
@@ -76,7 +85,21 @@ NETWORKS = {
     cpu_batch_size=10,
     mixes_examples=True,
     slow_on_cpu=True,
+    default_on_cpu=False,
   ),
+  # Blocks in a `jax.lax.scan`, without and with `jax.checkpoint`.
+  **{
+    name: Network(
+      functools.partial(gpt.GPT, _NUM_BYTES, remat=remat),
+      _SEQUENCE,
+      num_classes=_NUM_BYTES,
+      cpu_batch_size=32,
+      slow_on_cpu=True,
+      default_on_cpu=False,
+      has_peer=False,
+    )
+    for name, remat in (("gpt_scan", False), ("gpt_scan_remat", True))
+  },
 }
 
 
@@ -94,10 +117,14 @@ def module(name: str, dtype: str, cosine: bool = False) -> nn.Module:
 
 
 def batch(name: str, size: int, seed: int) -> dict[str, np.ndarray]:
-  """Returns a batch of white-noise images with random labels."""
-  rng = np.random.default_rng(seed)
-  images = rng.normal(size=(size, *NETWORKS[name].shape)).astype(np.float32)
-  labels = rng.integers(NUM_CLASSES, size=size).astype(np.int32)
+  """Returns a batch of white-noise images, or random tokens, with random labels."""
+  rng, network = np.random.default_rng(seed), NETWORKS[name]
+  shape = (size, *network.shape)
+  if network.shape == _SEQUENCE:
+    images = rng.integers(network.num_classes, size=shape).astype(np.int32)
+  else:
+    images = rng.normal(size=shape).astype(np.float32)
+  labels = rng.integers(network.num_classes, size=size).astype(np.int32)
   return {"image": images, "label": labels, "index": np.arange(size, dtype=np.int32)}
 
 

@@ -116,7 +116,8 @@ def implementation(
   """
   model = _classifier(setting.network, setting.dtype, method == "ldam")
   optimizer, base_method = optax.sgd(LEARNING_RATE), METHODS[method][engine]()
-  counts = jnp.full(_networks.NUM_CLASSES, _NUM_EXAMPLES // _networks.NUM_CLASSES)
+  num_classes = _networks.NETWORKS[setting.network].num_classes
+  counts = jnp.full(num_classes, _NUM_EXAMPLES // num_classes)
   batch, meta_batch = jax.device_put(setting.batches())
   params, model_state = _variables(model, setting)
   problem = _problem(model, engine, counts)
@@ -171,7 +172,7 @@ def _step(state, batch, meta_batch, key, problem, method, optimizer):
 
 def _classifier(network, dtype, cosine):
   return classifier.Classifier(
-    _networks.module(network, dtype, cosine), _networks.NUM_CLASSES
+    _networks.module(network, dtype, cosine), _networks.NETWORKS[network].num_classes
   )
 
 

@@ -106,6 +106,28 @@ def _two_layers_problem():
   return _Problem(losses_fn, params, *(_examples(rng, n, (5,)) for n in (_B, _M)))
 
 
+def _scan_problem():
+  """Squared losses of layers in a loop."""
+  rng = np.random.default_rng(4)
+  shapes = {"kernel": (2, 5, 5), "bias": (2, 1, 5), "output": (5,)}
+  params = {k: rng.normal(size=v).astype(np.float32) for k, v in shapes.items()}
+
+  def losses_fn(axis_name):
+    del axis_name
+
+    def losses_of(params, batch):
+      def layer(hidden, weights):
+        return jnp.tanh(hidden @ weights["kernel"] + weights["bias"]), None
+
+      layers = {name: params[name] for name in ("kernel", "bias")}
+      hidden, _ = jax.lax.scan(layer, batch["x"], layers)
+      return (hidden @ params["output"] - batch["label"].astype(jnp.float32)) ** 2
+
+    return losses_of
+
+  return _Problem(losses_fn, params, *(_examples(rng, n, (5,)) for n in (_B, _M)))
+
+
 def _one_shard_problem():
   """Squared losses; only the first two examples agree with the meta set."""
   rng = np.random.default_rng(1)
@@ -127,6 +149,8 @@ def _one_shard_problem():
 def _problem(name):
   if name == "two_layers":
     return _two_layers_problem()
+  if name == "scan":
+    return _scan_problem()
   if name == "batch_norm":
     return _network_problem(_Net, (5,))
   if name == "resnet":
@@ -251,6 +275,11 @@ _MAPS = {
 def test_all_maps_match_one_device(map_name, problem_name, num_devices):
   actual = _MAPS[map_name](_problem(problem_name), num_devices)
   _assert_close(actual, _expected(problem_name))
+
+
+@pytest.mark.parametrize("map_name", ["shard_map", "jit_sharded", "jit_explicit"])
+def test_layers_in_a_loop_match_one_device(map_name):
+  _assert_close(_MAPS[map_name](_problem("scan"), 2), _expected("scan"))
 
 
 @pytest.mark.parametrize("map_name", ["pmap", "shard_map"])

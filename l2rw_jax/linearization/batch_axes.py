@@ -247,6 +247,8 @@ def propagate(
     return [_elementwise(eqn, axes)] * len(eqn.outvars)
   if name == "optimization_barrier":
     return list(axes)
+  if name == "pallas_call":
+    return _pallas_call(eqn, axes)
   rule = _RULES.get(name)
   if rule is None:
     why = f": {REFUSED[name]}" if name in REFUSED else ""
@@ -261,7 +263,7 @@ def is_supported(name: str) -> bool:
     name in _ELEMENTWISE
     or name in _RULES
     or name in _CALLS
-    or name in ("optimization_barrier", "scan")
+    or name in ("optimization_barrier", "pallas_call", "scan")
   )
 
 
@@ -595,6 +597,60 @@ def _scatter(eqn, axes):
     if all(actual is None or actual == expected for actual, expected in pairs):
       return axis
   raise _mixes(eqn)
+
+
+def _pallas_call(eqn, axes):
+  """The batch axes of the outputs of a kernel whose every program sees one example."""
+  mapping = eqn.params["grid_mapping"]
+  first = len(axes) - mapping.num_inputs  # After sizes of the grid and indices.
+  inputs = mapping.block_mappings[: mapping.num_inputs]
+  outputs = mapping.block_mappings[mapping.num_inputs :]
+  dimensions = {
+    _grid_dimension(block, axis)
+    for block, axis in zip(inputs, axes[first:], strict=True)
+    if axis is not None
+  }
+  if len(dimensions) != 1 or None in dimensions or set(axes[:first]) - {None}:
+    raise _mixes(eqn)
+  (dimension,) = dimensions
+  if eqn.params.get("input_output_aliases"):
+    raise MixedError("pallas_call, which writes into its inputs")
+  if mapping.scratch_avals and not _is_parallel(eqn, dimension):
+    raise MixedError("pallas_call, whose programs may share scratch memory")
+  result = []
+  for block in outputs:
+    candidates = [
+      axis
+      for axis in range(len(block.block_shape))
+      if _grid_dimension(block, axis) == dimension
+    ]
+    if len(candidates) != 1:
+      raise _mixes(eqn)
+    result += candidates
+  return result
+
+
+def _grid_dimension(block, axis):
+  """The dimension of the grid that counts the rows of an axis; None if none does."""
+  size = block.block_shape[axis]
+  is_row = type(size).__name__ == "Squeezed" or getattr(size, "block_size", size) == 1
+  index_map = getattr(block.index_map_jaxpr, "jaxpr", block.index_map_jaxpr)
+  index = index_map.outvars[axis]
+  if not is_row or block.transforms:
+    return None
+  return next((i for i, v in enumerate(index_map.invars) if v is index), None)
+
+
+def _is_parallel(eqn, dimension):
+  """Whether the programs along a dimension of the grid are declared independent."""
+  params = eqn.params.get("compiler_params")
+  for options in params.values() if hasattr(params, "values") else [params]:
+    semantics = getattr(options, "dimension_semantics", None) or ()
+    if dimension < len(semantics):
+      declared = getattr(semantics[dimension], "value", semantics[dimension])
+      if declared == "parallel":
+        return True
+  return False
 
 
 _RULES: dict[str, Callable[..., Any]] = {

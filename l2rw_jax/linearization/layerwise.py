@@ -20,10 +20,13 @@ normalization) are differentiated as usual.
 
 The engine works on the jaxpr of the losses, so that it supports any framework and any
 sharing of parameters. `batch_axes` checks whether examples are processed independently.
-In a `jax.lax.scan`, perturbations are rows of its input and what the derivatives need is
-recorded as rows of its output; two more loops go through these rows. Not supported are a
-`jax.custom_vjp` that takes parameters (its backward rule sums over examples), a
-`jax.checkpoint` that does (recording would undo it), `while` and `cond`.
+In a `jax.lax.scan`, perturbations are rows of its input, and what the derivatives need
+is recorded as rows of its output; two more loops go through these rows. Not supported
+are a `jax.custom_vjp` that takes parameters (its backward rule sums over examples),
+`while` and `cond`.
+
+Of a `jax.checkpoint`, only its inputs and the gradients of its outputs are recorded.
+Each pass computes what it needs again: 2, 3 and 3 forward passes in place of 1, 1, 1.
 """
 
 from collections.abc import Callable
@@ -41,6 +44,8 @@ def linearize(
   leaves: list[base.Array],
   batch: Any,
   names: list[str],
+  *,
+  recompute: bool | None = False,
 ) -> tuple[base.Array, Callable[..., Any], Callable[..., Any], Any]:
   """Linearizes losses in a list of parameters; see `linearization.linearize`.
 
@@ -49,6 +54,8 @@ def linearize(
     leaves: floating-point or complex arrays.
     batch: pytree; arrays whose first axis is B hold the examples.
     names: names of the leaves, for error messages.
+    recompute: whether a `jax.checkpoint` may take parameters; None is only if there is
+      a `jax.custom_vjp`, so that forward mode, which is cheaper, does not apply.
 
   Returns:
     A tuple of losses [B]; directional, `list like leaves -> [B]`; weighted_gradient,
@@ -58,7 +65,9 @@ def linearize(
     NotLayerwiseError: the losses are not known to process examples independently. Only
       operations that the losses depend on matter, not those of aux.
   """
-  plan, env, outputs, tree = parameter_uses.trace(losses_fn, leaves, batch, names)
+  plan, env, outputs, tree = parameter_uses.trace(
+    losses_fn, leaves, batch, names, recompute=recompute
+  )
 
   def perturbed_losses(perturbations):
     values = env | dict(enumerate(leaves))
@@ -132,8 +141,7 @@ def _directional(
   terms = []
   uses = plan.parameter_uses()
   for step, x, t, g in zip(uses, inputs, input_tangents, gradients, strict=True):
-    is_loop = isinstance(step, parameter_uses.Loop)
-    terms += (_loop_terms if is_loop else _terms)(step, x, t, g, values, zeros)
+    terms += _TERMS[type(step)](step, x, t, g, values, zeros)
   if not terms:
     return zeros
   # A matrix product, because XLA repeats a chain of sums in every operation that uses
@@ -151,7 +159,7 @@ def _terms(step, inputs, tangents, gradients, values, zeros):
     step.differentiable_outputs, tangents, gradients, strict=True
   ):
     others = tuple(i for i in range(g.ndim) if i != axis)
-    terms.append(jnp.sum((t * g).astype(zeros.dtype), others))
+    terms.append(jnp.sum(jnp.real(t * g).astype(zeros.dtype), others))
   return terms
 
 
@@ -195,9 +203,7 @@ def _weighted_gradient(
   cotangents = []
   uses = plan.parameter_uses()
   for step, x, g in zip(uses, inputs, gradients, strict=True):
-    is_loop = isinstance(step, parameter_uses.Loop)
-    cotangents_of = _loop_cotangents if is_loop else _cotangents
-    cotangents.append(cotangents_of(step, x, g, values, weights))
+    cotangents.append(_COTANGENTS[type(step)](step, x, g, values, weights))
   (result,) = vjp_fn(cotangents)
   return result
 
@@ -240,6 +246,49 @@ def _loop_cotangents(loop, inputs, gradients, values, weights):
     *(totals[place].astype(x.dtype) for place, x in consts.items()),
     *(row_gradients[place] for place in rows),
   ]
+
+
+def _recomputed_terms(step, inputs, tangents, gradients, values, zeros):
+  """The term of `_directional` of a `jax.checkpoint`, [B], in a list."""
+  parameters, known, gradients = _known(step, inputs, values, gradients)
+  values, gradients = step.recompute(parameters | known, gradients)
+  tangents = dict(zip(parameters, tangents, strict=True))
+  return [_directional(step.body, parameters, tangents, values, gradients, zeros)]
+
+
+def _recomputed_cotangents(step, inputs, gradients, values, weights):
+  """The weighted gradient in the parameters of a `jax.checkpoint`."""
+  parameters, known, gradients = _known(step, inputs, values, gradients)
+  # Without this dependency on the weights, a compiler would compute the values once for
+  # both derivatives, and store them.
+  known, gradients, weights = _barrier((known, gradients, weights))
+  values, gradients = step.recompute(parameters | known, gradients)
+  result = _weighted_gradient(step.body, parameters, values, gradients, weights)
+  return [result[place] for place in parameters]
+
+
+def _known(step, inputs, values, gradients):
+  """Parameters, other inputs and gradients, so that values are computed again."""
+  places = [place for place, value in step.given if value.is_parameter]
+  known = {
+    place: parameter_uses.value_of(value, values)
+    for place, value in step.given
+    if not value.is_parameter
+  }
+  known, gradients = _barrier((known, gradients))
+  return dict(zip(places, inputs, strict=True)), known, gradients
+
+
+def _barrier(tree):
+  """`tree`, whose arrays a compiler does not know to be the same as before."""
+  leaves, treedef = jax.tree.flatten(tree)
+  is_key = [jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in leaves]
+  others = [x for x, skip in zip(leaves, is_key, strict=True) if not skip]
+  remaining = iter(jax.lax.optimization_barrier(others))
+  pairs = zip(leaves, is_key, strict=True)
+  return jax.tree.unflatten(
+    treedef, [x if skip else next(remaining) for x, skip in pairs]
+  )
 
 
 def _consts_and_rows(loop, *lists):
@@ -290,3 +339,15 @@ def _times(gradient: base.Array, weights: base.Array) -> base.Array:
   """The product, computed in the wider type and cast to the type of `gradient`."""
   dtype = base.common_dtype(gradient, weights)
   return (gradient.astype(dtype) * weights.astype(dtype)).astype(gradient.dtype)
+
+
+_TERMS = {
+  parameter_uses.Step: _terms,
+  parameter_uses.Loop: _loop_terms,
+  parameter_uses.Recomputed: _recomputed_terms,
+}
+_COTANGENTS = {
+  parameter_uses.Step: _cotangents,
+  parameter_uses.Loop: _loop_cotangents,
+  parameter_uses.Recomputed: _recomputed_cotangents,
+}

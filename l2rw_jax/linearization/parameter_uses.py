@@ -25,6 +25,7 @@ from l2rw_jax.linearization import batch_axes
 _BROADCASTING = ("add", "sub", "mul", "div", "max", "min", "pow")
 # Operations whose derivative in one input does not depend on the other inputs.
 _INDEPENDENT = ("add_any", "concatenate")
+_CHECKPOINTS = ("checkpoint", "remat2")
 
 
 class NotLayerwiseError(base.InputError):
@@ -166,7 +167,7 @@ class Step(NamedTuple):
       for (i, _), perturbation in zip(
         self.differentiable_outputs, perturbations, strict=True
       ):
-        results[i] = results[i] + perturbation
+        results[i] = _perturbed(results[i], perturbation)
     env.update(zip(self.outputs, results, strict=True))
 
 
@@ -271,17 +272,104 @@ class Loop(NamedTuple):
     env[self.records] = records
 
 
+class Recomputed(NamedTuple):
+  """A `jax.checkpoint` with parameter uses, whose values are not stored.
+
+  Attributes:
+    eqn: the equation of the jaxpr.
+    inputs: its inputs.
+    outputs: places of its outputs.
+    body: its operations.
+    given: places in the body of the inputs that are not literals, with these inputs.
+    results: for each differentiable output, its index and its value in the body.
+  """
+
+  eqn: Any
+  inputs: list[Value]
+  outputs: list[int]
+  body: "Plan"
+  given: Places
+  results: list[tuple[int, Value]]
+
+  @property
+  def kind(self) -> Kind:
+    """The kind of its outputs."""
+    return Kind.DATA
+
+  @property
+  def is_refused(self) -> bool:
+    """Whether the axis or the derivative of all outputs is not known."""
+    return False
+
+  @property
+  def is_use(self) -> bool:
+    """Whether examples and parameters meet in its body."""
+    return bool(self.results) and bool(self.body.parameter_uses())
+
+  def parameters(self) -> list[Value]:
+    """The inputs that depend on parameters alone."""
+    return [value for _, value in self.given if value.is_parameter]
+
+  def needs(self) -> Iterable[Value]:
+    """Values from which the others are computed again, other than parameters."""
+    return [v for _, v in self.given if not v.is_parameter] if self.is_use else []
+
+  def perturbations(self) -> list[base.Array]:
+    """Zeros to be added to the outputs."""
+    return [zeros(self.eqn.outvars[i].aval) for i, _ in self.results]
+
+  def run(self, env: dict[int, Any], perturbations: list[base.Array] | None) -> None:
+    """Computes the outputs into `env`."""
+    results = bind(self.eqn, [value_of(value, env) for value in self.inputs])
+    if perturbations is not None:
+      for (i, _), perturbation in zip(self.results, perturbations, strict=True):
+        results[i] = _perturbed(results[i], perturbation)
+    env.update(zip(self.outputs, results, strict=True))
+
+  def recompute(
+    self, known: dict[int, Any], gradients: list[base.Array]
+  ) -> tuple[dict[int, Any], list[Any]]:
+    """Computes the values of the body again, and the gradients of its uses.
+
+    Args:
+      known: the inputs, by place in the body.
+      gradients: of the losses in the outputs.
+
+    Returns:
+      The values of the body by place, and for each of its uses the gradients of the
+      losses in its perturbations.
+    """
+
+    def outputs(perturbations):
+      env = dict(known)
+      for kind in Kind:
+        self.body.run(kind, env, perturbations if kind == Kind.DATA else None)
+      return [_array_of(value, env) for _, value in self.results], env
+
+    _, vjp_fn, env = jax.vjp(outputs, self.body.perturbations(), has_aux=True)
+    return env, vjp_fn(gradients)[0]
+
+
 class Plan:
   """A jaxpr with inlined calls, and what each of its values depends on."""
 
-  def __init__(self, names: Sequence[str], outer: "Plan | None" = None):
+  def __init__(
+    self,
+    names: Sequence[str],
+    outer: "Plan | None" = None,
+    *,
+    recompute: bool = False,
+  ):
     """Creates an empty plan.
 
     Args:
       names: names of the parameters, for error messages.
       outer: the plan of which this one is the body of a loop.
+      recompute: whether a `jax.checkpoint` may take parameters; its values are then
+        computed again for each derivative.
     """
-    self.steps: list[Step | Loop] = []
+    self.steps: list[Step | Loop | Recomputed] = []
+    self._recompute = recompute
     self.consts: Places = []  # Of the body of a loop.
     self._names = names
     self._outer = outer
@@ -332,6 +420,8 @@ class Plan:
         jaxpr, consts = call
         return self.add(jaxpr, _constants(consts), inputs)
       outputs = self._add_scan(eqn, inputs) if eqn.primitive.name == "scan" else None
+      if outputs is None and eqn.primitive.name in _CHECKPOINTS and self._recompute:
+        outputs = self._add_recomputed(eqn, inputs)
       if outputs is not None:
         return outputs
       outputs = self._data_outputs(eqn, inputs)
@@ -386,7 +476,7 @@ class Plan:
     error = _first_error(inputs)
     if error is None and _has_custom_vjp(eqn):
       error = self._error("a jax.custom_vjp takes parameters", eqn, inputs)
-    is_call = eqn.primitive.name in ("checkpoint", "remat2")
+    is_call = eqn.primitive.name in _CHECKPOINTS
     if error is None and is_call and any(v.kind == Kind.DATA for v in inputs):
       error = self._error("a jax.checkpoint takes parameters", eqn, inputs)
     return error
@@ -419,6 +509,41 @@ class Plan:
       )
     )
 
+  def _add_recomputed(self, eqn, inputs):
+    """Adds a `jax.checkpoint` and returns its outputs; None if it takes no parameters.
+
+    What its body does with parameters alone is not moved out, but computed again too.
+    """
+    if _first_error(inputs) or not any(value.is_parameter for value in inputs):
+      return None
+    body = Plan(self._names, recompute=True)
+    args = [
+      v if v.place is None else body.place(v.kind, v.aval, v.axis, leaf=v.leaf)
+      for v in inputs
+    ]
+    jaxpr, consts = batch_axes.inner_jaxpr(eqn)
+    after = body.add(jaxpr, _constants(consts), args)
+    outputs = [
+      self._data_output(value.axis, value.error, value.aval, eqn, inputs)
+      for value in after
+    ]
+    pairs = zip(args, inputs, strict=True)
+    self.steps.append(
+      Recomputed(
+        eqn,
+        inputs,
+        [_place(value) for value in outputs],
+        body,
+        [(_place(arg), value) for arg, value in pairs if arg.place is not None],
+        [
+          (i, after[i])
+          for i, value in enumerate(outputs)
+          if value.error is None and _is_inexact(value)
+        ],
+      )
+    )
+    return outputs
+
   def _add_scan(self, eqn, inputs):
     """Adds a loop and returns its outputs; None if it goes through the examples."""
     if _first_error(inputs) is not None:
@@ -439,7 +564,7 @@ class Plan:
     before = None
     while before != states:
       before = states
-      body = Plan(self._names, outer=self)
+      body = Plan(self._names, outer=self, recompute=self._recompute)
       args = [body.const(value) for value in inputs[:start]]
       args += [
         body.place(kind, aval, axis, error=error, leaf=_last_leaf(inputs))
@@ -578,7 +703,7 @@ class Plan:
     return {value.place for value in values if value.place is not None}
 
   def perturbations(self) -> list[Any]:
-    """Zeros for each parameter use, see `run`."""
+    """Zeros for each parameter use, see `run`, which does not read large ones."""
     return [step.perturbations() for step in self.parameter_uses()]
 
   def run(
@@ -593,8 +718,8 @@ class Plan:
     Args:
       kind: which operations to run.
       env: values by place.
-      perturbations: for each parameter use, arrays that are added to its parameters or
-        to its outputs.
+      perturbations: for each parameter use, zeros, in which the outputs have the same
+        derivative as if they were added to its parameters or to its outputs.
       run_refused: whether to run operations without a known derivative, which only aux
         depends on.
     """
@@ -604,13 +729,18 @@ class Plan:
         is_perturbed = perturbations is not None and step.is_use
         step.run(env, next(remaining) if is_perturbed else None)
 
-  def parameter_uses(self) -> list[Step | Loop]:
+  def parameter_uses(self) -> list[Step | Loop | Recomputed]:
     """The operations that have both examples and parameters as inputs."""
     return [step for step in self.steps if step.is_use]
 
 
 def trace(
-  losses_fn: Callable[..., Any], leaves: list[base.Array], batch: Any, names: list[str]
+  losses_fn: Callable[..., Any],
+  leaves: list[base.Array],
+  batch: Any,
+  names: list[str],
+  *,
+  recompute: bool | None = False,
 ) -> tuple[Plan, dict[int, Any], list[Value], Any]:
   """Traces a losses function; arguments as in `layerwise.linearize`.
 
@@ -623,7 +753,9 @@ def trace(
   """
   closed, shapes = jax.make_jaxpr(losses_fn, return_shape=True)(leaves, batch)
   size = shapes[0].shape[0]
-  plan = Plan(names)
+  if recompute is None:
+    recompute = any(map(_has_custom_vjp, closed.jaxpr.eqns))
+  plan = Plan(names, recompute=recompute)
   env: dict[Any, Any] = {}
   avals = [v.aval for v in closed.jaxpr.invars]
   args = [plan.place(Kind.PARAMS, avals[i], leaf=i) for i in range(len(leaves))]
@@ -662,6 +794,18 @@ def zeros(aval: Any) -> base.Array:
   """Zeros with the type and the sharding of `aval`."""
   result = jax.lax.full(aval.shape, 0, aval.dtype, sharding=aval.sharding)
   return base.varying(result, aval)
+
+
+@jax.custom_jvp
+def _perturbed(x, perturbation):
+  """`x + perturbation` at a perturbation of zeros, which are not stored."""
+  del perturbation
+  return x
+
+
+@_perturbed.defjvp
+def _perturbed_rule(primals, tangents):
+  return _perturbed(*primals), tangents[0] + tangents[1]
 
 
 def _array_of(value, env):

@@ -67,7 +67,7 @@ class GPT(nn.Module):
     else:
       for i in range(self.depth):
         x, _ = layer(*options, name=f"block_{i}")(x, None)
-    x = transformer.layer_norm("norm", self.dtype, x)
+    x = transformer.norm("norm", self.dtype, x)
     return embed.attend(x).astype(base.accumulator_dtype(x.dtype))
 
 
@@ -82,7 +82,7 @@ class _Layer(nn.Module):
   def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
     """Maps [B, T, d] to [B, T, d], and None."""
     options = (self.num_heads, self.expansion, self.dtype)
-    return transformer.Block(*options, is_causal=True, name="block")(x), None
+    return transformer.Block(*options, causal=True, name="block")(x), None
 
 
 class LanguageModel(NamedTuple):

@@ -75,10 +75,10 @@ class VisionTransformer(split.SplitNetwork):
     for i in range(self.depth):
       block = Block(self.num_heads, self.expansion, self.dtype, name=f"block_{i}")
       x = block(x)
-    return layer_norm("norm", self.dtype, x).mean(axis=1)
+    return norm("norm", self.dtype, x).mean(axis=1)
 
 
-def layer_norm(name: str, dtype: Any, x: jax.Array) -> jax.Array:
+def norm(name: str, dtype: Any, x: jax.Array) -> jax.Array:
   """LayerNorm in float32 at least, without the implicit promotion of flax."""
   wide = x.astype(base.accumulator_dtype(x.dtype))
   return nn.LayerNorm(name=name)(wide).astype(dtype)
@@ -89,22 +89,22 @@ class Block(nn.Module):
 
   Attributes:
     num_heads: number of attention heads; must divide the width of the input.
-    expansion: hidden width divided by the width of the input.
+    expansion: width of the hidden layer of the MLP divided by that of the input.
     dtype: of the computation.
-    is_causal: whether a position attends only to itself and those before it.
+    causal: whether a position attends only to itself and to those before it.
   """
 
   num_heads: int
   expansion: int
   dtype: Any
-  is_causal: bool = False
+  causal: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [B, T, d] to [B, T, d]."""
     width = x.shape[-1]
-    x = x + self._attend(layer_norm("norm_before_attention", self.dtype, x))
-    y = layer_norm("norm_before_dense", self.dtype, x)
+    x = x + self._attend(norm("norm_before_attention", self.dtype, x))
+    y = norm("norm_before_dense", self.dtype, x)
     y = nn.Dense(self.expansion * width, dtype=self.dtype, name="expand")(y)
     return x + nn.Dense(width, dtype=self.dtype, name="contract")(nn.gelu(y))
 
@@ -118,7 +118,7 @@ class Block(nn.Module):
     shape = (3, self.num_heads, width // self.num_heads)
     qkv = nn.DenseGeneral(shape, dtype=self.dtype, name="qkv")(x)
     query, key, value = (qkv[:, :, i] for i in range(3))
-    mask = nn.make_causal_mask(x[..., 0]) if self.is_causal else None
+    mask = nn.make_causal_mask(x[..., 0]) if self.causal else None
     mixed = nn.dot_product_attention(query, key, value, mask=mask, dtype=self.dtype)
     out = nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name="out")
     return out(mixed)

@@ -1,7 +1,10 @@
 """Every operation of JAX is either supported, with the right axes, or refused."""
 
+import functools
+
 import jax
 from jax import ad_checkpoint
+from jax.experimental import pallas as pl
 from jax.extend import core as jax_core
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +91,69 @@ def _squared_and_mean(h):
 def _rule_of_both(primals, tangents):
   (h,), (t,) = primals, tangents
   return _squared_and_mean(h), (2 * h * t, t.mean(0))
+
+
+def _scale_kernel(x, y, result):
+  result[...] = x[...] * y[...]
+
+
+def _multiplied(x, y, rows):
+  """x * y by a kernel of which each program sees `rows` examples."""
+  spec = pl.BlockSpec((rows, 4), lambda i: (i, 0))
+  return pl.pallas_call(
+    _scale_kernel,
+    out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+    grid=(_B // rows,),
+    in_specs=[spec, spec],
+    out_specs=spec,
+    interpret=True,
+  )(x, y)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _by_kernel(h, rows):
+  return _multiplied(h, jnp.sin(h), rows)
+
+
+def _by_kernel_backward(rows, h, gradient):
+  return (_multiplied(gradient, jnp.sin(h) + h * jnp.cos(h), rows),)
+
+
+_by_kernel.defvjp(lambda h, rows: (_by_kernel(h, rows), h), _by_kernel_backward)
+
+
+def test_kernels_of_one_example_at_a_time_are_followed():
+  rng = np.random.default_rng(0)
+  params, x = (rng.normal(size=s).astype(np.float32) for s in ((4, 4), (_B, 4)))
+
+  @jax.jit
+  def both(params, x):
+    def three(function, engine):
+      lin = linearization.linearize(
+        lambda p, x: function(x @ p).sum(1), params, x, engine=engine
+      )
+      return lin.directional(jnp.cos(params)), lin.weighted_gradient(x[:, 0])
+
+    return [
+      three(lambda h: _by_kernel(h, 1), "layerwise"),
+      three(jax.vmap(lambda h: _by_kernel(h[None], 1)[0]), "layerwise"),
+      three(lambda h: h * jnp.sin(h), "forward"),
+    ]
+
+  *actual, expected = both(params, x)
+  for results in actual:
+    for a, e in zip(results, expected, strict=True):
+      np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_of_several_examples_are_refused():
+  with pytest.raises(base.InputError, match="pallas_call, which mixes examples"):
+    linearization.linearize(
+      lambda p, x: _by_kernel(x @ p, _B).sum(1),
+      jnp.ones((4, 4)),
+      jnp.ones((_B, 4)),
+      engine="layerwise",
+    )
 
 
 @pytest.mark.usefixtures("x64")

@@ -99,6 +99,33 @@ def test_engines_equal_the_explicit_jacobian(container):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("engine", ["layerwise", "forward", "reverse"])
+def test_a_direction_that_is_known_changes_no_number(engine):
+  params = {"w": np.arange(6.0).reshape(3, 2) / 5, "b": np.float64(0.3)}
+  vector, weights = _like(params, 1), np.linspace(-1, 1, _B)
+
+  @jax.jit
+  def run(params, vector):
+    linearized = linearization.linearize(
+      _losses_fn, params, _x(), engine=engine, direction=vector
+    )
+    double = jax.tree.map(lambda v: 2 * v, vector)
+    return (
+      linearized.losses,
+      linearized.directional(vector),
+      linearized.directional(double) / 2,
+      linearized.weighted_gradient(weights),
+    )
+
+  losses_, directional, half, gradient = run(params, vector)
+  expected = _explicit(_losses_fn, params, _x(), vector, weights)
+  np.testing.assert_allclose(losses_, _losses_fn(params, _x()), rtol=1e-14)
+  assert _relative_error(directional, expected[0]) < 1e-12
+  assert _relative_error(half, expected[0]) < 1e-12
+  chex.assert_trees_all_close(gradient, expected[1], rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
 def test_unit_vectors_give_the_gradient_of_each_example():
   params = {"w": np.arange(6.0).reshape(3, 2) / 5, "b": np.float64(0.3)}
   linearized = linearization.linearize(_losses_fn, params, _x())
@@ -371,6 +398,13 @@ def test_a_custom_vjp_of_constant_parameters_is_refused_under_jit():
   )
   with pytest.raises(base.InputError, match="engine='reverse'"):
     jax.jit(linearized.directional)(jnp.ones(3))
+
+
+def test_forward_mode_refuses_a_custom_vjp_if_the_direction_is_known():
+  with pytest.raises(base.InputError, match="engine='reverse'"):
+    linearization.linearize(
+      _sin_losses_fn, jnp.ones(3), _x(), engine="forward", direction=jnp.ones(3)
+    )
 
 
 def test_a_custom_vjp_has_a_weighted_gradient():

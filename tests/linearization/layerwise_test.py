@@ -378,13 +378,13 @@ _times_kernel.defvjp(
     lambda p, x: (_kernel(p.sum()) * x).sum(1),
     lambda p, x: (x @ jax.jit(_kernel)(p)).sum(1),
     lambda p, x: _times_kernel(x, p).sum(1),
-    lambda p, x: jax.checkpoint(lambda h: jnp.tanh(h @ p.T))(x @ p).sum(1),
+    lambda p, x: jax.checkpoint(_times_kernel)(x, p).sum(1),
     _until,
   ],
 )
 def test_operations_that_take_parameters_are_refused_by_name(losses_fn):
   params, x = jnp.ones((4, 2)), jnp.asarray(_images(4), jnp.float32)
-  with pytest.raises(base.InputError, match=r"custom_vjp|checkpoint|while"):
+  with pytest.raises(base.InputError, match=r"custom_vjp|while"):
     linearization.linearize(losses_fn, params, x, engine="layerwise")
 
 

@@ -1,11 +1,14 @@
 """Layers and time steps in a `jax.lax.scan`, layer by layer."""
 
+import functools
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from l2rw_jax import base
 from l2rw_jax import linearization
 from l2rw_jax import losses
 
@@ -156,11 +159,67 @@ def _by_hand(losses_fn):
   return losses_fn, params, _array(_B, 4)
 
 
+@jax.custom_vjp
+def _attention(query, key, value):
+  """Attention whose backward rule computes the probabilities again."""
+  scores = jnp.einsum("btd,bsd->bts", query, key)
+  return jnp.einsum("bts,bsd->btd", jax.nn.softmax(scores), value)
+
+
+def _attention_backward(saved, gradient):
+  query, key, value = saved
+  probs = jax.nn.softmax(jnp.einsum("btd,bsd->bts", query, key))
+  of_probs = jnp.einsum("btd,bsd->bts", gradient, value)
+  mean = jnp.sum(of_probs * probs, -1, keepdims=True)
+  of_scores = probs * (of_probs - mean)
+  return (
+    jnp.einsum("bts,bsd->btd", of_scores, key),
+    jnp.einsum("bts,btd->bsd", of_scores, query),
+    jnp.einsum("bts,btd->bsd", probs, gradient),
+  )
+
+
+_attention.defvjp(lambda *qkv: (_attention(*qkv), qkv), _attention_backward)
+
+
+def _attentive(params, x, attention=_attention):
+  """Layers with attention, which alone is recomputed by a `jax.checkpoint`."""
+
+  def layer(h, weights):
+    values = jnp.tanh(h @ weights["kernel"])
+    return h + jax.checkpoint(attention)(
+      h, values, values * weights["scale"][None]
+    ), None
+
+  h = jnp.stack([x, x**2], 1) @ params["first"]
+  return (jax.lax.scan(layer, h, params["layers"])[0] ** 2).sum((1, 2))
+
+
+def _recomputed(params, x, attention=_attention):
+  """Layers with attention that are recomputed as a whole, in a loop and outside."""
+  key = jax.random.key(0)
+
+  def layer(h, weights):
+    kept = jax.random.bernoulli(key, 0.8, h.shape[1:])[None]
+    keys = (
+      jnp.tanh(jnp.where(kept, h, 0) @ weights["kernel"]) + params["scale"][:1][None]
+    )
+    return h + attention(h, keys, keys * weights["scale"][None]), (h**2).sum(1)
+
+  checkpointed = jax.checkpoint(layer)
+  h = jnp.stack([x, x**2], 1) @ params["first"]
+  h, sums = jax.lax.scan(checkpointed, h, params["layers"])
+  h, _ = checkpointed(h, jax.tree.map(lambda w: w[0], params["layers"]))
+  return (h**2).sum((1, 2)) + jnp.sin(sums).sum((0, 2))
+
+
 _NETWORKS = {
   "stacked": lambda: _by_hand(_stacked),
   "penalized": lambda: _by_hand(_penalized),
   "nested": lambda: _by_hand(_nested),
   "indexed": lambda: _by_hand(_indexed),
+  "attentive": lambda: _by_hand(_attentive),
+  "recomputed": lambda: _by_hand(_recomputed),
   "language": lambda: _with_random_params(_language),
   "recurrent": lambda: _with_random_params(_recurrent),
 }
@@ -194,9 +253,83 @@ def _error(actual, expected):
 def test_layerwise_equals_forward_mode(name):
   losses_fn, params, x = _NETWORKS[name]()
 
+  reference = losses_fn
+  if name in ("attentive", "recomputed"):
+    # Forward mode does not follow a custom_vjp.
+    reference = functools.partial(losses_fn, attention=_attention.__wrapped__)
+
   @jax.jit
   def both(params, x):
-    return [_three(losses_fn, params, x, e) for e in ("layerwise", "forward")]
+    return [
+      _three(losses_fn, params, x, "layerwise"),
+      _three(reference, params, x, "forward"),
+    ]
 
   for actual, expected in zip(*jax.device_get(both(params, x)), strict=True):
     assert _error(actual, expected) < 1e-12
+
+
+def test_recomputed_layers_in_half_precision():
+  """No less exact than forward mode, compared with float32."""
+  _, params, x = _by_hand(_recomputed)
+  params, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (params, x))
+  plain = functools.partial(_recomputed, attention=_attention.__wrapped__)
+
+  @jax.jit
+  def run(params, x):
+    def three(network, dtype, engine):
+      def losses_fn(params, x):
+        params, x = jax.tree.map(lambda a: a.astype(dtype), (params, x))
+        return network(params, x).astype(jnp.float32)
+
+      return _three(losses_fn, params, x, engine)
+
+    return (
+      three(_recomputed, "bfloat16", "layerwise"),
+      three(plain, "bfloat16", "forward"),
+      three(plain, "float32", "forward"),
+    )
+
+  for actual, other, exact in zip(*jax.device_get(run(params, x)), strict=True):
+    assert _error(actual, exact) < 2 * _error(other, exact) < 0.5
+
+
+def test_auto_takes_the_cheapest_engine_that_fits():
+  _, params, x = _by_hand(_recomputed)
+  params, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (params, x))
+
+  def engine(losses_fn):
+    return linearization.linearize(losses_fn, params, x).engine
+
+  plain = functools.partial(_recomputed, attention=_attention.__wrapped__)
+  engines = [
+    jax.eval_shape(functools.partial(engine, f))
+    for f in (_attentive, _recomputed, plain)
+  ]
+  assert engines == ["layerwise", "layerwise", "forward"]
+
+
+def _mixing(backward):
+  function = jax.custom_vjp(jnp.sin)
+  function.defvjp(lambda h: (jnp.sin(h), h), backward)
+  return function
+
+
+_MIXING_RULES = {
+  "mean": _mixing(lambda h, g: (jnp.cos(h) * g.mean(0, keepdims=True),)),
+  "sort": _mixing(lambda h, g: (jnp.sort(h, axis=0) * g,)),
+}
+
+
+@pytest.mark.parametrize("name", _MIXING_RULES)
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["", "checkpoint"])
+def test_a_backward_rule_that_mixes_examples_is_refused(name, wrap):
+  def losses_fn(params, x):
+    def layer(h, kernel):
+      return wrap(_MIXING_RULES[name])(h @ kernel), None
+
+    return jax.lax.scan(layer, x, params)[0].sum(1)
+
+  params, x = jnp.ones((2, 4, 4)), jnp.asarray(_array(_B, 4), jnp.float32)
+  with pytest.raises(base.InputError, match="custom_vjp_call, whose backward rule"):
+    linearization.linearize(losses_fn, params, x, engine="layerwise")

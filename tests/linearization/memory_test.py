@@ -36,6 +36,18 @@ def _recomputed(params, x):
   return (x**2).sum(1)
 
 
+def _recomputed_loop(params, x):
+  """Pairs of layers in a loop, of which only the input of each pair is kept."""
+
+  @jax.checkpoint
+  def block(x, kernels):
+    wide = jnp.tanh(x @ jnp.concatenate([kernels[0]] * 4, 1))
+    return x + jnp.tanh(wide @ jnp.concatenate([kernels[1]] * 4)), None
+
+  pairs = jnp.stack(params).reshape(-1, 2, _WIDTH, _WIDTH)
+  return (jax.lax.scan(block, x, pairs)[0] ** 2).sum(1)
+
+
 def _mean_gradient(losses_fn, params, x, meta):
   del meta
   return jax.grad(lambda params: losses_fn(params, x).mean())(params)
@@ -118,3 +130,8 @@ def test_rematerialization_saves_memory():
     pytest.skip("this version of XLA:CPU undoes jax.checkpoint in plain training too")
   assert _bytes(_l2rw, _recomputed) < 0.8 * _plain()
   assert _bytes(_mwn, jax.checkpoint(_network)) < 1.4 * _plain()
+
+
+def test_rematerialization_in_a_loop_is_honored():
+  plain = _bytes(_mean_gradient, _recomputed_loop)
+  assert _bytes(_l2rw, _recomputed_loop, num_meta=_B // 8) < 1.4 * plain
