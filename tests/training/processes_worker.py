@@ -83,6 +83,8 @@ def train(folder, names, signal_at=None, **settings):
   """`loop.train` of some methods; `signal_at` is [process, step, signal]."""
   # In float64, so that what differs is not rounding.
   jax.config.update("jax_enable_x64", True)
+  # Flax keeps running statistics in float32.
+  jax.config.update("jax_numpy_dtype_promotion", "standard")
   from flax import linen as nn
   import toy_runs
 
