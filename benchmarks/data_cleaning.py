@@ -20,6 +20,7 @@ Results: results/data_cleaning.
 from collections.abc import Sequence
 import dataclasses
 import functools
+import hashlib
 import math
 import pathlib
 import time
@@ -110,6 +111,14 @@ class Data(NamedTuple):
   dev: tuple[np.ndarray, np.ndarray]
   test: tuple[np.ndarray, np.ndarray]
   num_classes: int
+
+  @property
+  def fingerprint(self) -> str:
+    """A hash of the training and the clean examples with their labels."""
+    digest = hashlib.sha256()
+    for array in (self.x, self.given, *self.meta):
+      digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 class Run(NamedTuple):
@@ -343,6 +352,7 @@ def make_row(
     "dataset": settings.dataset,
     "share": share,
     "seed": seed,
+    "data": data.fingerprint,
     "wrong_percent": 100 * float(np.mean(~data.is_clean)),
     "error_percent": result.test_percent[-1],
     "best_percent": min(result.test_percent),

@@ -475,12 +475,16 @@ def read_state(settings: Settings, cell: Cell, root: pathlib.Path) -> State:
   if record.get("seeds", 0) >= seeds(settings, cell) and record.get("is_done"):
     name = "done"
     measured = _measured(cell, _rows(folder / "results.json"))
+  committed = _matching(cell, _committed(settings.results, cell.module))
+  if cell.size is None:  # Times are of one platform.
+    platform = jax.default_backend()
+    committed = [row for row in committed if row.get("platform") == platform]
   return State(
     name,
     record.get("minutes", 0.0),
     record.get("device"),
     measured,
-    len(_matching(cell, _committed(settings.results, cell.module))),
+    len(committed),
   )
 
 
