@@ -9,13 +9,13 @@ gradients are those of the whole network.
 
 from collections.abc import Callable, Sequence
 import math
-import operator
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from l2rw_jax import base
+from l2rw_jax.linearization import ghost_products
 from l2rw_jax.linearization import parameter_uses
 from l2rw_jax.linearization import trainable
 
@@ -140,26 +140,28 @@ def _last(share, losses_fn, params, batch, has_aux):
   leaves = partition.leaves(params)
   try:
     plan, *_ = parameter_uses.trace(losses_of, leaves, batch, partition.names)
+    ghost_products.check(plan)
   except parameter_uses.NotLayerwiseError as error:
     raise base.InputError(
-      f"layers={share}: the cost of this model's layers is not known, because the"
-      f" layerwise engine does not apply ({error}). Name the layers instead."
+      f"layers={share}: the cost of this model's layers is not known"
+      f" ({error}). Name the layers instead."
     ) from error
   costs, last_use = [0] * len(leaves), [-1] * len(leaves)
   for position, step in enumerate(plan.parameter_uses()):
     for index in step.param_inputs:
-      leaf = step.inputs[index].leaf
+      leaf: Any = step.inputs[index].leaf
       costs[leaf] += _flops(step.eqn)
       last_use[leaf] = position
   remaining = share * sum(costs)
   is_used = [False] * len(leaves)
-  for leaf, _ in sorted(enumerate(last_use), key=operator.itemgetter(1), reverse=True):
+  order = sorted(range(len(leaves)), key=last_use.__getitem__, reverse=True)
+  for leaf in order:
     if costs[leaf] > remaining:
       break
     remaining -= costs[leaf]
     is_used[leaf] = True
   if not any(is_used):
-    name = partition.names[max(range(len(leaves)), key=last_use.__getitem__)]
+    name = partition.names[order[0]]
     raise base.InputError(
       f"layers={share}: the last parameter, {name}, alone costs more than this share;"
       " raise it, or name the layers."
