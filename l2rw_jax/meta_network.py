@@ -138,10 +138,10 @@ def update(
   return jax.lax.cond(step % every == 0, updated, lambda state: state, state)
 
 
-def check_every(method: str, every: int) -> None:
-  """Raises InputError unless `every` is at least 1."""
+def check_every(method: str, every: int, name: str = "every") -> None:
+  """Raises InputError unless `every`, the argument `name`, is at least 1."""
   if every < 1:
-    raise base.InputError(f"{method}: every={every} must be at least 1 step.")
+    raise base.InputError(f"{method}: {name}={every} must be at least 1 step.")
 
 
 def sgd_lookahead(learning_rate: Schedule, inputs: base.Inputs) -> dict[str, Any]:

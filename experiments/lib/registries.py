@@ -62,6 +62,19 @@ class Settings(settings_lib.Settings):
     bounds=settings_lib.STEPS,
     methods=_META_LEARNED,
   )
+  l2rw_layers: tuple[str, ...] = flag(
+    (),
+    "Layers that L2RW computes scores from, an approximation: their names, or a share"
+    " of the cost in (0, 1], for the last layers. The default is all.",
+    methods=["l2rw"],
+  )
+  l2rw_refresh_every: int = flag(
+    1,
+    "Number of steps from one clean gradient of L2RW to the next, an approximation if"
+    " it is above 1.",
+    bounds=settings_lib.STEPS,
+    methods=["l2rw"],
+  )
   mwn_preset: str | None = flag(
     None,
     "Release of Meta-Weight-Net to follow. The default is noise_stable, and in a long"
@@ -275,6 +288,16 @@ def _fine_tuning(settings: Settings, problem: Problem) -> base.Method:
   return baselines.fine_tuning(max(1, problem.num_steps // 10))
 
 
+def _l2rw(settings: Settings, problem: Problem) -> base.Method:
+  layers: Any = settings.l2rw_layers or None
+  if layers is not None and len(layers) == 1:
+    try:
+      layers = float(layers[0])
+    except ValueError:
+      layers = layers[0]
+  return l2rw.l2rw(layers=layers, refresh_every=settings.l2rw_refresh_every)
+
+
 def _meta_weight_net(settings: Settings, problem: Problem) -> base.Method:
   preset = settings.mwn_preset or problem.mwn_preset
   rate = problem.lookahead_learning_rate
@@ -380,7 +403,7 @@ NOISE: dict[str, Factory] = {
   "pd_mixture": _curriculum("pd_mixture", "pd"),
   "mentornet_pd": _mentor("pd", "pd"),
   "mentornet_dd": _mentor("dd", "dd_resnet"),
-  "l2rw": lambda settings, problem: l2rw.l2rw(),
+  "l2rw": _l2rw,
   "meta_weight_net": _meta_weight_net,
   "warpi": _warpi(deterministic=False),
   "warpi_deterministic": _warpi(deterministic=True),

@@ -19,6 +19,13 @@ contain it. As `optax.add_decayed_weights` in the look-ahead optimizer it change
 point where the meta gradient is taken; in the outer optimizer alone (the default of
 this library) it does neither.
 
+Two approximations make a step cheaper (see `layers` and `refresh_every`). Scores from
+some of the layers: the inner product above is a sum over the parameters, of which the
+terms of the last layers are kept. A direction of an earlier step: grad M changes slowly
+from step to step. In forward passes of the layerwise engine, a step takes 3 B + f B + 3
+M / k for a share f of the cost and a direction every k steps, compared with 4 B + 3 M.
+They change the weights; check what they do to your results.
+
 Matrix products on TPU and recent GPUs are rounded to bfloat16 or TF32 by default. A
 score is the difference of nearly equal numbers, so a small score can change its sign.
 Wrap the call in `jax.default_matmul_precision("float32")` to get scores that agree with
@@ -40,8 +47,11 @@ import optax
 from l2rw_jax import base
 from l2rw_jax import hypergradient
 from l2rw_jax import linearization
+from l2rw_jax import meta_network
 from l2rw_jax import normalization
 from l2rw_jax.linearization import microbatching
+from l2rw_jax.linearization import restriction
+from l2rw_jax.linearization import trainable
 
 
 class ExampleWeights(NamedTuple):
@@ -88,6 +98,8 @@ def example_weights(
   has_aux: bool = False,
   engine: str = "auto",
   microbatch_size: int | None = None,
+  layers: restriction.Layers | None = None,
+  direction: hypergradient.Direction | None = None,
 ) -> ExampleWeights:
   """Weights of the examples of a batch by how much they lower a clean batch's loss.
 
@@ -114,6 +126,11 @@ def example_weights(
     engine: see `linearization.linearize`; needed for models with a `jax.custom_vjp`.
     microbatch_size: number of examples of each batch that are in memory at a time on
       this device, see `microbatching.microbatched`; None is all.
+    layers: the parameters that scores are computed from, see `restriction.restricted`,
+      an approximation; None is all.
+    direction: a result of `meta_direction`, at these parameters or, as an
+      approximation, at those of an earlier step; then `meta_batch` and the optimizer
+      are not used. None computes it.
 
   Returns:
     An `ExampleWeights`; no gradient flows through its weights and scores.
@@ -135,19 +152,20 @@ def example_weights(
     >>> print(example_weights(losses_fn, jnp.zeros(2), batch, clean).weights)
     [1. 0.]
   """
-  direction = meta_direction(
-    meta_losses_fn or losses_fn,
-    params,
-    meta_batch,
-    optimizer=optimizer,
-    opt_state=opt_state,
-    axis_name=axis_name,
-    has_aux=has_aux,
-    microbatch_size=microbatch_size,
-  )
+  if direction is None:
+    direction = meta_direction(
+      meta_losses_fn or losses_fn,
+      params,
+      meta_batch,
+      optimizer=optimizer,
+      opt_state=opt_state,
+      axis_name=axis_name,
+      has_aux=has_aux,
+      microbatch_size=microbatch_size,
+    )
   # `hypergradient.batch_after` is not used here, so that under one `jit` the caller's
   # gradient at `params` shares this forward pass.
-  linearize = microbatching.microbatched(linearization.linearize, microbatch_size)
+  linearize = _linearize(linearization.linearize, layers, microbatch_size)
   direction = hypergradient.local(direction, axis_name)
   linearized = linearize(
     losses_fn,
@@ -158,6 +176,11 @@ def example_weights(
     direction=hypergradient.known_vector(direction),
   )
   return weigh(linearized, direction, axis_name)
+
+
+def _linearize(linearize, layers, microbatch_size):
+  restricted = restriction.restricted(linearize, layers)
+  return microbatching.microbatched(restricted, microbatch_size)
 
 
 def meta_direction(
@@ -233,6 +256,7 @@ def weighted_value_and_grad(
   has_aux: bool = False,
   engine: str = "auto",
   microbatch_size: int | None = None,
+  layers: restriction.Layers | None = None,
 ) -> Callable[..., tuple[tuple[base.Array, ExampleWeights], base.PyTree]]:
   """Like `jax.value_and_grad` of a mean loss, but weighted by L2RW.
 
@@ -242,7 +266,8 @@ def weighted_value_and_grad(
   are in memory. Arguments are those of `example_weights`.
 
   Returns:
-    `(params, batch, meta_batch, opt_state=None) -> ((loss, info), grads)`, where
+    `(params, batch, meta_batch, opt_state=None, direction=None) -> ((loss, info),
+    grads)`, where
     `loss` is sum_i weights_i losses_i over all devices, `info` is an `ExampleWeights`
     (its `.aux` is that of `losses_fn`), and `grads` is the gradient of `loss`, summed
     over devices.
@@ -256,18 +281,20 @@ def weighted_value_and_grad(
     1.0 [1. 0.] [-2. -0.]
   """
 
-  def value_and_grad(params, batch, meta_batch, opt_state=None):
-    direction = meta_direction(
-      meta_losses_fn or losses_fn,
-      params,
-      meta_batch,
-      optimizer=optimizer,
-      opt_state=opt_state,
-      axis_name=axis_name,
-      has_aux=has_aux,
-      microbatch_size=microbatch_size,
-    )
-    linearize = microbatching.microbatched(linearization.linearize, microbatch_size)
+  linearize = _linearize(linearization.linearize, layers, microbatch_size)
+
+  def value_and_grad(params, batch, meta_batch, opt_state=None, direction=None):
+    if direction is None:
+      direction = meta_direction(
+        meta_losses_fn or losses_fn,
+        params,
+        meta_batch,
+        optimizer=optimizer,
+        opt_state=opt_state,
+        axis_name=axis_name,
+        has_aux=has_aux,
+        microbatch_size=microbatch_size,
+      )
     batch = hypergradient.batch_after(direction, batch)
     direction = hypergradient.local(direction, axis_name)
     linearized = linearize(
@@ -291,6 +318,8 @@ def l2rw(
   *,
   microbatch_size: int | None = None,
   reweight: bool = True,
+  layers: restriction.Layers | None = None,
+  refresh_every: int = 1,
 ) -> base.Method:
   """L2RW for the training loop.
 
@@ -307,17 +336,26 @@ def l2rw(
       each device; None is all.
     reweight: whether to train with the weights. If not, training is plain and the
       scores are only reported, as a measurement for `audit.recording`.
+    layers: the parameters that scores are computed from, see `restriction.restricted`,
+      an approximation; None is all.
+    refresh_every: number of steps from one clean gradient to the next, which is used in
+      all steps between them, an approximation if it is above 1. Several runs under one
+      `vmap` compute it in every step.
 
   Returns:
-    A `base.Method` without state that needs a meta batch.
+    A `base.Method` that needs a meta batch. Its state is the direction if
+    `refresh_every` is above 1, a copy of the parameters; otherwise it has none.
 
   Raises:
-    InputError: `microbatch_size` is not positive.
+    InputError: `microbatch_size` or `refresh_every` is not positive, or `layers` cannot
+      choose layers.
   """
   microbatching.check(microbatch_size)
+  meta_network.check_every("l2rw", refresh_every, "refresh_every")
+  restriction.check(layers)
 
-  def gradients(state, problem, inputs):
-    direction = meta_direction(
+  def new_direction(problem, inputs):
+    return meta_direction(
       problem.meta_losses_fn(inputs.model_state, inputs.key),
       inputs.params,
       inputs.meta_batch,
@@ -327,7 +365,19 @@ def l2rw(
       has_aux=True,
       microbatch_size=microbatch_size,
     )
-    linearize = microbatching.microbatched(problem.linearize, microbatch_size)
+
+  def gradients(state, problem, inputs):
+    if refresh_every == 1:
+      direction = new_direction(problem, inputs)
+    else:
+      state = jax.lax.cond(
+        inputs.step % refresh_every == 0,
+        lambda: _stored(new_direction(problem, inputs), inputs.params),
+        lambda: state,
+      )
+      partition = trainable.Partition(inputs.params)
+      direction = state._replace(vector=partition.combine_gradient(state.vector))
+    linearize = _linearize(problem.linearize, layers, microbatch_size)
     problem = dataclasses.replace(problem, linearize=linearize)
     inputs = inputs._replace(batch=hypergradient.batch_after(direction, inputs.batch))
     direction = hypergradient.local(direction, problem.axis_name)
@@ -359,4 +409,25 @@ def l2rw(
     )
     return gradients, state
 
-  return base.Method(gradients, needs_meta=True)
+  if refresh_every == 1:
+    return base.Method(gradients, needs_meta=True)
+  return base.Method(gradients, _no_direction, needs_meta=True)
+
+
+def _stored(direction, params):
+  """The part of a direction that is kept from step to step, all of it arrays."""
+  loss = direction.meta_loss.astype(jnp.result_type(float))
+  vector = trainable.Partition(params).leaves(direction.vector)
+  return direction._replace(vector=vector, meta_loss=loss, aux=None)
+
+
+def _no_direction(key, problem, params):
+  """The state before the first step, which replaces it."""
+  del key, problem
+  return hypergradient.Direction(
+    [jnp.zeros_like(x) for x in trainable.Partition(params).leaves(params)],
+    jnp.zeros((), jnp.result_type(float)),
+    jnp.array(True),
+    jnp.array(False),
+    jnp.zeros((), jnp.int32),
+  )

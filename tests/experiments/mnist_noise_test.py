@@ -139,6 +139,8 @@ _MISTAKES = {
   "mentor_preset": (["--mentor_preset=mine"], "should be one of <self_paced|"),
   "mwn_preset": (["--mwn_preset=mine"], "should be one of <imbalance|"),
   "meta_every": (["--meta_every=0"], "=0 must lie between 1 and"),
+  "layers": (["--methods=l2rw", "--l2rw_layers=0"], "must be a share of the cost"),
+  "refresh": (["--l2rw_refresh_every=0"], "=0 must lie between 1 and"),
   "samples": (["--warpi_samples=0"], "=0 must lie between 1 and"),
   "preset": (["--preset=mine"], "should be one of <shared|bare|own>"),
   "network": (["--network=cnn"], "should be one of <mlp|lenet>"),

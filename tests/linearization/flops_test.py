@@ -163,6 +163,27 @@ def test_a_step_of_l2rw_has_the_documented_cost(name, column, num_meta):
   assert 1 < ratio <= _LIMITS[name][column]
 
 
+def test_a_share_of_the_layers_and_a_rare_clean_gradient_cost_a_tenth():
+  """3B + 0.2B + 3M / 10 forward passes of an example for M = B / 10: 1.08 at most."""
+  problem, params, _, batch = _problem("lenet")
+  meta_batch = _problem("lenet").meta_batch(_B // 10)
+
+  def losses_fn(params, batch):
+    return problem.losses_fn({}, jax.random.key(0))(params, batch)[0]
+
+  def step_fn(params, batch, meta_batch, direction=None):
+    value_and_grad = l2rw.weighted_value_and_grad(losses_fn, layers=0.2)
+    return value_and_grad(params, batch, meta_batch, direction=direction)
+
+  direction = jax.eval_shape(
+    lambda *args: l2rw.meta_direction(losses_fn, *args), params, meta_batch
+  )
+  refresh = _flops(step_fn, params, batch, meta_batch)
+  keep = _flops(step_fn, params, batch, meta_batch, direction)
+  assert keep < refresh < _l2rw_flops("lenet", _B // 10)
+  assert 1 < (0.9 * keep + 0.1 * refresh) / _plain_flops("lenet") <= 1.10
+
+
 @pytest.mark.parametrize("name", _NETWORKS)
 def test_the_literal_form_costs_more(name):
   assert _literal_flops(name, _B // 10) > 1.1 * _l2rw_flops(name, _B // 10)

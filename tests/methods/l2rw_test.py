@@ -1,5 +1,6 @@
 """L2RW: the paper's equations, edge cases, and `weighted_value_and_grad`."""
 
+import dataclasses
 import functools
 
 import chex
@@ -295,6 +296,41 @@ def test_only_the_training_batch_changes_the_running_statistics():
     np.testing.assert_allclose(outcome.weights, expected, rtol=1e-3, atol=1e-5)
     assert outcome.metrics["rejected"] == np.mean(expected == 0)
     assert outcome.metrics["direction_finite"] == 1
+
+
+def test_a_clean_gradient_and_some_layers_serve_several_steps():
+  def forward(params, model_state, batch, key, train):
+    return jnp.tanh(batch["x"] @ params["w"]) @ params["out"], model_state
+
+  problem = dataclasses.replace(_task(), forward=forward)
+  method = l2rw.l2rw(layers="out", refresh_every=2)
+  metas = [_examples(seed, _M) for seed in (1, 5, 6)]
+  params = [_params(seed) for seed in (2, 3, 4)]
+
+  @jax.jit
+  def run(params, metas):
+    state, actual, expected = method.init(jax.random.key(0), problem, params[0]), [], []
+    for step, (p, meta) in enumerate(zip(params, metas, strict=True)):
+      inputs = base.Inputs(p, {}, (), _BATCH, meta, jnp.int32(step), jax.random.key(1))
+      result, state = method.gradients(state, problem, inputs)
+      actual.append((result.scores, result.metrics["meta_loss"], result.grads))
+      if step % 2 == 0:
+        direction = l2rw.meta_direction(_losses_fn, p, meta)
+      value_and_grad = l2rw.weighted_value_and_grad(_losses_fn, layers="out")
+      (_, info), grads = value_and_grad(p, _BATCH, None, direction=direction)
+      expected.append((info.scores, info.meta_loss, grads))
+      weights = l2rw.example_weights(
+        _losses_fn, p, _BATCH, None, layers=["out"], direction=direction
+      )
+      expected.append((weights.scores, direction.meta_loss, grads))
+    return actual, expected
+
+  actual, expected = run(params, metas)
+  chex.assert_trees_all_close(actual, expected[::2], rtol=1e-5, atol=1e-6)
+  chex.assert_trees_all_close(actual, expected[1::2], rtol=1e-5, atol=1e-6)
+  for options in ({"refresh_every": 0}, {"layers": 2.0}):
+    with pytest.raises(base.InputError, match=r"refresh_every=0|layers=2.0"):
+      l2rw.l2rw(**options)
 
 
 def _squared_errors(params, batch):

@@ -1,0 +1,186 @@
+"""Directional derivatives along a part of the parameters.
+
+The score of an example is a sum over layers, <grad l_i, v> = sum_p <grad_p l_i, v_p>.
+`restricted` keeps the terms of some layers only. This is an approximation of the score:
+the ranks of the examples usually stay about the same if the last layers are kept, and
+the cost of `directional` becomes the share of these layers. Losses and weighted
+gradients are those of the whole network.
+"""
+
+from collections.abc import Callable, Sequence
+import math
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from l2rw_jax import base
+from l2rw_jax.linearization import ghost_products
+from l2rw_jax.linearization import parameter_uses
+from l2rw_jax.linearization import trainable
+
+# A share of the cost, names of layers, or a predicate of paths; see `restricted`.
+Layers: TypeAlias = float | str | Sequence[str] | Callable[[str], bool]
+
+
+def check(layers: Layers | None) -> None:
+  """Raises InputError unless `layers` is None or can choose layers."""
+  if layers is None or callable(layers):
+    return
+  if isinstance(layers, (int, float)):
+    is_valid = not isinstance(layers, bool) and 0 < layers <= 1
+  else:
+    names = [layers] if isinstance(layers, str) else list(layers)
+    is_valid = bool(names) and all(isinstance(n, str) and n for n in names)
+  if is_valid:
+    return
+  raise base.InputError(
+    f"layers={layers!r}: must be a share of the cost in (0, 1], names of layers, a"
+    " predicate of paths, or None for all."
+  )
+
+
+def restricted(
+  linearize: Callable[..., base.Linearized], layers: Layers | None
+) -> Callable[..., base.Linearized]:
+  """`linearize` whose `directional` uses some of the parameters only.
+
+  Args:
+    linearize: `linearization.linearize`, or that of a `base.Problem`.
+    layers: which parameters. A number in (0, 1] is a share of the FLOPs of
+      `directional`: the last layers of the network whose sum is not above it, which
+      needs a model to which the layerwise engine applies. A string, or a list of
+      strings, are names: parameters whose path has such a name among its components
+      ("Dense_2", "block_3/qkv"). A function takes a path, such as
+      "params/Dense_2/kernel", and returns whether the parameter is used. None is all,
+      and returns `linearize` itself.
+
+  Returns:
+    A function of the arguments of `linearize` that returns a `base.Linearized`. The
+    cost of its `directional` is lower with the engines "layerwise" and "forward".
+
+  Raises:
+    InputError: `layers` is of another form; when the function is called, no parameter
+      or an unknown name is chosen, or the model does not allow a share.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from l2rw_jax import linearization
+    >>> losses_fn = lambda p, x: x @ p["a"] + 2 * x @ p["b"]
+    >>> params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    >>> linearize_b = restricted(linearization.linearize, "b")
+    >>> print(linearize_b(losses_fn, params, jnp.eye(2)).directional(params))
+    [2. 2.]
+  """
+  check(layers)
+  if layers is None:
+    return linearize
+  chosen: Any = layers
+
+  def linearize_restricted(
+    losses_fn, params, batch, *, has_aux=False, direction=None, **options
+  ):
+    # The derivative along all of it, in the first pass, would cost what is to be saved.
+    del direction
+    linearized = linearize(losses_fn, params, batch, has_aux=has_aux, **options)
+    partition = trainable.Partition(params)
+    if isinstance(chosen, (int, float)):
+      is_used = _last(chosen, losses_fn, params, batch, has_aux)
+    else:
+      is_used = _named(chosen, partition.names)
+
+    def directional(vector):
+      leaves = partition.leaves(vector)
+      zeros = [jnp.zeros_like(x) for x in leaves]
+      used = [x for x, keep in zip(leaves, is_used, strict=True) if keep]
+
+      def along(used):
+        remaining = iter(used)
+        pairs = zip(zeros, is_used, strict=True)
+        moved = [next(remaining) if keep else x for x, keep in pairs]
+        return linearized.directional(partition.combine_gradient(moved))
+
+      if linearized.engine not in ("layerwise", "forward"):
+        return along(used)
+      # The derivative of a linear function is the function, but it skips the
+      # operations on arguments that it is not differentiated in.
+      at = [jnp.zeros_like(x) for x in used]
+      return jax.jvp(along, (at,), (used,))[1]
+
+    return linearized._replace(directional=directional)
+
+  return linearize_restricted
+
+
+def _named(layers, names):
+  """Whether each path is chosen by a predicate or by names."""
+  if callable(layers):
+    is_used = [bool(layers(name)) for name in names]
+  else:
+    wanted = [layers] if isinstance(layers, str) else layers
+    padded = [f"/{name}/" for name in names]
+    for layer in wanted:
+      if not any(f"/{layer}/" in name for name in padded):
+        raise base.InputError(
+          f"layers: no parameter has {layer!r} among the components of its path; the"
+          f" paths are {', '.join(names)}."
+        )
+    is_used = [any(f"/{layer}/" in name for layer in wanted) for name in padded]
+  if not any(is_used):
+    raise base.InputError(
+      f"layers chooses no parameter; the paths are {', '.join(names)}."
+    )
+  return is_used
+
+
+def _last(share, losses_fn, params, batch, has_aux):
+  """Whether each trainable leaf is among the last ones, up to a share of the cost."""
+  partition = trainable.Partition(params)
+
+  def losses_of(leaves, batch):
+    result = losses_fn(partition.combine(leaves), batch)
+    return base.losses_and_aux("losses_fn", result, has_aux)
+
+  leaves = partition.leaves(params)
+  try:
+    plan, *_ = parameter_uses.trace(losses_of, leaves, batch, partition.names)
+    ghost_products.check(plan)
+  except parameter_uses.NotLayerwiseError as error:
+    raise base.InputError(
+      f"layers={share}: the cost of this model's layers is not known"
+      f" ({error}). Name the layers instead."
+    ) from error
+  costs, last_use = [0] * len(leaves), [-1] * len(leaves)
+  for position, step in enumerate(plan.parameter_uses()):
+    for index in step.param_inputs:
+      leaf: Any = step.inputs[index].leaf
+      costs[leaf] += _flops(step.eqn)
+      last_use[leaf] = position
+  remaining = share * sum(costs)
+  is_used = [False] * len(leaves)
+  order = sorted(range(len(leaves)), key=last_use.__getitem__, reverse=True)
+  for leaf in order:
+    if costs[leaf] > remaining:
+      break
+    remaining -= costs[leaf]
+    is_used[leaf] = True
+  if not any(is_used):
+    name = partition.names[order[0]]
+    raise base.InputError(
+      f"layers={share}: the last parameter, {name}, alone costs more than this share;"
+      " raise it, or name the layers."
+    )
+  return is_used
+
+
+def _flops(eqn):
+  """FLOPs of an operation, up to lower orders."""
+  size = math.prod(eqn.outvars[0].aval.shape)
+  if eqn.primitive.name == "dot_general":
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    return 2 * size * math.prod(eqn.invars[0].aval.shape[a] for a in contracted)
+  if eqn.primitive.name == "conv_general_dilated":
+    kernel = eqn.invars[1].aval
+    outputs = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+    return 2 * size * kernel.size // outputs
+  return size
