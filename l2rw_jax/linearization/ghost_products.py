@@ -107,16 +107,23 @@ class _Formed(NamedTuple):
   gradients: base.Array
 
 
-def check(plan: parameter_uses.Plan) -> None:
-  """Raises NotLayerwiseError if a use of parameters is a loop or a call.
+def uses_of(plan: parameter_uses.Plan) -> list[parameter_uses.Step]:
+  """The uses of parameters in a program.
 
-  The gradients of such a use are not products of its inputs and slopes.
+  Raises:
+    NotLayerwiseError: one of them is a loop or a call, whose gradients are not products
+      of its inputs and slopes.
   """
+  uses: list[parameter_uses.Step] = []
   for step in plan.parameter_uses():
-    eqn = getattr(step, "eqn", None)
-    if eqn is None or any(True for _ in jax_core.jaxprs_in_params(eqn.params)):
-      name = "a loop" if eqn is None else eqn.primitive.name
-      raise parameter_uses.NotLayerwiseError(f"parameters are used inside {name}")
+    name = "scan" if isinstance(step, parameter_uses.Loop) else "checkpoint"
+    if isinstance(step, parameter_uses.Step):
+      if not any(True for _ in jax_core.jaxprs_in_params(step.eqn.params)):
+        uses.append(step)
+        continue
+      name = step.eqn.primitive.name
+    raise parameter_uses.NotLayerwiseError(f"parameters are used inside a {name}")
+  return uses
 
 
 class Gradients:
@@ -141,6 +148,7 @@ class Gradients:
       size: B.
     """
     self._plan = plan
+    self._steps = uses_of(plan)
     self._values = values
     self._leaves = leaves
     self._slopes = slopes
@@ -148,11 +156,12 @@ class Gradients:
     self._producers = {
       place: step
       for step in plan.steps
-      if step.kind == parameter_uses.Kind.PARAMS
+      if isinstance(step, parameter_uses.Step)
+      and step.kind == parameter_uses.Kind.PARAMS
       for place in step.outputs
     }
     self._uses: list[_Factors | _Formed] = []
-    for step, gradients in zip(plan.parameter_uses(), slopes, strict=True):
+    for step, gradients in zip(self._steps, slopes, strict=True):
       for index in step.param_inputs:
         self._uses.append(self._use(step, index, gradients))
 
@@ -167,7 +176,7 @@ class Gradients:
   def weighted(self, weights: base.Array) -> list[base.Array]:
     """The sum of w_i g_i over the examples, a list like the leaves."""
     places, cotangents = [], []
-    for step, slopes in zip(self._plan.parameter_uses(), self._slopes, strict=True):
+    for step, slopes in zip(self._steps, self._slopes, strict=True):
       inputs = [parameter_uses.value_of(value, self._values) for value in step.inputs]
       weighted = [
         _times(slope, weights, axis)

@@ -411,22 +411,19 @@ def _record(call, leaves, batch, names, engine):
 def _layerwise(call, leaves, batch, names):
   """The activations and slopes of all parameter uses, see `layerwise`."""
   plan, env, outputs, tree = parameter_uses.trace(call, leaves, batch, names)
-  steps = plan.parameter_uses()
-  ghost_products.check(plan)
+  steps = ghost_products.uses_of(plan)
 
   def perturbed_losses(perturbations):
     values, remaining = env | dict(enumerate(leaves)), iter(perturbations)
     plan.run(parameter_uses.Kind.PARAMS, values)
     for step in plan.steps:
       if step.kind == parameter_uses.Kind.DATA:
-        inputs = [parameter_uses.value_of(value, values) for value in step.inputs]
-        results = parameter_uses.bind(step.eqn, inputs)
-        if step.param_inputs:
-          # Every use is perturbed at its outputs.
-          pairs = zip(step.differentiable_outputs, next(remaining), strict=True)
-          for (i, _), perturbation in pairs:
-            results[i] = results[i] + perturbation
-        values.update(zip(step.outputs, results, strict=True))
+        step.run(values, None)
+      if isinstance(step, parameter_uses.Step) and step.is_use:
+        # Every use is perturbed at its outputs.
+        pairs = zip(step.differentiable_outputs, next(remaining), strict=True)
+        for (i, _), perturbation in pairs:
+          values[step.outputs[i]] += perturbation
     losses, *aux = [parameter_uses.value_of(output, values) for output in outputs]
     return losses, (values, aux)
 

@@ -144,14 +144,14 @@ def _last(share, losses_fn, params, batch, has_aux):
   leaves = partition.leaves(params)
   try:
     plan, *_ = parameter_uses.trace(losses_of, leaves, batch, partition.names)
-    ghost_products.check(plan)
+    uses = ghost_products.uses_of(plan)
   except parameter_uses.NotLayerwiseError as error:
     raise base.InputError(
       f"layers={share}: the cost of this model's layers is not known"
       f" ({error}). Name the layers instead."
     ) from error
   costs, last_use = [0] * len(leaves), [-1] * len(leaves)
-  for position, step in enumerate(plan.parameter_uses()):
+  for position, step in enumerate(uses):
     for index in step.param_inputs:
       leaf: Any = step.inputs[index].leaf
       costs[leaf] += _flops(step.eqn)
