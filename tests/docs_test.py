@@ -200,7 +200,7 @@ def test_your_own_data(tmp_path, monkeypatch):
   names = {}
   for suffix, wrong, size in (("", 15, 150), ("_trusted", 0, 9), ("_test", 0, 60)):
     names["x" + suffix], names["y" + suffix] = points(size, wrong)
-  training, page, loading = code_blocks(DOCS / "your_own_data.md")
+  training, page, rows, loading = code_blocks(DOCS / "your_own_data.md")
   lines = training.split("\n\n")[1].strip().splitlines()
   assert len(lines) < 10  # What is promised of a loop on arrays.
   exec(training, names)
@@ -209,6 +209,10 @@ def test_your_own_data(tmp_path, monkeypatch):
   assert len(set(issues.index[:15]) & set(range(15))) >= 13
   exec(page, names)
   assert "Label issues" in (tmp_path / "issues.html").read_text()
+  exec(rows, names)
+  train, streamed = names["data"].train, names["streamed"].train
+  assert not isinstance(streamed.image, np.ndarray)
+  np.testing.assert_array_equal(streamed.image[np.array([7, 2])], train.image[[7, 2]])
   exec(loading, names)
   right = np.argmax(names["logits"], axis=1) == names["y_test"]
   assert np.isclose(right.mean(), run.metrics["last"]["accuracy"])
