@@ -47,7 +47,7 @@ METHODS = (
   "l2rw",
 )
 _COMPARED = ("uniform", "clean_only", "fine_tuning", "l2rw")
-_NUM_SHOWN = 12
+_NUM_SHOWN, _NUM_PICTURES = 12, 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,11 +246,11 @@ def draw(
 
 
 def _list_title(found: Audit) -> str:
+  title = f"The {_NUM_SHOWN} most suspicious of {len(found.is_wrong):,} labels"
   number = int(found.is_wrong.sum())
-  return (
-    f"The {_NUM_SHOWN} most suspicious of {len(found.is_wrong):,} labels; of the first"
-    f" {number}, {found.hits[:number].mean():.0%} are wrong"
-  )
+  if not number:
+    return title
+  return f"{title}; of the first {number}, {found.hits[:number].mean():.0%} are wrong"
 
 
 def _draw_issue(axes: Any, found: Audit, place: int) -> None:
@@ -258,7 +258,9 @@ def _draw_issue(axes: Any, found: Audit, place: int) -> None:
   issues, names = found.issues, found.data.form.class_names
   image = found.data.features[issues.index[place]]
   axes.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray")
-  given, suggested = names[issues.given[place]], names[issues.suggested[place]]
+  labels = (issues.given[place], issues.suggested[place])
+  # Dollar signs would begin formulas.
+  given, suggested = (names[label].replace("$", r"\$") for label in labels)
   color = "C3" if found.hits[place] else "black"
   axes.set_title(f"given {given}\nlooks {suggested}", fontsize=8, color=color)
   axes.set_axis_off()
@@ -294,12 +296,12 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   assert found is not None  # There is a method, and it has a seed.
   draw(settings, rows, weights, found, folder / "figure.png")
   name = pathlib.PurePath(settings.dataset).name
-  size = len(found.is_wrong)
-  issue_files.write(folder, found.data, found.issues, name=name, num_pictures=size)
+  issue_files.write(
+    folder, found.data, found.issues, name=name, num_pictures=_NUM_PICTURES
+  )
   more = f"The labels of the first seed, ranked by the run of {listed}:\n"
   more += own_data_lib.printable(issue_files.summary(found.data, found.issues))
-  if found.is_wrong.any():
-    more += f"\n{_list_title(found)}."
+  more += f"\n{_list_title(found)}."
   files = ("figure.png", "issues.csv", "issues.html (open it in a browser)")
   return runner.report(settings, TABLE, folder, rows, files, more=more)
 

@@ -76,7 +76,7 @@ def test_list_of_the_labels_of_the_first_seed(run):
   rows, _, _ = scripts.saved_rows(folder)
   assert rows[0]["audit_auroc"] == pytest.approx(auroc, abs=1e-3)
   assert content["index"] == [int(row["index"]) for row in listed]
-  assert all(content["pictures"]) and len(content["pictures"]) == 1247
+  assert all(content["pictures"]) and len(content["pictures"]) == 500
   assert "ranked by the run of l2rw:" in printed
 
 
