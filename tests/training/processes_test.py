@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -194,7 +195,7 @@ def _start_scripts(flags, *, num_local=2, more=((), ())):
 
 
 def test_lost_process_ends_the_others_and_the_same_command_continues(tmp_path):
-  flags = (f"--workdir={tmp_path / 'run'}", "--num_steps=3000", "--checkpoint_every=20")
+  flags = (f"--workdir={tmp_path / 'run'}", "--num_steps=200", "--checkpoint_every=20")
   started = _start_scripts(flags)
   checkpoints = tmp_path / "run" / "uniform" / "checkpoints"
   _wait_until(lambda: (checkpoints / "40").exists(), started)
@@ -212,7 +213,6 @@ def test_lost_process_ends_the_others_and_the_same_command_continues(tmp_path):
 
 
 def _wait_until(is_done, started):
-  import time
 
   deadline = time.monotonic() + _TIMEOUT
   while not is_done() and time.monotonic() < deadline:
