@@ -216,9 +216,9 @@ def draw(
 ) -> None:
   """Accuracy of every method, the rejections of L2RW, the most suspicious labels."""
   methods = list(dict.fromkeys(row["method"] for row in rows))
-  with figures.figure(path, figsize=(10, 5), tight=True) as (drawn, axes):
+  with figures.figure(path, figsize=(10, 5.6), tight=True) as (drawn, axes):
     axes.set_axis_off()
-    grid = drawn.add_gridspec(2, 1, height_ratios=(3.2, 1), hspace=0.55)
+    grid = drawn.add_gridspec(2, 1, height_ratios=(3.2, 1), hspace=0.8)
     above = grid[0].subgridspec(1, 2, wspace=0.22)
     left, right = (drawn.add_subplot(above[i]) for i in range(2))
     list_axes, below = drawn.add_subplot(grid[1]), grid[1].subgridspec(1, _NUM_SHOWN)

@@ -93,7 +93,7 @@ class Settings(settings_lib.Settings):
   num_steps: int = flag(2000)
   batch_size: int = flag(32)
   meta_batch_size: int | None = flag(32)
-  eval_every: int = flag(200)
+  eval_every: int = flag(50)
   learning_rate: float = flag(
     0.003, "Learning rate of AdamW at the start; it falls to 0 by a cosine."
   )
@@ -191,6 +191,7 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
     num_steps=settings.num_steps,
     batch_size=settings.batch_size,
     meta_batch_size=settings.meta_batch_size,
+    eval_every=settings.eval_every,
     seeds=settings.seeds,
   )
   schedule = optax.cosine_decay_schedule(settings.learning_rate, settings.num_steps)
@@ -305,9 +306,9 @@ def draw(rows: runner.Rows, curves: dict[str, list[Curve]], path: pathlib.Path) 
       for number, curve in enumerate(runs):
         label = name.replace("_", " ") if not number else None
         left.plot(*curve, color=f"C{color}", lw=1.2, alpha=0.8, label=label)
+    # The clean documents alone are memorized within seconds, far above all others.
     best = min(curve.bits.min() for runs in curves.values() for curve in runs)
-    first = max(curve.bits[0] for runs in curves.values() for curve in runs)
-    left.set_ylim(0.97 * best, min(first, 2.5 * best))
+    left.set_ylim(0.95 * best, 2 * best)
     left.set_xlabel("seconds of training")
     left.set_ylabel("bits per byte of clean test documents")
     left.set_title("A line for each seed", fontsize=10)
@@ -322,7 +323,7 @@ def draw(rows: runner.Rows, curves: dict[str, list[Curve]], path: pathlib.Path) 
         0.18,
         label="all" if kind == "recovered" else kind,
       )
-    right.set_xticks(range(len(names)), [n.replace("_", "\n", 1) for n in names])
+    right.set_xticks(range(len(names)), [n.replace("_", "\n") for n in names])
     right.set_ylim(0, 100)
     right.set_ylabel("corrupted documents recovered (%)")
     right.set_title("Among as many suspects as are corrupted", fontsize=10)

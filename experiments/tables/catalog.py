@@ -23,9 +23,8 @@ BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 _ORDER = (
   *("digits_noise", "mnist_imbalance", "mnist_noise", "mnist_noise_bare"),
   *("cifar_noise", "mnist_long_tail", "cifar_long_tail", "fairness", "memorization"),
-  *("few_shot", "coreset", "coreset_selection", "label_issues", "data_cleaning"),
-  "step_time",
-  "mentornet_pretrain",
+  *("few_shot", "lm_reweight", "coreset", "coreset_selection", "label_issues"),
+  *("data_cleaning", "step_time", "mentornet_pretrain"),
 )
 
 

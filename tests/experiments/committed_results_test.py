@@ -99,7 +99,7 @@ def test_every_row_tells_where_it_comes_from(path):
 @pytest.mark.parametrize(
   ("name", "methods", "repeats"),
   [
-    ("digits_noise", ["uniform", "clean_only", "fine_tuning", "l2rw"], 3),
+    ("digits_noise", ["uniform", "clean_only", "fine_tuning", "l2rw"], 5),
     ("mnist_imbalance", ["uniform", "proportion", "hard_mining", "l2rw"], 3),
     ("fairness", ["uniform", "class_proportion", "l2rw", "forml_worst"], 3),
     # Three noises by two scales of the pixels; two tails by two lengths.
