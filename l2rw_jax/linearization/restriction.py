@@ -1,9 +1,8 @@
 """Directional derivatives along a part of the parameters.
 
 The score of an example is a sum over layers, <grad l_i, v> = sum_p <grad_p l_i, v_p>.
-`restricted` keeps the terms of some layers only. This is an approximation of the score:
-the ranks of the examples usually stay about the same if the last layers are kept, and
-the cost of `directional` becomes the share of these layers. Losses and weighted
+`restricted` keeps the terms of some layers only. This is an approximation of the score,
+and the cost of `directional` becomes the share of these layers. Losses and weighted
 gradients are those of the whole network.
 """
 
