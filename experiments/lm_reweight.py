@@ -327,7 +327,7 @@ def draw(rows: runner.Rows, curves: dict[str, list[Curve]], path: pathlib.Path) 
     right.set_ylim(0, 100)
     right.set_ylabel("corrupted documents recovered (%)")
     right.set_title("Among as many suspects as are corrupted", fontsize=10)
-    right.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    right.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.25))
 
 
 def _mean(rows, method, kind):

@@ -39,6 +39,8 @@ from l2rw_jax import susceptibility
 from l2rw_jax.coresets import distances
 from l2rw_jax.coresets import facility_location
 from l2rw_jax.linearization import microbatching
+from l2rw_jax.linearization import per_example
+from l2rw_jax.linearization import restriction
 from l2rw_jax.methods import absgd
 from l2rw_jax.methods import adacore
 from l2rw_jax.methods import advisor
@@ -264,6 +266,25 @@ def _linearized_outputs(data, axis_name):
   slopes = found.jvp(base.local(data.whole["vector"], axis_name))
   pulled = found.vjp(data.batch["cosines"])
   return _Found((found.outputs, slopes), base.psum(pulled, axis_name))
+
+
+def _norms(data, axis_name):
+  params = base.local(data.whole["params"], axis_name)
+  return _Found(per_example.norms(_losses, params, data.batch)[0])
+
+
+def _clipped_gradient(data, axis_name):
+  gradient, info = per_example.clipped_gradient(
+    _losses, data.whole["params"], data.batch, 0.3, axis_name=axis_name
+  )
+  return _Found(info.norms, gradient)
+
+
+def _restricted(data, axis_name):
+  linearize = restriction.restricted(linearization.linearize, ["output", "bias"])
+  params = base.local(data.whole["params"], axis_name)
+  found = linearize(_losses, params, data.batch)
+  return _Found(found.directional(base.local(data.whole["vector"], axis_name)))
 
 
 def _microbatched(data, axis_name):
@@ -622,6 +643,13 @@ _FORMULAS: dict[str, _Formula] = {
   # The quotient of two rounded differences: the engine is no more exact than this.
   "linearization.linearize/difference": _linearized("difference", tolerance=2e-3),
   "linearization.linearize_outputs": _own(_linearized_outputs),
+  "per_example.norms": _own(_norms, refused=("explicit",)),
+  "per_example.inner_products": _all(
+    lambda a, w: per_example.inner_products(_losses, w["params"], a)[0],
+    refused=("explicit",),
+  ),
+  "per_example.clipped_gradient": _spread(_clipped_gradient, refused=("explicit",)),
+  "restriction.restricted": _own(_restricted),
   "microbatching.microbatched": _own(_microbatched, refused=("explicit",)),
   "microbatching.weighted_gradient": _own(_weighted_gradient, refused=("explicit",)),
   "hypergradient.lookahead_params": _all(
@@ -1045,6 +1073,7 @@ _OTHER_MODULES = {
   "data": _HOST,
   "io": _HOST,
   "linearization.batch_axes": _INSIDE,
+  "linearization.ghost_products": _INSIDE,
   "linearization.layerwise": _INSIDE,
   "linearization.ordering": _INSIDE,
   "linearization.parameter_uses": _INSIDE,
@@ -1052,6 +1081,7 @@ _OTHER_MODULES = {
   "linearization.trainable": _INSIDE,
   "methods.mentornet.loss_dump": _HOST,
   "methods.mentornet.mentor_file": _HOST,
+  "processes": "tests/processes_test.py and tests/training/processes_test.py run it",
   "training": _LOOP,
 }
 # Modules of packages that export their names.
@@ -1086,6 +1116,8 @@ _OTHER_FUNCTIONS = {
   "hypergradient.check_network_gradient": _CHECK,
   "hypergradient.batch_after": _INSIDE,
   "hypergradient.init_optimizer": _INSIDE,
+  "hypergradient.known_vector": _INSIDE,
+  "hypergradient.local": _INSIDE,
   "inference.map_batches": _HOST,
   "l2rw.meta_direction": _INSIDE,
   "l2rw.weigh": _INSIDE,
@@ -1117,8 +1149,13 @@ _OTHER_FUNCTIONS = {
   "meta_network.metrics": _LOOP,
   "meta_weight_net.meta_gradient": _INSIDE,
   "microbatching.check": _CHECK,
+  "microbatching.check_aux": _CHECK,
+  "microbatching.check_unsharded": _CHECK,
+  "microbatching.scan": _INSIDE,
   "microbatching.num_rows": _CHECK,
   "nested_maml.linearized_weight_gradient": _INSIDE,
+  "random_patches.fit": _HOST,
+  "restriction.check": _CHECK,
   "split.output_layer": "makes a layer",
   "susceptibility.boundaries": _HOST,
   "susceptibility.random_labels": _HOST,
@@ -1126,6 +1163,8 @@ _OTHER_FUNCTIONS = {
   "susceptibility.regions": _HOST,
   "susceptibility.running_average": _HOST,
   "susceptibility.selected": _HOST,
+  "transformer.norm": _INSIDE,
+  "whitened.whitening_filters": _HOST,
 }
 
 

@@ -211,18 +211,29 @@ def num_rows(batch: Any) -> int:
         f"batch{jax.tree_util.keystr(path)} has no row per example: with"
         " microbatch_size, close over arrays that examples share."
       )
-    if jax.typeof(x).sharding.spec[:1] not in ((), (None,)):
-      raise base.InputError(
-        f"batch{jax.tree_util.keystr(path)} is spread over devices by its sharding:"
-        " with microbatch_size, spread it by shard_map or pmap and pass axis_name."
-      )
     sizes.add(x.shape[0])
+  check_unsharded(batch, "with microbatch_size")
   if len(sizes) != 1:
     raise base.InputError(
       f"the arrays of batch have {sorted(sizes)} rows: with microbatch_size, each must"
       " have one per example; close over arrays that examples share."
     )
   return sizes.pop()
+
+
+def check_unsharded(batch: Any, where: str) -> None:
+  """Raises InputError if an array of `batch` is sharded over an explicit mesh.
+
+  Args:
+    batch: pytree of arrays.
+    where: the case in which that is not supported, for the error message.
+  """
+  for path, x in jax.tree_util.tree_leaves_with_path(batch):
+    if jax.typeof(x).sharding.spec[:1] not in ((), (None,)):
+      raise base.InputError(
+        f"batch{jax.tree_util.keystr(path)} is spread over devices by its sharding:"
+        f" {where}, spread it by shard_map or pmap and pass axis_name."
+      )
 
 
 def _always_aux(losses_fn, has_aux):

@@ -100,9 +100,9 @@ def norms(
 
   Raises:
     InputError: the losses are not floating-point numbers of shape [B], `params` has no
-      trainable leaf, or `engine` is unknown or does not fit the model. With
-      engine="vmap", also if examples depend on each other; under `jit` the results are
-      then NaN.
+      trainable leaf, `batch` is sharded over an explicit mesh, or `engine` is unknown
+      or does not fit the model. With engine="vmap", also if examples depend on each
+      other; under `jit` the results are then NaN.
 
   Example:
     >>> import jax.numpy as jnp
@@ -329,6 +329,7 @@ def _map(
   if engine not in ENGINES:
     raise base.InputError(f"engine={engine!r}: choose one of {ENGINES}.")
   microbatching.check(microbatch_size)
+  microbatching.check_unsharded(batch, "for per-example gradients")
   trainable.check(params)
   partition = trainable.Partition(params)
   leaves = partition.leaves(params)

@@ -24,8 +24,9 @@ some of the layers: the inner product above is a sum over the parameters, of whi
 terms of the last layers are kept. A direction of an earlier step: the clean gradient is
 computed in some steps only, although it may change much from one step to the next. In
 forward passes of the layerwise engine, a step takes 3 B + f B + 3 M / k for a share f
-of the cost and a direction every k steps, compared with 4 B + 3 M. They change the weights, the second much more than the first; the page of the method has
-measured rank correlations.
+of the cost and a direction every k steps, compared with 4 B + 3 M. They change the
+weights, the second much more than the first; the page of the method has measured rank
+correlations.
 
 Matrix products on TPU and recent GPUs are rounded to bfloat16 or TF32 by default. A
 score is the difference of nearly equal numbers, so a small score can change its sign.
