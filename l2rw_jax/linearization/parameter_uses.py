@@ -68,6 +68,8 @@ class Value(NamedTuple):
     return self.kind == Kind.PARAMS and _is_inexact(self)
 
 
+_MIXED_CARRY = "scan, whose carry holds parameters and then values of examples"
+
 # Pairs of a place in the body of a loop and the value outside that is put there.
 Places: TypeAlias = list[tuple[int, Value]]
 
@@ -581,8 +583,10 @@ class Plan:
       ]
       after = body.add(scan.jaxpr, _constants(scan.closed_consts), args)
       states = [
-        self._next_state(state, value, eqn, inputs)
-        for state, value in zip(before, after[: scan.num_carry], strict=True)
+        self._next_state(state, value, first, eqn, inputs)
+        for state, value, first in zip(
+          before, after[: scan.num_carry], inputs[start:end], strict=True
+        )
       ]
     rows = [(_place(arg), v) for arg, v in zip(args[end:], inputs[end:], strict=True)]
     carry = [
@@ -595,12 +599,18 @@ class Plan:
     """The kind, axis and error of a carry before the first iteration."""
     if isinstance(axis, batch_axes.MixedError):
       return Kind.DATA, None, self._error(str(axis), eqn, inputs)
+    if axis is not None and value.is_parameter:
+      return Kind.DATA, None, self._error(_MIXED_CARRY, eqn, inputs)
     return value.kind if axis is None else Kind.DATA, axis, None
 
-  def _next_state(self, state, after, eqn, inputs):
+  def _next_state(self, state, after, first, eqn, inputs):
     """The kind, axis and error of a carry in all iterations."""
     kind, axis, error = state
     error = error or after.error
+    is_data = Kind.DATA in (kind, after.kind)
+    if error is None and is_data and (first.is_parameter or after.is_parameter):
+      # No operation would be the use of these parameters.
+      error = self._error(_MIXED_CARRY, eqn, inputs)
     if error is None and after.kind == Kind.DATA and axis != after.axis:
       error = self._error("scan, which moves the examples' axis", eqn, inputs)
     return max(kind, after.kind), None if error else axis, error

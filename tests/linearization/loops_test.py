@@ -269,6 +269,44 @@ def test_layerwise_equals_forward_mode(name):
     assert _error(actual, expected) < 1e-12
 
 
+def _adapted(params, x):
+  """Parameters that each example changes in every iteration, as in MAML."""
+
+  def loss(x):
+    def step(kernel, _):
+      return kernel - 0.1 * jax.grad(lambda k: ((x @ k) ** 2).sum())(kernel), None
+
+    kernel, _ = jax.lax.scan(step, params["first"], None, length=2)
+    return ((x @ kernel) ** 2).sum()
+
+  return jax.vmap(loss)(x)
+
+
+def _reset(params, x):
+  """A carry of examples, which the body replaces by parameters."""
+
+  def body(h, kernel):
+    return kernel[:_B], (h @ kernel).sum(1)
+
+  h, sums = jax.lax.scan(body, x @ params["first"], params["layers"]["kernel"])
+  return sums.sum(0) + h.sum()
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("losses_fn", [_adapted, _reset])
+def test_a_carry_of_parameters_and_of_examples_is_refused(losses_fn):
+  _, params, x = _by_hand(losses_fn)
+
+  @jax.jit
+  def both(params, x):
+    return [_three(losses_fn, params, x, engine) for engine in ("auto", "forward")]
+
+  with pytest.raises(base.InputError, match="scan"):
+    _three(losses_fn, params, x, "layerwise")
+  for actual, expected in zip(*jax.device_get(both(params, x)), strict=True):
+    assert _error(actual, expected) < 1e-12
+
+
 def test_recomputed_layers_in_half_precision():
   """No less exact than forward mode, compared with float32."""
   _, params, x = _by_hand(_recomputed)

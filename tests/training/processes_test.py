@@ -87,9 +87,8 @@ def _assert_close(path, expected_path):
       )
 
 
-# Methods that use every collective and every kind of global state: a meta gradient,
-# networks for weights, moving percentiles, class statistics, group weights, clusters.
-_FEW = ("l2rw", "meta_weight_net", "mentornet", "bare", "group_dro", "hard_mining")
+# Methods with a meta gradient, a network for weights, and a rank in the global batch.
+_FEW = ("l2rw", "meta_weight_net", "hard_mining")
 
 
 def test_weights_parameters_and_metrics_are_those_of_one_process(tmp_path):
