@@ -102,8 +102,8 @@ def _source(split: str, shape: tuple[int, ...], labels: np.ndarray) -> sources.S
 def made(monkeypatch):
   """Random images in place of every data set, with enough 4s and 9s."""
 
-  def load(name, split, data_dir, cache_dir):
-    del data_dir, cache_dir
+  def load(name, split, data_dir, cache_dir, in_memory):
+    del data_dir, cache_dir, in_memory
     rest = np.tile(np.arange(10), 200)
     if name == "cifar10":
       return _source(split, (32, 32, 3), rest if split == "train" else rest[:500])
