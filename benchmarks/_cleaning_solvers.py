@@ -310,7 +310,7 @@ def kept_weights(learning_rate: float, weight_learning_rate: float) -> Solver:
     }
 
   def trust(state):
-    # Every example is visited equally often, but for one visit.
+    # Numbers of visits differ by at most one between examples.
     return {"weight": state["weights"], "score": state["scores"]}
 
   return Solver(init, step, trust)

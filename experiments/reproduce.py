@@ -4,7 +4,7 @@ The catalogue has every published number whose data set can be read here: the MN
 figure and the CIFAR tables of L2RW (Ren et al., 2018), the tables of Meta-Weight-Net
 (Shu et al., 2019), MentorNet-PD (Jiang et al., 2018), LDAM-DRW (Cao et al., 2019) and
 BARE (Patel and Sastry, 2023), and the time of a step. Each cell is a run of its script
-with its seeds, in a folder of its own below --workdir.
+with its seeds, in a separate folder below --workdir.
 Command: python -m experiments.reproduce --list
   python -m experiments.reproduce --device=gpu --minutes=30
   python -m experiments.reproduce --rehearse  (a few steps of every cell)

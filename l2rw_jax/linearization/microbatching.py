@@ -84,7 +84,7 @@ def microbatched(
   def linearize_microbatched(
     losses_fn, params, batch, *, has_aux=False, direction=None, **options
   ):
-    del direction  # Every vector takes a pass of its own.
+    del direction  # Each vector needs a separate pass.
     call = _always_aux(losses_fn, has_aux)
     num_rows(batch)
     trainable.check(params)

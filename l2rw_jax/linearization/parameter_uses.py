@@ -4,7 +4,7 @@ A `Plan` is a jaxpr with inlined calls. Each of its values is a constant, or dep
 parameters alone, or depends on examples. A parameter use is an operation with inputs of
 the last two kinds. The layerwise engine records what the derivatives of uses need.
 
-The body of a `jax.lax.scan` over values of examples is a plan of its own, see `Loop`.
+The body of a `jax.lax.scan` over values of examples is a separate plan, see `Loop`.
 What does not depend on examples is computed outside of the loop if possible: operations
 that are the same in every iteration, and values that are passed from one iteration to
 the next (counters, keys).

@@ -18,7 +18,7 @@ import numpy as np
 from l2rw_jax import base
 
 _SIZE, _STRIDE, _FILTERS = 6, 2, 256
-# Three windows a side: fewer would leave no quadrant of its own.
+# Three windows a side: with fewer, no quadrant would have a separate one.
 LEAST_SIDE = 10
 _SAMPLE = 20_000
 # Of the contrast normalization, the whitening and the rectification.

@@ -129,7 +129,7 @@ class WhitenedNet(split.SplitNetwork):
   1,972,514 parameters at width 64, and 497,826 at width 32, with BatchNorm.
 
   Differences from the speed-run: a head with a bias, and nothing of its training recipe
-  (learning rates of 10, a learning rate of its own for biases, an average of weights).
+  (learning rates of 10, a separate learning rate for biases, an average of weights).
 
   Attributes:
     num_outputs: logits per example.
