@@ -33,6 +33,7 @@ from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import noisy_labels
 from l2rw_jax.models import augmentation
 from l2rw_jax.models import classifier
+from l2rw_jax.models import initialization
 
 METHODS = tuple(registries.NOISE)
 COMPARED = (
@@ -53,6 +54,7 @@ class Preset:
     optimizer: of every method except those of `by_method`.
     num_validation: images with wrong labels held out of training.
     plateau: whether the learning rate falls when their loss stops falling.
+    initialization: one of `INITIALIZATIONS`.
     lookahead_learning_rate: of the virtual SGD step; None for the optimizer's learning
       rate. A learning rate of Adam does not suit SGD: at 1e-3 the updates of
       Meta-Weight-Net's network are a hundredth of its paper's, and its weight decay
@@ -67,6 +69,7 @@ class Preset:
   lookahead_learning_rate: float | None = None
   num_validation: int = 0
   plateau: bool = False
+  initialization: str = "flax"
   by_method: Mapping[str, optimizers.OptimizerConfig] = dataclasses.field(
     default_factory=dict
   )
@@ -79,9 +82,10 @@ def _sgd(
 
 
 # "shared" is one schedule for all methods. "bare" is the table's: 48,000 images to
-# train on, whose pixels its released code never scales (--pixels=raw). That code
-# watches 1,000 validation images where 11,000 are watched here, and its program for
-# BARE (not those for the baselines) has a small LeNet where the paper has this MLP.
+# train on, whose pixels its released code never scales (--pixels=raw), and PyTorch's
+# initial parameters. That code watches 1,000 validation images where 11,000 are watched
+# here, and its program for BARE (not those for the baselines) has a small LeNet where
+# the paper has this MLP.
 # "own" gives each method the optimizer of its paper's image experiments, for as many
 # epochs.
 _DROPS = ((2 / 3, 0.1), (5 / 6, 0.1))
@@ -92,6 +96,7 @@ PRESETS = {
     *(200, 128, 128, optimizers.OptimizerConfig("adam", 2e-4)),
     num_validation=11_000,
     plateau=True,
+    initialization="pytorch",
   ),
   "own": Preset(
     *(30, 100, 100, _ADAM),
@@ -105,6 +110,7 @@ PRESETS = {
     },
   ),
 }
+INITIALIZATIONS = {"flax": None, "pytorch": initialization.pytorch}
 PIXELS = {"unit": None, "raw": augmentation.Preprocess(std=(1 / 255,))}
 
 
@@ -153,6 +159,12 @@ class Settings(
     choices=PIXELS,
     group="data",
   )
+  initialization: str | None = flag(
+    None,
+    "Distribution of the initial parameters: the default of flax or of PyTorch.",
+    unset="the preset's",
+    choices=INITIALIZATIONS,
+  )
   batch_size: int | None = flag(None, unset="the preset's")
   meta_batch_size: int | None = flag(None, unset="the preset's")
   learning_rate: float | None = flag(
@@ -164,6 +176,19 @@ class Settings(
   )
   dump_losses: bool = flag(False)
 
+  @property
+  def initial_distribution(self) -> str:
+    """The flag, or what the preset says."""
+    return self.initialization or PRESETS[self.preset].initialization
+
+  def record(self) -> dict[str, Any]:
+    """As in the base class; a folder from before there was --initialization fits."""
+    entries = super().record()
+    del entries["initialization"]
+    if self.initial_distribution == "flax":
+      return entries
+    return {**entries, "initialization": self.initial_distribution}
+
 
 TABLE = table.Layout(
   name="mnist_noise",
@@ -174,6 +199,7 @@ TABLE = table.Layout(
     "network": "{}",
     "preset": "preset {}",
     "pixels": "{} pixels",
+    "initialization": "{} initialization",
     "noise": "{}",
     "variant": "variant {}",
     "fraction": "fraction {:g}",
@@ -188,7 +214,7 @@ BARE_TABLE = dataclasses.replace(
   TABLE,
   name="mnist_noise_bare",
   title="MNIST with wrong labels, as BARE's table was made",
-  keys=("noise", "fraction", "pixels", "plateau_steps"),
+  keys=("noise", "fraction", "pixels", "initialization", "plateau_steps"),
 )
 
 
@@ -290,7 +316,12 @@ def make_cell(
     name,
     facts,
     config,
-    classifier.Classifier(network, split.num_classes, PIXELS[settings.pixels]),
+    classifier.Classifier(
+      network,
+      split.num_classes,
+      PIXELS[settings.pixels],
+      INITIALIZATIONS[settings.initial_distribution],
+    ),
     registries.make_method(name, settings, problem, num_epochs),
     optimizer,
     splits,
@@ -309,10 +340,12 @@ def make_row(settings: Settings, cell: runner.Cell, result: Any) -> dict[str, An
     num_meta = settings.load("train").num_classes * settings.num_meta
   else:
     num_meta = len(settings.trusted_source.labels)
+  drawn = settings.initial_distribution
   return runner.row(
     settings,
     cell,
     result,
+    **({} if drawn == "flax" else {"initialization": drawn}),
     dataset=settings.dataset,
     network=settings.network,
     preset=settings.preset,

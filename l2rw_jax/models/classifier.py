@@ -24,11 +24,14 @@ class Classifier(NamedTuple):
       augments images with one key per example, `keys` [B] (None in evaluation). The
       keys are derived from the examples' "index", so the result does not depend on the
       number of devices.
+    initialize: `(key, params) -> params`, which draws the initial parameters in place
+      of the module's initializers, such as `initialization.pytorch`.
   """
 
   model: nn.Module
   num_classes: int
   preprocess: Callable[..., Any] | None = None
+  initialize: Callable[..., Any] | None = None
 
   def check(self, batch: base.Batch, num_classes: int) -> None:
     """Raises InputError unless the network fits the data's number of classes."""
@@ -48,7 +51,10 @@ class Classifier(NamedTuple):
   def init(self, key: base.Array, batch: base.Batch) -> tuple[base.PyTree, base.PyTree]:
     """Initial `(params, model_state)` for images of this batch's shape."""
     variables = dict(self.model.init(key, self._images(batch, None, False)[:1]))
-    return variables.pop("params"), variables
+    params = variables.pop("params")
+    if self.initialize is not None:
+      params = self.initialize(key, params)
+    return params, variables
 
   def forward(
     self,

@@ -1,0 +1,64 @@
+"""Initial parameters as PyTorch draws them."""
+
+import chex
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from l2rw_jax.models import initialization
+
+
+class _Network(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Conv(64, (3, 3), name="conv")(x)
+    x = nn.GroupNorm(4, name="norm")(x).reshape(x.shape[0], -1)
+    return nn.Dense(7, name="dense")(x)
+
+
+@pytest.fixture(scope="module")
+def params():
+  return _Network().init(jax.random.key(0), jnp.zeros([1, 8, 8, 5]))["params"]
+
+
+def test_layers_are_uniform_between_the_roots_of_the_fan_in(params):
+  drawn = initialization.pytorch(jax.random.key(1), params)
+  chex.assert_trees_all_equal_shapes_and_dtypes(drawn, params)
+  for name, fan_in in (("conv", 3 * 3 * 5), ("dense", 8 * 8 * 64)):
+    bound = fan_in**-0.5
+    kernel = np.asarray(drawn[name]["kernel"], np.float64)
+    # A uniform distribution has the standard deviation bound / sqrt(3); its estimate
+    # from n values has the relative standard error sqrt(1 / (5 n)).
+    error = np.sqrt(1 / (5 * kernel.size))
+    np.testing.assert_allclose(kernel.std(), bound / np.sqrt(3), rtol=5 * error)
+    assert abs(kernel).max() <= bound and abs(kernel).max() > 0.99 * bound
+    bias = np.asarray(drawn[name]["bias"])
+    assert abs(bias).max() <= bound and bias.std() > 0.2 * bound
+
+
+def test_parameters_of_other_layers_are_kept(params):
+  drawn = initialization.pytorch(jax.random.key(1), params)
+  chex.assert_trees_all_equal(drawn["norm"], params["norm"])
+
+
+def test_every_parameter_has_a_separate_key(params):
+  first, second = (initialization.pytorch(jax.random.key(i), params) for i in (1, 2))
+  for name in ("conv", "dense"):
+    assert np.any(first[name]["kernel"] != second[name]["kernel"])
+  kernel, bias = first["dense"]["kernel"], first["dense"]["bias"]
+  assert not np.allclose(kernel[0], bias)
+
+
+def test_the_distribution_is_that_of_torch(params):
+  torch = pytest.importorskip("torch")
+  torch.manual_seed(0)
+  layer = torch.nn.Linear(8 * 8 * 64, 7)
+  drawn = initialization.pytorch(jax.random.key(1), params)["dense"]
+  for ours, theirs in ((drawn["kernel"], layer.weight), (drawn["bias"], layer.bias)):
+    theirs = theirs.detach().numpy()
+    np.testing.assert_allclose(abs(theirs).max(), abs(ours).max(), rtol=0.5)
+  np.testing.assert_allclose(
+    layer.weight.detach().numpy().std(), np.std(drawn["kernel"]), rtol=0.03
+  )
