@@ -1,0 +1,397 @@
+r"""Test accuracy against the number of clean examples of each class.
+
+Methods that learn weights need clean examples, and so do simpler uses of the same
+examples: to train on them alone, to fine-tune on them, to choose with them when to
+stop. This script trains all of these for the same number of steps with the same cosine
+schedule, on two kinds of wrong labels and on a long tail, and draws what each gains
+from more clean examples. The accuracy is that after the last step; early stopping
+keeps the parameters that have the lowest loss on the clean examples.
+
+Uniform training, early stopping and the method that needs no clean data (generalized
+cross-entropy, in a long tail balanced softmax) are trained once for all numbers of
+clean examples. The clean examples alone do not depend on what the rest is like: they
+are trained on once a data set, and their rows stand under each problem.
+Command: python -m experiments.clean_examples --data_dir=DIR
+Device, time: a third of a CPU core, an hour.
+Published: nothing. Measured: results/clean_examples.
+Chosen on images held out from the training split (symmetric noise and the long tail of
+  MNIST, 10 clean images a class, one seed): the learning rate of each method, of 1e-3
+  and 3e-3, and the share of fine-tuning, of 0.3 and 0.5. Commands:
+  python -m experiments.clean_examples --data_dir=DIR --evaluate_on=validation
+  --datasets=mnist --problems=symmetric,long_tail --num_clean=10 --num_seeds=1
+  --learning_rate=RATE --workdir=runs/RATE, then with --fine_tuning_share=SHARE.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from experiments.lib import figures
+from experiments.lib import launch
+from experiments.lib import optimizers
+from experiments.lib import report
+from experiments.lib import runner
+from experiments.lib import settings as settings_lib
+from experiments.lib.settings import flag
+from experiments.tables import table
+from l2rw_jax import base
+from l2rw_jax.data import examples as examples_lib
+from l2rw_jax.data import long_tail
+from l2rw_jax.data import noisy_labels
+from l2rw_jax.data import sources
+from l2rw_jax.methods import baselines
+from l2rw_jax.methods import l2rw
+from l2rw_jax.methods import meta_weight_net
+from l2rw_jax.models import classifier
+from l2rw_jax.models import mlp
+from l2rw_jax.training import evaluation
+
+# Noise builder and fraction; None for the long tail.
+PROBLEMS: dict[str, tuple[str, float] | None] = {
+  "symmetric": ("bare_symmetric", 0.5),
+  "pair_flip": ("mwn_flip", 0.4),
+  "long_tail": None,
+}
+# How a method is called in the figure, and the highest learning rate of Adam.
+METHODS = {
+  "uniform": ("uniform", 1e-3),
+  "no_clean_data": ("without clean data", 1e-3),
+  "clean_only": ("clean set alone", 1e-3),
+  "early_stopped": ("uniform, early-stopped on it", 1e-3),
+  "fine_tuning": ("uniform, then fine-tuned on it", 1e-3),
+  "l2rw": ("L2RW", 1e-3),
+  "l2rw_fine_tuning": ("L2RW, then fine-tuned on it", 1e-3),
+  "meta_weight_net": ("Meta-Weight-Net", 1e-3),
+}
+_COMPARED = (
+  *("uniform", "no_clean_data", "clean_only", "early_stopped", "fine_tuning"),
+  "l2rw",
+)
+_WITHOUT_COUNT = ("uniform", "no_clean_data")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(runner.Settings):
+  """The flags of this script."""
+
+  EXTENDABLE = ("datasets", "problems", "methods")
+
+  datasets: tuple[str, ...] = flag(
+    ("mnist", "fashion_mnist"), "Data sets to train on.", group="data"
+  )
+  problems: tuple[str, ...] = flag(
+    tuple(PROBLEMS), "What is wrong with the training set.", choices=PROBLEMS
+  )
+  methods: tuple[str, ...] = flag(
+    _COMPARED, f"Methods to compare, of {', '.join(METHODS)}."
+  )
+  num_clean: tuple[int, ...] = flag(
+    (1, 3, 10, 30, 100),
+    "Numbers of clean images of each class; the smaller sets are parts of the largest.",
+    bounds=settings_lib.Bounds(1, 10**6),
+    group="data",
+  )
+  imbalance: float = flag(100.0)
+  num_train: int = flag(
+    10_000,
+    "Number of training images with wrong labels.",
+  )
+  largest_class: int = flag(
+    4000,
+    "Number of training images of the largest class of the long tail.",
+    bounds=settings_lib.Bounds(1, 10**8),
+    group="data",
+  )
+  num_validation: int = flag(
+    5000, "Number of images with true labels that are held out of training."
+  )
+  evaluate_on: str = flag(
+    "test",
+    "Images to measure the accuracy on: those of the test set, or those held out.",
+    choices=["test", "validation"],
+  )
+  num_seeds: int = flag(5)
+  num_steps: int = flag(1000)
+  batch_size: int = flag(100)
+  eval_every: int = flag(
+    100, "Number of steps between two times at which early stopping may stop."
+  )
+  learning_rate: float | None = flag(
+    None, "Highest learning rate of Adam.", unset="that of METHODS in the script"
+  )
+  fine_tuning_share: float = flag(
+    0.3, "Share of the steps that fine-tune.", bounds=settings_lib.INNER_SHARE
+  )
+  lookahead_learning_rate: float = flag(0.1)
+
+  def make_probes(self) -> tuple[evaluation.Probe, ...]:
+    """The flags' probes, and what early stopping compares."""
+    return (*super().make_probes(), functools.partial(_clean_losses, self.num_clean))
+
+
+TABLE = table.Layout(
+  name="clean_examples",
+  title="Accuracy against the number of clean examples",
+  metrics=(table.Metric("accuracy_percent", "test accuracy %"),),
+  settings={"dataset": "{}", "problem": "{}", "num_steps": "{:,} steps"},
+  keys=("dataset", "problem"),
+  method=lambda row: (
+    f"{row['method']}, {row['num_clean']}" if row["num_clean"] else row["method"]
+  ),
+  method_heading="method, clean images a class",
+  published="Published: nothing, the problems are this project's.",
+)
+
+
+def _clean_losses(
+  counts: Sequence[int], snapshot: evaluation.Snapshot
+) -> dict[str, float]:
+  """The loss on the first clean examples of each class, and the test accuracy."""
+  state, clean = snapshot.state, examples_lib.as_batch(snapshot.splits.meta)
+  found = evaluation.predict(snapshot.problem, state.params, state.model_state, clean)
+  sizes = [(k, k * found.num_classes) for k in counts]
+  return {
+    "accuracy": evaluation.accuracy(snapshot.test)["accuracy"],
+    **{
+      f"clean_loss_{k}": float(found.losses[:size].mean())
+      for k, size in sizes
+      if size <= len(found.losses)
+    },
+  }
+
+
+def _part(source: sources.Source, name: str, rows: np.ndarray) -> sources.Source:
+  """Some rows of a source; the name tells apart the draws of different seeds."""
+  return source._replace(
+    split=f"{source.split}, {name}",
+    images=source.images[rows],
+    labels=source.labels[rows],
+    extra={},
+  )
+
+
+def make_splits(
+  settings: Settings, dataset: str, problem: str, count: int, seeds: Sequence[int]
+) -> list[examples_lib.Splits]:
+  """The data of some seeds; only the meta set depends on `count`."""
+  source, test = (settings.load(split, dataset) for split in ("train", "test"))
+  largest, splits = max(settings.num_clean), []
+  for seed in seeds:
+    (rng,) = examples_lib.generators(seed, 1)
+    order = rng.permutation(len(source.labels))
+    held_out, order = np.split(order, [settings.num_validation])
+    by_class = [order[source.labels[order] == c] for c in range(source.num_classes)]
+    if min(map(len, by_class)) <= largest:
+      raise base.InputError(
+        f"--num_clean={largest}: a class of {dataset} has too few images; give a"
+        " smaller number."
+      )
+    # One of each class, then a second one of each: the first ones are the smaller sets.
+    clean = np.stack([rows[:largest] for rows in by_class], axis=1).reshape(-1)
+    rest = order[~np.isin(order, clean)]
+    if settings.evaluate_on == "validation":
+      test = _part(source, f"held out, seed {seed}", held_out)
+    noise = PROBLEMS[problem]
+    arguments: dict[str, Any] = {
+      "num_meta_per_class": 0,
+      "seed": seed,
+      "trusted": _part(source, f"clean, seed {seed}", clean[: count * len(by_class)]),
+    }
+    if noise is None:
+      pools = [rest[source.labels[rest] == c] for c in range(source.num_classes)]
+      pools = [rows[: settings.largest_class] for rows in pools]
+      train = _part(source, f"rest, seed {seed}", np.concatenate(pools))
+      tail = {"builder": "mwn", "shape": "exponential", **arguments}
+      splits.append(
+        long_tail.long_tail_splits(train, test, imbalance=settings.imbalance, **tail)
+      )
+    else:
+      train = _part(source, f"rest, seed {seed}", rest[: settings.num_train])
+      builder, fraction = noise
+      splits.append(
+        noisy_labels.noisy_labels(
+          train, test, builder=builder, fraction=fraction, **arguments
+        )
+      )
+  return splits
+
+
+@functools.cache  # Cells with the same method share their compiled programs.
+def make_method(
+  name: str, is_noisy: bool, tuned_steps: int, rate: float
+) -> base.Method:
+  """The `Method` of a name of `METHODS` that is trained."""
+  methods = {
+    "uniform": baselines.uniform,
+    "no_clean_data": (
+      baselines.generalized_cross_entropy if is_noisy else baselines.balanced_softmax
+    ),
+    "clean_only": baselines.clean_only,
+    "fine_tuning": lambda: baselines.fine_tuning(tuned_steps),
+    "l2rw": l2rw.l2rw,
+    "l2rw_fine_tuning": lambda: baselines.fine_tuning(tuned_steps, l2rw.l2rw()),
+    "meta_weight_net": lambda: meta_weight_net.meta_weight_net(
+      rate, "noise_stable" if is_noisy else "imbalance"
+    ),
+  }
+  return methods[name]()
+
+
+def make_cell(
+  settings: Settings, name: str, dataset: str, problem: str, count: int
+) -> runner.Cell:
+  """How a method is trained with `count` clean images of each class."""
+  num_classes = settings.load("train", dataset).num_classes
+  is_uniform, num_steps = name == "uniform", settings.num_steps
+  rate = settings.learning_rate or METHODS[name][1]
+  facts = {"dataset": dataset, "problem": problem, "num_clean": count}
+  return runner.Cell(
+    name,
+    facts,
+    settings.config(
+      num_steps=num_steps,
+      batch_size=settings.batch_size,
+      meta_batch_size=min(settings.batch_size, count * num_classes),
+      eval_every=settings.eval_every if is_uniform else num_steps,
+      seeds=settings.seeds,
+    ),
+    classifier.Classifier(mlp.MLP(num_classes, hidden=(64,)), num_classes),
+    make_method(
+      name,
+      PROBLEMS[problem] is not None,
+      max(1, round(settings.fine_tuning_share * num_steps)),
+      settings.lookahead_learning_rate,
+    ),
+    optimizers.OptimizerConfig("adam", rate, cosine=True),
+    functools.partial(make_splits, settings, dataset, problem, count),
+    runner.folder_name(facts, name),
+  )
+
+
+def make_cells(settings: Settings, methods: Sequence[str]) -> list[runner.Cell]:
+  """A cell for every training that is needed, each of them once."""
+  counts, cells = dict.fromkeys(settings.num_clean), []
+  largest = max(counts)
+  trained = dict.fromkeys("uniform" if m == "early_stopped" else m for m in methods)
+  for name in trained:
+    for dataset in dict.fromkeys(settings.datasets):
+      for problem in dict.fromkeys(settings.problems):
+        if name == "clean_only" and problem != settings.problems[0]:
+          continue
+        for count in (largest,) if name in _WITHOUT_COUNT else counts:
+          cells.append(make_cell(settings, name, dataset, problem, count))
+  return cells
+
+
+def make_rows(
+  settings: Settings, methods: Sequence[str], cell: runner.Cell, result: Any
+) -> runner.Rows:
+  """The rows of one run: with uniform training those of early stopping too."""
+  row = {
+    **cell.facts,
+    "method": cell.method_name,
+    "accuracy_percent": 100 * result.metrics["last"]["accuracy"],
+    "kept_step": settings.num_steps,
+    "learning_rate": settings.learning_rate or METHODS[cell.method_name][1],
+    **report.run_fields(result.metrics),
+  }
+  if cell.method_name == "clean_only":
+    return [{**row, "problem": name} for name in dict.fromkeys(settings.problems)]
+  if cell.method_name not in _WITHOUT_COUNT:
+    return [row]
+  rows = [{**row, "num_clean": 0}] if cell.method_name in methods else []
+  if cell.method_name == "uniform" and "early_stopped" in methods:
+    probes = result.metrics["probes"]
+    for count in dict.fromkeys(settings.num_clean):
+      best = int(np.nanargmin(np.array(probes[f"clean_loss_{count}"], float)))
+      kept = {"method": "early_stopped", "num_clean": count}
+      kept["accuracy_percent"] = 100 * probes["accuracy"][best]
+      rows.append({**row, **kept, "kept_step": probes["step"][best]})
+  return rows
+
+
+def draw(rows: runner.Rows, path: pathlib.Path) -> None:
+  """A panel a problem: a line a method, a dashed one if it has no clean images."""
+  datasets, problems = (
+    list(dict.fromkeys(row[name] for row in rows)) for name in ("dataset", "problem")
+  )
+  shape = (len(datasets), len(problems))
+  size = (1 + 3.6 * shape[1], 1.2 + 3 * shape[0])
+  with figures.figure(
+    path, *shape, figsize=size, squeeze=False, sharex=True, tight=True
+  ) as (drawn, axes):
+    for (i, j), ax in np.ndenumerate(axes):
+      here = [
+        row
+        for row in rows
+        if (row["dataset"], row["problem"]) == (datasets[i], problems[j])
+      ]
+      for method in dict.fromkeys(row["method"] for row in here):
+        _draw_method(ax, method, [row for row in here if row["method"] == method])
+      ax.set_xscale("log")
+      counts = sorted({row["num_clean"] for row in here} - {0})
+      ax.set_xticks(counts, [str(count) for count in counts])
+      ax.minorticks_off()
+      ax.grid(linewidth=0.4)
+      ax.set_title(f"{datasets[i]}, {problems[j]}", fontsize=10)
+    for ax in axes[-1]:
+      ax.set_xlabel("clean images of each class")
+    for ax in axes[:, 0]:
+      ax.set_ylabel("test accuracy (%)")
+    legend = {
+      name: handle
+      for ax in axes.flat
+      for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    drawn.legend(
+      legend.values(),
+      legend,
+      loc="upper center",
+      bbox_to_anchor=(0.5, 0.02),
+      ncols=3,
+      frameon=False,
+    )
+
+
+def _draw_method(ax: Any, method: str, rows: runner.Rows) -> None:
+  counts = sorted({row["num_clean"] for row in rows})
+  intervals = [
+    report.interval([r["accuracy_percent"] for r in rows if r["num_clean"] == count])
+    for count in counts
+  ]
+  means, errors = [i.mean for i in intervals], figures.clipped_errors(intervals)
+  style = {"color": f"C{list(METHODS).index(method)}", "label": METHODS[method][0]}
+  if method in _WITHOUT_COUNT:
+    ax.axhline(means[0], linestyle="--", **style)
+    low, high = means[0] - errors[0, 0], means[0] + errors[1, 0]
+    ax.axhspan(low, high, alpha=0.15, color=style["color"], linewidth=0)
+  else:
+    ax.errorbar(counts, means, errors, marker="o", markersize=3, capsize=2, **style)
+
+
+def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
+  """Trains what is missing, then prints and writes the comparison."""
+  for name in ("datasets", "problems", "num_clean"):
+    if not getattr(settings, name):
+      raise base.InputError(f"--{name}= is empty: give one or more.")
+  methods = settings_lib.choose("methods", settings.methods, tuple(METHODS))
+  cells = make_cells(settings, methods)
+  runner.check(settings, cells)
+  folder = runner.open_folder(settings, TABLE.name, workdir)
+  rows = [
+    row
+    for cell in cells
+    for result in runner.train(settings, cell, folder)
+    for row in make_rows(settings, methods, cell, result)
+  ]
+  rows.sort(key=lambda row: (list(METHODS).index(row["method"]), row["num_clean"]))
+  draw(rows, folder / "figure.png")
+  return runner.report(settings, TABLE, folder, rows)
+
+
+if __name__ == "__main__":
+  launch.main(Settings, run, TABLE.name)
