@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.lib import early_stopping
 from experiments.lib import figures
 from experiments.lib import launch
 from experiments.lib import optimizers
@@ -90,19 +91,17 @@ class Settings(runner.Settings):
     _COMPARED, f"Methods to compare, of {', '.join(METHODS)}."
   )
   num_clean: tuple[int, ...] = flag(
-    (1, 3, 10, 30, 100),
-    "Numbers of clean images of each class; the smaller sets are parts of the largest.",
+    (1, 3, 10, 30, 90),
+    "Numbers of clean images of each class; each divides the largest. The smaller sets"
+    " are parts of the largest, repeated until they have its size.",
     bounds=settings_lib.Bounds(1, 10**6),
     group="data",
   )
   imbalance: float = flag(100.0)
-  num_train: int = flag(
-    10_000,
-    "Number of training images with wrong labels.",
-  )
   largest_class: int = flag(
     4000,
-    "Number of training images of the largest class of the long tail.",
+    "Number of training images of the largest class of the long tail. The other"
+    " problems have as many images as the whole tail.",
     bounds=settings_lib.Bounds(1, 10**8),
     group="data",
   )
@@ -128,10 +127,6 @@ class Settings(runner.Settings):
   )
   lookahead_learning_rate: float = flag(0.1)
 
-  def make_probes(self) -> tuple[evaluation.Probe, ...]:
-    """The flags' probes, and what early stopping compares."""
-    return (*super().make_probes(), functools.partial(_clean_losses, self.num_clean))
-
 
 TABLE = table.Layout(
   name="clean_examples",
@@ -147,23 +142,6 @@ TABLE = table.Layout(
 )
 
 
-def _clean_losses(
-  counts: Sequence[int], snapshot: evaluation.Snapshot
-) -> dict[str, float]:
-  """The loss on the first clean examples of each class, and the test accuracy."""
-  state, clean = snapshot.state, examples_lib.as_batch(snapshot.splits.meta)
-  found = evaluation.predict(snapshot.problem, state.params, state.model_state, clean)
-  sizes = [(k, k * found.num_classes) for k in counts]
-  return {
-    "accuracy": evaluation.accuracy(snapshot.test)["accuracy"],
-    **{
-      f"clean_loss_{k}": float(found.losses[:size].mean())
-      for k, size in sizes
-      if size <= len(found.losses)
-    },
-  }
-
-
 def _part(source: sources.Source, name: str, rows: np.ndarray) -> sources.Source:
   """Some rows of a source; the name tells apart the draws of different seeds."""
   return source._replace(
@@ -177,46 +155,47 @@ def _part(source: sources.Source, name: str, rows: np.ndarray) -> sources.Source
 def make_splits(
   settings: Settings, dataset: str, problem: str, count: int, seeds: Sequence[int]
 ) -> list[examples_lib.Splits]:
-  """The data of some seeds; only the meta set depends on `count`."""
-  source, test = (settings.load(split, dataset) for split in ("train", "test"))
-  largest, splits = max(settings.num_clean), []
+  """The data of some seeds, always of one size; `count` decides the meta set alone.
+
+  So all cells of a method run one compiled program, on clean batches of one size.
+  """
+  source = settings.load("train", dataset)
+  splits = []
   for seed in seeds:
     (rng,) = examples_lib.generators(seed, 1)
     order = rng.permutation(len(source.labels))
     held_out, order = np.split(order, [settings.num_validation])
-    by_class = [order[source.labels[order] == c] for c in range(source.num_classes)]
-    if min(map(len, by_class)) <= largest:
+    pools = [order[source.labels[order] == c] for c in range(source.num_classes)]
+    most = max(settings.num_clean)
+    if min(map(len, pools)) < most + settings.largest_class:
       raise base.InputError(
-        f"--num_clean={largest}: a class of {dataset} has too few images; give a"
-        " smaller number."
+        f"--largest_class={settings.largest_class} and --num_clean={most} are more"
+        f" images of a class than {dataset} has besides --num_validation="
+        f"{settings.num_validation}: lower one of the three."
       )
-    # One of each class, then a second one of each: the first ones are the smaller sets.
-    clean = np.stack([rows[:largest] for rows in by_class], axis=1).reshape(-1)
-    rest = order[~np.isin(order, clean)]
+    # One of each class, then a second one of each: the smaller sets come first.
+    clean = np.stack([pool[:most] for pool in pools], axis=1).reshape(-1)
+    clean = np.tile(clean[: count * len(pools)], most // count)
+    pools = [pool[most : most + settings.largest_class] for pool in pools]
+    test = settings.load("test", dataset)
     if settings.evaluate_on == "validation":
       test = _part(source, f"held out, seed {seed}", held_out)
-    noise = PROBLEMS[problem]
-    arguments: dict[str, Any] = {
+    shared: dict[str, Any] = {
       "num_meta_per_class": 0,
       "seed": seed,
-      "trusted": _part(source, f"clean, seed {seed}", clean[: count * len(by_class)]),
+      "trusted": _part(source, f"clean, seed {seed}", clean),
     }
+    tail = ("exponential", settings.largest_class, len(pools), settings.imbalance)
+    rows, noise = np.concatenate(pools), PROBLEMS[problem]
     if noise is None:
-      pools = [rest[source.labels[rest] == c] for c in range(source.num_classes)]
-      pools = [rows[: settings.largest_class] for rows in pools]
-      train = _part(source, f"rest, seed {seed}", np.concatenate(pools))
-      tail = {"builder": "mwn", "shape": "exponential", **arguments}
-      splits.append(
-        long_tail.long_tail_splits(train, test, imbalance=settings.imbalance, **tail)
-      )
+      train = _part(source, f"rest, seed {seed}", rows)
+      shape = {"builder": "mwn", "shape": tail[0], "imbalance": tail[3]}
+      splits.append(long_tail.long_tail_splits(train, test, **shape, **shared))
     else:
-      train = _part(source, f"rest, seed {seed}", rest[: settings.num_train])
-      builder, fraction = noise
-      splits.append(
-        noisy_labels.noisy_labels(
-          train, test, builder=builder, fraction=fraction, **arguments
-        )
-      )
+      rows = rng.permutation(rows)[: long_tail.class_sizes(*tail).sum()]
+      train = _part(source, f"rest, seed {seed}", rows)
+      shape = {"builder": noise[0], "fraction": noise[1]}
+      splits.append(noisy_labels.noisy_labels(train, test, **shape, **shared))
   return splits
 
 
@@ -248,6 +227,8 @@ def make_cell(
   num_classes = settings.load("train", dataset).num_classes
   is_uniform, num_steps = name == "uniform", settings.num_steps
   rate = settings.learning_rate or METHODS[name][1]
+  sizes = [num_classes * k for k in settings.num_clean]
+  probe = early_stopping.probe((evaluation.accuracy,), sizes)
   facts = {"dataset": dataset, "problem": problem, "num_clean": count}
   return runner.Cell(
     name,
@@ -255,7 +236,7 @@ def make_cell(
     settings.config(
       num_steps=num_steps,
       batch_size=settings.batch_size,
-      meta_batch_size=min(settings.batch_size, count * num_classes),
+      meta_batch_size=min(settings.batch_size, max(settings.num_clean) * num_classes),
       eval_every=settings.eval_every if is_uniform else num_steps,
       seeds=settings.seeds,
     ),
@@ -269,6 +250,7 @@ def make_cell(
     optimizers.OptimizerConfig("adam", rate, cosine=True),
     functools.partial(make_splits, settings, dataset, problem, count),
     runner.folder_name(facts, name),
+    probes=[probe] if is_uniform else (),
   )
 
 
@@ -305,12 +287,12 @@ def make_rows(
     return [row]
   rows = [{**row, "num_clean": 0}] if cell.method_name in methods else []
   if cell.method_name == "uniform" and "early_stopped" in methods:
-    probes = result.metrics["probes"]
+    num_classes = settings.load("train", row["dataset"]).num_classes
     for count in dict.fromkeys(settings.num_clean):
-      best = int(np.nanargmin(np.array(probes[f"clean_loss_{count}"], float)))
-      kept = {"method": "early_stopped", "num_clean": count}
-      kept["accuracy_percent"] = 100 * probes["accuracy"][best]
-      rows.append({**row, **kept, "kept_step": probes["step"][best]})
+      last = early_stopping.kept(result.metrics, count * num_classes)
+      kept = {"num_clean": count, "kept_step": last["kept_step"]}
+      accuracy = {"accuracy_percent": 100 * last["accuracy"]}
+      rows.append({**row, "method": "early_stopped", **kept, **accuracy})
   return rows
 
 
@@ -378,6 +360,12 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   for name in ("datasets", "problems", "num_clean"):
     if not getattr(settings, name):
       raise base.InputError(f"--{name}= is empty: give one or more.")
+  for count in settings.num_clean:
+    if max(settings.num_clean) % count:
+      raise base.InputError(
+        f"--num_clean={count} does not divide the largest, {max(settings.num_clean)}:"
+        " choose another number."
+      )
   methods = settings_lib.choose("methods", settings.methods, tuple(METHODS))
   cells = make_cells(settings, methods)
   runner.check(settings, cells)

@@ -67,6 +67,7 @@ class Cell:
       the first and the last of the seeds that are trained side by side.
     side_by_side: number of seeds that are trained side by side; None for all.
     evaluators: of the test set.
+    probes: what else to measure at every evaluation, besides those of the flags.
     title: for messages; the facts and the method if empty.
   """
 
@@ -80,6 +81,7 @@ class Cell:
   folder: str
   side_by_side: int | None = None
   evaluators: Sequence[evaluation.Evaluator] = (evaluation.accuracy,)
+  probes: Sequence[evaluation.Probe] = ()
   title: str = ""
 
   @property
@@ -236,7 +238,7 @@ def _train_group(
     folder,
     cell.evaluators,
     name=cell.name,
-    probes=settings.make_probes(),
+    probes=[*settings.make_probes(), *cell.probes],
     epoch_probes=epoch_probes,
   )
   # The first process has recorded the losses.
