@@ -16,7 +16,7 @@ Device, time: a third of a CPU core, an hour.
 Published: nothing. Measured: results/clean_examples.
 Chosen on images held out from the training split (symmetric noise on MNIST, 10 clean
   images a class, one seed): the learning rate of each method, of 1e-3 and 3e-3. The
-  command, with evaluate_on=validation, never reads the test set:
+  command measures nothing on the test set:
   python -m experiments.clean_examples --data_dir=DIR --evaluate_on=validation
   --datasets=mnist --problems=symmetric --num_clean=10 --num_seeds=1
   --learning_rate=RATE --workdir=runs/RATE
@@ -60,19 +60,20 @@ PROBLEMS: dict[str, tuple[str, float] | None] = {
 # How a method is called in the figure, and the highest learning rate of Adam.
 METHODS = {
   "uniform": ("uniform", 1e-3),
-  "no_clean_data": ("without clean data", 1e-3),
+  "no_clean_data": ("without clean data", 3e-3),
   "clean_only": ("clean set alone", 1e-3),
-  "early_stopped": ("uniform, early-stopped on it", 1e-3),
-  "fine_tuning": ("uniform, then fine-tuned on it", 1e-3),
-  "l2rw": ("L2RW", 1e-3),
-  "l2rw_fine_tuning": ("L2RW, then fine-tuned on it", 1e-3),
-  "meta_weight_net": ("Meta-Weight-Net", 1e-3),
+  "early_stopped": ("uniform, early-stopped on it", 3e-3),
+  "fine_tuning": ("uniform, then fine-tuned on it", 3e-3),
+  "l2rw": ("L2RW", 3e-3),
+  "l2rw_fine_tuning": ("L2RW, then fine-tuned on it", 3e-3),
+  "meta_weight_net": ("Meta-Weight-Net", 3e-3),
 }
 _COMPARED = (
   *("uniform", "no_clean_data", "clean_only", "early_stopped", "fine_tuning"),
   "l2rw",
 )
 _WITHOUT_COUNT = ("uniform", "no_clean_data")
+_TRAINED_ONCE = (*_WITHOUT_COUNT, "early_stopped")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +207,7 @@ def make_method(
   """The `Method` of a name of `METHODS` that is trained."""
   methods = {
     "uniform": baselines.uniform,
+    "early_stopped": baselines.uniform,
     "no_clean_data": (
       baselines.generalized_cross_entropy if is_noisy else baselines.balanced_softmax
     ),
@@ -225,7 +227,7 @@ def make_cell(
 ) -> runner.Cell:
   """How a method is trained with `count` clean images of each class."""
   num_classes = settings.load("train", dataset).num_classes
-  is_uniform, num_steps = name == "uniform", settings.num_steps
+  stops_early, num_steps = name == "early_stopped", settings.num_steps
   rate = settings.learning_rate or METHODS[name][1]
   sizes = [num_classes * k for k in settings.num_clean]
   probe = early_stopping.probe((evaluation.accuracy,), sizes)
@@ -237,7 +239,7 @@ def make_cell(
       num_steps=num_steps,
       batch_size=settings.batch_size,
       meta_batch_size=min(settings.batch_size, max(settings.num_clean) * num_classes),
-      eval_every=settings.eval_every if is_uniform else num_steps,
+      eval_every=settings.eval_every if stops_early else num_steps,
       seeds=settings.seeds,
     ),
     classifier.Classifier(mlp.MLP(num_classes, hidden=(64,)), num_classes),
@@ -250,7 +252,7 @@ def make_cell(
     optimizers.OptimizerConfig("adam", rate, cosine=True),
     functools.partial(make_splits, settings, dataset, problem, count),
     runner.folder_name(facts, name),
-    probes=[probe] if is_uniform else (),
+    probes=[probe] if stops_early else (),
   )
 
 
@@ -258,21 +260,18 @@ def make_cells(settings: Settings, methods: Sequence[str]) -> list[runner.Cell]:
   """A cell for every training that is needed, each of them once."""
   counts, cells = dict.fromkeys(settings.num_clean), []
   largest = max(counts)
-  trained = dict.fromkeys("uniform" if m == "early_stopped" else m for m in methods)
-  for name in trained:
+  for name in methods:
     for dataset in dict.fromkeys(settings.datasets):
       for problem in dict.fromkeys(settings.problems):
         if name == "clean_only" and problem != settings.problems[0]:
           continue
-        for count in (largest,) if name in _WITHOUT_COUNT else counts:
+        for count in (largest,) if name in _TRAINED_ONCE else counts:
           cells.append(make_cell(settings, name, dataset, problem, count))
   return cells
 
 
-def make_rows(
-  settings: Settings, methods: Sequence[str], cell: runner.Cell, result: Any
-) -> runner.Rows:
-  """The rows of one run: with uniform training those of early stopping too."""
+def make_rows(settings: Settings, cell: runner.Cell, result: Any) -> runner.Rows:
+  """The rows of one run: of early stopping, one a number of clean images."""
   row = {
     **cell.facts,
     "method": cell.method_name,
@@ -283,16 +282,16 @@ def make_rows(
   }
   if cell.method_name == "clean_only":
     return [{**row, "problem": name} for name in dict.fromkeys(settings.problems)]
-  if cell.method_name not in _WITHOUT_COUNT:
+  if cell.method_name in _WITHOUT_COUNT:
+    return [{**row, "num_clean": 0}]
+  if cell.method_name != "early_stopped":
     return [row]
-  rows = [{**row, "num_clean": 0}] if cell.method_name in methods else []
-  if cell.method_name == "uniform" and "early_stopped" in methods:
-    num_classes = settings.load("train", row["dataset"]).num_classes
-    for count in dict.fromkeys(settings.num_clean):
-      last = early_stopping.kept(result.metrics, count * num_classes)
-      kept = {"num_clean": count, "kept_step": last["kept_step"]}
-      accuracy = {"accuracy_percent": 100 * last["accuracy"]}
-      rows.append({**row, "method": "early_stopped", **kept, **accuracy})
+  num_classes, rows = settings.load("train", row["dataset"]).num_classes, []
+  for count in dict.fromkeys(settings.num_clean):
+    last = early_stopping.kept(result.metrics, count * num_classes)
+    accuracy = {"accuracy_percent": 100 * last["accuracy"]}
+    kept = {"num_clean": count, "kept_step": last["kept_step"]}
+    rows.append({**row, **kept, **accuracy})
   return rows
 
 
@@ -374,7 +373,7 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
     row
     for cell in cells
     for result in runner.train(settings, cell, folder)
-    for row in make_rows(settings, methods, cell, result)
+    for row in make_rows(settings, cell, result)
   ]
   rows.sort(key=lambda row: (list(METHODS).index(row["method"]), row["num_clean"]))
   draw(rows, folder / "figure.png")

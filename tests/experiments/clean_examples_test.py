@@ -50,7 +50,7 @@ def test_rows_of_every_problem_and_number_of_clean_images(run):
   alone = {r["params_sha256"] for r in rows if r["method"] == "clean_only"}
   assert len(alone) == 2 * 2
   assert len(list(folder.glob("*-clean_only"))) == 2
-  assert len(list(folder.glob("*-uniform"))) == 3
+  assert len(list(folder.glob("*-early_stopped"))) == 3
   assert len(scripts.table(printed)) == 1 + 3 * (1 + 2 + 2)
   assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
 
@@ -61,7 +61,7 @@ def test_early_stopping_chooses_by_the_clean_images_alone(run):
   chosen = [row for row in rows if row["method"] == "early_stopped"]
   assert len(chosen) == 3 * 2 * 2
   for row in chosen:
-    place = f"digits-{row['problem']}-3-uniform/seed-{row['seed']}"
+    place = f"digits-{row['problem']}-3-early_stopped/seed-{row['seed']}"
     measured = [
       m for m in metric_writer.read(folder / place) if "probe/test/accuracy" in m
     ]
