@@ -62,7 +62,7 @@ def test_nothing_is_trained_again_for_what_it_does_not_depend_on():
   once = [(problem, 3) for problem in script.PROBLEMS]
   each = [(problem, count) for problem in script.PROBLEMS for count in (1, 3)]
   alone = [("symmetric", count) for count in (1, 3)]
-  of = {name: once for name in ("uniform", "no_clean_data", "early_stopped")}
+  of = dict.fromkeys(("uniform", "no_clean_data", "early_stopped"), once)
   assert trained == dict.fromkeys(script.METHODS, each) | of | {"clean_only": alone}
   # The rows of the clean images alone stand under every problem.
   (cell,) = (c for c in cells if c.folder == "digits-symmetric-3-clean_only")
