@@ -191,13 +191,13 @@ def make_splits(
     rows, noise = np.concatenate(pools), PROBLEMS[problem]
     if noise is None:
       train = _part(source, f"rest, seed {seed}", rows)
-      shape = {"builder": "mwn", "shape": tail[0], "imbalance": tail[3]}
-      splits.append(long_tail.long_tail_splits(train, test, **shape, **shared))
+      shared |= {"builder": "mwn", "shape": tail[0], "imbalance": tail[3]}
+      splits.append(long_tail.long_tail_splits(train, test, **shared))
     else:
       rows = rng.permutation(rows)[: long_tail.class_sizes(*tail).sum()]
       train = _part(source, f"rest, seed {seed}", rows)
-      shape = {"builder": noise[0], "fraction": noise[1]}
-      splits.append(noisy_labels.noisy_labels(train, test, **shape, **shared))
+      shared |= {"builder": noise[0], "fraction": noise[1]}
+      splits.append(noisy_labels.noisy_labels(train, test, **shared))
   return splits
 
 

@@ -68,8 +68,8 @@ class Cell:
       the first and the last of the seeds that are trained side by side.
     side_by_side: number of seeds that are trained side by side; None for all.
     evaluators: of the test set.
-    probes: what else to measure at every evaluation, besides those of the flags.
     title: for messages; the facts and the method if empty.
+    probes: what else to measure at every evaluation, besides those of the flags.
   """
 
   method_name: str
@@ -82,8 +82,8 @@ class Cell:
   folder: str
   side_by_side: int | None = None
   evaluators: Sequence[evaluation.Evaluator] = (evaluation.accuracy,)
-  probes: Sequence[evaluation.Probe] = ()
   title: str = ""
+  probes: Sequence[evaluation.Probe] = ()
 
   @property
   def name(self) -> str:
