@@ -23,8 +23,8 @@ from experiments.lib.settings import flag
 from l2rw_jax.models import classifier
 
 METHODS = (
-  *("uniform", "focal", "class_balanced", "ldam_drw", "absgd", "l2rw"),
-  "meta_weight_net",
+  *("uniform", "clean_only", "fine_tuning", "early_stopped", "focal"),
+  *("class_balanced", "ldam_drw", "absgd", "l2rw", "meta_weight_net"),
 )
 # One schedule for all methods: the drops are where LDAM's are, but the size, the
 # length and the batches are Meta-Weight-Net's. The learning rate is a tenth

@@ -37,7 +37,8 @@ from l2rw_jax.models import initialization
 
 METHODS = tuple(registries.NOISE)
 COMPARED = (
-  *("uniform", "l2rw", "meta_weight_net", "warpi", "advisor", "bare", "absgd"),
+  *("uniform", "clean_only", "fine_tuning", "early_stopped"),
+  *("l2rw", "meta_weight_net", "warpi", "advisor", "bare", "absgd"),
   *("symmetric_cross_entropy", "generalized_cross_entropy", "bootstrapping_hard"),
   "forward_correction",
 )
@@ -204,6 +205,7 @@ TABLE = table.Layout(
     "variant": "variant {}",
     "fraction": "fraction {:g}",
     "num_meta": "{:,} clean images",
+    "schedule": "{} learning rate",
     "num_steps": "{:,} steps",
     "plateau_steps": "plateau",
   },
@@ -346,6 +348,7 @@ def make_row(settings: Settings, cell: runner.Cell, result: Any) -> dict[str, An
     cell,
     result,
     **({} if drawn == "flax" else {"initialization": drawn}),
+    **({} if settings.schedule is None else {"schedule": settings.schedule}),
     dataset=settings.dataset,
     network=settings.network,
     preset=settings.preset,

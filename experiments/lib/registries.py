@@ -398,6 +398,10 @@ NOISE: dict[str, Factory] = {
   "random": lambda settings, problem: baselines.random(),
   "clean_only": lambda settings, problem: baselines.clean_only(),
   "fine_tuning": _fine_tuning,
+  # `runner.train` then chooses the step by the loss on the clean set.
+  "early_stopped": lambda settings, problem: baselines.uniform()._replace(
+    needs_meta=True
+  ),
   "self_paced": _curriculum("self_paced", "self_paced"),
   "focal_weight": _curriculum("focal", "focal"),
   "pd_mixture": _curriculum("pd_mixture", "pd"),

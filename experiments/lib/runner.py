@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from experiments.lib import distributed
+from experiments.lib import early_stopping
 from experiments.lib import optimizers
 from experiments.lib import probes
 from experiments.lib import registries
@@ -68,6 +69,7 @@ class Cell:
     side_by_side: number of seeds that are trained side by side; None for all.
     evaluators: of the test set.
     title: for messages; the facts and the method if empty.
+    probes: what else to measure at every evaluation, besides those of the flags.
   """
 
   method_name: str
@@ -81,6 +83,7 @@ class Cell:
   side_by_side: int | None = None
   evaluators: Sequence[evaluation.Evaluator] = (evaluation.accuracy,)
   title: str = ""
+  probes: Sequence[evaluation.Probe] = ()
 
   @property
   def name(self) -> str:
@@ -212,6 +215,10 @@ def _train_group(
 ) -> list[results_lib.Result]:
   splits, method, optimizer = cell.splits(config.seeds), cell.method, cell.optimizer
   epoch_probes: list[evaluation.EpochProbe] = []
+  step_probes = [*settings.make_probes(), *cell.probes]
+  stops_early = cell.method_name == "early_stopped"
+  if stops_early:
+    step_probes.append(early_stopping.probe(cell.evaluators))
   if cell.method_name == "meta_weight_net":
     epoch_probes.append(_record_curves(folder))
   if isinstance(optimizer, optimizers.OptimizerConfig):
@@ -236,7 +243,7 @@ def _train_group(
     folder,
     cell.evaluators,
     name=cell.name,
-    probes=settings.make_probes(),
+    probes=step_probes,
     epoch_probes=epoch_probes,
   )
   # The first process has recorded the losses.
@@ -250,6 +257,9 @@ def _train_group(
       num_steps=config.num_steps,
     )
     loss_dump.write_dump(folder / f"losses-seed-{seed}.npz", dump)
+  if stops_early:
+    sizes = [len(split.meta.label) for split in splits]
+    results = list(map(early_stopping.with_kept, results, sizes))
   return results
 
 

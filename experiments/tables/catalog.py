@@ -21,10 +21,11 @@ from l2rw_jax.io import workdir
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 # The order of the tables; those of new scripts follow.
 _ORDER = (
-  *("digits_noise", "mnist_imbalance", "mnist_noise", "mnist_noise_bare"),
-  *("cifar_noise", "mnist_long_tail", "cifar_long_tail", "fairness", "memorization"),
-  *("few_shot", "lm_reweight", "coreset", "coreset_selection", "label_issues"),
-  *("data_cleaning", "step_time", "mentornet_pretrain"),
+  *("digits_noise", "clean_examples", "mnist_imbalance", "mnist_noise"),
+  *("mnist_noise_bare", "cifar_noise", "mnist_long_tail", "cifar_long_tail"),
+  *("fairness", "memorization", "few_shot", "lm_reweight", "coreset"),
+  *("coreset_selection", "label_issues", "data_cleaning", "step_time"),
+  "mentornet_pretrain",
 )
 
 

@@ -12,13 +12,14 @@ import scripts
 
 from experiments import mnist_noise as script
 from l2rw_jax import base
+from l2rw_jax.io import metric_writer
 from l2rw_jax.methods.mentornet import loss_dump
 from l2rw_jax.methods.mentornet import mentor_file
 from l2rw_jax.methods.mentornet import network as mentornet_network
 
 _NAME = "mnist_noise"
 _SMALL = ("--dataset=digits", "--num_meta=5", "--num_epochs=1", "--num_devices=1")
-_METHODS = ["uniform", "meta_weight_net", "mentornet_pd"]
+_METHODS = ["early_stopped", "meta_weight_net", "mentornet_pd"]
 
 
 def _mentor(path, num_classes=None):
@@ -100,8 +101,18 @@ def test_other_methods_fit_the_network_and_the_data(name):
   assert found.weights.shape == (6,)
 
 
+def test_early_stopping_takes_the_step_of_the_lowest_loss_on_the_clean_set(run):
+  rows, _, _ = scripts.saved_rows(run[0])
+  for row in rows[:2]:
+    (folder,) = run[0].glob(f"seeds-*/*-early_stopped/seed-{row['seed']}")
+    measured = [m for m in metric_writer.read(folder) if "probe/clean_loss_50" in m]
+    best = min(measured, key=lambda m: m["probe/clean_loss_50"])
+    assert len(measured) == 2
+    assert row["accuracy_percent"] == 100 * best["probe/test/accuracy"]
+
+
 def test_losses_are_kept_for_a_mentor(run):
-  (path,) = run[0].glob("seeds-*/*-uniform/losses-seed-1.npz")
+  (path,) = run[0].glob("seeds-*/*-early_stopped/losses-seed-1.npz")
   dump = loss_dump.read_dump(path)
   assert len(dump.loss) == 1247 and (dump.epoch_percent == 0).all()
   assert 0.4 < np.mean(dump.label != dump.true_label) < 0.6
