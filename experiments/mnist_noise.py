@@ -342,17 +342,16 @@ def make_row(settings: Settings, cell: runner.Cell, result: Any) -> dict[str, An
     num_meta = settings.load("train").num_classes * settings.num_meta
   else:
     num_meta = len(settings.trusted_source.labels)
-  drawn = settings.initial_distribution
   return runner.row(
     settings,
     cell,
     result,
-    **({} if drawn == "flax" else {"initialization": drawn}),
     **({} if settings.schedule is None else {"schedule": settings.schedule}),
     dataset=settings.dataset,
     network=settings.network,
     preset=settings.preset,
     pixels=settings.pixels,
+    initialization=settings.initial_distribution,
     published_percent=numbers[0],
     published_spread=numbers[1],
     num_meta=num_meta,
