@@ -26,8 +26,8 @@ from l2rw_jax.io import workdir as workdir_lib
 
 NUM_KILLS = 20
 _FLAGS = (
-  *("--methods=uniform,l2rw", "--num_seeds=1", "--num_steps=400"),
-  *("--eval_every=100", "--checkpoint_every=20"),
+  *("--methods=uniform,l2rw", "--num_seeds=1"),
+  *("--num_steps=400", "--checkpoint_every=20"),
 )
 # Seconds after which processes that do not end are killed and reported.
 _LIMIT = 300.0
