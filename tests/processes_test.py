@@ -39,6 +39,8 @@ class _Store:
 
   def blocking_key_value_get(self, key, timeout_ms):
     assert timeout_ms > 0
+    if self._first is None and key not in self.sent:
+      raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: no value")
     return self.sent.get(key, self._first)
 
 
@@ -61,6 +63,13 @@ def test_errors_of_the_first_process_are_raised_in_all(second_of_two, outcome, e
   second_of_two(outcome)
   with pytest.raises(error, match="no"):
     processes.on_first("x", lambda: pytest.fail("this is the second process"))
+
+
+def test_waiting_ends_with_the_reason_of_a_process_that_failed(second_of_two):
+  second_of_two(None)
+  processes.publish_failure("no such file")
+  with pytest.raises(base.InputError, match="process 1: no such file"):
+    processes.wait_for("x")
 
 
 def test_other_values_raise_in_one_line(second_of_two):
