@@ -1,11 +1,11 @@
 """Kills one of two training processes again and again, and counts what is lost.
 
-Two processes train L2RW on digits_noise together. After a random time, drawn from the duration
-of a run that is not interrupted, one of them, chosen at random, is killed by SIGKILL.
-The script measures how long the other one takes to end, and starts both again by the
-same command, which may be killed again, until the runs finish. The metrics, weights and
-parameters of finished runs are compared byte for byte with those of the run that was
-not interrupted.
+Two processes train L2RW on digits_noise together. After a random time, drawn from the
+duration of a run that is not interrupted, one of them, chosen at random, is killed by
+SIGKILL. The script measures how long the other one takes to end, and starts both again
+by the same command, which may be killed again, until the run finishes. The metrics,
+weights and parameters of finished runs are compared byte for byte with those of the run
+that was not interrupted.
 
 Command: python -m benchmarks.process_kills runs/process_kills
 Results: results/process_kills; a row is a kill.
@@ -28,6 +28,8 @@ NUM_KILLS = 20
 _FLAGS = (
   *("--methods=l2rw", "--num_seeds=1"),
   *("--num_steps=100", "--checkpoint_every=10"),
+  # How long a process waits for one that is killed before they are connected.
+  "--initialization_timeout=60",
 )
 # Seconds after which processes that do not end are killed and reported.
 _LIMIT = 300.0
