@@ -186,11 +186,20 @@ def check_same(what: str, values: Mapping[str, Any]) -> None:
       )
 
 
-def _difference(first: dict[str, Any], other: dict[str, Any], process: int) -> str:
+def _difference(
+  first: dict[str, Any], other: dict[str, Any], process: int, place: str = ""
+) -> str:
+  """The first value that differs, with the names that lead to it."""
   for name in sorted(first.keys() | other.keys()):
-    one, two = (json.dumps(x[name]) if name in x else "absent" for x in (first, other))
-    if one != two:
-      return f"{name} is {one} in process 0 and {two} in process {process}"
+    if name in first and name in other and first[name] == other[name]:
+      continue
+    one, two = first.get(name), other.get(name)
+    if isinstance(one, dict) and isinstance(two, dict):
+      return _difference(one, two, process, f"{place}{name}, ")
+    here, there = (
+      json.dumps(x[name]) if name in x else "absent" for x in (first, other)
+    )
+    return f"{place}{name} is {here} in process 0 and {there} in process {process}"
   return "their order differs"
 
 

@@ -55,6 +55,12 @@ def second_of_two(monkeypatch):
   return make
 
 
+def test_difference_of_nested_values_is_named():
+  one, two = ({"seed": 1, "config": {"a": 1, **x}} for x in ({"b": 2}, {}))
+  text = processes._difference(one, two, 3)
+  assert text == "config, b is 2 in process 0 and absent in process 3"
+
+
 @pytest.mark.parametrize(
   ("outcome", "error"),
   [('{"error": "no"}', base.InputError), ('{"ended": "no"}', processes.EndedError)],
