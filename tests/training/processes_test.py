@@ -1,6 +1,5 @@
 """Several real processes: the same numbers as one, and runs that move between them."""
 
-import functools
 import json
 import os
 import pathlib
@@ -53,14 +52,7 @@ def _finish(started):
   return [p.returncode for p in started], outputs
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-  """`_work` with a folder of compiled programs for all tests of this file."""
-  programs = str(tmp_path_factory.mktemp("programs"))
-  return functools.partial(_work, programs)
-
-
-def _work(programs, count, num_local, task, as_script=False, **arguments):
+def _work(count, num_local, task, as_script=False, **arguments):
   """Runs a task of the worker in `count` processes with `num_local` devices each."""
   address = f"localhost:{_port()}"
   started = [
@@ -73,7 +65,6 @@ def _work(programs, count, num_local, task, as_script=False, **arguments):
             "process": process,
             "num_local": num_local,
             "address": address,
-            "programs": programs,
             "as_script": as_script,
             "task": task,
           }
@@ -90,39 +81,29 @@ def _work(programs, count, num_local, task, as_script=False, **arguments):
 
 def _assert_close(path, expected_path):
   with np.load(path) as actual, np.load(expected_path) as expected:
-    assert set(actual.files) <= set(expected.files) and len(actual.files) > 20
-    for name in actual.files:
+    assert actual.files == expected.files and len(actual.files) > 20
+    for name in expected.files:
       np.testing.assert_allclose(
         actual[name], expected[name], rtol=_TOLERANCE, atol=_TOLERANCE, err_msg=name
       )
 
 
-# Each of these methods compiles in seconds: a meta gradient, a network for weights, a
-# rank in the global batch, a moving percentile, weights of groups.
-_FEW = ("l2rw", "meta_weight_net", "hard_mining", "mentornet", "group_dro")
+# Methods with a meta gradient, a network for weights, and a rank in the global batch.
+_FEW = ("l2rw", "meta_weight_net", "hard_mining")
 
 
-def test_numbers_of_every_method_are_those_of_one_process(tmp_path, work):
-  """Weights, losses, metrics, and all states on all devices, for every method.
-
-  The states hold parameters, BatchNorm statistics, moving percentiles and the networks
-  of methods.
-  """
-  layouts = {
-    (1, 8): {"pmap": None},
-    (2, 4): {"pmap": None, "shard_map": _FEW},
-    (4, 2): {"pmap": _FEW},
-  }
-  for (count, num_local), kinds in layouts.items():
-    statuses, errors = work(
+def test_weights_parameters_and_metrics_are_those_of_one_process(tmp_path):
+  layouts = [(1, 8, "pmap"), (2, 4, "pmap"), (4, 2, "pmap"), (2, 4, "shard_map")]
+  for count, num_local, kind in layouts:
+    statuses, errors = _work(
       *(count, num_local, "sweep"),
-      folder=str(tmp_path),
-      layout=count,
-      names_of_kinds=kinds,
+      path=str(tmp_path / f"{count}-{kind}.npz"),
+      names=_FEW,
+      kind=kind,
     )
     assert statuses == [0] * count, "\n".join(errors)
-    for kind in kinds:
-      _assert_close(tmp_path / f"{count}-{kind}.npz", tmp_path / "1-pmap.npz")
+  for count, _, kind in layouts[1:]:
+    _assert_close(tmp_path / f"{count}-{kind}.npz", tmp_path / "1-pmap.npz")
 
 
 def _assert_same_runs(folder, expected):
@@ -156,54 +137,36 @@ def _assert_same_runs(folder, expected):
 _RUN = {"num_steps": 14, "num_devices": 4, "log_every": 2, "checkpoint_every": 4}
 
 
-def test_runs_move_between_processes_and_are_those_of_one(tmp_path, work):
-  def runs(folder, *names):
-    return [[str(tmp_path / folder / name), name] for name in names]
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+  """Runs of one process with four devices."""
+  folder = tmp_path_factory.mktemp("one")
+  names = ["l2rw", "adacore"]
+  statuses, errors = _work(1, 4, "train", folder=str(folder), names=names, **_RUN)
+  assert statuses == [0], "\n".join(errors)
+  return folder
 
-  statuses, _ = work(
-    4, 1, "train", runs=runs("moved", "l2rw"), signal_at=[2, 7, "SIGKILL"], **_RUN
-  )
+
+def test_runs_of_two_processes_are_those_of_one(tmp_path, one_process):
+  names = ["l2rw", "adacore"]
+  statuses, errors = _work(2, 2, "train", folder=str(tmp_path), names=names, **_RUN)
+  assert statuses == [0, 0], errors
+  for name in names:
+    _assert_same_runs(tmp_path / name, one_process / name)
+
+
+def test_run_moves_from_four_processes_to_two_to_one(tmp_path, one_process):
+  arguments = {"folder": str(tmp_path), "names": ["l2rw"], **_RUN}
+  statuses, _ = _work(4, 1, "train", signal_at=[2, 7, "SIGKILL"], **arguments)
   assert statuses[2] == -signal.SIGKILL and 0 not in statuses
-  assert toy_runs.saved(tmp_path / "moved" / "l2rw")[0] == 4
-  # AdaCore trains from its first to its last step in two processes.
-  statuses, errors = work(
-    *(2, 2, "train"),
-    runs=runs("moved", "adacore", "l2rw"),
-    signal_at=[1, 9, "SIGTERM"],
-    **_RUN,
-  )
+  assert toy_runs.saved(tmp_path / "l2rw")[0] == 4
+  statuses, errors = _work(2, 2, "train", signal_at=[1, 9, "SIGTERM"], **arguments)
   assert statuses == [-signal.SIGTERM] * 2, errors
   # Both stop after the same step, soon after the signal.
-  assert toy_runs.saved(tmp_path / "moved" / "l2rw")[0] >= 10
-  whole = runs("one", "l2rw", "adacore")
-  statuses, errors = work(1, 4, "train", runs=runs("moved", "l2rw") + whole, **_RUN)
+  assert toy_runs.saved(tmp_path / "l2rw")[0] >= 10
+  statuses, errors = _work(1, 4, "train", **arguments)
   assert statuses == [0], "\n".join(errors)
-  for name in ("l2rw", "adacore"):
-    _assert_same_runs(tmp_path / "moved" / name, tmp_path / "one" / name)
-
-
-_MISTAKES = {
-  "batch": "--batch_size=6 does not divide among the 4 devices of 2 processes",
-  "settings": "seed 0, config, num_steps is 5 in process 0 and 7 in process 1",
-  "data": "seed 0, data is ",
-  "flags": "num_steps is 5 in process 0 and 7 in process 1",
-  "folder": "is not shared: process 1",
-}
-
-
-def test_mistakes_end_all_processes_with_one_line(tmp_path, work):
-  statuses, errors = work(2, 2, "mistakes", as_script=True, folder=str(tmp_path))
-  assert statuses == [2, 2], errors
-  lines = [stderr.splitlines() for stderr in errors]
-  missing = "x.array_record-00001-of-00002: No such file"
-  assert lines == [[f"error: process 1: {missing}"], [f"error: {missing}"]]
-  first, second = (
-    json.loads((tmp_path / f"{process}.json").read_text()) for process in range(2)
-  )
-  assert first == second and first.keys() == _MISTAKES.keys()
-  for name, part in _MISTAKES.items():
-    assert part in first[name] and "\n" not in first[name], first[name]
-  assert not (tmp_path / "script").exists()
+  _assert_same_runs(tmp_path / "l2rw", one_process / "l2rw")
 
 
 _SCRIPT = ("-m", "experiments.digits_noise")
@@ -253,6 +216,30 @@ def _wait_until(is_done, started):
   while not is_done() and time.monotonic() < deadline:
     assert all(process.poll() is None for process in started), _finish(started)
     time.sleep(0.05)
+
+
+_MISTAKES = {
+  "batch": "--batch_size=6 does not divide among the 4 devices of 2 processes",
+  "settings": "seed 0, config, num_steps is 5 in process 0 and 7 in process 1",
+  "data": "seed 0, data is ",
+  "flags": "num_steps is 5 in process 0 and 7 in process 1",
+  "folder": "is not shared: process 1",
+}
+
+
+def test_mistakes_end_all_processes_with_one_line(tmp_path):
+  statuses, errors = _work(2, 2, "mistakes", as_script=True, folder=str(tmp_path))
+  assert statuses == [2, 2], errors
+  lines = [stderr.splitlines() for stderr in errors]
+  missing = "x.array_record-00001-of-00002: No such file"
+  assert lines == [[f"error: process 1: {missing}"], [f"error: {missing}"]]
+  first, second = (
+    json.loads((tmp_path / f"{process}.json").read_text()) for process in range(2)
+  )
+  assert first == second and first.keys() == _MISTAKES.keys()
+  for name, part in _MISTAKES.items():
+    assert part in first[name] and "\n" not in first[name], first[name]
+  assert not (tmp_path / "script").exists()
 
 
 def test_process_that_never_arrives_ends_the_other_with_one_line():

@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import pathlib
-import pickle
 import signal
 import sys
 
@@ -17,14 +16,7 @@ _TESTS = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(_TESTS / "training"), str(_TESTS / "methods"), str(_TESTS.parent)]
 
 
-_CONNECTION = ("count", "process", "num_local", "address", "programs", "as_script")
-
-
-def _connect(count, process, num_devices, address, programs, as_script):
-  # A program that process 0 has compiled is not compiled again.
-  jax.config.update("jax_compilation_cache_dir", programs)
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+def _connect(count, process, num_devices, address, as_script):
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", num_devices)
   jax.config.update("jax_disable_most_optimizations", True)
@@ -41,32 +33,20 @@ def _connect(count, process, num_devices, address, programs, as_script):
     jax.distributed.initialize(address, count, process, initialization_timeout=60)
 
 
-def sweep(folder, layout, names_of_kinds):
-  """Four steps of methods of `sweep_test`, as one program for each kind of map.
-
-  Writes every number to `folder`/`layout`-KIND.npz. The first layout also writes the
-  initial states, for the others.
-
-  Args:
-    folder: receives the files.
-    layout: a name.
-    names_of_kinds: the methods by the kind of map; None for all of them.
-  """
+def sweep(path, names, kind):
+  """Four steps of the methods of `sweep_test`, as one program; writes all numbers."""
   import numpy as np
   import sweep_test
 
   from l2rw_jax import processes
   from l2rw_jax.training import devices
 
-  states_file = pathlib.Path(folder) / "states.pickle"
-  if not states_file.exists():
-    states_file.write_bytes(pickle.dumps(sweep_test._initial_states(0)))
-  all_initial = pickle.loads(states_file.read_bytes())
-
   def steps(states, batch, meta_batch):
     results = {
-      name: sweep_test._step_fn(name, devices.AXIS_NAME)(state, batch, meta_batch)
-      for name, state in states.items()
+      name: sweep_test._step_fn(name, devices.AXIS_NAME)(
+        states[name], batch, meta_batch
+      )
+      for name in names
     }
     states = {name: state for name, (state, _) in results.items()}
     output = {
@@ -75,6 +55,8 @@ def sweep(folder, layout, names_of_kinds):
     }
     return states, output
 
+  # One program initializes all methods of the sweep.
+  sweep_test._METHODS = {name: sweep_test._METHODS[name] for name in names}
   chosen = devices.choose(None, sweep_test._B)
   own = devices.local(chosen)
   first = chosen.index(own[0])
@@ -83,50 +65,31 @@ def sweep(folder, layout, names_of_kinds):
     parts = jax.tree.map(lambda x: x.reshape(len(chosen), 1, -1, *x.shape[1:]), batch)
     return jax.tree.map(lambda x: x[first : first + len(own)], parts)
 
-  def of_all(tree):
-    """Arrays by name, with those of all devices of all processes."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    shards = [
-      np.concatenate([shard.data for shard in leaf.addressable_shards])
-      for _, leaf in leaves
-    ]
-    names = [jax.tree_util.keystr(path) for path, _ in leaves]
-    return dict(zip(names, processes.concatenate(shards), strict=True))
-
-  for kind, names in names_of_kinds.items():
-    initial = {name: all_initial[name] for name in names or all_initial}
-    step = devices.map_step(steps, 1, chosen, kind)
-    state = devices.replicate(
-      jax.tree.map(lambda x: np.asarray(x)[None], initial), chosen
-    )
-    arguments = (state, *map(split, sweep_test._data()[0]))
-
-    def compiles(step=step, arguments=arguments):
-      step.lower(*arguments).compile()
-
-    # The others read the program that process 0 compiles. Gloo does not wait longer
-    # than 30 seconds for a process that still compiles.
-    processes.on_first("compile", compiles)
-    if not processes.is_first():
-      compiles()
-    processes.exchange("compiled", "")
-    numbers = {}
-    for i, batches in enumerate(sweep_test._data()):
-      state, output = step(state, *map(split, batches))
-      numbers |= {f"step {i}{name}": x for name, x in of_all(output).items()}
-    numbers |= {f"end{name}": x for name, x in of_all(state).items()}
-    if processes.is_first():
-      np.savez(pathlib.Path(folder) / f"{layout}-{kind}.npz", **numbers)
+  step = devices.map_step(steps, 1, chosen, kind)
+  initial = {name: sweep_test._initial(name) for name in names}
+  state = devices.replicate(
+    jax.tree.map(lambda x: np.asarray(x)[None], initial), chosen
+  )
+  numbers = {}
+  for i, batches in enumerate(sweep_test._data()):
+    state, output = step(state, *map(split, batches))
+    for name, (weights, losses, metrics) in jax.device_get(output).items():
+      joined = processes.concatenate([weights, losses])
+      numbers[f"{name}/{i}/weights"], numbers[f"{name}/{i}/losses"] = (
+        x.ravel() for x in joined
+      )
+      for metric, value in metrics.items():
+        numbers[f"{name}/{i}/{metric}"] = value[0, 0]
+  for path_, leaf in jax.tree_util.tree_leaves_with_path(
+    jax.device_get(devices.unreplicate(state))
+  ):
+    numbers[f"end{jax.tree_util.keystr(path_)}"] = np.asarray(leaf)
+  if processes.is_first():
+    np.savez(path, **numbers)
 
 
-def train(runs, signal_at=None, **settings):
-  """`loop.train` of some methods.
-
-  Args:
-    runs: [folder, method] of each of them.
-    signal_at: [process, step, signal]: a process sends itself a signal in the last one.
-    **settings: of all runs.
-  """
+def train(folder, names, signal_at=None, **settings):
+  """`loop.train` of some methods; `signal_at` is [process, step, signal]."""
   # In float64, so that what differs is not rounding.
   jax.config.update("jax_enable_x64", True)
   # Flax keeps running statistics in float32.
@@ -141,13 +104,12 @@ def train(runs, signal_at=None, **settings):
   from l2rw_jax.training import devices
   from l2rw_jax.training import sampling
 
-  # Of the 60 examples, two processes select from 40 and 20.
-  adacore._BATCH_SIZE = 20
-  # Rounding decides which of two examples that are nearest to each other is chosen. A
-  # large subset has many such pairs.
-  methods = {"l2rw": l2rw.l2rw(), "adacore": adacore.adacore(0.2, refresh_every=4)}
-
-  def send_signal(process, at, number):
+  methods = {
+    "l2rw": l2rw.l2rw(),
+    "adacore": adacore.adacore(0.5),
+  }
+  if signal_at is not None:
+    process, at, number = signal_at
     original = sampling.Sampler.next
 
     def draw(self, step):
@@ -175,11 +137,9 @@ def train(runs, signal_at=None, **settings):
     part: getattr(split, part)._replace(image=getattr(split, part).image.astype(float))
     for part in ("train", "meta", "validation", "test")
   }
-  for number, (folder, name) in enumerate(runs, 1):
-    if signal_at and number == len(runs):
-      send_signal(*signal_at)
+  for name in names:
     toy_runs.train(
-      folder,
+      pathlib.Path(folder) / name,
       methods[name],
       [split._replace(**parts)],
       classifier.Classifier(NormNet(), toy_runs.CLASSES),
@@ -250,6 +210,8 @@ def mistakes(folder):
 
 if __name__ == "__main__":
   arguments = json.loads(sys.argv[1])
-  _connect(*(arguments.pop(k) for k in _CONNECTION))
+  connection = ("count", "process", "num_local", "address", "as_script")
+  _connect(*(arguments.pop(k) for k in connection))
   tasks = {"sweep": sweep, "train": train, "mistakes": mistakes}
-  tasks[arguments.pop("task")](**arguments)
+  task = tasks[arguments.pop("task")]
+  task(**arguments)
