@@ -7,8 +7,8 @@ by the same command, which may be killed again, until the run finishes. The metr
 weights and parameters of finished runs are compared byte for byte with those of the run
 that was not interrupted.
 
-Command: python -m benchmarks.process_kills runs/process_kills
-Results: results/process_kills; a row is a kill.
+Command: python -m benchmarks.process_kills FOLDER
+Writes FOLDER/results.csv, a row for each kill, and prints a summary.
 """
 
 from collections.abc import Sequence
