@@ -59,6 +59,7 @@ _DEV_SIZE = 5_000
 class Settings(settings_lib.Settings):
   """The flags of this benchmark."""
 
+  SEVERAL_PROCESSES = False
   EXTENDABLE = ("methods", "num_seeds", "shares")
 
   dataset: str = flag("mnist")

@@ -118,6 +118,8 @@ def estimate_from_network(
 ) -> base.Array:
   """T from evaluation-mode predictions on the whole training set; on the host.
 
+  With several processes, all of them must call it, and each predicts its part.
+
   Args:
     estimator: one of `ESTIMATORS`, "anchor" for `estimate_transition`.
     problem: the learning problem.
@@ -131,7 +133,9 @@ def estimate_from_network(
   def predict(batch):
     return _log_probabilities(problem.forward, view.params, view.model_state, batch)
 
-  log_p = jnp.asarray(inference.map_batches(predict, view.train, _BATCH_SIZE))
+  log_p = jnp.asarray(
+    inference.map_batches(predict, view.train, _BATCH_SIZE, by_process=True)
+  )
   if estimator == "anchor":
     return estimate_transition(jnp.exp(log_p), percentile)
   labels = jnp.asarray(view.train["label"])

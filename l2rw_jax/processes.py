@@ -6,6 +6,7 @@ connection: nothing is exchanged then.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import itertools
 import json
 import re
@@ -28,6 +29,8 @@ _LOST = re.compile(
   r"|UNAVAILABLE|coordination.?service|heartbeat|barrier",
   re.IGNORECASE,
 )
+# The key of the reason why a process ended.
+_FAILURE = "l2rw_jax/failure"
 # Numbers the exchanges, so that their names are unique.
 _numbers = itertools.count()
 
@@ -73,14 +76,38 @@ def client() -> Any:
 def wait_for(key: str) -> str:
   """The value of a key in the store of the coordination service, once it is set.
 
-  If the process that sets it ends, JAX ends this one too.
+  If the process that sets it ends without a reason, JAX ends this one too.
+
+  Raises:
+    InputError: a process ended because of a mistake, see `publish_failure`.
   """
   while True:
-    try:
-      return client().blocking_key_value_get(key, _POLL_MS)
-    except jax.errors.JaxRuntimeError as error:
-      if not str(error).startswith(_TIMED_OUT):
-        raise
+    value = _value(key, _POLL_MS)
+    if value is not None:
+      return value
+    failure = _value(_FAILURE, 1)
+    if failure is not None:
+      raise base.InputError(failure)
+
+
+def _value(key: str, timeout_ms: int) -> str | None:
+  """The value of a key; None if it is not set in time."""
+  try:
+    return client().blocking_key_value_get(key, timeout_ms)
+  except jax.errors.JaxRuntimeError as error:
+    if not str(error).startswith(_TIMED_OUT):
+      raise
+    return None
+
+
+def publish_failure(message: str) -> None:
+  """Lets the processes that wait for this one raise the reason why it ends.
+
+  Args:
+    message: the reason. The first one that a process publishes is kept.
+  """
+  with contextlib.suppress(jax.errors.JaxRuntimeError):  # There is one already.
+    client().key_value_set(_FAILURE, f"process {index()}: {message}")
 
 
 def exchange(name: str, value: str) -> list[str]:
@@ -159,11 +186,20 @@ def check_same(what: str, values: Mapping[str, Any]) -> None:
       )
 
 
-def _difference(first: dict[str, Any], other: dict[str, Any], process: int) -> str:
+def _difference(
+  first: dict[str, Any], other: dict[str, Any], process: int, place: str = ""
+) -> str:
+  """The first value that differs, with the names that lead to it."""
   for name in sorted(first.keys() | other.keys()):
-    one, two = (json.dumps(x[name]) if name in x else "absent" for x in (first, other))
-    if one != two:
-      return f"{name} is {one} in process 0 and {two} in process {process}"
+    if name in first and name in other and first[name] == other[name]:
+      continue
+    one, two = first.get(name), other.get(name)
+    if isinstance(one, dict) and isinstance(two, dict):
+      return _difference(one, two, process, f"{place}{name}, ")
+    here, there = (
+      json.dumps(x[name]) if name in x else "absent" for x in (first, other)
+    )
+    return f"{place}{name} is {here} in process 0 and {there} in process {process}"
   return "their order differs"
 
 
@@ -178,6 +214,25 @@ def concatenate(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
   parts = multihost_utils.process_allgather(_as_bytes(arrays))
   by_process = [_from_bytes(part, arrays) for part in parts]
   return [np.concatenate(blocks) for blocks in zip(*by_process, strict=True)]
+
+
+def join(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+  """As `concatenate`, of arrays whose number of rows depends on the process."""
+  if count() == 1 or not arrays:
+    return list(arrays)
+  sizes = np.array(
+    [json.loads(x) for x in exchange("join", json.dumps([len(x) for x in arrays]))]
+  )  # [processes, arrays]
+  padded = [
+    np.concatenate([x, np.zeros((most - len(x), *x.shape[1:]), x.dtype)])
+    for x, most in zip(arrays, sizes.max(axis=0), strict=True)
+  ]
+  return [
+    np.concatenate(
+      [part[:size] for part, size in zip(np.split(x, count()), own, strict=True)]
+    )
+    for x, own in zip(concatenate(padded), sizes.T, strict=True)
+  ]
 
 
 def from_first(tree: base.PyTree) -> base.PyTree:

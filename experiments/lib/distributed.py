@@ -135,19 +135,22 @@ def _relay_c_output(not_connected: str) -> None:
 _relay: subprocess.Popen | None = None
 
 
-def leave(status: int) -> None:
+def leave(status: int, mistake: str | None = None) -> None:
   """Ends one of several processes whose last line is printed; returns if it is alone.
 
   JAX would wait for the others until they end too, or report that they were lost.
 
   Args:
     status: of the exit.
+    mistake: why this process ends, for the others, which may not have made it.
   """
   if _relay is None:
     return
   with contextlib.suppress(OSError):
     os.write(2, last_words.REPORTED)
   if _is_connected:
+    if mistake is not None:
+      processes.publish_failure(mistake)
     # Others may still need the store of process 0 to learn why they end.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       processes.client().wait_at_barrier("l2rw_jax/leave", _LEAVE_MS)

@@ -266,7 +266,9 @@ def _end_by(number: signal.Signals) -> None:
 
 def _lose(error: Exception) -> None:
   """Ends with one line because another process has ended."""
-  reason = " ".join(str(error).split())[:200]
+  # JAX repeats the same words for every call that could not be started.
+  text = re.sub(r"([^:]+: )\1+", r"\1", " ".join(str(error).split()))
+  reason = text[:200]
   print(
     f"error: another process ended or cannot be reached ({reason}); the same command"
     " continues.",
@@ -291,8 +293,9 @@ _gave_up = False
 def _give_up(error: object) -> None:
   global _gave_up
   _gave_up = True
-  print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-  distributed.leave(2)
+  line = " ".join(str(error).split())
+  print(f"error: {line}", file=sys.stderr)
+  distributed.leave(2, line)
   sys.exit(2)
 
 

@@ -36,7 +36,6 @@ References:
 
 from collections.abc import Callable
 import functools
-import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -129,6 +128,9 @@ def loss_derivatives(
 ) -> LossDerivatives:
   """One evaluation-mode pass over the training set.
 
+  With several processes, each of them passes over its part, in the batches of a single
+  process, so that all of them receive what a single process computes.
+
   Args:
     problem: the learning problem.
     view: parameters and training set.
@@ -146,10 +148,10 @@ def loss_derivatives(
   functions: tuple[Any, ...] = (problem.forward, problem.loss)
   if last_layer:
     functions += (problem.features, problem.head)
-  starts = itertools.count(0, _BATCH_SIZE)
+  rows = np.arange(problem.num_examples)
 
   def batch_derivatives(batch):
-    start = next(starts)
+    start = batch.pop("row")[0]
     derivatives = _batch_derivatives(
       functions,
       view.params,
@@ -165,7 +167,9 @@ def loss_derivatives(
       return derivatives._replace(curvature=derivatives.curvature[None])
     return derivatives
 
-  derivatives = inference.map_batches(batch_derivatives, view.train, _BATCH_SIZE)
+  derivatives = inference.map_batches(
+    batch_derivatives, {**view.train, "row": rows}, _BATCH_SIZE, by_process=True
+  )
   derivatives = jax.tree.map(jnp.asarray, derivatives)
   if scope == "shared":
     total = derivatives.curvature.sum(axis=0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from l2rw_jax import base
 from l2rw_jax import processes
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -126,7 +127,7 @@ class _Agreement:
       number = self._request()
       if number is not None:
         self._decide(number)
-    except jax.errors.JaxRuntimeError:
+    except (jax.errors.JaxRuntimeError, base.InputError):
       pass
     finally:
       self._decided.set()

@@ -301,8 +301,9 @@ class Run:
           rng=sampling.generator(seed, "refresh", epoch),
         )
         states[run] = self.method.refresh(state.method_state, problem, view)
-    # Every process computes the same state. They all continue with that of the first
-    # one, because hosts may round differently.
+    # Every process computes the same state; some methods divide their pass over the set
+    # (`inference.map_batches`). They all continue with the state of the first process,
+    # because hosts may round differently.
     stacked = processes.from_first(jax.tree.map(lambda *x: jnp.stack(x), *states))
     self.state = self.state._replace(
       method_state=devices_lib.replicate(stacked, self.devices)
