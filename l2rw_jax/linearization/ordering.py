@@ -49,6 +49,28 @@ def _first_entry(x):
   return entry.astype(jnp.float32)
 
 
+def num_bytes(tree: base.PyTree) -> int:
+  """The memory of the arrays of a pytree."""
+  sizes = [(x.size, jax.typeof(x).dtype) for x in jax.tree.leaves(tree)]
+  return sum(
+    size * dtype.itemsize
+    for size, dtype in sizes
+    if not jnp.issubdtype(dtype, jax.dtypes.extended)
+  )
+
+
+def kept_bytes(vjp_fn: base.PyTree, known: base.PyTree) -> int:
+  """The memory of the arrays that a backward pass keeps.
+
+  Args:
+    vjp_fn: the result of `jax.vjp`.
+    known: pytree of arrays that are in memory in any case, which are not counted.
+  """
+  counted = {id(x) for x in jax.tree.leaves(known)}
+  kept = {id(x): x for x in jax.tree.leaves(vjp_fn) if id(x) not in counted}
+  return num_bytes(list(kept.values()))
+
+
 def after(first: base.PyTree, then: base.PyTree) -> base.PyTree:
   """Returns `then`, so that computations from the result wait for `first`.
 
