@@ -50,12 +50,13 @@ def _first_entry(x):
 
 
 def num_bytes(tree: base.PyTree) -> int:
-  """The memory of the arrays of a pytree."""
-  sizes = [(x.size, jax.typeof(x).dtype) for x in jax.tree.leaves(tree)]
+  """The bytes of the arrays of a pytree, except PRNG keys."""
+  avals = [jax.typeof(x) for x in jax.tree.leaves(tree)]
+  is_key = [jnp.issubdtype(aval.dtype, jax.dtypes.extended) for aval in avals]
   return sum(
-    size * dtype.itemsize
-    for size, dtype in sizes
-    if not jnp.issubdtype(dtype, jax.dtypes.extended)
+    aval.size * aval.dtype.itemsize
+    for aval, skip in zip(avals, is_key, strict=True)
+    if not skip
   )
 
 
