@@ -58,7 +58,8 @@ def _run(jaxpr, consts, args, zero):
     inputs = [read(v) for v in eqn.invars]
     call = batch_axes.inlined(eqn)
     if call is not None:
-      outputs = _run(*call, inputs, zero)
+      inner, inner_consts = call
+      outputs = _run(inner, inner_consts, inputs, zero)
     elif eqn.primitive.name == "scan":
       outputs = _scan(eqn, inputs, zero)
     else:
