@@ -40,6 +40,13 @@ class StaticStr(str):
   __slots__ = ()
 
 
+@jax.tree_util.register_static
+class StaticFloat(float):
+  """As `StaticStr`, a number."""
+
+  __slots__ = ()
+
+
 class Fault(enum.IntEnum):
   """The first quantity of a meta step that held a NaN or an infinity.
 

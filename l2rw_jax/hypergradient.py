@@ -33,6 +33,7 @@ import optax
 
 from l2rw_jax import base
 from l2rw_jax import linearization
+from l2rw_jax.linearization import loop_buffers
 from l2rw_jax.linearization import microbatching
 from l2rw_jax.linearization import ordering
 from l2rw_jax.linearization import trainable
@@ -81,6 +82,8 @@ class Direction(NamedTuple):
       optimizer's step ignores the gradient; bool scalar.
     fault: the first quantity that is not finite, a `base.Fault`; int32 scalar.
     aux: the auxiliary output of the meta losses function, or None.
+    kept: the memory that the meta gradient kept for its backward pass, per meta
+      example, over that of the parameters; infinite if it is not known.
   """
 
   vector: base.PyTree
@@ -89,6 +92,7 @@ class Direction(NamedTuple):
   zero_slope: base.Array
   fault: base.Array
   aux: Any = None
+  kept: base.StaticFloat = base.StaticFloat("inf")
 
 
 def init_optimizer(
@@ -227,12 +231,18 @@ def direction(
 
   lookahead_leaves, step_vjp = jax.vjp(step, partition.leaves(inner_gradient))
   lookahead_leaves = base.local(lookahead_leaves, axis_name)
+  kept = base.StaticFloat("inf")
   if microbatch_size is None:
     losses, losses_vjp, aux = jax.vjp(
       lambda leaves: meta_losses(leaves, meta_batch), lookahead_leaves, has_aux=True
     )
     loss, cotangent = _meta_loss(objective, losses, axis_name)
     (gradient,) = losses_vjp(cotangent)
+    kept = base.StaticFloat(
+      ordering.kept_bytes(losses_vjp, (lookahead_leaves, meta_batch))
+      / losses.size
+      / max(ordering.num_bytes(lookahead_leaves), 1)
+    )
   else:
     losses, loss, gradient, aux = _microbatched_meta_gradient(
       meta_losses, lookahead_leaves, meta_batch, objective, axis_name, microbatch_size
@@ -245,7 +255,7 @@ def direction(
   fault = _check_finite(losses, loss, max_gradient, max_vector, axis_name)
   zero_slope = _check_slope(max_gradient, max_vector)
   return Direction(
-    partition.combine_gradient(vector), loss, fault == 0, zero_slope, fault, aux
+    partition.combine_gradient(vector), loss, fault == 0, zero_slope, fault, aux, kept
   )
 
 
@@ -310,6 +320,41 @@ def batch_after(direction: Direction, batch: Any) -> Any:
     batch: pytree of arrays; a batch without numeric arrays is not ordered.
   """
   return ordering.after(base.max_abs(direction.vector), batch)
+
+
+def order_of(direction: Direction, batch: Any) -> base.StaticStr:
+  """The order of the two batches that needs less memory.
+
+  "batches" finishes with the meta batch before it begins with the training batch. Then
+  the activations of one batch at a time are in memory, and the whole direction.
+  "layers" leaves the order to the compiler. Then the activations of both batches are in
+  memory, but of the direction only what a layer needs at a time. The first is returned
+  unless the parameters take more memory than the activations of `batch`.
+
+  Args:
+    direction: the result of `direction`.
+    batch: the training batch, whose arrays have a row per example.
+  """
+  rows = [x.shape[0] for x in jax.tree.leaves(batch) if getattr(x, "shape", ())]
+  is_small = bool(rows) and direction.kept * max(rows) < 1
+  return base.StaticStr("layers" if is_small else "batches")
+
+
+def after_direction(
+  direction: Direction, batch: Any, function: Callable[[Any], Any]
+) -> Any:
+  """`function(batch)`, in the order that needs less memory, see `order_of`.
+
+  Args:
+    direction: the result of `direction`.
+    batch: pytree of arrays, the training batch.
+    function: what to compute from it. Its result may not be differentiated.
+  """
+  if order_of(direction, batch) == "layers":
+    return function(batch)
+  batch = batch_after(direction, batch)
+  first = base.max_abs(direction.vector)
+  return loop_buffers.allocated_after(first, lambda: function(batch))
 
 
 def local(direction: Direction, axis_name: base.AxisName) -> Direction:

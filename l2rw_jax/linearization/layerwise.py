@@ -36,7 +36,10 @@ import jax
 import jax.numpy as jnp
 
 from l2rw_jax import base
+from l2rw_jax.linearization import ordering
 from l2rw_jax.linearization import parameter_uses
+
+_MAX_LINKS = 64  # Of the gradients of layers that wait for each other.
 
 
 def linearize(
@@ -81,6 +84,7 @@ def linearize(
   )
   (gradients,) = vjp_fn(jnp.ones_like(losses))
   zeros = parameter_uses.zeros(jax.typeof(losses))
+  in_turn = ordering.num_bytes(gradients) < ordering.num_bytes(leaves)
 
   def directional(vector):
     parameters, tangents = dict(enumerate(leaves)), dict(enumerate(vector))
@@ -88,7 +92,9 @@ def linearize(
 
   def weighted_gradient(weights):
     parameters = dict(enumerate(leaves))
-    result = _weighted_gradient(plan, parameters, values, gradients, weights)
+    result = _weighted_gradient(
+      plan, parameters, values, gradients, weights, in_turn=in_turn
+    )
     return [result[i] for i in range(len(leaves))]
 
   return losses, directional, weighted_gradient, jax.tree.unflatten(tree, aux)
@@ -193,8 +199,14 @@ def _weighted_gradient(
   values: _Values,
   gradients: list[Any],
   weights: base.Array,
+  *,
+  in_turn: bool = False,
 ) -> _Values:
   """The gradient of the weighted sum of losses; arguments as in `_directional`.
+
+  With `in_turn`, the gradient of a layer is not computed before that of the next one is
+  finished, as in a backward pass. An optimizer can then use one after the other, and a
+  compiler has no reason to hold all of them at the same time.
 
   Returns:
     Gradients, like `parameters`.
@@ -202,9 +214,14 @@ def _weighted_gradient(
   inputs, vjp_fn = jax.vjp(_inputs_of_uses(plan, values), parameters)
   cotangents = []
   uses = plan.parameter_uses()
-  for step, x, g in zip(uses, inputs, gradients, strict=True):
-    cotangents.append(_COTANGENTS[type(step)](step, x, g, values, weights))
-  (result,) = vjp_fn(cotangents)
+  link = ordering.num_bytes(parameters) / _MAX_LINKS
+  waiting, finished = weights, []
+  for step, x, g in reversed(list(zip(uses, inputs, gradients, strict=True))):
+    cotangents.append(_COTANGENTS[type(step)](step, x, g, values, waiting))
+    finished.append(cotangents[-1])
+    if in_turn and ordering.num_bytes(finished) >= link:
+      waiting, finished = ordering.after(finished, weights), []
+  (result,) = vjp_fn(cotangents[::-1])
   return result
 
 

@@ -49,6 +49,29 @@ def _first_entry(x):
   return entry.astype(jnp.float32)
 
 
+def num_bytes(tree: base.PyTree) -> int:
+  """The bytes of the arrays of a pytree, except PRNG keys."""
+  avals = [jax.typeof(x) for x in jax.tree.leaves(tree)]
+  is_key = [jnp.issubdtype(aval.dtype, jax.dtypes.extended) for aval in avals]
+  return sum(
+    aval.size * aval.dtype.itemsize
+    for aval, skip in zip(avals, is_key, strict=True)
+    if not skip
+  )
+
+
+def kept_bytes(vjp_fn: base.PyTree, known: base.PyTree) -> int:
+  """The memory of the arrays that a backward pass keeps.
+
+  Args:
+    vjp_fn: the result of `jax.vjp`.
+    known: pytree of arrays that are in memory in any case, which are not counted.
+  """
+  counted = {id(x) for x in jax.tree.leaves(known)}
+  kept = {id(x): x for x in jax.tree.leaves(vjp_fn) if id(x) not in counted}
+  return num_bytes(list(kept.values()))
+
+
 def after(first: base.PyTree, then: base.PyTree) -> base.PyTree:
   """Returns `then`, so that computations from the result wait for `first`.
 

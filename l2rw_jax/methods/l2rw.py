@@ -42,6 +42,7 @@ from collections.abc import Callable
 import dataclasses
 from typing import Any, NamedTuple
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 import optax
@@ -74,6 +75,8 @@ class ExampleWeights(NamedTuple):
     aux: what `losses_fn` returned in addition to the losses of `batch`, else None.
     engine: the engine that linearized `batch`, such as the one that "auto" chose; see
       `base.Linearized`.
+    order: "batches" or "layers", what is finished before the next one begins, see
+      `hypergradient.order_of`; empty for `example_weights`, which has no order.
   """
 
   weights: base.Array
@@ -85,6 +88,7 @@ class ExampleWeights(NamedTuple):
   fault: base.Array
   aux: Any = None
   engine: base.StaticStr = base.StaticStr()
+  order: base.StaticStr = base.StaticStr()
 
 
 def example_weights(
@@ -265,7 +269,9 @@ def weighted_value_and_grad(
   It replaces `jax.value_and_grad` in a training step. A single forward pass of the
   batch is used for its losses, its scores and the weighted gradient. It starts after
   the meta batch has been processed, so that the activations of only one batch at a time
-  are in memory. Arguments are those of `example_weights`.
+  are in memory, unless the parameters take more memory than the activations, see
+  `hypergradient.order_of`; `info.order` is the order. Arguments are those of
+  `example_weights`.
 
   Returns:
     `(params, batch, meta_batch, opt_state=None, direction=None) -> ((loss, info),
@@ -297,22 +303,38 @@ def weighted_value_and_grad(
         has_aux=has_aux,
         microbatch_size=microbatch_size,
       )
-    batch = hypergradient.batch_after(direction, batch)
-    direction = hypergradient.local(direction, axis_name)
-    linearized = linearize(
-      losses_fn,
-      base.local(params, axis_name),
-      batch,
-      has_aux=has_aux,
-      engine=engine,
-      direction=hypergradient.known_vector(direction),
-    )
-    info = weigh(linearized, direction, axis_name)
-    loss = base.psum(jnp.sum(info.weights * info.losses), axis_name)
-    grads = base.summed_gradient(linearized, info.weights, axis_name)
-    return (loss, info), grads
+    order = hypergradient.order_of(direction, batch)
+    local_direction = hypergradient.local(direction, axis_name)
+
+    def after_direction(batch):
+      linearized = linearize(
+        losses_fn,
+        base.local(params, axis_name),
+        batch,
+        has_aux=has_aux,
+        engine=engine,
+        direction=hypergradient.known_vector(local_direction),
+      )
+      info = weigh(linearized, local_direction, axis_name)._replace(order=order)
+      loss = base.psum(jnp.sum(info.weights * info.losses), axis_name)
+      grads = base.summed_gradient(linearized, info.weights, axis_name)
+      return (loss, info), grads
+
+    result = hypergradient.after_direction(direction, batch, after_direction)
+    _log_plan(result[0][1])
+    return result
 
   return value_and_grad
+
+
+def _log_plan(info):
+  logging.log_first_n(
+    logging.INFO,
+    "L2RW: engine %s, %s in turn (see hypergradient.order_of)",
+    1,
+    info.engine,
+    info.order,
+  )
 
 
 def l2rw(
@@ -381,17 +403,26 @@ def l2rw(
       direction = state._replace(vector=partition.combine_gradient(state.vector))
     linearize = _linearize(problem.linearize, layers, microbatch_size)
     problem = dataclasses.replace(problem, linearize=linearize)
-    inputs = inputs._replace(batch=hypergradient.batch_after(direction, inputs.batch))
-    direction = hypergradient.local(direction, problem.axis_name)
-    linearized = problem.linearize_batch(
-      inputs, direction=hypergradient.known_vector(direction)
+    order = hypergradient.order_of(direction, inputs.batch)
+    local_direction = hypergradient.local(direction, problem.axis_name)
+
+    def after_direction(batch):
+      linearized = problem.linearize_batch(
+        inputs._replace(batch=batch),
+        direction=hypergradient.known_vector(local_direction),
+      )
+      info = weigh(linearized, local_direction, problem.axis_name)
+      weights = info.weights
+      if not reweight:
+        size = base.global_size(weights.shape[0], problem.axis_name)
+        weights = jnp.full_like(info.losses, 1 / size)
+      grads = base.summed_gradient(linearized, weights, problem.axis_name)
+      return info._replace(order=order), weights, grads
+
+    info, weights, grads = hypergradient.after_direction(
+      direction, inputs.batch, after_direction
     )
-    info = weigh(linearized, direction, problem.axis_name)
-    weights = info.weights
-    if not reweight:
-      size = base.global_size(weights.shape[0], problem.axis_name)
-      weights = jnp.full_like(info.losses, 1 / size)
-    grads = base.summed_gradient(linearized, weights, problem.axis_name)
+    _log_plan(info)
     rejected = base.pmean(jnp.mean(info.weights == 0), problem.axis_name)
     metrics = {
       "meta_loss": info.meta_loss,
@@ -420,7 +451,9 @@ def _stored(direction, params):
   """The part of a direction that is kept from step to step, all of it arrays."""
   loss = direction.meta_loss.astype(jnp.result_type(float))
   vector = trainable.Partition(params).leaves(direction.vector)
-  return direction._replace(vector=vector, meta_loss=loss, aux=None)
+  return direction._replace(
+    vector=vector, meta_loss=loss, aux=None, kept=base.StaticFloat("inf")
+  )
 
 
 def _no_direction(key, problem, params):
