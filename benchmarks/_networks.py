@@ -19,6 +19,7 @@ from l2rw_jax.models import wide_resnet
 NUM_CLASSES = 10
 _MNIST, _CIFAR = (28, 28, 1), (32, 32, 3)
 _NUM_BYTES, _SEQUENCE = 256, (64,)
+_GPT = {"width": 128, "depth": 6, "scan": True, "tied": False, "last_only": True}
 
 
 class Network(NamedTuple):
@@ -90,7 +91,7 @@ NETWORKS = {
   # Blocks in a `jax.lax.scan`, without and with `jax.checkpoint`.
   **{
     name: Network(
-      functools.partial(gpt.GPT, _NUM_BYTES, remat=remat),
+      functools.partial(gpt.GPT, _NUM_BYTES, **_GPT, remat=remat),
       _SEQUENCE,
       num_classes=_NUM_BYTES,
       cpu_batch_size=32,

@@ -37,6 +37,7 @@ from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 from l2rw_jax.methods import mentornet
 from l2rw_jax.methods import meta_weight_net
+from l2rw_jax.models import gpt
 from l2rw_jax.models import language_model
 from l2rw_jax.training import evaluation
 from l2rw_jax.training import results as results_lib
@@ -172,7 +173,7 @@ def make_model(settings: Settings) -> language_model.LanguageModel:
   if settings.width % _HEAD:
     raise base.InputError(f"--width={settings.width} must be a multiple of {_HEAD}.")
   vocabulary = text_documents.VOCABULARY
-  network = language_model.GPT(
+  network = gpt.GPT(
     vocabulary,
     settings.width,
     settings.depth,
@@ -228,7 +229,7 @@ def suspicion(
   """
   if name == "uniform":
     problem = model.problem(
-      class_counts=jnp.zeros(model.vocabulary),
+      class_counts=jnp.zeros(model.num_classes),
       num_examples=len(train.label),
       num_steps=result.metrics["num_steps"],
     )

@@ -4,7 +4,7 @@ Paper: Ren et al., "Learning to Reweight Examples for Robust Deep Learning"
   (ICML 2018), figure 3: test error against the majority's share, 5,000 training
   images, 10 clean ones, 10 splits.
 Command: python -m experiments.mnist_imbalance --data_dir=DIR
-  whole figure; --majority=0.995 --num_splits=3 for its right end.
+  whole figure; --majority=0.995 --num_seeds=3 for its right end.
 Device, time: one CPU core, 8 to 14 minutes a run.
 Published (error %, majority 0.995): baseline 18.26, proportion 8.30, hard
   mining 7.74, L2RW 3.62. Measured: results/mnist_imbalance.
@@ -21,7 +21,6 @@ import optax
 
 from experiments.lib import figures
 from experiments.lib import launch
-from experiments.lib import probes
 from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
@@ -76,10 +75,10 @@ def _protocol(text: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(probes.Settings):
+class Settings(runner.Settings):
   """The flags of this script."""
 
-  EXTENDABLE = ("majority", "methods", "num_splits", "splits_at_once")
+  EXTENDABLE = ("majority", "methods", "num_seeds", "seeds_at_once")
 
   dataset: str = flag(
     "mnist",
@@ -98,14 +97,9 @@ class Settings(probes.Settings):
   methods: tuple[str, ...] = flag(
     FIGURE_METHODS, f"Methods to compare, of {', '.join(METHODS)}."
   )
-  num_splits: int = flag(
-    10, "Number of random splits of the data.", bounds=settings_lib.REPEATS
-  )
-  splits_at_once: int | None = flag(
-    None,
-    "Number of splits trained side by side by one compiled step. The default is 1 on"
-    " CPU and all elsewhere.",
-    bounds=settings_lib.REPEATS,
+  num_seeds: int = flag(10, aliases=["num_splits"])
+  seeds_at_once: int | None = flag(
+    None, unset="1 on CPU and all elsewhere", aliases=["splits_at_once"]
   )
   num_steps: int | None = flag(
     None, _protocol("Number of parameter updates of the baselines.")
@@ -211,7 +205,7 @@ def make_cell(settings: Settings, name: str, majority: float) -> runner.Cell:
     num_steps=steps,
     batch_size=protocol.hard_mining_batch if is_hard_mining else settings.batch_size,
     eval_every=settings.eval_every,
-    seeds=tuple(range(settings.num_splits)),
+    seeds=settings.seeds,
   )
   method = make_method(name, protocol.variant, steps)
   include_meta = protocol.clean_in_train and not method.needs_meta
@@ -224,7 +218,7 @@ def make_cell(settings: Settings, name: str, majority: float) -> runner.Cell:
     make_optimizer(settings.learning_rate, settings.momentum),
     functools.partial(make_splits, settings, majority, include_meta),
     f"majority-{majority}-{name}" + "/splits-{first}-{last}",
-    runner.seeds_at_once(settings.splits_at_once, has_convolutions=True),
+    runner.seeds_at_once(settings.seeds_at_once, has_convolutions=True),
     (evaluation.accuracy, evaluation.per_class_accuracy),
     f"{name} at {majority:g}",
   )

@@ -172,11 +172,6 @@ class Cell(NamedTuple):
   note: str = ""
 
   @property
-  def seeds_flag(self) -> str:
-    """The script's flag for the number of seeds."""
-    return "num_splits" if self.module.endswith("mnist_imbalance") else "num_seeds"
-
-  @property
   def command(self) -> str:
     """The command that makes the same run, without folders and seeds."""
     parts = ["python", "-m", self.module]
@@ -571,7 +566,7 @@ def _published(cell: Cell) -> str:
 def _full_command(settings: Settings, cell: Cell) -> str:
   if cell.size is None:  # It has no seeds.
     return cell.command
-  return f"{cell.command} --{cell.seeds_flag}={seeds(settings, cell)}"
+  return f"{cell.command} --num_seeds={seeds(settings, cell)}"
 
 
 def describe(settings: Settings, entries: Sequence[Entry]) -> str:
@@ -627,16 +622,15 @@ def make_run(settings: Settings, cell: Cell) -> tuple[Callable[..., Any], Any]:
   values = dict(cell.settings)
   values |= {"data_dir": settings.data_dir, "cache_dir": settings.cache_dir}
   fields = settings_lib.flags_of(module.Settings)
-  if cell.seeds_flag in fields:
-    values[cell.seeds_flag] = seeds(settings, cell)
-  at_once = cell.seeds_flag.removeprefix("num_") + "_at_once"
-  if jax.default_backend() != "cpu" and at_once in fields:
-    values[at_once] = seeds(settings, cell)
+  if "num_seeds" in fields:
+    values["num_seeds"] = seeds(settings, cell)
+  if jax.default_backend() != "cpu" and "seeds_at_once" in fields:
+    values["seeds_at_once"] = seeds(settings, cell)
   if settings.rehearse:
     values |= _REHEARSALS[cell.module]
-    if cell.seeds_flag in fields:
-      values[cell.seeds_flag] = 1
-    values.pop(at_once, None)
+    if "num_seeds" in fields:
+      values["num_seeds"] = 1
+    values.pop("seeds_at_once", None)
   return module.run, module.Settings(**values)
 
 

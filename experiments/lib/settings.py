@@ -532,7 +532,7 @@ def given_values(**values: Any) -> dict[str, Any]:
 _MEMORY = (
   *("networks", "width", "warpi_samples", "restarts", "num_tasks", "num_meta_tasks"),
   *("num_test_tasks", "num_ways", "num_shots", "num_queries", "num_inner_steps"),
-  *("seeds_at_once", "splits_at_once", "num_seeds", "num_rows", "batch_size"),
+  *("seeds_at_once", "num_seeds", "num_rows", "batch_size"),
   *("meta_batch_size", "hard_mining_batch", "probe_batch_size", "num_train"),
 )
 

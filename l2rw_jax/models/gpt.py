@@ -1,4 +1,4 @@
-"""A small language model whose blocks are computed in a loop."""
+"""A small language model: a decoder-only transformer."""
 
 from typing import Any
 
@@ -6,30 +6,35 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from l2rw_jax import base
 from l2rw_jax.models import split
 from l2rw_jax.models import transformer
 
 
 class GPT(split.SplitNetwork):
-  """A decoder-only transformer that predicts the token after a sequence.
+  """Decoder-only transformer with learned positions, without dropout.
 
-  Token embeddings and learned positions, `depth` blocks with causal attention and
-  LayerNorm before each part (Radford et al., 2019), a last LayerNorm, and a linear
-  layer on the last position. The blocks are computed in one `jax.lax.scan` over their
-  stacked parameters, so that compile time does not depend on `depth`. Examples are
-  treated separately.
+  Each block is that of `transformer.VisionTransformer` with a causal mask. A last
+  LayerNorm and the output layer follow. Examples are treated separately.
 
   Attributes:
-    num_outputs: number of tokens, which is also the number of logits.
-    width: features of a block.
+    vocabulary: V, number of tokens.
+    width: features of a token.
     depth: number of blocks.
     num_heads: number of attention heads; must divide `width`.
     expansion: hidden width of a block divided by `width`.
-    remat: whether activations within a block are computed again in the backward pass
-      instead of stored (`jax.checkpoint`).
+    scan: whether the blocks are one `lax.scan` over stacked parameters, which is
+      compiled once, not once a block.
     unroll: number of blocks in one iteration of the compiled loop.
-    dtype: of the computation.
-    cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
+    remat: whether the activations in a block are computed again in the backward pass
+      instead of stored.
+    tied: whether the embedding of the tokens is also the output layer. Otherwise, that
+      is a linear layer with its parameters and a bias.
+    last_only: whether only the token after the sequence is predicted, as a class of a
+      `classifier.Classifier`.
+    dtype: of the computation; logits are float32 at least.
+    cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`. It replaces
+      a linear layer, and has no effect if `tied`.
 
   Raises:
     InputError: when initialized or applied, sizes that are not divisible.
@@ -39,54 +44,84 @@ class GPT(split.SplitNetwork):
     Multitask Learners", 2019, section 2.3.
   """
 
-  num_outputs: int
-  width: int = 128
-  depth: int = 6
+  vocabulary: int = 256
+  width: int = 64
+  depth: int = 2
   num_heads: int = 4
   expansion: int = 4
-  remat: bool = False
+  scan: bool = False
   unroll: int = 1
+  remat: bool = False
+  tied: bool = True
+  last_only: bool = False
   dtype: Any = jnp.float32
   cosine: bool = False
 
   def setup(self) -> None:
-    """The output layer."""
-    self.output = split.output_layer(
-      self.num_outputs, self.cosine, dtype=self.dtype, name="head"
+    """The embedding of the tokens and the output layer."""
+    self.embed = nn.Embed(
+      self.vocabulary,
+      self.width,
+      embedding_init=_start,
+      dtype=self.dtype,
+      name="tokens",
     )
+    if not self.tied:
+      self.output = split.output_layer(
+        self.vocabulary, self.cosine, dtype=self.dtype, name="head"
+      )
 
   @property
-  def num_features(self) -> int:
-    """Width of the penultimate layer."""
-    return self.width
+  def num_features(self) -> int | None:
+    """Width of the penultimate layer; None if every token has its features."""
+    return self.width if self.last_only else None
+
+  def head(self, features: jax.Array) -> jax.Array:
+    """Maps features [..., width] to logits [..., V]."""
+    logits = self.embed.attend(features) if self.tied else self.output(features)
+    return logits.astype(base.accumulator_dtype(logits.dtype))
 
   @nn.compact
   def features(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """Maps tokens [B, T] to features of the last position [B, width].
+    """Maps tokens [B, T] to features [B, T, width], or [B, width] of the last one.
 
     Tokens may be floating-point numbers, to which `Classifier` casts integers.
     """
     del train
-    x = x.astype(jnp.int32)
-    start = nn.initializers.normal(0.02)
-    embed = nn.Embed(
-      self.num_outputs, self.width, embedding_init=start, dtype=self.dtype, name="embed"
-    )
-    positions = self.param("positions", start, (1, x.shape[1], self.width))
-    h = embed(x) + positions.astype(self.dtype)
-    block = transformer.Block
-    if self.remat:
-      # A loop needs no protection from merging the two computations.
-      block = nn.remat(block, prevent_cse=self.unroll > 1)
-    h, _ = nn.scan(
-      lambda block, h, _: (block(h), None),
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      length=self.depth,
-      unroll=self.unroll,
-    )(
-      block(self.num_heads, self.expansion, self.dtype, causal=True, name="blocks"),
-      h,
-      None,
-    )
-    return transformer.norm("norm", self.dtype, h[:, -1])
+    h = self.embed(x.astype(jnp.int32))
+    positions = self.param("positions", _start, (1, x.shape[1], self.width))
+    h = h + positions.astype(h.dtype)
+    # A loop needs no protection from merging the two computations.
+    prevent_cse = not self.scan or self.unroll > 1
+    layer = nn.remat(_Layer, prevent_cse=prevent_cse) if self.remat else _Layer
+    options = (self.num_heads, self.expansion, self.dtype)
+    if self.scan:
+      layers = nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=self.depth,
+        unroll=self.unroll,
+      )
+      h, _ = layers(*options, name="blocks")(h, None)
+    else:
+      for i in range(self.depth):
+        h, _ = layer(*options, name=f"block_{i}")(h, None)
+    return transformer.norm("norm", self.dtype, h[:, -1] if self.last_only else h)
+
+
+_start = nn.initializers.normal(0.02)
+
+
+class _Layer(nn.Module):
+  """A causal block, with the signature that `nn.scan` needs."""
+
+  num_heads: int
+  expansion: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+    """Maps [B, T, d] to [B, T, d], and None."""
+    options = (self.num_heads, self.expansion, self.dtype)
+    return transformer.Block(*options, causal=True, name="block")(x), None

@@ -12,7 +12,7 @@ from experiments.tables import published
 
 _NAME = "mnist_imbalance"
 _STEPS = ("--num_steps=2", "--l2rw_steps=2", "--num_devices=1")
-_SMALL = (*_STEPS, "--dataset=digits", "--num_splits=2", "--hard_mining_batch=50")
+_SMALL = (*_STEPS, "--dataset=digits", "--num_seeds=2", "--hard_mining_batch=50")
 _FLAGS = (
   "dataset",
   "protocol",
@@ -23,8 +23,8 @@ _FLAGS = (
   "num_test",
   "majority",
   "methods",
-  "num_splits",
-  "splits_at_once",
+  "num_seeds",
+  "seeds_at_once",
   "num_steps",
   "batch_size",
   "learning_rate",
@@ -43,7 +43,7 @@ _UNTOLD = ("workdir", "data", "data_dir", "cache_dir", "steps_per_call", "flagfi
 def run(tmp_path_factory):
   """A short run's folder and what it printed."""
   cwd = tmp_path_factory.mktemp(_NAME)
-  (cwd / "flags.txt").write_text("\n".join([*_SMALL, "--splits_at_once=2"]))
+  (cwd / "flags.txt").write_text("\n".join([*_SMALL, "--seeds_at_once=2"]))
   done = scripts.run(
     _NAME, "--flagfile=flags.txt", "--majority=0.9", "--methods=l2rw,uniform", cwd=cwd
   )
@@ -70,7 +70,7 @@ def test_run_writes_rows_and_figures(run):
     assert row["published_error_percent"] is None
     given = csv_row.pop("flags")
     assert csv_row == {k: "" if v is None else str(v) for k, v in row.items()}
-    assert "--majority=0.9 " in given and "--splits_at_once=2" in given
+    assert "--majority=0.9 " in given and "--seeds_at_once=2" in given
   assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -93,7 +93,7 @@ def test_adding_methods_does_not_repeat_runs(run):
 def test_splits_side_by_side_equal_splits_alone(run, tmp_path):
   folder, _ = run
   flags = [*_SMALL, "--majority=0.9", "--methods=l2rw", f"--workdir={tmp_path}"]
-  (done,) = scripts.run_many(_NAME, [[*flags, "--splits_at_once=1"]])
+  (done,) = scripts.run_many(_NAME, [[*flags, "--seeds_at_once=1"]])
   assert done.status == 0 and done.complaints == "", done
   for seed in (0, 1):
     together, alone = (
@@ -117,7 +117,7 @@ def test_majorities_share_compiled_steps(monkeypatch, tmp_path):
 
   monkeypatch.setattr(runner.loop, "train", note)
   settings = script.Settings(
-    dataset="digits", num_steps=2, l2rw_steps=2, num_splits=2, splits_at_once=2
+    dataset="digits", num_steps=2, l2rw_steps=2, num_seeds=2, seeds_at_once=2
   )
   for name in script.FIGURE_METHODS:
     for majority in (0.9, 0.95):
@@ -153,7 +153,7 @@ _MISTAKES = {
   "indivisible": (["--num_devices=3"], "=100 does not divide among --num_devices=3"),
   "devices": (["--num_devices=9"], "--num_devices=9: this machine has 8 cpu device(s)"),
   "dispatch": (["--steps_per_call=0"], "=0 must lie between 1 and"),
-  "splits": (["--num_splits=0"], "=0 must lie between 1 and"),
+  "splits": (["--num_seeds=0"], "=0 must lie between 1 and"),
   "positional": (["digits"], "unexpected argument 'digits': flags begin with --."),
   "not_a_folder": (["--workdir={tmp}/file/run"], "/file/run: cannot write (Not a dir"),
   "other_settings": (["--workdir={run}", "--momentum=0"], "momentum was 0.9, now 0.0"),
@@ -200,7 +200,7 @@ def test_the_right_end_of_the_figure_on_mnist(tfds_dir, decoded, tmp_path):
     "--workdir=run",
     "--majority=0.995",
     "--methods=hard_mining",
-    "--num_splits=1",
+    "--num_seeds=1",
     "--protocol=official_code",
     *_STEPS,
     cwd=tmp_path,

@@ -32,7 +32,9 @@ _NETWORKS = {
   "resnet": (resnet.ResNet(10, blocks=1), (16, 16, 3)),
 }
 # The compiler counts the body of a loop once, so that the loop is unrolled.
-_GPT = functools.partial(gpt.GPT, 10, width=32, depth=3, unroll=3)
+_GPT = functools.partial(
+  gpt.GPT, 10, 32, 3, scan=True, unroll=3, tied=False, last_only=True
+)
 _SCANNED = {
   "gpt_scan": (_GPT(), (16,)),
   "gpt_scan_remat": (_GPT(remat=True), (16,)),

@@ -1,81 +1,106 @@
-"""The language model: its size, causality, and the engine for each of its forms."""
+"""The transformer: its size, causality, and the forms in which it can be computed."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from l2rw_jax import linearization
 from l2rw_jax import losses
 from l2rw_jax.models import gpt
-from l2rw_jax.models import transformer
 
-_B, _T, _TOKENS = 3, 5, 7
-
-
-def _small(**options):
-  return gpt.GPT(_TOKENS, width=8, depth=2, num_heads=2, expansion=2, **options)
+_B, _T, _V, _D = 3, 5, 7, 8
+_GPT = functools.partial(gpt.GPT, _V, _D, depth=2, num_heads=2, expansion=2)
+_CLASSIFIER = {"tied": False, "last_only": True}
 
 
 def _tokens():
-  return np.random.default_rng(0).integers(_TOKENS, size=(_B, _T))
+  return np.random.default_rng(0).integers(_V, size=(_B, _T)).astype(np.uint8)
 
 
-def _random(shapes):
+def _params(**options):
   rng = np.random.default_rng(1)
+  model = _GPT(**options)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), _tokens())["params"]
   return jax.tree.map(
-    lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32) + 0.1, shapes
+    lambda x: (0.3 * rng.normal(size=x.shape) + 0.1).astype(np.float32), shapes
   )
 
 
-def _params(model):
-  tokens = jnp.asarray(_tokens())
-  return _random(jax.eval_shape(model.init, jax.random.key(0), tokens))
+def _stacked(params):
+  blocks = [params["block_0"], params["block_1"]]
+  others = {k: v for k, v in params.items() if not k.startswith("block_")}
+  return {**others, "blocks": jax.tree.map(lambda *x: jnp.stack(x), *blocks)}
 
 
-def test_parameters_match_a_manual_count():
-  d = 8
-  block = 2 * 2 * d + (d + 1) * 3 * d + (d + 1) * d + (d + 1) * 2 * d + (2 * d + 1) * d
-  outside = _TOKENS * d + _T * d + 2 * d + (d + 1) * _TOKENS
-  sizes = [x.size for x in jax.tree.leaves(_params(_small()))]
-  assert sum(sizes) == 2 * block + outside
+@pytest.mark.parametrize(
+  ("options", "head"),
+  [({}, 0), ({"scan": True}, 0), ({**_CLASSIFIER, "scan": True}, (_D + 1) * _V)],
+)
+def test_parameters_match_a_manual_count(options, head):
+  d, hidden = _D, 2 * _D
+  block = 2 * 2 * d + (d + 1) * 3 * d + (d + 1) * d + (d + 1) * hidden
+  block += (hidden + 1) * d
+  expected = (_V + _T) * d + 2 * block + 2 * d + head
+  assert sum(x.size for x in jax.tree.leaves(_params(**options))) == expected
 
 
-def test_a_position_does_not_see_later_ones():
-  block = transformer.Block(2, 2, jnp.float32, causal=True)
-  x = np.random.default_rng(2).normal(size=(_B, _T, 8)).astype(np.float32)
-  params = _random(jax.eval_shape(block.init, jax.random.key(0), x))
-  changed = x.copy()
-  changed[:, -1] += 1
-  before, after = jax.jit(jax.vmap(block.apply, (None, 0)))(
-    params, np.stack([x, changed])
-  )
-  np.testing.assert_allclose(before[:, :-1], after[:, :-1], rtol=1e-5)
-  assert np.abs(before[:, -1] - after[:, -1]).max() > 0.1
+def test_logits_do_not_depend_on_later_tokens():
+  run = jax.jit(lambda tokens: _GPT().apply({"params": _params()}, tokens))
+  tokens = _tokens()
+  changed = tokens.copy()
+  changed[:, 3:] = (changed[:, 3:] + 1) % _V
+  before, after = run(tokens), run(changed)
+  assert before.shape == (_B, _T, _V)
+  np.testing.assert_allclose(before[:, :3], after[:, :3], rtol=1e-5)
+  assert (np.abs(before[:, 3:] - after[:, 3:]).max(axis=(1, 2)) > 1e-3).all()
 
 
-def test_both_forms_agree():
-  """Layer by layer without `remat`, and in forward mode with it."""
-  params = _params(_small())
-  direction = jax.tree.map(lambda x: jnp.cos(9 * x), params)
+def test_all_forms_agree():
+  """Blocks one by one, in a loop, and in a loop with `remat`."""
+  params = _params(**_CLASSIFIER)
+  weights = jnp.linspace(-1, 1, _B)
+
+  def make_losses_fn(**form):
+    model = _GPT(**_CLASSIFIER, **form)
+
+    def losses_fn(params, tokens):
+      logits = model.apply({"params": params}, tokens)
+      return losses.softmax_cross_entropy(logits, jnp.arange(_B))
+
+    return losses_fn
 
   @jax.jit
-  def run(params, tokens):
-    def three(remat):
-      model = _small(remat=remat)
-
-      def losses_fn(params, tokens):
-        logits = model.apply(params, tokens)
-        return losses.softmax_cross_entropy(logits, jnp.arange(_B))
-
+  def run(params, direction, tokens):
+    plain = make_losses_fn()
+    answers = [
+      (
+        *jax.jvp(lambda p: plain(p, tokens), (params,), (direction,)),
+        _stacked(jax.grad(lambda p: weights @ plain(p, tokens))(params)),
+      )
+    ]
+    params, direction = _stacked(params), _stacked(direction)
+    for form, engine in (({}, "layerwise"), ({"remat": True}, "forward")):
+      losses_fn = make_losses_fn(scan=True, **form)
       lin = linearization.linearize(losses_fn, params, tokens, direction=direction)
-      assert lin.engine == ("forward" if remat else "layerwise")
-      gradient = lin.weighted_gradient(jnp.linspace(-1, 1, _B))
-      return lin.losses, lin.directional(direction), gradient
+      assert lin.engine == engine
+      gradient = lin.weighted_gradient(weights)
+      answers.append((lin.losses, lin.directional(direction), gradient))
+    return answers
 
-    return three(False), three(True)
+  direction = jax.tree.map(lambda x: np.cos(9 * x), params)
+  expected, *others = jax.device_get(run(params, direction, _tokens()))
+  for actual in others:
+    for x, y in zip(actual, expected, strict=True):
+      pairs = list(zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True))
+      scale = max(np.abs(b).max() for _, b in pairs)
+      assert max(np.abs(a - b).max() for a, b in pairs) / scale < 2e-6
 
-  actual, expected = jax.device_get(run(params, jnp.asarray(_tokens())))
-  for x, y in zip(actual, expected, strict=True):
-    pairs = list(zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True))
-    scale = max(np.abs(b).max() for _, b in pairs)
-    assert max(np.abs(a - b).max() for a, b in pairs) / scale < 2e-6
+
+@pytest.mark.parametrize("options", [{}, _CLASSIFIER])
+def test_logits_of_a_half_precision_network_are_float32(options):
+  variables = {"params": _params(**options)}
+  model = _GPT(dtype=jnp.bfloat16, **options)
+  assert jax.eval_shape(model.apply, variables, _tokens()).dtype == jnp.float32
