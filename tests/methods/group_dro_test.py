@@ -255,7 +255,7 @@ def test_adjustment_favors_small_groups():
     ),
     (
       lambda: _refreshed(group_dro.group_dro(2)),
-      "the training set has group 2, groups are 0 to 1",
+      "the training set has group 2, but groups are 0 to 1",
     ),
     (
       lambda: _refreshed(group_dro.group_dro(key="sex")),
