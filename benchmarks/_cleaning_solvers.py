@@ -48,7 +48,7 @@ class Sizes(NamedTuple):
     num_meta: number of clean examples.
     num_features: D.
     num_classes: C.
-    batch_size: of both kinds of batches.
+    batch_size: batch size of both kinds of batches.
     num_steps: length of a run, which decides the cosine schedule.
     regularization: reg.
   """
@@ -77,7 +77,7 @@ class Batch(NamedTuple):
     x: inputs, [B, D].
     y: labels, [B].
     start: number of the first row, int32 scalar.
-    number: of the batch, int32 scalar.
+    number: number of the batch, int32 scalar.
     following: number of the batch of the next step, int32 scalar.
     is_clean: whether each label is right, [B]; for the oracle only.
   """
@@ -215,7 +215,7 @@ def meta_weight_net_solver(learning_rate: float, normalization: str = "sum") -> 
   """Meta-Weight-Net with the optimizer of its preset `noise_stable`.
 
   Args:
-    learning_rate: of z, at the start, and of the look-ahead.
+    learning_rate: initial learning rate of z, and of the look-ahead.
     normalization: of the weights of a batch. With "mean" their sum is below 1, so that
       the regularization outweighs the examples.
   """
@@ -277,7 +277,7 @@ def kept_weights(learning_rate: float, weight_learning_rate: float) -> Solver:
   """A weight of every example that is kept between steps, as NestedMAML's of tasks.
 
   Args:
-    learning_rate: of z, at the start.
+    learning_rate: initial learning rate of z.
     weight_learning_rate: gamma of `nested_maml.update_weights`, at the start; it
       decays with the learning rate of z.
   """

@@ -268,10 +268,10 @@ def train(
   """Trains and measures one solver.
 
   Args:
-    solver: of the problem.
+    solver: solver of the problem.
     sizes: its shape and the length of the run.
     data: the problem.
-    seed: of the order of the batches and of a weighting network.
+    seed: seed of the order of the batches and of a weighting network.
     eval_every: number of steps between two evaluations.
   """
   rng = np.random.default_rng([seed, 1])

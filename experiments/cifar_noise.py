@@ -58,8 +58,8 @@ class Preset:
     noise_fraction: parameter of the builder.
     num_steps: updates.
     decay_steps: updates after which the learning rate falls to a tenth.
-    learning_rate: of SGD, at the start.
-    momentum: of SGD.
+    learning_rate: initial learning rate of SGD.
+    momentum: momentum of SGD.
     nesterov: whether the momentum is Nesterov's.
     weight_decay: added to the gradient, times the parameters.
     decay_all: see `optimizers`.
@@ -314,7 +314,7 @@ def make_classifier(
   Args:
     preset: names both.
     num_classes: C.
-    images: of the training split, for networks with a whitening layer.
+    images: images of the training split, for networks with a whitening layer.
   """
   preprocess = registries.AUGMENTATIONS[preset.augmentation]
   if preset.augmentation == "warpi" and num_classes == 100:

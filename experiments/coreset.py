@@ -329,7 +329,7 @@ class Curve(NamedTuple):
 
   Attributes:
     steps: [E].
-    seconds: of training, [E].
+    seconds: seconds of training, [E].
     percent: test accuracy, [E].
   """
 
@@ -376,8 +376,8 @@ def make_row(
 
   Args:
     facts: entries to begin with.
-    folder: of the run.
-    result: of the run.
+    folder: folder of the run.
+    result: result of the run.
   """
   metrics = result.metrics
   timing = workdir_lib.read_record(folder / "timing.json")

@@ -347,7 +347,7 @@ def condensed(
       random.
     percent: how much to keep.
     kept: "top" by weight, or "random".
-    seed: of the draw.
+    seed: seed of the draw.
   """
   rng = np.random.default_rng([seed, percent])
   order = rng.permutation(len(last_weight))
@@ -373,7 +373,7 @@ def make_row(
   """One run's line of `results.csv`.
 
   Args:
-    dataset: of the run.
+    dataset: data set of the run.
     groups: "class" or "inverted".
     method: that trained it or, condensed, whose weights chose its images.
     percent: of the images it was trained on uniformly; None for all, by `method`.

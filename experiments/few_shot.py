@@ -427,7 +427,7 @@ def weights_of(pool: episodes.Pool, share: str) -> evaluation.Probe:
 
   Args:
     pool: the training tasks.
-    share: of NestedMAML.
+    share: `share` of NestedMAML.
   """
 
   def probe(snapshot):
@@ -454,7 +454,7 @@ def make_row(
   Args:
     facts: the settings that distinguish lines.
     pool: the training tasks.
-    result: of the run.
+    result: result of the run.
   """
   metrics = result.metrics
   probes = metrics.get("probes", {})

@@ -246,7 +246,7 @@ def recovered(values: np.ndarray | None, kinds: np.ndarray) -> dict[str, float |
 
   Args:
     values: how suspicious each document is, [N]; NaN if it was never seen.
-    kinds: of the documents, indices into `text_documents.KINDS`, [N].
+    kinds: kinds of the documents, indices into `text_documents.KINDS`, [N].
   """
   is_wrong = kinds != 0
   names = {"recovered": is_wrong}
@@ -278,7 +278,7 @@ def read_curve(folder: pathlib.Path, seed: int) -> Curve:
 
   Args:
     folder: with `timing.json`.
-    seed: of the run.
+    seed: seed of the run.
 
   Raises:
     InputError: it is not known how long the first steps took.

@@ -50,7 +50,7 @@ class Protocol:
     num_steps: updates of the baselines.
     l2rw_steps: updates of L2RW.
     hard_mining_batch: batch size of hard mining.
-    variant: of `class_proportion` and `hard_mining`, see there.
+    variant: variant of `class_proportion` and `hard_mining`.
     clean_in_train: whether baselines also train on the clean images.
     num_test: balanced test images; 0 for as many as there are.
   """

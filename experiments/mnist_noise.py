@@ -51,7 +51,7 @@ class Preset:
     num_epochs: passes over the training set.
     batch_size: B.
     meta_batch_size: M.
-    optimizer: of every method except those of `by_method`.
+    optimizer: optimizer of every method except those of `by_method`.
     num_validation: images with wrong labels held out of training.
     plateau: whether the learning rate falls when their loss stops falling.
     initialization: one of `INITIALIZATIONS`.
@@ -274,11 +274,11 @@ def make_cell(
   """How a method is run: the preset's settings under the flags given.
 
   Args:
-    settings: of the script.
+    settings: settings of the script.
     name: of the method.
-    fraction: of the noise.
+    fraction: share of wrong labels.
     splits: seeds -> the data of each.
-    split: of seed 0.
+    split: split of seed 0.
   """
   preset = PRESETS[settings.preset]
   batch_size = settings.batch_size or preset.batch_size

@@ -144,10 +144,10 @@ class Cell(NamedTuple):
   Attributes:
     name: of its folder.
     paper: and the table in it.
-    module: of the script.
+    module: module of the script.
     method: its name in --methods.
     facts: columns of the rows of this cell, besides the method.
-    settings: of the script, without folders and seeds.
+    settings: settings of the script, without folders and seeds.
     published: the number, None if the cell is not a number of a table.
     spread: its "±", or None.
     column: of the rows to compare with it.
@@ -453,7 +453,7 @@ class State(NamedTuple):
   Attributes:
     name: "done", "started" or "to do".
     minutes: that it has taken so far, on the device of its record.
-    device: of the record, or None.
+    device: device of the record, or None.
     measured: of its rows.
     committed: number of its runs among the committed results.
   """

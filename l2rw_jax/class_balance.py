@@ -176,7 +176,7 @@ def deferred_example_weights(
   Args:
     class_counts: [C], non-negative.
     labels: integer class of each example, [B].
-    beta: of `effective_number`.
+    beta: beta of `effective_number`.
     epoch: the current epoch, counted from 0; may be traced.
     from_epoch: the first epoch of class-balanced weights; 0 ignores `epoch`.
     axis_name: mapped axis over which the batch is sharded.

@@ -29,7 +29,7 @@ def group_means(
 
   Args:
     values: [M].
-    groups: group of each example, integers from 0 to G - 1, [M].
+    groups: groups of each example, integers from 0 to G - 1, [M].
     num_groups: G.
 
   Returns:
@@ -74,8 +74,8 @@ def gap(
   member, the gap is 0. Groups with equal means have a zero gradient.
 
   Args:
-    losses: of the exemplars, [M].
-    groups: of the exemplars, [M].
+    losses: losses of the exemplars, [M].
+    groups: groups of the exemplars, [M].
     num_groups: G.
     reduction: "mean" or "max" over the pairs; pairs that tie share the gradient.
     mean_coefficient: factor of the mean loss, which is added.
@@ -115,8 +115,8 @@ def worst(
   """Largest mean loss among the groups that have a member.
 
   Args:
-    losses: of the exemplars, [M].
-    groups: of the exemplars, [M].
+    losses: losses of the exemplars, [M].
+    groups: groups of the exemplars, [M].
     num_groups: G.
     temperature: T. 0 selects the maximum; groups that tie share its gradient. T > 0
       selects the smooth maximum T log sum_g exp(L_g / T), which is at most T log G
@@ -160,7 +160,7 @@ def soft_tpr(
   Args:
     probabilities: the model's probabilities of the exemplars' labels, [M]; exp(-loss)
       for the cross-entropy.
-    groups: of the exemplars, [M].
+    groups: groups of the exemplars, [M].
     num_groups: G.
     reduction: "mean" or "max" over pairs of groups, see `gap`, or "worst", see `worst`.
     mean_coefficient: for "mean" and "max", see `gap`.
@@ -188,7 +188,7 @@ def check_groups(groups: Any, num_groups: int, where: str = "the exemplar set") 
   silently ignored, and an unknown group makes the objective NaN.
 
   Args:
-    groups: of all exemplars, integers [M].
+    groups: groups of all exemplars, integers [M].
     num_groups: G.
     where: name of the exemplar set for the error message.
   """

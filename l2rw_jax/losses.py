@@ -44,7 +44,7 @@ def softmax_cross_entropy(
     Losses [B].
 
   Raises:
-    InputError: the shapes do not fit.
+    InputError: the shapes do not match.
 
   >>> import jax.numpy as jnp
   >>> logits, labels = jnp.zeros((3, 4)), jnp.array([0, 7, -1])
@@ -77,7 +77,7 @@ def sigmoid_cross_entropy(
     Losses [B].
 
   Raises:
-    InputError: the shapes do not fit.
+    InputError: the shapes do not match.
   """
   check_logits(logits, labels, where)
   if logits.shape[1] != 1:
@@ -144,7 +144,7 @@ def focal(
     Losses [B].
 
   Raises:
-    InputError: `gamma` is negative, or the shapes do not fit.
+    InputError: `gamma` is negative, or the shapes do not match.
 
   References:
     Lin, Goyal, Girshick, He, Dollar, "Focal Loss for Dense Object Detection",
@@ -185,7 +185,7 @@ def symmetric_cross_entropy(
     Losses [B].
 
   Raises:
-    InputError: a factor is negative or both are 0, or the shapes do not fit.
+    InputError: a factor is negative or both are 0, or the shapes do not match.
 
   References:
     Wang, Ma, Chen, Luo, Yi, Bailey, "Symmetric Cross Entropy for Robust Learning
@@ -229,7 +229,7 @@ def generalized_cross_entropy(
     Losses [B].
 
   Raises:
-    InputError: `q` or `threshold` is out of range, or the shapes do not fit.
+    InputError: `q` or `threshold` is out of range, or the shapes do not match.
 
   References:
     Zhang, Sabuncu, "Generalized Cross Entropy Loss for Training Deep Neural
@@ -269,7 +269,7 @@ def bootstrapping_soft(
     Losses [B].
 
   Raises:
-    InputError: `beta` is outside [0, 1], or the shapes do not fit.
+    InputError: `beta` is outside [0, 1], or the shapes do not match.
 
   References:
     Reed, Lee, Anguelov, Szegedy, Erhan, Rabinovich, "Training Deep Neural Networks
@@ -324,7 +324,7 @@ def forward_corrected(
     Losses [B].
 
   Raises:
-    InputError: the shapes do not fit.
+    InputError: the shapes do not match.
 
   References:
     Patrini, Rozza, Menon, Nock, Qu, "Making Deep Neural Networks Robust to Label
@@ -373,7 +373,7 @@ def balanced_softmax(
     Losses [B].
 
   Raises:
-    InputError: the shapes do not fit, or `class_counts` are invalid, see
+    InputError: the shapes do not match, or `class_counts` are invalid, see
       `class_balance.inverse_frequency`.
 
   References:

@@ -62,8 +62,8 @@ class State(NamedTuple):
     opt_state: state of the meta optimizer.
     meta_loss: meta loss of the last meta gradient, NaN before the first; scalar.
     finite: whether the last meta gradient was finite; bool scalar.
-    zero_slope: of the last meta gradient; bool scalar.
-    fault: of the last meta gradient, a `base.Fault`; int32 scalar.
+    zero_slope: `zero_slope` of the last meta gradient; bool scalar.
+    fault: `fault` of the last meta gradient, a `base.Fault`; int32 scalar.
   """
 
   params: base.PyTree

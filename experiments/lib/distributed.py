@@ -29,7 +29,7 @@ def connect(settings: Any) -> None:
   Process 0 alone prints to stdout; all of them print errors.
 
   Args:
-    settings: of the script.
+    settings: settings of the script.
 
   Raises:
     InputError: the flags do not fit together, the script cannot use several processes,
@@ -141,7 +141,7 @@ def leave(status: int) -> None:
   JAX would wait for the others until they end too, or report that they were lost.
 
   Args:
-    status: of the exit.
+    status: exit status.
   """
   if _relay is None:
     return

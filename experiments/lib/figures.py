@@ -21,7 +21,7 @@ def figure(
   """A figure and its axes, which process 0 writes to a PNG in the end.
 
   Args:
-    path: of the PNG.
+    path: path of the PNG file.
     *shape: number of rows and columns of axes.
     **options: of `plt.subplots`; a tight bounding box with `tight`, for legends
       outside the axes.
@@ -55,9 +55,9 @@ def panels(
   """Draws a panel for every setting; methods share the vertical axis.
 
   Args:
-    rows: of results.
+    rows: rows of results.
     columns: whose values distinguish settings.
-    path: of the PNG.
+    path: path of the PNG file.
     draw_method: `(axes, height, rows of one method in one panel)`.
     draw_legend: on the axes of the last panel.
     title: of a panel, from its values of `columns`; the values if None.
@@ -150,8 +150,8 @@ def meta_weight_net_curves(
 
   Args:
     cell: that of the method.
-    folder: of the experiment.
-    path: of the PNG.
+    folder: folder of the experiment.
+    path: path of the PNG file.
 
   Returns:
     Whether there was anything to draw.
@@ -186,7 +186,7 @@ def rejections(axes: Any, columns: list[dict[str, np.ndarray]]) -> None:
 
   Args:
     axes: to draw on.
-    columns: of the `weights.csv` of each run.
+    columns: columns of the `weights.csv` of each run.
   """
   share = np.concatenate([report.rejected_share(w) for w in columns])
   is_clean = np.concatenate([w["label"] == w["true_label"] for w in columns])

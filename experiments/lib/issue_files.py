@@ -27,7 +27,7 @@ def as_own_data(
   Args:
     source: the data set.
     rows: those to take, [N]; all if None.
-    labels: of these rows, [N]; those of the data set if None.
+    labels: labels of these rows, [N]; those of the data set if None.
   """
   rows = np.arange(len(source.labels)) if rows is None else rows
   features = source.images[rows]

@@ -87,7 +87,7 @@ def parse(settings: type[settings_lib.Flags], arguments: Sequence[str]) -> Any:
 
   Args:
     settings: class of the settings.
-    arguments: of the command line, without the program's name.
+    arguments: arguments of the command line, without the program's name.
 
   Raises:
     InputError, flags.Error: a mistake.

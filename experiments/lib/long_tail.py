@@ -89,8 +89,8 @@ class Preset(NamedTuple):
   Attributes:
     num_epochs: passes over the training set.
     batch_size: B.
-    optimizer: of every method.
-    builder: of the training set.
+    optimizer: optimizer of every method.
+    builder: builder of the training set.
     num_meta: meta images of each class.
     deferred: share of the run after which deferred methods begin.
   """
@@ -107,7 +107,7 @@ class Experiment(NamedTuple):
   """What the scripts differ in.
 
   Attributes:
-    table: of the script.
+    table: table of the script.
     train: images to cut the tail from.
     test: images of the test set.
     make_model: whether the classifier is of cosines -> the network.

@@ -59,7 +59,7 @@ class OptimizerConfig:
   Attributes:
     name: "sgd" or "adam".
     learning_rate: the highest.
-    momentum: of SGD.
+    momentum: momentum of SGD.
     nesterov: whether it is Nesterov's.
     weight_decay: L2, added to the gradient before momentum.
     drops: (share of the run done, factor on the learning rate), accumulating.

@@ -78,7 +78,7 @@ class Settings(settings_lib.Settings):
     """The columns of a run's row: its susceptibility, if that was probed.
 
     Args:
-      metrics: of the finished run.
+      metrics: metrics of the finished run.
     """
     if "susceptibility" not in self._names():
       return {}

@@ -526,7 +526,7 @@ def make_network(
     num_classes: C.
     images: training images, uint8 or float [N, H, W, C]; the first thousand decide the
       whitening layer, without their labels.
-    preprocess: of `classifier.Classifier`.
+    preprocess: see `classifier.Classifier`.
     **options: of the network.
   """
   if name.startswith("whitened"):

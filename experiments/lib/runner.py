@@ -61,12 +61,12 @@ class Cell:
     config: how to run; its seeds are those of all runs.
     model: the network and its loss.
     method: the method.
-    optimizer: of the classifier.
+    optimizer: optimizer of the classifier.
     splits: seeds -> the data of each.
     folder: of its runs, below that of the experiment; {first} and {last} stand for
       the first and the last of the seeds that are trained side by side.
     side_by_side: number of seeds that are trained side by side; None for all.
-    evaluators: of the test set.
+    evaluators: evaluators of the test set.
     title: for messages; the facts and the method if empty.
   """
 
@@ -122,12 +122,12 @@ def make_problem(
   """What a method needs to know of a run.
 
   Args:
-    settings: of the methods.
+    settings: settings of the methods.
     config: how to run.
     optimizer: of the classifier; its learning rate and schedule are those of the
       look-ahead step if `lookahead_learning_rate` is None.
     num_classes: C.
-    lookahead_learning_rate: of the look-ahead step.
+    lookahead_learning_rate: learning rate of the look-ahead step.
     noise_fraction: share of wrong labels.
     deferred: share of the run after which deferred methods begin unless a flag gives
       another; two thirds, as ABSGD's release has it on CIFAR with wrong labels (80 of
@@ -196,9 +196,9 @@ def train(settings: Any, cell: Cell, folder: pathlib.Path) -> list[results_lib.R
   run are kept in `losses-seed-S.npz`, for experiments.mentornet_pretrain.
 
   Args:
-    settings: of the script.
+    settings: settings of the script.
     cell: what to train.
-    folder: of the experiment.
+    folder: folder of the experiment.
   """
   results = []
   for seeds, place in cell.groups():
@@ -329,7 +329,7 @@ def report(
   Args:
     settings: with which the rows were made.
     table: what to print of them.
-    folder: of the experiment.
+    folder: folder of the experiment.
     rows: one a run.
     files: other files that were written to the folder.
     methods: those that the script offers and those that were run, for notes on flags

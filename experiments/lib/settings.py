@@ -163,7 +163,7 @@ class Flag(NamedTuple):
     help: full sentences for --help.
     group: key of `GROUPS`.
     choices: the strings allowed; None allows all.
-    bounds: of a number; None allows all.
+    bounds: bounds of a number; None allows all.
     methods: names of --methods that use it; empty if all do.
     aliases: older spellings, which still work.
     key: under which the value is recorded; the name if None.
@@ -566,8 +566,8 @@ def in_terms_of_flags(message: str, names: Iterable[str]) -> str:
   double quotes, in which a message has a command to run.
 
   Args:
-    message: of the error.
-    names: of the flags that are defined.
+    message: error message.
+    names: names of the flags that are defined.
   """
   names = set(names)
   flag_of = {k: v for k, v in _FLAG_OF.items() if k not in names and v in names}
@@ -592,7 +592,7 @@ def check_ascii(arguments: Iterable[str], names: Iterable[str]) -> None:
   them.
 
   Args:
-    arguments: of the command line.
+    arguments: arguments of the command line.
     names: flags whose values must be ASCII.
   """
   arguments, names = list(arguments), set(names)

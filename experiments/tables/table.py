@@ -47,7 +47,7 @@ class Layout:
     keys: those of `settings` that always have a column; the others have one where
       they differ between rows, and are printed once above the table otherwise.
     method: what a row's line is called.
-    method_heading: of that column.
+    method_heading: heading of that column.
     repeat: what the runs of a line differ in.
     identity: of a run among those of its line.
     published: where the published values are from and what their "±" is, or why

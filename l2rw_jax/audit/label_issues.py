@@ -155,7 +155,7 @@ def find_label_issues(statistics: Any, labels: Any) -> LabelIssues:
     A `LabelIssues`.
 
   Raises:
-    InputError: the shapes do not fit, a label is none of the C classes, or no example
+    InputError: the shapes do not match, a label is none of the C classes, or no example
       was ever seen.
     FloatingPointError: a distribution is not finite although its example was seen.
 

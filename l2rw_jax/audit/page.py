@@ -48,7 +48,7 @@ def build(
   Args:
     issues: the ranking of N examples.
     class_names: C names, in the order of the labels.
-    names: of the examples in the order of the training set, N strings; paths for
+    names: names of the examples in the order of the training set, N strings; paths for
       images.
     title: of the page.
     key: the first column of the exported file: "path", which holds the names, or

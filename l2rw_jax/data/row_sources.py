@@ -133,7 +133,7 @@ class StoredImages(_Images):
 
     Args:
       records: a data source of tensorflow-datasets with a field "image".
-      shape: of an image.
+      shape: shape of an image.
       make_fingerprint: computes the fingerprint.
       place: folder of the set, for messages.
     """

@@ -83,7 +83,7 @@ def corrupted_documents(
     num_meta: clean documents.
     num_test: clean test documents.
     fraction: share of corrupted training documents.
-    seed: of the choice of files, excerpts and corrupted documents.
+    seed: seed of the choice of files, excerpts and corrupted documents.
 
   Returns:
     Splits whose `image` is the first T bytes of a document, uint8 [N, T], and whose

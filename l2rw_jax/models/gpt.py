@@ -28,7 +28,7 @@ class GPT(split.SplitNetwork):
     remat: whether activations within a block are computed again in the backward pass
       instead of stored (`jax.checkpoint`).
     unroll: number of blocks in one iteration of the compiled loop.
-    dtype: of the computation.
+    dtype: floating-point type of the computation.
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
 
   Raises:

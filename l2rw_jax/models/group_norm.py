@@ -22,7 +22,7 @@ class GroupNorm(nn.Module):
   Attributes:
     num_groups: G, a divisor of the number of channels C.
     epsilon: added to the variance.
-    dtype: of the result; None is that of the input, which flax would promote. The
+    dtype: type of the result; None is that of the input, which flax would promote. The
       statistics are computed in float32 at least.
   """
 

@@ -28,7 +28,7 @@ class GPT(nn.Module):
       compiled once, not once a block.
     remat: whether the activations in a block are computed again in the backward pass
       instead of stored.
-    dtype: of the computation; logits are float32 at least.
+    dtype: floating-point type of the computation; logits are float32 at least.
 
   References:
     Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.

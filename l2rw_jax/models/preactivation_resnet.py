@@ -43,7 +43,7 @@ class PreActivationResNet(split.SplitNetwork):
     dropout: dropout rate.
     full_first_stage: see above.
     axis_name: mapped axis whose devices share batch statistics.
-    dtype: of the computation.
+    dtype: floating-point type of the computation.
   """
 
   num_outputs: int
@@ -114,9 +114,9 @@ class LeakyWideResNet(split.SplitNetwork):
     blocks: units per stage.
     widths: features of the three stages, each at least that of the stem.
     stem: features of the first convolution.
-    slope: of the leaky ReLU below 0.
+    slope: slope of the leaky ReLU below 0.
     axis_name: mapped axis whose devices share batch statistics.
-    dtype: of the computation.
+    dtype: floating-point type of the computation.
   """
 
   num_outputs: int

@@ -33,7 +33,7 @@ class RandomPatches:
   Attributes:
     kernel: the filters, float32 [6, 6, channels, 256].
     bias: subtracted from the responses, float32 [256].
-    mean: of the features of the images it was fitted to, float32 [2048].
+    mean: mean of the features of the images it was fitted to, float32 [2048].
     std: their standard deviation, likewise.
   """
 

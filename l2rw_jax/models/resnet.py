@@ -34,7 +34,7 @@ class ResNet(split.SplitNetwork):
       normalization treats examples separately, as the layerwise engine of
       `linearization.linearize` requires.
     axis_name: mapped axis whose devices share batch statistics.
-    dtype: of the computation.
+    dtype: floating-point type of the computation.
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
 
   Raises:

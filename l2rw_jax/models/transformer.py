@@ -27,7 +27,7 @@ class VisionTransformer(split.SplitNetwork):
     depth: number of blocks.
     num_heads: number of attention heads; must divide `width`.
     expansion: hidden width of a block divided by `width`.
-    dtype: of the computation.
+    dtype: floating-point type of the computation.
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
 
   Raises:
@@ -90,7 +90,7 @@ class Block(nn.Module):
   Attributes:
     num_heads: number of attention heads; must divide the width of the input.
     expansion: width of the hidden layer of the MLP divided by that of the input.
-    dtype: of the computation.
+    dtype: floating-point type of the computation.
     causal: whether a position attends only to itself and to those before it.
   """
 

@@ -86,8 +86,8 @@ class Whitening(nn.Module):
   """A 2x2 convolution without padding whose kernel is constant; its bias is trained.
 
   Attributes:
-    filters: of `whitening_filters`.
-    dtype: of the computation.
+    filters: result of `whitening_filters`.
+    dtype: floating-point type of the computation.
   """
 
   filters: Filters
@@ -139,7 +139,7 @@ class WhitenedNet(split.SplitNetwork):
     norm: "batch", or "group": GroupNorm with 8 groups, which treats examples
       separately, as the layerwise engine of `linearization.linearize` requires.
     axis_name: mapped axis whose devices share batch statistics.
-    dtype: of the computation.
+    dtype: floating-point type of the computation.
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
 
   Raises:

@@ -30,7 +30,7 @@ class WideResNet(split.SplitNetwork):
     widen: factor of the widths 16, 32 and 64.
     dropout: dropout rate; 0 in Meta-Weight-Net.
     axis_name: mapped axis whose devices share batch statistics.
-    dtype: of the computation.
+    dtype: floating-point type of the computation.
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
   """
 

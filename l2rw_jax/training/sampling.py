@@ -52,7 +52,7 @@ class TrainSampler:
     Args:
       epoch_order: epoch -> rows to visit, in order.
       batch_size: B, over all devices.
-      position: of the next batch; the first one if None.
+      position: position of the next batch; the first one if None.
     """
     self.position = position or Position(0, 0)
     self._epoch_order = epoch_order

@@ -23,8 +23,8 @@ def write(folder: pathlib.Path, params: base.PyTree, model_state: base.PyTree) -
   """Writes the variables of one run to `folder`.
 
   Args:
-    folder: of the run.
-    params: of the network.
+    folder: folder of the run.
+    params: parameters of the network.
     model_state: its variables that are not trained.
   """
   trees = {"params": _nested(params), "model_state": _nested(model_state)}
@@ -35,7 +35,7 @@ def read(folder: pathlib.Path) -> tuple[Any, Any]:
   """The variables of one run, `(params, model_state)`.
 
   Args:
-    folder: of the run.
+    folder: folder of the run.
 
   Returns:
     Nested dictionaries of NumPy arrays. The keys of what was no dictionary are the

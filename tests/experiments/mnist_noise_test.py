@@ -122,7 +122,7 @@ _MISTAKES = {
   "unused_mentor": (["--mentor={tmp}/none.json"], "none.json: cannot read it"),
   "old_mentor": (
     ["--methods=mentornet_pd", "--mentor={tmp}/old.json"],
-    "is of format version 0",
+    "has format version 0",
   ),
   "mentor_of_others": (
     ["--methods=mentornet_pd", "--mentor={tmp}/three.json"],
@@ -130,7 +130,7 @@ _MISTAKES = {
   ),
   "percentile": (
     ["--methods=pd_mixture", "--mentor_percentile=0.75"],
-    "--mentor_percentile=0.75 counts from 0 to 100; write 75",
+    "--mentor_percentile=0.75 must be a number from 0 to 100, not a fraction: use 75",
   ),
   "percentile_high": (
     ["--methods=self_paced", "--mentor_percentile=101"],
