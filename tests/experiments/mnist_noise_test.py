@@ -157,7 +157,7 @@ _MISTAKES = {
     ["--noise=bare_class_conditional"],
     "bare_class_conditional",
   ),
-  "meta_none": (["--num_meta=0", "--methods=warpi"], "clean meta set and it is empty"),
+  "meta_none": (["--num_meta=0", "--methods=warpi"], "clean examples, and it is empty"),
   "meta_many": (["--num_meta=500"], "lower --num_meta"),
   "meta_batch": (["--meta_batch_size=51"], "must lie between 1 and the 50 clean"),
   "plateau": (["--plateau"], "--plateau needs a validation set: give --num_validation"),
@@ -167,7 +167,7 @@ _MISTAKES = {
   "kappa": (["--methods=bare", "--bare_kappa=-1"], "bare_kappa"),
   "statistics": (["--bare_statistics=mine"], "should be one of <batch_column|"),
   "batch": (["--batch_size=1248"], "is larger than the 1247 training examples"),
-  "devices": (["--num_devices=3"], "does not divide among --num_devices=3"),
+  "devices": (["--num_devices=3"], "is not a multiple of --num_devices=3"),
   "data": (["--dataset=mnist", "--data_dir={tmp}/none"], "'mnist' does not exist"),
   "momentum": (
     ["--momentum=0"],
