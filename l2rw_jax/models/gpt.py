@@ -13,26 +13,27 @@ from l2rw_jax.models import transformer
 class GPT(split.SplitNetwork):
   """A decoder-only transformer that predicts the token after a sequence.
 
-  Token embeddings and learned positions, `depth` blocks with causal attention and
-  LayerNorm before each part (Radford et al., 2019), a last LayerNorm, and a linear
-  layer on the last position. The blocks are computed in one `jax.lax.scan` over their
-  stacked parameters, so that compile time does not depend on `depth`. Examples are
-  treated separately.
+  It consists of token embeddings and learned positions, `depth` blocks with causal
+  attention and LayerNorm before each part (Radford et al., 2019), a last LayerNorm, and
+  a linear layer on the last position. The blocks are computed in one `jax.lax.scan`
+  over their stacked parameters, so that compile time does not depend on `depth`.
+  Examples are treated separately.
 
   Attributes:
     num_outputs: number of tokens, which is also the number of logits.
-    width: features of a block.
+    width: number of features of a token.
     depth: number of blocks.
     num_heads: number of attention heads; must divide `width`.
     expansion: hidden width of a block divided by `width`.
-    remat: whether activations within a block are computed again in the backward pass
+    remat: whether activations within a block are recomputed in the backward pass
       instead of stored (`jax.checkpoint`).
     unroll: number of blocks in one iteration of the compiled loop.
     dtype: floating-point type of the computation.
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
 
   Raises:
-    InputError: when initialized or applied, sizes that are not divisible.
+    InputError: when it is initialized or applied, if `num_heads` does not divide
+      `width`.
 
   References:
     Radford, Wu, Child, Luan, Amodei, Sutskever, "Language Models are Unsupervised
@@ -76,7 +77,7 @@ class GPT(split.SplitNetwork):
     h = embed(x) + positions.astype(self.dtype)
     block = transformer.Block
     if self.remat:
-      # A loop needs no protection from merging the two computations.
+      # In a loop, XLA does not merge the two computations, so no barrier is needed.
       block = nn.remat(block, prevent_cse=self.unroll > 1)
     h, _ = nn.scan(
       lambda block, h, _: (block(h), None),

@@ -1,4 +1,4 @@
-"""A small language model: a decoder-only transformer, and its loss of a sequence."""
+"""A small language model: a decoder-only transformer, and the loss of a sequence."""
 
 from typing import Any, NamedTuple
 
@@ -20,15 +20,15 @@ class GPT(nn.Module):
 
   Attributes:
     vocabulary: V, number of tokens.
-    width: features of a token.
+    width: number of features of a token.
     depth: number of blocks.
     num_heads: number of attention heads; must divide `width`.
     expansion: hidden width of a block divided by `width`.
     scan: whether the blocks are one `lax.scan` over stacked parameters, which is
-      compiled once, not once a block.
-    remat: whether the activations in a block are computed again in the backward pass
+      compiled once instead of once per block.
+    remat: whether the activations in a block are recomputed in the backward pass
       instead of stored.
-    dtype: floating-point type of the computation; logits are float32 at least.
+    dtype: floating-point type of the computation; logits are float32 or wider.
 
   References:
     Radford et al., "Language Models are Unsupervised Multitask Learners", 2019.
@@ -86,11 +86,11 @@ class _Layer(nn.Module):
 
 
 class LanguageModel(NamedTuple):
-  """A network of tokens as the pure functions of a `base.Problem`.
+  """A network on tokens as the pure functions of a `base.Problem`.
 
-  An example is a sequence: `batch["image"]` holds its tokens [B, T], `batch["label"]`
-  the token after each, [B, T]. A label of -1, such as after the end of a shorter
-  sequence, does not count.
+  An example is a sequence: `batch["image"]` contains its tokens [B, T], and
+  `batch["label"]` contains the next token for each of them, [B, T]. A label of -1,
+  which marks the end of a shorter sequence, does not count.
 
   Attributes:
     model: module with `__call__(tokens [B, T], train) -> logits [B, T, V]`.
