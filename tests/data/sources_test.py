@@ -389,7 +389,7 @@ def test_wrong_number_of_classes_raises(data_dir, number):
 
 def test_wrong_number_of_class_names_raises(data_dir):
   (data_dir / "tiny" / "1.0.0" / "label.labels.txt").write_text("a\nb\n")
-  message = "features.json gives 3 classes of label and label.labels.txt .* names of 2"
+  message = "features.json lists 3 classes of label, but label.labels.txt .* names of 2"
   assert_raises(message, data_dir)
 
 

@@ -159,7 +159,7 @@ _MISTAKES = {
   "noise": (["--noise=flip"], "should be one of <uniform_flip|"),
   "no_data": (["--data_dir=nowhere"], "'cifar10' does not exist"),
   "human_where": (["--noise=human", "--dataset=cifar10"], "needs the data set cifar10"),
-  "human_much": (["--noise=human", "--noise_fraction=0.2"], "human takes no fraction"),
+  "human_much": (["--noise=human", "--noise_fraction=0.2"], "human has no fraction"),
   "not_human": (["--annotation=aggre"], "is for the builder human only"),
   "fraction": (["--noise_fraction=1.5"], "noise_fraction"),
   "alike": (

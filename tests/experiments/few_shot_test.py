@@ -168,7 +168,7 @@ def test_the_network_is_conv4_and_fits_the_tasks(learner_of):
 _MISTAKES = {
   "unknown_method": (["--methods=reptile"], "--methods=reptile: choose among maml"),
   "no_method": (["--methods="], "--methods= is empty: choose among maml"),
-  "ways": (["--num_ways=3"], "num_ways=3 need as many classes; digits"),
+  "ways": (["--num_ways=3"], "num_ways=3 need as many classes, but digits"),
   "shots": (["--num_shots=200"], "--num_shots + --num_queries = 205 images of a class"),
   "zero_shots": (["--num_shots=0"], "--num_shots=0 must lie between 1 and"),
   "share_one": (["--ood_share=1"], "--ood_share=1 must lie between 0 and 0.999999"),
