@@ -180,7 +180,7 @@ _MISTAKES = {
   "noise": (["--noise_share=2"], "=2 must lie between 0 and 1"),
   "ood": (["--ood=svhn"], "unknown data set 'svhn'; known are"),
   "no_data": (["--ood=mnist", "--data_dir={tmp}/none"], "'mnist' does not exist"),
-  "no_folder": (["--dataset=mini_imagenet"], "needs its folder: --data_dir="),
+  "no_folder": (["--dataset=mini_imagenet"], "mini_imagenet needs --data_dir="),
   "empty_folder": (
     ["--dataset=mini_imagenet", "--data_dir={tmp}"],
     "train has no folders of classes",
