@@ -20,8 +20,8 @@ class Settings(settings_lib.Settings):
   probes: tuple[str, ...] = flag(
     (),
     "Quantities to measure at the start and at every evaluation, of"
-    f" {', '.join(NAMES)}. They are saved in each run's metrics and results.json, and do"
-    " not change training.",
+    f" {', '.join(NAMES)}. They are saved in each run's metrics and results.json, and"
+    " do not change training.",
     group="output",
   )
   probe_images: str = flag(

@@ -477,8 +477,8 @@ def make_method(
     epoch, flag_name = problem.deferred_epoch, "deferred"
   if name in (*_TRANSITION, *_DEFERRED) and epoch >= num_epochs:
     raise base.InputError(
-      f"--methods={name} would begin at epoch {epoch} of {num_epochs:g}, so never: lower"
-      f" --{flag_name} or train longer."
+      f"--methods={name} would begin at epoch {epoch} of {num_epochs:g}, so never:"
+      f" lower --{flag_name} or train longer."
     )
   return LONG_TAIL[name](settings, problem)
 

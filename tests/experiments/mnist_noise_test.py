@@ -171,7 +171,7 @@ _MISTAKES = {
   "data": (["--dataset=mnist", "--data_dir={tmp}/none"], "'mnist' does not exist"),
   "momentum": (
     ["--momentum=0"],
-    "--momentum=0 is of SGD; --preset=shared trains uniform",
+    "--momentum=0 is for SGD, but --preset=shared trains",
   ),
   "other_settings": (
     ["--workdir={run}", "--bare_kappa=2"],
