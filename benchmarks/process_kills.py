@@ -1,14 +1,14 @@
-"""Kills one of two training processes again and again, and counts what is lost.
+"""Kills one of two training processes repeatedly, and counts the runs that are lost.
 
-Two processes train digits_noise together. After a random time one of them, chosen at
-random, is killed by SIGKILL; the script measures how long the other one takes to end,
-and starts both again by the same command. At the end it compares the files of all runs
-with those of runs that were never interrupted.
+Two processes train digits_noise together. After a random time, one of them, chosen at
+random, is killed by SIGKILL. The script measures how long the other one takes to end,
+and starts both again with the same command. At the end, it compares the files of all
+runs with those of runs that were never interrupted.
 
     python -m benchmarks.process_kills runs/kills
 
-Writes FOLDER/kills.csv and prints a summary. A run is lost if it does not finish, or
-ends with other metrics, weights or parameters.
+The script writes FOLDER/kills.csv and prints a summary. A run is lost if it does not
+finish, or if it ends with other metrics, weights or parameters.
 """
 
 from collections.abc import Sequence

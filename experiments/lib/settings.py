@@ -198,12 +198,12 @@ def flag(
   recorded: bool = True,
   repeated: bool = False,
 ) -> Any:
-  """A field of `Settings`; arguments as in `Flag`.
+  """Declares a field of `Settings`; the arguments are those of `Flag`.
 
-  `unset` is added to the help text: what None, the default, stands for.
+  `unset` describes the meaning of None, the default, and is added to the help text.
 
-  Without `help`, `bounds` or `group` the field takes those that `SHARED` has for its
-  name; otherwise a flag of some methods belongs to the group of the methods.
+  If `help`, `bounds` or `group` is missing, it is taken from `SHARED` by the name of
+  the field. A flag that only some methods use belongs to the group of the methods.
   """
   details = {
     "help": help,

@@ -191,7 +191,7 @@ def test_valid_images_pass():
   [
     ({"num_classes": 2}, r"labels of toy test must lie in 0 .. 1"),
     ({"labels": np.array([0, -1, 0, 0, 0, 0])}, r"is -1 at index 1"),
-    ({"labels": np.zeros(5, np.int32)}, "toy test has 6 images and 5 labels"),
+    ({"labels": np.zeros(5, np.int32)}, "toy test has 6 images but 5 labels"),
     ({"num_classes": 4}, r"do not match: .* in 3 classes compared with .* in 4"),
     ({"images": np.zeros((6, 3, 3, 1), np.uint8)}, r"\(2, 2, 1\).*\(3, 3, 1\)"),
   ],
@@ -317,5 +317,5 @@ def test_columns_of_another_length_raise():
   np.testing.assert_array_equal(
     examples_lib.check_examples(lists, "it").label, train.label
   )
-  with pytest.raises(base.InputError, match=r"label in it has shape \[3\] .* 4 images"):
+  with pytest.raises(base.InputError, match=r"label in it has shape \[3\], .* 4 images"):
     examples_lib.check_examples(train._replace(label=train.label[:3]), "it")

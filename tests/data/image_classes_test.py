@@ -166,7 +166,7 @@ def test_all_images_are_read_or_raise(folder):
     file.unlink()
 
   assert_raises(folder / "train" / "lost.png", "is in no class")
-  assert_raises(inner / "y.webp", "has a format that is not read")
+  assert_raises(inner / "y.webp", "has a format that cannot be read")
   valid = (inner / "x.PNG").read_bytes()
   for content in (b"", valid[:40], valid[:46], valid.replace(b"IHDR", b"IHDX")):
     assert_raises(inner / "y.png", "cannot be read as an image", content)

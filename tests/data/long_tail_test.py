@@ -170,7 +170,10 @@ def test_fingerprint_depends_on_all_arguments():
       {"imbalance": 41.0, "shape": "step"},
       "leaves no image of class 2, because class 0 has",
     ),
-    ({"num_meta_per_class": 50}, "class 3 has 50 images in toy train; 50 meta images"),
+    (
+      {"num_meta_per_class": 50},
+      "class 3 has 50 images in toy train, and 50 meta images",
+    ),
     ({"num_meta_per_class": -1}, "num_meta_per_class must be an integer of at least"),
     ({"builder": "cui"}, r"builder must be one of \('ldam', 'mwn'\); got 'cui'"),
     ({"shape": "linear"}, r"shape must be one of \('exponential', 'step'\); got"),

@@ -187,7 +187,7 @@ def test_archives_with_missing_values(tmp_path):
   assert data.rows.tolist() == [0, 1, 2, 3, 5, 6, 8, 9]
   assert dict(data.skipped) == {
     "row 7": "it has no label",
-    "row 4": "it holds NaN or infinite values",
+    "row 4": "it has NaN or infinite values",
   }
 
 

@@ -380,7 +380,7 @@ def change(path, old, new):
 def test_wrong_number_of_classes_raises(data_dir, number):
   path = data_dir / "tiny" / "1.0.0" / "features.json"
   change(path, '"numClasses": "3"', f'"numClasses": "{number}"')
-  message = rf"features.json gives {number} classes of label, .* are of 3 \(0 to 2\)"
+  message = rf"features.json lists {number} classes of label, .* have 3 \(0 to 2\)"
   assert_raises(message, data_dir)
   if number == "4":  # Classes with names need no examples.
     (path.parent / "label.labels.txt").write_text("a\nb\nc\nd\n")
@@ -396,7 +396,7 @@ def test_wrong_number_of_class_names_raises(data_dir):
 @pytest.mark.parametrize("number", ["11", "13"])
 def test_wrong_number_of_examples_raises(data_dir, number):
   change(data_dir / "tiny" / "1.0.0" / "dataset_info.json", '"12"', f'"{number}"')
-  message = f"dataset_info.json gives {number} examples of train in .* has 12"
+  message = f"dataset_info.json lists {number} examples of train in .* has 12"
   assert_raises(message, data_dir)
   assert_raises(message, data_dir, "tiny", "train[:5]")
   assert len(load(data_dir, split="test").labels) == 5

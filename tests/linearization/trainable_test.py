@@ -60,5 +60,5 @@ def test_params_without_a_trainable_leaf_are_refused():
 
 @pytest.mark.parametrize("function", [trainable.check, trainable.Partition])
 def test_leaves_that_are_not_arrays_are_refused(function):
-  with pytest.raises(base.InputError, match="params holds a function, which is no"):
+  with pytest.raises(base.InputError, match="params contains a function, which is not"):
     function({"w": jnp.ones(2), "activation": lambda x: x})

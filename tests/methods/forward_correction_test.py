@@ -194,7 +194,7 @@ def test_finite_at_extreme_logits(scale):
     ),
     (
       lambda: forward_correction(transition=_T.T),
-      "transition must be .* summing to 1",
+      "transition must be .* with sum 1",
     ),
     (
       lambda: forward_correction(transition=2 * np.eye(3) - _T),
