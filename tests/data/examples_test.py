@@ -317,5 +317,5 @@ def test_columns_of_another_length_raise():
   np.testing.assert_array_equal(
     examples_lib.check_examples(lists, "it").label, train.label
   )
-  with pytest.raises(base.InputError, match=r"label in it has shape \[3\], .* 4 images"):
+  with pytest.raises(base.InputError, match=r"has shape \[3\], .* 4 images"):
     examples_lib.check_examples(train._replace(label=train.label[:3]), "it")
