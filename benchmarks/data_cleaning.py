@@ -40,17 +40,17 @@ from experiments.tables import catalog
 from l2rw_jax import base
 from l2rw_jax.io import workdir as workdir_lib
 
-# Without those that use no weights or know the wrong labels.
+# The methods that use weights and do not know the wrong labels.
 LEARNED = ("l2rw", "meta_weight_net", "kept_weights", "soba", "saba")
 METHODS = (*LEARNED, "uniform", "oracle", "clean_only")
 TABLE = catalog.DATA_CLEANING
 _REGULARIZATION = 0.2
-# Among which `clean_only` chooses.
+# The regularizations from which `clean_only` chooses.
 _CLEAN_REGULARIZATIONS = (0.003, 0.01, 0.03, 0.1)
-# Test errors whose first evaluation below them is reported.
+# For each of these test errors, the first evaluation below it is reported.
 _TARGET = 17.0
-# Of the public benchmark, in its best_params files: share -> the outer step size over
-# the inner one. The one of SABA does not depend on the share.
+# From the best_params files of the public benchmark: maps a share to the outer step
+# size divided by the inner one. The ratio of SABA does not depend on the share.
 _SOBA_RATIO = {0.5: 1e4, 0.7: 1e4, 0.9: 1e3}
 _DEV_SIZE = 5_000
 

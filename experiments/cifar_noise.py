@@ -7,8 +7,8 @@ Papers: L2RW (Ren et al., ICML 2018): --preset=l2rw_uniform, l2rw_background;
 Command: python -m experiments.cifar_noise --data_dir=DIR --preset=l2rw_background
   --methods=uniform,l2rw; --smoke for a few steps on a CPU. --num_steps=8000
   shortens the schedule in proportion.
-Device, time: one GPU; not run in full. ResNet-32 80,000 steps a run, WRN-28-10
-  60,000.
+Device, time: one GPU; not run in full. A run has 80,000 steps (ResNet-32) or 60,000
+  (WRN-28-10).
 Published (CIFAR-10, 40% noise, test accuracy %): l2rw_uniform: baseline 67.97,
   L2RW 86.92. l2rw_background: baseline 59.54, L2RW 86.73. mwn_uniform: baseline
   68.07, Meta-Weight-Net 89.27. mwn_flip: baseline 70.77, Meta-Weight-Net 87.54.
@@ -16,7 +16,8 @@ Published (CIFAR-10, 40% noise, test accuracy %): l2rw_uniform: baseline 67.97,
   step, Meta-Weight-Net and WarPI the best epoch on the test set. Baseline and
   Meta-Weight-Net of mwn_uniform were published on different schedules (60,000
   and 20,000 steps, according to the first author); here all methods share one.
-Measured: results/cifar_noise, once it has been run. Headline: the last step.
+Measured: results/cifar_noise, once it has been run. The main metric is that of the last
+  step.
 """
 
 from collections.abc import Sequence

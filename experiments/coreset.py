@@ -8,7 +8,7 @@ Paper: AdaCore (Pooladzandi et al., ICML 2022) and CRAIG (Mirzasoleiman et al., 
   not compilation. Each seed is trained alone, so that no run waits for the selection of
   another.
 Command: python -m experiments.coreset --data_dir=DIR
-  and a long tail: --network=mlp --fraction=0.1 --imbalance=100 --workdir=runs/tail
+  for a long tail: --network=mlp --fraction=0.1 --imbalance=100 --workdir=runs/tail
   without a download: --dataset=digits
 Device, time: one CPU core, 40 minutes.
 Published: speed-ups over 2.9x (full) and 4.5x (random) on other data; no table could be
@@ -176,7 +176,7 @@ def make_splits(settings: Settings, seeds: Sequence[int]) -> list[examples_lib.S
   return [_make_split(settings, seed) for seed in seeds]
 
 
-# All settings of a seed follow each other.
+# One split is enough in the cache, because all settings of a seed follow each other.
 @functools.lru_cache(maxsize=1)
 def _make_split(settings: Settings, seed: int) -> examples_lib.Splits:
   train, test = settings.load("train"), settings.load("test")
@@ -385,8 +385,8 @@ def make_row(
   timing = workdir_lib.read_record(folder / "timing.json")
   if timing["untimed_steps"]:
     raise base.InputError(
-      f"{folder / 'timing.json'} was damaged, so that it is unknown how long the first"
-      f" {timing['untimed_steps']} steps took. Delete {folder} to train again."
+      f"{folder / 'timing.json'} was damaged, so the seconds of the first"
+      f" {timing['untimed_steps']} steps are unknown. Delete {folder} to train again."
     )
   evaluations = timing["evaluations"]
   path = folder / f"seed-{metrics['seed']}"
@@ -432,11 +432,11 @@ def panels(rows: runner.Rows) -> dict[tuple[str, float], list[int]]:
 
 
 def with_equal_seconds(rows: runner.Rows) -> runner.Rows:
-  """The rows with accuracies at seconds that all methods of a model trained for.
+  """Adds the accuracies at equal seconds, which all methods of a model have reached.
 
-  There is one number for each model and seed: the seconds of the run that took the
-  shortest time. Seeds are treated separately, because the runs of a seed follow each
-  other and the speed of a machine varies.
+  These seconds are those of the shortest run of each model and seed. Seeds are treated
+  separately, because the runs of a seed follow each other and the speed of a machine
+  varies.
   """
   extended = []
   for one in rows:

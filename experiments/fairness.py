@@ -131,13 +131,13 @@ class Settings(runner.Settings):
   )
   condense: tuple[str, ...] = flag(
     (),
-    "Percentages q, separated by commas: also train uniformly on the q% of the images"
-    " with the highest FORML weights, and on as many at random.",
+    "Percentages q, separated by commas. For each, also train uniformly on the q% of"
+    " the images with the highest FORML weights, and on as many random images.",
     group="method",
   )
   condense_by: str | None = flag(
     None,
-    "Method whose weights --condense takes. The default is the last forml_ method of"
+    "Method whose weights --condense uses. The default is the last forml_ method of"
     " --methods.",
     group="method",
   )

@@ -290,8 +290,8 @@ def read_curve(folder: pathlib.Path, seed: int) -> Curve:
   timing = workdir_lib.read_record(folder / "timing.json")
   if timing["untimed_steps"]:
     raise base.InputError(
-      f"{folder / 'timing.json'} was damaged, so that it is unknown how long the first"
-      f" {timing['untimed_steps']} steps took. Delete {folder} to train again."
+      f"{folder / 'timing.json'} was damaged, so the seconds of the first"
+      f" {timing['untimed_steps']} steps are unknown. Delete {folder} to train again."
     )
   losses = {
     line["step"]: line["test/loss"]
@@ -304,13 +304,14 @@ def read_curve(folder: pathlib.Path, seed: int) -> Curve:
 
 
 def draw(rows: runner.Rows, curves: dict[str, list[Curve]], path: pathlib.Path) -> None:
-  """Bits per byte against seconds, and the corrupted documents that are recovered."""
+  """Draws bits per byte against seconds, and the share of recovered documents."""
   with figures.figure(path, 1, 2, figsize=(11, 3.8)) as (_, (left, right)):
     for color, (name, runs) in enumerate(curves.items()):
       for number, curve in enumerate(runs):
         label = name.replace("_", " ") if not number else None
         left.plot(*curve, color=f"C{color}", lw=1.2, alpha=0.8, label=label)
-    # The clean documents alone are memorized within seconds, far above all others.
+    # Training on the clean documents alone memorizes them within seconds. Its curve is
+    # far above all others.
     best = min(curve.bits.min() for runs in curves.values() for curve in runs)
     left.set_ylim(0.95 * best, 2 * best)
     left.set_xlabel("seconds of training")

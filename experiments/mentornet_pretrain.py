@@ -56,15 +56,15 @@ class Settings(settings_lib.Settings):
   )
   percentile: float = flag(
     75.0,
-    "Percentile of all losses in --dump, from 0 to 100, from which differences are"
-    " taken.",
+    "Percentile of all losses in --dump, from 0 to 100, which is subtracted from the"
+    " losses.",
     bounds=settings_lib.Bounds(0, 100),
     group="data",
   )
   use_labels: bool = flag(
     False,
-    "Show the labels to the mentor of --curriculum=dd, which then fits data of as many"
-    " classes only.",
+    "Pass the labels to the mentor of --curriculum=dd, which then applies only to data"
+    " with the same number of classes.",
     group="method",
   )
   compat: str = flag(
@@ -214,10 +214,10 @@ def draw(
   percentile: float,
   path: pathlib.Path,
 ) -> None:
-  """Weight against loss, a panel an epoch: learned, and what it was fitted to."""
+  """Draws the learned and the target weights against the loss, a panel per epoch."""
   is_dd = mentor.curriculum == "dd"
   epochs: Any = _EPOCHS
-  if is_dd:  # Recorded ones near the start, the middle and the end.
+  if is_dd:  # Show recorded epochs near the start, the middle and the end.
     epochs = np.quantile(np.unique(rows.epochs), (0, 0.5, 1), method="nearest")
   options = {"figsize": (10, 3.2), "sharey": True, "tight": True}
   with figures.figure(path, 1, 3, **options) as (figure, axes):

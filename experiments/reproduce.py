@@ -53,13 +53,13 @@ from l2rw_jax.models import lenet
 
 _RECORD = "reproduce.json"
 DEVICES = ("cpu", "gpu")
-# Floating-point operations a second, see the module's docstring.
+# Floating-point operations per second, see the module docstring.
 _SPEED = {"cpu": 60e9, "gpu": 20e12}
-# Seconds of a layer and pass that do not depend on its size.
+# Constant seconds of a layer and pass, which do not depend on its size.
 _LAUNCH = {"cpu": 5e-6, "gpu": 30e-6}
 _COMPILE_MINUTES = {"cpu": 0.5, "gpu": 1.5}
-# Committed mentors; that of MentorNet-DD learned from losses on MNIST, which is not the
-# published protocol, so its cells are left out.
+# Committed mentors. The mentor of MentorNet-DD was fitted to losses on MNIST, which is
+# not the published protocol, so its cells are left out.
 _MENTOR = "results/mentornet_pretrain/pd/mentor.json"
 _LEFT_OUT = ("mentornet_dd",)
 # The paper's method counts more than the baselines next to it.
@@ -738,8 +738,8 @@ def run(settings: Settings, workdir: Any) -> list[Entry]:
     return entries
   if device != (backend if backend in DEVICES else "gpu"):
     raise base.InputError(
-      f"--device={device}: JAX computes on a {backend.upper()} here; leave the flag"
-      " out, or install jax for that device."
+      f"--device={device}: JAX uses a {backend.upper()}; leave the flag out, or install"
+      " jax for the other device."
     )
   limit = math.inf if settings.minutes is None else settings.minutes
   for entry in entries:  # Raises before anything is trained.

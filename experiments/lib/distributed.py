@@ -13,11 +13,12 @@ from experiments.lib import last_words
 from l2rw_jax import base
 from l2rw_jax import processes
 
-# The exit status when another process was lost: all of them may be started again.
+# The exit status if another process was lost; all processes may be started again.
 LOST_STATUS = 75
-# JAX notices after this time that a process no longer answers.
+# After this time, JAX notices that a process does not answer.
 _HEARTBEAT_SECONDS = 30
-# A process that ends waits so long for the others: the first one serves them.
+# A process that ends waits for the others for this time, because the first process
+# serves them.
 _LEAVE_MS = 5000
 _FLAGS = ("coordinator_address", "num_processes", "process_id")
 _is_connected = False

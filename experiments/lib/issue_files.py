@@ -86,7 +86,7 @@ def _number(value: float) -> str:
 
 
 def pictures(data: own_data.OwnData, rows: list[int]) -> Iterator[bytes]:
-  """PNG files of some examples; none for rows of numbers."""
+  """Yields PNG files of some examples if the examples are images."""
   for row in rows:
     image = None
     if data.root is not None:

@@ -185,7 +185,7 @@ def _print_help(settings: type[settings_lib.Flags], values: flags.FlagValues) ->
     if lines:
       print(f"\n{title}:", *lines, sep="\n")
   print("\nFlags of every absl program:")
-  print("  --flagfile: Read flags from a file, one a line.")
+  print("  --flagfile: Read flags from a file, one per line.")
   if not values["helpfull"].value:
     print("  --helpfull: Print the other flags of absl, too.")
     return

@@ -64,14 +64,14 @@ class Settings(settings_lib.Settings):
   )
   l2rw_layers: tuple[str, ...] = flag(
     (),
-    "Layers that L2RW computes scores from, an approximation: their names, or a share"
-    " of the cost in (0, 1], for the last layers. The default is all.",
+    "Layers from which L2RW computes scores (an approximation): their names, or a"
+    " share of the cost in (0, 1] for the last layers. The default is all layers.",
     methods=["l2rw"],
   )
   l2rw_refresh_every: int = flag(
     1,
-    "Number of steps from one clean gradient of L2RW to the next, an approximation if"
-    " it is above 1.",
+    "Number of steps for which L2RW uses one gradient of the meta loss (an approximation"
+    " if it is above 1).",
     bounds=settings_lib.STEPS,
     methods=["l2rw"],
   )
@@ -392,7 +392,7 @@ def _absgd_ldam_drw(settings: LongTailSettings, problem: Problem) -> base.Method
   return changed_loss.changed_loss(late, ldam)
 
 
-# For wrong labels.
+# Methods for wrong labels.
 NOISE: dict[str, Factory] = {
   "uniform": lambda settings, problem: baselines.uniform(),
   "random": lambda settings, problem: baselines.random(),
@@ -431,7 +431,8 @@ NOISE: dict[str, Factory] = {
   ),
   "group_dro": lambda settings, problem: group_dro.group_dro(),
 }
-# For long tails: these also need class counts that differ, or a classifier of cosines.
+# Methods for long tails, which need class counts that differ, or logits that are
+# cosines.
 LONG_TAIL: dict[str, Factory] = {
   **NOISE,
   "class_proportion": lambda settings, problem: baselines.class_proportion(),

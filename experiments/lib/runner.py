@@ -276,7 +276,7 @@ def _watch_validation(
 
 
 def _record_curves(folder: pathlib.Path) -> evaluation.EpochProbe:
-  """Saves Meta-Weight-Net's weight function every epoch, for `figures.curves`."""
+  """Saves Meta-Weight-Net's weight function every epoch, for its figure."""
 
   def probe(snapshot, epoch):
     state = snapshot.state.method_state

@@ -278,12 +278,11 @@ class Flags:
     InputError: a value is not allowed.
   """
 
-  # Flags that choose which runs to do, not how. A later call may give others: runs
-  # that are there already are not repeated, and the table holds what the last call
-  # asked for.
+  # These flags select runs but do not change them, so a later call may give other
+  # values. Finished runs are not repeated, and the table has the runs of the last call.
   EXTENDABLE: ClassVar[tuple[str, ...]] = ()
 
-  # Names of the flags that a command line gave, also those given their default.
+  # Names of the flags that were given on the command line, even with their defaults.
   given: frozenset[str] = dataclasses.field(
     default=frozenset(), compare=False, repr=False, kw_only=True
   )
@@ -364,8 +363,8 @@ class Settings(Flags):
 
   num_devices: int | None = flag(
     None,
-    "Number of devices to train on, over all processes. The default is the most that"
-    " divide the batch, and with several processes all.",
+    "Number of devices of all processes. The default is the largest number that divides"
+    " the batch or, with several processes, all devices.",
     bounds=Bounds(1, 10**5),
   )
   # These flags affect only speed and rounding, so a folder may be continued with other
@@ -529,7 +528,7 @@ def given_values(**values: Any) -> dict[str, Any]:
   return {name: value for name, value in values.items() if value is not None}
 
 
-# Flags that decide how much memory a run takes, the likeliest cause first.
+# Flags that affect the memory of a run, the most likely cause first.
 _MEMORY = (
   *("networks", "width", "warpi_samples", "restarts", "num_tasks", "num_meta_tasks"),
   *("num_test_tasks", "num_ways", "num_shots", "num_queries", "num_inner_steps"),
@@ -537,7 +536,7 @@ _MEMORY = (
   *("meta_batch_size", "hard_mining_batch", "probe_batch_size", "num_train"),
 )
 
-# Parameters of the library whose flag has another name.
+# Maps parameters of the library to flags with other names.
 _FLAG_OF = {
   "num_meta_per_class": "num_meta",
   "foreign_share": "ood_share",

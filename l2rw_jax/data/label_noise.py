@@ -1,7 +1,8 @@
 """Label noise, added once on the host before training.
 
 "40% noise" means different things in different papers and programs: report the kind
-of noise and its variant with every number. N labels, C classes.
+of noise and its variant with every number. N is the number of labels, and C is the
+number of classes.
 
 There are two families. `uniform_flip` and `background_flip` relabel an exact number
 of examples. The other functions make a row-stochastic transition matrix T [C, C], from

@@ -242,7 +242,7 @@ class Run:
     ]
 
   def _epoch_order(self, run, epoch, rng):
-    if self.method.sample is base.permutation:  # Needs no state from the devices.
+    if self.method.sample is base.permutation:  # This needs no state of the devices.
       return rng.permutation(self._num_examples)
     state, problem = self._state_and_problem(run)
     train = examples_lib.as_batch(self.splits[run].train)
