@@ -70,8 +70,8 @@ class Settings(settings_lib.Settings):
   )
   l2rw_refresh_every: int = flag(
     1,
-    "Number of steps for which L2RW uses one gradient of the meta loss (an approximation"
-    " if it is above 1).",
+    "Number of steps for which L2RW uses one gradient of the meta loss (an"
+    " approximation if it is above 1).",
     bounds=settings_lib.STEPS,
     methods=["l2rw"],
   )
