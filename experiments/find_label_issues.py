@@ -68,7 +68,7 @@ class Settings(settings_lib.Settings):
   label_column: str | None = flag(
     None,
     "Column of the labels in --csv.",
-    unset="one called label, labels, class, target or y, else the last",
+    unset="a column called label, labels, class, target or y, or otherwise the last",
     group="data",
   )
   dataset: str | None = flag(None)
@@ -213,7 +213,7 @@ def make_config(
   """How long to train: fewer epochs for more examples."""
   size = len(data.labels)
   batch_size = settings.batch_size or min(size, 100, max(8, size // 13))
-  # A small table is memorized sooner than as many images.
+  # A small table is memorized sooner than the same number of images.
   is_table = data.features.ndim != 4
   default = 10 if is_table or size >= 5000 else 15 if size >= 1000 else 20
   num_epochs = settings.num_epochs or default

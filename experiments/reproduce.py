@@ -127,8 +127,8 @@ class Settings(settings_lib.Flags):
   )
   data_dir: str | None = flag(
     None,
-    "Folder of prepared TFDS data sets. The default is TFDS_DATA_DIR, or else TFDS's"
-    " own folder.",
+    "Folder of prepared TFDS data sets. The default is TFDS_DATA_DIR if it is set, and"
+    " ~/tensorflow_datasets otherwise.",
     group="data",
     recorded=False,
   )

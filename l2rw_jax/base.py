@@ -27,7 +27,7 @@ AxisName = str | tuple[str, ...] | None
 
 
 class InputError(ValueError):
-  """A mistake of the caller. One line says what is wrong and how to fix it.
+  """A mistake of the caller. One line describes the mistake and how to fix it.
 
   Scripts print the line without a traceback and exit with status 2.
   """
@@ -142,7 +142,7 @@ class Gradients(NamedTuple):
     scores: this device's scores before they are clipped at zero, [B]; None for a
       method without scores.
     fixed: a pair of pytrees like `params`, `(is_fixed, values)`: a parameter whose
-      bool scalar is True has that value after the step, whatever the optimizer does.
+      bool scalar is True has that value after the step, regardless of the optimizer.
       Fixed values are needed because momentum and weight decay also move parameters
       without a gradient. None leaves all parameters to the optimizer.
   """

@@ -9,7 +9,7 @@ is taken with the weighted gradient g(w) = J^T w of a batch (see `linearization`
 
     look-ahead        p' = step(g(w))
     direction         v  = (d step / d g)^T grad M(p')    one cheap vjp, O(params)
-    weight gradient   dM/dw = J v                         all B numbers at once
+    weight gradient   dM/dw = J v                         for all B weights together
     network gradient  dM/dphi = (dw/dphi)^T (dM/dw)       if phi parameterizes w
 
 Up to rounding, this equals the derivative of the unrolled step, which is the definition
@@ -302,7 +302,7 @@ def _microbatched_meta_gradient(
 
 
 def batch_after(direction: Direction, batch: Any) -> Any:
-  """Returns `batch`; what is computed from the result waits for the direction.
+  """Returns `batch`, so that computations with the result wait for the direction.
 
   The direction of L2RW, at a zero inner gradient, depends only on the meta batch. A
   compiler may still run the forward pass of the training batch first, as XLA:CPU does,

@@ -11,7 +11,7 @@ that takes logits and labels:
   gradient unless the loss is constant there, so that the mistake is noticed. Exclude
   such examples with `where`.
 - `where`, bool [B], selects the examples that count. All others have a loss of 0 and a
-  gradient of 0, whatever their labels and logits are.
+  gradient of 0, regardless of their labels and logits.
 - Sums over half-precision logits are computed in float32; losses have the type of the
   logits.
 - Losses and their gradients are finite if the logits are finite, or if the only other
@@ -488,7 +488,7 @@ def check_logits(
 
 
 def label_scale(is_label: base.Array, where: base.Array | None = None) -> base.Array:
-  """Factors of the losses: 1, or 0 if `where` is False, or NaN if there is no label.
+  """Factors of the losses: 1, 0 if `where` is False, or NaN if the row has no label.
 
   Losses are multiplied by these factors, so that the gradient of an example whose label
   is not a class is also NaN.

@@ -147,7 +147,7 @@ def check_same(what: str, values: Mapping[str, Any]) -> None:
   """Raises InputError, in every process, unless all of them pass the same values.
 
   Args:
-    what: what the values are, for the message.
+    what: description of the values, for the message.
     values: JSON values by name.
   """
   texts = exchange("check_same", json.dumps(values, sort_keys=True))

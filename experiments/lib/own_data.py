@@ -2,7 +2,7 @@
 
 from l2rw_jax.data import own_data
 
-HELP = "or data of your own: images:DIR, npz:FILE or csv:FILE (docs/your_own_data.md)"
+HELP = "or your own data: images:DIR, npz:FILE or csv:FILE (docs/your_own_data.md)"
 
 
 def read(name: str, part: str, in_memory: bool | None = True) -> own_data.OwnData:

@@ -110,7 +110,7 @@ class Settings(settings_lib.Settings):
   )
   bare_kappa: float = flag(
     1.0,
-    "Number of standard deviations above the mean that BARE asks for.",
+    "Number of standard deviations above the mean that BARE requires.",
     bounds=settings_lib.Bounds(0, 1e3),
     methods=["bare"],
   )

@@ -155,7 +155,7 @@ def collect(results: pathlib.Path, only: Sequence[str] = ()) -> list[table_lib.T
   if not results.is_dir():
     raise base.InputError(
       f"--results={results} is not a folder; run from the repository's root, or name"
-      " the folder that holds the results."
+      " the folder of the results."
     )
   folders = [path for path in sorted(results.iterdir()) if path.is_dir()]
   files = {folder.name: _files(folder) for folder in folders}
@@ -199,7 +199,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(content["flags"], dict) or not isinstance(rows, list):
       raise TypeError("flags and rows have other types")
     if not all(isinstance(row, dict) for row in rows):
-      raise TypeError("a row is no object")
+      raise TypeError("a row is not an object")
   except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
     raise base.InputError(
       f"{path} cannot be read as results ({error}); run its script again."

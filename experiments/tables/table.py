@@ -1,4 +1,4 @@
-"""What a table says of rows of results: measured values next to published ones."""
+"""Tables of rows of results, with measured values next to published ones."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import dataclasses

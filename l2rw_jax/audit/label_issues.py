@@ -8,7 +8,7 @@ g. It is computed from the mean predicted distribution p over C classes:
 R[j, g] is the rate at which examples of class j are labeled g, divided by the average
 rate over pairs of classes. Mistakes have a direction if, for instance, 3 is often
 labeled 8 but not 1. If the network then assigns probability to a class that is never
-mistaken for the given label, this is no evidence of a wrong label, whereas probability
+mistaken for the given label, this is not evidence of a wrong label, whereas probability
 of the class of the usual mistake is strong evidence. That is Bayes' rule, with R as the
 prior of the mistake. The Euclidean norm is a compromise between the maximum over the
 other labels, which ranks best if mistakes have a direction, and the sum over the other

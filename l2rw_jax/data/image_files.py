@@ -33,7 +33,7 @@ def header(path: str | os.PathLike) -> Header:
     path: the file.
 
   Raises:
-    ValueError: the file is no image that can be read; the message says why.
+    ValueError: the file is not an image that can be read; the message says why.
   """
   from PIL import Image
 
@@ -67,7 +67,7 @@ def read(
     uint8 [height, width, channels].
 
   Raises:
-    ValueError: the file is no image that can be read; the message says why.
+    ValueError: the file is not an image that can be read; the message says why.
   """
   from PIL import Image
   from PIL import ImageOps

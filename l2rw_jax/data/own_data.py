@@ -143,7 +143,7 @@ def read(
     labels: for images, a CSV file of path,label. The default is DIR/labels.csv if it
       exists; otherwise, the folders are the classes.
     label_column: for a table, the label column. The default is a column called label,
-      labels, class, target or y, or else the last column.
+      labels, class, target or y; if there is none, it is the last column.
     image_size: for image files, the height and width. The default is the most frequent
       size, with no side above 64.
     like: the format that the examples must have. The test set has the format of the
@@ -423,7 +423,9 @@ def _in_classes(
     if len(inside.parts) < 2:
       skipped.append((inside.as_posix(), "it is not in a folder of a class"))
     elif path.suffix.lower() not in image_files.SUFFIXES:
-      skipped.append((inside.as_posix(), f"{path.suffix or 'it'} is no image format"))
+      skipped.append(
+        (inside.as_posix(), f"{path.suffix or 'it'} is not an image format")
+      )
     else:
       files.append(path)
       labels.append(inside.parts[0])

@@ -64,7 +64,7 @@ def linearize(
                            functions whose declared derivative is not the
                            derivative of their values (straight-through, gradient
                            reversal) are refused.
-  auto                     layerwise if the model allows it, else forward. For
+  auto                     layerwise if the model allows it, or forward. For
                            a `jax.checkpoint` that takes parameters: forward,
                            which is cheaper there, unless there is a
                            `jax.custom_vjp`. The default.

@@ -21,7 +21,7 @@ from l2rw_jax import normalization
 STATISTICS = ("batch_column", "own_label")
 # The released code clips probabilities to this distance from 0 and 1.
 _MARGIN = 1e-8
-# Tolerance for rounding of a probability that lies on the mean, in units of epsilon.
+# Tolerance for rounding of a probability that equals the mean, in units of epsilon.
 _TOLERANCE = 8
 
 

@@ -74,7 +74,7 @@ class ExampleWeights(NamedTuple):
     zero_slope: whether the look-ahead optimizer's step ignores the gradient, so
       that all weights are zero, see `hypergradient.Direction`; bool scalar.
     fault: the first quantity that is not finite, a `base.Fault`; int32 scalar.
-    aux: what `losses_fn` returned in addition to the losses of `batch`, else None.
+    aux: the auxiliary output of `losses_fn` for `batch`, or None.
     engine: the engine that linearized `batch`, for instance the one that "auto"
       selected; see `base.Linearized`.
   """

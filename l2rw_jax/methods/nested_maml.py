@@ -78,7 +78,7 @@ class WeightGradient(NamedTuple):
     zero_slope: whether the look-ahead step ignores the gradient (a learning rate of
       0), see `hypergradient.Direction`; bool scalar.
     fault: the first quantity that is not finite, a `base.Fault`; int32 scalar.
-    aux: what `losses_fn` returned in addition to the losses of the batch, else None.
+    aux: the auxiliary output of `losses_fn` for the batch, or None.
   """
 
   gradient: base.Array

@@ -1,6 +1,6 @@
 """Preprocessing of images on the device: crops, flips, scaling.
 
-Every image has its own PRNG key. If the keys are derived from the examples' indices
+Every image has a different PRNG key. If the keys are derived from the examples' indices
 (`Classifier.preprocess`), the result does not depend on how a batch is divided among
 devices. Pixels are floats in [0, 1].
 """

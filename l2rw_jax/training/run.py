@@ -133,7 +133,7 @@ class Run:
     """Frees the device arrays of examples, and stops the threads that read ahead."""
     self._data.close()
     # The sampler refers to this object. Break the reference cycle so that device
-    # arrays are freed at once.
+    # arrays are freed immediately.
     del self.sampler, self._data
 
   # -- state ---------------------------------------------------------------

@@ -108,7 +108,7 @@ def train_step(
     optimizer: the optimizer of the network.
 
   Returns:
-    The new state, and what the step reports.
+    The new state, and the output of the step.
   """
   inputs = base.Inputs(
     params=state.params,

@@ -1,4 +1,4 @@
-"""How many steps are sent to the devices at once."""
+"""The number of steps in a call of the compiled function."""
 
 import jax
 

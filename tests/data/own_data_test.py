@@ -55,7 +55,7 @@ def test_what_cannot_be_read_is_listed_and_skipped(folder):
   reasons = dict(data.skipped)
   assert len(data.labels) == 20
   assert reasons.pop("outside.png") == "it is not in a folder of a class"
-  assert reasons.pop("dog/notes.txt") == ".txt is no image format"
+  assert reasons.pop("dog/notes.txt") == ".txt is not an image format"
   assert reasons.pop("dog/text.jpg") == reasons.pop("dog/empty.png")
   assert "8 bits" in reasons.pop("dog/float.tif")
   assert set(reasons) == {"dog/cut.png"}

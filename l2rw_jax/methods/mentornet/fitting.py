@@ -138,7 +138,7 @@ def is_binary(targets: np.ndarray) -> bool:
 
 
 def imitation_losses(logits: Any, targets: Any, is_binary: bool) -> base.Array:
-  """Sigmoid cross-entropy if all targets are 0 or 1, else squared error; [B]."""
+  """Sigmoid cross-entropy if all targets are 0 or 1, otherwise squared error; [B]."""
   if is_binary:
     return optax.sigmoid_binary_cross_entropy(logits, targets)
   return (jax.nn.sigmoid(logits) - targets) ** 2
