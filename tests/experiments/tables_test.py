@@ -225,7 +225,7 @@ _BROKEN_ROWS = {
     7,
     "results.json cannot be read as results (flags and rows have other types)",
   ),
-  "row": ([7], "results.json cannot be read as results (a row is no object)"),
+  "row": ([7], "results.json cannot be read as results (a row is not an object)"),
 }
 _MISTAKES = {
   "no_folder": (["--results={tmp}/none"], "/none is not a folder; run from"),
