@@ -8,7 +8,7 @@ uniform weights, with leaving out documents with a large loss, with training on 
 clean documents alone, and with fine-tuning on these.
 Command: python -m experiments.lm_reweight
 Device, time: 2 CPU cores, 20 minutes.
-Published: nothing that compares. Measured: results/lm_reweight.
+Published: no comparable number. Measured: results/lm_reweight.
 """
 
 from collections.abc import Sequence

@@ -10,7 +10,7 @@ Paper: Forouzesh, Sedghi, Thiran (ICLR 2023): networks that fit a randomly label
 Command: python -m experiments.memorization --data_dir=DIR
   without a download, in minutes: --dataset=digits
 Device, time: one CPU core, 30 minutes; digits 5.
-Published: nothing that compares; its tables are of CIFAR and Clothing1M. Measured:
+Published: no comparable number; the tables are for CIFAR and Clothing1M. Measured:
   results/memorization.
 """
 

@@ -1,15 +1,15 @@
 r"""Images in a long tail: all methods that use weights, margins or resampling.
 
-Paper: no paper trains on these data. The tails are those of LDAM (Cao et al., NeurIPS
-  2019) and Meta-Weight-Net (Shu et al., NeurIPS 2019) on CIFAR, on data that suit the
-  CPU of a laptop. The schedule is a choice of this project: a warm-up, drops to a tenth
-  at 80 and 90% of the run as in LDAM, and deferred methods from 80%. The settings of a
-  method are those of its paper or released code: nothing was tuned except the learning
-  rate, see PRESET.
+Paper: no paper trains on these data. LDAM (Cao et al., NeurIPS 2019) and
+  Meta-Weight-Net (Shu et al., NeurIPS 2019) have such tails of CIFAR; these images can
+  be trained on a laptop's CPU. The schedule is a choice of this project: a warm-up,
+  drops to a tenth at 80 and 90% of the run as in LDAM, and deferred methods from 80%.
+  The settings of a method are those of its paper or released code: nothing was tuned
+  except the learning rate, see PRESET.
 Command: python -m experiments.mnist_long_tail --data_dir=DIR --imbalance=100
   --imbalance=200; without a download: --dataset=digits --imbalance=10
 Device, time: one CPU core.
-Published: nothing that compares.
+Published: no comparable number.
 Measured: results/mnist_long_tail.
 """
 

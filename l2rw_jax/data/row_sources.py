@@ -130,12 +130,12 @@ class StoredImages(_Images):
     make_fingerprint: Callable[[], str],
     place: pathlib.Path,
   ):
-    """Reads nothing.
+    """Stores the arguments without reading files.
 
     Args:
       records: a data source of tensorflow-datasets with a field "image".
       shape: shape of an image.
-      make_fingerprint: computes the fingerprint.
+      make_fingerprint: a function that computes the fingerprint.
       place: folder of the set, for messages.
     """
     super().__init__((len(records), *shape), make_fingerprint)
@@ -160,7 +160,7 @@ class ImageFiles(_Images):
   def __init__(
     self, paths: Sequence[pathlib.Path], size: tuple[int, int], channels: int
   ):
-    """Reads nothing.
+    """Stores the arguments without reading files.
 
     Args:
       paths: the files.

@@ -266,13 +266,13 @@ def _missing(name: str, root: pathlib.Path) -> str:
     return (
       f"unknown data set {title!r}; "
       + (f"did you mean {' or '.join(near)}? " if near else "")
-      + "known are digits, the names at https://www.tensorflow.org/datasets/catalog"
-      f" and the prepared sets in the data folder, here {root}"
+      + "choose digits, a name at https://www.tensorflow.org/datasets/catalog or a"
+      f" prepared set in the data folder {root}"
     )
   return (
     f"data set {name!r} does not exist: looked for"
     f" {root / title / (version or '<version>') / 'dataset_info.json'}. Either point"
-    " --data_dir= (or TFDS_DATA_DIR) at a prepared copy or, with a network and"
+    " --data_dir= (or TFDS_DATA_DIR) at a prepared copy or, with internet access and"
     ' tensorflow installed, run: python -c "import tensorflow_datasets as tfds;'
     f" tfds.builder({name!r}, data_dir={str(root)!r},"
     " file_format='array_record').download_and_prepare()\""
@@ -280,7 +280,7 @@ def _missing(name: str, root: pathlib.Path) -> str:
 
 
 def _description(folder: pathlib.Path) -> str:
-  # Two copies of one version can differ: images may be compressed again or missing.
+  # Two copies of one version can differ, because images may be recompressed or missing.
   digest = hashlib.sha256()
   for file in (_INFO, _FEATURES):
     path = folder / file

@@ -22,7 +22,9 @@ _KEY = 0x73757363
 
 
 def susceptibility(batch_size: int = 128, unlabeled: Any = "train") -> evaluation.Probe:
-  """Makes a probe of `susceptibility_drop`, see `susceptibility.loss_drop`.
+  """Makes a probe of susceptibility, see `susceptibility.loss_drop`.
+
+  The name of its metric is `susceptibility_drop`.
 
   The probe uses the loss of the problem, even if the method changes it. For every
   measurement it draws a batch of images at random. Their labels are also random, but

@@ -312,7 +312,7 @@ def test_missing_set_names_its_path_and_two_solutions(tmp_path):
 def test_unknown_name(tmp_path):
   assert_raises("unknown data set 'mnsit'; did you mean mnist or", tmp_path, "mnsit")
   assert_raises("unknown data set 'digts'; did you mean digits", tmp_path, "digts")
-  assert_raises("unknown data set 'qqqqqq'; known are digits", tmp_path, "qqqqqq")
+  assert_raises("unknown data set 'qqqqqq'; choose digits", tmp_path, "qqqqqq")
 
 
 @pytest.mark.parametrize(

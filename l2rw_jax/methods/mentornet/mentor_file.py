@@ -52,7 +52,7 @@ def save(
 def load(
   path: str | os.PathLike, num_classes: int | None = None
 ) -> mentornet_network.Mentor:
-  """Reads a mentor back.
+  """Reads a mentor from its file.
 
   Args:
     path: path of the file that `save` wrote.
