@@ -54,7 +54,7 @@ def test_optimizers_get_zeros_in_place_of_keys():
 
 def test_params_without_a_trainable_leaf_are_refused():
   trainable.check(_params())
-  with pytest.raises(base.InputError, match=r"no floating point array.*: bool, int32"):
+  with pytest.raises(base.InputError, match=r"no floating-point array.*: bool, int32"):
     trainable.check({"count": jnp.int32(3), "mask": jnp.array(True)})
 
 
