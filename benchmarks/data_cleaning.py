@@ -77,7 +77,7 @@ class Settings(settings_lib.Settings):
   )
   num_steps: int = flag(20_480)
   eval_every: int = flag(512)
-  batch_size: int = flag(64, "Number of training examples, and of clean ones, a step.")
+  batch_size: int = flag(64, "Number of training and of clean examples in a step.")
   num_train: int = flag(20_000)
   num_meta: int = flag(5_000, "Number of clean images of all classes together.")
   learning_rate: float = flag(
@@ -255,7 +255,7 @@ def _error_percent(z: base.Array, pair: tuple[np.ndarray, np.ndarray]) -> float:
 
 
 def _batch_numbers(num_batches: int, count: int, rng: np.random.Generator):
-  """Numbers of `count` batches, each pass over all in a new order."""
+  """Numbers of `count` batches; each pass over all batches has a new order."""
   passes = -(-count // num_batches)
   orders = [rng.permutation(num_batches) for _ in range(passes)]
   return np.concatenate(orders)[:count].astype(np.int32)

@@ -47,7 +47,7 @@ _NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 _IN_MEMORY = {"files": False, "memory": True, "resident": True}
 _MIB = 2**20
-# Values of a generated example, 256 KiB of float32.
+# Number of values of a generated example, which are 256 KiB of float32.
 _VALUES = 2**16
 
 

@@ -45,7 +45,7 @@ COMPARED = (
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-  """One way to train.
+  """Settings of training.
 
   Attributes:
     num_epochs: number of passes over the training set.
@@ -87,8 +87,8 @@ def _sgd(
 # initial parameters. The released code has 1,000 validation images instead of 11,000,
 # and its program for BARE (not those for the baselines) has a small LeNet instead of
 # the MLP of the paper.
-# "own" gives each method the optimizer of its paper's image experiments, for as many
-# epochs.
+# "own" gives each method the optimizer of the image experiments in its paper, for the
+# same number of epochs.
 _DROPS = ((2 / 3, 0.1), (5 / 6, 0.1))
 _ADAM = optimizers.OptimizerConfig("adam", 1e-3)
 PRESETS = {

@@ -352,7 +352,7 @@ def weight_gradient(
 def _unit(vector):
   """`vector` divided by a power of two near its length, and the power (float32)."""
 
-  # Not in float16, which flushes small divisors to zero.
+  # Do not divide in float16, which flushes small divisors to zero.
   def wide(x):
     return x.astype(base.accumulator_dtype(x.dtype))
 

@@ -45,12 +45,13 @@ class Settings(
   dataset: str = flag("mnist")
   methods: tuple[str, ...] | None = flag(
     None,
-    f"Methods to compare, of {', '.join(METHODS)}. The default is those compared in"
-    " the committed table.",
+    f"Methods to compare, of {', '.join(METHODS)}. The default is the methods in the"
+    " committed table.",
   )
   shape: str = flag(
     "exponential",
-    "Shape of the tail: class sizes fall exponentially, or half of them are low.",
+    "Shape of the tail: class sizes fall exponentially, or half of the classes are"
+    " small.",
     choices=long_tail.SHAPES,
     group="data",
   )
@@ -306,7 +307,7 @@ def thresholds(rows: runner.Rows) -> str:
   tails = {(r["shape"], r["imbalance"], r["many_above"], r["few_below"]) for r in rows}
   return "\n".join(
     f"{shape} {imbalance:g}: many-shot classes have more than {many} training images,"
-    f" few-shot ones less than {few}."
+    f" few-shot classes fewer than {few}."
     for shape, imbalance, many, few in sorted(tails)
   )
 

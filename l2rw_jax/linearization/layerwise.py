@@ -269,7 +269,7 @@ def _recomputed_cotangents(step, inputs, gradients, values, weights):
 
 
 def _known(step, inputs, values, gradients):
-  """Parameters, other inputs and gradients, so that values are computed again."""
+  """Parameters, other inputs and gradients, from which values are recomputed."""
   places = [place for place, value in step.given if value.is_parameter]
   known = {
     place: parameter_uses.value_of(value, values)
@@ -301,7 +301,7 @@ def _consts_and_rows(loop, *lists):
 
 
 def _other_values(loop, values):
-  """What derivatives need of a loop's constants and rows, except parameters."""
+  """The constants and rows of a loop that derivatives need, except parameters."""
   return [
     {
       place: parameter_uses.value_of(value, values)

@@ -39,7 +39,7 @@ def test_run_writes_rows_and_figures(run):
   assert header[6:9] == ["many-shot %", "medium-shot %", "few-shot %"]
   assert [line[3] for line in lines] == _METHODS and lines[0][-1] == "2"
   assert "digits, mlp, builder mwn, 10 meta images a class" in printed
-  assert "more than 100 training images, few-shot ones less than 20." in printed
+  assert "more than 100 training images, few-shot classes fewer than 20." in printed
   rows, csv_rows, flags = scripts.saved_rows(folder)
   assert len(rows) == len(csv_rows) == 2 * len(_METHODS)
   assert flags["beta"] == 0.9999 and flags["deferred"] == 0.5

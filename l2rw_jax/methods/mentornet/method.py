@@ -3,11 +3,11 @@
 The classifier that is trained is called the student. A curriculum maps four features of
 an example to its weight v in [0, 1]: the loss l, the difference d = l - m from a moving
 percentile m of the losses, the label, and the epoch percent e, which is the percent of
-the training that is done, 0 to 99. The
-student's loss is sum_i v_i l_i / n, divided by the batch size n and not by sum_i v_i;
-v is constant under differentiation. A curriculum is either predefined (below) or a
-network, the mentor. The mentor is fitted to a predefined curriculum (MentorNet-PD) or
-to labels that are known to be right or wrong (MentorNet-DD), see `network`.
+the training that is done, 0 to 99. The loss of the student is sum_i v_i l_i / n,
+divided by the batch size n and not by sum_i v_i; v is constant under differentiation. A
+curriculum is either predefined (below) or a network, the mentor. The mentor is fitted
+to a predefined curriculum (MentorNet-PD) or to labels that are known to be right or
+wrong (MentorNet-DD), see `network`.
 
 A training step of the student, as in the released code:
 
@@ -157,7 +157,8 @@ def moving_percentile(
     losses: this device's losses [B], held constant.
     percentile: from 0 to 100. The result is the nearest of the sorted losses (the lower
       one at a tie), without interpolation.
-    decay: 0.5 in the released CIFAR program, 0.9 by its function's default.
+    decay: decay rate; 0.5 in the released CIFAR program, which calls a function with a
+      default of 0.9.
     axis_name: mapped axis over which the batch is sharded.
 
   Raises:
@@ -260,7 +261,7 @@ class Preset(NamedTuple):
   """Settings of a curriculum in the released commands for CIFAR; see `preset`.
 
   Attributes:
-    percentiles: at 20%, 40% and 80% noise.
+    percentiles: percentiles for 20%, 40% and 80% noise.
     burn_in: number of initial epoch percents with weight 1, plus 1.
     fixed_epoch_after_burn_in: whether the mentor's epoch percent stops at `burn_in`.
     dropout: schedule of the example dropout.
