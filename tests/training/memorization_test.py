@@ -91,7 +91,7 @@ def test_unlabeled_images_may_be_an_array_or_another_part():
       {"unlabeled": np.zeros((9, 4), np.uint8)},
       r"are uint8 \(4,\), but the training images are float32 \(4,\); give both",
     ),
-    ({"unlabeled": np.zeros((9, 5), np.float32)}, r"float32 \(5,\) and the train"),
+    ({"unlabeled": np.zeros((9, 5), np.float32)}, r"float32 \(5,\), but the train"),
   ],
 )
 def test_unusable_images_raise(options, match):

@@ -73,7 +73,7 @@ def test_useless_dumps_are_refused(column, value, message):
   given[column] = value
   with pytest.raises(base.InputError, match=message):
     mentornet_fitting.dd_rows(*given, percentile=75)
-  with pytest.raises(base.InputError, match="write 75"):
+  with pytest.raises(base.InputError, match="use 75"):
     mentornet_fitting.dd_rows(*_recorded(), percentile=0.75)
 
 
