@@ -178,7 +178,7 @@ _MISTAKES = {
   "digits": (["--num_steps=\uff13"], "write it in ASCII"),
   "share_nan": (["--ood_share=nan"], "--ood_share=nan is not a finite number"),
   "noise": (["--noise_share=2"], "=2 must lie between 0 and 1"),
-  "ood": (["--ood=svhn"], "unknown data set 'svhn'; known are"),
+  "ood": (["--ood=svhn"], "unknown data set 'svhn'; choose digits"),
   "no_data": (["--ood=mnist", "--data_dir={tmp}/none"], "'mnist' does not exist"),
   "no_folder": (["--dataset=mini_imagenet"], "mini_imagenet needs --data_dir="),
   "empty_folder": (

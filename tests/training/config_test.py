@@ -60,10 +60,10 @@ def test_non_finite_pixel_raises(tmp_path, part):
 
 def test_splits_of_different_sizes_raise(tmp_path):
   splits = [toy_runs.make_splits(0), toy_runs.make_splits(1, num_train=48)]
-  with pytest.raises(base.InputError, match="have one size; the train sets have 40 and"):
+  with pytest.raises(base.InputError, match="one size; the train sets have 40 and"):
     toy_runs.train(tmp_path / "run", _UNIFORM, splits, seeds=(0, 1))
   splits = [toy_runs.make_splits(0), toy_runs.make_splits(1, num_meta=9)]
-  with pytest.raises(base.InputError, match="have one size; the meta sets have 8 and 9"):
+  with pytest.raises(base.InputError, match="one size; the meta sets have 8 and 9"):
     toy_runs.train(tmp_path / "run", _L2RW, splits, seeds=(0, 1))
   toy_runs.train(tmp_path / "other", _UNIFORM, splits, seeds=(0, 1), num_steps=1)
   assert not (tmp_path / "run").exists()
