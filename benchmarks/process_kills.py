@@ -1,4 +1,4 @@
-"""Kills one of two training processes again and again, and counts what is lost.
+"""Kills one of two training processes repeatedly, and counts the runs that are lost.
 
 Two processes train L2RW on digits_noise together. After a random time, drawn from the
 duration of a run that is not interrupted, one of them, chosen at random, is killed by

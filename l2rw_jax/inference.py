@@ -16,10 +16,10 @@ def map_batches(
   batch_size: int,
   by_process: bool = False,
 ) -> base.PyTree:
-  """Applies `fun` to a data set, one batch at a time, and joins the results.
+  """Applies `fun` to a data set, one batch at a time, and concatenates the results.
 
-  The last batch is smaller if `batch_size` does not divide N. A `fun` that reduces
-  over its batch returns an axis of size 1 for the result of that batch.
+  The last batch is smaller if `batch_size` does not divide N. If `fun` reduces over its
+  batch, its result must have a leading axis of size 1.
 
   Args:
     fun: `batch -> results`, a pytree of arrays with a leading axis. It is usually

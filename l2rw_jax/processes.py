@@ -1,8 +1,8 @@
-"""Several processes of one program: which one this is, and what they exchange.
+"""Communication between the processes of one program, on the host.
 
 `jax.distributed.initialize` connects the processes. All of them run the same code and
 call the functions of this file in the same order. A program of one process needs no
-connection: nothing is exchanged then.
+connection, and its functions exchange nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ from l2rw_jax import base
 
 # A process that waits for another one looks for signals this often.
 _POLL_MS = 1000
-# The client's message if a value is not there in time.
+# The client's message if a value is not set in time.
 _TIMED_OUT = ("DEADLINE_EXCEEDED", "NOT_FOUND")
 # Errors of the collectives (gloo, NCCL) and of the coordination service.
 _LOST = re.compile(
@@ -31,12 +31,12 @@ _LOST = re.compile(
 )
 # The key of the reason why a process ended.
 _FAILURE = "l2rw_jax/failure"
-# Numbers the exchanges, so that their names are unique.
+# This counter numbers the exchanges, so that their names are unique.
 _numbers = itertools.count()
 
 
 class EndedError(base.InputError):
-  """Another process has ended, or cannot be reached; this one cannot go on alone."""
+  """Another process has ended or cannot be reached, so this one cannot continue."""
 
 
 def count() -> int:
@@ -111,11 +111,13 @@ def publish_failure(message: str) -> None:
 
 
 def exchange(name: str, value: str) -> list[str]:
-  """The values that all processes pass, in order; each waits for all others.
+  """The values that all processes pass, in the order of their numbers.
+
+  Every process waits for all others.
 
   Args:
-    name: of the exchange, the same everywhere.
-    value: of this process.
+    name: name of the exchange, the same in every process.
+    value: value of this process.
   """
   if count() == 1:
     return [value]
@@ -130,14 +132,14 @@ def smallest(name: str, value: int) -> int:
 
 
 def on_first(name: str, function: Callable[[], Any]) -> Any:
-  """Calls `function` in process 0, for which all others wait.
+  """Calls `function` in process 0; all other processes wait for its result.
 
   Args:
-    name: of the call, the same everywhere.
-    function: returns a JSON value.
+    name: name of the call, the same in every process.
+    function: a function that returns a JSON value.
 
   Returns:
-    In every process, what `function` returned.
+    The result of `function`, in every process.
 
   Raises:
     InputError: in every process, if `function` raised it.
@@ -172,7 +174,7 @@ def check_same(what: str, values: Mapping[str, Any]) -> None:
   """Raises InputError, in every process, unless all of them pass the same values.
 
   Args:
-    what: what the values are, for the message.
+    what: description of the values, for the message.
     values: JSON values by name.
   """
   texts = exchange("check_same", json.dumps(values, sort_keys=True))
@@ -207,7 +209,7 @@ def concatenate(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
   """Concatenates the arrays of all processes along their leading axis, bit for bit.
 
   Args:
-    arrays: of this process; those of the others have the same shapes and types.
+    arrays: arrays of this process; those of the others have the same shapes and types.
   """
   if count() == 1 or not arrays:
     return list(arrays)
@@ -239,11 +241,11 @@ def from_first(tree: base.PyTree) -> base.PyTree:
   """The tree of process 0, bit for bit, in every process.
 
   Args:
-    tree: of this process: arrays and typed PRNG keys; those of the others have the
-      same structure, shapes and types.
+    tree: arrays and typed PRNG keys of this process; those of the others have the same
+      structure, shapes and types.
 
   Returns:
-    With several processes, NumPy arrays and typed keys.
+    The tree of process 0. With several processes, its arrays are NumPy arrays.
   """
   if count() == 1:
     return tree
@@ -279,7 +281,7 @@ def is_lost(error: BaseException) -> bool:
   """Whether an error of JAX says that another process cannot be reached."""
   if isinstance(error, EndedError):
     return True
-  # A process that runs out of memory reports it, whatever the others then see.
+  # A process that runs out of memory must report that, and not the loss of another one.
   text = str(error)
   is_jax = isinstance(error, jax.errors.JaxRuntimeError)
   return (

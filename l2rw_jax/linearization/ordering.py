@@ -27,8 +27,8 @@ def zero_after(first: base.PyTree) -> base.Array:
   if not entries:
     return jnp.zeros(())
   values = jnp.stack(entries)
-  # Compilers do not simplify a product with 0, because it could be NaN. This one cannot
-  # be, because its other factor is finite.
+  # Compilers do not simplify a product with 0, because it could be NaN. This product is
+  # never NaN, because its other factor is finite.
   zeros = jnp.isnan(0 * jnp.where(jnp.isfinite(values), values, jnp.zeros_like(values)))
   zeros = jax.lax.stop_gradient(zeros.astype(jnp.float32))
   # XLA repeats a chain of sums of scalars in every operation that uses the result, so

@@ -22,7 +22,7 @@ _ADDRESS = {"coordinator_address": "localhost:1"}
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    (digits_noise.Settings(**_ADDRESS), "--num_processes and --process_id must be"),
+    (digits_noise.Settings(**_ADDRESS), "--num_processes and --process_id must also"),
     (
       digits_noise.Settings(**_ADDRESS, num_processes=2, process_id=2),
       "--process_id=2 must be below --num_processes=2",

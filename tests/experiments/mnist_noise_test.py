@@ -133,7 +133,7 @@ _MISTAKES = {
   "unused_mentor": (["--mentor={tmp}/none.json"], "none.json: cannot read it"),
   "old_mentor": (
     ["--methods=mentornet_pd", "--mentor={tmp}/old.json"],
-    "is of format version 0",
+    "has format version 0",
   ),
   "mentor_of_others": (
     ["--methods=mentornet_pd", "--mentor={tmp}/three.json"],
@@ -141,7 +141,7 @@ _MISTAKES = {
   ),
   "percentile": (
     ["--methods=pd_mixture", "--mentor_percentile=0.75"],
-    "--mentor_percentile=0.75 counts from 0 to 100; write 75",
+    "--mentor_percentile=0.75 must be a number from 0 to 100, not a fraction: use 75",
   ),
   "percentile_high": (
     ["--methods=self_paced", "--mentor_percentile=101"],
@@ -168,7 +168,7 @@ _MISTAKES = {
     ["--noise=bare_class_conditional"],
     "bare_class_conditional",
   ),
-  "meta_none": (["--num_meta=0", "--methods=warpi"], "clean meta set and it is empty"),
+  "meta_none": (["--num_meta=0", "--methods=warpi"], "clean examples, and it is empty"),
   "meta_many": (["--num_meta=500"], "lower --num_meta"),
   "meta_batch": (["--meta_batch_size=51"], "must lie between 1 and the 50 clean"),
   "plateau": (["--plateau"], "--plateau needs a validation set: give --num_validation"),
@@ -178,11 +178,11 @@ _MISTAKES = {
   "kappa": (["--methods=bare", "--bare_kappa=-1"], "bare_kappa"),
   "statistics": (["--bare_statistics=mine"], "should be one of <batch_column|"),
   "batch": (["--batch_size=1248"], "is larger than the 1247 training examples"),
-  "devices": (["--num_devices=3"], "does not divide among --num_devices=3"),
+  "devices": (["--num_devices=3"], "is not a multiple of --num_devices=3"),
   "data": (["--dataset=mnist", "--data_dir={tmp}/none"], "'mnist' does not exist"),
   "momentum": (
     ["--momentum=0"],
-    "--momentum=0 is of SGD; --preset=shared trains uniform",
+    "--momentum=0 is for SGD, but --preset=shared trains",
   ),
   "other_settings": (
     ["--workdir={run}", "--bare_kappa=2"],
