@@ -157,7 +157,9 @@ def test_rematerialization_in_a_loop_is_honored():
 
 def test_a_recomputed_transformer_in_a_loop_needs_no_more_memory():
   tokens = jax.ShapeDtypeStruct((32, 64), jnp.int32)
-  net = gpt.GPT(64, width=64, remat=True)
+  net = gpt.GPT(
+    64, width=64, depth=6, scan=True, tied=False, last_only=True, remat=True
+  )
   params = jax.eval_shape(net.init, jax.random.key(0), tokens)
 
   def losses_fn(params, tokens):
