@@ -12,8 +12,8 @@ class LanguageModel(classifier.Classifier):
 
   `batch["image"]` contains the tokens [B, T] of the sequences, and `batch["label"]` the
   token after each, [B, T]. A label of -1, such as after the end of a shorter sequence,
-  does not count. The network maps tokens to logits [B, T, V], as `gpt.GPT` does, and the
-  number of classes is V.
+  does not count. The network maps tokens to logits [B, T, V], as `gpt.GPT` does, and
+  the number of classes is V.
   """
 
   def loss(self, outputs: base.Array, batch: base.Batch) -> base.Array:
