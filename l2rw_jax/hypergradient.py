@@ -22,6 +22,7 @@ Reference: Ren et al., "Learning to Reweight Examples for Robust Deep Learning"
 """
 
 from collections.abc import Callable
+import enum
 import functools
 import re
 from typing import Any, NamedTuple
@@ -37,6 +38,22 @@ from l2rw_jax.linearization import loop_buffers
 from l2rw_jax.linearization import microbatching
 from l2rw_jax.linearization import ordering
 from l2rw_jax.linearization import trainable
+
+
+class _State(enum.IntEnum):
+  """What the meta gradient g and the direction v are, from good to bad.
+
+  The state of an array is the largest one of its entries, and that of a pytree is the
+  largest one of its arrays.
+  """
+
+  ZERO = 0  # g and v are zero.
+  IGNORED = 1  # v is zero, but g is not.
+  USED = 2  # v is not zero.
+  INFINITE = 3  # v is infinite.
+  NAN = 4  # v is NaN.
+  BAD_GRADIENT = 5  # g is NaN or infinite.
+
 
 # A function from the losses [M] of the global meta batch to the meta loss, a scalar.
 Objective = Callable[[base.Array], base.Array]
@@ -68,6 +85,9 @@ ZERO_SLOPE = (
   " signs of gradients only (lion, sign_sgd). Use optimizer=optax.sgd(...) for the"
   " look-ahead."
 )
+
+# Largest number of entries of an array that is copied to be checked with others.
+_SMALL = 4096
 
 
 class Direction(NamedTuple):
@@ -219,7 +239,7 @@ def direction(
   partition = trainable.Partition(params)
   leaves = partition.leaves(params)
   if inner_gradient is None:
-    inner_gradient = jax.tree.map(trainable.zero_gradient, params)
+    inner_gradient = trainable.zero_gradients(params)
 
   def step(gradient_leaves):
     gradient = partition.combine_gradient(gradient_leaves)
@@ -255,9 +275,9 @@ def direction(
   (vector,) = step_vjp(
     [g.astype(x.dtype) for g, x in zip(meta_gradient, leaves, strict=True)]
   )
-  max_gradient, max_vector = base.max_abs(meta_gradient), base.max_abs(vector)
-  fault = _check_finite(losses, loss, max_gradient, max_vector, axis_name)
-  zero_slope = _check_slope(max_gradient, max_vector)
+  state = _state(meta_gradient, vector)
+  fault = _check_finite(losses, loss, state, axis_name)
+  zero_slope = _check_slope(state)
   return Direction(
     partition.combine_gradient(vector), loss, fault == 0, zero_slope, fault, aux, kept
   )
@@ -323,7 +343,8 @@ def batch_after(direction: Direction, batch: Any) -> Any:
     direction: the result of `direction`.
     batch: pytree of arrays; a batch without numeric arrays is not ordered.
   """
-  return ordering.after(base.max_abs(direction.vector), batch)
+  # `finite` depends on every number of the direction.
+  return ordering.after(jnp.asarray(direction.finite, jnp.float32), batch)
 
 
 def order_of(direction: Direction, batch: Any) -> base.StaticStr:
@@ -500,14 +521,42 @@ def unrolled_weight_gradient(
   return jax.grad(meta_loss)(weights)
 
 
-def _check_finite(losses, loss, max_gradient, max_vector, axis_name) -> base.Array:
+def _state(gradient, vector) -> base.Array:
+  """The `_State` of lists of arrays, int32 scalar."""
+  # Compile time grows with the number of kernels: one for all small arrays of a type.
+  large: list[Any] = []
+  small: dict[Any, list[Any]] = {}
+  for g, v in zip(gradient, vector, strict=True):
+    aval = jax.typeof(g)
+    if g.size > _SMALL or any(aval.sharding.spec):
+      large.append((g, v))
+    elif g.size:
+      key = (g.dtype, v.dtype, frozenset(aval.manual_axis_type.varying))
+      small.setdefault(key, []).append((g.reshape(-1), v.reshape(-1)))
+  for pairs in small.values():
+    large.append(tuple(jnp.concatenate(arrays) for arrays in zip(*pairs, strict=True)))
+  states = [_state_of_array(g, v) for g, v in large]
+  # The last one of a sort, as in `base.max_abs`.
+  return jnp.sort(jnp.stack(states or [jnp.zeros((), jnp.int32)]))[-1]
+
+
+@jax.jit  # It is traced once for all arrays of a shape.
+def _state_of_array(gradient, vector):
+  """The `_State` of two arrays of the same shape, int32 scalar."""
+  state = ((gradient != 0) | (vector != 0)).astype(jnp.int32)
+  for flag in (vector != 0, ~jnp.isfinite(vector), jnp.isnan(vector)):
+    state += flag.astype(jnp.int32)
+  bad = jnp.full_like(state, _State.BAD_GRADIENT)
+  return jnp.max(jnp.where(jnp.isfinite(gradient), state, bad))
+
+
+def _check_finite(losses, loss, state, axis_name) -> base.Array:
   """The `base.Fault` of a direction; raises FloatingPointError outside `jit`.
 
   Args:
     losses: meta losses of this device, [M].
     loss: the meta loss.
-    max_gradient: largest absolute value of the meta gradient.
-    max_vector: largest absolute value of the direction.
+    state: the `_State` of the meta gradient and the direction.
     axis_name: mapped device axis.
   """
   prefix = "non-finite direction: "
@@ -518,10 +567,10 @@ def _check_finite(losses, loss, max_gradient, max_vector, axis_name) -> base.Arr
   fault = base.first_fault(
     jnp.zeros((), jnp.int32),
     meta_losses=losses_finite,
-    meta_gradient=jnp.isfinite(max_gradient),
-    optimizer_step=jnp.isfinite(max_vector),
+    meta_gradient=state < _State.BAD_GRADIENT,
+    optimizer_step=state <= _State.USED,
   )
-  holds_nan = jnp.isnan(max_vector)
+  holds_nan = state == _State.NAN
   checks = (
     (fault != base.Fault.META_LOSSES, _META_LOSS),
     (fault != base.Fault.META_GRADIENT, _META_GRADIENT),
@@ -537,9 +586,9 @@ def _check_finite(losses, loss, max_gradient, max_vector, axis_name) -> base.Arr
   return fault
 
 
-def _check_slope(max_gradient, max_vector) -> base.Array:
+def _check_slope(state) -> base.Array:
   """Whether the step ignores the gradient; raises InputError outside `jit` if so."""
-  zero_slope = (max_vector == 0) & (max_gradient != 0)
+  zero_slope = state == _State.IGNORED
   if isinstance(zero_slope, jax.core.Tracer):
     checkify.debug_check(~zero_slope, ZERO_SLOPE)
   elif zero_slope:

@@ -31,9 +31,12 @@ Each pass recomputes what it needs, which costs 2, 3 and 3 forward passes instea
 """
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+import functools
+import operator
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
+from jax.extend import core as jax_core
 import jax.numpy as jnp
 
 from l2rw_jax import base
@@ -73,9 +76,12 @@ def linearize(
     losses_fn, leaves, batch, names, recompute=recompute
   )
 
+  # They do not depend on perturbations, so that they are not traced for a derivative.
+  of_parameters = env | dict(enumerate(leaves))
+  plan.run(parameter_uses.Kind.PARAMS, of_parameters)
+
   def perturbed_losses(perturbations):
-    values = env | dict(enumerate(leaves))
-    plan.run(parameter_uses.Kind.PARAMS, values)
+    values = dict(of_parameters)
     plan.run(parameter_uses.Kind.DATA, values, perturbations)
     losses, *aux = [parameter_uses.value_of(output, values) for output in outputs]
     return losses, (values, aux)
@@ -93,6 +99,9 @@ def linearize(
 
   def weighted_gradient(weights):
     parameters = dict(enumerate(leaves))
+    # Otherwise XLA would compute the weights again from the scores in every kernel that
+    # multiplies by them.
+    weights = jax.lax.optimization_barrier(weights)
     result = _weighted_gradient(
       plan, parameters, values, gradients, weights, in_turn=in_turn
     )
@@ -145,10 +154,20 @@ def _directional(
   inputs, input_tangents = jax.jvp(
     _inputs_of_uses(plan, values), (parameters,), (tangents,)
   )
-  terms = []
+  terms: list[Any] = []
+  products: dict[Any, list[Any]] = {}
   uses = plan.parameter_uses()
   for step, x, t, g in zip(uses, inputs, input_tangents, gradients, strict=True):
-    terms += _TERMS[type(step)](step, x, t, g, values, zeros)
+    if isinstance(step, parameter_uses.Step):
+      for product in _products(step, x, t, g, values):
+        products.setdefault(product.key(), []).append(product)
+    else:
+      terms += _TERMS[type(step)](step, x, t, g, values, zeros)
+  # A layer's kernel and its bias often have the same gradients of outputs.
+  for group in products.values():
+    along = [product.tangent for product in group]
+    _, gradient, axis = group[0]
+    terms.append(_term(axis, zeros.dtype, along, gradient))
   if not terms:
     return zeros
   # Use a matrix product, because XLA repeats a chain of sums in every operation that
@@ -157,17 +176,50 @@ def _directional(
   return jnp.matmul(ones, jnp.stack(terms), precision="highest")
 
 
-def _terms(step, inputs, tangents, gradients, values, zeros):
-  """The terms of `_directional` of an operation, [B] each."""
+class _Product(NamedTuple):
+  """An output of a use, or a parameter that it broadcasts.
+
+  Attributes:
+    tangent: its derivative along the direction.
+    gradient: the gradient of the losses in its perturbation.
+    axis: the axis of the examples.
+  """
+
+  tangent: base.Array
+  gradient: base.Array
+  axis: int
+
+  def key(self) -> tuple[Any, ...]:
+    """Equal for products whose tangents can be added."""
+    return id(self.gradient), self.axis, self.tangent.dtype
+
+
+def _products(step, inputs, tangents, gradients, values):
+  """The products whose sums are the terms of `_directional` of an operation."""
   if not step.is_broadcast:
-    tangents = jax.jvp(_use(step, values), tuple(inputs), tuple(tangents))[1]
-  terms = []
-  for (_, axis), t, g in zip(
-    step.differentiable_outputs, tangents, gradients, strict=True
-  ):
-    others = tuple(i for i in range(g.ndim) if i != axis)
-    terms.append(jnp.sum(jnp.real(t * g).astype(zeros.dtype), others))
-  return terms
+    use = _Use(step)
+    known = _read_inputs(step, values)
+    tangents = use.shared(_use_tangents)(use, known, inputs, tangents)
+  return [
+    _Product(t, g, axis)
+    for (_, axis), t, g in zip(
+      step.differentiable_outputs, tangents, gradients, strict=True
+    )
+  ]
+
+
+def _use_tangents(use, known, inputs, tangents):
+  """The derivatives of the outputs of a use along tangents of its parameters."""
+  apply = functools.partial(use.apply, known)
+  return jax.jvp(apply, tuple(inputs), tuple(tangents))[1]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _term(axis, dtype, tangents, gradient):
+  """The inner products of the sum of tangents with a gradient, [B]."""
+  others = tuple(i for i in range(gradient.ndim) if i != axis)
+  product = jnp.real(functools.reduce(operator.add, tangents) * gradient)
+  return jnp.sum(product.astype(dtype), others)
 
 
 def _loop_terms(loop, inputs, tangents, gradients, values, zeros):
@@ -228,13 +280,20 @@ def _weighted_gradient(
 
 def _cotangents(step, inputs, gradients, values, weights):
   """The weighted gradient in the parameters of an operation."""
+  use = _Use(step)
+  known = {} if step.is_broadcast else _read_inputs(step, values)
+  return use.shared(_use_cotangents)(use, known, inputs, gradients, weights)
+
+
+def _use_cotangents(use, known, inputs, gradients, weights):
+  """The weighted gradient in the parameters of a use."""
   weighted = [
     _times(g, jnp.expand_dims(weights, [i for i in range(g.ndim) if i != axis]))
-    for (_, axis), g in zip(step.differentiable_outputs, gradients, strict=True)
+    for (_, axis), g in zip(use.step.differentiable_outputs, gradients, strict=True)
   ]
-  if not step.is_broadcast:
-    return list(jax.vjp(_use(step, values), *inputs)[1](weighted))
-  ((_, axis),) = step.differentiable_outputs
+  if not use.step.is_broadcast:
+    return list(jax.vjp(functools.partial(use.apply, known), *inputs)[1](weighted))
+  ((_, axis),) = use.step.differentiable_outputs
   return [jnp.sum(weighted[0], axis, keepdims=True).reshape(inputs[0].shape)]
 
 
@@ -334,23 +393,72 @@ def _accumulator(x):
   return parameter_uses.zeros(aval.update(dtype=base.accumulator_dtype(x.dtype)))
 
 
-def _use(step, values):
-  """An operation as a function of its parameters alone."""
-  reads = step.reads()
+class _Use:
+  """An operation as a function of its parameters alone.
 
-  def apply(*parameters):
+  Uses are equal if they are the same operation on arrays of the same types. The layers
+  of a network have many equal uses, whose derivatives are traced once: each is a
+  function of the program that is called several times.
+  """
+
+  def __init__(self, step: parameter_uses.Step):
+    # The cache of traces keeps it, so that it must not hold arrays.
+    inputs = [value._replace(literal=None, error=None) for value in step.inputs]
+    self.step, eqn = step._replace(inputs=inputs), step.eqn
+    self._key: tuple[Any, ...] | None = (
+      eqn.primitive,
+      tuple(sorted(eqn.params.items())),
+      eqn.ctx,
+      tuple((value.aval, value.place is None) for value in step.inputs),
+      tuple(step.param_inputs),
+      tuple(step.differentiable_outputs),
+    )
+    try:
+      self._hash = hash(self._key)
+    except TypeError:  # A parameter of the operation is not hashable.
+      self._key, self._hash = None, id(self)
+    if any(True for _ in jax_core.jaxprs_in_params(eqn.params)):
+      # Functions are equal only if they are the same, and may hold large constants,
+      # which the cache of traces would keep.
+      self._key, self._hash = None, id(self)
+
+  def __hash__(self) -> int:
+    return self._hash
+
+  def __eq__(self, other: object) -> bool:
+    if self is other:
+      return True
+    return isinstance(other, _Use) and self._key is not None and self._key == other._key
+
+  def shared(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, whose first argument is a use, as a function of the program."""
+    return function if self._key is None else _jitted(function)
+
+  def apply(self, known: dict[int, Any], *parameters: base.Array) -> list[Any]:
+    """The differentiable outputs."""
+    step = self.step
+    given = known | dict(zip(step.param_inputs, parameters, strict=True))
     inputs = [
-      parameter_uses.value_of(value, values)
-      if i in reads or value.place is None
-      else parameter_uses.zeros(value.aval)
+      given[i] if i in given else parameter_uses.zeros(value.aval)
       for i, value in enumerate(step.inputs)
     ]
-    for i, parameter in zip(step.param_inputs, parameters, strict=True):
-      inputs[i] = parameter
     results = parameter_uses.bind(step.eqn, inputs)
     return [results[i] for i, _ in step.differentiable_outputs]
 
-  return apply
+
+def _read_inputs(step, values):
+  """The inputs other than parameters whose values the derivative needs, by index."""
+  reads = step.reads()
+  return {
+    i: parameter_uses.value_of(value, values)
+    for i, value in enumerate(step.inputs)
+    if i in reads or value.place is None
+  }
+
+
+@functools.cache
+def _jitted(function):
+  return jax.jit(function, static_argnums=0)
 
 
 def _times(gradient: base.Array, weights: base.Array) -> base.Array:
@@ -360,7 +468,6 @@ def _times(gradient: base.Array, weights: base.Array) -> base.Array:
 
 
 _TERMS = {
-  parameter_uses.Step: _terms,
   parameter_uses.Loop: _loop_terms,
   parameter_uses.Recomputed: _recomputed_terms,
 }

@@ -70,6 +70,8 @@ class Value(NamedTuple):
 
 _MIXED_CARRY = "scan, whose carry holds parameters and then values of examples"
 
+# Returns zeros of a type.
+ZerosOf: TypeAlias = Callable[[Any], base.Array]
 # Pairs of a place in the body of a loop and the value outside that is put there.
 Places: TypeAlias = list[tuple[int, Value]]
 
@@ -131,10 +133,12 @@ class Step(NamedTuple):
       return [value for value in self.inputs if not value.is_parameter]
     return []
 
-  def perturbations(self) -> list[base.Array]:
+  def perturbations(self, zeros_of: ZerosOf) -> list[base.Array]:
     """Zeros to be added to what a use perturbs."""
     if not self.is_broadcast:
-      return [zeros(self.eqn.outvars[i].aval) for i, _ in self.differentiable_outputs]
+      return [
+        zeros_of(self.eqn.outvars[i].aval) for i, _ in self.differentiable_outputs
+      ]
     output, axis = self.eqn.outvars[0].aval, self.differentiable_outputs[0][1]
     parameter = self.parameters()[0].aval
     shape = list(parameter.shape or [1] * output.ndim)
@@ -148,9 +152,8 @@ class Step(NamedTuple):
     sharding = jax.NamedSharding(
       output.sharding.mesh, jax.sharding.PartitionSpec(*spec)
     )
-    return [
-      zeros(output.update(shape=tuple(shape), dtype=parameter.dtype, sharding=sharding))
-    ]
+    aval = output.update(shape=tuple(shape), dtype=parameter.dtype, sharding=sharding)
+    return [zeros_of(aval)]
 
   def run(self, env: dict[int, Any], perturbations: list[base.Array] | None) -> None:
     """Computes the outputs into `env`."""
@@ -238,8 +241,9 @@ class Loop(NamedTuple):
     others = [v for _, v in self.other_inputs([*self.consts, *self.rows])]
     return [*others, Value(self.records, None, Kind.DATA, None)]
 
-  def perturbations(self) -> list[Any]:
+  def perturbations(self, zeros_of: ZerosOf) -> list[Any]:
     """Zeros for the uses in the body, one row per iteration."""
+    del zeros_of
     return jax.tree.map(
       lambda x: jax.lax.broadcast(x, (self.length,)), self.body.perturbations()
     )
@@ -316,9 +320,9 @@ class Recomputed(NamedTuple):
     """Values from which the others are computed again, other than parameters."""
     return [v for _, v in self.given if not v.is_parameter] if self.is_use else []
 
-  def perturbations(self) -> list[base.Array]:
+  def perturbations(self, zeros_of: ZerosOf) -> list[base.Array]:
     """Zeros to be added to the outputs."""
-    return [zeros(self.eqn.outvars[i].aval) for i, _ in self.results]
+    return [zeros_of(self.eqn.outvars[i].aval) for i, _ in self.results]
 
   def run(self, env: dict[int, Any], perturbations: list[base.Array] | None) -> None:
     """Computes the outputs into `env`."""
@@ -714,7 +718,14 @@ class Plan:
 
   def perturbations(self) -> list[Any]:
     """Zeros for each parameter use, see `run`, which does not read large ones."""
-    return [step.perturbations() for step in self.parameter_uses()]
+    made: dict[Any, base.Array] = {}
+
+    def zeros_of(aval):  # One array for all uses of a type keeps the program small.
+      if aval not in made:
+        made[aval] = zeros(aval)
+      return made[aval]
+
+    return [step.perturbations(zeros_of) for step in self.parameter_uses()]
 
   def run(
     self,
@@ -815,7 +826,7 @@ def _perturbed(x, perturbation):
 
 @_perturbed.defjvp
 def _perturbed_rule(primals, tangents):
-  return _perturbed(*primals), tangents[0] + tangents[1]
+  return primals[0], tangents[0] + tangents[1]
 
 
 def _array_of(value, env):

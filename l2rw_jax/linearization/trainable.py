@@ -53,7 +53,10 @@ class Partition:
 
   def combine_gradient(self, leaves: list[Any]) -> base.PyTree:
     """A pytree of gradients of trainable leaves and, for the others, zeros."""
-    return self._combine(leaves, [zero_gradient(leaf) for leaf in self._leaves])
+    pairs = zip(self._leaves, self._is_trainable, strict=True)
+    # Zeros for trainable leaves would be two more operations of the program each.
+    others = [None if keep else zero_gradient(leaf) for leaf, keep in pairs]
+    return self._combine(leaves, others)
 
   def _combine(self, leaves, others):
     remaining = iter(leaves)
@@ -82,6 +85,19 @@ def zero_gradient(leaf: Any) -> Any:
   if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended):  # Typed PRNG keys.
     return np.zeros(jnp.shape(leaf), jax.dtypes.float0)
   return jnp.zeros_like(leaf)
+
+
+def zero_gradients(tree: base.PyTree) -> base.PyTree:
+  """`zero_gradient` of each leaf; leaves of the same type share an array."""
+  zeros: dict[Any, Any] = {}
+
+  def zero(leaf):
+    key = jax.typeof(leaf)
+    if key not in zeros:
+      zeros[key] = zero_gradient(leaf)
+    return zeros[key]
+
+  return jax.tree.map(zero, tree)
 
 
 def without_keys(tree: base.PyTree) -> base.PyTree:
