@@ -24,7 +24,7 @@ demo: $(DEMO)
 	$(BIN)/python -m experiments.digits_noise
 
 test: $(TEST)
-	$(BIN)/python -m pytest -n 2 --dist=loadfile $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder $(TESTS)
 
 lint: $(TEST)
 	$(BIN)/ruff check .

@@ -28,7 +28,8 @@ TEST = [
   "hypothesis>=6.100",
   "mypy>=1.11",
   "pytest>=8",
-  "pytest-xdist>=3.6",
+  "pytest-cov>=5",
+  "pytest-xdist>=3.8",
   "pyyaml>=6",
   "ruff>=0.12",
   "setuptools>=77",
@@ -51,7 +52,8 @@ setuptools.setup(
   author="The l2rw_jax authors",
   license="Apache-2.0",
   license_files=["LICENSE"],
-  # Not `experiments`: a top-level package of that name would hide a user's own.
+  # `experiments` is not installed, because it would hide a user's top-level package of
+  # the same name.
   packages=setuptools.find_packages(include=["l2rw_jax*"]),
   package_data={"l2rw_jax": ["py.typed", "audit/page.html", "audit/page.js"]},
   python_requires=">=3.11",
@@ -59,7 +61,7 @@ setuptools.setup(
     "absl-py>=2.0",
     "chex>=0.1.90",
     "flax>=0.12",
-    # tensorflow-datasets 4.9.10 imports it and does not ask for it.
+    # tensorflow-datasets 4.9.10 imports this package but does not require it.
     "importlib_resources>=6.0",
     "jax>=0.10.2",
     "jaxlib>=0.10.2",

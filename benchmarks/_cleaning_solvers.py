@@ -1,8 +1,8 @@
 """Solvers of the data cleaning problem, as pure functions of a state.
 
-The inner problem trains a linear classifier z [D, C] on examples with wrong labels, one
-weight w_i for each, and the outer problem asks for weights with which z is right on
-clean examples:
+The inner problem trains a linear classifier z [D, C] on examples with wrong labels,
+each with a weight w_i. The outer problem seeks weights for which z classifies clean
+examples correctly:
 
     inner  g(z, w) = mean_i w_i CE_i(z) + reg |z|^2
     outer  f(z)    = mean_j CE_j(z)                       over the clean examples
@@ -16,11 +16,12 @@ weights w = sigmoid(x) at the same time, with step sizes rho and gamma:
     v <- v - rho   d_v,   d_v = (d^2 g/dz^2) v + df/dz
     x <- x - gamma d_x,   d_x = (d^2 g/dx dz) v
 
-SOBA estimates the directions from a batch. SABA keeps the last value of every term for
-every batch, as SAGA does, and so reduces their variance.
+SOBA estimates the directions from a batch. SABA reduces their variance: like SAGA, it
+keeps the last value of every term for every batch.
 
-The other solvers train z by SGD with the weights of a method of this library; its
-regularization is not part of the example losses, so it changes no weight directly.
+The other solvers train z by SGD with the weights of a method of this library. The
+regularization is not part of the example losses, so it does not change the weights
+directly.
 """
 
 from collections.abc import Callable
@@ -44,12 +45,12 @@ class Sizes(NamedTuple):
   """Shape of a problem.
 
   Attributes:
-    num_examples: N, with wrong labels.
+    num_examples: N, the number of examples with (partly) wrong labels.
     num_meta: number of clean examples.
     num_features: D.
     num_classes: C.
-    batch_size: of both kinds of batches.
-    num_steps: length of a run, which decides the cosine schedule.
+    batch_size: batch size of both kinds of batches.
+    num_steps: number of steps of a run, which determines the cosine schedule.
     regularization: reg.
   """
 
@@ -77,9 +78,9 @@ class Batch(NamedTuple):
     x: inputs, [B, D].
     y: labels, [B].
     start: number of the first row, int32 scalar.
-    number: of the batch, int32 scalar.
+    number: number of the batch, int32 scalar.
     following: number of the batch of the next step, int32 scalar.
-    is_clean: whether each label is right, [B]; for the oracle only.
+    is_clean: whether each label is right, [B]; only the oracle uses it.
   """
 
   x: base.Array
@@ -99,7 +100,7 @@ class Solver(NamedTuple):
   """One way to solve the problem.
 
   Attributes:
-    init: `(sizes, key) -> state`; the state holds the classifier "z" [D, C].
+    init: `(sizes, key) -> state`; the state contains the classifier "z" [D, C].
     step: `(sizes, state, step, batch, meta_batch) -> state`.
     trust: `state -> {name: [N]}`, numbers that are higher for labels that the solver
       trusts; empty if it weighs no example.
@@ -143,7 +144,7 @@ def _cosine(learning_rate: float, sizes: Sizes, step: base.Array) -> base.Array:
 def _sgd(
   sizes: Sizes, z: base.Array, gradient: base.Array, learning_rate: base.Array
 ) -> base.Array:
-  """A step on the weighted losses, whose gradient is given, and the regularization."""
+  """Takes a step, given the gradient of the weighted losses, with regularization."""
   return z - learning_rate * (gradient + 2 * sizes.regularization * z)
 
 
@@ -153,7 +154,7 @@ def fixed_weights(
   """SGD with a cosine schedule, with weights that are not learned.
 
   Args:
-    learning_rate: at the start.
+    learning_rate: initial learning rate.
     weights_fn: `batch -> weights [B]`; None is 1 for every example.
   """
 
@@ -185,7 +186,7 @@ def clean_only(learning_rate: float) -> Solver:
 
 
 def l2rw_solver(learning_rate: float) -> Solver:
-  """L2RW; it trusts examples of high mean weight, or of high mean score."""
+  """L2RW, which trusts examples with a high mean weight or a high mean score."""
   value_and_grad = l2rw.weighted_value_and_grad(example_losses)
 
   def init(sizes, key):
@@ -215,9 +216,9 @@ def meta_weight_net_solver(learning_rate: float, normalization: str = "sum") -> 
   """Meta-Weight-Net with the optimizer of its preset `noise_stable`.
 
   Args:
-    learning_rate: of z, at the start, and of the look-ahead.
-    normalization: of the weights of a batch. With "mean" their sum is below 1, so that
-      the regularization outweighs the examples.
+    learning_rate: initial learning rate of z, and of the look-ahead.
+    normalization: normalization of the weights of a batch. With "mean", their sum is
+      below 1, so that the regularization outweighs the examples.
   """
   preset = meta_weight_net.PRESETS["noise_stable"]
   net = meta_weight_net.WeightNet()
@@ -236,8 +237,8 @@ def meta_weight_net_solver(learning_rate: float, normalization: str = "sum") -> 
   def step(sizes, state, step, batch, meta_batch):
     z, phi = state["z"], state["phi"]
     linearized = linearization.linearize(example_losses, z, batch.examples)
-    # The look-ahead has a constant rate: with that of the schedule, the gradient of the
-    # network would vanish with it.
+    # The look-ahead has a constant learning rate. If it followed the schedule, the
+    # gradient of the weighting network would vanish.
     lookahead = optax.sgd(learning_rate)
     meta = meta_weight_net.meta_gradient(
       linearized,
@@ -274,10 +275,10 @@ def meta_weight_net_solver(learning_rate: float, normalization: str = "sum") -> 
 
 
 def kept_weights(learning_rate: float, weight_learning_rate: float) -> Solver:
-  """A weight of every example that is kept between steps, as NestedMAML's of tasks.
+  """Keeps a weight for every example between steps, as NestedMAML does for tasks.
 
   Args:
-    learning_rate: of z, at the start.
+    learning_rate: initial learning rate of z.
     weight_learning_rate: gamma of `nested_maml.update_weights`, at the start; it
       decays with the learning rate of z.
   """
@@ -316,7 +317,7 @@ def kept_weights(learning_rate: float, weight_learning_rate: float) -> Solver:
   return Solver(init, step, trust)
 
 
-# The logit of every weight at the start, as the task asks.
+# The initial logit of every weight, which is part of the task.
 _INITIAL_LOGIT = -2.0
 
 
@@ -396,7 +397,8 @@ def saba(step_size: float, outer_step_size: float) -> Solver:
       meta_batch,
       meta_share,
     )
-    # A batch has a derivative in its own logits only, so one number for each is kept.
+    # A batch has derivatives only with respect to the logits of its examples, so one
+    # number per example is kept.
     change = terms[2] - state["mixed"][batch.number]
     direction = _added(state["mixed_mean"], change, batch)
     return state | {
@@ -415,7 +417,7 @@ class Memory(NamedTuple):
 
   Attributes:
     last: the values, [number of batches, ...].
-    mean: their mean over examples.
+    mean: mean of the values over examples.
     before: the value of the batch that comes next. It is read right after the last
       write, because XLA:CPU copies an array in every step of a loop that reads it
       before it is written.

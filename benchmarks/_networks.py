@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax.numpy as jnp
@@ -19,7 +19,13 @@ from l2rw_jax.models import wide_resnet
 NUM_CLASSES = 10
 _MNIST, _CIFAR = (28, 28, 1), (32, 32, 3)
 _NUM_BYTES, _SEQUENCE = 256, (64,)
-_GPT = {"width": 128, "depth": 6, "scan": True, "tied": False, "last_only": True}
+_GPT: dict[str, Any] = {
+  "width": 128,
+  "depth": 6,
+  "scan": True,
+  "tied": False,
+  "last_only": True,
+}
 
 
 class Network(NamedTuple):

@@ -1,4 +1,4 @@
-"""Compiled training steps of this library, and what they cost."""
+"""Compiled training steps of this library, and their costs."""
 
 from collections.abc import Callable, Sequence
 import dataclasses

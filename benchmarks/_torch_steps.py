@@ -303,7 +303,7 @@ def implementation(
 
 
 def _peak_memory(run):
-  """The peak memory of a step beyond what is allocated between steps, in bytes."""
+  """The additional memory at the peak of a step, in bytes."""
   torch.cuda.synchronize()
   torch.cuda.reset_peak_memory_stats()
   before = torch.cuda.memory_allocated()

@@ -1,14 +1,14 @@
-r"""Data cleaning as a bilevel problem: this library next to SOBA and SABA.
+r"""Data cleaning as a bilevel problem: this library compared with SOBA and SABA.
 
-The task is that of the public benchmark benchopt/benchmark_bilevel: 20,000 images of
-MNIST, standardized, of which a share p gets a label drawn from all ten classes; 5,000
-clean images; a linear classifier without bias that starts at 0; regularization
-0.2 |z|^2; batches of 64; and the error on the 10,000 test images. The split of the
-images is not theirs, so single numbers differ from theirs by chance.
+The task is that of the public benchmark benchopt/benchmark_bilevel: 20,000 standardized
+images of MNIST, a share p of which gets a label drawn from all ten classes; 5,000 clean
+images; a linear classifier without bias that starts at 0; regularization 0.2 |z|^2;
+batches of 64; and the error on the 10,000 test images. The split of the images differs
+from that of the public benchmark, so single numbers differ by chance.
 
-`clean_only` is the line to beat: the 5,000 clean images alone, with the regularization
-that is best for a fifth of them that is held out. `oracle` knows which labels are
-wrong. The step sizes of SOBA and SABA are those that the public benchmark chose for
+`clean_only` is the baseline to beat: it trains on the 5,000 clean images alone, with
+the regularization that is best on a held-out fifth of them. `oracle` knows which labels
+are wrong. The step sizes of SOBA and SABA are those that the public benchmark chose for
 each p; those of this library were chosen with seed 100 on 5,000 other training images
 (`dev_percent` in the rows): the learning rate for p = 0.7, that of the kept weights for
 the mean of p = 0.5, 0.7 and 0.9. Nothing was chosen on the test images. Seconds are CPU
@@ -40,17 +40,17 @@ from experiments.tables import catalog
 from l2rw_jax import base
 from l2rw_jax.io import workdir as workdir_lib
 
-# Without those that use no weights or know the wrong labels.
+# The methods that use weights and do not know the wrong labels.
 LEARNED = ("l2rw", "meta_weight_net", "kept_weights", "soba", "saba")
 METHODS = (*LEARNED, "uniform", "oracle", "clean_only")
 TABLE = catalog.DATA_CLEANING
 _REGULARIZATION = 0.2
-# Among which `clean_only` chooses.
+# The regularizations from which `clean_only` chooses.
 _CLEAN_REGULARIZATIONS = (0.003, 0.01, 0.03, 0.1)
-# Test errors whose first evaluation below them is reported.
+# For each of these test errors, the first evaluation below it is reported.
 _TARGET = 17.0
-# Of the public benchmark, in its best_params files: share -> the outer step size over
-# the inner one. The one of SABA does not depend on the share.
+# From the best_params files of the public benchmark: maps a share to the outer step
+# size divided by the inner one. The ratio of SABA does not depend on the share.
 _SOBA_RATIO = {0.5: 1e4, 0.7: 1e4, 0.9: 1e3}
 _DEV_SIZE = 5_000
 
@@ -59,12 +59,13 @@ _DEV_SIZE = 5_000
 class Settings(settings_lib.Settings):
   """The flags of this benchmark."""
 
+  SEVERAL_PROCESSES = False
   EXTENDABLE = ("methods", "num_seeds", "shares")
 
   dataset: str = flag("mnist")
   shares: tuple[float, ...] = flag(
     (0.5, 0.9),
-    "Shares p of the labels that are drawn again, from all classes.",
+    "Shares p of the labels that are redrawn from all classes.",
     bounds=settings_lib.SHARE,
     group="data",
   )
@@ -77,11 +78,11 @@ class Settings(settings_lib.Settings):
   )
   num_steps: int = flag(20_480)
   eval_every: int = flag(512)
-  batch_size: int = flag(64, "Number of training examples, and of clean ones, a step.")
+  batch_size: int = flag(64, "Number of training and of clean examples in a step.")
   num_train: int = flag(20_000)
   num_meta: int = flag(5_000, "Number of clean images of all classes together.")
   learning_rate: float = flag(
-    0.02, "Learning rate at the start, of all methods except SOBA and SABA."
+    0.02, "Initial learning rate of all methods except SOBA and SABA."
   )
   kept_learning_rate: float = flag(
     3000.0,
@@ -96,8 +97,8 @@ class Data(NamedTuple):
 
   Attributes:
     x: inputs of the training examples, [N, D].
-    given: their labels, some of them wrong, [N].
-    is_clean: whether they are right, [N].
+    given: given labels of the training examples, some of them wrong, [N].
+    is_clean: whether the given labels are right, [N].
     meta: inputs and labels of the clean examples.
     dev: inputs and labels of training images for choosing settings.
     test: inputs and labels of the test images.
@@ -125,12 +126,12 @@ class Run(NamedTuple):
   """Measurements of a run, at every evaluation.
 
   Attributes:
-    steps: number of steps before it.
-    seconds: CPU seconds of training before it.
+    steps: number of steps before the evaluation.
+    seconds: CPU seconds of training before the evaluation.
     test_percent: error on the test images.
     dev_percent: error on the images for choosing settings; NaN if there are none.
-    auroc: by name of `Solver.trust`, how well it ranks right labels above wrong ones,
-      at the end.
+    auroc: area under the ROC curve of each number in `Solver.trust` at the end, which
+      shows how well it ranks right labels above wrong ones.
   """
 
   steps: list[int]
@@ -141,7 +142,7 @@ class Run(NamedTuple):
 
 
 def load(settings: Settings, share: float, seed: int) -> Data:
-  """The problem of a share and a seed, in random order.
+  """Loads the problem of a share and a seed, in random order.
 
   Raises:
     InputError: the data set has too few images for the flags.
@@ -159,7 +160,7 @@ def load(settings: Settings, share: float, seed: int) -> Data:
     )
   if used > len(train.labels):
     raise base.InputError(
-      f"--num_train and --num_meta ask for {used} images; {train.name} has"
+      f"--num_train and --num_meta need {used} images, but {train.name} has"
       f" {len(train.labels)}."
     )
   rng = np.random.default_rng(seed)
@@ -201,7 +202,7 @@ def make_sizes(
 
 @functools.cache
 def make_solver(settings: Settings, name: str, share: float) -> solvers_lib.Solver:
-  """The solver of a name of `--methods`."""
+  """The solver with a name of `--methods`."""
   rate = settings.learning_rate
   ratio = _SOBA_RATIO.get(share, 1e3)
   methods = {
@@ -221,7 +222,7 @@ def make_solver(settings: Settings, name: str, share: float) -> solvers_lib.Solv
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _steps(solver, sizes, state, first, arrays, numbers, meta_numbers):
-  """Some steps; `numbers` are those of the batches of each step and of the next."""
+  """Takes some steps; `numbers` has the batch of each step and of the next step."""
 
   def batch(of, number, following, num_examples):
     start = sizes.start(number, num_examples)
@@ -255,7 +256,7 @@ def _error_percent(z: base.Array, pair: tuple[np.ndarray, np.ndarray]) -> float:
 
 
 def _batch_numbers(num_batches: int, count: int, rng: np.random.Generator):
-  """Numbers of `count` batches, each pass over all in a new order."""
+  """Numbers of `count` batches; each pass over all batches has a new order."""
   passes = -(-count // num_batches)
   orders = [rng.permutation(num_batches) for _ in range(passes)]
   return np.concatenate(orders)[:count].astype(np.int32)
@@ -268,10 +269,10 @@ def train(
   """Trains and measures one solver.
 
   Args:
-    solver: of the problem.
-    sizes: its shape and the length of the run.
+    solver: solver of the problem.
+    sizes: shape of the problem and number of steps.
     data: the problem.
-    seed: of the order of the batches and of a weighting network.
+    seed: seed of the order of the batches and of a weighting network.
     eval_every: number of steps between two evaluations.
   """
   rng = np.random.default_rng([seed, 1])
@@ -317,7 +318,7 @@ def _aurocs(trust: dict[str, base.Array], is_clean: np.ndarray) -> dict[str, flo
 
 
 def clean_regularization(settings: Settings, data: Data, seed: int) -> float:
-  """The regularization that is best on a fifth of the clean examples, held out."""
+  """The regularization that is best on a held-out fifth of the clean examples."""
   held_out = max(1, len(data.meta[1]) // 5)
   x, y = data.meta
   rest, fifth = (x[held_out:], y[held_out:]), (x[:held_out], y[:held_out])
@@ -334,7 +335,7 @@ def clean_regularization(settings: Settings, data: Data, seed: int) -> float:
 def make_row(
   settings: Settings, name: str, share: float, seed: int, data: Data
 ) -> dict[str, Any]:
-  """One run's line of `results.csv`, and its curve under "curve"."""
+  """The row of a run in `results.csv`, with its curve as "curve"."""
   regularization = _REGULARIZATION
   if name == "clean_only":
     regularization = clean_regularization(settings, data, seed)
@@ -377,7 +378,7 @@ def make_row(
 
 
 def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-  """A panel for each share: test error against seconds, a thin line for each seed."""
+  """Draws test error against seconds: a panel per share, a thin line per seed."""
   shares = sorted({row["share"] for row in rows})
   methods = [name for name in METHODS if any(r["method"] == name for r in rows)]
   size = (1.8 + 4.4 * len(shares), 3.8)

@@ -87,7 +87,7 @@ def run(
     num_devices: the number of devices, a divisor of 8.
     seed: the seed of the data and the parameters.
     num_steps: the number of steps.
-    moved: whether the initial parameters are moved up by one unit in the last place.
+    moved: whether the initial parameters are increased by one unit in the last place.
 
   Yields:
     The mean loss and the weights of a step.
@@ -148,7 +148,7 @@ def drift(
 
 
 def main() -> None:
-  """Writes the drift as CSV to the file that is named, or else prints it."""
+  """Writes the drift as CSV to the given file, or prints it if there is none."""
   jax.config.update("jax_num_cpu_devices", 8)
   rows, info = [], workdir_lib.run_info()
   for bits in (32, 64):

@@ -12,7 +12,7 @@ No method uses the true labels of the training set, which does not contain the t
 examples. Digits, wine and breast_cancer are bundled with scikit-learn; of mnist,
 fashion_mnist and cifar10_n, the first training images are used. The labels of cifar10_n
 are those of human annotators: a seed changes the network and the trusted examples, not
-the labels. Its images enter as features that need no labels (random_patches). The
+the labels. Its images are converted to features without labels (random_patches). The
 recipe (network, learning rate, epochs) and the ranking were chosen on other data or
 seeds: digits with seeds 100 and 101, later training images of MNIST, Fashion-MNIST and
 CIFAR-10N, iris, and synthetic sets. cleanlab and the nearest neighbors use their
@@ -161,7 +161,7 @@ def load(settings: Settings, name: str) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def is_fitting(name: str, noise: str) -> bool:
-  """Whether a data set can have, or is worth having, a kind of wrong labels."""
+  """Whether a kind of wrong labels is used with a data set."""
   kind = noise.partition(":")[0]
   if name == "cifar10_n" or kind == "human":
     return name == "cifar10_n" and kind == "human"

@@ -210,7 +210,7 @@ def _import_torch_steps() -> Any:
   platform = jax.default_backend()
   if platform not in ("cpu", "gpu"):
     raise base.InputError(
-      f"--peer=torch: JAX computes on a {platform.upper()}, PyTorch here on a CPU or"
+      f"--peer=torch: JAX computes on a {platform.upper()}, but PyTorch on a CPU or"
       " GPU; set JAX_PLATFORMS=cpu."
     )
   try:
@@ -222,7 +222,7 @@ def _import_torch_steps() -> Any:
     ) from error
   if _torch_steps.select_device(platform == "gpu") is None:
     raise base.InputError(
-      "--peer=torch: JAX computes on a GPU and PyTorch sees none; install PyTorch for"
+      "--peer=torch: JAX computes on a GPU, but PyTorch has none; install PyTorch for"
       " CUDA, or set JAX_PLATFORMS=cpu."
     )
   return _torch_steps

@@ -1,11 +1,11 @@
-r"""How fast training is with examples that are streamed, and how much memory they take.
+r"""The speed and the memory of training with streamed examples.
 
 The same network is trained on the same rows of CIFAR-10 with examples that stay on the
 device (resident), that are copied from an array in memory (memory), and that are
-decoded from the files of TFDS (files). All of them train in turn, round by round, so
-that other load on the machine affects all equally; the results are medians over rounds.
-The share of the input is the time that the loop waits for examples of its steps, over
-the time of the steps.
+decoded from the files of TFDS (files). All three train in alternating turns, so that
+other load on the machine affects all equally; the results are medians over rounds. The
+share of the input is the time that the loop waits for the examples of its steps,
+divided by the time of the steps.
 
 Before that, a network is trained on a set of generated examples, ten times as large as
 the buffer of the steps that are read ahead, to measure how much the memory of the
@@ -47,7 +47,7 @@ _NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 _IN_MEMORY = {"files": False, "memory": True, "resident": True}
 _MIB = 2**20
-# Values of a generated example, 256 KiB of float32.
+# Number of values of a generated example, which are 256 KiB of float32.
 _VALUES = 2**16
 
 
@@ -188,7 +188,7 @@ def speed_rows(
   for _ in range(settings.repeats + 1):
     for name, run in runs.items():
       time.sleep(0.5)  # The other runs read ahead until their buffers are full.
-      _take_steps(run, streaming.STEPS_AHEAD)  # Were read ahead before.
+      _take_steps(run, streaming.STEPS_AHEAD)  # Their examples were read before.
       start, waited = time.perf_counter(), run.input_seconds
       _take_steps(run, settings.num_steps)
       seconds = time.perf_counter() - start

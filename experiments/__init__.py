@@ -1,4 +1,4 @@
-"""The experiments of the papers, as scripts."""
+"""Scripts that run the experiments of the papers."""
 
 import os
 import sys
@@ -6,12 +6,12 @@ from typing import Any
 
 
 def _on_uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-  """Ends as `lib.launch` does on an interruption, also while modules are imported."""
+  """Ends like `lib.launch` on an interruption, also while modules are imported."""
   if not issubclass(kind, KeyboardInterrupt):
     sys.__excepthook__(kind, error, trace)
     return
   print("\ninterrupted; the same command continues.", file=sys.stderr, flush=True)
-  os._exit(130)  # Nothing is open yet that would have to be closed.
+  os._exit(130)  # Nothing has been opened that would have to be closed.
 
 
 sys.excepthook = _on_uncaught

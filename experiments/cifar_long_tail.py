@@ -1,16 +1,17 @@
-r"""CIFAR-10 and CIFAR-100 in a long tail, as LDAM and Meta-Weight-Net train on them.
+r"""CIFAR-10 and CIFAR-100 in a long tail, as in the papers LDAM and Meta-Weight-Net.
 
 Papers: LDAM-DRW (Cao et al., NeurIPS 2019): --preset=ldam; Meta-Weight-Net (Shu et
   al., NeurIPS 2019), release for class imbalance: --preset=mwn.
 Command: python -m experiments.cifar_long_tail --data_dir=DIR
   --methods=uniform,ldam_drw; --shape=step, --imbalance=10, --dataset=cifar100;
   --smoke for a few steps on a CPU. With --preset=ldam, methods that need meta images
-  need --num_meta=10, which takes them out of class 0 and of what the tail leaves over.
-Device, time: one GPU; ResNet-32, 19,200 steps a run at factor 100 (preset ldam).
+  need --num_meta=10, which takes them from class 0 and from images outside the tail.
+Device, time: one GPU; ResNet-32, 19,200 steps per run at factor 100 (preset ldam).
 Published (CIFAR-10, exponential 100, test accuracy %): ldam: cross-entropy 70.36,
   LDAM 73.35, LDAM-DRW 77.03. mwn: cross-entropy 70.36, L2RW 74.16, Meta-Weight-Net
   75.21, the best epoch on the test set.
-Measured: results/cifar_long_tail, once it has been run. Headline: the last step.
+Measured: results/cifar_long_tail, once it has been run. The main metric is that of the
+  last step.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ PRESETS = {
     builder="ldam",
     num_meta=0,
   ),
-  # Its learning rate falls before epochs 80 and 90, counted from 1.
+  # The learning rate falls before epochs 80 and 90, counted from 1.
   "mwn": long_tail.Preset(
     num_epochs=100,
     batch_size=100,
@@ -65,11 +66,11 @@ class Settings(long_tail.Settings):
     ],
   )
   smoke: bool = flag(
-    False, "Two epochs of a small network on 2,000 images, to try the script out."
+    False, "Run two epochs of a small network on 2,000 images, to try the script out."
   )
 
   def load(self, split: str, dataset: str | None = None) -> sources.Source:
-    """As in the base class; the first images only with --smoke."""
+    """Like the base class, but only the first images with --smoke."""
     source = super().load(split, dataset)
     size = 2000 if split == "train" else 500
     return runner.first_images(source, size) if self.smoke else source
@@ -81,7 +82,7 @@ TABLE = long_tail.make_table(
 
 
 def make_preset(settings: Settings) -> long_tail.Preset:
-  """The preset, made small by --smoke."""
+  """The preset, which --smoke makes small."""
   preset = PRESETS[settings.preset]
   if not settings.smoke:
     return preset
@@ -91,7 +92,7 @@ def make_preset(settings: Settings) -> long_tail.Preset:
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Trains what is missing, then prints and writes the comparison."""
+  """Trains the runs that are missing, and prints and writes the comparison."""
   train, test = settings.load("train"), settings.load("test")
   network = settings.network or ("resnet_8" if settings.smoke else "resnet_32")
 

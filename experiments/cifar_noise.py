@@ -7,16 +7,17 @@ Papers: L2RW (Ren et al., ICML 2018): --preset=l2rw_uniform, l2rw_background;
 Command: python -m experiments.cifar_noise --data_dir=DIR --preset=l2rw_background
   --methods=uniform,l2rw; --smoke for a few steps on a CPU. --num_steps=8000
   shortens the schedule in proportion.
-Device, time: one GPU; not run in full. ResNet-32 80,000 steps a run, WRN-28-10
-  60,000.
+Device, time: one GPU; not run in full. A run has 80,000 steps (ResNet-32) or 60,000
+  (WRN-28-10).
 Published (CIFAR-10, 40% noise, test accuracy %): l2rw_uniform: baseline 67.97,
   L2RW 86.92. l2rw_background: baseline 59.54, L2RW 86.73. mwn_uniform: baseline
   68.07, Meta-Weight-Net 89.27. mwn_flip: baseline 70.77, Meta-Weight-Net 87.54.
   mentornet: baseline 69, MentorNet-PD 77, MentorNet-DD 89. L2RW reports the last
   step, Meta-Weight-Net and WarPI the best epoch on the test set. Baseline and
   Meta-Weight-Net of mwn_uniform were published on different schedules (60,000
-  steps and 20,000, by the first author's word); here all methods share one.
-Measured: results/cifar_noise, once it has been run. Headline: the last step.
+  and 20,000 steps, according to the first author); here all methods share one.
+Measured: results/cifar_noise, once it has been run. The main metric is that of the last
+  step.
 """
 
 from collections.abc import Sequence
@@ -49,24 +50,24 @@ METHODS = tuple(registries.NOISE)
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-  """One paper's way of training; flags override each field.
+  """The training settings of one paper; flags override each field.
 
   Attributes:
     network: a key of `registries.NETWORKS`.
     augmentation: a key of `registries.AUGMENTATIONS`.
     noise: builder of wrong labels.
     noise_fraction: parameter of the builder.
-    num_steps: updates.
-    decay_steps: updates after which the learning rate falls to a tenth.
-    learning_rate: of SGD, at the start.
-    momentum: of SGD.
+    num_steps: number of updates.
+    decay_steps: numbers of updates after which the learning rate falls to a tenth.
+    learning_rate: initial learning rate of SGD.
+    momentum: momentum of SGD.
     nesterov: whether the momentum is Nesterov's.
-    weight_decay: added to the gradient, times the parameters.
-    decay_all: see `optimizers`.
-    batch_size: training examples a step.
-    meta_batch_size: clean examples a step.
-    num_meta: clean images a class, by number of classes.
-    num_validation: images with wrong labels held out of training.
+    weight_decay: factor of the parameters that are added to the gradient.
+    decay_all: whether biases and BatchNorm decay, too; see `optimizers`.
+    batch_size: number of training examples in a step.
+    meta_batch_size: number of clean examples in a step.
+    num_meta: number of clean images of each class, by number of classes.
+    num_validation: number of images with wrong labels that are held out of training.
   """
 
   network: str
@@ -117,8 +118,8 @@ PRESETS = {
     decay_steps=(40_000, 60_000),
     num_meta={10: 10, 100: 10},
   ),
-  # The first release: 20,000 iterations. BaseModel's published numbers are of a
-  # longer schedule, see above.
+  # The first release has 20,000 iterations. The published numbers of BaseModel are from
+  # a longer schedule, see above.
   "mwn_uniform": dataclasses.replace(
     _MWN_STABLE,
     network="wrn_28_10",
@@ -126,8 +127,8 @@ PRESETS = {
     decay_steps=(18_000, 19_000),
     nesterov=True,
   ),
-  # Its ResNet-32 alternative has the decays; the length of 60 epochs is the
-  # paper's as remembered, not verified.
+  # The decays are those of its ResNet-32 alternative. The length of 60 epochs is
+  # believed to be that of the paper, but was not verified.
   "mwn_flip": dataclasses.replace(
     _MWN_STABLE,
     noise="mwn_flip2",
@@ -135,9 +136,10 @@ PRESETS = {
     decay_steps=(20_000, 25_000),
     nesterov=True,
   ),
-  # The later release; 120 epochs of 490 steps.
+  # The later release has 120 epochs of 490 steps.
   "mwn_stable": _MWN_STABLE,
-  # That wrong labels are drawn from all classes, the true one too, is not verified.
+  # It was not verified that wrong labels are drawn from all classes, including the true
+  # one.
   "mentornet": Preset(
     network="mentornet_wrn_56_10",
     augmentation="mentornet",
@@ -183,7 +185,7 @@ class Settings(
   noise_variant: str = flag("paper", choices=["paper", "official_code"])
   annotation: str | None = flag(
     None,
-    "Labels of which annotators to take, for --noise=human. The default is worst.",
+    "Annotators whose labels are used, for --noise=human. The default is worst.",
     choices=noisy_labels.ANNOTATIONS,
     group="data",
   )
@@ -218,17 +220,17 @@ class Settings(
   eval_every: int = flag(500)
   dump_losses: bool = flag(False)
   smoke: bool = flag(
-    False, "Three steps of a small network on 2,000 images, to try the script out."
+    False, "Run three steps of a small network on 2,000 images, to try the script out."
   )
 
   @property
   def dataset_name(self) -> str:
-    """As in the base class; the default depends on the noise."""
+    """Like the base class, with a default that depends on the noise."""
     noise = self.noise or PRESETS[self.preset].noise
     return self.dataset or ("cifar10_n" if noise == "human" else "cifar10")
 
   def load(self, split: str, dataset: str | None = None) -> sources.Source:
-    """As in the base class; the first images only with --smoke."""
+    """Like the base class, but only the first images with --smoke."""
     source = super().load(split, dataset)
     size = 2000 if split == "train" else 500
     return runner.first_images(source, size) if self.smoke else source
@@ -256,7 +258,7 @@ TABLE = table.Layout(
 
 
 def make_preset(settings: Settings) -> Preset:
-  """The preset, made small by --smoke, under the flags that override it."""
+  """The preset with the flags that override it, which --smoke makes small."""
   preset = PRESETS[settings.preset]
   if settings.smoke:
     preset = dataclasses.replace(
@@ -281,12 +283,12 @@ def make_preset(settings: Settings) -> Preset:
 
 
 def _decay_steps(settings: Settings, preset: Preset) -> tuple[int, ...]:
-  """Where the learning rate falls; at the same share of a run of another length."""
+  """Steps after which the learning rate falls; they scale with the length of a run."""
   if settings.decay_steps is None:
     share = (settings.num_steps or preset.num_steps) / preset.num_steps
     return tuple(round(step * share) for step in preset.decay_steps)
   for text in settings.decay_steps:
-    # Ten digits are more updates than --num_steps may have.
+    # Ten digits are more than --num_steps may have.
     if not (text.isdecimal() and len(text) < 10 and int(text) >= 1):
       raise base.InputError(
         f"--decay_steps={text}: give numbers of updates, such as 40000,60000."
@@ -295,7 +297,7 @@ def _decay_steps(settings: Settings, preset: Preset) -> tuple[int, ...]:
 
 
 def make_optimizer(preset: Preset) -> optimizers.OptimizerConfig:
-  """The preset's optimizer and schedule; drops are kept as shares of the run."""
+  """The preset's optimizer and schedule, with drops as shares of the run."""
   return optimizers.OptimizerConfig(
     learning_rate=preset.learning_rate,
     momentum=preset.momentum,
@@ -312,9 +314,9 @@ def make_classifier(
   """The network and its preprocessing, for the training loop.
 
   Args:
-    preset: names both.
+    preset: the preset that names both.
     num_classes: C.
-    images: of the training split, for networks with a whitening layer.
+    images: images of the training split, for networks with a whitening layer.
   """
   preprocess = registries.AUGMENTATIONS[preset.augmentation]
   if preset.augmentation == "warpi" and num_classes == 100:
@@ -326,7 +328,7 @@ def make_classifier(
 
 
 def make_facts(settings: Settings, preset: Preset) -> dict[str, Any]:
-  """What distinguishes the data of a cell."""
+  """The settings that distinguish the data of a cell."""
   is_human = preset.noise == "human"
   return {
     "dataset": settings.dataset_name,
@@ -364,7 +366,7 @@ def make_splits(
 
 
 def make_cells(settings: Settings, names: Sequence[str]) -> list[runner.Cell]:
-  """How every method is run."""
+  """A cell for every method."""
   preset = make_preset(settings)
   splits = functools.partial(make_splits, settings, preset)
   (split,) = splits((0,))
@@ -417,7 +419,7 @@ def wrong_share(split: examples_lib.Splits) -> float:
 def make_row(
   settings: Settings, cell: runner.Cell, split: examples_lib.Splits, result: Any
 ) -> dict[str, Any]:
-  """One run's line of `results.csv`."""
+  """The row of a run in `results.csv`."""
   preset = make_preset(settings)
   numbers: tuple[float | None, float | None] = (None, None)
   if preset.network == PRESETS[settings.preset].network and not settings.smoke:
@@ -444,7 +446,7 @@ def make_row(
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Trains what is missing, then prints and writes the comparison."""
+  """Trains the runs that are missing, and prints and writes the comparison."""
   names = settings.choose_methods(settings.methods, METHODS)
   cells = make_cells(settings, names)
   runner.check(settings, cells)

@@ -1,17 +1,18 @@
 r"""Training on a few weighted examples: accuracy against seconds of training.
 
 Paper: AdaCore (Pooladzandi et al., ICML 2022) and CRAIG (Mirzasoleiman et al., ICML
-  2020) choose a weighted subset by its gradients and train on it until they choose
-  again. They are compared with random subsets, drawn anew as often (`random`) or once
-  (`random_fixed`), and all data (`full`). Every run takes the same number of steps at
-  the same learning rate; selections count among its seconds, compiling does not. Each
-  seed is trained alone, so that no run waits for another's selection.
+  2020) select a weighted subset by its gradients and train on it until the next
+  selection. They are compared with random subsets that are drawn equally often
+  (`random`) or once (`random_fixed`), and with all data (`full`). Every run takes the
+  same number of steps at the same learning rate. Its seconds include selections, but
+  not compilation. Each seed is trained alone, so that no run waits for the selection of
+  another.
 Command: python -m experiments.coreset --data_dir=DIR
-  and a long tail: --network=mlp --fraction=0.1 --imbalance=100 --workdir=runs/tail
+  for a long tail: --network=mlp --fraction=0.1 --imbalance=100 --workdir=runs/tail
   without a download: --dataset=digits
 Device, time: one CPU core, 40 minutes.
-Published: speed-ups over 2.9x (full) and 4.5x (random) on other data; no table of it
-  could be read. Measured: results/coreset.
+Published: speed-ups over 2.9x (full) and 4.5x (random) on other data; no table could be
+  read. Measured: results/coreset.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,9 +49,9 @@ from l2rw_jax.training import results as results_lib
 METHODS = ("full", "random", "random_fixed", "craig", "adacore")
 _SELECTING = ("craig", "adacore")
 HIDDEN: dict[str, tuple[int, ...]] = {"logistic": (), "mlp": (256,)}
-# Test accuracies in percent, for each of which the seconds to reach it are reported.
+# For each of these test accuracies in percent, the seconds to reach it are reported.
 TARGETS = (80, 90, 95, 97)
-# Of the seconds that all methods of a panel have: when to compare them.
+# Methods are compared at these shares of the seconds that all methods of a panel have.
 _SHARES = {"quarter": 0.25, "half": 0.5, "equal": 1.0}
 _SELECTIONS = "selections.json"
 
@@ -87,14 +88,14 @@ class Settings(runner.Settings):
   )
   refresh_every: int | None = flag(
     None,
-    "Number of passes over a subset from one selection to the next. The default has the"
-    " steps of two passes over all data.",
+    "Number of passes over a subset from one selection to the next. By default, they"
+    " have as many steps as two passes over all data.",
     bounds=settings_lib.EPOCHS,
     methods=["random", *_SELECTING],
   )
   greedy: str = flag(
     "stochastic",
-    "Greedy selection: exact, or from random candidates.",
+    "Greedy selection: lazy is exact; stochastic selects from random candidates.",
     choices=coresets.GREEDY,
     methods=_SELECTING,
   )
@@ -106,13 +107,13 @@ class Settings(runner.Settings):
   )
   hessian_scope: str = flag(
     "shared",
-    "Take one curvature for all examples in AdaCore, or one for each.",
+    "Use one curvature for all examples in AdaCore (shared), or one for each example.",
     choices=["shared", "example"],
     methods=["adacore"],
   )
   budget: str = flag(
     "proportional",
-    "How a selection is divided among the classes.",
+    "Division of a selection among the classes.",
     choices=coresets.BUDGETS,
     methods=_SELECTING,
   )
@@ -159,23 +160,23 @@ TABLE = table.Layout(
 
 
 class Setting(NamedTuple):
-  """What one curve is trained with; `fraction` is 1 for all data."""
+  """The settings of one curve; `fraction` is 1 for all data."""
 
   model: str
   method: str
   fraction: float
 
   def folder(self) -> str:
-    """Where its runs are kept."""
+    """The folder of its runs."""
     return f"{self.model}-{self.method}-{self.fraction}"
 
 
 def make_splits(settings: Settings, seeds: Sequence[int]) -> list[examples_lib.Splits]:
-  """The data of some seeds: all of them, or a long tail."""
+  """The splits of some seeds: all data, or a long tail."""
   return [_make_split(settings, seed) for seed in seeds]
 
 
-# All settings of a seed follow each other.
+# One split is enough in the cache, because all settings of a seed follow each other.
 @functools.lru_cache(maxsize=1)
 def _make_split(settings: Settings, seed: int) -> examples_lib.Splits:
   train, test = settings.load("train"), settings.load("test")
@@ -223,7 +224,7 @@ def _adacore(
 
 
 def make_settings(settings: Settings, split: examples_lib.Splits) -> list[Setting]:
-  """Every curve, after a check that it is possible."""
+  """The settings of all curves, which are checked."""
   is_stochastic = settings.greedy == "stochastic"
   settings.check_used(
     "greedy_epsilon", is_stochastic, f"with --greedy={settings.greedy}"
@@ -258,15 +259,16 @@ def _check_fraction(
     ) from error
   if size < (settings.batch_size or 0):
     raise base.InputError(
-      f"--fraction={fraction} keeps {size} of {len(split.train.label)} images, less"
+      f"--fraction={fraction} keeps {size} of {len(split.train.label)} images, fewer"
       f" than --batch_size={settings.batch_size}; raise it or lower the batch size."
     )
 
 
-# One object for all runs: JAX compiles anew for the methods of an equal one.
+# All runs share one object, because JAX compiles again for the methods of another
+# object, even if both are equal.
 @functools.cache
 def make_model(name: str, num_classes: int) -> classifier.Classifier:
-  """The network of a name of `--network`."""
+  """The network with a name of `--network`."""
   return classifier.Classifier(mlp.MLP(num_classes, HIDDEN[name]), num_classes)
 
 
@@ -280,7 +282,7 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
     eval_every=settings.eval_every,
     seeds=settings.seeds,
   )
-  # One object for all runs, so that a step is compiled once.
+  # All runs share one object, so that a step is compiled once.
   optimizer = optax.sgd(settings.learning_rate, settings.momentum or None)
   return [
     runner.Cell(
@@ -303,14 +305,14 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
 def train(
   settings: Settings, cell: runner.Cell, seed: int, folder: pathlib.Path
 ) -> dict[str, Any]:
-  """Trains one seed of a curve; its row, with the curve itself."""
+  """Trains one seed of a curve; returns its row, which contains the curve."""
   config = dataclasses.replace(cell.config, seeds=(seed,))
   cell = dataclasses.replace(cell, config=config)
   ((_, place),) = cell.groups()
   run_folder = folder / place
   if not (run_folder / f"seed-{seed}" / results_lib.RESULTS).exists():
-    # What is compiled for the first time here, a selection too, is no part of its
-    # seconds.
+    # Programs that are compiled here for the first time, including a selection, do not
+    # count in its seconds.
     with workdir_lib.scratch(folder) as scratch:
       short = dataclasses.replace(config, num_steps=1)
       runner.train(
@@ -329,7 +331,7 @@ class Curve(NamedTuple):
 
   Attributes:
     steps: [E].
-    seconds: of training, [E].
+    seconds: seconds of training, [E].
     percent: test accuracy, [E].
   """
 
@@ -338,9 +340,9 @@ class Curve(NamedTuple):
   percent: np.ndarray
 
   def at(self, seconds: Any) -> Any:
-    """Accuracy at these seconds, between evaluations in a straight line.
+    """Accuracy at these seconds, interpolated linearly between evaluations.
 
-    NaN before the first evaluation.
+    It is NaN before the first evaluation.
     """
     return np.interp(seconds, self.seconds, self.percent, left=np.nan)
 
@@ -351,7 +353,7 @@ class Curve(NamedTuple):
 
 
 def timed(method: base.Method, folder: pathlib.Path) -> base.Method:
-  """The method, keeping in a file how long each of its selections takes."""
+  """The method, which also records the seconds of each selection in a file."""
   if method.refresh is base.keep_state:
     return method
   path = folder / _SELECTIONS
@@ -360,7 +362,7 @@ def timed(method: base.Method, folder: pathlib.Path) -> base.Method:
     started = time.perf_counter()
     state = method.refresh(state, problem, view)
     seconds = workdir_lib.read_record(path) if path.exists() else {}
-    # By epoch: an interrupted run selects for its epoch again.
+    # Seconds are stored by epoch, because an interrupted run repeats a selection.
     seconds[str(view.epoch)] = time.perf_counter() - started
     path.parent.mkdir(parents=True, exist_ok=True)
     workdir_lib.write_record(path, seconds)
@@ -372,19 +374,19 @@ def timed(method: base.Method, folder: pathlib.Path) -> base.Method:
 def make_row(
   facts: dict[str, Any], folder: pathlib.Path, result: results_lib.Result
 ) -> dict[str, Any]:
-  """One run's line of `results.csv`, with its `curve`.
+  """The row of a run in `results.csv`, with its `curve`.
 
   Args:
-    facts: entries to begin with.
-    folder: of the run.
-    result: of the run.
+    facts: the first entries of the row.
+    folder: folder of the run.
+    result: result of the run.
   """
   metrics = result.metrics
   timing = workdir_lib.read_record(folder / "timing.json")
   if timing["untimed_steps"]:
     raise base.InputError(
-      f"{folder / 'timing.json'} was damaged, so that it is unknown how long the first"
-      f" {timing['untimed_steps']} steps took. Delete {folder} to train again."
+      f"{folder / 'timing.json'} was damaged, so the seconds of the first"
+      f" {timing['untimed_steps']} steps are unknown. Delete {folder} to train again."
     )
   evaluations = timing["evaluations"]
   path = folder / f"seed-{metrics['seed']}"
@@ -411,7 +413,7 @@ def make_row(
 
 
 def panel_of(row: dict[str, Any]) -> tuple[str, float]:
-  """Where a row is drawn; all data are drawn in every panel of their model."""
+  """The panel of a row; rows of all data are drawn in every panel of their model."""
   return row["model"], row["fraction"]
 
 
@@ -430,10 +432,11 @@ def panels(rows: runner.Rows) -> dict[tuple[str, float], list[int]]:
 
 
 def with_equal_seconds(rows: runner.Rows) -> runner.Rows:
-  """The rows with accuracies at seconds that all methods of a model trained for.
+  """Adds the accuracies at equal seconds, which all methods of a model have reached.
 
-  That is one number for each model and seed, the seconds of its first run to finish:
-  the runs of a seed follow each other, and a machine is not always equally fast.
+  These seconds are those of the shortest run of each model and seed. Seeds are treated
+  separately, because the runs of a seed follow each other and the speed of a machine
+  varies.
   """
   extended = []
   for one in rows:
@@ -465,10 +468,10 @@ def save_curves(rows: runner.Rows, curves: Sequence[Curve], path: pathlib.Path) 
 
 
 def draw(rows: runner.Rows, curves: Sequence[Curve], path: pathlib.Path) -> None:
-  """Test accuracy against seconds, a row of panels a model and a column a fraction.
+  """Draws accuracy against seconds, with a row per model and a column per fraction.
 
-  A line is the mean over seeds as long as all of them train, its band the lowest and
-  the highest.
+  A line is the mean over seeds for as long as all of them train, and its band shows the
+  lowest and the highest.
   """
   members = panels(rows)
   models = list(dict.fromkeys(model for model, _ in members))
@@ -516,12 +519,13 @@ def _draw_curve(ax: Any, curves: Sequence[Curve], method: str, color: str) -> No
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Trains what is missing, then prints and writes the comparison."""
+  """Trains the runs that are missing, and prints and writes the comparison."""
   resolved = settings.resolve()
   cells = make_cells(resolved)
   runner.check(resolved, cells)
   folder = runner.open_folder(settings, TABLE.name, workdir)
-  # A seed of all cells before the next seed: a machine is not always equally fast.
+  # All cells of a seed are trained before the next seed, because the speed of a machine
+  # varies.
   by_seed = [
     [train(resolved, cell, seed, folder) for cell in cells] for seed in settings.seeds
   ]

@@ -1,11 +1,11 @@
 r"""L2RW against its baselines on handwritten digits with wrong labels.
 
-The demonstration that needs no download: scikit-learn's bundled 8x8 digits,
-1,247 to train on with 40% of the labels flipped to another class, 5 more clean
-images a class, 500 clean test images. The learning rate of every method falls as a
+This demonstration needs no download. It uses the 8x8 digits of scikit-learn: 1,247
+training images with 40% of the labels flipped to another class, 5 more clean images of
+each class, and 500 clean test images. The learning rate of every method falls as a
 cosine. Nothing was chosen on the test set: the accuracy is that after the last step.
-The run of L2RW also ranks the training labels by how suspicious they are, and the
-first seed's list becomes a page with pictures, issues.html.
+The run of L2RW also ranks the training labels by how suspicious they are, and the list
+of the first seed is written as a page with pictures, issues.html.
 Command: python -m experiments.digits_noise
 Device, time: 2 CPU cores, under 3 minutes.
 Published: nothing; the problem is this project's, the noise is that of Ren et al.
@@ -72,7 +72,7 @@ class Settings(trusted.Settings, runner.Settings):
   schedule: str = flag("cosine", choices=optimizers.SCHEDULES)
 
   def record(self) -> dict[str, Any]:
-    """As in the base class; the data set if it is not digits."""
+    """Like the base class, with the data set only if it is not digits."""
     entries = super().record()
     return entries if self.dataset == "digits" else {**entries, "dataset": self.dataset}
 
@@ -104,7 +104,7 @@ TABLE = table.Layout(
 
 
 def make_method(name: str, num_steps: int) -> base.Method:
-  """The `Method` of a name of `--methods`."""
+  """The `Method` with a name of `--methods`."""
   methods = {
     "uniform": baselines.uniform,
     "random": baselines.random,
@@ -135,7 +135,7 @@ def make_splits(settings: Settings, seeds: Sequence[int]) -> list[examples_lib.S
 
 
 def make_cells(settings: Settings) -> list[runner.Cell]:
-  """A cell for every method, its seeds side by side."""
+  """A cell for every method, whose seeds are trained side by side."""
   if not settings.methods:
     raise base.InputError(f"--methods= is empty: choose among {', '.join(METHODS)}.")
   num_classes = settings.load("train").num_classes
@@ -170,7 +170,7 @@ class Audit(NamedTuple):
   """The ranking of the training labels of one run.
 
   Attributes:
-    data: the training set, as the page shows it.
+    data: the training set, in the form that the page shows.
     is_wrong: whether each label is wrong, in the order of the training set, bool [N].
     issues: the ranking.
   """
@@ -198,7 +198,7 @@ def make_audit(
 
 
 def ranking_columns(found: Audit) -> dict[str, float | None]:
-  """How well the ranking finds the wrong labels, for the rows of the results."""
+  """Columns of the results that measure how well the ranking detects wrong labels."""
   number = int(found.is_wrong.sum())
   return {
     "audit_auroc": report.ranking_auroc(found.issues.score, found.hits),
@@ -214,7 +214,7 @@ def draw(
   found: Audit,
   path: pathlib.Path,
 ) -> None:
-  """Accuracy of every method, the rejections of L2RW, the most suspicious labels."""
+  """Draws the accuracies, the rejections of L2RW and the most suspicious labels."""
   methods = list(dict.fromkeys(row["method"] for row in rows))
   with figures.figure(path, figsize=(10, 5.6), tight=True) as (drawn, axes):
     axes.set_axis_off()
@@ -254,12 +254,12 @@ def _list_title(found: Audit) -> str:
 
 
 def _draw_issue(axes: Any, found: Audit, place: int) -> None:
-  """One picture of the list, with the given and the suggested label."""
+  """Draws one picture of the list, with the given and the suggested label."""
   issues, names = found.issues, found.data.form.class_names
   image = found.data.features[issues.index[place]]
   axes.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray")
   labels = (issues.given[place], issues.suggested[place])
-  # Dollar signs would begin formulas.
+  # Matplotlib would read dollar signs as the beginning of a formula.
   given, suggested = (names[label].replace("$", r"\$") for label in labels)
   color = "C3" if found.hits[place] else "black"
   axes.set_title(f"given {given}\nlooks {suggested}", fontsize=8, color=color)
@@ -267,7 +267,7 @@ def _draw_issue(axes: Any, found: Audit, place: int) -> None:
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Trains what is missing, then prints and writes the comparison."""
+  """Trains the runs that are missing, and prints and writes the comparison."""
   cells = make_cells(settings)
   runner.check(settings, cells)
   folder = runner.open_folder(settings, TABLE.name, workdir)
@@ -293,7 +293,7 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
       )
       if cell.method_name == "l2rw":
         weights.append(result.weights)
-  assert found is not None  # There is a method, and it has a seed.
+  assert found is not None  # There is at least one method with one seed.
   draw(settings, rows, weights, found, folder / "figure.png")
   name = pathlib.PurePath(settings.dataset).name
   issue_files.write(

@@ -1,17 +1,17 @@
 r"""FORML against its baselines on data that are unfair to some groups.
 
 Paper: Yan, Seto, Apostoloff, "FORML: Learning to Reweight Data for Fairness"
-  (DataPerf at ICML 2022). Its tables, surrogate and sizes could not be read, so
-  the protocol here is this project's: a long tail of classes (groups are the
-  classes), or few inverted images (--groups=inverted, groups are inverted or not),
-  wrong labels on request, and a balanced, clean exemplar set.
+  (DataPerf at ICML 2022). Its tables, surrogate and sizes could not be read, so the
+  protocol is that of this project. The training set has a long tail of classes, which
+  are the groups, or few inverted images (--groups=inverted: the groups are inverted and
+  other images), and wrong labels on request. The exemplar set is balanced and clean.
 Command: python -m experiments.fairness --data_dir=DIR
   without a download: --dataset=digits; an attribute: --groups=inverted;
   data condensation: --condense=10,25,50,75 --condense_by=forml_worst
 Device, time: one CPU core, 8 minutes with condensation (MNIST, 3 seeds).
   FORML's default step of 0.02 was chosen by hand among 0.0004 to 0.1, looking at
   the test sets of seeds 0 and 1; no other method was tuned.
-Published: improved equality of opportunity, no number that compares.
+Published: improved equality of opportunity, but no comparable number.
 Measured: results/fairness.
 """
 
@@ -49,7 +49,8 @@ NETWORKS = {
   **registries.SMALL_NETWORKS,
   "resnet": registries.NETWORKS["resnet_32"],
 }
-# Column of a row: its heading, and its name in `evaluation.equal_opportunity`.
+# Maps a column of a row to its heading and to its name in
+# `evaluation.equal_opportunity`.
 MEASURES = {
   "accuracy_percent": ("accuracy %", "accuracy"),
   "worst_group_percent": ("worst group %", "worst_group_accuracy"),
@@ -68,7 +69,8 @@ class Settings(runner.Settings):
   dataset: str = flag("mnist")
   groups: str = flag(
     "class",
-    "Groups between which to be fair: the classes, or inverted images and the others.",
+    "Groups for which training should be fair: the classes, or inverted and other"
+    " images.",
     choices=fairness.GROUPS,
     group="data",
   )
@@ -111,7 +113,7 @@ class Settings(runner.Settings):
   )
   reduction: str = flag(
     "mean",
-    "Reduction over pairs of groups, of the objectives gap and soft_tpr.",
+    "Reduction over pairs of groups in the objectives gap and soft_tpr.",
     choices=["mean", "max"],
     methods=["forml_gap", "forml_soft_tpr"],
   )
@@ -129,13 +131,13 @@ class Settings(runner.Settings):
   )
   condense: tuple[str, ...] = flag(
     (),
-    "Percentages q, separated by commas: also train uniformly on the q% of the images"
-    " with the highest FORML weights, and on as many at random.",
+    "Percentages q, separated by commas. For each, also train uniformly on the q% of"
+    " the images with the highest FORML weights, and on as many random images.",
     group="method",
   )
   condense_by: str | None = flag(
     None,
-    "Method whose weights --condense takes. The default is the last forml_ method of"
+    "Method whose weights --condense uses. The default is the last forml_ method of"
     " --methods.",
     group="method",
   )
@@ -152,18 +154,18 @@ class Settings(runner.Settings):
 
   @property
   def rate(self) -> float:
-    """Of SGD: bright inverted images have three times the norm of dark ones."""
+    """Learning rate of SGD: inverted images have three times the norm of others."""
     default = 0.02 if self.groups == "inverted" else 0.1
     return default if self.learning_rate is None else self.learning_rate
 
   @property
   def num_groups(self) -> int:
-    """Groups between which to be fair."""
+    """Number of groups for which training should be fair."""
     return self.load("train").num_classes if self.groups == "class" else 2
 
 
 def label(one: Mapping[str, Any]) -> str:
-  """The name of a row's method in the table."""
+  """The name in the table of a row's method."""
   if one["kept_percent"] is None:
     return one["method"]
   by = f" by {one['method']}" if one["kept"] == "top" else ""
@@ -189,7 +191,7 @@ TABLE = table.Layout(
 
 
 class Setting(NamedTuple):
-  """What one line of the table is trained on; `percent` None is everything."""
+  """The training data of one line of the table; `percent` None is all data."""
 
   method: str
   percent: int | None = None
@@ -197,14 +199,14 @@ class Setting(NamedTuple):
 
   @property
   def name(self) -> str:
-    """Of its folder."""
+    """Name of its folder."""
     if self.percent is None:
       return self.method
     return f"condensed-{self.method}-{self.kept}-{self.percent}"
 
 
 def make_method(settings: Settings, name: str) -> base.Method:
-  """The `Method` of a name of `--methods`."""
+  """The `Method` with a name of `--methods`."""
   if name not in METHODS:
     raise base.InputError(f"--methods={name}: choose among {', '.join(METHODS)}.")
   if name in FORML:
@@ -222,7 +224,7 @@ def _make_forml(settings: Settings, objective: str) -> base.Method:
   inner, rate = settings.inner_learning_rate, settings.weight_learning_rate
   inner = settings.rate if inner is None else inner
   if rate is None:
-    # A step of the weights is in proportion to the product of the two.
+    # The change of a weight is proportional to the product of the two learning rates.
     rate = 0.02 / inner if inner else 0.0
   used = forml.objective_settings(objective, settings.reduction)
   options = {name: getattr(settings, name) for name in used}
@@ -261,7 +263,7 @@ def make_cell(
   method: base.Method,
   splits: Sequence[examples_lib.Splits],
 ) -> runner.Cell:
-  """How a setting is trained: seeds side by side, except convolutions on CPU."""
+  """The cell of a setting; seeds run side by side, except convolutions on CPU."""
   large, num_classes = settings.dataset == "cifar10", splits[0].num_classes
   network = settings.network or ("resnet" if large else "mlp")
   meta_batch_size = settings.meta_batch_size
@@ -295,14 +297,14 @@ def make_cell(
 
 @functools.cache
 def make_optimizer(rate: float, momentum: float) -> optax.GradientTransformation:
-  """SGD; one object for all cells."""
+  """SGD, as one object for all cells."""
   return optax.sgd(rate, momentum=momentum)
 
 
 def condensations(
   settings: Settings, methods: Sequence[str], size: int
 ) -> list[Setting]:
-  """What `--condense` asks for, after a check that it is possible."""
+  """The settings of `--condense`, which are checked."""
   last = next((m for m in reversed(methods) if m in FORML), "")
   by = settings.condense_by or last
   if settings.condense_by is not None and not settings.condense:
@@ -319,7 +321,7 @@ def condensations(
     kept = num_kept(size, int(text))
     if kept < settings.batch_size:
       raise base.InputError(
-        f"--condense={text} keeps {kept} of {size} images, less"
+        f"--condense={text} keeps {kept} of {size} images, fewer"
         f" than --batch_size={settings.batch_size}; raise it or lower the batch size."
       )
     condensed_settings += [Setting(by, int(text), which) for which in ("top", "random")]
@@ -341,13 +343,12 @@ def condensed(
   """The data with a part of the training set.
 
   Args:
-    splits: the whole.
-    last_weight: the last weight of each training example, [N]; NaN, of one that was
-      never in a batch, counts as the uniform 1 of the start. Ties are broken at
-      random.
-    percent: how much to keep.
+    splits: the whole data.
+    last_weight: the last weight of each training example, [N]. NaN (for an example that
+      was never in a batch) counts as the initial weight 1. Ties are broken at random.
+    percent: percentage of the examples to keep.
     kept: "top" by weight, or "random".
-    seed: of the draw.
+    seed: seed of the draw.
   """
   rng = np.random.default_rng([seed, percent])
   order = rng.permutation(len(last_weight))
@@ -358,7 +359,7 @@ def condensed(
 
 
 def num_kept(size: int, percent: int) -> int:
-  """How many of `size` examples are `percent` of them."""
+  """The number of examples that are `percent` of `size`."""
   return round(size * percent / 100)
 
 
@@ -370,14 +371,16 @@ def make_row(
   kept: str,
   metrics: dict[str, Any],
 ) -> dict[str, Any]:
-  """One run's line of `results.csv`.
+  """The row of a run in `results.csv`.
 
   Args:
-    dataset: of the run.
+    dataset: data set of the run.
     groups: "class" or "inverted".
-    method: that trained it or, condensed, whose weights chose its images.
-    percent: of the images it was trained on uniformly; None for all, by `method`.
-    kept: "top" or "random"; "" for all.
+    method: the method that trained the run or, with condensation, the method whose
+      weights selected the images.
+    percent: percentage of the images for uniform training; None is training on all
+      images by `method`.
+    kept: "top" or "random"; "" for all images.
     metrics: content of the run's `results.json`.
   """
   last = metrics["last"]
@@ -405,7 +408,7 @@ def _interval(rows: runner.Rows, name: str, column: str) -> report.Interval:
 
 
 def draw(rows: runner.Rows, path: pathlib.Path) -> None:
-  """Bars of every measure by method and, with condensation, its curves."""
+  """Draws bars of every measure by method and, with condensation, its curves."""
   whole = [r for r in rows if r["kept_percent"] is None]
   smaller = [r for r in rows if r["kept_percent"] is not None]
   panels = 1 + bool(smaller)
@@ -467,7 +470,7 @@ def _check(settings: Settings, cells: Sequence[runner.Cell]) -> None:
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Trains what is missing, then prints and writes the comparison."""
+  """Trains the runs that are missing, and prints and writes the comparison."""
   methods = {name: make_method(settings, name) for name in settings.methods}
   if not methods:
     raise base.InputError(f"--methods= is empty: choose among {', '.join(METHODS)}.")

@@ -1,17 +1,19 @@
-r"""NestedMAML against MAML where some of the training tasks are not like the rest.
+r"""NestedMAML compared with MAML if some training tasks are from another distribution.
 
 Paper: Killamsetty et al., "A Nested Bi-level Optimization Framework for Robust Few
-  Shot Learning" (AAAI 2022). Its protocol, on Omniglot in place of mini-ImageNet: a
-  share of the training tasks comes from another data set, or a share of the training
-  images is mislabeled; validation tasks, of other classes, are clean.
+  Shot Learning" (AAAI 2022). The protocol is that of the paper, on Omniglot in place of
+  mini-ImageNet: a share of the training tasks comes from another data set, or a share
+  of the training images is mislabeled. Validation tasks have other classes and are
+  clean.
 Command: python -m experiments.few_shot --data_dir=DIR
   mislabeled images: --ood=none --noise_share=0.3 --share=item
   without a download: --dataset=digits --ood=shuffled
-  mini-ImageNet: --dataset=mini_imagenet --data_dir=FOLDER, which holds train, val and
-  test, each CLASS/FILE.jpg, and the TFDS folder of --ood
-Device, time: one CPU core, 8 minutes a share (five methods, two seeds), mostly
-  compilation and NestedMAML. Step, clip and number of clusters of its weights were
-  chosen on --evaluate_on=tuning classes, with --ood=shuffled at 0.9; nothing else was.
+  mini-ImageNet: --dataset=mini_imagenet --data_dir=FOLDER, which contains train, val
+  and test, each with files CLASS/FILE.jpg, and the TFDS folder of --ood
+Device, time: one CPU core, 8 minutes per share (five methods, two seeds), mostly
+  compilation and NestedMAML. The learning rate, the clipping and the number of clusters
+  of its weights were chosen with --evaluate_on=tuning and --ood=shuffled at 0.9;
+  nothing else was tuned.
 Published: mini-ImageNet with SVHN or FashionMNIST tasks only; nothing on these data.
 Measured: results/few_shot.
 """
@@ -52,13 +54,13 @@ METHODS = (
   *("meta_only", "l2rw"),
 )
 _NESTED = ("nested_maml", "nested_maml_fo")
-# Classes for training, validation tasks, choosing settings, testing; of other data
-# sets, shares of them.
+# Numbers of classes for training, validation tasks, tuning and testing; for other data
+# sets, shares of the classes.
 _CLASSES = {"omniglot": (140, 30, 20, 52), "digits": (4, 2, 2, 2)}
 _SHARES = (0.6, 0.15, 0.05)
-# Of a foreign source: several hundred images of a class.
+# Number of images of a foreign source, several hundred per class.
 _NUM_FOREIGN = 5000
-# Results of `weights_of`: mean weights of parts of the training tasks.
+# Names of the results of `weights_of`: mean weights of parts of the training tasks.
 WEIGHTS = ("own_weight", "foreign_weight", "right_weight", "wrong_weight")
 
 
@@ -142,7 +144,7 @@ class Settings(settings_lib.Settings):
   )
   share: str = flag(
     "cluster",
-    "What has a weight in NestedMAML.",
+    "Unit that has one weight in NestedMAML: a task, a cluster of tasks or an item.",
     choices=nested_maml.SHARES,
     methods=_NESTED,
   )
@@ -198,7 +200,7 @@ class Settings(settings_lib.Settings):
 
   @property
   def ways(self) -> int:
-    """Classes of a task."""
+    """Number of classes of a task."""
     return self.num_ways or (2 if self.dataset == "digits" else 5)
 
 
@@ -238,14 +240,16 @@ TABLE = table.Layout(
 def load_classes(
   dataset: str, data_dir: str | None, cache_dir: str | None
 ) -> list[sources.Source]:
-  """Sources of the training, validation, tuning and test classes; read once.
+  """The sources of the training, validation, tuning and test classes.
+
+  They are read only once.
 
   The division of the classes does not depend on the seed, so that no setting is chosen
   on a class that another seed tests on.
   """
   if dataset == "mini_imagenet":
     if data_dir is None:
-      raise base.InputError("--dataset=mini_imagenet needs its folder: --data_dir=.")
+      raise base.InputError("--dataset=mini_imagenet needs --data_dir=FOLDER.")
     train, val, test = (
       image_classes.image_folder(data_dir, split, size=84)
       for split in ("train", "val", "test")
@@ -264,7 +268,7 @@ def load_classes(
 def foreign_source(
   settings: Settings, train: sources.Source, seed: int
 ) -> sources.Source | None:
-  """The source of the `--ood` tasks, in images like those of `train`."""
+  """The source of the `--ood` tasks, whose images have the format of `train`."""
   if settings.ood == "none":
     return None
   if settings.ood == "shuffled":
@@ -300,7 +304,7 @@ def make_problem(settings: Settings, ood_share: float, seed: int) -> episodes.Ep
 
 
 def make_learner(settings: Settings) -> few_shot.Learner:
-  """The network and how it adapts."""
+  """The network and its adaptation to a task."""
   pool = settings.dataset == "mini_imagenet"
   return few_shot.Learner(
     network=conv4.Conv4(settings.ways, settings.width, pool=pool),
@@ -313,7 +317,7 @@ def make_learner(settings: Settings) -> few_shot.Learner:
 
 
 def make_method(settings: Settings, name: str) -> base.Method:
-  """The `Method` of a name of `--methods`."""
+  """The `Method` with a name of `--methods`."""
   if name not in METHODS:
     raise base.InputError(f"--methods={name}: choose among {', '.join(METHODS)}.")
   if name in ("maml", "maml_removed"):
@@ -352,7 +356,7 @@ def zeroed() -> base.Method:
 
 
 def make_config(settings: Settings, seed: int) -> config_lib.Config:
-  """How every method is run."""
+  """The configuration of all methods."""
   return settings.config(
     num_steps=settings.num_steps,
     batch_size=settings.batch_size,
@@ -364,7 +368,7 @@ def make_config(settings: Settings, seed: int) -> config_lib.Config:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What one line of `results.csv` is made from."""
+  """One run, which becomes a row of `results.csv`."""
 
   method: str
   ood_share: float
@@ -372,12 +376,12 @@ class Run:
 
   @property
   def folder(self) -> str:
-    """Below that of the experiment."""
+    """Folder of the run, below that of the experiment."""
     return f"ood-{self.ood_share}/{self.method}/seed-{self.seed}"
 
 
 def problem_of(run: Run, problem: episodes.Episodes) -> episodes.Episodes:
-  """What a run trains on; two methods know which tasks are foreign."""
+  """The training tasks of a run; two methods know which tasks are foreign."""
   is_foreign = problem.pool.is_foreign
   if run.method == "maml_removed":
     return episodes.keep_tasks(problem, np.flatnonzero(~is_foreign))
@@ -395,7 +399,7 @@ def train(
   optimizer: optax.GradientTransformation,
   folder: pathlib.Path,
 ) -> results_lib.Result:
-  """Trains one run, or finishes it, or reads it back."""
+  """Trains one run, continues an interrupted one, or reads a finished one."""
   probes: Sequence[evaluation.Probe] = ()
   if run.method in _NESTED:
     probes = (weights_of(problem.pool, settings.share),)
@@ -421,13 +425,13 @@ def interval_over_tasks(predictions: evaluation.Predictions) -> dict[str, float]
 
 
 def weights_of(pool: episodes.Pool, share: str) -> evaluation.Probe:
-  """A probe of NestedMAML: mean weights of tasks, and of single queries if it has them.
+  """A probe of NestedMAML: mean weights of tasks, and of queries if these have weights.
 
-  Parts without a member are left out.
+  Groups of tasks or queries without a member are left out.
 
   Args:
     pool: the training tasks.
-    share: of NestedMAML.
+    share: `share` of NestedMAML.
   """
 
   def probe(snapshot):
@@ -449,12 +453,12 @@ def weights_of(pool: episodes.Pool, share: str) -> evaluation.Probe:
 def make_row(
   facts: dict[str, Any], pool: episodes.Pool, result: results_lib.Result
 ) -> dict[str, Any]:
-  """One run's line of `results.csv`.
+  """The row of a run in `results.csv`.
 
   Args:
-    facts: the settings that distinguish lines.
+    facts: the settings that distinguish rows.
     pool: the training tasks.
-    result: of the run.
+    result: result of the run.
   """
   metrics = result.metrics
   probes = metrics.get("probes", {})
@@ -482,9 +486,9 @@ def pooled(rows: runner.Rows) -> tuple[float, float]:
 
 
 def draw(rows: runner.Rows, path: pathlib.Path) -> None:
-  """Accuracy against the share of foreign tasks; mean weights of both kinds.
+  """Draws the accuracy against the share of foreign tasks, and mean weights.
 
-  With a single share, a line for each method.
+  If there is a single share, there is a line for each method.
   """
   has_weights = any(r[name] is not None for r in rows for name in WEIGHTS)
   panels = 2 if has_weights else 1
@@ -560,7 +564,7 @@ def _draw_method(
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Trains what is missing, then prints and writes the comparison."""
+  """Trains the runs that are missing, and prints and writes the comparison."""
   settings.check_used("ood_share", settings.ood != "none", "with --ood=none")
   methods = {name: make_method(settings, name) for name in settings.methods}
   if not methods:

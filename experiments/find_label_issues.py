@@ -1,7 +1,7 @@
-r"""Which labels of your data are wrong: a ranked list, and a page to correct them.
+r"""Finds wrong labels in your data: writes a ranked list, and a page to correct them.
 
-One small network is trained once on the labels as they are. What it predicts on the
-way for each example ranks the labels by how suspicious they are.
+One small network is trained once on the labels as they are. Its predictions for each
+example during training rank the labels by how suspicious they are.
 Command, one of:
   python -m experiments.find_label_issues --images=FOLDER    # FOLDER/CLASS/FILE
   python -m experiments.find_label_issues --images=FOLDER --labels=labels.csv
@@ -9,8 +9,8 @@ Command, one of:
   python -m experiments.find_label_issues --csv=FILE --label_column=NAME
   python -m experiments.find_label_issues --dataset=digits   # or a prepared TFDS set
 Device, time: one CPU core, one to four minutes for 10,000 images of 28 x 28 pixels.
-Writes issues.csv and issues.html (open it in a browser: it needs no network) to
---workdir, and the trained network.
+The script writes issues.csv, issues.html (a page for the browser that works offline)
+and the trained network to --workdir.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ class Settings(settings_lib.Settings):
 
   SEVERAL_PROCESSES = False
 
-  # It changes what is written, not how the network is trained.
+  # This flag changes what is written, not how the network is trained.
   EXTENDABLE = ("num_pictures",)
 
   images: str | None = flag(
@@ -68,7 +68,7 @@ class Settings(settings_lib.Settings):
   label_column: str | None = flag(
     None,
     "Column of the labels in --csv.",
-    unset="one called label, labels, class, target or y, else the last",
+    unset="a column called label, labels, class, target or y, or otherwise the last",
     group="data",
   )
   dataset: str | None = flag(None)
@@ -110,10 +110,10 @@ class Settings(settings_lib.Settings):
 
   @property
   def source_name(self) -> str:
-    """The one data set that the flags name, such as images:DIR.
+    """The data set that the flags name, such as images:DIR.
 
     Raises:
-      InputError: the flags name none, or several.
+      InputError: the flags name none or several.
     """
     names = [n for n in ("images", "npz", "csv", "dataset") if getattr(self, n)]
     if len(names) != 1:
@@ -128,18 +128,18 @@ class Settings(settings_lib.Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Standardize:
-  """Features to mean 0 and deviation 1, whatever their scale and dtype.
+  """Standardizes features of any scale and type to mean 0 and deviation 1.
 
   Attributes:
-    mean: over the training examples.
-    std: likewise, not 0.
+    mean: mean over the training examples.
+    std: standard deviation over the training examples, not 0.
   """
 
   mean: float
   std: float
 
   def __call__(self, images: base.Array, keys: Any, train: bool) -> base.Array:
-    """Images [B, ...] to float32 of the same shape."""
+    """Maps images [B, ...] to float32 of the same shape."""
     del keys, train
     return augmentation.normalize(images.astype(jnp.float32), (self.mean,), (self.std,))
 
@@ -148,7 +148,7 @@ def read_data(settings: Settings) -> own_data.OwnData:
   """The examples to audit.
 
   Raises:
-    InputError: the data cannot be read, or a flag is for other data.
+    InputError: the data cannot be read, or a flag does not apply to them.
   """
   name = settings.source_name
   kind = name.partition(":")[0] if own_data.is_own(name) else "dataset"
@@ -170,7 +170,7 @@ def read_data(settings: Settings) -> own_data.OwnData:
 
 
 def read_trusted(settings: Settings, data: own_data.OwnData) -> own_data.OwnData | None:
-  """The examples of --trusted, in the form of `data`."""
+  """The examples of --trusted, in the format of `data`."""
   if settings.trusted is None:
     return None
   return own_data.read(
@@ -181,7 +181,7 @@ def read_trusted(settings: Settings, data: own_data.OwnData) -> own_data.OwnData
 def prepare(
   data: own_data.OwnData, trusted: own_data.OwnData | None
 ) -> tuple[own_data.OwnData, own_data.OwnData | None]:
-  """The examples as the network takes them: color images become features.
+  """The examples in the form that the network takes: color images become features.
 
   On 6,000 images of CIFAR-10 with human labels, an MLP on the features had an AUROC of
   0.82 in 13 seconds, and LeNet 0.77 in 127.
@@ -199,7 +199,7 @@ def prepare(
 def make_splits(
   data: own_data.OwnData, trusted: own_data.OwnData | None
 ) -> examples_lib.Splits:
-  """Everything is trained on; trusted examples are the meta set."""
+  """Splits that train on all examples, with trusted examples as the meta set."""
   return examples_lib.from_arrays(
     (data.features, data.labels),
     meta=None if trusted is None else (trusted.features, trusted.labels),
@@ -213,7 +213,7 @@ def make_config(
   """How long to train: fewer epochs for more examples."""
   size = len(data.labels)
   batch_size = settings.batch_size or min(size, 100, max(8, size // 13))
-  # A small table is memorized sooner than as many images.
+  # A small table is memorized sooner than the same number of images.
   is_table = data.features.ndim != 4
   default = 10 if is_table or size >= 5000 else 15 if size >= 1000 else 20
   num_epochs = settings.num_epochs or default
@@ -247,18 +247,18 @@ def train(
 
 
 def _varies(statistic: np.ndarray) -> bool:
-  """Whether a statistic differs between examples; that of plain weights does not."""
+  """Whether a statistic differs between examples; uniform weights do not."""
   known = statistic[np.isfinite(statistic)]
   return known.size > 0 and bool(np.ptp(known) > 0)
 
 
 def make_method(is_scored: bool) -> base.Method:
-  """Plain training, which also reports the scores of L2RW if there are trusted ones."""
+  """Plain training, with the scores of L2RW if there are trusted examples."""
   return l2rw.l2rw(reweight=False) if is_scored else baselines.uniform()
 
 
 def make_model(data: own_data.OwnData) -> classifier.Classifier:
-  """A small CNN for images, an MLP for rows and for features of color images."""
+  """A small CNN for gray images, an MLP for rows and for features of color images."""
   num_classes = len(data.form.class_names)
   if data.features.ndim != 4:
     return classifier.Classifier(mlp.MLP(num_classes), num_classes)
@@ -276,7 +276,7 @@ def run(settings: Settings, workdir: runner.Folder) -> audit.LabelIssues:
   config = make_config(settings, data, trusted)
   splits = make_splits(prepared, trusted)
   method = audit.recording(make_method(trusted is not None))
-  # Mistakes show before anything is written.
+  # Read the data first, so that mistakes are reported before anything is written.
   config_lib.check(config, method, [splits])
   folder = runner.open_folder(settings, _NAME, workdir)
   issues = train(settings, config, method, prepared, splits, folder)

@@ -1,13 +1,14 @@
-r"""A small language model on text of which a share of the documents is corrupted.
+r"""A small language model on text with corrupted documents.
 
-A GPT learns the sources of Python's standard library, byte by byte. Of the training
-documents 30% are shuffled bytes, English prose or random bytes, a third each. A few
-documents are known to be clean: L2RW and Meta-Weight-Net learn from them which others
-to use. They are compared with uniform weights, with leaving out the documents of large
-loss, with the clean documents alone, and with fine-tuning on these.
+A GPT is trained on the sources of Python's standard library, byte by byte. 30% of the
+training documents are corrupted: one third of these are shuffled bytes, one third are
+English prose, and one third are random bytes. A few documents are known to be clean,
+and L2RW and Meta-Weight-Net use them to weight the others. They are compared with
+uniform weights, with leaving out documents with a large loss, with training on the
+clean documents alone, and with fine-tuning on these.
 Command: python -m experiments.lm_reweight
 Device, time: 2 CPU cores, 20 minutes.
-Published: nothing that compares. Measured: results/lm_reweight.
+Published: no comparable number. Measured: results/lm_reweight.
 """
 
 from collections.abc import Sequence
@@ -88,15 +89,15 @@ class Settings(settings_lib.Settings):
     False, "Compile the blocks as one lax.scan over stacked parameters."
   )
   remat: bool = flag(
-    False, "Compute activations again in the backward pass instead of storing them."
+    False, "Recompute activations in the backward pass instead of storing them."
   )
-  bfloat16: bool = flag(False, "Compute the network in bfloat16.")
+  bfloat16: bool = flag(False, "Use bfloat16 in the computations of the network.")
   num_steps: int = flag(2000)
   batch_size: int = flag(32)
   meta_batch_size: int | None = flag(32)
   eval_every: int = flag(50)
   learning_rate: float = flag(
-    0.003, "Learning rate of AdamW at the start; it falls to 0 by a cosine."
+    0.003, "Learning rate of AdamW at the start; it falls to 0 as a cosine."
   )
   lookahead_learning_rate: float = flag(0.1, methods=("meta_weight_net",))
   num_seeds: int = flag(3)
@@ -107,7 +108,7 @@ class Settings(settings_lib.Settings):
     return tuple(range(self.num_seeds))
 
   def make_probes(self) -> Sequence[evaluation.Probe]:
-    """No probe: those of images do not apply."""
+    """No probes, because those of images do not apply."""
     return ()
 
 
@@ -134,10 +135,11 @@ TABLE = table.Layout(
 
 
 def make_method(name: str, settings: Settings) -> base.Method:
-  """The `Method` of a name of `--methods`."""
+  """The `Method` with a name of `--methods`."""
   methods = {
     "uniform": baselines.uniform,
-    # It is given the share of corrupted documents, and starts after a tenth of the run.
+    # This method knows the share of corrupted documents, and starts after a tenth of
+    # the run.
     "small_loss": lambda: mentornet.mentornet(
       mentornet.self_paced, percentile=100 * (1 - settings.corrupted), burn_in=10
     ),
@@ -186,7 +188,7 @@ def make_model(settings: Settings) -> language_model.LanguageModel:
 
 
 def make_cells(settings: Settings) -> list[runner.Cell]:
-  """A cell for every method, its seeds one after the other."""
+  """A cell for every method, whose seeds are trained one after the other."""
   names = settings_lib.choose("methods", settings.methods, METHODS)
   config = settings.config(
     num_steps=settings.num_steps,
@@ -220,12 +222,12 @@ def suspicion(
   train: examples_lib.Examples,
   result: results_lib.Result,
 ) -> np.ndarray | None:
-  """How much a method distrusts each training document, [N].
+  """A number for each training document that is higher if the method rejects it, [N].
 
-  That is the share of steps in which the document had the weight zero, or minus its
-  mean weight if the method gives no zero weights. Uniform training has the loss of the
-  trained network. None for methods that see no training document, or that treat all
-  alike.
+  It is the share of steps in which the document had weight zero, or minus its mean
+  weight if the method gives no zero weights. For uniform training, it is the loss of
+  the trained network. It is None for methods that do not use training documents or that
+  treat all documents equally.
   """
   if name == "uniform":
     problem = model.problem(
@@ -243,19 +245,21 @@ def suspicion(
 
 
 def recovered(values: np.ndarray | None, kinds: np.ndarray) -> dict[str, float | None]:
-  """Share of the corrupted documents among as many of the most suspicious ones, in %.
+  """Percentages of the corrupted documents that are among the k most suspicious ones.
+
+  k is the number of corrupted documents.
 
   Args:
-    values: how suspicious each document is, [N]; NaN if it was never seen.
-    kinds: of the documents, indices into `text_documents.KINDS`, [N].
+    values: suspicion of each document, [N]; NaN if it was never seen.
+    kinds: kinds of the documents, indices into `text_documents.KINDS`, [N].
   """
   is_wrong = kinds != 0
   names = {"recovered": is_wrong}
   names |= {kind: kinds == i for i, kind in enumerate(text_documents.KINDS) if i}
   if values is None or not is_wrong.any():
     return {f"{name}_percent": None for name in names}
-  # A stable sort on the negative: equal values in the order of the documents, which
-  # says nothing of their kind.
+  # A stable sort of the negative values keeps equal values in the order of the
+  # documents, which does not depend on their kind.
   ranked = np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")
   is_flagged = np.zeros(len(kinds), bool)
   is_flagged[ranked[: is_wrong.sum()]] = True
@@ -278,17 +282,17 @@ def read_curve(folder: pathlib.Path, seed: int) -> Curve:
   """The curve of a finished run.
 
   Args:
-    folder: with `timing.json`.
-    seed: of the run.
+    folder: folder with `timing.json`.
+    seed: seed of the run.
 
   Raises:
-    InputError: it is not known how long the first steps took.
+    InputError: the seconds of the first steps are unknown.
   """
   timing = workdir_lib.read_record(folder / "timing.json")
   if timing["untimed_steps"]:
     raise base.InputError(
-      f"{folder / 'timing.json'} was damaged, so that it is unknown how long the first"
-      f" {timing['untimed_steps']} steps took. Delete {folder} to train again."
+      f"{folder / 'timing.json'} was damaged, so the seconds of the first"
+      f" {timing['untimed_steps']} steps are unknown. Delete {folder} to train again."
     )
   losses = {
     line["step"]: line["test/loss"]
@@ -301,13 +305,14 @@ def read_curve(folder: pathlib.Path, seed: int) -> Curve:
 
 
 def draw(rows: runner.Rows, curves: dict[str, list[Curve]], path: pathlib.Path) -> None:
-  """Bits per byte against seconds, and the corrupted documents that are recovered."""
+  """Draws bits per byte against seconds, and the share of recovered documents."""
   with figures.figure(path, 1, 2, figsize=(11, 3.8)) as (_, (left, right)):
     for color, (name, runs) in enumerate(curves.items()):
       for number, curve in enumerate(runs):
         label = name.replace("_", " ") if not number else None
         left.plot(*curve, color=f"C{color}", lw=1.2, alpha=0.8, label=label)
-    # The clean documents alone are memorized within seconds, far above all others.
+    # Training on the clean documents alone memorizes them within seconds. Its curve is
+    # far above all others.
     best = min(curve.bits.min() for runs in curves.values() for curve in runs)
     left.set_ylim(0.95 * best, 2 * best)
     left.set_xlabel("seconds of training")
@@ -337,7 +342,7 @@ def _mean(rows, method, kind):
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Trains what is missing, then prints and writes the comparison."""
+  """Trains the runs that are missing, and prints and writes the comparison."""
   cells = make_cells(settings)
   splits = make_splits(settings, settings.seeds)
   for cell in cells:

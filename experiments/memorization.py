@@ -1,15 +1,16 @@
-r"""Which networks memorize wrong labels, measured without one clean label.
+r"""Selects networks that do not memorize wrong labels, without any clean label.
 
-Paper: Forouzesh, Sedghi, Thiran (ICLR 2023): networks that fit a randomly labeled
-  batch in one step memorize. Many networks and learning rates, each trained on labels
-  of which a share was replaced at random (the true class may be drawn again), by SGD
-  with momentum 0.9, weight decay 5e-4 and a cosine schedule; a probe before every
-  epoch. Networks and data are this project's: MLPs (LeNet if asked) on few
-  images, so that wrong labels are memorized within minutes.
+Paper: Forouzesh, Sedghi, Thiran (ICLR 2023): networks that fit a randomly labeled batch
+  in one step memorize wrong labels. Many networks are trained at several learning
+  rates. A share of the labels is replaced at random (the true class may be drawn
+  again). The optimizer is SGD with momentum 0.9, weight decay 5e-4 and a cosine
+  schedule, and susceptibility is measured before every epoch. Networks and data are
+  choices of this project: MLPs (or LeNet) on few images, so that wrong labels are
+  memorized within minutes.
 Command: python -m experiments.memorization --data_dir=DIR
   without a download, in minutes: --dataset=digits
 Device, time: one CPU core, 30 minutes; digits 5.
-Published: nothing that compares; its tables are of CIFAR and Clothing1M. Measured:
+Published: no comparable number; the tables are for CIFAR and Clothing1M. Measured:
   results/memorization.
 """
 
@@ -57,7 +58,7 @@ _PAIRS = (
 )
 _REGIONS = (1, 2, 3, 4)
 _MOST_CURVES = 4
-# Learning rates are decades apart, and so are drops; some are below zero.
+# Loss drops differ by decades, like the learning rates, and some are below zero.
 _LINEAR = 1e-3
 _SHORT = {
   "susceptibility": "susceptibility",
@@ -88,19 +89,19 @@ class Settings(settings_lib.Settings):
   momentum: float = flag(0.9)
   noise_fraction: tuple[float, ...] = flag(
     (0.0, 0.25, 0.5),
-    "Share of the labels that is replaced by any class, possibly the true one.",
+    "Share of the labels that are replaced by a random class, possibly the true one.",
   )
   num_train: int | None = flag(None, unset="5,000; digits: all")
   num_unlabeled: int = flag(
     0,
-    "Number of images held out to be labeled at random; 0 takes the training images, as"
-    " in the released code.",
+    "Number of held-out images that are labeled at random; 0 uses the training images,"
+    " as in the released code.",
     bounds=settings_lib.IMAGES,
     group="data",
   )
   num_epochs: int | None = flag(None, unset="60; digits: 200")
   batch_size: int = flag(
-    128, "Number of examples in a step of training, and of the probe."
+    128, "Number of examples in a training step and in a measurement."
   )
   num_seeds: int = flag(
     1, "Number of seeds of every network and learning rate, trained side by side."
@@ -108,7 +109,7 @@ class Settings(settings_lib.Settings):
 
   @property
   def epochs(self) -> int:
-    """Passes over the training set."""
+    """Number of passes over the training set."""
     return self.num_epochs or (200 if self.dataset == "digits" else 60)
 
   @property
@@ -117,7 +118,7 @@ class Settings(settings_lib.Settings):
     return "validation" if self.num_unlabeled else "train"
 
   def make_probes(self) -> list[Any]:
-    """Susceptibility on the images of the run, and which labels are memorized."""
+    """Probes of susceptibility and of memorized labels."""
     return [
       memorization.susceptibility(self.batch_size, self.unlabeled),
       memorization.accuracy,
@@ -150,19 +151,19 @@ TABLE = table.Layout(
 
 
 class Setting(NamedTuple):
-  """One network and how it is optimized."""
+  """One network and the settings of its optimizer."""
 
   network: str
   learning_rate: float
   weight_decay: float
 
   def folder(self) -> str:
-    """Where its runs are kept."""
+    """The folder of its runs."""
     return f"{self.network}-rate-{self.learning_rate}-decay-{self.weight_decay}"
 
 
 def make_network(name: str, num_classes: int = 10) -> mlp.MLP | lenet.LeNet:
-  """The network behind a name of `--networks`."""
+  """The network with a name of `--networks`."""
   if name == "lenet":
     return lenet.LeNet(num_classes)
   match = re.fullmatch(r"mlp-([1-9]\d*)(?:x([1-9]\d*))?", name, re.ASCII)
@@ -179,7 +180,7 @@ def make_network(name: str, num_classes: int = 10) -> mlp.MLP | lenet.LeNet:
 
 
 def _is_small(width: str, depth: str | None) -> bool:
-  # Python refuses to read numbers of thousands of digits.
+  # Python refuses to convert numbers with thousands of digits.
   if max(len(width), len(depth or "")) > 9:
     return False
   wide, deep = int(width), int(depth or 1)
@@ -190,7 +191,7 @@ def _is_small(width: str, depth: str | None) -> bool:
 def make_splits(
   settings: Settings, fraction: float, seeds: Sequence[int]
 ) -> list[examples_lib.Splits]:
-  """The data of some seeds; the images of a seed are the same at every noise."""
+  """The splits of some seeds; the images of a seed are the same at every noise."""
   return [_make_split(settings, fraction, seed) for seed in seeds]
 
 
@@ -219,7 +220,7 @@ def _make_split(settings: Settings, fraction: float, seed: int) -> examples_lib.
 def make_optimizer(
   rate: float, decay: float, momentum: float, num_steps: int
 ) -> optax.GradientTransformation:
-  """The paper's SGD. One object for all noises, so that a step is compiled once."""
+  """The paper's SGD, as one object for all noises, so that a step is compiled once."""
   schedule = optax.cosine_decay_schedule(rate, num_steps)
   return optax.chain(
     optax.add_decayed_weights(decay), optax.sgd(schedule, momentum or None)
@@ -291,7 +292,7 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
 def make_row(
   settings: Settings, cell: runner.Cell, split: examples_lib.Splits, result: Any
 ) -> dict[str, Any]:
-  """One run's line of `results.csv`, before its region is known."""
+  """The row of a run in `results.csv`, before its region is known."""
   metrics, train = result.metrics, split.train
   last = {name: values[-1] for name, values in metrics["probes"].items()}
   wrong = last.get("train_accuracy_wrong")
@@ -314,7 +315,7 @@ def make_row(
 def of_noise(rows: runner.Rows, fraction: float) -> runner.Rows:
   """The models of one noise that can be compared.
 
-  One without a susceptibility, because a drop was not finite, cannot.
+  A model without a susceptibility (because a drop was not finite) cannot be compared.
   """
   return [
     row
@@ -391,10 +392,10 @@ def _train(rows: runner.Rows) -> list[float]:
 
 
 def draw(rows: runner.Rows, path: pathlib.Path) -> None:
-  """A panel per noise: training accuracy against susceptibility, a dot a model.
+  """Draws training accuracy against susceptibility, with a panel per noise.
 
-  The color is the accuracy on clean test images; lines are the means between the
-  regions.
+  A dot is a model, its color is the accuracy on clean test images, and lines are the
+  means that separate the regions.
   """
   fractions = fractions_of(rows)
   size = (4.2 * len(fractions), 3.8)
@@ -437,12 +438,12 @@ def _draw_noise(figure: Any, ax: Any, models: runner.Rows) -> None:
 def draw_curves(
   runs: Sequence[tuple[dict[str, Any], dict[str, Any]]], path: pathlib.Path
 ) -> bool:
-  """Susceptibility and accuracy on wrong labels over the epochs, at the highest noise.
+  """Draws susceptibility and memorization over the epochs, at the highest noise.
 
   Args:
-    runs: row and probes of each. Up to four are drawn, from the lowest
+    runs: row and probes of each run. Up to four are drawn, from the lowest
       susceptibility to the highest.
-    path: to write.
+    path: path of the PNG file.
 
   Returns:
     Whether there was anything to draw.
@@ -482,7 +483,7 @@ def draw_curves(
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Trains what is missing, then prints and writes the comparison."""
+  """Trains the runs that are missing, and prints and writes the comparison."""
   cells = make_cells(settings)
   folder = runner.open_folder(settings, TABLE.name, workdir)
   rows, probed = [], []

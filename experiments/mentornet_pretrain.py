@@ -1,13 +1,13 @@
-r"""Fits a mentor: the curriculum network that weights a student's examples.
+r"""Fits a mentor: the network that computes the weights of a student's examples.
 
 Paper: Jiang et al., "MentorNet: Learning Data-Driven Curriculum for Very Deep
   Neural Networks on Corrupted Labels" (ICML 2018), MentorNet-PD and -DD.
 Command: python -m experiments.mentornet_pretrain --curriculum=pd
   python -m experiments.mentornet_pretrain --curriculum=dd --dump=FILE
-  --percentile=90, where FILE is a student's recorded losses. Students load the
-  mentor.json it leaves in --workdir.
+  --percentile=90, where FILE has the recorded losses of a student. Students load the
+  file mentor.json, which this script writes to --workdir.
 Device, time: one CPU core, under a minute.
-Published: none of the fit itself; for students see results/.
+Published: nothing about the fit itself; for students see results/.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class Settings(settings_lib.Settings):
 
   curriculum: str = flag(
     "pd",
-    "Curriculum to fit; dd is that of recorded losses and needs --dump.",
+    "Curriculum to fit; dd is learned from recorded losses and needs --dump.",
     choices=[*mentornet.CURRICULA, "dd"],
     group="method",
   )
@@ -56,15 +56,15 @@ class Settings(settings_lib.Settings):
   )
   percentile: float = flag(
     75.0,
-    "Percentile of all losses in --dump, from 0 to 100, from which differences are"
-    " taken.",
+    "Percentile of all losses in --dump, from 0 to 100, which is subtracted from the"
+    " losses.",
     bounds=settings_lib.Bounds(0, 100),
     group="data",
   )
   use_labels: bool = flag(
     False,
-    "Show the labels to the mentor of --curriculum=dd, which then fits data of as many"
-    " classes only.",
+    "Pass the labels to the mentor of --curriculum=dd, which then applies only to data"
+    " with the same number of classes.",
     group="method",
   )
   compat: str = flag(
@@ -117,7 +117,7 @@ TABLE = table.Layout(
 def make_rows(
   settings: Settings,
 ) -> tuple[mentornet_fitting.Rows, int | None]:
-  """What to fit, and the classes the mentor will look at (None: no labels)."""
+  """Rows to fit, and the number of classes if the mentor uses labels, or else None."""
   is_dd, where = settings.curriculum == "dd", f"with --curriculum={settings.curriculum}"
   settings.check_used("percentile", is_dd, where)
   settings.check_used("num_rows", not is_dd, where)
@@ -154,7 +154,7 @@ def fit_or_load(
   num_classes: int | None,
   folder: pathlib.Path,
 ) -> mentornet_network.Mentor:
-  """The mentor in the folder, fitted if it is not there yet."""
+  """The mentor in the folder, which is fitted if it does not exist."""
   path = folder / "mentor.json"
   fitted_to = _fingerprint(rows)
   if path.exists():
@@ -192,7 +192,7 @@ def _fingerprint(rows):
 def table_rows(
   mentor: mentornet_network.Mentor, rows: mentornet_fitting.Rows
 ) -> list[dict[str, Any]]:
-  """A result row for the rows fitted to and one for the others."""
+  """A result row for the rows of the fit, and one for the held-out rows."""
   parts = zip(("train", "test"), mentornet_fitting.split(rows), strict=True)
   return [
     {
@@ -214,10 +214,10 @@ def draw(
   percentile: float,
   path: pathlib.Path,
 ) -> None:
-  """Weight against loss, a panel an epoch: learned, and what it was fitted to."""
+  """Draws the learned and the target weights against the loss, a panel per epoch."""
   is_dd = mentor.curriculum == "dd"
   epochs: Any = _EPOCHS
-  if is_dd:  # Recorded ones near the start, the middle and the end.
+  if is_dd:  # Show recorded epochs near the start, the middle and the end.
     epochs = np.quantile(np.unique(rows.epochs), (0, 0.5, 1), method="nearest")
   options = {"figsize": (10, 3.2), "sharey": True, "tight": True}
   with figures.figure(path, 1, 3, **options) as (figure, axes):
@@ -249,7 +249,7 @@ def _draw_predefined(axis, mentor, epoch):
 
 
 def _draw_recorded(axis, mentor, rows, epoch, shown_percentile):
-  """Learned curve, and the share of right labels among losses of one size."""
+  """Draws the learned curve, and the share of right labels among similar losses."""
   at = rows.epochs == epoch
   percentile = float(np.median(rows.losses - rows.differences))
   top = float(np.quantile(rows.losses, 0.995))
@@ -271,7 +271,7 @@ def _draw_recorded(axis, mentor, rows, epoch, shown_percentile):
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Fits the mentor if need be, then prints and draws how well it imitates."""
+  """Fits the mentor if it does not exist, and prints and draws its errors."""
   rows, num_classes = make_rows(settings)
   folder = runner.open_folder(settings, TABLE.name, workdir)
   mentor = fit_or_load(settings, rows, num_classes, folder)

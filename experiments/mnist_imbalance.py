@@ -1,11 +1,11 @@
 r"""L2RW's MNIST imbalance figure: 4 against 9, the 9s in a large majority.
 
 Paper: Ren et al., "Learning to Reweight Examples for Robust Deep Learning"
-  (ICML 2018), figure 3: test error against the majority's share, 5,000 training
-  images, 10 clean ones, 10 splits.
+  (ICML 2018), figure 3: test error against the majority's share, with 5,000 training
+  images, 10 clean images and 10 splits.
 Command: python -m experiments.mnist_imbalance --data_dir=DIR
-  whole figure; --majority=0.995 --num_seeds=3 for its right end.
-Device, time: one CPU core, 8 to 14 minutes a run.
+  for the whole figure; with --majority=0.995 --num_seeds=3 for its right end.
+Device, time: one CPU core, 8 to 14 minutes per run.
 Published (error %, majority 0.995): baseline 18.26, proportion 8.30, hard
   mining 7.74, L2RW 3.62. Measured: results/mnist_imbalance.
 """
@@ -43,15 +43,15 @@ METHODS = (*FIGURE_METHODS, "fine_tuning", "clean_only")
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-  """Where the paper and its released code differ.
+  """The settings in which the paper and its released code differ.
 
   Attributes:
-    num_steps: updates of the baselines.
-    l2rw_steps: updates of L2RW.
+    num_steps: number of updates of the baselines.
+    l2rw_steps: number of updates of L2RW.
     hard_mining_batch: batch size of hard mining.
-    variant: of `class_proportion` and `hard_mining`, see there.
+    variant: variant of `class_proportion` and `hard_mining`.
     clean_in_train: whether baselines also train on the clean images.
-    num_test: balanced test images; 0 for as many as there are.
+    num_test: number of balanced test images; 0 for as many as there are.
   """
 
   num_steps: int
@@ -62,8 +62,8 @@ class Protocol:
   num_test: int
 
 
-# Neither the paper nor its figure mentions momentum; both presets take the
-# code's 0.9. Neither decays the learning rate: the code's decay is dead.
+# The paper does not mention momentum; both protocols use 0.9, as in the released code.
+# Neither decays the learning rate, as the decay in the released code has no effect.
 PROTOCOLS = {
   "paper": Protocol(8000, 8000, 100, "paper", False, 0),
   "official_code": Protocol(8000, 4000, 500, "official_code", True, 500),
@@ -82,8 +82,8 @@ class Settings(runner.Settings):
 
   dataset: str = flag(
     "mnist",
-    "Data set that holds the 4s and 9s: digits, which needs no download, or the name"
-    " of any image set with ten classes or more that TFDS has prepared in --data_dir.",
+    "Data set with the 4s and 9s: digits, which needs no download, or the name of any"
+    " image set with ten classes or more that TFDS has prepared in --data_dir.",
   )
   protocol: str = flag(
     "paper", "Settings to start from; other flags override them.", choices=PROTOCOLS
@@ -127,7 +127,7 @@ class Settings(runner.Settings):
   )
   clean_in_train: bool | None = flag(
     None,
-    _protocol("Let baselines train on the clean images too."),
+    _protocol("Let baselines also train on the clean images."),
     group="data",
   )
   num_test: int | None = flag(
@@ -140,8 +140,7 @@ class Settings(runner.Settings):
   momentum: float = flag(0.9)
   num_train: int | None = flag(
     None,
-    "Number of images before the clean ones are set aside. The default is 5,000;"
-    " digits: 136.",
+    "Number of images, including the clean ones. The default is 5,000; digits: 136.",
   )
   num_meta: int | None = flag(
     None, "Number of clean images, half of each digit. The default is 10; digits: 4."
@@ -167,9 +166,9 @@ TABLE = table.Layout(
 )
 
 
-@functools.cache  # What is compiled for a method serves all majorities.
+@functools.cache  # The compiled program of a method is used for all majorities.
 def make_method(name: str, variant: str, num_steps: int) -> base.Method:
-  """The `Method` of a name of `--methods`."""
+  """The `Method` with a name of `--methods`."""
   methods = {
     "uniform": baselines.uniform,
     "random": baselines.random,
@@ -185,7 +184,7 @@ def make_method(name: str, variant: str, num_steps: int) -> base.Method:
 
 @functools.cache
 def make_optimizer(rate: float, momentum: float) -> optax.GradientTransformation:
-  """SGD; one object for all cells, as the methods are."""
+  """SGD, as one object for all cells."""
   return optax.sgd(rate, momentum=momentum)
 
 
@@ -197,7 +196,7 @@ def make_protocol(settings: Settings) -> Protocol:
 
 
 def make_cell(settings: Settings, name: str, majority: float) -> runner.Cell:
-  """How a method is run: the protocol's settings under the flags given."""
+  """The cell of a method: the protocol's settings, which flags override."""
   protocol = make_protocol(settings)
   steps = protocol.l2rw_steps if name == "l2rw" else protocol.num_steps
   is_hard_mining = name == "hard_mining"
@@ -248,7 +247,7 @@ def make_splits(
 def make_row(
   settings: Settings, cell: runner.Cell, result: results_lib.Result
 ) -> dict[str, Any]:
-  """One run's line of `results.csv`."""
+  """The row of a run in `results.csv`."""
   majority, metrics = cell.facts["majority"], result.metrics
   numbers: tuple[float | None, float | None] = (None, None)
   if settings.dataset == "mnist":
@@ -269,7 +268,7 @@ def make_row(
 
 
 def draw(rows: runner.Rows, path: pathlib.Path) -> None:
-  """The figure: a bar with its interval and a dot a split; diamonds as published."""
+  """Draws the figure: bars with intervals, a dot per split, diamonds as published."""
   majorities = sorted({r["majority"] for r in rows})
   methods = list(dict.fromkeys(r["method"] for r in rows))
   size = (4 + 1.1 * len(majorities), 3.6)
@@ -304,7 +303,7 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Trains what is missing, then prints and writes the comparison."""
+  """Trains the runs that are missing, and prints and writes the comparison."""
   names = settings_lib.choose("methods", settings.methods, METHODS)
   majorities = settings.majority
   if majorities is None:

@@ -1,13 +1,13 @@
-r"""Images with wrong labels: every method that learns to weight, side by side.
+r"""Images with wrong labels: a comparison of all methods that learn weights.
 
-Paper: the setting of BARE's MNIST table (Patel and Sastry, WACV 2023): an MLP
-  784-256-10, symmetric noise 0.5 and 0.7; it lists plain cross-entropy, L2RW and
-  Meta-Weight-Net. Noise builders of L2RW, Meta-Weight-Net and BARE, by name.
+Paper: the setting is that of BARE's MNIST table (Patel and Sastry, WACV 2023): an MLP
+  784-256-10 and symmetric noise of 0.5 and 0.7. The table has plain cross-entropy, L2RW
+  and Meta-Weight-Net. The noise builders are those of L2RW, Meta-Weight-Net and BARE.
 Command: python -m experiments.mnist_noise --data_dir=DIR
   with a MentorNet: python -m experiments.mentornet_pretrain --workdir=runs/pd, then
   --methods=mentornet_pd --mentor=runs/pd/mentor.json --mentor_percentile=50
-  as the table was made: --preset=bare --methods=uniform,bare, and --pixels=raw
-Device, time: one CPU core, 2 to 8 minutes a method and noise (MLP, 3 seeds).
+  with the settings of the table: --preset=bare --methods=uniform,bare, and --pixels=raw
+Device, time: one CPU core, 2 to 8 minutes per method and noise (MLP, 3 seeds).
 Published (accuracy %, sym 0.5 / 0.7): cross-entropy 74.30 / 61.19, L2RW 90.39 /
   85.10, Meta-Weight-Net 74.94 / 65.52, BARE 94.38 / 91.61, under --preset=bare.
 Measured: results/mnist_noise, results/mnist_noise_bare.
@@ -37,7 +37,8 @@ from l2rw_jax.models import initialization
 
 METHODS = tuple(registries.NOISE)
 COMPARED = (
-  *("uniform", "l2rw", "meta_weight_net", "warpi", "advisor", "bare", "absgd"),
+  *("uniform", "clean_only", "fine_tuning", "early_stopped"),
+  *("l2rw", "meta_weight_net", "warpi", "advisor", "bare", "absgd"),
   *("symmetric_cross_entropy", "generalized_cross_entropy", "bootstrapping_hard"),
   "forward_correction",
 )
@@ -45,20 +46,21 @@ COMPARED = (
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-  """One way to train.
+  """Settings of training.
 
   Attributes:
-    num_epochs: passes over the training set.
+    num_epochs: number of passes over the training set.
     batch_size: B.
     meta_batch_size: M.
-    optimizer: of every method except those of `by_method`.
-    num_validation: images with wrong labels held out of training.
-    plateau: whether the learning rate falls when their loss stops falling.
+    optimizer: optimizer of every method except those of `by_method`.
+    num_validation: number of images with wrong labels that are held out of training.
+    plateau: whether the learning rate falls when the loss of these images stops
+      falling.
     initialization: one of `INITIALIZATIONS`.
-    lookahead_learning_rate: of the virtual SGD step; None for the optimizer's learning
-      rate. A learning rate of Adam does not suit SGD: at 1e-3 the updates of
-      Meta-Weight-Net's network are a hundredth of its paper's, and its weight decay
-      outweighs them.
+    lookahead_learning_rate: learning rate of the virtual SGD step; None is the learning
+      rate of the optimizer. A learning rate for Adam does not suit SGD: at 1e-3, the
+      updates of Meta-Weight-Net's weighting network are a hundredth of those in its
+      paper, and weight decay dominates them.
     by_method: optimizers of single methods.
   """
 
@@ -81,13 +83,13 @@ def _sgd(
   return optimizers.OptimizerConfig("sgd", rate, 0.9, False, decay, drops)
 
 
-# "shared" is one schedule for all methods. "bare" is the table's: 48,000 images to
-# train on, whose pixels its released code never scales (--pixels=raw), and PyTorch's
-# initial parameters. That code watches 1,000 validation images where 11,000 are watched
-# here, and its program for BARE (not those for the baselines) has a small LeNet where
-# the paper has this MLP.
-# "own" gives each method the optimizer of its paper's image experiments, for as many
-# epochs.
+# "shared" is one schedule for all methods. "bare" is that of the table: 48,000 training
+# images, whose pixels the released code never scales (--pixels=raw), and PyTorch's
+# initial parameters. The released code has 1,000 validation images instead of 11,000,
+# and its program for BARE (not those for the baselines) has a small LeNet instead of
+# the MLP of the paper.
+# "own" gives each method the optimizer of the image experiments in its paper, for the
+# same number of epochs.
 _DROPS = ((2 / 3, 0.1), (5 / 6, 0.1))
 _ADAM = optimizers.OptimizerConfig("adam", 1e-3)
 PRESETS = {
@@ -145,7 +147,7 @@ class Settings(
   seeds_at_once: int | None = flag(None, unset="all, and 1 for LeNet on CPU")
   num_epochs: int | None = flag(None, unset="the preset's")
   num_meta: int = flag(
-    100, "Number of clean images of each class; with digits, at most 20 are sensible."
+    100, "Number of clean images of each class; for digits, use at most 20."
   )
   num_validation: int | None = flag(None, unset="the preset's")
   plateau: bool | None = flag(
@@ -178,11 +180,11 @@ class Settings(
 
   @property
   def initial_distribution(self) -> str:
-    """The flag, or what the preset says."""
+    """The value of the flag, or that of the preset."""
     return self.initialization or PRESETS[self.preset].initialization
 
   def record(self) -> dict[str, Any]:
-    """As in the base class; a folder from before there was --initialization fits."""
+    """Like the base class, without the default, so that older folders still match."""
     entries = super().record()
     del entries["initialization"]
     if self.initial_distribution == "flax":
@@ -204,6 +206,7 @@ TABLE = table.Layout(
     "variant": "variant {}",
     "fraction": "fraction {:g}",
     "num_meta": "{:,} clean images",
+    "schedule": "{} learning rate",
     "num_steps": "{:,} steps",
     "plateau_steps": "plateau",
   },
@@ -243,7 +246,7 @@ def make_splits(
 def make_optimizer(
   settings: Settings, name: str, split: examples_lib.Splits, steps_per_epoch: int
 ) -> optimizers.OptimizerConfig:
-  """The preset's optimizer under the flags given."""
+  """The preset's optimizer, which flags override."""
   preset = PRESETS[settings.preset]
   optimizer = preset.by_method.get(name, preset.optimizer)
   plateau = preset.plateau if settings.plateau is None else settings.plateau
@@ -251,8 +254,8 @@ def make_optimizer(
     raise base.InputError("--plateau needs a validation set: give --num_validation.")
   if settings.momentum is not None and optimizer.name != "sgd":
     raise base.InputError(
-      f"--momentum={settings.momentum:g} is of SGD; --preset={settings.preset} trains"
-      f" {name} by {optimizer.name}: leave it out."
+      f"--momentum={settings.momentum:g} is for SGD, but --preset={settings.preset}"
+      f" trains {name} by {optimizer.name}: leave it out."
     )
   given = settings_lib.given_values(
     learning_rate=settings.learning_rate,
@@ -271,14 +274,14 @@ def make_cell(
   splits: runner.MakeSplits,
   split: examples_lib.Splits,
 ) -> runner.Cell:
-  """How a method is run: the preset's settings under the flags given.
+  """The cell of a method: the preset's settings, which flags override.
 
   Args:
-    settings: of the script.
-    name: of the method.
-    fraction: of the noise.
-    splits: seeds -> the data of each.
-    split: of seed 0.
+    settings: settings of the script.
+    name: name of the method.
+    fraction: share of wrong labels.
+    splits: `seeds -> splits` of each seed.
+    split: split of seed 0.
   """
   preset = PRESETS[settings.preset]
   batch_size = settings.batch_size or preset.batch_size
@@ -331,7 +334,7 @@ def make_cell(
 
 
 def make_row(settings: Settings, cell: runner.Cell, result: Any) -> dict[str, Any]:
-  """One run's line of `results.csv`."""
+  """The row of a run in `results.csv`."""
   numbers: tuple[float | None, float | None] = (None, None)
   if settings.dataset == "mnist" and settings.network == "mlp":
     key = (cell.facts["noise"], cell.facts["fraction"])
@@ -340,16 +343,16 @@ def make_row(settings: Settings, cell: runner.Cell, result: Any) -> dict[str, An
     num_meta = settings.load("train").num_classes * settings.num_meta
   else:
     num_meta = len(settings.trusted_source.labels)
-  drawn = settings.initial_distribution
   return runner.row(
     settings,
     cell,
     result,
-    **({} if drawn == "flax" else {"initialization": drawn}),
+    **({} if settings.schedule is None else {"schedule": settings.schedule}),
     dataset=settings.dataset,
     network=settings.network,
     preset=settings.preset,
     pixels=settings.pixels,
+    initialization=settings.initial_distribution,
     published_percent=numbers[0],
     published_spread=numbers[1],
     num_meta=num_meta,
@@ -357,7 +360,7 @@ def make_row(settings: Settings, cell: runner.Cell, result: Any) -> dict[str, An
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Trains what is missing, then prints and writes the comparison."""
+  """Trains the runs that are missing, and prints and writes the comparison."""
   names = settings.choose_methods(settings.methods, METHODS)
   fractions = settings.noise_fraction
   cells = []

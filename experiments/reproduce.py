@@ -1,6 +1,6 @@
-r"""Reproduces published cells, those of most value per minute first.
+r"""Reproduces published cells, beginning with the most value per minute.
 
-The catalogue has every published number whose data set can be read here: the MNIST
+The catalog has every published number whose data set can be read here: the MNIST
 figure and the CIFAR tables of L2RW (Ren et al., 2018), the tables of Meta-Weight-Net
 (Shu et al., 2019), MentorNet-PD (Jiang et al., 2018), LDAM-DRW (Cao et al., 2019) and
 BARE (Patel and Sastry, 2023), and the time of a step. Each cell is a run of its script
@@ -8,13 +8,15 @@ with its seeds, in a separate folder below --workdir.
 Command: python -m experiments.reproduce --list
   python -m experiments.reproduce --device=gpu --minutes=30
   python -m experiments.reproduce --rehearse  (a few steps of every cell)
-Time: what --minutes allows. When it is over, the cell at work saves a checkpoint, and
-  the same command continues. A cell that does not fit in what is left is not started.
-Estimates: FLOPs are passes over the network, as XLA counts its forward pass, times
-  examples, steps and seeds. On two CPU cores 60 GFLOP/s are taken, what convolutions
-  reach in results/step_time. On a GPU nothing was measured: 20 TFLOP/s and 30
-  microseconds for each layer and pass are assumptions for an H100. What has run in
-  --workdir corrects the estimates of what has not.
+Time: the value of --minutes. When the time is over, the running cell saves a
+  checkpoint, and the same command continues. A cell that would take longer than the
+  remaining time is not started.
+Estimates: the FLOPs of a cell are those of a forward pass as XLA counts them, times the
+  number of passes, examples, steps and seeds. The estimates assume 60 GFLOP/s on two
+  CPU cores, which convolutions reach in results/step_time. Nothing was measured on a
+  GPU: 20 TFLOP/s and 30 microseconds for each layer and pass are assumptions for an
+  H100. The times of cells that have run in --workdir correct the estimates of the
+  others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -51,13 +53,13 @@ from l2rw_jax.models import lenet
 
 _RECORD = "reproduce.json"
 DEVICES = ("cpu", "gpu")
-# Floating-point operations a second, see the module's docstring.
+# Floating-point operations per second, see the module docstring.
 _SPEED = {"cpu": 60e9, "gpu": 20e12}
-# Seconds of a layer and pass that do not depend on its size.
+# Constant seconds of a layer and pass, which do not depend on its size.
 _LAUNCH = {"cpu": 5e-6, "gpu": 30e-6}
 _COMPILE_MINUTES = {"cpu": 0.5, "gpu": 1.5}
-# Committed mentors; that of MentorNet-DD learned from losses on MNIST, which is not the
-# published protocol, so its cells are left out.
+# Committed mentors. The mentor of MentorNet-DD was fitted to losses on MNIST, which is
+# not the published protocol, so its cells are left out.
 _MENTOR = "results/mentornet_pretrain/pd/mentor.json"
 _LEFT_OUT = ("mentornet_dd",)
 # The paper's method counts more than the baselines next to it.
@@ -90,7 +92,7 @@ _CIFAR, _MNIST = (32, 32, 3), (28, 28, 1)
 class Settings(settings_lib.Flags):
   """The flags of this script."""
 
-  list: bool = flag(False, "Print the catalogue and run nothing.", group="output")
+  list: bool = flag(False, "Print the catalog and run nothing.", group="output")
   rehearse: bool = flag(
     False,
     "Run a few steps of every cell, with one seed and a small network, in"
@@ -120,13 +122,13 @@ class Settings(settings_lib.Flags):
   )
   results: str = flag(
     "results",
-    "Folder of committed results: cells that have as many runs there come last.",
+    "Folder of committed results. Cells that have enough runs there come last.",
     group="data",
   )
   data_dir: str | None = flag(
     None,
-    "Folder of prepared TFDS data sets. The default is TFDS_DATA_DIR, or else TFDS's"
-    " own folder.",
+    "Folder of prepared TFDS data sets. The default is TFDS_DATA_DIR if it is set, and"
+    " ~/tensorflow_datasets otherwise.",
     group="data",
     recorded=False,
   )
@@ -142,19 +144,19 @@ class Cell(NamedTuple):
   """A published number, and the run that reproduces it.
 
   Attributes:
-    name: of its folder.
-    paper: and the table in it.
-    module: of the script.
-    method: its name in --methods.
-    facts: columns of the rows of this cell, besides the method.
-    settings: of the script, without folders and seeds.
-    published: the number, None if the cell is not a number of a table.
-    spread: its "±", or None.
-    column: of the rows to compare with it.
-    repeats: number of seeds; None is that of --num_seeds.
-    size: what a run costs; None if it is not a training run.
-    is_own: whether the method is the paper's.
-    note: what is uncertain about the protocol.
+    name: name of its folder.
+    paper: the paper, and the table in it.
+    module: module of the script.
+    method: name of the method in --methods.
+    facts: columns of the rows of this cell in addition to the method.
+    settings: settings of the script, without folders and seeds.
+    published: the published number; None if the cell is not a number in a table.
+    spread: the published "±", or None.
+    column: column of the rows that is compared with the published number.
+    repeats: number of seeds; None is the value of --num_seeds.
+    size: the sizes that determine the cost; None if the cell is not a training run.
+    is_own: whether the paper proposes the method.
+    note: a remark about uncertain parts of the protocol.
   """
 
   name: str
@@ -186,13 +188,13 @@ class Cell(NamedTuple):
 
 
 class Size(NamedTuple):
-  """What decides the cost of a training run.
+  """The sizes that determine the cost of a training run.
 
   Attributes:
-    network: `() -> (module, image shape)`, by name in `_network`.
-    num_steps: updates.
+    network: name of the network in `_network`.
+    num_steps: number of updates.
     batch_size: B.
-    meta_batch_size: M, of methods with a clean batch.
+    meta_batch_size: M, for methods with a meta batch.
   """
 
   network: str
@@ -228,7 +230,8 @@ def _imbalance() -> Iterator[Cell]:
 
 def _bare() -> Iterator[Cell]:
   preset = mnist_noise.PRESETS["bare"]
-  # 48,000 of the 60,000 images: without 11,000 for validation and 1,000 clean ones.
+  # The training set has 48,000 of the 60,000 images; 11,000 are for validation, and
+  # 1,000 are the clean ones.
   steps = preset.num_epochs * (48_000 // preset.batch_size)
   for (noise, fraction), methods in published.MNIST_NOISE.items():
     for method, number in methods.items():
@@ -284,7 +287,7 @@ def _cifar_noise() -> Iterator[Cell]:
     )
 
 
-# What the scripts say of their presets.
+# Uncertain parts of the presets, from the scripts.
 _NOTES = {
   "mwn_uniform": "published baselines on a longer schedule",
   "mwn_flip": "length of the schedule not verified",
@@ -377,7 +380,7 @@ class Forward(NamedTuple):
   Attributes:
     flops: floating-point operations, as XLA counts them before optimization.
     layers: number of kernels.
-    has_batch_norm: whether examples see each other, which the layerwise engine refuses.
+    has_batch_norm: whether there is BatchNorm, which the layerwise engine refuses.
   """
 
   flops: float
@@ -400,10 +403,10 @@ def forward(name: str) -> Forward:
 
 
 def passes(method: str, has_batch_norm: bool) -> tuple[int, int]:
-  """Forward passes of a step for each training and each clean example.
+  """Numbers of forward passes of a step for each training and each clean example.
 
-  A backward pass counts 2. Those of WarPI and of the others with a network in the loss
-  are those of Meta-Weight-Net.
+  A backward pass counts as 2 forward passes. WarPI and other methods with a network in
+  the loss have the numbers of Meta-Weight-Net.
   """
   if method == "l2rw":
     return (5 if has_batch_norm else 4), 3
@@ -430,26 +433,26 @@ def flops(settings: Settings, cell: Cell) -> float | None:
 
 
 def estimated_minutes(settings: Settings, cell: Cell, device: str) -> float:
-  """What a cell takes, by the rule in the module's docstring."""
+  """Estimated minutes of a cell, by the rules in the module docstring."""
   if cell.size is None:
     return _FIXED_MINUTES[cell.name][device]
   pass_ = forward(cell.size.network)
   train, meta = passes(cell.method, pass_.has_batch_norm)
   launches = cell.size.num_steps * pass_.layers * (train + meta) * _LAUNCH[device]
-  if device == "cpu":  # One seed after the other.
+  if device == "cpu":  # Seeds run one after the other.
     launches *= seeds(settings, cell)
   computed = (flops(settings, cell) or 0.0) / _SPEED[device]
   return _COMPILE_MINUTES[device] + max(computed, launches) / 60
 
 
 class State(NamedTuple):
-  """How far a cell is, from its folder and the committed results.
+  """The progress of a cell, from its folder and the committed results.
 
   Attributes:
     name: "done", "started" or "to do".
-    minutes: that it has taken so far, on the device of its record.
-    device: of the record, or None.
-    measured: of its rows.
+    minutes: minutes that it has taken so far, on the device of its record.
+    device: device of the record, or None.
+    measured: mean and interval of its rows.
     committed: number of its runs among the committed results.
   """
 
@@ -471,7 +474,7 @@ def read_state(settings: Settings, cell: Cell, root: pathlib.Path) -> State:
     name = "done"
     measured = _measured(cell, _rows(folder / "results.json"))
   committed = _matching(cell, _committed(settings.results, cell.module))
-  if cell.size is None:  # Times are of one platform.
+  if cell.size is None:  # Measured times belong to one platform.
     platform = jax.default_backend()
     committed = [row for row in committed if row.get("platform") == platform]
   return State(
@@ -504,7 +507,7 @@ def _matching(cell: Cell, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def _measured(cell: Cell, rows: Sequence[dict[str, Any]]) -> report.Interval | None:
-  if cell.published is None:  # Its rows are of several settings.
+  if cell.published is None:  # The rows of such a cell have several settings.
     return None
   values = [row[cell.column] for row in _matching(cell, rows) if cell.column in row]
   known = [value for value in values if value is not None]
@@ -516,9 +519,9 @@ class Entry(NamedTuple):
 
   Attributes:
     cell: the published cell.
-    state: how far it is.
-    minutes: still to go, estimated; 0 if it is done.
-    value: what its result is worth.
+    state: progress of the cell.
+    minutes: estimated minutes that are left; 0 if it is done.
+    value: value of its result.
   """
 
   cell: Cell
@@ -528,7 +531,7 @@ class Entry(NamedTuple):
 
   @property
   def order(self) -> tuple[bool, float]:
-    """Sorts a queue: what has been started, then the value per minute."""
+    """Key that sorts a queue: started cells first, and then by value per minute."""
     return self.state.name != "started", -self.value / max(self.minutes, 1e-6)
 
 
@@ -546,7 +549,7 @@ def make_entries(
   correction = statistics.median(ratios) if ratios else 1.0
   entries = []
   for cell, state, minutes in zip(cells, states, first, strict=True):
-    # What takes longer than estimated is not as good as done.
+    # A cell that has taken longer than estimated is not nearly done.
     left = max(minutes * correction - state.minutes, minutes * correction / 10)
     value = 3.0 if cell.is_own else 1.0
     if state.committed >= seeds(settings, cell):
@@ -564,13 +567,13 @@ def _published(cell: Cell) -> str:
 
 
 def _full_command(settings: Settings, cell: Cell) -> str:
-  if cell.size is None:  # It has no seeds.
+  if cell.size is None:  # Such a cell has no seeds.
     return cell.command
   return f"{cell.command} --num_seeds={seeds(settings, cell)}"
 
 
 def describe(settings: Settings, entries: Sequence[Entry]) -> str:
-  """The catalogue as a table."""
+  """The catalog as a table."""
   header = ["cell", "paper", "published", "measured", "committed runs", "FLOPs"]
   header += [f"minutes on {device}, estimated" for device in DEVICES]
   header += ["state", "note", "command"]
@@ -588,8 +591,8 @@ def describe(settings: Settings, entries: Sequence[Entry]) -> str:
   return report.table(header, rows)
 
 
-# Fewer steps, by script; the networks of CIFAR's scripts are replaced, because the true
-# ones would be compiled for minutes on a CPU.
+# Settings of a rehearsal, by script. They have fewer steps, and replace the networks of
+# CIFAR's scripts, which would take minutes to compile on a CPU.
 _REHEARSALS: dict[str, dict[str, Any]] = {
   "experiments.mnist_imbalance": {
     **{"num_steps": 2, "l2rw_steps": 2, "eval_every": 2, "num_test": 100},
@@ -617,7 +620,7 @@ def make_run(settings: Settings, cell: Cell) -> tuple[Callable[..., Any], Any]:
   Raises:
     InputError: the script refuses them.
   """
-  # By name: benchmarks are a floor above this one.
+  # The module is imported by its name, because benchmarks belong to a higher floor.
   module = importlib.import_module(cell.module)
   values = dict(cell.settings)
   values |= {"data_dir": settings.data_dir, "cache_dir": settings.cache_dir}
@@ -637,7 +640,7 @@ def make_run(settings: Settings, cell: Cell) -> tuple[Callable[..., Any], Any]:
 class _OutOfTime:
   """Sends this process the signal of Ctrl-C at the end of its minutes.
 
-  The training loop then saves a checkpoint, as it does for a user's.
+  The training loop then saves a checkpoint, as it does when a user presses Ctrl-C.
   """
 
   def __init__(self, seconds: float | None):
@@ -711,10 +714,10 @@ def choose_cells(settings: Settings) -> list[Cell]:
 
 
 def run(settings: Settings, workdir: Any) -> list[Entry]:
-  """Runs the queue, or prints it; returns its entries as they are at the end.
+  """Runs the queue or prints it, and returns its entries in their last state.
 
   Raises:
-    InputError: another device was asked for than JAX has, or a script refuses a cell.
+    InputError: JAX does not have the requested device, or a script refuses a cell.
   """
   started = time.monotonic()
   cells = choose_cells(settings)
@@ -729,8 +732,8 @@ def run(settings: Settings, workdir: Any) -> list[Entry]:
     return entries
   if device != (backend if backend in DEVICES else "gpu"):
     raise base.InputError(
-      f"--device={device}: JAX computes on a {backend.upper()} here; leave the flag"
-      " out, or install jax for that device."
+      f"--device={device}: JAX uses a {backend.upper()}; leave the flag out, or install"
+      " jax for the other device."
     )
   limit = math.inf if settings.minutes is None else settings.minutes
   for entry in entries:  # Raises before anything is trained.
@@ -749,7 +752,8 @@ def run(settings: Settings, workdir: Any) -> list[Entry]:
     try:
       is_done = _run_cell(settings, fitting[0], root, seconds)
     except (base.InputError, MemoryError, jax.errors.JaxRuntimeError) as error:
-      # The minutes of a device are too dear to end at the first mistake.
+      # Continue after a failed cell, because the minutes of a rented device are
+      # expensive.
       failed[name] = " ".join(str(error).split())
       print(f"{name} failed: {failed[name]}", flush=True)
       continue
@@ -771,7 +775,7 @@ def _summarize(entries: Sequence[Entry], limit: float) -> None:
     total = sum(entry.minutes for entry in waiting)
     print(
       f"The others need {total:.0f} minutes, the shortest {least:.1f} (estimated):"
-      " raise --minutes for those that do not fit, or run the same command again."
+      " raise --minutes for those that take longer, or run the same command again."
     )
 
 

@@ -1,4 +1,4 @@
-"""Training on data that is wrong, in JAX: example weights as pure functions."""
+"""Training on noisy, imbalanced or redundant data with per-example weights, in JAX."""
 
 from l2rw_jax import audit
 from l2rw_jax import base

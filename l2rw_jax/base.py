@@ -27,7 +27,7 @@ AxisName = str | tuple[str, ...] | None
 
 
 class InputError(ValueError):
-  """A mistake of the caller. One line says what is wrong and how to fix it.
+  """A mistake of the caller. One line describes the mistake and how to fix it.
 
   Scripts print the line without a traceback and exit with status 2.
   """
@@ -35,7 +35,14 @@ class InputError(ValueError):
 
 @jax.tree_util.register_static
 class StaticStr(str):
-  """A string that functions transformed by JAX may return: a pytree without leaves."""
+  """A string as a pytree without leaves, which transformed functions may return."""
+
+  __slots__ = ()
+
+
+@jax.tree_util.register_static
+class StaticFloat(float):
+  """As `StaticStr`, a number."""
 
   __slots__ = ()
 
@@ -43,7 +50,7 @@ class StaticStr(str):
 class Fault(enum.IntEnum):
   """The first quantity of a meta step that held a NaN or an infinity.
 
-  The order is that of the computation.
+  The members are in the order of the computation.
   """
 
   NONE = 0
@@ -130,11 +137,11 @@ class Gradients(NamedTuple):
     weights: this device's example weights [B]; uniform is 1 / B_global. Methods that
       change the loss instead of weighting it document their values.
     losses: this device's unweighted losses [B].
-    model_state: the variables after this batch.
-    metrics: scalars for the logs only, the same on every device.
+    model_state: the variables that are not trained, after this batch.
+    metrics: scalars that are used only in the logs, the same on every device.
     value: the `value` that is passed to the outer optimizer (used by
-      `optax.contrib.reduce_on_plateau` and by Polyak's step); None is the weighted
-      loss.
+      `optax.contrib.reduce_on_plateau` and by Polyak's step); None stands for the
+      weighted loss.
     fault: the `Fault` of a meta-learned method, int32 scalar; None for a method
       without a meta step.
     zero_slope: whether the look-ahead step ignores the gradient, so that all weight
@@ -142,9 +149,9 @@ class Gradients(NamedTuple):
     scores: this device's scores before they are clipped at zero, [B]; None for a
       method without scores.
     fixed: a pair of pytrees like `params`, `(is_fixed, values)`: a parameter whose
-      bool scalar is True has that value after the step, whatever the optimizer does.
-      None leaves all parameters to the optimizer, whose momentum and weight decay
-      would also move those without a gradient.
+      bool scalar is True has that value after the step, regardless of the optimizer.
+      Fixed values are needed because momentum and weight decay also move parameters
+      without a gradient. None leaves all parameters to the optimizer.
   """
 
   grads: PyTree
@@ -221,13 +228,14 @@ class Problem:
     losses_fn: Callable[..., tuple[Array, Any]] | None = None,
     direction: PyTree | None = None,
   ) -> Linearized:
-    """The training batch of a step, linearized at the step's parameters.
+    """Linearizes the training batch of a step at the parameters of the step.
 
     Args:
-      inputs: of the step.
+      inputs: inputs of the training step.
       losses_fn: `(params, batch) -> (losses [B], aux)`; None is `losses_fn` of this
         problem, whose aux is the new model state.
-      direction: see `linearization.linearize`.
+      direction: the vector of a directional derivative that is computed together with
+        the losses, see `linearization.linearize`.
     """
     return self.linearize(
       losses_fn or self.losses_fn(inputs.model_state, inputs.key),
@@ -243,7 +251,7 @@ class Problem:
     """Like `linearize_batch`, for the outputs of the network.
 
     Args:
-      inputs: of the step.
+      inputs: inputs of the training step.
       outputs_fn: `(params, batch) -> (outputs, aux)`; None is `forward` in training
         mode, whose aux is the new model state.
     """
@@ -299,13 +307,13 @@ def permutation(
 
 
 def no_report(state: PyTree) -> dict[str, np.ndarray]:
-  """`Method.report` of a method that has nothing to say of single examples."""
+  """`Method.report` of a method without statistics of single examples."""
   del state
   return {}
 
 
 class Method(NamedTuple):
-  """A way to turn a batch into a gradient. The training loop uses nothing else.
+  """The functions of a training method, as the training loop uses them.
 
   Attributes:
     gradients: `(state, problem, inputs) -> (Gradients, state)`; pure and traced.
@@ -333,12 +341,15 @@ class Method(NamedTuple):
 def summed_gradient(
   linearized: Linearized, weights: Array, axis_name: AxisName
 ) -> PyTree:
-  """Gradient of sum_i weights_i * losses_i over the global batch, like `params`.
+  """Gradient of sum_i weights_i * losses_i over the global batch.
 
   Args:
-    linearized: this device's batch.
-    weights: of this device's examples, [B], held constant.
+    linearized: the linearized losses of this device's batch.
+    weights: weights of this device's examples, [B], held constant.
     axis_name: mapped axis over which the batch is sharded.
+
+  Returns:
+    The gradient, summed over devices, shaped like `params`.
   """
   return psum(linearized.weighted_gradient(weights), axis_name)
 
@@ -363,11 +374,11 @@ def pmax(value: Array, axis_name: AxisName) -> Array:
 
 
 def local(tree: PyTree, axis_name: AxisName) -> PyTree:
-  """Marks `tree` as varying over devices, so that gradients in it stay local.
+  """Marks `tree` as varying over devices, so that gradients in `tree` stay local.
 
   `shard_map` with `check_vma=True` distinguishes values that are equal on every device
-  from values that vary, and silently sums the gradient in the former over devices.
-  Everywhere else this is the identity.
+  from values that vary, and silently sums the gradient with respect to the former over
+  devices. Outside of such a `shard_map` this function is the identity.
   """
   if axis_name is None:
     return tree
@@ -391,26 +402,26 @@ def _varying_axes(x: Any) -> frozenset[str]:
 
 
 def global_size(local_size: int, axis_name: AxisName) -> int:
-  """Number of examples on all devices together, each of which has `local_size`."""
+  """Number of examples on all devices, each of which has `local_size` examples."""
   if axis_name is None:
     return local_size
   return local_size * jax.lax.axis_size(axis_name)
 
 
 def gather(local_values: Array, axis_name: AxisName) -> Array:
-  """The values of the global batch in device order, from this device's [B]."""
+  """Gathers this device's values [B] to those of the global batch, in device order."""
   if axis_name is None:
     return local_values
   return jax.lax.all_gather(local_values, axis_name, tiled=True)
 
 
 def gather_replicated(local_values: Array, axis_name: AxisName) -> Array:
-  """As `gather`, of any rank, with a result that `shard_map` knows to be replicated.
+  """Like `gather`, for any rank, with a result that `shard_map` knows to be replicated.
 
   `all_gather` leaves its result marked as varying over the devices, so that a state
-  computed from it could not leave `shard_map` as a replicated one. A sum over devices,
-  each of which puts its rows at their place among zeros, has no such mark, and adds
-  nothing but zeros to a number.
+  computed from it could not leave `shard_map` as a replicated one. A sum over devices
+  has no such mark. Each device puts its rows at their place in an array of zeros, so
+  that the sum adds only zeros to a number.
   """
   if axis_name is None:
     return local_values
@@ -473,8 +484,8 @@ def take(table: Array, index: Array) -> Array:
 def unsharded(x: Array) -> Array:
   """`x`, replicated if it is sharded over a mesh with explicit axes.
 
-  For operations that JAX refuses on an explicitly sharded axis, such as a sort.
-  Everywhere else this is the identity.
+  JAX refuses some operations, such as a sort, on an explicitly sharded axis. Without
+  explicit axes this function is the identity.
   """
   sharding = jax.typeof(x).sharding
   if not any(sharding.spec):
@@ -484,7 +495,10 @@ def unsharded(x: Array) -> Array:
 
 
 def sharded_like(value: Array, like: Array) -> Array:
-  """`value`, sharded over an explicit mesh like `like` with the same leading axes."""
+  """`value`, sharded over an explicit mesh in the same way as `like`.
+
+  The leading axes of both arrays are the same.
+  """
   sharding = jax.typeof(like).sharding
   if not any(sharding.spec):
     return value
@@ -493,7 +507,7 @@ def sharded_like(value: Array, like: Array) -> Array:
 
 
 def all_finite(tree: PyTree) -> Array:
-  """Whether no leaf of `tree` holds a NaN or an infinity; bool scalar."""
+  """Whether all leaves of `tree` are finite; bool scalar."""
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
   return jnp.stack(
     [jnp.all(jnp.isfinite(x)) for x in leaves] or [jnp.array(True)]
@@ -504,13 +518,14 @@ def max_abs(tree: PyTree) -> Array:
   """Largest absolute value in the floating-point leaves of `tree`, scalar.
 
   It is finite if and only if `tree` is finite, and 0 if and only if `tree` is zero, so
-  that both checks need one pass over the numbers.
+  that one pass over the numbers is enough for both checks.
   """
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
   dtype = jnp.result_type(float)
   largest = [jnp.max(jnp.abs(x)).astype(dtype) for x in leaves if x.size]
-  # The last one of a sort, not a maximum: XLA repeats a chain of comparisons of scalars
-  # in every operation that reads its result. NaN is sorted to the end.
+  # This is the last element of a sort instead of a maximum, because XLA repeats a chain
+  # of comparisons of scalars in every operation that reads its result. NaN is sorted to
+  # the end.
   return jnp.sort(jnp.stack(largest or [jnp.zeros((), dtype)]))[-1]
 
 
@@ -528,7 +543,7 @@ def divide_by_largest(values: Array, largest: Array) -> Array:
   >>> print(divide_by_largest(jnp.array([1.5e38, 3e38]), jnp.array([3e38])))
   [0.5 1. ]
   """
-  # Powers of two, which change no digit.
+  # The factors are powers of two, so that they do not cause rounding.
   factor = jnp.where(largest > 1, 2.0**-2, 2.0**64).astype(values.dtype)
   divisor = jnp.where(largest == 0, 1, largest.astype(values.dtype) * factor)
   return values * factor / divisor
@@ -540,8 +555,8 @@ def finite_rows(
   """Whether all `values` [B] are finite on every device; bool scalar.
 
   Args:
-    name: what the values are, in the plural, for the error message.
-    values: [B], of this device.
+    name: a plural noun for the values, for the error message.
+    values: values of this device, [B].
     axis_name: mapped axis over which the values are sharded.
     advice: end of the error message.
 
@@ -574,24 +589,25 @@ def first_fault(fault: Array, **is_finite: Array) -> Array:
 
 @contextlib.contextmanager
 def implicit_promotion() -> Iterator[None]:
-  """Allows promotion of ranks and types, for calls of other libraries' code.
+  """Allows promotion of ranks and types while code of other libraries runs.
 
   Users may run under `jax_numpy_rank_promotion="raise"` and
-  `jax_numpy_dtype_promotion="strict"`. This library does; optax does not: its Adam and
-  its schedules raise floating point numbers to the power of an integer step count.
+  `jax_numpy_dtype_promotion="strict"`. This library supports both, but optax does not:
+  its Adam and its schedules raise floating-point numbers to the power of an integer
+  step count.
   """
   with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
     yield
 
 
 def common_dtype(*arrays: Any) -> Any:
-  """The dtype that holds all `arrays`, for a product that is cast explicitly."""
+  """The dtype to which all `arrays` are promoted, for explicit casts of a product."""
   with implicit_promotion():
     return jnp.result_type(*arrays)
 
 
 def accumulator_dtype(dtype: Any) -> Any:
-  """The type for sums and quotients of numbers of `dtype`: float32 or wider."""
+  """The type in which numbers of `dtype` are summed and divided: float32 or wider."""
   if not jnp.issubdtype(dtype, jnp.inexact):
     return jnp.result_type(float)
   return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
@@ -618,7 +634,9 @@ def losses_and_aux(name: str, returned: Any, has_aux: bool) -> tuple[Array, Any]
 
 
 def split_aux(name: str, returned: Any, has_aux: bool) -> tuple[Any, Any]:
-  """Splits the result of the function `name` into (result, aux), aux possibly None.
+  """Splits the result of the function `name` into (result, aux).
+
+  aux is None if `has_aux` is False.
 
   Raises:
     InputError: the result is not a pair although `has_aux` is True.

@@ -33,12 +33,13 @@ def changed_loss(
 
   The weights of the method, its `Gradients.losses` and its meta loss are computed from
   the new loss; evaluation uses the loss of the classifier. The wrapper has no effect on
-  methods that define a loss of their own: `forward_correction`, `s_model` once its
-  layer is active, `ldam_drw` and the baselines named after a loss. `warpi` trains on
-  its rectified cross-entropy; only its meta loss and its reported losses change.
+  methods that define a loss themselves: `forward_correction`, `s_model` once its
+  layer is active, `ldam_drw` and the baselines that are named after a loss. `warpi`
+  always trains on its rectified cross-entropy; only its meta loss and its reported
+  losses change.
 
-  Wrap a method twice to change the loss twice. The outer loss is used first, here LDAM
-  until epoch 160 and then weighted LDAM:
+  Wrap a method twice to change the loss twice. The outer loss is used first. This
+  example uses LDAM until epoch 160 and then weighted LDAM:
 
     changed_loss(changed_loss(absgd, weighted_ldam, from_epoch=160), ldam)
 
@@ -92,7 +93,7 @@ def changed_loss(
   def inner_sample(state, problem, train, rng):
     return method.sample(state.inner, problem, train, rng)
 
-  # The loop recognizes `base.permutation` and then does not fetch the state.
+  # The training loop recognizes `base.permutation` and then does not fetch the state.
   is_permutation = method.sample is base.permutation
   sample = base.permutation if is_permutation else inner_sample
   return method._replace(

@@ -23,8 +23,9 @@ def inverse_frequency(class_counts: base.Array) -> base.Array:
     Weights [C].
 
   Raises:
-    InputError: `class_counts` does not have shape [C], or holds a negative number, a
-      NaN or an infinity. Under `jit` such a count makes every weight NaN instead.
+    InputError: `class_counts` does not have shape [C], or outside `jit`, it contains a
+      negative number, a NaN or an infinity. Under `jit` such a count makes every weight
+      NaN.
 
   >>> import jax.numpy as jnp
   >>> print(inverse_frequency(jnp.array([30, 10])))
@@ -51,7 +52,8 @@ def effective_number(class_counts: base.Array, beta: float = 0.9999) -> base.Arr
     Weights [C].
 
   Raises:
-    InputError: `beta` is out of range, or for the reasons of `inverse_frequency`.
+    InputError: `beta` is out of range, or `class_counts` are invalid, see
+      `inverse_frequency`.
 
   Reference:
     Cui, Jia, Lin, Song, Belongie, "Class-Balanced Loss Based on Effective Number of
@@ -89,7 +91,7 @@ def example_weights(
   [0.125 0.375 0.375 0.125]
   """
   if not jnp.issubdtype(jnp.result_type(class_weights), jnp.inexact):
-    # So that a label that is no class gives NaN.
+    # A label that is not a class then gives NaN.
     class_weights = jnp.asarray(class_weights, float)
   return normalization.sum_to_one(base.take(class_weights, labels), axis_name)
 
@@ -115,11 +117,11 @@ def as_counts(class_counts: base.Array) -> base.Array:
     Counts [C]. Under `jit`, all are NaN if one is negative, NaN or infinite.
 
   Raises:
-    InputError: for the reasons of `inverse_frequency`.
+    InputError: `class_counts` are invalid, see `inverse_frequency`.
   """
   check_counts(class_counts)
   if not isinstance(class_counts, jax.Array):
-    # JAX would keep the lower half of integers of 64 bits.
+    # JAX would keep only the lower 32 bits of 64-bit integers.
     class_counts = np.asarray(class_counts)
     if np.issubdtype(class_counts.dtype, np.integer):
       class_counts = class_counts.astype(np.float64)
@@ -136,8 +138,8 @@ def as_counts(class_counts: base.Array) -> base.Array:
         f" {first} is {counts[first]}."
       )
     return counts
-  # Unlike a constant NaN, sqrt(-1) raises no error under `jax_debug_nans` for good
-  # counts.
+  # sqrt(-1) is computed only for bad counts. A constant NaN would also raise an error
+  # under `jax_debug_nans` for good counts.
   return counts * jnp.sqrt(jnp.where(is_count.all(), 1.0, -1.0)).astype(dtype)
 
 
@@ -174,7 +176,7 @@ def deferred_example_weights(
   Args:
     class_counts: [C], non-negative.
     labels: integer class of each example, [B].
-    beta: of `effective_number`.
+    beta: beta of `effective_number`.
     epoch: the current epoch, counted from 0; may be traced.
     from_epoch: the first epoch of class-balanced weights; 0 ignores `epoch`.
     axis_name: mapped axis over which the batch is sharded.

@@ -1,4 +1,4 @@
-"""Fairness objectives: example losses and groups in, one scalar out.
+"""Fairness objectives: scalars that are computed from example losses and groups.
 
 L_g is the mean loss of group g in the batch.
 
@@ -7,10 +7,10 @@ L_g is the mean loss of group g in the batch.
     worst     max_g L_g, or a smooth maximum
     soft_tpr  gap or worst with 1 - mean p(label) in place of L_g
 
-Equality of opportunity asks for equal true-positive rates (Hardt, Price, Srebro,
-arXiv:1610.02413), which are piecewise constant in the parameters; these objectives are
-differentiable. Groups without a member in the batch are ignored. There are M examples
-and G groups.
+Equality of opportunity requires equal true-positive rates (Hardt, Price, Srebro,
+arXiv:1610.02413). These rates are piecewise constant in the parameters, whereas the
+objectives of this module are differentiable. Groups without a member in the batch are
+ignored. M is the number of examples (the exemplars), and G is the number of groups.
 """
 
 from typing import Any
@@ -29,23 +29,23 @@ def group_means(
 
   Args:
     values: [M].
-    groups: group of each example, integers from 0 to G - 1, [M].
+    groups: groups of each example, integers from 0 to G - 1, [M].
     num_groups: G.
 
   Returns:
     Means [G], 0 for a group without a member, and presence, bool [G]. Under `jit`, all
-    means are NaN if an example has a group outside 0 to G - 1, so that the meta loss is
-    NaN and reported.
+    means are NaN if the group of an example is outside 0 to G - 1, so that the meta
+    loss is NaN and the mistake is reported.
 
   Raises:
-    InputError: the shapes do not fit, or outside `jit`, an example has a group outside
-      0 to G - 1.
+    InputError: the shapes do not match, or outside `jit`, the group of an example is
+      outside 0 to G - 1.
   """
   _check(values, groups)
   exist = _check_exist(groups, num_groups)
   is_member = groups[:, None] == jnp.arange(num_groups)[None, :]
   counts = is_member.sum(axis=0)
-  # A matrix product would round on TPU and spread a NaN to all groups.
+  # A matrix product would be rounded on TPU, and would spread a NaN to all groups.
   dtype = base.accumulator_dtype(values.dtype)
   totals = jnp.where(is_member, values.astype(dtype)[:, None], 0).sum(axis=0)
   means = totals / jnp.maximum(counts, 1).astype(dtype)
@@ -55,7 +55,7 @@ def group_means(
 
 
 def mean(losses: base.Array) -> base.Array:
-  """Average of the losses [M] of the exemplars, whatever their groups; scalar."""
+  """Average of the losses [M] of the exemplars, regardless of groups; scalar."""
   base.check_vector("losses", losses)
   return jnp.mean(losses)
 
@@ -74,8 +74,8 @@ def gap(
   member, the gap is 0. Groups with equal means have a zero gradient.
 
   Args:
-    losses: of the exemplars, [M].
-    groups: of the exemplars, [M].
+    losses: losses of the exemplars, [M].
+    groups: groups of the exemplars, [M].
     num_groups: G.
     reduction: "mean" or "max" over the pairs; pairs that tie share the gradient.
     mean_coefficient: factor of the mean loss, which is added.
@@ -84,7 +84,7 @@ def gap(
     A scalar.
 
   Raises:
-    InputError: `reduction` is unknown, or for the reasons of `group_means`.
+    InputError: `reduction` is unknown, or the groups are invalid, see `group_means`.
 
   >>> import jax.numpy as jnp
   >>> losses, groups = jnp.array([1., 3., 5.]), jnp.array([0, 0, 2])
@@ -115,19 +115,19 @@ def worst(
   """Largest mean loss among the groups that have a member.
 
   Args:
-    losses: of the exemplars, [M].
-    groups: of the exemplars, [M].
+    losses: losses of the exemplars, [M].
+    groups: groups of the exemplars, [M].
     num_groups: G.
-    temperature: T. 0 is the maximum, whose gradient is shared by groups that tie.
-      T > 0 is the smooth maximum T log sum_g exp(L_g / T), which is at most T log G
-      larger. If a group is split into two equal ones, the maximum stays the same, but
-      the smooth maximum grows by up to T log 2.
+    temperature: T. 0 selects the maximum; groups that tie share its gradient. T > 0
+      selects the smooth maximum T log sum_g exp(L_g / T), which is at most T log G
+      larger than the maximum. If a group is split into two groups with equal losses,
+      the maximum stays the same, but the smooth maximum grows by up to T log 2.
 
   Returns:
     A scalar; 0 if no group has a member.
 
   Raises:
-    InputError: `temperature` is negative, or for the reasons of `group_means`.
+    InputError: `temperature` is negative, or the groups are invalid, see `group_means`.
 
   >>> import jax.numpy as jnp
   >>> print(worst(jnp.array([1., 3., 2.5]), jnp.array([0, 0, 2]), num_groups=3))
@@ -137,7 +137,7 @@ def worst(
     raise base.InputError(f"temperature={temperature} must be at least 0.")
   means, present = group_means(losses, groups, num_groups)
   any_present = present.any()
-  # Absent groups have -inf, unless all are absent, so that the maximum is finite.
+  # Absent groups have -inf, unless all are absent: the maximum must be finite.
   masked = jnp.where(present | ~any_present, means, -jnp.inf)
   exist = _check_exist(groups, num_groups)
   if temperature == 0:
@@ -160,7 +160,7 @@ def soft_tpr(
   Args:
     probabilities: the model's probabilities of the exemplars' labels, [M]; exp(-loss)
       for the cross-entropy.
-    groups: of the exemplars, [M].
+    groups: groups of the exemplars, [M].
     num_groups: G.
     reduction: "mean" or "max" over pairs of groups, see `gap`, or "worst", see `worst`.
     mean_coefficient: for "mean" and "max", see `gap`.
@@ -170,7 +170,7 @@ def soft_tpr(
     A scalar.
 
   Raises:
-    InputError: for the reasons of `gap` and `worst`.
+    InputError: an argument is invalid, see `gap` and `worst`.
   """
   _check_choice("reduction", reduction, ("mean", "max", "worst"))
   misses = 1 - probabilities
@@ -188,7 +188,7 @@ def check_groups(groups: Any, num_groups: int, where: str = "the exemplar set") 
   silently ignored, and an unknown group makes the objective NaN.
 
   Args:
-    groups: of all exemplars, integers [M].
+    groups: groups of all exemplars, integers [M].
     num_groups: G.
     where: name of the exemplar set for the error message.
   """
@@ -201,7 +201,7 @@ def check_groups(groups: Any, num_groups: int, where: str = "the exemplar set") 
   unknown = np.setdiff1d(array, np.arange(num_groups))
   if unknown.size:
     raise base.InputError(
-      f"{where} has group {unknown[0]}, groups are 0 to {num_groups - 1}: correct"
+      f"{where} has group {unknown[0]}, but groups are 0 to {num_groups - 1}: correct"
       " the groups or num_groups."
     )
   absent = np.setdiff1d(np.arange(num_groups), array)

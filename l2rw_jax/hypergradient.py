@@ -9,13 +9,13 @@ is taken with the weighted gradient g(w) = J^T w of a batch (see `linearization`
 
     look-ahead        p' = step(g(w))
     direction         v  = (d step / d g)^T grad M(p')    one cheap vjp, O(params)
-    weight gradient   dM/dw = J v                         all B numbers at once
+    weight gradient   dM/dw = J v                         for all B weights together
     network gradient  dM/dphi = (dw/dphi)^T (dM/dw)       if phi parameterizes w
 
-Up to rounding, this equals the derivative of the unrolled step, which defines it
+Up to rounding, this equals the derivative of the unrolled step, which is the definition
 (`unrolled_weight_gradient`), at about half the cost. No collective is differentiated:
-the meta gradient is averaged over devices first, and an objective is differentiated in
-losses that are already gathered.
+the gradient of the meta loss is averaged over devices first, and an objective is
+differentiated with respect to losses that are already gathered.
 
 Reference: Ren et al., "Learning to Reweight Examples for Robust Deep Learning"
 (2018), eq. (4)-(7) and appendix A, with any optax optimizer in place of their SGD.
@@ -33,6 +33,7 @@ import optax
 
 from l2rw_jax import base
 from l2rw_jax import linearization
+from l2rw_jax.linearization import loop_buffers
 from l2rw_jax.linearization import microbatching
 from l2rw_jax.linearization import ordering
 from l2rw_jax.linearization import trainable
@@ -70,7 +71,7 @@ ZERO_SLOPE = (
 
 
 class Direction(NamedTuple):
-  """The gradient of the meta loss in the inner gradient, dM/dg.
+  """The gradient of the meta loss with respect to the inner gradient, dM/dg.
 
   Attributes:
     vector: v, shaped like `params`; dM/dw = J v for any example weights w.
@@ -81,6 +82,8 @@ class Direction(NamedTuple):
       optimizer's step ignores the gradient; bool scalar.
     fault: the first quantity that is not finite, a `base.Fault`; int32 scalar.
     aux: the auxiliary output of the meta losses function, or None.
+    kept: the memory that the meta gradient kept for its backward pass, per meta
+      example, over that of the parameters; infinite if it is not known.
   """
 
   vector: base.PyTree
@@ -89,21 +92,24 @@ class Direction(NamedTuple):
   zero_slope: base.Array
   fault: base.Array
   aux: Any = None
+  kept: base.StaticFloat = base.StaticFloat("inf")
 
 
 def init_optimizer(
   optimizer: optax.GradientTransformation, params: base.PyTree
 ) -> base.PyTree:
-  """`optimizer.init(params)`, whatever JAX's switches against promotion are.
+  """`optimizer.init(params)`, also if JAX is configured to refuse promotion.
 
   Args:
     optimizer: any optax optimizer.
-    params: any pytree of parameters, which may hold PRNG keys.
+    params: any pytree of parameters, which may contain PRNG keys.
 
   Raises:
-    InputError: `optimizer` is not an optimizer, but a function that makes one, say.
+    InputError: `optimizer` is not an optimizer, for instance a function that returns
+      one.
   """
-  # Not isinstance: `optax.MultiSteps` has both functions, but is of another type.
+  # This is not an isinstance check, because `optax.MultiSteps` has both functions but
+  # is of another type.
   if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
     raise base.InputError(
       "optimizer must be an optax optimizer, such as optax.sgd(0.1); got"
@@ -120,15 +126,15 @@ def lookahead_params(
   opt_state: base.PyTree,
   value: Any = None,
 ) -> base.PyTree:
-  """Parameters after one optimizer step; the new state of the optimizer is dropped.
+  """Parameters after one optimizer step; the new optimizer state is discarded.
 
   Args:
     params: parameters before the step.
     gradient: gradient of the inner loss.
     optimizer: any optimizer whose update needs no arguments but `params` and `value`.
-    opt_state: its state at `params`.
-    value: the inner loss, which some optimizers use; None is 0, the loss at zero
-      weights.
+    opt_state: state of the optimizer at `params`.
+    value: the inner loss, which some optimizers use; None stands for 0, the loss if all
+      weights are zero.
 
   Returns:
     Parameters, shaped like `params`.
@@ -184,29 +190,31 @@ def direction(
     inner_gradient: gradient of the look-ahead step, the same on every device; None is
       zero, as in L2RW.
     optimizer: the look-ahead optimizer.
-    opt_state: its state at `params`.
+    opt_state: state of the optimizer at `params`.
     objective: `losses [M] -> M(p)`, a function of the losses of all devices in device
-      order; None is their mean. Other inputs that it needs, such as groups, must be
-      gathered with `base.gather`. It should not change if every example is repeated,
-      because a meta batch whose size is not a multiple of the number of devices is
-      repeated on each of them.
-    has_aux: whether `meta_losses_fn` returns an auxiliary output too.
+      order; None is their mean. Other inputs of the objective, such as groups, must be
+      gathered with `base.gather`. Its value should not change if every example is
+      repeated, because a meta batch whose size is not a multiple of the number of
+      devices is repeated on every device.
+    has_aux: whether `meta_losses_fn` also returns an auxiliary output.
     axis_name: mapped axis over which `meta_batch` is sharded.
-    microbatch_size: meta examples of this device at a time, see `microbatching`.
-    value: the inner loss with the gradient `inner_gradient`, for optimizers that use it
-      (optax's `value`); None is 0.
+    microbatch_size: number of meta examples that this device processes at a time, see
+      `microbatching`.
+    value: the inner loss whose gradient is `inner_gradient`, for optimizers that use it
+      (optax's `value`); None stands for 0.
 
   Returns:
     A `Direction`, the same on every device.
 
   Raises:
-    InputError: the meta losses do not have shape [M], there are none, or they cannot be
-      computed in microbatches; or the optimizer needs more than a value. Outside `jit`
-      also if the optimizer's step ignores the gradient.
-    FloatingPointError: outside `jit`, if a meta loss, the meta gradient or the
-      direction is not finite; the message says which. Under `jit` see
-      `Direction.fault` and `Direction.zero_slope`, or functionalize with
-      `checkify.checkify`, which then carries the same errors.
+    InputError: the meta losses do not have shape [M], the meta batch is empty, or the
+      losses cannot be computed in microbatches; or the update of the optimizer needs
+      arguments other than `params` and `value`. Outside `jit`, it is also raised if the
+      optimizer's step ignores the gradient.
+    FloatingPointError: outside `jit`, if a meta loss, the gradient of the meta loss or
+      the direction is not finite; the message says which. Under `jit`, check
+      `Direction.fault` and `Direction.zero_slope`, or use `checkify.checkify`, which
+      returns the same errors.
   """
   partition = trainable.Partition(params)
   leaves = partition.leaves(params)
@@ -227,12 +235,18 @@ def direction(
 
   lookahead_leaves, step_vjp = jax.vjp(step, partition.leaves(inner_gradient))
   lookahead_leaves = base.local(lookahead_leaves, axis_name)
+  kept = base.StaticFloat("inf")
   if microbatch_size is None:
     losses, losses_vjp, aux = jax.vjp(
       lambda leaves: meta_losses(leaves, meta_batch), lookahead_leaves, has_aux=True
     )
     loss, cotangent = _meta_loss(objective, losses, axis_name)
     (gradient,) = losses_vjp(cotangent)
+    kept = base.StaticFloat(
+      ordering.kept_bytes(losses_vjp, (lookahead_leaves, meta_batch))
+      / losses.size
+      / max(ordering.num_bytes(lookahead_leaves), 1)
+    )
   else:
     losses, loss, gradient, aux = _microbatched_meta_gradient(
       meta_losses, lookahead_leaves, meta_batch, objective, axis_name, microbatch_size
@@ -245,12 +259,12 @@ def direction(
   fault = _check_finite(losses, loss, max_gradient, max_vector, axis_name)
   zero_slope = _check_slope(max_gradient, max_vector)
   return Direction(
-    partition.combine_gradient(vector), loss, fault == 0, zero_slope, fault, aux
+    partition.combine_gradient(vector), loss, fault == 0, zero_slope, fault, aux, kept
   )
 
 
 def _meta_loss(objective, losses, axis_name):
-  """The global meta loss, and its gradient in the losses of this device."""
+  """The global meta loss, and its gradient with respect to this device's losses."""
   if objective is None:
     dtype = base.accumulator_dtype(losses.dtype)
     loss = base.pmean(jnp.mean(losses.astype(dtype)), axis_name).astype(losses.dtype)
@@ -258,7 +272,7 @@ def _meta_loss(objective, losses, axis_name):
     return loss, jnp.full_like(losses, 1 / size)
 
   # Every device differentiates the same function of the same gathered losses, so that
-  # no collective is transposed. Each then uses its slice of the gradient.
+  # no collective is transposed. Each device then uses its slice of the gradient.
   def scalar(losses):
     value = objective(losses)
     if jnp.shape(value) != ():
@@ -284,7 +298,7 @@ def _microbatched_meta_gradient(
     microbatch_size=microbatch_size,
     has_aux=True,
   )
-  if objective is None:  # The weights of a mean are known, so that one pass suffices.
+  if objective is None:  # The weights of a mean are known, so one pass is enough.
     size = base.global_size(microbatching.num_rows(meta_batch), axis_name)
     # An empty batch raises an error in `losses_fn`.
     weighted = weighted_gradient(1 / max(size, 1))
@@ -298,11 +312,11 @@ def _microbatched_meta_gradient(
 
 
 def batch_after(direction: Direction, batch: Any) -> Any:
-  """Returns `batch`, so that computations from the result wait for the direction.
+  """Returns `batch`, so that computations with the result wait for the direction.
 
-  The direction of L2RW, at a zero inner gradient, depends on the meta batch alone.
-  A compiler may still run the forward pass of the training batch first, as XLA:CPU
-  does; then the activations of both batches are in memory at the same time. The order
+  The direction of L2RW, at a zero inner gradient, depends only on the meta batch. A
+  compiler may still run the forward pass of the training batch first, as XLA:CPU does,
+  and then the activations of both batches are in memory at the same time. This function
   costs a copy of the batch, which is much smaller than the activations.
 
   Args:
@@ -312,15 +326,50 @@ def batch_after(direction: Direction, batch: Any) -> Any:
   return ordering.after(base.max_abs(direction.vector), batch)
 
 
+def order_of(direction: Direction, batch: Any) -> base.StaticStr:
+  """The order of the two batches that needs less memory.
+
+  "batches" finishes with the meta batch before it begins with the training batch. Then
+  the activations of one batch at a time are in memory, and the whole direction.
+  "layers" leaves the order to the compiler. Then the activations of both batches are in
+  memory, but of the direction only what a layer needs at a time. The first is returned
+  unless the parameters take more memory than the activations of `batch`.
+
+  Args:
+    direction: the result of `direction`.
+    batch: the training batch, whose arrays have a row per example.
+  """
+  rows = [x.shape[0] for x in jax.tree.leaves(batch) if getattr(x, "shape", ())]
+  is_small = bool(rows) and direction.kept * max(rows) < 1
+  return base.StaticStr("layers" if is_small else "batches")
+
+
+def after_direction(
+  direction: Direction, batch: Any, function: Callable[[Any], Any]
+) -> Any:
+  """`function(batch)`, in the order that needs less memory, see `order_of`.
+
+  Args:
+    direction: the result of `direction`.
+    batch: pytree of arrays, the training batch.
+    function: what to compute from it. Its result may not be differentiated.
+  """
+  if order_of(direction, batch) == "layers":
+    return function(batch)
+  batch = batch_after(direction, batch)
+  first = base.max_abs(direction.vector)
+  return loop_buffers.allocated_after(first, lambda: function(batch))
+
+
 def local(direction: Direction, axis_name: base.AxisName) -> Direction:
   """`direction` with its vector marked as varying over devices, see `base.local`."""
   return direction._replace(vector=base.local(direction.vector, axis_name))
 
 
 def known_vector(direction: Direction) -> base.PyTree | None:
-  """The vector of which `weight_gradient` takes the derivative, if it is known.
+  """The vector along which `weight_gradient` takes the derivative, or None.
 
-  It is not known for parameters in half precision, because it is scaled later.
+  It is None for parameters in half precision, because the vector is scaled later.
   """
   types = [x.dtype for x in jax.tree.leaves(direction.vector)]
   is_half = any(_is_inexact(t) and base.accumulator_dtype(t) != t for t in types)
@@ -332,9 +381,9 @@ def weight_gradient(
 ) -> base.Array:
   """dM/dw, shape [B]: the gradient of the meta loss in this device's weights.
 
-  It is float32 at least. Where parameters or losses are float16 or bfloat16, the
-  derivative is taken along the direction scaled to unit length, up to a power of two,
-  since the small slopes along a short direction underflow.
+  Its type is float32 or wider. If parameters or losses are float16 or bfloat16, the
+  direction is first scaled to about unit length by a power of two, because the small
+  derivatives along a short direction would underflow.
   """
   types = [x.dtype for x in jax.tree.leaves((direction.vector, linearized.losses))]
   if all(base.accumulator_dtype(t) == t or not _is_inexact(t) for t in types):
@@ -346,9 +395,9 @@ def weight_gradient(
 
 
 def _unit(vector):
-  """`vector`, divided by a power of two near its length, and that power (float32)."""
+  """`vector` divided by a power of two near its length, and the power (float32)."""
 
-  # Not in float16, which flushes small divisors to zero.
+  # Do not divide in float16, which flushes small divisors to zero.
   def wide(x):
     return x.astype(base.accumulator_dtype(x.dtype))
 
@@ -382,7 +431,7 @@ def network_gradient(
   *,
   axis_name: base.AxisName = None,
 ) -> base.PyTree:
-  """dM/dphi = (dw/dphi)^T dM/dw for a network that computes the weights.
+  """dM/dphi = (dw/dphi)^T dM/dw, for a network that computes the weights.
 
   Args:
     weights_fn: `phi -> w [B]`, this device's weights in the inner loss
@@ -434,7 +483,7 @@ def unrolled_weight_gradient(
   opt_state: base.PyTree,
   objective: Objective = jnp.mean,
 ) -> base.Array:
-  """dM/dw [B] by its definition: `jax.grad` through the unrolled inner step.
+  """dM/dw [B] by the definition: `jax.grad` through the unrolled inner step.
 
   This is the reference for `direction` and `weight_gradient`, which compute the same
   numbers in about half the time. It runs on one device, for weights of any value.
@@ -481,7 +530,7 @@ def _check_finite(losses, loss, max_gradient, max_vector, axis_name) -> base.Arr
   )
   for holds, message in checks:
     if isinstance(holds, jax.core.Tracer):
-      # This has no effect unless the caller functionalizes with checkify.
+      # This has no effect unless the caller uses `checkify.checkify`.
       checkify.debug_check(holds, prefix + message)
     elif not holds:
       raise FloatingPointError(prefix + message)

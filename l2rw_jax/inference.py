@@ -7,23 +7,28 @@ import jax
 import numpy as np
 
 from l2rw_jax import base
+from l2rw_jax import processes
 
 
 def map_batches(
   fun: Callable[[base.Batch], base.PyTree],
   examples: Mapping[str, Any],
   batch_size: int,
+  by_process: bool = False,
 ) -> base.PyTree:
-  """Applies `fun` to a data set, one batch at a time, and joins the results.
+  """Applies `fun` to a data set, one batch at a time, and concatenates the results.
 
-  The last batch is smaller if `batch_size` does not divide N. A `fun` that reduces
-  over its batch returns an axis of size 1 for the result of that batch.
+  The last batch is smaller if `batch_size` does not divide N. If `fun` reduces over its
+  batch, its result must have a leading axis of size 1.
 
   Args:
     fun: `batch -> results`, a pytree of arrays with a leading axis. It is usually
       compiled; it is compiled a second time for a smaller last batch.
     examples: arrays or row sources with leading axis N, at least 1.
     batch_size: examples in a batch.
+    by_process: whether each of several processes applies `fun` to its part of the
+      batches only, and receives the results of the others. All of them must call this
+      function then, with the same examples.
 
   Returns:
     The results as NumPy arrays, concatenated along their leading axis.
@@ -35,8 +40,22 @@ def map_batches(
   array([1, 5, 4])
   """
   size = len(next(iter(examples.values())))
-  results = []
-  for start in range(0, size, batch_size):
-    batch = {name: x[start : start + batch_size] for name, x in examples.items()}
-    results.append(jax.device_get(fun(batch)))
-  return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
+  starts = range(0, size, batch_size)
+
+  def results(starts):
+    parts = []
+    for start in starts:
+      batch = {name: x[start : start + batch_size] for name, x in examples.items()}
+      parts.append(jax.device_get(fun(batch)))
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+  if not by_process or processes.count() == 1:
+    return results(starts)
+  bounds = len(starts) * np.arange(processes.count() + 1) // processes.count()
+  first, last = bounds[processes.index() :][:2]
+  if first < last:
+    part = results(starts[first:last])
+  else:  # There are fewer batches than processes: no row, of the type of the results.
+    part = jax.tree.map(lambda x: x[:0], results(starts[:1]))
+  leaves, structure = jax.tree.flatten(part)
+  return jax.tree.unflatten(structure, processes.join(leaves))

@@ -31,18 +31,18 @@ def estimate_transition(
   given rank. A high percentile is robust to outliers, unlike the maximum.
 
   Args:
-    probabilities: of the given labels, [N, C], N at least 1; rows sum to 1. Logits
-      are refused outside `jit`.
+    probabilities: predicted probabilities of the given labels, [N, C], N at least 1;
+      rows sum to 1. Logits are refused outside `jit`.
     percentile: rank, from 0 to 100: the example at floor(percentile / 100 (N - 1))
-      in ascending order. 100 is the maximum, the paper's formula; 97, the value of the
-      released code, requires that every class has more than 3 % of the examples.
+      in ascending order. 100 is the maximum, as in the paper; 97, the value of the
+      released code, requires that every class has more than 3% of the examples.
 
   Returns:
     T [C, C].
 
   Raises:
     InputError: the shape or the percentile is wrong; outside `jit` also if a row
-      holds a negative number or does not sum to 1.
+      contains a negative number or does not sum to 1.
 
   References:
     Patrini et al., "Making Deep Neural Networks Robust to Label Noise: a Loss
@@ -55,7 +55,7 @@ def estimate_transition(
   """
   if probabilities.ndim != 2 or not len(probabilities):
     raise base.InputError(
-      f"probabilities must be [N, C], N at least 1; got {probabilities.shape}."
+      f"probabilities must be [N, C] with N at least 1; got {probabilities.shape}."
     )
   check_percentile(percentile)
   _check_distributions(probabilities)
@@ -68,23 +68,24 @@ def estimate_transition(
 def confusion(
   predicted: base.Array, labels: base.Array, num_classes: int, smoothing: float = 1.0
 ) -> base.Array:
-  """Share of each given label among the examples predicted to be of a class.
+  """T_ij as the share of given label j among the examples predicted as class i.
 
   This estimates T only as long as the network has not memorized the wrong labels: a
   network that has memorized them predicts them, and the estimate is the identity.
 
   Args:
-    predicted: classes, [N].
-    labels: as given, [N].
+    predicted: predicted classes, [N].
+    labels: given labels, [N].
     num_classes: C.
-    smoothing: examples added to each row, spread evenly over its entries.
+    smoothing: number of examples that are added to each row, spread evenly over its
+      entries.
 
   Returns:
     T [C, C]; the row of a class that is never predicted is that of the identity.
 
   Raises:
     InputError: the shapes differ, `smoothing` is negative, or, outside `jit`, an
-      entry is not a class. Under `jit` T is NaN then.
+      entry is not a class. Under `jit`, such an entry makes T NaN.
 
   >>> import jax.numpy as jnp
   >>> print(confusion(jnp.array([0, 0, 0]), jnp.array([0, 0, 1]), 2))
@@ -100,7 +101,7 @@ def confusion(
   exists = rows.any(axis=1) & columns.any(axis=1)
   if not isinstance(exists, jax.core.Tracer) and not exists.all():
     raise base.InputError(
-      f"confusion: row {jnp.argmin(exists)} of predicted or labels is none of the"
+      f"confusion: row {jnp.argmin(exists)} of predicted or labels is not one of the"
       f" {num_classes} classes; leave such rows out."
     )
   if smoothing < 0:
@@ -116,13 +117,15 @@ def confusion(
 def estimate_from_network(
   estimator: str, problem: base.Problem, view: base.EpochView, percentile: float = 97.0
 ) -> base.Array:
-  """T from evaluation-mode predictions on the whole training set; on the host.
+  """Estimates T from predictions on the whole training set, on the host.
+
+  With several processes, all of them must call it, and each predicts its part.
 
   Args:
-    estimator: one of `ESTIMATORS`, "anchor" for `estimate_transition`.
+    estimator: one of `ESTIMATORS`; "anchor" is `estimate_transition`.
     problem: the learning problem.
-    view: holds the network and the training set.
-    percentile: of "anchor".
+    view: contains the network and the training set.
+    percentile: rank of the anchors, for "anchor".
 
   Returns:
     T [C, C].
@@ -131,7 +134,9 @@ def estimate_from_network(
   def predict(batch):
     return _log_probabilities(problem.forward, view.params, view.model_state, batch)
 
-  log_p = jnp.asarray(inference.map_batches(predict, view.train, _BATCH_SIZE))
+  log_p = jnp.asarray(
+    inference.map_batches(predict, view.train, _BATCH_SIZE, by_process=True)
+  )
   if estimator == "anchor":
     return estimate_transition(jnp.exp(log_p), percentile)
   labels = jnp.asarray(view.train["label"])
@@ -158,6 +163,6 @@ def _check_distributions(probabilities):
   bad = (rows < 0).any(axis=1) | ~np.isclose(rows.sum(axis=1), 1, atol=2e-2)
   if bad.any():
     raise base.InputError(
-      f"probabilities: row {np.argmax(bad)} is no distribution (its sum is"
-      f" {rows[np.argmax(bad)].sum():g}); of logits take jax.nn.softmax first."
+      f"probabilities: row {np.argmax(bad)} is not a distribution (its sum is"
+      f" {rows[np.argmax(bad)].sum():g}). Convert logits with jax.nn.softmax first."
     )

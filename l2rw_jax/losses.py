@@ -1,4 +1,4 @@
-"""Per-example losses: logits and labels in, losses [B] in nats out.
+"""Per-example losses [B], in nats, of logits and labels.
 
 These rules hold for every loss of this module, and for every formula of the library
 that takes logits and labels:
@@ -7,15 +7,15 @@ that takes logits and labels:
   labels and labels of shape [B, 1] raise `base.InputError`.
 - A single logit per row, [B, 1], is the logit of class 1 of two classes; class 0 has
   logit 0.
-- A label that is no class (negative, or at least C) gives a NaN loss, and a NaN
-  gradient unless the loss is constant there, so that it is noticed. Exclude such
-  examples with `where`.
+- A label that is not a class (negative, or at least C) gives a NaN loss, and a NaN
+  gradient unless the loss is constant there, so that the mistake is noticed. Exclude
+  such examples with `where`.
 - `where`, bool [B], selects the examples that count. All others have a loss of 0 and a
-  gradient of 0, whatever their labels and logits are.
+  gradient of 0, regardless of their labels and logits.
 - Sums over half-precision logits are computed in float32; losses have the type of the
   logits.
-- Losses and their gradients are finite for finite logits, also if the logits of some
-  classes other than the label are -inf.
+- Losses and their gradients are finite if the logits are finite, or if the only other
+  logits are -inf for classes other than the label.
 """
 
 import math
@@ -44,7 +44,7 @@ def softmax_cross_entropy(
     Losses [B].
 
   Raises:
-    InputError: the shapes do not fit.
+    InputError: the shapes do not match.
 
   >>> import jax.numpy as jnp
   >>> logits, labels = jnp.zeros((3, 4)), jnp.array([0, 7, -1])
@@ -77,7 +77,7 @@ def sigmoid_cross_entropy(
     Losses [B].
 
   Raises:
-    InputError: the shapes do not fit.
+    InputError: the shapes do not match.
   """
   check_logits(logits, labels, where)
   if logits.shape[1] != 1:
@@ -144,7 +144,7 @@ def focal(
     Losses [B].
 
   Raises:
-    InputError: `gamma` is negative, or the shapes do not fit.
+    InputError: `gamma` is negative, or the shapes do not match.
 
   References:
     Lin, Goyal, Girshick, He, Dollar, "Focal Loss for Dense Object Detection",
@@ -185,7 +185,7 @@ def symmetric_cross_entropy(
     Losses [B].
 
   Raises:
-    InputError: a factor is negative or both are 0, or the shapes do not fit.
+    InputError: a factor is negative or both are 0, or the shapes do not match.
 
   References:
     Wang, Ma, Chen, Luo, Yi, Bailey, "Symmetric Cross Entropy for Robust Learning
@@ -229,7 +229,7 @@ def generalized_cross_entropy(
     Losses [B].
 
   Raises:
-    InputError: `q` or `threshold` is out of range, or the shapes do not fit.
+    InputError: `q` or `threshold` is out of range, or the shapes do not match.
 
   References:
     Zhang, Sabuncu, "Generalized Cross Entropy Loss for Training Deep Neural
@@ -255,9 +255,9 @@ def bootstrapping_soft(
 ) -> base.Array:
   """The cross-entropy between the target beta t + (1 - beta) p and p.
 
-  t is the one-hot label and p the prediction. The gradient flows through p in the
-  target too: the loss is beta times the cross-entropy plus (1 - beta) times the entropy
-  of p. With p held constant in the target, the second term would have no gradient.
+  t is the one-hot label, and p is the prediction. The gradient also flows through p in
+  the target: the loss is beta times the cross-entropy plus (1 - beta) times the entropy
+  of p.
 
   Args:
     logits: [B, C] or [B, 1].
@@ -269,7 +269,7 @@ def bootstrapping_soft(
     Losses [B].
 
   Raises:
-    InputError: `beta` is outside [0, 1], or the shapes do not fit.
+    InputError: `beta` is outside [0, 1], or the shapes do not match.
 
   References:
     Reed, Lee, Anguelov, Szegedy, Erhan, Rabinovich, "Training Deep Neural Networks
@@ -294,7 +294,7 @@ def bootstrapping_hard(
   """`bootstrapping_soft` with the one-hot prediction in place of the probabilities.
 
   The one-hot prediction is piecewise constant, so that no gradient flows through it.
-  Arguments are those of `bootstrapping_soft`.
+  The arguments, the result and the errors are those of `bootstrapping_soft`.
   """
   _check(0 <= beta <= 1, f"bootstrapping_hard: beta={beta} must be in [0, 1]")
   log_p, is_label, scale = label_rows(logits, labels, where)
@@ -310,7 +310,7 @@ def forward_corrected(
   *,
   where: base.Array | None = None,
 ) -> base.Array:
-  """-log sum_j p_j T_jy, the cross-entropy of the noisy label.
+  """-log sum_j p_j T_jy, the cross-entropy of the noisy label y.
 
   Args:
     logits: [B, C] or [B, 1].
@@ -324,7 +324,7 @@ def forward_corrected(
     Losses [B].
 
   Raises:
-    InputError: the shapes do not fit.
+    InputError: the shapes do not match.
 
   References:
     Patrini, Rozza, Menon, Nock, Qu, "Making Deep Neural Networks Robust to Label
@@ -357,23 +357,23 @@ def balanced_softmax(
 ) -> base.Array:
   """-log(n_y exp(z_y) / sum_j n_j exp(z_j)), with n_j training examples of class j.
 
-  Only the loss of training examples has the counts: evaluation uses the logits z as
-  they are, which are then those of classes that are equally frequent. It is
-  `logit_adjusted` with tau = 1, since a common factor of the counts cancels.
+  Use the counts only in the training loss. Predictions use the logits z without counts,
+  which then describe equally frequent classes. This loss is `logit_adjusted` with
+  tau = 1, because a common factor of the counts cancels.
 
   Args:
     logits: z, [B, C] or [B, 1].
     labels: integer class of each example, [B].
     class_counts: n, [C] (C = 2 for a single logit), non-negative, in any unit. A class
-      without examples has probability 0 here, and its logit no gradient; a label of
-      such a class has an infinite loss and no gradient.
+      without examples has probability 0 in this loss, and its logit has no gradient. An
+      example with the label of such a class has an infinite loss and no gradient.
     where: which examples count, bool [B]; None is all.
 
   Returns:
     Losses [B].
 
   Raises:
-    InputError: the shapes do not fit, or `class_counts` are invalid, see
+    InputError: the shapes do not match, or `class_counts` are invalid, see
       `class_balance.inverse_frequency`.
 
   References:
@@ -399,13 +399,13 @@ def logit_adjusted(
 ) -> base.Array:
   """The cross-entropy of z + tau log pi, with pi_j the share of class j in training.
 
-  Only the loss of training examples is adjusted: evaluation uses the logits z as they
-  are. tau = 1 is `balanced_softmax`.
+  Use the adjustment only in the training loss. Predictions use the logits z without it.
+  tau = 1 is `balanced_softmax`.
 
   Args:
     logits: z, [B, C] or [B, 1].
     labels: integer class of each example, [B].
-    class_counts: training examples of each class; as in `balanced_softmax`.
+    class_counts: number of training examples of each class; see `balanced_softmax`.
     tau: at least 0. 0 gives the cross-entropy, also of classes without examples.
     where: which examples count, bool [B]; None is all.
 
@@ -413,7 +413,7 @@ def logit_adjusted(
     Losses [B].
 
   Raises:
-    InputError: `tau` is negative, or for the reasons of `balanced_softmax`.
+    InputError: `tau` is negative, or an argument is invalid, see `balanced_softmax`.
 
   References:
     Menon, Jayasumana, Rawat, Jain, Veit, Kumar, "Long-tail Learning via Logit
@@ -434,7 +434,7 @@ def transition_loss(
     log_t: log T, [C, C].
 
   Returns:
-    Losses [B]; infinite, without gradient, where the sum is 0.
+    Losses [B]. If the sum is 0, the loss is infinite and has no gradient.
   """
   labels = jnp.argmax(is_label, axis=1)
   joint = log_p + base.take(log_t.T, labels)
@@ -444,13 +444,13 @@ def transition_loss(
 
 
 def label_mask(labels: base.Array, num_classes: int) -> base.Array:
-  """Mask of the label's column, bool [B, C]; all False for a label that is no class."""
+  """One-hot labels, bool [B, C]; a row is all False if its label is not a class."""
   if not isinstance(labels, jax.Array):
-    # JAX would keep the lower half of 64 bits, so that 2**32 would become class 0.
+    # JAX would keep only the lower 32 of 64 bits, so that 2**32 would become class 0.
     labels = np.asarray(labels)
     exists = (labels >= 0) & (labels < num_classes)
     labels = jnp.asarray(np.where(exists, labels.astype(np.int32), -1), jnp.int32)
-  # Narrow integers cannot represent C, and unsigned ones no negative labels.
+  # Narrow integers may not represent C, and unsigned integers no negative labels.
   is_wide = jnp.dtype(labels.dtype).itemsize == 8
   labels = labels.astype(jnp.int64 if is_wide else jnp.int32)
   columns = jnp.arange(num_classes, dtype=labels.dtype)
@@ -488,9 +488,10 @@ def check_logits(
 
 
 def label_scale(is_label: base.Array, where: base.Array | None = None) -> base.Array:
-  """Factors of the losses: 1, or 0 if `where` is False, or NaN if there is no label.
+  """Factors of the losses: 1, 0 if `where` is False, or NaN if the row has no label.
 
-  Losses are multiplied by them, so that gradients of impossible labels are NaN too.
+  Losses are multiplied by these factors, so that the gradient of an example whose label
+  is not a class is also NaN.
 
   Args:
     is_label: the result of `label_mask`, [B, C].
@@ -519,7 +520,7 @@ def label_rows(
   Returns:
     A tuple of
     log p, [B, max(C, 2)], in float32 or wider, uniform for examples that do not count;
-    a mask of the label's column, of the same shape, column 0 for an impossible label;
+    one-hot labels of the same shape, with class 0 for a label that is not a class;
     a factor for each loss, [B], see `label_scale`.
 
   Raises:
@@ -531,8 +532,8 @@ def label_rows(
   log_p = log_probabilities(logits.astype(base.accumulator_dtype(logits.dtype)))
   is_label = label_mask(labels, log_p.shape[1])
   scale = label_scale(is_label, where).astype(log_p.dtype)
-  # Impossible labels are replaced by class 0, so that the factor NaN reaches the
-  # gradient of the row.
+  # Labels that are not a class are replaced by class 0, so that the factor NaN reaches
+  # the gradient of the row.
   is_impossible = ~jnp.any(is_label, axis=1, keepdims=True)
   first = jnp.arange(log_p.shape[1])[None] == 0
   return log_p, is_label | (is_impossible & first), scale
@@ -566,12 +567,13 @@ def _count_adjusted(logits, labels, class_counts, tau, where):
   is_out = is_absent[None, :] & ~is_infinite[:, None]
   adjusted = jnp.where(is_out, -jnp.inf, logits + offsets[None, :].astype(logits.dtype))
   loss = optax.softmax_cross_entropy_with_integer_labels(adjusted, labels) * scale
-  # Not where the scale is 0, for an example left out, or NaN, for no class.
+  # The scale is 0 for an excluded example, and NaN if the label is not a class. In both
+  # cases the loss is not replaced.
   return jnp.where(is_infinite & (scale == 1), jnp.inf, loss).astype(dtype)
 
 
 def _at(values, is_label):
-  """The entries [B] of `values` [B, C] where the mask is True; 0 if it is empty."""
+  """The entries [B] of `values` [B, C] at the one-hot labels; 0 for an empty row."""
   return jnp.sum(jnp.where(is_label, values, 0), axis=1)
 
 

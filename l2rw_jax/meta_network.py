@@ -1,17 +1,19 @@
 """Meta-learning of a network inside the training loss.
 
-Meta-Weight-Net, WarPI and the advisor share one iteration. (Meta-Weight-Net computes
-its meta gradient differently, because its weights may depend on the whole global
-batch.) Let phi be the network's parameters, z(p) the outputs of the classifier for a
-batch (losses, logits or features) and L(z, phi) the inner loss:
+Meta-Weight-Net, WarPI and the advisor have the same iteration, which trains a second
+network together with the classifier. (Meta-Weight-Net computes its meta gradient
+differently, because its weights may depend on the whole global batch.) Let phi be the
+parameters of the second network, p those of the classifier, z(p) the outputs of the
+classifier for a batch (losses, logits or features) and L(z, phi) the inner loss:
 
     inner gradient    G = J^T dL/dz                    at phi
     direction         v = (d step / d G)^T grad M(step(G))
     meta gradient     dM/dphi = grad_phi [ dL/dz . J v ]
     updates           phi by dM/dphi, then p by J^T dL/dz at the new phi
 
-One forward pass of the batch serves both of its gradients and the directional
-derivative. phi is differentiated only through L, never through the classifier.
+One forward pass of the batch is used for both gradients and for the directional
+derivative. The derivative with respect to phi passes only through L, never through the
+classifier.
 """
 
 from collections.abc import Callable
@@ -31,7 +33,7 @@ Schedule = float | Callable[[base.Array], base.Array]
 
 
 class MetaGradient(NamedTuple):
-  """The gradient of the meta loss in the parameters of the network.
+  """The gradient of the meta loss with respect to the parameters of the network.
 
   Attributes:
     gradient: dM/dphi, the same on every device.
@@ -60,8 +62,8 @@ class State(NamedTuple):
     opt_state: state of the meta optimizer.
     meta_loss: meta loss of the last meta gradient, NaN before the first; scalar.
     finite: whether the last meta gradient was finite; bool scalar.
-    zero_slope: of the last meta gradient; bool scalar.
-    fault: of the last meta gradient, a `base.Fault`; int32 scalar.
+    zero_slope: `zero_slope` of the last meta gradient; bool scalar.
+    fault: `fault` of the last meta gradient, a `base.Fault`; int32 scalar.
   """
 
   params: base.PyTree
@@ -73,7 +75,7 @@ class State(NamedTuple):
 
 
 def dense(width: int, fan_in: int) -> nn.Dense:
-  """A layer with kernel and bias uniform in +-1 / sqrt(fan_in), as in the releases."""
+  """A layer with kernel and bias uniform in +-1 / sqrt(fan_in), as in the papers."""
   bound = fan_in**-0.5
 
   def uniform(key, shape, dtype=jnp.float32):
@@ -84,7 +86,7 @@ def dense(width: int, fan_in: int) -> nn.Dense:
 
 def init(params: base.PyTree, optimizer: optax.GradientTransformation) -> State:
   """The state before the first meta gradient."""
-  # A NaN that JAX computes would raise an error under `jax_debug_nans`.
+  # NumPy makes the NaN, because JAX would raise an error under `jax_debug_nans`.
   unknown = jnp.asarray(np.full((), np.nan, jnp.result_type(float)))
   return State(
     params,
@@ -103,12 +105,12 @@ def update(
   step: base.Array,
   every: int = 1,
 ) -> State:
-  """One step of the meta optimizer, in one of `every` steps of the run.
+  """Takes one step of the meta optimizer in every `every`-th step of the run.
 
   Args:
     state: the state before the step.
-    meta_gradient_fn: `phi -> MetaGradient`. In other steps it is not computed, which
-      saves time, except for several runs under one `vmap`.
+    meta_gradient_fn: `phi -> MetaGradient`. It is computed only in steps with an
+      update, which saves time, except for several runs under one `vmap`.
     optimizer: the meta optimizer.
     step: step of the run, counted from 0; int32 scalar.
     every: number of steps from one update to the next.
@@ -148,7 +150,7 @@ def sgd_lookahead(learning_rate: Schedule, inputs: base.Inputs) -> dict[str, Any
   """Arguments of `meta_gradient` for a look-ahead by plain SGD, as in the papers.
 
   Args:
-    learning_rate: of the look-ahead, a number or `step -> number`.
+    learning_rate: learning rate of the look-ahead, a number or `step -> number`.
     inputs: inputs of the training step.
 
   Returns:
@@ -195,15 +197,15 @@ def meta_gradient(
     linearized: the outputs for the batch, linearized at `params`.
     loss_fn: `(outputs, phi) -> scalar`, this device's term of the inner loss, which is
       the sum over devices. If the method holds the inputs of its network constant,
-      `loss_fn` must do so.
+      `loss_fn` must use `jax.lax.stop_gradient`.
     phi: parameters of the network.
     meta_losses_fn: `(params, meta_batch) -> losses [M]`, or `(losses [M], aux)` with
       `has_aux`.
     params: parameters of the classifier.
     meta_batch: this device's meta examples.
     optimizer: the look-ahead optimizer.
-    opt_state: its state; None is a new state.
-    has_aux: whether `meta_losses_fn` returns an auxiliary output too.
+    opt_state: state of the optimizer; None is a new state.
+    has_aux: whether `meta_losses_fn` also returns an auxiliary output.
     axis_name: mapped axis over which both batches are sharded.
 
   Returns:
@@ -297,9 +299,9 @@ def iterate(
       `meta_gradient`.
     real_loss_fn: `(outputs, phi) -> scalar`, the inner loss of the classifier's step,
       at the new phi.
-    learning_rate: of the look-ahead, a number or `step -> number`.
+    learning_rate: learning rate of the look-ahead, a number or `step -> number`.
     optimizer: the meta optimizer.
-    every: see `update`.
+    every: number of steps from one update of phi to the next.
 
   Returns:
     The gradient of the classifier, summed over devices, and the state after the step.

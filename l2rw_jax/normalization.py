@@ -16,7 +16,7 @@ def sum_to_one(scores: base.Array, axis_name: base.AxisName = None) -> base.Arra
   and quotients of float16 and bfloat16 are computed in float32.
 
   Args:
-    scores: non-negative, [B], of this device.
+    scores: non-negative scores of this device, [B].
     axis_name: mapped axis over which the batch is sharded.
 
   Returns:
@@ -35,8 +35,8 @@ def sum_to_one(scores: base.Array, axis_name: base.AxisName = None) -> base.Arra
   # In float16, the sum of small numbers and its reciprocal would underflow.
   scores = scores.astype(base.accumulator_dtype(dtype))
   largest = base.pmax(jnp.max(scores, initial=0), axis_name)
-  # Unlike a constant NaN, sqrt(-1) raises no error under `jax_debug_nans` for good
-  # scores.
+  # sqrt(-1) is computed only for bad scores. A constant NaN would also raise an error
+  # under `jax_debug_nans` for good scores.
   sign = jnp.sqrt(jnp.where(jnp.any(scores < 0), -1.0, 1.0)).astype(scores.dtype)
   scores = base.divide_by_largest(scores, largest) * sign
   total = base.psum(jnp.sum(scores), axis_name)

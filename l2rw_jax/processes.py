@@ -1,11 +1,12 @@
-"""Several processes of one program: which one this is, and what they exchange.
+"""Communication between the processes of one program, on the host.
 
 `jax.distributed.initialize` connects the processes. All of them run the same code and
 call the functions of this file in the same order. A program of one process needs no
-connection: nothing is exchanged then.
+connection, and its functions exchange nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import itertools
 import json
 import re
@@ -20,7 +21,7 @@ from l2rw_jax import base
 
 # A process that waits for another one looks for signals this often.
 _POLL_MS = 1000
-# The client's message if a value is not there in time.
+# The client's message if a value is not set in time.
 _TIMED_OUT = ("DEADLINE_EXCEEDED", "NOT_FOUND")
 # Errors of the collectives (gloo, NCCL) and of the coordination service.
 _LOST = re.compile(
@@ -28,12 +29,14 @@ _LOST = re.compile(
   r"|UNAVAILABLE|coordination.?service|heartbeat|barrier",
   re.IGNORECASE,
 )
-# Numbers the exchanges, so that their names are unique.
+# The key of the reason why a process ended.
+_FAILURE = "l2rw_jax/failure"
+# This counter numbers the exchanges, so that their names are unique.
 _numbers = itertools.count()
 
 
 class EndedError(base.InputError):
-  """Another process has ended, or cannot be reached; this one cannot go on alone."""
+  """Another process has ended or cannot be reached, so this one cannot continue."""
 
 
 def count() -> int:
@@ -73,22 +76,48 @@ def client() -> Any:
 def wait_for(key: str) -> str:
   """The value of a key in the store of the coordination service, once it is set.
 
-  If the process that sets it ends, JAX ends this one too.
+  If the process that sets it ends without a reason, JAX ends this one too.
+
+  Raises:
+    InputError: a process ended because of a mistake, see `publish_failure`.
   """
   while True:
-    try:
-      return client().blocking_key_value_get(key, _POLL_MS)
-    except jax.errors.JaxRuntimeError as error:
-      if not str(error).startswith(_TIMED_OUT):
-        raise
+    value = _value(key, _POLL_MS)
+    if value is not None:
+      return value
+    failure = _value(_FAILURE, 1)
+    if failure is not None:
+      raise base.InputError(failure)
+
+
+def _value(key: str, timeout_ms: int) -> str | None:
+  """The value of a key; None if it is not set in time."""
+  try:
+    return client().blocking_key_value_get(key, timeout_ms)
+  except jax.errors.JaxRuntimeError as error:
+    if not str(error).startswith(_TIMED_OUT):
+      raise
+    return None
+
+
+def publish_failure(message: str) -> None:
+  """Lets the processes that wait for this one raise the reason why it ends.
+
+  Args:
+    message: the reason. The first one that a process publishes is kept.
+  """
+  with contextlib.suppress(jax.errors.JaxRuntimeError):  # There is one already.
+    client().key_value_set(_FAILURE, f"process {index()}: {message}")
 
 
 def exchange(name: str, value: str) -> list[str]:
-  """The values that all processes pass, in order; each waits for all others.
+  """The values that all processes pass, in the order of their numbers.
+
+  Every process waits for all others.
 
   Args:
-    name: of the exchange, the same everywhere.
-    value: of this process.
+    name: name of the exchange, the same in every process.
+    value: value of this process.
   """
   if count() == 1:
     return [value]
@@ -103,14 +132,14 @@ def smallest(name: str, value: int) -> int:
 
 
 def on_first(name: str, function: Callable[[], Any]) -> Any:
-  """Calls `function` in process 0, for which all others wait.
+  """Calls `function` in process 0; all other processes wait for its result.
 
   Args:
-    name: of the call, the same everywhere.
-    function: returns a JSON value.
+    name: name of the call, the same in every process.
+    function: a function that returns a JSON value.
 
   Returns:
-    In every process, what `function` returned.
+    The result of `function`, in every process.
 
   Raises:
     InputError: in every process, if `function` raised it.
@@ -145,7 +174,7 @@ def check_same(what: str, values: Mapping[str, Any]) -> None:
   """Raises InputError, in every process, unless all of them pass the same values.
 
   Args:
-    what: what the values are, for the message.
+    what: description of the values, for the message.
     values: JSON values by name.
   """
   texts = exchange("check_same", json.dumps(values, sort_keys=True))
@@ -159,11 +188,20 @@ def check_same(what: str, values: Mapping[str, Any]) -> None:
       )
 
 
-def _difference(first: dict[str, Any], other: dict[str, Any], process: int) -> str:
+def _difference(
+  first: dict[str, Any], other: dict[str, Any], process: int, place: str = ""
+) -> str:
+  """The first value that differs, with the names that lead to it."""
   for name in sorted(first.keys() | other.keys()):
-    one, two = (json.dumps(x[name]) if name in x else "absent" for x in (first, other))
-    if one != two:
-      return f"{name} is {one} in process 0 and {two} in process {process}"
+    if name in first and name in other and first[name] == other[name]:
+      continue
+    one, two = first.get(name), other.get(name)
+    if isinstance(one, dict) and isinstance(two, dict):
+      return _difference(one, two, process, f"{place}{name}, ")
+    here, there = (
+      json.dumps(x[name]) if name in x else "absent" for x in (first, other)
+    )
+    return f"{place}{name} is {here} in process 0 and {there} in process {process}"
   return "their order differs"
 
 
@@ -171,7 +209,7 @@ def concatenate(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
   """Concatenates the arrays of all processes along their leading axis, bit for bit.
 
   Args:
-    arrays: of this process; those of the others have the same shapes and types.
+    arrays: arrays of this process; those of the others have the same shapes and types.
   """
   if count() == 1 or not arrays:
     return list(arrays)
@@ -180,15 +218,34 @@ def concatenate(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
   return [np.concatenate(blocks) for blocks in zip(*by_process, strict=True)]
 
 
+def join(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+  """As `concatenate`, of arrays whose number of rows depends on the process."""
+  if count() == 1 or not arrays:
+    return list(arrays)
+  sizes = np.array(
+    [json.loads(x) for x in exchange("join", json.dumps([len(x) for x in arrays]))]
+  )  # [processes, arrays]
+  padded = [
+    np.concatenate([x, np.zeros((most - len(x), *x.shape[1:]), x.dtype)])
+    for x, most in zip(arrays, sizes.max(axis=0), strict=True)
+  ]
+  return [
+    np.concatenate(
+      [part[:size] for part, size in zip(np.split(x, count()), own, strict=True)]
+    )
+    for x, own in zip(concatenate(padded), sizes.T, strict=True)
+  ]
+
+
 def from_first(tree: base.PyTree) -> base.PyTree:
   """The tree of process 0, bit for bit, in every process.
 
   Args:
-    tree: of this process: arrays and typed PRNG keys; those of the others have the
-      same structure, shapes and types.
+    tree: arrays and typed PRNG keys of this process; those of the others have the same
+      structure, shapes and types.
 
   Returns:
-    With several processes, NumPy arrays and typed keys.
+    The tree of process 0. With several processes, its arrays are NumPy arrays.
   """
   if count() == 1:
     return tree
@@ -224,7 +281,7 @@ def is_lost(error: BaseException) -> bool:
   """Whether an error of JAX says that another process cannot be reached."""
   if isinstance(error, EndedError):
     return True
-  # A process that runs out of memory reports it, whatever the others then see.
+  # A process that runs out of memory must report that, and not the loss of another one.
   text = str(error)
   is_jax = isinstance(error, jax.errors.JaxRuntimeError)
   return (

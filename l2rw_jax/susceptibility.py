@@ -2,8 +2,8 @@
 
 A network that fits a randomly labeled batch in one step also fits wrong labels.
 Susceptibility (zeta) is the decrease of the loss of such a batch, averaged over
-training. Together with the accuracy on the training set *as it is labeled*, it
-separates good models from bad ones without clean labels.
+training. Together with the accuracy on the given labels of the training set, which may
+be wrong, it separates good models from bad ones without clean labels.
 
     loss_drop            the decrease for one batch and one step; works inside `jit`,
                          `vmap` and on several devices
@@ -58,13 +58,13 @@ def loss_drop(
   has_aux: bool = False,
   axis_name: base.AxisName = None,
 ) -> Drop:
-  """How much one step of the training optimizer lowers the mean loss of a batch.
+  """The decrease of the mean loss of a batch in one step of the training optimizer.
 
-  The step is a step of training, with the schedule and the momentum in `opt_state`,
-  weight decay, and optax's `value`, the loss before the step. The drop therefore
-  depends on the momentum too, not only on the random labels. For plain SGD with
-  learning rate a it is a |gradient|^2 to first order. The parameters and the state
-  after the step are dropped.
+  The step is the same as in training: it uses the schedule and the momentum in
+  `opt_state`, weight decay, and optax's `value`, the loss before the step. The drop
+  therefore depends not only on the random labels but also on the momentum. For plain
+  SGD with learning rate a, it is a |gradient|^2 to first order. The parameters and the
+  state after the step are discarded.
 
   Args:
     losses_fn: `(params, batch) -> losses [B]`, or `(losses [B], aux)` with `has_aux`,
@@ -74,8 +74,8 @@ def loss_drop(
     params: current parameters.
     batch: this device's examples, with random labels (`random_labels`).
     optimizer: the optimizer of training.
-    opt_state: its state at `params`.
-    has_aux: whether `losses_fn` returns an auxiliary output too.
+    opt_state: state of the optimizer at `params`.
+    has_aux: whether `losses_fn` also returns an auxiliary output.
     axis_name: mapped axis over which `batch` is sharded.
 
   Returns:
@@ -117,9 +117,9 @@ def loss_drop(
 def random_labels(seed: int, num_examples: int, num_classes: int) -> np.ndarray:
   """A random class for every example, uniform over all classes, int32 [N].
 
-  They are drawn once for a run, so that an example always has the same random label,
-  which is the true one with probability 1 / C. (The released code seeds the generator
-  with the time.)
+  The labels are drawn once per run, so that an example always has the same random
+  label. It is the true label with probability 1 / C. (The released code seeds the
+  generator with the time.)
 
   Args:
     seed: seed of the generator.
@@ -184,7 +184,7 @@ def boundaries(zeta: Any, train_accuracy: Any) -> tuple[float, float]:
 
   Args:
     zeta: susceptibility of each model, [n].
-    train_accuracy: accuracy on the training set as it is labeled, [n].
+    train_accuracy: accuracy on the given labels of the training set, [n].
 
   Raises:
     InputError: there are fewer than two models, the lengths differ, or a number is NaN
@@ -210,13 +210,13 @@ def regions(zeta: Any, train_accuracy: Any) -> np.ndarray:
 
   Args:
     zeta: susceptibility of each model, [n].
-    train_accuracy: accuracy on the training set as it is labeled, [n].
+    train_accuracy: accuracy on the given labels of the training set, [n].
 
   Returns:
     Integers 1 to 4, [n].
 
   Raises:
-    InputError: for the reasons of `boundaries`.
+    InputError: the arguments are invalid, see `boundaries`.
 
   >>> regions([0.1, 0.9, 0.1, 0.9], [0.8, 0.8, 0.2, 0.2])
   array([1, 2, 3, 4])
@@ -246,7 +246,7 @@ def rank_correlation(one: Any, other: Any) -> float | None:
     The correlation, or None if one of the quantities is equal for all models.
 
   Raises:
-    InputError: for the reasons of `boundaries`.
+    InputError: the lengths are invalid, see `boundaries`.
   """
   one, other = _columns(one=one, other=other)
   if np.ptp(one) == 0 or np.ptp(other) == 0:
@@ -268,7 +268,7 @@ def _columns(**columns: Any) -> list[np.ndarray]:
   sizes = {name: len(values) for name, values in arrays.items()}
   if len(set(sizes.values())) > 1:
     counts = " and ".join(f"{size} of {name}" for name, size in sizes.items())
-    raise base.InputError(f"there must be as many of each: {counts}.")
+    raise base.InputError(f"the lengths must be equal: {counts}.")
   if min(sizes.values()) < 2:
     raise base.InputError(
       f"{min(sizes.values())} model(s) cannot be compared; give at least 2."

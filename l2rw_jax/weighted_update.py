@@ -1,4 +1,4 @@
-"""One training step whose example weights are a function of the losses."""
+"""Gradients under example weights that are a function of the losses."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ def weighted_gradients(
 
   Args:
     problem: the learning problem.
-    inputs: of the step.
+    inputs: inputs of the training step.
     weights_fn: maps this device's losses [B] to its weights [B], which are held
       constant.
     has_aux: whether `weights_fn` returns `(weights, aux)`.
@@ -41,7 +41,7 @@ def uniform_gradients(problem: base.Problem, inputs: base.Inputs) -> base.Gradie
 
   Args:
     problem: the learning problem.
-    inputs: of the step.
+    inputs: inputs of the training step.
   """
 
   def weights(losses):

@@ -182,7 +182,7 @@ def test_huge_losses_do_not_overflow():
     (lambda: go.check_groups(np.array([0.5]), 2), "must be integers of shape"),
     (
       lambda: go.check_groups(np.array([0, 2]), 2),
-      "has group 2, groups are 0 to 1",
+      "has group 2, but groups are 0 to 1",
     ),
     (lambda: go.check_groups(_GROUPS, 4), r"group 2 has no member .*\(1 of 4 groups"),
     (lambda: go.check_groups(np.zeros(0, int), 2), r"group 0 has no .*\(2 of 2"),

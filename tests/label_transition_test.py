@@ -72,7 +72,7 @@ def test_confusion_counts_the_given_labels_of_each_predicted_class():
   [
     (
       lambda: label_transition.estimate_transition(jnp.ones((0, 3))),
-      r"probabilities must be \[N, C\], N at least 1",
+      r"probabilities must be \[N, C\] with N at least 1",
     ),
     (
       lambda: label_transition.confusion(jnp.zeros(3, int), jnp.zeros(2, int), 2),
@@ -92,7 +92,7 @@ def test_bad_arguments_are_refused(make, message):
 
 
 def test_logits_in_place_of_probabilities_are_refused():
-  with pytest.raises(base.InputError, match="row 1 is no distribution"):
+  with pytest.raises(base.InputError, match="row 1 is not a distribution"):
     label_transition.estimate_transition(jnp.array([[0.5, 0.5], [2.0, -1.0]]))
 
 

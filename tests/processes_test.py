@@ -39,6 +39,8 @@ class _Store:
 
   def blocking_key_value_get(self, key, timeout_ms):
     assert timeout_ms > 0
+    if self._first is None and key not in self.sent:
+      raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: no value")
     return self.sent.get(key, self._first)
 
 
@@ -53,6 +55,12 @@ def second_of_two(monkeypatch):
   return make
 
 
+def test_difference_of_nested_values_is_named():
+  one, two = ({"seed": 1, "config": {"a": 1, **x}} for x in ({"b": 2}, {}))
+  text = processes._difference(one, two, 3)
+  assert text == "config, b is 2 in process 0 and absent in process 3"
+
+
 @pytest.mark.parametrize(
   ("outcome", "error"),
   [('{"error": "no"}', base.InputError), ('{"ended": "no"}', processes.EndedError)],
@@ -61,6 +69,13 @@ def test_errors_of_the_first_process_are_raised_in_all(second_of_two, outcome, e
   second_of_two(outcome)
   with pytest.raises(error, match="no"):
     processes.on_first("x", lambda: pytest.fail("this is the second process"))
+
+
+def test_waiting_ends_with_the_reason_of_a_process_that_failed(second_of_two):
+  second_of_two(None)
+  processes.publish_failure("no such file")
+  with pytest.raises(base.InputError, match="process 1: no such file"):
+    processes.wait_for("x")
 
 
 def test_other_values_raise_in_one_line(second_of_two):

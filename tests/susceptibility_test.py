@@ -268,7 +268,7 @@ _COMPARE = [
   [
     ([1.0], [1.0], r"1 model\(s\) cannot be compared; give at least 2"),
     ([], [], r"0 model\(s\) cannot"),
-    ([1.0, 2.0], [1.0], "as many of each: 2 of .* and 1 of"),
+    ([1.0, 2.0], [1.0], "lengths must be equal: 2 of .* and 1 of"),
     ([1.0, np.nan], [1.0, 2.0], "1 of .* NaN or infinite, the first at index 1"),
     ([1.0, 2.0], [np.inf, 2.0], "NaN or infinite, the first at index 0"),
     ([[1.0, 2.0]], [1.0, 2.0], r"shape \[n\]; got shape \(1, 2\)"),

@@ -1,4 +1,4 @@
-"""A script in several processes: their connection, their output and their end."""
+"""Connection, output and exit of a script that runs in several processes."""
 
 import contextlib
 import os
@@ -13,11 +13,12 @@ from experiments.lib import last_words
 from l2rw_jax import base
 from l2rw_jax import processes
 
-# The exit status when another process was lost: all of them may be started again.
+# The exit status if another process was lost; all processes may be started again.
 LOST_STATUS = 75
-# JAX notices after this time that a process no longer answers.
+# After this time, JAX notices that a process does not answer.
 _HEARTBEAT_SECONDS = 30
-# A process that ends waits so long for the others: the first one serves them.
+# A process that ends waits for the others for this time, because the first process
+# serves them.
 _LEAVE_MS = 5000
 _FLAGS = ("coordinator_address", "num_processes", "process_id")
 _is_connected = False
@@ -26,14 +27,14 @@ _is_connected = False
 def connect(settings: Any) -> None:
   """Connects this process to the others if the flags ask for it.
 
-  Process 0 alone prints to stdout; all of them print errors.
+  Only process 0 prints to stdout; all processes print errors.
 
   Args:
-    settings: of the script.
+    settings: settings of the script.
 
   Raises:
-    InputError: the flags do not fit together, the script cannot use several processes,
-      or the connection fails.
+    InputError: the flags contradict each other, the script cannot use several
+      processes, or the connection fails.
   """
   given = {name: getattr(settings, name, None) for name in _FLAGS}
   is_automatic = getattr(settings, "distributed", False)
@@ -46,7 +47,7 @@ def connect(settings: Any) -> None:
     )
   if not is_automatic and missing:
     raise base.InputError(
-      f"{' and '.join(missing)} must be given too: several processes need"
+      f"{' and '.join(missing)} must also be given: several processes need"
       " --coordinator_address, --num_processes and --process_id, or --distributed where"
       " JAX detects the cluster."
     )
@@ -61,7 +62,7 @@ def connect(settings: Any) -> None:
     )
   late = _late(settings)
   _relay_c_output(late)
-  # JAX's own service for preemption would handle SIGTERM instead of the training loop.
+  # The preemption service of JAX would handle SIGTERM in place of the training loop.
   jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(
@@ -87,9 +88,9 @@ def refusal(flag: str) -> str:
 
 
 def _late(settings: Any) -> str:
-  """The error of a process that waited in vain for another one."""
+  """The error of a process that waited too long for another one."""
   return (
-    "not all processes arrived within"
+    "not all processes connected within"
     f" --initialization_timeout={settings.initialization_timeout} seconds: start all of"
     " them with the same --coordinator_address and --num_processes and different"
     " --process_id, or wait longer."
@@ -103,14 +104,14 @@ def _failure(error: Exception, late: str) -> str:
     return late
   if "should be defined" in text or "must be defined" in text:
     return (
-      "--distributed: JAX detects no cluster here (TPU pod, Slurm, Open MPI or"
+      "--distributed: JAX detects no cluster (TPU pod, Slurm, Open MPI or"
       " Kubernetes); give --coordinator_address, --num_processes and --process_id."
     )
   return f"the processes could not be connected: {text[:300]}"
 
 
 def _relay_c_output(not_connected: str) -> None:
-  """Sends what C++ prints through `last_words`, and nothing of what Python prints."""
+  """Sends the output of C++ through `last_words`, but not that of Python."""
   global _relay
   sys.stdout.flush()
   sys.stderr.flush()
@@ -135,20 +136,25 @@ def _relay_c_output(not_connected: str) -> None:
 _relay: subprocess.Popen | None = None
 
 
-def leave(status: int) -> None:
-  """Ends one of several processes whose last line is printed; returns if it is alone.
+def leave(status: int, mistake: str | None = None) -> None:
+  """Ends this process at once if there are several processes; otherwise returns.
 
-  JAX would wait for the others until they end too, or report that they were lost.
+  Its last line must have been printed. JAX would wait until the other processes end, or
+  report that they were lost.
 
   Args:
-    status: of the exit.
+    status: exit status.
+    mistake: why this process ends, for the other processes, which may not know it.
   """
   if _relay is None:
     return
   with contextlib.suppress(OSError):
     os.write(2, last_words.REPORTED)
   if _is_connected:
-    # Others may still need the store of process 0 to learn why they end.
+    if mistake is not None:
+      processes.publish_failure(mistake)
+    # Other processes may still need the store of process 0, in which they read why they
+    # must end.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
       processes.client().wait_at_barrier("l2rw_jax/leave", _LEAVE_MS)
   for stream in (sys.stdout, sys.stderr):

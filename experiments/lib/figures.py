@@ -18,13 +18,13 @@ Row = dict[str, Any]
 def figure(
   path: pathlib.Path, *shape: int, **options: Any
 ) -> Iterator[tuple[Any, Any]]:
-  """A figure and its axes, which process 0 writes to a PNG in the end.
+  """Yields a figure and its axes, which process 0 writes to a PNG file at the end.
 
   Args:
-    path: of the PNG.
+    path: path of the PNG file.
     *shape: number of rows and columns of axes.
-    **options: of `plt.subplots`; a tight bounding box with `tight`, for legends
-      outside the axes.
+    **options: options of `plt.subplots`. `tight` selects a tight bounding box, for
+      legends outside of the axes.
   """
   import matplotlib
 
@@ -55,12 +55,14 @@ def panels(
   """Draws a panel for every setting; methods share the vertical axis.
 
   Args:
-    rows: of results.
-    columns: whose values distinguish settings.
-    path: of the PNG.
-    draw_method: `(axes, height, rows of one method in one panel)`.
-    draw_legend: on the axes of the last panel.
-    title: of a panel, from its values of `columns`; the values if None.
+    rows: rows of results.
+    columns: columns whose values distinguish settings.
+    path: path of the PNG file.
+    draw_method: `(axes, height, rows)`, a function that draws the rows of one method in
+      one panel.
+    draw_legend: a function that draws the legend on the axes of the last panel.
+    title: a function that returns the title of a panel from its values of `columns`;
+      None joins the values.
   """
   settings = list(dict.fromkeys(tuple(r[c] for c in columns) for r in rows))
   methods = list(dict.fromkeys(r["method"] for r in rows))
@@ -84,7 +86,7 @@ def panels(
 
 
 def few_log_ticks(axes: Any) -> None:
-  """Plain numbers 1, 2 and 5 of each decade at a logarithmic horizontal axis."""
+  """Labels a logarithmic horizontal axis with 1, 2 and 5 in each decade."""
   from matplotlib import ticker
 
   axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -108,9 +110,10 @@ def _values(*values: Any) -> str:
 
 
 def accuracies(rows: Sequence[Row], columns: Sequence[str], path: pathlib.Path) -> None:
-  """A panel per setting: a bar per method, a dot a run, a diamond as published.
+  """Draws a panel per setting.
 
-  Titles also name the data set, the network and the preset, of the first row.
+  A panel has a bar for each method, a dot for each run, and a diamond for a published
+  value. Titles also name the data set, the network and the preset of the first row.
   """
   names = [n for n in ("dataset", "network", "preset") if n not in columns]
   where = ", ".join(str(rows[0][n]) for n in names if rows[0].get(n) is not None)
@@ -138,7 +141,7 @@ def _draw_accuracy(ax: Any, place: int, rows: list[Row]) -> None:
   ax.plot(values, [place] * len(values), "k.", markersize=4)
   ax.text(1.5, place, f"{mean:.1f}", va="center", color="white", fontsize=8)
   if rows[0]["published_percent"] is not None:
-    # Below the dots of the seeds, which it would hide.
+    # The bar is below the dots of the seeds, which it would hide otherwise.
     ax.plot(rows[0]["published_percent"], place + 0.27, "D", color="C1", markersize=4)
   ax.set_xlim(0, 100)
 
@@ -146,12 +149,12 @@ def _draw_accuracy(ax: Any, place: int, rows: list[Row]) -> None:
 def meta_weight_net_curves(
   cell: runner.Cell, folder: pathlib.Path, path: pathlib.Path
 ) -> bool:
-  """Meta-Weight-Net's weight against the loss over the epochs of its first seed.
+  """Draws Meta-Weight-Net's weight against the loss, over the epochs of its first seed.
 
   Args:
-    cell: that of the method.
-    folder: of the experiment.
-    path: of the PNG.
+    cell: cell of the method.
+    folder: folder of the experiment.
+    path: path of the PNG file.
 
   Returns:
     Whether there was anything to draw.
@@ -182,11 +185,11 @@ def _viridis(share: float) -> Any:
 
 
 def rejections(axes: Any, columns: list[dict[str, np.ndarray]]) -> None:
-  """Histogram of the share of steps with weight zero, all seeds together.
+  """Draws a histogram of the share of steps with weight zero, over all seeds.
 
   Args:
-    axes: to draw on.
-    columns: of the `weights.csv` of each run.
+    axes: axes on which to draw.
+    columns: columns of the `weights.csv` of each run.
   """
   share = np.concatenate([report.rejected_share(w) for w in columns])
   is_clean = np.concatenate([w["label"] == w["true_label"] for w in columns])
@@ -208,5 +211,5 @@ def rejections(axes: Any, columns: list[dict[str, np.ndarray]]) -> None:
   axes.set_title(f"L2RW's rejections{aurocs}")
   axes.set_xlabel("share of steps with weight zero")
   axes.set_ylabel("training examples")
-  # Matplotlib warns if it takes long to choose the best place.
+  # Matplotlib warns if it takes long to choose the best place of the legend.
   axes.legend(loc="upper right")

@@ -1,4 +1,4 @@
-"""What is written and printed of a ranking of labels: issues.csv and issues.html."""
+"""Writes a ranking of labels to issues.csv and issues.html, and prints a summary."""
 
 from collections.abc import Iterator
 import csv
@@ -22,12 +22,12 @@ def as_own_data(
   rows: np.ndarray | None = None,
   labels: np.ndarray | None = None,
 ) -> own_data.OwnData:
-  """A named data set in the form of a user's own.
+  """Converts a named data set to the form of a user's own data.
 
   Args:
     source: the data set.
-    rows: those to take, [N]; all if None.
-    labels: of these rows, [N]; those of the data set if None.
+    rows: rows to take, [N]; None takes all.
+    labels: labels of these rows, [N]; those of the data set if None.
   """
   rows = np.arange(len(source.labels)) if rows is None else rows
   features = source.images[rows]
@@ -48,7 +48,7 @@ def as_own_data(
 def csv_text(
   data: own_data.OwnData, issues: audit.LabelIssues, names: tuple[str, ...]
 ) -> str:
-  """The content of issues.csv: a line an example, the most suspicious first."""
+  """The content of issues.csv: a row for each example, the most suspicious first."""
   key = "path" if data.root is not None else "index"
   statistics = {k: v for k, v in issues.statistics.items() if v.ndim == 1}
   rows = np.arange(len(issues.index))
@@ -86,7 +86,7 @@ def _number(value: float) -> str:
 
 
 def pictures(data: own_data.OwnData, rows: list[int]) -> Iterator[bytes]:
-  """PNG files of some examples; none for rows of numbers."""
+  """Yields PNG files of some examples if the examples are images."""
   for row in rows:
     image = None
     if data.root is not None:
@@ -94,7 +94,7 @@ def pictures(data: own_data.OwnData, rows: list[int]) -> Iterator[bytes]:
         image = image_files.read(
           data.root / data.names[row], (_THUMBNAIL, _THUMBNAIL), 3, keep_shape=True
         )
-      except ValueError:  # Removed since it was decoded.
+      except ValueError:  # The file was removed since it was decoded.
         image = data.features[row]
     elif data.features.ndim == 4:
       image = data.features[row]
@@ -126,14 +126,14 @@ def write(
   """Writes issues.csv and issues.html.
 
   Args:
-    folder: to write to.
+    folder: the folder for both files.
     data: the examples.
-    issues: their ranking.
-    name: of the data, for the title of the page.
-    num_pictures: number of the most suspicious examples whose pictures or columns the
-      page holds.
+    issues: the ranking of the examples.
+    name: name of the data, for the title of the page.
+    num_pictures: number of the most suspicious examples whose pictures or columns are
+      on the page.
   """
-  # A file name may hold bytes that are no UTF-8; they are written as they are.
+  # A file name may contain bytes that are not UTF-8; they are written unchanged.
   table = csv_text(data, issues, data.names).encode("utf-8", "surrogateescape")
   workdir_lib.write_bytes(folder / "issues.csv", table)
   worst = issues.index[:num_pictures].tolist()
@@ -157,7 +157,7 @@ def write(
 
 
 def summary(data: own_data.OwnData, issues: audit.LabelIssues) -> str:
-  """What is printed: the number of issues and the worst five."""
+  """The text to print: the number of issues and the five most suspicious labels."""
   size = len(data.labels)
   lines = [
     f"{issues.num_issues} of {size} labels"

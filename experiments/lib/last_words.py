@@ -1,9 +1,9 @@
-"""Passes on what C++ libraries print, and says in one line that a process was lost.
+"""Relays the output of C++ libraries, and reports a lost process in one line.
 
-`distributed` starts this program for each process of several and connects it to file
-descriptors 1 and 2 of that process. When a connection is lost, JAX ends the process
-from C++, after a report of many lines, so that no Python code of the process can say
-what happened. This program imports nothing but the standard library.
+If there are several processes, `distributed` starts this program for each of them and
+connects it to file descriptors 1 and 2 of the process. When a connection is lost, JAX
+ends the process from C++, after a report of many lines, so that no Python code of the
+process can report what happened. This program imports only the standard library.
 """
 
 from collections.abc import Iterable
@@ -12,14 +12,14 @@ import signal
 import sys
 from typing import BinaryIO
 
-# The process writes these when it is connected to the others, and before it ends with
-# a line that says why.
+# The process writes the first marker when it is connected to the others, and the second
+# before it ends with a line that says why.
 CONNECTED = b"\0connected\n"
 REPORTED = b"\0reported\n"
 # The lines with which the report of a lost connection begins.
 _REPORT = re.compile(rb"coordination_service|the JAX distributed service detected")
 _LOST_TASKS = re.compile(rb"stopped sending heartbeats\):\s+(\d+)")
-# Progress of connections, for each device.
+# Lines about the progress of connections, for each device.
 _NOISE = (b"[Gloo] Rank ",)
 
 
@@ -27,9 +27,9 @@ def relay(lines: Iterable[bytes], output: BinaryIO, not_connected: str) -> None:
   """Copies `lines` until they end, except for the report of a lost connection.
 
   Args:
-    lines: what the process prints, with newlines.
-    output: receives the lines.
-    not_connected: what to say if the process was never connected.
+    lines: lines that the process prints, with newlines.
+    output: the stream to which the lines are copied.
+    not_connected: the message if the process was never connected.
   """
   report, is_connected, is_reported = b"", False, False
   for line in lines:
@@ -52,7 +52,7 @@ def explanation(report: bytes) -> str:
   """One line about a lost process.
 
   Args:
-    report: of JAX's coordination service, which process 0 runs.
+    report: report of JAX's coordination service, which process 0 runs.
   """
   tasks = _LOST_TASKS.search(report)
   which = f"process {tasks[1].decode()}" if tasks else "process 0"
@@ -60,7 +60,8 @@ def explanation(report: bytes) -> str:
 
 
 if __name__ == "__main__":
-  # A terminal sends its signals to all processes; this one ends last.
+  # A terminal sends its signals to all processes. This one ignores them, so that it
+  # ends last.
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
   relay(sys.stdin.buffer, sys.stdout.buffer, sys.argv[1])

@@ -1,4 +1,4 @@
-"""Runs a script as a program: flags from its settings, one-line errors, signals."""
+"""Runs a script as a program, with flags from its settings and errors of one line."""
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
@@ -30,28 +30,29 @@ _WANTED = {int: "a whole number", float: "a number", bool: "true or false"}
 def main(settings: type[settings_lib.Flags], run: Run, name: str = "") -> None:
   """Runs a script with the flags of the command line.
 
-  Mistakes end with one line and status 2; SIGINT, SIGTERM and SIGHUP end with one line
-  and status 130, 143 and 129, and a run that is training saves a checkpoint first. Of
-  several processes, the others then do the same. If a process is lost, the others end
-  with one line and status 75, or 134 if JAX notices it first.
+  After a mistake in the flags or the data, the program prints one line and exits with
+  status 2. After SIGINT, SIGTERM and SIGHUP it prints one line and exits with status
+  130, 143 and 129; a run that is training saves a checkpoint first. If there are
+  several processes, the others do the same. If a process is lost, the others print one
+  line and exit with status 75, or 134 if JAX notices it first.
 
   Args:
-    settings: the script's; its fields are the flags.
+    settings: class of the script's settings, whose fields are the flags.
     run: `(settings, workdir) -> rows`.
-    name: of the experiment, for the default folder.
+    name: name of the experiment, for the default folder.
   """
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   logging.set_verbosity(logging.WARNING)
-  # Of these programs only Orbax uses asyncio, which logs each failed task of a write.
+  # Only Orbax uses asyncio here. asyncio would log each failed task of a write.
   std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
   keep_freed_memory()
   sys.unraisablehook = _report_unraisable
   for number in (signal.SIGTERM, signal.SIGHUP):
-    if signal.getsignal(number) == signal.SIG_DFL:  # `nohup` has SIGHUP ignored.
+    if signal.getsignal(number) == signal.SIG_DFL:  # `nohup` ignores SIGHUP.
       signal.signal(number, _stop)
 
   def parse_all(argv):
-    flags.FLAGS.mark_as_parsed()  # The flags are those of `settings` alone.
+    flags.FLAGS.mark_as_parsed()  # The only flags are those of `settings`.
     with _one_line_errors(settings):
       return parse(settings, argv[1:])
 
@@ -69,7 +70,7 @@ def execute(
   name: str,
   arguments: Sequence[str],
 ) -> None:
-  """As `main`, with given arguments and without changing the process.
+  """Like `main`, but with given arguments and without changes to the process.
 
   Raises:
     SystemExit: the arguments ask for help, or there was a mistake.
@@ -83,15 +84,15 @@ def _run(run: Run, settings: Any, name: str) -> None:
 
 
 def parse(settings: type[settings_lib.Flags], arguments: Sequence[str]) -> Any:
-  """The settings that the arguments of a command line ask for.
+  """Parses the arguments of a command line to settings.
 
   Args:
     settings: class of the settings.
-    arguments: of the command line, without the program's name.
+    arguments: arguments of the command line, without the program's name.
 
   Raises:
-    InputError, flags.Error: a mistake.
-    SystemExit: help was asked for, and printed.
+    InputError, flags.Error: an argument is invalid.
+    SystemExit: the arguments asked for help, which has been printed.
   """
   values, kinds = _define(settings), settings_lib.kinds_of(settings)
   not_text = [
@@ -111,7 +112,7 @@ def parse(settings: type[settings_lib.Flags], arguments: Sequence[str]) -> Any:
     raise base.InputError(f"--flagfile={path}: {why or error}") from None
   if any(values[name].value for name in _HELP):
     _print_help(settings, values)
-    sys.exit(1)  # As every absl program does.
+    sys.exit(1)  # This is the status of every absl program.
   if rest:
     raise base.InputError(f"unexpected argument {rest[0]!r}: flags begin with --.")
   parsed = {name: values[name].value for name in kinds}
@@ -120,7 +121,7 @@ def parse(settings: type[settings_lib.Flags], arguments: Sequence[str]) -> Any:
 
 
 def _plain(message: str, settings: type[settings_lib.Flags]) -> str:
-  """absl's message about a value of the wrong type, without Python's words for it."""
+  """absl's message about a value of the wrong type, without the words of Python."""
   kinds = settings_lib.kinds_of(settings)
   wanted: dict[str, str | None] = {}
   for name, details in settings_lib.flags_of(settings).items():
@@ -132,13 +133,13 @@ def _plain(message: str, settings: type[settings_lib.Flags]) -> str:
 
 
 def _is_text(details: settings_lib.Flag, kind: settings_lib.Kind) -> bool:
-  """Whether a flag may have any text, such as a path."""
+  """Whether a flag accepts any text, such as a path."""
   single = not kind.several or details.repeated
   return kind.type is str and single and not details.choices
 
 
 def _define(settings: type[settings_lib.Flags]) -> flags.FlagValues:
-  """absl's flags for the fields of a class of settings."""
+  """Defines absl flags for the fields of a class of settings."""
   values, kinds = flags.FlagValues(), settings_lib.kinds_of(settings)
   defaults = {f.name: f.default for f in dataclasses.fields(settings)}
   for name, details in settings_lib.flags_of(settings).items():
@@ -170,7 +171,7 @@ def _define(settings: type[settings_lib.Flags]) -> flags.FlagValues:
 
 
 def _print_help(settings: type[settings_lib.Flags], values: flags.FlagValues) -> None:
-  """The script's description, and its flags by group."""
+  """Prints the description of the script, and its flags by group."""
   if values["helpxml"].value:
     values.write_help_in_xml_format(sys.stdout)
     return
@@ -184,7 +185,7 @@ def _print_help(settings: type[settings_lib.Flags], values: flags.FlagValues) ->
     if lines:
       print(f"\n{title}:", *lines, sep="\n")
   print("\nFlags of every absl program:")
-  print("  --flagfile: Read flags from a file, one a line.")
+  print("  --flagfile: Read flags from a file, one per line.")
   if not values["helpfull"].value:
     print("  --helpfull: Print the other flags of absl, too.")
     return
@@ -221,7 +222,7 @@ def _flag_help(
 
 @contextlib.contextmanager
 def _one_line_errors(settings: type[settings_lib.Flags]) -> Iterator[None]:
-  """Turns mistakes and interruptions into one line and an exit status."""
+  """Converts mistakes and interruptions to one line and an exit status."""
   names = settings_lib.flags_of(settings)
   try:
     yield
@@ -266,7 +267,9 @@ def _end_by(number: signal.Signals) -> None:
 
 def _lose(error: Exception) -> None:
   """Ends with one line because another process has ended."""
-  reason = " ".join(str(error).split())[:200]
+  # JAX repeats the same words for every call that could not be started.
+  text = re.sub(r"([^:]+: )\1+", r"\1", " ".join(str(error).split()))
+  reason = text[:200]
   print(
     f"error: another process ended or cannot be reached ({reason}); the same command"
     " continues.",
@@ -277,26 +280,27 @@ def _lose(error: Exception) -> None:
 
 
 def _report_unraisable(unraisable: Any) -> None:
-  # After a failed read or write TensorStore still answers Orbax, whose event loop
-  # is closed by then: a traceback for each answer, around our one line. What files
-  # report while they are collected after it is the same failure again.
+  # After a failed read or write, TensorStore still answers Orbax, whose event loop is
+  # already closed. Each answer would print a traceback next to the line of the error.
+  # Files that are collected afterwards report the same failure again.
   if not _gave_up and str(unraisable.exc_value) != "Event loop is closed":
     sys.__unraisablehook__(unraisable)
 
 
-# Set once a script has reported the mistake or failure that ends it.
+# True after a script has reported the mistake or failure that ends it.
 _gave_up = False
 
 
 def _give_up(error: object) -> None:
   global _gave_up
   _gave_up = True
-  print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-  distributed.leave(2)
+  line = " ".join(str(error).split())
+  print(f"error: {line}", file=sys.stderr)
+  distributed.leave(2, line)
   sys.exit(2)
 
 
-# Of glibc's malloc.h; the largest that mallopt takes.
+# Constants of glibc's malloc.h, and the largest number that mallopt accepts.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _MOST = 2**31 - 1
 
@@ -305,14 +309,15 @@ def keep_freed_memory() -> bool:
   """Lets glibc keep large blocks that are freed, instead of returning them.
 
   A step of XLA:CPU takes its temporary memory from malloc and frees it at its end.
-  glibc returns blocks above 32 MiB to the system at once, so that every step faults in
-  each of its pages again: a fifth of the time of a LeNet step by L2RW when that took
-  47 MiB (2.6 against 2.3 times a plain one, M = B; 1.8 against 1.4, B / 10). In another
-  program, `MALLOC_MMAP_THRESHOLD_=4294967296` with
-  `MALLOC_TRIM_THRESHOLD_=17179869184` in the environment has the same effect.
+  glibc returns blocks above 32 MiB to the system at once, so that every step causes a
+  page fault for each of its pages. For an L2RW step of LeNet with 47 MiB, this took a
+  fifth of the time (2.6 instead of 2.3 times a plain step with M = B, and 1.8 instead
+  of 1.4 times with M = B / 10). In another program, setting
+  `MALLOC_MMAP_THRESHOLD_=4294967296` and `MALLOC_TRIM_THRESHOLD_=17179869184` in the
+  environment has the same effect.
 
   Returns:
-    Whether it was done; without glibc there is nothing to do.
+    Whether the setting was changed; without glibc, it cannot be changed.
   """
   if not sys.platform.startswith("linux"):
     return False

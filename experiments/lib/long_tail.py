@@ -1,4 +1,4 @@
-"""What the two scripts of long tails share: flags, data, cells, rows and the figure."""
+"""Code of the two scripts of long tails: flags, data, cells, rows and the figure."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -45,12 +45,13 @@ class Settings(
   dataset: str = flag("mnist")
   methods: tuple[str, ...] | None = flag(
     None,
-    f"Methods to compare, of {', '.join(METHODS)}. The default is those compared in"
-    " the committed table.",
+    f"Methods to compare, of {', '.join(METHODS)}. The default is the methods in the"
+    " committed table.",
   )
   shape: str = flag(
     "exponential",
-    "Shape of the tail: class sizes fall exponentially, or half of them are low.",
+    "Shape of the tail: class sizes fall exponentially, or half of the classes are"
+    " small.",
     choices=long_tail.SHAPES,
     group="data",
   )
@@ -58,8 +59,8 @@ class Settings(
   builder: str | None = flag(
     None,
     _preset(
-      "Paper whose class sizes to take: ldam (meta images from what is left over) or"
-      " mwn (meta images are taken out first)."
+      "Paper whose class sizes are used: ldam (meta images are taken from images"
+      " outside the tail) or mwn (meta images are taken out first)."
     ),
     choices=long_tail.BUILDERS,
     group="data",
@@ -84,14 +85,14 @@ class Settings(
 
 
 class Preset(NamedTuple):
-  """How to train.
+  """Settings of training.
 
   Attributes:
-    num_epochs: passes over the training set.
+    num_epochs: number of passes over the training set.
     batch_size: B.
-    optimizer: of every method.
-    builder: of the training set.
-    num_meta: meta images of each class.
+    optimizer: optimizer of every method.
+    builder: builder of the training set.
+    num_meta: number of meta images of each class.
     deferred: share of the run after which deferred methods begin.
   """
 
@@ -104,18 +105,18 @@ class Preset(NamedTuple):
 
 
 class Experiment(NamedTuple):
-  """What the scripts differ in.
+  """The differences between the scripts.
 
   Attributes:
-    table: of the script.
-    train: images to cut the tail from.
+    table: table of the script.
+    train: images from which the tail is cut.
     test: images of the test set.
-    make_model: whether the classifier is of cosines -> the network.
-    preset: how to train; flags override it.
-    facts: entries of every row: dataset, network and so on.
-    methods: compared by default.
-    side_by_side: number of seeds to train side by side unless a flag gives another.
-    comparable: whether published numbers may stand next to these.
+    make_model: `cosine -> model`; `cosine` is whether the logits are cosines.
+    preset: settings of training, which flags override.
+    facts: entries of every row: data set, network and so on.
+    methods: methods that are compared by default.
+    side_by_side: number of seeds that are trained side by side by default.
+    comparable: whether published numbers are shown next to these results.
   """
 
   table: table.Layout
@@ -156,7 +157,7 @@ def make_table(name: str, title: str, published: str, *keys: str) -> table.Layou
 
 
 def _with_flags(settings: Settings, preset: Preset) -> Preset:
-  """The preset under the flags that were given."""
+  """The preset with the flags that override it."""
   given = settings_lib.given_values(
     learning_rate=settings.learning_rate,
     momentum=settings.momentum,
@@ -199,7 +200,7 @@ def _counts(split: examples_lib.Splits) -> list[int]:
 def make_cells(
   settings: Settings, experiment: Experiment, names: Sequence[str], imbalance: float
 ) -> list[runner.Cell]:
-  """How every method is run on a tail."""
+  """A cell for every method on a tail."""
   preset = experiment.preset
   splits = functools.partial(_make_splits, settings, experiment, imbalance)
   (split,) = splits((0,))
@@ -219,7 +220,8 @@ def make_cells(
     split.num_classes,
     deferred=preset.deferred,
     num_epochs=preset.num_epochs,
-    # ABSGD's package, demonstrating itself on CIFAR-10 of imbalance 100.
+    # These settings are from the demonstration of ABSGD's package, on CIFAR-10 with
+    # imbalance 100.
     absgd=registries.Absgd(2.0, 0.9, 1.0),
     mwn_preset="imbalance",
   )
@@ -252,7 +254,7 @@ def _rows(
   cell: runner.Cell,
   results: Sequence[results_lib.Result],
 ) -> runner.Rows:
-  """The lines of `results.csv` of a cell's runs."""
+  """The rows of a cell's runs in `results.csv`."""
   (split,) = cell.splits((0,))
   counts = _counts(split)
   limits = evaluation.shot_thresholds(counts)
@@ -285,13 +287,13 @@ def _rows(
 
 
 def measured(last: dict[str, float]) -> dict[str, float | None]:
-  """A row's columns besides the accuracy.
+  """The columns of a row in addition to the accuracy.
 
   Args:
     last: results of the evaluators at the last step.
 
   Returns:
-    In percent; None for a group that has no class.
+    Accuracies in percent; None for a group that has no class.
   """
   names = {"balanced_percent": "balanced_accuracy"}
   names |= {f"{name}_percent": f"{name}_shot_accuracy" for name in evaluation.SHOTS}
@@ -301,19 +303,19 @@ def measured(last: dict[str, float]) -> dict[str, float | None]:
 
 
 def thresholds(rows: runner.Rows) -> str:
-  """Which classes are many- and few-shot ones, a line per tail."""
+  """A line for each tail that says which classes are many-shot and few-shot."""
   tails = {(r["shape"], r["imbalance"], r["many_above"], r["few_below"]) for r in rows}
   return "\n".join(
     f"{shape} {imbalance:g}: many-shot classes have more than {many} training images,"
-    f" few-shot ones less than {few}."
+    f" few-shot classes fewer than {few}."
     for shape, imbalance, many, few in sorted(tails)
   )
 
 
 def draw(rows: runner.Rows, path: pathlib.Path) -> None:
-  """A panel per tail, a line per method from its few- to its many-shot classes.
+  """Draws a panel per tail, with a line per method from few- to many-shot classes.
 
-  The bar is the accuracy, a dot a run, a diamond as published.
+  A bar is the accuracy, a dot is a run, and a diamond is a published value.
   """
 
   def draw_legend(ax):
@@ -353,12 +355,12 @@ def _draw_method(ax: Any, place: int, rows: runner.Rows) -> None:
 def run(
   settings: Settings, experiment: Experiment, workdir: runner.Folder
 ) -> runner.Rows:
-  """Trains what is missing, then prints and writes the comparison."""
+  """Trains the runs that are missing, and prints and writes the comparison."""
   methods = experiment.methods if settings.methods is None else settings.methods
   names = settings.choose_methods(methods, METHODS)
   preset = _with_flags(settings, experiment.preset)
-  # Published numbers are of the unchanged preset; only the meta set may differ, as it
-  # depends on the method.
+  # Published numbers apply only to the unchanged preset. The meta set may differ,
+  # because it depends on the method.
   is_preset = preset._replace(num_meta=experiment.preset.num_meta) == experiment.preset
   experiment = experiment._replace(
     preset=preset, comparable=experiment.comparable and is_preset

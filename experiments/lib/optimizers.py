@@ -1,4 +1,4 @@
-"""How the classifiers of the papers' experiments are optimized."""
+"""Optimizers and learning-rate schedules of the papers' experiments."""
 
 import dataclasses
 import functools
@@ -16,14 +16,14 @@ _STAIRS = 5
 SCHEDULES = ("constant", "cosine")
 
 
-@functools.cache  # The loop compiles anew for a new function.
+@functools.cache  # The training loop compiles again for a new function.
 def schedule(name: str, learning_rate: float, num_steps: int) -> optax.ScalarOrSchedule:
-  """The learning rate of a name of `--schedule`.
+  """The learning rate for a value of `--schedule`.
 
   Args:
     name: one of `SCHEDULES`; "cosine" falls to 0 at the last step.
-    learning_rate: at the start.
-    num_steps: length of the run.
+    learning_rate: learning rate at the start.
+    num_steps: number of steps of the run.
   """
   if name == "constant":
     return learning_rate
@@ -37,14 +37,14 @@ class Settings(settings_lib.Settings):
   schedule: str | None = flag(None, unset="the preset's", choices=SCHEDULES)
 
   def record(self) -> dict[str, Any]:
-    """As in the base class; a folder from before there was --schedule still fits."""
+    """Like the base class, without the default, so that older folders still match."""
     entries = super().record()
     if self.schedule is None:
       del entries["schedule"]
     return entries
 
   def scheduled(self, optimizer: "OptimizerConfig") -> "OptimizerConfig":
-    """The optimizer with the schedule of --schedule; only a warm-up stays."""
+    """The optimizer with the schedule of --schedule, which keeps only its warm-up."""
     if self.schedule is None:
       return optimizer
     return dataclasses.replace(
@@ -58,19 +58,21 @@ class OptimizerConfig:
 
   Attributes:
     name: "sgd" or "adam".
-    learning_rate: the highest.
-    momentum: of SGD.
-    nesterov: whether it is Nesterov's.
-    weight_decay: L2, added to the gradient before momentum.
-    drops: (share of the run done, factor on the learning rate), accumulating.
+    learning_rate: the highest learning rate.
+    momentum: momentum of SGD.
+    nesterov: whether the momentum is Nesterov's.
+    weight_decay: factor of the L2 penalty, which is added to the gradient before
+      momentum.
+    drops: pairs of a share of the run and a factor of the learning rate. The factors
+      are multiplied.
     decay_all: whether biases and BatchNorm decay too, as with PyTorch's optimizers;
       otherwise only kernels decay, as with the L2 losses of the TensorFlow codes.
     warmup: share of the run in which the learning rate rises in five equal steps
       (in LDAM's code, one in each of the first five epochs).
     cosine: whether the learning rate falls to 0 as a cosine instead of by drops.
-    plateau_steps: updates in an epoch, if the learning rate falls to a tenth (but not
-      below 1e-5) whenever the validation loss has not fallen for more than 5 epochs,
-      as in BARE's released code; None for no such rule.
+    plateau_steps: number of updates in an epoch. The learning rate then falls to a
+      tenth (but not below 1e-5) whenever the validation loss has not fallen for more
+      than 5 epochs, as in BARE's released code. None disables this rule.
   """
 
   name: str = "sgd"
@@ -84,7 +86,7 @@ class OptimizerConfig:
   cosine: bool = False
   plateau_steps: int | None = None
 
-  @functools.cache  # noqa: B019  # frozen; the loop compiles anew for a new function
+  @functools.cache  # noqa: B019  # frozen; the loop compiles again for new functions
   def schedule(self, num_steps: int) -> optax.Schedule:
     """`step -> learning rate`."""
     boundaries = {round(share * num_steps): factor for share, factor in self.drops}
@@ -96,7 +98,7 @@ class OptimizerConfig:
       return after
 
     def climbing(step):
-      # Not beyond the warm-up: the product would overflow in long runs.
+      # Clip the step at the warm-up, because the product would overflow in long runs.
       stair = jnp.minimum(step, length) * _STAIRS // length + 1
       stair = jnp.minimum(stair, _STAIRS)
       return after(step) * stair / _STAIRS

@@ -1,8 +1,8 @@
-"""Users' own data: what is printed when they are read."""
+"""Reads users' own data, and prints what was skipped or changed."""
 
 from l2rw_jax.data import own_data
 
-HELP = "or data of your own: images:DIR, npz:FILE or csv:FILE (docs/your_own_data.md)"
+HELP = "or your own data: images:DIR, npz:FILE or csv:FILE (docs/your_own_data.md)"
 
 
 def read(name: str, part: str, in_memory: bool | None = True) -> own_data.OwnData:
@@ -11,7 +11,7 @@ def read(name: str, part: str, in_memory: bool | None = True) -> own_data.OwnDat
   Args:
     name: images:DIR, npz:FILE or csv:FILE.
     part: train or test.
-    in_memory: as in `own_data.read`.
+    in_memory: whether to read images into memory, see `own_data.read`.
 
   Raises:
     InputError: the data cannot be read.
@@ -23,13 +23,13 @@ def read(name: str, part: str, in_memory: bool | None = True) -> own_data.OwnDat
 
 
 def show_report(name: str, data: own_data.OwnData) -> None:
-  """Prints what was skipped or changed while data were read."""
+  """Prints what was skipped or changed when the data were read."""
   for line in own_data.report(data):
     print(printable(f"{name}: {line}"))
 
 
 def printable(text: str) -> str:
-  """Text with characters escaped that a terminal cannot show or would obey."""
+  """Escapes characters that a terminal cannot show or would execute."""
   return "".join(
     c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode()
     for c in text

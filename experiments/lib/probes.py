@@ -1,4 +1,4 @@
-"""What a script may measure during its training, and the flags for it."""
+"""Measurements during the training of a script, and their flags."""
 
 import dataclasses
 from typing import Any
@@ -19,14 +19,15 @@ class Settings(settings_lib.Settings):
 
   probes: tuple[str, ...] = flag(
     (),
-    f"What to measure at the start and at every evaluation, of {', '.join(NAMES)}, kept"
-    " in each run's metrics and results.json. Training is the same without.",
+    "Quantities to measure at the start and at every evaluation, of"
+    f" {', '.join(NAMES)}. They are saved in each run's metrics and results.json, and"
+    " do not change training.",
     group="output",
   )
   probe_images: str = flag(
     "train",
-    "Images that susceptibility labels at random: the training images, or those held"
-    " out.",
+    "Images that susceptibility labels at random: the training images, or held-out"
+    " images.",
     choices=["train", "validation"],
     group="output",
   )
@@ -38,9 +39,9 @@ class Settings(settings_lib.Settings):
   )
 
   def record(self) -> dict[str, Any]:
-    """As in the base class; nothing of the probes if there are none.
+    """Like the base class, but without the flags of the probes if there are none.
 
-    So a folder from before there were probes still fits.
+    Folders from before there were probes therefore still match.
     """
     entries = super().record()
     if not self.probes:
@@ -75,10 +76,10 @@ class Settings(settings_lib.Settings):
       ) from error
 
   def probe_columns(self, metrics: dict[str, Any]) -> dict[str, float | None]:
-    """The columns of a run's row: its susceptibility, if that was probed.
+    """The columns of a run's row: its susceptibility, if it was measured.
 
     Args:
-      metrics: of the finished run.
+      metrics: metrics of the finished run.
     """
     if "susceptibility" not in self._names():
       return {}

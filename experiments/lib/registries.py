@@ -36,7 +36,7 @@ from l2rw_jax.models import resnet
 from l2rw_jax.models import whitened
 from l2rw_jax.models import wide_resnet
 
-# Methods by what they have in common, for the notes on flags that have no effect.
+# Groups of methods that use the same flags, for notes on flags that have no effect.
 _META_LEARNED = ("meta_weight_net", "warpi", "warpi_deterministic", "advisor")
 _MENTORS = ("mentornet_pd", "mentornet_dd")
 _ABSGD = ("absgd", "absgd_ldam_drw")
@@ -63,14 +63,14 @@ class Settings(settings_lib.Settings):
   )
   l2rw_layers: tuple[str, ...] = flag(
     (),
-    "Layers that L2RW computes scores from, an approximation: their names, or a share"
-    " of the cost in (0, 1], for the last layers. The default is all.",
+    "Layers from which L2RW computes scores (an approximation): their names, or a"
+    " share of the cost in (0, 1] for the last layers. The default is all layers.",
     methods=["l2rw"],
   )
   l2rw_refresh_every: int = flag(
     1,
-    "Number of steps from one clean gradient of L2RW to the next, an approximation if"
-    " it is above 1.",
+    "Number of steps for which L2RW uses one gradient of the meta loss (an"
+    " approximation if it is above 1).",
     bounds=settings_lib.STEPS,
     methods=["l2rw"],
   )
@@ -109,7 +109,7 @@ class Settings(settings_lib.Settings):
   )
   bare_kappa: float = flag(
     1.0,
-    "Number of standard deviations above the mean that BARE asks for.",
+    "Number of standard deviations above the mean that BARE requires.",
     bounds=settings_lib.Bounds(0, 1e3),
     methods=["bare"],
   )
@@ -169,7 +169,7 @@ class Settings(settings_lib.Settings):
   )
 
   def input_files(self) -> dict[str, str]:
-    """The mentors; there is one of each curriculum."""
+    """The mentors, one for each curriculum."""
     return {
       f"mentor of curriculum {mentor_file.load(path).curriculum}": path
       for path in self.mentor
@@ -179,7 +179,7 @@ class Settings(settings_lib.Settings):
     """The names without repetitions.
 
     Raises:
-      InputError: none is given, one is not offered, or a file of `--mentor` is no
+      InputError: none is given, one is not offered, or a file of `--mentor` is not a
         mentor.
     """
     names = settings_lib.choose("methods", names, offered)
@@ -188,7 +188,7 @@ class Settings(settings_lib.Settings):
     return names
 
   def deferred_epoch(self, share: float, num_epochs: float) -> int:
-    """The first epoch after --deferred, or else after a share of the run."""
+    """The first epoch after --deferred or, by default, after a share of the run."""
     share = share if self.deferred is None else self.deferred
     return int(share * num_epochs + 1e-6)
 
@@ -248,25 +248,25 @@ class Absgd(NamedTuple):
   alpha: float = 0.5
 
 
-# Of ABSGD's published command for CIFAR-10; LDAM's losses, scaled by 30, need a larger
-# lambda than the plain cross-entropy's 2.
+# These settings are from ABSGD's published command for CIFAR-10. LDAM's losses, which
+# are scaled by 30, need a larger lambda than the plain cross-entropy (2).
 _ABSGD_ON_LDAM = Absgd(5.0, 0.7, 0.5)
 
 
 class Problem(NamedTuple):
-  """What a method needs to know of the run.
+  """The properties of a run that a method needs to know.
 
   Attributes:
     lookahead_learning_rate: learning rate of the look-ahead step of meta-learned
       methods, a number or `step -> number`; in the papers it is the classifier's.
-    num_steps: updates.
-    noise_fraction: share of wrong labels, as the builder was asked for; for human
-      labels, the actual share.
+    num_steps: number of updates.
+    noise_fraction: the parameter of the noise builder; for human labels, the actual
+      share of wrong labels.
     num_classes: C.
-    deferred_epoch: the first epoch, counted from 0, of whatever is deferred:
-      balanced classes, ABSGD's finite lambda.
-    absgd: ABSGD's settings where no flag gives others.
-    mwn_preset: Meta-Weight-Net's release where no flag gives another.
+    deferred_epoch: the first epoch, counted from 0, of the deferred part of a method:
+      balanced classes, or ABSGD's finite lambda.
+    absgd: ABSGD's settings, unless flags give others.
+    mwn_preset: Meta-Weight-Net's release, unless a flag gives another.
   """
 
   lookahead_learning_rate: meta_network.Schedule
@@ -391,12 +391,16 @@ def _absgd_ldam_drw(settings: LongTailSettings, problem: Problem) -> base.Method
   return changed_loss.changed_loss(late, ldam)
 
 
-# For wrong labels.
+# Methods for wrong labels.
 NOISE: dict[str, Factory] = {
   "uniform": lambda settings, problem: baselines.uniform(),
   "random": lambda settings, problem: baselines.random(),
   "clean_only": lambda settings, problem: baselines.clean_only(),
   "fine_tuning": _fine_tuning,
+  # `runner.train` then chooses the step by the loss on the clean set.
+  "early_stopped": lambda settings, problem: baselines.uniform()._replace(
+    needs_meta=True
+  ),
   "self_paced": _curriculum("self_paced", "self_paced"),
   "focal_weight": _curriculum("focal", "focal"),
   "pd_mixture": _curriculum("pd_mixture", "pd"),
@@ -430,7 +434,8 @@ NOISE: dict[str, Factory] = {
   ),
   "group_dro": lambda settings, problem: group_dro.group_dro(),
 }
-# For long tails: these also need class counts that differ, or a classifier of cosines.
+# Methods for long tails, which need class counts that differ, or logits that are
+# cosines.
 LONG_TAIL: dict[str, Factory] = {
   **NOISE,
   "class_proportion": lambda settings, problem: baselines.class_proportion(),
@@ -457,17 +462,18 @@ LONG_TAIL: dict[str, Factory] = {
 
 
 def needs_cosines(name: str) -> bool:
-  """Whether a method's network must have a classifier of cosines."""
+  """Whether the logits of a method's network must be cosines."""
   return name in _LDAM
 
 
 def make_method(
   name: str, settings: Settings, problem: Problem, num_epochs: float
 ) -> base.Method:
-  """The `Method` of a name of `LONG_TAIL`.
+  """The `Method` with a name of `LONG_TAIL`.
 
   Raises:
-    InputError: it would begin after the end of the run, or its settings do not fit.
+    InputError: the method would begin after the end of the run, or its settings are
+      invalid.
   """
   if name in _TRANSITION:
     epoch, flag_name = settings.transition_epoch, "transition_epoch"
@@ -502,7 +508,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
   "lenet": _without_batch_statistics(lenet.LeNet),
   "mlp": _without_batch_statistics(mlp.MLP),
 }
-# For digits: the MLP has a single hidden layer of 256.
+# Networks for digits; the MLP has a single hidden layer of 256 units.
 SMALL_NETWORKS: dict[str, Callable[..., nn.Module]] = {
   "mlp": _without_batch_statistics(functools.partial(mlp.MLP, hidden=(256,))),
   "lenet": NETWORKS["lenet"],
@@ -518,15 +524,15 @@ def make_network(
   preprocess: Callable[..., Any] | None,
   **options: Any,
 ) -> nn.Module:
-  """The network of a name of `NETWORKS`, with its whitening layer if it has one.
+  """The network with a name of `NETWORKS`, with its whitening layer if it has one.
 
   Args:
-    name: of the network.
+    name: name of the network.
     num_classes: C.
-    images: training images, uint8 or float [N, H, W, C]; the first thousand decide the
-      whitening layer, without their labels.
-    preprocess: of `classifier.Classifier`.
-    **options: of the network.
+    images: training images, uint8 or float [N, H, W, C]. The first thousand determine
+      the whitening layer, without their labels.
+    preprocess: see `classifier.Classifier`.
+    **options: options of the network.
   """
   if name.startswith("whitened"):
     first = augmentation.to_float(images[:_WHITENING_IMAGES])
@@ -536,7 +542,7 @@ def make_network(
   return NETWORKS[name](num_classes, **options)
 
 
-# Channel statistics as each released code has them.
+# Channel statistics of each released code.
 _MWN = augmentation.Preprocess(
   pad=4,
   padding="reflect",

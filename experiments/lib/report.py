@@ -1,4 +1,4 @@
-"""Rows of results: numbers of repeated runs, a Markdown table, JSON and CSV."""
+"""Rows of results: statistics of repeated runs, a Markdown table, JSON and CSV."""
 
 from collections.abc import Sequence
 import csv
@@ -20,13 +20,13 @@ class Interval(NamedTuple):
   repeats: int
 
   def __format__(self, spec: str) -> str:
-    """For a table cell; `spec` is that of both numbers."""
+    """Formats a table cell; `spec` applies to both numbers."""
     if self.repeats < 2:
       return format(self.mean, spec)
     return f"{self.mean:{spec}} ± {self.half_width:{spec}}"
 
   def __str__(self) -> str:
-    """With two decimals."""
+    """Formats with two decimals."""
     return format(self, ".2f")
 
 
@@ -41,7 +41,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def auroc(weights: dict[str, np.ndarray]) -> float | None:
-  """How well a low mean weight finds wrong labels.
+  """How well a low mean weight detects wrong labels.
 
   The mean weight is a poor indicator: a few steps with a large weight, whether the
   label is right or wrong, dominate it. See `rejection_auroc`.
@@ -56,20 +56,23 @@ def auroc(weights: dict[str, np.ndarray]) -> float | None:
 
 
 def rejection_auroc(weights: dict[str, np.ndarray]) -> float | None:
-  """How well a high share of steps with weight zero finds wrong labels.
+  """How well a high share of steps with weight zero detects wrong labels.
 
   Args:
     weights: columns of a run's `weights.csv`.
 
   Returns:
-    The area under the ROC curve: 0.5 is chance; None if it is undefined, as it is for
-    methods that reject no example.
+    The area under the ROC curve: 0.5 is chance; None if it is undefined, as for methods
+    that reject no example.
   """
   return ranking_auroc(rejected_share(weights), _is_wrong(weights))
 
 
 def rejected_share(weights: dict[str, np.ndarray]) -> np.ndarray:
-  """Share of its steps in which an example had the weight zero, [N]; NaN if unseen."""
+  """Share of the steps of each example in which its weight was zero, [N].
+
+  It is NaN if the example was never in a batch.
+  """
   seen = np.asarray(weights["seen"], np.float64)
   return weights["rejected"] / np.where(seen > 0, seen, np.nan)
 
@@ -79,10 +82,11 @@ def _is_wrong(weights: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def ranking_auroc(suspicion: np.ndarray, is_wrong: np.ndarray) -> float | None:
-  """How well a number of each example finds wrong labels.
+  """How well a number for each example detects wrong labels.
 
   Args:
-    suspicion: [N]; examples where it is not finite do not count.
+    suspicion: numbers that are higher for suspicious examples, [N]; examples with a
+      number that is not finite do not count.
     is_wrong: whether each label is wrong, bool [N].
 
   Returns:
@@ -92,7 +96,7 @@ def ranking_auroc(suspicion: np.ndarray, is_wrong: np.ndarray) -> float | None:
   is_wrong, suspicion = is_wrong[known], suspicion[known]
   if is_wrong.all() or not is_wrong.any() or np.ptp(suspicion) < 1e-9:
     return None
-  # With scipy.stats it was half of what --help waited for.
+  # Importing scipy.stats took half of the time of --help.
   from sklearn import metrics
 
   return float(metrics.roc_auc_score(is_wrong, suspicion))
@@ -111,9 +115,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def save(folder: pathlib.Path, rows: list[dict[str, Any]], flags: dict) -> None:
-  """Writes `results.json` and `results.csv`, one row a run, flags in each row.
+  """Writes `results.json` and `results.csv`, with a row per run and flags in each row.
 
-  `results.json` carries its checksum and that of `results.csv`.
+  `results.json` contains its checksum and that of `results.csv`.
   """
   everything = {"flags": flags, "rows": rows}
   text = io.StringIO()
@@ -154,5 +158,5 @@ RUN_FIELDS = (
 
 
 def run_fields(metrics: dict[str, Any]) -> dict[str, Any]:
-  """What every row says of its run: data, outcome's identity, versions, device."""
+  """The columns of every row about its run: checksums, versions and device."""
   return {name: metrics[name] for name in RUN_FIELDS}

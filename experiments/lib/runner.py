@@ -1,4 +1,4 @@
-"""Trains the cells of an experiment, and reports their rows."""
+"""Trains the cells of an experiment (a method on one kind of data) and reports rows."""
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from experiments.lib import distributed
+from experiments.lib import early_stopping
 from experiments.lib import optimizers
 from experiments.lib import probes
 from experiments.lib import registries
@@ -56,18 +57,19 @@ class Cell:
   """One method on one kind of data, trained once for every seed.
 
   Attributes:
-    method_name: in --methods.
+    method_name: name of the method in --methods.
     facts: columns of its rows, which distinguish cells of one method.
-    config: how to run; its seeds are those of all runs.
+    config: configuration of the runs; its seeds are those of all runs.
     model: the network and its loss.
     method: the method.
-    optimizer: of the classifier.
-    splits: seeds -> the data of each.
-    folder: of its runs, below that of the experiment; {first} and {last} stand for
-      the first and the last of the seeds that are trained side by side.
+    optimizer: optimizer of the classifier.
+    splits: `seeds -> splits` of each seed.
+    folder: folder of its runs, below that of the experiment. {first} and {last} are
+      replaced by the first and the last of the seeds that are trained side by side.
     side_by_side: number of seeds that are trained side by side; None for all.
-    evaluators: of the test set.
-    title: for messages; the facts and the method if empty.
+    evaluators: evaluators of the test set.
+    title: title for messages; if it is empty, the facts and the method.
+    probes: what else to measure at every evaluation, besides those of the flags.
   """
 
   method_name: str
@@ -81,6 +83,7 @@ class Cell:
   side_by_side: int | None = None
   evaluators: Sequence[evaluation.Evaluator] = (evaluation.accuracy,)
   title: str = ""
+  probes: Sequence[evaluation.Probe] = ()
 
   @property
   def name(self) -> str:
@@ -103,7 +106,7 @@ def folder_name(facts: dict[str, Any], method_name: str) -> str:
 
 
 def seeds_at_once(given: int | None, has_convolutions: bool) -> int | None:
-  """How many seeds to train side by side; on CPU convolutions are faster alone."""
+  """Number of seeds to train side by side; on CPU, convolutions are faster alone."""
   return given or (1 if has_convolutions and jax.default_backend() == "cpu" else None)
 
 
@@ -119,20 +122,20 @@ def make_problem(
   num_epochs: float,
   **others: Any,
 ) -> registries.Problem:
-  """What a method needs to know of a run.
+  """The properties of a run that a method needs to know.
 
   Args:
-    settings: of the methods.
-    config: how to run.
-    optimizer: of the classifier; its learning rate and schedule are those of the
-      look-ahead step if `lookahead_learning_rate` is None.
+    settings: settings of the methods.
+    config: configuration of the run.
+    optimizer: optimizer of the classifier. Its learning rate and schedule are those of
+      the look-ahead step if `lookahead_learning_rate` is None.
     num_classes: C.
-    lookahead_learning_rate: of the look-ahead step.
+    lookahead_learning_rate: learning rate of the look-ahead step.
     noise_fraction: share of wrong labels.
-    deferred: share of the run after which deferred methods begin unless a flag gives
-      another; two thirds, as ABSGD's release has it on CIFAR with wrong labels (80 of
-      120 epochs).
-    num_epochs: length of the run.
+    deferred: share of the run after which deferred methods begin, unless a flag gives
+      another. The default is two thirds, as in ABSGD's released code for CIFAR with
+      wrong labels (80 of 120 epochs).
+    num_epochs: number of epochs of the run.
     **others: fields of `registries.Problem`.
   """
   rate = lookahead_learning_rate
@@ -171,14 +174,15 @@ def open_folder(
   """Creates or reopens the folder of an experiment.
 
   Args:
-    settings: compared with those of the folder, except the extendable ones.
-    name: of the experiment.
+    settings: settings that are compared with those of the folder, except for the
+      extendable ones.
+    name: name of the experiment.
     workdir: the folder.
-    **facts: compared too.
+    **facts: other values that are compared.
 
   Raises:
-    InputError: it holds a run of other settings or input files, or cannot be written;
-      or the script runs in several processes and cannot.
+    InputError: the folder contains a run with other settings or input files, or cannot
+      be written; or the script does not support several processes.
   """
   if not settings.SEVERAL_PROCESSES and processes.count() > 1:
     raise base.InputError(distributed.refusal("jax.distributed"))
@@ -190,15 +194,15 @@ def open_folder(
 
 
 def train(settings: Any, cell: Cell, folder: pathlib.Path) -> list[results_lib.Result]:
-  """Trains a cell for every seed, or finishes it, or reads it back.
+  """Trains a cell for every seed, continues an interrupted run, or reads finished ones.
 
-  With `dump_losses` among the settings, the training losses of every hundredth of the
-  run are kept in `losses-seed-S.npz`, for experiments.mentornet_pretrain.
+  If `dump_losses` is set, the training losses at every hundredth of the run are saved
+  in `losses-seed-S.npz`, for experiments.mentornet_pretrain.
 
   Args:
-    settings: of the script.
-    cell: what to train.
-    folder: of the experiment.
+    settings: settings of the script.
+    cell: the cell to train.
+    folder: folder of the experiment.
   """
   results = []
   for seeds, place in cell.groups():
@@ -212,6 +216,10 @@ def _train_group(
 ) -> list[results_lib.Result]:
   splits, method, optimizer = cell.splits(config.seeds), cell.method, cell.optimizer
   epoch_probes: list[evaluation.EpochProbe] = []
+  step_probes = [*settings.make_probes(), *cell.probes]
+  stops_early = cell.method_name == "early_stopped"
+  if stops_early:
+    step_probes.append(early_stopping.probe(cell.evaluators))
   if cell.method_name == "meta_weight_net":
     epoch_probes.append(_record_curves(folder))
   if isinstance(optimizer, optimizers.OptimizerConfig):
@@ -236,7 +244,7 @@ def _train_group(
     folder,
     cell.evaluators,
     name=cell.name,
-    probes=settings.make_probes(),
+    probes=step_probes,
     epoch_probes=epoch_probes,
   )
   # The first process has recorded the losses.
@@ -250,6 +258,9 @@ def _train_group(
       num_steps=config.num_steps,
     )
     loss_dump.write_dump(folder / f"losses-seed-{seed}.npz", dump)
+  if stops_early:
+    sizes = [len(split.meta.label) for split in splits]
+    results = list(map(early_stopping.with_kept, results, sizes))
   return results
 
 
@@ -260,11 +271,11 @@ def _watch_validation(
   config: config_lib.Config,
   splits: Sequence[examples_lib.Splits],
 ) -> base.Method:
-  """For an optimizer whose learning rate falls on a plateau of the validation loss."""
+  """Wraps the method for a learning rate that depends on the validation loss."""
   held_out = {
     s: split.validation for s, split in zip(config.seeds, splits, strict=True)
   }
-  # The released code of BARE selects in validation batches too.
+  # The released code of BARE also selects examples in validation batches.
   selects = cell.method_name == "bare"
   return validation.watched(
     method,
@@ -275,7 +286,7 @@ def _watch_validation(
 
 
 def _record_curves(folder: pathlib.Path) -> evaluation.EpochProbe:
-  """Saves Meta-Weight-Net's weight function every epoch, for `figures.curves`."""
+  """Saves Meta-Weight-Net's weight function every epoch, for its figure."""
 
   def probe(snapshot, epoch):
     state = snapshot.state.method_state
@@ -293,7 +304,7 @@ def _record_curves(folder: pathlib.Path) -> evaluation.EpochProbe:
 def row(
   settings: probes.Settings, cell: Cell, result: results_lib.Result, **facts: Any
 ) -> dict[str, Any]:
-  """One run's line of `results.csv`; `facts` go in front."""
+  """The row of a run in `results.csv`, which begins with `facts`."""
   metrics, optimizer = result.metrics, {}
   if isinstance(cell.optimizer, optimizers.OptimizerConfig):
     optimizer = dataclasses.asdict(cell.optimizer)
@@ -327,15 +338,15 @@ def report(
   """Writes results.json and results.csv, and prints the table; in process 0 only.
 
   Args:
-    settings: with which the rows were made.
-    table: what to print of them.
-    folder: of the experiment.
-    rows: one a run.
+    settings: settings with which the rows were made.
+    table: layout of the printed table.
+    folder: folder of the experiment.
+    rows: one row per run.
     files: other files that were written to the folder.
-    methods: those that the script offers and those that were run, for notes on flags
-      that have no effect.
-    more: to print below the table.
-    before: files to name before those of the table.
+    methods: the methods that the script offers and those that were run, for notes on
+      flags that have no effect.
+    more: text to print below the table.
+    before: files to list before those of the table.
 
   Returns:
     The rows.
@@ -356,7 +367,7 @@ def report(
 
 
 def first_images(source: sources.Source, size: int) -> sources.Source:
-  """The beginning of a split, to try a script out."""
+  """The first images of a split, to try a script out."""
   return source._replace(
     split=f"{source.split}[:{size}]",
     images=source.images[:size],

@@ -1,8 +1,8 @@
 """Settings of a script: a frozen dataclass whose fields are its flags.
 
-A field is declared with `flag`, which holds what `--help` says, the values allowed,
-and the methods that use it. Nothing here reads a command line: `launch` does, and
-tests and notebooks construct settings directly.
+A field is declared with `flag`, which has the text of `--help`, the allowed values, and
+the methods that use the flag. This module does not read a command line: `launch` does,
+and tests and notebooks construct settings directly.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,9 +29,9 @@ class Bounds(NamedTuple):
   """The values that a numeric flag may have.
 
   Attributes:
-    low: the least.
-    high: the greatest.
-    magnitude: the least distance from 0.
+    low: the smallest value.
+    high: the largest value.
+    magnitude: the smallest distance from 0.
   """
 
   low: float
@@ -39,11 +39,11 @@ class Bounds(NamedTuple):
   magnitude: float = 0.0
 
   def holds(self, value: float) -> bool:
-    """Whether a flag may have the value; NaN never may."""
+    """Whether a flag may have the value; NaN is never allowed."""
     return self.low <= value <= self.high and abs(value) >= self.magnitude
 
   def __str__(self) -> str:
-    """For an error."""
+    """Describes the bounds in an error message."""
     text = f"between {_plain(self.low)} and {_plain(self.high)}"
     if self.magnitude:
       text += f", at least {self.magnitude:g} away from 0"
@@ -53,8 +53,8 @@ class Bounds(NamedTuple):
 # Positive numbers that float32 distinguishes from 0, and numbers below 1 that it
 # distinguishes from 1.
 TINY, BELOW_ONE = 1e-12, 0.999999
-# High enough that a run which diverges is reported by the loop, at the step where it
-# happens.
+# The bound is so high that a run that diverges is reported by the training loop, at the
+# step where it diverges.
 RATE = Bounds(TINY, 1e20)
 SHARE = Bounds(0, 1)
 INNER_SHARE = Bounds(1e-6, BELOW_ONE)
@@ -65,10 +65,10 @@ REPEATS = Bounds(1, 10**4)
 BATCH = Bounds(1, 10**6)
 IMAGES = Bounds(0, 10**8)
 
-# Whether images are read into memory, by the value of --data.
+# Maps the value of --data to whether images are read into memory.
 _IN_MEMORY = {"auto": None, "resident": True, "stream": False}
 
-# What --help shows, in this order.
+# The headings of --help, in this order.
 GROUPS = {
   "common": "Training and evaluation",
   "data": "Data",
@@ -77,10 +77,10 @@ GROUPS = {
   "output": "Output",
 }
 
-# Flags of several scripts, which mean the same in all of them: help text, bounds and
-# group. A script sets the default and may replace the help text.
+# Help text, bounds and group of the flags that several scripts have in common. A script
+# sets the default and may replace the help text.
 SHARED: Mapping[str, tuple[str, Bounds | None, str]] = {
-  "num_seeds": ("Number of repetitions, each with its own seed.", REPEATS, "common"),
+  "num_seeds": ("Number of repetitions with different seeds.", REPEATS, "common"),
   "num_steps": ("Number of parameter updates.", STEPS, "common"),
   "num_epochs": ("Number of passes over the training set.", EPOCHS, "common"),
   "batch_size": ("Number of training examples in a step.", BATCH, "common"),
@@ -142,7 +142,8 @@ SHARED: Mapping[str, tuple[str, Bounds | None, str]] = {
     RATE,
     "method",
   ),
-  # FORML's and NestedMAML's are in units of their weights; 0 leaves them as they are.
+  # The rates of FORML and NestedMAML are in units of their weights; 0 does not change
+  # the weights.
   "weight_learning_rate": (
     "Learning rate of the weights; 0 keeps them constant.",
     Bounds(0, 1e9),
@@ -157,19 +158,19 @@ SHARED: Mapping[str, tuple[str, Bounds | None, str]] = {
 
 
 class Flag(NamedTuple):
-  """What is known of a flag besides its type and default.
+  """The properties of a flag in addition to its type and default.
 
   Attributes:
     help: full sentences for --help.
     group: key of `GROUPS`.
     choices: the strings allowed; None allows all.
-    bounds: of a number; None allows all.
-    methods: names of --methods that use it; empty if all do.
-    aliases: older spellings, which still work.
-    key: under which the value is recorded; the name if None.
-    recorded: whether the value decides the outcome and belongs in the results.
-    repeated: whether several strings are given by repeating the flag rather than
-      separated by commas.
+    bounds: bounds of a number; None allows all.
+    methods: names of --methods that use the flag; empty if all do.
+    aliases: older names of the flag, which still work.
+    key: key under which the value is recorded; None is the name of the flag.
+    recorded: whether the value determines the results and is recorded in them.
+    repeated: whether several strings are given by repeating the flag instead of
+      separating them by commas.
   """
 
   help: str
@@ -197,12 +198,12 @@ def flag(
   recorded: bool = True,
   repeated: bool = False,
 ) -> Any:
-  """A field of `Settings`; arguments as in `Flag`.
+  """Declares a field of `Settings`; the arguments are those of `Flag`.
 
-  `unset` is added to the help text: what None, the default, stands for.
+  `unset` describes the meaning of None, the default, and is added to the help text.
 
-  Without `help`, `bounds` or `group` the field takes those that `SHARED` has for its
-  name; otherwise a flag of some methods belongs to the group of the methods.
+  If `help`, `bounds` or `group` is missing, it is taken from `SHARED` by the name of
+  the field. A flag that only some methods use belongs to the group of the methods.
   """
   details = {
     "help": help,
@@ -238,7 +239,7 @@ def flags_of(settings: "type[Flags]") -> dict[str, Flag]:
 
 
 class Kind(NamedTuple):
-  """The type of a flag: of one value, and whether it takes several."""
+  """The type of one value of a flag, and whether the flag takes several values."""
 
   type: type
   several: bool
@@ -271,24 +272,23 @@ def _load(
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-  """What all settings can do; a script extends it by its flags.
+  """Base class of settings, which a script extends by its flags.
 
   Raises:
     InputError: a value is not allowed.
   """
 
-  # Flags that choose which runs to do, not how. A later call may give others: runs
-  # that are there already are not repeated, and the table holds what the last call
-  # asked for.
+  # These flags select runs but do not change them, so a later call may give other
+  # values. Finished runs are not repeated, and the table has the runs of the last call.
   EXTENDABLE: ClassVar[tuple[str, ...]] = ()
 
-  # Names of the flags that a command line gave, also those given their default.
+  # Names of the flags that were given on the command line, even with their defaults.
   given: frozenset[str] = dataclasses.field(
     default=frozenset(), compare=False, repr=False, kw_only=True
   )
 
   def __post_init__(self):
-    """Checks every value, and turns lists into tuples so that settings are hashable."""
+    """Checks every value, and converts lists to tuples, which are hashable."""
     for name, details in flags_of(type(self)).items():
       value = getattr(self, name)
       if isinstance(value, list):
@@ -296,7 +296,7 @@ class Flags:
       check(name, value, details)
 
   def record(self) -> dict[str, Any]:
-    """Every flag that decides the outcome, with its value, as JSON has it."""
+    """Every flag that determines the results, with its value as JSON."""
     entries = {}
     for name, details in flags_of(type(self)).items():
       if details.recorded:
@@ -307,10 +307,10 @@ class Flags:
     return entries
 
   def input_files(self) -> dict[str, str]:
-    """Paths of the files that the run reads, by a name for errors.
+    """Paths of the files that the run reads, by a name for error messages.
 
-    Their contents decide the outcome, wherever the files lie. The flags that name
-    them must be in `EXTENDABLE`.
+    The results depend on the contents of the files, not on their paths. The flags that
+    name them must be in `EXTENDABLE`.
     """
     return {}
 
@@ -320,24 +320,24 @@ class Flags:
     return name in self.given or getattr(self, name) != default
 
   def check_used(self, name: str, is_used: bool, where: str) -> None:
-    """Raises InputError if a flag is given where it has no effect.
+    """Raises InputError if a flag is given but has no effect.
 
     Args:
-      name: of the flag.
-      is_used: whether it has an effect.
-      where: the case in which it has none, such as "with --ood=none".
+      name: name of the flag.
+      is_used: whether the flag has an effect.
+      where: the case in which it has no effect, such as "with --ood=none".
     """
     if self.is_given(name) and not is_used:
       raise base.InputError(f"--{name} has no effect {where}: leave it out.")
 
   def notes(self, offered: Sequence[str], chosen: Iterable[str]) -> str:
-    """Which flags were given for methods that are not run, a line each.
+    """A line for each flag that was given for methods that are not run.
 
-    They are allowed, since a later call may add such a method to the same folder.
+    Such flags are allowed, because a later call may add such a method to the folder.
 
     Args:
       offered: the methods of the script.
-      chosen: those that are run.
+      chosen: the methods that are run.
     """
     chosen, lines = set(chosen), []
     for name, details in flags_of(type(self)).items():
@@ -363,12 +363,12 @@ class Settings(Flags):
 
   num_devices: int | None = flag(
     None,
-    "Number of devices to train on, over all processes. The default is the most that"
-    " divide the batch, and with several processes all.",
+    "Number of devices of all processes. The default is the largest number that divides"
+    " the batch or, with several processes, all devices.",
     bounds=Bounds(1, 10**5),
   )
-  # Neither of these affects more than speed and rounding: a folder may be continued
-  # with other values.
+  # These flags affect only speed and rounding, so a folder may be continued with other
+  # values.
   device_map: str = flag(
     "pmap",
     "Function of JAX that runs a step on the devices; both run the same program.",
@@ -382,11 +382,11 @@ class Settings(Flags):
     bounds=Bounds(1, 10**6),
     recorded=False,
   )
-  # Affects speed and memory only.
+  # This flag affects only speed and memory.
   data: str = flag(
     "auto",
-    "Where training examples are kept: resident keeps them on the devices, stream reads"
-    " them ahead of the steps that take them, and auto does so if they do not fit"
+    "Place of the training examples: resident keeps them on the devices, stream reads"
+    " them ahead of the steps that use them, and auto streams them if they do not fit"
     " (docs/your_own_data.md).",
     choices=config_lib.DATA,
     group="data",
@@ -404,8 +404,8 @@ class Settings(Flags):
   )
   data_dir: str | None = flag(
     None,
-    "Folder of prepared TFDS data sets. The default is TFDS_DATA_DIR, or else TFDS's"
-    " own folder.",
+    "Folder of prepared TFDS data sets. The default is TFDS_DATA_DIR if it is set, and"
+    " ~/tensorflow_datasets otherwise.",
     group="data",
     recorded=False,
   )
@@ -454,7 +454,7 @@ class Settings(Flags):
   def load(self, split: str, dataset: str | None = None) -> sources.Source:
     """A split of `--dataset`, or of another data set.
 
-    A user's own data are read once by these settings, other sets once in a process.
+    A user's own data are read once by these settings, and other sets once in a process.
     """
     name = dataset or typing.cast(Any, self).dataset
     if own_data.is_own(name):
@@ -462,7 +462,7 @@ class Settings(Flags):
     return _load(name, split, self.data_dir, self.cache_dir, _IN_MEMORY[self.data])
 
   def read_own(self, name: str, part: str) -> own_data.OwnData:
-    """A part of a user's own data, such as images:DIR; read and reported once."""
+    """A part of a user's own data, such as images:DIR, which is read only once."""
     if (name, part) not in self._own:
       in_memory = _IN_MEMORY[self.data]
       self._own[name, part] = own_data_lib.read(name, part, in_memory)
@@ -470,11 +470,11 @@ class Settings(Flags):
 
   @functools.cached_property
   def _own(self) -> dict[tuple[str, str], own_data.OwnData]:
-    """What `read_own` has read: the files may change before the next settings."""
+    """The data that `read_own` has read; the files may change before the next call."""
     return {}
 
   def config(self, **values: Any) -> config_lib.Config:
-    """How to run, with the flags that every script has filled in."""
+    """The configuration of a run, with the flags that every script has."""
     return config_lib.Config(
       num_devices=self.num_devices,
       device_map=self.device_map,
@@ -486,12 +486,12 @@ class Settings(Flags):
 
 
 def check(name: str, value: Any, details: Flag) -> None:
-  """Raises InputError if a flag must not have a value.
+  """Raises InputError if the value of a flag is not allowed.
 
   Args:
-    name: of the flag.
-    value: its value, or several in a list or tuple.
-    details: its choices and bounds.
+    name: name of the flag.
+    value: value of the flag, or several values in a list or tuple.
+    details: choices and bounds of the flag.
   """
   several = isinstance(value, list | tuple)
   for one in value if several else [value]:
@@ -528,7 +528,7 @@ def given_values(**values: Any) -> dict[str, Any]:
   return {name: value for name, value in values.items() if value is not None}
 
 
-# Flags that decide how much memory a run takes, the likeliest cause first.
+# Flags that affect the memory of a run, the most likely cause first.
 _MEMORY = (
   *("networks", "width", "warpi_samples", "restarts", "num_tasks", "num_meta_tasks"),
   *("num_test_tasks", "num_ways", "num_shots", "num_queries", "num_inner_steps"),
@@ -536,7 +536,7 @@ _MEMORY = (
   *("meta_batch_size", "hard_mining_batch", "probe_batch_size", "num_train"),
 )
 
-# Parameters of the library whose flag has another name.
+# Maps parameters of the library to flags with other names.
 _FLAG_OF = {
   "num_meta_per_class": "num_meta",
   "foreign_share": "ood_share",
@@ -546,28 +546,28 @@ _FLAG_OF = {
 
 
 def is_out_of_memory(error: Exception) -> bool:
-  """Whether NumPy, Python or XLA could not get the memory that it asked for."""
+  """Whether NumPy, Python or XLA failed to allocate memory."""
   if isinstance(error, jax.errors.JaxRuntimeError):
     return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
   return isinstance(error, MemoryError)
 
 
 def out_of_memory(names: Iterable[str]) -> str:
-  """The error of a run that does not fit, with the flags that decide its memory."""
+  """The error of a run that needs too much memory, with the flags that affect it."""
   names = set(names)
   deciding = ", ".join(f"--{name}" for name in _MEMORY if name in names)
   return f"out of memory: lower one of {deciding}." if deciding else "out of memory."
 
 
 def in_terms_of_flags(message: str, names: Iterable[str]) -> str:
-  """An error of the library, with flags in place of the parameters they set.
+  """Replaces the parameters in an error of the library by the flags that set them.
 
-  A word is taken for a parameter if it has an underscore or "=" follows it, outside of
-  double quotes, in which a message has a command to run.
+  A word is a parameter if it has an underscore or is followed by "=". Text in double
+  quotes is not changed, because it is a command.
 
   Args:
-    message: of the error.
-    names: of the flags that are defined.
+    message: error message.
+    names: names of the flags that are defined.
   """
   names = set(names)
   flag_of = {k: v for k, v in _FLAG_OF.items() if k not in names and v in names}
@@ -586,13 +586,13 @@ def in_terms_of_flags(message: str, names: Iterable[str]) -> str:
 
 
 def check_ascii(arguments: Iterable[str], names: Iterable[str]) -> None:
-  """Raises InputError if an argument gives a number or a choice beyond ASCII.
+  """Raises InputError if an argument has a number or a choice that is not ASCII.
 
-  Python reads the digits of every script as numbers, so that no later check sees
-  them.
+  Python converts the digits of every script to numbers, so that a later check would not
+  detect them.
 
   Args:
-    arguments: of the command line.
+    arguments: arguments of the command line.
     names: flags whose values must be ASCII.
   """
   arguments, names = list(arguments), set(names)

@@ -17,16 +17,15 @@ class Settings(settings_lib.Settings):
 
   trusted: str | None = flag(
     None,
-    "Data of your own with labels that you trust, images:DIR, npz:FILE or csv:FILE:"
-    " all of them become the meta set, instead of --num_meta clean images of each"
-    " class.",
+    "Your own data with labels that you trust, images:DIR, npz:FILE or csv:FILE. All of"
+    " them become the meta set, instead of --num_meta clean images of each class.",
     group="data",
   )
 
   def record(self) -> dict[str, Any]:
-    """As in the base class, with only the flag that decides the meta set.
+    """Like the base class, but only with the flag that determines the meta set.
 
-    A folder from before there was --trusted therefore still fits.
+    Folders from before there was --trusted therefore still match.
     """
     entries = super().record()
     del entries["trusted" if self.trusted is None else "num_meta"]
@@ -34,15 +33,15 @@ class Settings(settings_lib.Settings):
 
   @property
   def dataset_name(self) -> str:
-    """The data set that is trained on."""
+    """The name of the training data."""
     return cast(Any, self).dataset
 
   @functools.cached_property
   def trusted_source(self) -> sources.Source | None:
-    """The examples of --trusted in the form of the training data; None without.
+    """The examples of --trusted in the format of the training data, or None.
 
     Raises:
-      InputError: --num_meta is given too, or the examples do not fit.
+      InputError: --num_meta is also given, or the examples do not match.
     """
     if self.trusted is None:
       return None
@@ -58,11 +57,11 @@ class Settings(settings_lib.Settings):
     return sources.from_own(self.trusted, "trusted", data)
 
   def meta_set(self, num_meta: int | None = None) -> dict[str, Any]:
-    """The arguments of the functions that make splits which choose the meta set.
+    """The arguments that select the meta set, for functions that make splits.
 
     Args:
-      num_meta: clean images of each class without --trusted; those of --num_meta if
-        None.
+      num_meta: number of clean images of each class without --trusted; None is the
+        value of --num_meta.
     """
     if self.trusted_source is None:
       number = cast(Any, self).num_meta if num_meta is None else num_meta

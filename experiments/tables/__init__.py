@@ -1,1 +1,1 @@
-"""How rows of results become tables; `python -m experiments.tables`."""
+"""Conversion of rows of results to tables; run `python -m experiments.tables`."""

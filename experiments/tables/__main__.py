@@ -1,6 +1,6 @@
-r"""Every committed result next to its published value.
+r"""Shows every committed result next to its published value.
 
-Reads `results/` only; trains nothing and needs no data.
+This script reads only `results/`; it trains nothing and needs no data.
 Command: python -m experiments.tables
   after committing new results: --out=results --readme=results/README.md
 Time: seconds.
@@ -47,7 +47,7 @@ class Settings(settings_lib.Flags):
 
 
 def run(settings: Settings, workdir: Any = None) -> list[Any]:
-  """Prints the tables, and writes them where the settings say; returns them."""
+  """Prints the tables, writes them to the files in the settings, and returns them."""
   del workdir  # Nothing is trained.
   tables = catalog.collect(pathlib.Path(settings.results), settings.only or ())
   layouts = {
@@ -58,7 +58,7 @@ def run(settings: Settings, workdir: Any = None) -> list[Any]:
   text, written = layouts[settings.format](tables), []
   if settings.readme:
     if settings.only:
-      raise base.InputError("--readme holds every experiment: leave out --only.")
+      raise base.InputError("--readme contains every experiment: leave out --only.")
     catalog.rewrite(pathlib.Path(settings.readme), catalog.compact(tables))
     written.append(settings.readme)
   if settings.out:

@@ -1,6 +1,7 @@
 r"""All committed results next to their published values.
 
-Every table is the `TABLE` of its script; those of the benchmarks are here.
+The layout of a table is the `TABLE` of its script; those of the benchmarks are defined
+in this module.
 """
 
 from collections.abc import Sequence
@@ -19,17 +20,18 @@ from l2rw_jax import base
 from l2rw_jax.io import workdir
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
-# The order of the tables; those of new scripts follow.
+# The order of the tables; tables of new scripts follow at the end.
 _ORDER = (
-  *("digits_noise", "mnist_imbalance", "mnist_noise", "mnist_noise_bare"),
-  *("cifar_noise", "mnist_long_tail", "cifar_long_tail", "fairness", "memorization"),
-  *("few_shot", "lm_reweight", "coreset", "coreset_selection", "label_issues"),
-  *("data_cleaning", "step_time", "mentornet_pretrain"),
+  *("digits_noise", "clean_examples", "mnist_imbalance", "mnist_noise"),
+  *("mnist_noise_bare", "cifar_noise", "mnist_long_tail", "cifar_long_tail"),
+  *("fairness", "memorization", "few_shot", "lm_reweight", "coreset"),
+  *("coreset_selection", "label_issues", "data_cleaning", "step_time"),
+  "mentornet_pretrain",
 )
 
 
 def _step_label(row: table_lib.Row) -> str:
-  """Method, engine and framework of a timed step."""
+  """A label with the method, the engine and the framework of a timed step."""
   engine = "" if row["engine"] is None else f", {row['engine']}"
   framework = {"jax": "", "torch": " (PyTorch)"}.get(
     row["framework"], f" ({row['framework']})"
@@ -142,19 +144,19 @@ def collect(results: pathlib.Path, only: Sequence[str] = ()) -> list[table_lib.T
   """The tables of a folder of results.
 
   Args:
-    results: with a folder for each experiment, which holds a `results.json` or
-      folders that do, whose rows are taken together.
-    only: names of experiments; empty for all there are.
+    results: folder with a folder for each experiment, which contains a `results.json`
+      or folders with such files, whose rows are combined.
+    only: names of experiments; empty for all.
 
   Raises:
-    InputError: there are none, one has no table, or its rows cannot be
-      read.
+    InputError: there are no experiments, an experiment has no table, or its rows cannot
+      be read.
   """
   known = layouts()
   if not results.is_dir():
     raise base.InputError(
       f"--results={results} is not a folder; run from the repository's root, or name"
-      " the folder that holds the results."
+      " the folder of the results."
     )
   folders = [path for path in sorted(results.iterdir()) if path.is_dir()]
   files = {folder.name: _files(folder) for folder in folders}
@@ -172,7 +174,7 @@ def collect(results: pathlib.Path, only: Sequence[str] = ()) -> list[table_lib.T
     )
   names = [name for name in known if name in (only or files)]
   if not names:
-    raise base.InputError(f"--results={results} holds no NAME/results.json.")
+    raise base.InputError(f"--results={results} contains no NAME/results.json.")
   return [table_lib.make(_section(name, files[name])) for name in names]
 
 
@@ -198,7 +200,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(content["flags"], dict) or not isinstance(rows, list):
       raise TypeError("flags and rows have other types")
     if not all(isinstance(row, dict) for row in rows):
-      raise TypeError("a row is no object")
+      raise TypeError("a row is not an object")
   except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
     raise base.InputError(
       f"{path} cannot be read as results ({error}); run its script again."
@@ -248,8 +250,8 @@ def between_markers(text: str, block: str) -> str:
   _, end, after = rest.partition(END)
   if not end or text.count(BEGIN) != 1 or text.count(END) != 1:
     raise base.InputError(
-      f"--readme must hold one {BEGIN} and after it one {END}; add them where the"
-      " tables are to stand."
+      f"--readme must contain one {BEGIN} and after it one {END}; add them at the place"
+      " of the tables."
     )
   return f"{before}{BEGIN}\n\n{block}\n{END}{after}"
 

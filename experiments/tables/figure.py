@@ -13,9 +13,9 @@ class _Panel(NamedTuple):
   """The lines of one metric of one table that have a published value.
 
   Attributes:
-    title: of the table, with what all lines share.
-    metric: with its unit.
-    groups: by setting, as (method, value).
+    title: title of the table, with the settings that all lines share.
+    metric: name of the metric, with its unit.
+    groups: pairs of a method and a value, by setting.
   """
 
   title: str
@@ -30,10 +30,12 @@ class _Panel(NamedTuple):
 
 
 def draw(tables: Sequence[table_lib.Table], path: pathlib.Path) -> bool:
-  """A panel per experiment, a line per method: a dot is measured, a diamond published.
+  """Draws a panel per experiment, with a line per method.
+
+  A dot is a measured value, and a diamond is a published one.
 
   Returns:
-    Whether there was anything to draw: some published value.
+    Whether there was a published value to draw.
   """
   panels = [p for table in tables for p in _panels(table)]
   if not panels:
@@ -143,5 +145,5 @@ def _errors(
 
 
 def _plain(text: str) -> str:
-  # Text from a results file must not be read as a formula of TeX.
+  # Matplotlib must not read text from a results file as a formula.
   return text.replace("$", r"\$")

@@ -25,7 +25,7 @@ LONG_FORM = (
 
 
 def summary(table: table_lib.Table) -> str:
-  """Every metric: what all lines share, a line per setting and method, sources."""
+  """All metrics of a table: shared settings, a line per setting and method, sources."""
   layout = table.layout
   varying, first = table.varying(), table.lines[0].setting
   keys = [k for k in layout.keys if k in varying or first[k] is not None]
@@ -50,10 +50,10 @@ def summary(table: table_lib.Table) -> str:
 
 
 def compact(table: table_lib.Table) -> str:
-  """A line per method, and a column per setting, of the first metric alone.
+  """The first metric, with a line per method and a column per setting.
 
-  Lines and columns change places where there are more settings than methods. With
-  one setting, a column per metric. Published values stand in brackets.
+  Lines and columns are exchanged if there are more settings than methods. If there is
+  one setting, there is a column per metric. Published values are in parentheses.
   """
   layout, varying = table.layout, table.varying()
   settings = list(dict.fromkeys(_setting(table, line, varying) for line in table.lines))
@@ -83,7 +83,7 @@ def compact(table: table_lib.Table) -> str:
 
 
 def long_form(tables: Sequence[table_lib.Table]) -> str:
-  """CSV: a line per experiment, setting, method and metric; empty where unknown."""
+  """CSV with a line per experiment, setting, method and metric."""
   text = io.StringIO()
   writer = csv.writer(text, lineterminator="\n")
   writer.writerow(LONG_FORM)
@@ -109,17 +109,17 @@ def _setting(table: table_lib.Table, line: table_lib.Line, names: Sequence[str])
 
 
 def _markdown(text: str) -> str:
-  """Text from a results file, as Markdown that shows it and does nothing else."""
+  """Escapes text from a results file, so that Markdown only shows it."""
   return re.sub(r"([\\`|\[\]])", r"\\\1", html.escape(text, quote=False))
 
 
 def _text(text: str) -> str:
-  """Text from a results file, as a CSV cell that spreadsheets take for no formula."""
+  """Escapes text from a results file, so that spreadsheets do not evaluate it."""
   return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text
 
 
 def _digits(number: float | None) -> str:
-  # Fewer than a float has: the last ones depend on the version of NumPy.
+  # The last digits of a float depend on the version of NumPy, so they are left out.
   return "" if number is None else f"{number:.8g}"
 
 
@@ -157,7 +157,7 @@ def _repeats(table: table_lib.Table) -> str:
 
 
 def _source(table: table_lib.Table) -> str:
-  """Where the published values are from, or that these settings have none."""
+  """The source of the published values, or a note that there are none."""
   published = table.layout.published
   has_column = any(metric.published for metric in table.layout.metrics)
   has_value = any(table.has_published(i) for i in table.metrics())
@@ -167,7 +167,7 @@ def _source(table: table_lib.Table) -> str:
 
 
 def _sources(table: table_lib.Table) -> str:
-  """Where the published values are from, and which lines have none."""
+  """The source of the published values, and the lines without a published value."""
   published, varying = _source(table), table.varying()
   missing: dict[str, list[table_lib.Line]] = {}
   for line in table.lines:

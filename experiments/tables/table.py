@@ -1,4 +1,4 @@
-"""What a table says of rows of results: measured values next to published ones."""
+"""Tables of rows of results, with measured values next to published ones."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import dataclasses
@@ -16,13 +16,13 @@ class Metric:
   """A number that every run has.
 
   Attributes:
-    column: of a row; None there means that the run has no such number.
-    heading: of the table, with its unit.
-    scale: what to multiply the row's number by.
-    decimals: to print.
-    published: the row's column of the published value, in the heading's unit.
-    spread: the row's column of its "±", whatever that is.
-    is_optional: whether rows may lack the column, as those do that are older than it.
+    column: column of the rows; None in a row means that the run has no such number.
+    heading: heading in the table, with the unit.
+    scale: factor of the numbers in the rows.
+    decimals: number of decimals to print.
+    published: column of the published value in the rows, in the unit of the heading.
+    spread: column of the published "±" in the rows.
+    is_optional: whether the column may be missing, as in older rows.
   """
 
   column: str
@@ -36,22 +36,22 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """What the table of a script shows.
+  """The layout of the table of a script.
 
   Attributes:
-    name: of its folder of results.
-    title: for people.
-    metrics: the first is the one that the experiment is about.
-    settings: what distinguishes cells of the experiment besides method and seed: a
-      column of the rows or a flag -> how to print its value, for `str.format`.
-    keys: those of `settings` that always have a column; the others have one where
-      they differ between rows, and are printed once above the table otherwise.
-    method: what a row's line is called.
-    method_heading: of that column.
-    repeat: what the runs of a line differ in.
-    identity: of a run among those of its line.
-    published: where the published values are from and what their "±" is, or why
-      there are none.
+    name: name of its folder of results.
+    title: title of the table.
+    metrics: the metrics; the first is the main one.
+    settings: the settings that distinguish cells in addition to method and seed. It
+      maps a column of the rows or a flag to a format of its value, for `str.format`.
+    keys: those of `settings` that always have a column. The others have a column only
+      if they differ between rows, and are printed once above the table otherwise.
+    method: a function that returns the name of a row's method in the table.
+    method_heading: heading of that column.
+    repeat: the word for the difference between the runs of a line, such as "seed".
+    identity: a function that returns what identifies a run among those of its line.
+    published: the source of the published values and the meaning of their "±", or the
+      reason why there are none.
   """
 
   name: str
@@ -66,7 +66,7 @@ class Layout:
   identity: Callable[[Row], Any] = lambda row: row.get("seed")
 
 
-# Of the experiments with wrong labels.
+# Metrics of the experiments with wrong labels.
 NOISE_METRICS = (
   Metric(
     "accuracy_percent",
@@ -80,13 +80,13 @@ NOISE_METRICS = (
 
 
 class Section(NamedTuple):
-  """One experiment with the runs it has.
+  """One experiment with its runs.
 
   Attributes:
-    name: of its folder.
-    layout: how to read its rows.
-    rows: one a run.
-    flags: that the runs were made with.
+    name: name of its folder.
+    layout: layout of its table.
+    rows: one row per run.
+    flags: the flags of the runs.
   """
 
   name: str
@@ -96,7 +96,7 @@ class Section(NamedTuple):
 
 
 class Value(NamedTuple):
-  """Measured and published value of one metric; None where there is none."""
+  """The measured and the published value of one metric; None if there is none."""
 
   metric: Metric
   measured: report.Interval | None
@@ -121,12 +121,12 @@ class Line(NamedTuple):
 
 
 class Table(NamedTuple):
-  """What a table says, before it is Markdown, CSV or a figure.
+  """The content of a table, before it is written as Markdown, CSV or a figure.
 
   Attributes:
-    name: of the experiment's folder.
-    layout: what the table shows.
-    lines: in the order of their first rows.
+    name: name of the experiment's folder.
+    layout: layout of the table.
+    lines: lines of the table, in the order of their first rows.
   """
 
   name: str
@@ -139,17 +139,17 @@ class Table(NamedTuple):
     return [n for n in names if len({line.setting[n] for line in self.lines}) > 1]
 
   def say(self, line: Line, names: Iterable[str]) -> str:
-    """Some of a line's settings in words."""
+    """Some of the settings of a line, as text."""
     texts = [(self.layout.settings[n], line.setting[n]) for n in names]
     return ", ".join(text.format(value) for text, value in texts if value is not None)
 
   def say_constant(self, but: Collection[str]) -> str:
-    """The settings that do not differ, in words."""
+    """The settings that do not differ between lines, as text."""
     same = [name for name in self.layout.settings if name not in but]
     return self.say(self.lines[0], same)
 
   def metrics(self) -> list[int]:
-    """The numbers of the metrics that some run has."""
+    """The indices of the metrics that some run has."""
     count = range(len(self.layout.metrics))
     return [i for i in count if any(line.values[i].measured for line in self.lines)]
 
@@ -162,7 +162,7 @@ def make(section: Section) -> Table:
   """The table of an experiment.
 
   Raises:
-    InputError: there is no row, a row lacks a column or holds there what cannot be
+    InputError: there is no row, a row lacks a column or has a value that cannot be
       read, runs of one line have the same seed, or their published values differ.
   """
   layout = section.layout
@@ -198,7 +198,7 @@ def _method(section: Section, row: Row) -> str:
 
 
 def _printable(text: str) -> str:
-  """Without line breaks, control characters and halves of characters."""
+  """`text` without line breaks, control characters and lone surrogates."""
   return "".join(c if c.isprintable() else " " for c in text)
 
 
@@ -224,7 +224,10 @@ def _lacks(section: Section, column: str) -> base.InputError:
 
 
 def _check_seeds(section: Section, method: str, rows: Sequence[Row]) -> None:
-  """Runs that differ in more than their seed must not be averaged."""
+  """Raises InputError if runs of one line have the same seed.
+
+  Such runs differ in a setting and must not be averaged.
+  """
   seeds = [section.layout.identity(row) for row in rows]
   if len({str(seed) for seed in seeds}) < len(seeds):
     raise base.InputError(
@@ -243,7 +246,8 @@ def _value(section: Section, metric: Metric, rows: Sequence[Row]) -> Value:
     values = {_number(section, row, column) for row in rows} if column else {None}
     if len(values) > 1:
       raise base.InputError(
-        f"{section.name}: {column!r} differs between runs of one line; mend its rows."
+        f"{section.name}: {column!r} differs between runs of one line; correct the"
+        " rows."
       )
     published += values
   return Value(metric, report.interval(known) if known else None, *published)
@@ -254,7 +258,7 @@ def _number(section: Section, row: Row, column: str) -> float | None:
     raise _lacks(section, repr(column))
   number = row[column]
   is_number = isinstance(number, int | float) and not isinstance(number, bool)
-  # Floats hold no integer beyond about 1e308.
+  # A float cannot represent integers beyond about 1e308.
   is_finite = is_number and abs(number) < 1e300
   if number is not None and not is_finite:
     raise base.InputError(

@@ -1,71 +1,77 @@
-"""Which labels are wrong, from the statistics of one training run.
+"""Detection of wrong labels from the statistics of one training run.
 
-The score of an example with the given label g and the mean predicted distribution p in
-C classes is a log odds ratio of the other labels against the given one:
+The score of an example is a log odds ratio of the other labels against the given label
+g. It is computed from the mean predicted distribution p over C classes:
 
     score = log(sqrt(sum over j != g of (R[j, g] p[j])^2) + 1/C) - log(p[g] + 1/C)  (1)
 
-R[j, g] is how much more often examples of class j are labeled g than an average pair of
-classes is confused. Where mistakes have a direction (3 labeled 8, but not 3 labeled 1),
-the network's doubt between the given label and a class that is never mistaken for it is
-no evidence of a wrong label, and doubt about the usual mistake is strong evidence: that
-is Bayes' rule, with R as the prior of the mistake. The Euclidean norm stands between
-the likeliest other label, which ranks best where mistakes have a direction, and the sum
-of all others, which ranks best where they have none and classes resemble each other.
-The term 1/C, a uniform distribution mixed in, keeps probabilities apart that matter and
-those together that do not (1e-3 and 1e-6).
+R[j, g] is the rate at which examples of class j are labeled g, divided by the average
+rate over pairs of classes. Mistakes have a direction if, for instance, 3 is often
+labeled 8 but not 1. If the network then assigns probability to a class that is never
+mistaken for the given label, this is not evidence of a wrong label, whereas probability
+of the class of the usual mistake is strong evidence. That is Bayes' rule, with R as the
+prior of the mistake. The Euclidean norm is a compromise between the maximum over the
+other labels, which ranks best if mistakes have a direction, and the sum over the other
+labels, which ranks best if mistakes have no direction and classes resemble each other.
+Adding 1/C mixes in a uniform distribution: tiny probabilities (such as 1e-3 and 1e-6)
+then have about the same effect, and only large ones are distinguished.
 
 R is estimated from the same distributions. Let t[c] be the mean of p[c] over the
-examples labeled c, the per-class thresholds of confident learning, and let c* = argmax
-over c of p[c] - t[c] be an example's most likely class. Then Q[j, g] counts the
-examples with c* = j and the label g, of those with another label than c* only the clear
-ones, p[c*] >= 0.8 t[c*]. Examples that are merely hard for the network are counted too,
-but classes that resemble each other (pullovers and coats) are confused both ways, about
-equally often. What a pair has in common, S[j, g] = min(Q[j, g], Q[g, j]), is therefore
-no sign of a direction beyond the mean of S over all pairs. Off the diagonal,
+examples labeled c (the per-class thresholds of confident learning), and let the most
+likely class of an example be c* = argmax over c of p[c] - t[c]. Q[j, g] counts the
+examples with c* = j and the label g. If c* is not the given label, the example is
+counted only if it is clear, p[c*] >= 0.8 t[c*]. Q also counts examples that are only
+hard for the network. But classes that resemble each other (pullovers and coats) are
+confused in both directions about equally often. The part that is common to both
+directions, S[j, g] = min(Q[j, g], Q[g, j]), is therefore subtracted where it exceeds
+the mean of S over all pairs. Off the diagonal,
 
     Z[j, g] = Q[j, g] - max(S[j, g] - mean of S, 0)
     M[j, g] = Z[j, :] summed  *  share of Z off the diagonal / (C - 1)              (2)
     v = max(sum of (Q - Q^T)^2 - (Q + Q^T) - S^2, 0) / (2 * sum of M^2)
     R[j, g] = (1 + v Z[j, g]) / (1 + v M[j, g])                                     (3)
 
-M is what Z would be without any direction, and v the variance of the rates Z / M: what
-Q differs from its transpose by, less the variance of counts and less the asymmetry S^2
-of classes that resemble each other. R is the posterior mean of a rate under a gamma
-prior of mean 1 and variance v. Where nothing is seen of a direction, v is 0, R is 1,
-and nothing is lost. Mistakes that go both ways equally often cannot be distinguished
-from resemblance.
+M is the expected value of Z if mistakes have no direction. v is the variance of the
+rates Z / M: the squared difference of Q and its transpose, minus the variance of counts
+and minus S^2, which allows for the asymmetry of classes that resemble each other. R is
+the posterior mean of a rate under a gamma prior of mean 1 and variance v. If the counts
+show no direction, v is 0 and R is 1. Mistakes that are equally frequent in both
+directions cannot be distinguished from resemblance.
 
-The number of issues is less than the number of examples with another label than c*:
-some of these examples are merely hard, and on correct labels all of them are. A wrong
-label leaves the network nearly as sure of another class as it is of that class where it
-is given; a hard example leaves it undecided. So let m = p[c*] less the largest other
-probability for an example labeled c*, and p[c*] - p[g] for one with another label g.
-An example is sure if m is at least 0.4 times the median m of the examples that are
-labeled c*. Let W[j, g] count the sure examples off the diagonal, each row divided by
-the share of sure examples among those labeled j, which stands for the wrong labels of
-which the network is not sure. Classes that resemble each other are mistaken both ways
-even surely: in E(W), the sum of W, what min(W, W^T) exceeds its median over the pairs
-by does not count, unless one of the two entries is more than 2.5 times the other. Then
+The number of issues is less than the number of examples whose label is not c*: some of
+these examples are only hard, and if all labels are correct, all of them are. If a label
+is wrong, the network is nearly as sure of another class as it is of that class on
+examples with its label; on a hard example, the network is undecided. This is measured
+by a margin m: for an example labeled c*, m is p[c*] minus the largest other
+probability; for an example with another label g, m is p[c*] - p[g]. An example is sure
+if m is at least 0.4 times the median m of the examples that are labeled c*.
+
+W[j, g] counts the sure examples off the diagonal. Each row j is divided by the share of
+sure examples among those labeled j, which corrects for wrong labels of which the
+network is not sure. Even sure examples are confused in both directions if classes
+resemble each other. E(W) is therefore the sum of W without the part of min(W, W^T) that
+exceeds its median over the pairs. That part is kept for pairs in which one entry is
+more than 2.5 times the other. Then
 
     x = E(W) / number of examples with another label than c*
     o = (1.5 x / (1 - x))^3                                                         (4)
     number of issues = E(W) + max(E(Q) - E(W), 0) o / (1 + o)
 
-where Q counts all examples, sure or not: the others are mostly wrong if most of those
-with another label are surely so, and mostly hard if few are. For x >= 1 all of them
-count.
+where Q counts all examples, sure or not. The idea is that if most examples whose label
+is not c* are sure, the others are mostly wrong, too; and if few are sure, the others
+are mostly hard. If x >= 1, all of them count.
 
-Confident learning counts the examples with p[c] >= t[c] for some c. Probabilities from
-training itself, unlike held-out ones, are pulled towards the given label, so that few
-wrong labels pass that test; the pull is about the same for all examples and leaves the
-order of p[c] - t[c] alone, until the network has memorized the wrong labels. Wrong
-labels that it has memorized are not counted, so that the number is too low on small
-tables.
+Confident learning counts the examples with p[c] >= t[c] for some c other than the given
+label. Probabilities on training examples, unlike those on held-out examples, are biased
+towards the given label, so that few wrong labels pass that test. The bias is about the
+same for all examples and does not change the order of p[c] - t[c], until the network
+has memorized the wrong labels. Memorized wrong labels are not counted, so the number is
+too low on small tables.
 
-A trusted set enters through training: in a run of L2RW the network learns less from
-wrong labels, and its distributions rank better. The scores of L2RW themselves are
-reported, and are not part of equation (1): a weighted sum of both ranked worse.
+A meta set has an effect only through training: in a run of L2RW the network learns less
+from wrong labels, so that its predictions may rank labels better. The scores of L2RW
+are reported, but they are not part of equation (1), because a weighted sum of both
+ranked labels worse.
 
 References:
   Northcutt, Jiang, Chuang, "Confident Learning: Estimating Uncertainty in Dataset
@@ -82,8 +88,8 @@ from l2rw_jax import base
 from l2rw_jax.audit import statistics as statistics_lib
 
 _PROBABILITIES = "mean_probabilities"
-# Like the form of the equations, chosen on other examples and seeds than those of
-# results/label_issues.
+# These constants and the form of the equations were chosen on other examples and seeds
+# than those of results/label_issues.
 _CLEAR = 0.8
 _SURE, _EVEN, _ODDS, _POWER = 0.4, 2.5, 1.5, 3
 
@@ -94,19 +100,19 @@ class LabelIssues:
 
   Attributes:
     index: row of each example in the training set, int64 [N].
-    given: its label, int64 [N].
-    suggested: the most likely other class, int64 [N]; the given label where the
-      example was never seen.
-    score: how suspicious the label is, equation (1), float64 [N]; higher is more
-      suspicious. NaN where the example was never seen: such examples come last.
+    given: the given label of each example, int64 [N].
+    suggested: the most likely other class, int64 [N]; the given label if the example
+      was never seen.
+    score: equation (1), float64 [N]; a higher score is more suspicious. It is NaN for
+      examples that were never seen, which come last.
     is_issue: whether the label is estimated to be wrong, bool [N]: true for the first
       `num_issues` examples.
-    num_issues: estimated number of wrong labels, equation (4), at most the examples
-      off the diagonal of `confusion`.
+    num_issues: estimated number of wrong labels, equation (4), at most the number of
+      examples off the diagonal of `confusion`.
     confusion: number of examples of each most likely class (row) with each given label
       (column), int64 [C, C].
-    statistics: what `summarize` returned, every array in this order. A statistic that
-      no example has is left out.
+    statistics: the result of `summarize`, with every array in this order. A statistic
+      that no example has is left out.
   """
 
   index: np.ndarray
@@ -119,14 +125,14 @@ class LabelIssues:
   statistics: dict[str, np.ndarray]
 
   def to_cleanlab(self) -> dict[str, np.ndarray]:
-    """What cleanlab takes, in the order of the training set.
+    """The arguments of cleanlab's functions, in the order of the training set.
 
     Returns:
       "labels" [N]; "pred_probs" [N, C], the mean predicted distributions, for
       `cleanlab.Datalab.find_issues` and `cleanlab.filter.find_label_issues`; and
       "label_quality" [N] from 0 to 1 as in cleanlab, where lower is more suspicious:
-      the probability whose log odds against the label are the score. An example that
-      was never seen has the uniform distribution and the quality 0.5.
+      the probability of the label if the score is the log odds against it. An example
+      that was never seen has the uniform distribution and the quality 0.5.
     """
     order = np.argsort(self.index)
     probabilities = self.statistics[_PROBABILITIES][order]
@@ -136,7 +142,7 @@ class LabelIssues:
     quality = 1 / (1 + np.exp(np.where(is_seen, self.score[order], 0)))
     return {
       "labels": self.given[order],
-      # Rounding leaves sums of 1 + 1e-7, which cleanlab would warn of.
+      # Rounding leaves sums of 1 + 1e-7, about which cleanlab would warn.
       "pred_probs": probabilities / probabilities.sum(axis=1, keepdims=True),
       "label_quality": quality,
     }
@@ -146,17 +152,17 @@ def find_label_issues(statistics: Any, labels: Any) -> LabelIssues:
   """Ranks the examples of a training set by how likely their labels are wrong.
 
   Args:
-    statistics: the `State` of a run, or what `summarize` makes of it: a dictionary
-      with "mean_probabilities" [N, C], and any other arrays [N], which are sorted
-      and otherwise left alone. Rows of NaN are examples that were never seen.
+    statistics: the `State` of a run, or the result of `summarize`: a dictionary with
+      "mean_probabilities" [N, C] and any other arrays [N], which are only sorted. Rows
+      of NaN are examples that were never seen.
     labels: the given labels, integers [N] from 0 to C - 1.
 
   Returns:
     A `LabelIssues`.
 
   Raises:
-    InputError: the shapes do not fit, a label is none of the C classes, or no example
-      was ever seen.
+    InputError: the shapes do not match, a label is not one of the C classes, or no
+      example was ever seen.
     FloatingPointError: a distribution is not finite although its example was seen.
 
   >>> state = statistics_lib.init(num_examples=4, num_classes=2)
@@ -208,15 +214,15 @@ def find_label_issues(statistics: Any, labels: Any) -> LabelIssues:
 
 
 def relative_rates(confusion: Any) -> np.ndarray:
-  """How much likelier each mistake is than an average one, equation (3).
+  """The rate of each mistake relative to an average mistake, equation (3).
 
   Args:
     confusion: number of examples of each class (row) with each label (column),
       [C, C].
 
   Returns:
-    R, float64 [C, C]; 1 on the diagonal, and everywhere if the matrix is no less
-    symmetric than chance and classes that resemble each other make it.
+    R, float64 [C, C]. It is 1 on the diagonal. It is 1 everywhere if chance and classes
+    that resemble each other explain the asymmetry of the matrix.
 
   >>> print(relative_rates([[90, 5, 5], [6, 90, 4], [5, 5, 90]]))
   [[1. 1. 1.]
@@ -253,25 +259,26 @@ def _number_of_issues(p, given, likely):
   sure = np.zeros((num_classes, num_classes))
   for c in np.unique(likely):
     margins = margin[agrees & (likely == c)]
-    if not len(margins):  # No example says how sure the network is of this class.
+    if not len(margins):  # No example shows how sure the network is of this class.
       margins = margin[agrees]
     least = _SURE * max(np.median(margins), 0) if len(margins) else 0
     is_sure = (margin >= least) & (likely == c)
-    # A median above 0 makes it a half or more; otherwise the network knows nothing.
+    # If the median is above 0, it is a half or more. If not, the network has not
+    # learned this class.
     share = max((margins >= least).mean(), 0.5) if len(margins) else 1
     counts = np.bincount(given[is_sure & ~agrees], minlength=num_classes)
     sure[c] = counts / share
   everything = _count(likely[~agrees], given[~agrees], num_classes)
   number = everything.sum()
   least, most = _without_resemblance(sure), _without_resemblance(everything)
-  if least >= number:  # This also covers that no label disagrees.
+  if least >= number:  # This is also the case if no label disagrees.
     return int(number)
   odds = (_ODDS * least / (number - least)) ** _POWER
   return round(least + max(most - least, 0) * odds / (1 + odds))
 
 
 def _without_resemblance(counts):
-  """The sum off the diagonal, less what pairs of classes have in common."""
+  """The sum off the diagonal, without the part that both directions have in common."""
   is_mistake = ~np.eye(len(counts), dtype=bool)
   common = np.minimum(counts, counts.T)
   excess = np.maximum(common - np.median(common[is_mistake]), 0)
@@ -281,7 +288,7 @@ def _without_resemblance(counts):
 
 def _likely_classes(p, given):
   """Each example's most likely class c*, and whether it is clear."""
-  # Of a class without examples nothing is known: no example is assigned to it.
+  # Nothing is known about a class without examples, so no example is assigned to it.
   thresholds = np.full(p.shape[1], np.inf)
   for c in np.unique(given):
     thresholds[c] = p[given == c, c].mean()
@@ -305,7 +312,7 @@ def _is_seen(statistics):
 
 
 def _check(statistics, labels):
-  """The statistics as arrays and the labels as int64, once they fit each other."""
+  """The statistics as arrays and the labels as int64, checked against each other."""
   if _PROBABILITIES not in statistics:
     raise base.InputError(
       f"statistics has no {_PROBABILITIES!r}; pass the state, or what audit.summarize"
@@ -324,13 +331,13 @@ def _check(statistics, labels):
   for name, x in statistics.items():
     if x.shape[:1] != labels.shape:
       raise base.InputError(
-        f"the statistic {name} has shape {x.shape} and there are {len(labels)} labels."
+        f"the statistic {name} has shape {x.shape}, but there are {len(labels)} labels."
       )
   labels = labels.astype(np.int64)
   wrong = np.flatnonzero((labels < 0) | (labels >= shape[1]))
   if len(wrong):
     raise base.InputError(
-      f"{len(wrong)} labels are none of the {shape[1]} classes, the first is"
+      f"{len(wrong)} labels are not one of the {shape[1]} classes; the first is"
       f" {labels[wrong[0]]} at index {wrong[0]}."
     )
   p = statistics[_PROBABILITIES]
@@ -342,7 +349,7 @@ def _check(statistics, labels):
   bad = np.flatnonzero(is_seen & ~np.isfinite(p).all(axis=1))
   if len(bad):
     raise FloatingPointError(
-      f"{_PROBABILITIES} of {len(bad)} examples are not finite, the first at index"
+      f"{_PROBABILITIES} of {len(bad)} examples are not finite; the first is at index"
       f" {bad[0]}: the logits or losses of the run were NaN or infinite; lower the"
       " learning rate."
     )

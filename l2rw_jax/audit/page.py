@@ -1,13 +1,13 @@
-"""A list of suspicious labels as one HTML page that needs no network.
+"""A list of suspicious labels as one HTML page that works offline.
 
 The page shows the examples, most suspicious first, with their pictures or columns, the
-given and the suggested label and the mean predicted distribution. Its reader sorts,
-filters, decides what to keep, to relabel and to remove, and exports the corrected
-labels as a CSV file.
+given and the suggested label and the mean predicted distribution. Users can sort and
+filter the list, decide which labels to keep, to change and to remove, and export the
+corrected labels as a CSV file.
 
-File names, labels and columns may hold anything: they are stored as JSON in which no
-character can end the script element, and put on the page as text. A content security
-policy lets only the page's script run, and forbids every request.
+File names, labels and columns may contain any text: they are stored as JSON in which no
+character can end the script element, and are put on the page as text. A content
+security policy allows only the script of the page to run, and forbids every request.
 """
 
 import base64
@@ -22,7 +22,7 @@ import numpy as np
 from l2rw_jax import base
 from l2rw_jax.audit import label_issues
 
-# Classes of the predicted distribution that are drawn for an example.
+# Number of classes of the predicted distribution that are drawn for an example.
 _NUM_BARS = 4
 _MOST_COLUMNS, _MOST_CHARACTERS = 60, 200
 _MOST_NOTES = 1000
@@ -43,30 +43,30 @@ def build(
   duplicate_of: Sequence[int] | None = None,
   notes: Sequence[str] = (),
 ) -> str:
-  """The page of a ranking.
+  """Builds the page of a ranking.
 
   Args:
     issues: the ranking of N examples.
     class_names: C names, in the order of the labels.
-    names: of the examples in the order of the training set, N strings; paths for
+    names: names of the examples in the order of the training set, N strings; paths for
       images.
-    title: of the page.
-    key: the first column of the exported file: "path", which holds the names, or
-      "index", which holds `rows`.
-    rows: for `key` "index", the number of each example in the user's data, [N]; the
-      row of the training set if None.
+    title: title of the page.
+    key: the first column of the exported file: "path" for the names, or "index" for
+      `rows`.
+    rows: for `key` "index", the row of each example in the user's data, [N]; None is
+      the row in the training set.
     pictures: PNG files of the most suspicious examples, in the order of the ranking;
       empty bytes for an example without one.
-    columns: of the most suspicious examples, in the order of the ranking: what to show
-      of each, by name of the column.
-    duplicate_of: row of the example that this one is an exact copy of, or -1; [N].
+    columns: texts to show for the most suspicious examples, in the order of the
+      ranking, by name of the column.
+    duplicate_of: row of the example of which this one is an exact copy, or -1; [N].
     notes: sentences about the data.
 
   Returns:
     HTML, to be stored as UTF-8.
 
   Raises:
-    InputError: the lengths do not fit, or `key` is unknown.
+    InputError: the lengths do not match, or `key` is unknown.
   """
   size = len(issues.index)
   num_classes = issues.statistics["mean_probabilities"].shape[1]
@@ -136,7 +136,7 @@ def _top(
 
 
 def _numbers(values: np.ndarray, digits: int) -> list[float | int | None]:
-  """Rounded numbers, None for those that are not finite."""
+  """Rounded numbers, with None in place of those that are not finite."""
   rounded = np.round(np.asarray(values, np.float64), digits)
   return [
     None if not np.isfinite(x) else int(x) if x == int(x) else x
@@ -149,11 +149,11 @@ def _filled(content: Mapping[str, Any]) -> str:
   page = (folder / "page.html").read_text(encoding="utf-8")
   script = (folder / "page.js").read_text(encoding="utf-8")
   digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-  # Valid JSON in which "</script>" and "<!--" cannot occur. The lone surrogates that
-  # undecodable file names hold have no UTF-8.
+  # This is valid JSON in which "</script>" and "<!--" cannot occur. Undecodable file
+  # names contain lone surrogates, which cannot be encoded in UTF-8.
   text = json.dumps(content, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
   for character in "<>&":
     text = text.replace(character, f"\\u{ord(character):04x}")
   page = page.replace("@SCRIPT_HASH@", f"sha256-{digest}").replace("@SCRIPT@", script)
-  # Last, so that nothing in the data is taken for a place to fill.
+  # The data are filled in last, so that no text in them is mistaken for a placeholder.
   return page.replace("@DATA@", text)

@@ -32,13 +32,13 @@ class Recorded(NamedTuple):
 def recording(method: base.Method) -> base.Method:
   """Wraps `method` to record the statistics of every training example.
 
-  Recording does not change training. The logits are those of the training batch before
-  the step's update, in training mode (dropout, batch statistics). They cost at most one
-  forward pass per step, and nothing if XLA merges it with the forward pass of the
-  method. On LeNet, recording adds 0.01% to the FLOPs of plain training, and 15% to
-  those of L2RW with a meta batch of the same size. Weights are recorded too, and so are
-  the scores of methods that report them (L2RW). Apply other wrappers to the method
-  before this one.
+  Recording does not change training. The recorded logits are those of the training
+  batch before the step's update, in training mode (dropout, batch statistics). They
+  cost at most one forward pass per step, and nothing if XLA merges it with the forward
+  pass of the method. On LeNet, recording adds 0.01% to the FLOPs of plain training, and
+  15% to those of L2RW with a meta batch of the same size. Weights are also recorded,
+  and so are the scores of methods that report them (L2RW). Apply other wrappers to the
+  method before this one.
 
   Args:
     method: a method for a classifier with one label per example.
@@ -73,7 +73,7 @@ def recording(method: base.Method) -> base.Method:
   def inner_sample(state, problem, train, rng):
     return method.sample(state.inner, problem, train, rng)
 
-  # The loop recognizes these two functions by identity, so pass them through.
+  # The training loop recognizes these two functions by identity, so pass them through.
   keeps_state = method.refresh is base.keep_state
   permutes = method.sample is base.permutation
   return method._replace(

@@ -1,21 +1,21 @@
-"""Statistics that training leaves behind for every example.
+"""Statistics of training for every example.
 
-A network fits right labels early and wrong ones late, so what it says of an example
-while it trains is evidence about the label. The statistics cost no passes of their own:
-they are sums over the logits that a training step computes anyway.
+A network fits right labels early and wrong labels late, so its predictions for an
+example during training are evidence about the label. The statistics need no additional
+forward passes: they are sums over the logits that a training step computes anyway.
 
     state = audit.init(num_examples, num_classes)
     state = audit.update(state, batch["index"], logits, batch["label"])  # every step
     stats = audit.summarize(state)
 
-Numerics: every sum is compensated (Neumaier), a pair of float32 arrays of which the
-second holds what the first has rounded off, so that the millionth step counts as much
-as the first. Counts are int32. A state takes 8 C + 65 bytes an example.
+Numerics: every sum is compensated (Neumaier). It is a pair of float32 arrays, the
+second of which contains the rounding error of the first, so that the millionth step
+counts as much as the first. Counts are int32. A state takes 8 C + 65 bytes per example.
 
-The predicted distribution is averaged with the mean loss of each step as the step's
-weight. Once a network has memorized its training set, it predicts every given label,
-wrong or right, and steps without a loss have nothing to say about labels; without the
-weights, a long run would hide what the early steps have shown.
+In the average of the predicted distributions, the weight of a step is its mean loss.
+Once a network has memorized its training set, it predicts every given label, wrong or
+right, so steps with a loss near 0 give no information about labels. Without these
+weights, such steps would outnumber the informative early steps of a long run.
 
 References:
   Pleiss, Zhang, Elenberg, Weinberger, "Identifying Mislabeled Data using the Area
@@ -38,11 +38,11 @@ _LEAST_WEIGHT = 1e-20
 
 
 class Sum(NamedTuple):
-  """A compensated sum: the exact one is close to `total` + `error`.
+  """A compensated sum: the exact sum is close to `total` + `error`.
 
   Attributes:
     total: float32 [N] or [N, C].
-    error: what rounding has taken from `total`, likewise.
+    error: the rounding error of `total`, of the same shape and type.
   """
 
   total: base.Array
@@ -50,16 +50,18 @@ class Sum(NamedTuple):
 
 
 class State(NamedTuple):
-  """What has been seen of N examples in C classes so far; a pytree of arrays.
+  """The statistics so far of N examples in C classes; a pytree of arrays.
 
   Attributes:
-    seen: presentations: rows in which the example occurred, int32 [N].
-    wrong: presentations whose predicted class was not the given label, int32 [N].
-    forgotten: forgetting events, int32 [N].
+    seen: number of presentations (rows of batches in which the example occurred), int32
+      [N].
+    wrong: number of presentations whose predicted class was not the given label, int32
+      [N].
+    forgotten: number of forgetting events, int32 [N].
     was_correct: whether the last prediction was the given label, bool [N].
-    weighted: presentations with a weight, int32 [N].
-    rejected: those whose weight was zero, int32 [N].
-    scored: presentations with a score, int32 [N].
+    weighted: number of presentations with a weight, int32 [N].
+    rejected: number of presentations whose weight was zero, int32 [N].
+    scored: number of presentations with a score, int32 [N].
     loss: cross-entropies in nats, `Sum` of [N].
     margin: margins, `Sum` of [N].
     weight: weights in units of the uniform weight, `Sum` of [N].
@@ -88,7 +90,7 @@ def init(num_examples: int, num_classes: int) -> State:
   """The state before the first step.
 
   Args:
-    num_examples: N, the examples of the training set.
+    num_examples: N, the number of training examples.
     num_classes: C, at least 2.
 
   Returns:
@@ -140,27 +142,28 @@ def update(
 ) -> State:
   """The state after one more batch.
 
-  Pure: works inside `jit`, `vmap`, `pmap` and `shard_map`, and on arrays that a mesh
-  shards. The state is the same on every device; the rows are those of this device.
-  The work is in proportion to the batch, not to N.
+  This function is pure: it works inside `jit`, `vmap`, `pmap` and `shard_map`, and on
+  arrays that are sharded over a mesh. The state is the same on every device; the rows
+  are those of this device. The cost is proportional to the batch size, not to N.
 
-  Several rows of one example are as many presentations. As all of them come from the
-  same parameters, they are one trial for forgetting: it is correct if every row is.
+  If an example occurs in several rows, each row is a presentation. Because all of them
+  come from the same parameters, they count as one trial for forgetting, which is
+  correct if every row is correct.
 
   Args:
-    state: what `init` or `update` returned.
+    state: the result of `init` or `update`.
     index: the row of each example in the training set, integers [B]. Rows with an
       index outside 0 .. N - 1 do not count.
-    logits: what the network says before this step's update, [B, C], of any
+    logits: logits of the network before this step's update, [B, C], of any
       floating-point type. [B, 1] is the logit of class 1 of two.
     labels: the given labels, integers [B].
     weights: example weights as the methods of this library return them, which sum to
-      1 over the global batch, [B]. They are recorded in units of the uniform weight:
-      times the number of rows that count. None records none.
-    scores: what the weights were before they were clipped at zero, [B]; recorded
-      divided by the mean absolute score of the step, because the scale of scores
-      changes during training. None records none.
-    mask: which rows count, bool [B]; None is all. Padded rows may hold anything.
+      1 over the global batch, [B]. They are recorded in units of the uniform weight,
+      that is, multiplied by the number of rows that count. None records no weights.
+    scores: the scores before they are clipped at zero, [B]. They are divided by the
+      mean absolute score of the step, because the scale of scores changes during
+      training. None records no scores.
+    mask: which rows count, bool [B]; None is all. Other rows may contain anything.
     axis_name: mapped axis over which the rows are sharded; the state is then updated
       with the rows of all devices.
 
@@ -168,10 +171,10 @@ def update(
     The new `State`.
 
   Raises:
-    InputError: shapes or types do not fit, or, outside `jit`, a label of a row that
-      counts is none of the C classes. Under `jit` such a label gives the mean loss and
-      the mean margin NaN.
-    FloatingPointError: outside `jit`, when a loss of a row that counts is not finite.
+    InputError: shapes or types do not match, or, outside `jit`, a label of a row that
+      counts is not one of the C classes. Under `jit`, such a label makes the mean loss
+      and the mean margin of the example NaN.
+    FloatingPointError: outside `jit`, if a loss of a row that counts is not finite.
 
   >>> import jax.numpy as jnp
   >>> state = init(num_examples=3, num_classes=2)
@@ -183,7 +186,7 @@ def update(
   num_examples, num_classes = state.probabilities.total.shape
   index, logits, labels = (jnp.asarray(x) for x in (index, logits, labels))
   _check(index, logits, labels, weights, scores, mask, num_classes)
-  # Wide enough for N; an unsigned or a narrow index has no room for -1 or for N.
+  # The type must represent -1 and N; an unsigned or narrow index may not.
   index = index.astype(jnp.int32)
   counts = (index >= 0) & (index < num_examples)
   if mask is not None:
@@ -203,23 +206,23 @@ def summarize(state: State) -> dict[str, np.ndarray]:
   """The statistics by name, as NumPy arrays of float64.
 
   Args:
-    state: what `update` returned, on any device.
+    state: the result of `update`, on any device.
 
   Returns:
-    Arrays [N], NaN where an example was never seen:
+    Arrays [N], with NaN for examples that were never seen:
 
-      seen                 presentations (0, not NaN, where there was none)
-      mean_loss            mean cross-entropy to the given label, in nats
+      seen                 number of presentations (0, not NaN, if there was none)
+      mean_loss            mean cross-entropy of the given label, in nats
       mean_margin          mean of the given label's logit minus the largest other one
-      wrong_predictions    presentations with another prediction than the given label
-      forgetting_events    how often a correct prediction was followed by a wrong one
+      wrong_predictions    number of presentations with another predicted class
+      forgetting_events    number of correct predictions followed by a wrong one
       mean_weight          mean weight; 1 is the uniform weight
       zero_weight_share    share of presentations with weight 0
-      mean_score           mean score before clipping; 1 is a step's mean size
+      mean_score           mean score before clipping, over the step's mean size
 
-    The last three are NaN also where no weight or score was given. Further,
-    "mean_probabilities" [N, C] is the mean predicted distribution, in which a step
-    counts in proportion to the mean loss of its batch.
+    The last three are also NaN if no weight or score was given. In addition,
+    "mean_probabilities" [N, C] is the mean predicted distribution, in which the weight
+    of a step is the mean loss of its batch.
   """
   arrays: Any = jax.tree.map(np.asarray, jax.device_get(state))
 
@@ -255,8 +258,8 @@ def _check(index, logits, labels, weights, scores, mask, num_classes):
     )
   if max(logits.shape[1], 2) != num_classes:
     raise base.InputError(
-      f"the state is of {num_classes} classes and the logits have shape"
-      f" {logits.shape}; give audit.init the number of classes of the network."
+      f"the state has {num_classes} classes, but the logits have shape"
+      f" {logits.shape}; pass the number of classes of the network to audit.init."
     )
   for name, values in (("weights", weights), ("scores", scores), ("mask", mask)):
     if values is None:
@@ -277,13 +280,13 @@ def _refuse_wrong_labels(labels, counts, num_classes):
   wrong = np.flatnonzero(np.asarray(counts) & ((given < 0) | (given >= num_classes)))
   if len(wrong):
     raise base.InputError(
-      f"{len(wrong)} labels are none of the {num_classes} classes, the first is"
+      f"{len(wrong)} labels are not one of the {num_classes} classes; the first is"
       f" {given[wrong[0]]} in row {wrong[0]}; number the classes from 0 to"
       f" {num_classes - 1}, or leave the rows out with mask."
     )
 
 
-# Compiled as one program also where the caller does not compile.
+# This is compiled as one program, even if the caller does not use `jit`.
 @functools.partial(jax.jit, static_argnames="axis_name")
 def _updated(state, index, logits, labels, counts, weights, scores, *, axis_name):
   """The new state, and the losses of this device's rows [B]; 0 if not counted."""
@@ -308,7 +311,7 @@ def _updated(state, index, logits, labels, counts, weights, scores, *, axis_name
 
 
 def _rows(logits, labels, counts):
-  """What the logits say of each row of this device; zeros where it does not count."""
+  """Statistics of each row of this device; zeros for rows that do not count."""
   log_p, is_label, scale = losses_lib.label_rows(logits, labels, counts)
   z = logits.astype(log_p.dtype)
   if z.shape[1] == 1:
@@ -329,17 +332,17 @@ def _rows(logits, labels, counts):
 
 def _step_weight(loss, counts):
   """The mean loss of the step for each row that counts, [B]."""
-  # An impossible label has the loss NaN, which must not reach the other examples.
+  # A label that is not a class has a NaN loss, which must not affect other examples.
   is_finite = counts & jnp.isfinite(loss)
   number = jnp.maximum(jnp.sum(is_finite), 1).astype(jnp.float32)
   mean = jnp.sum(jnp.where(is_finite, loss, 0)) / number
-  # Above zero, so that the weights of an example never sum to zero.
+  # The weight is above zero, so that the weights of an example never sum to zero.
   return jnp.where(counts, jnp.maximum(mean, _LEAST_WEIGHT), 0)
 
 
 def _scaled(scores, counts):
   """Scores over their mean size among the rows that count; zeros stay zeros."""
-  # The largest is divided out first, so that no sum overflows and none underflows.
+  # Scores are first divided by the largest, so that no sum overflows or underflows.
   largest = jnp.max(jnp.abs(scores), initial=0)
   scores = base.divide_by_largest(scores, largest)
   number = jnp.maximum(jnp.sum(counts), 1).astype(jnp.float32)
@@ -351,7 +354,7 @@ def _add_rows(state, row):
   """`state` with the rows of the global batch, the same on every device."""
   num_examples = len(state.seen)
   size = len(row["index"])
-  # Rows of one example are brought together, so that each example is written once.
+  # Rows of the same example are combined, so that each example is written once.
   order = jnp.argsort(row["index"])
   ordered = row["index"][order]
   begins = jnp.concatenate([jnp.ones(1, jnp.bool_), ordered[1:] != ordered[:-1]])
@@ -374,7 +377,7 @@ def _add_rows(state, row):
   def add_sum(sum_, values):
     old, values = at(sum_.total), together(values)
     new = old + values
-    # The part of the smaller number that the sum has no digits for.
+    # This is the part of the smaller number that was lost in the sum by rounding.
     is_larger = jnp.abs(old) >= jnp.abs(values)
     lost = jnp.where(is_larger, (old - new) + values, (values - new) + old)
     return Sum(put(sum_.total, new), add(sum_.error, lost))

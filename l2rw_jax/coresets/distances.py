@@ -10,7 +10,7 @@ from l2rw_jax import base
 # Distances are sums of squared differences for up to this number of coordinates, and
 # are computed from inner products for more.
 _FEW_COORDINATES = 32
-# Without it, TPUs and GPUs round the factors of matrix products in float32.
+# Without this setting, TPUs and GPUs round the factors of float32 matrix products.
 EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -88,8 +88,8 @@ def vectors(points: base.Array) -> Vectors:
   """Points [n, d] with the Euclidean distance.
 
   For up to 32 coordinates, squared differences are summed, so that small distances are
-  accurate. For more, the squared distance is |a|^2 + |b|^2 - 2 a.b, which takes one
-  matrix product; a result below its rounding error is replaced by 0.
+  accurate. For more coordinates, the squared distance is |a|^2 + |b|^2 - 2 a.b, which
+  takes one matrix product; a result below its rounding error is replaced by 0.
   """
   return Vectors(base.unsharded(jnp.asarray(points)).T)
 

@@ -8,7 +8,7 @@ Facility location selects a subset S, |S| = r, of n points, so that
 where d is the Euclidean distance (not squared) and C is an upper bound of all
 distances. F is monotone and submodular, so that the greedy algorithm reaches at least
 1 - 1/e of the largest F. Let m_i be the distance of point i to the nearest selected
-point, or C if no point is selected. Adding j gains
+point, or C if no point is selected. Selecting point j increases F by
 
     gain_j = sum_i max(0, m_i - d_ij).
 
@@ -66,7 +66,7 @@ class Selection(NamedTuple):
 
 
 class _State(NamedTuple):
-  nearest: base.Array  # m_i, and 0 for padding, which then gains nothing.
+  nearest: base.Array  # m_i; 0 for padding, whose gain is then 0.
   assignment: base.Array
   rows: base.Array
   gains: base.Array
@@ -94,9 +94,9 @@ def lazy_greedy(
     points: `distances.vectors` or `distances.outer_products`, all finite.
     size: r, the number of points to select, from 1 to n. It may be traced if `capacity`
       is not None.
-    capacity: length of the result, at least `size`; None for `size`. Together with
-      `num_points` it lets sets of different sizes share one compiled program.
-    num_points: n; all further points are padding. None for all points.
+    capacity: length of the result, at least `size`; None for `size`. With `capacity`
+      and `num_points`, sets of different sizes can share one compiled program.
+    num_points: n; all points after the first n are padding. None for all points.
     bound: C, which only changes `gains`; None for twice the largest distance from the
       first selected point, an upper bound by the triangle inequality.
     block: number of gains per block in the first two steps, which evaluate all gains.
@@ -164,7 +164,7 @@ def _best_candidate(points, nearest, bounds, candidates):
 
 
 def sample_size(num_points: int, size: int, epsilon: float) -> int:
-  """Candidates per step of `stochastic_greedy`: ceil(n / r ln(1 / epsilon)).
+  """Number of candidates per step of `stochastic_greedy`: ceil(n / r ln(1 / epsilon)).
 
   >>> sample_size(60000, 6000, 0.01)
   47
@@ -265,14 +265,14 @@ def _improvement(nearest: base.Array) -> Callable[[base.Array], base.Array]:
 def _totals(points, rows, contribution):
   """Sum over all points i of contribution(d_ij), for j in rows [K]; [K]."""
   values = contribution(points.distances(rows))
-  # A matrix product, because XLA:CPU does not vectorize sums over the last axis.
+  # Use a matrix product, because XLA:CPU does not vectorize sums over the last axis.
   return jnp.dot(
     values, jnp.ones(values.shape[1], values.dtype), precision=distances.EXACT
   )
 
 
 def _blocked_totals(points, rows, contribution, block=64):
-  """`_totals` of any number of rows, a block at a time."""
+  """`_totals` of any number of rows, one block at a time."""
   if rows.size <= block:
     return _totals(points, rows, contribution)
   # The last block is filled with repeated rows.
@@ -282,7 +282,7 @@ def _blocked_totals(points, rows, contribution, block=64):
 
 
 def _all_totals(points, contribution, num_points, block):
-  """`_totals` of all points, a block at a time; arbitrary values for padding."""
+  """`_totals` of all points, one block at a time; arbitrary values for padding."""
   size = points.num_points
   block = min(block, size)
   padded_size = -(-size // block) * block
@@ -320,7 +320,7 @@ def _select_first(points, row, total, valid, bound, capacity):
 
 
 def _select_next(points, state, number, row, gain):
-  """The state after the selection of a further point."""
+  """The state after the selection of another point."""
   distances = points.distances(row[None])[0]
   is_nearer = distances < state.nearest
   equal = state.leaders[state.assignment[row]]
@@ -335,7 +335,7 @@ def _select_next(points, state, number, row, gain):
 
 
 def _selection(state, valid):
-  """The result, with the cluster sizes of equal selected points shared."""
+  """The result; selected points that are equal share their cluster sizes."""
   is_selected = state.rows >= 0
   zeros = jnp.zeros(state.rows.size, state.gains.dtype)
   # Sums over the selected points that have the same leader.

@@ -44,7 +44,7 @@ def class_budgets(
 ) -> np.ndarray:
   """The number of examples to select from each class, int [C], with sum `size`.
 
-  Each class with examples gets at least one, and no class more than it has.
+  Each class with examples gets at least one, and no class gets more than it has.
 
   Args:
     class_counts: number of examples of each class, [C].
@@ -126,7 +126,7 @@ def select(
     )
   if labels.shape != np.shape(proxies)[:1]:
     raise base.InputError(
-      f"select: labels of shape {labels.shape} do not fit proxies of shape"
+      f"select: labels of shape {labels.shape} do not match proxies of shape"
       f" {np.shape(proxies)}; pass one label per proxy."
     )
   if greedy == "stochastic" and key is None:
@@ -140,15 +140,15 @@ def select(
     bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
     if bad.size:
       raise base.InputError(
-        f"select: {bad.size} of the {name} are NaN or infinite, the first in row"
-        f" {bad[0]}; check the network or lower the learning rate."
+        f"select: {bad.size} of the {name} are NaN or infinite; the first is in row"
+        f" {bad[0]}. Check the network or lower the learning rate."
       )
   classes, counts = np.unique(labels, return_counts=True)
   sizes = class_budgets(counts.tolist(), size, budget)
   selections = []
   for place, (c, class_size) in enumerate(zip(classes, sizes.tolist(), strict=True)):
     members = np.flatnonzero(labels == c)
-    # Random draws for a class should not depend on which other classes exist.
+    # Random draws for a class must not depend on which other classes exist.
     is_id = np.issubdtype(classes.dtype, np.integer) and 0 <= c < 2**32
     class_key = None
     if key is not None:
@@ -196,9 +196,10 @@ def check_greedy(greedy: str, epsilon: float) -> None:
   """Raises InputError unless the arguments are valid for `select`."""
   if greedy not in GREEDY:
     raise base.InputError(f"greedy={greedy!r}: choose one of {GREEDY}.")
-  # Below, the stochastic algorithm would evaluate more candidates than the exact one.
+  # Below this bound, the stochastic algorithm would evaluate more candidates than the
+  # exact one.
   if not _SMALLEST_EPSILON <= epsilon < 1:
     raise base.InputError(
-      f"epsilon={epsilon} must lie between {_SMALLEST_EPSILON:g} and 1; with less,"
+      f"epsilon={epsilon} must lie between {_SMALLEST_EPSILON:g} and 1; below that,"
       " greedy='lazy' is exact and faster."
     )

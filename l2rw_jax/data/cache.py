@@ -21,19 +21,19 @@ Arrays = dict[str, np.ndarray]
 def cached_arrays(
   cache_dir: str | os.PathLike, key: str, build: Callable[[], Arrays]
 ) -> Arrays:
-  """The arrays that `build()` returns, from the cache if they are in it.
+  """Reads arrays from the cache, or builds them and adds them to the cache.
 
-  The cache has one uncompressed `.npz` file for each key. It is written under a
+  The cache has one uncompressed `.npz` file for each key. The file is written under a
   temporary name and renamed, so that neither a kill nor a second writer leaves an
-  incomplete file, and its SHA-256 is verified whenever it is read. A damaged file is
-  built again. If the folder cannot be written, the arrays are built again next time.
-  Both log a warning.
+  incomplete file, and its SHA-256 is verified whenever it is read. If a file is
+  damaged, its arrays are built again. If the folder cannot be written, the arrays are
+  built again next time. In both cases a warning is logged.
 
   Args:
     cache_dir: folder of the files; created if missing.
     key: everything that the arrays depend on (data set, version, split, ...). The
       cache cannot detect changes of anything else.
-    build: returns the arrays; object arrays are refused.
+    build: a function that returns the arrays; object arrays are refused.
 
   Returns:
     The arrays by name.
@@ -47,7 +47,7 @@ def cached_arrays(
 
 
 def folder(cache_dir: str | os.PathLike | None = None) -> pathlib.Path:
-  """The folder of the cache: `cache_dir`, or else that of the user."""
+  """The folder of the cache: `cache_dir`, or the default folder of the user."""
   if cache_dir is not None:
     return pathlib.Path(cache_dir).expanduser()
   caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

@@ -1,9 +1,9 @@
 """Few-shot tasks as the examples of a learning problem.
 
 A task has N classes (ways) with k + q images each. The training tasks are a fixed
-pool; some of them are from another distribution or have images of wrong classes.
+pool. Some of them are from another distribution or have images of wrong classes.
 Validation (`meta`) and test tasks are clean, and the three sets of tasks have no class
-in common. A pool stores row numbers only; images are gathered when a batch needs them.
+in common. A pool stores only row numbers; images are gathered when a batch needs them.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ class TaskImages:
   """Images of N tasks, [N, ways, k + q, H, W, channels], as a row source."""
 
   def __init__(self, bank: np.ndarray, rows: np.ndarray):
-    """Copies nothing.
+    """Stores the arguments without copying them.
 
     Args:
       bank: all images, [n, H, W, channels].
@@ -40,7 +40,7 @@ class TaskImages:
     return self._bank[self.rows[tasks]]
 
   def take(self, tasks: np.ndarray) -> "TaskImages":
-    """Some of the tasks, without gathering their images."""
+    """Selects some of the tasks, without gathering their images."""
     return TaskImages(self._bank, self.rows[tasks])
 
 
@@ -51,8 +51,7 @@ class Pool(NamedTuple):
     classes: classes of each task, [N, ways]. The foreign classes have the first
       numbers, the classes of the training source the next ones.
     is_foreign: whether a task is out of distribution, bool [N].
-    is_wrong: whether an image is not of the class of its way, bool
-      [N, ways, k + q].
+    is_wrong: whether an image has another class than its way, bool [N, ways, k + q].
     num_shots: k; images from index k on are queries.
   """
 
@@ -70,9 +69,9 @@ class Episodes(NamedTuple):
   """A few-shot learning problem.
 
   Attributes:
-    splits: their examples are tasks. `label` and `true_label` are [N, ways * q];
-      `true_label` is -1 if the query is not of the class of its way. `group` is
-      the cluster of the task.
+    splits: splits whose examples are tasks. `label` and `true_label` are
+      [N, ways * q]; `true_label` is -1 if the query has another class than its way.
+      `group` is the cluster of the task.
     pool: the truth about the training tasks.
   """
 
@@ -102,29 +101,29 @@ def episodes(
   A task draws its classes and then their images at random without replacement.
   Exactly round(`num_tasks` * `foreign_share`) of the training tasks are drawn from
   `foreign`. Label noise is added to `train` before tasks are drawn, so that it affects
-  supports and queries: floor(share * n) images get a label drawn uniformly from all
-  training classes, including the true one, so that share * (C - 1) / C of them are
-  wrong. The draws are independent: neither another share nor another noise changes
-  the validation and test tasks.
+  supports and queries. floor(share * n) images get a label drawn uniformly from all
+  training classes, including the true one, so that a share of share * (C - 1) / C of
+  the images has a wrong label. The draws are independent: neither another foreign share
+  nor another noise changes the validation and test tasks.
 
   Tasks with the same group share a weight. Groups are k-means clusters (scikit-learn)
-  of descriptors with an entry for every class of `foreign` and `train`: 1 if the task
-  has the class, else 0.
+  of descriptors with an entry for every class of `foreign` and `train`, which is 1 if
+  the task has the class and 0 otherwise.
 
   Args:
     train: images of the training classes.
     meta: images of the validation classes.
     test: images of the test classes.
     num_ways: N.
-    num_shots: k supports of each way.
-    num_queries: q queries of each way.
-    num_tasks: training tasks.
-    num_meta_tasks: validation tasks.
-    num_test_tasks: test tasks.
-    foreign: source of tasks out of distribution, with images of the same shape.
-    foreign_share: share of such training tasks, in [0, 1).
+    num_shots: k, the number of supports of each way.
+    num_queries: q, the number of queries of each way.
+    num_tasks: number of training tasks.
+    num_meta_tasks: number of validation tasks.
+    num_test_tasks: number of test tasks.
+    foreign: source of the tasks out of distribution, with images of the same shape.
+    foreign_share: share of training tasks from `foreign`, in [0, 1).
     noise_share: share of training images with a random label, in [0, 1].
-    num_clusters: clusters of the training tasks.
+    num_clusters: number of clusters of the training tasks.
     seed: seed of all draws, at least 0.
 
   Returns:
@@ -132,13 +131,13 @@ def episodes(
 
   Raises:
     InputError: an argument is out of range, there are too few classes or images, the
-      images do not fit together, or two of the sources share a class.
+      images have different shapes or types, or two of the sources share a class.
 
   References:
     Killamsetty et al., "A Nested Bi-level Optimization Framework for Robust Few Shot
     Learning", AAAI 2022 (https://arxiv.org/abs/2011.06782), and its released code: the
-    descriptor, the clusters and the noise. There the number of foreign tasks is
-    random.
+    descriptor, the clusters and the noise. In the released code, the number of foreign
+    tasks is random.
   """
   examples_lib.check_sizes(num_tasks=num_tasks, num_meta_tasks=num_meta_tasks)
   _check(train, meta, test, foreign, foreign_share, noise_share)
@@ -221,15 +220,15 @@ def _draw(source, number, shape, rng):
   name = f"{source.name} {source.split[:40]}"
   if source.num_classes < num_ways:
     raise base.InputError(
-      f"tasks of num_ways={num_ways} need as many classes; {name} has"
+      f"tasks of num_ways={num_ways} need as many classes, but {name} has"
       f" {source.num_classes}. Lower num_ways."
     )
   members = [np.flatnonzero(source.labels == c) for c in range(source.num_classes)]
   fewest = min(map(len, members))
   if fewest < size:
     raise base.InputError(
-      f"a task needs num_shots + num_queries = {size} images of a class; one of {name}"
-      f" has {fewest}. Lower one of them."
+      f"a task needs num_shots + num_queries = {size} images of a class, but a class of"
+      f" {name} has {fewest}. Lower num_shots or num_queries."
     )
   rows = np.empty((number, num_ways, size), np.int64)
   classes = np.empty((number, num_ways), np.int64)
@@ -305,8 +304,8 @@ def _check(train, meta, test, foreign, foreign_share, noise_share):
     one, other = ((s.images.dtype, tuple(s.images.shape[1:])) for s in (train, source))
     if one != other:
       raise base.InputError(
-        f"the {name} images are {other[0]} of shape {other[1]} and the training images"
-        f" {one[0]} of shape {one[1]}; make them alike."
+        f"the {name} images are {other[0]} of shape {other[1]}, but the training"
+        f" images are {one[0]} of shape {one[1]}; give both the same shape and type."
       )
   all_sources = {"train": train, "meta": meta, "test": test, "foreign": foreign}
   all_sources = {n: source for n, source in all_sources.items() if source is not None}
@@ -314,12 +313,12 @@ def _check(train, meta, test, foreign, foreign_share, noise_share):
     shared = _shared_classes(a, b)
     if shared:
       raise base.InputError(
-        f"the {first} and {second} sources share {len(shared)} classes, the first is"
-        f" {min(shared)!r} of {a.name}; every class may be in one source only."
+        f"the {first} and {second} sources share {len(shared)} classes; the first is"
+        f" {min(shared)!r} of {a.name}. Every class may be in only one source."
       )
   if foreign is None and foreign_share:
     raise base.InputError(
-      f"foreign_share={foreign_share} needs a foreign source; give one or 0."
+      f"foreign_share={foreign_share} needs a foreign source; pass one, or set it to 0."
     )
   if not 0 <= foreign_share < 1:
     raise base.InputError(f"foreign_share must lie in [0, 1); got {foreign_share}.")
@@ -334,7 +333,7 @@ def _shared_classes(one, other):
     return set()
   if None not in (one.class_names, other.class_names):
     return set(one.class_names) & set(other.class_names)
-  # Without names, only the same examples are known to be of the same classes.
+  # Without names, classes are known to be the same only if the examples are the same.
   is_same = one.name == other.name and one[1:3] == other[1:3]
   return set(sources.numbers(one.num_classes)) if is_same else set()
 

@@ -1,7 +1,7 @@
 """Examples and splits: train, meta, validation and test sets drawn from a source.
 
-This file has what every function that makes splits needs: the types that it returns,
-`assemble`, and checks of its arguments.
+This file has the code that all functions that make splits share: the types that they
+return, `assemble`, and checks of their arguments.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,17 +28,17 @@ class Examples(NamedTuple):
     image: uint8 or float32 [N, ...]. Pixels stay uint8, a quarter of the memory, until
       the model scales them (`classifier.Classifier`). It may also be a row source: any
       object with `len`, `shape` and `dtype` that returns an array when indexed with a
-      slice or an array of rows. It may be indexed in several threads at a time.
-      It may have an attribute `fingerprint`, a string that changes whenever its
-      content does, such as a checksum of its file. Otherwise all its rows are read,
-      in blocks, when a run starts or continues: for a checksum, and floats also to
-      find NaN.
+      slice or an array of rows. A row source may be indexed in several threads at a
+      time. It may have an attribute `fingerprint`, a string that changes whenever its
+      content changes, such as a checksum of its file. Without this attribute, all
+      its rows are read, in blocks, when a run starts or continues, to compute a
+      checksum and, for floats, to search for NaN.
     label: the labels for training, int32 [N]; [N, Q] if an example has Q labels.
     true_label: the true labels, of the same shape.
     index: int32 [N], 0 .. N - 1, the row in this part.
     source_index: int32 [N], the row in the source split, ascending.
     group: int32 [N], the attribute for which training should be fair; None if it is
-      the true class. Like `true_label`, methods may use it on the meta set only.
+      the true class. Like `true_label`, methods may use it only on the meta set.
   """
 
   image: Any
@@ -110,7 +110,7 @@ def assemble(
     num_classes: C.
     meta_in_train: whether the meta and training sets may share images.
     groups: groups of all images of `train`, int32 [N]; the true labels if None.
-    test_groups: groups of all images of `test`, int32 [N'], likewise.
+    test_groups: groups of all images of `test`, int32 [N']; the true labels if None.
 
   Returns:
     The parts and their fingerprint.
@@ -126,7 +126,7 @@ def assemble(
     del disjoint["meta"]
   check_disjoint(disjoint)
   no_rows = np.zeros(0, np.int64)
-  # The meta set is always in memory: it is small, and every step takes some of it.
+  # The meta set is always in memory: it is small, and every step uses some of it.
   is_lazy = {
     "train": not isinstance(train.images, np.ndarray),
     "test": not isinstance(test.images, np.ndarray),
@@ -161,25 +161,25 @@ def from_arrays(
   test: Arrays | None = None,
   num_classes: int | None = None,
 ) -> Splits:
-  """A learning problem from a user's arrays, which stay as they are.
+  """Makes splits from a user's arrays, without changing the arrays.
 
-  Each part is a pair of features [N, ...], uint8 or floating point, and of labels [N],
+  Each part is a pair of features [N, ...], uint8 or floating point, and labels [N],
   integers from 0 to C - 1.
 
   Args:
     train: the training set.
-    meta: trusted examples; empty if None.
-    validation: empty if None.
-    test: the test set; if None, 500 random training examples, so that accuracies only
-      say how far the network agrees with the labels it was given.
-    num_classes: C; one more than the largest label if None.
+    meta: trusted examples; None is an empty set.
+    validation: the validation set; None is an empty set.
+    test: the test set. None takes 500 random training examples; the accuracy then only
+      shows how well the network agrees with the given labels.
+    num_classes: C; None is one more than the largest label.
 
   Returns:
-    Splits whose true labels are the given ones.
+    Splits whose true labels are the given labels.
 
   Raises:
-    InputError: features and labels of different lengths, labels that are not integers
-      from 0 to C - 1, or no training example.
+    InputError: features and labels have different lengths, labels are not integers from
+      0 to C - 1, or there is no training example.
   """
   given = {"train": train, "meta": meta, "validation": validation, "test": test}
   parts = {
@@ -189,7 +189,7 @@ def from_arrays(
   }
   whole = parts["train"]
   if not len(whole.label):
-    raise base.InputError("train has no example")
+    raise base.InputError("train has no examples")
   none = np.zeros(0, np.int64)
   if test is None:
     seen = np.sort(np.random.default_rng(0).permutation(len(whole.label))[:500])
@@ -247,25 +247,25 @@ def check_trusted(
   Args:
     train: the source of the training set.
     trusted: the source of the meta set.
-    num_meta_per_class: images that are also drawn from `train`, which must be 0.
+    num_meta_per_class: number of meta images per class from `train`, which must be 0.
   """
   check_sources(train, trusted)
   if num_meta_per_class:
     raise base.InputError(
-      f"num_meta_per_class={num_meta_per_class} must be 0 with a trusted set, which is"
-      " the meta set"
+      f"num_meta_per_class={num_meta_per_class} must be 0 if trusted examples are"
+      " given, because these are the meta set"
     )
 
 
 def with_meta(splits: Splits, source: sources.Source) -> Splits:
-  """The same problem with the whole of another source as its meta set.
+  """Replaces the meta set of splits by all examples of another source.
 
   Args:
-    splits: whose meta set is replaced.
+    splits: the splits.
     source: examples with true labels of the same classes.
 
   Returns:
-    Splits under a fingerprint of their own.
+    Splits with a new fingerprint.
   """
   rows = np.arange(len(source.labels))
   meta = _select(source.images, rows, source.labels, source.labels, None)
@@ -311,7 +311,7 @@ def _fingerprint(
 
 
 def generators(seed: int, number: int) -> list[np.random.Generator]:
-  """Independent generators from one seed, so that draws do not affect each other.
+  """Returns independent generators, so that draws do not affect each other.
 
   Raises:
     InputError: `seed` is not an integer of at least 0.
@@ -331,15 +331,15 @@ def check_disjoint(rows: Mapping[str, np.ndarray]) -> None:
     shared = np.intersect1d(a, b)
     if len(shared):
       raise base.InputError(
-        f"{one} and {other} share {len(shared)} images, the first is row"
-        f" {shared[0]} of the source; every image may be in one part only"
+        f"{one} and {other} share {len(shared)} images; the first is row"
+        f" {shared[0]} of the source. Every image may be in only one part"
       )
 
 
 def check_images(images: Any, what: str) -> None:
   """Raises InputError unless the images are uint8 or finite floats.
 
-  Floats are read in blocks, so that a row source may be larger than memory, and a row
+  Floats are read in blocks, so that a row source may be larger than memory. A row
   source with a `fingerprint` is not read; training stops at a loss that is not finite.
 
   Args:
@@ -368,8 +368,8 @@ def check_images(images: Any, what: str) -> None:
     start += len(pixels)
   if num_bad:
     raise base.InputError(
-      f"{num_bad} of {what} hold NaN or infinite pixels, the first at index"
-      f" {first}; remove or repair them"
+      f"{num_bad} of {what} have NaN or infinite pixels; the first is at index"
+      f" {first}: remove or repair them"
     )
 
 
@@ -392,10 +392,10 @@ class View:
   """
 
   def __init__(self, source: Any, rows: np.ndarray):
-    """Reads nothing.
+    """Stores the arguments without reading rows.
 
     Args:
-      source: as in `Examples.image`.
+      source: an array or a row source, as in `Examples.image`.
       rows: integers [n].
     """
     self.shape = (len(rows), *source.shape[1:])
@@ -455,8 +455,8 @@ def integers(what: str, values: Any) -> np.ndarray:
       fractional part.
 
   Raises:
-    InputError: the values are of another type or are ragged lists, or one of them is
-      not an int32.
+    InputError: the values have another type or are ragged lists, or one of them does
+      not fit into int32.
   """
   try:
     array = np.asarray(values)
@@ -473,7 +473,7 @@ def integers(what: str, values: Any) -> np.ndarray:
   ):
     raise base.InputError(
       f"{what} must be integers; got values of type {array.dtype}, the first is"
-      f" {array.flat[0]!r}: number the classes from 0 on"
+      f" {array.flat[0]!r}: number the classes from 0"
     )
   limits = np.iinfo(np.int32)
   wide = array if array.dtype.kind in "biu" else array.astype(np.float64)
@@ -491,12 +491,12 @@ def check_examples(examples: Examples, where: str) -> Examples:
   """Converts all columns to int32 and checks that all fields have the same length.
 
   Args:
-    examples: their `label`, `true_label`, `index`, `source_index` and `group` may be
-      lists, booleans or floats without a fractional part.
+    examples: examples whose `label`, `true_label`, `index`, `source_index` and `group`
+      may be lists, booleans or floats without a fractional part.
     where: name of the examples in the message, such as `train of seed 0`.
 
   Raises:
-    InputError: a column does not hold integers, or its length is not the number of
+    InputError: a column does not contain integers, or its length is not the number of
       images.
   """
   columns = {
@@ -509,20 +509,20 @@ def check_examples(examples: Examples, where: str) -> Examples:
   for name, column in columns.items():
     if not column.ndim or len(column) != len(examples.image):
       raise base.InputError(
-        f"{name} in {where} has shape {list(column.shape)} and there are"
+        f"{name} in {where} has shape {list(column.shape)}, but there are"
         f" {len(examples.image)} images; give one for each"
       )
   return examples._replace(**columns)
 
 
 def check_sources(train: sources.Source, test: sources.Source) -> None:
-  """Raises InputError unless two sources are valid and fit together."""
+  """Raises InputError unless two sources are valid and have the same kind of data."""
   for source in (train, test):
     what = f"{source.name} {source.split}"
     label_noise.check_labels(f"labels of {what}", source.labels, source.num_classes)
     if len(source.images) != len(source.labels):
       raise base.InputError(
-        f"{what} has {len(source.images)} images and {len(source.labels)} labels"
+        f"{what} has {len(source.images)} images but {len(source.labels)} labels"
       )
     check_images(source.images, f"the images of {what}")
   one, other = (
@@ -537,8 +537,8 @@ def check_sources(train: sources.Source, test: sources.Source) -> None:
       )
   if one != other:
     raise base.InputError(
-      f"train and test do not fit: images of shape {one[0]} in {one[1]} classes"
-      f" against {other[0]} in {other[1]}"
+      f"train and test do not match: images of shape {one[0]} in {one[1]} classes"
+      f" compared with {other[0]} in {other[1]}"
     )
   names, others = train.class_names, test.class_names
   if names and others and names != others:
@@ -546,7 +546,7 @@ def check_sources(train: sources.Source, test: sources.Source) -> None:
       i for i, pair in enumerate(zip(names, others, strict=True)) if pair[0] != pair[1]
     )
     raise base.InputError(
-      f"train and test do not fit: class {label} is {names[label]!r} in"
+      f"train and test do not match: class {label} is {names[label]!r} in"
       f" {train.split} of {train.name} and {others[label]!r} in {test.split} of"
       f" {test.name}; give both the same classes"
     )

@@ -1,8 +1,8 @@
 """Training sets that are unfair to some groups, with fair exemplars.
 
 A training set can have a long tail of classes, an attribute that few images have, or
-both, and wrong labels in addition. The meta set (the exemplars) and the test set have
-the same number of examples of every group, with true labels.
+both, and also wrong labels. The meta set (the exemplars) and the test set have the same
+number of examples of every group, with true labels.
 
 None of the image data sets used here has a protected attribute, so one is
 constructed: some images are photographically *inverted* (1 - x). There are no
@@ -35,25 +35,25 @@ def fairness(
 ) -> examples_lib.Splits:
   """A long-tailed, noisy or under-represented training set and fair exemplars.
 
-  First the exemplars are drawn. Then a long tail is drawn from the rest: class 0
-  keeps as many images as the rarest class has left, and the last class that number
-  divided by `imbalance`. With the attribute, `minority_share` of the training images
-  of every class (rounded, at least one), half of the exemplars and half of the test
-  images of every class are inverted. Finally training labels are flipped. The draws
-  are independent: neither another share nor another noise changes which images are
-  drawn.
+  First the exemplars are drawn. Then a long tail is drawn from the other images: class
+  0 keeps as many images as the rarest class has left, and the last class keeps that
+  number divided by `imbalance`. If the groups are "inverted", `minority_share` of the
+  training images of every class (rounded, at least one), half of the exemplars and half
+  of the test images of every class are inverted. Finally training labels are flipped.
+  The draws are independent: neither another share nor another noise changes which
+  images are drawn.
 
   Args:
     train: the source of the training set and the exemplars; N images.
     test: the source whose images are all used as the test set.
     groups: the meaning of `Examples.group`: "class" (the true class) or "inverted"
-      (1 if the image is inverted, else 0).
+      (1 if the image is inverted, and 0 otherwise).
     imbalance: number of images of the first class divided by that of the last.
     noise_fraction: share of training labels that are flipped to another class.
     minority_share: share of inverted training images, in (0, 1); not used if
       `groups` is "class".
-    num_exemplars: exemplars of every group: of each class, or of each class with
-      each attribute.
+    num_exemplars: number of exemplars of each class, or of each class with each
+      attribute.
     seed: seed of all draws, at least 0.
 
   Returns:
@@ -120,8 +120,8 @@ def _per_class(
     pool = np.flatnonzero(source.labels == label)
     if len(pool) <= size:
       raise base.InputError(
-        f"class {label} has {len(pool)} images in {source.name} {source.split}; {size}"
-        " exemplars of it leave none to train on: lower num_exemplars"
+        f"class {label} has {len(pool)} images in {source.name} {source.split}, and"
+        f" {size} exemplars of it leave none to train on: lower num_exemplars"
       )
     drawn.append(rng.choice(pool, size, replace=False))
   return drawn
@@ -149,7 +149,7 @@ def _half_of_each_class(source: sources.Source, rng: np.random.Generator) -> np.
 def _invert(
   source: sources.Source, rows: np.ndarray
 ) -> tuple[sources.Source, np.ndarray]:
-  """A renamed source with some images inverted, and which ones are, int32 [N]."""
+  """A renamed source with some images inverted, and 1 for these images, int32 [N]."""
   images = np.array(source.images)
   brightest = 255 if images.dtype == np.uint8 else 1
   images[rows] = brightest - images[rows]

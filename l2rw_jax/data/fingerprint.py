@@ -13,7 +13,8 @@ def fingerprint(splits: examples_lib.Splits) -> str:
 
   Args:
     splits: the data of one run. A row source with an attribute `fingerprint` is
-      represented by it; of others, every row is read once, in blocks.
+      represented by this string; every row of other row sources is read once, in
+      blocks.
 
   Returns:
     64 hex digits.

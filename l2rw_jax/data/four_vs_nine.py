@@ -1,7 +1,7 @@
 """Imbalanced MNIST: fours against nines.
 
-The meta set and the training set are drawn from one source split, the test set from
-another. The result depends on the seed only.
+The meta set and the training set are drawn from one source split, and the test set is
+drawn from another. The result depends only on the seed.
 """
 
 import math
@@ -27,9 +27,9 @@ def four_vs_nine(
   """Fours (label 0, the minority) against nines (label 1), with a balanced test set.
 
   As in the authors' program, floor(num_train (1 - majority)) fours and
-  floor(num_train majority) nines are drawn, computed in floating point: at 0.9 that
-  is one image less than `num_train`. Half of the meta set is then taken out of the
-  fours and half out of the nines.
+  floor(num_train majority) nines are drawn. They are computed in floating point, so
+  that at 0.9 there is one image less than `num_train`. The meta set is then taken out
+  of these images, half from the fours and half from the nines.
 
   Args:
     train: the source of the training and meta sets.
@@ -37,13 +37,12 @@ def four_vs_nine(
     majority: share of nines, in (0, 1). The paper uses 0.9, 0.95, 0.98, 0.99 and
       0.995.
     seed: seed of all draws, at least 0.
-    num_train: images drawn for the training and meta sets together.
+    num_train: number of images drawn for the training and meta sets together.
     num_meta: size of the meta set, even.
     include_meta: whether the meta images stay in the training set. The authors'
-      baselines have no meta set and train on all images; this gives them the same
-      images.
+      baselines have no meta set and train on all images; this option reproduces that.
     num_test: size of the test set, even (the authors use 500). None takes all images
-      of the rarer digit and as many of the other.
+      of the rarer digit and the same number of images of the other.
 
   Returns:
     The splits; the validation set is empty.
@@ -94,7 +93,7 @@ def _draw_digits(
   """Rows of the fours and rows of the nines, at least `min_size` of each."""
   sizes = [math.floor(num_train * (1 - majority)), math.floor(num_train * majority)]
   request = (
-    f"num_train={num_train} at majority={majority} draws {sizes[0]} fours and"
+    f"num_train={num_train} at majority={majority} needs {sizes[0]} fours and"
     f" {sizes[1]} nines"
   )
   pools = [np.flatnonzero(train.labels == digit) for digit in (4, 9)]
@@ -107,9 +106,8 @@ def _draw_digits(
     )
   if min(sizes) < min_size:
     raise base.InputError(
-      f"nothing is left to train on: {request}, and at least {min_size} of each are"
-      " needed to fill the meta set and train; raise num_train or lower num_meta"
-      " or majority"
+      f"nothing is left to train on: {request}, but the meta and training sets need at"
+      f" least {min_size} of each; raise num_train or lower num_meta or majority"
     )
   return [rng.permutation(pool)[:size] for pool, size in zip(pools, sizes, strict=True)]
 

@@ -29,8 +29,8 @@ def omniglot(
 
   Args:
     size: width and height of the images, in pixels.
-    data_dir: as in `sources.load`.
-    cache_dir: as in `sources.load`.
+    data_dir: folder of prepared sets, see `sources.load`.
+    cache_dir: folder of decoded arrays, see `sources.load`.
 
   Raises:
     InputError: the set does not exist.
@@ -80,8 +80,8 @@ def image_folder(root: str | os.PathLike, split: str, *, size: int) -> sources.S
   classes = [p for p in _listed(folder) if p.is_dir()]
   if not classes:
     raise base.InputError(
-      f"{folder} has no folders of classes: images are looked for as"
-      f" {folder}/CLASS/FILE.jpg; point --data_dir at the folder above {split}."
+      f"{folder} has no folders of classes with images {folder}/CLASS/FILE.jpg: set"
+      f" --data_dir to the folder above {split}."
     )
   outside = [p for p in _listed(folder) if p.suffix.lower() in _SUFFIXES]
   outside = [p for p in outside if not p.is_dir()]
@@ -92,7 +92,7 @@ def image_folder(root: str | os.PathLike, split: str, *, size: int) -> sources.S
     files = _images(class_folder)
     if not files:
       suffixes = ", ".join(sorted(_SUFFIXES))
-      raise base.InputError(f"{class_folder} holds no image ({suffixes}).")
+      raise base.InputError(f"{class_folder} contains no image ({suffixes}).")
     images += [_read(file, size) for file in files]
     labels += [label] * len(files)
   name = pathlib.Path(root).expanduser().resolve().name
@@ -127,7 +127,7 @@ def _images(folder: pathlib.Path) -> list[pathlib.Path]:
       files.append(path)
     elif path.suffix.lower() in _OTHER_SUFFIXES:
       raise base.InputError(
-        f"{path} has a format that is not read; convert it to PNG or remove it."
+        f"{path} has a format that cannot be read; convert it to PNG or remove it."
       )
   return files + inner
 
@@ -148,7 +148,8 @@ def _read(path: pathlib.Path, size: int) -> np.ndarray:
 def resized(images: np.ndarray, size: int, channels: int) -> np.ndarray:
   """Resizes uint8 [N, H, W, 1 or 3] to [N, size, size, channels], with smoothing.
 
-  One channel is the luminance of three; three channels are copies of one.
+  Three channels are converted to one by their luminance; one channel is copied to
+  three.
   """
   from PIL import Image
 
@@ -173,10 +174,11 @@ def shuffled(source: sources.Source, seed: int) -> sources.Source:
 
 
 def rotated(source: sources.Source) -> sources.Source:
-  """Makes four classes of each: its images rotated by 0, 90, 180 and 270 degrees.
+  """Makes four classes of each class, by rotations of 0, 90, 180 and 270 degrees.
 
-  Class c rotated by 90 k degrees is class c + k C, as few-shot learning extends
-  Omniglot. Split the classes before, because a rotated character is not a new one.
+  Class c rotated by 90 k degrees becomes class c + k C. Omniglot is extended in this
+  way in few-shot learning. Split the classes before you call this function, because a
+  rotated character is not a new one.
   """
   images = [np.rot90(source.images, k, axes=(1, 2)) for k in range(4)]
   labels = [source.labels + k * source.num_classes for k in range(4)]
@@ -218,7 +220,7 @@ def split_classes(
   """
   if sum(sizes) > source.num_classes:
     raise base.InputError(
-      f"{source.name} has {source.num_classes} classes, less than"
+      f"{source.name} has {source.num_classes} classes, fewer than"
       f" {' + '.join(map(str, sizes))}; lower the number of classes of a part."
     )
   order = np.random.default_rng(seed).permutation(source.num_classes)

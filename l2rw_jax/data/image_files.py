@@ -1,11 +1,11 @@
-"""Image files as arrays of 8 bits a channel."""
+"""Image files as arrays with 8 bits per channel."""
 
 import os
 from typing import Any, NamedTuple
 
 import numpy as np
 
-# What Pillow reads from these files without further software.
+# Formats that Pillow reads without additional software.
 SUFFIXES = frozenset(
   {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
@@ -13,11 +13,11 @@ _GRAY_MODES = frozenset({"1", "L", "LA", "La", "I", "F"})
 
 
 class Header(NamedTuple):
-  """What an image file says of itself before it is decoded.
+  """The header of an image file, which is read without decoding the image.
 
   Attributes:
-    height: in pixels, upright.
-    width: in pixels, upright.
+    height: height of the upright image in pixels.
+    width: width of the upright image in pixels.
     is_gray: whether the image has no color.
   """
 
@@ -33,7 +33,7 @@ def header(path: str | os.PathLike) -> Header:
     path: the file.
 
   Raises:
-    ValueError: the file is no image that can be read; the message says why.
+    ValueError: the file is not an image that can be read; the message says why.
   """
   from PIL import Image
 
@@ -53,20 +53,21 @@ def read(
 ) -> np.ndarray:
   """Decodes an image file and resizes the image.
 
-  The rotation that a camera has noted is applied, transparent pixels become white, and
-  of several frames the first is taken.
+  The rotation that a camera stored in the file is applied, transparent pixels become
+  white, and the first frame is used if there are several.
 
   Args:
     path: the file.
     size: height and width of the result.
     channels: 1 (gray) or 3 (RGB).
-    keep_shape: makes the longer side fit `size` instead of stretching both sides.
+    keep_shape: whether to fit the longer side to `size` and keep the aspect ratio,
+      instead of stretching both sides.
 
   Returns:
     uint8 [height, width, channels].
 
   Raises:
-    ValueError: the file is no image that can be read; the message says why.
+    ValueError: the file is not an image that can be read; the message says why.
   """
   from PIL import Image
   from PIL import ImageOps
@@ -91,7 +92,7 @@ def read(
 
 
 def of_bytes(image: Any) -> Any:
-  """Scales 16 bits a pixel to 8; Pillow's `convert` would clip them instead."""
+  """Scales 16 bits per pixel to 8; Pillow's `convert` would clip them instead."""
   from PIL import Image
 
   if image.mode.partition(";")[0] != "I":
@@ -101,7 +102,7 @@ def of_bytes(image: Any) -> Any:
 
 
 def _opaque(image: Any) -> Any:
-  """The image on white, where it is transparent."""
+  """The image on a white background if it is transparent."""
   from PIL import Image
 
   if "transparency" not in image.info and image.mode not in ("LA", "La", "PA", "RGBA"):

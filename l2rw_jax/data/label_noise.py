@@ -1,12 +1,13 @@
 """Label noise, added once on the host before training.
 
 "40% noise" means different things in different papers and programs: report the kind
-of noise and its variant with every number. N labels, C classes.
+of noise and its variant with every number. N is the number of labels, and C is the
+number of classes.
 
 There are two families. `uniform_flip` and `background_flip` relabel an exact number
-of examples. The others make a row-stochastic transition matrix T [C, C], from which
-`resample` draws every label, P(new = j | true = i) = T[i, j]; the number of wrong
-labels then varies slightly with the seed.
+of examples. The other functions make a row-stochastic transition matrix T [C, C], from
+which `resample` draws every label, P(new = j | true = i) = T[i, j]. With these, the
+number of wrong labels varies slightly with the seed.
 """
 
 from collections.abc import Mapping
@@ -29,15 +30,15 @@ def uniform_flip(
 ) -> np.ndarray:
   """Replaces round(fraction N) labels, chosen at random, by random labels.
 
-  The variants, and the share of wrong labels that results:
+  The variants differ in the share of wrong labels that results:
 
-  * `"paper"`: "any class may flip to any other"; the new label is uniform over
-    the C - 1 *other* classes. The share is exactly `fraction`.
-  * `"official_code"`: the new label is floor(U(0, C - 1)), uniform over
-    0 .. C - 2; the last class is never drawn, and the true one may be. The expected
-    share, with p_c the share of class c, is fraction
-    (1 - (1 - p_{C-1}) / (C - 1)). For balanced classes this is
-    fraction (1 - 1/C): 0.36, not 0.40, for CIFAR-10.
+  * `"paper"`: the new label is uniform over the C - 1 *other* classes. The share of
+    wrong labels is exactly `fraction`.
+  * `"official_code"`: the new label is floor(U(0, C - 1)), which is uniform over
+    0 .. C - 2: the last class is never drawn, and the true class may be drawn. The
+    expected share of wrong labels is fraction (1 - (1 - p_{C-1}) / (C - 1)), where p_c
+    is the share of class c. For balanced classes this is fraction (1 - 1/C): for a
+    fraction of 0.4 and CIFAR-10, it is 0.36.
 
   Args:
     labels: integers in 0 .. C - 1, shape [N]; not modified.
@@ -90,7 +91,7 @@ def background_flip(
     fraction: share of the examples to relabel, in [0, 1].
     num_classes: C, at least 2.
     rng: random number generator.
-    background: the background class; drawn if None.
+    background: the background class; None draws one.
     variant: one of `VARIANTS`.
 
   Returns:
@@ -119,7 +120,7 @@ def background_flip(
 def draw_background(
   num_classes: int, *, rng: np.random.Generator, variant: str = "paper"
 ) -> int:
-  """Draws a background class, which several calls of `background_flip` can share.
+  """Draws a background class, which can be used in several calls of `background_flip`.
 
   Args:
     num_classes: C, at least 2.
@@ -194,7 +195,7 @@ def pair_matrix(num_classes: int, rate: float, pairs: Mapping[int, int]) -> np.n
   Args:
     num_classes: C, at least 2.
     rate: probability of a wrong label in these classes, in [0, 1].
-    pairs: true class -> the class with which it is confused. Other classes keep
+    pairs: maps a true class to the class with which it is confused. Other classes keep
       their labels.
 
   Returns:
@@ -229,16 +230,16 @@ def flip_matrix(
 ) -> np.ndarray:
   """A transition matrix that confuses each class with a few random other classes.
 
-  The expected share of wrong labels is `rate`, in equal parts for each target. From
-  rate 1/2 on (with two targets: from 2/3 on) the true label is no longer the most
+  The expected share of wrong labels is `rate`, divided equally among the targets. If
+  the rate is 1/2 or more (2/3 or more with two targets), the true label is not the most
   frequent label of a class.
 
   Args:
     num_classes: C, more than `num_targets`.
     rate: probability of a wrong label, in [0, 1].
-    num_targets: 1 is Meta-Weight-Net's "flip". 2 is its "flip2", which the tables of
-      the paper use.
-    rng: random number generator; draws the targets, class by class.
+    num_targets: number of targets of each class. 1 is "flip" in Meta-Weight-Net's code;
+      2 is "flip2", which the tables of the paper use.
+    rng: random number generator, which draws the targets of each class in order.
 
   Returns:
     T, float64 [C, C].
@@ -252,8 +253,8 @@ def flip_matrix(
   _check_matrix(num_classes, rate)
   if not 1 <= num_targets < num_classes:
     raise base.InputError(
-      f"{num_targets} other classes to flip to need num_classes of at least"
-      f" {num_targets + 1}; got {num_classes}"
+      f"{num_targets} target classes need num_classes of at least {num_targets + 1};"
+      f" got {num_classes}"
     )
   matrix = np.eye(num_classes) * (1 - rate)
   for true in range(num_classes):

@@ -14,7 +14,7 @@ from l2rw_jax.data import sources
 
 SHAPES = ("exponential", "step")
 BUILDERS = ("ldam", "mwn")
-# With it 5000 / 100 is 50, no matter how the power is rounded.
+# With this offset, 5000 / 100 is 50 regardless of how the power is rounded.
 _ROUNDING = 1e-6
 
 
@@ -23,9 +23,9 @@ def class_sizes(
 ) -> np.ndarray:
   """The number of images in each class.
 
-  "exponential": class c has floor(n_0 imbalance^(-c / (C - 1))) images. "step": the
-  first half of the classes (rounded down) have n_0 images, the others
-  floor(n_0 / imbalance).
+  With "exponential", class c has floor(n_0 imbalance^(-c / (C - 1))) images. With
+  "step", the first half of the classes (rounded down) have n_0 images, and the others
+  have floor(n_0 / imbalance).
 
   Args:
     shape: one of `SHAPES`.
@@ -71,8 +71,8 @@ def check_sizes(sizes: np.ndarray, imbalance: float) -> None:
   """
   if sizes.min() < 1:
     raise base.InputError(
-      f"imbalance={imbalance} leaves no image of class {np.argmin(sizes > 0)}: class 0"
-      f" has {sizes[0]}; use imbalance={sizes[0]} or less"
+      f"imbalance={imbalance} leaves no image of class {np.argmin(sizes > 0)}, because"
+      f" class 0 has {sizes[0]}; use imbalance={sizes[0]} or less"
     )
 
 
@@ -90,8 +90,8 @@ def long_tail_splits(
   """A long-tailed training set and a small, class-balanced, disjoint meta set.
 
   n_0, the size of class 0, is derived from the *rarest* class of `train`, so that
-  every class has enough images. (CIFAR's classes are all of one size, MNIST's are
-  not: it has 5,421 fives.) The two builders differ in n_0:
+  every class has enough images. (All classes of CIFAR have the same size, but those of
+  MNIST do not: it has 5,421 fives.) The two builders differ in n_0:
 
     mwn     The meta images are removed first: n_0 is the number of images that are
             left in the rarest class (4,990 on CIFAR-10 with 10 meta images per
@@ -103,17 +103,19 @@ def long_tail_splits(
             images per class, 4,990 images of class 0 are left, and every other class
             keeps its size and its images.
 
-  The images of every class are shuffled with the seed; the training set takes the
-  first ones, the meta set the last ones. So neither another imbalance nor another
-  shape changes the meta set, and a larger training set contains the smaller one.
+  The images of every class are shuffled with the seed. The training set takes the first
+  ones, and the meta set takes the last ones. Another imbalance or another shape
+  therefore does not change the meta set, and a larger training set contains the smaller
+  ones.
 
   Args:
     train: the source of the training and meta sets.
     test: the source whose images are all used as the test set.
     builder: one of `BUILDERS`.
     shape: one of `SHAPES`.
-    imbalance: images of the first class divided by those of the last, at least 1.
-    num_meta_per_class: meta images of every class; 0 for none.
+    imbalance: number of images of the first class divided by that of the last, at least
+      1.
+    num_meta_per_class: number of meta images of every class; 0 for none.
     seed: seed of the draws, at least 0. The released codes use one fixed seed.
     trusted: a source that becomes the whole meta set; `num_meta_per_class` must then
       be 0.
@@ -171,6 +173,6 @@ def _check_meta(source: sources.Source, sizes: list[int], num_meta: int) -> None
     raise base.InputError(f"{where}: a long tail needs images of every class")
   if sizes[rarest] <= num_meta:
     raise base.InputError(
-      f"{where}; {num_meta} meta images of it leave none to train on: lower"
+      f"{where}, and {num_meta} meta images of it leave none to train on: lower"
       " num_meta_per_class"
     )

@@ -1,8 +1,8 @@
 """Data sets with wrong labels: named kinds of label noise, and their splits.
 
-`noisy_labels` makes the splits; `BUILDERS` names the kinds of noise. `fraction` means
-something different in each. The expected share of wrong labels, for C balanced
-classes, is:
+`noisy_labels` makes the splits, and `BUILDERS` names the kinds of noise. The meaning of
+`fraction` depends on the builder. For C balanced classes, the expected share of wrong
+labels is:
 
 | builder                  | share of wrong labels                            |
 |--------------------------|--------------------------------------------------|
@@ -12,7 +12,7 @@ classes, is:
 | `bare_class_conditional` | fraction / 2: 5 of the 10 classes are affected   |
 | `mwn_uniform`            | fraction (1 - 1/C): the true class may be drawn  |
 | `mwn_flip`, `mwn_flip2`  | fraction                                         |
-| `human`                  | the mistakes of the annotators; takes no fraction |
+| `human`                  | that of the annotators; there is no fraction     |
 
 References:
   `uniform_flip`, `background_flip`: Ren et al., ICML 2018 (L2RW).
@@ -34,7 +34,7 @@ from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import label_noise
 from l2rw_jax.data import sources
 
-# True class -> the class with which it is confused, by data set.
+# Maps a true class to the class with which it is confused, by data set.
 CLASS_CONDITIONAL = {
   "mnist": {7: 1, 2: 7, 3: 8, 5: 6, 6: 5},
   # truck -> automobile, bird -> airplane, cat <-> dog, deer -> horse
@@ -42,7 +42,7 @@ CLASS_CONDITIONAL = {
 }
 CLASS_CONDITIONAL["cifar10_n"] = CLASS_CONDITIONAL["cifar10"]
 
-# Name of a set of human labels -> its field in TFDS's cifar10_n.
+# Maps the name of a set of human labels to its field in TFDS's cifar10_n.
 ANNOTATIONS = {
   "aggre": "aggre_label",
   "worst": "worse_label",
@@ -70,14 +70,14 @@ def noisy_labels(
 ) -> examples_lib.Splits:
   """Splits with label noise in train and validation, and clean meta and test sets.
 
-  First the meta set is drawn, with the same number of images of every class. Then
-  the validation set is drawn from the rest, and what remains is the training set. So
-  the sets are disjoint for every seed, whereas several released programs leak the
-  meta set into the training set. Noise is added to the training and validation sets
-  separately, with one shared background class or transition matrix; if the builder
-  flips an exact number of labels, that number is exact in both. The draws are
-  independent: neither another fraction nor another validation size changes the meta
-  set.
+  First the meta set is drawn, with the same number of images of every class. Then the
+  validation set is drawn from the other images, and the remaining images are the
+  training set. The sets are therefore disjoint for every seed, unlike in several
+  released programs, in which the training set contains the meta set. Noise is added to
+  the training and validation sets separately, with the same background class or
+  transition matrix. If the builder flips an exact number of labels, the number is exact
+  in both sets. The draws are independent: neither another fraction nor another
+  validation size changes the meta set.
 
   Args:
     train: the source of the training, meta and validation sets; N images.
@@ -85,8 +85,8 @@ def noisy_labels(
     builder: the kind of noise, one of `BUILDERS`; see the table in this module's
       docstring.
     fraction: the builder's parameter, in [0, 1]. None for `human`.
-    num_meta_per_class: meta images of every class.
-    num_validation: validation images.
+    num_meta_per_class: number of meta images of every class.
+    num_validation: number of validation images.
     seed: seed of all draws, at least 0.
     variant: variant of the builder, `"paper"` or `"official_code"`. The `bare_`
       builders, `mwn_uniform` and `human` have only one.
@@ -163,8 +163,9 @@ class Request(NamedTuple):
     source: the source whose labels get noise.
     fraction: the builder's parameter, in [0, 1]; None for `human`.
     variant: `"paper"` or `"official_code"`.
-    annotation: one of `ANNOTATIONS`; None for all builders but `human`.
-    rng: draws what all parts share: the background class or the flip targets.
+    annotation: one of `ANNOTATIONS` for `human`; None for all other builders.
+    rng: the generator that draws the background class or the flip targets, which all
+      parts share.
   """
 
   source: sources.Source
@@ -186,7 +187,7 @@ def make_relabeling(builder: str, request: Request) -> Relabeling:
     the source.
 
   Raises:
-    InputError: the builder is unknown, or its arguments do not fit the builder or
+    InputError: the builder is unknown, or an argument is not valid for the builder or
       the data set.
   """
   if builder not in _BUILDERS:
@@ -205,8 +206,8 @@ def _check(builder: str, request: Request) -> None:
   if builder == "human":
     if request.fraction is not None:
       raise base.InputError(
-        "the builder human takes no fraction (the annotators decided how many labels"
-        f" are wrong); leave it out instead of {request.fraction}"
+        "the builder human has no fraction (the annotators determine how many labels"
+        f" are wrong); got {request.fraction}: leave it out"
       )
     return
   if request.annotation is not None:
@@ -252,8 +253,8 @@ def _bare_class_conditional(request: Request) -> Relabeling:
   name = request.source.name
   if name not in CLASS_CONDITIONAL:
     raise base.InputError(
-      "the builder bare_class_conditional knows which classes are confused in"
-      f" {', '.join(CLASS_CONDITIONAL)} only; choose another builder for {name}"
+      "the builder bare_class_conditional is defined only for"
+      f" {', '.join(CLASS_CONDITIONAL)}; choose another builder for {name}"
     )
   pairs = CLASS_CONDITIONAL[name]
   return _resample_with(

@@ -1,4 +1,4 @@
-"""Readers for users' data: a folder of images, a NumPy archive, or a CSV table.
+"""Readers of a user's own data: a folder of images, a NumPy archive, or a CSV table.
 
     images:DIR        DIR/CLASS/FILE, or DIR with a labels.csv of path,label
     npz:FILE          arrays X and y (or images and labels), optionally X_test, y_test
@@ -143,7 +143,7 @@ def read(
     labels: for images, a CSV file of path,label. The default is DIR/labels.csv if it
       exists; otherwise, the folders are the classes.
     label_column: for a table, the label column. The default is a column called label,
-      labels, class, target or y, or else the last column.
+      labels, class, target or y; if there is none, it is the last column.
     image_size: for image files, the height and width. The default is the most frequent
       size, with no side above 64.
     like: the format that the examples must have. The test set has the format of the
@@ -257,7 +257,7 @@ def _convert(
   if isinstance(raw.values, dict) or (raw.values.ndim == 2 and raw.root is None):
     if encoder is None:
       if like is not None:
-        raise base.InputError(f"{name} has rows and the other data have images")
+        raise base.InputError(f"{name} has rows, but the other data have images")
       encoder = Encoder.fit(name, raw.take(train).values, raw.notes)
     features = encoder(name, examples.values)
   elif raw.root is not None:
@@ -267,7 +267,7 @@ def _convert(
     if features.dtype != np.uint8:
       finite = np.isfinite(features).reshape(len(features), -1).all(axis=1)
       raw.skipped.extend(
-        (str(n), "it holds NaN or infinite values") for n in examples.names[~finite]
+        (str(n), "it has NaN or infinite values") for n in examples.names[~finite]
       )
       examples, features = examples.take(finite), features[finite]
   if not len(examples.labels):
@@ -276,14 +276,14 @@ def _convert(
   shape = features.shape[1:]
   if like is not None and like.shape != shape:
     raise base.InputError(
-      f"{name} has examples of shape {list(shape)} and the other data have"
+      f"{name} has examples of shape {list(shape)}, but the other data have"
       f" {list(like.shape)}; give both the same shape"
     )
   if like is None and not 2 <= len(class_names) <= max(2, len(examples.labels) // 2):
     raise base.InputError(
       f"{name} has {len(class_names)} different labels in {len(examples.labels)}"
-      f" examples, the first is {class_names[0]!r}; labels must be those of two or more"
-      " classes, with two or more examples on average"
+      f" examples; the first is {class_names[0]!r}. There must be two or more classes,"
+      " with two or more examples on average"
     )
   is_array = isinstance(features, np.ndarray)
   if is_array:
@@ -306,7 +306,7 @@ def _convert(
 
 
 def _ordered(labels: np.ndarray) -> tuple[str, ...]:
-  """Sorts class names: by value if all are integers, else alphabetically."""
+  """Sorts class names: by value if all are integers, otherwise alphabetically."""
   names = [str(label) for label in labels]
   if all(re.fullmatch(r"[+-]?\d{1,18}", name) for name in names):
     return tuple(sorted(names, key=int))
@@ -421,16 +421,18 @@ def _in_classes(
   for path in _walk(folder):
     inside = path.relative_to(folder)
     if len(inside.parts) < 2:
-      skipped.append((inside.as_posix(), "it is in no folder of a class"))
+      skipped.append((inside.as_posix(), "it is not in a folder of a class"))
     elif path.suffix.lower() not in image_files.SUFFIXES:
-      skipped.append((inside.as_posix(), f"{path.suffix or 'it'} is no image format"))
+      skipped.append(
+        (inside.as_posix(), f"{path.suffix or 'it'} is not an image format")
+      )
     else:
       files.append(path)
       labels.append(inside.parts[0])
   if not files:
     raise base.InputError(
-      f"{folder} holds no images in folders of classes: they are looked for as"
-      f" {folder}/CLASS/FILE.png; or list them as path,label in {folder}/labels.csv"
+      f"{folder} contains no images in folders of classes, {folder}/CLASS/FILE.png;"
+      f" move them there, or list them as path,label in {folder}/labels.csv"
     )
   return files, labels, skipped
 
@@ -451,7 +453,7 @@ def _listed(
   seen, root = set(), folder.resolve()
   for row in rows:
     if len(row) <= max(path_at, label_at):
-      skipped.append((",".join(row), f"{listing.name} gives no path and label"))
+      skipped.append((",".join(row), f"{listing.name} has no path and label for it"))
       continue
     name, label = row[path_at].strip(), row[label_at].strip()
     path = folder / name
@@ -515,7 +517,7 @@ def _decode(
     size, channels = (like.shape[0], like.shape[1]), like.shape[2]
   else:
     raise base.InputError(
-      f"{name} has images and the other data have examples of shape {list(like.shape)}"
+      f"{name} has images, but the other data have examples of shape {list(like.shape)}"
     )
   if in_memory is None:
     in_memory = row_sources.fit_in_memory(len(examples.names), (*size, channels))
@@ -585,7 +587,7 @@ def _archive(path: pathlib.Path, split: str | None) -> tuple[_Raw, bool]:
     return _archive(path, None)[0], False
   if pair is None:
     raise base.InputError(
-      f"{path} must hold the arrays X and y, or images and labels; it holds"
+      f"{path} must contain the arrays X and y, or images and labels; it contains"
       f" {', '.join(arrays) or 'nothing'}"
     )
   notes = []
@@ -595,7 +597,7 @@ def _archive(path: pathlib.Path, split: str | None) -> tuple[_Raw, bool]:
   labels, is_labeled = _archive_labels(path, pair[1], arrays[pair[1]])
   if len(labels) != len(features):
     raise base.InputError(
-      f"{path} holds {len(features)} examples in {pair[0]} and {len(labels)} labels in"
+      f"{path} has {len(features)} examples in {pair[0]} but {len(labels)} labels in"
       f" {pair[1]}; give one label to each example"
     )
   rows = np.arange(len(labels))
@@ -610,7 +612,7 @@ def _load_archive(path: pathlib.Path) -> dict[str, np.ndarray]:
     stored = np.load(path, allow_pickle=False)
     if isinstance(stored, np.ndarray):
       raise base.InputError(
-        f"{path} holds a single array; save it as np.savez(FILE, X=..., y=...)"
+        f"{path} contains a single array; save it as np.savez(FILE, X=..., y=...)"
       )
     with stored:
       return {name: stored[name] for name in stored.files}
@@ -623,7 +625,7 @@ def _load_archive(path: pathlib.Path) -> dict[str, np.ndarray]:
   except (ValueError, EOFError, KeyError, zipfile.BadZipFile, SyntaxError) as error:
     if "allow_pickle" in str(error) or "pickle" in str(error):
       raise base.InputError(
-        f"{path} holds Python objects, which are not read because they can run code;"
+        f"{path} contains Python objects, which are not read because they can run code;"
         " save numbers, or strings with dtype=str"
       ) from error
     raise base.InputError(f"{path} is damaged or not a NumPy archive") from error
@@ -634,8 +636,8 @@ def _archive_features(
 ) -> np.ndarray:
   if features.dtype.kind not in "biuf" or features.ndim < 2:
     raise base.InputError(
-      f"{name} in {path} must hold numbers, with an axis of examples and one or more of"
-      f" features; it is {features.dtype} of shape {list(features.shape)}"
+      f"{name} in {path} must be numbers, with an axis of examples and one or more axes"
+      f" of features; it is {features.dtype} of shape {list(features.shape)}"
     )
   if features.ndim == 4 and features.shape[1] in (1, 3):
     if features.shape[3] not in (1, 3, 4):
@@ -663,7 +665,7 @@ def _archive_labels(
     labels = labels.argmax(axis=1) if is_one_hot else labels
   if labels.ndim != 1 or labels.dtype.kind not in "biufUS":
     raise base.InputError(
-      f"{name} in {path} must hold one label for each example, numbers or strings; it"
+      f"{name} in {path} must have one label for each example, numbers or strings; it"
       f" is {labels.dtype} of shape {list(labels.shape)}"
     )
   if labels.dtype.kind == "f":
@@ -740,7 +742,7 @@ def _table(path: pathlib.Path, label_column: str | None) -> _Raw:
   kept, skipped = [], []
   for number, row in enumerate(rows):
     if len(row) != len(names):
-      reason = f"it has {len(row)} fields and the header has {len(names)}"
+      reason = f"it has {len(row)} fields, but the header has {len(names)}"
       skipped.append((f"row {number}", reason))
     elif row[at].strip().lower() in _MISSING:
       skipped.append((f"row {number}", "it has no label"))
@@ -815,7 +817,7 @@ class Encoder:
       numbers[~np.isfinite(numbers)] = np.nan
     empty = np.isnan(numbers).all(axis=0)
     if empty.any():
-      notes.append(f"{int(empty.sum())} columns hold no number and were left out.")
+      notes.append(f"{int(empty.sum())} columns have no number and were left out.")
     if empty.all() and not categorical:
       raise base.InputError(f"{name} has no column to learn from")
     scaler = encoder = None
@@ -861,7 +863,7 @@ class Encoder:
     if scaler is not None:
       if numbers.shape[1] != scaler.n_features_in_:
         raise base.InputError(
-          f"{name} has {numbers.shape[1]} features and the other data have"
+          f"{name} has {numbers.shape[1]} features, but the other data have"
           f" {scaler.n_features_in_}"
         )
       blocks.append(scaler.transform(numbers))

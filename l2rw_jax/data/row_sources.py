@@ -1,7 +1,7 @@
 """Images that are decoded when they are read, for sets that do not fit in memory.
 
-They are row sources (see `examples.Examples.image`), and may be read in several threads
-at a time. Their fingerprint covers the content of all files.
+The classes of this module are row sources (see `examples.Examples.image`), which may be
+read in several threads at a time. Their fingerprint covers the content of all files.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from l2rw_jax import base
 from l2rw_jax.data import cache
 from l2rw_jax.data import image_files
 
-# Of the memory of the machine, for the pixels of a set and their copy in splits.
+# Share of the machine's memory for the pixels of a set and their copy in splits.
 _SHARE = 1 / 2
 _READ_BYTES = 2**20
 
@@ -43,13 +43,13 @@ def hash_of_files(
 ) -> str:
   """SHA-256 over the contents of files, in order.
 
-  It is kept in `cache_dir` for these paths, sizes and times of modification, so that
-  files are read again only if one of them has changed. A file that was changed without
-  a new size or time of modification is not detected.
+  The hash is cached in `cache_dir` for these paths, sizes and modification times, so
+  that files are read again only if one of them has changed. A change that does not
+  change the size or the modification time of a file is not detected.
 
   Args:
     paths: the files.
-    cache_dir: as in `sources.load`.
+    cache_dir: folder of the cache, see `sources.load`.
 
   Returns:
     64 hex digits.
@@ -75,12 +75,13 @@ def hash_of_files(
 
 
 class _Images:
-  """What the row sources of this file share.
+  """The common part of the row sources of this module.
 
   Attributes:
     shape: [N, H, W, channels].
     dtype: uint8.
-    fingerprint: changes whenever a file does; computed when it is first needed.
+    fingerprint: a string that changes whenever a file changes. It is computed when it
+      is first needed.
   """
 
   dtype = np.dtype(np.uint8)
@@ -111,7 +112,7 @@ class _Images:
     return images
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-    """All images, for functions that change the images of a whole set."""
+    """Reads all images, for functions that change the images of a whole set."""
     del copy
     return self[:].astype(dtype or self.dtype, copy=False)
 
@@ -129,12 +130,12 @@ class StoredImages(_Images):
     make_fingerprint: Callable[[], str],
     place: pathlib.Path,
   ):
-    """Reads nothing.
+    """Stores the arguments without reading files.
 
     Args:
       records: a data source of tensorflow-datasets with a field "image".
-      shape: of an image.
-      make_fingerprint: computes the fingerprint.
+      shape: shape of an image.
+      make_fingerprint: a function that computes the fingerprint.
       place: folder of the set, for messages.
     """
     super().__init__((len(records), *shape), make_fingerprint)
@@ -159,7 +160,7 @@ class ImageFiles(_Images):
   def __init__(
     self, paths: Sequence[pathlib.Path], size: tuple[int, int], channels: int
   ):
-    """Reads nothing.
+    """Stores the arguments without reading files.
 
     Args:
       paths: the files.

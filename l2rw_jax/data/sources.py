@@ -1,9 +1,9 @@
-"""A named data set, as its makers published it.
+"""Reads data sets by their names, as they were published.
 
 `digits` comes with scikit-learn. images:DIR, npz:FILE and csv:FILE are a user's own
 data, see `own_data`. Every other name is an image classification set that
 tensorflow-datasets has prepared in its `array_record` format; it is read without
-TensorFlow and without a network.
+TensorFlow and without an internet connection.
 """
 
 from collections.abc import Iterator
@@ -27,13 +27,13 @@ from l2rw_jax.data import row_sources
 _log = logging.getLogger(__name__)
 
 _BLOCK = 1000
-# Images in fewer bytes of files fit in any memory.
+# If the files of a set have fewer bytes, its images fit in any memory.
 _SMALL_FILES = 2**28
 _EXTRA = "extra."
 _INFO = "dataset_info.json"
 _FEATURES = "features.json"
-# The classes that may be named in features.json. tensorflow-datasets imports
-# whatever module is named there, so no other name may reach it.
+# The classes that may be named in features.json. tensorflow-datasets imports any module
+# that is named there, so all other names are refused.
 _FEATURE_CLASSES = frozenset(
   f"tensorflow_datasets.core.features.{name}"
   for name in (
@@ -49,25 +49,25 @@ _FEATURE_CLASSES = frozenset(
     "text_feature.Text",
   )
 )
-# Sets published without class names and with classes that do not occur.
+# Sets that were published without class names, and in which some classes do not occur.
 _SPARSE = {("emnist", "letters")}
 
 
 class Source(NamedTuple):
-  """One split of a data set, whole.
+  """One whole split of a data set.
 
   Attributes:
     name: name of the data set, with its configuration if it has any.
     version: version of the data set.
-    split: what was asked for, such as `train` or `train[:90%]`.
-    images: uint8 [N, H, W, channels]; of a user's own data also float32 [N, ...]. A
-      row source, if the set was not read into memory.
-    labels: int32 [N]; the true labels, where the set has several.
+    split: the requested split, such as `train` or `train[:90%]`.
+    images: uint8 [N, H, W, channels]; for a user's own data also float32 [N, ...]. If
+      the set was not read into memory, it is a row source.
+    labels: int32 [N]; the true labels if the set has several labels.
     num_classes: C.
     extra: other class labels of the examples, int32 [N] each, by the name they
       have in the set (`worse_label` of cifar10_n).
-    class_names: of each class, as the whole data set names or numbers it, so that
-      classes of two splits can be compared; None where that is unknown.
+    class_names: name or number of each class in the whole data set, so that the classes
+      of two splits can be compared; None if it is unknown.
   """
 
   name: str
@@ -88,22 +88,24 @@ def load(
   cache_dir: str | os.PathLike | None = None,
   in_memory: bool | None = True,
 ) -> Source:
-  """Reads one split of a data set; never downloads.
+  """Reads one split of a data set, without downloading anything.
 
-  A set is decoded once and its arrays are kept in `cache_dir`, under a key that
-  holds name, version, split and the set's own description files. Of a set that is not
-  read into memory, only the labels are, and images are decoded when they are used.
+  A set is decoded once and its arrays are cached in `cache_dir`, under a key that
+  contains name, version, split and the description files of the set. If a set is not
+  read into memory, only its labels are cached, and images are decoded when they are
+  used.
 
   Args:
     name: `digits`; a user's own data, `images:DIR`, `npz:FILE` or `csv:FILE`, see
       `own_data.read`; or a prepared set: `mnist`, `emnist/letters` (with a
-      configuration), `mnist:3.0.1` (a version; else the newest there).
-    split: `train`, `test`, ..., for prepared sets also slices: `train[:90%]`. What is
-      skipped or changed while a user's own data are read becomes a warning.
-    data_dir: folder of prepared sets, default `$TFDS_DATA_DIR`, else
-      `~/tensorflow_datasets`. Not used by `digits`.
-    cache_dir: folder of decoded arrays, default `$XDG_CACHE_HOME/l2rw_jax`,
-      else `~/.cache/l2rw_jax`. Not used by `digits`.
+      configuration), `mnist:3.0.1` (with a version; the default is the newest one in
+      the folder).
+    split: `train`, `test`, ..., for prepared sets also slices: `train[:90%]`. If parts
+      of a user's own data are skipped or changed, warnings are logged.
+    data_dir: folder of prepared sets. The default is `$TFDS_DATA_DIR` if it is set, and
+      `~/tensorflow_datasets` otherwise. `digits` does not use it.
+    cache_dir: folder of decoded arrays. The default is `$XDG_CACHE_HOME/l2rw_jax` if
+      the variable is set, and `~/.cache/l2rw_jax` otherwise. `digits` does not use it.
     in_memory: whether to read the images into memory; None reads prepared sets and
       image files into memory if they take at most half of it. `digits`, archives and
       tables are always read into memory.
@@ -112,10 +114,10 @@ def load(
     The split.
 
   Raises:
-    InputError: unknown name or split, a name that leaves `data_dir`, data that are
-      not there, a set whose examples are not uint8 images of one shape with a class
-      label, or description files that are damaged, that name classes outside
-      tensorflow-datasets, or that disagree with the examples.
+    InputError: the name or the split is unknown; the name leaves `data_dir`; the data
+      do not exist; the examples are not uint8 images of one shape with a class label;
+      or the description files are damaged, name classes outside of
+      tensorflow-datasets, or disagree with the examples.
   """
   if name == "digits":
     return _digits(split)
@@ -126,7 +128,7 @@ def load(
     return from_own(name, split, data)
   _check_name(name)
   if not split.isprintable():
-    raise base.InputError(f"the split {split!r} holds characters that no split has")
+    raise base.InputError(f"the split {split!r} contains characters that no split has")
   default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
   root = pathlib.Path(data_dir or default).expanduser()
   folder = _find(name, root)
@@ -156,9 +158,9 @@ def from_own(name: str, split: str, data: own_data.OwnData) -> Source:
   """A user's own data as a source.
 
   Args:
-    name: such as images:DIR.
-    split: what to call the part.
-    data: as `own_data.read` returns it.
+    name: name of the data, such as images:DIR.
+    split: name of the split.
+    data: the result of `own_data.read`.
   """
   class_names = data.form.class_names
   return Source(
@@ -182,9 +184,9 @@ def _digits(split: str) -> Source:
   """1,797 handwritten digits of 8 x 8 pixels, in fixed splits.
 
   The test set has 500 images, stratified by class, and the training set the other
-  1,297. Pixels p = 0 .. 16 become u = round(255 p / 16), from which p can be computed
-  exactly as round(16 u / 255). Scaled to [0, 1], they differ from p / 16 by at most
-  0.5 / 255.
+  1,297. Pixels p = 0 .. 16 become u = round(255 p / 16), from which p can be recovered
+  exactly as round(16 u / 255). When u is scaled to [0, 1], it differs from p / 16 by at
+  most 0.5 / 255.
   """
   try:
     from sklearn import datasets
@@ -264,13 +266,13 @@ def _missing(name: str, root: pathlib.Path) -> str:
     return (
       f"unknown data set {title!r}; "
       + (f"did you mean {' or '.join(near)}? " if near else "")
-      + "known are digits, the names at https://www.tensorflow.org/datasets/catalog"
-      f" and the prepared sets in the data folder, here {root}"
+      + "choose digits, a name at https://www.tensorflow.org/datasets/catalog or a"
+      f" prepared set in the data folder {root}"
     )
   return (
     f"data set {name!r} does not exist: looked for"
     f" {root / title / (version or '<version>') / 'dataset_info.json'}. Either point"
-    " --data_dir= (or TFDS_DATA_DIR) at a prepared copy or, with a network and"
+    " --data_dir= (or TFDS_DATA_DIR) at a prepared copy or, with internet access and"
     ' tensorflow installed, run: python -c "import tensorflow_datasets as tfds;'
     f" tfds.builder({name!r}, data_dir={str(root)!r},"
     " file_format='array_record').download_and_prepare()\""
@@ -278,7 +280,7 @@ def _missing(name: str, root: pathlib.Path) -> str:
 
 
 def _description(folder: pathlib.Path) -> str:
-  # Two copies of one version can differ: images may be compressed again or missing.
+  # Two copies of one version can differ, because images may be recompressed or missing.
   digest = hashlib.sha256()
   for file in (_INFO, _FEATURES):
     path = folder / file
@@ -303,7 +305,7 @@ def _damaged(path: pathlib.Path, reason: str) -> str:
 
 
 def _strings(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
-  """All strings in JSON with their keys, including JSON that is nested in strings."""
+  """Yields all strings in JSON with their keys, also of JSON nested in strings."""
   if isinstance(content, dict):
     for name, value in content.items():
       yield from _strings(value, name)
@@ -376,7 +378,7 @@ def _builder(folder: pathlib.Path) -> Any:
 
 
 def _fits_in_memory(folder: pathlib.Path, split: str) -> bool:
-  """Whether the images of a split fit; files of a few megabytes always do."""
+  """Whether the images of a split fit in memory; files of a few megabytes always do."""
   files = sum(path.stat().st_size for path in folder.glob("*.array_record*"))
   if files <= _SMALL_FILES:
     return True
@@ -400,7 +402,7 @@ def _decode(folder: pathlib.Path, split: str) -> cache.Arrays:
 def _labels_and_images(
   folder: pathlib.Path, split: str, key: str, cache_dir: str | os.PathLike | None
 ) -> dict[str, Any]:
-  """As `_decode`, with images that are decoded when they are read."""
+  """Like `_decode`, with images that are decoded when they are read."""
   with _quiet():
     import tensorflow_datasets as tfds
 
@@ -430,7 +432,7 @@ def _labels_and_images(
 def _opened(
   folder: pathlib.Path,
 ) -> tuple[Any, dict[str, Any], dict[str, tuple[int, ...]]]:
-  """The builder of a set, its features, and the names of its labels with no shape."""
+  """The builder of a set, its features, and the names of its scalar labels."""
   import tensorflow_datasets as tfds
 
   builder = _builder(folder)
@@ -446,7 +448,7 @@ def _opened(
 
 @contextlib.contextmanager
 def _readable(folder: pathlib.Path, split: str, size: int) -> Iterator[None]:
-  """Turns errors of reading into an InputError."""
+  """Converts errors of reading to an InputError."""
   try:
     yield
   except base.InputError:
@@ -465,7 +467,7 @@ def _readable(folder: pathlib.Path, split: str, size: int) -> Iterator[None]:
 def _checked(
   folder: pathlib.Path, split: str, features: dict[str, Any], arrays: cache.Arrays
 ) -> cache.Arrays:
-  """Labels by their names in a `Source`, after checking them."""
+  """Checked labels, by their names in a `Source`."""
   for name, labels in arrays.items():
     _check_classes(folder, split, name, labels, features[name].num_classes)
   return {
@@ -489,7 +491,7 @@ def _check_numbers(folder: pathlib.Path, builder: Any, split: str) -> None:
       reader.close()
       if num_records != number:
         raise base.InputError(
-          f"{folder / _INFO} gives {number} examples of {name} in"
+          f"{folder / _INFO} lists {number} examples of {name} in"
           f" {pathlib.Path(path).name}, which has {num_records}; copy or prepare the"
           " set again"
         )
@@ -502,10 +504,10 @@ def _check_classes(
   labels: np.ndarray,
   num_classes: int | None,
 ) -> None:
-  """Raises InputError unless the number of classes fits the labels.
+  """Raises InputError unless the number of classes matches the labels.
 
-  Classes without examples are accepted if class names are stored, in a part of the
-  set, and for labels other than the true ones.
+  Classes without examples are accepted if class names are stored, if only a part of the
+  set is read, and for labels other than the true ones.
   """
   number, num_used = num_classes or 0, int(labels.max(initial=-1)) + 1
   file = folder / f"{name}.labels.txt"
@@ -515,7 +517,7 @@ def _check_classes(
     names = sum(bool(line.strip()) for line in lines)
     if names != number:
       raise base.InputError(
-        f"{folder / _FEATURES} gives {number} classes of {name} and {file.name} has"
+        f"{folder / _FEATURES} lists {number} classes of {name}, but {file.name} has"
         f" the names of {names}; copy or prepare the set again"
       )
   is_sparse = (
@@ -526,8 +528,8 @@ def _check_classes(
   )
   if num_used > number or (num_used < number and not is_sparse):
     raise base.InputError(
-      f"{folder / _FEATURES} gives {number} classes of {name}, but the labels of"
-      f" {split} are of {num_used} (0 to {num_used - 1}); correct numClasses there, or"
+      f"{folder / _FEATURES} lists {number} classes of {name}, but the labels of"
+      f" {split} have {num_used} (0 to {num_used - 1}); correct numClasses there, or"
       f" list the names of all classes in {name}.labels.txt"
     )
 

@@ -1,8 +1,8 @@
 """Documents for language models, some of which are corrupted, as bytes.
 
-The text is that of every Python installation: the sources of its standard library,
-and, as another language, the English of its help topics. A document is an excerpt, a
-token is a byte.
+The text is part of every Python installation: the sources of its standard library, and
+the English prose of its help topics as another language. A document is an excerpt, and
+a token is a byte.
 """
 
 import hashlib
@@ -17,9 +17,10 @@ from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
 
 VOCABULARY = 256
-# What can be wrong with a document, by its number in `Examples.group`.
+# The kinds of documents. The index of a kind is its number in `Examples.group`.
 KINDS = ("clean", "shuffled", "english", "random")
-# Folders that some installations lack, or whose text is no code.
+# These folders are skipped, because some installations lack them or their text is not
+# code.
 _LEFT_OUT = frozenset(
   {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
   | {"pydoc_data", "config", "__pycache__", "ensurepip", "tkinter", "turtledemo"}
@@ -52,7 +53,7 @@ def standard_library() -> Texts:
   ]
   if len(paths) < 100:
     raise base.InputError(
-      f"the standard library in {folder} has {len(paths)} source files, and at least"
+      f"the standard library in {folder} has {len(paths)} source files, but at least"
       " 100 are needed: use a Python that is installed with its sources."
     )
   topics = importlib.import_module("pydoc_data.topics").topics
@@ -70,20 +71,20 @@ def corrupted_documents(
   fraction: float,
   seed: int,
 ) -> examples_lib.Splits:
-  """Excerpts of source code, of which a share of the training set is corrupted.
+  """Makes splits of excerpts of source code; some training documents are corrupted.
 
-  A third each of the corrupted documents are excerpts whose bytes are shuffled,
-  English prose, and random bytes. The training, meta and test sets are from different
-  files. Excerpts do not overlap.
+  One third of the corrupted documents are excerpts whose bytes are shuffled, one third
+  are English prose, and one third are random bytes. The training, meta and test sets
+  are from different files. Excerpts do not overlap.
 
   Args:
-    texts: where documents are from.
+    texts: the texts from which documents are taken.
     length: T, number of bytes that are predicted in a document.
-    num_train: training documents.
-    num_meta: clean documents.
-    num_test: clean test documents.
+    num_train: number of training documents.
+    num_meta: number of clean documents in the meta set.
+    num_test: number of clean test documents.
     fraction: share of corrupted training documents.
-    seed: of the choice of files, excerpts and corrupted documents.
+    seed: seed of the choice of files, excerpts and corrupted documents.
 
   Returns:
     Splits whose `image` is the first T bytes of a document, uint8 [N, T], and whose
@@ -105,7 +106,7 @@ def corrupted_documents(
   files = [texts.files[i] for i in choose.permutation(len(texts.files))]
   parts, start = {}, 0
   for name, size in (("test", num_test), ("meta", num_meta), ("train", num_train)):
-    # One file may fill a small part, so that each part gets at least eight.
+    # Each part gets at least eight files, because one file may fill a small part.
     excerpts: list[np.ndarray] = []
     first = start
     while start < len(files) and (start - first < 8 or sum(map(len, excerpts)) < size):
@@ -141,11 +142,11 @@ def _excerpts(text: bytes, size: int) -> np.ndarray:
 def _drawn(
   excerpts: np.ndarray, size: int, rng: np.random.Generator, name: str
 ) -> np.ndarray:
-  """`size` of the excerpts, without repetition."""
+  """Draws `size` of the excerpts, without repetition."""
   if len(excerpts) < size:
     raise base.InputError(
-      f"there is text for {len(excerpts)} {name} documents, and {size} are wanted:"
-      " take fewer or shorter documents."
+      f"there is text for {len(excerpts)} {name} documents, but {size} are requested:"
+      " use fewer or shorter documents."
     )
   return excerpts[rng.permutation(len(excerpts))[:size]]
 
@@ -153,7 +154,7 @@ def _drawn(
 def _corrupt(
   documents: np.ndarray, kinds: np.ndarray, english: bytes, rng: np.random.Generator
 ) -> None:
-  """Replaces documents by what their kind says, in place."""
+  """Corrupts documents in place, each according to its kind."""
   size = documents.shape[1]
   for row in np.flatnonzero(kinds == KINDS.index("shuffled")):
     documents[row] = rng.permutation(documents[row])

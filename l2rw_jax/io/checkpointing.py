@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill, a full disk and a damaged file."""
+"""Checkpoints that remain usable after a kill, a full disk or a damaged file."""
 
 import hashlib
 import json
@@ -47,11 +47,12 @@ class Checkpointer:
     """Opens or creates `directory` and removes incomplete checkpoints.
 
     Args:
-      directory: holds the checkpoints of one run and nothing else.
+      directory: a folder for the checkpoints of one run and nothing else.
       max_to_keep: number of checkpoints to keep. An old one is deleted only after a
         new one is complete.
-      read_only: opens an existing directory for `restore` and changes nothing in it.
-        Of several processes with the same state, one writes and the others read.
+      read_only: whether to open an existing directory only for `restore`, without
+        changing it. If several processes have the same state, one writes and the others
+        read.
 
     Raises:
       InputError: the directory cannot be written.
@@ -71,7 +72,7 @@ class Checkpointer:
         read_only=read_only,
         create=False,
         enable_async_checkpointing=False,
-        # Orbax waits for no other process.
+        # Orbax does not wait for other processes.
         multiprocessing_options=ocp.options.MultiprocessingOptions(
           primary_host=this, active_processes={this}
         ),
@@ -93,14 +94,15 @@ class Checkpointer:
 
     Raises:
       InputError: the checkpoint cannot be written. Earlier ones are intact.
-      TypeError: a leaf of `state`, or `host`, is of a type that cannot be saved.
+      TypeError: a leaf of `state`, or `host`, has a type that cannot be saved.
       ValueError: `step` is not greater than the latest saved step.
     """
     last = self._manager.latest_step()
     if last is not None and step <= last:
       raise ValueError(f"step {step} does not come after the saved step {last}")
     leaves, arrays = _pack(state)
-    # In the form in which it will be read: tuples become lists, keys strings.
+    # Convert to the form in which it will be read: tuples become lists, and keys become
+    # strings.
     record = json.loads(json.dumps({"step": step, "leaves": leaves, "host": host}))
     record["sha256"] = _digest(record, arrays)
     items = ocp.args.Composite(
@@ -122,7 +124,7 @@ class Checkpointer:
 
     Args:
       like: pytree with the structure, shapes and dtypes of the saved state; its
-        values are not used, so the result of `jax.eval_shape` will do.
+        values are not used, so it may be the result of `jax.eval_shape`.
 
     Returns:
       The checkpoint, or None if there is none. Each leaf has the type that was
@@ -130,7 +132,7 @@ class Checkpointer:
       only if their shape is []; NumPy arrays and scalars become NumPy arrays.
 
     Raises:
-      InputError: the checkpoint is intact but does not fit `like`.
+      InputError: the checkpoint is intact but does not match `like`.
     """
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
@@ -155,7 +157,7 @@ class Checkpointer:
     """Restores the checkpoint of a step that exists, as `restore_latest` does.
 
     Raises:
-      InputError: the checkpoint cannot be read, or does not fit `like`.
+      InputError: the checkpoint cannot be read, or does not match `like`.
     """
     try:
       self._manager.reload()
@@ -212,8 +214,8 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
 
 
 def _not_from_tensorstore(record: logging.LogRecord) -> bool:
-  # Orbax reads all arrays at once and raises the first failure. asyncio logs the
-  # other ones when their tasks are collected, in addition to the error raised here.
+  # Orbax reads all arrays at once and raises the first failure. When the other tasks
+  # are collected, asyncio logs their failures, in addition to the error raised here.
   error = record.exc_info[1] if record.exc_info else None
   return "tensorstore_spec=" not in str(error)
 
@@ -221,8 +223,8 @@ def _not_from_tensorstore(record: logging.LogRecord) -> bool:
 def _pack(state: base.PyTree) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
   """Descriptions of all leaves in JSON, and the arrays by the number of their leaf.
 
-  Orbax supports neither empty containers nor arrays of size 0. The structure of the
-  tree comes from `like` when it is restored, empty arrays from their description.
+  Orbax supports neither empty containers nor arrays of size 0. When a tree is restored,
+  its structure comes from `like`, and empty arrays come from their description.
   """
   leaves: list[dict[str, Any]] = []
   raw = {}
@@ -262,7 +264,8 @@ def _describe(path: str, leaf: Any) -> dict[str, Any]:
 def _unpack(
   leaves: list[dict[str, Any]], arrays: dict[str, np.ndarray], like: base.PyTree
 ) -> base.PyTree:
-  # By path, not by position: dict and OrderedDict have different orders.
+  # Leaves are matched by path, not by position, because dict and OrderedDict have
+  # different orders.
   values = {
     leaf["path"]: _unpack_leaf(leaf, arrays.get(str(i)))
     for i, leaf in enumerate(leaves)

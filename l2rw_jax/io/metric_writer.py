@@ -1,4 +1,4 @@
-"""Metric files of a run, byte for byte the same if the run is killed and resumed."""
+"""Metric files of a run, which have the same bytes if the run is killed and resumed."""
 
 from collections.abc import Mapping, Sequence
 import contextlib
@@ -46,13 +46,14 @@ class MetricWriter:
       folder: an existing folder.
       resume_step: the step of the restored checkpoint; later rows are dropped. None
         drops all rows.
-      tensorboard: whether to write TensorBoard events too, under `tensorboard/`.
-      history: `history` of the earlier writer when the checkpoint was saved. With
-        it, the file may have been damaged since. None reads the rows from the file.
+      tensorboard: whether to also write TensorBoard events, in `tensorboard/`.
+      history: `history` of the earlier writer when the checkpoint was saved. If it is
+        given, a file that was damaged since then is repaired. None reads the rows from
+        the file.
 
     Raises:
-      InputError: the files cannot be written, or a row is damaged that is not an
-        incomplete last one.
+      InputError: the files cannot be written, or a row other than an incomplete last
+        one is damaged.
     """
     self._folder = pathlib.Path(folder)
     self._path = self._folder / _JSONL
@@ -76,7 +77,7 @@ class MetricWriter:
     try:
       self.close()
     except base.InputError:
-      if kind is None:  # Otherwise it would hide the first error.
+      if kind is None:  # Otherwise this error would hide the first one.
         raise
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -111,9 +112,10 @@ class MetricWriter:
       self._events = _NoEvents()
 
   def close(self) -> None:
-    """Writes `metrics.csv`: "step", then all metrics by name. It may be called twice.
+    """Writes `metrics.csv`, with "step" first and then all metrics by name.
 
-    A cell is empty if the row lacks the metric, and "nan" if it was not finite.
+    A cell is empty if the row lacks the metric, and "nan" if the metric was not finite.
+    This function may be called twice.
 
     Raises:
       InputError: the file cannot be written.
@@ -177,7 +179,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 def _append(file: io.FileIO, content: bytes) -> None:
   """Writes all of `content` to an unbuffered file.
 
-  With a buffer, after a failure on a full disk, Python would try to write the rest
+  If the file had a buffer and the disk was full, Python would try to write the rest
   again when the file is closed or collected, and raise a second error.
   """
   while content:

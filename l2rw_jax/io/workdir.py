@@ -30,7 +30,7 @@ _LOCK = ".lock"
 _SCRATCH = ".scratch-"
 _SHARED = ".shared-"
 _CHECKSUM = "sha256"
-# Files and folders of a run, which must not be in a folder without settings.
+# These files and folders of a run must not be in a folder without settings.
 _TRACES = ("results.json", "metrics.jsonl", "checkpoints", "mentor.json")
 _log = logging.getLogger(__name__)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "l2rw_jax")
@@ -166,9 +166,8 @@ def file_digest(path: str | os.PathLike) -> str:
     raise base.InputError(f"{path} cannot be read ({error.strerror}).") from error
 
 
-# For the folders that this process has prepared, by resolved path: the content of
-# `settings.json`, and the file descriptors that hold their locks until the process
-# ends.
+# For each folder that this process has prepared, by resolved path: the content of
+# `settings.json`, and the file descriptor that holds the lock until the process ends.
 _prepared: dict[pathlib.Path, dict[str, Any]] = {}
 _locks: dict[pathlib.Path, int] = {}
 
@@ -189,17 +188,17 @@ def prepare(
     settings: everything that the results of the run depend on, as JSON. It is saved
       in `settings.json`, and compared with that file when the folder is reopened.
     inputs: paths of the files that the run reads, by the name of their flag. The
-      results depend on their contents too, so their checksums are saved. A file may
+      results also depend on their contents, so their checksums are saved. A file may
       be added later, for runs that need it, but not replaced.
 
   Returns:
     `path`, which exists and can be written to.
 
   Raises:
-    InputError: the folder cannot be written, or holds a run with other
-      settings or inputs, or runs without settings, or its `settings.json` is
-      damaged, or another process uses it, or an input cannot be read; or several
-      processes disagree on the settings or do not share the folder.
+    InputError: the folder cannot be written, contains a run with other settings or
+      inputs or a run without settings, has a damaged `settings.json`, or is used by
+      another process; an input cannot be read; or several processes disagree on the
+      settings or do not share the folder.
   """
   folder = pathlib.Path(path)
   digests = {name: file_digest(file) for name, file in (inputs or {}).items()}
@@ -216,7 +215,7 @@ def _prepare(path: str | os.PathLike, now: dict[str, Any]) -> dict[str, Any]:
   folder = pathlib.Path(path)
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    # Root passes every permission check, so only a real write is a test.
+    # The root user passes every permission check, so only a real write is a test.
     with tempfile.TemporaryFile(dir=folder) as probe:
       probe.write(b"x")
     _lock_until_exit(folder)
@@ -315,8 +314,8 @@ def scratch(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
 def locked(folder: str | os.PathLike) -> Iterator[None]:
   """Locks a folder within a `with`, and removes incomplete files from it.
 
-  The operating system frees the lock when the process ends, for whatever reason. A
-  folder inside one that this process has prepared is locked already. Of several
+  The operating system frees the lock when the process ends for any reason. A folder
+  inside one that this process has prepared is already locked. If there are several
   processes, the first one holds the lock for all.
 
   Args:
@@ -345,8 +344,8 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
       os.close(lock)
 
 
-# Seconds after which a file that another host wrote is visible: caches of network file
-# systems keep old listings for as long.
+# Seconds after which a file that another host wrote is visible. Caches of network file
+# systems may return old listings until then.
 _VISIBLE_AFTER = 60
 
 
@@ -469,7 +468,7 @@ def code_digest() -> str:
 
 
 def made_by() -> dict[str, Any]:
-  """What the numbers of a run depend on in addition to its settings.
+  """Versions, code and hardware, on which the numbers of a run also depend.
 
   Returns:
     Strings: versions of the packages by their name, a checksum of this package's

@@ -1,7 +1,7 @@
 """Propagation of the batch axis through the operations of a jaxpr.
 
 A network processes examples independently if row i of every value, along some axis,
-depends on row i of the batch alone. `propagate` computes this axis for the outputs of
+depends only on row i of the batch. `propagate` computes this axis for the outputs of
 one operation from those of its inputs. It raises an error if the operation mixes
 examples, or may do so.
 """
@@ -73,7 +73,7 @@ _CALLS = {
   "checkpoint": "jaxpr",
   "remat2": "jaxpr",
 }
-# Calls that compute the same without the call.
+# Calls that can be replaced by their bodies.
 _INLINED = ("jit", "pjit", "closed_call", "core_call")
 
 
@@ -216,7 +216,7 @@ def propagate(
   Args:
     eqn: equation of a jaxpr.
     axes: batch axes of its inputs, at least one of them not None.
-    check_rules: whether the derivative rule of a `jax.custom_jvp` is checked too.
+    check_rules: whether the derivative rule of a `jax.custom_jvp` is also checked.
 
   Returns:
     A batch axis for each output. Some outputs of a call may mix examples; they have a
@@ -600,7 +600,7 @@ def _scatter(eqn, axes):
 
 
 def _pallas_call(eqn, axes):
-  """The batch axes of the outputs of a kernel whose every program sees one example."""
+  """The batch axes of the outputs of a kernel whose programs read one example each."""
   mapping = eqn.params["grid_mapping"]
   first = len(axes) - mapping.num_inputs  # After sizes of the grid and indices.
   inputs = mapping.block_mappings[: mapping.num_inputs]

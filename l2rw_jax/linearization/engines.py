@@ -41,8 +41,9 @@ def linearize(
 ) -> base.Linearized:
   """Linearizes the per-example losses of one batch at `params`.
 
-  All engines but `difference` are exact. Costs are in forward passes of the batch
-  beyond the first: for recording, for `directional` and for `weighted_gradient`.
+  All engines except `difference` are exact. The three costs in the table are those of
+  recording, of `directional` and of `weighted_gradient`, in forward passes of the batch
+  in addition to the first.
 
   ============  =========  ====================================================
   layerwise     1, 1, 1    One backward pass records every use of a parameter,
@@ -63,7 +64,7 @@ def linearize(
                            functions whose declared derivative is not the
                            derivative of their values (straight-through, gradient
                            reversal) are refused.
-  auto                     layerwise if the model allows it, else forward. For
+  auto                     layerwise if the model allows it, or forward. For
                            a `jax.checkpoint` that takes parameters: forward,
                            which is cheaper there, unless there is a
                            `jax.custom_vjp`. The default.
@@ -89,8 +90,8 @@ def linearize(
 
   Raises:
     InputError: the losses are not floating-point numbers of shape [B], `params` has no
-      trainable leaf, the result of `losses_fn` does not fit `has_aux`, or `engine` is
-      unknown or does not fit the model (the message names an engine that does).
+      trainable leaf, the result of `losses_fn` does not match `has_aux`, or `engine` is
+      unknown or does not support the model (the message names an engine that does).
 
   Example:
     >>> import jax.numpy as jnp
@@ -153,7 +154,7 @@ def _layerwise(losses_fn, params, batch, engine):
     _log_fallback(error)
     return None
   except Exception as error:
-    # Either the batch holds something other than arrays, which forward mode accepts,
+    # Either the batch contains something other than arrays, which forward mode accepts,
     # or the losses function has an error, which forward mode reports more clearly.
     if engine == "layerwise":
       raise
@@ -171,8 +172,8 @@ def _layerwise(losses_fn, params, batch, engine):
 def _along(losses_fn, params, batch, direction):
   """Forward mode, with the derivative along `direction` in the first pass.
 
-  Neither the derivative nor what it needs is stored until `directional` is called. Of a
-  network under `jax.checkpoint`, nothing is computed again for it.
+  Neither the derivative nor the values that it needs are stored until `directional` is
+  called. If the network is under `jax.checkpoint`, nothing is recomputed for it.
   """
   partition = trainable.Partition(params)
   leaves, known = partition.leaves(params), jax.tree.leaves(direction)
@@ -223,8 +224,9 @@ def linearize_outputs(
 ) -> base.LinearizedOutputs:
   """Linearizes the outputs of a network for one batch at `params`.
 
-  For methods that change the loss after the network (a rectified logit, a gated
-  feature): one forward pass of the network serves all functions of its outputs.
+  Use it for methods that change the loss after the network (by rectified logits or
+  gated features): one forward pass of the network is enough for all functions of its
+  outputs.
 
   Args:
     outputs_fn: `(params, batch) -> outputs`, a pytree of floating-point arrays, or
@@ -239,7 +241,7 @@ def linearize_outputs(
     A `base.LinearizedOutputs`.
 
   Raises:
-    InputError: for the reasons of `linearize`, except that outputs may have any shape.
+    InputError: the arguments are invalid, see `linearize`; outputs may have any shape.
 
   Example:
     >>> import jax.numpy as jnp
@@ -325,7 +327,7 @@ def _central_difference(outputs_of, leaves):
   epsilon = max((float(jnp.finfo(x.dtype).eps) for x in leaves), default=1.0)
   relative_step = 0.2 * epsilon ** (1 / 3)
   is_double = any(jnp.finfo(x.dtype).bits == 64 for x in leaves)
-  dtype = jnp.float64 if is_double else jnp.float32  # Of step sizes.
+  dtype = jnp.float64 if is_double else jnp.float32  # The type of step sizes.
 
   def jvp_fn(vector):
     if not vector:
@@ -372,7 +374,7 @@ def _norm(arrays, dtype):
   norms = jnp.stack(
     [jnp.sqrt(jnp.sum(jnp.square(jnp.abs(_wide(x, dtype))))) for x in arrays]
   )
-  # A product of the norms with themselves instead of a chain of sums, see `ordering`.
+  # This is a product of the norms with themselves, not a chain of sums, see `ordering`.
   return jnp.sqrt(jnp.dot(norms, norms, precision="highest"))
 
 
@@ -380,7 +382,7 @@ def _without_custom_vjp(jvp_fn, outputs):
   """`jvp_fn`, which raises InputError if it contains a `jax.custom_vjp`."""
 
   def checked(vector):
-    # JAX raises an error too, but under `jit` only when the program is compiled.
+    # JAX also raises an error, but under `jit` only when the program is compiled.
     leaves = (*jax.tree.leaves(outputs), *vector)
     traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
     if traced and _has_custom_vjp(jax.make_jaxpr(jvp_fn)(vector).jaxpr):

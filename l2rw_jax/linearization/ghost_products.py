@@ -1,12 +1,12 @@
 """Inner products of per-example gradients from recorded activations and slopes.
 
-The gradient of example i in the parameters of one operation (a *use*) is a sum over
-positions t of products of two vectors, an activation and a slope:
+The gradient of the loss of example i with respect to the parameters of one operation (a
+*use*) is a sum over positions t of products of two vectors, an activation and a slope:
 
     dense layer, convolution    G_i = sum_t left_it right_it^T
     embedding                   the same, where left_it is one-hot and kept as an index
 
-so that inner products have two forms:
+Inner products therefore have two forms:
 
     formed    <G_i, G_j>, from G_i itself                    FLOPs like T L R
     ghost     sum_ts <left_it, left_js> <right_it, right_js>      like T^2 (L + R)
@@ -28,7 +28,7 @@ from l2rw_jax import base
 from l2rw_jax.linearization import batch_axes
 from l2rw_jax.linearization import parameter_uses
 
-# Operations on parameters that keep inner products.
+# Operations on parameters that do not change inner products.
 _ISOMETRIES = ("convert_element_type", "copy", "neg", "reshape", "squeeze", "transpose")
 _ELEMENTWISE = frozenset(
   (
@@ -45,8 +45,8 @@ class _Factors(NamedTuple):
   are separate (groups of a convolution), and those of the left and right vectors.
 
   Attributes:
-    place: of the value in the program whose gradient this is.
-    shape: of this value, possibly with axes split.
+    place: place of the value in the program whose gradient this is.
+    shape: shape of this value, possibly with axes split.
     axes: group, left and right axes of `shape`.
     left: [B, G, T, L], or [B, 1, T] integers that stand for one-hot vectors.
     right: [B, G, T, R].
@@ -99,7 +99,7 @@ class _Formed(NamedTuple):
   """The gradients of a use.
 
   Attributes:
-    place: of the value in the program whose gradient this is.
+    place: place of the value in the program whose gradient this is.
     gradients: [B, *shape of the value].
   """
 
@@ -344,12 +344,12 @@ class Gradients:
       old = producer.eqn.invars[0].aval.shape
       dimensions = producer.eqn.params["broadcast_dimensions"]
       kept = {d for d, size in zip(dimensions, old, strict=True) if size > 1}
-      if axis not in kept:  # All rows are the same.
+      if axis not in kept:  # In this case all rows are the same.
         summed = [a for a in range(rows.ndim) if a not in kept and a != axis]
         rows = jnp.moveaxis(rows.sum(summed, keepdims=True), axis, 0)
         source: Any = producer.inputs[0].place
         return _Formed(source, rows.reshape(self._size, *old))
-    # Example i has a gradient in row i only.
+    # Example i has a gradient only in row i.
     is_row = jnp.expand_dims(
       jnp.eye(self._size, dtype=bool), [a + 1 for a in range(rows.ndim) if a != axis]
     )
@@ -359,7 +359,7 @@ class Gradients:
 def summed(terms: Sequence[base.Array]) -> base.Array:
   """The sum of arrays of the same shape, in the widest of their types."""
   dtype = base.common_dtype(*terms)
-  # A product, because XLA repeats a chain of sums in every operation that uses it.
+  # Use a product, because XLA repeats a chain of sums in every operation that uses it.
   ones = jnp.ones(len(terms), dtype)
   stacked = jnp.stack([term.astype(dtype) for term in terms])
   return jnp.tensordot(ones, stacked, axes=1, precision="highest")
@@ -464,7 +464,7 @@ def _dense_factors(step, inputs, slope, permutation):
 
 def _convolution_factors(step, inputs, slope, permutation):
   """Factors of a convolution: the left vectors are patches of the images."""
-  del permutation  # Of casts, the identity.
+  del permutation  # For casts, it is the identity.
   params = step.eqn.params
   numbers, groups = params["dimension_numbers"], params["feature_group_count"]
   kernel = inputs[1].transpose(numbers.rhs_spec)  # Output channels, input channels.
@@ -579,7 +579,7 @@ _FACTORS = {
 
 
 def _merged(uses: Sequence[_Factors | _Formed]) -> list[_Factors] | None:
-  """At most one dense and one index factor for all uses; None if they do not fit."""
+  """At most one dense and one index factor for all uses; None if this is impossible."""
   factors = [use for use in uses if isinstance(use, _Factors)]
   if len(factors) < len(uses):
     return None
@@ -616,7 +616,7 @@ def _is_ghost_cheaper(factors, pairs, size):
   """Whether the ghost form takes fewer FLOPs, counted per example, than forming."""
   ghost, formed = 0, 0
   per_pair = size if pairs else 1
-  before = 0  # Positions of the dense use, which comes first.
+  before = 0  # Number of positions of the dense use, which comes first.
   for use in factors:
     groups, length, left, right = use.sizes()
     if use.is_index:

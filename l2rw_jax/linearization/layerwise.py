@@ -13,20 +13,21 @@ never forms a gradient of parameters, and
 
     J^T w = sum over parameter uses of (dq/dp)^T (df/dq)^T (w_i delta_i)
 
-Costs in forward passes of the batch beyond the first: 1 for recording, 1 for
-`directional`, 1 for `weighted_gradient`; forward mode takes 0, 2, 2. No per-example
-gradient is formed. Operations on parameters alone (casts, reshapes, weight
+In addition to the forward pass of the batch, recording, `directional` and
+`weighted_gradient` cost 1, 1 and 1 forward passes; forward mode takes 0, 2, 2. No
+per-example gradient is formed. Operations on parameters alone (casts, reshapes, weight
 normalization) are differentiated as usual.
 
 The engine works on the jaxpr of the losses, so that it supports any framework and any
 sharing of parameters. `batch_axes` checks whether examples are processed independently.
 In a `jax.lax.scan`, perturbations are rows of its input, and what the derivatives need
-is recorded as rows of its output; two more loops go through these rows. Not supported
-are a `jax.custom_vjp` that takes parameters (its backward rule sums over examples),
-`while` and `cond`.
+is recorded as rows of its output; two more loops go through these rows. The engine does
+not support a `jax.custom_vjp` that takes parameters (its backward rule sums over
+examples), `while` and `cond`.
 
-Of a `jax.checkpoint`, only its inputs and the gradients of its outputs are recorded.
-Each pass computes what it needs again: 2, 3 and 3 forward passes in place of 1, 1, 1.
+For a `jax.checkpoint`, only its inputs and the gradients of its outputs are recorded.
+Each pass recomputes what it needs, which costs 2, 3 and 3 forward passes instead of 1,
+1 and 1.
 """
 
 from collections.abc import Callable
@@ -36,7 +37,10 @@ import jax
 import jax.numpy as jnp
 
 from l2rw_jax import base
+from l2rw_jax.linearization import ordering
 from l2rw_jax.linearization import parameter_uses
+
+_MAX_LINKS = 64  # Of the gradients of layers that wait for each other.
 
 
 def linearize(
@@ -52,10 +56,10 @@ def linearize(
   Args:
     losses_fn: `(leaves, batch) -> (losses [B], aux)`.
     leaves: floating-point or complex arrays.
-    batch: pytree; arrays whose first axis is B hold the examples.
+    batch: pytree; arrays whose first axis is B contain the examples.
     names: names of the leaves, for error messages.
-    recompute: whether a `jax.checkpoint` may take parameters; None is only if there is
-      a `jax.custom_vjp`, so that forward mode, which is cheaper, does not apply.
+    recompute: whether a `jax.checkpoint` may take parameters. None allows it only if
+      there is a `jax.custom_vjp`, for which the cheaper forward mode does not apply.
 
   Returns:
     A tuple of losses [B]; directional, `list like leaves -> [B]`; weighted_gradient,
@@ -81,6 +85,7 @@ def linearize(
   )
   (gradients,) = vjp_fn(jnp.ones_like(losses))
   zeros = parameter_uses.zeros(jax.typeof(losses))
+  in_turn = ordering.num_bytes(gradients) < ordering.num_bytes(leaves)
 
   def directional(vector):
     parameters, tangents = dict(enumerate(leaves)), dict(enumerate(vector))
@@ -88,7 +93,9 @@ def linearize(
 
   def weighted_gradient(weights):
     parameters = dict(enumerate(leaves))
-    result = _weighted_gradient(plan, parameters, values, gradients, weights)
+    result = _weighted_gradient(
+      plan, parameters, values, gradients, weights, in_turn=in_turn
+    )
     return [result[i] for i in range(len(leaves))]
 
   return losses, directional, weighted_gradient, jax.tree.unflatten(tree, aux)
@@ -144,8 +151,8 @@ def _directional(
     terms += _TERMS[type(step)](step, x, t, g, values, zeros)
   if not terms:
     return zeros
-  # A matrix product, because XLA repeats a chain of sums in every operation that uses
-  # the result.
+  # Use a matrix product, because XLA repeats a chain of sums in every operation that
+  # uses the result.
   ones = jnp.ones(len(terms), zeros.dtype)
   return jnp.matmul(ones, jnp.stack(terms), precision="highest")
 
@@ -193,8 +200,14 @@ def _weighted_gradient(
   values: _Values,
   gradients: list[Any],
   weights: base.Array,
+  *,
+  in_turn: bool = False,
 ) -> _Values:
   """The gradient of the weighted sum of losses; arguments as in `_directional`.
+
+  With `in_turn`, the gradient of a layer is not computed before that of the next one is
+  finished, as in a backward pass. An optimizer can then use one after the other, and a
+  compiler has no reason to hold all of them at the same time.
 
   Returns:
     Gradients, like `parameters`.
@@ -202,9 +215,14 @@ def _weighted_gradient(
   inputs, vjp_fn = jax.vjp(_inputs_of_uses(plan, values), parameters)
   cotangents = []
   uses = plan.parameter_uses()
-  for step, x, g in zip(uses, inputs, gradients, strict=True):
-    cotangents.append(_COTANGENTS[type(step)](step, x, g, values, weights))
-  (result,) = vjp_fn(cotangents)
+  link = ordering.num_bytes(parameters) / _MAX_LINKS
+  waiting, finished = weights, []
+  for step, x, g in reversed(list(zip(uses, inputs, gradients, strict=True))):
+    cotangents.append(_COTANGENTS[type(step)](step, x, g, values, waiting))
+    finished.append(cotangents[-1])
+    if in_turn and ordering.num_bytes(finished) >= link:
+      waiting, finished = ordering.after(finished, weights), []
+  (result,) = vjp_fn(cotangents[::-1])
   return result
 
 
@@ -268,7 +286,7 @@ def _recomputed_cotangents(step, inputs, gradients, values, weights):
 
 
 def _known(step, inputs, values, gradients):
-  """Parameters, other inputs and gradients, so that values are computed again."""
+  """Parameters, other inputs and gradients, from which values are recomputed."""
   places = [place for place, value in step.given if value.is_parameter]
   known = {
     place: parameter_uses.value_of(value, values)
@@ -300,7 +318,7 @@ def _consts_and_rows(loop, *lists):
 
 
 def _other_values(loop, values):
-  """What derivatives need of a loop's constants and rows, except parameters."""
+  """The constants and rows of a loop that derivatives need, except parameters."""
   return [
     {
       place: parameter_uses.value_of(value, values)

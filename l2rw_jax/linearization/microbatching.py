@@ -53,14 +53,14 @@ def microbatched(
 
   Args:
     linearize: `linearization.linearize`, or that of a `base.Problem`.
-    microbatch_size: examples of this device at a time; the last microbatch may be
-      smaller. None is the whole batch, which returns `linearize` itself.
+    microbatch_size: number of examples that this device processes at a time; the last
+      microbatch may be smaller. None is the whole batch, and returns `linearize`.
 
   Returns:
     A function of the arguments of `linearize` that returns a `base.Linearized`. Its
-    `directional` uses `linearize`, its `weighted_gradient` reverse mode. Every array of
-    the batch and of aux must have a row per example; close over arrays that examples
-    share. Call it inside `jit`: outside, every call compiles.
+    `directional` uses `linearize`, and its `weighted_gradient` uses reverse mode. Every
+    array of the batch and of aux must have a row per example; close over arrays that
+    examples share. Call the function inside `jit`: outside, every call compiles.
 
   Raises:
     InputError: `microbatch_size` is not positive; when the function is called, an array
@@ -129,7 +129,7 @@ class Weighted(NamedTuple):
 
   Attributes:
     losses: [B].
-    gradient: of sum_i weights_i losses_i, shaped like `params`.
+    gradient: gradient of sum_i weights_i losses_i, shaped like `params`.
     aux: the auxiliary output of the losses function, or None.
   """
 
@@ -147,9 +147,9 @@ def weighted_gradient(
   *,
   has_aux: bool = False,
 ) -> Weighted:
-  """The gradient of sum_i w_i l_i in microbatches, at weights that are known.
+  """The gradient of sum_i w_i l_i in microbatches, for weights that are known.
 
-  Reverse mode, for any model; gradients are summed in float32 or wider.
+  It uses reverse mode and supports any model. Gradients are summed in float32 or wider.
 
   Args:
     losses_fn: `(params, batch) -> losses`, one per row of a batch of any size, or
@@ -157,15 +157,15 @@ def weighted_gradient(
     params: see `linearization.linearize`.
     batch: arrays with a row per example.
     weights: [B], or a scalar for all examples.
-    microbatch_size: examples at a time.
+    microbatch_size: number of examples that are processed at a time.
     has_aux: whether `losses_fn` returns an auxiliary output in addition to the losses.
 
   Returns:
     A `Weighted`.
 
   Raises:
-    InputError: for the reasons of `microbatched`, or if `weights` is not one number per
-      example.
+    InputError: the arguments are invalid, see `microbatched`, or `weights` is not one
+      number per example.
   """
   check(microbatch_size)
   call, size = _always_aux(losses_fn, has_aux), num_rows(batch)
@@ -274,7 +274,7 @@ def scan(step, carry, rows, microbatch_size):
     step: `(carry, microbatch) -> (carry, results)`, with a row of results per example.
     carry: initial carry.
     rows: pytree of arrays with a row per example.
-    microbatch_size: rows at a time.
+    microbatch_size: number of rows in a microbatch.
 
   Returns:
     The last carry, and the results with a row per example.

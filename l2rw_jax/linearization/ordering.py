@@ -27,8 +27,8 @@ def zero_after(first: base.PyTree) -> base.Array:
   if not entries:
     return jnp.zeros(())
   values = jnp.stack(entries)
-  # Compilers do not simplify a product with 0, because it could be NaN. This one cannot
-  # be, because its other factor is finite.
+  # Compilers do not simplify a product with 0, because it could be NaN. This product is
+  # never NaN, because its other factor is finite.
   zeros = jnp.isnan(0 * jnp.where(jnp.isfinite(values), values, jnp.zeros_like(values)))
   zeros = jax.lax.stop_gradient(zeros.astype(jnp.float32))
   # XLA repeats a chain of sums of scalars in every operation that uses the result, so
@@ -47,6 +47,29 @@ def _first_entry(x):
   else:
     entry = jnp.real(jax.lax.slice(x, (0,) * x.ndim, (1,) * x.ndim)).reshape(())
   return entry.astype(jnp.float32)
+
+
+def num_bytes(tree: base.PyTree) -> int:
+  """The bytes of the arrays of a pytree, except PRNG keys."""
+  avals = [jax.typeof(x) for x in jax.tree.leaves(tree)]
+  is_key = [jnp.issubdtype(aval.dtype, jax.dtypes.extended) for aval in avals]
+  return sum(
+    aval.size * aval.dtype.itemsize
+    for aval, skip in zip(avals, is_key, strict=True)
+    if not skip
+  )
+
+
+def kept_bytes(vjp_fn: base.PyTree, known: base.PyTree) -> int:
+  """The memory of the arrays that a backward pass keeps.
+
+  Args:
+    vjp_fn: the result of `jax.vjp`.
+    known: pytree of arrays that are in memory in any case, which are not counted.
+  """
+  counted = {id(x) for x in jax.tree.leaves(known)}
+  kept = {id(x): x for x in jax.tree.leaves(vjp_fn) if id(x) not in counted}
+  return num_bytes(list(kept.values()))
 
 
 def after(first: base.PyTree, then: base.PyTree) -> base.PyTree:

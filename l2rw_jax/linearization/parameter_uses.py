@@ -1,6 +1,6 @@
-"""The operations of a network in which examples and parameters meet.
+"""The operations of a network that have both examples and parameters as inputs.
 
-A `Plan` is a jaxpr with inlined calls. Each of its values is a constant, or depends on
+A `Plan` is a jaxpr with inlined calls. Each of its values is a constant, depends on
 parameters alone, or depends on examples. A parameter use is an operation with inputs of
 the last two kinds. The layerwise engine records what the derivatives of uses need.
 
@@ -98,7 +98,7 @@ class Step(NamedTuple):
 
   @property
   def is_use(self) -> bool:
-    """Whether examples and parameters meet in it."""
+    """Whether it has both examples and parameters as inputs."""
     return bool(self.param_inputs)
 
   @property
@@ -214,7 +214,7 @@ class Loop(NamedTuple):
 
   @property
   def is_use(self) -> bool:
-    """Whether examples and parameters meet in its body."""
+    """Whether its body has uses of parameters."""
     return bool(self.body.parameter_uses())
 
   def parameters(self) -> list[Value]:
@@ -305,7 +305,7 @@ class Recomputed(NamedTuple):
 
   @property
   def is_use(self) -> bool:
-    """Whether examples and parameters meet in its body."""
+    """Whether its body has uses of parameters."""
     return bool(self.results) and bool(self.body.parameter_uses())
 
   def parameters(self) -> list[Value]:
@@ -335,7 +335,7 @@ class Recomputed(NamedTuple):
 
     Args:
       known: the inputs, by place in the body.
-      gradients: of the losses in the outputs.
+      gradients: gradients of the losses with respect to the outputs.
 
     Returns:
       The values of the body by place, and for each of its uses the gradients of the
@@ -366,7 +366,7 @@ class Plan:
 
     Args:
       names: names of the parameters, for error messages.
-      outer: the plan of which this one is the body of a loop.
+      outer: the plan with the loop whose body is this plan.
       recompute: whether a `jax.checkpoint` may take parameters; its values are then
         computed again for each derivative.
     """

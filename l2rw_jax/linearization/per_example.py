@@ -1,17 +1,18 @@
 """Norms, inner products and clipped means of per-example gradients.
 
 Let g_i be the gradient of the loss of example i. Differentially private training needs
-the mean of the g_i after each has been clipped to a norm; the selection and the
-diagnosis of examples need their norms and inner products. `vmap(grad)` forms all g_i, a
-copy of the parameters for every example. The slopes that the layerwise engine records
-(see `layerwise`) give the same numbers without most of these copies. For a dense layer,
-with activations a_it and slopes d_it at position t of example i,
+the mean of the g_i after each has been clipped to a norm. The selection and the
+diagnosis of examples need their norms and inner products. `vmap(grad)` forms all g_i,
+which take the memory of a copy of the parameters for every example. The slopes that the
+layerwise engine records (see `layerwise`) give the same numbers without most of these
+copies. For a dense layer, with activations a_it and slopes d_it at position t of
+example i,
 
     g_i = sum_t a_it d_it^T     <g_i, g_j> = sum_ts <a_it, a_js> <d_it, d_js>
 
-This second form, the *ghost product*, is cheap if an example has few positions. The
-first is cheap if it has many, and is what a plain gradient computes too. The cheaper of
-the two is chosen for every parameter by its FLOPs:
+The second form, the *ghost product*, is cheap if an example has few positions. The
+first form is cheap if it has many, and is also what a plain gradient computes. The form
+with fewer FLOPs is selected for every parameter:
 
 * Dense layers, convolutions (as dense layers of patches) and embeddings (whose
   activations are one-hot) have both forms.
@@ -53,11 +54,11 @@ _MIXED = (
 
 
 class Info(NamedTuple):
-  """What a function of this module computed in addition to its result.
+  """Additional results of a function of this module.
 
   Attributes:
     losses: [B].
-    norms: Euclidean norms of the per-example gradients, [B], float32 at least.
+    norms: Euclidean norms of the per-example gradients, [B], in float32 or wider.
     aux: the auxiliary output of the losses function, or None.
     engine: "layerwise" or "vmap", the engine that was used.
   """
@@ -88,9 +89,10 @@ def norms(
     params: any pytree; the gradient has the leaves that are floating point or complex.
     batch: arrays with a row per example; others are shared by all examples.
     has_aux: whether `losses_fn` returns an auxiliary output in addition to the losses.
-    engine: "layerwise" records slopes, see the module's docstring; "vmap" computes the
-      gradients of a few examples at a time, each alone in a batch of one row; "auto" is
-      "layerwise" if the model allows it (see `linearization.linearize`), else "vmap".
+    engine: "layerwise" records slopes, see the module docstring. "vmap" computes the
+      gradients of a few examples at a time, each alone in a batch of one row. "auto" is
+      "layerwise" if the model allows it (see `linearization.linearize`), and "vmap"
+      otherwise.
     microbatch_size: number of examples in memory at a time; None is all, or 16 with
       "vmap". The results do not change. Every array of the batch and of aux must then
       have a row per example.
@@ -101,8 +103,8 @@ def norms(
   Raises:
     InputError: the losses are not floating-point numbers of shape [B], `params` has no
       trainable leaf, `batch` is sharded over an explicit mesh, or `engine` is unknown
-      or does not fit the model. With engine="vmap", also if examples depend on each
-      other; under `jit` the results are then NaN.
+      or does not support the model. With engine="vmap", it is also raised if examples
+      depend on each other; under `jit` the results are NaN instead.
 
   Example:
     >>> import jax.numpy as jnp
@@ -130,9 +132,9 @@ def inner_products(
 ) -> tuple[base.Array, Info]:
   """Inner products of the gradients of all pairs of examples of a batch.
 
-  For complex parameters, these are the real parts of the complex products. Memory
-  grows with the square of the number of examples, and with engine="vmap" it holds the
-  gradients of all of them.
+  For complex parameters, these are the real parts of the complex products. Memory grows
+  with the square of the number of examples. With engine="vmap", the gradients of all
+  examples are in memory.
 
   Args:
     losses_fn: see `norms`.
@@ -180,8 +182,8 @@ def clipped_gradient(
   """The mean of the gradients of a batch, each clipped to a norm.
 
   This is (1/B) sum_i min(1, C / |g_i|) g_i for C = `max_norm`. Replacing one example
-  changes it by at most 2 C / B, and adding one example changes the sum by at most C,
-  which is what the noise of differentially private SGD is scaled by:
+  changes it by at most 2 C / B, and adding one example changes the sum by at most C.
+  The noise of differentially private SGD is therefore proportional to C:
 
       gradient + (C * noise_multiplier / B) * standard normal noise
 
@@ -193,8 +195,8 @@ def clipped_gradient(
     has_aux: see `norms`.
     engine: see `norms`.
     microbatch_size: see `norms`.
-    axis_name: mapped axis over which the batch is sharded; the mean is then that of the
-      global batch, the same on every device.
+    axis_name: mapped axis over which the batch is sharded. The mean is that of the
+      global batch, and the same on every device.
 
   Returns:
     The gradient, shaped like `params` (zeros for leaves that are not trainable), and an
@@ -267,7 +269,7 @@ class _Formed(NamedTuple):
   """The gradients of a batch, for which every example was computed alone.
 
   Attributes:
-    losses: of the examples alone, [B].
+    losses: losses of the examples when each is alone in a batch, [B].
     gradients: list of [B, *shape of the leaf].
   """
 
@@ -363,7 +365,7 @@ def _map(
 
   def microbatch_step(carry, microbatch):
     size = jax.tree.leaves(microbatch)[0].shape[0]
-    # With one example, both engines do the same, and its axis is not recognized.
+    # With one example, both engines do the same, and the batch axis is not recognized.
     chosen = engine if size > 1 else "vmap"
     gradients = _record(call, leaves, microbatch, partition.names, chosen)
     if gradients is not None:
@@ -402,7 +404,7 @@ def _record(call, leaves, batch, names, engine):
       ) from error
     if engine == "layerwise":
       raise
-    # As in `engines`: if the losses function has an error, the next call reports it.
+    # If the losses function has an error, the next call reports it, as in `engines`.
     logging.log_first_n(
       logging.INFO, "vmap of grad instead of the layerwise engine: %s", 1, error
     )
@@ -475,7 +477,7 @@ def _checked(carry, results, losses, alone):
   """Raises InputError if losses change with the batch, or returns NaN under `jit`."""
   tolerance = float(jnp.finfo(losses.dtype).eps) ** 0.5
   difference = jnp.abs(losses - alone)
-  # Losses that are NaN say nothing about their examples.
+  # Losses that are NaN cannot be compared.
   same = jnp.all(~(difference > tolerance * (1 + jnp.abs(losses))))
   if not isinstance(same, jax.core.Tracer):
     if not same:

@@ -1,8 +1,8 @@
 """Directional derivatives along a part of the parameters.
 
 The score of an example is a sum over layers, <grad l_i, v> = sum_p <grad_p l_i, v_p>.
-`restricted` keeps the terms of some layers only. This is an approximation of the score,
-and the cost of `directional` becomes the share of these layers. Losses and weighted
+`restricted` keeps only the terms of some layers. This approximates the score, and
+reduces the cost of `directional` to the share of these layers. Losses and weighted
 gradients are those of the whole network.
 """
 
@@ -42,25 +42,25 @@ def check(layers: Layers | None) -> None:
 def restricted(
   linearize: Callable[..., base.Linearized], layers: Layers | None
 ) -> Callable[..., base.Linearized]:
-  """`linearize` whose `directional` uses some of the parameters only.
+  """Returns `linearize` with a `directional` that uses only some of the parameters.
 
   Args:
     linearize: `linearization.linearize`, or that of a `base.Problem`.
-    layers: which parameters. A number in (0, 1] is a share of the FLOPs of
-      `directional`: the last layers of the network whose sum is not above it, which
-      needs a model to which the layerwise engine applies. A string, or a list of
-      strings, are names: parameters whose path has such a name among its components
-      ("Dense_2", "block_3/qkv"). A function takes a path, such as
-      "params/Dense_2/kernel", and returns whether the parameter is used. None is all,
-      and returns `linearize` itself.
+    layers: the parameters to use, in one of these forms. A number in (0, 1] is a share
+      of the FLOPs of `directional`; it selects as many of the last layers as cost at
+      most this share, and needs a model to which the layerwise engine applies. A string
+      or a list of strings selects the parameters whose path has such a name among its
+      components ("Dense_2", "block_3/qkv"). A function takes a path, such as
+      "params/Dense_2/kernel", and returns whether the parameter is used. None selects
+      all parameters, and returns `linearize`.
 
   Returns:
     A function of the arguments of `linearize` that returns a `base.Linearized`. The
     cost of its `directional` is lower with the engines "layerwise" and "forward".
 
   Raises:
-    InputError: `layers` is of another form; when the function is called, no parameter
-      or an unknown name is chosen, or the model does not allow a share.
+    InputError: `layers` has another form; when the function is called, it selects no
+      parameter or an unknown name, or the model does not support a share.
 
   Example:
     >>> import jax.numpy as jnp
@@ -79,7 +79,8 @@ def restricted(
   def linearize_restricted(
     losses_fn, params, batch, *, has_aux=False, direction=None, **options
   ):
-    # The derivative along all of it, in the first pass, would cost what is to be saved.
+    # Do not pass `direction`: its derivative along all parameters, in the first pass,
+    # would cost what is to be saved.
     del direction
     linearized = linearize(losses_fn, params, batch, has_aux=has_aux, **options)
     partition = trainable.Partition(params)
@@ -101,8 +102,8 @@ def restricted(
 
       if linearized.engine not in ("layerwise", "forward"):
         return along(used)
-      # The derivative of a linear function is the function, but it skips the
-      # operations on arguments that it is not differentiated in.
+      # The derivative of a linear function is the function itself, but it skips the
+      # operations on arguments with respect to which it is not differentiated.
       at = [jnp.zeros_like(x) for x in used]
       return jax.jvp(along, (at,), (used,))[1]
 
@@ -133,7 +134,7 @@ def _named(layers, names):
 
 
 def _last(share, losses_fn, params, batch, has_aux):
-  """Whether each trainable leaf is among the last ones, up to a share of the cost."""
+  """Whether each trainable leaf is one of the last ones, up to a share of the cost."""
   partition = trainable.Partition(params)
 
   def losses_of(leaves, batch):
@@ -173,7 +174,7 @@ def _last(share, losses_fn, params, batch, has_aux):
 
 
 def _flops(eqn):
-  """FLOPs of an operation, up to lower orders."""
+  """FLOPs of an operation, without terms of lower order."""
   size = math.prod(eqn.outvars[0].aval.shape)
   if eqn.primitive.name == "dot_general":
     (contracted, _), _ = eqn.params["dimension_numbers"]

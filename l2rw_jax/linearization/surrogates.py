@@ -79,7 +79,7 @@ def hold_stopped(
 
 
 def _suspects(jaxpr: Any) -> Iterator[Any]:
-  """The operations that may have another derivative than their values."""
+  """The operations whose declared derivative may not be that of their values."""
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
     inside = list(jax_core.jaxprs_in_params(eqn.params))

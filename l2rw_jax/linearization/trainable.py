@@ -72,7 +72,7 @@ def check(params: base.PyTree) -> None:
   if not any(jnp.issubdtype(t, jnp.inexact) for t in types):
     names = sorted({str(t) for t in types})
     raise base.InputError(
-      "params holds no floating point array, so that nothing can be trained"
+      "params has no floating-point array, so that nothing can be trained"
       f" (its types: {', '.join(names) or 'none'}): convert params to float32."
     )
 
@@ -107,6 +107,6 @@ def _type(leaf: Any) -> Any:
     return jnp.result_type(leaf)
   except TypeError:
     raise base.InputError(
-      f"params holds a {type(leaf).__name__}, which is no array: split it off, for"
-      " instance by eqx.partition(model, eqx.is_inexact_array)."
+      f"params contains a {type(leaf).__name__}, which is not an array: separate it,"
+      " for instance by eqx.partition(model, eqx.is_inexact_array)."
     ) from None

@@ -1,13 +1,14 @@
 r"""ABSGD: weights proportional to exp(loss / lambda), with a moving normalizer.
 
-The normalizer u, a scalar that is kept between steps, turns the exponentials of a
-batch into weights:
+The normalizer u is a scalar that is kept between steps. It converts the exponentials of
+a batch to weights:
 
     u  <- (1 - gamma) u + gamma alpha mean_i exp(l_i / lambda)        u = 0 at first
     p_i = exp(l_i / lambda) / (u B),    then a step on grad sum_i p_i l_i, p constant
 
-lambda > 0 favors large losses (rare classes), lambda < 0 small losses (wrong labels);
-with infinite lambda the weights are uniform, p_i = 1 / B. With gamma = alpha = 1 the
+lambda > 0 gives more weight to large losses (for rare classes), and lambda < 0 to small
+losses (for wrong labels). If lambda is infinite, the weights are uniform,
+p_i = 1 / B. With gamma = alpha = 1 the
 weights are a softmax and the step is the gradient of F(w) = lambda log mean_i
 exp(l_i(w) / lambda), the KL-regularized worst case (lambda > 0) or best case
 (lambda < 0) over weightings.
@@ -18,12 +19,13 @@ divides the learning rate. gamma multiplies the *new* value: with 0.9 the averag
 depends on little more than the last batch. Neither a weight nor the sum of the weights
 exceeds 1 / (gamma alpha).
 
-Differences from the released code. The release computes the exponentials as written
-and overflows in float32 from l / lambda = 89 on. Here v = log u is kept and everything
-is computed relative to the largest l / lambda of the batch; the numbers are the same
-and finite for any finite losses (in float32 u has a relative error of about 1e-7 |v|).
-The release treats any lambda of 200 or more as infinite and never changes a finite
-lambda, which would change the unit of u; here u is reset when lambda changes.
+Differences from the released code: the released code computes the exponentials as
+written, which overflow in float32 if l / lambda is 89 or more. This module stores
+v = log u and computes everything relative to the largest l / lambda of the batch. The
+numbers are the same, and they are finite for any finite losses (in float32, u has a
+relative error of about 1e-7 |v|). The released code treats any lambda of 200 or more as
+infinite and never changes a finite lambda, which would change the unit of u. This
+module resets u when lambda changes.
 
 References:
   Qi, Xu, Yin, Jin, Yang, "Attentional-Biased Stochastic Gradient Descent", TMLR
@@ -60,11 +62,11 @@ def example_weights(
   """Weights of a batch, and log u after this batch.
 
   Args:
-    losses: of this device's examples, [B].
+    losses: losses of this device's examples, [B].
     log_normalizer: log u before this batch, scalar; -inf at first. Reset it to -inf
       when lambda changes, because u is in units of exp(loss / lambda).
     lam: lambda, in units of the loss, not 0; may be traced. If it is infinite, the
-      weights are 1 / B whatever the options are, and u does not change.
+      weights are 1 / B regardless of the other options, and u does not change.
     gamma: share of the new batch in u, in (0, 1].
     alpha: scale of the new batch in u, above 0; divides the weights.
     clip: upper bound of p_i, such as 1e4 / B; the released code has none.
@@ -75,11 +77,11 @@ def example_weights(
   Returns:
     Weights [B], from 0 to 1 / (gamma alpha) plus uniform_share / B, constant under
     differentiation; log u, scalar. A NaN loss makes all weights NaN, unless lambda is
-    infinite: they are 1 / B then.
+    infinite, which makes them 1 / B.
 
   Raises:
-    InputError: losses not of shape [B]; unless traced, a setting out of range. A
-      traced lambda of 0 gives NaN weights.
+    InputError: the losses do not have shape [B], or a setting that is not traced is out
+      of range. A traced lambda of 0 gives NaN weights.
 
   >>> import jax.numpy as jnp
   >>> losses = jnp.log(jnp.array([1., 4., 16.]))
@@ -94,7 +96,7 @@ def example_weights(
   scores, memory, lam = (
     jax.lax.stop_gradient(jnp.asarray(x, dtype)) for x in (losses, log_normalizer, lam)
   )
-  limit = jnp.finfo(dtype).max / 4  # So that differences of two scores are finite.
+  limit = jnp.finfo(dtype).max / 4  # Differences of two scores are then finite.
   # The square root is NaN for a traced lambda of 0, and 1 otherwise.
   is_zero = jnp.abs(lam) < jnp.finfo(dtype).tiny
   lam = jnp.where(is_zero, 1, lam) * jnp.sqrt(jnp.where(is_zero, -1.0, 1.0))
@@ -103,8 +105,8 @@ def example_weights(
   largest = base.pmax(jnp.max(scores), axis_name)
   scores = scores - largest
   mean = base.psum(jnp.sum(jnp.exp(scores)), axis_name) / size
-  # -inf at the first batch and at gamma = 1. Subtracting the two large numbers first
-  # loses less precision.
+  # It is -inf at the first batch and if gamma is 1. Subtracting the two large numbers
+  # first loses less precision.
   kept = jnp.log1p(-jnp.asarray(gamma, dtype)) + (memory - largest)
   relative = jnp.logaddexp(kept, jnp.log(gamma * alpha * mean))
   weights = jnp.exp(scores - relative - math.log(size))
@@ -118,7 +120,7 @@ def example_weights(
 
 
 def two_stage(lam: float, from_epoch: int) -> Callable[[int], float]:
-  """The released schedule of lambda: infinite at first, `lam` from an epoch on.
+  """The released schedule of lambda: infinite at first, and `lam` from an epoch on.
 
   Args:
     lam: lambda of the second stage.
@@ -127,7 +129,7 @@ def two_stage(lam: float, from_epoch: int) -> Callable[[int], float]:
       (Clothing1M).
 
   Raises:
-    InputError: lambda is 0 or NaN, or the epoch negative.
+    InputError: lambda is 0 or NaN, or the epoch is negative.
 
   >>> schedule = two_stage(-5.0, 80)
   >>> schedule(79), schedule(80)
@@ -160,11 +162,11 @@ def absgd(
 ) -> base.Method:
   """ABSGD for the training loop.
 
-  To train on another loss, wrap the method in `changed_loss`. Class weights belong in
-  that loss, so that they enter the exponent too, as in the released code. The released
-  programs for imbalance use lambda 3 to 5, gamma 0.45 to 0.7 and alpha 0.3 to 0.5, the
-  one for Clothing1M uses -5, 0.5 and 0.5. Momentum, 0.9 in the releases, is set in the
-  outer optimizer.
+  To train on another loss, wrap the method in `changed_loss`. Put class weights into
+  that loss, so that they are also part of the exponent, as in the released code. The
+  released programs for imbalance use lambda 3 to 5, gamma 0.45 to 0.7 and alpha 0.3 to
+  0.5; the one for Clothing1M uses -5, 0.5 and 0.5. Set the momentum (0.9 in the
+  released programs) in the outer optimizer.
 
   Args:
     lam: lambda in units of the loss, not 0; or a function of the epoch, see
@@ -180,7 +182,7 @@ def absgd(
     infinite) and the sum of the weights.
 
   Raises:
-    InputError: a setting out of range, the schedule's values included.
+    InputError: a setting or a value of the schedule is out of range.
   """
   schedule = lam if callable(lam) else lambda _: lam
   _check_settings(schedule(0), gamma, alpha, clip)
@@ -240,6 +242,6 @@ def _check_lam(lam):
   # Most devices flush float32 numbers below the smallest normal number to 0.
   if not abs(lam) >= np.finfo(np.float32).tiny:
     raise base.InputError(
-      f"absgd: lam={lam} must not be 0; above 0 for imbalance, below for wrong labels,"
-      " math.inf for the plain mean."
+      f"absgd: lam={lam} must not be 0. Use a positive number for imbalance, a negative"
+      " one for wrong labels, and math.inf for the plain mean."
     )

@@ -1,7 +1,8 @@
-r"""AdaCore: a weighted subset whose preconditioned gradient is that of all the data.
+r"""AdaCore: training on a weighted subset with about the gradient of all the data.
 
-After every R passes over the current subset, the method computes gradients of the whole
-training set and chooses r of its N examples to train on until the next selection:
+After every R passes over the current subset, the method computes the gradients of the
+whole training set. It then selects r of the N examples, on which it trains until the
+next selection:
 
     g_i    gradient of example i's loss with respect to its logits, [C]
     D      diagonal of the loss's Hessian with respect to the logits (Hutchinson)
@@ -14,13 +15,13 @@ training set and chooses r of its N examples to train on until the next selectio
 
 A batch of B of the chosen examples gets the weights gamma r / (N B), so that the
 expected gradient is sum_{j in S} gamma_j grad l_j / N, an estimate of the mean gradient
-of all N examples. This is what CRAIG's script for deep networks does (gamma scaled to
-mean 1, then the batch mean); its script for logistic regression uses the raw gamma, a
-step N / r times as large.
+of all N examples. CRAIG's script for deep networks does the same (it scales gamma to
+mean 1 and then takes the batch mean). CRAIG's script for logistic regression uses gamma
+without scaling, so its step is N / r times as large.
 
 CRAIG is the special case H = 1 without averages: `curvature=False`.
 
-What comes from the paper. No official code is public. The paper's abstract specifies
+What comes from the paper: no official code is public. The paper's abstract specifies
 weighted subsets chosen by gradients preconditioned with the Hessian, and exponential
 averages of gradients and curvature. The distances, the selection within each class and
 the cluster sizes are CRAIG's; the equations of the averages and the defaults of b1, b2,
@@ -36,7 +37,6 @@ References:
 
 from collections.abc import Callable
 import functools
-import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -57,14 +57,14 @@ _BATCH_SIZE = 1000
 
 
 def gradient_proxies(logits: base.Array, labels: base.Array) -> base.Array:
-  """softmax(z) - onehot(y), the gradient of the cross-entropy in the logits, [n, C].
+  """softmax(z) - onehot(y) [n, C], the cross-entropy's gradient in the logits.
 
   Args:
     logits: z, [n, C].
     labels: y, integers [n]. A label that is not a class gives NaN.
 
   Raises:
-    InputError: the shapes do not fit.
+    InputError: the shapes do not match.
   """
   losses.check_logits(logits, labels)
   is_label = losses.label_mask(labels, logits.shape[1])
@@ -79,15 +79,15 @@ def hessian_diagonal(
   point: base.PyTree,
   num_probes: int = 1,
 ) -> base.PyTree:
-  """Hutchinson's unbiased estimate of the Hessian's diagonal, E[v * (H v)].
+  """Hutchinson's unbiased estimate of the diagonal of the Hessian, E[v * (H v)].
 
   The estimator is `optax.contrib.hutchinson_estimator_diag_hessian`.
 
   Args:
     key: a typed PRNG key.
     loss: `point -> scalar`.
-    point: where the Hessian is taken; a pytree.
-    num_probes: random sign vectors v to average over, each of which costs one
+    point: the argument of `loss` at which the Hessian is computed; a pytree.
+    num_probes: number of random sign vectors v to average over, each of which costs one
       Hessian-vector product.
 
   Returns:
@@ -106,10 +106,11 @@ class LossDerivatives(NamedTuple):
   """Derivatives of the loss of all N training examples.
 
   Attributes:
-    gradients: of the losses with respect to the logits, [N, C].
-    curvature: diagonal of the Hessian, or None. For the scope "example" with respect
-      to the logits, [N, C]; for the scope "shared", of the mean loss, with respect to
-      the last layer's bias, [C], or to its weights and bias, [C, d + 1].
+    gradients: gradients of the losses with respect to the logits, [N, C].
+    curvature: diagonal of the Hessian, or None. For the scope "example", it is the
+      Hessian of each loss with respect to the logits, [N, C]. For the scope "shared",
+      it is the Hessian of the mean loss with respect to the last layer's bias, [C], or
+      to its weights and bias, [C, d + 1].
     features: inputs of the last layer, [N, d], or None.
   """
 
@@ -127,35 +128,38 @@ def loss_derivatives(
   last_layer: bool,
   num_probes: int,
 ) -> LossDerivatives:
-  """One evaluation-mode pass over the training set.
+  """Derivatives of the losses, from one evaluation-mode pass over the training set.
+
+  With several processes, each of them passes over its part, in the batches of a single
+  process, so that all of them receive what a single process computes.
 
   Args:
     problem: the learning problem.
     view: parameters and training set.
-    key: for the random signs of Hutchinson's estimate.
-    scope: of the curvature, one of `SCOPES`; None computes no curvature.
-    last_layer: whether to return features, and to take the shared curvature with
-      respect to the last layer's weights as well.
-    num_probes: of Hutchinson's estimate.
+    key: PRNG key for the random signs of Hutchinson's estimate.
+    scope: scope of the curvature, one of `SCOPES`; None computes no curvature.
+    last_layer: whether to return features, and to include the last layer's weights in
+      the shared curvature.
+    num_probes: number of random vectors of Hutchinson's estimate.
 
   Raises:
-    InputError: `last_layer` with a network that has no features.
+    InputError: `last_layer` is True, but the network has no features.
   """
   if last_layer:
     num_features(problem)
   functions: tuple[Any, ...] = (problem.forward, problem.loss)
   if last_layer:
     functions += (problem.features, problem.head)
-  starts = itertools.count(0, _BATCH_SIZE)
+  rows = np.arange(problem.num_examples)
 
   def batch_derivatives(batch):
-    start = next(starts)
+    start = batch.pop("row")[0]
     derivatives = _batch_derivatives(
       functions,
       view.params,
       view.model_state,
       batch,
-      # The Hessian of the mean is a sum over batches, which all use the same signs.
+      # The Hessian of the mean is a sum over batches. All of them use the same signs.
       jax.random.fold_in(key, start) if scope == "example" else key,
       num_outputs=problem.num_classes,
       scope=scope,
@@ -165,7 +169,9 @@ def loss_derivatives(
       return derivatives._replace(curvature=derivatives.curvature[None])
     return derivatives
 
-  derivatives = inference.map_batches(batch_derivatives, view.train, _BATCH_SIZE)
+  derivatives = inference.map_batches(
+    batch_derivatives, {**view.train, "row": rows}, _BATCH_SIZE, by_process=True
+  )
   derivatives = jax.tree.map(jnp.asarray, derivatives)
   if scope == "shared":
     total = derivatives.curvature.sum(axis=0)
@@ -177,7 +183,7 @@ def num_features(problem: base.Problem) -> int:
   """Input width d of the last layer; raises InputError if there are no features."""
   if problem.num_features is None:
     raise base.InputError(
-      "adacore: last_layer=True needs a network with features; leave it out."
+      "adacore: last_layer=True needs a network with features; leave last_layer out."
     )
   return problem.num_features
 
@@ -279,10 +285,10 @@ class State(NamedTuple):
 
   Attributes:
     rows: rows of the training set to visit in an epoch, int32 [r].
-    weights: of every example, [N], in units in which the uniform weight is 1:
+    weights: weights of every example, [N], in units in which the uniform weight is 1:
       gamma r / N in the subset and 0 outside. All 1 before the first selection.
     num_selections: number of selections so far, int32 scalar.
-    averages: of gradients [N, C] and squared curvature, or None for CRAIG.
+    averages: averages of gradients [N, C] and squared curvature, or None for CRAIG.
   """
 
   rows: base.Array
@@ -313,9 +319,9 @@ def adacore(
   One epoch of the loop consists of R passes over the r chosen examples, from one
   selection to the next.
 
-  With one Hessian for all examples ("shared") the proxies are CRAIG's in rescaled
-  coordinates. With one Hessian per example, H is p (1 - p) for cross-entropy: where the
-  network is certain, |q| is about 1 however small the gradient is, until epsilon
+  With one Hessian for all examples ("shared"), the vectors q_i are CRAIG's in rescaled
+  coordinates. With one Hessian per example, H is p (1 - p) for cross-entropy. Where the
+  network is certain, |q| is therefore about 1 for any small gradient, unless epsilon
   dominates H.
 
   Args:
@@ -325,24 +331,24 @@ def adacore(
     hessian_scope: "shared", the Hessian of the mean loss with respect to the last
       layer's bias (with `last_layer` also its weights), or "example", the Hessian of
       each example's loss with respect to its logits.
-    num_probes: of Hutchinson's estimate at each selection.
+    num_probes: number of random vectors of Hutchinson's estimate at each selection.
     beta1: decay rate of the average of gradients.
     beta2: decay rate of the average of squared curvature.
     power: k, exponent of the curvature.
     epsilon: added to the curvature.
     last_layer: whether distances are between gradients of the last layer's weights
-      and bias; only the gradients of the logits are averaged then. Requires a network
-      with features, and excludes `hessian_scope="example"`.
+      and bias. In this case only the gradients of the logits are averaged. It requires
+      a network with features and excludes `hessian_scope="example"`.
     budget: how examples are divided among classes, see `coresets.class_budgets`.
     greedy: "lazy" or "stochastic", see `coresets.select`.
-    greedy_epsilon: of the stochastic greedy algorithm.
-    warmup_epochs: passes over all examples before the first selection.
+    greedy_epsilon: epsilon of the stochastic greedy algorithm.
+    warmup_epochs: number of passes over all examples before the first selection.
 
   Returns:
     A `base.Method`.
 
   Raises:
-    InputError: a setting out of range.
+    InputError: a setting is out of range.
   """
   check_fraction("adacore", fraction)
   check_epochs("adacore", refresh_every, warmup_epochs)
@@ -412,15 +418,15 @@ def adacore(
 def random_subset(fraction: float, refresh_every: int | None = 1) -> base.Method:
   """Training on a random subset of the data, with equal weights.
 
-  With a new subset at every pass this is stochastic gradient descent on all the data.
+  With a new subset for every pass, this is stochastic gradient descent on all the data.
 
   Args:
     fraction: size of the subset over that of the training set, in (0, 1].
-    refresh_every: passes over the subset from one draw to the next; None keeps the
-      first subset.
+    refresh_every: number of passes over the subset from one draw to the next; None
+      keeps the first subset.
 
   Raises:
-    InputError: a setting out of range.
+    InputError: a setting is out of range.
   """
   check_fraction("random_subset", fraction)
   check_epochs("random_subset", 1 if refresh_every is None else refresh_every)

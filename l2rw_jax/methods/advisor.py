@@ -1,27 +1,27 @@
-"""Advisor network (MFRW): a learned gate on the features of each example.
+"""Advisor network (MFRW): a meta-learned gate on the features of each example.
 
 The classifier is split at its penultimate layer into features f and a linear head
 (Ricci et al., 2022). Instead of scaling the loss of an example whose label may be
 wrong, the advisor scales its features, so that the classifier learns from the features
-that help:
+that lower the loss of clean examples:
 
-    pre-loss      l = cross-entropy of head(f), features ungated, no gradient
+    pre-loss      l = cross-entropy of head(f), without a gate and without a gradient
     gate          W = sigmoid(C [relu(A f + a); relu(b l + b0)] + c) in (0, 1)^d
-    virtual step  p' = p - a grad_p mean CE(head(f * W)), backbone and head alike
-    meta step     the advisor, by Adam, on its gradient of the clean loss at p',
-                  no gate
-    real step     p on grad_p mean CE(head(f * W)), the new advisor's W constant
+    virtual step  p' = p - a grad_p mean CE(head(f * W)), for backbone and head
+    meta step     the advisor, by Adam, on its gradient of the meta loss at p',
+                  without a gate
+    real step     p on grad_p mean CE(head(f * W)), with the new advisor's W constant
 
 f and l are constant inputs of the advisor, which sees the label only through l. There
-is no gate at test time. With the default linear initialization W is near 1/2: features
-are halved in training but not at test time.
+is no gate at test time. With the default initialization of linear layers, W is near
+1/2, so that features are halved in training but not at test time.
 
 The meta equalization softmax (MES) of the journal version is not implemented, because
 its equations are not public in sufficient detail. Only the authors' Clothing1M program
-is public; the settings for other data are chosen here (hidden = 100 as in the release;
-d is that of the network).
+is public; the settings for other data are choices of this library (hidden = 100 as in
+the released program; d is that of the network).
 
-`Gradients.weights` holds each example's mean gate / B, which is not a loss weight.
+`Gradients.weights` contains each example's mean gate / B, which is not a loss weight.
 
 References:
   Ricci, Uricchio, Del Bimbo, "Learning advisor networks for noisy image
@@ -69,9 +69,9 @@ def gate(
 
   Args:
     net: the advisor.
-    psi: its variables.
+    psi: variables of the advisor.
     features: [B, d].
-    losses: [B], of the head on the ungated features.
+    losses: losses of the head on the features without a gate, [B].
   """
   features, losses = jax.lax.stop_gradient((features, losses))
   result: Any = net.apply(psi, features, losses)
@@ -88,10 +88,10 @@ def advisor(
   """The advisor network (MFRW) for the training loop.
 
   Args:
-    learning_rate: of the virtual step, a number or a schedule; in the paper it is the
-      classifier's learning rate.
+    learning_rate: learning rate of the virtual step, a number or a schedule; in the
+      paper it is the classifier's learning rate.
     hidden: width of the advisor's branches.
-    optimizer: of the advisor; None is Adam at a constant 1e-4, as released.
+    optimizer: optimizer of the advisor; None is Adam at a constant 1e-4, as released.
     every: number of steps between meta steps; 1 in the paper.
 
   Returns:

@@ -1,8 +1,8 @@
 """BARE: keeps the examples whose labels have a high probability within their batch.
 
-The threshold of a class is the mean plus a multiple of the standard deviation of
-posterior probabilities within the batch. The method needs no clean data, no noise rate
-and no second network.
+The threshold of a class is the mean plus a multiple of the standard deviation of the
+predicted probabilities of that class within the batch. The method needs no clean data,
+no noise rate and no second network.
 
 References:
   Patel, Sastry, "Adaptive Sample Selection for Robust Learning under Label Noise"
@@ -21,7 +21,7 @@ from l2rw_jax import normalization
 STATISTICS = ("batch_column", "own_label")
 # The released code clips probabilities to this distance from 0 and 1.
 _MARGIN = 1e-8
-# Tolerance for rounding of a probability that lies on the mean, in units of epsilon.
+# Tolerance for rounding of a probability that equals the mean, in units of epsilon.
 _TOLERANCE = 8
 
 
@@ -41,10 +41,10 @@ def select(
     variance ("batch_column": the released code), or
   - over the examples labeled c, with their number in the denominator ("own_label": the
     paper's formula, as far as it is known to us). By Cantelli's inequality this keeps
-    at most 1 / (1 + kappa^2) of a class, and nothing at all for a confident network
-    and a few wrong labels, which is why it is not the default.
+    at most 1 / (1 + kappa^2) of a class, and nothing at all if the network is confident
+    and a few labels are wrong. It is therefore not the default.
 
-  It is possible that no example is selected; `example_weights` then weighs all equally.
+  If no example is selected, `example_weights` gives all examples the same weight.
   In a batch of one example the standard deviation is undefined and the example is not
   selected. Examples on the threshold are selected: a tolerance of 8 eps mu_c (1e-6 mu_c
   in float32) prevents rounding from dropping whole classes when all probabilities are
@@ -56,13 +56,14 @@ def select(
 
   Args:
     logits: [B, C], or [B, 1] of a binary classifier.
-    labels: given classes, integers [B].
+    labels: given labels, integers [B].
     kappa: number of standard deviations above the mean, at least 0, finite.
     statistics: "batch_column" or "own_label".
     axis_name: mapped device axis over which the batch is split.
 
   Raises:
-    InputError: unknown statistics, `kappa` out of range, or wrong shapes.
+    InputError: `statistics` is unknown, `kappa` is out of range, or the shapes do not
+      match.
   """
   _check(kappa, statistics)
   losses_lib.check_logits(logits, labels)
@@ -79,7 +80,7 @@ def select(
   else:
     mean, deviation, defined = _moments(columns, jnp.ones_like(columns), 1, axis_name)
   tolerance = _TOLERANCE * jnp.finfo(columns.dtype).eps
-  # Where the deviation is undefined nothing is selected.
+  # If the deviation is undefined, nothing is selected.
   threshold = jnp.where(defined, (1 - tolerance) * mean + kappa * deviation, jnp.inf)
   of_label = jnp.where(is_label, threshold[None, :], 0).sum(axis=1)
   return is_label.any(axis=1) & (at_label >= of_label)
@@ -90,15 +91,17 @@ def _moments(columns, members, ddof, axis_name):
 
   Args:
     columns: [B, C].
-    members: 1 for the entries that count, else 0, [B, C].
-    ddof: subtracted from the number of members in the denominator of the variance.
+    members: 1 for the entries that count and 0 for all others, [B, C].
+    ddof: number that is subtracted from the number of members in the denominator of the
+      variance.
     axis_name: mapped device axis.
 
   Returns:
     Means, standard deviations, and whether the latter are defined; [C] each.
   """
   count = base.psum(members.sum(axis=0), axis_name)
-  # Relative to the smallest member, so that the mean of equal numbers is exact.
+  # Values are relative to the smallest member, so that the mean of equal numbers is
+  # exact.
   least = -base.pmax(jnp.where(members > 0, -columns, -1).max(axis=0), axis_name)
   excess = base.psum((members * (columns - least[None, :])).sum(axis=0), axis_name)
   mean = least + excess / jnp.maximum(count, 1)
@@ -116,14 +119,14 @@ def example_weights(
   statistics: str = "batch_column",
   axis_name: base.AxisName = None,
 ) -> base.Array:
-  """Equal weights for the selected examples, of sum 1 over the global batch.
+  """Equal weights for the selected examples, which sum to 1 over the global batch.
 
-  If no example is selected, all get equal weights, as in the released code. (The
-  paper's text, as far as it is known to us, does not cover this case.)
+  If no example is selected, all get equal weights, as in the released code. (The text
+  of the paper, as far as it is known to us, does not cover this case.)
 
   Args:
     logits: [B, C], or [B, 1] of a binary classifier.
-    labels: given classes, [B].
+    labels: given labels, [B].
     kappa: see `select`.
     statistics: see `select`.
     axis_name: mapped device axis over which the batch is split.
@@ -154,9 +157,9 @@ def _equal_weights(kept, logits, labels, dtype, axis_name):
 def bare(kappa: float = 1.0, statistics: str = "batch_column") -> base.Method:
   """Trains on the examples that `select` keeps.
 
-  It logs `kept_share`, the share of the batch that is selected; the share is 0 where
-  nothing is selected and all examples are used. Evaluation does not select examples
-  (the released code does so before it averages the loss).
+  The method logs `kept_share`, the share of the batch that is selected. The share is 0
+  if nothing is selected, although all examples are then used. Evaluation does not
+  select examples (the released code does so before it averages the loss).
 
   Args:
     kappa: see `select`; 1 in the paper.
@@ -166,7 +169,7 @@ def bare(kappa: float = 1.0, statistics: str = "batch_column") -> base.Method:
     A `base.Method` without state.
 
   Raises:
-    InputError: a setting out of range.
+    InputError: a setting is out of range.
   """
   _check(kappa, statistics)
 

@@ -1,4 +1,4 @@
-"""The baselines that papers compare with: simple weightings, samplings and losses.
+"""Baselines of published papers: simple weightings, samplings and losses.
 
 Each factory returns a `base.Method`. Unless its docstring says otherwise, the loss is
 a weighted sum whose weights sum to 1 over the global batch. The methods named after a
@@ -84,7 +84,7 @@ def class_balanced(beta: float = 0.9999, from_epoch: int = 0) -> base.Method:
   this is ERM-DRW). beta = 0 gives uniform weights, beta -> 1 inverse frequency.
 
   Args:
-    beta: of `class_balance.effective_number`, in [0, 1).
+    beta: beta of `class_balance.effective_number`, in [0, 1).
     from_epoch: the first epoch of class-balanced weights, counted from 0.
 
   Raises:
@@ -149,22 +149,22 @@ class Retraining(NamedTuple):
 def classifier_retraining(from_epoch: int, *, restart: bool = True) -> base.Method:
   """Trains a network, then its last layer alone on class-balanced batches (cRT).
 
-  Until `from_epoch` this is `uniform`. The first step from then on only sets the last
-  layer back to its parameters at the start of the run. All later ones train it on the
-  mean loss of `class_balance.balanced_order`, and the parameters of the features stay
-  as they are, also under momentum and weight decay (`Gradients.fixed`). A step costs as
-  much as in plain training.
+  Until `from_epoch` this is `uniform`. The first step of epoch `from_epoch` only resets
+  the last layer to its parameters at the start of the run. All later steps train the
+  last layer on the mean loss of batches from `class_balance.balanced_order`. The
+  parameters of the features do not change, also under momentum and weight decay
+  (`Gradients.fixed`). A step costs as much as in plain training.
 
-  BatchNorm goes on as in training, as in the released code: it uses the statistics of
+  BatchNorm stays in training mode, as in the released code: it uses the statistics of
   the balanced batches, and its running statistics follow them. Unlike in the paper,
   the last layer does not start from new random numbers, and the second phase continues
-  the optimizer and the learning rate schedule of the first; the paper starts a new
-  schedule, of 10 epochs on ImageNet-LT. If the learning rate has fallen by then, a last
-  layer that is set back may need more epochs than are left.
+  the optimizer and the learning rate schedule of the first. The paper starts a new
+  schedule, of 10 epochs on ImageNet-LT. If the learning rate has fallen by the start of
+  the second phase, a last layer that is reset may need more epochs than are left.
 
   Args:
     from_epoch: the first epoch of the second phase, counted from 0.
-    restart: whether the last layer is set back; False trains it further.
+    restart: whether the last layer is reset; False continues to train it.
 
   Returns:
     A `base.Method` whose state is a `Retraining`.
@@ -184,7 +184,7 @@ def classifier_retraining(from_epoch: int, *, restart: bool = True) -> base.Meth
     del key
     leaves = jax.tree.leaves(params)
     is_head = _head_leaves(problem, params)
-    # Copies, since a training loop may donate the parameters.
+    # These are copies, because a training loop may donate the parameters.
     initial = [jnp.array(x) for x, keep in zip(leaves, is_head, strict=True) if keep]
     return Retraining(jnp.zeros((), jnp.int32), jnp.zeros((), bool), initial)
 
@@ -248,14 +248,16 @@ def _is_read(jaxpr):
 def hard_mining(variant: str = "paper") -> base.Method:
   """Equal weights for the minority and for the hardest majority examples.
 
-  The examples kept of the global batch are all those outside the largest training
-  class and the k examples of that class with the highest losses, where k is the
-  number of the others in the batch, at least 1. Weights are 1 / (number kept).
+  The majority is the largest class of the training set. In the global batch, the method
+  keeps all examples of other classes, and the k examples of the majority that have the
+  highest losses. k is the number of examples of other classes in the batch, but at
+  least 1. Weights are 1 / (number of kept examples).
 
   Args:
-    variant: "paper" ranks by each example's loss. "official_code" reproduces an
-      accident of the released code, which ranks by a loss already averaged over the
-      batch: all are tied and the first k are kept, which is random under-sampling.
+    variant: "paper" ranks by each example's loss. "official_code" reproduces a mistake
+      of the released code, which ranks by a loss that is already averaged over the
+      batch. All examples are then tied, and the first k are kept, which is random
+      under-sampling.
 
   Raises:
     InputError: an unknown variant.
@@ -285,7 +287,7 @@ def hardest(losses: base.Array, majority: base.Array) -> base.Array:
 
   Args:
     losses: [B].
-    majority: whether each example is of the majority class, bool [B].
+    majority: whether each example is in the majority class, bool [B].
 
   >>> import jax.numpy as jnp
   >>> print(hardest(jnp.array([1., 3., 2., 0.]), jnp.array([True, True, True, False])))
@@ -310,7 +312,7 @@ def clean_only() -> base.Method:
     clean = weighted_update.uniform_gradients(
       problem, inputs._replace(batch=inputs.meta_batch)
     )
-    # The value of the meta batch: with weights of 0 the step would report a loss of 0.
+    # The value is that of the meta batch: with weights of 0, the default would be 0.
     return clean._replace(
       value=_value(clean, problem), weights=jnp.zeros_like(losses), losses=losses
     ), state
@@ -319,11 +321,11 @@ def clean_only() -> base.Method:
 
 
 def fine_tuning(num_steps: int, method: base.Method | None = None) -> base.Method:
-  """Trains with a method, then for the last `num_steps` on the meta set alone.
+  """Trains with a method, and in the last `num_steps` steps on the meta set alone.
 
   Args:
-    num_steps: length of the second phase (`clean_only`), at least 1.
-    method: the first phase; `uniform()` if None.
+    num_steps: number of steps of the second phase (`clean_only`), at least 1.
+    method: the method of the first phase; None is `uniform()`.
 
   Raises:
     InputError: `num_steps` is less than 1; in training, the first phase is
@@ -350,14 +352,14 @@ def fine_tuning(num_steps: int, method: base.Method | None = None) -> base.Metho
 
 
 def _same_structure(gradients, problem):
-  """`gradients` without metrics and scores, with all other optional fields.
+  """`gradients` without metrics and scores, with values for all other optional fields.
 
-  The branches of `jax.lax.cond` must have one structure.
+  Both branches of `jax.lax.cond` must return the same structure.
   """
   if gradients.fixed is not None:
     raise base.InputError(
-      "fine_tuning: its last steps train all parameters, so that the first phase cannot"
-      " be one that fixes some of them, such as classifier_retraining."
+      "fine_tuning trains all parameters in its last steps, so the method of the first"
+      " phase must not fix some of them, as classifier_retraining does."
     )
   has_meta_step = gradients.fault is not None
   return gradients._replace(
@@ -460,14 +462,14 @@ def generalized_cross_entropy(
 
 
 def _with_loss(method, loss_fn):
-  """`method` on `(logits, labels) -> [B]`; raises if a setting of it is invalid."""
+  """`method` with the loss `(logits, labels) -> [B]`; raises for invalid settings."""
   return _with_counts_loss(
     method, lambda logits, labels, class_counts: loss_fn(logits, labels)
   )
 
 
 def _with_counts_loss(method, loss_fn):
-  """As `_with_loss`, for `(logits, labels, class_counts) -> [B]`."""
+  """Like `_with_loss`, for `(logits, labels, class_counts) -> [B]`."""
   label = jax.ShapeDtypeStruct((1,), jnp.int32)
   two = jax.ShapeDtypeStruct((2,), jnp.int32)
   jax.eval_shape(loss_fn, jax.ShapeDtypeStruct((1, 2), jnp.float32), label, two)
@@ -479,7 +481,7 @@ def _with_counts_loss(method, loss_fn):
 
 
 def _with_epoch_state(method, from_epoch):
-  """`method` with the epoch as its state if anything waits for `from_epoch`."""
+  """`method` with the epoch as its state, unless `from_epoch` is 0."""
   if not from_epoch:
     return method
   return method._replace(

@@ -1,8 +1,9 @@
 """FORML: persistent example weights for a fairness objective (Yan et al., 2022).
 
-Every training example has a weight w_i that persists for the whole run. A step takes a
-look-ahead step with the weights of its batch, computes the gradient of a *fairness*
-objective F of a held-out exemplar set with known groups, and updates the weights:
+Every training example has a weight w_i that persists for the whole run. Each training
+step takes a look-ahead step with the weights of its batch, computes the gradient of a
+*fairness* objective F of a held-out exemplar set with known groups, and updates the
+weights:
 
     p'(w)  = p - alpha grad sum_i w_i l_i(p)             sum over the batch of w = 1
     w     <- max(w - eta dF(p'(w))/dw, 0), then normalized to sum to 1
@@ -12,16 +13,17 @@ with dF/dw_i = -alpha <grad F(p'), grad l_i(p)>. F is one of `group_objectives`:
 `gap`, `worst` or `soft_tpr` of the exemplar losses and their groups, or their
 `mean`, which ignores the groups and is L2RW's meta loss.
 
-What comes from the paper. Its abstract specifies the joint learning of sample weights
+What comes from the paper: its abstract specifies the joint learning of example weights
 and network, a held-out set that represents the distribution on which fairness is
 wanted, equality of opportunity as the goal, the absence of a weighting network, and
-data condensation by weight. No official code is public, and the paper's surrogate, the
-persistence and normalization of weights, learning rates and exemplar sizes could not be
-checked. The equations above, all four objectives, the handling of all-zero weights and
-the defaults are choices of this library.
+the selection of a part of the data by weight (condensation). No official code is
+public. The paper's surrogate, the persistence and normalization of weights, the
+learning rates and the exemplar sizes could not be checked. The equations above, all
+four objectives, the handling of all-zero weights and the defaults are choices of this
+library.
 
-A pure `gap` is minimal when every group is equally *bad*; therefore its
-`mean_coefficient` is 1 by default.
+`gap` alone is minimal also if every group is equally *bad*. By default, the mean loss
+is therefore added to it (`mean_coefficient` is 1).
 
 References:
   Yan, Seto, Apostoloff, "FORML: Learning to Reweight Data for Fairness", DataPerf
@@ -51,9 +53,9 @@ def update_weights(
   """max(w - eta dF/dw, 0), normalized to sum to 1; all zero if none is positive.
 
   Args:
-    weights: of this device's examples, [B].
+    weights: weights of this device's examples, [B].
     gradient: dF/dw at these weights, [B].
-    weight_learning_rate: eta, in units of weight (1 / B is uniform) per dF/dw.
+    weight_learning_rate: eta, the change of a weight (1 / B is uniform) per dF/dw.
     axis_name: mapped axis over which the batch is sharded.
 
   Returns:
@@ -70,16 +72,17 @@ class Reweighted(NamedTuple):
   """Result of one weight update.
 
   Attributes:
-    weights: after the update, of sum 1 over all devices, or all 0; [B].
+    weights: weights after the update, [B]; their sum over all devices is 1, or all are
+      0.
     gradient: dF/dw at the normalized weights before the update, [B].
     objective: F at the look-ahead parameters, scalar.
-    losses: of the training batch, [B].
+    losses: losses of the training batch, [B].
     finite: False if a loss of either batch, F, a gradient or a weight is NaN or
       infinite; bool scalar.
     zero_slope: whether the look-ahead step ignores the gradient (a learning rate of
       0), see `hypergradient.Direction`; bool scalar.
     fault: the first quantity that is not finite, a `base.Fault`; int32 scalar.
-    aux: what `losses_fn` returned in addition to the losses of `batch`, else None.
+    aux: the auxiliary output of `losses_fn` for `batch`, or None.
   """
 
   weights: base.Array
@@ -114,14 +117,14 @@ def example_weights(
     params: any pytree of parameters.
     batch: the training batch, in the form that `losses_fn` takes.
     meta_batch: the exemplars.
-    weights: of the batch before the update, of any positive scale, [B].
+    weights: weights of the batch before the update, [B], in any positive unit.
     objective: maps the exemplar losses [M] of all devices to F, for instance
       `lambda losses: group_objectives.worst(losses, groups, num_groups)`.
     weight_learning_rate: eta, see `update_weights`.
-    inner_learning_rate: alpha, of the look-ahead step, which is plain SGD.
+    inner_learning_rate: alpha, the learning rate of the look-ahead step of plain SGD.
     meta_losses_fn: like `losses_fn`, for `meta_batch`, if it differs.
     axis_name: mapped axis over which both batches are sharded.
-    has_aux: both losses functions return `(losses, aux)`.
+    has_aux: whether both losses functions return `(losses, aux)`.
     engine: see `linearization.linearize`.
 
   Returns:
@@ -219,7 +222,7 @@ OBJECTIVES = ("mean", "gap", "worst", "soft_tpr")
 
 
 def objective_settings(objective: str, reduction: str | None = None) -> dict[str, Any]:
-  """Settings of an objective with this reduction, with their default values.
+  """Default settings of an objective with this reduction.
 
   Raises:
     InputError: an unknown objective.
@@ -242,14 +245,14 @@ def make_objective(
   Args:
     name: one of `OBJECTIVES`; "soft_tpr" uses exp(-loss) as the probability of the
       label, which is correct for cross-entropy losses.
-    **settings: arguments of the function of that name in `group_objectives`; the
-      defaults are those of `objective_settings`. `temperature` applies to "worst" and
-      to "soft_tpr" with the reduction "worst", `mean_coefficient` to objectives that
-      are differences between groups.
+    **settings: arguments of the function with this name in `group_objectives`; the
+      defaults are those of `objective_settings`. `temperature` applies to "worst", and
+      to "soft_tpr" with the reduction "worst". `mean_coefficient` applies to objectives
+      that are differences between groups.
 
   Raises:
-    InputError: an unknown name, a setting out of range, or one that this objective
-      does not have.
+    InputError: the name is unknown, a setting is out of range, or the objective does
+      not have one of the settings.
   """
   known = objective_settings(name, settings.get("reduction"))
   unknown = [setting for setting in settings if setting not in known]
@@ -282,29 +285,31 @@ def forml(
 ) -> base.Method:
   """FORML for the training loop.
 
-  The state holds the weights [N] in units in which the uniform weight is 1, their
-  initial value. A batch's weights are gathered by `batch["index"]`, normalized over the
+  The state contains the weights [N], in units of the uniform weight; all are 1 at
+  first. The weights of a batch are gathered by `batch["index"]`, normalized over the
   global batch, updated, and stored again; an index may occur only once in a batch. The
-  sums of the paper are over all examples; the normalization within a batch is a choice
-  of this library, whose disadvantage is that a batch of low weights only is scaled up
-  to a mean of 1. The outer optimizer then updates the network with the new weights.
+  sums of the paper are over all examples. The normalization within a batch is a choice
+  of this library. Its disadvantage is that a batch that contains only low weights is
+  scaled up to a mean of 1. The outer optimizer then updates the network with the new
+  weights.
 
   Args:
-    weight_learning_rate: eta, in units of weight (sum 1 over the batch) per dF/dw.
-      Weights change in proportion to the product eta alpha: on MNIST with batches of
-      100, products of 0.01 (the default) and 0.02 performed best among 0.0004 to 0.1.
+    weight_learning_rate: eta, the change of a weight (with a sum of 1 over the batch)
+      per dF/dw. Weights change in proportion to the product eta alpha. On MNIST with
+      batches of 100, products of 0.01 (the default) and 0.02 performed best among
+      products from 0.0004 to 0.1.
     objective: one of `OBJECTIVES`.
     num_groups: G; the number of classes if None.
-    inner_learning_rate: alpha, of the look-ahead step, which is plain SGD.
+    inner_learning_rate: alpha, the learning rate of the look-ahead step of plain SGD.
     groups_fn: maps the meta batch to groups [M], integers 0 .. G - 1.
-    **settings: of the objective, see `make_objective`.
+    **settings: settings of the objective, see `make_objective`.
 
   Returns:
     A `base.Method` that needs a meta batch with "group" (unless `objective` is
     "mean" or `groups_fn` reads something else).
 
   Raises:
-    InputError: a setting out of range, or one that the objective does not have.
+    InputError: a setting is out of range, or the objective does not have it.
   """
   for name, value in (
     ("weight_learning_rate", weight_learning_rate),
@@ -336,7 +341,7 @@ def forml(
       has_aux=True,
     )
     grads = base.summed_gradient(linearized, update.weights, axis_name)
-    # The state is the same on every device: each stores the whole global batch.
+    # The state is the same on every device: each one stores the whole global batch.
     stored = update.weights * base.global_size(index.size, axis_name)
     index, stored = (base.unsharded(base.gather(x, axis_name)) for x in (index, stored))
     state = state.at[index].set(stored)
@@ -367,7 +372,7 @@ def _groups(groups_fn, meta_batch, objective, axis_name):
     groups = groups_fn(meta_batch)
   except KeyError as error:
     raise base.InputError(
-      f"forml: the meta batch has no {error}, the group of each exemplar, which"
-      f" objective={objective!r} needs: add it, pass groups_fn, or use 'mean'."
+      f"forml: the meta batch has no {error}, the group of each exemplar, but"
+      f" objective={objective!r} needs it: add it, pass groups_fn, or use 'mean'."
     ) from None
   return base.gather(groups, axis_name)

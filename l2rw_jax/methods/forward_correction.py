@@ -3,24 +3,25 @@ r"""Forward correction of the loss by a label transition matrix (Patrini et al.,
 T_ij is the probability that an example of class i is given the label j; rows sum to
 1. The loss -log (softmax(z) @ T)[label], `losses.forward_corrected`, compares the given
 label with the network's prediction of the true class, corrupted by T. If T is
-invertible, its minimizer is that of the cross-entropy on true labels. Evaluation uses
-z alone.
+invertible, the loss has the same minimizer as the cross-entropy on true labels.
+Evaluation uses only z.
 
-T is either given or estimated during training from the network's predictions on its
-training set, see `label_transition`.
+T is either given, or estimated during training from the network's predictions on the
+training set; see `label_transition`.
 
 Differences from the released program (github.com/giorgiop/loss-correction):
 
-- With T estimated, the release trains a new network; here training of the same network
-  continues. To train a new one, pass the estimate as `transition`.
+- After it has estimated T, the release trains a new network; here, training of the same
+  network continues. To train a new one, pass the estimate as `transition`.
 - The release estimates T from the checkpoint with the lowest loss on a tenth of the
-  training set, held out with labels as given; here T is estimated from the network at
-  a fixed epoch.
-- The anchor of the release is the largest p_i strictly below the 97th percentile, and
-  on CIFAR-100 the overall maximum. This equals the anchor here unless examples are tied
-  there or one lies exactly on the percentile. To skip the largest values the release
-  sets them to 0 in place, class after class; where the anchor of class i is also among
-  the top 3 % of an earlier class j, its T_ij is therefore 0.
+  training set, which is held out with its given labels; here, T is estimated from the
+  network at a fixed epoch.
+- The anchor of the release is the example with the largest p_i strictly below the 97th
+  percentile, or on CIFAR-100 with the overall maximum. This equals the anchor of this
+  library, unless examples are tied there or one lies exactly on the percentile. To skip
+  the largest values, the release sets them to 0 in place, class after class. If the
+  anchor of class i is also among the top 3% of an earlier class j, its T_ij is
+  therefore 0.
 
 References:
   Patrini, Rozza, Menon, Nock, Qu, "Making Deep Neural Networks Robust to Label Noise:
@@ -47,34 +48,34 @@ def forward_correction(
   estimator: str = "anchor",
   percentile: float = 97.0,
 ) -> base.Method:
-  """The mean cross-entropy, forward-corrected from some epoch on.
+  """Minimizes the mean cross-entropy, forward-corrected from some epoch on.
 
   Args:
     from_epoch: the first epoch, counted from 0, that uses T; until then T is the
-      identity. Without `transition`, T is estimated once before this epoch from
-      evaluation-mode predictions on the whole training set; it must then be at least
-      1, since an untrained network predicts nothing useful. With `transition`, None
-      is 0.
+      identity. Without `transition`, T is estimated once before this epoch, from
+      evaluation-mode predictions on the whole training set. In this case `from_epoch`
+      must be at least 1, because an untrained network predicts nothing useful. With
+      `transition`, None stands for 0.
     transition: T [C, C], if it is known.
     estimator: one of `label_transition.ESTIMATORS`.
-    percentile: of the estimator "anchor".
+    percentile: percentile of the estimator "anchor".
 
   Returns:
-    A `base.Method` whose state is T, float32 [C, C]. It trains on its own corrected
+    A `base.Method` whose state is T, float32 [C, C]. It always trains on the corrected
     losses, also inside `changed_loss`, and logs the mean of T's diagonal.
 
   Raises:
-    InputError: an unknown estimator, an epoch or percentile out of range, a
-      `transition` whose rows are not distributions or (when training begins) that
-      has another number of classes.
+    InputError: the estimator is unknown, the epoch or the percentile is out of range,
+      the rows of `transition` are not distributions, or (when training begins) it has
+      another number of classes than the data.
   """
   known = None if transition is None else _checked_transition(transition)
   first = from_epoch or 0
   changed_loss.check_epoch("forward_correction", first)
   if known is None and first == 0:
     raise base.InputError(
-      f"forward_correction: from_epoch={from_epoch} must be at least 1, for the"
-      " network to have learned what T is estimated from; or pass transition."
+      f"forward_correction: from_epoch={from_epoch} must be at least 1, because T is"
+      " estimated from a trained network; or pass transition."
     )
   if estimator not in label_transition.ESTIMATORS:
     raise base.InputError(
@@ -87,7 +88,8 @@ def forward_correction(
     shape = (problem.num_classes, problem.num_classes)
     if known is not None and known.shape != shape:
       raise base.InputError(
-        f"forward_correction: transition is {known.shape}; the data need {shape}."
+        f"forward_correction: transition has shape {known.shape}; the data need"
+        f" {shape}."
       )
     starts_known = known is not None and first == 0
     return jnp.asarray(known if starts_known else np.eye(shape[0]), jnp.float32)
@@ -119,7 +121,7 @@ def _checked_transition(transition):
   is_square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
   if not is_square or (matrix < 0).any() or not np.allclose(matrix.sum(axis=1), 1):
     raise base.InputError(
-      "forward_correction: transition must be [C, C], row i the distribution of the"
-      f" labels given to class i, summing to 1; got shape {matrix.shape}."
+      "forward_correction: transition must be [C, C], and row i must be a distribution"
+      f" of the labels given to class i, with sum 1; got shape {matrix.shape}."
     )
   return matrix

@@ -1,4 +1,4 @@
-r"""Group DRO on training losses: the worst groups weigh most (Sagawa et al., 2020).
+r"""Group DRO: groups with large losses get large weights (Sagawa et al., 2020).
 
 The objective is min over p of max over groups g of the mean loss L_g(p). Each step
 updates a distribution q over the groups by exponentiated gradient ascent, then the
@@ -7,22 +7,23 @@ network by gradient descent on the q-weighted loss.
     q_g <- q_g exp(eta L_g) / Z           L_g of the batch, for the groups in it
     w_i  = q_g / n_g                      n_g examples of i's group in the batch
 
-so that sum_i w_i l_i = sum_g q_g L_g. With eta = 0 and uniform q this is the mean of
+so that sum_i w_i l_i = sum_g q_g L_g. With eta = 0 and uniform q, this is the mean of
 the groups' means.
 
 Groups that are absent from a batch keep their q, up to Z, and contribute nothing to
-the sum: the weights sum to the q of the groups present, at most 1. This is the paper's
-step, which sees one group at a time and multiplies its gradient by q_g. If the weights
-were rescaled to sum to 1, the groups present would gain the weight of groups that are
-never sampled. On the other hand, the influence of a rare group then depends on how
-often it is sampled. The paper's algorithm draws all groups equally often; where groups
-are classes, the `sample` of `baselines.resampling` does this.
+the sum: the sum of the weights is the sum of q over the groups in the batch, at most 1.
+This generalizes the paper's step, which uses one group at a time and multiplies its
+gradient by q_g. If the weights were rescaled to sum to 1, the groups in the batch would
+gain the weight of groups that are never sampled. Without rescaling, however, the
+influence of a rare group depends on how often it is sampled. The paper's algorithm
+draws all groups equally often; if the groups are the classes, `baselines.resampling`
+draws batches in this way.
 
-Differences from the released code. Here log q is stored instead of q, and computed
-relative to the worst group, so that large losses do not overflow and a q below the
-smallest float can grow again. The released code adds the size adjustment C / sqrt(N_g)
-to absent groups as well; here, as in the paper's algorithm, an absent group does not
-change.
+Differences from the released code: this module stores log q instead of q and computes
+it relative to the worst group, so that large losses do not overflow and a q below the
+smallest float can grow again. The released code also adds the size adjustment
+C / sqrt(N_g) to absent groups; here, as in the paper's algorithm, an absent group does
+not change.
 
 References:
   Sagawa, Koh, Hashimoto, Liang, "Distributionally Robust Neural Networks for Group
@@ -54,23 +55,23 @@ def example_weights(
   """Weights of a batch, and log q after an ascent step on its losses.
 
   Args:
-    losses: of this device's examples, [B].
-    groups: of these examples, integers 0 .. G - 1, [B]. Under `jit` examples of a
-      group that does not exist get a NaN weight and do not affect the others.
+    losses: losses of this device's examples, [B].
+    groups: groups of these examples, integers 0 .. G - 1, [B]. Under `jit`, an example
+      whose group does not exist gets a NaN weight and does not affect the others.
     log_q: log q before this batch, [G]; any constant offset is removed.
     step_size: eta, per unit of loss, at least 0; may be traced.
-    adjustments: added to the mean loss of each group before q is updated, a number or
-      [G]; the paper's is C / sqrt(training examples of the group).
+    adjustments: numbers that are added to the mean loss of each group before q is
+      updated, a scalar or [G]; in the paper, C / sqrt(training examples of the group).
     axis_name: mapped axis over which the batch is sharded.
 
   Returns:
-    Weights [B], which sum over all devices to the q of the groups present and are
-    constant under differentiation; log q [G], the same on every device. A NaN loss
-    makes all weights NaN.
+    Weights [B], which are constant under differentiation, and log q [G], which is the
+    same on every device. The sum of the weights over all devices is the sum of q over
+    the groups in the batch. A NaN loss makes all weights NaN.
 
   Raises:
-    InputError: losses and groups are not both of shape [B], or log_q not [G];
-      unless traced, a group does not exist or the step size is out of range.
+    InputError: losses and groups do not both have shape [B], or log_q does not have
+      shape [G]; unless traced, a group does not exist or the step size is out of range.
 
   >>> import jax.numpy as jnp
   >>> losses, groups = jnp.array([0., 2., 2.]), jnp.array([0, 0, 1])
@@ -101,9 +102,9 @@ def example_weights(
 
 
 def _ascend(log_q, step_size, group_losses, present):
-  """log q [G] after an ascent step on the losses [G] of the groups present."""
+  """log q [G] after an ascent step on the losses [G] of the groups in the batch."""
   group_losses = jnp.where(present, group_losses, 0)
-  limit = jnp.finfo(log_q.dtype).max / 4  # So that differences of two are finite.
+  limit = jnp.finfo(log_q.dtype).max / 4  # Differences of two are then finite.
   increase = step_size * jnp.maximum(group_losses - group_losses.max(), -limit)
   return jax.nn.log_softmax(jnp.maximum(log_q + increase, -limit))
 
@@ -135,19 +136,19 @@ def group_dro(
   Args:
     num_groups: G; the number of classes if None.
     step_size: eta, per nat; 0.01 as released.
-    key: the entry of a training batch that holds the groups, such as "label" or
+    key: the entry of a training batch that contains the groups, such as "label" or
       "group". Warning: the library's data sets without an attribute store the *true*
       class in "group", which a method for wrong labels must not use.
-    adjustment: C of C / sqrt(N_g), at least 0, which favors small groups; 0 in the
-      released code.
+    adjustment: C in C / sqrt(N_g), at least 0. A larger C favors small groups. The
+      default of the released code is 0.
 
   Returns:
     A `base.Method` whose state is a `State`; it logs the largest q and the sum of
     the weights. Before the first epoch it checks the groups of the training set.
 
   Raises:
-    InputError: a setting out of range; in training, the batch has no `key`, or
-      some group has no member in the training set.
+    InputError: a setting is out of range; in training, the batch has no `key`, or
+      a group has no member in the training set.
   """
   _check_setting("step_size", step_size)
   _check_setting("adjustment", adjustment)
@@ -198,12 +199,13 @@ def _check_shapes(losses, groups, log_q):
   base.check_losses("losses", losses)
   if jnp.shape(groups) != losses.shape:
     raise base.InputError(
-      f"group_dro: groups must be one integer an example, shape {losses.shape}; got"
+      f"group_dro: groups must be one integer per example, shape {losses.shape}; got"
       f" {jnp.shape(groups)}."
     )
   if jnp.ndim(log_q) != 1:
     raise base.InputError(
-      f"group_dro: log_q must be one number a group, shape [G]; got {jnp.shape(log_q)}."
+      "group_dro: log_q must be one number per group, shape [G]; got"
+      f" {jnp.shape(log_q)}."
     )
 
 
@@ -224,7 +226,7 @@ def _check_setting(name, value):
 def _groups(batch, key):
   if key not in batch:
     raise base.InputError(
-      f"group_dro: the training batch has no {key!r}, the group of each example; it"
-      f" has {sorted(batch)}: choose another key."
+      f"group_dro: the training batch has no {key!r}, the group of each example. It has"
+      f" {sorted(batch)}: choose another key."
     )
   return batch[key]

@@ -1,32 +1,35 @@
 """L2RW: example weights from gradient directions (Ren et al., 2018).
 
-An example gets a positive weight if a step on it lowers the loss of a small clean set,
-the meta set. With w = 0, one look-ahead step p'(w) on sum_i w_i l_i, and the meta loss
-M(p') [eq. 4-6]:
+An example gets a positive weight if a step on it lowers the loss of a small set of
+clean examples, the meta set. Let w = 0, p'(w) be the parameters after one look-ahead
+step on sum_i w_i l_i, and M(p') the meta loss. Then [eq. 4-6]:
 
     score_i  = -dM/dw_i at w = 0        = <grad l_i, grad M> for plain SGD
     weight_i = max(score_i, 0) / S,  S = sum_j max(score_j, 0)     [eq. 7-9]
 
-All-zero scores give all-zero weights (the paper's delta). The learning rate of the
-look-ahead step cancels. The weights sum to 1 over the *global* batch, so the weighted
-loss is a sum without a further factor 1/B.
+If all scores are zero, all weights are zero (delta in the paper). The learning rate of
+the look-ahead step cancels. The weights sum to 1 over the *global* batch, so the
+weighted loss is a sum without another factor 1/B.
 
 Differences between the authors' released code and the paper: the code computes inner
 products of the meta gradient with per-example gradients instead of p' (the same
 numbers), and its L2 penalty is part of both losses, which changes the scores to s_i =
-<grad l_i, grad M + decay * p>. Here weight decay changes the scores only if your losses
-contain it. As `optax.add_decayed_weights` in the look-ahead optimizer it changes the
-point where the meta gradient is taken; in the outer optimizer alone (the default of
-this library) it does neither.
+<grad l_i, grad M + decay * p>. In this library, weight decay changes the scores only if
+your losses contain it. `optax.add_decayed_weights` in the look-ahead optimizer changes
+the point at which the gradient of M is computed. Weight decay in the outer optimizer
+alone (the default of this library) has neither effect.
 
-Two approximations make a step cheaper (see `layers` and `refresh_every`). Scores from
-some of the layers: the inner product above is a sum over the parameters, of which the
-terms of the last layers are kept. A direction of an earlier step: the clean gradient is
-computed in some steps only, although it may change much from one step to the next. In
-forward passes of the layerwise engine, a step takes 3 B + f B + 3 M / k for a share f
-of the cost and a direction every k steps, compared with 4 B + 3 M. They change the
-weights, the second much more than the first; the page of the method has measured rank
-correlations.
+Two approximations make a step cheaper:
+
+- `layers`: scores from some of the layers. The inner product above is a sum over the
+  parameters; only the terms of some layers, such as the last, are computed.
+- `refresh_every`: the direction of an earlier step. The gradient of the meta loss is
+  computed in one of several steps, although it may change much from step to step.
+
+In forward passes of the layerwise engine, a step takes 3 B + f B + 3 M / k for a share
+f of the cost and a direction every k steps, compared with 4 B + 3 M. Both
+approximations change the weights, the second much more than the first. The
+documentation of L2RW has measured rank correlations.
 
 Matrix products on TPU and recent GPUs are rounded to bfloat16 or TF32 by default. A
 score is the difference of nearly equal numbers, so a small score can change its sign.
@@ -42,6 +45,7 @@ from collections.abc import Callable
 import dataclasses
 from typing import Any, NamedTuple
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 import optax
@@ -60,20 +64,22 @@ class ExampleWeights(NamedTuple):
   """L2RW's weights of one batch.
 
   Attributes:
-    weights: non-negative, of sum 1 over all devices, or all 0; [B].
-    scores: -dM/dw at w = 0, before rectification, [B], float32 at least; the decrease
-      of the meta loss per unit of an example's weight.
+    weights: non-negative weights, [B]; their sum over all devices is 1, or all are 0.
+    scores: -dM/dw at w = 0, before rectification, [B], in float32 or wider. A score is
+      the decrease of the meta loss per unit of the example's weight.
     meta_loss: mean loss of the meta batch at the look-ahead parameters, scalar.
-    losses: of the training batch, [B].
+    losses: losses of the training batch, [B].
     finite: False if a loss of either batch, the meta gradient, its product with the
       derivative of the optimizer step, a score or a weight is NaN or infinite; bool
       scalar.
     zero_slope: whether the look-ahead optimizer's step ignores the gradient, so
       that all weights are zero, see `hypergradient.Direction`; bool scalar.
     fault: the first quantity that is not finite, a `base.Fault`; int32 scalar.
-    aux: what `losses_fn` returned in addition to the losses of `batch`, else None.
-    engine: the engine that linearized `batch`, such as the one that "auto" chose; see
-      `base.Linearized`.
+    aux: the auxiliary output of `losses_fn` for `batch`, or None.
+    engine: the engine that linearized `batch`, for instance the one that "auto"
+      selected; see `base.Linearized`.
+    order: "batches" or "layers", what is finished before the next one begins, see
+      `hypergradient.order_of`; empty for `example_weights`, which has no order.
   """
 
   weights: base.Array
@@ -85,6 +91,7 @@ class ExampleWeights(NamedTuple):
   fault: base.Array
   aux: Any = None
   engine: base.StaticStr = base.StaticStr()
+  order: base.StaticStr = base.StaticStr()
 
 
 def example_weights(
@@ -103,13 +110,14 @@ def example_weights(
   layers: restriction.Layers | None = None,
   direction: hypergradient.Direction | None = None,
 ) -> ExampleWeights:
-  """Weights of the examples of a batch by how much they lower a clean batch's loss.
+  """Weights of the examples of a batch, by how much they lower the meta loss.
 
   This function is pure: it works inside `jit`, `vmap`, `pmap`, `shard_map`, and under
-  `jit` with sharded arrays. It costs at most 3 forward passes of each batch, in
-  addition to the 2 of the gradient that is taken afterwards, see
-  `linearization.linearize`. With `microbatch_size` it costs 3 and 4, in addition to the
-  3 of a gradient with which it shares nothing.
+  `jit` with sharded arrays. It costs at most 3 forward passes of each batch. The
+  gradient that the caller computes afterwards costs 2 more, because both share a
+  forward pass; see `linearization.linearize`. With `microbatch_size`, it costs 3 passes
+  of the meta batch and 4 of the training batch. The gradient then costs 3 more, because
+  nothing is shared.
 
   Args:
     losses_fn: `(params, batch) -> losses [B]`; from a loss of one example:
@@ -117,9 +125,10 @@ def example_weights(
     params: any pytree of parameters.
     batch: the training batch, in the form that `losses_fn` takes.
     meta_batch: a few examples whose labels are correct.
-    optimizer: takes the look-ahead step; None is `optax.sgd`, as in the paper. Fresh
-      adam, `clip_by_global_norm` and other optimizers that take the square root of a
-      squared gradient have no derivative at zero: see `Raises`.
+    optimizer: the optimizer of the look-ahead step; None is `optax.sgd`, as in the
+      paper. Adam in its initial state, `clip_by_global_norm` and other optimizers that
+      compute the square root of a squared gradient have no derivative at zero: see
+      `Raises`.
     opt_state: state of `optimizer`; None initializes it.
     meta_losses_fn: like `losses_fn`, for `meta_batch`, if it differs.
     axis_name: mapped axis over which both batches are sharded; weights then sum to 1
@@ -128,20 +137,19 @@ def example_weights(
     engine: see `linearization.linearize`; needed for models with a `jax.custom_vjp`.
     microbatch_size: number of examples of each batch that are in memory at a time on
       this device, see `microbatching.microbatched`; None is all.
-    layers: the parameters that scores are computed from, see `restriction.restricted`,
-      an approximation; None is all.
+    layers: the parameters from which scores are computed, see `restriction.restricted`;
+      None is all. This is an approximation.
     direction: a result of `meta_direction`, at these parameters or, as an
-      approximation, at those of an earlier step; then `meta_batch` and the optimizer
-      are not used. None computes it.
+      approximation, at those of an earlier step. If it is given, `meta_batch` and
+      `optimizer` are not used. None computes it.
 
   Returns:
     An `ExampleWeights`; no gradient flows through its weights and scores.
 
   Raises:
-    InputError: losses are not of shape [B], or the model has no forward
-      derivative (a ValueError, at trace time), or `opt_state` without `optimizer`;
-      outside `jit` also if the optimizer's step ignores the gradient (under `jit`
-      check `.zero_slope`).
+    InputError: the losses do not have shape [B], the model has no forward derivative,
+      or `opt_state` is given without `optimizer`. Outside `jit`, it is also raised if
+      the optimizer's step ignores the gradient (under `jit`, check `.zero_slope`).
     FloatingPointError: outside `jit`, if a loss, the direction or a score is not
       finite (under `jit` check `.finite`).
 
@@ -194,7 +202,10 @@ def meta_direction(
   opt_state: base.PyTree = None,
   **options: Any,
 ) -> hypergradient.Direction:
-  """The direction v with dM/dw = J v at w = 0; arguments as in `example_weights`."""
+  """The direction v with dM/dw = J v at w = 0.
+
+  The arguments are those of `example_weights`. Returns a `hypergradient.Direction`.
+  """
   if optimizer is None and opt_state is not None:
     raise base.InputError(
       "opt_state without optimizer would be ignored: pass the optimizer that it"
@@ -224,13 +235,14 @@ def weigh(
     "training losses", linearized.losses, axis_name, ": check batch and params"
   )
   scores = -hypergradient.weight_gradient(linearized, direction, axis_name)
-  # Constants, also when called inside the loss that is being differentiated.
+  # These are constants, also if this function is called in a loss that is
+  # differentiated.
   scores = jax.lax.stop_gradient(scores)
   scores_finite = base.finite_rows(
     "scores",
     scores,
     axis_name,
-    ": the losses are finite, check their gradients (the scale of the inputs)",
+    ": the losses are finite; check their gradients (the scale of the inputs)",
   )
   weights = normalization.rectify(scores, axis_name).astype(linearized.losses.dtype)
   fault = base.first_fault(
@@ -265,7 +277,9 @@ def weighted_value_and_grad(
   It replaces `jax.value_and_grad` in a training step. A single forward pass of the
   batch is used for its losses, its scores and the weighted gradient. It starts after
   the meta batch has been processed, so that the activations of only one batch at a time
-  are in memory. Arguments are those of `example_weights`.
+  are in memory, unless the parameters take more memory than the activations, see
+  `hypergradient.order_of`; `info.order` is the order. Arguments are those of
+  `example_weights`.
 
   Returns:
     `(params, batch, meta_batch, opt_state=None, direction=None) -> ((loss, info),
@@ -297,22 +311,38 @@ def weighted_value_and_grad(
         has_aux=has_aux,
         microbatch_size=microbatch_size,
       )
-    batch = hypergradient.batch_after(direction, batch)
-    direction = hypergradient.local(direction, axis_name)
-    linearized = linearize(
-      losses_fn,
-      base.local(params, axis_name),
-      batch,
-      has_aux=has_aux,
-      engine=engine,
-      direction=hypergradient.known_vector(direction),
-    )
-    info = weigh(linearized, direction, axis_name)
-    loss = base.psum(jnp.sum(info.weights * info.losses), axis_name)
-    grads = base.summed_gradient(linearized, info.weights, axis_name)
-    return (loss, info), grads
+    order = hypergradient.order_of(direction, batch)
+    local_direction = hypergradient.local(direction, axis_name)
+
+    def after_direction(batch):
+      linearized = linearize(
+        losses_fn,
+        base.local(params, axis_name),
+        batch,
+        has_aux=has_aux,
+        engine=engine,
+        direction=hypergradient.known_vector(local_direction),
+      )
+      info = weigh(linearized, local_direction, axis_name)._replace(order=order)
+      loss = base.psum(jnp.sum(info.weights * info.losses), axis_name)
+      grads = base.summed_gradient(linearized, info.weights, axis_name)
+      return (loss, info), grads
+
+    result = hypergradient.after_direction(direction, batch, after_direction)
+    _log_plan(result[0][1])
+    return result
 
   return value_and_grad
+
+
+def _log_plan(info):
+  logging.log_first_n(
+    logging.INFO,
+    "L2RW: engine %s, %s in turn (see hypergradient.order_of)",
+    1,
+    info.engine,
+    info.order,
+  )
 
 
 def l2rw(
@@ -327,8 +357,8 @@ def l2rw(
 
   The look-ahead step does not change BatchNorm's running statistics: each pass of the
   meta step uses the statistics of its batch, as in the released code, and only the pass
-  of the training batch updates the running statistics. Scores are differentiated
-  through the batch statistics.
+  of the training batch updates the running statistics. The derivatives in the scores
+  include those of the batch statistics.
 
   Args:
     optimizer: None takes the look-ahead step with plain SGD, as the paper does.
@@ -336,17 +366,17 @@ def l2rw(
       the look-ahead step.
     microbatch_size: number of examples of each batch that are in memory at a time on
       each device; None is all.
-    reweight: whether to train with the weights. If not, training is plain and the
-      scores are only reported, as a measurement for `audit.recording`.
-    layers: the parameters that scores are computed from, see `restriction.restricted`,
-      an approximation; None is all.
-    refresh_every: number of steps from one clean gradient to the next, which is used in
-      all steps between them, an approximation if it is above 1. Several runs under one
-      `vmap` compute it in every step.
+    reweight: whether to train with the weights. If it is False, training is plain, and
+      the scores are only reported, for instance to `audit.recording`.
+    layers: the parameters from which scores are computed, see `restriction.restricted`;
+      None is all. This is an approximation.
+    refresh_every: number of steps for which one gradient of the meta loss is used. A
+      number above 1 is an approximation. Several runs under one `vmap` compute the
+      gradient in every step.
 
   Returns:
-    A `base.Method` that needs a meta batch. Its state is the direction if
-    `refresh_every` is above 1, a copy of the parameters; otherwise it has none.
+    A `base.Method` that needs a meta batch. If `refresh_every` is above 1, its state is
+    the direction, which has the size of the parameters; otherwise it has no state.
 
   Raises:
     InputError: `microbatch_size` or `refresh_every` is not positive, or `layers` cannot
@@ -381,17 +411,26 @@ def l2rw(
       direction = state._replace(vector=partition.combine_gradient(state.vector))
     linearize = _linearize(problem.linearize, layers, microbatch_size)
     problem = dataclasses.replace(problem, linearize=linearize)
-    inputs = inputs._replace(batch=hypergradient.batch_after(direction, inputs.batch))
-    direction = hypergradient.local(direction, problem.axis_name)
-    linearized = problem.linearize_batch(
-      inputs, direction=hypergradient.known_vector(direction)
+    order = hypergradient.order_of(direction, inputs.batch)
+    local_direction = hypergradient.local(direction, problem.axis_name)
+
+    def after_direction(batch):
+      linearized = problem.linearize_batch(
+        inputs._replace(batch=batch),
+        direction=hypergradient.known_vector(local_direction),
+      )
+      info = weigh(linearized, local_direction, problem.axis_name)
+      weights = info.weights
+      if not reweight:
+        size = base.global_size(weights.shape[0], problem.axis_name)
+        weights = jnp.full_like(info.losses, 1 / size)
+      grads = base.summed_gradient(linearized, weights, problem.axis_name)
+      return info._replace(order=order), weights, grads
+
+    info, weights, grads = hypergradient.after_direction(
+      direction, inputs.batch, after_direction
     )
-    info = weigh(linearized, direction, problem.axis_name)
-    weights = info.weights
-    if not reweight:
-      size = base.global_size(weights.shape[0], problem.axis_name)
-      weights = jnp.full_like(info.losses, 1 / size)
-    grads = base.summed_gradient(linearized, weights, problem.axis_name)
+    _log_plan(info)
     rejected = base.pmean(jnp.mean(info.weights == 0), problem.axis_name)
     metrics = {
       "meta_loss": info.meta_loss,
@@ -417,10 +456,12 @@ def l2rw(
 
 
 def _stored(direction, params):
-  """The part of a direction that is kept from step to step, all of it arrays."""
+  """The part of a direction that is kept from step to step; it contains only arrays."""
   loss = direction.meta_loss.astype(jnp.result_type(float))
   vector = trainable.Partition(params).leaves(direction.vector)
-  return direction._replace(vector=vector, meta_loss=loss, aux=None)
+  return direction._replace(
+    vector=vector, meta_loss=loss, aux=None, kept=base.StaticFloat("inf")
+  )
 
 
 def _no_direction(key, problem, params):

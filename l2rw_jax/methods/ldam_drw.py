@@ -1,7 +1,8 @@
 """LDAM-DRW: larger margins for rarer classes, class balancing late in training.
 
-The classifier's logits are cosines z in [-1, 1] (`cosine=True` of this library's
-networks, `models.split.Cosine`); evaluation predicts the largest, without margins.
+The logits of the classifier are cosines z in [-1, 1] (pass `cosine=True` to the
+networks of this library, see `models.split.Cosine`). Evaluation predicts the class with
+the largest cosine, without margins.
 
 References:
   Cao, Wei, Gaidon, Arechiga, Ma, "Learning Imbalanced Datasets with
@@ -72,7 +73,7 @@ def ldam(
     Losses [B], in nats; NaN for a label that is not a class.
 
   Raises:
-    InputError: `scale` is not positive, or the shapes do not fit.
+    InputError: `scale` is not positive, or the shapes do not match.
   """
   _check_scale(scale)
   is_label, class_margins = _checked(cosines, labels, class_margins, where)
@@ -89,7 +90,8 @@ def ldam_hinge(
 ) -> base.Array:
   """max(max_{j != y} z_j - z_y + margin_y, 0): LDAM-HG of the paper.
 
-  Arguments, result and errors are those of `ldam`; losses are in units of a cosine.
+  The arguments, the result and the errors are those of `ldam`. Losses are in units of a
+  cosine.
   """
   is_label, class_margins = _checked(cosines, labels, class_margins, where)
   scale = losses.label_scale(is_label, where).astype(cosines.dtype)
@@ -114,10 +116,10 @@ def loss(
 
   Returns:
     `(outputs, batch, class_counts) -> [B]`, which raises InputError if the number of
-    counts is not that of the network's classes.
+    counts is not the number of classes of the network.
 
   Raises:
-    InputError: a setting out of range.
+    InputError: a setting is out of range.
   """
   _check_max_margin(max_margin)
   _check_scale(scale)
@@ -144,16 +146,16 @@ def ldam_drw(
 ) -> base.Method:
   """LDAM with class balancing from some epoch on (LDAM-DRW, LDAM-DRS).
 
-  `Gradients.losses` are LDAM's, `Gradients.weights` sum to 1 over the global batch. If
-  the network has a head, `refresh` checks that the logits are cosines. The paper
-  trains for 200 epochs of SGD with momentum and balances the classes from epoch 160
-  on, where the learning rate is divided by 100.
+  `Gradients.losses` are those of LDAM, and `Gradients.weights` sum to 1 over the global
+  batch. If the network has a head, `refresh` checks that the logits are cosines. The
+  paper trains for 200 epochs of SGD with momentum. From epoch 160 on, it balances the
+  classes and divides the learning rate by 100.
 
   Args:
     max_margin: see `margins`.
     scale: see `ldam`.
-    beta: of `class_balance.effective_number`, for "reweight". The paper states that
-      inverse frequency (beta -> 1) performs equally well.
+    beta: beta of `class_balance.effective_number`, for "reweight". The paper states
+      that inverse frequency (beta -> 1) performs equally well.
     from_epoch: the first epoch of class balancing, counted from 0; 160 of 200 in the
       paper. Required unless `balance` is "none".
     hinge: whether to use `ldam_hinge` instead of `ldam`.
@@ -165,8 +167,8 @@ def ldam_drw(
     A `base.Method` whose state is the epoch, int32 scalar.
 
   Raises:
-    InputError: a setting out of range, or `from_epoch` missing or not used; in
-      training, logits that are not cosines.
+    InputError: a setting is out of range, or `from_epoch` is missing or not used; in
+      training, the logits are not cosines.
   """
   if balance not in BALANCES:
     raise base.InputError(
@@ -174,8 +176,8 @@ def ldam_drw(
     )
   if (from_epoch is None) != (balance == "none"):
     raise base.InputError(
-      f"ldam_drw: from_epoch={from_epoch} with balance={balance!r}; give the first"
-      " epoch of balanced classes, or with 'none' leave it out."
+      f"ldam_drw: from_epoch={from_epoch} does not fit balance={balance!r}: give the"
+      " first epoch of balanced classes, or leave it out with balance='none'."
     )
   first_epoch = from_epoch or 0
   changed_loss.check_epoch("ldam_drw", first_epoch)

@@ -1,7 +1,7 @@
-r"""Meta-Weight-Net: a small network turns losses into weights (Shu et al., 2019).
+r"""Meta-Weight-Net: a small network maps losses to weights (Shu et al., 2019).
 
 V(l; phi) in (0, 1) is a multilayer perceptron whose only input is the example's loss.
-Every iteration, with M the mean loss of a meta batch:
+M is the mean loss of a meta batch. Every iteration has three parts:
 
     look-ahead    p' = p - a sum_i w_i(phi) grad l_i(p)
     network       a step of any optax optimizer on the gradient dM(p')/dphi
@@ -14,16 +14,17 @@ Options for the differences between the paper and the three released programs:
 
 * `normalization`: "mean" is w_i = V_i / B (the later noise release); "sum" is
   w_i = V_i / sum_j V_j over the global batch (imbalance release, first noise
-  release), or all zero if the sum is zero.
+  release), where all weights are zero if the sum is zero.
 * `detached`: V's input is constant in the look-ahead step (both noise releases and the
   published algorithm). In the imbalance release it is not, which adds w'_i(l) l_i.
 * `PRESETS`: the meta optimizer, normalization and `detached` of each release.
 
 The default is the preset "noise_stable": the published algorithm is the detached one,
-and with the mean the effective step of the classifier does not vary from batch to
-batch. The look-ahead step is plain SGD with the classifier's learning rate, as in all
-releases (the imbalance release lowers it one epoch after the classifier's, which is not
-reproduced). It does not change BatchNorm's running statistics.
+and with "mean" the effective step of the classifier does not vary from batch to batch.
+The look-ahead step is plain SGD with the classifier's learning rate, as in all releases
+(the imbalance release lowers the rate of the look-ahead one epoch after that of the
+classifier, which is not reproduced). The look-ahead step does not change BatchNorm's
+running statistics.
 
 Reference: Shu, Xie, Yi, Zhao, Zhou, Xu, Meng, "Meta-Weight-Net: Learning an Explicit
 Mapping For Sample Weighting", NeurIPS 2019, arXiv:1902.07379.
@@ -65,7 +66,7 @@ class WeightNet(nn.Module):
   def __call__(self, losses: jax.Array) -> jax.Array:
     """Maps losses [B] to V [B]."""
     x = losses[:, None]
-    with base.implicit_promotion():  # flax brings inputs and parameters to one type
+    with base.implicit_promotion():  # flax promotes inputs and parameters to one type
       for width in self.hidden:
         x = nn.relu(meta_network.dense(width, x.shape[-1])(x))
       return nn.sigmoid(meta_network.dense(1, x.shape[-1])(x)[:, 0])
@@ -83,13 +84,13 @@ def example_weights(
 
   Args:
     weight_fn: `(phi, losses [B]) -> V [B]`, for instance `WeightNet().apply`.
-    phi: its parameters.
+    phi: parameters of `weight_fn`.
     losses: [B], held constant.
     normalization: "mean" or "sum", see the module docstring.
     axis_name: mapped axis over which the batch is sharded.
 
   Raises:
-    InputError: an unknown normalization.
+    InputError: the normalization is unknown.
 
   >>> import jax.numpy as jnp
   >>> print(example_weights(lambda k, l: l > k, 1., jnp.array([0., 2., 3., 4.])))
@@ -112,10 +113,11 @@ def inner_weights(
   normalization: str = "mean",
   detached: bool = True,
 ) -> base.Array:
-  """dL/dl [B] of the look-ahead step's loss L = sum_i w_i l_i, for the global batch.
+  """dL/dl [B], where L = sum_i w_i l_i is the loss of the look-ahead step.
 
-  If `detached`, these are the weights. Otherwise the weights depend on the losses,
-  which adds w'(l) l to each (and, with "sum", terms from all other examples).
+  If `detached` is True, dL/dl are the weights. Otherwise the weights depend on the
+  losses, which adds w'(l) l to each derivative (and, with "sum", terms from all other
+  examples). Losses and derivatives are those of the global batch.
   """
 
   def weights(losses):
@@ -153,15 +155,15 @@ def network_gradient(
   This function is pure: it works inside `jit`, `vmap`, `pmap` and `shard_map`.
 
   Args:
-    weight_fn: `(phi, losses [B]) -> V [B]`; V_i must depend on the loss of example i
-      only.
+    weight_fn: `(phi, losses [B]) -> V [B]`; V_i must depend only on the loss of example
+      i.
     phi: parameters of the weighting network.
     losses_fn: `(params, batch) -> losses [B]`.
-    params: of the classifier.
+    params: parameters of the classifier.
     batch: the training batch.
     meta_batch: clean examples.
-    optimizer: takes the look-ahead step; the paper's is `optax.sgd` with the
-      classifier's learning rate.
+    optimizer: the optimizer of the look-ahead step; in the paper, it is `optax.sgd`
+      with the classifier's learning rate.
     opt_state: state of `optimizer`; None initializes it.
     meta_losses_fn: like `losses_fn`, for `meta_batch`, if it differs.
     normalization: "mean" or "sum".
@@ -176,8 +178,8 @@ def network_gradient(
     A `meta_network.MetaGradient`.
 
   Raises:
-    InputError: losses are not of shape [B], an unknown option, or a model without
-      forward derivative; outside `jit` also if the optimizer's step ignores the
+    InputError: the losses do not have shape [B], an option is unknown, or the model has
+      no forward derivative; outside `jit` also if the optimizer's step ignores the
       gradient.
     FloatingPointError: outside `jit`, if a loss, the direction or the gradient is
       not finite.
@@ -230,7 +232,7 @@ def meta_gradient(
 ) -> meta_network.MetaGradient:
   """`network_gradient` of a batch that is already linearized at `params`.
 
-  `lookahead` holds further arguments of `hypergradient.direction`.
+  `lookahead` contains the other arguments of `hypergradient.direction`.
   """
   # Every device computes the weights of the global batch, so that "sum" is
   # differentiated without a collective; the network is small enough.
@@ -259,7 +261,7 @@ def meta_gradient(
   gradient = hypergradient.network_gradient(
     weights_fn, base.local(phi, axis_name), base.gather(weight_gradient, axis_name)
   )
-  # Already equal on every device; the mean marks it as such for `shard_map`.
+  # The value is equal on every device; the mean marks it as equal for `shard_map`.
   gradient = base.pmean(gradient, axis_name)
   return meta_network.checked_meta_gradient(
     gradient, direction, losses_finite, linearized.engine
@@ -304,12 +306,13 @@ def meta_weight_net(
   """Meta-Weight-Net for the training loop.
 
   Args:
-    learning_rate: of the look-ahead step; in the paper it is the classifier's.
+    learning_rate: learning rate of the look-ahead step; in the paper, it is that of the
+      classifier.
     preset: a key of `PRESETS`.
     hidden: widths of the hidden layers of the weighting network.
     normalization: "mean" or "sum"; None is that of the preset.
     detached: see the module docstring; None is that of the preset.
-    optimizer: of the weighting network; None is that of the preset.
+    optimizer: optimizer of the weighting network; None is that of the preset.
     every: number of steps between meta steps; 1 in the paper.
     microbatch_size: number of examples of each batch that are in memory at a time, see
       `microbatching`.
@@ -318,7 +321,7 @@ def meta_weight_net(
     A `base.Method` that needs a meta batch; its state is a `meta_network.State`.
 
   Raises:
-    InputError: an unknown preset or normalization, `every` less than 1.
+    InputError: the preset or the normalization is unknown, or `every` is less than 1.
   """
   if preset not in PRESETS:
     raise base.InputError(f"preset={preset!r}; choose among {', '.join(PRESETS)}.")
@@ -363,7 +366,7 @@ def meta_weight_net(
       net.apply, state.params, losses, normalization=normalization, axis_name=axis_name
     )
     grads = base.summed_gradient(linearized, weights, axis_name)
-    # The mean of V with "mean", 1 with "sum".
+    # This is the mean of V with "mean", and 1 with "sum".
     dtype = base.accumulator_dtype(weights.dtype)
     total_weight = base.psum(jnp.sum(weights.astype(dtype)), axis_name)
     metrics = meta_network.metrics(state) | {"total_weight": total_weight}

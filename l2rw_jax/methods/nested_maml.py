@@ -1,9 +1,9 @@
 """NestedMAML: persistent weights of few-shot tasks, or of their queries.
 
-Training task i has the loss L_i(p) of its queries after the network has been adapted to
-its supports (`models.few_shot`). Some training tasks are from another distribution or
-mislabeled. Clean validation tasks j have losses V_j(p). One step with a batch of m
-training tasks and n validation tasks is
+The loss L_i(p) of training task i is that of its query examples after the network has
+been adapted to its support examples (`models.few_shot`). Some training tasks are from
+another distribution or mislabeled. Clean validation tasks j have losses V_j(p). One
+step with a batch of m training tasks and n validation tasks is
 
     p'  = p - (eta/m) sum_i w_i grad L_i(p)                                  (5)
     w_i <- w_i - gamma d/dw_i (1/n) sum_j V_j(p')                            (8)
@@ -19,8 +19,8 @@ omits 1/m, bounds weights below by 0, clips the gradient of the weights, and doe
 undo the look-ahead step.
 
 Reference: Killamsetty, Li, Zhao, Iyer, Chen, "A Nested Bi-level Optimization
-Framework for Robust Few Shot Learning", AAAI 2022 (https://arxiv.org/abs/2011.06782),
-the equations above by their numbers.
+Framework for Robust Few Shot Learning", AAAI 2022 (https://arxiv.org/abs/2011.06782).
+The numbers above are those of its equations.
 """
 
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def update_weights(
 
   Args:
     weights: w.
-    gradient: of the validation loss in w, shaped like `weights`.
+    gradient: gradient of the validation loss in w, shaped like `weights`.
     weight_learning_rate: gamma.
     clip: largest magnitude of a gradient entry; None does not clip.
     floor: lower bound of the weights; -inf gives equation (8) as printed.
@@ -72,13 +72,13 @@ class WeightGradient(NamedTuple):
   Attributes:
     gradient: derivative of the validation loss in each weight, [T].
     meta_loss: the validation loss at the look-ahead parameters, scalar.
-    losses: of the training tasks (or items), [T].
+    losses: losses of the training tasks (or items), [T].
     finite: False if a loss of either set or the gradient contains a NaN or an infinity;
       bool scalar.
     zero_slope: whether the look-ahead step ignores the gradient (a learning rate of
       0), see `hypergradient.Direction`; bool scalar.
     fault: the first quantity that is not finite, a `base.Fault`; int32 scalar.
-    aux: what `losses_fn` returned in addition to the losses of the batch, else None.
+    aux: the auxiliary output of `losses_fn` for the batch, or None.
   """
 
   gradient: base.Array
@@ -110,7 +110,7 @@ def weight_gradient(
     params: any pytree of parameters.
     tasks: the training tasks, in the form that `losses_fn` takes.
     meta_tasks: the validation tasks.
-    weights: of the losses before the update, [T]; 1 is uniform.
+    weights: weights of the losses before the update, [T]; 1 is uniform.
     lookahead_learning_rate: eta of the look-ahead step, which is plain SGD.
     meta_losses_fn: like `losses_fn`, for `meta_tasks`; with first-order adaptation this
       is NestedMAML-FO.
@@ -169,7 +169,7 @@ def linearized_weight_gradient(
     axis_name=axis_name,
   )
   gradient = hypergradient.weight_gradient(linearized, direction, axis_name) / size
-  # Not the type of integer weights, such as ones, which would round it to zero.
+  # The type is not that of the weights: integer weights would round it to zero.
   dtype = base.common_dtype(weights, linearized.losses)
   gradient = jax.lax.stop_gradient(gradient).astype(dtype)
   fault = base.first_fault(
@@ -194,9 +194,9 @@ class State(NamedTuple):
   Attributes:
     weights: w, [N] per task, [K] per cluster, or [N, Q] per item.
     meta_loss: validation loss at the last update, 0 before the first; scalar.
-    finite: of the last update, see `WeightGradient`; bool scalar.
-    zero_slope: of the last update, see `WeightGradient`; bool scalar.
-    fault: of the last update, see `WeightGradient`; int32 scalar.
+    finite: `finite` of the last update, see `WeightGradient`; bool scalar.
+    zero_slope: `zero_slope` of the last update, see `WeightGradient`; bool scalar.
+    fault: `fault` of the last update, see `WeightGradient`; int32 scalar.
   """
 
   weights: base.Array
@@ -221,20 +221,21 @@ def nested_maml(
 ) -> base.Method:
   """NestedMAML for the training loop.
 
-  With `models.few_shot.Learner` the examples of the loop are tasks. With a classifier
-  they are plain examples, whose weights are learned in the same way. A weight of 1 is
-  uniform: `initial=1` and `weight_learning_rate=0` is MAML. In the released code the
-  weights start at 1 / 200; the same relative step then needs a gamma that is 200 times
-  smaller, and an outer optimizer that is invariant to scale, such as Adam.
+  With `models.few_shot.Learner`, the examples of the training loop are tasks. With a
+  classifier they are plain examples, whose weights are learned in the same way. A
+  weight of 1 is uniform: `initial=1` and `weight_learning_rate=0` give MAML. In the
+  released code the weights start at 1 / 200. The same relative step then needs a gamma
+  that is 200 times smaller, and an outer optimizer that is invariant to scale, such as
+  Adam.
 
   Args:
     weight_learning_rate: gamma.
-    lookahead_learning_rate: eta of (5), a plain SGD step.
-    share: what shares one weight: "task" (by `batch["index"]`), "cluster" (by
-      `batch["group"]`), or "item", a query of a task (by index and position in
-      `label`).
-    num_clusters: K, for the share "cluster"; groups are 0 to K - 1.
-    num_items: Q, the number of labels of a task, for the share "item".
+    lookahead_learning_rate: eta in (5), a plain SGD step.
+    share: the unit that has one weight: a "task" (given by `batch["index"]`), a
+      "cluster" of tasks (given by `batch["group"]`), or an "item", a query of a task
+      (given by index and position in `label`).
+    num_clusters: K, for share "cluster"; groups are 0 to K - 1.
+    num_items: Q, the number of labels of a task, for share "item".
     initial: initial weight.
     clip: largest magnitude of a gradient entry in the weights (0.5 per cluster in the
       released code, for gradients without 1/m); None does not clip.
@@ -248,8 +249,8 @@ def nested_maml(
     tasks. With items, the `weights` of its gradients are sums over the items of a task.
 
   Raises:
-    InputError: a setting out of range, or one that `share` does not have; before an
-      epoch, clusters that are not 0 to K - 1.
+    InputError: a setting is out of range or does not apply to `share`; before an epoch,
+      a cluster is not in 0 to K - 1.
   """
   _check_share(share, num_clusters=num_clusters, num_items=num_items)
   for name, value in (
@@ -392,5 +393,5 @@ def _check_share(share, *, num_clusters, num_items):
     if (share == owner) != (number is not None and number >= 1):
       raise base.InputError(
         f"nested_maml: share={share!r} with {name}={number}: share={owner!r} requires"
-        " a number of at least 1, and no other share takes it."
+        f" a number of at least 1, and other values of share do not accept {name}."
       )

@@ -1,18 +1,19 @@
 r"""The S-model: a transition layer learned with the network (Goldberger et al., 2017).
 
-The network's softmax(z) predicts the true class. A layer T = softmax(A), taken by rows,
-where T_ij is the probability that class i is given the label j, turns it into a
-prediction of the given label. Network and layer both minimize
+The network's softmax(z) predicts the true class. A layer T = softmax(A), computed by
+rows, converts it to a prediction of the given label: T_ij is the probability that an
+example of class i is given the label j. The network and the layer both minimize
 
     -log (softmax(z) @ softmax(A))[label]
 
-and evaluation uses z. The loss does not identify the classes: T and z could permute
-them jointly. T therefore starts near the identity, or at the confusion matrix of a
-network that was trained without the layer. This is the paper's simple model, in which
-T is the same for all examples.
+and evaluation uses z. The loss does not determine the order of the classes, because it
+stays the same if T and z permute them jointly. T therefore starts near the identity, or
+at the confusion matrix of a network that was trained without the layer. This is the
+simple model of the paper, in which T is the same for all examples.
 
-Differences from the released program: it adds noise below 0.01 to the initial A, and
-it can add a multiple of the plain cross-entropy to the loss; neither is done here.
+Differences from the released program: the released program adds noise below 0.01 to the
+initial A, and can add a multiple of the plain cross-entropy to the loss. This module
+does neither.
 
 References:
   Goldberger, Ben-Reuven, "Training Deep Neural-Networks Using a Noise Adaptation
@@ -34,10 +35,10 @@ INITIALS = ("identity", "confusion")
 
 
 def smoothed_identity(num_classes: int, smoothing: float = 0.46) -> base.Array:
-  """1 - smoothing on the diagonal, the rest spread evenly over each row; [C, C].
+  """A matrix [C, C] with 1 - smoothing on the diagonal; rows sum to 1.
 
-  The default is that of the S-model's released program, which was written for labels
-  with about this share of wrong ones.
+  The other entries of a row are equal. The default is that of the released program,
+  which was written for labels of which about this share is wrong.
 
   Raises:
     InputError: `smoothing` is not between 0 and 1.
@@ -61,7 +62,7 @@ def s_model_loss(
 
   Args:
     logits: z [B, C] or [B, 1].
-    labels: given, possibly wrong, class of each example, [B].
+    labels: given (possibly wrong) class of each example, [B].
     transition_logits: A [C, C]; C = 2 for a single logit.
     where: which examples count, bool [B]; see `losses`.
 
@@ -69,7 +70,7 @@ def s_model_loss(
     Losses [B]; NaN for a label that is not a class.
 
   Raises:
-    InputError: the shapes do not fit.
+    InputError: the shapes do not match.
   """
   log_p, is_label, scale = losses.label_rows(logits, labels, where)
   size = log_p.shape[1]
@@ -88,8 +89,8 @@ class State(NamedTuple):
 
   Attributes:
     logits: A, float32 [C, C].
-    opt_state: of the optimizer of A.
-    is_active: whether the loss includes the layer yet, bool scalar.
+    opt_state: state of the optimizer of A.
+    is_active: whether the loss already includes the layer, bool scalar.
   """
 
   logits: base.Array
@@ -107,21 +108,22 @@ def s_model(
   """The S-model: a transition layer learned with the network; uniform weights.
 
   Args:
-    optimizer: of the layer's logits A; None is Adam at 1e-3, which the released
-      program uses for network and layer alike.
-    from_epoch: the first epoch, counted from 0, whose loss includes the layer; before,
-      the problem's loss is minimized.
-    initial: T at that epoch: "identity", smoothed, or "confusion", the confusion of
-      the network's predictions on the training set (L2RW's "S-Model+Conf"). The latter
-      needs a trained network, so `from_epoch` must be at least 1.
-    smoothing: of the identity, see `smoothed_identity`.
+    optimizer: optimizer of the layer's logits A; None is Adam at 1e-3, which the
+      released program uses for both the network and the layer.
+    from_epoch: the first epoch, counted from 0, whose loss includes the layer; before
+      this epoch, the loss of the problem is minimized.
+    initial: T at that epoch: "identity" is the smoothed identity, and "confusion" is
+      the confusion matrix of the network's predictions on the training set
+      ("S-Model+Conf" in the L2RW paper). The latter needs a trained network, so
+      `from_epoch` must be at least 1.
+    smoothing: smoothing of the identity, see `smoothed_identity`.
 
   Returns:
-    A `base.Method` whose state is a `State`. Its losses are those of the given
-    labels through the layer; it logs the mean of T's diagonal.
+    A `base.Method` whose state is a `State`. Its losses are those of the given labels
+    after the layer; it logs the mean of T's diagonal.
 
   Raises:
-    InputError: a setting out of range.
+    InputError: a setting is out of range.
   """
   changed_loss.check_epoch("s_model", from_epoch)
   if initial not in INITIALS:
@@ -130,14 +132,14 @@ def s_model(
     )
   if initial == "confusion" and from_epoch < 1:
     raise base.InputError(
-      "s_model: initial='confusion' needs from_epoch of at least 1, for the network"
-      " to have learned what it predicts."
+      "s_model: initial='confusion' needs from_epoch of at least 1, because it uses the"
+      " predictions of a trained network."
     )
   _check_smoothing(smoothing)
   layer_optimizer = optax.adam(1e-3) if optimizer is None else optimizer
 
   def initial_state(transition, is_active):
-    # The floor is the released program's; entries off the diagonal can be 0.
+    # The floor is that of the released program; entries off the diagonal can be 0.
     logits = jnp.log(jnp.maximum(transition.astype(jnp.float32), 1e-8))
     with base.implicit_promotion():
       opt_state = layer_optimizer.init(logits)

@@ -1,4 +1,4 @@
-"""WarPI: sampled vectors rectify the logits of examples (Sun et al., 2022).
+"""WarPI: random vectors rectify the logits of examples (Sun et al., 2022).
 
 An amortized network maps an example's logits z and its (possibly wrong) label to the
 mean and log-variance of a random vector v in (0, 1)^C, which multiplies the logits
@@ -8,23 +8,26 @@ before the softmax. With S draws, e ~ N(0, 1):
     l_rect(z, v, y) = -log softmax(v * z)_y, averaged over the draws
 
     virtual step   p' = p - a grad_p mean l_rect           v depends on phi
-    meta step      phi by Adam on grad_phi of the clean loss at p', not rectified
+    meta step      phi by Adam on grad_phi of the meta loss at p', without v
     real step      p on grad_p mean l_rect, with new draws and the new phi, v constant
 
-The network's inputs are constant. v = 1 gives cross-entropy, v = c a temperature of
-1 / c, and v -> 0 removes the example's gradient. At test time v is not used. There is
-no prior and no KL term, as in the released code.
+phi are the parameters of the amortized network, whose inputs are held constant. v = 1
+gives the cross-entropy, v = c gives a temperature of 1 / c, and v -> 0 removes the
+example's gradient. At test time v is not used. There is no prior and no KL term, as in
+the released code.
 
-From the released code: tanh activations, hidden width 100, Xavier-normal kernels (the
-log-variance layer has the framework's uniform default), and a learned label embedding
-of width C, initialized from N(0, 1). Differences: the log-variance is clipped to +-10,
-beyond which exp could overflow in diverging training and where its gradient is 0; the
-meta set is disjoint from the training set, which it is not in the release. The released
-default is 3 draws and the released example uses 1; the default here is 3.
+These details are from the released code: tanh activations, hidden width 100,
+Xavier-normal kernels (the log-variance layer has the uniform default of PyTorch), and a
+learned label embedding of width C that is initialized from N(0, 1). There are two
+differences. The log-variance is clipped to +-10, because exp could overflow in
+diverging training; its gradient is 0 where it is clipped. The meta set is disjoint from
+the training set, unlike in the released code. The released default is 3 draws, and the
+released example uses 1; the default of this library is 3.
 
-`Gradients.weights` holds each example's v at its label, averaged over the draws, over
-B. This is roughly the factor on the gradient towards that label (v also changes the
-softmax). It does not indicate whether the label is wrong.
+`Gradients.weights` contains the entry of v at the example's label, averaged over the
+draws and divided by B. This is roughly a factor on the gradient with respect to the
+logit of that label (v also changes the softmax). It does not indicate whether the label
+is wrong.
 
 References:
   Sun, Guo, Wei, Han, Yin, "Learning to Rectify for Robust Learning with Noisy
@@ -66,7 +69,7 @@ class RectifierNet(nn.Module):
     embed = nn.Embed(
       self.num_classes, self.num_classes, embedding_init=nn.initializers.normal(1.0)
     )
-    with base.implicit_promotion():  # flax brings inputs and parameters to one type
+    with base.implicit_promotion():  # flax promotes inputs and parameters to one type
       x = jnp.concatenate([logits, base.take(embed.embedding, labels)], axis=-1)
       for _ in range(2):
         x = nn.tanh(nn.Dense(self.hidden, kernel_init=_xavier)(x))
@@ -115,7 +118,8 @@ def rectified_cross_entropy(
   0.2492
   """
   losses = jax.vmap(losses_lib.softmax_cross_entropy, in_axes=(0, None))
-  # The product is at least as precise as the vectors, also for half-precision logits.
+  # The product is at least as precise as the vectors, even if the logits have half
+  # precision.
   dtype = base.common_dtype(vectors, logits)
   rectified = vectors.astype(dtype) * logits[None].astype(dtype)
   return losses(rectified, labels).mean(axis=0)
@@ -132,14 +136,14 @@ def inner_loss(
 
   Args:
     net: the amortized network.
-    phi: its variables.
+    phi: variables of the amortized network.
     logits: [B, C].
     labels: [B].
-    noise: [S, B, C] or None.
+    noise: [S, B, C] or None, see `rectifiers`.
 
   Returns:
-    (losses [B], v [S, B, C]). Differentiable in phi through v, and in the logits
-    through v * z only.
+    (losses [B], v [S, B, C]). The losses are differentiable in phi through v, and in
+    the logits only through v * z.
   """
   distribution: Any = net.apply(phi, jax.lax.stop_gradient(logits), labels)
   mean, log_variance = distribution
@@ -160,12 +164,13 @@ def warpi(
   """WarPI for the training loop.
 
   Args:
-    learning_rate: of the virtual step, a number or a schedule; in the paper it is the
-      classifier's learning rate.
+    learning_rate: learning rate of the virtual step, a number or a schedule; in the
+      paper, it is that of the classifier.
     num_samples: S, the number of draws of the rectifying vector.
     deterministic: whether to use the ablation v = sigmoid(mean), without draws.
     hidden: hidden width of the amortized network.
-    optimizer: of the amortized network; None is Adam at a constant 3e-4, as released.
+    optimizer: optimizer of the amortized network; None is Adam at a constant 3e-4, as
+      released.
     every: number of steps between meta steps; 1 in the paper.
     noise_fn: `(key, shape, dtype) -> noise`, called once for the virtual step and once
       for the real step with a shape of [B, S, C], where B is the global batch size. Use
@@ -175,8 +180,8 @@ def warpi(
     A `base.Method` that needs a meta batch; its state is a `meta_network.State`.
 
   Raises:
-    InputError: `num_samples` or `every` is less than 1, or (when traced) the
-      classifier is binary with a single logit.
+    InputError: `num_samples` or `every` is less than 1, or (when traced) the classifier
+      has a single logit.
   """
   if num_samples < 1:
     raise base.InputError(f"warpi: num_samples={num_samples} must be at least 1.")
@@ -192,7 +197,7 @@ def warpi(
   def gradients(state, problem, inputs):
     net = RectifierNet(problem.num_classes, hidden)
     labels = inputs.batch["label"]
-    # Different from the keys of dropout and augmentation.
+    # This key differs from those of dropout and augmentation.
     virtual_key, real_key = jax.random.split(jax.random.fold_in(inputs.key, _NOISE_KEY))
 
     linearized = problem.linearize_batch_outputs(inputs)
@@ -203,8 +208,8 @@ def warpi(
     def noise(key):
       if deterministic:
         return None
-      # Drawn for the global batch, so that the draws do not depend on the number of
-      # devices.
+      # The noise is drawn for the global batch, so that it does not depend on the
+      # number of devices.
       shape = (size, num_samples, logits.shape[-1])
       drawn = noise_fn(key, shape, logits.dtype)
       if drawn.shape != shape:
@@ -258,6 +263,6 @@ def warpi(
 def _check_logits(logits):
   if not hasattr(logits, "shape") or logits.shape[-1] < 2:
     raise base.InputError(
-      "warpi needs one logit per class and no other outputs: give the classifier as"
+      "warpi needs one logit per class and no other outputs: use a classifier with as"
       " many outputs as there are classes, not a single logit."
     )

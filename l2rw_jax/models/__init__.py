@@ -1,1 +1,1 @@
-"""Flax linen networks; none of them uses example weights."""
+"""Flax linen networks; none of them depends on example weights."""

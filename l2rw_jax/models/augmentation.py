@@ -1,6 +1,6 @@
 """Preprocessing of images on the device: crops, flips, scaling.
 
-Every image has its own PRNG key. If the keys are derived from the examples' indices
+Every image has a different PRNG key. If the keys are derived from the examples' indices
 (`Classifier.preprocess`), the result does not depend on how a batch is divided among
 devices.
 """
@@ -20,19 +20,19 @@ PADDINGS = {"zero": "constant", "reflect": "reflect"}
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-  """Crops and flips in training, then scales; a value for `Classifier.preprocess`.
+  """Crops, flips and scales images; use it as `Classifier.preprocess`.
 
   Pixels of uint8 are first scaled to [0, 1], so that `mean` and `std` refer to that.
   Training and meta batches are augmented in the same way, as in the released codes of
-  L2RW, Meta-Weight-Net and WarPI; in evaluation images are only scaled.
+  L2RW, Meta-Weight-Net and WarPI. In evaluation, images are only scaled.
 
   Attributes:
-    pad: pixels added on every side before cropping to the original size; 0 disables
-      cropping.
+    pad: number of pixels that are added on every side before cropping to the original
+      size; 0 disables cropping.
     padding: `"zero"` (black) or `"reflect"` (mirrored without the border).
     flip: whether images are mirrored left to right with probability 1/2.
-    mean: subtracted after the crop; one number per channel, or one for all.
-    std: divides the images; one number per channel, or one for all.
+    mean: numbers that are subtracted after the crop, one per channel or one for all.
+    std: numbers by which the images are divided, one per channel or one for all.
     standardize: whether to apply `standardize` instead of `mean` and `std`.
   """
 
@@ -93,14 +93,14 @@ def random_crop(
   Args:
     images: [B, H, W, C].
     keys: one typed key per image, [B].
-    pad: pixels, at least 0; all (2 pad + 1)^2 windows are equally likely.
+    pad: number of pixels, at least 0; all (2 pad + 1)^2 windows are equally likely.
     padding: one of `PADDINGS`; `"reflect"` needs pad < H and W.
 
   Returns:
     [B, H, W, C].
 
   Raises:
-    InputError: unknown padding, or a pad that does not fit the images.
+    InputError: `padding` is unknown, or `pad` is too large for the images.
   """
   if padding not in PADDINGS:
     raise base.InputError(
@@ -136,7 +136,7 @@ def random_flip(images: base.Array, keys: base.Array) -> base.Array:
 def normalize(
   images: base.Array, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> base.Array:
-  """(images - mean) / std by channel; mean = std = 1/2 maps [0, 1] to [-1, 1]."""
+  """(images - mean) / std, per channel; mean = std = 1/2 maps [0, 1] to [-1, 1]."""
 
   def per_channel(values):
     return jnp.asarray(values, images.dtype).reshape((1,) * (images.ndim - 1) + (-1,))
@@ -145,7 +145,7 @@ def normalize(
 
 
 def standardize(images: base.Array) -> base.Array:
-  """Subtracts each image's mean, divides by max(std, 1 / sqrt(number of values)).
+  """Subtracts each image's mean and divides by max(std, 1 / sqrt(number of values)).
 
   Args:
     images: [B, H, W, C].

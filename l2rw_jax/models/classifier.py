@@ -20,13 +20,13 @@ class Classifier(NamedTuple):
       `num_features`, its output is `head(features(images, train))`, and methods that
       act on features (`advisor`) can be used.
     num_classes: C; a model with one output is a binary classifier, C = 2.
-    preprocess: `(images, keys, train) -> images`, which scales and, in training,
-      augments images with one key per example, `keys` [B] (None in evaluation). The
-      keys are derived from the examples' "index", so the result does not depend on the
-      number of devices. None scales uint8 pixels to [0, 1] and does not change others
-      (`augmentation.to_float`).
-    initialize: `(key, params) -> params`, which draws the initial parameters in place
-      of the module's initializers, such as `initialization.pytorch`.
+    preprocess: `(images, keys, train) -> images`, a function that scales images and
+      augments them in training. `keys` [B] has one key per example (None in
+      evaluation). The keys are derived from the "index" of the examples, so the result
+      does not depend on the number of devices. None scales uint8 pixels to [0, 1] and
+      does not change floats (`augmentation.to_float`).
+    initialize: `(key, params) -> params`, a function that draws the initial parameters
+      in place of the module's initializers, such as `initialization.pytorch`.
   """
 
   model: nn.Module
@@ -35,7 +35,7 @@ class Classifier(NamedTuple):
   initialize: Callable[..., Any] | None = None
 
   def check(self, batch: base.Batch, num_classes: int) -> None:
-    """Raises InputError unless the network fits the data's number of classes."""
+    """Raises InputError unless the network has the number of classes of the data."""
 
     def logits(key):
       params, model_state = self.init(key, batch)

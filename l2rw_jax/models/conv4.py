@@ -1,10 +1,10 @@
 """The four-layer convolutional network of few-shot learning.
 
-In few-shot learning every task has its own adapted weights. `jax.vmap` turns a
-convolution with such weights into a grouped convolution, which is slow on XLA:CPU: a
-second-order step of four Omniglot tasks took 13 times as long as with the
-implementation here, shifted slices and one matrix product, which becomes a batched
-matrix product under `jax.vmap`.
+In few-shot learning, every task has different, adapted weights. `jax.vmap` converts a
+convolution with such weights to a grouped convolution, which is slow on XLA:CPU. This
+module computes a convolution by shifted slices and one matrix product, which becomes a
+batched matrix product under `jax.vmap`. A second-order step of four Omniglot tasks took
+13 times as long with grouped convolutions.
 """
 
 from flax import linen as nn
@@ -18,7 +18,7 @@ _glorot = nn.initializers.glorot_uniform()
 
 
 class Conv4(nn.Module):
-  """Four blocks of 3x3 convolution, normalization, ReLU, halving; a linear layer.
+  """Four blocks of 3x3 convolution, normalization, ReLU and halving; a linear layer.
 
   The normalization is BatchNorm with the statistics of the given images, in training
   and in evaluation, without running statistics. This is the usual *transductive*
@@ -27,10 +27,10 @@ class Conv4(nn.Module):
 
   Attributes:
     num_outputs: logits per image.
-    width: channels of every layer; 32 and 64 are common.
+    width: number of channels of every layer; 32 and 64 are common.
     pool: whether to halve the size by 2x2 max-pooling (84x84 images: 84, 42, 21, 10, 5;
-      an odd last row and column is dropped) or, four times cheaper, by a stride of 2
-      (28x28 images: 28, 14, 7, 4, 2).
+      an odd last row or column is dropped). If False, the size is halved by a stride of
+      2, which is four times cheaper (28x28 images: 28, 14, 7, 4, 2).
 
   References:
     Vinyals et al., "Matching Networks for One Shot Learning", NeurIPS 2016.
@@ -45,7 +45,7 @@ class Conv4(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Maps images [B, H, W, channels] to logits [B, num_outputs]."""
-    del train  # Training and evaluation are the same.
+    del train  # The network is the same in training and evaluation.
     for layer in range(4):
       x = Conv3x3(self.width, 1 if self.pool else 2, name=f"Conv_{layer}")(x)
       x = activations.relu(_Standardize(name=f"BatchNorm_{layer}")(x))
@@ -60,8 +60,8 @@ class Conv3x3(nn.Module):
   """`nn.Conv(features, (3, 3), stride)` with SAME padding, as one matrix product.
 
   Attributes:
-    features: output channels.
-    stride: along both axes.
+    features: number of output channels.
+    stride: stride along both axes.
   """
 
   features: int
@@ -80,7 +80,7 @@ class Conv3x3(nn.Module):
 
 
 def _windows(x: jax.Array, stride: int, axis: int) -> jax.Array:
-  """Windows of three along an axis; (offset, channel) become the last axis."""
+  """Windows of three along an axis; (offset, channel) becomes the last axis."""
   size = -(-x.shape[axis] // stride)
   missing = max((size - 1) * stride + 3 - x.shape[axis], 0)
   padding = [(0, 0)] * x.ndim

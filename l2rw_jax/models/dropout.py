@@ -8,13 +8,13 @@ from l2rw_jax import base
 
 
 class Dropout(nn.Module):
-  """Dropout; in training only.
+  """Dropout, which is applied only in training.
 
   The key of an example is derived from its position in the *global* batch, so that
-  eight devices draw the same masks as one. (`flax.linen.Dropout` draws the same mask on
-  all devices, which share a key, and applies it to different examples.) If every device
-  holds the whole batch, such as a meta batch that cannot be divided among them, the
-  masks differ between devices.
+  eight devices draw the same masks as one. (With `flax.linen.Dropout`, all devices have
+  the same key and apply the same mask to different examples.) If every device has the
+  whole batch, such as a meta batch that cannot be divided among devices, the masks
+  differ between devices.
 
   Attributes:
     rate: probability of a zero, in [0, 1).

@@ -1,9 +1,10 @@
-"""Few-shot learning: a network is adapted to each task; tasks are the examples.
+"""Few-shot learning, in which a network is adapted to each task.
 
-A batch consists of T tasks. A task corresponds to an image of
-`classifier.Classifier`: it has one loss, that of its queries after the network has been
-adapted to its supports. Methods that weigh examples therefore weigh tasks: training
-with `methods.baselines.uniform` is MAML, and `methods.l2rw` is L2RW on tasks.
+The examples are tasks, and a batch consists of T tasks. A task has support examples and
+query examples. It corresponds to an image of `classifier.Classifier`: it has one loss,
+that of its queries after the network has been adapted to its supports. Methods that
+weigh examples therefore weigh tasks: training with `methods.baselines.uniform` is MAML,
+and `methods.l2rw` is L2RW on tasks.
 
 Reference: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning for Fast Adaptation of
 Deep Networks", ICML 2017 (https://arxiv.org/abs/1703.03400), Algorithm 2.
@@ -38,11 +39,11 @@ def adapt(
 
   Args:
     losses_fn: `(params, support) -> losses`, whose mean is minimized.
-    params: any pytree of floating point arrays.
-    support: in the form that `losses_fn` takes.
+    params: any pytree of floating-point arrays.
+    support: the supports of the task, in the form that `losses_fn` takes.
     learning_rate: alpha.
-    num_steps: 0 returns `params`.
-    first_order: whether the inner gradient is constant when the result is
+    num_steps: number of steps; 0 returns `params`.
+    first_order: whether the inner gradient is held constant when the result is
       differentiated (FOMAML), which avoids second derivatives.
 
   Returns:
@@ -74,10 +75,10 @@ class Learner(NamedTuple):
   """A linen network that is adapted to tasks of N ways (classes) and k shots.
 
   A task is a row of `batch["image"]` [T, ways, shots + queries, H, W, channels]: the
-  first `num_shots` images of each way are its supports, the others its queries. The
-  label of a way is its position, so each row of `batch["label"]` [T, ways * queries]
-  holds 0 to ways - 1, each `queries` times; the classes must be shuffled when tasks are
-  made. Pixels stay uint8 until they are used.
+  first `num_shots` images of each way are its supports, and the others are its queries.
+  The label of a way is its position, so each row of `batch["label"]`
+  [T, ways * queries] contains 0 to ways - 1, each `queries` times. The order of the
+  classes must be random in each task. Pixels stay uint8 until they are used.
 
   Attributes:
     network: module with `__call__(images, train) -> logits [B, num_ways]`, without
@@ -85,8 +86,8 @@ class Learner(NamedTuple):
     num_ways: N.
     num_shots: k.
     inner_learning_rate: alpha of the plain gradient descent on the supports.
-    num_inner_steps: steps of this gradient descent in training.
-    num_test_steps: steps of this gradient descent in evaluation.
+    num_inner_steps: number of steps of this gradient descent in training.
+    num_test_steps: number of steps of this gradient descent in evaluation.
     first_order: see `adapt`.
     preprocess: maps images [..., H, W, channels] to the network's input; None scales
       uint8 pixels to [0, 1] and does not change floats.
@@ -102,7 +103,7 @@ class Learner(NamedTuple):
   preprocess: Callable[[Any], Any] | None = None
 
   def check(self, batch: base.Batch, num_classes: int) -> None:
-    """Raises InputError unless `batch` holds tasks of the expected form."""
+    """Raises InputError unless `batch` contains tasks of the expected form."""
     _check_settings(self)
     image, label = np.shape(batch["image"]), np.shape(batch["label"])
     if len(image) != 6 or image[2] <= self.num_shots:
@@ -153,8 +154,8 @@ class Learner(NamedTuple):
   ) -> tuple[base.Array, base.PyTree]:
     """`(logits [T, ways * queries, ways], model_state)`, see `base.Problem.forward`.
 
-    The logits are those of each task's queries, from the network that is adapted to its
-    supports.
+    The logits are those of each task's queries, computed by the network that is adapted
+    to the supports of the task.
     """
     del key
     labels = jnp.repeat(jnp.arange(self.num_ways), self.num_shots)

@@ -19,7 +19,7 @@ class GPT(split.SplitNetwork):
 
   Attributes:
     vocabulary: V, number of tokens.
-    width: features of a token.
+    width: number of features of a token.
     depth: number of blocks.
     num_heads: number of attention heads; must divide `width`.
     expansion: hidden width of a block divided by `width`.
@@ -32,12 +32,13 @@ class GPT(split.SplitNetwork):
       is a linear layer with its parameters and a bias.
     last_only: whether only the token after the sequence is predicted, as a class of a
       `classifier.Classifier`.
-    dtype: of the computation; logits are float32 at least.
+    dtype: floating-point type of the computation; logits are float32 or wider.
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`. It replaces
       a linear layer, and has no effect if `tied`.
 
   Raises:
-    InputError: when initialized or applied, sizes that are not divisible.
+    InputError: when it is initialized or applied, if `num_heads` does not divide
+      `width`.
 
   References:
     Radford, Wu, Child, Luan, Amodei, Sutskever, "Language Models are Unsupervised

@@ -10,10 +10,10 @@ from l2rw_jax.models import classifier
 class LanguageModel(classifier.Classifier):
   """A classifier of the token that follows each token of a sequence.
 
-  `batch["image"]` holds the tokens [B, T] of the sequences, `batch["label"]` the token
-  after each, [B, T]. A label of -1, such as after the end of a shorter sequence, does
-  not count. The network maps tokens to logits [B, T, V], as `gpt.GPT` does, and the
-  number of classes is V.
+  `batch["image"]` contains the tokens [B, T] of the sequences, and `batch["label"]` the
+  token after each, [B, T]. A label of -1, such as after the end of a shorter sequence,
+  does not count. The network maps tokens to logits [B, T, V], as `gpt.GPT` does, and
+  the number of classes is V.
   """
 
   def _images(self, batch: base.Batch, key: base.Array, train: bool) -> base.Array:

@@ -13,7 +13,7 @@ class MLP(split.SplitNetwork):
   """Dense layers with ReLU on the flattened input.
 
   Attributes:
-    num_outputs: logits per example.
+    num_outputs: number of logits per example.
     hidden: width of each hidden layer. Without hidden layers this is logistic
       regression, which has no features for methods that act on features.
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.

@@ -1,4 +1,4 @@
-"""Pre-activation residual networks: the two of L2RW, and MentorNet's student."""
+"""Pre-activation residual networks, as released by L2RW and by MentorNet."""
 
 import functools
 import math
@@ -16,16 +16,16 @@ from l2rw_jax.models import split
 class PreActivationResNet(split.SplitNetwork):
   """Residual network with BatchNorm before its convolutions, as released by L2RW.
 
-  3x3 stem, BN, ReLU; three stages of units (BN, ReLU, dropout, 3x3 convolution,
-  BN, ReLU, 3x3 convolution) with strides 1, 2, 2; BN, ReLU, global average pool.
-  Shortcuts have no parameters: average pooling by the stride, and zero channels
-  on both sides. BN shifts but does not scale. Dropout precedes the first
-  convolution of a unit.
+  The network consists of a 3x3 stem, BN and ReLU; three stages of units (BN, ReLU,
+  dropout, 3x3 convolution, BN, ReLU, 3x3 convolution) with strides 1, 2, 2; and BN,
+  ReLU and global average pooling. Shortcuts have no parameters: they use average
+  pooling by the stride, and zero channels on both sides. BN shifts but does not scale.
+  Dropout precedes the first convolution of a unit.
 
-  The released code differs from the usual network in its first stage, where a flag is
+  The released code differs from the usual network in the first stage, where a flag is
   set for the first unit and never reset: all units of this stage begin with their
-  convolution, without BN, ReLU or dropout. With `full_first_stage` only the very first
-  unit does, whose input the stem has already activated.
+  convolution, without BN, ReLU or dropout. With `full_first_stage`, only the first unit
+  does, because the stem has already activated its input.
 
   Convolutions are initialized from N(0, 2 / (k^2 C_out)) truncated at two standard
   deviations, the output layer from U(+-sqrt(3 / d)), biases with 0.
@@ -36,14 +36,15 @@ class PreActivationResNet(split.SplitNetwork):
     2016.
 
   Attributes:
-    num_outputs: logits per example.
-    blocks: units per stage; 5 is ResNet-32, 4 is WRN-28.
-    widths: features of the three stages, each at least that of the stem.
-    stem: features of the first convolution.
+    num_outputs: number of logits per example.
+    blocks: number of units per stage; 5 is ResNet-32, 4 is WRN-28.
+    widths: numbers of features of the three stages, each at least that of the stem.
+    stem: number of features of the first convolution.
     dropout: dropout rate.
-    full_first_stage: see above.
+    full_first_stage: whether all units of the first stage except the first one begin
+      with BN, ReLU and dropout, see above.
     axis_name: mapped axis whose devices share batch statistics.
-    dtype: of the computation.
+    dtype: floating-point type of the computation.
   """
 
   num_outputs: int
@@ -97,10 +98,10 @@ class PreActivationResNet(split.SplitNetwork):
 class LeakyWideResNet(split.SplitNetwork):
   """MentorNet's "ResNet-101" student: pre-activation, wide, leaky ReLU.
 
-  3x3 stem; three stages of units (BN, leaky ReLU, 3x3 convolution, twice) with
-  strides 1, 2, 2 and the shortcuts of `PreActivationResNet`; BN, leaky ReLU,
-  global average pool. In the very first unit the leaky ReLU comes before BN, and the
-  shortcut starts after both, as in the released code.
+  The network consists of a 3x3 stem; three stages of units (BN, leaky ReLU and a 3x3
+  convolution, twice) with strides 1, 2, 2 and the shortcuts of `PreActivationResNet`;
+  and BN, leaky ReLU and global average pooling. In the first unit, the leaky ReLU comes
+  before BN, and the shortcut starts after both, as in the released code.
 
   Convolutions are initialized from N(0, 2 / (k^2 C_out)), the output layer from
   U(+-sqrt(3 / d)) with bias 0.
@@ -110,13 +111,13 @@ class LeakyWideResNet(split.SplitNetwork):
     Networks on Corrupted Labels", ICML 2018, released code.
 
   Attributes:
-    num_outputs: logits per example.
-    blocks: units per stage.
-    widths: features of the three stages, each at least that of the stem.
-    stem: features of the first convolution.
-    slope: of the leaky ReLU below 0.
+    num_outputs: number of logits per example.
+    blocks: number of units per stage.
+    widths: numbers of features of the three stages, each at least that of the stem.
+    stem: number of features of the first convolution.
+    slope: slope of the leaky ReLU below 0.
     axis_name: mapped axis whose devices share batch statistics.
-    dtype: of the computation.
+    dtype: floating-point type of the computation.
   """
 
   num_outputs: int

@@ -1,12 +1,13 @@
-"""Features of small color images that need no labels and little time.
+"""Features of small color images that are computed quickly and without labels.
 
     make_features, x = random_patches.fit(images)
     x_test = make_features(test_images)
 
 Random patches of the images are the filters of one convolution: Coates, Lee, Ng, "An
 Analysis of Single-Layer Networks in Unsupervised Feature Learning", AISTATS 2011, where
-random patches rank little below learned ones. A small network on these features is far
-better than on pixels, and far faster than a convolutional network on one CPU core.
+random patches are nearly as good as learned filters. A small network on these features
+is far better than on pixels, and far faster than a convolutional network on one CPU
+core.
 """
 
 import dataclasses
@@ -18,10 +19,10 @@ import numpy as np
 from l2rw_jax import base
 
 _SIZE, _STRIDE, _FILTERS = 6, 2, 256
-# Three windows a side: with fewer, no quadrant would have a separate one.
+# An image has three windows per side or more, so that each quadrant has a separate one.
 LEAST_SIDE = 10
 _SAMPLE = 20_000
-# Of the contrast normalization, the whitening and the rectification.
+# Constants of the contrast normalization, the whitening and the rectification.
 _LEAST_VARIANCE, _RIDGE, _THRESHOLD = 0.01, 0.1, 0.5
 _CHUNK = 250
 
@@ -32,9 +33,10 @@ class RandomPatches:
 
   Attributes:
     kernel: the filters, float32 [6, 6, channels, 256].
-    bias: subtracted from the responses, float32 [256].
-    mean: of the features of the images it was fitted to, float32 [2048].
-    std: their standard deviation, likewise.
+    bias: numbers that are subtracted from the responses, float32 [256].
+    mean: mean of the features of the images that the filters were fitted to, float32
+      [2048].
+    std: standard deviation of these features, float32 [2048].
   """
 
   kernel: np.ndarray
@@ -65,8 +67,8 @@ def fit(images: np.ndarray, seed: int = 0) -> tuple[RandomPatches, np.ndarray]:
     seed: seed of the choice of the patches.
 
   Returns:
-    The features of any images of this shape, as a function; those of `images`, float32
-    [N, 2048].
+    A function that computes the features of any images of this shape, and the features
+    of `images`, float32 [N, 2048].
 
   Raises:
     InputError: the images have another type, or are too small.
@@ -108,7 +110,7 @@ def _respond(images: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array
 
   first = over_windows(images, average)
   variance = over_windows(images**2, average) - first**2
-  # The filters sum to zero, so that the mean of a window does not matter.
+  # The filters sum to zero, so that the mean of a window has no effect.
   response = over_windows(images, kernel)
   response /= jnp.sqrt(jnp.maximum(variance, 0) + _LEAST_VARIANCE)
   response -= bias[None, None, None, :]

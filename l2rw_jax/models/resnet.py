@@ -24,22 +24,22 @@ class ResNet(split.SplitNetwork):
   blocks with 16, 32 and 64 features, strides 1, 2, 2, option-A shortcuts (subsampled,
   zero-padded channels, without parameters), and global average pooling. Kernels are
   initialized from N(0, 2 / fan_in), biases with 0. There are 464,154 parameters for
-  CIFAR-10. The ResNet-32 of L2RW differs, see `preactivation_resnet`.
+  CIFAR-10 with 5 blocks. The ResNet-32 of L2RW differs; see `preactivation_resnet`.
 
   Attributes:
-    num_outputs: logits per example.
-    blocks: blocks per stage; 5 is ResNet-32.
-    width: features of the first stage.
+    num_outputs: number of logits per example.
+    blocks: number of blocks per stage; 5 is ResNet-32.
+    width: number of features of the first stage.
     norm: "batch", as published, or "group": GroupNorm with 8 groups. Group
       normalization treats examples separately, as the layerwise engine of
       `linearization.linearize` requires.
     axis_name: mapped axis whose devices share batch statistics.
-    dtype: of the computation.
+    dtype: floating-point type of the computation.
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
 
   Raises:
-    InputError: when initialized or applied, an unknown `norm`, or "group" with a
-      `width` that is not a multiple of 8.
+    InputError: when it is initialized or applied, if `norm` is unknown, or if it is
+      "group" and `width` is not a multiple of 8.
   """
 
   num_outputs: int
@@ -71,8 +71,8 @@ class ResNet(split.SplitNetwork):
     conv = functools.partial(
       nn.Conv,
       kernel_size=(3, 3),
-      # As in PyTorch. With a stride of 2, "SAME" would pad below and on the right
-      # only, so that the convolution would not be aligned with the shortcut.
+      # The padding is that of PyTorch. With a stride of 2, "SAME" would pad only below
+      # and on the right, so the convolution would not be aligned with the shortcut.
       padding=1,
       use_bias=False,
       kernel_init=_kaiming,

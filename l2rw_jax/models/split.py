@@ -34,11 +34,12 @@ def output_layer(num_outputs: int, cosine: bool, **options: Any) -> nn.Module:
 
 
 class Cosine(nn.Module):
-  """Cosines of the angles between the features and each class's weights; no bias.
+  """Cosines of the angles between the features and the weights of each class.
 
-  LDAM uses this layer. The cosines lie in [-1, 1], so training needs a loss that scales
-  them. Zero features have zero cosines. Weights are initialized from U(-1, 1), each
-  column normalized to length 1. Half-precision features are processed in float32.
+  LDAM uses this layer, which has no bias. The cosines lie in [-1, 1], so training needs
+  a loss that scales them. If the features are zero, the cosines are zero. Weights are
+  initialized from U(-1, 1), and each column is normalized to length 1. Half-precision
+  features are processed in float32.
 
   References:
     Cao, Wei, Gaidon, Arechiga, Ma, "Learning Imbalanced Datasets with
@@ -54,7 +55,7 @@ class Cosine(nn.Module):
   def __call__(self, features: jax.Array) -> jax.Array:
     """Maps features [B, d] to cosines [B, C]."""
     kernel = self.param("kernel", _unit_columns, (features.shape[-1], self.num_outputs))
-    with jax.numpy_dtype_promotion("standard"):  # Half-precision features to float32.
+    with jax.numpy_dtype_promotion("standard"):  # Promotes half precision to float32.
       features, kernel = nn.dtypes.promote_dtype(features, kernel)
     return _normalize(features, -1) @ _normalize(kernel, 0)
 
@@ -64,7 +65,7 @@ def _unit_columns(key, shape):
 
 
 def _normalize(x: jax.Array, axis: int) -> jax.Array:
-  """x / |x| along an axis; x itself near zero, where x / |x| has no derivative."""
+  """x / |x| along an axis, or x near zero, where x / |x| has no derivative."""
   # Dividing by a constant first does not change the result, but avoids overflow.
   largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True))
   is_zero = largest < 1e-12

@@ -21,17 +21,18 @@ class VisionTransformer(split.SplitNetwork):
   parameters for CIFAR-10.
 
   Attributes:
-    num_outputs: logits per example.
+    num_outputs: number of logits per example.
     patch: side of a patch; must divide the height and width of the images.
-    width: features of a patch.
+    width: number of features of a patch.
     depth: number of blocks.
     num_heads: number of attention heads; must divide `width`.
     expansion: hidden width of a block divided by `width`.
-    dtype: of the computation.
+    dtype: floating-point type of the computation.
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
 
   Raises:
-    InputError: when initialized or applied, sizes that are not divisible.
+    InputError: when it is initialized or applied, if `patch` does not divide the images
+      or `num_heads` does not divide `width`.
 
   References:
     Dosovitskiy et al., "An Image is Worth 16x16 Words: Transformers for Image
@@ -79,7 +80,7 @@ class VisionTransformer(split.SplitNetwork):
 
 
 def norm(name: str, dtype: Any, x: jax.Array) -> jax.Array:
-  """LayerNorm in float32 at least, without the implicit promotion of flax."""
+  """LayerNorm in float32 or wider, without the implicit promotion of flax."""
   wide = x.astype(base.accumulator_dtype(x.dtype))
   return nn.LayerNorm(name=name)(wide).astype(dtype)
 
@@ -90,7 +91,7 @@ class Block(nn.Module):
   Attributes:
     num_heads: number of attention heads; must divide the width of the input.
     expansion: width of the hidden layer of the MLP divided by that of the input.
-    dtype: of the computation.
+    dtype: floating-point type of the computation.
     causal: whether a position attends only to itself and to those before it.
   """
 
@@ -114,7 +115,7 @@ class Block(nn.Module):
       raise base.InputError(
         f"num_heads={self.num_heads} does not divide width={width}."
       )
-    # Queries, keys and values from one matrix product.
+    # One matrix product computes queries, keys and values.
     shape = (3, self.num_heads, width // self.num_heads)
     qkv = nn.DenseGeneral(shape, dtype=self.dtype, name="qkv")(x)
     query, key, value = (qkv[:, :, i] for i in range(3))

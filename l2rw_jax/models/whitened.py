@@ -1,10 +1,11 @@
 """A fast network for small images, with a whitened first convolution.
 
 The ideas are those of the public speed-runs on CIFAR-10 (Keller Jordan, "94% on
-CIFAR-10 in 3.29 seconds on a single GPU", arXiv:2404.00498): the first layer is not
-trained but decorrelates patches of 2x2 pixels; three pairs of 3x3 convolutions follow,
-each with a pooling after its first; GELU; no residual connections; convolutions that
-start as the identity on their first channels; small logits at the start.
+CIFAR-10 in 3.29 seconds on a single GPU", arXiv:2404.00498). The first layer is not
+trained; it decorrelates patches of 2x2 pixels. Three pairs of 3x3 convolutions follow,
+with pooling after the first convolution of each pair, GELU, and no residual
+connections. The convolutions start as the identity on their first channels, and the
+logits are small at the start.
 """
 
 import functools
@@ -23,13 +24,13 @@ from l2rw_jax.models import split
 NORMS = ("batch", "group")
 PATCH = 2
 _NUM_GROUPS = 8
-# The features are divided by it, so that the first logits are small.
+# The features are divided by this number, so that the first logits are small.
 _LOGIT_DIVISOR = 9.0
-# Relative to the mean variance of a pixel of a patch.
+# This epsilon is relative to the mean variance of a pixel of a patch.
 _EPSILON = 1e-3
 
-# Numbers [PATCH * PATCH * C, K], K being the number of filters, as nested tuples, so
-# that a module which holds them can be hashed and compared.
+# Numbers [PATCH * PATCH * C, K] for K filters. They are nested tuples, so that a module
+# with filters can be hashed and compared.
 Filters = tuple[tuple[float, ...], ...]
 
 
@@ -42,8 +43,8 @@ def whitening_filters(images: np.ndarray) -> Filters:
   outputs.
 
   Args:
-    images: as the network gets them in evaluation, float [N, H, W, C]. Some thousand
-      are enough; no labels are needed.
+    images: images in the form in which the network gets them in evaluation, float
+      [N, H, W, C]. A thousand are enough; no labels are needed.
 
   Returns:
     Filters [4 C, 8 C] for `WhitenedNet.whitening`, in the order of rows, columns and
@@ -75,7 +76,7 @@ def whitening_filters(images: np.ndarray) -> Filters:
   epsilon = max(_EPSILON * variances.mean(), 1e-12)
   # Rounding can make the smallest variances negative.
   filters = directions / np.sqrt(np.maximum(variances, 0) + epsilon)
-  # The sign of an eigenvector is arbitrary: the largest entry of each is positive.
+  # The sign of an eigenvector is arbitrary, so make the largest entry positive.
   largest = np.argmax(np.abs(filters), axis=0)
   filters = filters * np.sign(filters[largest, np.arange(filters.shape[1])])
   both = np.concatenate([filters, -filters], axis=1)
@@ -86,8 +87,8 @@ class Whitening(nn.Module):
   """A 2x2 convolution without padding whose kernel is constant; its bias is trained.
 
   Attributes:
-    filters: of `whitening_filters`.
-    dtype: of the computation.
+    filters: result of `whitening_filters`.
+    dtype: floating-point type of the computation.
   """
 
   filters: Filters
@@ -122,30 +123,32 @@ class Whitening(nn.Module):
 class WhitenedNet(split.SplitNetwork):
   """Six 3x3 convolutions after a whitening layer, for images of 9x9 pixels or more.
 
-  A 2x2 convolution with the filters of `whitening_filters`, which are constants, and a
-  bias; GELU; then three times: 3x3 convolution, 2x2 max pooling, normalization, GELU,
-  3x3 convolution, normalization, GELU, with `width`, 4 `width` and 4 `width` channels;
-  the maximum over the remaining positions; a linear layer. For CIFAR-10 there are
-  1,972,514 parameters at width 64, and 497,826 at width 32, with BatchNorm.
+  The network begins with a 2x2 convolution whose filters are the constants of
+  `whitening_filters`, with a trained bias, and GELU. Three blocks with `width`,
+  4 `width` and 4 `width` channels follow. A block consists of a 3x3 convolution, 2x2
+  max pooling, normalization, GELU, a 3x3 convolution, normalization and GELU. The
+  maximum over the remaining positions and a linear layer come last. For CIFAR-10 there
+  are 1,972,514 parameters at width 64, and 497,826 at width 32, with BatchNorm.
 
-  Differences from the speed-run: a head with a bias, and nothing of its training recipe
-  (learning rates of 10, a separate learning rate for biases, an average of weights).
+  Differences from the speed-run: the head has a bias, and the training recipe is not
+  used (learning rates of 10, a separate learning rate for biases, an average of
+  weights).
 
   Attributes:
-    num_outputs: logits per example.
-    whitening: of `whitening_filters`; None is a trainable first convolution with as
-      many filters.
-    width: channels of the first pair; 64 in the speed-run.
+    num_outputs: number of logits per example.
+    whitening: the result of `whitening_filters`; None is a trainable first convolution
+      with as many filters.
+    width: number of channels of the first pair; 64 in the speed-run.
     norm: "batch", or "group": GroupNorm with 8 groups, which treats examples
       separately, as the layerwise engine of `linearization.linearize` requires.
     axis_name: mapped axis whose devices share batch statistics.
-    dtype: of the computation.
+    dtype: floating-point type of the computation.
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
 
   Raises:
-    InputError: when initialized or applied, an unknown `norm`, "group" with a `width`
-      that is not a multiple of 8, images that are too small, or filters for another
-      number of channels.
+    InputError: when it is initialized or applied, if `norm` is unknown, it is "group"
+      and `width` is not a multiple of 8, the images are too small, or the filters are
+      for another number of channels.
   """
 
   num_outputs: int

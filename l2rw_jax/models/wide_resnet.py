@@ -25,12 +25,12 @@ class WideResNet(split.SplitNetwork):
   U(+-1 / sqrt(d)) with bias 0.
 
   Attributes:
-    num_outputs: logits per example.
-    blocks: blocks per stage, (depth - 4) / 6; 4 is WRN-28.
+    num_outputs: number of logits per example.
+    blocks: number of blocks per stage, (depth - 4) / 6; 4 is WRN-28.
     widen: factor of the widths 16, 32 and 64.
     dropout: dropout rate; 0 in Meta-Weight-Net.
     axis_name: mapped axis whose devices share batch statistics.
-    dtype: of the computation.
+    dtype: floating-point type of the computation.
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
   """
 
@@ -73,8 +73,8 @@ class WideResNet(split.SplitNetwork):
       kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
       dtype=self.dtype,
     )
-    # As in PyTorch, one pixel on every side. With a stride of 2, "SAME" would pad below
-    # and on the right only.
+    # As in PyTorch, pad one pixel on every side. With a stride of 2, "SAME" would pad
+    # only below and on the right.
     conv_3x3 = functools.partial(conv, kernel_size=(3, 3), padding=1)
     x = conv_3x3(16)(x)
     for stage in range(3):

@@ -1,1 +1,1 @@
-"""The only loop, for every method: see `loop.train`."""
+"""The training loop for every method: see `loop.train`."""

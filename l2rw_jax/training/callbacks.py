@@ -1,7 +1,8 @@
 """What happens between the steps of a `run.Run`: metrics, evaluation, checkpoints.
 
-`loop.train` uses all of these; each can also be used in another loop. With several
-processes, all of them make the same calls; process 0 evaluates and writes files.
+`loop.train` uses all classes of this module; each can also be used in another loop.
+With several processes, all of them make the same calls, and process 0 evaluates and
+writes files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,7 @@ class Metrics:
     Args:
       folders: the folder of each run.
       resume_step: the step from which the runs continue, or None for new runs.
-      saved: what `to_json` returned at that step.
+      saved: the result of `to_json` at that step.
     """
     histories = saved["metrics"] if saved else [None] * len(folders)
     # Metrics [R, K] of the steps since the last row, by name.
@@ -71,7 +72,7 @@ class Metrics:
     self._files.__exit__(*exception)
 
   def close(self, run: int) -> None:
-    """Closes the files of one run, which derives `metrics.csv`."""
+    """Closes the files of one run and writes its `metrics.csv`."""
     self._writers[run].close()
 
   def add(self, metrics: Mapping[str, np.ndarray]) -> None:
@@ -116,12 +117,12 @@ class Evaluation:
     probes: Sequence[evaluation.Probe] = (),
     name: str = "train",
   ):
-    """Measures nothing yet.
+    """Stores the arguments and measures nothing.
 
     Args:
-      metrics: where the results are written.
+      metrics: the writer of the results.
       evaluators: metrics of the test set; one of them computes `accuracy`.
-      probes: metrics of the runs themselves.
+      probes: metrics of the runs, such as their accuracy on the training set.
       name: name of the runs in log messages.
     """
     self._metrics, self._name = metrics, name
@@ -168,7 +169,7 @@ class Checkpoints:
     """
     self._folder, self._identities = folder, list(identities)
     self._place = folder / "checkpoints"
-    # The first process removes what is incomplete, before others read.
+    # The first process removes incomplete checkpoints before the others read.
     if processes.is_first():
       self._checkpointer = checkpointing.Checkpointer(self._place)
     processes.on_first("checkpoints", lambda: None)
@@ -177,7 +178,7 @@ class Checkpoints:
     self._saved_step = -1
 
   def close(self) -> None:
-    """Frees what the checkpointer holds."""
+    """Frees the resources of the checkpointer."""
     self._checkpointer.close()
 
   def restore(
@@ -193,7 +194,7 @@ class Checkpoints:
       checkpoint.
 
     Raises:
-      InputError: the checkpoint is of another run, or of an unfinished run on other
+      InputError: the checkpoint is from another run, or from an unfinished run on other
         devices or with other versions.
     """
     shape = (len(run.splits), len(run.splits[0].train.label))
@@ -241,13 +242,13 @@ class Checkpoints:
   def save(
     self, run: run_lib.Run, metrics: Metrics, weights: weight_log.WeightLog
   ) -> None:
-    """Saves a checkpoint unless this step is saved already."""
+    """Saves a checkpoint, unless one of this step exists."""
     if run.step > self._saved_step:
       processes.on_first("save", lambda: self._save(run, metrics, weights))
       self._saved_step = run.step
 
   def _save(self, run, metrics, weights):
-    # The timer comes first, so that it is there for every checkpoint.
+    # The timer is written first, so that it exists for every checkpoint.
     self.write_timing(run)
     host = {
       "positions": [list(position) for position in run.sampler.positions()],
@@ -277,8 +278,8 @@ class Checkpoints:
 
     Args:
       run: the runs; waits for their steps.
-      metrics: saved with the checkpoint.
-      weights: likewise.
+      metrics: the metrics, which are saved with the checkpoint.
+      weights: the weight log, which is saved with the checkpoint.
       name: name of the runs in the message.
     """
     failure = run.failure()
@@ -296,5 +297,5 @@ class Checkpoints:
 
 
 def _mean(values):
-  # In float32 at least: a sum of many bfloat16 numbers stops growing.
+  # Sum in float32 or wider, because a sum of many bfloat16 numbers stops growing.
   return np.mean(values.astype(np.promote_types(values.dtype, np.float32)))

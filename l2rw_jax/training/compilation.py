@@ -15,7 +15,7 @@ from l2rw_jax.training import devices as devices_lib
 from l2rw_jax.training import step as step_lib
 
 
-# Enough for all methods of the largest figure at two sizes of its training set.
+# This is enough for all methods of the largest figure at two sizes of its training set.
 @functools.lru_cache(maxsize=16)
 def functions(
   model: config_lib.Model,
@@ -36,9 +36,9 @@ def functions(
     method: only its `gradients` and `init` are used.
     optimizer: the optimizer of the network.
     num_examples: N.
-    num_steps: length of the run.
+    num_steps: number of steps of the run.
     num_runs: R.
-    devices: the devices that train, of all processes.
+    devices: the devices that train, those of all processes.
     device_map: how the steps are mapped over them, one of `devices.MAPS`.
 
   Returns:

@@ -1,4 +1,4 @@
-"""Settings of a run, and whether the settings, the method and the data fit together."""
+"""Settings of a run, and checks that the settings, the method and the data match."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -42,23 +42,23 @@ class Config:
   """Settings of a run.
 
   Attributes:
-    num_steps: updates.
+    num_steps: number of updates.
     batch_size: B, over all devices.
     meta_batch_size: M, over all devices; the whole meta set if None.
-    seeds: one run is trained for each; the seed decides the initialization, the order
-      of the batches and the random numbers of the method.
-    log_every: steps between two rows of training metrics.
-    eval_every: steps between two evaluations.
-    checkpoint_every: steps between two checkpoints.
-    num_devices: devices to use, over all processes. If None, one process uses the
+    seeds: one run is trained for each seed. The seed determines the initialization, the
+      order of the batches and the random numbers of the method.
+    log_every: number of steps between two rows of training metrics.
+    eval_every: number of steps between two evaluations.
+    checkpoint_every: number of steps between two checkpoints.
+    num_devices: number of devices of all processes. If None, one process uses the
       largest number that divides the batch size, and several processes use all.
-    steps_per_call: steps that are sent to the devices at once, as one compiled loop.
-      If None, 1 on CPU, where convolutions in a loop are slow, and 20 elsewhere. It
-      is at most the smallest of the three intervals above, and 1 if training examples
-      are not kept on the devices. Affects speed only (and rounding).
+    steps_per_call: number of steps of one call of the compiled function.
+      None is 1 on CPU, where convolutions in a loop are slow, and 20 elsewhere. The
+      number is at most the smallest of the three intervals above, and 1 if training
+      examples are not kept on the devices. It affects only speed (and rounding).
     data: where training examples are kept. "resident" keeps them on the devices,
-      "stream" reads them ahead of the steps that take them, and "auto" does so if they
-      do not fit on the devices or are a row source. Affects speed only.
+      "stream" reads them ahead of the steps that use them, and "auto" streams them if
+      they do not fit on the devices or are a row source. It affects only speed.
     device_map: how a step is mapped over the devices, "pmap" or "shard_map". Both run
       the same program.
   """
@@ -84,8 +84,9 @@ class Config:
     """Whether something is due after `step` updates.
 
     Args:
-      step: updates done.
-      *intervals: steps between two times; everything is due after the last step.
+      step: number of updates so far.
+      *intervals: numbers of steps between two events. Everything is due after the last
+        step.
     """
     return step == self.num_steps or any(step % every == 0 for every in intervals)
 
@@ -144,7 +145,10 @@ def as_integers(
 
 
 def _check_same_kind(examples, part):
-  """Runs that are trained side by side share arrays, so their data must be alike."""
+  """Raises InputError unless the data of all runs have the same labels and images.
+
+  Runs that are trained side by side share arrays.
+  """
   for what, values in (
     ("one size", {len(e.label) for e in examples}),
     ("one label shape", {np.shape(e.label)[1:] for e in examples}),
@@ -153,7 +157,7 @@ def _check_same_kind(examples, part):
   ):
     if len(values) > 1:
       raise base.InputError(
-        f"splits trained side by side must be of {what}; the {part} sets have"
+        f"splits trained side by side must have {what}; the {part} sets have"
         f" {' and '.join(map(str, sorted(values)))}: train them one by one."
       )
 
@@ -164,15 +168,15 @@ def _check_labels(labels, num_classes, where):
     first = tuple(wrong[0])
     raise base.InputError(
       f"label out of range in {where}: example {first[0]} has label"
-      f" {int(labels[first])}, classes are 0 to {num_classes - 1}."
+      f" {int(labels[first])}, but classes are 0 to {num_classes - 1}."
     )
 
 
 def _check_meta(config, method, num_meta):
   if method.needs_meta and num_meta == 0:
     raise base.InputError(
-      "this method needs a clean meta set and it is empty: raise --num_meta, or"
-      " choose a --methods that needs none."
+      "this method needs a meta set of clean examples, and it is empty: raise"
+      " --num_meta, or choose --methods that need none."
     )
   if config.meta_batch_size is not None and (
     config.meta_batch_size > num_meta or config.meta_batch_size < 1

@@ -1,9 +1,9 @@
 """Where examples are kept during training: on the devices if they fit, or elsewhere.
 
 In all cases a step receives arrays of examples and the rows to take from them, so
-that one compiled step serves all. A set on the devices is sent once, and each call
-sends row numbers only. Otherwise, each call sends the examples that its steps take:
-of the training set, `streaming` reads them ahead in other threads.
+that one compiled step works for all cases. A set that fits on the devices is sent once,
+and each call sends only row numbers. Otherwise, each call sends the examples that its
+steps use; `streaming` reads those of the training set ahead in other threads.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,13 +22,13 @@ from l2rw_jax.training import streaming
 # Share of an accelerator's free memory. The rest is for activations, and for the
 # second copy that exists while sets are copied to the devices.
 _SHARE = 1 / 4
-# Bytes for all CPU devices together, where there is little to gain. Also used if
-# `memory_stats()` is unavailable.
+# Bytes for all CPU devices together, where keeping data on the devices gains little.
+# This number is also used if `memory_stats()` is unavailable.
 _HOST_BYTES = 2**30
 
 
 class Part(NamedTuple):
-  """Examples on the devices, and which of them K steps take.
+  """Examples on the devices, and the rows of them that K steps use.
 
   Attributes:
     examples: arrays [D, R, n, ...].
@@ -40,7 +40,7 @@ class Part(NamedTuple):
 
 
 class Batches(NamedTuple):
-  """The examples that K steps take.
+  """The examples that K steps use.
 
   Attributes:
     train: B / D examples for each step, device and run.
@@ -65,21 +65,21 @@ class DeviceData:
     needs_meta: bool,
     kind: str = "auto",
   ):
-    """Copies to the devices what fits there.
+    """Copies the sets that fit on the devices to the devices.
 
     Args:
       splits: the data of each run.
       devices: the devices that train, of all processes.
       needs_meta: whether the method uses the meta set.
       kind: "resident" keeps the training set on the devices, "stream" reads its rows
-        ahead of the steps that take them, and "auto" does the latter if the set does
+        ahead of the steps that use them, and "auto" does the latter if the set does
         not fit on the devices or is a row source.
 
     Raises:
-      InputError: the training set of "resident" is a row source.
+      InputError: `kind` is "resident", but the training set is a row source.
     """
     self._devices = devices
-    # All processes must decide alike, or they would run different programs.
+    # All processes must make the same choice, or they would run different programs.
     max_bytes = processes.smallest("device_data", budget(devices_lib.local(devices)))
     train = [examples_lib.as_batch(split.train) for split in splits]
     self._train = store(train, devices, max_bytes, kind, reads_ahead=True)
@@ -96,7 +96,7 @@ class DeviceData:
   ) -> None:
     """Starts to read the training examples of coming steps, if they are streamed.
 
-    Nothing is done while steps of an earlier call are left.
+    It does nothing while steps of an earlier call are left.
 
     Args:
       num_steps: number of coming steps whose rows are known.
@@ -109,7 +109,7 @@ class DeviceData:
       )
 
   def close(self) -> None:
-    """Ends the threads that read ahead."""
+    """Stops the threads that read ahead."""
     if isinstance(self._train, streaming.Stream):
       self._train.close()
 
@@ -151,10 +151,10 @@ def store(
       are copied, a device holds them twice.
     kind: as in `DeviceData`.
     reads_ahead: whether examples that are not on the devices are read ahead of the
-      steps that take them.
+      steps that use them.
 
   Raises:
-    InputError: a set of "resident" has a row source.
+    InputError: `kind` is "resident", but a set has a row source.
   """
   sets = [
     {k: np.asarray(x) if isinstance(x, jax.Array) else x for k, x in one.items()}
@@ -176,8 +176,8 @@ def store(
 def budget(devices: list[jax.Device]) -> int:
   """Bytes that all sets together may use on each of the devices.
 
-  A quarter of an accelerator's free memory. On CPU, one GiB for all virtual devices
-  together; if `memory_stats()` is unavailable, one GiB for each device.
+  It is a quarter of an accelerator's free memory. On CPU, it is one GiB for all virtual
+  devices together; if `memory_stats()` is unavailable, it is one GiB for each device.
   """
   if devices[0].platform == "cpu":
     return _HOST_BYTES // len(devices)
@@ -189,8 +189,8 @@ def budget(devices: list[jax.Device]) -> int:
 
 def take(examples: base.Batch, rows: base.Array) -> base.Batch:
   """The batch [b, ...] of one step of one run on one device; traced."""
-  # Rows are within bounds: training rows are checked when an epoch begins, and the
-  # other ones are made here.
+  # Rows are within bounds: training rows are checked when an epoch begins, and all
+  # other rows are computed in this module.
   return {
     name: x.at[rows].get(mode="promise_in_bounds") for name, x in examples.items()
   }
@@ -206,7 +206,7 @@ class OnDevices:
     self._examples = devices_lib.replicate(stacked, devices)
 
   def part(self, rows: np.ndarray) -> Part:
-    """Sends row numbers only."""
+    """Sends only row numbers."""
     return Part(self._examples, rows)
 
 
@@ -222,7 +222,7 @@ class OnHost:
   def part(self, rows: np.ndarray) -> Part:
     """Gathers the examples of these steps, in order."""
     num_devices, _, num_steps, size = rows.shape
-    # Rows of the gathered examples, not of the set.
+    # These are rows of the gathered examples, not of the set.
     local_rows = np.arange(num_steps * size, dtype=np.int32).reshape(num_steps, size)
     # Read rows only once if all devices take the same ones.
     distinct = rows[:1] if (rows == rows[:1]).all() else rows

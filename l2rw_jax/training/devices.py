@@ -1,16 +1,16 @@
-"""The devices that train, the layout of arrays on them, and the only pmap.
+"""The devices that train, the layout of arrays on them, and the only use of pmap.
 
 Arrays on the devices have two leading axes, `[D, R, ...]`: D devices and R runs
 (splits of the data, seeds) that one compiled step trains side by side. Rows and
-outputs of K steps have a third one, `[D, R, K, ...]`. On the host there is no device
-axis: the batch axis holds the examples of all devices, in order.
+outputs of K steps have a third one, `[D, R, K, ...]`. Arrays on the host have no device
+axis: their batch axis contains the examples of all devices, in order.
 
-With several processes, a step runs on the devices of all of them, process by process,
-and D counts the devices of this process. `jax.shard_map` runs the same program as
-`jax.pmap`. JAX only maintains pmap, which it implements by shard_map since version
-0.8: with several processes it converts all arguments and results of every call between
-arrays of this process and arrays of all processes. Under shard_map the state remains an
-array of all processes.
+With several processes, a step runs on the devices of all processes, in the order of the
+processes, and D counts the devices of this process. `jax.shard_map` runs the same
+program as `jax.pmap`. JAX only maintains pmap and has implemented it by shard_map since
+version 0.8: with several processes, it converts all arguments and results of every call
+between arrays of this process and arrays of all processes. Under shard_map, the state
+remains an array of all processes.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,10 +30,10 @@ MAPS = ("pmap", "shard_map")
 
 
 def choose(num_devices: int | None, batch_size: int) -> list[jax.Device]:
-  """The devices that train: those of all processes, process by process.
+  """The devices that train: those of all processes, in the order of the processes.
 
   Args:
-    num_devices: how many, over all processes. If None, a single process takes the
+    num_devices: number of devices of all processes. If None, a single process takes the
       largest number that divides the batch size, and several processes take all.
     batch_size: B.
 
@@ -54,7 +54,7 @@ def choose(num_devices: int | None, batch_size: int) -> list[jax.Device]:
     )
   if batch_size % num_devices:
     raise base.InputError(
-      f"--batch_size={batch_size} does not divide among --num_devices={num_devices};"
+      f"--batch_size={batch_size} is not a multiple of --num_devices={num_devices};"
       " choose a multiple, or fewer devices."
     )
   return available[:num_devices]
@@ -69,7 +69,7 @@ def _choose_of_all(num_devices, batch_size):
   if len(set(sizes.values())) > 1:
     text = ", ".join(f"process {process} {size}" for process, size in sizes.items())
     raise base.InputError(
-      f"every process needs the same number of devices; there are: {text}."
+      f"every process needs the same number of devices, but they have: {text}."
     )
   total = most if num_devices is None else num_devices
   if not 1 <= total <= most or total % len(sizes):
@@ -80,7 +80,7 @@ def _choose_of_all(num_devices, batch_size):
     )
   if batch_size % total:
     raise base.InputError(
-      f"--batch_size={batch_size} does not divide among the {total} devices of"
+      f"--batch_size={batch_size} is not a multiple of the {total} devices of"
       f" {len(sizes)} processes; choose a multiple, or fewer by --num_devices."
     )
   share = total // len(sizes)
@@ -93,7 +93,7 @@ def local(devices: Sequence[jax.Device]) -> list[jax.Device]:
 
 
 def replicate(tree: base.PyTree, devices: list[jax.Device]) -> base.PyTree:
-  """Copies `[...]` leaves to every device, `[D, ...]`; needs room for two copies."""
+  """Copies `[...]` leaves to every device, `[D, ...]`; needs memory for two copies."""
   return _copier(tuple(devices))(np.arange(len(local(devices))), tree)
 
 
@@ -132,7 +132,7 @@ def repeat(rows: np.ndarray, devices: list[jax.Device]) -> np.ndarray:
 
 
 def spread(steps: Sequence[Any], devices: list[jax.Device]) -> np.ndarray:
-  """Assigns the rows that K steps take to the devices.
+  """Assigns the rows that K steps use to the devices.
 
   Args:
     steps: for each step, rows [R, B] of the global batch, the same in every process.
@@ -140,9 +140,8 @@ def spread(steps: Sequence[Any], devices: list[jax.Device]) -> np.ndarray:
 
   Returns:
     Rows of the D devices of this process, int32 [D, R, K, B / N]. If B is not
-    divisible by N, every device takes all of them, [D, R, K, B]: a mean over devices
-    that hold the same examples is the same mean. (Ten meta examples need not be
-    divisible by eight devices.)
+    divisible by N (such as ten meta examples on eight devices), every device takes all
+    of them, [D, R, K, B]: the mean over devices with the same examples is the same.
   """
   rows = np.stack(steps, axis=1).astype(np.int32)  # [R, K, B]
   parts = (repeat if rows.shape[-1] % len(devices) else shard)(rows, devices)
@@ -164,8 +163,8 @@ def first_copy(tree: base.PyTree) -> base.PyTree:
 def over_runs(fun: Callable[..., Any], num_runs: int) -> Callable[..., Any]:
   """Maps `fun` over the leading axis R of all its arguments.
 
-  A single run is not mapped: its axis is removed. XLA:CPU takes a slower path for a
-  convolution whose kernel has a batch axis, even if its size is one.
+  A single run is not mapped. Its axis is removed instead, because XLA:CPU takes a
+  slower path for a convolution whose kernel has a batch axis, even of size one.
   """
   if num_runs > 1:
     return jax.vmap(fun)
@@ -180,8 +179,8 @@ def over_runs(fun: Callable[..., Any], num_runs: int) -> Callable[..., Any]:
 def on_one_device(fun: Callable[..., Any]) -> Callable[..., Any]:
   """`fun` with `AXIS_NAME` bound to an axis of size one.
 
-  This makes networks that share BatchNorm statistics over `AXIS_NAME` usable outside
-  of the step.
+  Networks that share BatchNorm statistics over `AXIS_NAME` can then be used outside of
+  the step.
   """
 
   def call(*args):

@@ -1,4 +1,4 @@
-"""Measurements of a run: its predictions on held-out examples, and its state."""
+"""Measurements of a run, from its predictions on held-out examples and its state."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -26,7 +26,8 @@ class Predictions(NamedTuple):
     predicted: the classes with the highest score, of the same shape.
     losses: per-example losses, [N].
     num_classes: C.
-    groups: attribute of each example, [N]; None if the groups are the classes.
+    groups: group of each example by an attribute, [N]; None if the groups are the
+      classes.
   """
 
   labels: np.ndarray
@@ -42,7 +43,7 @@ class Snapshot:
 
   Attributes:
     seed: the seed of the run.
-    step: updates done.
+    step: number of updates so far.
     state: the training state, on one device.
     problem: the learning problem, without a device axis.
     optimizer: the optimizer of the network.
@@ -75,7 +76,8 @@ class Snapshot:
 Evaluator = Callable[[Predictions], dict[str, float]]
 # Metrics of a run that need more than its predictions on the test set, by name.
 Probe = Callable[[Snapshot], dict[str, float]]
-# Records something before an epoch; the second argument is the epoch, counted from 0.
+# A function that records something before an epoch. The second argument is the epoch,
+# counted from 0.
 EpochProbe = Callable[[Snapshot, int], None]
 SHOTS = ("many", "medium", "few")
 _MANY, _FEW = 100, 20
@@ -99,9 +101,9 @@ def predict(
   Args:
     problem: the learning problem.
     params: parameters of one run.
-    model_state: its non-trained variables.
-    examples: arrays with leading axis N, among them "label", and "group" if known.
-    batch_size: examples in a forward pass.
+    model_state: variables of the run that are not trained.
+    examples: arrays with leading axis N, including "label", and "group" if it is known.
+    batch_size: number of examples in a forward pass.
   """
 
   def predict_batch(batch):
@@ -149,11 +151,11 @@ def per_class_accuracy(predictions: Predictions) -> dict[str, float]:
 def shot_thresholds(class_counts: Sequence[int]) -> tuple[int, int]:
   """The counts above which a class is many-shot, and below which it is few-shot.
 
-  These are the usual 100 and 20 if none of the three groups is empty then. Otherwise
-  (as in all sets with ten classes of thousands) the classes are split into thirds by
-  their count: ten classes into 3, 4 and 3. Classes of the same size stay in one
-  group, so that a step-shaped tail has no medium-shot class, and classes of equal
-  size are all medium-shot.
+  These are the usual 100 and 20, unless one of the three groups would be empty (as in
+  all sets with ten classes of thousands of examples). In that case the classes are
+  split into thirds by their count: ten classes into 3, 4 and 3. Classes of the same
+  size stay in one group. If only two sizes exist, there is therefore no medium-shot
+  class, and if all classes have one size, all are medium-shot.
 
   Args:
     class_counts: training examples of each class, [C].
@@ -187,9 +189,9 @@ def _shot_groups(counts: np.ndarray, many: int, few: int) -> np.ndarray:
 def shot_accuracy(class_counts: Sequence[int], many: int, few: int) -> Evaluator:
   """Makes an evaluator for classes with many, medium and few training examples.
 
-  It computes `many_shot_accuracy`, `medium_shot_accuracy` and `few_shot_accuracy`:
-  the mean accuracy of the classes in each group. A group is left out if none of its
-  classes has test examples.
+  The evaluator computes `many_shot_accuracy`, `medium_shot_accuracy` and
+  `few_shot_accuracy`: the mean accuracy of the classes in each group. A group is left
+  out if none of its classes has test examples.
 
   Args:
     class_counts: training examples of each class, [C].
@@ -201,8 +203,8 @@ def shot_accuracy(class_counts: Sequence[int], many: int, few: int) -> Evaluator
   """
   if few > many + 1:
     raise base.InputError(
-      f"shot_accuracy: few={few} must not be above many={many} plus 1, or a class of"
-      f" {many + 1} examples would be both; lower few."
+      f"shot_accuracy: few={few} must not be above many={many} plus 1, because a class"
+      f" of {many + 1} examples would be both many-shot and few-shot; lower few."
     )
   groups = _shot_groups(np.asarray(class_counts), many, few)
 

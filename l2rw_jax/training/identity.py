@@ -13,8 +13,8 @@ from l2rw_jax.data import fingerprint
 from l2rw_jax.io import workdir
 from l2rw_jax.training import config as config_lib
 
-# Seeds are stored elsewhere. Where the data are kept changes no number, and the other
-# ones affect rounding only.
+# These settings are not compared: seeds are stored elsewhere, the place of the data
+# does not change any number, and the others affect only rounding.
 EXCLUDED = ("seeds", "num_devices", "steps_per_call", "device_map", "data")
 _ADVICE = "choose another --workdir or delete it."
 
@@ -33,7 +33,7 @@ def of_runs(
 
   Returns:
     For each seed: "config" and "seed"; "data", a checksum of all data that the run
-    uses; "settings", with which the folder was prepared.
+    uses; "settings", the settings with which the folder was prepared.
   """
   settings = dataclasses.asdict(config)
   for name in EXCLUDED:
@@ -65,7 +65,7 @@ def check_run(old: Any, new: dict[str, Any], place: pathlib.Path) -> None:
   """
   if not isinstance(old, dict) or old.keys() != new.keys():
     raise base.InputError(
-      f"{place} does not say with which settings and data it was made: an earlier"
+      f"{place} does not contain the settings and data of its run, because an earlier"
       f" version wrote it; {_ADVICE}"
     )
   rest = ("seed", "data")
@@ -81,11 +81,11 @@ def check_run(old: Any, new: dict[str, Any], place: pathlib.Path) -> None:
 def check_made_by(old: Any, new: dict[str, Any], place: pathlib.Path) -> None:
   """Raises InputError unless an unfinished run would continue with the same numbers.
 
-  Only the number of devices may change, which affects rounding: it is logged.
+  Only the number of devices may change. The change affects rounding and is logged.
 
   Args:
-    old: `made_by` that was saved with the checkpoint.
-    new: `made_by` of this process.
+    old: the result of `made_by` that was saved with the checkpoint.
+    new: the result of `made_by` in this process.
     place: the folder of the checkpoints, for the message.
   """
   old = dict(old) if isinstance(old, dict) else {}
@@ -93,7 +93,7 @@ def check_made_by(old: Any, new: dict[str, Any], place: pathlib.Path) -> None:
   if before not in (None, new["num_devices"]):
     logging.warning(
       "%s was saved on %d device(s), and the run continues on %d: its numbers differ by"
-      " rounding from those of a run on one of them.",
+      " rounding from those of a run on the same number of devices throughout.",
       place,
       before,
       new["num_devices"],
@@ -106,5 +106,6 @@ def _refuse(differences: list[str], place: pathlib.Path, what: str) -> None:
   if differences:
     differences = list(dict.fromkeys(differences))
     raise base.InputError(
-      f"{place} holds {what}: {'; '.join(differences)}. Run it as before, or {_ADVICE}"
+      f"{place} contains {what}: {'; '.join(differences)}. Run it as before, or"
+      f" {_ADVICE}"
     )

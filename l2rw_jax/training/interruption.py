@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, deferred until its state can be saved."""
+"""Signals that stop a run, deferred until the state of the run can be saved."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from l2rw_jax import base
 from l2rw_jax import processes
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -18,13 +19,13 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def deferred() -> Iterator[list[int]]:
   """Defers SIGINT, SIGTERM and SIGHUP until the end of the `with`.
 
-  The first signal is recorded, so that the caller can save its state and leave; it is
-  raised again at the end, for the previous handler. A second signal is not deferred.
-  Signals that the process ignores, such as SIGHUP under `nohup`, stay ignored.
-  Outside of the main thread nothing is deferred.
+  The first signal is recorded, so that the caller can save its state and leave the
+  `with`. At its end, the signal is raised again for the previous handler. A second
+  signal is not deferred. Signals that the process ignores, such as SIGHUP under
+  `nohup`, stay ignored. Outside of the main thread, no signal is deferred.
 
   Yields:
-    The signals received so far: a list that stays empty until one arrives.
+    A list of the signals that were received so far, which is empty at first.
   """
   received: list[int] = []
   previous: dict[int, Any] = {}
@@ -56,11 +57,12 @@ def agreed(signals: list[int]) -> Iterator[Callable[[], bool]]:
   """Lets all processes stop between the same two calls of the compiled step.
 
   Args:
-    signals: what `deferred` yields. It receives the signal of another process.
+    signals: the list that `deferred` yields. The signal of another process is appended
+      to it.
 
   Yields:
-    A function to call before every call of the step; it returns whether to stop. A
-    single process stops after its first signal.
+    A function that must be called before every call of the step. It returns whether to
+    stop. A single process stops after its first signal.
   """
   if processes.count() == 1:
     yield lambda: bool(signals)
@@ -72,7 +74,7 @@ def agreed(signals: list[int]) -> Iterator[Callable[[], bool]]:
     agreement.close()
 
 
-_numbers = itertools.count()  # Of the agreements, the same in every process.
+_numbers = itertools.count()  # Numbers the agreements, equally in every process.
 _POLL_SECONDS = 0.5
 
 
@@ -80,10 +82,11 @@ class _Agreement:
   """Decides after how many calls of the step all processes stop.
 
   The devices of one process wait for those of the others, so all processes must make
-  the same calls. A thread looks for a signal of any process in the store of the
-  coordination service. It then keeps this process from starting further calls, and
-  publishes how many have been started. All processes continue to the largest of these
-  numbers. The main thread only counts calls, under a lock that is free.
+  the same calls. In each process, a thread looks for a signal of any process in the
+  store of the coordination service. If there is one, it keeps its process from starting
+  more calls, and publishes how many have been started. All processes continue to the
+  largest of these numbers. The main thread only counts calls, under a lock that is
+  usually free.
   """
 
   def __init__(self, signals: list[int]):
@@ -104,7 +107,7 @@ class _Agreement:
       if not self._is_held:
         self._num_calls += 1
         return False
-    while not self._decided.wait(1.0):  # So that signal handlers run.
+    while not self._decided.wait(1.0):  # Signal handlers run between two waits.
       pass
     if self._num_calls >= self._last_call:
       return True
@@ -112,7 +115,7 @@ class _Agreement:
     return False
 
   def close(self) -> None:
-    """Ends the thread, and tells a process that still decides the number of calls."""
+    """Ends the thread and publishes the number of calls for the other processes."""
     self._closed.set()
     self._thread.join()
     if not self._is_held:
@@ -121,12 +124,12 @@ class _Agreement:
       )
 
   def _watch(self):
-    # The main thread reports a connection that is lost.
+    # If the connection is lost, the main thread reports it.
     try:
       number = self._request()
       if number is not None:
         self._decide(number)
-    except jax.errors.JaxRuntimeError:
+    except (jax.errors.JaxRuntimeError, base.InputError):
       pass
     finally:
       self._decided.set()

@@ -5,21 +5,22 @@
     folder/seed-S/metrics.*     JSON lines, CSV and TensorBoard, one folder per run
     folder/seed-S/weights.csv   per-example weights
     folder/seed-S/statistics.npz
-                                what the method reports of each example, if it does
+                                what the method reports for each example, if anything
     folder/seed-S/variables.msgpack
                                 trained parameters, see `variables`
-    folder/seed-S/results.json  written last: a finished run is not repeated
+    folder/seed-S/results.json  written last; it marks the run as finished
 
 The same call continues an interrupted run and ends with the same bytes in these files
 (except for the seconds) as an uninterrupted one, if the number of steps per call is
 the same. Checkpoints and results record what the numbers of the run depend on:
 settings, data and, for an unfinished run, versions and kind of device. A folder that
-holds another run is refused. SIGINT, SIGTERM and SIGHUP save a checkpoint first.
+contains another run is refused. On SIGINT, SIGTERM and SIGHUP, a checkpoint is saved
+before the run stops.
 
 Several processes (`jax.distributed`) train one run together: all of them call `train`
-with the same arguments, every process feeds its devices its rows of every batch, and
-process 0 writes the files, in a folder that all of them see. The run can be continued
-by another number of processes and devices: the results differ by rounding only.
+with the same arguments, every process sends its rows of every batch to its devices, and
+process 0 writes the files, in a folder that all of them see. Another number of
+processes and devices can continue the run; the results then differ only by rounding.
 """
 
 from collections.abc import Sequence
@@ -64,27 +65,28 @@ def train(
   Args:
     config: settings of the runs.
     model: the network and its loss.
-    method: turns batches into gradients.
-    optimizer: turns gradients into updates.
+    method: the method that computes gradients from batches.
+    optimizer: the optimizer of the network.
     splits: the data of each seed, all of one size.
-    folder: where everything is saved. The model, the method and the optimizer must be
+    folder: the folder of all files. The model, the method and the optimizer must be
       those with which the folder was created.
     evaluators: metrics of the test set; one of them must compute `accuracy`.
     name: name of the runs in the progress bar and in messages.
-    probes: metrics of the runs themselves, at the start and at every evaluation.
-    epoch_probes: called for each run before each of its epochs, also again for an
-      epoch from whose start an interrupted run continues.
+    probes: metrics of the runs, measured at the start and at every evaluation.
+    epoch_probes: functions that are called for each run before each of its epochs. If
+      an interrupted run continues at the start of an epoch, they are called again for
+      that epoch.
 
   Returns:
     A `Result` for each seed, read from disk: metrics, weights, trained parameters.
 
   Raises:
-    InputError: the settings and the data do not fit together; losses or gradients
-      became NaN or infinite (the last good state is in the checkpoint); a file
-      cannot be written; `folder` holds a run with other settings, data or versions;
-      another program uses it; several processes disagree on settings or data, or do
-      not share the folder.
-    KeyboardInterrupt: a signal stopped the run; its checkpoint is saved.
+    InputError: the settings do not match the data; losses or gradients became NaN or
+      infinite (the last good state is in the checkpoint); a file cannot be written;
+      `folder` contains a run with other settings, data or versions, or another program
+      uses it; several processes disagree on settings or data, or do not share the
+      folder.
+    KeyboardInterrupt: a signal stopped the run; its checkpoint has been saved.
   """
   folder = pathlib.Path(folder)
   folders = [folder / f"seed-{seed}" for seed in config.seeds]
@@ -99,7 +101,7 @@ def train(
       **{name: getattr(config, name) for name in identity.EXCLUDED},
     },
   )
-  # One row, for a source of rows is an array only where it is read.
+  # Take one row, because a row source becomes an array only when it is indexed.
   first = {k: x[:1] for k, x in examples_lib.as_batch(splits[0].train).items()}
   if not processes.on_first(
     "finished", lambda: _is_finished(folder, folders, identities)
@@ -161,17 +163,17 @@ def _train(
           evaluate(run)
           checkpoints(run, metrics, weights)
       if signals:
-        # Not at one of the intervals, so no row of metrics is written.
+        # This step is not at one of the intervals, so no row of metrics is written.
         with run.timer.stopped():
           fetch()
           checkpoints.save(run, metrics, weights)
-  if run.step < config.num_steps:  # The signal's handler has returned.
+  if run.step < config.num_steps:  # The handler of the signal has returned.
     raise KeyboardInterrupt
 
 
 def progress_bar(total: int, initial: int, description: str) -> Any:
   """A tqdm progress bar; if stderr is not a terminal, it only logs the steps."""
-  import tqdm  # An extra of the experiments, not needed to import the package.
+  import tqdm  # Installed with the experiments; not needed to import the package.
 
   if not sys.stderr.isatty():
     logging.info("%s: steps %d to %d", description, initial, total)
@@ -186,7 +188,7 @@ def progress_bar(total: int, initial: int, description: str) -> Any:
 
 
 def _is_finished(folder, folders, identities):
-  """Whether all results are there and intact; raises if they are of other runs."""
+  """Whether all results exist and are intact; raises if they are from other runs."""
   problems = []
   for run_folder, expected in zip(folders, identities, strict=True):
     path = run_folder / results.RESULTS

@@ -22,23 +22,26 @@ _KEY = 0x73757363
 
 
 def susceptibility(batch_size: int = 128, unlabeled: Any = "train") -> evaluation.Probe:
-  """Makes a probe of `susceptibility_drop`, see `susceptibility.loss_drop`.
+  """Makes a probe of susceptibility, see `susceptibility.loss_drop`.
 
-  The probe uses the loss of the problem, even if the method changes it. At every step
-  it draws a batch of images at random. Their labels are random too, but each image
-  keeps its label during the run. All draws depend only on the seed of the run and the
-  step, not on the training.
+  The name of its metric is `susceptibility_drop`.
+
+  The probe uses the loss of the problem, even if the method changes it. For every
+  measurement it draws a batch of images at random. Their labels are also random, but
+  each image keeps its label during the run. All draws depend only on the seed of the
+  run and the step, not on the training.
 
   Args:
-    batch_size: randomly labeled examples. The released code uses 128, its training
-      batch size.
+    batch_size: number of randomly labeled examples. The released code uses 128, its
+      training batch size.
     unlabeled: the images: "train" for those of the training set, as in the released
       code; another part of the splits, such as "validation"; or an array of images
       like those of the training set, [U, ...]. Their labels are not used.
 
   Returns:
-    The probe. It raises InputError if the unlabeled set is empty, is smaller than a
-    batch or does not match the training images, or if examples have several labels.
+    The probe. When it is called, it raises InputError if the unlabeled set is empty, is
+    smaller than a batch or does not match the training images, or if examples have
+    several labels.
 
   Raises:
     InputError: `batch_size` is below 1.
@@ -87,12 +90,12 @@ def check(splits: examples_lib.Splits, unlabeled: Any, batch_size: int) -> None:
   """
   if len(unlabeled) == 0:
     raise base.InputError(
-      "the unlabeled set is empty: hold images out, or probe on the training images."
+      "the unlabeled set is empty: hold images out, or use the training images."
     )
   if len(unlabeled) < batch_size:
     raise base.InputError(
-      f"a batch of {batch_size} unlabeled images is more than the {len(unlabeled)}"
-      " available ones; lower the batch size of the probe or hold out more."
+      f"a batch needs {batch_size} unlabeled images, but there are {len(unlabeled)};"
+      " lower the batch size of the probe or hold out more images."
     )
   train = splits.train
   if np.ndim(train.label) != 1:
@@ -103,8 +106,8 @@ def check(splits: examples_lib.Splits, unlabeled: Any, batch_size: int) -> None:
   kind, train_kind = ((x.dtype, tuple(x.shape[1:])) for x in (unlabeled, train.image))
   if kind != train_kind:
     raise base.InputError(
-      f"the unlabeled images are {kind[0]} {kind[1]} and the training images"
-      f" {train_kind[0]} {train_kind[1]}; make them alike."
+      f"the unlabeled images are {kind[0]} {kind[1]}, but the training images are"
+      f" {train_kind[0]} {train_kind[1]}; give both the same shape and type."
     )
 
 
@@ -125,8 +128,8 @@ def _drop(forward, loss, optimizer, params, model_state, opt_state, batch, key):
 def zeta(metrics: dict[str, Any]) -> float | None:
   """Susceptibility of a finished run: the mean of its drops.
 
-  The drop after the last step is left out, because the paper measures before each
-  epoch only.
+  The drop after the last step is left out, because the paper measures only before each
+  epoch.
 
   Args:
     metrics: `Result.metrics` of the run.
@@ -140,7 +143,7 @@ def zeta(metrics: dict[str, Any]) -> float | None:
   probes = metrics.get("probes", {})
   if "susceptibility_drop" not in probes:
     raise base.InputError(
-      "the run has no drops: train it with probes=[memorization.susceptibility()]."
+      "the run has no loss drops: train it with probes=[memorization.susceptibility()]."
     )
   pairs = zip(probes["step"], probes["susceptibility_drop"], strict=True)
   drops = [drop for step, drop in pairs if step < metrics["num_steps"]]
@@ -154,9 +157,9 @@ def accuracy(snapshot: evaluation.Snapshot) -> dict[str, float]:
 
   Predictions are made in evaluation mode and compared with the given labels:
 
-    train_accuracy          on all examples; needs no true labels
+    train_accuracy          on all examples; this needs no true labels
     train_accuracy_clean    on examples whose label is the true one
-    train_accuracy_wrong    on examples whose label is wrong: memorized labels
+    train_accuracy_wrong    on examples whose label is wrong, which shows memorization
 
   The accuracy on an empty set is left out.
   """

@@ -28,18 +28,20 @@ class Result(NamedTuple):
   """One finished run.
 
   Attributes:
-    metrics: the content of `results.json` without its checksum. "identity" holds
-      everything that the numbers of the run depend on, "files" the checksums of its
-      other files.
+    metrics: the content of `results.json` without its checksum. "identity" contains
+      everything that the numbers of the run depend on, and "files" contains the
+      checksums of the other files of the run.
     weights: the columns of `weights.csv`, arrays [N] by name: index,
       source_index, label, true_label, mean_weight, last_weight (in units of the
-      uniform weight), seen, rejected (in batches). A high rejected / seen is a sign
-      of a wrong label, and a better one than a low mean_weight. The two columns of
-      labels are missing if examples have several labels.
-    statistics: what the method reports of each training example, arrays [N, ...] by
+      uniform weight), seen (number of batches), rejected (number of batches with weight
+      0). A high rejected / seen indicates a wrong label, and does so better than a low
+      mean_weight. The two columns of labels are missing if examples have several
+      labels.
+    statistics: what the method reports for each training example, arrays [N, ...] by
       name, as in `audit.recording`; empty if it reports nothing.
     params: the trained parameters after the last step, NumPy arrays.
-    model_state: the variables of the network that are not trained, likewise.
+    model_state: the variables of the network that are not trained, after the last step,
+      NumPy arrays.
   """
 
   metrics: dict[str, Any]
@@ -58,7 +60,7 @@ def write(
   facts: dict[str, Any],
   statistics: dict[str, np.ndarray] | None = None,
 ) -> None:
-  """Writes `results.json`, which marks the run finished, after its other files.
+  """Writes the files of a finished run, and last `results.json`, which marks it.
 
   Args:
     folder: the folder of this run; its metrics are closed.
@@ -66,8 +68,9 @@ def write(
     log: the weights of all runs.
     run: index of this run in `log`.
     split: data of this run.
-    facts: further entries of `results.json`.
-    statistics: what the method reports of each example; no file if there is nothing.
+    facts: additional entries of `results.json`.
+    statistics: what the method reports for each example. If it is empty, its file is
+      not written.
   """
   columns = {
     "index": split.train.index,
@@ -106,7 +109,7 @@ def write(
 
 
 def damage(folder: pathlib.Path) -> str:
-  """Describes damage to the files of a finished run; "" if they are intact.
+  """Describes damage to the files of a finished run, or returns "" if they are intact.
 
   Args:
     folder: the folder of the run, with its `results.json`.
@@ -144,7 +147,7 @@ def read(
   if wrong:
     raise base.InputError(wrong)
   table = np.genfromtxt(folder / _WEIGHTS, delimiter=",", names=True)
-  table = np.atleast_1d(table)  # There may be one training example only.
+  table = np.atleast_1d(table)  # There may be only one training example.
   weights = {name: table[name] for name in table.dtype.names or ()}
   metrics, statistics = workdir.read_record(folder / RESULTS), {}
   if _STATISTICS in metrics.get(_FILES, {}):

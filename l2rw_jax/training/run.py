@@ -1,7 +1,7 @@
-"""R runs in progress, trained side by side: their data, their state and their steps.
+"""R runs that are trained side by side: their data, their state and their steps.
 
-A `Run` writes no files and measures nothing, so that it also serves as the core of
-another loop:
+A `Run` writes no files and measures nothing, so it can also be the core of another
+loop:
 
     run = run_lib.Run(config, model, method, optimizer, splits)
     while run.step < config.num_steps:
@@ -32,8 +32,8 @@ from l2rw_jax.training import step as step_lib
 from l2rw_jax.training import steps_per_call
 from l2rw_jax.training import timer as timer_lib
 
-# Calls of streamed examples that are sent to the devices before one of them has to be
-# done, since each of them keeps its examples.
+# Number of calls with streamed examples that may be queued on the devices. It is small,
+# because each call stores its examples.
 MOST_QUEUED = 2
 
 
@@ -41,8 +41,8 @@ class Output(NamedTuple):
   """What K steps of R runs report, on the host.
 
   Attributes:
-    rows: the examples of each step, K of them.
-    weights: their weights in units of the uniform weight, [R, K, B].
+    rows: the rows of the examples of each of the K steps.
+    weights: weights of these examples in units of the uniform weight, [R, K, B].
     metrics: metrics by name, [R, K].
   """
 
@@ -56,15 +56,16 @@ class Run:
 
   Attributes:
     config: settings of the runs.
-    method: turns batches into gradients.
+    method: the method that computes gradients from batches.
     splits: the data of each run.
-    devices: the devices that train, of all processes.
-    step: updates sent to the devices; they are done once `fetch` has returned.
+    devices: the devices that train, those of all processes.
+    step: number of updates sent to the devices; they are done once `fetch` has
+      returned.
     state: the training state on the devices, [D, R, ...].
-    sampler: draws the rows of each step.
+    sampler: the sampler that draws the rows of each step.
     steps_per_call: K, the number of steps in a full call.
-    timer: seconds of training. It is stopped while programs are compiled.
-    input_seconds: seconds that `take_steps` has waited for examples.
+    timer: the timer of training. It is stopped while programs are compiled.
+    input_seconds: number of seconds that `take_steps` has waited for examples.
   """
 
   def __init__(
@@ -79,12 +80,12 @@ class Run:
     """Initializes the runs and copies their data to the devices.
 
     Args:
-      config: settings; see `config.check` for what they must satisfy.
+      config: settings, which must satisfy `config.check`.
       model: the network and its loss.
-      method: turns batches into gradients.
-      optimizer: turns gradients into updates.
+      method: the method that computes gradients from batches.
+      optimizer: the optimizer of the network.
       splits: the data of each seed, all of one size.
-      epoch_probes: called for each run before each of its epochs.
+      epoch_probes: functions that are called for each run before each of its epochs.
     """
     self.config, self.method, self.splits = config, method, splits
     self._epoch_probes = epoch_probes
@@ -129,10 +130,10 @@ class Run:
     self._compiled_lengths: set[int] = set()
 
   def close(self) -> None:
-    """Frees the device arrays that hold examples, and ends the threads that read."""
+    """Frees the device arrays of examples, and stops the threads that read ahead."""
     self._data.close()
     # The sampler refers to this object. Break the reference cycle so that device
-    # arrays are freed at once.
+    # arrays are freed immediately.
     del self.sampler, self._data
 
   # -- state ---------------------------------------------------------------
@@ -146,7 +147,7 @@ class Run:
     """Continues at a saved step.
 
     Args:
-      step: updates done.
+      step: number of updates so far.
       state: state of all runs, [R, ...].
       positions: positions of the sampler.
     """
@@ -196,7 +197,7 @@ class Run:
   def take_steps(self) -> int:
     """Sends the next steps to the devices, without waiting for them.
 
-    It waits for earlier steps only where a program is compiled, and at an epoch if
+    It waits for earlier steps only if a program must be compiled, and at an epoch if
     there are epoch probes or the method has `refresh` or `sample`.
 
     Returns:
@@ -241,21 +242,21 @@ class Run:
     ]
 
   def _epoch_order(self, run, epoch, rng):
-    if self.method.sample is base.permutation:  # Needs no state from the devices.
+    if self.method.sample is base.permutation:  # This needs no state of the devices.
       return rng.permutation(self._num_examples)
     state, problem = self._state_and_problem(run)
     train = examples_lib.as_batch(self.splits[run].train)
     return self.method.sample(state.method_state, problem, train, rng)
 
   def _num_known_steps(self):
-    """Coming steps whose rows do not depend on the state of the method."""
+    """Number of coming steps whose rows do not depend on the state of the method."""
     if self.method.sample is base.permutation:
       return self.config.num_steps - self.step
     steps_left, _ = self.sampler.epoch()
     return min(steps_left, self.config.num_steps - self.step)
 
   def _epoch(self):
-    """`sampler.epoch()` if the host has to act between epochs."""
+    """`sampler.epoch()` if the host has to act between epochs, otherwise None."""
     method = self.method
     acts_between_epochs = (
       self._epoch_probes
@@ -301,8 +302,9 @@ class Run:
           rng=sampling.generator(seed, "refresh", epoch),
         )
         states[run] = self.method.refresh(state.method_state, problem, view)
-    # Every process computes the same state. They all continue with that of the first
-    # one, because hosts may round differently.
+    # Every process computes the same state; some methods divide their pass over the set
+    # (`inference.map_batches`). They all continue with the state of the first process,
+    # because hosts may round differently.
     stacked = processes.from_first(jax.tree.map(lambda *x: jnp.stack(x), *states))
     self.state = self.state._replace(
       method_state=devices_lib.replicate(stacked, self.devices)

@@ -1,4 +1,4 @@
-"""Which examples each step takes: a function of the seed and the step alone."""
+"""The rows of the examples of each step, which depend only on the seed and the step."""
 
 from collections.abc import Callable, Sequence
 import functools
@@ -18,7 +18,7 @@ class Position(NamedTuple):
 
 
 class Rows(NamedTuple):
-  """The examples that one step of R runs takes, as row numbers on the host.
+  """The examples that one step of R runs uses, as row numbers on the host.
 
   Attributes:
     train: rows of each run's training set, [R, B].
@@ -50,33 +50,33 @@ class TrainSampler:
     """Starts at `position`.
 
     Args:
-      epoch_order: epoch -> rows to visit, in order.
+      epoch_order: `epoch -> rows` to visit, in order.
       batch_size: B, over all devices.
-      position: of the next batch; the first one if None.
+      position: position of the next batch; the first one if None.
     """
     self.position = position or Position(0, 0)
     self._epoch_order = epoch_order
     self._batch_size = batch_size
-    self._order: np.ndarray | None = None  # Of the current epoch, once it is needed.
+    self._order: np.ndarray | None = None  # The current epoch's, once it is needed.
 
   def starts_epoch(self) -> bool:
     """Whether the next batch is the first one of its epoch."""
     return self.position.offset == 0
 
   def epoch_length(self) -> int:
-    """Batches in the current epoch, at least 1."""
+    """Number of batches in the current epoch, at least 1."""
     return len(self._rows()) // self._batch_size
 
   def steps_left(self) -> int:
-    """Batches left in the current epoch, at least 1."""
+    """Number of batches left in the current epoch, at least 1."""
     return self.epoch_length() - self.position.offset
 
   def ahead(self) -> Callable[[int], np.ndarray]:
     """Returns a function `i -> rows` of the batch that comes i batches after the next.
 
-    The function may be called in other threads, and does not change when this sampler
-    moves on. It draws the order of later epochs itself, which must then depend on the
-    epoch only.
+    The function may be called in other threads, and its result does not change when
+    this sampler advances. It draws the order of later epochs itself, so the order must
+    depend only on the epoch.
     """
     (epoch, offset), size = self.position, self._batch_size
     first, length = self._rows(), self.epoch_length()
@@ -85,7 +85,7 @@ class TrainSampler:
     def rows(i: int) -> np.ndarray:
       later, place = divmod(offset + i, length)
       if later:
-        with lock:  # Threads that wait for the same order draw it once.
+        with lock:  # If several threads need the same order, only one draws it.
           order = np.asarray(draw(epoch + later))
       else:
         order = first
@@ -94,7 +94,7 @@ class TrainSampler:
     return rows
 
   def next(self) -> np.ndarray:
-    """Returns the rows of the next batch, [B], and moves on."""
+    """Returns the rows of the next batch, [B], and advances."""
     epoch, offset = self.position
     start = offset * self._batch_size
     rows = self._rows()[start : start + self._batch_size]
@@ -177,12 +177,12 @@ class Sampler:
       run.position = position
 
   def epoch(self) -> tuple[int, int]:
-    """Steps until one of the runs starts an epoch, and steps of the shortest epoch."""
+    """Numbers of steps until a run starts an epoch, and in the shortest epoch."""
     steps_left = min(run.steps_left() for run in self.runs)
     return steps_left, min(run.epoch_length() for run in self.runs)
 
   def ahead(self) -> Callable[[int], np.ndarray]:
-    """Returns a function `i -> train` rows [R, B] of the i-th step after the next one.
+    """Returns a function `i -> rows [R, B]` of the step that is i after the next one.
 
     See `TrainSampler.ahead`.
     """
@@ -190,7 +190,7 @@ class Sampler:
     return lambda i: np.stack([rows(i) for rows in runs])
 
   def next(self, step: int) -> Rows:
-    """Returns the rows of `step` and moves on."""
+    """Returns the rows of `step` and advances."""
     train = np.stack([run.next() for run in self.runs])
     if not self._num_meta:
       return Rows(train, None)

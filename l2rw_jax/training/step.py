@@ -16,8 +16,8 @@ class Failure(NamedTuple):
 
   Attributes:
     step: the step, counted from 0, or -1 if no step has failed; int32 scalar.
-    losses: how many of its losses were not finite. If 0, the gradient or the updated
-      parameters were not finite.
+    losses: number of losses in this step that were not finite. If it is 0, the gradient
+      or the updated parameters were not finite.
     fault: the `base.Fault` of a meta-learned method, int32 scalar.
   """
 
@@ -30,9 +30,9 @@ class TrainState(NamedTuple):
   """Everything that changes from step to step.
 
   Attributes:
-    step: updates done, int32 scalar.
+    step: number of updates so far, int32 scalar.
     params: network parameters.
-    model_state: non-trained variables.
+    model_state: variables that are not trained.
     opt_state: state of the outer optimizer.
     method_state: state of the method.
     failure: see `Failure`.
@@ -96,19 +96,19 @@ def train_step(
   method: base.Method,
   optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, StepOutput]:
-  """One update. From the first non-finite step on, the state does not change.
+  """Takes one update. From the first non-finite step on, the state does not change.
 
   Args:
     state: the state.
     batch: this device's training examples.
     meta_batch: this device's meta examples, or None.
-    key: the key of the run; the step is folded in here.
+    key: the key of the run; this function folds the step into it.
     problem: the learning problem.
-    method: turns the batch into a gradient.
-    optimizer: turns the gradient into an update.
+    method: the method that computes the gradient from the batch.
+    optimizer: the optimizer of the network.
 
   Returns:
-    The new state, and what the step reports.
+    The new state, and the output of the step.
   """
   inputs = base.Inputs(
     params=state.params,
@@ -184,27 +184,28 @@ def _metrics(result: base.Gradients, problem: base.Problem) -> dict[str, Any]:
   }
 
 
-# What happened, and what to do about it.
+# A description of each fault, and advice.
 _ADVICE = "Check the scale of the inputs and lower --learning_rate."
 _FAULTS = {
   base.Fault.META_LOSSES: (
-    "a clean loss, or the objective of the clean losses, is NaN or infinite",
-    "Check the clean images and labels, or lower --learning_rate.",
+    "a meta loss, or the objective of the meta losses, is NaN or infinite",
+    "Check the images and labels of the meta set, or lower --learning_rate.",
   ),
   base.Fault.META_GRADIENT: (
-    "the clean losses are finite, but their gradient is NaN or infinite",
+    "the meta losses are finite, but their gradient is NaN or infinite",
     _ADVICE,
   ),
   base.Fault.OPTIMIZER_STEP: (
-    "the clean gradient is finite, but its derivative through the look-ahead"
+    "the gradient of the meta loss is finite, but its derivative through the look-ahead"
     " optimizer's step is NaN or infinite",
-    f"With plain SGD it overflows: lower --learning_rate. Otherwise,"
+    f"With plain SGD the step overflows: lower --learning_rate. Otherwise,"
     f" {hypergradient.OPTIMIZER_TRAP}",
   ),
   base.Fault.TRAINING_LOSSES: ("a training loss is NaN or infinite", _ADVICE),
   base.Fault.SLOPES: (
-    "the losses and the clean gradient are finite, but what the method computes from"
-    " them (scores, weights or the gradient of its network) is NaN or infinite",
+    "the losses and the gradient of the meta loss are finite, but what the method"
+    " computes from them (scores, weights or the gradient of its network) is NaN or"
+    " infinite",
     _ADVICE,
   ),
 }
@@ -217,7 +218,7 @@ def first_failed_run(failure: Failure) -> int | None:
 
 
 def explain_failure(failure: Failure, run: int, batch_size: int) -> tuple[str, str]:
-  """Describes the failure of a run, and what to do about it."""
+  """Describes the failure of a run, and returns the description and advice."""
   if num_losses := int(failure.losses[run]):
     what = f"{num_losses} of {batch_size} losses are NaN or infinite"
     return what, "Lower --learning_rate or check the data."

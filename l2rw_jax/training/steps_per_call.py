@@ -1,4 +1,4 @@
-"""How many steps are sent to the devices at once."""
+"""The number of steps in a call of the compiled function."""
 
 import jax
 
@@ -18,8 +18,8 @@ def most(
   Args:
     config: the intervals and the requested number of steps.
     devices: the devices that train.
-    is_streamed: whether examples are kept on the host. K is 1 then, because devices
-      queue calls, and each call holds the examples of all its steps.
+    is_streamed: whether examples are kept on the host. In this case K is 1, because
+      devices queue calls, and each call stores the examples of all its steps.
   """
   if is_streamed:
     return 1
@@ -36,15 +36,16 @@ def length(
 
   A call never continues past a step after which the host logs, evaluates or saves, so
   that neither the results nor the checkpoints depend on `most`. If fewer than `most`
-  steps remain before such a step, they are taken one by one. So two compiled programs
-  serve all lengths, and no step is computed in vain, as in a call with masked steps.
+  steps remain before such a step, they are taken one by one. Two compiled programs are
+  therefore enough for all lengths, and no computed step is discarded, as it would be in
+  a call with masked steps.
 
   Args:
     config: the intervals.
-    step: updates done.
-    most: steps in a full call; an epoch is a full call if it is shorter.
-    epoch: steps left in this epoch and steps in the whole epoch, if the method sees
-      the training set between epochs; else None.
+    step: number of updates so far.
+    most: number of steps in a full call. A shorter epoch is a full call, too.
+    epoch: number of steps left in this epoch and in the whole epoch, if the host has to
+      act between epochs; otherwise None.
   """
   free = min(every - step % every for every in config.intervals)
   free = min(free, config.num_steps - step)

@@ -1,8 +1,8 @@
 """Reads the training examples of coming steps in other threads, in bounded memory.
 
-The rows of a step are those that `sampling` draws, so that streamed runs have the same
-numbers as others, continue at any step, and a row is read only for a step that takes
-it. The threads and the order of their results are those of grain.
+The rows of a step are those that `sampling` draws. Streamed runs therefore have the
+same numbers as others and can continue at any step, and a row is read only for a step
+that uses it. The library grain runs the threads and returns their results in order.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import numpy as np
 
 from l2rw_jax import base
 
-# Steps whose examples are read ahead, and hence kept in memory.
+# Number of steps whose examples are read ahead and kept in memory.
 STEPS_AHEAD = 8
 # Reading waits for disks and decoders, most of which run in parallel.
 MOST_THREADS = 8
@@ -30,7 +30,7 @@ class Stream:
   num_bytes = 0
 
   def __init__(self, read: Callable[[np.ndarray], Any]):
-    """Starts no thread.
+    """Stores the arguments; `start` starts the threads.
 
     Args:
       read: reads the examples of steps that take rows [D, R, K, b]; called in several
@@ -41,21 +41,22 @@ class Stream:
     self._iterator: Any = None
 
   def start(self, num_steps: int, rows: Callable[[int], np.ndarray]) -> None:
-    """Starts to read the examples of steps, after those of an earlier call.
+    """Starts to read the examples of the steps after those of an earlier call.
 
     Args:
       num_steps: number of steps.
-      rows: `i -> rows` [D, R, 1, b] of step i of these; called in several threads.
+      rows: `i -> rows [D, R, 1, b]` of the i-th of these steps; called in several
+        threads.
 
     Raises:
       InputError: grain is not installed.
     """
     try:
-      import grain  # An extra of the experiments, not needed to import the package.
+      import grain  # Installed with the experiments; not needed to import the package.
     except ImportError:
       raise base.InputError(
-        "data that do not fit on the devices are read by grain: pip install grain, or"
-        " choose --data=resident."
+        "streaming data that do not fit on the devices needs grain: pip install grain,"
+        " or choose --data=resident."
       ) from None
     self.close()
     threads = min(MOST_THREADS, os.cpu_count() or 1)
@@ -68,10 +69,10 @@ class Stream:
     """Waits for the examples of the next step.
 
     Args:
-      rows: [D, R, 1, b], those of the step.
+      rows: rows of the step, [D, R, 1, b].
 
     Returns:
-      What `read` returned for them.
+      The result of `read` for these rows.
     """
     rows_read, part = next(self._iterator)
     self.steps_left -= 1
@@ -80,7 +81,7 @@ class Stream:
     return part
 
   def close(self) -> None:
-    """Ends the threads."""
+    """Stops the threads."""
     if self._iterator is not None:
       self._iterator.close()
       self._iterator = None

@@ -11,16 +11,16 @@ from absl import logging
 from l2rw_jax import base
 from l2rw_jax.io import workdir
 
-# Saved steps that are kept; more than there are checkpoints.
+# Number of saved steps that are kept, which is more than the number of checkpoints.
 _SAVED = 4
 
 
 class Timer:
   """A stopwatch that can be saved and resumed.
 
-  It measures what training needs: the method's `refresh`, the batches and all steps,
-  but not their compilation, evaluations, probes and checkpoints. It is kept in a
-  separate file, because no other file of a run depends on its speed.
+  It includes the method's `refresh`, the batches and all steps, but not compilation,
+  evaluations, probes and checkpoints. It is saved in a separate file, because no other
+  file of a run depends on its speed.
   """
 
   def __init__(
@@ -34,7 +34,7 @@ class Timer:
     Args:
       seconds: seconds of training so far.
       evaluations: (step, seconds) at each evaluation so far.
-      untimed_steps: steps so far whose time is unknown.
+      untimed_steps: number of steps so far whose time is unknown.
     """
     self._untimed_steps = untimed_steps
     self._seconds = seconds
@@ -48,7 +48,7 @@ class Timer:
 
     Args:
       path: the file that `write` wrote.
-      step: updates done; 0 for a new timer.
+      step: number of updates so far; 0 for a new timer.
 
     Returns:
       The timer. If the file is missing or damaged, the timer starts at 0 with a
@@ -73,8 +73,8 @@ class Timer:
 
     Args:
       path: the file.
-      step: updates done.
-      facts: further entries, which affect the speed.
+      step: number of updates so far.
+      facts: additional entries, such as settings that affect the speed.
     """
     self._saved = {**self._saved, str(step): self.read()}
     workdir.write_record(

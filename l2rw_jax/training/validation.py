@@ -44,17 +44,17 @@ def watched(
 ) -> base.Method:
   """Returns `method` with the loss of a validation set as `Gradients.value`.
 
-  The loss is that of the problem which this wrapper receives: the loss of the
-  classifier if it wraps `changed_loss`, and the changed loss if `changed_loss` wraps
-  it. Let it wrap `baselines.fine_tuning`, whose last steps otherwise report the loss
-  of the meta set.
+  The loss is that of the problem that this wrapper receives: the loss of the classifier
+  if this function wraps `changed_loss`, and the changed loss if `changed_loss` wraps
+  this function. Let this function wrap `baselines.fine_tuning`, because the last steps
+  of that method otherwise report the loss of the meta set.
 
   Args:
     method: the method; its gradients do not change.
     validation: the validation set of each run, by seed.
     weights: weights of the examples in a validation batch, given their logits and
       labels; uniform if None.
-    batch_size: examples in a forward pass.
+    batch_size: number of examples in a forward pass.
 
   Raises:
     InputError: a validation set is empty.
@@ -85,7 +85,7 @@ def watched(
   def inner_sample(state, problem, train, rng):
     return method.sample(state.inner, problem, train, rng)
 
-  # The loop need not wait for the devices if the order does not depend on the state.
+  # If the order does not depend on the state, the loop does not wait for the devices.
   is_permutation = method.sample is base.permutation
   return method._replace(
     init=init,
@@ -127,12 +127,12 @@ def reduce_on_plateau(
 ) -> optax.GradientTransformationExtraArgs:
   """Scales the updates of `optimizer` by `factor` when the value stops decreasing.
 
-  This is PyTorch's ReduceLROnPlateau with one value for each epoch, but the decision
-  comes an epoch later: a value computed before an epoch takes effect at its end.
+  This is PyTorch's ReduceLROnPlateau with one value for each epoch, but it decides one
+  epoch later: a value that is computed before an epoch takes effect at its end.
 
   Args:
     optimizer: any optimizer.
-    steps_per_epoch: updates between two values.
+    steps_per_epoch: number of updates between two values.
     factor: in (0, 1).
     patience: number of epochs without a new best value before the scale is reduced.
     min_scale: lower bound of the scale.
@@ -140,7 +140,7 @@ def reduce_on_plateau(
   """
   plateau = optax.contrib.reduce_on_plateau(
     factor,
-    patience + 1,  # optax reduces when it is reached, PyTorch when it is exceeded.
+    patience + 1,  # optax reduces when it is reached; PyTorch when it is exceeded.
     rtol,
     accumulation_size=steps_per_epoch,
     min_scale=min_scale,

@@ -1,4 +1,4 @@
-"""What a run has learned, in a file that flax reads without this package.
+"""The trained variables of a run, in a file that flax reads without this package.
 
 from flax import serialization
 content = pathlib.Path("runs/NAME/seed-0/variables.msgpack").read_bytes()
@@ -23,9 +23,9 @@ def write(folder: pathlib.Path, params: base.PyTree, model_state: base.PyTree) -
   """Writes the variables of one run to `folder`.
 
   Args:
-    folder: of the run.
-    params: of the network.
-    model_state: its variables that are not trained.
+    folder: folder of the run.
+    params: parameters of the network.
+    model_state: variables of the network that are not trained.
   """
   trees = {"params": _nested(params), "model_state": _nested(model_state)}
   workdir.write_bytes(folder / FILE, serialization.msgpack_serialize(trees))
@@ -35,11 +35,11 @@ def read(folder: pathlib.Path) -> tuple[Any, Any]:
   """The variables of one run, `(params, model_state)`.
 
   Args:
-    folder: of the run.
+    folder: folder of the run.
 
   Returns:
-    Nested dictionaries of NumPy arrays. The keys of what was no dictionary are the
-    names of its fields or the positions of its elements, as strings.
+    Nested dictionaries of NumPy arrays. A container that was not a dictionary has the
+    names of its fields or the positions of its elements as keys, which are strings.
 
   Raises:
     InputError: the file is missing or damaged.
@@ -50,7 +50,7 @@ def read(folder: pathlib.Path) -> tuple[Any, Any]:
     return stored["params"], stored["model_state"]
   except OSError as error:
     raise base.InputError(f"{path} cannot be read ({error.strerror}).") from error
-  # msgpack raises nearly any error for a damaged file.
+  # msgpack can raise nearly any error for a damaged file.
   except Exception as error:
     raise base.InputError(f"{path} is damaged ({type(error).__name__}).") from error
 
@@ -60,7 +60,7 @@ def restore(stored: Any, like: base.PyTree) -> base.PyTree:
 
   Args:
     stored: params or model_state, as `read` returns them.
-    like: a pytree of the structure that was written, with arrays or their shapes.
+    like: a pytree with the structure that was written, with arrays or their shapes.
 
   Returns:
     NumPy arrays in the structure of `like`.

@@ -12,9 +12,9 @@ class WeightLog(NamedTuple):
 
   Attributes:
     total: sum of the weights of an example, float64.
-    seen: how often the example was in a batch, int64.
-    rejected: how often its weight was exactly zero, int64.
-    last: its latest weight, float64; NaN if it was never in a batch.
+    seen: number of batches that contained the example, int64.
+    rejected: number of batches in which its weight was exactly zero, int64.
+    last: latest weight of the example, float64; NaN if it was never in a batch.
   """
 
   total: np.ndarray

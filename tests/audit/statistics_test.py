@@ -309,7 +309,10 @@ def test_numbers_that_are_not_finite_are_an_error_outside_jit():
   [
     ({"index": np.zeros(2)}, "index must be integers"),
     ({"index": np.zeros(3, int)}, "index must be integers"),
-    ({"logits": np.zeros((2, 4), np.float32)}, "audit.init the number of classes"),
+    (
+      {"logits": np.zeros((2, 4), np.float32)},
+      "number of classes of the network to audit.init",
+    ),
     ({"logits": np.zeros((2, 2), int)}, "logits must be floating-point"),
     ({"labels": np.zeros((2, 1), int)}, r"labels must be integers of shape \[B\]"),
     ({"weights": np.zeros(1)}, "weights must have shape"),

@@ -104,7 +104,7 @@ def test_equal_proxies_share_the_weight_of_their_class(greedy):
     ({"proxies": np.ones(60)}, r"proxies must be \[n, C\]; got shape \(60,\)"),
     (
       {"proxies": np.where(np.arange(60)[:, None] == 7, np.nan, np.ones((60, 4)))},
-      "1 of the proxies are NaN or infinite, the first in row 7",
+      "1 of the proxies are NaN or infinite; the first is in row 7",
     ),
   ],
 )

@@ -155,11 +155,11 @@ _LARGE = _source("meta", 4, shape=(3, 3, 1))
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    ({"num_ways": 5}, "tasks of num_ways=5 need as many classes; meta all has 4"),
+    ({"num_ways": 5}, "tasks of num_ways=5 need as many classes, but meta all has 4"),
     ({"num_ways": 1}, "num_ways=1 must be at least 2"),
     ({"num_shots": 0}, "num_shots=0 must be at least 1"),
     ({"num_queries": 0}, "num_queries=0 must be at least 1"),
-    ({"num_queries": 11}, "num_shots . num_queries = 13 images of a class; one of"),
+    ({"num_queries": 11}, "num_shots . num_queries = 13 images of a class, but a"),
     ({"num_test_tasks": 0}, "num_test_tasks=0 must be at least 1"),
     ({"num_tasks": -1}, "num_tasks must be an integer of at least 0"),
     ({"foreign_share": 1.0}, r"foreign_share must lie in \[0, 1\); got 1.0"),

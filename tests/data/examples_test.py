@@ -122,7 +122,7 @@ def test_keep_train_keeps_rows_and_changes_the_fingerprint():
 
 def test_overlap_raises():
   rows = {"train": np.array([0, 3, 4]), "meta": np.array([5, 4, 3])}
-  message = "train and meta share 2 images, the first is row 3"
+  message = "train and meta share 2 images; the first is row 3"
   with pytest.raises(base.InputError, match=message):
     examples_lib.check_disjoint(rows)
   with pytest.raises(base.InputError, match=message):
@@ -164,10 +164,10 @@ def test_invalid_seed_raises(seed):
 def test_non_finite_pixels_raise(value):
   images = np.zeros((6, 2, 2, 1), np.float32)
   images[3, 1, 0, 0] = images[5, 0, 0, 0] = images[5, 1, 1, 0] = value
-  message = "2 of some images hold NaN or infinite pixels, the first at index 3"
+  message = "2 of some images have NaN or infinite pixels; the first is at index 3"
   with pytest.raises(base.InputError, match=message):
     examples_lib.check_images(images, "some images")
-  with pytest.raises(base.InputError, match="of the images of toy test hold NaN"):
+  with pytest.raises(base.InputError, match="of the images of toy test have NaN"):
     examples_lib.check_sources(source(), source("test", images=images))
 
 
@@ -183,8 +183,8 @@ def test_valid_images_pass():
   [
     ({"num_classes": 2}, r"labels of toy test must lie in 0 .. 1"),
     ({"labels": np.array([0, -1, 0, 0, 0, 0])}, r"is -1 at index 1"),
-    ({"labels": np.zeros(5, np.int32)}, "toy test has 6 images and 5 labels"),
-    ({"num_classes": 4}, r"do not fit: .* in 3 classes against .* in 4"),
+    ({"labels": np.zeros(5, np.int32)}, "toy test has 6 images but 5 labels"),
+    ({"num_classes": 4}, r"do not match: .* in 3 classes compared with .* in 4"),
     ({"images": np.zeros((6, 3, 3, 1), np.uint8)}, r"\(2, 2, 1\).*\(3, 3, 1\)"),
   ],
 )
@@ -229,7 +229,7 @@ def test_float_images_in_a_file_are_checked_in_blocks(monkeypatch):
   examples_lib.check_images(images, "rows")
   assert images.largest_read == 2
   array[3, 1] = array[6, 0] = np.nan
-  with pytest.raises(base.InputError, match=r"2 of rows hold NaN .* first at index 3"):
+  with pytest.raises(base.InputError, match=r"2 of rows have NaN .*at index 3"):
     examples_lib.check_images(images, "rows")
   with pytest.raises(base.InputError, match=r"rows must be an array, .* got list"):
     examples_lib.check_images([[1.0]], "rows")
@@ -309,5 +309,5 @@ def test_columns_of_another_length_raise():
   np.testing.assert_array_equal(
     examples_lib.check_examples(lists, "it").label, train.label
   )
-  with pytest.raises(base.InputError, match=r"label in it has shape \[3\] .* 4 images"):
+  with pytest.raises(base.InputError, match=r"has shape \[3\], .* 4 images"):
     examples_lib.check_examples(train._replace(label=train.label[:3]), "it")

@@ -128,8 +128,11 @@ def test_digits():
   [
     ({"imbalance": 0.5}, "imbalance must be a number of at least 1; got 0.5"),
     ({"imbalance": float("nan")}, "imbalance must be a number of at least 1; got nan"),
-    ({"imbalance": 46.0}, "leaves no image of class 3: .* use imbalance=45 or less"),
-    ({"num_exemplars": 50}, "class 3 has 50 images in toy train; 50 exemplars of it"),
+    ({"imbalance": 46.0}, "leaves no image of class 3, .* use imbalance=45 or less"),
+    (
+      {"num_exemplars": 50},
+      "class 3 has 50 images in toy train, and 50 exemplars of it",
+    ),
     ({"num_exemplars": 25, "groups": "inverted"}, "lower num_exemplars"),
     ({"num_exemplars": -1}, "num_exemplars must be an integer of at least 0; got -1"),
     ({"groups": "gender"}, r"groups must be one of \('class', 'inverted'\)"),

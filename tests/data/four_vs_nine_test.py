@@ -115,15 +115,15 @@ def test_splits_of_digits_never_change():
     ({"num_test": 1966}, "983 nines; toy test has 982 and 1009. Use .* 2 to 1964"),
     ({"num_test": 0}, "num_test=0 needs 0 fours"),
     ({"seed": -1}, "seed must be an integer of at least 0; got -1"),
-    ({"num_train": 6000}, "draws 30 fours and 5970 nines; toy train has 5842 and 5949"),
+    ({"num_train": 6000}, "needs 30 fours and 5970 nines; toy train has 5842 and 5949"),
     (
       {"num_train": 1000},
-      "nothing is left.*draws 5 fours and 995 nines, and at least 6 ",
+      "nothing is left.*needs 5 fours and 995 nines, .* at least 6 ",
     ),
-    ({"num_train": 100, "num_meta": 0}, "nothing is left.*draws 0 fours and 99 nines"),
-    ({"num_train": 100, "include_meta": True}, "nothing is left.*draws 0 fours"),
+    ({"num_train": 100, "num_meta": 0}, "nothing is left.*needs 0 fours and 99 nines"),
+    ({"num_train": 100, "include_meta": True}, "nothing is left.*needs 0 fours"),
     ({"test": NO_NINES}, "num_test=None needs 0 fours .* toy test has 3 and 0"),
-    ({"num_train": 0}, "nothing is left.*draws 0 fours and 0 nines"),
+    ({"num_train": 0}, "nothing is left.*needs 0 fours and 0 nines"),
   ],
 )
 def test_invalid_arguments_raise(options, message):

@@ -66,7 +66,7 @@ def test_split_classes_are_disjoint():
     image_classes.split_classes(source, (2, 1, 2), seed=s)[0].split for s in range(9)
   }
   assert len(others) > 1
-  with pytest.raises(base.InputError, match=r"toy has 5 classes, less than 4 \+ 2"):
+  with pytest.raises(base.InputError, match=r"toy has 5 classes, fewer than 4 \+ 2"):
     image_classes.split_classes(source, (4, 2), seed=0)
 
 
@@ -136,7 +136,7 @@ def test_unexpected_folders_raise(folder):
 
   assert "test has no folders of classes" in message("test")
   (folder / "val" / "empty").mkdir()
-  assert "empty holds no image (.bmp, .jpeg, .jpg, .png)" in message("val")
+  assert "empty contains no image (.bmp, .jpeg, .jpg, .png)" in message("val")
   (folder / "train" / "blue" / "0.png").write_bytes(b"broken")
   assert "0.png cannot be read as an image" in message("train")
 
@@ -166,7 +166,7 @@ def test_all_images_are_read_or_raise(folder):
     file.unlink()
 
   assert_raises(folder / "train" / "lost.png", "is in no class")
-  assert_raises(inner / "y.webp", "has a format that is not read")
+  assert_raises(inner / "y.webp", "has a format that cannot be read")
   valid = (inner / "x.PNG").read_bytes()
   for content in (b"", valid[:40], valid[:46], valid.replace(b"IHDR", b"IHDX")):
     assert_raises(inner / "y.png", "cannot be read as an image", content)

@@ -309,7 +309,7 @@ def test_resample_draws_examples_independently():
       lambda: label_noise.flip_matrix(
         2, 0.1, num_targets=2, rng=np.random.default_rng(0)
       ),
-      "2 other classes to flip to need num_classes of at least 3; got 2",
+      "2 target classes need num_classes of at least 3; got 2",
     ),
     (lambda: _resample([0], [[1.0, 0.0]]), r"shape \[C, C\]; got \(1, 2\)"),
     (lambda: _resample([0], [[1, 0], [0.5, 0.6]]), "sum 1; row 1 is .0.5, 0.6."),

@@ -163,9 +163,15 @@ def test_fingerprint_depends_on_all_arguments():
     ({"imbalance": 0.5}, "imbalance must be a number of at least 1; got 0.5"),
     ({"imbalance": float("nan")}, "imbalance must be a number of at least 1; got nan"),
     ({"imbalance": float("inf")}, "imbalance must be a number of at least 1; got inf"),
-    ({"imbalance": 46.0}, "leaves no image of class 3: .* use imbalance=40 or less"),
-    ({"imbalance": 41.0, "shape": "step"}, "leaves no image of class 2: class 0 has"),
-    ({"num_meta_per_class": 50}, "class 3 has 50 images in toy train; 50 meta images"),
+    ({"imbalance": 46.0}, "leaves no image of class 3, .* use imbalance=40 or less"),
+    (
+      {"imbalance": 41.0, "shape": "step"},
+      "leaves no image of class 2, because class 0 has",
+    ),
+    (
+      {"num_meta_per_class": 50},
+      "class 3 has 50 images in toy train, and 50 meta images",
+    ),
     ({"num_meta_per_class": -1}, "num_meta_per_class must be an integer of at least"),
     ({"builder": "cui"}, r"builder must be one of \('ldam', 'mwn'\); got 'cui'"),
     ({"shape": "linear"}, r"shape must be one of \('exponential', 'step'\); got"),

@@ -178,7 +178,7 @@ def test_source_is_not_modified():
     ({"test": TRAIN}, "share 860 images"),
     (
       {"train": TRAIN._replace(images=np.full((1000, 2, 2, 1), np.nan))},
-      "1000 of the images of toy train hold NaN.*index 0",
+      "1000 of the images of toy train have NaN.*index 0",
     ),
   ],
 )
@@ -346,7 +346,7 @@ def test_docstring_lists_every_builder():
     (
       balanced_source("digits", each=20),
       {"builder": "bare_class_conditional"},
-      "knows .* mnist, cifar10, cifar10_n only; choose another builder for digits",
+      "only for mnist, cifar10, cifar10_n; choose another builder for digits",
     ),
     (
       balanced_source("mnist", each=20),
@@ -356,7 +356,7 @@ def test_docstring_lists_every_builder():
     (
       human_source(),
       {"builder": "human", "annotation": "worst"},
-      "human takes no fraction.*leave it out instead of 0.4",
+      "human has no fraction.*got 0.4: leave it out",
     ),
     (
       human_source(),

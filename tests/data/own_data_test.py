@@ -54,8 +54,8 @@ def test_what_cannot_be_read_is_listed_and_skipped(folder):
   data = own_data.read(f"images:{folder}")
   reasons = dict(data.skipped)
   assert len(data.labels) == 20
-  assert reasons.pop("outside.png") == "it is in no folder of a class"
-  assert reasons.pop("dog/notes.txt") == ".txt is no image format"
+  assert reasons.pop("outside.png") == "it is not in a folder of a class"
+  assert reasons.pop("dog/notes.txt") == ".txt is not an image format"
   assert reasons.pop("dog/text.jpg") == reasons.pop("dog/empty.png")
   assert "8 bits" in reasons.pop("dog/float.tif")
   assert set(reasons) == {"dog/cut.png"}
@@ -187,7 +187,7 @@ def test_archives_with_missing_values(tmp_path):
   assert data.rows.tolist() == [0, 1, 2, 3, 5, 6, 8, 9]
   assert dict(data.skipped) == {
     "row 7": "it has no label",
-    "row 4": "it holds NaN or infinite values",
+    "row 4": "it has NaN or infinite values",
   }
 
 
@@ -227,7 +227,7 @@ def test_tables(tmp_path):
   blank = (np.arange(12) % 3 == 0).astype(np.float32)
   np.testing.assert_array_equal(data.features[:, 2:], np.stack([blank, 1 - blank], 1))
   assert dict(data.skipped) == {
-    "row 12": "it has 2 fields and the header has 3",
+    "row 12": "it has 2 fields, but the header has 3",
     "row 13": "it has no label",
   }
   assert data.columns["a"][:4] == ["0", "1", "2", "NA"]
@@ -324,17 +324,17 @@ def _mistakes(folder):
   _save(folder / "single" / "a" / "y.png", 2)
   return {
     "images:none": "is not a folder of images",
-    "images:empty": r"holds no images in folders of classes: they are looked for as",
+    "images:empty": r"contains no images in folders of classes",
     "images:broken": "no image that can be read; 1 were skipped, the first is a/x.png",
     "images:single": "has 1 different labels in 2 examples",
     "npz:none.npz": "none.npz cannot be read: No such file",
     "npz:bad.npz": "bad.npz is damaged or not a NumPy archive",
-    "npz:one.npy": "holds a single array; save it as np.savez",
-    "npz:objects.npz": "holds Python objects, which are not read",
-    "npz:keys.npz": "must hold the arrays X and y, or images and labels; it holds a",
-    "npz:lengths.npz": "holds 4 examples in X and 3 labels in y",
+    "npz:one.npy": "contains a single array; save it as np.savez",
+    "npz:objects.npz": "contains Python objects, which are not read",
+    "npz:keys.npz": "must contain the arrays X and y, or images and labels; it con",
+    "npz:lengths.npz": "has 4 examples in X but 3 labels in y",
     "npz:values.npz": "has the value 0.5; labels must be classes",
-    "npz:texts.npz": "X in .*texts.npz must hold numbers",
+    "npz:texts.npz": "X in .*texts.npz must be numbers",
     "csv:none": "cannot be read: No such file",
     "csv:latin.csv": "is not encoded as UTF-8",
     "csv:one.csv": "must have a header and two or more columns",
@@ -387,7 +387,7 @@ def test_own_data_are_a_source_with_a_trusted_meta_set(folder, caplog):
     train, test, builder="uniform_flip", fraction=0.0, num_meta_per_class=0, seed=0
   )
   assert plain.fingerprint != made.fingerprint
-  with pytest.raises(base.InputError, match="num_meta_per_class=1 must be 0 with a"):
+  with pytest.raises(base.InputError, match="num_meta_per_class=1 must be 0 if"):
     noisy_labels.noisy_labels(
       train,
       test,

@@ -312,7 +312,7 @@ def test_missing_set_names_its_path_and_two_solutions(tmp_path):
 def test_unknown_name(tmp_path):
   assert_raises("unknown data set 'mnsit'; did you mean mnist or", tmp_path, "mnsit")
   assert_raises("unknown data set 'digts'; did you mean digits", tmp_path, "digts")
-  assert_raises("unknown data set 'qqqqqq'; known are digits", tmp_path, "qqqqqq")
+  assert_raises("unknown data set 'qqqqqq'; choose digits", tmp_path, "qqqqqq")
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def change(path, old, new):
 def test_wrong_number_of_classes_raises(data_dir, number):
   path = data_dir / "tiny" / "1.0.0" / "features.json"
   change(path, '"numClasses": "3"', f'"numClasses": "{number}"')
-  message = rf"features.json gives {number} classes of label, .* are of 3 \(0 to 2\)"
+  message = rf"features.json lists {number} classes of label, .* have 3 \(0 to 2\)"
   assert_raises(message, data_dir)
   if number == "4":  # Classes with names need no examples.
     (path.parent / "label.labels.txt").write_text("a\nb\nc\nd\n")
@@ -389,14 +389,14 @@ def test_wrong_number_of_classes_raises(data_dir, number):
 
 def test_wrong_number_of_class_names_raises(data_dir):
   (data_dir / "tiny" / "1.0.0" / "label.labels.txt").write_text("a\nb\n")
-  message = "features.json gives 3 classes of label and label.labels.txt .* names of 2"
+  message = "features.json lists 3 classes of label, but label.labels.txt .* names of 2"
   assert_raises(message, data_dir)
 
 
 @pytest.mark.parametrize("number", ["11", "13"])
 def test_wrong_number_of_examples_raises(data_dir, number):
   change(data_dir / "tiny" / "1.0.0" / "dataset_info.json", '"12"', f'"{number}"')
-  message = f"dataset_info.json gives {number} examples of train in .* has 12"
+  message = f"dataset_info.json lists {number} examples of train in .* has 12"
   assert_raises(message, data_dir)
   assert_raises(message, data_dir, "tiny", "train[:5]")
   assert len(load(data_dir, split="test").labels) == 5

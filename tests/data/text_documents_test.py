@@ -69,11 +69,11 @@ def test_the_seed_decides_everything():
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"num_train": 10_000}, r"text for \d+ train documents, and 10000 are wanted"),
+    ({"num_train": 10_000}, r"text for \d+ train documents, but 10000 are requested"),
     ({"num_meta": -1}, "num_meta must be an integer of at least 0"),
     ({"length": 0}, "length=0 must be positive"),
     ({"fraction": 1.5}, r"fraction=1.5 in \[0, 1\]"),
-    ({"fraction": 1.0, "num_train": 240}, "documents, and 80 are wanted"),
+    ({"fraction": 1.0, "num_train": 240}, "documents, but 80 are requested"),
   ],
 )
 def test_impossible_sizes_are_refused(options, message):

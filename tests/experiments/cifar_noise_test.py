@@ -159,7 +159,7 @@ _MISTAKES = {
   "noise": (["--noise=flip"], "should be one of <uniform_flip|"),
   "no_data": (["--data_dir=nowhere"], "'cifar10' does not exist"),
   "human_where": (["--noise=human", "--dataset=cifar10"], "needs the data set cifar10"),
-  "human_much": (["--noise=human", "--noise_fraction=0.2"], "human takes no fraction"),
+  "human_much": (["--noise=human", "--noise_fraction=0.2"], "human has no fraction"),
   "not_human": (["--annotation=aggre"], "is for the builder human only"),
   "fraction": (["--noise_fraction=1.5"], "noise_fraction"),
   "alike": (
@@ -169,7 +169,7 @@ _MISTAKES = {
   "decay": (["--decay_steps=40k"], "--decay_steps=40k: give numbers of updates"),
   "decay_digits": (["--decay_steps=\u0664"], "write it in ASCII"),
   "momentum": (["--momentum=2"], "--momentum=2 must lie between 0 and"),
-  "no_meta": (["--num_meta=0"], "needs a clean meta set and it is empty: raise --num"),
+  "no_meta": (["--num_meta=0"], "needs a meta set of clean examples"),
   "much_meta": (["--num_meta=30"], "the meta set needs 30: lower --num_meta"),
   "meta_batch": (["--meta_batch_size=21"], "=21 must lie between 1 and the 20 clean"),
   "batch": (["--batch_size=161"], "larger than the 160 training examples"),

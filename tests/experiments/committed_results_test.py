@@ -100,6 +100,14 @@ def test_every_row_tells_where_it_comes_from(path):
   ("name", "methods", "repeats"),
   [
     ("digits_noise", ["uniform", "clean_only", "fine_tuning", "l2rw"], 5),
+    # Two data sets by three problems.
+    ("clean_examples", ["uniform", "no_clean_data"], 6 * 5),
+    # The same for five numbers of clean images.
+    (
+      "clean_examples",
+      ["clean_only", "early_stopped", "fine_tuning", "l2rw"],
+      5 * 6 * 5,
+    ),
     ("mnist_imbalance", ["uniform", "proportion", "hard_mining", "l2rw"], 3),
     ("fairness", ["uniform", "class_proportion", "l2rw", "forml_worst"], 3),
     # Three noises by two scales of the pixels; two tails by two lengths.

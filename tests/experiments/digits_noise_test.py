@@ -119,7 +119,7 @@ _MISTAKES = {
   ),
   "meta_too_many": (["--num_meta=1000"], "class 0 has 128 images in digits train"),
   "meta_negative": (["--num_meta=-1"], "--num_meta=-1 must lie between 0 and"),
-  "meta_none": (["--num_meta=0"], "needs a clean meta set and it is empty"),
+  "meta_none": (["--num_meta=0"], "needs a meta set of clean examples"),
   "meta_batch": (["--meta_batch_size=51"], "between 1 and the 50 clean examples"),
   "meta_batch_zero": (
     ["--meta_batch_size=0"],
@@ -127,7 +127,7 @@ _MISTAKES = {
   ),
   "batch": (["--batch_size=1248"], "is larger than the 1247 training examples"),
   "batch_zero": (["--batch_size=0"], "=0 must lie between 1 and"),
-  "indivisible": (["--num_devices=3"], "=100 does not divide among --num_devices=3"),
+  "indivisible": (["--num_devices=3"], "=100 is not a multiple of --num_devices=3"),
   "devices": (["--num_devices=9"], "--num_devices=9: this machine has 8 cpu device(s)"),
   "steps": (["--num_steps=many"], "--num_steps=many is not a whole number."),
   "learning_rate": (["--learning_rate=-1"], "=-1 must lie between"),
@@ -140,7 +140,7 @@ _MISTAKES = {
   ),
   "probe_batch": (
     ["--probes=susceptibility", "--probe_batch_size=1248"],
-    "a batch of 1248 unlabeled images is more than the 1247 available",
+    "a batch needs 1248 unlabeled images, but there are 1247",
   ),
   "probes_later": (
     [

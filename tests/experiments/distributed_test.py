@@ -1,19 +1,28 @@
 """Flags for several processes that do not fit together."""
 
+import importlib
+import pathlib
+
 import pytest
 
 from experiments import digits_noise
 from experiments import mentornet_pretrain
 from experiments.lib import distributed
+from experiments.lib import runner
 from l2rw_jax import base
+from l2rw_jax import processes
 
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+# These train no run of the loop for their table, or measure time.
+_OTHERS = {f"experiments.{x}" for x in ("coreset", "find_label_issues")}
+_OTHERS |= {"experiments.mentornet_pretrain"}
 _ADDRESS = {"coordinator_address": "localhost:1"}
 
 
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    (digits_noise.Settings(**_ADDRESS), "--num_processes and --process_id must be"),
+    (digits_noise.Settings(**_ADDRESS), "--num_processes and --process_id must also"),
     (
       digits_noise.Settings(**_ADDRESS, num_processes=2, process_id=2),
       "--process_id=2 must be below --num_processes=2",
@@ -25,6 +34,31 @@ def test_wrong_flags_raise_in_one_line(settings, message):
   with pytest.raises(base.InputError, match=message) as caught:
     distributed.connect(settings)
   assert "\n" not in str(caught.value)
+
+
+_SCRIPTS = sorted(
+  f"{folder.name}.{path.stem}"
+  for folder in (_REPOSITORY / "experiments", _REPOSITORY / "benchmarks")
+  for path in folder.glob("*.py")
+  if "launch.main(" in path.read_text()
+)
+
+
+@pytest.mark.parametrize("name", _SCRIPTS)
+def test_scripts_that_cannot_use_several_processes_refuse_them(name, monkeypatch):
+  script = importlib.import_module(name)
+  settings = script.Settings()
+  if not hasattr(settings, "distributed"):
+    return  # The flags are unknown.
+  trains_runs = name.startswith("experiments.") and name not in _OTHERS
+  assert trains_runs == settings.SEVERAL_PROCESSES
+  if not trains_runs:
+    with pytest.raises(base.InputError, match="--distributed: this script runs in one"):
+      distributed.connect(settings.replace(distributed=True))
+    # Of a program that connected its processes itself.
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    with pytest.raises(base.InputError, match=r"jax\.distributed: this script runs in"):
+      runner.open_folder(settings, "x", "unused")
 
 
 def test_without_flags_a_process_stays_alone():

@@ -139,7 +139,7 @@ _MISTAKES = {
   "condense_text": (["--condense=ten"], "--condense=ten: give whole percentages"),
   "condense_small": (
     ["--condense=10"],
-    "keeps 49 of 491 images, less than --batch_size=100",
+    "keeps 49 of 491 images, fewer than --batch_size=100",
   ),
   "condense_without": (
     ["--condense=50", "--methods=uniform"],

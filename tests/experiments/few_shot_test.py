@@ -168,7 +168,7 @@ def test_the_network_is_conv4_and_fits_the_tasks(learner_of):
 _MISTAKES = {
   "unknown_method": (["--methods=reptile"], "--methods=reptile: choose among maml"),
   "no_method": (["--methods="], "--methods= is empty: choose among maml"),
-  "ways": (["--num_ways=3"], "num_ways=3 need as many classes; digits"),
+  "ways": (["--num_ways=3"], "num_ways=3 need as many classes, but digits"),
   "shots": (["--num_shots=200"], "--num_shots + --num_queries = 205 images of a class"),
   "zero_shots": (["--num_shots=0"], "--num_shots=0 must lie between 1 and"),
   "share_one": (["--ood_share=1"], "--ood_share=1 must lie between 0 and 0.999999"),
@@ -178,9 +178,9 @@ _MISTAKES = {
   "digits": (["--num_steps=\uff13"], "write it in ASCII"),
   "share_nan": (["--ood_share=nan"], "--ood_share=nan is not a finite number"),
   "noise": (["--noise_share=2"], "=2 must lie between 0 and 1"),
-  "ood": (["--ood=svhn"], "unknown data set 'svhn'; known are"),
+  "ood": (["--ood=svhn"], "unknown data set 'svhn'; choose digits"),
   "no_data": (["--ood=mnist", "--data_dir={tmp}/none"], "'mnist' does not exist"),
-  "no_folder": (["--dataset=mini_imagenet"], "needs its folder: --data_dir="),
+  "no_folder": (["--dataset=mini_imagenet"], "mini_imagenet needs --data_dir="),
   "empty_folder": (
     ["--dataset=mini_imagenet", "--data_dir={tmp}"],
     "train has no folders of classes",

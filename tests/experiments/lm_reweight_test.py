@@ -62,7 +62,7 @@ def test_recovered_documents_by_hand():
     ({"width": 20}, "--width=20 must be a multiple of 16"),
     ({"methods": ("sgd",)}, "--methods=sgd: choose among"),
     ({"corrupted": 1.5}, "--corrupted=1.5"),
-    ({"num_train": 10**8}, "documents, and 100000000 are wanted"),
+    ({"num_train": 10**8}, "documents, but 100000000 are requested"),
   ],
 )
 def test_impossible_flags_are_refused(flags, message, tmp_path):

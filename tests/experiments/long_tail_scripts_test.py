@@ -39,7 +39,7 @@ def test_run_writes_rows_and_figures(run):
   assert header[6:9] == ["many-shot %", "medium-shot %", "few-shot %"]
   assert [line[3] for line in lines] == _METHODS and lines[0][-1] == "2"
   assert "digits, mlp, builder mwn, 10 meta images a class" in printed
-  assert "more than 100 training images, few-shot ones less than 20." in printed
+  assert "more than 100 training images, few-shot classes fewer than 20." in printed
   rows, csv_rows, flags = scripts.saved_rows(folder)
   assert len(rows) == len(csv_rows) == 2 * len(_METHODS)
   assert flags["beta"] == 0.9999 and flags["deferred"] == 0.5
@@ -100,7 +100,7 @@ _MISTAKES = {
   "meta_many": (["--num_meta=126"], "lower --num_meta"),
   "meta_none": (
     ["--num_meta=0", "--methods=l2rw"],
-    "clean meta set and it is empty: raise --num_meta",
+    "clean examples, and it is empty: raise --num_meta",
   ),
   "meta_batch": (["--meta_batch_size=101"], "must lie between 1 and the 100 clean"),
   "batch": (["--batch_size=469"], "is larger than the 468 training examples"),

@@ -153,7 +153,7 @@ _MISTAKES = {
   "num_train": (["--num_train=1298"], "--num_train=1298 of 1297 images; lower it"),
   "unlabeled": (
     ["--num_unlabeled=40"],
-    "a batch of 50 unlabeled images is more than the 40 available ones",
+    "a batch needs 50 unlabeled images, but there are 40",
   ),
   "all_unlabeled": (["--num_unlabeled=1297"], "nothing is left to train on"),
   "batch": (["--batch_size=151"], "is larger than the 150 training examples"),

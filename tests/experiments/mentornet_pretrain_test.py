@@ -87,7 +87,7 @@ _MISTAKES = {
   "labels_of_pd": (["--use_labels"], "--use_labels is for --curriculum=dd."),
   "fraction": (
     ["--curriculum=dd", "--dump={dump}", "--percentile=0.75"],
-    "percentile=0.75 counts from 0 to 100; write 75.",
+    "percentile=0.75 must be a number from 0 to 100, not a fraction: use 75.",
   ),
   "percentile": (
     ["--curriculum=dd", "--dump={dump}", "--percentile=101"],
@@ -197,7 +197,9 @@ def test_student_learns_with_the_loaded_mentor(done, tmp_path, name, preset):
 
 def test_a_mentor_of_other_classes_is_one_line(done):
   path = done[0] / "labels" / "mentor.json"
-  with pytest.raises(base.InputError, match="labels of 10 classes, the data have 2"):
+  with pytest.raises(
+    base.InputError, match="labels of 10 classes, but the data have 2"
+  ):
     mentor_file.load(path, num_classes=2)
 
 

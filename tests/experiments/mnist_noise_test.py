@@ -12,13 +12,14 @@ import scripts
 
 from experiments import mnist_noise as script
 from l2rw_jax import base
+from l2rw_jax.io import metric_writer
 from l2rw_jax.methods.mentornet import loss_dump
 from l2rw_jax.methods.mentornet import mentor_file
 from l2rw_jax.methods.mentornet import network as mentornet_network
 
 _NAME = "mnist_noise"
 _SMALL = ("--dataset=digits", "--num_meta=5", "--num_epochs=1", "--num_devices=1")
-_METHODS = ["uniform", "meta_weight_net", "mentornet_pd"]
+_METHODS = ["early_stopped", "meta_weight_net", "mentornet_pd"]
 
 
 def _mentor(path, num_classes=None):
@@ -100,8 +101,18 @@ def test_other_methods_fit_the_network_and_the_data(name):
   assert found.weights.shape == (6,)
 
 
+def test_early_stopping_takes_the_step_of_the_lowest_loss_on_the_clean_set(run):
+  rows, _, _ = scripts.saved_rows(run[0])
+  for row in rows[:2]:
+    (folder,) = run[0].glob(f"seeds-*/*-early_stopped/seed-{row['seed']}")
+    measured = [m for m in metric_writer.read(folder) if "probe/clean_loss_50" in m]
+    best = min(measured, key=lambda m: m["probe/clean_loss_50"])
+    assert len(measured) == 2
+    assert row["accuracy_percent"] == 100 * best["probe/test/accuracy"]
+
+
 def test_losses_are_kept_for_a_mentor(run):
-  (path,) = run[0].glob("seeds-*/*-uniform/losses-seed-1.npz")
+  (path,) = run[0].glob("seeds-*/*-early_stopped/losses-seed-1.npz")
   dump = loss_dump.read_dump(path)
   assert len(dump.loss) == 1247 and (dump.epoch_percent == 0).all()
   assert 0.4 < np.mean(dump.label != dump.true_label) < 0.6
@@ -122,7 +133,7 @@ _MISTAKES = {
   "unused_mentor": (["--mentor={tmp}/none.json"], "none.json: cannot read it"),
   "old_mentor": (
     ["--methods=mentornet_pd", "--mentor={tmp}/old.json"],
-    "is of format version 0",
+    "has format version 0",
   ),
   "mentor_of_others": (
     ["--methods=mentornet_pd", "--mentor={tmp}/three.json"],
@@ -130,7 +141,7 @@ _MISTAKES = {
   ),
   "percentile": (
     ["--methods=pd_mixture", "--mentor_percentile=0.75"],
-    "--mentor_percentile=0.75 counts from 0 to 100; write 75",
+    "--mentor_percentile=0.75 must be a number from 0 to 100, not a fraction: use 75",
   ),
   "percentile_high": (
     ["--methods=self_paced", "--mentor_percentile=101"],
@@ -157,7 +168,7 @@ _MISTAKES = {
     ["--noise=bare_class_conditional"],
     "bare_class_conditional",
   ),
-  "meta_none": (["--num_meta=0", "--methods=warpi"], "clean meta set and it is empty"),
+  "meta_none": (["--num_meta=0", "--methods=warpi"], "clean examples, and it is empty"),
   "meta_many": (["--num_meta=500"], "lower --num_meta"),
   "meta_batch": (["--meta_batch_size=51"], "must lie between 1 and the 50 clean"),
   "plateau": (["--plateau"], "--plateau needs a validation set: give --num_validation"),
@@ -167,11 +178,11 @@ _MISTAKES = {
   "kappa": (["--methods=bare", "--bare_kappa=-1"], "bare_kappa"),
   "statistics": (["--bare_statistics=mine"], "should be one of <batch_column|"),
   "batch": (["--batch_size=1248"], "is larger than the 1247 training examples"),
-  "devices": (["--num_devices=3"], "does not divide among --num_devices=3"),
+  "devices": (["--num_devices=3"], "is not a multiple of --num_devices=3"),
   "data": (["--dataset=mnist", "--data_dir={tmp}/none"], "'mnist' does not exist"),
   "momentum": (
     ["--momentum=0"],
-    "--momentum=0 is of SGD; --preset=shared trains uniform",
+    "--momentum=0 is for SGD, but --preset=shared trains",
   ),
   "other_settings": (
     ["--workdir={run}", "--bare_kappa=2"],

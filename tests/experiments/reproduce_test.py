@@ -234,7 +234,7 @@ def test_the_list_has_numbers_and_commands(tmp_path):
   ("arguments", "complaint"),
   [
     (["--only=sota"], "--only=sota: no cell has such a name; see --list"),
-    (["--device=gpu", "--only=step_time"], "--device=gpu: JAX computes on a CPU"),
+    (["--device=gpu", "--only=step_time"], "--device=gpu: JAX uses a CPU"),
   ],
 )
 def test_a_mistake_is_one_line(arguments, complaint, tmp_path):

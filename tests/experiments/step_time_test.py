@@ -143,7 +143,7 @@ runpy.run_module("benchmarks.step_time", run_name="__main__", alter_sys=True)
   ("where", "message"),
   [
     ('sys.modules["torch"] = None', "pip install '.[benchmarks]'"),
-    ('jax.default_backend = lambda: "tpu"', "JAX computes on a TPU, PyTorch here on"),
+    ('jax.default_backend = lambda: "tpu"', "JAX computes on a TPU, but PyTorch on"),
   ],
   ids=["without_pytorch", "on_a_tpu"],
 )

@@ -225,11 +225,11 @@ _BROKEN_ROWS = {
     7,
     "results.json cannot be read as results (flags and rows have other types)",
   ),
-  "row": ([7], "results.json cannot be read as results (a row is no object)"),
+  "row": ([7], "results.json cannot be read as results (a row is not an object)"),
 }
 _MISTAKES = {
   "no_folder": (["--results={tmp}/none"], "/none is not a folder; run from"),
-  "empty": (["--results={tmp}/empty"], "/empty holds no NAME/results.json"),
+  "empty": (["--results={tmp}/empty"], "/empty contains no NAME/results.json"),
   "not_json": (
     ["--results={tmp}/not_json"],
     "results.json cannot be read as results (",
@@ -244,7 +244,7 @@ _MISTAKES = {
   "format": (["--format=pdf"], "should be one of <markdown|compact|csv>"),
   "no_readme": (["--readme={tmp}/none.md"], "none.md: No such file or directory"),
   "not_text": (["--readme={tmp}/R.png"], "R.png is not UTF-8 text ("),
-  "no_markers": (["--readme={tmp}/plain.md"], "must hold one <!-- tables: begin -->"),
+  "no_markers": (["--readme={tmp}/plain.md"], "must contain one <!-- tables: begin"),
   "subset": (["--readme={tmp}/R.md", "--only=mnist_noise"], "leave out --only"),
   "out": (["--out={tmp}/plain.md"], "plain.md: File exists"),
   "positional": (["mnist_noise"], "unexpected argument 'mnist_noise'"),
@@ -295,7 +295,7 @@ def test_mistake_is_one_line_and_writes_nothing(mistakes, name):
   ],
 )
 def test_markers_must_be_there_once_and_in_order(text):
-  with pytest.raises(tables.base.InputError, match="must hold one"):
+  with pytest.raises(tables.base.InputError, match="must contain one"):
     tables.between_markers(text, "new")
 
 

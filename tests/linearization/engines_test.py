@@ -179,7 +179,7 @@ def test_fixed_leaves_have_zero_gradients(engine, wrap):
 @pytest.mark.parametrize("engine", linearization.ENGINES)
 @pytest.mark.parametrize("params", [{"count": jnp.int32(3)}, {}, [np.ones(3, int)]])
 def test_params_without_a_trainable_leaf_are_refused(engine, params):
-  with pytest.raises(base.InputError, match="params holds no floating point array"):
+  with pytest.raises(base.InputError, match="params has no floating-point array"):
     linearization.linearize(lambda p, x: x[:, 0], params, _x(), engine=engine)
 
 

@@ -54,11 +54,11 @@ def test_optimizers_get_zeros_in_place_of_keys():
 
 def test_params_without_a_trainable_leaf_are_refused():
   trainable.check(_params())
-  with pytest.raises(base.InputError, match=r"no floating point array.*: bool, int32"):
+  with pytest.raises(base.InputError, match=r"no floating-point array.*: bool, int32"):
     trainable.check({"count": jnp.int32(3), "mask": jnp.array(True)})
 
 
 @pytest.mark.parametrize("function", [trainable.check, trainable.Partition])
 def test_leaves_that_are_not_arrays_are_refused(function):
-  with pytest.raises(base.InputError, match="params holds a function, which is no"):
+  with pytest.raises(base.InputError, match="params contains a function, which is not"):
     function({"w": jnp.ones(2), "activation": lambda x: x})

@@ -194,7 +194,7 @@ def test_finite_at_extreme_logits(scale):
     ),
     (
       lambda: forward_correction(transition=_T.T),
-      "transition must be .* summing to 1",
+      "transition must be .* with sum 1",
     ),
     (
       lambda: forward_correction(transition=2 * np.eye(3) - _T),
@@ -206,7 +206,7 @@ def test_finite_at_extreme_logits(scale):
     ),
     (
       lambda: _begin(forward_correction(transition=np.eye(4))),
-      r"transition is \(4, 4\); the data need \(3, 3\)",
+      r"transition has shape \(4, 4\); the data need \(3, 3\)",
     ),
   ],
 )

@@ -255,7 +255,7 @@ def test_adjustment_favors_small_groups():
     ),
     (
       lambda: _refreshed(group_dro.group_dro(2)),
-      "the training set has group 2, groups are 0 to 1",
+      "the training set has group 2, but groups are 0 to 1",
     ),
     (
       lambda: _refreshed(group_dro.group_dro(key="sex")),
@@ -265,7 +265,7 @@ def test_adjustment_favors_small_groups():
       lambda: group_dro.example_weights(
         jnp.ones(2), jnp.zeros(3, int), jnp.zeros(2), 0.1
       ),
-      "groups must be one integer an example",
+      "groups must be one integer per example",
     ),
     (
       lambda: group_dro.example_weights(
@@ -277,7 +277,7 @@ def test_adjustment_favors_small_groups():
       lambda: group_dro.example_weights(
         jnp.ones(2), jnp.zeros(2, int), jnp.zeros((2, 1)), 0.1
       ),
-      "log_q must be one number a group",
+      "log_q must be one number per group",
     ),
     (
       lambda: group_dro.example_weights(

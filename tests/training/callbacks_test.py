@@ -125,7 +125,7 @@ def test_non_finite_gradient_stops_the_run(tmp_path):
 def test_non_finite_meta_loss_is_reported(tmp_path):
   splits = toy_runs.make_splits()
   splits.meta.image[0] = _HUGE
-  _fail(tmp_path, _L2RW, [splits], "seed 0, step 0: a clean loss, or the objec")
+  _fail(tmp_path, _L2RW, [splits], "seed 0, step 0: a meta loss, or the objec")
 
 
 def test_too_large_learning_rate_is_reported(tmp_path):

@@ -16,7 +16,7 @@ _L2RW = l2rw.l2rw()
 @pytest.mark.parametrize(
   ("method", "data", "settings", "message"),
   [
-    (_L2RW, {"num_meta": 0}, {}, "needs a clean meta set.*--num_meta.*--methods"),
+    (_L2RW, {"num_meta": 0}, {}, "needs a meta set of clean.*--num_meta.*--methods"),
     (_L2RW, {}, {"meta_batch_size": 9}, "--meta_batch_size=9.*8 clean examples"),
     (_L2RW, {}, {"meta_batch_size": 0}, "--meta_batch_size=0.*between 1"),
     (_UNIFORM, {"num_train": 7}, {}, "--batch_size=8 is larger than the 7 training"),
@@ -25,7 +25,7 @@ _L2RW = l2rw.l2rw()
       _UNIFORM,
       {},
       {"num_devices": 3},
-      "--batch_size=8 does not divide among --num_dev",
+      "--batch_size=8 is not a multiple of --num_dev",
     ),
   ],
 )
@@ -43,7 +43,7 @@ def test_invalid_settings_raise_before_anything_is_written(
 def test_label_out_of_range_raises(tmp_path, part, label):
   splits = toy_runs.make_splits()
   getattr(splits, part).label[5] = label
-  message = f"{part} of seed 0: example 5 has label {label}, classes are 0 to 2"
+  message = f"{part} of seed 0: example 5 has label {label}, but classes are 0 to 2"
   with pytest.raises(base.InputError, match=message):
     toy_runs.train(tmp_path / "run", _UNIFORM, [splits])
   assert not (tmp_path / "run").exists()
@@ -60,10 +60,10 @@ def test_non_finite_pixel_raises(tmp_path, part):
 
 def test_splits_of_different_sizes_raise(tmp_path):
   splits = [toy_runs.make_splits(0), toy_runs.make_splits(1, num_train=48)]
-  with pytest.raises(base.InputError, match="of one size; the train sets have 40 and"):
+  with pytest.raises(base.InputError, match="one size; the train sets have 40 and"):
     toy_runs.train(tmp_path / "run", _UNIFORM, splits, seeds=(0, 1))
   splits = [toy_runs.make_splits(0), toy_runs.make_splits(1, num_meta=9)]
-  with pytest.raises(base.InputError, match="of one size; the meta sets have 8 and 9"):
+  with pytest.raises(base.InputError, match="one size; the meta sets have 8 and 9"):
     toy_runs.train(tmp_path / "run", _L2RW, splits, seeds=(0, 1))
   toy_runs.train(tmp_path / "other", _UNIFORM, splits, seeds=(0, 1), num_steps=1)
   assert not (tmp_path / "run").exists()

@@ -86,12 +86,12 @@ def test_unlabeled_images_may_be_an_array_or_another_part():
   ("options", "match"),
   [
     ({"unlabeled": "validation"}, "the unlabeled set is empty: hold images out"),
-    ({"batch_size": 41}, "a batch of 41 unlabeled images is more than the 40"),
+    ({"batch_size": 41}, "a batch needs 41 unlabeled images, but there are 40"),
     (
       {"unlabeled": np.zeros((9, 4), np.uint8)},
-      r"are uint8 \(4,\) and the training images float32 \(4,\); make them alike",
+      r"are uint8 \(4,\), but the training images are float32 \(4,\); give both",
     ),
-    ({"unlabeled": np.zeros((9, 5), np.float32)}, r"float32 \(5,\) and the train"),
+    ({"unlabeled": np.zeros((9, 5), np.float32)}, r"float32 \(5,\), but the train"),
   ],
 )
 def test_unusable_images_raise(options, match):
@@ -177,7 +177,7 @@ def test_zeta_is_the_mean_of_all_drops_but_the_last():
   probes["susceptibility_drop"][1] = None  # NaN in results.json.
   assert memorization.zeta(metrics) is None
   for other in ({}, {"probes": {"step": [0], "train_accuracy": [0.1]}}):
-    with pytest.raises(base.InputError, match="the run has no drops: train it with"):
+    with pytest.raises(base.InputError, match="the run has no loss drops"):
       memorization.zeta({"num_steps": 10, **other})
 
 

@@ -52,7 +52,7 @@ def _finish(started):
   return [p.returncode for p in started], outputs
 
 
-def _work(count, num_local, task, **arguments):
+def _work(count, num_local, task, as_script=False, **arguments):
   """Runs a task of the worker in `count` processes with `num_local` devices each."""
   address = f"localhost:{_port()}"
   started = [
@@ -65,6 +65,7 @@ def _work(count, num_local, task, **arguments):
             "process": process,
             "num_local": num_local,
             "address": address,
+            "as_script": as_script,
             "task": task,
           }
           | arguments
@@ -172,7 +173,8 @@ _SCRIPT = ("-m", "experiments.digits_noise")
 _FLAGS = ("--num_seeds=1", "--methods=uniform", "--batch_size=100")
 
 
-def _start_scripts(flags, *, num_local=2, more=((), ())):
+def _start_scripts(flags, numbers=(0, 1)):
+  """Starts those of two processes that have these numbers."""
   address = f"localhost:{_port()}"
   return [
     _start(
@@ -181,15 +183,12 @@ def _start_scripts(flags, *, num_local=2, more=((), ())):
         *_FLAGS,
         *flags,
         f"--coordinator_address={address}",
-        f"--num_processes={len(more)}",
+        "--num_processes=2",
         f"--process_id={process}",
-        *own,
       ],
-      _environment(
-        JAX_NUM_CPU_DEVICES=str(num_local), JAX_DISABLE_MOST_OPTIMIZATIONS="1"
-      ),
+      _environment(JAX_NUM_CPU_DEVICES="2", JAX_DISABLE_MOST_OPTIMIZATIONS="1"),
     )
-    for process, own in enumerate(more)
+    for process in numbers
   ]
 
 
@@ -219,20 +218,36 @@ def _wait_until(is_done, started):
     time.sleep(0.05)
 
 
-@pytest.mark.parametrize(
-  ("more", "message"),
-  [
-    (((), ("--num_steps=7",)), "num_steps is 5 in process 0 and 7 in process 1"),
-    ((("--num_meta=3",), ()), "num_meta is 3 in process 0 and"),
-  ],
-)
-def test_processes_that_disagree_end_with_one_line(tmp_path, more, message):
-  started = _start_scripts(
-    (f"--workdir={tmp_path / 'run'}", "--num_steps=5"), more=more
+_MISTAKES = {
+  "batch": "--batch_size=6 does not divide among the 4 devices of 2 processes",
+  "settings": "seed 0, config, num_steps is 5 in process 0 and 7 in process 1",
+  "data": "seed 0, data is ",
+  "flags": "num_steps is 5 in process 0 and 7 in process 1",
+  "folder": "is not shared: process 1",
+}
+
+
+def test_mistakes_end_all_processes_with_one_line(tmp_path):
+  statuses, errors = _work(2, 2, "mistakes", as_script=True, folder=str(tmp_path))
+  assert statuses == [2, 2], errors
+  lines = [stderr.splitlines() for stderr in errors]
+  missing = "x.array_record-00001-of-00002: No such file"
+  assert lines == [[f"error: process 1: {missing}"], [f"error: {missing}"]]
+  first, second = (
+    json.loads((tmp_path / f"{process}.json").read_text()) for process in range(2)
   )
-  statuses, outputs = _finish(started)
-  assert statuses == [2, 2], outputs
+  assert first == second and first.keys() == _MISTAKES.keys()
+  for name, part in _MISTAKES.items():
+    assert part in first[name] and "\n" not in first[name], first[name]
+  assert not (tmp_path / "script").exists()
+
+
+def test_process_that_never_arrives_ends_the_other_with_one_line():
+  flags = ("--num_steps=5", "--initialization_timeout=3")
+  # Process 0 of two, and process 1 of two others.
+  alone = [_start_scripts(flags, numbers=(number,))[0] for number in range(2)]
+  statuses, outputs = _finish(alone)
+  assert statuses[0] in (2, -signal.SIGABRT) and statuses[1] in (2, -signal.SIGABRT)
   for _, stderr in outputs:
     (line,) = stderr.splitlines()
-    assert message in line
-  assert not (tmp_path / "run").exists()
+    assert "not all processes arrived within --initialization_timeout=3" in line

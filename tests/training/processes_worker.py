@@ -3,6 +3,7 @@
 The only argument is a JSON object; its "task" is the name of a function below.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -15,14 +16,20 @@ _TESTS = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(_TESTS / "training"), str(_TESTS / "methods"), str(_TESTS.parent)]
 
 
-def _connect(count, process, num_devices, address):
+def _connect(count, process, num_devices, address, as_script):
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", num_devices)
   jax.config.update("jax_disable_most_optimizations", True)
   jax.config.update("jax_numpy_rank_promotion", "raise")
   jax.config.update("jax_numpy_dtype_promotion", "strict")
   jax.config.update("jax_enable_preemption_service", False)
-  if count > 1:
+  if as_script:
+    from experiments import digits_noise
+    from experiments.lib import distributed
+
+    connection = {"coordinator_address": address, "num_processes": count}
+    distributed.connect(digits_noise.Settings(**connection, process_id=process))
+  elif count > 1:
     jax.distributed.initialize(address, count, process, initialization_timeout=60)
 
 
@@ -141,8 +148,70 @@ def train(folder, names, signal_at=None, **settings):
     )
 
 
+def mistakes(folder):
+  """Calls that must fail in both processes; the last one as a script does.
+
+  Writes the message of each of the others to `folder`/PROCESS.json.
+  """
+  import toy_runs
+
+  from experiments import digits_noise
+  from experiments.lib import launch
+  from l2rw_jax import base
+  from l2rw_jax import processes
+  from l2rw_jax.io import workdir
+  from l2rw_jax.methods import baselines
+
+  folder, process = pathlib.Path(folder), processes.index()
+  # Network file systems show new files late.
+  workdir._VISIBLE_AFTER = 0.5
+  train = functools.partial(
+    toy_runs.train, folder / "run", baselines.uniform(), num_devices=None
+  )
+  exists = pathlib.Path.exists
+
+  def exists_elsewhere(path, **options):
+    return exists(path, **options) and not path.name.startswith(workdir._SHARED)
+
+  def unshared():
+    if process == 1:
+      pathlib.Path.exists = exists_elsewhere
+    try:
+      train()
+    finally:
+      pathlib.Path.exists = exists
+
+  def flags():
+    settings = digits_noise.Settings(num_seeds=1, num_steps=5 + 2 * process)
+    digits_noise.run(settings, folder / "script")
+
+  def read_data(settings, workdir):
+    del settings, workdir
+    if process == 1:  # As of a host that lacks a file of the data set.
+      raise base.InputError("x.array_record-00001-of-00002: No such file")
+    processes.exchange("data", "complete")
+
+  calls = {
+    "batch": lambda: train(batch_size=6),
+    "settings": lambda: train(num_steps=5 + 2 * process),
+    "data": lambda: train([toy_runs.make_splits(process)]),
+    "flags": flags,
+    "folder": unshared,
+  }
+  messages = {}
+  for name, call in calls.items():
+    try:
+      call()
+    except base.InputError as error:
+      messages[name] = str(error)
+  (folder / f"{process}.json").write_text(json.dumps(messages))
+  launch.execute(digits_noise.Settings, read_data, "data", [])
+
+
 if __name__ == "__main__":
   arguments = json.loads(sys.argv[1])
-  _connect(*(arguments.pop(k) for k in ("count", "process", "num_local", "address")))
-  task = {"sweep": sweep, "train": train}[arguments.pop("task")]
+  connection = ("count", "process", "num_local", "address", "as_script")
+  _connect(*(arguments.pop(k) for k in connection))
+  tasks = {"sweep": sweep, "train": train, "mistakes": mistakes}
+  task = tasks[arguments.pop("task")]
   task(**arguments)

@@ -96,7 +96,7 @@ def test_repeating_a_run_records_no_row_twice(tmp_path):
 
 def test_folder_of_other_losses_raises(tmp_path):
   _recorded(tmp_path)
-  with pytest.raises(base.InputError, match="holds the losses of other settings"):
+  with pytest.raises(base.InputError, match="contains the losses of other settings"):
     _recorded(tmp_path, runs="other", splits=[toy_runs.make_splits(5)])
 
 

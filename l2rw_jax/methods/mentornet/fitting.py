@@ -1,7 +1,7 @@
 """Fitting a mentor, and the rows that it is fitted to.
 
-MentorNet-PD imitates a predefined curriculum on a grid of losses; MentorNet-DD
-learns from a student's recorded losses which labels were right.
+MentorNet-PD imitates a predefined curriculum on a grid of losses; MentorNet-DD learns
+from the recorded losses of a student (the trained classifier) which labels were right.
 
 References:
   Jiang, Zhou, Leung, Li, Fei-Fei, "MentorNet: Learning Data-Driven Curriculum
@@ -49,10 +49,10 @@ def pd_rows(curriculum: str, *, num_rows: int | None = 100_000, seed: int = 0) -
   Args:
     curriculum: a key of `mentornet.CURRICULA`.
     num_rows: number of rows to keep; None is all.
-    seed: of the random choice of rows.
+    seed: seed of the random choice of rows.
 
   Raises:
-    InputError: an unknown curriculum, or more rows than the grid has.
+    InputError: the curriculum is unknown, or the grid has fewer rows.
   """
   if curriculum not in mentornet.CURRICULA:
     names = ", ".join(mentornet.CURRICULA)
@@ -63,7 +63,8 @@ def pd_rows(curriculum: str, *, num_rows: int | None = 100_000, seed: int = 0) -
   size = int(np.prod(shape))
   if num_rows is not None and not 1 < num_rows <= size:
     raise base.InputError(f"--num_rows={num_rows} must lie between 2 and {size}.")
-  # Also shuffled if all rows are kept, because `split` takes test rows from the end.
+  # The rows are shuffled even if all are kept, because `split` takes test rows from the
+  # end.
   rng = np.random.default_rng(seed)
   chosen = rng.permutation(size)[:num_rows]
   places = np.unravel_index(chosen, shape)
@@ -92,10 +93,11 @@ def dd_rows(
     labels: labels that the student was trained on, [N].
     true_labels: [N].
     epochs: epoch percents, [N].
-    percentile: from 0 to 100, of all recorded losses together, as released; it is
-      subtracted from the losses to give the differences.
-    use_labels: whether the mentor gets the labels; in the released code it gets 0.
-    seed: of the order of the rows.
+    percentile: percentile of all recorded losses together, from 0 to 100, as released.
+      The differences are the losses minus this percentile.
+    use_labels: whether the mentor gets the labels; in the released code, it gets 0 in
+      place of every label.
+    seed: seed of the order of the rows.
 
   Raises:
     InputError: a loss is not finite, an epoch percent is outside 0 to 99, or all labels
@@ -103,15 +105,15 @@ def dd_rows(
   """
   mentornet.check_percentile(percentile)
   if not np.isfinite(losses).all():
-    raise base.InputError("--dump holds losses that are NaN or infinite.")
+    raise base.InputError("--dump contains losses that are NaN or infinite.")
   if ((epochs < 0) | (epochs > 99)).any():
-    raise base.InputError("--dump holds epoch percents outside 0 to 99.")
+    raise base.InputError("--dump contains epoch percents outside 0 to 99.")
   targets = labels == true_labels
   if targets.all() or not targets.any():
     which = "right" if targets.all() else "wrong"
     raise base.InputError(
-      f"--dump: all its {len(labels)} labels are {which}; record a student on data"
-      " of which some labels are wrong."
+      f"--dump: all its {len(labels)} labels are {which}; record a student on data with"
+      " some wrong labels."
     )
   order = np.random.default_rng(seed).permutation(len(losses))
   shown = labels if use_labels else np.zeros_like(labels)
@@ -136,7 +138,7 @@ def is_binary(targets: np.ndarray) -> bool:
 
 
 def imitation_losses(logits: Any, targets: Any, is_binary: bool) -> base.Array:
-  """Sigmoid cross-entropy if all targets are 0 or 1, else squared error; [B]."""
+  """Sigmoid cross-entropy if all targets are 0 or 1, otherwise squared error; [B]."""
   if is_binary:
     return optax.sigmoid_binary_cross_entropy(logits, targets)
   return (jax.nn.sigmoid(logits) - targets) ** 2
@@ -154,11 +156,10 @@ def fit(
 ) -> base.PyTree:
   """Fits a mentor with the released settings from several starts; deterministic.
 
-  The optimizer is Adam with a learning rate that is multiplied by 0.9 every 1,000 steps
-  and with gradients clipped to norm 5; batches are drawn with replacement. At this
-  learning rate about half of the starts of the released network never learn to use the
-  epoch. Unlike the released code, this function therefore keeps the best of several
-  starts.
+  The optimizer is Adam. Its learning rate is multiplied by 0.9 every 1,000 steps, and
+  gradients are clipped to norm 5; batches are drawn with replacement. At this learning
+  rate, about half of the starts of the released network never learn to use the epoch.
+  Unlike the released code, this function therefore keeps the best of several starts.
 
   Args:
     network: the network to fit.
@@ -168,15 +169,15 @@ def fit(
     learning_rate: initial learning rate.
     restarts: number of starts, which are fitted one after the other; the one with the
       lowest loss over all rows is kept. 1 is the released procedure.
-    seed: of initialization and batches. The result of a start does not depend on the
-      number of starts.
+    seed: seed of the initialization and the batches. The result of a start does not
+      depend on the number of starts.
 
   Returns:
     The network's variables as NumPy arrays.
 
   Raises:
-    InputError: a label for which the network has no embedding, `batch_size` or
-      `restarts` below 1, or every start diverged.
+    InputError: the network has no embedding for a label, `batch_size` or `restarts` is
+      below 1, or every start diverged.
   """
   for name, value in (("batch_size", batch_size), ("restarts", restarts)):
     if value < 1:
@@ -188,8 +189,8 @@ def fit(
     )
   key = jax.random.key(seed)
   arrays = jax.tree.map(jnp.asarray, rows)
-  # Not under one `vmap`: there, rounding in XLA would depend on the number of starts,
-  # and fitting amplifies rounding errors.
+  # The starts do not share one `vmap`, because rounding in XLA would then depend on the
+  # number of starts, and fitting amplifies rounding errors.
   starts = [
     _fit_one(
       network,
@@ -208,7 +209,7 @@ def fit(
   return variables[np.nanargmin(losses)]
 
 
-# One program for all steps, because a dispatch takes longer than such a step.
+# One program runs all steps, because a dispatch takes longer than such a step.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _fit_one(network, batch_size, is_binary, key, rows, num_steps, learning_rate):
   """`(variables, mean loss over all rows)` of the start with this key."""

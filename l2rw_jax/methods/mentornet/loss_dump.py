@@ -1,4 +1,4 @@
-"""Records a student's losses during its training; writes and reads them as a dump.
+"""Records the losses of a student (a classifier) and writes and reads them as a dump.
 
 MentorNet-DD is fitted to such a dump. Train with the epoch probe
 `record_losses(Writer(folder))`; when the run has finished, call `Writer.combine` and
@@ -32,7 +32,7 @@ _DTYPES = {
 }
 _ANY_ROW = (0, np.iinfo(np.int32).max)
 _ANY_CLASS = (0, 999_999)
-# Allowed integers; a cast would change larger ones.
+# The largest allowed integers; a cast would change larger ones.
 _RANGES = {
   "sample": _ANY_ROW,
   "index": _ANY_ROW,
@@ -47,7 +47,7 @@ class LossDump(NamedTuple):
 
   Attributes:
     sample: the example's row in its training set, int32 [N].
-    epoch_percent: percent of training done, 0 to 99, int32 [N].
+    epoch_percent: percent of the training that was done, 0 to 99, int32 [N].
     label: label that the student was trained on, int32 [N].
     true_label: int32 [N].
     loss: float32 [N].
@@ -81,9 +81,9 @@ def record_losses(
     sink: called on the host with the run's seed, the epoch, counted from 0, the
       examples' indices and their losses.
     every: number of epochs between records.
-    num_examples: size of the random sample to record, drawn anew each time; None
-      records all examples.
-    batch_size: examples per forward pass.
+    num_examples: size of the random sample to record, which is drawn again each time;
+      None records all examples.
+    batch_size: number of examples per forward pass.
 
   Returns:
     An `evaluation.EpochProbe`, for `loop.train(..., epoch_probes=[...])`.
@@ -140,20 +140,20 @@ class Writer:
     """Writes an epoch; an existing file of the same epoch must agree with it.
 
     Raises:
-      InputError: the existing file is of other settings, or it cannot be written.
+      InputError: the existing file is from other settings, or it cannot be written.
     """
     path = self._run_folder(seed) / f"epoch-{epoch:05d}.npz"
     if path.exists():
       previous = _load_epoch(path)
       same = np.array_equal(previous["index"], index)
-      # Not bit for bit: the run may have resumed on another machine.
+      # They may differ by rounding if the run has resumed on another machine.
       if not (
         same
         and np.allclose(previous["loss"], losses, rtol=1e-2, atol=1e-3, equal_nan=True)
       ):
         raise base.InputError(
-          f"{path} holds the losses of other settings; delete {self.folder} or record"
-          " in another --workdir."
+          f"{path} contains the losses of other settings; delete {self.folder} or"
+          " record in another --workdir."
         )
     _save(path, index=index.astype(np.int32), loss=losses.astype(np.float32))
 
@@ -169,14 +169,14 @@ class Writer:
     """All recorded losses of a run, in order of epoch and example.
 
     Args:
-      seed: of the run.
-      label: of the training set, [N].
-      true_label: of the training set, [N].
-      batch_size: of the run.
-      num_steps: of the run.
+      seed: seed of the run.
+      label: labels of the training set, [N].
+      true_label: true labels of the training set, [N].
+      batch_size: batch size of the run.
+      num_steps: number of steps of the run.
 
     Raises:
-      InputError: nothing was recorded, a file is damaged or has more examples.
+      InputError: nothing was recorded, or a file is damaged or has more examples.
     """
     columns = []
     for path in sorted(self._run_folder(seed).glob("epoch-*.npz")):
@@ -184,15 +184,15 @@ class Writer:
       index = record["index"]
       if len(index) and index.max() >= len(label):
         raise base.InputError(
-          f"{path} is of more than these {len(label)} examples; delete {self.folder}"
-          " and record again."
+          f"{path} has more than these {len(label)} examples; delete {self.folder} and"
+          " record again."
         )
       steps = int(path.stem.removeprefix("epoch-")) * (len(label) // batch_size)
       percent = np.full(len(index), min(100 * steps // num_steps, 99))
       columns.append((index, percent, label[index], true_label[index], record["loss"]))
     if not columns:
       raise base.InputError(
-        f"{self._run_folder(seed)} holds no recorded losses: record the run from its"
+        f"{self._run_folder(seed)} has no recorded losses: record the run from its"
         " start."
       )
     return _dump(*(np.concatenate(c) for c in zip(*columns, strict=True)))
@@ -208,7 +208,7 @@ def _dump(*columns):
 
 
 def write_dump(path: str | os.PathLike, dump: LossDump) -> None:
-  """Writes a dump atomically, as CSV if `path` ends in .csv, else as NumPy's npz.
+  """Writes a dump atomically, as CSV if `path` ends in .csv, otherwise as npz.
 
   The folder is created if it does not exist.
 
@@ -258,7 +258,7 @@ def _check_columns(columns):
       raise ValueError("a number is missing")
     least, most = _RANGES[name]
     if ((column < least) | (column > most) | (column != np.floor(column))).any():
-      raise ValueError(f"{name} must hold whole numbers from {least} to {most}")
+      raise ValueError(f"{name} must be whole numbers from {least} to {most}")
   if len({column.shape for column in columns.values()}) != 1:
     raise ValueError("its columns differ in length")
 
@@ -279,8 +279,8 @@ def _read_csv(path):
   return dict(zip(_DTYPES, table.T, strict=True))
 
 
-# Errors of NumPy and zipfile for archives that are truncated, encrypted, compressed by
-# an unknown algorithm, or whose headers announce more data than fits in memory.
+# NumPy and zipfile raise these errors for archives that are truncated, encrypted,
+# compressed by an unknown algorithm, or larger than memory by their headers.
 _UNREADABLE = (
   *(OSError, ValueError, EOFError, TypeError, RuntimeError, MemoryError),
   *(OverflowError, SyntaxError, zipfile.BadZipFile, zlib.error, struct.error),

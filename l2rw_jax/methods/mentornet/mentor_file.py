@@ -28,7 +28,8 @@ def save(
   Args:
     path: file to create or replace; its folder must exist.
     mentor: the fitted mentor.
-    facts: JSON values to store with it, such as what it was fitted to, and how well.
+    facts: JSON values to store with the mentor, such as the curriculum that it was
+      fitted to and the errors of the fit.
 
   Raises:
     InputError: the file cannot be written.
@@ -51,15 +52,15 @@ def save(
 def load(
   path: str | os.PathLike, num_classes: int | None = None
 ) -> mentornet_network.Mentor:
-  """Reads a mentor back.
+  """Reads a mentor from its file.
 
   Args:
-    path: as given to `save`.
+    path: path of the file that `save` wrote.
     num_classes: C of the student's data; None does not check it.
 
   Raises:
-    InputError: there is no mentor at `path`, it is damaged or of another format,
-      or it uses labels of another number of classes.
+    InputError: there is no mentor at `path`, the file is damaged or has another format,
+      or the mentor uses labels of another number of classes.
   """
   record = read(path)
   fitted_classes = record["num_classes"]
@@ -103,7 +104,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
   """Reads the whole record, including its facts, and checks it.
 
   Raises:
-    InputError: as `load`.
+    InputError: the file is missing, damaged or has another format.
   """
   try:
     text = pathlib.Path(path).read_text(encoding="utf-8")
@@ -123,8 +124,8 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     raise base.InputError(_not_a_mentor(path))
   if record.get("version") != _VERSION:
     raise base.InputError(
-      f"--mentor={path} is of format version {record.get('version')}, this program"
-      f" reads {_VERSION}: {_REFIT}."
+      f"--mentor={path} has format version {record.get('version')}, but this program"
+      f" reads version {_VERSION}: {_REFIT}."
     )
   if record.pop("sha256", None) != _digest(record):
     raise _damaged(path, "its checksum differs")
@@ -143,7 +144,7 @@ def _is_size(value):
   return is_integer and 1 <= value <= _MAX_CLASSES
 
 
-# A crafted file can have a correct checksum, so each field is checked too.
+# A manipulated file can have a correct checksum, so each field is also checked.
 _MAX_CLASSES = 1_000_000
 _FIELDS: dict[str, Callable[[Any], bool]] = {
   "curriculum": lambda value: value in (*mentornet.CURRICULA, "dd"),

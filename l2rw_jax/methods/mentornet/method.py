@@ -1,24 +1,25 @@
 """MentorNet: example weights from a curriculum (Jiang et al., 2018).
 
-A curriculum maps four features of an example during the student's training to its
-weight v in [0, 1]: the loss l, the difference d = l - m to a moving percentile m of the
-losses, the label, and the epoch percent e, the percent of training done, 0 to 99. The
-student's loss is sum_i v_i l_i / n, divided by the batch size n and not by sum_i v_i;
-v is constant under differentiation. A curriculum is either predefined (below) or a
-network, the mentor. The mentor is fitted to a predefined curriculum (MentorNet-PD) or
-to labels that are known to be right or wrong (MentorNet-DD), see `network`.
+The classifier that is trained is called the student. A curriculum maps four features of
+an example to its weight v in [0, 1]: the loss l, the difference d = l - m from a moving
+percentile m of the losses, the label, and the epoch percent e, which is the percent of
+the training that is done, 0 to 99. The loss of the student is sum_i v_i l_i / n,
+divided by the batch size n and not by sum_i v_i; v is constant under differentiation. A
+curriculum is either predefined (below) or a network, the mentor. The mentor is fitted
+to a predefined curriculum (MentorNet-PD) or to labels that are known to be right or
+wrong (MentorNet-DD), see `network`.
 
-A student's step, as in the released code:
+A training step of the student, as in the released code:
 
     e = floor(100 step / num_steps)
     m <- decay m + (1 - decay) percentile_p(losses of the batch), m = 0 at first
-    v = curriculum(l, l - m, label, e), 1 during burn-in
+    v = curriculum(l, l - m, label, e), or 1 during burn-in
     v = 0 for all but floor(n (1 - rate(e))) random examples
 
 Differences between the released code and the paper, as far as its text is known to us:
-the paper samples from v, the code keeps v and drops examples at random; the code's
-weight decay is scaled by the mean of v (`weight_decay`); its hard mining keeps every
-example with a label above 0 (`positive_labels`).
+the paper samples examples by v, whereas the code uses v as weights and drops examples
+at random; the code scales weight decay by the mean of v (`weight_decay`); and its hard
+mining keeps every example with a label above 0 (`positive_labels`).
 
 References:
   Jiang, Zhou, Leung, Li, Fei-Fei, "MentorNet: Learning Data-Driven Curriculum
@@ -42,7 +43,8 @@ Curriculum = Callable[[Any, Any, Any, Any], Any]
 # (rate, number of epoch percents) in order; the numbers sum to 100.
 Schedule = Sequence[tuple[float, int]]
 NO_DROPOUT: Schedule = ((0.0, 100),)
-# Folded into the step's key, so that example dropout and the network draw differently.
+# This number is folded into the key of the step, so that example dropout and the
+# network draw different random numbers.
 _DROPOUT_KEY = 0x6D656E74
 
 
@@ -57,7 +59,7 @@ def uniform(
 def self_paced(
   losses: Any, differences: Any, labels: Any = None, epoch: Any = None
 ) -> Any:
-  """1 where d <= 0, else 0 [eq. 7 with lambda_2 = 0]; [B]."""
+  """1 if d <= 0 and 0 otherwise [eq. 7 with lambda_2 = 0]; [B]."""
   del labels, epoch
   return _unless_nan(differences <= 0, losses, differences)
 
@@ -70,17 +72,17 @@ def hard(
   *,
   positive_labels: bool = False,
 ) -> Any:
-  """1 where d >= 0, else 0: hard example mining; [B].
+  """1 if d >= 0 and 0 otherwise: hard example mining; [B].
 
   Args:
     losses: [B].
     differences: [B].
-    labels: [B]; needed with `positive_labels` only.
+    labels: [B]; needed only with `positive_labels`.
     epoch: not used.
-    positive_labels: whether the weight is also 1 wherever the label is above 0, as in
-      the released code. There the labels are 0 (background) or 1, and always 0 in
-      training; with the labels of a classifier of C classes this exempts all classes
-      but class 0 from mining.
+    positive_labels: whether the weight is also 1 if the label is above 0, as in the
+      released code. In that code the labels are 0 (background) or 1, and always 0 in
+      training. With the labels of a classifier of C classes, this exempts all classes
+      except class 0 from mining.
   """
   del epoch
   kept = differences >= 0
@@ -92,7 +94,7 @@ def hard(
 
 
 def _unless_nan(kept, losses, differences):
-  """1 where `kept`, else 0, but NaN for a NaN difference, so that it is noticed."""
+  """1 if `kept` and 0 otherwise, but NaN for a NaN, so that the NaN is noticed."""
   dtype = jnp.asarray(losses).dtype
   differences = jnp.asarray(differences, dtype)
   return jnp.where(jnp.isnan(differences), differences, kept.astype(dtype))
@@ -153,13 +155,15 @@ def moving_percentile(
   Args:
     previous: the previous value, 0 before the first batch.
     losses: this device's losses [B], held constant.
-    percentile: from 0 to 100. The nearest of the sorted losses is used, the lower one
-      at a tie, without interpolation.
-    decay: 0.5 in the released CIFAR program, 0.9 by its function's default.
+    percentile: from 0 to 100. The result is the nearest of the sorted losses (the lower
+      one at a tie), without interpolation.
+    decay: decay rate; 0.5 in the released CIFAR program, which calls a function with a
+      default of 0.9.
     axis_name: mapped axis over which the batch is sharded.
 
   Raises:
-    InputError: losses are not [B], or `percentile` or `decay` is out of range.
+    InputError: losses do not have shape [B], or `percentile` or `decay` is out of
+      range.
 
   >>> import jax.numpy as jnp
   >>> print(moving_percentile(0., jnp.array([4., 1., 3., 2.]), 75.))
@@ -175,7 +179,7 @@ def moving_percentile(
   # NaN is sorted to the end, so a percentile below 100 would ignore it.
   value = jnp.where(jnp.isnan(ordered[-1]), ordered[-1], ordered[nearest])
   previous = jnp.asarray(previous, dtype)
-  # Already equal on every device; the maximum marks it as such for `shard_map`.
+  # The value is equal on every device; the maximum marks it as equal for `shard_map`.
   return decay * previous + (1 - decay) * base.pmax(value, axis_name)
 
 
@@ -184,7 +188,8 @@ def check_percentile(percentile: float) -> None:
   _check_range("percentile", percentile, 0, 100)
   if 0 < percentile < 1:
     raise base.InputError(
-      f"percentile={percentile} counts from 0 to 100; write {100 * percentile:g}."
+      f"percentile={percentile} must be a number from 0 to 100, not a fraction: use"
+      f" {100 * percentile:g}."
     )
 
 
@@ -208,7 +213,8 @@ def epoch_percent(step: Any, num_steps: int) -> base.Array:
       " step.astype(int)."
     )
   if not isinstance(step, jax.Array):
-    # A number of the host may have more bits than JAX keeps, but no percent needs them.
+    # A number of the host may have more bits than JAX keeps, but percents do not need
+    # them.
     return jnp.asarray(min(max(100 * int(step) // num_steps, 0), 99), jnp.int32)
   # Compare with the first step of each percent, because 100 * step overflows int32.
   largest = np.iinfo(step.dtype).max
@@ -228,7 +234,7 @@ def example_dropout(
     axis_name: mapped axis over which the batch is sharded.
   """
   size = base.global_size(weights.shape[0], axis_name)
-  # The offset prevents that 10 (1 - 0.9) = 0.99999998 is rounded down to 0.
+  # The offset prevents 10 (1 - 0.9) = 0.99999998 from being rounded down to 0.
   num_kept = jnp.floor(size * (1 - jnp.asarray(rate, jnp.float32)) + 1e-3)
   kept = jax.random.permutation(key, size) < num_kept.astype(jnp.int32)
   kept = base.sharded_like(base.local_slice(kept, axis_name), weights)
@@ -239,7 +245,7 @@ def dropout_rates(schedule: Schedule) -> np.ndarray:
   """The dropout rate of every epoch percent, float32 [100].
 
   Raises:
-    InputError: a rate outside [0, 1], or numbers that do not sum to 100.
+    InputError: a rate is outside [0, 1], or the numbers do not sum to 100.
   """
   for rate, _ in schedule:
     _check_range("dropout: rate", rate, 0, 1)
@@ -255,8 +261,8 @@ class Preset(NamedTuple):
   """Settings of a curriculum in the released commands for CIFAR; see `preset`.
 
   Attributes:
-    percentiles: at 20%, 40% and 80% noise.
-    burn_in: the number of initial epoch percents with weight 1, plus 1.
+    percentiles: percentiles for 20%, 40% and 80% noise.
+    burn_in: number of initial epoch percents with weight 1, plus 1.
     fixed_epoch_after_burn_in: whether the mentor's epoch percent stops at `burn_in`.
     dropout: schedule of the example dropout.
   """
@@ -287,7 +293,7 @@ def preset(name: str, noise_fraction: float) -> dict[str, Any]:
   Args:
     name: a key of `PRESETS`.
     noise_fraction: share of wrong labels. The settings are those of the nearest of 0.2,
-      0.4 and 0.8, the lower one at a tie.
+      0.4 and 0.8 (the lower one at a tie).
 
   Raises:
     InputError: there is no such preset.
@@ -295,7 +301,8 @@ def preset(name: str, noise_fraction: float) -> dict[str, Any]:
   if name not in PRESETS:
     raise base.InputError(f"preset={name!r}: choose among {', '.join(PRESETS)}.")
   percentiles, burn_in, is_fixed, dropout = PRESETS[name]
-  # Rounded, because 0.6 - 0.4 and 0.8 - 0.6 differ in floating point.
+  # The differences are rounded, because 0.6 - 0.4 and 0.8 - 0.6 differ in floating
+  # point.
   gaps = [round(abs(noise_fraction - level), 6) for level in (0.2, 0.4, 0.8)]
   return {
     "percentile": percentiles[gaps.index(min(gaps))],
@@ -316,15 +323,15 @@ def mentornet(
   dropout: Schedule = NO_DROPOUT,
   weight_decay: float = 0.0,
 ) -> base.Method:
-  """MentorNet's student for the training loop.
+  """MentorNet for the training loop: trains a student under a curriculum.
 
   Args:
     weights_fn: a curriculum of this file or a `network.Mentor`.
-    percentile: of the batch's losses, from 0 to 100.
-    decay: of `moving_percentile`.
-    burn_in: v = 1 while e < burn_in - 1.
-    fixed_epoch_after_burn_in: whether e is at most `burn_in`, for both the curriculum
-      and the dropout schedule.
+    percentile: percentile of the batch's losses, from 0 to 100.
+    decay: decay rate of `moving_percentile`.
+    burn_in: v is 1 while e < burn_in - 1.
+    fixed_epoch_after_burn_in: whether e stops at `burn_in`, for both the curriculum and
+      the dropout schedule.
     dropout: schedule of the example dropout.
     weight_decay: adds weight_decay * mean(v) * p to the gradient of every parameter p
       with more than one axis, as the released code does; `losses` do not include it.
@@ -377,7 +384,7 @@ def mentornet(
 def class_mismatch(num_classes: int, expected: int) -> str:
   """Error message for a mentor that was fitted for another number of classes."""
   return (
-    f"--mentor was fitted for the labels of {num_classes} classes, the data have"
+    f"--mentor was fitted for the labels of {num_classes} classes, but the data have"
     f" {expected}; fit one with experiments.mentornet_pretrain on a dump of these data,"
     " or without --use_labels for any number of classes."
   )

@@ -3,8 +3,8 @@
 The released network processes one step (history length 1) with a bidirectional LSTM of
 one unit per direction, concatenates the result with embeddings of label and epoch
 percent, and applies dense layers of 20 and 1 units: 257 trained and 500 frozen
-parameters. `compat` selects the released network or the one that the paper describes,
-completed by standard choices where its text is not known to us:
+parameters. `compat` selects the released network or the network of the paper, with
+standard choices where the text of the paper is not known to us:
 
 | | "official_code" | "paper" |
 |---|---|---|
@@ -12,10 +12,10 @@ completed by standard choices where its text is not known to us:
 | last bias | added to each of the 20 output weights | a bias |
 | epoch embedding | frozen as initialized | trained |
 
-The default is "official_code": the mentors of the published student commands are such
-networks, and the paper's text known to us does not specify sizes. Dense layers are
-initialized from N(0, 1), as released. The initialization of embeddings, uniform in
-[-1, 1], and of LSTM kernels, that of flax, are choices of this library.
+The default is "official_code", because the mentors in the published student commands
+are such networks, and the text of the paper that is known to us does not specify sizes.
+Dense layers are initialized from N(0, 1), as released. This library chose to initialize
+embeddings uniformly in [-1, 1] and LSTM kernels as in flax.
 
 References:
   Jiang, Zhou, Leung, Li, Fei-Fei, "MentorNet: Learning Data-Driven Curriculum
@@ -34,7 +34,8 @@ from l2rw_jax import base
 
 COMPAT = ("official_code", "paper")
 _NORMAL = nn.initializers.normal(1.0)
-# Inputs are clipped to this, so that sums of their products do not give inf - inf.
+# Inputs are clipped to this value, so that sums of their products do not give
+# inf - inf.
 _LARGEST = 1e30
 
 
@@ -42,7 +43,7 @@ class MentorNetwork(nn.Module):
   """Maps (losses, differences, labels, epoch percent) to logits of weights, [B].
 
   Attributes:
-    num_labels: rows of the label embedding; the released code has 2.
+    num_labels: number of rows of the label embedding; the released code has 2.
     compat: "official_code" or "paper", see the module docstring.
   """
 
@@ -59,7 +60,7 @@ class MentorNetwork(nn.Module):
       losses: [B], or [B, k] with the last k losses of each example, oldest first.
       differences: losses minus the moving percentile, shaped like `losses`.
       labels: integers below `num_labels`, [B].
-      epoch: percent of training done, 0 to 99; [] or [B].
+      epoch: percent of the training that is done, 0 to 99; [] or [B].
     """
     if self.compat not in COMPAT:
       raise base.InputError(f"compat={self.compat!r}: choose among {COMPAT}.")
@@ -114,9 +115,10 @@ class Mentor:
   """A fitted mentor, a curriculum for `mentornet.mentornet`.
 
   Attributes:
-    curriculum: what it was fitted to: a key of `mentornet.CURRICULA`, or "dd".
-    network: the module.
-    variables: its fitted variables.
+    curriculum: the curriculum that the mentor was fitted to: a key of
+      `mentornet.CURRICULA`, or "dd" for a data-driven mentor.
+    network: the flax module.
+    variables: the fitted variables of the module.
     num_classes: C if the mentor uses labels. None if it replaces all labels by 0, as in
       the released code; such a mentor applies to any number of classes.
   """

@@ -62,10 +62,10 @@ def test_rows_of_recorded_losses(use_labels):
 @pytest.mark.parametrize(
   ("column", "value", "message"),
   [
-    (0, np.full(5, np.nan), "--dump holds losses that are NaN or infinite"),
+    (0, np.full(5, np.nan), "--dump contains losses that are NaN or infinite"),
     (1, _recorded()[2], "all its 5 labels are right; record a student on data"),
     (1, _recorded()[2] + 1, "all its 5 labels are wrong"),
-    (3, np.full(5, 100), "--dump holds epoch percents outside 0 to 99"),
+    (3, np.full(5, 100), "--dump contains epoch percents outside 0 to 99"),
   ],
 )
 def test_useless_dumps_are_refused(column, value, message):
@@ -73,7 +73,7 @@ def test_useless_dumps_are_refused(column, value, message):
   given[column] = value
   with pytest.raises(base.InputError, match=message):
     mentornet_fitting.dd_rows(*given, percentile=75)
-  with pytest.raises(base.InputError, match="write 75"):
+  with pytest.raises(base.InputError, match="use 75"):
     mentornet_fitting.dd_rows(*_recorded(), percentile=0.75)
 
 

@@ -15,7 +15,7 @@ def _combine(folder):
 
 
 def test_missing_and_damaged_records_are_refused(tmp_path):
-  with pytest.raises(base.InputError, match="holds no recorded losses"):
+  with pytest.raises(base.InputError, match="has no recorded losses"):
     _combine(tmp_path)
   (tmp_path / "seed-0").mkdir()
   (tmp_path / "seed-0" / "epoch-00000.npz").write_bytes(b"PK\x03\x04 broken")
@@ -27,7 +27,7 @@ def test_missing_and_damaged_records_are_refused(tmp_path):
     writer(0, 0, np.arange(2), np.ones(2))
   writer = loss_dump.Writer(tmp_path / "many")
   writer(0, 0, np.array([100]), np.ones(1))
-  with pytest.raises(base.InputError, match="of more than these 40 examples"):
+  with pytest.raises(base.InputError, match="has more than these 40 examples"):
     _combine(tmp_path / "many")
 
 
@@ -107,9 +107,9 @@ def _npz(path, **changed):
     ({"loss": np.ones(20, complex)}, "loss is not a list of numbers"),
     ({"label": np.ones((20, 1))}, "label is not a list of numbers"),
     ({"sample": np.ones(20, bool)}, "sample is not a list of numbers"),
-    ({"label": np.full(20, 2**40)}, "label must hold whole numbers from 0"),
-    ({"label": np.full(20, -1)}, "label must hold whole numbers from 0"),
-    ({"true_label": np.full(20, 0.5)}, "true_label must hold whole numbers"),
+    ({"label": np.full(20, 2**40)}, "label must be whole numbers from 0"),
+    ({"label": np.full(20, -1)}, "label must be whole numbers from 0"),
+    ({"true_label": np.full(20, 0.5)}, "true_label must be whole numbers"),
     ({"true_label": np.full(20, np.nan)}, "a number is missing"),
     ({"epoch_percent": np.full(20, 100)}, "whole numbers from 0 to 99"),
     ({"epoch_percent": np.full(20, 2**32, np.uint64)}, "whole numbers from 0 to 99"),

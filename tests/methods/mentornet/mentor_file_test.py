@@ -60,7 +60,7 @@ def _complaint(path, **settings):
 
 def test_another_number_of_classes_is_refused(tmp_path):
   mentor_file.save(tmp_path / "mentor.json", _mentor(num_classes=10), {})
-  assert "labels of 10 classes, the data have 100" in _complaint(
+  assert "labels of 10 classes, but the data have 100" in _complaint(
     tmp_path / "mentor.json", num_classes=100
   )
 
@@ -75,7 +75,10 @@ def test_another_version_is_refused(path, version):
   record = json.loads(path.read_text())
   path.write_text(json.dumps(record | {"version": version}))
   line = _complaint(path)
-  assert f"is of format version {version}, this program reads 1: fit another" in line
+  assert (
+    f"has format version {version}, but this program reads version 1: fit another"
+    in line
+  )
 
 
 @pytest.mark.parametrize("content", ["[]", "3", '{"kind": "cake"}', "{}"])

@@ -161,7 +161,10 @@ def test_preset_uses_the_nearest_noise_level():
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    ({"percentile": 0.75}, "percentile=0.75 counts from 0 to 100; write 75"),
+    (
+      {"percentile": 0.75},
+      "must be a number from 0 to 100, not a fraction: use 75",
+    ),
     ({"percentile": 101.0}, "percentile=101.0 must lie between 0 and 100"),
     ({"percentile": float("nan")}, "percentile=nan must lie"),
     ({"decay": 1.5}, "decay=1.5 must lie between 0 and 1"),

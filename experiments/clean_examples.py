@@ -1,0 +1,392 @@
+r"""Test accuracy against the number of clean examples of each class.
+
+Methods that learn weights need clean examples, and so do simpler uses of the same
+examples: to train on them alone, to fine-tune on them, to choose with them when to
+stop. This script trains all of these for the same number of steps with the same cosine
+schedule, on two kinds of wrong labels and on a long tail, and draws what each gains
+from more clean examples. The accuracy is that after the last step; early stopping
+keeps the parameters that have the lowest loss on the clean examples.
+
+Uniform training, early stopping and the method that needs no clean data (generalized
+cross-entropy, in a long tail balanced softmax) are trained once for all numbers of
+clean examples. The clean examples alone do not depend on what the rest is like: they
+are trained on once a data set, and their rows stand under each problem.
+Command: python -m experiments.clean_examples --data_dir=DIR
+Device, time: a third of a busy CPU core, 27 minutes.
+Published: nothing. Measured: results/clean_examples.
+Chosen on images held out from the training split (symmetric noise on MNIST, 10 clean
+  images a class, one seed): the learning rate of each method, of 1e-3 and 3e-3, and
+  then the share of fine-tuning, of 0.1, 0.3 and 0.6. The command measures nothing on
+  the test set:
+  python -m experiments.clean_examples --data_dir=DIR --evaluate_on=validation
+  --datasets=mnist --problems=symmetric --num_clean=10 --num_seeds=1
+  --learning_rate=RATE --workdir=runs/RATE
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from experiments.lib import early_stopping
+from experiments.lib import figures
+from experiments.lib import launch
+from experiments.lib import optimizers
+from experiments.lib import report
+from experiments.lib import runner
+from experiments.lib import settings as settings_lib
+from experiments.lib.settings import flag
+from experiments.tables import table
+from l2rw_jax import base
+from l2rw_jax.data import examples as examples_lib
+from l2rw_jax.data import long_tail
+from l2rw_jax.data import noisy_labels
+from l2rw_jax.data import sources
+from l2rw_jax.methods import baselines
+from l2rw_jax.methods import l2rw
+from l2rw_jax.methods import meta_weight_net
+from l2rw_jax.models import classifier
+from l2rw_jax.models import mlp
+from l2rw_jax.training import evaluation
+
+# Noise builder and fraction; None for the long tail.
+PROBLEMS: dict[str, tuple[str, float] | None] = {
+  "symmetric": ("bare_symmetric", 0.5),
+  "pair_flip": ("mwn_flip", 0.4),
+  "long_tail": None,
+}
+# How a method is called in the figure, and the highest learning rate of Adam.
+METHODS = {
+  "uniform": ("uniform", 1e-3),
+  "no_clean_data": ("GCE, or balanced softmax (no clean data)", 3e-3),
+  "clean_only": ("clean set alone", 1e-3),
+  "early_stopped": ("uniform, early-stopped on it", 3e-3),
+  "fine_tuning": ("uniform, then fine-tuned on it", 3e-3),
+  "l2rw": ("L2RW", 3e-3),
+  "l2rw_fine_tuning": ("L2RW, then fine-tuned on it", 3e-3),
+  "meta_weight_net": ("Meta-Weight-Net", 3e-3),
+}
+_COMPARED = (
+  *("uniform", "no_clean_data", "clean_only", "early_stopped", "fine_tuning"),
+  "l2rw",
+)
+_WITHOUT_COUNT = ("uniform", "no_clean_data")
+_TRAINED_ONCE = (*_WITHOUT_COUNT, "early_stopped")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(runner.Settings):
+  """The flags of this script."""
+
+  EXTENDABLE = ("datasets", "problems", "methods")
+
+  datasets: tuple[str, ...] = flag(
+    ("mnist", "fashion_mnist"), "Data sets to train on.", group="data"
+  )
+  problems: tuple[str, ...] = flag(
+    tuple(PROBLEMS), "What is wrong with the training set.", choices=PROBLEMS
+  )
+  methods: tuple[str, ...] = flag(
+    _COMPARED, f"Methods to compare, of {', '.join(METHODS)}."
+  )
+  num_clean: tuple[int, ...] = flag(
+    (1, 3, 10, 30, 90),
+    "Numbers of clean images of each class; each divides the largest. The smaller sets"
+    " are parts of the largest, repeated until they have its size.",
+    bounds=settings_lib.Bounds(1, 10**6),
+    group="data",
+  )
+  imbalance: float = flag(100.0)
+  largest_class: int = flag(
+    2000,
+    "Number of training images of the largest class of the long tail. The other"
+    " problems have as many images as the whole tail.",
+    bounds=settings_lib.Bounds(1, 10**8),
+    group="data",
+  )
+  num_validation: int = flag(
+    5000, "Number of images with true labels that are held out of training."
+  )
+  evaluate_on: str = flag(
+    "test",
+    "Images to measure the accuracy on: those of the test set, or those held out.",
+    choices=["test", "validation"],
+  )
+  num_seeds: int = flag(5)
+  num_steps: int = flag(1000)
+  batch_size: int = flag(50)
+  eval_every: int = flag(
+    100, "Number of steps between two times at which early stopping may stop."
+  )
+  learning_rate: float | None = flag(
+    None, "Highest learning rate of Adam.", unset="that of METHODS in the script"
+  )
+  fine_tuning_share: float = flag(
+    0.3, "Share of the steps that fine-tune.", bounds=settings_lib.INNER_SHARE
+  )
+  lookahead_learning_rate: float = flag(0.1)
+
+
+TABLE = table.Layout(
+  name="clean_examples",
+  title="Accuracy against the number of clean examples",
+  metrics=(table.Metric("accuracy_percent", "test accuracy %"),),
+  settings={"dataset": "{}", "problem": "{}", "num_steps": "{:,} steps"},
+  keys=("dataset", "problem"),
+  method=lambda row: (
+    f"{row['method']}, {row['num_clean']}" if row["num_clean"] else row["method"]
+  ),
+  method_heading="method, clean images a class",
+  published="Published: nothing, the problems are this project's.",
+)
+
+
+def _part(source: sources.Source, name: str, rows: np.ndarray) -> sources.Source:
+  """Some rows of a source; the name tells apart the draws of different seeds."""
+  return source._replace(
+    split=f"{source.split}, {name}",
+    images=source.images[rows],
+    labels=source.labels[rows],
+    extra={},
+  )
+
+
+def make_splits(
+  settings: Settings, dataset: str, problem: str, count: int, seeds: Sequence[int]
+) -> list[examples_lib.Splits]:
+  """The data of some seeds, always of one size; `count` decides the meta set alone.
+
+  So all cells of a method run one compiled program, on clean batches of one size.
+  """
+  source = settings.load("train", dataset)
+  splits = []
+  for seed in seeds:
+    (rng,) = examples_lib.generators(seed, 1)
+    order = rng.permutation(len(source.labels))
+    held_out, order = np.split(order, [settings.num_validation])
+    pools = [order[source.labels[order] == c] for c in range(source.num_classes)]
+    most = max(settings.num_clean)
+    if min(map(len, pools)) < most + settings.largest_class:
+      raise base.InputError(
+        f"--largest_class={settings.largest_class} and --num_clean={most} are more"
+        f" images of a class than {dataset} has besides --num_validation="
+        f"{settings.num_validation}: lower one of the three."
+      )
+    # One of each class, then a second one of each: the smaller sets come first.
+    clean = np.stack([pool[:most] for pool in pools], axis=1).reshape(-1)
+    clean = np.tile(clean[: count * len(pools)], most // count)
+    pools = [pool[most : most + settings.largest_class] for pool in pools]
+    test = settings.load("test", dataset)
+    if settings.evaluate_on == "validation":
+      test = _part(source, f"held out, seed {seed}", held_out)
+    shared: dict[str, Any] = {
+      "num_meta_per_class": 0,
+      "seed": seed,
+      "trusted": _part(source, f"clean, seed {seed}", clean),
+    }
+    tail = ("exponential", settings.largest_class, len(pools), settings.imbalance)
+    rows, noise = np.concatenate(pools), PROBLEMS[problem]
+    if noise is None:
+      train = _part(source, f"rest, seed {seed}", rows)
+      shared |= {"builder": "mwn", "shape": tail[0], "imbalance": tail[3]}
+      splits.append(long_tail.long_tail_splits(train, test, **shared))
+    else:
+      rows = rng.permutation(rows)[: long_tail.class_sizes(*tail).sum()]
+      train = _part(source, f"rest, seed {seed}", rows)
+      shared |= {"builder": noise[0], "fraction": noise[1]}
+      splits.append(noisy_labels.noisy_labels(train, test, **shared))
+  return splits
+
+
+@functools.cache  # Cells with the same method share their compiled programs.
+def make_method(
+  name: str, is_noisy: bool, tuned_steps: int, rate: float
+) -> base.Method:
+  """The `Method` of a name of `METHODS` that is trained."""
+  methods = {
+    "uniform": baselines.uniform,
+    "early_stopped": baselines.uniform,
+    "no_clean_data": (
+      baselines.generalized_cross_entropy if is_noisy else baselines.balanced_softmax
+    ),
+    "clean_only": baselines.clean_only,
+    "fine_tuning": lambda: baselines.fine_tuning(tuned_steps),
+    "l2rw": l2rw.l2rw,
+    "l2rw_fine_tuning": lambda: baselines.fine_tuning(tuned_steps, l2rw.l2rw()),
+    "meta_weight_net": lambda: meta_weight_net.meta_weight_net(
+      rate, "noise_stable" if is_noisy else "imbalance"
+    ),
+  }
+  return methods[name]()
+
+
+def make_cell(
+  settings: Settings, name: str, dataset: str, problem: str, count: int
+) -> runner.Cell:
+  """How a method is trained with `count` clean images of each class."""
+  num_classes = settings.load("train", dataset).num_classes
+  stops_early, num_steps = name == "early_stopped", settings.num_steps
+  rate = settings.learning_rate or METHODS[name][1]
+  sizes = [num_classes * k for k in settings.num_clean]
+  probe = early_stopping.probe((evaluation.accuracy,), sizes)
+  facts = {"dataset": dataset, "problem": problem, "num_clean": count}
+  return runner.Cell(
+    name,
+    facts,
+    settings.config(
+      num_steps=num_steps,
+      batch_size=settings.batch_size,
+      meta_batch_size=min(settings.batch_size, max(settings.num_clean) * num_classes),
+      eval_every=settings.eval_every if stops_early else num_steps,
+      seeds=settings.seeds,
+    ),
+    classifier.Classifier(mlp.MLP(num_classes, hidden=(64,)), num_classes),
+    make_method(
+      name,
+      PROBLEMS[problem] is not None,
+      max(1, round(settings.fine_tuning_share * num_steps)),
+      settings.lookahead_learning_rate,
+    ),
+    optimizers.OptimizerConfig("adam", rate, cosine=True),
+    functools.partial(make_splits, settings, dataset, problem, count),
+    runner.folder_name(facts, name),
+    probes=[probe] if stops_early else (),
+  )
+
+
+def make_cells(settings: Settings, methods: Sequence[str]) -> list[runner.Cell]:
+  """A cell for every training that is needed, each of them once."""
+  counts, cells = dict.fromkeys(settings.num_clean), []
+  largest = max(counts)
+  for name in methods:
+    for dataset in dict.fromkeys(settings.datasets):
+      for problem in dict.fromkeys(settings.problems):
+        if name == "clean_only" and problem != settings.problems[0]:
+          continue
+        for count in (largest,) if name in _TRAINED_ONCE else counts:
+          cells.append(make_cell(settings, name, dataset, problem, count))
+  return cells
+
+
+def make_rows(settings: Settings, cell: runner.Cell, result: Any) -> runner.Rows:
+  """The rows of one run: of early stopping, one a number of clean images."""
+  row = {
+    **cell.facts,
+    "method": cell.method_name,
+    "accuracy_percent": 100 * result.metrics["last"]["accuracy"],
+    "kept_step": settings.num_steps,
+    "learning_rate": settings.learning_rate or METHODS[cell.method_name][1],
+    **report.run_fields(result.metrics),
+  }
+  if cell.method_name == "clean_only":
+    return [{**row, "problem": name} for name in dict.fromkeys(settings.problems)]
+  if cell.method_name in _WITHOUT_COUNT:
+    return [{**row, "num_clean": 0}]
+  if cell.method_name != "early_stopped":
+    return [row]
+  num_classes, rows = settings.load("train", row["dataset"]).num_classes, []
+  for count in dict.fromkeys(settings.num_clean):
+    last = early_stopping.kept(result.metrics, count * num_classes)
+    accuracy = {"accuracy_percent": 100 * last["accuracy"]}
+    kept = {"num_clean": count, "kept_step": last["kept_step"]}
+    rows.append({**row, **kept, **accuracy})
+  return rows
+
+
+def draw(rows: runner.Rows, path: pathlib.Path) -> None:
+  """A panel a problem: a line a method, a dashed one if it has no clean images."""
+  datasets, problems = (
+    list(dict.fromkeys(row[name] for row in rows)) for name in ("dataset", "problem")
+  )
+  shape = (len(datasets), len(problems))
+  size = (1 + 3.6 * shape[1], 1.2 + 3 * shape[0])
+  with figures.figure(
+    path, *shape, figsize=size, squeeze=False, sharex=True, tight=True
+  ) as (drawn, axes):
+    for (i, j), ax in np.ndenumerate(axes):
+      here = [
+        row
+        for row in rows
+        if (row["dataset"], row["problem"]) == (datasets[i], problems[j])
+      ]
+      for method in dict.fromkeys(row["method"] for row in here):
+        _draw_method(ax, method, [row for row in here if row["method"] == method])
+      ax.set_xscale("log")
+      counts = sorted({row["num_clean"] for row in here} - {0})
+      ax.set_xticks(counts, [str(count) for count in counts])
+      ax.minorticks_off()
+      ax.grid(linewidth=0.4)
+      ax.set_title(f"{datasets[i]}, {problems[j]}".replace("_", " "), fontsize=10)
+      # The clean set alone starts so low that the others would be hard to tell apart.
+      shown = [r["accuracy_percent"] for r in here if r["method"] != "clean_only"]
+      ax.set_ylim(bottom=min(shown, default=0) - 5)
+    for ax in axes[-1]:
+      ax.set_xlabel("clean images of each class")
+    for ax in axes[:, 0]:
+      ax.set_ylabel("test accuracy (%)")
+    legend = {
+      name: handle
+      for ax in axes.flat
+      for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    drawn.legend(
+      legend.values(),
+      legend,
+      loc="upper center",
+      bbox_to_anchor=(0.5, 0.02),
+      ncols=3,
+      frameon=False,
+    )
+
+
+def _draw_method(ax: Any, method: str, rows: runner.Rows) -> None:
+  counts = sorted({row["num_clean"] for row in rows})
+  intervals = [
+    report.interval([r["accuracy_percent"] for r in rows if r["num_clean"] == count])
+    for count in counts
+  ]
+  means, errors = [i.mean for i in intervals], figures.clipped_errors(intervals)
+  style = {"color": f"C{list(METHODS).index(method)}", "label": METHODS[method][0]}
+  if method in _WITHOUT_COUNT:
+    ax.axhline(means[0], linestyle="--", **style)
+    low, high = means[0] - errors[0, 0], means[0] + errors[1, 0]
+    ax.axhspan(low, high, alpha=0.15, color=style["color"], linewidth=0)
+  else:
+    # Side by side, so that the intervals of a count do not cover each other.
+    places = np.array(counts) * 1.04 ** (list(METHODS).index(method) - 4)
+    ax.errorbar(places, means, errors, marker="o", markersize=3, capsize=2, **style)
+
+
+def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
+  """Trains what is missing, then prints and writes the comparison."""
+  for name in ("datasets", "problems", "num_clean"):
+    if not getattr(settings, name):
+      raise base.InputError(f"--{name}= is empty: give one or more.")
+  for count in settings.num_clean:
+    if max(settings.num_clean) % count:
+      raise base.InputError(
+        f"--num_clean={count} does not divide the largest, {max(settings.num_clean)}:"
+        " choose another number."
+      )
+  methods = settings_lib.choose("methods", settings.methods, tuple(METHODS))
+  cells = make_cells(settings, methods)
+  runner.check(settings, cells)
+  folder = runner.open_folder(settings, TABLE.name, workdir)
+  rows = [
+    row
+    for cell in cells
+    for result in runner.train(settings, cell, folder)
+    for row in make_rows(settings, cell, result)
+  ]
+  order = (*METHODS, *settings.datasets, *settings.problems)
+  names = ("method", "dataset", "problem")
+  rows.sort(key=lambda row: ([order.index(row[n]) for n in names], row["num_clean"]))
+  draw(rows, folder / "figure.png")
+  return runner.report(settings, TABLE, folder, rows)
+
+
+if __name__ == "__main__":
+  launch.main(Settings, run, TABLE.name)

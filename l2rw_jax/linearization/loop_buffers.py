@@ -1,0 +1,109 @@
+"""Loops whose results are allocated only after an earlier computation.
+
+The rows that a `jax.lax.scan` collects, such as the activations of layers, are written
+into arrays of zeros. These zeros depend on nothing, so that a compiler may create them
+as soon as the program starts (XLA:CPU does). If the loop itself waits for an earlier
+pass, its arrays are then in memory during that pass too. Here the zeros depend on the
+earlier pass, as the inputs of the loop do, see `ordering`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core as jax_core
+import jax.numpy as jnp
+
+from l2rw_jax import base
+from l2rw_jax.linearization import batch_axes
+from l2rw_jax.linearization import ordering
+from l2rw_jax.linearization import parameter_uses
+
+
+def allocated_after(first: base.PyTree, function: Callable[[], Any]) -> Any:
+  """`function()`, whose loops allocate what they collect only after `first`.
+
+  Loops in the bodies of other loops are not changed. Nothing is changed outside of
+  `jit` and similar transformations, where operations run in the order of the program.
+
+  Args:
+    first: pytree of arrays; only floating-point and complex ones are waited for.
+    function: what to compute. It is traced once, and may not be differentiated.
+
+  Returns:
+    The result of `function`.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> def squares():
+    ...   return jax.lax.scan(lambda i, _: (i + 1, i**2), 0, length=3)[1]
+    >>> print(jax.jit(lambda x: allocated_after(jnp.sin(x), squares))(1.))
+    [0 1 4]
+  """
+  if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(first)):
+    return function()
+  closed, shapes = jax.make_jaxpr(function, return_shape=True)()
+  outputs = _run(closed.jaxpr, closed.consts, [], ordering.zero_after(first))
+  return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+
+
+def _run(jaxpr, consts, args, zero):
+  """The outputs of a jaxpr, whose loops start from `zero`."""
+  env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+
+  def read(atom):
+    return atom.val if isinstance(atom, jax_core.Literal) else env[atom]
+
+  for eqn in jaxpr.eqns:
+    inputs = [read(v) for v in eqn.invars]
+    call = batch_axes.inlined(eqn)
+    if call is not None:
+      inner, inner_consts = call
+      outputs = _run(inner, inner_consts, inputs, zero)
+    elif eqn.primitive.name == "scan":
+      outputs = _scan(eqn, inputs, zero)
+    else:
+      outputs = parameter_uses.bind(eqn, inputs)
+    env.update(zip(eqn.outvars, outputs, strict=True))
+  return [read(v) for v in jaxpr.outvars]
+
+
+def _scan(eqn, inputs, zero):
+  """The outputs of a loop, which writes its rows into arrays that it passes on."""
+  loop = batch_axes.scan(eqn)
+  first_row = loop.num_consts + loop.num_carry
+  avals = [v.aval for v in eqn.outvars[loop.num_carry :]]
+  is_moved = [not jnp.issubdtype(a.dtype, jax.dtypes.extended) for a in avals]
+  consts = inputs[: loop.num_consts]
+  start = [
+    parameter_uses.zeros(aval) + zero.astype(aval.dtype)
+    for aval, moved in zip(avals, is_moved, strict=True)
+    if moved
+  ]
+
+  def iterate(state, xs):
+    i, carry, arrays = state
+    results = jax.core.eval_jaxpr(loop.jaxpr, loop.closed_consts, *consts, *carry, *xs)
+    carry, rows = results[: loop.num_carry], results[loop.num_carry :]
+    moved = [row for row, keep in zip(rows, is_moved, strict=True) if keep]
+    arrays = [
+      jax.lax.dynamic_update_index_in_dim(array, row, i, 0)
+      for array, row in zip(arrays, moved, strict=True)
+    ]
+    others = [row for row, keep in zip(rows, is_moved, strict=True) if not keep]
+    return (i + (-1 if loop.reverse else 1), carry, arrays), others
+
+  (_, carry, arrays), others = jax.lax.scan(
+    iterate,
+    (
+      jnp.int32(loop.length - 1 if loop.reverse else 0),
+      inputs[loop.num_consts : first_row],
+      start,
+    ),
+    inputs[first_row:],
+    length=loop.length,
+    reverse=loop.reverse,
+    unroll=loop.unroll,
+  )
+  groups = {True: iter(arrays), False: iter(others)}
+  return [*carry, *(next(groups[moved]) for moved in is_moved)]

@@ -1,0 +1,32 @@
+"""The benchmark of XLA's switches: its rows, and a switch that XLA does not know."""
+
+import csv
+
+from benchmarks import xla_switches
+
+
+def test_rows_of_a_switch_and_of_an_unknown_one(tmp_path):
+  settings = xla_switches.Settings(
+    switches=("--xla_cpu_mine=true",),
+    layouts=("NHWC",),
+    batch_size=1,
+    repeats=1,
+    num_rounds=1,
+  )
+  plain, unknown = xla_switches.run(settings, tmp_path)
+  assert plain["switch"] == "none" and plain["ratio"] == 1
+  assert not plain["changes_program"]
+  # Two operations for each of 9 * 32 products of an output; the backward pass has one
+  # convolution for the kernels and, except in the first layer, one for the images.
+  outputs = 32 * 3 * 32**2, 32 * 16**2
+  forward = 2 * 9 * 32 * sum(outputs)
+  first = 2 * 9 * 32 * 32 * 32**2
+  flops = plain["gflop_per_cpu_second"] * plain["cpu_seconds"] * 1e9
+  assert 0.8 < flops / (3 * forward - first) < 1.2
+  assert "--xla_cpu_mine=true" in unknown["error"]
+  (file,) = tmp_path.iterdir()
+  with file.open() as opened:
+    assert [row["switch"] for row in csv.DictReader(opened)] == [
+      "none",
+      "--xla_cpu_mine=true",
+    ]
