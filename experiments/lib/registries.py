@@ -6,7 +6,6 @@ import functools
 from typing import Any, NamedTuple
 
 from flax import linen as nn
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.lib import settings as settings_lib
@@ -536,11 +535,9 @@ def make_network(
     **options: options of the network.
   """
   if name.startswith("whitened"):
-    first = images[:_WHITENING_IMAGES]
-    if first.dtype == np.uint8:
-      first = np.divide(first, np.float32(255), dtype=np.float32)
+    first = augmentation.to_float(images[:_WHITENING_IMAGES])
     if preprocess is not None:
-      first = preprocess(jnp.asarray(first), None, False)
+      first = preprocess(first, None, False)
     options["whitening"] = whitened.whitening_filters(np.asarray(first))
   return NETWORKS[name](num_classes, **options)
 

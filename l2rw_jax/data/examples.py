@@ -25,12 +25,12 @@ class Examples(NamedTuple):
   """One part of the data: N examples, possibly none.
 
   Attributes:
-    image: float32 [N, ...]; uint8 pixels are scaled to [0, 1], floats are unchanged.
-      It may also be a row source: any object with `len`, `shape` and `dtype` that
-      returns an array when indexed with a slice or an array of rows. The model must
-      scale the pixels of a row source. A row source may be indexed in several threads
-      at a time. It may have an attribute `fingerprint`, a string that changes whenever
-      its content changes, such as a checksum of its file. Without this attribute, all
+    image: uint8 or float32 [N, ...]. Pixels stay uint8, a quarter of the memory, until
+      the model scales them (`classifier.Classifier`). It may also be a row source: any
+      object with `len`, `shape` and `dtype` that returns an array when indexed with a
+      slice or an array of rows. A row source may be indexed in several threads at a
+      time. It may have an attribute `fingerprint`, a string that changes whenever its
+      content changes, such as a checksum of its file. Without this attribute, all
       its rows are read, in blocks, when a run starts or continues, to compute a
       checksum and, for floats, to search for NaN.
     label: the labels for training, int32 [N]; [N, Q] if an example has Q labels.
@@ -288,7 +288,7 @@ def _select(
 ) -> Examples:
   rows = np.sort(rows)
   return Examples(
-    image=View(images, rows) if is_lazy else _scaled(read_rows(images, rows)),
+    image=View(images, rows) if is_lazy else _narrow(read_rows(images, rows)),
     label=labels[rows].astype(np.int32),
     true_label=true_labels[rows].astype(np.int32),
     index=np.arange(len(rows), dtype=np.int32),
@@ -386,13 +386,10 @@ def blocks(source: Any) -> Iterator[np.ndarray]:
 
 
 class View:
-  """Some rows of a row source, as a row source of float32.
+  """Some rows of a row source, as a row source of uint8 or float32.
 
-  Pixels of uint8 are scaled to [0, 1], with the same numbers as in memory. If the
-  source has a `fingerprint`, the view has one.
+  If the source has a `fingerprint`, the view has one.
   """
-
-  dtype = np.dtype(np.float32)
 
   def __init__(self, source: Any, rows: np.ndarray):
     """Stores the arguments without reading rows.
@@ -402,6 +399,8 @@ class View:
       rows: integers [n].
     """
     self.shape = (len(rows), *source.shape[1:])
+    is_uint8 = np.dtype(source.dtype) == np.uint8
+    self.dtype = np.dtype(np.uint8 if is_uint8 else np.float32)
     self._source, self._rows = source, rows
     if hasattr(source, "fingerprint"):
       digest = hashlib.sha256(str(source.fingerprint).encode())
@@ -419,13 +418,12 @@ class View:
 
   def __getitem__(self, rows: Any) -> np.ndarray:
     """Reads rows, given by a slice or an array of integers."""
-    return _scaled(read_rows(self._source, self._rows[rows]))
+    return _narrow(read_rows(self._source, self._rows[rows]))
 
 
-def _scaled(images: np.ndarray) -> np.ndarray:
-  if images.dtype == np.uint8:
-    return np.divide(images, np.float32(255), dtype=np.float32)
-  return images.astype(np.float32, copy=False)
+def _narrow(images: np.ndarray) -> np.ndarray:
+  """Pixels as they are, other images in float32."""
+  return images if images.dtype == np.uint8 else images.astype(np.float32, copy=False)
 
 
 def read_rows(source: Any, rows: np.ndarray) -> np.ndarray:

@@ -17,19 +17,19 @@ from l2rw_jax import base
 from l2rw_jax.data import cache
 from l2rw_jax.data import image_files
 
-# Share of the machine's memory for the pixels of a set and their copy in float32.
+# Share of the machine's memory for the pixels of a set and their copy in splits.
 _SHARE = 1 / 2
 _READ_BYTES = 2**20
 
 
 def fit_in_memory(size: int, shape: Sequence[int]) -> bool:
-  """Whether uint8 images and their copy in float32 take at most half of the memory.
+  """Whether uint8 images and a copy of them take at most half of the memory.
 
   Args:
     size: N.
     shape: the shape of an image.
   """
-  num_bytes = size * int(np.prod(shape, dtype=np.int64)) * 5
+  num_bytes = size * int(np.prod(shape, dtype=np.int64)) * 2
   return num_bytes <= _SHARE * memory()
 
 

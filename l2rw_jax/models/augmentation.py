@@ -2,7 +2,7 @@
 
 Every image has a different PRNG key. If the keys are derived from the examples' indices
 (`Classifier.preprocess`), the result does not depend on how a batch is divided among
-devices. Pixels are floats in [0, 1].
+devices.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from l2rw_jax import base
 
@@ -21,6 +22,7 @@ PADDINGS = {"zero": "constant", "reflect": "reflect"}
 class Preprocess:
   """Crops, flips and scales images; use it as `Classifier.preprocess`.
 
+  Pixels of uint8 are first scaled to [0, 1], so that `mean` and `std` refer to that.
   Training and meta batches are augmented in the same way, as in the released codes of
   L2RW, Meta-Weight-Net and WarPI. In evaluation, images are only scaled.
 
@@ -43,6 +45,7 @@ class Preprocess:
 
   def __call__(self, images: base.Array, keys: Any, train: bool) -> base.Array:
     """Preprocesses images [B, H, W, C]; typed keys [B] are used only in training."""
+    images = to_float(images)
     if train:
       crop_keys, flip_keys = (
         jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, i) for i in (0, 1)
@@ -54,6 +57,32 @@ class Preprocess:
     if self.standardize:
       return standardize(images)
     return normalize(images, self.mean, self.std)
+
+
+# 1 / 255 = _HIGH + _LOW. The product of _HIGH, which has 16 bits, and a byte is exact.
+_HIGH = 32_897 / 2**23
+_LOW = 1 / 255 - _HIGH
+
+
+def to_float(images: Any) -> jax.Array:
+  """Scales uint8 pixels to [0, 1], casts other integers, and keeps floats.
+
+  Pixels become x / 255, correctly rounded to float32, as NumPy computes it. XLA may
+  replace a division by a multiplication by 1 / 255, which rounds another way.
+
+  Args:
+    images: [B, ...], such as [B, H, W, C].
+
+  Returns:
+    Images of the same shape; integers become float32.
+  """
+  images = jnp.asarray(images)
+  if not jnp.issubdtype(images.dtype, jnp.integer):
+    return images
+  floats = images.astype(jnp.float32)
+  if images.dtype != jnp.uint8:
+    return floats
+  return floats * np.float32(_HIGH) + floats * np.float32(_LOW)
 
 
 def random_crop(

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
-import jax.numpy as jnp
 
 from l2rw_jax import base
 from l2rw_jax import linearization
 from l2rw_jax import losses
+from l2rw_jax.models import augmentation
 
 
 class Classifier(NamedTuple):
@@ -23,7 +23,8 @@ class Classifier(NamedTuple):
     preprocess: `(images, keys, train) -> images`, a function that scales images and
       augments them in training. `keys` [B] has one key per example (None in
       evaluation). The keys are derived from the "index" of the examples, so the result
-      does not depend on the number of devices.
+      does not depend on the number of devices. None scales uint8 pixels to [0, 1] and
+      does not change floats (`augmentation.to_float`).
     initialize: `(key, params) -> params`, a function that draws the initial parameters
       in place of the module's initializers, such as `initialization.pytorch`.
   """
@@ -100,10 +101,7 @@ class Classifier(NamedTuple):
 
   def _images(self, batch, key, train):
     if self.preprocess is None:
-      images = batch["image"]
-      # The cast is explicit, because strict dtype promotion refuses uint8 with float32.
-      is_integer = jnp.issubdtype(images.dtype, jnp.integer)
-      return images.astype(jnp.float32) if is_integer else images
+      return augmentation.to_float(batch["image"])
     keys = None
     if train:
       fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))

@@ -16,6 +16,11 @@ class LanguageModel(classifier.Classifier):
   the number of classes is V.
   """
 
+  def _images(self, batch: base.Batch, key: base.Array, train: bool) -> base.Array:
+    """The tokens, which may be uint8 and are not pixels."""
+    del key, train
+    return batch["image"]
+
   def loss(self, outputs: base.Array, batch: base.Batch) -> base.Array:
     """Mean cross-entropy of the tokens of each sequence, [B], in nats."""
     size, length, vocabulary = outputs.shape

@@ -60,7 +60,7 @@ def test_class_counts_match_the_authors_program(majority, fours, nines):
 def test_labels_match_the_digits():
   splits = make_splits(num_test=500)
   for part in (splits.train, splits.meta, splits.test):
-    digit = np.round(part.image[:, 0, 0, 0] * 255)
+    digit = part.image[:, 0, 0, 0]
     np.testing.assert_array_equal(digit, np.where(part.label == 0, 4, 9))
     np.testing.assert_array_equal(part.label, part.true_label)
   np.testing.assert_array_equal(examples_lib.class_counts(splits.test, 2), [250, 250])
@@ -165,4 +165,4 @@ def test_real_mnist_has_the_sizes_of_the_paper(
     train.labels[splits.train.source_index], np.where(splits.train.label, 9, 4)
   )
   assert splits.train.image.shape == (4990, 28, 28, 1)
-  assert 0 <= splits.train.image.min() < splits.train.image.max() == 1
+  assert 0 <= splits.train.image.min() < splits.train.image.max() == 255

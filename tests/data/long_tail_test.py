@@ -111,9 +111,7 @@ def test_parts_are_disjoint_and_images_match_their_rows(builder, shape):
   assert len(set(splits.train.source_index) & set(splits.meta.source_index)) == 0
   for part in (splits.train, splits.meta):
     assert len(set(part.source_index)) == len(part.source_index)
-    np.testing.assert_array_equal(
-      part.image, train.images[part.source_index] / np.float32(255)
-    )
+    np.testing.assert_array_equal(part.image, train.images[part.source_index])
     np.testing.assert_array_equal(part.label, train.labels[part.source_index])
     np.testing.assert_array_equal(part.label, part.true_label)
   assert list(examples_lib.class_counts(splits.meta, 4)) == [4] * 4

@@ -108,12 +108,12 @@ def test_files_that_have_not_changed_are_read_once(tmp_path, monkeypatch):
 
 
 def test_sets_fit_in_half_of_the_memory(monkeypatch, folder):
-  monkeypatch.setattr(row_sources, "memory", lambda: 2 * 5 * 20 * 4 * 6)
+  monkeypatch.setattr(row_sources, "memory", lambda: 2 * 2 * 20 * 4 * 6)
   assert row_sources.fit_in_memory(20, (4, 6, 1))
   assert not row_sources.fit_in_memory(21, (4, 6, 1))
   data = own_data.read(f"images:{folder}", in_memory=None)
   assert isinstance(data.features, np.ndarray)
-  monkeypatch.setattr(row_sources, "memory", lambda: 2 * 5 * 20 * 4 * 6 - 1)
+  monkeypatch.setattr(row_sources, "memory", lambda: 2 * 2 * 20 * 4 * 6 - 1)
   data = own_data.read(f"images:{folder}", in_memory=None)
   assert isinstance(data.features, row_sources.ImageFiles)
 

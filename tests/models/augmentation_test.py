@@ -40,6 +40,21 @@ def test_half_of_the_images_are_mirrored_left_to_right():
   assert 437 < mirrored.sum() < 563  # Four standard deviations.
 
 
+def test_bytes_are_divided_by_255_as_numpy_does():
+  """To the last bit, also where a compiler multiplies by 1 / 255 instead."""
+  pixels = np.arange(256, dtype=np.uint8)
+  expected = np.divide(pixels, np.float32(255), dtype=np.float32)
+  for function in (augmentation.to_float, jax.jit(augmentation.to_float)):
+    np.testing.assert_array_equal(function(pixels), expected)
+  assert np.any(pixels * np.float32(1 / 255) != expected)
+  images = pixels.reshape(1, 16, 16, 1)
+  made = jax.jit(lambda x: augmentation.Preprocess()(x, None, False))(images)
+  np.testing.assert_array_equal(np.ravel(made), expected)
+  labels, floats = np.arange(3), expected.astype(np.float16)
+  np.testing.assert_array_equal(augmentation.to_float(labels), np.float32([0, 1, 2]))
+  assert augmentation.to_float(floats).dtype == jnp.float16
+
+
 def test_scaling_matches_hand_computed_values():
   images = jnp.array([0.0, 0.25, 1.0]).reshape(1, 1, 1, 3)
   np.testing.assert_allclose(

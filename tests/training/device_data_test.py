@@ -13,8 +13,10 @@ from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.io import workdir
 from l2rw_jax.methods import baselines
+from l2rw_jax.methods import l2rw
 from l2rw_jax.training import device_data
 from l2rw_jax.training import devices
+from l2rw_jax.training import sampling
 
 _TUNED = baselines.fine_tuning(2)  # Uses training and meta examples.
 _SETS = [
@@ -210,6 +212,30 @@ def test_runs_end_with_the_same_bytes(
     ]
     toy_runs.train(tmp_path / name, _TUNED, splits, **settings)
   assert toy_runs.outcome(tmp_path / "devices") == toy_runs.outcome(tmp_path / "host")
+
+
+def test_bytes_give_the_run_of_floats_in_a_quarter_of_the_memory(tmp_path):
+  runs, sizes = {}, {}
+  splits = toy_runs.make_splits(num_train=200, num_meta=20, shape=(5, 5, 1))
+  parts = ("train", "meta", "test")
+  for dtype in (np.uint8, np.float32):
+    made = {}
+    for part in parts:
+      examples = getattr(splits, part)
+      pixels = np.clip(60 * examples.image + 128, 0, 255).astype(np.uint8)
+      floats = np.divide(pixels, np.float32(255), dtype=np.float32)
+      image = pixels if dtype == np.uint8 else floats
+      made[part] = examples._replace(image=image)
+    changed = splits._replace(**made)
+    (runs[dtype],) = toy_runs.train(
+      tmp_path / np.dtype(dtype).name, l2rw.l2rw(), [changed], meta_batch_size=5
+    )
+    data = device_data.DeviceData([changed], jax.devices()[:1], needs_meta=True)
+    resident = data.load([sampling.Rows(np.zeros((1, 8), int), np.zeros((1, 5), int))])
+    sizes[dtype] = [part.examples["image"].nbytes for part in resident]
+  hashes = [run.metrics["params_sha256"] for run in runs.values()]
+  assert hashes[0] == hashes[1]
+  assert sizes == {np.uint8: [200 * 25, 20 * 25], np.float32: [800 * 25, 80 * 25]}
 
 
 def test_labels_that_are_no_numbers_raise(tmp_path):
