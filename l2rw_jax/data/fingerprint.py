@@ -11,6 +11,8 @@ from l2rw_jax.data import examples as examples_lib
 def fingerprint(splits: examples_lib.Splits) -> str:
   """SHA-256 over images, labels, groups and indices of all four parts.
 
+  Pixels of uint8 enter as x / 255 in float32, the numbers that a network gets.
+
   Args:
     splits: the data of one run. A row source with an attribute `fingerprint` is
       represented by this string; every row of other row sources is read once, in
@@ -24,9 +26,8 @@ def fingerprint(splits: examples_lib.Splits) -> str:
     for field, column in getattr(splits, name)._asdict().items():
       if column is None:
         continue
-      digest.update(
-        f"{name} {field} {np.dtype(column.dtype)} {tuple(column.shape)};".encode()
-      )
+      dtype = np.dtype(np.float32 if column.dtype == np.uint8 else column.dtype)
+      digest.update(f"{name} {field} {dtype} {tuple(column.shape)};".encode())
       update(digest, column)
   return digest.hexdigest()
 
@@ -42,4 +43,6 @@ def update(digest: Any, column: Any) -> None:
     digest.update(f"fingerprint {column.fingerprint};".encode())
     return
   for rows in examples_lib.blocks(column):
+    if rows.dtype == np.uint8:
+      rows = np.divide(rows, np.float32(255), dtype=np.float32)
     digest.update(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)

@@ -87,3 +87,13 @@ def test_fingerprint_of_a_row_source_replaces_its_rows():
   ]
   assert len(set(digests)) == len(digests)
   assert digest_of("a", range(8)) == digests[2]
+
+
+def test_pixels_have_the_checksum_of_the_numbers_that_a_network_gets():
+  pixels = np.arange(8, dtype=np.uint8).reshape(4, 2)
+  scaled = np.divide(pixels, np.float32(255), dtype=np.float32)
+  checksums = {
+    fingerprint.fingerprint(make_splits(train=make_examples(4, image)))
+    for image in (pixels, _Rows(pixels), scaled)
+  }
+  assert len(checksums) == 1
