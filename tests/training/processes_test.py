@@ -219,7 +219,7 @@ def _wait_until(is_done, started):
 
 
 _MISTAKES = {
-  "batch": "--batch_size=6 does not divide among the 4 devices of 2 processes",
+  "batch": "--batch_size=6 is not a multiple of the 4 devices of 2 processes",
   "settings": "seed 0, config, num_steps is 5 in process 0 and 7 in process 1",
   "data": "seed 0, data is ",
   "flags": "num_steps is 5 in process 0 and 7 in process 1",
@@ -250,4 +250,4 @@ def test_process_that_never_arrives_ends_the_other_with_one_line():
   assert statuses[0] in (2, -signal.SIGABRT) and statuses[1] in (2, -signal.SIGABRT)
   for _, stderr in outputs:
     (line,) = stderr.splitlines()
-    assert "not all processes arrived within --initialization_timeout=3" in line
+    assert "not all processes connected within --initialization_timeout=3" in line
