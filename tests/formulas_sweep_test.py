@@ -667,6 +667,7 @@ _FORMULAS: dict[str, _Formula] = {
   "augmentation.normalize": _each(
     lambda b, w: augmentation.normalize(b["images"], (0.4,), (0.2,))
   ),
+  "augmentation.to_float": _each(lambda b, w: augmentation.to_float(b["images"])),
   "augmentation.standardize": _each(lambda b, w: augmentation.standardize(b["images"])),
   "augmentation.random_crop": _each(
     lambda b, w: augmentation.random_crop(b["images"], _keys(b), 1)
@@ -1065,6 +1066,7 @@ def test_gives_the_same_numbers_in_pmap(name):
 _HOST = "runs on the host, on NumPy arrays and files"
 _CHECK = "looks at settings or shapes"
 _INSIDE = "is a part of other formulas of the table"
+_START = "draws parameters before training"
 _LOOP = "takes a task of the training loop: methods/sweep_test.py"
 # Modules without formulas, by the beginning of their names.
 _OTHER_MODULES = {
@@ -1121,10 +1123,12 @@ _OTHER_FUNCTIONS = {
   "hypergradient.local": _INSIDE,
   "hypergradient.order_of": _CHECK,
   "inference.map_batches": _HOST,
+  "initialization.pytorch": _START,
   "l2rw.meta_direction": _INSIDE,
   "l2rw.weigh": _INSIDE,
   "label_transition.check_percentile": _CHECK,
   "label_transition.estimate_from_network": _LOOP,
+  "loop_buffers.allocated_after": _INSIDE,
   "losses.check_logits": _CHECK,
   "losses.label_mask": _INSIDE,
   "losses.label_rows": _INSIDE,
