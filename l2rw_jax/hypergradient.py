@@ -343,8 +343,9 @@ def batch_after(direction: Direction, batch: Any) -> Any:
     direction: the result of `direction`.
     batch: pytree of arrays; a batch without numeric arrays is not ordered.
   """
-  # `finite` depends on every number of the direction.
-  return ordering.after(jnp.asarray(direction.finite, jnp.float32), batch)
+  # `zero_slope` depends on every number of the direction, and, unlike `finite`, on no
+  # sum over devices except that of the meta gradient.
+  return ordering.after(jnp.asarray(direction.zero_slope, jnp.float32), batch)
 
 
 def order_of(direction: Direction, batch: Any) -> base.StaticStr:
