@@ -544,11 +544,12 @@ def _state(gradient, vector) -> base.Array:
 @jax.jit  # It is traced once for all arrays of a shape.
 def _state_of_array(gradient, vector):
   """The `_State` of two arrays of the same shape, int32 scalar."""
-  state = ((gradient != 0) | (vector != 0)).astype(jnp.int32)
-  for flag in (vector != 0, ~jnp.isfinite(vector), jnp.isnan(vector)):
-    state += flag.astype(jnp.int32)
-  bad = jnp.full_like(state, _State.BAD_GRADIENT)
-  return jnp.max(jnp.where(jnp.isfinite(gradient), state, bad))
+  # The largest absolute values, because a state for every entry would be an array.
+  g, v = jnp.max(jnp.abs(gradient)), jnp.max(jnp.abs(vector))
+  state = jnp.where(v == 0, jnp.where(g == 0, _State.ZERO, _State.IGNORED), _State.USED)
+  state = jnp.where(jnp.isinf(v), _State.INFINITE, state)
+  state = jnp.where(jnp.isnan(v), _State.NAN, state)
+  return jnp.where(jnp.isfinite(g), state, _State.BAD_GRADIENT).astype(jnp.int32)
 
 
 def _check_finite(losses, loss, state, axis_name) -> base.Array:
