@@ -1,23 +1,23 @@
 r"""Test accuracy against the number of clean examples of each class.
 
-Methods that learn weights need clean examples, and so do simpler uses of the same
-examples: to train on them alone, to fine-tune on them, to choose with them when to
-stop. This script trains all of these for the same number of steps with the same cosine
-schedule, on two kinds of wrong labels and on a long tail, and draws what each gains
-from more clean examples. The accuracy is that after the last step; early stopping
-keeps the parameters that have the lowest loss on the clean examples.
+Methods that learn weights need clean examples. The same examples have simpler uses:
+training on them alone, fine-tuning on them, and early stopping on them. This script
+trains all of these for the same number of steps with the same cosine schedule, on two
+kinds of wrong labels and on a long tail. It plots how the accuracy of each increases
+with the number of clean examples. The accuracy is measured after the last step, except
+for early stopping, which uses the step with the lowest loss on the clean examples.
 
 Uniform training, early stopping and the method that needs no clean data (generalized
-cross-entropy, in a long tail balanced softmax) are trained once for all numbers of
-clean examples. The clean examples alone do not depend on what the rest is like: they
-are trained on once a data set, and their rows stand under each problem.
+cross-entropy, or balanced softmax in a long tail) are trained once for all numbers of
+clean examples. Training on the clean examples alone does not depend on the problem, so
+it is run once for each data set, and its rows are repeated for each problem.
 Command: python -m experiments.clean_examples --data_dir=DIR
 Device, time: a third of a busy CPU core, 27 minutes.
 Published: nothing. Measured: results/clean_examples.
-Chosen on images held out from the training split (symmetric noise on MNIST, 10 clean
-  images a class, one seed): the learning rate of each method, of 1e-3 and 3e-3, and
-  then the share of fine-tuning, of 0.1, 0.3 and 0.6. The command measures nothing on
-  the test set:
+Tuning: the learning rate of each method (1e-3 or 3e-3) and then the share of
+  fine-tuning (0.1, 0.3 or 0.6) were chosen on images held out from the training split,
+  for symmetric noise on MNIST with 10 clean images per class and one seed. This command
+  does not use the test set:
   python -m experiments.clean_examples --data_dir=DIR --evaluate_on=validation
   --datasets=mnist --problems=symmetric --num_clean=10 --num_seeds=1
   --learning_rate=RATE --workdir=runs/RATE
@@ -58,7 +58,7 @@ PROBLEMS: dict[str, tuple[str, float] | None] = {
   "pair_flip": ("mwn_flip", 0.4),
   "long_tail": None,
 }
-# How a method is called in the figure, and the highest learning rate of Adam.
+# The label of a method in the figure, and its highest learning rate of Adam.
 METHODS = {
   "uniform": ("uniform", 1e-3),
   "no_clean_data": ("GCE, or balanced softmax (no clean data)", 3e-3),
@@ -94,8 +94,8 @@ class Settings(runner.Settings):
   )
   num_clean: tuple[int, ...] = flag(
     (1, 3, 10, 30, 90),
-    "Numbers of clean images of each class; each divides the largest. The smaller sets"
-    " are parts of the largest, repeated until they have its size.",
+    "Numbers of clean images of each class; each must divide the largest. The smaller"
+    " sets are parts of the largest one, repeated until they have its size.",
     bounds=settings_lib.Bounds(1, 10**6),
     group="data",
   )
@@ -119,7 +119,7 @@ class Settings(runner.Settings):
   num_steps: int = flag(1000)
   batch_size: int = flag(50)
   eval_every: int = flag(
-    100, "Number of steps between two times at which early stopping may stop."
+    100, "Number of steps between two evaluations of early stopping."
   )
   learning_rate: float | None = flag(
     None, "Highest learning rate of Adam.", unset="that of METHODS in the script"
@@ -139,13 +139,13 @@ TABLE = table.Layout(
   method=lambda row: (
     f"{row['method']}, {row['num_clean']}" if row["num_clean"] else row["method"]
   ),
-  method_heading="method, clean images a class",
+  method_heading="method, clean images per class",
   published="Published: nothing, the problems are this project's.",
 )
 
 
 def _part(source: sources.Source, name: str, rows: np.ndarray) -> sources.Source:
-  """Some rows of a source; the name tells apart the draws of different seeds."""
+  """Some rows of a source; the name distinguishes the draws of different seeds."""
   return source._replace(
     split=f"{source.split}, {name}",
     images=source.images[rows],
@@ -157,9 +157,9 @@ def _part(source: sources.Source, name: str, rows: np.ndarray) -> sources.Source
 def make_splits(
   settings: Settings, dataset: str, problem: str, count: int, seeds: Sequence[int]
 ) -> list[examples_lib.Splits]:
-  """The data of some seeds, always of one size; `count` decides the meta set alone.
+  """The data of some seeds; `count` changes only the content of the meta set.
 
-  So all cells of a method run one compiled program, on clean batches of one size.
+  All sizes are the same, so that all cells of a method share one compiled program.
   """
   source = settings.load("train", dataset)
   splits = []
@@ -171,11 +171,13 @@ def make_splits(
     most = max(settings.num_clean)
     if min(map(len, pools)) < most + settings.largest_class:
       raise base.InputError(
-        f"--largest_class={settings.largest_class} and --num_clean={most} are more"
-        f" images of a class than {dataset} has besides --num_validation="
-        f"{settings.num_validation}: lower one of the three."
+        f"--largest_class={settings.largest_class} and --num_clean={most} need more"
+        f" images of a class than {dataset} has without the"
+        f" --num_validation={settings.num_validation} held-out ones: lower one of the"
+        " three."
       )
-    # One of each class, then a second one of each: the smaller sets come first.
+    # The order is one image of each class, then a second one of each, and so on, so
+    # that the first images of the largest set are the smaller sets.
     clean = np.stack([pool[:most] for pool in pools], axis=1).reshape(-1)
     clean = np.tile(clean[: count * len(pools)], most // count)
     pools = [pool[most : most + settings.largest_class] for pool in pools]
@@ -205,7 +207,7 @@ def make_splits(
 def make_method(
   name: str, is_noisy: bool, tuned_steps: int, rate: float
 ) -> base.Method:
-  """The `Method` of a name of `METHODS` that is trained."""
+  """The `Method` that is trained for a name of `METHODS`."""
   methods = {
     "uniform": baselines.uniform,
     "early_stopped": baselines.uniform,
@@ -258,7 +260,7 @@ def make_cell(
 
 
 def make_cells(settings: Settings, methods: Sequence[str]) -> list[runner.Cell]:
-  """A cell for every training that is needed, each of them once."""
+  """The cells of all trainings that are needed, without repetition."""
   counts, cells = dict.fromkeys(settings.num_clean), []
   largest = max(counts)
   for name in methods:
@@ -272,7 +274,7 @@ def make_cells(settings: Settings, methods: Sequence[str]) -> list[runner.Cell]:
 
 
 def make_rows(settings: Settings, cell: runner.Cell, result: Any) -> runner.Rows:
-  """The rows of one run: of early stopping, one a number of clean images."""
+  """The rows of one run; early stopping has a row for each number of clean images."""
   row = {
     **cell.facts,
     "method": cell.method_name,
@@ -297,7 +299,7 @@ def make_rows(settings: Settings, cell: runner.Cell, result: Any) -> runner.Rows
 
 
 def draw(rows: runner.Rows, path: pathlib.Path) -> None:
-  """A panel a problem: a line a method, a dashed one if it has no clean images."""
+  """Draws a panel for each problem; methods without clean images are dashed lines."""
   datasets, problems = (
     list(dict.fromkeys(row[name] for row in rows)) for name in ("dataset", "problem")
   )
@@ -320,7 +322,8 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
       ax.minorticks_off()
       ax.grid(linewidth=0.4)
       ax.set_title(f"{datasets[i]}, {problems[j]}".replace("_", " "), fontsize=10)
-      # The clean set alone starts so low that the others would be hard to tell apart.
+      # Training on the clean images alone starts so low that it would compress the
+      # other curves.
       shown = [r["accuracy_percent"] for r in here if r["method"] != "clean_only"]
       ax.set_ylim(bottom=min(shown, default=0) - 5)
     for ax in axes[-1]:
@@ -355,7 +358,7 @@ def _draw_method(ax: Any, method: str, rows: runner.Rows) -> None:
     low, high = means[0] - errors[0, 0], means[0] + errors[1, 0]
     ax.axhspan(low, high, alpha=0.15, color=style["color"], linewidth=0)
   else:
-    # Side by side, so that the intervals of a count do not cover each other.
+    # Methods are shifted, so that the intervals of a count do not cover each other.
     places = np.array(counts) * 1.04 ** (list(METHODS).index(method) - 4)
     ax.errorbar(places, means, errors, marker="o", markersize=3, capsize=2, **style)
 
@@ -364,7 +367,7 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   """Trains what is missing, then prints and writes the comparison."""
   for name in ("datasets", "problems", "num_clean"):
     if not getattr(settings, name):
-      raise base.InputError(f"--{name}= is empty: give one or more.")
+      raise base.InputError(f"--{name}= is empty: give one or more values.")
   for count in settings.num_clean:
     if max(settings.num_clean) % count:
       raise base.InputError(

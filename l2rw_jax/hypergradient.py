@@ -86,7 +86,7 @@ ZERO_SLOPE = (
   " look-ahead."
 )
 
-# Largest number of entries of an array that is copied to be checked with others.
+# Arrays with at most this number of entries are joined, to be checked together.
 _SMALL = 4096
 
 
@@ -102,8 +102,8 @@ class Direction(NamedTuple):
       optimizer's step ignores the gradient; bool scalar.
     fault: the first quantity that is not finite, a `base.Fault`; int32 scalar.
     aux: the auxiliary output of the meta losses function, or None.
-    kept: the memory that the meta gradient kept for its backward pass, per meta
-      example, over that of the parameters; infinite if it is not known.
+    kept: the memory of the activations that the gradient of the meta loss stored, per
+      meta example, divided by the memory of the parameters; infinite if it is unknown.
   """
 
   vector: base.PyTree
@@ -343,19 +343,24 @@ def batch_after(direction: Direction, batch: Any) -> Any:
     direction: the result of `direction`.
     batch: pytree of arrays; a batch without numeric arrays is not ordered.
   """
+  return ordering.after(_last_scalar(direction), batch)
+
+
+def _last_scalar(direction):
+  """A number that is known only after the whole direction."""
   # `zero_slope` depends on every number of the direction, and, unlike `finite`, on no
   # sum over devices except that of the meta gradient.
-  return ordering.after(jnp.asarray(direction.zero_slope, jnp.float32), batch)
+  return jnp.asarray(direction.zero_slope, jnp.float32)
 
 
 def order_of(direction: Direction, batch: Any) -> base.StaticStr:
   """The order of the two batches that needs less memory.
 
-  "batches" finishes with the meta batch before it begins with the training batch. Then
-  the activations of one batch at a time are in memory, and the whole direction.
-  "layers" leaves the order to the compiler. Then the activations of both batches are in
-  memory, but of the direction only what a layer needs at a time. The first is returned
-  unless the parameters take more memory than the activations of `batch`.
+  "batches" finishes the meta batch before it begins with the training batch. Memory
+  then contains the activations of one batch at a time, and the whole direction.
+  "layers" leaves the order to the compiler. Memory then contains the activations of
+  both batches, but only the part of the direction that the current layer needs. The
+  result is "layers" if the parameters take more memory than the activations of `batch`.
 
   Args:
     direction: the result of `direction`.
@@ -374,13 +379,12 @@ def after_direction(
   Args:
     direction: the result of `direction`.
     batch: pytree of arrays, the training batch.
-    function: what to compute from it. Its result may not be differentiated.
+    function: the computation that follows.
   """
   if order_of(direction, batch) == "layers":
     return function(batch)
   batch = batch_after(direction, batch)
-  first = base.max_abs(direction.vector)
-  return loop_buffers.allocated_after(first, lambda: function(batch))
+  return loop_buffers.allocated_after(_last_scalar(direction), lambda: function(batch))
 
 
 def local(direction: Direction, axis_name: base.AxisName) -> Direction:
@@ -524,7 +528,8 @@ def unrolled_weight_gradient(
 
 def _state(gradient, vector) -> base.Array:
   """The `_State` of lists of arrays, int32 scalar."""
-  # Compile time grows with the number of kernels: one for all small arrays of a type.
+  # Compile time grows with the number of kernels, so all small arrays of a type are
+  # checked by one kernel.
   large: list[Any] = []
   small: dict[Any, list[Any]] = {}
   for g, v in zip(gradient, vector, strict=True):
@@ -544,7 +549,7 @@ def _state(gradient, vector) -> base.Array:
 @jax.jit  # It is traced once for all arrays of a shape.
 def _state_of_array(gradient, vector):
   """The `_State` of two arrays of the same shape, int32 scalar."""
-  # The largest absolute values, because a state for every entry would be an array.
+  # A state for every entry would be one more array of this size.
   g, v = jnp.max(jnp.abs(gradient)), jnp.max(jnp.abs(vector))
   state = jnp.where(v == 0, jnp.where(g == 0, _State.ZERO, _State.IGNORED), _State.USED)
   state = jnp.where(jnp.isinf(v), _State.INFINITE, state)

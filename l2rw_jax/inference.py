@@ -26,9 +26,9 @@ def map_batches(
       compiled; it is compiled a second time for a smaller last batch.
     examples: arrays or row sources with leading axis N, at least 1.
     batch_size: examples in a batch.
-    by_process: whether each of several processes applies `fun` to its part of the
-      batches only, and receives the results of the others. All of them must call this
-      function then, with the same examples.
+    by_process: whether each of several processes applies `fun` only to its part of the
+      batches, and receives the results of the others. All processes must then call
+      this function with the same examples.
 
   Returns:
     The results as NumPy arrays, concatenated along their leading axis.
@@ -55,7 +55,7 @@ def map_batches(
   first, last = bounds[processes.index() :][:2]
   if first < last:
     part = results(starts[first:last])
-  else:  # There are fewer batches than processes: no row, of the type of the results.
+  else:  # There are fewer batches than processes; this one has a result of no rows.
     part = jax.tree.map(lambda x: x[:0], results(starts[:1]))
   leaves, structure = jax.tree.flatten(part)
   return jax.tree.unflatten(structure, processes.join(leaves))

@@ -219,7 +219,7 @@ def concatenate(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def join(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-  """As `concatenate`, of arrays whose number of rows depends on the process."""
+  """Like `concatenate`, for arrays whose numbers of rows differ between processes."""
   if count() == 1 or not arrays:
     return list(arrays)
   sizes = np.array(
@@ -231,9 +231,9 @@ def join(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
   ]
   return [
     np.concatenate(
-      [part[:size] for part, size in zip(np.split(x, count()), own, strict=True)]
+      [part[:size] for part, size in zip(np.split(x, count()), rows, strict=True)]
     )
-    for x, own in zip(concatenate(padded), sizes.T, strict=True)
+    for x, rows in zip(concatenate(padded), sizes.T, strict=True)
   ]
 
 

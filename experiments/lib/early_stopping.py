@@ -1,9 +1,9 @@
-"""Early stopping on the clean set, a control for methods that need clean data.
+"""Early stopping on the meta set, a control for methods that need clean data.
 
-The run itself is uniform training for all steps. At every evaluation a probe measures
-the loss on the clean set and whatever is measured on the test set; afterwards the
-evaluation with the lowest loss on the clean set takes the place of the last one. The
-test set has no part in the choice.
+The run itself is uniform training for all steps. At every evaluation, a probe measures
+the loss on the meta set and the metrics of the test set. Afterwards, the metrics at the
+step with the lowest loss on the meta set replace those of the last step. The test set
+does not influence this choice.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from l2rw_jax.training import results as results_lib
 def probe(
   evaluators: Sequence[evaluation.Evaluator], sizes: Sequence[int] = ()
 ) -> evaluation.Probe:
-  """Measures what `kept` needs.
+  """The probe that records what `kept` needs.
 
   Args:
-    evaluators: of the test set.
-    sizes: numbers of clean examples, the first ones of the meta set, to stop on; all
-      of them if there is none.
+    evaluators: evaluators of the test set.
+    sizes: numbers of examples; a loss is recorded for the first examples of the meta
+      set, as many as each number. If empty, it is recorded for the whole meta set.
   """
 
   def measure(snapshot: evaluation.Snapshot) -> dict[str, float]:
@@ -39,19 +39,19 @@ def probe(
 
 
 def kept(metrics: dict[str, Any], size: int) -> dict[str, Any]:
-  """The evaluators' metrics at the step with the lowest loss on the clean set.
+  """The test metrics at the step with the lowest loss on the meta set.
 
   Args:
-    metrics: of a finished run with `probe`.
-    size: number of clean examples to stop on.
+    metrics: metrics of a finished run with `probe`.
+    size: number of examples of the meta set whose loss is used.
 
   Returns:
-    As `metrics["last"]`, with the step as `kept_step`.
+    Like `metrics["last"]`, with the step as `kept_step`. If no loss is finite, it is
+    the first evaluation.
   """
   values = metrics["probes"]
-  # A loss that overflowed is None.
-  losses = np.array(values[f"clean_loss_{size}"], float)
-  best = int(np.nanargmin(losses))
+  losses = np.array(values[f"clean_loss_{size}"], float)  # None becomes NaN.
+  best = int(np.argmin(np.nan_to_num(losses, nan=np.inf)))
   at_best = {
     name.removeprefix("test/"): column[best]
     for name, column in values.items()
@@ -61,13 +61,13 @@ def kept(metrics: dict[str, Any], size: int) -> dict[str, Any]:
 
 
 def with_kept(result: results_lib.Result, size: int) -> results_lib.Result:
-  """A run whose last metrics are those of the step that early stopping chose.
+  """Replaces the last metrics of a run by those of the step that `kept` selects.
 
-  The parameters and their checksum stay those after the last step.
+  The parameters and their checksum are still those after the last step.
 
   Args:
-    result: of a run with `probe`.
-    size: number of clean examples to stop on.
+    result: result of a run with `probe`.
+    size: number of examples of the meta set whose loss is used.
   """
   last = kept(result.metrics, size)
   return result._replace(metrics={**result.metrics, "last": last})

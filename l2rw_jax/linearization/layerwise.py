@@ -43,7 +43,8 @@ from l2rw_jax import base
 from l2rw_jax.linearization import ordering
 from l2rw_jax.linearization import parameter_uses
 
-_MAX_LINKS = 64  # Of the gradients of layers that wait for each other.
+# Largest number of groups of layers whose gradients are computed one after the other.
+_MAX_LINKS = 64
 
 
 def linearize(
@@ -76,7 +77,8 @@ def linearize(
     losses_fn, leaves, batch, names, recompute=recompute
   )
 
-  # They do not depend on perturbations, so that they are not traced for a derivative.
+  # Values of parameters alone do not depend on perturbations, so they are computed
+  # outside of the derivative.
   of_parameters = env | dict(enumerate(leaves))
   plan.run(parameter_uses.Kind.PARAMS, of_parameters)
 
@@ -257,9 +259,9 @@ def _weighted_gradient(
 ) -> _Values:
   """The gradient of the weighted sum of losses; arguments as in `_directional`.
 
-  With `in_turn`, the gradient of a layer is not computed before that of the next one is
-  finished, as in a backward pass. An optimizer can then use one after the other, and a
-  compiler has no reason to hold all of them at the same time.
+  With `in_turn`, the gradient of a layer is computed after that of the next layer is
+  finished, as in a backward pass. An optimizer can then use each gradient before the
+  next one is computed, so a compiler need not store all of them at the same time.
 
   Returns:
     Gradients, like `parameters`.
@@ -396,13 +398,13 @@ def _accumulator(x):
 class _Use:
   """An operation as a function of its parameters alone.
 
-  Uses are equal if they are the same operation on arrays of the same types. The layers
-  of a network have many equal uses, whose derivatives are traced once: each is a
-  function of the program that is called several times.
+  Two uses are equal if they apply the same operation to arrays of the same types. The
+  layers of a network have many equal uses. Their derivative is traced once, and becomes
+  one function of the program that is called for each of them.
   """
 
   def __init__(self, step: parameter_uses.Step):
-    # The cache of traces keeps it, so that it must not hold arrays.
+    # JAX's cache of traces keeps this object, so it must not refer to arrays.
     inputs = [value._replace(literal=None, error=None) for value in step.inputs]
     self.step, eqn = step._replace(inputs=inputs), step.eqn
     self._key: tuple[Any, ...] | None = (
@@ -418,8 +420,8 @@ class _Use:
     except TypeError:  # A parameter of the operation is not hashable.
       self._key, self._hash = None, id(self)
     if any(True for _ in jax_core.jaxprs_in_params(eqn.params)):
-      # Functions are equal only if they are the same, and may hold large constants,
-      # which the cache of traces would keep.
+      # Inner functions are equal only if they are the same object, and may refer to
+      # large constants, which the cache of traces would keep.
       self._key, self._hash = None, id(self)
 
   def __hash__(self) -> int:

@@ -1,10 +1,10 @@
 """Loops whose results are allocated only after an earlier computation.
 
-The rows that a `jax.lax.scan` collects, such as the activations of layers, are written
-into arrays of zeros. These zeros depend on nothing, so that a compiler may create them
-as soon as the program starts (XLA:CPU does). If the loop itself waits for an earlier
-pass, its arrays are then in memory during that pass too. Here the zeros depend on the
-earlier pass, as the inputs of the loop do, see `ordering`.
+A `jax.lax.scan` writes the rows that it collects, such as the activations of layers,
+into arrays of zeros. These zeros depend on nothing, so a compiler may create them as
+soon as the program starts (XLA:CPU does). Even if the loop itself waits for an earlier
+pass, its arrays are then in memory during that pass. This module makes the zeros depend
+on the earlier pass, as the inputs of the loop do (see `ordering`).
 """
 
 from collections.abc import Callable
@@ -27,8 +27,8 @@ def allocated_after(first: base.PyTree, function: Callable[[], Any]) -> Any:
   `jit` and similar transformations, where operations run in the order of the program.
 
   Args:
-    first: pytree of arrays; only floating-point and complex ones are waited for.
-    function: what to compute. It is traced once, and may not be differentiated.
+    first: pytree of arrays that are computed earlier. Integers and keys have no effect.
+    function: the computation, which is traced once.
 
   Returns:
     The result of `function`.

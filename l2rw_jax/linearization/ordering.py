@@ -65,7 +65,7 @@ def kept_bytes(vjp_fn: base.PyTree, known: base.PyTree) -> int:
 
   Args:
     vjp_fn: the result of `jax.vjp`.
-    known: pytree of arrays that are in memory in any case, which are not counted.
+    known: pytree of arrays that are in memory anyway, and are not counted.
   """
   counted = {id(x) for x in jax.tree.leaves(known)}
   kept = {id(x): x for x in jax.tree.leaves(vjp_fn) if id(x) not in counted}

@@ -78,8 +78,9 @@ class ExampleWeights(NamedTuple):
     aux: the auxiliary output of `losses_fn` for `batch`, or None.
     engine: the engine that linearized `batch`, for instance the one that "auto"
       selected; see `base.Linearized`.
-    order: "batches" or "layers", what is finished before the next one begins, see
-      `hypergradient.order_of`; empty for `example_weights`, which has no order.
+    order: "batches" if the meta batch is finished before the training batch begins,
+      "layers" if the compiler orders them, see `hypergradient.order_of`; empty for
+      `example_weights`, which does not set an order.
   """
 
   weights: base.Array
@@ -338,7 +339,7 @@ def weighted_value_and_grad(
 def _log_plan(info):
   logging.log_first_n(
     logging.INFO,
-    "L2RW: engine %s, %s in turn (see hypergradient.order_of)",
+    "L2RW uses engine=%s and order=%s (see hypergradient.order_of).",
     1,
     info.engine,
     info.order,

@@ -7,6 +7,7 @@ import pytest
 import scripts
 
 from experiments import clean_examples as script
+from experiments.lib import early_stopping
 from experiments.lib import report
 from l2rw_jax.io import metric_writer
 from l2rw_jax.training import results as results_lib
@@ -122,10 +123,10 @@ def test_held_out_images_are_neither_of_the_test_set_nor_trained_on():
 
 _MISTAKES = {
   "method": (["--methods=magic"], "--methods=magic: choose among uniform"),
-  "no_data": (["--datasets="], "--datasets= is empty: give one or more."),
+  "no_data": (["--datasets="], "--datasets= is empty: give one or more values."),
   "problem": (["--problems=magic"], "should be one of <symmetric|pair_flip|long_tail>"),
   "divides": (["--num_clean=2"], "--num_clean=2 does not divide the largest, 3:"),
-  "many": (["--largest_class=150"], "--largest_class=150 and --num_clean=3 are more"),
+  "many": (["--largest_class=150"], "--largest_class=150 and --num_clean=3 need more"),
   "other_settings": (["--workdir={run}", "--num_steps=5"], "num_steps was 4, now 5"),
 }
 
@@ -143,3 +144,16 @@ def mistakes(run, tmp_path_factory):
 @pytest.mark.parametrize("name", _MISTAKES)
 def test_mistake_is_one_line_and_writes_nothing(mistakes, name):
   scripts.assert_one_line(mistakes[name], _MISTAKES[name][1])
+
+
+@pytest.mark.parametrize(
+  ("losses", "step"), [((3.0, 1.0, 2.0), 20), ((None, 2.0, 1.0), 30), ((None,) * 3, 10)]
+)
+def test_early_stopping_keeps_the_lowest_finite_loss(losses, step):
+  probes = {
+    "step": [10, 20, 30],
+    "clean_loss_5": list(losses),
+    "test/accuracy": [0.1, 0.2, 0.3],
+  }
+  kept = early_stopping.kept({"probes": probes}, 5)
+  assert kept == {"accuracy": step / 100, "kept_step": step}
