@@ -12,14 +12,15 @@ Columns, each also relative to plain training of as many layers:
   instructions     instructions of the compiled program
   kernels          kernels and library calls of the compiled program
 
-Command: python -m benchmarks.compile_time [NUM_ARRAYS ...] (50 and 200 by default)
+Command: python -m benchmarks.compile_time
 """
 
 from collections.abc import Callable
-import csv
+import dataclasses
 import functools
+import os
+import pathlib
 import re
-import sys
 import time
 from typing import Any
 
@@ -27,7 +28,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks import _rows
+from experiments.lib import launch
+from experiments.lib import settings as settings_lib
+from experiments.lib.settings import flag
 from l2rw_jax import base
+from l2rw_jax.io import workdir as workdir_lib
 from l2rw_jax.linearization import per_example
 from l2rw_jax.methods import l2rw
 from l2rw_jax.methods import meta_weight_net
@@ -159,12 +165,27 @@ def _measure(step, num_arrays):
   }
 
 
-def main() -> None:
-  """Measures all steps and writes a table to the standard output."""
+@dataclasses.dataclass(frozen=True)
+class Settings(settings_lib.Flags):
+  """The flags of this benchmark."""
+
+  workdir: str | None = flag(
+    None, "Folder of the results. The default is runs/compile_time.", group="output"
+  )
+  num_arrays: tuple[int, ...] = flag(
+    (50, 200),
+    "Numbers of parameter arrays; a layer has two.",
+    bounds=settings_lib.Bounds(2, 10**5),
+  )
+
+
+def run(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
+  """Measures all steps, prints the results and writes them to a folder."""
   # A program from the cache would have no compilation time.
   jax.config.update("jax_enable_compilation_cache", False)
-  writer = None
-  for num_arrays in [int(text) for text in sys.argv[1:]] or [50, 200]:
+  path, info = pathlib.Path(workdir) / "results.csv", workdir_lib.run_info()
+  rows: list[dict[str, Any]] = []
+  for num_arrays in settings.num_arrays:
     of_plain: dict[str, float] = {}
     for name, step in {"plain": plain, **STEPS}.items():
       lower(step, 4)  # Fills caches of traces that do not depend on the network.
@@ -174,12 +195,11 @@ def main() -> None:
       for column, value in measured.items():
         row[column] = round(value, 2)
         row[f"{column}_ratio"] = round(value / of_plain[column], 2)
-      if writer is None:
-        writer = csv.DictWriter(sys.stdout, row, lineterminator="\n")
-        writer.writeheader()
-      writer.writerow(row)
-      sys.stdout.flush()
+      rows.append(row)
+      _rows.write(path, [{**row, **info} for row in rows])
+  _rows.show(rows, path)
+  return rows
 
 
 if __name__ == "__main__":
-  main()
+  launch.main(Settings, run, "compile_time")

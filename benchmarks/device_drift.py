@@ -6,21 +6,25 @@ whose initial parameters are moved by one unit in the last place. If the control
 as far, rounding alone can explain the drift. L2RW computes its sums in three orders:
 layer by layer, in forward mode, and in microbatches of the rows that one of eight
 devices has.
-Command: python -m benchmarks.device_drift [FILE.csv]
+Command: python -m benchmarks.device_drift
 Results: results/device_drift (8 virtual CPU devices).
 """
 
 from collections.abc import Callable, Iterator
-import csv
+import dataclasses
 import functools
+import os
 import pathlib
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import _rows
+from experiments.lib import launch
+from experiments.lib import settings as settings_lib
+from experiments.lib.settings import flag
 from l2rw_jax import base
 from l2rw_jax import losses
 from l2rw_jax.data import sources
@@ -147,10 +151,22 @@ def drift(
   return loss_differences, weight_differences
 
 
-def main() -> None:
-  """Writes the drift as CSV to the given file, or prints it if there is none."""
+@dataclasses.dataclass(frozen=True)
+class Settings(settings_lib.Flags):
+  """The flags of this benchmark."""
+
+  workdir: str | None = flag(
+    None, "Folder of the results. The default is runs/device_drift.", group="output"
+  )
+
+
+def measure(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
+  """Measures the drift of all methods, prints it and writes it to a folder."""
+  del settings
+  path = pathlib.Path(workdir) / "drift.csv"
   jax.config.update("jax_num_cpu_devices", 8)
-  rows, info = [], workdir_lib.run_info()
+  rows: list[dict[str, Any]] = []
+  info = workdir_lib.run_info()
   for bits in (32, 64):
     with jax.enable_x64(bits == 64):
       for method in METHODS:
@@ -175,15 +191,12 @@ def main() -> None:
                   "step": step,
                   "loss": f"{loss:.1e}",
                   "weight": f"{weight:.1e}",
-                  **info,
                 }
               )
-  target = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else None
-  with target.open("w", newline="") if target else sys.stdout as file:
-    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+          _rows.write(path, [{**row, **info} for row in rows])
+  _rows.show(rows, path)
+  return rows
 
 
 if __name__ == "__main__":
-  main()
+  launch.main(Settings, measure, "device_drift")

@@ -7,12 +7,12 @@ by the same command, which may be killed again, until the run finishes. The metr
 weights and parameters of finished runs are compared byte for byte with those of the run
 that was not interrupted.
 
-Command: python -m benchmarks.process_kills FOLDER
-Writes FOLDER/results.csv, a row for each kill, and prints a summary.
+Command: python -m benchmarks.process_kills
+The file results.csv has a row for each kill; a summary is printed.
 """
 
 from collections.abc import Sequence
-import csv
+import dataclasses
 import os
 import pathlib
 import random
@@ -22,14 +22,18 @@ import sys
 import time
 from typing import Any
 
+from benchmarks import _rows
+from experiments.lib import launch
+from experiments.lib import settings as settings_lib
+from experiments.lib.settings import flag
+from l2rw_jax import base
 from l2rw_jax.io import workdir as workdir_lib
 
-NUM_KILLS = 20
 _FLAGS = (
   *("--methods=l2rw", "--num_seeds=1"),
   *("--num_steps=100", "--checkpoint_every=10"),
   # How long a process waits for one that is killed before they are connected.
-  "--initialization_timeout=60",
+  "--initialization_timeout=30",
 )
 # Seconds after which processes that do not end are killed and reported.
 _LIMIT = 300.0
@@ -132,9 +136,24 @@ def complete(folder: pathlib.Path) -> tuple[int, list[str]]:
   return _MOST_FAILURES, errors
 
 
-def main(folder: pathlib.Path, num_kills: int = NUM_KILLS) -> None:
-  """Runs the experiment in `folder`, which must not exist."""
-  info = workdir_lib.run_info()
+@dataclasses.dataclass(frozen=True)
+class Settings(settings_lib.Flags):
+  """The flags of this benchmark."""
+
+  workdir: str | None = flag(
+    None,
+    "Folder of the runs and the results, which must not exist. The default is"
+    " runs/process_kills.",
+    group="output",
+  )
+  num_kills: int = flag(20, "Number of kills.", bounds=settings_lib.REPEATS)
+
+
+def run(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
+  """Runs the benchmark, prints the results and writes them to a folder."""
+  folder, info = pathlib.Path(workdir).absolute(), workdir_lib.run_info()
+  if folder.exists():
+    raise base.InputError(f"--workdir={workdir} exists: choose a new folder.")
   folder.mkdir(parents=True)
   # The first run also compiles; the second one takes the time of those that are killed.
   for name in ("compiling", "whole"):
@@ -143,25 +162,25 @@ def main(folder: pathlib.Path, num_kills: int = NUM_KILLS) -> None:
     duration = (time.monotonic() - began) / (failures + 1)
   expected = outcome(folder / "whole")
   if len(expected) != len(_COMPARED):
-    sys.exit(f"the runs that were not interrupted failed: {errors}")
+    raise base.InputError(f"the runs that were not interrupted failed: {errors}")
   rng, lost, number, failures = random.Random(0), 0, 0, 0
   rows: list[dict] = []
-  while len(rows) < num_kills:
-    run = folder / f"run-{number}"
-    row = kill_one(started := start(run), rng.randrange(2), rng.uniform(0, duration))
+  while len(rows) < settings.num_kills:
+    place = folder / f"run-{number}"
+    row = kill_one(started := start(place), rng.randrange(2), rng.uniform(0, duration))
     if row is not None:
-      row = {"run": number, **row, "checkpoint_step": latest_step(run)}
+      row = {"run": number, **row, "checkpoint_step": latest_step(place)}
       rows.append({**row, **info})
-      _write(folder / "results.csv", rows)
+      _rows.write(folder / "results.csv", rows)
       print(row, flush=True)
-      if len(rows) < num_kills:
+      if len(rows) < settings.num_kills:
         continue
     else:
       finish(started)
     if any(process.returncode for process in started):
-      more, _ = complete(run)
+      more, _ = complete(place)
       failures += more + (row is None)
-    lost += outcome(run) != expected
+    lost += outcome(place) != expected
     number += 1
   slowest = max(row["other_ended_after_seconds"] for row in rows)
   one_line = sum(" / " not in row["message"] and bool(row["message"]) for row in rows)
@@ -170,14 +189,8 @@ def main(folder: pathlib.Path, num_kills: int = NUM_KILLS) -> None:
     f" {lost} runs lost, {failures} starts ended by other events; the other process"
     f" ended after at most {slowest} seconds, {one_line} times with one line."
   )
-
-
-def _write(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
-  with open(path, "w", newline="", encoding="utf-8") as file:
-    writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+  return rows
 
 
 if __name__ == "__main__":
-  main(pathlib.Path(sys.argv[1]))
+  launch.main(Settings, run, "process_kills")

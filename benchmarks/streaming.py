@@ -15,7 +15,6 @@ Results: results/streaming.
 """
 
 from collections.abc import Callable, Sequence
-import csv
 import dataclasses
 import os
 import pathlib
@@ -26,6 +25,7 @@ from flax import linen as nn
 import numpy as np
 import optax
 
+from benchmarks import _rows
 from experiments.lib import launch
 from experiments.lib import settings as settings_lib
 from experiments.lib.settings import flag
@@ -224,20 +224,13 @@ def _speed_row(
 def run(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
   """Runs the benchmark, prints the results and writes them to a folder."""
   info = {**workdir_lib.run_info(), "cores": os.cpu_count()}
-  folder = pathlib.Path(workdir)
-  folder.mkdir(parents=True, exist_ok=True)
+  path = pathlib.Path(workdir) / "streaming.csv"
   rows = [memory_row()]
   splits = make_splits(settings)
   for network in settings.networks:
     rows += speed_rows(settings, network, splits)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with (folder / "streaming.csv").open("w", newline="") as file:
-      writer = csv.DictWriter(file, [*columns, *info], lineterminator="\n")
-      writer.writeheader()
-      writer.writerows({**row, **info} for row in rows)
-  for row in rows:
-    print(" ".join(f"{name}={value}" for name, value in row.items()))
-  print(f"\nwritten: {folder}/streaming.csv")
+    _rows.write(path, [{**row, **info} for row in rows])
+  _rows.show(rows, path)
   return rows
 
 

@@ -10,7 +10,6 @@ Command: python -m benchmarks.xla_switches
 Results: results/xla_switches, one file for each version of jax.
 """
 
-import csv
 import dataclasses
 import json
 import os
@@ -20,6 +19,7 @@ import subprocess
 import sys
 from typing import Any
 
+from benchmarks import _rows
 from experiments.lib import launch
 from experiments.lib import settings as settings_lib
 from experiments.lib.settings import flag
@@ -73,11 +73,12 @@ print(json.dumps({
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(settings_lib.Settings):
+class Settings(settings_lib.Flags):
   """The flags of this benchmark."""
 
-  SEVERAL_PROCESSES = False
-
+  workdir: str | None = flag(
+    None, "Folder of the results. The default is runs/xla_switches.", group="output"
+  )
   batch_size: int = flag(32)
   repeats: int = flag(5, "Number of steps in a round.", bounds=settings_lib.REPEATS)
   num_rounds: int = flag(3, "Number of rounds.", bounds=settings_lib.REPEATS)
@@ -152,17 +153,9 @@ def run(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     "repeats": settings.repeats,
     "num_rounds": settings.num_rounds,
   }
-  folder = pathlib.Path(workdir)
-  folder.mkdir(parents=True, exist_ok=True)
-  file = folder / f"jax-{info['jax']}.csv"
-  columns = list(dict.fromkeys(name for row in rows for name in row))
-  with file.open("w", newline="") as opened:
-    writer = csv.DictWriter(opened, [*columns, *facts, *info], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**row, **facts, **info} for row in rows)
-  for row in rows:
-    print(" ".join(f"{name}={value}" for name, value in row.items()))
-  print(f"\nwritten: {file}")
+  path = pathlib.Path(workdir) / f"jax-{info['jax']}.csv"
+  _rows.write(path, [{**row, **facts, **info} for row in rows])
+  _rows.show(rows, path)
   return rows
 
 
