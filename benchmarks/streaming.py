@@ -2,10 +2,11 @@ r"""The speed and the memory of training with streamed examples.
 
 The same network is trained on the same rows of CIFAR-10 with examples that stay on the
 device (resident), that are copied from an array in memory (memory), and that are
-decoded from the files of TFDS (files). All three train in alternating turns, so that
-other load on the machine affects all equally; the results are medians over rounds. The
-share of the input is the time that the loop waits for the examples of its steps,
-divided by the time of the steps.
+decoded from the files of TFDS, by threads (files) or by worker processes (workers). All
+train in alternating turns, so that other load on the machine affects all equally; the
+results are medians over rounds. The share of the input is the time that the loop waits
+for the examples of its steps, divided by the time of the steps. The same files are also
+decoded without training, by threads and by workers in alternating turns.
 
 Before that, a network is trained on a set of generated examples, ten times as large as
 the buffer of the steps that are read ahead, to measure how much the memory of the
@@ -15,6 +16,7 @@ Results: results/streaming.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent import futures
 import dataclasses
 import os
 import pathlib
@@ -38,6 +40,7 @@ from l2rw_jax.models import classifier
 from l2rw_jax.models import lenet
 from l2rw_jax.models import mlp
 from l2rw_jax.training import config as config_lib
+from l2rw_jax.training import read_workers
 from l2rw_jax.training import run as run_lib
 from l2rw_jax.training import streaming
 
@@ -45,7 +48,7 @@ _NETWORKS: dict[str, Callable[[], nn.Module]] = {
   "mlp": lambda: mlp.MLP(10, (256,)),
   "lenet": lambda: lenet.LeNet(10),
 }
-_IN_MEMORY = {"files": False, "memory": True, "resident": True}
+_IN_MEMORY = {"files": False, "workers": False, "memory": True, "resident": True}
 _MIB = 2**20
 # Number of values of a generated example, which are 256 KiB of float32.
 _VALUES = 2**16
@@ -64,6 +67,7 @@ class Settings(settings_lib.Settings):
   batch_size: int = flag(100)
   num_steps: int = flag(20, "Number of steps in a round.")
   repeats: int = flag(4, "Number of rounds.", bounds=settings_lib.REPEATS)
+  data_workers: int = flag(2, "Number of worker processes.")
 
 
 class Generated:
@@ -103,6 +107,7 @@ def _make_run(
   batch_size: int,
   num_steps: int,
   data: str,
+  num_workers: int = 0,
 ) -> run_lib.Run:
   method = l2rw.l2rw()
   config = config_lib.Config(
@@ -112,6 +117,7 @@ def _make_run(
     num_devices=1,
     steps_per_call=1,
     data=data,
+    data_workers=num_workers,
   )
   model = classifier.Classifier(network, split.num_classes)
   return run_lib.Run(config, model, method, optax.sgd(0.01), [split])
@@ -181,6 +187,7 @@ def speed_rows(
       settings.batch_size,
       num_steps,
       "resident" if name == "resident" else "stream",
+      settings.data_workers if name == "workers" else 0,
     )
     for name, in_memory in _IN_MEMORY.items()
   }
@@ -197,6 +204,42 @@ def speed_rows(
     run.close()
   # Programs are compiled in the first turn.
   return [_speed_row(settings, network, name, turns[name][1:]) for name in runs]
+
+
+def decoding_rows(
+  settings: Settings, split: examples_lib.Splits
+) -> list[dict[str, Any]]:
+  """Times the decoding of batches by threads and by workers, without training."""
+  source = split.train.image
+  (remote,), workers = read_workers.read_remotely(
+    [{"image": source}], settings.data_workers
+  )
+  assert workers is not None
+  rng, readers = np.random.default_rng(0), {"files": source, "workers": remote["image"]}
+  turns: dict[str, list[float]] = {name: [] for name in readers}
+  with futures.ThreadPoolExecutor(settings.data_workers) as pool:
+    for _ in range(settings.repeats + 1):
+      for name, reader in readers.items():
+        shape = (settings.num_steps, settings.batch_size)
+        batches = rng.integers(len(source), size=shape)
+        start = time.perf_counter()
+        list(pool.map(reader.__getitem__, batches))
+        turns[name].append(time.perf_counter() - start)
+  workers.close()
+  # Workers start in the first turn.
+  return [
+    {
+      "part": "decoding",
+      "data": name,
+      "examples_per_second": round(
+        settings.num_steps * settings.batch_size / float(np.median(seconds[1:]))
+      ),
+      "batch_size": settings.batch_size,
+      "num_steps": settings.num_steps,
+      "repeats": settings.repeats,
+    }
+    for name, seconds in turns.items()
+  ]
 
 
 def _speed_row(
@@ -227,6 +270,7 @@ def run(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
   path = pathlib.Path(workdir) / "streaming.csv"
   rows = [memory_row()]
   splits = make_splits(settings)
+  rows += decoding_rows(settings, splits[False])
   for network in settings.networks:
     rows += speed_rows(settings, network, splits)
     _rows.write(path, [{**row, **info} for row in rows])

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 import re
 import types
 import typing
@@ -23,6 +24,7 @@ from l2rw_jax.data import own_data
 from l2rw_jax.data import sources
 from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import devices
+from l2rw_jax.training import streaming
 
 
 class Bounds(NamedTuple):
@@ -392,6 +394,15 @@ class Settings(Flags):
     group="data",
     recorded=False,
   )
+  data_workers: int | None = flag(
+    None,
+    "Number of worker processes that decode streamed images; 0 decodes them in threads."
+    " The default is 0 on CPU, where training needs the cores, and the number of cores,"
+    " at most 8, elsewhere.",
+    bounds=Bounds(0, streaming.MOST_THREADS),
+    group="data",
+    recorded=False,
+  )
   checkpoint_every: int = flag(
     1000, "Number of steps between two checkpoints.", bounds=STEPS, group="output"
   )
@@ -481,8 +492,16 @@ class Settings(Flags):
       steps_per_call=self.steps_per_call,
       checkpoint_every=self.checkpoint_every,
       data=self.data,
+      data_workers=self._data_workers(),
       **values,
     )
+
+  def _data_workers(self) -> int:
+    if self.data_workers is not None:
+      return self.data_workers
+    if jax.default_backend() == "cpu":
+      return 0
+    return min(streaming.MOST_THREADS, os.cpu_count() or 1)
 
 
 def check(name: str, value: Any, details: Flag) -> None:

@@ -1,7 +1,8 @@
 """Images that are decoded when they are read, for sets that do not fit in memory.
 
 The classes of this module are row sources (see `examples.Examples.image`), which may be
-read in several threads at a time. Their fingerprint covers the content of all files.
+read in several threads at a time, and can be pickled for the workers of
+`training.read_workers`. Their fingerprint covers the content of all files.
 """
 
 from collections.abc import Callable, Sequence
@@ -167,8 +168,9 @@ class ImageFiles(_Images):
       size: height and width of the images.
       channels: 1 or 3.
     """
-    super().__init__((len(paths), *size, channels), lambda: hash_of_files(self._paths))
     self._paths = list(paths)
+    fingerprint = functools.partial(hash_of_files, self._paths)
+    super().__init__((len(paths), *size, channels), fingerprint)
 
   def _fill(self, images, rows):
     _, height, width, channels = self.shape

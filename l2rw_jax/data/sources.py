@@ -6,9 +6,10 @@ tensorflow-datasets has prepared in its `array_record` format; it is read withou
 TensorFlow and without an internet connection.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import logging
@@ -420,13 +421,16 @@ def _labels_and_images(
 
     arrays = cache.cached_arrays(cache.folder(cache_dir), f"{key}/labels", build)
   files = sorted(folder.glob("*.array_record*"))
-
-  def fingerprint():
-    return f"{key}/{row_sources.hash_of_files(files, cache_dir)}"
-
+  fingerprint = functools.partial(_fingerprint, key, files, cache_dir)
   shape = features["image"].shape
   images = row_sources.StoredImages(rows, shape, fingerprint, folder)
   return {"images": images, **arrays}
+
+
+def _fingerprint(
+  key: str, files: Sequence[pathlib.Path], cache_dir: str | os.PathLike | None
+) -> str:
+  return f"{key}/{row_sources.hash_of_files(files, cache_dir)}"
 
 
 def _opened(

@@ -9,6 +9,7 @@ import numpy as np
 from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.training import devices
+from l2rw_jax.training import streaming
 
 # Where training examples are kept, see `Config.data`.
 DATA = ("auto", "resident", "stream")
@@ -59,6 +60,8 @@ class Config:
     data: where training examples are kept. "resident" keeps them on the devices,
       "stream" reads them ahead of the steps that use them, and "auto" streams them if
       they do not fit on the devices or are a row source. It affects only speed.
+    data_workers: number of worker processes that read the rows of a row source; 0 reads
+      them in threads. See `read_workers`. It affects only speed.
     device_map: how a step is mapped over the devices, "pmap" or "shard_map". Both run
       the same program.
   """
@@ -73,6 +76,7 @@ class Config:
   num_devices: int | None = None
   steps_per_call: int | None = None
   data: str = "auto"
+  data_workers: int = 0
   device_map: str = "pmap"
 
   @property
@@ -106,6 +110,11 @@ def check(
     )
   if config.data not in DATA:
     raise base.InputError(f"--data={config.data}: choose among {', '.join(DATA)}.")
+  if not 0 <= config.data_workers <= streaming.MOST_THREADS:
+    raise base.InputError(
+      f"--data_workers={config.data_workers} must lie between 0 and"
+      f" {streaming.MOST_THREADS}, the number of steps whose examples are read ahead."
+    )
   for seed, split in zip(config.seeds, splits, strict=True):
     for part in ("train", "meta", "test"):
       examples = getattr(split, part)

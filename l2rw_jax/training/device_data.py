@@ -16,6 +16,7 @@ from l2rw_jax import base
 from l2rw_jax import processes
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.training import devices as devices_lib
+from l2rw_jax.training import read_workers
 from l2rw_jax.training import sampling
 from l2rw_jax.training import streaming
 
@@ -64,6 +65,7 @@ class DeviceData:
     devices: list[jax.Device],
     needs_meta: bool,
     kind: str = "auto",
+    num_workers: int = 0,
   ):
     """Copies the sets that fit on the devices to the devices.
 
@@ -74,14 +76,20 @@ class DeviceData:
       kind: "resident" keeps the training set on the devices, "stream" reads its rows
         ahead of the steps that use them, and "auto" does the latter if the set does
         not fit on the devices or is a row source.
+      num_workers: number of worker processes that read the rows of a row source; 0
+        reads them in threads of this process.
 
     Raises:
-      InputError: `kind` is "resident", but the training set is a row source.
+      InputError: `kind` is "resident", but the training set is a row source; or the
+        source cannot be sent to workers.
     """
     self._devices = devices
     # All processes must make the same choice, or they would run different programs.
     max_bytes = processes.smallest("device_data", budget(devices_lib.local(devices)))
     train = [examples_lib.as_batch(split.train) for split in splits]
+    self._workers: read_workers.Workers | None = None
+    if num_workers and kind != "resident":
+      train, self._workers = read_workers.read_remotely(train, num_workers)
     self._train = store(train, devices, max_bytes, kind, reads_ahead=True)
     self._meta: Store | None = None
     if needs_meta:
@@ -109,9 +117,11 @@ class DeviceData:
       )
 
   def close(self) -> None:
-    """Stops the threads that read ahead."""
+    """Stops the threads and processes that read ahead."""
     if isinstance(self._train, streaming.Stream):
       self._train.close()
+    if self._workers is not None:
+      self._workers.close()
 
   def load(self, steps: Sequence[sampling.Rows]) -> Batches:
     """Returns the examples of some steps, and sends those that are on the host."""

@@ -15,7 +15,9 @@ from l2rw_jax.training import config as config_lib
 
 # These settings are not compared: seeds are stored elsewhere, the place of the data
 # does not change any number, and the others affect only rounding.
-EXCLUDED = ("seeds", "num_devices", "steps_per_call", "device_map", "data")
+EXCLUDED = (
+  *("seeds", "num_devices", "steps_per_call", "device_map", "data", "data_workers"),
+)
 _ADVICE = "choose another --workdir or delete it."
 
 

@@ -118,7 +118,7 @@ class Run:
       meta_batch_size=config.meta_batch_size,
     )
     self._data = device_data.DeviceData(
-      splits, self.devices, method.needs_meta, config.data
+      splits, self.devices, method.needs_meta, config.data, config.data_workers
     )
     self.steps_per_call = steps_per_call.most(
       config, self.devices, self._data.is_streamed
@@ -130,7 +130,7 @@ class Run:
     self._compiled_lengths: set[int] = set()
 
   def close(self) -> None:
-    """Frees the device arrays of examples, and stops the threads that read ahead."""
+    """Frees the device arrays of examples, and stops reading ahead."""
     self._data.close()
     # The sampler refers to this object. Break the reference cycle so that device
     # arrays are freed immediately.
@@ -220,6 +220,9 @@ class Run:
       jax.block_until_ready(self.state)  # The timer includes the steps before.
       with self.timer.stopped():
         self._steps.lower(*arguments).compile()  # Cached for the call below.
+        # Processes compile at different speeds, and collectives wait only for a short
+        # time (gloo: 30 seconds).
+        processes.exchange("compiled", "")
     self.state, output = self._steps(*arguments)
     self._pending.append((rows, output))
     if self._data.is_streamed and len(self._pending) >= MOST_QUEUED:

@@ -15,8 +15,8 @@ from l2rw_jax import base
 
 # Number of steps whose examples are read ahead and kept in memory.
 STEPS_AHEAD = 8
-# Reading waits for disks and decoders, most of which run in parallel.
-MOST_THREADS = 8
+# Each thread reads the examples of one step, or waits for a worker that reads them.
+MOST_THREADS = STEPS_AHEAD
 
 
 class Stream:

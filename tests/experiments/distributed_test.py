@@ -51,6 +51,7 @@ def test_scripts_that_cannot_use_several_processes_refuse_them(name, monkeypatch
   if not hasattr(settings, "distributed"):
     return  # The flags are unknown.
   trains_runs = name.startswith("experiments.") and name not in _OTHERS
+  trains_runs |= name == "benchmarks.device_maps"  # Measures several processes.
   assert trains_runs == settings.SEVERAL_PROCESSES
   if not trains_runs:
     with pytest.raises(base.InputError, match="--distributed: this script runs in one"):

@@ -33,12 +33,67 @@ def _connect(count, process, num_devices, address, as_script):
     jax.distributed.initialize(address, count, process, initialization_timeout=60)
 
 
-def sweep(path, names, kind):
-  """Four steps of the methods of `sweep_test`, as one program; writes all numbers."""
+# A program of more methods takes longer to compile than several programs.
+_METHODS_IN_A_PROGRAM = 8
+
+
+# Other settings of methods that are in the sweep; they take as long to compile.
+_OTHER_SETTINGS = {
+  *("fine_tuning_l2rw", "l2rw_momentum", "meta_weight_net", "forml_worst"),
+  *("nested_maml", "bare_own_label", "absgd_noise"),
+}
+
+
+def sweep(path, kind, names):
+  """Four steps of every method of `sweep_test`, or of those named; writes numbers."""
   import numpy as np
   import sweep_test
 
   from l2rw_jax import processes
+  from l2rw_jax.training import devices
+
+  names = names or [n for n in sweep_test._METHODS if n not in _OTHER_SETTINGS]
+  # One program initializes all methods of the sweep.
+  sweep_test._METHODS = {name: sweep_test._METHODS[name] for name in names}
+  chosen = devices.choose(None, sweep_test._B)
+  own = devices.local(chosen)
+  first = chosen.index(own[0])
+
+  def split(batch):
+    parts = jax.tree.map(lambda x: x.reshape(len(chosen), 1, -1, *x.shape[1:]), batch)
+    return jax.tree.map(lambda x: x[first : first + len(own)], parts)
+
+  numbers = {}
+  for start in range(0, len(names), _METHODS_IN_A_PROGRAM):
+    some = names[start : start + _METHODS_IN_A_PROGRAM]
+    initial = {name: sweep_test._initial(name) for name in some}
+    state = devices.replicate(
+      jax.tree.map(lambda x: np.asarray(x)[None], initial), chosen
+    )
+    step = devices.map_step(_steps_of(some), 1, chosen, kind)
+    step.lower(state, *map(split, sweep_test._data()[0])).compile()
+    processes.exchange("compiled", "")  # As in the training loop.
+    for i, batches in enumerate(sweep_test._data()):
+      state, output = step(state, *map(split, batches))
+      for name, (weights, losses, metrics) in jax.device_get(output).items():
+        joined = processes.concatenate([weights, losses])
+        numbers[f"{name}/{i}/weights"], numbers[f"{name}/{i}/losses"] = (
+          x.ravel() for x in joined
+        )
+        for metric, value in metrics.items():
+          numbers[f"{name}/{i}/{metric}"] = value[0, 0]
+    for path_, leaf in jax.tree_util.tree_leaves_with_path(
+      jax.device_get(devices.unreplicate(state))
+    ):
+      numbers[f"end{jax.tree_util.keystr(path_)}"] = np.asarray(leaf)
+  if processes.is_first():
+    np.savez(path, **numbers)
+
+
+def _steps_of(names):
+  """A step of several methods, as one program."""
+  import sweep_test
+
   from l2rw_jax.training import devices
 
   def steps(states, batch, meta_batch):
@@ -55,37 +110,7 @@ def sweep(path, names, kind):
     }
     return states, output
 
-  # One program initializes all methods of the sweep.
-  sweep_test._METHODS = {name: sweep_test._METHODS[name] for name in names}
-  chosen = devices.choose(None, sweep_test._B)
-  own = devices.local(chosen)
-  first = chosen.index(own[0])
-
-  def split(batch):
-    parts = jax.tree.map(lambda x: x.reshape(len(chosen), 1, -1, *x.shape[1:]), batch)
-    return jax.tree.map(lambda x: x[first : first + len(own)], parts)
-
-  step = devices.map_step(steps, 1, chosen, kind)
-  initial = {name: sweep_test._initial(name) for name in names}
-  state = devices.replicate(
-    jax.tree.map(lambda x: np.asarray(x)[None], initial), chosen
-  )
-  numbers = {}
-  for i, batches in enumerate(sweep_test._data()):
-    state, output = step(state, *map(split, batches))
-    for name, (weights, losses, metrics) in jax.device_get(output).items():
-      joined = processes.concatenate([weights, losses])
-      numbers[f"{name}/{i}/weights"], numbers[f"{name}/{i}/losses"] = (
-        x.ravel() for x in joined
-      )
-      for metric, value in metrics.items():
-        numbers[f"{name}/{i}/{metric}"] = value[0, 0]
-  for path_, leaf in jax.tree_util.tree_leaves_with_path(
-    jax.device_get(devices.unreplicate(state))
-  ):
-    numbers[f"end{jax.tree_util.keystr(path_)}"] = np.asarray(leaf)
-  if processes.is_first():
-    np.savez(path, **numbers)
+  return steps
 
 
 def train(folder, names, signal_at=None, **settings):
