@@ -1,6 +1,7 @@
 """Images that are decoded when they are read."""
 
 import os
+import pickle
 import threading
 
 import numpy as np
@@ -65,6 +66,13 @@ def test_splits_of_image_files_hold_the_same_numbers(folder):
   for part in ("train", "meta", "validation", "test"):
     images = getattr(actual, part).image
     np.testing.assert_array_equal(images[:], getattr(expected, part).image)
+
+
+def test_sources_are_pickled_for_workers(folder):
+  images = own_data.read(f"images:{folder}", "train", in_memory=False).features
+  sent = pickle.loads(pickle.dumps(images))
+  assert sent.fingerprint == images.fingerprint
+  np.testing.assert_array_equal(sent[:], images[:])
 
 
 def test_a_file_that_becomes_unreadable_is_named(folder):

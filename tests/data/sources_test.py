@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import pickle
 import shutil
 import subprocess
 import sys
@@ -118,7 +119,8 @@ def test_images_can_be_decoded_when_they_are_used(data_dir, tmp_path, monkeypatc
   assert source.images.shape == expected.images.shape == (IMAGES - 2, 6, 5, 3)
   np.testing.assert_array_equal(source.images[:], expected.images)
   rows = np.array([5, 0, 5])
-  np.testing.assert_array_equal(source.images[rows], expected.images[rows])
+  for images in (source.images, pickle.loads(pickle.dumps(source.images))):
+    np.testing.assert_array_equal(images[rows], expected.images[rows])
   np.testing.assert_array_equal(source.labels, expected.labels)
   np.testing.assert_array_equal(
     source.extra["worse_label"], expected.extra["worse_label"]
