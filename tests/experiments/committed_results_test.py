@@ -19,7 +19,8 @@ COMMAND = "run python -m experiments.tables --out=results --readme=results/READM
 
 
 def rows(name: str) -> list[dict]:
-  return json.loads((RESULTS / name / "results.json").read_text())["rows"]
+  files = [f for f in FILES if f.is_relative_to(RESULTS / name)]
+  return [row for f in files for row in json.loads(f.read_text())["rows"]]
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,11 @@ def test_every_row_tells_where_it_comes_from(path):
       5 * 6 * 5,
     ),
     ("mnist_imbalance", ["uniform", "proportion", "hard_mining", "l2rw"], 3),
+    (
+      "mnist_noise",
+      ["uniform", "clean_only", "early_stopped", "fine_tuning", "l2rw", "warpi"],
+      2 * 3,
+    ),
     ("fairness", ["uniform", "class_proportion", "l2rw", "forml_worst"], 3),
     # Three noises by two scales of the pixels; two tails by two lengths.
     ("mnist_noise_bare", ["uniform", "bare"], 6 * 3),
@@ -123,8 +129,7 @@ def test_every_row_tells_where_it_comes_from(path):
   ],
 )
 def test_each_method_was_repeated(name, methods, repeats):
-  files = [f for f in FILES if f.is_relative_to(RESULTS / name)]
-  found = [row for f in files for row in json.loads(f.read_text())["rows"]]
+  found = rows(name)
   for method in methods:
     assert sum(row["method"] == method for row in found) >= repeats
 
