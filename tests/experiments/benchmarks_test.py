@@ -78,6 +78,6 @@ def test_extra_memory_is_what_is_touched():
   ],
 )
 def test_a_mistake_is_one_line(flag, complaint, tmp_path):
-  done = scripts.start("-m", "benchmarks.coreset_selection", flag, cwd=tmp_path)
-  assert done.status == 2 and complaint in done.complaints
-  assert len(done.complaints.splitlines()) == 1 and not list(tmp_path.iterdir())
+  done = scripts.run("benchmarks.coreset_selection", flag, cwd=tmp_path)
+  scripts.assert_one_line(done, complaint)
+  assert not list(tmp_path.iterdir())

@@ -197,7 +197,7 @@ def test_full_disk_is_one_line_and_the_command_continues(tmp_path):
   scripts.assert_one_line(done, "cannot write the checkpoint of step 4")
   assert "File too large. Free some space and run the same command" in done.complaints
   assert not list(tmp_path.rglob("results.json"))
-  done = scripts.start_script(_NAME, *flags, cwd=tmp_path)
+  done = scripts.run(_NAME, *flags, cwd=tmp_path)
   assert done.status == 0 and done.complaints == ""
   assert len(scripts.table(done.printed)) == 2
 

@@ -1,5 +1,7 @@
 """The queue of published cells: its catalogue, its order, and a rehearsal."""
 
+import signal
+
 import numpy as np
 import pytest
 import scripts
@@ -199,11 +201,20 @@ def test_what_is_started_comes_first_and_needs_the_rest_only(cells, tmp_path):
   assert entries[0].minutes == pytest.approx(whole - 7)
 
 
-def test_time_runs_out_as_if_by_ctrl_c(cells, monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def ctrl_c():
+  """Ctrl-C raises, also if a shell runs the tests in the background."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+def test_time_runs_out_as_if_by_ctrl_c(cells, ctrl_c, monkeypatch, tmp_path, capsys):
   def make_run(settings, cell):
     def run(its_settings, folder):
       folder.mkdir(parents=True)
       reproduce.time.sleep(20)
+      raise AssertionError("The run was not interrupted.")
 
     return run, None
 

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -132,23 +133,29 @@ def test_a_mistake_is_one_line(name, outcomes):
   scripts.assert_one_line(outcomes[name], _MISTAKES[name][1])
 
 
-_WHERE = """
-import jax, runpy, sys
-{}
-runpy.run_module("benchmarks.step_time", run_name="__main__", alter_sys=True)
-"""
+def _without_pytorch(monkeypatch):
+  monkeypatch.setitem(sys.modules, "torch", None)
+  for name in ("_torch_steps", "_torch_networks"):  # Imported by other tests.
+    monkeypatch.delitem(sys.modules, f"benchmarks.{name}", raising=False)
+    monkeypatch.delattr(f"benchmarks.{name}", raising=False)
+
+
+def _on_a_tpu(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
 
 
 @pytest.mark.parametrize(
   ("where", "message"),
   [
-    ('sys.modules["torch"] = None', "pip install '.[benchmarks]'"),
-    ('jax.default_backend = lambda: "tpu"', "JAX computes on a TPU, but PyTorch on"),
+    (_without_pytorch, "pip install '.[benchmarks]'"),
+    (_on_a_tpu, "JAX computes on a TPU, but PyTorch on"),
   ],
-  ids=["without_pytorch", "on_a_tpu"],
 )
-def test_one_line_says_what_the_peer_lacks(where, message, tmp_path):
-  done = scripts.start("-c", _WHERE.format(where), "--peer=torch", cwd=tmp_path)
+def test_one_line_says_what_the_peer_lacks(where, message, monkeypatch, tmp_path):
+  where(monkeypatch)
+  # The benchmark sets this variable; it is removed after the test.
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+  done = scripts.run("benchmarks.step_time", "--peer=torch", cwd=tmp_path)
   scripts.assert_one_line(done, message)
   assert not list(tmp_path.iterdir())
 

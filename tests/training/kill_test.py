@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -96,10 +95,11 @@ def _run(folder, cache=None):
 
 
 def _run_until(point, folder, cache):
-  """Runs the script until it kills itself; nothing is wrong before that."""
+  """Runs the script until it kills itself; returns its stderr."""
   process = _start(["-c", _KILLED, point, _MODULE], folder, cache)
   _, stderr = process.communicate(timeout=300)
-  assert process.returncode == -signal.SIGKILL and stderr == "", stderr
+  assert process.returncode == -signal.SIGKILL, stderr
+  return stderr
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +155,9 @@ def test_reference_is_complete(reference):
   assert len({row["params_sha256"] for row in rows}) == 4
 
 
-def test_killed_before_the_first_checkpoint(reference, tmp_path, cache):
-  process = _start(["-m", _MODULE], tmp_path / "run", cache=None)
-  metrics = tmp_path / "run" / "l2rw" / "seed-1" / "metrics.jsonl"
+def _kill_before_the_first_checkpoint(folder):
+  process = _start(["-m", _MODULE], folder, cache=None)
+  metrics = folder / "l2rw" / "seed-1" / "metrics.jsonl"
   # When this file appears, the first steps are not compiled yet.
   deadline = time.monotonic() + 240
   while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -165,47 +165,43 @@ def test_killed_before_the_first_checkpoint(reference, tmp_path, cache):
   process.kill()
   _, stderr = process.communicate(timeout=60)
   assert process.returncode == -signal.SIGKILL, stderr
-  assert not (tmp_path / "run" / "l2rw" / "seed-0" / "results.json").exists()
-  stdout, _ = _run(tmp_path / "run", cache)
-  _assert_same_end(tmp_path / "run", stdout, reference)
 
 
-@pytest.fixture(scope="module")
-def killed_at_50(tmp_path_factory, cache):
-  """A run that is killed in its second checkpoint, and again ten steps after it."""
-  folder = tmp_path_factory.mktemp("killed") / "run"
-  _run_until("rename:40", folder, cache)
+def _damage(checkpoint):
+  files = [path for path in checkpoint.rglob("*") if path.is_file()]
+  largest = max(files, key=lambda path: path.stat().st_size)
+  os.truncate(largest, largest.stat().st_size // 2)
+
+
+def test_killed_at_every_stage_and_with_a_damaged_checkpoint(
+  reference, tmp_path, cache
+):
+  """One run is killed again and again, so that only one has to reach its end."""
+  folder = tmp_path / "run"
+  results = folder / "l2rw" / "seed-0" / "results.json"
+
+  _kill_before_the_first_checkpoint(folder)
+  assert _checkpoints(folder) == [] and not results.exists()
+
+  # In the second checkpoint.
+  assert _run_until("rename:40", folder, cache) == ""
   assert _checkpoints(folder) == [20]
   partial = [p.name for p in (folder / "l2rw" / "checkpoints").glob("40.*")]
   assert len(partial) == 1  # Written, but not renamed yet.
-  _run_until("step:50", folder, cache)
+
+  # Ten steps after it.
+  assert _run_until("step:50", folder, cache) == ""
   assert _checkpoints(folder) == [20, 40]
-  return folder
 
-
-def test_killed_in_and_after_a_checkpoint_and_before_the_last_results(
-  reference, killed_at_50, tmp_path, cache
-):
-  folder = pathlib.Path(shutil.copytree(killed_at_50, tmp_path / "run"))
-  _run_until("write:seed-1/results.json", folder, cache)
-  assert _checkpoints(folder) == [40, 60]
-  assert (folder / "l2rw" / "seed-0" / "results.json").exists()
+  # Before the last results of a method, after a restart from the checkpoint before
+  # the damaged one.
+  _damage(folder / "l2rw" / "checkpoints" / "40")
+  (warning,) = _run_until("write:seed-1/results.json", folder, cache).splitlines()
+  assert "checkpoint of step 40" in warning and "is damaged" in warning
+  assert _checkpoints(folder) == [40, 60] and results.exists()
   assert (folder / "l2rw" / "seed-1" / "weights.csv").exists()
   assert not (folder / "l2rw" / "seed-1" / "results.json").exists()
+
   stdout, stderr = _run(folder, cache)
   assert stderr == ""
-  _assert_same_end(folder, stdout, reference)
-
-
-def test_killed_with_a_damaged_last_checkpoint(
-  reference, killed_at_50, tmp_path, cache
-):
-  folder = pathlib.Path(shutil.copytree(killed_at_50, tmp_path / "run"))
-  newest = folder / "l2rw" / "checkpoints" / "40"
-  files = [path for path in newest.rglob("*") if path.is_file()]
-  largest = max(files, key=lambda path: path.stat().st_size)
-  os.truncate(largest, largest.stat().st_size // 2)
-  stdout, stderr = _run(folder, cache)
-  (warning,) = stderr.splitlines()
-  assert "checkpoint of step 40" in warning and "is damaged" in warning
   _assert_same_end(folder, stdout, reference)
