@@ -13,7 +13,9 @@ from benchmarks import compile_time
 # many operations for any number of arrays, which counts in small programs.
 _LIMITS = {name: {50: 3.0, 200: 3.0, 800: 3.0} for name in compile_time.STEPS}
 _LIMITS["example_weights"] = {50: 3.2, 200: 3.0, 800: 3.0}
-_LIMITS["layerwise"] = {50: 3.1, 200: 3.0, 800: 3.0}
+_LIMITS["layerwise"] = {50: 3.2, 200: 3.0, 800: 3.0}
+# Older versions of jax write more operations for the same function.
+_LIMITS["clipped_gradient"] = {50: 3.0, 200: 3.1, 800: 3.2}
 
 
 def _count(step, num_arrays):
