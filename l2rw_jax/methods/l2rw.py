@@ -28,8 +28,9 @@ Two approximations make a step cheaper:
 
 In forward passes of the layerwise engine, a step takes 3 B + f B + 3 M / k for a share
 f of the cost and a direction every k steps, compared with 4 B + 3 M. Both
-approximations change the weights, the second much more than the first. The
-documentation of L2RW has measured rank correlations.
+approximations change the weights, the second much more than the first, and with it
+networks can become much worse. The documentation of L2RW has measured rank
+correlations and accuracies.
 
 Matrix products on TPU and recent GPUs are rounded to bfloat16 or TF32 by default. A
 score is the difference of nearly equal numbers, so a small score can change its sign.
@@ -372,8 +373,9 @@ def l2rw(
     layers: the parameters from which scores are computed, see `restriction.restricted`;
       None is all. This is an approximation.
     refresh_every: number of steps for which one gradient of the meta loss is used. A
-      number above 1 is an approximation. Several runs under one `vmap` compute the
-      gradient in every step.
+      number above 1 is an approximation, which can lower the accuracy by much: compare
+      it with 1 on your data. Several runs under one `vmap` compute the gradient in
+      every step.
 
   Returns:
     A `base.Method` that needs a meta batch. If `refresh_every` is above 1, its state is

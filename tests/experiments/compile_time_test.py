@@ -9,20 +9,31 @@ import pytest
 
 from benchmarks import compile_time
 
-# Relative to plain training. `example_weights` and the gradient after it are two
-# separate transformations, whose common forward pass only the compiler merges. The
-# layerwise engine computes the gradients of layers one after the other.
-_LIMITS = dict.fromkeys(compile_time.STEPS, 3.0)
-_LIMITS |= {"example_weights": 3.2, "layerwise": 3.1}
+# Relative to plain training, by number of parameter arrays. Checks and weights take as
+# many operations for any number of arrays, which counts in small programs.
+_LIMITS = {name: {50: 3.0, 200: 3.0, 800: 3.0} for name in compile_time.STEPS}
+_LIMITS["example_weights"] = {50: 3.2, 200: 3.0, 800: 3.0}
+_LIMITS["layerwise"] = {50: 3.2, 200: 3.0, 800: 3.0}
+# Older versions of jax write more operations for the same function.
+_LIMITS["clipped_gradient"] = {50: 3.0, 200: 3.1, 800: 3.2}
+
+
+def _count(step, num_arrays):
+  return compile_time.num_operations(compile_time.lower(step, num_arrays))
 
 
 @functools.cache
 def _plain(num_arrays):
-  return compile_time.num_operations(compile_time.lower(compile_time.plain, num_arrays))
+  return _count(compile_time.plain, num_arrays)
 
 
-@pytest.mark.parametrize("num_arrays", [50, 200])
 @pytest.mark.parametrize("name", _LIMITS)
-def test_a_program_is_at_most_a_few_times_that_of_plain_training(name, num_arrays):
-  lowered = compile_time.lower(compile_time.STEPS[name], num_arrays)
-  assert compile_time.num_operations(lowered) <= _LIMITS[name] * _plain(num_arrays)
+def test_a_program_is_at_most_a_few_times_that_of_plain_training(name):
+  sizes = {n: _count(compile_time.STEPS[name], n) for n in (50, 200)}
+  plain = {n: _plain(n) for n in sizes}
+  for counts in (sizes, plain):
+    # Tracing 800 arrays takes too long for a test, so their number is extrapolated from
+    # the number of operations for each further array.
+    counts[800] = counts[200] + (counts[200] - counts[50]) * 600 // 150
+  for num_arrays, limit in _LIMITS[name].items():
+    assert sizes[num_arrays] <= limit * plain[num_arrays]

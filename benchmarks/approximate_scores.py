@@ -1,0 +1,257 @@
+r"""L2RW's approximate scores: agreement with the exact scores, and accuracy.
+
+Networks are trained with exact weights, with uniform weights, and with weights from
+approximate scores: those of a share of the layers (`layers=`), those of one gradient of
+the meta loss for several steps (`refresh_every=`), and those of both. There are two
+tasks: an MLP on MNIST, 40% of whose labels are flipped, and a small GPT on the sources
+of Python's standard library, with 30% corrupted documents (experiments.lm_reweight).
+The meta batch is the whole meta set, so that two gradients of the meta loss differ only
+by the parameters. Every method of a seed starts from the same parameters and uses the
+same batches. Nothing was chosen on the test set. Columns:
+
+  spearman_median, _10th, _least  Spearman's correlation of the scores of a batch with
+                                  the exact scores at the same parameters, over every
+                                  seventh step of the run
+  accuracy_percent                of the test examples, or of their bytes
+  difference                      accuracy minus that of exact weights of the same seed
+
+Command: python -m benchmarks.approximate_scores --data_dir=DIR
+Results: results/approximate_scores.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from scipy import stats
+
+from benchmarks import _rows
+from experiments.lib import launch
+from experiments.lib import report
+from experiments.lib import settings as settings_lib
+from experiments.lib.settings import flag
+from l2rw_jax import base
+from l2rw_jax.data import examples as examples_lib
+from l2rw_jax.data import noisy_labels
+from l2rw_jax.data import text_documents
+from l2rw_jax.io import workdir as workdir_lib
+from l2rw_jax.methods import baselines
+from l2rw_jax.methods import l2rw
+from l2rw_jax.models import classifier
+from l2rw_jax.models import gpt
+from l2rw_jax.models import language_model
+from l2rw_jax.models import mlp
+from l2rw_jax.training import evaluation
+
+# It has no factor in common with usual values of --refresh_every, so that directions of
+# every age are compared.
+_PROBE_EVERY = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(settings_lib.Settings):
+  """The flags of this benchmark."""
+
+  SEVERAL_PROCESSES = False
+
+  dataset: str = flag("mnist")
+  tasks: tuple[str, ...] = flag(
+    ("images", "text"), "Tasks to train.", choices=["images", "text"], group="data"
+  )
+  num_seeds: int = flag(5)
+  num_steps: int = flag(400)
+  shares: tuple[float, ...] = flag(
+    (0.2, 0.5, 0.8),
+    "Shares of the cost of the layers that scores are computed from; for images. For"
+    " text, scores are computed from the last block.",
+    bounds=settings_lib.INNER_SHARE,
+    group="method",
+  )
+  refresh_every: int = flag(
+    10, "Number of steps that use one gradient.", bounds=settings_lib.Bounds(2, 10**6)
+  )
+
+
+class Task(NamedTuple):
+  """A network, its optimizer, its data by seed, its batch size, choices of layers."""
+
+  model: classifier.Classifier
+  optimizer: optax.GradientTransformation
+  splits: Callable[[int], examples_lib.Splits]
+  batch_size: int
+  layers: tuple[Any, ...]
+
+
+def make_task(settings: Settings, name: str) -> Task:
+  """The task with a name of `--tasks`."""
+  if name == "images":
+    train, test = settings.load("train"), settings.load("test")
+    splits = functools.partial(
+      noisy_labels.noisy_labels,
+      *(train, test),
+      builder="uniform_flip",
+      fraction=0.4,
+      num_meta_per_class=10,
+    )
+    network = mlp.MLP(train.num_classes)
+    model = classifier.Classifier(network, train.num_classes)
+    return Task(
+      model, optax.sgd(0.1), lambda seed: splits(seed=seed), 100, settings.shares
+    )
+  documents = functools.partial(
+    text_documents.corrupted_documents,
+    text_documents.standard_library(),
+    **{"length": 32, "num_train": 4000, "num_meta": 64, "num_test": 500},
+    fraction=0.3,
+  )
+  vocabulary = text_documents.VOCABULARY
+  decoder = gpt.GPT(vocabulary, width=32, depth=2, num_heads=2)
+  schedule = optax.cosine_decay_schedule(0.003, settings.num_steps)
+  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+  sequences = language_model.LanguageModel(decoder, vocabulary)
+  # Its loss is not layerwise, so that layers are chosen by name.
+  return Task(sequences, optimizer, lambda seed: documents(seed=seed), 32, ("block_1",))
+
+
+def make_methods(settings: Settings, layers: tuple[Any, ...]) -> dict[str, base.Method]:
+  """Exact weights, uniform weights and the approximations, by name."""
+  every = settings.refresh_every
+  methods = {"exact": l2rw.l2rw(), "uniform": baselines.uniform()}
+  for chosen in layers:
+    methods[f"layers={chosen}"] = l2rw.l2rw(layers=chosen)
+  methods[f"refresh_every={every}"] = l2rw.l2rw(refresh_every=every)
+  for chosen in layers[:1]:
+    name = f"layers={chosen},refresh_every={every}"
+    methods[name] = l2rw.l2rw(layers=chosen, refresh_every=every)
+  return methods
+
+
+def make_trainer(
+  problem: base.Problem,
+  method: base.Method,
+  optimizer: optax.GradientTransformation,
+) -> Callable[..., Any]:
+  """Returns `(params, model_state, train, meta, rows [S, B]) -> (params, scores)`.
+
+  `scores` is the pair of the method's and the exact scores, [S, B] each. The exact
+  scores are 0 except in every seventh step.
+  """
+
+  def train_fn(params, model_state, train, meta, rows):
+    def step_fn(carry, inputs):
+      params, opt_state, method_state = carry
+      step, row = inputs
+      batch, key = jax.tree.map(lambda x: x[row], train), jax.random.key(0)
+      result, method_state = method.gradients(
+        method_state,
+        problem,
+        base.Inputs(params, model_state, opt_state, batch, meta, step, key),
+      )
+      nothing = jnp.zeros(row.shape)
+      scores, exact = result.scores, nothing
+      if scores is None:
+        scores = nothing
+      else:
+        exact = jax.lax.cond(
+          step % _PROBE_EVERY == 0,
+          lambda: (
+            l2rw.example_weights(
+              problem.losses_fn(model_state, key), params, batch, meta, has_aux=True
+            ).scores
+          ),
+          lambda: nothing,
+        )
+      updates, opt_state = optimizer.update(result.grads, opt_state, params)
+      params = optax.apply_updates(params, updates)
+      return (params, opt_state, method_state), (scores, exact)
+
+    method_state = method.init(jax.random.key(0), problem, params)
+    carry: Any = params, optimizer.init(params), method_state
+    steps = jnp.arange(len(rows)), rows
+    (params, *_), scores = jax.lax.scan(step_fn, carry, steps)
+    return params, scores
+
+  return jax.jit(train_fn)
+
+
+def correlations(scores: np.ndarray, exact: np.ndarray) -> dict[str, float]:
+  """Spearman's correlation of each row of two arrays [S, B]: its distribution."""
+  values = [
+    stats.spearmanr(*pair).statistic for pair in zip(scores, exact, strict=True)
+  ]
+  return {
+    "spearman_median": round(float(np.median(values)), 3),
+    "spearman_10th": round(float(np.quantile(values, 0.1)), 3),
+    "spearman_least": round(float(np.min(values)), 3),
+  }
+
+
+def make_rows(settings: Settings, task_name: str) -> list[dict[str, Any]]:
+  """A row for each method and seed of a task."""
+  task = make_task(settings, task_name)
+  splits = [task.splits(seed) for seed in range(settings.num_seeds)]
+  num_train = len(splits[0].train.label)
+  problem = task.model.problem(
+    class_counts=jnp.ones(task.model.num_classes),
+    num_examples=num_train,
+    num_steps=settings.num_steps,
+  )
+  rows: list[dict[str, Any]] = []
+  exact_percent: dict[int, float] = {}
+  for name, method in make_methods(settings, task.layers).items():
+    trainer = make_trainer(problem, method, task.optimizer)
+    for seed, split in enumerate(splits):
+      parts = split.train, split.meta, split.test
+      train, meta, test = map(examples_lib.as_batch, parts)
+      params, model_state = task.model.init(jax.random.key(seed), meta)
+      order = np.random.default_rng(seed).integers(
+        num_train, size=(settings.num_steps, task.batch_size), dtype=np.int32
+      )
+      train, meta = jax.device_put((train, meta))
+      params, scores = trainer(params, model_state, train, meta, order)
+      predictions = evaluation.predict(problem, params, model_state, test)
+      measured = evaluation.accuracy(predictions)
+      percent = 100 * measured["accuracy"]
+      exact_percent.setdefault(seed, percent)  # Exact weights come first.
+      row = {"task": task_name, "weights": name, "seed": seed}
+      row["data"] = split.fingerprint
+      if name not in ("exact", "uniform"):
+        row |= correlations(*(np.asarray(s)[::_PROBE_EVERY] for s in scores))
+      row["accuracy_percent"] = round(percent, 2)
+      row["difference"] = round(percent - exact_percent[seed], 2)
+      row["test_loss"] = round(measured["loss"], 4)
+      rows.append(row)
+    print(summary(rows[-settings.num_seeds :]), flush=True)
+  return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+  """A line about the rows of the seeds of one method."""
+  text = f"{rows[0]['task']} {rows[0]['weights']}:"
+  for name in ("spearman_median", "accuracy_percent", "difference"):
+    if name in rows[0]:
+      text += f" {name} {report.interval([row[name] for row in rows]):.3f},"
+  return text[:-1]
+
+
+def run(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
+  """Trains all networks, prints the results and writes them to a folder."""
+  path, info = pathlib.Path(workdir) / "results.csv", workdir_lib.run_info()
+  info |= {"num_steps": settings.num_steps, "dataset": settings.dataset}
+  rows: list[dict[str, Any]] = []
+  for task in dict.fromkeys(settings.tasks):
+    rows += make_rows(settings, task)
+    _rows.write(path, [{**row, **info} for row in rows])
+  print(f"\nwritten: {path}")
+  return rows
+
+
+if __name__ == "__main__":
+  launch.main(Settings, run, "approximate_scores")
