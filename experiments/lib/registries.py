@@ -69,8 +69,9 @@ class Settings(settings_lib.Settings):
   )
   l2rw_refresh_every: int = flag(
     1,
-    "Number of steps for which L2RW uses one gradient of the meta loss (an"
-    " approximation if it is above 1).",
+    "Number of steps for which L2RW uses one gradient of the meta loss. Above 1 it is an"
+    " approximation that lost much accuracy where it was measured"
+    " (docs/methods/l2rw.md).",
     bounds=settings_lib.STEPS,
     methods=["l2rw"],
   )

@@ -1,5 +1,6 @@
 """The learning problem of a language model: a sequence is an example."""
 
+import jax
 import jax.numpy as jnp
 
 from l2rw_jax import base
@@ -23,11 +24,10 @@ class LanguageModel(classifier.Classifier):
 
   def loss(self, outputs: base.Array, batch: base.Batch) -> base.Array:
     """Mean cross-entropy of the tokens of each sequence, [B], in nats."""
-    size, length, vocabulary = outputs.shape
     labels = batch["label"]
     counts = labels != -1
-    per_token = losses.softmax_cross_entropy(
-      outputs.reshape(-1, vocabulary), labels.reshape(-1), where=counts.reshape(-1)
-    ).reshape(size, length)
+    # If the tokens of all sequences were rows of one array, the layerwise engine could
+    # not tell the examples apart.
+    per_token = jax.vmap(losses.softmax_cross_entropy)(outputs, labels, where=counts)
     number = jnp.maximum(counts.sum(axis=1), 1).astype(per_token.dtype)
     return per_token.sum(axis=1) / number
