@@ -95,7 +95,7 @@ def linearize(
   zeros = parameter_uses.zeros(jax.typeof(losses))
   in_turn = ordering.num_bytes(gradients) < ordering.num_bytes(leaves)
 
-  def recorded():
+  def recorded() -> tuple[Any, Any]:
     # Otherwise XLA would join the computations of several derivatives from the recorded
     # values (normalized and transposed activations), and store these results too. Large
     # parameters are processed layer by layer, so they must not wait for all values.

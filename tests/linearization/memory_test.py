@@ -148,6 +148,8 @@ def test_meta_weight_net_recomputes_instead_of_keeping_both_batches():
 
 def test_a_step_of_meta_weight_net_stores_no_results_for_its_next_derivative():
   """Both weighted gradients normalize and transpose the activations."""
+  if jax.__version_info__ < (0, 12):
+    pytest.skip("XLA:CPU of jaxlib 0.10.2 removes the barrier between derivatives")
 
   def examples(size):
     return {
