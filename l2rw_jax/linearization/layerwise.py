@@ -95,18 +95,22 @@ def linearize(
   zeros = parameter_uses.zeros(jax.typeof(losses))
   in_turn = ordering.num_bytes(gradients) < ordering.num_bytes(leaves)
 
+  def recorded() -> tuple[Any, Any]:
+    # Otherwise XLA would join the computations of several derivatives from the recorded
+    # values (normalized and transposed activations), and store these results too. Large
+    # parameters are processed layer by layer, so they must not wait for all values.
+    return (values, gradients) if in_turn else _barrier((values, gradients))
+
   def directional(vector):
     parameters, tangents = dict(enumerate(leaves)), dict(enumerate(vector))
-    return _directional(plan, parameters, tangents, values, gradients, zeros)
+    return _directional(plan, parameters, tangents, *recorded(), zeros)
 
   def weighted_gradient(weights):
     parameters = dict(enumerate(leaves))
     # Otherwise XLA would compute the weights again from the scores in every kernel that
     # multiplies by them.
     weights = jax.lax.optimization_barrier(weights)
-    result = _weighted_gradient(
-      plan, parameters, values, gradients, weights, in_turn=in_turn
-    )
+    result = _weighted_gradient(plan, parameters, *recorded(), weights, in_turn=in_turn)
     return [result[i] for i in range(len(leaves))]
 
   return losses, directional, weighted_gradient, jax.tree.unflatten(tree, aux)
@@ -361,13 +365,14 @@ def _known(step, inputs, values, gradients):
 def _barrier(tree):
   """`tree`, whose arrays a compiler does not know to be the same as before."""
   leaves, treedef = jax.tree.flatten(tree)
-  is_key = [jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in leaves]
-  others = [x for x, skip in zip(leaves, is_key, strict=True) if not skip]
-  remaining = iter(jax.lax.optimization_barrier(others))
-  pairs = zip(leaves, is_key, strict=True)
-  return jax.tree.unflatten(
-    treedef, [x if skip else next(remaining) for x, skip in pairs]
+  # An array that occurs twice stays one array, see `_Product.key`.
+  arrays = {
+    id(x): x for x in leaves if not jnp.issubdtype(x.dtype, jax.dtypes.extended)
+  }
+  new = dict(
+    zip(arrays, jax.lax.optimization_barrier(list(arrays.values())), strict=True)
   )
+  return jax.tree.unflatten(treedef, [new.get(id(x), x) for x in leaves])
 
 
 def _consts_and_rows(loop, *lists):
