@@ -45,6 +45,7 @@ class Network(NamedTuple):
       look-ahead step are timed by default.
     default_on_cpu: whether the network is timed on a CPU if none is named.
     has_peer: whether it also exists in PyTorch.
+    in_loop: whether the blocks are in a loop, whose body the compiler counts once.
   """
 
   make: Callable[..., nn.Module]
@@ -57,6 +58,7 @@ class Network(NamedTuple):
   slow_on_cpu: bool = False
   default_on_cpu: bool = True
   has_peer: bool = True
+  in_loop: bool = False
 
 
 NETWORKS = {
@@ -104,6 +106,7 @@ NETWORKS = {
       slow_on_cpu=True,
       default_on_cpu=False,
       has_peer=False,
+      in_loop=True,
     )
     for name, remat in (("gpt_scan", False), ("gpt_scan_remat", True))
   },

@@ -141,8 +141,9 @@ def implementation(
     jax.block_until_ready(state)
     return float(loss)
 
+  in_loop = _networks.NETWORKS[setting.network].in_loop
   info |= {"num_parameters": num_parameters(params)} | costs(
-    lowered, compiled, literal=engine == "literal"
+    lowered, compiled, literal=engine == "literal", in_loop=in_loop
   )
   return _turns.Implementation(method, engine, "jax", run, info)
 
@@ -202,25 +203,29 @@ def num_parameters(params: base.PyTree) -> int:
   return sum(x.size for x in jax.tree.leaves(params))
 
 
-def costs(lowered: Any, compiled: Any, literal: bool = False) -> dict[str, Any]:
+def costs(
+  lowered: Any, compiled: Any, literal: bool = False, in_loop: bool = False
+) -> dict[str, Any]:
   """Returns the FLOPs, memory traffic and temporary memory that the compiler reports.
 
   On accelerators, the compiled program calls libraries whose operations are not
   counted. There the FLOPs are those of the program before optimization, which slightly
   overestimates them. They are not reported for literal implementations, which repeat
-  computations that the compiler merges.
+  computations that the compiler merges. Neither FLOPs nor memory traffic are reported
+  for networks whose blocks are in a loop, because the compiler counts its body once.
 
   Args:
     lowered: the lowered program.
     compiled: the compiled program.
     literal: whether the program is a literal implementation (see `_literal`).
+    in_loop: whether the blocks of the network are in a loop.
 
   Returns:
-    The columns of a row; None for values that the backend does not report.
+    The columns of a row; None for values that are not reported.
   """
-  after = _analyze(compiled.cost_analysis) or {}
+  after = {} if in_loop else _analyze(compiled.cost_analysis) or {}
   on_cpu = jax.default_backend() == "cpu"
-  before = {} if literal else _analyze(lowered.cost_analysis) or {}
+  before = {} if literal or in_loop else _analyze(lowered.cost_analysis) or {}
   counted = after if on_cpu else before
   memory = _analyze(compiled.memory_analysis)
   return {

@@ -288,5 +288,18 @@ def test_off_the_cpu_no_operations_are_told_of_literal_programs(monkeypatch):
   assert _steps.costs(lowered, compiled, literal=True)["flops"] is None
 
 
+def test_operations_of_a_loop_are_not_reported():
+  def loop(x):
+    return jax.lax.scan(lambda y, _: (jnp.sin(y @ x), None), x, length=3)[0]
+
+  lowered = jax.jit(loop).lower(jnp.ones((4, 4)))
+  compiled = lowered.compile()
+  # The reason: three products are counted as one.
+  assert _steps.costs(lowered, compiled)["flops"] < 3 * 2 * 4**3
+  found = _steps.costs(lowered, compiled, in_loop=True)
+  assert found["flops"] is None and found["bytes_accessed"] is None
+  assert found["temporary_bytes"] >= 0
+
+
 def test_the_peak_is_a_rate():
   assert 1e6 < _steps.matrix_peak("float32", size=64, repeats=2) < 1e16
