@@ -70,7 +70,7 @@ class Settings(settings_lib.Settings):
   l2rw_refresh_every: int = flag(
     1,
     "Number of steps for which L2RW uses one gradient of the meta loss. A number above"
-    " 1 is an approximation that lost much accuracy where it was measured"
+    " 1 is an approximation that lost much accuracy on MNIST"
     " (docs/methods/l2rw.md).",
     bounds=settings_lib.STEPS,
     methods=["l2rw"],

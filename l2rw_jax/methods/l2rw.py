@@ -28,9 +28,9 @@ Two approximations make a step cheaper:
 
 In forward passes of the layerwise engine, a step takes 3 B + f B + 3 M / k for a share
 f of the cost and a direction every k steps, compared with 4 B + 3 M. Both
-approximations change the weights, the second much more than the first, and with it
-networks can become much worse. The documentation of L2RW has measured rank
-correlations and accuracies.
+approximations change the weights, and which of them changes the weights more depends on
+the problem. With the second, networks can become much worse. The documentation of L2RW
+has measured rank correlations and accuracies.
 
 Matrix products on TPU and recent GPUs are rounded to bfloat16 or TF32 by default. A
 score is the difference of nearly equal numbers, so a small score can change its sign.
