@@ -67,6 +67,7 @@ class Settings(settings_lib.Settings):
   )
   num_seeds: int = flag(5)
   num_steps: int = flag(400)
+  learning_rate: float = flag(0.1, "Learning rate of SGD, which trains on images.")
   shares: tuple[float, ...] = flag(
     (0.2, 0.5, 0.8),
     "Shares of the cost of the layers that scores are computed from; for images. For"
@@ -102,9 +103,8 @@ def make_task(settings: Settings, name: str) -> Task:
     )
     network = mlp.MLP(train.num_classes)
     model = classifier.Classifier(network, train.num_classes)
-    return Task(
-      model, optax.sgd(0.1), lambda seed: splits(seed=seed), 100, settings.shares
-    )
+    optimizer = optax.sgd(settings.learning_rate)
+    return Task(model, optimizer, lambda seed: splits(seed=seed), 100, settings.shares)
   documents = functools.partial(
     text_documents.corrupted_documents,
     text_documents.standard_library(),
@@ -221,6 +221,8 @@ def make_rows(settings: Settings, task_name: str) -> list[dict[str, Any]]:
       percent = 100 * measured["accuracy"]
       exact_percent.setdefault(seed, percent)  # Exact weights come first.
       row = {"task": task_name, "weights": name, "seed": seed}
+      if task_name == "images":
+        row["learning_rate"] = settings.learning_rate
       row["data"] = split.fingerprint
       if name not in ("exact", "uniform"):
         row |= correlations(*(np.asarray(s)[::_PROBE_EVERY] for s in scores))
