@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 import pathlib
+import textwrap
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments.tables import table as table_lib
+
+# Number of characters of a title that fit in the width of the figure.
+_TITLE_WIDTH = 110
 
 
 class _Panel(NamedTuple):
@@ -127,7 +131,8 @@ def _draw_panel(ax: Any, panel: _Panel) -> None:
     ax.set_xlim(max(low, 0), min(high, 100))
   ax.set_xlabel(panel.metric, fontsize=8)
   ax.tick_params(axis="x", labelsize=8)
-  ax.set_title(_plain(panel.title), loc="left", fontsize=9)
+  title = textwrap.fill(_plain(panel.title), _TITLE_WIDTH)
+  ax.set_title(title, loc="left", fontsize=9)
   ax.grid(axis="x", linewidth=0.4)
   ax.set_axisbelow(True)
 
