@@ -211,7 +211,7 @@ def decoding_rows(
 ) -> list[dict[str, Any]]:
   """Times the decoding of batches by threads and by workers, without training."""
   source = split.train.image
-  (remote,), workers = read_workers.read_remotely(
+  (remote,), workers = read_workers.read_by_workers(
     [{"image": source}], settings.data_workers
   )
   assert workers is not None

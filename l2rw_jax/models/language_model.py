@@ -26,8 +26,8 @@ class LanguageModel(classifier.Classifier):
     """Mean cross-entropy of the tokens of each sequence, [B], in nats."""
     labels = batch["label"]
     counts = labels != -1
-    # If the tokens of all sequences were rows of one array, the layerwise engine could
-    # not tell the examples apart.
+    # The layerwise engine needs the axis of the examples, so it is not merged with that
+    # of the tokens.
     per_token = jax.vmap(losses.softmax_cross_entropy)(outputs, labels, where=counts)
     number = jnp.maximum(counts.sum(axis=1), 1).astype(per_token.dtype)
     return per_token.sum(axis=1) / number

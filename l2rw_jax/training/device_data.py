@@ -89,7 +89,7 @@ class DeviceData:
     train = [examples_lib.as_batch(split.train) for split in splits]
     self._workers: read_workers.Workers | None = None
     if num_workers and kind != "resident":
-      train, self._workers = read_workers.read_remotely(train, num_workers)
+      train, self._workers = read_workers.read_by_workers(train, num_workers)
     self._train = store(train, devices, max_bytes, kind, reads_ahead=True)
     self._meta: Store | None = None
     if needs_meta:

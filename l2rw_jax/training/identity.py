@@ -13,11 +13,11 @@ from l2rw_jax.data import fingerprint
 from l2rw_jax.io import workdir
 from l2rw_jax.training import config as config_lib
 
-# These settings are not compared: seeds are stored elsewhere, the place of the data
-# does not change any number, and the others affect only rounding.
-EXCLUDED = (
-  *("seeds", "num_devices", "steps_per_call", "device_map", "data", "data_workers"),
-)
+# Settings that may differ between processes, such as hosts with other numbers of cores.
+LOCAL = ("data_workers",)
+# These settings are not compared: seeds are stored elsewhere, the place of the data and
+# its readers do not change any number, and the others affect only rounding.
+EXCLUDED = ("seeds", "num_devices", "steps_per_call", "device_map", "data", *LOCAL)
 _ADVICE = "choose another --workdir or delete it."
 
 

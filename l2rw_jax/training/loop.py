@@ -98,7 +98,11 @@ def train(
       "folder": str(folder.resolve()),
       **{f"seed {x['seed']}": x for x in identities},
       "made_by": workdir.made_by(),
-      **{name: getattr(config, name) for name in identity.EXCLUDED},
+      **{
+        name: getattr(config, name)
+        for name in identity.EXCLUDED
+        if name not in identity.LOCAL
+      },
     },
   )
   # Take one row, because a row source becomes an array only when it is indexed.

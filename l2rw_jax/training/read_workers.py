@@ -1,9 +1,9 @@
 """Reads row sources in other processes.
 
-Decoders in Python hold its lock most of the time, so the threads of one process decode
-about as many images in a second as one of them. The worker processes are started anew
-(not forked, which is unsafe once JAX runs threads), receive the pickled sources once,
-and then receive row numbers and return arrays.
+Image decoders hold Python's global lock most of the time, so several threads decode
+little more than one. The worker processes are spawned, not forked, which is unsafe once
+JAX runs threads. They receive the pickled sources once, and then receive row numbers
+and return arrays.
 """
 
 from collections.abc import Sequence
@@ -43,9 +43,10 @@ class Workers:
     try:
       content = pickle.dumps(list(sources))
     except Exception as error:  # Pickling calls methods of the sources.
+      reason = str(error).partition("\n")[0]
       raise base.InputError(
         f"--data_workers={num_workers}: the training images cannot be sent to other"
-        f" processes ({error}); pass 0 to read them in threads of this process."
+        f" processes ({reason}); pass 0 to read them in threads of this process."
       ) from error
     self._num_workers = num_workers
     self._pool = futures.ProcessPoolExecutor(
@@ -76,7 +77,7 @@ class Workers:
     self._pool.shutdown(cancel_futures=True)
 
 
-class _Remote:
+class _ReadByWorkers:
   """A row source that worker processes read."""
 
   def __init__(self, workers: Workers, number: int, source: Any):
@@ -90,7 +91,7 @@ class _Remote:
     return self._workers.read(self._number, rows)
 
 
-def read_remotely(
+def read_by_workers(
   sets: Sequence[base.Batch], num_workers: int
 ) -> tuple[list[base.Batch], Workers | None]:
   """Replaces the row sources of sets by ones that worker processes read.
@@ -114,7 +115,7 @@ def read_remotely(
   workers = Workers(sources, num_workers)
   replaced = [dict(one) for one in sets]
   for number, (run, name) in enumerate(places):
-    replaced[run][name] = _Remote(workers, number, sources[number])
+    replaced[run][name] = _ReadByWorkers(workers, number, sources[number])
   return replaced, workers
 
 
@@ -124,7 +125,7 @@ def _start_worker(content: bytes) -> None:
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
   threading.Thread(target=_end_with_parent, daemon=True).start()
-  # The training process has reported what the first image causes to be logged.
+  # The training process has already logged the messages of the decoder.
   logging.disable(logging.WARNING)
   # Workers do not compute, and must not reserve an accelerator.
   jax.config.update("jax_platforms", "cpu")

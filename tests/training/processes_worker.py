@@ -35,8 +35,6 @@ def _connect(count, process, num_devices, address, as_script):
 
 # A program of more methods takes longer to compile than several programs.
 _METHODS_IN_A_PROGRAM = 8
-
-
 # Other settings of methods that are in the sweep; they take as long to compile.
 _OTHER_SETTINGS = {
   *("fine_tuning_l2rw", "l2rw_momentum", "meta_weight_net", "forml_worst"),

@@ -9,6 +9,7 @@ import pytest
 import toy_runs
 
 from l2rw_jax import base
+from l2rw_jax import processes
 from l2rw_jax.data import examples
 from l2rw_jax.io import workdir
 from l2rw_jax.methods import baselines
@@ -23,12 +24,19 @@ def test_worker_processes_read_the_same_examples(tmp_path, monkeypatch):
   monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
   images = toy_runs.make_splits().train.image
   splits = _with_source(examples.View(images, np.arange(len(images))))
+  # Hosts may have different numbers of workers.
+  compared = []
+  monkeypatch.setattr(
+    processes, "check_same", lambda what, values: compared.append(dict(values))
+  )
   for workers in (0, 2):
     toy_runs.train(
       tmp_path / str(workers), baselines.uniform(), splits, data_workers=workers
     )
   assert toy_runs.outcome(tmp_path / "2") == toy_runs.outcome(tmp_path / "0")
   assert not multiprocessing.active_children()
+  first, second = ({**values, "folder": ""} for values in compared)
+  assert first == second and first["data"] == "auto"
 
 
 class _EndsWorkers(examples.View):
