@@ -13,6 +13,7 @@ from l2rw_jax import meta_network
 from l2rw_jax import susceptibility
 from l2rw_jax.linearization import linearize
 from l2rw_jax.linearization import linearize_outputs
+from l2rw_jax.linearization import memory_plans
 from l2rw_jax.linearization import per_example
 from l2rw_jax.methods import absgd
 from l2rw_jax.methods import adacore

@@ -689,6 +689,9 @@ _FORMULAS: dict[str, _Formula] = {
   "meta_weight_net.inner_weights": _inner_weights("mean"),
   "meta_weight_net.inner_weights/sum": _inner_weights("sum"),
   "meta_weight_net.network_gradient": _spread(_lesson),
+  "meta_weight_net.network_gradient/recompute": _spread(
+    functools.partial(_lesson, recompute=True)
+  ),
   "meta_weight_net.network_gradient/sum": _spread(
     functools.partial(_lesson, normalization="sum", detached=False)
   ),
@@ -1135,6 +1138,9 @@ _OTHER_FUNCTIONS = {
   "losses.label_scale": _INSIDE,
   "losses.logits_of": _INSIDE,
   "losses.transition_loss": _INSIDE,
+  "memory_plans.choose": _HOST,
+  "memory_plans.l2rw_plans": _HOST,
+  "memory_plans.meta_weight_net_plans": _HOST,
   "mentornet.check_percentile": _CHECK,
   "mentornet.class_mismatch": _HOST,
   "mentornet.dropout_rates": _HOST,

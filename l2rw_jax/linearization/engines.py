@@ -191,6 +191,8 @@ def _along(losses_fn, params, batch, direction):
   except (TypeError, NotImplementedError, ValueError) as error:
     jax.eval_shape(losses_and_aux, leaves)  # Raises errors of `losses_fn` itself.
     raise _no_forward_derivative(error) from error
+  if isinstance(losses, jax.core.Tracer):
+    _check_forward_mode(losses_and_aux, losses_and_slopes, leaves)
 
   def directional(vector):
     given = jax.tree.leaves(vector)
@@ -397,10 +399,30 @@ def _without_custom_vjp(jvp_fn, outputs):
   return checked
 
 
+def _check_forward_mode(losses_and_aux, losses_and_slopes, leaves):
+  """Raises InputError if the slopes are derivatives of a `jax.custom_vjp`.
+
+  It is needed under `jit`, where JAX raises an error only when the program is compiled.
+  """
+  # Most networks have no `jax.custom_vjp`, and tracing the derivative takes longer.
+  network = jax.make_jaxpr(losses_and_aux)(leaves).jaxpr
+  if _has_primitive(network, "custom_vjp_call") and _has_custom_vjp(
+    jax.make_jaxpr(losses_and_slopes)(leaves).jaxpr
+  ):
+    raise _no_forward_derivative("it is a jax.custom_vjp")
+
+
 def _has_custom_vjp(jaxpr):
+  return _has_primitive(jaxpr, "custom_lin")
+
+
+def _has_primitive(jaxpr, name):
+  """Whether an operation of `jaxpr` or of a function in it has a name like `name`."""
   return any(
-    eqn.primitive.name == "custom_lin"
-    or any(map(_has_custom_vjp, jax_core.jaxprs_in_params(eqn.params)))
+    eqn.primitive.name.startswith(name)
+    or any(
+      _has_primitive(inner, name) for inner in jax_core.jaxprs_in_params(eqn.params)
+    )
     for eqn in jaxpr.eqns
   )
 

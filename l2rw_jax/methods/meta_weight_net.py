@@ -149,6 +149,7 @@ def network_gradient(
   has_aux: bool = False,
   engine: str = "auto",
   microbatch_size: int | None = None,
+  recompute: bool = False,
 ) -> meta_network.MetaGradient:
   """dM/dphi, the gradient of the meta loss in the weighting network's parameters.
 
@@ -173,14 +174,17 @@ def network_gradient(
     engine: see `linearization.linearize`.
     microbatch_size: number of examples of each batch that are in memory at a time, see
       `microbatching`.
+    recompute: whether the training batch is processed a second time after the meta
+      batch. Then the activations of only one batch at a time are in memory, for two
+      more forward passes of the training batch.
 
   Returns:
     A `meta_network.MetaGradient`.
 
   Raises:
-    InputError: the losses do not have shape [B], an option is unknown, or the model has
-      no forward derivative; outside `jit` also if the optimizer's step ignores the
-      gradient.
+    InputError: the losses do not have shape [B], an option is unknown, both
+      `microbatch_size` and `recompute` are given, or the model has no forward
+      derivative; outside `jit` also if the optimizer's step ignores the gradient.
     FloatingPointError: outside `jit`, if a loss, the direction or the gradient is
       not finite.
 
@@ -194,10 +198,23 @@ def network_gradient(
     >>> bool(result.gradient < 0)  # a step on phi lowers the weight of large losses
     True
   """
+  _check_memory_options(microbatch_size, recompute)
   linearize = microbatching.microbatched(linearization.linearize, microbatch_size)
-  local_params = base.local(params, axis_name)
-  return meta_gradient(
-    linearize(losses_fn, local_params, batch, has_aux=has_aux, engine=engine),
+
+  def linearized(batch, engine, vector=None):
+    local_params = base.local(params, axis_name)
+    return linearize(
+      losses_fn,
+      local_params,
+      batch,
+      has_aux=has_aux,
+      engine=engine,
+      **({} if vector is None else {"direction": vector}),
+    )
+
+  first = linearized(batch, "reverse" if recompute else engine)
+  lookahead = _lookahead(
+    first,
     weight_fn,
     phi,
     meta_losses_fn or losses_fn,
@@ -215,6 +232,14 @@ def network_gradient(
     axis_name=axis_name,
     microbatch_size=microbatch_size,
   )
+  if not recompute:
+    return _meta_gradient(first, lookahead, phi, axis_name)
+
+  def after_direction(batch):
+    second = linearized(batch, engine, _known_vector(lookahead, axis_name))
+    return _meta_gradient(second, lookahead, phi, axis_name)
+
+  return hypergradient.after_direction(lookahead.direction, batch, after_direction)
 
 
 def meta_gradient(
@@ -225,15 +250,55 @@ def meta_gradient(
   params: base.PyTree,
   meta_batch: Any,
   *,
-  normalization: str = "mean",
-  detached: bool = True,
   axis_name: base.AxisName = None,
-  **lookahead: Any,
+  **options: Any,
 ) -> meta_network.MetaGradient:
   """`network_gradient` of a batch that is already linearized at `params`.
 
-  `lookahead` contains the other arguments of `hypergradient.direction`.
+  `options` contains `normalization`, `detached`, and the other arguments of
+  `hypergradient.direction`.
   """
+  lookahead = _lookahead(
+    linearized,
+    weight_fn,
+    phi,
+    meta_losses_fn,
+    params,
+    meta_batch,
+    axis_name=axis_name,
+    **options,
+  )
+  return _meta_gradient(linearized, lookahead, phi, axis_name)
+
+
+class _Lookahead(NamedTuple):
+  """What a meta gradient needs of its look-ahead step.
+
+  Attributes:
+    weights_fn: maps phi to the weights of the look-ahead step, those of the global
+      batch.
+    direction: the gradient of the meta loss, transposed through the optimizer.
+    losses_finite: whether the losses of the training batch are finite.
+  """
+
+  weights_fn: Callable[[base.PyTree], base.Array]
+  direction: hypergradient.Direction
+  losses_finite: Any
+
+
+def _lookahead(
+  linearized,
+  weight_fn,
+  phi,
+  meta_losses_fn,
+  params,
+  meta_batch,
+  *,
+  normalization="mean",
+  detached=True,
+  axis_name=None,
+  **options,
+):
   # Every device computes the weights of the global batch, so that "sum" is
   # differentiated without a collective; the network is small enough.
   base.check_losses("losses_fn's result", linearized.losses)
@@ -255,8 +320,14 @@ def meta_gradient(
     base.summed_gradient(linearized, local_weights, axis_name),
     axis_name=axis_name,
     value=base.psum(jnp.sum(local_weights * linearized.losses), axis_name),
-    **lookahead,
+    **options,
   )
+  return _Lookahead(weights_fn, direction, losses_finite)
+
+
+def _meta_gradient(linearized, lookahead, phi, axis_name):
+  """The meta gradient, where `linearized` may be another one of the same batch."""
+  weights_fn, direction, losses_finite = lookahead
   weight_gradient = hypergradient.weight_gradient(linearized, direction, axis_name)
   gradient = hypergradient.network_gradient(
     weights_fn, base.local(phi, axis_name), base.gather(weight_gradient, axis_name)
@@ -266,6 +337,11 @@ def meta_gradient(
   return meta_network.checked_meta_gradient(
     gradient, direction, losses_finite, linearized.engine
   )
+
+
+def _known_vector(lookahead, axis_name):
+  local = hypergradient.local(lookahead.direction, axis_name)
+  return hypergradient.known_vector(local)
 
 
 class Preset(NamedTuple):
@@ -302,6 +378,7 @@ def meta_weight_net(
   optimizer: optax.GradientTransformation | None = None,
   every: int = 1,
   microbatch_size: int | None = None,
+  recompute: bool = False,
 ) -> base.Method:
   """Meta-Weight-Net for the training loop.
 
@@ -316,12 +393,15 @@ def meta_weight_net(
     every: number of steps between meta steps; 1 in the paper.
     microbatch_size: number of examples of each batch that are in memory at a time, see
       `microbatching`.
+    recompute: see `network_gradient`; the gradient of the classifier needs no other
+      pass. With BatchNorm, statistics are those of the second pass.
 
   Returns:
     A `base.Method` that needs a meta batch; its state is a `meta_network.State`.
 
   Raises:
-    InputError: the preset or the normalization is unknown, or `every` is less than 1.
+    InputError: the preset or the normalization is unknown, `every` is less than 1, or
+      both `microbatch_size` and `recompute` are given.
   """
   if preset not in PRESETS:
     raise base.InputError(f"preset={preset!r}; choose among {', '.join(PRESETS)}.")
@@ -331,37 +411,30 @@ def meta_weight_net(
   _check(normalization)
   meta_optimizer = optimizer or chosen.optimizer
   meta_network.check_every("meta_weight_net", every)
-  microbatching.check(microbatch_size)
+  _check_memory_options(microbatch_size, recompute)
   net = WeightNet(tuple(hidden))
 
   def init(key, problem, params):
     del problem, params
     return meta_network.init(net.init(key, jnp.zeros(1)), meta_optimizer)
 
-  def gradients(state, problem, inputs):
-    linearize = microbatching.microbatched(problem.linearize, microbatch_size)
-    problem = dataclasses.replace(problem, linearize=linearize)
-    linearized = problem.linearize_batch(inputs)
-
-    def meta_gradient_fn(phi):
-      return meta_gradient(
-        linearized,
-        net.apply,
-        phi,
-        problem.meta_losses_fn(inputs.model_state, inputs.key),
-        inputs.params,
-        inputs.meta_batch,
-        normalization=normalization,
-        detached=detached,
-        axis_name=problem.axis_name,
-        microbatch_size=microbatch_size,
-        **meta_network.sgd_lookahead(learning_rate, inputs),
-      )
-
-    state = meta_network.update(
-      state, meta_gradient_fn, meta_optimizer, inputs.step, every
+  def lookahead_of(linearized, phi, problem, inputs):
+    return _lookahead(
+      linearized,
+      net.apply,
+      phi,
+      problem.meta_losses_fn(inputs.model_state, inputs.key),
+      inputs.params,
+      inputs.meta_batch,
+      normalization=normalization,
+      detached=detached,
+      axis_name=problem.axis_name,
+      microbatch_size=microbatch_size,
+      **meta_network.sgd_lookahead(learning_rate, inputs),
     )
-    losses, axis_name = linearized.losses, problem.axis_name
+
+  def classifier_gradients(linearized, state, axis_name):
+    losses = linearized.losses
     weights = example_weights(
       net.apply, state.params, losses, normalization=normalization, axis_name=axis_name
     )
@@ -370,7 +443,7 @@ def meta_weight_net(
     dtype = base.accumulator_dtype(weights.dtype)
     total_weight = base.psum(jnp.sum(weights.astype(dtype)), axis_name)
     metrics = meta_network.metrics(state) | {"total_weight": total_weight}
-    gradients = base.Gradients(
+    return base.Gradients(
       grads,
       weights,
       losses,
@@ -379,9 +452,73 @@ def meta_weight_net(
       fault=state.fault,
       zero_slope=state.zero_slope,
     )
-    return gradients, state
 
-  return base.Method(gradients, init, needs_meta=True)
+  def gradients(state, problem, inputs):
+    linearize = microbatching.microbatched(problem.linearize, microbatch_size)
+    problem = dataclasses.replace(problem, linearize=linearize)
+    axis_name = problem.axis_name
+    linearized = problem.linearize_batch(inputs)
+
+    def meta_gradient_fn(phi):
+      lookahead = lookahead_of(linearized, phi, problem, inputs)
+      return _meta_gradient(linearized, lookahead, phi, axis_name)
+
+    state = meta_network.update(
+      state, meta_gradient_fn, meta_optimizer, inputs.step, every
+    )
+    return classifier_gradients(linearized, state, axis_name), state
+
+  def recomputed_gradients(state, problem, inputs):
+    axis_name = problem.axis_name
+
+    def with_update():
+      # Only the losses and one weighted gradient are needed, for which reverse mode
+      # stores least.
+      first = linearization.linearize(
+        problem.losses_fn(inputs.model_state, inputs.key),
+        base.local(inputs.params, axis_name),
+        inputs.batch,
+        has_aux=True,
+        engine="reverse",
+      )
+      lookahead = lookahead_of(first, state.params, problem, inputs)
+
+      def after_direction(batch):
+        second = problem.linearize_batch(
+          inputs._replace(batch=batch), direction=_known_vector(lookahead, axis_name)
+        )
+        new_state = meta_network.update(
+          state,
+          lambda phi: _meta_gradient(second, lookahead, phi, axis_name),
+          meta_optimizer,
+          inputs.step,
+        )
+        return classifier_gradients(second, new_state, axis_name), new_state
+
+      return hypergradient.after_direction(
+        lookahead.direction, inputs.batch, after_direction
+      )
+
+    def without_update():
+      linearized = problem.linearize_batch(inputs)
+      return classifier_gradients(linearized, state, axis_name), state
+
+    if every == 1:
+      return with_update()
+    return jax.lax.cond(inputs.step % every == 0, with_update, without_update)
+
+  return base.Method(
+    recomputed_gradients if recompute else gradients, init, needs_meta=True
+  )
+
+
+def _check_memory_options(microbatch_size, recompute):
+  microbatching.check(microbatch_size)
+  if recompute and microbatch_size is not None:
+    raise base.InputError(
+      f"recompute=True and microbatch_size={microbatch_size}: microbatches are"
+      " recomputed in any case; leave out recompute."
+    )
 
 
 def _check(normalization):

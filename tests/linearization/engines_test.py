@@ -375,21 +375,28 @@ def _scanned(params, x):
   return jax.lax.scan(lambda c, _: (jax.jit(_sin)(c), None), x @ params, length=2)[0]
 
 
-def _directional(losses_fn, params, engine="forward"):
-  linearized = linearization.linearize(losses_fn, params, _x(), engine=engine)
+def _directional(losses_fn, params, engine="forward", direction=None):
+  linearized = linearization.linearize(
+    losses_fn, params, _x(), engine=engine, direction=direction
+  )
   return linearized.directional(params)
 
 
+def _known_directional(losses_fn, params):
+  return _directional(losses_fn, params, direction=params)
+
+
+@pytest.mark.parametrize("directional", [_directional, _known_directional])
 @pytest.mark.parametrize("losses_fn", [_sin_losses_fn, _scanned])
 @pytest.mark.parametrize(
   "wrap",
   [lambda f: f, jax.jit, lambda f: functools.partial(jax.eval_shape, f), jax.vmap],
   ids=["eager", "jit", "eval_shape", "vmap"],
 )
-def test_forward_mode_refuses_a_custom_vjp(losses_fn, wrap):
+def test_forward_mode_refuses_a_custom_vjp(losses_fn, wrap, directional):
   params = jnp.ones((2, 3)) if wrap is jax.vmap else jnp.ones(3)
   with pytest.raises(base.InputError, match="engine='reverse'"):
-    wrap(functools.partial(_directional, losses_fn))(params)
+    wrap(functools.partial(directional, losses_fn))(params)
 
 
 def test_a_custom_vjp_of_constant_parameters_is_refused_under_jit():
@@ -398,13 +405,6 @@ def test_a_custom_vjp_of_constant_parameters_is_refused_under_jit():
   )
   with pytest.raises(base.InputError, match="engine='reverse'"):
     jax.jit(linearized.directional)(jnp.ones(3))
-
-
-def test_forward_mode_refuses_a_custom_vjp_if_the_direction_is_known():
-  with pytest.raises(base.InputError, match="engine='reverse'"):
-    linearization.linearize(
-      _sin_losses_fn, jnp.ones(3), _x(), engine="forward", direction=jnp.ones(3)
-    )
 
 
 def test_a_custom_vjp_has_a_weighted_gradient():

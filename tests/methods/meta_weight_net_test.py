@@ -228,7 +228,7 @@ def test_presets_match_the_releases(name):
   np.testing.assert_allclose([update, second], by_hand[name], rtol=3e-5)
 
 
-def _factory_step(**options):
+def _factory_step(step=0, **options):
   """One step of the method: (weighting network before, after, `Gradients`, inputs)."""
   model = classifier.Classifier(mlp.MLP(3, (5,)), 3)
   rng = np.random.default_rng(0)
@@ -248,7 +248,7 @@ def _factory_step(**options):
   )
   before = jax.jit(lambda: method.init(jax.random.key(1), problem, params))()
   inputs = base.Inputs(
-    params, variables, (), batch, meta_batch, jnp.int32(0), jax.random.key(2)
+    params, variables, (), batch, meta_batch, jnp.int32(step), jax.random.key(2)
   )
   result, after = jax.jit(lambda s, i: method.gradients(s, problem, i))(before, inputs)
 
@@ -293,6 +293,44 @@ def test_weights_use_the_updated_network(normalization, detached):
   assert np.abs(new - old).max() > 1e-5
   np.testing.assert_allclose(result.weights, new, rtol=1e-5)
   chex.assert_trees_all_close(result.grads, grads, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("step", "every"), [(0, 1), (2, 2), (1, 2)])
+def test_a_step_that_recomputes_the_batch_has_the_same_results(step, every):
+  (_, _, state, result, _), (_, before, new_state, new_result, _) = (
+    _factory_step(step, every=every, recompute=recompute) for recompute in (False, True)
+  )
+  chex.assert_trees_all_close(new_state, state, rtol=1e-5, atol=1e-6)
+  chex.assert_trees_all_close(new_result, result, rtol=1e-5, atol=1e-6)
+  change = jax.tree.map(jnp.subtract, new_state.params, before.params)
+  assert (max(map(base.max_abs, jax.tree.leaves(change))) > 0) == (step % every == 0)
+
+
+@pytest.mark.parametrize(("normalization", "detached"), _VARIANTS)
+def test_a_recomputed_gradient_is_the_same_in_float64(x64, normalization, detached):
+  phi, params, batch, meta_batch = _problem()
+  expected, actual = (
+    jax.jit(
+      functools.partial(
+        meta_weight_net.network_gradient,
+        _NET.apply,
+        losses_fn=_losses_fn,
+        optimizer=_OPTIMIZERS["adam"],
+        normalization=normalization,
+        detached=detached,
+        recompute=recompute,
+      )
+    )(phi, params=params, batch=batch, meta_batch=meta_batch)
+    for recompute in (False, True)
+  )
+  chex.assert_trees_all_close(actual.gradient, expected.gradient, rtol=1e-11)
+  assert actual.engine == expected.engine == "layerwise"
+
+
+def test_microbatches_cannot_also_be_recomputed():
+  message = "recompute=True and microbatch_size=2: .* leave out recompute"
+  with pytest.raises(base.InputError, match=message):
+    meta_weight_net.meta_weight_net(0.1, microbatch_size=2, recompute=True)
 
 
 def test_preset_provides_missing_settings():

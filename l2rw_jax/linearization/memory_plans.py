@@ -1,0 +1,169 @@
+"""The cheapest exact way to compute a step that fits into a memory budget.
+
+L2RW and Meta-Weight-Net compute the same numbers in several ways, which need different
+amounts of memory and time: by the layerwise engine, in forward mode, with a second pass
+over the training batch, or from a few examples at a time. How much memory each takes
+depends on the model, on the compiler and on the rest of the training step, so it is not
+estimated here: `choose` compiles the step in one way after the other, beginning with
+the cheapest, until the compiler reports a program that fits.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from absl import logging
+import jax
+
+from l2rw_jax import base
+
+_MIB = 2**20
+# On CPU microbatches are unrolled, and many of them take minutes to compile.
+_MAX_MICROBATCHES = 8
+
+
+class Choice(NamedTuple):
+  """The result of `choose`.
+
+  Attributes:
+    step: the compiled step, a function of arguments like those of `choose`.
+    options: the plan: the keyword arguments with which the step was made.
+    num_bytes: memory of the step on a device as the compiler reports it: arguments,
+      results and temporary arrays. Donated arguments count once.
+  """
+
+  step: Callable[..., Any]
+  options: dict[str, Any]
+  num_bytes: int
+
+
+def l2rw_plans(batch_size: int) -> list[dict[str, Any]]:
+  """Options of `l2rw.weighted_value_and_grad`, from the cheapest.
+
+  For B training examples and M clean ones, the costs in forward passes of an example
+  are 4B + 3M for the layerwise engine, 5B + 3M in forward mode, and 7B + 3M in
+  microbatches of any size. The list ends with eight microbatches; append smaller ones
+  if they are needed.
+
+  Args:
+    batch_size: number of training examples that a device processes in a step.
+
+  >>> l2rw_plans(4)
+  [{}, {'engine': 'forward'}, {'microbatch_size': 2}, {'microbatch_size': 1}]
+  """
+  return [{}, {"engine": "forward"}, *_microbatches(batch_size)]
+
+
+def meta_weight_net_plans(batch_size: int) -> list[dict[str, Any]]:
+  """Options of `meta_weight_net.network_gradient`, from the cheapest.
+
+  The costs of a step with the gradient of the classifier are 5B + 3M forward passes of
+  an example for the layerwise engine, 7B + 3M if it computes the training batch again,
+  8B + 3M for the same in forward mode, and 10B + 3M in microbatches of any size. The
+  list ends as in `l2rw_plans`.
+
+  Args:
+    batch_size: number of training examples that a device processes in a step.
+
+  >>> for options in meta_weight_net_plans(2):
+  ...   print(options)
+  {}
+  {'recompute': True}
+  {'recompute': True, 'engine': 'forward'}
+  {'microbatch_size': 1}
+  """
+  again = {"recompute": True}
+  return [{}, again, again | {"engine": "forward"}, *_microbatches(batch_size)]
+
+
+def _microbatches(batch_size):
+  counts = [2**i for i in range(1, _MAX_MICROBATCHES.bit_length())]
+  return [
+    {"microbatch_size": -(-batch_size // count)}
+    for count in counts
+    if count <= batch_size
+  ]
+
+
+def choose(
+  make_step: Callable[..., Callable[..., Any]],
+  args: Sequence[Any],
+  plans: Iterable[dict[str, Any]],
+  num_bytes: int,
+) -> Choice:
+  """The first plan whose compiled step fits into `num_bytes`.
+
+  A plan that does not apply to the model (microbatches with BatchNorm, forward mode
+  with a `jax.custom_vjp`) is left out. The chosen plan is logged.
+
+  Args:
+    make_step: `(**options) -> step`, where `step` is a function of `args`, or the
+      result of `jax.jit`, which may donate arguments.
+    args: arguments of the step, arrays or `jax.ShapeDtypeStruct`s.
+    plans: keyword arguments for `make_step`, from the cheapest, see `l2rw_plans`.
+    num_bytes: memory budget of a device for the arguments, the results and the
+      temporary arrays of a step.
+
+  Returns:
+    A `Choice`.
+
+  Raises:
+    InputError: no plan fits (the message has the smallest memory that was found), or no
+      plan applies.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> from l2rw_jax import l2rw
+    >>> losses_fn = lambda params, x: (x @ params) ** 2
+    >>> args = jnp.ones(2), jnp.eye(2), jnp.ones((1, 2))
+    >>> choice = choose(
+    ...     lambda **options: l2rw.weighted_value_and_grad(losses_fn, **options),
+    ...     args, l2rw_plans(2), num_bytes=2**20)
+    >>> choice.options
+    {}
+    >>> (loss, info), grads = choice.step(*args)
+    >>> print(loss)
+    1.0
+  """
+  smallest: Choice | None = None
+  refusal: base.InputError | None = None
+  for options in plans:
+    step = make_step(**options)
+    jitted = step if hasattr(step, "lower") else jax.jit(step)
+    try:
+      compiled = jitted.lower(*args).compile()
+    except base.InputError as error:
+      refusal = refusal or error
+      continue
+    choice = Choice(compiled, dict(options), _num_bytes(compiled))
+    if choice.num_bytes <= num_bytes:
+      logging.info(
+        "%s needs %.1f MiB of memory, of a budget of %.1f MiB.",
+        _named(options),
+        choice.num_bytes / _MIB,
+        num_bytes / _MIB,
+      )
+      return choice
+    if smallest is None or choice.num_bytes < smallest.num_bytes:
+      smallest = choice
+  if smallest is None:
+    raise refusal or base.InputError("plans is empty: pass at least one, such as {}.")
+  raise base.InputError(
+    f"no plan fits into num_bytes={num_bytes} ({num_bytes / _MIB:.1f} MiB): the"
+    f" smallest, {_named(smallest.options)}, needs {smallest.num_bytes / _MIB:.1f} MiB."
+    " Use smaller batches or a smaller model."
+  )
+
+
+def _num_bytes(compiled):
+  """The memory of a program; an argument that becomes a result counts once."""
+  memory = compiled.memory_analysis()
+  return (
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    + memory.temp_size_in_bytes
+    - memory.alias_size_in_bytes
+  )
+
+
+def _named(options):
+  return ", ".join(f"{k}={v!r}" for k, v in options.items()) or "the default"
