@@ -34,6 +34,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any, NamedTuple
 
+from absl import logging
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -328,6 +329,9 @@ def _lookahead(
 def _meta_gradient(linearized, lookahead, phi, axis_name):
   """The meta gradient, where `linearized` may be another one of the same batch."""
   weights_fn, direction, losses_finite = lookahead
+  logging.log_first_n(
+    logging.INFO, "Meta-Weight-Net uses engine=%s.", 1, linearized.engine
+  )
   weight_gradient = hypergradient.weight_gradient(linearized, direction, axis_name)
   gradient = hypergradient.network_gradient(
     weights_fn, base.local(phi, axis_name), base.gather(weight_gradient, axis_name)
