@@ -2,10 +2,10 @@
 
 Two processes train L2RW on digits_noise together. After a random time, drawn from the
 duration of a run that is not interrupted, one of them, chosen at random, is killed by
-SIGKILL. The script measures how long the other one takes to end, and starts both again
-by the same command, which may be killed again, until the run finishes. The metrics,
-weights and parameters of finished runs are compared byte for byte with those of the run
-that was not interrupted.
+SIGKILL. The script measures how long the other one takes to end. It then starts both
+again with the same command until the run finishes; a process may be killed again after
+such a restart. The metrics, weights and parameters of finished runs are compared byte
+for byte with those of the run that was not interrupted.
 
 Command: python -m benchmarks.process_kills
 The file results.csv has a row for each kill; a summary is printed.
@@ -32,18 +32,18 @@ from l2rw_jax.io import workdir as workdir_lib
 _FLAGS = (
   *("--methods=l2rw", "--num_seeds=1"),
   *("--num_steps=100", "--checkpoint_every=10"),
-  # How long a process waits for one that is killed before they are connected.
+  # Seconds that a process waits for the other one, if it is killed before both connect.
   "--initialization_timeout=30",
 )
 # Seconds after which processes that do not end are killed and reported.
 _LIMIT = 300.0
-# After so many starts that were not killed and failed, a run is lost.
+# A run counts as lost after this many starts that failed without being killed.
 _MOST_FAILURES = 5
 _COMPARED = ("metrics.jsonl", "weights.csv", "variables.msgpack")
 
 
 def start(folder: pathlib.Path) -> list[subprocess.Popen]:
-  """Starts two processes of one run, with a device each."""
+  """Starts two processes of one run, with one device each."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
@@ -82,12 +82,12 @@ def finish(started: Sequence[subprocess.Popen]) -> list[str]:
 def kill_one(
   started: Sequence[subprocess.Popen], victim: int, after: float
 ) -> dict[str, Any] | None:
-  """Kills a process; returns None if one of them has ended before.
+  """Kills a process; returns None if one of them has already ended.
 
   Args:
     started: the two processes.
     victim: which of them is killed.
-    after: seconds until then.
+    after: seconds until the kill.
   """
   deadline = time.monotonic() + after
   while time.monotonic() < deadline:
@@ -155,7 +155,7 @@ def run(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
   if folder.exists():
     raise base.InputError(f"--workdir={workdir} exists: choose a new folder.")
   folder.mkdir(parents=True)
-  # The first run also compiles; the second one takes the time of those that are killed.
+  # The first run also compiles; the second shows how long the runs below would take.
   for name in ("compiling", "whole"):
     began = time.monotonic()
     failures, errors = complete(folder / name)

@@ -23,8 +23,8 @@ def probe(
 
   Args:
     evaluators: evaluators of the test set.
-    sizes: numbers of examples; a loss is recorded for the first examples of the meta
-      set, as many as each number. If empty, it is recorded for the whole meta set.
+    sizes: for each size n, the mean loss of the first n examples of the meta set is
+      recorded. If empty, the mean loss of the whole meta set is recorded.
   """
 
   def measure(snapshot: evaluation.Snapshot) -> dict[str, float]:
@@ -46,8 +46,8 @@ def kept(metrics: dict[str, Any], size: int) -> dict[str, Any]:
     size: number of examples of the meta set whose loss is used.
 
   Returns:
-    Like `metrics["last"]`, with the step as `kept_step`. If no loss is finite, it is
-    the first evaluation.
+    Like `metrics["last"]`, with the step as `kept_step`. If no loss is finite, the
+    first evaluation is used.
   """
   values = metrics["probes"]
   losses = np.array(values[f"clean_loss_{size}"], float)  # None becomes NaN.

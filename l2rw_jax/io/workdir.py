@@ -312,7 +312,7 @@ def scratch(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike) -> Iterator[None]:
-  """Locks a folder within a `with`, and removes incomplete files from it.
+  """Locks a folder inside a `with` block, and removes incomplete files from it.
 
   The operating system frees the lock when the process ends for any reason. A folder
   inside one that this process has prepared is already locked. If there are several

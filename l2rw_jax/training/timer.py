@@ -90,12 +90,12 @@ class Timer:
     )
 
   def start(self) -> None:
-    """Starts, or continues."""
+    """Starts or continues the timer."""
     self._started = time.perf_counter()
 
   @contextlib.contextmanager
   def stopped(self) -> Iterator[None]:
-    """Stops the timer within a `with`."""
+    """Stops the timer inside a `with` block."""
     was_running = self._started is not None
     self._seconds, self._started = self.read(), None
     yield
