@@ -56,10 +56,8 @@ _PROBE_EVERY = 7
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(settings_lib.Settings):
+class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   """The flags of this benchmark."""
-
-  SEVERAL_PROCESSES = False
 
   dataset: str = flag("mnist")
   tasks: tuple[str, ...] = flag(

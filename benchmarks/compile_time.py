@@ -166,12 +166,9 @@ def _measure(step, num_arrays):
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(settings_lib.Flags):
+class Settings(settings_lib.OutputFlags):
   """The flags of this benchmark."""
 
-  workdir: str | None = flag(
-    None, "Folder of the results. The default is runs/compile_time.", group="output"
-  )
   num_arrays: tuple[int, ...] = flag(
     (50, 200),
     "Numbers of parameter arrays; a layer has two.",

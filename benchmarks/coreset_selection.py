@@ -49,10 +49,8 @@ from l2rw_jax.training import sampling
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(settings_lib.Settings):
+class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   """The flags of this benchmark."""
-
-  SEVERAL_PROCESSES = False
 
   dataset: str = flag("mnist")
   fraction: float = flag(

@@ -56,10 +56,9 @@ _DEV_SIZE = 5_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(settings_lib.Settings):
+class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   """The flags of this benchmark."""
 
-  SEVERAL_PROCESSES = False
   EXTENDABLE = ("methods", "num_seeds", "shares")
 
   dataset: str = flag("mnist")

@@ -24,7 +24,6 @@ import numpy as np
 from benchmarks import _rows
 from experiments.lib import launch
 from experiments.lib import settings as settings_lib
-from experiments.lib.settings import flag
 from l2rw_jax import base
 from l2rw_jax import losses
 from l2rw_jax.data import sources
@@ -152,12 +151,8 @@ def drift(
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(settings_lib.Flags):
+class Settings(settings_lib.OutputFlags):
   """The flags of this benchmark."""
-
-  workdir: str | None = flag(
-    None, "Folder of the results. The default is runs/device_drift.", group="output"
-  )
 
 
 def measure(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:

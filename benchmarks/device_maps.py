@@ -45,7 +45,7 @@ _HIDDEN = ((64,) * 2, (256,) * 2, (1024,) * 2)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(settings_lib.Settings):
+class Settings(settings_lib.OutputFlags, settings_lib.ProcessFlags):
   """The flags of this benchmark."""
 
   batch_size: int = flag(80)

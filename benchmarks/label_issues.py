@@ -72,10 +72,8 @@ _FOLDS, _NEIGHBORS, _TRUSTED = 5, 10, 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(settings_lib.Settings):
+class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   """The flags of this benchmark."""
-
-  SEVERAL_PROCESSES = False
 
   datasets: tuple[str, ...] = flag(
     DEFAULT, f"Data sets, among {', '.join(EPOCHS)}.", group="data"

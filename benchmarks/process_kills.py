@@ -137,7 +137,7 @@ def complete(folder: pathlib.Path) -> tuple[int, list[str]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(settings_lib.Flags):
+class Settings(settings_lib.OutputFlags):
   """The flags of this benchmark."""
 
   workdir: str | None = flag(

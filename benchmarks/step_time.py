@@ -53,10 +53,8 @@ from l2rw_jax.io import workdir
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(settings_lib.Settings):
+class Settings(settings_lib.OutputFlags):
   """The flags of this benchmark."""
-
-  SEVERAL_PROCESSES = False
 
   EXTENDABLE = ("networks", "meta_sizes")
 

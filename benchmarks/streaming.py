@@ -55,10 +55,8 @@ _VALUES = 2**16
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(settings_lib.Settings):
+class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   """The flags of this benchmark."""
-
-  SEVERAL_PROCESSES = False
 
   dataset: str = flag("cifar10")
   networks: tuple[str, ...] = flag(

@@ -73,12 +73,9 @@ print(json.dumps({
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(settings_lib.Flags):
+class Settings(settings_lib.OutputFlags):
   """The flags of this benchmark."""
 
-  workdir: str | None = flag(
-    None, "Folder of the results. The default is runs/xla_switches.", group="output"
-  )
   batch_size: int = flag(32)
   repeats: int = flag(5, "Number of steps in a round.", bounds=settings_lib.REPEATS)
   num_rounds: int = flag(3, "Number of rounds.", bounds=settings_lib.REPEATS)

@@ -226,8 +226,13 @@ def _make_forml(settings: Settings, objective: str) -> base.Method:
   if rate is None:
     # The change of a weight is proportional to the product of the two learning rates.
     rate = 0.02 / inner if inner else 0.0
+  options: dict[str, Any] = {
+    "reduction": settings.reduction,
+    "mean_coefficient": settings.mean_coefficient,
+    "temperature": settings.temperature,
+  }
   used = forml.objective_settings(objective, settings.reduction)
-  options = {name: getattr(settings, name) for name in used}
+  options = {name: options[name] for name in used}
   return forml.forml(
     rate, objective, settings.num_groups, inner_learning_rate=inner, **options
   )

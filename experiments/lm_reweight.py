@@ -51,7 +51,7 @@ _HEAD = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(settings_lib.Settings):
+class Settings(settings_lib.TrainingFlags):
   """The flags of this script."""
 
   EXTENDABLE = ("methods",)

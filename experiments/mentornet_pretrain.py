@@ -36,10 +36,8 @@ _PERCENTILES_SHOWN = (0.5, 1.5, 3.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(settings_lib.Settings):
+class Settings(settings_lib.OutputFlags):
   """The flags of this script."""
-
-  SEVERAL_PROCESSES = False
 
   EXTENDABLE = ("dump",)
 

@@ -190,8 +190,14 @@ def make_optimizer(rate: float, momentum: float) -> optax.GradientTransformation
 
 def make_protocol(settings: Settings) -> Protocol:
   """The protocol with the flags that override it."""
-  names = [field.name for field in dataclasses.fields(Protocol)]
-  given = settings_lib.given_values(**{name: getattr(settings, name) for name in names})
+  given = settings_lib.given_values(
+    num_steps=settings.num_steps,
+    l2rw_steps=settings.l2rw_steps,
+    hard_mining_batch=settings.hard_mining_batch,
+    variant=settings.variant,
+    clean_in_train=settings.clean_in_train,
+    num_test=settings.num_test,
+  )
   return dataclasses.replace(PROTOCOLS[settings.protocol], **given)
 
 

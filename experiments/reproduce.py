@@ -89,7 +89,7 @@ _CIFAR, _MNIST = (32, 32, 3), (28, 28, 1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(settings_lib.Flags):
+class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   """The flags of this script."""
 
   list: bool = flag(False, "Print the catalog and run nothing.", group="output")
@@ -114,29 +114,10 @@ class Settings(settings_lib.Flags):
   num_seeds: int = flag(
     3, "Number of seeds of a cell; the MNIST figure has 10 splits if this is not given."
   )
-  workdir: str | None = flag(
-    None,
-    "Folder of all cells. The default is runs/reproduce.",
-    group="output",
-    recorded=False,
-  )
   results: str = flag(
     "results",
     "Folder of committed results. Cells that have enough runs there come last.",
     group="data",
-  )
-  data_dir: str | None = flag(
-    None,
-    "Folder of prepared TFDS data sets. The default is TFDS_DATA_DIR if it is set, and"
-    " ~/tensorflow_datasets otherwise.",
-    group="data",
-    recorded=False,
-  )
-  cache_dir: str | None = flag(
-    None,
-    "Folder in which decoded data sets are kept. The default is ~/.cache/l2rw_jax.",
-    group="data",
-    recorded=False,
   )
 
 
@@ -623,8 +604,9 @@ def make_run(settings: Settings, cell: Cell) -> tuple[Callable[..., Any], Any]:
   # The module is imported by its name, because benchmarks belong to a higher floor.
   module = importlib.import_module(cell.module)
   values = dict(cell.settings)
-  values |= {"data_dir": settings.data_dir, "cache_dir": settings.cache_dir}
   fields = settings_lib.flags_of(module.Settings)
+  if "data_dir" in fields:
+    values |= {"data_dir": settings.data_dir, "cache_dir": settings.cache_dir}
   if "num_seeds" in fields:
     values["num_seeds"] = seeds(settings, cell)
   if jax.default_backend() != "cpu" and "seeds_at_once" in fields:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from experiments.lib import last_words
+from experiments.lib import settings as settings_lib
 from l2rw_jax import base
 from l2rw_jax import processes
 
@@ -20,7 +21,6 @@ _HEARTBEAT_SECONDS = 30
 # A process that ends waits for the others for this time, because the first process
 # serves them.
 _LEAVE_MS = 5000
-_FLAGS = ("coordinator_address", "num_processes", "process_id")
 _is_connected = False
 
 
@@ -36,14 +36,22 @@ def connect(settings: Any) -> None:
     InputError: the flags contradict each other, the script cannot use several
       processes, or the connection fails.
   """
-  given = {name: getattr(settings, name, None) for name in _FLAGS}
-  is_automatic = getattr(settings, "distributed", False)
+  if not isinstance(settings, settings_lib.ProcessFlags):
+    return
+  address, count = settings.coordinator_address, settings.num_processes
+  number = settings.process_id
+  given = {
+    "coordinator_address": address,
+    "num_processes": count,
+    "process_id": number,
+  }
+  is_automatic = settings.distributed
   missing = [f"--{name}" for name, value in given.items() if value is None]
   if not is_automatic and len(missing) == len(given):
     return
   if not settings.SEVERAL_PROCESSES:
     raise base.InputError(
-      refusal("--distributed" if is_automatic else f"--{_FLAGS[0]}")
+      refusal("--distributed" if is_automatic else "--coordinator_address")
     )
   if not is_automatic and missing:
     raise base.InputError(
@@ -51,10 +59,6 @@ def connect(settings: Any) -> None:
       " --coordinator_address, --num_processes and --process_id, or --distributed where"
       " JAX detects the cluster."
     )
-  address: str | None
-  count: int | None
-  number: int | None
-  address, count, number = given.values()
   if count is not None and number is not None and number >= count:
     raise base.InputError(
       f"--process_id={number} must be below --num_processes={count}: processes are"

@@ -169,7 +169,7 @@ def check_data(
 
 
 def open_folder(
-  settings: settings_lib.Settings, name: str, workdir: Folder, **facts: Any
+  settings: settings_lib.Flags, name: str, workdir: Folder, **facts: Any
 ) -> pathlib.Path:
   """Creates or reopens the folder of an experiment.
 
@@ -325,7 +325,7 @@ def row(
 
 
 def report(
-  settings: settings_lib.Settings,
+  settings: settings_lib.Flags,
   table: table_lib.Layout,
   folder: pathlib.Path,
   rows: Rows,

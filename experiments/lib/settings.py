@@ -283,6 +283,8 @@ class Flags:
   # These flags select runs but do not change them, so a later call may give other
   # values. Finished runs are not repeated, and the table has the runs of the last call.
   EXTENDABLE: ClassVar[tuple[str, ...]] = ()
+  # Whether the script can train in several processes.
+  SEVERAL_PROCESSES: ClassVar[bool] = False
 
   # Names of the flags that were given on the command line, even with their defaults.
   given: frozenset[str] = dataclasses.field(
@@ -357,11 +359,107 @@ class Flags:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(Flags):
-  """The flags of every script that trains."""
+class OutputFlags(Flags):
+  """The flag of every script that writes a folder."""
 
-  # Whether the script can train in several processes.
-  SEVERAL_PROCESSES: ClassVar[bool] = True
+  workdir: str | None = flag(
+    None,
+    "Folder of the results. The default is runs/NAME.",
+    group="output",
+    recorded=False,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFlags(Flags):
+  """The flags of every script that reads a data set of TFDS or of the user."""
+
+  data_dir: str | None = flag(
+    None,
+    "Folder of prepared TFDS data sets. The default is TFDS_DATA_DIR if it is set, and"
+    " ~/tensorflow_datasets otherwise.",
+    group="data",
+    recorded=False,
+  )
+  cache_dir: str | None = flag(
+    None,
+    "Folder in which decoded data sets are kept. The default is ~/.cache/l2rw_jax.",
+    group="data",
+    recorded=False,
+  )
+
+  def load(self, split: str, dataset: str | None = None) -> sources.Source:
+    """A split of `--dataset`, or of another data set.
+
+    A user's own data are read once by these settings, and other sets once in a process.
+    """
+    name = dataset or typing.cast(Any, self).dataset
+    if own_data.is_own(name):
+      return sources.from_own(name, split, self.read_own(name, split))
+    return _load(name, split, self.data_dir, self.cache_dir, self._in_memory())
+
+  def read_own(self, name: str, part: str) -> own_data.OwnData:
+    """A part of a user's own data, such as images:DIR, which is read only once."""
+    if (name, part) not in self._own:
+      in_memory = self._in_memory()
+      self._own[name, part] = own_data_lib.read(name, part, in_memory)
+    return self._own[name, part]
+
+  @functools.cached_property
+  def _own(self) -> dict[tuple[str, str], own_data.OwnData]:
+    """The data that `read_own` has read; the files may change before the next call."""
+    return {}
+
+  def _in_memory(self) -> bool | None:
+    """Whether images are read into memory; None decides by their size."""
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessFlags(Flags):
+  """The flags of every script that runs in several processes."""
+
+  SEVERAL_PROCESSES = True
+
+  distributed: bool = flag(
+    False,
+    "Connect to the other processes of this run, which JAX detects on a TPU pod and"
+    " under Slurm, Open MPI or Kubernetes.",
+    group="processes",
+    recorded=False,
+  )
+  coordinator_address: str | None = flag(
+    None,
+    "Host and port of process 0, such as localhost:12345.",
+    group="processes",
+    recorded=False,
+  )
+  num_processes: int | None = flag(
+    None,
+    "Number of processes of this run.",
+    bounds=Bounds(1, 10**5),
+    group="processes",
+    recorded=False,
+  )
+  process_id: int | None = flag(
+    None,
+    "Number of this process, from 0. Process 0 writes all files.",
+    bounds=Bounds(0, 10**5),
+    group="processes",
+    recorded=False,
+  )
+  initialization_timeout: int = flag(
+    300,
+    "Seconds to wait for the other processes at the start.",
+    bounds=Bounds(1, 10**5),
+    group="processes",
+    recorded=False,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingFlags(OutputFlags, ProcessFlags):
+  """The flags of every script that trains with the training loop."""
 
   num_devices: int | None = flag(
     None,
@@ -413,76 +511,6 @@ class Settings(Flags):
     group="output",
     recorded=False,
   )
-  data_dir: str | None = flag(
-    None,
-    "Folder of prepared TFDS data sets. The default is TFDS_DATA_DIR if it is set, and"
-    " ~/tensorflow_datasets otherwise.",
-    group="data",
-    recorded=False,
-  )
-  cache_dir: str | None = flag(
-    None,
-    "Folder in which decoded data sets are kept. The default is ~/.cache/l2rw_jax.",
-    group="data",
-    recorded=False,
-  )
-
-  distributed: bool = flag(
-    False,
-    "Connect to the other processes of this run, which JAX detects on a TPU pod and"
-    " under Slurm, Open MPI or Kubernetes.",
-    group="processes",
-    recorded=False,
-  )
-  coordinator_address: str | None = flag(
-    None,
-    "Host and port of process 0, such as localhost:12345.",
-    group="processes",
-    recorded=False,
-  )
-  num_processes: int | None = flag(
-    None,
-    "Number of processes of this run.",
-    bounds=Bounds(1, 10**5),
-    group="processes",
-    recorded=False,
-  )
-  process_id: int | None = flag(
-    None,
-    "Number of this process, from 0. Process 0 writes all files.",
-    bounds=Bounds(0, 10**5),
-    group="processes",
-    recorded=False,
-  )
-  initialization_timeout: int = flag(
-    300,
-    "Seconds to wait for the other processes at the start.",
-    bounds=Bounds(1, 10**5),
-    group="processes",
-    recorded=False,
-  )
-
-  def load(self, split: str, dataset: str | None = None) -> sources.Source:
-    """A split of `--dataset`, or of another data set.
-
-    A user's own data are read once by these settings, and other sets once in a process.
-    """
-    name = dataset or typing.cast(Any, self).dataset
-    if own_data.is_own(name):
-      return sources.from_own(name, split, self.read_own(name, split))
-    return _load(name, split, self.data_dir, self.cache_dir, _IN_MEMORY[self.data])
-
-  def read_own(self, name: str, part: str) -> own_data.OwnData:
-    """A part of a user's own data, such as images:DIR, which is read only once."""
-    if (name, part) not in self._own:
-      in_memory = _IN_MEMORY[self.data]
-      self._own[name, part] = own_data_lib.read(name, part, in_memory)
-    return self._own[name, part]
-
-  @functools.cached_property
-  def _own(self) -> dict[tuple[str, str], own_data.OwnData]:
-    """The data that `read_own` has read; the files may change before the next call."""
-    return {}
 
   def config(self, **values: Any) -> config_lib.Config:
     """The configuration of a run, with the flags that every script has."""
@@ -502,6 +530,14 @@ class Settings(Flags):
     if jax.default_backend() == "cpu":
       return 0
     return min(streaming.MOST_THREADS, os.cpu_count() or 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(TrainingFlags, DataFlags):
+  """The flags of every script that trains on a data set."""
+
+  def _in_memory(self) -> bool | None:
+    return _IN_MEMORY[self.data]
 
 
 def check(name: str, value: Any, details: Flag) -> None:

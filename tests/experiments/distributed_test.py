@@ -5,8 +5,8 @@ import pathlib
 
 import pytest
 
+from experiments import coreset
 from experiments import digits_noise
-from experiments import mentornet_pretrain
 from experiments.lib import distributed
 from experiments.lib import runner
 from l2rw_jax import base
@@ -15,7 +15,6 @@ from l2rw_jax import processes
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 # These train no run of the loop for their table, or measure time.
 _OTHERS = {f"experiments.{x}" for x in ("coreset", "find_label_issues")}
-_OTHERS |= {"experiments.mentornet_pretrain"}
 _ADDRESS = {"coordinator_address": "localhost:1"}
 
 
@@ -27,7 +26,7 @@ _ADDRESS = {"coordinator_address": "localhost:1"}
       digits_noise.Settings(**_ADDRESS, num_processes=2, process_id=2),
       "--process_id=2 must be below --num_processes=2",
     ),
-    (mentornet_pretrain.Settings(distributed=True), "--distributed: this script runs"),
+    (coreset.Settings(distributed=True), "--distributed: this script runs"),
   ],
 )
 def test_wrong_flags_raise_in_one_line(settings, message):
