@@ -68,9 +68,7 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
     bounds=settings_lib.SHARE,
     group="data",
   )
-  methods: tuple[str, ...] = flag(
-    METHODS, f"Methods to compare, of {', '.join(METHODS)}."
-  )
+  methods: tuple[str, ...] = settings_lib.methods_flag(METHODS, METHODS)
   num_seeds: int = flag(3)
   first_seed: int = flag(
     0, "Number of the first seed.", bounds=settings_lib.Bounds(0, 10**6)
@@ -410,9 +408,7 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
       ax.set_xlabel("CPU seconds of training")
       ax.grid(linewidth=0.4)
     axes[0, 0].set_ylabel("test error (%)")
-    axes[0, -1].legend(
-      fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
-    )
+    figures.legend_beside(axes[0, -1])
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:

@@ -138,8 +138,8 @@ def plan(settings: Settings) -> list[Group]:
   offered = list(_networks.NETWORKS)
   default = [n for n in offered if _networks.NETWORKS[n].default_on_cpu or not on_cpu]
   given = settings.networks
-  names = _chosen("networks", default if given is None else given, offered)
-  engines = _chosen("engines", settings.engines, _steps.ENGINES)
+  names = settings_lib.choose("networks", default if given is None else given, offered)
+  engines = settings_lib.choose("engines", settings.engines, _steps.ENGINES)
   shares = [_share(text) for text in settings.meta_sizes]
   if not shares:
     raise base.InputError("--meta_sizes= is empty: give shares of the batch, as 1,0.1.")
@@ -162,7 +162,9 @@ def _groups(settings, name, on_cpu, engines, shares):
   is_slow = network.slow_on_cpu and on_cpu
   default = _steps.LOOKAHEAD_METHODS if is_slow else list(_steps.METHODS)
   given = settings.methods
-  methods = _chosen("methods", default if given is None else given, _steps.METHODS)
+  methods = settings_lib.choose(
+    "methods", default if given is None else given, _steps.METHODS
+  )
   size = settings.batch_size or (
     network.cpu_batch_size if on_cpu else network.batch_size
   )
@@ -180,13 +182,6 @@ def _groups(settings, name, on_cpu, engines, shares):
       " BatchNorm mixes examples; add forward or literal."
     )
   return list(groups.values())
-
-
-def _chosen(flag, names, offered):
-  for name in names or [""]:
-    if name not in offered:
-      raise base.InputError(f"--{flag}={name}: choose among {', '.join(offered)}.")
-  return list(dict.fromkeys(names))
 
 
 def _share(text):

@@ -36,6 +36,7 @@ from experiments.lib import runner
 from experiments.lib import settings as settings_lib
 from experiments.lib import trusted
 from experiments.lib.settings import flag
+from experiments.lib.settings import methods_flag
 from experiments.tables import published_cifar
 from experiments.tables import table
 from l2rw_jax import base
@@ -169,9 +170,7 @@ class Settings(
   EXTENDABLE = ("methods", "num_seeds", "seeds_at_once", "mentor")
 
   preset: str = flag("l2rw_background", choices=PRESETS)
-  methods: tuple[str, ...] = flag(
-    ("uniform", "l2rw"), f"Methods to compare, of {', '.join(METHODS)}."
-  )
+  methods: tuple[str, ...] = methods_flag(("uniform", "l2rw"), METHODS)
   dataset: str | None = flag(
     None,
     "Data set: the name of any image set that TFDS has prepared in --data_dir,"
@@ -461,12 +460,7 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   varying = "annotation" if cells[0].facts["annotation"] else "fraction"
   columns = ("dataset", "noise", varying, "num_steps")
   figures.accuracies(rows, columns, folder / "figure.png")
-  files = ["figure.png"]
-  for cell in cells:
-    if cell.method_name == "meta_weight_net" and figures.meta_weight_net_curves(
-      cell, folder, folder / "curve.png"
-    ):
-      files.append("curve.png")
+  files = ["figure.png", *figures.meta_weight_net_curves(cells, folder, "curve.png")]
   return runner.report(settings, TABLE, folder, rows, files, methods=(METHODS, names))
 
 

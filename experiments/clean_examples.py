@@ -39,6 +39,7 @@ from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
 from experiments.lib.settings import flag
+from experiments.lib.settings import methods_flag
 from experiments.tables import table
 from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
@@ -89,9 +90,7 @@ class Settings(runner.Settings):
   problems: tuple[str, ...] = flag(
     tuple(PROBLEMS), "What is wrong with the training set.", choices=PROBLEMS
   )
-  methods: tuple[str, ...] = flag(
-    _COMPARED, f"Methods to compare, of {', '.join(METHODS)}."
-  )
+  methods: tuple[str, ...] = methods_flag(_COMPARED, METHODS)
   num_clean: tuple[int, ...] = flag(
     (1, 3, 10, 30, 90),
     "Numbers of clean images of each class; each must divide the largest. The smaller"

@@ -25,19 +25,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import optax
 
+from experiments.lib import curves as curves_lib
 from experiments.lib import figures
 from experiments.lib import launch
 from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
 from experiments.lib.settings import flag
+from experiments.lib.settings import methods_flag
 from experiments.tables import table
 from l2rw_jax import base
 from l2rw_jax import coresets
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import long_tail
 from l2rw_jax.data import noisy_labels
-from l2rw_jax.io import metric_writer
 from l2rw_jax.io import workdir as workdir_lib
 from l2rw_jax.methods import adacore
 from l2rw_jax.methods import baselines
@@ -72,9 +73,7 @@ class Settings(runner.Settings):
     aliases=["model"],
     key="model",
   )
-  methods: tuple[str, ...] = flag(
-    METHODS, f"Methods to compare, of {', '.join(METHODS)}."
-  )
+  methods: tuple[str, ...] = methods_flag(METHODS, METHODS)
   fraction: tuple[float, ...] | None = flag(
     None,
     "Share of the training set to select, in (0, 1]. The default is 0.01, 0.1 and 0.3;"
@@ -326,32 +325,6 @@ def train(
   return make_row(facts, run_folder, result) | settings.probe_columns(result.metrics)
 
 
-class Curve(NamedTuple):
-  """One run's evaluations.
-
-  Attributes:
-    steps: [E].
-    seconds: seconds of training, [E].
-    percent: test accuracy, [E].
-  """
-
-  steps: np.ndarray
-  seconds: np.ndarray
-  percent: np.ndarray
-
-  def at(self, seconds: Any) -> Any:
-    """Accuracy at these seconds, interpolated linearly between evaluations.
-
-    It is NaN before the first evaluation.
-    """
-    return np.interp(seconds, self.seconds, self.percent, left=np.nan)
-
-  def reaches(self, percent: float) -> float | None:
-    """Seconds to the first evaluation of at least this accuracy, or None."""
-    reached = np.flatnonzero(self.percent >= percent)
-    return float(self.seconds[reached[0]]) if reached.size else None
-
-
 def timed(method: base.Method, folder: pathlib.Path) -> base.Method:
   """The method, which also records the seconds of each selection in a file."""
   if method.refresh is base.keep_state:
@@ -382,28 +355,15 @@ def make_row(
     result: result of the run.
   """
   metrics = result.metrics
-  timing = workdir_lib.read_record(folder / "timing.json")
-  if timing["untimed_steps"]:
-    raise base.InputError(
-      f"{folder / 'timing.json'} was damaged, so the seconds of the first"
-      f" {timing['untimed_steps']} steps are unknown. Delete {folder} to train again."
-    )
-  evaluations = timing["evaluations"]
-  path = folder / f"seed-{metrics['seed']}"
-  measured = {
-    line["step"]: 100 * line["test/accuracy"]
-    for line in metric_writer.read(path)
-    if line.get("test/accuracy") is not None
-  }
-  steps, seconds = (np.array(column) for column in zip(*evaluations, strict=True))
-  curve = Curve(steps, seconds, np.array([measured[step] for step in steps.tolist()]))
+  curve = curves_lib.read(folder, metrics["seed"], "accuracy")
+  curve = curve._replace(values=100 * curve.values)
   selections = folder / _SELECTIONS
   spent = workdir_lib.read_record(selections) if selections.exists() else {}
   return {
     **facts,
     "accuracy_percent": 100 * metrics["last"]["accuracy"],
     "balanced_percent": 100 * metrics["last"]["balanced_accuracy"],
-    "seconds": float(seconds[-1]),
+    "seconds": float(curve.seconds[-1]),
     "num_selections": len(spent),
     "selection_seconds": float(sum(spent.values())),
     **{f"seconds_to_{target}": curve.reaches(target) for target in TARGETS},
@@ -454,7 +414,9 @@ def _or_none(value: Any) -> float | None:
   return None if np.isnan(value) else float(value)
 
 
-def save_curves(rows: runner.Rows, curves: Sequence[Curve], path: pathlib.Path) -> None:
+def save_curves(
+  rows: runner.Rows, curves: Sequence[curves_lib.Curve], path: pathlib.Path
+) -> None:
   """Writes every evaluation of every run as a line of CSV."""
   columns = ("model", "method", "fraction", "seed")
   lines = [",".join((*columns, "step", "seconds", "accuracy_percent"))]
@@ -467,7 +429,9 @@ def save_curves(rows: runner.Rows, curves: Sequence[Curve], path: pathlib.Path) 
   workdir_lib.write_text(path, "\n".join(lines) + "\n")
 
 
-def draw(rows: runner.Rows, curves: Sequence[Curve], path: pathlib.Path) -> None:
+def draw(
+  rows: runner.Rows, curves: Sequence[curves_lib.Curve], path: pathlib.Path
+) -> None:
   """Draws accuracy against seconds, with a row per model and a column per fraction.
 
   A line is the mean over seeds for as long as all of them train, and its band shows the
@@ -503,12 +467,12 @@ def draw(rows: runner.Rows, curves: Sequence[Curve], path: pathlib.Path) -> None
       ax.set_xlabel("seconds of training and selecting")
       ax.set_ylabel("test accuracy (%)")
       ax.grid(linewidth=0.3)
-    axes[0, -1].legend(
-      fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5)
-    )
+    figures.legend_beside(axes[0, -1])
 
 
-def _draw_curve(ax: Any, curves: Sequence[Curve], method: str, color: str) -> None:
+def _draw_curve(
+  ax: Any, curves: Sequence[curves_lib.Curve], method: str, color: str
+) -> None:
   first = max(curve.seconds[0] for curve in curves)
   last = min(curve.seconds[-1] for curve in curves)
   grid = np.geomspace(first, max(first, last), 200)

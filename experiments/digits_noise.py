@@ -28,8 +28,10 @@ from experiments.lib import optimizers
 from experiments.lib import own_data as own_data_lib
 from experiments.lib import report
 from experiments.lib import runner
+from experiments.lib import settings as settings_lib
 from experiments.lib import trusted
 from experiments.lib.settings import flag
+from experiments.lib.settings import methods_flag
 from experiments.tables import table
 from l2rw_jax import audit
 from l2rw_jax import base
@@ -57,9 +59,7 @@ class Settings(trusted.Settings, runner.Settings):
   EXTENDABLE = ("methods",)
 
   dataset: str = flag("digits", recorded=False)
-  methods: tuple[str, ...] = flag(
-    _COMPARED, f"Methods to compare, of {', '.join(METHODS)}.", group="method"
-  )
+  methods: tuple[str, ...] = methods_flag(_COMPARED, METHODS)
   num_seeds: int = flag(5)
   noise: str = flag("uniform_flip", choices=["uniform_flip", "background_flip"])
   noise_fraction: float = flag(0.4, "Share of the training labels that is flipped.")
@@ -114,8 +114,6 @@ def make_method(name: str, num_steps: int) -> base.Method:
     "fine_tuning": lambda: baselines.fine_tuning(max(1, num_steps // 10)),
     "l2rw": l2rw.l2rw,
   }
-  if name not in methods:
-    raise base.InputError(f"--methods={name}: choose among {', '.join(methods)}.")
   return methods[name]()
 
 
@@ -136,8 +134,7 @@ def make_splits(settings: Settings, seeds: Sequence[int]) -> list[examples_lib.S
 
 def make_cells(settings: Settings) -> list[runner.Cell]:
   """A cell for every method, whose seeds are trained side by side."""
-  if not settings.methods:
-    raise base.InputError(f"--methods= is empty: choose among {', '.join(METHODS)}.")
+  names = settings_lib.choose("methods", settings.methods, METHODS)
   num_classes = settings.load("train").num_classes
   model = classifier.Classifier(mlp.MLP(num_classes), num_classes)
   config = settings.config(
@@ -162,7 +159,7 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
       splits,
       folder=name,
     )
-    for name in dict.fromkeys(settings.methods)
+    for name in names
   ]
 
 

@@ -31,6 +31,7 @@ from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
 from experiments.lib.settings import flag
+from experiments.lib.settings import methods_flag
 from experiments.tables import table
 from l2rw_jax import base
 from l2rw_jax import group_objectives
@@ -97,9 +98,7 @@ class Settings(runner.Settings):
     aliases=["model"],
     key="model",
   )
-  methods: tuple[str, ...] = flag(
-    METHODS, f"Methods to compare, of {', '.join(METHODS)}."
-  )
+  methods: tuple[str, ...] = methods_flag(METHODS, METHODS)
   weight_learning_rate: float | None = flag(
     None,
     "Learning rate of FORML's weights; 0 keeps them constant. The default is 0.02 /"
@@ -207,8 +206,6 @@ class Setting(NamedTuple):
 
 def make_method(settings: Settings, name: str) -> base.Method:
   """The `Method` with a name of `--methods`."""
-  if name not in METHODS:
-    raise base.InputError(f"--methods={name}: choose among {', '.join(METHODS)}.")
   if name in FORML:
     return _make_forml(settings, name.removeprefix("forml_"))
   methods = {
@@ -440,7 +437,7 @@ def _draw_bars(axes: Any, rows: runner.Rows) -> None:
   axes.set_ylabel("mean and 95% interval, a dot a seed")
   axes.set_title(f"{rows[0]['dataset']}, groups: {rows[0]['groups']}")
   axes.set_ylim(0, 100)
-  axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+  figures.legend_beside(axes)
 
 
 def _draw_curves(axes: Any, whole: runner.Rows, rows: runner.Rows) -> None:
@@ -476,9 +473,8 @@ def _check(settings: Settings, cells: Sequence[runner.Cell]) -> None:
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   """Trains the runs that are missing, and prints and writes the comparison."""
-  methods = {name: make_method(settings, name) for name in settings.methods}
-  if not methods:
-    raise base.InputError(f"--methods= is empty: choose among {', '.join(METHODS)}.")
+  names = settings_lib.choose("methods", settings.methods, METHODS)
+  methods = {name: make_method(settings, name) for name in names}
   splits = make_splits(settings, settings.seeds)
   cells = {
     Setting(name): make_cell(settings, Setting(name), method, splits)

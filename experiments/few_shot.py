@@ -18,7 +18,6 @@ Published: mini-ImageNet with SVHN or FashionMNIST tasks only; nothing on these 
 Measured: results/few_shot.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import functools
 import pathlib
@@ -33,6 +32,7 @@ from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
 from experiments.lib.settings import flag
+from experiments.lib.settings import methods_flag
 from experiments.tables import table
 from l2rw_jax import base
 from l2rw_jax import weighted_update
@@ -44,9 +44,7 @@ from l2rw_jax.methods import l2rw
 from l2rw_jax.methods import nested_maml
 from l2rw_jax.models import conv4
 from l2rw_jax.models import few_shot
-from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import evaluation
-from l2rw_jax.training import loop
 from l2rw_jax.training import results as results_lib
 
 METHODS = (
@@ -94,9 +92,7 @@ class Settings(settings_lib.Settings):
     bounds=settings_lib.SHARE,
     group="data",
   )
-  methods: tuple[str, ...] = flag(
-    METHODS[:5], f"Methods to compare, of {', '.join(METHODS)}."
-  )
+  methods: tuple[str, ...] = methods_flag(METHODS[:5], METHODS)
   num_ways: int | None = flag(
     None,
     "Number of classes of a task. The default is 5; digits: 2.",
@@ -318,8 +314,6 @@ def make_learner(settings: Settings) -> few_shot.Learner:
 
 def make_method(settings: Settings, name: str) -> base.Method:
   """The `Method` with a name of `--methods`."""
-  if name not in METHODS:
-    raise base.InputError(f"--methods={name}: choose among {', '.join(METHODS)}.")
   if name in ("maml", "maml_removed"):
     return baselines.uniform()
   if name == "maml_zeroed":
@@ -355,66 +349,61 @@ def zeroed() -> base.Method:
   return base.Method(gradients)
 
 
-def make_config(settings: Settings, seed: int) -> config_lib.Config:
-  """The configuration of all methods."""
-  return settings.config(
-    num_steps=settings.num_steps,
-    batch_size=settings.batch_size,
-    meta_batch_size=settings.meta_batch_size,
-    eval_every=settings.eval_every,
-    seeds=(seed,),
-  )
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """One run, which becomes a row of `results.csv`."""
-
-  method: str
-  ood_share: float
-  seed: int
-
-  @property
-  def folder(self) -> str:
-    """Folder of the run, below that of the experiment."""
-    return f"ood-{self.ood_share}/{self.method}/seed-{self.seed}"
-
-
-def problem_of(run: Run, problem: episodes.Episodes) -> episodes.Episodes:
-  """The training tasks of a run; two methods know which tasks are foreign."""
+def problem_of(method: str, problem: episodes.Episodes) -> episodes.Episodes:
+  """The training tasks of a method; two methods know which tasks are foreign."""
   is_foreign = problem.pool.is_foreign
-  if run.method == "maml_removed":
+  if method == "maml_removed":
     return episodes.keep_tasks(problem, np.flatnonzero(~is_foreign))
-  if run.method == "maml_zeroed":
+  if method == "maml_zeroed":
     train = problem.splits.train._replace(group=is_foreign.astype(np.int32))
     return problem._replace(splits=problem.splits._replace(train=train))
   return problem
 
 
-def train(
+def make_cell(
   settings: Settings,
-  run: Run,
-  problem: episodes.Episodes,
+  name: str,
   method: base.Method,
-  optimizer: optax.GradientTransformation,
-  folder: pathlib.Path,
-) -> results_lib.Result:
-  """Trains one run, continues an interrupted one, or reads a finished one."""
-  probes: Sequence[evaluation.Probe] = ()
-  if run.method in _NESTED:
-    probes = (weights_of(problem.pool, settings.share),)
-  (result,) = loop.train(
-    make_config(settings, run.seed),
+  ood_share: float,
+  seed: int,
+  problem: episodes.Episodes,
+) -> runner.Cell:
+  """The cell of one run, which becomes a row of `results.csv`."""
+  return runner.Cell(
+    name,
+    {
+      "dataset": settings.dataset,
+      "ood": settings.ood,
+      "ood_share": ood_share,
+      "noise_share": settings.noise_share,
+      "num_ways": settings.ways,
+      "num_shots": settings.num_shots,
+      "num_clusters": settings.num_clusters,
+      "share": settings.share,
+      "method": name,
+    },
+    settings.config(
+      num_steps=settings.num_steps,
+      batch_size=settings.batch_size,
+      meta_batch_size=settings.meta_batch_size,
+      eval_every=settings.eval_every,
+      seeds=(seed,),
+    ),
     make_learner(settings),
     method,
-    optimizer,
-    [problem.splits],
-    folder / run.folder,
+    make_optimizer(settings.learning_rate),
+    lambda _: [problem_of(name, problem).splits],  # Made again, to save memory.
+    f"ood-{ood_share}/{name}/seed-{seed}",
     evaluators=(evaluation.accuracy, interval_over_tasks),
-    name=run.folder,
-    probes=probes,
+    title=f"ood-{ood_share}/{name}/seed-{seed}",
+    probes=[weights_of(problem.pool, settings.share)] if name in _NESTED else (),
   )
-  return result
+
+
+@functools.cache  # All cells share one object, so that a step is compiled once.
+def make_optimizer(rate: float) -> optax.GradientTransformation:
+  """The optimizer of all methods."""
+  return optax.adam(rate)
 
 
 def interval_over_tasks(predictions: evaluation.Predictions) -> dict[str, float]:
@@ -520,7 +509,7 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
       for ax in axes[0]:
         ax.set_xlabel(f"share of {kind} tasks")
         ax.set_xticks(shares)
-        ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        figures.legend_beside(ax)
     figure.suptitle(title)
 
 
@@ -566,38 +555,23 @@ def _draw_method(
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   """Trains the runs that are missing, and prints and writes the comparison."""
   settings.check_used("ood_share", settings.ood != "none", "with --ood=none")
-  methods = {name: make_method(settings, name) for name in settings.methods}
-  if not methods:
-    raise base.InputError(f"--methods= is empty: choose among {', '.join(METHODS)}.")
+  names = settings_lib.choose("methods", settings.methods, METHODS)
+  methods = {name: make_method(settings, name) for name in names}
   shares = [0.0] if settings.ood == "none" else list(dict.fromkeys(settings.ood_share))
-  runs = [
-    Run(method, share, seed)
-    for share in shares
-    for seed in range(settings.num_seeds)
-    for method in methods
-  ]
-  problems = functools.cache(functools.partial(make_problem, settings))
-  for one in runs:
-    splits = problem_of(one, problems(one.ood_share, one.seed)).splits
-    config_lib.check(make_config(settings, one.seed), methods[one.method], [splits])
+  cells, pools = [], []
+  for share in shares:
+    for seed in settings.seeds:
+      problem = make_problem(settings, share, seed)
+      for name, method in methods.items():
+        own = problem_of(name, problem)
+        cells.append(make_cell(settings, name, method, share, seed, problem))
+        pools.append(own.pool)
+        runner.check_data(cells[-1].config, method, own.splits)
   folder = runner.open_folder(settings, TABLE.name, workdir)
-  optimizer = optax.adam(settings.learning_rate)
   rows = []
-  for one in runs:
-    problem = problem_of(one, problems(one.ood_share, one.seed))
-    result = train(settings, one, problem, methods[one.method], optimizer, folder)
-    facts = {
-      "dataset": settings.dataset,
-      "ood": settings.ood,
-      "ood_share": one.ood_share,
-      "noise_share": settings.noise_share,
-      "num_ways": settings.ways,
-      "num_shots": settings.num_shots,
-      "num_clusters": settings.num_clusters,
-      "share": settings.share,
-      "method": one.method,
-    }
-    rows.append(make_row(facts, problem.pool, result))
+  for cell, pool in zip(cells, pools, strict=True):
+    (result,) = runner.train(settings, cell, folder)
+    rows.append(make_row(cell.facts, pool, result))
   draw(rows, folder / "figure.png")
   return runner.report(
     settings, TABLE, folder, rows, methods=(METHODS, settings.methods)

@@ -16,24 +16,23 @@ import dataclasses
 import functools
 import math
 import pathlib
-from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.lib import curves as curves_lib
 from experiments.lib import figures
 from experiments.lib import launch
 from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
 from experiments.lib.settings import flag
+from experiments.lib.settings import methods_flag
 from experiments.tables import table
 from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import text_documents
-from l2rw_jax.io import metric_writer
-from l2rw_jax.io import workdir as workdir_lib
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 from l2rw_jax.methods import mentornet
@@ -56,9 +55,7 @@ class Settings(settings_lib.TrainingFlags):
 
   EXTENDABLE = ("methods",)
 
-  methods: tuple[str, ...] = flag(
-    METHODS, f"Methods to compare, of {', '.join(METHODS)}.", group="method"
-  )
+  methods: tuple[str, ...] = methods_flag(METHODS, METHODS)
   num_train: int = flag(4000, "Number of training documents.")
   num_meta: int = flag(64, "Number of clean documents.")
   num_test: int = flag(
@@ -101,15 +98,6 @@ class Settings(settings_lib.TrainingFlags):
   )
   lookahead_learning_rate: float = flag(0.1, methods=("meta_weight_net",))
   num_seeds: int = flag(3)
-
-  @property
-  def seeds(self) -> tuple[int, ...]:
-    """The seeds of the repetitions."""
-    return tuple(range(self.num_seeds))
-
-  def make_probes(self) -> Sequence[evaluation.Probe]:
-    """No probes, because those of images do not apply."""
-    return ()
 
 
 TABLE = table.Layout(
@@ -271,49 +259,20 @@ def recovered(values: np.ndarray | None, kinds: np.ndarray) -> dict[str, float |
   }
 
 
-class Curve(NamedTuple):
-  """Bits per byte of the test documents during one run, arrays by evaluation."""
-
-  seconds: np.ndarray
-  bits: np.ndarray
-
-
-def read_curve(folder: pathlib.Path, seed: int) -> Curve:
-  """The curve of a finished run.
-
-  Args:
-    folder: folder with `timing.json`.
-    seed: seed of the run.
-
-  Raises:
-    InputError: the seconds of the first steps are unknown.
-  """
-  timing = workdir_lib.read_record(folder / "timing.json")
-  if timing["untimed_steps"]:
-    raise base.InputError(
-      f"{folder / 'timing.json'} was damaged, so the seconds of the first"
-      f" {timing['untimed_steps']} steps are unknown. Delete {folder} to train again."
-    )
-  losses = {
-    line["step"]: line["test/loss"]
-    for line in metric_writer.read(folder / f"seed-{seed}")
-    if line.get("test/loss") is not None
-  }
-  steps, seconds = zip(*timing["evaluations"], strict=True)
-  bits = np.array([losses[step] for step in steps]) / math.log(2)
-  return Curve(np.array(seconds), bits)
-
-
-def draw(rows: runner.Rows, curves: dict[str, list[Curve]], path: pathlib.Path) -> None:
+def draw(
+  rows: runner.Rows, curves: dict[str, list[curves_lib.Curve]], path: pathlib.Path
+) -> None:
   """Draws bits per byte against seconds, and the share of recovered documents."""
   with figures.figure(path, 1, 2, figsize=(11, 3.8)) as (_, (left, right)):
     for color, (name, runs) in enumerate(curves.items()):
       for number, curve in enumerate(runs):
         label = name.replace("_", " ") if not number else None
-        left.plot(*curve, color=f"C{color}", lw=1.2, alpha=0.8, label=label)
+        left.plot(
+          curve.seconds, curve.values, color=f"C{color}", lw=1.2, alpha=0.8, label=label
+        )
     # Training on the clean documents alone memorizes them within seconds. Its curve is
     # far above all others.
-    best = min(curve.bits.min() for runs in curves.values() for curve in runs)
+    best = min(curve.values.min() for runs in curves.values() for curve in runs)
     left.set_ylim(0.95 * best, 2 * best)
     left.set_xlabel("seconds of training")
     left.set_ylabel("bits per byte of clean test documents")
@@ -349,19 +308,21 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
     runner.check_data(cell.config, cell.method, splits[0])
   folder = runner.open_folder(settings, TABLE.name, workdir)
   rows: runner.Rows = []
-  curves: dict[str, list[Curve]] = {}
+  curves: dict[str, list[curves_lib.Curve]] = {}
   for cell in cells:
     results = runner.train(settings, cell, folder)
     curves[cell.method_name] = []
     for split, result in zip(splits, results, strict=True):
       seed = result.metrics["seed"]
-      curve = read_curve(folder / cell.folder.format(first=seed), seed)
+      run_folder = folder / cell.folder.format(first=seed)
+      curve = curves_lib.read(run_folder, seed, "loss")
+      curve = curve._replace(values=curve.values / math.log(2))  # Bits for each byte.
       curves[cell.method_name].append(curve)
       values = suspicion(cell.method_name, make_model(settings), split.train, result)
       rows.append(
         {
           "method": cell.method_name,
-          "bits_per_byte": float(curve.bits[-1]),
+          "bits_per_byte": float(curve.values[-1]),
           "bits_in_uniform_time": None,
           **recovered(values, np.asarray(split.train.group)),
           "seconds": float(curve.seconds[-1]),
@@ -373,7 +334,7 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
     if row["seed"] in by_seed:
       curve = curves[row["method"]][settings.seeds.index(row["seed"])]
       limit = by_seed[row["seed"]]
-      row["bits_in_uniform_time"] = float(np.interp(limit, *curve))
+      row["bits_in_uniform_time"] = float(np.interp(limit, curve.seconds, curve.values))
   draw(rows, curves, folder / "figure.png")
   return runner.report(
     settings, TABLE, folder, rows, methods=(METHODS, settings.methods)

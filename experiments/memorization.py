@@ -259,7 +259,7 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
     config = settings.config(
       num_steps=settings.epochs * steps_per_epoch,
       batch_size=settings.batch_size,
-      seeds=tuple(range(settings.num_seeds)),
+      seeds=settings.seeds,
       eval_every=steps_per_epoch,
     )
     runner.check_data(config, method, split)
@@ -469,13 +469,7 @@ def draw_curves(
     right.set_ylabel("accuracy on wrong labels (%)")
     for ax in axes:
       ax.set_xlabel("epoch")
-    figure.legend(
-      *left.get_legend_handles_labels(),
-      loc="center left",
-      bbox_to_anchor=(1, 0.5),
-      fontsize=8,
-      frameon=False,
-    )
+    figures.legend_beside(figure, *left.get_legend_handles_labels())
     title = f"{chosen[0][0]['dataset']}, {highest:.0%} of the labels replaced"
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()

@@ -228,9 +228,7 @@ def draw(
       axis.set_xlabel("loss")
     axes[0].set_ylabel("weight of an example")
     axes[0].set_ylim(-0.05, 1.05)
-    axes[-1].legend(
-      fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
-    )
+    figures.legend_beside(axes[-1])
     figure.suptitle(f"Mentor fitted to {mentor.curriculum} ({mentor.network.compat})")
 
 

@@ -25,6 +25,7 @@ from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
 from experiments.lib.settings import flag
+from experiments.lib.settings import methods_flag
 from experiments.tables import published
 from experiments.tables import table
 from l2rw_jax import base
@@ -94,9 +95,7 @@ class Settings(runner.Settings):
     bounds=settings_lib.INNER_SHARE,
     group="data",
   )
-  methods: tuple[str, ...] = flag(
-    FIGURE_METHODS, f"Methods to compare, of {', '.join(METHODS)}."
-  )
+  methods: tuple[str, ...] = methods_flag(FIGURE_METHODS, METHODS)
   num_seeds: int = flag(10, aliases=["num_splits"])
   seeds_at_once: int | None = flag(
     None, unset="1 on CPU and all elsewhere", aliases=["splits_at_once"]
@@ -305,7 +304,7 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
     axes.set_ylabel("test error (%), mean and 95% interval")
     axes.set_title(f"{rows[0]['dataset']}, 4 against 9, {rows[0]['protocol']} protocol")
     axes.set_ylim(0, min(1.05 * top, 100))
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figures.legend_beside(axes)
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:

@@ -26,6 +26,7 @@ from experiments.lib import runner
 from experiments.lib import settings as settings_lib
 from experiments.lib import trusted
 from experiments.lib.settings import flag
+from experiments.lib.settings import methods_flag
 from experiments.tables import published
 from experiments.tables import table
 from l2rw_jax import base
@@ -141,9 +142,7 @@ class Settings(
   noise_fraction: tuple[float, ...] | None = flag(
     None, "Parameter of the noise builder. The default is 0.5 and 0.7."
   )
-  methods: tuple[str, ...] = flag(
-    COMPARED, f"Methods to compare, of {', '.join(METHODS)}."
-  )
+  methods: tuple[str, ...] = methods_flag(COMPARED, METHODS)
   seeds_at_once: int | None = flag(None, unset="all, and 1 for LeNet on CPU")
   num_epochs: int | None = flag(None, unset="the preset's")
   num_meta: int = flag(
@@ -376,13 +375,8 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
     for result in runner.train(settings, cell, folder)
   ]
   figures.accuracies(rows, ("noise", "fraction"), folder / "figure.png")
-  files = ["figure.png"]
-  for cell in cells:
-    file = f"curve-{cell.facts['fraction']}.png"
-    if cell.method_name == "meta_weight_net" and figures.meta_weight_net_curves(
-      cell, folder, folder / file
-    ):
-      files.append(file)
+  curves = figures.meta_weight_net_curves(cells, folder, "curve-{fraction}.png")
+  files = ["figure.png", *curves]
   return runner.report(settings, TABLE, folder, rows, files, methods=(METHODS, names))
 
 

@@ -80,9 +80,14 @@ def panels(
     axes[0, 0].set_yticks(range(len(methods)), methods)
     axes[0, 0].invert_yaxis()
     draw_legend(axes[0, -1])
-    axes[0, -1].legend(
-      fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
-    )
+    legend_beside(axes[0, -1])
+
+
+def legend_beside(axes: Any, *handles: Any) -> None:
+  """Draws the legend of axes, or of a figure, to their right."""
+  axes.legend(
+    *handles, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
+  )
 
 
 def few_log_ticks(axes: Any) -> None:
@@ -147,18 +152,28 @@ def _draw_accuracy(ax: Any, place: int, rows: list[Row]) -> None:
 
 
 def meta_weight_net_curves(
-  cell: runner.Cell, folder: pathlib.Path, path: pathlib.Path
-) -> bool:
-  """Draws Meta-Weight-Net's weight against the loss, over the epochs of its first seed.
+  cells: Sequence[runner.Cell], folder: pathlib.Path, name: str
+) -> list[str]:
+  """Draws the curves of each cell of Meta-Weight-Net that has some.
 
   Args:
-    cell: cell of the method.
+    cells: cells of all methods.
     folder: folder of the experiment.
-    path: path of the PNG file.
+    name: name of a figure, in which names of facts of its cell are replaced.
 
   Returns:
-    Whether there was anything to draw.
+    The names of the figures.
   """
+  names = {
+    name.format(**cell.facts): cell
+    for cell in cells
+    if cell.method_name == "meta_weight_net"
+  }
+  return [n for n, cell in names.items() if _draw_curves(cell, folder, folder / n)]
+
+
+def _draw_curves(cell: runner.Cell, folder: pathlib.Path, path: pathlib.Path) -> bool:
+  """Draws the weight against the loss over the epochs of the first seed, if any."""
   seeds, place = next(iter(cell.groups()))
   files = sorted((folder / place / "curves" / f"seed-{seeds[0]}").glob("epoch-*.txt"))
   if not files:

@@ -46,11 +46,6 @@ class Settings(probes.Settings):
 
   num_seeds: int = flag(3)
 
-  @property
-  def seeds(self) -> tuple[int, ...]:
-    """The seeds of the repetitions."""
-    return tuple(range(self.num_seeds))
-
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
@@ -212,7 +207,10 @@ def train(settings: Any, cell: Cell, folder: pathlib.Path) -> list[results_lib.R
 
 
 def _train_group(
-  settings: probes.Settings, cell: Cell, config: config_lib.Config, folder: pathlib.Path
+  settings: settings_lib.TrainingFlags,
+  cell: Cell,
+  config: config_lib.Config,
+  folder: pathlib.Path,
 ) -> list[results_lib.Result]:
   splits, method, optimizer = cell.splits(config.seeds), cell.method, cell.optimizer
   epoch_probes: list[evaluation.EpochProbe] = []

@@ -5,7 +5,7 @@ the methods that use the flag. This module does not read a command line: `launch
 and tests and notebooks construct settings directly.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import itertools
@@ -220,6 +220,11 @@ def flag(
     "repeated": repeated,
   }
   return dataclasses.field(default=default, metadata=details)
+
+
+def methods_flag(default: Any, offered: Iterable[str]) -> Any:
+  """Declares the flag --methods of a script that compares some of `offered`."""
+  return flag(default, f"Methods to compare, of {', '.join(offered)}.")
 
 
 def flags_of(settings: "type[Flags]") -> dict[str, Flag]:
@@ -524,6 +529,15 @@ class TrainingFlags(OutputFlags, ProcessFlags):
       **values,
     )
 
+  @property
+  def seeds(self) -> tuple[int, ...]:
+    """The seeds of the repetitions, for scripts with --num_seeds."""
+    return tuple(range(typing.cast(Any, self).num_seeds))
+
+  def make_probes(self) -> Sequence[Any]:
+    """What else to measure at every evaluation, for `loop.train`."""
+    return ()
+
   def _data_workers(self) -> int:
     if self.data_workers is not None:
       return self.data_workers
@@ -565,14 +579,18 @@ def check(name: str, value: Any, details: Flag) -> None:
     raise base.InputError(f"--{name}= is empty: give a value or leave the flag out.")
 
 
-def choose(flag_name: str, names: Iterable[str], offered: Sequence[str]) -> list[str]:
+def choose(flag_name: str, names: Iterable[str], offered: Collection[str]) -> list[str]:
   """The names without repetitions.
 
   Raises:
     InputError: none is given, or one is not offered.
   """
   names = list(dict.fromkeys(names))
-  for name in names or [""]:
+  if not names:
+    raise base.InputError(
+      f"--{flag_name}= is empty: choose among {', '.join(offered)}."
+    )
+  for name in names:
     if name not in offered:
       raise base.InputError(f"--{flag_name}={name}: choose among {', '.join(offered)}.")
   return names

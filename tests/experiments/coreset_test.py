@@ -8,6 +8,7 @@ import pytest
 import scripts
 
 from experiments import coreset as script
+from experiments.lib import curves
 from l2rw_jax.io import workdir
 from l2rw_jax.methods import adacore
 from l2rw_jax.methods import baselines
@@ -99,7 +100,7 @@ def test_second_call_reads_the_first_and_a_tail_is_cut(run):
 
 def _curve(seconds, percent):
   steps = np.arange(1, len(seconds) + 1)
-  return script.Curve(steps, np.array(seconds), np.array(percent))
+  return curves.Curve(steps, np.array(seconds), np.array(percent))
 
 
 def test_a_curve_by_hand():
@@ -155,7 +156,7 @@ def test_selections_are_timed_by_epoch(tmp_path):
 
 _MISTAKES = {
   "unknown_method": (["--methods=magic"], "--methods=magic: choose among full, random"),
-  "no_method": (["--methods="], "--methods=: choose among full"),
+  "no_method": (["--methods="], "--methods= is empty: choose among full"),
   "unknown_model": (["--model=lenet"], "--network=lenet: choose among logistic, mlp"),
   "fraction_0": (
     ["--fraction=0"],

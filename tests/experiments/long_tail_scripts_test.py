@@ -91,7 +91,7 @@ def test_more_imbalances_and_another_shape(run):
 
 _MISTAKES = {
   "method": (["--methods=magic"], "--methods=magic: choose among uniform"),
-  "no_method": (["--methods="], "--methods=: choose among uniform"),
+  "no_method": (["--methods="], "--methods= is empty: choose among uniform"),
   "shape": (["--shape=linear"], "should be one of <exponential|step>"),
   "builder": (["--builder=cui"], "should be one of <ldam|mwn>"),
   "imbalance": (["--imbalance=0.5"], "--imbalance=0.5 must lie between 1 and"),

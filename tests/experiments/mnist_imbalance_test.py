@@ -130,7 +130,7 @@ def test_majorities_share_compiled_steps(monkeypatch, tmp_path):
 _MISTAKES = {
   "unknown_flag": (["--nonsense=1"], "Unknown command line flag 'nonsense'"),
   "unknown_method": (["--methods=magic"], "--methods=magic: choose among uniform"),
-  "no_method": (["--methods="], "--methods=: choose among uniform"),
+  "no_method": (["--methods="], "--methods= is empty: choose among uniform"),
   "unknown_data": (["--dataset=nmist"], "unknown data set 'nmist'; did you mean"),
   "no_data": (["--dataset=mnist", "--data_dir={tmp}/none"], "'mnist' does not exist"),
   "protocol": (["--protocol=mine"], "should be one of <paper|official_code>"),

@@ -120,7 +120,7 @@ def test_losses_are_kept_for_a_mentor(run):
 
 _MISTAKES = {
   "method": (["--methods=magic"], "--methods=magic: choose among uniform"),
-  "no_method": (["--methods="], "--methods=: choose among uniform"),
+  "no_method": (["--methods="], "--methods= is empty: choose among uniform"),
   "no_mentor": (["--methods=mentornet_pd"], "run experiments.mentornet_pretrain"),
   "other_mentor": (
     ["--methods=mentornet_dd", "--mentor={tmp}/mentor.json"],

@@ -92,7 +92,7 @@ def test_pictures_are_of_the_rows(folder, tmp_path):
 _MISTAKES = {
   "network": (["--networks=vgg"], "--networks=vgg: choose among mlp, lenet"),
   "method": (["--methods=sgd"], "--methods=sgd: choose among plain, l2rw"),
-  "no_method": (["--methods="], "--methods=: choose among"),
+  "no_method": (["--methods="], "--methods= is empty: choose among"),
   "engine": (["--engines=reverse"], "--engines=reverse: choose among literal"),
   "no_share": (["--meta_sizes=0"], "--meta_sizes=0: give shares above 0"),
   "share": (["--meta_sizes=all"], "--meta_sizes=all: give shares"),

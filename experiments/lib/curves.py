@@ -1,0 +1,62 @@
+"""Evaluations of a finished run against the seconds of its training."""
+
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from l2rw_jax import base
+from l2rw_jax.io import metric_writer
+from l2rw_jax.io import workdir as workdir_lib
+
+
+class Curve(NamedTuple):
+  """One run's evaluations.
+
+  Attributes:
+    steps: [E].
+    seconds: seconds of training, [E].
+    values: results on the test set, [E].
+  """
+
+  steps: np.ndarray
+  seconds: np.ndarray
+  values: np.ndarray
+
+  def at(self, seconds: Any) -> Any:
+    """Results at these seconds, interpolated linearly between evaluations.
+
+    They are NaN before the first evaluation.
+    """
+    return np.interp(seconds, self.seconds, self.values, left=np.nan)
+
+  def reaches(self, value: float) -> float | None:
+    """Seconds to the first evaluation with at least this result, or None."""
+    reached = np.flatnonzero(self.values >= value)
+    return float(self.seconds[reached[0]]) if reached.size else None
+
+
+def read(folder: pathlib.Path, seed: int, name: str) -> Curve:
+  """The curve of a finished run.
+
+  Args:
+    folder: folder with `timing.json`.
+    seed: seed of the run.
+    name: name of the result of the evaluations, such as "accuracy".
+
+  Raises:
+    InputError: the seconds of the first steps are unknown.
+  """
+  timing = workdir_lib.read_record(folder / "timing.json")
+  if timing["untimed_steps"]:
+    raise base.InputError(
+      f"{folder / 'timing.json'} was damaged, so the seconds of the first"
+      f" {timing['untimed_steps']} steps are unknown. Delete {folder} to train again."
+    )
+  measured = {
+    line["step"]: line[f"test/{name}"]
+    for line in metric_writer.read(folder / f"seed-{seed}")
+    if line.get(f"test/{name}") is not None
+  }
+  steps, seconds = (np.array(x) for x in zip(*timing["evaluations"], strict=True))
+  return Curve(steps, seconds, np.array([measured[step] for step in steps.tolist()]))
