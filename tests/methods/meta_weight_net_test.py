@@ -78,7 +78,7 @@ _OPTIMIZERS = {
   ("optimizer", "normalization", "detached"),
   [
     *(("sgd", *variant) for variant in _VARIANTS),
-    ("adam", "mean", True),
+    # The optimizer does not see the variant.
     ("adam", "sum", False),
   ],
 )
@@ -258,7 +258,10 @@ def _factory_step(step=0, **options):
   return losses_fn, before, after, result, inputs
 
 
-@pytest.mark.parametrize(("normalization", "detached"), _VARIANTS)
+# The gradients of all four are tested above; two show that the method passes both on.
+@pytest.mark.parametrize(
+  ("normalization", "detached"), [("mean", True), ("sum", False)]
+)
 def test_weights_use_the_updated_network(normalization, detached):
   losses_fn, before, after, result, inputs = _factory_step(
     normalization=normalization, detached=detached

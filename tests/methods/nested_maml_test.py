@@ -65,12 +65,16 @@ def test_equation_8_in_the_scalar_case(first_order, gradient, weights):
 
 
 def test_integer_weights_have_a_gradient_that_is_not_rounded():
-  gradients = [
-    nested_maml.weight_gradient(
-      _quadratic(), 0.0, _TRAIN, _META, weights, lookahead_learning_rate=_ETA
-    ).gradient
-    for weights in (jnp.ones(2, int), jnp.ones(2))
-  ]
+  @jax.jit
+  def gradient_of_each(*several):
+    return [
+      nested_maml.weight_gradient(
+        _quadratic(), 0.0, _TRAIN, _META, weights, lookahead_learning_rate=_ETA
+      ).gradient
+      for weights in several
+    ]
+
+  gradients = gradient_of_each(jnp.ones(2, int), jnp.ones(2))
   assert gradients[1].all()
   np.testing.assert_array_equal(*gradients)
 
@@ -276,6 +280,7 @@ def _step_fn(method):
   return jax.jit(lambda s, step: method.gradients(s, _task(), _inputs(*_DATA, step)))
 
 
+@functools.cache  # Tests with the same method share one program.
 def _once(method):
   return _step_fn(method)(_start(method), 0)
 
@@ -290,15 +295,16 @@ def _item_losses(params, batch, scale=1.0):
   return -jnp.take_along_axis(chosen, batch["label"][..., None], -1)[..., 0]
 
 
-def _value_and_gradient(losses_fn, weights, meta_losses_fn=_losses):
-  """M and dM/dw at weights shaped like the losses, from the unrolled step."""
+@functools.cache
+def _value_and_gradient(losses_fn, *shape, meta_losses_fn=_losses):
+  """M and dM/dw at weights of one for all losses [*shape], from the unrolled step."""
 
   def validation_loss(w):
     slope = jax.grad(lambda p: jnp.mean(w * losses_fn(p, _BATCH)))(_params())
     ahead = jax.tree.map(lambda p, g: p - _ETA * g, _params(), slope)
     return jnp.mean(meta_losses_fn(ahead, _VALIDATION))
 
-  return jax.jit(jax.value_and_grad(validation_loss))(weights)
+  return jax.jit(jax.value_and_grad(validation_loss))(jnp.ones(shape))
 
 
 _SHARES = {
@@ -309,6 +315,7 @@ _SHARES = {
 _GAMMA = 300.0
 
 
+@functools.cache
 def _method(share="task", gamma=_GAMMA, **settings):
   return nested_maml.nested_maml(gamma, _ETA, share, **_SHARES[share], **settings)
 
@@ -328,7 +335,7 @@ def test_zero_weight_learning_rate_is_maml():
 
 def test_weights_per_task():
   result, state = _once(_method())
-  _, gradient = _value_and_gradient(_losses, jnp.ones(_TASKS))
+  _, gradient = _value_and_gradient(_losses, _TASKS)
   assert state.weights.shape == (_N,)
   expected = np.ones(_N)
   expected[_BATCH["index"]] = np.maximum(1 - _GAMMA * gradient, 0)
@@ -339,7 +346,7 @@ def test_weights_per_task():
 
 def test_gradients_are_summed_within_clusters():
   result, state = _once(_method("cluster"))
-  _, gradient = _value_and_gradient(_losses, jnp.ones(_TASKS))
+  _, gradient = _value_and_gradient(_losses, _TASKS)
   sums = [gradient[_BATCH["group"] == c].sum() for c in range(3)]
   expected = np.maximum(1 - _GAMMA * np.array(sums), 0)
   np.testing.assert_allclose(state.weights, expected, rtol=1e-3, atol=1e-3)
@@ -348,7 +355,7 @@ def test_gradients_are_summed_within_clusters():
 
 def test_weights_per_query_sum_to_the_task_weight():
   result, state = _once(_method("item", gamma=1000.0))
-  _, gradient = _value_and_gradient(_item_losses, jnp.ones((_TASKS, _ITEMS)))
+  _, gradient = _value_and_gradient(_item_losses, _TASKS, _ITEMS)
   assert state.weights.shape == (_N, _ITEMS)
   weights = np.maximum(1 - 1000.0 * gradient, 0)
   batch_weights = state.weights[_BATCH["index"]]
@@ -375,7 +382,7 @@ def test_meta_forward_is_used_for_validation_tasks():
   _, state = _once(_method(meta_forward=doubled))
   meta_losses_fn = functools.partial(_item_losses, scale=2.0)
   expected_loss, gradient = _value_and_gradient(
-    _losses, jnp.ones(_TASKS), meta_losses_fn
+    _losses, _TASKS, meta_losses_fn=meta_losses_fn
   )
   expected = np.maximum(1 - _GAMMA * gradient, 0)
   batch_weights = state.weights[_BATCH["index"]]

@@ -78,9 +78,11 @@ def _task_by_task(one_task, params, batch):
   return jax.tree.map(lambda *x: np.stack(x), *tasks)
 
 
+# `test_equation_8_with_explicit_hessians_or_without` of NestedMAML tests the gradient
+# through one step.
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-  ("num_steps", "first_order"), [(0, False), (1, False), (2, True), (3, False)]
+  ("num_steps", "first_order"), [(0, False), (2, True), (2, False)]
 )
 def test_losses_and_gradients_equal_maml(num_steps, first_order):
   batch = _batch(dtype=np.float64)
@@ -132,10 +134,10 @@ def test_evaluation_uses_its_number_of_steps_for_any_number_of_tasks():
   batch = _batch(
     num_tasks=23
   )  # More tasks than one evaluation batch, and not a multiple of it.
-  learner = _learner(num_inner_steps=1, num_test_steps=3)
+  learner = _learner(num_inner_steps=1, num_test_steps=2)
   params, _ = jax.jit(learner.init)(jax.random.key(1), batch)
   result = jax.jit(lambda p, b: _losses(learner, p, b, train=False))(params, batch)
-  literal = functools.partial(_literal, num_steps=3, rate=0.5)
+  literal = functools.partial(_literal, num_steps=2, rate=0.5)
   np.testing.assert_allclose(result, _task_by_task(literal, params, batch), rtol=1e-4)
 
 
