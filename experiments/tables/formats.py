@@ -10,6 +10,8 @@ from typing import Any
 from experiments.lib import report
 from experiments.tables import table as table_lib
 
+# Number of metrics in the short form of one setting; wider tables do not fit a page.
+_MAX_METRICS = 6
 LONG_FORM = (
   "experiment",
   "setting",
@@ -53,8 +55,13 @@ def compact(table: table_lib.Table) -> str:
   """The first metric, with a line per method and a column per setting.
 
   Lines and columns are exchanged if there are more settings than methods. If there is
-  one setting, there is a column per metric. Published values are in parentheses.
+  one setting, there is a column for each of the first six metrics. Published values are
+  in parentheses. There are several tables if the layout is divided by a setting.
   """
+  return "\n\n".join([*map(_compact, table.divided()), _source(table)])
+
+
+def _compact(table):
   layout, varying = table.layout, table.varying()
   settings = list(dict.fromkeys(_setting(table, line, varying) for line in table.lines))
   shown = table.metrics()
@@ -63,6 +70,7 @@ def compact(table: table_lib.Table) -> str:
     header, shown = settings, shown[:1]
     shared += [layout.metrics[i].heading for i in shown]
   else:
+    shown = shown[:_MAX_METRICS]
     header = [layout.metrics[i].heading for i in shown]
   cells: dict[str, dict[tuple[str, int], str]] = {}
   for line in table.lines:
@@ -77,9 +85,11 @@ def compact(table: table_lib.Table) -> str:
   if len(settings) > max(1, len(rows)):
     lines = [list(column) for column in zip(*lines, strict=True)]
     lines[0][0] = "setting"
+  # A setting without a value, such as the share of a meta batch of plain training.
+  lines[0] = [heading or "-" for heading in lines[0]]
   made = report.table(lines[0], lines[1:])
   above = "; ".join(part for part in shared if part)
-  return "\n\n".join([f"{above}.", made, _source(table)])
+  return f"{above}.\n\n{made}"
 
 
 def long_form(tables: Sequence[table_lib.Table]) -> str:

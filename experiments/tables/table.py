@@ -52,6 +52,8 @@ class Layout:
     identity: a function that returns what identifies a run among those of its line.
     published: the source of the published values and the meaning of their "±", or the
       reason why there are none.
+    divided_by: settings of which each combination has a separate table in the short
+      form.
   """
 
   name: str
@@ -64,6 +66,7 @@ class Layout:
   method_heading: str = "method"
   repeat: str = "seed"
   identity: Callable[[Row], Any] = lambda row: row.get("seed")
+  divided_by: tuple[str, ...] = ()
 
 
 # Metrics of the experiments with wrong labels.
@@ -132,6 +135,14 @@ class Table(NamedTuple):
   name: str
   layout: Layout
   lines: list[Line]
+
+  def divided(self) -> list["Table"]:
+    """A table for each combination of the settings `layout.divided_by`."""
+    parts: dict[tuple[Any, ...], list[Line]] = {}
+    for line in self.lines:
+      key = tuple(line.setting[name] for name in self.layout.divided_by)
+      parts.setdefault(key, []).append(line)
+    return [self._replace(lines=lines) for lines in parts.values()]
 
   def varying(self) -> list[str]:
     """The settings that differ between lines."""

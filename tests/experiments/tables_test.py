@@ -101,6 +101,50 @@ def test_the_short_form_of_one_setting_has_a_column_per_metric():
   assert text.endswith("Published: nothing, the problem is this project's.")
 
 
+def test_the_short_form_may_have_a_table_for_each_value_of_a_setting():
+  none = {name.column: None for name in tables.STEP_TIME.metrics}
+  shared = none | {
+    "seed": 0,
+    "dtype": "float32",
+    "cpus": 2,
+    "engine": None,
+    "framework": "jax",
+  }
+  rows = [
+    shared | {"network": n, "method": m, "meta_share": share, "ratio": ratio}
+    for n, m, share, ratio in (
+      ("mlp", "plain", None, 1.0),
+      ("mlp", "bare", 0.1, 1.5),
+      ("lenet", "bare", 0.1, 2.5),
+    )
+  ]
+  text = formats.compact(make("step_time", rows, batch_size=8, platform="cpu"))
+  above = "float32, batch 8, cpu, CPU cores: 2; 1 benchmark; time / plain."
+  assert text == (
+    f"mlp, {above}\n\n"
+    "| method | -    | M/B = 0.1 |\n"
+    "|--------|------|-----------|\n"
+    "| plain  | 1.00 |           |\n"
+    "| bare   |      | 1.50      |\n\n"
+    "lenet, float32, batch 8, M/B = 0.1, cpu, CPU cores: 2; 1 benchmark.\n\n"
+    "| method | time / plain |\n"
+    "|--------|--------------|\n"
+    "| bare   | 2.50         |\n\n"
+    "Published: L2RW at about 3 times plain training (Ren et al. 2018)."
+  )
+
+
+def test_the_short_form_has_at_most_six_metrics():
+  metrics = [table_lib.Metric(f"m{i}", f"metric {i}") for i in range(8)]
+  layout = table_lib.Layout("x", "X", tuple(metrics), {}, "Published: nothing.")
+  row = {"method": "a", "seed": 0} | {f"m{i}": float(i) for i in range(8)}
+  table = table_lib.make(table_lib.Section("x", layout, [row], {}))
+  header, line = scripts.table(formats.compact(table))
+  assert header == ["method", *(f"metric {i}" for i in range(6))]
+  assert line == ["a", *(f"{i}.00" for i in range(6))]
+  assert "metric 7" in formats.summary(table)
+
+
 def test_a_setting_that_differs_has_a_column_of_its_own():
   rows = [_ROWS[0], {**_ROWS[0], "network": "lenet", "preset": "own"}]
   header, *lines = scripts.table(formats.summary(make("mnist_noise", rows)))
