@@ -98,7 +98,7 @@ def choose(
   Args:
     make_step: `(**options) -> step`, where `step` is a function of `args`, or the
       result of `jax.jit`, which may donate arguments.
-    args: arguments of the step, arrays or `jax.ShapeDtypeStruct`s.
+    args: arguments of the step: arrays, or shapes (`jax.ShapeDtypeStruct`).
     plans: keyword arguments for `make_step`, from the cheapest, see `l2rw_plans`.
     num_bytes: memory budget of a device for the arguments, the results and the
       temporary arrays of a step.
