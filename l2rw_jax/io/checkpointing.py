@@ -1,4 +1,4 @@
-"""Checkpoints that remain usable after a kill, a full disk or a damaged file."""
+"""Checkpoints that survive a killed process, a full disk or a damaged file."""
 
 import hashlib
 import json

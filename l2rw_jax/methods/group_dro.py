@@ -1,13 +1,13 @@
 r"""Group DRO: groups with large losses get large weights (Sagawa et al., 2020).
 
-The objective is min over p of max over groups g of the mean loss L_g(p). Each step
-updates a distribution q over the groups by exponentiated gradient ascent, then the
-network by gradient descent on the q-weighted loss.
+Training minimizes, over the parameters p, the largest of the groups' mean losses
+L_g(p). Each step updates a distribution q over the groups by exponentiated gradient
+ascent, then the network by gradient descent on the q-weighted loss.
 
-    q_g <- q_g exp(eta L_g) / Z           L_g of the batch, for the groups in it
-    w_i  = q_g / n_g                      n_g examples of i's group in the batch
+    q_g <- q_g exp(eta L_g) / Z     for groups g in the batch, with mean loss L_g there
+    w_i  = q_g / n_g                for an example i of a group g with n_g in the batch
 
-so that sum_i w_i l_i = sum_g q_g L_g. With eta = 0 and uniform q, this is the mean of
+Then sum_i w_i l_i = sum_g q_g L_g. With eta = 0 and uniform q, this is the mean of
 the groups' means.
 
 Groups that are absent from a batch keep their q, except for the division by Z, and
