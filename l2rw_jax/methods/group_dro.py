@@ -104,7 +104,7 @@ def example_weights(
 def _ascend(log_q, step_size, group_losses, present):
   """log q [G] after an ascent step on the losses [G] of the groups in the batch."""
   group_losses = jnp.where(present, group_losses, 0)
-  limit = jnp.finfo(log_q.dtype).max / 4  # So differences of two are finite.
+  limit = jnp.finfo(log_q.dtype).max / 4  # Twice the limit does not overflow.
   increase = step_size * jnp.maximum(group_losses - group_losses.max(), -limit)
   return jax.nn.log_softmax(jnp.maximum(log_q + increase, -limit))
 
