@@ -1,1 +1,1 @@
-"""Data sets: sources, a cache of decoded sources, and splits that are made wrong."""
+"""Data sets: sources, a cache of decoded sources, and splits with deliberate errors."""
