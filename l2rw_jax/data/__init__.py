@@ -1,1 +1,1 @@
-"""Data sets in memory: sources, their decoded cache, and wrong-on-purpose splits."""
+"""Data sets: sources, a cache of decoded sources, and splits with deliberate errors."""

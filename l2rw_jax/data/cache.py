@@ -77,8 +77,8 @@ def _read(path: pathlib.Path, key: str) -> Arrays | None:
       raise ValueError("its checksum does not match")
   except (FileNotFoundError, NotADirectoryError):
     return None
-  # Damage can raise nearly any error: BadZipFile, EOFError, KeyError, MemoryError,
-  # SyntaxError, ... In all cases the arrays are built again.
+  # A damaged file can raise nearly any error: BadZipFile, EOFError, KeyError,
+  # MemoryError, SyntaxError, ... In all cases the arrays are built again.
   except Exception as error:
     _log.warning(
       "cache file %s cannot be used (%s: %s); it is built again",

@@ -1,4 +1,4 @@
-"""Sources with many classes of few images, and transformations of them."""
+"""Sources with many classes of few images each, and transformations of sources."""
 
 from collections.abc import Sequence
 import os
@@ -23,9 +23,9 @@ def omniglot(
   """Handwritten characters: the splits `small1` and `small2` of TFDS, as one source.
 
   The two splits share alphabets (Greek and Latin), including the drawings. A
-  character that is in both splits is used once, so there are 242 characters of 20
-  drawings. Drawings are converted to gray and resized to `size` by `size`, with bright
-  ink on a dark background as in MNIST.
+  character that is in both splits is used once, so there are 242 characters with 20
+  drawings each. Drawings are converted to gray and resized to `size` by `size`, with
+  bright ink on a dark background as in MNIST.
 
   Args:
     size: width and height of the images, in pixels.
@@ -68,11 +68,11 @@ def image_folder(root: str | os.PathLike, split: str, *, size: int) -> sources.S
   Returns:
     The split. Its `class_names` are the names of the folders, so that
     `examples.check_sources` detects splits with different classes, and
-    `episodes.episodes` splits with common classes.
+    `episodes.episodes` detects splits that share classes.
 
   Raises:
     InputError: the folder does not exist or has no classes, a class has no images, an
-      image is outside of the class folders or of another format, or a file cannot be
+      image is outside of the class folders or has another format, or a file cannot be
       read.
   """
   sources.check_folder_name("the split of an image folder", split)
@@ -80,13 +80,13 @@ def image_folder(root: str | os.PathLike, split: str, *, size: int) -> sources.S
   classes = [p for p in _listed(folder) if p.is_dir()]
   if not classes:
     raise base.InputError(
-      f"{folder} has no folders of classes with images {folder}/CLASS/FILE.jpg: set"
-      f" --data_dir to the folder above {split}."
+      f"{folder} has no class folders with images, such as {folder}/CLASS/FILE.jpg: set"
+      f" --data_dir to the folder that contains {split}."
     )
   outside = [p for p in _listed(folder) if p.suffix.lower() in _SUFFIXES]
   outside = [p for p in outside if not p.is_dir()]
   if outside:
-    raise base.InputError(f"{outside[0]} is in no class; move it into a class folder.")
+    raise base.InputError(f"{outside[0]} is in no class folder; move it into one.")
   images, labels = [], []
   for label, class_folder in enumerate(classes):
     files = _images(class_folder)
@@ -140,7 +140,7 @@ def _read(path: pathlib.Path, size: int) -> np.ndarray:
       small = image_files.of_bytes(image).convert("RGB")
       small = small.resize((size, size), Image.Resampling.BILINEAR)
       return np.asarray(small, np.uint8)
-  # Damage can raise nearly any error.
+  # A damaged file can raise nearly any error.
   except Exception as error:
     raise base.InputError(f"{path} cannot be read as an image; remove it.") from error
 
@@ -174,7 +174,7 @@ def shuffled(source: sources.Source, seed: int) -> sources.Source:
 
 
 def rotated(source: sources.Source) -> sources.Source:
-  """Makes four classes of each class, by rotations of 0, 90, 180 and 270 degrees.
+  """Makes four classes from each class, by rotations of 0, 90, 180 and 270 degrees.
 
   Class c rotated by 90 k degrees becomes class c + k C. Omniglot is extended in this
   way in few-shot learning. Split the classes before you call this function, because a
@@ -212,11 +212,12 @@ def split_classes(
   Args:
     source: the source.
     sizes: number of classes in each part.
-    seed: decides the part of each class. Use one seed for all repetitions of an
-      experiment; otherwise settings are tested on classes for which they were chosen.
+    seed: decides to which part each class belongs. Use one seed for all repetitions of
+      an experiment; otherwise settings are tested on the classes for which they were
+      chosen.
 
   Raises:
-    InputError: the source has fewer classes.
+    InputError: the source has fewer classes than the parts need.
   """
   if sum(sizes) > source.num_classes:
     raise base.InputError(

@@ -43,7 +43,7 @@ def header(path: str | os.PathLike) -> Header:
       if image.getexif().get(0x0112, 1) >= 5:  # The camera was held upright.
         width, height = height, width
       return Header(height, width, image.mode.partition(";")[0] in _GRAY_MODES)
-  # Damage can raise nearly any error.
+  # A damaged file can raise nearly any error.
   except Exception as error:
     raise ValueError(_reason(error)) from error
 
@@ -86,7 +86,7 @@ def read(
         )
       small = small.resize(size[::-1], Image.Resampling.BILINEAR)
       return np.asarray(small, np.uint8).reshape(*size, channels)
-  # Damage can raise nearly any error.
+  # A damaged file can raise nearly any error.
   except Exception as error:
     raise ValueError(_reason(error)) from error
 

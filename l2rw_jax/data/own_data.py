@@ -416,7 +416,7 @@ def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 def _in_classes(
   folder: pathlib.Path,
 ) -> tuple[list[pathlib.Path], list[str], list[tuple[str, str]]]:
-  """The images in folders of classes, their labels, and the skipped files."""
+  """The images in class folders, their labels, and the skipped files."""
   files, labels, skipped = [], [], []
   for path in _walk(folder):
     inside = path.relative_to(folder)
@@ -431,7 +431,7 @@ def _in_classes(
       labels.append(inside.parts[0])
   if not files:
     raise base.InputError(
-      f"{folder} contains no images in folders of classes, {folder}/CLASS/FILE.png;"
+      f"{folder} contains no images in class folders, {folder}/CLASS/FILE.png;"
       f" move them there, or list them as path,label in {folder}/labels.csv"
     )
   return files, labels, skipped

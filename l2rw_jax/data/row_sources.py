@@ -146,7 +146,7 @@ class StoredImages(_Images):
     try:
       for i, record in enumerate(self._records.__getitems__(rows.tolist())):
         images[i] = record["image"]
-    # Damage can raise any error.
+    # A damaged file can raise any error.
     except Exception as error:
       reason = f"{type(error).__name__}: {error}".partition("\n")[0]
       raise base.InputError(

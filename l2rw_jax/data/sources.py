@@ -366,7 +366,7 @@ def _builder(folder: pathlib.Path) -> Any:
   for file, make in steps:
     try:
       objects.append(make(folder))
-    # Damage can raise any error.
+    # A damaged file can raise any error.
     except Exception as error:
       reason = f"{type(error).__name__}: {error}".partition("\n")[0]
       raise base.InputError(_damaged(folder / file, reason)) from error
@@ -462,7 +462,7 @@ def _readable(folder: pathlib.Path, split: str, size: int) -> Iterator[None]:
       f"the {size} images of {split!r} in {folder} do not fit in memory; take a"
       " slice of the split, such as train[:10%], or --data=stream"
     ) from None
-  # Damage can raise any error, also in the decoders of images.
+  # A damaged file can raise any error, also in the decoders of images.
   except Exception as error:
     reason = f"{type(error).__name__}: {str(error).partition(';')[0]}"
     raise base.InputError(_damaged(folder, reason.partition("\n")[0])) from error

@@ -1,4 +1,4 @@
-"""Checkpoints that remain usable after a kill, a full disk or a damaged file."""
+"""Checkpoints that survive a killed process, a full disk or a damaged file."""
 
 import hashlib
 import json
@@ -147,7 +147,7 @@ class Checkpointer:
           f"cannot read the checkpoint of step {step} in {self._directory}:"
           f" {_reason(error)}"
         ) from error
-      except Exception as error:  # Damage can raise any exception.
+      except Exception as error:  # A damaged file can raise any exception.
         self._drop(step, error)
         continue
       return self._unpacked(step, record, arrays, like)
@@ -164,7 +164,7 @@ class Checkpointer:
       record, arrays = self._read(step)
     except MemoryError:
       raise
-    except Exception as error:  # Damage can raise any exception.
+    except Exception as error:  # A damaged file can raise any exception.
       raise base.InputError(
         f"cannot read the checkpoint of step {step} in {self._directory}:"
         f" {_reason(error)}"

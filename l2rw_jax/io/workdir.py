@@ -39,8 +39,8 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "l2rw_jax")
 def write_text(path: str | os.PathLike, text: str) -> None:
   """Writes `text` to `path` atomically.
 
-  After a kill or a power failure at any time, `path` has either its old content or
-  the new one.
+  If the process is killed or the power fails at any time, `path` has either its old
+  content or the new one.
 
   Args:
     path: file to create or replace; its folder must exist.

@@ -20,10 +20,10 @@ normalization) are differentiated as usual.
 
 The engine works on the jaxpr of the losses, so that it supports any framework and any
 sharing of parameters. `batch_axes` checks whether examples are processed independently.
-In a `jax.lax.scan`, perturbations are rows of its input, and what the derivatives need
-is recorded as rows of its output; two more loops go through these rows. The engine does
-not support a `jax.custom_vjp` that takes parameters (its backward rule sums over
-examples), `while` and `cond`.
+In a `jax.lax.scan`, each step reads its perturbations from a row of the input, and
+writes what the derivatives need to a row of the output; two more loops go through these
+rows. The engine does not support a `jax.custom_vjp` that takes parameters (its backward
+rule sums over examples), `while` and `cond`.
 
 For a `jax.checkpoint`, only its inputs and the gradients of its outputs are recorded.
 Each pass recomputes what it needs, which costs 2, 3 and 3 forward passes instead of 1,

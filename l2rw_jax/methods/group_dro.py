@@ -1,23 +1,23 @@
 r"""Group DRO: groups with large losses get large weights (Sagawa et al., 2020).
 
-The objective is min over p of max over groups g of the mean loss L_g(p). Each step
-updates a distribution q over the groups by exponentiated gradient ascent, then the
-network by gradient descent on the q-weighted loss.
+Training minimizes, over the parameters p, the largest of the groups' mean losses
+L_g(p). Each step updates a distribution q over the groups by exponentiated gradient
+ascent, then the network by gradient descent on the q-weighted loss.
 
-    q_g <- q_g exp(eta L_g) / Z           L_g of the batch, for the groups in it
-    w_i  = q_g / n_g                      n_g examples of i's group in the batch
+    q_g <- q_g exp(eta L_g) / Z     for groups g in the batch, with mean loss L_g there
+    w_i  = q_g / n_g                for an example i of a group g with n_g in the batch
 
-so that sum_i w_i l_i = sum_g q_g L_g. With eta = 0 and uniform q, this is the mean of
+Then sum_i w_i l_i = sum_g q_g L_g. With eta = 0 and uniform q, this is the mean of
 the groups' means.
 
-Groups that are absent from a batch keep their q, up to Z, and contribute nothing to
-the sum: the sum of the weights is the sum of q over the groups in the batch, at most 1.
-This generalizes the paper's step, which uses one group at a time and multiplies its
-gradient by q_g. If the weights were rescaled to sum to 1, the groups in the batch would
-gain the weight of groups that are never sampled. Without rescaling, however, the
-influence of a rare group depends on how often it is sampled. The paper's algorithm
-draws all groups equally often; if the groups are the classes, `baselines.resampling`
-draws batches in this way.
+Groups that are absent from a batch keep their q, except for the division by Z, and
+contribute nothing to the sum: the sum of the weights is the sum of q over the groups in
+the batch, at most 1. This generalizes the paper's step, which uses one group at a
+time and multiplies its gradient by q_g. If the weights were rescaled to sum to 1, the
+groups in the batch would gain the weight of groups that are never sampled. Without
+rescaling, however, the influence of a rare group depends on how often it is sampled.
+The paper's algorithm draws all groups equally often; if the groups are the classes,
+`baselines.resampling` draws batches in this way.
 
 Differences from the released code: this module stores log q instead of q and computes
 it relative to the worst group, so that large losses do not overflow and a q below the
@@ -104,7 +104,7 @@ def example_weights(
 def _ascend(log_q, step_size, group_losses, present):
   """log q [G] after an ascent step on the losses [G] of the groups in the batch."""
   group_losses = jnp.where(present, group_losses, 0)
-  limit = jnp.finfo(log_q.dtype).max / 4  # Differences of two are then finite.
+  limit = jnp.finfo(log_q.dtype).max / 4  # Twice the limit does not overflow.
   increase = step_size * jnp.maximum(group_losses - group_losses.max(), -limit)
   return jax.nn.log_softmax(jnp.maximum(log_q + increase, -limit))
 

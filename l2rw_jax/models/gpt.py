@@ -14,8 +14,9 @@ from l2rw_jax.models import transformer
 class GPT(split.SplitNetwork):
   """Decoder-only transformer with learned positions, without dropout.
 
-  Each block is that of `transformer.VisionTransformer` with a causal mask. A last
-  LayerNorm and the output layer follow. Examples are treated separately.
+  The blocks are those of `transformer.VisionTransformer`, with a causal mask. A final
+  LayerNorm and the output layer follow. The output of an example does not depend on the
+  other examples of the batch.
 
   Attributes:
     vocabulary: V, number of tokens.
@@ -23,18 +24,18 @@ class GPT(split.SplitNetwork):
     depth: number of blocks.
     num_heads: number of attention heads; must divide `width`.
     expansion: hidden width of a block divided by `width`.
-    scan: whether the blocks are one `lax.scan` over stacked parameters, which is
-      compiled once, not once a block.
+    scan: whether the blocks run in one `lax.scan` over stacked parameters, so that the
+      program of a block is compiled once instead of `depth` times.
     unroll: number of blocks in one iteration of the compiled loop.
     remat: whether the activations in a block are computed again in the backward pass
       instead of stored.
-    tied: whether the embedding of the tokens is also the output layer. Otherwise, that
-      is a linear layer with its parameters and a bias.
+    tied: whether the embedding of the tokens is also the output layer. Otherwise, the
+      output layer is a linear layer with its own kernel and bias.
     last_only: whether only the token after the sequence is predicted, as a class of a
       `classifier.Classifier`.
     dtype: floating-point type of the computation; logits are float32 or wider.
-    cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`. It replaces
-      a linear layer, and has no effect if `tied`.
+    cosine: whether the logits are cosines, as LDAM needs. `split.Cosine` then replaces
+      the linear output layer. This has no effect if `tied`.
 
   Raises:
     InputError: when it is initialized or applied, if `num_heads` does not divide
@@ -74,7 +75,7 @@ class GPT(split.SplitNetwork):
 
   @property
   def num_features(self) -> int | None:
-    """Width of the penultimate layer; None if every token has its features."""
+    """Width of the penultimate layer; None if every token has its own features."""
     return self.width if self.last_only else None
 
   def head(self, features: jax.Array) -> jax.Array:
@@ -84,15 +85,16 @@ class GPT(split.SplitNetwork):
 
   @nn.compact
   def features(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """Maps tokens [B, T] to features [B, T, width], or [B, width] of the last one.
+    """Maps tokens [B, T] to features [B, T, width].
 
-    Tokens may be floating-point numbers, to which `Classifier` casts integers.
+    If `last_only`, the result is the features [B, width] of the last token. Tokens may
+    be floating-point numbers, because `Classifier` casts its inputs to them.
     """
     del train
     h = self.embed(x.astype(jnp.int32))
     positions = self.param("positions", _start, (1, x.shape[1], self.width))
     h = h + positions.astype(h.dtype)
-    # A loop needs no protection from merging the two computations.
+    # XLA cannot merge the recomputation with the forward pass if they are in two loops.
     prevent_cse = not self.scan or self.unroll > 1
     layer = nn.remat(_Layer, prevent_cse=prevent_cse) if self.remat else _Layer
     options = (self.num_heads, self.expansion, self.dtype)

@@ -15,10 +15,10 @@ class VisionTransformer(split.SplitNetwork):
 
   Learned positions are added to the embedded patches. Each of the `depth` blocks
   consists of LayerNorm and attention, then LayerNorm and a GELU layer of `expansion`
-  times the width, both with a residual connection. A last LayerNorm and the mean over
+  times the width, both with a residual connection. A final LayerNorm and the mean over
   patches follow, as in "Better plain ViT baselines for ImageNet-1k" (Beyer et al.,
-  2022), in place of a class token. Examples are treated separately. There are 809,098
-  parameters for CIFAR-10.
+  2022), in place of a class token. The output of an example does not depend on the
+  other examples of the batch. There are 809,098 parameters for CIFAR-10.
 
   Attributes:
     num_outputs: number of logits per example.

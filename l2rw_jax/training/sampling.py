@@ -1,4 +1,4 @@
-"""The rows of the examples of each step, which depend only on the seed and the step."""
+"""The rows of the examples that each step uses; a function of the seed and the step."""
 
 from collections.abc import Callable, Sequence
 import functools
@@ -11,7 +11,7 @@ from l2rw_jax import base
 
 
 class Position(NamedTuple):
-  """The next batch of a run: batch `offset` of epoch `epoch`, both from 0."""
+  """The next batch of a run: batch `offset` of epoch `epoch`, both counted from 0."""
 
   epoch: int
   offset: int
@@ -57,7 +57,7 @@ class TrainSampler:
     self.position = position or Position(0, 0)
     self._epoch_order = epoch_order
     self._batch_size = batch_size
-    self._order: np.ndarray | None = None  # The current epoch's, once it is needed.
+    self._order: np.ndarray | None = None  # Drawn when it is needed.
 
   def starts_epoch(self) -> bool:
     """Whether the next batch is the first one of its epoch."""
@@ -72,7 +72,7 @@ class TrainSampler:
     return self.epoch_length() - self.position.offset
 
   def ahead(self) -> Callable[[int], np.ndarray]:
-    """Returns a function `i -> rows` of the batch that comes i batches after the next.
+    """Returns a function `i -> rows` of the batch that is i after the next one.
 
     The function may be called in other threads, and its result does not change when
     this sampler advances. It draws the order of later epochs itself, so the order must
@@ -172,12 +172,15 @@ class Sampler:
     return [run.position for run in self.runs]
 
   def seek(self, positions: Sequence[Position]) -> None:
-    """Continues at the given position of each run; before the first batch only."""
+    """Continues each run at its given position. Call it only before the first batch."""
     for run, position in zip(self.runs, positions, strict=True):
       run.position = position
 
   def epoch(self) -> tuple[int, int]:
-    """Numbers of steps until a run starts an epoch, and in the shortest epoch."""
+    """Numbers of steps until the next start of an epoch, and in the shortest epoch.
+
+    Each is the minimum over the runs.
+    """
     steps_left = min(run.steps_left() for run in self.runs)
     return steps_left, min(run.epoch_length() for run in self.runs)
 
@@ -202,7 +205,7 @@ def _check_rows(rows, num_examples):
   if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer):
     raise base.InputError(
       f"the method's `sample` returned {rows.dtype} {list(rows.shape)}; it must return"
-      " the rows to visit, integers in one axis (np.flatnonzero of a mask)."
+      " the rows to visit, integers of shape [n] (for a mask, np.flatnonzero(mask))."
     )
   wrong = rows[(rows < 0) | (rows >= num_examples)]
   if wrong.size:

@@ -134,7 +134,7 @@ def test_unexpected_folders_raise(folder):
       image_classes.image_folder(folder, split, size=4)
     return str(caught.value)
 
-  assert "test has no folders of classes" in message("test")
+  assert "test has no class folders" in message("test")
   (folder / "val" / "empty").mkdir()
   assert "empty contains no image (.bmp, .jpeg, .jpg, .png)" in message("val")
   (folder / "train" / "blue" / "0.png").write_bytes(b"broken")

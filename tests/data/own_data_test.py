@@ -324,7 +324,7 @@ def _mistakes(folder):
   _save(folder / "single" / "a" / "y.png", 2)
   return {
     "images:none": "is not a folder of images",
-    "images:empty": r"contains no images in folders of classes",
+    "images:empty": r"contains no images in class folders",
     "images:broken": "no image that can be read; 1 were skipped, the first is a/x.png",
     "images:single": "has 1 different labels in 2 examples",
     "npz:none.npz": "none.npz cannot be read: No such file",

@@ -183,7 +183,7 @@ _MISTAKES = {
   "no_folder": (["--dataset=mini_imagenet"], "mini_imagenet needs --data_dir="),
   "empty_folder": (
     ["--dataset=mini_imagenet", "--data_dir={tmp}"],
-    "train has no folders of classes",
+    "train has no class folders",
   ),
   "clusters": (["--num_clusters=25"], "between 1 and the 24 tasks"),
   "clip": (["--clip=-1"], "=-1 must lie between"),

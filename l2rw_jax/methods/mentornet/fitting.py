@@ -23,7 +23,7 @@ from l2rw_jax.methods.mentornet import network as mentornet_network
 
 
 class Rows(NamedTuple):
-  """N rows of inputs and target weights for a mentor, NumPy arrays.
+  """N rows of inputs and target weights for a mentor, as NumPy arrays.
 
   Attributes:
     losses: float32 [N].

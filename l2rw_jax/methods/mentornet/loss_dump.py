@@ -32,7 +32,7 @@ _DTYPES = {
 }
 _ANY_ROW = (0, np.iinfo(np.int32).max)
 _ANY_CLASS = (0, 999_999)
-# The largest allowed integers; a cast would change larger ones.
+# The smallest and largest allowed integers. A cast would change larger ones.
 _RANGES = {
   "sample": _ANY_ROW,
   "index": _ANY_ROW,
@@ -43,7 +43,7 @@ _RANGES = {
 
 
 class LossDump(NamedTuple):
-  """N recorded losses, NumPy arrays.
+  """N recorded losses, as NumPy arrays.
 
   Attributes:
     sample: the example's row in its training set, int32 [N].
@@ -74,11 +74,11 @@ def record_losses(
   """An epoch probe that passes the training set's losses to `sink`.
 
   The losses are those of the network in evaluation mode (no dropout, running batch
-  statistics). A run that is resumed after a kill records the epochs since its last
-  checkpoint again.
+  statistics). A run that is resumed after it was killed records the epochs since its
+  last checkpoint again.
 
   Args:
-    sink: called on the host with the run's seed, the epoch, counted from 0, the
+    sink: called on the host with the run's seed, the epoch (counted from 0), the
       examples' indices and their losses.
     every: number of epochs between records.
     num_examples: size of the random sample to record, which is drawn again each time;
@@ -176,7 +176,8 @@ class Writer:
       num_steps: number of steps of the run.
 
     Raises:
-      InputError: nothing was recorded, or a file is damaged or has more examples.
+      InputError: nothing was recorded, or a file is damaged or has examples that are
+        not in the training set.
     """
     columns = []
     for path in sorted(self._run_folder(seed).glob("epoch-*.npz")):
@@ -184,8 +185,8 @@ class Writer:
       index = record["index"]
       if len(index) and index.max() >= len(label):
         raise base.InputError(
-          f"{path} has more than these {len(label)} examples; delete {self.folder} and"
-          " record again."
+          f"{path} has an example beyond the {len(label)} training examples; delete"
+          f" {self.folder} and record again."
         )
       steps = int(path.stem.removeprefix("epoch-")) * (len(label) // batch_size)
       percent = np.full(len(index), min(100 * steps // num_steps, 99))
@@ -280,7 +281,7 @@ def _read_csv(path):
 
 
 # NumPy and zipfile raise these errors for archives that are truncated, encrypted,
-# compressed by an unknown algorithm, or larger than memory by their headers.
+# compressed by an unknown algorithm, or larger than memory according to their headers.
 _UNREADABLE = (
   *(OSError, ValueError, EOFError, TypeError, RuntimeError, MemoryError),
   *(OverflowError, SyntaxError, zipfile.BadZipFile, zlib.error, struct.error),

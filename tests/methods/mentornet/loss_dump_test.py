@@ -27,7 +27,9 @@ def test_missing_and_damaged_records_are_refused(tmp_path):
     writer(0, 0, np.arange(2), np.ones(2))
   writer = loss_dump.Writer(tmp_path / "many")
   writer(0, 0, np.array([100]), np.ones(1))
-  with pytest.raises(base.InputError, match="has more than these 40 examples"):
+  with pytest.raises(
+    base.InputError, match="has an example beyond the 40 training examples"
+  ):
     _combine(tmp_path / "many")
 
 
