@@ -14,7 +14,8 @@ chosen on the test set. Columns:
                                   the exact scores at the same parameters, over every
                                   seventh step of the run
   accuracy_percent                on the test examples, or on their bytes
-  difference                      accuracy minus that of exact weights, same seed
+  difference                      accuracy minus that of exact weights; both have the
+                                  same seed
 
 Command: python -m benchmarks.approximate_scores --data_dir=DIR
 Results: results/approximate_scores.
