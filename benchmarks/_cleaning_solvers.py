@@ -51,7 +51,7 @@ class Sizes(NamedTuple):
     num_classes: C.
     batch_size: batch size of both kinds of batches.
     num_steps: number of steps of a run, which determines the cosine schedule.
-    regularization: reg.
+    regularization: reg in the equation for g.
   """
 
   num_examples: int
@@ -67,7 +67,7 @@ class Sizes(NamedTuple):
     return -(-size // self.batch_size)
 
   def start(self, batch: base.Array, size: int) -> base.Array:
-    """First row of a batch; the last one overlaps the one before it."""
+    """First row of a batch; the last batch overlaps the one before it."""
     return jnp.minimum(batch * self.batch_size, size - self.batch_size)
 
 
@@ -103,7 +103,7 @@ class Solver(NamedTuple):
     init: `(sizes, key) -> state`; the state contains the classifier "z" [D, C].
     step: `(sizes, state, step, batch, meta_batch) -> state`.
     trust: `state -> {name: [N]}`, numbers that are higher for labels that the solver
-      trusts; empty if it weighs no example.
+      trusts; empty if the solver does not weight examples.
   """
 
   init: Callable[[Sizes, base.Array], State]
@@ -114,7 +114,7 @@ class Solver(NamedTuple):
 def example_losses(
   z: base.Array, examples: tuple[base.Array, base.Array]
 ) -> base.Array:
-  """Cross-entropy of each example of a batch, [B]; the argument is (x, y)."""
+  """Cross-entropy of each example of a batch, [B]; `examples` is (x, y)."""
   x, y = examples
   return losses.softmax_cross_entropy(x @ z, y)
 
@@ -155,7 +155,7 @@ def fixed_weights(
 
   Args:
     learning_rate: initial learning rate.
-    weights_fn: `batch -> weights [B]`; None is 1 for every example.
+    weights_fn: `batch -> weights [B]`; None means weight 1 for every example.
   """
 
   def step(sizes, state, step, batch, meta_batch):
@@ -317,14 +317,14 @@ def kept_weights(learning_rate: float, weight_learning_rate: float) -> Solver:
   return Solver(init, step, trust)
 
 
-# The initial logit of every weight, which is part of the task.
+# The initial logit of every weight, as the problem prescribes.
 _INITIAL_LOGIT = -2.0
 
 
 def _inner_terms(
   sizes: Sizes, state: State, batch: Batch
 ) -> tuple[base.Array, base.Array, base.Array]:
-  """d_z and the two products with v of a batch: of z [D, C], and of its logits [B]."""
+  """d_z of a batch, and the Hessian [D, C] and the mixed derivative [B], times v."""
 
   def gradient(z, logits):
     def loss(z):
@@ -336,7 +336,8 @@ def _inner_terms(
 
   logits = _rows(state["logits"], batch)
   value, transpose = jax.vjp(gradient, state["z"], logits)
-  # The Hessian is symmetric, and the mixed derivative is needed transposed.
+  # One VJP gives both products: the Hessian is symmetric, and the product with the
+  # mixed derivative needs its transpose.
   hessian_product, mixed_product = transpose(state["v"])
   return value, hessian_product, mixed_product
 
@@ -354,7 +355,7 @@ def _init_bilevel(sizes: Sizes, key: base.Array) -> State:
 
 
 def soba(step_size: float, outer_step_size: float) -> Solver:
-  """SOBA; both step sizes fall with the square root of the number of steps."""
+  """SOBA; both step sizes fall as 1 / sqrt(number of steps)."""
 
   def step(sizes, state, step, batch, meta_batch):
     decay = 1 / jnp.sqrt(step.astype(jnp.float32) + 1)
@@ -418,7 +419,7 @@ class Memory(NamedTuple):
   Attributes:
     last: the values, [number of batches, ...].
     mean: mean of the values over examples.
-    before: the value of the batch that comes next. It is read right after the last
+    before: the last value of the batch that comes next. It is read right after the last
       write, because XLA:CPU copies an array in every step of a loop that reads it
       before it is written.
   """

@@ -1,8 +1,9 @@
 """Baselines for `linearize`: plain SGD and literal implementations of the papers.
 
-The literal implementations follow the definitions. They differentiate through the
-unrolled inner step with `jax.grad` (`hypergradient.unrolled_weight_gradient`), and then
-compute the weighted gradient in a second pass.
+The literal implementations follow the definitions in the papers. They differentiate
+through the unrolled inner step with `jax.grad`
+(`hypergradient.unrolled_weight_gradient`), and then compute the weighted gradient in a
+second pass.
 """
 
 import jax

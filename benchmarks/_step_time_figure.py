@@ -1,4 +1,4 @@
-"""Figures of the results of `step_time`: one of all rows, and a short one of L2RW."""
+"""Figures of the results of `step_time`: one of all rows, and a smaller one of L2RW."""
 
 from collections.abc import Mapping, Sequence
 import pathlib
@@ -52,7 +52,7 @@ def draw(rows: Sequence[Row], folder: pathlib.Path) -> list[str]:
 
 
 def _all_rows(plt, rows):
-  """A column of axes per network: the time of a step over that of a plain one."""
+  """Draws, for each network, the times of a step divided by that of a plain step."""
   networks = list(dict.fromkeys(r["network"] for r in rows))
   ways = _ways(rows)
   figure, axes = plt.subplots(

@@ -1,4 +1,4 @@
-"""The networks of the benchmark in PyTorch, in idiomatic PyTorch code.
+"""The networks of the benchmark, written in idiomatic PyTorch.
 
 Images have the layout NCHW. The layers are in the order in which flax numbers them and
 use the epsilons of flax, so that parameters can be copied between the frameworks.
@@ -147,7 +147,7 @@ class _WideBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-  """A vision transformer: 4x4 patches, learned positions, mean pooling.
+  """A vision transformer: 4x4 patches, learned position embeddings, mean pooling.
 
   Args:
     width: the number of features.
@@ -159,7 +159,9 @@ class VisionTransformer(nn.Module):
     super().__init__()
     self.patches = nn.Conv2d(3, width, 4, 4)
     self.positions = nn.Parameter(0.02 * torch.randn(1, 64, width))
-    self.blocks = nn.Sequential(*(_Attention(width, heads) for _ in range(depth)))
+    self.blocks = nn.Sequential(
+      *(_TransformerBlock(width, heads) for _ in range(depth))
+    )
     self.norm = nn.LayerNorm(width, eps=_LAYER_NORM_EPSILON)
     self.head = nn.Linear(width, _CLASSES)
 
@@ -169,8 +171,8 @@ class VisionTransformer(nn.Module):
     return self.head(self.norm(self.blocks(x)).mean(1))
 
 
-class _Attention(nn.Module):
-  """A transformer block: self-attention, then two dense layers."""
+class _TransformerBlock(nn.Module):
+  """Self-attention, then two dense layers."""
 
   def __init__(self, width, heads):
     super().__init__()

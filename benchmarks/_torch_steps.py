@@ -146,7 +146,7 @@ class Eager:
     return _rectified(weight_gradient)
 
   def network_gradient(self, data: Batch, meta: Batch) -> tuple[torch.Tensor, ...]:
-    """Returns the gradient of the meta loss in the weighting network's parameters."""
+    """Returns dM/dphi, for the parameters phi of the weighting network."""
 
     def loss_fn(values):
       return (self.weight_net(values.detach()[:, None])[:, 0] * values).mean()

@@ -1,19 +1,21 @@
 r"""L2RW's approximate scores: agreement with the exact scores, and accuracy.
 
 Networks are trained with exact weights, with uniform weights, and with weights from
-approximate scores: those of a share of the layers (`layers=`), those of one gradient of
-the meta loss for several steps (`refresh_every=`), and those of both. There are two
-tasks: an MLP on MNIST, 40% of whose labels are flipped, and a small GPT on the sources
-of Python's standard library, with 30% corrupted documents (experiments.lm_reweight).
-The meta batch is the whole meta set, so that two gradients of the meta loss differ only
-by the parameters. Every method of a seed starts from the same parameters and uses the
-same batches. Nothing was chosen on the test set. Columns:
+approximate scores. Scores are approximated by computing them from some of the layers
+only (`layers=`), by using one gradient of the meta loss for several steps
+(`refresh_every=`), and by doing both. There are two tasks: an MLP on MNIST, 40% of
+whose labels are flipped, and a small GPT on the sources of Python's standard library,
+with 30% corrupted documents (experiments.lm_reweight). The meta batch is the whole meta
+set, so that two gradients of the meta loss differ only because the parameters do. Every
+method of a seed starts from the same parameters and uses the same batches. Nothing was
+chosen on the test set. Columns:
 
   spearman_median, _10th, _least  Spearman's correlation of the scores of a batch with
                                   the exact scores at the same parameters, over every
                                   seventh step of the run
-  accuracy_percent                of the test examples, or of their bytes
-  difference                      accuracy minus that of exact weights of the same seed
+  accuracy_percent                on the test examples, or on their bytes
+  difference                      accuracy minus that of exact weights; both have the
+                                  same seed
 
 Command: python -m benchmarks.approximate_scores --data_dir=DIR
 Results: results/approximate_scores.
@@ -50,8 +52,8 @@ from l2rw_jax.models import language_model
 from l2rw_jax.models import mlp
 from l2rw_jax.training import evaluation
 
-# It has no factor in common with usual values of --refresh_every, so that directions of
-# every age are compared.
+# Every seventh step is compared. Seven has no factor in common with usual values of
+# --refresh_every, so that gradients of the meta loss of every age are compared.
 _PROBE_EVERY = 7
 
 
@@ -65,21 +67,23 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   )
   num_seeds: int = flag(5)
   num_steps: int = flag(400)
-  learning_rate: float = flag(0.1, "Learning rate of SGD, which trains on images.")
+  learning_rate: float = flag(0.1, "Learning rate of SGD for the images.")
   shares: tuple[float, ...] = flag(
     (0.2, 0.5, 0.8),
-    "Shares of the cost of the layers that scores are computed from; for images. For"
-    " text, scores are computed from the last block.",
+    "For images: the layers that scores are computed from, as shares of the cost of"
+    " all layers. For text, scores are computed from the last block.",
     bounds=settings_lib.INNER_SHARE,
     group="method",
   )
   refresh_every: int = flag(
-    10, "Number of steps that use one gradient.", bounds=settings_lib.Bounds(2, 10**6)
+    10,
+    "Number of steps that use one gradient of the meta loss.",
+    bounds=settings_lib.Bounds(2, 10**6),
   )
 
 
 class Task(NamedTuple):
-  """A network, its optimizer, its data by seed, its batch size, choices of layers."""
+  """A network with its optimizer, splits by seed, batch size and choices of layers."""
 
   model: classifier.Classifier
   optimizer: optax.GradientTransformation
@@ -89,7 +93,7 @@ class Task(NamedTuple):
 
 
 def make_task(settings: Settings, name: str) -> Task:
-  """The task with a name of `--tasks`."""
+  """The task for a name in `--tasks`."""
   if name == "images":
     train, test = settings.load("train"), settings.load("test")
     splits = functools.partial(
@@ -114,7 +118,8 @@ def make_task(settings: Settings, name: str) -> Task:
   schedule = optax.cosine_decay_schedule(0.003, settings.num_steps)
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
   sequences = language_model.LanguageModel(decoder, vocabulary)
-  # The embedding, which is also the last layer, costs more than a fifth of the network.
+  # The block is named, because shares count from the last layer. That layer is also the
+  # embedding, which alone costs more than a fifth of the network.
   return Task(sequences, optimizer, lambda seed: documents(seed=seed), 32, ("block_1",))
 
 
@@ -180,7 +185,7 @@ def make_trainer(
 
 
 def correlations(scores: np.ndarray, exact: np.ndarray) -> dict[str, float]:
-  """Spearman's correlation of each row of two arrays [S, B]: its distribution."""
+  """The distribution of Spearman's correlation between rows of two arrays [S, B]."""
   values = [
     stats.spearmanr(*pair).statistic for pair in zip(scores, exact, strict=True)
   ]

@@ -199,7 +199,7 @@ def make_sizes(
 
 @functools.cache
 def make_solver(settings: Settings, name: str, share: float) -> solvers_lib.Solver:
-  """The solver with a name of `--methods`."""
+  """The solver for a name in `--methods`."""
   rate = settings.learning_rate
   ratio = _SOBA_RATIO.get(share, 1e3)
   methods = {

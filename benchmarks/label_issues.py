@@ -5,7 +5,7 @@ once, and the ranking of `audit.find_label_issues` is compared with these altern
 
 - cleanlab, with out-of-fold probabilities of the same network trained five times;
 - the area under the margin (AUM) and the mean loss of the same run;
-- the nearest neighbors;
+- the share of the nearest neighbors that have another label;
 - the statistics of an L2RW run with five trusted examples per class.
 
 No method uses the true labels of the training set, which does not contain the trusted
@@ -49,7 +49,7 @@ from l2rw_jax.methods import l2rw
 from l2rw_jax.models import mlp
 from l2rw_jax.models import random_patches
 
-# The number of epochs for each data set. Small tables are memorized soon.
+# The number of epochs for each data set. Networks memorize small tables soon.
 EPOCHS = {
   "digits": 20,
   "mnist": 12,
@@ -80,8 +80,9 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   )
   noises: tuple[str, ...] = flag(
     NOISES,
-    f"Kinds of wrong labels with their fraction, among {', '.join(NOISES)}. Those of"
-    " human annotators are for cifar10_n only, the others for the other sets.",
+    f"Kinds of wrong labels with their fraction, among {', '.join(NOISES)}. The"
+    " labels of human annotators are for cifar10_n only, the other kinds for the"
+    " other sets.",
     group="data",
   )
   methods: tuple[str, ...] = flag(
@@ -163,7 +164,7 @@ def is_fitting(name: str, noise: str) -> bool:
   kind = noise.partition(":")[0]
   if name == "cifar10_n" or kind == "human":
     return name == "cifar10_n" and kind == "human"
-  # With two classes, the next class is the only other one, as for symmetric noise.
+  # With two classes, pair noise is the same as symmetric noise.
   return not (name == "breast_cancer" and kind == "pair")
 
 
@@ -221,7 +222,7 @@ class Trainer:
 
     Args:
       num_classes: the number of classes.
-      with_trusted: whether to train with the weights of L2RW on the trusted examples.
+      with_trusted: whether to use the weights that L2RW computes from trusted examples.
     """
     self.model = mlp.MLP(num_classes, _HIDDEN)
     self.optimizer = optax.adam(_LEARNING_RATE)
@@ -306,7 +307,7 @@ def trainer(num_classes: int, with_trusted: bool) -> Trainer:
 def audit_rankings(
   data: NoisyData, with_trusted: bool
 ) -> Iterator[tuple[str, Ranking]]:
-  """Yields the rankings from one run: the audit, and single statistics."""
+  """Yields the rankings by the audit and by single statistics, all from one run."""
   _, state, seconds = trainer(data.num_classes, with_trusted).train(data)
   started = time.process_time()
   statistics = audit.summarize(state)
@@ -350,7 +351,7 @@ def cleanlab_ranking(data: NoisyData) -> Ranking:
 
 
 def neighbors_ranking(data: NoisyData) -> Ranking:
-  """Ranks by the share of the nearest neighbors with another label, by closeness."""
+  """Ranks by the share of neighbors with another label, weighted by closeness."""
   from sklearn import neighbors
 
   started = time.process_time()
@@ -385,8 +386,8 @@ def measure(ranking: Ranking, is_wrong: np.ndarray) -> dict[str, Any]:
   Returns:
     The area under the ROC curve; the precision at k, where k is the number of wrong
     labels (1 minus this is the share of wrong labels that are missed if k are flagged);
-    the estimated over the true number of wrong labels, and the precision and recall if
-    the estimated number is flagged.
+    the estimated divided by the true number of wrong labels; and the precision and
+    recall if the estimated number of labels is flagged.
   """
   from sklearn import metrics
 
@@ -429,8 +430,8 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   ]
   if not configurations:
     raise base.InputError(
-      "no data set of --datasets has any of --noises; human labels are for cifar10_n"
-      " only, and the others for the other sets."
+      "no data set in --datasets fits any kind of wrong labels in --noises; human"
+      " labels are for cifar10_n only, and the other kinds for the other sets."
     )
   for first in configurations[:: settings.num_seeds]:
     make_noisy_data(settings, *first)  # Raises before anything is written.

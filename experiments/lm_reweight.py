@@ -123,7 +123,7 @@ TABLE = table.Layout(
 
 
 def make_method(name: str, settings: Settings) -> base.Method:
-  """The `Method` with a name of `--methods`."""
+  """The `Method` for a name in `--methods`."""
   methods = {
     "uniform": baselines.uniform,
     # This method knows the share of corrupted documents, and starts after a tenth of

@@ -163,7 +163,7 @@ class Setting(NamedTuple):
 
 
 def make_network(name: str, num_classes: int = 10) -> mlp.MLP | lenet.LeNet:
-  """The network with a name of `--networks`."""
+  """The network for a name in `--networks`."""
   if name == "lenet":
     return lenet.LeNet(num_classes)
   match = re.fullmatch(r"mlp-([1-9]\d*)(?:x([1-9]\d*))?", name, re.ASCII)

@@ -167,7 +167,7 @@ TABLE = table.Layout(
 
 @functools.cache  # The compiled program of a method is used for all majorities.
 def make_method(name: str, variant: str, num_steps: int) -> base.Method:
-  """The `Method` with a name of `--methods`."""
+  """The `Method` for a name in `--methods`."""
   methods = {
     "uniform": baselines.uniform,
     "random": baselines.random,

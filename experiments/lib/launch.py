@@ -1,4 +1,4 @@
-"""Runs a script as a program, with flags from its settings and errors of one line."""
+"""Runs a script as a program, with flags from its settings and one-line errors."""
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
@@ -31,10 +31,10 @@ def main(settings: type[settings_lib.Flags], run: Run, name: str = "") -> None:
   """Runs a script with the flags of the command line.
 
   After a mistake in the flags or the data, the program prints one line and exits with
-  status 2. After SIGINT, SIGTERM and SIGHUP it prints one line and exits with status
-  130, 143 and 129; a run that is training saves a checkpoint first. If there are
-  several processes, the others do the same. If a process is lost, the others print one
-  line and exit with status 75, or 134 if JAX notices it first.
+  status 2. After SIGINT, SIGTERM or SIGHUP it prints one line and exits with status
+  130, 143 or 129, respectively; a run that is training saves a checkpoint first. If
+  there are several processes, the others do the same. If a process is lost, the others
+  print one line and exit with status 75, or 134 if JAX notices it first.
 
   Args:
     settings: class of the script's settings, whose fields are the flags.
@@ -112,7 +112,7 @@ def parse(settings: type[settings_lib.Flags], arguments: Sequence[str]) -> Any:
     raise base.InputError(f"--flagfile={path}: {why or error}") from None
   if any(values[name].value for name in _HELP):
     _print_help(settings, values)
-    sys.exit(1)  # This is the status of every absl program.
+    sys.exit(1)  # Every absl program exits with this status after --help.
   if rest:
     raise base.InputError(f"unexpected argument {rest[0]!r}: flags begin with --.")
   parsed = {name: values[name].value for name in kinds}
@@ -121,7 +121,7 @@ def parse(settings: type[settings_lib.Flags], arguments: Sequence[str]) -> Any:
 
 
 def _plain(message: str, settings: type[settings_lib.Flags]) -> str:
-  """absl's message about a value of the wrong type, without the words of Python."""
+  """absl's message about a value of the wrong type, without names of Python types."""
   kinds = settings_lib.kinds_of(settings)
   wanted: dict[str, str | None] = {}
   for name, details in settings_lib.flags_of(settings).items():
@@ -282,7 +282,7 @@ def _lose(error: Exception) -> None:
 def _report_unraisable(unraisable: Any) -> None:
   # After a failed read or write, TensorStore still answers Orbax, whose event loop is
   # already closed. Each answer would print a traceback next to the line of the error.
-  # Files that are collected afterwards report the same failure again.
+  # File objects that are garbage-collected later report the same failure again.
   if not _gave_up and str(unraisable.exc_value) != "Event loop is closed":
     sys.__unraisablehook__(unraisable)
 
@@ -310,9 +310,9 @@ def keep_freed_memory() -> bool:
 
   A step of XLA:CPU takes its temporary memory from malloc and frees it at its end.
   glibc returns blocks above 32 MiB to the system at once, so that every step causes a
-  page fault for each of its pages. For an L2RW step of LeNet with 47 MiB, this took a
-  fifth of the time (2.6 instead of 2.3 times a plain step with M = B, and 1.8 instead
-  of 1.4 times with M = B / 10). In another program, setting
+  page fault for each page of this memory. For an L2RW step of LeNet with 47 MiB, the
+  page faults took a fifth of the time (2.6 instead of 2.3 times a plain step with
+  M = B, and 1.8 instead of 1.4 times with M = B / 10). In another program, setting
   `MALLOC_MMAP_THRESHOLD_=4294967296` and `MALLOC_TRIM_THRESHOLD_=17179869184` in the
   environment has the same effect.
 

@@ -6,7 +6,7 @@ HELP = "or your own data: images:DIR, npz:FILE or csv:FILE (docs/your_own_data.m
 
 
 def read(name: str, part: str, in_memory: bool | None = True) -> own_data.OwnData:
-  """A part of a user's own data; prints what was skipped or changed.
+  """Reads a part of a user's own data, and prints what was skipped or changed.
 
   Args:
     name: images:DIR, npz:FILE or csv:FILE.

@@ -1,4 +1,4 @@
-"""Measurements during the training of a script, and their flags."""
+"""The flags of probes, which measure something while a script trains."""
 
 import dataclasses
 from typing import Any
@@ -33,7 +33,7 @@ class Settings(settings_lib.Settings):
   )
   probe_batch_size: int = flag(
     128,
-    "Number of randomly labeled images of susceptibility.",
+    "Number of images that susceptibility labels at random.",
     bounds=settings_lib.BATCH,
     group="output",
   )
@@ -50,7 +50,7 @@ class Settings(settings_lib.Settings):
     return entries
 
   def make_probes(self) -> tuple[evaluation.Probe, ...]:
-    """The probes of `--probes`, for `loop.train`."""
+    """The probes that `--probes` names, for `loop.train`."""
     made = {
       "susceptibility": memorization.susceptibility(
         self.probe_batch_size, self.probe_images

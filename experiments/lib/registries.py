@@ -470,7 +470,7 @@ def needs_cosines(name: str) -> bool:
 def make_method(
   name: str, settings: Settings, problem: Problem, num_epochs: float
 ) -> base.Method:
-  """The `Method` with a name of `LONG_TAIL`.
+  """The `Method` for a name in `LONG_TAIL`.
 
   Raises:
     InputError: the method would begin after the end of the run, or its settings are
@@ -525,7 +525,7 @@ def make_network(
   preprocess: Callable[..., Any] | None,
   **options: Any,
 ) -> nn.Module:
-  """The network with a name of `NETWORKS`, with its whitening layer if it has one.
+  """The network for a name in `NETWORKS`, with its whitening layer if it has one.
 
   Args:
     name: name of the network.

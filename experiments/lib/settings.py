@@ -126,7 +126,7 @@ SHARED: Mapping[str, tuple[str, Bounds | None, str]] = {
     "data",
   ),
   "imbalance": (
-    "Size of the largest class over that of the smallest.",
+    "Size of the largest class divided by that of the smallest.",
     Bounds(1, 1e6),
     "data",
   ),

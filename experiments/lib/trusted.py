@@ -17,8 +17,9 @@ class Settings(settings_lib.Settings):
 
   trusted: str | None = flag(
     None,
-    "Your own data with labels that you trust, images:DIR, npz:FILE or csv:FILE. All of"
-    " them become the meta set, instead of --num_meta clean images of each class.",
+    "Your own data with labels that you trust, images:DIR, npz:FILE or csv:FILE. All"
+    " these images become the meta set, instead of --num_meta clean ones of each"
+    " class.",
     group="data",
   )
 

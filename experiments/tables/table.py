@@ -13,10 +13,10 @@ Row = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """A number that every run has.
+  """A number in the row of every run, such as the test accuracy.
 
   Attributes:
-    column: column of the rows; None in a row means that the run has no such number.
+    column: column of the rows; None in a row means that this run did not measure it.
     heading: heading in the table, with the unit.
     scale: factor of the numbers in the rows.
     decimals: number of decimals to print.
@@ -42,14 +42,14 @@ class Layout:
     name: name of its folder of results.
     title: title of the table.
     metrics: the metrics; the first is the main one.
-    settings: the settings that distinguish cells in addition to method and seed. It
-      maps a column of the rows or a flag to a format of its value, for `str.format`.
+    settings: the settings that distinguish cells in addition to method and seed. The
+      keys are columns of the rows or flags; the values are formats for `str.format`.
     keys: those of `settings` that always have a column. The others have a column only
       if they differ between rows, and are printed once above the table otherwise.
     method: a function that returns the name of a row's method in the table.
-    method_heading: heading of that column.
+    method_heading: heading of the column of methods.
     repeat: the word for the difference between the runs of a line, such as "seed".
-    identity: a function that returns what identifies a run among those of its line.
+    identity: a function that returns what tells a run from the others of its line.
     published: the source of the published values and the meaning of their "±", or the
       reason why there are none.
     divided_by: settings of which each combination has a separate table in the short
@@ -155,7 +155,7 @@ class Table(NamedTuple):
     return ", ".join(text.format(value) for text, value in texts if value is not None)
 
   def say_constant(self, but: Collection[str]) -> str:
-    """The settings that do not differ between lines, as text."""
+    """The settings not in `but`, which must be the same in all lines, as text."""
     same = [name for name in self.layout.settings if name not in but]
     return self.say(self.lines[0], same)
 

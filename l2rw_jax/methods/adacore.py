@@ -421,7 +421,7 @@ def random_subset(fraction: float, refresh_every: int | None = 1) -> base.Method
   With a new subset for every pass, this is stochastic gradient descent on all the data.
 
   Args:
-    fraction: size of the subset over that of the training set, in (0, 1].
+    fraction: size of the subset divided by that of the training set, in (0, 1].
     refresh_every: number of passes over the subset from one draw to the next; None
       keeps the first subset.
 

@@ -152,7 +152,7 @@ def network_gradient(
   microbatch_size: int | None = None,
   recompute: bool = False,
 ) -> meta_network.MetaGradient:
-  """dM/dphi, the gradient of the meta loss in the weighting network's parameters.
+  """dM/dphi, the gradient of the meta loss with respect to the weighting network.
 
   This function is pure: it works inside `jit`, `vmap`, `pmap` and `shard_map`.
 

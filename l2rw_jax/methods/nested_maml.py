@@ -67,7 +67,7 @@ def update_weights(
 
 
 class WeightGradient(NamedTuple):
-  """Gradient of the validation loss in the weights of one batch.
+  """Gradient of the validation loss with respect to the weights of one batch.
 
   Attributes:
     gradient: derivative of the validation loss in each weight, [T].
@@ -237,7 +237,7 @@ def nested_maml(
     num_clusters: K, for share "cluster"; groups are 0 to K - 1.
     num_items: Q, the number of labels of a task, for share "item".
     initial: initial weight.
-    clip: largest magnitude of a gradient entry in the weights (0.5 per cluster in the
+    clip: largest magnitude of an entry of the weight gradient (0.5 per cluster in the
       released code, for gradients without 1/m); None does not clip.
     floor: lower bound of the weights.
     meta_forward: like `base.Problem.forward`, for the validation tasks; that of a
