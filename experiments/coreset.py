@@ -11,8 +11,8 @@ Command: python -m experiments.coreset --data_dir=DIR
   for a long tail: --network=mlp --fraction=0.1 --imbalance=100 --workdir=runs/tail
   without a download: --dataset=digits
 Device, time: one CPU core, 40 minutes.
-Published: speed-ups over 2.9x (full) and 4.5x (random) on other data; no table could be
-  read. Measured: results/coreset.
+Published: on other data, more than 2.9 times faster than on all data and 4.5 times
+  faster than on random subsets; no table could be read. Measured: results/coreset.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,7 +52,8 @@ _SELECTING = ("craig", "adacore")
 HIDDEN: dict[str, tuple[int, ...]] = {"logistic": (), "mlp": (256,)}
 # For each of these test accuracies in percent, the seconds to reach it are reported.
 TARGETS = (80, 90, 95, 97)
-# Methods are compared at these shares of the seconds that all methods of a panel have.
+# Methods are compared at these shares of the longest time for which all methods of a
+# panel were trained.
 _SHARES = {"quarter": 0.25, "half": 0.5, "equal": 1.0}
 _SELECTIONS = "selections.json"
 
@@ -83,12 +84,13 @@ class Settings(runner.Settings):
   )
   imbalance: float = flag(
     1.0,
-    "Size of the largest class over that of the smallest; 1 leaves the data unchanged.",
+    "Size of the largest class divided by that of the smallest; 1 leaves the data"
+    " unchanged.",
   )
   refresh_every: int | None = flag(
     None,
-    "Number of passes over a subset from one selection to the next. By default, they"
-    " have as many steps as two passes over all data.",
+    "Number of passes over a subset from one selection to the next. By default,"
+    " these passes have as many steps as two passes over all data.",
     bounds=settings_lib.EPOCHS,
     methods=["random", *_SELECTING],
   )
@@ -136,13 +138,13 @@ class Settings(runner.Settings):
 
 TABLE = table.Layout(
   name="coreset",
-  title="Training on a weighted few: accuracy against seconds",
+  title="Training on a small weighted subset: accuracy against seconds",
   metrics=(
     table.Metric("accuracy_percent", "test accuracy %"),
     table.Metric("percent_at_quarter", "at a quarter of equal seconds %"),
     table.Metric("percent_at_equal", "at equal seconds %"),
     table.Metric("seconds", "seconds", decimals=1),
-    table.Metric("selection_seconds", "of these selecting", decimals=1),
+    table.Metric("selection_seconds", "seconds of selection", decimals=1),
     table.Metric("seconds_to_90", "seconds to 90 %", decimals=1),
   ),
   settings={
@@ -153,8 +155,8 @@ TABLE = table.Layout(
     "num_steps": "{:,} steps",
   },
   keys=("model", "fraction"),
-  published="Published: speed-ups over 2.9x (all data) and 4.5x (random subsets) on"
-  " other data; the protocol is this project's.",
+  published="Published: on other data, more than 2.9 times faster than on all data"
+  " and 4.5 times faster than on random subsets; the protocol is this project's.",
 )
 
 
@@ -175,7 +177,8 @@ def make_splits(settings: Settings, seeds: Sequence[int]) -> list[examples_lib.S
   return [_make_split(settings, seed) for seed in seeds]
 
 
-# One split is enough in the cache, because all settings of a seed follow each other.
+# The cache holds one split, because all settings of a seed are run before those of the
+# next seed.
 @functools.lru_cache(maxsize=1)
 def _make_split(settings: Settings, seed: int) -> examples_lib.Splits:
   train, test = settings.load("train"), settings.load("test")
@@ -223,7 +226,7 @@ def _adacore(
 
 
 def make_settings(settings: Settings, split: examples_lib.Splits) -> list[Setting]:
-  """The settings of all curves, which are checked."""
+  """The settings of all curves, after a check of the flags."""
   is_stochastic = settings.greedy == "stochastic"
   settings.check_used(
     "greedy_epsilon", is_stochastic, f"with --greedy={settings.greedy}"
@@ -267,7 +270,7 @@ def _check_fraction(
 # object, even if both are equal.
 @functools.cache
 def make_model(name: str, num_classes: int) -> classifier.Classifier:
-  """The network with a name of `--network`."""
+  """The network for a name in `--network`."""
   return classifier.Classifier(mlp.MLP(num_classes, HIDDEN[name]), num_classes)
 
 
@@ -434,8 +437,8 @@ def draw(
 ) -> None:
   """Draws accuracy against seconds, with a row per model and a column per fraction.
 
-  A line is the mean over seeds for as long as all of them train, and its band shows the
-  lowest and the highest.
+  A line is the mean over seeds for as long as all of them train, and the band around
+  it goes from the lowest to the highest seed.
   """
   members = panels(rows)
   models = list(dict.fromkeys(model for model, _ in members))

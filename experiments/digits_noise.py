@@ -104,7 +104,7 @@ TABLE = table.Layout(
 
 
 def make_method(name: str, num_steps: int) -> base.Method:
-  """The `Method` with a name of `--methods`."""
+  """The `Method` for a name in `--methods`."""
   methods = {
     "uniform": baselines.uniform,
     "random": baselines.random,

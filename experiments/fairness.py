@@ -205,7 +205,7 @@ class Setting(NamedTuple):
 
 
 def make_method(settings: Settings, name: str) -> base.Method:
-  """The `Method` with a name of `--methods`."""
+  """The `Method` for a name in `--methods`."""
   if name in FORML:
     return _make_forml(settings, name.removeprefix("forml_"))
   methods = {
@@ -434,7 +434,7 @@ def _draw_bars(axes: Any, rows: runner.Rows) -> None:
       values = [r[column] for r in rows if label(r) == name]
       axes.plot([place] * len(values), values, "k.", markersize=3)
   axes.set_xticks(range(len(columns)), [MEASURES[c][0] for c in columns], fontsize=8)
-  axes.set_ylabel("mean and 95% interval, a dot a seed")
+  axes.set_ylabel("mean and 95% interval; dots: seeds")
   axes.set_title(f"{rows[0]['dataset']}, groups: {rows[0]['groups']}")
   axes.set_ylim(0, 100)
   figures.legend_beside(axes)

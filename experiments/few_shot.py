@@ -12,8 +12,8 @@ Command: python -m experiments.few_shot --data_dir=DIR
   and test, each with files CLASS/FILE.jpg, and the TFDS folder of --ood
 Device, time: one CPU core, 8 minutes per share (five methods, two seeds), mostly
   compilation and NestedMAML. The learning rate, the clipping and the number of clusters
-  of its weights were chosen with --evaluate_on=tuning and --ood=shuffled at 0.9;
-  nothing else was tuned.
+  of NestedMAML's weights were chosen with --evaluate_on=tuning and --ood=shuffled at
+  0.9; nothing else was tuned.
 Published: mini-ImageNet with SVHN or FashionMNIST tasks only; nothing on these data.
 Measured: results/few_shot.
 """
@@ -52,8 +52,8 @@ METHODS = (
   *("meta_only", "l2rw"),
 )
 _NESTED = ("nested_maml", "nested_maml_fo")
-# Numbers of classes for training, validation tasks, tuning and testing; for other data
-# sets, shares of the classes.
+# Numbers of classes for training, validation tasks, tuning and testing. Of other data
+# sets, the first three have these shares of the classes, and testing has the rest.
 _CLASSES = {"omniglot": (140, 30, 20, 52), "digits": (4, 2, 2, 2)}
 _SHARES = (0.6, 0.15, 0.05)
 # Number of images of a foreign source, several hundred per class.
@@ -76,8 +76,8 @@ class Settings(settings_lib.Settings):
   )
   ood: str = flag(
     "mnist",
-    "Source of the other tasks: none, shuffled (images of --dataset, without classes),"
-    " or the name of a data set as for --dataset.",
+    "Source of the tasks from another distribution: none, shuffled (images of"
+    " --dataset, without classes), or the name of a data set as for --dataset.",
     group="data",
   )
   ood_share: tuple[float, ...] = flag(
@@ -187,7 +187,7 @@ class Settings(settings_lib.Settings):
     bounds=settings_lib.Bounds(0, 10**4),
     group="method",
   )
-  learning_rate: float = flag(0.003, "Learning rate of Adam, of the outer loop.")
+  learning_rate: float = flag(0.003, "Learning rate of Adam in the outer loop.")
   batch_size: int = flag(4, "Number of training tasks in a step.")
   meta_batch_size: int = flag(4, "Number of validation tasks in a step.")
   num_steps: int = flag(500)
@@ -208,8 +208,8 @@ TABLE = table.Layout(
     table.Metric("interval_percent", "interval over tasks, ± %"),
     table.Metric("own_weight", "weight of own tasks"),
     table.Metric("foreign_weight", "weight of other tasks"),
-    table.Metric("right_weight", "weight of right queries"),
-    table.Metric("wrong_weight", "weight of wrong queries"),
+    table.Metric("right_weight", "weight of queries with right labels"),
+    table.Metric("wrong_weight", "weight of queries with wrong labels"),
     table.Metric("weight_auroc", "AUROC of weights", decimals=3),
   ),
   settings={
@@ -237,8 +237,6 @@ def load_classes(
   dataset: str, data_dir: str | None, cache_dir: str | None
 ) -> list[sources.Source]:
   """The sources of the training, validation, tuning and test classes.
-
-  They are read only once.
 
   The division of the classes does not depend on the seed, so that no setting is chosen
   on a class that another seed tests on.
@@ -313,7 +311,7 @@ def make_learner(settings: Settings) -> few_shot.Learner:
 
 
 def make_method(settings: Settings, name: str) -> base.Method:
-  """The `Method` with a name of `--methods`."""
+  """The `Method` for a name in `--methods`."""
   if name in ("maml", "maml_removed"):
     return baselines.uniform()
   if name == "maml_zeroed":
@@ -420,7 +418,7 @@ def weights_of(pool: episodes.Pool, share: str) -> evaluation.Probe:
 
   Args:
     pool: the training tasks.
-    share: `share` of NestedMAML.
+    share: which examples share a weight, see `nested_maml.nested_maml`.
   """
 
   def probe(snapshot):
@@ -485,7 +483,7 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
   shares = sorted({r["ood_share"] for r in rows})
   methods = list(dict.fromkeys(r["method"] for r in rows))
   by_method = {m: [r for r in rows if r["method"] == m] for m in methods}
-  accuracy, weight = "accuracy %, 95% interval; a dot a seed", "mean weight at the end"
+  accuracy, weight = "accuracy %, 95% interval; dots: seeds", "mean weight at the end"
   ways, shots, noise = (rows[0][k] for k in ("num_ways", "num_shots", "noise_share"))
   title = f"{rows[0]['dataset']}, {ways}-way {shots}-shot"
   title += f", {noise:.0%} of the labels redrawn" if noise else ""

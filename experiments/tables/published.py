@@ -2,8 +2,8 @@
 
 # Maps a method and a majority to the test error in % and its "±".
 MNIST_IMBALANCE_SOURCE = (
-  "Published: Ren et al. (2018), figure 3, read off its coordinates; their ± is the"
-  " drawn error bar, whose type is not stated."
+  "Published: Ren et al. (2018), figure 3, read from the coordinates of the figure;"
+  " their ± is the drawn error bar, whose type is not stated."
 )
 MNIST_IMBALANCE = {
   "uniform": {
