@@ -49,7 +49,8 @@ class Layout:
     method: a function that returns the name of a row's method in the table.
     method_heading: heading of the column of methods.
     repeat: the word for the difference between the runs of a line, such as "seed".
-    identity: a function that returns what tells a run from the others of its line.
+    identity: a function that returns what distinguishes a run from the others of its
+      line.
     published: the source of the published values and the meaning of their "±", or the
       reason why there are none.
     divided_by: settings of which each combination has a separate table in the short

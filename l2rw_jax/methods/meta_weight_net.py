@@ -32,6 +32,7 @@ Mapping For Sample Weighting", NeurIPS 2019, arXiv:1902.07379.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -210,7 +211,7 @@ def network_gradient(
       batch,
       has_aux=has_aux,
       engine=engine,
-      **({} if vector is None else {"direction": vector}),
+      direction=vector,
     )
 
   first = linearized(batch, "reverse" if recompute else engine)
@@ -273,7 +274,7 @@ def meta_gradient(
 
 
 class _Lookahead(NamedTuple):
-  """What a meta gradient needs of its look-ahead step.
+  """The results of the look-ahead step from which the meta gradient is computed.
 
   Attributes:
     weights_fn: maps phi to the weights of the look-ahead step, those of the global
@@ -327,7 +328,11 @@ def _lookahead(
 
 
 def _meta_gradient(linearized, lookahead, phi, axis_name):
-  """The meta gradient, where `linearized` may be another one of the same batch."""
+  """The meta gradient.
+
+  `linearized` is of the training batch; with `recompute`, it is not the one from which
+  `lookahead` was computed.
+  """
   weights_fn, direction, losses_finite = lookahead
   logging.log_first_n(
     logging.INFO, "Meta-Weight-Net uses engine=%s.", 1, linearized.engine
@@ -478,13 +483,8 @@ def meta_weight_net(
     def with_update():
       # Only the losses and one weighted gradient are needed, for which reverse mode
       # stores least.
-      first = linearization.linearize(
-        problem.losses_fn(inputs.model_state, inputs.key),
-        base.local(inputs.params, axis_name),
-        inputs.batch,
-        has_aux=True,
-        engine="reverse",
-      )
+      reverse = functools.partial(linearization.linearize, engine="reverse")
+      first = dataclasses.replace(problem, linearize=reverse).linearize_batch(inputs)
       lookahead = lookahead_of(first, state.params, problem, inputs)
 
       def after_direction(batch):
