@@ -5,7 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -21,6 +21,9 @@ _HEARTBEAT_SECONDS = 30
 # A process that ends waits for the others for this time, because the first process
 # serves them.
 _LEAVE_MS = 5000
+# Its last lines are printed within this time, unless a process that it started still
+# holds its output.
+_RELAY_SECONDS = 1.0
 _is_connected = False
 
 
@@ -140,23 +143,29 @@ def _relay_c_output(not_connected: str) -> None:
 _relay: subprocess.Popen | None = None
 
 
-def leave(status: int, mistake: str | None = None) -> None:
-  """Ends this process at once if there are several processes; otherwise returns.
+def leave(status: int, reason: str, *, is_mistake: bool = False) -> NoReturn:
+  """Prints why this process ends, and ends it.
 
-  Its last line must have been printed. JAX would wait until the other processes end, or
-  report that they were lost.
+  If there are several processes, it ends at once: JAX would wait until the others end,
+  or report that they were lost.
 
   Args:
     status: exit status.
-    mistake: why this process ends, for the other processes, which may not know it.
+    reason: what is printed to stderr.
+    is_mistake: whether the other processes, which may not know the reason, end for it.
   """
   if _relay is None:
-    return
+    with contextlib.suppress(OSError):  # The terminal may be closed.
+      print(reason, file=sys.stderr, flush=True)
+    sys.exit(status)
+  # If this were printed to stderr, JAX could end the process before the other program
+  # knows of it, which would then print a second reason.
+  lines = [last_words.REASON + line.encode() + b"\n" for line in reason.split("\n")]
   with contextlib.suppress(OSError):
-    os.write(2, last_words.REPORTED)
+    os.write(2, b"".join(lines))
   if _is_connected:
-    if mistake is not None:
-      processes.publish_failure(mistake)
+    if is_mistake:
+      processes.publish_failure(reason.removeprefix("error: "))
     # Other processes may still need the store of process 0, in which they read why they
     # must end.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
@@ -164,4 +173,9 @@ def leave(status: int, mistake: str | None = None) -> None:
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError):
       stream.flush()
+  # What started this process may only read until it ends.
+  for descriptor in (1, 2):
+    os.close(descriptor)
+  with contextlib.suppress(subprocess.TimeoutExpired):
+    _relay.wait(_RELAY_SECONDS)
   os._exit(status)

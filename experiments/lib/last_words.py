@@ -13,9 +13,10 @@ import sys
 from typing import BinaryIO
 
 # The process writes the first marker when it is connected to the others, and the second
-# before it ends with a line that says why.
+# before each line that says why it ends. Both arrive here in the order of the report of
+# JAX, which may end the process at any time, so that only one of them is printed.
 CONNECTED = b"\0connected\n"
-REPORTED = b"\0reported\n"
+REASON = b"\0reason "
 # The lines with which the report of a lost connection begins.
 _REPORT = re.compile(rb"coordination_service|the JAX distributed service detected")
 _LOST_TASKS = re.compile(rb"stopped sending heartbeats\):\s+(\d+)")
@@ -26,15 +27,23 @@ _NOISE = (b"[Gloo] Rank ",)
 def relay(lines: Iterable[bytes], output: BinaryIO, not_connected: str) -> None:
   """Copies `lines` until they end, except for the report of a lost connection.
 
+  If the process says itself why it ends, only that is printed, and otherwise one line
+  about the report.
+
   Args:
     lines: lines that the process prints, with newlines.
     output: the stream to which the lines are copied.
     not_connected: the message if the process was never connected.
   """
-  report, is_connected, is_reported = b"", False, False
+  report, is_connected, has_reason = b"", False, False
   for line in lines:
-    if line == REPORTED:
-      is_reported = True
+    if REASON in line:
+      # JAX may be in the middle of a line of its report.
+      before, _, reason = line.partition(REASON)
+      report += before
+      has_reason = True
+      output.write(reason)
+      output.flush()
     elif line == CONNECTED:
       is_connected = True
     elif report or _REPORT.search(line):
@@ -42,7 +51,7 @@ def relay(lines: Iterable[bytes], output: BinaryIO, not_connected: str) -> None:
     elif not line.startswith(_NOISE):
       output.write(line)
       output.flush()
-  if report and not is_reported:
+  if report and not has_reason:
     why = explanation(report) if is_connected else not_connected
     output.write(f"error: {why}\n".encode())
     output.flush()

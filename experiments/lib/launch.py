@@ -259,10 +259,7 @@ def _stop(number: int, frame: Any) -> None:
 
 def _end_by(number: signal.Signals) -> None:
   event = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
-  with contextlib.suppress(OSError):  # The terminal may be closed.
-    print(f"\n{event}; the same command continues.", file=sys.stderr, flush=True)
-  distributed.leave(128 + number)
-  sys.exit(128 + number)
+  distributed.leave(128 + number, f"\n{event}; the same command continues.")
 
 
 def _lose(error: Exception) -> None:
@@ -270,13 +267,11 @@ def _lose(error: Exception) -> None:
   # JAX repeats the same words for every call that could not be started.
   text = re.sub(r"([^:]+: )\1+", r"\1", " ".join(str(error).split()))
   reason = text[:200]
-  print(
+  distributed.leave(
+    distributed.LOST_STATUS,
     f"error: another process ended or cannot be reached ({reason}); the same command"
     " continues.",
-    file=sys.stderr,
   )
-  distributed.leave(distributed.LOST_STATUS)
-  sys.exit(distributed.LOST_STATUS)
 
 
 def _report_unraisable(unraisable: Any) -> None:
@@ -295,9 +290,7 @@ def _give_up(error: object) -> None:
   global _gave_up
   _gave_up = True
   line = " ".join(str(error).split())
-  print(f"error: {line}", file=sys.stderr)
-  distributed.leave(2, line)
-  sys.exit(2)
+  distributed.leave(2, f"error: {line}", is_mistake=True)
 
 
 # Constants of glibc's malloc.h, and the largest number that mallopt accepts.

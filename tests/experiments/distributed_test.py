@@ -61,6 +61,8 @@ def test_scripts_that_cannot_use_several_processes_refuse_them(name, monkeypatch
       runner.open_folder(settings, "x", "unused")
 
 
-def test_without_flags_a_process_stays_alone():
+def test_without_flags_a_process_stays_alone(capsys):
   distributed.connect(digits_noise.Settings())
-  distributed.leave(3)  # Returns.
+  with pytest.raises(SystemExit, match=r"^3$"):
+    distributed.leave(3, "error: reason.")
+  assert capsys.readouterr().err == "error: reason.\n"

@@ -39,8 +39,25 @@ def test_report_of_a_lost_process_becomes_one_line(lines, expected):
   assert line.startswith(expected)
 
 
-def test_other_output_passes_and_a_line_is_not_repeated():
+def test_other_output_passes():
   noise = b"[Gloo] Rank 0 is connected to 3 peer ranks.\n"
   assert _relayed(b"a\n", noise, last_words.CONNECTED, b"b") == "a\nb"
-  assert _relayed(last_words.CONNECTED, last_words.REPORTED, *_LOST) == ""
-  assert _relayed(last_words.CONNECTED, *_LOST, last_words.REPORTED) == ""
+
+
+# The process writes its reason before, after or within the report of JAX.
+@pytest.mark.parametrize("before", range(len(_LOST) + 1))
+def test_reason_of_the_process_replaces_the_report(before):
+  reason = last_words.REASON + b"error: reason.\n"
+  lines = (*_LOST[:before], reason, *_LOST[before:])
+  assert _relayed(last_words.CONNECTED, *lines) == "error: reason.\n"
+
+
+def test_reason_may_arrive_in_the_middle_of_a_line():
+  first, *others = _LOST
+  lines = (first[:20] + last_words.REASON + b"error: reason.\n", first[20:], *others)
+  assert _relayed(last_words.CONNECTED, *lines) == "error: reason.\n"
+
+
+def test_reason_may_have_several_lines():
+  lines = (last_words.REASON + b"\n", last_words.REASON + b"stopped.\n", *_LOST)
+  assert _relayed(last_words.CONNECTED, *lines) == "\nstopped.\n"
