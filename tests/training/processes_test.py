@@ -88,9 +88,10 @@ _GLOBAL = (
 
 
 def test_weights_parameters_and_metrics_are_those_of_one_process(tmp_path):
+  # Compilation takes most of the time, in every process.
   layouts = [
-    *((1, 8, "pmap", None), (2, 4, "pmap", None), (4, 2, "pmap", None)),
-    (2, 4, "shard_map", _GLOBAL),
+    *((1, 8, "pmap", None), (2, 4, "pmap", None)),
+    (4, 2, "shard_map", _GLOBAL),
   ]
   for count, num_local, kind, names in layouts:
     statuses, errors = _work(
