@@ -603,6 +603,7 @@ def given_values(**values: Any) -> dict[str, Any]:
 
 # Flags that affect the memory of a run, the most likely cause first.
 _MEMORY = (
+  "microbatch_size",
   *("networks", "width", "warpi_samples", "restarts", "num_tasks", "num_meta_tasks"),
   *("num_test_tasks", "num_ways", "num_shots", "num_queries", "num_inner_steps"),
   *("seeds_at_once", "num_seeds", "num_rows", "batch_size"),
@@ -615,6 +616,7 @@ _FLAG_OF = {
   "foreign_share": "ood_share",
   "fraction": "noise_fraction",
   "percentile": "mentor_percentile",
+  "recompute": "mwn_recompute",
 }
 
 

@@ -4,6 +4,7 @@ import functools
 import json
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,9 +75,9 @@ def test_run_writes_rows_and_figures(run):
     assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("name", ["warpi", "advisor", "forml"])
-def test_other_methods_fit_the_network_and_the_data(name):
-  settings = script.Settings(dataset="digits", num_meta=5)
+def _first_step(name, **flags):
+  """`key -> (params, gradients)` of a method on some images of digits."""
+  settings = script.Settings(dataset="digits", num_meta=5, **flags)
   splits = functools.partial(script.make_splits, settings, 0.5)
   (split,) = splits((0,))
   cell = script.make_cell(settings, name, 0.5, splits, split)
@@ -95,10 +96,34 @@ def test_other_methods_fit_the_network_and_the_data(name):
     inputs = base.Inputs(params, model_state, (), train, meta, jnp.int32(0), key)
     return params, cell.method.gradients(state, problem, inputs)[0]
 
-  params, found = jax.eval_shape(gradients, jax.random.key(0))
+  return gradients
+
+
+@pytest.mark.parametrize("name", ["warpi", "advisor", "forml"])
+def test_other_methods_fit_the_network_and_the_data(name):
+  params, found = jax.eval_shape(_first_step(name), jax.random.key(0))
   assert jax.tree.structure(found.grads) == jax.tree.structure(params)
   assert jax.tree.leaves(found.grads) == jax.tree.leaves(params)
   assert found.weights.shape == (6,)
+
+
+@pytest.mark.parametrize(
+  ("name", "flags"),
+  [
+    ("l2rw", {"microbatch_size": 2}),
+    ("meta_weight_net", {"microbatch_size": 4}),
+    ("meta_weight_net", {"mwn_recompute": True}),
+  ],
+)
+def test_flags_that_save_memory_change_the_program_but_no_result(name, flags):
+  key = jax.random.key(0)
+  step, saving = (jax.jit(_first_step(name, **f)) for f in ({}, flags))
+  assert step.lower(key).as_text() != saving.lower(key).as_text()
+  (_, expected), (_, actual) = step(key), saving(key)
+  for field in ("grads", "weights", "losses"):
+    chex.assert_trees_all_close(
+      getattr(actual, field), getattr(expected, field), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_early_stopping_takes_the_step_of_the_lowest_loss_on_the_clean_set(run):
@@ -152,6 +177,11 @@ _MISTAKES = {
   "meta_every": (["--meta_every=0"], "=0 must lie between 1 and"),
   "layers": (["--methods=l2rw", "--l2rw_layers=0"], "must be a share of the cost"),
   "refresh": (["--l2rw_refresh_every=0"], "=0 must lie between 1 and"),
+  "microbatch": (["--microbatch_size=0"], "=0 must lie between 1 and"),
+  "memory": (
+    ["--methods=meta_weight_net", "--microbatch_size=9", "--mwn_recompute"],
+    "--mwn_recompute=True and --microbatch_size=9: microbatches are recomputed",
+  ),
   "samples": (["--warpi_samples=0"], "=0 must lie between 1 and"),
   "preset": (["--preset=mine"], "should be one of <shared|bare|own>"),
   "network": (["--network=cnn"], "should be one of <mlp|lenet>"),
