@@ -123,6 +123,7 @@ def test_every_row_tells_where_it_comes_from(path):
       [
         *("uniform", "class_balanced", "focal", "ldam_drw"),
         *("absgd", "l2rw", "meta_weight_net"),
+        *("clean_only", "early_stopped", "fine_tuning"),
       ],
       4 * 3,
     ),
