@@ -49,7 +49,7 @@ def _x(dtype=np.float64):
 
 
 def _losses_fn(params, x):
-  """Works for every container whose leaves, in order, are w and b."""
+  """`params` is any container of a matrix w and a scalar b."""
   w, b = sorted(jax.tree.leaves(params), key=jnp.ndim, reverse=True)
   return jnp.sum(jnp.tanh(x @ w + b) ** 2, axis=1) + jnp.sin(b * x[:, 0])
 
@@ -60,7 +60,7 @@ def _like(tree, seed):
 
 
 def _explicit(losses_fn, params, batch, vector, weights):
-  """(J v, J^T w) from the Jacobian written out."""
+  """(J v, J^T w), computed from the explicit Jacobian."""
   jacobian = jax.jit(jax.jacrev(losses_fn))(params, batch)
   products = jax.tree.map(
     lambda j, v: jnp.tensordot(j, v, jnp.ndim(v)), jacobian, vector

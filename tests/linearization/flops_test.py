@@ -31,7 +31,7 @@ _NETWORKS = {
   "lenet": (lenet.LeNet(10), (28, 28, 1)),
   "resnet": (resnet.ResNet(10, blocks=1), (16, 16, 3)),
 }
-# The compiler counts the body of a loop once, so that the loop is unrolled.
+# The compiler counts the body of a loop only once, so the loop is unrolled.
 _GPT = functools.partial(
   gpt.GPT, 10, 32, 3, scan=True, unroll=3, tied=False, last_only=True
 )
@@ -147,9 +147,9 @@ def _literal_flops(name, num_meta):
   return _flops(step_fn, params, model_state, batch, meta_batch, compiled=True)
 
 
-# For M = B and for M = B / 10. Costs in forward passes of an example, relative to 3B of
-# plain training: 5B + 3M with BatchNorm (forward mode), 4B + 3M for LeNet (layerwise).
-# With `jax.checkpoint`, 6B + 4M relative to 4B (forward mode).
+# Limits for M = B and for M = B / 10. The costs in forward passes of an example are
+# 5B + 3M with BatchNorm (forward mode) and 4B + 3M for LeNet (layerwise), relative to
+# 3B of plain training; with `jax.checkpoint`, 6B + 4M relative to 4B (forward mode).
 _LIMITS = {
   "lenet": (2.40, 1.48),
   "resnet": (2.70, 1.80),

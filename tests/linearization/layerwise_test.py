@@ -39,7 +39,7 @@ class _Residual(nn.Module):
 
 
 class _VisionTransformer(nn.Module):
-  """Patches, a class token, positions: parameters outside of any layer."""
+  """The class token and the positions are parameters outside any layer."""
 
   @nn.compact
   def __call__(self, x, train=False):
@@ -54,7 +54,7 @@ class _VisionTransformer(nn.Module):
 
 
 class _Text(nn.Module):
-  """A table of embeddings that is also the output layer, and dropout."""
+  """An embedding table that is also the output layer, and two kinds of dropout."""
 
   @nn.compact
   def __call__(self, ids, train=False):
@@ -94,7 +94,7 @@ def _random(shapes, dtype="float32"):
 
 
 def _three(losses_fn, params, batch, engine, **options):
-  """Losses, J v and J^T w as one compiled function, and the whole `Linearized`."""
+  """Losses, J v, J^T w and aux, from one compiled function."""
   vector, weights = _like(params, 1), jnp.linspace(-1, 2, _B)
 
   @jax.jit
@@ -128,7 +128,7 @@ def _network(name, dtype):
 
 
 def _error(actual, expected):
-  """The largest difference, in units of the largest entry of all."""
+  """The largest difference, relative to the largest entry of `expected`."""
   actual, expected = jax.device_get((actual, expected))
   pairs = list(zip(*map(jax.tree.leaves, (actual, expected)), strict=True))
   scale = max(np.abs(x).max() for _, x in pairs)

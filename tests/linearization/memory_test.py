@@ -42,7 +42,7 @@ def _recomputed(params, x):
 
 
 def _recomputed_loop(params, x):
-  """Pairs of layers in a loop, of which only the input of each pair is kept."""
+  """Pairs of layers in a loop; only the input of each pair is kept."""
 
   @jax.checkpoint
   def block(x, kernels):
@@ -99,9 +99,9 @@ def test_l2rw_keeps_the_activations_of_one_batch_at_a_time(engine):
 
 @functools.cache
 def _updated_bytes(step, **options):
-  """A step that updates donated parameters, in units of their size.
+  """Temporary memory of a step with donated parameters, relative to their size.
 
-  They take much more memory than the activations: 16 layers, batches of 4.
+  The parameters take much more memory than the activations: 16 layers, batches of 4.
   """
   kernels = [jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 16
   x = jax.ShapeDtypeStruct((4, 256), jnp.float32)
@@ -149,7 +149,7 @@ def test_meta_weight_net_recomputes_instead_of_keeping_both_batches(options):
 
 @functools.cache
 def _resnet_bytes(num_meta=None, **options):
-  """A step of Meta-Weight-Net, or of plain training if `num_meta` is None."""
+  """Memory of a step of Meta-Weight-Net, or of plain training if `num_meta` is None."""
 
   def examples(size):
     return {
@@ -189,7 +189,7 @@ def _resnet_bytes(num_meta=None, **options):
 
 
 def test_a_step_of_meta_weight_net_stores_no_results_for_its_next_derivative():
-  """Both weighted gradients normalize and transpose the activations."""
+  """XLA must not store the normalized and transposed activations for later use."""
   if jax.__version_info__ < (0, 12):
     pytest.skip("XLA:CPU of jaxlib 0.10.2 removes the barrier between derivatives")
   assert _resnet_bytes(3) < 1.6 * _resnet_bytes()

@@ -1,4 +1,4 @@
-"""Directional derivatives along some layers: exact for these, and cheaper."""
+"""Directional derivatives along some layers: exact for these layers."""
 
 import jax
 import jax.numpy as jnp

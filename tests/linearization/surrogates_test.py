@@ -1,4 +1,4 @@
-"""Detection of declared derivatives that are not those of the values."""
+"""Detection of surrogates: declared derivatives that are not the true ones."""
 
 import functools
 
