@@ -47,7 +47,7 @@ def _task():
 
 
 def _loss(params, psi, batch, constants=None):
-  """Mean gated loss; the gate is computed from `constants` (params) if given."""
+  """Mean gated loss; the gate uses `constants` in place of params if given."""
   gate_params = params if constants is None else constants
   features = _MODEL.features(params, {}, batch, jax.random.key(2), True)[0]
   gate_features = _MODEL.features(gate_params, {}, batch, jax.random.key(2), True)[0]
@@ -60,7 +60,7 @@ def _loss(params, psi, batch, constants=None):
 
 
 def _unrolled(psi, inputs):
-  """The meta loss after the virtual step; differentiated, reverse over reverse."""
+  """The meta loss after the virtual step. Its gradient is reverse over reverse."""
   gradient = jax.grad(_loss)(inputs.params, psi, inputs.batch)
   optimizer = optax.sgd(_RATE)
   ahead = hypergradient.lookahead_params(
@@ -96,7 +96,7 @@ def test_meta_gradient_equals_the_unrolled_step_and_finite_differences(x64):
   rng = np.random.default_rng(1)
   along = jax.tree.map(lambda x: rng.normal(size=x.shape), psi)
 
-  def at(step):  # By the program that is compiled already.
+  def at(step):  # Uses the program that is already compiled.
     return unrolled(jax.tree.map(lambda x, d: x + step * d, psi, along), inputs)[0]
 
   slope = (at(1e-5) - at(-1e-5)) / 2e-5
@@ -109,7 +109,7 @@ def test_real_step_uses_the_new_gate_as_a_constant(x64):
   gradient = jax.jit(jax.grad(_loss))
   expected = gradient(inputs.params, after.params, inputs.batch)
   chex.assert_trees_all_close(result.grads, expected, rtol=1e-9)
-  # The parameters have no gradient through the advisor's inputs.
+  # No gradient flows to the parameters through the advisor's inputs.
   fixed = gradient(inputs.params, after.params, inputs.batch, inputs.params)
   chex.assert_trees_all_close(result.grads, fixed, rtol=1e-9)
 

@@ -47,7 +47,7 @@ def _literal(logits, labels, kappa, statistics):
       values, lost = p[labels == label, label], 0
     else:
       values, lost = p[:, label], 1
-    # On the threshold (one or two examples of a class) rounding would decide.
+    # One or two examples of a class lie on the threshold, where rounding would decide.
     threshold = values.mean() + kappa * values.std(ddof=lost)
     kept.append(p[i, label] >= threshold - 1e-15 * values.mean())
   return np.array(kept)
@@ -87,7 +87,7 @@ def test_default_statistic_keeps_clean_examples(noise):
       if name == "batch_column":
         assert not kept[~clean].any()
   assert np.mean(recall["batch_column"]) > 0.98
-  if noise < 0.6:  # At most half of a class is selected; 1 - noise of it is clean.
+  if noise < 0.6:  # At most half of a class is selected, but 1 - noise of it is clean.
     assert np.mean(recall["own_label"]) < 0.6
 
 
@@ -102,7 +102,7 @@ def test_weights_are_equal_among_selected_examples_and_constant():
 @pytest.mark.parametrize("kappa", [1.0, 1e9])
 def test_empty_selection_gives_uniform_weights(kappa):
   logits = jnp.zeros((4, 3)) if kappa == 1.0 else _LOGITS[:4]
-  # Equal probabilities: the deviation is 0 and everything lies on the mean.
+  # Equal logits put every example on the threshold: all are selected, not none.
   weights = _example_weights(logits, _LABELS[:4], kappa=kappa)
   np.testing.assert_allclose(weights, 0.25)
 
@@ -126,7 +126,7 @@ def test_equal_posteriors_are_all_selected_on_any_number_of_devices(statistics):
   for scale in (0.1, 1.0, 3.0, 10.0, 100.0):
     logits = jnp.tile(scale * rng.normal(size=10).astype(np.float32), (96, 1))
     assert alone(logits, labels).all() and sharded(logits, labels).all()
-    # The same probabilities except for the order of their summation.
+    # The same probabilities, except for rounding, since the sums have another order.
     others = jnp.asarray(rng.permuted(logits[:, 1:], axis=1))
     shuffled = jnp.concatenate([logits[:, :1], others], axis=1)
     assert alone(shuffled, 0 * labels).all()

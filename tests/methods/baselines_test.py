@@ -108,7 +108,7 @@ def _assert_is_gradient_of(result, batch, weights):
       baselines.class_proportion("official_code"),
       np.array([0.4, 0.7, 0.9])[_LABELS],
     ),
-    # Two of the minority, hence the first two of the majority, since all are tied.
+    # Two minority examples, hence two majority examples: the first two, as all tie.
     (
       baselines.hard_mining("official_code"),
       np.array([1, 1, 0, 1, 0, 1]) / 4,
@@ -386,7 +386,7 @@ def test_loss_settings_out_of_range_are_refused_when_the_method_is_made(make, me
     make()
 
 
-# Classifier re-training: a network of two layers, the last one behind `jax.jit`.
+# Classifier re-training: a two-layer network whose last layer is inside `jax.jit`.
 
 
 @jax.jit

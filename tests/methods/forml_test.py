@@ -91,7 +91,7 @@ _STEP = 1e-6
 
 @jax.jit
 def _run_and_references(number, params, weights, batch, meta_batch):
-  """One program for all settings: the update, and what its parts should equal."""
+  """The update, and reference values of its parts, in one program for all settings."""
   settings = [_objective(setting) for setting in _SETTINGS]
 
   def objective(values):
@@ -117,7 +117,7 @@ def _run_and_references(number, params, weights, batch, meta_batch):
 def test_first_order_identity_and_finite_differences(setting):
   weights = _WEIGHTS / _WEIGHTS.sum()
   number = list(_SETTINGS).index(setting)
-  # JAX would remember that the arrays of _BATCH and _META were once of 64 bits.
+  # Copies, because JAX would cache the 64-bit versions of _BATCH and _META.
   copies = jax.tree.map(np.array, (_BATCH, _META))
   result, value, slope, jacobian, moved, losses_before = jax.device_get(
     _run_and_references(number, _params(), weights, *copies)

@@ -138,7 +138,7 @@ def test_loss_is_corrected_once_the_matrix_is_estimated(estimator, num_logits):
   np.testing.assert_allclose(
     gradients.metrics["transition_diagonal"], np.diag(expected).mean(), rtol=1e-4
   )
-  # It is estimated once.
+  # The matrix is estimated only once.
   later = method.refresh(kept, problem, _view(3, num_logits))
   np.testing.assert_array_equal(later, state)
 

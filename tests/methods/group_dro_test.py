@@ -65,7 +65,7 @@ def test_absent_group_keeps_its_share():
   weights, log_q = _weights(_LOSSES, _GROUPS, np.log(q), 0.1, adjustments=5.0)
   result = np.exp(log_q)
   np.testing.assert_allclose(weights.sum(), 1 - result[2], rtol=1e-6)
-  # Neither its loss, which is unknown, nor the adjustment changes it.
+  # Neither the group's loss, which is unknown, nor the adjustment changes its share.
   grown = 0.1 * (np.array([2.0, 3.75, 0.3]) + 5.0)
   present = [0, 1, 3]
   np.testing.assert_allclose(

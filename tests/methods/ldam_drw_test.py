@@ -93,7 +93,8 @@ def test_losses_of_extreme_cosines_are_finite():
   result = jax.device_get(_run_both(np.repeat(rows, 3, 0), labels, _MARGINS))
   for leaf in jax.tree.leaves(result):
     assert np.isfinite(leaf).all()
-  # The label of the first row is class 0, which is 2 - 1/6 above the others.
+  # In the first row the label is class 0. Its cosine less the margin is 2 - 1/6 above
+  # the others.
   assert result[0][False][0] == pytest.approx(
     np.log1p(2 * np.exp(-30 * (2 - 1 / 6))), abs=1e-6
   )

@@ -1,4 +1,4 @@
-"""Meta-Weight-Net: its gradient, the variants of the releases, their sizes."""
+"""Meta-Weight-Net: its gradient, the released variants, the size of its network."""
 
 import functools
 
@@ -52,7 +52,7 @@ def _problem(dtype=np.float64):
 
 
 def _unrolled(phi, params, batch, meta_batch, normalization, detached, optimizer):
-  """M(step(gradient of the weighted loss)), the definition in the paper."""
+  """The meta loss after a step on the weighted loss: the definition in the paper."""
 
   def weighted_loss(params):
     losses = _losses_fn(params, batch)
@@ -78,7 +78,7 @@ _OPTIMIZERS = {
   ("optimizer", "normalization", "detached"),
   [
     *(("sgd", *variant) for variant in _VARIANTS),
-    # The optimizer does not see the variant.
+    # One variant suffices: the optimizer does not depend on it.
     ("adam", "sum", False),
   ],
 )
@@ -107,7 +107,7 @@ def test_gradient_equals_the_unrolled_step_and_finite_differences(
     return
   rng = np.random.default_rng(1)
 
-  def at(step, along):  # By the program that is compiled already.
+  def at(step, along):  # Uses the program that is already compiled.
     return meta_loss(jax.tree.map(lambda x, d: x + step * d, phi, along), *rest)[0]
 
   for _ in range(3):
@@ -258,7 +258,8 @@ def _factory_step(step=0, **options):
   return losses_fn, before, after, result, inputs
 
 
-# The gradients of all four are tested above; two show that the method passes both on.
+# The gradients of all four variants are tested above; two of them suffice to show that
+# the method passes both settings on.
 @pytest.mark.parametrize(
   ("normalization", "detached"), [("mean", True), ("sum", False)]
 )
@@ -364,7 +365,7 @@ def test_network_is_updated_every_so_many_steps():
 
 @pytest.mark.promotes("optax.adam raises a float to an integer step count")
 def test_network_learns_small_weights_for_large_losses():
-  """Half of the labels are wrong: V learns to decrease with the loss."""
+  """40% of the labels are wrong: the weight learns to decrease with the loss."""
   rng = np.random.default_rng(0)
   x = rng.normal(size=(200, 5)).astype(np.float32)
   label = (x[:, 0] > 0).astype(np.int32)
@@ -432,7 +433,8 @@ def test_a_loss_of_1e30_leaves_the_gradient_of_float64(normalization, detached):
     )
 
   if normalization == "sum" and not detached:
-    # The other weights depend on the loss of 1e30, which multiplies the look-ahead.
+    # The derivative of the sum of the weights multiplies all examples' gradients by
+    # about 1e30.
     with pytest.raises(FloatingPointError, match="4 of 4 meta losses"):
       gradient(np.float32)
     return

@@ -84,7 +84,10 @@ def _net_item_losses(params, x, y):
 
 
 def _net_losses(first_order=False, num_steps=1):
-  """A small network on tasks {"x": [T, 2, n, d], "y": [T, 2, n]}: support, query."""
+  """Losses of a small network on tasks {"x": [T, 2, n, d], "y": [T, 2, n]}.
+
+  Along the axis of size 2, the support set comes before the query set.
+  """
 
   def losses_fn(params, tasks):
     def loss(x, y):
@@ -120,7 +123,7 @@ def _net_params():
 def _literal_equation_8(params, tasks, meta_tasks, weights):
   """-(eta / mn) sum_j grad_phi L_Vj . (g_i - alpha H_j g_i), with explicit Hessians.
 
-  Returns it without the Hessians, and with them.
+  Returns the value without the Hessians, then the value with them.
   """
   flat, unflatten = jax.flatten_util.ravel_pytree(params)
 
@@ -297,7 +300,7 @@ def _item_losses(params, batch, scale=1.0):
 
 @functools.cache
 def _value_and_gradient(losses_fn, *shape, meta_losses_fn=_losses):
-  """M and dM/dw at weights of one for all losses [*shape], from the unrolled step."""
+  """The meta loss and its gradient [*shape] at weights of one, by an unrolled step."""
 
   def validation_loss(w):
     slope = jax.grad(lambda p: jnp.mean(w * losses_fn(p, _BATCH)))(_params())

@@ -39,7 +39,7 @@ _OUTER = optax.sgd(0.3, momentum=0.9)
 
 
 def _selected(method):
-  """A state as after a selection; an update uses only its weights."""
+  """`method`, starting as if after a selection; updates use only its weights."""
 
   def init(key, problem, params):
     weights = jnp.linspace(0, 2, problem.num_examples)
@@ -150,7 +150,7 @@ def _task(axis_name):
 
 @jax.jit
 def _init(key):
-  """States of every method, by one program."""
+  """Initial states of all methods, from one program."""
   params, model_state = _model(None).init(key, _data()[0][0])
   key = jax.random.fold_in(key, 1)
   return {
@@ -172,7 +172,7 @@ def _initial(name, seed=0):
 
 def _step_fn(name, axis_name):
   def step(state, batch, meta_batch):
-    # The loop's step and the gradients that the method returned.
+    # The new state of the loop, and the gradients that the method returned.
     returned = []
 
     def gradients(*given):
@@ -273,10 +273,10 @@ class _Communication(NamedTuple):
   """What each device sends in a step of one run, as compiled.
 
   Attributes:
-    all_reduces: their number. Each sums one or several arrays.
-    all_gathers: their number.
-    num_bytes: the results of all of them.
-    gradients: how many arrays as large as all parameters are summed.
+    all_reduces: the number of all-reduces. Each sums one or several arrays.
+    all_gathers: the number of all-gathers.
+    num_bytes: the size of all their results.
+    gradients: how often arrays in the shapes of all parameters are summed.
   """
 
   all_reduces: int
@@ -349,7 +349,7 @@ def _communication(name):
 
 @pytest.mark.parametrize("name", _METHODS)
 def test_step_sends_the_documented_number_of_bytes(name):
-  """`docs/speed.md` has what these numbers mean on many chips."""
+  """`docs/speed.md` explains what these numbers mean on many chips."""
   assert _communication(name) == _COMMUNICATION[name]
 
 
@@ -357,9 +357,9 @@ def test_l2rw_adds_one_sum_of_the_size_of_the_parameters():
   plain, weighted = _COMMUNICATION["uniform"], _COMMUNICATION["l2rw"]
   num_params = sum(x.size for x in jax.tree.leaves(_initial("l2rw").params))
   assert weighted.gradients == plain.gradients + 1
-  # The rest is what BatchNorm sums: in the forward and the backward pass of the meta
-  # batch and in the derivative along the direction, mean and square of six features
-  # each; and six numbers.
+  # The rest is six numbers and the sums of BatchNorm: mean and square of six features,
+  # in each of the forward pass of the meta batch, its backward pass, and the derivative
+  # along the direction.
   batch_norm = 3 * 2 * 6
   extra = weighted.num_bytes - plain.num_bytes
   assert extra == 4 * (num_params + batch_norm + 6)
@@ -374,8 +374,8 @@ def test_steps_cover_both_phases_of_fine_tuning_and_hard_mining():
 
 @pytest.mark.parametrize("name", _METHODS)
 def test_methods_can_be_traced_under_an_explicit_mesh(name):
-  # JAX reports errors of sharding while tracing; `formulas_sweep_test` compares
-  # the numbers of the formulas.
+  # JAX reports sharding errors while tracing; `formulas_sweep_test` compares the
+  # values.
   mesh = jax.make_mesh(
     (_DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,)
   )

@@ -136,7 +136,7 @@ def test_damaged_archives_are_refused(tmp_path):
       whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :],
     ):
       path.write_bytes(damaged)
-      # A changed bit outside of the data, such as in a date, has no effect.
+      # A changed byte outside the data, such as in a date, has no effect.
       with contextlib.suppress(base.InputError):
         np.testing.assert_array_equal(loss_dump.read_dump(path).loss, _dump().loss)
 
