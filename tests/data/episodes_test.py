@@ -14,7 +14,7 @@ _SIZES = {"train": 8, "meta": 4, "test": 5, "foreign": 6}
 
 
 def _source(name, num_classes, per_class=12, shape=(2, 2, 1)):
-  """Images whose pixels are their source and their row."""
+  """Images whose pixels encode their source and their row."""
   number = num_classes * per_class
   rows = np.arange(number)
   images = np.zeros((number, *shape), np.uint8)

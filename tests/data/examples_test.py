@@ -205,7 +205,7 @@ def test_slices_of_one_split_raise(others):
 
 
 class _File:
-  """A row source like HDF5: no ndim, ascending rows without repetition only."""
+  """A row source like HDF5: no `ndim`, and rows only in strictly ascending order."""
 
   def __init__(self, array):
     self._array, self.largest_read = array, 0
@@ -236,7 +236,7 @@ def test_float_images_in_a_file_are_checked_in_blocks(monkeypatch):
 
 
 def test_sources_of_rows_are_not_read_to_make_splits():
-  """The parts hold the same numbers as those of arrays; the meta set is in memory."""
+  """The parts equal those of arrays; only the meta set is read into memory."""
   rng = np.random.default_rng(0)
   rows = {"train": [7, 1, 5], "meta": [0, 2], "validation": [3], "test": [4, 6]}
   rows = {name: np.array(part) for name, part in rows.items()}

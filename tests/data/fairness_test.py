@@ -32,7 +32,8 @@ def make(train=None, test=None, **options):
 
 
 def test_class_sizes_of_the_long_tail():
-  # 45 images of the rarest class are left; 45 / 8 = 5 of the last.
+  # The rarest class has 45 images without the exemplars. The first class keeps as many,
+  # and the last class 45 / 8, rounded down to 5.
   splits = make(imbalance=8.0)
   expected = [45, 22, 11, 5]
   np.testing.assert_array_equal(
@@ -70,7 +71,7 @@ def test_groups_mark_the_inverted_images(dtype):
     plain = origin.images[part.source_index]
     expected = np.where(part.group[:, None, None, None] == 1, brightest - plain, plain)
     np.testing.assert_allclose(part.image, expected, atol=1e-6)
-  # Images of each class, and a tenth of them, at least one.
+  # All images of each class, and the inverted ones: a tenth, but at least one.
   counts = [[40, 20, 10, 5], [4, 2, 1, 1]]
   for label in range(_CLASSES):
     groups = splits.train.group[splits.train.label == label]

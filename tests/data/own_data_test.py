@@ -1,4 +1,4 @@
-"""Users' own data: every layout, and everything that can be wrong with it."""
+"""Users' data: every layout, and everything that can be wrong with it."""
 
 import numpy as np
 from PIL import Image
@@ -17,7 +17,7 @@ def _save(path, value, size=(6, 4), mode="L"):
 
 @pytest.fixture
 def folder(tmp_path):
-  """Two classes of ten gray images, each of another shade."""
+  """Two classes of ten gray images, each of a different shade."""
   for label, name in enumerate(("cat", "dog")):
     for i in range(10):
       _save(tmp_path / "set" / name / f"{i}.png", 20 * i + label)
@@ -139,7 +139,7 @@ def test_a_list_of_labels(folder, tmp_path):
   assert reasons["cat/2.png"] == "it has no label in list.csv"
   assert "no such file" in reasons["../secret.png"] and "none.png" in reasons
   assert reasons["dog/9.png"] == "it is not in list.csv"
-  # A list inside the folder is taken without being named; it may have no header.
+  # labels.csv in the folder is used without being named; it needs no header.
   (folder / "labels.csv").write_text("cat/0.png,1\ncat/1.png,10\ndog/0.png,2\n" * 1)
   with pytest.raises(base.InputError, match="has 3 different labels in 3 examples"):
     own_data.read(f"images:{folder}")
@@ -147,7 +147,7 @@ def test_a_list_of_labels(folder, tmp_path):
     "cat/0.png,2\ncat/1.png,10\ndog/0.png,2\ndog/1.png,10\n"
   )
   data = own_data.read(f"images:{folder}")
-  assert data.form.class_names == ("2", "10")  # Numbers in their order.
+  assert data.form.class_names == ("2", "10")  # In numeric order.
 
 
 def test_parts_of_a_folder(folder, tmp_path):
@@ -200,7 +200,7 @@ def test_archives_of_rows_are_standardized_by_the_training_rows(tmp_path):
     own_data.read(f"npz:{tmp_path / 'a.npz'}", p) for p in ("train", "test")
   )
   np.testing.assert_allclose(train.features.mean(axis=0), 0, atol=1e-5)
-  assert train.features.shape[1] == 4  # Three columns, and one for what is missing.
+  assert train.features.shape[1] == 4  # Three columns, and a mask of missing values.
   rows = x[train.rows]
   expected = (x[test.rows][:, 0] - rows[:, 0].mean()) / rows[:, 0].std()
   np.testing.assert_allclose(test.features[:, 0], expected, rtol=1e-4, atol=1e-5)
@@ -237,7 +237,7 @@ def test_columns_without_information_are_noted(tmp_path):
   rows = [f"{i},,7,text {i},{'x' if i else '?!'},{i % 2}" for i in range(70)]
   name = _table(tmp_path / "t.csv", rows, "n,empty,same,text,x,y")
   data = own_data.read(name)
-  # 'x' is 'x' in all rows but one.
+  # The column x is 'x' in all rows but one.
   assert data.features.shape == (70, 3)
   assert [note.split("'")[1] for note in data.notes] == ["y", "empty", "same", "text"]
   stray = [f"{'n/k' if i == 5 else i},{i % 2}" for i in range(40)]
@@ -381,7 +381,7 @@ def test_own_data_are_a_source_with_a_trusted_meta_set(folder, caplog):
     trusted=trusted,
   )
   sizes = [len(getattr(made, p).label) for p in ("train", "meta", "test")]
-  # The file that cannot be read was dealt to the test part.
+  # The file that cannot be read was assigned to the test part.
   assert sizes == [17, 20, 3] and made.train.image.dtype == np.uint8
   plain = noisy_labels.noisy_labels(
     train, test, builder="uniform_flip", fraction=0.0, num_meta_per_class=0, seed=0

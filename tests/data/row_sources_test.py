@@ -19,7 +19,7 @@ from l2rw_jax.data import sources
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-  """Two classes of ten gray images, each of another shade."""
+  """Two classes of ten gray images, each of a different shade."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   for label, name in enumerate(("cat", "dog")):
     for i in range(10):
@@ -94,7 +94,7 @@ def test_fingerprint_covers_every_byte(folder):
   os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
   assert digest() != first
   path.write_bytes(whole)
-  assert digest() == first  # The content counts, not the time.
+  assert digest() == first  # The hash depends on the content, not on the time.
 
 
 def test_files_that_have_not_changed_are_read_once(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Documents of a language model: where they are from, and what is wrong with them."""
+"""Documents for a language model: their files, and how they are corrupted."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from l2rw_jax.data import text_documents
 
 _RNG = np.random.default_rng(0)
 _TEXTS = text_documents.Texts(
-  # The first byte of a file says which file it is, and so do all others.
+  # Every byte of a file is the number of the file.
   files=tuple(bytes([number]) * 90 for number in range(40)),
   english=bytes(_RNG.integers(100, 120, 600).astype(np.uint8)),
 )
