@@ -27,7 +27,7 @@ def test_scores_are_compared_with_exact_ones_of_the_same_step():
   train, meta = _examples(20, 0), _examples(6, 1)
   params, model_state = model.init(jax.random.key(0), meta)
   rows = np.random.default_rng(2).integers(20, size=(15, 8), dtype=np.int32)
-  # The gradient is new in steps 0 and 14, and old in step 7.
+  # The clean gradient is new in steps 0 and 14, and outdated in step 7.
   method = l2rw.l2rw(refresh_every=14)
   trainer = approximate_scores.make_trainer(problem, method, optax.sgd(0.5))
   updated, scores = trainer(params, model_state, train, meta, rows)

@@ -1,4 +1,4 @@
-"""CIFAR's presets by the numbers of the papers, a run of few steps, mistakes."""
+"""CIFAR presets against the numbers of the papers, short runs, and mistakes."""
 
 import dataclasses
 import io
@@ -25,7 +25,7 @@ _SMALL = ("--smoke", "--num_devices=1", "--num_seeds=1")
 
 
 def _prepare(root, name, num_classes, sizes):
-  """Made-up images in TFDS's format, with human labels if it is cifar10_n."""
+  """Random images in TFDS's format, with human labels for cifar10_n."""
   from PIL import Image
   import tensorflow_datasets as tfds
 
@@ -67,7 +67,7 @@ def _prepare(root, name, num_classes, sizes):
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-  """A folder of small cifar10, cifar100 and cifar10_n, and of them decoded."""
+  """A folder of small cifar10, cifar100 and cifar10_n, with their decoded images."""
   root = tmp_path_factory.mktemp("data")
   _prepare(root, "cifar10", 10, {"train": 200, "test": 50})
   _prepare(root, "cifar10_n", 10, {"train": 200, "test": 50})
@@ -196,7 +196,8 @@ def test_mistake_is_one_line_and_writes_nothing(mistakes, name):
 @pytest.mark.parametrize(
   ("name", "facts"),
   [
-    # network, steps, decays, nesterov, decay, all, batch, clean of 10 and 100
+    # network, num_steps, decay_steps, nesterov, weight_decay, decay_all, batch_size,
+    # and num_meta for 10 and for 100 classes
     (
       "l2rw_uniform",
       ("l2rw_wrn_28_10", 60000, (40000, 50000), False, 2e-4, False, 100, 100, 10),
@@ -285,7 +286,7 @@ def test_warpi_scales_cifar_100_by_its_statistics():
 @pytest.mark.parametrize(
   ("nesterov", "decay_all", "kernel", "bias"),
   [
-    # Decay 0.5 joins the gradient 1 of parameters 2; first steps of momentum 0.9.
+    # First steps with momentum 0.9: decay 0.5 of parameter 2 is added to gradient 1.
     (False, True, 2 - 0.1 * 2, 2 - 0.1 * 2),
     (False, False, 2 - 0.1 * 2, 2 - 0.1 * 1),
     (True, True, 2 - 0.1 * 1.9 * 2, 2 - 0.1 * 1.9 * 2),

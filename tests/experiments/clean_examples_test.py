@@ -17,7 +17,7 @@ _SMALL = (
   *("--datasets=digits", "--num_clean=1", "--num_clean=3", "--num_validation=50"),
   *("--largest_class=60", "--imbalance=10", "--num_steps=4", "--eval_every=2"),
   *("--batch_size=10", "--num_devices=1", "--problems=symmetric"),
-  # One for all, so that methods share compiled programs.
+  # One learning rate, so that methods share compiled programs.
   "--learning_rate=1e-3",
 )
 _SETTINGS = script.Settings(
@@ -65,7 +65,7 @@ def test_nothing_is_trained_again_for_what_it_does_not_depend_on():
   alone = [("symmetric", count) for count in (1, 3)]
   of = dict.fromkeys(("uniform", "no_clean_data", "early_stopped"), once)
   assert trained == dict.fromkeys(script.METHODS, each) | of | {"clean_only": alone}
-  # The rows of the clean images alone stand under every problem.
+  # Training on the clean images alone has a row under every problem.
   (cell,) = (c for c in cells if c.folder == "digits-symmetric-3-clean_only")
   fields = {**dict.fromkeys(report.RUN_FIELDS), "last": {"accuracy": 0.5}}
   result = results_lib.Result(fields, {}, {}, {}, {})

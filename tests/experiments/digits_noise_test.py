@@ -32,7 +32,7 @@ _FLAGS = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """Where a short run was started, without --workdir, and what it printed."""
+  """The folder where a short run was started without --workdir, and its output."""
   cwd = tmp_path_factory.mktemp(_NAME)
   (cwd / "flags.txt").write_text("\n".join([*_SMALL, "--noise_fraction=0.3"]))
   done = scripts.run(_NAME, "--flagfile=flags.txt", "--methods=l2rw,uniform", cwd=cwd)
@@ -68,7 +68,7 @@ def test_list_of_the_labels_of_the_first_seed(run):
       split.train.source_index, split.train.label != split.train.true_label, strict=True
     )
   )
-  # Four batches of a hundred: the others were never seen.
+  # Four batches of a hundred examples: the other examples were never seen.
   known = [row for row in listed if row["score"]]
   hits = [is_wrong[int(row["index"])] for row in known]
   assert len(listed) == 1247 and 300 < len(known) < 1247
@@ -223,5 +223,5 @@ def test_divergence_is_one_line_again(tmp_path):
   assert "losses are NaN or infinite; the last good parameters" in first.complaints
   assert again == first
   assert not list((tmp_path / "run").rglob("results.json"))
-  # Its only step was sound, so there is a result: bad, but no number is missing.
+  # In its only step every loss was finite, so there is a result, although a bad one.
   assert short.status == 0 and len(scripts.table(short.printed)) == 2

@@ -54,7 +54,7 @@ def test_rows_describe_their_runs(run):
     assert row["worst_cell_percent"] is None
     assert 0 <= row["worst_group_percent"] <= row["accuracy_percent"] <= 100
     assert 0 <= row["gap_mean_percent"] <= row["gap_max_percent"] <= 100
-  # The same data for every method, other data for every seed and condensation.
+  # Methods share their data; every seed and every condensation has different data.
   assert len({row["data"] for row in rows}) == 2 * 5
   assert rows[0]["data"] == rows[2]["data"] != rows[1]["data"]
   assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")

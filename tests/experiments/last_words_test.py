@@ -1,4 +1,4 @@
-"""What remains of the C++ output of a process that loses another one."""
+"""The C++ output of a process that lost another process becomes one line."""
 
 import io
 

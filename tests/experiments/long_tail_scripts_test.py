@@ -45,7 +45,8 @@ def test_run_writes_rows_and_figures(run):
   assert flags["beta"] == 0.9999 and flags["deferred"] == 0.5
   assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
   for row in rows:
-    # 126 of the rarest digit, less 10 for the meta set; a tenth of the last.
+    # The rarest digit has 126 images, 10 of them in the meta set: 116 remain, which
+    # is the size of the first class. The last class has a tenth of it.
     assert row["class_counts"] == "116 89 69 53 41 32 24 19 14 11"
     assert (row["many_above"], row["few_below"], row["num_meta"]) == (100, 20, 10)
     assert (row["builder"], row["shape"], row["imbalance"]) == (
@@ -85,7 +86,7 @@ def test_more_imbalances_and_another_shape(run):
   ]
   (row,), _, _ = scripts.saved_rows(folder.parent / "step")
   assert row["class_counts"] == " ".join(["126"] * 5 + ["12"] * 5)
-  # Two sizes: no class is in between.
+  # The classes have only two sizes, so none is in the middle group.
   assert row["medium_percent"] is None and row["few_percent"] is not None
 
 
@@ -160,7 +161,7 @@ def test_published_numbers():
 
 
 def _made_up(name, split, **folders):
-  """Images of CIFAR's shape, few enough for a moment."""
+  """Random images of CIFAR's shape, few enough for a short test."""
   num_classes = 100 if name == "cifar100" else 10
   size = (1000 if num_classes == 100 else 600) if split == "train" else num_classes
   labels = (np.arange(size) % num_classes).astype(np.int32)
@@ -217,7 +218,7 @@ def test_a_short_run_on_cifar(cifar):
     assert (row["dataset"], row["preset"], row["network"]) == ("cifar10", "ldam", "mlp")
     assert (row["builder"], row["num_meta"], row["imbalance"]) == ("ldam", 0, 5)
     assert row["class_counts"] == "60 50 41 35 29 24 20 17 14 12"
-    # Thirds of the classes: none has more than 100 images.
+    # No class has more than 100 images, so the groups are thirds of the classes.
     assert (row["many_above"], row["few_below"]) == (40, 18)
     assert (row["weight_decay"], row["nesterov"]) == (2e-4, False)
     assert row["published_percent"] is None and row["batch_size"] == 100

@@ -1,4 +1,4 @@
-"""The sweep, its numbers by hand, and --probes of other scripts."""
+"""The sweep, its numbers against manual computation, and --probes of other scripts."""
 
 import json
 import re
@@ -20,7 +20,7 @@ _SMALL = (
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """The folder of a small sweep at two noises, and what it printed."""
+  """The folder of a small sweep at two noise fractions, and what it printed."""
   folder = tmp_path_factory.mktemp(_NAME) / "run"
   noises = ("--noise_fraction=0.5", "--noise_fraction=0")
   done = scripts.run(_NAME, *_SMALL, *noises, f"--workdir={folder}")
@@ -48,12 +48,12 @@ def test_rows_are_what_the_runs_measured(run):
       assert wrong == 0 and row["wrong_subset_percent"] is None
       assert row["clean_subset_percent"] == row["train_percent"]
     else:
-      # A share of 0.5 replaced by ten classes, one of them true; 150 examples.
+      # Half of the 150 labels are drawn from all ten classes, so a tenth stay right.
       assert wrong == pytest.approx(0.45, abs=0.15)
       both = wrong * row["wrong_subset_percent"]
       both += (1 - wrong) * row["clean_subset_percent"]
       assert both == pytest.approx(row["train_percent"], rel=1e-5)
-  # One seed has one set of images, whatever the noise: of its labels, one is clean.
+  # Each noise fraction and seed has one training set, the same for all networks.
   hashes = {(row["noise_fraction"], row["seed"], row["data"]) for row in rows}
   assert len(hashes) == 4
 
@@ -89,7 +89,7 @@ def test_figures_and_correlations(run):
 
 
 def _rows():
-  """Four models of one noise, and a fifth whose loss overflowed."""
+  """Four models at one noise fraction, and a fifth whose loss overflowed."""
   zeta = [0.1, 0.5, 0.2, 0.8, None]
   train = [60.0, 90.0, 30.0, 35.0, 40.0]
   wrong = [10.0, 80.0, 20.0, 90.0, 5.0]
@@ -105,7 +105,7 @@ def _rows():
 
 
 def test_regions_skip_models_without_susceptibility():
-  # Means 0.4 and 53.75; with the fifth the accuracy's would be 51.
+  # The means are 0.4 and 53.75; with the fifth model the latter would be 51.
   result = script.with_regions(_rows())
   assert [row["region"] for row in result] == [1, 2, 3, 4, None]
   (alone,) = script.with_regions(_rows()[:1])

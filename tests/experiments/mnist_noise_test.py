@@ -275,7 +275,7 @@ def test_lenet_trains_one_seed_at_a_time(tmp_path):
     "--noise_fraction=0.5",
     "--num_seeds=2",
     "--num_epochs=1",
-    "--num_meta=100",  # Leaves few to train on.
+    "--num_meta=100",  # Leaves few images to train on.
     "--batch_size=200",
     "--num_devices=1",
     cwd=tmp_path,

@@ -1,4 +1,4 @@
-"""Users' own data in the scripts: --dataset, and --trusted as the meta set."""
+"""Users' data in the scripts: --dataset, and --trusted as the meta set."""
 
 import csv
 

@@ -95,7 +95,7 @@ def test_rejection_auroc_by_hand():
   np.testing.assert_array_equal(
     report.rejected_share(weights), [0, 0.5, 0.5, 1, np.nan]
   )
-  # Of four pairs, three are in order and one is even; by mean weight, all are not.
+  # Of four pairs, three are in order and one is tied; by mean weight, none is.
   assert report.rejection_auroc(weights) == 3.5 / 4
   assert report.auroc(weights) == 0
   never = {**weights, "rejected": np.zeros(5, int)}

@@ -1,4 +1,4 @@
-"""The benchmark of a training step: its rows, its rivals, its turns."""
+"""The benchmark of training steps: its rows, its literal baselines, its turns."""
 
 import collections
 import dataclasses
@@ -37,7 +37,7 @@ def _benchmark(*flags, cwd):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Of a benchmark that was asked for one clean batch, and then for another too."""
+  """The folder of a benchmark of one clean batch size, and then of two."""
   cwd = tmp_path_factory.mktemp("benchmark")
   _benchmark("--meta_sizes=1", cwd=cwd)
   made = cwd / "runs" / "step_time"
@@ -135,7 +135,7 @@ def test_a_mistake_is_one_line(name, outcomes):
 
 def _without_pytorch(monkeypatch):
   monkeypatch.setitem(sys.modules, "torch", None)
-  for name in ("_torch_steps", "_torch_networks"):  # Imported by other tests.
+  for name in ("_torch_steps", "_torch_networks"):  # Other tests import them.
     monkeypatch.delitem(sys.modules, f"benchmarks.{name}", raising=False)
     monkeypatch.delattr(f"benchmarks.{name}", raising=False)
 
@@ -169,7 +169,7 @@ def test_networks_that_mix_examples_are_not_taken_layer_by_layer():
 
 
 class _Clock:
-  """Time passes only where a contestant takes a step."""
+  """A clock that only advances while an implementation takes steps."""
 
   def __init__(self):
     self.now, self.log = 0.0, []
@@ -294,7 +294,7 @@ def test_operations_of_a_loop_are_not_reported():
 
   lowered = jax.jit(loop).lower(jnp.ones((4, 4)))
   compiled = lowered.compile()
-  # The reason: three products are counted as one.
+  # The reason: XLA counts the three products of the loop as one.
   assert _steps.costs(lowered, compiled)["flops"] < 3 * 2 * 4**3
   found = _steps.costs(lowered, compiled, in_loop=True)
   assert found["flops"] is None and found["bytes_accessed"] is None

@@ -1,4 +1,4 @@
-"""The benchmark's PyTorch computes what we do: same networks, same weights."""
+"""The benchmark in PyTorch has the same networks and the same weights as ours."""
 
 import dataclasses
 import importlib
@@ -45,7 +45,7 @@ _PARTS = {"weight": ("kernel", "scale"), "bias": ("bias",)}
 
 
 def _by_order(model):
-  """PyTorch's parameter names to ours, where flax numbers the layers by kind."""
+  """Maps PyTorch's layer names to ours, which flax numbers by kind of layer."""
   counts = dict.fromkeys(_KINDS.values(), 0)
   found = {}
   for name, module in model.named_modules():
@@ -64,7 +64,7 @@ def _by_name(model):
 
 
 def _copy(params, model, places):
-  """Our weights into `model`."""
+  """Copies our parameters into `model`."""
   for name, theirs in model.named_parameters():
     *layer, part = name.split(".")
     ours = params
@@ -81,7 +81,7 @@ def _copy(params, model, places):
 
 
 def _transpose_flattened(params):
-  """LeNet's first dense layer, for features that were flattened channels first."""
+  """Reorders the first dense layer of LeNet for features flattened channels first."""
   kernel = np.asarray(params["Dense_0"]["kernel"]).reshape(4, 4, 64, 100)
   kernel = kernel.transpose(2, 0, 1, 3).reshape(1024, 100)
   return {**params, "Dense_0": {**params["Dense_0"], "kernel": kernel}}
@@ -109,7 +109,7 @@ _PAIRS = {
 
 
 def _problem(name):
-  """Task, variables and batches of ours, and PyTorch's network and batches."""
+  """Our losses function, params and batches, and PyTorch's network and batches."""
   ours, make = _PAIRS[name]
   model, theirs = classifier.Classifier(ours, 10), make()
   setting = _networks.Setting(name, "float32", _B, _M)

@@ -1,8 +1,9 @@
 """Every flag that a script accepts is read by the script or by code that it calls.
 
-The code is searched, not run: from `run` and the start of every script, through all
-definitions of experiments/ and benchmarks/ that are named on the way, for attributes of
-`settings` and, in the methods of settings, of `self`.
+The code is searched, not run. The search begins at the `run` of a script and at the
+code that starts every script. It follows names to their definitions in experiments/ and
+benchmarks/, and collects the attributes of `settings` and, in the methods of a settings
+class, of `self`.
 """
 
 import ast
@@ -26,7 +27,7 @@ _SCRIPTS = [
   for path in sorted((_REPOSITORY / folder).glob("*.py"))
   if "\nclass Settings(" in path.read_text()
 ]
-# The settings in the methods of their classes.
+# Expressions that denote the settings in the methods of a settings class.
 _RECEIVERS = (
   "self",
   "super()",
@@ -34,7 +35,7 @@ _RECEIVERS = (
   "typing.cast(Any, self)",
   "settings",
 )
-# Every script is started by these.
+# These functions start every script.
 _STARTS = [
   ("experiments.lib.launch", "_run"),
   ("experiments.lib.distributed", "connect"),
@@ -88,7 +89,7 @@ def read_flags(script: str) -> set[str]:
         elif owner in receivers:
           add(child.attr)
       elif _is_getattr(child) and ast.unparse(child.args[0]) in receivers:
-        # If the name is not a constant, it is one of those in the same definition.
+        # A name that is not constant may be any constant in the same definition.
         is_constant = isinstance(child.args[1], ast.Constant)
         for one in ast.walk(child.args[1] if is_constant else node):
           if isinstance(one, ast.Constant) and one.value in flags:
@@ -130,7 +131,7 @@ def test_every_flag_is_read(script):
 def test_a_flag_that_is_not_read_is_found(monkeypatch):
   @dataclasses.dataclass(frozen=True)
   class More(xla_switches.Settings):
-    """The flags of a script, and those of training, which it does not read."""
+    """The flags of a script, and one that it does not read."""
 
     steps_per_call: int = settings_lib.flag(1)
 
