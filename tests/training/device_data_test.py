@@ -164,13 +164,13 @@ def test_where_the_data_are_can_be_chosen(monkeypatch):
 
 
 def _of_bytes(examples, make):
-  """Examples whose images are of uint8, made by `make`."""
+  """Examples with uint8 images, passed through `make`."""
   image = np.clip(examples.image + 3, 0, 6).astype(np.uint8)
   return examples._replace(image=make(image))
 
 
 class _File(_Rows):
-  """A row source like HDF5: no ndim, ascending rows without repetition only."""
+  """A row source like HDF5: no `ndim`, and rows only in strictly ascending order."""
 
   def __init__(self, array):
     super().__init__(array)
@@ -276,7 +276,7 @@ def test_finished_run_frees_the_devices(tmp_path, monkeypatch):
 
   monkeypatch.setattr(device_data, "store", store)
   gc.collect()
-  gc.disable()  # Objects are freed at once, or only by the garbage collector.
+  gc.disable()  # Reference cycles would now keep the stores alive.
   try:
     toy_runs.train(tmp_path, _TUNED, num_steps=2)
     assert len(stores) == 2 and all(ref() is None for ref in stores)

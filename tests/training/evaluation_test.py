@@ -58,7 +58,7 @@ _LONG_TAIL = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
   ("counts", "expected"),
   [
     ([500, 101, 100, 20, 19, 5], (100, 20)),
-    # No class has fewer than 20: 3, 4 and 3 classes.
+    # No class has fewer than 20 examples: groups of 3, 4 and 3 classes.
     (_LONG_TAIL, (1795, 140)),
     ([500, 400, 300, 200], (499, 201)),
     # Classes of the same size stay in one group: two groups, then one.
@@ -120,7 +120,7 @@ def test_equal_opportunity_of_classes():
 
 def test_equal_opportunity_of_an_attribute():
   # Class 0 has rates 1, 1/2, 0 in groups 0, 1, 4; class 1 has rates 1, 1 in groups 0,
-  # 1; class 2 has group 0 only, so no pair.
+  # 1; class 2 occurs in group 0 only, so it has no pair.
   labels = [0, 0, 0, 0, 1, 1, 2, 2, 2]
   groups = [0, 1, 1, 4, 0, 1, 0, 0, 0]
   predicted = [0, 0, 1, 1, 1, 1, 2, 0, 0]
@@ -137,7 +137,7 @@ def test_equal_opportunity_of_an_attribute():
 
 
 def _problem(loss=losses.softmax_cross_entropy, wrap=lambda logits: logits):
-  """Logits are x @ p; in training mode 100 is added, like by a BatchNorm."""
+  """Logits are x @ p; training mode changes them (adds 100), as BatchNorm does."""
 
   def forward(params, model_state, batch, key, train):
     del key

@@ -21,7 +21,7 @@ _FLAGS = (
   "--checkpoint_every=20",
 )
 _RUNS = tuple(f"{m}/seed-{s}" for m in ("l2rw", "uniform") for s in (0, 1))
-# Files that must be the same bytes. Other files contain times and paths.
+# Files that must have the same bytes. Other files contain times and paths.
 _SAME = (
   "settings.json",
   "results.json",
@@ -183,18 +183,18 @@ def test_killed_at_every_stage_and_with_a_damaged_checkpoint(
   _kill_before_the_first_checkpoint(folder)
   assert _checkpoints(folder) == [] and not results.exists()
 
-  # In the second checkpoint.
+  # Killed while it writes the second checkpoint.
   assert _run_until("rename:40", folder, cache) == ""
   assert _checkpoints(folder) == [20]
   partial = [p.name for p in (folder / "l2rw" / "checkpoints").glob("40.*")]
   assert len(partial) == 1  # Written, but not renamed yet.
 
-  # Ten steps after it.
+  # Killed ten steps after that checkpoint.
   assert _run_until("step:50", folder, cache) == ""
   assert _checkpoints(folder) == [20, 40]
 
-  # Before the last results of a method, after a restart from the checkpoint before
-  # the damaged one.
+  # Restarted from the checkpoint before the damaged one, and killed before it writes
+  # the last results of a method.
   _damage(folder / "l2rw" / "checkpoints" / "40")
   (warning,) = _run_until("write:seed-1/results.json", folder, cache).splitlines()
   assert "checkpoint of step 40" in warning and "is damaged" in warning

@@ -1,4 +1,4 @@
-"""Several real processes: the same numbers as one, and runs that move between them."""
+"""Several real processes: the same results as one, and runs that resume with fewer."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def _start(command, env):
 
 
 def _finish(started):
-  """Statuses and errors of processes, whose output is small."""
+  """Exit statuses and (stdout, stderr) of processes; waits for them to end."""
   try:
     outputs = [process.communicate(timeout=_TIMEOUT) for process in started]
   finally:
@@ -79,8 +79,8 @@ def _work(count, num_local, task, as_script=False, **arguments):
   return statuses, [stderr for _, stderr in outputs]
 
 
-# Methods whose weights depend on the whole batch or set: a meta gradient, a rank, a
-# moving percentile, a normalizer, weights that are kept, group losses.
+# Methods whose weights depend on the whole batch or training set: on a meta gradient, a
+# rank, a moving percentile, a normalizer, stored weights, or group losses.
 _GLOBAL = (
   *("l2rw", "meta_weight_net_imbalance", "hard_mining", "mentornet", "absgd"),
   *("nested_maml_clusters", "group_dro", "adacore"),
@@ -88,7 +88,7 @@ _GLOBAL = (
 
 
 def test_weights_parameters_and_metrics_are_those_of_one_process(tmp_path):
-  # Compilation takes most of the time, in every process.
+  # Compilation takes most of the time, in every process; so four run only `_GLOBAL`.
   layouts = [
     *((1, 8, "pmap", None), (2, 4, "pmap", None)),
     (4, 2, "shard_map", _GLOBAL),
@@ -117,7 +117,7 @@ def test_weights_parameters_and_metrics_are_those_of_one_process(tmp_path):
 
 
 def _assert_same_runs(folder, expected):
-  """Metrics, weights and parameters of two finished runs."""
+  """Compares metrics, weights and parameters of two finished runs."""
   rows, expected_rows = (
     toy_runs.rows(folder / "seed-0"),
     toy_runs.rows(expected / "seed-0"),
@@ -149,7 +149,7 @@ _RUN = {"num_steps": 14, "num_devices": 4, "log_every": 2, "checkpoint_every": 4
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-  """Runs of one process with four devices."""
+  """The folder of runs by one process with four devices."""
   folder = tmp_path_factory.mktemp("one")
   names = ["l2rw", "adacore"]
   statuses, errors = _work(1, 4, "train", folder=str(folder), names=names, **_RUN)
@@ -184,7 +184,7 @@ _FLAGS = ("--num_seeds=1", "--methods=uniform", "--batch_size=100")
 
 
 def _start_scripts(flags, numbers=(0, 1)):
-  """Starts those of two processes that have these numbers."""
+  """Starts the processes with these numbers, out of two."""
   address = f"localhost:{_port()}"
   return [
     _start(
@@ -215,7 +215,7 @@ def test_lost_process_ends_the_others_and_the_same_command_continues(tmp_path):
   started = _start_scripts(flags)
   statuses, outputs = _finish(started)
   assert statuses == [0, 0], outputs
-  # The first process alone prints the table.
+  # Only the first process prints the table.
   assert "| uniform" in outputs[0][0] and outputs[1][0] == ""
   assert (tmp_path / "run" / "results.json").exists()
 
@@ -254,7 +254,7 @@ def test_mistakes_end_all_processes_with_one_line(tmp_path):
 
 def test_process_that_never_arrives_ends_the_other_with_one_line():
   flags = ("--num_steps=5", "--initialization_timeout=3")
-  # Process 0 of two, and process 1 of two others.
+  # Process 0 of one pair, and process 1 of another pair.
   alone = [_start_scripts(flags, numbers=(number,))[0] for number in range(2)]
   statuses, outputs = _finish(alone)
   assert statuses[0] in (2, -signal.SIGABRT) and statuses[1] in (2, -signal.SIGABRT)

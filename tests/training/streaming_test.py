@@ -32,7 +32,7 @@ def _in_reverse(state, problem, train, rng):
 )
 def test_streamed_runs_end_with_the_same_bytes(tmp_path, monkeypatch, method):
   monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
-  # Four epochs of five batches or, of every second row, two batches.
+  # An epoch has five batches, or two if it takes every second row.
   settings = {"seeds": (0, 1), "num_steps": 18, "log_every": 6, "eval_every": 6}
   settings |= {"steps_per_call": 1, "checkpoint_every": 4}
   for data in ("resident", "stream"):
@@ -49,7 +49,7 @@ def test_streamed_runs_end_with_the_same_bytes(tmp_path, monkeypatch, method):
 
 
 class _Generated:
-  """A source that makes a row when it is read, and counts the arrays that are alive."""
+  """A source that makes rows when they are read, and counts them."""
 
   dtype = np.dtype(np.float32)
 
@@ -69,7 +69,7 @@ class _Generated:
 
 
 def _batch_counter(monkeypatch):
-  """Counts the batches of examples in memory."""
+  """Returns a list whose only item tracks the largest number of batches in memory."""
   alive, most, original = set(), [0], device_data.OnHost.part
 
   def part(self, rows):
@@ -96,9 +96,9 @@ def test_memory_is_bounded_for_a_set_of_ten_times_the_buffer(tmp_path, monkeypat
   toy_runs.train(
     tmp_path, baselines.uniform(), [split], num_steps=num_steps, **settings
   )
-  # Every row is read once, and one for the shapes of the model.
+  # Every row is read once, and a row or two more for the shapes of the model.
   assert num_train <= source.num_read <= num_train + 2
-  # The calls that are queued hold their batches too.
+  # Queued calls also hold their batches.
   assert streaming.STEPS_AHEAD < most[0] <= buffer + run_lib.MOST_QUEUED + 1
 
 
