@@ -28,8 +28,8 @@ def _full(model):
 @pytest.mark.parametrize(
   ("model", "classes", "size"),
   [
-    # By hand, ResNet-32: convolutions 461,232, output 650, BN shifts 1,072; the
-    # other four BNs of the first stage have 64 more.
+    # By hand, ResNet-32: convolutions 461,232, output 650, BN shifts 1,072. With
+    # `full_first_stage`, four more BNs add 64 shifts.
     (preactivation_resnet.resnet_32, 10, 462_954),
     (_full(preactivation_resnet.resnet_32), 10, 463_018),
     (preactivation_resnet.wrn_28_10, 10, 36_211_178),
@@ -47,7 +47,7 @@ def test_parameters_of_the_released_networks(model, classes, size):
 def test_batch_norm_shifts_but_does_not_scale():
   _, variables = _shapes(preactivation_resnet.resnet_32(10), 2, 32, 32, 3)
   norms = [v for k, v in variables["params"].items() if k.startswith("BatchNorm")]
-  # One per unit in the first stage, two in the others, one at the stem and the end.
+  # One per unit in the first stage, two in the others, one each at stem and end.
   assert len(norms) == 5 + 2 * 10 + 2
   assert all(set(norm) == {"bias"} for norm in norms)
 
@@ -73,7 +73,7 @@ def _paddings(model):
 
 
 def test_padding_is_that_of_tensorflow():
-  # TensorFlow pads a stride of 2 only behind.
+  # For a stride of 2, TensorFlow pads only at the end of each axis.
   small = preactivation_resnet.PreActivationResNet(
     3, blocks=1, widths=(2, 4, 8), stem=2
   )
@@ -88,7 +88,7 @@ def test_initial_kernels_are_those_of_the_released_code():
     return model.init(key, jnp.zeros((1, 8, 8, 3)))["params"]["Conv_30"]["kernel"]
 
   values = init(jax.random.key(0))
-  # At least 37,000 values. Truncation at two deviations leaves 0.88 of one.
+  # About 37,000 values. Truncation at two standard deviations leaves 0.88 of one.
   assert np.std(values) == pytest.approx((2 / (9 * 64)) ** 0.5 * 0.88, rel=0.02)
 
 

@@ -48,7 +48,7 @@ def test_filtered_patches_are_uncorrelated_and_have_unit_variance():
     .reshape(-1, 12)
     .T
   )
-  assert np.abs(patches - np.diag(np.diag(patches))).max() > 0.5  # They were not.
+  assert np.abs(patches - np.diag(np.diag(patches))).max() > 0.5  # Correlated.
   np.testing.assert_allclose(covariance, np.diag(np.diag(covariance)), atol=1e-6)
   variances = np.linalg.eigvalsh(patches)
   expected = variances / (variances + 1e-3 * variances.mean())
