@@ -26,8 +26,8 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
-# The files of the most seconds, in that order. They start first, so that at the end, no
-# process of the tests is alone with one of them while the other has nothing to do.
+# The slowest files, the slowest first. They start first, so that at the end no test
+# process is still busy with one of them while the others are idle.
 _LONGEST = (
   "training/processes_test.py",
   "formulas_sweep_test.py",
@@ -43,7 +43,7 @@ _LONGEST = (
 
 
 def pytest_configure(config):
-  """A compilation cache of this process alone, since JAX does not lock its files."""
+  """Gives each process a separate compilation cache: JAX does not lock its files."""
   folder = tempfile.TemporaryDirectory(prefix="l2rw_jax_programs_")
   config.add_cleanup(folder.cleanup)
   jax.config.update("jax_compilation_cache_dir", folder.name)
@@ -58,14 +58,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def _released_programs():
-  """Frees the programs of each file, since a process may map only so many."""
+  """Frees programs after each file: the memory maps of a process are limited."""
   yield
   jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
 def tfds_dir() -> pathlib.Path:
-  """Folder of prepared TFDS sets: L2RW_TEST_DATA_DIR, or a shared checkout's."""
+  """Folder of prepared TFDS sets: L2RW_TEST_DATA_DIR, or in ../shared."""
   default = _REPOSITORY.parent / "shared" / "tensorflow_datasets"
   folder = pathlib.Path(os.environ.get("L2RW_TEST_DATA_DIR", default))
   if not (folder / "mnist").is_dir():
@@ -75,7 +75,7 @@ def tfds_dir() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def decoded(tmp_path_factory) -> pathlib.Path:
-  """Cache of decoded sets for all workers of a test run: MNIST takes ten seconds."""
+  """Cache of decoded sets for all workers: decoding MNIST takes ten seconds."""
   folder = tmp_path_factory.getbasetemp()
   is_worker = "PYTEST_XDIST_WORKER" in os.environ
   return (folder.parent if is_worker else folder) / "decoded"
@@ -102,8 +102,8 @@ def x64():
 
 @pytest.fixture(scope="module")
 def optimized():
-  """All of XLA's optimizations, for tests of what the compiler makes of a program."""
-  # Of a program that is read from the cache, JAX does not know all of this.
+  """Enables all of XLA's optimizations, for tests of compiled programs."""
+  # JAX does not have all statistics of a program that is read from the cache.
   jax.config.update("jax_enable_compilation_cache", False)
   jax.config.update("jax_disable_most_optimizations", False)
   yield

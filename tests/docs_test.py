@@ -60,7 +60,7 @@ def test_readme_code_runs():
   grads, weights = reader["grads"], reader["info"].weights
   assert np.isclose(weights.sum(), 1)
 
-  @jax.jit  # Eagerly, each operation would be compiled.
+  @jax.jit  # Without jit, each operation would be compiled separately.
   def results(block_inputs):
     names = reader | block_inputs
     exec(by_hand, names)
@@ -137,7 +137,7 @@ def setup():
   return run(METHODS / "index.md", {})
 
 
-# Names that the code of a page ends with, and what they must be.
+# Conditions on the names that the code of each page defines.
 _OUTCOMES = {
   "absgd": lambda r: np.isclose(r["weights"].sum(), 1 / 0.9) and r["log_u"] > 0,
   "adacore": lambda r: len(r["rows"]) == 4 and r["weights"].sum() == 8,
@@ -176,7 +176,7 @@ def test_code_of_a_method(page, setup):
   blocks = code_blocks(METHODS / f"{page}.md")
   assert blocks
   for number, block in enumerate(blocks):
-    # The parameters of a page's own network, before the step that changes them.
+    # Keeps the parameters of a page's network before a step changes them.
     head, step, tail = block.partition("\n\n@jax.jit\n")
     source = f"{page}.md, block {number}"
     exec(compile(head, source, "exec"), reader)
@@ -202,7 +202,7 @@ def test_your_own_data(tmp_path, monkeypatch):
     names["x" + suffix], names["y" + suffix] = points(size, wrong)
   training, page, rows, loading = code_blocks(DOCS / "your_own_data.md")
   lines = training.split("\n\n")[1].strip().splitlines()
-  assert len(lines) < 10  # What is promised of a loop on arrays.
+  assert len(lines) < 10  # The page promises a few lines for arrays.
   exec(training, names)
   run, issues = names["run"], names["issues"]
   assert run.metrics["last"]["accuracy"] > 0.9

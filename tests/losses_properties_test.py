@@ -48,7 +48,7 @@ def _plain(logits, labels, **options):
 
 
 def _corrected(logits, labels, **options):
-  # A copy: traced constants are kept by identity, also those of another precision.
+  # A copy, because JAX caches constants by identity, even across precisions.
   transition = _TRANSITION[max(logits.shape[-1], 2)].copy()
   return losses.forward_corrected(logits, labels, transition, **options)
 
@@ -87,7 +87,7 @@ _LOSSES: dict[str, tuple[Any, Any]] = {
 
 
 class _Kind(NamedTuple):
-  """What decides a program: the shape and type of logits, the type of labels."""
+  """What a compiled program depends on: shape, types, and whether `where` is given."""
 
   shape: tuple[int, int]
   dtype: str
@@ -125,7 +125,7 @@ def _all_losses(logits, labels, where):
 
 
 def _expected(logits, labels):
-  """The formulas, [L, B]; the labels are classes that exist."""
+  """Values of the formulas, [L, B]; all labels must be classes that exist."""
   z = np.asarray(logits, np.float64)
   z = np.concatenate([0 * z, z], 1) if z.shape[1] == 1 else z
   z = z - z.max(1, keepdims=True)

@@ -164,7 +164,7 @@ def test_large_logits_give_finite_losses_and_gradients():
   values, gradients = _run(logits, labels)
   for actual in (values, gradients):
     assert all(np.isfinite(x).all() for x in actual.values()), actual
-  # Robust losses have no gradient for an example with a tiny probability.
+  # GCE has no gradient for an example whose label has a tiny probability.
   assert np.abs(gradients["cross_entropy"][1]).max() == 1
   assert not gradients["gce"][1].any() and not gradients["gce_truncated"][1].any()
 
@@ -187,7 +187,7 @@ def test_examples_are_independent_under_vmap():
 
 @jax.jit
 def _run_binary(one, two, labels):
-  """Values and gradients by the last logit, for logits [B, 1] and [B, 2]."""
+  """Values and slopes along the last logit, for logits [B, 1] and [B, 2]."""
   transition = _NOISE[:2, :2]
   binary = {k: v for k, v in _LOSSES.items() if k != "cross_entropy"}
   binary["forward"] = functools.partial(binary["forward"], transition=transition)
@@ -334,7 +334,7 @@ def test_narrow_and_unsigned_labels_are_compared_by_value(dtype):
 
 
 def test_infinite_negative_logits_give_finite_losses_and_gradients():
-  # Six rows, as in the test above, whose program is used again.
+  # Six rows, so that the program of an earlier test is used again.
   rows = np.array([[1.0, -np.inf, 2.0], [-np.inf, 0.5, -np.inf]], np.float32)
   actual = _all_jitted(np.tile(rows, (3, 1)), np.tile([2, 1], 3), np.ones(6, bool))
   two = np.array([[1.0, 2.0]], np.float32)
@@ -389,7 +389,7 @@ def test_half_precision_logits_are_summed_in_float32(dtype):
 
 
 def test_a_numpy_transition_keeps_its_precision_after_a_trace_in_float32():
-  # JAX keeps a converted constant, also when double precision is turned on later.
+  # JAX caches a converted constant, even if double precision is turned on later.
   rng = np.random.default_rng(0)
   transition = 0.7 * np.eye(3) + 0.1
   logits, labels = rng.normal(size=(5, 3)), np.array([0, 1, 2, 0, 1])
@@ -419,7 +419,8 @@ def _balanced(logits, labels, class_counts, where):
 
 
 def test_balanced_softmax_without_examples_of_a_class():
-  # Class 1 has no example. The labels of row 3 and 4 are class 1, that of row 5 none.
+  # Class 1 has no training examples. Rows 3 and 4 have label 1; the label of row 5 is
+  # not a class.
   logits = np.random.default_rng(0).normal(size=(6, _CLASSES)).astype(np.float32)
   logits[1] = [-1e8, 1e30, -1e8 + 64]
   labels, counts = np.array([0, 2, 0, 1, 1, 3]), np.array([6, 0, 3])
@@ -445,14 +446,14 @@ def test_balanced_softmax_with_impossible_counts():
   for name, (value, gradient) in none.items():
     np.testing.assert_array_equal(value, [np.inf] * 3 + [0, np.nan, np.nan])
     assert not gradient[:4].any()
-    # The first class has no example either, and stands in for a label that is none.
+    # Labels that are not classes are replaced by class 0, which also has no examples.
     np.testing.assert_array_equal(two[name][0], [np.inf, np.inf, 0, 0, np.nan, np.nan])
     assert np.isnan(negative[name][0]).all()
 
 
 def test_balanced_softmax_is_the_cross_entropy_of_the_classes_in_balance():
-  # A classifier with the logits log p(x | y) is right in balance: with the counts of
-  # training it has the losses of the posterior of training.
+  # Logits log p(x | y) are optimal for balanced classes. With the training counts, the
+  # loss must therefore be the cross-entropy of the posterior in the training set.
   likelihood = np.random.default_rng(1).dirichlet(np.ones(6), size=_CLASSES).T
   posterior = likelihood * _COUNTS / (likelihood @ _COUNTS)[:, None]
   labels, counted = np.arange(6) % _CLASSES, np.ones(6, bool)

@@ -7,7 +7,7 @@ import sys
 import zipfile
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
-# Nobody who weighs examples should wait for these, let alone install them.
+# Computing weights must neither import nor require these packages.
 HEAVY = (
   "tensorflow",
   "tensorflow_datasets",

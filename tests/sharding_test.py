@@ -30,8 +30,8 @@ def _assert_close(actual, expected):
 class _Problem(NamedTuple):
   """Pure functions and data; `losses_fn(axis_name)` makes the losses function.
 
-  The public functions share their use of the network, so only a cheap problem needs
-  `all_functions`.
+  All public functions use the network in the same way, so `all_functions` is needed
+  for one cheap problem only.
   """
 
   losses_fn: Any
@@ -89,7 +89,7 @@ def _network_problem(make_model, shape):
 
 
 def _two_layers_problem():
-  """Squared losses of a hidden layer; examples on all devices get weights."""
+  """Squared losses of a network with a hidden layer; weights on several devices."""
   rng = np.random.default_rng(3)
   shapes = {"hidden": (5, 8), "bias": (8,), "output": (8,)}
   params = {k: rng.normal(size=v).astype(np.float32) for k, v in shapes.items()}
@@ -107,7 +107,7 @@ def _two_layers_problem():
 
 
 def _scan_problem():
-  """Squared losses of layers in a loop."""
+  """Squared losses of a network whose layers are in a `lax.scan`."""
   rng = np.random.default_rng(4)
   shapes = {"kernel": (2, 5, 5), "bias": (2, 1, 5), "output": (5,)}
   params = {k: rng.normal(size=v).astype(np.float32) for k, v in shapes.items()}
@@ -245,7 +245,7 @@ def _sharded_arrays(problem, num_devices, split_params):
 
 
 def _explicit(problem, num_devices):
-  """As above, with explicit sharding in the types."""
+  """Plain jit without an axis name, with explicit sharding in the types."""
   mesh = _mesh(num_devices, jax.sharding.AxisType.Explicit)
   with jax.set_mesh(mesh):
     params = jax.device_put(problem.params, NamedSharding(mesh, PartitionSpec()))

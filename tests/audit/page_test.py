@@ -21,7 +21,7 @@ _CLASSES = ("cat", _HOSTILE, '=HYPERLINK("http://a.example")')
 
 
 def make_issues(size, num_classes=3, seed=0):
-  """A ranking of random predictions; a fifth of the labels disagrees with them."""
+  """A ranking by predictions that favor a random class for a fifth of the labels."""
   rng = np.random.default_rng(seed)
   labels = rng.integers(num_classes, size=size)
   truth = np.where(rng.random(size) < 0.2, rng.integers(num_classes, size=size), labels)
@@ -149,7 +149,7 @@ window.exported
 """
 
 
-# Answers as soon as four decisions are there, or with their number after a minute.
+# Resolves to the number of decisions: as soon as it is four, or after a minute.
 _WAIT_FOR_FOUR = """
 new Promise((done) => {
   const answer = () => done(decisions.size);
@@ -232,7 +232,7 @@ def test_decisions_by_keyboard_are_exported_and_can_be_read_again(tab, tmp_path)
     for i in range(5)
   ]
   assert states == ["relabel", "remove", "keep", "relabel", ""]
-  tab.run(  # The third class instead of the suggested one, with the mouse.
+  tab.run(  # Chooses the third class, not the suggested one, with the mouse.
     "const s = document.querySelectorAll('.card select')[4];"
     "s.dispatchEvent(new Event('pointerdown')); s.value = '2';"
     "s.dispatchEvent(new Event('change')); undefined"
@@ -250,7 +250,7 @@ def test_decisions_by_keyboard_are_exported_and_can_be_read_again(tab, tmp_path)
     labels[issues.index[rank]] = issues.suggested[rank]
   labels[issues.index[4]] = 2
 
-  # The exported file is what the reader of folders takes.
+  # The reader of image folders accepts the exported file.
   folder = tmp_path / "images"
   folder.mkdir()
   (folder / "=1+1.png").write_bytes(_png(1))
@@ -266,11 +266,11 @@ def test_decisions_by_keyboard_are_exported_and_can_be_read_again(tab, tmp_path)
   tab.run("at('undo').click()")
   kept = "JSON.parse(localStorage.getItem(STORE) || '[]').length"
   assert tab.run(f"[decisions.size, {kept}]") == [4, 4]
-  # Decisions outlive the visit. A busy browser may store them only after the page has
-  # been loaded again, and then says so.
+  # Decisions survive a reload. A busy browser may store them only after the reload; it
+  # then sends a storage event.
   tab.reload()
   assert tab.run(_WAIT_FOR_FOUR) == 4
-  # So does another window.
+  # Another window also announces its decisions by a storage event.
   tab.run(
     "localStorage.setItem(STORE, JSON.stringify([[0, ['keep']]]));"
     "window.dispatchEvent(new StorageEvent('storage', { key: STORE }))"

@@ -31,7 +31,7 @@ def test_budgets_have_the_size_and_include_every_class(budget, size):
 
 def test_budgets_by_hand():
   np.testing.assert_array_equal(coresets.class_budgets([60, 0, 40], 10), [6, 0, 4])
-  # 97% and three times 1%: each rare class takes one from the large one.
+  # Shares of 97%, 1%, 1% and 1%: the large class gives one row to each rare class.
   np.testing.assert_array_equal(coresets.class_budgets([97, 1, 1, 1], 5), [2, 1, 1, 1])
   budgets = coresets.class_budgets([50, 30, 2], 12, "equal")
   np.testing.assert_array_equal(budgets, [5, 5, 2])
@@ -58,7 +58,7 @@ def test_selection_is_greedy_in_each_class_and_its_weights_sum_to_n(greedy):
       order = np.argsort(rows)
       np.testing.assert_array_equal(coreset.rows[is_member], rows[order])
       np.testing.assert_array_equal(coreset.weights[is_member], expected.weights[order])
-    else:  # So many draws include every candidate: greedy, except for ties.
+    else:  # With this epsilon every candidate is drawn: greedy, except for ties.
       selected = proxies[coreset.rows[is_member]]
       away = np.linalg.norm(proxies[members, None] - selected, axis=2)
       np.testing.assert_allclose(
