@@ -65,7 +65,7 @@ def _released_programs():
 
 @pytest.fixture(scope="session")
 def tfds_dir() -> pathlib.Path:
-  """Folder of prepared TFDS sets: L2RW_TEST_DATA_DIR, or in ../shared."""
+  """Folder of prepared TFDS sets: L2RW_TEST_DATA_DIR, or by default in ../shared."""
   default = _REPOSITORY.parent / "shared" / "tensorflow_datasets"
   folder = pathlib.Path(os.environ.get("L2RW_TEST_DATA_DIR", default))
   if not (folder / "mnist").is_dir():

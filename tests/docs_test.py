@@ -25,7 +25,7 @@ def name(path: pathlib.Path) -> str:
 
 
 def code_blocks(path: pathlib.Path) -> list[str]:
-  """Python code of a page, without that of notebooks, which `make docs` runs."""
+  """The Python code of a page. `make docs` runs the code of notebooks instead."""
   return re.findall(
     r"^```python\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE
   )

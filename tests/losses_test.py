@@ -170,7 +170,7 @@ def test_large_logits_give_finite_losses_and_gradients():
 
 
 def test_examples_are_independent_under_vmap():
-  """A NaN affects only its own example."""
+  """A NaN in one example affects no other example."""
   rng = np.random.default_rng(1)
   logits = rng.normal(size=(2, _B, _CLASSES)).astype(np.float32)
   logits[1, 3, 0] = np.nan

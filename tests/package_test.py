@@ -36,7 +36,7 @@ def test_importing_the_functions_imports_nothing_heavy():
 
 
 def test_the_wheel_installs_the_library_alone(tmp_path):
-  # A top-level package `experiments` would hide that of a user's project.
+  # A top-level package `experiments` would hide a user's package of the same name.
   code = (
     "import sys; from setuptools import build_meta;"
     "print(build_meta.build_wheel(sys.argv[1]))"

@@ -89,7 +89,7 @@ def _network_problem(make_model, shape):
 
 
 def _two_layers_problem():
-  """Squared losses of a network with a hidden layer; weights on several devices."""
+  """Squared losses of a network with a hidden layer; several devices get weights."""
   rng = np.random.default_rng(3)
   shapes = {"hidden": (5, 8), "bias": (8,), "output": (8,)}
   params = {k: rng.normal(size=v).astype(np.float32) for k, v in shapes.items()}

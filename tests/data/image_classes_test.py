@@ -18,7 +18,7 @@ def _source(num_classes=5, per_class=3):
 
 
 def _omniglot_split(labels, alphabet):
-  """Black drawings on white, whose number of inked rows depends on the label."""
+  """Black drawings on white; the number of inked rows depends on the label."""
   images = np.full((len(labels), 8, 8, 3), 255, np.uint8)
   for image, label in zip(images, labels, strict=True):
     image[: 2 * (label % 4)] = 0

@@ -184,7 +184,7 @@ def test_mistake_in_a_shell_is_one_line(tmp_path):
 
 def test_help_names_every_flag(tmp_path):
   done = scripts.run(_NAME, "--help", cwd=tmp_path)
-  assert done.status == 1 and done.complaints == ""  # As in every absl program.
+  assert done.status == 1 and done.complaints == ""  # absl exits with 1 after --help.
   for name in (*_FLAGS, "workdir", "data_dir", "cache_dir"):
     assert re.search(rf"^  --{name}:", done.printed, re.MULTILINE), name
   assert done.printed.startswith("L2RW against its baselines")

@@ -48,7 +48,8 @@ def test_rows_are_what_the_runs_measured(run):
       assert wrong == 0 and row["wrong_subset_percent"] is None
       assert row["clean_subset_percent"] == row["train_percent"]
     else:
-      # Half of the 150 labels are drawn from all ten classes, so a tenth stay right.
+      # Half of the 150 labels are drawn from all ten classes. A tenth of these stay
+      # right.
       assert wrong == pytest.approx(0.45, abs=0.15)
       both = wrong * row["wrong_subset_percent"]
       both += (1 - wrong) * row["clean_subset_percent"]

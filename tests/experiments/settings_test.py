@@ -217,8 +217,8 @@ def test_messages_name_flags_not_parameters(message, names, expected):
 
 
 def test_flags_without_effect_are_refused_or_reported():
-  unused = _parse("--meta_every=1")  # Its default, but given.
-  _Settings().check_used("meta_every", False, "here")  # It was not given.
+  unused = _parse("--meta_every=1")  # The default value, but given.
+  _Settings().check_used("meta_every", False, "here")  # Not given.
   unused.check_used("meta_every", True, "here")
   for settings in (unused, _Settings(meta_every=2)):
     with pytest.raises(base.InputError, match="--meta_every has no effect here: leave"):

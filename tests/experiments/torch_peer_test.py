@@ -1,4 +1,4 @@
-"""The benchmark in PyTorch has the same networks and the same weights as ours."""
+"""The benchmark's PyTorch steps: the same networks and the same weights as ours."""
 
 import dataclasses
 import importlib

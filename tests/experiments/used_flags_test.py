@@ -96,7 +96,7 @@ def read_flags(script: str) -> set[str]:
             add(one.value)
 
   def add(name: str) -> None:
-    """Notes that a flag is read, or a method of the settings is called."""
+    """Notes that the code reads a flag or calls a method of the settings."""
     read.add(name)
     for owner in settings.__mro__:
       member = owner.__dict__.get(name)

@@ -1,4 +1,4 @@
-"""Trainable leaves of pytrees of parameters, and all others."""
+"""The trainable leaves of a pytree of parameters, and its other leaves."""
 
 import jax
 import jax.numpy as jnp

@@ -47,7 +47,8 @@ def _literal(logits, labels, kappa, statistics):
       values, lost = p[labels == label, label], 0
     else:
       values, lost = p[:, label], 1
-    # One or two examples of a class lie on the threshold, where rounding would decide.
+    # With one or two examples of a class, one can be on the threshold; rounding would
+    # decide.
     threshold = values.mean() + kappa * values.std(ddof=lost)
     kept.append(p[i, label] >= threshold - 1e-15 * values.mean())
   return np.array(kept)
@@ -102,7 +103,8 @@ def test_weights_are_equal_among_selected_examples_and_constant():
 @pytest.mark.parametrize("kappa", [1.0, 1e9])
 def test_empty_selection_gives_uniform_weights(kappa):
   logits = jnp.zeros((4, 3)) if kappa == 1.0 else _LOGITS[:4]
-  # Equal logits put every example on the threshold: all are selected, not none.
+  # With equal logits every example is on the threshold, and all are selected. With
+  # kappa=1e9 none is selected.
   weights = _example_weights(logits, _LABELS[:4], kappa=kappa)
   np.testing.assert_allclose(weights, 0.25)
 

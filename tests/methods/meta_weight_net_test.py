@@ -229,7 +229,7 @@ def test_presets_match_the_releases(name):
 
 
 def _factory_step(step=0, **options):
-  """One step of the method: (weighting network before, after, `Gradients`, inputs)."""
+  """One step: (losses_fn, state before, state after, `Gradients`, inputs)."""
   model = classifier.Classifier(mlp.MLP(3, (5,)), 3)
   rng = np.random.default_rng(0)
 

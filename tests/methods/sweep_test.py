@@ -357,9 +357,9 @@ def test_l2rw_adds_one_sum_of_the_size_of_the_parameters():
   plain, weighted = _COMMUNICATION["uniform"], _COMMUNICATION["l2rw"]
   num_params = sum(x.size for x in jax.tree.leaves(_initial("l2rw").params))
   assert weighted.gradients == plain.gradients + 1
-  # The rest is six numbers and the sums of BatchNorm: mean and square of six features,
-  # in each of the forward pass of the meta batch, its backward pass, and the derivative
-  # along the direction.
+  # The rest is six numbers and the sums of BatchNorm: mean and square of six features
+  # in each of three passes, namely forward and backward on the meta batch, and the
+  # derivative along the direction.
   batch_norm = 3 * 2 * 6
   extra = weighted.num_bytes - plain.num_bytes
   assert extra == 4 * (num_params + batch_norm + 6)

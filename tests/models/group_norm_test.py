@@ -1,4 +1,4 @@
-"""Group normalization that is written for speed, against that of flax."""
+"""The fast implementation of group normalization against that of flax."""
 
 from flax import linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""The fast network: whitened patches, sizes, GroupNorm, and what is refused."""
+"""The fast network: whitened patches, sizes, GroupNorm, and invalid inputs."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Metrics of predictions by hand, and evaluators and probes of whole runs."""
+"""Metrics against values computed by hand; evaluators and probes in whole runs."""
 
 import json
 

@@ -27,7 +27,7 @@ def _port():
 
 def _environment(**more):
   env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
-  # The commit may change while this test runs.
+  # The commit may change while this test runs, so leave it out of the results.
   return env | {"GIT_DIR": os.devnull, "JAX_PLATFORMS": "cpu"} | more
 
 

@@ -11,7 +11,7 @@ from l2rw_jax.training import timer as timer_lib
 
 @pytest.fixture
 def advance(monkeypatch):
-  """Replaces the clock by one that only this fixture advances."""
+  """Replaces the clock with one that only this fixture advances."""
   current = [100.0]
   monkeypatch.setattr(time, "perf_counter", lambda: current[0])
 
