@@ -140,7 +140,7 @@ def test_a_list_of_labels(folder, tmp_path):
   assert "no such file" in reasons["../secret.png"] and "none.png" in reasons
   assert reasons["dog/9.png"] == "it is not in list.csv"
   # labels.csv in the folder is used without being named; it needs no header.
-  (folder / "labels.csv").write_text("cat/0.png,1\ncat/1.png,10\ndog/0.png,2\n" * 1)
+  (folder / "labels.csv").write_text("cat/0.png,1\ncat/1.png,10\ndog/0.png,2\n")
   with pytest.raises(base.InputError, match="has 3 different labels in 3 examples"):
     own_data.read(f"images:{folder}")
   (folder / "labels.csv").write_text(

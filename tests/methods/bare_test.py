@@ -101,7 +101,7 @@ def test_weights_are_equal_among_selected_examples_and_constant():
 
 
 @pytest.mark.parametrize("kappa", [1.0, 1e9])
-def test_empty_selection_gives_uniform_weights(kappa):
+def test_a_selection_of_all_or_none_gives_uniform_weights(kappa):
   logits = jnp.zeros((4, 3)) if kappa == 1.0 else _LOGITS[:4]
   # With equal logits every example is on the threshold, and all are selected. With
   # kappa=1e9 none is selected.

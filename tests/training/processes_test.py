@@ -221,7 +221,6 @@ def test_lost_process_ends_the_others_and_the_same_command_continues(tmp_path):
 
 
 def _wait_until(is_done, started):
-
   deadline = time.monotonic() + _TIMEOUT
   while not is_done() and time.monotonic() < deadline:
     assert all(process.poll() is None for process in started), _finish(started)
