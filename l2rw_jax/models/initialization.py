@@ -1,4 +1,4 @@
-"""Initial parameters of other libraries, for tables that were made with them."""
+"""Initial parameters of other libraries, to reproduce results obtained with them."""
 
 from flax import traverse_util
 import jax

@@ -19,8 +19,8 @@ class PreActivationResNet(split.SplitNetwork):
   The network consists of a 3x3 stem, BN and ReLU; three stages of units (BN, ReLU,
   dropout, 3x3 convolution, BN, ReLU, 3x3 convolution) with strides 1, 2, 2; and BN,
   ReLU and global average pooling. Shortcuts have no parameters: they use average
-  pooling by the stride, and zero channels on both sides. BN shifts but does not scale.
-  Dropout precedes the first convolution of a unit.
+  pooling by the stride, and padding with zero channels on both sides. BN shifts but
+  does not scale. Dropout precedes the first convolution of a unit.
 
   The released code differs from the usual network in the first stage, where a flag is
   set for the first unit and never reset: all units of this stage begin with their
