@@ -180,7 +180,7 @@ def _append(file: io.FileIO, content: bytes) -> None:
   """Writes all of `content` to an unbuffered file.
 
   If the file had a buffer and the disk was full, Python would try to write the rest
-  again when the file is closed or collected, and raise a second error.
+  again when the file is closed or garbage-collected, and raise a second error.
   """
   while content:
     content = content[file.write(content) :]
