@@ -218,7 +218,7 @@ def summarize(state: State) -> dict[str, np.ndarray]:
       forgetting_events    number of correct predictions followed by a wrong one
       mean_weight          mean weight; 1 is the uniform weight
       zero_weight_share    share of presentations with weight 0
-      mean_score           mean score before clipping, over the step's mean size
+      mean_score           mean unclipped score, divided by the step's mean |score|
 
     The last three are also NaN if no weight or score was given. In addition,
     "mean_probabilities" [N, C] is the mean predicted distribution, in which the weight
