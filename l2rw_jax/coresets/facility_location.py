@@ -142,7 +142,7 @@ def _lazy_greedy(points, size, num_points, bound, capacity, block, candidates):
 
 
 def _best_candidate(points, nearest, bounds, candidates):
-  """The point with the largest gain, and bounds that are updated to find it."""
+  """Updates bounds until the largest is exact; returns them, and its point."""
   candidates = min(candidates, points.num_points)
   contribution = _improvement(nearest)
 
