@@ -80,7 +80,7 @@ def wait_for(key: str) -> str:
   process too.
 
   Raises:
-    InputError: a process ended because of a mistake, see `publish_failure`.
+    InputError: a process published why it ended, see `publish_failure`.
   """
   while True:
     value = _value(key, _POLL_MS)

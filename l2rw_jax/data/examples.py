@@ -388,7 +388,7 @@ def blocks(source: Any) -> Iterator[np.ndarray]:
 class View:
   """Some rows of a row source, as a row source of uint8 or float32.
 
-  If the source has a `fingerprint`, the view has one.
+  If the source has a `fingerprint`, the view has one too.
   """
 
   def __init__(self, source: Any, rows: np.ndarray):
@@ -455,8 +455,8 @@ def integers(what: str, values: Any) -> np.ndarray:
       fractional part.
 
   Raises:
-    InputError: the values have another type or are ragged lists, or one of them does
-      not fit into int32.
+    InputError: the values have an unsupported type or are ragged lists, or one of them
+      does not fit into int32.
   """
   try:
     array = np.asarray(values)

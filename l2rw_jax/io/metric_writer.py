@@ -1,4 +1,4 @@
-"""Metric files of a run, which have the same bytes if the run is killed and resumed."""
+"""Metric files of a run, byte-identical even if the run is killed and resumed."""
 
 from collections.abc import Mapping, Sequence
 import contextlib

@@ -2,8 +2,8 @@
 
 Losses, their derivatives along a direction and their weighted gradient are computed for
 one microbatch after the other, and only these results are kept. They equal those of the
-whole batch. The memory is that of one microbatch, but every pass computes activations
-again. The costs in forward passes of the batch are 1 for the losses, 3 for
+whole batch. The memory is that of one microbatch, but every pass recomputes the
+activations. The costs in forward passes of the batch are 1 for the losses, 3 for
 `directional` and 3 for `weighted_gradient`, compared with 2, 1 and 1 for the layerwise
 engine and 1, 2 and 2 for forward mode.
 
@@ -247,7 +247,7 @@ def _always_aux(losses_fn, has_aux):
 
 def check_aux(call, params, batch, microbatch_size):
   """Raises InputError unless every array of aux has a row per example."""
-  # Compare two batch sizes, because a statistic may have as many channels as one.
+  # Two sizes, because one of them may equal the number of channels of a statistic.
   sizes = (microbatch_size, 2 * microbatch_size)
 
   def aux_of(size):

@@ -59,8 +59,8 @@ def restricted(
     cost of its `directional` is lower with the engines "layerwise" and "forward".
 
   Raises:
-    InputError: `layers` has another form; when the function is called, it selects no
-      parameter or an unknown name, or the model does not support a share.
+    InputError: `layers` has an unsupported form; when the function is called, `layers`
+      selects no parameter or an unknown name, or the model does not support a share.
 
   Example:
     >>> import jax.numpy as jnp

@@ -28,7 +28,7 @@ class PreActivationResNet(split.SplitNetwork):
   does, because the stem has already activated its input.
 
   Convolutions are initialized from N(0, 2 / (k^2 C_out)) truncated at two standard
-  deviations, the output layer from U(+-sqrt(3 / d)), biases with 0.
+  deviations, and the output layer from U(+-sqrt(3 / d)). Biases start at 0.
 
   References:
     Ren et al., "Learning to Reweight Examples for Robust Deep Learning", ICML
@@ -103,7 +103,7 @@ class LeakyWideResNet(split.SplitNetwork):
   and BN, leaky ReLU and global average pooling. In the first unit, the leaky ReLU comes
   before BN, and the shortcut starts after both, as in the released code.
 
-  Convolutions are initialized from N(0, 2 / (k^2 C_out)), the output layer from
+  Convolutions are initialized from N(0, 2 / (k^2 C_out)), and the output layer from
   U(+-sqrt(3 / d)) with bias 0.
 
   References:

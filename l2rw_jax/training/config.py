@@ -51,7 +51,7 @@ class Config:
     log_every: number of steps between two rows of training metrics.
     eval_every: number of steps between two evaluations.
     checkpoint_every: number of steps between two checkpoints.
-    num_devices: number of devices of all processes. If None, one process uses the
+    num_devices: number of devices in all processes. If None, one process uses the
       largest number that divides the batch size, and several processes use all.
     steps_per_call: number of steps in one call of the compiled function. None means 1
       on CPU, where convolutions in a loop are slow, and 20 elsewhere. The number is

@@ -1,6 +1,6 @@
 """R runs that are trained side by side: their data, their state and their steps.
 
-A `Run` writes no files and measures nothing, so it can also be the core of another
+A `Run` writes no files and evaluates nothing, so it can also be the core of another
 loop:
 
     run = run_lib.Run(config, model, method, optimizer, splits)
@@ -84,7 +84,7 @@ class Run:
       model: the network and its loss.
       method: the method that computes gradients from batches.
       optimizer: the optimizer of the network.
-      splits: the data of each seed, all of one size.
+      splits: the data of each seed, all of the same size.
       epoch_probes: functions that are called for each run before each of its epochs.
     """
     self.config, self.method, self.splits = config, method, splits

@@ -2,7 +2,7 @@
 
 The rows of a step are those that `sampling` draws. Streamed runs therefore have the
 same numbers as others and can continue at any step, and a row is read only for a step
-that uses it. The library grain runs the threads and returns their results in order.
+that uses it. The grain library runs the threads and returns their results in order.
 """
 
 from collections.abc import Callable
