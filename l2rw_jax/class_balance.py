@@ -66,7 +66,8 @@ def effective_number(class_counts: base.Array, beta: float = 0.9999) -> base.Arr
   check_beta(beta)
   counts = as_counts(class_counts)
   present = counts != 0
-  # `expm1` computes 1 - beta^n without cancellation. Absent classes avoid 0 * log 0.
+  # `expm1` computes 1 - beta^n without cancellation. A count of 1 in place of 0 avoids
+  # 0 * log 0.
   exponent = jnp.where(present, counts, 1) * (math.log(beta) if beta else -math.inf)
   weights = jnp.where(present, -1 / jnp.expm1(exponent), 0)
   num_present = present.sum().astype(weights.dtype)

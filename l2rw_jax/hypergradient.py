@@ -41,10 +41,10 @@ from l2rw_jax.linearization import trainable
 
 
 class _State(enum.IntEnum):
-  """What the meta gradient g and the direction v are, from good to bad.
+  """The state of the meta gradient g and the direction v, from good to bad.
 
-  The state of an array is the largest one of its entries, and that of a pytree is the
-  largest one of its arrays.
+  The state of an array is the largest state of its entries, and the state of a pytree
+  is the largest state of its arrays.
   """
 
   ZERO = 0  # g and v are zero.
@@ -118,7 +118,7 @@ class Direction(NamedTuple):
 def init_optimizer(
   optimizer: optax.GradientTransformation, params: base.PyTree
 ) -> base.PyTree:
-  """`optimizer.init(params)`, also if JAX is configured to refuse promotion.
+  """`optimizer.init(params)`, even if JAX is configured to refuse type promotion.
 
   Args:
     optimizer: any optax optimizer.
@@ -207,8 +207,8 @@ def direction(
       `has_aux`.
     params: current parameters.
     meta_batch: this device's meta examples.
-    inner_gradient: gradient of the look-ahead step, the same on every device; None is
-      zero, as in L2RW.
+    inner_gradient: gradient of the look-ahead step, the same on every device; None
+      means a zero gradient, as in L2RW.
     optimizer: the look-ahead optimizer.
     opt_state: state of the optimizer at `params`.
     objective: `losses [M] -> M(p)`, a function of the losses of all devices in device
@@ -332,7 +332,7 @@ def _microbatched_meta_gradient(
 
 
 def batch_after(direction: Direction, batch: Any) -> Any:
-  """Returns `batch`, so that computations with the result wait for the direction.
+  """Returns a copy of `batch` that is available only after the direction.
 
   The direction of L2RW, at a zero inner gradient, depends only on the meta batch. A
   compiler may still run the forward pass of the training batch first, as XLA:CPU does,
@@ -347,7 +347,7 @@ def batch_after(direction: Direction, batch: Any) -> Any:
 
 
 def _last_scalar(direction):
-  """A number that is known only after the whole direction."""
+  """A number that is computed only after the whole direction."""
   # `zero_slope` depends on every number of the direction, and, unlike `finite`, on no
   # sum over devices except that of the meta gradient.
   return jnp.asarray(direction.zero_slope, jnp.float32)
@@ -405,7 +405,7 @@ def known_vector(direction: Direction) -> base.PyTree | None:
 def weight_gradient(
   linearized: base.Linearized, direction: Direction, axis_name: base.AxisName = None
 ) -> base.Array:
-  """dM/dw, shape [B]: the gradient of the meta loss in this device's weights.
+  """dM/dw, [B]: the gradient of the meta loss with respect to this device's weights.
 
   Its type is float32 or wider. If parameters or losses are float16 or bfloat16, the
   direction is first scaled to about unit length by a power of two, because the small
@@ -542,14 +542,14 @@ def _state(gradient, vector) -> base.Array:
   for pairs in small.values():
     large.append(tuple(jnp.concatenate(arrays) for arrays in zip(*pairs, strict=True)))
   states = [_state_of_array(g, v) for g, v in large]
-  # The last one of a sort, as in `base.max_abs`.
+  # The maximum, as the last element of a sort, for the reason in `base.max_abs`.
   return jnp.sort(jnp.stack(states or [jnp.zeros((), jnp.int32)]))[-1]
 
 
 @jax.jit  # It is traced once for all arrays of a shape.
 def _state_of_array(gradient, vector):
   """The `_State` of two arrays of the same shape, int32 scalar."""
-  # A state for every entry would be one more array of this size.
+  # Reduce first: a state for every entry would be one more array of this size.
   g, v = jnp.max(jnp.abs(gradient)), jnp.max(jnp.abs(vector))
   state = jnp.where(v == 0, jnp.where(g == 0, _State.ZERO, _State.IGNORED), _State.USED)
   state = jnp.where(jnp.isinf(v), _State.INFINITE, state)

@@ -81,7 +81,7 @@ def confusion(
       entries.
 
   Returns:
-    T [C, C]; the row of a class that is never predicted is that of the identity.
+    T [C, C]; a class that is never predicted has the row of the identity matrix.
 
   Raises:
     InputError: the shapes differ, `smoothing` is negative, or, outside `jit`, an
@@ -119,7 +119,8 @@ def estimate_from_network(
 ) -> base.Array:
   """Estimates T from predictions on the whole training set, on the host.
 
-  With several processes, all of them must call it, and each predicts its part.
+  With several processes, all of them must call this function, and each predicts a part
+  of the set.
 
   Args:
     estimator: one of `ESTIMATORS`; "anchor" is `estimate_transition`.

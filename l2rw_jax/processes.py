@@ -2,7 +2,7 @@
 
 `jax.distributed.initialize` connects the processes. All of them run the same code and
 call the functions of this file in the same order. A program of one process needs no
-connection, and its functions exchange nothing.
+connection, and the functions then exchange nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ import numpy as np
 
 from l2rw_jax import base
 
-# A process that waits for another one looks for signals this often.
+# A waiting process returns to Python this often, so that it can handle signals.
 _POLL_MS = 1000
 # The client's message if a value is not set in time.
 _TIMED_OUT = ("DEADLINE_EXCEEDED", "NOT_FOUND")
@@ -61,7 +61,7 @@ def client() -> Any:
     InputError: there are several processes, but `jax.distributed.initialize` was not
       called.
   """
-  # JAX has no public name for it; Orbax uses the same one.
+  # JAX has no public name for the client; Orbax uses the same private one.
   from jax._src import distributed
 
   found = distributed.global_state.client
@@ -76,10 +76,11 @@ def client() -> Any:
 def wait_for(key: str) -> str:
   """The value of a key in the store of the coordination service, once it is set.
 
-  If the process that sets it ends without a reason, JAX ends this one too.
+  If the process that should set it ends without publishing a reason, JAX ends this
+  process too.
 
   Raises:
-    InputError: a process ended because of a mistake, see `publish_failure`.
+    InputError: a process published why it ended, see `publish_failure`.
   """
   while True:
     value = _value(key, _POLL_MS)

@@ -26,7 +26,7 @@ from l2rw_jax.audit import label_issues
 _NUM_BARS = 4
 _MOST_COLUMNS, _MOST_CHARACTERS = 60, 200
 _MOST_NOTES = 1000
-# Not of the whole network: a mean of probabilities is drawn as bars.
+# Statistics that are not listed; the mean probabilities are drawn as bars instead.
 _NOT_SHOWN = ("mean_probabilities", "seen")
 
 

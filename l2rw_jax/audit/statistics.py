@@ -147,8 +147,8 @@ def update(
   are those of this device. The cost is proportional to the batch size, not to N.
 
   If an example occurs in several rows, each row is a presentation. Because all of them
-  come from the same parameters, they count as one trial for forgetting, which is
-  correct if every row is correct.
+  come from the same parameters, they count as one prediction for forgetting, which is
+  right if it is right in every row.
 
   Args:
     state: the result of `init` or `update`.
@@ -218,7 +218,7 @@ def summarize(state: State) -> dict[str, np.ndarray]:
       forgetting_events    number of correct predictions followed by a wrong one
       mean_weight          mean weight; 1 is the uniform weight
       zero_weight_share    share of presentations with weight 0
-      mean_score           mean score before clipping, over the step's mean size
+      mean_score           mean unclipped score, divided by the step's mean |score|
 
     The last three are also NaN if no weight or score was given. In addition,
     "mean_probabilities" [N, C] is the mean predicted distribution, in which the weight
@@ -341,7 +341,7 @@ def _step_weight(loss, counts):
 
 
 def _scaled(scores, counts):
-  """Scores over their mean size among the rows that count; zeros stay zeros."""
+  """Scores divided by the mean |score| of rows that count; zeros stay zeros."""
   # Scores are first divided by the largest, so that no sum overflows or underflows.
   largest = jnp.max(jnp.abs(scores), initial=0)
   scores = base.divide_by_largest(scores, largest)

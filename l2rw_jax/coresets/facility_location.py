@@ -45,9 +45,9 @@ class Selection(NamedTuple):
   Attributes:
     rows: indices of the selected points, [capacity]; -1 beyond the requested size.
     gains: increase of F by each of them, [capacity].
-    weights: cluster sizes, the number of points to which each of them is the nearest
-      selected one, [capacity]; they sum to n. Selected points at distance 0 from each
-      other share the sum of their cluster sizes equally, so that each has at least 1.
+    weights: cluster sizes: the number of points whose nearest selected point is this
+      one, [capacity]; they sum to n. Selected points at distance 0 from each other
+      share the sum of their cluster sizes equally, so that each has at least 1.
     assignment: position in `rows` of the selected point that is nearest to each point,
       the first one if several are equally near, [n]; -1 for padding.
     distances: distance of each point to the nearest selected point, [n].
@@ -85,10 +85,10 @@ def lazy_greedy(
 ) -> Selection:
   """Greedy facility location with lazy evaluation of gains.
 
-  The selection equals that of the greedy algorithm which evaluates every gain at every
-  step. Gains never increase from step to step, so that an earlier gain of a point is an
-  upper bound of its current gain. Each step evaluates the gains of the points with the
-  largest bounds again, a few at a time, until no other point can have a larger gain.
+  The selection is the same as if every gain were evaluated at every step. Gains never
+  increase from step to step, so that an earlier gain of a point is an upper bound of
+  its current gain. Each step evaluates the gains of the points with the largest bounds
+  again, a few at a time, until no other point can have a larger gain.
 
   Args:
     points: `distances.vectors` or `distances.outer_products`, all finite.
@@ -142,7 +142,7 @@ def _lazy_greedy(points, size, num_points, bound, capacity, block, candidates):
 
 
 def _best_candidate(points, nearest, bounds, candidates):
-  """The point with the largest gain, and bounds that are updated to find it."""
+  """Updates bounds until the largest is exact; returns them and its index."""
   candidates = min(candidates, points.num_points)
   contribution = _improvement(nearest)
 

@@ -1,7 +1,7 @@
 """Examples and splits: train, meta, validation and test sets drawn from a source.
 
-This file has the code that all functions that make splits share: the types that they
-return, `assemble`, and checks of their arguments.
+All functions that make splits use this file: it has the types that they return,
+`assemble`, and checks of their arguments.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,20 +25,20 @@ class Examples(NamedTuple):
   """One part of the data: N examples, possibly none.
 
   Attributes:
-    image: uint8 or float32 [N, ...]. Pixels stay uint8, a quarter of the memory, until
-      the model scales them (`classifier.Classifier`). It may also be a row source: any
-      object with `len`, `shape` and `dtype` that returns an array when indexed with a
-      slice or an array of rows. A row source may be indexed in several threads at a
-      time. It may have an attribute `fingerprint`, a string that changes whenever its
-      content changes, such as a checksum of its file. Without this attribute, all
-      its rows are read, in blocks, when a run starts or continues, to compute a
-      checksum and, for floats, to search for NaN.
+    image: uint8 or float32 [N, ...]. Pixels stay uint8, in a quarter of the memory of
+      float32, until the model scales them (`classifier.Classifier`). The field may also
+      be a row source: any object with `len`, `shape` and `dtype` that returns an array
+      when indexed with a slice or an array of rows. A row source may be indexed from
+      several threads at a time. It may have an attribute `fingerprint`, a string that
+      changes whenever its content changes, such as a checksum of its file. Without this
+      attribute, all its rows are read, in blocks, when a run starts or continues, to
+      compute a checksum and, for floats, to search for NaN.
     label: the labels for training, int32 [N]; [N, Q] if an example has Q labels.
     true_label: the true labels, of the same shape.
     index: int32 [N], 0 .. N - 1, the row in this part.
     source_index: int32 [N], the row in the source split, ascending.
     group: int32 [N], the attribute for which training should be fair; None if it is
-      the true class. Like `true_label`, methods may use it only on the meta set.
+      the true class. As with `true_label`, methods may use it only on the meta set.
   """
 
   image: Any
@@ -97,7 +97,7 @@ def assemble(
   groups: np.ndarray | None = None,
   test_groups: np.ndarray | None = None,
 ) -> Splits:
-  """Makes splits from rows of two sources, which must be disjoint.
+  """Makes splits from rows of two sources; the parts must be disjoint.
 
   Args:
     train: source of the training, meta and validation sets; N images.
@@ -170,8 +170,8 @@ def from_arrays(
     train: the training set.
     meta: trusted examples; None is an empty set.
     validation: the validation set; None is an empty set.
-    test: the test set. None takes 500 random training examples; the accuracy then only
-      shows how well the network agrees with the given labels.
+    test: the test set. None uses up to 500 random training examples, so that accuracy
+      only shows how well the network agrees with the given labels.
     num_classes: C; None is one more than the largest label.
 
   Returns:
@@ -388,7 +388,7 @@ def blocks(source: Any) -> Iterator[np.ndarray]:
 class View:
   """Some rows of a row source, as a row source of uint8 or float32.
 
-  If the source has a `fingerprint`, the view has one.
+  If the source has a `fingerprint`, the view has one too.
   """
 
   def __init__(self, source: Any, rows: np.ndarray):
@@ -422,7 +422,7 @@ class View:
 
 
 def _narrow(images: np.ndarray) -> np.ndarray:
-  """Pixels as they are, other images in float32."""
+  """uint8 images as they are, other images as float32."""
   return images if images.dtype == np.uint8 else images.astype(np.float32, copy=False)
 
 
@@ -455,8 +455,8 @@ def integers(what: str, values: Any) -> np.ndarray:
       fractional part.
 
   Raises:
-    InputError: the values have another type or are ragged lists, or one of them does
-      not fit into int32.
+    InputError: the values have an unsupported type or are ragged lists, or one of them
+      does not fit into int32.
   """
   try:
     array = np.asarray(values)

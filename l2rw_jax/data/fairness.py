@@ -33,14 +33,14 @@ def fairness(
   num_exemplars: int = 10,
   seed: int,
 ) -> examples_lib.Splits:
-  """A long-tailed, noisy or under-represented training set and fair exemplars.
+  """A training set with a long tail, a rare attribute or noise, and fair exemplars.
 
   First the exemplars are drawn. Then a long tail is drawn from the other images: class
   0 keeps as many images as the rarest class has left, and the last class keeps that
   number divided by `imbalance`. If the groups are "inverted", `minority_share` of the
   training images of every class (rounded, at least one), half of the exemplars and half
   of the test images of every class are inverted. Finally training labels are flipped.
-  The draws are independent: neither another share nor another noise changes which
+  The draws are independent: `minority_share` and `noise_fraction` do not affect which
   images are drawn.
 
   Args:
@@ -149,7 +149,7 @@ def _half_of_each_class(source: sources.Source, rng: np.random.Generator) -> np.
 def _invert(
   source: sources.Source, rows: np.ndarray
 ) -> tuple[sources.Source, np.ndarray]:
-  """A renamed source with some images inverted, and 1 for these images, int32 [N]."""
+  """Inverts some rows; returns the renamed source, and 1 for each of them, [N]."""
   images = np.array(source.images)
   brightest = 255 if images.dtype == np.uint8 else 1
   images[rows] = brightest - images[rows]

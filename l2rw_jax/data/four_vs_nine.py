@@ -27,9 +27,9 @@ def four_vs_nine(
   """Fours (label 0, the minority) against nines (label 1), with a balanced test set.
 
   As in the authors' program, floor(num_train (1 - majority)) fours and
-  floor(num_train majority) nines are drawn. They are computed in floating point, so
-  that at 0.9 there is one image less than `num_train`. The meta set is then taken out
-  of these images, half from the fours and half from the nines.
+  floor(num_train majority) nines are drawn. Both numbers are computed in floating
+  point, so that at 0.9 their sum is one less than `num_train`. The meta set is then
+  taken out of these images, half from the fours and half from the nines.
 
   Args:
     train: the source of the training and meta sets.

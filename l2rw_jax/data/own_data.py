@@ -1,4 +1,4 @@
-"""Readers of a user's own data: a folder of images, a NumPy archive, or a CSV table.
+"""Readers of a user's data: a folder of images, a NumPy archive, or a CSV table.
 
     images:DIR        DIR/CLASS/FILE, or DIR with a labels.csv of path,label
     npz:FILE          arrays X and y (or images and labels), optionally X_test, y_test
@@ -68,7 +68,7 @@ class OwnData:
     form: the class names, and the format that other examples must have.
     names: the name of each example: its path relative to the folder, or "row 12",
       counted from 0.
-    rows: the position of each example in the source, including skipped examples,
+    rows: the position of each example in the source, where skipped examples count too,
       int64 [N].
     columns: the raw columns of a table by name, N strings each.
     skipped: the name of each example that cannot be used, and the reason.
@@ -103,7 +103,7 @@ class _Raw(NamedTuple):
   root: pathlib.Path | None = None
 
   def take(self, chosen: np.ndarray) -> "_Raw":
-    """Returns the examples with the indices, or at the mask, `chosen`."""
+    """Returns the examples that `chosen`, row indices or a mask, selects."""
     if isinstance(self.values, dict):
       values: Any = {name: column[chosen] for name, column in self.values.items()}
     else:
@@ -145,20 +145,20 @@ def read(
     label_column: for a table, the label column. The default is a column called label,
       labels, class, target or y; if there is none, it is the last column.
     image_size: for image files, the height and width. The default is the most frequent
-      size, with no side above 64.
-    like: the format that the examples must have. The test set has the format of the
-      training set by default.
+      size, shrunk if a side is longer than 64.
+    like: the format that the examples must have. By default, the test set must have
+      the format of the training set.
     in_memory: for image files, whether to read them into memory. If not, only their
-      headers are read, so that a damaged file is an error when it is used. None reads
-      them into memory if they take at most half of it.
+      headers are read, so that a damaged file is not noticed until it is used. None
+      reads them into memory if they and a copy of them fit in half of it.
 
   Returns:
     The examples.
 
   Raises:
-    InputError: if the file or folder does not exist or has another layout, no example
-      can be used, there are fewer than two classes, or the examples do not have the
-      format `like`.
+    InputError: the file or folder does not exist or has an unsupported layout, no
+      example can be used, there are fewer than two classes, or the examples do not have
+      the format `like`.
   """
   kind, _, place = name.partition(":")
   if kind not in KINDS or not place:
@@ -251,7 +251,7 @@ def _convert(
   like: Form | None,
   in_memory: bool | None,
 ) -> OwnData:
-  """Converts examples to the format `like`, or to that of the rows `train`."""
+  """Converts examples to the format `like`, or else to the format of rows `train`."""
   examples = raw.take(chosen)
   encoder = None if like is None else like.encoder
   if isinstance(raw.values, dict) or (raw.values.ndim == 2 and raw.root is None):
@@ -399,7 +399,7 @@ def _images(
 
 
 def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields the files below a folder that are not hidden, in a fixed order."""
+  """Yields the files below a folder, except hidden ones, in a fixed order."""
   seen = set()
   for place, folders, files in os.walk(folder, followlinks=True):
     real = os.path.realpath(place)
@@ -501,8 +501,8 @@ def _decode(
   like: Form | None,
   in_memory: bool | None,
 ) -> tuple[_Raw, Any]:
-  """Reads the images, all in one size, and skips those that cannot be read."""
-  # The headers of all splits determine the format, so that all splits have the same.
+  """Reads the images at a common size, and skips those that cannot be read."""
+  # The headers of all splits determine the format, so that it is the same for all.
   headers = {}
   for example, path in zip(raw.names, raw.values, strict=True):
     try:
@@ -778,14 +778,15 @@ class Encoder:
   """Converts the rows of a table to standardized numbers and one-hot categories.
 
   A missing number is replaced by the median of the column, and an additional column
-  indicates it. A missing category is a category. The means, standard deviations,
-  medians and categories are those of the rows that the encoder was fitted to.
+  indicates it. Missing categories form one more category. The means, standard
+  deviations, medians and categories are those of the rows that the encoder was fitted
+  to.
 
   Attributes:
     numeric: the names of the numeric columns; None for an array [N, D].
     categorical: the names of the categorical columns.
-    transforms: the fitted scikit-learn transformers of both kinds; None for a kind
-      without columns.
+    transforms: the fitted scikit-learn transformers for numeric and for categorical
+      columns, each None if there are no such columns.
   """
 
   numeric: tuple[str, ...] | None
@@ -805,7 +806,7 @@ class Encoder:
       The fitted encoder.
 
     Raises:
-      InputError: if no column is usable.
+      InputError: no column is usable.
     """
     impute, pipeline, preprocessing = _sklearn()
     if isinstance(values, dict):
@@ -842,7 +843,7 @@ class Encoder:
       values: numbers or a table, as in `fit`.
 
     Raises:
-      InputError: if columns are missing, or their number differs.
+      InputError: columns are missing, or their number differs.
     """
     scaler, encoder = self.transforms
     if isinstance(values, dict) != (self.numeric is not None):

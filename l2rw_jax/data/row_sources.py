@@ -1,7 +1,7 @@
 """Images that are decoded when they are read, for sets that do not fit in memory.
 
 The classes of this module are row sources (see `examples.Examples.image`), which may be
-read in several threads at a time, and can be pickled for the workers of
+read from several threads at a time and can be pickled for the workers of
 `training.read_workers`. Their fingerprint covers the content of all files.
 """
 
@@ -45,8 +45,8 @@ def hash_of_files(
   """SHA-256 over the contents of files, in order.
 
   The hash is cached in `cache_dir` for these paths, sizes and modification times, so
-  that files are read again only if one of them has changed. A change that does not
-  change the size or the modification time of a file is not detected.
+  that files are read again only if one of them has changed. A change that preserves
+  both the size and the modification time of a file is not detected.
 
   Args:
     paths: the files.
@@ -76,7 +76,7 @@ def hash_of_files(
 
 
 class _Images:
-  """The common part of the row sources of this module.
+  """Base class of the row sources of this module.
 
   Attributes:
     shape: [N, H, W, channels].

@@ -1,7 +1,7 @@
-"""Reads data sets by their names, as they were published.
+"""Reads data sets by name, without changing the published examples and labels.
 
-`digits` comes with scikit-learn. images:DIR, npz:FILE and csv:FILE are a user's own
-data, see `own_data`. Every other name is an image classification set that
+`digits` comes with scikit-learn. images:DIR, npz:FILE and csv:FILE are a user's data,
+see `own_data`. Every other name is an image classification set that
 tensorflow-datasets has prepared in its `array_record` format; it is read without
 TensorFlow and without an internet connection.
 """
@@ -28,7 +28,7 @@ from l2rw_jax.data import row_sources
 _log = logging.getLogger(__name__)
 
 _BLOCK = 1000
-# If the files of a set have fewer bytes, its images fit in any memory.
+# If the files of a set take at most this many bytes, its images fit in any memory.
 _SMALL_FILES = 2**28
 _EXTRA = "extra."
 _INFO = "dataset_info.json"
@@ -61,7 +61,7 @@ class Source(NamedTuple):
     name: name of the data set, with its configuration if it has any.
     version: version of the data set.
     split: the requested split, such as `train` or `train[:90%]`.
-    images: uint8 [N, H, W, channels]; for a user's own data also float32 [N, ...]. If
+    images: uint8 [N, H, W, channels]; for a user's data also float32 [N, ...]. If
       the set was not read into memory, it is a row source.
     labels: int32 [N]; the true labels if the set has several labels.
     num_classes: C.
@@ -91,33 +91,33 @@ def load(
 ) -> Source:
   """Reads one split of a data set, without downloading anything.
 
-  A set is decoded once and its arrays are cached in `cache_dir`, under a key that
-  contains name, version, split and the description files of the set. If a set is not
-  read into memory, only its labels are cached, and images are decoded when they are
-  used.
+  A prepared set is decoded once and its arrays are cached in `cache_dir`, under a key
+  that contains its name, version and split, and a hash of its description files. If a
+  set is not read into memory, only its labels are cached, and images are decoded when
+  they are used.
 
   Args:
-    name: `digits`; a user's own data, `images:DIR`, `npz:FILE` or `csv:FILE`, see
+    name: `digits`; a user's data, `images:DIR`, `npz:FILE` or `csv:FILE`, see
       `own_data.read`; or a prepared set: `mnist`, `emnist/letters` (with a
       configuration), `mnist:3.0.1` (with a version; the default is the newest one in
       the folder).
-    split: `train`, `test`, ..., for prepared sets also slices: `train[:90%]`. If parts
-      of a user's own data are skipped or changed, warnings are logged.
+    split: `train`, `test`, ..., for prepared sets also slices: `train[:90%]`. Warnings
+      are logged if examples of a user's data are skipped or changed.
     data_dir: folder of prepared sets. The default is `$TFDS_DATA_DIR` if it is set, and
       `~/tensorflow_datasets` otherwise. `digits` does not use it.
     cache_dir: folder of decoded arrays. The default is `$XDG_CACHE_HOME/l2rw_jax` if
       the variable is set, and `~/.cache/l2rw_jax` otherwise. `digits` does not use it.
     in_memory: whether to read the images into memory; None reads prepared sets and
-      image files into memory if they take at most half of it. `digits`, archives and
-      tables are always read into memory.
+      image files into memory if they and a copy of them fit in half of it. `digits`,
+      archives and tables are always read into memory.
 
   Returns:
     The split.
 
   Raises:
-    InputError: the name or the split is unknown; the name leaves `data_dir`; the data
-      do not exist; the examples are not uint8 images of one shape with a class label;
-      or the description files are damaged, name classes outside of
+    InputError: the name or the split is unknown; the name leads out of `data_dir`; the
+      data do not exist; the examples are not uint8 images of one shape with a class
+      label; or the description files are damaged, name classes outside of
       tensorflow-datasets, or disagree with the examples.
   """
   if name == "digits":
@@ -156,7 +156,7 @@ def load(
 
 
 def from_own(name: str, split: str, data: own_data.OwnData) -> Source:
-  """A user's own data as a source.
+  """A user's data as a `Source`.
 
   Args:
     name: name of the data, such as images:DIR.
@@ -177,7 +177,7 @@ def from_own(name: str, split: str, data: own_data.OwnData) -> Source:
 
 
 def numbers(num_classes: int) -> tuple[str, ...]:
-  """Names of classes without names: the numbers 0 to C - 1."""
+  """The names of classes that were published without names: 0 to C - 1."""
   return tuple(map(str, range(num_classes)))
 
 
@@ -306,7 +306,7 @@ def _damaged(path: pathlib.Path, reason: str) -> str:
 
 
 def _strings(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
-  """Yields all strings in JSON with their keys, also of JSON nested in strings."""
+  """Yields all strings in JSON, and in JSON nested in strings, with their keys."""
   if isinstance(content, dict):
     for name, value in content.items():
       yield from _strings(value, name)
@@ -321,7 +321,7 @@ def _strings(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _check_descriptions(folder: pathlib.Path) -> None:
-  """Raises InputError for descriptions that are unsafe for tensorflow-datasets."""
+  """Raises InputError if tensorflow-datasets cannot safely read the descriptions."""
   path = folder / _FEATURES
   try:
     names = [
@@ -410,7 +410,7 @@ def _labels_and_images(
     builder, features, labels = _opened(folder)
     rows = _open(builder, split)
     with _readable(folder, split, len(rows)):
-      rows[0]  # tensorflow-datasets logs a message about the first image.
+      rows[0]  # The first read of an image logs a message, which `_quiet` silences.
 
     def build():
       only_labels = _open(builder, split, {"image": tfds.decode.SkipDecoding()})
@@ -471,7 +471,7 @@ def _readable(folder: pathlib.Path, split: str, size: int) -> Iterator[None]:
 def _checked(
   folder: pathlib.Path, split: str, features: dict[str, Any], arrays: cache.Arrays
 ) -> cache.Arrays:
-  """Checked labels, by their names in a `Source`."""
+  """Checks the labels, and returns them by the names that `load` reads."""
   for name, labels in arrays.items():
     _check_classes(folder, split, name, labels, features[name].num_classes)
   return {
@@ -539,7 +539,7 @@ def _check_classes(
 
 
 def _stack(rows: Any, shapes: dict[str, tuple[int, ...]]) -> cache.Arrays:
-  """The columns of a set; images are uint8, and labels int32 without a shape."""
+  """The columns of a set: uint8 images, and int32 labels, whose shape is ()."""
   arrays = {
     name: np.empty((len(rows), *shape), np.uint8 if shape else np.int32)
     for name, shape in shapes.items()

@@ -72,7 +72,7 @@ class Checkpointer:
         read_only=read_only,
         create=False,
         enable_async_checkpointing=False,
-        # Orbax does not wait for other processes.
+        # With these options, Orbax does not wait for other processes.
         multiprocessing_options=ocp.options.MultiprocessingOptions(
           primary_host=this, active_processes={this}
         ),
@@ -214,8 +214,8 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
 
 
 def _not_from_tensorstore(record: logging.LogRecord) -> bool:
-  # Orbax reads all arrays at once and raises the first failure. When the other tasks
-  # are collected, asyncio logs their failures, in addition to the error raised here.
+  # Orbax reads all arrays at once and raises the first failure. When Python frees the
+  # other tasks, asyncio logs their failures, in addition to the error raised here.
   error = record.exc_info[1] if record.exc_info else None
   return "tensorstore_spec=" not in str(error)
 
@@ -251,8 +251,8 @@ def _describe(path: str, leaf: Any) -> dict[str, Any]:
   described = {"path": path, "dtype": str(dtype), "shape": list(leaf.shape)}
   if jnp.issubdtype(dtype, jax.dtypes.prng_key):
     return described | {"kind": "key"}
-  # Orbax would store the other byte order as the native one, and refuse other dtypes
-  # only after it has begun to write.
+  # Orbax would misread an array of non-native byte order as a native one, and would
+  # refuse unsupported dtypes only after it has begun to write.
   numeric = jnp.issubdtype(dtype, np.number) or dtype == np.bool_
   if not numeric or not dtype.isnative:
     raise TypeError(f"cannot save {path or 'the state'}, an array of {dtype}")

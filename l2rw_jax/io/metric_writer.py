@@ -1,4 +1,4 @@
-"""Metric files of a run, which have the same bytes if the run is killed and resumed."""
+"""Metric files of a run, byte-identical even if the run is killed and resumed."""
 
 from collections.abc import Mapping, Sequence
 import contextlib
@@ -180,7 +180,7 @@ def _append(file: io.FileIO, content: bytes) -> None:
   """Writes all of `content` to an unbuffered file.
 
   If the file had a buffer and the disk was full, Python would try to write the rest
-  again when the file is closed or collected, and raise a second error.
+  again when the file is closed or garbage-collected, and raise a second error.
   """
   while content:
     content = content[file.write(content) :]

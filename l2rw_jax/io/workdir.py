@@ -117,7 +117,7 @@ def write_record(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
 
 
 def read_record(path: str | os.PathLike) -> dict[str, Any]:
-  """Reads a file of `write_record` and verifies its checksum.
+  """Reads a file that `write_record` wrote, and verifies its checksum.
 
   Args:
     path: the file.
@@ -215,7 +215,7 @@ def _prepare(path: str | os.PathLike, now: dict[str, Any]) -> dict[str, Any]:
   folder = pathlib.Path(path)
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    # The root user passes every permission check, so only a real write is a test.
+    # The root user passes every permission check, so test whether a write succeeds.
     with tempfile.TemporaryFile(dir=folder) as probe:
       probe.write(b"x")
     _lock_until_exit(folder)

@@ -1,7 +1,7 @@
 """Linearization of a batch: losses, directional derivatives, weighted gradients.
 
-Every weighting method needs the same three results of a batch. l(p) in R^B are the
-per-example losses and J is their Jacobian:
+Every weighting method needs the same three results for a batch. If l(p) in R^B is the
+vector of per-example losses and J is its Jacobian, these are
 
     losses                l(p)
     directional(v)        J v       derivative of each example's loss along v
@@ -42,8 +42,8 @@ def linearize(
   """Linearizes the per-example losses of one batch at `params`.
 
   All engines except `difference` are exact. The three costs in the table are those of
-  recording, of `directional` and of `weighted_gradient`, in forward passes of the batch
-  in addition to the first.
+  recording, of `directional` and of `weighted_gradient`. Their unit is a forward pass
+  of the batch, and the first forward pass is not counted.
 
   ============  =========  ====================================================
   layerwise     1, 1, 1    One backward pass records every use of a parameter,
@@ -64,7 +64,7 @@ def linearize(
                            functions whose declared derivative is not the
                            derivative of their values (straight-through, gradient
                            reversal) are refused.
-  auto                     layerwise if the model allows it, or forward. For
+  auto                     layerwise if the model allows it, else forward. For
                            a `jax.checkpoint` that takes parameters: forward,
                            which is cheaper there, unless there is a
                            `jax.custom_vjp`. The default.
@@ -79,10 +79,10 @@ def linearize(
     has_aux: whether `losses_fn` returns an auxiliary output in addition to the
       losses, such as new BatchNorm statistics.
     engine: one of the above.
-    direction: the vector, shaped like `params`, of which `directional` will be called,
-      if it is known. Forward mode then computes this derivative together with the
-      losses and stores nothing for it; other engines ignore it. `directional` of other
-      vectors, also of an equal copy, takes another pass.
+    direction: the vector, shaped like `params`, with which `directional` will be
+      called, if it is known. Forward mode then computes this derivative together with
+      the losses and stores nothing for it; other engines ignore `direction`. Calling
+      `directional` with another vector, even an equal copy, takes another pass.
 
   Returns:
     A `base.Linearized`. Its functions may be called any number of times, but only in
@@ -172,8 +172,8 @@ def _layerwise(losses_fn, params, batch, engine):
 def _along(losses_fn, params, batch, direction):
   """Forward mode, with the derivative along `direction` in the first pass.
 
-  Neither the derivative nor the values that it needs are stored until `directional` is
-  called. If the network is under `jax.checkpoint`, nothing is recomputed for it.
+  No intermediate values are stored for a later call of `directional`. If the network is
+  under `jax.checkpoint`, nothing is recomputed for this derivative.
   """
   partition = trainable.Partition(params)
   leaves, known = partition.leaves(params), jax.tree.leaves(direction)
@@ -293,7 +293,7 @@ def _double_reverse(vjp_fn, outputs):
 
 
 def _without_surrogates(outputs_and_aux, leaves):
-  """The outputs as a function whose finite differences follow declared derivatives.
+  """The outputs as a function whose finite differences match declared derivatives.
 
   Raises:
     InputError: the declared derivative of a function in it is not the derivative of its
@@ -402,7 +402,8 @@ def _without_custom_vjp(jvp_fn, outputs):
 def _check_forward_mode(losses_and_aux, losses_and_slopes, leaves):
   """Raises InputError if the slopes are derivatives of a `jax.custom_vjp`.
 
-  It is needed under `jit`, where JAX raises an error only when the program is compiled.
+  This check is needed under `jit`, where JAX raises an error only when the program is
+  compiled.
   """
   # Most networks have no `jax.custom_vjp`, and tracing the derivative takes longer.
   network = jax.make_jaxpr(losses_and_aux)(leaves).jaxpr
@@ -417,7 +418,7 @@ def _has_custom_vjp(jaxpr):
 
 
 def _has_primitive(jaxpr, name):
-  """Whether an operation of `jaxpr` or of a function in it has a name like `name`."""
+  """Whether `jaxpr` has an operation, maybe nested, whose name starts with `name`."""
   return any(
     eqn.primitive.name.startswith(name)
     or any(

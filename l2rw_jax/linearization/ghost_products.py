@@ -1,17 +1,19 @@
 """Inner products of per-example gradients from recorded activations and slopes.
 
 The gradient of the loss of example i with respect to the parameters of one operation (a
-*use*) is a sum over positions t of products of two vectors, an activation and a slope:
+*use*) is a sum over positions t of products of two vectors, an activation and a slope
+(the gradient of the loss with respect to the output of the operation):
 
     dense layer, convolution    G_i = sum_t left_it right_it^T
     embedding                   the same, where left_it is one-hot and kept as an index
 
 Inner products therefore have two forms:
 
-    formed    <G_i, G_j>, from G_i itself                    FLOPs like T L R
-    ghost     sum_ts <left_it, left_js> <right_it, right_js>      like T^2 (L + R)
+    formed    <G_i, G_j>, from G_i itself
+    ghost     sum_ts <left_it, left_js> <right_it, right_js>
 
-for T positions and vectors of L and R numbers. `Gradients` adds the uses of the same
+For T positions and vectors of L and R numbers, the FLOPs of the first are proportional
+to T L R, and those of the second to T^2 (L + R). `Gradients` adds the uses of the same
 parameter and chooses the form with fewer FLOPs. The gradients of all other operations
 (scales, biases, ...) are formed.
 """
@@ -42,10 +44,11 @@ class _Factors(NamedTuple):
   """The gradients of a use as sums of products of two vectors.
 
   The axes of the parameter are split into three tuples: axes along which the products
-  are separate (groups of a convolution), and those of the left and right vectors.
+  are separate (groups of a convolution), axes of the left vectors, and axes of the
+  right vectors.
 
   Attributes:
-    place: place of the value in the program whose gradient this is.
+    place: the gradients are with respect to the value at this place in the program.
     shape: shape of this value, possibly with axes split.
     axes: group, left and right axes of `shape`.
     left: [B, G, T, L], or [B, 1, T] integers that stand for one-hot vectors.
@@ -99,7 +102,7 @@ class _Formed(NamedTuple):
   """The gradients of a use.
 
   Attributes:
-    place: place of the value in the program whose gradient this is.
+    place: the gradients are with respect to the value at this place in the program.
     gradients: [B, *shape of the value].
   """
 
@@ -140,11 +143,11 @@ class Gradients:
     """Prepares the uses of a program that has been run.
 
     Args:
-      plan: its operations.
+      plan: the operations of the program.
       values: values by place.
       leaves: the parameters; their places are 0, 1, ...
-      slopes: for each parameter use, the gradients of the sum of the losses in its
-        differentiable outputs.
+      slopes: for each parameter use, the gradients of the sum of the losses with
+        respect to its differentiable outputs.
       size: B.
     """
     self._plan = plan
@@ -174,7 +177,7 @@ class Gradients:
     return self._total(pairs=True)
 
   def weighted(self, weights: base.Array) -> list[base.Array]:
-    """The sum of w_i g_i over the examples, a list like the leaves."""
+    """The sum of w_i g_i over the examples, as a list like the leaves."""
     places, cotangents = [], []
     for step, slopes in zip(self._steps, self._slopes, strict=True):
       inputs = [parameter_uses.value_of(value, self._values) for value in step.inputs]
@@ -274,7 +277,7 @@ class Gradients:
     return jax.vmap(vjp_fn)(list(totals.values()))[0]
 
   def _use(self, step, index, slopes):
-    """The gradients of one use in its input with this index."""
+    """The gradients of one use with respect to its input with this index."""
     inputs = [parameter_uses.value_of(value, self._values) for value in step.inputs]
     name = step.eqn.primitive.name
     if len(step.param_inputs) == 1 and name in _FACTORS:
@@ -305,10 +308,10 @@ class Gradients:
     return place, permutation
 
   def _elementwise_use(self, step, place, parameter, apply, slopes):
-    """The gradients in an operand of an elementwise operation."""
+    """The gradients with respect to an operand of an elementwise operation."""
     (slope,), ((_, axis),) = slopes, step.differentiable_outputs
-    # With a copy of the parameter at every position, the derivative of the sum of the
-    # losses in the copies is that of each example.
+    # If every position has a separate copy of the parameter, the gradient of the sum of
+    # the losses with respect to the copies contains the gradients of single examples.
     whole = jax.lax.broadcast_in_dim(
       parameter, slope.shape, range(slope.ndim) if parameter.ndim else ()
     )
@@ -338,7 +341,7 @@ class Gradients:
     return None
 
   def _rows(self, place, rows, axis):
-    """The gradients in a parameter with a row for each example along an axis."""
+    """The gradients with respect to a parameter with one row per example on an axis."""
     producer = self._producers.get(place)
     if producer is not None and producer.eqn.primitive.name == "broadcast_in_dim":
       old = producer.eqn.invars[0].aval.shape
@@ -464,7 +467,7 @@ def _dense_factors(step, inputs, slope, permutation):
 
 def _convolution_factors(step, inputs, slope, permutation):
   """Factors of a convolution: the left vectors are patches of the images."""
-  del permutation  # For casts, it is the identity.
+  del permutation  # The identity, because `_untransposed` undoes only casts here.
   params = step.eqn.params
   numbers, groups = params["dimension_numbers"], params["feature_group_count"]
   kernel = inputs[1].transpose(numbers.rhs_spec)  # Output channels, input channels.
@@ -522,7 +525,7 @@ def _convolution_factors(step, inputs, slope, permutation):
 
 
 def _kernel_gradients(step, inputs, slope):
-  """The gradients in the kernel of a convolution, by a convolution of each image."""
+  """The gradients with respect to a kernel, by one convolution per image."""
   numbers = step.eqn.params["dimension_numbers"]
   axes = numbers.lhs_spec[0], numbers.out_spec[0]
 
@@ -597,7 +600,7 @@ def _merged(uses: Sequence[_Factors | _Formed]) -> list[_Factors] | None:
 
 
 def _concatenated(uses):
-  """Uses of the same kind as one, with the positions of all."""
+  """Joins uses of the same kind into one use that has the positions of all."""
   if len(uses) == 1:
     return uses[0]
 
@@ -613,7 +616,7 @@ def _concatenated(uses):
 
 
 def _is_ghost_cheaper(factors, pairs, size):
-  """Whether the ghost form takes fewer FLOPs, counted per example, than forming."""
+  """Whether the ghost form takes fewer FLOPs per example than the formed one."""
   ghost, formed = 0, 0
   per_pair = size if pairs else 1
   before = 0  # Number of positions of the dense use, which comes first.

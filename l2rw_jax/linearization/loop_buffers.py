@@ -21,7 +21,7 @@ from l2rw_jax.linearization import parameter_uses
 
 
 def allocated_after(first: base.PyTree, function: Callable[[], Any]) -> Any:
-  """`function()`, whose loops allocate what they collect only after `first`.
+  """`function()`, whose loops allocate their stacked outputs only after `first`.
 
   Loops in the bodies of other loops are not changed. Nothing is changed outside of
   `jit` and similar transformations, where operations run in the order of the program.
@@ -69,7 +69,7 @@ def _run(jaxpr, consts, args, zero):
 
 
 def _scan(eqn, inputs, zero):
-  """The outputs of a loop, which writes its rows into arrays that it passes on."""
+  """The outputs of a loop that writes its rows into arrays in its carry."""
   loop = batch_axes.scan(eqn)
   first_row = loop.num_consts + loop.num_carry
   avals = [v.aval for v in eqn.outvars[loop.num_carry :]]

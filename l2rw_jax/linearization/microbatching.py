@@ -2,8 +2,8 @@
 
 Losses, their derivatives along a direction and their weighted gradient are computed for
 one microbatch after the other, and only these results are kept. They equal those of the
-whole batch. The memory is that of one microbatch, but activations are not kept between
-passes. The costs in forward passes of the batch are 1 for the losses, 3 for
+whole batch. The memory is that of one microbatch, but every pass recomputes the
+activations. The costs in forward passes of the batch are 1 for the losses, 3 for
 `directional` and 3 for `weighted_gradient`, compared with 2, 1 and 1 for the layerwise
 engine and 1, 2 and 2 for forward mode.
 
@@ -12,9 +12,9 @@ training mode normalizes each microbatch separately (and raises an error if the 
 function returns its statistics), and a dropout mask that is drawn for a whole batch is
 the same in every microbatch.
 
-With `axis_name`, the microbatches are parts of each device's batch. Arrays that are
-sharded over an automatic mesh are split as the global batch, so that examples move
-between devices.
+With `axis_name`, the microbatches are parts of each device's batch. If arrays are
+sharded over an automatic mesh, the microbatches are parts of the global batch, so that
+examples move between devices.
 
 On CPU the loop over microbatches is unrolled, because XLA:CPU runs convolutions in a
 loop 6 to 14 times slower; compile time grows with the number of microbatches. Elsewhere
@@ -52,7 +52,7 @@ def microbatched(
   """`linearize` for `microbatch_size` examples at a time.
 
   Args:
-    linearize: `linearization.linearize`, or that of a `base.Problem`.
+    linearize: `linearization.linearize`, or the `linearize` of a `base.Problem`.
     microbatch_size: number of examples that this device processes at a time; the last
       microbatch may be smaller. None is the whole batch, and returns `linearize`.
 
@@ -247,7 +247,7 @@ def _always_aux(losses_fn, has_aux):
 
 def check_aux(call, params, batch, microbatch_size):
   """Raises InputError unless every array of aux has a row per example."""
-  # With two sizes, a row per example differs from a statistic with B channels.
+  # Two sizes, because one of them may equal the number of channels of a statistic.
   sizes = (microbatch_size, 2 * microbatch_size)
 
   def aux_of(size):

@@ -45,7 +45,7 @@ def restricted(
   """Returns `linearize` with a `directional` that uses only some of the parameters.
 
   Args:
-    linearize: `linearization.linearize`, or that of a `base.Problem`.
+    linearize: `linearization.linearize`, or the `linearize` of a `base.Problem`.
     layers: the parameters to use, in one of these forms. A number in (0, 1] is a share
       of the FLOPs of `directional`; it selects as many of the last layers as cost at
       most this share, and needs a model to which the layerwise engine applies. A string
@@ -59,8 +59,8 @@ def restricted(
     cost of its `directional` is lower with the engines "layerwise" and "forward".
 
   Raises:
-    InputError: `layers` has another form; when the function is called, it selects no
-      parameter or an unknown name, or the model does not support a share.
+    InputError: `layers` has an unsupported form; when the function is called, `layers`
+      selects no parameter or an unknown name, or the model does not support a share.
 
   Example:
     >>> import jax.numpy as jnp
@@ -79,8 +79,8 @@ def restricted(
   def linearize_restricted(
     losses_fn, params, batch, *, has_aux=False, direction=None, **options
   ):
-    # Do not pass `direction`: its derivative along all parameters, in the first pass,
-    # would cost what is to be saved.
+    # Do not pass `direction`: the first pass would compute the derivative along all
+    # parameters, which is the cost that this function avoids.
     del direction
     linearized = linearize(losses_fn, params, batch, has_aux=has_aux, **options)
     partition = trainable.Partition(params)
@@ -102,8 +102,8 @@ def restricted(
 
       if linearized.engine not in ("layerwise", "forward"):
         return along(used)
-      # The derivative of a linear function is the function itself, but it skips the
-      # operations on arguments with respect to which it is not differentiated.
+      # `along` is linear, so this derivative equals `along(used)`. Unlike that call, it
+      # skips the operations that do not depend on `used`.
       at = [jnp.zeros_like(x) for x in used]
       return jax.jvp(along, (at,), (used,))[1]
 

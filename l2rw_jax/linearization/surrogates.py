@@ -1,4 +1,4 @@
-"""Detection of functions whose declared derivative is not that of their values.
+"""Detects functions whose declared derivative is not the derivative of their values.
 
 A straight-through estimator rounds its input and has the derivative of the identity; a
 gradient reversal returns its input and has the negative derivative. Differentiation
@@ -79,7 +79,7 @@ def hold_stopped(
 
 
 def _suspects(jaxpr: Any) -> Iterator[Any]:
-  """The operations whose declared derivative may not be that of their values."""
+  """The operations whose declared derivative may differ from the actual one."""
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
     inside = list(jax_core.jaxprs_in_params(eqn.params))
@@ -156,7 +156,7 @@ def _bind(eqn, values):
 
 
 def _disagrees(eqn):
-  """Whether the declared derivative differs from that of the values."""
+  """Whether the declared derivative differs from the derivative of the values."""
   rng = np.random.default_rng(0)
   draws = (
     lambda shape: rng.normal(size=shape),

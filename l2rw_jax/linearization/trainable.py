@@ -26,7 +26,7 @@ class Partition:
   0
 
   Attributes:
-    names: paths of the trainable leaves, for error messages.
+    names: paths of the trainable leaves.
   """
 
   def __init__(self, params: base.PyTree):
@@ -54,7 +54,7 @@ class Partition:
   def combine_gradient(self, leaves: list[Any]) -> base.PyTree:
     """A pytree of gradients of trainable leaves and, for the others, zeros."""
     pairs = zip(self._leaves, self._is_trainable, strict=True)
-    # Zeros for trainable leaves would be two more operations of the program each.
+    # Zeros for a trainable leaf would add two operations to the program.
     others = [None if keep else zero_gradient(leaf) for leaf, keep in pairs]
     return self._combine(leaves, others)
 

@@ -8,10 +8,9 @@ a batch to weights:
 
 lambda > 0 gives more weight to large losses (for rare classes), and lambda < 0 to small
 losses (for wrong labels). If lambda is infinite, the weights are uniform,
-p_i = 1 / B. With gamma = alpha = 1 the
-weights are a softmax and the step is the gradient of F(w) = lambda log mean_i
-exp(l_i(w) / lambda), the KL-regularized worst case (lambda > 0) or best case
-(lambda < 0) over weightings.
+p_i = 1 / B. With gamma = alpha = 1, the weights are a softmax, and the step follows the
+gradient of F(w) = lambda log mean_i exp(l_i(w) / lambda), the KL-regularized worst case
+(lambda > 0) or best case (lambda < 0) over all weights.
 
 The weights sum to mean exp(l / lambda) / u. This is 1 / alpha when the losses are
 constant and 1 / (gamma alpha) at the first step (u has no bias correction), so alpha
@@ -24,7 +23,7 @@ written, which overflow in float32 if l / lambda is 89 or more. This module stor
 v = log u and computes everything relative to the largest l / lambda of the batch. The
 numbers are the same, and they are finite for any finite losses (in float32, u has a
 relative error of about 1e-7 |v|). The released code treats any lambda of 200 or more as
-infinite and never changes a finite lambda, which would change the unit of u. This
+infinite, and never changes a finite lambda. A new lambda changes the unit of u, so this
 module resets u when lambda changes.
 
 References:
@@ -105,8 +104,8 @@ def example_weights(
   largest = base.pmax(jnp.max(scores), axis_name)
   scores = scores - largest
   mean = base.psum(jnp.sum(jnp.exp(scores)), axis_name) / size
-  # It is -inf at the first batch and if gamma is 1. Subtracting the two large numbers
-  # first loses less precision.
+  # `kept` is -inf at the first batch and if gamma is 1. Subtracting the two large
+  # numbers first loses less precision.
   kept = jnp.log1p(-jnp.asarray(gamma, dtype)) + (memory - largest)
   relative = jnp.logaddexp(kept, jnp.log(gamma * alpha * mean))
   weights = jnp.exp(scores - relative - math.log(size))

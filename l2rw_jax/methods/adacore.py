@@ -1,4 +1,4 @@
-r"""AdaCore: training on a weighted subset with about the gradient of all the data.
+r"""AdaCore: training on a weighted subset whose gradient is close to the full one.
 
 After every R passes over the current subset, the method computes the gradients of the
 whole training set. It then selects r of the N examples, on which it trains until the
@@ -10,8 +10,8 @@ next selection:
     u      <- b2 u + (1 - b2) D^2,      H~ = (sqrt(u / (1 - b2^t)))^k + eps
     q_i    = g~_i / H~
     S      minimizes sum_i min_{j in S} |q_i - q_j|, greedily, class by class
-    gamma  of a chosen example: the number of examples of its class that are nearest to
-           it; these numbers sum to N
+    gamma  of a chosen example: the number of examples of its class whose nearest
+           chosen example it is; these numbers sum to N
 
 A batch of B of the chosen examples gets the weights gamma r / (N B), so that the
 expected gradient is sum_{j in S} gamma_j grad l_j / N, an estimate of the mean gradient
@@ -21,12 +21,12 @@ without scaling, so its step is N / r times as large.
 
 CRAIG is the special case H = 1 without averages: `curvature=False`.
 
-What comes from the paper: no official code is public. The paper's abstract specifies
+Relation to the paper: no official code is public. The paper's abstract specifies
 weighted subsets chosen by gradients preconditioned with the Hessian, and exponential
 averages of gradients and curvature. The distances, the selection within each class and
 the cluster sizes are CRAIG's; the equations of the averages and the defaults of b1, b2,
-k and eps are those of AdaHessian's released code. That the averages run over selections
-(not steps) and the choice of Hessian (`hessian_scope`) are choices of this library.
+k and eps are those of AdaHessian's released code. This library chose to average over
+selections (not steps), and which Hessians to offer (`hessian_scope`).
 
 References:
   Pooladzandi, Davini, Mirzasoleiman, "Adaptive Second Order Coresets for
@@ -57,7 +57,7 @@ _BATCH_SIZE = 1000
 
 
 def gradient_proxies(logits: base.Array, labels: base.Array) -> base.Array:
-  """softmax(z) - onehot(y) [n, C], the cross-entropy's gradient in the logits.
+  """d cross-entropy / d logits [n, C], which is softmax(z) - onehot(y).
 
   Args:
     logits: z, [n, C].
@@ -130,8 +130,8 @@ def loss_derivatives(
 ) -> LossDerivatives:
   """Derivatives of the losses, from one evaluation-mode pass over the training set.
 
-  With several processes, each of them passes over its part, in the batches of a single
-  process, so that all of them receive what a single process computes.
+  With several processes, each of them computes some of the batches that a single
+  process would use, so that the results are the same as with a single process.
 
   Args:
     problem: the learning problem.
@@ -159,7 +159,7 @@ def loss_derivatives(
       view.params,
       view.model_state,
       batch,
-      # The Hessian of the mean is a sum over batches. All of them use the same signs.
+      # The Hessian of the mean is a sum over batches, which all use the same signs.
       jax.random.fold_in(key, start) if scope == "example" else key,
       num_outputs=problem.num_classes,
       scope=scope,

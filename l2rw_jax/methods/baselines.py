@@ -1,4 +1,4 @@
-"""Baselines of published papers: simple weightings, samplings and losses.
+"""Baselines from published papers: simple weights, sampling schemes and losses.
 
 Each factory returns a `base.Method`. Unless its docstring says otherwise, the loss is
 a weighted sum whose weights sum to 1 over the global batch. The methods named after a
@@ -152,7 +152,7 @@ def classifier_retraining(from_epoch: int, *, restart: bool = True) -> base.Meth
   Until `from_epoch` this is `uniform`. The first step of epoch `from_epoch` only resets
   the last layer to its parameters at the start of the run. All later steps train the
   last layer on the mean loss of batches from `class_balance.balanced_order`. The
-  parameters of the features do not change, also under momentum and weight decay
+  parameters of the features do not change, even under momentum and weight decay
   (`Gradients.fixed`). A step costs as much as in plain training.
 
   BatchNorm stays in training mode, as in the released code: it uses the statistics of
@@ -233,7 +233,7 @@ def _head_leaves(problem, params):
 
 
 def _is_read(jaxpr):
-  """Whether each input of a jaxpr is read, also by the calls in it."""
+  """Whether each input of a jaxpr is read; passing it to a call is not reading it."""
   read = {id(v) for v in jaxpr.outvars}
   for eqn in jaxpr.eqns:
     call = batch_axes.inlined(eqn)
@@ -312,7 +312,7 @@ def clean_only() -> base.Method:
     clean = weighted_update.uniform_gradients(
       problem, inputs._replace(batch=inputs.meta_batch)
     )
-    # The value is that of the meta batch: with weights of 0, the default would be 0.
+    # The value is the meta batch's loss: with weights of 0, the default would be 0.
     return clean._replace(
       value=_value(clean, problem), weights=jnp.zeros_like(losses), losses=losses
     ), state

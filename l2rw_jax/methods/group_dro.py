@@ -5,7 +5,7 @@ L_g(p). Each step updates a distribution q over the groups by exponentiated grad
 ascent, then the network by gradient descent on the q-weighted loss.
 
     q_g <- q_g exp(eta L_g) / Z     for groups g in the batch, with mean loss L_g there
-    w_i  = q_g / n_g                for an example i of a group g with n_g in the batch
+    w_i  = q_g / n_g                for each of the n_g examples i of g in the batch
 
 Then sum_i w_i l_i = sum_g q_g L_g. With eta = 0 and uniform q, this is the mean of
 the groups' means.

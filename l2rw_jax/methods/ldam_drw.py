@@ -107,7 +107,7 @@ def loss(
 ) -> changed_loss.Loss:
   """LDAM as the loss of any other method: `changed_loss(method, loss())`.
 
-  The caller must make sure that the logits are cosines; only `ldam_drw` checks it.
+  The caller must make sure that the logits are cosines; only `ldam_drw` checks this.
 
   Args:
     max_margin: see `margins`.
@@ -146,7 +146,7 @@ def ldam_drw(
 ) -> base.Method:
   """LDAM with class balancing from some epoch on (LDAM-DRW, LDAM-DRS).
 
-  `Gradients.losses` are those of LDAM, and `Gradients.weights` sum to 1 over the global
+  `Gradients.losses` are LDAM losses, and `Gradients.weights` sum to 1 over the global
   batch. If the network has a head, `refresh` checks that the logits are cosines. The
   paper trains for 200 epochs of SGD with momentum. From epoch 160 on, it balances the
   classes and divides the learning rate by 100.
@@ -160,8 +160,8 @@ def ldam_drw(
       paper. Required unless `balance` is "none".
     hinge: whether to use `ldam_hinge` instead of `ldam`.
     balance: "reweight" the losses (`class_balance.deferred_example_weights`),
-      "resample" the examples (`class_balance.balanced_order`; the option of the
-      released code never reaches its data loader), or "none" for LDAM throughout.
+      "resample" the examples (`class_balance.balanced_order`; in the released code,
+      this option does not affect the data loader), or "none" for LDAM throughout.
 
   Returns:
     A `base.Method` whose state is the epoch, int32 scalar.

@@ -1,9 +1,9 @@
 """NestedMAML: persistent weights of few-shot tasks, or of their queries.
 
-The loss L_i(p) of training task i is that of its query examples after the network has
-been adapted to its support examples (`models.few_shot`). Some training tasks are from
-another distribution or mislabeled. Clean validation tasks j have losses V_j(p). One
-step with a batch of m training tasks and n validation tasks is
+The loss L_i(p) of training task i is the loss of its query examples after the network
+has been adapted to its support examples (`models.few_shot`). Some training tasks are
+from another distribution or mislabeled. Clean validation tasks j have losses V_j(p).
+One step with a batch of m training tasks and n validation tasks is
 
     p'  = p - (eta/m) sum_i w_i grad L_i(p)                                  (5)
     w_i <- w_i - gamma d/dw_i (1/n) sum_j V_j(p')                            (8)
@@ -20,7 +20,7 @@ undo the look-ahead step.
 
 Reference: Killamsetty, Li, Zhao, Iyer, Chen, "A Nested Bi-level Optimization
 Framework for Robust Few Shot Learning", AAAI 2022 (https://arxiv.org/abs/2011.06782).
-The numbers above are those of its equations.
+The numbers in parentheses above are its equation numbers.
 """
 
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def update_weights(
 
   Args:
     weights: w.
-    gradient: gradient of the validation loss in w, shaped like `weights`.
+    gradient: gradient of the validation loss with respect to w, shaped like `weights`.
     weight_learning_rate: gamma.
     clip: largest magnitude of a gradient entry; None does not clip.
     floor: lower bound of the weights; -inf gives equation (8) as printed.
@@ -70,7 +70,7 @@ class WeightGradient(NamedTuple):
   """Gradient of the validation loss with respect to the weights of one batch.
 
   Attributes:
-    gradient: derivative of the validation loss in each weight, [T].
+    gradient: derivative of the validation loss with respect to each weight, [T].
     meta_loss: the validation loss at the look-ahead parameters, scalar.
     losses: losses of the training tasks (or items), [T].
     finite: False if a loss of either set or the gradient contains a NaN or an infinity;
@@ -240,8 +240,8 @@ def nested_maml(
     clip: largest magnitude of an entry of the weight gradient (0.5 per cluster in the
       released code, for gradients without 1/m); None does not clip.
     floor: lower bound of the weights.
-    meta_forward: like `base.Problem.forward`, for the validation tasks; that of a
-      learner with `first_order=True` makes this NestedMAML-FO.
+    meta_forward: like `base.Problem.forward`, for the validation tasks; the `forward`
+      of a learner with `first_order=True` makes this NestedMAML-FO.
     every: number of steps between updates of the weights; 1 in the paper.
 
   Returns:
@@ -347,7 +347,7 @@ def nested_maml(
 
 
 def _scatter(weights, place, gradient, axis_name):
-  """Sums the gradient entries of a batch by weight; the result is like `weights`."""
+  """Sums the gradient entries of a batch that share a weight, shaped like `weights`."""
   gradient = gradient.reshape(place.shape + weights.shape[1:])
   # The state is the same on every device, so each one sums over the global batch.
   place, gradient = (

@@ -165,7 +165,7 @@ def warpi(
 
   Args:
     learning_rate: learning rate of the virtual step, a number or a schedule; in the
-      paper, it is that of the classifier.
+      paper, it is the learning rate of the classifier.
     num_samples: S, the number of draws of the rectifying vector.
     deterministic: whether to use the ablation v = sigmoid(mean), without draws.
     hidden: hidden width of the amortized network.

@@ -18,8 +18,9 @@ _glorot = nn.initializers.glorot_uniform()
 
 
 class Conv4(nn.Module):
-  """Four blocks of 3x3 convolution, normalization, ReLU and halving; a linear layer.
+  """Four convolution blocks and a dense layer.
 
+  A block consists of a 3x3 convolution, normalization and ReLU, and halves the size.
   The normalization is BatchNorm with the statistics of the given images, in training
   and in evaluation, without running statistics. This is the usual *transductive*
   protocol of few-shot learning, in which the queries of a task are classified together.

@@ -2,9 +2,9 @@
 
 The examples are tasks, and a batch consists of T tasks. A task has support examples and
 query examples. It corresponds to an image of `classifier.Classifier`: it has one loss,
-that of its queries after the network has been adapted to its supports. Methods that
-weigh examples therefore weigh tasks: training with `methods.baselines.uniform` is MAML,
-and `methods.l2rw` is L2RW on tasks.
+the loss of its queries after the network has been adapted to its supports. Methods that
+weight examples therefore weight tasks: training with `methods.baselines.uniform` is
+MAML, and `methods.l2rw` is L2RW on tasks.
 
 Reference: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning for Fast Adaptation of
 Deep Networks", ICML 2017 (https://arxiv.org/abs/1703.03400), Algorithm 2.
@@ -154,8 +154,8 @@ class Learner(NamedTuple):
   ) -> tuple[base.Array, base.PyTree]:
     """`(logits [T, ways * queries, ways], model_state)`, see `base.Problem.forward`.
 
-    The logits are those of each task's queries, computed by the network that is adapted
-    to the supports of the task.
+    The logits of a task's queries are computed by the network that is adapted to the
+    supports of the task.
     """
     del key
     labels = jnp.repeat(jnp.arange(self.num_ways), self.num_shots)

@@ -1,4 +1,4 @@
-"""Initial parameters of other libraries, for tables that were made with them."""
+"""Initial parameters of other libraries, to reproduce results obtained with them."""
 
 from flax import traverse_util
 import jax
@@ -11,7 +11,7 @@ def pytorch(key: base.Array, params: base.PyTree) -> base.PyTree:
 
   `torch.nn.Linear` and `torch.nn.Conv2d` draw kernels *and* biases uniformly between
   -1/sqrt(fan_in) and 1/sqrt(fan_in). The standard deviation of the kernels is therefore
-  1/sqrt(3) of that of flax's default, and the biases do not start at zero.
+  1/sqrt(3) times that of flax's default, and the biases do not start at zero.
 
   Args:
     key: PRNG key.

@@ -19,8 +19,8 @@ class PreActivationResNet(split.SplitNetwork):
   The network consists of a 3x3 stem, BN and ReLU; three stages of units (BN, ReLU,
   dropout, 3x3 convolution, BN, ReLU, 3x3 convolution) with strides 1, 2, 2; and BN,
   ReLU and global average pooling. Shortcuts have no parameters: they use average
-  pooling by the stride, and zero channels on both sides. BN shifts but does not scale.
-  Dropout precedes the first convolution of a unit.
+  pooling by the stride, and padding with zero channels on both sides. BN shifts but
+  does not scale. Dropout precedes the first convolution of a unit.
 
   The released code differs from the usual network in the first stage, where a flag is
   set for the first unit and never reset: all units of this stage begin with their
@@ -28,7 +28,7 @@ class PreActivationResNet(split.SplitNetwork):
   does, because the stem has already activated its input.
 
   Convolutions are initialized from N(0, 2 / (k^2 C_out)) truncated at two standard
-  deviations, the output layer from U(+-sqrt(3 / d)), biases with 0.
+  deviations, and the output layer from U(+-sqrt(3 / d)). Biases start at 0.
 
   References:
     Ren et al., "Learning to Reweight Examples for Robust Deep Learning", ICML
@@ -103,7 +103,7 @@ class LeakyWideResNet(split.SplitNetwork):
   and BN, leaky ReLU and global average pooling. In the first unit, the leaky ReLU comes
   before BN, and the shortcut starts after both, as in the released code.
 
-  Convolutions are initialized from N(0, 2 / (k^2 C_out)), the output layer from
+  Convolutions are initialized from N(0, 2 / (k^2 C_out)), and the output layer from
   U(+-sqrt(3 / d)) with bias 0.
 
   References:

@@ -27,7 +27,7 @@ class SplitNetwork(nn.Module):
 
 
 def output_layer(num_outputs: int, cosine: bool, **options: Any) -> nn.Module:
-  """The last layer: `nn.Dense(num_outputs, **options)`, or `Cosine` of that name."""
+  """The last layer: `nn.Dense(num_outputs, **options)`, or a `Cosine` of this name."""
   if cosine:
     return Cosine(num_outputs, name=options["name"])
   return nn.Dense(num_outputs, **options)
@@ -65,7 +65,7 @@ def _unit_columns(key, shape):
 
 
 def _normalize(x: jax.Array, axis: int) -> jax.Array:
-  """x / |x| along an axis, or x near zero, where x / |x| has no derivative."""
+  """x / |x| along an axis; x itself near zero, where x / |x| has no derivative."""
   # Dividing by a constant first does not change the result, but avoids overflow.
   largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis, keepdims=True))
   is_zero = largest < 1e-12

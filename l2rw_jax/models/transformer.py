@@ -13,12 +13,13 @@ from l2rw_jax.models import split
 class VisionTransformer(split.SplitNetwork):
   """Transformer on patches of an image (Dosovitskiy et al., 2021), without dropout.
 
-  Learned positions are added to the embedded patches. Each of the `depth` blocks
-  consists of LayerNorm and attention, then LayerNorm and a GELU layer of `expansion`
-  times the width, both with a residual connection. A final LayerNorm and the mean over
-  patches follow, as in "Better plain ViT baselines for ImageNet-1k" (Beyer et al.,
-  2022), in place of a class token. The output of an example does not depend on the
-  other examples of the batch. There are 809,098 parameters for CIFAR-10.
+  Learned position embeddings are added to the embedded patches. Each of the `depth`
+  blocks consists of LayerNorm and attention, then LayerNorm and an MLP whose hidden
+  GELU layer has `expansion` times the width, both with a residual connection. A final
+  LayerNorm and the mean over patches follow, as in "Better plain ViT baselines for
+  ImageNet-1k" (Beyer et al., 2022), in place of a class token. The output of an example
+  does not depend on the other examples of the batch. There are 809,098 parameters for
+  CIFAR-10.
 
   Attributes:
     num_outputs: number of logits per example.

@@ -16,12 +16,12 @@ class WideResNet(split.SplitNetwork):
   """Wide residual network (Zagoruyko, Komodakis, 2016), as used by Meta-Weight-Net.
 
   It consists of a 3x3 stem of 16 features; three stages of pre-activation blocks (BN,
-  ReLU, 3x3 convolution, BN, ReLU, dropout, 3x3 convolution) with strides 1, 2, 2; BN,
-  ReLU, global average pooling. In the first block of a stage the shortcut starts after
-  the first BN and ReLU and is a 1x1 convolution. There are 36,479,194 parameters with
-  10 outputs.
+  ReLU, 3x3 convolution, BN, ReLU, dropout, 3x3 convolution) with strides 1, 2, 2; and
+  BN, ReLU and global average pooling. If a block changes the width, its shortcut starts
+  after the first BN and ReLU and is a 1x1 convolution. There are 36,479,194 parameters
+  with 10 outputs.
 
-  Convolutions are initialized from N(0, 2 / (k^2 C_out)), the output layer from
+  Convolutions are initialized from N(0, 2 / (k^2 C_out)), and the output layer from
   U(+-1 / sqrt(d)) with bias 0.
 
   Attributes:

@@ -51,11 +51,11 @@ class Config:
     log_every: number of steps between two rows of training metrics.
     eval_every: number of steps between two evaluations.
     checkpoint_every: number of steps between two checkpoints.
-    num_devices: number of devices of all processes. If None, one process uses the
+    num_devices: number of devices in all processes. If None, one process uses the
       largest number that divides the batch size, and several processes use all.
-    steps_per_call: number of steps of one call of the compiled function.
-      None is 1 on CPU, where convolutions in a loop are slow, and 20 elsewhere. The
-      number is at most the smallest of the three intervals above, and 1 if training
+    steps_per_call: number of steps in one call of the compiled function. None means 1
+      on CPU, where convolutions in a loop are slow, and 20 elsewhere. The number is
+      reduced to the smallest of the three intervals above, and to 1 if training
       examples are not kept on the devices. It affects only speed (and rounding).
     data: where training examples are kept. "resident" keeps them on the devices,
       "stream" reads them ahead of the steps that use them, and "auto" streams them if
@@ -140,8 +140,8 @@ def as_integers(
     seeds: the seed of each run, for error messages.
 
   Raises:
-    InputError: labels, groups or row numbers are not integers, or their number is
-      not that of the images.
+    InputError: labels, groups or row numbers are not integers, or there is not one for
+      each image.
   """
   results = []
   for seed, split in zip(seeds, splits, strict=True):
@@ -154,7 +154,7 @@ def as_integers(
 
 
 def _check_same_kind(examples, part):
-  """Raises InputError unless the data of all runs have the same labels and images.
+  """Raises InputError unless the data of all runs have the same shapes and types.
 
   Runs that are trained side by side share arrays.
   """

@@ -13,7 +13,7 @@ from l2rw_jax.data import fingerprint
 from l2rw_jax.io import workdir
 from l2rw_jax.training import config as config_lib
 
-# Settings that may differ between processes, such as hosts with other numbers of cores.
+# Settings that may differ between processes: their hosts may have different CPUs.
 LOCAL = ("data_workers",)
 # These settings are not compared: seeds are stored elsewhere, the place of the data and
 # its readers do not change any number, and the others affect only rounding.

@@ -74,7 +74,7 @@ def agreed(signals: list[int]) -> Iterator[Callable[[], bool]]:
     agreement.close()
 
 
-_numbers = itertools.count()  # Numbers the agreements, equally in every process.
+_numbers = itertools.count()  # Numbers the agreements, in the same order everywhere.
 _POLL_SECONDS = 0.5
 
 
@@ -83,10 +83,10 @@ class _Agreement:
 
   The devices of one process wait for those of the others, so all processes must make
   the same calls. In each process, a thread looks for a signal of any process in the
-  store of the coordination service. If there is one, it keeps its process from starting
-  more calls, and publishes how many have been started. All processes continue to the
-  largest of these numbers. The main thread only counts calls, under a lock that is
-  usually free.
+  store of the coordination service. If there is one, the thread keeps its process from
+  starting more calls, and publishes how many have been started. All processes then make
+  as many calls as the process that had started the most. The main thread only counts
+  calls, under a lock that is usually free.
   """
 
   def __init__(self, signals: list[int]):

@@ -153,7 +153,7 @@ def zeta(metrics: dict[str, Any]) -> float | None:
 
 
 def accuracy(snapshot: evaluation.Snapshot) -> dict[str, float]:
-  """A probe of the accuracy on the training set, which shows memorization.
+  """A probe of the accuracy on the training set and on two parts of it.
 
   Predictions are made in evaluation mode and compared with the given labels:
 

@@ -1,6 +1,6 @@
 """R runs that are trained side by side: their data, their state and their steps.
 
-A `Run` writes no files and measures nothing, so it can also be the core of another
+A `Run` writes no files and evaluates nothing, so it can also be the core of another
 loop:
 
     run = run_lib.Run(config, model, method, optimizer, splits)
@@ -58,7 +58,7 @@ class Run:
     config: settings of the runs.
     method: the method that computes gradients from batches.
     splits: the data of each run.
-    devices: the devices that train, those of all processes.
+    devices: the devices that train, in all processes.
     step: number of updates sent to the devices; they are done once `fetch` has
       returned.
     state: the training state on the devices, [D, R, ...].
@@ -84,7 +84,7 @@ class Run:
       model: the network and its loss.
       method: the method that computes gradients from batches.
       optimizer: the optimizer of the network.
-      splits: the data of each seed, all of one size.
+      splits: the data of each seed, all of the same size.
       epoch_probes: functions that are called for each run before each of its epochs.
     """
     self.config, self.method, self.splits = config, method, splits
@@ -197,8 +197,9 @@ class Run:
   def take_steps(self) -> int:
     """Sends the next steps to the devices, without waiting for them.
 
-    It waits for earlier steps only if a program must be compiled, and at an epoch if
-    there are epoch probes or the method has `refresh` or `sample`.
+    It waits for earlier steps only if a program must be compiled, if several calls with
+    streamed examples are queued, and at the start of an epoch if there are epoch probes
+    or the method has `refresh` or `sample`.
 
     Returns:
       The number of steps: `steps_per_call`, or 1 if fewer steps remain before the
@@ -217,7 +218,7 @@ class Run:
     arguments = (self.state, *batches, *self._constants)
     if count not in self._compiled_lengths:
       self._compiled_lengths.add(count)
-      jax.block_until_ready(self.state)  # The timer includes the steps before.
+      jax.block_until_ready(self.state)  # The timer includes earlier steps.
       with self.timer.stopped():
         self._steps.lower(*arguments).compile()  # Cached for the call below.
         # Processes compile at different speeds, and collectives wait only for a short
@@ -245,7 +246,7 @@ class Run:
     ]
 
   def _epoch_order(self, run, epoch, rng):
-    if self.method.sample is base.permutation:  # This needs no state of the devices.
+    if self.method.sample is base.permutation:  # This needs no state from the devices.
       return rng.permutation(self._num_examples)
     state, problem = self._state_and_problem(run)
     train = examples_lib.as_batch(self.splits[run].train)
@@ -305,9 +306,9 @@ class Run:
           rng=sampling.generator(seed, "refresh", epoch),
         )
         states[run] = self.method.refresh(state.method_state, problem, view)
-    # Every process computes the same state; some methods divide their pass over the set
-    # (`inference.map_batches`). They all continue with the state of the first process,
-    # because hosts may round differently.
+    # Every process computes the same state; some methods divide a pass over the
+    # training set among the processes (`inference.map_batches`). All processes continue
+    # with the state of the first one, because hosts may round differently.
     stacked = processes.from_first(jax.tree.map(lambda *x: jnp.stack(x), *states))
     self.state = self.state._replace(
       method_state=devices_lib.replicate(stacked, self.devices)

@@ -43,7 +43,7 @@ def length(
   Args:
     config: the intervals.
     step: number of updates so far.
-    most: number of steps in a full call. A shorter epoch is a full call, too.
+    most: number of steps in a full call. If an epoch is shorter, it is a full call.
     epoch: number of steps left in this epoch and in the whole epoch, if the host has to
       act between epochs; otherwise None.
   """

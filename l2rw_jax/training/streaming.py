@@ -2,7 +2,7 @@
 
 The rows of a step are those that `sampling` draws. Streamed runs therefore have the
 same numbers as others and can continue at any step, and a row is read only for a step
-that uses it. The library grain runs the threads and returns their results in order.
+that uses it. The grain library runs the threads and returns their results in order.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class Stream:
     self._iterator: Any = None
 
   def start(self, num_steps: int, rows: Callable[[int], np.ndarray]) -> None:
-    """Starts to read the examples of the steps after those of an earlier call.
+    """Starts to read ahead the examples of the next steps.
 
     Args:
       num_steps: number of steps.
@@ -88,7 +88,7 @@ class Stream:
 
 
 class _Steps:
-  """A data source of grain: the examples of a step with their rows, read on demand."""
+  """A data source for grain: each step's rows and examples, read on demand."""
 
   def __init__(self, num_steps, rows, read):
     self._num_steps, self._rows, self._read = num_steps, rows, read

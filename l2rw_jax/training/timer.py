@@ -69,7 +69,7 @@ class Timer:
   def write(
     self, path: pathlib.Path, step: int, facts: Mapping[str, Any] | None = None
   ) -> None:
-    """Saves the timer for a process that continues from `step`, and for readers.
+    """Saves the timer for a process that continues from `step`, and for reports.
 
     Args:
       path: the file.

@@ -127,7 +127,7 @@ def _batch_losses(forward, loss, params, model_state, batch):
 class Writer:
   """A sink that writes each epoch to a separate file, so that runs can resume.
 
-  folder/seed-S/epoch-E.npz   "index" and "loss"
+  folder/seed-S/epoch-E.npz   the arrays "index" and "loss"
   """
 
   def __init__(self, folder: str | os.PathLike):
@@ -140,7 +140,7 @@ class Writer:
     """Writes an epoch; an existing file of the same epoch must agree with it.
 
     Raises:
-      InputError: the existing file is from other settings, or it cannot be written.
+      InputError: the existing file is from other settings, or writing fails.
     """
     path = self._run_folder(seed) / f"epoch-{epoch:05d}.npz"
     if path.exists():
