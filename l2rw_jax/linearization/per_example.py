@@ -3,10 +3,10 @@
 Let g_i be the gradient of the loss of example i. Differentially private training needs
 the mean of the g_i after each has been clipped to a norm. The selection and the
 diagnosis of examples need their norms and inner products. `vmap(grad)` forms all g_i,
-which take the memory of a copy of the parameters for every example. The slopes that the
-layerwise engine records (see `layerwise`) give the same numbers without most of these
-copies. For a dense layer, with activations a_it and slopes d_it at position t of
-example i,
+which take the memory of a copy of the parameters for every example. The slopes
+(gradients of the losses with respect to the outputs of layers) that the layerwise
+engine records (see `layerwise`) give the same numbers without most of these copies. For
+a dense layer, with activations a_it and slopes d_it at position t of example i,
 
     g_i = sum_t a_it d_it^T     <g_i, g_j> = sum_ts <a_it, a_js> <d_it, d_js>
 
