@@ -225,7 +225,7 @@ def objective_settings(objective: str, reduction: str | None = None) -> dict[str
   """Default settings of an objective with this reduction.
 
   Raises:
-    InputError: an unknown objective.
+    InputError: the objective is unknown.
   """
   if objective not in OBJECTIVES:
     raise base.InputError(f"objective={objective!r}: choose one of {OBJECTIVES}.")
@@ -288,15 +288,15 @@ def forml(
   The state contains the weights [N], in units of the uniform weight; all are 1 at
   first. The weights of a batch are gathered by `batch["index"]`, normalized over the
   global batch, updated, and stored again; an index may occur only once in a batch. The
-  sums of the paper are over all examples. The normalization within a batch is a choice
-  of this library. Its disadvantage is that a batch that contains only low weights is
-  scaled up to a mean of 1. The outer optimizer then updates the network with the new
-  weights.
+  outer optimizer then updates the network with the new weights. The sums of the paper
+  are over all examples. The normalization within a batch is a choice of this library;
+  its disadvantage is that the weights of a batch that contains only low weights are
+  scaled up to a mean of 1.
 
   Args:
-    weight_learning_rate: eta, the change of a weight (with a sum of 1 over the batch)
-      per dF/dw. Weights change in proportion to the product eta alpha. On MNIST with
-      batches of 100, products of 0.01 (the default) and 0.02 performed best among
+    weight_learning_rate: eta, the change of a weight per dF/dw, where the weights of a
+      batch sum to 1. Weights change in proportion to the product eta alpha. On MNIST
+      with batches of 100, products of 0.01 (the default) and 0.02 performed best among
       products from 0.0004 to 0.1.
     objective: one of `OBJECTIVES`.
     num_groups: G; the number of classes if None.
