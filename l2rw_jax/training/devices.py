@@ -8,9 +8,9 @@ axis: their batch axis contains the examples of all devices, in order.
 With several processes, a step runs on the devices of all processes, in the order of the
 processes, and D counts the devices of this process. `jax.shard_map` runs the same
 program as `jax.pmap`. JAX only maintains pmap and has implemented it by shard_map since
-version 0.8: with several processes, it converts all arguments and results of every call
-between arrays of this process and arrays of all processes. Under shard_map, the state
-remains an array of all processes.
+version 0.8: with several processes, pmap converts all arguments and results of every
+call between arrays of this process and arrays of all processes. If shard_map is used
+directly, the state remains an array of all processes.
 """
 
 from collections.abc import Callable, Sequence
@@ -88,7 +88,7 @@ def _choose_of_all(num_devices, batch_size):
 
 
 def local(devices: Sequence[jax.Device]) -> list[jax.Device]:
-  """Those of the devices that belong to this process."""
+  """The devices that belong to this process."""
   return [d for d in devices if d.process_index == processes.index()]
 
 

@@ -19,7 +19,7 @@ before the run stops.
 
 Several processes (`jax.distributed`) train one run together: all of them call `train`
 with the same arguments, every process sends its rows of every batch to its devices, and
-process 0 writes the files, in a folder that all of them see. Another number of
+process 0 writes the files, in a folder that all of them can read. Another number of
 processes and devices can continue the run; the results then differ only by rounding.
 """
 

@@ -60,7 +60,7 @@ def write(
   facts: dict[str, Any],
   statistics: dict[str, np.ndarray] | None = None,
 ) -> None:
-  """Writes the files of a finished run, and last `results.json`, which marks it.
+  """Writes the files of a run; `results.json` is last and marks the run as finished.
 
   Args:
     folder: the folder of this run; its metrics are closed.

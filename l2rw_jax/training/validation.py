@@ -128,7 +128,7 @@ def reduce_on_plateau(
   """Scales the updates of `optimizer` by `factor` when the value stops decreasing.
 
   This is PyTorch's ReduceLROnPlateau with one value for each epoch, but it decides one
-  epoch later: a value that is computed before an epoch takes effect at its end.
+  epoch later: a value that is computed before an epoch takes effect at the end of it.
 
   Args:
     optimizer: any optimizer.
