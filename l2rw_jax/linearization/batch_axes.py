@@ -312,7 +312,8 @@ def _checked_by_backward_rule(eqn, axes, output_axes):
     rule.jaxpr, len(rule.consts), (*axes, *known), check_rules=False
   )
   pairs = zip((*output_axes, *axes), rule_axes, strict=True)
-  # Outputs that mix examples are not used, nor are gradients in constants.
+  # Outputs that mix examples are not used, nor are gradients with respect to constant
+  # inputs.
   if all(
     actual is None or actual == expected
     for expected, actual in pairs

@@ -27,8 +27,8 @@ writes the values that the derivatives need to a row of the output. `directional
 or `cond`.
 
 For a `jax.checkpoint`, only its inputs and the gradients of its outputs are recorded.
-Each pass recomputes what it needs, which costs 2, 3 and 3 forward passes instead of 1,
-1 and 1.
+Each pass recomputes the values that it needs: recording, `directional` and
+`weighted_gradient` then cost 2, 3 and 3 forward passes instead of one each.
 """
 
 from collections.abc import Callable

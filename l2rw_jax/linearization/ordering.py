@@ -75,7 +75,6 @@ def kept_bytes(vjp_fn: base.PyTree, known: base.PyTree) -> int:
 def after(first: base.PyTree, then: base.PyTree) -> base.PyTree:
   """Returns a copy of `then`; computations that use the copy wait for `first`.
 
-
   Args:
     first: pytree of arrays; only floating-point and complex ones are waited for.
     then: pytree of arrays. Typed PRNG keys do not wait.

@@ -233,7 +233,7 @@ class Loop(NamedTuple):
     return [(p, v) for p, v in inputs if p in needed and not v.is_parameter]
 
   def recorded(self) -> list[int]:
-    """Places in the body of values that it computes and that derivatives need."""
+    """Places of the values that the body computes and that derivatives need."""
     given = {place for place, _ in (*self.consts, *self.rows)}
     return sorted(self.body.needs() - given)
 
