@@ -13,16 +13,15 @@ with dF/dw_i = -alpha <grad F(p'), grad l_i(p)>. F is one of `group_objectives`:
 `gap`, `worst` or `soft_tpr` of the exemplar losses and their groups, or their
 `mean`, which ignores the groups and is L2RW's meta loss.
 
-What comes from the paper: its abstract specifies the joint learning of example weights
-and network, a held-out set that represents the distribution on which fairness is
-wanted, equality of opportunity as the goal, the absence of a weighting network, and
-the selection of a part of the data by weight (condensation). No official code is
-public. The paper's surrogate, the persistence and normalization of weights, the
-learning rates and the exemplar sizes could not be checked. The equations above, all
-four objectives, the handling of all-zero weights and the defaults are choices of this
-library.
+The abstract of the paper specifies the joint learning of example weights and network, a
+held-out set that represents the distribution on which fairness is wanted, equality of
+opportunity as the goal, the absence of a weighting network, and the selection of a part
+of the data by weight (condensation). No official code is public. The paper's surrogate,
+the persistence and normalization of weights, the learning rates and the exemplar sizes
+could not be checked. The equations above, all four objectives, the handling of all-zero
+weights and the defaults are choices of this library.
 
-`gap` alone is minimal also if every group is equally *bad*. By default, the mean loss
+`gap` alone is minimal even if every group is equally *bad*. By default, the mean loss
 is therefore added to it (`mean_coefficient` is 1).
 
 References:
