@@ -72,8 +72,7 @@ class Episodes(NamedTuple):
   Attributes:
     splits: splits whose examples are tasks. `label` and `true_label` are
       [N, ways * q]; `true_label` is -1 if the query's class is not the class of its
-      way.
-      `group` is the cluster of the task.
+      way. `group` is the cluster of the task.
     pool: the truth about the training tasks.
   """
 
