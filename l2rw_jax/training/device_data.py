@@ -1,9 +1,9 @@
 """Where examples are kept during training: on the devices if they fit, or on the host.
 
-In both cases, a step receives arrays of examples and the rows to take from them, so
-one compiled step works for both. A set that fits on the devices is sent once,
-and each call sends only row numbers. Otherwise, each call sends the examples that its
-steps use; `streaming` reads those of the training set ahead in other threads.
+In both cases, a step receives arrays of examples and the rows to take from them, so one
+compiled step works for both. A set that fits on the devices is sent once, and each call
+sends only row numbers. Otherwise, each call sends the examples that its steps use;
+`streaming` reads training examples ahead in other threads.
 """
 
 from collections.abc import Callable, Sequence

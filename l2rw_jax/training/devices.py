@@ -38,8 +38,8 @@ def choose(num_devices: int | None, batch_size: int) -> list[jax.Device]:
     batch_size: B.
 
   Raises:
-    InputError: there are fewer devices, their number does not divide the batch size,
-      or processes would have different numbers of devices.
+    InputError: there are fewer devices than `num_devices`, their number does not divide
+      the batch size, or processes would have different numbers of devices.
   """
   if processes.count() > 1:
     return _choose_of_all(num_devices, batch_size)
@@ -262,7 +262,7 @@ class _ShardMapped:
 
 
 def _from_shards(x, sharding, growth):
-  """The shards of `x` in this process as an array whose leading axis grows."""
+  """The shards of `x` in this process as an array with `growth` times as many rows."""
   shape = (round(x.shape[0] * growth), *x.shape[1:])
   shards = [shard.data for shard in x.addressable_shards]
   return jax.make_array_from_single_device_arrays(shape, sharding, shards)

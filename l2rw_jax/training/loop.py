@@ -67,7 +67,7 @@ def train(
     model: the network and its loss.
     method: the method that computes gradients from batches.
     optimizer: the optimizer of the network.
-    splits: the data of each seed, all of one size.
+    splits: the data of each seed, all of the same size.
     folder: the folder of all files. The model, the method and the optimizer must be
       those with which the folder was created.
     evaluators: metrics of the test set; one of them must compute `accuracy`.

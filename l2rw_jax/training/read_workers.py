@@ -73,7 +73,7 @@ class Workers:
       ) from None
 
   def close(self) -> None:
-    """Ends the worker processes once they have read what they are reading."""
+    """Ends the worker processes once they have finished their current reads."""
     self._pool.shutdown(cancel_futures=True)
 
 
@@ -120,7 +120,7 @@ def read_by_workers(
 
 
 def _start_worker(content: bytes) -> None:
-  # A signal to the group of processes is for the training process, which may still
+  # Signals to the process group are meant for the training process, which may still
   # need examples for the step after which it saves a checkpoint.
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)

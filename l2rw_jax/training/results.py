@@ -63,7 +63,7 @@ def write(
   """Writes the files of a run; `results.json` is last and marks the run as finished.
 
   Args:
-    folder: the folder of this run; its metrics are closed.
+    folder: the folder of this run; its metrics must be closed.
     state: the training state of this run, on the host.
     log: the weights of all runs.
     run: index of this run in `log`.

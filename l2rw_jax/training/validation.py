@@ -44,10 +44,10 @@ def watched(
 ) -> base.Method:
   """Returns `method` with the loss of a validation set as `Gradients.value`.
 
-  The loss is that of the problem that this wrapper receives: the loss of the classifier
-  if this function wraps `changed_loss`, and the changed loss if `changed_loss` wraps
-  this function. Let this function wrap `baselines.fine_tuning`, because the last steps
-  of that method otherwise report the loss of the meta set.
+  The validation loss uses `loss` of the problem that this wrapper receives: the loss of
+  the classifier if this function wraps `changed_loss`, and the changed loss if
+  `changed_loss` wraps this function. Let this function wrap `baselines.fine_tuning`,
+  because the last steps of that method otherwise report the loss of the meta set.
 
   Args:
     method: the method; its gradients do not change.

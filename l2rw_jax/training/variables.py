@@ -1,12 +1,12 @@
-"""The trained variables of a run, in a file that flax can read without this package:
+"""The trained variables of a run, in a file that flax can read without this package.
+
+To apply the network:
 
     from flax import serialization
     content = pathlib.Path("runs/NAME/seed-0/variables.msgpack").read_bytes()
     stored = serialization.msgpack_restore(content)
     variables = {"params": stored["params"], **stored["model_state"]}
     logits = network.apply(variables, images)
-
-The parameters are those after the last step.
 """
 
 import pathlib
@@ -41,9 +41,8 @@ def read(folder: pathlib.Path) -> tuple[Any, Any]:
     folder: folder of the run.
 
   Returns:
-    Nested dictionaries of NumPy arrays. Containers of other types are dictionaries,
-    too; their keys are the names of the fields or the positions of the elements, as
-    strings.
+    Nested dictionaries of NumPy arrays. Other containers become dictionaries whose keys
+    are the names of the fields or the positions of the elements, as strings.
 
   Raises:
     InputError: the file is missing or damaged.
