@@ -182,7 +182,7 @@ class Problem:
     class_counts: training examples of each class, [C].
     num_examples: N.
     num_steps: number of updates of the run.
-    axis_name: mapped device axis, or None outside `pmap`.
+    axis_name: mapped device axis; None if the step is not mapped over devices.
     features: like `forward`, but returns the inputs of the last layer, [B, d]; None
       if the model cannot be split there.
     head: `(params, features) -> logits`, the last layer.
@@ -533,8 +533,9 @@ def max_abs(tree: PyTree) -> Array:
 def divide_by_largest(values: Array, largest: Array) -> Array:
   """`values / largest` for any magnitude of `values`; `values` if `largest` is 0.
 
-  XLA divides an array by a broadcast number by multiplying it by the reciprocal, which
-  is flushed to zero above 8.5e37 in float32, and is infinite below 2.9e-39.
+  To divide an array by a broadcast number, XLA multiplies it by the reciprocal, which
+  in float32 is flushed to zero for numbers above 8.5e37, and is infinite for numbers
+  below 2.9e-39.
 
   Args:
     values: floating-point array.
