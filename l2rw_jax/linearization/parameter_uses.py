@@ -88,7 +88,7 @@ class Step(NamedTuple):
     param_inputs: for a parameter use, the indices of the inputs that depend on
       parameters alone; empty for other operations.
     differentiable_outputs: (index, batch axis) of each differentiable output.
-    is_refused: whether the axis or the derivative of an output is not known.
+    is_refused: whether the axis or the derivative of an output is unknown.
   """
 
   eqn: Any
@@ -215,7 +215,7 @@ class Loop(NamedTuple):
 
   @property
   def is_refused(self) -> bool:
-    """Whether the axis or the derivative of all outputs is not known."""
+    """Whether the axes or the derivatives of all outputs are unknown."""
     return False
 
   @property
@@ -307,7 +307,7 @@ class Recomputed(NamedTuple):
 
   @property
   def is_refused(self) -> bool:
-    """Whether the axis or the derivative of all outputs is not known."""
+    """Whether the axes or the derivatives of all outputs are unknown."""
     return False
 
   @property
