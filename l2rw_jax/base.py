@@ -22,7 +22,8 @@ _META_KEY = 0x6D657461
 # row of each example in its data set, in addition to the inputs of the model.
 Batch = dict[str, Any]
 LossesFn = Callable[..., Any]
-# One mapped axis, several of them, ("data", "model"), or None outside any mapping.
+# One mapped axis, several of them, such as ("data", "model"), or None outside any
+# mapping.
 AxisName = str | tuple[str, ...] | None
 
 
@@ -42,7 +43,7 @@ class StaticStr(str):
 
 @jax.tree_util.register_static
 class StaticFloat(float):
-  """As `StaticStr`, a number."""
+  """A number as a pytree without leaves, like `StaticStr`."""
 
   __slots__ = ()
 
@@ -181,7 +182,7 @@ class Problem:
     class_counts: training examples of each class, [C].
     num_examples: N.
     num_steps: number of updates of the run.
-    axis_name: mapped device axis, or None outside `pmap`.
+    axis_name: mapped device axis; None if the step is not mapped over devices.
     features: like `forward`, but returns the inputs of the last layer, [B, d]; None
       if the model cannot be split there.
     head: `(params, features) -> logits`, the last layer.
@@ -215,10 +216,10 @@ class Problem:
   def meta_losses_fn(
     self, model_state: PyTree, key: Array
   ) -> Callable[[PyTree, Batch], tuple[Array, PyTree]]:
-    """Returns `losses_fn` for the meta batch, with other dropout and augmentation.
+    """Returns `losses_fn` for the meta batch, with different random numbers.
 
-    Methods compare the gradients of the two batches, so that a meta example must not
-    share its crop or its dropout mask with the training example of the same index.
+    Methods compare the gradients of the two batches, so a meta example must not share
+    its crop or its dropout mask with the training example of the same index.
     """
     return self.losses_fn(model_state, jax.random.fold_in(key, _META_KEY))
 
@@ -357,8 +358,8 @@ def summed_gradient(
 def psum(tree: PyTree, axis_name: AxisName) -> PyTree:
   """Sum over the devices of `axis_name`; the identity if it is None.
 
-  Never differentiate through this under `pmap`: the transpose of psum is psum there,
-  so that the gradient is too large by a factor of the number of devices.
+  Never differentiate through this under `pmap`: the transpose of psum is psum there, so
+  the gradient would be too large by a factor of the number of devices.
   """
   return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
@@ -374,7 +375,7 @@ def pmax(value: Array, axis_name: AxisName) -> Array:
 
 
 def local(tree: PyTree, axis_name: AxisName) -> PyTree:
-  """Marks `tree` as varying over devices, so that gradients in `tree` stay local.
+  """Marks `tree` as varying over devices; gradients with respect to it then stay local.
 
   `shard_map` with `check_vma=True` distinguishes values that are equal on every device
   from values that vary, and silently sums the gradient with respect to the former over
@@ -409,7 +410,7 @@ def global_size(local_size: int, axis_name: AxisName) -> int:
 
 
 def gather(local_values: Array, axis_name: AxisName) -> Array:
-  """Gathers this device's values [B] to those of the global batch, in device order."""
+  """Gathers the values [B] of all devices into the global batch, in device order."""
   if axis_name is None:
     return local_values
   return jax.lax.all_gather(local_values, axis_name, tiled=True)
@@ -418,10 +419,10 @@ def gather(local_values: Array, axis_name: AxisName) -> Array:
 def gather_replicated(local_values: Array, axis_name: AxisName) -> Array:
   """Like `gather`, for any rank, with a result that `shard_map` knows to be replicated.
 
-  `all_gather` leaves its result marked as varying over the devices, so that a state
-  computed from it could not leave `shard_map` as a replicated one. A sum over devices
-  has no such mark. Each device puts its rows at their place in an array of zeros, so
-  that the sum adds only zeros to a number.
+  `all_gather` leaves its result marked as varying over the devices, so a state computed
+  from it could not leave `shard_map` as a replicated one. A sum over devices has no
+  such mark. Each device puts its rows at their place in an array of zeros, so the sum
+  adds only zeros to each number and is exact.
   """
   if axis_name is None:
     return local_values
@@ -532,8 +533,9 @@ def max_abs(tree: PyTree) -> Array:
 def divide_by_largest(values: Array, largest: Array) -> Array:
   """`values / largest` for any magnitude of `values`; `values` if `largest` is 0.
 
-  XLA divides an array by a broadcast number by multiplying it by the reciprocal, which
-  is flushed to zero above 8.5e37 in float32, and is infinite below 2.9e-39.
+  To divide an array by a broadcast number, XLA multiplies it by the reciprocal, which
+  in float32 is flushed to zero for numbers above 8.5e37, and is infinite for numbers
+  below 2.9e-39.
 
   Args:
     values: floating-point array.

@@ -29,7 +29,7 @@ def group_means(
 
   Args:
     values: [M].
-    groups: groups of each example, integers from 0 to G - 1, [M].
+    groups: group of each example, an integer from 0 to G - 1, [M].
     num_groups: G.
 
   Returns:
@@ -78,7 +78,7 @@ def gap(
     groups: groups of the exemplars, [M].
     num_groups: G.
     reduction: "mean" or "max" over the pairs; pairs that tie share the gradient.
-    mean_coefficient: factor of the mean loss, which is added.
+    mean_coefficient: factor of the mean loss, which is added to the gap.
 
   Returns:
     A scalar.

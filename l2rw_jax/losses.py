@@ -14,8 +14,8 @@ that takes logits and labels:
   gradient of 0, regardless of their labels and logits.
 - Sums over half-precision logits are computed in float32; losses have the type of the
   logits.
-- Losses and their gradients are finite if the logits are finite, or if the only other
-  logits are -inf for classes other than the label.
+- Losses and their gradients are finite if all logits are finite, except for logits of
+  -inf in classes other than the label.
 """
 
 import math
@@ -317,7 +317,7 @@ def forward_corrected(
     labels: possibly wrong class of each example, [B].
     transition: T [C, C] (C = 2 for a single logit), where T_jy is the probability that
       an example of class j has the label y; rows sum to 1. A label that has probability
-      0 for every class has the loss -log of the smallest float and no gradient.
+      0 for every class has the loss -log of the smallest normal float and no gradient.
     where: which examples count, bool [B]; None is all.
 
   Returns:
@@ -357,7 +357,7 @@ def balanced_softmax(
 ) -> base.Array:
   """-log(n_y exp(z_y) / sum_j n_j exp(z_j)), with n_j training examples of class j.
 
-  Use the counts only in the training loss. Predictions use the logits z without counts,
+  Use the counts only in the training loss. For predictions, use the logits z alone,
   which then describe equally frequent classes. This loss is `logit_adjusted` with
   tau = 1, because a common factor of the counts cancels.
 
@@ -399,14 +399,14 @@ def logit_adjusted(
 ) -> base.Array:
   """The cross-entropy of z + tau log pi, with pi_j the share of class j in training.
 
-  Use the adjustment only in the training loss. Predictions use the logits z without it.
+  Use the adjustment only in the training loss. For predictions, use the logits z alone.
   tau = 1 is `balanced_softmax`.
 
   Args:
     logits: z, [B, C] or [B, 1].
     labels: integer class of each example, [B].
     class_counts: number of training examples of each class; see `balanced_softmax`.
-    tau: at least 0. 0 gives the cross-entropy, also of classes without examples.
+    tau: at least 0. 0 gives the cross-entropy, even for classes without examples.
     where: which examples count, bool [B]; None is all.
 
   Returns:
@@ -488,7 +488,7 @@ def check_logits(
 
 
 def label_scale(is_label: base.Array, where: base.Array | None = None) -> base.Array:
-  """Factors of the losses: 1, 0 if `where` is False, or NaN if the row has no label.
+  """Factors of the losses: 0 if `where` is False, NaN if the row has no label, else 1.
 
   Losses are multiplied by these factors, so that the gradient of an example whose label
   is not a class is also NaN.

@@ -288,7 +288,7 @@ def iterate(
   optimizer: optax.GradientTransformation,
   every: int = 1,
 ) -> tuple[base.PyTree, State]:
-  """One iteration in the training loop: updates phi, then computes the gradient of p.
+  """One iteration: updates phi, then computes the gradient with respect to p.
 
   Args:
     state: the state before the step.

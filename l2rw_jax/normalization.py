@@ -32,7 +32,7 @@ def sum_to_one(scores: base.Array, axis_name: base.AxisName = None) -> base.Arra
   """
   base.check_vector("scores", scores)
   dtype = scores.dtype
-  # In float16, the sum of small numbers and its reciprocal would underflow.
+  # In float16, sums could overflow, and small numbers and reciprocals could underflow.
   scores = scores.astype(base.accumulator_dtype(dtype))
   largest = base.pmax(jnp.max(scores, initial=0), axis_name)
   # sqrt(-1) is computed only for bad scores. A constant NaN would also raise an error

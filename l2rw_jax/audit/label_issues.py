@@ -7,14 +7,15 @@ g. It is computed from the mean predicted distribution p over C classes:
 
 R[j, g] is the rate at which examples of class j are labeled g, divided by the average
 rate over pairs of classes. Mistakes have a direction if, for instance, 3 is often
-labeled 8 but not 1. If the network then assigns probability to a class that is never
-mistaken for the given label, this is not evidence of a wrong label, whereas probability
-of the class of the usual mistake is strong evidence. That is Bayes' rule, with R as the
-prior of the mistake. The Euclidean norm is a compromise between the maximum over the
-other labels, which ranks best if mistakes have a direction, and the sum over the other
-labels, which ranks best if mistakes have no direction and classes resemble each other.
-Adding 1/C mixes in a uniform distribution: tiny probabilities (such as 1e-3 and 1e-6)
-then have about the same effect, and only large ones are distinguished.
+labeled 8 but not 1. If the network then assigns probability to a class whose examples
+never get the given label by mistake, this is not evidence of a wrong label, whereas
+probability of a class whose examples often do is strong evidence. This is Bayes' rule,
+with R as the prior of the mistake. The Euclidean norm is a compromise between the
+maximum over the other labels, which ranks best if mistakes have a direction, and the
+sum over the other labels, which ranks best if mistakes have no direction and classes
+resemble each other. Adding 1/C mixes in a uniform distribution: tiny probabilities
+(such as 1e-3 and 1e-6) then have about the same effect, and only large ones are
+distinguished.
 
 R is estimated from the same distributions. Let t[c] be the mean of p[c] over the
 examples labeled c (the per-class thresholds of confident learning), and let the most
@@ -40,26 +41,27 @@ directions cannot be distinguished from resemblance.
 
 The number of issues is less than the number of examples whose label is not c*: some of
 these examples are only hard, and if all labels are correct, all of them are. If a label
-is wrong, the network is nearly as sure of another class as it is of that class on
-examples with its label; on a hard example, the network is undecided. This is measured
-by a margin m: for an example labeled c*, m is p[c*] minus the largest other
-probability; for an example with another label g, m is p[c*] - p[g]. An example is sure
-if m is at least 0.4 times the median m of the examples that are labeled c*.
+is wrong, the network is nearly as sure of c* as it is on examples that are labeled c*;
+on a hard example, the network is undecided. This is measured by a margin m: for an
+example labeled c*, m is p[c*] minus the largest other probability; for an example with
+another label g, m is p[c*] - p[g]. An example is sure if m is at least 0.4 times the
+median m of the examples with the same c* that are labeled c*.
 
 W[j, g] counts the sure examples off the diagonal. Each row j is divided by the share of
-sure examples among those labeled j, which corrects for wrong labels of which the
-network is not sure. Even sure examples are confused in both directions if classes
-resemble each other. E(W) is therefore the sum of W without the part of min(W, W^T) that
-exceeds its median over the pairs. That part is kept for pairs in which one entry is
-more than 2.5 times the other. Then
+sure examples among those with c* = j that are labeled j, which corrects for wrong
+labels of which the network is not sure. Even sure examples are confused in both
+directions if classes resemble each other. E(W) is therefore the sum of W without the
+part of min(W, W^T) that exceeds its median over the pairs. That part is kept for pairs
+in which one entry is more than 2.5 times the other. Then
 
     x = E(W) / number of examples with another label than c*
     o = (1.5 x / (1 - x))^3                                                         (4)
     number of issues = E(W) + max(E(Q) - E(W), 0) o / (1 + o)
 
-where Q counts all examples, sure or not. The idea is that if most examples whose label
-is not c* are sure, the others are mostly wrong, too; and if few are sure, the others
-are mostly hard. If x >= 1, all of them count.
+where Q now counts all examples, even those that are neither clear nor sure. The idea is
+that if most examples whose label is not c* are sure, the others are mostly wrong, too;
+and if few are sure, the others are mostly hard. If x >= 1, all examples whose label is
+not c* are counted.
 
 Confident learning counts the examples with p[c] >= t[c] for some c other than the given
 label. Probabilities on training examples, unlike those on held-out examples, are biased
@@ -70,8 +72,8 @@ too low on small tables.
 
 A meta set has an effect only through training: in a run of L2RW the network learns less
 from wrong labels, so that its predictions may rank labels better. The scores of L2RW
-are reported, but they are not part of equation (1), because a weighted sum of both
-ranked labels worse.
+are reported, but they are not part of equation (1), because a weighted sum of the two
+scores ranked labels worse.
 
 References:
   Northcutt, Jiang, Chuang, "Confident Learning: Estimating Uncertainty in Dataset

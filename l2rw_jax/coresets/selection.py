@@ -2,9 +2,9 @@
 
 The weighted sum of the gradients of the subset should approximate the sum of all n
 gradients. With proxies q_i for the gradients, the subset of each class minimizes the
-sum of the distances of all its examples to the nearest selected one (see
-`facility_location`). The weight of a selected example is the number of examples to
-which it is the nearest.
+sum, over all examples of the class, of the distance to the nearest selected example
+(see `facility_location`). The weight of a selected example is the number of examples
+that are nearest to it.
 
 Reference:
   Mirzasoleiman, Bilmes, Leskovec, "Coresets for Data-efficient Training of Machine
@@ -109,7 +109,7 @@ def select(
     budget: see `class_budgets`.
     greedy: "lazy" is the exact greedy algorithm; "stochastic" evaluates random
       candidates, see `facility_location.stochastic_greedy`.
-    epsilon: guarantee of the stochastic greedy algorithm, in (0, 1).
+    epsilon: for "stochastic", in (0, 1); see `facility_location.stochastic_greedy`.
     key: a typed PRNG key for the stochastic greedy algorithm.
 
   Returns:
@@ -182,7 +182,7 @@ def _select_class(table, scale, size, greedy, epsilon, key):
 
 
 def _rounded_up(size: int) -> int:
-  """Rounds up to four sizes per power of two, so that few shapes are compiled."""
+  """Rounds up to one of four sizes per power of two, so few shapes are compiled."""
   step = 1 << max(0, size.bit_length() - 3)
   return -(-size // step) * step
 

@@ -51,7 +51,8 @@ class Pool(NamedTuple):
     classes: classes of each task, [N, ways]. The foreign classes have the first
       numbers, the classes of the training source the next ones.
     is_foreign: whether a task is out of distribution, bool [N].
-    is_wrong: whether an image has another class than its way, bool [N, ways, k + q].
+    is_wrong: whether an image's class is not the class of its way, bool
+      [N, ways, k + q].
     num_shots: k; images from index k on are queries.
   """
 
@@ -70,8 +71,8 @@ class Episodes(NamedTuple):
 
   Attributes:
     splits: splits whose examples are tasks. `label` and `true_label` are
-      [N, ways * q]; `true_label` is -1 if the query has another class than its way.
-      `group` is the cluster of the task.
+      [N, ways * q]; `true_label` is -1 if the query's class is not the class of its
+      way. `group` is the cluster of the task.
     pool: the truth about the training tasks.
   """
 
@@ -100,11 +101,12 @@ def episodes(
 
   A task draws its classes and then their images at random without replacement.
   Exactly round(`num_tasks` * `foreign_share`) of the training tasks are drawn from
-  `foreign`. Label noise is added to `train` before tasks are drawn, so that it affects
-  supports and queries. floor(share * n) images get a label drawn uniformly from all
-  training classes, including the true one, so that a share of share * (C - 1) / C of
-  the images has a wrong label. The draws are independent: neither another foreign share
-  nor another noise changes the validation and test tasks.
+  `foreign`. Label noise is added to `train` before tasks are drawn, so it affects both
+  supports and queries. Of the n training images, floor(`noise_share` * n) get a label
+  drawn uniformly from all C training classes, including the true one; the expected
+  share of wrong labels is therefore `noise_share` * (C - 1) / C. The draws are
+  independent: the validation and test tasks do not depend on `foreign_share` or
+  `noise_share`.
 
   Tasks with the same group share a weight. Groups are k-means clusters (scikit-learn)
   of descriptors with an entry for every class of `foreign` and `train`, which is 1 if
@@ -120,7 +122,7 @@ def episodes(
     num_tasks: number of training tasks.
     num_meta_tasks: number of validation tasks.
     num_test_tasks: number of test tasks.
-    foreign: source of the tasks out of distribution, with images of the same shape.
+    foreign: source of the out-of-distribution tasks, with images of the same shape.
     foreign_share: share of training tasks from `foreign`, in [0, 1).
     noise_share: share of training images with a random label, in [0, 1].
     num_clusters: number of clusters of the training tasks.

@@ -146,7 +146,7 @@ def _read(path: pathlib.Path, size: int) -> np.ndarray:
 
 
 def resized(images: np.ndarray, size: int, channels: int) -> np.ndarray:
-  """Resizes uint8 [N, H, W, 1 or 3] to [N, size, size, channels], with smoothing.
+  """Resizes uint8 [N, H, W, 1 or 3] to [N, size, size, channels], with antialiasing.
 
   Three channels are converted to one by their luminance; one channel is copied to
   three.

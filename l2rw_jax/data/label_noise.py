@@ -30,7 +30,7 @@ def uniform_flip(
 ) -> np.ndarray:
   """Replaces round(fraction N) labels, chosen at random, by random labels.
 
-  The variants differ in the share of wrong labels that results:
+  The variants differ in the resulting share of wrong labels:
 
   * `"paper"`: the new label is uniform over the C - 1 *other* classes. The share of
     wrong labels is exactly `fraction`.

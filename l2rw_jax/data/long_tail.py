@@ -1,7 +1,8 @@
 """Long-tailed training sets: classes of very different sizes.
 
 Class 0 is the largest, and sizes decrease with the number of the class, as in the
-programs of both papers. All labels are right, and the test set is unchanged.
+released programs of LDAM and Meta-Weight-Net. All labels are right, and the test set is
+unchanged.
 """
 
 import math
@@ -42,8 +43,8 @@ def class_sizes(
 
   References:
     Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR
-    2019; the step with half of the classes after Buda et al., "A systematic study
-    of the class imbalance problem in convolutional neural networks", 2018.
+    2019 ("exponential"); Buda et al., "A systematic study of the class imbalance
+    problem in convolutional neural networks", 2018 ("step", with half of the classes).
 
   >>> print(class_sizes("exponential", 5000, 10, 100.))
   [5000 2997 1796 1077  645  387  232  139   83   50]
@@ -104,9 +105,8 @@ def long_tail_splits(
             keeps its size and its images.
 
   The images of every class are shuffled with the seed. The training set takes the first
-  ones, and the meta set takes the last ones. Another imbalance or another shape
-  therefore does not change the meta set, and a larger training set contains the smaller
-  ones.
+  ones, and the meta set takes the last ones. Therefore, the meta set does not depend on
+  `imbalance` or `shape`, and a larger training set contains the smaller ones.
 
   Args:
     train: the source of the training and meta sets.

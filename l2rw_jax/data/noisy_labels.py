@@ -76,8 +76,8 @@ def noisy_labels(
   released programs, in which the training set contains the meta set. Noise is added to
   the training and validation sets separately, with the same background class or
   transition matrix. If the builder flips an exact number of labels, the number is exact
-  in both sets. The draws are independent: neither another fraction nor another
-  validation size changes the meta set.
+  in both sets. The draws are independent: the meta set does not depend on `fraction` or
+  `num_validation`.
 
   Args:
     train: the source of the training, meta and validation sets; N images.

@@ -1,8 +1,8 @@
-"""Documents for language models, some of which are corrupted, as bytes.
+"""Documents of bytes for language models; some of the documents are corrupted.
 
 The text is part of every Python installation: the sources of its standard library, and
-the English prose of its help topics as another language. A document is an excerpt, and
-a token is a byte.
+the English prose of its help topics, which serves as another language. A document is an
+excerpt, and a token is a byte.
 """
 
 import hashlib
@@ -106,7 +106,7 @@ def corrupted_documents(
   files = [texts.files[i] for i in choose.permutation(len(texts.files))]
   parts, start = {}, 0
   for name, size in (("test", num_test), ("meta", num_meta), ("train", num_train)):
-    # Each part gets at least eight files, because one file may fill a small part.
+    # Each part gets at least eight files; otherwise one file could fill a small part.
     excerpts: list[np.ndarray] = []
     first = start
     while start < len(files) and (start - first < 8 or sum(map(len, excerpts)) < size):

@@ -2,7 +2,7 @@
 
 A network processes examples independently if row i of every value, along some axis,
 depends only on row i of the batch. `propagate` computes this axis for the outputs of
-one operation from those of its inputs. It raises an error if the operation mixes
+one operation from the axes of its inputs. It raises an error if the operation mixes
 examples, or may do so.
 """
 
@@ -113,9 +113,9 @@ def inner_jaxpr(eqn: Any) -> Any:
 
 
 def inlined(eqn: Any) -> Any:
-  """`inner_jaxpr` of a call that can be inlined.
+  """`inner_jaxpr` of a call that can be inlined; None otherwise.
 
-  A call with a custom derivative or with rematerialization cannot.
+  A call with a custom derivative or with rematerialization cannot be inlined.
   """
   return inner_jaxpr(eqn) if eqn.primitive.name in _INLINED else None
 
@@ -178,7 +178,7 @@ def body_axes(
     A batch axis, or a MixedError, for each input of the body and for each output.
 
   Raises:
-    MixedError: the scan goes through the examples.
+    MixedError: the scan iterates over the examples.
   """
   loop = scan(eqn)
   first_x = loop.num_consts + loop.num_carry
@@ -200,7 +200,7 @@ def body_axes(
 
 
 def _common_carry(before, after):
-  """The axis of a carry, given those before and after one iteration."""
+  """The batch axis of a carry, given its axes before and after one iteration."""
   if before is None or isinstance(after, MixedError):
     return before if isinstance(before, MixedError) else after
   if after is None or isinstance(before, MixedError) or before == after:
@@ -312,7 +312,8 @@ def _checked_by_backward_rule(eqn, axes, output_axes):
     rule.jaxpr, len(rule.consts), (*axes, *known), check_rules=False
   )
   pairs = zip((*output_axes, *axes), rule_axes, strict=True)
-  # Outputs that mix examples are not used, nor are gradients in constants.
+  # Outputs that mix examples are not used, nor are gradients with respect to constant
+  # inputs.
   if all(
     actual is None or actual == expected
     for expected, actual in pairs
@@ -371,7 +372,7 @@ def _common_axis(eqn, axes):
 
 def _elementwise(eqn, axes):
   axis = _common_axis(eqn, axes)
-  # A batch of size one would be broadcast over an axis of another value.
+  # A batch of size one would be broadcast along an axis of another input.
   for atom, input_axis in zip(eqn.invars, axes, strict=True):
     if input_axis is not None and _shape(atom)[axis] != _shape(eqn.outvars[0])[axis]:
       raise _mixes(eqn)
@@ -400,7 +401,7 @@ def _top_k(eqn, axes):
 
 
 def _leading_axes(eqn, axes):
-  """Random draws and casts of bits, which may only add or remove last axes."""
+  """Random draws and casts of bits, which may only add or remove trailing axes."""
   axis = _common_axis(eqn, axes)
   if axis >= len(_shape(eqn.outvars[0])):
     raise _mixes(eqn)
@@ -579,7 +580,8 @@ def _scatter(eqn, axes):
   removed = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
   window = [d for d in range(operand) if d not in removed]
   index_dims = [d for d in range(updates) if d not in numbers.update_window_dims]
-  # Possible batch axes of the operand, each with those of the indices and the updates.
+  # Possible batch axes of the operand, each with the corresponding batch axes of the
+  # indices and of the updates.
   candidates = {
     d: (None, u)
     for d, u in zip(window, numbers.update_window_dims, strict=True)
@@ -602,7 +604,7 @@ def _scatter(eqn, axes):
 def _pallas_call(eqn, axes):
   """The batch axes of the outputs of a kernel whose programs read one example each."""
   mapping = eqn.params["grid_mapping"]
-  first = len(axes) - mapping.num_inputs  # After sizes of the grid and indices.
+  first = len(axes) - mapping.num_inputs  # Grid sizes and indices come first.
   inputs = mapping.block_mappings[: mapping.num_inputs]
   outputs = mapping.block_mappings[mapping.num_inputs :]
   dimensions = {

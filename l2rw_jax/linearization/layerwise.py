@@ -14,20 +14,21 @@ never forms a gradient of parameters, and
     J^T w = sum over parameter uses of (dq/dp)^T (df/dq)^T (w_i delta_i)
 
 In addition to the forward pass of the batch, recording, `directional` and
-`weighted_gradient` cost 1, 1 and 1 forward passes; forward mode takes 0, 2, 2. No
+`weighted_gradient` cost one forward pass each; in forward mode they cost 0, 2 and 2. No
 per-example gradient is formed. Operations on parameters alone (casts, reshapes, weight
 normalization) are differentiated as usual.
 
-The engine works on the jaxpr of the losses, so that it supports any framework and any
+The engine works on the jaxpr of the losses, so it supports any framework and any
 sharing of parameters. `batch_axes` checks whether examples are processed independently.
-In a `jax.lax.scan`, each step reads its perturbations from a row of the input, and
-writes what the derivatives need to a row of the output; two more loops go through these
-rows. The engine does not support a `jax.custom_vjp` that takes parameters (its backward
-rule sums over examples), `while` and `cond`.
+In a `jax.lax.scan`, each iteration reads its perturbations from a row of the input, and
+writes the values that the derivatives need to a row of the output. `directional` and
+`weighted_gradient` each loop over these rows. The engine does not support a
+`jax.custom_vjp` that takes parameters (its backward rule sums over examples), `while`
+or `cond`.
 
 For a `jax.checkpoint`, only its inputs and the gradients of its outputs are recorded.
-Each pass recomputes what it needs, which costs 2, 3 and 3 forward passes instead of 1,
-1 and 1.
+Each pass recomputes the values that it needs: recording, `directional` and
+`weighted_gradient` then cost 2, 3 and 3 forward passes instead of one each.
 """
 
 from collections.abc import Callable
@@ -77,8 +78,8 @@ def linearize(
     losses_fn, leaves, batch, names, recompute=recompute
   )
 
-  # Values of parameters alone do not depend on perturbations, so they are computed
-  # outside of the derivative.
+  # Values that depend on parameters alone do not depend on perturbations, so they are
+  # computed outside of the derivative.
   of_parameters = env | dict(enumerate(leaves))
   plan.run(parameter_uses.Kind.PARAMS, of_parameters)
 
@@ -96,9 +97,9 @@ def linearize(
   in_turn = ordering.num_bytes(gradients) < ordering.num_bytes(leaves)
 
   def recorded() -> tuple[Any, Any]:
-    # Otherwise XLA would join the computations of several derivatives from the recorded
-    # values (normalized and transposed activations), and store these results too. Large
-    # parameters are processed layer by layer, so they must not wait for all values.
+    # Without a barrier, XLA would share intermediate results (normalized and transposed
+    # activations) among the derivatives, and store them, too. Large parameters are
+    # processed layer by layer, so their layers must not wait for all values.
     return (values, gradients) if in_turn else _barrier((values, gradients))
 
   def directional(vector):
@@ -107,8 +108,8 @@ def linearize(
 
   def weighted_gradient(weights):
     parameters = dict(enumerate(leaves))
-    # Otherwise XLA would compute the weights again from the scores in every kernel that
-    # multiplies by them.
+    # Without this barrier, XLA would recompute the weights from the scores in every
+    # kernel that multiplies by them.
     weights = jax.lax.optimization_barrier(weights)
     result = _weighted_gradient(plan, parameters, *recorded(), weights, in_turn=in_turn)
     return [result[i] for i in range(len(leaves))]
@@ -123,7 +124,7 @@ _Values: TypeAlias = dict[int, Any]
 def _inputs_of_uses(
   plan: parameter_uses.Plan, values: _Values
 ) -> Callable[[_Values], list[Any]]:
-  """The inputs of each use that depend on parameters alone, as a function of these."""
+  """A function from parameters to the inputs of each use that depend on them alone."""
 
   def inputs(parameters):
     env = values | parameters
@@ -151,7 +152,8 @@ def _directional(
     parameters: its inputs that depend on parameters alone.
     tangents: the direction, like `parameters`.
     values: other values that the derivatives of its uses need.
-    gradients: for each use, the gradients of the losses in its perturbations.
+    gradients: for each use, the gradients of the losses with respect to its
+      perturbations.
     zeros: zeros, shaped like the losses, [B].
 
   Returns:
@@ -169,7 +171,7 @@ def _directional(
         products.setdefault(product.key(), []).append(product)
     else:
       terms += _TERMS[type(step)](step, x, t, g, values, zeros)
-  # A layer's kernel and its bias often have the same gradients of outputs.
+  # A layer's kernel and bias often have the same gradient, so their tangents are added.
   for group in products.values():
     along = [product.tangent for product in group]
     _, gradient, axis = group[0]
@@ -187,7 +189,7 @@ class _Product(NamedTuple):
 
   Attributes:
     tangent: its derivative along the direction.
-    gradient: the gradient of the losses in its perturbation.
+    gradient: the gradient of the losses with respect to its perturbation.
     axis: the axis of the examples.
   """
 
@@ -201,7 +203,7 @@ class _Product(NamedTuple):
 
 
 def _products(step, inputs, tangents, gradients, values):
-  """The products whose sums are the terms of `_directional` of an operation."""
+  """The products of an operation; each sums to one of its terms in `_directional`."""
   if not step.is_broadcast:
     use = _Use(step)
     known = _read_inputs(step, values)
@@ -229,7 +231,7 @@ def _term(axis, dtype, tangents, gradient):
 
 
 def _loop_terms(loop, inputs, tangents, gradients, values, zeros):
-  """The term of `_directional` of a loop, [B], in a list."""
+  """The term of a loop in `_directional`, [B], in a list."""
   (consts, const_tangents), (rows, row_tangents) = (
     [dict(zip(places, x, strict=True)) for x in (x_inputs, x_tangents)]
     for places, x_inputs, x_tangents in _consts_and_rows(loop, inputs, tangents)
@@ -285,14 +287,14 @@ def _weighted_gradient(
 
 
 def _cotangents(step, inputs, gradients, values, weights):
-  """The weighted gradient in the parameters of an operation."""
+  """The weighted gradient with respect to the parameters of an operation."""
   use = _Use(step)
   known = {} if step.is_broadcast else _read_inputs(step, values)
   return use.shared(_use_cotangents)(use, known, inputs, gradients, weights)
 
 
 def _use_cotangents(use, known, inputs, gradients, weights):
-  """The weighted gradient in the parameters of a use."""
+  """The weighted gradient with respect to the parameters of a use."""
   weighted = [
     _times(g, jnp.expand_dims(weights, [i for i in range(g.ndim) if i != axis]))
     for (_, axis), g in zip(use.step.differentiable_outputs, gradients, strict=True)
@@ -304,7 +306,7 @@ def _use_cotangents(use, known, inputs, gradients, weights):
 
 
 def _loop_cotangents(loop, inputs, gradients, values, weights):
-  """The weighted gradient in the parameters of a loop."""
+  """The weighted gradient with respect to the parameters of a loop."""
   (consts, rows) = (
     dict(zip(places, x, strict=True)) for places, x in _consts_and_rows(loop, inputs)
   )
@@ -332,7 +334,7 @@ def _loop_cotangents(loop, inputs, gradients, values, weights):
 
 
 def _recomputed_terms(step, inputs, tangents, gradients, values, zeros):
-  """The term of `_directional` of a `jax.checkpoint`, [B], in a list."""
+  """The term of a `jax.checkpoint` in `_directional`, [B], in a list."""
   parameters, known, gradients = _known(step, inputs, values, gradients)
   values, gradients = step.recompute(parameters | known, gradients)
   tangents = dict(zip(parameters, tangents, strict=True))
@@ -340,7 +342,7 @@ def _recomputed_terms(step, inputs, tangents, gradients, values, zeros):
 
 
 def _recomputed_cotangents(step, inputs, gradients, values, weights):
-  """The weighted gradient in the parameters of a `jax.checkpoint`."""
+  """The weighted gradient with respect to the parameters of a `jax.checkpoint`."""
   parameters, known, gradients = _known(step, inputs, values, gradients)
   # Without this dependency on the weights, a compiler would compute the values once for
   # both derivatives, and store them.
@@ -363,7 +365,7 @@ def _known(step, inputs, values, gradients):
 
 
 def _barrier(tree):
-  """`tree`, whose arrays a compiler does not know to be the same as before."""
+  """`tree` as new arrays; a compiler does not know that their values are the same."""
   leaves, treedef = jax.tree.flatten(tree)
   # An array that occurs twice stays one array, see `_Product.key`.
   arrays = {
@@ -395,7 +397,7 @@ def _other_values(loop, values):
 
 
 def _accumulator(x):
-  """Zeros like `x`, of a type for sums."""
+  """Zeros like `x`, of a type in which sums are accurate."""
   aval = jax.typeof(x)
   return parameter_uses.zeros(aval.update(dtype=base.accumulator_dtype(x.dtype)))
 
@@ -438,7 +440,10 @@ class _Use:
     return isinstance(other, _Use) and self._key is not None and self._key == other._key
 
   def shared(self, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, whose first argument is a use, as a function of the program."""
+    """`function`, compiled as one function of the program that equal uses share.
+
+    Its first argument is a use.
+    """
     return function if self._key is None else _jitted(function)
 
   def apply(self, known: dict[int, Any], *parameters: base.Array) -> list[Any]:

@@ -4,8 +4,8 @@ L2RW and Meta-Weight-Net compute the same numbers in several ways, which need di
 amounts of memory and time: by the layerwise engine, in forward mode, with a second pass
 over the training batch, or from a few examples at a time. How much memory each takes
 depends on the model, on the compiler and on the rest of the training step, so it is not
-estimated here: `choose` compiles the step in one way after the other, beginning with
-the cheapest, until the compiler reports a program that fits.
+estimated here: `choose` compiles the step in one way after another, beginning with the
+cheapest, until the compiler reports a program that fits.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +25,7 @@ class Choice(NamedTuple):
   """The result of `choose`.
 
   Attributes:
-    step: the compiled step, a function of arguments like those of `choose`.
+    step: the compiled step, a function of arguments like `args` of `choose`.
     options: the plan: the keyword arguments with which the step was made.
     num_bytes: memory of the step on a device as the compiler reports it: arguments,
       results and temporary arrays. Donated arguments count once.
@@ -39,10 +39,10 @@ class Choice(NamedTuple):
 def l2rw_plans(batch_size: int) -> list[dict[str, Any]]:
   """Options of `l2rw.weighted_value_and_grad`, from the cheapest.
 
-  For B training examples and M clean ones, the costs in forward passes of an example
-  are 4B + 3M for the layerwise engine, 5B + 3M in forward mode, and 7B + 3M in
-  microbatches of any size. The list ends with eight microbatches; append smaller ones
-  if they are needed.
+  For B training examples and M clean ones, the costs, in forward passes of one example,
+  are 4B + 3M with the layerwise engine, 5B + 3M in forward mode, and 7B + 3M in
+  microbatches of any size. The last plan has eight microbatches; append smaller ones if
+  they are needed.
 
   Args:
     batch_size: number of training examples that a device processes in a step.
@@ -56,9 +56,10 @@ def l2rw_plans(batch_size: int) -> list[dict[str, Any]]:
 def meta_weight_net_plans(batch_size: int) -> list[dict[str, Any]]:
   """Options of `meta_weight_net.network_gradient`, from the cheapest.
 
-  The costs in forward passes of an example are 4B + 3M for the layerwise engine, 5B +
-  3M in forward mode, 6B + 3M if the training batch is computed again, with either
-  engine, and 7B + 3M in microbatches of any size. The list ends as in `l2rw_plans`.
+  The costs, in forward passes of one example, are 4B + 3M with the layerwise engine,
+  5B + 3M in forward mode, 6B + 3M with either if the training batch is processed a
+  second time, and 7B + 3M in microbatches of any size. The list ends as in
+  `l2rw_plans`.
 
   Args:
     batch_size: number of training examples that a device processes in a step.
@@ -107,7 +108,7 @@ def choose(
     A `Choice`.
 
   Raises:
-    InputError: no plan fits (the message has the smallest memory that was found), or no
+    InputError: no plan fits (the message gives the least memory of all plans), or no
       plan applies.
 
   Example:

@@ -73,9 +73,7 @@ def kept_bytes(vjp_fn: base.PyTree, known: base.PyTree) -> int:
 
 
 def after(first: base.PyTree, then: base.PyTree) -> base.PyTree:
-  """Returns `then`, so that computations from the result wait for `first`.
-
-  The cost is a copy of `then`.
+  """Returns a copy of `then`; computations that use the copy wait for `first`.
 
   Args:
     first: pytree of arrays; only floating-point and complex ones are waited for.

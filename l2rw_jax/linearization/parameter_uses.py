@@ -1,13 +1,14 @@
 """The operations of a network that have both examples and parameters as inputs.
 
 A `Plan` is a jaxpr with inlined calls. Each of its values is a constant, depends on
-parameters alone, or depends on examples. A parameter use is an operation with inputs of
-the last two kinds. The layerwise engine records what the derivatives of uses need.
+parameters alone, or depends on examples. A parameter use is an operation with at least
+one input of each of the last two kinds. The layerwise engine records the values that
+the derivatives of parameter uses need.
 
 The body of a `jax.lax.scan` over values of examples is a separate plan, see `Loop`.
-What does not depend on examples is computed outside of the loop if possible: operations
-that are the same in every iteration, and values that are passed from one iteration to
-the next (counters, keys).
+Computations that do not depend on examples are moved out of the loop if possible:
+operations that are the same in every iteration, and values that are passed from one
+iteration to the next (counters, keys).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +24,7 @@ from l2rw_jax.linearization import batch_axes
 
 # Elementwise operations that broadcast axes of size one.
 _BROADCASTING = ("add", "sub", "mul", "div", "max", "min", "pow")
-# Operations whose derivative in one input does not depend on the other inputs.
+# Operations whose derivative with respect to one input does not depend on the others.
 _INDEPENDENT = ("add_any", "concatenate")
 _CHECKPOINTS = ("checkpoint", "remat2")
 
@@ -64,7 +65,7 @@ class Value(NamedTuple):
 
   @property
   def is_parameter(self) -> bool:
-    """Whether it depends on parameters alone and has a derivative in them."""
+    """Whether it depends on parameters alone and is floating point or complex."""
     return self.kind == Kind.PARAMS and _is_inexact(self)
 
 
@@ -87,7 +88,7 @@ class Step(NamedTuple):
     param_inputs: for a parameter use, the indices of the inputs that depend on
       parameters alone; empty for other operations.
     differentiable_outputs: (index, batch axis) of each differentiable output.
-    is_refused: whether the axis or the derivative of an output is not known.
+    is_refused: whether the axis or the derivative of an output is unknown.
   """
 
   eqn: Any
@@ -108,7 +109,8 @@ class Step(NamedTuple):
     """Whether the use broadcasts one array of parameters over the examples.
 
     Such a use (of a bias, or of the scale of a normalization) is perturbed at its
-    parameters, whose gradient per example is small; other uses at their outputs.
+    parameters, because their per-example gradient is small. Other uses are perturbed at
+    their outputs.
     """
     if self.eqn.primitive.name not in _BROADCASTING or len(self.param_inputs) != 1:
       return False
@@ -120,13 +122,13 @@ class Step(NamedTuple):
     return [self.inputs[i] for i in self.param_inputs]
 
   def reads(self) -> list[int]:
-    """Indices of the other inputs whose values the derivative of a use needs."""
+    """Indices of the inputs, except parameters, that the derivative of a use needs."""
     if self.is_broadcast or self.eqn.primitive.name in _INDEPENDENT:
       return []
     return [i for i in range(len(self.inputs)) if i not in self.param_inputs]
 
   def needs(self) -> Iterable[Value]:
-    """Values that derivatives in parameters need, other than parameters."""
+    """Values, except parameters, that derivatives with respect to parameters need."""
     if self.is_use:
       return [self.inputs[i] for i in self.reads()]
     if self.kind == Kind.PARAMS and not self.is_refused:
@@ -134,7 +136,7 @@ class Step(NamedTuple):
     return []
 
   def perturbations(self, zeros_of: ZerosOf) -> list[base.Array]:
-    """Zeros to be added to what a use perturbs."""
+    """Zeros to be added to the parameters of a broadcast use, or else to outputs."""
     if not self.is_broadcast:
       return [
         zeros_of(self.eqn.outvars[i].aval) for i, _ in self.differentiable_outputs
@@ -183,11 +185,12 @@ class Loop(NamedTuple):
     body: the operations of one iteration.
     consts: values that are the same in every iteration.
     rows: arrays of which each iteration gets one row.
-    carry: values that an iteration passes to the next; each is the first one.
+    carry: values that an iteration passes to the next, paired with the initial values.
     carry_after: in the body, the values of the carry after the iteration.
-    results: in the body, values of which the rows are collected.
+    results: in the body, the values that are collected, one row per iteration.
     outputs: places of the last carry and of the collected rows.
-    records: place of what the body records, rows by place in the body.
+    records: place of the recorded values: a dictionary from each place in the body to
+      an array with one row per iteration.
     length: number of iterations.
     reverse: whether the last rows come first.
     unroll: number of iterations in one iteration of the compiled loop.
@@ -212,7 +215,7 @@ class Loop(NamedTuple):
 
   @property
   def is_refused(self) -> bool:
-    """Whether the axis or the derivative of all outputs is not known."""
+    """Whether the axes or the derivatives of all outputs are unknown."""
     return False
 
   @property
@@ -225,17 +228,17 @@ class Loop(NamedTuple):
     return [v for _, v in (*self.consts, *self.rows) if v.is_parameter]
 
   def other_inputs(self, inputs: Places) -> Places:
-    """Those of the constants or rows that derivatives need, except parameters."""
+    """The inputs (constants or rows) that derivatives need, except parameters."""
     needed = self.body.needs()
     return [(p, v) for p, v in inputs if p in needed and not v.is_parameter]
 
   def recorded(self) -> list[int]:
-    """Places in the body of values that derivatives need, and that it computes."""
+    """Places of the values that the body computes and that derivatives need."""
     given = {place for place, _ in (*self.consts, *self.rows)}
     return sorted(self.body.needs() - given)
 
   def needs(self) -> Iterable[Value]:
-    """Values that derivatives in parameters need, other than parameters."""
+    """Values, except parameters, that derivatives with respect to parameters need."""
     if not self.is_use:
       return []
     others = [v for _, v in self.other_inputs([*self.consts, *self.rows])]
@@ -286,7 +289,7 @@ class Recomputed(NamedTuple):
     inputs: its inputs.
     outputs: places of its outputs.
     body: its operations.
-    given: places in the body of the inputs that are not literals, with these inputs.
+    given: the inputs that are not literals, each with its place in the body.
     results: for each differentiable output, its index and its value in the body.
   """
 
@@ -304,7 +307,7 @@ class Recomputed(NamedTuple):
 
   @property
   def is_refused(self) -> bool:
-    """Whether the axis or the derivative of all outputs is not known."""
+    """Whether the axes or the derivatives of all outputs are unknown."""
     return False
 
   @property
@@ -317,7 +320,7 @@ class Recomputed(NamedTuple):
     return [value for _, value in self.given if value.is_parameter]
 
   def needs(self) -> Iterable[Value]:
-    """Values from which the others are computed again, other than parameters."""
+    """Inputs, except parameters, from which the values of the body are recomputed."""
     return [v for _, v in self.given if not v.is_parameter] if self.is_use else []
 
   def perturbations(self, zeros_of: ZerosOf) -> list[base.Array]:
@@ -335,7 +338,7 @@ class Recomputed(NamedTuple):
   def recompute(
     self, known: dict[int, Any], gradients: list[base.Array]
   ) -> tuple[dict[int, Any], list[Any]]:
-    """Computes the values of the body again, and the gradients of its uses.
+    """Recomputes the values of the body, and computes the gradients of its uses.
 
     Args:
       known: the inputs, by place in the body.
@@ -343,7 +346,7 @@ class Recomputed(NamedTuple):
 
     Returns:
       The values of the body by place, and for each of its uses the gradients of the
-      losses in its perturbations.
+      losses with respect to its perturbations.
     """
 
     def outputs(perturbations):
@@ -376,7 +379,7 @@ class Plan:
     """
     self.steps: list[Step | Loop | Recomputed] = []
     self._recompute = recompute
-    self.consts: Places = []  # Of the body of a loop.
+    self.consts: Places = []  # Only if this plan is the body of a loop.
     self._names = names
     self._outer = outer
     self._size = 0
@@ -395,7 +398,7 @@ class Plan:
     return Value(self._size - 1, None, kind, aval, axis, error, leaf)
 
   def const(self, value: Value) -> Value:
-    """Adds a place for a value outside that is the same in every iteration."""
+    """Adds a place for a value of the outer plan, the same in every iteration."""
     if value.place is None:
       return value
     inner = self.place(
@@ -468,7 +471,7 @@ class Plan:
     ]
 
   def _data_output(self, axis, error, aval, eqn, inputs):
-    """A place for one output with the batch axis `axis`, or its MixedError."""
+    """A place for one output; `axis` is its batch axis or a MixedError."""
     if error is None and axis is None:
       error = self._error(f"{eqn.primitive.name} hides a constant", eqn, inputs)
     elif error is None and isinstance(axis, batch_axes.MixedError):
@@ -478,7 +481,7 @@ class Plan:
     return self.place(Kind.DATA, aval, axis, error=error, leaf=_last_leaf(inputs))
 
   def _derivative_error(self, eqn, inputs):
-    """Why an operation has no derivative in the parameters, or None."""
+    """Why an operation has no derivative with respect to parameters, or None."""
     error = _first_error(inputs)
     if error is None and _has_custom_vjp(eqn):
       error = self._error("a jax.custom_vjp takes parameters", eqn, inputs)
@@ -518,7 +521,8 @@ class Plan:
   def _add_recomputed(self, eqn, inputs):
     """Adds a `jax.checkpoint` and returns its outputs; None if it takes no parameters.
 
-    What its body does with parameters alone is not moved out, but computed again too.
+    Operations of its body on parameters alone are not moved out; they are recomputed,
+    too.
     """
     if _first_error(inputs) or not any(value.is_parameter for value in inputs):
       return None
@@ -551,7 +555,7 @@ class Plan:
     return outputs
 
   def _add_scan(self, eqn, inputs):
-    """Adds a loop and returns its outputs; None if it goes through the examples."""
+    """Adds a loop and returns its outputs; None if it iterates over the examples."""
     if _first_error(inputs) is not None:
       return None
     scan = batch_axes.scan(eqn)
@@ -613,14 +617,15 @@ class Plan:
     error = error or after.error
     is_data = Kind.DATA in (kind, after.kind)
     if error is None and is_data and (first.is_parameter or after.is_parameter):
-      # No operation would be the use of these parameters.
+      # These parameters would enter values of examples without an operation that could
+      # be recorded as their use.
       error = self._error(_MIXED_CARRY, eqn, inputs)
     if error is None and after.kind == Kind.DATA and axis != after.axis:
       error = self._error("scan, which moves the examples' axis", eqn, inputs)
     return max(kind, after.kind), None if error else axis, error
 
   def _add_loop(self, scan, body, rows, carry, before, after, inputs):
-    """Adds the loop with this body, and loops for what does not depend on examples."""
+    """Adds the loop, and separate loops for values that do not depend on examples."""
     outputs: list[Value | None] = [None] * len(after)
     for kind in (Kind.CONSTANT, Kind.PARAMS):
       moved = [
@@ -661,7 +666,7 @@ class Plan:
     return outputs
 
   def _add_loop_of_kind(self, kind, scan, body, rows, carry, before, after, moved):
-    """Adds a loop that computes only what is not of a higher kind.
+    """Adds a loop that computes only values of this kind and of lower kinds.
 
     Args:
       kind: `CONSTANT` or `PARAMS`.
@@ -712,12 +717,12 @@ class Plan:
     ]
 
   def needs(self) -> set[int]:
-    """Places of values that derivatives in parameters need, other than parameters."""
+    """Places of the values that the steps need for derivatives; see `Step.needs`."""
     values = [value for step in self.steps for value in step.needs()]
     return {value.place for value in values if value.place is not None}
 
   def perturbations(self) -> list[Any]:
-    """Zeros for each parameter use, see `run`, which does not read large ones."""
+    """Zeros for each parameter use; `run` reads only those of broadcast uses."""
     made: dict[Any, base.Array] = {}
 
     def zeros_of(aval):  # One array for all uses of a type keeps the program small.
@@ -734,13 +739,14 @@ class Plan:
     perturbations: list[Any] | None = None,
     run_refused: bool = True,
   ) -> None:
-    """Computes the values of one kind into `env`, which has those of lower kinds.
+    """Adds the values of one kind to `env`, which contains those of lower kinds.
 
     Args:
       kind: which operations to run.
       env: values by place.
-      perturbations: for each parameter use, zeros, in which the outputs have the same
-        derivative as if they were added to its parameters or to its outputs.
+      perturbations: for each parameter use, zeros. Values have the same derivatives
+        with respect to them as if they were added to the parameters or outputs of the
+        use.
       run_refused: whether to run operations without a known derivative, which only aux
         depends on.
     """
@@ -799,7 +805,7 @@ def trace(
 
 
 def value_of(value: Value, env: dict[int, Any]) -> Any:
-  """The array of a value that is computed."""
+  """The array of a value that has been computed."""
   return value.literal if value.place is None else env[value.place]
 
 
@@ -819,7 +825,7 @@ def zeros(aval: Any) -> base.Array:
 
 @jax.custom_jvp
 def _perturbed(x, perturbation):
-  """`x + perturbation` at a perturbation of zeros, which are not stored."""
+  """`x + perturbation` for a perturbation of zeros, which need not be stored."""
   del perturbation
   return x
 
@@ -830,7 +836,7 @@ def _perturbed_rule(primals, tangents):
 
 
 def _array_of(value, env):
-  """`value_of`, as an array also if it is a literal."""
+  """Like `value_of`, but an array even if the value is a literal."""
   if value.place is None:
     return jnp.full(value.aval.shape, value.literal, value.aval.dtype)
   return env[value.place]

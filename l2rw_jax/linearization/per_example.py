@@ -1,12 +1,12 @@
 """Norms, inner products and clipped means of per-example gradients.
 
 Let g_i be the gradient of the loss of example i. Differentially private training needs
-the mean of the g_i after each has been clipped to a norm. The selection and the
-diagnosis of examples need their norms and inner products. `vmap(grad)` forms all g_i,
-which take the memory of a copy of the parameters for every example. The slopes that the
-layerwise engine records (see `layerwise`) give the same numbers without most of these
-copies. For a dense layer, with activations a_it and slopes d_it at position t of
-example i,
+the mean of the g_i after each has been clipped to a norm. Methods that select or
+diagnose examples need the norms and inner products of the g_i. `vmap(grad)` forms all
+g_i, which take the memory of a copy of the parameters for every example. The slopes
+(gradients of the losses with respect to the outputs of layers) that the layerwise
+engine records (see `layerwise`) give the same numbers without most of these copies. For
+a dense layer, with activations a_it and slopes d_it at position t of example i,
 
     g_i = sum_t a_it d_it^T     <g_i, g_j> = sum_ts <a_it, a_js> <d_it, d_js>
 
@@ -18,7 +18,7 @@ with fewer FLOPs is selected for every parameter:
   activations are one-hot) have both forms.
 * Scales, biases and all other operations form g_i, which is small for most of them.
 * The uses of a parameter that is used several times (tied weights, an unrolled
-  recurrence) are added before the square, so that their cross terms are included.
+  recurrence) are added before squaring, so that their cross terms are included.
 
 If the parameter is transformed before its use by more than a cast, a reshape or a
 transposition (weight normalization, an L2 penalty in the losses), g_i is formed for it.

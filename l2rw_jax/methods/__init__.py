@@ -1,1 +1,1 @@
-"""One published system a file: formulas for your code, a `Method` for the loop."""
+"""Training methods, one per file: formulas for your code, a `Method` for the loop."""

@@ -8,9 +8,10 @@ that lower the loss of clean examples:
     pre-loss      l = cross-entropy of head(f), without a gate and without a gradient
     gate          W = sigmoid(C [relu(A f + a); relu(b l + b0)] + c) in (0, 1)^d
     virtual step  p' = p - a grad_p mean CE(head(f * W)), for backbone and head
-    meta step     the advisor, by Adam, on its gradient of the meta loss at p',
-                  without a gate
-    real step     p on grad_p mean CE(head(f * W)), with the new advisor's W constant
+    meta step     an Adam step of the advisor on the gradient of the meta loss at p',
+                  which is computed without a gate
+    real step     a step of p on grad_p mean CE(head(f * W)), with the new advisor's W
+                  held constant
 
 f and l are constant inputs of the advisor, which sees the label only through l. There
 is no gate at test time. With the default initialization of linear layers, W is near
@@ -53,7 +54,7 @@ class AdvisorNet(nn.Module):
   @nn.compact
   def __call__(self, features: jax.Array, losses: jax.Array) -> jax.Array:
     """Maps features [B, d] and losses [B] to a gate in (0, 1), [B, d]."""
-    with base.implicit_promotion():  # flax brings inputs and parameters to one type
+    with base.implicit_promotion():  # flax promotes inputs and parameters to one type
       a = nn.relu(meta_network.dense(self.hidden, self.num_features)(features))
       b = nn.relu(meta_network.dense(self.hidden, 1)(losses[:, None]))
       hidden = jnp.concatenate([a, b], axis=-1)

@@ -13,16 +13,15 @@ with dF/dw_i = -alpha <grad F(p'), grad l_i(p)>. F is one of `group_objectives`:
 `gap`, `worst` or `soft_tpr` of the exemplar losses and their groups, or their
 `mean`, which ignores the groups and is L2RW's meta loss.
 
-What comes from the paper: its abstract specifies the joint learning of example weights
-and network, a held-out set that represents the distribution on which fairness is
-wanted, equality of opportunity as the goal, the absence of a weighting network, and
-the selection of a part of the data by weight (condensation). No official code is
-public. The paper's surrogate, the persistence and normalization of weights, the
-learning rates and the exemplar sizes could not be checked. The equations above, all
-four objectives, the handling of all-zero weights and the defaults are choices of this
-library.
+The abstract of the paper specifies the joint learning of example weights and network, a
+held-out set that represents the distribution on which fairness is wanted, equality of
+opportunity as the goal, the absence of a weighting network, and the selection of a part
+of the data by weight (condensation). No official code is public. The paper's surrogate,
+the persistence and normalization of weights, the learning rates and the exemplar sizes
+could not be checked. The equations above, all four objectives, the handling of all-zero
+weights and the defaults are choices of this library.
 
-`gap` alone is minimal also if every group is equally *bad*. By default, the mean loss
+`gap` alone is minimal even if every group is equally *bad*. By default, the mean loss
 is therefore added to it (`mean_coefficient` is 1).
 
 References:
@@ -225,7 +224,7 @@ def objective_settings(objective: str, reduction: str | None = None) -> dict[str
   """Default settings of an objective with this reduction.
 
   Raises:
-    InputError: an unknown objective.
+    InputError: the objective is unknown.
   """
   if objective not in OBJECTIVES:
     raise base.InputError(f"objective={objective!r}: choose one of {OBJECTIVES}.")
@@ -288,15 +287,15 @@ def forml(
   The state contains the weights [N], in units of the uniform weight; all are 1 at
   first. The weights of a batch are gathered by `batch["index"]`, normalized over the
   global batch, updated, and stored again; an index may occur only once in a batch. The
-  sums of the paper are over all examples. The normalization within a batch is a choice
-  of this library. Its disadvantage is that a batch that contains only low weights is
-  scaled up to a mean of 1. The outer optimizer then updates the network with the new
-  weights.
+  outer optimizer then updates the network with the new weights. The sums of the paper
+  are over all examples. The normalization within a batch is a choice of this library;
+  its disadvantage is that the weights of a batch that contains only low weights are
+  scaled up to a mean of 1.
 
   Args:
-    weight_learning_rate: eta, the change of a weight (with a sum of 1 over the batch)
-      per dF/dw. Weights change in proportion to the product eta alpha. On MNIST with
-      batches of 100, products of 0.01 (the default) and 0.02 performed best among
+    weight_learning_rate: eta, the change of a weight per dF/dw, where the weights of a
+      batch sum to 1. Weights change in proportion to the product eta alpha. On MNIST
+      with batches of 100, products of 0.01 (the default) and 0.02 performed best among
       products from 0.0004 to 0.1.
     objective: one of `OBJECTIVES`.
     num_groups: G; the number of classes if None.

@@ -17,10 +17,10 @@ Differences from the released program (github.com/giorgiop/loss-correction):
   training set, which is held out with its given labels; here, T is estimated from the
   network at a fixed epoch.
 - The anchor of the release is the example with the largest p_i strictly below the 97th
-  percentile, or on CIFAR-100 with the overall maximum. This equals the anchor of this
-  library, unless examples are tied there or one lies exactly on the percentile. To skip
-  the largest values, the release sets them to 0 in place, class after class. If the
-  anchor of class i is also among the top 3% of an earlier class j, its T_ij is
+  percentile (on CIFAR-100, the largest p_i of all). This is also the anchor of this
+  library, unless examples are tied for it or one lies exactly on the percentile. To
+  skip the largest values, the release sets them to 0 in place, class after class. If
+  the anchor of class i is also among the top 3% of an earlier class j, its T_ij is
   therefore 0.
 
 References:
@@ -62,12 +62,12 @@ def forward_correction(
 
   Returns:
     A `base.Method` whose state is T, float32 [C, C]. It always trains on the corrected
-    losses, also inside `changed_loss`, and logs the mean of T's diagonal.
+    losses, even inside `changed_loss`, and logs the mean of T's diagonal.
 
   Raises:
     InputError: the estimator is unknown, the epoch or the percentile is out of range,
-      the rows of `transition` are not distributions, or (when training begins) it has
-      another number of classes than the data.
+      the rows of `transition` are not distributions, or (when training begins) its
+      shape does not fit the number of classes of the data.
   """
   known = None if transition is None else _checked_transition(transition)
   first = from_epoch or 0

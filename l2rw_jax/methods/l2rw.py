@@ -7,9 +7,9 @@ step on sum_i w_i l_i, and M(p') the meta loss. Then [eq. 4-6]:
     score_i  = -dM/dw_i at w = 0        = <grad l_i, grad M> for plain SGD
     weight_i = max(score_i, 0) / S,  S = sum_j max(score_j, 0)     [eq. 7-9]
 
-If all scores are zero, all weights are zero (delta in the paper). The learning rate of
-the look-ahead step cancels. The weights sum to 1 over the *global* batch, so the
-weighted loss is a sum without another factor 1/B.
+If no score is positive, all weights are zero (the term delta in the paper). The
+learning rate of the look-ahead step cancels. The weights sum to 1 over the *global*
+batch, so the weighted loss is a sum without another factor 1/B.
 
 Differences between the authors' released code and the paper: the code computes inner
 products of the meta gradient with per-example gradients instead of p' (the same
@@ -24,13 +24,14 @@ Two approximations make a step cheaper:
 - `layers`: scores from some of the layers. The inner product above is a sum over the
   parameters; only the terms of some layers, such as the last, are computed.
 - `refresh_every`: the direction of an earlier step. The gradient of the meta loss is
-  computed in one of several steps, although it may change much from step to step.
+  computed only once in several steps, although it may change a lot from step to step.
 
-In forward passes of the layerwise engine, a step takes 3 B + f B + 3 M / k for a share
-f of the cost and a direction every k steps, compared with 4 B + 3 M. Both
+The cost of an exact step with the layerwise engine is 4 B + 3 M forward passes of one
+example. With both approximations it is 3 B + f B + 3 M / k, where f is the share of the
+selected layers in the cost, and the gradient is computed every k steps. Both
 approximations change the weights, and which of them changes the weights more depends on
-the problem. With the second, networks can become much worse. The documentation of L2RW
-has measured rank correlations and accuracies.
+the problem. The second can make the trained network much worse. The documentation of
+L2RW lists measured rank correlations and accuracies.
 
 Matrix products on TPU and recent GPUs are rounded to bfloat16 or TF32 by default. A
 score is the difference of nearly equal numbers, so a small score can change its sign.
@@ -116,10 +117,10 @@ def example_weights(
 
   This function is pure: it works inside `jit`, `vmap`, `pmap`, `shard_map`, and under
   `jit` with sharded arrays. It costs at most 3 forward passes of each batch. The
-  gradient that the caller computes afterwards costs 2 more, because both share a
-  forward pass; see `linearization.linearize`. With `microbatch_size`, it costs 3 passes
-  of the meta batch and 4 of the training batch. The gradient then costs 3 more, because
-  nothing is shared.
+  gradient that the caller computes afterwards costs only 2 more, because it shares a
+  forward pass with the scores; see `linearization.linearize`. With `microbatch_size`,
+  this function costs 3 passes of the meta batch and 4 of the training batch. The
+  gradient then costs 3 more, because nothing is shared.
 
   Args:
     losses_fn: `(params, batch) -> losses [B]`; from a loss of one example:
@@ -237,7 +238,7 @@ def weigh(
     "training losses", linearized.losses, axis_name, ": check batch and params"
   )
   scores = -hypergradient.weight_gradient(linearized, direction, axis_name)
-  # These are constants, also if this function is called in a loss that is
+  # Scores are constants, even if this function is called inside a loss that is
   # differentiated.
   scores = jax.lax.stop_gradient(scores)
   scores_finite = base.finite_rows(
@@ -277,11 +278,11 @@ def weighted_value_and_grad(
   """Like `jax.value_and_grad` of a mean loss, but weighted by L2RW.
 
   It replaces `jax.value_and_grad` in a training step. A single forward pass of the
-  batch is used for its losses, its scores and the weighted gradient. It starts after
-  the meta batch has been processed, so that the activations of only one batch at a time
-  are in memory, unless the parameters take more memory than the activations, see
-  `hypergradient.order_of`; `info.order` is the order. Arguments are those of
-  `example_weights`.
+  batch is used for its losses, its scores and the weighted gradient. This pass starts
+  after the meta batch has been processed, so that the activations of only one batch at
+  a time are in memory, unless the parameters take more memory than the activations (see
+  `hypergradient.order_of`; `info.order` is the order that was used). Arguments are
+  those of `example_weights`.
 
   Returns:
     `(params, batch, meta_batch, opt_state=None, direction=None) -> ((loss, info),
@@ -373,9 +374,9 @@ def l2rw(
     layers: the parameters from which scores are computed, see `restriction.restricted`;
       None is all. This is an approximation.
     refresh_every: number of steps for which one gradient of the meta loss is used. A
-      number above 1 is an approximation, which can lower the accuracy by much: compare
-      it with 1 on your data. Several runs under one `vmap` compute the gradient in
-      every step.
+      number above 1 is an approximation, which can lower the accuracy considerably:
+      compare it with 1 on your data. Several runs under one `vmap` compute the gradient
+      in every step.
 
   Returns:
     A `base.Method` that needs a meta batch. If `refresh_every` is above 1, its state is

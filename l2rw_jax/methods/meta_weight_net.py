@@ -277,9 +277,8 @@ class _Lookahead(NamedTuple):
   """The results of the look-ahead step from which the meta gradient is computed.
 
   Attributes:
-    weights_fn: maps phi to the weights of the look-ahead step, those of the global
-      batch.
-    direction: the gradient of the meta loss, transposed through the optimizer.
+    weights_fn: maps phi to the weights of the look-ahead step, for the global batch.
+    direction: the gradient of the meta loss, pulled back through the optimizer step.
     losses_finite: whether the losses of the training batch are finite.
   """
 
@@ -330,8 +329,8 @@ def _lookahead(
 def _meta_gradient(linearized, lookahead, phi, axis_name):
   """The meta gradient.
 
-  `linearized` is of the training batch; with `recompute`, it is not the one from which
-  `lookahead` was computed.
+  `linearized` is the training batch, linearized; with `recompute`, `lookahead` was
+  computed from an earlier linearization.
   """
   weights_fn, direction, losses_finite = lookahead
   logging.log_first_n(
@@ -402,8 +401,9 @@ def meta_weight_net(
     every: number of steps between meta steps; 1 in the paper.
     microbatch_size: number of examples of each batch that are in memory at a time, see
       `microbatching`.
-    recompute: see `network_gradient`; the gradient of the classifier needs no other
-      pass. With BatchNorm, statistics are those of the second pass.
+    recompute: see `network_gradient`; the gradient of the classifier needs no
+      additional pass. With BatchNorm, the running statistics are updated by the second
+      pass.
 
   Returns:
     A `base.Method` that needs a meta batch; its state is a `meta_network.State`.
@@ -481,8 +481,8 @@ def meta_weight_net(
     axis_name = problem.axis_name
 
     def with_update():
-      # Only the losses and one weighted gradient are needed, for which reverse mode
-      # stores least.
+      # Only the losses and one weighted gradient are needed, and for these, reverse
+      # mode stores the least.
       reverse = functools.partial(linearization.linearize, engine="reverse")
       first = dataclasses.replace(problem, linearize=reverse).linearize_batch(inputs)
       lookahead = lookahead_of(first, state.params, problem, inputs)

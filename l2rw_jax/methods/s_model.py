@@ -38,7 +38,7 @@ def smoothed_identity(num_classes: int, smoothing: float = 0.46) -> base.Array:
   """A matrix [C, C] with 1 - smoothing on the diagonal; rows sum to 1.
 
   The other entries of a row are equal. The default is that of the released program,
-  which was written for labels of which about this share is wrong.
+  which was written for data in which about this share of the labels is wrong.
 
   Raises:
     InputError: `smoothing` is not between 0 and 1.
@@ -58,7 +58,7 @@ def s_model_loss(
 ) -> base.Array:
   """-log (softmax(z) @ softmax(A))[label], softmax by rows, in nats.
 
-  For any finite A the loss and its gradients in z and A are finite.
+  For any finite A, the loss and its gradients with respect to z and A are finite.
 
   Args:
     logits: z [B, C] or [B, 1].

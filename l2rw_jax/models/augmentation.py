@@ -22,7 +22,7 @@ PADDINGS = {"zero": "constant", "reflect": "reflect"}
 class Preprocess:
   """Crops, flips and scales images; use it as `Classifier.preprocess`.
 
-  Pixels of uint8 are first scaled to [0, 1], so that `mean` and `std` refer to that.
+  Pixels of uint8 are first scaled to [0, 1]; `mean` and `std` refer to the scaled ones.
   Training and meta batches are augmented in the same way, as in the released codes of
   L2RW, Meta-Weight-Net and WarPI. In evaluation, images are only scaled.
 
@@ -68,7 +68,7 @@ def to_float(images: Any) -> jax.Array:
   """Scales uint8 pixels to [0, 1], casts other integers, and keeps floats.
 
   Pixels become x / 255, correctly rounded to float32, as NumPy computes it. XLA may
-  replace a division by a multiplication by 1 / 255, which rounds another way.
+  replace the division with a multiplication by 1 / 255, which rounds differently.
 
   Args:
     images: [B, ...], such as [B, H, W, C].

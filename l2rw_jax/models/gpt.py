@@ -30,7 +30,7 @@ class GPT(split.SplitNetwork):
     remat: whether the activations in a block are computed again in the backward pass
       instead of stored.
     tied: whether the embedding of the tokens is also the output layer. Otherwise, the
-      output layer is a linear layer with its own kernel and bias.
+      output layer is a linear layer with a separate kernel and bias.
     last_only: whether only the token after the sequence is predicted, as a class of a
       `classifier.Classifier`.
     dtype: floating-point type of the computation; logits are float32 or wider.
@@ -75,7 +75,7 @@ class GPT(split.SplitNetwork):
 
   @property
   def num_features(self) -> int | None:
-    """Width of the penultimate layer; None if every token has its own features."""
+    """Width of the penultimate layer; None if there are features for every token."""
     return self.width if self.last_only else None
 
   def head(self, features: jax.Array) -> jax.Array:
@@ -88,7 +88,7 @@ class GPT(split.SplitNetwork):
     """Maps tokens [B, T] to features [B, T, width].
 
     If `last_only`, the result is the features [B, width] of the last token. Tokens may
-    be floating-point numbers, because `Classifier` casts its inputs to them.
+    be floating-point numbers, because `Classifier` casts its inputs to floating point.
     """
     del train
     h = self.embed(x.astype(jnp.int32))

@@ -23,8 +23,8 @@ class GroupNorm(nn.Module):
   Attributes:
     num_groups: G, a divisor of the number of channels C.
     epsilon: a number that is added to the variance.
-    dtype: type of the result; None is the type of the input, which flax would promote.
-      The statistics are computed in float32 or wider.
+    dtype: type of the result; None is the type of the input (flax would promote it with
+      the parameters). The statistics are computed in float32 or wider.
   """
 
   num_groups: int

@@ -12,9 +12,9 @@ class LanguageModel(classifier.Classifier):
   """A classifier of the token that follows each token of a sequence.
 
   `batch["image"]` contains the tokens [B, T] of the sequences, and `batch["label"]` the
-  token after each, [B, T]. A label of -1, such as after the end of a shorter sequence,
-  does not count. The network maps tokens to logits [B, T, V], as `gpt.GPT` does, and
-  the number of classes is V.
+  token after each, [B, T]. Labels of -1, such as those after the end of a shorter
+  sequence, are ignored. The network maps tokens to logits [B, T, V], as `gpt.GPT` does,
+  and the number of classes is V.
   """
 
   def _images(self, batch: base.Batch, key: base.Array, train: bool) -> base.Array:
@@ -26,8 +26,8 @@ class LanguageModel(classifier.Classifier):
     """Mean cross-entropy of the tokens of each sequence, [B], in nats."""
     labels = batch["label"]
     counts = labels != -1
-    # The layerwise engine needs the axis of the examples, so it is not merged with that
-    # of the tokens.
+    # The layerwise engine needs the axis of the examples, so it is not merged with the
+    # axis of the tokens.
     per_token = jax.vmap(losses.softmax_cross_entropy)(outputs, labels, where=counts)
     number = jnp.maximum(counts.sum(axis=1), 1).astype(per_token.dtype)
     return per_token.sum(axis=1) / number

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 def max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
   """Max pooling with SAME padding over the two middle axes of [B, H, W, C].
 
-  The values are those of `flax.linen.max_pool`. It is written as maxima over shifted
+  The values are those of `flax.linen.max_pool`. They are computed as maxima of shifted
   slices, first over rows and then over columns, because the gradient of `reduce_window`
   (select-and-scatter) took 40% of a LeNet step on XLA:CPU. If several inputs are tied
   for the maximum, the first one gets the gradient.

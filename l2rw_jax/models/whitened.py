@@ -38,13 +38,13 @@ def whitening_filters(images: np.ndarray) -> Filters:
   """Filters that decorrelate the patches of images and give them equal variance.
 
   The patches of 2 x 2 pixels have a covariance matrix E diag(lambda) E^T. The filters
-  are the columns of E diag(lambda + epsilon)^(-1/2), with epsilon a thousandth of the
-  mean of lambda, and the same with the opposite sign, because GELU removes negative
-  outputs.
+  are the columns of E diag(lambda + epsilon)^(-1/2) and their negatives, which are
+  needed because GELU removes negative outputs. Epsilon is a thousandth of the mean of
+  lambda.
 
   Args:
-    images: images in the form in which the network gets them in evaluation, float
-      [N, H, W, C]. A thousand are enough; no labels are needed.
+    images: images as the network receives them in evaluation mode, float [N, H, W, C].
+      A thousand are enough; no labels are needed.
 
   Returns:
     Filters [4 C, 8 C] for `WhitenedNet.whitening`, in the order of rows, columns and

@@ -190,7 +190,7 @@ class Checkpoints:
       run: a new run; its step, state, positions and timer are restored.
 
     Returns:
-      The weight log, and the argument `saved` of `Metrics`; None without a
+      The weight log, and the argument `saved` of `Metrics`, which is None without a
       checkpoint.
 
     Raises:
@@ -212,7 +212,7 @@ class Checkpoints:
     return weight_log.WeightLog(*(np.array(x) for x in weights)), restored.host
 
   def _read(self, like):
-    """The latest intact checkpoint, which process 0 finds."""
+    """The latest intact checkpoint, which process 0 selects."""
     found = []
 
     def latest():
@@ -277,7 +277,7 @@ class Checkpoints:
     """Saves the last good state and raises InputError if a step was not finite.
 
     Args:
-      run: the runs; waits for their steps.
+      run: the runs; this function waits for their steps.
       metrics: the metrics, which are saved with the checkpoint.
       weights: the weight log, which is saved with the checkpoint.
       name: name of the runs in the message.

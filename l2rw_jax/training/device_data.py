@@ -1,9 +1,9 @@
-"""Where examples are kept during training: on the devices if they fit, or elsewhere.
+"""Where examples are kept during training: on the devices if they fit, or on the host.
 
-In all cases a step receives arrays of examples and the rows to take from them, so
-that one compiled step works for all cases. A set that fits on the devices is sent once,
-and each call sends only row numbers. Otherwise, each call sends the examples that its
-steps use; `streaming` reads those of the training set ahead in other threads.
+In both cases, a step receives arrays of examples and the rows to take from them, so one
+compiled step works for both. A set that fits on the devices is sent once, and each call
+sends only row numbers. Otherwise, each call sends the examples that its steps use;
+`streaming` reads training examples ahead in other threads.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +20,8 @@ from l2rw_jax.training import read_workers
 from l2rw_jax.training import sampling
 from l2rw_jax.training import streaming
 
-# Share of an accelerator's free memory. The rest is for activations, and for the
-# second copy that exists while sets are copied to the devices.
+# Share of an accelerator's free memory that sets may use. The rest is for activations,
+# and for the second copy that exists while sets are copied to the devices.
 _SHARE = 1 / 4
 # Bytes for all CPU devices together, where keeping data on the devices gains little.
 # This number is also used if `memory_stats()` is unavailable.
@@ -29,7 +29,7 @@ _HOST_BYTES = 2**30
 
 
 class Part(NamedTuple):
-  """Examples on the devices, and the rows of them that K steps use.
+  """Arrays of examples, and the rows of these arrays that K steps use.
 
   Attributes:
     examples: arrays [D, R, n, ...].
@@ -133,7 +133,7 @@ class DeviceData:
 
 
 class Store(Protocol):
-  """One kind of examples (training or meta) of R runs.
+  """The training sets, or the meta sets, of R runs.
 
   Attributes:
     num_bytes: their size on each device; 0 if they are kept on the host.
@@ -200,7 +200,7 @@ def budget(devices: list[jax.Device]) -> int:
 def take(examples: base.Batch, rows: base.Array) -> base.Batch:
   """The batch [b, ...] of one step of one run on one device; traced."""
   # Rows are within bounds: training rows are checked when an epoch begins, and all
-  # other rows are computed in this module.
+  # other rows are computed by this package.
   return {
     name: x.at[rows].get(mode="promise_in_bounds") for name, x in examples.items()
   }

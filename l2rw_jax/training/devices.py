@@ -8,9 +8,9 @@ axis: their batch axis contains the examples of all devices, in order.
 With several processes, a step runs on the devices of all processes, in the order of the
 processes, and D counts the devices of this process. `jax.shard_map` runs the same
 program as `jax.pmap`. JAX only maintains pmap and has implemented it by shard_map since
-version 0.8: with several processes, it converts all arguments and results of every call
-between arrays of this process and arrays of all processes. Under shard_map, the state
-remains an array of all processes.
+version 0.8: with several processes, pmap converts all arguments and results of every
+call between arrays of this process and arrays of all processes. If shard_map is used
+directly, the state remains an array of all processes.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,8 +38,8 @@ def choose(num_devices: int | None, batch_size: int) -> list[jax.Device]:
     batch_size: B.
 
   Raises:
-    InputError: there are fewer devices, their number does not divide the batch size,
-      or processes would have different numbers of devices.
+    InputError: there are fewer devices than `num_devices`, their number does not divide
+      the batch size, or processes would have different numbers of devices.
   """
   if processes.count() > 1:
     return _choose_of_all(num_devices, batch_size)
@@ -88,7 +88,7 @@ def _choose_of_all(num_devices, batch_size):
 
 
 def local(devices: Sequence[jax.Device]) -> list[jax.Device]:
-  """Those of the devices that belong to this process."""
+  """The devices that belong to this process."""
   return [d for d in devices if d.process_index == processes.index()]
 
 
@@ -262,7 +262,7 @@ class _ShardMapped:
 
 
 def _from_shards(x, sharding, growth):
-  """The shards of `x` in this process as an array whose leading axis grows."""
+  """The shards of `x` in this process as an array with `growth` times as many rows."""
   shape = (round(x.shape[0] * growth), *x.shape[1:])
   shards = [shard.data for shard in x.addressable_shards]
   return jax.make_array_from_single_device_arrays(shape, sharding, shards)

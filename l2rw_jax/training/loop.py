@@ -19,7 +19,7 @@ before the run stops.
 
 Several processes (`jax.distributed`) train one run together: all of them call `train`
 with the same arguments, every process sends its rows of every batch to its devices, and
-process 0 writes the files, in a folder that all of them see. Another number of
+process 0 writes the files, in a folder that all of them can read. Another number of
 processes and devices can continue the run; the results then differ only by rounding.
 """
 
@@ -67,7 +67,7 @@ def train(
     model: the network and its loss.
     method: the method that computes gradients from batches.
     optimizer: the optimizer of the network.
-    splits: the data of each seed, all of one size.
+    splits: the data of each seed, all of the same size.
     folder: the folder of all files. The model, the method and the optimizer must be
       those with which the folder was created.
     evaluators: metrics of the test set; one of them must compute `accuracy`.

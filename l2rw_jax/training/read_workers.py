@@ -1,9 +1,9 @@
 """Reads row sources in other processes.
 
-Image decoders hold Python's global lock most of the time, so several threads decode
-little more than one. The worker processes are spawned, not forked, which is unsafe once
-JAX runs threads. They receive the pickled sources once, and then receive row numbers
-and return arrays.
+Image decoders hold Python's global interpreter lock most of the time, so several
+threads are hardly faster than one. The worker processes are spawned, because forking is
+unsafe once JAX runs threads. They receive the pickled sources once, and then receive
+row numbers and return arrays.
 """
 
 from collections.abc import Sequence
@@ -73,7 +73,7 @@ class Workers:
       ) from None
 
   def close(self) -> None:
-    """Ends the worker processes once they have read what they are reading."""
+    """Ends the worker processes once they have finished their current reads."""
     self._pool.shutdown(cancel_futures=True)
 
 
@@ -94,14 +94,14 @@ class _ReadByWorkers:
 def read_by_workers(
   sets: Sequence[base.Batch], num_workers: int
 ) -> tuple[list[base.Batch], Workers | None]:
-  """Replaces the row sources of sets by ones that worker processes read.
+  """Replaces the row sources of sets with ones that worker processes read.
 
   Args:
     sets: for each run, arrays or row sources by name.
     num_workers: number of worker processes.
 
   Returns:
-    The sets, and their workers, or None if all are arrays.
+    The sets, and their workers (None if the sets contain only arrays).
   """
   sources: list[Any] = []
   places = []
@@ -120,7 +120,7 @@ def read_by_workers(
 
 
 def _start_worker(content: bytes) -> None:
-  # A signal to the group of processes is for the training process, which may still
+  # Signals to the process group are meant for the training process, which may still
   # need examples for the step after which it saves a checkpoint.
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)

@@ -60,10 +60,10 @@ def write(
   facts: dict[str, Any],
   statistics: dict[str, np.ndarray] | None = None,
 ) -> None:
-  """Writes the files of a finished run, and last `results.json`, which marks it.
+  """Writes the files of a run; `results.json` is last and marks the run as finished.
 
   Args:
-    folder: the folder of this run; its metrics are closed.
+    folder: the folder of this run; its metrics must be closed.
     state: the training state of this run, on the host.
     log: the weights of all runs.
     run: index of this run in `log`.

@@ -72,7 +72,7 @@ class TrainSampler:
     return self.epoch_length() - self.position.offset
 
   def ahead(self) -> Callable[[int], np.ndarray]:
-    """Returns a function `i -> rows` of the batch that is i after the next one.
+    """Returns a function `i -> rows` of a batch; the next batch has i = 0.
 
     The function may be called in other threads, and its result does not change when
     this sampler advances. It draws the order of later epochs itself, so the order must
@@ -177,7 +177,7 @@ class Sampler:
       run.position = position
 
   def epoch(self) -> tuple[int, int]:
-    """Numbers of steps until the next start of an epoch, and in the shortest epoch.
+    """Number of steps left in the current epoch, and length of the epoch, in steps.
 
     Each is the minimum over the runs.
     """
@@ -185,7 +185,7 @@ class Sampler:
     return steps_left, min(run.epoch_length() for run in self.runs)
 
   def ahead(self) -> Callable[[int], np.ndarray]:
-    """Returns a function `i -> rows [R, B]` of the step that is i after the next one.
+    """Returns a function `i -> rows [R, B]` of a step; the next step has i = 0.
 
     See `TrainSampler.ahead`.
     """

@@ -218,7 +218,7 @@ def first_failed_run(failure: Failure) -> int | None:
 
 
 def explain_failure(failure: Failure, run: int, batch_size: int) -> tuple[str, str]:
-  """Describes the failure of a run, and returns the description and advice."""
+  """Returns a description of the failure of a run, and advice."""
   if num_losses := int(failure.losses[run]):
     what = f"{num_losses} of {batch_size} losses are NaN or infinite"
     return what, "Lower --learning_rate or check the data."

@@ -44,10 +44,10 @@ def watched(
 ) -> base.Method:
   """Returns `method` with the loss of a validation set as `Gradients.value`.
 
-  The loss is that of the problem that this wrapper receives: the loss of the classifier
-  if this function wraps `changed_loss`, and the changed loss if `changed_loss` wraps
-  this function. Let this function wrap `baselines.fine_tuning`, because the last steps
-  of that method otherwise report the loss of the meta set.
+  The validation loss uses `loss` of the problem that this wrapper receives: the loss of
+  the classifier if this function wraps `changed_loss`, and the changed loss if
+  `changed_loss` wraps this function. Let this function wrap `baselines.fine_tuning`,
+  because the last steps of that method otherwise report the loss of the meta set.
 
   Args:
     method: the method; its gradients do not change.
@@ -128,7 +128,7 @@ def reduce_on_plateau(
   """Scales the updates of `optimizer` by `factor` when the value stops decreasing.
 
   This is PyTorch's ReduceLROnPlateau with one value for each epoch, but it decides one
-  epoch later: a value that is computed before an epoch takes effect at its end.
+  epoch later: a value that is computed before an epoch takes effect at the end of it.
 
   Args:
     optimizer: any optimizer.

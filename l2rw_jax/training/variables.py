@@ -1,9 +1,12 @@
-"""The trained variables of a run, in a file that flax reads without this package.
+"""The trained variables of a run, in a file that flax can read without this package.
 
-from flax import serialization
-content = pathlib.Path("runs/NAME/seed-0/variables.msgpack").read_bytes()
-stored = serialization.msgpack_restore(content)
-logits = network.apply({"params": stored["params"], **stored["model_state"]}, images)
+To apply the network:
+
+    from flax import serialization
+    content = pathlib.Path("runs/NAME/seed-0/variables.msgpack").read_bytes()
+    stored = serialization.msgpack_restore(content)
+    variables = {"params": stored["params"], **stored["model_state"]}
+    logits = network.apply(variables, images)
 """
 
 import pathlib
@@ -38,8 +41,8 @@ def read(folder: pathlib.Path) -> tuple[Any, Any]:
     folder: folder of the run.
 
   Returns:
-    Nested dictionaries of NumPy arrays. A container that was not a dictionary has the
-    names of its fields or the positions of its elements as keys, which are strings.
+    Nested dictionaries of NumPy arrays. Other containers become dictionaries whose keys
+    are the names of the fields or the positions of the elements, as strings.
 
   Raises:
     InputError: the file is missing or damaged.
@@ -56,7 +59,7 @@ def read(folder: pathlib.Path) -> tuple[Any, Any]:
 
 
 def restore(stored: Any, like: base.PyTree) -> base.PyTree:
-  """Nested dictionaries as a pytree of another structure.
+  """Converts nested dictionaries to the structure of `like`.
 
   Args:
     stored: params or model_state, as `read` returns them.

@@ -56,7 +56,7 @@ def load(
 
   Args:
     path: path of the file that `save` wrote.
-    num_classes: C of the student's data; None does not check it.
+    num_classes: C of the student's data; None skips the check.
 
   Raises:
     InputError: there is no mentor at `path`, the file is damaged or has another format,
@@ -117,7 +117,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     raise base.InputError(_not_a_mentor(path)) from error
   try:
     record = json.loads(text)
-  # The parser recurses for every bracket.
+  # The parser recurses for every bracket, so a damaged file can cause a RecursionError.
   except (ValueError, RecursionError) as error:
     raise base.InputError(f"--mentor={path} is damaged: {_REFIT}.") from error
   if not isinstance(record, dict) or record.get("kind") != _KIND:

@@ -16,7 +16,7 @@ A training step of the student, as in the released code:
     v = curriculum(l, l - m, label, e), or 1 during burn-in
     v = 0 for all but floor(n (1 - rate(e))) random examples
 
-Differences between the released code and the paper, as far as its text is known to us:
+Differences between the released code and the paper, as far as we know the paper's text:
 the paper samples examples by v, whereas the code uses v as weights and drops examples
 at random; the code scales weight decay by the mean of v (`weight_decay`); and its hard
 mining keeps every example with a label above 0 (`positive_labels`).
@@ -213,8 +213,8 @@ def epoch_percent(step: Any, num_steps: int) -> base.Array:
       " step.astype(int)."
     )
   if not isinstance(step, jax.Array):
-    # A number of the host may have more bits than JAX keeps, but percents do not need
-    # them.
+    # A Python or NumPy integer may have more bits than JAX keeps, so the percent is
+    # computed on the host.
     return jnp.asarray(min(max(100 * int(step) // num_steps, 0), 99), jnp.int32)
   # Compare with the first step of each percent, because 100 * step overflows int32.
   largest = np.iinfo(step.dtype).max
@@ -225,7 +225,7 @@ def epoch_percent(step: Any, num_steps: int) -> base.Array:
 def example_dropout(
   key: base.Array, weights: Any, rate: Any, *, axis_name: base.AxisName = None
 ) -> base.Array:
-  """Keeps floor(n (1 - rate)) random weights of the global batch, sets others to 0.
+  """Keeps floor(n (1 - rate)) random weights of the global batch; the others become 0.
 
   Args:
     key: typed PRNG key, the same on every device.
@@ -341,8 +341,8 @@ def mentornet(
     A `base.Method` whose state is the moving percentile, float32 [].
 
   Raises:
-    InputError: a setting is out of range; when traced, the mentor was fitted
-      for another number of classes.
+    InputError: a setting is out of range, or (when the step is traced) the mentor was
+      fitted for another number of classes.
   """
   check_percentile(percentile)
   _check_range("decay", decay, 0, 1)
