@@ -51,7 +51,7 @@ def select(
   equal.
 
   An example whose label is not a class, or whose logits contain a NaN, is not selected.
-  `example_weights` gives NaN for the whole batch in this case, because NaN logits enter
+  `example_weights` gives NaN for the whole batch in both cases; NaN logits enter
   the statistics of all examples.
 
   Args:
