@@ -9,12 +9,12 @@ import pytest
 
 from benchmarks import compile_time
 
-# Relative to plain training, by number of parameter arrays. Checks and weights take as
-# many operations for any number of arrays, which counts in small programs.
+# Limits relative to plain training, by the number of parameter arrays. Checks and
+# weights take a constant number of operations, which matters in small programs.
 _LIMITS = {name: {50: 3.0, 200: 3.0, 800: 3.0} for name in compile_time.STEPS}
 _LIMITS["example_weights"] = {50: 3.2, 200: 3.0, 800: 3.0}
 _LIMITS["layerwise"] = {50: 3.2, 200: 3.0, 800: 3.0}
-# Older versions of jax write more operations for the same function.
+# Older versions of JAX emit more operations for the same function.
 _LIMITS["clipped_gradient"] = {50: 3.0, 200: 3.1, 800: 3.2}
 
 
