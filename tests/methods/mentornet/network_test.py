@@ -1,4 +1,4 @@
-"""The mentor's network against NumPy, and weights of extreme losses."""
+"""The mentor's network: compared with NumPy, and its weights for extreme losses."""
 
 import functools
 
