@@ -36,7 +36,7 @@ def script_of(path):
 
 
 def commands(text):
-  """The scripts that a text starts, with their arguments, after expansion."""
+  """The scripts that a text starts, with their expanded arguments."""
   text = text.replace("\\\n", " ")
   found = re.findall(r"python -m experiments\.(\w+)([^\n&|]*)", text)
   assert found

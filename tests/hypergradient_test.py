@@ -118,7 +118,7 @@ def _three_ways(losses_fn, optimizer):
 
 
 def _warm(optimizer, params):
-  """A state as in the middle of a run."""
+  """An optimizer state as in the middle of a run."""
   rng = np.random.default_rng(3)
 
   def fill(x):

@@ -31,7 +31,7 @@ def _problem(size=60, num_classes=4, seed=0, unseen=(3, 17)):
 
 
 def _reference(p, given):
-  """Equations (1) to (4), one number at a time: scores [N] and the count of issues."""
+  """Equations (1) to (4) of `label_issues` in loops: scores [N], number of issues."""
   size, num_classes = p.shape
   rows = [i for i in range(size) if np.isfinite(p[i]).all()]
   classes = range(num_classes)

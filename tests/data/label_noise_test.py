@@ -115,8 +115,8 @@ def test_uniform_share_of_wrong_labels(num_classes, variant, wrong):
     rng=np.random.default_rng(0),
     variant=variant,
   )
-  # The paper's share is exact. In official_code, a flip may keep the label, so that the
-  # share is random: 0.002 is more than three standard deviations.
+  # The share of "paper" is exact. In "official_code", a flip may keep the label, and so
+  # the share is random: 0.002 is more than three standard deviations.
   assert abs(np.mean(noisy != labels) - wrong) < 0.002
 
 

@@ -103,7 +103,7 @@ def test_every_row_tells_where_it_comes_from(path):
     ("digits_noise", ["uniform", "clean_only", "fine_tuning", "l2rw"], 5),
     # Two data sets by three problems.
     ("clean_examples", ["uniform", "no_clean_data"], 6 * 5),
-    # The same for five numbers of clean images.
+    # The same, for each of five numbers of clean images.
     (
       "clean_examples",
       ["clean_only", "early_stopped", "fine_tuning", "l2rw"],

@@ -32,7 +32,7 @@ def test_a_program_is_at_most_a_few_times_that_of_plain_training(name):
   sizes = {n: _count(compile_time.STEPS[name], n) for n in (50, 200)}
   plain = {n: _plain(n) for n in sizes}
   for counts in (sizes, plain):
-    # Tracing 800 arrays takes too long for a test, so their number is extrapolated from
+    # Tracing 800 arrays takes too long for a test, so the count is extrapolated from
     # the number of operations for each further array.
     counts[800] = counts[200] + (counts[200] - counts[50]) * 600 // 150
   for num_arrays, limit in _LIMITS[name].items():

@@ -183,7 +183,7 @@ def test_the_queue_orders_by_value_per_minute_and_refuses_what_does_not_fit(
   by_name = {entry.cell.name: entry for entry in entries}
   assert by_name["c"].state.measured.mean == 1.5
   assert by_name["d"].state.name == "to do" and by_name["d"].minutes == 50
-  # Two of three took a tenth of their estimates, so that d is expected to do so, too.
+  # Two of three took a tenth of their estimates, so that the estimate of d shrinks.
   reproduce.workdir_lib.write_record(
     tmp_path / "w" / "a" / "reproduce.json",
     {"minutes": 0.4, "is_done": True, "seeds": 3, "device": "cpu"},

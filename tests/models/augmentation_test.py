@@ -68,7 +68,7 @@ def test_scaling_matches_hand_computed_values():
   np.testing.assert_allclose(
     augmentation.standardize(pair).ravel(), [-1, 1, 0, 0], atol=1e-6
   )
-  # A nearly constant image is divided by 1 / sqrt(2), not by its deviation.
+  # A nearly constant image is divided by 1 / sqrt(2), not by its standard deviation.
   flat = jnp.array([0.0, 0.2]).reshape(1, 1, 2, 1)
   np.testing.assert_allclose(
     augmentation.standardize(flat).ravel(), [-0.1 * 2**0.5, 0.1 * 2**0.5], rtol=1e-5

@@ -54,7 +54,7 @@ def sweep(path, kind, names):
   from l2rw_jax.training import devices
 
   names = names or [n for n in sweep_test._METHODS if n not in _OTHER_SETTINGS]
-  # One program initializes all methods of the sweep.
+  # Keep only these, because one program initializes all methods of `sweep_test`.
   sweep_test._METHODS = {name: sweep_test._METHODS[name] for name in names}
   chosen = devices.choose(None, sweep_test._B)
   own = devices.local(chosen)

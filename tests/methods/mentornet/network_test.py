@@ -42,7 +42,7 @@ def _sigmoid(x):
 
 
 def _lstm(params, steps):
-  """Cell and hidden state of one unit after these steps [k, 2]; forget bias 0."""
+  """Cell and hidden state of one unit after `steps` [k, 2]; the forget bias is 0."""
   cell = hidden = 0.0
   for step in steps:
     gate = {
