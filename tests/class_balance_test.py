@@ -1,4 +1,4 @@
-"""Class weights against values by hand and formulas."""
+"""Class weights, compared with published and hand-computed values and formulas."""
 
 import hypothesis
 from hypothesis import strategies as st

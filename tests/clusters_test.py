@@ -15,7 +15,7 @@ from experiments.lib import launch
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 CLUSTERS = REPOSITORY / "docs" / "clusters"
 FILES = sorted(CLUSTERS.iterdir())
-# What a cluster or the file itself sets before the command runs.
+# Variables that the cluster or the file itself sets before the command runs.
 VALUES = {
   "HOME": "/home/user",
   "JOB_COMPLETION_INDEX": "1",
@@ -27,7 +27,7 @@ VALUES = {
 
 
 def script_of(path):
-  """The text of a shell script; of a JobSet, the command of its container."""
+  """The text of a shell script, or the command that the container of a JobSet runs."""
   if path.suffix == ".sh":
     return path.read_text()
   job = yaml.safe_load(path.read_text())["spec"]["replicatedJobs"][0]["template"]
@@ -36,7 +36,7 @@ def script_of(path):
 
 
 def commands(text):
-  """The scripts that a text starts, with their arguments, after expansion."""
+  """The scripts that a text starts, with their expanded arguments."""
   text = text.replace("\\\n", " ")
   found = re.findall(r"python -m experiments\.(\w+)([^\n&|]*)", text)
   assert found
@@ -69,7 +69,7 @@ def test_shell_scripts_have_no_syntax_error(path):
 
 
 def test_tpu_script_runs_the_same_command_on_all_hosts(tmp_path):
-  """Runs the script with a `gcloud` that writes down what it is called with."""
+  """Runs the script with a fake `gcloud` that records its arguments."""
   (tmp_path / "gcloud").write_text(
     f"#!/usr/bin/env bash\nprintf '%s\\n' \"$*\" >> {tmp_path}/calls\n"
   )
@@ -87,7 +87,7 @@ def test_tpu_script_runs_the_same_command_on_all_hosts(tmp_path):
 
 
 def test_slurm_continues_a_run_that_was_stopped(tmp_path):
-  """Runs the script with an `srun` that ends with a status of our choice."""
+  """Runs the script with a fake `srun` that exits with a given status."""
   (tmp_path / ".venv" / "bin").mkdir(parents=True)
   (tmp_path / ".venv" / "bin" / "activate").touch()
   for name, body in {"srun": "exit $STATUS", "scontrol": "echo $* > calls"}.items():

@@ -1,11 +1,11 @@
 """Every public formula on every kind of mesh, and under JAX's debug switches.
 
-The same table is evaluated on one device (the reference, eagerly, with
-`jax_debug_nans`), under an explicit and an automatic mesh, in `pmap` and in
-`shard_map`, all with rank promotion "raise" and strict dtype promotion, see
-`conftest.py`. One compiled function evaluates the whole table, so that the
-sweep costs one compilation for each kind of mesh. Gradients are compared under the
-explicit mesh, where JAX keeps the sharding of every cotangent.
+One table of formulas is evaluated eagerly on one device with `jax_debug_nans` (the
+reference), under an explicit and an automatic mesh, in `shard_map`, and in `pmap`
+(only formulas that take an axis name), always with rank promotion "raise" and strict
+dtype promotion (see `conftest.py`). One compiled function evaluates the whole table,
+so that the sweep costs one compilation for each kind of mesh. Gradients are compared
+under the explicit mesh, where JAX keeps the sharding of every cotangent.
 
 Methods for the training loop are in `methods/sweep_test.py`.
 """
@@ -68,13 +68,13 @@ _SGD = optax.sgd(0.5)
 
 
 class _Data(NamedTuple):
-  """What a formula is given.
+  """The inputs of a formula.
 
   Attributes:
-    batch: the training examples of this device; of all devices under a mesh.
-    meta: the clean examples, likewise.
+    batch: training examples: those of this device in `pmap` and `shard_map`, else all.
+    meta: clean examples, likewise.
     all: all training examples, also in `pmap` and `shard_map`.
-    whole: what has no example axis, the same on every device.
+    whole: arrays without an example axis, the same on every device.
   """
 
   batch: dict[str, Any]
@@ -84,7 +84,12 @@ class _Data(NamedTuple):
 
 
 class _Found(NamedTuple):
-  """What a formula returns: a row for each example, and what devices have in common."""
+  """The results of a formula.
+
+  Attributes:
+    rows: arrays with a row for each example.
+    same: the other results, which are equal on every device.
+  """
 
   rows: Any = ()
   same: Any = ()
@@ -95,10 +100,10 @@ class _Formula(NamedTuple):
 
   Attributes:
     run: `(data, axis_name) -> _Found`.
-    refused: the kinds of mesh where the library raises an InputError by design.
-    has_gradient: whether its gradient, in all that it reads, is compared as well.
-    communicates: whether it takes an axis name and so has another program in `pmap`.
-    tolerance: relative, of its numbers.
+    refused: the kinds of mesh under which the library raises an InputError by design.
+    has_gradient: whether its gradient with respect to its inputs is compared as well.
+    communicates: whether it takes an axis name; only such formulas run in `pmap`.
+    tolerance: relative tolerance of the comparisons.
   """
 
   run: Callable[[_Data, Any], _Found]
@@ -109,7 +114,7 @@ class _Formula(NamedTuple):
 
 
 def _each(fn):
-  """A formula of each example by itself: `(batch, whole) -> rows`."""
+  """A formula that treats each example separately: `(batch, whole) -> rows`."""
   return _Formula(
     lambda data, _: _Found(rows=fn(data.batch, data.whole)), has_gradient=True
   )
@@ -126,7 +131,7 @@ def _spread(fn, **options):
 
 
 def _own(fn, **options):
-  """Like `_spread`, but the axis name is only for the sum of the devices' results."""
+  """Like `_spread`, for a formula without an axis name: `fn` only sums over devices."""
   return _Formula(fn, **options)
 
 
@@ -218,7 +223,7 @@ def _data():
     "advisor": parameters(_ADVISOR, features, losses_of_one),
     "mentor": {name: parameters(net, *mentor) for name, net in _MENTORS.items()},
   }
-  # Batches of one size, so that operations on both are compiled once.
+  # Both batches have the same size, so that each operation is compiled only once.
   batch, meta = examples(_B), examples(_B)
   return jax.tree.map(jnp.asarray, _Data(batch, meta, batch, whole))
 
@@ -640,7 +645,7 @@ _FORMULAS: dict[str, _Formula] = {
   "linearization.linearize": _linearized("auto"),
   "linearization.linearize/forward": _linearized("forward"),
   "linearization.linearize/reverse": _linearized("reverse"),
-  # The quotient of two rounded differences: the engine is no more exact than this.
+  # A difference quotient of rounded float32 losses is no more exact than this.
   "linearization.linearize/difference": _linearized("difference", tolerance=2e-3),
   "linearization.linearize_outputs": _own(_linearized_outputs),
   "per_example.norms": _own(_norms, refused=("explicit",)),
@@ -867,7 +872,7 @@ _COMMUNICATE = {name: f for name, f in _FORMULAS.items() if f.communicates}
 
 
 def _total(formula, leaves, treedef):
-  """The sum of all numbers that a formula returns."""
+  """The sum of all floating-point numbers that a formula returns."""
   found = jax.tree.leaves(formula.run(treedef.unflatten(leaves), None))
   return sum(
     [jnp.sum(x) for x in found if jnp.issubdtype(x.dtype, jnp.inexact)],
@@ -877,7 +882,7 @@ def _total(formula, leaves, treedef):
 
 @functools.cache
 def _places(name):
-  """Of the numbers that a formula reads, among the leaves of the data."""
+  """Which leaves of the data are floating-point arrays that the formula reads."""
   leaves, treedef = jax.tree.flatten(_data())
   total = jax.make_jaxpr(lambda leaves: _total(_FORMULAS[name], leaves, treedef))
   program = total(leaves).jaxpr
@@ -890,7 +895,7 @@ def _places(name):
 
 
 def _gradient(name, data):
-  """Of the sum of what a formula returns, in every number that it reads."""
+  """The gradient of `_total` with respect to the arrays at `_places`."""
   leaves, treedef = jax.tree.flatten(data)
 
   def total(chosen):
@@ -964,8 +969,8 @@ def _on_explicit_mesh():
 
 @functools.cache
 def _results_and_gradients_on_explicit_mesh():
-  """Both, by one program, which computes once what they share."""
-  # JAX caches what it traces here, which cannot run outside of this mesh afterwards.
+  """Computes both in one program, which computes their common parts only once."""
+  # The reference comes first: JAX caches traces, and those of this mesh fail elsewhere.
   _results("one")
   mesh = _mesh(jax.sharding.AxisType.Explicit)
   evaluate, errors = _table(_FORMULAS)
@@ -1083,7 +1088,7 @@ _CHECK = "looks at settings or shapes"
 _INSIDE = "is a part of other formulas of the table"
 _START = "draws parameters before training"
 _LOOP = "takes a task of the training loop: methods/sweep_test.py"
-# Modules without formulas, by the beginning of their names.
+# Modules without formulas for the table, by name prefix, each with the reason.
 _OTHER_MODULES = {
   "audit": "tests/audit runs it on every kind of mesh",
   "base": _INSIDE,
@@ -1101,7 +1106,7 @@ _OTHER_MODULES = {
   "processes": "tests/processes_test.py and tests/training/processes_test.py run it",
   "training": _LOOP,
 }
-# Modules of packages that export their names.
+# Modules that the table calls by another name than the last part of their path.
 _SHORT_NAMES = {
   "linearization.engines": "linearization",
   "coresets.selection": "coresets",
@@ -1193,7 +1198,7 @@ _OTHER_FUNCTIONS = {
 
 
 def _public_functions():
-  """Names, module and function, of all public functions but those that make methods."""
+  """`module.function` of every public function that does not return a Method."""
   names = set()
   for info in pkgutil.walk_packages(l2rw_jax.__path__, "l2rw_jax."):
     path = info.name.removeprefix("l2rw_jax.")

@@ -48,7 +48,8 @@ def test_group_means_and_presence():
 @pytest.mark.parametrize(
   ("name", "expected", "expected_gradient"),
   [
-    # Signs of 1 - 0, 1 - 3 and 0 - 3, each a third; group 0 has two members.
+    # The mean of 5 - 2, 5 - 1 and 2 - 1: the means of groups 0, 1 and 3 have the
+    # coefficients 0, 2 / 3 and -2 / 3.
     ("gap_mean", 8 / 3, [0, 2 / 3, 0, -2 / 3]),
     ("gap_max", 4, [0, 1, 0, -1]),
     ("gap_and_mean", 8 / 3 + 1.25, [1 / 8, 2 / 3 + 1 / 8, 1 / 8, -2 / 3 + 1 / 8]),
@@ -108,12 +109,12 @@ def test_exchanging_the_groups_flips_the_gradient(name):
 
 
 def test_splitting_a_group_does_not_change_the_worst():
-  # Two more examples like the one of group 1, in a group of their own.
+  # Two copies of the example of group 1, as another group.
   losses = jnp.concatenate([_LOSSES, jnp.array([5.0, 5.0])])
   groups = jnp.concatenate([_GROUPS, jnp.array([2, 2])])
   actual, gradient = _both("worst", losses, groups)
   assert actual == _both("worst")[0]
-  # The two parts share it.
+  # The two groups share the gradient.
   np.testing.assert_allclose(gradient, [0, 0.5, 0, 0, 0.25, 0.25])
   smooth = _both("worst_smooth", losses, groups)[0] - _both("worst_smooth")[0]
   assert 0 < smooth <= 0.5 * np.log(2) + 1e-6

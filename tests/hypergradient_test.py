@@ -76,7 +76,7 @@ def _meta_loss(losses_fn, params, batch, meta_batch, weights, optimizer, opt_sta
 
 @functools.partial(jax.jit, static_argnums=0)
 def _inner_gradients(losses_fn, weights):
-  """Gradients at each row of the weights."""
+  """The gradient of the weighted loss for each row of `weights`."""
 
   def gradient(weights):
     return jax.grad(lambda p: jnp.sum(weights * losses_fn(p, _data()[0])))(_params())
@@ -118,7 +118,7 @@ def _three_ways(losses_fn, optimizer):
 
 
 def _warm(optimizer, params):
-  """A state as in the middle of a run."""
+  """An optimizer state as in the middle of a run."""
   rng = np.random.default_rng(3)
 
   def fill(x):
@@ -316,8 +316,8 @@ def test_network_gradient_is_the_gradient_of_the_unrolled_meta_loss():
   chex.assert_trees_all_close(actual, expected, rtol=1e-11)
 
 
-# The reports of faults outside `jit` cost a compilation for each operation and shape,
-# so that they use the smallest problem: one parameter vector and squared losses.
+# Outside `jit`, every operation and shape is compiled separately. The tests of fault
+# reports therefore use the smallest problem: one parameter vector and squared losses.
 
 
 def _targets():
@@ -501,7 +501,7 @@ def _squared_losses_fn(params, batch):
 
 
 def _peaked(values):
-  """An objective whose gradient in one loss depends on all losses."""
+  """An objective whose derivative with respect to each loss depends on all losses."""
   return jax.nn.logsumexp(3 * values) / 3 + (values[0] - values[-1]) ** 2
 
 
@@ -572,7 +572,7 @@ def _stacked(map_fn):
 
 
 def _directions(axis_name, params, meta_batch):
-  """Of two objectives: the vector and the meta loss."""
+  """The vector and the meta loss of the direction, for each of two objectives."""
   optimizer = optax.sgd(0.3)
 
   def direction(objective):

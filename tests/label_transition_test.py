@@ -12,7 +12,7 @@ _T = np.array([[0.7, 0.2, 0.1], [0.0, 0.9, 0.1], [0.3, 0.1, 0.6]])
 
 
 def _noisy_posteriors(num_anchors, num_others=100):
-  """p(given label | x), with `num_anchors` examples of certain class for each class."""
+  """p(given label | x); for each class, `num_anchors` examples surely belong to it."""
   clean = np.random.default_rng(0).dirichlet(np.full(3, 2.0), size=num_others)
   clean = np.concatenate([clean, np.repeat(np.eye(3), num_anchors, axis=0)])
   return np.random.default_rng(1).permutation(clean) @ _T
@@ -36,7 +36,7 @@ def test_anchors_recover_the_matrix(num_anchors, percentile):
 def test_percentile_equals_the_released_estimator(size):
   probabilities = np.random.default_rng(size).dirichlet(np.ones(4), size=size)
   result = _estimate(probabilities, 97.0)
-  if size == 1:  # There is nothing below its one example.
+  if size == 1:  # No example is below the only one.
     np.testing.assert_allclose(result, np.repeat(probabilities, 4, axis=0))
     return
   expected = []

@@ -1,4 +1,4 @@
-"""Susceptibility by hand, and against optax step by step."""
+"""Susceptibility, compared with values and optimizer steps computed by hand."""
 
 import functools
 
@@ -86,14 +86,14 @@ def test_the_step_has_the_momentum_schedule_and_decay_of_training(x64):
   after, _ = _numpy_loss_and_gradient(stepped, _X, _RANDOM)
   actual = _drop(optimizer, state, params)
   np.testing.assert_allclose(actual, [before, after, before - after], rtol=1e-9)
-  # Momentum towards the other labels takes most of what the step alone would give.
+  # Momentum toward the other labels cancels more than half of a plain step's drop.
   assert 0 < actual[2] < 0.5 * _drop(optax.sgd(0.1), params=params)[2]
 
 
 def test_the_value_of_the_optimizer_is_the_loss_before_the_step(x64):
   del x64
   before, gradient = _numpy_loss_and_gradient(_W, _X, _RANDOM)
-  # Polyak's step is the loss over the squared gradient.
+  # Polyak's step size is the loss divided by the squared norm of the gradient.
   rate = before / (gradient**2).sum()
   after, _ = _numpy_loss_and_gradient(_W - rate * gradient, _X, _RANDOM)
   actual = _drop(optax.polyak_sgd(max_learning_rate=100.0))
@@ -186,7 +186,7 @@ def test_random_labels_depend_on_the_seed_and_cover_every_class():
   np.testing.assert_array_equal(actual, susceptibility.random_labels(3, 10_000, 10))
   assert (actual != susceptibility.random_labels(4, 10_000, 10)).mean() > 0.85
   counts = np.bincount(actual)
-  # Five standard deviations of a binomial of 10,000 and 0.1.
+  # Five standard deviations of a binomial count with n = 10,000 and p = 0.1.
   assert len(counts) == 10 and abs(counts - 1000).max() < 150
 
 
@@ -227,7 +227,7 @@ def test_invalid_drops_are_refused(drops, compat, match):
 def test_regions_by_hand():
   zeta = [0.0, 1.0, 0.0, 1.0, 0.5, 0.5]
   accuracy = [1.0, 1.0, 0.0, 0.0, 0.5, 0.4]
-  # Means 0.5 and 0.4833; the fifth ties in zeta, which is low.
+  # The means are 0.5 and 0.4833. A zeta equal to the mean, as of the last two, is low.
   actual = susceptibility.regions(zeta, accuracy)
   assert actual.tolist() == [1, 2, 3, 4, 1, 3]
   assert susceptibility.selected(zeta, accuracy).tolist() == [0, 4]
@@ -237,7 +237,7 @@ def test_regions_by_hand():
 @pytest.mark.parametrize("value", [0.1, 1.0, 1 / 3])
 @pytest.mark.parametrize("count", [2, 3, 7])
 def test_equal_models_are_all_in_region_1(value, count):
-  # The sum of three 0.1 in floating point is more than three times 0.1.
+  # In floating point, the mean of three values of 0.1 is more than 0.1.
   actual = susceptibility.regions([value] * count, [value] * count)
   assert actual.tolist() == [1] * count
 

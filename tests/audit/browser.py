@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to through a pipe, without further packages."""
+"""A headless Chromium, controlled through a pipe without further packages."""
 
 from collections.abc import Iterator
 import contextlib
@@ -15,7 +15,7 @@ _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def find() -> str:
-  """The path of an installed browser; skips the test where there is none."""
+  """The path of an installed browser; skips the test if there is none."""
   path = next(filter(None, map(shutil.which, _NAMES)), None)
   if path is None:
     pytest.skip(f"no browser is installed: {', '.join(_NAMES)}")
@@ -30,7 +30,7 @@ class Tab:
     self._number, self._session, self.events = 0, None, []
 
   def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-    """One command of the DevTools protocol; returns its result."""
+    """Sends one command of the DevTools protocol and returns its result."""
     self._number += 1
     message = {"id": self._number, "method": method, "params": parameters}
     if self._session:
@@ -52,7 +52,7 @@ class Tab:
     return json.loads(content)
 
   def open(self, path: pathlib.Path, width: int = 1280, height: int = 900) -> None:
-    """Opens a file and waits until it is drawn."""
+    """Opens a file and waits until it is loaded."""
     if self._session is None:
       target = self.call("Target.createTarget", url="about:blank")["targetId"]
       attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
@@ -71,7 +71,7 @@ class Tab:
     self._wait()
 
   def reload(self) -> None:
-    """Loads the page again and waits until it is drawn."""
+    """Loads the page again and waits until it is loaded."""
     self.events.clear()
     self.call("Page.reload")
     self._wait()
@@ -95,7 +95,7 @@ class Tab:
     self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
 
   def requests(self) -> list[str]:
-    """What the page has asked for, without itself and its pictures."""
+    """URLs that the page requested, except local files and embedded data."""
     urls = [
       e["params"]["request"]["url"]
       for e in self.events
@@ -117,7 +117,7 @@ class Tab:
 
 @contextlib.contextmanager
 def started(profile: pathlib.Path) -> Iterator[Tab]:
-  """A browser with an empty profile, for the time of the `with`."""
+  """A browser with an empty profile, which is closed at the end of the `with` block."""
   commands_read, commands_write = os.pipe()
   answers_read, answers_write = os.pipe()
   redirected = f'exec "$0" "$@" 3<&{commands_read} 4>&{answers_write}'

@@ -1,4 +1,4 @@
-"""The ranking against its equations in a plain loop, and on digits."""
+"""The ranking: compared with its equations in a plain loop, and on digits."""
 
 import functools
 
@@ -19,7 +19,7 @@ from l2rw_jax.models import mlp
 
 
 def _problem(size=60, num_classes=4, seed=0, unseen=(3, 17)):
-  """Distributions that favor a true class; a third of the labels is the next class."""
+  """Distributions that favor the true class; a third of the labels name the next."""
   rng = np.random.default_rng(seed)
   true = rng.integers(num_classes, size=size)
   p = rng.dirichlet(np.ones(num_classes), size=size)
@@ -31,7 +31,7 @@ def _problem(size=60, num_classes=4, seed=0, unseen=(3, 17)):
 
 
 def _reference(p, given):
-  """Equations (1) to (4), one number at a time: scores [N] and the count of issues."""
+  """Equations (1) to (4) of `label_issues` in loops: scores [N], number of issues."""
   size, num_classes = p.shape
   rows = [i for i in range(size) if np.isfinite(p[i]).all()]
   classes = range(num_classes)
@@ -165,14 +165,14 @@ def test_rates_of_even_uneven_and_no_counts():
   np.testing.assert_allclose(rates[off][directed[off] > 0], 88 / 30, rtol=1e-12)
   assert (rates[off][directed[off] == 0] < 0.1).all()
   np.testing.assert_array_equal(label_issues.relative_rates(np.diag([5, 0, 7])), 1)
-  # Two classes: which of the two is mistaken for the other.
+  # With two classes, the rates show which one is mistaken for the other.
   uneven = label_issues.relative_rates([[50, 40], [1, 90]])
   assert uneven[0, 1] > 1 > uneven[1, 0] and uneven[0, 0] == uneven[1, 1] == 1
 
 
 def test_examples_that_are_merely_hard_do_not_count():
-  # Of 3 classes with 100 examples, 0 and 1 look alike: the network is undecided about
-  # 40 of them, and takes half of these for the other class.
+  # Of 3 classes with 100 examples each, 0 and 1 look alike: the network is undecided
+  # about 40 of their examples, and takes half of these for the other class.
   true = np.repeat(np.arange(3), 100)
   p = np.full((300, 3), 0.05)
   p[np.arange(300), true] = 0.9
@@ -295,7 +295,7 @@ def test_one_run_on_digits_finds_the_wrong_labels(
   assert abs(issues.num_issues / number - 1) < tolerance
   is_right = issues.suggested == true[issues.index]
   assert is_right[is_wrong].mean() > 0.9
-  # Level with a single statistic where any mistake is as likely as another, and far
-  # above it where mistakes have a direction.
+  # As good as a single statistic if all mistakes are equally likely, and much better if
+  # each class is mistaken for one particular other class.
   single = metrics.roc_auc_score(is_wrong, -issues.statistics["mean_margin"])
   assert metrics.roc_auc_score(is_wrong, issues.score) > single + gain

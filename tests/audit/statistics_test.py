@@ -1,4 +1,4 @@
-"""Statistics of training against a plain loop in float64, and on many devices."""
+"""Training statistics: compared with a plain loop in float64, and on many devices."""
 
 import functools
 
@@ -18,11 +18,11 @@ _update = jax.jit(audit.update, static_argnames="axis_name")
 
 
 def _batches(number=5, num_logits=_C, seed=0):
-  """Batches with duplicates, with rows that name no example and with padding."""
+  """Batches with duplicates, with indices out of range and with padding."""
   rng = np.random.default_rng(seed)
   for _ in range(number):
     index = rng.integers(-2, _N + 1, size=_B).astype(np.int32)
-    index[index == 7] = 0  # The example 7 is never seen.
+    index[index == 7] = 0  # Example 7 is never seen.
     yield {
       "index": index,
       "logits": rng.normal(size=(_B, num_logits)).astype(np.float32) * 3,
@@ -133,7 +133,7 @@ def test_weights_and_scores_are_averaged_over_the_steps_that_have_them():
   np.testing.assert_array_equal(found["mean_weight"], [0, 2])
   np.testing.assert_array_equal(found["zero_weight_share"], [1, 0])
   assert np.isnan(found["mean_score"]).all()
-  for scale in (1e-30, 1e30):  # In float32 their sums are zero and infinite.
+  for scale in (1e-30, 1e30):  # In float32 their squares are zero and infinite.
     scores = scale * jnp.array([3.0, -1.0])
     state = _update(state, index, logits, labels, scores=scores)
   found = audit.summarize(state)
@@ -143,7 +143,8 @@ def test_weights_and_scores_are_averaged_over_the_steps_that_have_them():
 def test_forgetting_with_several_rows_of_one_example():
   right, wrong = [2.0, 0.0], [0.0, 2.0]
   state, zeros = audit.init(2, 2), jnp.zeros(2, jnp.int32)
-  # Correct; one of two rows is wrong: forgotten; wrong: nothing new; correct; wrong.
+  # Both rows are correct; one is wrong (forgotten); both are wrong (still forgotten);
+  # both are correct; both are wrong (forgotten again).
   for first, second in (
     *((right, right), (right, wrong), (wrong, wrong)),
     *((right, right), (wrong, wrong)),
@@ -156,7 +157,7 @@ def test_forgetting_with_several_rows_of_one_example():
 
 @pytest.fixture
 def all_optimizations():
-  """As users compile: no optimization may take the compensation for zero."""
+  """Compiles as users do: no optimization may simplify the compensation to zero."""
   before = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", False)
   yield
@@ -167,7 +168,7 @@ def test_the_millionth_step_counts_as_much_as_the_first(all_optimizations):
   state = audit.init(1, 2)
   logits, zero = jnp.array([[0.3, 0.0]]), jnp.zeros(1, jnp.int32)
   steps = 1_000_000
-  # Every sum is that of a million such steps, where float32 has lost digits.
+  # Start with the sums of a million such steps, at which float32 has lost digits.
   once = _update(state, zero, logits, zero, jnp.array([0.1]), jnp.array([0.7]))
   exact = {
     name: np.float64(getattr(once, name).total)
@@ -197,7 +198,7 @@ def test_the_millionth_step_counts_as_much_as_the_first(all_optimizations):
 
 
 def _mapped(how, axis, batches, devices):
-  """The state after these batches, their rows spread over 8 devices."""
+  """The state after these batches, whose rows are spread over 8 devices."""
   state = audit.init(_N, _C)
   if how == "pmap":
     update = jax.pmap(functools.partial(_call, axis_name=axis), axis, devices=devices)
@@ -288,7 +289,7 @@ def test_a_network_that_has_memorized_everything_still_has_probabilities():
 
 def test_later_steps_without_a_loss_do_not_hide_early_ones():
   state, index = audit.init(2, 2), jnp.arange(2)
-  doubt = jnp.array([[0.0, 1.0], [0.0, 1.0]])  # Of the first label.
+  doubt = jnp.array([[0.0, 1.0], [0.0, 1.0]])  # The first label looks wrong.
   state = _update(state, index, doubt, index)
   early = audit.summarize(state)["mean_probabilities"]
   for _ in range(50):

@@ -1,4 +1,4 @@
-"""Distances of vectors and of outer products, against the formed matrix."""
+"""Distances between vectors and between outer products, compared with NumPy."""
 
 import jax.numpy as jnp
 import numpy as np

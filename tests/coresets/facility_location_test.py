@@ -22,7 +22,7 @@ def _matrix(points):
 
 
 def _brute_force(matrix, size, bound):
-  """Greedy in NumPy with every gain: rows, gains, assignment, distances."""
+  """Greedy in NumPy that computes every gain: rows, gains, assignment, distances."""
   nearest = np.full(len(matrix), bound)
   assignment = np.zeros(len(matrix), int)
   rows, gains = [], []
@@ -81,7 +81,7 @@ def test_lazy_greedy_equals_brute_force(dims, candidates):
   st.lists(st.integers(0, 4), min_size=12, max_size=12), st.integers(1, 12)
 )
 def test_ties_go_to_the_lowest_index(values, size):
-  # On integers every sum is exact, and many points and gains are equal.
+  # With integers, every sum is exact, and many points and gains are equal.
   points = np.array(values, float)[:, None]
   selection = _lazy_of_twelve(points, size)
   selection = selection._replace(
@@ -98,13 +98,13 @@ def _lazy_of_twelve(points, size):
 
 
 def test_ties_on_an_integer_grid():
-  # In 3-4-5 triangles, all distances are integers.
+  # The points form 3-4-5 triangles, so that all distances are integers.
   points = np.array(list(itertools.product([0.0, 3.0], [0.0, 4.0])) * 3)
   selection = facility_location.lazy_greedy(
     distances.vectors(points), 12, bound=10.0, candidates=2
   )
   _assert_same(selection, points, 12, 10.0)
-  # Every place is selected once before a place is selected twice.
+  # Every place is selected once before any place is selected twice.
   assert selection.rows[:4].tolist() == [0, 1, 2, 3]
 
 
@@ -185,7 +185,7 @@ def test_padding_does_not_change_the_selection_and_sizes_share_a_program():
     assert selection.weights.sum() == num_points
     np.testing.assert_array_equal(selection.assignment[num_points:], -1)
     np.testing.assert_allclose(selection.gains[:size], alone.gains, rtol=1e-4)
-  # Three sets of the same padded size compile once; alone each compiles.
+  # The three padded sets share one program; without padding there is one for each.
   assert facility_location._lazy_greedy._cache_size() == before + 3 + 1
 
 

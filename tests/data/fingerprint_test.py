@@ -7,7 +7,7 @@ from l2rw_jax.data import fingerprint
 
 
 class _Rows:
-  """A row source that is not an array, and counts the rows that it reads."""
+  """A row source that is not an array, and that counts the rows that are read."""
 
   def __init__(self, array):
     self._array, self.num_read, self.largest_read = array, 0, 0
@@ -57,7 +57,7 @@ def test_every_row_of_a_row_source_matters(monkeypatch):
     return fingerprint.fingerprint(make_splits(train=make_examples(1000, image)))
 
   digest = digest_of(source)
-  # In blocks of 32 rows, with the digest of the same array.
+  # The rows are read in blocks of 32, and the digest is that of the array.
   assert source.num_read == 1000 and source.largest_read == 32
   assert digest == digest_of(images)
   for row in (0, 457, 999):

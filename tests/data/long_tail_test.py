@@ -10,7 +10,7 @@ from l2rw_jax.data import sources
 
 
 def source(counts, split="train"):
-  """Images whose pixels are their row, `counts` of each class in random order."""
+  """Images whose pixels encode their row; `counts` of each class, in random order."""
   labels = np.repeat(np.arange(len(counts)), counts)
   labels = np.random.default_rng(1).permutation(labels).astype(np.int32)
   rows = np.arange(len(labels))
@@ -32,7 +32,7 @@ def train_counts(splits):
 
 
 CIFAR10, CIFAR100 = [5000] * 10, [500] * 100
-# LDAM, section D.3 of the reference, ABSGD's totals for 20 and 50.
+# Totals from LDAM; those for the imbalances 20 and 50 are from ABSGD.
 LDAM_TOTALS = [
   (CIFAR10, "exponential", 100, 12406),
   (CIFAR10, "exponential", 50, 13996),
@@ -47,7 +47,7 @@ LDAM_TOTALS = [
   (CIFAR100, "step", 100, 25250),
   (CIFAR100, "step", 10, 27500),
 ]
-# Meta-Weight-Net, section B.3: totals for 1, 10, 20, 50, 100, 200.
+# Totals from Meta-Weight-Net, section B.3, for each imbalance in FACTORS.
 FACTORS = [1, 10, 20, 50, 100, 200]
 MWN_TOTALS = [
   (CIFAR10, [49900, 20391, 16989, 13967, 12380, 11177]),
@@ -76,7 +76,7 @@ def test_class_sizes():
   assert list(sizes) == [4990, 2991, 1793, 1075, 644, 386, 231, 138, 83, 49]
   sizes = long_tail.class_sizes("step", 5000, 10, 100)
   assert list(sizes) == [5000] * 5 + [50] * 5
-  # With an odd number of classes, the smaller half has the large classes.
+  # With an odd number of classes, the smaller half of them has the large size.
   assert list(long_tail.class_sizes("step", 10, 5, 10)) == [10, 10, 1, 1, 1]
 
 
@@ -98,7 +98,7 @@ def test_rarest_class_limits_the_size_of_class_0():
   )
   assert train_counts(splits)[0] == 5411 and train_counts(splits)[-1] == 54
   splits = make(mnist, imbalance=1, builder="ldam")
-  # Only the fives are all needed, so ten of them move to the meta set.
+  # Only the fives have no spare images, so that ten of them leave the training set.
   assert list(train_counts(splits)) == [5421] * 5 + [5411] + [5421] * 4
 
 

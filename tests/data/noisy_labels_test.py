@@ -13,7 +13,7 @@ from l2rw_jax.data import sources
 
 
 def source(split, counts):
-  """Images whose pixels are their class."""
+  """Images whose pixels all have the value of their class."""
   labels = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
   labels = np.random.default_rng(1).permutation(labels)
   images = np.broadcast_to(labels[:, None, None, None], (len(labels), 2, 2, 1))
@@ -80,7 +80,7 @@ def test_sizes_classes_and_share_of_wrong_labels(builder, variant):
   np.testing.assert_array_equal(examples_lib.class_counts(splits.meta, 4), [10] * 4)
   assert splits.num_classes == 4
   for part in (splits.train, splits.validation):
-    # Binomial in the matrix builders: 40 labels, four standard deviations.
+    # Loose bounds: with a transition matrix the number of wrong labels is random.
     assert 0.1 < np.mean(part.label != part.true_label) < 0.75
 
 
@@ -231,7 +231,7 @@ def transitions(part, num_classes=10):
 )
 def test_share_of_wrong_labels_at_fraction_0_4(builder, name, variant, wrong):
   part = make_balanced(balanced_source(name), builder=builder, variant=variant).train
-  # 49,900 labels: five standard deviations.
+  # Five standard deviations of a share of 49,900 labels.
   assert abs(np.mean(part.label != part.true_label) - wrong) < 0.011
 
 
@@ -279,7 +279,7 @@ def test_flip_targets_by_variant(builder, targets):
 @pytest.mark.parametrize(
   ("builder", "targets"),
   [
-    # What numpy.random.seed(1) and numpy.random.choice give, class by class.
+    # What numpy.random.choice draws after numpy.random.seed(1), class by class.
     ("mwn_flip", [[6], [9], [6], [0], [0], [1], [8], [6], [2], [4]]),
     (
       "mwn_flip2",
@@ -409,7 +409,8 @@ def test_real_human_labels_have_the_published_share(tfds_dir: pathlib.Path, tmp_
     sources.load("cifar10_n", split, data_dir=tfds_dir, cache_dir=tmp_path)
     for split in ("train[:2000]", "test[:100]")
   )
-  # 40.208% and 9.010% over all 50,000; four standard deviations of 1,900.
+  # 40.208% and 9.010% of all 50,000 labels are wrong. The tolerances are four standard
+  # deviations of a share of 1,900.
   for annotation, wrong, tolerance in (("worst", 0.402, 0.045), ("aggre", 0.09, 0.027)):
     part = noisy_labels.noisy_labels(
       train,

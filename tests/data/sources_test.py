@@ -126,7 +126,7 @@ def test_images_can_be_decoded_when_they_are_used(data_dir, tmp_path, monkeypatc
     source.extra["worse_label"], expected.extra["worse_label"]
   )
   assert source[:3] == expected[:3] and source.class_names == expected.class_names
-  # The fingerprint names the split, and covers the files.
+  # The fingerprint depends on the split and on the files.
   digests = {source.images.fingerprint, stored(split="train").images.fingerprint}
   assert len(digests) == 2 and stored().images.fingerprint in digests
   file = next((data_dir / "tiny" / "1.0.0").glob("*train.array_record*"))
@@ -505,6 +505,7 @@ def test_real_cifar10_n(tfds_dir: pathlib.Path, tmp_path):
     "random_label3",
     "worse_label",
   }
-  # 40.208% and 9.010% over all 50,000; 2,000 of them are within 4 deviations.
+  # 40.208% and 9.010% of all 50,000 labels are wrong. The tolerances are four standard
+  # deviations of a share of 2,000.
   assert abs(np.mean(source.extra["worse_label"] != source.labels) - 0.402) < 0.044
   assert abs(np.mean(source.extra["aggre_label"] != source.labels) - 0.090) < 0.026

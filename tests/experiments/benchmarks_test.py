@@ -1,4 +1,4 @@
-"""The benchmark of coreset selection on digits: its rows, and its naive rival."""
+"""The benchmark of coreset selection on digits: its rows, and its naive baseline."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def test_medians_by_hand():
     "seconds": 4,
     "seconds_least": 1,
     "seconds_most": 9,
-    "epochs": 1,  # of 1/2, 1 and 9/2
+    "epochs": 1,  # The median of 1/2, 1 and 9/2.
     "cpu_seconds": 2,
     "cpu_epochs": 2,
   }

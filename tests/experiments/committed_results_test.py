@@ -1,4 +1,4 @@
-"""Committed results: whole, and quoted everywhere as they are."""
+"""Committed results are complete, and the committed tables agree with them."""
 
 import json
 import pathlib
@@ -103,7 +103,7 @@ def test_every_row_tells_where_it_comes_from(path):
     ("digits_noise", ["uniform", "clean_only", "fine_tuning", "l2rw"], 5),
     # Two data sets by three problems.
     ("clean_examples", ["uniform", "no_clean_data"], 6 * 5),
-    # The same for five numbers of clean images.
+    # The same, for each of five numbers of clean images.
     (
       "clean_examples",
       ["clean_only", "early_stopped", "fine_tuning", "l2rw"],
@@ -166,7 +166,7 @@ def test_susceptibility_follows_what_is_memorised_and_finds_who_does_not():
   assert min(correlations.values()) > 0
   assert min(correlations["mnist", noise] for noise in (0.25, 0.5)) > 0.6
   means = {key: statistics.mean(own) for key, own in accuracies.items()}
-  # Not at half of MNIST's labels replaced: results/README.md says why.
+  # MNIST with half of the labels replaced is an exception: see results/README.md.
   for name, noise in (("mnist", 0.25), ("digits", 0.25), ("digits", 0.5)):
     chosen = means.pop((name, noise, 1))
     others = [mean for key, mean in means.items() if key[:2] == (name, noise)]

@@ -9,12 +9,12 @@ import pytest
 
 from benchmarks import compile_time
 
-# Relative to plain training, by number of parameter arrays. Checks and weights take as
-# many operations for any number of arrays, which counts in small programs.
+# Limits relative to plain training, by the number of parameter arrays. Checks and
+# weights take a constant number of operations, which matters in small programs.
 _LIMITS = {name: {50: 3.0, 200: 3.0, 800: 3.0} for name in compile_time.STEPS}
 _LIMITS["example_weights"] = {50: 3.2, 200: 3.0, 800: 3.0}
 _LIMITS["layerwise"] = {50: 3.2, 200: 3.0, 800: 3.0}
-# Older versions of jax write more operations for the same function.
+# Older versions of JAX emit more operations for the same function.
 _LIMITS["clipped_gradient"] = {50: 3.0, 200: 3.1, 800: 3.2}
 
 
@@ -32,7 +32,7 @@ def test_a_program_is_at_most_a_few_times_that_of_plain_training(name):
   sizes = {n: _count(compile_time.STEPS[name], n) for n in (50, 200)}
   plain = {n: _plain(n) for n in sizes}
   for counts in (sizes, plain):
-    # Tracing 800 arrays takes too long for a test, so their number is extrapolated from
+    # Tracing 800 arrays takes too long for a test, so the count is extrapolated from
     # the number of operations for each further array.
     counts[800] = counts[200] + (counts[200] - counts[50]) * 600 // 150
   for num_arrays, limit in _LIMITS[name].items():

@@ -62,7 +62,8 @@ def test_rows_describe_runs_and_curves(run):
     last = float(curve_lines[-1]["accuracy_percent"])
     assert row["accuracy_percent"] == pytest.approx(last, abs=0.01)
     assert 0 < row["equal_seconds"] <= row["seconds"]
-    # 1,297 images, 129 or 130 a pass in batches of 20: six steps from one to the next.
+    # A subset has 129 or 130 of the 1,297 images, in batches of 20: after six steps
+    # another subset is selected.
     expected = {"full": 0, "random_fixed": 1}.get(row["method"], 2)
     assert row["num_selections"] == expected
     assert row["selection_seconds"] < row["seconds"]
@@ -145,7 +146,7 @@ def test_selections_are_timed_by_epoch(tmp_path):
   method = adacore.random_subset(0.5)._replace(refresh=refresh)
   timed = script.timed(method, tmp_path / "run")
   assert timed.refresh(1, None, View) == 2
-  timed.refresh(1, None, View)  # after an interruption: not twice
+  timed.refresh(1, None, View)  # As after an interruption: not counted twice.
   seconds = workdir.read_record(tmp_path / "run" / "selections.json")
   assert list(seconds) == ["3"] and 0.01 <= seconds["3"] < 10
   uniform = baselines.uniform()

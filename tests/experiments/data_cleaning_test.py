@@ -16,7 +16,7 @@ _SIZES = solvers_lib.Sizes(6, 6, 4, 3, batch_size=6, num_steps=5, regularization
 
 
 def _problem():
-  """A state with nothing at 0, and batches of all six examples."""
+  """A state without zeros, and two batches of six examples."""
   rng = np.random.default_rng(0)
   batches = [
     solvers_lib.Batch(
@@ -55,7 +55,7 @@ def test_soba_steps_along_the_published_directions():
 
   @jax.jit
   def directions(z, v, logits):
-    # The whole matrices, where the solver has products.
+    # Explicit matrices; the solver computes only products with them.
     hessian = jax.hessian(g)(z, logits)
     mixed = jax.jacobian(jax.grad(g), argnums=1)(z, logits)
     d_v = jnp.einsum("abcd,cd->ab", hessian, v) + jax.grad(f)(z)
@@ -65,7 +65,7 @@ def test_soba_steps_along_the_published_directions():
   def soba(state, step):
     return solvers_lib.soba(0.1, 2.0).step(_SIZES, state, step, batch, meta_batch)
 
-  after = soba(state, jnp.int32(3))  # Its step sizes are halved there.
+  after = soba(state, jnp.int32(3))  # At step 3, the step sizes are halved.
   d_z, d_v, d_x = directions(z, v, logits)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
   close(after["z"], z - 0.05 * d_z)
@@ -74,7 +74,7 @@ def test_soba_steps_along_the_published_directions():
 
 
 def test_saba_keeps_the_last_value_of_every_batch():
-  # Two batches of three examples; directions by hand as SAGA defines them.
+  # Two batches of three examples; the expected directions are those of SAGA.
   state, (batch, meta_batch) = _problem()
   sizes = _SIZES._replace(batch_size=3)
   solver = solvers_lib.saba(0.1, 1.0)
@@ -117,7 +117,7 @@ def test_saba_keeps_the_last_value_of_every_batch():
   close(kept.mean, (values[2] + values[1]) / 2)
 
 
-# The others are their solvers, which the tests above check, in the same loop.
+# The other methods run other solvers in the same loop; soba and saba are tested above.
 _COMPARED = ("l2rw", "kept_weights", "meta_weight_net", "clean_only")
 
 
@@ -140,11 +140,11 @@ def test_every_method_learns_and_ranks(run):
   assert [row["method"] for row in rows] == list(_COMPARED)
   assert len(scripts.table(printed)) == 1 + len(rows)
   for row in rows:
-    assert 45 < row["wrong_percent"] < 62  # 0.6 times nine tenths.
+    assert 45 < row["wrong_percent"] < 62  # Nine tenths of 60%.
     curve = [point.split(":") for point in row["curve"].split()]
     assert [int(step) for step, _, _ in curve] == [0, 15, 30]
     assert float(curve[-1][2]) == pytest.approx(row["error_percent"], abs=0.01)
-    assert row["error_percent"] < 80  # 90 without training.
+    assert row["error_percent"] < 80  # Without training it is about 90.
     learned = row["method"] in data_cleaning.LEARNED
     assert (row["weight_auroc"] is not None) == learned
     if learned and row["method"] != "meta_weight_net":

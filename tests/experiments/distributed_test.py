@@ -1,4 +1,4 @@
-"""Flags for several processes that do not fit together."""
+"""Invalid combinations of the flags for several processes."""
 
 import importlib
 import pathlib
@@ -13,7 +13,7 @@ from l2rw_jax import base
 from l2rw_jax import processes
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-# These train no run of the loop for their table, or measure time.
+# Scripts that measure time, or that do not train runs for a table.
 _OTHERS = {f"experiments.{x}" for x in ("coreset", "find_label_issues")}
 _ADDRESS = {"coordinator_address": "localhost:1"}
 
@@ -48,14 +48,14 @@ def test_scripts_that_cannot_use_several_processes_refuse_them(name, monkeypatch
   script = importlib.import_module(name)
   settings = script.Settings()
   if not hasattr(settings, "distributed"):
-    return  # The flags are unknown.
+    return  # The script does not have these flags.
   trains_runs = name.startswith("experiments.") and name not in _OTHERS
   trains_runs |= name == "benchmarks.device_maps"  # Measures several processes.
   assert trains_runs == settings.SEVERAL_PROCESSES
   if not trains_runs:
     with pytest.raises(base.InputError, match="--distributed: this script runs in one"):
       distributed.connect(settings.replace(distributed=True))
-    # Of a program that connected its processes itself.
+    # As in a program that connected its processes itself.
     monkeypatch.setattr(processes, "count", lambda: 2)
     with pytest.raises(base.InputError, match=r"jax\.distributed: this script runs in"):
       runner.open_folder(settings, "x", "unused")

@@ -41,7 +41,7 @@ class _Linear(nn.Module):
 
 @pytest.fixture(scope="module", autouse=True)
 def learner_of():
-  """The script's own `make_learner`, since runs take a network that compiles soon."""
+  """The script's `make_learner`; runs use a network that compiles faster."""
   own = script.make_learner
 
   def linear(settings):
@@ -95,7 +95,7 @@ def test_rows_describe_their_runs(run):
     assert 0 <= row["accuracy_percent"] <= 100 and row["interval_percent"] >= 0
     assert row["num_tasks"] == (12 if row["method"] == "maml_removed" else 24)
     assert (row["weight_auroc"] is None) == (row["method"] != "nested_maml")
-  # One problem for maml and nested_maml, another one for every seed.
+  # maml and nested_maml have the same problem; every seed has another one.
   by_method = {(r["method"], r["seed"]): r["data"] for r in rows}
   assert by_method["maml", 0] == by_method["nested_maml", 0]
   assert by_method["maml", 0] != by_method["maml", 1]
@@ -144,7 +144,7 @@ def test_more_shares_are_added_and_items_have_weights(run):
   assert {path: now[path] for path in kept} == kept
   rows, _, _ = scripts.saved_rows(folder)
   assert {row["ood_share"] for row in rows} == {0.5, 0.25} and len(rows) == 2 * 4
-  # It knows which tasks are foreign.
+  # maml_zeroed knows which tasks are foreign.
   aurocs = [r["weight_auroc"] for r in rows if r["method"] == "maml_zeroed"]
   assert aurocs == [1.0] * 4
   rows, _, _ = scripts.saved_rows(folder.parent / "items")

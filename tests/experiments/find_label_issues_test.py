@@ -1,4 +1,4 @@
-"""The audit of a user's own data: what it writes, resumption, and every mistake."""
+"""The audit of a user's data: the files it writes, resumption, and every mistake."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ _WRONG = 12
 
 
 def _points(seed=0, size=150):
-  """Points around three centers, the first labels wrong."""
+  """Points around three centers; the first labels are wrong."""
   rng = np.random.default_rng(seed)
   truth = rng.integers(3, size=size)
   x = 4 * np.eye(3)[truth] + rng.normal(size=(size, 3))
@@ -28,7 +28,7 @@ def _points(seed=0, size=150):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-  """A table of these points, with another row that has no label."""
+  """A CSV file of these points and a row without a label, and the true classes."""
   x, given, truth = _points()
   path = tmp_path_factory.mktemp("data") / "points.csv"
   names = ["<b>ant</b>", "bee", "=cow()"]
@@ -82,7 +82,7 @@ def test_wrong_labels_come_first(run, table):
   assert scores == sorted(scores, reverse=True)
   for row in rows[: _WRONG - 1]:
     assert row["suggested"].removeprefix("'") == table[1][int(row["index"]) - 1]
-  # What a spreadsheet would run is quoted.
+  # Text that a spreadsheet would evaluate as a formula is quoted.
   assert {row["given"] for row in rows} == {"<b>ant</b>", "bee", "'=cow()"}
   assert all(float(row["mean_loss"]) > 0 and row["seen"] for row in rows)
   assert "mean_score" not in rows[0]

@@ -1,4 +1,4 @@
-"""Whether memory stays with the process, counted in page faults."""
+"""Whether freed memory stays with the process, measured by page faults."""
 
 import platform
 import subprocess

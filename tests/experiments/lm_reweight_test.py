@@ -27,7 +27,7 @@ def test_a_run_writes_its_rows_and_figure(tmp_path):
   rows = lm_reweight.run(lm_reweight.Settings(**_SMALL), tmp_path)
   assert [row["method"] for row in rows] == ["uniform", "l2rw"]
   for row in rows:
-    # A network of random weights needs log2(256) bits.
+    # A network with random weights needs about log2(256) bits per byte.
     assert 6 < row["bits_per_byte"] < 10
     assert 0 <= row["recovered_percent"] <= 100
     assert row["seconds"] > 0

@@ -1,4 +1,4 @@
-"""Fitting mentors by command, and students that load them."""
+"""The script that fits mentors, and students that load them."""
 
 import json
 import shutil

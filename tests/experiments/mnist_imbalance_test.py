@@ -35,7 +35,7 @@ _FLAGS = (
   "num_devices",
   "checkpoint_every",
 )
-# Not among the settings of a folder.
+# Flags that are not saved with the settings of a folder.
 _UNTOLD = ("workdir", "data", "data_dir", "cache_dir", "steps_per_call", "flagfile")
 
 
@@ -78,7 +78,7 @@ def test_adding_methods_does_not_repeat_runs(run):
   folder, _ = run
   parts = {p: p.stat().st_mtime_ns for p in folder.glob("majority-*/**/*")}
   flags = [*_SMALL, "--splits_at_once=2", "--majority=0.9", "--majority=0.9"]
-  # What is asked for twice is still one method at one majority.
+  # A method or majority that is given twice is run once.
   methods = "--methods=hard_mining,hard_mining,uniform"
   (done,) = scripts.run_many(_NAME, [[*flags, methods, f"--workdir={folder}"]])
   assert done.status == 0 and done.complaints == "", done

@@ -114,7 +114,7 @@ def made(monkeypatch):
 
   monkeypatch.setattr(settings_lib, "_load", load)
   for module, values in reproduce._REHEARSALS.items():
-    if module.startswith("experiments"):  # Programs for one device compile sooner.
+    if module.startswith("experiments"):  # Programs for one device compile faster.
       monkeypatch.setitem(reproduce._REHEARSALS, module, values | {"num_devices": 1})
 
 
@@ -175,14 +175,15 @@ def test_the_queue_orders_by_value_per_minute_and_refuses_what_does_not_fit(
   settings = reproduce.Settings(minutes=20.0, device="cpu", results=str(tmp_path))
   with pytest.raises(base.InputError, match="1 cells failed: b"):
     reproduce.run(settings, tmp_path / "w")
-  assert done == ["c", "a"]  # 3 / 5, then 1 / 2 fails, then 1 / 4; 1 / 50 is too long.
+  # Value per minute: c 3 / 5, then b 1 / 2 (fails), a 1 / 4, d 1 / 50 (too long).
+  assert done == ["c", "a"]
   is_there, speed = True, 0.1
   entries = reproduce.run(settings, tmp_path / "w")
   assert done == ["c", "a", "b"]
   by_name = {entry.cell.name: entry for entry in entries}
   assert by_name["c"].state.measured.mean == 1.5
   assert by_name["d"].state.name == "to do" and by_name["d"].minutes == 50
-  # Two of three took a tenth of the estimate: so will what is left.
+  # Two of three took a tenth of their estimates, so that the estimate of d shrinks.
   reproduce.workdir_lib.write_record(
     tmp_path / "w" / "a" / "reproduce.json",
     {"minutes": 0.4, "is_done": True, "seeds": 3, "device": "cpu"},
@@ -203,7 +204,7 @@ def test_what_is_started_comes_first_and_needs_the_rest_only(cells, tmp_path):
 
 @pytest.fixture
 def ctrl_c():
-  """Ctrl-C raises, also if a shell runs the tests in the background."""
+  """Lets Ctrl-C raise an error even if a shell runs the tests in the background."""
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
   yield
   signal.signal(signal.SIGINT, before)

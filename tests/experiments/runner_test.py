@@ -1,4 +1,4 @@
-"""The folder of an experiment records the files that its flags name."""
+"""The folder of an experiment: files named by flags, and file names with numbers."""
 
 import ast
 import dataclasses
@@ -53,14 +53,14 @@ def test_a_mentor_may_be_added_but_not_swapped(tmp_path):
 
 
 def _rounds(text):
-  """Whether an f-string gives two numbers one name."""
+  """Whether an f-string rounds numbers, so that two of them may give the same name."""
   values = [v for v in text.values if isinstance(v, ast.FormattedValue)]
   specs = [ast.unparse(v.format_spec) for v in values if v.format_spec]
   return any(not spec.strip("f'").endswith("d") for spec in specs)
 
 
 def _names_of_files(tree):
-  """f-strings in functions called `folder`, after `/`, or with a suffix."""
+  """f-strings in functions called `folder`, after `/`, or that end with a suffix."""
   for node in ast.walk(tree):
     if isinstance(node, ast.FunctionDef) and node.name == "folder":
       yield from (n for n in ast.walk(node) if isinstance(n, ast.JoinedStr))

@@ -1,4 +1,4 @@
-"""Runs scripts in this process, or as their users do in one of their own."""
+"""Runs scripts in this process or, as their users do, in a separate process."""
 
 import contextlib
 import csv
@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 from experiments.lib import launch
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-# Compiled programs: most of the processes started here need not compile them again.
+# The compilation cache that the separate processes share.
 _COMPILED = tempfile.TemporaryDirectory(prefix="l2rw_jax-compiled-")
 
-# A disk that takes small files only; the process is the very script otherwise.
+# Runs a script with a limit on the size of files, as a substitute for a full disk.
 FULL_DISK = """
 import resource, runpy, sys
 limit = (int(sys.argv.pop(2)), resource.RLIM_INFINITY)
@@ -36,14 +36,14 @@ class Outcome(NamedTuple):
 
 
 def start(*arguments: Any, cwd=REPOSITORY, stdin: str | None = None) -> Outcome:
-  """Runs Python with these arguments, where the script sees eight devices."""
+  """Runs Python with these arguments in a separate process with eight devices."""
   hidden = ("JAX_", "TFDS_", "GIT_")
   env = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
   env |= {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "8",
     "PYTHONPATH": str(REPOSITORY),
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # Compiles sooner.
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # Compiles faster.
     "JAX_COMPILATION_CACHE_DIR": _COMPILED.name,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
@@ -61,7 +61,7 @@ def start(*arguments: Any, cwd=REPOSITORY, stdin: str | None = None) -> Outcome:
 
 
 def run(name: str, *arguments: Any, cwd: Any = ".") -> Outcome:
-  """As `python -m experiments.NAME` in a folder, but in this process."""
+  """Does what `python -m experiments.NAME` does in a folder, but in this process."""
   module = importlib.import_module(name if "." in name else f"experiments.{name}")
   experiment = module.TABLE.name if hasattr(module, "TABLE") else ""
   printed, complaints, status = io.StringIO(), io.StringIO(), 0
@@ -79,12 +79,12 @@ def run(name: str, *arguments: Any, cwd: Any = ".") -> Outcome:
 
 
 def start_script(name: str, *arguments: Any, cwd: Any = REPOSITORY) -> Outcome:
-  """`python -m experiments.NAME`, in a process of its own."""
+  """Runs `python -m experiments.NAME` in a separate process."""
   return start("-m", f"experiments.{name}", *arguments, cwd=cwd)
 
 
 def run_many(name: str, commands: list[list[str]]) -> list[Outcome]:
-  """As `run`, for many command lines."""
+  """Calls `run` for many command lines."""
   return [run(name, *arguments) for arguments in commands]
 
 
@@ -96,15 +96,16 @@ def run_mistakes(
   kept: pathlib.Path,
   **places: Any,
 ) -> dict[str, Outcome]:
-  """Outcomes of command lines that must fail, and write nothing.
+  """Runs command lines with mistakes, which must write nothing; returns the outcomes.
 
   Args:
-    name: of the script.
-    mistakes: by name, the flags of each, with {places}, and part of the complaint.
-    folder: would hold each one's --workdir; what is there must stay alone.
-    *shared: flags of every command line, which may be overridden.
-    kept: folder of a finished run, which must stay as it is.
-    **places: fill in the flags.
+    name: the name of the script.
+    mistakes: the flags and a part of the error message of each mistake, by name. Flags
+      may contain {NAME} with a name of `places`.
+    folder: the parent folder of each --workdir; its list of files must not change.
+    *shared: flags of every command line, which `mistakes` may override.
+    kept: folder of a finished run, which must not change.
+    **places: the texts that replace {NAME} in the flags.
   """
   commands = [
     [*map(str, shared), f"--workdir={folder}/{mistake}"]
@@ -118,7 +119,7 @@ def run_mistakes(
 
 
 def assert_one_line(outcome: Outcome, message: str) -> None:
-  """Status 2, nothing printed, and one line of complaint that holds `message`."""
+  """Checks for status 2, nothing printed, and an error of one line with `message`."""
   assert outcome.status == 2, outcome
   assert outcome.printed == ""
   assert len(outcome.complaints.splitlines()) == 1, outcome.complaints
@@ -127,19 +128,19 @@ def assert_one_line(outcome: Outcome, message: str) -> None:
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
-  """Every file below a folder but locks, which name the last process."""
+  """The content of all files in a folder except locks, which name the last process."""
   files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock")
   return {str(p): p.read_bytes() for p in files}
 
 
 def table(printed: str) -> list[list[str]]:
-  """The cells of the Markdown table in what was printed, header first."""
+  """The cells of the Markdown table in the printed text, header first."""
   lines = [line for line in printed.splitlines() if line.startswith("| ")]
   return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def saved_rows(folder: pathlib.Path) -> tuple[list[dict], list[dict], dict]:
-  """Rows of `results.json` and of `results.csv`, and the flags."""
+  """The rows of `results.json`, the rows of `results.csv`, and the flags."""
   results = json.loads((folder / "results.json").read_text())
   with open(folder / "results.csv", newline="") as file:
     return results["rows"], list(csv.DictReader(file)), results["flags"]

@@ -1,4 +1,4 @@
-"""Tables of made-up results: numbers by hand, and errors."""
+"""Tables of made-up results, compared with numbers computed by hand; and errors."""
 
 import csv
 import io
@@ -93,7 +93,8 @@ def test_the_short_form_of_one_setting_has_a_column_per_metric():
   rows = [{**row, "seed": s, "accuracy_percent": a} for s, a in enumerate((40, 60))]
   text = formats.compact(make("digits_noise", rows, noise_fraction=0.25))
   assert text.startswith("25% of the labels wrong; 2 seeds.\n")
-  # Nobody has weights, so they have no column. t(0.975, 1) = 12.706, times 10.
+  # No run has a weight AUROC, so that it has no column.
+  # t(0.975, 1) = 12.706 standard errors of 10.
   assert scripts.table(text) == [
     ["method", "test accuracy %", "best on test %"],
     ["l2rw", "50.00 ± 127.06", "50.00 ± 0.00"],
@@ -187,7 +188,7 @@ def test_long_form_has_a_line_for_each_number(results):
   assert float(first["difference"]) == pytest.approx(-1.39)
   assert (first["published_spread"], single["published_spread"]) == ("0.07", "")
   assert (single["method"], single["half_width"]) == ("bare", "")
-  # Of a method without weights there is no AUROC.
+  # A method without weights has no AUROC.
   of_advisor = [line["metric"] for line in lines if line["method"] == "advisor"]
   assert of_advisor == ["test accuracy %", "best on test %"]
 
@@ -198,7 +199,7 @@ def test_parts_of_an_experiment_are_taken_together(results):
     ("dd", 75.0),
     ("pd", 25.0),
   ]
-  # Settings that all parts share are printed; they do not share the curriculum.
+  # Settings that all parts share are printed; the curriculum is not one of them.
   assert "network of paper" in formats.summary(table)
 
 
@@ -353,7 +354,7 @@ def test_text_of_a_results_file_stays_text_in_markdown():
   shown = '&lt;img src=x onerror="y"&gt;\\|\\`\\[a\\](b)\\\\  \\[2J '
   for text in (formats.summary(table), formats.compact(table)):
     assert shown in text and "<img" not in text and "\x1b" not in text
-    text.encode()  # No half of a character is left.
+    text.encode()  # Raises an error if an unpaired surrogate is left.
     lines = [line.replace("\\|", "") for line in text.splitlines() if line[:1] == "|"]
     assert len({line.count("|") for line in lines}) == 1
 

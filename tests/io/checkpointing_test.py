@@ -37,7 +37,7 @@ def make_state(seed=0):
     optax.clip_by_global_norm(1.0),
     optax.inject_hyperparams(optax.adam)(learning_rate=0.1),
   )
-  # optax needs one dtype for all leaves.
+  # optax promotes the dtypes of all leaves to a common one.
   with jax.numpy_dtype_promotion("standard"):
     opt_state = optimizer.init(params)
   return {
@@ -203,7 +203,7 @@ _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 
 def _two(directory):
-  """A directory with checkpoints 1 and 2 of `make_state(1)` and `make_state(2)`."""
+  """Saves `make_state(1)` and `make_state(2)` as the checkpoints of steps 1 and 2."""
   checkpointer = _open(directory)
   for step in (1, 2):
     checkpointer.save(step, make_state(step), {"epoch": step})
@@ -279,7 +279,7 @@ def test_damage_to_any_file_is_detected(template, tmp_path, caplog, damage):
     restored[path] = _assert_restores_an_intact_one(directory, caplog)
     shutil.rmtree(directory)
   caplog.clear()
-  gc.collect()  # asyncio logs unread failures when they are collected.
+  gc.collect()  # asyncio logs unretrieved exceptions when futures are collected.
   assert _warnings(caplog) == []
   # Damage to these files must matter.
   largest = max(sizes, key=lambda path: sizes[path])
@@ -432,7 +432,8 @@ for limit in map(int, sys.argv[2:]):
 
 
 def test_full_disk_is_one_line_and_keeps_the_previous_one(tmp_path):
-  limits = (0, 100_000)  # The record fails; the arrays fail.
+  # Writing fails at the record with the first limit, at the arrays with the second.
+  limits = (0, 100_000)
   run = _run(_FULL_DISK, tmp_path, *limits)
   expected = []
   for limit in limits:

@@ -98,7 +98,7 @@ def _scale_kernel(x, y, result):
 
 
 def _multiplied(x, y, rows):
-  """x * y by a kernel of which each program sees `rows` examples."""
+  """x * y by a Pallas kernel, each program of which processes `rows` examples."""
   spec = pl.BlockSpec((rows, 4), lambda i: (i, 0))
   return pl.pallas_call(
     _scale_kernel,
@@ -158,7 +158,7 @@ def test_kernels_of_several_examples_are_refused():
 
 @functools.cache
 def _results_of_both_engines():
-  """Results for every operation, by one program, which computes `x @ p` once."""
+  """Results for every operation, from one program, which computes `x @ p` once."""
   rng = np.random.default_rng(0)
   params, x, vector = (rng.normal(size=s) for s in ((4, 4), (_B, 4), (4, 4)))
   weights = np.array([0.5, -1.0, 2.0])

@@ -12,7 +12,7 @@ _B, _D, _LAYERS = 5, 4, 3
 
 
 def _rows_of_every_type(x):
-  """Collected rows of numbers, truth values and keys, in three loops."""
+  """Stacked outputs of loops: numbers, Booleans and keys."""
 
   def forward(carry, row):
     key, used = jax.random.split(carry[1])
@@ -68,7 +68,10 @@ def _losses(params, x):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("size", [_B, 40])
 def test_both_orders_equal_weights_and_then_a_gradient(size):
-  """A batch of 5, where parameters take more memory, and one of 40."""
+  """With a batch of 5, only the wide parameters take more memory than activations.
+
+  With a batch of 40, activations always take more.
+  """
   rng = np.random.default_rng(0)
   params = {
     name: jnp.asarray(0.5 * rng.normal(size=(_LAYERS, _D, _D)))

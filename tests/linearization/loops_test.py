@@ -1,4 +1,4 @@
-"""Layers and time steps in a `jax.lax.scan`, layer by layer."""
+"""The layerwise engine, for layers and time steps in a `jax.lax.scan`."""
 
 import functools
 
@@ -21,7 +21,7 @@ def _array(*shape, seed=0):
 
 
 class _Block(nn.Module):
-  """A block of a transformer, in the form that `nn.scan` takes."""
+  """A transformer block with the signature that `nn.scan` expects."""
 
   dtype: str = "float64"
 
@@ -44,7 +44,7 @@ def _scanned(block):
 
 
 class _Language(nn.Module):
-  """Tokens, their positions, scanned blocks and tied output weights."""
+  """Embeddings of tokens and positions, scanned blocks and tied output weights."""
 
   dtype: str = "float64"
 
@@ -92,7 +92,7 @@ def _with_random_params(make):
 
 
 def _stacked(params, x):
-  """Layers with a counter and a key in the carry, whose rows are collected."""
+  """Scanned layers with a counter and a key in the carry, and with stacked outputs."""
 
   def layer(carry, weights):
     h, i, key = carry
@@ -109,7 +109,7 @@ def _stacked(params, x):
 
 
 def _penalized(params, x):
-  """A carry and collected rows that depend on parameters alone."""
+  """A scan with carries and stacked outputs that depend on parameters alone."""
 
   def layer(carry, weights):
     h, penalty, gain = carry
@@ -123,7 +123,7 @@ def _penalized(params, x):
 
 
 def _nested(params, x):
-  """Steps of time within layers, an input of examples that all layers read."""
+  """Time steps within layers; all layers read an input with an example axis."""
   memory = jnp.cos(x)
 
   def layer(h, weights):
@@ -139,7 +139,7 @@ def _nested(params, x):
 
 
 def _indexed(params, x):
-  """A `fori_loop` that looks its weights up."""
+  """A `fori_loop` that indexes its weights by the loop counter."""
 
   def body(i, h):
     return jnp.tanh(h @ params["layers"]["kernel"][i]) + params["scale"][i][None]
@@ -161,7 +161,7 @@ def _by_hand(losses_fn):
 
 @jax.custom_vjp
 def _attention(query, key, value):
-  """Attention whose backward rule computes the probabilities again."""
+  """Attention whose backward rule recomputes the probabilities."""
   scores = jnp.einsum("btd,bsd->bts", query, key)
   return jnp.einsum("bts,bsd->btd", jax.nn.softmax(scores), value)
 
@@ -183,7 +183,7 @@ _attention.defvjp(lambda *qkv: (_attention(*qkv), qkv), _attention_backward)
 
 
 def _attentive(params, x, attention=_attention):
-  """Layers with attention, which alone is recomputed by a `jax.checkpoint`."""
+  """Layers in which `jax.checkpoint` recomputes only the attention."""
 
   def layer(h, weights):
     values = jnp.tanh(h @ weights["kernel"])
@@ -196,7 +196,7 @@ def _attentive(params, x, attention=_attention):
 
 
 def _recomputed(params, x, attention=_attention):
-  """Layers with attention that are recomputed as a whole, in a loop and outside."""
+  """Layers with attention, each recomputed as a whole, inside and outside a loop."""
   key = jax.random.key(0)
 
   def layer(h, weights):
@@ -241,7 +241,7 @@ def _three(losses_fn, params, x, engine):
 
 
 def _error(actual, expected):
-  """The largest difference, in units of the largest entry of all."""
+  """The largest difference, relative to the largest expected entry."""
   pairs = list(zip(*map(jax.tree.leaves, (actual, expected)), strict=True))
   scale = max(np.abs(y).max() for _, y in pairs)
   return max(np.abs(x - y).max() for x, y in pairs) / scale
@@ -255,7 +255,7 @@ def test_layerwise_equals_forward_mode(name):
 
   reference = losses_fn
   if name in ("attentive", "recomputed"):
-    # Forward mode does not follow a custom_vjp.
+    # Forward mode does not support custom_vjp.
     reference = functools.partial(losses_fn, attention=_attention.__wrapped__)
 
   @jax.jit
@@ -283,7 +283,7 @@ def _adapted(params, x):
 
 
 def _reset(params, x):
-  """A carry of examples, which the body replaces by parameters."""
+  """A carry with an example axis, which the body replaces by parameters."""
 
   def body(h, kernel):
     return kernel[:_B], (h @ kernel).sum(1)
@@ -308,7 +308,7 @@ def test_a_carry_of_parameters_and_of_examples_is_refused(losses_fn):
 
 
 def test_recomputed_layers_in_half_precision():
-  """No less exact than forward mode, compared with float32."""
+  """Compared with float32, the error is less than twice that of forward mode."""
   _, params, x = _by_hand(_recomputed)
   params, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (params, x))
   plain = functools.partial(_recomputed, attention=_attention.__wrapped__)

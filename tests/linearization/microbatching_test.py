@@ -96,7 +96,7 @@ def test_any_engine(engine):
 
 
 def _without_engine(info):
-  """The engines of microbatches and of the whole batch have different names."""
+  """Removes the engine's name, which differs between microbatches and whole batches."""
   return info._replace(engine=base.StaticStr())
 
 
@@ -170,7 +170,7 @@ def test_weights_may_be_computed_inside_a_differentiated_loss():
 
 
 def _small_weights(x, meta_x, size):
-  """Outside `jit` every operation is compiled, so both tests share the shapes."""
+  """Weights of a problem whose shapes tests outside `jit` share, to compile less."""
   params = jnp.array([1.0, -2.0])
   return l2rw.example_weights(
     lambda p, x: (x @ p) ** 2, params, x, meta_x, microbatch_size=size
@@ -200,7 +200,7 @@ def test_objectives_other_than_the_mean():
 
   run = jax.jit(direction, static_argnums=1)
   actual, expected = (run(_params(), size) for size in (2, None))
-  # Microbatches keep less memory at a time.
+  # With microbatches, fewer activations are kept at a time.
   assert actual.pop("kept") != expected.pop("kept")
   _close(actual, expected)
 
@@ -209,7 +209,8 @@ def test_half_precision_gradients_are_summed_in_float32(monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   x, one = jnp.ones(600, jnp.bfloat16), jnp.ones((), jnp.bfloat16)
   actual = microbatching.weighted_gradient(lambda p, x: p * x, one, x, 1.0, 1)
-  assert actual.gradient == 600 and actual.gradient.dtype == jnp.bfloat16  # not 256
+  # A sum in bfloat16 would stop at 256, where adding 1 changes nothing.
+  assert actual.gradient == 600 and actual.gradient.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(

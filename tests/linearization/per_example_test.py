@@ -57,7 +57,7 @@ def _tied(p, ids):
 
 
 def _lookups(p, ids):
-  """Lookups along both axes of a table, some of them outside."""
+  """Lookups along both axes of a table, some of them out of bounds."""
   rows = jnp.take(p["table"], ids - 2, axis=0, mode="clip")
   columns = jnp.take(p["table"], ids, axis=1, fill_value=0, mode="fill")
   return jnp.tanh(rows).sum(1) + jnp.tanh(columns).sum((0, 2))[:, None]

@@ -165,7 +165,8 @@ def test_limits_of_lambda():
     np.testing.assert_allclose(_start(_FIRST, lam)[0], np.full(4, 0.25), atol=1e-8)
   np.testing.assert_allclose(_start(_FIRST, 1e-3)[0], [0, 0, 0, 1], atol=1e-12)
   np.testing.assert_allclose(_start(_FIRST, -1e-3)[0], [1, 0, 0, 0], atol=1e-12)
-  # F = mean + Var / (2 lambda): above the mean for lambda > 0, else below.
+  # The objective is about mean + Var / (2 lambda): above the mean for lambda > 0, else
+  # below.
   for lam in (300.0, -300.0):
     expansion = _FIRST.mean() + _FIRST.var() / (2 * lam)
     value = lam * _start(_FIRST, lam)[1]
@@ -201,7 +202,7 @@ def test_weights_are_finite_where_the_exponential_overflows(lam, losses):
   losses = np.array(losses, np.float32)
   gamma, alpha = 0.9, 0.5
   memory = np.float32(-np.inf)
-  # Losses rise, fall and rise, so that the normalizer has every magnitude.
+  # Losses rise, fall and rise, so that the normalizer is small and large in turn.
   for batch in (losses, 0 * losses, losses[::-1], losses):
     weights, memory = jax.device_get(
       _weights(batch, memory, np.float32(lam), gamma, alpha)

@@ -42,7 +42,7 @@ def test_proxies_are_the_gradient_in_the_logits():
 
 
 def test_averages_match_golden_values():
-  # For D = 2, -4, 3 and g = 1, 0.5, -1.
+  # For the curvatures 2, -4, 3 and the gradients 1, 0.5, -1.
   averages = adacore.Averages(jnp.zeros(()), jnp.zeros(()), jnp.zeros((), int))
   results = []
   for curvature, gradient in ((2.0, 1.0), (-4.0, 0.5), (3.0, -1.0)):
@@ -155,8 +155,8 @@ def test_craig_selects_by_plain_gradients():
 def test_adacore_without_curvature_power_is_craig(scope, last_layer):
   setup = _setup()
   craig = adacore.adacore(0.2, curvature=False, last_layer=last_layer)
-  # With these betas the bias correction is exact. Gains of pairs of neighbors are equal
-  # in exact arithmetic, so rounding decides between them.
+  # With these betas the bias correction has no rounding error. That matters because, in
+  # exact arithmetic, two neighbors have equal gains: rounding decides between them.
   flat = adacore.adacore(
     0.2,
     hessian_scope=scope,
@@ -244,7 +244,8 @@ def test_expected_gradient_is_weighted_and_approaches_the_full_gradient():
   order = method.sample(state, problem, train, np.random.default_rng(0))
   parts = [gradient(state, order[i : i + 10], method) for i in range(0, 30, 10)]
   mean = jax.tree.map(lambda *x: sum(x) / 3, *parts)
-  # gamma r / (N B) over batches of B: the sum of gamma grad / N.
+  # A batch of B of the r selected rows has the weights gamma r / (N B). The mean of the
+  # r / B batch gradients is thus the sum of gamma times the gradient, divided by N.
   gammas = np.asarray(state.weights) * np.float32(120 / 30)
 
   @jax.jit

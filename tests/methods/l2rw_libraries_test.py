@@ -25,7 +25,7 @@ _B, _M, _INPUTS, _WIDTH, _CLASSES = 8, 6, 4, 5, 3
 
 
 class _Case(NamedTuple):
-  """A user's losses function `(params, batch) -> (losses, new state)`."""
+  """A user's function `(params, batch) -> (losses, new state)`, and the parameters."""
 
   losses_fn: Any
   params: Any

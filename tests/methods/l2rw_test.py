@@ -462,7 +462,7 @@ def test_opt_state_without_optimizer_is_refused():
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("is_mixed", [False, True])
 def test_small_slopes_in_half_precision_do_not_underflow(dtype, is_mixed):
-  # Scores of 2e-10 to 8e-10: the smallest float16 is 6e-8.
+  # Scores are as small as 2e-10; the smallest positive float16 is 6e-8.
   slopes = jnp.array([1e-5, -2e-5, 4e-5])
   params = jnp.zeros(2, jnp.float32 if is_mixed else dtype)
 
@@ -479,7 +479,7 @@ def test_small_slopes_in_half_precision_do_not_underflow(dtype, is_mixed):
 
 
 def test_tokens_can_be_weighted():
-  """Losses [B * T] give scores [B, T]; losses [B, T] are refused, with this advice."""
+  """Losses [B * T] give one score per token; [B, T] is refused, with this advice."""
   rng = np.random.default_rng(0)
   params = {"table": jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)}
   mask = np.arange(4) < np.array([[2], [4], [3], [4]])

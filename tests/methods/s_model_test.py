@@ -48,7 +48,7 @@ def test_gradients_equal_finite_differences():
   sizes = logits.size, layer.size
 
   def mean(both):
-    """The loss at the entries of the logits, followed by those of the layer."""
+    """The mean loss; `both` has the entries of the logits, then those of the layer."""
     logits, layer = both[: sizes[0]].reshape(-1, 3), both[sizes[0] :].reshape(3, 3)
     return s_model.s_model_loss(logits, jnp.asarray(labels), layer).mean()
 

@@ -129,7 +129,7 @@ def _meta_losses_fn(params, batch):
 
 
 def _unrolled(phi, params, batch, meta_batch, noise):
-  """The three released steps; the meta step is reverse over reverse."""
+  """The meta loss as in the released code; its gradient is reverse over reverse."""
 
   def inner(params):
     logits = _logits_fn(params, batch)
@@ -169,11 +169,12 @@ def test_meta_gradient_equals_the_unrolled_step_and_finite_differences(x64):
   value, literal = unrolled(phi, *rest)
   np.testing.assert_allclose(result.meta_loss, value, rtol=1e-12)
   chex.assert_trees_all_close(result.gradient, literal, rtol=1e-7, atol=1e-12)
-  assert optax.tree.norm(literal["params"]["Embed_0"]) > 1e-4  # Labels are learned.
+  # The embedding of the labels is trained, too.
+  assert optax.tree.norm(literal["params"]["Embed_0"]) > 1e-4
   rng = np.random.default_rng(1)
   along = jax.tree.map(lambda x: rng.normal(size=x.shape), phi)
 
-  def at(step):  # By the program that is compiled already.
+  def at(step):  # Reuses the compiled program.
     return unrolled(jax.tree.map(lambda x, d: x + step * d, phi, along), *rest)[0]
 
   slope = (at(1e-5) - at(-1e-5)) / 2e-5
@@ -208,7 +209,7 @@ def _step(method, seed=0, outputs=_C, details=False):
 
 
 def _written_out(phi, params, batch, noise):
-  """Rectified mean loss of the classifier in `_step`; inputs of phi are constant."""
+  """The mean rectified loss in `_step`; no gradient flows through the inputs of phi."""
   model = classifier.Classifier(mlp.MLP(_C, (4,)), _C)
   logits, _ = model.forward(params, {}, batch, jax.random.key(0), True)
   net = warpi.RectifierNet(_C, hidden=5)

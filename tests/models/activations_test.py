@@ -1,4 +1,4 @@
-"""The ReLU that is written for speed, against that of JAX."""
+"""The ReLU that is written for speed, compared with that of JAX."""
 
 import jax
 import jax.numpy as jnp

@@ -41,7 +41,7 @@ def test_half_of_the_images_are_mirrored_left_to_right():
 
 
 def test_bytes_are_divided_by_255_as_numpy_does():
-  """To the last bit, also where a compiler multiplies by 1 / 255 instead."""
+  """Exactly, even where a compiler would multiply by 1 / 255 instead of dividing."""
   pixels = np.arange(256, dtype=np.uint8)
   expected = np.divide(pixels, np.float32(255), dtype=np.float32)
   for function in (augmentation.to_float, jax.jit(augmentation.to_float)):
@@ -68,7 +68,7 @@ def test_scaling_matches_hand_computed_values():
   np.testing.assert_allclose(
     augmentation.standardize(pair).ravel(), [-1, 1, 0, 0], atol=1e-6
   )
-  # A nearly constant image is divided by 1 / sqrt(2), not by its deviation.
+  # A nearly constant image is divided by 1 / sqrt(2), not by its standard deviation.
   flat = jnp.array([0.0, 0.2]).reshape(1, 1, 2, 1)
   np.testing.assert_allclose(
     augmentation.standardize(flat).ravel(), [-0.1 * 2**0.5, 0.1 * 2**0.5], rtol=1e-5
@@ -104,7 +104,7 @@ def test_crop_and_flip_are_independent():
   both = augmentation.Preprocess(pad=1, flip=True)
   result = np.asarray(both(images, keys(3000), True))
   _, row, column, _ = (result == 1).nonzero()
-  # Rows 1 to 3; columns 0 to 2 and, mirrored, 4 to 2: 2 is hit from both sides.
+  # Rows 1 to 3; columns 0 to 2 or, mirrored, 4 to 2. Column 2 is thus twice as likely.
   shares = np.array([[1, 1, 2, 1, 1]] * 3) / 18
   counts = np.zeros((5, 5))
   np.add.at(counts, (row, column), 1 / 3000)

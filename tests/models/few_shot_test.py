@@ -162,7 +162,7 @@ def test_adapt_of_any_pytree():
 
   params = {"a": jnp.array(1.0), "b": [jnp.array(2.0)]}
   result = few_shot.adapt(losses_fn, params, jnp.array([1.0, -1.0]), learning_rate=0.5)
-  # Mean of (x + 2) x and of x + 2: 1 and 2.
+  # The gradients are the means of (x + 2) x and of x + 2, which are 1 and 2.
   assert float(result["a"]) == 0.5 and float(result["b"][0]) == 1.0
 
 

@@ -1,4 +1,4 @@
-"""Features from random patches: against a loop over windows, and their form."""
+"""Features from random patches, compared with a loop over windows; invalid images."""
 
 import numpy as np
 import pytest

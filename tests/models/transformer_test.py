@@ -24,7 +24,7 @@ def _images(*shape):
 def _variables(model, images):
   rng = np.random.default_rng(1)
   shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-  # Biases and scales that affect the result.
+  # Random values, so that biases and scales affect the result.
   return jax.tree.map(
     lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32) + 0.1, shapes
   )

@@ -50,7 +50,7 @@ def test_statistics_agree_with_what_the_loop_logs(recorded):
     np.testing.assert_allclose(found["mean_weight"], weights["mean_weight"], 1e-5)
     share = weights["rejected"] / weights["seen"]
     np.testing.assert_array_equal(found["zero_weight_share"], share)
-    # Of all steps, of which each example was in two.
+    # The mean over all steps; each example was in two of them.
     rows = toy_runs.rows(folder / f"seed-{seed}")
     (row,) = [row for row in rows if "train/loss" in row]
     np.testing.assert_allclose(found["mean_loss"].mean(), row["train/loss"], 1e-5)

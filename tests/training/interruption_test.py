@@ -55,7 +55,7 @@ def test_ignored_signal_stays_ignored_and_second_signal_is_raised():
     assert not signals
   finally:
     signal.signal(signal.SIGHUP, before)
-  # A process in the background starts with this signal ignored.
+  # Set the handler, because a process in the background starts with SIGINT ignored.
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
     with pytest.raises(KeyboardInterrupt), interruption.deferred() as signals:

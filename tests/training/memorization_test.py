@@ -125,7 +125,7 @@ def test_batch_norm_and_dropout_run_in_training_mode():
   model = classifier.Classifier(_Normed(), 3)
   snapshot = _snapshot(model, optax.sgd(0.0))
   probe = memorization.susceptibility(40)
-  # Without a step, with one mask and one batch, the loss does not change.
+  # With learning rate 0 and the same dropout mask and batch, the loss does not change.
   assert probe(snapshot)["susceptibility_drop"] == pytest.approx(0, abs=1e-6)
   snapshot = _snapshot(model, optax.sgd(0.1))
   drop = probe(snapshot)["susceptibility_drop"]

@@ -1,4 +1,4 @@
-"""One of several processes of `processes_test`: trains toy problems, as it is told.
+"""One of several processes that train toy problems together, for `processes_test`.
 
 The only argument is a JSON object; its "task" is the name of a function below.
 """
@@ -33,9 +33,9 @@ def _connect(count, process, num_devices, address, as_script):
     jax.distributed.initialize(address, count, process, initialization_timeout=60)
 
 
-# A program of more methods takes longer to compile than several programs.
+# A program with more methods takes longer to compile than several smaller programs.
 _METHODS_IN_A_PROGRAM = 8
-# Other settings of methods that are in the sweep; they take as long to compile.
+# Variants of methods in the sweep. They are left out by default, to save compilations.
 _OTHER_SETTINGS = {
   *("fine_tuning_l2rw", "l2rw_momentum", "meta_weight_net", "forml_worst"),
   *("nested_maml", "bare_own_label", "absgd_noise"),
@@ -43,7 +43,10 @@ _OTHER_SETTINGS = {
 
 
 def sweep(path, kind, names):
-  """Four steps of every method of `sweep_test`, or of those named; writes numbers."""
+  """Takes four steps with each method and writes the results to `path`.
+
+  The methods are `names`, by default those of `sweep_test` except `_OTHER_SETTINGS`.
+  """
   import numpy as np
   import sweep_test
 
@@ -51,7 +54,7 @@ def sweep(path, kind, names):
   from l2rw_jax.training import devices
 
   names = names or [n for n in sweep_test._METHODS if n not in _OTHER_SETTINGS]
-  # One program initializes all methods of the sweep.
+  # Keep only these, because one program initializes all methods of `sweep_test`.
   sweep_test._METHODS = {name: sweep_test._METHODS[name] for name in names}
   chosen = devices.choose(None, sweep_test._B)
   own = devices.local(chosen)
@@ -112,8 +115,8 @@ def _steps_of(names):
 
 
 def train(folder, names, signal_at=None, **settings):
-  """`loop.train` of some methods; `signal_at` is [process, step, signal]."""
-  # In float64, so that what differs is not rounding.
+  """Calls `loop.train` for each method; `signal_at` is [process, step, signal]."""
+  # In float64, so that rounding does not explain any difference.
   jax.config.update("jax_enable_x64", True)
   # Flax keeps running statistics in float32.
   jax.config.update("jax_numpy_dtype_promotion", "standard")
@@ -172,9 +175,9 @@ def train(folder, names, signal_at=None, **settings):
 
 
 def mistakes(folder):
-  """Calls that must fail in both processes; the last one as a script does.
+  """Makes calls that must fail in both processes, the last one as a script does.
 
-  Writes the message of each of the others to `folder`/PROCESS.json.
+  Writes the error messages of the other calls to `folder`/PROCESS.json.
   """
   import toy_runs
 
@@ -210,7 +213,7 @@ def mistakes(folder):
 
   def read_data(settings, workdir):
     del settings, workdir
-    if process == 1:  # As of a host that lacks a file of the data set.
+    if process == 1:  # As on a host that lacks a file of the data set.
       raise base.InputError("x.array_record-00001-of-00002: No such file")
     processes.exchange("data", "complete")
 

@@ -45,7 +45,7 @@ class _Toy:
 
 
 def _visited(monkeypatch):
-  """The rows of every step that is drawn after this call, by step."""
+  """Records the rows of every step that is drawn after this call, by step."""
   drawn = {}
   original = sampling.Sampler.next
 

@@ -165,7 +165,7 @@ def test_non_finite_step_changes_nothing(name):
   meta = case.get("meta", _META if case.get("method") is _L2RW else None)
   case = {**case, "method": method, "meta": meta}
   before = _state(optimizer)
-  if optimizer is _SGD:  # Let the momentum be nonzero.
+  if optimizer is _SGD:  # After one step the momentum is not zero.
     before, _ = _step(before, method=_counting(_UNIFORM))
   after, _ = _step(before, **case)
   chex.assert_trees_all_equal(

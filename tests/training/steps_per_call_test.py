@@ -31,7 +31,7 @@ _METHODS = {
 
 @pytest.fixture(autouse=True)
 def _no_commit(monkeypatch):
-  """The commit may change while tests run; results are compared to the byte."""
+  """Records no commit: it may change during the tests, which compare every byte."""
   monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
 
 

@@ -53,7 +53,7 @@ def make_splits(
 def train(
   folder, method, splits=None, model=MODEL, probes=(), epoch_probes=(), **settings: Any
 ):
-  """`loop.train` with a batch of 8, one device and a row of metrics a step."""
+  """Calls `loop.train` with a batch of 8, one device and a row of metrics per step."""
   seeds = settings.setdefault("seeds", (0,))
   defaults = {"num_steps": 7, "batch_size": 8, "log_every": 1, "eval_every": 3}
   config = config_lib.Config(**(defaults | {"num_devices": 1} | settings))

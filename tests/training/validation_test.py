@@ -68,7 +68,7 @@ def _examples(examples):
 
 
 def _begin(method):
-  """The problem, the first argument of `refresh`, and the initial state."""
+  """The problem, the view that `refresh` gets first, and the method's initial state."""
   problem = toy_runs.MODEL.problem(
     class_counts=jnp.ones(3), num_examples=40, num_steps=9
   )
@@ -169,7 +169,8 @@ def test_validation_examples_can_be_weighted():
 
 
 def test_run_reduces_its_learning_rate(tmp_path, monkeypatch):
-  # Training contradicts the labels of the validation set, so its loss only increases.
+  # The validation labels contradict the training labels, so that the validation loss
+  # only increases.
   held_out = _held_out()
   held_out = held_out._replace(label=(held_out.true_label + 2) % toy_runs.CLASSES)
   method = validation.watched(baselines.uniform(), {0: held_out})

@@ -91,7 +91,7 @@ def test_dropout_keeps_an_exact_number(size, rate):
   weights = jnp.linspace(0.5, 1, size)
   drop = jax.jit(mentornet.example_dropout)
   result = np.asarray(drop(jax.random.key(0), weights, rate))
-  # In whole hundredths, which avoids rounding.
+  # In whole hundredths, to avoid rounding errors.
   assert np.count_nonzero(result) == size * (100 - round(100 * rate)) // 100
   np.testing.assert_array_equal(result[result > 0], weights[result > 0])
 
@@ -193,7 +193,7 @@ def test_bad_names_and_shapes_are_refused():
     mentornet.moving_percentile(0.0, jnp.ones((2, 2)), 75)
 
 
-# A student of two parameters with simple losses: l_i = p . x_i + b.
+# A student with linear losses: l_i = p . x_i + b.
 _X = np.array([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0], [0.0, 4.0]], np.float32)
 _PARAMS = {"p": np.ones((2, 1), np.float32), "b": np.zeros(1, np.float32)}
 
@@ -225,14 +225,15 @@ def _step(method, step=50, state=None, num_steps=100, seed=0):
 
 
 def test_student_step_matches_hand_computed_values():
-  # Losses 1 to 4, 50th percentile 2 (a tie), m = 1: d = 0, 1, 2, 3.
+  # Losses 1 to 4 have the 50th percentile 2 (a tie). With decay 0.5, the moving
+  # percentile is 1, and the differences from it are 0, 1, 2, 3.
   method = mentornet.mentornet(
     functools.partial(mentornet.spcl_linear, gamma=4.0), percentile=50
   )
   result, state = _step(method)
   assert state == 1
   np.testing.assert_allclose(result.losses, [1, 2, 3, 4])
-  # Divided by n, not by the sum of v.
+  # Divided by the number of examples, not by the sum of the weights.
   np.testing.assert_allclose(result.weights, np.array([1, 0.75, 0.5, 0.25]) / 4)
   np.testing.assert_allclose(result.grads["p"][:, 0], [2.5 / 4, 2.5 / 4])
   np.testing.assert_allclose(result.grads["b"], [2.5 / 4])
@@ -259,7 +260,7 @@ def _reports_epoch(losses, differences, labels, epoch):
 @pytest.mark.parametrize(
   ("burn_in", "fixed", "expected"),
   [
-    # For e < 17 the weight is 1; from 17 on the curriculum is used.
+    # With burn_in=18, the weight is 1 before epoch percent 17.
     (18, False, {0: 1, 16: 1, 17: 17, 18: 18, 19: 19, 99: 99}),
     (18, True, {0: 1, 16: 1, 17: 17, 18: 18, 19: 18, 99: 18}),
     (0, True, {0: 0, 50: 0, 99: 0}),
@@ -299,7 +300,7 @@ def test_curriculum_gets_the_labels_of_the_batch():
     mentornet.mentornet(
       functools.partial(mentornet.hard, positive_labels=True), percentile=100
     )
-  )  # m = 2: d = -1, 0, 1, 2, and the second and last label are 1.
+  )  # Moving percentile 2: differences -1, 0, 1, 2; the second and last labels are 1.
   np.testing.assert_allclose(result.weights, np.array([0, 1, 1, 1]) / 4)
 
 

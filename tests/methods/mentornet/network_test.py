@@ -1,4 +1,4 @@
-"""The mentor's network against NumPy, and weights of extreme losses."""
+"""The mentor's network: compared with NumPy, and its weights for extreme losses."""
 
 import functools
 
@@ -42,7 +42,7 @@ def _sigmoid(x):
 
 
 def _lstm(params, steps):
-  """Cell and hidden state of one unit after these steps [k, 2]; forget bias 0."""
+  """Cell and hidden state of one unit after `steps` [k, 2]; the forget bias is 0."""
   cell = hidden = 0.0
   for step in steps:
     gate = {
