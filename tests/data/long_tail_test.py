@@ -47,7 +47,7 @@ LDAM_TOTALS = [
   (CIFAR100, "step", 100, 25250),
   (CIFAR100, "step", 10, 27500),
 ]
-# Totals from Meta-Weight-Net, section B.3, for each imbalance in FACTORS.
+# Totals from the code of Meta-Weight-Net, for each imbalance in FACTORS.
 FACTORS = [1, 10, 20, 50, 100, 200]
 MWN_TOTALS = [
   (CIFAR10, [49900, 20391, 16989, 13967, 12380, 11177]),

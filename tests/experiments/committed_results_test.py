@@ -150,7 +150,7 @@ def test_on_half_wrong_labels_every_method_beats_uniform_beyond_both_spreads():
     assert margin > statistics.stdev(own) + statistics.stdev(uniform), method
 
 
-def test_susceptibility_follows_what_is_memorised_and_finds_who_does_not():
+def test_susceptibility_follows_memorization_and_finds_methods_without_it():
   accuracies, correlations = {}, {}
   for name in ("mnist", "digits"):
     found = rows(f"memorization/{name}")
