@@ -35,14 +35,14 @@ _CHAIN = 5
 
 
 def _mentornet() -> base.Method:
-  """MentorNet with a mentor that was not trained, which takes the same time."""
+  """MentorNet with an untrained mentor, which takes as long as a trained one."""
   network, one = mentornet_network.MentorNetwork(), jnp.zeros(1)
   labels = jnp.zeros(1, jnp.int32)
   variables = network.init(jax.random.key(0), one, one, labels, jnp.int32(0))
   return mentornet.mentornet(mentornet_network.Mentor("pd", network, variables))
 
 
-# The methods by engine. The engine is None for methods that do not choose one.
+# The engines of each method. The engine is None for methods that do not choose one.
 METHODS: dict[str, dict[str | None, Callable[[], base.Method]]] = {
   "plain": {None: _literal.plain},
   "l2rw": {
@@ -188,7 +188,7 @@ def _problem(model, engine, counts):
 
 
 def _variables(model, setting):
-  """New parameters for every implementation, whose first step donates them."""
+  """New parameters for each implementation, because its first step donates them."""
   example = _networks.batch(setting.network, 1, 0)
   return _init_fn(model)(jax.random.key(0), example)
 

@@ -49,7 +49,7 @@ from l2rw_jax.methods import l2rw
 from l2rw_jax.models import mlp
 from l2rw_jax.models import random_patches
 
-# The number of epochs for each data set. Networks memorize small tables soon.
+# The number of epochs for each data set. Networks memorize small tables quickly.
 EPOCHS = {
   "digits": 20,
   "mnist": 12,
