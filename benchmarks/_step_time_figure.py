@@ -27,7 +27,7 @@ _FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
 
 
 def draw(rows: Sequence[Row], folder: pathlib.Path) -> list[str]:
-  """Writes figure.png and, if L2RW was timed without torch.compile, l2rw.png.
+  """Writes figure.png and, if L2RW was timed in JAX or eager PyTorch, l2rw.png.
 
   Args:
     rows: the rows of `results.json`.

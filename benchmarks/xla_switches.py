@@ -25,8 +25,8 @@ from experiments.lib import settings as settings_lib
 from experiments.lib.settings import flag
 from l2rw_jax.io import workdir as workdir_lib
 
-# The switches of jaxlib 0.10 and 0.12 that name another library for convolutions or
-# products, or change how loops become machine code.
+# The switches of jaxlib 0.10 and 0.12 that select another library for convolutions or
+# matrix products, or change how loops become machine code.
 SWITCHES = (
   "",
   "--xla_cpu_use_onednn=true",
