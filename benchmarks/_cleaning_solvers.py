@@ -251,7 +251,7 @@ def meta_weight_net_solver(learning_rate: float, normalization: str = "sum") -> 
       opt_state=lookahead.init(z),
       normalization=normalization,
     )
-    with base.implicit_promotion():  # optax raises a rate to the power of a count
+    with base.implicit_promotion():  # Adam computes float**int.
       updates, opt_state = preset.optimizer.update(
         meta.gradient, state["opt_state"], phi
       )

@@ -101,7 +101,7 @@ def implementation(
   """Compiles a training step: the gradients of a method, then an SGD update.
 
   The step does what a user's training loop does, with the state donated. As in
-  PyTorch's implementation, the checks of `training.step.train_step` are left out.
+  the PyTorch implementation, the checks of `training.step.train_step` are left out.
 
   Args:
     setting: the network, the type of the computation, and the batch sizes.

@@ -13,7 +13,8 @@ Nothing was chosen on the test set. Columns:
   spearman_median, _10th, _least  Spearman's correlation of the scores of a batch with
                                   the exact scores at the same parameters, over every
                                   seventh step of the run
-  accuracy_percent                on the test examples, or on their bytes
+  accuracy_percent                accuracy on the test images, or on the bytes of the
+                                  test documents
   difference                      accuracy minus that of exact weights with the same
                                   seed
 

@@ -47,7 +47,7 @@ TABLE = catalog.DATA_CLEANING
 _REGULARIZATION = 0.2
 # The regularizations from which `clean_only` chooses.
 _CLEAN_REGULARIZATIONS = (0.003, 0.01, 0.03, 0.1)
-# The seconds until the first evaluation with a test error below this are reported.
+# The seconds until the first test error (%) below this number are reported.
 _TARGET = 17.0
 # From the best_params files of the public benchmark: maps a share to the outer step
 # size divided by the inner one. The ratio of SABA does not depend on the share.

@@ -113,8 +113,8 @@ class Group(NamedTuple):
 
   Attributes:
     setting: the settings that they share.
-    share: the size of the meta batch divided by that of the batch, M / B. None without
-      a meta batch.
+    share: the size of the meta batch divided by the batch size, M / B. None without a
+      meta batch.
     pairs: the methods and engines of this library, in addition to plain training.
   """
 

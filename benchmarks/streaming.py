@@ -3,10 +3,10 @@ r"""The speed and the memory of training with streamed examples.
 The same network is trained on the same rows of CIFAR-10 in four ways. The examples stay
 on the device (resident), are copied from an array in memory (memory), or are decoded
 from the files of TFDS, by threads (files) or by worker processes (workers). The four
-runs take turns, so that other load on the machine affects all equally; the
-results are medians over rounds. The share of the input is the time that the loop waits
-for the examples of its steps, divided by the time of the steps. The same files are also
-decoded without training, by threads and by workers in alternating turns.
+runs take turns, so that other load on the machine affects all equally; the results are
+medians over rounds. The column input_share is the time that the loop waits for the
+examples of its steps, divided by the time of the steps. The same files are also decoded
+without training, by threads and by workers in alternating turns.
 
 Before that, a network is trained on a set of generated examples, ten times as large as
 the read-ahead buffer, to measure how much the memory of the process grows.

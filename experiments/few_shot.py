@@ -77,7 +77,7 @@ class Settings(settings_lib.Settings):
   ood: str = flag(
     "mnist",
     "Source of the tasks from another distribution: none, shuffled (images of"
-    " --dataset, without classes), or the name of a data set as for --dataset.",
+    " --dataset with permuted labels), or the name of a data set as for --dataset.",
     group="data",
   )
   ood_share: tuple[float, ...] = flag(

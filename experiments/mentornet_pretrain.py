@@ -7,7 +7,7 @@ Command: python -m experiments.mentornet_pretrain --curriculum=pd
   --percentile=90, where FILE has the recorded losses of a student. Students load the
   file mentor.json, which this script writes to --workdir.
 Device, time: one CPU core, under a minute.
-Published: nothing about the fit itself; for students see results/.
+Published: nothing about the fit itself; for students, see results/.
 """
 
 import dataclasses

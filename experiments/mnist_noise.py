@@ -1,4 +1,4 @@
-r"""Images with wrong labels: methods that learn weights, compared with others.
+r"""Images with wrong labels: methods that learn weights, and their alternatives.
 
 Paper: the setting is that of BARE's MNIST table (Patel and Sastry, WACV 2023): an MLP
   784-256-10 and symmetric noise of 0.5 and 0.7. The table has plain cross-entropy, L2RW
@@ -183,7 +183,10 @@ class Settings(
     return self.initialization or PRESETS[self.preset].initialization
 
   def record(self) -> dict[str, Any]:
-    """Like the base class, without "flax", so that folders without the flag match."""
+    """Like the base class, but only with an initialization other than flax's.
+
+    Folders of versions without --initialization therefore still match.
+    """
     entries = super().record()
     del entries["initialization"]
     if self.initial_distribution == "flax":

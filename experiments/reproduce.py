@@ -387,8 +387,8 @@ def forward(name: str) -> Forward:
 def passes(method: str, has_batch_norm: bool) -> tuple[int, int]:
   """Forward passes of a step for each training example and for each clean example.
 
-  A backward pass counts as 2 forward passes. WarPI and other methods with a network in
-  the loss have the numbers of Meta-Weight-Net.
+  A backward pass counts as 2 forward passes. WarPI and Advisor have the numbers of
+  Meta-Weight-Net.
   """
   if method == "l2rw":
     return (5 if has_batch_norm else 4), 3
@@ -456,7 +456,7 @@ def read_state(settings: Settings, cell: Cell, root: pathlib.Path) -> State:
     name = "done"
     measured = _measured(cell, _rows(folder / "results.json"))
   committed = _matching(cell, _committed(settings.results, cell.module))
-  if cell.size is None:  # Measured times belong to one platform.
+  if cell.size is None:  # Times are comparable only on one platform.
     platform = jax.default_backend()
     committed = [row for row in committed if row.get("platform") == platform]
   return State(

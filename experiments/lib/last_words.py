@@ -70,7 +70,7 @@ def explanation(report: bytes) -> str:
 
 
 if __name__ == "__main__":
-  # A terminal sends its signals to all processes. This one ignores them, so that it
+  # A terminal sends its signals to all processes. This program ignores them, so that it
   # ends last.
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)

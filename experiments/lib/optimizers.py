@@ -37,7 +37,10 @@ class Settings(settings_lib.Settings):
   schedule: str | None = flag(None, unset="the preset's", choices=SCHEDULES)
 
   def record(self) -> dict[str, Any]:
-    """Like the base class, but only if --schedule is set, so that old folders match."""
+    """Like the base class, but without --schedule if it is not set.
+
+    Folders of versions without --schedule therefore still match.
+    """
     entries = super().record()
     if self.schedule is None:
       del entries["schedule"]

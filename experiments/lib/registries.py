@@ -171,7 +171,7 @@ class Settings(settings_lib.Settings):
   gce_threshold: float = flag(
     0.0,
     "Probability in [0, 1) below which the generalized cross-entropy is truncated; 0"
-    " for no truncation. An untrained network is below it everywhere.",
+    " for no truncation. An untrained network can be below it for every example.",
     bounds=settings_lib.Bounds(0, settings_lib.BELOW_ONE),
     methods=["generalized_cross_entropy"],
   )

@@ -86,7 +86,7 @@ class Cell:
     return self.title or folder_name(self.facts, self.method_name)
 
   def groups(self) -> Iterator[tuple[tuple[int, ...], pathlib.PurePath]]:
-    """The seeds that are trained side by side, with their folder."""
+    """Yields each group of seeds that are trained side by side, and its folder."""
     seeds = self.config.seeds
     size = self.side_by_side or len(seeds)
     for start in range(0, len(seeds), size):
