@@ -117,7 +117,7 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   )
   results: str = flag(
     "results",
-    "Folder of committed results. Cells that have enough runs there come last.",
+    "Folder of committed results. Cells with enough runs there have a lower priority.",
     group="data",
   )
 
