@@ -67,7 +67,7 @@ class Sizes(NamedTuple):
     return -(-size // self.batch_size)
 
   def start(self, batch: base.Array, size: int) -> base.Array:
-    """First row of a batch; the last batch overlaps the one before it."""
+    """First row of a batch; the last batch may overlap the one before it."""
     return jnp.minimum(batch * self.batch_size, size - self.batch_size)
 
 
@@ -144,7 +144,7 @@ def _cosine(learning_rate: float, sizes: Sizes, step: base.Array) -> base.Array:
 def _sgd(
   sizes: Sizes, z: base.Array, gradient: base.Array, learning_rate: base.Array
 ) -> base.Array:
-  """Takes a step, given the gradient of the weighted losses, with regularization."""
+  """Takes a step; `gradient` is that of the weighted losses, without regularization."""
   return z - learning_rate * (gradient + 2 * sizes.regularization * z)
 
 
@@ -251,7 +251,7 @@ def meta_weight_net_solver(learning_rate: float, normalization: str = "sum") -> 
       opt_state=lookahead.init(z),
       normalization=normalization,
     )
-    with base.implicit_promotion():  # optax raises a rate to the power of a count
+    with base.implicit_promotion():  # Adam computes float**int.
       updates, opt_state = preset.optimizer.update(
         meta.gradient, state["opt_state"], phi
       )
@@ -311,7 +311,8 @@ def kept_weights(learning_rate: float, weight_learning_rate: float) -> Solver:
     }
 
   def trust(state):
-    # Numbers of visits differ by at most one between examples.
+    # Sums of scores rank examples like means: each pass visits all examples equally
+    # often, except for the few in which the last two batches overlap.
     return {"weight": state["weights"], "score": state["scores"]}
 
   return Solver(init, step, trust)
@@ -324,7 +325,7 @@ _INITIAL_LOGIT = -2.0
 def _inner_terms(
   sizes: Sizes, state: State, batch: Batch
 ) -> tuple[base.Array, base.Array, base.Array]:
-  """d_z of a batch, and the Hessian [D, C] and the mixed derivative [B], times v."""
+  """d_z of a batch, and the Hessian times v [D, C] and mixed derivative times v [B]."""
 
   def gradient(z, logits):
     def loss(z):
@@ -421,7 +422,7 @@ class Memory(NamedTuple):
     mean: mean of the values over examples.
     before: the last value of the batch that comes next. It is read right after the last
       write, because XLA:CPU copies an array in every step of a loop that reads it
-      before it is written.
+      before writing it.
   """
 
   last: base.Array

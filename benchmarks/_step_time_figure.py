@@ -27,7 +27,7 @@ _FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
 
 
 def draw(rows: Sequence[Row], folder: pathlib.Path) -> list[str]:
-  """Writes figure.png and, if L2RW was timed without torch.compile, l2rw.png.
+  """Writes figure.png and, if L2RW was timed in JAX or eager PyTorch, l2rw.png.
 
   Args:
     rows: the rows of `results.json`.
@@ -52,7 +52,7 @@ def draw(rows: Sequence[Row], folder: pathlib.Path) -> list[str]:
 
 
 def _all_rows(plt, rows):
-  """Draws, for each network, the times of a step divided by that of a plain step."""
+  """Draws, for each network, the time of each step relative to a plain step."""
   networks = list(dict.fromkeys(r["network"] for r in rows))
   ways = _ways(rows)
   figure, axes = plt.subplots(

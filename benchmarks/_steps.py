@@ -35,14 +35,14 @@ _CHAIN = 5
 
 
 def _mentornet() -> base.Method:
-  """MentorNet with a mentor that was not trained, which takes the same time."""
+  """MentorNet with an untrained mentor, which takes as long as a trained one."""
   network, one = mentornet_network.MentorNetwork(), jnp.zeros(1)
   labels = jnp.zeros(1, jnp.int32)
   variables = network.init(jax.random.key(0), one, one, labels, jnp.int32(0))
   return mentornet.mentornet(mentornet_network.Mentor("pd", network, variables))
 
 
-# The methods by engine. The engine is None for methods that do not choose one.
+# The engines of each method. The engine is None for methods that do not choose one.
 METHODS: dict[str, dict[str | None, Callable[[], base.Method]]] = {
   "plain": {None: _literal.plain},
   "l2rw": {
@@ -101,7 +101,7 @@ def implementation(
   """Compiles a training step: the gradients of a method, then an SGD update.
 
   The step does what a user's training loop does, with the state donated. As in
-  PyTorch's implementation, the checks of `training.step.train_step` are left out.
+  the PyTorch implementation, the checks of `training.step.train_step` are left out.
 
   Args:
     setting: the network, the type of the computation, and the batch sizes.
@@ -188,7 +188,7 @@ def _problem(model, engine, counts):
 
 
 def _variables(model, setting):
-  """New parameters for every implementation, whose first step donates them."""
+  """New parameters for each implementation, because its first step donates them."""
   example = _networks.batch(setting.network, 1, 0)
   return _init_fn(model)(jax.random.key(0), example)
 

@@ -7,12 +7,12 @@ trains with the weights. `Eager.example_weights` implements Algorithm 1 of Ren e
 `torch.compile` (used in its default mode) does not support `create_graph`.
 
 As in the released code, the training batch passes through the network twice. In
-`Eager`, all three forward passes update the BatchNorm statistics; the look-ahead of
-`Traced` does not.
+`Eager`, both passes and that of the meta batch update the BatchNorm statistics; the
+look-ahead of `Traced` does not.
 
-On a GPU, products of float32 matrices use TF32, as in JAX, and images with several
-channels and convolution kernels have the memory format channels_last. On a CPU, that
-format made L2RW with ResNet-32 slower and plain training with BatchNorm faster, so the
+On a GPU, products of float32 matrices use TF32, as in JAX. Images with several channels
+and the networks for them have the memory format channels_last. On a CPU, that format
+made L2RW with ResNet-32 slower and plain training with BatchNorm faster, so the
 default format is used there.
 """
 

@@ -57,7 +57,7 @@ class Turns(NamedTuple):
 def take(
   implementations: Sequence[Implementation], repeats: int, seconds: float, seed: int = 0
 ) -> list[Turns]:
-  """Times implementations in rounds of one turn each, in random order.
+  """Times implementations in rounds; in each round, all take a turn in random order.
 
   Args:
     implementations: the implementations, which must have run before. One more step,

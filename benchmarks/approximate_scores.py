@@ -6,16 +6,17 @@ only (`layers=`), by using one gradient of the meta loss for several steps
 (`refresh_every=`), and by doing both. There are two tasks: an MLP on MNIST, 40% of
 whose labels are flipped, and a small GPT on the sources of Python's standard library,
 with 30% corrupted documents (experiments.lm_reweight). The meta batch is the whole meta
-set, so that two gradients of the meta loss differ only because the parameters do. Every
-method of a seed starts from the same parameters and uses the same batches. Nothing was
-chosen on the test set. Columns:
+set, so that two gradients of the meta loss differ only because the parameters do. With
+the same seed, every method starts from the same parameters and uses the same batches.
+Nothing was chosen on the test set. Columns:
 
   spearman_median, _10th, _least  Spearman's correlation of the scores of a batch with
                                   the exact scores at the same parameters, over every
                                   seventh step of the run
-  accuracy_percent                on the test examples, or on their bytes
-  difference                      accuracy minus that of exact weights; both have the
-                                  same seed
+  accuracy_percent                accuracy on the test images, or on the bytes of the
+                                  test documents
+  difference                      accuracy minus that of exact weights with the same
+                                  seed
 
 Command: python -m benchmarks.approximate_scores --data_dir=DIR
 Results: results/approximate_scores.
@@ -144,7 +145,7 @@ def make_trainer(
   """Returns `(params, model_state, train, meta, rows [S, B]) -> (params, scores)`.
 
   `scores` is the pair of the method's and the exact scores, [S, B] each. The exact
-  scores are 0 except in every seventh step.
+  scores are 0 except at every seventh step.
   """
 
   def train_fn(params, model_state, train, meta, rows):
@@ -238,7 +239,7 @@ def make_rows(settings: Settings, task_name: str) -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-  """A line about the rows of the seeds of one method."""
+  """A line about the results of one method, over its seeds."""
   text = f"{rows[0]['task']} {rows[0]['weights']}:"
   for name in ("spearman_median", "accuracy_percent", "difference"):
     if name in rows[0]:

@@ -1,9 +1,9 @@
 r"""Seconds until a training step can run: tracing, lowering and compilation.
 
 The network has dense layers that are not in a loop, each with a kernel and a bias, so
-that programs are as large as they can be for a number of parameter arrays. A step
-computes what the name says and, unless it only measures gradients, an SGD update.
-Columns, each also relative to plain training of as many layers:
+that programs are as large as possible for the number of parameter arrays. A step
+computes what its name says and, except for meta_weight_net, norms and inner_products,
+an SGD update. Columns, each also relative to plain training of the same network:
 
   trace_seconds    tracing and lowering, in seconds of CPU time of all threads
   compile_seconds  compilation, likewise
@@ -122,7 +122,7 @@ STEPS: dict[str, Callable[..., Any]] = {
 
 
 def lower(step: Callable[..., Any], num_arrays: int) -> Any:
-  """Traces and lowers a step of a network with that number of parameter arrays."""
+  """Traces and lowers a step of a network with `num_arrays` parameter arrays."""
   kernel, bias = (
     jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((_WIDTH, _WIDTH), (_WIDTH,))
   )
@@ -133,7 +133,7 @@ def lower(step: Callable[..., Any], num_arrays: int) -> Any:
     }
     for size in (_BATCH_SIZE, _META_SIZE)
   )
-  # A function that is traced a second time would not be traced at all.
+  # The lambda is new in each call, because JAX would reuse the trace of an old one.
   traced = jax.jit(lambda *args: step(*args))
   return traced.lower([(kernel, bias)] * (num_arrays // 2), batch, meta_batch)
 

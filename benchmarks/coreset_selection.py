@@ -65,7 +65,7 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
     bounds=settings_lib.INNER_SHARE,
     group="method",
   )
-  repeats: int = flag(5, "Number of measurements of each.", bounds=settings_lib.REPEATS)
+  repeats: int = flag(5, "Number of rounds of timing.", bounds=settings_lib.REPEATS)
   epochs: int = flag(
     2,
     "Number of epochs of training before the gradients are taken.",
@@ -124,7 +124,7 @@ class Training:
     jax.block_until_ready(self._state)
 
   def gradients(self) -> np.ndarray:
-    """Returns the gradient of each example's loss in its logits, [N, C]."""
+    """Returns the gradients of the losses with respect to the logits, [N, C]."""
     state = devices_lib.take(devices_lib.unreplicate(self._state), 0)
     problem = self._model.problem(
       class_counts=self._counts[0], num_examples=self._size, num_steps=1
@@ -168,7 +168,7 @@ def naive_greedy(proxies: np.ndarray, labels: np.ndarray, size: int) -> np.ndarr
 
 
 def cost(proxies: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> float:
-  """The sum over examples of the distance to the nearest selected one of the class."""
+  """The sum of each example's distance to the nearest selected one of its class."""
   total = 0.0
   for c in np.unique(labels):
     selected = rows[labels[rows] == c]
@@ -300,7 +300,7 @@ def summary(turns: Sequence[Turn], epochs: Sequence[Turn]) -> dict[str, float]:
 
   Args:
     turns: the measurements of a selection, one per round.
-    epochs: those of an epoch in the same rounds.
+    epochs: the measurements of an epoch, in the same rounds.
 
   Returns:
     Times in seconds, and relative to the epoch of the same round.

@@ -4,15 +4,15 @@ The task is that of the public benchmark benchopt/benchmark_bilevel: 20,000 stan
 images of MNIST, a share p of which gets a label drawn from all ten classes; 5,000 clean
 images; a linear classifier without bias that starts at 0; regularization 0.2 |z|^2;
 batches of 64; and the error on the 10,000 test images. The split of the images differs
-from that of the public benchmark, so single numbers differ by chance.
+from that of the public benchmark, so individual numbers differ by chance.
 
 `clean_only` is the baseline to beat: it trains on the 5,000 clean images alone, with
 the regularization that is best on a held-out fifth of them. `oracle` knows which labels
 are wrong. The step sizes of SOBA and SABA are those that the public benchmark chose for
 each p; those of this library were chosen with seed 100 on 5,000 other training images
-(`dev_percent` in the rows): the learning rate for p = 0.7, that of the kept weights for
-the mean of p = 0.5, 0.7 and 0.9. Nothing was chosen on the test images. Seconds are CPU
-time of all processor cores, without compilation and evaluation.
+(`dev_percent` in the rows): the learning rate at p = 0.7, and that of the kept weights
+by the mean over p = 0.5, 0.7 and 0.9. Nothing was chosen on the test images. Seconds
+are CPU time of all processor cores, without compilation and evaluation.
 Command: python -m benchmarks.data_cleaning --data_dir=DIR
 Results: results/data_cleaning.
 """
@@ -40,14 +40,14 @@ from experiments.tables import catalog
 from l2rw_jax import base
 from l2rw_jax.io import workdir as workdir_lib
 
-# The methods that use weights and do not know the wrong labels.
+# The methods that learn weights, without knowing which labels are wrong.
 LEARNED = ("l2rw", "meta_weight_net", "kept_weights", "soba", "saba")
 METHODS = (*LEARNED, "uniform", "oracle", "clean_only")
 TABLE = catalog.DATA_CLEANING
 _REGULARIZATION = 0.2
 # The regularizations from which `clean_only` chooses.
 _CLEAN_REGULARIZATIONS = (0.003, 0.01, 0.03, 0.1)
-# For each of these test errors, the first evaluation below it is reported.
+# The seconds until the first test error (%) below this number are reported.
 _TARGET = 17.0
 # From the best_params files of the public benchmark: maps a share to the outer step
 # size divided by the inner one. The ratio of SABA does not depend on the share.
@@ -127,7 +127,7 @@ class Run(NamedTuple):
     seconds: CPU seconds of training before the evaluation.
     test_percent: error on the test images.
     dev_percent: error on the images for choosing settings; NaN if there are none.
-    auroc: area under the ROC curve of each number in `Solver.trust` at the end, which
+    auroc: area under the ROC curve of each entry of `Solver.trust` at the end, which
       shows how well it ranks right labels above wrong ones.
   """
 
@@ -219,7 +219,7 @@ def make_solver(settings: Settings, name: str, share: float) -> solvers_lib.Solv
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _steps(solver, sizes, state, first, arrays, numbers, meta_numbers):
-  """Takes some steps; `numbers` has the batch of each step and of the next step."""
+  """Takes some steps; `numbers` are their batches and the batch of the next step."""
 
   def batch(of, number, following, num_examples):
     start = sizes.start(number, num_examples)
@@ -269,7 +269,7 @@ def train(
     solver: solver of the problem.
     sizes: shape of the problem and number of steps.
     data: the problem.
-    seed: seed of the order of the batches and of a weighting network.
+    seed: seed of the order of the batches and of the initial weighting network.
     eval_every: number of steps between two evaluations.
   """
   rng = np.random.default_rng([seed, 1])

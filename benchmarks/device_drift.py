@@ -4,7 +4,7 @@ A small network is trained on digits with 40% wrong labels, with the same batche
 every number of devices, in float32 and in float64. The control is a run on one device
 whose initial parameters are moved by one unit in the last place. If the control drifts
 as far, rounding alone can explain the drift. L2RW computes its sums in three orders:
-layer by layer, in forward mode, and in microbatches with as many rows as one of eight
+layer by layer, in forward mode, and in microbatches of as many rows as each of eight
 devices has.
 Command: python -m benchmarks.device_drift
 Results: results/device_drift (8 virtual CPU devices).

@@ -49,7 +49,7 @@ from l2rw_jax.methods import l2rw
 from l2rw_jax.models import mlp
 from l2rw_jax.models import random_patches
 
-# The number of epochs for each data set. Networks memorize small tables soon.
+# The number of epochs for each data set. Networks memorize small tables quickly.
 EPOCHS = {
   "digits": 20,
   "mnist": 12,
@@ -164,7 +164,7 @@ def is_fitting(name: str, noise: str) -> bool:
   kind = noise.partition(":")[0]
   if name == "cifar10_n" or kind == "human":
     return name == "cifar10_n" and kind == "human"
-  # With two classes, pair noise is the same as symmetric noise.
+  # With two classes, pair noise would hardly differ from symmetric noise.
   return not (name == "breast_cancer" and kind == "pair")
 
 

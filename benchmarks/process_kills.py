@@ -1,11 +1,11 @@
 """Kills one of two training processes repeatedly, and counts the runs that are lost.
 
-Two processes train L2RW on digits_noise together. After a random time, drawn from the
-duration of a run that is not interrupted, one of them, chosen at random, is killed by
+Two processes train L2RW on digits_noise together. After a random time, at most the
+duration of an uninterrupted run, one of the two, chosen at random, is killed by
 SIGKILL. The script measures how long the other one takes to end. It then starts both
 again with the same command until the run finishes; a process may be killed again after
 such a restart. The metrics, weights and parameters of finished runs are compared byte
-for byte with those of the run that was not interrupted.
+for byte with those of an uninterrupted run.
 
 Command: python -m benchmarks.process_kills
 The file results.csv has a row for each kill; a summary is printed.
@@ -32,7 +32,7 @@ from l2rw_jax.io import workdir as workdir_lib
 _FLAGS = (
   *("--methods=l2rw", "--num_seeds=1"),
   *("--num_steps=100", "--checkpoint_every=10"),
-  # Seconds that a process waits for the other one, if it is killed before both connect.
+  # Seconds that a process waits for one that was killed before both connected.
   "--initialization_timeout=30",
 )
 # Seconds after which processes that do not end are killed and reported.
@@ -82,7 +82,7 @@ def finish(started: Sequence[subprocess.Popen]) -> list[str]:
 def kill_one(
   started: Sequence[subprocess.Popen], victim: int, after: float
 ) -> dict[str, Any] | None:
-  """Kills a process; returns None if one of them has already ended.
+  """Kills a process, or returns None if one of the two ends before that.
 
   Args:
     started: the two processes.
@@ -108,7 +108,7 @@ def kill_one(
 
 
 def outcome(folder: pathlib.Path) -> dict[str, bytes]:
-  """The files of finished runs that must be the same."""
+  """The contents by path of the files that all finished runs must have in common."""
   return {
     str(path.relative_to(folder)): path.read_bytes()
     for path in sorted(folder.rglob("*"))
@@ -123,11 +123,11 @@ def latest_step(folder: pathlib.Path) -> int:
 
 
 def complete(folder: pathlib.Path) -> tuple[int, list[str]]:
-  """Starts both processes by the same command until their run finishes.
+  """Starts both processes with the same command until their run finishes.
 
   Returns:
-    The number of starts that another event ended, such as a collective that timed out
-    on a busy machine, and what the processes printed at the last start.
+    The number of starts that failed because of other events, such as a collective that
+    timed out on a busy machine, and what the processes printed at the last start.
   """
   for failures in range(_MOST_FAILURES):
     errors = finish(started := start(folder))

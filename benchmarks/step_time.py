@@ -21,8 +21,8 @@ setting OMP_WAIT_POLICY=passive in the environment fixed it. On a GPU without en
 memory for both frameworks, --peer_only measures PyTorch alone, in another --workdir.
 
 The process keeps memory that XLA and PyTorch free (`experiments.lib.launch`). Each
-group is saved when it is finished, and the same command continues on the same machine.
-When all groups are finished, it draws the figures again.
+group is saved when it is finished, and the same command continues an interrupted run on
+the same machine. When all groups are finished, the figures are drawn again.
 Command: python -m benchmarks.step_time --peer=torch
 Results: results/step_time.
 """
@@ -113,8 +113,8 @@ class Group(NamedTuple):
 
   Attributes:
     setting: the settings that they share.
-    share: the size of the meta batch divided by that of the batch, M / B. None without
-      a meta batch.
+    share: the size of the meta batch divided by the batch size, M / B. None without a
+      meta batch.
     pairs: the methods and engines of this library, in addition to plain training.
   """
 

@@ -3,14 +3,13 @@ r"""The speed and the memory of training with streamed examples.
 The same network is trained on the same rows of CIFAR-10 in four ways. The examples stay
 on the device (resident), are copied from an array in memory (memory), or are decoded
 from the files of TFDS, by threads (files) or by worker processes (workers). The four
-runs take turns, so that other load on the machine affects all equally; the
-results are medians over rounds. The share of the input is the time that the loop waits
-for the examples of its steps, divided by the time of the steps. The same files are also
-decoded without training, by threads and by workers in alternating turns.
+runs take turns, so that other load on the machine affects all equally; the results are
+medians over rounds. The column input_share is the time that the loop waits for the
+examples of its steps, divided by the time of the steps. The same files are also decoded
+without training, by threads and by workers in alternating turns.
 
 Before that, a network is trained on a set of generated examples, ten times as large as
-the buffer of the steps that are read ahead, to measure how much the memory of the
-process grows.
+the read-ahead buffer, to measure how much the memory of the process grows.
 Command: python -m benchmarks.streaming --data_dir=DIR
 Results: results/streaming.
 """
@@ -83,7 +82,7 @@ class Generated:
     return self.shape[0]
 
   def __getitem__(self, rows: Any) -> np.ndarray:
-    """Example i has the value i everywhere."""
+    """Returns some examples; example i of N has the value i / N everywhere."""
     numbers = np.arange(len(self), dtype=np.float32)[rows] / len(self)
     return np.broadcast_to(numbers[:, None], (len(numbers), _VALUES)).copy()
 
@@ -154,7 +153,7 @@ def memory_row() -> dict[str, Any]:
 
 
 def make_splits(settings: Settings) -> dict[bool, examples_lib.Splits]:
-  """The data with images that are decoded when they are read, and in memory (True)."""
+  """The data by whether images are in memory; others are decoded when they are read."""
   splits = {}
   for in_memory in (False, True):
     train, test = (
@@ -176,7 +175,7 @@ def make_splits(settings: Settings) -> dict[bool, examples_lib.Splits]:
 def speed_rows(
   settings: Settings, network: str, splits: dict[bool, examples_lib.Splits]
 ) -> list[dict[str, Any]]:
-  """Times the steps of a network for every place of the data."""
+  """Times the steps of a network for each way of reading the data."""
   num_steps = (settings.num_steps + streaming.STEPS_AHEAD) * (settings.repeats + 1)
   runs = {
     name: _make_run(
@@ -193,7 +192,7 @@ def speed_rows(
   for _ in range(settings.repeats + 1):
     for name, run in runs.items():
       time.sleep(0.5)  # The other runs read ahead until their buffers are full.
-      _take_steps(run, streaming.STEPS_AHEAD)  # Their examples were read before.
+      _take_steps(run, streaming.STEPS_AHEAD)  # These were read ahead.
       start, waited = time.perf_counter(), run.input_seconds
       _take_steps(run, settings.num_steps)
       seconds = time.perf_counter() - start

@@ -4,8 +4,8 @@ The benchmark times the forward and backward pass of four 3x3 convolutions with 
 channels on images of 32x32; the last convolution has stride 2. Each switch is measured
 in a separate process, because XLA reads `XLA_FLAGS` only once. The processes take
 turns, round by round, and times are processor seconds of all threads, so that other
-load on the machine affects all equally. A row says whether the switch
-changes the optimized program; switches of the code generator do not.
+load on the machine affects all equally. The column changes_program is whether the
+switch changes the optimized program; switches of the code generator do not.
 Command: python -m benchmarks.xla_switches
 Results: results/xla_switches, one file for each version of jax.
 """
@@ -25,8 +25,8 @@ from experiments.lib import settings as settings_lib
 from experiments.lib.settings import flag
 from l2rw_jax.io import workdir as workdir_lib
 
-# The switches of jaxlib 0.10 and 0.12 that name another library for convolutions or
-# products, or change how loops become machine code.
+# The switches of jaxlib 0.10 and 0.12 that select another library for convolutions or
+# matrix products, or change how loops become machine code.
 SWITCHES = (
   "",
   "--xla_cpu_use_onednn=true",

@@ -6,10 +6,10 @@ Command: python -m experiments.cifar_long_tail --data_dir=DIR
   --methods=uniform,ldam_drw; --shape=step, --imbalance=10, --dataset=cifar100;
   --smoke for a few steps on a CPU. With --preset=ldam, methods that need meta images
   need --num_meta=10, which takes them from class 0 and from images outside the tail.
-Device, time: one GPU; ResNet-32, 19,200 steps per run at factor 100 (preset ldam).
+Device, time: one GPU; ResNet-32, 19,200 steps per run at imbalance 100 (preset ldam).
 Published (CIFAR-10, exponential 100, test accuracy %): ldam: cross-entropy 70.36,
   LDAM 73.35, LDAM-DRW 77.03. mwn: cross-entropy 70.36, L2RW 74.16, Meta-Weight-Net
-  75.21, the best epoch on the test set.
+  75.21, at the best epoch on the test set.
 Measured: results/cifar_long_tail, once it has been run. The main metric is that of the
   last step.
 """

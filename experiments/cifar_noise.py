@@ -1,4 +1,4 @@
-r"""CIFAR-10 and CIFAR-100 with wrong labels, as five papers train on them.
+r"""CIFAR-10 and CIFAR-100 with wrong labels, in the settings of several papers.
 
 Papers: L2RW (Ren et al., ICML 2018): --preset=l2rw_uniform, l2rw_background;
   Meta-Weight-Net (Shu et al., NeurIPS 2019): mwn_uniform, mwn_flip, mwn_stable;
@@ -63,8 +63,9 @@ class Preset:
     learning_rate: initial learning rate of SGD.
     momentum: momentum of SGD.
     nesterov: whether the momentum is Nesterov's.
-    weight_decay: factor of the parameters that are added to the gradient.
-    decay_all: whether biases and BatchNorm decay, too; see `optimizers`.
+    weight_decay: multiple of the parameters that is added to the gradient.
+    decay_all: whether the weight decay includes biases and BatchNorm parameters; see
+      `optimizers`.
     batch_size: number of training examples in a step.
     meta_batch_size: number of clean examples in a step.
     num_meta: number of clean images of each class, by number of classes.
@@ -128,8 +129,8 @@ PRESETS = {
     decay_steps=(18_000, 19_000),
     nesterov=True,
   ),
-  # The decays are those of its ResNet-32 alternative. The length of 60 epochs is
-  # believed to be that of the paper, but was not verified.
+  # The decays are those of the first release for its ResNet-32 alternative. The length
+  # of 60 epochs is believed to be that of the paper, but was not verified.
   "mwn_flip": dataclasses.replace(
     _MWN_STABLE,
     noise="mwn_flip2",
@@ -257,7 +258,7 @@ TABLE = table.Layout(
 
 
 def make_preset(settings: Settings) -> Preset:
-  """The preset with the flags that override it, which --smoke makes small."""
+  """The preset, which --smoke makes small, with the flags that override it."""
   preset = PRESETS[settings.preset]
   if settings.smoke:
     preset = dataclasses.replace(
@@ -287,7 +288,7 @@ def _decay_steps(settings: Settings, preset: Preset) -> tuple[int, ...]:
     share = (settings.num_steps or preset.num_steps) / preset.num_steps
     return tuple(round(step * share) for step in preset.decay_steps)
   for text in settings.decay_steps:
-    # Ten digits are more than --num_steps may have.
+    # A decay after 10**9 updates, the limit of --num_steps, would have no effect.
     if not (text.isdecimal() and len(text) < 10 and int(text) >= 1):
       raise base.InputError(
         f"--decay_steps={text}: give numbers of updates, such as 40000,60000."

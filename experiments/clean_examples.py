@@ -176,7 +176,7 @@ def make_splits(
         " three."
       )
     # The order is one image of each class, then a second one of each, and so on, so
-    # that the first images of the largest set are the smaller sets.
+    # that every smaller set consists of the first images of the largest set.
     clean = np.stack([pool[:most] for pool in pools], axis=1).reshape(-1)
     clean = np.tile(clean[: count * len(pools)], most // count)
     pools = [pool[most : most + settings.largest_class] for pool in pools]
@@ -227,7 +227,7 @@ def make_method(
 def make_cell(
   settings: Settings, name: str, dataset: str, problem: str, count: int
 ) -> runner.Cell:
-  """How a method is trained with `count` clean images of each class."""
+  """The cell of a method that is trained with `count` clean images of each class."""
   num_classes = settings.load("train", dataset).num_classes
   stops_early, num_steps = name == "early_stopped", settings.num_steps
   rate = settings.learning_rate or METHODS[name][1]
@@ -259,7 +259,7 @@ def make_cell(
 
 
 def make_cells(settings: Settings, methods: Sequence[str]) -> list[runner.Cell]:
-  """The cells of all trainings that are needed, without repetition."""
+  """The cells of all runs that are needed, without repetition."""
   counts, cells = dict.fromkeys(settings.num_clean), []
   largest = max(counts)
   for name in methods:
@@ -357,13 +357,13 @@ def _draw_method(ax: Any, method: str, rows: runner.Rows) -> None:
     low, high = means[0] - errors[0, 0], means[0] + errors[1, 0]
     ax.axhspan(low, high, alpha=0.15, color=style["color"], linewidth=0)
   else:
-    # Methods are shifted, so that the intervals of a count do not cover each other.
+    # Points are shifted by method, so that the intervals at a count do not overlap.
     places = np.array(counts) * 1.04 ** (list(METHODS).index(method) - 4)
     ax.errorbar(places, means, errors, marker="o", markersize=3, capsize=2, **style)
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
-  """Trains what is missing, then prints and writes the comparison."""
+  """Trains the runs that are missing, and prints and writes the comparison."""
   for name in ("datasets", "problems", "num_clean"):
     if not getattr(settings, name):
       raise base.InputError(f"--{name}= is empty: give one or more values.")

@@ -11,8 +11,9 @@ Command: python -m experiments.coreset --data_dir=DIR
   for a long tail: --network=mlp --fraction=0.1 --imbalance=100 --workdir=runs/tail
   without a download: --dataset=digits
 Device, time: one CPU core, 40 minutes.
-Published: on other data, more than 2.9 times faster than on all data and 4.5 times
-  faster than on random subsets; no table could be read. Measured: results/coreset.
+Published: on other data sets, training was more than 2.9 times faster than on all data
+  and 4.5 times faster than on random subsets; no table could be read.
+Measured: results/coreset.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,8 +53,8 @@ _SELECTING = ("craig", "adacore")
 HIDDEN: dict[str, tuple[int, ...]] = {"logistic": (), "mlp": (256,)}
 # For each of these test accuracies in percent, the seconds to reach it are reported.
 TARGETS = (80, 90, 95, 97)
-# Methods are compared at these shares of the longest time for which all methods of a
-# panel were trained.
+# Methods are compared at these shares of the seconds of the shortest run with the same
+# model and seed.
 _SHARES = {"quarter": 0.25, "half": 0.5, "equal": 1.0}
 _SELECTIONS = "selections.json"
 
@@ -266,8 +267,8 @@ def _check_fraction(
     )
 
 
-# All runs share one object, because JAX compiles again for the methods of another
-# object, even if both are equal.
+# All runs share one object, because JAX would compile again for a second object, even
+# an equal one.
 @functools.cache
 def make_model(name: str, num_classes: int) -> classifier.Classifier:
   """The network for a name in `--network`."""
@@ -313,8 +314,8 @@ def train(
   ((_, place),) = cell.groups()
   run_folder = folder / place
   if not (run_folder / f"seed-{seed}" / results_lib.RESULTS).exists():
-    # Programs that are compiled here for the first time, including a selection, do not
-    # count in its seconds.
+    # This short run compiles all programs, including those of a selection, so that
+    # compilation does not count in the seconds of the run below.
     with workdir_lib.scratch(folder) as scratch:
       short = dataclasses.replace(config, num_steps=1)
       runner.train(
@@ -376,12 +377,12 @@ def make_row(
 
 
 def panel_of(row: dict[str, Any]) -> tuple[str, float]:
-  """The panel of a row; rows of all data are drawn in every panel of their model."""
+  """The panel of a row; rows of `full` are drawn in every panel of their model."""
   return row["model"], row["fraction"]
 
 
 def panels(rows: runner.Rows) -> dict[tuple[str, float], list[int]]:
-  """Numbers of the rows of each panel."""
+  """The indices of the rows of each panel."""
   partial = dict.fromkeys(panel_of(r) for r in rows if r["method"] != "full")
   names = list(partial) or list(dict.fromkeys(map(panel_of, rows)))
   return {
@@ -395,9 +396,9 @@ def panels(rows: runner.Rows) -> dict[tuple[str, float], list[int]]:
 
 
 def with_equal_seconds(rows: runner.Rows) -> runner.Rows:
-  """Adds the accuracies at equal seconds, which all methods of a model have reached.
+  """Adds the accuracies at equal seconds, for which all methods were trained.
 
-  These seconds are those of the shortest run of each model and seed. Seeds are treated
+  These are the seconds of the shortest run of each model and seed. Seeds are treated
   separately, because the runs of a seed follow each other and the speed of a machine
   varies.
   """

@@ -9,8 +9,8 @@ Command: python -m experiments.fairness --data_dir=DIR
   without a download: --dataset=digits; an attribute: --groups=inverted;
   data condensation: --condense=10,25,50,75 --condense_by=forml_worst
 Device, time: one CPU core, 8 minutes with condensation (MNIST, 3 seeds).
-  FORML's default step of 0.02 was chosen by hand among 0.0004 to 0.1, looking at
-  the test sets of seeds 0 and 1; no other method was tuned.
+  FORML's default step of 0.02 was chosen by hand from values between 0.0004 and 0.1,
+  looking at the test sets of seeds 0 and 1; no other method was tuned.
 Published: improved equality of opportunity, but no comparable number.
 Measured: results/fairness.
 """
@@ -153,7 +153,7 @@ class Settings(runner.Settings):
 
   @property
   def rate(self) -> float:
-    """Learning rate of SGD: inverted images have three times the norm of others."""
+    """Learning rate of SGD; the default is lower for inverted images (larger norm)."""
     default = 0.02 if self.groups == "inverted" else 0.1
     return default if self.learning_rate is None else self.learning_rate
 
@@ -164,7 +164,7 @@ class Settings(runner.Settings):
 
 
 def label(one: Mapping[str, Any]) -> str:
-  """The name in the table of a row's method."""
+  """The name of a row's method in the table."""
   if one["kept_percent"] is None:
     return one["method"]
   by = f" by {one['method']}" if one["kept"] == "top" else ""
@@ -190,7 +190,7 @@ TABLE = table.Layout(
 
 
 class Setting(NamedTuple):
-  """The training data of one line of the table; `percent` None is all data."""
+  """The method and data of one line of the table; `percent` None is all data."""
 
   method: str
   percent: int | None = None
@@ -306,7 +306,7 @@ def make_optimizer(rate: float, momentum: float) -> optax.GradientTransformation
 def condensations(
   settings: Settings, methods: Sequence[str], size: int
 ) -> list[Setting]:
-  """The settings of `--condense`, which are checked."""
+  """Checks `--condense` and returns its settings."""
   last = next((m for m in reversed(methods) if m in FORML), "")
   by = settings.condense_by or last
   if settings.condense_by is not None and not settings.condense:
@@ -342,7 +342,7 @@ def condensed(
   kept: str,
   seed: int,
 ) -> examples_lib.Splits:
-  """The data with a part of the training set.
+  """The data with only a part of the training set.
 
   Args:
     splits: the whole data.

@@ -1,4 +1,4 @@
-r"""NestedMAML compared with MAML if some training tasks are from another distribution.
+r"""NestedMAML compared with MAML when some training tasks are out of distribution.
 
 Paper: Killamsetty et al., "A Nested Bi-level Optimization Framework for Robust Few
   Shot Learning" (AAAI 2022). The protocol is that of the paper, on Omniglot in place of
@@ -52,8 +52,8 @@ METHODS = (
   *("meta_only", "l2rw"),
 )
 _NESTED = ("nested_maml", "nested_maml_fo")
-# Numbers of classes for training, validation tasks, tuning and testing. Of other data
-# sets, the first three have these shares of the classes, and testing has the rest.
+# Numbers of classes for training, validation tasks, tuning and testing. For other data
+# sets, the first three get these shares of the classes, and testing gets the rest.
 _CLASSES = {"omniglot": (140, 30, 20, 52), "digits": (4, 2, 2, 2)}
 _SHARES = (0.6, 0.15, 0.05)
 # Number of images of a foreign source, several hundred per class.
@@ -77,7 +77,7 @@ class Settings(settings_lib.Settings):
   ood: str = flag(
     "mnist",
     "Source of the tasks from another distribution: none, shuffled (images of"
-    " --dataset, without classes), or the name of a data set as for --dataset.",
+    " --dataset with permuted labels), or the name of a data set as for --dataset.",
     group="data",
   )
   ood_share: tuple[float, ...] = flag(
@@ -390,7 +390,8 @@ def make_cell(
     make_learner(settings),
     method,
     make_optimizer(settings.learning_rate),
-    lambda _: [problem_of(name, problem).splits],  # Made again, to save memory.
+    # Made again by each call, to save memory.
+    lambda _: [problem_of(name, problem).splits],
     f"ood-{ood_share}/{name}/seed-{seed}",
     evaluators=(evaluation.accuracy, interval_over_tasks),
     title=f"ood-{ood_share}/{name}/seed-{seed}",
@@ -405,7 +406,7 @@ def make_optimizer(rate: float) -> optax.GradientTransformation:
 
 
 def interval_over_tasks(predictions: evaluation.Predictions) -> dict[str, float]:
-  """`interval`: 1.96 standard errors of the accuracy of a task."""
+  """`interval`: 1.96 standard errors of the mean accuracy over tasks."""
   accuracies = (predictions.predicted == predictions.labels).mean(axis=1)
   spread = np.std(accuracies, ddof=1) / np.sqrt(len(accuracies))
   return {"interval": float(1.96 * spread)}
@@ -414,7 +415,7 @@ def interval_over_tasks(predictions: evaluation.Predictions) -> dict[str, float]
 def weights_of(pool: episodes.Pool, share: str) -> evaluation.Probe:
   """A probe of NestedMAML: mean weights of tasks, and of queries if these have weights.
 
-  Groups of tasks or queries without a member are left out.
+  Empty groups of tasks or queries are left out.
 
   Args:
     pool: the training tasks.
@@ -475,7 +476,7 @@ def pooled(rows: runner.Rows) -> tuple[float, float]:
 def draw(rows: runner.Rows, path: pathlib.Path) -> None:
   """Draws the accuracy against the share of foreign tasks, and mean weights.
 
-  If there is a single share, there is a line for each method.
+  If there is a single share, each method has a row instead of a curve.
   """
   has_weights = any(r[name] is not None for r in rows for name in WEIGHTS)
   panels = 2 if has_weights else 1

@@ -92,7 +92,7 @@ class Settings(settings_lib.Settings):
     group="data",
   )
   num_epochs: int | None = flag(
-    None, unset="10 for tables, and 20, 15 or 10 for images: fewer for more"
+    None, unset="10 for tables, and 20, 15 or 10 for images, by their number"
   )
   batch_size: int | None = flag(None, unset="100, and less for small data")
   learning_rate: float = flag(1e-3, "Learning rate of Adam.")
@@ -210,7 +210,7 @@ def make_splits(
 def make_config(
   settings: Settings, data: own_data.OwnData, trusted: own_data.OwnData | None
 ) -> config_lib.Config:
-  """How long to train: fewer epochs for more examples."""
+  """The configuration of the run, with fewer epochs for more examples."""
   size = len(data.labels)
   batch_size = settings.batch_size or min(size, 100, max(8, size // 13))
   # A small table is memorized sooner than the same number of images.
@@ -276,7 +276,8 @@ def run(settings: Settings, workdir: runner.Folder) -> audit.LabelIssues:
   config = make_config(settings, data, trusted)
   splits = make_splits(prepared, trusted)
   method = audit.recording(make_method(trusted is not None))
-  # Read the data first, so that mistakes are reported before anything is written.
+  # The data are checked first, so that mistakes are reported before anything is
+  # written.
   config_lib.check(config, method, [splits])
   folder = runner.open_folder(settings, _NAME, workdir)
   issues = train(settings, config, method, prepared, splits, folder)

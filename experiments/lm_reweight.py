@@ -233,7 +233,7 @@ def suspicion(
 
 
 def recovered(values: np.ndarray | None, kinds: np.ndarray) -> dict[str, float | None]:
-  """Percentages of the corrupted documents that are among the k most suspicious ones.
+  """Percentages of corrupted documents that are among the k most suspicious ones.
 
   k is the number of corrupted documents.
 
@@ -316,7 +316,7 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
       seed = result.metrics["seed"]
       run_folder = folder / cell.folder.format(first=seed)
       curve = curves_lib.read(run_folder, seed, "loss")
-      curve = curve._replace(values=curve.values / math.log(2))  # Bits for each byte.
+      curve = curve._replace(values=curve.values / math.log(2))  # Nats to bits.
       curves[cell.method_name].append(curve)
       values = suspicion(cell.method_name, make_model(settings), split.train, result)
       rows.append(

@@ -58,7 +58,8 @@ _PAIRS = (
 )
 _REGIONS = (1, 2, 3, 4)
 _MOST_CURVES = 4
-# Loss drops differ by decades, like the learning rates, and some are below zero.
+# Loss drops differ by orders of magnitude, like the learning rates, and some are
+# negative, so their axis is linear up to this value and logarithmic above it.
 _LINEAR = 1e-3
 _SHORT = {
   "susceptibility": "susceptibility",
@@ -191,7 +192,7 @@ def _is_small(width: str, depth: str | None) -> bool:
 def make_splits(
   settings: Settings, fraction: float, seeds: Sequence[int]
 ) -> list[examples_lib.Splits]:
-  """The splits of some seeds; the images of a seed are the same at every noise."""
+  """The splits of some seeds; a seed has the same images at every noise fraction."""
   return [_make_split(settings, fraction, seed) for seed in seeds]
 
 
@@ -220,7 +221,7 @@ def _make_split(settings: Settings, fraction: float, seed: int) -> examples_lib.
 def make_optimizer(
   rate: float, decay: float, momentum: float, num_steps: int
 ) -> optax.GradientTransformation:
-  """The paper's SGD, as one object for all noises, so that a step is compiled once."""
+  """The paper's SGD, as one object for all noise fractions, so a step compiles once."""
   schedule = optax.cosine_decay_schedule(rate, num_steps)
   return optax.chain(
     optax.add_decayed_weights(decay), optax.sgd(schedule, momentum or None)
@@ -250,7 +251,7 @@ def make_settings(settings: Settings) -> list[Setting]:
 
 
 def make_cells(settings: Settings) -> list[runner.Cell]:
-  """Every network at every noise."""
+  """A cell for every model at every noise fraction."""
   models, method, data = make_settings(settings), baselines.uniform(), {}
   for fraction in dict.fromkeys(settings.noise_fraction):
     splits = functools.partial(make_splits, settings, fraction)
@@ -313,7 +314,7 @@ def make_row(
 
 
 def of_noise(rows: runner.Rows, fraction: float) -> runner.Rows:
-  """The models of one noise that can be compared.
+  """The models of one noise fraction that can be compared.
 
   A model without a susceptibility (because a drop was not finite) cannot be compared.
   """
@@ -330,7 +331,7 @@ def fractions_of(rows: runner.Rows) -> list[float]:
 
 
 def with_regions(rows: runner.Rows) -> runner.Rows:
-  """The rows with the `region` of each among the models of its noise, or None."""
+  """Adds the `region` of each row among the models of its noise fraction, or None."""
   regions: dict[int, int] = {}
   for fraction in fractions_of(rows):
     models = of_noise(rows, fraction)
@@ -364,7 +365,7 @@ def _spread(rows: runner.Rows) -> str:
 
 
 def correlations(rows: runner.Rows) -> str:
-  """Rank correlations over the models of each noise, as a Markdown table."""
+  """Rank correlations over the models of each noise fraction, as a Markdown table."""
   header = ["noise_fraction", *(f"{_SHORT[a]}, {_SHORT[b]}" for a, b in _PAIRS)]
   lines = []
   for fraction in fractions_of(rows):
@@ -392,7 +393,7 @@ def _train(rows: runner.Rows) -> list[float]:
 
 
 def draw(rows: runner.Rows, path: pathlib.Path) -> None:
-  """Draws training accuracy against susceptibility, with a panel per noise.
+  """Draws training accuracy against susceptibility, with a panel per noise fraction.
 
   A dot is a model, its color is the accuracy on clean test images, and lines are the
   means that separate the regions.
@@ -438,7 +439,7 @@ def _draw_noise(figure: Any, ax: Any, models: runner.Rows) -> None:
 def draw_curves(
   runs: Sequence[tuple[dict[str, Any], dict[str, Any]]], path: pathlib.Path
 ) -> bool:
-  """Draws susceptibility and memorization over the epochs, at the highest noise.
+  """Draws susceptibility and memorization by epoch, at the highest noise fraction.
 
   Args:
     runs: row and probes of each run. Up to four are drawn, from the lowest

@@ -7,7 +7,7 @@ Command: python -m experiments.mentornet_pretrain --curriculum=pd
   --percentile=90, where FILE has the recorded losses of a student. Students load the
   file mentor.json, which this script writes to --workdir.
 Device, time: one CPU core, under a minute.
-Published: nothing about the fit itself; for students see results/.
+Published: nothing about the fit itself; for students, see results/.
 """
 
 import dataclasses
@@ -245,7 +245,7 @@ def _draw_predefined(axis, mentor, epoch):
 
 
 def _draw_recorded(axis, mentor, rows, epoch, shown_percentile):
-  """Draws the learned curve, and the share of right labels among similar losses."""
+  """Draws the learned curve, and the share of right labels by loss."""
   at = rows.epochs == epoch
   percentile = float(np.median(rows.losses - rows.differences))
   top = float(np.quantile(rows.losses, 0.995))

@@ -273,7 +273,7 @@ def make_row(
 
 
 def draw(rows: runner.Rows, path: pathlib.Path) -> None:
-  """Draws the figure: bars with intervals, a dot per split, diamonds as published."""
+  """Draws bars with intervals, a dot per split, and diamonds for published means."""
   majorities = sorted({r["majority"] for r in rows})
   methods = list(dict.fromkeys(r["method"] for r in rows))
   size = (4 + 1.1 * len(majorities), 3.6)

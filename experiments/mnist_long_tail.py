@@ -1,4 +1,4 @@
-r"""Images in a long tail: all methods that use weights, margins or resampling.
+r"""Images in a long tail: methods that use weights, margins or resampling.
 
 Paper: no paper trains on these data. LDAM (Cao et al., NeurIPS 2019) and
   Meta-Weight-Net (Shu et al., NeurIPS 2019) have such tails of CIFAR; these images can
@@ -27,11 +27,11 @@ METHODS = (
   *("uniform", "clean_only", "fine_tuning", "early_stopped", "focal"),
   *("class_balanced", "ldam_drw", "absgd", "l2rw", "meta_weight_net"),
 )
-# All methods have one schedule. The drops are where LDAM's are, but the size, the
-# length and the batches are those of Meta-Weight-Net. The learning rate is a tenth
-# of theirs because of L2RW, which fails on this network at 0.1 (21% after 10 epochs,
-# one seed; 86% at 0.03, 92% at 0.01). Plain cross-entropy would gain two points from
-# 0.1.
+# All methods have one schedule. The drops are where LDAM's are, but their size, the
+# number of epochs and the batch size are those of Meta-Weight-Net. The learning rate is
+# a tenth of theirs because of L2RW, which fails on this network at 0.1 (21% after 10
+# epochs, one seed; 86% at 0.03, 92% at 0.01). Plain cross-entropy would gain two points
+# from 0.1.
 PRESET = long_tail.Preset(
   num_epochs=100,
   batch_size=100,

@@ -1,4 +1,4 @@
-r"""Images with wrong labels: a comparison of all methods that learn weights.
+r"""Images with wrong labels: methods that learn weights, and their alternatives.
 
 Paper: the setting is that of BARE's MNIST table (Patel and Sastry, WACV 2023): an MLP
   784-256-10 and symmetric noise of 0.5 and 0.7. The table has plain cross-entropy, L2RW
@@ -55,14 +55,14 @@ class Preset:
     meta_batch_size: M.
     optimizer: optimizer of every method except those of `by_method`.
     num_validation: number of images with wrong labels that are held out of training.
-    plateau: whether the learning rate falls when the loss of these images stops
+    plateau: whether the learning rate falls when the loss of the held-out images stops
       falling.
     initialization: one of `INITIALIZATIONS`.
     lookahead_learning_rate: learning rate of the virtual SGD step; None is the learning
       rate of the optimizer. A learning rate for Adam does not suit SGD: at 1e-3, the
       updates of Meta-Weight-Net's weighting network are a hundredth of those in its
       paper, and weight decay dominates them.
-    by_method: optimizers of single methods.
+    by_method: maps methods to their optimizers, if they differ from `optimizer`.
   """
 
   num_epochs: int
@@ -84,11 +84,11 @@ def _sgd(
   return optimizers.OptimizerConfig("sgd", rate, 0.9, False, decay, drops)
 
 
-# "shared" is one schedule for all methods. "bare" is that of the table: 48,000 training
-# images, whose pixels the released code never scales (--pixels=raw), and PyTorch's
-# initial parameters. The released code has 1,000 validation images instead of 11,000,
-# and its program for BARE (not those for the baselines) has a small LeNet instead of
-# the MLP of the paper.
+# "shared" is one schedule for all methods. "bare" is the setting of BARE's table:
+# 48,000 training images, whose pixels the released code never scales (--pixels=raw),
+# and PyTorch's initial parameters. The released code has 1,000 validation images
+# instead of 11,000, and its program for BARE (not those for the baselines) has a small
+# LeNet instead of the MLP of the paper.
 # "own" gives each method the optimizer of the image experiments in its paper, for the
 # same number of epochs.
 _DROPS = ((2 / 3, 0.1), (5 / 6, 0.1))
@@ -179,11 +179,14 @@ class Settings(
 
   @property
   def initial_distribution(self) -> str:
-    """The value of the flag, or that of the preset."""
+    """The value of --initialization, or that of the preset."""
     return self.initialization or PRESETS[self.preset].initialization
 
   def record(self) -> dict[str, Any]:
-    """Like the base class, without the default, so that older folders still match."""
+    """Like the base class, but only with an initialization other than flax's.
+
+    Folders of versions without --initialization therefore still match.
+    """
     entries = super().record()
     del entries["initialization"]
     if self.initial_distribution == "flax":
@@ -245,7 +248,7 @@ def make_splits(
 def make_optimizer(
   settings: Settings, name: str, split: examples_lib.Splits, steps_per_epoch: int
 ) -> optimizers.OptimizerConfig:
-  """The preset's optimizer, which flags override."""
+  """The preset's optimizer, with the flags that override it."""
   preset = PRESETS[settings.preset]
   optimizer = preset.by_method.get(name, preset.optimizer)
   plateau = preset.plateau if settings.plateau is None else settings.plateau
@@ -273,7 +276,7 @@ def make_cell(
   splits: runner.MakeSplits,
   split: examples_lib.Splits,
 ) -> runner.Cell:
-  """The cell of a method: the preset's settings, which flags override.
+  """The cell of a method: the preset's settings, with the flags that override them.
 
   Args:
     settings: settings of the script.

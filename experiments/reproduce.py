@@ -1,20 +1,20 @@
-r"""Reproduces published cells, beginning with the most value per minute.
+r"""Reproduces published numbers, in the order of their value per minute.
 
 The catalog has every published number whose data set can be read here: the MNIST
 figure and the CIFAR tables of L2RW (Ren et al., 2018), the tables of Meta-Weight-Net
 (Shu et al., 2019), MentorNet-PD (Jiang et al., 2018), LDAM-DRW (Cao et al., 2019) and
-BARE (Patel and Sastry, 2023), and the time of a step. Each cell is a run of its script
-with its seeds, in a separate folder below --workdir.
+BARE (Patel and Sastry, 2023), and the time of a step. Each number is a cell: a run of
+its script with several seeds, in a separate folder below --workdir.
 Command: python -m experiments.reproduce --list
   python -m experiments.reproduce --device=gpu --minutes=30
   python -m experiments.reproduce --rehearse  (a few steps of every cell)
-Time: the value of --minutes. When the time is over, the running cell saves a
-  checkpoint, and the same command continues. A cell that would take longer than the
+Time: the value of --minutes. When the time is up, the running cell saves a checkpoint,
+  and the same command continues from it. A cell that would take longer than the
   remaining time is not started.
-Estimates: the FLOPs of a cell are those of a forward pass as XLA counts them, times the
-  number of passes, examples, steps and seeds. The estimates assume 60 GFLOP/s on two
-  CPU cores, which convolutions reach in results/step_time. Nothing was measured on a
-  GPU: 20 TFLOP/s and 30 microseconds for each layer and pass are assumptions for an
+Estimates: the FLOPs of a cell are the FLOPs of a forward pass, which XLA counts, times
+  the numbers of passes, examples, steps and seeds. The estimates assume 60 GFLOP/s on
+  two CPU cores, which convolutions reach in results/step_time. Nothing was measured on
+  a GPU: 20 TFLOP/s and 30 microseconds for each layer and pass are assumptions for an
   H100. The times of cells that have run in --workdir correct the estimates of the
   others.
 """
@@ -55,14 +55,15 @@ _RECORD = "reproduce.json"
 DEVICES = ("cpu", "gpu")
 # Floating-point operations per second, see the module docstring.
 _SPEED = {"cpu": 60e9, "gpu": 20e12}
-# Constant seconds of a layer and pass, which do not depend on its size.
+# Seconds of overhead for each layer and pass, whatever the size of the layer.
 _LAUNCH = {"cpu": 5e-6, "gpu": 30e-6}
 _COMPILE_MINUTES = {"cpu": 0.5, "gpu": 1.5}
-# Committed mentors. The mentor of MentorNet-DD was fitted to losses on MNIST, which is
-# not the published protocol, so its cells are left out.
+# The committed mentor of MentorNet-PD. The mentor of MentorNet-DD was fitted to losses
+# on MNIST, which is not the published protocol, so the cells of MentorNet-DD are left
+# out.
 _MENTOR = "results/mentornet_pretrain/pd/mentor.json"
 _LEFT_OUT = ("mentornet_dd",)
-# The paper's method counts more than the baselines next to it.
+# The method that each paper proposes. It counts more than the paper's baselines.
 _OWN = {
   "mnist_imbalance": "l2rw",
   "bare": "bare",
@@ -96,7 +97,7 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   rehearse: bool = flag(
     False,
     "Run a few steps of every cell, with one seed and a small network, in"
-    " WORKDIR/rehearsal; the true networks are built and checked, but not trained.",
+    " WORKDIR/rehearsal; the full networks are built and checked, but not trained.",
   )
   only: tuple[str, ...] = flag(
     (),
@@ -116,7 +117,7 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   )
   results: str = flag(
     "results",
-    "Folder of committed results. Cells that have enough runs there come last.",
+    "Folder of committed results. Cells with enough runs there have a lower priority.",
     group="data",
   )
 
@@ -185,7 +186,7 @@ class Size(NamedTuple):
 
 
 def catalogue() -> list[Cell]:
-  """Every published cell, in the order of its papers."""
+  """Every published cell, grouped by paper."""
   return [*_imbalance(), *_bare(), *_cifar_noise(), *_long_tail(), *_step_time()]
 
 
@@ -308,7 +309,7 @@ def _long_tail() -> Iterator[Cell]:
 
 
 def _tail_size(builder: str, shape: str, imbalance: float) -> int:
-  """Number of CIFAR-10's training images in a tail."""
+  """Number of training images in a long-tailed CIFAR-10."""
   largest = 5000 - (10 if builder == "mwn" else 0)
   if shape == "step":
     return 5 * largest + 5 * int(largest / imbalance)
@@ -384,10 +385,10 @@ def forward(name: str) -> Forward:
 
 
 def passes(method: str, has_batch_norm: bool) -> tuple[int, int]:
-  """Numbers of forward passes of a step for each training and each clean example.
+  """Forward passes of a step for each training example and for each clean example.
 
-  A backward pass counts as 2 forward passes. WarPI and other methods with a network in
-  the loss have the numbers of Meta-Weight-Net.
+  A backward pass counts as 2 forward passes. WarPI and Advisor have the numbers of
+  Meta-Weight-Net.
   """
   if method == "l2rw":
     return (5 if has_batch_norm else 4), 3
@@ -455,7 +456,7 @@ def read_state(settings: Settings, cell: Cell, root: pathlib.Path) -> State:
     name = "done"
     measured = _measured(cell, _rows(folder / "results.json"))
   committed = _matching(cell, _committed(settings.results, cell.module))
-  if cell.size is None:  # Measured times belong to one platform.
+  if cell.size is None:  # Times are comparable only on one platform.
     platform = jax.default_backend()
     committed = [row for row in committed if row.get("platform") == platform]
   return State(
@@ -502,7 +503,7 @@ class Entry(NamedTuple):
     cell: the published cell.
     state: progress of the cell.
     minutes: estimated minutes that are left; 0 if it is done.
-    value: value of its result.
+    value: priority of its result, which `order` divides by the minutes.
   """
 
   cell: Cell
@@ -530,7 +531,7 @@ def make_entries(
   correction = statistics.median(ratios) if ratios else 1.0
   entries = []
   for cell, state, minutes in zip(cells, states, first, strict=True):
-    # A cell that has taken longer than estimated is not nearly done.
+    # A cell that has already taken longer than estimated still needs some time.
     left = max(minutes * correction - state.minutes, minutes * correction / 10)
     value = 3.0 if cell.is_own else 1.0
     if state.committed >= seeds(settings, cell):
@@ -601,7 +602,7 @@ def make_run(settings: Settings, cell: Cell) -> tuple[Callable[..., Any], Any]:
   Raises:
     InputError: the script refuses them.
   """
-  # The module is imported by its name, because benchmarks belong to a higher floor.
+  # Imported by name, because benchmarks are on a higher floor (see BUILD.md).
   module = importlib.import_module(cell.module)
   values = dict(cell.settings)
   fields = settings_lib.flags_of(module.Settings)
@@ -620,7 +621,7 @@ def make_run(settings: Settings, cell: Cell) -> tuple[Callable[..., Any], Any]:
 
 
 class _OutOfTime:
-  """Sends this process the signal of Ctrl-C at the end of its minutes.
+  """Sends this process the signal of Ctrl-C when its time is up.
 
   The training loop then saves a checkpoint, as it does when a user presses Ctrl-C.
   """
@@ -677,7 +678,7 @@ def _run_cell(
 
 
 def choose_cells(settings: Settings) -> list[Cell]:
-  """The cells of --only.
+  """The cells that --only selects.
 
   Raises:
     InputError: there are none.
@@ -696,7 +697,7 @@ def choose_cells(settings: Settings) -> list[Cell]:
 
 
 def run(settings: Settings, workdir: Any) -> list[Entry]:
-  """Runs the queue or prints it, and returns its entries in their last state.
+  """Runs the queue or prints it, and returns its entries in their final state.
 
   Raises:
     InputError: JAX does not have the requested device, or a script refuses a cell.

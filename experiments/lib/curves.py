@@ -14,8 +14,8 @@ class Curve(NamedTuple):
   """One run's evaluations.
 
   Attributes:
-    steps: [E].
-    seconds: seconds of training, [E].
+    steps: number of steps before each evaluation, [E].
+    seconds: seconds of training before each evaluation, [E].
     values: results on the test set, [E].
   """
 

@@ -18,11 +18,11 @@ from l2rw_jax import processes
 LOST_STATUS = 75
 # After this time, JAX notices that a process does not answer.
 _HEARTBEAT_SECONDS = 30
-# A process that ends waits for the others for this time, because the first process
-# serves them.
+# A process that ends waits at most this time for the others, because process 0 serves
+# them.
 _LEAVE_MS = 5000
-# Its last lines are printed within this time, unless a process that it started still
-# holds its output.
+# It then waits at most this time until the relay has printed its last lines. The relay
+# does not end while a child process still holds the output.
 _RELAY_SECONDS = 1.0
 _is_connected = False
 
@@ -152,14 +152,14 @@ def leave(status: int, reason: str, *, is_mistake: bool = False) -> NoReturn:
   Args:
     status: exit status.
     reason: what is printed to stderr.
-    is_mistake: whether the other processes, which may not know the reason, end for it.
+    is_mistake: whether to publish the reason, so that the other processes end, too.
   """
   if _relay is None:
     with contextlib.suppress(OSError):  # The terminal may be closed.
       print(reason, file=sys.stderr, flush=True)
     sys.exit(status)
-  # If this were printed to stderr, JAX could end the process before the other program
-  # knows of it, which would then print a second reason.
+  # If the reason were printed to stderr, JAX could end the process before the relay
+  # knows that a reason was given. The relay would then print a second one.
   lines = [last_words.REASON + line.encode() + b"\n" for line in reason.split("\n")]
   with contextlib.suppress(OSError):
     os.write(2, b"".join(lines))
@@ -173,7 +173,7 @@ def leave(status: int, reason: str, *, is_mistake: bool = False) -> NoReturn:
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError):
       stream.flush()
-  # What started this process may only read until it ends.
+  # The parent process may stop reading when this process ends, so the relay ends first.
   for descriptor in (1, 2):
     os.close(descriptor)
   with contextlib.suppress(subprocess.TimeoutExpired):

@@ -18,7 +18,7 @@ Row = dict[str, Any]
 def figure(
   path: pathlib.Path, *shape: int, **options: Any
 ) -> Iterator[tuple[Any, Any]]:
-  """Yields a figure and its axes, which process 0 writes to a PNG file at the end.
+  """Yields a figure and its axes; process 0 writes the figure to a file at the end.
 
   Args:
     path: path of the PNG file.
@@ -52,7 +52,7 @@ def panels(
   draw_legend: Callable[[Any], None],
   title: Callable[..., str] | None = None,
 ) -> None:
-  """Draws a panel for every setting; methods share the vertical axis.
+  """Draws a panel for every setting; the methods are on a shared vertical axis.
 
   Args:
     rows: rows of results.
@@ -102,7 +102,7 @@ def few_log_ticks(axes: Any) -> None:
 def clipped_errors(
   intervals: Sequence[report.Interval], low: float = 0.0, high: float = 100.0
 ) -> np.ndarray:
-  """Lengths of error bars [2, N] that end at `low` and `high`, for percentages."""
+  """Lengths [2, N] of error bars that are clipped at `low` and `high`."""
   means = np.array([interval.mean for interval in intervals])
   widths = np.nan_to_num([interval.half_width for interval in intervals])
   return np.clip(
@@ -115,7 +115,7 @@ def _values(*values: Any) -> str:
 
 
 def accuracies(rows: Sequence[Row], columns: Sequence[str], path: pathlib.Path) -> None:
-  """Draws a panel per setting.
+  """Draws test accuracies in a panel per setting.
 
   A panel has a bar for each method, a dot for each run, and a diamond for a published
   value. Titles also name the data set, the network and the preset of the first row.
@@ -146,7 +146,7 @@ def _draw_accuracy(ax: Any, place: int, rows: list[Row]) -> None:
   ax.plot(values, [place] * len(values), "k.", markersize=4)
   ax.text(1.5, place, f"{mean:.1f}", va="center", color="white", fontsize=8)
   if rows[0]["published_percent"] is not None:
-    # The bar is below the dots of the seeds, which it would hide otherwise.
+    # The diamond is below the dots of the seeds, which it would otherwise hide.
     ax.plot(rows[0]["published_percent"], place + 0.27, "D", color="C1", markersize=4)
   ax.set_xlim(0, 100)
 
@@ -154,12 +154,12 @@ def _draw_accuracy(ax: Any, place: int, rows: list[Row]) -> None:
 def meta_weight_net_curves(
   cells: Sequence[runner.Cell], folder: pathlib.Path, name: str
 ) -> list[str]:
-  """Draws the curves of each cell of Meta-Weight-Net that has some.
+  """Draws the curves of each cell of Meta-Weight-Net that has curves.
 
   Args:
     cells: cells of all methods.
     folder: folder of the experiment.
-    name: name of a figure, in which names of facts of its cell are replaced.
+    name: name of a figure; {FACT} in it is replaced by that fact of the cell.
 
   Returns:
     The names of the figures.
@@ -173,7 +173,7 @@ def meta_weight_net_curves(
 
 
 def _draw_curves(cell: runner.Cell, folder: pathlib.Path, path: pathlib.Path) -> bool:
-  """Draws the weight against the loss over the epochs of the first seed, if any."""
+  """Draws the first seed's weights against the loss at several epochs, if saved."""
   seeds, place = next(iter(cell.groups()))
   files = sorted((folder / place / "curves" / f"seed-{seeds[0]}").glob("epoch-*.txt"))
   if not files:

@@ -22,7 +22,7 @@ def as_own_data(
   rows: np.ndarray | None = None,
   labels: np.ndarray | None = None,
 ) -> own_data.OwnData:
-  """Converts a named data set to the form of a user's own data.
+  """Converts a named data set to the form of a user's data.
 
   Args:
     source: the data set.
@@ -86,7 +86,7 @@ def _number(value: float) -> str:
 
 
 def pictures(data: own_data.OwnData, rows: list[int]) -> Iterator[bytes]:
-  """Yields PNG files of some examples if the examples are images."""
+  """Yields a PNG file for each row, which is empty if the examples are not images."""
   for row in rows:
     image = None
     if data.root is not None:
@@ -94,7 +94,7 @@ def pictures(data: own_data.OwnData, rows: list[int]) -> Iterator[bytes]:
         image = image_files.read(
           data.root / data.names[row], (_THUMBNAIL, _THUMBNAIL), 3, keep_shape=True
         )
-      except ValueError:  # The file was removed since it was decoded.
+      except ValueError:  # The file has been removed since it was decoded.
         image = data.features[row]
     elif data.features.ndim == 4:
       image = data.features[row]

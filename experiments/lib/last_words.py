@@ -13,8 +13,9 @@ import sys
 from typing import BinaryIO
 
 # The process writes the first marker when it is connected to the others, and the second
-# before each line that says why it ends. Both arrive here in the order of the report of
-# JAX, which may end the process at any time, so that only one of them is printed.
+# before each line that says why it ends. The markers and JAX's report arrive through
+# the same pipe, so that either the reason or one line about the report is printed, even
+# if JAX ends the process at the same time.
 CONNECTED = b"\0connected\n"
 REASON = b"\0reason "
 # The lines with which the report of a lost connection begins.
@@ -27,8 +28,8 @@ _NOISE = (b"[Gloo] Rank ",)
 def relay(lines: Iterable[bytes], output: BinaryIO, not_connected: str) -> None:
   """Copies `lines` until they end, except for the report of a lost connection.
 
-  If the process says itself why it ends, only that is printed, and otherwise one line
-  about the report.
+  If the process gives a reason why it ends, only the reason is printed; otherwise, one
+  line about the report is printed.
 
   Args:
     lines: lines that the process prints, with newlines.
@@ -69,7 +70,7 @@ def explanation(report: bytes) -> str:
 
 
 if __name__ == "__main__":
-  # A terminal sends its signals to all processes. This one ignores them, so that it
+  # A terminal sends its signals to all processes. This program ignores them, so that it
   # ends last.
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)

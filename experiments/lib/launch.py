@@ -34,7 +34,7 @@ def main(settings: type[settings_lib.Flags], run: Run, name: str = "") -> None:
   status 2. After SIGINT, SIGTERM or SIGHUP it prints one line and exits with status
   130, 143 or 129, respectively; a run that is training saves a checkpoint first. If
   there are several processes, the others do the same. If a process is lost, the others
-  print one line and exit with status 75, or 134 if JAX notices it first.
+  print one line and exit with status 75, or 134 if JAX notices the loss first.
 
   Args:
     settings: class of the script's settings, whose fields are the flags.

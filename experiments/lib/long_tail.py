@@ -1,4 +1,4 @@
-"""Code of the two scripts of long tails: flags, data, cells, rows and the figure."""
+"""Code of the two long-tail scripts: flags, data, cells, rows and the figure."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -109,7 +109,7 @@ class Experiment(NamedTuple):
 
   Attributes:
     table: table of the script.
-    train: images from which the tail is cut.
+    train: images from which the long-tailed training set is drawn.
     test: images of the test set.
     make_model: `cosine -> model`; `cosine` is whether the logits are cosines.
     preset: settings of training, which flags override.

@@ -37,14 +37,17 @@ class Settings(settings_lib.Settings):
   schedule: str | None = flag(None, unset="the preset's", choices=SCHEDULES)
 
   def record(self) -> dict[str, Any]:
-    """Like the base class, without the default, so that older folders still match."""
+    """Like the base class, but without --schedule if it is not set.
+
+    Folders of versions without --schedule therefore still match.
+    """
     entries = super().record()
     if self.schedule is None:
       del entries["schedule"]
     return entries
 
   def scheduled(self, optimizer: "OptimizerConfig") -> "OptimizerConfig":
-    """The optimizer with the schedule of --schedule, which keeps only its warm-up."""
+    """The optimizer with the schedule of --schedule; only the warm-up is kept."""
     if self.schedule is None:
       return optimizer
     return dataclasses.replace(
@@ -63,10 +66,10 @@ class OptimizerConfig:
     nesterov: whether the momentum is Nesterov's.
     weight_decay: factor of the L2 penalty, which is added to the gradient before
       momentum.
-    drops: pairs of a share of the run and a factor of the learning rate. The factors
-      are multiplied.
+    drops: pairs of a share of the run and a factor by which the learning rate is then
+      multiplied.
     decay_all: whether biases and BatchNorm decay too, as with PyTorch's optimizers;
-      otherwise only kernels decay, as with the L2 losses of the TensorFlow codes.
+      otherwise only kernels decay, as with the L2 losses of released TensorFlow code.
     warmup: share of the run in which the learning rate rises in five equal steps
       (in LDAM's code, one in each of the first five epochs).
     cosine: whether the learning rate falls to 0 as a cosine instead of by drops.

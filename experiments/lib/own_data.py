@@ -1,4 +1,4 @@
-"""Reads users' own data, and prints what was skipped or changed."""
+"""Reads users' data, and prints what was skipped or changed."""
 
 from l2rw_jax.data import own_data
 
@@ -6,7 +6,7 @@ HELP = "or your own data: images:DIR, npz:FILE or csv:FILE (docs/your_own_data.m
 
 
 def read(name: str, part: str, in_memory: bool | None = True) -> own_data.OwnData:
-  """Reads a part of a user's own data, and prints what was skipped or changed.
+  """Reads a part of a user's data, and prints what was skipped or changed.
 
   Args:
     name: images:DIR, npz:FILE or csv:FILE.

@@ -39,9 +39,9 @@ class Settings(settings_lib.Settings):
   )
 
   def record(self) -> dict[str, Any]:
-    """Like the base class, but without the flags of the probes if there are none.
+    """Like the base class, but without the flags of this class if no probe is given.
 
-    Folders from before there were probes therefore still match.
+    Folders of versions without probes therefore still match.
     """
     entries = super().record()
     if not self.probes:

@@ -77,8 +77,8 @@ class Settings(settings_lib.Settings):
   )
   mwn_preset: str | None = flag(
     None,
-    "Release of Meta-Weight-Net to follow. The default is noise_stable, and in a long"
-    " tail imbalance.",
+    "Release of Meta-Weight-Net to follow. The default is noise_stable, and"
+    " imbalance in a long tail.",
     choices=meta_weight_net.PRESETS,
     methods=["meta_weight_net"],
   )
@@ -111,8 +111,8 @@ class Settings(settings_lib.Settings):
   )
   mentor_percentile: float | None = flag(
     None,
-    "Percentile of the losses, from 0 to 100, with which a curriculum compares. The"
-    " default depends on the noise level.",
+    "Percentile of the losses, from 0 to 100, to which a curriculum compares each loss."
+    " The default depends on the noise level.",
     bounds=settings_lib.Bounds(0, 100),
     methods=["self_paced", "focal_weight", "pd_mixture", *_MENTORS],
   )
@@ -164,21 +164,21 @@ class Settings(settings_lib.Settings):
   deferred: float | None = flag(
     None,
     "Share of the run after which deferred methods and ABSGD begin. The default is 2/3,"
-    " and in a long tail that of the preset.",
+    " and the preset's in a long tail.",
     bounds=settings_lib.SHARE,
     methods=_DEFERRED,
   )
   gce_threshold: float = flag(
     0.0,
     "Probability in [0, 1) below which the generalized cross-entropy is truncated; 0"
-    " for no truncation. An untrained network is below it everywhere.",
+    " for no truncation. An untrained network can be below it for every example.",
     bounds=settings_lib.Bounds(0, settings_lib.BELOW_ONE),
     methods=["generalized_cross_entropy"],
   )
   transition_epoch: int = flag(
     2,
     "Epoch at which forward_correction estimates the label transitions, and"
-    " s_model_conf starts: before the wrong labels are memorized.",
+    " s_model_conf starts. It should come before the wrong labels are memorized.",
     bounds=settings_lib.EPOCHS,
     methods=_TRANSITION,
   )
@@ -203,12 +203,12 @@ class Settings(settings_lib.Settings):
     return names
 
   def deferred_epoch(self, share: float, num_epochs: float) -> int:
-    """The first epoch after --deferred or, by default, after a share of the run."""
+    """The first epoch after the share --deferred of the run, by default `share`."""
     share = share if self.deferred is None else self.deferred
     return int(share * num_epochs + 1e-6)
 
   def bare_weights(self, logits: base.Array, labels: base.Array) -> base.Array:
-    """BARE's weights under its flags."""
+    """BARE's weights with the values of its flags."""
     return bare.example_weights(logits, labels, **self._bare())
 
   def _bare(self) -> dict[str, Any]:
@@ -293,8 +293,8 @@ class Problem(NamedTuple):
   mwn_preset: str = "noise_stable"
 
 
-# `(settings, problem) -> method`; the settings are `Settings`, and `LongTailSettings`
-# for the methods that only `LONG_TAIL` has.
+# `(settings, problem) -> method`. The settings are `LongTailSettings` for the methods
+# that only `LONG_TAIL` has, and `Settings` for all others.
 Factory = Callable[[Any, Problem], base.Method]
 
 
@@ -422,7 +422,7 @@ NOISE: dict[str, Factory] = {
   "random": lambda settings, problem: baselines.random(),
   "clean_only": lambda settings, problem: baselines.clean_only(),
   "fine_tuning": _fine_tuning,
-  # `runner.train` then chooses the step by the loss on the clean set.
+  # `runner.train` chooses the step of this method by the loss on the clean set.
   "early_stopped": lambda settings, problem: baselines.uniform()._replace(
     needs_meta=True
   ),
@@ -516,8 +516,8 @@ def _without_batch_statistics(network: Callable[..., nn.Module]) -> Callable:
   return lambda num_classes, axis_name=None, **options: network(num_classes, **options)
 
 
-# `(number of classes, axis_name=..., ...) -> network`. Those with BatchNorm share its
-# statistics over all devices. The number of parameters is that for 10 classes.
+# `(number of classes, axis_name=..., ...) -> network`. Networks with BatchNorm share
+# its statistics across devices. Comments have the number of parameters for 10 classes.
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
   "resnet_32": resnet.ResNet,  # post-activation, 464,154
   "wrn_28_10": wide_resnet.WideResNet,  # 36,479,194
@@ -525,7 +525,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
   "l2rw_wrn_28_10": preactivation_resnet.wrn_28_10,  # 36,211,178
   "mentornet_wrn_56_10": preactivation_resnet.LeakyWideResNet,  # 84,627,034
   "resnet_8": functools.partial(resnet.ResNet, blocks=1),
-  # Their first layer is computed from training images, see `make_network`.
+  # The first layer of these four is computed from training images, see `make_network`.
   "whitened": whitened.WhitenedNet,  # 1,972,514
   "whitened_gn": functools.partial(whitened.WhitenedNet, norm="group"),
   "whitened_half": functools.partial(whitened.WhitenedNet, width=32),  # 497,826

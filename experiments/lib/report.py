@@ -96,7 +96,8 @@ def ranking_auroc(suspicion: np.ndarray, is_wrong: np.ndarray) -> float | None:
   is_wrong, suspicion = is_wrong[known], suspicion[known]
   if is_wrong.all() or not is_wrong.any() or np.ptp(suspicion) < 1e-9:
     return None
-  # Importing scipy.stats took half of the time of --help.
+  # Imported here because scikit-learn imports scipy.stats, which took half of the time
+  # of --help.
   from sklearn import metrics
 
   return float(metrics.roc_auc_score(is_wrong, suspicion))
@@ -115,7 +116,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def save(folder: pathlib.Path, rows: list[dict[str, Any]], flags: dict) -> None:
-  """Writes `results.json` and `results.csv`, with a row per run and flags in each row.
+  """Writes `results.json` and `results.csv`, with a row per run and the flags.
 
   `results.json` contains its checksum and that of `results.csv`.
   """

@@ -1,4 +1,4 @@
-"""Trains the cells of an experiment (a method on one kind of data) and reports rows."""
+"""Trains cells (one method on one kind of data) and reports the rows of the runs."""
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
@@ -64,7 +64,7 @@ class Cell:
     side_by_side: number of seeds that are trained side by side; None for all.
     evaluators: evaluators of the test set.
     title: title for messages; if it is empty, the facts and the method.
-    probes: what else to measure at every evaluation, besides those of the flags.
+    probes: probes of every evaluation, in addition to those of the flags.
   """
 
   method_name: str
@@ -82,11 +82,11 @@ class Cell:
 
   @property
   def name(self) -> str:
-    """For messages."""
+    """Name of the cell in messages."""
     return self.title or folder_name(self.facts, self.method_name)
 
   def groups(self) -> Iterator[tuple[tuple[int, ...], pathlib.PurePath]]:
-    """The seeds that are trained side by side, with their folder."""
+    """Yields each group of seeds that are trained side by side, and its folder."""
     seeds = self.config.seeds
     size = self.side_by_side or len(seeds)
     for start in range(0, len(seeds), size):
@@ -101,7 +101,7 @@ def folder_name(facts: dict[str, Any], method_name: str) -> str:
 
 
 def seeds_at_once(given: int | None, has_convolutions: bool) -> int | None:
-  """Number of seeds to train side by side; on CPU, convolutions are faster alone."""
+  """Number of seeds to train side by side; convolutions on CPU are faster with one."""
   return given or (1 if has_convolutions and jax.default_backend() == "cpu" else None)
 
 

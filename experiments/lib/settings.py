@@ -52,10 +52,10 @@ class Bounds(NamedTuple):
     return text
 
 
-# Positive numbers that float32 distinguishes from 0, and numbers below 1 that it
-# distinguishes from 1.
+# Lower bound of flags that must be above 0, and upper bound of flags that must be below
+# 1. In float32, they still differ from 0 and from 1.
 TINY, BELOW_ONE = 1e-12, 0.999999
-# The bound is so high that a run that diverges is reported by the training loop, at the
+# The upper bound is so high that the training loop reports a run that diverges, at the
 # step where it diverges.
 RATE = Bounds(TINY, 1e20)
 SHARE = Bounds(0, 1)
@@ -144,8 +144,8 @@ SHARED: Mapping[str, tuple[str, Bounds | None, str]] = {
     RATE,
     "method",
   ),
-  # The rates of FORML and NestedMAML are in units of their weights; 0 does not change
-  # the weights.
+  # The upper bound is high, because NestedMAML's gradients with respect to the weights
+  # are small.
   "weight_learning_rate": (
     "Learning rate of the weights; 0 keeps them constant.",
     Bounds(0, 1e9),
@@ -316,7 +316,7 @@ class Flags:
     return entries
 
   def input_files(self) -> dict[str, str]:
-    """Paths of the files that the run reads, by a name for error messages.
+    """Maps names for error messages to the paths of the files that the run reads.
 
     The results depend on the contents of the files, not on their paths. The flags that
     name them must be in `EXTENDABLE`.
@@ -396,7 +396,7 @@ class DataFlags(Flags):
   def load(self, split: str, dataset: str | None = None) -> sources.Source:
     """A split of `--dataset`, or of another data set.
 
-    A user's own data are read once by these settings, and other sets once in a process.
+    A user's data are read once per settings object, and other sets once per process.
     """
     name = dataset or typing.cast(Any, self).dataset
     if own_data.is_own(name):
@@ -404,7 +404,7 @@ class DataFlags(Flags):
     return _load(name, split, self.data_dir, self.cache_dir, self._in_memory())
 
   def read_own(self, name: str, part: str) -> own_data.OwnData:
-    """A part of a user's own data, such as images:DIR, which is read only once."""
+    """A part of a user's data, such as images:DIR, which is read only once."""
     if (name, part) not in self._own:
       in_memory = self._in_memory()
       self._own[name, part] = own_data_lib.read(name, part, in_memory)
@@ -535,7 +535,7 @@ class TrainingFlags(OutputFlags, ProcessFlags):
     return tuple(range(typing.cast(Any, self).num_seeds))
 
   def make_probes(self) -> Sequence[Any]:
-    """What else to measure at every evaluation, for `loop.train`."""
+    """Additional probes for `loop.train`, which run at every evaluation."""
     return ()
 
   def _data_workers(self) -> int:
@@ -597,7 +597,7 @@ def choose(flag_name: str, names: Iterable[str], offered: Collection[str]) -> li
 
 
 def given_values(**values: Any) -> dict[str, Any]:
-  """Those values that are not None, to override those of a preset."""
+  """The values that are not None, which override those of a preset."""
   return {name: value for name, value in values.items() if value is not None}
 
 
@@ -663,8 +663,8 @@ def in_terms_of_flags(message: str, names: Iterable[str]) -> str:
 def check_ascii(arguments: Iterable[str], names: Iterable[str]) -> None:
   """Raises InputError if an argument has a number or a choice that is not ASCII.
 
-  Python converts the digits of every script to numbers, so that a later check would not
-  detect them.
+  Python's int() and float() accept the digits of every alphabet, so a later check would
+  not detect them.
 
   Args:
     arguments: arguments of the command line.

@@ -1,4 +1,4 @@
-"""A user's own trusted examples as the meta set of a script."""
+"""A user's trusted examples as the meta set of a script."""
 
 import dataclasses
 import functools
@@ -24,9 +24,9 @@ class Settings(settings_lib.Settings):
   )
 
   def record(self) -> dict[str, Any]:
-    """Like the base class, but only with the flag that determines the meta set.
+    """Like the base class, with --trusted or --num_meta, whichever is in effect.
 
-    Folders from before there was --trusted therefore still match.
+    Folders of versions without --trusted therefore still match.
     """
     entries = super().record()
     del entries["trusted" if self.trusted is None else "num_meta"]

@@ -1,7 +1,7 @@
 r"""All committed results next to their published values.
 
-The layout of a table is the `TABLE` of its script; those of the benchmarks are defined
-in this module.
+The layout of an experiment's table is the `TABLE` of its script. The layouts for the
+benchmarks are defined in this module.
 """
 
 from collections.abc import Sequence

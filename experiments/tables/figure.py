@@ -34,7 +34,7 @@ class _Panel(NamedTuple):
 
 
 def draw(tables: Sequence[table_lib.Table], path: pathlib.Path) -> bool:
-  """Draws a panel per experiment, with a line per method.
+  """Draws a panel per table and metric, with a line per setting and method.
 
   A dot is a measured value, and a diamond is a published one.
 
@@ -140,7 +140,7 @@ def _draw_panel(ax: Any, panel: _Panel) -> None:
 def _errors(
   means: Sequence[float], widths: Sequence[float], is_percent: bool
 ) -> np.ndarray:
-  """Lengths of error bars [2, N]; those of percentages end at 0 and 100."""
+  """Lengths of error bars [2, N]; those of percentages are clipped at 0 and 100."""
   widths_known = np.nan_to_num(widths)
   if not is_percent:
     return np.stack([widths_known, widths_known])

@@ -10,7 +10,7 @@ from typing import Any
 from experiments.lib import report
 from experiments.tables import table as table_lib
 
-# Number of metrics in the short form of one setting; wider tables do not fit a page.
+# The most metrics in the short form of one setting; wider tables do not fit a page.
 _MAX_METRICS = 6
 LONG_FORM = (
   "experiment",
@@ -85,7 +85,7 @@ def _compact(table):
   if len(settings) > max(1, len(rows)):
     lines = [list(column) for column in zip(*lines, strict=True)]
     lines[0][0] = "setting"
-  # A setting without a value, such as the share of a meta batch of plain training.
+  # A heading is empty if its setting has no value, such as M / B in plain training.
   lines[0] = [heading or "-" for heading in lines[0]]
   made = report.table(lines[0], lines[1:])
   above = "; ".join(part for part in shared if part)
@@ -119,7 +119,7 @@ def _setting(table: table_lib.Table, line: table_lib.Line, names: Sequence[str])
 
 
 def _markdown(text: str) -> str:
-  """Escapes text from a results file, so that Markdown only shows it."""
+  """Escapes text from a results file, so that Markdown shows it literally."""
   return re.sub(r"([\\`|\[\]])", r"\\\1", html.escape(text, quote=False))
 
 

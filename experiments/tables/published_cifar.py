@@ -125,7 +125,7 @@ _MENTORNET = {
 }
 
 # Maps a preset to the builder, the noise fractions, and a table: data set -> method ->
-# a number for each fraction.
+# a number for each fraction, or the number itself if there is one fraction.
 _TABLES: dict[str, tuple[str, tuple[float, ...], dict]] = {
   "l2rw_uniform": ("uniform_flip", (0.4,), _L2RW_UNIFORM),
   "l2rw_background": ("background_flip", (0.4,), _L2RW_BACKGROUND),

@@ -18,7 +18,7 @@ class Metric:
   Attributes:
     column: column of the rows; None in a row means that this run did not measure it.
     heading: heading in the table, with the unit.
-    scale: factor of the numbers in the rows.
+    scale: factor by which the numbers in the rows are multiplied.
     decimals: number of decimals to print.
     published: column of the published value in the rows, in the unit of the heading.
     spread: column of the published "±" in the rows.
@@ -53,8 +53,8 @@ class Layout:
       line.
     published: the source of the published values and the meaning of their "±", or the
       reason why there are none.
-    divided_by: settings of which each combination has a separate table in the short
-      form.
+    divided_by: settings; each combination of their values has a separate table in the
+      short form.
   """
 
   name: str
@@ -210,7 +210,7 @@ def _method(section: Section, row: Row) -> str:
 
 
 def _printable(text: str) -> str:
-  """`text` without line breaks, control characters and lone surrogates."""
+  """`text` with spaces for line breaks, control characters and lone surrogates."""
   return "".join(c if c.isprintable() else " " for c in text)
 
 
