@@ -506,8 +506,8 @@ def make_method(
     epoch, flag_name = problem.deferred_epoch, "deferred"
   if name in (*_TRANSITION, *_DEFERRED) and epoch >= num_epochs:
     raise base.InputError(
-      f"--methods={name} would begin at epoch {epoch} of {num_epochs:g}, so never:"
-      f" lower --{flag_name} or train longer."
+      f"--methods={name} would begin after {epoch} epochs, and the run ends after"
+      f" {num_epochs:g}: lower --{flag_name} or train longer."
     )
   return LONG_TAIL[name](settings, problem)
 

@@ -108,11 +108,12 @@ _MISTAKES = {
   "deferred": (["--deferred=1.5"], "--deferred=1.5"),
   "never": (
     ["--deferred=1", "--methods=ldam_drw"],
-    "--methods=ldam_drw would begin at epoch 2 of 2, so never: lower --deferred",
+    "--methods=ldam_drw would begin after 2 epochs, and the run ends after 2: lower"
+    " --deferred",
   ),
   "never_corrected": (
     ["--methods=forward_correction"],
-    "so never: lower --transition_epoch or train longer",
+    ": lower --transition_epoch or train longer",
   ),
   "beta": (["--beta=1", "--methods=class_balanced"], "beta"),
   "beta_of_absgd": (["--beta=1", "--methods=absgd_ldam_drw"], "beta"),
