@@ -25,7 +25,7 @@ add_module_names = False
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-nb_execution_mode = "cache"  # A notebook runs again after it has changed.
+nb_execution_mode = "cache"  # A notebook runs again only after it has changed.
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_merge_streams = True
@@ -38,7 +38,7 @@ python_maximum_signature_line_length = 88
 
 
 def _preformat(app, what, name, obj, options, lines):
-  """Makes indented equations and Markdown tables of a docstring literal blocks."""
+  """Turns indented equations and Markdown tables in a docstring into literal blocks."""
   del app, what, name, obj, options
   result: list[str] = []
   in_block = False
@@ -63,13 +63,13 @@ def _preformat(app, what, name, obj, options, lines):
 
 
 def _skip(app, what, name, obj, skip, options):
-  """Leaves out fields of a NamedTuple, which its class describes already."""
+  """Leaves out the fields of a NamedTuple, because its docstring describes them."""
   del app, what, name, options
   return skip or (obj.__doc__ or "").startswith("Alias for field number")
 
 
 def _shorten(app, what, name, obj, options, signature, returned):
-  """Leaves out of signatures what flax adds to the fields of a module."""
+  """Removes the arguments `parent` and `name`, which flax adds to every module."""
   del app, what, name, obj, options
   if signature:
     signature = re.sub(r", parent=<.*?>, name=None", "", signature)
@@ -80,7 +80,7 @@ def _visit_math(self, node):
   is_block = isinstance(node, nodes.math_block)
   code = latex2mathml.tex2mathml(node.astext(), as_block=is_block)
   if is_block:
-    # The padding leaves room for what MathML draws above and below a line.
+    # The padding leaves room for symbols that extend above and below a line.
     code = f'<div style="overflow: auto hidden; padding: 0.6em 0">{code}</div>'
   self.body.append(code)
   raise nodes.SkipNode
