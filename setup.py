@@ -23,6 +23,7 @@ EXPERIMENTS = [
 ]
 TEST = [
   *EXPERIMENTS,
+  "chex>=0.1.90",
   "dm-haiku>=0.0.14",
   "equinox>=0.11",
   "hypothesis>=6.100",
@@ -59,7 +60,6 @@ setuptools.setup(
   python_requires=">=3.11",
   install_requires=[
     "absl-py>=2.0",
-    "chex>=0.1.90",
     "flax>=0.12",
     # tensorflow-datasets 4.9.10 imports this package but does not require it.
     "importlib_resources>=6.0",

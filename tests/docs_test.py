@@ -132,6 +132,23 @@ def test_code_of_when_weights_do_not_help():
   assert fault.name == "TRAINING_LOSSES"
 
 
+def test_code_of_speed(capsys):
+  reader = run(DOCS / "speed.md", {})
+  speed, plan = capsys.readouterr().out.splitlines()
+  assert re.fullmatch(r"\d+ GFLOP/s", speed)
+  # The options and the bytes of the step, which fits into the budget of the page.
+  assert plan.startswith("{") and 0 < reader["choice"].num_bytes <= 2**20
+  assert reader["weights"].shape == (256,)
+
+
+def test_the_code_of_every_page_is_run():
+  pages = {name(path) for path in TEXTS if code_blocks(path)}
+  tested = {"index", "speed", "training_loop", "when_weights_do_not_help"}
+  expected = {f"docs/{page}.md" for page in tested | {"your_own_data"}}
+  methods = {name(path) for path in METHODS.glob("*.md")}
+  assert pages - methods == expected | {"README.md"}
+
+
 @pytest.fixture(scope="module")
 def setup():
   return run(METHODS / "index.md", {})

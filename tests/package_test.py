@@ -21,7 +21,7 @@ HEAVY = (
 
 def test_importing_the_functions_imports_nothing_heavy():
   code = (
-    "import sys, jax, flax.linen, optax, chex; before = set(sys.modules)\n"
+    "import sys, jax, flax.linen, optax; before = set(sys.modules)\n"
     "import l2rw_jax\n"
     f"print([m for m in {HEAVY} if m in set(sys.modules) - before])"
   )
