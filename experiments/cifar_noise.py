@@ -7,14 +7,14 @@ Papers: L2RW (Ren et al., ICML 2018): --preset=l2rw_uniform, l2rw_background;
 Command: python -m experiments.cifar_noise --data_dir=DIR --preset=l2rw_background
   --methods=uniform,l2rw; --smoke for a few steps on a CPU. --num_steps=8000
   shortens the schedule in proportion.
-Device, time: one GPU; not run in full. A run has 80,000 steps (ResNet-32) or 60,000
-  (WRN-28-10).
+Device, time: one GPU; not run in full. A run of L2RW's presets has 80,000 steps
+  (ResNet-32) or 60,000 (WRN-28-10); the other presets have fewer.
 Published (CIFAR-10, 40% noise, test accuracy %): l2rw_uniform: baseline 67.97,
   L2RW 86.92. l2rw_background: baseline 59.54, L2RW 86.73. mwn_uniform: baseline
   68.07, Meta-Weight-Net 89.27. mwn_flip: baseline 70.77, Meta-Weight-Net 87.54.
   mentornet: baseline 69, MentorNet-PD 77, MentorNet-DD 89. L2RW reports the last
-  step, Meta-Weight-Net and WarPI the best epoch on the test set. Baseline and
-  Meta-Weight-Net of mwn_uniform were published on different schedules (60,000
+  step, Meta-Weight-Net and WarPI the best epoch on the test set. For mwn_uniform, the
+  published baseline and Meta-Weight-Net were trained with different schedules (60,000
   and 20,000 steps, according to the first author); here all methods share one.
 Measured: results/cifar_noise, once it has been run. The main metric is that of the last
   step.
@@ -51,7 +51,7 @@ METHODS = tuple(registries.NOISE)
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-  """The training settings of one paper; flags override each field.
+  """The training settings of one paper; flags override all fields but `decay_all`.
 
   Attributes:
     network: a key of `registries.NETWORKS`.
@@ -69,7 +69,8 @@ class Preset:
     batch_size: number of training examples in a step.
     meta_batch_size: number of clean examples in a step.
     num_meta: number of clean images of each class, by number of classes.
-    num_validation: number of images with wrong labels that are held out of training.
+    num_validation: number of images held out of the training set, with the same label
+      noise.
   """
 
   network: str
@@ -120,8 +121,8 @@ PRESETS = {
     decay_steps=(40_000, 60_000),
     num_meta={10: 10, 100: 10},
   ),
-  # The first release has 20,000 iterations. The published numbers of BaseModel are from
-  # a longer schedule, see above.
+  # The first release has 20,000 iterations. The published baseline (BaseModel) is from
+  # a longer schedule, see the top of this file.
   "mwn_uniform": dataclasses.replace(
     _MWN_STABLE,
     network="wrn_28_10",
@@ -129,8 +130,9 @@ PRESETS = {
     decay_steps=(18_000, 19_000),
     nesterov=True,
   ),
-  # The decays are those of the first release for its ResNet-32 alternative. The length
-  # of 60 epochs is believed to be that of the paper, but was not verified.
+  # The decays are those of the first release for ResNet-32, the alternative to its
+  # default network. The length of 60 epochs is believed to be that of the paper, but
+  # was not verified.
   "mwn_flip": dataclasses.replace(
     _MWN_STABLE,
     noise="mwn_flip2",
@@ -283,7 +285,7 @@ def make_preset(settings: Settings) -> Preset:
 
 
 def _decay_steps(settings: Settings, preset: Preset) -> tuple[int, ...]:
-  """Steps after which the learning rate falls; they scale with the length of a run."""
+  """Steps after which the rate falls; those of a preset scale with the run's length."""
   if settings.decay_steps is None:
     share = (settings.num_steps or preset.num_steps) / preset.num_steps
     return tuple(round(step * share) for step in preset.decay_steps)

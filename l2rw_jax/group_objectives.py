@@ -10,7 +10,8 @@ L_g is the mean loss of group g in the batch.
 Equality of opportunity requires equal true-positive rates (Hardt, Price, Srebro,
 arXiv:1610.02413). These rates are piecewise constant in the parameters, whereas the
 objectives of this module are differentiable. Groups without a member in the batch are
-ignored. M is the number of examples (the exemplars), and G is the number of groups.
+ignored. M is the number of exemplars, which are the examples of the meta batch, and G
+is the number of groups.
 """
 
 from typing import Any
@@ -38,8 +39,8 @@ def group_means(
     loss is NaN and the mistake is reported.
 
   Raises:
-    InputError: the shapes do not match, or outside `jit`, the group of an example is
-      outside 0 to G - 1.
+    InputError: the shapes do not match, or the group of an example is outside 0 to
+      G - 1 (the latter is raised only outside `jit`).
   """
   _check(values, groups)
   exist = _check_exist(groups, num_groups)
@@ -70,8 +71,8 @@ def gap(
 ) -> base.Array:
   """Difference between the mean losses of two groups, reduced over pairs of groups.
 
-  Pairs with a group without a member are ignored. If fewer than two groups have a
-  member, the gap is 0. Groups with equal means have a zero gradient.
+  Pairs in which a group has no member are ignored. If fewer than two groups have a
+  member, the gap is 0. A pair of groups with equal means adds nothing to the gradient.
 
   Args:
     losses: losses of the exemplars, [M].

@@ -14,15 +14,17 @@ from experiments.lib import settings as settings_lib
 from l2rw_jax import base
 from l2rw_jax import processes
 
-# The exit status if another process was lost; all processes may be started again.
+# The exit status if another process was lost. The same command then continues the run,
+# if all processes are started again.
 LOST_STATUS = 75
 # After this time, JAX notices that a process does not answer.
 _HEARTBEAT_SECONDS = 30
-# A process that ends waits at most this time for the others, because process 0 serves
-# them.
+# A process that ends waits at most this time for the others, because process 0 keeps
+# the store that they read.
 _LEAVE_MS = 5000
-# It then waits at most this time until the relay has printed its last lines. The relay
-# does not end while a child process still holds the output.
+# It then waits at most this time for the relay (see `_relay_c_output`) to print its
+# last lines and end. The relay does not end while a child process of this process still
+# has the pipe open.
 _RELAY_SECONDS = 1.0
 _is_connected = False
 
@@ -146,8 +148,8 @@ _relay: subprocess.Popen | None = None
 def leave(status: int, reason: str, *, is_mistake: bool = False) -> NoReturn:
   """Prints why this process ends, and ends it.
 
-  If there are several processes, it ends at once: JAX would wait until the others end,
-  or report that they were lost.
+  If there are several processes, it waits for the others for a few seconds and then
+  skips JAX's shutdown, which would wait until they end, or report that they were lost.
 
   Args:
     status: exit status.
@@ -158,8 +160,8 @@ def leave(status: int, reason: str, *, is_mistake: bool = False) -> NoReturn:
     with contextlib.suppress(OSError):  # The terminal may be closed.
       print(reason, file=sys.stderr, flush=True)
     sys.exit(status)
-  # If the reason were printed to stderr, JAX could end the process before the relay
-  # knows that a reason was given. The relay would then print a second one.
+  # `sys.stderr` bypasses the relay. If the reason were printed there, JAX could end the
+  # process before the relay knows of the reason, and the relay would print another one.
   lines = [last_words.REASON + line.encode() + b"\n" for line in reason.split("\n")]
   with contextlib.suppress(OSError):
     os.write(2, b"".join(lines))

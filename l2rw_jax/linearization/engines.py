@@ -7,8 +7,8 @@ vector of per-example losses and J is its Jacobian, these are
     directional(v)        J v       derivative of each example's loss along v
     weighted_gradient(w)  J^T w     gradient of sum_i w_i l_i
 
-`linearize` computes them exactly with one forward pass, for any model, and never stores
-a per-example gradient.
+`linearize` never stores a per-example gradient. There is an engine for every model; by
+default, the results are exact, and the losses need one forward pass.
 """
 
 from collections.abc import Callable
@@ -42,19 +42,20 @@ def linearize(
   """Linearizes the per-example losses of one batch at `params`.
 
   All engines except `difference` are exact. The three costs in the table are those of
-  recording, of `directional` and of `weighted_gradient`. Their unit is a forward pass
-  of the batch, and the first forward pass is not counted.
+  `linearize` itself (recording), of `directional` and of `weighted_gradient`. Their
+  unit is a forward pass of the batch, and the first forward pass is not counted.
 
   ============  =========  ====================================================
   layerwise     1, 1, 1    One backward pass records every use of a parameter,
                            see `layerwise`. For models that process examples
-                           independently, with layers or time steps in
-                           `jax.lax.scan` or not: no BatchNorm in training mode;
-                           also no `jax.custom_vjp` that takes parameters. Under
+                           independently (so without BatchNorm in training mode)
+                           and have no `jax.custom_vjp` that takes parameters.
+                           Layers or time steps may be in `jax.lax.scan`. Under
                            `jax.checkpoint` the costs are 2, 3, 3.
-  forward       0, 2, 2    `jax.linearize`. For any model. What a
-                           `jax.checkpoint` recomputes is not stored: then the
-                           costs are 0, 3, 3, or with `direction` 0, 2, 3.
+  forward       0, 2, 2    `jax.linearize`. For any model with a forward-mode
+                           derivative. Under `jax.checkpoint` the recomputed
+                           values are not stored, and the costs are 0, 3, 3,
+                           or 0, 2, 3 with `direction`.
   reverse       0, 2, 2    The gradient of `w -> <J^T w, v>`. For models with a
                            `jax.custom_vjp`, which has no forward mode; its
                            backward rule must be differentiable.
@@ -226,9 +227,9 @@ def linearize_outputs(
 ) -> base.LinearizedOutputs:
   """Linearizes the outputs of a network for one batch at `params`.
 
-  Use it for methods that change the loss after the network (by rectified logits or
-  gated features): one forward pass of the network is enough for all functions of its
-  outputs.
+  Use it for methods that replace the loss by other functions of the network's outputs
+  (of rectified logits or gated features, for instance): one forward pass of the network
+  is enough for all of these functions.
 
   Args:
     outputs_fn: `(params, batch) -> outputs`, a pytree of floating-point arrays, or
@@ -286,8 +287,8 @@ def linearize_outputs(
 
 
 def _double_reverse(vjp_fn, outputs):
-  # `vjp_fn` is linear, so that its derivative is the same at every point. At ones, a
-  # backward rule that divides by its cotangent stays finite.
+  # `vjp_fn` is linear, so its derivative is the same at every point. It is taken at a
+  # cotangent of ones, where a backward rule that divides by its cotangent stays finite.
   _, jvp_fn = jax.vjp(lambda c: vjp_fn(c)[0], jax.tree.map(jnp.ones_like, outputs))
   return lambda vector: jvp_fn(vector)[0]
 
@@ -296,8 +297,8 @@ def _without_surrogates(outputs_and_aux, leaves):
   """The outputs as a function whose finite differences match declared derivatives.
 
   Raises:
-    InputError: the declared derivative of a function in it is not the derivative of its
-      values.
+    InputError: the outputs use a function whose declared derivative is not the
+      derivative of its values.
   """
 
   def outputs_of(leaves):
@@ -405,7 +406,8 @@ def _check_forward_mode(losses_and_aux, losses_and_slopes, leaves):
   This check is needed under `jit`, where JAX raises an error only when the program is
   compiled.
   """
-  # Most networks have no `jax.custom_vjp`, and tracing the derivative takes longer.
+  # The derivative takes longer to trace than the network, so it is traced only if the
+  # network has a `jax.custom_vjp`, which most networks do not have.
   network = jax.make_jaxpr(losses_and_aux)(leaves).jaxpr
   if _has_primitive(network, "custom_vjp_call") and _has_custom_vjp(
     jax.make_jaxpr(losses_and_slopes)(leaves).jaxpr

@@ -18,7 +18,7 @@ class LanguageModel(classifier.Classifier):
   """
 
   def _images(self, batch: base.Batch, key: base.Array, train: bool) -> base.Array:
-    """The tokens, which may be uint8 and are not pixels."""
+    """The tokens, unchanged: tokens of type uint8 are not pixels to be scaled."""
     del key, train
     return batch["image"]
 
@@ -26,8 +26,8 @@ class LanguageModel(classifier.Classifier):
     """Mean cross-entropy of the tokens of each sequence, [B], in nats."""
     labels = batch["label"]
     counts = labels != -1
-    # The layerwise engine needs the axis of the examples, so it is not merged with the
-    # axis of the tokens.
+    # The layerwise engine needs a separate axis of examples, so the loss is mapped over
+    # this axis, which is not merged with the axis of the tokens.
     per_token = jax.vmap(losses.softmax_cross_entropy)(outputs, labels, where=counts)
     number = jnp.maximum(counts.sum(axis=1), 1).astype(per_token.dtype)
     return per_token.sum(axis=1) / number

@@ -32,8 +32,8 @@ def make(train=None, test=None, **options):
 
 
 def test_class_sizes_of_the_long_tail():
-  # The rarest class has 45 images without the exemplars. The first class keeps as many,
-  # and the last class 45 / 8, rounded down to 5.
+  # After the 5 exemplars are taken, the smallest class of the source has 45 images
+  # left. The first class keeps as many, and the last class 45 / 8, rounded down to 5.
   splits = make(imbalance=8.0)
   expected = [45, 22, 11, 5]
   np.testing.assert_array_equal(

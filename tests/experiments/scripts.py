@@ -101,7 +101,7 @@ def run_mistakes(
   Args:
     name: the name of the script.
     mistakes: the flags and a part of the error message of each mistake, by name. Flags
-      may contain {NAME} with a name of `places`.
+      may contain {NAME}, where NAME is a key of `places`.
     folder: the parent folder of each --workdir; its list of files must not change.
     *shared: flags of every command line, which `mistakes` may override.
     kept: folder of a finished run, which must not change.

@@ -16,8 +16,9 @@ def test_rows_of_a_switch_and_of_an_unknown_one(tmp_path):
   plain, unknown = xla_switches.run(settings, tmp_path)
   assert plain["switch"] == "none" and plain["ratio"] == 1
   assert not plain["changes_program"]
-  # Two operations for each of 9 * 32 products of an output; the backward pass has one
-  # convolution for the kernels and, except in the first layer, one for the images.
+  # Each output is a sum of 9 * 32 products, at two operations for each. In the backward
+  # pass, a layer has one convolution for the gradient of its kernel and, except for the
+  # first layer, one for the gradient of its input.
   outputs = 32 * 3 * 32**2, 32 * 16**2
   forward = 2 * 9 * 32 * sum(outputs)
   first = 2 * 9 * 32 * 32 * 32**2

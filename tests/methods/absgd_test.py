@@ -202,7 +202,8 @@ def test_weights_are_finite_where_the_exponential_overflows(lam, losses):
   losses = np.array(losses, np.float32)
   gamma, alpha = 0.9, 0.5
   memory = np.float32(-np.inf)
-  # Losses rise, fall and rise, so that the normalizer is small and large in turn.
+  # The second batch has zero losses, so that the average of the normalizer combines
+  # terms of very different sizes.
   for batch in (losses, 0 * losses, losses[::-1], losses):
     weights, memory = jax.device_get(
       _weights(batch, memory, np.float32(lam), gamma, alpha)

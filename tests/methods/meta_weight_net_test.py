@@ -216,7 +216,7 @@ def test_presets_match_the_releases(name):
   one, other = 1 + 5e-4 * 2, 5e-4 * 2
   momentum = other + 0.9 * one
   nesterov = np.array([one + 0.9 * one, other + 0.9 * momentum])
-  # Adam: the decay of 2e-4 is added to the gradient, and so enters both moments.
+  # Adam: the decay term, 1e-4 * 2, is added to the gradient, so it enters both moments.
   one, other = 1 + 2e-4, 2e-4
   mean = (0.9 * 0.1 * one + 0.1 * other) / (1 - 0.9**2)
   square = (0.999 * 1e-3 * one**2 + 1e-3 * other**2) / (1 - 0.999**2)
