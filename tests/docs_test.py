@@ -141,7 +141,8 @@ def test_code_of_speed(capsys):
   assert reader["weights"].shape == (256,)
 
 
-def test_the_code_of_every_page_is_run():
+def test_pages_with_code_are_those_of_the_tests_here():
+  """If this fails for a new page, add a test that runs its code, like those above."""
   pages = {name(path) for path in TEXTS if code_blocks(path)}
   tested = {"index", "speed", "training_loop", "when_weights_do_not_help"}
   expected = {f"docs/{page}.md" for page in tested | {"your_own_data"}}

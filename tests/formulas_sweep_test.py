@@ -972,6 +972,7 @@ def _results_and_gradients_on_explicit_mesh():
   """Computes both in one program, which computes their common parts only once."""
   # The reference comes first: JAX caches traces, and those of this mesh fail elsewhere.
   _results("one")
+  _gradients_on_one_device()
   mesh = _mesh(jax.sharding.AxisType.Explicit)
   evaluate, errors = _table(_FORMULAS)
   with jax.set_mesh(mesh):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 from typing import Any, NoReturn
@@ -160,11 +161,17 @@ def leave(status: int, reason: str, *, is_mistake: bool = False) -> NoReturn:
     with contextlib.suppress(OSError):  # The terminal may be closed.
       print(reason, file=sys.stderr, flush=True)
     sys.exit(status)
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)  # The process ends soon in any case.
+  reason = reason.encode(errors="backslashreplace").decode()  # It may contain a path.
   # `sys.stderr` bypasses the relay. If the reason were printed there, JAX could end the
   # process before the relay knows of the reason, and the relay would print another one.
   lines = [last_words.REASON + line.encode() + b"\n" for line in reason.split("\n")]
-  with contextlib.suppress(OSError):
+  try:
     os.write(2, b"".join(lines))
+  except OSError:  # The relay was killed.
+    with contextlib.suppress(OSError):
+      print(reason, file=sys.stderr, flush=True)
   if _is_connected:
     if is_mistake:
       processes.publish_failure(reason.removeprefix("error: "))
@@ -176,8 +183,10 @@ def leave(status: int, reason: str, *, is_mistake: bool = False) -> NoReturn:
     with contextlib.suppress(OSError, ValueError):
       stream.flush()
   # The parent process may stop reading when this process ends, so the relay ends first.
+  # Closed descriptors could be those of the next file that another thread opens.
+  null = os.open(os.devnull, os.O_WRONLY)
   for descriptor in (1, 2):
-    os.close(descriptor)
+    os.dup2(null, descriptor)
   with contextlib.suppress(subprocess.TimeoutExpired):
     _relay.wait(_RELAY_SECONDS)
   os._exit(status)

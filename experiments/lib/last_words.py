@@ -45,8 +45,9 @@ def relay(lines: Iterable[bytes], output: BinaryIO, not_connected: str) -> None:
       has_reason = True
       output.write(reason)
       output.flush()
-    elif line == CONNECTED:
+    elif CONNECTED in line:
       is_connected = True
+      output.write(line.partition(CONNECTED)[0])
     elif report or _REPORT.search(line):
       report += line
     elif not line.startswith(_NOISE):
@@ -70,8 +71,8 @@ def explanation(report: bytes) -> str:
 
 
 if __name__ == "__main__":
-  # A terminal sends its signals to all processes. This program ignores them, so that it
-  # ends last.
+  # Signals to a whole group of processes, as of a cluster's scheduler, are ignored, so
+  # that this program ends last.
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
   relay(sys.stdin.buffer, sys.stdout.buffer, sys.argv[1])

@@ -182,6 +182,15 @@ def open_folder(
   if not settings.SEVERAL_PROCESSES and processes.count() > 1:
     raise base.InputError(distributed.refusal("jax.distributed"))
   flags = settings_lib.flags_of(type(settings))
+  # Flags that change the program of a method, but not its results.
+  processes.check_same(
+    "the flags",
+    {
+      name: getattr(settings, name)
+      for name, details in flags.items()
+      if details.group == "method" and not details.recorded
+    },
+  )
   ignored = {flags[name].key or name for name in settings.EXTENDABLE}
   kept = {k: v for k, v in settings.record().items() if k not in ignored}
   kept = {**kept, **facts, "experiment": name}

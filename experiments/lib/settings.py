@@ -603,7 +603,6 @@ def given_values(**values: Any) -> dict[str, Any]:
 
 # Flags that affect the memory of a run, the most likely cause first.
 _MEMORY = (
-  "microbatch_size",
   *("networks", "width", "warpi_samples", "restarts", "num_tasks", "num_meta_tasks"),
   *("num_test_tasks", "num_ways", "num_shots", "num_queries", "num_inner_steps"),
   *("seeds_at_once", "num_seeds", "num_rows", "batch_size"),
@@ -631,7 +630,12 @@ def out_of_memory(names: Iterable[str]) -> str:
   """The error of a run that needs too much memory, with the flags that affect it."""
   names = set(names)
   deciding = ", ".join(f"--{name}" for name in _MEMORY if name in names)
-  return f"out of memory: lower one of {deciding}." if deciding else "out of memory."
+  if not deciding:
+    return "out of memory."
+  text = f"out of memory: lower one of {deciding}"
+  if "microbatch_size" in names:
+    text += ", or give --microbatch_size (l2rw and meta_weight_net without BatchNorm)"
+  return f"{text}."
 
 
 def in_terms_of_flags(message: str, names: Iterable[str]) -> str:

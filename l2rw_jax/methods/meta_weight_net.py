@@ -521,7 +521,7 @@ def _check_memory_options(microbatch_size, recompute):
   if recompute and microbatch_size is not None:
     raise base.InputError(
       f"recompute=True and microbatch_size={microbatch_size}: microbatches are"
-      " recomputed in any case; leave out recompute."
+      " recomputed in any case; leave out recompute=True."
     )
 
 

@@ -116,7 +116,7 @@ def test_every_row_tells_where_it_comes_from(path):
       2 * 3,
     ),
     ("fairness", ["uniform", "class_proportion", "l2rw", "forml_worst"], 3),
-    # Three noises by two scales of the pixels; two tails by two lengths.
+    # Three noises by two scales of the pixels.
     ("mnist_noise_bare", ["uniform", "bare"], 6 * 3),
     (
       "mnist_long_tail",
@@ -125,7 +125,8 @@ def test_every_row_tells_where_it_comes_from(path):
         *("absgd", "l2rw", "meta_weight_net"),
         *("clean_only", "early_stopped", "fine_tuning"),
       ],
-      4 * 3,
+      # Two tails; three seeds of the long schedule, and five of the short one.
+      2 * (3 + 5),
     ),
   ],
 )

@@ -2,6 +2,8 @@
 
 import importlib
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -66,3 +68,27 @@ def test_without_flags_a_process_stays_alone(capsys):
   with pytest.raises(SystemExit, match=r"^3$"):
     distributed.leave(3, "error: reason.")
   assert capsys.readouterr().err == "error: reason.\n"
+
+
+_LEAVE = """
+import os, signal, sys
+from experiments.lib import distributed
+distributed._relay_c_output("not connected.")
+print("before", flush=True)
+if {is_killed}:
+  distributed._relay.kill()
+  distributed._relay.wait()
+distributed.leave(3, "error: \\udcff reason.")
+"""
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_the_last_line_is_printed_with_and_without_the_relay(is_killed):
+  done = subprocess.run(
+    [sys.executable, "-c", _LEAVE.format(is_killed=is_killed)],
+    capture_output=True,
+    text=True,
+    cwd=_REPOSITORY,
+  )
+  assert (done.returncode, done.stdout) == (3, "before\n")
+  assert done.stderr == "error: \\udcff reason.\n"

@@ -58,6 +58,12 @@ def test_reason_may_arrive_in_the_middle_of_a_line():
   assert _relayed(last_words.CONNECTED, *lines) == "error: reason.\n"
 
 
+def test_connection_may_be_reported_in_the_middle_of_a_line():
+  lines = (b"W1 warning " + last_words.CONNECTED, b"rest\n", *_LOST)
+  text = _relayed(*lines)
+  assert text.startswith("W1 warning rest\nerror: process 0 ended")
+
+
 def test_reason_may_have_several_lines():
   lines = (last_words.REASON + b"\n", last_words.REASON + b"stopped.\n", *_LOST)
   assert _relayed(last_words.CONNECTED, *lines) == "\nstopped.\n"

@@ -195,6 +195,8 @@ def test_out_of_memory_names_the_flags_that_decide_it():
   assert not settings_lib.is_out_of_memory(ValueError("out of memory"))
   message = settings_lib.out_of_memory(["momentum", "batch_size", "width"])
   assert message == "out of memory: lower one of --width, --batch_size."
+  message = settings_lib.out_of_memory(["batch_size", "microbatch_size"])
+  assert message.startswith("out of memory: lower one of --batch_size, or give --micro")
   assert settings_lib.out_of_memory(["only"]) == "out of memory."
 
 
