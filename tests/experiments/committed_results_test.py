@@ -124,6 +124,7 @@ def test_every_row_tells_where_it_comes_from(path):
         *("uniform", "class_balanced", "focal", "ldam_drw"),
         *("absgd", "l2rw", "meta_weight_net"),
         *("clean_only", "early_stopped", "fine_tuning"),
+        *("balanced_softmax", "classifier_retraining"),
       ],
       # Two tails; three seeds of the long schedule, and five of the short one.
       2 * (3 + 5),
