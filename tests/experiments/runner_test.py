@@ -12,6 +12,7 @@ import scripts
 from experiments.lib import registries
 from experiments.lib import runner
 from l2rw_jax import base
+from l2rw_jax import processes
 from l2rw_jax.methods.mentornet import mentor_file
 from l2rw_jax.methods.mentornet import network as mentornet_network
 
@@ -35,6 +36,21 @@ def _mentor(path, curriculum, seed):
   variables = network.init(jax.random.key(seed), values, values, labels, 0)
   mentor_file.save(path, mentornet_network.Mentor(curriculum, network, variables), {})
   return str(path)
+
+
+def test_a_folder_continues_with_other_flags_that_save_memory(tmp_path):
+  for flags in ({}, {"microbatch_size": 4}, {"mwn_recompute": True}):
+    runner.open_folder(_Settings(**flags), "noise", tmp_path / "run")
+
+
+def test_processes_with_other_flags_that_save_memory_are_refused(tmp_path, monkeypatch):
+  def exchange(name, text):
+    return [text, text.replace('"microbatch_size": null', '"microbatch_size": 4')]
+
+  monkeypatch.setattr(processes, "exchange", exchange)
+  with pytest.raises(base.InputError, match="microbatch_size is null in process 0 and"):
+    runner.open_folder(_Settings(), "noise", tmp_path / "run")
+  assert not (tmp_path / "run").exists()
 
 
 def test_a_mentor_may_be_added_but_not_swapped(tmp_path):
