@@ -192,8 +192,8 @@ def direction(
   meta_batch: Any,
   inner_gradient: base.PyTree | None = None,
   *,
-  optimizer: optax.GradientTransformation,
-  opt_state: base.PyTree,
+  optimizer: optax.GradientTransformation | None = None,
+  opt_state: base.PyTree = None,
   objective: Objective | None = None,
   has_aux: bool = False,
   axis_name: base.AxisName = None,
@@ -209,8 +209,10 @@ def direction(
     meta_batch: this device's meta examples.
     inner_gradient: gradient of the look-ahead step, the same on every device; None
       means a zero gradient, as in L2RW.
-    optimizer: the look-ahead optimizer.
-    opt_state: state of the optimizer at `params`.
+    optimizer: the look-ahead optimizer; None subtracts the gradient from the
+      parameters, as `optax.sgd(1.0)` does. XLA:CPU needs less memory for None, because
+      it may store the factor of a step as an array of the size of a parameter.
+    opt_state: state of the optimizer at `params`; None if there is no optimizer.
     objective: `losses [M] -> M(p)`, a function of the losses of all devices in device
       order; None is their mean. Other inputs of the objective, such as groups, must be
       gathered with `base.gather`. Its value should not change if every example is
@@ -242,6 +244,9 @@ def direction(
     inner_gradient = trainable.zero_gradients(params)
 
   def step(gradient_leaves):
+    if optimizer is None:
+      pairs = zip(leaves, gradient_leaves, strict=True)
+      return [p - g.astype(p.dtype) for p, g in pairs]
     gradient = partition.combine_gradient(gradient_leaves)
     stepped = lookahead_params(params, gradient, optimizer, opt_state, value)
     return partition.leaves(stepped)
@@ -255,13 +260,17 @@ def direction(
 
   lookahead_leaves, step_vjp = jax.vjp(step, partition.leaves(inner_gradient))
   lookahead_leaves = base.local(lookahead_leaves, axis_name)
+  # Without an optimizer, the direction is the negative gradient. It is computed from
+  # the negative loss, because a change of sign of every entry would be one more array
+  # of the size of each parameter.
+  sign = -1 if optimizer is None else 1
   kept = base.StaticFloat("inf")
   if microbatch_size is None:
     losses, losses_vjp, aux = jax.vjp(
       lambda leaves: meta_losses(leaves, meta_batch), lookahead_leaves, has_aux=True
     )
     loss, cotangent = _meta_loss(objective, losses, axis_name)
-    (gradient,) = losses_vjp(cotangent)
+    (gradient,) = losses_vjp(sign * cotangent)
     kept = base.StaticFloat(
       ordering.kept_bytes(losses_vjp, (lookahead_leaves, meta_batch))
       / losses.size
@@ -269,12 +278,18 @@ def direction(
     )
   else:
     losses, loss, gradient, aux = _microbatched_meta_gradient(
-      meta_losses, lookahead_leaves, meta_batch, objective, axis_name, microbatch_size
+      meta_losses,
+      lookahead_leaves,
+      meta_batch,
+      objective,
+      axis_name,
+      microbatch_size,
+      sign,
     )
-  meta_gradient = base.psum(gradient, axis_name)
-  (vector,) = step_vjp(
-    [g.astype(x.dtype) for g, x in zip(meta_gradient, leaves, strict=True)]
-  )
+  meta_gradient = base.psum(gradient, axis_name)  # Times `sign`.
+  vector = [g.astype(x.dtype) for g, x in zip(meta_gradient, leaves, strict=True)]
+  if optimizer is not None:
+    (vector,) = step_vjp(vector)
   state = _state(meta_gradient, vector)
   fault = _check_finite(losses, loss, state, axis_name)
   zero_slope = _check_slope(state)
@@ -307,9 +322,9 @@ def _meta_loss(objective, losses, axis_name):
 
 
 def _microbatched_meta_gradient(
-  losses_fn, leaves, meta_batch, objective, axis_name, microbatch_size
+  losses_fn, leaves, meta_batch, objective, axis_name, microbatch_size, sign
 ):
-  """This device's losses, the global meta loss, this device's gradient, and aux."""
+  """This device's losses, the global meta loss, `sign` times its gradient, and aux."""
   weighted_gradient = functools.partial(
     microbatching.weighted_gradient,
     losses_fn,
@@ -321,13 +336,13 @@ def _microbatched_meta_gradient(
   if objective is None:  # The weights of a mean are known, so one pass is enough.
     size = base.global_size(microbatching.num_rows(meta_batch), axis_name)
     # An empty batch raises an error in `losses_fn`.
-    weighted = weighted_gradient(1 / max(size, 1))
+    weighted = weighted_gradient(sign / max(size, 1))
     loss, _ = _meta_loss(None, weighted.losses, axis_name)
     return weighted.losses, loss, weighted.gradient, weighted.aux
   linearize = microbatching.microbatched(linearization.linearize, microbatch_size)
   linearized = linearize(losses_fn, leaves, meta_batch, has_aux=True)
   loss, cotangent = _meta_loss(objective, linearized.losses, axis_name)
-  gradient = weighted_gradient(cotangent).gradient
+  gradient = weighted_gradient(sign * cotangent).gradient
   return linearized.losses, loss, gradient, linearized.aux
 
 

@@ -200,6 +200,30 @@ def test_the_default_inner_gradient_is_zero():
   chex.assert_trees_all_close(*both(_params()), rtol=1e-13)
 
 
+@pytest.mark.parametrize("microbatch_size", [None, 2])
+@pytest.mark.parametrize("objective", [None, jnp.max])
+def test_no_optimizer_is_a_step_of_sgd_with_a_learning_rate_of_one(
+  objective, microbatch_size
+):
+  batch, meta_batch = _data()
+  sgd = optax.sgd(1.0)
+
+  @jax.jit
+  def both(params):
+    gradient = jax.grad(lambda p: _losses_fn(p, batch).mean())(params)
+    direction = functools.partial(
+      hypergradient.direction,
+      *(_losses_fn, params, meta_batch, gradient),
+      objective=objective,
+      microbatch_size=microbatch_size,
+    )
+    return direction(), direction(optimizer=sgd, opt_state=sgd.init(params))
+
+  actual, expected = both(_params())
+  assert actual.finite and not actual.zero_slope and actual.fault == 0
+  chex.assert_trees_all_close(actual, expected, rtol=1e-13)
+
+
 def test_ridge_regression_in_closed_form():
   rng = np.random.default_rng(2)
   x, y, z, t = (rng.normal(size=s) for s in [(_B, 3), _B, (_M, 3), _M])

@@ -214,8 +214,7 @@ def meta_direction(
       "opt_state without optimizer would be ignored: pass the optimizer that it"
       " belongs to, or leave opt_state out."
     )
-  optimizer = optimizer or optax.sgd(1.0)
-  if opt_state is None:
+  if optimizer is not None and opt_state is None:
     opt_state = hypergradient.init_optimizer(optimizer, params)
   return hypergradient.direction(
     meta_losses_fn,

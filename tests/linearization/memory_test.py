@@ -98,16 +98,22 @@ def test_l2rw_keeps_the_activations_of_one_batch_at_a_time(engine):
 
 
 @functools.cache
-def _updated_bytes(step, **options):
+def _updated_bytes(step, activation, **options):
   """Temporary memory of a step with donated parameters, relative to their size.
 
-  The parameters take much more memory than the activations: 16 layers, batches of 4.
+  The parameters take much more memory than the activations: 8 layers of 1024 x 1024,
+  batches of 8.
   """
-  kernels = [jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 16
-  x = jax.ShapeDtypeStruct((4, 256), jnp.float32)
+  kernels = [jax.ShapeDtypeStruct((1024, 1024), jnp.float32)] * 8
+  x = jax.ShapeDtypeStruct((8, 1024), jnp.float32)
+
+  def losses_fn(params, x):
+    for kernel in params:
+      x = activation(x @ kernel)
+    return (x**2).sum(1)
 
   def updated(kernels, x, meta):
-    result = step(_network, kernels, x, meta, **options)
+    result = step(losses_fn, kernels, x, meta, **options)
     weights, grads = result if step is _l2rw else (None, result)
     return weights, [k - 0.1 * g for k, g in zip(kernels, grads, strict=True)]
 
@@ -116,10 +122,15 @@ def _updated_bytes(step, **options):
   return compiled.memory_analysis().temp_size_in_bytes / size
 
 
-@pytest.mark.parametrize("engine", ["forward", "layerwise"])
-def test_l2rw_holds_no_direction_and_copies_no_parameters(engine):
-  plain = _updated_bytes(_mean_gradient)
-  assert _updated_bytes(_l2rw, engine=engine) < plain + 0.1
+# In forward mode with tanh, XLA:CPU joins all layers to one kernel, which reads the
+# whole direction.
+@pytest.mark.parametrize(
+  ("engine", "activation"),
+  [("layerwise", jax.nn.relu), ("layerwise", jnp.tanh), ("forward", jax.nn.relu)],
+)
+def test_l2rw_holds_no_direction_and_copies_no_parameters(engine, activation):
+  plain = _updated_bytes(_mean_gradient, activation)
+  assert _updated_bytes(_l2rw, activation, engine=engine) < plain + 0.05
 
 
 def _three_lines(losses_fn, params, x, meta):
