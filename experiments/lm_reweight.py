@@ -24,6 +24,7 @@ import optax
 from experiments.lib import curves as curves_lib
 from experiments.lib import figures
 from experiments.lib import launch
+from experiments.lib import registries
 from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
@@ -50,7 +51,7 @@ _HEAD = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(settings_lib.TrainingFlags):
+class Settings(registries.MemoryFlags, settings_lib.TrainingFlags):
   """The flags of this script."""
 
   EXTENDABLE = ("methods",)
@@ -133,9 +134,11 @@ def make_method(name: str, settings: Settings) -> base.Method:
     ),
     "clean_only": baselines.clean_only,
     "fine_tuning": lambda: baselines.fine_tuning(max(1, settings.num_steps // 10)),
-    "l2rw": l2rw.l2rw,
+    "l2rw": lambda: l2rw.l2rw(microbatch_size=settings.microbatch_size),
     "meta_weight_net": lambda: meta_weight_net.meta_weight_net(
-      settings.lookahead_learning_rate
+      settings.lookahead_learning_rate,
+      microbatch_size=settings.microbatch_size,
+      recompute=settings.mwn_recompute,
     ),
   }
   return methods[name]()

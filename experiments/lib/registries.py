@@ -52,7 +52,30 @@ _DEFERRED = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(settings_lib.Settings):
+class MemoryFlags(settings_lib.Flags):
+  """The flags that save memory and do not change results."""
+
+  microbatch_size: int | None = flag(
+    None,
+    "Number of examples of each batch that are in memory at a time, for each run on a"
+    " device. The results are the same except for rounding, but a step takes longer."
+    " The default is all. Networks with BatchNorm are refused.",
+    bounds=settings_lib.BATCH,
+    methods=["l2rw", "meta_weight_net"],
+    recorded=False,
+  )
+  mwn_recompute: bool = flag(
+    False,
+    "Process the training batch of Meta-Weight-Net a second time instead of keeping it"
+    " in memory: for a small ResNet, 0.5 to 0.8 times the memory and 1.2 to 1.4 times"
+    " the FLOPs.",
+    methods=["meta_weight_net"],
+    recorded=False,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(MemoryFlags, settings_lib.Settings):
   """The flags of the methods for wrong labels."""
 
   meta_every: int = flag(
@@ -81,23 +104,6 @@ class Settings(settings_lib.Settings):
     " imbalance in a long tail.",
     choices=meta_weight_net.PRESETS,
     methods=["meta_weight_net"],
-  )
-  microbatch_size: int | None = flag(
-    None,
-    "Number of examples of each batch that are in memory at a time, for each run on a"
-    " device. The results are the same except for rounding, but a step takes longer."
-    " The default is all. Networks with BatchNorm are refused.",
-    bounds=settings_lib.BATCH,
-    methods=["l2rw", "meta_weight_net"],
-    recorded=False,
-  )
-  mwn_recompute: bool = flag(
-    False,
-    "Process the training batch of Meta-Weight-Net a second time instead of keeping it"
-    " in memory: for a small ResNet, 0.5 to 0.8 times the memory and 1.2 to 1.4 times"
-    " the FLOPs.",
-    methods=["meta_weight_net"],
-    recorded=False,
   )
   mentor: tuple[str, ...] = flag(
     (),

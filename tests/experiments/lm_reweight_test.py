@@ -1,10 +1,13 @@
 """The language model on corrupted text: rows, recovery of documents, errors."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import lm_reweight
 from l2rw_jax import base
+from l2rw_jax.data import examples
 
 _SMALL = {
   "methods": ("uniform", "l2rw"),
@@ -40,6 +43,33 @@ def test_every_method_fits_the_problem():
   settings = lm_reweight.Settings(**{**_SMALL, "methods": lm_reweight.METHODS})
   cells = lm_reweight.make_cells(settings)
   assert [cell.method_name for cell in cells] == list(lm_reweight.METHODS)
+
+
+def _operations(name, **flags):
+  """The operations of a method's first step."""
+  settings = lm_reweight.Settings(**{**_SMALL, "methods": (name,), **flags})
+  (cell,) = lm_reweight.make_cells(settings)
+  (split,) = lm_reweight.make_splits(settings, (0,))
+  batch = {k: x[:4] for k, x in examples.as_batch(split.train).items()}
+
+  def gradients(key):
+    params, model_state = cell.model.init(key, batch)
+    problem = cell.model.problem(
+      class_counts=jnp.ones(cell.model.num_classes), num_examples=30, num_steps=4
+    )
+    state = cell.method.init(key, problem, params)
+    inputs = base.Inputs(params, model_state, (), batch, batch, jnp.int32(0), key)
+    return cell.method.gradients(state, problem, inputs)[0].grads
+
+  return str(jax.make_jaxpr(gradients)(jax.random.key(0)))
+
+
+def test_flags_that_save_memory_reach_the_methods():
+  # Tests of the methods and of mnist_noise compare the results.
+  for name in ("l2rw", "meta_weight_net"):
+    assert _operations(name) != _operations(name, microbatch_size=2)
+  name = "meta_weight_net"
+  assert _operations(name) != _operations(name, mwn_recompute=True)
 
 
 def test_recovered_documents_by_hand():
