@@ -397,6 +397,7 @@ def make_cells(settings: Settings, names: Sequence[str]) -> list[runner.Cell]:
     noise_fraction=wrong_share(split) if fraction is None else fraction,
     num_epochs=num_epochs,
   )
+  choice = {name: optimizer.for_method(name, config.num_steps) for name in names}
   return [
     runner.Cell(
       name,
@@ -404,12 +405,12 @@ def make_cells(settings: Settings, names: Sequence[str]) -> list[runner.Cell]:
       config,
       make_classifier(preset, split.num_classes, images),
       registries.make_method(name, settings, problem, num_epochs),
-      optimizer,
+      chosen,
       splits,
       "seeds-{first}-{last}/" + runner.folder_name(facts, name),
       settings.seeds_at_once,
     )
-    for name in names
+    for name, chosen in choice.items()
   ]
 
 

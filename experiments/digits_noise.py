@@ -19,7 +19,6 @@ import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
-import optax
 
 from experiments.lib import figures
 from experiments.lib import issue_files
@@ -45,10 +44,11 @@ from l2rw_jax.models import mlp
 from l2rw_jax.training import results as results_lib
 
 METHODS = (
-  *("uniform", "random", "proportion", "resampling", "clean_only", "fine_tuning"),
+  *("uniform", "random", "proportion", "resampling"),
+  *("clean_only", "fine_tuning", "fine_tuning_restarted"),
   "l2rw",
 )
-_COMPARED = ("uniform", "clean_only", "fine_tuning", "l2rw")
+_COMPARED = ("uniform", "clean_only", "fine_tuning", "fine_tuning_restarted", "l2rw")
 _NUM_SHOWN, _NUM_PICTURES = 12, 500
 
 
@@ -105,13 +105,18 @@ TABLE = table.Layout(
 
 def make_method(name: str, num_steps: int) -> base.Method:
   """The `Method` for a name in `--methods`."""
+
+  def fine_tuning():
+    return baselines.fine_tuning(optimizers.fine_tuning_steps(num_steps))
+
   methods = {
     "uniform": baselines.uniform,
     "random": baselines.random,
     "proportion": baselines.class_proportion,
     "resampling": baselines.resampling,
     "clean_only": baselines.clean_only,
-    "fine_tuning": lambda: baselines.fine_tuning(max(1, num_steps // 10)),
+    "fine_tuning": fine_tuning,
+    "fine_tuning_restarted": fine_tuning,
     "l2rw": l2rw.l2rw,
   }
   return methods[name]()
@@ -132,6 +137,16 @@ def make_splits(settings: Settings, seeds: Sequence[int]) -> list[examples_lib.S
   ]
 
 
+def make_optimizer(settings: Settings, name: str) -> optimizers.OptimizerConfig:
+  """The optimizer of a method."""
+  return optimizers.OptimizerConfig(
+    "sgd",
+    settings.learning_rate,
+    settings.momentum,
+    cosine=settings.schedule == "cosine",
+  ).for_method(name, settings.num_steps)
+
+
 def make_cells(settings: Settings) -> list[runner.Cell]:
   """A cell for every method, whose seeds are trained side by side."""
   names = settings_lib.choose("methods", settings.methods, METHODS)
@@ -143,11 +158,8 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
     meta_batch_size=settings.meta_batch_size,
     seeds=settings.seeds,
   )
-  rate = optimizers.schedule(
-    settings.schedule, settings.learning_rate, settings.num_steps
-  )
-  optimizer = optax.sgd(rate, momentum=settings.momentum)
   splits = functools.partial(make_splits, settings)
+  choice = {name: make_optimizer(settings, name) for name in names}
   return [
     runner.Cell(
       name,
@@ -159,7 +171,7 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
       splits,
       folder=name,
     )
-    for name in names
+    for name, optimizer in choice.items()
   ]
 
 

@@ -24,6 +24,7 @@ import optax
 from experiments.lib import curves as curves_lib
 from experiments.lib import figures
 from experiments.lib import launch
+from experiments.lib import optimizers
 from experiments.lib import registries
 from experiments.lib import report
 from experiments.lib import runner
@@ -44,7 +45,8 @@ from l2rw_jax.training import evaluation
 from l2rw_jax.training import results as results_lib
 
 METHODS = (
-  *("uniform", "small_loss", "clean_only", "fine_tuning", "l2rw", "meta_weight_net"),
+  *("uniform", "small_loss", "clean_only", "fine_tuning", "fine_tuning_restarted"),
+  *("l2rw", "meta_weight_net"),
 )
 # Width of an attention head.
 _HEAD = 16
@@ -125,6 +127,10 @@ TABLE = table.Layout(
 
 def make_method(name: str, settings: Settings) -> base.Method:
   """The `Method` for a name in `--methods`."""
+
+  def fine_tuning():
+    return baselines.fine_tuning(optimizers.fine_tuning_steps(settings.num_steps))
+
   methods = {
     "uniform": baselines.uniform,
     # This method knows the share of corrupted documents, and starts after a tenth of
@@ -133,7 +139,8 @@ def make_method(name: str, settings: Settings) -> base.Method:
       mentornet.self_paced, percentile=100 * (1 - settings.corrupted), burn_in=10
     ),
     "clean_only": baselines.clean_only,
-    "fine_tuning": lambda: baselines.fine_tuning(max(1, settings.num_steps // 10)),
+    "fine_tuning": fine_tuning,
+    "fine_tuning_restarted": fine_tuning,
     "l2rw": lambda: l2rw.l2rw(microbatch_size=settings.microbatch_size),
     "meta_weight_net": lambda: meta_weight_net.meta_weight_net(
       settings.lookahead_learning_rate,
@@ -178,6 +185,12 @@ def make_model(settings: Settings) -> language_model.LanguageModel:
   return language_model.LanguageModel(network, vocabulary)
 
 
+@functools.cache  # The training loop compiles again for a new function.
+def make_optimizer(schedule: optax.Schedule) -> optax.GradientTransformation:
+  """AdamW for gradients that are clipped by their norm."""
+  return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+
+
 def make_cells(settings: Settings) -> list[runner.Cell]:
   """A cell for every method, whose seeds are trained one after the other."""
   names = settings_lib.choose("methods", settings.methods, METHODS)
@@ -188,9 +201,9 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
     eval_every=settings.eval_every,
     seeds=settings.seeds,
   )
-  schedule = optax.cosine_decay_schedule(settings.learning_rate, settings.num_steps)
-  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
   splits, model = functools.partial(make_splits, settings), make_model(settings)
+  cosine = optimizers.OptimizerConfig("adam", settings.learning_rate, cosine=True)
+  choice = {name: cosine.for_method(name, settings.num_steps) for name in names}
   return [
     runner.Cell(
       name,
@@ -198,12 +211,12 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
       config,
       model,
       make_method(name, settings),
-      optimizer,
+      make_optimizer(optimizer.schedule(settings.num_steps)),
       splits,
       folder=f"{name}/seed-{{first}}",
       side_by_side=1,
     )
-    for name in dict.fromkeys(names)
+    for name, optimizer in choice.items()
   ]
 
 

@@ -21,6 +21,7 @@ import optax
 
 from experiments.lib import figures
 from experiments.lib import launch
+from experiments.lib import optimizers
 from experiments.lib import report
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
@@ -175,7 +176,9 @@ def make_method(name: str, variant: str, num_steps: int) -> base.Method:
     "resampling": baselines.resampling,
     "hard_mining": lambda: baselines.hard_mining(variant),
     "l2rw": l2rw.l2rw,
-    "fine_tuning": lambda: baselines.fine_tuning(max(1, num_steps // 10)),
+    "fine_tuning": lambda: baselines.fine_tuning(
+      optimizers.fine_tuning_steps(num_steps)
+    ),
     "clean_only": baselines.clean_only,
   }
   return methods[name]()

@@ -24,8 +24,8 @@ from experiments.lib.settings import flag
 from l2rw_jax.models import classifier
 
 METHODS = (
-  *("uniform", "clean_only", "fine_tuning", "early_stopped", "focal"),
-  *("class_balanced", "ldam_drw", "absgd", "l2rw", "meta_weight_net"),
+  *("uniform", "clean_only", "fine_tuning", "fine_tuning_restarted", "early_stopped"),
+  *("focal", "class_balanced", "ldam_drw", "absgd", "l2rw", "meta_weight_net"),
 )
 # All methods have one schedule. The drops are where LDAM's are, but their size, the
 # number of epochs and the batch size are those of Meta-Weight-Net. The learning rate is

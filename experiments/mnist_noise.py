@@ -300,7 +300,9 @@ def make_cell(
     eval_every=steps_per_epoch,
     seeds=settings.seeds,
   )
-  optimizer = make_optimizer(settings, name, split, steps_per_epoch)
+  optimizer = make_optimizer(settings, name, split, steps_per_epoch).for_method(
+    name, config.num_steps
+  )
   rate = settings.lookahead_learning_rate
   problem = runner.make_problem(
     settings,

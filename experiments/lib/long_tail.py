@@ -227,6 +227,7 @@ def make_cells(
   )
   tail = {"builder": preset.builder, "shape": settings.shape, "imbalance": imbalance}
   counts = _counts(split)
+  choice = {name: preset.optimizer.for_method(name, config.num_steps) for name in names}
   return [
     runner.Cell(
       name,
@@ -234,7 +235,7 @@ def make_cells(
       config,
       experiment.make_model(registries.needs_cosines(name)),
       registries.make_method(name, settings, problem, preset.num_epochs),
-      preset.optimizer,
+      optimizer,
       splits,
       "seeds-{first}-{last}/" + runner.folder_name(tail, name),
       settings.seeds_at_once or experiment.side_by_side,
@@ -244,7 +245,7 @@ def make_cells(
         evaluation.shot_accuracy(counts, *evaluation.shot_thresholds(counts)),
       ),
     )
-    for name in names
+    for name, optimizer in choice.items()
   ]
 
 

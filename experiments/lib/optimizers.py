@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules of the papers' experiments."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any
@@ -16,18 +17,19 @@ _STAIRS = 5
 SCHEDULES = ("constant", "cosine")
 
 
-@functools.cache  # The training loop compiles again for a new function.
-def schedule(name: str, learning_rate: float, num_steps: int) -> optax.ScalarOrSchedule:
-  """The learning rate for a value of `--schedule`.
+def fine_tuning_steps(num_steps: int) -> int:
+  """The number of steps that fine-tune, in a run of `num_steps` steps."""
+  return max(1, num_steps // 10)
 
-  Args:
-    name: one of `SCHEDULES`; "cosine" falls to 0 at the last step.
-    learning_rate: learning rate at the start.
-    num_steps: number of steps of the run.
-  """
-  if name == "constant":
-    return learning_rate
-  return optax.cosine_decay_schedule(learning_rate, num_steps)
+
+def _restarted(
+  make: Callable[[int], optax.Schedule], num_steps: int, tuned_steps: int
+) -> optax.Schedule:
+  """The schedule of a run that starts again for the last `tuned_steps` steps."""
+  first = num_steps - tuned_steps
+  if not tuned_steps or not first:
+    return make(num_steps)
+  return optax.join_schedules([make(first), make(tuned_steps)], [first])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,8 @@ class OptimizerConfig:
     plateau_steps: number of updates in an epoch. The learning rate then falls to a
       tenth (but not below 1e-5) whenever the validation loss has not fallen for more
       than 5 epochs, as in BARE's released code. None disables this rule.
+    tuned_steps: number of updates at the end of the run that fine-tune, for which the
+      schedule starts again.
   """
 
   name: str = "sgd"
@@ -88,10 +92,25 @@ class OptimizerConfig:
   warmup: float = 0.0
   cosine: bool = False
   plateau_steps: int | None = None
+  tuned_steps: int = 0
+
+  def for_method(self, name: str, num_steps: int) -> "OptimizerConfig":
+    """The optimizer of a method in a run of `num_steps` updates.
+
+    `fine_tuning_restarted` starts the schedule again for the updates that fine-tune. A
+    cosine, or drops by which the learning rate falls to a hundredth, leave hardly any
+    learning rate to them otherwise.
+    """
+    if name != "fine_tuning_restarted":
+      return self
+    return dataclasses.replace(self, tuned_steps=fine_tuning_steps(num_steps))
 
   @functools.cache  # noqa: B019  # frozen; the loop compiles again for new functions
   def schedule(self, num_steps: int) -> optax.Schedule:
     """`step -> learning rate`."""
+    return _restarted(self._one_schedule, num_steps, self.tuned_steps)
+
+  def _one_schedule(self, num_steps: int) -> optax.Schedule:
     boundaries = {round(share * num_steps): factor for share, factor in self.drops}
     after = optax.piecewise_constant_schedule(self.learning_rate, boundaries)
     if self.cosine:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from flax import linen as nn
 import numpy as np
 
+from experiments.lib import optimizers
 from experiments.lib import settings as settings_lib
 from experiments.lib.settings import flag
 from l2rw_jax import base
@@ -308,7 +309,7 @@ Factory = Callable[[Any, Problem], base.Method]
 
 
 def _fine_tuning(settings: Settings, problem: Problem) -> base.Method:
-  return baselines.fine_tuning(max(1, problem.num_steps // 10))
+  return baselines.fine_tuning(optimizers.fine_tuning_steps(problem.num_steps))
 
 
 def _l2rw(settings: Settings, problem: Problem) -> base.Method:
@@ -431,6 +432,8 @@ NOISE: dict[str, Factory] = {
   "random": lambda settings, problem: baselines.random(),
   "clean_only": lambda settings, problem: baselines.clean_only(),
   "fine_tuning": _fine_tuning,
+  # `optimizers.OptimizerConfig.for_method` starts the schedule again.
+  "fine_tuning_restarted": _fine_tuning,
   # `runner.train` chooses the step of this method by the loss on the clean set.
   "early_stopped": lambda settings, problem: baselines.uniform()._replace(
     needs_meta=True
