@@ -17,11 +17,13 @@ TEST := $(VENV)/.test-$(TAG)
 DOCS := $(VENV)/.docs-$(TAG)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: demo test lint docs clean
+.PHONY: demo install test lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO)
 	$(BIN)/python -m experiments.digits_noise
+
+install: $(TEST)
 
 test: $(TEST)
 	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder $(TESTS)

@@ -9,11 +9,8 @@ import pytest
 
 from benchmarks import compile_time
 
-# Limits relative to plain training, by the number of parameter arrays. Checks and
-# weights take a constant number of operations, which matters in small programs.
+# Limits relative to plain training, by the number of parameter arrays.
 _LIMITS = {name: {50: 3.0, 200: 3.0, 800: 3.0} for name in compile_time.STEPS}
-_LIMITS["example_weights"] = {50: 3.2, 200: 3.0, 800: 3.0}
-_LIMITS["layerwise"] = {50: 3.2, 200: 3.0, 800: 3.0}
 # Older versions of JAX emit more operations for the same function.
 _LIMITS["clipped_gradient"] = {50: 3.0, 200: 3.1, 800: 3.2}
 
