@@ -211,7 +211,7 @@ def prepare(
 
 
 def _prepare(path: str | os.PathLike, now: dict[str, Any]) -> dict[str, Any]:
-  """Locks the folder, compares its settings and writes them; returns them."""
+  """Locks the folder, compares its settings with `now`, and writes and returns them."""
   folder = pathlib.Path(path)
   try:
     folder.mkdir(parents=True, exist_ok=True)

@@ -401,7 +401,7 @@ def _top_k(eqn, axes):
 
 
 def _leading_axes(eqn, axes):
-  """Random draws and casts of bits, which may only add or remove trailing axes."""
+  """The batch axis of a random draw or bitcast, which changes only trailing axes."""
   axis = _common_axis(eqn, axes)
   if axis >= len(_shape(eqn.outvars[0])):
     raise _mixes(eqn)
