@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def _released_programs():
-  """Frees programs after each file: the memory maps of a process are limited."""
+  """Frees programs after each file: a process may have only so many memory maps."""
   yield
   jax.clear_caches()
 
