@@ -425,7 +425,7 @@ def _is_file(descriptor: int, path: pathlib.Path) -> bool:
 
 
 def setting_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-  """Describes the differences between two settings, as `changes` does.
+  """Describes the differences between two sets of settings, as `changes` does.
 
   Args:
     old: settings with "inputs", as `settings_of` returns them.

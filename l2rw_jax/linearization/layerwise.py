@@ -71,8 +71,8 @@ def linearize(
     `[B] -> list like leaves`; aux.
 
   Raises:
-    NotLayerwiseError: the losses are not known to process examples independently. Only
-      operations that the losses depend on matter, not those of aux.
+    NotLayerwiseError: the losses are not known to process examples independently.
+      Operations that only aux depends on do not matter.
   """
   plan, env, outputs, tree = parameter_uses.trace(
     losses_fn, leaves, batch, names, recompute=recompute

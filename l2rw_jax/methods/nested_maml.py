@@ -170,7 +170,7 @@ def linearized_weight_gradient(
     axis_name=axis_name,
   )
   gradient = hypergradient.weight_gradient(linearized, direction, axis_name) / size
-  # The type is not that of the weights: integer weights would round it to zero.
+  # Do not cast to the weights' type: integers would round the gradient to zero.
   dtype = base.common_dtype(weights, linearized.losses)
   gradient = jax.lax.stop_gradient(gradient).astype(dtype)
   fault = base.first_fault(

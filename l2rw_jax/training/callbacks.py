@@ -93,7 +93,7 @@ class Metrics:
     self._writers[run].write(step, values)
 
   def last(self, name: str) -> float:
-    """Mean over the runs of a metric in the last step that was added."""
+    """The mean of a metric over the runs, in the last step that was added."""
     return _mean(self._window[name][:, -1])
 
   def to_json(self) -> dict[str, Any]:

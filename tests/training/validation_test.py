@@ -53,7 +53,7 @@ def test_reduce_on_plateau_matches_pytorch():
 
 
 def _recording_sgd(values):
-  """An SGD that records the values it receives."""
+  """SGD that records the `value` of every update."""
 
   def update(grads, state, params=None, *, value, **_):
     del params
