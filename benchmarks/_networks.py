@@ -43,8 +43,8 @@ class Network(NamedTuple):
       of the batch (BatchNorm), which rules out the layerwise engine.
     slow_on_cpu: whether a step on a CPU takes so long that only the methods with a
       look-ahead step are timed by default.
-    default_on_cpu: whether the network is timed on a CPU without --networks.
-    has_peer: whether it also exists in PyTorch.
+    default_on_cpu: whether the network is timed on a CPU if --networks is not given.
+    has_peer: whether the benchmark also has the network in PyTorch.
     in_loop: whether the blocks are in a loop, whose body the compiler counts once.
   """
 

@@ -4,7 +4,7 @@ The benchmark times the forward and backward pass of four 3x3 convolutions with 
 channels on images of 32x32; the last convolution has stride 2. Each switch is measured
 in a separate process, because XLA reads `XLA_FLAGS` only once. The processes take
 turns, round by round, and times are processor seconds of all threads, so that other
-load on the machine affects all equally. The column changes_program is whether the
+load on the machine affects all equally. The column changes_program says whether the
 switch changes the optimized program; switches of the code generator do not.
 Command: python -m benchmarks.xla_switches
 Results: results/xla_switches, one file for each version of jax.
@@ -40,7 +40,7 @@ SWITCHES = (
 )
 LAYOUTS = ("NHWC", "NCHW")
 
-# Prints one JSON line.
+# The program of a measuring process, which prints one JSON line.
 _CHILD = """
 import hashlib, json, sys, time
 import jax

@@ -1,7 +1,7 @@
 r"""NestedMAML compared with MAML when some training tasks are out of distribution.
 
 Paper: Killamsetty et al., "A Nested Bi-level Optimization Framework for Robust Few
-  Shot Learning" (AAAI 2022). The protocol is that of the paper, on Omniglot in place of
+  Shot Learning" (AAAI 2022). The protocol follows the paper, with Omniglot in place of
   mini-ImageNet: a share of the training tasks comes from another data set, or a share
   of the training images is mislabeled. Validation tasks have other classes and are
   clean.
@@ -52,8 +52,8 @@ METHODS = (
   *("meta_only", "l2rw"),
 )
 _NESTED = ("nested_maml", "nested_maml_fo")
-# Numbers of classes for training, validation tasks, tuning and testing. For other data
-# sets, the first three get these shares of the classes, and testing gets the rest.
+# Numbers of classes for training, validation, tuning and testing. For other data sets,
+# the first three parts get `_SHARES` of the classes, and testing gets the rest.
 _CLASSES = {"omniglot": (140, 30, 20, 52), "digits": (4, 2, 2, 2)}
 _SHARES = (0.6, 0.15, 0.05)
 # Number of images of a foreign source, several hundred per class.
@@ -335,7 +335,7 @@ def make_method(settings: Settings, name: str) -> base.Method:
 
 
 def zeroed() -> base.Method:
-  """MAML with weight 0 for tasks of group 1: the published upper bound."""
+  """MAML with weight 0 for the tasks of group 1, the upper bound in the paper."""
 
   def gradients(state, problem, inputs):
     def weights(losses):
@@ -390,7 +390,7 @@ def make_cell(
     make_learner(settings),
     method,
     make_optimizer(settings.learning_rate),
-    # Made again by each call, to save memory.
+    # Each call makes the splits again, to save memory.
     lambda _: [problem_of(name, problem).splits],
     f"ood-{ood_share}/{name}/seed-{seed}",
     evaluators=(evaluation.accuracy, interval_over_tasks),

@@ -23,9 +23,9 @@ def inverse_frequency(class_counts: base.Array) -> base.Array:
     Weights [C].
 
   Raises:
-    InputError: `class_counts` does not have shape [C], or outside `jit`, it contains a
-      negative number, a NaN or an infinity. Under `jit` such a count makes every weight
-      NaN.
+    InputError: `class_counts` does not have shape [C], or, outside `jit`, contains a
+      negative number, a NaN or an infinity. Under `jit`, such a count makes every
+      weight NaN.
 
   >>> import jax.numpy as jnp
   >>> print(inverse_frequency(jnp.array([30, 10])))

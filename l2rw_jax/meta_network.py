@@ -4,7 +4,9 @@ Meta-Weight-Net, WarPI and the advisor have the same iteration, which trains a s
 network together with the classifier. (Meta-Weight-Net computes its meta gradient
 differently, because its weights may depend on the whole global batch.) Let phi be the
 parameters of the second network, p those of the classifier, z(p) the outputs of the
-classifier for a batch (losses, logits or features) and L(z, phi) the inner loss:
+classifier for a batch (losses, logits or features) with the Jacobian J, L(z, phi) the
+inner loss, step(G) the parameters after a look-ahead step with the gradient G, and M
+the meta loss:
 
     inner gradient    G = J^T dL/dz                    at phi
     direction         v = (d step / d G)^T grad M(step(G))

@@ -20,7 +20,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Programs compile in a third of the time.
 jax.config.update("jax_disable_most_optimizations", True)
-# Every program is compiled once in a run of the tests, however often it is traced.
+# Each test process compiles a program only once, however often it is traced.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def _released_programs():
-  """Frees programs after each file: the memory maps of a process are limited."""
+  """Frees programs after each file: a process may have only so many memory maps."""
   yield
   jax.clear_caches()
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 pytestmark = pytest.mark.promotes(
-  "a reader's program runs optax.adam and its own arithmetic without these switches"
+  "readers run this code, and optax.adam, with the default promotion of JAX"
 )
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -25,7 +25,7 @@ def name(path: pathlib.Path) -> str:
 
 
 def code_blocks(path: pathlib.Path) -> list[str]:
-  """The Python code of a page. `make docs` runs the code of notebooks instead."""
+  """The Python code blocks of a Markdown page; `make docs` runs the notebooks."""
   return re.findall(
     r"^```python\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE
   )
@@ -117,7 +117,7 @@ def test_code_of_the_first_page():
 
 def test_code_of_your_own_training_loop():
   reader = run(DOCS / "training_loop.md", {})
-  # Padding has no weight, real tokens have.
+  # Padding has weight 0, and the weights of the real tokens sum to 1.
   token_weights = np.asarray(reader["token_weights"])
   assert (token_weights[~reader["text"]["mask"]] == 0).all()
   assert np.isclose(token_weights.sum(), 1, atol=1e-5)
@@ -194,7 +194,7 @@ def test_code_of_a_method(page, setup):
   blocks = code_blocks(METHODS / f"{page}.md")
   assert blocks
   for number, block in enumerate(blocks):
-    # Keeps the parameters of a page's network before a step changes them.
+    # Keep the parameters of the page's network before a step changes them.
     head, step, tail = block.partition("\n\n@jax.jit\n")
     source = f"{page}.md, block {number}"
     exec(compile(head, source, "exec"), reader)

@@ -49,7 +49,7 @@ class Settings(settings_lib.Settings):
     return entries
 
   def scheduled(self, optimizer: "OptimizerConfig") -> "OptimizerConfig":
-    """The optimizer with the schedule of --schedule; only the warm-up is kept."""
+    """`optimizer` with the schedule of --schedule; it replaces all but the warm-up."""
     if self.schedule is None:
       return optimizer
     return dataclasses.replace(

@@ -59,7 +59,7 @@ class Cell:
     method: the method.
     optimizer: optimizer of the classifier.
     splits: `seeds -> splits` of each seed.
-    folder: folder of its runs, below that of the experiment. {first} and {last} are
+    folder: folder of its runs, inside the experiment's folder. {first} and {last} are
       replaced by the first and the last of the seeds that are trained side by side.
     side_by_side: number of seeds that are trained side by side; None for all.
     evaluators: evaluators of the test set.
@@ -353,7 +353,7 @@ def report(
     methods: the methods that the script offers and those that were run, for notes on
       flags that have no effect.
     more: text to print below the table.
-    before: files to list before those of the table.
+    before: other files that were written, to list before `results.json`.
 
   Returns:
     The rows.

@@ -48,7 +48,8 @@ class Form(NamedTuple):
   Attributes:
     class_names: the name of each class, in the order of the labels.
     shape: the shape of the features of one example.
-    encoder: converts the raw columns of a table to features; None for images.
+    encoder: converts the columns of a table, or of an array [N, D], to features; None
+      for other data.
   """
 
   class_names: tuple[str, ...]
@@ -62,8 +63,8 @@ class OwnData:
 
   Attributes:
     features: uint8 [N, H, W, 1 or 3] for image files, a row source if they were not
-      read into memory; uint8 or float32 [N, ...] for NumPy archives; standardized
-      float32 [N, D] for tables.
+      read into memory; standardized float32 for tables and for arrays [N, D] in
+      archives; uint8 or float32 [N, ...] for other arrays.
     labels: the labels, int32 [N].
     form: the class names, and the format that other examples must have.
     names: the name of each example: its path relative to the folder, or "row 12",
@@ -150,7 +151,8 @@ def read(
       the format of the training set.
     in_memory: for image files, whether to read them into memory. If not, only their
       headers are read, so that a damaged file is not noticed until it is used. None
-      reads them into memory if they and a copy of them fit in half of it.
+      reads the images into memory if they and a copy of them take at most half of the
+      machine's memory.
 
   Returns:
     The examples.
@@ -371,7 +373,7 @@ def _unquoted(text: str) -> str:
 def _images(
   folder: pathlib.Path, split: str | None, labels: str | os.PathLike | None
 ) -> tuple[_Raw, bool]:
-  """Lists image files with labels, and whether the folder provides this split."""
+  """Returns the image files with their labels, and whether `folder` has this split."""
   if not folder.is_dir():
     raise base.InputError(f"{folder} is not a folder of images")
   notes: list[str] = []

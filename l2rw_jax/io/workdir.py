@@ -211,7 +211,7 @@ def prepare(
 
 
 def _prepare(path: str | os.PathLike, now: dict[str, Any]) -> dict[str, Any]:
-  """Locks the folder, compares its settings and writes them; returns them."""
+  """Locks the folder, compares its settings with `now`, and writes and returns them."""
   folder = pathlib.Path(path)
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -425,7 +425,7 @@ def _is_file(descriptor: int, path: pathlib.Path) -> bool:
 
 
 def setting_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-  """Describes the differences between two settings, as `changes` does.
+  """Describes the differences between two sets of settings, as `changes` does.
 
   Args:
     old: settings with "inputs", as `settings_of` returns them.

@@ -216,7 +216,8 @@ def propagate(
   Args:
     eqn: equation of a jaxpr.
     axes: batch axes of its inputs, at least one of them not None.
-    check_rules: whether the derivative rule of a `jax.custom_jvp` is also checked.
+    check_rules: whether the derivative rules of a `jax.custom_jvp` or `jax.custom_vjp`
+      are also checked.
 
   Returns:
     A batch axis for each output. Some outputs of a call may mix examples; they have a
@@ -401,7 +402,7 @@ def _top_k(eqn, axes):
 
 
 def _leading_axes(eqn, axes):
-  """Random draws and casts of bits, which may only add or remove trailing axes."""
+  """The batch axis of a random draw or bitcast, which changes only trailing axes."""
   axis = _common_axis(eqn, axes)
   if axis >= len(_shape(eqn.outvars[0])):
     raise _mixes(eqn)

@@ -71,8 +71,8 @@ def linearize(
     `[B] -> list like leaves`; aux.
 
   Raises:
-    NotLayerwiseError: the losses are not known to process examples independently. Only
-      operations that the losses depend on matter, not those of aux.
+    NotLayerwiseError: the losses are not known to process examples independently.
+      Operations that only aux depends on do not matter.
   """
   plan, env, outputs, tree = parameter_uses.trace(
     losses_fn, leaves, batch, names, recompute=recompute
@@ -265,9 +265,9 @@ def _weighted_gradient(
 ) -> _Values:
   """The gradient of the weighted sum of losses; arguments as in `_directional`.
 
-  With `in_turn`, the gradient of a layer is computed after that of the next layer is
-  finished, as in a backward pass. An optimizer can then use each gradient before the
-  next one is computed, so a compiler need not store all of them at the same time.
+  With `in_turn`, the gradient of a layer is computed after the gradient of the next
+  layer is finished, as in a backward pass. An optimizer can then use each gradient
+  before the next one is computed, so a compiler need not store all of them at once.
 
   Returns:
     Gradients, like `parameters`.
@@ -442,7 +442,8 @@ class _Use:
   def shared(self, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, compiled as one function of the program that equal uses share.
 
-    Its first argument is a use.
+    It is returned unchanged if no other use can equal this one. Its first argument is a
+    use.
     """
     return function if self._key is None else _jitted(function)
 

@@ -22,8 +22,8 @@ The paper's algorithm draws all groups equally often; if the groups are the clas
 Differences from the released code: this module stores log q instead of q and computes
 it relative to the worst group, so that large losses do not overflow and a q below the
 smallest float can grow again. The released code also adds the size adjustment
-C / sqrt(N_g) to absent groups; here, as in the paper's algorithm, an absent group does
-not change.
+C / sqrt(N_g) to absent groups, where N_g is the number of training examples of group g;
+here, as in the paper's algorithm, an absent group does not change.
 
 References:
   Sagawa, Koh, Hashimoto, Liang, "Distributionally Robust Neural Networks for Group
@@ -113,7 +113,7 @@ class State(NamedTuple):
   """State of `group_dro`.
 
   Attributes:
-    log_q: float32 [G], at first the logarithm of the uniform distribution.
+    log_q: log q, float32 [G], at first the logarithm of the uniform distribution.
     adjustments: C / sqrt(N_g), float32 [G]; 0 until the first `refresh`.
   """
 

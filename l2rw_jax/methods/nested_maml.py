@@ -9,8 +9,9 @@ One step with a batch of m training tasks and n validation tasks is
     w_i <- w_i - gamma d/dw_i (1/n) sum_j V_j(p')                            (8)
     p   <- optimizer step on (1/m) sum_i w_i grad L_i(p), with the new w     (9)
 
-V_j includes adaptation, so grad V_j(p') is (I - alpha H_j) times the gradient at the
-adapted parameters, as written out in the paper. Here (8) is computed by one
+V_j includes adaptation. For one inner step with learning rate alpha, grad V_j(p') is
+therefore (I - alpha H_j) times the gradient at the adapted parameters, where H_j is the
+Hessian of the support loss; the paper writes this out. Here (8) is computed by one
 Jacobian-vector product of the training losses (`hypergradient`), which is exact for any
 number of inner steps. The first-order variant, NestedMAML-FO, omits alpha H_j.
 
@@ -73,8 +74,8 @@ class WeightGradient(NamedTuple):
     gradient: derivative of the validation loss with respect to each weight, [T].
     meta_loss: the validation loss at the look-ahead parameters, scalar.
     losses: losses of the training tasks (or items), [T].
-    finite: False if a loss of either set or the gradient contains a NaN or an infinity;
-      bool scalar.
+    finite: False if the losses of either set, or the gradient, contain a NaN or an
+      infinity; bool scalar.
     zero_slope: whether the look-ahead step ignores the gradient (a learning rate of
       0), see `hypergradient.Direction`; bool scalar.
     fault: the first quantity that is not finite, a `base.Fault`; int32 scalar.
@@ -169,7 +170,7 @@ def linearized_weight_gradient(
     axis_name=axis_name,
   )
   gradient = hypergradient.weight_gradient(linearized, direction, axis_name) / size
-  # The type is not that of the weights: integer weights would round it to zero.
+  # Do not cast to the weights' type: integers would round the gradient to zero.
   dtype = base.common_dtype(weights, linearized.losses)
   gradient = jax.lax.stop_gradient(gradient).astype(dtype)
   fault = base.first_fault(

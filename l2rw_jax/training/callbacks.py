@@ -1,4 +1,4 @@
-"""What happens between the steps of a `run.Run`: metrics, evaluation, checkpoints.
+"""Metrics, evaluation and checkpoints between the steps of a `run.Run`.
 
 `loop.train` uses all classes of this module; each can also be used in another loop.
 With several processes, all of them make the same calls, and process 0 evaluates and
@@ -93,7 +93,7 @@ class Metrics:
     self._writers[run].write(step, values)
 
   def last(self, name: str) -> float:
-    """Mean over the runs of a metric in the last step that was added."""
+    """The mean of a metric over the runs, in the last step that was added."""
     return _mean(self._window[name][:, -1])
 
   def to_json(self) -> dict[str, Any]:
@@ -194,8 +194,8 @@ class Checkpoints:
       checkpoint.
 
     Raises:
-      InputError: the checkpoint is from another run, or from an unfinished run on other
-        devices or with other versions.
+      InputError: the checkpoint is from another run, or from an unfinished run on
+        another kind of device or with other versions.
     """
     shape = (len(run.splits), len(run.splits[0].train.label))
     weights = weight_log.WeightLog.empty(*shape)

@@ -15,8 +15,8 @@ from l2rw_jax.training import config as config_lib
 
 # Settings that may differ between processes: their hosts may have different CPUs.
 LOCAL = ("data_workers",)
-# These settings are not compared: seeds are stored elsewhere, the place of the data and
-# its readers do not change any number, and the others affect only rounding.
+# These settings are not compared. Seeds are stored elsewhere. Where the data are kept
+# and which processes read them changes no number. The others affect only rounding.
 EXCLUDED = ("seeds", "num_devices", "steps_per_call", "device_map", "data", *LOCAL)
 _ADVICE = "choose another --workdir or delete it."
 

@@ -171,7 +171,7 @@ def _train(
         with run.timer.stopped():
           fetch()
           checkpoints.save(run, metrics, weights)
-  if run.step < config.num_steps:  # The handler of the signal has returned.
+  if run.step < config.num_steps:  # The signal's handler raised no error.
     raise KeyboardInterrupt
 
 

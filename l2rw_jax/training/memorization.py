@@ -138,7 +138,7 @@ def zeta(metrics: dict[str, Any]) -> float | None:
     The mean, or None if a drop is NaN or infinite.
 
   Raises:
-    InputError: the run has no such probe.
+    InputError: the run had no probe of susceptibility.
   """
   probes = metrics.get("probes", {})
   if "susceptibility_drop" not in probes:

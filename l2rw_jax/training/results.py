@@ -190,7 +190,7 @@ def _probes(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _json(value: float) -> float | None:
-  """None for NaN and infinity: JSON has neither, and a loss can overflow."""
+  """`value`, or None for NaN and infinity, which JSON does not have."""
   return value if math.isfinite(value) else None
 
 

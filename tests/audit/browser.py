@@ -23,7 +23,7 @@ def find() -> str:
 
 
 class Tab:
-  """One page."""
+  """A tab of the browser."""
 
   def __init__(self, commands: Any, answers: Any):
     self._commands, self._answers = commands, answers

@@ -157,7 +157,10 @@ def test_forgetting_with_several_rows_of_one_example():
 
 @pytest.fixture
 def all_optimizations():
-  """Compiles as users do: no optimization may simplify the compensation to zero."""
+  """Enables all of XLA's optimizations, as for users.
+
+  None of them may simplify the compensation of the sums to zero.
+  """
   before = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", False)
   yield

@@ -279,7 +279,7 @@ def test_flip_targets_by_variant(builder, targets):
 @pytest.mark.parametrize(
   ("builder", "targets"),
   [
-    # What numpy.random.choice draws after numpy.random.seed(1), class by class.
+    # The draws of numpy.random.choice after numpy.random.seed(1), class by class.
     ("mwn_flip", [[6], [9], [6], [0], [0], [1], [8], [6], [2], [4]]),
     (
       "mwn_flip2",

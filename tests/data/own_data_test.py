@@ -73,7 +73,7 @@ def test_sizes_and_modes_are_made_alike_and_said_once(folder):
   pixels = {n: data.features[i, 0, 0] for i, n in enumerate(data.names)}
   np.testing.assert_array_equal(pixels["cat/color.png"], [200, 0, 0])
   np.testing.assert_array_equal(pixels["cat/clear.png"], [255, 255, 255])
-  np.testing.assert_array_equal(pixels["cat/deep.png"], [156, 156, 156])  # / 257
+  np.testing.assert_array_equal(pixels["cat/deep.png"], [156, 156, 156])  # 40,000 / 257
   assert data.notes == (
     "1 of 24 images (2 sizes) were resized to 6 x 4 pixels.",
     "22 of 24 images are gray; all were made RGB.",

@@ -1,4 +1,4 @@
-"""Devices change nothing but the rounding: in float64 the difference stays tiny."""
+"""The number of devices changes only rounding: the drift in float64 is tiny."""
 
 import jax
 

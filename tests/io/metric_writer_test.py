@@ -212,7 +212,7 @@ def test_tensorboard_receives_finite_values(tmp_path):
 def test_tensorboard_discards_rows_that_are_written_again(tmp_path):
   with _open(tmp_path, resume_step=5, tensorboard=True) as writer:
     writer.write(6, {"loss": 1.0})
-  start = 1  # SessionLog.START: discards older events from this step on.
+  start = 1  # SessionLog.START: earlier events of this and later steps are dropped.
   assert 6 in [step for step, _, status in _events(tmp_path) if status == start]
 
 

@@ -1,7 +1,7 @@
 """FLOPs of a training step, as counted by the compiler. Nothing is run.
 
-Counts are taken before optimization, since compiling takes most of the time. The count
-of the compiled program is the same within one percent, for all but the literal form,
+Counts are taken before optimization, since compiling takes most of the time. The
+compiled program has the same count within one percent, except for the literal form,
 from which the compiler removes repeated operations.
 """
 
@@ -122,7 +122,7 @@ def _l2rw_flops(name, num_meta):
 
 
 def _literal_flops(name, num_meta):
-  """Algorithm 1 as published: reverse over reverse, then a second pass."""
+  """FLOPs of algorithm 1 as published: reverse over reverse, then a second pass."""
   problem, params, model_state, batch = _problem(name)
 
   def step_fn(params, model_state, batch, meta_batch):
@@ -166,7 +166,10 @@ def test_a_step_of_l2rw_has_the_documented_cost(name, column, num_meta):
 
 
 def test_a_share_of_the_layers_and_a_rare_clean_gradient_cost_a_tenth():
-  """3B + 0.2B + 3M / 10 forward passes of an example for M = B / 10: 1.08 at most."""
+  """At most 1.08 times a plain step for M = B / 10.
+
+  The step costs 3B + 0.2B + 3M / 10 forward passes of an example, a plain step 3B.
+  """
   problem, params, _, batch = _problem("lenet")
   meta_batch = _problem("lenet").meta_batch(_B // 10)
 

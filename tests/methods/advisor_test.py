@@ -1,4 +1,4 @@
-"""The advisor network: its gate, its meta gradient, and its constants."""
+"""The advisor network: its gate, its meta gradient, and its constant inputs."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The transformer: its size, causality, and the forms in which it can be computed."""
+"""The GPT model: its size, causality, and the forms in which it can be computed."""
 
 import functools
 

@@ -137,7 +137,7 @@ def test_equal_opportunity_of_an_attribute():
 
 
 def _problem(loss=losses.softmax_cross_entropy, wrap=lambda logits: logits):
-  """Logits are x @ p; training mode changes them (adds 100), as BatchNorm does."""
+  """A problem with logits x @ p. Training mode adds 100, in place of BatchNorm."""
 
   def forward(params, model_state, batch, key, train):
     del key

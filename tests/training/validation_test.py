@@ -21,7 +21,7 @@ def _held_out(size=30, seed=5):
 
 
 def _reference(values, *, factor, patience, min_scale, rtol=1e-4):
-  """PyTorch's ReduceLROnPlateau, as documented."""
+  """The scale after each value, by PyTorch's ReduceLROnPlateau as documented."""
   best, bad, scale, scales = np.inf, 0, 1.0, []
   for value in values:
     if value < best * (1 - rtol):
@@ -46,14 +46,14 @@ def test_reduce_on_plateau_matches_pytorch():
   for value in values:
     for _ in range(4):
       updates, state = update(jnp.ones(()), state, params, value=value)
-    scales.append(-float(updates))  # Of the last update of the epoch.
+    scales.append(-float(updates))  # In the last update of the epoch.
   expected = _reference(values, **rule)
   np.testing.assert_allclose(scales, expected, rtol=1e-5)
   assert min(expected) == 0.005 and expected[4] == 1.0
 
 
 def _recording_sgd(values):
-  """An SGD that records the values it receives."""
+  """SGD that records the `value` of every update."""
 
   def update(grads, state, params=None, *, value, **_):
     del params
