@@ -193,7 +193,7 @@ class Settings(MemoryFlags, settings_lib.Settings):
   )
 
   def input_files(self) -> dict[str, str]:
-    """The mentors, one for each curriculum."""
+    """Paths of the mentor files, by a description that names the curriculum."""
     return {
       f"mentor of curriculum {mentor_file.load(path).curriculum}": path
       for path in self.mentor
@@ -468,8 +468,8 @@ NOISE: dict[str, Factory] = {
   ),
   "group_dro": lambda settings, problem: group_dro.group_dro(),
 }
-# Methods for long tails, which need class counts that differ, or logits that are
-# cosines.
+# The methods above, and methods for long tails. The latter need class counts that
+# differ, or logits that are cosines.
 LONG_TAIL: dict[str, Factory] = {
   **NOISE,
   "class_proportion": lambda settings, problem: baselines.class_proportion(),
