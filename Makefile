@@ -1,7 +1,8 @@
-# Two whole set-ups on a machine that has git, make and a Python >= 3.11:
-#   make demo   trains on real data and shows that it works
+# These commands install what they need; they require git, make and Python >= 3.11:
+#   make demo   trains on real data and shows that the library works
 #   make test   runs every test, or those named by TESTS="FILE ..."
-# and make docs builds the documentation into docs/_build/html.
+#   make lint   checks style and types
+#   make docs   builds the documentation into docs/_build/html
 # PYTHON=python3.12 make test chooses the interpreter.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -10,7 +11,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 VENV ?= .venv
 TAG := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
 BIN := $(VENV)/bin
-# Stamps say what is installed, for which interpreter and which setup.py.
+# Stamp files record what is installed for which interpreter. They are out of date if
+# setup.py is newer.
 CREATED := $(VENV)/.python-$(TAG)
 DEMO := $(VENV)/.demo-$(TAG)
 TEST := $(VENV)/.test-$(TAG)

@@ -70,7 +70,7 @@ def _make_run(kind: str, hidden: tuple[int, ...], settings: Settings) -> run_lib
 
 
 def rows_of(hidden: tuple[int, ...], settings: Settings) -> list[dict[str, Any]]:
-  """Times the steps of L2RW for a network with these hidden units."""
+  """Times the steps of L2RW for one network; returns a row for each kind of map."""
   runs = {kind: _make_run(kind, hidden, settings) for kind in devices_lib.MAPS}
   turns: dict[str, list[float]] = {kind: [] for kind in runs}
   for _ in range(settings.repeats + 1):

@@ -37,7 +37,7 @@ _FLAGS = (
 )
 # Seconds after which processes that do not end are killed and reported.
 _LIMIT = 300.0
-# A run counts as lost after this many starts that failed without being killed.
+# A run counts as lost after this many starts that failed without a kill.
 _MOST_FAILURES = 5
 _COMPARED = ("metrics.jsonl", "weights.csv", "variables.msgpack")
 
@@ -82,7 +82,7 @@ def finish(started: Sequence[subprocess.Popen]) -> list[str]:
 def kill_one(
   started: Sequence[subprocess.Popen], victim: int, after: float
 ) -> dict[str, Any] | None:
-  """Kills a process, or returns None if one of the two ends before that.
+  """Kills a process and returns what happened; None if one of the two ends before that.
 
   Args:
     started: the two processes.

@@ -337,7 +337,7 @@ def _machine(settings):
 
 
 def _derived(row, rows):
-  """Adds rates and ratios to plain training to a row."""
+  """The row, with rates and with its ratios to the row of plain training."""
   plains = {r["framework"]: r for r in rows if r["method"] == "plain"}
   plain = plains[row["framework"]]
   seconds = row["milliseconds"] / 1e3

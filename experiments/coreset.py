@@ -12,7 +12,7 @@ Command: python -m experiments.coreset --data_dir=DIR
   without a download: --dataset=digits
 Device, time: one CPU core, 40 minutes.
 Published: on other data sets, training was more than 2.9 times faster than on all data
-  and 4.5 times faster than on random subsets; no table could be read.
+  and 4.5 times faster than on random subsets; the paper's tables were not available.
 Measured: results/coreset.
 """
 
@@ -396,11 +396,11 @@ def panels(rows: runner.Rows) -> dict[tuple[str, float], list[int]]:
 
 
 def with_equal_seconds(rows: runner.Rows) -> runner.Rows:
-  """Adds the accuracies at equal seconds, for which all methods were trained.
+  """Returns the rows with accuracies after equal numbers of seconds for all methods.
 
-  These are the seconds of the shortest run of each model and seed. Seeds are treated
-  separately, because the runs of a seed follow each other and the speed of a machine
-  varies.
+  The numbers are shares of the seconds of the shortest run of each model and seed.
+  Seeds are treated separately, because the runs of a seed follow each other and the
+  speed of a machine varies.
   """
   extended = []
   for one in rows:

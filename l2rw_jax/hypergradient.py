@@ -102,8 +102,9 @@ class Direction(NamedTuple):
       optimizer's step ignores the gradient; bool scalar.
     fault: the first quantity that is not finite, a `base.Fault`; int32 scalar.
     aux: the auxiliary output of the meta losses function, or None.
-    kept: the memory of the activations that the gradient of the meta loss stored, per
-      meta example, divided by the memory of the parameters; infinite if it is unknown.
+    kept: the memory of the activations that are stored for the gradient of the meta
+      loss, per meta example, divided by the memory of the parameters; infinite if it is
+      unknown.
   """
 
   vector: base.PyTree
@@ -210,8 +211,8 @@ def direction(
     inner_gradient: gradient of the look-ahead step, the same on every device; None
       means a zero gradient, as in L2RW.
     optimizer: the look-ahead optimizer; None subtracts the gradient from the
-      parameters, as `optax.sgd(1.0)` does. XLA:CPU needs less memory for None, because
-      it may store the factor of a step as an array of the size of a parameter.
+      parameters, as `optax.sgd(1.0)` does. None needs less memory on XLA:CPU, which may
+      store an optimizer's learning rate as an array of the size of a parameter.
     opt_state: state of the optimizer at `params`; None if there is no optimizer.
     objective: `losses [M] -> M(p)`, a function of the losses of all devices in device
       order; None is their mean. Other inputs of the objective, such as groups, must be

@@ -102,10 +102,12 @@ def _value(key: str, timeout_ms: int) -> str | None:
 
 
 def publish_failure(message: str) -> None:
-  """Lets the processes that wait for this one raise the reason why it ends.
+  """Publishes why this process ends, for the processes that wait for it.
+
+  They raise the reason as an InputError, see `wait_for`.
 
   Args:
-    message: the reason. The first one that a process publishes is kept.
+    message: the reason. If several processes publish one, the first is kept.
   """
   with contextlib.suppress(jax.errors.JaxRuntimeError):  # There is one already.
     client().key_value_set(_FAILURE, f"process {index()}: {message}")

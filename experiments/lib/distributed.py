@@ -183,7 +183,8 @@ def leave(status: int, reason: str, *, is_mistake: bool = False) -> NoReturn:
     with contextlib.suppress(OSError, ValueError):
       stream.flush()
   # The parent process may stop reading when this process ends, so the relay ends first.
-  # Closed descriptors could be those of the next file that another thread opens.
+  # Descriptors 1 and 2 are redirected, not closed, because another thread could open a
+  # file that would reuse their numbers.
   null = os.open(os.devnull, os.O_WRONLY)
   for descriptor in (1, 2):
     os.dup2(null, descriptor)

@@ -194,7 +194,7 @@ class Settings(MemoryFlags, settings_lib.Settings):
   )
 
   def input_files(self) -> dict[str, str]:
-    """The mentors, one for each curriculum."""
+    """Paths of the mentor files, by a description that names the curriculum."""
     return {
       f"mentor of curriculum {mentor_file.load(path).curriculum}": path
       for path in self.mentor
@@ -213,7 +213,7 @@ class Settings(MemoryFlags, settings_lib.Settings):
     return names
 
   def deferred_epoch(self, share: float, num_epochs: float) -> int:
-    """The first epoch after the share --deferred of the run, by default `share`."""
+    """The first deferred epoch, after the share --deferred of the run (or `share`)."""
     share = share if self.deferred is None else self.deferred
     return int(share * num_epochs + 1e-6)
 
@@ -471,8 +471,8 @@ NOISE: dict[str, Factory] = {
   ),
   "group_dro": lambda settings, problem: group_dro.group_dro(),
 }
-# Methods for long tails, which need class counts that differ, or logits that are
-# cosines.
+# The methods above, and methods for long tails. The latter need class counts that
+# differ, or logits that are cosines.
 LONG_TAIL: dict[str, Factory] = {
   **NOISE,
   "class_proportion": lambda settings, problem: baselines.class_proportion(),
@@ -529,7 +529,7 @@ def _without_batch_statistics(network: Callable[..., nn.Module]) -> Callable:
 
 
 # `(number of classes, axis_name=..., ...) -> network`. Networks with BatchNorm share
-# its statistics across devices. Comments have the number of parameters for 10 classes.
+# its statistics across devices. Comments give the number of parameters for 10 classes.
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
   "resnet_32": resnet.ResNet,  # post-activation, 464,154
   "wrn_28_10": wide_resnet.WideResNet,  # 36,479,194
@@ -579,7 +579,7 @@ def make_network(
   return NETWORKS[name](num_classes, **options)
 
 
-# Channel statistics of each released code.
+# The preprocessing of each released program, with its channel statistics.
 _MWN = augmentation.Preprocess(
   pad=4,
   padding="reflect",

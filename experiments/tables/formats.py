@@ -1,4 +1,4 @@
-"""Tables of measured next to published values, as Markdown and as CSV."""
+"""Tables of measured and published values, as Markdown and as CSV."""
 
 from collections.abc import Sequence
 import csv

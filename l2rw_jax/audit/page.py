@@ -118,9 +118,10 @@ def build(
 def _top(
   issues: label_issues.LabelIssues, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The classes to draw, likeliest first, and their shares in thousandths, [N, 4].
+  """The classes to draw, likeliest first, and their shares in thousandths.
 
-  The given and the suggested class are among them.
+  Both have shape [N, 4], or [N, C] if there are fewer classes. The given and the
+  suggested class are among the classes.
   """
   p = np.nan_to_num(issues.statistics["mean_probabilities"])
   number = min(_NUM_BARS, num_classes)

@@ -268,7 +268,7 @@ def flip_matrix(
 def resample(
   labels: Any, matrix: np.ndarray, *, rng: np.random.Generator
 ) -> np.ndarray:
-  """Draws every new label from row T[y] of its label y, independently.
+  """Draws a new label for every label y from the row T[y], independently.
 
   Args:
     labels: integers in 0 .. C - 1, shape [N]; not modified.

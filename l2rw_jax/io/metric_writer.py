@@ -47,9 +47,9 @@ class MetricWriter:
       resume_step: the step of the restored checkpoint; later rows are dropped. None
         drops all rows.
       tensorboard: whether to also write TensorBoard events, in `tensorboard/`.
-      history: `history` of the earlier writer when the checkpoint was saved. If it is
-        given, a file that was damaged since then is repaired. None reads the rows from
-        the file.
+      history: the `history` that the earlier writer had when the checkpoint was saved.
+        If it is given, a file that was damaged since then is repaired. None reads the
+        rows from the file.
 
     Raises:
       InputError: the files cannot be written, or a row other than an incomplete last
@@ -88,7 +88,7 @@ class MetricWriter:
       values: metrics by name: Python, NumPy or JAX scalars.
 
     Raises:
-      InputError: the row cannot be written (the disk is full).
+      InputError: the row cannot be written, for instance because the disk is full.
       ValueError: a metric is named "step".
     """
     if "step" in values:

@@ -445,7 +445,11 @@ class Plan:
     return outputs
 
   def _add_outside(self, eqn, inputs):
-    """Adds an operation outside of the loop, if it is the same in every iteration."""
+    """Adds an operation outside of the loop and returns its outputs.
+
+    Returns None if there is no outer plan, or if the operation is not known to be the
+    same in every iteration.
+    """
     if self._outer is None or eqn.effects:
       return None
     consts = dict(self.consts)
@@ -471,7 +475,7 @@ class Plan:
     ]
 
   def _data_output(self, axis, error, aval, eqn, inputs):
-    """A place for one output; `axis` is its batch axis or a MixedError."""
+    """A place for one output; `axis` is its batch axis, a MixedError or None."""
     if error is None and axis is None:
       error = self._error(f"{eqn.primitive.name} hides a constant", eqn, inputs)
     elif error is None and isinstance(axis, batch_axes.MixedError):
@@ -625,7 +629,10 @@ class Plan:
     return max(kind, after.kind), None if error else axis, error
 
   def _add_loop(self, scan, body, rows, carry, before, after, inputs):
-    """Adds the loop, and separate loops for values that do not depend on examples."""
+    """Adds the loop and returns its outputs.
+
+    Values that do not depend on examples are computed by separate loops.
+    """
     outputs: list[Value | None] = [None] * len(after)
     for kind in (Kind.CONSTANT, Kind.PARAMS):
       moved = [
@@ -679,7 +686,8 @@ class Plan:
       moved: indices of the outputs to compute, all of this kind.
 
     Returns:
-      The values of these outputs, by index, and rows of the carry for the other loops.
+      The values of these outputs, by index, and the part of the carry that this loop
+      computes: one row per iteration, as an input of the other loops.
     """
     consts = [(p, v) for p, v in body.consts if v.kind <= kind]
     rows = [(p, v) for p, v in rows if v.kind <= kind]
@@ -776,7 +784,7 @@ def trace(
     the function, losses first; the tree structure of aux.
 
   Raises:
-    NotLayerwiseError: the losses are not known to process examples independently.
+    NotLayerwiseError: the function is not known to process examples independently.
   """
   closed, shapes = jax.make_jaxpr(losses_fn, return_shape=True)(leaves, batch)
   size = shapes[0].shape[0]

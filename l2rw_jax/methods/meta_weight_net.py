@@ -177,8 +177,8 @@ def network_gradient(
     microbatch_size: number of examples of each batch that are in memory at a time, see
       `microbatching`.
     recompute: whether the training batch is processed a second time after the meta
-      batch. Then the activations of only one batch at a time are in memory, for two
-      more forward passes of the training batch.
+      batch. Then the activations of only one batch at a time are in memory, at the cost
+      of two more forward passes of the training batch.
 
   Returns:
     A `meta_network.MetaGradient`.

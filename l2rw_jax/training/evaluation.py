@@ -1,4 +1,4 @@
-"""Measurements of a run, from its predictions on held-out examples and its state."""
+"""Measurements of a run, from its predictions and its training state."""
 
 from collections.abc import Callable, Sequence
 import dataclasses

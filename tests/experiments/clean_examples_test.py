@@ -1,4 +1,4 @@
-"""Accuracy against clean examples, on a small scale: its data, rows and errors."""
+"""Accuracy against the number of clean examples, at small scale: data, rows, errors."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""MNIST with wrong labels on a small scale: its files and its errors."""
+"""The script mnist_noise at small scale: files, results and errors."""
 
 import functools
 import json

@@ -122,7 +122,7 @@ def _updated_bytes(step, activation, **options):
   return compiled.memory_analysis().temp_size_in_bytes / size
 
 
-# In forward mode with tanh, XLA:CPU joins all layers to one kernel, which reads the
+# In forward mode with tanh, XLA:CPU fuses all layers into one kernel, which reads the
 # whole direction.
 @pytest.mark.parametrize(
   ("engine", "activation"),

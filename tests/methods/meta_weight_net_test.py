@@ -365,7 +365,7 @@ def test_network_is_updated_every_so_many_steps():
 
 @pytest.mark.promotes("optax.adam raises a float to an integer step count")
 def test_network_learns_small_weights_for_large_losses():
-  """40% of the labels are wrong: the weight learns to decrease with the loss."""
+  """With 40% wrong labels, it learns weights that decrease with the loss."""
   rng = np.random.default_rng(0)
   x = rng.normal(size=(200, 5)).astype(np.float32)
   label = (x[:, 0] > 0).astype(np.int32)

@@ -1,4 +1,4 @@
-"""The identity of a run: other runs and other machines are refused."""
+"""The identity of a run: a folder of other settings, data or versions is refused."""
 
 import json
 import pathlib
