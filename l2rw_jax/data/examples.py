@@ -258,7 +258,7 @@ def check_trusted(
 
 
 def with_meta(splits: Splits, source: sources.Source) -> Splits:
-  """Replaces the meta set of splits by all examples of another source.
+  """Replaces the meta set of splits with all examples of another source.
 
   Args:
     splits: the splits.
