@@ -70,7 +70,7 @@ def _is_getattr(node: ast.AST) -> TypeGuard[ast.Call]:
 
 
 def read_flags(script: str) -> set[str]:
-  """Names of attributes of the settings that a script reads, by searching its code."""
+  """Names of the attributes of `settings` that the code of a script reads."""
   settings = _module(script).Settings
   flags = settings_lib.flags_of(settings)
   read: set[str] = set()
