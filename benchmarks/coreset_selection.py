@@ -296,7 +296,7 @@ def measure(settings: Settings) -> runner.Rows:
 
 
 def summary(turns: Sequence[Turn], epochs: Sequence[Turn]) -> dict[str, float]:
-  """Computes the columns of a row: medians over rounds.
+  """Computes the columns of a row: medians over rounds, and the range of the seconds.
 
   Args:
     turns: the measurements of a selection, one per round.

@@ -63,7 +63,8 @@ _COMPILE_MINUTES = {"cpu": 0.5, "gpu": 1.5}
 # out.
 _MENTOR = "results/mentornet_pretrain/pd/mentor.json"
 _LEFT_OUT = ("mentornet_dd",)
-# The method that each paper proposes. Its cells have a higher value than the baselines.
+# The method that each paper proposes. Its cells have a higher value than those of the
+# baselines.
 _OWN = {
   "mnist_imbalance": "l2rw",
   "bare": "bare",

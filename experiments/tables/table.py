@@ -48,9 +48,9 @@ class Layout:
       if it differs between rows, and is printed once above the table otherwise.
     method: a function that returns the name of a row's method in the table.
     method_heading: heading of the column of methods.
-    repeat: the word for the difference between the runs of a line, such as "seed".
-    identity: a function that returns what distinguishes a run from the others of its
-      line.
+    repeat: the name for one run of a line, such as "seed" or "split".
+    identity: a function that returns a value of a row that differs between the runs of
+      a line.
     published: the source of the published values and the meaning of their "±", or the
       reason why there are none.
     divided_by: settings; each combination of their values has a separate table in the

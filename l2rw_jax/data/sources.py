@@ -379,7 +379,7 @@ def _builder(folder: pathlib.Path) -> Any:
 
 
 def _fits_in_memory(folder: pathlib.Path, split: str) -> bool:
-  """Whether the images of a split fit in memory; files of a few megabytes always do."""
+  """Whether the images of a split fit in memory; those of small files always do."""
   files = sum(path.stat().st_size for path in folder.glob("*.array_record*"))
   if files <= _SMALL_FILES:
     return True

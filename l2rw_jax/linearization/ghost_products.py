@@ -296,7 +296,7 @@ class Gradients:
     return _Formed(place, _one_by_one(step, apply, parameter, slopes, self._size))
 
   def _untransposed(self, place, name):
-    """The value before casts and transpositions, and the permutation of its axes."""
+    """The place before casts and transpositions, and the permutation of the axes."""
     permutation = list(range(jnp.ndim(self._values[place])))
     while place in self._producers:
       step = self._producers[place]

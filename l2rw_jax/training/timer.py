@@ -51,8 +51,8 @@ class Timer:
       step: number of updates so far; 0 for a new timer.
 
     Returns:
-      The timer. If the file is missing or damaged, the timer starts at 0 with a
-      warning, because nothing else of the run depends on it.
+      The timer. If the file is missing or damaged, the timer starts at 0 with a warning
+      instead of an error, because nothing else in the run depends on it.
     """
     if not step:
       return cls()
