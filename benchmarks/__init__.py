@@ -1,1 +1,1 @@
-"""Benchmarks: measured times of this library, next to those of the alternatives."""
+"""Benchmarks of the speed, memory and accuracy of this library and of alternatives."""

@@ -119,8 +119,8 @@ def make_task(settings: Settings, name: str) -> Task:
   schedule = optax.cosine_decay_schedule(0.003, settings.num_steps)
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
   sequences = language_model.LanguageModel(decoder, vocabulary)
-  # The block is named, because shares count from the last layer. That layer is also the
-  # embedding, which alone costs more than a fifth of the network.
+  # This task names a block instead of a share of the cost. Shares start at the last
+  # layer, which is also the embedding and alone costs more than a fifth of the network.
   return Task(sequences, optimizer, lambda seed: documents(seed=seed), 32, ("block_1",))
 
 
@@ -239,7 +239,7 @@ def make_rows(settings: Settings, task_name: str) -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-  """A line about the results of one method, over its seeds."""
+  """A line with the results of one method: means and intervals over its seeds."""
   text = f"{rows[0]['task']} {rows[0]['weights']}:"
   for name in ("spearman_median", "accuracy_percent", "difference"):
     if name in rows[0]:

@@ -7,8 +7,8 @@ batches of 100, with the compiled step of the training loop. The epoch and all
 selections are timed in turn, round by round, and the results are medians over rounds,
 so that other load on the machine affects all of them equally. The naive greedy
 selection stores the whole distance matrix of each class and computes every gain at
-every step. It is timed on a tenth of the examples only, next to the lazy selection on
-the same examples.
+every step. It is timed on a tenth of the examples only, and the lazy selection is also
+timed on these examples for comparison.
 Command: python -m benchmarks.coreset_selection --data_dir=DIR
 Results: results/coreset_selection.
 """
@@ -139,7 +139,7 @@ class Training:
 
 
 def naive_greedy(proxies: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
-  """Selects the same rows as `coresets.select`, with all distances and gains.
+  """Selects the same rows as `coresets.select`, by computing all distances and gains.
 
   Args:
     proxies: the vectors that represent the examples, [N, D].
@@ -296,7 +296,7 @@ def measure(settings: Settings) -> runner.Rows:
 
 
 def summary(turns: Sequence[Turn], epochs: Sequence[Turn]) -> dict[str, float]:
-  """Computes the columns of a row: medians over rounds.
+  """Computes the columns of a row: medians over rounds, and the range of the seconds.
 
   Args:
     turns: the measurements of a selection, one per round.

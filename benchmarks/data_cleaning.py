@@ -8,11 +8,12 @@ from that of the public benchmark, so individual numbers differ by chance.
 
 `clean_only` is the baseline to beat: it trains on the 5,000 clean images alone, with
 the regularization that is best on a held-out fifth of them. `oracle` knows which labels
-are wrong. The step sizes of SOBA and SABA are those that the public benchmark chose for
-each p; those of this library were chosen with seed 100 on 5,000 other training images
-(`dev_percent` in the rows): the learning rate at p = 0.7, and that of the kept weights
-by the mean over p = 0.5, 0.7 and 0.9. Nothing was chosen on the test images. Seconds
-are CPU time of all processor cores, without compilation and evaluation.
+are wrong. SOBA and SABA have the step sizes that the public benchmark chose for each p.
+The learning rates of this library's methods were chosen with seed 100 by the error on
+5,000 other training images (`dev_percent` in the rows): --learning_rate at p = 0.7, and
+--kept_learning_rate by the mean over p = 0.5, 0.7 and 0.9. Nothing was chosen on the
+test images. Seconds are CPU time of all processor cores, without compilation and
+evaluation.
 Command: python -m benchmarks.data_cleaning --data_dir=DIR
 Results: results/data_cleaning.
 """

@@ -2,8 +2,8 @@ r"""Test accuracy against the number of clean examples of each class.
 
 Methods that learn weights need clean examples. The same examples have simpler uses:
 training on them alone, fine-tuning on them, and early stopping on them. This script
-trains all of these for the same number of steps with the same cosine schedule, on two
-kinds of wrong labels and on a long tail. It plots how the accuracy of each increases
+compares both, with the same number of steps and the same cosine schedule, on two kinds
+of wrong labels and on a long tail. It plots how the accuracy of each method increases
 with the number of clean examples. The accuracy is measured after the last step, except
 for early stopping, which uses the step with the lowest loss on the clean examples.
 

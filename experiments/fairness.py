@@ -2,15 +2,17 @@ r"""FORML against its baselines on data that are unfair to some groups.
 
 Paper: Yan, Seto, Apostoloff, "FORML: Learning to Reweight Data for Fairness"
   (DataPerf at ICML 2022). Its tables, surrogate and sizes could not be read, so the
-  protocol is that of this project. The training set has a long tail of classes, which
-  are the groups, or few inverted images (--groups=inverted: the groups are inverted and
-  other images), and wrong labels on request. The exemplar set is balanced and clean.
+  protocol is that of this project. By default, the training set has a long tail of
+  classes, and the classes are the groups. With --groups=inverted, a few images are
+  inverted, and the groups are the inverted and the other images. --noise_fraction adds
+  wrong labels to either. The exemplar set is balanced and clean.
 Command: python -m experiments.fairness --data_dir=DIR
   without a download: --dataset=digits; an attribute: --groups=inverted;
   data condensation: --condense=10,25,50,75 --condense_by=forml_worst
 Device, time: one CPU core, 8 minutes with condensation (MNIST, 3 seeds).
-  FORML's default step of 0.02 was chosen by hand from values between 0.0004 and 0.1,
-  looking at the test sets of seeds 0 and 1; no other method was tuned.
+  The default product of FORML's two learning rates, 0.02, was chosen by hand from
+  values between 0.0004 and 0.1 on the test sets of seeds 0 and 1; no other method was
+  tuned.
 Published: improved equality of opportunity, but no comparable number.
 Measured: results/fairness.
 """
@@ -380,8 +382,8 @@ def make_row(
     groups: "class" or "inverted".
     method: the method that trained the run or, with condensation, the method whose
       weights selected the images.
-    percent: percentage of the images for uniform training; None is training on all
-      images by `method`.
+    percent: percentage of the images for uniform training; None if `method` trained on
+      all images.
     kept: "top" or "random"; "" for all images.
     metrics: content of the run's `results.json`.
   """

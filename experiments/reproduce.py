@@ -63,7 +63,8 @@ _COMPILE_MINUTES = {"cpu": 0.5, "gpu": 1.5}
 # out.
 _MENTOR = "results/mentornet_pretrain/pd/mentor.json"
 _LEFT_OUT = ("mentornet_dd",)
-# The method that each paper proposes. It counts more than the paper's baselines.
+# The method that each paper proposes. Its cells have a higher value than those of the
+# baselines.
 _OWN = {
   "mnist_imbalance": "l2rw",
   "bare": "bare",
@@ -573,8 +574,8 @@ def describe(settings: Settings, entries: Sequence[Entry]) -> str:
   return report.table(header, rows)
 
 
-# Settings of a rehearsal, by script. They have fewer steps, and replace the networks of
-# CIFAR's scripts, which would take minutes to compile on a CPU.
+# Settings of a rehearsal, by script: fewer steps and, in the CIFAR scripts, a small
+# network, because the full ones would take minutes to compile on a CPU.
 _REHEARSALS: dict[str, dict[str, Any]] = {
   "experiments.mnist_imbalance": {
     **{"num_steps": 2, "l2rw_steps": 2, "eval_every": 2, "num_test": 100},
@@ -681,7 +682,7 @@ def choose_cells(settings: Settings) -> list[Cell]:
   """The cells that --only selects.
 
   Raises:
-    InputError: there are none.
+    InputError: it selects no cell.
   """
   cells = catalogue()
   if settings.only:
@@ -700,7 +701,8 @@ def run(settings: Settings, workdir: Any) -> list[Entry]:
   """Runs the queue or prints it, and returns its entries in their final state.
 
   Raises:
-    InputError: JAX does not have the requested device, or a script refuses a cell.
+    InputError: JAX does not use the requested device, a script refuses a cell, or at
+      least one cell failed.
   """
   started = time.monotonic()
   cells = choose_cells(settings)

@@ -3,8 +3,8 @@
 T_ij is the probability that an example of class i is given the label j; rows sum to 1.
 Both estimators use the predictions of a network that was trained on the given labels.
 `estimate_transition` assumes that every class i has an anchor, an example that surely
-belongs to it, for which the network predicts T_i. `confusion` counts given labels
-among the examples that are predicted to be of a class.
+belongs to it, for which the network predicts row i of T. `confusion` counts the given
+labels of the examples that are predicted to be of each class.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Changing a method's loss, at once or at an epoch."""
+"""Changing a method's loss, from the start or from a later epoch on."""
 
 import functools
 import types

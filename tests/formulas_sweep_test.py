@@ -7,7 +7,7 @@ dtype promotion (see `conftest.py`). One compiled function evaluates the whole t
 so that the sweep costs one compilation for each kind of mesh. Gradients are compared
 under the explicit mesh, where JAX keeps the sharding of every cotangent.
 
-Methods for the training loop are in `methods/sweep_test.py`.
+Methods for the training loop are tested in `methods/sweep_test.py`.
 """
 
 from collections.abc import Callable
@@ -131,7 +131,7 @@ def _spread(fn, **options):
 
 
 def _own(fn, **options):
-  """Like `_spread`, for a formula without an axis name: `fn` only sums over devices."""
+  """Like `_spread`, for a formula without an axis name: `fn` sums over devices."""
   return _Formula(fn, **options)
 
 
@@ -645,7 +645,7 @@ _FORMULAS: dict[str, _Formula] = {
   "linearization.linearize": _linearized("auto"),
   "linearization.linearize/forward": _linearized("forward"),
   "linearization.linearize/reverse": _linearized("reverse"),
-  # A difference quotient of rounded float32 losses is no more exact than this.
+  # Difference quotients of float32 losses have larger rounding errors.
   "linearization.linearize/difference": _linearized("difference", tolerance=2e-3),
   "linearization.linearize_outputs": _own(_linearized_outputs),
   "per_example.norms": _own(_norms, refused=("explicit",)),
@@ -969,8 +969,9 @@ def _on_explicit_mesh():
 
 @functools.cache
 def _results_and_gradients_on_explicit_mesh():
-  """Computes both in one program, which computes their common parts only once."""
-  # The reference comes first: JAX caches traces, and those of this mesh fail elsewhere.
+  """Results, errors and gradients, from one program that shares their common parts."""
+  # The reference comes first, because JAX caches traces, and a trace under this mesh
+  # fails without it.
   _results("one")
   _gradients_on_one_device()
   mesh = _mesh(jax.sharding.AxisType.Explicit)

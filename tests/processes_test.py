@@ -28,7 +28,7 @@ def test_bytes_restore_arrays_bit_for_bit():
 
 
 class _Store:
-  """The key-value store that two processes share; this one is the second."""
+  """The key-value store that two processes share, as the second process sees it."""
 
   def __init__(self, first):
     self._first = first

@@ -227,7 +227,8 @@ def test_invalid_drops_are_refused(drops, compat, match):
 def test_regions_by_hand():
   zeta = [0.0, 1.0, 0.0, 1.0, 0.5, 0.5]
   accuracy = [1.0, 1.0, 0.0, 0.0, 0.5, 0.4]
-  # The means are 0.5 and 0.4833. A zeta equal to the mean, as of the last two, is low.
+  # The means are 0.5 and 0.4833. The last two models have a zeta equal to the mean,
+  # which counts as low.
   actual = susceptibility.regions(zeta, accuracy)
   assert actual.tolist() == [1, 2, 3, 4, 1, 3]
   assert susceptibility.selected(zeta, accuracy).tolist() == [0, 4]

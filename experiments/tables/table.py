@@ -1,4 +1,4 @@
-"""Tables of rows of results, with measured values next to published ones."""
+"""Tables of results, with measured values next to published ones."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import dataclasses
@@ -44,17 +44,17 @@ class Layout:
     metrics: the metrics; the first is the main one.
     settings: the settings that distinguish cells in addition to method and seed. The
       keys are columns of the rows or flags; the values are formats for `str.format`.
-    keys: those of `settings` that always have a column. The others have a column only
-      if they differ between rows, and are printed once above the table otherwise.
+    keys: the settings that always have a column. Every other setting has a column only
+      if it differs between rows, and is printed once above the table otherwise.
     method: a function that returns the name of a row's method in the table.
     method_heading: heading of the column of methods.
-    repeat: the word for the difference between the runs of a line, such as "seed".
-    identity: a function that returns what distinguishes a run from the others of its
-      line.
+    repeat: the name for one run of a line, such as "seed" or "split".
+    identity: a function that returns a value of a row that differs between the runs of
+      a line.
     published: the source of the published values and the meaning of their "±", or the
       reason why there are none.
     divided_by: settings; each combination of their values has a separate table in the
-      short form.
+      README's short form.
   """
 
   name: str

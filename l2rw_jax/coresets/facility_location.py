@@ -5,7 +5,7 @@ Facility location selects a subset S, |S| = r, of n points, so that
     F(S) = sum_i max_{j in S} (C - d_ij)    is large, or equivalently
     cost(S) = sum_i min_{j in S} d_ij       is small,
 
-where d is the Euclidean distance (not squared) and C is an upper bound of all
+where d is the Euclidean distance (not squared) and C is an upper bound on all
 distances. F is monotone and submodular, so that the greedy algorithm reaches at least
 1 - 1/e of the largest F. Let m_i be the distance of point i to the nearest selected
 point, or C if no point is selected. Selecting point j increases F by
@@ -86,9 +86,9 @@ def lazy_greedy(
   """Greedy facility location with lazy evaluation of gains.
 
   The selection is the same as if every gain were evaluated at every step. Gains never
-  increase from step to step, so that an earlier gain of a point is an upper bound of
-  its current gain. Each step evaluates the gains of the points with the largest bounds
-  again, a few at a time, until no other point can have a larger gain.
+  increase from step to step, so that an earlier gain of a point is an upper bound on
+  its current gain. Each step re-evaluates the points with the largest bounds, a few at
+  a time, until no other point can have a larger gain.
 
   Args:
     points: `distances.vectors` or `distances.outer_products`, all finite.
@@ -100,7 +100,7 @@ def lazy_greedy(
     bound: C, which only changes `gains`; None for twice the largest distance from the
       first selected point, an upper bound by the triangle inequality.
     block: number of gains per block in the first two steps, which evaluate all gains.
-    candidates: number of gains that are evaluated again at a time.
+    candidates: number of gains that are re-evaluated at a time.
 
   Returns:
     A `Selection`.

@@ -30,8 +30,8 @@ class Examples(NamedTuple):
       be a row source: any object with `len`, `shape` and `dtype` that returns an array
       when indexed with a slice or an array of rows. A row source may be indexed from
       several threads at a time. It may have an attribute `fingerprint`, a string that
-      changes whenever its content changes, such as a checksum of its file. Without this
-      attribute, all its rows are read, in blocks, when a run starts or continues, to
+      changes whenever the rows change, such as a checksum of their file. Without this
+      attribute, all rows are read, in blocks, when a run starts or continues, to
       compute a checksum and, for floats, to search for NaN.
     label: the labels for training, int32 [N]; [N, Q] if an example has Q labels.
     true_label: the true labels, of the same shape.
@@ -258,7 +258,7 @@ def check_trusted(
 
 
 def with_meta(splits: Splits, source: sources.Source) -> Splits:
-  """Replaces the meta set of splits by all examples of another source.
+  """Replaces the meta set of splits with all examples of another source.
 
   Args:
     splits: the splits.

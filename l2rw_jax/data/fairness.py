@@ -149,7 +149,7 @@ def _half_of_each_class(source: sources.Source, rng: np.random.Generator) -> np.
 def _invert(
   source: sources.Source, rows: np.ndarray
 ) -> tuple[sources.Source, np.ndarray]:
-  """Inverts some rows; returns the renamed source, and 1 for each of them, [N]."""
+  """Inverts some rows; returns the renamed source, and 1 for each inverted row, [N]."""
   images = np.array(source.images)
   brightest = 255 if images.dtype == np.uint8 else 1
   images[rows] = brightest - images[rows]

@@ -61,8 +61,8 @@ class Source(NamedTuple):
     name: name of the data set, with its configuration if it has any.
     version: version of the data set.
     split: the requested split, such as `train` or `train[:90%]`.
-    images: uint8 [N, H, W, channels]; for a user's data also float32 [N, ...]. If
-      the set was not read into memory, it is a row source.
+    images: uint8 [N, H, W, channels]; for a user's data also float32 [N, ...]. This
+      is a row source if the images were not read into memory.
     labels: int32 [N]; the true labels if the set has several labels.
     num_classes: C.
     extra: other class labels of the examples, int32 [N] each, by the name they
@@ -94,22 +94,22 @@ def load(
   A prepared set is decoded once and its arrays are cached in `cache_dir`, under a key
   that contains its name, version and split, and a hash of its description files. If a
   set is not read into memory, only its labels are cached, and images are decoded when
-  they are used.
+  they are used. Warnings are logged if examples of a user's data are skipped or
+  changed.
 
   Args:
     name: `digits`; a user's data, `images:DIR`, `npz:FILE` or `csv:FILE`, see
       `own_data.read`; or a prepared set: `mnist`, `emnist/letters` (with a
       configuration), `mnist:3.0.1` (with a version; the default is the newest one in
       the folder).
-    split: `train`, `test`, ..., for prepared sets also slices: `train[:90%]`. Warnings
-      are logged if examples of a user's data are skipped or changed.
+    split: `train`, `test`, ...; for prepared sets also a slice, such as `train[:90%]`.
     data_dir: folder of prepared sets. The default is `$TFDS_DATA_DIR` if it is set, and
       `~/tensorflow_datasets` otherwise. `digits` does not use it.
     cache_dir: folder of decoded arrays. The default is `$XDG_CACHE_HOME/l2rw_jax` if
       the variable is set, and `~/.cache/l2rw_jax` otherwise. `digits` does not use it.
     in_memory: whether to read the images into memory; None reads prepared sets and
-      image files into memory if they and a copy of them fit in half of it. `digits`,
-      archives and tables are always read into memory.
+      image files into memory if the images and a copy of them take at most half of the
+      memory. `digits`, archives and tables are always read into memory.
 
   Returns:
     The split.
@@ -379,7 +379,7 @@ def _builder(folder: pathlib.Path) -> Any:
 
 
 def _fits_in_memory(folder: pathlib.Path, split: str) -> bool:
-  """Whether the images of a split fit in memory; files of a few megabytes always do."""
+  """Whether the images of a split fit in memory; those of small files always do."""
   files = sum(path.stat().st_size for path in folder.glob("*.array_record*"))
   if files <= _SMALL_FILES:
     return True
@@ -436,7 +436,7 @@ def _fingerprint(
 def _opened(
   folder: pathlib.Path,
 ) -> tuple[Any, dict[str, Any], dict[str, tuple[int, ...]]]:
-  """The builder of a set, its features, and the names of its scalar labels."""
+  """The builder of a set, its features, and the shape () of each label by name."""
   import tensorflow_datasets as tfds
 
   builder = _builder(folder)

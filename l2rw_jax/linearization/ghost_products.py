@@ -12,10 +12,10 @@ Inner products therefore have two forms:
     formed    <G_i, G_j>, from G_i itself
     ghost     sum_ts <left_it, left_js> <right_it, right_js>
 
-For T positions and vectors of L and R numbers, the FLOPs of the first are proportional
-to T L R, and those of the second to T^2 (L + R). `Gradients` adds the uses of the same
-parameter and chooses the form with fewer FLOPs. The gradients of all other operations
-(scales, biases, ...) are formed.
+For T positions and vectors of lengths L and R, the formed product takes a number of
+FLOPs proportional to T L R, and the ghost product one proportional to T^2 (L + R).
+`Gradients` adds the gradients of all uses of a parameter and chooses the form with
+fewer FLOPs. The gradients of all other operations (scales, biases, ...) are formed.
 """
 
 from collections.abc import Callable, Sequence
@@ -277,7 +277,7 @@ class Gradients:
     return jax.vmap(vjp_fn)(list(totals.values()))[0]
 
   def _use(self, step, index, slopes):
-    """The gradients of one use with respect to its input with this index."""
+    """The gradients of one use with respect to the input with index `index`."""
     inputs = [parameter_uses.value_of(value, self._values) for value in step.inputs]
     name = step.eqn.primitive.name
     if len(step.param_inputs) == 1 and name in _FACTORS:
@@ -296,7 +296,7 @@ class Gradients:
     return _Formed(place, _one_by_one(step, apply, parameter, slopes, self._size))
 
   def _untransposed(self, place, name):
-    """The value before casts and transpositions, and the permutation of its axes."""
+    """The place before casts and transpositions, and the permutation of the axes."""
     permutation = list(range(jnp.ndim(self._values[place])))
     while place in self._producers:
       step = self._producers[place]
@@ -600,7 +600,7 @@ def _merged(uses: Sequence[_Factors | _Formed]) -> list[_Factors] | None:
 
 
 def _concatenated(uses):
-  """Joins uses of the same kind into one use that has the positions of all."""
+  """Joins uses of the same kind into one use that has all their positions."""
   if len(uses) == 1:
     return uses[0]
 

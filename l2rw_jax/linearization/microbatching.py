@@ -1,11 +1,11 @@
 """Linearization in microbatches, for batches that do not fit into memory.
 
-Losses, their derivatives along a direction and their weighted gradient are computed for
-one microbatch after the other, and only these results are kept. They equal those of the
-whole batch. The memory is that of one microbatch, but every pass recomputes the
-activations. The costs in forward passes of the batch are 1 for the losses, 3 for
-`directional` and 3 for `weighted_gradient`, compared with 2, 1 and 1 for the layerwise
-engine and 1, 2 and 2 for forward mode.
+Losses, their derivatives along a direction and their weighted gradient are computed one
+microbatch at a time, and only these results are kept. They equal the results of the
+whole batch. Activations take the memory of one microbatch, but every pass recomputes
+them. The costs in forward passes of the batch are 1 for the losses, 3 for `directional`
+and 3 for `weighted_gradient`, compared with 2, 1 and 1 for the layerwise engine and 1,
+2 and 2 for forward mode.
 
 Quantities that depend on several examples are those of the microbatch: BatchNorm in
 training mode normalizes each microbatch separately (and raises an error if the losses
@@ -16,9 +16,9 @@ With `axis_name`, the microbatches are parts of each device's batch. If arrays a
 sharded over an automatic mesh, the microbatches are parts of the global batch, so that
 examples move between devices.
 
-On CPU the loop over microbatches is unrolled, because XLA:CPU runs convolutions in a
-loop 6 to 14 times slower; compile time grows with the number of microbatches. Elsewhere
-it is a loop.
+On CPU, the loop over microbatches is unrolled, because XLA:CPU runs convolutions 6 to
+14 times slower inside a loop; compile time grows with the number of microbatches. On
+other platforms, the loop is not unrolled.
 """
 
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def microbatched(
   Args:
     linearize: `linearization.linearize`, or the `linearize` of a `base.Problem`.
     microbatch_size: number of examples that this device processes at a time; the last
-      microbatch may be smaller. None is the whole batch, and returns `linearize`.
+      microbatch may be smaller. None returns `linearize`, for the whole batch at once.
 
   Returns:
     A function of the arguments of `linearize` that returns a `base.Linearized`. Its
@@ -226,7 +226,7 @@ def check_unsharded(batch: Any, where: str) -> None:
 
   Args:
     batch: pytree of arrays.
-    where: the case in which that is not supported, for the error message.
+    where: the case in which this is not supported, for the error message.
   """
   for path, x in jax.tree_util.tree_leaves_with_path(batch):
     if jax.typeof(x).sharding.spec[:1] not in ((), (None,)):

@@ -19,15 +19,15 @@ the released code.
 These details are from the released code: tanh activations, hidden width 100,
 Xavier-normal kernels (the log-variance layer has the uniform default of PyTorch), and a
 learned label embedding of width C that is initialized from N(0, 1). There are two
-differences. The log-variance is clipped to +-10, because exp could overflow in
-diverging training; its gradient is 0 where it is clipped. The meta set is disjoint from
-the training set, unlike in the released code. The released default is 3 draws, and the
-released example uses 1; the default of this library is 3.
+differences from the released code. The log-variance is clipped to +-10, because exp
+could overflow in diverging training; its gradient is 0 where it is clipped. The meta
+set is disjoint from the training set. The released default is 3 draws, and the released
+example uses 1; the default of this library is 3.
 
 `Gradients.weights` contains the entry of v at the example's label, averaged over the
-draws and divided by B. This is roughly a factor on the gradient with respect to the
-logit of that label (v also changes the softmax). It does not indicate whether the label
-is wrong.
+draws and divided by B. The averaged entry is roughly a factor on the gradient with
+respect to the logit of that label (v also changes the softmax). It does not indicate
+whether the label is wrong.
 
 References:
   Sun, Guo, Wei, Han, Yin, "Learning to Rectify for Robust Learning with Noisy

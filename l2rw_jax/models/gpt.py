@@ -27,7 +27,7 @@ class GPT(split.SplitNetwork):
     scan: whether the blocks run in one `lax.scan` over stacked parameters, so that the
       program of a block is compiled once instead of `depth` times.
     unroll: number of blocks in one iteration of the compiled loop.
-    remat: whether the activations in a block are computed again in the backward pass
+    remat: whether the activations in a block are recomputed in the backward pass
       instead of stored.
     tied: whether the embedding of the tokens is also the output layer. Otherwise, the
       output layer is a linear layer with a separate kernel and bias.
@@ -125,6 +125,6 @@ class _Layer(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-    """Maps [B, T, d] to [B, T, d], and None."""
+    """Maps x [B, T, d] to (output [B, T, d], None)."""
     options = (self.num_heads, self.expansion, self.dtype)
     return transformer.Block(*options, causal=True, name="block")(x), None

@@ -1,11 +1,11 @@
 """A fast network for small images, with a whitened first convolution.
 
 The ideas are those of the public speed-runs on CIFAR-10 (Keller Jordan, "94% on
-CIFAR-10 in 3.29 seconds on a single GPU", arXiv:2404.00498). The first layer is not
-trained; it decorrelates patches of 2x2 pixels. Three pairs of 3x3 convolutions follow,
-with pooling after the first convolution of each pair, GELU, and no residual
-connections. The convolutions start as the identity on their first channels, and the
-logits are small at the start.
+CIFAR-10 in 3.29 seconds on a single GPU", arXiv:2404.00498). The first layer, whose
+kernel is not trained, decorrelates patches of 2x2 pixels. Three pairs of 3x3
+convolutions follow, with pooling after the first convolution of each pair, GELU, and no
+residual connections. The convolutions start as the identity on their first channels,
+and the logits are small at the start.
 """
 
 import functools
@@ -146,9 +146,9 @@ class WhitenedNet(split.SplitNetwork):
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
 
   Raises:
-    InputError: when it is initialized or applied, if `norm` is unknown, it is "group"
-      and `width` is not a multiple of 8, the images are too small, or the filters are
-      for another number of channels.
+    InputError: when it is initialized or applied, if `norm` is unknown, `norm` is
+      "group" and `width` is not a multiple of 8, the images are too small, or the
+      filters are for another number of channels.
   """
 
   num_outputs: int

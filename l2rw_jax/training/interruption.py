@@ -17,11 +17,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def deferred() -> Iterator[list[int]]:
-  """Defers SIGINT, SIGTERM and SIGHUP until the end of the `with`.
+  """Defers SIGINT, SIGTERM and SIGHUP until the end of the `with` block.
 
   The first signal is recorded, so that the caller can save its state and leave the
-  `with`. At its end, the signal is raised again for the previous handler. A second
-  signal is not deferred. Signals that the process ignores, such as SIGHUP under
+  block. At the end of the block, the signal is raised again for the previous handler. A
+  second signal is not deferred. Signals that the process ignores, such as SIGHUP under
   `nohup`, stay ignored. Outside of the main thread, no signal is deferred.
 
   Yields:
@@ -41,7 +41,7 @@ def deferred() -> Iterator[list[int]]:
 
   if threading.current_thread() is threading.main_thread():
     for number in _SIGNALS:
-      # None is a handler that was not installed from Python.
+      # None stands for a handler that was not installed from Python.
       if signal.getsignal(number) not in (signal.SIG_IGN, None):
         previous[number] = signal.signal(number, record)
   try:
@@ -74,7 +74,7 @@ def agreed(signals: list[int]) -> Iterator[Callable[[], bool]]:
     agreement.close()
 
 
-_numbers = itertools.count()  # Numbers the agreements, in the same order everywhere.
+_numbers = itertools.count()  # Numbers the agreements, the same in all processes.
 _POLL_SECONDS = 0.5
 
 

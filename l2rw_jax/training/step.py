@@ -47,7 +47,7 @@ class TrainState(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-  """What one step reports.
+  """The metrics and weights of one step.
 
   Attributes:
     metrics: scalars, the same on every device.
@@ -184,8 +184,8 @@ def _metrics(result: base.Gradients, problem: base.Problem) -> dict[str, Any]:
   }
 
 
-# A description of each fault, and advice.
 _ADVICE = "Check the scale of the inputs and lower --learning_rate."
+# A description of each fault, and advice.
 _FAULTS = {
   base.Fault.META_LOSSES: (
     "a meta loss, or the objective of the meta losses, is NaN or infinite",

@@ -18,9 +18,9 @@ _SAVED = 4
 class Timer:
   """A stopwatch that can be saved and resumed.
 
-  It includes the method's `refresh`, the batches and all steps, but not compilation,
-  evaluations, probes and checkpoints. It is saved in a separate file, because no other
-  file of a run depends on its speed.
+  It includes the method's `refresh`, the loading of batches and all steps, but not
+  compilation, evaluations, probes and checkpoints. It is saved in a separate file,
+  because no other file of a run depends on the speed of the run.
   """
 
   def __init__(
@@ -51,8 +51,8 @@ class Timer:
       step: number of updates so far; 0 for a new timer.
 
     Returns:
-      The timer. If the file is missing or damaged, the timer starts at 0 with a
-      warning, because nothing else of the run depends on it.
+      The timer. If the file is missing or damaged, the timer starts at 0 with a warning
+      instead of an error, because nothing else in the run depends on it.
     """
     if not step:
       return cls()

@@ -1,4 +1,4 @@
-"""The ranking: compared with its equations in a plain loop, and on digits."""
+"""The ranking of label issues: compared with its equations in loops, and on digits."""
 
 import functools
 
@@ -19,7 +19,7 @@ from l2rw_jax.models import mlp
 
 
 def _problem(size=60, num_classes=4, seed=0, unseen=(3, 17)):
-  """Distributions that favor the true class; a third of the labels name the next."""
+  """Distributions that favor the true class; a third of the labels are wrong."""
   rng = np.random.default_rng(seed)
   true = rng.integers(num_classes, size=size)
   p = rng.dirichlet(np.ones(num_classes), size=size)
@@ -295,7 +295,7 @@ def test_one_run_on_digits_finds_the_wrong_labels(
   assert abs(issues.num_issues / number - 1) < tolerance
   is_right = issues.suggested == true[issues.index]
   assert is_right[is_wrong].mean() > 0.9
-  # As good as a single statistic if all mistakes are equally likely, and much better if
-  # each class is mistaken for one particular other class.
+  # The score is as good as a single statistic if all mistakes are equally likely, and
+  # much better if each class is mistaken for one particular other class.
   single = metrics.roc_auc_score(is_wrong, -issues.statistics["mean_margin"])
   assert metrics.roc_auc_score(is_wrong, issues.score) > single + gain

@@ -41,7 +41,7 @@ class _Linear(nn.Module):
 
 @pytest.fixture(scope="module", autouse=True)
 def learner_of():
-  """The script's `make_learner`; runs use a network that compiles faster."""
+  """The original `make_learner`; runs use one whose network compiles faster."""
   own = script.make_learner
 
   def linear(settings):
@@ -95,7 +95,7 @@ def test_rows_describe_their_runs(run):
     assert 0 <= row["accuracy_percent"] <= 100 and row["interval_percent"] >= 0
     assert row["num_tasks"] == (12 if row["method"] == "maml_removed" else 24)
     assert (row["weight_auroc"] is None) == (row["method"] != "nested_maml")
-  # maml and nested_maml have the same problem; every seed has another one.
+  # maml and nested_maml have the same problem; every seed has a different one.
   by_method = {(r["method"], r["seed"]): r["data"] for r in rows}
   assert by_method["maml", 0] == by_method["nested_maml", 0]
   assert by_method["maml", 0] != by_method["maml", 1]

@@ -70,7 +70,7 @@ def _is_getattr(node: ast.AST) -> TypeGuard[ast.Call]:
 
 
 def read_flags(script: str) -> set[str]:
-  """Names of attributes of the settings that a script reads, by searching its code."""
+  """Names of the attributes of `settings` that the code of a script reads."""
   settings = _module(script).Settings
   flags = settings_lib.flags_of(settings)
   read: set[str] = set()
@@ -89,7 +89,7 @@ def read_flags(script: str) -> set[str]:
         elif owner in receivers:
           add(child.attr)
       elif _is_getattr(child) and ast.unparse(child.args[0]) in receivers:
-        # A name that is not constant may be any constant in the same definition.
+        # If the name is not a constant, it may be any constant in the definition.
         is_constant = isinstance(child.args[1], ast.Constant)
         for one in ast.walk(child.args[1] if is_constant else node):
           if isinstance(one, ast.Constant) and one.value in flags:

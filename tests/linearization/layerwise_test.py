@@ -39,7 +39,7 @@ class _Residual(nn.Module):
 
 
 class _VisionTransformer(nn.Module):
-  """The class token and the positions are parameters outside any layer."""
+  """A network whose class token and positions are parameters outside any layer."""
 
   @nn.compact
   def __call__(self, x, train=False):
@@ -54,7 +54,7 @@ class _VisionTransformer(nn.Module):
 
 
 class _Text(nn.Module):
-  """An embedding table that is also the output layer, and two kinds of dropout."""
+  """A network with tied embedding and output layers, and two kinds of dropout."""
 
   @nn.compact
   def __call__(self, ids, train=False):

@@ -170,7 +170,7 @@ def test_weights_may_be_computed_inside_a_differentiated_loss():
 
 
 def _small_weights(x, meta_x, size):
-  """Weights of a problem whose shapes tests outside `jit` share, to compile less."""
+  """Weights of a small problem, whose compiled operations the tests can share."""
   params = jnp.array([1.0, -2.0])
   return l2rw.example_weights(
     lambda p, x: (x @ p) ** 2, params, x, meta_x, microbatch_size=size

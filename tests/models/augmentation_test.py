@@ -41,7 +41,7 @@ def test_half_of_the_images_are_mirrored_left_to_right():
 
 
 def test_bytes_are_divided_by_255_as_numpy_does():
-  """Exactly, even where a compiler would multiply by 1 / 255 instead of dividing."""
+  """The results are exact, although XLA may multiply by 1 / 255 instead of dividing."""
   pixels = np.arange(256, dtype=np.uint8)
   expected = np.divide(pixels, np.float32(255), dtype=np.float32)
   for function in (augmentation.to_float, jax.jit(augmentation.to_float)):

@@ -1,4 +1,4 @@
-"""Conv4: its convolution against flax, its sizes, and finite derivatives."""
+"""Conv4: its convolution compared with flax's, its sizes, and finite derivatives."""
 
 from flax import linen as nn
 import jax
@@ -49,9 +49,8 @@ def test_statistics_are_those_of_the_given_images():
   variables = net.init(jax.random.key(0), x)
   logits = net.apply(variables, x, train=True)
   np.testing.assert_array_equal(logits, net.apply(variables, x, train=False))
-  alone = net.apply(
-    variables, x[:2]
-  )  # The logits of an image depend on the other images.
+  # The logits of an image depend on the other images.
+  alone = net.apply(variables, x[:2])
   assert np.abs(alone - logits[:2]).max() > 1e-2
 
 

@@ -131,9 +131,8 @@ def test_second_order_gradient_equals_finite_differences():
 
 
 def test_evaluation_uses_its_number_of_steps_for_any_number_of_tasks():
-  batch = _batch(
-    num_tasks=23
-  )  # More tasks than one evaluation batch, and not a multiple of it.
+  # More tasks than fit in one evaluation batch, and not a multiple of its size.
+  batch = _batch(num_tasks=23)
   learner = _learner(num_inner_steps=1, num_test_steps=2)
   params, _ = jax.jit(learner.init)(jax.random.key(1), batch)
   result = jax.jit(lambda p, b: _losses(learner, p, b, train=False))(params, batch)

@@ -1,4 +1,4 @@
-"""Max pooling: values and gradients of flax, NaN and ties."""
+"""Max pooling: values and gradients equal to flax's, NaN, and ties."""
 
 from flax import linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""Damaged files: a run is completed again with the same bytes."""
+"""A run with a damaged file is completed again, and its files have the same bytes."""
 
 import pathlib
 import shutil
