@@ -183,7 +183,7 @@ class Settings(
     return self.initialization or PRESETS[self.preset].initialization
 
   def record(self) -> dict[str, Any]:
-    """Like the base class, but only with an initialization other than flax's.
+    """Like the base class, but omits the initialization if it is flax's.
 
     Folders of versions without --initialization therefore still match.
     """
@@ -226,7 +226,7 @@ BARE_TABLE = dataclasses.replace(
 def make_splits(
   settings: Settings, fraction: float, seeds: Sequence[int]
 ) -> list[examples_lib.Splits]:
-  """The data of some seeds."""
+  """The splits for each of the seeds."""
   num_validation = settings.num_validation
   if num_validation is None:
     num_validation = PRESETS[settings.preset].num_validation
