@@ -1,8 +1,9 @@
 r"""Images with wrong labels: methods that learn weights, and their alternatives.
 
 Paper: the setting is that of BARE's MNIST table (Patel and Sastry, WACV 2023): an MLP
-  784-256-10 and symmetric noise of 0.5 and 0.7. The table has plain cross-entropy, L2RW
-  and Meta-Weight-Net. The noise builders are those of L2RW, Meta-Weight-Net and BARE.
+  784-256-10 and symmetric noise of 0.5 and 0.7. The table compares BARE with plain
+  cross-entropy, L2RW and Meta-Weight-Net. The noise builders are those of L2RW,
+  Meta-Weight-Net and BARE.
 Command: python -m experiments.mnist_noise --data_dir=DIR
   with a MentorNet: python -m experiments.mentornet_pretrain --workdir=runs/pd, then
   --methods=mentornet_pd --mentor=runs/pd/mentor.json --mentor_percentile=50

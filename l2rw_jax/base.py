@@ -1,4 +1,4 @@
-"""The types that methods and the training loop share, and the only collectives.
+"""The types that methods and the training loop share, and the package's collectives.
 
 Every docstring uses the same letters for sizes: `B` for the training batch, `M` for
 the meta batch, `C` for the classes, `N` for the training set. The prefix `meta_` marks
