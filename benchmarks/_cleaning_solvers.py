@@ -325,7 +325,7 @@ _INITIAL_LOGIT = -2.0
 def _inner_terms(
   sizes: Sizes, state: State, batch: Batch
 ) -> tuple[base.Array, base.Array, base.Array]:
-  """d_z of a batch, and the Hessian times v [D, C] and mixed derivative times v [B]."""
+  """For a batch: d_z, the Hessian times v [D, C], the mixed derivative times v [B]."""
 
   def gradient(z, logits):
     def loss(z):

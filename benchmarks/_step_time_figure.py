@@ -137,7 +137,7 @@ def _name(method, engine, framework):
 
 
 def _l2rw(plt, rows):
-  """Draws the time of L2RW relative to plain training and, below it, to PyTorch."""
+  """Draws L2RW's time relative to plain training and, below, speedups over PyTorch."""
   l2rw = [r for r in rows if r["method"] == "l2rw"]
   shares, networks = _shares(l2rw), list(dict.fromkeys(r["network"] for r in l2rw))
   panels = ["ratio"]

@@ -62,7 +62,7 @@ METHODS: dict[str, dict[str | None, Callable[[], base.Method]]] = {
   "ldam": {None: lambda: ldam_drw.ldam_drw(from_epoch=0)},
   "bare": {None: bare.bare},
 }
-# The methods with a look-ahead step, whose cost this benchmark is about.
+# The methods that are compared by default if a network is slow on the CPU.
 LOOKAHEAD_METHODS = ("l2rw", "meta_weight_net")
 META_METHODS = (*LOOKAHEAD_METHODS, "warpi", "advisor")
 
@@ -212,7 +212,8 @@ def costs(
   counted. There the FLOPs are those of the program before optimization, which slightly
   overestimates them. They are not reported for literal implementations, which repeat
   computations that the compiler merges. Neither FLOPs nor memory traffic are reported
-  for networks whose blocks are in a loop, because the compiler counts its body once.
+  for networks whose blocks are in a loop, because the compiler counts the body of the
+  loop once.
 
   Args:
     lowered: the lowered program.

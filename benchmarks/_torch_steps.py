@@ -1,4 +1,4 @@
-"""The same training steps in PyTorch, in idiomatic PyTorch code.
+"""Some of the training steps of `_steps`, in idiomatic PyTorch code.
 
 L2RW and Meta-Weight-Net use double backward: the inner gradient is computed with
 `create_graph=True`, the look-ahead is a functional step, and a second, ordinary pass
@@ -45,7 +45,8 @@ def select_device(on_gpu: bool) -> torch.device | None:
     The same kind of device as that of JAX, or None if PyTorch has none.
   """
   if on_gpu:
-    torch.backends.cudnn.benchmark = True  # XLA times its convolutions too.
+    # XLA also chooses its convolution algorithms by timing them.
+    torch.backends.cudnn.benchmark = True
     # XLA also uses TF32 for float32, which is not the default of PyTorch.
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True

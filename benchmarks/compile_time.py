@@ -1,9 +1,10 @@
 r"""Seconds until a training step can run: tracing, lowering and compilation.
 
 The network has dense layers that are not in a loop, each with a kernel and a bias, so
-that programs are as large as possible for the number of parameter arrays. A step
-computes what its name says and, except for meta_weight_net, norms and inner_products,
-an SGD update. Columns, each also relative to plain training of the same network:
+that programs are as large as possible for the number of parameter arrays. Each step is
+plain training or an entry of `STEPS`. All of them except meta_weight_net, norms and
+inner_products include an SGD update. Columns, each also relative to plain training of
+the same network:
 
   trace_seconds    tracing and lowering, in seconds of CPU time of all threads
   compile_seconds  compilation, likewise

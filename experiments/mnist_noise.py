@@ -1,8 +1,9 @@
 r"""Images with wrong labels: methods that learn weights, and their alternatives.
 
 Paper: the setting is that of BARE's MNIST table (Patel and Sastry, WACV 2023): an MLP
-  784-256-10 and symmetric noise of 0.5 and 0.7. The table has plain cross-entropy, L2RW
-  and Meta-Weight-Net. The noise builders are those of L2RW, Meta-Weight-Net and BARE.
+  784-256-10 and symmetric noise of 0.5 and 0.7. The table compares BARE with plain
+  cross-entropy, L2RW and Meta-Weight-Net. The noise builders are those of L2RW,
+  Meta-Weight-Net and BARE.
 Command: python -m experiments.mnist_noise --data_dir=DIR
   with a MentorNet: python -m experiments.mentornet_pretrain --workdir=runs/pd, then
   --methods=mentornet_pd --mentor=runs/pd/mentor.json --mentor_percentile=50
@@ -183,7 +184,7 @@ class Settings(
     return self.initialization or PRESETS[self.preset].initialization
 
   def record(self) -> dict[str, Any]:
-    """Like the base class, but only with an initialization other than flax's.
+    """Like the base class, but omits the initialization if it is flax's.
 
     Folders of versions without --initialization therefore still match.
     """
@@ -226,7 +227,7 @@ BARE_TABLE = dataclasses.replace(
 def make_splits(
   settings: Settings, fraction: float, seeds: Sequence[int]
 ) -> list[examples_lib.Splits]:
-  """The data of some seeds."""
+  """The splits for each of the seeds."""
   num_validation = settings.num_validation
   if num_validation is None:
     num_validation = PRESETS[settings.preset].num_validation

@@ -1,4 +1,4 @@
-"""The types that methods and the training loop share, and the only collectives.
+"""The types that methods and the training loop share, and the package's collectives.
 
 Every docstring uses the same letters for sizes: `B` for the training batch, `M` for
 the meta batch, `C` for the classes, `N` for the training set. The prefix `meta_` marks
@@ -179,7 +179,7 @@ class Problem:
     linearize_outputs: `(outputs_fn, params, batch, *, has_aux) ->
       LinearizedOutputs`, for functions of the outputs before the loss.
     num_classes: C.
-    class_counts: training examples of each class, [C].
+    class_counts: number of training examples of each class, [C].
     num_examples: N.
     num_steps: number of updates of the run.
     axis_name: mapped device axis; None if the step is not mapped over devices.
@@ -533,9 +533,9 @@ def max_abs(tree: PyTree) -> Array:
 def divide_by_largest(values: Array, largest: Array) -> Array:
   """`values / largest` for any magnitude of `values`; `values` if `largest` is 0.
 
-  To divide an array by a broadcast number, XLA multiplies it by the reciprocal, which
-  in float32 is flushed to zero for numbers above 8.5e37, and is infinite for numbers
-  below 2.9e-39.
+  To divide an array by a broadcast number, XLA multiplies the array by the reciprocal
+  of the number. In float32, the reciprocal is flushed to zero for numbers above 8.5e37
+  and is infinite for numbers below 2.9e-39. This function avoids both.
 
   Args:
     values: floating-point array.
@@ -581,7 +581,8 @@ def first_fault(fault: Array, **is_finite: Array) -> Array:
 
   Args:
     fault: the `Fault` of earlier quantities, int32 scalar.
-    **is_finite: bool scalars by names of members of `Fault` in lower case, in order.
+    **is_finite: bool scalars, named like members of `Fault` but in lower case, in the
+      order of the computation.
   """
   for name, finite in is_finite.items():
     code = jnp.where(finite, 0, Fault[name.upper()].value).astype(jnp.int32)

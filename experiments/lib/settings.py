@@ -279,7 +279,7 @@ def _load(
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-  """Base class of settings, which a script extends by its flags.
+  """Base class of settings, which a script extends with its flags.
 
   Raises:
     InputError: a value is not allowed.
@@ -627,7 +627,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def out_of_memory(names: Iterable[str]) -> str:
-  """The error of a run that needs too much memory, with the flags that affect it."""
+  """The error message when memory runs out; it names the flags that affect memory."""
   names = set(names)
   deciding = ", ".join(f"--{name}" for name in _MEMORY if name in names)
   if not deciding:
@@ -639,13 +639,13 @@ def out_of_memory(names: Iterable[str]) -> str:
 
 
 def in_terms_of_flags(message: str, names: Iterable[str]) -> str:
-  """Replaces the parameters in an error of the library by the flags that set them.
+  """Replaces the parameters in an error message with the flags that set them.
 
   A word is a parameter if it has an underscore or is followed by "=". Text in double
   quotes is not changed, because it is a command.
 
   Args:
-    message: error message.
+    message: error message of the library.
     names: names of the flags that are defined.
   """
   names = set(names)

@@ -19,10 +19,10 @@ class Points(Protocol):
 
   @property
   def num_points(self) -> int:
-    """n."""
+    """The number of points, n."""
 
   def distances(self, rows: base.Array) -> base.Array:
-    """From the points `rows` [K] to all points, [K, n]."""
+    """Distances from the points `rows` [K] to all points, [K, n]."""
 
 
 class Vectors(NamedTuple):
@@ -36,11 +36,11 @@ class Vectors(NamedTuple):
 
   @property
   def num_points(self) -> int:
-    """n."""
+    """The number of points, n."""
     return self.coordinates.shape[1]
 
   def distances(self, rows: base.Array) -> base.Array:
-    """From the points `rows` [K] to all points, [K, n]."""
+    """Distances from the points `rows` [K] to all points, [K, n]."""
     selected = self.coordinates[:, rows]
     if self.coordinates.shape[0] > _FEW_COORDINATES:
       squares = jnp.sum(self.coordinates**2, axis=0)
@@ -67,11 +67,11 @@ class OuterProducts(NamedTuple):
 
   @property
   def num_points(self) -> int:
-    """n."""
+    """The number of points, n."""
     return self.left.shape[0]
 
   def distances(self, rows: base.Array) -> base.Array:
-    """From the points `rows` [K] to all points, [K, n]."""
+    """Distances from the points `rows` [K] to all points, [K, n]."""
     left, right = self.left[rows], self.right[rows]
     if self.precision is None:
       inner = jnp.dot(left, self.left.T, precision=EXACT)

@@ -101,8 +101,8 @@ class Checkpointer:
     if last is not None and step <= last:
       raise ValueError(f"step {step} does not come after the saved step {last}")
     leaves, arrays = _pack(state)
-    # Convert to the form in which it will be read: tuples become lists, and keys become
-    # strings.
+    # Convert the record to the form in which it will be read: tuples become lists, and
+    # keys become strings.
     record = json.loads(json.dumps({"step": step, "leaves": leaves, "host": host}))
     record["sha256"] = _digest(record, arrays)
     items = ocp.args.Composite(
@@ -154,7 +154,7 @@ class Checkpointer:
     return None
 
   def restore(self, step: int, like: base.PyTree) -> Restored:
-    """Restores the checkpoint of a step that exists, as `restore_latest` does.
+    """Restores the checkpoint of `step`; the result is like that of `restore_latest`.
 
     Raises:
       InputError: the checkpoint cannot be read, or does not match `like`.

@@ -26,7 +26,7 @@ class Choice(NamedTuple):
 
   Attributes:
     step: the compiled step, a function of arguments like `args` of `choose`.
-    options: the plan: the keyword arguments with which the step was made.
+    options: the plan, that is, the keyword arguments with which the step was made.
     num_bytes: memory of the step on a device as the compiler reports it: arguments,
       results and temporary arrays. Donated arguments count once.
   """
@@ -41,8 +41,8 @@ def l2rw_plans(batch_size: int) -> list[dict[str, Any]]:
 
   For B training examples and M clean ones, the costs, in forward passes of one example,
   are 4B + 3M with the layerwise engine, 5B + 3M in forward mode, and 7B + 3M in
-  microbatches of any size. The last plan has eight microbatches; append smaller ones if
-  they are needed.
+  microbatches of any size. The last plan has at most eight microbatches; append plans
+  with smaller microbatches if necessary.
 
   Args:
     batch_size: number of training examples that a device processes in a step.

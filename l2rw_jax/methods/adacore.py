@@ -10,8 +10,8 @@ next selection:
     u      <- b2 u + (1 - b2) D^2,      H~ = (sqrt(u / (1 - b2^t)))^k + eps
     q_i    = g~_i / H~
     S      minimizes sum_i min_{j in S} |q_i - q_j|, greedily, class by class
-    gamma  of a chosen example: the number of examples of its class whose nearest
-           chosen example it is; these numbers sum to N
+    gamma_j = the number of examples of j's class whose nearest chosen example is j;
+           these numbers sum to N
 
 A batch of B of the chosen examples gets the weights gamma r / (N B), so that the
 expected gradient is sum_{j in S} gamma_j grad l_j / N, an estimate of the mean gradient
@@ -25,8 +25,8 @@ Relation to the paper: no official code is public. The paper's abstract specifie
 weighted subsets chosen by gradients preconditioned with the Hessian, and exponential
 averages of gradients and curvature. The distances, the selection within each class and
 the cluster sizes are CRAIG's; the equations of the averages and the defaults of b1, b2,
-k and eps are those of AdaHessian's released code. This library chose to average over
-selections (not steps), and which Hessians to offer (`hessian_scope`).
+k and eps are those of AdaHessian's released code. Averaging over selections
+(not steps) and the choice of Hessians (`hessian_scope`) are decisions of this library.
 
 References:
   Pooladzandi, Davini, Mirzasoleiman, "Adaptive Second Order Coresets for

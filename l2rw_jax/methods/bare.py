@@ -45,10 +45,10 @@ def select(
     and a few labels are wrong. It is therefore not the default.
 
   If no example is selected, `example_weights` gives all examples the same weight.
-  In a batch of one example the standard deviation is undefined and the example is not
-  selected. Examples on the threshold are selected: a tolerance of 8 eps mu_c (1e-6 mu_c
-  in float32) prevents rounding from dropping whole classes when all probabilities are
-  equal.
+  In a batch of one example, the standard deviation of "batch_column" is undefined, and
+  the example is not selected. Examples on the threshold are selected: a tolerance of
+  8 eps mu_c (1e-6 mu_c in float32) prevents rounding from dropping whole classes when
+  all probabilities are equal.
 
   An example whose label is not a class, or whose logits contain a NaN, is not selected.
   `example_weights` gives NaN for the whole batch in both cases; NaN logits enter
@@ -119,7 +119,7 @@ def example_weights(
   statistics: str = "batch_column",
   axis_name: base.AxisName = None,
 ) -> base.Array:
-  """Equal weights for the selected examples, which sum to 1 over the global batch.
+  """Equal weights for the selected examples, with sum 1 over the global batch.
 
   If no example is selected, all get equal weights, as in the released code. (The text
   of the paper, as far as it is known to us, does not cover this case.)

@@ -11,9 +11,9 @@ If no score is positive, all weights are zero (the term delta in the paper). The
 learning rate of the look-ahead step cancels. The weights sum to 1 over the *global*
 batch, so the weighted loss is a sum without another factor 1/B.
 
-Differences between the authors' released code and the paper: the code computes inner
-products of the meta gradient with per-example gradients instead of p' (the same
-numbers), and its L2 penalty is part of both losses, which changes the scores to s_i =
+The authors' released code differs from the paper in two ways. Instead of computing p',
+it computes inner products of the meta gradient with per-example gradients (the same
+numbers). Its L2 penalty is part of both losses, which changes the scores to s_i =
 <grad l_i, grad M + decay * p>. In this library, weight decay changes the scores only if
 your losses contain it. `optax.add_decayed_weights` in the look-ahead optimizer changes
 the point at which the gradient of M is computed. Weight decay in the outer optimizer

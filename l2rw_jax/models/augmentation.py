@@ -22,8 +22,8 @@ PADDINGS = {"zero": "constant", "reflect": "reflect"}
 class Preprocess:
   """Crops, flips and scales images; use it as `Classifier.preprocess`.
 
-  Pixels of uint8 are first scaled to [0, 1]; `mean` and `std` refer to the scaled ones.
-  Training and meta batches are augmented in the same way, as in the released codes of
+  Pixels of uint8 are first scaled to [0, 1]; `mean` and `std` refer to scaled pixels.
+  Training and meta batches are augmented in the same way, as in the released code of
   L2RW, Meta-Weight-Net and WarPI. In evaluation, images are only scaled.
 
   Attributes:

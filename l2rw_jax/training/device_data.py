@@ -67,7 +67,7 @@ class DeviceData:
     kind: str = "auto",
     num_workers: int = 0,
   ):
-    """Copies the sets that fit on the devices to the devices.
+    """Copies each set to the devices if it fits there.
 
     Args:
       splits: the data of each run.
@@ -108,7 +108,7 @@ class DeviceData:
 
     Args:
       num_steps: number of coming steps whose rows are known.
-      ahead: returns the function of their rows, see `Sampler.ahead`.
+      ahead: returns a function `i -> rows` of coming step i, see `Sampler.ahead`.
     """
     if isinstance(self._train, streaming.Stream) and not self._train.steps_left:
       rows = ahead()

@@ -85,7 +85,7 @@ def _shared(data_dir):
 
 @pytest.fixture(scope="module")
 def run(data_dir, tmp_path_factory):
-  """A short run's folder and what it printed."""
+  """The folder of a short run, and the text that the run printed."""
   cwd = tmp_path_factory.mktemp(_NAME)
   done = scripts.run(_NAME, *_shared(data_dir), "--methods=uniform", cwd=cwd)
   assert done.status == 0 and done.complaints == "", done.complaints

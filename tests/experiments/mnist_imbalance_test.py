@@ -41,7 +41,7 @@ _UNTOLD = ("workdir", "data", "data_dir", "cache_dir", "steps_per_call", "flagfi
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A short run's folder and what it printed."""
+  """The folder of a short run, and the text that the run printed."""
   cwd = tmp_path_factory.mktemp(_NAME)
   (cwd / "flags.txt").write_text("\n".join([*_SMALL, "--seeds_at_once=2"]))
   done = scripts.run(
@@ -162,7 +162,7 @@ _MISTAKES = {
 
 @pytest.fixture(scope="module")
 def mistakes(run, tmp_path_factory):
-  """Outcomes of command lines with mistakes and the folder they were to write in."""
+  """Outcomes of command lines with mistakes, and the parent folder of the workdirs."""
   folder = tmp_path_factory.mktemp("mistakes")
   (folder / "file").touch()
   outcomes = scripts.run_mistakes(

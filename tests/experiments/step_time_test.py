@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import scripts
 
-# Not `step_time`: two benchmarks in one process would define the same flags.
 from benchmarks import _literal
 from benchmarks import _networks
 from benchmarks import _step_time_figure
@@ -37,7 +36,7 @@ def _benchmark(*flags, cwd):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """The folder of a benchmark of one clean batch size, and then of two."""
+  """The folder of a benchmark that ran with one meta batch size, and then with two."""
   cwd = tmp_path_factory.mktemp("benchmark")
   _benchmark("--meta_sizes=1", cwd=cwd)
   made = cwd / "runs" / "step_time"

@@ -1,4 +1,4 @@
-"""A script that is killed and restarted ends with the same bytes."""
+"""A script that is killed and restarted writes the same bytes as one that is not."""
 
 import json
 import os

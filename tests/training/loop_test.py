@@ -20,7 +20,7 @@ from l2rw_jax.training import sampling
 
 
 def _with_weakly_typed_state():
-  """Uniform weights, and a state whose initial value is weakly typed."""
+  """A method with uniform weights and a state that is weakly typed at first."""
   uniform = baselines.uniform()
 
   def gradients(state, problem, inputs):
