@@ -300,7 +300,9 @@ _COMMUNICATION = {
   "hard_mining": _Communication(4, 2, 436, 1),
   "class_balanced_focal": _Communication(5, 0, 344, 1),
   "clean_only": _Communication(4, 0, 392, 1),
-  "fine_tuning_l2rw": _Communication(9, 0, 804, 2),
+  # Runs side by side compute both phases: the gradient of L2RW's meta loss, with the
+  # opposite sign, and that of fine-tuning.
+  "fine_tuning_l2rw": _Communication(10, 0, 1092, 3),
   "l2rw": _Communication(9, 0, 748, 2),
   "ldam_drw": _Communication(5, 0, 344, 1),
   "l2rw_momentum": _Communication(9, 0, 748, 2),
