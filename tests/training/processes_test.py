@@ -1,4 +1,4 @@
-"""Several real processes: the same results as one, and runs that resume with fewer."""
+"""Several real processes: the same results as one process, and resuming with fewer."""
 
 import json
 import os
