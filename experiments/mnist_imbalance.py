@@ -65,7 +65,7 @@ class Protocol:
 
 
 # The paper does not mention momentum; both protocols use 0.9, as in the released code.
-# Neither decays the learning rate, as the decay in the released code has no effect.
+# Neither decays the learning rate: the decay in the released code has no effect.
 PROTOCOLS = {
   "paper": Protocol(8000, 8000, 100, "paper", False, 0),
   "official_code": Protocol(8000, 4000, 500, "official_code", True, 500),

@@ -18,7 +18,7 @@ from typing import BinaryIO
 # if JAX ends the process at the same time.
 CONNECTED = b"\0connected\n"
 REASON = b"\0reason "
-# The lines with which the report of a lost connection begins.
+# Matches the first line of the report of a lost connection.
 _REPORT = re.compile(rb"coordination_service|the JAX distributed service detected")
 _LOST_TASKS = re.compile(rb"stopped sending heartbeats\):\s+(\d+)")
 # Lines about the progress of connections, for each device.
@@ -71,8 +71,8 @@ def explanation(report: bytes) -> str:
 
 
 if __name__ == "__main__":
-  # Signals to a whole group of processes, as of a cluster's scheduler, are ignored, so
-  # that this program ends last.
+  # A cluster's scheduler may send a signal to a whole process group. This program
+  # ignores the signal, so that it ends after the process whose output it relays.
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
   relay(sys.stdin.buffer, sys.stdout.buffer, sys.argv[1])

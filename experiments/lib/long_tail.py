@@ -131,7 +131,7 @@ class Experiment(NamedTuple):
 
 
 def make_table(name: str, title: str, published: str, *keys: str) -> table.Layout:
-  """The table of a script."""
+  """The layout of a script's table."""
   return table.Layout(
     name=name,
     title=title,

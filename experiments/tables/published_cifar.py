@@ -11,8 +11,8 @@ SOURCE = (
 Number = tuple[float, float | None]
 # Methods are called by their names in this library: bootstrapping_hard and _soft are
 # Reed-Hard and Reed-Soft, and s_model_conf is S-Model+Conf. "Focal" is the focal loss
-# in the tables of Meta-Weight-Net and LDAM, but a curriculum (focal_weight) in that of
-# MentorNet.
+# in the tables of Meta-Weight-Net and LDAM, but a curriculum (focal_weight) in the
+# table of MentorNet.
 
 _L2RW_UNIFORM = {
   "cifar10": {

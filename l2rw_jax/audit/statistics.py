@@ -68,7 +68,8 @@ class State(NamedTuple):
     score: scores, scaled in each step, `Sum` of [N].
     step_weight: mean losses of the steps in which the example occurred, one for each
       presentation, `Sum` of [N].
-    probabilities: predicted distributions times these weights, `Sum` of [N, C].
+    probabilities: predicted distributions times the mean losses of their steps, `Sum`
+      of [N, C].
   """
 
   seen: base.Array

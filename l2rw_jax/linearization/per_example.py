@@ -17,8 +17,8 @@ with fewer FLOPs is selected for every parameter:
 * Dense layers, convolutions (as dense layers of patches) and embeddings (whose
   activations are one-hot) have both forms.
 * Scales, biases and all other operations form g_i, which is small for most of them.
-* The uses of a parameter that is used several times (tied weights, an unrolled
-  recurrence) are added before squaring, so that their cross terms are included.
+* If a parameter is used several times (tied weights, an unrolled recurrence), the
+  gradients of its uses are added before squaring, so that cross terms are included.
 
 If the parameter is transformed before its use by more than a cast, a reshape or a
 transposition (weight normalization, an L2 penalty in the losses), g_i is formed for it.
@@ -266,7 +266,7 @@ class _Recorded(NamedTuple):
 
 
 class _Formed(NamedTuple):
-  """The gradients of a batch, for which every example was computed alone.
+  """The gradients of a batch, each computed from its example alone.
 
   Attributes:
     losses: losses of the examples when each is alone in a batch, [B].
@@ -412,7 +412,7 @@ def _record(call, leaves, batch, names, engine):
 
 
 def _layerwise(call, leaves, batch, names):
-  """The activations and slopes of all parameter uses, see `layerwise`."""
+  """A `_Recorded` with the activations and slopes of all parameter uses."""
   plan, env, outputs, tree = parameter_uses.trace(call, leaves, batch, names)
   steps = ghost_products.uses_of(plan)
 

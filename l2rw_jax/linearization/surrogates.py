@@ -50,7 +50,7 @@ def find(jaxpr: Any) -> str | None:
 def hold_stopped(
   function: Callable[..., list[Any]], leaves: list[Any]
 ) -> Callable[[list[Any]], list[Any]]:
-  """Holds the arguments of every `stop_gradient` at their values at `leaves`.
+  """`function` with each `stop_gradient`'s argument held at its value at `leaves`.
 
   Args:
     function: a function from a list of arrays to a list of arrays.

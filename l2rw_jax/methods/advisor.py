@@ -8,8 +8,8 @@ that lower the loss of clean examples:
     pre-loss      l = cross-entropy of head(f), without a gate and without a gradient
     gate          W = sigmoid(C [relu(A f + a); relu(b l + b0)] + c) in (0, 1)^d
     virtual step  p' = p - a grad_p mean CE(head(f * W)), for backbone and head
-    meta step     an Adam step of the advisor on the gradient of the meta loss at p',
-                  which is computed without a gate
+    meta step     an Adam step of the advisor on the gradient of the meta loss at p';
+                  the meta loss is computed without a gate
     real step     a step of p on grad_p mean CE(head(f * W)), with the new advisor's W
                   held constant
 
@@ -20,7 +20,7 @@ is no gate at test time. With the default initialization of linear layers, W is 
 The meta equalization softmax (MES) of the journal version is not implemented, because
 its equations are not public in sufficient detail. Only the authors' Clothing1M program
 is public; the settings for other data are choices of this library (hidden = 100 as in
-the released program; d is that of the network).
+the released program; d is the network's number of features).
 
 `Gradients.weights` contains each example's mean gate / B, which is not a loss weight.
 
@@ -119,7 +119,7 @@ def advisor(
       features, model_state = problem.features(
         params, inputs.model_state, batch, inputs.key, True
       )
-      # The parameters are an output too, because the loss uses those of the head.
+      # The parameters are an output too, because the loss uses the head.
       return (features, params), model_state
 
     linearized = problem.linearize_batch_outputs(inputs, outputs_fn)

@@ -13,7 +13,7 @@ class Dropout(nn.Module):
   The key of an example is derived from its position in the *global* batch, so that
   eight devices draw the same masks as one. (With `flax.linen.Dropout`, all devices have
   the same key and apply the same mask to different examples.) If every device has the
-  whole batch, such as a meta batch that cannot be divided among devices, the masks
+  whole batch, as with a meta batch that cannot be divided among devices, the masks
   differ between devices.
 
   Attributes:

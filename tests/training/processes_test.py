@@ -1,4 +1,4 @@
-"""Several real processes: the same results as one, and runs that resume with fewer."""
+"""Several real processes: the same results as one process, and resuming with fewer."""
 
 import json
 import os
@@ -88,7 +88,8 @@ _GLOBAL = (
 
 
 def test_weights_parameters_and_metrics_are_those_of_one_process(tmp_path):
-  # Compilation takes most of the time, in every process; so four run only `_GLOBAL`.
+  # Every process compiles, which takes most of the time; four processes run only
+  # `_GLOBAL`.
   layouts = [
     *((1, 8, "pmap", None), (2, 4, "pmap", None)),
     (4, 2, "shard_map", _GLOBAL),

@@ -125,7 +125,7 @@ def _batch_losses(forward, loss, params, model_state, batch):
 
 
 class Writer:
-  """A sink that writes each epoch to a separate file, so that runs can resume.
+  """A sink that writes each epoch to a separate file, so that runs can be resumed.
 
   folder/seed-S/epoch-E.npz   the arrays "index" and "loss"
   """
@@ -146,7 +146,7 @@ class Writer:
     if path.exists():
       previous = _load_epoch(path)
       same = np.array_equal(previous["index"], index)
-      # They may differ by rounding if the run has resumed on another machine.
+      # The losses may differ by rounding if the run was resumed on another machine.
       if not (
         same
         and np.allclose(previous["loss"], losses, rtol=1e-2, atol=1e-3, equal_nan=True)

@@ -60,7 +60,7 @@ def load(
 
   Raises:
     InputError: there is no mentor at `path`, the file is damaged or has another format,
-      or the mentor uses labels of another number of classes.
+      or the mentor was fitted to labels of a different number of classes.
   """
   record = read(path)
   fitted_classes = record["num_classes"]

@@ -233,7 +233,7 @@ def test_student_step_matches_hand_computed_values():
   result, state = _step(method)
   assert state == 1
   np.testing.assert_allclose(result.losses, [1, 2, 3, 4])
-  # Divided by the number of examples, not by the sum of the weights.
+  # Weights are divided by the number of examples, not by their sum.
   np.testing.assert_allclose(result.weights, np.array([1, 0.75, 0.5, 0.25]) / 4)
   np.testing.assert_allclose(result.grads["p"][:, 0], [2.5 / 4, 2.5 / 4])
   np.testing.assert_allclose(result.grads["b"], [2.5 / 4])
