@@ -7,8 +7,8 @@ axis: their batch axis contains the examples of all devices, in order.
 
 With several processes, a step runs on the devices of all processes, in the order of the
 processes, and D counts the devices of this process. `jax.shard_map` runs the same
-program as `jax.pmap`. JAX no longer develops pmap, and since version 0.8 implements
-it with shard_map. With several processes, pmap converts all arguments and results of every
+program as `jax.pmap`. JAX no longer develops pmap, and since version 0.8 implements it
+with shard_map. With several processes, pmap converts all arguments and results of every
 call between arrays of this process and arrays of all processes. If shard_map is used
 directly, the state remains an array of all processes.
 """
