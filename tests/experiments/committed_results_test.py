@@ -100,7 +100,11 @@ def test_every_row_tells_where_it_comes_from(path):
 @pytest.mark.parametrize(
   ("name", "methods", "repeats"),
   [
-    ("digits_noise", ["uniform", "clean_only", "fine_tuning", "l2rw"], 5),
+    (
+      "digits_noise",
+      ["uniform", "clean_only", "fine_tuning", "fine_tuning_restarted", "l2rw"],
+      5,
+    ),
     # Two data sets by three problems.
     ("clean_examples", ["uniform", "no_clean_data"], 6 * 5),
     # The same, for each of five numbers of clean images.
