@@ -10,7 +10,7 @@ from l2rw_jax.data import sources
 
 
 def source(counts, split="train"):
-  """Images whose pixels encode their row; `counts` of each class, in random order."""
+  """`counts[c]` images of each class c, in random order; the pixels encode the row."""
   labels = np.repeat(np.arange(len(counts)), counts)
   labels = np.random.default_rng(1).permutation(labels).astype(np.int32)
   rows = np.arange(len(labels))

@@ -1,4 +1,4 @@
-"""Intervals and tables of results, by hand."""
+"""Intervals, tables and AUROCs of results, compared with values computed by hand."""
 
 import csv
 import math
@@ -95,7 +95,7 @@ def test_rejection_auroc_by_hand():
   np.testing.assert_array_equal(
     report.rejected_share(weights), [0, 0.5, 0.5, 1, np.nan]
   )
-  # Of four pairs, three are in order and one is tied; by mean weight, none is.
+  # Of four pairs, three are in order and one is tied; by mean weight, none is in order.
   assert report.rejection_auroc(weights) == 3.5 / 4
   assert report.auroc(weights) == 0
   never = {**weights, "rejected": np.zeros(5, int)}

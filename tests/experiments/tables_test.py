@@ -93,7 +93,7 @@ def test_the_short_form_of_one_setting_has_a_column_per_metric():
   rows = [{**row, "seed": s, "accuracy_percent": a} for s, a in enumerate((40, 60))]
   text = formats.compact(make("digits_noise", rows, noise_fraction=0.25))
   assert text.startswith("25% of the labels wrong; 2 seeds.\n")
-  # No run has a weight AUROC, so that it has no column.
+  # No run has an AUROC of mean weights, so there is no column for it.
   # t(0.975, 1) = 12.706 standard errors of 10.
   assert scripts.table(text) == [
     ["method", "test accuracy %", "best on test %"],

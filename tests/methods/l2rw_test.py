@@ -479,7 +479,7 @@ def test_small_slopes_in_half_precision_do_not_underflow(dtype, is_mixed):
 
 
 def test_tokens_can_be_weighted():
-  """Losses [B * T] give one score per token; [B, T] is refused, with this advice."""
+  """Losses [B * T] give a score per token; losses [B, T] are refused with advice."""
   rng = np.random.default_rng(0)
   params = {"table": jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)}
   mask = np.arange(4) < np.array([[2], [4], [3], [4]])
