@@ -78,7 +78,7 @@ def test_run_fields_need_every_fact_of_a_run():
   ],
 )
 def test_auroc_by_hand(labels, mean, expected):
-  # Label 0 is the true one everywhere.
+  # The true label of every example is 0.
   weights = {"label": np.array(labels), "mean_weight": np.array(mean, float)}
   weights["true_label"] = np.zeros(len(labels), int)
   assert report.auroc(weights) == expected

@@ -61,7 +61,8 @@ def _hand_case(**meta):
 
 
 def test_weights_match_hand_computed_values():
-  # grad l = [-1, 0], [0, 1]; grad M = -2 * [1, -0.5]: scores 2 and 1.
+  # The gradients of the losses are [-1, 0] and [0, 1], and that of the meta loss is
+  # -2 * [1, -0.5]: scores 2 and 1.
   data = _hand_case(x=[[1.0, -0.5]], y=[2.0])
   info = jax.jit(functools.partial(l2rw.example_weights, _squared))(*data)
   np.testing.assert_allclose(info.scores, [2.0, 1.0], rtol=1e-6)

@@ -376,8 +376,8 @@ def test_steps_cover_both_phases_of_fine_tuning_and_hard_mining():
 
 @pytest.mark.parametrize("name", _METHODS)
 def test_methods_can_be_traced_under_an_explicit_mesh(name):
-  # JAX reports sharding errors while tracing; `formulas_sweep_test` compares the
-  # values.
+  # JAX reports sharding errors while tracing; `formulas_sweep_test` compares the values
+  # of the formulas.
   mesh = jax.make_mesh(
     (_DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,)
   )
