@@ -1,4 +1,4 @@
-"""Fairness objectives by hand, at edge cases, and under jit and vmap."""
+"""Fairness objectives: values computed by hand, edge cases, jit and vmap."""
 
 import functools
 

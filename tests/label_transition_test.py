@@ -36,7 +36,7 @@ def test_anchors_recover_the_matrix(num_anchors, percentile):
 def test_percentile_equals_the_released_estimator(size):
   probabilities = np.random.default_rng(size).dirichlet(np.ones(4), size=size)
   result = _estimate(probabilities, 97.0)
-  if size == 1:  # No example is below the only one.
+  if size == 1:  # No example is below the threshold, so the only one is used.
     np.testing.assert_allclose(result, np.repeat(probabilities, 4, axis=0))
     return
   expected = []

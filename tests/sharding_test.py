@@ -28,7 +28,7 @@ def _assert_close(actual, expected):
 
 
 class _Problem(NamedTuple):
-  """Pure functions and data; `losses_fn(axis_name)` makes the losses function.
+  """Pure functions and data; `losses_fn(axis_name)` returns the function of the losses.
 
   All public functions use the network in the same way, so `all_functions` is needed
   for one cheap problem only.
@@ -89,7 +89,7 @@ def _network_problem(make_model, shape):
 
 
 def _two_layers_problem():
-  """Squared losses of a network with a hidden layer; several devices get weights."""
+  """Squared losses, with a hidden layer; several devices have positive weights."""
   rng = np.random.default_rng(3)
   shapes = {"hidden": (5, 8), "bias": (8,), "output": (8,)}
   params = {k: rng.normal(size=v).astype(np.float32) for k, v in shapes.items()}
@@ -199,7 +199,7 @@ def _on_device(tree, index):
 
 
 def _stacked(problem, num_devices, map_fn):
-  """Runs under a map that stacks outputs; checks that shared ones are equal."""
+  """Results of a map that stacks outputs; checks that devices agree on shared ones."""
   mapped = map_fn(_make_results(problem, _AXIS), axis_name=_AXIS, in_axes=(None, 0, 0))
   local, shared = jax.device_get(
     mapped(problem.params, *(_shard(x, num_devices) for x in problem[2:4]))

@@ -22,7 +22,7 @@ def _matrix(points):
 
 
 def _brute_force(matrix, size, bound):
-  """Greedy in NumPy that computes every gain: rows, gains, assignment, distances."""
+  """Rows, gains, assignment, distances of a greedy that computes all gains in NumPy."""
   nearest = np.full(len(matrix), bound)
   assignment = np.zeros(len(matrix), int)
   rows, gains = [], []

@@ -58,7 +58,7 @@ def test_selection_is_greedy_in_each_class_and_its_weights_sum_to_n(greedy):
       order = np.argsort(rows)
       np.testing.assert_array_equal(coreset.rows[is_member], rows[order])
       np.testing.assert_array_equal(coreset.weights[is_member], expected.weights[order])
-    else:  # With this epsilon every candidate is drawn: greedy, except for ties.
+    else:  # With this epsilon, every row is a candidate, so only ties can differ.
       selected = proxies[coreset.rows[is_member]]
       away = np.linalg.norm(proxies[members, None] - selected, axis=2)
       np.testing.assert_allclose(

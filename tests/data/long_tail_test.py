@@ -10,7 +10,7 @@ from l2rw_jax.data import sources
 
 
 def source(counts, split="train"):
-  """Images whose pixels encode their row; `counts` of each class, in random order."""
+  """`counts[c]` images of each class c, in random order; the pixels encode the row."""
   labels = np.repeat(np.arange(len(counts)), counts)
   labels = np.random.default_rng(1).permutation(labels).astype(np.int32)
   rows = np.arange(len(labels))
@@ -98,7 +98,7 @@ def test_rarest_class_limits_the_size_of_class_0():
   )
   assert train_counts(splits)[0] == 5411 and train_counts(splits)[-1] == 54
   splits = make(mnist, imbalance=1, builder="ldam")
-  # Only the fives have no spare images, so that ten of them leave the training set.
+  # Only the fives have no spare images, so ten of them leave the training set.
   assert list(train_counts(splits)) == [5421] * 5 + [5411] + [5421] * 4
 
 

@@ -97,7 +97,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def data_dir(prepared, tmp_path):
-  """A copy that a test may damage."""
+  """A copy of the `prepared` data sets that a test may damage."""
   return shutil.copytree(prepared, tmp_path / "data")
 
 

@@ -1,4 +1,4 @@
-"""The coreset experiment on digits: curves, equal seconds, errors."""
+"""The coreset experiment on digits: curves, accuracy at equal times, errors."""
 
 import csv
 import time
@@ -29,7 +29,7 @@ _METHODS = ["full", "random", "random_fixed", "craig", "adacore"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A short run's folder and what it printed."""
+  """The folder of a short run, and the text that the run printed."""
   cwd = tmp_path_factory.mktemp(_NAME)
   done = scripts.run(_NAME, *_SMALL, cwd=cwd)
   assert done.status == 0 and done.complaints == "", done.complaints

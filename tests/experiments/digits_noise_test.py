@@ -1,4 +1,4 @@
-"""The demonstration as a program: its files, its errors, interruptions."""
+"""The script `digits_noise`: its files, its errors, interruptions."""
 
 import csv
 import json
@@ -223,5 +223,5 @@ def test_divergence_is_one_line_again(tmp_path):
   assert "losses are NaN or infinite; the last good parameters" in first.complaints
   assert again == first
   assert not list((tmp_path / "run").rglob("results.json"))
-  # In its only step every loss was finite, so there is a result, although a bad one.
+  # Every loss of the single step was finite, so there is a result, although a bad one.
   assert short.status == 0 and len(scripts.table(short.printed)) == 2

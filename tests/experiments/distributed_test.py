@@ -1,4 +1,4 @@
-"""Invalid combinations of the flags for several processes."""
+"""Flags for several processes: invalid combinations, and the last line of an error."""
 
 import importlib
 import pathlib

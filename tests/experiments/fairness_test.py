@@ -11,7 +11,7 @@ _SETTINGS = ["forml_worst", "uniform", "l2rw"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A short run's folder and what it printed."""
+  """The folder of a short run, and the text that the run printed."""
   cwd = tmp_path_factory.mktemp(_NAME)
   methods = f"--methods={','.join(_SETTINGS)}"
   done = scripts.run(_NAME, *_SMALL, methods, "--condense=50,30", cwd=cwd)

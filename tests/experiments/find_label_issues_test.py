@@ -28,7 +28,7 @@ def _points(seed=0, size=150):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-  """A CSV file of these points and a row without a label, and the true classes."""
+  """A CSV file of `_points` and one row without a label; and the true classes."""
   x, given, truth = _points()
   path = tmp_path_factory.mktemp("data") / "points.csv"
   names = ["<b>ant</b>", "bee", "=cow()"]

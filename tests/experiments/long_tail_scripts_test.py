@@ -1,4 +1,4 @@
-"""Long tails on a small scale: presets, files and errors."""
+"""The long-tail scripts on a small scale: presets, files and errors."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ _METHODS = ["uniform", "absgd_ldam_drw", "meta_weight_net"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A short run's folder and what it printed."""
+  """The folder of a short run, and the text that the run printed."""
   cwd = tmp_path_factory.mktemp(_NAME)
   methods = f"--methods={','.join(_METHODS)}"
   done = scripts.run(_NAME, *_SMALL, "--num_seeds=2", methods, cwd=cwd)

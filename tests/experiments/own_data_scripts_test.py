@@ -151,7 +151,7 @@ def test_trusted_examples_are_the_meta_set_of_the_other_scripts(tmp_path):
   settings = cifar_noise.Settings(preset="mwn_stable", num_validation=0, **own)
   preset = cifar_noise.make_preset(settings)
   (noisy,) = cifar_noise.make_splits(settings, preset, (0,))
-  # The tail is cut from all of the training images.
+  # The meta set takes no training images, so the tail is cut from all of them.
   settings = mnist_long_tail.Settings(imbalance=(2.0,), **own)
   tail = long_tail.long_tail_splits(
     settings.load("train"),

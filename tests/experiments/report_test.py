@@ -1,4 +1,4 @@
-"""Intervals and tables of results, by hand."""
+"""Intervals, tables and AUROCs of results, compared with values computed by hand."""
 
 import csv
 import math
@@ -78,7 +78,7 @@ def test_run_fields_need_every_fact_of_a_run():
   ],
 )
 def test_auroc_by_hand(labels, mean, expected):
-  # Label 0 is the true one everywhere.
+  # The true label of every example is 0.
   weights = {"label": np.array(labels), "mean_weight": np.array(mean, float)}
   weights["true_label"] = np.zeros(len(labels), int)
   assert report.auroc(weights) == expected
@@ -95,7 +95,7 @@ def test_rejection_auroc_by_hand():
   np.testing.assert_array_equal(
     report.rejected_share(weights), [0, 0.5, 0.5, 1, np.nan]
   )
-  # Of four pairs, three are in order and one is tied; by mean weight, none is.
+  # Of four pairs, three are in order and one is tied; by mean weight, none is in order.
   assert report.rejection_auroc(weights) == 3.5 / 4
   assert report.auroc(weights) == 0
   never = {**weights, "rejected": np.zeros(5, int)}

@@ -65,7 +65,7 @@ def test_summary_has_measured_and_published_values():
     *("test accuracy %", "published", "difference"),
     *("best on test %", "AUROC of mean weights", "seeds"),
   ]
-  # t(0.975, 2) = 4.3027 standard errors of 1 / sqrt(3).
+  # The half-width is t(0.975, 2) = 4.3027 standard errors, each 1 / sqrt(3).
   measured, best, auroc = "90.00 ± 2.48", "92.00 ± 0.00", "0.750 ± 0.000"
   assert lines == [
     ["n", "0.5", "l2rw", measured, "91.39 ± 0.07", "-1.39", best, auroc, "3"],
@@ -93,8 +93,8 @@ def test_the_short_form_of_one_setting_has_a_column_per_metric():
   rows = [{**row, "seed": s, "accuracy_percent": a} for s, a in enumerate((40, 60))]
   text = formats.compact(make("digits_noise", rows, noise_fraction=0.25))
   assert text.startswith("25% of the labels wrong; 2 seeds.\n")
-  # No run has a weight AUROC, so that it has no column.
-  # t(0.975, 1) = 12.706 standard errors of 10.
+  # No run has an AUROC of mean weights, so there is no column for it.
+  # The half-width is t(0.975, 1) = 12.706 standard errors, each 10.
   assert scripts.table(text) == [
     ["method", "test accuracy %", "best on test %"],
     ["l2rw", "50.00 ± 127.06", "50.00 ± 0.00"],
@@ -199,7 +199,7 @@ def test_parts_of_an_experiment_are_taken_together(results):
     ("dd", 75.0),
     ("pd", 25.0),
   ]
-  # Settings that all parts share are printed; the curriculum is not one of them.
+  # Settings that all parts share stand above the table; the curricula differ.
   assert "network of paper" in formats.summary(table)
 
 

@@ -145,7 +145,7 @@ def test_example_weights_are_ours(name):
 def test_the_form_for_the_compiler_is_the_eager_one(name):
   _, (model, *data) = _problem(name)
   eager, traced = peer.Eager(model, 0.1), peer.Traced(model, 0.1)
-  # Replace the compiled functions.
+  # Run the form for the compiler without compiling it.
   traced.model, traced.weight_gradient_fn = model, traced.weight_gradient
   weights = eager.example_weights(*data)
   np.testing.assert_allclose(traced.example_weights(*data), weights, atol=1e-6)

@@ -281,7 +281,7 @@ def test_damage_to_any_file_is_detected(template, tmp_path, caplog, damage):
   caplog.clear()
   gc.collect()  # asyncio logs unretrieved exceptions when futures are collected.
   assert _warnings(caplog) == []
-  # Damage to these files must matter.
+  # A checkpoint with damage to one of these files must be rejected.
   largest = max(sizes, key=lambda path: sizes[path])
   assert restored[largest] == 1
   assert restored[template / "2" / "record" / "metadata"] == 1

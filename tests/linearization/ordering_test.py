@@ -1,4 +1,4 @@
-"""Ordering keeps values, adds a dependency, and does not bloat programs."""
+"""`after` keeps values and adds a dependency; programs grow only linearly."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def test_after_does_not_change_values(value):
     if name == "key":
       actual, expected = jax.random.key_data(actual), jax.random.key_data(expected)
     np.testing.assert_array_equal(actual, expected)
-  assert np.signbit(result["x"][0])  # -0.0 too
+  assert np.signbit(result["x"][0])  # The sign of -0.0 is kept.
 
 
 def test_after_under_vmap_and_grad():

@@ -1,4 +1,4 @@
-"""Products of per-example gradients equal those of `vmap(grad)`."""
+"""Norms, products and clipped means of per-example gradients equal `vmap(grad)`'s."""
 
 import functools
 
@@ -71,7 +71,7 @@ def _recurrent(p, x):
 
 
 def _transformed(p, x):
-  """Weight normalization, slices, scalars, a penalty in the losses."""
+  """Weight normalization, slices, scalars, and a penalty added to the outputs."""
   kernel = p["v"] / jnp.linalg.norm(p["v"], axis=0, keepdims=True) * p["g"][None]
   token = jnp.broadcast_to(p["g"][:1], (x.shape[0], 1))
   h = jnp.concatenate([jnp.where(x @ kernel > 0, x @ kernel, p["g"][None]), token], 1)
@@ -157,7 +157,7 @@ def _problem(name, dtype="float64"):
 
 
 def _gradients(losses_fn, params, batch):
-  """`vmap(grad)`, a matrix with a row for each example."""
+  """Gradients by `vmap(grad)`, as a matrix with a row for each example."""
 
   def loss(params, row):
     return losses_fn(params, jax.tree.map(lambda x: x[None], row))[0]

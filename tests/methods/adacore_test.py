@@ -1,4 +1,4 @@
-"""AdaCore: averages, curvature, CRAIG as its special case, the method in the loop."""
+"""AdaCore: averages, curvature, CRAIG as its special case, selection, sampling."""
 
 import dataclasses
 import functools

@@ -108,7 +108,7 @@ def _assert_is_gradient_of(result, batch, weights):
       baselines.class_proportion("official_code"),
       np.array([0.4, 0.7, 0.9])[_LABELS],
     ),
-    # Two minority examples, hence two majority examples: the first two, as all tie.
+    # Two minority examples, hence two majority examples: the first two, as losses tie.
     (
       baselines.hard_mining("official_code"),
       np.array([1, 1, 0, 1, 0, 1]) / 4,
@@ -144,7 +144,7 @@ def test_random_weights_are_rectified_noise_that_sums_to_one():
 
 
 def _brute_force(values, majority):
-  """All minority examples, and as many of the hardest majority examples."""
+  """A mask of all minority examples and as many of the hardest majority ones."""
   kept = ~majority
   wanted = max(kept.sum(), 1)
   for i in sorted(np.flatnonzero(majority), key=lambda i: (-values[i], i))[:wanted]:

@@ -61,7 +61,8 @@ def _hand_case(**meta):
 
 
 def test_weights_match_hand_computed_values():
-  # grad l = [-1, 0], [0, 1]; grad M = -2 * [1, -0.5]: scores 2 and 1.
+  # The gradients of the losses are [-1, 0] and [0, 1], and that of the meta loss is
+  # -2 * [1, -0.5]: scores 2 and 1.
   data = _hand_case(x=[[1.0, -0.5]], y=[2.0])
   info = jax.jit(functools.partial(l2rw.example_weights, _squared))(*data)
   np.testing.assert_allclose(info.scores, [2.0, 1.0], rtol=1e-6)
@@ -479,7 +480,7 @@ def test_small_slopes_in_half_precision_do_not_underflow(dtype, is_mixed):
 
 
 def test_tokens_can_be_weighted():
-  """Losses [B * T] give one score per token; [B, T] is refused, with this advice."""
+  """Losses [B * T] give a score per token; losses [B, T] are refused with advice."""
   rng = np.random.default_rng(0)
   params = {"table": jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)}
   mask = np.arange(4) < np.array([[2], [4], [3], [4]])

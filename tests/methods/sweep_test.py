@@ -39,7 +39,7 @@ _OUTER = optax.sgd(0.3, momentum=0.9)
 
 
 def _selected(method):
-  """`method`, starting as if after a selection; updates use only its weights."""
+  """`method`, started with a selection's weights, which are all that updates use."""
 
   def init(key, problem, params):
     weights = jnp.linspace(0, 2, problem.num_examples)
@@ -172,7 +172,7 @@ def _initial(name, seed=0):
 
 def _step_fn(name, axis_name):
   def step(state, batch, meta_batch):
-    # The new state of the loop, and the gradients that the method returned.
+    # Returns the new state of the loop and the gradients that the method returned.
     returned = []
 
     def gradients(*given):
@@ -300,8 +300,8 @@ _COMMUNICATION = {
   "hard_mining": _Communication(4, 2, 436, 1),
   "class_balanced_focal": _Communication(5, 0, 344, 1),
   "clean_only": _Communication(4, 0, 392, 1),
-  # Runs side by side compute both phases: the gradient of L2RW's meta loss, with the
-  # opposite sign, and that of fine-tuning.
+  # Runs side by side compute both phases, each with a gradient of the meta loss. These
+  # gradients have opposite signs, so XLA does not merge their sums.
   "fine_tuning_l2rw": _Communication(10, 0, 1092, 3),
   "l2rw": _Communication(9, 0, 748, 2),
   "ldam_drw": _Communication(5, 0, 344, 1),
@@ -376,8 +376,8 @@ def test_steps_cover_both_phases_of_fine_tuning_and_hard_mining():
 
 @pytest.mark.parametrize("name", _METHODS)
 def test_methods_can_be_traced_under_an_explicit_mesh(name):
-  # JAX reports sharding errors while tracing; `formulas_sweep_test` compares the
-  # values.
+  # JAX reports sharding errors while tracing; `formulas_sweep_test` compares the values
+  # of the formulas.
   mesh = jax.make_mesh(
     (_DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,)
   )

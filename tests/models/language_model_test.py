@@ -32,6 +32,6 @@ def test_another_number_of_tokens_is_refused():
 
 
 def test_methods_of_features_are_refused():
-  """Each token has features, but those methods need one vector for each example."""
+  """Features are per token, but methods that use them need one vector per example."""
   problem = _model().problem(class_counts=jnp.ones(_V), num_examples=2, num_steps=1)
   assert problem.features is None

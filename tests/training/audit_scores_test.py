@@ -1,4 +1,4 @@
-"""L2RW as a measurement: plain training that reports its scores."""
+"""L2RW as a measurement: plain training that reports L2RW's scores."""
 
 import numpy as np
 import toy_runs

@@ -88,7 +88,7 @@ _GLOBAL = (
 
 
 def test_weights_parameters_and_metrics_are_those_of_one_process(tmp_path):
-  # Every process compiles, which takes most of the time; four processes run only
+  # Every process compiles, which takes most of the time, so four processes run only
   # `_GLOBAL`.
   layouts = [
     *((1, 8, "pmap", None), (2, 4, "pmap", None)),
@@ -185,7 +185,7 @@ _FLAGS = ("--num_seeds=1", "--methods=uniform", "--batch_size=100")
 
 
 def _start_scripts(flags, numbers=(0, 1)):
-  """Starts the processes with these numbers, out of two."""
+  """Starts those of the two processes that have the given numbers."""
   address = f"localhost:{_port()}"
   return [
     _start(

@@ -24,7 +24,7 @@ def test_worker_processes_read_the_same_examples(tmp_path, monkeypatch):
   monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
   images = toy_runs.make_splits().train.image
   splits = _with_source(examples.View(images, np.arange(len(images))))
-  # Hosts may have different numbers of workers.
+  # Hosts may have different numbers of workers, so `check_same` must not see them.
   compared = []
   monkeypatch.setattr(
     processes, "check_same", lambda what, values: compared.append(dict(values))

@@ -233,7 +233,7 @@ def test_every_step_has_a_different_key():
 
 
 def test_state_keeps_its_dtypes_under_x64():
-  # Model state in float32 and images in float64 need implicit promotion.
+  # Model state in float32 and inputs in float64 need implicit promotion.
   with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
     batch = {k: v.astype(np.float64) if k == "x" else v for k, v in _GOOD.items()}
     state = jax.eval_shape(_state)

@@ -238,7 +238,7 @@ def test_steps_are_sent_without_waiting(tmp_path, monkeypatch, most):
     return original(self, steps)
 
   monkeypatch.setattr(device_data.DeviceData, "load", load)
-  # One CPU device runs its steps in the calling thread, two devices do not.
+  # One CPU device runs its steps in the calling thread; two devices do not.
   toy_runs.train(
     tmp_path,
     _METHODS["uniform"]._replace(gradients=gradients),

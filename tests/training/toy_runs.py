@@ -22,7 +22,7 @@ OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 
 
 def examples(rng, size, shape, flipped=0.0) -> examples_lib.Examples:
-  """Gaussian blobs, one per class; the first `flipped` share of labels is wrong."""
+  """Gaussian blobs, one per class; the first `flipped` share has wrong labels."""
   centers = np.random.default_rng(99).normal(size=(CLASSES, *shape))
   true_label = rng.integers(CLASSES, size=size).astype(np.int32)
   image = centers[true_label] + 0.5 * rng.normal(size=(size, *shape))
@@ -38,7 +38,7 @@ def examples(rng, size, shape, flipped=0.0) -> examples_lib.Examples:
 def make_splits(
   seed=0, num_train=NUM_TRAIN, num_meta=8, shape=(4,)
 ) -> examples_lib.Splits:
-  """Splits of one seed; a third of the training labels is wrong."""
+  """Splits of one seed; a third of the training labels are wrong."""
   rng = np.random.default_rng(seed)
   return examples_lib.Splits(
     train=examples(rng, num_train, shape, flipped=1 / 3),
@@ -106,7 +106,7 @@ def outcome(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 def interrupt(monkeypatch, at: int) -> None:
-  """Raises KeyboardInterrupt in runs, before they draw the rows of step `at`."""
+  """Makes runs raise KeyboardInterrupt before they draw the rows of step `at`."""
   original = sampling.Sampler.next
 
   def stop(self, step):

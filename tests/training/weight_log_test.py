@@ -1,4 +1,4 @@
-"""Statistics of example weights, by hand."""
+"""Statistics of example weights, compared with values computed by hand."""
 
 import numpy as np
 
