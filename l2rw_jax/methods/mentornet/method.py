@@ -127,7 +127,7 @@ def spcl_linear(
 
 
 def pd_mixture(losses: Any, differences: Any, labels: Any, epoch: Any) -> Any:
-  """MentorNet-PD's target: 1 up to e = 18, then self-paced, SPCL from e = 90; [B]."""
+  """MentorNet-PD's target: 1 up to e = 18, self-paced to e = 89, then SPCL; [B]."""
   features = (losses, differences, labels, epoch)
   late = jnp.where(epoch < 90, self_paced(*features), spcl_linear(*features))
   return jnp.where(epoch <= 18, uniform(*features), late)
