@@ -59,7 +59,7 @@ _PAIRS = (
 _REGIONS = (1, 2, 3, 4)
 _MOST_CURVES = 4
 # Loss drops differ by orders of magnitude, like the learning rates, and some are
-# negative, so their axis is linear up to this value and logarithmic above it.
+# negative, so their axis is linear up to this absolute value and logarithmic above it.
 _LINEAR = 1e-3
 _SHORT = {
   "susceptibility": "susceptibility",
