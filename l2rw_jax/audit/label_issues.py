@@ -1,7 +1,7 @@
 """Detection of wrong labels from the statistics of one training run.
 
-The score of an example is a log odds ratio of the other labels against the given label
-g. It is computed from the mean predicted distribution p over C classes:
+The score of an example is the log odds of the other labels against the given label g,
+smoothed by 1/C. It is computed from the mean predicted distribution p over C classes:
 
     score = log(sqrt(sum over j != g of (R[j, g] p[j])^2) + 1/C) - log(p[g] + 1/C)  (1)
 
@@ -151,7 +151,7 @@ class LabelIssues:
 
 
 def find_label_issues(statistics: Any, labels: Any) -> LabelIssues:
-  """Ranks the examples of a training set by how likely their labels are wrong.
+  """Ranks the examples of a training set by how likely their labels are to be wrong.
 
   Args:
     statistics: the `State` of a run, or the result of `summarize`: a dictionary with

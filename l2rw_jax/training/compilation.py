@@ -1,4 +1,4 @@
-"""The two compiled functions of a run: its initial state, and its steps."""
+"""The two compiled functions of a run: one initializes its state, one takes steps."""
 
 from collections.abc import Callable
 import functools

@@ -262,7 +262,7 @@ class Preset(NamedTuple):
 
   Attributes:
     percentiles: percentiles for 20%, 40% and 80% noise.
-    burn_in: number of initial epoch percents with weight 1, plus 1.
+    burn_in: number of initial epoch percents with weight 1, plus 1; 0 for none.
     fixed_epoch_after_burn_in: whether the mentor's epoch percent stops at `burn_in`.
     dropout: schedule of the example dropout.
   """
