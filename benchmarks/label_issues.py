@@ -12,12 +12,12 @@ No method uses the true labels of the training set, which does not contain the t
 examples. Digits, wine and breast_cancer are bundled with scikit-learn; of mnist,
 fashion_mnist and cifar10_n, the first training images are used. The labels of cifar10_n
 are those of human annotators: a seed changes the network and the trusted examples, not
-the labels. Its images are converted to features without labels (random_patches). The
-recipe (network, learning rate, epochs) and the ranking were chosen on other data or
-seeds: digits with seeds 100 and 101, later training images of MNIST, Fashion-MNIST and
-CIFAR-10N, iris, and synthetic sets. cleanlab and the nearest neighbors use their
-default settings. Seconds are CPU time of all processor cores, so that other load on the
-machine does not count.
+the labels. Its images are converted to features that are computed without labels
+(random_patches). The recipe (network, learning rate, epochs) and the ranking were
+chosen on other data or seeds: digits with seeds 100 and 101, later training images of
+MNIST, Fashion-MNIST and CIFAR-10N, iris, and synthetic sets. cleanlab and the nearest
+neighbors use their default settings. Seconds are CPU time of all processor cores, so
+that other load on the machine does not count.
 Command: python -m benchmarks.label_issues --data_dir=DIR, with pip install cleanlab;
   the human labels: add --datasets=cifar10_n --num_examples=10000
 Results: results/label_issues.

@@ -1,6 +1,6 @@
 r"""The speed and the memory of training with streamed examples.
 
-The same network is trained on the same rows of CIFAR-10 in four ways. The examples stay
+Each network is trained on the same rows of CIFAR-10 in four ways. The examples stay
 on the device (resident), are copied from an array in memory (memory), or are decoded
 from the files of TFDS, by threads (files) or by worker processes (workers). The four
 runs take turns, so that other load on the machine affects all equally; the results are
@@ -153,7 +153,7 @@ def memory_row() -> dict[str, Any]:
 
 
 def make_splits(settings: Settings) -> dict[bool, examples_lib.Splits]:
-  """The data by whether images are in memory; others are decoded when they are read."""
+  """Splits with images in memory (True), and with images decoded when read (False)."""
   splits = {}
   for in_memory in (False, True):
     train, test = (

@@ -1,7 +1,7 @@
-r"""CIFAR-10 and CIFAR-100 in a long tail, as in the papers LDAM and Meta-Weight-Net.
+r"""CIFAR-10 and CIFAR-100 in a long tail, as in the LDAM and Meta-Weight-Net papers.
 
 Papers: LDAM-DRW (Cao et al., NeurIPS 2019): --preset=ldam; Meta-Weight-Net (Shu et
-  al., NeurIPS 2019), release for class imbalance: --preset=mwn.
+  al., NeurIPS 2019), its code for class imbalance: --preset=mwn.
 Command: python -m experiments.cifar_long_tail --data_dir=DIR
   --methods=uniform,ldam_drw; --shape=step, --imbalance=10, --dataset=cifar100;
   --smoke for a few steps on a CPU. With --preset=ldam, methods that need meta images
@@ -10,8 +10,8 @@ Device, time: one GPU; ResNet-32, 19,200 steps per run at imbalance 100 (preset 
 Published (CIFAR-10, exponential 100, test accuracy %): ldam: cross-entropy 70.36,
   LDAM 73.35, LDAM-DRW 77.03. mwn: cross-entropy 70.36, L2RW 74.16, Meta-Weight-Net
   75.21, at the best epoch on the test set.
-Measured: results/cifar_long_tail, once it has been run. The main metric is that of the
-  last step.
+Measured: results/cifar_long_tail, once it has been run. The main metric is the test
+  accuracy after the last step.
 """
 
 import dataclasses

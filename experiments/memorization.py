@@ -59,7 +59,7 @@ _PAIRS = (
 _REGIONS = (1, 2, 3, 4)
 _MOST_CURVES = 4
 # Loss drops differ by orders of magnitude, like the learning rates, and some are
-# negative, so their axis is linear up to this value and logarithmic above it.
+# negative, so their axis is linear up to this absolute value and logarithmic above it.
 _LINEAR = 1e-3
 _SHORT = {
   "susceptibility": "susceptibility",
@@ -346,7 +346,7 @@ def with_regions(rows: runner.Rows) -> runner.Rows:
 
 
 def selection(rows: runner.Rows) -> str:
-  """Clean test accuracy by region, as the paper reports it, as a Markdown table."""
+  """A Markdown table of clean test accuracy by region, as in the paper."""
   header = ["noise_fraction", "all models", *(f"region {r}" for r in _REGIONS)]
   lines = []
   for fraction in fractions_of(rows):
@@ -365,7 +365,7 @@ def _spread(rows: runner.Rows) -> str:
 
 
 def correlations(rows: runner.Rows) -> str:
-  """Rank correlations over the models of each noise fraction, as a Markdown table."""
+  """A Markdown table of rank correlations over the models of each noise fraction."""
   header = ["noise_fraction", *(f"{_SHORT[a]}, {_SHORT[b]}" for a, b in _PAIRS)]
   lines = []
   for fraction in fractions_of(rows):

@@ -14,8 +14,9 @@ that takes logits and labels:
   gradient of 0, regardless of their labels and logits.
 - Sums over half-precision logits are computed in float32; losses have the type of the
   logits.
-- Losses and their gradients are finite if all logits are finite, except for logits of
-  -inf in classes other than the label.
+- Losses and their gradients are finite if every logit is finite or, in a class other
+  than the label, -inf. The exceptions are `balanced_softmax` and `logit_adjusted`,
+  whose losses are infinite for labels of classes without training examples.
 """
 
 import math
@@ -460,7 +461,7 @@ def label_mask(labels: base.Array, num_classes: int) -> base.Array:
 def check_logits(
   logits: base.Array, labels: base.Array, where: base.Array | None = None
 ) -> None:
-  """Raises InputError unless logits are floats [B, C], labels integers [B]."""
+  """Raises InputError unless logits are floats [B, C] and labels integers [B]."""
   shape = jnp.shape(logits)
   if len(shape) != 2 or shape[1] < 1 or jnp.shape(labels) != shape[:1]:
     raise base.InputError(
@@ -540,7 +541,7 @@ def label_rows(
 
 
 def _safe(logits, labels, where):
-  """Logits in float32 or wider, labels that all exist, and factors of the losses."""
+  """Logits in float32 or wider, labels that are all valid, and factors of losses."""
   logits = logits.astype(base.accumulator_dtype(logits.dtype))
   if where is not None:
     logits = jnp.where(where[:, None], logits, 0)

@@ -154,7 +154,7 @@ def _draw_accuracy(ax: Any, place: int, rows: list[Row]) -> None:
 def meta_weight_net_curves(
   cells: Sequence[runner.Cell], folder: pathlib.Path, name: str
 ) -> list[str]:
-  """Draws the curves of each cell of Meta-Weight-Net that has curves.
+  """Draws the weights against the loss for each Meta-Weight-Net cell that saved them.
 
   Args:
     cells: cells of all methods.

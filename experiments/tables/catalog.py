@@ -210,7 +210,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def markdown(tables: Sequence[table_lib.Table]) -> str:
-  """All metrics of all experiments."""
+  """All metrics of all experiments, as Markdown."""
   parts = [
     "# Every committed result next to its published value",
     f"Mean ± 95% Student-t interval over the runs of a line, at the last step unless"
@@ -222,7 +222,7 @@ def markdown(tables: Sequence[table_lib.Table]) -> str:
 
 
 def compact(tables: Sequence[table_lib.Table]) -> str:
-  """The README's short form."""
+  """The short form of the tables, for `results/README.md`."""
   parts = [
     f"Mean ± 95% Student-t interval over runs, at the last step; in brackets the"
     f" published value. {_MADE}"
@@ -267,7 +267,11 @@ def rewrite(readme: pathlib.Path, block: str) -> None:
 
 
 def write(folder: pathlib.Path, tables: Sequence[table_lib.Table]) -> list[str]:
-  """Writes `tables.md`, `tables.csv` and, with anything published, `tables.png`."""
+  """Writes `tables.md`, `tables.csv` and, if any value is published, `tables.png`.
+
+  Returns:
+    The paths of the files.
+  """
   folder.mkdir(parents=True, exist_ok=True)
   workdir.write_text(folder / "tables.md", markdown(tables))
   workdir.write_text(folder / "tables.csv", formats.long_form(tables))

@@ -1,6 +1,6 @@
 """Published numbers, which the tables show next to the results of this library."""
 
-# Maps a method and a majority to the test error in % and its "±".
+# Maps a method and the share of the majority class to the test error in % and its "±".
 MNIST_IMBALANCE_SOURCE = (
   "Published: Ren et al. (2018), figure 3, read from the coordinates of the figure;"
   " their ± is the drawn error bar, whose type is not stated."

@@ -1,4 +1,4 @@
-"""Detection of wrong labels: statistics of training, and a ranking by them."""
+"""Detection of wrong labels: training statistics, and a ranking of the labels."""
 
 from l2rw_jax.audit.label_issues import LabelIssues
 from l2rw_jax.audit.label_issues import find_label_issues

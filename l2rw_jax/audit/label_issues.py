@@ -1,7 +1,7 @@
 """Detection of wrong labels from the statistics of one training run.
 
-The score of an example is a log odds ratio of the other labels against the given label
-g. It is computed from the mean predicted distribution p over C classes:
+The score of an example is the log odds of the other labels against the given label g,
+smoothed by 1/C. It is computed from the mean predicted distribution p over C classes:
 
     score = log(sqrt(sum over j != g of (R[j, g] p[j])^2) + 1/C) - log(p[g] + 1/C)  (1)
 
@@ -9,13 +9,13 @@ R[j, g] is the rate at which examples of class j are labeled g, divided by the a
 rate over pairs of classes. Mistakes have a direction if, for instance, 3 is often
 labeled 8 but not 1. If the network then assigns probability to a class whose examples
 never get the given label by mistake, this is not evidence of a wrong label, whereas
-probability of a class whose examples often do is strong evidence. This is Bayes' rule,
-with R as the prior of the mistake. The Euclidean norm is a compromise between the
-maximum over the other labels, which ranks best if mistakes have a direction, and the
-sum over the other labels, which ranks best if mistakes have no direction and classes
-resemble each other. Adding 1/C mixes in a uniform distribution: tiny probabilities
-(such as 1e-3 and 1e-6) then have about the same effect, and only large ones are
-distinguished.
+probability assigned to a class whose examples often do is strong evidence. This is
+Bayes' rule, with R as the prior of the mistake. The Euclidean norm is a compromise
+between the maximum over the other labels, which ranks best if mistakes have a
+direction, and the sum over the other labels, which ranks best if mistakes have no
+direction and classes resemble each other. Adding 1/C mixes in a uniform distribution:
+tiny probabilities (such as 1e-3 and 1e-6) then have about the same effect, and only
+large ones are distinguished.
 
 R is estimated from the same distributions. Let t[c] be the mean of p[c] over the
 examples labeled c (the per-class thresholds of confident learning), and let the most
@@ -151,7 +151,7 @@ class LabelIssues:
 
 
 def find_label_issues(statistics: Any, labels: Any) -> LabelIssues:
-  """Ranks the examples of a training set by how likely their labels are wrong.
+  """Ranks the examples of a training set by how likely their labels are to be wrong.
 
   Args:
     statistics: the `State` of a run, or the result of `summarize`: a dictionary with

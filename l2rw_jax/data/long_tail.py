@@ -32,7 +32,7 @@ def class_sizes(
     shape: one of `SHAPES`.
     num_most: n_0, the size of class 0.
     num_classes: C, at least 2.
-    imbalance: n_0 / n_{C-1}, at least 1; the released codes take its inverse.
+    imbalance: n_0 / n_{C-1}, at least 1; the released programs take its inverse.
 
   Returns:
     Sizes, int [C]; the last one may be 0.
@@ -116,7 +116,7 @@ def long_tail_splits(
     imbalance: number of images of the first class divided by that of the last, at least
       1.
     num_meta_per_class: number of meta images of every class; 0 for none.
-    seed: seed of the draws, at least 0. The released codes use one fixed seed.
+    seed: seed of the draws, at least 0. The released programs use one fixed seed.
     trusted: a source that becomes the whole meta set; `num_meta_per_class` must then
       be 0.
 

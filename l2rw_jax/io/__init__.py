@@ -1,1 +1,1 @@
-"""Files of a run: the working directory, checkpoints, metrics."""
+"""Files of a run: the working directory, checkpoints and metrics."""

@@ -1,4 +1,4 @@
-"""The two compiled functions of a run: its initial state, and its steps."""
+"""The two compiled functions of a run: one initializes its state, one takes steps."""
 
 from collections.abc import Callable
 import functools
@@ -44,7 +44,7 @@ def functions(
   Returns:
     init: `(keys [R], class_counts [R, C], examples [R, 1, ...]) -> TrainState`.
     steps: `(state, train, meta, keys, class_counts) -> (state, outputs)` for arrays
-      `[D, R, ...]`. It applies `train_step` K times, once for each row of batches in
+      `[D, R, ...]`. It applies `train_step` K times, once for each batch in
       `train.rows`; the outputs are a `StepOutput` with arrays `[D, R, K, ...]`.
   """
 

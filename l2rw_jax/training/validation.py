@@ -46,7 +46,7 @@ def watched(
 
   The validation loss uses `loss` of the problem that this wrapper receives: the loss of
   the classifier if this function wraps `changed_loss`, and the changed loss if
-  `changed_loss` wraps this function. Let this function wrap `baselines.fine_tuning`,
+  `changed_loss` wraps this function. Apply this function to `baselines.fine_tuning`,
   because the last steps of that method otherwise report the loss of the meta set.
 
   Args:

@@ -93,8 +93,8 @@ def dd_rows(
     labels: labels that the student was trained on, [N].
     true_labels: [N].
     epochs: epoch percents, [N].
-    percentile: percentile of all recorded losses together, from 0 to 100, as released.
-      The differences are the losses minus this percentile.
+    percentile: percentile of all recorded losses together, from 0 to 100, as in the
+      released code. The differences are the losses minus this percentile.
     use_labels: whether the mentor gets the labels; in the released code, it gets 0 in
       place of every label.
     seed: seed of the order of the rows.

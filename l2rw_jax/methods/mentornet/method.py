@@ -127,7 +127,7 @@ def spcl_linear(
 
 
 def pd_mixture(losses: Any, differences: Any, labels: Any, epoch: Any) -> Any:
-  """MentorNet-PD's target: 1 up to e = 18, then self-paced, SPCL from e = 90; [B]."""
+  """MentorNet-PD's target: 1 up to e = 18, self-paced to e = 89, then SPCL; [B]."""
   features = (losses, differences, labels, epoch)
   late = jnp.where(epoch < 90, self_paced(*features), spcl_linear(*features))
   return jnp.where(epoch <= 18, uniform(*features), late)
@@ -262,7 +262,7 @@ class Preset(NamedTuple):
 
   Attributes:
     percentiles: percentiles for 20%, 40% and 80% noise.
-    burn_in: number of initial epoch percents with weight 1, plus 1.
+    burn_in: number of initial epoch percents with weight 1, plus 1; 0 for none.
     fixed_epoch_after_burn_in: whether the mentor's epoch percent stops at `burn_in`.
     dropout: schedule of the example dropout.
   """

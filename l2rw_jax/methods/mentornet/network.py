@@ -1,8 +1,8 @@
 """The mentor: MentorNet's network.
 
 The released network processes one step (history length 1) with a bidirectional LSTM of
-one unit per direction, concatenates the result with embeddings of label and epoch
-percent, and applies dense layers of 20 and 1 units: 257 trained and 500 frozen
+one unit per direction, concatenates the result with embeddings of the label and the
+epoch percent, and applies dense layers of 20 and 1 units: 257 trained and 500 frozen
 parameters. `compat` selects the released network or the network of the paper, with
 standard choices where the text of the paper is not known to us:
 
