@@ -19,13 +19,15 @@ TEST := $(VENV)/.test-$(TAG)
 DOCS := $(VENV)/.docs-$(TAG)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: demo install test lint docs clean
+.PHONY: demo install install_docs test lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO)
 	$(BIN)/python -m experiments.digits_noise
 
 install: $(TEST)
+
+install_docs: $(DOCS)
 
 test: $(TEST)
 	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder $(TESTS)

@@ -211,9 +211,11 @@ def direction(
     inner_gradient: gradient of the look-ahead step, the same on every device; None
       means a zero gradient, as in L2RW.
     optimizer: the look-ahead optimizer; None subtracts the gradient from the
-      parameters, as `optax.sgd(1.0)` does. None needs less memory on XLA:CPU, which may
-      store an optimizer's learning rate as an array of the size of a parameter.
-    opt_state: state of the optimizer at `params`; None if there is no optimizer.
+      parameters, as `optax.sgd(1.0)` does. For None, the backward pass starts from the
+      negative meta loss and must be linear, as derivatives are. XLA:CPU then needs less
+      memory, because it may store the factor of an optimizer's step as an array of the
+      size of a parameter.
+    opt_state: state of the optimizer at `params`; None initializes it.
     objective: `losses [M] -> M(p)`, a function of the losses of all devices in device
       order; None is their mean. Other inputs of the objective, such as groups, must be
       gathered with `base.gather`. Its value should not change if every example is
@@ -231,14 +233,22 @@ def direction(
 
   Raises:
     InputError: the meta losses do not have shape [M], the meta batch is empty, or the
-      losses cannot be computed in microbatches; or the update of the optimizer needs
-      arguments other than `params` and `value`. Outside `jit`, it is also raised if the
-      optimizer's step ignores the gradient.
+      losses cannot be computed in microbatches; `opt_state` is given without
+      `optimizer`; or the update of the optimizer needs arguments other than `params`
+      and `value`. Outside `jit`, it is also raised if the optimizer's step ignores the
+      gradient.
     FloatingPointError: outside `jit`, if a meta loss, the gradient of the meta loss or
       the direction is not finite; the message says which. Under `jit`, check
       `Direction.fault` and `Direction.zero_slope`, or use `checkify.checkify`, which
       returns the same errors.
   """
+  if optimizer is None and opt_state is not None:
+    raise base.InputError(
+      "opt_state without optimizer would be ignored: pass the optimizer that it"
+      " belongs to, or leave opt_state out."
+    )
+  if optimizer is not None and opt_state is None:
+    opt_state = init_optimizer(optimizer, params)
   partition = trainable.Partition(params)
   leaves = partition.leaves(params)
   if inner_gradient is None:

@@ -231,11 +231,7 @@ def meta_gradient(
     meta_batch,
     base.psum(linearized.vjp(cotangent), axis_name),
     optimizer=optimizer,
-    opt_state=(
-      hypergradient.init_optimizer(optimizer, params)
-      if opt_state is None
-      else opt_state
-    ),
+    opt_state=opt_state,
     has_aux=has_aux,
     axis_name=axis_name,
     value=loss,

@@ -432,6 +432,18 @@ def test_a_function_that_makes_an_optimizer_is_refused():
     hypergradient.init_optimizer(optax.sgd, {"w": jnp.zeros(2)})
 
 
+def test_a_state_is_initialized_and_needs_its_optimizer():
+  given = _direction(optax.sgd(0.1, momentum=0.9), _targets())
+  params, adam = jnp.ones(2), optax.adam(0.1)
+  direction = functools.partial(
+    hypergradient.direction, _faulty_losses_fn, params, _targets()
+  )
+  new = direction(optimizer=optax.sgd(0.1, momentum=0.9))
+  chex.assert_trees_all_equal(new, given)
+  with pytest.raises(base.InputError, match="opt_state without optimizer"):
+    direction(opt_state=adam.init(params))
+
+
 def test_a_line_search_is_refused():
   with pytest.raises(base.InputError, match=r"also needs .*value_fn.*optax.sgd"):
     jax.eval_shape(functools.partial(_direction, optax.lbfgs()), _targets())

@@ -11,6 +11,7 @@ import optax
 
 from experiments.lib import settings as settings_lib
 from experiments.lib.settings import flag
+from l2rw_jax import base
 from l2rw_jax.training import validation
 
 _STAIRS = 5
@@ -99,10 +100,18 @@ class OptimizerConfig:
 
     `fine_tuning_restarted` starts the schedule again for the updates that fine-tune. A
     cosine, or drops by which the learning rate falls to a hundredth, leave hardly any
-    learning rate to them otherwise.
+    learning rate to them otherwise. With a constant rate, it is `fine_tuning`.
+
+    Raises:
+      InputError: the learning rate depends on the validation loss, and would stay low.
     """
     if name != "fine_tuning_restarted":
       return self
+    if self.plateau_steps:
+      raise base.InputError(
+        "--methods=fine_tuning_restarted cannot start a --plateau schedule again: take"
+        " fine_tuning, or another schedule."
+      )
     return dataclasses.replace(self, tuned_steps=fine_tuning_steps(num_steps))
 
   @functools.cache  # noqa: B019  # frozen; the loop compiles again for new functions

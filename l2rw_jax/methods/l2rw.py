@@ -200,30 +200,13 @@ def meta_direction(
   meta_losses_fn: base.LossesFn,
   params: base.PyTree,
   meta_batch: Any,
-  *,
-  optimizer: optax.GradientTransformation | None = None,
-  opt_state: base.PyTree = None,
   **options: Any,
 ) -> hypergradient.Direction:
   """The direction v with dM/dw = J v at w = 0.
 
   The arguments are those of `example_weights`. Returns a `hypergradient.Direction`.
   """
-  if optimizer is None and opt_state is not None:
-    raise base.InputError(
-      "opt_state without optimizer would be ignored: pass the optimizer that it"
-      " belongs to, or leave opt_state out."
-    )
-  if optimizer is not None and opt_state is None:
-    opt_state = hypergradient.init_optimizer(optimizer, params)
-  return hypergradient.direction(
-    meta_losses_fn,
-    params,
-    meta_batch,
-    optimizer=optimizer,
-    opt_state=opt_state,
-    **options,
-  )
+  return hypergradient.direction(meta_losses_fn, params, meta_batch, **options)
 
 
 def weigh(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.lib import optimizers
+from l2rw_jax import base
 
 
 def _rates(optimizer, num_steps):
@@ -37,3 +38,9 @@ def test_a_run_of_one_step_has_the_highest_rate():
   optimizer = optimizers.OptimizerConfig(learning_rate=3.0, cosine=True)
   (rate,) = _rates(optimizer.for_method("fine_tuning_restarted", 1), 1)
   assert rate == 3.0
+
+
+def test_a_plateau_cannot_start_again():
+  optimizer = optimizers.OptimizerConfig(plateau_steps=10)
+  with pytest.raises(base.InputError, match="cannot start a --plateau schedule again"):
+    optimizer.for_method("fine_tuning_restarted", 40)
