@@ -119,6 +119,12 @@ def test_every_row_tells_where_it_comes_from(path):
       ["uniform", "clean_only", "early_stopped", "fine_tuning", "l2rw", "warpi"],
       2 * 3,
     ),
+    # With a cosine schedule, at both noises.
+    (
+      "mnist_noise",
+      ["fine_tuning_restarted", "generalized_cross_entropy", "bare"],
+      2 * 3,
+    ),
     ("fairness", ["uniform", "class_proportion", "l2rw", "forml_worst"], 3),
     # Three noises by two scales of the pixels.
     ("mnist_noise_bare", ["uniform", "bare"], 6 * 3),
@@ -127,7 +133,7 @@ def test_every_row_tells_where_it_comes_from(path):
       [
         *("uniform", "class_balanced", "focal", "ldam_drw"),
         *("absgd", "l2rw", "meta_weight_net"),
-        *("clean_only", "early_stopped", "fine_tuning"),
+        *("clean_only", "early_stopped", "fine_tuning", "fine_tuning_restarted"),
         *("balanced_softmax", "classifier_retraining"),
       ],
       # Two tails; three seeds of the long schedule, and five of the short one.
@@ -144,7 +150,8 @@ def test_each_method_was_repeated(name, methods, repeats):
 def test_on_half_wrong_labels_every_method_beats_uniform_beyond_both_spreads():
   accuracies = {}
   for row in rows("mnist_noise"):
-    if (row["noise"], row["fraction"]) == ("bare_symmetric", 0.5):
+    setting = row["noise"], row["fraction"], row.get("schedule")
+    if setting == ("bare_symmetric", 0.5, None):
       accuracies.setdefault(row["method"], []).append(row["accuracy_percent"])
   uniform = accuracies.pop("uniform")
   learned = {"l2rw", "meta_weight_net", "mentornet_pd", "warpi", "advisor"}
