@@ -118,10 +118,14 @@ def accuracies(rows: Sequence[Row], columns: Sequence[str], path: pathlib.Path) 
   """Draws test accuracies in a panel per setting.
 
   A panel has a bar for each method, a dot for each run, and a diamond for a published
-  value. Titles also name the data set, the network and the preset of the first row.
+  value. Titles also name the data set, the network, the preset and the schedule of the
+  first row.
   """
   names = [n for n in ("dataset", "network", "preset") if n not in columns]
-  where = ", ".join(str(rows[0][n]) for n in names if rows[0].get(n) is not None)
+  facts = [str(rows[0][n]) for n in names if rows[0].get(n) is not None]
+  if rows[0].get("schedule") is not None:
+    facts.append(f"{rows[0]['schedule']} learning rate")
+  where = ", ".join(facts)
 
   def draw_legend(ax):
     ax.plot([], [], "k.", label="one seed")
