@@ -7,7 +7,7 @@ cosine schedule. Nothing was chosen on the test set: the accuracy is that after 
 step. The run of L2RW also ranks the training labels by how suspicious they are, and the
 list of the first seed is written as a page with pictures, issues.html.
 Command: python -m experiments.digits_noise
-Device, time: 2 CPU cores, under 3 minutes.
+Device, time: 2 CPU cores, about 3 minutes.
 Published: nothing; the problem is this project's, and the noise is that of Ren et al.
 (2018). Measured: results/digits_noise.
 """
