@@ -72,8 +72,8 @@ class Settings(
   num_epochs: int | None = flag(
     None,
     _preset(
-      "Number of passes over the training set. The times at which the learning rate"
-      " drops change in proportion."
+      "Number of passes over the training set. The drops of the learning rate move in"
+      " proportion."
     ),
   )
   batch_size: int | None = flag(None, _preset("Number of training images in a step."))
