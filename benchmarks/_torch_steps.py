@@ -6,14 +6,15 @@ trains with the weights. `Eager.example_weights` implements Algorithm 1 of Ren e
 (2018). `Traced` computes the same weights with `torch.func.grad`, because
 `torch.compile` (used in its default mode) does not support `create_graph`.
 
-As in the released code, the training batch passes through the network twice. In
-`Eager`, both passes and that of the meta batch update the BatchNorm statistics; the
-look-ahead of `Traced` does not.
+As in the released code, the training batch passes through the network twice; with
+Meta-Weight-Net, `Traced` needs a third pass for the losses. In `Eager`, all passes,
+including the one of the meta batch, update the BatchNorm statistics. In `Traced`, the
+passes inside `torch.func.grad` do not.
 
 On a GPU, products of float32 matrices use TF32, as in JAX. Images with several channels
-and the networks for them have the memory format channels_last. On a CPU, that format
-made L2RW with ResNet-32 slower and plain training with BatchNorm faster, so the
-default format is used there.
+and the networks for them have the memory format channels_last. On a CPU, the default
+format is used: channels_last made plain training with BatchNorm faster there, but L2RW
+with ResNet-32 slower.
 """
 
 from collections.abc import Callable, Mapping

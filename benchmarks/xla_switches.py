@@ -90,7 +90,7 @@ def measure(switch: str, layout: str, batch_size: int, repeats: int) -> dict[str
 
   Returns:
     "seconds" of every step, "flops" of a step, the hash of the "program"; or only
-    "error", the last line of the process, if XLA does not accept the switch.
+    "error", the last line on stderr, if XLA does not accept the switch.
   """
   done = subprocess.run(
     [sys.executable, "-c", _CHILD, layout, str(batch_size), str(repeats)],

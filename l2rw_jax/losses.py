@@ -451,7 +451,8 @@ def label_mask(labels: base.Array, num_classes: int) -> base.Array:
     labels = np.asarray(labels)
     exists = (labels >= 0) & (labels < num_classes)
     labels = jnp.asarray(np.where(exists, labels.astype(np.int32), -1), jnp.int32)
-  # Narrow integers may not represent C, and unsigned integers no negative labels.
+  # Narrow integers may be too small for C, and unsigned integers cannot represent
+  # negative labels.
   is_wide = jnp.dtype(labels.dtype).itemsize == 8
   labels = labels.astype(jnp.int64 if is_wide else jnp.int32)
   columns = jnp.arange(num_classes, dtype=labels.dtype)

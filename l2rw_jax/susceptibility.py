@@ -14,8 +14,8 @@ be wrong, it separates good models from bad ones without clean labels.
 
 Reference: Forouzesh, Sedghi, Thiran, "Leveraging Unlabeled Data to Track
 Memorization", ICLR 2023 (https://arxiv.org/abs/2212.04461). The definition of one step
-is that of its released code. The measured quantity is the decrease of a loss, not a
-squared change of outputs.
+is that of its released code. The measured quantity is the decrease of the loss, not the
+squared change of the network's outputs.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def loss_drop(
   The step is the same as in training: it uses the schedule and the momentum in
   `opt_state`, weight decay, and optax's `value`, the loss before the step. The drop
   therefore depends not only on the random labels but also on the momentum. For plain
-  SGD with learning rate a, it is a |gradient|^2 to first order. The parameters and the
+  SGD, it is to first order the learning rate times |gradient|^2. The parameters and the
   state after the step are discarded.
 
   Args:
@@ -246,7 +246,7 @@ def rank_correlation(one: Any, other: Any) -> float | None:
     The correlation, or None if one of the quantities is equal for all models.
 
   Raises:
-    InputError: the lengths are invalid, see `boundaries`.
+    InputError: an argument is invalid, see `boundaries`.
   """
   one, other = _columns(one=one, other=other)
   if np.ptp(one) == 0 or np.ptp(other) == 0:

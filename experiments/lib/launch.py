@@ -32,9 +32,9 @@ def main(settings: type[settings_lib.Flags], run: Run, name: str = "") -> None:
 
   After a mistake in the flags or the data, the program prints one line and exits with
   status 2. After SIGINT, SIGTERM or SIGHUP it prints one line and exits with status
-  130, 143 or 129, respectively; a run that is training saves a checkpoint first. If
-  there are several processes, the others do the same. If a process is lost, the others
-  print one line and exit with status 75, or 134 if JAX notices the loss first.
+  130, 143 or 129, respectively; a run that is training saves a checkpoint first. If one
+  of several processes ends in such a way, so do the others. If a process is lost, the
+  others print one line and exit with status 75, or 134 if JAX notices the loss first.
 
   Args:
     settings: class of the script's settings, whose fields are the flags.
@@ -303,11 +303,11 @@ def keep_freed_memory() -> bool:
 
   A step of XLA:CPU takes its temporary memory from malloc and frees it at its end.
   glibc returns blocks above 32 MiB to the system at once, so that every step causes a
-  page fault for each page of this memory. For an L2RW step of LeNet with 47 MiB, the
-  page faults took a fifth of the time (2.6 instead of 2.3 times a plain step with
-  M = B, and 1.8 instead of 1.4 times with M = B / 10). In another program, setting
-  `MALLOC_MMAP_THRESHOLD_=4294967296` and `MALLOC_TRIM_THRESHOLD_=17179869184` in the
-  environment has the same effect.
+  page fault for each page of this memory. When an L2RW step of LeNet still needed
+  47 MiB, the page faults took up to a fifth of its time: it took 2.6 instead of 2.3
+  times as long as a plain step with M = B, and 1.8 instead of 1.4 times with
+  M = B / 10. In another program, setting `MALLOC_MMAP_THRESHOLD_=4294967296` and
+  `MALLOC_TRIM_THRESHOLD_=17179869184` in the environment has the same effect.
 
   Returns:
     Whether the setting was changed; without glibc, it cannot be changed.

@@ -71,7 +71,10 @@ class Settings(
   seeds_at_once: int | None = flag(None, unset="all, and 1 with convolutions")
   num_epochs: int | None = flag(
     None,
-    _preset("Number of passes over the training set; drops move in proportion."),
+    _preset(
+      "Number of passes over the training set. The drops of the learning rate move in"
+      " proportion."
+    ),
   )
   batch_size: int | None = flag(None, _preset("Number of training images in a step."))
   meta_batch_size: int | None = flag(
@@ -314,9 +317,11 @@ def thresholds(rows: runner.Rows) -> str:
 
 
 def draw(rows: runner.Rows, path: pathlib.Path) -> None:
-  """Draws a panel per tail, with a line per method from few- to many-shot classes.
+  """Draws a panel per tail, with a row per method.
 
-  A bar is the accuracy, a dot is a run, and a diamond is a published value.
+  Colored dots are the mean accuracies on many-, medium- and few-shot classes, joined by
+  a line. A bar is the mean accuracy on all classes, small black dots are the runs, and
+  a diamond is a published value.
   """
 
   def draw_legend(ax):

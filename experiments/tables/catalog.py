@@ -145,8 +145,8 @@ def collect(results: pathlib.Path, only: Sequence[str] = ()) -> list[table_lib.T
   """The tables of a folder of results.
 
   Args:
-    results: folder with a folder for each experiment, which contains a `results.json`
-      or folders with such files, whose rows are combined.
+    results: folder with one folder per experiment. An experiment's folder contains a
+      `results.json`, or folders with one `results.json` each; their rows are combined.
     only: names of experiments; empty for all.
 
   Raises:

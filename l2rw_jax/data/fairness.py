@@ -52,8 +52,8 @@ def fairness(
     noise_fraction: share of training labels that are flipped to another class.
     minority_share: share of inverted training images, in (0, 1); not used if
       `groups` is "class".
-    num_exemplars: number of exemplars of each class, or of each class with each
-      attribute.
+    num_exemplars: number of exemplars of each class. If `groups` is "inverted", each
+      class has this many inverted exemplars and as many others.
     seed: seed of all draws, at least 0.
 
   Returns:

@@ -76,7 +76,7 @@ class TrainSampler:
 
     The function may be called in other threads, and its result does not change when
     this sampler advances. It draws the order of later epochs itself, so the order must
-    depend only on the epoch.
+    depend only on the epoch, and all epochs must have the same length.
     """
     (epoch, offset), size = self.position, self._batch_size
     first, length = self._rows(), self.epoch_length()

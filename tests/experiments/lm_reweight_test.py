@@ -65,7 +65,7 @@ def _operations(name, **flags):
 
 
 def test_flags_that_save_memory_reach_the_methods():
-  # Tests of the methods and of mnist_noise compare the results.
+  # Tests of the methods and of mnist_noise check that the results stay the same.
   for name in ("l2rw", "meta_weight_net"):
     assert _operations(name) != _operations(name, microbatch_size=2)
   name = "meta_weight_net"

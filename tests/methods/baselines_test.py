@@ -108,7 +108,8 @@ def _assert_is_gradient_of(result, batch, weights):
       baselines.class_proportion("official_code"),
       np.array([0.4, 0.7, 0.9])[_LABELS],
     ),
-    # Two minority examples, hence two majority examples: the first two, as losses tie.
+    # Two minority examples, hence two majority examples. The released code ranks by the
+    # mean loss, which is the same for all, so the first two are kept.
     (
       baselines.hard_mining("official_code"),
       np.array([1, 1, 0, 1, 0, 1]) / 4,
