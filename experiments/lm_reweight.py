@@ -278,8 +278,15 @@ def recovered(values: np.ndarray | None, kinds: np.ndarray) -> dict[str, float |
 def draw(
   rows: runner.Rows, curves: dict[str, list[curves_lib.Curve]], path: pathlib.Path
 ) -> None:
-  """Draws bits per byte against seconds, and the share of recovered documents."""
-  with figures.figure(path, 1, 2, figsize=(11, 3.8)) as (_, (left, right)):
+  """Draws bits per byte against seconds, and the share of recovered documents.
+
+  The second panel is left out if no method ranks the documents.
+  """
+  names = [name for name in curves if _mean(rows, name, "recovered") is not None]
+  panels = 1 + bool(names)
+  size = (5.5 * panels, 3.8)
+  with figures.figure(path, 1, panels, figsize=size, squeeze=False) as (_, axes):
+    left = axes[0, 0]
     for color, (name, runs) in enumerate(curves.items()):
       for number, curve in enumerate(runs):
         label = name.replace("_", " ") if not number else None
@@ -294,21 +301,25 @@ def draw(
     left.set_ylabel("bits per byte of clean test documents")
     left.set_title("A line for each seed", fontsize=10)
     left.legend(fontsize=8, frameon=False)
-    names = [name for name in curves if _mean(rows, name, "recovered") is not None]
-    kinds = ("recovered", *text_documents.KINDS[1:])
-    for place, kind in enumerate(kinds):
-      heights = [_mean(rows, name, kind) or 0 for name in names]
-      right.bar(
-        np.arange(len(names)) + 0.2 * (place - 1.5),
-        heights,
-        0.18,
-        label="all" if kind == "recovered" else kind,
-      )
-    right.set_xticks(range(len(names)), [n.replace("_", "\n") for n in names])
-    right.set_ylim(0, 100)
-    right.set_ylabel("corrupted documents recovered (%)")
-    right.set_title("Among as many suspects as are corrupted", fontsize=10)
-    right.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.25))
+    if names:
+      _draw_recovered(axes[0, 1], rows, names)
+
+
+def _draw_recovered(right, rows, names):
+  kinds = ("recovered", *text_documents.KINDS[1:])
+  for place, kind in enumerate(kinds):
+    heights = [_mean(rows, name, kind) or 0 for name in names]
+    right.bar(
+      np.arange(len(names)) + 0.2 * (place - 1.5),
+      heights,
+      0.18,
+      label="all" if kind == "recovered" else kind,
+    )
+  right.set_xticks(range(len(names)), [n.replace("_", "\n") for n in names])
+  right.set_ylim(0, 100)
+  right.set_ylabel("corrupted documents recovered (%)")
+  right.set_title("Among as many suspects as are corrupted", fontsize=10)
+  right.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.25))
 
 
 def _mean(rows, method, kind):

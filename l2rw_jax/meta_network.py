@@ -163,12 +163,7 @@ def sgd_lookahead(learning_rate: Schedule, inputs: base.Inputs) -> dict[str, Any
   if callable(learning_rate):
     with base.implicit_promotion():
       rate = learning_rate(inputs.step)
-  optimizer = optax.sgd(rate)
-  return {
-    "optimizer": optimizer,
-    "opt_state": hypergradient.init_optimizer(optimizer, inputs.params),
-    "has_aux": True,
-  }
+  return {"optimizer": optax.sgd(rate), "has_aux": True}
 
 
 def metrics(state: State) -> dict[str, base.Array]:

@@ -179,7 +179,6 @@ def reweigh(
   losses_finite = base.finite_rows(
     "training losses", linearized.losses, axis_name, ": check batch and params"
   )
-  optimizer = optax.sgd(inner_learning_rate)
   weights = normalization.sum_to_one(weights, axis_name)
   base.finite_rows(
     "weights", weights, axis_name, " before the update: none may be negative"
@@ -189,8 +188,7 @@ def reweigh(
     params,
     meta_batch,
     base.summed_gradient(linearized, weights, axis_name),
-    optimizer=optimizer,
-    opt_state=hypergradient.init_optimizer(optimizer, params),
+    optimizer=optax.sgd(inner_learning_rate),
     objective=objective,
     has_aux=has_aux,
     axis_name=axis_name,

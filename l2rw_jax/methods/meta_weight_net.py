@@ -225,11 +225,7 @@ def network_gradient(
     normalization=normalization,
     detached=detached,
     optimizer=optimizer,
-    opt_state=(
-      hypergradient.init_optimizer(optimizer, params)
-      if opt_state is None
-      else opt_state
-    ),
+    opt_state=opt_state,
     has_aux=has_aux,
     axis_name=axis_name,
     microbatch_size=microbatch_size,

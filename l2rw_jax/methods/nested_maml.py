@@ -157,15 +157,13 @@ def linearized_weight_gradient(
   losses_finite = base.finite_rows(
     "training losses", linearized.losses, axis_name, ": check tasks and params"
   )
-  optimizer = optax.sgd(lookahead_learning_rate)
   size = base.global_size(linearized.losses.size, axis_name)
   direction = hypergradient.direction(
     meta_losses_fn,
     params,
     meta_tasks,
     base.summed_gradient(linearized, weights / size, axis_name),
-    optimizer=optimizer,
-    opt_state=hypergradient.init_optimizer(optimizer, params),
+    optimizer=optax.sgd(lookahead_learning_rate),
     has_aux=has_aux,
     axis_name=axis_name,
   )

@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 from experiments import lm_reweight
+from experiments.lib import curves
 from l2rw_jax import base
 from l2rw_jax.data import examples
 
@@ -37,6 +39,17 @@ def test_a_run_writes_its_rows_and_figure(tmp_path):
   assert rows[0]["bits_in_uniform_time"] == rows[0]["bits_per_byte"]
   assert (tmp_path / "figure.png").stat().st_size > 10_000
   assert (tmp_path / "results.csv").exists()
+
+
+def test_a_method_that_ranks_no_documents_has_one_panel(tmp_path):
+  curve = curves.Curve(*np.array([[10.0, 20.0], [1.0, 2.0], [5.0, 4.0]]))
+  widths = []
+  for recovered in (None, 50.0):
+    row = dict.fromkeys(lm_reweight.recovered(None, np.zeros(1, int)), recovered)
+    path = tmp_path / f"{recovered}.png"
+    lm_reweight.draw([{"method": "uniform", **row}], {"uniform": [curve]}, path)
+    widths.append(plt.imread(path).shape[1])
+  assert widths[0] < 0.6 * widths[1]
 
 
 def test_every_method_fits_the_problem():
