@@ -32,10 +32,11 @@ def as_own_data(
   rows = np.arange(len(source.labels)) if rows is None else rows
   features = source.images[rows]
   class_names = source.class_names or sources.numbers(source.num_classes)
+  pixels = own_data.pixels_of(features) if features.ndim > 2 else None
   return own_data.OwnData(
     features=features,
     labels=source.labels[rows] if labels is None else labels,
-    form=own_data.Form(class_names, features.shape[1:]),
+    form=own_data.Form(class_names, features.shape[1:], pixels=pixels),
     names=tuple(f"row {row}" for row in rows),
     rows=rows,
     columns={},

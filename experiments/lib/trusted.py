@@ -4,6 +4,8 @@ import dataclasses
 import functools
 from typing import Any, cast
 
+import numpy as np
+
 from experiments.lib import own_data as own_data_lib
 from experiments.lib import settings as settings_lib
 from experiments.lib.settings import flag
@@ -52,7 +54,9 @@ class Settings(settings_lib.Settings):
       form = self.read_own(train.name, "train").form
     else:
       names = train.class_names or sources.numbers(train.num_classes)
-      form = own_data.Form(names, train.images.shape[1:])
+      is_image = train.images.ndim > 2
+      pixels = "8-bit" if is_image and train.images.dtype == np.uint8 else None
+      form = own_data.Form(names, train.images.shape[1:], pixels=pixels)
     data = own_data.read(self.trusted, like=form)
     own_data_lib.show_report(self.trusted, data)
     return sources.from_own(self.trusted, "trusted", data)

@@ -40,6 +40,14 @@ _STRAY_SHARE = 0.05
 _MAX_CATEGORIES = 30
 _FEATURE_KEYS = ("x", "images", "image", "features", "data")
 _LABEL_KEYS = ("y", "labels", "label", "target", "targets")
+# What the pixels of images can be stored as.
+PIXELS = {
+  "binary": "0 or 1",
+  "8-bit": "whole numbers from 0 to 255",
+  "16-bit": "16-bit whole numbers",
+  "unit": "fractions from -1 to 1",
+  "other": "numbers of another range",
+}
 
 
 class Form(NamedTuple):
@@ -50,11 +58,14 @@ class Form(NamedTuple):
     shape: the shape of the features of one example.
     encoder: converts the columns of a table, or of an array [N, D], to features; None
       for other data.
+    pixels: the numbers that the pixels were stored as, a key of `PIXELS`; None for
+      tables and for arrays [N, D].
   """
 
   class_names: tuple[str, ...]
   shape: tuple[int, ...]
   encoder: "Encoder | None" = None
+  pixels: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -256,6 +267,7 @@ def _convert(
   """Converts examples to the format `like`, or else to the format of rows `train`."""
   examples = raw.take(chosen)
   encoder = None if like is None else like.encoder
+  pixels = None
   if isinstance(raw.values, dict) or (raw.values.ndim == 2 and raw.root is None):
     if encoder is None:
       if like is not None:
@@ -264,14 +276,25 @@ def _convert(
     features = encoder(name, examples.values)
   elif raw.root is not None:
     examples, features = _decode(name, raw, examples, image_size, like, in_memory)
+    pixels = "8-bit"
+    if like is not None and like.pixels not in (None, pixels):
+      raise base.InputError(
+        f"{name} has image files, but the pixels of the other data are"
+        f" {PIXELS[like.pixels]}; give both the same scale"
+      )
   else:
-    features = examples.values
-    if features.dtype != np.uint8:
-      finite = np.isfinite(features).reshape(len(features), -1).all(axis=1)
+    # All rows determine the scale, so that it is the same for both splits.
+    expected = None if like is None else like.pixels
+    pixels = _common_pixels(name, raw.values, expected)
+    if raw.values.dtype.kind == "f":
+      finite = (
+        np.isfinite(examples.values).reshape(len(examples.labels), -1).all(axis=1)
+      )
       raw.skipped.extend(
         (str(n), "it has NaN or infinite values") for n in examples.names[~finite]
       )
-      examples, features = examples.take(finite), features[finite]
+      examples = examples.take(finite)
+    features = _scaled(examples.values, pixels, raw.notes)
   if not len(examples.labels):
     raise base.InputError(f"{name} has no example that can be used{_first(raw)}")
   class_names = like.class_names if like else _ordered(np.unique(examples.labels))
@@ -294,7 +317,7 @@ def _convert(
   return OwnData(
     features=features,
     labels=_numbered(name, examples.labels, class_names),
-    form=Form(class_names, shape, encoder),
+    form=Form(class_names, shape, encoder, pixels),
     names=tuple(map(str, examples.names)),
     rows=examples.rows,
     columns={k: v.tolist() for k, v in examples.values.items()}
@@ -647,13 +670,64 @@ def _archive_features(
       notes.append(f"The channels of {name} were moved to the last axis.")
   elif features.ndim == 3:
     features = features[..., None]
-  if features.ndim > 2:
-    if features.dtype.kind == "b":
-      return features.astype(np.uint8) * np.uint8(255)
-    is_bytes = features.dtype.kind in "iu" and features.size > 0
-    if is_bytes and features.min() >= 0 and features.max() <= 255:
-      return features.astype(np.uint8)
-  return features.astype(np.float32)
+  return features if features.ndim > 2 else features.astype(np.float32)
+
+
+def pixels_of(images: np.ndarray) -> str:
+  """Returns what pixels are stored as, a key of `PIXELS`, from their type and range."""
+  if images.dtype.kind == "b":
+    return "binary"
+  finite = images[np.isfinite(images)] if images.dtype.kind == "f" else images
+  lowest, highest = (finite.min(), finite.max()) if finite.size else (0, 0)
+  if images.dtype.kind == "f":
+    if lowest >= -1 and highest <= 1:
+      return "unit"
+    is_whole = lowest >= 0 and highest <= 255 and (finite == np.round(finite)).all()
+    return "8-bit" if is_whole else "other"
+  if lowest >= 0 and highest <= 1:
+    return "binary"
+  if lowest >= 0 and highest <= 255:
+    return "8-bit"
+  return "16-bit" if images.dtype == np.uint16 else "other"
+
+
+def _common_pixels(name: str, images: np.ndarray, like: str | None) -> str:
+  """`pixels_of` images, or `like`, which other data have, if both have the same scale.
+
+  Raises:
+    InputError: the scales differ.
+  """
+  found = pixels_of(images)
+  if like in (None, found):
+    return found
+  # A few examples may have a smaller range than all.
+  fits = {
+    "16-bit": images.dtype == np.uint16,
+    "unit": found == "binary",
+    "other": images.dtype.kind == "f",
+  }
+  if not fits.get(like, False):
+    raise base.InputError(
+      f"{name} has pixels that are {PIXELS[found]}, but those of the other data are"
+      f" {PIXELS[like]}; give both the same scale"
+    )
+  return like
+
+
+def _scaled(images: np.ndarray, pixels: str, notes: list[str]) -> np.ndarray:
+  """Converts finite pixels to uint8 from 0 to 255 or to float32."""
+  if pixels == "binary":
+    return images.astype(np.uint8) * np.uint8(255)
+  if pixels == "8-bit":
+    return images.astype(np.uint8)
+  if pixels == "16-bit":
+    notes.append("The 16-bit pixels were divided by 65,535.")
+    return images.astype(np.float32) / np.float32(65535)
+  if pixels == "other" and images.size:
+    notes.append(
+      f"The pixels, from {images.min():g} to {images.max():g}, are used as they are."
+    )
+  return images.astype(np.float32)
 
 
 def _archive_labels(
@@ -673,14 +747,16 @@ def _archive_labels(
   if labels.dtype.kind == "f":
     is_labeled = np.isfinite(labels)
     whole = np.where(is_labeled, labels, 0)
-    if (whole != np.round(whole)).any():
+    is_class = (whole == np.round(whole)) & (np.abs(whole) <= 2**53)
+    if not is_class.all():
       raise base.InputError(
-        f"{name} in {path} has the value {whole[whole != np.round(whole)][0]}; labels"
-        " must be classes, not measurements"
+        f"{name} in {path} has the value {whole[~is_class][0]}; labels must be classes,"
+        " not measurements"
       )
     return whole.astype(np.int64).astype(str).astype(object), is_labeled
   if labels.dtype.kind == "S":
-    labels = np.char.decode(labels, "utf-8", "replace")
+    # Labels that are not UTF-8 stay different from each other.
+    labels = np.char.decode(labels, "utf-8", "backslashreplace")
   if labels.dtype.kind == "b":
     labels = labels.astype(np.int64)
   strings = np.array([str(label).strip() for label in labels.tolist()], object)

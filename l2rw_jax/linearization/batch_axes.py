@@ -188,8 +188,8 @@ def body_axes(
   inputs += [None if axis is None else axis - 1 for axis in axes[first_x:]]
   carry = slice(loop.num_consts, first_x)
   for check in dict.fromkeys((False, check_rules)):
-    before: list[Any] = []
-    while before != inputs[carry]:
+    before: list[Any] | None = None
+    while before != inputs[carry]:  # Once, if nothing is carried.
       before = inputs[carry]
       outputs = _propagate_jaxpr(loop.jaxpr, len(loop.closed_consts), inputs, check)
       inputs[carry] = [

@@ -176,6 +176,92 @@ def test_archives_of_images(tmp_path, keys):
   assert data.names[3] == "row 3"
 
 
+def _archive(path, x, y=None, **more):
+  np.savez(path, X=x, y=np.arange(len(x)) % 2 if y is None else y, **more)
+  return f"npz:{path}"
+
+
+@pytest.mark.parametrize(
+  ("stored", "expected", "note"),
+  [
+    (np.array([0.0, 7, 255]), np.array([0, 7, 255], np.uint8), None),
+    (np.array([0, 7, 255]), np.array([0, 7, 255], np.uint8), None),
+    (np.array([0, 1, 1]), np.array([0, 255, 255], np.uint8), None),
+    (np.array([False, True, True]), np.array([0, 255, 255], np.uint8), None),
+    (np.array([0.0, 1, 1]), np.array([0, 1, 1], np.float32), None),
+    (np.array([-1, 0.5, 1]), np.array([-1, 0.5, 1], np.float32), None),
+    (
+      np.array([0, 257, 65535], np.uint16),
+      np.array([0, 1 / 255, 1], np.float32),
+      "The 16-bit pixels were divided by 65,535.",
+    ),
+    (
+      np.array([0, 0.5, 300]),
+      np.array([0, 0.5, 300], np.float32),
+      "The pixels, from 0 to 300, are used as they are.",
+    ),
+  ],
+)
+def test_pixels_of_any_type_have_one_scale(tmp_path, stored, expected, note):
+  images = np.tile(stored, (10, 4, 2))  # [10, 4, 6]
+  data = own_data.read(_archive(tmp_path / "a.npz", images))
+  assert data.features.dtype == expected.dtype
+  np.testing.assert_allclose(data.features[3, 1, :3, 0], expected, rtol=1e-6)
+  assert data.notes == (() if note is None else (note,))
+
+
+def test_the_scale_of_pixels_is_that_of_the_other_data(tmp_path, folder):
+  rng = np.random.default_rng(0)
+  levels = rng.integers(0, 256, size=(20, 4, 6))
+  kinds = {
+    "8-bit": levels,
+    "binary": levels > 127,
+    "16-bit": (levels * 200).astype(np.uint16),
+    "unit": levels / 255,
+    "other": (levels - 127.0) / 30,
+  }
+  names = {kind: _archive(tmp_path / f"{kind}.npz", x) for kind, x in kinds.items()}
+  for kind, name in names.items():
+    form = own_data.read(name).form
+    assert form.pixels == kind
+    for other in names:
+      # Fractions can be 0 or 1. What "other" pixels are is not known.
+      if other == kind or (kind, other) in (("unit", "binary"), ("other", "unit")):
+        own_data.read(names[other], like=form)
+        continue
+      with pytest.raises(base.InputError, match="give both the same scale") as caught:
+        own_data.read(names[other], like=form)
+      assert "\n" not in str(caught.value)
+  assert own_data.read(f"images:{folder}").form.pixels == "8-bit"
+  with pytest.raises(base.InputError, match="has image files, but the pixels of the"):
+    own_data.read(f"images:{folder}", like=own_data.read(names["unit"]).form)
+  # A few dark images of 16 bits; the test arrays of the same file.
+  dark = _archive(tmp_path / "dark.npz", kinds["16-bit"] // 300)
+  few = own_data.read(dark, like=own_data.read(names["16-bit"]).form)
+  np.testing.assert_allclose(few.features.max(), (levels.max() * 200 // 300) / 65535)
+  both = _archive(
+    *(tmp_path / "both.npz", levels), X_test=levels / 255, y_test=np.arange(20) % 2
+  )
+  with pytest.raises(base.InputError, match="fractions from -1 to 1, but those of"):
+    own_data.read(both, "test")
+
+
+def test_labels_of_every_type(tmp_path):
+  x, y = np.random.default_rng(0).normal(size=(10, 3)), np.arange(10) % 2
+  for labels, class_names in (
+    (y[:, None], ("0", "1")),
+    (y[:, None].astype(float), ("0", "1")),
+    (y > 0, ("0", "1")),
+    (np.array([b"\xe9", b"\xe8"])[y], (r"\xe8", r"\xe9")),  # Latin-1, not UTF-8.
+  ):
+    data = own_data.read(_archive(tmp_path / "a.npz", x, labels))
+    assert data.form.class_names == class_names
+    expected = 1 - y if class_names[0] == r"\xe8" else y
+    np.testing.assert_array_equal(data.labels, expected)
+  with pytest.raises(base.InputError, match=r"has the value 1e\+19; labels must be"):
+    own_data.read(_archive(tmp_path / "a.npz", x, np.array([1e19, 2e19])[y]))
+
+
 def test_archives_with_missing_values(tmp_path):
   x = np.random.default_rng(0).normal(size=(10, 3, 5, 5))
   x[4, 0, 0, 0] = np.nan

@@ -197,6 +197,31 @@ _MIXING = {
   "add": lambda h: h.at[jnp.array([0, 1, 0])].add(h),
   "update slice": lambda h: jax.lax.dynamic_update_slice(h, h[:1], (2, 0)),
   "fft": lambda h: jnp.real(jnp.fft.fft(h, axis=0)),
+  "sum": lambda h: h + h.sum(0, keepdims=True),
+  "cumsum": lambda h: jnp.cumsum(h, 0),
+  "sort": lambda h: jnp.sort(h, 0),
+  "top_k": lambda h: jax.lax.top_k(h.T, 2)[0].sum(1)[None] + h,
+  "reverse": lambda h: h[::-1],
+  "slice": lambda h: jnp.concatenate([h[1:], h[:1]]),
+  "pad": lambda h: jax.lax.pad(h, 0.0, ((1, -1, 0), (0, 0, 0))),
+  "gather": lambda h: h[jnp.array([1, 0, 2])],
+  "gather by example": lambda h: h[jnp.argmax(h, 1) % _B],
+  "window": lambda h: jax.lax.reduce_window(
+    h, 0.0, jax.lax.add, (2, 1), (1, 1), "SAME"
+  ),
+  "transpose": lambda h: h + h[:, :_B].T @ jnp.ones((_B, 4)),
+  "products of examples": lambda h: (h @ h.T) @ h,
+  "outer sum": lambda h: (h[:, None] + h[None]).sum(1),
+  "square": lambda h: jnp.where(jnp.eye(_B, dtype=bool), h[:, :_B], h[:, :_B].T),
+  "reshape": lambda h: h.reshape(2, 6)[:1, :_B].T,
+  "reshape and transpose": lambda h: jax.lax.reshape(h, (4, _B), (1, 0)).T[::1],
+  "convolution": lambda h: jax.lax.conv_general_dilated(
+    h[None], jnp.ones((3, 4, 4)), (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+  )[0],
+  "unstack": lambda h: jnp.stack(jnp.unstack(h)[::-1]),
+  "mean of every pass": lambda h: jax.lax.map(
+    lambda w: h * h.mean(0, keepdims=True) * w, jnp.ones(2)
+  ).sum(0),
   "cholesky": lambda h: jnp.linalg.cholesky(h @ h.T + 3 * jnp.eye(_B)),
   "used mean of a call": lambda h: h + _squared_and_mean(h)[1][None],
 }

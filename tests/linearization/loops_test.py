@@ -147,6 +147,13 @@ def _indexed(params, x):
   return jax.lax.fori_loop(0, _LAYERS, body, x @ params["first"]).sum(1)
 
 
+def _mapped(params, x):
+  """A loop that carries nothing, over matrices that all read the same examples."""
+  h = x @ params["first"]
+  outputs = jax.lax.map(lambda w: jnp.tanh(h @ w), params["layers"]["kernel"])
+  return (outputs.sum(0) ** 2).sum(1)
+
+
 def _by_hand(losses_fn):
   params = {
     "first": _array(4, _D, seed=1),
@@ -218,6 +225,7 @@ _NETWORKS = {
   "penalized": lambda: _by_hand(_penalized),
   "nested": lambda: _by_hand(_nested),
   "indexed": lambda: _by_hand(_indexed),
+  "mapped": lambda: _by_hand(_mapped),
   "attentive": lambda: _by_hand(_attentive),
   "recomputed": lambda: _by_hand(_recomputed),
   "language": lambda: _with_random_params(_language),

@@ -70,6 +70,18 @@ def _recurrent(p, x):
   return h @ p["kernel"].T
 
 
+def _shared(p, ids):
+  """Two lookups in a table that three dense layers use as well."""
+  h = jnp.tanh(p["table"][ids] + p["table"][4 - ids])
+  return jnp.tanh(jnp.tanh(h @ p["table"]) @ p["table"]) @ p["table"].T
+
+
+def _sliced(p, ids):
+  """Each example reads another slice of a matrix."""
+  rows = jax.vmap(lambda i: jax.lax.dynamic_slice(p["table"], (i % 3, 0), (2, 4)))(ids)
+  return jnp.tanh(rows).sum(1) * p["scale"][None]
+
+
 def _transformed(p, x):
   """Weight normalization, slices, scalars, and a penalty added to the outputs."""
   kernel = p["v"] / jnp.linalg.norm(p["v"], axis=0, keepdims=True) * p["g"][None]
@@ -127,6 +139,8 @@ _NETWORKS = {
   ),
   "tied": (_tied, _arrays(table=(5, 3), positions=(1, 4, 3)), _ids(_B, 4)),
   "tied_short": (_tied, _arrays(table=(5, 8), positions=(1, 2, 8)), _ids(_B, 2)),
+  "shared": (_shared, _arrays(table=(5, 5)), _ids(_B)),
+  "sliced": (_sliced, _arrays(table=(4, 4), scale=(4,)), _ids(_B)),
   "lookups": (_lookups, _arrays(table=(4, 4)), _ids(_B, 4)),
   "recurrent": (_recurrent, _arrays(kernel=(3, 3)), _normal(_B, 5, 3)),
   "transformed": (
@@ -287,6 +301,17 @@ def test_leaves_that_are_held_fixed_and_shared_arrays_are_supported():
     np.testing.assert_allclose(
       np.asarray(gradient["kernel"], float), 0.25 / 3**0.5, rtol=0.01
     )
+
+
+def test_losses_without_parameters_have_no_gradient():
+  def losses_fn(params, x):
+    return (x**2).sum(1) + params.sum()
+
+  params, x = jnp.ones(0), jnp.asarray(_normal(_B, 3), jnp.float32)
+  np.testing.assert_array_equal(per_example.norms(losses_fn, params, x)[0], 0)
+  np.testing.assert_array_equal(
+    per_example.inner_products(losses_fn, params, x)[0], np.zeros((_B, _B))
+  )
 
 
 @pytest.mark.parametrize("name", ["lenet", "transformer"])
