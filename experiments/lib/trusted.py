@@ -13,6 +13,12 @@ from l2rw_jax.data import own_data
 from l2rw_jax.data import sources
 
 
+def _scale(images: Any) -> own_data.Pixels | None:
+  """The scale of a named set's images; None if they are not in memory."""
+  is_image = isinstance(images, np.ndarray) and images.ndim > 2
+  return own_data.pixels_of(images) if is_image else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings(settings_lib.Settings):
   """The flag --trusted, for scripts that also have --dataset and --num_meta."""
@@ -54,9 +60,7 @@ class Settings(settings_lib.Settings):
       form = self.read_own(train.name, "train").form
     else:
       names = train.class_names or sources.numbers(train.num_classes)
-      is_image = train.images.ndim > 2
-      pixels = "8-bit" if is_image and train.images.dtype == np.uint8 else None
-      form = own_data.Form(names, train.images.shape[1:], pixels=pixels)
+      form = own_data.Form(names, train.images.shape[1:], pixels=_scale(train.images))
     data = own_data.read(self.trusted, like=form)
     own_data_lib.show_report(self.trusted, data)
     return sources.from_own(self.trusted, "trusted", data)

@@ -40,14 +40,24 @@ _STRAY_SHARE = 0.05
 _MAX_CATEGORIES = 30
 _FEATURE_KEYS = ("x", "images", "image", "features", "data")
 _LABEL_KEYS = ("y", "labels", "label", "target", "targets")
-# What the pixels of images can be stored as.
-PIXELS = {
-  "binary": "0 or 1",
-  "8-bit": "whole numbers from 0 to 255",
-  "16-bit": "16-bit whole numbers",
-  "unit": "fractions from -1 to 1",
-  "other": "numbers of another range",
-}
+_WHITE = 1.001  # Pixels that have been divided by 255 can be above 1 by rounding.
+# Data whose largest values differ by a larger factor have another scale.
+_SAME_SCALE = 10
+
+
+class Pixels(NamedTuple):
+  """The scale of the features of images, or of other arrays [N, ...] in an archive.
+
+  Attributes:
+    is_uint8: whether the features are uint8, which networks divide by 255. Otherwise,
+      they are float32 and used as they are.
+    factor: what stored whole numbers are multiplied by: 255 if all are 0 or 1.
+    highest: the largest absolute value of the features.
+  """
+
+  is_uint8: bool
+  factor: int
+  highest: float
 
 
 class Form(NamedTuple):
@@ -58,14 +68,14 @@ class Form(NamedTuple):
     shape: the shape of the features of one example.
     encoder: converts the columns of a table, or of an array [N, D], to features; None
       for other data.
-    pixels: the numbers that the pixels were stored as, a key of `PIXELS`; None for
-      tables and for arrays [N, D].
+    pixels: the scale of the features; None for tables, for arrays [N, D], and if any
+      scale fits.
   """
 
   class_names: tuple[str, ...]
   shape: tuple[int, ...]
   encoder: "Encoder | None" = None
-  pixels: str | None = None
+  pixels: Pixels | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -275,26 +285,25 @@ def _convert(
       encoder = Encoder.fit(name, raw.take(train).values, raw.notes)
     features = encoder(name, examples.values)
   elif raw.root is not None:
-    examples, features = _decode(name, raw, examples, image_size, like, in_memory)
-    pixels = "8-bit"
-    if like is not None and like.pixels not in (None, pixels):
+    pixels = Pixels(is_uint8=True, factor=1, highest=255.0)
+    if like is not None and like.pixels is not None and not like.pixels.is_uint8:
       raise base.InputError(
-        f"{name} has image files, but the pixels of the other data are"
-        f" {PIXELS[like.pixels]}; give both the same scale"
+        f"{name} has image files, with pixels up to 255, but the other data have"
+        f" numbers up to {like.pixels.highest:g}; give both the same scale"
       )
+    examples, features = _decode(name, raw, examples, image_size, like, in_memory)
   else:
     # All rows determine the scale, so that it is the same for both splits.
     expected = None if like is None else like.pixels
-    pixels = _common_pixels(name, raw.values, expected)
+    pixels = _pixels(name, raw.values, expected, raw.notes)
     if raw.values.dtype.kind == "f":
-      finite = (
-        np.isfinite(examples.values).reshape(len(examples.labels), -1).all(axis=1)
-      )
+      finite = _finite_rows(examples.values)
       raw.skipped.extend(
         (str(n), "it has NaN or infinite values") for n in examples.names[~finite]
       )
-      examples = examples.take(finite)
-    features = _scaled(examples.values, pixels, raw.notes)
+      if not finite.all():
+        examples = examples.take(finite)
+    features = _scaled(examples.values, pixels)
   if not len(examples.labels):
     raise base.InputError(f"{name} has no example that can be used{_first(raw)}")
   class_names = like.class_names if like else _ordered(np.unique(examples.labels))
@@ -670,64 +679,99 @@ def _archive_features(
       notes.append(f"The channels of {name} were moved to the last axis.")
   elif features.ndim == 3:
     features = features[..., None]
-  return features if features.ndim > 2 else features.astype(np.float32)
+  is_whole = features.dtype.kind in "biu" and features.ndim > 2
+  return features if is_whole else features.astype(np.float32, copy=False)
 
 
-def pixels_of(images: np.ndarray) -> str:
-  """Returns what pixels are stored as, a key of `PIXELS`, from their type and range."""
-  if images.dtype.kind == "b":
-    return "binary"
-  finite = images[np.isfinite(images)] if images.dtype.kind == "f" else images
-  lowest, highest = (finite.min(), finite.max()) if finite.size else (0, 0)
-  if images.dtype.kind == "f":
-    if lowest >= -1 and highest <= 1:
-      return "unit"
-    is_whole = lowest >= 0 and highest <= 255 and (finite == np.round(finite)).all()
-    return "8-bit" if is_whole else "other"
-  if lowest >= 0 and highest <= 1:
-    return "binary"
-  if lowest >= 0 and highest <= 255:
-    return "8-bit"
-  return "16-bit" if images.dtype == np.uint16 else "other"
+def pixels_of(features: np.ndarray) -> Pixels:
+  """Returns the scale of features, uint8 or float32 [N, ...], as they are."""
+  lowest, highest, _ = _range(features)
+  return Pixels(features.dtype == np.uint8, 1, max(highest, -lowest))
 
 
-def _common_pixels(name: str, images: np.ndarray, like: str | None) -> str:
-  """`pixels_of` images, or `like`, which other data have, if both have the same scale.
+def _finite_rows(values: np.ndarray) -> np.ndarray:
+  return np.isfinite(values).reshape(len(values), -1).all(axis=1)
+
+
+def _range(values: np.ndarray) -> tuple[float, float, bool]:
+  """The lowest and the highest value of finite rows, and whether all are whole numbers.
+
+  It needs little memory, and is (0, 0, True) if no row is finite.
+  """
+  if values.dtype.kind != "f":
+    return (
+      (float(values.min()), float(values.max()), True) if values.size else (0, 0, True)
+    )
+  ranges = []
+  for start in range(0, len(values), 1024):
+    rows = values[start : start + 1024]
+    rows = rows[_finite_rows(rows)]
+    if rows.size:
+      is_whole = bool((rows == np.rint(rows)).all())
+      ranges.append((float(rows.min()), float(rows.max()), is_whole))
+  if not ranges:
+    return 0, 0, True
+  lowest, highest, are_whole = zip(*ranges, strict=True)
+  return min(lowest), max(highest), all(are_whole)
+
+
+def _pixels(
+  name: str, values: np.ndarray, like: Pixels | None, notes: list[str]
+) -> Pixels:
+  """The scale that the features will have.
+
+  Args:
+    name: the name of the data, for messages.
+    values: stored numbers, [N, ...].
+    like: the scale of the data with which these are used.
+    notes: a list to which a note about unusual numbers is appended.
 
   Raises:
-    InputError: the scales differ.
+    InputError: they cannot be converted to the scale `like`.
   """
-  found = pixels_of(images)
-  if like in (None, found):
-    return found
-  # A few examples may have a smaller range than all.
-  fits = {
-    "16-bit": images.dtype == np.uint16,
-    "unit": found == "binary",
-    "other": images.dtype.kind == "f",
-  }
-  if not fits.get(like, False):
+  lowest, highest, is_whole = _range(values)
+  is_float, is_binary = values.dtype.kind == "f", values.dtype.kind == "b"
+  if like is None:
+    # Small whole numbers that are stored as floats need not be pixels.
+    is_uint8 = lowest >= 0 and highest <= 255 and is_whole
+    is_uint8 = is_uint8 and (highest > 127 or not is_float)
+    factor = 255 if is_uint8 and highest <= 1 else 1
+    pixels = Pixels(is_uint8, factor, factor * max(highest, -lowest))
+    if is_uint8 and pixels.highest <= 127:
+      notes.append(f"The largest pixel is {highest:g}; white is 255.")
+    if not is_uint8 and pixels.highest > 2 * _SAME_SCALE:
+      notes.append(
+        f"The values, from {lowest:g} to {highest:g}, are used as they are. Networks"
+        " learn best from values between -1 and 1."
+      )
+    return pixels
+  factor = like.factor if highest <= 1 and not is_float else 1
+  if like.is_uint8 and (is_binary or (is_float and lowest >= 0 and highest <= _WHITE)):
+    factor = 255  # Masks, and pixels that have been divided by 255.
+  pixels = Pixels(like.is_uint8, factor, factor * max(highest, -lowest))
+  largest = sorted((pixels.highest, like.highest))
+  fits = largest[1] <= _SAME_SCALE * largest[0] or not largest[0]
+  if like.is_uint8:
+    fits = fits and lowest >= 0 and pixels.highest <= 255 * _WHITE
+    fits = fits and (is_whole or factor == 255)
+  if not fits:
+    kind = "whole numbers" if is_whole else "numbers"
+    others = "whole numbers" if like.is_uint8 else "numbers"
     raise base.InputError(
-      f"{name} has pixels that are {PIXELS[found]}, but those of the other data are"
-      f" {PIXELS[like]}; give both the same scale"
+      f"{name} has {kind} from {lowest:g} to {highest:g} as pixels, but the other data"
+      f" have {others} up to {like.highest:g}; give both the same scale"
     )
-  return like
+  return pixels
 
 
-def _scaled(images: np.ndarray, pixels: str, notes: list[str]) -> np.ndarray:
-  """Converts finite pixels to uint8 from 0 to 255 or to float32."""
-  if pixels == "binary":
-    return images.astype(np.uint8) * np.uint8(255)
-  if pixels == "8-bit":
-    return images.astype(np.uint8)
-  if pixels == "16-bit":
-    notes.append("The 16-bit pixels were divided by 65,535.")
-    return images.astype(np.float32) / np.float32(65535)
-  if pixels == "other" and images.size:
-    notes.append(
-      f"The pixels, from {images.min():g} to {images.max():g}, are used as they are."
-    )
-  return images.astype(np.float32)
+def _scaled(values: np.ndarray, pixels: Pixels) -> np.ndarray:
+  """Converts stored numbers that are finite to features, uint8 or float32."""
+  if not pixels.is_uint8:
+    return values.astype(np.float32, copy=False)
+  if values.dtype.kind == "f":
+    return np.rint(values * np.float32(pixels.factor)).astype(np.uint8)  # At most 255.
+  features = values.astype(np.uint8, copy=False)
+  return features if pixels.factor == 1 else features * np.uint8(pixels.factor)
 
 
 def _archive_labels(

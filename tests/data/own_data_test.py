@@ -181,69 +181,112 @@ def _archive(path, x, y=None, **more):
   return f"npz:{path}"
 
 
+_AS_THEY_ARE = (
+  "The values, from {} to {}, are used as they are. Networks learn best from values"
+  " between -1 and 1."
+)
+
+
 @pytest.mark.parametrize(
   ("stored", "expected", "note"),
   [
     (np.array([0.0, 7, 255]), np.array([0, 7, 255], np.uint8), None),
     (np.array([0, 7, 255]), np.array([0, 7, 255], np.uint8), None),
+    (
+      np.array([0, 7, 16]),
+      np.array([0, 7, 16], np.uint8),
+      "largest pixel is 16; white",
+    ),
+    (np.array([0, 7.0, 16]), np.array([0, 7, 16], np.float32), None),
     (np.array([0, 1, 1]), np.array([0, 255, 255], np.uint8), None),
     (np.array([False, True, True]), np.array([0, 255, 255], np.uint8), None),
     (np.array([0.0, 1, 1]), np.array([0, 1, 1], np.float32), None),
     (np.array([-1, 0.5, 1]), np.array([-1, 0.5, 1], np.float32), None),
     (
       np.array([0, 257, 65535], np.uint16),
-      np.array([0, 1 / 255, 1], np.float32),
-      "The 16-bit pixels were divided by 65,535.",
+      np.array([0, 257, 65535], np.float32),
+      _AS_THEY_ARE.format(0, 65535),
     ),
     (
-      np.array([0, 0.5, 300]),
-      np.array([0, 0.5, 300], np.float32),
-      "The pixels, from 0 to 300, are used as they are.",
+      np.array([-5, 0.5, 300]),
+      np.array([-5, 0.5, 300], np.float32),
+      _AS_THEY_ARE.format(-5, 300),
     ),
   ],
 )
-def test_pixels_of_any_type_have_one_scale(tmp_path, stored, expected, note):
+def test_the_scale_of_pixels(tmp_path, stored, expected, note):
   images = np.tile(stored, (10, 4, 2))  # [10, 4, 6]
   data = own_data.read(_archive(tmp_path / "a.npz", images))
   assert data.features.dtype == expected.dtype
-  np.testing.assert_allclose(data.features[3, 1, :3, 0], expected, rtol=1e-6)
-  assert data.notes == (() if note is None else (note,))
+  np.testing.assert_array_equal(data.features[3, 1, :3, 0], expected)
+  assert len(data.notes) == (note is not None)
+  assert note is None or note in data.notes[0]
 
 
-def test_the_scale_of_pixels_is_that_of_the_other_data(tmp_path, folder):
-  rng = np.random.default_rng(0)
-  levels = rng.integers(0, 256, size=(20, 4, 6))
-  kinds = {
-    "8-bit": levels,
-    "binary": levels > 127,
-    "16-bit": (levels * 200).astype(np.uint16),
-    "unit": levels / 255,
-    "other": (levels - 127.0) / 30,
+_LEVELS = np.random.default_rng(0).integers(0, 256, size=(20, 4, 6))
+_STORED = {
+  "bytes": _LEVELS.astype(np.uint8),
+  "floats": _LEVELS.astype(float),
+  "mask": _LEVELS > 127,
+  "fractions": _LEVELS / 255,
+  "standardized": (_LEVELS - 127) / 70,
+  "16 bits": (257 * _LEVELS).astype(np.uint16),
+  "99%": _LEVELS * 0.99,
+}
+
+
+@pytest.mark.parametrize(
+  ("first", "others"),
+  [
+    # Pixels that are scaled as the first ones, by the factor between them.
+    ("bytes", {"bytes": 1, "floats": 1, "mask": 255, "fractions": 255}),
+    ("floats", {"bytes": 1, "floats": 1, "mask": 255, "fractions": 255}),
+    ("mask", {"bytes": 1, "floats": 1, "mask": 255, "fractions": 255}),
+    ("fractions", {"mask": 1, "fractions": 1, "standardized": 1}),
+    ("standardized", {"mask": 1, "fractions": 1, "standardized": 1}),
+    ("16 bits", {"16 bits": 1}),
+    ("99%", {"bytes": 1, "floats": 1, "99%": 1}),
+  ],
+)
+def test_other_data_have_the_scale_of_the_first(tmp_path, first, others):
+  names = {
+    kind: _archive(tmp_path / f"{kind}.npz", stored) for kind, stored in _STORED.items()
   }
-  names = {kind: _archive(tmp_path / f"{kind}.npz", x) for kind, x in kinds.items()}
+  like = own_data.read(names[first])
   for kind, name in names.items():
-    form = own_data.read(name).form
-    assert form.pixels == kind
-    for other in names:
-      # Fractions can be 0 or 1. What "other" pixels are is not known.
-      if other == kind or (kind, other) in (("unit", "binary"), ("other", "unit")):
-        own_data.read(names[other], like=form)
-        continue
+    if kind not in others:
       with pytest.raises(base.InputError, match="give both the same scale") as caught:
-        own_data.read(names[other], like=form)
+        own_data.read(name, like=like.form)
       assert "\n" not in str(caught.value)
-  assert own_data.read(f"images:{folder}").form.pixels == "8-bit"
-  with pytest.raises(base.InputError, match="has image files, but the pixels of the"):
-    own_data.read(f"images:{folder}", like=own_data.read(names["unit"]).form)
-  # A few dark images of 16 bits; the test arrays of the same file.
-  dark = _archive(tmp_path / "dark.npz", kinds["16-bit"] // 300)
-  few = own_data.read(dark, like=own_data.read(names["16-bit"]).form)
-  np.testing.assert_allclose(few.features.max(), (levels.max() * 200 // 300) / 65535)
-  both = _archive(
-    *(tmp_path / "both.npz", levels), X_test=levels / 255, y_test=np.arange(20) % 2
-  )
-  with pytest.raises(base.InputError, match="fractions from -1 to 1, but those of"):
-    own_data.read(both, "test")
+      continue
+    features = own_data.read(name, like=like.form).features
+    assert features.dtype == like.features.dtype
+    expected = _STORED[kind].astype(float) * others[kind]
+    np.testing.assert_allclose(features[..., 0], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_test_images_and_files_have_the_scale_of_the_training_images(tmp_path, folder):
+  more = {"X_test": _STORED["99%"], "y_test": np.arange(20) % 2}
+  with pytest.raises(
+    base.InputError, match=r"0 to 252\.45 as pixels, but the other data"
+  ):
+    own_data.read(_archive(tmp_path / "a.npz", _STORED["bytes"], **more), "test")
+  more["X_test"] = _STORED["fractions"]
+  name = _archive(tmp_path / "a.npz", _STORED["bytes"], **more)
+  np.testing.assert_array_equal(own_data.read(name, "test").features[..., 0], _LEVELS)
+  like = own_data.read(_archive(tmp_path / "b.npz", _STORED["fractions"])).form
+  with pytest.raises(base.InputError, match="has image files, with pixels up to 255"):
+    own_data.read(f"images:{folder}", like=like)
+
+
+def test_skipped_images_do_not_change_the_scale(tmp_path):
+  images = _LEVELS.astype(float)
+  images[3, 0, :2] = np.nan, -9999
+  images[5, 1, 1] = -np.finfo(np.float64).max  # Does not fit into float32.
+  with np.errstate(over="ignore"):
+    data = own_data.read(_archive(tmp_path / "a.npz", images))
+  assert data.features.dtype == np.uint8
+  assert [name for name, _ in data.skipped] == ["row 3", "row 5"]
 
 
 def test_labels_of_every_type(tmp_path):

@@ -15,6 +15,7 @@ from l2rw_jax import base
 from l2rw_jax.data import examples
 from l2rw_jax.data import long_tail
 from l2rw_jax.data import row_sources
+from l2rw_jax.data import sources
 
 _SMALL = {"num_seeds": 1, "num_devices": 1, "batch_size": 20}
 
@@ -60,6 +61,19 @@ def test_trusted_examples_are_the_meta_set_of_digits_noise(tables, tmp_path):
   assert (unused.status, unused.complaints) == (2, message)
   other = scripts.run("digits_noise", *flags, f"--trusted={dataset}")
   assert other.status == 2 and "trusted was " in other.complaints
+
+
+def test_trusted_images_have_the_scale_of_a_named_set(tmp_path):
+  digits = sources.load("digits", "test")
+
+  def trusted(images):
+    np.savez(tmp_path / "trusted.npz", X=images, y=digits.labels)
+    return digits_noise.Settings(trusted=f"npz:{tmp_path / 'trusted.npz'}")
+
+  for images in (digits.images, digits.images / 255, digits.images.astype(float)):
+    np.testing.assert_array_equal(trusted(images).trusted_source.images, digits.images)
+  with pytest.raises(base.InputError, match=r"0 to 15 as pixels, but .* up to 255;"):
+    _ = trusted(digits.images // 17).trusted_source
 
 
 def test_all_trusted_examples_are_in_the_splits(tables):
