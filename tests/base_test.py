@@ -95,6 +95,11 @@ def test_take_gives_nan_for_rows_that_do_not_exist():
   )
 
 
+def test_take_accepts_booleans():
+  table = jnp.array([5.0, 7.0])
+  np.testing.assert_array_equal(base.take(table, np.array([True, False])), [7, 5])
+
+
 def test_explicit_sharding_is_followed_and_removed():
   mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
   with jax.set_mesh(mesh):

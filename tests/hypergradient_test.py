@@ -641,3 +641,13 @@ def test_objectives_use_the_losses_of_all_devices(wrap):
   expected = jax.jit(functools.partial(_directions, None))(*data)
   actual = wrap(functools.partial(_directions, "devices"), "devices")(*data)
   chex.assert_trees_all_close(actual, expected, rtol=1e-12)
+
+
+def test_the_direction_of_half_precision_may_hold_integers():
+  vector = {"w": jnp.array([3e-5, -4e-5], jnp.float16), "count": jnp.array(3)}
+  scaled, length = hypergradient._unit(vector)
+  assert scaled["count"] == 3 and scaled["w"].dtype == jnp.float16
+  assert 0.5 <= np.linalg.norm(np.asarray(scaled["w"], float)) <= 1
+  np.testing.assert_allclose(
+    np.asarray(scaled["w"], float) * length, np.asarray(vector["w"], float), rtol=1e-3
+  )

@@ -340,21 +340,21 @@ def _central_difference(outputs_of, leaves):
     # their maximum in every operation that uses it.
     largest = jnp.sort(jnp.stack([_largest(v).astype(dtype) for v in vector]))[-1]
     largest = jnp.where(largest > 0, largest, jnp.ones_like(largest))
-    vector = [_wide(v, dtype) / largest for v in vector]
+    vector = [_divided(_wide(v, dtype), largest) for v in vector]
     length = jnp.maximum(_norm(vector, dtype), 1)
     step = relative_step * jnp.maximum(_norm(leaves, dtype), 1) / length
 
     def outputs_at(sign):
       return outputs_of(
         [
-          (_wide(x, dtype) + sign * step * v).astype(x.dtype)
+          (_wide(x, dtype) + (sign * step).astype(v.dtype) * v).astype(x.dtype)
           for x, v in zip(leaves, vector, strict=True)
         ]
       )
 
     def slope(ahead, behind):
-      change = _wide(ahead - behind, dtype) / (2 * step) * largest
-      return change.astype(ahead.dtype)
+      change = _divided(_wide(ahead - behind, dtype), 2 * step)
+      return (change * largest.astype(change.dtype)).astype(ahead.dtype)
 
     return jax.tree.map(slope, outputs_at(1.0), outputs_at(-1.0))
 
@@ -366,6 +366,11 @@ def _wide(x, dtype):
   if jnp.issubdtype(x.dtype, jnp.complexfloating):
     return x.astype(jnp.complex128 if dtype == jnp.float64 else jnp.complex64)
   return x.astype(dtype)
+
+
+def _divided(x, scalar):
+  """A real or complex array divided by a real scalar, without implicit promotion."""
+  return x / scalar.astype(x.dtype)
 
 
 def _largest(x):

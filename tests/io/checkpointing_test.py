@@ -108,6 +108,22 @@ def test_like_may_come_from_eval_shape(tmp_path):
   assert_same(restored.state, make())
 
 
+def test_a_given_step_is_restored_or_one_line_says_why_not(tmp_path):
+  checkpointer = _open(tmp_path)
+  states = {step: {"w": jnp.full(3, step, jnp.float32)} for step in (4, 8)}
+  for step, state in states.items():
+    checkpointer.save(step, state, {})
+  reader = checkpointing.Checkpointer(tmp_path, read_only=True)
+  for step, state in states.items():
+    restored = reader.restore(step, state)
+    assert restored.step == step
+    assert_same(restored.state, state)
+  with pytest.raises(base.InputError, match="cannot read the checkpoint of step 6 in"):
+    reader.restore(6, states[4])
+  with pytest.raises(base.InputError, match="holds checkpoints of another model"):
+    reader.restore(8, {"w": jnp.ones(4)})
+
+
 def test_state_without_arrays(tmp_path):
   checkpointer = _open(tmp_path)
   for step, state in enumerate([(), {}, {"a": 1}, (np.zeros((0, 2)),)]):

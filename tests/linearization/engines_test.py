@@ -521,3 +521,25 @@ def test_a_losses_function_without_aux_is_reported(linearize, wrap):
 def test_losses_of_another_type_are_refused(linearize, dtype):
   with pytest.raises(base.InputError, match="must be floating-point numbers"):
     _LINEARIZE[linearize](lambda p, x: (x @ p).astype(dtype), jnp.ones(3), _x())
+
+
+@pytest.mark.usefixtures("x64")
+def test_difference_with_complex_parameters_and_without_any():
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2)))
+  params = jnp.array([1 + 2j, 0.5 - 1j])
+
+  def three(params, vector, engine):
+    lin = linearization.linearize_outputs(
+      lambda p, x: jnp.abs(x.astype(p.dtype) @ p) ** 2, params, x, engine=engine
+    )
+    return lin.jvp(vector)
+
+  vector = jnp.array([0.3 - 1j, 2j])
+  expected = three(params, vector, "forward")
+  np.testing.assert_allclose(three(params, vector, "difference"), expected, rtol=1e-7)
+  counts = linearization.linearize_outputs(
+    lambda p, x: x * 2, jnp.array([1, 2]), x, engine="difference"
+  )
+  np.testing.assert_array_equal(counts.jvp(jnp.zeros(2, jax.dtypes.float0)), 0)
+  with pytest.raises(base.InputError, match="engine='layerwise': choose one of"):
+    linearization.linearize_outputs(lambda p, x: x, params, x, engine="layerwise")

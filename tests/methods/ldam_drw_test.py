@@ -114,6 +114,27 @@ def test_vmap_gives_the_same_losses():
     )
 
 
+@pytest.mark.parametrize("hinge", [False, True])
+def test_examples_that_do_not_count_have_a_loss_and_slope_of_zero(hinge):
+  rng = np.random.default_rng(0)
+  cosines = rng.uniform(-1, 1, size=(3, 3)).astype(np.float32)
+  cosines[1] = np.nan
+  labels, where = np.array([0, 9, 2]), np.array([True, False, True])
+  loss = ldam_drw.ldam_hinge if hinge else ldam_drw.ldam
+
+  @jax.jit
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def total(cosines):
+    losses = loss(cosines, labels, _MARGINS.astype(np.float32), where=where)
+    return losses.sum(), losses
+
+  (_, losses), slope = total(cosines)
+  for i in (0, 2):
+    expected = _literal(cosines[i].astype(float), labels[i], hinge)
+    np.testing.assert_allclose(losses[i], expected, rtol=1e-4, atol=1e-5)
+  assert losses[1] == 0 and not slope[1].any() and np.isfinite(slope).all()
+
+
 # -- The method ---------------------------------------------------------------
 
 _LABELS = np.array([0, 0, 1, 0, 2, 1], np.int32)

@@ -7,6 +7,7 @@ import pytest
 import toy_runs
 
 from l2rw_jax import audit
+from l2rw_jax import base
 from l2rw_jax import changed_loss
 from l2rw_jax.audit import recorded_method
 from l2rw_jax.methods import baselines
@@ -107,3 +108,13 @@ def test_wrapped_methods_report_too():
   recorded = recorded_method.Recorded(audit.init(2, 2), ())
   state = changed_loss.State(np.int32(0), recorded)
   assert wrapped.report(state)["seen"].tolist() == [0, 0]
+
+
+def test_the_order_of_examples_is_that_of_the_wrapped_method():
+  def sample(state, problem, train, rng):
+    return np.array([state])
+
+  chooses = baselines.uniform()._replace(sample=sample)
+  recorded = recorded_method.Recorded(audit.init(2, 2), 7)
+  assert audit.recording(chooses).sample(recorded, None, None, None) == [7]
+  assert audit.recording(baselines.uniform()).sample is base.permutation

@@ -193,3 +193,12 @@ def test_run_reduces_its_learning_rate(tmp_path, monkeypatch):
 def test_empty_validation_set_raises():
   with pytest.raises(base.InputError, match="of seed 3 is empty: raise num_validation"):
     validation.watched(baselines.uniform(), {3: _held_out(size=0)})
+
+
+def test_the_order_of_examples_is_that_of_the_watched_method():
+  def sample(state, problem, train, rng):
+    return np.array([state])
+
+  chooses = baselines.uniform()._replace(sample=sample)
+  watched = validation.watched(chooses, {7: _held_out()})
+  assert watched.sample(validation.State(jnp.inf, 3), None, None, None) == [3]
