@@ -125,6 +125,14 @@ def test_every_row_tells_where_it_comes_from(path):
       ["fine_tuning_restarted", "generalized_cross_entropy", "bare"],
       2 * 3,
     ),
+    (
+      "mnist_noise/fashion_cosine",
+      [
+        *("uniform", "early_stopped", "clean_only", "fine_tuning"),
+        *("fine_tuning_restarted", "generalized_cross_entropy", "bare", "l2rw"),
+      ],
+      3,
+    ),
     ("fairness", ["uniform", "class_proportion", "l2rw", "forml_worst"], 3),
     # Three noises by two scales of the pixels.
     ("mnist_noise_bare", ["uniform", "bare"], 6 * 3),
