@@ -461,6 +461,9 @@ def take(table: Array, index: Array) -> Array:
 
   Returns:
     An array of shape `index.shape + table.shape[1:]`.
+
+  Raises:
+    InputError: `index` is neither integer nor boolean.
   """
   table, index = jnp.asarray(table), jnp.asarray(index)
   if index.dtype == jnp.bool_:

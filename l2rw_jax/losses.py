@@ -98,6 +98,9 @@ def predictions(logits: base.Array) -> base.Array:
 
   Args:
     logits: [B, C] or [B, ..., C]; C = 1 is a single logit per prediction.
+
+  Raises:
+    InputError: the logits have fewer than two axes.
   """
   if logits.ndim < 2:
     raise base.InputError(f"logits must be [B, C] or [B, ..., C]; got {logits.shape}.")
@@ -112,6 +115,9 @@ def log_probabilities(logits: base.Array) -> base.Array:
   >>> import jax.numpy as jnp
   >>> print(jnp.exp(log_probabilities(jnp.log(jnp.array([[3.]])))))
   [[0.25 0.75]]
+
+  Raises:
+    InputError: the logits do not have two axes.
   """
   if logits.ndim != 2:
     raise base.InputError(f"logits must be [B, C]; got {logits.shape}.")

@@ -1,4 +1,4 @@
-"""The floor plan: which file imports which, and where flags and collectives are."""
+"""The floor plan: imports, flags, collectives, and errors that docstrings name."""
 
 import ast
 import pathlib
@@ -104,3 +104,36 @@ def test_training_does_not_import_methods():
   for path in FILES:
     if path.startswith("l2rw_jax/training/"):
       assert not any("/methods/" in other for other in imported(path)), path
+
+
+def _raised_here(function: ast.FunctionDef) -> set[str]:
+  """The names of errors in the `raise` statements of a function, not of inner ones."""
+  found, remaining = set(), list(function.body)
+  while remaining:
+    node = remaining.pop()
+    if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda):
+      continue
+    if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+      found.add(ast.unparse(node.exc.func).rpartition(".")[2])
+    remaining += ast.iter_child_nodes(node)
+  return found
+
+
+def _public_functions(node: ast.AST) -> list[ast.FunctionDef]:
+  found = []
+  for child in ast.iter_child_nodes(node):
+    name = getattr(child, "name", "_")
+    if isinstance(child, ast.FunctionDef) and (name[0] != "_" or name == "__call__"):
+      found.append(child)
+    elif isinstance(child, ast.ClassDef) and name[0] != "_":
+      found += _public_functions(child)
+  return found
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f.startswith("l2rw_jax/")])
+def test_docstrings_name_the_errors_for_users(path):
+  for function in _public_functions(tree(path)):
+    if "InputError" in _raised_here(function):
+      text = ast.get_docstring(function) or ""
+      # Either a section, or a sentence such as "Raises an InputError if ...".
+      assert "InputError" in text or "errors are those of" in text, function.name

@@ -62,7 +62,11 @@ class VisionTransformer(split.SplitNetwork):
 
   @nn.compact
   def features(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """Maps images [B, H, W, C] to features [B, width]."""
+    """Maps images [B, H, W, C] to features [B, width].
+
+    Raises:
+      InputError: `patch` does not divide the height and the width.
+    """
     del train
     if x.shape[1] % self.patch or x.shape[2] % self.patch:
       raise base.InputError(

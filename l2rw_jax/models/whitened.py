@@ -176,7 +176,11 @@ class WhitenedNet(split.SplitNetwork):
 
   @nn.compact
   def features(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """Maps images [B, H, W, C] to features [B, 4 width]."""
+    """Maps images [B, H, W, C] to features [B, 4 width].
+
+    Raises:
+      InputError: the images are too small.
+    """
     if min(x.shape[1:3]) < PATCH**3 + 1:
       raise base.InputError(
         f"images of {x.shape[1]}x{x.shape[2]} pixels are too small for this network:"

@@ -83,6 +83,9 @@ def hard(
       released code. In that code the labels are 0 (background) or 1, and always 0 in
       training. With the labels of a classifier of C classes, this exempts all classes
       except class 0 from mining.
+
+  Raises:
+    InputError: `positive_labels` without labels.
   """
   del epoch
   kept = differences >= 0

@@ -61,6 +61,9 @@ class MentorNetwork(nn.Module):
       differences: losses minus the moving percentile, shaped like `losses`.
       labels: integers below `num_labels`, [B].
       epoch: percent of the training that is done, 0 to 99; [] or [B].
+
+    Raises:
+      InputError: `compat` is not one of `COMPAT`.
     """
     if self.compat not in COMPAT:
       raise base.InputError(f"compat={self.compat!r}: choose among {COMPAT}.")
