@@ -136,6 +136,16 @@ def test_every_row_tells_where_it_comes_from(path):
       ],
       3,
     ),
+    (
+      "mnist_noise/fashion_cosine_07",
+      ["uniform", "early_stopped", "fine_tuning_restarted", "bare", "l2rw"],
+      3,
+    ),
+    (
+      "mnist_noise/fashion_cosine_07_more",
+      ["generalized_cross_entropy", "clean_only"],
+      3,
+    ),
     ("fairness", ["uniform", "class_proportion", "l2rw", "forml_worst"], 3),
     # Three noises by two scales of the pixels.
     ("mnist_noise_bare", ["uniform", "bare"], 6 * 3),
