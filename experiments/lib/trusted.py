@@ -14,9 +14,10 @@ from l2rw_jax.data import sources
 
 
 def _scale(images: Any) -> own_data.Pixels | None:
-  """The scale of a named set's images; None if they are not in memory."""
-  is_image = isinstance(images, np.ndarray) and images.ndim > 2
-  return own_data.pixels_of(images) if is_image else None
+  """The scale of a named set's images, an array or a row source; None if unknown."""
+  if isinstance(images, np.ndarray):
+    return own_data.pixels_of(images) if images.ndim > 2 else None
+  return own_data.BYTES if images.dtype == np.uint8 else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,6 +60,10 @@ class Pixels(NamedTuple):
   highest: float
 
 
+# The scale of 8-bit images, whether or not their pixels have been read.
+BYTES = Pixels(is_uint8=True, factor=1, highest=255.0)
+
+
 class Form(NamedTuple):
   """The format that other examples must have to be used with a data set.
 
@@ -285,7 +289,7 @@ def _convert(
       encoder = Encoder.fit(name, raw.take(train).values, raw.notes)
     features = encoder(name, examples.values)
   elif raw.root is not None:
-    pixels = Pixels(is_uint8=True, factor=1, highest=255.0)
+    pixels = BYTES
     if like is not None and like.pixels is not None and not like.pixels.is_uint8:
       raise base.InputError(
         f"{name} has image files, with pixels up to 255, but the other data have"
@@ -730,7 +734,7 @@ def _pixels(
     InputError: they cannot be converted to the scale `like`.
   """
   lowest, highest, is_whole = _range(values)
-  is_float, is_binary = values.dtype.kind == "f", values.dtype.kind == "b"
+  is_float, is_mask = values.dtype.kind == "f", values.dtype.kind == "b"
   if like is None:
     # Small whole numbers that are stored as floats need not be pixels.
     is_uint8 = lowest >= 0 and highest <= 255 and is_whole
@@ -738,7 +742,10 @@ def _pixels(
     factor = 255 if is_uint8 and highest <= 1 else 1
     pixels = Pixels(is_uint8, factor, factor * max(highest, -lowest))
     if is_uint8 and pixels.highest <= 127:
-      notes.append(f"The largest pixel is {highest:g}; white is 255.")
+      notes.append(
+        "The pixels were read as those of 8-bit images, where white is 255; the largest"
+        f" is {highest:g}."
+      )
     if not is_uint8 and pixels.highest > 2 * _SAME_SCALE:
       notes.append(
         f"The values, from {lowest:g} to {highest:g}, are used as they are. Networks"
@@ -746,15 +753,14 @@ def _pixels(
       )
     return pixels
   factor = like.factor if highest <= 1 and not is_float else 1
-  if like.is_uint8 and (is_binary or (is_float and lowest >= 0 and highest <= _WHITE)):
+  if like.is_uint8 and (is_mask or (is_float and lowest >= 0 and highest <= _WHITE)):
     factor = 255  # Masks, and pixels that have been divided by 255.
   pixels = Pixels(like.is_uint8, factor, factor * max(highest, -lowest))
-  largest = sorted((pixels.highest, like.highest))
-  fits = largest[1] <= _SAME_SCALE * largest[0] or not largest[0]
-  if like.is_uint8:
-    fits = fits and lowest >= 0 and pixels.highest <= 255 * _WHITE
-    fits = fits and (is_whole or factor == 255)
-  if not fits:
+  smaller, larger = sorted((pixels.highest, like.highest))
+  has_scale = larger <= _SAME_SCALE * smaller or smaller == 0
+  can_be_uint8 = lowest >= 0 and pixels.highest <= 255 * _WHITE
+  can_be_uint8 = can_be_uint8 and (is_whole or factor == 255)
+  if not has_scale or (like.is_uint8 and not can_be_uint8):
     kind = "whole numbers" if is_whole else "numbers"
     others = "whole numbers" if like.is_uint8 else "numbers"
     raise base.InputError(

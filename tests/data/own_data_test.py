@@ -195,7 +195,7 @@ _AS_THEY_ARE = (
     (
       np.array([0, 7, 16]),
       np.array([0, 7, 16], np.uint8),
-      "largest pixel is 16; white",
+      "the largest is 16.",
     ),
     (np.array([0, 7.0, 16]), np.array([0, 7, 16], np.float32), None),
     (np.array([0, 1, 1]), np.array([0, 255, 255], np.uint8), None),
