@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from l2rw_jax.models import activations
+from l2rw_jax.models import convolution
 from l2rw_jax.models import dropout as dropout_lib
 from l2rw_jax.models import split
 
@@ -159,6 +160,7 @@ class LeakyWideResNet(split.SplitNetwork):
       use_bias=False,
       kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
       dtype=self.dtype,
+      conv_general_dilated=convolution.conv_general_dilated,
     )
     rectify = functools.partial(nn.leaky_relu, negative_slope=self.slope)
     x = conv(self.stem)(x)
@@ -188,6 +190,7 @@ def _conv(features: int, stride: int, dtype: Any) -> nn.Conv:
     use_bias=False,
     kernel_init=nn.initializers.truncated_normal(math.sqrt(2 / (9 * features))),
     dtype=dtype,
+    conv_general_dilated=convolution.conv_general_dilated,
   )
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from l2rw_jax import base
 from l2rw_jax.models import activations
+from l2rw_jax.models import convolution
 from l2rw_jax.models import group_norm
 from l2rw_jax.models import split
 
@@ -77,6 +78,7 @@ class ResNet(split.SplitNetwork):
       use_bias=False,
       kernel_init=_kaiming,
       dtype=self.dtype,
+      conv_general_dilated=convolution.conv_general_dilated,
     )
     norm = self._norm(train)
     x = activations.relu(norm()(conv(self.width)(x)))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2rw_jax import base
+from l2rw_jax.models import convolution
 from l2rw_jax.models import group_norm
 from l2rw_jax.models import pooling
 from l2rw_jax.models import split
@@ -193,6 +194,7 @@ class WhitenedNet(split.SplitNetwork):
       use_bias=False,
       kernel_init=_identity,
       dtype=self.dtype,
+      conv_general_dilated=convolution.conv_general_dilated,
     )
     norm = self._norm(train)
     if self.whitening is None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from l2rw_jax.models import activations
+from l2rw_jax.models import convolution
 from l2rw_jax.models import dropout as dropout_lib
 from l2rw_jax.models import split
 
@@ -72,6 +73,7 @@ class WideResNet(split.SplitNetwork):
       use_bias=False,
       kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
       dtype=self.dtype,
+      conv_general_dilated=convolution.conv_general_dilated,
     )
     # As in PyTorch, pad one pixel on every side. With a stride of 2, "SAME" would pad
     # only below and on the right.
