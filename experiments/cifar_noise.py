@@ -45,6 +45,7 @@ from l2rw_jax.data import noisy_labels
 from l2rw_jax.data import sources
 from l2rw_jax.models import classifier
 from l2rw_jax.training import devices
+from l2rw_jax.training import evaluation
 
 METHODS = tuple(registries.NOISE)
 
@@ -409,6 +410,7 @@ def make_cells(settings: Settings, names: Sequence[str]) -> list[runner.Cell]:
       splits,
       "seeds-{first}-{last}/" + runner.folder_name(facts, name),
       settings.seeds_at_once,
+      (evaluation.accuracy, evaluation.per_class_accuracy),
     )
     for name, chosen in choice.items()
   ]

@@ -36,6 +36,7 @@ from l2rw_jax.data import noisy_labels
 from l2rw_jax.models import augmentation
 from l2rw_jax.models import classifier
 from l2rw_jax.models import initialization
+from l2rw_jax.training import evaluation
 
 METHODS = tuple(registries.NOISE)
 COMPARED = (
@@ -335,6 +336,7 @@ def make_cell(
     splits,
     "seeds-{first}-{last}/" + runner.folder_name(facts, name),
     runner.seeds_at_once(settings.seeds_at_once, settings.network == "lenet"),
+    (evaluation.accuracy, evaluation.per_class_accuracy),
   )
 
 

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 
 Padding: TypeAlias = str | Sequence[tuple[int, int]]
 
-# The largest block of outputs in bytes. Larger ones take up to 10 times as long.
-_BLOCK_BYTES = 4 * 2**20
+# `benchmarks.convolution_blocks` compares other sizes.
+BLOCK_BYTES = 4 * 2**20
 
 
 def conv_general_dilated(
@@ -35,6 +35,8 @@ def conv_general_dilated(
   batch_group_count: int = 1,
   precision: jax.lax.PrecisionLike = None,
   preferred_element_type: Any = None,
+  *,
+  block_bytes: int = BLOCK_BYTES,
 ) -> jax.Array:
   """`jax.lax.conv_general_dilated`, in blocks of rows on a CPU if outputs are large.
 
@@ -55,6 +57,8 @@ def conv_general_dilated(
     batch_group_count: number of groups of examples.
     precision: precision on accelerators.
     preferred_element_type: type of the result.
+    block_bytes: the size of the outputs above which there are blocks. A block is
+      smaller than that, unless it would have fewer rows than the kernel.
 
   Returns:
     The convolution. The axis of which the blocks have a few rows is the first spatial
@@ -89,7 +93,7 @@ def conv_general_dilated(
   size = (rhs.shape[kernel_axis] - 1) * dilations[0] + 1
   num_rows, num_inputs = output.shape[output_axis], lhs.shape[axis]
   num_blocks = min(
-    math.ceil(output.size * output.dtype.itemsize / _BLOCK_BYTES),
+    math.ceil(output.size * output.dtype.itemsize / block_bytes),
     # Blocks have inputs in common, so each of them has as many rows as the kernel.
     num_rows // size,
   )

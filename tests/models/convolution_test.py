@@ -1,5 +1,8 @@
 """Convolutions in blocks of rows: values, derivatives, and when they are used."""
 
+import functools
+from typing import Any
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,8 @@ from l2rw_jax.methods import l2rw
 from l2rw_jax.models import convolution
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
+# With this function, blocks have as few rows as possible.
+_in_blocks = functools.partial(convolution.conv_general_dilated, block_bytes=1)
 _CASES = {
   "same": ((2, 9, 8, 3), (3, 3, 3, 4), {"padding": "SAME"}),
   "same_lower": ((2, 9, 8, 3), (2, 3, 3, 4), {"padding": "SAME_LOWER"}),
@@ -48,7 +53,7 @@ def _num_convolutions(function, *args):
 
 
 @pytest.mark.parametrize("case", _CASES)
-def test_blocks_equal_one_convolution(case, monkeypatch, x64):
+def test_blocks_equal_one_convolution(case, x64):
   image_shape, kernel_shape, options = _CASES[case]
   rng = np.random.default_rng(0)
   images, kernel = rng.normal(size=image_shape), rng.normal(size=kernel_shape)
@@ -58,13 +63,8 @@ def test_blocks_equal_one_convolution(case, monkeypatch, x64):
     "dimension_numbers": _NHWC,
     **options,
   }
-  # Blocks have as few rows as possible.
-  monkeypatch.setattr(convolution, "_BLOCK_BYTES", 1)
   assert (
-    _num_convolutions(
-      lambda x, k: convolution.conv_general_dilated(x, k, **options), images, kernel
-    )
-    >= 2
+    _num_convolutions(lambda x, k: _in_blocks(x, k, **options), images, kernel) >= 2
   )
 
   def results(convolve, images, kernel):
@@ -74,7 +74,7 @@ def test_blocks_equal_one_convolution(case, monkeypatch, x64):
 
   actual, expected = (
     jax.jit(results, static_argnums=0)(convolve, images, kernel)
-    for convolve in (convolution.conv_general_dilated, jax.lax.conv_general_dilated)
+    for convolve in (_in_blocks, jax.lax.conv_general_dilated)
   )
   for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
@@ -120,6 +120,8 @@ def test_other_devices_have_no_blocks(monkeypatch):
 class _Net(nn.Module):
   """Two convolutions, the second one with a stride."""
 
+  convolve: Any
+
   @nn.compact
   def __call__(self, x):
     for stride in (1, 2):
@@ -128,33 +130,33 @@ class _Net(nn.Module):
         (3, 3),
         stride,
         param_dtype=float,
-        conv_general_dilated=convolution.conv_general_dilated,
+        conv_general_dilated=self.convolve,
       )(x)
       x = nn.tanh(x)
     return x.mean(axis=(1, 2))
 
 
 @pytest.mark.parametrize("engine", ["layerwise", "forward", "reverse"])
-def test_weights_do_not_depend_on_blocks(engine, monkeypatch, x64):
+def test_weights_do_not_depend_on_blocks(engine, x64):
   rng = np.random.default_rng(1)
-  batches = [
+  batch, meta_batch = (
     {"image": rng.normal(size=(size, 8, 6, 2)), "label": rng.normal(size=(size, 4))}
     for size in (5, 3)
-  ]
-  net = _Net()
-  params = net.init(jax.random.key(0), jnp.asarray(batches[0]["image"]))
+  )
+  params = _Net(None).init(jax.random.key(0), jnp.asarray(batch["image"]))
 
-  def losses(params, batch):
-    outputs = net.apply(params, jnp.asarray(batch["image"]))
-    return jnp.square(outputs - batch["label"]).sum(axis=-1)
+  def results(net):
+    def losses(params, batch):
+      outputs = net.apply(params, jnp.asarray(batch["image"]))
+      return jnp.square(outputs - batch["label"]).sum(axis=-1)
 
-  def results(params):
     step = l2rw.weighted_value_and_grad(losses, engine=engine)
-    (_, info), grads = step(params, *batches)
+    (_, info), grads = step(params, batch, meta_batch)
     return info.weights, info.scores, grads
 
-  expected = jax.jit(results)(params)
-  monkeypatch.setattr(convolution, "_BLOCK_BYTES", 1)
-  actual = jax.jit(lambda params: results(params))(params)
+  actual, expected = (
+    jax.jit(results, static_argnums=0)(_Net(convolve))
+    for convolve in (_in_blocks, None)
+  )
   for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)

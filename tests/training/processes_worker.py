@@ -35,25 +35,16 @@ def _connect(count, process, num_devices, address, as_script):
 
 # A program with more methods takes longer to compile than several smaller programs.
 _METHODS_IN_A_PROGRAM = 8
-# Variants of methods in the sweep. They are left out by default, to save compilations.
-_OTHER_SETTINGS = {
-  *("fine_tuning_l2rw", "l2rw_momentum", "meta_weight_net", "forml_worst"),
-  *("nested_maml", "bare_own_label", "absgd_noise"),
-}
 
 
 def sweep(path, kind, names):
-  """Takes four steps with each method and writes the results to `path`.
-
-  The methods are `names`, by default those of `sweep_test` except `_OTHER_SETTINGS`.
-  """
+  """Takes four steps with the methods `names` and writes the results to `path`."""
   import numpy as np
   import sweep_test
 
   from l2rw_jax import processes
   from l2rw_jax.training import devices
 
-  names = names or [n for n in sweep_test._METHODS if n not in _OTHER_SETTINGS]
   # Keep only these, because one program initializes all methods of `sweep_test`.
   sweep_test._METHODS = {name: sweep_test._METHODS[name] for name in names}
   chosen = devices.choose(None, sweep_test._B)
