@@ -3,20 +3,19 @@ r"""Whether convolutions in blocks of rows are faster on a CPU, for several bloc
 Each layer of `LAYERS` is a convolution with a 3x3 kernel on a batch of images. For each
 layer, the benchmark times the convolution, its gradient with respect to the images, and
 its gradient with respect to the kernel, which have the same number of operations. The
-block sizes `BLOCKS` take turns, round by round. A ratio is the time divided by that of
-one convolution without blocks in the same round.
+numbers of blocks take turns, round by round. A ratio is the time divided by that of one
+convolution in the same round. The column is_default marks the number of blocks that
+`convolution.conv_general_dilated` chooses.
 Command: python -m benchmarks.convolution_blocks
 Results: results/convolution_blocks, one file for each version of jax.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
-import functools
 import os
 import pathlib
-import statistics
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +40,8 @@ LAYERS = {
   "resnet_32_stage_2": (16, 32, 32),
   "resnet_32_stage_3": (8, 64, 64),
 }
-_MEBIBYTE = 2**20
-# Sizes of blocks in MiB; 0 is one convolution without blocks.
-BLOCKS = (0, 1, 2, 4, 8)
+# Sizes of blocks in bytes. The first one gives one convolution.
+BLOCKS = (2**40, *(n * 2**20 for n in (8, 4, 2, 1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,41 +49,56 @@ class Settings(settings_lib.OutputFlags):
   """The flags of this benchmark."""
 
   batch_size: int = flag(128)
-  repeats: int = flag(9, "Number of rounds.", bounds=settings_lib.REPEATS)
+  repeats: int = flag(15, "Number of rounds.", bounds=settings_lib.REPEATS)
   layers: tuple[str, ...] = flag(
     tuple(LAYERS), "Layers to time, separated by commas.", choices=LAYERS
   )
 
 
-def parts(
-  size: int, inputs: int, outputs: int, batch_size: int, block_bytes: int
-) -> tuple[dict[str, Callable[..., base.Array]], tuple[base.Array, ...]]:
-  """The compiled parts of a layer, by their names, and their arguments.
+class Layer(NamedTuple):
+  """A layer whose outputs are computed in blocks.
+
+  Attributes:
+    num_blocks: number of blocks.
+    parts: the convolution and its two gradients as compiled functions, by their names.
+  """
+
+  num_blocks: int
+  parts: dict[str, Callable[..., base.Array]]
+
+
+def arguments(
+  size: int, inputs: int, outputs: int, batch_size: int
+) -> tuple[base.Array, base.Array, base.Array]:
+  """Random images, a kernel, and a gradient with respect to the outputs of a layer.
 
   Args:
     size: height and width of the images.
     inputs: number of channels of the images.
     outputs: number of channels of the outputs.
     batch_size: B.
-    block_bytes: size of a block; 0 is one convolution without blocks.
   """
   rng = np.random.default_rng(0)
-  images = jnp.asarray(rng.normal(size=(batch_size, size, size, inputs)), jnp.float32)
-  kernel = jnp.asarray(rng.normal(size=(3, 3, inputs, outputs)), jnp.float32)
-  cotangents = jnp.asarray(
-    rng.normal(size=(batch_size, size, size, outputs)), jnp.float32
-  )
-  convolve: Callable[..., base.Array] = jax.lax.conv_general_dilated
-  if block_bytes:
-    convolve = functools.partial(
-      convolution.conv_general_dilated, block_bytes=block_bytes
+
+  def normal(*shape):
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+  images = normal(batch_size, size, size, inputs)
+  return images, normal(3, 3, inputs, outputs), normal(batch_size, size, size, outputs)
+
+
+def make_layer(block_bytes: int, given: Sequence[base.Array]) -> Layer:
+  """The layer in blocks of at most `block_bytes`, for the result of `arguments`."""
+
+  def convolve(images, kernel):
+    return convolution.conv_general_dilated(
+      images,
+      kernel,
+      (1, 1),
+      "SAME",
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      block_bytes=block_bytes,
     )
-  convolve = functools.partial(
-    convolve,
-    window_strides=(1, 1),
-    padding="SAME",
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-  )
 
   def image_gradient(images, kernel, cotangents):
     return jax.vjp(lambda x: convolve(x, kernel), images)[1](cotangents)[0]
@@ -93,42 +106,52 @@ def parts(
   def kernel_gradient(images, kernel, cotangents):
     return jax.vjp(lambda x: convolve(images, x), kernel)[1](cotangents)[0]
 
-  return {
-    "convolution": jax.jit(lambda images, kernel, cotangents: convolve(images, kernel)),
-    "image_gradient": jax.jit(image_gradient),
-    "kernel_gradient": jax.jit(kernel_gradient),
-  }, (images, kernel, cotangents)
+  jaxpr = str(jax.make_jaxpr(convolve)(*given[:2]))
+  functions = {
+    "convolution": lambda images, kernel, cotangents: convolve(images, kernel),
+    "image_gradient": image_gradient,
+    "kernel_gradient": kernel_gradient,
+  }
+  return Layer(
+    jaxpr.count("= conv_general_dilated["),
+    {name: jax.jit(function) for name, function in functions.items()},
+  )
 
 
 def make_rows(settings: Settings) -> list[dict[str, Any]]:
-  """A row for each layer, part and size of the blocks."""
+  """A row for each layer, part and number of blocks."""
   rows = []
-  for layer in settings_lib.choose("layers", settings.layers, LAYERS):
-    shape = LAYERS[layer]
-    compiled = [parts(*shape, settings.batch_size, n * _MEBIBYTE) for n in BLOCKS]
-    for part in compiled[0][0]:
-      seconds: list[list[float]] = [[] for _ in BLOCKS]
+  for name in settings_lib.choose("layers", settings.layers, LAYERS):
+    size, inputs, outputs = LAYERS[name]
+    given = arguments(*LAYERS[name], settings.batch_size)
+    default = make_layer(convolution.BLOCK_BYTES, given).num_blocks
+    made = [make_layer(block_bytes, given) for block_bytes in BLOCKS]
+    # Several sizes can give the same number of blocks.
+    layers = list({layer.num_blocks: layer for layer in made}.values())
+    for part in layers[0].parts:
+      seconds: list[list[float]] = [[] for _ in layers]
       for turn in range(settings.repeats + 1):
-        for (functions, arguments), times in zip(compiled, seconds, strict=True):
+        for layer, times in zip(layers, seconds, strict=True):
           start = time.perf_counter()
-          jax.block_until_ready(functions[part](*arguments))
+          jax.block_until_ready(layer.parts[part](*given))
           if turn:  # The first turn compiles.
             times.append(time.perf_counter() - start)
-      size, inputs, outputs = shape
       flops = 2 * 9 * settings.batch_size * size**2 * inputs * outputs
-      for block, times in zip(BLOCKS, seconds, strict=True):
+      for layer, times in zip(layers, seconds, strict=True):
         ratios = [a / b for a, b in zip(times, seconds[0], strict=True)]
-        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        quartiles = np.quantile(ratios, [0.25, 0.5, 0.75])
+        median = float(np.median(times))
         rows.append(
           {
-            "layer": layer,
+            "layer": name,
             "part": part,
-            "block_mebibytes": block,
-            "milliseconds": round(1000 * statistics.median(times), 2),
-            "gflop_per_second": round(flops / statistics.median(times) / 1e9, 1),
-            "ratio": round(statistics.median(ratios), 3),
-            "ratio_lower_quartile": round(quartiles[0], 3),
-            "ratio_upper_quartile": round(quartiles[2], 3),
+            "num_blocks": layer.num_blocks,
+            "is_default": layer.num_blocks == default,
+            "milliseconds": round(1000 * median, 2),
+            "gflop_per_second": round(flops / median / 1e9, 1),
+            "ratio": round(float(quartiles[1]), 3),
+            "ratio_lower_quartile": round(float(quartiles[0]), 3),
+            "ratio_upper_quartile": round(float(quartiles[2]), 3),
           }
         )
   return rows

@@ -115,17 +115,11 @@ def _values(*values: Any) -> str:
 
 
 def accuracies(rows: Sequence[Row], columns: Sequence[str], path: pathlib.Path) -> None:
-  """Draws test accuracies in a panel per setting.
+  """Draws test accuracies in a panel per setting, with the titles of `setting_title`.
 
   A panel has a bar for each method, a dot for each run, and a diamond for a published
-  value. Titles also name the data set, the network, the preset and the schedule of the
-  first row.
+  value.
   """
-  names = [n for n in ("dataset", "network", "preset") if n not in columns]
-  facts = [str(rows[0][n]) for n in names if rows[0].get(n) is not None]
-  if rows[0].get("schedule") is not None:
-    facts.append(f"{rows[0]['schedule']} learning rate")
-  where = ", ".join(facts)
 
   def draw_legend(ax):
     ax.plot([], [], "k.", label="one seed")
@@ -138,8 +132,35 @@ def accuracies(rows: Sequence[Row], columns: Sequence[str], path: pathlib.Path) 
     path,
     draw_method=_draw_accuracy,
     draw_legend=draw_legend,
-    title=lambda *values: f"{where}\n{_values(*values)}",
+    title=lambda *values: setting_title(
+      rows[0] | dict(zip(columns, values, strict=True)), columns
+    ),
   )
+
+
+# How a title shows a setting; others are shown as they are.
+_FACTS = {"preset": "preset {}", "fraction": "fraction {:g}", "num_steps": "{:,} steps"}
+
+
+def setting_title(row: Row, columns: Sequence[str]) -> str:
+  """The settings of a row, as the two lines of a title.
+
+  The first line has the data set, the network, the preset, and the learning-rate
+  schedule if it is the value of a flag or a cosine; the second line has `columns`.
+  """
+
+  def facts(names):
+    return [
+      _FACTS.get(name, "{}").format(row[name])
+      for name in names
+      if row.get(name) is not None
+    ]
+
+  shared = facts(n for n in ("dataset", "network", "preset") if n not in columns)
+  schedule = row.get("schedule") or ("cosine" if row.get("cosine") else None)
+  if schedule is not None:
+    shared.append(f"{schedule} learning rate")
+  return f"{', '.join(shared)}\n{', '.join(facts(columns))}"
 
 
 def _draw_accuracy(ax: Any, place: int, rows: list[Row]) -> None:

@@ -9,8 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from l2rw_jax import base
 from l2rw_jax.methods import l2rw
 from l2rw_jax.models import convolution
+from l2rw_jax.models import preactivation_resnet
+from l2rw_jax.models import resnet
+from l2rw_jax.models import whitened
+from l2rw_jax.models import wide_resnet
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 # With this function, blocks have as few rows as possible.
@@ -80,41 +85,137 @@ def test_blocks_equal_one_convolution(case, x64):
     np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
+def _num_for(image_shape, channels, dtype=np.float32, **options):
+  """The number of convolutions for 3x3 kernels."""
+  return _num_convolutions(
+    functools.partial(
+      convolution.conv_general_dilated,
+      window_strides=(1, 1),
+      padding=[(1, 1)] * 2,
+      dimension_numbers=_NHWC,
+      **options,
+    ),
+    jax.ShapeDtypeStruct(image_shape, dtype),
+    jax.ShapeDtypeStruct((3, 3, image_shape[-1], channels), dtype),
+  )
+
+
 def test_only_large_outputs_have_blocks():
-  def convolve(images, kernel, **options):
-    return convolution.conv_general_dilated(
-      images, kernel, (1, 1), [(1, 1)] * 2, dimension_numbers=_NHWC, **options
-    )
-
-  def num(shape, channels, dtype=np.float32, **options):
-    kernel = jax.ShapeDtypeStruct((3, 3, shape[-1], channels), dtype)
-    images = jax.ShapeDtypeStruct(shape, dtype)
-    return _num_convolutions(lambda x, k: convolve(x, k, **options), images, kernel)
-
-  assert num((128, 32, 32, 8), 8) == 1  # 4 MiB
-  assert num((128, 32, 32, 8), 16) == 2
-  assert num((128, 32, 32, 8), 16, jnp.bfloat16) == 1
-  assert num((128, 32, 32, 8), 32) == 4
+  assert _num_for((128, 32, 32, 8), 8) == 1  # 4 MiB
+  assert _num_for((128, 32, 32, 8), 16) == 2
+  assert _num_for((128, 32, 32, 8), 16, jnp.bfloat16) == 1
+  assert _num_for((128, 32, 32, 8), 32) == 4
+  assert _num_for((128, 32, 32, 8), 32, block_bytes=2**30) == 1
   # A block has at least as many rows as the kernel.
-  assert num((1024, 32, 32, 8), 128) == 10
-  assert num((1024, 1, 32, 8), 128) == 1
-  # These are left to XLA.
-  assert num((128, 32, 32, 8), 32, lhs_dilation=(2, 1)) == 1
-  assert num((128, 32, 32, 8), 32, batch_group_count=2) == 1
+  assert _num_for((1024, 32, 32, 8), 128) == 10
+  assert _num_for((1024, 1, 32, 8), 128) == 1
+  # These are left to JAX.
+  assert _num_for((128, 32, 32, 8), 32, lhs_dilation=(2, 1)) == 1
+  assert _num_for((128, 32, 32, 8), 32, batch_group_count=2) == 1
 
 
 def test_other_devices_have_no_blocks(monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  assert (
-    _num_convolutions(
-      lambda x, k: convolution.conv_general_dilated(
-        x, k, (1, 1), "SAME", dimension_numbers=_NHWC
-      ),
-      jax.ShapeDtypeStruct((128, 32, 32, 16), np.float32),
-      jax.ShapeDtypeStruct((3, 3, 16, 32), np.float32),
-    )
-    == 1
+  assert _num_for((128, 32, 32, 8), 32) == 1
+
+
+def test_shapes_may_be_symbolic():
+  (batch_size,) = jax.export.symbolic_shape("b")
+  exported = jax.export.export(
+    jax.jit(lambda x, k: _in_blocks(x, k, (1, 1), "SAME", dimension_numbers=_NHWC))
+  )(
+    jax.ShapeDtypeStruct((batch_size, 16, 4, 2), np.float32),
+    jax.ShapeDtypeStruct((3, 3, 2, 3), np.float32),
   )
+  rng = np.random.default_rng(0)
+  images = rng.normal(size=(5, 16, 4, 2)).astype(np.float32)
+  kernel = rng.normal(size=(3, 3, 2, 3)).astype(np.float32)
+  np.testing.assert_allclose(
+    exported.call(images, kernel),
+    jax.lax.conv_general_dilated(
+      images, kernel, (1, 1), "SAME", dimension_numbers=_NHWC
+    ),
+    rtol=1e-5,
+    atol=1e-5,
+  )
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_axes_may_be_sharded_over_an_explicit_mesh(axis):
+  mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+  rng = np.random.default_rng(0)
+  images = rng.normal(size=(4, 12, 8, 2)).astype(np.float32)
+  kernel = rng.normal(size=(3, 3, 2, 3)).astype(np.float32)
+  options = {
+    "window_strides": (1, 1),
+    "padding": "SAME",
+    "dimension_numbers": _NHWC,
+  }
+  with jax.set_mesh(mesh):
+    spec = jax.P(*(["d" if i == axis else None for i in range(4)]))
+    placed = jax.device_put(images, spec)
+    actual = jax.jit(functools.partial(_in_blocks, **options))(
+      placed, jax.device_put(kernel, jax.P())
+    )
+  expected = jax.lax.conv_general_dilated(images, kernel, **options)
+  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "wrong",
+  [
+    {"rhs": np.ones((0, 3, 3, 4))},
+    {"rhs": np.ones((3, 3, 2, 4))},
+    {"rhs_dilation": (2,)},
+    {"lhs_dilation": 1},
+    {"padding": [(1, 1)]},
+    {"window_strides": (1,)},
+    {"dimension_numbers": ("NHWX", "HWIO", "NHWC")},
+  ],
+  ids=str,
+)
+def test_wrong_arguments_have_the_errors_of_jax(wrong):
+  arguments = {
+    "lhs": np.ones((2, 9, 8, 3)),
+    "rhs": np.ones((3, 3, 3, 4)),
+    "window_strides": (1, 1),
+    "padding": "SAME",
+    "dimension_numbers": _NHWC,
+    **wrong,
+  }
+  messages = []
+  for convolve in (jax.lax.conv_general_dilated, _in_blocks):
+    with pytest.raises(Exception) as caught:
+      convolve(**arguments)
+    messages.append(str(caught.value).partition("at loc(")[0])
+  assert messages[0] == messages[1]
+
+
+def test_a_block_has_a_positive_size():
+  with pytest.raises(base.InputError, match="block_bytes=0: give a positive number"):
+    _num_for((2, 8, 8, 1), 2, block_bytes=0)
+
+
+_NETWORKS = {
+  "resnet": resnet.ResNet,
+  "wide_resnet": functools.partial(wide_resnet.WideResNet, widen=1),
+  "resnet_32": preactivation_resnet.resnet_32,
+  "leaky": functools.partial(preactivation_resnet.LeakyWideResNet, blocks=1),
+  "whitened": functools.partial(whitened.WhitenedNet, whitening=None),
+}
+
+
+@pytest.mark.parametrize("name", _NETWORKS)
+def test_networks_use_blocks(name):
+  net = _NETWORKS[name](10)
+  images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
+  variables = jax.eval_shape(net.init, jax.random.key(0), images)
+
+  def num(batch_size):
+    batch = jax.ShapeDtypeStruct((batch_size, 32, 32, 3), np.float32)
+    return _num_convolutions(net.apply, variables, batch)
+
+  assert num(512) > num(1)
 
 
 class _Net(nn.Module):
@@ -140,10 +241,11 @@ class _Net(nn.Module):
 def test_weights_do_not_depend_on_blocks(engine, x64):
   rng = np.random.default_rng(1)
   batch, meta_batch = (
-    {"image": rng.normal(size=(size, 8, 6, 2)), "label": rng.normal(size=(size, 4))}
+    {"image": rng.normal(size=(size, 16, 6, 2)), "label": rng.normal(size=(size, 4))}
     for size in (5, 3)
   )
   params = _Net(None).init(jax.random.key(0), jnp.asarray(batch["image"]))
+  assert _num_convolutions(_Net(_in_blocks).apply, params, batch["image"]) == 5 + 2
 
   def results(net):
     def losses(params, batch):

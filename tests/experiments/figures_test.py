@@ -1,0 +1,28 @@
+"""The titles of figures name the settings of their rows."""
+
+import pytest
+
+from experiments.lib import figures
+
+_ROW = {"dataset": "cifar10", "network": "mlp", "preset": "p", "fraction": 0.5}
+
+
+@pytest.mark.parametrize(
+  ("more", "columns", "expected"),
+  [
+    ({}, ["fraction"], "cifar10, mlp, preset p\nfraction 0.5"),
+    ({"fraction": 0.0}, ["dataset", "fraction"], "mlp, preset p\ncifar10, fraction 0"),
+    (
+      {"cosine": True, "num_steps": 2000, "noise": None},
+      ["noise", "num_steps"],
+      "cifar10, mlp, preset p, cosine learning rate\n2,000 steps",
+    ),
+    (
+      {"schedule": "constant", "preset": None},
+      ["fraction"],
+      "cifar10, mlp, constant learning rate\nfraction 0.5",
+    ),
+  ],
+)
+def test_title(more, columns, expected):
+  assert figures.setting_title(_ROW | more, columns) == expected
