@@ -128,6 +128,8 @@ def test_every_row_tells_where_it_comes_from(path):
       ["fine_tuning_restarted", "generalized_cross_entropy", "bare"],
       2 * 3,
     ),
+    ("mnist_noise/cosine_mwn", ["meta_weight_net"], 3),
+    ("mnist_noise/cosine_07_mwn", ["meta_weight_net"], 3),
     (
       "mnist_noise/fashion_cosine",
       [
