@@ -1,4 +1,4 @@
-r"""Whether convolutions in blocks of rows are faster on a CPU, for several numbers of blocks.
+r"""Whether convolutions in blocks of rows are faster on a CPU, by number of blocks.
 
 Each layer of `LAYERS` is a convolution with a 3x3 kernel on a batch of images. For each
 layer, the benchmark times the convolution, its gradient with respect to the images, and
