@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 import csv
+import os
 import pathlib
 from typing import Any
+
+from l2rw_jax.io import workdir as workdir_lib
 
 
 def write(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -26,3 +29,22 @@ def show(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
   for row in rows:
     print(" ".join(f"{name}={value}" for name, value in row.items()))
   print(f"\nwritten: {path}")
+
+
+def report(
+  rows: Sequence[Mapping[str, Any]],
+  facts: Mapping[str, Any],
+  workdir: str | os.PathLike,
+) -> None:
+  """Prints rows and writes them to `workdir`/jax-VERSION.csv.
+
+  Args:
+    rows: the rows.
+    facts: columns that all rows share. The versions of the software and the number of
+      cores are added to them.
+    workdir: the folder.
+  """
+  info = {**workdir_lib.run_info(), "cores": os.cpu_count()}
+  path = pathlib.Path(workdir) / f"jax-{info['jax']}.csv"
+  write(path, [{**row, **facts, **info} for row in rows])
+  show(rows, path)

@@ -13,7 +13,6 @@ Results: results/convolution_blocks, one file for each version of jax.
 from collections.abc import Callable, Sequence
 import dataclasses
 import os
-import pathlib
 import time
 from typing import Any, NamedTuple
 
@@ -26,7 +25,6 @@ from experiments.lib import launch
 from experiments.lib import settings as settings_lib
 from experiments.lib.settings import flag
 from l2rw_jax import base
-from l2rw_jax.io import workdir as workdir_lib
 from l2rw_jax.models import convolution
 
 # (height and width, channels of the images, channels of the outputs): the layers of
@@ -159,12 +157,9 @@ def make_rows(settings: Settings) -> list[dict[str, Any]]:
 
 def run(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
   """Runs the benchmark, prints the results and writes them to a folder."""
-  info = {**workdir_lib.run_info(), "cores": os.cpu_count()}
   rows = make_rows(settings)
   facts = {"batch_size": settings.batch_size, "repeats": settings.repeats}
-  path = pathlib.Path(workdir) / f"jax-{info['jax']}.csv"
-  _rows.write(path, [{**row, **facts, **info} for row in rows])
-  _rows.show(rows, path)
+  _rows.report(rows, facts, workdir)
   return rows
 
 

@@ -13,7 +13,6 @@ Results: results/xla_switches, one file for each version of jax.
 import dataclasses
 import json
 import os
-import pathlib
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,6 @@ from benchmarks import _rows
 from experiments.lib import launch
 from experiments.lib import settings as settings_lib
 from experiments.lib.settings import flag
-from l2rw_jax.io import workdir as workdir_lib
 
 # The switches of jaxlib 0.10 and 0.12 that select another library for convolutions or
 # matrix products, or change how loops become machine code.
@@ -143,16 +141,13 @@ def make_rows(settings: Settings) -> list[dict[str, Any]]:
 
 def run(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
   """Runs the benchmark, prints the results and writes them to a folder."""
-  info = {**workdir_lib.run_info(), "cores": os.cpu_count()}
   rows = make_rows(settings)
   facts = {
     "batch_size": settings.batch_size,
     "repeats": settings.repeats,
     "num_rounds": settings.num_rounds,
   }
-  path = pathlib.Path(workdir) / f"jax-{info['jax']}.csv"
-  _rows.write(path, [{**row, **facts, **info} for row in rows])
-  _rows.show(rows, path)
+  _rows.report(rows, facts, workdir)
   return rows
 
 
