@@ -62,7 +62,7 @@ class Settings(long_tail.Settings):
     unset="resnet_32, and resnet_8 with --smoke",
     choices=[
       *("resnet_32", "wrn_28_10", "resnet_8", "mlp", "whitened", "whitened_gn"),
-      *("whitened_half", "whitened_half_gn"),
+      *("whitened_half", "whitened_half_gn", "whitened_quarter", "whitened_quarter_gn"),
     ],
   )
   smoke: bool = flag(

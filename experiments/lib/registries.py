@@ -537,11 +537,15 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
   "l2rw_wrn_28_10": preactivation_resnet.wrn_28_10,  # 36,211,178
   "mentornet_wrn_56_10": preactivation_resnet.LeakyWideResNet,  # 84,627,034
   "resnet_8": functools.partial(resnet.ResNet, blocks=1),
-  # The first layer of these four is computed from training images, see `make_network`.
+  # The first layer of these six is computed from training images, see `make_network`.
   "whitened": whitened.WhitenedNet,  # 1,972,514
   "whitened_gn": functools.partial(whitened.WhitenedNet, norm="group"),
   "whitened_half": functools.partial(whitened.WhitenedNet, width=32),  # 497,826
   "whitened_half_gn": functools.partial(whitened.WhitenedNet, width=32, norm="group"),
+  "whitened_quarter": functools.partial(whitened.WhitenedNet, width=16),  # 126,818
+  "whitened_quarter_gn": functools.partial(
+    whitened.WhitenedNet, width=16, norm="group"
+  ),
   "lenet": _without_batch_statistics(lenet.LeNet),
   "mlp": _without_batch_statistics(mlp.MLP),
 }
