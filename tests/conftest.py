@@ -49,8 +49,57 @@ def pytest_configure(config):
   jax.config.update("jax_compilation_cache_dir", folder.name)
 
 
-def pytest_collection_modifyitems(items):
-  """Puts the longest files first; see `--no-loadscope-reorder` in the Makefile."""
+def pytest_addoption(parser):
+  """Adds the flag of `make test_all`."""
+  parser.addoption(
+    "--runslow", action="store_true", help="Also run the tests marked as slow."
+  )
+
+
+def _parameters(item):
+  return item.callspec.id if hasattr(item, "callspec") else None
+
+
+def _is_slow(item):
+  """Whether the marker `slow` applies to the parameters of a test."""
+  marker = item.get_closest_marker("slow")
+  if marker is None:
+    return False
+  parameters = _parameters(item)
+  if marker.args:
+    return parameters in marker.args
+  return parameters not in marker.kwargs.get("unless", ())
+
+
+def _check_markers(items):
+  """Raises an error if the marker `slow` names parameters that a test does not have."""
+  named, existing = {}, {}
+  for item in items:
+    marker = item.get_closest_marker("slow")
+    if marker is not None:
+      test = item.nodeid.partition("[")[0]
+      named[test] = {*marker.args, *marker.kwargs.get("unless", ())}
+      existing.setdefault(test, set()).add(_parameters(item))
+  for test, parameters in named.items():
+    if parameters - existing[test]:
+      unknown = ", ".join(sorted(parameters - existing[test]))
+      raise pytest.UsageError(f"{test}: slow() names unknown parameters: {unknown}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+  """Leaves out slow tests, and puts the longest files first.
+
+  A slow test runs with --runslow, or if its name is given. See `--no-loadscope-reorder`
+  in the Makefile for the order.
+  """
+  named = any("::" in argument for argument in config.args)
+  if not named:
+    _check_markers(items)
+  if not (named or config.getoption("--runslow")):
+    slow = [item for item in items if _is_slow(item)]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if not _is_slow(item)]
   paths = [_REPOSITORY / "tests" / name for name in _LONGEST]
   place = {path: i for i, path in enumerate(paths)}
   items.sort(key=lambda item: place.get(item.path, len(place)))

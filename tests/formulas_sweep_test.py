@@ -5,7 +5,8 @@ reference), under an explicit and an automatic mesh, in `shard_map`, and in `pma
 (only formulas that take an axis name), always with rank promotion "raise" and strict
 dtype promotion (see `conftest.py`). One compiled function evaluates the whole table,
 so that the sweep costs one compilation for each kind of mesh. Gradients are compared
-under the explicit mesh, where JAX keeps the sharding of every cotangent.
+under the explicit mesh, where JAX keeps the sharding of every cotangent. `make test`
+only traces the table, which is when JAX reports promotions and wrong shardings.
 
 Methods for the training loop are tested in `methods/sweep_test.py`.
 """
@@ -987,16 +988,20 @@ def _gradients_on_one_device():
   return jax.device_get(jax.jit(_gradients)(_data()))
 
 
-def _in_shard_map():
-  evaluate, errors = _table(_FORMULAS)
-  mapped = jax.shard_map(
+def _mapped(evaluate):
+  """`evaluate` in `shard_map`, with the examples spread over the devices."""
+  return jax.shard_map(
     lambda data: evaluate(data, _AXIS),
     mesh=_mesh(jax.sharding.AxisType.Auto),
     in_specs=(_spec(True, False),),
     out_specs=dict.fromkeys(_FORMULAS, _Found(jax.P(_AXIS), jax.P())),
     check_vma=True,
   )
-  return jax.jit(mapped)(_data()), errors
+
+
+def _in_shard_map():
+  evaluate, errors = _table(_FORMULAS)
+  return jax.jit(_mapped(evaluate))(_data()), errors
 
 
 def _in_pmap():
@@ -1046,6 +1051,34 @@ def _assert_close(name, actual, expected):
   chex.assert_trees_all_close(actual, expected, rtol=rtol, atol=rtol / 10)
 
 
+@functools.cache
+def _errors_of_tracing(kind):
+  """Errors by formula of a trace of the table."""
+  evaluate, errors = _table(_FORMULAS)
+  if kind == "one":
+    jax.make_jaxpr(evaluate)(_data())
+  elif kind == "shard_map":
+    jax.make_jaxpr(_mapped(evaluate))(_data())
+  else:
+    _errors_of_tracing("one")  # First, as in `_results_and_gradients_on_explicit_mesh`.
+    mesh = _mesh(jax.sharding.AxisType.Explicit)
+    with jax.set_mesh(mesh):
+      jax.make_jaxpr(evaluate)(_placed(_data(), mesh))
+  return errors
+
+
+@pytest.mark.parametrize("kind", ["one", "explicit", "shard_map"])
+@pytest.mark.parametrize("name", _FORMULAS)
+def test_can_be_traced(name, kind):
+  errors = _errors_of_tracing(kind)
+  if kind in _FORMULAS[name].refused:
+    with pytest.raises(base.InputError, match="spread over devices"):
+      raise errors[name]
+  elif name in errors:
+    raise errors[name]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _FORMULAS)
 def test_is_clean_under_the_debug_switches(name):
   assert jax.config.jax_numpy_rank_promotion == "raise"
@@ -1053,6 +1086,7 @@ def test_is_clean_under_the_debug_switches(name):
   chex.assert_tree_all_finite(_result("one", name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["explicit", "auto"])
 @pytest.mark.parametrize("name", _FORMULAS)
 def test_gives_the_same_numbers_under_a_mesh(name, kind):
@@ -1063,6 +1097,7 @@ def test_gives_the_same_numbers_under_a_mesh(name, kind):
   _assert_close(name, _result(kind, name), _result("one", name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _HAVE_GRADIENT)
 def test_has_the_same_finite_gradient_under_a_mesh(name):
   expected = _gradients_on_one_device()[name]
@@ -1071,11 +1106,13 @@ def test_has_the_same_finite_gradient_under_a_mesh(name):
   _assert_close(name, actual[name], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _FORMULAS)
 def test_gives_the_same_numbers_in_shard_map(name):
   _assert_close(name, _result("shard_map", name), _result("one", name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _COMMUNICATE)
 def test_gives_the_same_numbers_in_pmap(name):
   found, expected = _result("pmap", name), _result("one", name)

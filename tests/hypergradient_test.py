@@ -159,6 +159,7 @@ def _assert_close(actual, expected, tolerance):
   np.testing.assert_allclose(actual / scale, expected / scale, rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow(unless=("adamw", "momentum", "sgd"))
 @pytest.mark.parametrize("name", _OPTIMIZERS)
 def test_weight_gradient_equals_the_unrolled_step_and_finite_differences(name):
   optimizer = _OPTIMIZERS[name]

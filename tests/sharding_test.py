@@ -267,6 +267,12 @@ _MAPS = {
 }
 
 
+@pytest.mark.slow(
+  "batch_norm-2-vmap",
+  "batch_norm-2-jit_explicit",
+  "batch_norm-2-jit_replicated",
+  "batch_norm-2-shard_map_unchecked",
+)
 @pytest.mark.parametrize("map_name", _MAPS)
 @pytest.mark.parametrize(
   ("problem_name", "num_devices"),
@@ -287,6 +293,7 @@ def test_axis_of_one_device_matches_no_axis(map_name):
   _assert_close(_MAPS[map_name](_problem("one_shard"), 1), _expected("one_shard"))
 
 
+@pytest.mark.slow
 def test_resnet_with_shared_batch_statistics_matches_one_device():
   _assert_close(_MAPS["shard_map"](_problem("resnet"), 8), _expected("resnet"))
 

@@ -189,6 +189,7 @@ def test_padding_does_not_change_the_selection_and_sizes_share_a_program():
   assert facility_location._lazy_greedy._cache_size() == before + 3 + 1
 
 
+@pytest.mark.slow
 def test_stochastic_greedy_improves_with_more_candidates():
   points = np.random.default_rng(0).normal(size=(300, 3)).astype(np.float32)
   exact = facility_location.lazy_greedy(distances.vectors(points), 30, bound=20.0)
@@ -239,6 +240,7 @@ def test_memory_is_linear_in_the_number_of_points():
   assert large < 16000**2 * 4 / 100
 
 
+@pytest.mark.slow
 def test_many_candidates_are_evaluated_in_blocks():
   points = distances.vectors(jnp.ones((4000, 10)))
   compiled = facility_location._stochastic_greedy.lower(

@@ -66,6 +66,7 @@ def test_selection_is_greedy_in_each_class_and_its_weights_sum_to_n(greedy):
       )
 
 
+@pytest.mark.slow
 def test_outer_products_select_the_same_as_formed_ones():
   rng = np.random.default_rng(0)
   features, scale = rng.normal(size=(60, 6)), rng.uniform(0.5, 2.0, size=(4, 7))

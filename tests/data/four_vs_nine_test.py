@@ -150,6 +150,7 @@ def test_one_minority_image_suffices():
   np.testing.assert_array_equal(examples_lib.class_counts(splits.train, 2), [1, 1189])
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_real_mnist_has_the_sizes_of_the_paper(
   tfds_dir: pathlib.Path, decoded: pathlib.Path

@@ -21,6 +21,7 @@ def run(tmp_path_factory):
   return scripts.saved_rows(cwd / "runs" / "coreset_selection")[0], done.printed
 
 
+@pytest.mark.slow
 def test_every_way_is_timed_beside_an_epoch(run):
   rows, printed = run
   names = ["epoch", "lazy", "stochastic 0.5", "naive, of a part", "lazy, of a part"]

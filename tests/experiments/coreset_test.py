@@ -70,6 +70,7 @@ def test_rows_describe_runs_and_curves(run):
   assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_second_call_reads_the_first_and_a_tail_is_cut(run):
   folder, printed = run
   before = (folder / "results.csv").read_bytes()

@@ -190,6 +190,7 @@ def test_help_names_every_flag(tmp_path):
   assert done.printed.startswith("L2RW against its baselines")
 
 
+@pytest.mark.slow
 def test_full_disk_is_one_line_and_the_command_continues(tmp_path):
   flags = [*_SMALL, "--methods=uniform", "--workdir=run"]
   module = f"experiments.{_NAME}"
@@ -211,6 +212,7 @@ def test_run_with_settings_equals_the_command(run, tmp_path):
   assert json.loads(json.dumps(rows)) == recorded[:2]
 
 
+@pytest.mark.slow
 def test_divergence_is_one_line_again(tmp_path):
   small = ["--num_seeds=1", "--num_devices=1", "--methods=uniform"]
   diverging = [*small, f"--workdir={tmp_path}/run", "--learning_rate=1e20"]

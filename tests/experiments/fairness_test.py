@@ -80,6 +80,7 @@ def test_condensation_keeps_those_with_the_highest_last_weight(run):
   assert len(other) == len(kept) and set(other) != set(kept)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_repeated_and_an_attribute_has_cells(run):
   folder, printed = run
   metrics = {p: p.stat().st_mtime_ns for p in folder.rglob("metrics.jsonl")}

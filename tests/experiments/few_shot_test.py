@@ -113,6 +113,7 @@ def test_weights_are_probed_from_the_start(run):
   assert np.nansum(weights["seen"]) == 4 * 4
 
 
+@pytest.mark.slow
 def test_more_shares_are_added_and_items_have_weights(run):
   folder, _ = run
   kept = scripts.contents(folder / "ood-0.5")

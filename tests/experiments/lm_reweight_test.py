@@ -77,6 +77,7 @@ def _operations(name, **flags):
   return str(jax.make_jaxpr(gradients)(jax.random.key(0)))
 
 
+@pytest.mark.slow
 def test_flags_that_save_memory_reach_the_methods():
   # Tests of the methods and of mnist_noise check that the results stay the same.
   for name in ("l2rw", "meta_weight_net"):

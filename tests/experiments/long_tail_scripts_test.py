@@ -212,6 +212,7 @@ def test_schedules_of_the_papers():
   assert _rates(cifar_long_tail.PRESETS["mwn"]) == pytest.approx(mwn, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_short_run_on_cifar(cifar):
   rows = cifar["ldam"]
   assert [row["method"] for row in rows] == ["uniform", "ldam_drw"]

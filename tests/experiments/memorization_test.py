@@ -191,6 +191,7 @@ def probed(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_probes_do_not_change_training(probed):
   (plain,), _, plain_flags = scripts.saved_rows(probed / "plain")
   (row,), _, flags = scripts.saved_rows(probed / "probed")

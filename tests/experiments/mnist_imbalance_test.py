@@ -74,6 +74,7 @@ def test_run_writes_rows_and_figures(run):
   assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_adding_methods_does_not_repeat_runs(run):
   folder, _ = run
   parts = {p: p.stat().st_mtime_ns for p in folder.glob("majority-*/**/*")}
@@ -90,6 +91,7 @@ def test_adding_methods_does_not_repeat_runs(run):
   assert {p: p.stat().st_mtime_ns for p in parts} == parts
 
 
+@pytest.mark.slow
 def test_splits_side_by_side_equal_splits_alone(run, tmp_path):
   folder, _ = run
   flags = [*_SMALL, "--majority=0.9", "--methods=l2rw", f"--workdir={tmp_path}"]
@@ -191,6 +193,7 @@ def test_helpfull_names_every_flag(tmp_path):
   assert "Ren et al." in done.printed
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_the_right_end_of_the_figure_on_mnist(tfds_dir, decoded, tmp_path):
   done = scripts.run(

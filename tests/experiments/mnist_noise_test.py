@@ -107,6 +107,7 @@ def test_other_methods_fit_the_network_and_the_data(name):
   assert found.weights.shape == (6,)
 
 
+@pytest.mark.slow(unless=("l2rw-flags0",))
 @pytest.mark.parametrize(
   ("name", "flags"),
   [
@@ -241,6 +242,7 @@ def test_mistake_is_one_line_and_writes_nothing(mistakes, name):
   scripts.assert_one_line(mistakes[name], _MISTAKES[name][1])
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_preset_own_on_mnist(tfds_dir, decoded, tmp_path):
   done = scripts.run(
@@ -266,6 +268,7 @@ def test_preset_own_on_mnist(tfds_dir, decoded, tmp_path):
   assert (row["published_percent"], row["published_spread"]) == (95.40, 0.31)
 
 
+@pytest.mark.slow
 def test_lenet_trains_one_seed_at_a_time(tmp_path):
   done = scripts.run(
     _NAME,

@@ -109,6 +109,7 @@ def test_images_with_trusted_ones_in_mnist_noise(tmp_path):
   assert (row["num_steps"], row["published_percent"]) == (2, None)
 
 
+@pytest.mark.slow
 def test_streamed_images_have_the_results_of_those_in_memory(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   rng = np.random.default_rng(0)

@@ -48,6 +48,7 @@ def folder(tmp_path_factory):
   return made
 
 
+@pytest.mark.slow
 def test_a_row_for_every_method_engine_and_clean_batch(folder):
   rows, as_csv, flags = scripts.saved_rows(folder)
   engines = [*_steps.ENGINES]
@@ -252,6 +253,7 @@ def _problem():
   return problem, inputs
 
 
+@pytest.mark.slow(unless=("l2rw-forward",))
 @pytest.mark.parametrize("engine", ["forward", "layerwise"])
 @pytest.mark.parametrize(
   ("literal", "ours"),

@@ -2,9 +2,12 @@
 
 import csv
 
+import pytest
+
 from benchmarks import xla_switches
 
 
+@pytest.mark.slow
 def test_rows_of_a_switch_and_of_an_unknown_one(tmp_path):
   settings = xla_switches.Settings(
     switches=("--xla_cpu_mine=true",),

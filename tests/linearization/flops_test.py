@@ -158,6 +158,7 @@ _LIMITS = {
 }
 
 
+@pytest.mark.slow("0-100-gpt_scan", "0-100-resnet", "1-10-gpt_scan_remat")
 @pytest.mark.parametrize("name", _LIMITS)
 @pytest.mark.parametrize(("column", "num_meta"), [(0, _B), (1, _B // 10)])
 def test_a_step_of_l2rw_has_the_documented_cost(name, column, num_meta):
@@ -189,6 +190,7 @@ def test_a_share_of_the_layers_and_a_rare_clean_gradient_cost_a_tenth():
   assert 1 < (0.9 * keep + 0.1 * refresh) / _plain_flops("lenet") <= 1.10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _NETWORKS)
 def test_the_literal_form_costs_more(name):
   assert _literal_flops(name, _B // 10) > 1.1 * _l2rw_flops(name, _B // 10)

@@ -32,6 +32,7 @@ def _rows_of_every_type(x):
   return h, rows, signs, ints, draws, empty, inner, counts
 
 
+@pytest.mark.slow(unless=("jit",))
 @pytest.mark.parametrize(
   "wrap", [jax.jit, lambda f: f, jax.vmap], ids=["jit", "eager", "vmap"]
 )
@@ -65,6 +66,7 @@ def _losses(params, x):
   return (h**2).sum(1) + rows.sum(0)
 
 
+@pytest.mark.slow(unless=("5",))
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("size", [_B, 40])
 def test_both_orders_equal_weights_and_then_a_gradient(size):

@@ -315,6 +315,7 @@ def test_a_carry_of_parameters_and_of_examples_is_refused(losses_fn):
     assert _error(actual, expected) < 1e-12
 
 
+@pytest.mark.slow
 def test_recomputed_layers_in_half_precision():
   """Compared with float32, the error is less than twice that of forward mode."""
   _, params, x = _by_hand(_recomputed)

@@ -146,6 +146,7 @@ def test_ordering_costs_no_second_forward_pass():
   assert separate == pytest.approx(ordered, rel=0.02)
 
 
+@pytest.mark.slow(unless=("_l2rw",))
 @pytest.mark.parametrize("step", [_l2rw, _mwn])
 def test_microbatches_of_a_quarter_need_less_memory(step):
   assert _bytes(step, _network, microbatch_size=_B // 4) < 0.7 * _plain()
@@ -199,6 +200,7 @@ def _resnet_bytes(num_meta=None, **options):
   return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_a_step_of_meta_weight_net_stores_no_results_for_its_next_derivative():
   """XLA must not store the normalized and transposed activations for later use."""
   if jax.__version_info__ < (0, 12):
@@ -222,6 +224,7 @@ def test_rematerialization_in_a_loop_is_honored():
   assert _bytes(_l2rw, _recomputed_loop) < 1.4 * plain
 
 
+@pytest.mark.slow
 def test_a_recomputed_transformer_in_a_loop_needs_no_more_memory():
   tokens = jax.ShapeDtypeStruct((32, 64), jnp.int32)
   net = gpt.GPT(

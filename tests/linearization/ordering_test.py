@@ -58,6 +58,7 @@ def _lines(step, num_arrays, *data):
   return len(compiled.as_text().splitlines())
 
 
+@pytest.mark.slow(unless=("options3",))
 @pytest.mark.parametrize(
   "options",
   [{}, {"engine": "forward"}, {"engine": "difference"}, {"microbatch_size": 4}],

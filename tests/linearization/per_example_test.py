@@ -189,6 +189,7 @@ def _choose(is_ghost, *_):
   return is_ghost
 
 
+@pytest.mark.slow("attention", "experts", "transformed", "recurrent")
 @pytest.mark.parametrize(
   "name",
   [
@@ -343,6 +344,7 @@ def test_flops_are_at_most_one_and_a_half_times_those_of_plain_training(name):
   assert products <= 1.3 * plain
 
 
+@pytest.mark.slow
 def test_clipping_over_devices_equals_one_device():
   losses_fn, params, batch = _problem("dense", "float32")
   expected, _ = per_example.clipped_gradient(losses_fn, params, batch, 1.0)

@@ -103,6 +103,7 @@ def _step(method, state, problem, inputs):
   return jax.jit(lambda s, i: method.gradients(s, problem, i))(state, inputs)
 
 
+@pytest.mark.slow(unless=("anchor-3",))
 @pytest.mark.parametrize("num_logits", [1, 3])
 @pytest.mark.parametrize("estimator", label_transition.ESTIMATORS)
 def test_loss_is_corrected_once_the_matrix_is_estimated(estimator, num_logits):

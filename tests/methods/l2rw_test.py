@@ -162,6 +162,7 @@ def test_meta_batch_with_another_loss_and_shape():
     np.testing.assert_allclose(outcome.scores, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow(unless=("auto",))
 @pytest.mark.parametrize("engine", linearization.ENGINES)
 def test_weighted_value_and_grad_equals_its_parts(engine):
   params = _params()
@@ -208,6 +209,7 @@ def test_vmap_over_seeds_equals_a_loop():
     chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_vmap_without_jit():
   _, batch, meta_batch = _hand_case(x=[[1.0, -0.5]], y=[2.0])
   weigh = functools.partial(l2rw.example_weights, _squared)
@@ -272,6 +274,7 @@ def _task():
   )
 
 
+@pytest.mark.slow
 def test_only_the_training_batch_changes_the_running_statistics():
   problem, key = _task(), jax.random.key(0)
   variables = jax.jit(_Net().init, static_argnums=2)(key, _BATCH["x"], True)

@@ -74,6 +74,7 @@ _OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow(unless=("sgd-mean-True", "adam-sum-False"))
 @pytest.mark.parametrize(
   ("optimizer", "normalization", "detached"),
   [
@@ -260,6 +261,7 @@ def _factory_step(step=0, **options):
 
 # The gradients of all four variants are tested above; two of them suffice to show that
 # the method passes both settings on.
+@pytest.mark.slow(unless=("sum-False",))
 @pytest.mark.parametrize(
   ("normalization", "detached"), [("mean", True), ("sum", False)]
 )
@@ -299,6 +301,7 @@ def test_weights_use_the_updated_network(normalization, detached):
   chex.assert_trees_all_close(result.grads, grads, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow(unless=("2-2",))
 @pytest.mark.parametrize(("step", "every"), [(0, 1), (2, 2), (1, 2)])
 def test_a_step_that_recomputes_the_batch_has_the_same_results(step, every):
   (_, _, state, result, _), (_, before, new_state, new_result, _) = (
@@ -310,6 +313,7 @@ def test_a_step_that_recomputes_the_batch_has_the_same_results(step, every):
   assert (max(map(base.max_abs, jax.tree.leaves(change))) > 0) == (step % every == 0)
 
 
+@pytest.mark.slow(unless=("sum-True",))
 @pytest.mark.parametrize(("normalization", "detached"), _VARIANTS)
 def test_a_recomputed_gradient_is_the_same_in_float64(x64, normalization, detached):
   phi, params, batch, meta_batch = _problem()

@@ -235,6 +235,17 @@ def _on_eight_devices(name):
   return jax.pmap(step, _AXIS).lower(*arguments).compile()
 
 
+@pytest.mark.slow(
+  unless=(
+    "l2rw",
+    "uniform",
+    "adacore",
+    "bare",
+    "absgd",
+    "meta_weight_net_imbalance",
+    "group_dro",
+  )
+)
 @pytest.mark.parametrize("name", _METHODS)
 def test_two_runs_on_eight_devices_equal_single_runs_on_one(name):
   step_fn, state = _on_eight_devices(name), _replicated(name)

@@ -238,6 +238,7 @@ def test_real_step_uses_the_new_network_and_new_draws():
     assert difference > 1e-4
 
 
+@pytest.mark.slow
 def test_every_step_has_new_draws_except_in_the_ablation():
   run = _step(warpi.warpi(0.1))
   (one, _), (other, _) = run(0), run(1)

@@ -80,6 +80,7 @@ def _task_by_task(one_task, params, batch):
 
 # `test_equation_8_with_explicit_hessians_or_without` of NestedMAML tests the gradient
 # through one step.
+@pytest.mark.slow(unless=("2-True",))
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
   ("num_steps", "first_order"), [(0, False), (2, True), (2, False)]

@@ -110,6 +110,7 @@ _BATCH_NORM_MODELS = [
 ]
 
 
+@pytest.mark.slow("PreActivationResNet", "WideResNet", "LeakyWideResNet")
 @pytest.mark.parametrize("model", _BATCH_NORM_MODELS, ids=lambda m: type(m).__name__)
 def test_running_statistics_change_only_in_training(model):
   x = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))

@@ -75,6 +75,7 @@ def test_network_equals_numpy():
   np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_layerwise_linearization_is_supported():
   images, model = _images(5, 8, 8, 3), _small().clone(depth=1)
   variables = _variables(model, images)

@@ -98,6 +98,7 @@ def test_convolutions_copy_their_input_at_the_start():
   assert float(jnp.std(kernel[..., 2:])) > 0.1
 
 
+@pytest.mark.slow
 def test_group_norm_allows_layerwise_linearization():
   images = _images(4, 9, 9, 1)
   filters = whitened.whitening_filters(images)

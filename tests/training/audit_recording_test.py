@@ -31,6 +31,7 @@ def recorded(tmp_path_factory):
   return folder, toy_runs.train(folder, _L2RW, seeds=(0, 1), **_STEPS)
 
 
+@pytest.mark.slow
 def test_recording_changes_nothing_else(recorded, tmp_path):
   folder, results = recorded
   plain = toy_runs.train(tmp_path, l2rw.l2rw(), seeds=(0, 1), **_STEPS)

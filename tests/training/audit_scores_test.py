@@ -1,6 +1,7 @@
 """L2RW as a measurement: plain training that reports L2RW's scores."""
 
 import numpy as np
+import pytest
 import toy_runs
 
 from l2rw_jax import audit
@@ -8,6 +9,7 @@ from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 
 
+@pytest.mark.slow
 def test_l2rw_may_only_report_its_scores(tmp_path):
   methods = {
     "plain": baselines.uniform(),

@@ -61,6 +61,7 @@ _FILES = {
 }
 
 
+@pytest.mark.slow(unless=("interrupted",))
 @pytest.mark.parametrize("kind", _FILES)
 def test_damaged_files_are_written_again(runs, tmp_path, monkeypatch, kind):
   monkeypatch.setattr(workdir, "_commit", lambda: "unknown")

@@ -140,6 +140,7 @@ def _last_checkpoint(folder):
     return record, checkpointer.restore(saved / "arrays")
 
 
+@pytest.mark.slow
 def test_reference_is_complete(reference):
   folder, table = reference
   lines = [line.split()[1] for line in table if line.startswith("| ")]
@@ -173,6 +174,7 @@ def _damage(checkpoint):
   os.truncate(largest, largest.stat().st_size // 2)
 
 
+@pytest.mark.slow
 def test_killed_at_every_stage_and_with_a_damaged_checkpoint(
   reference, tmp_path, cache
 ):

@@ -57,6 +57,7 @@ def _assert_tables_close(actual, expected):
     np.testing.assert_allclose(column, expected[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow(unless=("l2rw",))
 @pytest.mark.parametrize("name", ["l2rw", "resampling"])
 def test_runs_side_by_side_match_single_runs(tmp_path, name):
   method = _METHODS[name]
@@ -90,6 +91,7 @@ class _NormNet(nn.Module):
 _NORM_MODEL = classifier.Classifier(_NormNet(), toy_runs.CLASSES)
 
 
+@pytest.mark.slow(unless=("8",))
 @pytest.mark.parametrize("num_meta", [8, 5])  # Two and eight do not divide five.
 def test_one_two_and_eight_devices_agree(tmp_path, num_meta):
   splits = [toy_runs.make_splits(num_train=60, num_meta=num_meta)]
@@ -129,6 +131,7 @@ def test_finished_run_is_not_repeated(tmp_path, monkeypatch):
     _assert_tables_close(one.weights, other.weights)
 
 
+@pytest.mark.slow(unless=("uniform", "l2rw", "class_proportion"))
 @pytest.mark.parametrize("name", list(_METHODS))
 def test_every_method_runs_and_compiles_once(tmp_path, caplog, monkeypatch, name):
   compiled = []
@@ -186,6 +189,7 @@ def whole_run(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow(unless=("adacore",))
 @pytest.mark.parametrize("make", ["adacore", "random_fixed"])
 def test_interrupted_coreset_run_ends_with_the_same_bytes(tmp_path, monkeypatch, make):
   monkeypatch.setattr(workdir, "_commit", lambda: "unknown")

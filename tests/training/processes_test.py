@@ -90,6 +90,7 @@ _METHODS = (
 )
 
 
+@pytest.mark.slow
 def test_weights_parameters_and_metrics_are_those_of_one_process(tmp_path):
   layouts = [(1, 8, "pmap"), (2, 4, "pmap"), (4, 2, "shard_map")]
   for count, num_local, kind in layouts:
@@ -166,6 +167,7 @@ def test_runs_of_two_processes_are_those_of_one(tmp_path, one_process):
     _assert_same_runs(tmp_path / name, one_process / name)
 
 
+@pytest.mark.slow
 def test_run_moves_from_four_processes_to_two_to_one(tmp_path, one_process):
   arguments = {"folder": str(tmp_path), "names": ["l2rw"], **_RUN}
   statuses, _ = _work(4, 1, "train", signal_at=[2, 7, "SIGKILL"], **arguments)
@@ -203,6 +205,7 @@ def _start_scripts(flags, numbers=(0, 1)):
   ]
 
 
+@pytest.mark.slow
 def test_lost_process_ends_the_others_and_the_same_command_continues(tmp_path):
   flags = (f"--workdir={tmp_path / 'run'}", "--num_steps=200", "--checkpoint_every=20")
   started = _start_scripts(flags)

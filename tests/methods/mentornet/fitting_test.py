@@ -107,6 +107,7 @@ def _fit(rows, compat="official_code", num_steps=600, restarts=2, **settings):
   return mentornet_network.Mentor("test", network, variables)
 
 
+@pytest.mark.slow(unless=("official_code",))
 @pytest.mark.parametrize("compat", mentornet_network.COMPAT)
 def test_fit_generalizes_to_other_rows(compat):
   rows = mentornet_fitting.pd_rows("self_paced", num_rows=4000)
@@ -115,6 +116,7 @@ def test_fit_generalizes_to_other_rows(compat):
   assert result["accuracy"] > 0.95 and result["mse"] < 0.05
 
 
+@pytest.mark.slow
 def test_fit_is_deterministic_and_improves_with_more_starts():
   rows = mentornet_fitting.pd_rows("pd", num_rows=1000)
   several, again, one = (_fit(rows, num_steps=300, restarts=r) for r in (2, 2, 1))
