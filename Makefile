@@ -1,8 +1,9 @@
 # These commands install what they need; they require git, make and Python >= 3.11:
-#   make demo   trains on real data and shows that the library works
-#   make test   runs every test, or those named by TESTS="FILE ..."
-#   make lint   checks style and types
-#   make docs   builds the documentation into docs/_build/html
+#   make demo       trains on real data and shows that the library works
+#   make test       runs the tests, or those named by TESTS="FILE ..."
+#   make test_all   the same with those marked as slow (see BUILD.md)
+#   make lint       checks style and types
+#   make docs       builds the documentation into docs/_build/html
 # PYTHON=python3.12 make test chooses the interpreter.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -17,9 +18,10 @@ CREATED := $(VENV)/.python-$(TAG)
 DEMO := $(VENV)/.demo-$(TAG)
 TEST := $(VENV)/.test-$(TAG)
 DOCS := $(VENV)/.docs-$(TAG)
+PYTEST = $(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: demo install install_docs test lint docs clean
+.PHONY: demo install install_docs test test_all lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO)
@@ -30,7 +32,10 @@ install: $(TEST)
 install_docs: $(DOCS)
 
 test: $(TEST)
-	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder $(TESTS)
+	$(PYTEST) $(TESTS)
+
+test_all: $(TEST)
+	$(PYTEST) --runslow $(TESTS)
 
 lint: $(TEST)
 	$(BIN)/ruff check .

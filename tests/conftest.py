@@ -86,20 +86,31 @@ def _check_markers(items):
       raise pytest.UsageError(f"{test}: slow() names unknown parameters: {unknown}")
 
 
+def _is_named(item, config):
+  """Whether the command names a test itself, not only its file."""
+  for argument in config.args:
+    path, _, test = argument.partition("::")
+    here = (config.invocation_params.dir / path).resolve() == item.path.resolve()
+    name = item.nodeid.partition("::")[2]
+    if test and here and (name == test or name.startswith(f"{test}[")):
+      return True
+  return False
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
   """Leaves out slow tests, and puts the longest files first.
 
-  A slow test runs with --runslow, or if its name is given. See `--no-loadscope-reorder`
-  in the Makefile for the order.
+  A slow test runs with --runslow, or if the command names it. See
+  `--no-loadscope-reorder` in the Makefile for the order.
   """
-  named = any("::" in argument for argument in config.args)
-  if not named:
+  if not any("::" in argument for argument in config.args):
     _check_markers(items)
-  if not (named or config.getoption("--runslow")):
-    slow = [item for item in items if _is_slow(item)]
+  if not config.getoption("--runslow"):
+    slow = [item for item in items if _is_slow(item) and not _is_named(item, config)]
     config.hook.pytest_deselected(items=slow)
-    items[:] = [item for item in items if not _is_slow(item)]
+    left_out = set(slow)
+    items[:] = [item for item in items if item not in left_out]
   paths = [_REPOSITORY / "tests" / name for name in _LONGEST]
   place = {path: i for i, path in enumerate(paths)}
   items.sort(key=lambda item: place.get(item.path, len(place)))
