@@ -135,8 +135,8 @@ class Gradients(NamedTuple):
   Attributes:
     grads: gradient of sum_i weights_i * losses_i over the *global* batch,
       already summed over devices; shaped like `params`.
-    weights: this device's example weights [B]; uniform is 1 / B_global. Methods that
-      change the loss instead of weighting it document their values.
+    weights: this device's example weights [B]; uniform is 1 / B_global. A method
+      that changes the loss instead of weighting it documents which values it returns.
     losses: this device's unweighted losses [B].
     model_state: the variables that are not trained, after this batch.
     metrics: scalars that are used only in the logs, the same on every device.
@@ -149,10 +149,11 @@ class Gradients(NamedTuple):
       gradients are zero, see `hypergradient.Direction`; bool scalar, or None.
     scores: this device's scores before they are clipped at zero, [B]; None for a
       method without scores.
-    fixed: a pair of pytrees like `params`, `(is_fixed, values)`: a parameter whose
-      bool scalar is True has that value after the step, regardless of the optimizer.
-      Fixed values are needed because momentum and weight decay also move parameters
-      without a gradient. None leaves all parameters to the optimizer.
+    fixed: `(is_fixed, values)`, a pair of pytrees with the structure of `params`. Where
+      `is_fixed` holds True, a bool scalar per leaf, the leaf of `values` is the
+      parameter after the step, regardless of the optimizer. Fixed values are needed
+      because momentum and weight decay also move parameters without a gradient. None
+      leaves all parameters to the optimizer.
   """
 
   grads: PyTree
@@ -687,7 +688,8 @@ def check_vector(name: str, value: Any) -> None:
     raise InputError(
       f"{name} must be one number per example, shape [B]; got shape {value.shape}. If"
       " every token or position is an example, return losses.reshape(-1), [B * T]; if"
-      " the sequence is, return its mean over T. Do not average over the batch."
+      " every sequence is an example, return losses.mean(axis=1). Do not average over"
+      " the batch."
     )
   if len(value.shape) != 1:
     raise InputError(

@@ -29,7 +29,7 @@ class State(NamedTuple):
 def changed_loss(
   method: base.Method, loss: Loss, *, from_epoch: int = 0
 ) -> base.Method:
-  """Replaces the per-example loss that `method` trains on with `loss`.
+  """Replaces the per-example training loss of `method` with `loss`.
 
   The weights of the method, its `Gradients.losses` and its meta loss are computed from
   the new loss; evaluation uses the loss of the classifier. The wrapper has no effect on

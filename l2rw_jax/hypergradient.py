@@ -41,7 +41,7 @@ from l2rw_jax.linearization import trainable
 
 
 class _State(enum.IntEnum):
-  """The state of the meta gradient g and the direction v, from good to bad.
+  """The state of the meta gradient g and the direction v, in ascending precedence.
 
   The state of an array is the largest state of its entries, and the state of a pytree
   is the largest state of its arrays.
@@ -210,11 +210,11 @@ def direction(
     meta_batch: this device's meta examples.
     inner_gradient: gradient of the look-ahead step, the same on every device; None
       means a zero gradient, as in L2RW.
-    optimizer: the look-ahead optimizer; None subtracts the gradient from the
-      parameters, as `optax.sgd(1.0)` does. For None, the backward pass starts from the
-      negative meta loss and must be linear, as derivatives are. XLA:CPU then needs less
-      memory, because it may store the factor of an optimizer's step as an array of the
-      size of a parameter.
+    optimizer: the look-ahead optimizer. With None, the step subtracts the gradient from
+      the parameters, as `optax.sgd(1.0)` does. The backward pass then starts from the
+      negative meta loss, so a custom backward rule must be linear in its cotangent.
+      None saves memory on XLA:CPU, which may store the scalar factor of an optimizer's
+      step as an array of the size of a parameter.
     opt_state: state of the optimizer at `params`; None initializes it.
     objective: `losses [M] -> M(p)`, a function of the losses of all devices in device
       order; None is their mean. Other inputs of the objective, such as groups, must be
@@ -297,7 +297,7 @@ def direction(
       microbatch_size,
       sign,
     )
-  meta_gradient = base.psum(gradient, axis_name)  # Times `sign`.
+  meta_gradient = base.psum(gradient, axis_name)  # This is `sign` times the gradient.
   vector = [g.astype(x.dtype) for g, x in zip(meta_gradient, leaves, strict=True)]
   if optimizer is not None:
     (vector,) = step_vjp(vector)
@@ -367,7 +367,7 @@ def batch_after(direction: Direction, batch: Any) -> Any:
 
   Args:
     direction: the result of `direction`.
-    batch: pytree of arrays; a batch without numeric arrays is not ordered.
+    batch: pytree of arrays. Typed PRNG keys do not wait.
   """
   return ordering.after(_last_scalar(direction), batch)
 
@@ -382,7 +382,7 @@ def _last_scalar(direction):
 def order_of(direction: Direction, batch: Any) -> base.StaticStr:
   """The order of the two batches that needs less memory.
 
-  "batches" finishes the meta batch before it begins with the training batch. Memory
+  With "batches", the meta batch is finished before the training batch begins. Memory
   then contains the activations of one batch at a time, and the whole direction.
   "layers" leaves the order to the compiler. Memory then contains the activations of
   both batches, but only the part of the direction that the current layer needs. The
@@ -421,7 +421,9 @@ def local(direction: Direction, axis_name: base.AxisName) -> Direction:
 def known_vector(direction: Direction) -> base.PyTree | None:
   """The vector along which `weight_gradient` takes the derivative, or None.
 
-  It is None for parameters in half precision, because the vector is scaled later.
+  It is None if a parameter is in half precision, because `weight_gradient` then scales
+  the vector. The losses are not known yet: if only they are in half precision, the
+  vector is scaled too, and the derivative along the vector of this function is unused.
   """
   types = [x.dtype for x in jax.tree.leaves(direction.vector)]
   is_half = any(_is_inexact(t) and base.accumulator_dtype(t) != t for t in types)
@@ -447,7 +449,7 @@ def weight_gradient(
 
 
 def _unit(vector):
-  """`vector` divided by a power of two near its length, and the power (float32)."""
+  """`vector` divided by a power of two near its length, and the power, a scalar."""
 
   # Do not divide in float16, which flushes small divisors to zero.
   def wide(x):

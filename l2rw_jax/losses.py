@@ -16,7 +16,8 @@ that takes logits and labels:
   logits.
 - Losses and their gradients are finite if every logit is finite or, in a class other
   than the label, -inf. The exceptions are `balanced_softmax` and `logit_adjusted`,
-  whose losses are infinite for labels of classes without training examples.
+  whose losses are infinite for labels of classes without training examples, and
+  `sigmoid_cross_entropy`, which is NaN for a logit of -inf.
 """
 
 import math
@@ -151,17 +152,18 @@ def focal(
     Losses [B].
 
   Raises:
-    InputError: `gamma` is negative, or the shapes do not match.
+    InputError: `gamma` is negative or infinite, or the shapes do not match.
 
   References:
     Lin, Goyal, Girshick, He, Dollar, "Focal Loss for Dense Object Detection",
     ICCV 2017, eq. (4).
   """
-  _check(0 <= gamma < math.inf, f"focal: gamma={gamma} must be at least 0")
+  _check(0 <= gamma < math.inf, f"focal: gamma={gamma} must be at least 0, and finite")
   log_p, is_label, scale = label_rows(logits, labels, where)
   others = jnp.where(is_label, -jnp.inf, log_p)
-  # With the logarithm of 1 - p_y, neither its power nor its gradient can be 0 / 0. If
-  # all other classes have a logit of -inf, 1 - p_y is 0 and has no logarithm.
+  # The power (1 - p_y)^gamma is computed from log(1 - p_y), so that neither the power
+  # nor its gradient can be 0 / 0. If all other classes have a logit of -inf, 1 - p_y is
+  # 0 and has no logarithm.
   is_sure = jnp.all(jnp.isneginf(others), axis=1)
   log_rest = jax.nn.logsumexp(jnp.where(is_sure[:, None], 0, others), axis=1)
   factor = jnp.where(is_sure, 0.0**gamma, jnp.exp(gamma * log_rest))
@@ -192,7 +194,8 @@ def symmetric_cross_entropy(
     Losses [B].
 
   Raises:
-    InputError: a factor is negative or both are 0, or the shapes do not match.
+    InputError: a factor is negative or infinite, both are 0, or the shapes do not
+      match.
 
   References:
     Wang, Ma, Chen, Luo, Yi, Bailey, "Symmetric Cross Entropy for Robust Learning
@@ -201,8 +204,8 @@ def symmetric_cross_entropy(
   """
   _check(
     min(alpha, beta) >= 0 < alpha + beta < math.inf,
-    f"symmetric_cross_entropy: alpha={alpha}, beta={beta} must not be negative, and"
-    " one must be positive",
+    f"symmetric_cross_entropy: alpha={alpha}, beta={beta} must be finite and not"
+    " negative, and one must be positive",
   )
   log_p, is_label, scale = label_rows(logits, labels, where)
   p = jnp.maximum(jnp.exp(log_p), 1e-7)
@@ -420,13 +423,16 @@ def logit_adjusted(
     Losses [B].
 
   Raises:
-    InputError: `tau` is negative, or an argument is invalid, see `balanced_softmax`.
+    InputError: `tau` is negative or infinite, or another argument is invalid, see
+      `balanced_softmax`.
 
   References:
     Menon, Jayasumana, Rawat, Jain, Veit, Kumar, "Long-tail Learning via Logit
     Adjustment", ICLR 2021 (the logit-adjusted softmax cross-entropy).
   """
-  _check(0 <= tau < math.inf, f"logit_adjusted: tau={tau} must be at least 0")
+  _check(
+    0 <= tau < math.inf, f"logit_adjusted: tau={tau} must be at least 0, and finite"
+  )
   return _count_adjusted(logits, labels, class_counts, tau, where)
 
 

@@ -111,8 +111,8 @@ def update(
 
   Args:
     state: the state before the step.
-    meta_gradient_fn: `phi -> MetaGradient`. It is computed only in steps with an
-      update, which saves time, except for several runs under one `vmap`.
+    meta_gradient_fn: `phi -> MetaGradient`. The gradient is computed only in steps with
+      an update, which saves time, except for several runs under one `vmap`.
     optimizer: the meta optimizer.
     step: step of the run, counted from 0; int32 scalar.
     every: number of steps from one update to the next.
@@ -156,8 +156,8 @@ def sgd_lookahead(learning_rate: Schedule, inputs: base.Inputs) -> dict[str, Any
     inputs: inputs of the training step.
 
   Returns:
-    The keyword arguments optimizer, opt_state and has_aux, which is True because losses
-    functions of a `base.Problem` also return new variables.
+    The keyword arguments `optimizer` and `has_aux`. The latter is True because the
+    losses functions of a `base.Problem` also return the new model state.
   """
   rate: Any = learning_rate
   if callable(learning_rate):

@@ -21,7 +21,7 @@ from l2rw_jax import base
 
 # A waiting process returns to Python this often, so that it can handle signals.
 _POLL_MS = 1000
-# The client's message if a value is not set in time.
+# How the client's message begins if a value is not set in time.
 _TIMED_OUT = ("DEADLINE_EXCEEDED", "NOT_FOUND")
 # Errors of the collectives (gloo, NCCL) and of the coordination service.
 _LOST = re.compile(
@@ -114,7 +114,7 @@ def publish_failure(message: str) -> None:
 
 
 def exchange(name: str, value: str) -> list[str]:
-  """The values that all processes pass, in the order of their numbers.
+  """The values that all processes pass, in the order of the processes' numbers.
 
   Every process waits for all others.
 
@@ -281,7 +281,7 @@ def _from_bytes(content: np.ndarray, like: Sequence[np.ndarray]) -> list[np.ndar
 
 
 def is_lost(error: BaseException) -> bool:
-  """Whether an error of JAX says that another process cannot be reached."""
+  """Whether an error says that another process has ended or cannot be reached."""
   if isinstance(error, EndedError):
     return True
   # A process that runs out of memory must report that, and not the loss of another one.

@@ -10,7 +10,7 @@ be wrong, it separates good models from bad ones without clean labels.
     running_average      zeta from the decreases
     regions, selected    which of many models to use, by zeta and training accuracy
 
-`training.memorization` measures it during a run.
+`training.memorization` measures susceptibility during a run.
 
 Reference: Forouzesh, Sedghi, Thiran, "Leveraging Unlabeled Data to Track
 Memorization", ICLR 2023 (https://arxiv.org/abs/2212.04461). The definition of one step
@@ -63,8 +63,8 @@ def loss_drop(
   The step is the same as in training: it uses the schedule and the momentum in
   `opt_state`, weight decay, and optax's `value`, the loss before the step. The drop
   therefore depends not only on the random labels but also on the momentum. For plain
-  SGD, it is to first order the learning rate times |gradient|^2. The parameters and the
-  state after the step are discarded.
+  SGD, the drop is to first order the learning rate times |gradient|^2. The parameters
+  and the state after the step are discarded.
 
   Args:
     losses_fn: `(params, batch) -> losses [B]`, or `(losses [B], aux)` with `has_aux`,
@@ -82,7 +82,9 @@ def loss_drop(
     A `Drop`, the same on every device. If the step overflows, `finite` is False.
 
   Raises:
-    InputError: the losses are not one number per example.
+    InputError: the losses are not one floating-point number per example, `params` has
+      no trainable leaf, the result of `losses_fn` does not match `has_aux`, or the
+      update of the optimizer needs arguments other than `params` and `value`.
     FloatingPointError: outside `jit`, if a loss or the gradient is not finite.
   """
 
@@ -167,7 +169,7 @@ def running_average(drops: Any, compat: bool = False) -> np.ndarray:
   least = 2 if compat else 1
   if drops.ndim < 1 or drops.shape[-1] < least:
     raise base.InputError(
-      f"drops must hold at least {least} probe(s) in its last axis; got shape"
+      f"drops must hold at least {least} probe(s) in the last axis; got shape"
       f" {drops.shape}."
     )
   _check_finite("drops", drops)

@@ -220,11 +220,12 @@ def propagate(
       are also checked.
 
   Returns:
-    A batch axis for each output. Some outputs of a call may mix examples; they have a
-    MixedError instead.
+    A batch axis for each output. An output of a call or of a scan that mixes examples
+    has a MixedError instead.
 
   Raises:
-    MixedError: the operation is not a call, and mixes examples, or may do so.
+    MixedError: the operation mixes examples or may do so, and is neither a call nor a
+      scan; or a scan iterates over the examples.
   """
   name = eqn.primitive.name
   inner = inner_jaxpr(eqn)

@@ -65,10 +65,10 @@ def linearize(
                            functions whose declared derivative is not the
                            derivative of their values (straight-through, gradient
                            reversal) are refused.
-  auto                     layerwise if the model allows it, else forward. For
-                           a `jax.checkpoint` that takes parameters: forward,
-                           which is cheaper there, unless there is a
-                           `jax.custom_vjp`. The default.
+  auto                     The default: layerwise if the model allows it, else
+                           forward. For a `jax.checkpoint` that takes parameters:
+                           forward, which is cheaper there, unless the model has
+                           a `jax.custom_vjp`.
   ============  =========  ====================================================
 
   Args:
@@ -79,7 +79,7 @@ def linearize(
     batch: the batch, in the form that `losses_fn` takes.
     has_aux: whether `losses_fn` returns an auxiliary output in addition to the
       losses, such as new BatchNorm statistics.
-    engine: one of the above.
+    engine: one of the engines in the table.
     direction: the vector, shaped like `params`, with which `directional` will be
       called, if it is known. Forward mode then computes this derivative together with
       the losses and stores nothing for it; other engines ignore `direction`. Calling
@@ -310,8 +310,8 @@ def _without_surrogates(outputs_and_aux, leaves):
     raise base.InputError(
       "engine='difference' does not fit this model: the declared derivative of"
       f" {name} is not the derivative of its values (as in a straight-through"
-      " estimator or a gradient reversal). Pass engine='reverse', or 'forward' if it"
-      " is a jax.custom_jvp."
+      " estimator or a gradient reversal). Pass engine='reverse', or 'forward' if"
+      " that function is a jax.custom_jvp."
     )
   flat_outputs_of = surrogates.hold_stopped(
     lambda leaves: jax.tree.leaves(outputs_of(leaves)), leaves
@@ -330,7 +330,7 @@ def _central_difference(outputs_of, leaves):
   epsilon = max((float(jnp.finfo(x.dtype).eps) for x in leaves), default=1.0)
   relative_step = 0.2 * epsilon ** (1 / 3)
   is_double = any(jnp.finfo(x.dtype).bits == 64 for x in leaves)
-  dtype = jnp.float64 if is_double else jnp.float32  # The type of step sizes.
+  dtype = jnp.float64 if is_double else jnp.float32  # The dtype of step sizes.
 
   def jvp_fn(vector):
     if not vector:
@@ -387,7 +387,7 @@ def _norm(arrays, dtype):
 
 
 def _without_custom_vjp(jvp_fn, outputs):
-  """`jvp_fn`, which raises InputError if it contains a `jax.custom_vjp`."""
+  """Wraps `jvp_fn` to raise InputError if it contains a `jax.custom_vjp`."""
 
   def checked(vector):
     # JAX also raises an error, but under `jit` only when the program is compiled.
@@ -438,7 +438,7 @@ def _has_primitive(jaxpr, name):
 def _no_forward_derivative(reason):
   first_line = str(reason).partition("\n")[0].rstrip(".")
   return base.InputError(
-    "losses_fn contains an operation without a forward-mode derivative"
+    "the model contains an operation without a forward-mode derivative"
     f" ({first_line}). Pass engine='reverse' (exact), or"
     " engine='difference' (two more forward passes, works with any kernel)."
   )

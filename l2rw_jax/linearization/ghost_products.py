@@ -12,8 +12,8 @@ Inner products therefore have two forms:
     formed    <G_i, G_j>, from G_i itself
     ghost     sum_ts <left_it, left_js> <right_it, right_js>
 
-For T positions and vectors of lengths L and R, the formed product takes a number of
-FLOPs proportional to T L R, and the ghost product one proportional to T^2 (L + R).
+For T positions and vectors of lengths L and R, the FLOPs of the formed product are
+proportional to T L R, and those of the ghost product are proportional to T^2 (L + R).
 `Gradients` adds the gradients of all uses of a parameter and chooses the form with
 fewer FLOPs. The gradients of all other operations (scales, biases, ...) are formed.
 """
@@ -53,7 +53,8 @@ class _Factors(NamedTuple):
     axes: group, left and right axes of `shape`.
     left: [B, G, T, L], or [B, 1, T] integers that stand for one-hot vectors.
     right: [B, G, T, R].
-    form: computes the gradients, [B, *shape of the value]; None multiplies the vectors.
+    form: computes the gradients, [B, *shape of the value]; if it is None, they are
+      computed as products of the vectors.
   """
 
   place: int
@@ -360,9 +361,10 @@ class Gradients:
 
 
 def summed(terms: Sequence[base.Array]) -> base.Array:
-  """The sum of arrays of the same shape, in the widest of their types."""
+  """The sum of arrays of the same shape, in their common dtype."""
   dtype = base.common_dtype(*terms)
-  # Use a product, because XLA repeats a chain of sums in every operation that uses it.
+  # Use a product, because XLA repeats a chain of sums in every operation that uses the
+  # result.
   ones = jnp.ones(len(terms), dtype)
   stacked = jnp.stack([term.astype(dtype) for term in terms])
   return jnp.tensordot(ones, stacked, axes=1, precision="highest")

@@ -13,18 +13,19 @@ never forms a gradient of parameters, and
 
     J^T w = sum over parameter uses of (dq/dp)^T (df/dq)^T (w_i delta_i)
 
-In addition to the forward pass of the batch, recording, `directional` and
-`weighted_gradient` cost one forward pass each; in forward mode they cost 0, 2 and 2. No
+Recording, `directional` and `weighted_gradient` cost one forward pass each, in addition
+to the forward pass that computes the losses; in forward mode they cost 0, 2 and 2. No
 per-example gradient is formed. Operations on parameters alone (casts, reshapes, weight
 normalization) are differentiated as usual.
 
 The engine works on the jaxpr of the losses, so it supports any framework and any
 sharing of parameters. `batch_axes` checks whether examples are processed independently.
-In a `jax.lax.scan`, each iteration reads its perturbations from a row of the input, and
-writes the values that the derivatives need to a row of the output. `directional` and
-`weighted_gradient` each loop over these rows. The engine does not support a
-`jax.custom_vjp` that takes parameters (its backward rule sums over examples), `while`
-or `cond`.
+The gradients delta are taken with respect to perturbations, zeros that are added to the
+uses. In a `jax.lax.scan`, each iteration reads its perturbations from a row of the
+input. It records the values that are needed for the derivatives in a row of the output,
+and `directional` and `weighted_gradient` each loop over these rows. The engine does not
+support a `jax.custom_vjp` that takes parameters (its backward rule sums over examples),
+`while` or `cond`.
 
 For a `jax.checkpoint`, only its inputs and the gradients of its outputs are recorded.
 Each pass recomputes the values that it needs: recording, `directional` and
@@ -124,7 +125,7 @@ _Values: TypeAlias = dict[int, Any]
 def _inputs_of_uses(
   plan: parameter_uses.Plan, values: _Values
 ) -> Callable[[_Values], list[Any]]:
-  """A function from parameters to the inputs of each use that depend on them alone."""
+  """Maps parameters to those inputs of each use that depend on parameters alone."""
 
   def inputs(parameters):
     env = values | parameters
@@ -265,9 +266,10 @@ def _weighted_gradient(
 ) -> _Values:
   """The gradient of the weighted sum of losses; arguments as in `_directional`.
 
-  With `in_turn`, the gradient of a layer is computed after the gradient of the next
-  layer is finished, as in a backward pass. An optimizer can then use each gradient
-  before the next one is computed, so a compiler need not store all of them at once.
+  With `in_turn`, the gradients are computed one group of layers after the other, from
+  the last group to the first, as in a backward pass. An optimizer can then use the
+  gradients of a group before those of the following group are computed, so a compiler
+  need not store all gradients at once.
 
   Returns:
     Gradients, like `parameters`.
@@ -442,8 +444,8 @@ class _Use:
   def shared(self, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, compiled as one function of the program that equal uses share.
 
-    It is returned unchanged if no other use can equal this one. Its first argument is a
-    use.
+    The first argument of `function` is a use. `function` is returned unchanged if no
+    other use can equal this use.
     """
     return function if self._key is None else _jitted(function)
 
@@ -460,7 +462,10 @@ class _Use:
 
 
 def _read_inputs(step, values):
-  """The inputs other than parameters whose values the derivative needs, by index."""
+  """Values of literals and of other inputs that the derivative needs, by index.
+
+  Parameters are left out.
+  """
   reads = step.reads()
   return {
     i: parameter_uses.value_of(value, values)

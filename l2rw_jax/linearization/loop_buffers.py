@@ -48,7 +48,7 @@ def allocated_after(first: base.PyTree, function: Callable[[], Any]) -> Any:
 
 
 def _run(jaxpr, consts, args, zero):
-  """The outputs of a jaxpr, whose loops start from `zero`."""
+  """The outputs of a jaxpr; the arrays that its loops fill depend on `zero`."""
   env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
 
   def read(atom):

@@ -1,11 +1,11 @@
-"""The cheapest exact way to compute a step that fits into a memory budget.
+"""The cheapest exact way to compute a step within a memory budget.
 
 L2RW and Meta-Weight-Net compute the same numbers in several ways, which need different
 amounts of memory and time: by the layerwise engine, in forward mode, with a second pass
-over the training batch, or from a few examples at a time. How much memory each takes
-depends on the model, on the compiler and on the rest of the training step, so it is not
-estimated here: `choose` compiles the step in one way after another, beginning with the
-cheapest, until the compiler reports a program that fits.
+over the training batch, or from a few examples at a time. How much memory each way
+takes depends on the model, on the compiler and on the rest of the training step, so the
+memory is not estimated here: `choose` compiles the step in one way after another,
+beginning with the cheapest, until the compiler reports a program that fits.
 """
 
 from collections.abc import Callable, Iterable, Sequence

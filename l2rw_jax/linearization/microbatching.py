@@ -8,7 +8,7 @@ and 3 for `weighted_gradient`, compared with 2, 1 and 1 for the layerwise engine
 2 and 2 for forward mode.
 
 Quantities that depend on several examples are those of the microbatch: BatchNorm in
-training mode normalizes each microbatch separately (and raises an error if the losses
+training mode normalizes each microbatch separately (an error is raised if the losses
 function returns its statistics), and a dropout mask that is drawn for a whole batch is
 the same in every microbatch.
 
@@ -54,7 +54,8 @@ def microbatched(
   Args:
     linearize: `linearization.linearize`, or the `linearize` of a `base.Problem`.
     microbatch_size: number of examples that this device processes at a time; the last
-      microbatch may be smaller. None returns `linearize`, for the whole batch at once.
+      microbatch may be smaller. None selects the whole batch at once; the result is
+      then `linearize` itself.
 
   Returns:
     A function of the arguments of `linearize` that returns a `base.Linearized`. Its
@@ -63,8 +64,9 @@ def microbatched(
     examples share. Call the function inside `jit`: outside, every call compiles.
 
   Raises:
-    InputError: `microbatch_size` is not positive; when the function is called, an array
-      of the batch or of aux does not have a row per example.
+    InputError: `microbatch_size` is neither None nor a positive integer. When the
+      returned function is called: an array of the batch or of aux does not have a row
+      per example.
 
   Example:
     >>> import jax.numpy as jnp
@@ -216,7 +218,7 @@ def num_rows(batch: Any) -> int:
   if len(sizes) != 1:
     raise base.InputError(
       f"the arrays of batch have {sorted(sizes)} rows: with microbatch_size, each must"
-      " have one per example; close over arrays that examples share."
+      " have one row per example; close over arrays that examples share."
     )
   return sizes.pop()
 

@@ -2,9 +2,9 @@
 
 A compiler may run two independent passes over a network in any order or at the same
 time, so that the activations of both are in memory. `jax.lax.optimization_barrier` does
-not prevent this on XLA:CPU, which removes it before it schedules operations (seen with
-jaxlib 0.10.2). A data dependency does: an arithmetic expression that is always 0, but
-that no compiler can simplify.
+not prevent this on XLA:CPU, which removes the barrier before operations are scheduled
+(seen with jaxlib 0.10.2). A data dependency does: an arithmetic expression that is
+always 0, but that no compiler can simplify.
 """
 
 import jax
@@ -32,13 +32,14 @@ def zero_after(first: base.PyTree) -> base.Array:
   zeros = jnp.isnan(0 * jnp.where(jnp.isfinite(values), values, jnp.zeros_like(values)))
   zeros = jax.lax.stop_gradient(zeros.astype(jnp.float32))
   # XLA repeats a chain of sums of scalars in every operation that uses the result, so
-  # that the program would grow with the square of their number. It also turns a product
-  # with constants into such a chain, but not the product of an array with itself.
+  # that the program would grow with the square of the number of scalars. XLA also turns
+  # a product with constants into such a chain, but not the product of an array with
+  # itself.
   return jnp.dot(zeros, zeros)
 
 
 def _first_entry(x):
-  """The first entry (its real part) in float32, or the largest of a sharded array."""
+  """The first real part in float32; the largest real part of a sharded array."""
   x = jax.lax.stop_gradient(x)
   if any(jax.typeof(x).sharding.spec):
     # A sharded axis cannot be sliced, and gathering a large array is expensive. For the
@@ -50,7 +51,7 @@ def _first_entry(x):
 
 
 def num_bytes(tree: base.PyTree) -> int:
-  """The bytes of the arrays of a pytree, except PRNG keys."""
+  """The total size in bytes of the arrays of a pytree; PRNG keys are not counted."""
   avals = [jax.typeof(x) for x in jax.tree.leaves(tree)]
   is_key = [jnp.issubdtype(aval.dtype, jax.dtypes.extended) for aval in avals]
   return sum(

@@ -136,7 +136,7 @@ class Step(NamedTuple):
     return []
 
   def perturbations(self, zeros_of: ZerosOf) -> list[base.Array]:
-    """Zeros to be added to the parameters of a broadcast use, or else to outputs."""
+    """Zeros to add: to the parameter of a broadcast use, to the outputs of others."""
     if not self.is_broadcast:
       return [
         zeros_of(self.eqn.outvars[i].aval) for i, _ in self.differentiable_outputs
@@ -373,13 +373,13 @@ class Plan:
 
     Args:
       names: names of the parameters, for error messages.
-      outer: the plan with the loop whose body is this plan.
+      outer: the plan with the loop whose body is this plan; None if there is none.
       recompute: whether a `jax.checkpoint` may take parameters; its values are then
         computed again for each derivative.
     """
     self.steps: list[Step | Loop | Recomputed] = []
     self._recompute = recompute
-    self.consts: Places = []  # Only if this plan is the body of a loop.
+    self.consts: Places = []  # Empty unless this plan is a loop's body.
     self._names = names
     self._outer = outer
     self._size = 0
@@ -477,7 +477,9 @@ class Plan:
   def _data_output(self, axis, error, aval, eqn, inputs):
     """A place for one output; `axis` is its batch axis, a MixedError or None."""
     if error is None and axis is None:
-      error = self._error(f"{eqn.primitive.name} hides a constant", eqn, inputs)
+      error = self._error(
+        f"an output of {eqn.primitive.name} does not depend on examples", eqn, inputs
+      )
     elif error is None and isinstance(axis, batch_axes.MixedError):
       error = self._error(str(axis), eqn, inputs)
     if error is not None:
@@ -752,11 +754,11 @@ class Plan:
     Args:
       kind: which operations to run.
       env: values by place.
-      perturbations: for each parameter use, zeros. Values have the same derivatives
-        with respect to them as if they were added to the parameters or outputs of the
+      perturbations: for each parameter use, zeros. Derivatives with respect to these
+        zeros are those of a program that adds them to the parameters or outputs of the
         use.
-      run_refused: whether to run operations without a known derivative, which only aux
-        depends on.
+      run_refused: whether to run operations without a known derivative, on which only
+        aux depends.
     """
     remaining = iter(perturbations or ())
     for step in self.steps:

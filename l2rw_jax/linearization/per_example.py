@@ -94,16 +94,17 @@ def norms(
       "layerwise" if the model allows it (see `linearization.linearize`), and "vmap"
       otherwise.
     microbatch_size: number of examples in memory at a time; None is all, or 16 with
-      "vmap". The results do not change. Every array of the batch and of aux must then
-      have a row per example.
+      "vmap". The number does not change the results. If it is given, every array of the
+      batch and of aux must have a row per example.
 
   Returns:
     The norms [B], float32 at least, and an `Info`.
 
   Raises:
     InputError: the losses are not floating-point numbers of shape [B], `params` has no
-      trainable leaf, `batch` is sharded over an explicit mesh, or `engine` is unknown
-      or does not support the model. With engine="vmap", it is also raised if examples
+      trainable leaf, `batch` is sharded over an explicit mesh, `engine` is unknown
+      or does not support the model, or `microbatch_size` is invalid (see
+      `microbatching.microbatched`). With engine="vmap", it is also raised if examples
       depend on each other; under `jit` the results are NaN instead.
 
   Example:
@@ -312,11 +313,12 @@ def _map(
   microbatch_size,
   whole=False,
 ):
-  """Calls `(carry, gradients) -> (carry, results)` for the microbatches of a batch.
+  """Calls `step` for each microbatch of a batch, one after the other.
 
   Args:
-    step: this function, whose `gradients` are `_Recorded` or `_Formed`.
-    carry: its first argument in the first call, a list of arrays.
+    step: `(carry, gradients) -> (carry, results)`, where `gradients` is a `_Recorded`
+      or a `_Formed`.
+    carry: the initial carry, a pytree of arrays.
     losses_fn: see `norms`.
     params: see `norms`.
     batch: see `norms`.

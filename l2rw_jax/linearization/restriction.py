@@ -18,7 +18,7 @@ from l2rw_jax.linearization import ghost_products
 from l2rw_jax.linearization import parameter_uses
 from l2rw_jax.linearization import trainable
 
-# A share of the cost, names of layers, or a predicate of paths; see `restricted`.
+# A share of the cost, names of layers, or a predicate on paths; see `restricted`.
 Layers: TypeAlias = float | str | Sequence[str] | Callable[[str], bool]
 
 
@@ -35,7 +35,7 @@ def check(layers: Layers | None) -> None:
     return
   raise base.InputError(
     f"layers={layers!r}: must be a share of the cost in (0, 1], names of layers, a"
-    " predicate of paths, or None for all."
+    " predicate on paths, or None for all."
   )
 
 
@@ -47,20 +47,21 @@ def restricted(
   Args:
     linearize: `linearization.linearize`, or the `linearize` of a `base.Problem`.
     layers: the parameters to use, in one of these forms. A number in (0, 1] is a share
-      of the FLOPs of `directional`; it selects as many of the last layers as cost at
-      most this share, and needs a model to which the layerwise engine applies. A string
+      of the FLOPs of `directional`. It selects the last layers, as many as fit into
+      this share, and needs a model to which the layerwise engine applies. A string
       or a list of strings selects the parameters whose path has such a name among its
       components ("Dense_2", "block_3/qkv"). A function takes a path, such as
       "params/Dense_2/kernel", and returns whether the parameter is used. None selects
-      all parameters, and returns `linearize`.
+      all parameters; the result is then `linearize` itself.
 
   Returns:
     A function of the arguments of `linearize` that returns a `base.Linearized`. The
     cost of its `directional` is lower with the engines "layerwise" and "forward".
 
   Raises:
-    InputError: `layers` has an unsupported form; when the function is called, `layers`
-      selects no parameter or an unknown name, or the model does not support a share.
+    InputError: `layers` has an unsupported form. When the returned function is called:
+      `layers` selects no parameter or contains an unknown name, or the model does not
+      support a share.
 
   Example:
     >>> import jax.numpy as jnp
@@ -134,7 +135,7 @@ def _named(layers, names):
 
 
 def _last(share, losses_fn, params, batch, has_aux):
-  """Whether each trainable leaf is one of the last ones, up to a share of the cost."""
+  """Whether each trainable leaf is among the last leaves that fit into the share."""
   partition = trainable.Partition(params)
 
   def losses_of(leaves, batch):
@@ -168,7 +169,7 @@ def _last(share, losses_fn, params, batch, has_aux):
     name = partition.names[order[0]]
     raise base.InputError(
       f"layers={share}: the last parameter, {name}, alone costs more than this share;"
-      " raise it, or name the layers."
+      " raise the share, or name the layers."
     )
   return is_used
 

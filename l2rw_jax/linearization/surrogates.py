@@ -50,7 +50,7 @@ def find(jaxpr: Any) -> str | None:
 def hold_stopped(
   function: Callable[..., list[Any]], leaves: list[Any]
 ) -> Callable[[list[Any]], list[Any]]:
-  """`function` with each `stop_gradient`'s argument held at its value at `leaves`.
+  """`function` with the argument of each `stop_gradient` held at its value at `leaves`.
 
   Args:
     function: a function from a list of arrays to a list of arrays.
@@ -109,7 +109,7 @@ def _has_stop_gradient(jaxpr: Any) -> bool:
 
 
 def _sources(eqn):
-  """The function and its derivative rule, as `name at path:line` if it is known."""
+  """The sources of the function and of its rule, `name at path:line`, if known."""
   inner = eqn.params.get("call_jaxpr")
   rule = eqn.params.get("jvp_jaxpr_fun", eqn.params.get("bwd"))
   infos = [

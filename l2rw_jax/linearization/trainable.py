@@ -1,6 +1,6 @@
 """The trainable leaves of a pytree of parameters.
 
-A leaf can be differentiated if its type is floating point or complex. All others
+A leaf can be differentiated if its dtype is floating-point or complex. All other leaves
 (counters, masks, PRNG keys) are held fixed, and their gradients are zeros.
 """
 
@@ -69,7 +69,7 @@ class Partition:
 def check(params: base.PyTree) -> None:
   """Raises InputError unless a leaf of `params` is trainable.
 
-  Without one, all example weights would silently be zero.
+  Without a trainable leaf, all example weights would silently be zero.
   """
   types = [_type(leaf) for leaf in jax.tree.leaves(params)]
   if not any(jnp.issubdtype(t, jnp.inexact) for t in types):
@@ -81,7 +81,7 @@ def check(params: base.PyTree) -> None:
 
 
 def zero_gradient(leaf: Any) -> Any:
-  """The gradient of a leaf that is held fixed: zeros of its shape and type."""
+  """The gradient of a leaf that is held fixed: zeros of its shape and dtype."""
   if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended):  # Typed PRNG keys.
     return np.zeros(jnp.shape(leaf), jax.dtypes.float0)
   return jnp.zeros_like(leaf)
