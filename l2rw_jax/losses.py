@@ -15,9 +15,8 @@ that takes logits and labels:
 - Sums over half-precision logits are computed in float32; losses have the type of the
   logits.
 - Losses and their gradients are finite if every logit is finite or, in a class other
-  than the label, -inf. The exceptions are `balanced_softmax` and `logit_adjusted`,
-  whose losses are infinite for labels of classes without training examples, and
-  `sigmoid_cross_entropy`, which is NaN for a logit of -inf.
+  than the label, -inf (also a single logit, with label 0). The exceptions are `balanced_softmax` and `logit_adjusted`,
+  whose losses are infinite for labels of classes without training examples.
 """
 
 import math
@@ -89,9 +88,10 @@ def sigmoid_cross_entropy(
     )
   dtype = logits.dtype
   logits, labels, scale = _safe(logits, labels, where)
-  targets = labels.astype(logits.dtype)
-  loss = optax.sigmoid_binary_cross_entropy(logits[:, 0], targets)
-  return (loss * scale).astype(dtype)
+  # The logit of the label against the other class. optax's sum over both classes
+  # multiplies 0 and infinity if a logit is infinite.
+  difference = jnp.where(labels == 1, logits[:, 0], -logits[:, 0])
+  return (-jax.nn.log_sigmoid(difference) * scale).astype(dtype)
 
 
 def predictions(logits: base.Array) -> base.Array:

@@ -161,6 +161,7 @@ def on_first(name: str, function: Callable[[], Any]) -> Any:
   outcome = {"ended": "process 0 ended"}
   try:
     result = function()
+    json.dumps(result)  # Raises now what would hide the outcome from the others below.
     outcome = {"value": result}
     return result
   except base.InputError as error:

@@ -369,6 +369,18 @@ def test_integer_logits_are_refused(name):
     _LOSSES[name](jnp.array([[1, 2, 0]]), np.array([1]))
 
 
+def test_an_infinite_single_logit_of_the_right_sign_gives_no_loss_and_no_gradient():
+  logits, labels = jnp.array([[-jnp.inf], [jnp.inf]]), jnp.array([0, 1])
+  value, vjp = jax.vjp(lambda z: losses.sigmoid_cross_entropy(z, labels), logits)
+  np.testing.assert_array_equal(value, [0, 0])
+  np.testing.assert_array_equal(vjp(jnp.ones(2))[0], [[0], [0]])
+  for name in ("focal", "gce", "soft", "hard"):
+    value, gradient = jax.value_and_grad(lambda z: _LOSSES[name](z, labels[:1])[0])(
+      logits[:1]
+    )
+    assert value == 0 and gradient == 0, name
+
+
 def test_labels_other_than_0_and_1_give_nan_for_a_single_logit():
   actual = losses.sigmoid_cross_entropy(jnp.zeros((4, 1)), jnp.array([-1, 0, 1, 2]))
   np.testing.assert_array_equal(np.isnan(actual), [True, False, False, True])

@@ -381,6 +381,8 @@ def _add_rows(state, row):
     # This is the part of the smaller number that was lost in the sum by rounding.
     is_larger = jnp.abs(old) >= jnp.abs(values)
     lost = jnp.where(is_larger, (old - new) + values, (values - new) + old)
+    # A margin is infinite if all other classes have logits of -inf.
+    lost = jnp.where(jnp.isfinite(new), lost, 0)
     return Sum(put(sum_.total, new), add(sum_.error, lost))
 
   number = together(row["counts"].astype(jnp.int32))

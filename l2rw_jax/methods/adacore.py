@@ -59,6 +59,8 @@ _BATCH_SIZE = 1000
 def gradient_proxies(logits: base.Array, labels: base.Array) -> base.Array:
   """d cross-entropy / d logits [n, C], which is softmax(z) - onehot(y).
 
+  For a single logit, [n, 1], it is sigmoid(z) - y.
+
   Args:
     logits: z, [n, C].
     labels: y, integers [n]. A label that is not a class gives NaN.
@@ -67,10 +69,13 @@ def gradient_proxies(logits: base.Array, labels: base.Array) -> base.Array:
     InputError: the shapes do not match.
   """
   losses.check_logits(logits, labels)
-  is_label = losses.label_mask(labels, logits.shape[1])
-  probabilities = jax.nn.softmax(logits, axis=1)
+  is_label = losses.label_mask(labels, max(logits.shape[1], 2))
+  if logits.shape[1] == 1:
+    target, probabilities = is_label[:, 1:], jax.nn.sigmoid(logits)
+  else:
+    target, probabilities = is_label, jax.nn.softmax(logits, axis=1)
   scale = losses.label_scale(is_label).astype(probabilities.dtype)
-  return (probabilities - is_label.astype(probabilities.dtype)) * scale[:, None]
+  return (probabilities - target.astype(probabilities.dtype)) * scale[:, None]
 
 
 def hessian_diagonal(

@@ -338,3 +338,13 @@ def test_arguments_that_do_not_fit(change, message):
 def test_sizes_that_do_not_fit(sizes):
   with pytest.raises(base.InputError, match="at least 1 and num_classes of at least 2"):
     audit.init(*sizes)
+
+
+def test_classes_with_logits_of_minus_infinity_give_an_infinite_mean_margin():
+  logits = jnp.array([[1.0, -jnp.inf, -jnp.inf]])
+  state = audit.init(1, 3)
+  for _ in range(2):
+    state = _update(state, jnp.array([0]), logits, jnp.array([0]))
+  summary = audit.summarize(state)
+  assert summary["mean_margin"] == [np.inf] and summary["mean_loss"] == [0]
+  np.testing.assert_array_equal(summary["mean_probabilities"], [[1, 0, 0]])

@@ -11,6 +11,7 @@ import pytest
 
 from l2rw_jax import base
 from l2rw_jax import coresets
+from l2rw_jax import losses
 from l2rw_jax.methods import adacore
 from l2rw_jax.methods import baselines
 from l2rw_jax.models import classifier
@@ -39,6 +40,14 @@ def test_proxies_are_the_gradient_in_the_logits():
     jnp.array([[1e4, 0.0], [0.0, 1e4]]), jnp.zeros(2, int)
   )
   np.testing.assert_allclose(sure, [[0, 0], [-1, 1]])
+
+
+def test_proxies_of_a_single_logit_are_the_gradient_in_it():
+  logits, labels = jnp.array([[0.5], [-1.0], [2.0]]), jnp.array([1, 0, 2])
+  total = jax.jit(jax.grad(lambda z: losses.sigmoid_cross_entropy(z, labels).sum()))
+  result = adacore.gradient_proxies(logits, labels)
+  np.testing.assert_allclose(result[:2], total(logits)[:2], rtol=1e-6)
+  assert np.isnan(result[2]).all()
 
 
 def test_averages_match_golden_values():
