@@ -22,7 +22,7 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_every_way_is_timed_beside_an_epoch(run):
+def test_every_selection_is_timed_and_compared_with_an_epoch(run):
   rows, printed = run
   names = ["epoch", "lazy", "stochastic 0.5", "naive, of a part", "lazy, of a part"]
   assert [row["method"] for row in rows] == names

@@ -108,6 +108,7 @@ def test_run_writes_rows_and_figures(run):
   assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_flags_override_the_preset(data_dir, tmp_path):
   overridden = """--network=mlp --preset=warpi --dataset=cifar100 --methods=uniform
     --noise=bare_symmetric --noise_fraction=0.9 --num_steps=6 --decay_steps=2,4

@@ -92,7 +92,7 @@ def test_published_values_are_those_of_the_papers(committed):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
-def test_every_row_tells_where_it_comes_from(path):
+def test_every_row_names_its_origin(path):
   for row in json.loads(path.read_text())["rows"]:
     assert row["commit"] != "unknown" and not row["commit"].endswith("+dirty")
     assert {"jax", "flax", "optax", "python", "device_kind"} <= set(row)

@@ -226,6 +226,7 @@ def test_a_short_run_on_cifar(cifar):
     assert row["published_percent"] is None and row["batch_size"] == 100
 
 
+@pytest.mark.slow
 def test_the_other_preset_on_cifar_100(cifar):
   (row,) = cifar["mwn"]
   assert (row["builder"], row["num_meta"], row["nesterov"]) == ("mwn", 2, True)

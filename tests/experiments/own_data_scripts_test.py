@@ -148,7 +148,7 @@ def test_own_data_are_read_once_by_settings_and_again_by_others(tmp_path, capsys
   assert len(train.labels) + len(test.labels) == 80
 
 
-def test_digits_are_recorded_as_before_there_were_own_data():
+def test_digits_are_recorded_as_before_own_data_was_supported():
   recorded = digits_noise.Settings().record()
   assert recorded["num_meta"] == 5 and not {"trusted", "dataset"} & set(recorded)
 

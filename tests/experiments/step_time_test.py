@@ -75,6 +75,7 @@ def test_a_row_for_every_method_engine_and_clean_batch(folder):
   assert all(x < y for x, y in zip(fewer, many, strict=True))
 
 
+@pytest.mark.slow
 def test_pictures_are_of_the_rows(folder, tmp_path):
   rows, _, _ = scripts.saved_rows(folder)
   for name in ("figure.png", "l2rw.png"):
@@ -128,6 +129,7 @@ def outcomes(folder, tmp_path_factory):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _MISTAKES)
 def test_a_mistake_is_one_line(name, outcomes):
   scripts.assert_one_line(outcomes[name], _MISTAKES[name][1])
@@ -218,7 +220,7 @@ def test_no_round_begins_after_the_time_is_up(clock, seconds, rounds):
   assert len(turns.seconds) == rounds
 
 
-def test_a_loss_that_is_not_finite_is_told(clock):
+def test_a_loss_that_is_not_finite_is_reported(clock):
   with pytest.raises(FloatingPointError, match=r"a \(jax\): the loss is nan"):
     _turns.take([clock.contestant("a", 1.0, math.nan)], 3, 1.0)
 
@@ -280,7 +282,7 @@ def test_the_literal_rivals_compute_the_same(literal, ours, engine):
       np.testing.assert_allclose(x, y, rtol=1e-3, atol=2e-6, err_msg=name)
 
 
-def test_off_the_cpu_no_operations_are_told_of_literal_programs(monkeypatch):
+def test_no_operations_of_literal_programs_are_reported_on_other_devices(monkeypatch):
   lowered = jax.jit(jnp.dot).lower(jnp.ones((3, 4)), jnp.ones((4, 5)))
   compiled = lowered.compile()
   assert _steps.costs(lowered, compiled, literal=True)["flops"] > 0

@@ -97,6 +97,14 @@ _METHODS = {
 }
 
 
+# The methods of `make test`: weights per example, global means and normalizers, stored
+# weights, group losses, and meta gradients.
+_SAMPLE = (
+  *("l2rw", "uniform", "adacore", "bare", "absgd", "meta_weight_net_imbalance"),
+  "group_dro",
+)
+
+
 class _Net(nn.Module):
   """The smallest network with features and batch statistics shared by devices."""
 
@@ -235,17 +243,7 @@ def _on_eight_devices(name):
   return jax.pmap(step, _AXIS).lower(*arguments).compile()
 
 
-@pytest.mark.slow(
-  unless=(
-    "l2rw",
-    "uniform",
-    "adacore",
-    "bare",
-    "absgd",
-    "meta_weight_net_imbalance",
-    "group_dro",
-  )
-)
+@pytest.mark.slow(unless=_SAMPLE)
 @pytest.mark.parametrize("name", _METHODS)
 def test_two_runs_on_eight_devices_equal_single_runs_on_one(name):
   step_fn, state = _on_eight_devices(name), _replicated(name)
@@ -265,6 +263,7 @@ def test_two_runs_on_eight_devices_equal_single_runs_on_one(name):
     _assert_close(_select(jax.device_get(state), device, run), expected[run][1])
 
 
+@pytest.mark.slow(unless=_SAMPLE)
 @pytest.mark.parametrize("name", _METHODS)
 def test_method_satisfies_the_contract(name):
   history, state = _history(name)
@@ -360,6 +359,7 @@ def _communication(name):
   return _Communication(*counts, num_bytes // 2, gradients)
 
 
+@pytest.mark.slow(unless=_SAMPLE)
 @pytest.mark.parametrize("name", _METHODS)
 def test_step_sends_the_documented_number_of_bytes(name):
   """`docs/speed.md` explains what these numbers mean on many chips."""
