@@ -7,15 +7,15 @@ smoothed by 1/C. It is computed from the mean predicted distribution p over C cl
 
 R[j, g] is the rate at which examples of class j are labeled g, divided by the average
 rate over pairs of classes. Mistakes have a direction if, for instance, 3 is often
-labeled 8 but not 1. If the network then assigns probability to a class whose examples
-never get the given label by mistake, this is not evidence of a wrong label, whereas
-probability assigned to a class whose examples often do is strong evidence. This is
-Bayes' rule, with R as the prior of the mistake. The Euclidean norm is a compromise
-between the maximum over the other labels, which ranks best if mistakes have a
-direction, and the sum over the other labels, which ranks best if mistakes have no
-direction and classes resemble each other. Adding 1/C mixes in a uniform distribution:
-tiny probabilities (such as 1e-3 and 1e-6) then have about the same effect, and only
-large ones are distinguished.
+labeled 8 but hardly ever labeled 1. If the network then assigns probability to a class
+whose examples never get the given label by mistake, this is not evidence of a wrong
+label, whereas probability assigned to a class whose examples often get it by mistake is
+strong evidence. This is Bayes' rule, with R as the prior of the mistake. The Euclidean
+norm is a compromise between the maximum over the other labels, which ranks best if
+mistakes have a direction, and the sum over the other labels, which ranks best if
+mistakes have no direction and classes resemble each other. Adding 1/C mixes in a
+uniform distribution: tiny probabilities (such as 1e-3 and 1e-6) then have about the
+same effect, and only large ones are distinguished.
 
 R is estimated from the same distributions. Let t[c] be the mean of p[c] over the
 examples labeled c (the per-class thresholds of confident learning), and let the most
@@ -39,20 +39,21 @@ the posterior mean of a rate under a gamma prior of mean 1 and variance v. If th
 show no direction, v is 0 and R is 1. Mistakes that are equally frequent in both
 directions cannot be distinguished from resemblance.
 
-The number of issues is less than the number of examples whose label is not c*: some of
-these examples are only hard, and if all labels are correct, all of them are. If a label
-is wrong, the network is nearly as sure of c* as it is on examples that are labeled c*;
-on a hard example, the network is undecided. This is measured by a margin m: for an
-example labeled c*, m is p[c*] minus the largest other probability; for an example with
-another label g, m is p[c*] - p[g]. An example is sure if m is at least 0.4 times the
-median m of the examples with the same c* that are labeled c*.
+The number of issues is at most the number of examples whose label is not c*, and
+usually less: some of these examples are only hard, and if all labels are correct, all
+of them are. If a label is wrong, the network is nearly as sure of c* as it is on
+examples that are labeled c*; on a hard example, the network is undecided. This is
+measured by a margin m: for an example labeled c*, m is p[c*] minus the largest other
+probability; for an example with another label g, m is p[c*] - p[g]. An example is sure
+if m is at least 0.4 times the median m of the examples with the same c* that are
+labeled c*.
 
 W[j, g] counts the sure examples off the diagonal. Each row j is divided by the share of
-sure examples among those with c* = j that are labeled j, which corrects for wrong
-labels of which the network is not sure. Even sure examples are confused in both
-directions if classes resemble each other. E(W) is therefore the sum of W without the
-part of min(W, W^T) that exceeds its median over the pairs. That part is kept for pairs
-in which one entry is more than 2.5 times the other. Then
+sure examples among those with c* = j that are labeled j, to make up for the wrong
+labels of examples that are not sure. Even sure examples are confused in both directions
+if classes resemble each other. E(W) is therefore the sum of W without the part of
+min(W, W^T) that exceeds its median over the pairs. That part is kept for pairs in which
+one entry is more than 2.5 times the other. Then
 
     x = E(W) / number of examples with another label than c*
     o = (1.5 x / (1 - x))^3                                                         (4)
@@ -67,8 +68,8 @@ Confident learning counts the examples with p[c] >= t[c] for some c other than t
 label. Probabilities on training examples, unlike those on held-out examples, are biased
 towards the given label, so that few wrong labels pass that test. The bias is about the
 same for all examples and does not change the order of p[c] - t[c], until the network
-has memorized the wrong labels. Memorized wrong labels are not counted, so the number is
-too low on small tables.
+has memorized the wrong labels. Memorized wrong labels are not counted, so the number of
+issues is too low for small tables of data.
 
 A meta set has an effect only through training: in a run of L2RW the network learns less
 from wrong labels, so that its predictions may rank labels better. The scores of L2RW
@@ -90,8 +91,8 @@ from l2rw_jax import base
 from l2rw_jax.audit import statistics as statistics_lib
 
 _PROBABILITIES = "mean_probabilities"
-# These constants and the form of the equations were chosen on other examples and seeds
-# than those of results/label_issues.
+# These constants and the form of the equations were chosen on examples and with seeds
+# that results/label_issues does not use.
 _CLEAR = 0.8
 _SURE, _EVEN, _ODDS, _POWER = 0.4, 2.5, 1.5, 3
 
@@ -265,7 +266,7 @@ def _number_of_issues(p, given, likely):
       margins = margin[agrees]
     least = _SURE * max(np.median(margins), 0) if len(margins) else 0
     is_sure = (margin >= least) & (likely == c)
-    # If the median is above 0, it is a half or more. If not, the network has not
+    # If the median is above 0, the share is a half or more. If not, the network has not
     # learned this class.
     share = max((margins >= least).mean(), 0.5) if len(margins) else 1
     counts = np.bincount(given[is_sure & ~agrees], minlength=num_classes)
@@ -307,7 +308,11 @@ def _count(likely, given, num_classes):
 
 
 def _is_seen(statistics):
-  """Which examples have evidence; a broken run has NaN in examples that were seen."""
+  """Which examples were seen, bool [N].
+
+  Without "seen", these are the examples whose probabilities are not all NaN. A broken
+  run can have NaN in examples that were seen, too.
+  """
   if "seen" in statistics:
     return statistics["seen"] > 0
   return ~np.isnan(statistics[_PROBABILITIES]).all(axis=1)

@@ -59,7 +59,8 @@ def build(
       empty bytes for an example without one.
     columns: texts to show for the most suspicious examples, in the order of the
       ranking, by name of the column.
-    duplicate_of: row of the example of which this one is an exact copy, or -1; [N].
+    duplicate_of: for each example, the row of the example of which it is an exact copy,
+      or -1; [N].
     notes: sentences about the data.
 
   Returns:

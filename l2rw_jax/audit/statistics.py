@@ -156,7 +156,7 @@ def update(
     index: the row of each example in the training set, integers [B]. Rows with an
       index outside 0 .. N - 1 do not count.
     logits: logits of the network before this step's update, [B, C], of any
-      floating-point type. [B, 1] is the logit of class 1 of two.
+      floating-point type. Logits [B, 1] are those of class 1 of two classes.
     labels: the given labels, integers [B].
     weights: example weights as the methods of this library return them, which sum to
       1 over the global batch, [B]. They are recorded in units of the uniform weight,
@@ -187,7 +187,7 @@ def update(
   num_examples, num_classes = state.probabilities.total.shape
   index, logits, labels = (jnp.asarray(x) for x in (index, logits, labels))
   _check(index, logits, labels, weights, scores, mask, num_classes)
-  # The type must represent -1 and N; an unsigned or narrow index may not.
+  # The type must be able to represent -1 and N, unlike unsigned and narrow types.
   index = index.astype(jnp.int32)
   counts = (index >= 0) & (index < num_examples)
   if mask is not None:
@@ -343,7 +343,8 @@ def _step_weight(loss, counts):
 
 def _scaled(scores, counts):
   """Scores divided by the mean |score| of rows that count; zeros stay zeros."""
-  # Scores are first divided by the largest, so that no sum overflows or underflows.
+  # Scores are first divided by the largest |score|, so that no sum overflows or
+  # underflows.
   largest = jnp.max(jnp.abs(scores), initial=0)
   scores = base.divide_by_largest(scores, largest)
   number = jnp.maximum(jnp.sum(counts), 1).astype(jnp.float32)

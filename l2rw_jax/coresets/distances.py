@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from l2rw_jax import base
 
-# Distances are sums of squared differences for up to this number of coordinates, and
-# are computed from inner products for more.
+# Distances are computed from squared differences for up to this number of coordinates,
+# and from inner products for more.
 _FEW_COORDINATES = 32
 # Without this setting, TPUs and GPUs round the factors of float32 matrix products.
 EXACT = jax.lax.Precision.HIGHEST

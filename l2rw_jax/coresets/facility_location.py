@@ -142,7 +142,7 @@ def _lazy_greedy(points, size, num_points, bound, capacity, block, candidates):
 
 
 def _best_candidate(points, nearest, bounds, candidates):
-  """Updates bounds until the largest is exact; returns them and its index."""
+  """Updates bounds until the largest is exact; returns (bounds, index of largest)."""
   candidates = min(candidates, points.num_points)
   contribution = _improvement(nearest)
 
@@ -248,7 +248,7 @@ def _check(points, size, capacity, num_points):
     known and max(known[0], 1) > num_points
   ):
     raise base.InputError(
-      f"cannot choose size={size} of {num_points} points; lower it."
+      f"cannot choose size={size} of {num_points} points; lower size."
     )
   if len(known) == 2 and capacity < size:
     raise base.InputError(f"capacity={capacity} must be at least size={size}.")

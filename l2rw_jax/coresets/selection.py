@@ -109,7 +109,8 @@ def select(
     budget: see `class_budgets`.
     greedy: "lazy" is the exact greedy algorithm; "stochastic" evaluates random
       candidates, see `facility_location.stochastic_greedy`.
-    epsilon: for "stochastic", in (0, 1); see `facility_location.stochastic_greedy`.
+    epsilon: for "stochastic", at least 1e-12 and below 1; see
+      `facility_location.stochastic_greedy`.
     key: a typed PRNG key for the stochastic greedy algorithm.
 
   Returns:
@@ -200,6 +201,6 @@ def check_greedy(greedy: str, epsilon: float) -> None:
   # exact one.
   if not _SMALLEST_EPSILON <= epsilon < 1:
     raise base.InputError(
-      f"epsilon={epsilon} must lie between {_SMALLEST_EPSILON:g} and 1; below that,"
-      " greedy='lazy' is exact and faster."
+      f"epsilon={epsilon} must lie between {_SMALLEST_EPSILON:g} and 1; instead of a"
+      " smaller number, use greedy='lazy', which is exact and faster."
     )

@@ -37,6 +37,9 @@ def cached_arrays(
 
   Returns:
     The arrays by name.
+
+  Raises:
+    ValueError: `build` returned an array of Python objects.
   """
   path = _path(pathlib.Path(cache_dir), key)
   arrays = _read(path, key)
@@ -101,8 +104,10 @@ def _write(path: pathlib.Path, key: str, arrays: Arrays) -> None:
 
 
 def _replace(path: pathlib.Path, arrays: Arrays) -> None:
-  # `workdir.write_bytes` would copy the arrays in memory, and machines that share a
-  # cache may have equal process ids. Files of `tempfile` are private to the user.
+  # `workdir.write_bytes` is not used here, because it would copy the arrays in memory.
+  # The temporary name has a random part, because machines that share a cache may have
+  # equal process ids. `tempfile` is not used, because only this user could read its
+  # files.
   partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
   named: dict[str, Any] = {name: np.asarray(x) for name, x in arrays.items()}
   for name, array in named.items():

@@ -1,9 +1,10 @@
 """Few-shot tasks as the examples of a learning problem.
 
-A task has N classes (ways) with k + q images each. The training tasks are a fixed
+A task has several classes (ways) with k + q images each. The training tasks are a fixed
 pool. Some of them are from another distribution or have images of wrong classes.
 Validation (`meta`) and test tasks are clean, and the three sets of tasks have no class
-in common. A pool stores only row numbers; images are gathered when a batch needs them.
+in common. A task stores only the row numbers of its images, which are gathered when a
+batch needs them.
 """
 
 import hashlib
@@ -97,7 +98,7 @@ def episodes(
   num_clusters: int = 1,
   seed: int,
 ) -> Episodes:
-  """Pools of tasks with N ways, k shots and q queries of each way.
+  """Makes tasks with k shots and q queries of each way.
 
   A task draws its classes and then their images at random without replacement.
   Exactly round(`num_tasks` * `foreign_share`) of the training tasks are drawn from
@@ -116,7 +117,7 @@ def episodes(
     train: images of the training classes.
     meta: images of the validation classes.
     test: images of the test classes.
-    num_ways: N.
+    num_ways: number of ways (classes) of a task.
     num_shots: k, the number of supports of each way.
     num_queries: q, the number of queries of each way.
     num_tasks: number of training tasks.
@@ -129,7 +130,7 @@ def episodes(
     seed: seed of all draws, at least 0.
 
   Returns:
-    The problem; its validation set is empty.
+    The problem; `splits.validation` is empty.
 
   Raises:
     InputError: an argument is out of range, there are too few classes or images, the

@@ -356,7 +356,7 @@ def check_images(images: Any, what: str) -> None:
   if dtype == np.uint8:
     return
   if not jax.dtypes.issubdtype(dtype, np.floating):
-    raise base.InputError(f"{what} must be uint8 or floating; got {dtype}")
+    raise base.InputError(f"{what} must be uint8 or floating point; got {dtype}")
   if not isinstance(images, np.ndarray) and hasattr(images, "fingerprint"):
     return
   num_bad, first, start = 0, None, 0

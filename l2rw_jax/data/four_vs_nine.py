@@ -1,7 +1,7 @@
 """Imbalanced MNIST: fours against nines.
 
 The meta set and the training set are drawn from one source split, and the test set is
-drawn from another. The result depends only on the seed.
+drawn from another. The same seed always draws the same images.
 """
 
 import math

@@ -177,8 +177,8 @@ def rotated(source: sources.Source) -> sources.Source:
   """Makes four classes from each class, by rotations of 0, 90, 180 and 270 degrees.
 
   Class c rotated by 90 k degrees becomes class c + k C. Omniglot is extended in this
-  way in few-shot learning. Split the classes before you call this function, because a
-  rotated character is not a new one.
+  way in few-shot learning. Split the classes before you call this function, so that a
+  character and its rotations are in the same part.
   """
   images = [np.rot90(source.images, k, axes=(1, 2)) for k in range(4)]
   labels = [source.labels + k * source.num_classes for k in range(4)]
@@ -194,7 +194,7 @@ def rotated(source: sources.Source) -> sources.Source:
 
 
 def renumbered(source: sources.Source) -> sources.Source:
-  """Renumbers the classes that occur as 0 to C - 1, in their order."""
+  """Removes classes without images, and numbers the others 0 to C - 1, in order."""
   classes, labels = np.unique(source.labels, return_inverse=True)
   names = source.class_names or sources.numbers(source.num_classes)
   return source._replace(

@@ -58,10 +58,10 @@ def read(
 
   Args:
     path: the file.
-    size: height and width of the result.
+    size: height and width of the result; with `keep_shape`, their upper limits.
     channels: 1 (gray) or 3 (RGB).
-    keep_shape: whether to fit the longer side to `size` and keep the aspect ratio,
-      instead of stretching both sides.
+    keep_shape: whether to keep the aspect ratio, so that the image just fits into
+      `size`, instead of stretching both sides.
 
   Returns:
     uint8 [height, width, channels].

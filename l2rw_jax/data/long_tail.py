@@ -35,7 +35,7 @@ def class_sizes(
     imbalance: n_0 / n_{C-1}, at least 1; the released programs take its inverse.
 
   Returns:
-    Sizes, int [C]; the last one may be 0.
+    Sizes, int [C]; the smallest ones may be 0.
 
   Raises:
     InputError: the shape is unknown, `imbalance` is less than 1, or there are fewer
@@ -100,9 +100,10 @@ def long_tail_splits(
     ldam    n_0 is the number of images in the rarest class (5,000 on CIFAR-10), as in
             the released code of LDAM, which has no meta set. The meta set is drawn
             from images that are not in the long tail. If a class has too few of
-            these (class 0 always does), its training set is smaller: with 10 meta
-            images per class, 4,990 images of class 0 are left, and every other class
-            keeps its size and its images.
+            these, fewer of its images are left for training. On CIFAR-10 with
+            "exponential", an imbalance of 100 and 10 meta images per class, 4,990
+            images of class 0 are left, and every other class keeps its size and its
+            images.
 
   The images of every class are shuffled with the seed. The training set takes the first
   ones, and the meta set takes the last ones. Therefore, the meta set does not depend on

@@ -269,7 +269,7 @@ def _mwn_uniform(request: Request) -> Relabeling:
 
 
 def _mwn_flip(request: Request, num_targets: int) -> Relabeling:
-  """Each class flips to `num_targets` classes; the variants differ in their seed.
+  """Each class flips to `num_targets` classes; `variant` selects the seed of the draw.
 
   "paper" draws the targets with the seed of the split. "official_code" always draws
   them with seed 1 of NumPy's legacy generator, so that every seed of an experiment

@@ -35,13 +35,14 @@ _MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?", "<na>"})
 _LABEL_COLUMNS = ("label", "labels", "class", "target", "y")
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-# A column with a larger share of values that are not numbers is categorical.
+# A column with a larger share of values that are not numbers is not numeric.
 _STRAY_SHARE = 0.05
 _MAX_CATEGORIES = 30
 _FEATURE_KEYS = ("x", "images", "image", "features", "data")
 _LABEL_KEYS = ("y", "labels", "label", "target", "targets")
-_WHITE = 1.001  # Pixels that have been divided by 255 can be above 1 by rounding.
-# Data whose largest values differ by a larger factor have another scale.
+# Rounding can make pixels that have been divided by 255 slightly larger than 1.
+_WHITE = 1.001
+# Data sets whose largest values differ by a larger factor have different scales.
 _SAME_SCALE = 10
 
 
@@ -51,7 +52,8 @@ class Pixels(NamedTuple):
   Attributes:
     is_uint8: whether the features are uint8, which networks divide by 255. Otherwise,
       they are float32 and used as they are.
-    factor: what stored whole numbers are multiplied by: 255 if all are 0 or 1.
+    factor: the number by which stored numbers are multiplied: 255 for whole numbers
+      that are all 0 or 1 and for pixels that have been divided by 255; otherwise 1.
     highest: the largest absolute value of the features.
   """
 
@@ -234,7 +236,7 @@ def report(data: OwnData) -> list[str]:
   if data.skipped:
     shown = "; ".join(f"{name}: {reason}" for name, reason in data.skipped[:3])
     more = "; ..." if len(data.skipped) > 3 else ""
-    lines.append(f"{len(data.skipped)} were skipped ({shown}{more}).")
+    lines.append(f"{len(data.skipped)} skipped ({shown}{more}).")
   is_copy = data.duplicate_of >= 0
   if is_copy.any():
     originals = data.labels[data.duplicate_of[is_copy]]
@@ -250,7 +252,7 @@ def _first(raw: _Raw) -> str:
   if not raw.skipped:
     return ""
   name, reason = raw.skipped[0]
-  return f"; {len(raw.skipped)} were skipped, the first is {name}: {reason}"
+  return f"; {len(raw.skipped)} skipped, the first is {name}: {reason}"
 
 
 def _train_and_test(labels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -263,8 +265,8 @@ def _train_and_test(labels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarr
   held_out = np.sort(np.concatenate(test))
   if not len(held_out):
     raise base.InputError(
-      f"{name} has no class of {_TEST_SHARE} examples, so that no test set can be held"
-      " out; give it more examples, or a separate test set"
+      f"{name} has no class of {_TEST_SHARE} or more examples, so that no test set can"
+      " be held out; give it more examples, or a separate test set"
     )
   return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
@@ -389,7 +391,7 @@ def csv_cell(text: str) -> str:
   """Escapes text for a CSV file so that no spreadsheet evaluates it as a formula.
 
   Text that starts with =, +, -, @, a tab or a carriage return and is not a number gets
-  a leading quote, which `read` removes.
+  a leading apostrophe, which `read` removes.
 
   >>> csv_cell("=A1"), csv_cell("-1.5"), csv_cell("cat")
   ("'=A1", '-1.5', 'cat')
@@ -540,7 +542,8 @@ def _decode(
   in_memory: bool | None,
 ) -> tuple[_Raw, Any]:
   """Reads the images at a common size, and skips those that cannot be read."""
-  # The headers of all splits determine the format, so that it is the same for all.
+  # The headers of all examples, not only of those in `examples`, determine the format,
+  # so that it is the same for both splits.
   headers = {}
   for example, path in zip(raw.names, raw.values, strict=True):
     try:
@@ -700,7 +703,8 @@ def _finite_rows(values: np.ndarray) -> np.ndarray:
 def _range(values: np.ndarray) -> tuple[float, float, bool]:
   """The lowest and the highest value of finite rows, and whether all are whole numbers.
 
-  It needs little memory, and is (0, 0, True) if no row is finite.
+  Rows are read in blocks to save memory. If no row is finite, the result is
+  (0, 0, True).
   """
   if values.dtype.kind != "f":
     return (
@@ -727,11 +731,11 @@ def _pixels(
   Args:
     name: the name of the data, for messages.
     values: stored numbers, [N, ...].
-    like: the scale of the data with which these are used.
+    like: the scale of the other data, or None if there are none.
     notes: a list to which a note about unusual numbers is appended.
 
   Raises:
-    InputError: they cannot be converted to the scale `like`.
+    InputError: the numbers cannot be converted to the scale `like`.
   """
   lowest, highest, is_whole = _range(values)
   is_float, is_mask = values.dtype.kind == "f", values.dtype.kind == "b"
@@ -906,9 +910,9 @@ class Encoder:
   """Converts the rows of a table to standardized numbers and one-hot categories.
 
   A missing number is replaced by the median of the column, and an additional column
-  indicates it. Missing categories form one more category. The means, standard
-  deviations, medians and categories are those of the rows that the encoder was fitted
-  to.
+  indicates that it was missing. Missing categories form one more category. The means,
+  standard deviations, medians and categories are those of the rows that the encoder was
+  fitted to.
 
   Attributes:
     numeric: the names of the numeric columns; None for an array [N, D].
@@ -971,7 +975,8 @@ class Encoder:
       values: numbers or a table, as in `fit`.
 
     Raises:
-      InputError: columns are missing, or their number differs.
+      InputError: columns are missing, their number differs, or `values` is not of the
+        kind that was passed to `fit`.
     """
     scaler, encoder = self.transforms
     if isinstance(values, dict) != (self.numeric is not None):
@@ -1016,7 +1021,7 @@ def _sklearn() -> tuple[Any, Any, Any]:
 def _kinds_of_columns(
   table: Mapping[str, np.ndarray], notes: list[str]
 ) -> tuple[list[str], list[str]]:
-  """Returns the names of numeric and categorical columns; notes the other columns."""
+  """The names of numeric and categorical columns; appends notes about the others."""
   numeric, categorical = [], []
   for name, column in table.items():
     cells = [c for c in column if c.lower() not in _MISSING]

@@ -35,7 +35,7 @@ def fit_in_memory(size: int, shape: Sequence[int]) -> bool:
 
 
 def memory() -> int:
-  """Bytes of the machine's memory."""
+  """The size of the machine's memory in bytes."""
   return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -107,7 +107,7 @@ class _Images:
       range(*rows.indices(len(self))) if is_slice else rows, np.int64
     )
     if chosen.size and not 0 <= chosen.min() <= chosen.max() < len(self):
-      raise IndexError(f"rows must be 0 to {len(self) - 1}")
+      raise IndexError(f"rows must lie between 0 and {len(self) - 1}")
     images = np.empty((*chosen.shape, *self.shape[1:]), np.uint8)
     self._fill(images.reshape(-1, *self.shape[1:]), np.ravel(chosen))
     return images

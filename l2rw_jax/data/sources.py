@@ -104,9 +104,9 @@ def load(
       the folder).
     split: `train`, `test`, ...; for prepared sets also a slice, such as `train[:90%]`.
     data_dir: folder of prepared sets. The default is `$TFDS_DATA_DIR` if it is set, and
-      `~/tensorflow_datasets` otherwise. `digits` does not use it.
+      `~/tensorflow_datasets` otherwise. Only prepared sets use it.
     cache_dir: folder of decoded arrays. The default is `$XDG_CACHE_HOME/l2rw_jax` if
-      the variable is set, and `~/.cache/l2rw_jax` otherwise. `digits` does not use it.
+      the variable is set, and `~/.cache/l2rw_jax` otherwise. Only prepared sets use it.
     in_memory: whether to read the images into memory; None reads prepared sets and
       image files into memory if the images and a copy of them take at most half of the
       memory. `digits`, archives and tables are always read into memory.
@@ -236,8 +236,8 @@ def _check_name(name: str) -> None:
 def _find(name: str, root: pathlib.Path) -> pathlib.Path:
   """The folder of one version of a prepared set."""
   title, _, version = name.partition(":")
-  # `tfds.builder` supports only the versions that it could prepare itself, and may
-  # access the network.
+  # `tfds.builder` is not used here, because it supports only the versions that it could
+  # prepare itself, and may access the network.
   versions = {
     tuple(map(int, path.parent.name.split("."))): path.parent
     for path in (root / title).glob("*/dataset_info.json")

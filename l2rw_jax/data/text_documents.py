@@ -88,8 +88,8 @@ def corrupted_documents(
 
   Returns:
     Splits whose `image` is the first T bytes of a document, uint8 [N, T], and whose
-    `label` is the byte after each, int32 [N, T]. `group` is the kind of a training
-    document, an index into `KINDS`; `true_label` is the label.
+    `label` is the byte after each of them, int32 [N, T]. `group` is the kind of a
+    training document, an index into `KINDS`; `true_label` is the label.
 
   Raises:
     InputError: a size is negative, `fraction` is not in [0, 1], or there is less text

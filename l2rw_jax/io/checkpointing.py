@@ -129,7 +129,7 @@ class Checkpointer:
     Returns:
       The checkpoint, or None if there is none. Each leaf has the type that was
       saved. JAX arrays are on the default device, not sharded, and weakly typed
-      only if their shape is []; NumPy arrays and scalars become NumPy arrays.
+      only if their shape is []. NumPy scalars become NumPy arrays.
 
     Raises:
       InputError: the checkpoint is intact but does not match `like`.
@@ -176,7 +176,7 @@ class Checkpointer:
     if misfit:
       raise base.InputError(
         f"{self._directory} holds checkpoints of another model or method:"
-        f" {misfit}. Choose another --workdir or delete it."
+        f" {misfit}. Choose another --workdir, or delete this one."
       )
     return Restored(step, _unpack(record["leaves"], arrays, like), record["host"])
 
@@ -198,7 +198,7 @@ class Checkpointer:
   def _drop(self, step: int, error: Exception) -> None:
     self._manager.delete(step)
     _log.warning(
-      "checkpoint of step %d in %s is damaged, deleted it: %s",
+      "checkpoint of step %d in %s is damaged and was deleted: %s",
       step,
       self._directory,
       _reason(error),

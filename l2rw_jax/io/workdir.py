@@ -180,8 +180,8 @@ def prepare(
   """Creates the folder of a run, or reopens it for the same run.
 
   The folder is locked until the process ends. Incomplete files of killed processes
-  are removed from it. Several processes (see `processes`) all call this; process 0
-  writes, and all of them must see the same folder.
+  are removed from it. If there are several processes (see `processes`), all of them
+  call this function and must see the same folder, and process 0 writes.
 
   Args:
     path: the folder; parents are created as needed.
@@ -231,7 +231,7 @@ def _prepare(path: str | os.PathLike, now: dict[str, Any]) -> dict[str, Any]:
     if changes:
       raise base.InputError(
         f"--workdir={path} holds a run with other settings: {'; '.join(changes)}."
-        " Choose another --workdir or delete it."
+        " Choose another --workdir, or delete this one."
       )
     now["inputs"] = before["inputs"] | now["inputs"]
   else:
@@ -266,7 +266,7 @@ def _read_settings(folder: pathlib.Path) -> dict[str, Any]:
       raise base.InputError(f"{folder / _SETTINGS} is damaged (it has no inputs).")
   except base.InputError as error:
     raise base.InputError(
-      f"--workdir={folder}: {error} Choose another --workdir or delete it."
+      f"--workdir={folder}: {error} Choose another --workdir, or delete this one."
     ) from error
   return settings
 
@@ -278,7 +278,7 @@ def _refuse_traces(folder: pathlib.Path) -> None:
     if trace is not None:
       raise base.InputError(
         f"--workdir={folder} holds {trace} but {_SETTINGS} is missing, so its settings"
-        " are unknown. Choose another --workdir or delete it."
+        " are unknown. Choose another --workdir, or delete this one."
       )
 
 

@@ -10,7 +10,7 @@ lambda > 0 gives more weight to large losses (for rare classes), and lambda < 0 
 losses (for wrong labels). If lambda is infinite, the weights are uniform,
 p_i = 1 / B. With gamma = alpha = 1, the weights are a softmax, and the step follows the
 gradient of F(w) = lambda log mean_i exp(l_i(w) / lambda), the KL-regularized worst case
-(lambda > 0) or best case (lambda < 0) over all weights.
+(lambda > 0) or best case (lambda < 0) over all example weights.
 
 The weights sum to mean exp(l / lambda) / u. This is 1 / alpha when the losses are
 constant and 1 / (gamma alpha) at the first step (u has no bias correction), so alpha
@@ -169,7 +169,7 @@ def absgd(
 
   Args:
     lam: lambda in units of the loss, not 0; or a function of the epoch, see
-      `two_stage`. The normalizer is reset when its value changes.
+      `two_stage`. The normalizer is reset when lambda changes.
     gamma: share of the new batch in the normalizer, in (0, 1].
     alpha: scale of the new batch in the normalizer; divides the learning rate.
     clip: upper bound of a weight before `add_uniform`.

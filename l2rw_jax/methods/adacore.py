@@ -342,8 +342,8 @@ def adacore(
     power: k, exponent of the curvature.
     epsilon: added to the curvature.
     last_layer: whether distances are between gradients of the last layer's weights
-      and bias. In this case only the gradients of the logits are averaged. It requires
-      a network with features and excludes `hessian_scope="example"`.
+      and bias. In this case only the gradients of the logits are averaged. This option
+      requires a network with features and excludes `hessian_scope="example"`.
     budget: how examples are divided among classes, see `coresets.class_budgets`.
     greedy: "lazy" or "stochastic", see `coresets.select`.
     greedy_epsilon: epsilon of the stochastic greedy algorithm.
@@ -501,6 +501,6 @@ def check_epochs(where: str, refresh_every: int, warmup_epochs: int = 0) -> None
   """Raises InputError unless `refresh_every` >= 1 and `warmup_epochs` >= 0."""
   if refresh_every < 1 or warmup_epochs < 0:
     raise base.InputError(
-      f"{where}: refresh_every={refresh_every} must be at least 1, warmup_epochs="
+      f"{where}: refresh_every={refresh_every} must be at least 1, and warmup_epochs="
       f"{warmup_epochs} at least 0."
     )

@@ -54,7 +54,7 @@ class AdvisorNet(nn.Module):
   @nn.compact
   def __call__(self, features: jax.Array, losses: jax.Array) -> jax.Array:
     """Maps features [B, d] and losses [B] to a gate in (0, 1), [B, d]."""
-    with base.implicit_promotion():  # flax promotes inputs and parameters to one type
+    with base.implicit_promotion():  # flax promotes inputs and parameters to one type.
       a = nn.relu(meta_network.dense(self.hidden, self.num_features)(features))
       b = nn.relu(meta_network.dense(self.hidden, 1)(losses[:, None]))
       hidden = jnp.concatenate([a, b], axis=-1)
@@ -168,6 +168,6 @@ def _check_split(problem):
   if problem.features is None or problem.head is None or problem.num_features is None:
     raise base.InputError(
       "the advisor gates features: it needs a network with methods features and head"
-      " and a num_features, as those of l2rw_jax.models; choose another method or"
+      " and a num_features, like those of l2rw_jax.models; choose another method or"
       " split the network."
     )

@@ -1,4 +1,4 @@
-"""BARE: keeps the examples whose labels have a high probability within their batch.
+"""BARE: keeps examples whose labels are probable compared with the rest of the batch.
 
 The threshold of a class is the mean plus a multiple of the standard deviation of the
 predicted probabilities of that class within the batch. The method needs no clean data,

@@ -58,7 +58,7 @@ def class_proportion(variant: str = "paper") -> base.Method:
       is not divided by B; its effective step is up to 18 times larger on MNIST.
 
   Raises:
-    InputError: an unknown variant.
+    InputError: the variant is unknown.
   """
   _check_variant("class_proportion", variant)
 
@@ -88,7 +88,7 @@ def class_balanced(beta: float = 0.9999, from_epoch: int = 0) -> base.Method:
     from_epoch: the first epoch of class-balanced weights, counted from 0.
 
   Raises:
-    InputError: a setting out of range.
+    InputError: a setting is out of range.
 
   References:
     Cui et al., CVPR 2019; Cao et al., NeurIPS 2019, Algorithm 1.
@@ -220,11 +220,11 @@ def classifier_retraining(from_epoch: int, *, restart: bool = True) -> base.Meth
 
 
 def _head_leaves(problem, params):
-  """Whether the last layer reads each leaf of the parameters, in order."""
+  """For each leaf of the parameters, in order, whether the last layer reads it."""
   if problem.head is None or problem.num_features is None:
     raise base.InputError(
       "classifier_retraining trains the last layer alone: it needs a network with"
-      " methods features and head and a num_features, as those of l2rw_jax.models;"
+      " methods features and head and a num_features, like those of l2rw_jax.models;"
       " choose another method or split the network."
     )
   features = jax.ShapeDtypeStruct((1, problem.num_features), jnp.result_type(float))
@@ -233,7 +233,7 @@ def _head_leaves(problem, params):
 
 
 def _is_read(jaxpr):
-  """Whether each input of a jaxpr is read; passing it to a call is not reading it."""
+  """For each input of a jaxpr, whether it is read and not merely passed to a call."""
   read = {id(v) for v in jaxpr.outvars}
   for eqn in jaxpr.eqns:
     call = batch_axes.inlined(eqn)
@@ -260,7 +260,7 @@ def hard_mining(variant: str = "paper") -> base.Method:
       under-sampling.
 
   Raises:
-    InputError: an unknown variant.
+    InputError: the variant is unknown.
   """
   _check_variant("hard_mining", variant)
 
@@ -352,7 +352,7 @@ def fine_tuning(num_steps: int, method: base.Method | None = None) -> base.Metho
 
 
 def _same_structure(gradients, problem):
-  """`gradients` without metrics and scores, with values for all other optional fields.
+  """`gradients` without metrics and scores, with a value, a fault and a zero slope.
 
   Both branches of `jax.lax.cond` must return the same structure.
   """
@@ -396,7 +396,7 @@ def class_balanced_focal(
   The focal loss is used from the start; `from_epoch` applies to the weights.
 
   Raises:
-    InputError: a setting out of range.
+    InputError: a setting is out of range.
   """
   focal_loss = functools.partial(losses_lib.focal, gamma=gamma)
   return _with_loss(class_balanced(beta, from_epoch), focal_loss)
@@ -426,7 +426,7 @@ def bootstrapping(kind: str, beta: float | None = None) -> base.Method:
       value, 0.95 (soft) or 0.8 (hard).
 
   Raises:
-    InputError: a setting out of range.
+    InputError: a setting is out of range.
   """
   kinds = {"soft": losses_lib.bootstrapping_soft, "hard": losses_lib.bootstrapping_hard}
   if kind not in kinds:
@@ -439,7 +439,7 @@ def symmetric_cross_entropy(alpha: float = 0.1, beta: float = 1.0) -> base.Metho
   """Minimizes the mean of `losses.symmetric_cross_entropy`.
 
   Raises:
-    InputError: a setting out of range.
+    InputError: a setting is out of range.
   """
   loss_fn = losses_lib.symmetric_cross_entropy
   return _with_loss(uniform(), functools.partial(loss_fn, alpha=alpha, beta=beta))
@@ -455,7 +455,7 @@ def generalized_cross_entropy(
     threshold: probability below which the loss is truncated; None does not truncate.
 
   Raises:
-    InputError: a setting out of range.
+    InputError: a setting is out of range.
   """
   loss_fn = losses_lib.generalized_cross_entropy
   return _with_loss(uniform(), functools.partial(loss_fn, q=q, threshold=threshold))

@@ -2,10 +2,10 @@
 
 Every training example has a weight w_i that persists for the whole run. Each training
 step takes a look-ahead step with the weights of its batch, computes the gradient of a
-*fairness* objective F of a held-out exemplar set with known groups, and updates the
+*fairness* objective F on a held-out exemplar set with known groups, and updates the
 weights:
 
-    p'(w)  = p - alpha grad sum_i w_i l_i(p)             sum over the batch of w = 1
+    p'(w)  = p - alpha grad sum_i w_i l_i(p)             w sums to 1 over the batch
     w     <- max(w - eta dF(p'(w))/dw, 0), then normalized to sum to 1
     p     <- optimizer step on grad sum_i w_i l_i(p)     with the new weights
 
@@ -21,7 +21,7 @@ the persistence and normalization of weights, the learning rates and the exempla
 could not be checked. The equations above, all four objectives, the handling of all-zero
 weights and the defaults are choices of this library.
 
-`gap` alone is minimal even if every group is equally *bad*. By default, the mean loss
+`gap` alone is minimal even if all groups are equally *bad*. By default, the mean loss
 is therefore added to it (`mean_coefficient` is 1).
 
 References:

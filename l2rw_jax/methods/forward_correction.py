@@ -20,8 +20,8 @@ Differences from the released program (github.com/giorgiop/loss-correction):
   percentile (on CIFAR-100, the largest p_i of all). This is also the anchor of this
   library, unless examples are tied for it or one lies exactly on the percentile. To
   skip the largest values, the release sets them to 0 in place, class after class. If
-  the anchor of class i is also among the top 3% of an earlier class j, its T_ij is
-  therefore 0.
+  the anchor of class i is also among the top 3% of an earlier class j, T_ij of the
+  release is therefore 0.
 
 References:
   Patrini, Rozza, Menon, Nock, Qu, "Making Deep Neural Networks Robust to Label Noise:

@@ -1,8 +1,8 @@
 """L2RW: example weights from gradient directions (Ren et al., 2018).
 
 An example gets a positive weight if a step on it lowers the loss of a small set of
-clean examples, the meta set. Let w = 0, p'(w) be the parameters after one look-ahead
-step on sum_i w_i l_i, and M(p') the meta loss. Then [eq. 4-6]:
+clean examples, the meta set. Let p'(w) be the parameters after one look-ahead step on
+sum_i w_i l_i, and M(p') the meta loss. Then [eq. 4-6]:
 
     score_i  = -dM/dw_i at w = 0        = <grad l_i, grad M> for plain SGD
     weight_i = max(score_i, 0) / S,  S = sum_j max(score_j, 0)     [eq. 7-9]
@@ -28,7 +28,7 @@ Two approximations make a step cheaper:
 
 The cost of an exact step with the layerwise engine is 4 B + 3 M forward passes of one
 example. With both approximations it is 3 B + f B + 3 M / k, where f is the share of the
-selected layers in the cost, and the gradient is computed every k steps. Both
+selected layers in the cost, and the meta gradient is computed every k steps. Both
 approximations change the weights, and which of them changes the weights more depends on
 the problem. The second can make the trained network much worse. The documentation of
 L2RW lists measured rank correlations and accuracies.

@@ -90,8 +90,8 @@ def ldam_hinge(
 ) -> base.Array:
   """max(max_{j != y} z_j - z_y + margin_y, 0): LDAM-HG of the paper.
 
-  The arguments, the result and the errors are those of `ldam`. Losses are in units of a
-  cosine.
+  The arguments, the result and the errors are those of `ldam`, except that there is no
+  scale, and that losses are in units of a cosine.
   """
   is_label, class_margins = _checked(cosines, labels, class_margins, where)
   scale = losses.label_scale(is_label, where).astype(cosines.dtype)

@@ -16,7 +16,8 @@ Options for the differences between the paper and the three released programs:
   w_i = V_i / sum_j V_j over the global batch (imbalance release, first noise
   release), where all weights are zero if the sum is zero.
 * `detached`: V's input is constant in the look-ahead step (both noise releases and the
-  published algorithm). In the imbalance release it is not, which adds w'_i(l) l_i.
+  published algorithm). In the imbalance release it is not, which adds w'_i(l) l_i to
+  the factor w_i of grad l_i.
 * `PRESETS`: the meta optimizer, normalization and `detached` of each release.
 
 The default is the preset "noise_stable": the published algorithm is the detached one,
@@ -68,7 +69,7 @@ class WeightNet(nn.Module):
   def __call__(self, losses: jax.Array) -> jax.Array:
     """Maps losses [B] to V [B]."""
     x = losses[:, None]
-    with base.implicit_promotion():  # flax promotes inputs and parameters to one type
+    with base.implicit_promotion():  # flax promotes inputs and parameters to one type.
       for width in self.hidden:
         x = nn.relu(meta_network.dense(width, x.shape[-1])(x))
       return nn.sigmoid(meta_network.dense(1, x.shape[-1])(x)[:, 0])
@@ -117,7 +118,7 @@ def inner_weights(
 ) -> base.Array:
   """dL/dl [B], where L = sum_i w_i l_i is the loss of the look-ahead step.
 
-  If `detached` is True, dL/dl are the weights. Otherwise the weights depend on the
+  If `detached` is True, these are the weights. Otherwise the weights depend on the
   losses, which adds w'(l) l to each derivative (and, with "sum", terms from all other
   examples). Losses and derivatives are those of the global batch.
   """

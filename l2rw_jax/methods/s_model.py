@@ -6,10 +6,11 @@ example of class i is given the label j. The network and the layer both minimize
 
     -log (softmax(z) @ softmax(A))[label]
 
-and evaluation uses z. The loss does not determine the order of the classes, because it
-stays the same if T and z permute them jointly. T therefore starts near the identity, or
-at the confusion matrix of a network that was trained without the layer. This is the
-simple model of the paper, in which T is the same for all examples.
+and evaluation uses z. The loss does not determine the order of the true classes,
+because it stays the same if the entries of z and the rows of T are permuted in the same
+way. T therefore starts near the identity, or at the confusion matrix of a network that
+was trained without the layer. This is the simple model of the paper, in which T is the
+same for all examples.
 
 Differences from the released program: the released program adds noise below 0.01 to the
 initial A, and can add a multiple of the plain cross-entropy to the loss. This module

@@ -69,7 +69,7 @@ class RectifierNet(nn.Module):
     embed = nn.Embed(
       self.num_classes, self.num_classes, embedding_init=nn.initializers.normal(1.0)
     )
-    with base.implicit_promotion():  # flax promotes inputs and parameters to one type
+    with base.implicit_promotion():  # flax promotes inputs and parameters to one type.
       x = jnp.concatenate([logits, base.take(embed.embedding, labels)], axis=-1)
       for _ in range(2):
         x = nn.tanh(nn.Dense(self.hidden, kernel_init=_xavier)(x))
@@ -172,9 +172,11 @@ def warpi(
     optimizer: optimizer of the amortized network; None is Adam at a constant 3e-4, as
       released.
     every: number of steps between meta steps; 1 in the paper.
-    noise_fn: `(key, shape, dtype) -> noise`, called once for the virtual step and once
-      for the real step with a shape of [B, S, C], where B is the global batch size. Use
-      it to supply other draws, such as recorded or antithetic ones.
+    noise_fn: `(key, shape, dtype) -> noise`, with one key for the virtual step and
+      another for the real step. It may be called several times with the same key, and
+      must then return the same noise. The shape is [B, S, C], where B is the global
+      batch size. Use `noise_fn` to supply other draws, such as recorded or antithetic
+      ones.
 
   Returns:
     A `base.Method` that needs a meta batch; its state is a `meta_network.State`.
@@ -197,7 +199,7 @@ def warpi(
   def gradients(state, problem, inputs):
     net = RectifierNet(problem.num_classes, hidden)
     labels = inputs.batch["label"]
-    # This key differs from those of dropout and augmentation.
+    # These keys differ from those of dropout and augmentation.
     virtual_key, real_key = jax.random.split(jax.random.fold_in(inputs.key, _NOISE_KEY))
 
     linearized = problem.linearize_batch_outputs(inputs)

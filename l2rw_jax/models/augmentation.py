@@ -29,7 +29,7 @@ class Preprocess:
   Attributes:
     pad: number of pixels that are added on every side before cropping to the original
       size; 0 disables cropping.
-    padding: `"zero"` (black) or `"reflect"` (mirrored without the border).
+    padding: `"zero"` (black) or `"reflect"` (mirrored, without repeating the border).
     flip: whether images are mirrored left to right with probability 1/2.
     mean: numbers that are subtracted after the crop, one per channel or one for all.
     std: numbers by which the images are divided, one per channel or one for all.
@@ -123,7 +123,7 @@ def random_crop(
 
 
 def random_flip(images: base.Array, keys: base.Array) -> base.Array:
-  """Mirrors an image left to right with probability 1/2.
+  """Mirrors each image left to right with probability 1/2.
 
   Args:
     images: [B, H, W, C].

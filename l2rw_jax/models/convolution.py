@@ -48,10 +48,10 @@ def conv_general_dilated(
   it in any flax network with
   `nn.Conv(..., conv_general_dilated=convolution.conv_general_dilated)`.
 
-  Blocks are ranges of the first spatial axis. There are none, so that this is one
-  convolution, if the default backend (`jax.default_backend()`) is not a CPU, if the
-  inputs are dilated, if the batch has groups, if a shape is symbolic, if `out_sharding`
-  is given, or if the first spatial axis is sharded over an explicit mesh.
+  Blocks are ranges of the first spatial axis. The convolution is not divided into
+  blocks if the default backend (`jax.default_backend()`) is not a CPU, if the inputs
+  are dilated, if the batch has groups, if a shape is symbolic, if `out_sharding` is
+  given, or if the first spatial axis is sharded over an explicit mesh.
 
   Args:
     lhs: the images; this and all arguments but `block_bytes` are those of
@@ -68,8 +68,8 @@ def conv_general_dilated(
     preferred_element_type: type of the result.
     out_sharding: sharding of the result.
     block_bytes: the largest size of a block of outputs in bytes. A block has at least
-      as many rows as the kernel, which may take more. The size is that of the traced
-      array: without the axes of `vmap`, and of the whole array if it is sharded.
+      as many rows as the kernel, even if these take more bytes. The size is that of the
+      traced array: without the axes of `vmap`, and of the whole array if it is sharded.
 
   Returns:
     The convolution.
@@ -99,7 +99,8 @@ def conv_general_dilated(
   )
   if jax.default_backend() != "cpu" or batch_group_count != 1 or out_sharding:
     return plain(lhs, rhs)
-  output = jax.eval_shape(plain, lhs, rhs)  # Wrong arguments have the errors of JAX.
+  # For wrong arguments, this raises the errors of JAX.
+  output = jax.eval_shape(plain, lhs, rhs)
   numbers = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
   axes = [spec[2:] for spec in (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec)]
   is_dilated = lhs_dilation is not None and any(size != 1 for size in lhs_dilation)
@@ -138,6 +139,7 @@ def _num_blocks(output, num_rows, kernel_rows, block_bytes):
   num_bytes = output.size * output.dtype.itemsize
   if num_bytes <= block_bytes:
     return 1
-  # Blocks have rows of the images in common, so each has as many rows as the kernel.
+  # Neighboring blocks have rows of the images in common. Each block has at least as
+  # many rows as the kernel, so that no more than two blocks need the same row.
   rows = max(kernel_rows, num_rows * block_bytes // num_bytes)
   return max(1, min(-(-num_rows // rows), num_rows // kernel_rows))

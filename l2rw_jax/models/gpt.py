@@ -38,8 +38,8 @@ class GPT(split.SplitNetwork):
       the linear output layer. This has no effect if `tied`.
 
   Raises:
-    InputError: when it is initialized or applied, if `num_heads` does not divide
-      `width`.
+    InputError: when the network is initialized or applied, if `num_heads` does not
+      divide `width`.
 
   References:
     Radford, Wu, Child, Luan, Amodei, Sutskever, "Language Models are Unsupervised
@@ -88,7 +88,8 @@ class GPT(split.SplitNetwork):
     """Maps tokens [B, T] to features [B, T, width].
 
     If `last_only`, the result is the features [B, width] of the last token. Tokens may
-    be floating-point numbers, because `Classifier` casts its inputs to floating point.
+    be floating-point numbers, because `Classifier` casts integers to floating point.
+    Tokens for a `Classifier` must not be of type uint8, which it scales to [0, 1].
     """
     del train
     h = self.embed(x.astype(jnp.int32))

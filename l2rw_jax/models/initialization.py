@@ -7,7 +7,7 @@ from l2rw_jax import base
 
 
 def pytorch(key: base.Array, params: base.PyTree) -> base.PyTree:
-  """Draws the parameters of dense and convolution layers like PyTorch's defaults.
+  """Draws the parameters of dense and convolution layers as PyTorch does by default.
 
   `torch.nn.Linear` and `torch.nn.Conv2d` draw kernels *and* biases uniformly between
   -1/sqrt(fan_in) and 1/sqrt(fan_in). The standard deviation of the kernels is therefore

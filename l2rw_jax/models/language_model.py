@@ -12,9 +12,9 @@ class LanguageModel(classifier.Classifier):
   """A classifier of the token that follows each token of a sequence.
 
   `batch["image"]` contains the tokens [B, T] of the sequences, and `batch["label"]` the
-  token after each, [B, T]. Labels of -1, such as those after the end of a shorter
-  sequence, are ignored. The network maps tokens to logits [B, T, V], as `gpt.GPT` does,
-  and the number of classes is V.
+  token after each of them, [B, T]. Labels of -1, such as those after the end of a
+  shorter sequence, are ignored. The network maps tokens to logits [B, T, V], as
+  `gpt.GPT` does, and the number of classes is V.
   """
 
   def _images(self, batch: base.Batch, key: base.Array, train: bool) -> base.Array:

@@ -15,7 +15,7 @@ class LeNet(split.SplitNetwork):
 
   The sizes for 28x28 inputs are 28 -> 14 -> 7 -> 4. There are 167,113 parameters with
   `num_outputs=1`. Weights are initialized from a normal distribution with a standard
-  deviation of 0.1, truncated at two standard deviations, and biases with 0.
+  deviation of 0.1, truncated at two standard deviations. Biases start at 0.
 
   Attributes:
     num_outputs: number of logits per example (1 for the binary problem of the paper).

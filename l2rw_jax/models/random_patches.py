@@ -34,9 +34,9 @@ class RandomPatches:
   Attributes:
     kernel: the filters, float32 [6, 6, channels, 256].
     bias: numbers that are subtracted from the responses, float32 [256].
-    mean: mean of the features of the images that the filters were fitted to, float32
-      [2048].
-    std: standard deviation of these features, float32 [2048].
+    mean: mean of the features, before they are standardized, of the images that the
+      filters were fitted to, float32 [2048].
+    std: standard deviation of these features plus 1e-3, float32 [2048].
   """
 
   kernel: np.ndarray
@@ -126,7 +126,7 @@ def _respond(images: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array
 
 
 def _patches(images, rng):
-  """Random patches of mean 0 and deviation 1, [20000, 36 channels]."""
+  """Random patches of mean 0 and standard deviation below 1, [20000, 36 channels]."""
   size, height, width, _ = images.shape
   rows = rng.integers(size, size=_SAMPLE)
   tops = rng.integers(height - _SIZE + 1, size=_SAMPLE)

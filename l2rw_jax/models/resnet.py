@@ -21,11 +21,12 @@ _kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 class ResNet(split.SplitNetwork):
   """Post-activation residual network (He et al., 2016, section 4.2).
 
-  It has `6 * blocks + 2` layers: a 3x3 stem, then three stages of `blocks` two-layer
-  blocks with 16, 32 and 64 features, strides 1, 2, 2, option-A shortcuts (subsampled,
-  zero-padded channels, without parameters), and global average pooling. Kernels are
-  initialized from N(0, 2 / fan_in), biases with 0. There are 464,154 parameters for
-  CIFAR-10 with 5 blocks. The ResNet-32 of L2RW differs; see `preactivation_resnet`.
+  It has `6 * blocks + 2` layers: a 3x3 stem; three stages of `blocks` two-layer blocks
+  with 16, 32 and 64 features, strides 1, 2, 2 and option-A shortcuts (subsampled,
+  zero-padded channels, without parameters); and, after global average pooling, the
+  output layer. Kernels are initialized from N(0, 2 / fan_in), and biases start at 0.
+  There are 464,154 parameters for CIFAR-10 with 5 blocks. The ResNet-32 of L2RW
+  differs; see `preactivation_resnet`.
 
   Attributes:
     num_outputs: number of logits per example.
@@ -39,8 +40,8 @@ class ResNet(split.SplitNetwork):
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
 
   Raises:
-    InputError: when it is initialized or applied, if `norm` is unknown, or if it is
-      "group" and `width` is not a multiple of 8.
+    InputError: when the network is initialized or applied, if `norm` is unknown, or if
+      `norm` is "group" and `width` is not a multiple of 8.
   """
 
   num_outputs: int

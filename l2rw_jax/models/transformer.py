@@ -32,8 +32,8 @@ class VisionTransformer(split.SplitNetwork):
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
 
   Raises:
-    InputError: when it is initialized or applied, if `patch` does not divide the images
-      or `num_heads` does not divide `width`.
+    InputError: when the network is initialized or applied, if `patch` does not divide
+      the height and width of the images or `num_heads` does not divide `width`.
 
   References:
     Dosovitskiy et al., "An Image is Worth 16x16 Words: Transformers for Image

@@ -40,8 +40,8 @@ def whitening_filters(images: np.ndarray) -> Filters:
 
   The patches of 2 x 2 pixels have a covariance matrix E diag(lambda) E^T. The filters
   are the columns of E diag(lambda + epsilon)^(-1/2) and their negatives, which are
-  needed because GELU removes negative outputs. Epsilon is a thousandth of the mean of
-  lambda.
+  needed because GELU suppresses negative outputs. Epsilon is a thousandth of the mean
+  of lambda.
 
   Args:
     images: images as the network receives them in evaluation mode, float [N, H, W, C].
@@ -147,8 +147,8 @@ class WhitenedNet(split.SplitNetwork):
     cosine: whether the logits are cosines, as LDAM needs: `split.Cosine`.
 
   Raises:
-    InputError: when it is initialized or applied, if `norm` is unknown, `norm` is
-      "group" and `width` is not a multiple of 8, the images are too small, or the
+    InputError: when the network is initialized or applied, if `norm` is unknown, `norm`
+      is "group" and `width` is not a multiple of 8, the images are too small, or the
       filters are for another number of channels.
   """
 

@@ -129,12 +129,12 @@ class Evaluation:
     self._evaluators, self._probes = evaluators, probes
 
   def at_start(self, run: run_lib.Run) -> None:
-    """Measures the probes of new runs."""
+    """Writes the metrics of the probes for new runs."""
     if run.step == 0 and self._probes:
       self._measure(run, ())
 
   def __call__(self, run: run_lib.Run) -> None:
-    """Measures the evaluators and probes if an evaluation is due."""
+    """Writes the metrics of the evaluators and the probes if an evaluation is due."""
     if run.config.is_due(run.step, run.config.eval_every):
       run.timer.note(run.step)
       self._measure(run, self._evaluators)
@@ -208,7 +208,7 @@ class Checkpoints:
     run.restore(restored.step, state, positions)
     run.timer = timer_lib.Timer.restore(self._folder / TIMING, restored.step)
     self._saved_step = restored.step
-    # The restored arrays are read-only.
+    # These are copies, because the restored arrays are read-only.
     return weight_log.WeightLog(*(np.array(x) for x in weights)), restored.host
 
   def _read(self, like):

@@ -55,8 +55,8 @@ class Config:
       largest number that divides the batch size, and several processes use all.
     steps_per_call: number of steps in one call of the compiled function. None means 1
       on CPU, where convolutions in a loop are slow, and 20 elsewhere. The number is
-      reduced to the smallest of the three intervals above, and to 1 if training
-      examples are not kept on the devices. It affects only speed (and rounding).
+      reduced to the smallest of the three intervals above, and to 1 if the training or
+      meta examples are not kept on the devices. It affects only speed (and rounding).
     data: where training examples are kept. "resident" keeps them on the devices,
       "stream" reads them ahead of the steps that use them, and "auto" streams them if
       they do not fit on the devices or are a row source. It affects only speed.
@@ -184,7 +184,7 @@ def _check_labels(labels, num_classes, where):
 def _check_meta(config, method, num_meta):
   if method.needs_meta and num_meta == 0:
     raise base.InputError(
-      "this method needs a meta set of clean examples, and it is empty: raise"
+      "this method needs a meta set of clean examples, but the set is empty: raise"
       " --num_meta, or choose --methods that need none."
     )
   if config.meta_batch_size is not None and (

@@ -23,8 +23,8 @@ from l2rw_jax.training import streaming
 # Share of an accelerator's free memory that sets may use. The rest is for activations,
 # and for the second copy that exists while sets are copied to the devices.
 _SHARE = 1 / 4
-# Bytes for all CPU devices together, where keeping data on the devices gains little.
-# This number is also used if `memory_stats()` is unavailable.
+# Bytes for all CPU devices together. It is small, because keeping data on CPU devices
+# gains little. This number is also used if `memory_stats()` is unavailable.
 _HOST_BYTES = 2**30
 
 
@@ -41,11 +41,13 @@ class Part(NamedTuple):
 
 
 class Batches(NamedTuple):
-  """The examples that K steps use.
+  """The examples that K steps use on the D devices of this process.
+
+  N is the number of devices of all processes.
 
   Attributes:
-    train: B / D examples for each step, device and run.
-    meta: M / D examples, or M if M is not divisible by D; None without a meta set.
+    train: B / N examples for each step, device and run.
+    meta: M / N examples, or M if M is not divisible by N; None without a meta set.
   """
 
   train: Part
@@ -173,7 +175,7 @@ def store(
   are_arrays = all(isinstance(x, np.ndarray) for one in sets for x in one.values())
   if kind == "resident" and not are_arrays:
     raise base.InputError(
-      "--data=resident needs a training set that is in memory, and its images are a"
+      "--data=resident needs a training set that is in memory, but its images are a"
       " row source, which is read row by row; choose --data=stream."
     )
   fits = are_arrays and _num_bytes(sets) <= max_bytes

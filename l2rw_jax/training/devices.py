@@ -67,9 +67,9 @@ def _choose_of_all(num_devices, batch_size):
   sizes = {process: len(devices) for process, devices in by_process.items()}
   most = len(jax.devices())
   if len(set(sizes.values())) > 1:
-    text = ", ".join(f"process {process} {size}" for process, size in sizes.items())
+    text = ", ".join(f"process {process} has {size}" for process, size in sizes.items())
     raise base.InputError(
-      f"every process needs the same number of devices, but they have: {text}."
+      f"every process needs the same number of devices, but {text}."
     )
   total = most if num_devices is None else num_devices
   if not 1 <= total <= most or total % len(sizes):
@@ -81,7 +81,7 @@ def _choose_of_all(num_devices, batch_size):
   if batch_size % total:
     raise base.InputError(
       f"--batch_size={batch_size} is not a multiple of the {total} devices of"
-      f" {len(sizes)} processes; choose a multiple, or fewer by --num_devices."
+      f" {len(sizes)} processes; choose a multiple, or fewer with --num_devices."
     )
   share = total // len(sizes)
   return [device for process in sizes for device in by_process[process][:share]]

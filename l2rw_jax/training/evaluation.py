@@ -154,8 +154,9 @@ def shot_thresholds(class_counts: Sequence[int]) -> tuple[int, int]:
   These are the usual 100 and 20, unless one of the three groups would be empty (as in
   all sets with ten classes of thousands of examples). In that case the classes are
   split into thirds by their count: ten classes into 3, 4 and 3. Classes of the same
-  size stay in one group. If only two sizes exist, there is therefore no medium-shot
-  class, and if all classes have one size, all are medium-shot.
+  size stay in one group. If half of the classes have one size and half have another,
+  there is therefore no medium-shot class. If one size is so common that it occurs in
+  the first and in the last third, all classes are medium-shot.
 
   Args:
     class_counts: training examples of each class, [C].

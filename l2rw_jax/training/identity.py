@@ -18,7 +18,7 @@ LOCAL = ("data_workers",)
 # These settings are not compared. Seeds are stored elsewhere. Where the data are kept
 # and which processes read them changes no number. The others affect only rounding.
 EXCLUDED = ("seeds", "num_devices", "steps_per_call", "device_map", "data", *LOCAL)
-_ADVICE = "choose another --workdir or delete it."
+_ADVICE = "choose another --workdir, or delete this one."
 
 
 def of_runs(

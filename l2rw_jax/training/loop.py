@@ -2,7 +2,8 @@
 
     folder/checkpoints/         the latest two states (orbax)
     folder/timing.json          seconds of training, and steps per call
-    folder/seed-S/metrics.*     JSON lines, CSV and TensorBoard, one folder per run
+    folder/seed-S/metrics.*     JSON lines and CSV, one folder per run
+    folder/seed-S/tensorboard/  the same metrics as TensorBoard events
     folder/seed-S/weights.csv   per-example weights
     folder/seed-S/statistics.npz
                                 what the method reports for each example, if anything
@@ -10,12 +11,12 @@
                                 trained parameters, see `variables`
     folder/seed-S/results.json  written last; it marks the run as finished
 
-The same call continues an interrupted run and ends with the same bytes in these files
-(except for the seconds) as an uninterrupted one, if the number of steps per call is
-the same. Checkpoints and results record what the numbers of the run depend on:
-settings, data and, for an unfinished run, versions and kind of device. A folder that
-contains another run is refused. On SIGINT, SIGTERM and SIGHUP, a checkpoint is saved
-before the run stops.
+The same call continues an interrupted run, which then ends with the same bytes in the
+files of `seed-S`, except for TensorBoard's, as an uninterrupted one, if the number of
+steps per call is the same. Checkpoints and results record what the numbers of the run
+depend on: settings, data and, for an unfinished run, versions and kind of device. A
+folder that contains another run is refused. On SIGINT, SIGTERM and SIGHUP, a checkpoint
+is saved before the run stops.
 
 Several processes (`jax.distributed`) train one run together: all of them call `train`
 with the same arguments, every process sends its rows of every batch to its devices, and
@@ -167,7 +168,7 @@ def _train(
           evaluate(run)
           checkpoints(run, metrics, weights)
       if signals:
-        # This step is not at one of the intervals, so no row of metrics is written.
+        # This step may lie between two intervals, so no row of metrics is written.
         with run.timer.stopped():
           fetch()
           checkpoints.save(run, metrics, weights)

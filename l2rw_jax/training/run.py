@@ -234,7 +234,8 @@ class Run:
   def fetch(self) -> list[Output]:
     """Waits for all steps, and returns the outputs since the last call.
 
-    With several processes, all of them call this and receive the same outputs.
+    With several processes, all of them must call this method; they receive the same
+    outputs.
     """
     rows = [rows for rows, _ in self._pending]
     outputs = jax.device_get([output for _, output in self._pending])

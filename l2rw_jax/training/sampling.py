@@ -37,8 +37,8 @@ def generator(seed: int, purpose: str, number: int) -> np.random.Generator:
 class TrainSampler:
   """Batches of the training set of one run, epoch after epoch.
 
-  Sampling can be resumed at any batch. The last rows of an epoch that do not fill a
-  batch are left out; the next epoch draws from all rows again.
+  Sampling can be resumed at any batch. If the last rows of an epoch do not fill a
+  batch, they are left out; the next epoch draws from all rows again.
   """
 
   def __init__(

@@ -16,8 +16,8 @@ class Failure(NamedTuple):
 
   Attributes:
     step: the step, counted from 0, or -1 if no step has failed; int32 scalar.
-    losses: number of losses in this step that were not finite. If it is 0, the gradient
-      or the updated parameters were not finite.
+    losses: number of losses in this step that were not finite. If it is 0, something
+      else was not finite: see `fault`, or else the gradient or the updated variables.
     fault: the `base.Fault` of a meta-learned method, int32 scalar.
   """
 

@@ -4,7 +4,7 @@ import jax
 
 from l2rw_jax.training import config as config_lib
 
-# On XLA:CPU a convolution inside a loop takes 6 to 14 times as long as outside.
+# On XLA:CPU a convolution inside a loop takes 6 to 14 times as long as outside of one.
 _ON_CPU, _ON_ACCELERATORS = 1, 20
 
 
@@ -32,7 +32,7 @@ def most(
 def length(
   config: config_lib.Config, step: int, most: int, epoch: tuple[int, int] | None
 ) -> int:
-  """Number of steps in the next call: `most` or 1.
+  """Number of steps in the next call: that of a full call, or 1.
 
   A call never continues past a step after which the host logs, evaluates or saves, so
   that neither the results nor the checkpoints depend on `most`. If fewer than `most`
@@ -43,7 +43,8 @@ def length(
   Args:
     config: the intervals.
     step: number of updates so far.
-    most: number of steps in a full call. If an epoch is shorter, it is a full call.
+    most: number of steps in a full call. If an epoch is shorter, the whole epoch is a
+      full call.
     epoch: number of steps left in this epoch and in the whole epoch, if the host has to
       act between epochs; otherwise None.
   """

@@ -59,7 +59,7 @@ class Timer:
     try:
       record = workdir.read_record(path)
     except base.InputError as error:
-      logging.warning("%s The %d steps before count as 0 seconds.", error, step)
+      logging.warning("%s The first %d steps count as 0 seconds.", error, step)
       return cls(untimed_steps=step)
     earlier = [(at, seconds) for at, seconds in record["evaluations"] if at <= step]
     last = earlier[-1][1] if earlier else 0.0

@@ -46,8 +46,9 @@ def watched(
 
   The validation loss uses `loss` of the problem that this wrapper receives: the loss of
   the classifier if this function wraps `changed_loss`, and the changed loss if
-  `changed_loss` wraps this function. Apply this function to `baselines.fine_tuning`,
-  because the last steps of that method otherwise report the loss of the meta set.
+  `changed_loss` wraps this function. Apply this function to the result of
+  `baselines.fine_tuning` and not to the method of the first phase, because otherwise
+  the last steps report the loss of the meta set.
 
   Args:
     method: the method; its gradients do not change.
@@ -128,7 +129,7 @@ def reduce_on_plateau(
   """Scales the updates of `optimizer` by `factor` when the value stops decreasing.
 
   This is PyTorch's ReduceLROnPlateau with one value for each epoch, but it decides one
-  epoch later: a value that is computed before an epoch takes effect at the end of it.
+  epoch later: a value that is computed before an epoch takes effect after that epoch.
 
   Args:
     optimizer: any optimizer.
@@ -140,7 +141,8 @@ def reduce_on_plateau(
   """
   plateau = optax.contrib.reduce_on_plateau(
     factor,
-    patience + 1,  # optax reduces when it is reached; PyTorch when it is exceeded.
+    # optax reduces when the patience is reached, PyTorch when it is exceeded.
+    patience + 1,
     rtol,
     accumulation_size=steps_per_epoch,
     min_scale=min_scale,

@@ -256,10 +256,10 @@ def test_many_candidates_are_evaluated_in_blocks():
 
 
 _INVALID = {
-  "size=7 of 6 points; lower it": {"size": 7},
+  "size=7 of 6 points; lower size": {"size": 7},
   "size=0 must be at least 1": {"size": 0},
   "capacity=2 must be at least size=3": {"size": 3, "capacity": 2},
-  "size=8 of 6 points; lower it": {"size": np.int64(8)},
+  "size=8 of 6 points; lower size": {"size": np.int64(8)},
 }
 
 

@@ -174,7 +174,8 @@ def test_non_finite_pixels_raise(value):
 def test_valid_images_pass():
   examples_lib.check_images(np.zeros((2, 3), np.float64), "floats")
   examples_lib.check_images(np.zeros((0, 3), np.float32), "nothing")
-  with pytest.raises(base.InputError, match="bytes must be uint8 or floating; got int"):
+  message = "bytes must be uint8 or floating point; got int"
+  with pytest.raises(base.InputError, match=message):
     examples_lib.check_images(np.zeros((2, 3), np.int64), "bytes")
 
 

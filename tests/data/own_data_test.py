@@ -60,7 +60,7 @@ def test_what_cannot_be_read_is_listed_and_skipped(folder):
   assert "8 bits" in reasons.pop("dog/float.tif")
   assert set(reasons) == {"dog/cut.png"}
   (line,) = own_data.report(data)
-  assert line.startswith("6 were skipped (") and line.endswith("; ...).")
+  assert line.startswith("6 skipped (") and line.endswith("; ...).")
 
 
 def test_sizes_and_modes_are_made_alike_and_said_once(folder):
@@ -454,7 +454,7 @@ def _mistakes(folder):
   return {
     "images:none": "is not a folder of images",
     "images:empty": r"contains no images in class folders",
-    "images:broken": "no image that can be read; 1 were skipped, the first is a/x.png",
+    "images:broken": "no image that can be read; 1 skipped, the first is a/x.png",
     "images:single": "has 1 different labels in 2 examples",
     "npz:none.npz": "none.npz cannot be read: No such file",
     "npz:bad.npz": "bad.npz is damaged or not a NumPy archive",
@@ -467,7 +467,7 @@ def _mistakes(folder):
     "csv:none": "cannot be read: No such file",
     "csv:latin.csv": "is not encoded as UTF-8",
     "csv:one.csv": "must have a header and two or more columns",
-    "csv:none.csv": "no example that can be used; 1 were skipped, the first is row 0",
+    "csv:none.csv": "no example that can be used; 1 skipped, the first is row 0",
     "csv:nul.csv": "must have a header and two or more columns",
   }
 
@@ -487,7 +487,7 @@ def test_mistakes_are_one_line(tmp_path):
 
 def test_no_test_set_from_three_examples_a_class(tmp_path):
   name = _table(tmp_path / "t.csv", [f"{i},b,{i % 2}" for i in range(6)])
-  with pytest.raises(base.InputError, match="no class of 5 examples"):
+  with pytest.raises(base.InputError, match="no class of 5 or more examples"):
     own_data.read(name, "test")
 
 
@@ -498,7 +498,7 @@ def test_own_data_are_a_source_with_a_trusted_meta_set(folder, caplog):
   (folder / "dog" / "text.png").write_text("no image")
   name = f"images:{folder}"
   train, test = (sources.load(name, part) for part in ("train", "test"))
-  assert "1 were skipped (dog/text.png" in caplog.text
+  assert "1 skipped (dog/text.png" in caplog.text
   trusted = sources.from_own(name, "trusted", own_data.read(name))
   made = noisy_labels.noisy_labels(
     train,

@@ -42,7 +42,7 @@ def test_image_files_are_those_in_memory(folder):
   np.testing.assert_array_equal(np.array(images), expected.features)
   np.testing.assert_array_equal(np.stack(list(images)), expected.features)
   for rows in (-1, np.array([0, len(images)])):
-    with pytest.raises(IndexError, match="rows must be 0 to 15"):
+    with pytest.raises(IndexError, match="rows must lie between 0 and 15"):
       images[rows]
   np.testing.assert_array_equal(data.labels, expected.labels)
   assert data.form == expected.form and (data.duplicate_of == -1).all()

@@ -90,7 +90,7 @@ def test_wrong_labels_come_first(run, table):
 
 def test_skipped_rows_and_suggestions_are_printed(run):
   folder, printed = run
-  assert "1 were skipped (row 0: it has no label)." in printed
+  assert "1 skipped (row 0: it has no label)." in printed
   assert "given " in printed and ", suggested " in printed
   assert printed.splitlines()[-1] == (
     f"written: {folder}/issues.csv, {folder}/issues.html (open it in a browser)"
@@ -158,7 +158,7 @@ def test_folder_of_images_with_trusted_ones(tmp_path, capsys):
   )
   issues = find_label_issues.run(settings, tmp_path / "run")
   printed = capsys.readouterr()
-  assert "1 were skipped (side 0/broken.png" in printed.out and printed.err == ""
+  assert "1 skipped (side 0/broken.png" in printed.out and printed.err == ""
   rows = _rows(tmp_path / "run")
   assert len(rows) == 40 and all(row["mean_score"] for row in rows)
   assert sum(row["is_issue"] == "True" for row in rows) == issues.num_issues

@@ -101,7 +101,7 @@ _MISTAKES = {
   "meta_many": (["--num_meta=126"], "lower --num_meta"),
   "meta_none": (
     ["--num_meta=0", "--methods=l2rw"],
-    "clean examples, and it is empty: raise --num_meta",
+    "clean examples, but the set is empty: raise --num_meta",
   ),
   "meta_batch": (["--meta_batch_size=101"], "must lie between 1 and the 100 clean"),
   "batch": (["--batch_size=469"], "is larger than the 468 training examples"),

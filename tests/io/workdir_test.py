@@ -76,7 +76,7 @@ def test_prepare_names_all_changed_settings(tmp_path):
     f"--workdir={tmp_path} holds a run with other settings:"
     ' new was absent, now "x"; num_steps was 100, now 200;'
     " on was true, now 1; seed was 1, now absent."
-    " Choose another --workdir or delete it."
+    " Choose another --workdir, or delete this one."
   )
   assert (tmp_path / "settings.json").read_bytes() == before
 

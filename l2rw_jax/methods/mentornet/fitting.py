@@ -52,7 +52,8 @@ def pd_rows(curriculum: str, *, num_rows: int | None = 100_000, seed: int = 0) -
     seed: seed of the random choice of rows.
 
   Raises:
-    InputError: the curriculum is unknown, or the grid has fewer rows.
+    InputError: the curriculum is unknown, `num_rows` is less than 2, or the grid has
+      fewer rows.
   """
   if curriculum not in mentornet.CURRICULA:
     names = ", ".join(mentornet.CURRICULA)

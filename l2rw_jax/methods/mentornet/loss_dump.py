@@ -249,7 +249,7 @@ def read_dump(path: str | os.PathLike) -> LossDump:
 
 
 def _check_columns(columns):
-  """Raises ValueError if `_dump` would change a number of the columns."""
+  """Raises ValueError if `_dump` would change any of the numbers in the columns."""
   for name, column in columns.items():
     if column.dtype.kind not in "iuf" or column.ndim != 1:
       raise ValueError(f"its column {name} is not a list of numbers")

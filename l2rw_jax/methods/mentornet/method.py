@@ -7,7 +7,7 @@ the training that is done, 0 to 99. The loss of the student is sum_i v_i l_i / n
 divided by the batch size n and not by sum_i v_i; v is constant under differentiation. A
 curriculum is either predefined (below) or a network, the mentor. The mentor is fitted
 to a predefined curriculum (MentorNet-PD) or to labels that are known to be right or
-wrong (MentorNet-DD), see `network`.
+wrong (MentorNet-DD), see `network` and `fitting`.
 
 A training step of the student, as in the released code:
 
@@ -97,7 +97,7 @@ def hard(
 
 
 def _unless_nan(kept, losses, differences):
-  """1 if `kept` and 0 otherwise, but NaN for a NaN, so that the NaN is noticed."""
+  """1 if `kept` and 0 otherwise; a NaN difference gives NaN, so that it is noticed."""
   dtype = jnp.asarray(losses).dtype
   differences = jnp.asarray(differences, dtype)
   return jnp.where(jnp.isnan(differences), differences, kept.astype(dtype))
@@ -290,8 +290,8 @@ PRESETS = {
 def preset(name: str, noise_fraction: float) -> dict[str, Any]:
   """Keyword arguments of `mentornet` from the released CIFAR commands.
 
-  The last segment of "dd_resnet"'s dropout schedule is never reached, neither in the
-  release nor here, because the epoch percent stops at 18.
+  The last segment of "dd_resnet"'s dropout schedule is reached neither in the release
+  nor here, because the epoch percent stops at 18.
 
   Args:
     name: a key of `PRESETS`.
