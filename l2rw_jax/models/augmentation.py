@@ -107,6 +107,8 @@ def random_crop(
       f"padding must be one of {', '.join(PADDINGS)}; got {padding!r}"
     )
   limit = min(images.shape[1:3])
+  if pad < 0 and padding == "zero":
+    raise base.InputError(f"pad={pad} must be at least 0")
   if pad < 0 or (padding == "reflect" and pad >= limit):
     raise base.InputError(
       f"pad={pad} must lie between 0 and {limit - 1} for images of"

@@ -46,6 +46,8 @@ class GPT(split.SplitNetwork):
     Multitask Learners", 2019, section 2.3.
   """
 
+  takes_tokens = True  # `Classifier` must not scale uint8 tokens like pixels.
+
   vocabulary: int = 256
   width: int = 64
   depth: int = 2
@@ -88,10 +90,14 @@ class GPT(split.SplitNetwork):
     """Maps tokens [B, T] to features [B, T, width].
 
     If `last_only`, the result is the features [B, width] of the last token. Tokens may
-    be floating-point numbers, because `Classifier` casts integers to floating point.
-    Tokens for a `Classifier` must not be of type uint8, which it scales to [0, 1].
+    have any integer type.
+
+    Raises:
+      InputError: the tokens are not integers.
     """
     del train
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+      raise base.InputError(f"GPT: tokens must be integers; got {x.dtype}.")
     h = self.embed(x.astype(jnp.int32))
     positions = self.param("positions", _start, (1, x.shape[1], self.width))
     h = h + positions.astype(h.dtype)

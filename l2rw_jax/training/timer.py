@@ -64,7 +64,11 @@ class Timer:
     earlier = [(at, seconds) for at, seconds in record["evaluations"] if at <= step]
     last = earlier[-1][1] if earlier else 0.0
     seconds = record["saved"].get(str(step), last)
-    return cls(seconds, earlier, record["untimed_steps"])
+    timer = cls(seconds, earlier, record["untimed_steps"])
+    # Checkpoints of earlier steps may still exist, and the newest may be damaged.
+    kept = [(at, s) for at, s in record["saved"].items() if int(at) <= step]
+    timer._saved = dict(sorted(kept, key=lambda item: int(item[0])))
+    return timer
 
   def write(
     self, path: pathlib.Path, step: int, facts: Mapping[str, Any] | None = None
@@ -98,9 +102,11 @@ class Timer:
     """Stops the timer inside a `with` block."""
     was_running = self._started is not None
     self._seconds, self._started = self.read(), None
-    yield
-    if was_running:
-      self.start()
+    try:
+      yield
+    finally:
+      if was_running:
+        self.start()
 
   def read(self) -> float:
     """Seconds of training so far."""

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from l2rw_jax import base
 from l2rw_jax import linearization
 from l2rw_jax import losses
+from l2rw_jax.models import classifier
 from l2rw_jax.models import gpt
 
 _B, _T, _V, _D = 3, 5, 7, 8
@@ -104,3 +106,15 @@ def test_logits_of_a_half_precision_network_are_float32(options):
   variables = {"params": _params(**options)}
   model = _GPT(dtype=jnp.bfloat16, **options)
   assert jax.eval_shape(model.apply, variables, _tokens()).dtype == jnp.float32
+
+
+def test_a_classifier_does_not_scale_tokens_and_floats_are_refused():
+  model = classifier.Classifier(_GPT(**_CLASSIFIER), _V)
+  problem_params = _params(**_CLASSIFIER)
+  run = jax.jit(lambda x: model.forward(problem_params, {}, x, jax.random.key(0), False))
+  tokens = _tokens()
+  expected = run({"image": tokens.astype(np.int32)})[0]
+  np.testing.assert_array_equal(run({"image": tokens})[0], expected)
+  assert not (expected == expected[:1]).all()
+  with pytest.raises(base.InputError, match="tokens must be integers; got float32"):
+    run({"image": tokens.astype(np.float32)})

@@ -54,9 +54,20 @@ def test_restored_timer_continues(advance, tmp_path):
     "steps": 30,
     "untimed_steps": 0,
     "evaluations": [[10, 2], [20, 4], [30, 5]],
-    "saved": {"30": 5},
+    "saved": {"20": 4, "30": 5},
     "steps_per_call": 2,
   }
+  # The newest checkpoint may be damaged.
+  assert timer_lib.Timer.restore(path, 20).read() == 4
+
+
+def test_an_error_while_the_timer_is_stopped_starts_it_again(advance):
+  timer = timer_lib.Timer()
+  timer.start()
+  with pytest.raises(ValueError), timer.stopped():
+    raise ValueError
+  advance(2)
+  assert timer.read() == 2
 
 
 def test_restore_discards_later_steps(advance, tmp_path):
