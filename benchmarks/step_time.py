@@ -266,7 +266,8 @@ def _implementations(settings, group):
     yield plain
     for pair in group.pairs if plain else ():
       make = functools.partial(_steps.implementation, setting, *pair)
-      yield _attempt(make, f"{pair[0]} by {pair[1]} of {group.name}")
+      label = " by ".join(filter(None, pair))
+      yield _attempt(make, f"{label} of {group.name}")
   if not settings.peer or not _networks.NETWORKS[setting.network].has_peer:
     return
   peer = _import_torch_steps()
