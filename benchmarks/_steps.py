@@ -27,7 +27,7 @@ from l2rw_jax.methods.mentornet import network as mentornet_network
 from l2rw_jax.models import classifier
 from l2rw_jax.training import step as step_lib
 
-# So low that the parameters hardly change: every step computes with similar values.
+# It is so low that the parameters hardly change and all steps compute similar values.
 LEARNING_RATE = 1e-3
 ENGINES = ("literal", "forward", "layerwise")
 _NUM_EXAMPLES, _NUM_STEPS = 50_000, 100_000
@@ -42,7 +42,7 @@ def _mentornet() -> base.Method:
   return mentornet.mentornet(mentornet_network.Mentor("pd", network, variables))
 
 
-# The engines of each method. The engine is None for methods that do not choose one.
+# The engines of each method. The engine is None for methods without a choice of engine.
 METHODS: dict[str, dict[str | None, Callable[[], base.Method]]] = {
   "plain": {None: _literal.plain},
   "l2rw": {
@@ -62,7 +62,8 @@ METHODS: dict[str, dict[str | None, Callable[[], base.Method]]] = {
   "ldam": {None: lambda: ldam_drw.ldam_drw(from_epoch=0)},
   "bare": {None: bare.bare},
 }
-# The methods that are compared by default if a network is slow on the CPU.
+# The methods with engines, which alone are timed by default if a network is slow on the
+# CPU.
 LOOKAHEAD_METHODS = ("l2rw", "meta_weight_net")
 META_METHODS = (*LOOKAHEAD_METHODS, "warpi", "advisor")
 
@@ -79,7 +80,7 @@ def pairs(
 
   Returns:
     Pairs of a method and an engine, without repetitions. The engine is None for
-    methods that do not choose one.
+    methods without a choice of engine.
   """
   supported = [e for e in engines if e != "layerwise" or not mixes_examples(network)]
   return [
@@ -209,8 +210,8 @@ def costs(
   """Returns the FLOPs, memory traffic and temporary memory that the compiler reports.
 
   On accelerators, the compiled program calls libraries whose operations are not
-  counted. There the FLOPs are those of the program before optimization, which slightly
-  overestimates them. They are not reported for literal implementations, which repeat
+  counted. The FLOPs there are those of the program before optimization, a slight
+  overestimate. They are not reported there for literal implementations, which repeat
   computations that the compiler merges. Neither FLOPs nor memory traffic are reported
   for networks whose blocks are in a loop, because the compiler counts the body of the
   loop once.

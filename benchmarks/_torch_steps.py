@@ -8,7 +8,7 @@ trains with the weights. `Eager.example_weights` implements Algorithm 1 of Ren e
 
 As in the released code, the training batch passes through the network twice; with
 Meta-Weight-Net, `Traced` needs a third pass for the losses. In `Eager`, all passes,
-including the one of the meta batch, update the BatchNorm statistics. In `Traced`, the
+including that of the meta batch, update the BatchNorm statistics. In `Traced`, the
 passes inside `torch.func.grad` do not.
 
 On a GPU, products of float32 matrices use TF32, as in JAX. Images with several channels
@@ -43,7 +43,7 @@ def select_device(on_gpu: bool) -> torch.device | None:
     on_gpu: whether JAX computes on a GPU.
 
   Returns:
-    The same kind of device as that of JAX, or None if PyTorch has none.
+    A device of the kind that JAX uses, or None if PyTorch has none.
   """
   if on_gpu:
     # XLA also chooses its convolution algorithms by timing them.

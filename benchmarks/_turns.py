@@ -72,7 +72,8 @@ def take(
     number of rounds.
 
   Raises:
-    FloatingPointError: if a loss is not finite, so that its time is not representative.
+    FloatingPointError: if a loss is not finite: the time of such a step is not
+      representative.
   """
   steps = [_steps_per_turn(implementation) for implementation in implementations]
   taken: list[list[float]] = [[] for _ in implementations]
@@ -125,8 +126,8 @@ def summary(turns: Turns, plain: Turns, peer: Turns | None) -> dict[str, Any]:
 
   Args:
     turns: the measurements of the implementation.
-    plain: those of plain training in the same framework.
-    peer: those of the same method in PyTorch, or None.
+    plain: the measurements of plain training in the same framework.
+    peer: the measurements of the same method in PyTorch, or None.
   """
   quarters = (0.25, 0.5, 0.75)
   low, median, high = map(float, np.quantile(1e3 * turns.seconds, quarters))

@@ -3,8 +3,8 @@ r"""L2RW's approximate scores: agreement with the exact scores, and accuracy.
 Networks are trained with exact weights, with uniform weights, and with weights from
 approximate scores. Scores are approximated by computing them from some of the layers
 only (`layers=`), by using one gradient of the meta loss for several steps
-(`refresh_every=`), and by doing both. There are two tasks: an MLP on MNIST, 40% of
-whose labels are flipped, and a small GPT on the sources of Python's standard library,
+(`refresh_every=`), and by doing both. There are two tasks: an MLP on MNIST with
+40% flipped labels, and a small GPT on the sources of Python's standard library,
 with 30% corrupted documents (experiments.lm_reweight). The meta batch is the whole meta
 set, so that two gradients of the meta loss differ only because the parameters do. With
 the same seed, every method starts from the same parameters and uses the same batches.
@@ -78,7 +78,7 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   )
   refresh_every: int = flag(
     10,
-    "Number of steps that use one gradient of the meta loss.",
+    "Number of steps for which one gradient of the meta loss is used.",
     bounds=settings_lib.Bounds(2, 10**6),
   )
 
@@ -119,8 +119,9 @@ def make_task(settings: Settings, name: str) -> Task:
   schedule = optax.cosine_decay_schedule(0.003, settings.num_steps)
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
   sequences = language_model.LanguageModel(decoder, vocabulary)
-  # This task names a block instead of a share of the cost. Shares start at the last
-  # layer, which is also the embedding and alone costs more than a fifth of the network.
+  # This task names a block instead of a share of the cost. A share would begin with the
+  # last layer, which is also the embedding and alone costs more than a fifth of the
+  # network.
   return Task(sequences, optimizer, lambda seed: documents(seed=seed), 32, ("block_1",))
 
 

@@ -14,6 +14,7 @@ the same network:
   kernels          kernels and library calls of the compiled program
 
 Command: python -m benchmarks.compile_time
+Results: results/compile_time.
 """
 
 from collections.abc import Callable
@@ -134,7 +135,7 @@ def lower(step: Callable[..., Any], num_arrays: int) -> Any:
     }
     for size in (_BATCH_SIZE, _META_SIZE)
   )
-  # The lambda is new in each call, because JAX would reuse the trace of an old one.
+  # Each call makes a new lambda, because JAX would reuse the trace of an old lambda.
   traced = jax.jit(lambda *args: step(*args))
   return traced.lower([(kernel, bias)] * (num_arrays // 2), batch, meta_batch)
 
@@ -179,7 +180,7 @@ class Settings(settings_lib.OutputFlags):
 
 def run(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
   """Measures all steps, prints the results and writes them to a folder."""
-  # A program from the cache would have no compilation time.
+  # A program from the cache would not be compiled.
   jax.config.update("jax_enable_compilation_cache", False)
   path, info = pathlib.Path(workdir) / "results.csv", workdir_lib.run_info()
   rows: list[dict[str, Any]] = []

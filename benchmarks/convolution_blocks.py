@@ -2,10 +2,10 @@ r"""Whether convolutions in blocks of rows are faster on a CPU, by number of blo
 
 Each layer of `LAYERS` is a convolution with a 3x3 kernel on a batch of images. For each
 layer, the benchmark times the convolution, its gradient with respect to the images, and
-its gradient with respect to the kernel, which have the same number of operations. The
-numbers of blocks take turns, round by round. A ratio is the time divided by that of one
-convolution in the same round. The column is_default marks the number of blocks that
-`convolution.conv_general_dilated` chooses.
+its gradient with respect to the kernel; all three have the same number of operations.
+The variants with different numbers of blocks take turns, round by round. A ratio is the
+time divided by that of a single convolution in the same round. The column is_default
+marks the number of blocks that `convolution.conv_general_dilated` chooses.
 Command: python -m benchmarks.convolution_blocks
 Results: results/convolution_blocks, one file for each version of jax.
 """
@@ -38,7 +38,7 @@ LAYERS = {
   "resnet_32_stage_2": (16, 32, 32),
   "resnet_32_stage_3": (8, 64, 64),
 }
-# Sizes of blocks in bytes. The first one gives one convolution.
+# Largest sizes of a block in bytes. The first size gives a single convolution.
 BLOCKS = (2**40, *(n * 2**20 for n in (8, 4, 2, 1)))
 
 

@@ -73,7 +73,7 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   )
   part: int = flag(
     10,
-    "The naive selection is timed on one in this many examples.",
+    "The naive selection is timed on the number of examples divided by this number.",
     bounds=settings_lib.Bounds(1, 10**6),
     group="data",
   )
@@ -168,7 +168,7 @@ def naive_greedy(proxies: np.ndarray, labels: np.ndarray, size: int) -> np.ndarr
 
 
 def cost(proxies: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> float:
-  """The sum of each example's distance to the nearest selected one of its class."""
+  """The sum of the distances of examples to the nearest selected one of their class."""
   total = 0.0
   for c in np.unique(labels):
     selected = rows[labels[rows] == c]

@@ -7,13 +7,13 @@ batches of 64; and the error on the 10,000 test images. The split of the images 
 from that of the public benchmark, so individual numbers differ by chance.
 
 `clean_only` is the baseline to beat: it trains on the 5,000 clean images alone, with
-the regularization that is best on a held-out fifth of them. `oracle` knows which labels
-are wrong. SOBA and SABA have the step sizes that the public benchmark chose for each p.
-The learning rates of this library's methods were chosen with seed 100 by the error on
-5,000 other training images (`dev_percent` in the rows): --learning_rate at p = 0.7, and
---kept_learning_rate by the mean over p = 0.5, 0.7 and 0.9. Nothing was chosen on the
-test images. Seconds are CPU time of all processor cores, without compilation and
-evaluation.
+the regularization that is best on a held-out fifth of these images. `oracle` knows
+which labels are wrong. SOBA and SABA have the step sizes that the public benchmark
+chose for each p. The learning rates of this library's methods were chosen with seed 100
+by the error on 5,000 other training images (`dev_percent` in the rows): --learning_rate
+at p = 0.7, and --kept_learning_rate by the mean over p = 0.5, 0.7 and 0.9. Nothing was
+chosen on the test images. Seconds are CPU time of all processor cores, without
+compilation and evaluation.
 Command: python -m benchmarks.data_cleaning --data_dir=DIR
 Results: results/data_cleaning.
 """
@@ -48,10 +48,11 @@ TABLE = catalog.DATA_CLEANING
 _REGULARIZATION = 0.2
 # The regularizations from which `clean_only` chooses.
 _CLEAN_REGULARIZATIONS = (0.003, 0.01, 0.03, 0.1)
-# The seconds until the first test error (%) below this number are reported.
+# The seconds until the test error is first below this number, in %, are reported.
 _TARGET = 17.0
-# From the best_params files of the public benchmark: maps a share to the outer step
-# size divided by the inner one. The ratio of SABA does not depend on the share.
+# Maps a share of redrawn labels to the outer step size of SOBA divided by its inner
+# step size, from the best_params files of the public benchmark. The ratio of SABA does
+# not depend on the share.
 _SOBA_RATIO = {0.5: 1e4, 0.7: 1e4, 0.9: 1e3}
 _DEV_SIZE = 5_000
 
@@ -128,8 +129,8 @@ class Run(NamedTuple):
     seconds: CPU seconds of training before the evaluation.
     test_percent: error on the test images.
     dev_percent: error on the images for choosing settings; NaN if there are none.
-    auroc: area under the ROC curve of each entry of `Solver.trust` at the end, which
-      shows how well it ranks right labels above wrong ones.
+    auroc: area under the ROC curve of each entry of `Solver.trust` at the end: how well
+      the entry ranks right labels above wrong ones.
   """
 
   steps: list[int]
@@ -140,7 +141,7 @@ class Run(NamedTuple):
 
 
 def load(settings: Settings, share: float, seed: int) -> Data:
-  """Loads the problem of a share and a seed, in random order.
+  """Loads the problem of a share and a seed, with the images in random order.
 
   Raises:
     InputError: the data set has too few images for the flags.
@@ -154,7 +155,8 @@ def load(settings: Settings, share: float, seed: int) -> Data:
   # `clean_only` holds a fifth of the clean images out.
   if settings.num_meta - settings.num_meta // 5 < settings.batch_size:
     raise base.InputError(
-      f"--num_meta={settings.num_meta}: four fifths of it are less than --batch_size."
+      f"--num_meta={settings.num_meta}: four fifths of these images are fewer than"
+      " --batch_size."
     )
   if used > len(train.labels):
     raise base.InputError(
@@ -220,7 +222,11 @@ def make_solver(settings: Settings, name: str, share: float) -> solvers_lib.Solv
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _steps(solver, sizes, state, first, arrays, numbers, meta_numbers):
-  """Takes some steps; `numbers` are their batches and the batch of the next step."""
+  """Takes some steps.
+
+  `numbers` and `meta_numbers` are the batches of these steps, and of the step that
+  follows them.
+  """
 
   def batch(of, number, following, num_examples):
     start = sizes.start(number, num_examples)

@@ -1,11 +1,11 @@
 r"""How far runs on 1, 2 and 8 devices drift apart, and whether rounding is the cause.
 
-A small network is trained on digits with 40% wrong labels, with the same batches on
-every number of devices, in float32 and in float64. The control is a run on one device
-whose initial parameters are moved by one unit in the last place. If the control drifts
-as far, rounding alone can explain the drift. L2RW computes its sums in three orders:
-layer by layer, in forward mode, and in microbatches of as many rows as each of eight
-devices has.
+A small network is trained on digits, 40% of whose labels are redrawn at random. The
+batches are the same on every number of devices, in float32 and in float64. The control
+is a run on one device with initial parameters that are moved by one unit in the last
+place. If the control drifts as far as the other runs, rounding alone can explain their
+drift. L2RW computes its sums in three orders: layer by layer, in forward mode, and in
+microbatches of as many rows as each of eight devices has.
 Command: python -m benchmarks.device_drift
 Results: results/device_drift (8 virtual CPU devices).
 """
@@ -32,7 +32,7 @@ from l2rw_jax.methods import l2rw
 from l2rw_jax.training import devices as devices_lib
 
 _STEPS = (10, 50, 100, 200, 300)
-# The number of rows of a batch, and of the share that one of eight devices has.
+# The number of rows of a batch, and of the part of it that each of eight devices has.
 _BATCH_SIZE, _SHARE = 40, 5
 _AXIS = devices_lib.AXIS_NAME
 

@@ -9,17 +9,17 @@ once, and the ranking of `audit.find_label_issues` is compared with these altern
 - the statistics of an L2RW run with five trusted examples per class.
 
 No method uses the true labels of the training set, which does not contain the trusted
-examples. Digits, wine and breast_cancer are bundled with scikit-learn; of mnist,
-fashion_mnist and cifar10_n, the first training images are used. The labels of cifar10_n
-are those of human annotators: a seed changes the network and the trusted examples, not
-the labels. Its images are converted to features that are computed without labels
-(random_patches). The recipe (network, learning rate, epochs) and the ranking were
-chosen on other data or seeds: digits with seeds 100 and 101, later training images of
-MNIST, Fashion-MNIST and CIFAR-10N, iris, and synthetic sets. cleanlab and the nearest
-neighbors use their default settings. Seconds are CPU time of all processor cores, so
-that other load on the machine does not count.
-Command: python -m benchmarks.label_issues --data_dir=DIR, with pip install cleanlab;
-  the human labels: add --datasets=cifar10_n --num_examples=10000
+examples. Digits, wine and breast_cancer are bundled with scikit-learn. For mnist,
+fashion_mnist and cifar10_n, only the first training images are used. The labels of
+cifar10_n are those of human annotators: a seed changes the network and the trusted
+examples, not the labels. The images of cifar10_n are converted to features that are
+computed without labels (random_patches). The recipe (network, learning rate, epochs)
+and the ranking were chosen on other data or seeds: digits with seeds 100 and 101, later
+training images of MNIST, Fashion-MNIST and CIFAR-10N, iris, and synthetic sets.
+cleanlab and the nearest neighbors use their default settings. Seconds are CPU time of
+all processor cores, so that other load on the machine does not count.
+Command: python -m benchmarks.label_issues --data_dir=DIR, after pip install cleanlab
+  for the human labels: add --datasets=cifar10_n --num_examples=10000
 Results: results/label_issues.
 """
 
@@ -76,17 +76,17 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   """The flags of this benchmark."""
 
   datasets: tuple[str, ...] = flag(
-    DEFAULT, f"Data sets, among {', '.join(EPOCHS)}.", group="data"
+    DEFAULT, f"Data sets: any of {', '.join(EPOCHS)}.", group="data"
   )
   noises: tuple[str, ...] = flag(
     NOISES,
-    f"Kinds of wrong labels with their fraction, among {', '.join(NOISES)}. The"
-    " labels of human annotators are for cifar10_n only, the other kinds for the"
-    " other sets.",
+    f"Kinds of wrong labels with their fraction: any of {', '.join(NOISES)}. The"
+    " labels of human annotators are for cifar10_n only, and the other kinds are for"
+    " the other sets.",
     group="data",
   )
   methods: tuple[str, ...] = flag(
-    METHODS, f"Rankings to compare, among {', '.join(METHODS)}."
+    METHODS, f"Rankings to compare: any of {', '.join(METHODS)}."
   )
   num_seeds: int = flag(3)
   num_examples: int = flag(
@@ -169,14 +169,14 @@ def is_fitting(name: str, noise: str) -> bool:
 
 
 def make_noisy_data(settings: Settings, name: str, noise: str, seed: int) -> NoisyData:
-  """Loads a data set and replaces some of its labels by wrong ones.
+  """Loads a data set and replaces some of its labels with wrong ones.
 
   Args:
     settings: the flags of the benchmark.
     name: the name of the data set.
     noise: "symmetric:SHARE" for exactly that share of wrong labels, each drawn
-      uniformly from the other classes, "pair:SHARE" to replace each label with that
-      probability by the next class, or "human:NAME" for the labels of annotators.
+      uniformly from the other classes; "pair:SHARE" to replace each label with the
+      next class, with that probability; or "human:NAME" for the labels of annotators.
     seed: the seed of the trusted examples, the noise and the training.
 
   Returns:

@@ -1,10 +1,10 @@
 """Kills one of two training processes repeatedly, and counts the runs that are lost.
 
-Two processes train L2RW on digits_noise together. After a random time, at most the
-duration of an uninterrupted run, one of the two, chosen at random, is killed by
-SIGKILL. The script measures how long the other one takes to end. It then starts both
-again with the same command until the run finishes; a process may be killed again after
-such a restart. The metrics, weights and parameters of finished runs are compared byte
+Two processes train L2RW on digits_noise together. After a random time, which is at most
+the duration of an uninterrupted run, SIGKILL ends one of the two, chosen at random. The
+script measures how long the other process takes to end. It then starts both again with
+the same command until the run finishes; a process may be killed again after such a
+restart. The metrics, weights and parameters of finished runs are compared byte
 for byte with those of an uninterrupted run.
 
 Command: python -m benchmarks.process_kills
@@ -32,7 +32,7 @@ from l2rw_jax.io import workdir as workdir_lib
 _FLAGS = (
   *("--methods=l2rw", "--num_seeds=1"),
   *("--num_steps=100", "--checkpoint_every=10"),
-  # Seconds that a process waits for one that was killed before both connected.
+  # Seconds that a process waits for the other if that was killed before both connected.
   "--initialization_timeout=30",
 )
 # Seconds after which processes that do not end are killed and reported.
@@ -82,11 +82,11 @@ def finish(started: Sequence[subprocess.Popen]) -> list[str]:
 def kill_one(
   started: Sequence[subprocess.Popen], victim: int, after: float
 ) -> dict[str, Any] | None:
-  """Kills a process and returns what happened; None if one of the two ends before that.
+  """Kills a process and returns what happened; None if a process ends before that.
 
   Args:
     started: the two processes.
-    victim: which of them is killed.
+    victim: the number of the process to kill, 0 or 1.
     after: seconds until the kill.
   """
   deadline = time.monotonic() + after

@@ -8,7 +8,7 @@ results are medians over turns, and ratios are medians of the ratios within a ro
 that other load on the machine affects all implementations equally. A step computes the
 gradients of the method and an SGD update, with the state donated and the batches on the
 device. The time of compilation is reported separately. Methods without a meta batch
-have a single row. Only methods with a look-ahead step have engines:
+have a single row. Only l2rw and meta_weight_net have engines:
 
   literal     `jax.grad` through the unrolled inner step, then a second pass
   forward     `linearization.linearize` in forward mode
@@ -22,7 +22,7 @@ memory for both frameworks, --peer_only measures PyTorch alone, in another --wor
 
 The process keeps memory that XLA and PyTorch free (`experiments.lib.launch`). Each
 group is saved when it is finished, and the same command continues an interrupted run on
-the same machine. When all groups are finished, the figures are drawn again.
+the same machine. When all groups are finished, the figures are drawn.
 Command: python -m benchmarks.step_time --peer=torch
 Results: results/step_time.
 """
@@ -60,17 +60,17 @@ class Settings(settings_lib.OutputFlags):
 
   networks: tuple[str, ...] | None = flag(
     None,
-    "Networks to train, separated by commas. The default is all; on a CPU all but"
-    " wrn_28_10, gpt_scan and gpt_scan_remat.",
+    f"Networks to train: any of {', '.join(_networks.NETWORKS)}. The default is all; on"
+    " a CPU, all but wrn_28_10, gpt_scan and gpt_scan_remat.",
   )
   methods: tuple[str, ...] | None = flag(
     None,
-    "Methods to time, separated by commas. The default is all; for large networks on a"
-    " CPU, only methods with a look-ahead step.",
+    f"Methods to time: any of {', '.join(_steps.METHODS)}. The default is all; for"
+    " large networks on a CPU, only l2rw and meta_weight_net.",
   )
   engines: tuple[str, ...] = flag(
     tuple(_steps.ENGINES),
-    "Engines of the methods with a look-ahead step, separated by commas.",
+    "Engines of l2rw and meta_weight_net, separated by commas.",
     group="method",
   )
   meta_sizes: tuple[str, ...] = flag(
@@ -79,8 +79,8 @@ class Settings(settings_lib.OutputFlags):
   )
   batch_size: int | None = flag(
     None,
-    "Number of examples in a step. The default is 100; on a CPU 10 for wrn_28_10 and 32"
-    " for gpt_scan and gpt_scan_remat.",
+    "Number of training examples in a step. The default is 100; on a CPU, 10 for"
+    " wrn_28_10 and 32 for gpt_scan and gpt_scan_remat.",
   )
   repeats: int = flag(
     30, "Largest number of turns of each implementation.", bounds=settings_lib.REPEATS
@@ -142,7 +142,9 @@ def plan(settings: Settings) -> list[Group]:
   engines = settings_lib.choose("engines", settings.engines, _steps.ENGINES)
   shares = [_share(text) for text in settings.meta_sizes]
   if not shares:
-    raise base.InputError("--meta_sizes= is empty: give shares of the batch, as 1,0.1.")
+    raise base.InputError(
+      "--meta_sizes= is empty: give shares of the batch, such as 1,0.1."
+    )
   groups: list[Group] = []
   for name in names:
     groups += _groups(settings, name, on_cpu, engines, shares)
@@ -203,7 +205,7 @@ def _import_torch_steps() -> Any:
   platform = jax.default_backend()
   if platform not in ("cpu", "gpu"):
     raise base.InputError(
-      f"--peer=torch: JAX computes on a {platform.upper()}, but PyTorch on a CPU or"
+      f"--peer=torch: JAX computes on a {platform.upper()}, but PyTorch needs a CPU or"
       " GPU; set JAX_PLATFORMS=cpu."
     )
   try:
@@ -264,7 +266,8 @@ def _implementations(settings, group):
     yield plain
     for pair in group.pairs if plain else ():
       make = functools.partial(_steps.implementation, setting, *pair)
-      yield _attempt(make, f"{pair[0]} by {pair[1]} of {group.name}")
+      label = " by ".join(filter(None, pair))
+      yield _attempt(make, f"{label} of {group.name}")
   if not settings.peer or not _networks.NETWORKS[setting.network].has_peer:
     return
   peer = _import_torch_steps()
@@ -375,7 +378,7 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
     # Otherwise JAX would allocate most of the memory of the GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     _import_torch_steps()
-  # A program from the cache would have no compilation time.
+  # A program from the cache would not be compiled.
   jax.config.update("jax_enable_compilation_cache", False)
   groups = plan(settings)
   folder = runner.open_folder(settings, TABLE.name, workdir, **_machine(settings))

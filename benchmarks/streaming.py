@@ -8,8 +8,9 @@ medians over rounds. The column input_share is the time that the loop waits for 
 examples of its steps, divided by the time of the steps. The same files are also decoded
 without training, by threads and by workers in alternating turns.
 
-Before that, a network is trained on a set of generated examples, ten times as large as
-the read-ahead buffer, to measure how much the memory of the process grows.
+Before these measurements, a network is trained on a set of generated examples that is
+ten times as large as the read-ahead buffer, to measure how much the memory of the
+process grows.
 Command: python -m benchmarks.streaming --data_dir=DIR
 Results: results/streaming.
 """
@@ -127,7 +128,7 @@ def _take_steps(run: run_lib.Run, num_steps: int) -> None:
 
 
 def memory_row() -> dict[str, Any]:
-  """Trains on generated examples of ten times the buffer, and measures the memory."""
+  """Trains on a generated set of ten times the buffer, and measures the memory."""
   batch_size = 32
   num_steps = 10 * streaming.STEPS_AHEAD
   size = num_steps * batch_size
@@ -192,7 +193,7 @@ def speed_rows(
   for _ in range(settings.repeats + 1):
     for name, run in runs.items():
       time.sleep(0.5)  # The other runs read ahead until their buffers are full.
-      _take_steps(run, streaming.STEPS_AHEAD)  # These were read ahead.
+      _take_steps(run, streaming.STEPS_AHEAD)  # Their examples were read ahead.
       start, waited = time.perf_counter(), run.input_seconds
       _take_steps(run, settings.num_steps)
       seconds = time.perf_counter() - start

@@ -78,7 +78,7 @@ class Settings(settings_lib.OutputFlags):
   repeats: int = flag(5, "Number of steps in a round.", bounds=settings_lib.REPEATS)
   num_rounds: int = flag(3, "Number of rounds.", bounds=settings_lib.REPEATS)
   switches: tuple[str, ...] = flag(
-    SWITCHES, "Values of XLA_FLAGS to compare with no value."
+    SWITCHES, "Values of XLA_FLAGS to compare with an empty XLA_FLAGS."
   )
   layouts: tuple[str, ...] = flag(LAYOUTS, "Layouts of the images.", choices=LAYOUTS)
 
@@ -105,7 +105,7 @@ def measure(switch: str, layout: str, batch_size: int, repeats: int) -> dict[str
 
 
 def make_rows(settings: Settings) -> list[dict[str, Any]]:
-  """One row for each switch and layout, compared with no switch in the same layout."""
+  """A row for each switch and layout, with ratios to no switch in the same layout."""
   switches = list(dict.fromkeys(("", *settings.switches)))
   cases = [(switch, layout) for layout in settings.layouts for switch in switches]
   measured: dict[tuple[str, str], list[dict[str, Any]]] = {case: [] for case in cases}

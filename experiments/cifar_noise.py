@@ -57,10 +57,11 @@ class Preset:
   Attributes:
     network: a key of `registries.NETWORKS`.
     augmentation: a key of `registries.AUGMENTATIONS`.
-    noise: builder of wrong labels.
-    noise_fraction: parameter of the builder.
+    noise: kind of label noise, a key of `noisy_labels.BUILDERS`.
+    noise_fraction: parameter of the noise.
     num_steps: number of updates.
-    decay_steps: numbers of updates after which the learning rate falls to a tenth.
+    decay_steps: numbers of updates after each of which the learning rate falls to a
+      tenth.
     learning_rate: initial learning rate of SGD.
     momentum: momentum of SGD.
     nesterov: whether the momentum is Nesterov's.
@@ -69,7 +70,7 @@ class Preset:
       `optimizers`.
     batch_size: number of training examples in a step.
     meta_batch_size: number of clean examples in a step.
-    num_meta: number of clean images of each class, by number of classes.
+    num_meta: maps the number of classes to the number of clean images of each class.
     num_validation: number of images held out of the training set, with the same label
       noise.
   """
@@ -183,7 +184,10 @@ class Settings(
   noise: str | None = flag(None, unset="the preset's", choices=noisy_labels.BUILDERS)
   noise_fraction: float | None = flag(
     None,
-    _preset("Parameter of the noise builder, see l2rw_jax/data/noisy_labels.py."),
+    _preset(
+      "Share of wrong labels or, for some values of --noise, a parameter that sets it"
+      " (l2rw_jax/data/noisy_labels.py)."
+    ),
   )
   noise_variant: str = flag("paper", choices=["paper", "official_code"])
   annotation: str | None = flag(
@@ -195,18 +199,19 @@ class Settings(
   network: str | None = flag(None, unset="the preset's", choices=registries.NETWORKS)
   augmentation: str | None = flag(
     None,
-    _preset("Augmentation and scaling of the images, by paper."),
+    _preset("Augmentation and scaling of the images, named after a paper."),
     choices=registries.AUGMENTATIONS,
     group="data",
   )
   num_steps: int | None = flag(
-    None, _preset("Number of parameter updates; decays move in proportion.")
+    None,
+    _preset("Number of parameter updates; the preset's decays move in proportion."),
   )
   decay_steps: tuple[str, ...] | None = flag(
     None,
     _preset(
-      "Numbers of updates after which the learning rate falls to a tenth, separated by"
-      " commas."
+      "Numbers of updates after each of which the learning rate falls to a tenth,"
+      " separated by commas."
     ),
   )
   learning_rate: float | None = flag(None, _preset("Learning rate of SGD."))
@@ -215,7 +220,7 @@ class Settings(
   weight_decay: float | None = flag(None, unset="the preset's")
   batch_size: int | None = flag(None, unset="the preset's")
   meta_batch_size: int | None = flag(
-    None, unset="the preset's, or as many as there are"
+    None, unset="the preset's, or all if there are fewer"
   )
   num_meta: int | None = flag(None, unset="the preset's")
   num_validation: int | None = flag(None, unset="the preset's")
@@ -286,7 +291,7 @@ def make_preset(settings: Settings) -> Preset:
 
 
 def _decay_steps(settings: Settings, preset: Preset) -> tuple[int, ...]:
-  """Steps after which the rate falls; those of a preset scale with the run's length."""
+  """The decay steps: those of --decay_steps, or the preset's, scaled to the run."""
   if settings.decay_steps is None:
     share = (settings.num_steps or preset.num_steps) / preset.num_steps
     return tuple(round(step * share) for step in preset.decay_steps)
@@ -317,7 +322,7 @@ def make_classifier(
   """The network and its preprocessing, for the training loop.
 
   Args:
-    preset: the preset that names both.
+    preset: the preset that names the network and the preprocessing.
     num_classes: C.
     images: images of the training split, for networks with a whitening layer.
   """

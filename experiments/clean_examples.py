@@ -2,10 +2,11 @@ r"""Test accuracy against the number of clean examples of each class.
 
 Methods that learn weights need clean examples. The same examples have simpler uses:
 training on them alone, fine-tuning on them, and early stopping on them. This script
-compares both, with the same number of steps and the same cosine schedule, on two kinds
-of wrong labels and on a long tail. It plots how the accuracy of each method increases
-with the number of clean examples. The accuracy is measured after the last step, except
-for early stopping, which uses the step with the lowest loss on the clean examples.
+compares these uses with methods that learn weights, with the same number of steps and
+the same cosine schedule, on two kinds of wrong labels and on a long tail. It plots how
+the accuracy of each method increases with the number of clean examples. The accuracy is
+measured after the last step, except for early stopping, which uses the step with the
+lowest loss on the clean examples.
 
 Uniform training, early stopping and the method that needs no clean data (generalized
 cross-entropy, or balanced softmax in a long tail) are trained once for all numbers of
@@ -53,7 +54,7 @@ from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
 from l2rw_jax.training import evaluation
 
-# Noise builder and fraction; None for the long tail.
+# The kind of label noise and its fraction; None for the long tail.
 PROBLEMS: dict[str, tuple[str, float] | None] = {
   "symmetric": ("bare_symmetric", 0.5),
   "pair_flip": ("mwn_flip", 0.4),
@@ -121,10 +122,12 @@ class Settings(runner.Settings):
     100, "Number of steps between two evaluations of early stopping."
   )
   learning_rate: float | None = flag(
-    None, "Highest learning rate of Adam.", unset="that of METHODS in the script"
+    None,
+    "Highest learning rate of Adam.",
+    unset="0.001 for uniform and clean_only, and 0.003 otherwise",
   )
   fine_tuning_share: float = flag(
-    0.3, "Share of the steps that fine-tune.", bounds=settings_lib.INNER_SHARE
+    0.3, "Share of the steps used to fine-tune.", bounds=settings_lib.INNER_SHARE
   )
   lookahead_learning_rate: float = flag(0.1)
 
@@ -171,9 +174,9 @@ def make_splits(
     if min(map(len, pools)) < most + settings.largest_class:
       raise base.InputError(
         f"--largest_class={settings.largest_class} and --num_clean={most} need more"
-        f" images of a class than {dataset} has without the"
-        f" --num_validation={settings.num_validation} held-out ones: lower one of the"
-        " three."
+        f" images of a class than {dataset} has left after"
+        f" --num_validation={settings.num_validation} images are held out: lower one of"
+        " these flags."
       )
     # The order is one image of each class, then a second one of each, and so on, so
     # that every smaller set consists of the first images of the largest set.
@@ -298,7 +301,10 @@ def make_rows(settings: Settings, cell: runner.Cell, result: Any) -> runner.Rows
 
 
 def draw(rows: runner.Rows, path: pathlib.Path) -> None:
-  """Draws a panel for each problem; methods without clean images are dashed lines."""
+  """Draws a panel for each data set and problem.
+
+  Methods that use no clean images are dashed lines.
+  """
   datasets, problems = (
     list(dict.fromkeys(row[name] for row in rows)) for name in ("dataset", "problem")
   )

@@ -70,8 +70,8 @@ class Settings(runner.Settings):
   dataset: str = flag("mnist")
   network: tuple[str, ...] = flag(
     tuple(HIDDEN),
-    "Networks to train, of logistic (regression) and mlp (784-256-10), separated by"
-    " commas.",
+    "Networks to train, separated by commas: any of logistic (regression) and mlp"
+    " (784-256-10).",
     aliases=["model"],
     key="model",
   )
@@ -109,7 +109,7 @@ class Settings(runner.Settings):
   )
   hessian_scope: str = flag(
     "shared",
-    "Use one curvature for all examples in AdaCore (shared), or one for each example.",
+    "Curvature in AdaCore: the same for all examples, or a separate one for each.",
     choices=["shared", "example"],
     methods=["adacore"],
   )
@@ -162,7 +162,7 @@ TABLE = table.Layout(
 
 
 class Setting(NamedTuple):
-  """The settings of one curve; `fraction` is 1 for all data."""
+  """The settings of one curve; a `fraction` of 1 means all data."""
 
   model: str
   method: str
@@ -263,7 +263,8 @@ def _check_fraction(
   if size < (settings.batch_size or 0):
     raise base.InputError(
       f"--fraction={fraction} keeps {size} of {len(split.train.label)} images, fewer"
-      f" than --batch_size={settings.batch_size}; raise it or lower the batch size."
+      f" than --batch_size={settings.batch_size}: raise --fraction or lower"
+      " --batch_size."
     )
 
 
@@ -330,7 +331,7 @@ def train(
 
 
 def timed(method: base.Method, folder: pathlib.Path) -> base.Method:
-  """The method, which also records the seconds of each selection in a file."""
+  """The method, changed to also record the seconds of each selection in a file."""
   if method.refresh is base.keep_state:
     return method
   path = folder / _SELECTIONS
@@ -438,8 +439,8 @@ def draw(
 ) -> None:
   """Draws accuracy against seconds, with a row per model and a column per fraction.
 
-  A line is the mean over seeds for as long as all of them train, and the band around
-  it goes from the lowest to the highest seed.
+  A line is the mean over seeds, for as long as all seeds are training. The band around
+  the line goes from the lowest to the highest seed.
   """
   members = panels(rows)
   models = list(dict.fromkeys(model for model, _ in members))

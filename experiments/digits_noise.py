@@ -62,11 +62,11 @@ class Settings(trusted.Settings, runner.Settings):
   methods: tuple[str, ...] = methods_flag(_COMPARED, METHODS)
   num_seeds: int = flag(5)
   noise: str = flag("uniform_flip", choices=["uniform_flip", "background_flip"])
-  noise_fraction: float = flag(0.4, "Share of the training labels that is flipped.")
+  noise_fraction: float = flag(0.4, "Share of the training labels to flip.")
   num_meta: int = flag(5)
   num_steps: int = flag(3000)
   batch_size: int = flag(100)
-  meta_batch_size: int | None = flag(None, unset="all of them")
+  meta_batch_size: int | None = flag(None, unset="all clean examples")
   learning_rate: float = flag(0.1, "Learning rate of SGD.")
   momentum: float = flag(0.0)
   schedule: str = flag("cosine", choices=optimizers.SCHEDULES)
@@ -256,10 +256,16 @@ def draw(
 
 def _list_title(found: Audit) -> str:
   title = f"The {_NUM_SHOWN} most suspicious of {len(found.is_wrong):,} labels"
+  share = _share_of_wrong(found)
+  return f"{title}; {share}" if share else title
+
+
+def _share_of_wrong(found: Audit) -> str:
+  """The share of wrong labels among the first k of the list; k is their number."""
   number = int(found.is_wrong.sum())
   if not number:
-    return title
-  return f"{title}; of the first {number}, {found.hits[:number].mean():.0%} are wrong"
+    return ""
+  return f"of the first {number}, {found.hits[:number].mean():.0%} are wrong"
 
 
 def _draw_issue(axes: Any, found: Audit, place: int) -> None:
@@ -310,7 +316,8 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   )
   more = f"The labels of the first seed, ranked by the run of {listed}:\n"
   more += own_data_lib.printable(issue_files.summary(found.data, found.issues))
-  more += f"\n{_list_title(found)}."
+  share = _share_of_wrong(found)
+  more += f"\nIn this ranking, {share}." if share else ""
   files = ("figure.png", "issues.csv", "issues.html (open it in a browser)")
   return runner.report(settings, TABLE, folder, rows, files, more=more)
 

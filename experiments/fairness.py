@@ -1,11 +1,12 @@
 r"""FORML against its baselines on data that are unfair to some groups.
 
 Paper: Yan, Seto, Apostoloff, "FORML: Learning to Reweight Data for Fairness"
-  (DataPerf at ICML 2022). Its tables, surrogate and sizes could not be read, so the
-  protocol is that of this project. By default, the training set has a long tail of
-  classes, and the classes are the groups. With --groups=inverted, a few images are
-  inverted, and the groups are the inverted and the other images. --noise_fraction adds
-  wrong labels to either. The exemplar set is balanced and clean.
+  (DataPerf at ICML 2022). Its tables, its surrogate loss and its data sizes were not
+  available, so the protocol is that of this project. By default, the training set has a
+  long tail of classes, and the classes are the groups. With --groups=inverted, a few
+  images are inverted, and the groups are the inverted and the other images.
+  --noise_fraction adds wrong labels to either training set. The exemplar set, which is
+  the meta set, is balanced and clean.
 Command: python -m experiments.fairness --data_dir=DIR
   without a download: --dataset=digits; an attribute: --groups=inverted;
   data condensation: --condense=10,25,50,75 --condense_by=forml_worst
@@ -78,16 +79,17 @@ class Settings(runner.Settings):
     group="data",
   )
   imbalance: float | None = flag(None, unset="100; digits: 10; --groups=inverted: 1")
-  noise_fraction: float = flag(0.0, "Share of the training labels that is flipped.")
+  noise_fraction: float = flag(0.0, "Share of the training labels to flip.")
   minority_share: float = flag(
     0.05,
-    "Share of the training images that is inverted, for --groups=inverted.",
+    "Share of the training images to invert, for --groups=inverted.",
     bounds=settings_lib.INNER_SHARE,
     group="data",
   )
   num_exemplars: int | None = flag(
     None,
-    "Number of exemplars of each class (with each attribute). The default is 10;"
+    "Number of exemplars (clean examples) of each class. With --groups=inverted, each"
+    " class has this many inverted exemplars and this many others. The default is 10;"
     " digits: 5.",
     bounds=settings_lib.IMAGES,
     group="data",
@@ -155,7 +157,7 @@ class Settings(runner.Settings):
 
   @property
   def rate(self) -> float:
-    """Learning rate of SGD; the default is lower for inverted images (larger norm)."""
+    """Learning rate of SGD, by default lower with inverted images (of larger norm)."""
     default = 0.02 if self.groups == "inverted" else 0.1
     return default if self.learning_rate is None else self.learning_rate
 
@@ -192,7 +194,7 @@ TABLE = table.Layout(
 
 
 class Setting(NamedTuple):
-  """The method and data of one line of the table; `percent` None is all data."""
+  """The method and data of one line of the table; `percent` is None for all data."""
 
   method: str
   percent: int | None = None
@@ -313,8 +315,8 @@ def condensations(
   by = settings.condense_by or last
   if settings.condense_by is not None and not settings.condense:
     raise base.InputError(
-      f"--condense_by={settings.condense_by} needs --condense: give percentages, or"
-      " leave it out."
+      f"--condense_by={settings.condense_by} needs --condense: give percentages there,"
+      " or leave --condense_by out."
     )
   condensed_settings = []
   for text in settings.condense:
@@ -326,7 +328,8 @@ def condensations(
     if kept < settings.batch_size:
       raise base.InputError(
         f"--condense={text} keeps {kept} of {size} images, fewer"
-        f" than --batch_size={settings.batch_size}; raise it or lower the batch size."
+        f" than --batch_size={settings.batch_size}: raise --condense or lower"
+        " --batch_size."
       )
     condensed_settings += [Setting(by, int(text), which) for which in ("top", "random")]
   if condensed_settings and (by not in FORML or by not in methods):
@@ -363,7 +366,7 @@ def condensed(
 
 
 def num_kept(size: int, percent: int) -> int:
-  """The number of examples that are `percent` of `size`."""
+  """The number of examples that make up `percent` percent of `size`."""
   return round(size * percent / 100)
 
 
@@ -412,7 +415,7 @@ def _interval(rows: runner.Rows, name: str, column: str) -> report.Interval:
 
 
 def draw(rows: runner.Rows, path: pathlib.Path) -> None:
-  """Draws bars of every measure by method and, with condensation, its curves."""
+  """Draws bars for every measure and method, and the curves of condensation if any."""
   whole = [r for r in rows if r["kept_percent"] is None]
   smaller = [r for r in rows if r["kept_percent"] is not None]
   panels = 1 + bool(smaller)

@@ -8,12 +8,12 @@ Paper: Killamsetty et al., "A Nested Bi-level Optimization Framework for Robust 
 Command: python -m experiments.few_shot --data_dir=DIR
   mislabeled images: --ood=none --noise_share=0.3 --share=item
   without a download: --dataset=digits --ood=shuffled
-  mini-ImageNet: --dataset=mini_imagenet --data_dir=FOLDER, which contains train, val
-  and test, each with files CLASS/FILE.jpg, and the TFDS folder of --ood
+  mini-ImageNet: --dataset=mini_imagenet --data_dir=FOLDER, where FOLDER contains the
+  prepared TFDS data set of --ood, and train, val and test with files CLASS/FILE.jpg
 Device, time: one CPU core, 8 minutes per share (five methods, two seeds), mostly
-  compilation and NestedMAML. The learning rate, the clipping and the number of clusters
-  of NestedMAML's weights were chosen with --evaluate_on=tuning and --ood=shuffled at
-  0.9; nothing else was tuned.
+  compilation and NestedMAML. Of NestedMAML's weights, the learning rate, the clipping
+  and the number of clusters were chosen with --evaluate_on=tuning --ood=shuffled
+  --ood_share=0.9; nothing else was tuned.
 Published: mini-ImageNet with SVHN or FashionMNIST tasks only; nothing on these data.
 Measured: results/few_shot.
 """
@@ -56,7 +56,7 @@ _NESTED = ("nested_maml", "nested_maml_fo")
 # the first three parts get `_SHARES` of the classes, and testing gets the rest.
 _CLASSES = {"omniglot": (140, 30, 20, 52), "digits": (4, 2, 2, 2)}
 _SHARES = (0.6, 0.15, 0.05)
-# Number of images of a foreign source, several hundred per class.
+# Number of images that are taken from a foreign source, several hundred per class.
 _NUM_FOREIGN = 5000
 # Names of the results of `weights_of`: mean weights of parts of the training tasks.
 WEIGHTS = ("own_weight", "foreign_weight", "right_weight", "wrong_weight")
@@ -76,19 +76,19 @@ class Settings(settings_lib.Settings):
   )
   ood: str = flag(
     "mnist",
-    "Source of the tasks from another distribution: none, shuffled (images of"
-    " --dataset with permuted labels), or the name of a data set as for --dataset.",
+    "Source of the out-of-distribution tasks: none, shuffled (images of --dataset with"
+    " permuted labels), or the name of a data set as for --dataset.",
     group="data",
   )
   ood_share: tuple[float, ...] = flag(
     (0.3, 0.6, 0.9),
-    "Share of the training tasks that is from --ood.",
+    "Share of the training tasks that come from --ood.",
     bounds=settings_lib.Bounds(0, settings_lib.BELOW_ONE),
     group="data",
   )
   noise_share: float = flag(
     0.0,
-    "Share of the training images that is relabeled at random.",
+    "Share of the training images to relabel at random.",
     bounds=settings_lib.SHARE,
     group="data",
   )
@@ -140,7 +140,8 @@ class Settings(settings_lib.Settings):
   )
   share: str = flag(
     "cluster",
-    "Unit that has one weight in NestedMAML: a task, a cluster of tasks or an item.",
+    "What shares one weight in NestedMAML: a task, a cluster of tasks, or an item (a"
+    " query image).",
     choices=nested_maml.SHARES,
     methods=_NESTED,
   )
@@ -155,13 +156,13 @@ class Settings(settings_lib.Settings):
   )
   lookahead_learning_rate: float | None = flag(
     None,
-    "Learning rate of the virtual step of NestedMAML. The default is --learning_rate.",
+    "Learning rate of NestedMAML's look-ahead step. The default is --learning_rate.",
     methods=_NESTED,
     aliases=["look_ahead_learning_rate"],
   )
   clip: float = flag(
     2e-5,
-    "Largest derivative with respect to a task weight.",
+    "Magnitude to which derivatives with respect to a task weight are clipped.",
     bounds=settings_lib.Bounds(settings_lib.TINY, 1e6),
     methods=_NESTED,
   )
@@ -335,7 +336,7 @@ def make_method(settings: Settings, name: str) -> base.Method:
 
 
 def zeroed() -> base.Method:
-  """MAML with weight 0 for the tasks of group 1, the upper bound in the paper."""
+  """MAML with weight 0 for foreign tasks (group 1), the upper bound in the paper."""
 
   def gradients(state, problem, inputs):
     def weights(losses):
@@ -413,7 +414,7 @@ def interval_over_tasks(predictions: evaluation.Predictions) -> dict[str, float]
 
 
 def weights_of(pool: episodes.Pool, share: str) -> evaluation.Probe:
-  """A probe of NestedMAML: mean weights of tasks, and of queries if these have weights.
+  """A probe of NestedMAML: mean weights of tasks, and of queries if they have weights.
 
   Empty groups of tasks or queries are left out.
 

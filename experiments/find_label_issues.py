@@ -55,11 +55,13 @@ class Settings(settings_lib.Settings):
   EXTENDABLE = ("num_pictures",)
 
   images: str | None = flag(
-    None, "Folder of images, with one folder for each class.", group="data"
+    None,
+    "Folder of images, with a folder for each class, or with a file for --labels.",
+    group="data",
   )
   labels: str | None = flag(
     None,
-    "CSV file of path,label for --images.",
+    "CSV file with lines path,label for --images.",
     unset="FOLDER/labels.csv, if there is one",
     group="data",
   )
@@ -80,8 +82,8 @@ class Settings(settings_lib.Settings):
   )
   trusted: str | None = flag(
     None,
-    "Examples with labels that you trust, as images:DIR, npz:FILE or csv:FILE. They add"
-    " the scores of L2RW to the statistics.",
+    "Examples with labels that you trust, as images:DIR, npz:FILE or csv:FILE. With"
+    " them, the ranking also uses the scores of L2RW.",
     group="data",
   )
   image_size: int | None = flag(
@@ -94,7 +96,7 @@ class Settings(settings_lib.Settings):
   num_epochs: int | None = flag(
     None, unset="10 for tables, and 20, 15 or 10 for images, by their number"
   )
-  batch_size: int | None = flag(None, unset="100, and less for small data")
+  batch_size: int | None = flag(None, unset="100, and fewer for small data")
   learning_rate: float = flag(1e-3, "Learning rate of Adam.")
   seed: int = flag(
     0,
@@ -113,7 +115,7 @@ class Settings(settings_lib.Settings):
     """The data set that the flags name, such as images:DIR.
 
     Raises:
-      InputError: the flags name none or several.
+      InputError: the flags name no data set, or several.
     """
     names = [n for n in ("images", "npz", "csv", "dataset") if getattr(self, n)]
     if len(names) != 1:
@@ -213,7 +215,7 @@ def make_config(
   """The configuration of the run, with fewer epochs for more examples."""
   size = len(data.labels)
   batch_size = settings.batch_size or min(size, 100, max(8, size // 13))
-  # A small table is memorized sooner than the same number of images.
+  # A table is memorized sooner than the same number of images.
   is_table = data.features.ndim != 4
   default = 10 if is_table or size >= 5000 else 15 if size >= 1000 else 20
   num_epochs = settings.num_epochs or default
@@ -247,7 +249,7 @@ def train(
 
 
 def _varies(statistic: np.ndarray) -> bool:
-  """Whether a statistic differs between examples; uniform weights do not."""
+  """Whether a statistic differs between examples, unlike uniform weights."""
   known = statistic[np.isfinite(statistic)]
   return known.size > 0 and bool(np.ptp(known) > 0)
 
@@ -258,7 +260,7 @@ def make_method(is_scored: bool) -> base.Method:
 
 
 def make_model(data: own_data.OwnData) -> classifier.Classifier:
-  """A small CNN for gray images, an MLP for rows and for features of color images."""
+  """A small CNN for images, and an MLP for rows and for features of color images."""
   num_classes = len(data.form.class_names)
   if data.features.ndim != 4:
     return classifier.Classifier(mlp.MLP(num_classes), num_classes)
@@ -276,8 +278,7 @@ def run(settings: Settings, workdir: runner.Folder) -> audit.LabelIssues:
   config = make_config(settings, data, trusted)
   splits = make_splits(prepared, trusted)
   method = audit.recording(make_method(trusted is not None))
-  # The data are checked first, so that mistakes are reported before anything is
-  # written.
+  # The data are checked before anything is written.
   config_lib.check(config, method, [splits])
   folder = runner.open_folder(settings, _NAME, workdir)
   issues = train(settings, config, method, prepared, splits, folder)

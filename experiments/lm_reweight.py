@@ -4,8 +4,8 @@ A GPT is trained on the sources of Python's standard library, byte by byte. 30% 
 training documents are corrupted: one third of these are shuffled bytes, one third are
 English prose, and one third are random bytes. A few documents are known to be clean,
 and L2RW and Meta-Weight-Net use them to weight the others. They are compared with
-uniform weights, with leaving out documents with a large loss, with training on the
-clean documents alone, and with fine-tuning on these.
+uniform weights, with training without the documents that have a large loss, with
+training on the clean documents alone, and with fine-tuning on the clean documents.
 Command: python -m experiments.lm_reweight
 Device, time: 2 CPU cores, 20 minutes.
 Published: no comparable number. Measured: results/lm_reweight.
@@ -78,8 +78,8 @@ class Settings(registries.MemoryFlags, settings_lib.TrainingFlags):
   )
   width: int = flag(
     64,
-    f"Number of features of a byte; a multiple of {_HEAD}, the width of an attention"
-    " head.",
+    f"Width of the network (features of each byte), a multiple of {_HEAD}, which is the"
+    " width of an attention head.",
     bounds=settings_lib.Bounds(_HEAD, 8192),
   )
   depth: int = flag(
@@ -133,8 +133,8 @@ def make_method(name: str, settings: Settings) -> base.Method:
 
   methods = {
     "uniform": baselines.uniform,
-    # This method knows the share of corrupted documents, and starts after a tenth of
-    # the run.
+    # This method knows the share of corrupted documents. It begins to select after a
+    # tenth of the run.
     "small_loss": lambda: mentornet.mentornet(
       mentornet.self_paced, percentile=100 * (1 - settings.corrupted), burn_in=10
     ),
@@ -187,7 +187,7 @@ def make_model(settings: Settings) -> language_model.LanguageModel:
 
 @functools.cache  # The training loop compiles again for a new function.
 def make_optimizer(schedule: optax.Schedule) -> optax.GradientTransformation:
-  """AdamW for gradients that are clipped by their norm."""
+  """AdamW, applied to gradients that are clipped by their global norm."""
   return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
 
 
@@ -228,10 +228,10 @@ def suspicion(
 ) -> np.ndarray | None:
   """A number for each training document that is higher if the method rejects it, [N].
 
-  It is the share of steps in which the document had weight zero, or minus its mean
-  weight if the method gives no zero weights. For uniform training, it is the loss of
-  the trained network. It is None for methods that do not use training documents or that
-  treat all documents equally.
+  The number is the share of steps in which the document had weight zero, or minus its
+  mean weight if the method gives no zero weights. For uniform training, it is the loss
+  of the trained network. The result is None for methods that do not use training
+  documents or that treat all documents equally.
   """
   if name == "uniform":
     problem = model.problem(

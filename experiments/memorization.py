@@ -58,8 +58,9 @@ _PAIRS = (
 )
 _REGIONS = (1, 2, 3, 4)
 _MOST_CURVES = 4
-# Loss drops differ by orders of magnitude, like the learning rates, and some are
-# negative, so their axis is linear up to this absolute value and logarithmic above it.
+# Loss drops differ by orders of magnitude, as the learning rates do, and some drops are
+# negative. Their axis is therefore linear up to this absolute value and logarithmic
+# above it.
 _LINEAR = 1e-3
 _SHORT = {
   "susceptibility": "susceptibility",
@@ -85,7 +86,7 @@ class Settings(settings_lib.Settings):
     (0.1, 0.01, 0.001, 0.0001), "Learning rate at the start."
   )
   weight_decay: tuple[float, ...] = flag(
-    (5e-4,), "Weight decay (L2), added before momentum."
+    (5e-4,), "Weight decay (L2), added to the gradient before momentum."
   )
   momentum: float = flag(0.9)
   noise_fraction: tuple[float, ...] = flag(
@@ -211,7 +212,8 @@ def _make_split(settings: Settings, fraction: float, seed: int) -> examples_lib.
     size = available if settings.dataset == "digits" else 5000
   if size > available:
     raise base.InputError(
-      f"--num_train={size} of {available} images; lower it or --num_unlabeled."
+      f"--num_train={size} exceeds the {available} images that are available: lower"
+      " --num_train or --num_unlabeled."
     )
   order = sampling.generator(seed, "training subset", 0).permutation(available)
   return examples_lib.keep_train(split, order[:size])
@@ -221,7 +223,7 @@ def _make_split(settings: Settings, fraction: float, seed: int) -> examples_lib.
 def make_optimizer(
   rate: float, decay: float, momentum: float, num_steps: int
 ) -> optax.GradientTransformation:
-  """The paper's SGD, as one object for all noise fractions, so a step compiles once."""
+  """The paper's SGD, as one object at all noise fractions: a step compiles once."""
   schedule = optax.cosine_decay_schedule(rate, num_steps)
   return optax.chain(
     optax.add_decayed_weights(decay), optax.sgd(schedule, momentum or None)

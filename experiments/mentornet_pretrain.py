@@ -67,14 +67,15 @@ class Settings(settings_lib.OutputFlags):
   )
   compat: str = flag(
     "official_code",
-    "Network of the released code or of the paper, see"
-    " l2rw_jax/methods/mentornet/network.py.",
+    "Network of the released code or of the paper"
+    " (l2rw_jax/methods/mentornet/network.py).",
     choices=mentornet_network.COMPAT,
     group="method",
   )
   num_rows: int = flag(
     100_000,
-    "Number of rows of the grid to keep.",
+    "Number of rows to draw from the grid of losses and epochs to which a predefined"
+    " curriculum is fitted.",
     bounds=settings_lib.Bounds(2, 1_200_000),
     group="data",
   )
@@ -158,8 +159,8 @@ def fit_or_load(
   if path.exists():
     if mentor_file.read(path)["facts"].get("rows") != fitted_to:
       raise base.InputError(
-        f"{path} was fitted to other losses than those of --dump={settings.dump} now;"
-        " choose another --workdir or delete it."
+        f"{path} was fitted to other losses than those that --dump={settings.dump} now"
+        " contains: choose another --workdir, or delete this file."
       )
     return mentor_file.load(path)
   network = mentornet_network.MentorNetwork(num_classes or 2, settings.compat)

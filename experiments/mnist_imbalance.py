@@ -88,11 +88,12 @@ class Settings(runner.Settings):
     " image set with ten classes or more that TFDS has prepared in --data_dir.",
   )
   protocol: str = flag(
-    "paper", "Settings to start from; other flags override them.", choices=PROTOCOLS
+    "paper", "Settings to start from, which other flags override.", choices=PROTOCOLS
   )
   majority: tuple[float, ...] | None = flag(
     None,
-    "Share of the 9s. The default is the paper's five; digits: 0.9 and 0.95.",
+    "Share of the 9s. The default is the paper's 0.9, 0.95, 0.98, 0.99 and 0.995;"
+    " digits: 0.9 and 0.95.",
     bounds=settings_lib.INNER_SHARE,
     group="data",
   )
@@ -121,7 +122,7 @@ class Settings(runner.Settings):
   )
   variant: str | None = flag(
     None,
-    _protocol("Variant of proportion and hard mining."),
+    _protocol("Variant of the methods proportion and hard_mining."),
     choices=["paper", "official_code"],
     group="method",
   )
@@ -132,7 +133,9 @@ class Settings(runner.Settings):
   )
   num_test: int | None = flag(
     None,
-    _protocol("Number of balanced test images; 0 for as many as there are."),
+    _protocol(
+      "Number of balanced test images; 0 for as many as there are, as with digits."
+    ),
     bounds=settings_lib.IMAGES,
     group="data",
   )
@@ -204,7 +207,7 @@ def make_protocol(settings: Settings) -> Protocol:
 
 
 def make_cell(settings: Settings, name: str, majority: float) -> runner.Cell:
-  """The cell of a method: the protocol's settings, which flags override."""
+  """The cell of a method, with the protocol's settings unless flags override them."""
   protocol = make_protocol(settings)
   steps = protocol.l2rw_steps if name == "l2rw" else protocol.num_steps
   is_hard_mining = name == "hard_mining"

@@ -1,9 +1,10 @@
 r"""Images in a long tail: methods that use weights, margins or resampling.
 
 Paper: no paper trains on these data. LDAM (Cao et al., NeurIPS 2019) and
-  Meta-Weight-Net (Shu et al., NeurIPS 2019) have such tails of CIFAR; these images can
-  be trained on a laptop's CPU. The schedule is a choice of this project: a warm-up,
-  drops to a tenth at 80 and 90% of the run as in LDAM, and deferred methods from 80%.
+  Meta-Weight-Net (Shu et al., NeurIPS 2019) cut such tails from CIFAR; for these
+  images, a laptop's CPU is enough. The schedule is a choice of this project: a warm-up,
+  drops to a tenth at 80 and 90% of the run (where LDAM's code has its drops), and
+  deferred methods that begin at 80%.
   The settings of a method are those of its paper or released code: nothing was tuned
   except the learning rate, see PRESET.
 Command: python -m experiments.mnist_long_tail --data_dir=DIR --imbalance=100

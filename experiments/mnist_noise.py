@@ -56,12 +56,13 @@ class Preset:
     batch_size: B.
     meta_batch_size: M.
     optimizer: optimizer of every method except those of `by_method`.
-    num_validation: number of images with wrong labels that are held out of training.
+    num_validation: number of images, with the same label noise, that are held out of
+      training.
     plateau: whether the learning rate falls when the loss of the held-out images stops
       falling.
     initialization: one of `INITIALIZATIONS`.
-    lookahead_learning_rate: learning rate of the virtual SGD step; None is the learning
-      rate of the optimizer. A learning rate for Adam does not suit SGD: at 1e-3, the
+    lookahead_learning_rate: learning rate of the look-ahead SGD step; None means that
+      of the optimizer. A learning rate for Adam does not suit SGD: at 1e-3, the
       updates of Meta-Weight-Net's weighting network are a hundredth of those in its
       paper, and weight decay dominates them.
     by_method: maps methods to their optimizers, if they differ from `optimizer`.
@@ -142,7 +143,9 @@ class Settings(
     "paper", choices=["paper", "official_code"], aliases=["variant"], key="variant"
   )
   noise_fraction: tuple[float, ...] | None = flag(
-    None, "Parameter of the noise builder. The default is 0.5 and 0.7."
+    None,
+    "Share of wrong labels or, for some values of --noise, a parameter that sets it"
+    " (l2rw_jax/data/noisy_labels.py). The default is 0.5 and 0.7.",
   )
   methods: tuple[str, ...] = methods_flag(COMPARED, METHODS)
   seeds_at_once: int | None = flag(None, unset="all, and 1 for LeNet on CPU")
@@ -187,7 +190,7 @@ class Settings(
   def record(self) -> dict[str, Any]:
     """Like the base class, but omits the initialization if it is flax's.
 
-    Folders of versions without --initialization therefore still match.
+    Folders that versions without --initialization have written therefore still match.
     """
     entries = super().record()
     del entries["initialization"]
@@ -228,7 +231,7 @@ BARE_TABLE = dataclasses.replace(
 def make_splits(
   settings: Settings, fraction: float, seeds: Sequence[int]
 ) -> list[examples_lib.Splits]:
-  """The splits for each of the seeds."""
+  """The data of some seeds."""
   num_validation = settings.num_validation
   if num_validation is None:
     num_validation = PRESETS[settings.preset].num_validation
@@ -259,7 +262,7 @@ def make_optimizer(
   if settings.momentum is not None and optimizer.name != "sgd":
     raise base.InputError(
       f"--momentum={settings.momentum:g} is for SGD, but --preset={settings.preset}"
-      f" trains {name} by {optimizer.name}: leave it out."
+      f" trains {name} with {optimizer.name}: leave --momentum out."
     )
   given = settings_lib.given_values(
     learning_rate=settings.learning_rate,
@@ -283,7 +286,7 @@ def make_cell(
   Args:
     settings: settings of the script.
     name: name of the method.
-    fraction: share of wrong labels.
+    fraction: parameter of the label noise.
     splits: `seeds -> splits` of each seed.
     split: split of seed 0.
   """

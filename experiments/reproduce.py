@@ -1,10 +1,10 @@
 r"""Reproduces published numbers, in the order of their value per minute.
 
-The catalog has every published number whose data set can be read here: the MNIST
-figure and the CIFAR tables of L2RW (Ren et al., 2018), the tables of Meta-Weight-Net
-(Shu et al., 2019), MentorNet-PD (Jiang et al., 2018), LDAM-DRW (Cao et al., 2019) and
-BARE (Patel and Sastry, 2023), and the time of a step. Each number is a cell: a run of
-its script with several seeds, in a separate folder below --workdir.
+The catalog has the published numbers on MNIST and CIFAR-10, but not those on CIFAR-100:
+the MNIST figure and the CIFAR tables of L2RW (Ren et al., 2018), the tables of
+Meta-Weight-Net (Shu et al., 2019), MentorNet-PD (Jiang et al., 2018), LDAM-DRW (Cao et
+al., 2019) and BARE (Patel and Sastry, 2023), and the time of a step. Each number is a
+cell: a run of its script with several seeds, in a separate folder below --workdir.
 Command: python -m experiments.reproduce --list
   python -m experiments.reproduce --device=gpu --minutes=30
   python -m experiments.reproduce --rehearse  (a few steps of every cell)
@@ -63,8 +63,8 @@ _COMPILE_MINUTES = {"cpu": 0.5, "gpu": 1.5}
 # out.
 _MENTOR = "results/mentornet_pretrain/pd/mentor.json"
 _LEFT_OUT = ("mentornet_dd",)
-# The method that each paper proposes. Its cells have a higher value than those of the
-# baselines.
+# The method that each paper proposes, whose cells have a higher value than the cells of
+# the baselines.
 _OWN = {
   "mnist_imbalance": "l2rw",
   "bare": "bare",
@@ -105,7 +105,10 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
     "Names of cells, or parts of names, separated by commas: run or list only these.",
   )
   device: str | None = flag(
-    None, "Device of the run and of the estimates.", unset="JAX's", choices=DEVICES
+    None,
+    "Device of the run and of the estimates.",
+    unset="the one that JAX uses",
+    choices=DEVICES,
   )
   minutes: float | None = flag(
     None,
@@ -114,7 +117,7 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
     bounds=settings_lib.Bounds(0.01, 1e6),
   )
   num_seeds: int = flag(
-    3, "Number of seeds of a cell; the MNIST figure has 10 splits if this is not given."
+    3, "Number of seeds of a cell. Without this flag, the MNIST figure has 10 splits."
   )
   results: str = flag(
     "results",
@@ -362,7 +365,7 @@ class Forward(NamedTuple):
 
   Attributes:
     flops: floating-point operations, as XLA counts them before optimization.
-    layers: number of kernels.
+    layers: number of layers with a kernel.
     has_batch_norm: whether there is BatchNorm, which the layerwise engine refuses.
   """
 
@@ -388,7 +391,7 @@ def forward(name: str) -> Forward:
 def passes(method: str, has_batch_norm: bool) -> tuple[int, int]:
   """Forward passes of a step for each training example and for each clean example.
 
-  A backward pass counts as 2 forward passes. WarPI and Advisor have the numbers of
+  A backward pass counts as 2 forward passes. WarPI and the advisor are counted like
   Meta-Weight-Net.
   """
   if method == "l2rw":
@@ -748,7 +751,9 @@ def run(settings: Settings, workdir: Any) -> list[Entry]:
       break
   _summarize(entries, limit)
   if failed:
-    raise base.InputError(f"{len(failed)} cells failed: {'; '.join(failed)}.")
+    raise base.InputError(
+      f"{len(failed)} of {len(cells)} cells failed: {'; '.join(failed)}."
+    )
   return entries
 
 

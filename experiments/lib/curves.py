@@ -14,7 +14,7 @@ class Curve(NamedTuple):
   """One run's evaluations.
 
   Attributes:
-    steps: number of steps before each evaluation, [E].
+    steps: number of steps taken before each evaluation, [E].
     seconds: seconds of training before each evaluation, [E].
     values: results on the test set, [E].
   """
@@ -42,7 +42,7 @@ def read(folder: pathlib.Path, seed: int, name: str) -> Curve:
   Args:
     folder: folder with `timing.json`.
     seed: seed of the run.
-    name: name of the result of the evaluations, such as "accuracy".
+    name: name of the metric on the test set, such as "accuracy".
 
   Raises:
     InputError: the seconds of the first steps are unknown.

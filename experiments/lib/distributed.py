@@ -23,9 +23,9 @@ _HEARTBEAT_SECONDS = 30
 # A process that ends waits at most this time for the others, because process 0 keeps
 # the store that they read.
 _LEAVE_MS = 5000
-# It then waits at most this time for the relay (see `_relay_c_output`) to print its
-# last lines and end. The relay does not end while a child process of this process still
-# has the pipe open.
+# The process then waits at most this time for the relay (see `_relay_c_output`) to
+# print its last lines and end. The relay does not end while a child process of this
+# process still has the pipe open.
 _RELAY_SECONDS = 1.0
 _is_connected = False
 
@@ -93,8 +93,8 @@ def connect(settings: Any) -> None:
 
 
 def refusal(flag: str) -> str:
-  """The error of a script that cannot use several processes."""
-  return f"{flag}: this script runs in one process; leave the flag out."
+  """The error if `flag` asks for several processes, but the script cannot use them."""
+  return f"{flag}: this script runs in one process; start it without {flag}."
 
 
 def _late(settings: Any) -> str:
@@ -149,8 +149,8 @@ _relay: subprocess.Popen | None = None
 def leave(status: int, reason: str, *, is_mistake: bool = False) -> NoReturn:
   """Prints why this process ends, and ends it.
 
-  If there are several processes, it waits for the others for a few seconds and then
-  skips JAX's shutdown, which would wait until they end, or report that they were lost.
+  If there are several processes, this one waits a few seconds for the others and then
+  skips JAX's shutdown, which would wait until the others end, or report them as lost.
 
   Args:
     status: exit status.
@@ -165,7 +165,7 @@ def leave(status: int, reason: str, *, is_mistake: bool = False) -> NoReturn:
     signal.signal(number, signal.SIG_IGN)  # The process ends soon in any case.
   reason = reason.encode(errors="backslashreplace").decode()  # It may contain a path.
   # `sys.stderr` bypasses the relay. If the reason were printed there, JAX could end the
-  # process before the relay knows of the reason, and the relay would print another one.
+  # process before the relay knows the reason, and the relay would print another reason.
   lines = [last_words.REASON + line.encode() + b"\n" for line in reason.split("\n")]
   try:
     os.write(2, b"".join(lines))

@@ -1,9 +1,9 @@
 """Early stopping on the meta set, a control for methods that need clean data.
 
-The run itself is uniform training for all steps. At every evaluation, a probe measures
-the loss on the meta set and the metrics of the test set. Afterwards, the metrics at the
-step with the lowest loss on the meta set replace those of the last step. The test set
-does not influence this choice.
+The run itself trains with uniform weights to its last step. At every evaluation, a
+probe measures the loss on the meta set and the metrics of the test set. Afterwards, the
+metrics at the step with the lowest loss on the meta set replace those of the last step.
+The test set does not influence this choice.
 """
 
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ def kept(metrics: dict[str, Any], size: int) -> dict[str, Any]:
 
 
 def with_kept(result: results_lib.Result, size: int) -> results_lib.Result:
-  """Replaces the last metrics of a run by those of the step that `kept` selects.
+  """Replaces the last metrics of a run with those of the step that `kept` selects.
 
   The parameters and their checksum are still those after the last step.
 

@@ -138,15 +138,16 @@ def accuracies(rows: Sequence[Row], columns: Sequence[str], path: pathlib.Path) 
   )
 
 
-# How a title shows a setting; others are shown as they are.
+# How a title shows these settings; it shows all others as they are.
 _FACTS = {"preset": "preset {}", "fraction": "fraction {:g}", "num_steps": "{:,} steps"}
 
 
 def setting_title(row: Row, columns: Sequence[str]) -> str:
   """The settings of a row, as the two lines of a title.
 
-  The first line has the data set, the network, the preset, and the learning-rate
-  schedule if it is the value of a flag or a cosine; the second line has `columns`.
+  The first line has the data set, the network and the preset. It also has the
+  learning-rate schedule if a flag selects the schedule, or if the schedule is a cosine.
+  The second line has `columns`.
   """
 
   def facts(names):
@@ -184,7 +185,7 @@ def meta_weight_net_curves(
   Args:
     cells: cells of all methods.
     folder: folder of the experiment.
-    name: name of a figure; {FACT} in it is replaced by that fact of the cell.
+    name: name of a figure, in which {FACT} is replaced with that fact of the cell.
 
   Returns:
     The names of the figures.
@@ -251,5 +252,5 @@ def rejections(axes: Any, columns: list[dict[str, np.ndarray]]) -> None:
   axes.set_title(f"L2RW's rejections{aurocs}")
   axes.set_xlabel("share of steps with weight zero")
   axes.set_ylabel("training examples")
-  # Matplotlib warns if it takes long to choose the best place of the legend.
+  # Matplotlib warns if choosing the best place for the legend takes long.
   axes.legend(loc="upper right")

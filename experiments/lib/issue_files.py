@@ -87,7 +87,7 @@ def _number(value: float) -> str:
 
 
 def pictures(data: own_data.OwnData, rows: list[int]) -> Iterator[bytes]:
-  """Yields a PNG file for each row, which is empty if the examples are not images."""
+  """Yields the bytes of a PNG file for each row; b"" if the examples are not images."""
   for row in rows:
     image = None
     if data.root is not None:

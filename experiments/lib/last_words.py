@@ -28,8 +28,8 @@ _NOISE = (b"[Gloo] Rank ",)
 def relay(lines: Iterable[bytes], output: BinaryIO, not_connected: str) -> None:
   """Copies `lines` until they end, except for the report of a lost connection.
 
-  If the process gives a reason why it ends, only the reason is printed; otherwise, one
-  line about the report is printed.
+  If the process gives a reason why it ends, only the reason is printed. If there is a
+  report but no reason, one line about the report is printed.
 
   Args:
     lines: lines that the process prints, with newlines.

@@ -84,7 +84,7 @@ def _run(run: Run, settings: Any, name: str) -> None:
 
 
 def parse(settings: type[settings_lib.Flags], arguments: Sequence[str]) -> Any:
-  """Parses the arguments of a command line to settings.
+  """Parses the arguments of a command line into settings.
 
   Args:
     settings: class of the settings.
@@ -222,7 +222,7 @@ def _flag_help(
 
 @contextlib.contextmanager
 def _one_line_errors(settings: type[settings_lib.Flags]) -> Iterator[None]:
-  """Converts mistakes and interruptions to one line and an exit status."""
+  """Converts mistakes and interruptions into one line and an exit status."""
   names = settings_lib.flags_of(settings)
   try:
     yield
@@ -299,9 +299,9 @@ _MOST = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-  """Lets glibc keep large blocks that are freed, instead of returning them.
+  """Lets glibc keep large freed blocks, instead of returning them to the system.
 
-  A step of XLA:CPU takes its temporary memory from malloc and frees it at its end.
+  A step of XLA:CPU takes its temporary memory from malloc and frees it afterwards.
   glibc returns blocks above 32 MiB to the system at once, so that every step causes a
   page fault for each page of this memory. When an L2RW step of LeNet still needed
   47 MiB, the page faults took up to a fifth of its time: it took 2.6 instead of 2.3

@@ -45,8 +45,9 @@ class Settings(
   dataset: str = flag("mnist")
   methods: tuple[str, ...] | None = flag(
     None,
-    f"Methods to compare, of {', '.join(METHODS)}. The default is the methods in the"
-    " committed table.",
+    f"Methods to compare: any of {', '.join(METHODS)}. The default is uniform and"
+    " ldam_drw in cifar_long_tail, and the methods of results/mnist_long_tail in"
+    " mnist_long_tail.",
   )
   shape: str = flag(
     "exponential",
@@ -59,8 +60,9 @@ class Settings(
   builder: str | None = flag(
     None,
     _preset(
-      "Paper whose class sizes are used: ldam (meta images are taken from images"
-      " outside the tail) or mwn (meta images are taken out first)."
+      "Paper whose class sizes are used: ldam (meta images are drawn from the images"
+      " that the tail leaves over) or mwn (meta images are removed before the tail is"
+      " made)."
     ),
     choices=long_tail.BUILDERS,
     group="data",
@@ -68,7 +70,9 @@ class Settings(
   num_meta: int | None = flag(
     None, _preset("Number of clean meta images of each class.")
   )
-  seeds_at_once: int | None = flag(None, unset="all, and 1 with convolutions")
+  seeds_at_once: int | None = flag(
+    None, unset="1 in cifar_long_tail and for LeNet on CPU, and all otherwise"
+  )
   num_epochs: int | None = flag(
     None,
     _preset(
@@ -79,7 +83,7 @@ class Settings(
   batch_size: int | None = flag(None, _preset("Number of training images in a step."))
   meta_batch_size: int | None = flag(
     None,
-    "Number of meta images in a step. The default is 100, or as many as there are.",
+    "Number of meta images in a step. The default is 100, or all if there are fewer.",
   )
   learning_rate: float | None = flag(None, _preset("Highest learning rate of SGD."))
   momentum: float | None = flag(None, unset="the preset's")
@@ -96,7 +100,7 @@ class Preset(NamedTuple):
     optimizer: optimizer of every method.
     builder: builder of the training set.
     num_meta: number of meta images of each class.
-    deferred: share of the run after which deferred methods begin.
+    deferred: share of the run after which the deferred part of a method begins.
   """
 
   num_epochs: int
@@ -285,7 +289,7 @@ def _rows(
       num_epochs=experiment.preset.num_epochs,
       deferred=experiment.preset.deferred,
     )
-    del row["weight_auroc"]  # no label is wrong
+    del row["weight_auroc"]  # No label is wrong.
     rows.append(row)
   return rows
 
@@ -320,8 +324,8 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
   """Draws a panel per tail, with a row per method.
 
   Colored dots are the mean accuracies on many-, medium- and few-shot classes, joined by
-  a line. A bar is the mean accuracy on all classes, small black dots are the runs, and
-  a diamond is a published value.
+  a line. A vertical mark is the mean accuracy on all classes, small black dots are the
+  runs, and a diamond is a published value.
   """
 
   def draw_legend(ax):

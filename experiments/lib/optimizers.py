@@ -19,14 +19,14 @@ SCHEDULES = ("constant", "cosine")
 
 
 def fine_tuning_steps(num_steps: int) -> int:
-  """The number of steps that fine-tune, in a run of `num_steps` steps."""
+  """The number of fine-tuning steps at the end of a run of `num_steps` steps."""
   return max(1, num_steps // 10)
 
 
 def _restarted(
   make: Callable[[int], optax.Schedule], num_steps: int, tuned_steps: int
 ) -> optax.Schedule:
-  """The schedule of a run that starts again for the last `tuned_steps` steps."""
+  """A schedule that starts again for the last `tuned_steps` steps of a run."""
   first = num_steps - tuned_steps
   if not tuned_steps or not first:
     return make(num_steps)
@@ -42,7 +42,7 @@ class Settings(settings_lib.Settings):
   def record(self) -> dict[str, Any]:
     """Like the base class, but without --schedule if it is not set.
 
-    Folders of versions without --schedule therefore still match.
+    Folders that versions without --schedule have written therefore still match.
     """
     entries = super().record()
     if self.schedule is None:
@@ -50,7 +50,7 @@ class Settings(settings_lib.Settings):
     return entries
 
   def scheduled(self, optimizer: "OptimizerConfig") -> "OptimizerConfig":
-    """`optimizer` with the schedule of --schedule; it replaces all but the warm-up."""
+    """`optimizer` with the schedule of --schedule, but with its own warm-up."""
     if self.schedule is None:
       return optimizer
     return dataclasses.replace(
@@ -73,14 +73,14 @@ class OptimizerConfig:
       multiplied.
     decay_all: whether biases and BatchNorm decay too, as with PyTorch's optimizers;
       otherwise only kernels decay, as with the L2 losses of released TensorFlow code.
-    warmup: share of the run in which the learning rate rises in five equal steps
-      (in LDAM's code, one in each of the first five epochs).
+    warmup: share of the run in which the learning rate rises in five equal stairs
+      (in LDAM's code, one stair for each of the first five epochs).
     cosine: whether the learning rate falls to 0 as a cosine instead of by drops.
-    plateau_steps: number of updates in an epoch. The learning rate then falls to a
+    plateau_steps: number of updates in an epoch, for a learning rate that falls to a
       tenth (but not below 1e-5) whenever the validation loss has not fallen for more
       than 5 epochs, as in BARE's released code. None disables this rule.
-    tuned_steps: number of updates at the end of the run that fine-tune, for which the
-      schedule starts again.
+    tuned_steps: number of fine-tuning updates at the end of the run, for which the
+      schedule starts again; 0 if it does not start again.
   """
 
   name: str = "sgd"
@@ -98,23 +98,25 @@ class OptimizerConfig:
   def for_method(self, name: str, num_steps: int) -> "OptimizerConfig":
     """The optimizer of a method in a run of `num_steps` updates.
 
-    `fine_tuning_restarted` starts the schedule again for the updates that fine-tune. A
-    cosine, or drops by which the learning rate falls to a hundredth, leave hardly any
-    learning rate to them otherwise. With a constant rate, it is `fine_tuning`.
+    `fine_tuning_restarted` starts the schedule again for the fine-tuning updates. At
+    the end of a cosine, or of drops to a hundredth, the learning rate would otherwise
+    be too low for them. With a constant learning rate, the method is the same as
+    `fine_tuning`.
 
     Raises:
-      InputError: the learning rate depends on the validation loss, and would stay low.
+      InputError: the learning rate depends on the validation loss, so that it cannot
+        start again.
     """
     if name != "fine_tuning_restarted":
       return self
     if self.plateau_steps:
       raise base.InputError(
-        "--methods=fine_tuning_restarted cannot start a --plateau schedule again: take"
-        " fine_tuning, or another schedule."
+        "--methods=fine_tuning_restarted cannot start a --plateau schedule again:"
+        " choose fine_tuning, or another schedule."
       )
     return dataclasses.replace(self, tuned_steps=fine_tuning_steps(num_steps))
 
-  @functools.cache  # noqa: B019  # frozen; the loop compiles again for new functions
+  @functools.cache  # noqa: B019  # The loop compiles again for a new function.
   def schedule(self, num_steps: int) -> optax.Schedule:
     """`step -> learning rate`."""
     return _restarted(self._one_schedule, num_steps, self.tuned_steps)
@@ -129,7 +131,7 @@ class OptimizerConfig:
       return after
 
     def climbing(step):
-      # Clip the step at the warm-up, because the product would overflow in long runs.
+      # Clip the step at the end of the warm-up: the product could overflow later.
       stair = jnp.minimum(step, length) * _STAIRS // length + 1
       stair = jnp.minimum(stair, _STAIRS)
       return after(step) * stair / _STAIRS

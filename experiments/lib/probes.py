@@ -19,21 +19,21 @@ class Settings(settings_lib.Settings):
 
   probes: tuple[str, ...] = flag(
     (),
-    "Quantities to measure at the start and at every evaluation, of"
+    "Quantities to measure at the start and at every evaluation: any of"
     f" {', '.join(NAMES)}. They are saved in each run's metrics and results.json, and"
     " do not change training.",
     group="output",
   )
   probe_images: str = flag(
     "train",
-    "Images that susceptibility labels at random: the training images, or held-out"
-    " images.",
+    "Images that --probes=susceptibility labels at random: the training images, or"
+    " held-out images.",
     choices=["train", "validation"],
     group="output",
   )
   probe_batch_size: int = flag(
     128,
-    "Number of images that susceptibility labels at random.",
+    "Number of images that --probes=susceptibility labels at random.",
     bounds=settings_lib.BATCH,
     group="output",
   )
@@ -41,7 +41,7 @@ class Settings(settings_lib.Settings):
   def record(self) -> dict[str, Any]:
     """Like the base class, but without the flags of this class if no probe is given.
 
-    Folders of versions without probes therefore still match.
+    Folders that versions without probes have written therefore still match.
     """
     entries = super().record()
     if not self.probes:

@@ -67,9 +67,9 @@ class MemoryFlags(settings_lib.Flags):
   )
   mwn_recompute: bool = flag(
     False,
-    "Process the training batch of Meta-Weight-Net a second time instead of keeping it"
-    " in memory: for a small ResNet, 0.5 to 0.8 times the memory and 1.2 to 1.4 times"
-    " the FLOPs.",
+    "Process the training batch of Meta-Weight-Net a second time, instead of keeping"
+    " its activations in memory. For a small ResNet, a step then takes 0.5 to 0.8 times"
+    " the memory and 1.2 to 1.4 times the FLOPs.",
     methods=["meta_weight_net"],
     recorded=False,
   )
@@ -88,7 +88,8 @@ class Settings(MemoryFlags, settings_lib.Settings):
   l2rw_layers: tuple[str, ...] = flag(
     (),
     "Layers from which L2RW computes scores (an approximation): their names, or a"
-    " share of the cost in (0, 1] for the last layers. The default is all layers.",
+    " number in (0, 1] for the last layers that together cost at most this share of all"
+    " layers. The default is all layers.",
     methods=["l2rw"],
   )
   l2rw_refresh_every: int = flag(
@@ -101,21 +102,22 @@ class Settings(MemoryFlags, settings_lib.Settings):
   )
   mwn_preset: str | None = flag(
     None,
-    "Release of Meta-Weight-Net to follow. The default is noise_stable, and"
+    "Released program of Meta-Weight-Net to follow. The default is noise_stable, and"
     " imbalance in a long tail.",
     choices=meta_weight_net.PRESETS,
     methods=["meta_weight_net"],
   )
   mentor: tuple[str, ...] = flag(
     (),
-    "A fitted mentor (mentor.json of mentornet_pretrain), one for each mentornet_NAME.",
+    "File of a fitted mentor (mentor.json, which mentornet_pretrain writes), one for"
+    " each method.",
     methods=_MENTORS,
     repeated=True,
   )
   mentor_preset: str | None = flag(
     None,
-    "Percentile, burn-in and dropout of MentorNet's student. The default is that of the"
-    " curriculum.",
+    "Preset of the percentile, burn-in and dropout of MentorNet's student. The default"
+    " is the preset of the curriculum.",
     choices=mentornet.PRESETS,
     methods=_MENTORS,
   )
@@ -134,19 +136,22 @@ class Settings(MemoryFlags, settings_lib.Settings):
   )
   bare_kappa: float = flag(
     1.0,
-    "Number of standard deviations above the mean that BARE requires.",
+    "BARE keeps an example if the probability of its label is at least this number of"
+    " standard deviations above the mean.",
     bounds=settings_lib.Bounds(0, 1e3),
     methods=["bare"],
   )
   bare_statistics: str = flag(
     "batch_column",
-    "Statistics of BARE's released code, or those of its paper's formula.",
+    "Examples over which BARE takes the mean and the deviation of a class: the whole"
+    " batch (batch_column, as in its released code), or those labeled with the class"
+    " (own_label, as in its paper's formula).",
     choices=bare.STATISTICS,
     methods=["bare"],
   )
   focal_gamma: float = flag(
     1.0,
-    "Exponent of the focal loss; LDAM's code has 1.",
+    "Exponent of the focal loss, 1 in LDAM's code.",
     bounds=settings_lib.Bounds(0, 100),
     methods=["focal", "class_balanced_focal"],
   )
@@ -166,35 +171,36 @@ class Settings(MemoryFlags, settings_lib.Settings):
   )
   absgd_alpha: float | None = flag(
     None,
-    "Exponent of ABSGD's normalizer, which divides the step. The default is 0.5, and 1"
-    " in a long tail.",
+    "Factor of the new batch in ABSGD's normalizer; it divides the learning rate. The"
+    " default is 0.5, and 1 in a long tail.",
     bounds=settings_lib.Bounds(1e-6, 1e6),
     methods=_ABSGD,
   )
   deferred: float | None = flag(
     None,
-    "Share of the run after which deferred methods and ABSGD begin. The default is 2/3,"
-    " and the preset's in a long tail.",
+    "Share of the run after which a method begins to weight or resample the examples."
+    " The default is 2/3, and the preset's in a long tail.",
     bounds=settings_lib.SHARE,
     methods=_DEFERRED,
   )
   gce_threshold: float = flag(
     0.0,
-    "Probability in [0, 1) below which the generalized cross-entropy is truncated; 0"
-    " for no truncation. An untrained network can be below it for every example.",
+    "Probability in [0, 1) below which the generalized cross-entropy is truncated, so"
+    " that its gradient is 0; 0 for no truncation. With a high threshold, an untrained"
+    " network may learn from no example.",
     bounds=settings_lib.Bounds(0, settings_lib.BELOW_ONE),
     methods=["generalized_cross_entropy"],
   )
   transition_epoch: int = flag(
     2,
-    "Epoch at which forward_correction estimates the label transitions, and"
-    " s_model_conf starts. It should come before the wrong labels are memorized.",
+    "Epoch at which forward_correction and s_model_conf estimate the label transitions,"
+    " and begin to use them. It should come before the wrong labels are memorized.",
     bounds=settings_lib.EPOCHS,
     methods=_TRANSITION,
   )
 
   def input_files(self) -> dict[str, str]:
-    """Paths of the mentor files, by a description that names the curriculum."""
+    """Maps a description with the curriculum of each mentor to the path of its file."""
     return {
       f"mentor of curriculum {mentor_file.load(path).curriculum}": path
       for path in self.mentor
@@ -204,8 +210,8 @@ class Settings(MemoryFlags, settings_lib.Settings):
     """The names without repetitions.
 
     Raises:
-      InputError: none is given, one is not offered, or a file of `--mentor` is not a
-        mentor.
+      InputError: there are no names, a name is not offered, or a file of `--mentor` is
+        not a mentor.
     """
     names = settings_lib.choose("methods", names, offered)
     for path in self.mentor:
@@ -213,7 +219,7 @@ class Settings(MemoryFlags, settings_lib.Settings):
     return names
 
   def deferred_epoch(self, share: float, num_epochs: float) -> int:
-    """The first deferred epoch, after the share --deferred of the run (or `share`)."""
+    """The first epoch after the share --deferred, or else `share`, of the run."""
     share = share if self.deferred is None else self.deferred
     return int(share * num_epochs + 1e-6)
 
@@ -288,8 +294,8 @@ class Problem(NamedTuple):
     noise_fraction: the parameter of the noise builder; for human labels, the actual
       share of wrong labels.
     num_classes: C.
-    deferred_epoch: the first epoch, counted from 0, of the deferred part of a method:
-      balanced classes, or ABSGD's finite lambda.
+    deferred_epoch: the epoch, counted from 0, in which the deferred part of a method
+      begins: it balances the classes or, for ABSGD, has a finite lambda.
     absgd: ABSGD's settings, unless flags give others.
     mwn_preset: Meta-Weight-Net's release, unless a flag gives another.
   """
@@ -569,7 +575,7 @@ def make_network(
 
   Args:
     name: name of the network.
-    num_classes: C.
+    num_classes: number of classes.
     images: training images, uint8 or float [N, H, W, C]. The first thousand determine
       the whitening layer, without their labels.
     preprocess: see `classifier.Classifier`.

@@ -118,7 +118,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def save(folder: pathlib.Path, rows: list[dict[str, Any]], flags: dict) -> None:
   """Writes `results.json` and `results.csv`, with a row per run and the flags.
 
-  `results.json` contains its checksum and that of `results.csv`.
+  `results.json` contains its own checksum and that of `results.csv`.
   """
   everything = {"flags": flags, "rows": rows}
   text = io.StringIO()

@@ -101,7 +101,10 @@ def folder_name(facts: dict[str, Any], method_name: str) -> str:
 
 
 def seeds_at_once(given: int | None, has_convolutions: bool) -> int | None:
-  """Number of seeds to train side by side; convolutions on CPU are faster with one."""
+  """Number of seeds to train side by side: `given`, or a default; None for all.
+
+  On a CPU, convolutions are faster with one seed at a time.
+  """
   return given or (1 if has_convolutions and jax.default_backend() == "cpu" else None)
 
 
@@ -127,9 +130,9 @@ def make_problem(
     num_classes: C.
     lookahead_learning_rate: learning rate of the look-ahead step.
     noise_fraction: share of wrong labels.
-    deferred: share of the run after which deferred methods begin, unless a flag gives
-      another. The default is two thirds, as in ABSGD's released code for CIFAR with
-      wrong labels (80 of 120 epochs).
+    deferred: share of the run after which the deferred part of a method begins, unless
+      --deferred is given. The default is two thirds, as in ABSGD's released code for
+      CIFAR with wrong labels (80 of 120 epochs).
     num_epochs: number of epochs of the run.
     **others: fields of `registries.Problem`.
   """
@@ -182,7 +185,8 @@ def open_folder(
   if not settings.SEVERAL_PROCESSES and processes.count() > 1:
     raise base.InputError(distributed.refusal("jax.distributed"))
   flags = settings_lib.flags_of(type(settings))
-  # Flags that change the program of a method, but not its results.
+  # These flags do not change the results of a method, but its program, which must be
+  # the same in all processes.
   processes.check_same(
     "the flags",
     {
@@ -311,7 +315,7 @@ def _record_curves(folder: pathlib.Path) -> evaluation.EpochProbe:
 def row(
   settings: probes.Settings, cell: Cell, result: results_lib.Result, **facts: Any
 ) -> dict[str, Any]:
-  """The row of a run in `results.csv`, which begins with `facts`."""
+  """A run's row in `results.csv`; `facts` are its first columns."""
   metrics, optimizer = result.metrics, {}
   if isinstance(cell.optimizer, optimizers.OptimizerConfig):
     optimizer = dataclasses.asdict(cell.optimizer)
@@ -374,7 +378,7 @@ def report(
 
 
 def first_images(source: sources.Source, size: int) -> sources.Source:
-  """The first images of a split, to try a script out."""
+  """A source of only the first `size` images of a split, for quick trials."""
   return source._replace(
     split=f"{source.split}[:{size}]",
     images=source.images[:size],

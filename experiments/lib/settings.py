@@ -1,8 +1,8 @@
 """Settings of a script: a frozen dataclass whose fields are its flags.
 
-A field is declared with `flag`, which has the text of `--help`, the allowed values, and
-the methods that use the flag. This module does not read a command line: `launch` does,
-and tests and notebooks construct settings directly.
+A field is declared with `flag`, which takes the text for `--help`, the allowed values,
+and the methods that use the flag. This module does not read a command line: `launch`
+does, and tests and notebooks construct settings directly.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -53,10 +53,10 @@ class Bounds(NamedTuple):
 
 
 # Lower bound of flags that must be above 0, and upper bound of flags that must be below
-# 1. In float32, they still differ from 0 and from 1.
+# 1. The bounds still differ from 0 and from 1 in float32.
 TINY, BELOW_ONE = 1e-12, 0.999999
-# The upper bound is so high that the training loop reports a run that diverges, at the
-# step where it diverges.
+# The upper bound does not exclude runs that diverge; the training loop reports these,
+# with the step at which they diverge.
 RATE = Bounds(TINY, 1e20)
 SHARE = Bounds(0, 1)
 INNER_SHARE = Bounds(1e-6, BELOW_ONE)
@@ -109,19 +109,19 @@ SHARED: Mapping[str, tuple[str, Bounds | None, str]] = {
     "common",
   ),
   "dataset": (
-    "Data set: digits, which needs no download, the name of any image set that TFDS"
-    f" has prepared in --data_dir, {own_data_lib.HELP}.",
+    "Data set: digits (needs no download), the name of any image set that TFDS has"
+    f" prepared in --data_dir, {own_data_lib.HELP}.",
     None,
     "data",
   ),
-  "noise": ("Builder of the wrong labels.", None, "data"),
+  "noise": ("Kind of label noise.", None, "data"),
   "noise_fraction": (
-    "Parameter of the noise builder: the share of wrong labels.",
+    "Parameter of --noise: the share of wrong labels.",
     SHARE,
     "data",
   ),
   "noise_variant": (
-    "Variant of the noise builder: that of the paper or of its released code.",
+    "Variant of the label noise: that of the paper or of its released code.",
     None,
     "data",
   ),
@@ -132,7 +132,7 @@ SHARED: Mapping[str, tuple[str, Bounds | None, str]] = {
   ),
   "num_meta": ("Number of clean images of each class.", IMAGES, "data"),
   "num_validation": (
-    "Number of images with wrong labels that are held out of training.",
+    "Number of images, with the same label noise, that are held out of training.",
     IMAGES,
     "data",
   ),
@@ -140,7 +140,7 @@ SHARED: Mapping[str, tuple[str, Bounds | None, str]] = {
   "methods": ("Methods to compare, separated by commas.", None, "method"),
   "inner_learning_rate": ("Learning rate of the inner loop.", RATE, "method"),
   "lookahead_learning_rate": (
-    "Learning rate of the virtual step of the meta-learned methods.",
+    "Learning rate of the look-ahead step of the meta-learned methods.",
     RATE,
     "method",
   ),
@@ -152,7 +152,7 @@ SHARED: Mapping[str, tuple[str, Bounds | None, str]] = {
     "method",
   ),
   "dump_losses": (
-    "Keep the training losses in losses-seed-S.npz, to fit a MentorNet-DD to them.",
+    "Save training losses in losses-seed-S.npz, to which a MentorNet-DD can be fitted.",
     None,
     "output",
   ),
@@ -169,7 +169,7 @@ class Flag(NamedTuple):
     bounds: bounds of a number; None allows all.
     methods: names of --methods that use the flag; empty if all do.
     aliases: older names of the flag, which still work.
-    key: key under which the value is recorded; None is the name of the flag.
+    key: key under which the value is recorded; None means the name of the flag.
     recorded: whether the value determines the results and is recorded in them.
     repeated: whether several strings are given by repeating the flag instead of
       separating them by commas.
@@ -200,9 +200,9 @@ def flag(
   recorded: bool = True,
   repeated: bool = False,
 ) -> Any:
-  """Declares a field of `Settings`; the arguments are those of `Flag`.
+  """Declares a field of a class of settings; the arguments are those of `Flag`.
 
-  `unset` describes the meaning of None, the default, and is added to the help text.
+  `unset` says what the default None means, and is added to the help text.
 
   If `help`, `bounds` or `group` is missing, it is taken from `SHARED` by the name of
   the field. A flag that only some methods use belongs to the group of the methods.
@@ -224,7 +224,7 @@ def flag(
 
 def methods_flag(default: Any, offered: Iterable[str]) -> Any:
   """Declares the flag --methods of a script that compares some of `offered`."""
-  return flag(default, f"Methods to compare, of {', '.join(offered)}.")
+  return flag(default, f"Methods to compare: any of {', '.join(offered)}.")
 
 
 def flags_of(settings: "type[Flags]") -> dict[str, Flag]:
@@ -381,14 +381,16 @@ class DataFlags(Flags):
 
   data_dir: str | None = flag(
     None,
-    "Folder of prepared TFDS data sets. The default is TFDS_DATA_DIR if it is set, and"
-    " ~/tensorflow_datasets otherwise.",
+    "Folder of prepared TFDS data sets. The default is the environment variable"
+    " TFDS_DATA_DIR if it is set, and ~/tensorflow_datasets otherwise.",
     group="data",
     recorded=False,
   )
   cache_dir: str | None = flag(
     None,
-    "Folder in which decoded data sets are kept. The default is ~/.cache/l2rw_jax.",
+    "Folder in which decoded data sets are kept. The default is l2rw_jax in the folder"
+    " of the environment variable XDG_CACHE_HOME if it is set, and ~/.cache/l2rw_jax"
+    " otherwise.",
     group="data",
     recorded=False,
   )
@@ -412,7 +414,11 @@ class DataFlags(Flags):
 
   @functools.cached_property
   def _own(self) -> dict[tuple[str, str], own_data.OwnData]:
-    """The data that `read_own` has read; the files may change before the next call."""
+    """The data that `read_own` has read.
+
+    They are kept with these settings, not for the whole process, because the files may
+    change before a later run of the same process.
+    """
     return {}
 
   def _in_memory(self) -> bool | None:
@@ -468,15 +474,15 @@ class TrainingFlags(OutputFlags, ProcessFlags):
 
   num_devices: int | None = flag(
     None,
-    "Number of devices of all processes. The default is the largest number that divides"
-    " the batch or, with several processes, all devices.",
+    "Number of devices, over all processes. The default is the largest number that"
+    " divides the batch or, with several processes, all devices.",
     bounds=Bounds(1, 10**5),
   )
-  # These flags affect only speed and rounding, so a folder may be continued with other
+  # These two flags affect only speed and rounding, so a run may be continued with other
   # values.
   device_map: str = flag(
     "pmap",
-    "Function of JAX that runs a step on the devices; both run the same program.",
+    "JAX function that runs a step on the devices; both run the same program.",
     choices=devices.MAPS,
     recorded=False,
   )
@@ -487,10 +493,10 @@ class TrainingFlags(OutputFlags, ProcessFlags):
     bounds=Bounds(1, 10**6),
     recorded=False,
   )
-  # This flag affects only speed and memory.
+  # These two flags affect only speed and memory.
   data: str = flag(
     "auto",
-    "Place of the training examples: resident keeps them on the devices, stream reads"
+    "Where the training examples are: resident keeps them on the devices, stream reads"
     " them ahead of the steps that use them, and auto streams them if they do not fit"
     " (docs/your_own_data.md).",
     choices=config_lib.DATA,
@@ -583,7 +589,7 @@ def choose(flag_name: str, names: Iterable[str], offered: Collection[str]) -> li
   """The names without repetitions.
 
   Raises:
-    InputError: none is given, or one is not offered.
+    InputError: there are no names, or a name is not offered.
   """
   names = list(dict.fromkeys(names))
   if not names:

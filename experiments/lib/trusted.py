@@ -14,7 +14,7 @@ from l2rw_jax.data import sources
 
 
 def _scale(images: Any) -> own_data.Pixels | None:
-  """The scale of a named set's images, an array or a row source; None if unknown."""
+  """The pixel scale of images, which are an array or a row source; None if unknown."""
   if isinstance(images, np.ndarray):
     return own_data.pixels_of(images) if images.ndim > 2 else None
   return own_data.BYTES if images.dtype == np.uint8 else None
@@ -26,8 +26,8 @@ class Settings(settings_lib.Settings):
 
   trusted: str | None = flag(
     None,
-    "Your own data with labels that you trust, images:DIR, npz:FILE or csv:FILE. All"
-    " these images become the meta set, instead of --num_meta clean ones of each"
+    "Your own data with labels that you trust: images:DIR, npz:FILE or csv:FILE. All of"
+    " these examples become the meta set, instead of --num_meta clean images of each"
     " class.",
     group="data",
   )
@@ -35,7 +35,7 @@ class Settings(settings_lib.Settings):
   def record(self) -> dict[str, Any]:
     """Like the base class, with --trusted or --num_meta, whichever is in effect.
 
-    Folders of versions without --trusted therefore still match.
+    Folders that versions without --trusted have written therefore still match.
     """
     entries = super().record()
     del entries["trusted" if self.trusted is None else "num_meta"]
@@ -70,8 +70,8 @@ class Settings(settings_lib.Settings):
     """The arguments that select the meta set, for functions that make splits.
 
     Args:
-      num_meta: number of clean images of each class without --trusted; None is the
-        value of --num_meta.
+      num_meta: number of clean images of each class, if --trusted is not given; None
+        takes the value of --num_meta.
     """
     if self.trusted_source is None:
       number = cast(Any, self).num_meta if num_meta is None else num_meta

@@ -173,7 +173,7 @@ _MISTAKES = {
   ),
   "batch": (
     ["--fraction=0.01", "--batch_size=20"],
-    "--fraction=0.01 keeps 13 of 1297 images, fewer than --batch_size=20; raise it",
+    "--fraction=0.01 keeps 13 of 1297 images, fewer than --batch_size=20: raise",
   ),
   "epsilon": (["--greedy_epsilon=1e-320"], "--greedy_epsilon=1e-320 must lie"),
   "imbalance": (["--imbalance=0.5"], "--imbalance=0.5 must lie between 1 and"),

@@ -151,7 +151,7 @@ _MISTAKES = {
   ),
   "no_network": (["--networks="], "one model cannot be compared"),
   "fraction": (["--noise_fraction=1.5"], "fraction"),
-  "num_train": (["--num_train=1298"], "--num_train=1298 of 1297 images; lower it"),
+  "num_train": (["--num_train=1298"], "--num_train=1298 exceeds the 1297 images"),
   "unlabeled": (
     ["--num_unlabeled=40"],
     "a batch needs 50 unlabeled images, but there are 40",

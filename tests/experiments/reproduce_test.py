@@ -173,7 +173,7 @@ def test_the_queue_orders_by_value_per_minute_and_refuses_what_does_not_fit(
   monkeypatch.setattr(reproduce, "make_run", make_run)
   is_there, speed = False, 1.0
   settings = reproduce.Settings(minutes=20.0, device="cpu", results=str(tmp_path))
-  with pytest.raises(base.InputError, match="1 cells failed: b"):
+  with pytest.raises(base.InputError, match="1 of 4 cells failed: b"):
     reproduce.run(settings, tmp_path / "w")
   # Value per minute: c 3 / 5, then b 1 / 2 (fails), a 1 / 4, d 1 / 50 (too long).
   assert done == ["c", "a"]

@@ -150,7 +150,7 @@ def _on_a_tpu(monkeypatch):
   ("where", "message"),
   [
     (_without_pytorch, "pip install '.[benchmarks]'"),
-    (_on_a_tpu, "JAX computes on a TPU, but PyTorch on"),
+    (_on_a_tpu, "JAX computes on a TPU, but PyTorch needs"),
   ],
 )
 def test_one_line_says_what_the_peer_lacks(where, message, monkeypatch, tmp_path):
