@@ -39,6 +39,9 @@ from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.methods import nested_maml
 
 State = dict[str, Any]
+# With "mean", the sum of the weights of a batch would be below 1, so that the
+# regularization would outweigh the examples.
+_NORMALIZATION = "sum"
 
 
 class Sizes(NamedTuple):
@@ -212,13 +215,11 @@ def l2rw_solver(learning_rate: float) -> Solver:
   return Solver(init, step, trust)
 
 
-def meta_weight_net_solver(learning_rate: float, normalization: str = "sum") -> Solver:
+def meta_weight_net_solver(learning_rate: float) -> Solver:
   """Meta-Weight-Net with the optimizer of its preset `noise_stable`.
 
   Args:
     learning_rate: initial learning rate of z, and of the look-ahead.
-    normalization: normalization of the weights of a batch. With "mean", their sum is
-      below 1, so that the regularization outweighs the examples.
   """
   preset = meta_weight_net.PRESETS["noise_stable"]
   net = meta_weight_net.WeightNet()
@@ -249,7 +250,7 @@ def meta_weight_net_solver(learning_rate: float, normalization: str = "sum") -> 
       meta_batch.examples,
       optimizer=lookahead,
       opt_state=lookahead.init(z),
-      normalization=normalization,
+      normalization=_NORMALIZATION,
     )
     with base.implicit_promotion():  # Adam computes float**int.
       updates, opt_state = preset.optimizer.update(
@@ -257,7 +258,7 @@ def meta_weight_net_solver(learning_rate: float, normalization: str = "sum") -> 
       )
     phi = optax.apply_updates(phi, updates)
     weights = meta_weight_net.example_weights(
-      net.apply, phi, linearized.losses, normalization=normalization
+      net.apply, phi, linearized.losses, normalization=_NORMALIZATION
     )
     gradient = linearized.weighted_gradient(weights)
     return {

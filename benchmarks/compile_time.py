@@ -173,7 +173,7 @@ class Settings(settings_lib.OutputFlags):
 
   num_arrays: tuple[int, ...] = flag(
     (50, 200),
-    "Numbers of parameter arrays; a layer has two.",
+    "Numbers of parameter arrays; a layer has two, so odd numbers are rounded down.",
     bounds=settings_lib.Bounds(2, 10**5),
   )
 
@@ -190,7 +190,7 @@ def run(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
       lower(step, 4)  # Fills caches of traces that do not depend on the network.
       measured = _measure(step, num_arrays)
       of_plain = of_plain or measured
-      row: dict[str, Any] = {"arrays": num_arrays, "step": name}
+      row: dict[str, Any] = {"arrays": 2 * (num_arrays // 2), "step": name}
       for column, value in measured.items():
         row[column] = round(value, 2)
         row[f"{column}_ratio"] = round(value / of_plain[column], 2)

@@ -16,7 +16,6 @@ Results: results/coreset_selection.
 from collections.abc import Callable, Sequence
 import ctypes
 import dataclasses
-import os
 import pathlib
 import re
 import time
@@ -28,6 +27,7 @@ import numpy as np
 import optax
 from scipy.spatial import distance
 
+from benchmarks import _turns
 from experiments.lib import launch
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
@@ -89,7 +89,8 @@ class Training:
   def __init__(self, split: examples_lib.Splits):
     """Initializes the parameters; compilation happens in the first epoch."""
     self._size = len(split.train.label)
-    self._model = classifier.Classifier(mlp.MLP(split.num_classes, (256,)), 10)
+    classes = split.num_classes
+    self._model = classifier.Classifier(mlp.MLP(classes, (256,)), classes)
     counts = examples_lib.class_counts(split.train, split.num_classes)
     self._counts = jnp.asarray(counts, jnp.int32)[None]
     self._devices = devices_lib.choose(1, _BATCH_SIZE)
@@ -280,7 +281,7 @@ def measure(settings: Settings) -> runner.Rows:
     for name, (_, _, select) in timed.items():
       turns[name].append(_turn(select))
   columns = {"dataset": settings.dataset, "fraction": settings.fraction}
-  columns |= {"repeats": settings.repeats, "cpus": len(os.sched_getaffinity(0))}
+  columns |= {"repeats": settings.repeats, "cpus": _turns.num_cpus()}
   columns |= {"seed": 0, "data": split.fingerprint}
   rows = []
   for name in turns:

@@ -116,8 +116,9 @@ def make_rows(settings: Settings) -> list[dict[str, Any]]:
   for switch, layout in cases:
     row: dict[str, Any] = {"switch": switch or "none", "layout": layout}
     results, plain = measured[switch, layout], measured["", layout]
-    if "error" in results[0]:
-      rows.append({**row, "error": results[0]["error"]})
+    errors = [result["error"] for result in (*results, *plain) if "error" in result]
+    if errors:
+      rows.append({**row, "error": errors[0]})
       continue
     seconds = [value for result in results for value in result["seconds"]]
     ratios = [

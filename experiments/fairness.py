@@ -124,7 +124,7 @@ class Settings(runner.Settings):
     1.0,
     "Coefficient of the mean in the objectives gap and soft_tpr.",
     bounds=settings_lib.COEFFICIENT,
-    methods=FORML,
+    methods=["forml_gap", "forml_soft_tpr"],
   )
   temperature: float = flag(
     0.0,
@@ -226,7 +226,7 @@ def _make_forml(settings: Settings, objective: str) -> base.Method:
   inner = settings.rate if inner is None else inner
   if rate is None:
     # The change of a weight is proportional to the product of the two learning rates.
-    rate = 0.02 / inner if inner else 0.0
+    rate = 0.02 / inner
   options: dict[str, Any] = {
     "reduction": settings.reduction,
     "mean_coefficient": settings.mean_coefficient,

@@ -316,10 +316,11 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   """Trains the runs that are missing, and prints and writes the comparison."""
   names = settings_lib.choose("methods", settings.methods, METHODS)
+  is_digits = settings.dataset == "digits"
+  settings.check_used("num_test", not is_digits, "with --dataset=digits")
   majorities = settings.majority
   if majorities is None:
-    small = settings.dataset == "digits"
-    majorities = (0.9, 0.95) if small else (0.9, 0.95, 0.98, 0.99, 0.995)
+    majorities = (0.9, 0.95) if is_digits else (0.9, 0.95, 0.98, 0.99, 0.995)
   cells = [make_cell(settings, n, m) for m in dict.fromkeys(majorities) for n in names]
   runner.check(settings, cells)
   folder = runner.open_folder(settings, TABLE.name, workdir)

@@ -391,13 +391,14 @@ def forward(name: str) -> Forward:
 def passes(method: str, has_batch_norm: bool) -> tuple[int, int]:
   """Forward passes of a step for each training example and for each clean example.
 
-  A backward pass counts as 2 forward passes. WarPI and the advisor are counted like
-  Meta-Weight-Net.
+  A backward pass counts as 2 forward passes. WarPI and the advisor cost as much as
+  Meta-Weight-Net with BatchNorm (docs/speed.md).
   """
   if method == "l2rw":
     return (5 if has_batch_norm else 4), 3
   if method in ("meta_weight_net", "warpi", "advisor"):
-    return (7 if has_batch_norm else 5), 3
+    is_plain = method == "meta_weight_net" and not has_batch_norm
+    return (5 if is_plain else 7), 3
   return 3, 0
 
 

@@ -15,8 +15,9 @@ that takes logits and labels:
 - Sums over half-precision logits are computed in float32; losses have the type of the
   logits.
 - Losses and their gradients are finite if every logit is finite or, in a class other
-  than the label, -inf (also a single logit, with label 0). The exceptions are `balanced_softmax` and `logit_adjusted`,
-  whose losses are infinite for labels of classes without training examples.
+  than the label, -inf (also a single logit, with label 0). The exceptions are
+  `balanced_softmax` and `logit_adjusted`, whose losses are infinite for labels of
+  classes without training examples.
 """
 
 import math

@@ -111,7 +111,9 @@ def test_logits_of_a_half_precision_network_are_float32(options):
 def test_a_classifier_does_not_scale_tokens_and_floats_are_refused():
   model = classifier.Classifier(_GPT(**_CLASSIFIER), _V)
   problem_params = _params(**_CLASSIFIER)
-  run = jax.jit(lambda x: model.forward(problem_params, {}, x, jax.random.key(0), False))
+  run = jax.jit(
+    lambda x: model.forward(problem_params, {}, x, jax.random.key(0), False)
+  )
   tokens = _tokens()
   expected = run({"image": tokens.astype(np.int32)})[0]
   np.testing.assert_array_equal(run({"image": tokens})[0], expected)
