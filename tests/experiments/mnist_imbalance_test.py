@@ -159,6 +159,7 @@ _MISTAKES = {
   "positional": (["digits"], "unexpected argument 'digits': flags begin with --."),
   "not_a_folder": (["--workdir={tmp}/file/run"], "/file/run: cannot write (Not a dir"),
   "other_settings": (["--workdir={run}", "--momentum=0"], "momentum was 0.9, now 0.0"),
+  "num_test": (["--num_test=100"], "--num_test has no effect with --dataset=digits"),
 }
 
 
