@@ -134,6 +134,7 @@ def _expected(logits, labels):
   return np.stack([formula(log_p, is_label) for _, formula in _LOSSES.values()])
 
 
+@pytest.mark.slow
 @hypothesis.given(
   st.sampled_from(_KINDS),
   st.lists(st.integers(-2, 4), min_size=5, max_size=5),

@@ -91,7 +91,7 @@ def _meta_gradients(axis_name, *data):
   return {name: fun(*data, axis_name) for name, fun in _META_GRADIENTS.items()}
 
 
-@pytest.mark.slow(unless=("False",))
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_meta_gradients_are_the_same_under_shard_map(check_vma):
   data = _problem()

@@ -178,6 +178,7 @@ def test_object_arrays_are_refused(tmp_path):
   assert not list(tmp_path.glob("*"))
 
 
+@pytest.mark.slow
 def test_two_processes_may_share_the_cache(tmp_path):
   program = textwrap.dedent("""
     import pathlib, sys

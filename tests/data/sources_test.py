@@ -478,6 +478,7 @@ def test_load_uses_no_tensorflow_and_no_network_and_prints_nothing(prepared, tmp
   assert done.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_real_mnist(tfds_dir: pathlib.Path, decoded: pathlib.Path):
   source = sources.load("mnist", "train", data_dir=tfds_dir, cache_dir=decoded)

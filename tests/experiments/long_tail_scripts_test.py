@@ -64,6 +64,7 @@ def test_run_writes_rows_and_figures(run):
   assert len({row["data"] for row in rows}) == 2  # a training set for each seed
 
 
+@pytest.mark.slow
 def test_more_imbalances_and_another_shape(run):
   folder, _ = run
   before = scripts.contents(folder / "seeds-0-1")

@@ -107,7 +107,7 @@ def test_other_methods_fit_the_network_and_the_data(name):
   assert found.weights.shape == (6,)
 
 
-@pytest.mark.slow(unless=("l2rw-flags0",))
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "flags"),
   [

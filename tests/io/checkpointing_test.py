@@ -281,6 +281,7 @@ _ignore_late_results = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.slow(unless=("_flip",))
 @_ignore_late_results
 @pytest.mark.parametrize("damage", [_truncate, _flip, pathlib.Path.unlink])
 def test_damage_to_any_file_is_detected(template, tmp_path, caplog, damage):
@@ -395,6 +396,7 @@ def _run(script, *arguments):
   )
 
 
+@pytest.mark.slow("arrays")
 @pytest.mark.parametrize("name", ["arrays", "2"])
 def test_kill_while_saving_keeps_the_previous_one(tmp_path, caplog, name):
   run = _run(_KILLED, tmp_path, "rename", name, 1)

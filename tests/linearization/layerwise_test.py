@@ -135,7 +135,7 @@ def _error(actual, expected):
   return max(np.abs(x - y).max() for x, y in pairs) / scale
 
 
-@pytest.mark.slow("vision_transformer-float64", "lenet-float64")
+@pytest.mark.slow("vision_transformer-float64", "lenet-float64", "text-float64")
 @pytest.mark.parametrize(
   ("name", "dtype"),
   [

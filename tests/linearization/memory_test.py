@@ -208,6 +208,7 @@ def test_a_step_of_meta_weight_net_stores_no_results_for_its_next_derivative():
   assert _resnet_bytes(3) < 1.6 * _resnet_bytes()
 
 
+@pytest.mark.slow
 def test_a_recomputing_step_of_meta_weight_net_stores_one_batch_at_a_time():
   assert _resnet_bytes(32, recompute=True) < 1.5 * _resnet_bytes()
 

@@ -125,7 +125,7 @@ def _mwn(params, batch, meta_batch, size, axis_name=None):
   return _without_engine(result)
 
 
-@pytest.mark.slow(unless=("cpu-_l2rw", "gpu-_mwn"))
+@pytest.mark.slow(unless=("gpu-_mwn",))
 @pytest.mark.usefixtures("loop")
 @pytest.mark.parametrize("run", [_l2rw, _mwn])
 def test_methods_under_vmap(run):
@@ -138,7 +138,7 @@ def test_methods_under_vmap(run):
   _close(actual, expected)
 
 
-@pytest.mark.slow(unless=("False-_l2rw", "True-_mwn"))
+@pytest.mark.slow(unless=("False-_l2rw",))
 @pytest.mark.parametrize("run", [_l2rw, _mwn])
 @pytest.mark.parametrize("check_vma", [False, True])
 def test_eight_devices_equal_one(run, check_vma):

@@ -224,6 +224,7 @@ def test_results_equal_vmap_of_grad(name, monkeypatch):
   np.testing.assert_allclose(_flat(clipped), factors @ gradients / _B, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_microbatches_do_not_change_the_results():
   losses_fn, params, batch = _problem("positions", "float32")
 

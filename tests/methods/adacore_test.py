@@ -158,6 +158,7 @@ def test_craig_selects_by_plain_gradients():
   assert state.averages is None
 
 
+@pytest.mark.slow("shared-True")
 @pytest.mark.parametrize(
   ("scope", "last_layer"), [("shared", False), ("shared", True), ("example", False)]
 )
@@ -237,6 +238,7 @@ def test_loss_derivatives_do_not_depend_on_the_batch_size(monkeypatch):
   chex.assert_trees_all_close(derivatives("shared"), whole, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_expected_gradient_is_weighted_and_approaches_the_full_gradient():
   setup = _setup()
   problem, params, train, _ = setup

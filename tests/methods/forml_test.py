@@ -288,6 +288,7 @@ def test_weights_are_stored_per_example_in_units_of_the_uniform_weight():
   np.testing.assert_allclose(again.weights, expected.weights, rtol=1e-4)
 
 
+@pytest.mark.slow(unless=("4-False",))
 @pytest.mark.parametrize(("num_devices", "repeats"), [(2, True), (4, False)])
 def test_weights_and_state_do_not_depend_on_the_number_of_devices(num_devices, repeats):
   """Exemplars are divided among the devices, or repeated on each of them."""

@@ -159,6 +159,7 @@ _LIBRARIES = {
 }
 
 
+@pytest.mark.slow("haiku")
 @pytest.mark.parametrize(
   "name",
   [

@@ -367,6 +367,7 @@ def test_network_is_updated_every_so_many_steps():
   assert float(always.params) == 0.5 and float(always.meta_loss) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.promotes("optax.adam raises a float to an integer step count")
 def test_network_learns_small_weights_for_large_losses():
   """With 40% wrong labels, it learns weights that decrease with the loss."""

@@ -150,6 +150,7 @@ def _literal_equation_8(params, tasks, meta_tasks, weights):
   return [-_ETA / (m * n) * total for total in totals]
 
 
+@pytest.mark.slow("False")
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("first_order", [False, True])
 def test_equation_8_with_explicit_hessians_or_without(first_order):
@@ -323,6 +324,7 @@ def _method(share="task", gamma=_GAMMA, **settings):
   return nested_maml.nested_maml(gamma, _ETA, share, **_SHARES[share], **settings)
 
 
+@pytest.mark.slow
 def test_zero_weight_learning_rate_is_maml():
   expected, _ = _once(baselines.uniform())
   for share in ("cluster", "item"):

@@ -221,6 +221,7 @@ def _written_out(phi, params, batch, noise):
   return jnp.mean(jnp.stack(per_draw))
 
 
+@pytest.mark.slow
 def test_real_step_uses_the_new_network_and_new_draws():
   method = warpi.warpi(0.1, num_samples=2, hidden=5, optimizer=optax.sgd(20.0))
   run, params, batch, before = _step(method, details=True)

@@ -42,6 +42,7 @@ def test_parameters_of_the_omniglot_network():
   assert total == convolutions + 4 * 3 * 64 + (4 * 64 + 1) * 5
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_the_given_images():
   net = conv4.Conv4(3, width=4)
   rng = np.random.default_rng(1)

@@ -60,6 +60,7 @@ def test_logits_do_not_depend_on_later_tokens():
   assert (np.abs(before[:, 3:] - after[:, 3:]).max(axis=(1, 2)) > 1e-3).all()
 
 
+@pytest.mark.slow
 def test_all_forms_agree():
   """Blocks one by one, in a loop, and in a loop with `remat`."""
   params = _params(**_CLASSIFIER)

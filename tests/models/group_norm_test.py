@@ -14,7 +14,7 @@ def _x(*shape, seed=0):
   return jnp.asarray(3 * np.random.default_rng(seed).normal(size=shape) + 1, np.float32)
 
 
-@pytest.mark.slow("shape1")
+@pytest.mark.slow("shape0", "shape1")
 @pytest.mark.parametrize("shape", [(4, 5, 6, 16), (3, 7, 24), (5, 24)])
 def test_group_norm_equals_flax(shape):
   x = _x(*shape)

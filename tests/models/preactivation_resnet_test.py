@@ -92,7 +92,7 @@ def test_initial_kernels_are_those_of_the_released_code():
   assert np.std(values) == pytest.approx((2 / (9 * 64)) ** 0.5 * 0.88, rel=0.02)
 
 
-@pytest.mark.slow(unless=("8",))
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_result_does_not_depend_on_the_number_of_devices(devices):
   """Statistics and dropout masks are those of the global batch."""

@@ -134,6 +134,7 @@ def test_running_statistics_change_only_in_training(model):
   assert all(jax.tree.leaves(changed))
 
 
+@pytest.mark.slow(unless=("ResNet",))
 @pytest.mark.parametrize("model", _BATCH_NORM_MODELS, ids=lambda m: type(m).__name__)
 def test_logits_are_the_head_of_the_features(model):
   x = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))

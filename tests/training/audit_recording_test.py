@@ -63,6 +63,7 @@ def test_statistics_agree_with_what_the_loop_logs(recorded):
   assert not np.allclose(one, other)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_and_eight_devices_have_the_same(recorded, tmp_path, monkeypatch):
   _, expected = recorded
   settings = {**_STEPS, "checkpoint_every": 3, "seeds": (0, 1)}

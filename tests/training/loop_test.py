@@ -189,7 +189,7 @@ def whole_run(tmp_path_factory):
   return folder
 
 
-@pytest.mark.slow(unless=("adacore",))
+@pytest.mark.slow
 @pytest.mark.parametrize("make", ["adacore", "random_fixed"])
 def test_interrupted_coreset_run_ends_with_the_same_bytes(tmp_path, monkeypatch, make):
   monkeypatch.setattr(workdir, "_commit", lambda: "unknown")

@@ -107,7 +107,7 @@ def _fit(rows, compat="official_code", num_steps=600, restarts=2, **settings):
   return mentornet_network.Mentor("test", network, variables)
 
 
-@pytest.mark.slow(unless=("official_code",))
+@pytest.mark.slow
 @pytest.mark.parametrize("compat", mentornet_network.COMPAT)
 def test_fit_generalizes_to_other_rows(compat):
   rows = mentornet_fitting.pd_rows("self_paced", num_rows=4000)
