@@ -71,7 +71,7 @@ def dump(tmp_path_factory):
 _RUNS = {
   "pd": ["--curriculum=pd", "--num_rows=2000"],
   "dd": ["--curriculum=dd", "--dump={dump}", "--percentile=60"],
-  "labels": ["--curriculum=dd", "--dump={dump}", "--use_labels", "--compat=paper"],
+  "labels": ["--curriculum=dd", "--dump={dump}", "--use_labels"],
 }
 _MISTAKES = {
   "curriculum": (
