@@ -113,6 +113,7 @@ def test_code_of_the_first_page():
   np.testing.assert_allclose(reader["info"].weights, [1, 0])
 
 
+@pytest.mark.slow
 def test_code_of_your_own_training_loop():
   reader = run(DOCS / "training_loop.md", {})
   # Padding has weight 0, and the weights of the real tokens sum to 1.
@@ -130,6 +131,7 @@ def test_code_of_when_weights_do_not_help():
   assert fault.name == "TRAINING_LOSSES"
 
 
+@pytest.mark.slow
 def test_code_of_speed(capsys):
   reader = run(DOCS / "speed.md", {})
   *speeds, plan = capsys.readouterr().out.splitlines()
@@ -205,6 +207,7 @@ def test_code_of_a_method(page, setup):
   assert _OUTCOMES[page](reader)
 
 
+@pytest.mark.slow
 def test_your_own_data(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   rng = np.random.default_rng(0)

@@ -140,6 +140,7 @@ def _bigger(rng, size=16):
   }
 
 
+@pytest.mark.slow("pmap")
 @pytest.mark.parametrize("how", ["pmap", "shard_map"])
 def test_eight_devices_give_the_same_drop_as_one(how):
   optimizer = optax.sgd(0.1, momentum=0.9)

@@ -337,16 +337,16 @@ def _check_variant(variant: str, num_classes: int) -> None:
 
 def _check_matrix(num_classes: int, rate: float) -> None:
   _check_variant(VARIANTS[0], num_classes)
-  _check_share("rate", rate)
+  _check_fraction(rate)
 
 
-def _check_share(name: str, value: float) -> None:
-  if not 0 <= value <= 1:
+def _check_fraction(fraction: float) -> None:
+  if not 0 <= fraction <= 1:
     raise base.InputError(
-      f"{name} must lie in [0, 1] (0.4 flips 40% of the labels); got {value}"
+      f"fraction must lie in [0, 1] (0.4 flips 40% of the labels); got {fraction}"
     )
 
 
 def _choose(size: int, fraction: float, rng: np.random.Generator) -> np.ndarray:
-  _check_share("fraction", fraction)
+  _check_fraction(fraction)
   return rng.choice(size, size=round(fraction * size), replace=False)

@@ -81,6 +81,7 @@ def test_outer_products_select_the_same_as_formed_ones():
     np.testing.assert_array_equal(coreset.weights, expected.weights)
 
 
+@pytest.mark.slow("lazy")
 @pytest.mark.parametrize("greedy", coresets.GREEDY)
 def test_equal_proxies_share_the_weight_of_their_class(greedy):
   labels = np.repeat(["cat", "dog"], [30, 10])

@@ -302,8 +302,8 @@ def test_resample_draws_examples_independently():
   ("call", "message"),
   [
     (lambda: label_noise.symmetric_matrix(1, 0.1), "num_classes must be at least 2"),
-    (lambda: label_noise.uniform_matrix(3, 1.1), r"rate must lie in .* got 1.1"),
-    (lambda: label_noise.uniform_matrix(3, float("nan")), "rate must lie.*nan"),
+    (lambda: label_noise.uniform_matrix(3, 1.1), r"fraction must lie in .* got 1.1"),
+    (lambda: label_noise.uniform_matrix(3, float("nan")), "fraction must lie.*nan"),
     (lambda: label_noise.pair_matrix(3, 0.1, {0: 3}), "from 0 to 2; got 0: 3"),
     (lambda: label_noise.pair_matrix(3, 0.1, {1: 1}), "to another class.*got 1: 1"),
     (

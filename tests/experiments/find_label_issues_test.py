@@ -138,6 +138,7 @@ def test_interrupted_run_continues_to_the_same_list(run, table, tmp_path, monkey
   assert _rows(tmp_path / "run") == _rows(run[0])
 
 
+@pytest.mark.slow
 def test_folder_of_images_with_trusted_ones(tmp_path, capsys):
   rng = np.random.default_rng(0)
   for part, size in (("all", 40), ("trusted", 6)):

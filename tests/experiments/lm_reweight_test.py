@@ -28,6 +28,7 @@ _SMALL = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_rows_and_figure(tmp_path):
   rows = lm_reweight.run(lm_reweight.Settings(**_SMALL), tmp_path)
   assert [row["method"] for row in rows] == ["uniform", "l2rw"]

@@ -331,6 +331,7 @@ def test_linearize_outputs_supports_any_pytree(x64, engine):
   np.testing.assert_allclose(linearized.aux, aux)
 
 
+@pytest.mark.slow("bfloat16-microbatched")
 @pytest.mark.parametrize("engine", [*linearization.ENGINES, "microbatched"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_engines_work_without_promotion_and_with_nan_checks(engine, dtype):

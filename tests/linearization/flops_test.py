@@ -58,8 +58,9 @@ class _Problem(NamedTuple):
 @functools.cache
 def _problem(name):
   network, shape = (_NETWORKS | _SCANNED)[name]
+  dtype = jnp.int32 if name in _SCANNED else jnp.float32
   batch = {
-    "image": jax.ShapeDtypeStruct((_B, *shape), jnp.float32),
+    "image": jax.ShapeDtypeStruct((_B, *shape), dtype),
     "label": jax.ShapeDtypeStruct((_B,), jnp.int32),
     "index": jax.ShapeDtypeStruct((_B,), jnp.int32),
   }

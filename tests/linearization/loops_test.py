@@ -255,7 +255,7 @@ def _error(actual, expected):
   return max(np.abs(x - y).max() for x, y in pairs) / scale
 
 
-@pytest.mark.slow("language", "penalized")
+@pytest.mark.slow("language", "penalized", "nested")
 @pytest.mark.usefixtures("x64")
 @_FLAX_IN_FLOAT64
 @pytest.mark.parametrize("name", _NETWORKS)

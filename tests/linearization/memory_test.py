@@ -152,6 +152,7 @@ def test_microbatches_of_a_quarter_need_less_memory(step):
   assert _bytes(step, _network, microbatch_size=_B // 4) < 0.7 * _plain()
 
 
+@pytest.mark.slow("options1")
 @pytest.mark.parametrize("options", [{"microbatch_size": _B}, {"recompute": True}])
 def test_meta_weight_net_recomputes_instead_of_keeping_both_batches(options):
   recomputing = _bytes(_mwn, _network, **options)
@@ -213,6 +214,7 @@ def test_a_recomputing_step_of_meta_weight_net_stores_one_batch_at_a_time():
   assert _resnet_bytes(32, recompute=True) < 1.5 * _resnet_bytes()
 
 
+@pytest.mark.slow
 def test_rematerialization_saves_memory():
   if _bytes(_mean_gradient, _recomputed) > 0.9 * _plain():
     pytest.skip("this version of XLA:CPU undoes jax.checkpoint in plain training too")

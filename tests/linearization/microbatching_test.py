@@ -179,6 +179,7 @@ def _small_weights(x, meta_x, size):
   )
 
 
+@pytest.mark.slow
 def test_microbatches_work_outside_jit():
   x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2)))
   actual, expected = (_small_weights(x, x, size) for size in (2, None))
@@ -215,7 +216,7 @@ def test_half_precision_gradients_are_summed_in_float32(monkeypatch):
   assert actual.gradient == 600 and actual.gradient.dtype == jnp.bfloat16
 
 
-@pytest.mark.slow(unless=("<lambda>0",))
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "make",
   [

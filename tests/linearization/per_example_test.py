@@ -189,7 +189,9 @@ def _choose(is_ghost, *_):
   return is_ghost
 
 
-@pytest.mark.slow("attention", "experts", "transformed", "recurrent")
+@pytest.mark.slow(
+  "attention", "experts", "transformed", "recurrent", "group_norm", "tied_short"
+)
 @pytest.mark.parametrize(
   "name",
   [

@@ -44,6 +44,7 @@ _LAYERS = {
 }
 
 
+@pytest.mark.slow(unless=("predicate",))
 @pytest.mark.parametrize("name", _LAYERS)
 def test_directional_is_that_of_the_chosen_layers(name):
   layers, used = _LAYERS[name]
@@ -68,6 +69,7 @@ def test_directional_is_that_of_the_chosen_layers(name):
       np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_other_engines_compute_the_same():
   params, x, vector = _problem()
   linearize = restriction.restricted(linearization.linearize, "layer_4")

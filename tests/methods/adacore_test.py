@@ -325,6 +325,7 @@ def test_random_subset_is_redrawn_or_kept():
   np.testing.assert_array_equal(first.weights, np.ones(120))
 
 
+@pytest.mark.slow
 def test_binary_network_with_one_logit():
   train = _examples(60)
   train["label"] = train["label"] % 2

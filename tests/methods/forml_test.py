@@ -134,6 +134,7 @@ def test_first_order_identity_and_finite_differences(setting):
   assert result.finite and result.aux is None
 
 
+@pytest.mark.slow
 def test_scale_of_the_weights_does_not_matter():
   objective = _objective("worst")
   expected, result = _run(objective), _run(objective, 50 * _WEIGHTS)
@@ -319,6 +320,7 @@ def test_weights_and_state_do_not_depend_on_the_number_of_devices(num_devices, r
     )
 
 
+@pytest.mark.slow
 def test_groups_fn_defines_the_groups():
   method = forml.forml(
     _ETA,

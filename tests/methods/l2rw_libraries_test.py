@@ -207,6 +207,7 @@ def test_scores_equal_the_unrolled_step(name):
   np.testing.assert_allclose(info.weights.sum(), 1, rtol=1e-5)
 
 
+@pytest.mark.slow("equinox")
 @pytest.mark.parametrize("name", ["nnx", "equinox"])
 def test_gradients_are_applied_with_each_library(name):
   case = _LIBRARIES[name]()

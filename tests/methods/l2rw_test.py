@@ -138,6 +138,7 @@ def _unrolled(losses_fn, params, optimizer, opt_state, meta=None):
   return jax.jit(unrolled)(params, _BATCH, meta_batch, jnp.zeros(_B))
 
 
+@pytest.mark.slow
 def test_meta_batch_with_another_loss_and_shape():
   target = np.random.default_rng(7).normal(size=(_M, 4)).astype(np.float32)
 
@@ -463,6 +464,7 @@ def test_opt_state_without_optimizer_is_refused():
     l2rw.example_weights(_squared_errors, params, batch, clean, opt_state=())
 
 
+@pytest.mark.slow("False-float16")
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("is_mixed", [False, True])
 def test_small_slopes_in_half_precision_do_not_underflow(dtype, is_mixed):

@@ -178,6 +178,7 @@ def _cosines(params):
   return problem.forward(params, {}, inputs.batch, inputs.key, True)[0]
 
 
+@pytest.mark.slow("True")
 @pytest.mark.parametrize("hinge", [False, True])
 def test_ldam_drw_reweights_from_its_epoch(hinge):
   method = ldam_drw.ldam_drw(0.5, 30.0, 0.9, 4, hinge=hinge)

@@ -358,6 +358,7 @@ def test_gradients_are_summed_within_clusters():
   np.testing.assert_allclose(result.weights, expected[_BATCH["group"]] / _TASKS, 1e-3)
 
 
+@pytest.mark.slow
 def test_weights_per_query_sum_to_the_task_weight():
   result, state = _once(_method("item", gamma=1000.0))
   _, gradient = _value_and_gradient(_item_losses, _TASKS, _ITEMS)
@@ -406,6 +407,7 @@ def test_weights_are_updated_every_so_many_steps():
   assert np.abs(third.weights - second.weights).max() > 1e-3
 
 
+@pytest.mark.slow("cluster")
 @pytest.mark.parametrize("share", ["cluster", "item"])
 def test_eight_devices_equal_one(share):
   method = _method(share)

@@ -145,6 +145,7 @@ def test_classifier_augments_differently_at_every_training_step():
   assert len(np.unique(logits(True, 0, same), axis=0)) == 4
 
 
+@pytest.mark.slow("2")
 @pytest.mark.parametrize("devices", [2, 4])
 def test_augmentation_does_not_depend_on_the_number_of_devices(devices):
   model = classifier.Classifier(mlp.MLP(2, hidden=()), 2, preprocess=CIFAR)

@@ -30,6 +30,7 @@ def test_mismatched_networks_are_refused(outputs, claimed, num_classes):
     model.check(BATCH, num_classes)
 
 
+@pytest.mark.slow(unless=("True-ResNet",))
 @pytest.mark.parametrize(
   "model",
   [mlp.MLP(10, (3, 4)), lenet.LeNet(10), resnet.ResNet(10, blocks=1, width=2)],

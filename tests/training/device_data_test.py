@@ -215,6 +215,7 @@ def test_runs_end_with_the_same_bytes(
   assert toy_runs.outcome(tmp_path / "devices") == toy_runs.outcome(tmp_path / "host")
 
 
+@pytest.mark.slow
 def test_bytes_give_the_run_of_floats_in_a_quarter_of_the_memory(tmp_path):
   runs, sizes = {}, {}
   splits = toy_runs.make_splits(num_train=200, num_meta=20, shape=(5, 5, 1))

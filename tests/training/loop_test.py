@@ -57,7 +57,7 @@ def _assert_tables_close(actual, expected):
     np.testing.assert_allclose(column, expected[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow(unless=("l2rw",))
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["l2rw", "resampling"])
 def test_runs_side_by_side_match_single_runs(tmp_path, name):
   method = _METHODS[name]

@@ -38,6 +38,7 @@ def _snapshot(model=toy_runs.MODEL, optimizer=toy_runs.OPTIMIZER, step=5, seed=1
   )
 
 
+@pytest.mark.slow
 def test_probe_is_the_loss_drop_with_random_labels():
   snapshot = _snapshot()
   # The batch has all images, so their order does not matter.

@@ -20,6 +20,7 @@ def _with_source(source):
   return [split._replace(train=split.train._replace(image=source))]
 
 
+@pytest.mark.slow
 def test_worker_processes_read_the_same_examples(tmp_path, monkeypatch):
   monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
   images = toy_runs.make_splits().train.image

@@ -80,6 +80,7 @@ def test_refresh_is_called_before_every_epoch(tmp_path, monkeypatch):
   assert next(x for p, x in arrays.items() if "steps" in p).tolist() == [_STEPS] * 2
 
 
+@pytest.mark.slow
 def test_refresh_receives_parameters_and_training_set(tmp_path):
   toy = _Toy()
   toy_runs.train(tmp_path / "long", toy.method, seeds=(1,), num_steps=_STEPS)

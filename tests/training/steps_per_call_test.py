@@ -127,6 +127,7 @@ def _assert_same_up_to_rounding(folder, other):
       assert row == pytest.approx(expected_row, rel=1e-6, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "bad_step", [6, 9]
 )  # Within a call of 3 steps, and in a call of 1 step.

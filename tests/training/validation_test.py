@@ -98,6 +98,7 @@ def _one_step(method):
   return problem, params, values[0], output
 
 
+@pytest.mark.slow
 def test_value_defaults_to_the_weighted_loss():
   *_, value, output = _one_step(baselines.random())
   np.testing.assert_allclose(value, output.metrics["weighted_loss"])

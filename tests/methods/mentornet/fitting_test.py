@@ -128,6 +128,7 @@ def test_fit_is_deterministic_and_improves_with_more_starts():
   assert errors[0] <= errors[1] + 1e-6
 
 
+@pytest.mark.slow
 def test_only_frozen_embeddings_do_not_change():
   rows = mentornet_fitting.pd_rows("pd", num_rows=1000)
   start, end = (_fit(rows, num_steps=n, restarts=1).variables for n in (0, 20))
