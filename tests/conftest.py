@@ -86,15 +86,11 @@ def _check_markers(items):
       raise pytest.UsageError(f"{test}: slow() names unknown parameters: {unknown}")
 
 
-def _is_named(item, config):
-  """Whether the command names a test itself, not only its file."""
-  for argument in config.args:
-    path, _, test = argument.partition("::")
-    here = (config.invocation_params.dir / path).resolve() == item.path.resolve()
-    name = item.nodeid.partition("::")[2]
-    if test and here and (name == test or name.startswith(f"{test}[")):
-      return True
-  return False
+def _named(config):
+  """`(path, test)` of the tests that the command names, not only their files."""
+  folder = config.invocation_params.dir
+  parts = [argument.partition("::") for argument in config.args]
+  return {((folder / path).resolve(), test) for path, _, test in parts if test}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -104,10 +100,16 @@ def pytest_collection_modifyitems(config, items):
   A slow test runs with --runslow, or if the command names it. See
   `--no-loadscope-reorder` in the Makefile for the order.
   """
-  if not any("::" in argument for argument in config.args):
+  named = _named(config)
+  if not named:
     _check_markers(items)
+
+  def is_named(item):
+    name = item.nodeid.partition("::")[2]
+    return any((item.path, x) in named for x in (name, name.partition("[")[0]))
+
   if not config.getoption("--runslow"):
-    slow = [item for item in items if _is_slow(item) and not _is_named(item, config)]
+    slow = [item for item in items if _is_slow(item) and not is_named(item)]
     config.hook.pytest_deselected(items=slow)
     left_out = set(slow)
     items[:] = [item for item in items if item not in left_out]
