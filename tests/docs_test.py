@@ -185,7 +185,17 @@ def moved(reader: dict, name: str) -> bool:
   return any((np.asarray(a) != b).any() for a, b in zip(leaves, before, strict=True))
 
 
-@pytest.mark.slow("mentornet", "warpi", "advisor", "nested_maml")
+@pytest.mark.slow(
+  "mentornet",
+  "warpi",
+  "advisor",
+  "nested_maml",
+  "forml",
+  "label_transition",
+  "absgd",
+  "bare",
+  "group_dro",
+)
 @pytest.mark.parametrize("page", sorted(p.stem for p in METHODS.glob("*.md")))
 def test_code_of_a_method(page, setup):
   if page == "index":

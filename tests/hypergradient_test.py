@@ -201,6 +201,7 @@ def test_the_default_inner_gradient_is_zero():
   chex.assert_trees_all_close(*both(_params()), rtol=1e-13)
 
 
+@pytest.mark.slow(unless=("None-2",))
 @pytest.mark.parametrize("microbatch_size", [None, 2])
 @pytest.mark.parametrize("objective", [None, jnp.max])
 def test_no_optimizer_is_a_step_of_sgd_with_a_learning_rate_of_one(

@@ -271,7 +271,11 @@ def test_a_label_of_probability_zero_has_a_finite_loss():
   [
     (losses.focal, {"gamma": -1}, "focal: gamma=-1 must be at least 0"),
     (losses.focal, {"gamma": np.nan}, "focal: gamma=nan must be"),
-    (losses.symmetric_cross_entropy, {"alpha": -0.1}, "alpha=-0.1, beta=1.0 must be finite and not negative"),
+    (
+      losses.symmetric_cross_entropy,
+      {"alpha": -0.1},
+      "alpha=-0.1, beta=1.0 must be finite and not negative",
+    ),
     (losses.symmetric_cross_entropy, {"alpha": 0, "beta": 0}, "one must be positive"),
     (losses.generalized_cross_entropy, {"q": 0}, r"q=0 must be in \(0, 1\]"),
     (losses.generalized_cross_entropy, {"threshold": 1.0}, "threshold=1.0 must be in"),

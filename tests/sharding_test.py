@@ -272,6 +272,13 @@ _MAPS = {
   "batch_norm-2-jit_explicit",
   "batch_norm-2-jit_replicated",
   "batch_norm-2-shard_map_unchecked",
+  "batch_norm-2-pmap",
+  "one_shard-8-pmap",
+  "one_shard-8-jit_replicated",
+  "one_shard-8-vmap",
+  "two_layers-8-jit_replicated",
+  "two_layers-8-vmap",
+  "two_layers-8-shard_map_unchecked",
 )
 @pytest.mark.parametrize("map_name", _MAPS)
 @pytest.mark.parametrize(

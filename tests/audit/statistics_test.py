@@ -239,6 +239,7 @@ def _call(state, batch, axis_name):
   return audit.update(state, **batch, axis_name=axis_name)
 
 
+@pytest.mark.slow(unless=("explicit",))
 @pytest.mark.parametrize("how", ["pmap", "shard_map", "explicit", "automatic"])
 def test_eight_devices_are_one(how):
   found = _mapped(how, "devices", _batches(), jax.devices()[:8])

@@ -137,6 +137,7 @@ def test_the_bound_does_not_change_the_selection(bound):
   assert bound is not None or selection.gains[0] >= 0
 
 
+@pytest.mark.slow("stochastic")
 @pytest.mark.parametrize("which", ["lazy", "stochastic"])
 def test_all_points_one_point_and_equal_points(which):
   def choose(points, size):

@@ -254,6 +254,7 @@ def test_presets_equal_the_released_codes(name, facts):
     assert float(rates(step + 1)) == pytest.approx(0.1 ** (i + 2))
 
 
+@pytest.mark.slow(unless=("10-mwn_stable", "100-mentornet"))
 @pytest.mark.parametrize("name", script.PRESETS)
 @pytest.mark.parametrize("num_classes", [10, 100])
 def test_networks_of_presets_fit_the_data(name, num_classes):

@@ -181,6 +181,7 @@ def test_a_finished_run_is_not_repeated_and_another_dump_is_one_line(done, dump)
   }
 
 
+@pytest.mark.slow(unless=("pd-pd",))
 @pytest.mark.parametrize(
   ("name", "preset"), [("pd", "pd"), ("dd", "dd_resnet"), ("labels", "dd_inception")]
 )

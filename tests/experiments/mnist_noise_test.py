@@ -199,7 +199,10 @@ _MISTAKES = {
     ["--noise=bare_class_conditional"],
     "bare_class_conditional",
   ),
-  "meta_none": (["--num_meta=0", "--methods=warpi"], "clean examples, but the set is empty"),
+  "meta_none": (
+    ["--num_meta=0", "--methods=warpi"],
+    "clean examples, but the set is empty",
+  ),
   "meta_many": (["--num_meta=500"], "lower --num_meta"),
   "meta_batch": (["--meta_batch_size=51"], "must lie between 1 and the 50 clean"),
   "plateau": (["--plateau"], "--plateau needs a validation set: give --num_validation"),

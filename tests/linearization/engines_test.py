@@ -138,6 +138,7 @@ def test_unit_vectors_give_the_gradient_of_each_example():
   chex.assert_trees_all_close(actual, expected, rtol=1e-12)
 
 
+@pytest.mark.slow("eager-difference", "eager-reverse", "eager-forward")
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("engine", linearization.ENGINES)
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
@@ -331,7 +332,13 @@ def test_linearize_outputs_supports_any_pytree(x64, engine):
   np.testing.assert_allclose(linearized.aux, aux)
 
 
-@pytest.mark.slow("bfloat16-microbatched")
+@pytest.mark.slow(
+  "bfloat16-microbatched",
+  "bfloat16-auto",
+  "bfloat16-reverse",
+  "bfloat16-difference",
+  "float32-forward",
+)
 @pytest.mark.parametrize("engine", [*linearization.ENGINES, "microbatched"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_engines_work_without_promotion_and_with_nan_checks(engine, dtype):

@@ -81,6 +81,7 @@ def _three_of_the_whole_batch():
   return _three(linearization.linearize)
 
 
+@pytest.mark.slow(unless=("cpu-2", "gpu-5"))
 @pytest.mark.usefixtures("loop")
 @pytest.mark.parametrize("size", [1, 2, _B, 100])
 def test_any_microbatch_size_gives_the_numbers_of_the_whole_batch(size):

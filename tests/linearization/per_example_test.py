@@ -190,7 +190,14 @@ def _choose(is_ghost, *_):
 
 
 @pytest.mark.slow(
-  "attention", "experts", "transformed", "recurrent", "group_norm", "tied_short"
+  "attention",
+  "experts",
+  "transformed",
+  "recurrent",
+  "group_norm",
+  "tied_short",
+  "lookups",
+  "sliced",
 )
 @pytest.mark.parametrize(
   "name",

@@ -388,6 +388,7 @@ _LOSSES_UNDER_ABSGD = {
 _FOR_NOISE = ("symmetric", "truncated")
 
 
+@pytest.mark.slow(unless=("cross_entropy", "ldam"))
 @pytest.mark.parametrize("name", _LOSSES_UNDER_ABSGD)
 def test_step_on_any_loss(name):
   loss, lam = _LOSSES_UNDER_ABSGD[name], -2.0 if name in _FOR_NOISE else 2.0

@@ -339,6 +339,7 @@ _MEAN_LOSSES = {
 }
 
 
+@pytest.mark.slow(unless=("gce", "balanced"))
 @pytest.mark.parametrize("name", _MEAN_LOSSES)
 def test_methods_named_after_a_loss_minimize_its_mean(name):
   method, loss_fn = _MEAN_LOSSES[name]

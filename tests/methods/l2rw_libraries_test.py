@@ -159,7 +159,7 @@ _LIBRARIES = {
 }
 
 
-@pytest.mark.slow("haiku")
+@pytest.mark.slow("haiku", "equinox")
 @pytest.mark.parametrize(
   "name",
   [

@@ -97,12 +97,9 @@ _METHODS = {
 }
 
 
-# The methods of `make test`: weights per example, global means and normalizers, stored
-# weights, group losses, and meta gradients.
-_SAMPLE = (
-  *("l2rw", "uniform", "adacore", "bare", "absgd", "meta_weight_net_imbalance"),
-  "group_dro",
-)
+# The methods of `make test`: weights per example, global normalizers, coresets, and
+# meta gradients.
+_SAMPLE = ("l2rw", "uniform", "adacore", "absgd", "meta_weight_net_imbalance")
 
 
 class _Net(nn.Module):

@@ -9,6 +9,7 @@ import pytest
 from l2rw_jax.models import conv4
 
 
+@pytest.mark.slow(unless=("shape1-1", "shape2-2"))
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", [(7, 8, 3), (1, 1, 1), (2, 5, 4)])
 def test_convolution_equals_flax(stride, shape):

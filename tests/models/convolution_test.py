@@ -57,6 +57,7 @@ def _num_convolutions(function, *args):
   return jaxpr.count("= conv_general_dilated[")
 
 
+@pytest.mark.slow(unless=("same", "stride", "groups", "channels_first"))
 @pytest.mark.parametrize("case", _CASES)
 def test_blocks_equal_one_convolution(case, x64):
   image_shape, kernel_shape, options = _CASES[case]

@@ -81,6 +81,7 @@ def _reference(variables, compat, losses, differences, labels=_LABELS, epochs=_E
   return logits
 
 
+@pytest.mark.slow(unless=("paper-3", "official_code-3"))
 @pytest.mark.parametrize("history", [1, 3])
 @pytest.mark.parametrize("compat", mentornet_network.COMPAT)
 def test_network_equals_numpy(compat, history):
