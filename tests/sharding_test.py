@@ -290,6 +290,7 @@ def test_all_maps_match_one_device(map_name, problem_name, num_devices):
   _assert_close(actual, _expected(problem_name))
 
 
+@pytest.mark.slow("shard_map")
 @pytest.mark.parametrize("map_name", ["shard_map", "jit_sharded", "jit_explicit"])
 def test_layers_in_a_loop_match_one_device(map_name):
   _assert_close(_MAPS[map_name](_problem("scan"), 2), _expected("scan"))

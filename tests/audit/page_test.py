@@ -298,6 +298,7 @@ def test_the_page_fits_the_window(tab, tmp_path, width):
   assert 250 < shown <= width
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_a_hundred_thousand_examples_are_usable(tab, tmp_path):
   _open(tab, tmp_path, _large())

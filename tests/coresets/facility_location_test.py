@@ -235,6 +235,7 @@ def _temporary_bytes(num_points):
   return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_the_number_of_points():
   small, large = (_temporary_bytes(n) for n in (2000, 16000))
   assert large <= 8.5 * small

@@ -37,6 +37,7 @@ def test_budgets_by_hand():
   np.testing.assert_array_equal(budgets, [5, 5, 2])
 
 
+@pytest.mark.slow("lazy")
 @pytest.mark.parametrize("greedy", coresets.GREEDY)
 def test_selection_is_greedy_in_each_class_and_its_weights_sum_to_n(greedy):
   proxies = _proxies()

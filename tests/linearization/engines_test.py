@@ -280,6 +280,7 @@ def test_zero_directions_and_weights_give_zeros(engine):
   assert not gradient.any()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_complex_parameters_agree_with_the_unrolled_step():
   def losses_fn(params, x):

@@ -77,7 +77,7 @@ _METHODS = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.slow(unless=("_meta_weight_net-meta_weight_net_plans",))
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
 @_METHODS
 def test_the_first_plan_that_fits_is_chosen(make_step, plans):

@@ -68,6 +68,7 @@ def test_difference_refuses_surrogates(name, wrap):
       run_once()
 
 
+@pytest.mark.slow("float32-jax", "bfloat16-jax", "bfloat16-softmax", "bfloat16-sine")
 @pytest.mark.parametrize("name", _CONSISTENT)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_difference_accepts_consistent_derivatives(name, dtype):

@@ -146,6 +146,7 @@ def _proxies(setup):
   return np.asarray(proxies(params))
 
 
+@pytest.mark.slow
 def test_craig_selects_by_plain_gradients():
   setup = _setup()
   state = _refreshed(adacore.adacore(0.2, curvature=False), setup)
@@ -220,6 +221,7 @@ def test_curvature_of_the_last_layer():
   np.testing.assert_allclose(derivatives.features, features)
 
 
+@pytest.mark.slow
 def test_loss_derivatives_do_not_depend_on_the_batch_size(monkeypatch):
   setup = _setup()
 

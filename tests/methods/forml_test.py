@@ -265,6 +265,7 @@ def _inputs(batch, meta_batch=_META):
   return base.Inputs(_params(), {}, (), batch, meta_batch, jnp.int32(0), key)
 
 
+@pytest.mark.slow
 def test_weights_are_stored_per_example_in_units_of_the_uniform_weight():
   method = forml.forml(_ETA, "worst", inner_learning_rate=_ALPHA)
   assert method.needs_meta

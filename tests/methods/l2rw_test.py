@@ -303,6 +303,7 @@ def test_only_the_training_batch_changes_the_running_statistics():
     assert outcome.metrics["direction_finite"] == 1
 
 
+@pytest.mark.slow
 def test_a_clean_gradient_and_some_layers_serve_several_steps():
   def forward(params, model_state, batch, key, train):
     return jnp.tanh(batch["x"] @ params["w"]) @ params["out"], model_state
@@ -484,6 +485,7 @@ def test_small_slopes_in_half_precision_do_not_underflow(dtype, is_mixed):
     np.testing.assert_allclose(info.weights.astype(float), [0.2, 0, 0.8], rtol=2e-2)
 
 
+@pytest.mark.slow
 def test_tokens_can_be_weighted():
   """Losses [B * T] give a score per token; losses [B, T] are refused with advice."""
   rng = np.random.default_rng(0)

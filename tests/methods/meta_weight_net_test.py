@@ -261,7 +261,7 @@ def _factory_step(step=0, **options):
 
 # The gradients of all four variants are tested above; two of them suffice to show that
 # the method passes both settings on.
-@pytest.mark.slow(unless=("sum-False",))
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("normalization", "detached"), [("mean", True), ("sum", False)]
 )
@@ -341,6 +341,7 @@ def test_microbatches_cannot_also_be_recomputed():
     meta_weight_net.meta_weight_net(0.1, microbatch_size=2, recompute=True)
 
 
+@pytest.mark.slow
 def test_preset_provides_missing_settings():
   *_, result, _ = _factory_step(preset="imbalance")
   np.testing.assert_allclose(result.weights.sum(), 1, rtol=1e-5)

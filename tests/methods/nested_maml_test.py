@@ -338,6 +338,7 @@ def test_zero_weight_learning_rate_is_maml():
     )
 
 
+@pytest.mark.slow
 def test_weights_per_task():
   result, state = _once(_method())
   _, gradient = _value_and_gradient(_losses, _TASKS)

@@ -37,6 +37,7 @@ def test_group_norm_equals_flax(shape):
     np.testing.assert_allclose(a / scale, b / scale, atol=3e-6)
 
 
+@pytest.mark.slow
 def test_constant_examples_have_finite_gradients():
   x = jnp.full((2, 4, 4, 8), 10.0)
   net = group_norm.GroupNorm(4)

@@ -43,6 +43,7 @@ def test_recording_changes_nothing_else(recorded, tmp_path):
       assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_statistics_agree_with_what_the_loop_logs(recorded):
   folder, results = recorded
   for seed, result in enumerate(results):

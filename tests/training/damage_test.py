@@ -35,7 +35,8 @@ def runs(tmp_path_factory):
 
 
 def _flip(content):
-  # Another last digit can be the same float in JSON, so a letter is changed if possible.
+  # In JSON, another last digit can be the same float, so a letter is changed if there
+  # is one.
   middle = len(content) // 2
   letters = (i for i in range(middle, len(content)) if content[i : i + 1].isalpha())
   place = next(letters, middle)
