@@ -158,20 +158,18 @@ def on_first(name: str, function: Callable[[], Any]) -> Any:
     if "error" in outcome:
       raise base.InputError(outcome["error"])
     return outcome["value"]
-  outcome = {"ended": "process 0 ended"}
   try:
     result = function()
-    json.dumps(result)  # Raises now what would hide the outcome from the others below.
-    outcome = {"value": result}
+    outcome = json.dumps({"value": result})
     return result
   except base.InputError as error:
-    outcome = {"error": str(error)}
+    outcome = json.dumps({"error": str(error)})
     raise
   except BaseException as error:
-    outcome = {"ended": f"process 0 ended ({type(error).__name__})"}
+    outcome = json.dumps({"ended": f"process 0 ended ({type(error).__name__})"})
     raise
   finally:
-    client().key_value_set(key, json.dumps(outcome))
+    client().key_value_set(key, outcome)
 
 
 def check_same(what: str, values: Mapping[str, Any]) -> None:

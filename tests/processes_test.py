@@ -1,5 +1,7 @@
 """Exchange between processes, seen from one of them."""
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
@@ -69,6 +71,20 @@ def test_errors_of_the_first_process_are_raised_in_all(second_of_two, outcome, e
   second_of_two(outcome)
   with pytest.raises(error, match="no"):
     processes.on_first("x", lambda: pytest.fail("this is the second process"))
+
+
+@pytest.mark.parametrize(
+  ("result", "outcome"),
+  [([1, 2], '{"value": [1, 2]}'), ({1}, '{"ended": "process 0 ended (TypeError)"}')],
+)
+def test_the_first_process_publishes_its_outcome(
+  second_of_two, monkeypatch, result, outcome
+):
+  second_of_two(None)
+  monkeypatch.setattr(processes, "index", lambda: 0)
+  with pytest.raises(TypeError) if "ended" in outcome else contextlib.nullcontext():
+    assert processes.on_first("x", lambda: result) == result
+  assert list(processes.client().sent.values()) == [outcome]
 
 
 def test_waiting_ends_with_the_reason_of_a_process_that_failed(second_of_two):
