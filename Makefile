@@ -19,8 +19,9 @@ DEMO := $(VENV)/.demo-$(TAG)
 TEST := $(VENV)/.test-$(TAG)
 DOCS := $(VENV)/.docs-$(TAG)
 PYTEST = $(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
-# Python compiles what it imports, so pip need not compile every file.
-INSTALL = $(BIN)/python -m pip install --quiet --no-compile --editable
+# Python compiles what it imports, so pip need not compile every file. setuptools warns
+# of every editable installation.
+INSTALL = PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile --editable
 
 .PHONY: demo install install_all test test_all lint docs clean
 .DELETE_ON_ERROR:

@@ -16,8 +16,8 @@ Published (CIFAR-10, 40% noise, test accuracy %): l2rw_uniform: baseline 67.97,
   step, Meta-Weight-Net and WarPI the best epoch on the test set. For mwn_uniform, the
   published baseline and Meta-Weight-Net were trained with different schedules (60,000
   and 20,000 steps, according to the first author); here all methods share one.
-Measured: results/cifar_noise has short runs on a CPU. The main metric is measured at the
-  last step.
+Measured: results/cifar_noise has short runs on a CPU. The main metric is measured at
+  the last step.
 """
 
 from collections.abc import Sequence
