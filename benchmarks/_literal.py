@@ -1,4 +1,4 @@
-"""Baselines for `linearize`: plain SGD and literal implementations of the papers.
+"""Baselines for `linearize`: plain training and literal versions of the papers.
 
 The literal implementations follow the definitions in the papers. They differentiate
 through the unrolled inner step with `jax.grad`

@@ -35,7 +35,7 @@ class Network(NamedTuple):
     make: returns the module. It takes the option `cosine` and, if
       `supports_bfloat16`, the option `dtype`.
     shape: the shape of an example: an image, [H, W, C], or a sequence of tokens, [T].
-    num_classes: the number of classes, or of tokens.
+    num_classes: the number of classes, or the size of the vocabulary.
     batch_size: the default batch size on accelerators.
     cpu_batch_size: the default batch size on a CPU.
     supports_bfloat16: whether the network can compute in bfloat16.
@@ -128,7 +128,7 @@ def module(name: str, dtype: str, cosine: bool = False) -> nn.Module:
 
 
 def batch(name: str, size: int, seed: int) -> dict[str, np.ndarray]:
-  """Returns a batch of white-noise images, or random tokens, with random labels."""
+  """Returns a batch of Gaussian-noise images, or random tokens, with random labels."""
   rng, network = np.random.default_rng(seed), NETWORKS[name]
   shape = (size, *network.shape)
   if network.shape == _SEQUENCE:

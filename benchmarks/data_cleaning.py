@@ -14,7 +14,7 @@ by the error on 5,000 other training images (`dev_percent` in the rows): --learn
 at p = 0.7, and --kept_learning_rate by the mean over p = 0.5, 0.7 and 0.9. Nothing was
 chosen on the test images. Seconds are CPU time of all processor cores, without
 compilation and evaluation.
-Command: python -m benchmarks.data_cleaning --data_dir=DIR
+Command: python -m benchmarks.data_cleaning --data_dir=DIR --num_seeds=2
 Results: results/data_cleaning.
 """
 
@@ -73,19 +73,19 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   methods: tuple[str, ...] = settings_lib.methods_flag(METHODS, METHODS)
   num_seeds: int = flag(3)
   first_seed: int = flag(
-    0, "Number of the first seed.", bounds=settings_lib.Bounds(0, 10**6)
+    0, "The first seed; the others follow it.", bounds=settings_lib.Bounds(0, 10**6)
   )
   num_steps: int = flag(20_480)
   eval_every: int = flag(512)
   batch_size: int = flag(64, "Number of training and of clean examples in a step.")
   num_train: int = flag(20_000)
-  num_meta: int = flag(5_000, "Number of clean images of all classes together.")
+  num_meta: int = flag(5_000, "Total number of clean images, over all classes.")
   learning_rate: float = flag(
     0.02, "Initial learning rate of all methods except SOBA and SABA."
   )
   kept_learning_rate: float = flag(
     3000.0,
-    "Learning rate of the kept weights.",
+    "Learning rate of the example weights, which kept_weights stores between steps.",
     bounds=settings_lib.Bounds(0, 1e9),
     methods=["kept_weights"],
   )
@@ -224,8 +224,8 @@ def make_solver(settings: Settings, name: str, share: float) -> solvers_lib.Solv
 def _steps(solver, sizes, state, first, arrays, numbers, meta_numbers):
   """Takes some steps.
 
-  `numbers` and `meta_numbers` are the batches of these steps, and of the step that
-  follows them.
+  `numbers` and `meta_numbers` are the numbers of the batches of these steps and of the
+  step that follows them.
   """
 
   def batch(of, number, following, num_examples):

@@ -10,7 +10,9 @@ def _on_uncaught(kind: type[BaseException], error: BaseException, trace: Any) ->
   if not issubclass(kind, KeyboardInterrupt):
     sys.__excepthook__(kind, error, trace)
     return
-  print("\ninterrupted; the same command continues.", file=sys.stderr, flush=True)
+  print(
+    "\ninterrupted; rerun the same command to continue.", file=sys.stderr, flush=True
+  )
   os._exit(130)  # Nothing has been opened that would have to be closed.
 
 

@@ -74,8 +74,8 @@ class Settings(settings_lib.OutputFlags):
   )
   num_rows: int = flag(
     100_000,
-    "Number of rows to draw from the grid of losses and epochs to which a predefined"
-    " curriculum is fitted.",
+    "Number of rows to draw from the grid on which a mentor is fitted to a predefined"
+    " curriculum.",
     bounds=settings_lib.Bounds(2, 1_200_000),
     group="data",
   )
@@ -102,14 +102,14 @@ TABLE = table.Layout(
   metrics=(
     table.Metric("accuracy", "accuracy %", scale=100),
     table.Metric("mse", "mean squared error", decimals=5),
-    table.Metric("num_rows", "number", decimals=0),
+    table.Metric("num_rows", "number of rows", decimals=0),
   ),
   settings={"compat": "network of {}", "rows": "{} rows"},
   keys=("rows",),
   method=lambda row: row["curriculum"],
   method_heading="curriculum",
   repeat="fit",
-  published="Published: nothing; how well a mentor imitates what it was fitted to.",
+  published="Published: nothing. The metrics compare a mentor with its targets.",
 )
 
 
@@ -158,9 +158,10 @@ def fit_or_load(
   fitted_to = _fingerprint(rows)
   if path.exists():
     if mentor_file.read(path)["facts"].get("rows") != fitted_to:
+      data = f"the losses in --dump={settings.dump}" if settings.dump else "these rows"
       raise base.InputError(
-        f"{path} was fitted to other losses than those that --dump={settings.dump} now"
-        " contains: choose another --workdir, or delete this file."
+        f"{path} was not fitted to {data}, as they are now: choose another --workdir,"
+        " or delete this file."
       )
     return mentor_file.load(path)
   network = mentornet_network.MentorNetwork(num_classes or 2, settings.compat)
@@ -191,7 +192,7 @@ def _fingerprint(rows):
 def table_rows(
   mentor: mentornet_network.Mentor, rows: mentornet_fitting.Rows
 ) -> list[dict[str, Any]]:
-  """A result row for the rows of the fit, and one for the held-out rows."""
+  """One result row for the training rows, and one for the held-out rows."""
   parts = zip(("train", "test"), mentornet_fitting.split(rows), strict=True)
   return [
     {
@@ -246,7 +247,7 @@ def _draw_predefined(axis, mentor, epoch):
 
 
 def _draw_recorded(axis, mentor, rows, epoch, shown_percentile):
-  """Draws the learned curve, and the share of right labels by loss."""
+  """Draws the learned curve, and the share of correct labels by loss."""
   at = rows.epochs == epoch
   percentile = float(np.median(rows.losses - rows.differences))
   top = float(np.quantile(rows.losses, 0.995))
@@ -261,7 +262,7 @@ def _draw_recorded(axis, mentor, rows, epoch, shown_percentile):
   right, _ = np.histogram(rows.losses[at], edges, weights=rows.targets[at])
   present = count > 0
   centers = (edges[:-1] + edges[1:]) / 2
-  name = "share of right labels"
+  name = "share of correct labels"
   axis.plot(centers[present], right[present] / count[present], "k.", label=name)
   name = f"percentile {shown_percentile:g}"
   axis.axvline(percentile, color="0.7", linewidth=1, label=name)

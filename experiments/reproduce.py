@@ -748,7 +748,9 @@ def run(settings: Settings, workdir: Any) -> list[Entry]:
       continue
     entries = make_entries(settings, cells, root, device)
     if not is_done:
-      print(f"{name}: the {limit:g} minutes are over; the same command continues.")
+      print(
+        f"{name}: the {limit:g} minutes are over; rerun the same command to continue."
+      )
       break
   _summarize(entries, limit)
   if failed:

@@ -55,7 +55,7 @@ def map_batches(
   first, last = bounds[processes.index() :][:2]
   if first < last:
     part = results(starts[first:last])
-  else:  # There are fewer batches than processes; this process returns no rows.
+  else:  # There are fewer batches than processes; this process adds no rows.
     part = jax.tree.map(lambda x: x[:0], results(starts[:1]))
   leaves, structure = jax.tree.flatten(part)
   return jax.tree.unflatten(structure, processes.join(leaves))

@@ -1,4 +1,4 @@
-"""Communication between the processes of one program, on the host.
+"""Communication between the processes of one program, outside of `jit`.
 
 `jax.distributed.initialize` connects the processes. All of them run the same code and
 call the functions of this file in the same order. A program of one process needs no
@@ -194,17 +194,18 @@ def _difference(
   first: dict[str, Any], other: dict[str, Any], process: int, place: str = ""
 ) -> str:
   """The first value that differs, with the names that lead to it."""
-  for name in sorted(first.keys() | other.keys()):
-    if name in first and name in other and first[name] == other[name]:
-      continue
-    one, two = first.get(name), other.get(name)
-    if isinstance(one, dict) and isinstance(two, dict):
-      return _difference(one, two, process, f"{place}{name}, ")
-    here, there = (
-      json.dumps(x[name]) if name in x else "absent" for x in (first, other)
-    )
-    return f"{place}{name} is {here} in process 0 and {there} in process {process}"
-  return "their order differs"
+
+  def text(values, name):
+    # In Python, 1, 1.0 and True are equal, but their JSON differs.
+    return json.dumps(values[name], sort_keys=True) if name in values else "absent"
+
+  names = sorted(first.keys() | other.keys())
+  name = next(x for x in names if text(first, x) != text(other, x))
+  one, two = first.get(name), other.get(name)
+  if isinstance(one, dict) and isinstance(two, dict):
+    return _difference(one, two, process, f"{place}{name}, ")
+  here, there = text(first, name), text(other, name)
+  return f"{place}{name} is {here} in process 0 and {there} in process {process}"
 
 
 def concatenate(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -268,7 +269,7 @@ def from_first(tree: base.PyTree) -> base.PyTree:
 
 
 def _as_bytes(arrays: Sequence[np.ndarray]) -> np.ndarray:
-  # Sums of floats, by which JAX broadcasts, would turn -0.0 into 0.0.
+  # JAX broadcasts by a sum over processes, which would turn a float -0.0 into 0.0.
   flat = [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in arrays]
   return np.concatenate([*flat, np.zeros(1, np.uint8)])
 

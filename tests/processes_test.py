@@ -63,6 +63,12 @@ def test_difference_of_nested_values_is_named():
   assert text == "config, b is 2 in process 0 and absent in process 3"
 
 
+def test_difference_of_types_is_named():
+  # In Python, these numbers are equal.
+  text = processes._difference({"a": 1, "b": 2}, {"a": 1, "b": 2.0}, 1)
+  assert text == "b is 2 in process 0 and 2.0 in process 1"
+
+
 @pytest.mark.parametrize(
   ("outcome", "error"),
   [('{"error": "no"}', base.InputError), ('{"ended": "no"}', processes.EndedError)],

@@ -1,4 +1,4 @@
-"""Evaluations of a finished run against the seconds of its training."""
+"""Test results of a finished run as a function of its training time."""
 
 import pathlib
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ class Curve(NamedTuple):
   def at(self, seconds: Any) -> Any:
     """Results at these seconds, interpolated linearly between evaluations.
 
-    They are NaN before the first evaluation.
+    They are NaN before the first evaluation and constant after the last one.
     """
     return np.interp(seconds, self.seconds, self.values, left=np.nan)
 

@@ -58,8 +58,8 @@ def panels(
     rows: rows of results.
     columns: columns whose values distinguish settings.
     path: path of the PNG file.
-    draw_method: `(axes, height, rows)`, a function that draws the rows of one method in
-      one panel.
+    draw_method: `(axes, place, rows)`, a function that draws the rows of one method at
+      the vertical position `place` of one panel.
     draw_legend: a function that draws the legend on the axes of the last panel.
     title: a function that returns the title of a panel from its values of `columns`;
       None joins the values.
@@ -145,9 +145,9 @@ _FACTS = {"preset": "preset {}", "fraction": "fraction {:g}", "num_steps": "{:,}
 def setting_title(row: Row, columns: Sequence[str]) -> str:
   """The settings of a row, as the two lines of a title.
 
-  The first line has the data set, the network and the preset. It also has the
-  learning-rate schedule if a flag selects the schedule, or if the schedule is a cosine.
-  The second line has `columns`.
+  The second line has `columns`. The first line has the data set, the network and the
+  preset, except those that are in `columns`. It also has the learning-rate schedule if
+  a flag selects the schedule, or if the schedule is a cosine.
   """
 
   def facts(names):

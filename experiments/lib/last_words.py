@@ -18,8 +18,14 @@ from typing import BinaryIO
 # if JAX ends the process at the same time.
 CONNECTED = b"\0connected\n"
 REASON = b"\0reason "
-# Matches the first line of the report of a lost connection.
-_REPORT = re.compile(rb"coordination_service|the JAX distributed service detected")
+# Matches the first line of the report of a lost connection. Lines of the level INFO, as
+# in "I1130 09:41:00 1 coordination_service.cc", are about connections that work.
+_REPORT = re.compile(
+  rb"(?m)^(?!I\d|.*: I ).*"
+  rb"(coordination_service|the JAX distributed service detected)"
+)
+# The beginning of a line of the level ERROR or FATAL, which may be the report's.
+_ERROR = re.compile(rb"[EF]\d")
 _LOST_TASKS = re.compile(rb"stopped sending heartbeats\):\s+(\d+)")
 # Lines about the progress of connections, for each device.
 _NOISE = (b"[Gloo] Rank ",)
@@ -39,9 +45,12 @@ def relay(lines: Iterable[bytes], output: BinaryIO, not_connected: str) -> None:
   report, is_connected, has_reason = b"", False, False
   for line in lines:
     if REASON in line:
-      # JAX may be in the middle of a line of its report.
+      # JAX may be in the middle of a line, of its report or of other output.
       before, _, reason = line.partition(REASON)
-      report += before
+      if report or _ERROR.match(before):
+        report += before
+      elif before:
+        output.write(before + b"\n")
       has_reason = True
       output.write(reason)
       output.flush()
@@ -67,11 +76,11 @@ def explanation(report: bytes) -> str:
   """
   tasks = _LOST_TASKS.search(report)
   which = f"process {tasks[1].decode()}" if tasks else "process 0"
-  return f"{which} ended or cannot be reached; the same command continues."
+  return f"{which} ended or cannot be reached; rerun the same command to continue."
 
 
 if __name__ == "__main__":
-  # A cluster's scheduler may send a signal to a whole process group. This program
+  # A cluster's scheduler may send a signal to every process of a job. This program
   # ignores the signal, so that it ends after the process whose output it relays.
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)

@@ -259,7 +259,7 @@ def _stop(number: int, frame: Any) -> None:
 
 def _end_by(number: signal.Signals) -> None:
   event = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
-  distributed.leave(128 + number, f"\n{event}; the same command continues.")
+  distributed.leave(128 + number, f"\n{event}; rerun the same command to continue.")
 
 
 def _lose(error: Exception) -> None:

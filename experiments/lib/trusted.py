@@ -35,7 +35,7 @@ class Settings(settings_lib.Settings):
   def record(self) -> dict[str, Any]:
     """Like the base class, with --trusted or --num_meta, whichever is in effect.
 
-    Folders that versions without --trusted have written therefore still match.
+    Settings that were written before --trusted existed therefore still match.
     """
     entries = super().record()
     del entries["trusted" if self.trusted is None else "num_meta"]

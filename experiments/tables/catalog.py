@@ -41,7 +41,7 @@ def _step_label(row: table_lib.Row) -> str:
 
 CORESET_SELECTION = table_lib.Layout(
   name="coreset_selection",
-  title="Choosing a tenth of MNIST, in epochs of training on it",
+  title="The cost of selecting a tenth of MNIST, in training epochs",
   metrics=(
     table_lib.Metric("seconds", "seconds, median", decimals=3),
     table_lib.Metric("epochs", "epochs"),
@@ -53,13 +53,13 @@ CORESET_SELECTION = table_lib.Layout(
     "dataset": "{}",
     "num_examples": "{:,} examples",
     "fraction": "{:.0%} to choose",
-    "repeats": "{} turns of each",
+    "repeats": "{} rounds",
     "cpus": "CPU cores: {}",
   },
   keys=("num_examples", "cpus"),
-  method_heading="what",
+  method_heading="timed",
   repeat="benchmark",
-  published="Published: nothing that compares.",
+  published="Published: nothing comparable.",
 )
 
 DATA_CLEANING = table_lib.Layout(
@@ -75,7 +75,7 @@ DATA_CLEANING = table_lib.Layout(
   settings={"dataset": "{}", "share": "p = {:g}", "num_steps": "{:,} steps"},
   keys=("share",),
   published=(
-    "Published: curves only (benchopt/benchmark_bilevel), which could not be read."
+    "Published: curves only (benchopt/benchmark_bilevel), without numeric values."
   ),
 )
 
@@ -85,7 +85,7 @@ LABEL_ISSUES = table_lib.Layout(
   metrics=(
     table_lib.Metric("auroc", "AUROC", decimals=4),
     table_lib.Metric("precision_at_k", "precision at k %", scale=100, decimals=1),
-    table_lib.Metric("missed_share", "missed at the noise rate %", 100, decimals=1),
+    table_lib.Metric("missed_share", "missed at k %", 100, decimals=1),
     table_lib.Metric("estimate_ratio", "estimated / true number"),
     table_lib.Metric("flagged_precision", "precision of flagged %", 100, decimals=1),
     table_lib.Metric("flagged_recall", "recall of flagged %", 100, decimals=1),
@@ -106,9 +106,9 @@ STEP_TIME = table_lib.Layout(
     table_lib.Metric("flops_ratio", "FLOPs / plain"),
     table_lib.Metric("temporary_bytes_ratio", "memory / plain"),
     table_lib.Metric("faster_than_torch", "times eager PyTorch's speed"),
-    table_lib.Metric("fraction_of_peak", "of matrix peak"),
+    table_lib.Metric("fraction_of_peak", "share of peak matmul FLOP/s"),
     table_lib.Metric("compile_seconds", "s to compile", decimals=1),
-    table_lib.Metric("repeats", "turns", decimals=0),
+    table_lib.Metric("repeats", "rounds", decimals=0),
   ),
   settings={
     "network": "{}",
@@ -224,8 +224,8 @@ def markdown(tables: Sequence[table_lib.Table]) -> str:
 def compact(tables: Sequence[table_lib.Table]) -> str:
   """The short form of the tables, for `results/README.md`."""
   parts = [
-    f"Mean ± 95% Student-t interval over runs, at the last step; in brackets the"
-    f" published value. {_MADE}"
+    f"Mean ± 95% Student-t interval over runs, at the last step; the published value is"
+    f" in parentheses. {_MADE}"
   ]
   for table in tables:
     parts += [f"### {_title(table)}", formats.compact(table)]
@@ -251,8 +251,8 @@ def between_markers(text: str, block: str) -> str:
   _, end, after = rest.partition(END)
   if not end or text.count(BEGIN) != 1 or text.count(END) != 1:
     raise base.InputError(
-      f"--readme must contain one {BEGIN} and after it one {END}; add them at the place"
-      " of the tables."
+      f"--readme must contain one {BEGIN} and after it one {END}; add them where the"
+      " tables belong."
     )
   return f"{before}{BEGIN}\n\n{block}\n{END}{after}"
 

@@ -24,8 +24,8 @@ examples with c* = j and the label g. If c* is not the given label, the example 
 counted only if it is clear, p[c*] >= 0.8 t[c*]. Q also counts examples that are only
 hard for the network. But classes that resemble each other (pullovers and coats) are
 confused in both directions about equally often. The part that is common to both
-directions, S[j, g] = min(Q[j, g], Q[g, j]), is therefore subtracted where it exceeds
-the mean of S over all pairs. Off the diagonal,
+directions is S[j, g] = min(Q[j, g], Q[g, j]); what exceeds the mean of S over all pairs
+is therefore subtracted. On the diagonal, Z is Q. Off the diagonal,
 
     Z[j, g] = Q[j, g] - max(S[j, g] - mean of S, 0)
     M[j, g] = Z[j, :] summed  *  share of Z off the diagonal / (C - 1)              (2)
@@ -51,9 +51,9 @@ labeled c*.
 W[j, g] counts the sure examples off the diagonal. Each row j is divided by the share of
 sure examples among those with c* = j that are labeled j, to make up for the wrong
 labels of examples that are not sure. Even sure examples are confused in both directions
-if classes resemble each other. E(W) is therefore the sum of W without the part of
-min(W, W^T) that exceeds its median over the pairs. That part is kept for pairs in which
-one entry is more than 2.5 times the other. Then
+if classes resemble each other. E(W) is therefore the sum of W minus the part of
+min(W, W^T) that exceeds its median over the pairs; nothing is subtracted for a pair in
+which one entry is more than 2.5 times the other. Then
 
     x = E(W) / number of examples with another label than c*
     o = (1.5 x / (1 - x))^3                                                         (4)
@@ -69,7 +69,7 @@ label. Probabilities on training examples, unlike those on held-out examples, ar
 towards the given label, so that few wrong labels pass that test. The bias is about the
 same for all examples and does not change the order of p[c] - t[c], until the network
 has memorized the wrong labels. Memorized wrong labels are not counted, so the number of
-issues is too low for small tables of data.
+issues is too low for small tabular data sets.
 
 A meta set has an effect only through training: in a run of L2RW the network learns less
 from wrong labels, so that its predictions may rank labels better. The scores of L2RW

@@ -49,8 +49,8 @@ class Pool(NamedTuple):
   """The truth about the training tasks, which methods must not use.
 
   Attributes:
-    classes: classes of each task, [N, ways]. The foreign classes have the first
-      numbers, the classes of the training source the next ones.
+    classes: classes of each task, [N, ways]. The classes of `foreign`, which are out
+      of distribution, have the first numbers, the classes of `train` the next ones.
     is_foreign: whether a task is out of distribution, bool [N].
     is_wrong: whether an image's class is not the class of its way, bool
       [N, ways, k + q].
@@ -103,22 +103,22 @@ def episodes(
   A task draws its classes and then their images at random without replacement.
   Exactly round(`num_tasks` * `foreign_share`) of the training tasks are drawn from
   `foreign`. Label noise is added to `train` before tasks are drawn, so it affects both
-  supports and queries. Of the n training images, floor(`noise_share` * n) get a label
-  drawn uniformly from all C training classes, including the true one; the expected
-  share of wrong labels is therefore `noise_share` * (C - 1) / C. The draws are
+  support and query images. Of the n training images, floor(`noise_share` * n) get a
+  label drawn uniformly from all C training classes, including the true one; the
+  expected share of wrong labels is therefore `noise_share` * (C - 1) / C. The draws are
   independent: the validation and test tasks do not depend on `foreign_share` or
   `noise_share`.
 
-  Tasks with the same group share a weight. Groups are k-means clusters (scikit-learn)
-  of descriptors with an entry for every class of `foreign` and `train`, which is 1 if
-  the task has the class and 0 otherwise.
+  NestedMAML can learn one weight for all tasks of a group. Groups are k-means clusters
+  (scikit-learn) of descriptors with an entry for every class of `foreign` and `train`,
+  which is 1 if the task has the class and 0 otherwise.
 
   Args:
     train: images of the training classes.
     meta: images of the validation classes.
     test: images of the test classes.
     num_ways: number of ways (classes) of a task.
-    num_shots: k, the number of supports of each way.
+    num_shots: k, the number of support images of each way.
     num_queries: q, the number of queries of each way.
     num_tasks: number of training tasks.
     num_meta_tasks: number of validation tasks.

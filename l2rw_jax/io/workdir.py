@@ -110,8 +110,11 @@ def write_record(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
 
   Raises:
     InputError: the file cannot be written; its old content is kept.
-    TypeError, ValueError: `value` is not JSON; nothing is written.
+    TypeError, ValueError: `value` is not JSON, or has a key "sha256"; nothing is
+      written.
   """
+  if _CHECKSUM in value:
+    raise ValueError(f"{path}: the key {_CHECKSUM!r} is reserved for the checksum.")
   plain = json.loads(_dump(dict(value)))
   write_json(path, {**plain, _CHECKSUM: _digest(plain)})
 
@@ -195,8 +198,8 @@ def prepare(
     `path`, which exists and can be written to.
 
   Raises:
-    InputError: the folder cannot be written, contains a run with other settings or
-      inputs or a run without settings, has a damaged `settings.json`, or is used by
+    InputError: the folder cannot be written to, contains a run without settings or
+      with other settings or inputs, has a damaged `settings.json`, or is used by
       another process; an input cannot be read; or several processes disagree on the
       settings or do not share the folder.
   """
@@ -427,9 +430,11 @@ def _is_file(descriptor: int, path: pathlib.Path) -> bool:
 def setting_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
   """Describes the differences between two sets of settings, as `changes` does.
 
+  An input that only one of the two has is not a difference.
+
   Args:
     old: settings with "inputs", as `settings_of` returns them.
-    new: current settings. An input that only one of them has is not a difference.
+    new: current settings, likewise.
   """
 
   def flat(settings, other):

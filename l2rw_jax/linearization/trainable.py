@@ -75,7 +75,7 @@ def check(params: base.PyTree) -> None:
   if not any(jnp.issubdtype(t, jnp.inexact) for t in types):
     names = sorted({str(t) for t in types})
     raise base.InputError(
-      "params has no floating-point array, so that nothing can be trained"
+      "params has no floating-point array, so nothing can be trained"
       f" (its types: {', '.join(names) or 'none'}): convert params to float32."
     )
 
@@ -88,7 +88,7 @@ def zero_gradient(leaf: Any) -> Any:
 
 
 def zero_gradients(tree: base.PyTree) -> base.PyTree:
-  """`zero_gradient` of each leaf; leaves of the same type share an array."""
+  """`zero_gradient` of each leaf; leaves of the same shape and dtype share an array."""
   zeros: dict[Any, Any] = {}
 
   def zero(leaf):

@@ -54,7 +54,7 @@ def update_weights(
   Args:
     weights: weights of this device's examples, [B].
     gradient: dF/dw at these weights, [B].
-    weight_learning_rate: eta, the change of a weight (1 / B is uniform) per dF/dw.
+    weight_learning_rate: eta, the learning rate of weights that sum to 1.
     axis_name: mapped axis over which the batch is sharded.
 
   Returns:
@@ -116,7 +116,7 @@ def example_weights(
     params: any pytree of parameters.
     batch: the training batch, in the form that `losses_fn` takes.
     meta_batch: the exemplars.
-    weights: weights of the batch before the update, [B], in any positive unit.
+    weights: weights of the batch before the update, [B]: non-negative, on any scale.
     objective: maps the exemplar losses [M] of all devices to F, for instance
       `lambda losses: group_objectives.worst(losses, groups, num_groups)`.
     weight_learning_rate: eta, see `update_weights`.
@@ -285,16 +285,15 @@ def forml(
   The state contains the weights [N], in units of the uniform weight; all are 1 at
   first. The weights of a batch are gathered by `batch["index"]`, normalized over the
   global batch, updated, and stored again; an index may occur only once in a batch. The
-  outer optimizer then updates the network with the new weights. The sums of the paper
-  are over all examples. The normalization within a batch is a choice of this library;
-  its disadvantage is that the weights of a batch that contains only low weights are
-  scaled up to a mean of 1.
+  outer optimizer then updates the network with the new weights. The normalization
+  within a batch is a choice of this library; its disadvantage is that the weights of a
+  batch that contains only low weights are scaled up to a mean of 1.
 
   Args:
-    weight_learning_rate: eta, the change of a weight per dF/dw, where the weights of a
-      batch sum to 1. Weights change in proportion to the product eta alpha. On MNIST
-      with batches of 100, products of 0.01 (the default) and 0.02 performed best among
-      products from 0.0004 to 0.1.
+    weight_learning_rate: eta, the learning rate of weights that sum to 1 over a batch.
+      Weights change in proportion to the product eta alpha. On MNIST with batches of
+      100, products of 0.01 (the default) and 0.02 performed best among products from
+      0.0004 to 0.1.
     objective: one of `OBJECTIVES`.
     num_groups: G; the number of classes if None.
     inner_learning_rate: alpha, the learning rate of the look-ahead step of plain SGD.

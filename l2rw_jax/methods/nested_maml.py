@@ -248,8 +248,8 @@ def nested_maml(
     tasks. With items, the `weights` of its gradients are sums over the items of a task.
 
   Raises:
-    InputError: a setting is out of range or does not apply to `share`; before an epoch,
-      a cluster is not in 0 to K - 1.
+    InputError: a setting is out of range or does not apply to `share`; or, when an
+      epoch begins, the cluster of a task is not in 0 to K - 1.
   """
   _check_share(share, num_clusters=num_clusters, num_items=num_items)
   for name, value in (

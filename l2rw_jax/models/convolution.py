@@ -1,12 +1,12 @@
 """Convolutions whose kernel gradients are fast on a CPU.
 
 XLA:CPU computes the gradient of a kernel as a convolution of the inputs with the
-gradient of the outputs, which acts as a kernel of the size of the whole image. If this
-gradient takes 7 MiB or more, the computation takes several times as long as the
-convolution itself, which has the same number of operations. `conv_general_dilated`
-therefore computes large outputs in blocks of rows. The gradient of the kernel is then
-the sum over the blocks. A forward pass alone becomes slower; docs/speed.md has the
-measurements.
+gradient of the outputs, which acts as a kernel of the size of the whole image. If the
+gradient of the outputs occupies 7 MiB or more, the computation takes several times as
+long as the convolution itself, which has the same number of operations.
+`conv_general_dilated` therefore computes large outputs in blocks of rows. The gradient
+of the kernel is then the sum over the blocks. A forward pass alone becomes slower;
+docs/speed.md has the measurements.
 """
 
 from collections.abc import Sequence

@@ -11,17 +11,18 @@
                                 trained parameters, see `variables`
     folder/seed-S/results.json  written last; it marks the run as finished
 
-The same call continues an interrupted run, which then ends with the same bytes in the
-files of `seed-S`, except for TensorBoard's, as an uninterrupted one, if the number of
-steps per call is the same. Checkpoints and results record what the numbers of the run
-depend on: settings, data and, for an unfinished run, versions and kind of device. A
-folder that contains another run is refused. On SIGINT, SIGTERM and SIGHUP, a checkpoint
-is saved before the run stops.
+The same call continues an interrupted run. If the number of steps per call is the same,
+all files of `seed-S` except TensorBoard's are then byte for byte those of an
+uninterrupted run. Checkpoints and results record what the numbers of the run depend on:
+settings, data and, for an unfinished run, versions and kind of device. A folder that
+contains another run is refused. On SIGINT, SIGTERM and SIGHUP, a checkpoint is saved
+before the run stops.
 
 Several processes (`jax.distributed`) train one run together: all of them call `train`
 with the same arguments, every process sends its rows of every batch to its devices, and
-process 0 writes the files, in a folder that all of them can read. Another number of
-processes and devices can continue the run; the results then differ only by rounding.
+process 0 writes the files, in a folder that all of them can read. The run can be
+continued with another number of processes and devices; the results then differ only by
+rounding.
 """
 
 from collections.abc import Sequence
@@ -168,11 +169,11 @@ def _train(
           evaluate(run)
           checkpoints(run, metrics, weights)
       if signals:
-        # This step may lie between two intervals, so no row of metrics is written.
+        # This step may lie within an interval, so no row of metrics is written.
         with run.timer.stopped():
           fetch()
           checkpoints.save(run, metrics, weights)
-  if run.step < config.num_steps:  # The signal's handler raised no error.
+  if run.step < config.num_steps:  # The signal's handler did not raise.
     raise KeyboardInterrupt
 
 
@@ -209,7 +210,7 @@ def _is_finished(folder, folders, identities):
   except base.InputError as error:
     problems.append(str(error))
   for problem in problems:
-    logging.warning("%s It is written again, from the last checkpoint.", problem)
+    logging.warning("%s It will be written again, from the last checkpoint.", problem)
   return not problems
 
 

@@ -131,7 +131,7 @@ def test_interrupted_run_continues_to_the_same_list(run, table, tmp_path, monkey
   with monkeypatch.context() as patch:
     patch.setattr(sampling.Sampler, "next", interrupted)
     done = scripts.run(_NAME, *flags)
-  assert done.status == 130 and "the same command continues" in done.complaints
+  assert done.status == 130 and "rerun the same command to continue" in done.complaints
   assert not (tmp_path / "run" / "issues.csv").exists()
   done = scripts.run(_NAME, *flags)
   assert done.status == 0 and done.complaints == ""

@@ -58,6 +58,20 @@ def test_reason_may_arrive_in_the_middle_of_a_line():
   assert _relayed(last_words.CONNECTED, *lines) == "error: reason.\n"
 
 
+def test_output_before_and_after_a_reason_passes():
+  lines = (b"W1 warning" + last_words.REASON + b"stopped.\n", b"rest\n")
+  assert _relayed(last_words.CONNECTED, *lines) == "W1 warning\nstopped.\nrest\n"
+
+
+def test_information_about_connections_is_no_report():
+  lines = (
+    b"I1130 09:41:00.1 1 coordination_service.cc:7] task 0 has connected.\n",
+    b"2026-11-30 09:41:00.1: I xla/coordination_service.cc:7] task 1 has connected.\n",
+    b"rest\n",
+  )
+  assert _relayed(last_words.CONNECTED, *lines) == b"".join(lines).decode()
+
+
 def test_connection_may_be_reported_in_the_middle_of_a_line():
   lines = (b"W1 warning " + last_words.CONNECTED, b"rest\n", *_LOST)
   text = _relayed(*lines)

@@ -227,7 +227,9 @@ def test_time_runs_out_as_if_by_ctrl_c(cells, ctrl_c, monkeypatch, tmp_path, cap
   settings = settings.replace(results=str(tmp_path))
   (entry,) = reproduce.run(settings, tmp_path / "w")
   assert entry.state.name == "started"
-  assert "minutes are over; the same command continues" in capsys.readouterr().out
+  assert (
+    "minutes are over; rerun the same command to continue" in capsys.readouterr().out
+  )
 
 
 def test_the_list_has_numbers_and_commands(tmp_path):

@@ -154,6 +154,12 @@ def test_run_info_without_git(monkeypatch):
   assert workdir.run_info()["commit"] == "unknown"
 
 
+def test_records_have_no_other_checksum(tmp_path):
+  with pytest.raises(ValueError, match="reserved"):
+    workdir.write_record(tmp_path / "a.json", {"sha256": "x"})
+  assert not list(tmp_path.iterdir())
+
+
 def test_records_verify_their_checksum(tmp_path):
   path = tmp_path / "a.json"
   value = {"b": [1, 0.1, None], "a": {"é": "x"}}

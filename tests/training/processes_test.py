@@ -215,7 +215,10 @@ def test_lost_process_ends_the_others_and_the_same_command_continues(tmp_path):
   statuses, outputs = _finish(started)
   assert statuses[0] == -signal.SIGKILL and statuses[1] in (75, -signal.SIGABRT)
   (line,) = outputs[1][1].splitlines()
-  assert "ended or cannot be reached" in line and "the same command continues" in line
+  assert (
+    "ended or cannot be reached" in line
+    and "rerun the same command to continue" in line
+  )
   started = _start_scripts(flags)
   statuses, outputs = _finish(started)
   assert statuses == [0, 0], outputs

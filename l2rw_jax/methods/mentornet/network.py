@@ -4,7 +4,7 @@ The released network processes one step (history length 1) with a bidirectional 
 one unit per direction, concatenates the result with embeddings of the label and the
 epoch percent, and applies dense layers of 20 and 1 units: 257 trained and 500 frozen
 parameters. `compat` selects the released network or the network of the paper, with
-standard choices where the text of the paper is not known to us:
+standard choices where we could not check the text of the paper:
 
 | | "official_code" | "paper" |
 |---|---|---|
@@ -13,7 +13,7 @@ standard choices where the text of the paper is not known to us:
 | epoch embedding | frozen as initialized | trained |
 
 The default is "official_code", because the mentors in the published student commands
-are such networks, and the text of the paper that is known to us does not specify sizes.
+are such networks, and the parts of the paper that we could read do not specify sizes.
 Dense layers are initialized from N(0, 1), as released. This library chose to initialize
 embeddings uniformly in [-1, 1] and LSTM kernels as in flax.
 
