@@ -29,6 +29,7 @@ import optax
 
 from l2rw_jax import base
 from l2rw_jax import hypergradient
+from l2rw_jax.linearization import control_flow
 
 LossFn = Callable[[Any, base.PyTree], base.Array]
 Schedule = float | Callable[[base.Array], base.Array]
@@ -139,7 +140,7 @@ def update(
 
   if every == 1:
     return updated(state)
-  return jax.lax.cond(step % every == 0, updated, lambda state: state, state)
+  return control_flow.cond(step % every == 0, updated, lambda state: state, state)
 
 
 def check_every(method: str, every: int, name: str = "every") -> None:

@@ -1134,6 +1134,7 @@ _OTHER_MODULES = {
   "data": _HOST,
   "io": _HOST,
   "linearization.batch_axes": _INSIDE,
+  "linearization.control_flow": _INSIDE,
   "linearization.ghost_products": _INSIDE,
   "linearization.layerwise": _INSIDE,
   "linearization.ordering": _INSIDE,

@@ -17,7 +17,7 @@ import jax
 from l2rw_jax import base
 
 _MIB = 2**20
-# On CPU microbatches are unrolled, and many of them take minutes to compile.
+# Each plan that does not fit is compiled in vain.
 _MAX_MICROBATCHES = 8
 
 

@@ -16,9 +16,8 @@ With `axis_name`, the microbatches are parts of each device's batch. If arrays a
 sharded over an automatic mesh, the microbatches are parts of the global batch, so that
 examples move between devices.
 
-On CPU, the loop over microbatches is unrolled, because XLA:CPU runs convolutions 6 to
-14 times slower inside a loop; compile time grows with the number of microbatches. On
-other platforms, the loop is not unrolled.
+Microbatches are processed in a loop, so compile time does not depend on their number.
+On a CPU, convolutions in this loop are `control_flow.channels_last`.
 """
 
 from collections.abc import Callable
@@ -29,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2rw_jax import base
+from l2rw_jax.linearization import control_flow
 from l2rw_jax.linearization import ordering
 from l2rw_jax.linearization import trainable
 
@@ -296,8 +296,9 @@ def scan(step, carry, rows, microbatch_size):
     microbatches = jax.tree.map(
       lambda x: x[:num_full].reshape(count, microbatch_size, *x.shape[1:]), rows
     )
-    unroll = count if jax.default_backend() == "cpu" else 1
-    state, results = jax.lax.scan(ordered, state, microbatches, unroll=unroll)
+    state, results = jax.lax.scan(
+      control_flow.channels_last(ordered), state, microbatches
+    )
     results = jax.tree.map(lambda x: x.reshape(num_full, *x.shape[2:]), results)
     all_results.append(results)
   if num_full < size or not count:

@@ -23,6 +23,7 @@ from l2rw_jax import losses as losses_lib
 from l2rw_jax import normalization
 from l2rw_jax import weighted_update
 from l2rw_jax.linearization import batch_axes
+from l2rw_jax.linearization import control_flow
 
 
 def uniform() -> base.Method:
@@ -346,7 +347,7 @@ def fine_tuning(num_steps: int, method: base.Method | None = None) -> base.Metho
       return _same_structure(gradients, problem), state
 
     is_last = inputs.step >= problem.num_steps - num_steps
-    return jax.lax.cond(is_last, clean, initial, state)
+    return control_flow.cond(is_last, clean, initial, state)
 
   return first._replace(gradients=gradients, needs_meta=True)
 

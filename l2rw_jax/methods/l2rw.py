@@ -57,6 +57,7 @@ from l2rw_jax import hypergradient
 from l2rw_jax import linearization
 from l2rw_jax import meta_network
 from l2rw_jax import normalization
+from l2rw_jax.linearization import control_flow
 from l2rw_jax.linearization import microbatching
 from l2rw_jax.linearization import restriction
 from l2rw_jax.linearization import trainable
@@ -388,7 +389,7 @@ def l2rw(
     if refresh_every == 1:
       direction = new_direction(problem, inputs)
     else:
-      state = jax.lax.cond(
+      state = control_flow.cond(
         inputs.step % refresh_every == 0,
         lambda: _stored(new_direction(problem, inputs), inputs.params),
         lambda: state,

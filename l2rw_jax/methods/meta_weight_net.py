@@ -47,6 +47,7 @@ from l2rw_jax import hypergradient
 from l2rw_jax import linearization
 from l2rw_jax import meta_network
 from l2rw_jax import normalization as normalization_lib
+from l2rw_jax.linearization import control_flow
 from l2rw_jax.linearization import microbatching
 
 WeightFn = Callable[[base.PyTree, base.Array], Any]
@@ -506,7 +507,7 @@ def meta_weight_net(
 
     if every == 1:
       return with_update()
-    return jax.lax.cond(inputs.step % every == 0, with_update, without_update)
+    return control_flow.cond(inputs.step % every == 0, with_update, without_update)
 
   return base.Method(
     recomputed_gradients if recompute else gradients, init, needs_meta=True

@@ -37,6 +37,7 @@ from l2rw_jax import base
 from l2rw_jax import hypergradient
 from l2rw_jax import linearization
 from l2rw_jax import meta_network
+from l2rw_jax.linearization import control_flow
 
 SHARES = ("task", "cluster", "item")
 
@@ -321,7 +322,7 @@ def nested_maml(
       state = update(state)
     else:
       is_due = inputs.step % every == 0
-      state = jax.lax.cond(is_due, update, lambda state: state, state)
+      state = control_flow.cond(is_due, update, lambda state: state, state)
     size = base.global_size(linearized.losses.size, axis_name)
     weights = base.take(state.weights, place).ravel() / size
     grads = base.summed_gradient(linearized, weights, axis_name)

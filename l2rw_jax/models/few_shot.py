@@ -21,6 +21,7 @@ import numpy as np
 from l2rw_jax import base
 from l2rw_jax import linearization
 from l2rw_jax import losses
+from l2rw_jax.linearization import control_flow
 
 # Number of tasks that are adapted in parallel in evaluation; bounds the memory.
 _EVALUATION_BATCH_SIZE = 20
@@ -68,7 +69,7 @@ def adapt(
 
   if num_steps == 1:
     return step(0, params)
-  return jax.lax.fori_loop(0, num_steps, step, params)
+  return jax.lax.fori_loop(0, num_steps, control_flow.channels_last(step), params)
 
 
 class Learner(NamedTuple):

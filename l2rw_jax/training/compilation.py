@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from l2rw_jax import base
+from l2rw_jax.linearization import control_flow
 from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import device_data
 from l2rw_jax.training import devices as devices_lib
@@ -77,8 +78,7 @@ def functions(
 
     rows = (train.rows, None if meta is None else meta.rows)
     if len(train.rows) > 1:
-      return jax.lax.scan(step, state, rows)
-    # Even a loop of one step is slow on CPU: see `steps_per_call`.
+      return jax.lax.scan(control_flow.channels_last(step), state, rows)
     state, output = step(state, jax.tree.map(lambda x: x[0], rows))
     return state, jax.tree.map(lambda x: jnp.asarray(x)[None], output)
 
