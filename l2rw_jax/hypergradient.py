@@ -421,13 +421,12 @@ def local(direction: Direction, axis_name: base.AxisName) -> Direction:
 def known_vector(direction: Direction) -> base.PyTree | None:
   """The vector along which `weight_gradient` takes the derivative, or None.
 
-  It is None if a parameter is in half precision, because `weight_gradient` then scales
-  the vector. The losses are not known yet: if only they are in half precision, the
-  vector is scaled too, and the derivative along the vector of this function is unused.
+  It is None if a parameter is float16, because `weight_gradient` then scales the
+  vector. The losses are not known yet: if only they are float16, the vector is scaled
+  too, and the derivative along the vector of this function is unused.
   """
   types = [x.dtype for x in jax.tree.leaves(direction.vector)]
-  is_half = any(_is_inexact(t) and base.accumulator_dtype(t) != t for t in types)
-  return None if is_half else direction.vector
+  return None if any(map(_is_narrow, types)) else direction.vector
 
 
 def weight_gradient(
@@ -435,16 +434,17 @@ def weight_gradient(
 ) -> base.Array:
   """dM/dw, [B]: the gradient of the meta loss with respect to this device's weights.
 
-  Its type is float32 or wider. If parameters or losses are float16 or bfloat16, the
-  direction is first scaled to about unit length by a power of two, because the small
-  derivatives along a short direction would underflow.
+  Its type is float32 or wider. If parameters or losses are float16, the direction is
+  first scaled to about unit length by a power of two, because the small derivatives
+  along a short direction would underflow. bfloat16 has the range of float32.
   """
   types = [x.dtype for x in jax.tree.leaves((direction.vector, linearized.losses))]
-  if all(base.accumulator_dtype(t) == t or not _is_inexact(t) for t in types):
-    return linearized.directional(base.local(direction.vector, axis_name))
+  dtype = base.accumulator_dtype(linearized.losses.dtype)
+  if not any(map(_is_narrow, types)):
+    vector = base.local(direction.vector, axis_name)
+    return linearized.directional(vector).astype(dtype)
   vector, length = _unit(direction.vector)
   slopes = linearized.directional(base.local(vector, axis_name))
-  dtype = base.accumulator_dtype(slopes.dtype)
   return slopes.astype(dtype) * length.astype(dtype)
 
 
@@ -476,6 +476,11 @@ def _unit(vector):
 
 def _is_inexact(dtype):
   return jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _is_narrow(dtype):
+  """Whether the smallest positive number of a type is larger than that of float32."""
+  return _is_inexact(dtype) and jnp.finfo(dtype).tiny > jnp.finfo(jnp.float32).tiny
 
 
 def network_gradient(
