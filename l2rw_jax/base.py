@@ -466,14 +466,14 @@ def take(table: Array, index: Array) -> Array:
   Raises:
     InputError: `index` is neither integer nor boolean.
   """
-  table, index = jnp.asarray(table), jnp.asarray(index)
-  if index.dtype == jnp.bool_:
-    index = index.astype(jnp.int32)
-  if not jnp.issubdtype(index.dtype, jnp.integer):
+  table = jnp.asarray(table)
+  dtype = jnp.result_type(index)
+  if not (jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_):
     raise InputError(
-      f"classes and groups must be integers; got {index.dtype}. Convert them with"
+      f"classes and groups must be integers; got {dtype}. Convert them with"
       " astype(int)."
     )
+  index = wide_integers(index, table.shape[0])
   sharding = jax.typeof(index).sharding
   options: dict[str, Any] = {}
   if any(sharding.spec):
@@ -484,6 +484,26 @@ def take(table: Array, index: Array) -> Array:
     index = jnp.where((index >= 0) & (index < size), index, size)
     options |= {"mode": "fill", "fill_value": jnp.nan}
   return table.at[index].get(**options)
+
+
+def wide_integers(values: Any, size: int) -> Array:
+  """Integers in a type that has -1 and `size`, which unsigned and narrow types lack.
+
+  Args:
+    values: integers or booleans of any type, or a list of them.
+    size: number of values that exist, 0 to `size` - 1. All others become -1 if `values`
+      is not a JAX array, because JAX would keep only the lower 32 of 64 bits, so that
+      2**32 would become 0.
+
+  Returns:
+    An array of int32, or of int64 if `values` is a JAX array of a 64-bit type.
+  """
+  if not isinstance(values, jax.Array):
+    values = np.asarray(values)
+    exists = (values >= 0) & (values < size)
+    return jnp.asarray(np.where(exists, values.astype(np.int32), -1), jnp.int32)
+  is_wide = jnp.dtype(values.dtype).itemsize == 8
+  return values.astype(jnp.int64 if is_wide else jnp.int32)
 
 
 def unsharded(x: Array) -> Array:
@@ -673,6 +693,12 @@ def check_losses(name: str, losses: Any) -> None:
       f"{name} must be floating-point numbers; got {losses.dtype}, which has no"
       " gradient, so that all weights would be zero. Compute the losses in float32."
     )
+
+
+def check_not_empty(name: str, value: Array) -> None:
+  """Raises InputError if a batch has no example: its statistics are undefined."""
+  if not value.shape[0]:
+    raise InputError(f"{name} is empty: the batch needs at least one example.")
 
 
 def check_vector(name: str, value: Any) -> None:

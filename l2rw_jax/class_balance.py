@@ -206,6 +206,8 @@ def balanced_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     Rows of the training set, int [(N // C) * C] for C classes that have examples.
   """
   classes = np.unique(labels)
+  if not len(classes):
+    return np.zeros(0, np.int64)
   num_rounds = len(labels) // len(classes)
   columns = [rng.choice(np.flatnonzero(labels == c), size=num_rounds) for c in classes]
   return rng.permuted(np.stack(columns, axis=1), axis=1).ravel()

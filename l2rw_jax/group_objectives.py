@@ -44,7 +44,9 @@ def group_means(
   """
   _check(values, groups)
   exist = _check_exist(groups, num_groups)
-  is_member = groups[:, None] == jnp.arange(num_groups)[None, :]
+  groups = base.wide_integers(groups, num_groups)
+  columns = jnp.arange(num_groups, dtype=groups.dtype)
+  is_member = groups[:, None] == columns[None, :]
   counts = is_member.sum(axis=0)
   # A matrix product would be rounded on TPU, and would spread a NaN to all groups.
   dtype = base.accumulator_dtype(values.dtype)
@@ -215,24 +217,25 @@ def check_groups(groups: Any, num_groups: int, where: str = "the exemplar set") 
 
 def _check(values, groups):
   base.check_vector("losses", values)
-  if groups.shape != values.shape:
+  shape, dtype = jnp.shape(groups), jnp.result_type(groups)
+  if shape != values.shape or not jnp.issubdtype(dtype, jnp.integer):
     raise base.InputError(
-      f"groups must be one integer per exemplar, shape {values.shape}; got"
-      f" {groups.shape}."
+      f"groups must be one integer per exemplar, shape {values.shape}; got {shape} of"
+      f" {dtype}."
     )
 
 
 def _check_exist(groups, num_groups):
   """Whether all groups are in 0 to G - 1; raises InputError outside `jit` if not."""
-  bad = (groups < 0) | (groups >= num_groups)
-  exist = ~bad.any()
-  if not isinstance(exist, jax.core.Tracer) and not exist:
-    row = int(np.flatnonzero(np.asarray(bad))[0])
+  numbers = base.wide_integers(groups, num_groups)
+  exist = (numbers >= 0) & (numbers < num_groups)
+  if not isinstance(exist, jax.core.Tracer) and not exist.all():
+    row = int(np.flatnonzero(~np.asarray(exist))[0])
     raise base.InputError(
       f"groups are 0 to {num_groups - 1}; got {int(groups[row])} in row {row}: correct"
       " the groups or num_groups."
     )
-  return exist
+  return exist.all()
 
 
 def _check_choice(name, value, allowed):

@@ -15,7 +15,8 @@ that takes logits and labels:
 - Sums over half-precision logits are computed in float32; losses have the type of the
   logits.
 - Losses and their gradients are finite if every logit is finite or, in a class other
-  than the label, -inf (also a single logit, with label 0). The exceptions are
+  than the label, -inf (also a single logit, with label 0), and if differences of the
+  finite logits are much smaller than the largest number of their type. Exceptions are
   `balanced_softmax` and `logit_adjusted`, whose losses are infinite for labels of
   classes without training examples.
 """
@@ -25,7 +26,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from l2rw_jax import base
@@ -232,7 +232,7 @@ def generalized_cross_entropy(
   Args:
     logits: [B, C] or [B, 1].
     labels: integer class of each example, [B].
-    q: in (0, 1].
+    q: in (0, 1], at least 1e-30.
     threshold: k, in (0, 1); None for no truncation.
     where: which examples count, bool [B]; None is all.
 
@@ -247,7 +247,8 @@ def generalized_cross_entropy(
     Networks with Noisy Labels", NeurIPS 2018.
   """
   name = "generalized_cross_entropy"
-  _check(0 < q <= 1, f"{name}: q={q} must be in (0, 1]")
+  # In float32, 1e-40 would become 0.
+  _check(1e-30 <= q <= 1, f"{name}: q={q} must be in (0, 1], at least 1e-30")
   log_p, is_label, scale = label_rows(logits, labels, where)
   log_p = _at(log_p, is_label)
   if threshold is not None:
@@ -459,15 +460,7 @@ def transition_loss(
 
 def label_mask(labels: base.Array, num_classes: int) -> base.Array:
   """One-hot labels, bool [B, C]; a row is all False if its label is not a class."""
-  if not isinstance(labels, jax.Array):
-    # JAX would keep only the lower 32 of 64 bits, so that 2**32 would become class 0.
-    labels = np.asarray(labels)
-    exists = (labels >= 0) & (labels < num_classes)
-    labels = jnp.asarray(np.where(exists, labels.astype(np.int32), -1), jnp.int32)
-  # Narrow integers may be too small for C, and unsigned integers cannot represent
-  # negative labels.
-  is_wide = jnp.dtype(labels.dtype).itemsize == 8
-  labels = labels.astype(jnp.int64 if is_wide else jnp.int32)
+  labels = base.wide_integers(labels, num_classes)
   columns = jnp.arange(num_classes, dtype=labels.dtype)
   return labels[:, None] == columns[None, :]
 

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from l2rw_jax import base
@@ -63,7 +62,7 @@ class State(NamedTuple):
   Attributes:
     params: phi.
     opt_state: state of the meta optimizer.
-    meta_loss: meta loss of the last meta gradient, NaN before the first; scalar.
+    meta_loss: meta loss of the last meta gradient, infinite before the first; scalar.
     finite: whether the last meta gradient was finite; bool scalar.
     zero_slope: `zero_slope` of the last meta gradient; bool scalar.
     fault: `fault` of the last meta gradient, a `base.Fault`; int32 scalar.
@@ -89,8 +88,8 @@ def dense(width: int, fan_in: int) -> nn.Dense:
 
 def init(params: base.PyTree, optimizer: optax.GradientTransformation) -> State:
   """The state before the first meta gradient."""
-  # NumPy makes the NaN, because JAX would raise an error under `jax_debug_nans`.
-  unknown = jnp.asarray(np.full((), np.nan, jnp.result_type(float)))
+  # It is not NaN, because JAX would raise an error under `jax_debug_nans`.
+  unknown = jnp.full((), jnp.inf)
   return State(
     params,
     hypergradient.init_optimizer(optimizer, params),

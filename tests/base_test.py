@@ -189,3 +189,22 @@ def test_permutation_visits_every_example_once():
   train = {"index": np.arange(5)}
   rows = base.permutation((), None, train, np.random.default_rng(0))
   assert sorted(rows.tolist()) == list(range(5))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int32", "uint32"])
+def test_take_reads_the_row_of_every_integer_type(dtype):
+  index = np.array([0, 1, 120, 127], dtype)
+  table = jnp.arange(300.0)
+  for given in (index, jnp.asarray(index)):
+    np.testing.assert_array_equal(base.take(table, given), index)
+    np.testing.assert_array_equal(jax.jit(base.take)(table, given), index)
+
+
+def test_integers_that_do_not_exist_become_minus_one():
+  np.testing.assert_array_equal(
+    base.wide_integers(np.array([0, 255, 2**32, -1, 2**63 - 1]), 256),
+    [0, 255, -1, -1, -1],
+  )
+  wide = base.wide_integers(jnp.array([0, 200], jnp.uint8), 300)
+  assert wide.dtype == jnp.int32
+  np.testing.assert_array_equal(wide, [0, 200])

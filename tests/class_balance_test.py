@@ -130,3 +130,8 @@ def test_counts_keep_double_precision(x64):
   for typed in (counts, counts.astype(np.float64)):
     actual = class_balance.inverse_frequency(typed)
     np.testing.assert_allclose(actual, expected, rtol=1e-14)
+
+
+def test_no_labels_have_no_order():
+  order = class_balance.balanced_order(np.zeros(0, int), np.random.default_rng(0))
+  assert order.shape == (0,)

@@ -196,3 +196,18 @@ def test_invalid_arguments_are_refused(call, message):
 
 def test_valid_groups_pass():
   go.check_groups(np.array([1, 0, 1], np.int32), 2)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "int32"])
+def test_groups_of_every_integer_type(dtype):
+  groups = jnp.array([0, 100, 100], dtype)
+  with jax.numpy_dtype_promotion("strict"):
+    for function in (go.group_means, jax.jit(go.group_means, static_argnums=2)):
+      means, present = function(jnp.array([1.0, 2.0, 4.0]), groups, 256)
+      assert int(present.sum()) == 2
+      np.testing.assert_array_equal(means[jnp.array([0, 100])], [1, 3])
+
+
+def test_groups_that_are_not_integers_are_refused():
+  with pytest.raises(base.InputError, match="one integer per exemplar"):
+    go.group_means(jnp.ones(2), jnp.array([0.5, 1.0]), 2)

@@ -122,7 +122,7 @@ def test_updates_are_computed_in_one_of_every_steps():
 
   optimizer = optax.sgd(0.5)
   state = meta_network.init(jnp.array(1.0), optimizer)
-  assert np.isnan(state.meta_loss)
+  assert np.isposinf(state.meta_loss)
   for step, (phi, meta_loss) in enumerate([(0.5, 3), (0.5, 3), (0.25, 1.5)]):
     state = meta_network.update(
       state, meta_gradient_fn, optimizer, jnp.int32(step), every=2
@@ -149,3 +149,10 @@ def test_a_gradient_that_is_not_finite_is_reported():
   result = run(jnp.ones(1), jnp.array(False))
   assert result.fault == base.Fault.TRAINING_LOSSES and not result.finite
   assert result.engine == "forward"
+
+
+def test_state_is_made_under_nan_checks():
+  with jax.debug_nans(True):
+    for make in (meta_network.init, jax.jit(meta_network.init, static_argnums=1)):
+      state = make({"w": jnp.ones(2)}, optax.sgd(0.1))
+      assert np.isposinf(state.meta_loss)

@@ -185,14 +185,18 @@ def update(
   [1.609   nan 0.105]
   """
   num_examples, num_classes = state.probabilities.total.shape
-  index, logits, labels = (jnp.asarray(x) for x in (index, logits, labels))
+  index, labels = (
+    x if isinstance(x, jax.Array) else np.asarray(x) for x in (index, labels)
+  )
+  logits = jnp.asarray(logits)
   _check(index, logits, labels, weights, scores, mask, num_classes)
-  # The type must be able to represent -1 and N, unlike unsigned and narrow types.
-  index = index.astype(jnp.int32)
+  index = base.wide_integers(index, num_examples)
   counts = (index >= 0) & (index < num_examples)
+  index = index.astype(jnp.int32)
   if mask is not None:
     counts &= jnp.asarray(mask)
   _refuse_wrong_labels(labels, counts, num_classes)
+  labels = base.wide_integers(labels, num_classes)
 
   state, row_losses = _updated(
     state, index, logits, labels, counts, weights, scores, axis_name=axis_name
@@ -342,13 +346,16 @@ def _step_weight(loss, counts):
 
 
 def _scaled(scores, counts):
-  """Scores divided by the mean |score| of rows that count; zeros stay zeros."""
+  """Scores divided by the mean finite |score| of rows that count; zeros stay zeros."""
   # Scores are first divided by the largest |score|, so that no sum overflows or
   # underflows.
-  largest = jnp.max(jnp.abs(scores), initial=0)
+  # A score that is not finite must not affect other examples.
+  is_finite = counts & jnp.isfinite(scores)
+  sizes = jnp.where(is_finite, jnp.abs(scores), 0)
+  largest = jnp.max(sizes, initial=0)
   scores = base.divide_by_largest(scores, largest)
-  number = jnp.maximum(jnp.sum(counts), 1).astype(jnp.float32)
-  size = jnp.sum(jnp.abs(scores)) / number
+  number = jnp.maximum(jnp.sum(is_finite), 1).astype(jnp.float32)
+  size = jnp.sum(jnp.where(is_finite, jnp.abs(scores), 0)) / number
   return scores / jnp.where(size == 0, 1, size)
 
 
@@ -359,7 +366,8 @@ def _add_rows(state, row):
   # Rows of the same example are combined, so that each example is written once.
   order = jnp.argsort(row["index"])
   ordered = row["index"][order]
-  begins = jnp.concatenate([jnp.ones(1, jnp.bool_), ordered[1:] != ordered[:-1]])
+  first = jnp.ones(min(size, 1), jnp.bool_)
+  begins = jnp.concatenate([first, ordered[1:] != ordered[:-1]])
   place = jnp.cumsum(begins.astype(jnp.int32)) - 1
   target = jnp.full(size, num_examples, jnp.int32).at[place].set(ordered)
 

@@ -91,7 +91,7 @@ def vectors(points: base.Array) -> Vectors:
   accurate. For more coordinates, the squared distance is |a|^2 + |b|^2 - 2 a.b, which
   takes one matrix product; a result below its rounding error is replaced by 0.
   """
-  return Vectors(base.unsharded(jnp.asarray(points)).T)
+  return Vectors(_wide(points).T)
 
 
 def outer_products(
@@ -109,14 +109,23 @@ def outer_products(
     right: v, [n, d].
     scale: divisor of each coordinate, [C, d]; None for 1.
   """
-  left, right = (base.unsharded(jnp.asarray(x)) for x in (left, right))
+  left, right = _wide(left), _wide(right)
+  with base.implicit_promotion():
+    dtype = jnp.promote_types(left.dtype, right.dtype)
+  left, right = left.astype(dtype), right.astype(dtype)
   if scale is None:
     squares = jnp.sum(left**2, axis=1) * jnp.sum(right**2, axis=1)
     return OuterProducts(left, right, None, squares)
-  precision = 1 / jnp.asarray(scale) ** 2
+  precision = (1 / _wide(scale) ** 2).astype(dtype)
   right_squares = jnp.dot(right**2, precision.T, precision=EXACT)
   squares = jnp.sum(left**2 * right_squares, axis=1)
   return OuterProducts(left, right, precision, squares)
+
+
+def _wide(points):
+  """Replicated points in float32 or wider: integers would wrap, half types round."""
+  points = base.unsharded(jnp.asarray(points))
+  return points.astype(base.accumulator_dtype(points.dtype))
 
 
 def _from_inner_products(inner, row_squares, squares):

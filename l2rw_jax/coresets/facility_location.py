@@ -29,7 +29,6 @@ References:
 from collections.abc import Callable
 import functools
 import math
-import numbers
 from typing import NamedTuple
 
 import jax
@@ -115,6 +114,10 @@ def lazy_greedy(
   [2 5 3] [89.5 18.5  9. ] [3. 1. 2.]
   """
   capacity, num_points = _check(points, size, capacity, num_points)
+  if block < 1 or candidates < 1:
+    raise base.InputError(
+      f"block={block} and candidates={candidates} must be at least 1."
+    )
   return _lazy_greedy(points, size, num_points, bound, capacity, block, candidates)
 
 
@@ -166,9 +169,16 @@ def _best_candidate(points, nearest, bounds, candidates):
 def sample_size(num_points: int, size: int, epsilon: float) -> int:
   """Number of candidates per step of `stochastic_greedy`: ceil(n / r ln(1 / epsilon)).
 
+  Raises:
+    InputError: `size` is less than 1, or `epsilon` is not between 0 and 1.
+
   >>> sample_size(60000, 6000, 0.01)
   47
   """
+  if size < 1 or not 0 < epsilon < 1:
+    raise base.InputError(
+      f"size={size} must be at least 1, and epsilon={epsilon} between 0 and 1."
+    )
   return max(1, math.ceil(num_points / size * math.log(1 / epsilon)))
 
 
@@ -243,12 +253,15 @@ def _check(points, size, capacity, num_points):
   num_points = points.num_points if num_points is None else num_points
   if capacity is None:
     capacity = size
-  known = [x for x in (size, capacity) if isinstance(x, numbers.Integral)]
-  if isinstance(num_points, numbers.Integral) and (
-    known and max(known[0], 1) > num_points
-  ):
+  known = [x for x in (size, capacity) if not isinstance(x, jax.core.Tracer)]
+  is_known = not isinstance(num_points, jax.core.Tracer)
+  if is_known and known and max(known[0], 1) > num_points:
     raise base.InputError(
       f"cannot choose size={size} of {num_points} points; lower size."
+    )
+  if is_known and num_points > points.num_points:
+    raise base.InputError(
+      f"num_points={num_points}, but there are {points.num_points} points."
     )
   if len(known) == 2 and capacity < size:
     raise base.InputError(f"capacity={capacity} must be at least size={size}.")

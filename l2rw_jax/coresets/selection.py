@@ -53,14 +53,20 @@ def class_budgets(
       round up), or "equal" for all classes.
 
   Raises:
-    InputError: `size` is out of range or `budget` is unknown.
+    InputError: `size` is out of range, `budget` is unknown, or a count is negative.
 
   >>> print(class_budgets([50, 30, 2], 8), class_budgets([50, 30, 2], 8, "equal"))
   [4 3 1] [3 3 2]
   """
-  counts = np.asarray(class_counts)
+  # Products with counts of a narrow type would overflow.
+  counts = np.asarray(class_counts).astype(np.int64)
   if budget not in BUDGETS:
     raise base.InputError(f"budget={budget!r}: choose one of {BUDGETS}.")
+  if (counts < 0).any() or not counts.any():
+    raise base.InputError(
+      f"class_counts={counts.tolist()}: counts must be at least 0, and one of them"
+      " above 0."
+    )
   present = int((counts > 0).sum())
   if not present <= size <= counts.sum():
     raise base.InputError(
@@ -100,7 +106,7 @@ def select(
   padded to a few sizes, so that they share compiled programs.
 
   Args:
-    proxies: q, [n, C].
+    proxies: q, real numbers [n, C], which are converted to float32 or wider.
     labels: class of each example, [n]: integers, strings or other sortable values.
     size: r, at least one per class and at most n.
     features: inputs of the last layer, [n, d], or None.
@@ -117,7 +123,8 @@ def select(
     A `Coreset`; its weights sum to n.
 
   Raises:
-    InputError: an argument is out of range, or a proxy is NaN or infinite.
+    InputError: an argument is out of range or has a wrong shape, a label is NaN, or a
+      proxy is NaN, infinite, or so large that its square overflows.
   """
   check_greedy(greedy, epsilon)
   labels = np.asarray(labels)
@@ -125,6 +132,8 @@ def select(
     raise base.InputError(
       f"select: proxies must be [n, C]; got shape {np.shape(proxies)}."
     )
+  if not len(proxies):
+    raise base.InputError("select: there are no examples to choose from.")
   if labels.shape != np.shape(proxies)[:1]:
     raise base.InputError(
       f"select: labels of shape {labels.shape} do not match proxies of shape"
@@ -134,15 +143,23 @@ def select(
     raise base.InputError("select: greedy='stochastic' needs key=jax.random.key(seed).")
   if scale is not None and features is None:
     raise base.InputError("select: scale= requires features=.")
-  table = [np.asarray(proxies)]
+  if np.issubdtype(labels.dtype, np.inexact) and not np.isfinite(labels).all():
+    raise base.InputError("select: labels must be finite; give integers or strings.")
+  table = [_wide("proxies", proxies)]
   if features is not None:
-    table.append(_with_bias(features))
-  for name, x in zip(("proxies", "features"), table, strict=False):
-    bad = np.flatnonzero(~np.isfinite(x).all(axis=1))
-    if bad.size:
+    if np.ndim(features) != 2 or len(features) != len(table[0]):
       raise base.InputError(
-        f"select: {bad.size} of the {name} are NaN or infinite; the first is in row"
-        f" {bad[0]}. Check the network or lower the learning rate."
+        f"select: features must be [n, d] for n={len(table[0])} proxies; got shape"
+        f" {np.shape(features)}."
+      )
+    table.append(_with_bias(_wide("features", features)))
+  if scale is not None:
+    scale = _wide("scale", scale)
+    shape = (table[0].shape[1], table[1].shape[1])
+    if scale.shape != shape or not (np.isfinite(scale) & (scale != 0)).all():
+      raise base.InputError(
+        f"select: scale must be finite numbers other than 0 of shape {shape}; got shape"
+        f" {scale.shape}."
       )
   classes, counts = np.unique(labels, return_counts=True)
   sizes = class_budgets(counts.tolist(), size, budget)
@@ -188,8 +205,25 @@ def _rounded_up(size: int) -> int:
   return -(-size // step) * step
 
 
+def _wide(name, values):
+  """`values` as real numbers of float32 or wider; raises InputError if impossible."""
+  values = np.asarray(values)
+  if np.issubdtype(values.dtype, np.complexfloating):
+    raise base.InputError(f"select: {name} must be real numbers; got {values.dtype}.")
+  dtype = jax.dtypes.canonicalize_dtype(base.accumulator_dtype(values.dtype))
+  values = values.astype(dtype)
+  with np.errstate(over="ignore"):
+    lengths = np.sum(values**2, axis=-1, dtype=dtype)
+  bad = np.flatnonzero(~np.isfinite(lengths))
+  if bad.size:
+    raise base.InputError(
+      f"select: {bad.size} of the {name} are NaN, infinite or too large to be squared;"
+      f" the first is in row {bad[0]}. Check the network or lower the learning rate."
+    )
+  return values
+
+
 def _with_bias(features):
-  features = np.asarray(features)
   return np.concatenate([features, np.ones((len(features), 1), features.dtype)], axis=1)
 
 

@@ -9,6 +9,7 @@ batch needs them.
 
 import hashlib
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,7 +65,8 @@ class Pool(NamedTuple):
 
   def wrong_items(self) -> np.ndarray:
     """Whether a query is mislabeled, bool [N, ways * q], as in `Examples.label`."""
-    return self.is_wrong[:, :, self.num_shots :].reshape(len(self.is_wrong), -1)
+    wrong = self.is_wrong[:, :, self.num_shots :]
+    return wrong.reshape(len(wrong), math.prod(wrong.shape[1:]))
 
 
 class Episodes(NamedTuple):
@@ -142,7 +144,8 @@ def episodes(
     descriptor, the clusters and the noise. In the released code, the number of foreign
     tasks is random.
   """
-  examples_lib.check_sizes(num_tasks=num_tasks, num_meta_tasks=num_meta_tasks)
+  examples_lib.check_sizes(num_meta_tasks=num_meta_tasks)
+  _check_at_least(num_tasks=(num_tasks, 1))
   _check(train, meta, test, foreign, foreign_share, noise_share)
   _check_at_least(num_ways=(num_ways, 2), num_shots=(num_shots, 1))
   _check_at_least(num_queries=(num_queries, 1), num_test_tasks=(num_test_tasks, 1))

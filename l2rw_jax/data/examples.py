@@ -164,7 +164,7 @@ def from_arrays(
   """Makes splits from a user's arrays, without changing the arrays.
 
   Each part is a pair of features [N, ...], uint8 or floating point, and labels [N],
-  integers from 0 to C - 1.
+  integers from 0 to C - 1. The features of all parts have the same type and shape.
 
   Args:
     train: the training set.
@@ -178,18 +178,28 @@ def from_arrays(
     Splits whose true labels are the given labels.
 
   Raises:
-    InputError: features and labels have different lengths, labels are not integers from
-      0 to C - 1, or there is no training example.
+    InputError: a part is not a pair, its features and labels have different lengths,
+      its features have another type or shape than those of `train`, labels are not
+      integers from 0 to C - 1, or there is no training example.
   """
   given = {"train": train, "meta": meta, "validation": validation, "test": test}
-  parts = {
-    name: check_examples(_arrays_examples(*pair), name)
-    for name, pair in given.items()
-    if pair is not None
-  }
+  parts = {}
+  for name, pair in given.items():
+    if pair is None:
+      continue
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or pair[1] is None:
+      raise base.InputError(f"{name} must be a pair (features, labels)")
+    parts[name] = check_examples(_arrays_examples(*pair), name)
   whole = parts["train"]
   if not len(whole.label):
     raise base.InputError("train has no examples")
+  kinds = {name: _kind(part.image) for name, part in parts.items()}
+  for name, kind in kinds.items():
+    if kind != kinds["train"]:
+      raise base.InputError(
+        f"the features of {name} are {kind[0]} of shape {kind[1]}, but those of train"
+        f" are {kinds['train'][0]} of shape {kinds['train'][1]}"
+      )
   none = np.zeros(0, np.int64)
   if test is None:
     seen = np.sort(np.random.default_rng(0).permutation(len(whole.label))[:500])
@@ -200,11 +210,19 @@ def from_arrays(
   if num_classes is None:
     num_classes = 1 + max(int(part.label.max(initial=0)) for part in parts.values())
   digest = hashlib.sha256()
+  for name in given:
+    label_noise.check_labels(f"labels of {name}", parts[name].label, num_classes)
   for name, part in sorted(parts.items()):
-    label_noise.check_labels(f"labels of {name}", part.label, num_classes)
     digest.update(repr((name, tuple(part.image.shape))).encode())
     digest.update(part.label.astype("<i4").tobytes())
   return Splits(**parts, num_classes=num_classes, fingerprint=digest.hexdigest()[:16])
+
+
+def _kind(features: Any) -> tuple[str, tuple[int, ...]]:
+  """The type of features, regardless of the precision of floats, and their shape."""
+  dtype = np.dtype(features.dtype)
+  is_float = jax.dtypes.issubdtype(dtype, np.floating)
+  return "floating point" if is_float else str(dtype), tuple(features.shape[1:])
 
 
 def _arrays_examples(features: Any, labels: Any) -> Examples:
@@ -217,14 +235,30 @@ def keep_train(splits: Splits, rows: np.ndarray) -> Splits:
 
   Args:
     splits: the splits.
-    rows: rows of the training set to keep, all different.
+    rows: rows of the training set to keep, all different; or a bool for each row.
 
   Returns:
     Splits with a new fingerprint, in which the training examples keep their order
     and have `index` 0 .. len(rows) - 1.
+
+  Raises:
+    InputError: a row does not exist or occurs twice, or `rows` is neither integers nor
+      one bool for each training example.
   """
+  whole, rows = splits.train, np.asarray(rows)
+  size = len(whole.label)
+  if rows.dtype == np.bool_ and rows.shape == (size,):
+    rows = np.flatnonzero(rows)
   rows = np.sort(rows)
-  whole = splits.train
+  if (
+    not np.issubdtype(rows.dtype, np.integer)
+    or rows.ndim != 1
+    or len(np.unique(rows)) != len(rows)
+    or (rows.size and not 0 <= rows[0] <= rows[-1] < size)
+  ):
+    raise base.InputError(
+      f"rows must be different integers from 0 to {size - 1}, or {size} bools"
+    )
   is_array = isinstance(whole.image, np.ndarray)
   kept = Examples(
     image=whole.image[rows] if is_array else View(whole.image, rows),

@@ -34,6 +34,8 @@ _TEST_SHARE = 5  # One example in five is held out, per class.
 _MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?", "<na>"})
 _LABEL_COLUMNS = ("label", "labels", "class", "target", "y")
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
+# Larger numbers count as missing: they are infinite in float32.
+_LARGEST = float(np.finfo(np.float32).max)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 # A column with a larger share of values that are not numbers is not numeric.
 _STRAY_SHARE = 0.05
@@ -985,7 +987,7 @@ class Encoder:
       )
     if self.numeric is None:
       numbers = np.asarray(values, np.float64).copy()
-      numbers[~np.isfinite(numbers)] = np.nan
+      numbers[~(np.abs(numbers) <= _LARGEST)] = np.nan
     else:
       missing = [c for c in (*self.numeric, *self.categorical) if c not in values]
       if missing:
@@ -1051,7 +1053,7 @@ def _kinds_of_columns(
 def _numbers(table: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
   def number(cell):
     value = float(cell) if _NUMBER.fullmatch(cell) else np.nan
-    return value if np.isfinite(value) else np.nan
+    return value if abs(value) <= _LARGEST else np.nan
 
   size = len(next(iter(table.values())))
   columns = [[number(cell) for cell in table[name]] for name in names]

@@ -126,6 +126,13 @@ def microbatched(
   return linearize_microbatched
 
 
+# Part of the messages about losses functions that do not follow their batch.
+ONE_LOSS_PER_ROW = (
+  "It must compute one loss for each row of its batch: pass arrays with a row per"
+  " example (such as labels) in the batch, and do not close over them."
+)
+
+
 class Weighted(NamedTuple):
   """Result of `weighted_gradient`.
 
@@ -242,7 +249,21 @@ def _always_aux(losses_fn, has_aux):
   """Returns `(params, batch) -> (losses, aux)`."""
 
   def call(params, batch):
-    return base.losses_and_aux("losses_fn", losses_fn(params, batch), has_aux)
+    size = jax.tree.leaves(batch)[0].shape[0]
+    try:
+      result = losses_fn(params, batch)
+    except Exception as error:
+      error.add_note(
+        f"losses_fn was called with a microbatch of {size} examples. {ONE_LOSS_PER_ROW}"
+      )
+      raise
+    losses, aux = base.losses_and_aux("losses_fn", result, has_aux)
+    if losses.shape[0] != size:
+      raise base.InputError(
+        f"losses_fn returned {losses.shape[0]} losses for a microbatch of {size}"
+        f" examples. {ONE_LOSS_PER_ROW}"
+      )
+    return losses, aux
 
   return call
 

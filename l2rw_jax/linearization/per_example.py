@@ -29,6 +29,7 @@ arXiv:1510.01799; Lee and Kifer, "Scaling up Differentially Private Deep Learnin
 Fast Per-Example Gradient Clipping", PoPETs 2021, arXiv:2009.03106.
 """
 
+import numbers
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -192,7 +193,9 @@ def clipped_gradient(
     losses_fn: see `norms`.
     params: see `norms`.
     batch: see `norms`.
-    max_norm: C, a positive scalar.
+    max_norm: C, a positive scalar; infinity clips nothing. A gradient whose squares
+      overflow its type (in float32, of length 1.8e19 or more) counts as infinitely
+      long and becomes 0.
     has_aux: see `norms`.
     engine: see `norms`.
     microbatch_size: see `norms`.
@@ -212,8 +215,11 @@ def clipped_gradient(
     >>> print(clipped_gradient(losses_fn, jnp.array([1., 2.]), jnp.eye(2), 2.)[0])
     [1. 1.]
   """
-  if jnp.shape(max_norm) or (
-    not isinstance(max_norm, jax.core.Tracer) and not max_norm > 0
+  is_number = isinstance(max_norm, numbers.Real | np.ndarray | jax.Array)
+  if (
+    not is_number
+    or jnp.shape(max_norm)
+    or (not isinstance(max_norm, jax.core.Tracer) and not max_norm > 0)
   ):
     raise base.InputError(f"max_norm={max_norm!r}: must be a positive number.")
 
@@ -227,7 +233,9 @@ def clipped_gradient(
   def add(total, gradients):
     values = jnp.sqrt(gradients.squares())
     limit = jnp.asarray(max_norm).astype(values.dtype)
-    clipped = gradients.weighted(limit / jnp.maximum(values, limit))
+    is_long = values > limit
+    factors = jnp.where(is_long, limit / jnp.where(is_long, values, 1), 1)
+    clipped = gradients.weighted(factors)
     total = [t + x.astype(t.dtype) for t, x in zip(total, clipped, strict=True)]
     return total, values
 
@@ -340,7 +348,9 @@ def _map(
 
   def call(leaves, batch):
     result = losses_fn(partition.combine(leaves), batch)
-    return base.losses_and_aux("losses_fn", result, has_aux)
+    losses, aux = base.losses_and_aux("losses_fn", result, has_aux)
+    base.check_not_empty("losses", losses)
+    return losses, aux
 
   if microbatch_size is None:
     gradients = _record(call, leaves, batch, partition.names, engine)
@@ -467,6 +477,11 @@ def _form(call, leaves, rows, merge):
   def loss_and_gradient(row):
     def loss(leaves):
       losses, _ = call(leaves, merge([x[None] for x in row]))
+      if losses.shape != (1,):
+        raise base.InputError(
+          f"losses_fn returned {losses.shape[0]} losses for one example."
+          f" {microbatching.ONE_LOSS_PER_ROW}"
+        )
       return losses.reshape(())
 
     value, vjp_fn = jax.vjp(loss, leaves)

@@ -8,6 +8,7 @@ gradients are those of the whole network.
 
 from collections.abc import Callable, Sequence
 import math
+import numbers
 from typing import Any, TypeAlias
 
 import jax
@@ -26,10 +27,11 @@ def check(layers: Layers | None) -> None:
   """Raises InputError unless `layers` is None or can choose layers."""
   if layers is None or callable(layers):
     return
-  if isinstance(layers, (int, float)):
-    is_valid = not isinstance(layers, bool) and 0 < layers <= 1
+  given: Any = layers
+  if isinstance(given, numbers.Real):
+    is_valid = not isinstance(given, bool) and 0 < float(given) <= 1
   else:
-    names = [layers] if isinstance(layers, str) else list(layers)
+    names = [given] if isinstance(given, str) else list(given)
     is_valid = bool(names) and all(isinstance(n, str) and n for n in names)
   if is_valid:
     return
@@ -85,7 +87,7 @@ def restricted(
     del direction
     linearized = linearize(losses_fn, params, batch, has_aux=has_aux, **options)
     partition = trainable.Partition(params)
-    if isinstance(chosen, (int, float)):
+    if isinstance(chosen, numbers.Real):
       is_used = _last(chosen, losses_fn, params, batch, has_aux)
     else:
       is_used = _named(chosen, partition.names)

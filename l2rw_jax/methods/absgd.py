@@ -89,6 +89,7 @@ def example_weights(
   [2. 4. 8.] 7.0
   """
   base.check_losses("losses", losses)
+  base.check_not_empty("losses", losses)
   _check_settings(lam, gamma, alpha, clip, uniform_share)
   dtype = base.accumulator_dtype(losses.dtype)
   # Stop gradients before the collectives, which must not be differentiated.

@@ -97,7 +97,12 @@ def hessian_diagonal(
 
   Returns:
     The diagonal, shaped like `point`.
+
+  Raises:
+    InputError: `num_probes` is less than 1.
   """
+  if num_probes < 1:
+    raise base.InputError(f"num_probes={num_probes} must be at least 1.")
 
   def probe(key):
     estimator = optax.contrib.hutchinson_estimator_diag_hessian(key)

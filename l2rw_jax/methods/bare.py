@@ -67,6 +67,7 @@ def select(
   """
   _check(kappa, statistics)
   losses_lib.check_logits(logits, labels)
+  base.check_not_empty("logits", logits)
   # Stop gradients before the collectives; half precision is accumulated in float32.
   dtype = base.accumulator_dtype(logits.dtype)
   logits = jax.lax.stop_gradient(logits).astype(dtype)

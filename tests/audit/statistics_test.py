@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
@@ -349,3 +350,31 @@ def test_classes_with_logits_of_minus_infinity_give_an_infinite_mean_margin():
   summary = audit.summarize(state)
   assert summary["mean_margin"] == [np.inf] and summary["mean_loss"] == [0]
   np.testing.assert_array_equal(summary["mean_probabilities"], [[1, 0, 0]])
+
+
+def test_wide_numbers_are_not_truncated():
+  state = audit.init(num_examples=3, num_classes=2)
+  logits = jnp.log(jnp.array([[0.9, 0.1], [0.2, 0.8]]))
+  with pytest.raises(base.InputError, match="the first is 4294967296 in row 0"):
+    audit.update(state, np.array([0, 1]), logits, np.array([2**32, 1]))
+  state = audit.update(state, np.array([2**32 + 2, 1]), logits, np.array([0, 1]))
+  np.testing.assert_array_equal(audit.summarize(state)["seen"], [0, 1, 0])
+
+
+def test_a_score_that_is_not_finite_affects_only_its_example():
+  state = audit.init(num_examples=3, num_classes=2)
+  logits, index = jnp.zeros((3, 2)), jnp.arange(3)
+  for bad in (jnp.inf, jnp.nan):
+    scores = jnp.array([1.0, bad, 3.0])
+    result = audit.summarize(
+      audit.update(state, index, logits, jnp.zeros(3, int), scores=scores)
+    )
+    np.testing.assert_allclose(result["mean_score"][[0, 2]], [0.5, 1.5])
+    assert not np.isfinite(result["mean_score"][1])
+
+
+def test_an_empty_batch_changes_nothing():
+  state = audit.init(num_examples=3, num_classes=2)
+  empty = jnp.zeros(0, jnp.int32)
+  new = audit.update(state, empty, jnp.zeros((0, 2)), empty)
+  chex.assert_trees_all_equal(new, state)

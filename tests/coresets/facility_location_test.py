@@ -274,3 +274,19 @@ def test_sizes_out_of_range_are_refused(message):
     facility_location.stochastic_greedy(
       jax.random.key(0), points, num_candidates=3, **_INVALID[message]
     )
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"size": jnp.array(8), "capacity": 8}, "cannot choose size=8 of 6 points"),
+    ({"size": 2, "num_points": 10}, "num_points=10, but there are 6"),
+    ({"size": 2, "block": 0}, "block=0 and candidates=16 must be at least 1"),
+  ],
+)
+def test_sizes_that_do_not_exist_are_refused(options, message):
+  points = distances.vectors(jnp.arange(6.0)[:, None])
+  with pytest.raises(base.InputError, match=message):
+    facility_location.lazy_greedy(points, **options)
+  with pytest.raises(base.InputError, match="size=0 must be at least 1"):
+    facility_location.sample_size(10, 0, 0.1)

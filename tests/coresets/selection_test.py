@@ -1,6 +1,7 @@
 """Selection of a subset class by class: budgets, weights, errors."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -107,7 +108,7 @@ def test_equal_proxies_share_the_weight_of_their_class(greedy):
     ({"proxies": np.ones(60)}, r"proxies must be \[n, C\]; got shape \(60,\)"),
     (
       {"proxies": np.where(np.arange(60)[:, None] == 7, np.nan, np.ones((60, 4)))},
-      "1 of the proxies are NaN or infinite; the first is in row 7",
+      "too large to be squared; the first is in row 7",
     ),
   ],
 )
@@ -115,3 +116,81 @@ def test_invalid_arguments_are_refused(options, message):
   arguments = {"proxies": np.ones((60, 4)), "labels": _LABELS, "size": 10} | options
   with pytest.raises(base.InputError, match=message):
     coresets.select(**arguments)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint8"])
+def test_weights_sum_to_the_number_of_examples_in_every_type(dtype):
+  values = np.array([[0]] * 1500 + [[10]] * 500)
+  proxies = values.astype(jnp.dtype(dtype))
+  coreset = coresets.select(proxies, np.zeros(2000, int), 2)
+  assert sorted(coreset.weights.tolist()) == [500, 1500]
+
+
+def test_distances_between_integers_do_not_wrap():
+  proxies = np.array([[0], [2], [3], [255]], np.uint8)
+  one, two = (
+    coresets.select(x, np.zeros(4, int), 2) for x in (proxies, proxies.astype(float))
+  )
+  np.testing.assert_array_equal(one.rows, two.rows)
+  np.testing.assert_array_equal(one.weights, two.weights)
+  np.testing.assert_array_equal(one.rows, [1, 3])
+
+
+def test_budgets_of_narrow_counts():
+  for dtype, counts, size in (
+    ("int32", [60000, 10000], 50000),
+    ("uint8", [200, 100], 60),
+  ):
+    for array in (np.array(counts, dtype), jnp.array(counts, dtype)):
+      np.testing.assert_array_equal(
+        coresets.class_budgets(array, size), coresets.class_budgets(counts, size)
+      )
+  np.testing.assert_array_equal(coresets.class_budgets([200, 100], 60), [40, 20])
+
+
+@pytest.mark.parametrize("counts", [[-3, 5], [0, 0], []])
+def test_budgets_need_counts(counts):
+  with pytest.raises(base.InputError, match="counts must be at least 0"):
+    coresets.class_budgets(counts, 1)
+
+
+_EYE, _TWO_CLASSES = np.eye(3), [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+  ("arguments", "options", "message"),
+  [
+    ((np.zeros((0, 3)), [], 0), {}, "there are no examples"),
+    (
+      (_EYE, _TWO_CLASSES, 2),
+      {"features": np.ones((2, 2))},
+      r"features must be \[n, d\]",
+    ),
+    ((_EYE, _TWO_CLASSES, 2), {"features": np.ones(3)}, r"features must be \[n, d\]"),
+    (
+      (_EYE, _TWO_CLASSES, 2),
+      {"features": np.ones((3, 2)), "scale": np.ones((3, 2))},
+      r"scale must be .* of shape \(3, 3\)",
+    ),
+    (
+      (_EYE, _TWO_CLASSES, 2),
+      {"features": np.ones((3, 2)), "scale": np.zeros((3, 3))},
+      "scale must be finite numbers other than 0",
+    ),
+    ((np.float32([[1e20], [0]]), [0, 0], 1), {}, "too large to be squared"),
+    ((_EYE, [0, np.nan, 1], 2), {}, "labels must be finite"),
+    ((_EYE * 1j, _TWO_CLASSES, 2), {}, "must be real"),
+  ],
+)
+def test_wrong_arguments_are_refused(arguments, options, message):
+  with pytest.raises(base.InputError, match=message):
+    coresets.select(*arguments, **options)
+
+
+def test_different_types_under_strict_promotion_in_double_precision():
+  proxies, features = np.eye(3), np.ones((3, 2), np.float32)
+  with jax.enable_x64(), jax.numpy_dtype_promotion("strict"):
+    coreset = coresets.select(
+      proxies, [0, 0, 0], 2, features=features, scale=np.ones((3, 3), np.float32)
+    )
+  assert coreset.weights.sum() == 3

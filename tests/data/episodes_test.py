@@ -161,7 +161,7 @@ _LARGE = _source("meta", 4, shape=(3, 3, 1))
     ({"num_queries": 0}, "num_queries=0 must be at least 1"),
     ({"num_queries": 11}, "num_shots . num_queries = 13 images of a class, but a"),
     ({"num_test_tasks": 0}, "num_test_tasks=0 must be at least 1"),
-    ({"num_tasks": -1}, "num_tasks must be an integer of at least 0"),
+    ({"num_tasks": 0}, "num_tasks=0 must be at least 1"),
     ({"foreign_share": 1.0}, r"foreign_share must lie in \[0, 1\); got 1.0"),
     ({"foreign_share": np.nan}, r"foreign_share must lie in \[0, 1\); got nan"),
     ({"foreign_share": 0.5, "foreign": None}, "foreign_share=0.5 needs a foreign"),
@@ -194,3 +194,8 @@ def test_class_in_two_sources_raises():
     assert f"{names[0]!r} of one" in str(caught.value)
   with pytest.raises(base.InputError, match="train and test sources share 8 classes"):
     _make(test=_SOURCES["train"])
+
+
+def test_there_may_be_no_validation_tasks():
+  splits, _ = _make(num_meta_tasks=0)
+  assert len(splits.meta.label) == 0 and len(splits.train.label) == 40

@@ -312,3 +312,36 @@ def test_columns_of_another_length_raise():
   )
   with pytest.raises(base.InputError, match=r"has shape \[3\], .* 4 images"):
     examples_lib.check_examples(train._replace(label=train.label[:3]), "it")
+
+
+def test_rows_to_keep_may_be_bools():
+  x, y = np.arange(20.0)[:, None], np.arange(20) % 2
+  splits = examples_lib.from_arrays((x, y))
+  kept = examples_lib.keep_train(splits, np.arange(20) < 3)
+  np.testing.assert_array_equal(kept.train.image[:, 0], [0, 1, 2])
+  for rows in ([0, 20], [-1], [1, 1], [0.5], np.ones(3, bool), [[1]]):
+    with pytest.raises(base.InputError, match="different integers from 0 to 19"):
+      examples_lib.keep_train(splits, rows)
+
+
+def test_all_parts_have_the_same_features():
+  x, y = np.zeros((4, 2), np.uint8), np.arange(4) % 2
+  for other, message in (
+    (np.zeros((4, 2)), "of meta are floating point .* train are uint8"),
+    (np.zeros((4, 3), np.uint8), r"of meta are uint8 of shape \(3,\)"),
+  ):
+    with pytest.raises(base.InputError, match=message):
+      examples_lib.from_arrays((x, y), meta=(other, y))
+
+
+@pytest.mark.parametrize(
+  "pair", [np.zeros((4, 2)), (1, 2, 3), (np.zeros((4, 2)), None)]
+)
+def test_a_part_is_a_pair(pair):
+  with pytest.raises(base.InputError, match="train must be a pair"):
+    examples_lib.from_arrays(pair)
+
+
+def test_wrong_labels_are_those_of_the_given_part():
+  with pytest.raises(base.InputError, match="labels of train"):
+    examples_lib.from_arrays((np.zeros((2, 2)), np.array([0, -1])))

@@ -338,6 +338,18 @@ def test_archives_of_rows_are_standardized_by_the_training_rows(tmp_path):
 # -- tables ------------------------------------------------------------------
 
 
+def test_numbers_that_are_infinite_in_float32_are_missing(tmp_path):
+  labels = ["yes", "no"] * 6
+  cells = [str(i) for i in range(12)]
+  tables = []
+  for cell in ("1e300", "NA"):
+    cells[3] = cell
+    rows = [f"{x},red,{label}" for x, label in zip(cells, labels, strict=True)]
+    tables.append(own_data.read(_table(tmp_path / f"{cell}.csv", rows)))
+  assert np.isfinite(tables[0].features).all()
+  np.testing.assert_array_equal(tables[0].features, tables[1].features)
+
+
 def test_tables(tmp_path):
   rows = [
     f"{i if i != 3 else 'NA'},{'red' if i % 3 else ''},{'yes' if i % 2 else 'no'}"

@@ -334,3 +334,14 @@ def test_a_nan_in_one_part_of_the_meta_batch_is_reported():
     _small_weights(x, meta_x, 2)
   found = jax.jit(functools.partial(_small_weights, size=2))(x, meta_x)
   assert not found.finite and found.fault == base.Fault.META_LOSSES
+
+
+def test_losses_that_ignore_their_batch_are_refused():
+  targets = jnp.arange(4.0)
+  linearize = microbatching.microbatched(linearization.linearize, 2)
+  params, batch = jnp.ones(4), jnp.ones((4, 4))
+  with pytest.raises(base.InputError, match="returned 4 losses for a microbatch of 2"):
+    linearize(lambda p, x: targets * p.sum(), params, batch)
+  with pytest.raises(TypeError) as caught:
+    linearize(lambda p, x: x @ p - targets, params, batch)
+  assert "microbatch of 2 examples" in caught.value.__notes__[0]

@@ -371,3 +371,32 @@ def test_clipping_over_devices_equals_one_device():
   )
   actual = jax.jit(sharded)(params, batch)
   np.testing.assert_allclose(_flat(actual), _flat(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("max_norm", [np.inf, 1e-50, 1e30])
+def test_extreme_norms_clip_all_or_nothing(max_norm):
+  grads, _ = per_example.clipped_gradient(
+    lambda p, x: (x @ p) ** 2, jnp.array([1.0, 2.0]), jnp.eye(2), max_norm
+  )
+  np.testing.assert_allclose(grads, [0, 0] if max_norm < 1 else [1, 2])
+
+
+def test_a_norm_that_is_no_number_is_refused():
+  with pytest.raises(base.InputError, match="max_norm=None"):
+    per_example.clipped_gradient(lambda p, x: x @ p, jnp.ones(2), jnp.eye(2), None)
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap"])
+def test_an_empty_batch_is_refused(engine):
+  with pytest.raises(base.InputError, match="losses is empty"):
+    per_example.norms(lambda p, x: x @ p, jnp.ones(2), jnp.zeros((0, 2)), engine=engine)
+
+
+def test_losses_that_ignore_their_batch_are_refused():
+  targets = jnp.arange(4.0)
+
+  def losses_fn(params, x):
+    return (x @ params) ** 2 if len(x) == 4 else targets * jnp.sum(params)
+
+  with pytest.raises(base.InputError, match="returned 4 losses for one example"):
+    per_example.norms(losses_fn, jnp.ones(4), jnp.ones((4, 4)), engine="vmap")

@@ -87,6 +87,8 @@ def test_other_engines_compute_the_same():
     ("layer", "no parameter has 'layer' among the components"),
     (lambda path: False, "chooses no parameter"),
     (1e-3, r"the last parameter, layer_4/bias, alone costs more"),
+    (np.float32(1e-3), r"the last parameter, layer_4/bias, alone costs more"),
+    (np.int64(2), "must be a share"),
   ],
 )
 def test_wrong_layers_are_reported(layers, reason):

@@ -445,3 +445,8 @@ def test_schedule_that_reaches_zero_is_refused():
   method = absgd.absgd(lambda epoch: 2.0 - epoch)
   with pytest.raises(base.InputError, match=r"lam=0\.0 must not be 0"):
     _state(method, epoch=2)
+
+
+def test_an_empty_batch_is_refused():
+  with pytest.raises(base.InputError, match="losses is empty"):
+    absgd.example_weights(jnp.zeros(0), 0.0, 1.0, gamma=0.5)

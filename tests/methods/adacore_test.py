@@ -374,3 +374,8 @@ def test_last_layer_requires_a_network_with_features():
     adacore.adacore(0.1, last_layer=True, curvature=False).refresh(
       _refreshed(adacore.adacore(0.1, curvature=False), setup), problem, setup[3](0)
     )
+
+
+def test_the_curvature_needs_a_probe():
+  with pytest.raises(base.InputError, match="num_probes=0 must be at least 1"):
+    adacore.hessian_diagonal(jax.random.key(0), jnp.sum, jnp.ones(2), num_probes=0)

@@ -231,3 +231,8 @@ def test_nan_logits_and_invalid_labels_give_nan_weights():
   assert np.isnan(bare.example_weights(logits.at[1, 0].set(jnp.nan), good)).all()
   for label in (-1, 3):
     assert np.isnan(bare.example_weights(logits, good.at[2].set(label))).all()
+
+
+def test_an_empty_batch_is_refused():
+  with pytest.raises(base.InputError, match="logits is empty"):
+    bare.example_weights(jnp.zeros((0, 3)), jnp.zeros(0, jnp.int32))

@@ -173,6 +173,7 @@ def moving_percentile(
   1.5
   """
   base.check_vector("losses", losses)
+  base.check_not_empty("losses", losses)
   _check_range("decay", decay, 0, 1)
   check_percentile(percentile)
   dtype = base.accumulator_dtype(losses.dtype)
@@ -239,9 +240,10 @@ def example_dropout(
   size = base.global_size(weights.shape[0], axis_name)
   # The offset prevents 10 (1 - 0.9) = 0.99999998 from being rounded down to 0.
   num_kept = jnp.floor(size * (1 - jnp.asarray(rate, jnp.float32)) + 1e-3)
-  kept = jax.random.permutation(key, size) < num_kept.astype(jnp.int32)
+  order = jax.random.permutation(key, size)
+  kept = order < num_kept.astype(order.dtype)
   kept = base.sharded_like(base.local_slice(kept, axis_name), weights)
-  return jnp.where(kept, weights, 0)
+  return jnp.where(kept, weights, jnp.zeros_like(weights))
 
 
 def dropout_rates(schedule: Schedule) -> np.ndarray:

@@ -348,3 +348,11 @@ def test_nan_loss_gives_a_nan_weight():
   for curriculum in (mentornet.self_paced, mentornet.hard):
     result = curriculum(losses, losses - 1.5)
     np.testing.assert_array_equal(np.isnan(result), [True, False, False])
+
+
+def test_dropout_under_strict_promotion_in_double_precision():
+  with jax.enable_x64(), jax.numpy_dtype_promotion("strict"):
+    weights = mentornet.example_dropout(
+      jax.random.key(0), jnp.ones(4, jnp.float32), 0.5
+    )
+  assert weights.dtype == jnp.float32 and weights.sum() == 2
