@@ -92,6 +92,7 @@ def run(data_dir, tmp_path_factory):
   return cwd / "runs" / _NAME, done.printed
 
 
+@pytest.mark.slow
 def test_run_writes_rows_and_figures(run):
   folder, printed = run
   header, *lines = scripts.table(printed)

@@ -240,11 +240,6 @@ def _fit_one(network, batch_size, is_binary, key, rows, num_steps, learning_rate
   return {"params": params, **variables}, mean_loss(params, rows)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _apply(network, variables, *features):
-  return jax.nn.sigmoid(network.apply(variables, *features))
-
-
 def imitation_errors(mentor: mentornet_network.Mentor, rows: Rows) -> dict[str, float]:
   """Errors of a mentor's weights with respect to the targets.
 
@@ -252,7 +247,9 @@ def imitation_errors(mentor: mentornet_network.Mentor, rows: Rows) -> dict[str, 
     "mse", the mean squared error of the weights, and "accuracy", the share of rows
     whose weight and target are on the same side of 1/2.
   """
-  weights = np.asarray(_apply(mentor.network, mentor.variables, *rows[:4]))
+  weights = np.asarray(
+    mentornet_network.weights_of(mentor.network, mentor.variables, *rows[:4])
+  )
   right = (weights > 0.5) == (rows.targets > 0.5)
   return {
     "mse": float(np.mean((weights - rows.targets) ** 2)),

@@ -24,6 +24,7 @@ References:
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -138,8 +139,18 @@ class Mentor:
     if self.num_classes is None:
       labels = jnp.zeros(losses.shape[:1], jnp.int32)
       labels = base.sharded_like(labels, losses)
-    features = (losses, differences, labels, epoch)
-    # A traced epoch cannot index an embedding that is a NumPy array.
-    variables = jax.tree.map(jnp.asarray, self.variables)
-    logits: Any = self.network.apply(variables, *features)
-    return jax.nn.sigmoid(logits)
+    return weights_of(self.network, self.variables, losses, differences, labels, epoch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def weights_of(
+  network: MentorNetwork,
+  variables: base.PyTree,
+  losses: Any,
+  differences: Any,
+  labels: Any,
+  epoch: Any,
+) -> base.Array:
+  """The weights of a mentor's network, [B]; arguments as in `MentorNetwork`."""
+  logits: Any = network.apply(variables, losses, differences, labels, epoch)
+  return jax.nn.sigmoid(logits)
