@@ -466,11 +466,10 @@ def take(table: Array, index: Array) -> Array:
   Raises:
     InputError: `index` is neither integer nor boolean.
   """
-  table = jnp.asarray(table)
-  dtype = jnp.result_type(index)
-  if not (jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_):
+  table, index = jnp.asarray(table), host_or_jax_array(index)
+  if not (jnp.issubdtype(index.dtype, jnp.integer) or index.dtype == jnp.bool_):
     raise InputError(
-      f"classes and groups must be integers; got {dtype}. Convert them with"
+      f"classes and groups must be integers; got {index.dtype}. Convert them with"
       " astype(int)."
     )
   index = wide_integers(index, table.shape[0])
@@ -486,6 +485,13 @@ def take(table: Array, index: Array) -> Array:
   return table.at[index].get(**options)
 
 
+def host_or_jax_array(values: Any) -> Any:
+  """A JAX array as it is, and anything else as a NumPy array of its own type."""
+  if hasattr(values, "__jax_array__"):  # A variable of flax.nnx, for instance.
+    values = jnp.asarray(values)
+  return values if isinstance(values, jax.Array) else np.asarray(values)
+
+
 def wide_integers(values: Any, size: int) -> Array:
   """Integers in a type that has -1 and `size`, which unsigned and narrow types lack.
 
@@ -498,8 +504,8 @@ def wide_integers(values: Any, size: int) -> Array:
   Returns:
     An array of int32, or of int64 if `values` is a JAX array of a 64-bit type.
   """
+  values = host_or_jax_array(values)
   if not isinstance(values, jax.Array):
-    values = np.asarray(values)
     exists = (values >= 0) & (values < size)
     return jnp.asarray(np.where(exists, values.astype(np.int32), -1), jnp.int32)
   is_wide = jnp.dtype(values.dtype).itemsize == 8

@@ -217,11 +217,12 @@ def check_groups(groups: Any, num_groups: int, where: str = "the exemplar set") 
 
 def _check(values, groups):
   base.check_vector("losses", values)
-  shape, dtype = jnp.shape(groups), jnp.result_type(groups)
-  if shape != values.shape or not jnp.issubdtype(dtype, jnp.integer):
+  groups = base.host_or_jax_array(groups)
+  is_integer = jnp.issubdtype(groups.dtype, jnp.integer) or groups.dtype == jnp.bool_
+  if groups.shape != values.shape or not is_integer:
     raise base.InputError(
-      f"groups must be one integer per exemplar, shape {values.shape}; got {shape} of"
-      f" {dtype}."
+      f"groups must be one integer per exemplar, shape {values.shape}; got"
+      f" {groups.shape} of {groups.dtype}."
     )
 
 

@@ -89,7 +89,7 @@ def dense(width: int, fan_in: int) -> nn.Dense:
 def init(params: base.PyTree, optimizer: optax.GradientTransformation) -> State:
   """The state before the first meta gradient."""
   # It is not NaN, because JAX would raise an error under `jax_debug_nans`.
-  unknown = jnp.full((), jnp.inf)
+  unknown = jnp.full((), jnp.inf, jnp.result_type(float))
   return State(
     params,
     hypergradient.init_optimizer(optimizer, params),

@@ -208,3 +208,8 @@ def test_integers_that_do_not_exist_become_minus_one():
   wide = base.wide_integers(jnp.array([0, 200], jnp.uint8), 300)
   assert wide.dtype == jnp.int32
   np.testing.assert_array_equal(wide, [0, 200])
+
+
+@pytest.mark.parametrize("index", [[0, 1], (0, 1), [False, True], np.array([0, 1])])
+def test_take_reads_lists(index):
+  np.testing.assert_array_equal(base.take(jnp.arange(2.0), index), [0, 1])

@@ -208,6 +208,12 @@ def test_groups_of_every_integer_type(dtype):
       np.testing.assert_array_equal(means[jnp.array([0, 100])], [1, 3])
 
 
+@pytest.mark.parametrize("groups", [[0, 1], np.array([False, True])])
+def test_groups_may_be_lists_or_bools(groups):
+  means, _ = go.group_means(jnp.array([1.0, 2.0]), groups, 2)
+  np.testing.assert_array_equal(means, [1, 2])
+
+
 def test_groups_that_are_not_integers_are_refused():
   with pytest.raises(base.InputError, match="one integer per exemplar"):
     go.group_means(jnp.ones(2), jnp.array([0.5, 1.0]), 2)

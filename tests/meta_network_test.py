@@ -156,3 +156,19 @@ def test_state_is_made_under_nan_checks():
     for make in (meta_network.init, jax.jit(meta_network.init, static_argnums=1)):
       state = make({"w": jnp.ones(2)}, optax.sgd(0.1))
       assert np.isposinf(state.meta_loss)
+
+
+def test_a_step_is_traced_once():
+  traces, optimizer = [], optax.sgd(0.1)
+
+  @jax.jit
+  def step(state):
+    traces.append(None)
+    gradient = meta_network.MetaGradient(
+      *(state.params, jnp.zeros(()), jnp.array(True), jnp.array(False)),
+      jnp.zeros((), jnp.int32),
+    )
+    return meta_network.update(state, lambda _: gradient, optimizer, jnp.int32(0))
+
+  step(step(meta_network.init({"w": jnp.ones(2)}, optimizer)))
+  assert len(traces) == 1

@@ -18,14 +18,16 @@ from typing import BinaryIO
 # if JAX ends the process at the same time.
 CONNECTED = b"\0connected\n"
 REASON = b"\0reason "
-# Matches the first line of the report of a lost connection. Lines of the level INFO, as
-# in "I1130 09:41:00 1 coordination_service.cc", are about connections that work.
+# How lines of a level begin: "E1130 09:41:00 1 file.cc:7]" or "2026-11-30 ...: E file".
+_LEVEL = rb"([%s]\d|\d{4}-[^\]]*?: [%s] )"
+# Matches the first line of the report of a lost connection. Lines of the level INFO are
+# about connections that work.
 _REPORT = re.compile(
-  rb"(?m)^(?!I\d|.*: I ).*"
-  rb"(coordination_service|the JAX distributed service detected)"
+  b"(?!%s).*(coordination_service|the JAX distributed service detected)"
+  % (_LEVEL % (b"I", b"I"))
 )
-# The beginning of a line of the level ERROR or FATAL, which may be the report's.
-_ERROR = re.compile(rb"[EF]\d")
+# Matches the beginning of a line that may be the report's.
+_ERROR = re.compile(_LEVEL % (b"EF", b"EF"))
 _LOST_TASKS = re.compile(rb"stopped sending heartbeats\):\s+(\d+)")
 # Lines about the progress of connections, for each device.
 _NOISE = (b"[Gloo] Rank ",)
@@ -57,7 +59,7 @@ def relay(lines: Iterable[bytes], output: BinaryIO, not_connected: str) -> None:
     elif CONNECTED in line:
       is_connected = True
       output.write(line.partition(CONNECTED)[0])
-    elif report or _REPORT.search(line):
+    elif report or _REPORT.match(line):
       report += line
     elif not line.startswith(_NOISE):
       output.write(line)

@@ -489,7 +489,8 @@ class TrainingFlags(OutputFlags, ProcessFlags):
   steps_per_call: int | None = flag(
     None,
     "Number of steps sent to the devices at once. More are faster if a step takes a few"
-    " milliseconds or less. The default is 1 on CPU and 20 elsewhere.",
+    " milliseconds or less, but need a second program. The default is 1 on CPU and 20"
+    " elsewhere.",
     bounds=Bounds(1, 10**6),
     recorded=False,
   )

@@ -347,11 +347,11 @@ def _step_weight(loss, counts):
 
 def _scaled(scores, counts):
   """Scores divided by the mean finite |score| of rows that count; zeros stay zeros."""
-  # Scores are first divided by the largest |score|, so that no sum overflows or
-  # underflows.
   # A score that is not finite must not affect other examples.
   is_finite = counts & jnp.isfinite(scores)
   sizes = jnp.where(is_finite, jnp.abs(scores), 0)
+  # Scores are first divided by the largest |score|, so that no sum overflows or
+  # underflows.
   largest = jnp.max(sizes, initial=0)
   scores = base.divide_by_largest(scores, largest)
   number = jnp.maximum(jnp.sum(is_finite), 1).astype(jnp.float32)

@@ -193,9 +193,9 @@ def from_arrays(
   whole = parts["train"]
   if not len(whole.label):
     raise base.InputError("train has no examples")
-  kinds = {name: _kind(part.image) for name, part in parts.items()}
+  kinds = {name: _kind(part.image, name) for name, part in parts.items()}
   for name, kind in kinds.items():
-    if kind != kinds["train"]:
+    if len(parts[name].label) and kind != kinds["train"]:
       raise base.InputError(
         f"the features of {name} are {kind[0]} of shape {kind[1]}, but those of train"
         f" are {kinds['train'][0]} of shape {kinds['train'][1]}"
@@ -218,9 +218,13 @@ def from_arrays(
   return Splits(**parts, num_classes=num_classes, fingerprint=digest.hexdigest()[:16])
 
 
-def _kind(features: Any) -> tuple[str, tuple[int, ...]]:
+def _kind(features: Any, name: str) -> tuple[str, tuple[int, ...]]:
   """The type of features, regardless of the precision of floats, and their shape."""
-  dtype = np.dtype(features.dtype)
+  try:
+    dtype = np.dtype(features.dtype)
+  except (AttributeError, TypeError):
+    check_images(features, f"the images in {name}")
+    raise
   is_float = jax.dtypes.issubdtype(dtype, np.floating)
   return "floating point" if is_float else str(dtype), tuple(features.shape[1:])
 
@@ -249,6 +253,8 @@ def keep_train(splits: Splits, rows: np.ndarray) -> Splits:
   size = len(whole.label)
   if rows.dtype == np.bool_ and rows.shape == (size,):
     rows = np.flatnonzero(rows)
+  if rows.shape == (0,):
+    rows = rows.astype(np.int64)
   rows = np.sort(rows)
   if (
     not np.issubdtype(rows.dtype, np.integer)

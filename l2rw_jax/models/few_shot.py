@@ -181,7 +181,11 @@ class Learner(NamedTuple):
     if train:
       return jax.vmap(query_logits)(batch["image"]), model_state
     images = jnp.asarray(batch["image"])
-    logits = jax.lax.map(query_logits, images, batch_size=_EVALUATION_BATCH_SIZE)
+    logits = jax.lax.map(
+      control_flow.channels_last(query_logits),
+      images,
+      batch_size=_EVALUATION_BATCH_SIZE,
+    )
     return logits, model_state
 
   def loss(self, outputs: base.Array, batch: base.Batch) -> base.Array:

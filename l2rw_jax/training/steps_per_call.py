@@ -4,8 +4,8 @@ import jax
 
 from l2rw_jax.training import config as config_lib
 
-# On a CPU, a call takes little time, but a call of several steps is a second program to
-# compile.
+# On a CPU, a call takes less than a millisecond, but several steps per call need a
+# second program.
 _ON_CPU, _ON_ACCELERATORS = 1, 20
 
 

@@ -317,6 +317,7 @@ def test_columns_of_another_length_raise():
 def test_rows_to_keep_may_be_bools():
   x, y = np.arange(20.0)[:, None], np.arange(20) % 2
   splits = examples_lib.from_arrays((x, y))
+  assert not len(examples_lib.keep_train(splits, []).train.label)
   kept = examples_lib.keep_train(splits, np.arange(20) < 3)
   np.testing.assert_array_equal(kept.train.image[:, 0], [0, 1, 2])
   for rows in ([0, 20], [-1], [1, 1], [0.5], np.ones(3, bool), [[1]]):

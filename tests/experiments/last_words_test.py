@@ -63,6 +63,16 @@ def test_output_before_and_after_a_reason_passes():
   assert _relayed(last_words.CONNECTED, *lines) == "W1 warning\nstopped.\nrest\n"
 
 
+def test_reports_of_both_formats_are_recognized():
+  for line in (
+    b"E1130 09:41:00 coordination_service.cc:7] failed: I give up\n",
+    b"2026-11-30 09:41:00.1: E xla/coordination_service.cc:7] failed\n",
+  ):
+    assert "error: process 0 ended" in _relayed(last_words.CONNECTED, line)
+    reason = line[:30] + last_words.REASON + b"stopped.\n"
+    assert _relayed(last_words.CONNECTED, reason, line[30:]) == "stopped.\n"
+
+
 def test_information_about_connections_is_no_report():
   lines = (
     b"I1130 09:41:00.1 1 coordination_service.cc:7] task 0 has connected.\n",

@@ -158,6 +158,54 @@ _PROBLEM = base.Problem(
 )
 
 
+@pytest.mark.parametrize("is_differentiated", [False, True])
+def test_rematerialized_layers_have_features_last(is_differentiated):
+  losses_fn = jax.checkpoint(_losses)
+
+  def step(total, batch):
+    if is_differentiated:
+      gradient = jax.grad(lambda p: losses_fn(p, batch).sum())(_concrete(_PARAMS))
+      return total + gradient["dense"].sum(), None
+    return total + losses_fn(_concrete(_PARAMS), batch).sum(), None
+
+  def loop(batch):
+    batches = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch)
+    return jax.lax.scan(control_flow.channels_last(step), jnp.zeros(()), batches)[0]
+
+  lowered = jax.jit(loop).lower(_BATCH)
+  inside, outside = _convolutions(lowered)
+  assert inside == _FEATURES_LAST and not outside
+  if is_differentiated:  # Nothing that the user asked to recompute is stored.
+    assert "optimization_barrier" in lowered.as_text()
+
+
+def _concrete(shapes):
+  return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
+
+
+def test_names_of_scopes_are_kept():
+  def step(x, _):
+    with jax.named_scope("the_scope"):
+      return jnp.sin(x), None
+
+  def loop(x):
+    return jax.lax.scan(control_flow.channels_last(step), x, length=2)[0]
+
+  assert "the_scope" in jax.jit(loop).lower(1.0).as_text(debug_info=True)
+
+
+def test_values_can_be_inspected_without_jit():
+  with jax.disable_jit():
+    result = control_flow.cond(
+      True, lambda x: x if x > 0 else -x, lambda x: x, jnp.float32(-2)
+    )
+  assert result == 2
+
+
+def test_arguments_may_have_names():
+  assert control_flow.channels_last(lambda a, *, b: a - b)(3.0, b=1.0) == 2
+
+
 @pytest.mark.parametrize("cond", [jax.lax.cond, control_flow.cond])
 def test_plain_conditionals_have_other_layouts(cond):
   def step(params, batch, pred):
