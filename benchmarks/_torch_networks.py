@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 _CLASSES = 10
-_LAYER_NORM_EPSILON = 1e-6  # The default of flax; PyTorch's is 1e-5.
+_NORM_EPSILON = 1e-6  # flax's default; PyTorch's is 1e-5.
 
 
 class MLP(nn.Module):
@@ -97,7 +97,7 @@ class _Block(nn.Module):
 
 def group_norm(width: int) -> nn.Module:
   """Group normalization with 8 groups."""
-  return nn.GroupNorm(8, width, eps=_LAYER_NORM_EPSILON)
+  return nn.GroupNorm(8, width, eps=_NORM_EPSILON)
 
 
 class WideResNet(nn.Module):
@@ -162,7 +162,7 @@ class VisionTransformer(nn.Module):
     self.blocks = nn.Sequential(
       *(_TransformerBlock(width, heads) for _ in range(depth))
     )
-    self.norm = nn.LayerNorm(width, eps=_LAYER_NORM_EPSILON)
+    self.norm = nn.LayerNorm(width, eps=_NORM_EPSILON)
     self.head = nn.Linear(width, _CLASSES)
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -176,10 +176,10 @@ class _TransformerBlock(nn.Module):
 
   def __init__(self, width, heads):
     super().__init__()
-    self.norm_before_attention = nn.LayerNorm(width, eps=_LAYER_NORM_EPSILON)
+    self.norm_before_attention = nn.LayerNorm(width, eps=_NORM_EPSILON)
     self.qkv = nn.Linear(width, 3 * width)
     self.out = nn.Linear(width, width)
-    self.norm_before_dense = nn.LayerNorm(width, eps=_LAYER_NORM_EPSILON)
+    self.norm_before_dense = nn.LayerNorm(width, eps=_NORM_EPSILON)
     self.expand = nn.Linear(width, 4 * width)
     self.contract = nn.Linear(4 * width, width)
     self.heads = heads

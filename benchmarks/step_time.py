@@ -20,7 +20,7 @@ other. On a CPU with other load, this made a step of the MLP 100 times slower, a
 setting OMP_WAIT_POLICY=passive in the environment fixed it. On a GPU without enough
 memory for both frameworks, --peer_only measures PyTorch alone, in another --workdir.
 
-The process keeps memory that XLA and PyTorch free (`experiments.lib.launch`). Each
+The process keeps memory that XLA and PyTorch release (`experiments.lib.launch`). Each
 group is saved when it is finished, and the same command continues an interrupted run on
 the same machine. When all groups are finished, the figures are drawn.
 Command: python -m benchmarks.step_time --peer=torch

@@ -3,9 +3,10 @@ r"""L2RW against its baselines on handwritten digits with wrong labels.
 This demonstration needs no download. It uses the 8x8 digits of scikit-learn: 1,247
 training images with 40% of the labels flipped to another class, 5 more clean images of
 each class, and 500 clean test images. The learning rate of every method follows a
-cosine schedule. Nothing was chosen on the test set: the accuracy is that after the last
-step. The run of L2RW also ranks the training labels by how suspicious they are, and the
-list of the first seed is written as a page with pictures, issues.html.
+cosine schedule. Nothing was chosen on the test set: accuracy is measured after the last
+step ("best on test" is only for comparison). The run of L2RW also ranks the training
+labels by how suspicious they are, and the list of the first seed is written as a page
+with pictures, issues.html.
 Command: python -m experiments.digits_noise
 Device, time: 2 CPU cores, about 3 minutes.
 Published: nothing; the problem is this project's, and the noise is that of Ren et al.

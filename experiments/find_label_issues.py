@@ -56,7 +56,7 @@ class Settings(settings_lib.Settings):
 
   images: str | None = flag(
     None,
-    "Folder of images, with a folder for each class, or with a file for --labels.",
+    "Folder of images: one subfolder for each class, or any layout with --labels.",
     group="data",
   )
   labels: str | None = flag(
@@ -105,7 +105,8 @@ class Settings(settings_lib.Settings):
   )
   num_pictures: int = flag(
     500,
-    "Number of pictures or rows in issues.html, of the most suspicious examples.",
+    "Number of examples, the most suspicious first, whose pictures or columns are in"
+    " issues.html.",
     bounds=settings_lib.Bounds(0, 10**5),
     group="output",
   )
@@ -286,7 +287,7 @@ def run(settings: Settings, workdir: runner.Folder) -> audit.LabelIssues:
     folder,
     data,
     issues,
-    name=pathlib.PurePath(settings.source_name).name,
+    name=pathlib.PurePath(settings.source_name.rpartition(":")[2]).name,
     num_pictures=settings.num_pictures,
   )
   print(own_data_lib.printable(issue_files.summary(data, issues)))

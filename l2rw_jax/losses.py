@@ -14,11 +14,12 @@ that takes logits and labels:
   gradient of 0, regardless of their labels and logits.
 - Sums over half-precision logits are computed in float32; losses have the type of the
   logits.
-- Losses and their gradients are finite if every logit is finite or, in a class other
-  than the label, -inf (also a single logit, with label 0), and if differences of the
-  finite logits are much smaller than the largest number of their type. Exceptions are
-  `balanced_softmax` and `logit_adjusted`, whose losses are infinite for labels of
-  classes without training examples.
+- Losses and their gradients are finite if the logit of the label is finite, the others
+  are finite or -inf (a single logit may be -inf if the label is 0), and differences of
+  finite logits are far from the overflow of their type. Exceptions are the losses
+  `balanced_softmax` and `logit_adjusted`, which are infinite for labels of classes
+  without training examples, and `forward_corrected`, which is infinite if every class j
+  with T_jy > 0 has a logit of -inf.
 """
 
 import math
@@ -328,8 +329,8 @@ def forward_corrected(
     logits: [B, C] or [B, 1].
     labels: possibly wrong class of each example, [B].
     transition: T [C, C] (C = 2 for a single logit), where T_jy is the probability that
-      an example of class j has the label y; rows sum to 1. A label that has probability
-      0 for every class has the loss -log of the smallest normal float and no gradient.
+      an example of class j has the label y; rows sum to 1. If column y is zero, the
+      loss is -log(tiny) for the smallest normal float, and there is no gradient.
     where: which examples count, bool [B]; None is all.
 
   Returns:

@@ -131,8 +131,8 @@ def write(
     data: the examples.
     issues: the ranking of the examples.
     name: name of the data, for the title of the page.
-    num_pictures: number of the most suspicious examples whose pictures or columns are
-      on the page.
+    num_pictures: number of examples, the most suspicious first, that the page shows
+      with their pictures or columns.
   """
   # A file name may contain bytes that are not UTF-8; they are written unchanged.
   table = csv_text(data, issues, data.names).encode("utf-8", "surrogateescape")

@@ -31,7 +31,7 @@ _COLORS = {"many_percent": "C2", "medium_percent": "C1", "few_percent": "C3"}
 
 
 def _preset(text: str) -> str:
-  return f"{text} The default is the preset's."
+  return f"{text} The default is that of --preset, or of a preset in mnist_long_tail."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Settings(
     "Number of meta images in a step. The default is 100, or all if there are fewer.",
   )
   learning_rate: float | None = flag(None, _preset("Highest learning rate of SGD."))
-  momentum: float | None = flag(None, unset="the preset's")
+  momentum: float | None = flag(None, _preset("Momentum of SGD."))
   weight_decay: float | None = flag(None, _preset("Weight decay of all parameters."))
   eval_every: int = flag(1, "Number of epochs between two evaluations.")
 

@@ -10,7 +10,7 @@ from typing import Any
 from experiments.lib import report
 from experiments.tables import table as table_lib
 
-# The most metrics in the short form of one setting; wider tables do not fit a page.
+# The largest number of metrics that `compact` shows for one setting.
 _MAX_METRICS = 6
 LONG_FORM = (
   "experiment",

@@ -72,8 +72,9 @@ def linearize(
     `[B] -> list like leaves`; aux.
 
   Raises:
-    NotLayerwiseError: the losses are not known to process examples independently.
-      Operations that only aux depends on do not matter.
+    NotLayerwiseError: the network is not known to process examples independently, or an
+      operation that takes parameters is not supported. Operations that only aux
+      depends on do not matter.
   """
   plan, env, outputs, tree = parameter_uses.trace(
     losses_fn, leaves, batch, names, recompute=recompute
@@ -186,7 +187,7 @@ def _directional(
 
 
 class _Product(NamedTuple):
-  """An output of a use, or a parameter that it broadcasts.
+  """A tangent and a gradient whose product, summed over each example, is a term.
 
   Attributes:
     tangent: its derivative along the direction.
@@ -204,7 +205,7 @@ class _Product(NamedTuple):
 
 
 def _products(step, inputs, tangents, gradients, values):
-  """The products of an operation; each sums to one of its terms in `_directional`."""
+  """A `_Product` for each output of a use, or for the parameter that it broadcasts."""
   if not step.is_broadcast:
     use = _Use(step)
     known = _read_inputs(step, values)

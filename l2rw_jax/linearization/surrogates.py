@@ -3,11 +3,12 @@
 A straight-through estimator rounds its input and has the derivative of the identity; a
 gradient reversal returns its input and has the negative derivative. Differentiation
 follows the derivatives that `jax.custom_jvp`, `jax.custom_vjp` and
-`jax.lax.stop_gradient` declare. A finite difference does not, so that these functions
-have to be detected.
+`jax.lax.stop_gradient` declare. A finite difference does not, so these functions have
+to be detected.
 """
 
 from collections.abc import Callable, Iterator
+import os
 import pathlib
 from typing import Any
 
@@ -16,7 +17,8 @@ from jax.extend import core as jax_core
 import jax.numpy as jnp
 import numpy as np
 
-_JAX_FOLDER = str(pathlib.Path(jax.__file__).parent)
+# With a separator at the end: folders such as `jaxopt` begin with the same letters.
+_JAX_FOLDER = os.path.join(pathlib.Path(jax.__file__).parent, "")
 _INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
 # The largest relative difference of the two derivatives in single and half precision.
 _TOLERANCE, _HALF_TOLERANCE = 0.1, 0.4
@@ -25,10 +27,10 @@ _TOLERANCE, _HALF_TOLERANCE = 0.1, 0.4
 def find(jaxpr: Any) -> str | None:
   """Finds a function whose declared derivative is not the derivative of its values.
 
-  The derivative of each `jax.custom_jvp`, each `jax.custom_vjp` and each loop with a
-  `stop_gradient` is compared with a central difference at random inputs. Functions that
-  JAX defines, and functions that cannot be evaluated alone (such as collectives), are
-  assumed to be consistent.
+  The derivative of each `jax.custom_jvp`, each `jax.custom_vjp` and each operation with
+  a body (such as a loop) that has a `stop_gradient` is compared with a central
+  difference at random inputs. Functions that JAX defines, and functions that cannot be
+  evaluated alone (such as collectives), are assumed to be consistent.
 
   Args:
     jaxpr: jaxpr of the function that is to be differentiated.
@@ -84,7 +86,8 @@ def _suspects(jaxpr: Any) -> Iterator[Any]:
     name = eqn.primitive.name
     inside = list(jax_core.jaxprs_in_params(eqn.params))
     if name.startswith(("custom_jvp_call", "custom_vjp_call")):
-      if not all(_is_in_jax(source) for source in _sources(eqn)):
+      sources = _sources(eqn)
+      if not sources or not all(map(_is_in_jax, sources)):
         yield eqn
     elif name in _INLINED:
       yield from _suspects(getattr(inside[0], "jaxpr", inside[0]))

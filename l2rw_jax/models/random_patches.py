@@ -3,11 +3,11 @@
     make_features, x = random_patches.fit(images)
     x_test = make_features(test_images)
 
-Random patches of the images are the filters of one convolution, as in Coates, Lee, Ng,
-"An Analysis of Single-Layer Networks in Unsupervised Feature Learning", AISTATS 2011,
-where random patches are nearly as good as learned filters. A small network on these
-features is far more accurate than one on pixels and, on one CPU core, far faster than a
-convolutional network.
+Random patches of the images are the filters of one convolution, as in Coates, Ng, "The
+Importance of Encoding Versus Training with Sparse Coding and Vector Quantization", ICML
+2011, which shows that random examples can replace learned filters. A small network on
+these features is far more accurate than one on pixels and, on one CPU core, far faster
+than a convolutional network.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import numpy as np
 from l2rw_jax import base
 
 _SIZE, _STRIDE, _FILTERS = 6, 2, 256
-# Images of this size have three windows per side, so each quadrant has one to itself.
+# Images of this size have three windows per side, of which pooling uses two.
 LEAST_SIDE = 10
 _SAMPLE = 20_000
 # Constants of the contrast normalization, the whitening and the rectification.
@@ -126,7 +126,7 @@ def _respond(images: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array
 
 
 def _patches(images, rng):
-  """Random patches of mean 0 and standard deviation below 1, [20000, 36 channels]."""
+  """Random patches of mean 0 and standard deviation below 1, [20000, 36 * channels]."""
   size, height, width, _ = images.shape
   rows = rng.integers(size, size=_SAMPLE)
   tops = rng.integers(height - _SIZE + 1, size=_SAMPLE)

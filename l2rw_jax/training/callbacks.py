@@ -1,8 +1,8 @@
 """Metrics, evaluation and checkpoints between the steps of a `run.Run`.
 
 `loop.train` uses all classes of this module; each can also be used in another loop.
-With several processes, all of them make the same calls, and process 0 evaluates and
-writes files.
+With several processes, all of them make the same calls, except that only process 0
+calls `Metrics.write` and `Metrics.close`. Process 0 evaluates and writes files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -184,7 +184,7 @@ class Checkpoints:
   def restore(
     self, run: run_lib.Run
   ) -> tuple[weight_log.WeightLog, dict[str, Any] | None]:
-    """Continues `run` at its latest checkpoint, if there is one.
+    """Continues `run` from its latest checkpoint, if there is one.
 
     Args:
       run: a new run; its step, state, positions and timer are restored.
@@ -195,7 +195,7 @@ class Checkpoints:
 
     Raises:
       InputError: the checkpoint is from another run, or from an unfinished run on
-        another kind of device or with other versions.
+        another kind of device, or with other code or versions.
     """
     shape = (len(run.splits), len(run.splits[0].train.label))
     weights = weight_log.WeightLog.empty(*shape)

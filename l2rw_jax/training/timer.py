@@ -18,9 +18,9 @@ _SAVED = 4
 class Timer:
   """A stopwatch that can be saved and resumed.
 
-  It includes the method's `refresh`, the loading of batches and all steps, but not
-  compilation, evaluations, probes and checkpoints. It is saved in a separate file,
-  because no other file of a run depends on the speed of the run.
+  It includes the method's `refresh`, the loading of batches, epoch probes and all
+  steps, but not compilation, evaluations with their probes, and checkpoints. It is
+  saved in a separate file, because no other file of a run depends on its speed.
   """
 
   def __init__(

@@ -101,8 +101,9 @@ def dd_rows(
     seed: seed of the order of the rows.
 
   Raises:
-    InputError: a loss is not finite, an epoch percent is outside 0 to 99, or all labels
-      are right (or all wrong), so that there is nothing to learn.
+    InputError: `percentile` is out of range, a loss is not finite, an epoch percent is
+      outside 0 to 99, or all labels are right (or all wrong), so that there is nothing
+      to learn.
   """
   mentornet.check_percentile(percentile)
   if not np.isfinite(losses).all():

@@ -32,7 +32,7 @@ _DTYPES = {
 }
 _ANY_ROW = (0, np.iinfo(np.int32).max)
 _ANY_CLASS = (0, 999_999)
-# The smallest and largest allowed integers. A cast would change larger ones.
+# The smallest and largest allowed integers. Beyond int32, a cast would change them.
 _RANGES = {
   "sample": _ANY_ROW,
   "index": _ANY_ROW,
@@ -249,7 +249,7 @@ def read_dump(path: str | os.PathLike) -> LossDump:
 
 
 def _check_columns(columns):
-  """Raises ValueError if `_dump` would change any of the numbers in the columns."""
+  """Raises ValueError unless the columns are equally long lists of valid numbers."""
   for name, column in columns.items():
     if column.dtype.kind not in "iuf" or column.ndim != 1:
       raise ValueError(f"its column {name} is not a list of numbers")
