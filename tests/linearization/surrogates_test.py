@@ -1,6 +1,7 @@
 """Detection of surrogates: declared derivatives that are not the true ones."""
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from l2rw_jax import base
 from l2rw_jax import linearization
+from l2rw_jax.linearization import surrogates
 
 
 def _custom_vjp(forward, backward):
@@ -117,3 +119,9 @@ def test_reverse_mode_follows_declared_derivatives(name):
   np.testing.assert_allclose(
     _directional(_SURROGATES[name], "reverse"), jnp.stack(expected), rtol=1e-5
   )
+
+
+def test_only_functions_of_jax_itself_are_trusted():
+  folder = pathlib.Path(jax.__file__).parent
+  assert surrogates._is_in_jax(f"relu at {folder}/_src/nn/functions.py:1")
+  assert not surrogates._is_in_jax(f"round at {folder}opt/rounding.py:1")
