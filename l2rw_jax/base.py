@@ -486,7 +486,10 @@ def take(table: Array, index: Array) -> Array:
 
 
 def host_or_jax_array(values: Any) -> Any:
-  """A JAX array as it is, and anything else as a NumPy array of its own type."""
+  """Returns JAX arrays unchanged, and all other values as NumPy arrays.
+
+  Unlike JAX without x64, NumPy keeps integers of 64 bits.
+  """
   if hasattr(values, "__jax_array__"):  # A variable of flax.nnx, for instance.
     values = jnp.asarray(values)
   return values if isinstance(values, jax.Array) else np.asarray(values)
