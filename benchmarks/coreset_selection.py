@@ -73,7 +73,7 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   )
   part: int = flag(
     10,
-    "The naive selection is timed on the number of examples divided by this number.",
+    "The naive selection, and a second lazy one, use one in this many examples.",
     bounds=settings_lib.Bounds(1, 10**6),
     group="data",
   )
@@ -118,7 +118,7 @@ class Training:
     return rng.permutation(self._size)
 
   def epoch(self) -> None:
-    """Trains on every example once."""
+    """Trains for one epoch, without the examples that do not fill a last batch."""
     for _ in range(self._size // _BATCH_SIZE):
       batch = self._data.load([self._sampler.next(0)])
       self._state, _ = self._step(self._state, *batch, *self._constants)
@@ -190,7 +190,7 @@ def extra_mib(run: Callable[[], Any]) -> float | None:
     # Return freed memory to the kernel, and reset the peak that it reports.
     ctypes.CDLL(None).malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")
-  except (AttributeError, OSError):
+  except (AttributeError, OSError, TypeError):
     return None
   before = _status_mib("VmRSS")
   run()
@@ -320,7 +320,7 @@ def summary(turns: Sequence[Turn], epochs: Sequence[Turn]) -> dict[str, float]:
 
 
 def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-  """Draws a bar for each selection, in epochs, and a line at one epoch."""
+  """Draws a bar for the epoch and for each selection, and a line at one epoch."""
   import matplotlib
 
   matplotlib.use("Agg")

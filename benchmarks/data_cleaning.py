@@ -13,7 +13,8 @@ chose for each p. The learning rates of this library's methods were chosen with 
 by the error on 5,000 other training images (`dev_percent` in the rows): --learning_rate
 at p = 0.7, and --kept_learning_rate by the mean over p = 0.5, 0.7 and 0.9. Nothing was
 chosen on the test images. Seconds are CPU time of all processor cores, without
-compilation and evaluation.
+compilation and evaluation; those of `clean_only` do not include the search for its
+regularization.
 Command: python -m benchmarks.data_cleaning --data_dir=DIR --num_seeds=2
 Results: results/data_cleaning.
 """
@@ -144,7 +145,8 @@ def load(settings: Settings, share: float, seed: int) -> Data:
   """Loads the problem of a share and a seed, with the images in random order.
 
   Raises:
-    InputError: the data set has too few images for the flags.
+    InputError: the data set has too few images for the flags, or --num_train or
+      --num_meta is too small for --batch_size.
   """
   train, test = settings.load("train"), settings.load("test")
   used = settings.num_train + settings.num_meta
@@ -253,9 +255,11 @@ def _steps(solver, sizes, state, first, arrays, numbers, meta_numbers):
 
 
 def _error_percent(z: base.Array, pair: tuple[np.ndarray, np.ndarray]) -> float:
-  if not len(pair[1]):
+  logits = pair[0] @ np.asarray(z)
+  # The argmax of NaN is class 0.
+  if not (logits.size and np.isfinite(logits).all()):
     return float("nan")
-  predicted = np.argmax(pair[0] @ np.asarray(z), axis=1)
+  predicted = np.argmax(logits, axis=1)
   return 100 * float(np.mean(predicted != pair[1]))
 
 
@@ -431,7 +435,7 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
     for seed in seeds:
       data = load(settings, share, seed)
       for name in names:
-        path = folder / "runs" / f"{name}-{share:g}-{seed}.json"
+        path = folder / "runs" / f"{name}-{share}-{seed}.json"
         row = workdir_lib.read_record(path) if path.exists() else None
         if row is None:
           row = make_row(settings, name, share, seed, data)

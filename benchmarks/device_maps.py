@@ -51,7 +51,11 @@ class Settings(settings_lib.OutputFlags, settings_lib.ProcessFlags):
 
   batch_size: int = flag(80)
   num_steps: int = flag(50, "Number of steps in a turn.")
-  repeats: int = flag(10, "Number of rounds.", bounds=settings_lib.REPEATS)
+  repeats: int = flag(
+    10,
+    "Number of timed rounds; each kind of map takes one turn in a round.",
+    bounds=settings_lib.REPEATS,
+  )
 
 
 def _make_run(kind: str, hidden: tuple[int, ...], settings: Settings) -> run_lib.Run:

@@ -3,9 +3,10 @@ r"""Whether a switch of XLA:CPU, or another layout, makes convolutions faster.
 The benchmark times the forward and backward pass of four 3x3 convolutions with 32
 channels on images of 32x32; the last convolution has stride 2. Each switch is measured
 in a separate process, because XLA reads `XLA_FLAGS` only once. The processes take
-turns, round by round, and times are processor seconds of all threads, so that other
-load on the machine affects all equally. The column changes_program says whether the
-switch changes the optimized program; switches of the code generator do not.
+turns, round by round, so that other load on the machine affects all switches about
+equally. Times are processor seconds, summed over all threads. The column
+changes_program says whether the switch changes the optimized program; switches of the
+code generator do not.
 Command: python -m benchmarks.xla_switches
 Results: results/xla_switches, one file for each version of jax.
 """
@@ -88,7 +89,8 @@ def measure(switch: str, layout: str, batch_size: int, repeats: int) -> dict[str
 
   Returns:
     "seconds" of every step, "flops" of a step, the hash of the "program"; or only
-    "error", the last line on stderr, if XLA does not accept the switch.
+    "error" if the process fails, for instance because XLA does not accept the switch:
+    the first line on stderr that names the switch, or else the last line.
   """
   done = subprocess.run(
     [sys.executable, "-c", _CHILD, layout, str(batch_size), str(repeats)],
@@ -98,14 +100,15 @@ def measure(switch: str, layout: str, batch_size: int, repeats: int) -> dict[str
     check=False,
   )
   if done.returncode:
-    lines = done.stderr.strip().splitlines()
-    return {"error": lines[-1] if lines else f"exit status {done.returncode}"}
+    lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    name = switch.partition("=")[0].lstrip("-")
+    return {"error": next((x for x in lines if name and name in x), lines[-1])}
   measured: dict[str, Any] = json.loads(done.stdout)
   return measured
 
 
 def make_rows(settings: Settings) -> list[dict[str, Any]]:
-  """A row for each switch and layout, with ratios to no switch in the same layout."""
+  """A row for each switch and layout, relative to no switch in the same layout."""
   switches = list(dict.fromkeys(("", *settings.switches)))
   cases = [(switch, layout) for layout in settings.layouts for switch in switches]
   measured: dict[tuple[str, str], list[dict[str, Any]]] = {case: [] for case in cases}

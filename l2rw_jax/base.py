@@ -143,7 +143,7 @@ class Gradients(NamedTuple):
     value: the `value` that is passed to the outer optimizer (used by
       `optax.contrib.reduce_on_plateau` and by Polyak's step); None stands for the
       weighted loss.
-    fault: the `Fault` of a meta-learned method, int32 scalar; None for a method
+    fault: the `Fault` of a meta-learning method, int32 scalar; None for a method
       without a meta step.
     zero_slope: whether the look-ahead step ignores the gradient, so that all weight
       gradients are zero, see `hypergradient.Direction`; bool scalar, or None.
@@ -466,12 +466,7 @@ def take(table: Array, index: Array) -> Array:
   Raises:
     InputError: `index` is neither integer nor boolean.
   """
-  table, index = jnp.asarray(table), host_or_jax_array(index)
-  if not (jnp.issubdtype(index.dtype, jnp.integer) or index.dtype == jnp.bool_):
-    raise InputError(
-      f"classes and groups must be integers; got {index.dtype}. Convert them with"
-      " astype(int)."
-    )
+  table = jnp.asarray(table)
   index = wide_integers(index, table.shape[0])
   sharding = jax.typeof(index).sharding
   options: dict[str, Any] = {}
@@ -506,8 +501,18 @@ def wide_integers(values: Any, size: int) -> Array:
 
   Returns:
     An array of int32, or of int64 if `values` is a JAX array of a 64-bit type.
+
+  Raises:
+    InputError: `values` are neither integers nor booleans. Whole numbers of a
+      floating-point type are refused, too.
   """
   values = host_or_jax_array(values)
+  is_integer = jnp.issubdtype(values.dtype, jnp.integer) or values.dtype == jnp.bool_
+  if values.size and not is_integer:
+    raise InputError(
+      f"classes and groups must be integers; got {values.dtype}. Convert them with"
+      " astype(int)."
+    )
   if not isinstance(values, jax.Array):
     exists = (values >= 0) & (values < size)
     return jnp.asarray(np.where(exists, values.astype(np.int32), -1), jnp.int32)

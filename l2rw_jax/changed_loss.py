@@ -3,8 +3,10 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+import operator
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,8 +33,9 @@ def changed_loss(
 ) -> base.Method:
   """Replaces the per-example training loss of `method` with `loss`.
 
-  The weights of the method, its `Gradients.losses` and its meta loss are computed from
-  the new loss; evaluation uses the loss of the classifier. The wrapper has no effect on
+  The gradients of the method, its `Gradients.losses`, its meta loss, and its weights if
+  they depend on losses (those of `bare` do not) are computed from the new loss.
+  Evaluation uses the loss of the classifier. The wrapper has no effect on
   methods that define a loss themselves: `forward_correction`, `s_model` once its
   layer is active, `ldam_drw` and the baselines that are named after a loss. `warpi`
   always trains on its rectified cross-entropy; only its meta loss and its reported
@@ -49,25 +52,30 @@ def changed_loss(
   Args:
     method: the method to wrap.
     loss: `(outputs, batch, class_counts) -> [B]`.
-    from_epoch: the first epoch, counted from 0, that uses `loss`.
+    from_epoch: the first epoch, counted from 0, that uses `loss`. Both losses are
+      computed in every epoch if this is not 0. The one that is not used has no
+      influence, even if its values or derivatives are NaN.
 
   Returns:
     A `base.Method` whose state is a `State`.
 
   Raises:
-    InputError: `from_epoch` is negative.
+    InputError: `from_epoch` is negative or not an integer.
   """
-  check_epoch("changed_loss", from_epoch)
+  from_epoch = check_epoch("changed_loss", from_epoch)
 
   def init(key, problem, params):
     return State(jnp.zeros((), jnp.int32), method.init(key, problem, params))
 
   def changed(problem, epoch):
     def current_loss(outputs, batch):
-      new = loss(outputs, batch, problem.class_counts)
       if not from_epoch:
-        return new
-      return jnp.where(epoch >= from_epoch, new, problem.loss(outputs, batch))
+        return loss(outputs, batch, problem.class_counts)
+      is_new = epoch >= from_epoch
+      new = loss(_where_used(is_new, outputs), batch, problem.class_counts)
+      old = problem.loss(_where_used(~is_new, outputs), batch)
+      dtype = base.common_dtype(new, old)
+      return jnp.where(is_new, new.astype(dtype), old.astype(dtype))
 
     return dataclasses.replace(problem, loss=current_loss)
 
@@ -105,7 +113,33 @@ def changed_loss(
   )
 
 
-def check_epoch(where: str, from_epoch: int) -> None:
-  """Raises InputError if `from_epoch` is negative; `where` begins the message."""
-  if from_epoch < 0:
-    raise base.InputError(f"{where}: from_epoch={from_epoch} must be at least 0.")
+def _where_used(is_used, outputs):
+  """`outputs`, to which no derivative is propagated unless `is_used`.
+
+  The gradient of `jnp.where(is_used, f(x), g(x))` is NaN if that of f is infinite,
+  although f is not used, because it is multiplied by 0.
+  """
+  return jax.tree.map(
+    lambda x: jnp.where(is_used, x, jax.lax.stop_gradient(x)), outputs
+  )
+
+
+def check_epoch(where: str, from_epoch: int) -> int:
+  """`from_epoch` as an int.
+
+  Args:
+    where: the beginning of the message of the error.
+    from_epoch: number of an epoch, counted from 0.
+
+  Raises:
+    InputError: `from_epoch` is negative or not an integer.
+  """
+  try:
+    epoch = operator.index(from_epoch)
+  except TypeError:
+    raise base.InputError(
+      f"{where}: from_epoch={from_epoch} must be an integer, at least 0."
+    ) from None
+  if epoch < 0:
+    raise base.InputError(f"{where}: from_epoch={epoch} must be at least 0.")
+  return epoch

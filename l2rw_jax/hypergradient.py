@@ -59,8 +59,9 @@ class _State(enum.IntEnum):
 Objective = Callable[[base.Array], base.Array]
 OPTIMIZER_TRAP = (
   "optimizers that divide by the square root of a squared gradient (adam, adamw, lamb,"
-  " muon, clip_by_global_norm) have no derivative at a zero gradient, where example"
-  " weights are linearized. Use optimizer=optax.sgd(...), or adam with eps_root > 0."
+  " adafactor, muon, clip_by_global_norm) have no derivative at a zero gradient, where"
+  " example weights are linearized. Use optimizer=optax.sgd(...), or adam with"
+  " eps_root > 0."
 )
 _TRAPPED = (
   "the meta gradient is finite, but its derivative through the look-ahead optimizer's"

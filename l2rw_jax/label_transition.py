@@ -53,6 +53,7 @@ def estimate_transition(
   [[0.75  0.25 ]
    [0.125 0.875]]
   """
+  probabilities = jnp.asarray(probabilities)
   if probabilities.ndim != 2 or not len(probabilities):
     raise base.InputError(
       f"probabilities must be [N, C] with N at least 1; got {probabilities.shape}."
@@ -84,20 +85,24 @@ def confusion(
     T [C, C]; a class that is never predicted has the row of the identity matrix.
 
   Raises:
-    InputError: the shapes differ, `smoothing` is negative, or, outside `jit`, an
-      entry is not a class. Under `jit`, such an entry makes T NaN.
+    InputError: the shapes differ, `predicted` or `labels` are not integers, `smoothing`
+      is negative, or, outside `jit`, an entry is not a class. Under `jit`, such an
+      entry makes T NaN.
 
   >>> import jax.numpy as jnp
   >>> print(confusion(jnp.array([0, 0, 0]), jnp.array([0, 0, 1]), 2))
   [[0.625 0.375]
    [0.    1.   ]]
   """
+  predicted, labels = (base.host_or_jax_array(x) for x in (predicted, labels))
   if predicted.shape != labels.shape or labels.ndim != 1:
     raise base.InputError(
       f"predicted and labels must be [N]; got {predicted.shape} and {labels.shape}."
     )
-  predicted, labels = base.unsharded(predicted), base.unsharded(labels)
-  rows, columns = (losses.label_mask(x, num_classes) for x in (predicted, labels))
+  rows, columns = (
+    losses.label_mask(base.unsharded(x) if isinstance(x, jax.Array) else x, num_classes)
+    for x in (predicted, labels)
+  )
   exists = rows.any(axis=1) & columns.any(axis=1)
   if not isinstance(exists, jax.core.Tracer) and not exists.all():
     raise base.InputError(

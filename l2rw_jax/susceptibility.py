@@ -33,7 +33,7 @@ from l2rw_jax.linearization import trainable
 
 
 class Drop(NamedTuple):
-  """Mean losses of a randomly labeled batch, in nats, scalars.
+  """Mean losses of a randomly labeled batch, in nats, scalars in float32 or wider.
 
   Attributes:
     before: at the current parameters.
@@ -94,8 +94,8 @@ def loss_drop(
   def mean_loss(leaves):
     returned = losses_fn(partition.combine(leaves), batch)
     losses, _ = base.losses_and_aux("losses_fn", returned, has_aux)
-    dtype = base.accumulator_dtype(losses.dtype)
-    return jnp.mean(losses.astype(dtype)).astype(losses.dtype), losses
+    # In half precision, the difference of two mean losses would be rounded away.
+    return jnp.mean(losses.astype(base.accumulator_dtype(losses.dtype))), losses
 
   leaves = base.local(partition.leaves(params), axis_name)
   (loss, losses), local_gradient = jax.value_and_grad(mean_loss, has_aux=True)(leaves)

@@ -1,5 +1,6 @@
 """Changing a method's loss, from the start or from a later epoch on."""
 
+import dataclasses
 import functools
 import types
 
@@ -46,8 +47,10 @@ def _rarity(outputs, batch, class_counts):
   return own * 30 / class_counts[batch["label"]].astype(own.dtype)
 
 
-def _run(method, epoch=0):
+def _run(method, epoch=0, engine="auto"):
   problem = _task()
+  linearize = functools.partial(problem.linearize, engine=engine)
+  problem = dataclasses.replace(problem, linearize=linearize)
   params, inputs = _inputs()
   state = method.init(jax.random.key(2), problem, params)
   state = method.refresh(state, problem, types.SimpleNamespace(epoch=epoch))
@@ -84,6 +87,28 @@ def test_the_loss_changes_at_its_epoch(epoch, is_new):
   chex.assert_trees_all_close(_run(method, epoch), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("engine", ["layerwise", "forward"])
+def test_the_loss_that_is_not_used_has_no_influence(engine):
+  def with_infinite_derivative(outputs, batch, class_counts):
+    del class_counts
+    own = losses.softmax_cross_entropy(outputs, batch["label"])
+    return jnp.sqrt(jnp.maximum(own - 9, 0))
+
+  method = changed_loss.changed_loss(
+    baselines.uniform(), with_infinite_derivative, from_epoch=np.uint8(3)
+  )
+  expected = _run(baselines.uniform(), engine=engine)
+  chex.assert_trees_all_close(_run(method, 2, engine), expected, rtol=1e-6)
+
+
+def test_losses_may_have_other_types():
+  def narrow(outputs, batch, class_counts):
+    return _rarity(outputs, batch, class_counts).astype(jnp.bfloat16)
+
+  method = changed_loss.changed_loss(baselines.uniform(), narrow, from_epoch=3)
+  chex.assert_trees_all_close(_run(method), _run(baselines.uniform()), rtol=1e-6)
+
+
 def test_wrapping_twice_changes_the_loss_twice():
   def plain_zero(outputs, batch, class_counts):
     del batch, class_counts
@@ -106,6 +131,7 @@ def test_sampling_is_the_methods_own():
   assert plain.sample is base.permutation
 
 
-def test_an_epoch_is_not_negative():
-  with pytest.raises(base.InputError, match="from_epoch=-1 must be at least 0"):
-    changed_loss.changed_loss(baselines.uniform(), _rarity, from_epoch=-1)
+@pytest.mark.parametrize("epoch", [-1, float("nan"), 1.5])
+def test_an_epoch_is_a_whole_number(epoch):
+  with pytest.raises(base.InputError, match=f"from_epoch={epoch} must be"):
+    changed_loss.changed_loss(baselines.uniform(), _rarity, from_epoch=epoch)

@@ -1,6 +1,6 @@
 """Eight virtual CPU devices and no implicit promotion for every test.
 
-Also the fixtures that tests of several folders share.
+It also defines the fixtures that tests of several folders share.
 """
 
 import os
@@ -87,7 +87,7 @@ def _check_markers(items):
 
 
 def _named(config):
-  """`(path, test)` of the tests that the command names, not only their files."""
+  """`(path, test)` of each test that the command names individually."""
   folder = config.invocation_params.dir
   parts = [argument.partition("::") for argument in config.args]
   return {((folder / path).resolve(), test) for path, _, test in parts if test}

@@ -84,11 +84,23 @@ def test_confusion_counts_the_given_labels_of_each_predicted_class():
       ),
       "smoothing=-1 must be at least 0",
     ),
+    # Probabilities in place of classes.
+    (
+      lambda: label_transition.confusion(np.array([0.2, 0.9]), np.array([0, 1]), 2),
+      "must be integers; got float64",
+    ),
   ],
 )
 def test_bad_arguments_are_refused(make, message):
   with pytest.raises(base.InputError, match=message):
     make()
+
+
+def test_lists_are_accepted():
+  matrix = label_transition.estimate_transition([[0.75, 0.25], [0.5, 0.5]], 100)
+  np.testing.assert_allclose(matrix, [[0.75, 0.25], [0.5, 0.5]])
+  matrix = label_transition.confusion([0, 0, 1], [0, 1, 1], 2, 0)
+  np.testing.assert_allclose(matrix, [[0.5, 0.5], [0, 1]])
 
 
 def test_logits_in_place_of_probabilities_are_refused():

@@ -114,7 +114,7 @@ def test_meta_gradients_are_the_same_under_shard_map(check_vma):
   )
 
 
-def test_updates_are_computed_in_one_of_every_steps():
+def test_an_update_is_computed_once_in_every_n_steps():
   def meta_gradient_fn(phi):
     return meta_network.MetaGradient(
       phi, 3 * phi, jnp.array(True), jnp.array(False), jnp.zeros((), jnp.int32)

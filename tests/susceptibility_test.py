@@ -55,6 +55,29 @@ def test_loss_drop_equals_reference_values(x64, rate, after, drop, first_order):
   assert actual[2] == actual[0] - actual[1]
 
 
+def test_the_drop_of_losses_in_half_precision_is_not_rounded_away():
+  # In bfloat16, numbers close to 1.1 are multiples of 1/128.
+  def half(params, batch):
+    return _losses_of(params, batch).astype(jnp.bfloat16)
+
+  def mean(params):
+    return half(params, batch).astype(jnp.float32).mean()
+
+  rng = np.random.default_rng(0)
+  batch = {
+    "x": rng.normal(size=(500, 2)).astype(np.float32),
+    "label": rng.integers(2, size=500),
+  }
+  params, optimizer = jnp.asarray(_W, jnp.float32), optax.sgd(0.1)
+  actual = susceptibility.loss_drop(
+    half, params, batch, optimizer=optimizer, opt_state=optimizer.init(params)
+  )
+  before, gradient = jax.value_and_grad(mean)(params)
+  expected = before - mean(params - 0.1 * gradient)
+  assert actual.drop.dtype == jnp.float32 and 1e-4 < expected < 0.1
+  np.testing.assert_allclose(actual.drop, expected, rtol=1e-3)
+
+
 def test_a_small_step_lowers_the_loss_by_rate_times_squared_gradient(x64):
   del x64
   _, gradient = _numpy_loss_and_gradient(_W, _X, _RANDOM)

@@ -24,7 +24,9 @@ class Curve(NamedTuple):
   values: np.ndarray
 
   def at(self, seconds: Any) -> Any:
-    """Results at these seconds, interpolated linearly between evaluations.
+    """The results after these many seconds of training.
+
+    Results are interpolated linearly between evaluations.
 
     They are NaN before the first evaluation and constant after the last one.
     """
@@ -50,8 +52,9 @@ def read(folder: pathlib.Path, seed: int, name: str) -> Curve:
   timing = workdir_lib.read_record(folder / "timing.json")
   if timing["untimed_steps"]:
     raise base.InputError(
-      f"{folder / 'timing.json'} was damaged, so the seconds of the first"
-      f" {timing['untimed_steps']} steps are unknown. Delete {folder} to train again."
+      f"{folder / 'timing.json'} was missing or damaged when the run was resumed, so"
+      f" the seconds of the first {timing['untimed_steps']} steps are unknown. Delete"
+      f" {folder} to train again."
     )
   measured = {
     line["step"]: line[f"test/{name}"]

@@ -32,7 +32,7 @@ def probe(
     found = evaluation.predict(snapshot.problem, state.params, state.model_state, clean)
     metrics = evaluation.measure(snapshot, evaluators, ())
     for size in sizes or (len(found.losses),):
-      metrics[f"clean_loss_{size}"] = float(found.losses[:size].mean())
+      metrics[f"clean_loss_{size}"] = float(found.losses[:size].mean(dtype=np.float64))
     return metrics
 
   return measure

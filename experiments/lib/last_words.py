@@ -20,11 +20,12 @@ CONNECTED = b"\0connected\n"
 REASON = b"\0reason "
 # How lines of a level begin: "E1130 09:41:00 1 file.cc:7]" or "2026-11-30 ...: E file".
 _LEVEL = rb"([%s]\d|\d{4}-[^\]]*?: [%s] )"
-# Matches the first line of the report of a lost connection. Lines of the level INFO are
-# about connections that work.
+# Matches the first line of the report of a lost connection: a line that names the
+# service, unless its level is INFO or WARNING. Lines of these levels are about
+# connections that work.
 _REPORT = re.compile(
   b"(?!%s).*(coordination_service|the JAX distributed service detected)"
-  % (_LEVEL % (b"I", b"I"))
+  % (_LEVEL % (b"IW", b"IW"))
 )
 # Matches the beginning of a line that may be the report's.
 _ERROR = re.compile(_LEVEL % (b"EF", b"EF"))
@@ -36,8 +37,8 @@ _NOISE = (b"[Gloo] Rank ",)
 def relay(lines: Iterable[bytes], output: BinaryIO, not_connected: str) -> None:
   """Copies `lines` until they end, except for the report of a lost connection.
 
-  If the process gives a reason why it ends, only the reason is printed. If there is a
-  report but no reason, one line about the report is printed.
+  If the process gives a reason for ending, that reason is printed instead of the
+  report. If there is a report but no reason, one line about the report is printed.
 
   Args:
     lines: lines that the process prints, with newlines.

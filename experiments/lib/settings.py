@@ -140,7 +140,7 @@ SHARED: Mapping[str, tuple[str, Bounds | None, str]] = {
   "methods": ("Methods to compare, separated by commas.", None, "method"),
   "inner_learning_rate": ("Learning rate of the inner loop.", RATE, "method"),
   "lookahead_learning_rate": (
-    "Learning rate of the look-ahead step of the meta-learned methods.",
+    "Learning rate of the look-ahead step of the meta-learning methods.",
     RATE,
     "method",
   ),

@@ -32,10 +32,11 @@ is therefore subtracted. On the diagonal, Z is Q. Off the diagonal,
     v = max(sum of (Q - Q^T)^2 - (Q + Q^T) - S^2, 0) / (2 * sum of M^2)
     R[j, g] = (1 + v Z[j, g]) / (1 + v M[j, g])                                     (3)
 
-M is the expected value of Z if mistakes have no direction. v is the variance of the
-rates Z / M: the squared difference of Q and its transpose, minus the variance of counts
-and minus S^2, which allows for the asymmetry of classes that resemble each other. R is
-the posterior mean of a rate under a gamma prior of mean 1 and variance v. If the counts
+where both sums are over the entries off the diagonal, and R is 1 on the diagonal. M is
+the expected value of Z if mistakes have no direction. v is the variance of the rates
+Z / M: the squared difference of Q and its transpose, minus the variance of counts and
+minus S^2, which allows for the asymmetry of classes that resemble each other. R is the
+posterior mean of a rate under a gamma prior of mean 1 and variance v. If the counts
 show no direction, v is 0 and R is 1. Mistakes that are equally frequent in both
 directions cannot be distinguished from resemblance.
 
@@ -60,9 +61,9 @@ which one entry is more than 2.5 times the other. Then
     number of issues = E(W) + max(E(Q) - E(W), 0) o / (1 + o)
 
 where Q now counts all examples, even those that are neither clear nor sure. The idea is
-that if most examples whose label is not c* are sure, the others are mostly wrong, too;
-and if few are sure, the others are mostly hard. If x >= 1, all examples whose label is
-not c* are counted.
+that if most examples whose label is not c* are sure, most of the other labels are
+wrong, too; and if few are sure, the others are mostly hard examples. If x >= 1, all
+examples whose label is not c* are counted.
 
 Confident learning counts the examples with p[c] >= t[c] for some c other than the given
 label. Probabilities on training examples, unlike those on held-out examples, are biased
@@ -85,6 +86,7 @@ References:
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from l2rw_jax import base
@@ -104,8 +106,8 @@ class LabelIssues:
   Attributes:
     index: row of each example in the training set, int64 [N].
     given: the given label of each example, int64 [N].
-    suggested: the most likely other class, int64 [N]; the given label if the example
-      was never seen.
+    suggested: the other class j with the largest R[j, g] p[j], int64 [N]; the given
+      label g if the example was never seen. It can differ from c*.
     score: equation (1), float64 [N]; a higher score is more suspicious. It is NaN for
       examples that were never seen, which come last.
     is_issue: whether the label is estimated to be wrong, bool [N]: true for the first
@@ -157,15 +159,15 @@ def find_label_issues(statistics: Any, labels: Any) -> LabelIssues:
   Args:
     statistics: the `State` of a run, or the result of `summarize`: a dictionary with
       "mean_probabilities" [N, C] and any other arrays [N], which are only sorted. Rows
-      of NaN are examples that were never seen.
+      of NaN are examples that were never seen. Half precision becomes float32.
     labels: the given labels, integers [N] from 0 to C - 1.
 
   Returns:
     A `LabelIssues`.
 
   Raises:
-    InputError: the shapes do not match, a label is not one of the C classes, or no
-      example was ever seen.
+    InputError: the shapes do not match, a label is not one of the C classes, no example
+      was ever seen, or a distribution has a negative entry or another sum than 1.
     FloatingPointError: a distribution is not finite although its example was seen.
 
   >>> state = statistics_lib.init(num_examples=4, num_classes=2)
@@ -325,7 +327,7 @@ def _check(statistics, labels):
       f"statistics has no {_PROBABILITIES!r}; pass the state, or what audit.summarize"
       " returns."
     )
-  statistics = {name: np.asarray(x) for name, x in statistics.items()}
+  statistics = {name: _widened(np.asarray(x)) for name, x in statistics.items()}
   labels = np.asarray(labels)
   shape = statistics[_PROBABILITIES].shape
   if len(shape) != 2 or shape[1] < 2 or labels.shape != shape[:1]:
@@ -340,13 +342,13 @@ def _check(statistics, labels):
       raise base.InputError(
         f"the statistic {name} has shape {x.shape}, but there are {len(labels)} labels."
       )
-  labels = labels.astype(np.int64)
   wrong = np.flatnonzero((labels < 0) | (labels >= shape[1]))
   if len(wrong):
     raise base.InputError(
       f"{len(wrong)} labels are not one of the {shape[1]} classes; the first is"
       f" {labels[wrong[0]]} at index {wrong[0]}."
     )
+  labels = labels.astype(np.int64)
   p = statistics[_PROBABILITIES]
   is_seen = _is_seen(statistics)
   if not is_seen.any():
@@ -360,4 +362,18 @@ def _check(statistics, labels):
       f" {bad[0]}: the logits or losses of the run were NaN or infinite; lower the"
       " learning rate."
     )
+  is_distribution = (p >= 0).all(axis=1) & (abs(p.sum(axis=1) - 1) < 0.01)
+  bad = np.flatnonzero(is_seen & ~is_distribution)
+  if len(bad):
+    raise base.InputError(
+      f"{len(bad)} rows of {_PROBABILITIES} are not distributions, with numbers of at"
+      f" least 0 whose sum is 1; the first is at index {bad[0]}: {p[bad[0]].tolist()}."
+    )
   return statistics, labels
+
+
+def _widened(x):
+  """`x`, in float32 if it is in half precision, in which a mean is not accurate."""
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    return x
+  return x.astype(base.accumulator_dtype(x.dtype), copy=False)

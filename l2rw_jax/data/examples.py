@@ -179,15 +179,20 @@ def from_arrays(
 
   Raises:
     InputError: a part is not a pair, its features and labels have different lengths,
-      its features have another type or shape than those of `train`, labels are not
-      integers from 0 to C - 1, or there is no training example.
+      its features are neither uint8 nor floating point or have another type or shape
+      than those of `train`, labels are not integers from 0 to C - 1, or there is no
+      training example.
   """
   given = {"train": train, "meta": meta, "validation": validation, "test": test}
   parts = {}
   for name, pair in given.items():
     if pair is None:
       continue
-    if not isinstance(pair, tuple | list) or len(pair) != 2 or pair[1] is None:
+    if (
+      not isinstance(pair, tuple | list)
+      or len(pair) != 2
+      or not hasattr(pair[1], "__len__")
+    ):
       raise base.InputError(f"{name} must be a pair (features, labels)")
     parts[name] = check_examples(_arrays_examples(*pair), name)
   whole = parts["train"]
@@ -207,6 +212,8 @@ def from_arrays(
   for name in ("meta", "validation"):
     empty = _arrays_examples(whole.image[:0], none.astype(np.int32))
     parts.setdefault(name, empty)
+  if not isinstance(num_classes, int | np.integer | None):
+    raise base.InputError(f"num_classes={num_classes} must be an integer")
   if num_classes is None:
     num_classes = 1 + max(int(part.label.max(initial=0)) for part in parts.values())
   digest = hashlib.sha256()
@@ -226,6 +233,10 @@ def _kind(features: Any, name: str) -> tuple[str, tuple[int, ...]]:
     check_images(features, f"the images in {name}")
     raise
   is_float = jax.dtypes.issubdtype(dtype, np.floating)
+  if not is_float and dtype != np.uint8:
+    raise base.InputError(
+      f"the features of {name} must be uint8 or floating point; got {dtype}"
+    )
   return "floating point" if is_float else str(dtype), tuple(features.shape[1:])
 
 

@@ -28,12 +28,12 @@ def uniform_flip(
   rng: np.random.Generator,
   variant: str = "paper",
 ) -> np.ndarray:
-  """Replaces round(fraction N) labels, chosen at random, by random labels.
+  """Replaces round(fraction N) randomly chosen labels with random labels.
 
   The variants differ in the resulting share of wrong labels:
 
   * `"paper"`: the new label is uniform over the C - 1 *other* classes. The share of
-    wrong labels is exactly `fraction`.
+    wrong labels is round(fraction N) / N.
   * `"official_code"`: the new label is floor(U(0, C - 1)), which is uniform over
     0 .. C - 2: the last class is never drawn, and the true class may be drawn. The
     expected share of wrong labels is fraction (1 - (1 - p_{C-1}) / (C - 1)), where p_c
@@ -78,7 +78,7 @@ def background_flip(
   background: int | None = None,
   variant: str = "paper",
 ) -> np.ndarray:
-  """Replaces round(fraction N) labels, chosen at random, by one background class.
+  """Replaces round(fraction N) randomly chosen labels with one background class.
 
   This is noise and imbalance at the same time. Examples of the background class are
   chosen like all others and keep their label, so that the expected share of wrong
@@ -109,7 +109,7 @@ def background_flip(
   _check_variant(variant, num_classes)
   if background is None:
     background = draw_background(num_classes, rng=rng, variant=variant)
-  if not 0 <= background < num_classes:
+  if background not in range(num_classes):
     raise base.InputError(
       f"background must be a class from 0 to {num_classes - 1}; got {background}"
     )
@@ -253,8 +253,8 @@ def flip_matrix(
   _check_matrix(num_classes, rate)
   if not 1 <= num_targets < num_classes:
     raise base.InputError(
-      f"{num_targets} target classes need num_classes of at least {num_targets + 1};"
-      f" got {num_classes}"
+      f"num_targets must be between 1 and num_classes - 1 = {num_classes - 1}; got"
+      f" {num_targets}"
     )
   matrix = np.eye(num_classes) * (1 - rate)
   for true in range(num_classes):
@@ -272,7 +272,7 @@ def resample(
 
   Args:
     labels: integers in 0 .. C - 1, shape [N]; not modified.
-    matrix: T [C, C], rows non-negative with sum 1.
+    matrix: T [C, C], rows non-negative with sum 1, up to rounding in float32.
     rng: random number generator.
 
   Returns:
@@ -284,7 +284,7 @@ def resample(
   matrix = np.asarray(matrix, np.float64)
   if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
     raise base.InputError(f"matrix must have shape [C, C]; got {matrix.shape}")
-  wrong = ~((matrix >= 0).all(1) & (abs(matrix.sum(1) - 1) < 1e-9))
+  wrong = ~((matrix >= 0).all(1) & (abs(matrix.sum(1) - 1) < 1e-5))
   if wrong.any():
     raise base.InputError(
       f"matrix must have non-negative rows with sum 1; row {np.argmax(wrong)} is"
@@ -294,7 +294,7 @@ def resample(
   noisy = true.copy()
   for label, row in enumerate(matrix):
     members = np.flatnonzero(true == label)
-    noisy[members] = rng.choice(len(row), size=len(members), p=row)
+    noisy[members] = rng.choice(len(row), size=len(members), p=row / row.sum())
   return noisy
 
 
@@ -337,16 +337,16 @@ def _check_variant(variant: str, num_classes: int) -> None:
 
 def _check_matrix(num_classes: int, rate: float) -> None:
   _check_variant(VARIANTS[0], num_classes)
-  _check_fraction(rate)
+  check_share("rate", rate)
 
 
-def _check_fraction(fraction: float) -> None:
-  if not 0 <= fraction <= 1:
-    raise base.InputError(
-      f"fraction must lie in [0, 1] (0.4 flips 40% of the labels); got {fraction}"
-    )
+def check_share(name: str, share: float) -> None:
+  """Raises InputError unless `share`, the argument `name`, lies in [0, 1]."""
+  if not 0 <= share <= 1:
+    raise base.InputError(f"{name} must lie in [0, 1], such as 0.4; got {share}")
 
 
 def _choose(size: int, fraction: float, rng: np.random.Generator) -> np.ndarray:
-  _check_fraction(fraction)
-  return rng.choice(size, size=round(fraction * size), replace=False)
+  check_share("fraction", fraction)
+  # A product with a NumPy scalar in half precision would overflow.
+  return rng.choice(size, size=round(float(fraction) * size), replace=False)

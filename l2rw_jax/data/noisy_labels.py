@@ -217,6 +217,7 @@ def _check(builder: str, request: Request) -> None:
     )
   if request.fraction is None:
     raise base.InputError(f"the builder {builder} needs a fraction, such as 0.4")
+  label_noise.check_share("fraction", request.fraction)
 
 
 def _uniform_flip(request: Request) -> Relabeling:

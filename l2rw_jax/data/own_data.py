@@ -501,7 +501,7 @@ def _listed(
     path = folder / name
     reason = ""
     if label.lower() in _MISSING:
-      reason = f"it has no label in {listing.name}"
+      reason = f"{_missing(label)} in {listing.name}"
     elif not _exists_within(path, root):
       reason = f"there is no such file in {folder}"
     elif path.resolve() in seen:
@@ -524,7 +524,8 @@ def _listed(
       inside = path.relative_to(root).as_posix()
       if inside not in {name for name, _ in skipped}:
         skipped.append((inside, f"it is not in {listing.name}"))
-  return [folder / f.relative_to(root) for f in files], labels, skipped
+  files = [folder / f.relative_to(root) for f in files]
+  return files, _without_zeros(labels), skipped
 
 
 def _exists_within(path: pathlib.Path, root: pathlib.Path) -> bool:
@@ -645,7 +646,10 @@ def _archive(path: pathlib.Path, split: str | None) -> tuple[_Raw, bool]:
     )
   rows = np.arange(len(labels))
   names = np.array([f"row {row}" for row in rows], object)
-  skipped = [(name, "it has no label") for name in names[~is_labeled]]
+  skipped = [
+    (name, _missing(label))
+    for name, label in zip(names[~is_labeled], labels[~is_labeled], strict=True)
+  ]
   raw = _Raw(features, labels, names, rows, skipped, notes)
   return raw.take(is_labeled), bool(has_test)
 
@@ -809,15 +813,18 @@ def _archive_labels(
         f"{name} in {path} has the value {whole[~is_class][0]}; labels must be classes,"
         " not measurements"
       )
-    return whole.astype(np.int64).astype(str).astype(object), is_labeled
+    strings = whole.astype(np.int64).astype(str).astype(object)
+    return np.where(is_labeled, strings, ""), is_labeled
   if labels.dtype.kind == "S":
     # Labels that are not UTF-8 stay different from each other.
     labels = np.char.decode(labels, "utf-8", "backslashreplace")
   if labels.dtype.kind == "b":
     labels = labels.astype(np.int64)
-  strings = np.array([str(label).strip() for label in labels.tolist()], object)
+  strings = [str(label).strip() for label in labels.tolist()]
   is_labeled = np.array([s.lower() not in _MISSING for s in strings], bool)
-  return strings, is_labeled
+  result = np.array(strings, object)
+  result[is_labeled] = _without_zeros(result[is_labeled])
+  return result, is_labeled
 
 
 # -- tables ------------------------------------------------------------------
@@ -879,19 +886,31 @@ def _table(path: pathlib.Path, label_column: str | None) -> _Raw:
       reason = f"it has {len(row)} fields, but the header has {len(names)}"
       skipped.append((f"row {number}", reason))
     elif row[at].strip().lower() in _MISSING:
-      skipped.append((f"row {number}", "it has no label"))
+      skipped.append((f"row {number}", _missing(row[at].strip())))
     else:
       kept.append(number)
   cells = np.array([[c.strip() for c in rows[n]] for n in kept], object)
   cells = cells.reshape(len(kept), len(names))
   return _Raw(
     {name: cells[:, i] for i, name in enumerate(names) if i != at},
-    cells[:, at],
+    np.array(_without_zeros(cells[:, at]), object),
     np.array([f"row {number}" for number in kept], object),
     np.array(kept, np.int64),
     skipped,
     [f"The labels are the column {names[at]!r}."],
   )
+
+
+def _missing(label: str) -> str:
+  """Why an example without a label is skipped."""
+  return f"its label {label!r} counts as missing" if label else "it has no label"
+
+
+def _without_zeros(labels: Sequence[str]) -> list[str]:
+  """Removes ".0" from all labels if all are whole numbers, so that "1.0" is "1"."""
+  if all(re.fullmatch(r"[+-]?\d+(\.0*)?", label) for label in labels):
+    return [label.partition(".")[0] for label in labels]
+  return list(labels)
 
 
 def _unique(names: Sequence[str]) -> list[str]:
@@ -949,7 +968,7 @@ class Encoder:
       labels: tuple[str, ...] | None = tuple(numeric)
     else:
       numbers, categorical, labels = values.astype(np.float64), [], None
-      numbers[~np.isfinite(numbers)] = np.nan
+      numbers[~(np.abs(numbers) <= _LARGEST)] = np.nan
     empty = np.isnan(numbers).all(axis=0)
     if empty.any():
       notes.append(f"{int(empty.sum())} columns have no number and were left out.")
@@ -1047,6 +1066,11 @@ def _kinds_of_columns(
       )
     else:
       categorical.append(name)
+      if sum(c[:1].isdigit() for c in strays) > len(cells) // 2:
+        notes.append(
+          f"The column {name!r} has texts such as {strays[0]!r}, which are not numbers"
+          f" with a decimal point, and was read as {len(different)} categories."
+        )
   return numeric, categorical
 
 

@@ -14,18 +14,18 @@ never forms a gradient of parameters, and
     J^T w = sum over parameter uses of (dq/dp)^T (df/dq)^T (w_i delta_i)
 
 Recording, `directional` and `weighted_gradient` cost one forward pass each, in addition
-to the forward pass that computes the losses; in forward mode they cost 0, 2 and 2. No
-per-example gradient is formed. Operations on parameters alone (casts, reshapes, weight
-normalization) are differentiated as usual.
+to the forward pass that computes the losses. With the engine "forward", these three
+cost 0, 2 and 2 forward passes. No per-example gradient is formed. Operations on
+parameters alone (casts, reshapes, weight normalization) are differentiated as usual.
 
 The engine works on the jaxpr of the losses, so it supports any framework and any
 sharing of parameters. `batch_axes` checks whether examples are processed independently.
-The gradients delta are taken with respect to perturbations, zeros that are added to the
-uses. In a `jax.lax.scan`, each iteration reads its perturbations from a row of the
-input. It records the values that are needed for the derivatives in a row of the output,
-and `directional` and `weighted_gradient` each loop over these rows. The engine does not
-support a `jax.custom_vjp` that takes parameters (its backward rule sums over examples),
-`while` or `cond`.
+The gradients delta are taken with respect to perturbations: arrays of zeros that are
+added to the outputs of the uses. In a `jax.lax.scan`, each iteration reads its
+perturbations from a row of the input. It records the values that are needed for the
+derivatives in a row of the output, and `directional` and `weighted_gradient` each loop
+over these rows. The engine does not support a `jax.custom_vjp` that takes parameters
+(its backward rule sums over examples), `while` or `cond`.
 
 For a `jax.checkpoint`, only its inputs and the gradients of its outputs are recorded.
 Each pass recomputes the values that it needs: recording, `directional` and
@@ -95,7 +95,7 @@ def linearize(
     perturbed_losses, plan.perturbations(), has_aux=True
   )
   (gradients,) = vjp_fn(jnp.ones_like(losses))
-  zeros = parameter_uses.zeros(jax.typeof(losses))
+  zeros = _accumulator(losses)
   in_turn = ordering.num_bytes(gradients) < ordering.num_bytes(leaves)
 
   def recorded() -> tuple[Any, Any]:
@@ -106,7 +106,8 @@ def linearize(
 
   def directional(vector):
     parameters, tangents = dict(enumerate(leaves)), dict(enumerate(vector))
-    return _directional(plan, parameters, tangents, *recorded(), zeros)
+    total = _directional(plan, parameters, tangents, *recorded(), zeros)
+    return total.astype(losses.dtype)
 
   def weighted_gradient(weights):
     parameters = dict(enumerate(leaves))
@@ -156,10 +157,11 @@ def _directional(
     values: other values that the derivatives of its uses need.
     gradients: for each use, the gradients of the losses with respect to its
       perturbations.
-    zeros: zeros, shaped like the losses, [B].
+    zeros: zeros of the shape of the losses, [B], and of a type in which sums are
+      accurate.
 
   Returns:
-    [B].
+    [B], of the type of `zeros`.
   """
   inputs, input_tangents = jax.jvp(
     _inputs_of_uses(plan, values), (parameters,), (tangents,)
@@ -190,8 +192,9 @@ class _Product(NamedTuple):
   """A tangent and a gradient whose product, summed over each example, is a term.
 
   Attributes:
-    tangent: its derivative along the direction.
-    gradient: the gradient of the losses with respect to its perturbation.
+    tangent: the derivative of an output of a use along the direction.
+    gradient: the gradient of the losses with respect to the perturbation of this
+      output.
     axis: the axis of the examples.
   """
 
@@ -228,7 +231,10 @@ def _use_tangents(use, known, inputs, tangents):
 def _term(axis, dtype, tangents, gradient):
   """The inner products of the sum of tangents with a gradient, [B]."""
   others = tuple(i for i in range(gradient.ndim) if i != axis)
-  product = jnp.real(functools.reduce(operator.add, tangents) * gradient)
+  # In float16, sums and products can overflow, and products of small numbers vanish.
+  wide = base.accumulator_dtype(gradient.dtype)
+  total = functools.reduce(operator.add, [t.astype(wide) for t in tangents])
+  product = jnp.real(total * gradient.astype(wide))
   return jnp.sum(product.astype(dtype), others)
 
 

@@ -23,8 +23,9 @@ from l2rw_jax.linearization import parameter_uses
 def allocated_after(first: base.PyTree, function: Callable[[], Any]) -> Any:
   """`function()`, whose loops allocate their stacked outputs only after `first`.
 
-  Loops in the bodies of other loops are not changed. Nothing is changed outside of
-  `jit` and similar transformations, where operations run in the order of the program.
+  Loops inside other loops, or inside `jax.checkpoint`, `cond` or a function with a
+  custom derivative, are not changed. Outside of `jit` and similar transformations,
+  operations run in the order of the program, so nothing is changed.
 
   Args:
     first: pytree of arrays that are computed earlier. Integers and keys have no effect.
@@ -60,7 +61,7 @@ def _run(jaxpr, consts, args, zero):
     if call is not None:
       inner, inner_consts = call
       outputs = _run(inner, inner_consts, inputs, zero)
-    elif eqn.primitive.name == "scan":
+    elif eqn.primitive.name == "scan" and eqn.params["length"]:
       outputs = _scan(eqn, inputs, zero)
     else:
       outputs = parameter_uses.bind(eqn, inputs)

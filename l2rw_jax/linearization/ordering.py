@@ -22,7 +22,7 @@ def zero_after(first: base.PyTree) -> base.Array:
   entries = [
     _first_entry(x)
     for x in jax.tree.leaves(first)
-    if x.size and jnp.issubdtype(x.dtype, jnp.inexact)
+    if isinstance(x, jax.Array) and x.size and jnp.issubdtype(x.dtype, jnp.inexact)
   ]
   if not entries:
     return jnp.zeros(())

@@ -119,10 +119,13 @@ def _is_trainable(leaf: Any) -> bool:
 
 
 def _type(leaf: Any) -> Any:
-  try:
-    return jnp.result_type(leaf)
-  except TypeError:
-    raise base.InputError(
-      f"params contains a {type(leaf).__name__}, which is not an array: separate it,"
-      " for instance by eqx.partition(model, eqx.is_inexact_array)."
-    ) from None
+  # `jnp.result_type` would accept types and their names, such as "f".
+  if not isinstance(leaf, str | type | np.dtype):
+    try:
+      return jnp.result_type(leaf)
+    except TypeError:
+      pass
+  raise base.InputError(
+    f"params contains a {type(leaf).__name__}, which is not an array: separate it,"
+    " for instance by eqx.partition(model, eqx.is_inexact_array)."
+  )

@@ -129,14 +129,14 @@ def two_stage(lam: float, from_epoch: int) -> Callable[[int], float]:
       (Clothing1M).
 
   Raises:
-    InputError: lambda is 0 or NaN, or the epoch is negative.
+    InputError: lambda is 0 or NaN, or the epoch is negative or not an integer.
 
   >>> schedule = two_stage(-5.0, 80)
   >>> schedule(79), schedule(80)
   (inf, -5.0)
   """
   _check_lam(lam)
-  changed_loss.check_epoch("two_stage", from_epoch)
+  from_epoch = changed_loss.check_epoch("two_stage", from_epoch)
   return lambda epoch: lam if epoch >= from_epoch else math.inf
 
 

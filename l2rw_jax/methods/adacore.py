@@ -504,7 +504,7 @@ def _check_averages(
 
 def check_epochs(where: str, refresh_every: int, warmup_epochs: int = 0) -> None:
   """Raises InputError unless `refresh_every` >= 1 and `warmup_epochs` >= 0."""
-  if refresh_every < 1 or warmup_epochs < 0:
+  if not (refresh_every >= 1 and warmup_epochs >= 0):
     raise base.InputError(
       f"{where}: refresh_every={refresh_every} must be at least 1, and warmup_epochs="
       f"{warmup_epochs} at least 0."

@@ -96,7 +96,7 @@ def class_balanced(beta: float = 0.9999, from_epoch: int = 0) -> base.Method:
     Cui et al., CVPR 2019; Cao et al., NeurIPS 2019, Algorithm 1.
   """
   class_balance.check_beta(beta)
-  changed_loss.check_epoch("class_balanced", from_epoch)
+  from_epoch = changed_loss.check_epoch("class_balanced", from_epoch)
 
   def gradients(state, problem, inputs):
     class_balance.check_counts(problem.class_counts, problem.num_classes)
@@ -122,9 +122,9 @@ def resampling(from_epoch: int = 0) -> base.Method:
     from_epoch: the first epoch of class-balanced batches, counted from 0.
 
   Raises:
-    InputError: `from_epoch` is negative.
+    InputError: `from_epoch` is negative or not an integer.
   """
-  changed_loss.check_epoch("resampling", from_epoch)
+  from_epoch = changed_loss.check_epoch("resampling", from_epoch)
 
   def sample(state, problem, train, rng):
     if from_epoch and state < from_epoch:
@@ -172,15 +172,15 @@ def classifier_retraining(from_epoch: int, *, restart: bool = True) -> base.Meth
     A `base.Method` whose state is a `Retraining`.
 
   Raises:
-    InputError: `from_epoch` is negative; in training, the network has no separate last
-      layer (`base.Problem.head`).
+    InputError: `from_epoch` is negative or not an integer; in training, the network
+      has no separate last layer (`base.Problem.head`).
 
   References:
     Kang, Xie, Rohrbach, Yan, Gordo, Feng, Kalantidis, "Decoupling Representation and
     Classifier for Long-Tailed Recognition", ICLR 2020 (cRT), and its released
     code.
   """
-  changed_loss.check_epoch("classifier_retraining", from_epoch)
+  from_epoch = changed_loss.check_epoch("classifier_retraining", from_epoch)
 
   def init(key, problem, params):
     del key

@@ -70,8 +70,7 @@ def forward_correction(
       shape does not fit the number of classes of the data.
   """
   known = None if transition is None else _checked_transition(transition)
-  first = from_epoch or 0
-  changed_loss.check_epoch("forward_correction", first)
+  first = changed_loss.check_epoch("forward_correction", from_epoch or 0)
   if known is None and first == 0:
     raise base.InputError(
       f"forward_correction: from_epoch={from_epoch} must be at least 1, because T is"

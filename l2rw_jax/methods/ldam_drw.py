@@ -48,7 +48,7 @@ def margins(class_counts: base.Array, max_margin: float = 0.5) -> base.Array:
   counts = class_balance.as_counts(class_counts)
   present = counts != 0
   unscaled = jnp.where(present, jnp.where(present, counts, 1) ** -0.25, 0)
-  return unscaled * max_margin / jnp.where(present.any(), unscaled.max(), 1)
+  return unscaled * max_margin / jnp.where(present.any(), unscaled.max(initial=0), 1)
 
 
 def ldam(
@@ -76,9 +76,10 @@ def ldam(
     InputError: `scale` is not positive, or the shapes do not match.
   """
   _check_scale(scale)
-  is_label, class_margins = _checked(cosines, labels, class_margins, where)
-  lowered = cosines - jnp.where(is_label, class_margins, 0)
-  return losses.softmax_cross_entropy(scale * lowered, labels, where=where)
+  is_label, wide, class_margins = _checked(cosines, labels, class_margins, where)
+  lowered = wide - jnp.where(is_label, class_margins, 0)
+  values = losses.softmax_cross_entropy(float(scale) * lowered, labels, where=where)
+  return values.astype(cosines.dtype)
 
 
 def ldam_hinge(
@@ -93,21 +94,22 @@ def ldam_hinge(
   The arguments, the result and the errors are those of `ldam`, except that there is no
   scale, and that losses are in units of a cosine.
   """
-  is_label, class_margins = _checked(cosines, labels, class_margins, where)
-  scale = losses.label_scale(is_label, where).astype(cosines.dtype)
+  is_label, wide, class_margins = _checked(cosines, labels, class_margins, where)
+  scale = losses.label_scale(is_label, where).astype(wide.dtype)
   if where is not None:
-    cosines = jnp.where(where[:, None], cosines, 0)
-  lowered = jnp.sum(jnp.where(is_label, cosines - class_margins, 0), axis=1)
-  largest = jnp.max(jnp.where(is_label, -jnp.inf, cosines), axis=1)
-  return jax.nn.relu(largest - lowered) * scale
+    wide = jnp.where(where[:, None], wide, 0)
+  lowered = jnp.sum(jnp.where(is_label, wide - class_margins, 0), axis=1)
+  largest = jnp.max(jnp.where(is_label, -jnp.inf, wide), axis=1)
+  return (jax.nn.relu(largest - lowered) * scale).astype(cosines.dtype)
 
 
 def loss(
   max_margin: float = 0.5, scale: float = 30.0, *, hinge: bool = False
 ) -> changed_loss.Loss:
-  """LDAM as the loss of any other method: `changed_loss(method, loss())`.
+  """LDAM as the loss of another method, by `changed_loss.changed_loss(method, loss())`.
 
-  The caller must make sure that the logits are cosines; only `ldam_drw` checks this.
+  The docstring of `changed_loss` lists the methods on which it has no effect. The
+  caller must make sure that the logits are cosines; only `ldam_drw` checks this.
 
   Args:
     max_margin: see `margins`.
@@ -179,8 +181,7 @@ def ldam_drw(
       f"ldam_drw: from_epoch={from_epoch} does not fit balance={balance!r}: give the"
       " first epoch of balanced classes, or leave it out with balance='none'."
     )
-  first_epoch = from_epoch or 0
-  changed_loss.check_epoch("ldam_drw", first_epoch)
+  first_epoch = changed_loss.check_epoch("ldam_drw", from_epoch or 0)
   if balance == "reweight":
     class_balance.check_beta(beta)
   ldam_loss = loss(max_margin, scale, hinge=hinge)
@@ -222,12 +223,16 @@ def ldam_drw(
 
 
 def _check_cosines(problem, params):
-  """Raises InputError if the logits of very long features exceed 1."""
+  """Raises InputError unless logits depend on the direction of features only."""
   if problem.head is None:
     return
   features = 1e4 * jax.random.normal(jax.random.key(0), (8, problem.num_features))
-  largest = jnp.max(jnp.abs(losses.logits_of(problem.head(params, features))))
-  if largest > 1.01:
+  logits, doubled = (
+    losses.logits_of(problem.head(params, x)) for x in (features, 2 * features)
+  )
+  largest, change = jnp.max(jnp.abs(logits)), jnp.max(jnp.abs(doubled - logits))
+  # Not equivalent to the opposite comparisons if a number is NaN.
+  if not (0 < largest <= 1.01 and change <= 0.01 * largest):
     raise base.InputError(
       "ldam_drw: the network's logits are not cosines; build it with cosine=True"
       " (a last layer like models.split.Cosine)."
@@ -236,16 +241,21 @@ def _check_cosines(problem, params):
 
 def _check_max_margin(max_margin):
   if not 0 <= max_margin < math.inf:
-    raise base.InputError(f"ldam: max_margin={max_margin} must be at least 0.")
+    raise base.InputError(
+      f"ldam: max_margin={max_margin} must be at least 0, and finite."
+    )
 
 
 def _check_scale(scale):
   if not 0 < scale < math.inf:
-    raise base.InputError(f"ldam: scale={scale} must be more than 0.")
+    raise base.InputError(f"ldam: scale={scale} must be more than 0, and finite.")
 
 
 def _checked(cosines, labels, class_margins, where):
-  """Whether column c is the label of row i, bool [B, C], and margins [1, C]."""
+  """Whether column c is the label of row i, bool [B, C], cosines, margins [1, C].
+
+  The cosines and margins have a type in which their difference is accurate.
+  """
   losses.check_logits(cosines, labels, where)
   num_classes = cosines.shape[1]
   if num_classes < 2 or jnp.shape(class_margins) != (num_classes,):
@@ -254,4 +264,5 @@ def _checked(cosines, labels, class_margins, where):
       f" {cosines.shape} and {jnp.shape(class_margins)}."
     )
   is_label = losses.label_mask(labels, num_classes)
-  return is_label, jnp.asarray(class_margins, cosines.dtype)[None, :]
+  dtype = base.accumulator_dtype(cosines.dtype)
+  return is_label, cosines.astype(dtype), jnp.asarray(class_margins, dtype)[None, :]

@@ -68,8 +68,9 @@ def conv_general_dilated(
     preferred_element_type: type of the result.
     out_sharding: sharding of the result.
     block_bytes: the largest size of a block of outputs in bytes. A block has at least
-      as many rows as the kernel, even if these take more bytes. The size is that of the
-      traced array: without the axes of `vmap`, and of the whole array if it is sharded.
+      as many rows as the kernel, so it can exceed this size by up to twice the size of
+      these rows. The size is that of the traced array: without the axes of `vmap`, and
+      of the whole array if it is sharded.
 
   Returns:
     The convolution.
@@ -97,7 +98,9 @@ def conv_general_dilated(
     batch_group_count=batch_group_count,
     out_sharding=out_sharding,
   )
-  if jax.default_backend() != "cpu" or batch_group_count != 1 or out_sharding:
+  if (
+    jax.default_backend() != "cpu" or batch_group_count != 1 or out_sharding is not None
+  ):
     return plain(lhs, rhs)
   # For wrong arguments, this raises the errors of JAX.
   output = jax.eval_shape(plain, lhs, rhs)

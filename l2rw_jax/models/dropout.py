@@ -26,7 +26,15 @@ class Dropout(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """Maps [B, ...] to [B, ...]; needs the flax rng "dropout" in training."""
+    """Maps [B, ...] to [B, ...]; needs the flax rng "dropout" in training.
+
+    Raises:
+      InputError: `rate` is not in [0, 1).
+    """
+    if not 0 <= self.rate < 1:
+      raise base.InputError(
+        f"Dropout: rate={self.rate} must be at least 0, less than 1."
+      )
     if not train or self.rate == 0:
       return x
     size = base.global_size(x.shape[0], self.axis_name)

@@ -1,5 +1,7 @@
 """Initial parameters of other libraries, to reproduce results obtained with them."""
 
+import math
+
 from flax import traverse_util
 import jax
 
@@ -21,16 +23,16 @@ def pytorch(key: base.Array, params: base.PyTree) -> base.PyTree:
       example the scales and biases of normalization layers.
 
   Returns:
-    New parameters of the same structure, shapes and types.
+    New parameters of the same structure, shapes and types, in nested dictionaries.
   """
-  leaves = traverse_util.flatten_dict(params)
+  leaves = traverse_util.flatten_dict(params, keep_empty_nodes=True)
   drawn = {}
   for number, (path, leaf) in enumerate(sorted(leaves.items())):
     kernel = leaves.get((*path[:-1], "kernel"))
     if kernel is None or path[-1] not in ("kernel", "bias"):
       drawn[path] = leaf
       continue
-    bound = float(kernel[..., 0].size) ** -0.5
+    bound = max(math.prod(kernel.shape[:-1]), 1) ** -0.5
     leaf_key = jax.random.fold_in(key, number)
     drawn[path] = jax.random.uniform(leaf_key, leaf.shape, leaf.dtype, -bound, bound)
   return traverse_util.unflatten_dict(drawn)

@@ -61,7 +61,7 @@ class Cosine(nn.Module):
 
 
 def _unit_columns(key, shape):
-  return _normalize(jax.random.uniform(key, shape, minval=-1, maxval=1), 0)
+  return _normalize(jax.random.uniform(key, shape, jnp.float32, -1, 1), 0)
 
 
 def _normalize(x: jax.Array, axis: int) -> jax.Array:

@@ -50,7 +50,7 @@ class VisionTransformer(split.SplitNetwork):
   cosine: bool = False
 
   def setup(self) -> None:
-    """The output layer."""
+    """Creates the output layer."""
     self.output = split.output_layer(
       self.num_outputs, self.cosine, dtype=self.dtype, name="head"
     )
@@ -74,7 +74,7 @@ class VisionTransformer(split.SplitNetwork):
       )
     sides = (self.patch, self.patch)
     x = nn.Conv(self.width, sides, sides, dtype=self.dtype, name="patches")(x)
-    x = x.reshape(x.shape[0], -1, self.width)
+    x = x.reshape(x.shape[0], x.shape[1] * x.shape[2], self.width)
     start = nn.initializers.normal(0.02)
     positions = self.param("positions", start, (1, x.shape[1], self.width))
     x = x + positions.astype(x.dtype)
@@ -85,9 +85,10 @@ class VisionTransformer(split.SplitNetwork):
 
 
 def norm(name: str, dtype: Any, x: jax.Array) -> jax.Array:
-  """LayerNorm in float32 or wider, without the implicit promotion of flax."""
+  """LayerNorm, computed in float32 or wider and returned in `dtype`."""
   wide = x.astype(base.accumulator_dtype(x.dtype))
-  return nn.LayerNorm(name=name)(wide).astype(dtype)
+  with base.implicit_promotion():  # In float64, flax mixes types.
+    return nn.LayerNorm(name=name)(wide).astype(dtype)
 
 
 class Block(nn.Module):

@@ -2,7 +2,8 @@
 
 `loop.train` uses all classes of this module; each can also be used in another loop.
 With several processes, all of them make the same calls, except that only process 0
-calls `Metrics.write` and `Metrics.close`. Process 0 evaluates and writes files.
+calls `Metrics.write`, `Metrics.close` and `Checkpoints.write_timing`. Process 0
+evaluates and writes files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -194,8 +195,8 @@ class Checkpoints:
       checkpoint.
 
     Raises:
-      InputError: the checkpoint is from another run, or from an unfinished run on
-        another kind of device, or with other code or versions.
+      InputError: the checkpoint is from another run, or it is from an unfinished run
+        that used another kind of device, other code or other versions.
     """
     shape = (len(run.splits), len(run.splits[0].train.label))
     weights = weight_log.WeightLog.empty(*shape)
@@ -242,7 +243,7 @@ class Checkpoints:
   def save(
     self, run: run_lib.Run, metrics: Metrics, weights: weight_log.WeightLog
   ) -> None:
-    """Saves a checkpoint, unless one of this step exists."""
+    """Saves a checkpoint, unless one of this step or of a later one exists."""
     if run.step > self._saved_step:
       processes.on_first("save", lambda: self._save(run, metrics, weights))
       self._saved_step = run.step

@@ -104,12 +104,12 @@ class DeviceData:
   def read_ahead(
     self, num_steps: int, ahead: Callable[[], Callable[[int], np.ndarray]]
   ) -> None:
-    """Starts to read the training examples of coming steps, if they are streamed.
+    """Starts to read the training examples of upcoming steps, if they are streamed.
 
     It does nothing while steps of an earlier call are left.
 
     Args:
-      num_steps: number of coming steps whose rows are known.
+      num_steps: number of upcoming steps whose rows are known.
       ahead: returns a function `i -> rows` of coming step i, see `Sampler.ahead`.
     """
     if isinstance(self._train, streaming.Stream) and not self._train.steps_left:

@@ -26,8 +26,8 @@ class Predictions(NamedTuple):
     predicted: the classes with the highest score, of the same shape.
     losses: per-example losses, [N].
     num_classes: C.
-    groups: group of each example by an attribute, [N]; None if the groups are the
-      classes.
+    groups: integer group of each example by an attribute, [N]; None if the groups are
+      the classes.
   """
 
   labels: np.ndarray
@@ -122,7 +122,7 @@ def predict(
 def measure(
   snapshot: Snapshot, evaluators: Sequence[Evaluator], probes: Sequence[Probe]
 ) -> dict[str, float]:
-  """All metrics, named `test/NAME` by evaluators and `probe/NAME` by probes."""
+  """All metrics: those of evaluators as `test/NAME`, of probes as `probe/NAME`."""
   metrics = {}
   for evaluator in evaluators:
     metrics.update({f"test/{k}": v for k, v in evaluator(snapshot.test).items()})
@@ -134,7 +134,9 @@ def measure(
 def accuracy(predictions: Predictions) -> dict[str, float]:
   """Share of correctly classified examples, and the mean loss."""
   right = predictions.predicted == predictions.labels
-  return {"accuracy": float(right.mean()), "loss": float(predictions.losses.mean())}
+  # NumPy sums bfloat16 in bfloat16, where adding 1 to 256 changes nothing.
+  loss = predictions.losses.mean(dtype=np.float64)
+  return {"accuracy": float(right.mean()), "loss": float(loss)}
 
 
 def per_class_accuracy(predictions: Predictions) -> dict[str, float]:
@@ -164,6 +166,9 @@ def shot_thresholds(class_counts: Sequence[int]) -> tuple[int, int]:
   Returns:
     The two thresholds, `many` and `few` of `shot_accuracy`.
 
+  Raises:
+    InputError: there is no class.
+
   References:
     Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019
     (100 and 20).
@@ -174,6 +179,8 @@ def shot_thresholds(class_counts: Sequence[int]) -> tuple[int, int]:
   (1795, 140)
   """
   counts = np.asarray(class_counts)
+  if not counts.size:
+    raise base.InputError("shot_thresholds: class_counts is empty.")
   if all((_shot_groups(counts, _MANY, _FEW) == group).any() for group in range(3)):
     return _MANY, _FEW
   ordered = np.sort(counts)
@@ -200,8 +207,10 @@ def shot_accuracy(class_counts: Sequence[int], many: int, few: int) -> Evaluator
     few: classes with fewer examples are few-shot.
 
   Raises:
-    InputError: `few` is larger than `many` + 1, so that a class would be both.
+    InputError: `few` is larger than `many` + 1, so that a class would be both; in the
+      evaluator, the test labels are not classes of `class_counts`.
   """
+  many, few = int(many), int(few)  # In uint8, many + 1 could overflow.
   if few > many + 1:
     raise base.InputError(
       f"shot_accuracy: few={few} must not be above many={many} plus 1, because a class"
@@ -212,6 +221,12 @@ def shot_accuracy(class_counts: Sequence[int], many: int, few: int) -> Evaluator
   def evaluate(predictions: Predictions) -> dict[str, float]:
     right = predictions.predicted == predictions.labels
     rates = _rates(right, predictions.labels)
+    unknown = sorted(set(rates).difference(range(len(groups))))
+    if unknown:
+      raise base.InputError(
+        f"shot_accuracy: a test label is {unknown[0]}, but class_counts has the classes"
+        f" 0 to {len(groups) - 1}."
+      )
     metrics = {}
     for group, name in enumerate(SHOTS):
       group_rates = [rate for label, rate in rates.items() if groups[label] == group]
@@ -240,7 +255,12 @@ def equal_opportunity(predictions: Predictions) -> dict[str, float]:
 
   Classes, groups and cells without examples are ignored. Without any pair the gaps
   are 0.
+
+  Raises:
+    InputError: there are no examples.
   """
+  if not len(predictions.labels):
+    raise base.InputError("equal_opportunity: there are no examples.")
   labels, groups = predictions.labels, predictions.groups
   right = predictions.predicted == labels
   if groups is None or np.array_equal(groups, labels):

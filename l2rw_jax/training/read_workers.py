@@ -1,9 +1,9 @@
 """Reads row sources in other processes.
 
-Image decoders hold Python's global interpreter lock most of the time, so several
-threads are hardly faster than one. The worker processes are spawned, because forking is
-unsafe once JAX runs threads. They receive the pickled sources once, and then receive
-row numbers and return arrays.
+Most of the time to read a small image is spent in Python code, which holds the global
+interpreter lock, so several threads are hardly faster than one. The worker processes
+are spawned, because forking is unsafe once JAX runs threads. They receive the pickled
+sources once, and then receive row numbers and return arrays.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,8 @@ class Workers:
       reason = str(error).partition("\n")[0]
       raise base.InputError(
         f"--data_workers={num_workers}: the training images cannot be sent to other"
-        f" processes ({reason}); pass 0 to read them in threads of this process."
+        f" processes ({reason}). With --data_workers=0, threads of this process read"
+        " the images."
       ) from error
     self._num_workers = num_workers
     self._pool = futures.ProcessPoolExecutor(
@@ -67,9 +68,10 @@ class Workers:
     except process_futures.BrokenProcessPool:
       raise base.InputError(
         f"--data_workers={self._num_workers}: a process that reads the training images"
-        " ended. It may lack memory (use fewer), or it cannot import the class of the"
-        " images (define it in a module, and start training under"
-        ' `if __name__ == "__main__":`); 0 reads them in threads of this process.'
+        " ended. It may have run out of memory (use fewer processes), or it could not"
+        " import the class of the images (define it in a module, and start training"
+        ' under `if __name__ == "__main__":`). With --data_workers=0, threads of this'
+        " process read the images."
       ) from None
 
   def close(self) -> None:

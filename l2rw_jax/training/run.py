@@ -254,7 +254,7 @@ class Run:
     return self.method.sample(state.method_state, problem, train, rng)
 
   def _num_known_steps(self):
-    """Number of coming steps whose rows do not depend on the state of the method."""
+    """Number of upcoming steps whose rows do not depend on the state of the method."""
     if self.method.sample is base.permutation:
       return self.config.num_steps - self.step
     steps_left, _ = self.sampler.epoch()

@@ -18,7 +18,7 @@ class Failure(NamedTuple):
     step: the step, counted from 0, or -1 if no step has failed; int32 scalar.
     losses: number of losses in this step that were not finite. If it is 0, something
       else was not finite: see `fault`, or else the gradient or the updated variables.
-    fault: the `base.Fault` of a meta-learned method, int32 scalar.
+    fault: the `base.Fault` of a meta-learning method, int32 scalar.
   """
 
   step: base.Array
@@ -96,7 +96,10 @@ def train_step(
   method: base.Method,
   optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, StepOutput]:
-  """Takes one update. From the first non-finite step on, the state does not change.
+  """Takes one update.
+
+  From the first step on whose losses, gradient, parameters or model state are not
+  finite, or that has a fault, only `failure` changes.
 
   Args:
     state: the state.
@@ -145,19 +148,16 @@ def train_step(
 
 
 def _keep_last_good(state, proposed, result, problem):
+  # A loop over steps needs constant types: under x64, BatchNorm returns float64
+  # statistics for float64 inputs.
+  proposed = jax.tree.map(_of_same_type, proposed, state)
   bad_losses = base.psum(jnp.sum(~jnp.isfinite(result.losses)), problem.axis_name)
   new = (result.grads, proposed.params, proposed.model_state)
   fault = jnp.zeros((), jnp.int32) if result.fault is None else result.fault
   is_finite = (bad_losses == 0) & base.all_finite(new) & (fault == 0)
   takes_step = is_finite & (state.failure.step < 0)
 
-  def keep(new, old):
-    value = jnp.where(takes_step, new, old)
-    # A loop over steps needs constant dtypes: under x64 the running statistics of
-    # float32 networks are returned in float64.
-    return value if value.dtype == old.dtype else value.astype(old.dtype)
-
-  kept = jax.tree.map(keep, proposed, state)
+  kept = jax.tree.map(lambda new, old: jnp.where(takes_step, new, old), proposed, state)
   this = Failure(state.step, bad_losses.astype(jnp.int32), fault)
   is_first = ~is_finite & (state.failure.step < 0)
   failure = jax.tree.map(
@@ -166,12 +166,19 @@ def _keep_last_good(state, proposed, result, problem):
   return kept._replace(failure=failure)
 
 
+def _of_same_type(new, old):
+  new = new if hasattr(new, "dtype") else jnp.asarray(new)
+  return new if new.dtype == old.dtype else new.astype(old.dtype)
+
+
+def _widened(x):
+  """`x` in float32 or wider: squares and sums overflow and underflow in float16."""
+  return x.astype(base.accumulator_dtype(x.dtype))
+
+
 def _metrics(result: base.Gradients, problem: base.Problem) -> dict[str, Any]:
   size = base.global_size(result.weights.shape[0], problem.axis_name)
-  # Squares of weights and their sums underflow in float16.
-  weights, losses = (
-    x.astype(base.accumulator_dtype(x.dtype)) for x in (result.weights, result.losses)
-  )
+  weights, losses = _widened(result.weights), _widened(result.losses)
   total = base.psum(jnp.sum(weights), problem.axis_name)
   squares = base.psum(jnp.sum(weights**2), problem.axis_name)
   return {
@@ -179,7 +186,7 @@ def _metrics(result: base.Gradients, problem: base.Problem) -> dict[str, Any]:
     "weighted_loss": base.psum(jnp.sum(weights * losses), problem.axis_name),
     # Kish's effective sample size, as a share of the batch.
     "effective_share": total**2 / jnp.where(squares > 0, squares, 1) / size,
-    "grad_norm": optax.tree.norm(result.grads),
+    "grad_norm": optax.tree.norm(jax.tree.map(_widened, result.grads)),
     **result.metrics,
   }
 
@@ -212,7 +219,10 @@ _FAULTS = {
 
 
 def first_failed_run(failure: Failure) -> int | None:
-  """The run that failed first, of R runs with arrays [R]; None if none failed."""
+  """The index of the run that failed first, or None.
+
+  The arrays of `failure` have shape [R], for R runs.
+  """
   failed = np.flatnonzero(failure.step >= 0)
   return int(failed[np.argmin(failure.step[failed])]) if failed.size else None
 

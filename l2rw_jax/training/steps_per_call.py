@@ -4,8 +4,8 @@ import jax
 
 from l2rw_jax.training import config as config_lib
 
-# On a CPU, a call takes less than a millisecond, but several steps per call need a
-# second program.
+# On a CPU, the overhead of a call is less than a millisecond, so several steps per call
+# are not worth the compilation of a second program.
 _ON_CPU, _ON_ACCELERATORS = 1, 20
 
 
@@ -36,10 +36,10 @@ def length(
   """Number of steps in the next call: that of a full call, or 1.
 
   A call never continues past a step after which the host logs, evaluates or saves, so
-  that neither the results nor the checkpoints depend on `most`. If fewer than `most`
-  steps remain before such a step, they are taken one by one. Two compiled programs are
-  therefore enough for all lengths, and no computed step is discarded, as it would be in
-  a call with masked steps.
+  that neither the results nor the checkpoints depend on `most`, except for rounding. If
+  fewer than `most` steps remain before such a step, they are taken one by one. If all
+  epochs have the same length, two compiled programs are therefore enough, and no
+  computed step is discarded, as it would be in a call with masked steps.
 
   Args:
     config: the intervals.

@@ -1,8 +1,9 @@
-"""Reads the training examples of coming steps in other threads, in bounded memory.
+"""Reads the training examples of upcoming steps in other threads, in bounded memory.
 
-The rows of a step are those that `sampling` draws. Streamed runs therefore have the
-same numbers as others and can continue at any step, and a row is read only for a step
-that uses it. The grain library runs the threads and returns their results in order.
+The rows of a step are those that `sampling` draws. A streamed run therefore gives the
+same results as a run with resident data, and can be resumed at any step. A row is read
+only for a step that uses it. The grain library runs the threads and returns their
+results in order.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ MOST_THREADS = STEPS_AHEAD
 
 
 class Stream:
-  """A `device_data.Store` that reads the examples of coming steps ahead.
+  """A `device_data.Store` that reads the examples of upcoming steps ahead.
 
   Attributes:
     num_bytes: 0, because no set is kept on the devices.
@@ -33,8 +34,8 @@ class Stream:
     """Stores the arguments; `start` starts the threads.
 
     Args:
-      read: reads the examples of steps that take rows [D, R, K, b]; called in several
-        threads at a time.
+      read: reads the examples of steps that take rows [D, R, K, b]; called from several
+        threads at once.
     """
     self.steps_left = 0
     self._read = read
@@ -45,8 +46,8 @@ class Stream:
 
     Args:
       num_steps: number of steps.
-      rows: `i -> rows [D, R, 1, b]` of the i-th of these steps; called in several
-        threads.
+      rows: `i -> rows [D, R, 1, b]` of the i-th of these steps; called from
+        several threads.
 
     Raises:
       InputError: grain is not installed.
@@ -85,6 +86,7 @@ class Stream:
     if self._iterator is not None:
       self._iterator.close()
       self._iterator = None
+    self.steps_left = 0
 
 
 class _Steps:

@@ -111,6 +111,7 @@ def _mean_loss(problem, weights, view, examples, batch_size):
 def _batch_loss(forward, loss, weights, params, model_state, batch):
   outputs, _ = forward(params, model_state, batch, jax.random.key(0), False)
   values = loss(outputs, batch)
+  values = values.astype(base.accumulator_dtype(values.dtype))
   if weights is None:
     return values.mean()
   logits = losses.logits_of(outputs)

@@ -189,11 +189,38 @@ def test_examples_that_are_merely_hard_do_not_count():
 
 def test_classes_without_examples_and_a_single_class():
   p, given = _problem(num_classes=3, unseen=())
-  p = np.concatenate([p, np.full((60, 1), 0.01)], axis=1)
+  p = np.concatenate([0.99 * p, np.full((60, 1), 0.01)], axis=1)
   issues = audit.find_label_issues({"mean_probabilities": p}, given)
   assert np.isfinite(issues.score).all() and issues.confusion[3].sum() == 0
   one = audit.find_label_issues({"mean_probabilities": p}, np.zeros(60, int))
   assert one.num_issues == 0 and np.isfinite(one.score).all()
+
+
+def test_half_precision_gives_the_same_issues_as_float32():
+  # The mean of many probabilities in bfloat16 would be wrong.
+  rng = np.random.default_rng(0)
+  true = np.repeat(np.arange(3), [4000, 400, 60])
+  p = 0.3 * rng.dirichlet([1] * 3, size=len(true)) + 0.7 * np.eye(3)[true]
+  given = np.where(rng.random(len(true)) < 0.05, (true + 1) % 3, true)
+  half = p.astype(jnp.bfloat16)
+  statistics = {
+    "mean_probabilities": half,
+    "unknown": np.full(len(true), np.nan, half.dtype),
+  }
+  actual = audit.find_label_issues(statistics, given)
+  expected = audit.find_label_issues(
+    {"mean_probabilities": half.astype(np.float64)}, given
+  )
+  assert actual.num_issues == expected.num_issues > 0
+  np.testing.assert_array_equal(actual.confusion, expected.confusion)
+  assert "unknown" not in actual.statistics  # No example has it.
+
+
+@pytest.mark.parametrize("row", [[0.0, 0.0], [1.2, -0.2], [0.5, 0.6]])
+def test_rows_are_distributions(row):
+  p = np.array([[0.5, 0.5], row])
+  with pytest.raises(base.InputError, match=r"not distributions.*at index 1"):
+    audit.find_label_issues({"mean_probabilities": p}, np.array([0, 1]))
 
 
 def test_what_cleanlab_takes():

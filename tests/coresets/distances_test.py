@@ -26,7 +26,7 @@ def test_small_distances_of_few_coordinates_are_accurate():
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_outer_products_have_the_distances_of_formed_ones(scaled):
+def test_outer_products_have_the_distances_of_explicit_matrices(scaled):
   rng = np.random.default_rng(0)
   left, right = rng.normal(size=(30, 4)), 100 * rng.normal(size=(30, 50))
   left[7], right[7] = left[3], right[3]

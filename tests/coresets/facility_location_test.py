@@ -22,7 +22,7 @@ def _matrix(points):
 
 
 def _brute_force(matrix, size, bound):
-  """Rows, gains, assignment, distances of a greedy that computes all gains in NumPy."""
+  """Rows, gains, assignment, and distances, where NumPy computes all gains anew."""
   nearest = np.full(len(matrix), bound)
   assignment = np.zeros(len(matrix), int)
   rows, gains = [], []

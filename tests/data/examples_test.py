@@ -336,11 +336,24 @@ def test_all_parts_have_the_same_features():
 
 
 @pytest.mark.parametrize(
-  "pair", [np.zeros((4, 2)), (1, 2, 3), (np.zeros((4, 2)), None)]
+  "pair", [np.zeros((4, 2)), (1, 2, 3), (np.zeros((4, 2)), None), (np.zeros((4, 2)), 3)]
 )
 def test_a_part_is_a_pair(pair):
   with pytest.raises(base.InputError, match="train must be a pair"):
     examples_lib.from_arrays(pair)
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int64", "object", "bool"])
+def test_features_are_uint8_or_floating_point(dtype):
+  features = np.zeros((2, 3), dtype)
+  message = f"features of train must be uint8 or floating point; got {dtype}"
+  with pytest.raises(base.InputError, match=message):
+    examples_lib.from_arrays((features, np.array([0, 1])))
+
+
+def test_the_number_of_classes_is_an_integer():
+  with pytest.raises(base.InputError, match=r"num_classes=3\.0 must be an integer"):
+    examples_lib.from_arrays((np.zeros((2, 2)), np.array([0, 1])), num_classes=3.0)
 
 
 def test_wrong_labels_are_those_of_the_given_part():

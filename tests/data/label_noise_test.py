@@ -207,7 +207,7 @@ def test_invalid_arguments_raise(builder, changes, message):
   assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("background", [-1, 3])
+@pytest.mark.parametrize("background", [-1, 3, 1.5])
 def test_background_out_of_range_raises(background):
   with pytest.raises(base.InputError, match="background must be a class from 0 to 2"):
     label_noise.background_flip(
@@ -298,19 +298,39 @@ def test_resample_draws_examples_independently():
   np.testing.assert_allclose(pairs, 0.25, atol=0.016)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_resample_accepts_rows_that_are_rounded(dtype):
+  matrix = label_noise.symmetric_matrix(10, 0.4).astype(dtype)
+  noisy = label_noise.resample(balanced(10, 5), matrix, rng=np.random.default_rng(0))
+  exact = label_noise.symmetric_matrix(10, 0.4)
+  expected = label_noise.resample(balanced(10, 5), exact, rng=np.random.default_rng(0))
+  np.testing.assert_array_equal(noisy, expected)
+
+
+def test_a_fraction_may_be_in_half_precision():
+  # In half precision, 0.5 * 200,001 is infinite.
+  noisy = label_noise.uniform_flip(
+    np.zeros(200_001, int),
+    fraction=np.float16(0.5),
+    num_classes=2,
+    rng=np.random.default_rng(0),
+  )
+  assert noisy.sum() == 100_000
+
+
 @pytest.mark.parametrize(
   ("call", "message"),
   [
     (lambda: label_noise.symmetric_matrix(1, 0.1), "num_classes must be at least 2"),
-    (lambda: label_noise.uniform_matrix(3, 1.1), r"fraction must lie in .* got 1.1"),
-    (lambda: label_noise.uniform_matrix(3, float("nan")), "fraction must lie.*nan"),
+    (lambda: label_noise.uniform_matrix(3, 1.1), r"rate must lie in .* got 1.1"),
+    (lambda: label_noise.uniform_matrix(3, float("nan")), "rate must lie.*nan"),
     (lambda: label_noise.pair_matrix(3, 0.1, {0: 3}), "from 0 to 2; got 0: 3"),
     (lambda: label_noise.pair_matrix(3, 0.1, {1: 1}), "to another class.*got 1: 1"),
     (
       lambda: label_noise.flip_matrix(
         2, 0.1, num_targets=2, rng=np.random.default_rng(0)
       ),
-      "2 target classes need num_classes of at least 3; got 2",
+      "num_targets must be between 1 and num_classes - 1 = 1; got 2",
     ),
     (lambda: _resample([0], [[1.0, 0.0]]), r"shape \[C, C\]; got \(1, 2\)"),
     (lambda: _resample([0], [[1, 0], [0.5, 0.6]]), "sum 1; row 1 is .0.5, 0.6."),

@@ -374,6 +374,39 @@ def test_tables(tmp_path):
   assert data.columns["a"][:4] == ["0", "1", "2", "NA"]
 
 
+@pytest.mark.parametrize(
+  ("labels", "names"),
+  [
+    (["1", "1.0", "0", "0."], ("0", "1")),
+    (["1.0", "0.0"], ("0", "1")),
+    (["01", "1"], ("01", "1")),
+    (["1.0", "1.5"], ("1.0", "1.5")),
+    (["1", "a"], ("1", "a")),
+  ],
+)
+def test_whole_numbers_are_the_same_label_with_and_without_a_point(
+  tmp_path, labels, names
+):
+  rows = [f"{i},{labels[i % len(labels)]}" for i in range(20)]
+  data = own_data.read(_table(tmp_path / "t.csv", rows, "a,label"))
+  assert data.form.class_names == names
+  strings = [labels[i % len(labels)] for i in range(20)]
+  archive = _archive(tmp_path / "a.npz", np.arange(20.0)[:, None], np.array(strings))
+  assert own_data.read(archive).form.class_names == names
+
+
+def test_a_label_that_counts_as_missing_is_named(tmp_path):
+  rows = [f"{i},{('none', 'cat', 'dog')[i % 3]}" for i in range(12)]
+  data = own_data.read(_table(tmp_path / "t.csv", rows, "a,label"))
+  assert dict(data.skipped)["row 0"] == "its label 'none' counts as missing"
+
+
+def test_numbers_with_a_decimal_comma_are_noted(tmp_path):
+  rows = [f"{i},5;{i % 2}" for i in range(12)]
+  data = own_data.read(_table(tmp_path / "t.csv", rows, "a;label"))
+  assert any("such as '0,5', which are not numbers" in note for note in data.notes)
+
+
 def test_columns_without_information_are_noted(tmp_path):
   rows = [f"{i},,7,text {i},{'x' if i else '?!'},{i % 2}" for i in range(70)]
   name = _table(tmp_path / "t.csv", rows, "n,empty,same,text,x,y")

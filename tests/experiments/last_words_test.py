@@ -76,6 +76,7 @@ def test_reports_of_both_formats_are_recognized():
 def test_information_about_connections_is_no_report():
   lines = (
     b"I1130 09:41:00.1 1 coordination_service.cc:7] task 0 has connected.\n",
+    b"W1130 09:41:00.1 1 coordination_service.cc:7] task 1 is slow.\n",
     b"2026-11-30 09:41:00.1: I xla/coordination_service.cc:7] task 1 has connected.\n",
     b"rest\n",
   )

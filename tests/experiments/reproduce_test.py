@@ -44,7 +44,7 @@ def test_methods_and_settings_are_those_of_the_scripts(cells):
     assert type(rehearsal) is type(reproduce.make_run(settings, cell)[1])
 
 
-def test_cells_that_the_issue_of_a_gpu_needs_are_named(cells):
+def test_cells_for_a_gpu_have_the_published_values(cells):
   for name, value in {
     "cifar_long_tail-ldam-exponential-100-ldam_drw": 77.03,
     "cifar_noise-l2rw_background-0.4-l2rw": 86.73,
@@ -192,7 +192,9 @@ def test_the_queue_orders_by_value_per_minute_and_refuses_what_does_not_fit(
   assert done == ["c", "a", "b", "d"]
 
 
-def test_what_is_started_comes_first_and_needs_the_rest_only(cells, tmp_path):
+def test_a_started_cell_comes_first_and_needs_only_the_remaining_minutes(
+  cells, tmp_path
+):
   settings = reproduce.Settings(results=str(tmp_path))
   chosen = [cells["step_time"], cells["mnist_imbalance-0.9-l2rw"]]
   _record(tmp_path / chosen[1].name, minutes=7.0, is_done=False, seeds=10, device="cpu")

@@ -154,7 +154,7 @@ def test_run_info_without_git(monkeypatch):
   assert workdir.run_info()["commit"] == "unknown"
 
 
-def test_records_have_no_other_checksum(tmp_path):
+def test_records_may_not_use_the_key_of_the_checksum(tmp_path):
   with pytest.raises(ValueError, match="reserved"):
     workdir.write_record(tmp_path / "a.json", {"sha256": "x"})
   assert not list(tmp_path.iterdir())

@@ -265,6 +265,18 @@ def test_difference_in_half_precision_has_the_right_sign():
   assert _relative_error(actual.astype(float), expected) < 0.2
 
 
+@pytest.mark.parametrize(("scale", "entry"), [(1024, 100), (2**-12, 2**-14)])
+def test_products_of_a_network_in_float16_neither_overflow_nor_vanish(scale, entry):
+  def losses_fn(params, x):
+    return scale * jnp.sum(x @ params.astype(jnp.float16), axis=1).astype(jnp.float32)
+
+  params, x = jnp.ones((2, 3)), jnp.ones((_B, 2), jnp.float16)
+  vector = jnp.full_like(params, entry)
+  linearized = linearization.linearize(losses_fn, params, x, engine="layerwise")
+  expected = np.full(_B, scale * 2 * 3 * entry)
+  np.testing.assert_allclose(linearized.directional(vector), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("engine", linearization.ENGINES)
 def test_zero_directions_and_weights_give_zeros(engine):
   params = jnp.array([1.0, 2.0, 3.0])

@@ -167,8 +167,8 @@ def test_a_step_of_l2rw_has_the_documented_cost(name, column, num_meta):
   assert 1 < ratio <= _LIMITS[name][column]
 
 
-def test_a_share_of_the_layers_and_a_rare_clean_gradient_cost_a_tenth():
-  """At most 1.08 times a plain step for M = B / 10.
+def test_a_share_of_the_layers_and_a_rare_clean_gradient_add_less_than_a_tenth():
+  """At most 1.08 times the cost of a plain step, for M = B / 10.
 
   The step costs 3B + 0.2B + 3M / 10 forward passes of an example, a plain step 3B.
   """
@@ -188,7 +188,7 @@ def test_a_share_of_the_layers_and_a_rare_clean_gradient_cost_a_tenth():
   refresh = _flops(step_fn, params, batch, meta_batch)
   keep = _flops(step_fn, params, batch, meta_batch, direction)
   assert keep < refresh < _l2rw_flops("lenet", _B // 10)
-  assert 1 < (0.9 * keep + 0.1 * refresh) / _plain_flops("lenet") <= 1.10
+  assert 1 < (0.9 * keep + 0.1 * refresh) / _plain_flops("lenet") <= 1.08
 
 
 @pytest.mark.slow

@@ -29,7 +29,8 @@ def _rows_of_every_type(x):
   draws = jax.vmap(lambda key: jax.random.uniform(key))(keys)
   h, inner = jax.jit(lambda h, x: jax.lax.scan(outer, h, x, unroll=2))(h, x)
   counts = jax.lax.scan(lambda i, _: (i + 1, i), 0, length=4)[1]
-  return h, rows, signs, ints, draws, empty, inner, counts
+  none = jax.lax.map(jnp.sin, jnp.zeros((0, 3)))
+  return h, rows, signs, ints, draws, empty, inner, counts, none
 
 
 @pytest.mark.slow(unless=("jit",))

@@ -62,3 +62,10 @@ def test_params_without_a_trainable_leaf_are_refused():
 def test_leaves_that_are_not_arrays_are_refused(function):
   with pytest.raises(base.InputError, match="params contains a function, which is not"):
     function({"w": jnp.ones(2), "activation": lambda x: x})
+
+
+@pytest.mark.parametrize("leaf", [jnp.float32, np.dtype("float32"), float, "f", "i4"])
+@pytest.mark.parametrize("function", [trainable.check, trainable.Partition])
+def test_types_and_their_names_are_refused(function, leaf):
+  with pytest.raises(base.InputError, match="which is not an array"):
+    function({"w": jnp.ones(2), "x": leaf})

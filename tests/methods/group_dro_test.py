@@ -269,6 +269,12 @@ def test_adjustment_favors_small_groups():
     ),
     (
       lambda: group_dro.example_weights(
+        jnp.ones(2), np.array([0, 1.7]), jnp.zeros(2), 0.1
+      ),
+      "must be integers; got float64",
+    ),
+    (
+      lambda: group_dro.example_weights(
         jnp.ones(2, int), jnp.zeros(2, int), jnp.zeros(2), 0.1
       ),
       "losses must be floating-point numbers",

@@ -40,6 +40,7 @@ def test_margins_of_classes_with_one_or_no_example():
   slope_fn = jax.jit(jax.grad(lambda n: ldam_drw.margins(n).sum()))
   slope = slope_fn(np.array([0.0, 16.0, 1.0]))
   assert np.isfinite(slope).all()
+  assert ldam_drw.margins(np.zeros(0)).shape == (0,)
 
 
 def _literal(z, label, hinge):
@@ -99,6 +100,24 @@ def test_losses_of_extreme_cosines_are_finite():
     np.log1p(2 * np.exp(-30 * (2 - 1 / 6))), abs=1e-6
   )
   np.testing.assert_allclose(result[0][True][:3], [0, 2.25, 2.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("hinge", [False, True])
+def test_losses_in_half_precision_are_rounded_only_at_the_end(hinge, dtype):
+  rng = np.random.default_rng(0)
+  half = jnp.asarray(rng.uniform(-1, 1, size=(300, 3)), dtype)
+  wide, labels = half.astype(jnp.float32), rng.integers(3, size=300)
+  actual, slope = _run_both(half, labels, _MARGINS)
+  expected, expected_slope = _run_both(wide, labels, _MARGINS)
+  assert actual[hinge].dtype == slope[hinge].dtype == half.dtype
+  np.testing.assert_array_equal(actual[hinge], expected[hinge].astype(dtype))
+  step = float(jnp.finfo(dtype).eps)
+  np.testing.assert_allclose(
+    slope[hinge].astype(np.float32), expected_slope[hinge], rtol=2 * step, atol=2 * step
+  )
+  losses = ldam_drw.ldam(half, labels, _MARGINS, np.float32(30))
+  assert losses.dtype == half.dtype
 
 
 def test_vmap_gives_the_same_losses():
@@ -238,6 +257,16 @@ def test_logits_that_are_not_cosines_are_refused_before_the_first_step():
     _refreshed(method, 0, cosine=False)
 
 
+@pytest.mark.parametrize("entry", [0, 1e-9, np.nan])
+def test_linear_layers_of_small_or_no_logits_are_refused(entry):
+  method = ldam_drw.ldam_drw(from_epoch=1)
+  problem, inputs = _learner(cosine=False)
+  params = jax.tree.map(lambda x: jnp.full_like(x, entry), inputs.params)
+  view = types.SimpleNamespace(epoch=0, params=params)
+  with pytest.raises(base.InputError, match="not cosines"):
+    method.refresh(method.init(jax.random.key(0), problem, params), problem, view)
+
+
 def test_class_counts_of_another_length_are_refused():
   problem, inputs = _learner(counts=(5, 4))
   method = ldam_drw.ldam_drw(balance="none")
@@ -250,6 +279,7 @@ def test_class_counts_of_another_length_are_refused():
   ("settings", "message"),
   [
     ({"max_margin": -0.1}, "ldam: max_margin=-0.1 must be at least 0"),
+    ({"max_margin": np.inf}, "ldam: max_margin=inf must be at least 0, and finite"),
     ({"scale": 0.0}, "ldam: scale=0.0 must be more than 0"),
     ({"beta": 1.0}, "beta=1.0 of the effective number"),
     ({"from_epoch": -1}, "from_epoch=-1 must be at least 0"),

@@ -158,6 +158,10 @@ def test_axes_may_be_sharded_over_an_explicit_mesh(axis):
     actual = jax.jit(functools.partial(_in_blocks, **options))(
       placed, jax.device_put(kernel, jax.P())
     )
+    whole = jax.jit(functools.partial(_in_blocks, out_sharding=jax.P(), **options))(
+      placed, jax.device_put(kernel, jax.P())
+    )
+    assert not any(jax.typeof(whole).sharding.spec)
   expected = jax.lax.conv_general_dilated(images, kernel, **options)
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from l2rw_jax import base
 from l2rw_jax.models import dropout
 
 
@@ -18,3 +19,9 @@ def test_masks_keep_the_mean_and_differ_between_examples():
   assert np.mean(kept) == pytest.approx(0.7, abs=0.0083)
   assert len({row.tobytes() for row in np.asarray(kept)}) == 50
   np.testing.assert_array_equal(layer.apply({}, x, False), x)
+
+
+@pytest.mark.parametrize("rate", [1.0, -0.5, float("nan")])
+def test_rates_out_of_range_are_refused(rate):
+  with pytest.raises(base.InputError, match=f"rate={rate} must be at least 0, less"):
+    dropout.Dropout(rate).apply({}, jnp.ones((2, 3)), True)

@@ -43,6 +43,17 @@ def test_parameters_of_other_layers_are_kept(params):
   chex.assert_trees_all_equal(drawn["norm"], params["norm"])
 
 
+def test_empty_layers_keep_their_place():
+  shapes = {
+    "a": {},
+    "b": {"kernel": jnp.ones((0, 2))},
+    "c": {"kernel": jnp.ones((2, 0))},
+  }
+  drawn = initialization.pytorch(jax.random.key(0), shapes)
+  chex.assert_trees_all_equal_shapes(drawn, shapes)
+  assert drawn["a"] == {}
+
+
 def test_every_parameter_has_a_separate_key(params):
   first, second = (initialization.pytorch(jax.random.key(i), params) for i in (1, 2))
   for name in ("conv", "dense"):

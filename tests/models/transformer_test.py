@@ -107,6 +107,13 @@ def test_half_precision_is_close_to_float32():
   assert traced.dtype == jnp.bfloat16
 
 
+def test_empty_batches_and_double_precision(x64):
+  images = _images(0, 8, 8, 3).astype(np.float64)
+  model = _small(dtype=jnp.float64)
+  outputs, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), images)
+  assert outputs.dtype == jnp.float64 and outputs.shape[0] == 0
+
+
 @pytest.mark.parametrize(
   ("options", "message"),
   [({"patch": 3}, "patch=3 does not divide"), ({"num_heads": 3}, "num_heads=3 does")],

@@ -30,6 +30,14 @@ def test_accuracy_and_loss():
   assert metrics == {"accuracy": 0.75, "loss": 1.5}
 
 
+def test_the_mean_of_losses_in_bfloat16_is_accurate():
+  # A sum in bfloat16 stops at 256.
+  losses = np.asarray(jnp.ones(1000, jnp.bfloat16))
+  labels = np.zeros(1000, int)
+  metrics = evaluation.accuracy(evaluation.Predictions(labels, labels, losses, 2))
+  assert metrics == {"accuracy": 1.0, "loss": 1.0}
+
+
 def test_accuracy_of_each_class_and_balanced():
   metrics = evaluation.per_class_accuracy(
     _predictions([0, 0, 0, 0, 1, 2], [0, 0, 0, 1, 1, 0])
@@ -98,6 +106,28 @@ def test_shot_group_without_test_examples_is_left_out():
 def test_overlapping_shot_thresholds_raise():
   with pytest.raises(base.InputError, match="few=102 must not be above many=100 plus"):
     evaluation.shot_accuracy([1, 2], 100, 102)
+
+
+def test_shot_thresholds_may_have_a_narrow_type():
+  # In uint8, 255 + 1 is 0.
+  evaluate = evaluation.shot_accuracy([300, 5], np.uint8(255), np.uint8(20))
+  metrics = evaluate(_predictions([0, 1], [0, 0]))
+  assert metrics == {"many_shot_accuracy": 1.0, "few_shot_accuracy": 0.0}
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_labels_of_shot_accuracy_are_classes(label):
+  evaluate = evaluation.shot_accuracy([500, 50, 5], 100, 20)
+  message = f"a test label is {label}, but class_counts has the classes 0 to 2"
+  with pytest.raises(base.InputError, match=message):
+    evaluate(_predictions([0, label], [0, 0]))
+
+
+def test_thresholds_and_gaps_need_examples():
+  with pytest.raises(base.InputError, match="class_counts is empty"):
+    evaluation.shot_thresholds([])
+  with pytest.raises(base.InputError, match="there are no examples"):
+    evaluation.equal_opportunity(_predictions([], []))
 
 
 def test_equal_opportunity_of_classes():

@@ -197,6 +197,32 @@ def test_non_finite_model_state_is_not_kept():
   assert (state.failure.step, state.failure.losses) == (0, 0)
 
 
+def test_model_state_that_overflows_in_its_type_is_not_kept():
+  def gradients(state, problem, inputs):
+    wide = inputs._replace(model_state={"largest": jnp.float32(-5)})
+    result, state = _UNIFORM.gradients(state, problem, wide)
+    largest = inputs.step.astype(jnp.float32) + 1e5
+    return result._replace(model_state={"largest": largest}), state
+
+  state = _state()._replace(model_state={"largest": jnp.float16(-5)})
+  after, _ = _step(state, method=base.Method(gradients))
+  assert after.model_state["largest"] == -5 and after.failure.step == 0
+
+
+@pytest.mark.parametrize("entry", [300.0, 1e-4])
+def test_norm_of_a_gradient_in_float16_neither_overflows_nor_vanishes(entry):
+  def gradients(state, problem, inputs):
+    result, state = _UNIFORM.gradients(state, problem, inputs)
+    grads = jax.tree.map(lambda x: jnp.full(x.shape, entry, jnp.float16), result.grads)
+    return result._replace(grads=grads), state
+
+  state = _state(optax.sgd(0.1))
+  _, output = _step(state, method=base.Method(gradients), optimizer=optax.sgd(0.1))
+  size = sum(x.size for x in jax.tree.leaves(state.params))
+  expected = float(np.float16(entry)) * size**0.5
+  np.testing.assert_allclose(output.metrics["grad_norm"], expected, rtol=1e-6)
+
+
 def test_nan_on_one_device_stops_all_devices():
   chosen = jax.local_devices()[:2]
   step = jax.pmap(

@@ -24,7 +24,7 @@ def test_the_loop_returns_what_is_in_the_last_checkpoint(tmp_path):
   for path, leaf in leaves:
     (name,) = [n for n in saved if n.endswith(jax.tree_util.keystr(path))]
     np.testing.assert_array_equal(leaf, saved[name][0])
-  (again,) = toy_runs.train(tmp_path, baselines.uniform())  # Finished: only read.
+  (again,) = toy_runs.train(tmp_path, baselines.uniform())  # Reads the finished run.
   jax.tree.map(np.testing.assert_array_equal, again.params, result.params)
 
   content = (tmp_path / "seed-0" / "variables.msgpack").read_bytes()

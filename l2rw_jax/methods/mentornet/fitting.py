@@ -101,14 +101,22 @@ def dd_rows(
     seed: seed of the order of the rows.
 
   Raises:
-    InputError: `percentile` is out of range, a loss is not finite, an epoch percent is
-      outside 0 to 99, or all labels are right (or all wrong), so that there is nothing
-      to learn.
+    InputError: the shapes differ, `percentile` is out of range, a loss is not finite,
+      an epoch percent is outside 0 to 99, or all labels are right (or all wrong), so
+      that there is nothing to learn.
   """
   mentornet.check_percentile(percentile)
+  losses, labels, true_labels, epochs = columns = [
+    np.asarray(x) for x in (losses, labels, true_labels, epochs)
+  ]
+  if any(x.shape != (losses.size,) for x in columns):
+    raise base.InputError(
+      "losses, labels, true_labels and epochs must have shape [N]; got"
+      f" {', '.join(str(x.shape) for x in columns)}."
+    )
   if not np.isfinite(losses).all():
     raise base.InputError("--dump contains losses that are NaN or infinite.")
-  if ((epochs < 0) | (epochs > 99)).any():
+  if not ((epochs >= 0) & (epochs <= 99)).all():
     raise base.InputError("--dump contains epoch percents outside 0 to 99.")
   targets = labels == true_labels
   if targets.all() or not targets.any():
@@ -129,7 +137,13 @@ def dd_rows(
 
 
 def split(rows: Rows, share: float = 0.8) -> tuple[Rows, Rows]:
-  """Splits rows that are in random order into the first `share` and the others."""
+  """Splits rows that are in random order into the first `share` and the others.
+
+  Raises:
+    InputError: `share` is not between 0 and 1.
+  """
+  if not 0 < share < 1:
+    raise base.InputError(f"share={share} must be more than 0 and less than 1.")
   cut = int(share * len(rows.losses))
   return Rows(*(x[:cut] for x in rows)), Rows(*(x[cut:] for x in rows))
 

@@ -111,8 +111,14 @@ def focal(
   *,
   gamma: float = 2.0,
 ) -> Any:
-  """(1 - exp(-l))^gamma, the factor of the focal loss for a cross-entropy l; [B]."""
+  """(1 - exp(-l))^gamma, the factor of the focal loss for a cross-entropy l; [B].
+
+  Raises:
+    InputError: `gamma` is negative.
+  """
   del differences, labels, epoch
+  if not gamma >= 0:
+    raise base.InputError(f"focal: gamma={gamma} must be at least 0.")
   return (-jnp.expm1(-jnp.maximum(losses, 0))) ** gamma
 
 
@@ -124,8 +130,14 @@ def spcl_linear(
   *,
   gamma: float = 1.0,
 ) -> Any:
-  """1 - d / gamma, clipped to [0, 1] [eq. 7; gamma is its lambda_2 > 0]; [B]."""
+  """1 - d / gamma, clipped to [0, 1] [eq. 7; gamma is its lambda_2 > 0]; [B].
+
+  Raises:
+    InputError: `gamma` is not positive.
+  """
   del losses, labels, epoch
+  if not gamma > 0:
+    raise base.InputError(f"spcl_linear: gamma={gamma} must be more than 0.")
   return jnp.clip(1 - differences / gamma, 0, 1)
 
 
@@ -179,7 +191,8 @@ def moving_percentile(
   dtype = base.accumulator_dtype(losses.dtype)
   all_losses = base.unsharded(base.gather(losses, axis_name))
   ordered = jnp.sort(jax.lax.stop_gradient(all_losses).astype(dtype))
-  nearest = math.ceil(percentile / 100 * (ordered.size - 1) - 0.5)
+  # If the percentile is an integer, the product is exact, and so are ties.
+  nearest = math.ceil((percentile * (ordered.size - 1) - 50) / 100)
   # NaN is sorted to the end, so a percentile below 100 would ignore it.
   value = jnp.where(jnp.isnan(ordered[-1]), ordered[-1], ordered[nearest])
   previous = jnp.asarray(previous, dtype)

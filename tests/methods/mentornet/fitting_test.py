@@ -49,7 +49,8 @@ def _recorded():
 
 @pytest.mark.parametrize("use_labels", [False, True])
 def test_rows_of_recorded_losses(use_labels):
-  rows = mentornet_fitting.dd_rows(*_recorded(), percentile=50, use_labels=use_labels)
+  lists = [x.tolist() for x in _recorded()]
+  rows = mentornet_fitting.dd_rows(*lists, percentile=50, use_labels=use_labels)
   order = np.argsort(rows.losses)
   losses, labels, _, epochs = (x[[0, 4, 2, 3, 1]] for x in _recorded())
   np.testing.assert_array_equal(rows.losses[order], losses)
@@ -66,6 +67,8 @@ def test_rows_of_recorded_losses(use_labels):
     (1, _recorded()[2], "all its 5 labels are right; record a student on data"),
     (1, _recorded()[2] + 1, "all its 5 labels are wrong"),
     (3, np.full(5, 100), "--dump contains epoch percents outside 0 to 99"),
+    (3, np.full(5, np.nan), "--dump contains epoch percents outside 0 to 99"),
+    (3, np.zeros(4), r"must have shape \[N\]; got \(5,\), \(5,\), \(5,\), \(4,\)"),
   ],
 )
 def test_useless_dumps_are_refused(column, value, message):
@@ -86,6 +89,8 @@ def test_bad_names_and_numbers_are_refused():
     base.InputError, match="--num_rows=1200001 must lie between 2 and"
   ):
     mentornet_fitting.pd_rows("pd", num_rows=1_200_001)
+  with pytest.raises(base.InputError, match="share=80 must be more than 0 and less"):
+    mentornet_fitting.split(mentornet_fitting.pd_rows("pd", num_rows=10), 80)
 
 
 def test_the_loss_depends_on_the_targets():

@@ -45,6 +45,13 @@ def test_mentor_is_restored_bit_for_bit(tmp_path, compat, num_classes):
   assert mentor_file.read(tmp_path / "mentor.json")["facts"] == {"seed": 3}
 
 
+def test_facts_may_have_integer_keys(tmp_path):
+  # Integers are sorted differently from strings, and the checksum depends on the order.
+  mentor_file.save(tmp_path / "mentor.json", _mentor(), {"a": {9: 1, 10: 2}})
+  facts = mentor_file.read(tmp_path / "mentor.json")["facts"]
+  assert facts == {"a": {"9": 1, "10": 2}}
+
+
 def test_mentor_without_labels_fits_any_number_of_classes(path):
   for num_classes in (2, 10, 100, None):
     mentor_file.load(path, num_classes=num_classes)

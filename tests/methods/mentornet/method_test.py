@@ -69,6 +69,16 @@ def test_percentile_is_the_nearest_loss_and_the_lower_one_at_a_tie(
   assert result == expected
 
 
+def test_integer_percentiles_have_exact_ties():
+  for size in (51, 101, 201):
+    for percentile in range(101):
+      result = mentornet.moving_percentile(
+        0.0, jnp.arange(float(size)), percentile, decay=0
+      )
+      # round(..., lower at a tie), in integers.
+      assert result == -((50 - percentile * (size - 1)) // 100)
+
+
 @pytest.mark.parametrize("decay", [0.5, 0.9])
 def test_percentile_is_a_moving_average(decay):
   moving = 0.0
@@ -178,6 +188,15 @@ def test_preset_uses_the_nearest_noise_level():
 def test_bad_settings_are_refused(settings, message):
   with pytest.raises(base.InputError, match=message):
     mentornet.mentornet(mentornet.self_paced, **settings)
+
+
+@pytest.mark.parametrize("gamma", [-1.0, float("nan")])
+def test_parameters_of_curricula_out_of_range_are_refused(gamma):
+  with pytest.raises(base.InputError, match=f"focal: gamma={gamma} must be at least 0"):
+    mentornet.focal(jnp.ones(2), gamma=gamma)
+  for value in (gamma, 0.0):
+    with pytest.raises(base.InputError, match=f"gamma={value} must be more than 0"):
+      mentornet.spcl_linear(jnp.ones(2), jnp.ones(2), gamma=value)
 
 
 @pytest.mark.parametrize("step", [3.0, jnp.float32(3)])
