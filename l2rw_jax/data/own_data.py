@@ -9,7 +9,7 @@ row without a label) are skipped and listed with a reason. Changes to the data (
 images, columns that are left out) are described in notes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import csv
 import dataclasses
 import hashlib
@@ -813,8 +813,8 @@ def _archive_labels(
         f"{name} in {path} has the value {whole[~is_class][0]}; labels must be classes,"
         " not measurements"
       )
-    strings = whole.astype(np.int64).astype(str).astype(object)
-    return np.where(is_labeled, strings, ""), is_labeled
+    classes = whole.astype(np.int64).astype(str).astype(object)
+    return np.where(is_labeled, classes, ""), is_labeled
   if labels.dtype.kind == "S":
     # Labels that are not UTF-8 stay different from each other.
     labels = np.char.decode(labels, "utf-8", "backslashreplace")
@@ -906,11 +906,12 @@ def _missing(label: str) -> str:
   return f"its label {label!r} counts as missing" if label else "it has no label"
 
 
-def _without_zeros(labels: Sequence[str]) -> list[str]:
+def _without_zeros(labels: Iterable[str]) -> list[str]:
   """Removes ".0" from all labels if all are whole numbers, so that "1.0" is "1"."""
+  labels = list(labels)
   if all(re.fullmatch(r"[+-]?\d+(\.0*)?", label) for label in labels):
     return [label.partition(".")[0] for label in labels]
-  return list(labels)
+  return labels
 
 
 def _unique(names: Sequence[str]) -> list[str]:
