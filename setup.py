@@ -47,7 +47,7 @@ DOCS = [
 setuptools.setup(
   name="l2rw_jax",
   version=VERSION,
-  description="Training on data that is wrong, in JAX: per-example weights",
+  description="Per-example weights for training on wrong or imbalanced data, in JAX",
   long_description=(HERE / "README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   author="The l2rw_jax authors",

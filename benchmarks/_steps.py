@@ -62,8 +62,8 @@ METHODS: dict[str, dict[str | None, Callable[[], base.Method]]] = {
   "ldam": {None: lambda: ldam_drw.ldam_drw(from_epoch=0)},
   "bare": {None: bare.bare},
 }
-# The methods with engines, which alone are timed by default if a network is slow on the
-# CPU.
+# The methods with a choice of engine. By default, only these are timed on networks that
+# are slow on a CPU.
 LOOKAHEAD_METHODS = ("l2rw", "meta_weight_net")
 META_METHODS = (*LOOKAHEAD_METHODS, "warpi", "advisor")
 
@@ -79,8 +79,8 @@ def pairs(
     engines: the engines to consider.
 
   Returns:
-    Pairs of a method and an engine, without repetitions. The engine is None for
-    methods without a choice of engine.
+    Pairs of a method and an engine. The engine is None for methods without a choice of
+    engine.
   """
   supported = [e for e in engines if e != "layerwise" or not mixes_examples(network)]
   return [

@@ -8,7 +8,8 @@ results are medians over turns, and ratios are medians of the ratios within a ro
 that other load on the machine affects all implementations equally. A step computes the
 gradients of the method and an SGD update, with the state donated and the batches on the
 device. The time of compilation is reported separately. Methods without a meta batch
-have a single row. Only l2rw and meta_weight_net have engines:
+are timed once, not once for each size of the meta batch. Only l2rw and meta_weight_net
+have engines:
 
   literal     `jax.grad` through the unrolled inner step, then a second pass
   forward     `linearization.linearize` in forward mode
@@ -20,7 +21,8 @@ other. On a CPU with other load, this made a step of the MLP 100 times slower, a
 setting OMP_WAIT_POLICY=passive in the environment fixed it. On a GPU without enough
 memory for both frameworks, --peer_only measures PyTorch alone, in another --workdir.
 
-The process keeps memory that XLA and PyTorch release (`experiments.lib.launch`). Each
+Memory that XLA and PyTorch free is not returned to the operating system, but used again
+(`experiments.lib.launch`). Each
 group is saved when it is finished, and the same command continues an interrupted run on
 the same machine. When all groups are finished, the figures are drawn.
 Command: python -m benchmarks.step_time --peer=torch
@@ -229,7 +231,8 @@ def measure(settings: Settings, group: Group) -> list[dict[str, Any]]:
   Plain training comes first.
 
   Raises:
-    InputError: if there is not enough memory for plain training.
+    InputError: there is not enough memory for plain training in any framework.
+    FloatingPointError: a loss is not finite.
   """
   started = time.perf_counter()
   implementations = [c for c in _implementations(settings, group) if c is not None]

@@ -361,7 +361,8 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
     if row["seed"] in by_seed:
       curve = curves[row["method"]][settings.seeds.index(row["seed"])]
       limit = by_seed[row["seed"]]
-      row["bits_in_uniform_time"] = float(np.interp(limit, curve.seconds, curve.values))
+      value = float(curve.at(limit))  # NaN before the first evaluation.
+      row["bits_in_uniform_time"] = value if math.isfinite(value) else None
   draw(rows, curves, folder / "figure.png")
   return runner.report(
     settings, TABLE, folder, rows, methods=(METHODS, settings.methods)

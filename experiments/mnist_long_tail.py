@@ -9,7 +9,7 @@ Paper: no paper trains on these data. LDAM (Cao et al., NeurIPS 2019) and
   except the learning rate, see PRESET.
 Command: python -m experiments.mnist_long_tail --data_dir=DIR --imbalance=100
   --imbalance=200; without a download: --dataset=digits --imbalance=10
-Device, time: one CPU core.
+Device, time: one CPU core, 2 to 8 minutes per method and tail (MLP, 3 seeds).
 Published: no comparable number.
 Measured: results/mnist_long_tail.
 """
@@ -50,7 +50,7 @@ class Settings(long_tail.Settings):
 
   network: str = flag(
     "mlp",
-    "Network to train: an MLP 784-256-10, or L2RW's LeNet.",
+    "Network to train: an MLP with one hidden layer of 256 units, or L2RW's LeNet.",
     choices=registries.SMALL_NETWORKS,
   )
 

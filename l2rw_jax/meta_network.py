@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from l2rw_jax import base
@@ -40,8 +41,8 @@ class MetaGradient(NamedTuple):
   Attributes:
     gradient: dM/dphi, the same on every device.
     meta_loss: M at the look-ahead parameters, scalar.
-    finite: whether the losses of both batches, the direction and the gradient are
-      finite; bool scalar.
+    finite: whether the training loss, the meta losses, the direction and the gradient
+      are finite; bool scalar.
     zero_slope: whether the look-ahead optimizer's step ignores the gradient, see
       `hypergradient.Direction`; bool scalar.
     fault: the first quantity that is not finite, a `base.Fault`; int32 scalar.
@@ -88,7 +89,7 @@ def dense(width: int, fan_in: int) -> nn.Dense:
 
 def init(params: base.PyTree, optimizer: optax.GradientTransformation) -> State:
   """The state before the first meta gradient."""
-  # It is not NaN, because JAX would raise an error under `jax_debug_nans`.
+  # Under `jax_debug_nans`, NaN would raise an error.
   unknown = jnp.full((), jnp.inf, jnp.result_type(float))
   return State(
     params,
@@ -143,9 +144,11 @@ def update(
 
 
 def check_every(method: str, every: int, name: str = "every") -> None:
-  """Raises InputError unless `every`, the argument `name`, is at least 1."""
-  if every < 1:
-    raise base.InputError(f"{method}: {name}={every} must be at least 1 step.")
+  """Raises InputError unless `every`, the argument `name`, is a positive integer."""
+  if not (isinstance(every, int | np.integer) and every >= 1):
+    raise base.InputError(
+      f"{method}: {name}={every} must be at least 1 step, and an integer."
+    )
 
 
 def sgd_lookahead(learning_rate: Schedule, inputs: base.Inputs) -> dict[str, Any]:
@@ -253,7 +256,7 @@ def checked_meta_gradient(
   Args:
     gradient: dM/dphi, the same on every device.
     direction: the direction from which the gradient was computed.
-    losses_finite: whether all training losses are finite; bool scalar.
+    losses_finite: whether the training loss is finite; bool scalar.
     engine: the engine that linearized the batch.
 
   Raises:

@@ -216,11 +216,17 @@ def test_random_labels_depend_on_the_seed_and_cover_every_class():
 
 @pytest.mark.parametrize(
   ("size", "classes", "match"),
-  [(0, 10, "the unlabeled set is empty"), (5, 1, "num_classes=1: random labels need")],
+  [
+    (0, 10, "the unlabeled set is empty"),
+    (5, 1, "num_classes=1: random labels need"),
+    (5, 2.5, r"num_classes=2\.5: random labels need a whole number"),
+  ],
 )
 def test_random_labels_need_examples_and_two_classes(size, classes, match):
   with pytest.raises(base.InputError, match=match):
     susceptibility.random_labels(0, size, classes)
+  with pytest.raises(base.InputError, match="seed=-1 must be at least 0"):
+    susceptibility.random_labels(-1, 5, 2)
 
 
 def test_running_average_by_hand():

@@ -51,7 +51,7 @@ def kept(metrics: dict[str, Any], size: int) -> dict[str, Any]:
   """
   values = metrics["probes"]
   losses = np.array(values[f"clean_loss_{size}"], float)  # None becomes NaN.
-  best = int(np.argmin(np.nan_to_num(losses, nan=np.inf)))
+  best = int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))
   at_best = {
     name.removeprefix("test/"): column[best]
     for name, column in values.items()

@@ -30,11 +30,12 @@ _WANTED = {int: "a whole number", float: "a number", bool: "true or false"}
 def main(settings: type[settings_lib.Flags], run: Run, name: str = "") -> None:
   """Runs a script with the flags of the command line.
 
-  After a mistake in the flags or the data, the program prints one line and exits with
-  status 2. After SIGINT, SIGTERM or SIGHUP it prints one line and exits with status
-  130, 143 or 129, respectively; a run that is training saves a checkpoint first. If one
-  of several processes ends in such a way, so do the others. If a process is lost, the
-  others print one line and exit with status 75, or 134 if JAX notices the loss first.
+  After a mistake in the flags or the data, or if a file cannot be used or memory is not
+  sufficient, the program prints one line and exits with status 2. After SIGINT, SIGTERM
+  or SIGHUP it prints one line and exits with status 130, 143 or 129, respectively; a
+  run that is training saves a checkpoint first. If one of several processes ends in
+  such a way, so do the others. If a process is lost, the others print one line and exit
+  with status 75, or 134 if JAX notices the loss first.
 
   Args:
     settings: class of the script's settings, whose fields are the flags.
@@ -237,7 +238,7 @@ def _one_line_errors(settings: type[settings_lib.Flags]) -> Iterator[None]:
       raise
     _give_up(settings_lib.out_of_memory(names))
   except OSError as error:
-    _give_up(f"{error.filename or 'input/output'}: {error.strerror}")
+    _give_up(f"{error.filename or 'input/output'}: {error.strerror or error}")
   except KeyboardInterrupt:
     _end_by(signal.SIGINT)
   except _Stopped as stopped:

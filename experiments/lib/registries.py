@@ -124,7 +124,8 @@ class Settings(MemoryFlags, settings_lib.Settings):
   mentor_percentile: float | None = flag(
     None,
     "Percentile of the losses, from 0 to 100, to which a curriculum compares each loss."
-    " The default depends on the noise level.",
+    " The default is 70 for self_paced and focal_weight; for the others it depends on"
+    " the noise level.",
     bounds=settings_lib.Bounds(0, 100),
     methods=["self_paced", "focal_weight", "pd_mixture", *_MENTORS],
   )
@@ -158,27 +159,28 @@ class Settings(MemoryFlags, settings_lib.Settings):
   absgd_lambda: float | None = flag(
     None,
     "Temperature of ABSGD: above 0 for rare classes, below 0 for wrong labels. The"
-    " default is -5, and 2 in a long tail.",
+    " default is -5, and in a long tail 2 (absgd_ldam_drw: 5).",
     bounds=settings_lib.Bounds(-1e6, 1e6, 1e-6),
     methods=_ABSGD,
   )
   absgd_gamma: float | None = flag(
     None,
     "Weight of the new batch in ABSGD's normalizer, in (0, 1]. The default is 0.5, and"
-    " 0.9 in a long tail.",
+    " in a long tail 0.9 (absgd_ldam_drw: 0.7).",
     bounds=settings_lib.Bounds(1e-6, 1),
     methods=_ABSGD,
   )
   absgd_alpha: float | None = flag(
     None,
     "Factor of the new batch in ABSGD's normalizer; it divides the learning rate. The"
-    " default is 0.5, and 1 in a long tail.",
+    " default is 0.5, and in a long tail 1 (absgd_ldam_drw: 0.5).",
     bounds=settings_lib.Bounds(1e-6, 1e6),
     methods=_ABSGD,
   )
   deferred: float | None = flag(
     None,
-    "Share of the run after which a method begins to weight or resample the examples."
+    "Share of the run after which a method begins to weight or resample the examples,"
+    " rounded down to a whole epoch."
     " The default is 2/3, and the preset's in a long tail.",
     bounds=settings_lib.SHARE,
     methods=_DEFERRED,
@@ -200,7 +202,7 @@ class Settings(MemoryFlags, settings_lib.Settings):
   )
 
   def input_files(self) -> dict[str, str]:
-    """Maps a description with the curriculum of each mentor to the path of its file."""
+    """Maps a description of each mentor, by its curriculum, to the path of its file."""
     return {
       f"mentor of curriculum {mentor_file.load(path).curriculum}": path
       for path in self.mentor
@@ -210,16 +212,22 @@ class Settings(MemoryFlags, settings_lib.Settings):
     """The names without repetitions.
 
     Raises:
-      InputError: there are no names, a name is not offered, or a file of `--mentor` is
-        not a mentor.
+      InputError: there are no names, a name is not offered, a file of `--mentor` is not
+        a mentor, or two of these files have the same curriculum.
     """
     names = settings_lib.choose("methods", names, offered)
+    paths: dict[str, str] = {}
     for path in self.mentor:
-      mentor_file.read(path)
+      curriculum = mentor_file.read(path)["curriculum"]
+      if paths.setdefault(curriculum, path) != path:
+        raise base.InputError(
+          f"--mentor={path} and --mentor={paths[curriculum]} are both mentors of the"
+          f" curriculum {curriculum}: give one of them."
+        )
     return names
 
   def deferred_epoch(self, share: float, num_epochs: float) -> int:
-    """The first epoch after the share --deferred, or else `share`, of the run."""
+    """The epoch in which the share --deferred, by default `share`, is reached."""
     share = share if self.deferred is None else self.deferred
     return int(share * num_epochs + 1e-6)
 

@@ -32,12 +32,13 @@ class Interval(NamedTuple):
 
 def interval(values: Sequence[float]) -> Interval:
   """Mean and 95% Student-t interval of repeated runs."""
-  count = len(values)
+  numbers = np.asarray(values, np.float64)
+  count, mean = len(numbers), float(np.mean(numbers))
   if count < 2:
-    return Interval(float(np.mean(values)), float("nan"), count)
-  spread = np.std(values, ddof=1) / np.sqrt(count)
+    return Interval(mean, float("nan"), count)
+  spread = np.std(numbers, ddof=1) / np.sqrt(count)
   quantile = special.stdtrit(count - 1, 0.975)
-  return Interval(float(np.mean(values)), float(quantile * spread), count)
+  return Interval(mean, float(quantile * spread), count)
 
 
 def auroc(weights: dict[str, np.ndarray]) -> float | None:
@@ -50,7 +51,8 @@ def auroc(weights: dict[str, np.ndarray]) -> float | None:
     weights: columns of a run's `weights.csv`.
 
   Returns:
-    The area under the ROC curve: 0.5 is chance; None if it is undefined.
+    The area under the ROC curve: 0.5 is chance; None if it is undefined or
+    if the numbers differ by less than 1e-9.
   """
   return ranking_auroc(-weights["mean_weight"], _is_wrong(weights))
 
@@ -90,7 +92,8 @@ def ranking_auroc(suspicion: np.ndarray, is_wrong: np.ndarray) -> float | None:
     is_wrong: whether each label is wrong, bool [N].
 
   Returns:
-    The area under the ROC curve: 0.5 is chance; None if it is undefined.
+    The area under the ROC curve: 0.5 is chance; None if it is undefined or
+    if the numbers differ by less than 1e-9.
   """
   known = np.isfinite(suspicion)
   is_wrong, suspicion = is_wrong[known], suspicion[known]
@@ -159,5 +162,5 @@ RUN_FIELDS = (
 
 
 def run_fields(metrics: dict[str, Any]) -> dict[str, Any]:
-  """The columns of every row about its run: checksums, versions and device."""
+  """The columns of every row about its run, such as its seed, versions and device."""
   return {name: metrics[name] for name in RUN_FIELDS}

@@ -185,8 +185,8 @@ def open_folder(
   if not settings.SEVERAL_PROCESSES and processes.count() > 1:
     raise base.InputError(distributed.refusal("jax.distributed"))
   flags = settings_lib.flags_of(type(settings))
-  # These flags do not change the results of a method, but its program, which must be
-  # the same in all processes.
+  # These flags change a method's program, but not its results. The program must be the
+  # same in all processes.
   processes.check_same(
     "the flags",
     {
@@ -204,8 +204,9 @@ def open_folder(
 def train(settings: Any, cell: Cell, folder: pathlib.Path) -> list[results_lib.Result]:
   """Trains a cell for every seed, continues an interrupted run, or reads finished ones.
 
-  If `dump_losses` is set, the training losses at every hundredth of the run are saved
-  in `losses-seed-S.npz`, for experiments.mentornet_pretrain.
+  If `dump_losses` is set, the losses of at most 10,000 random training examples are
+  saved at regular intervals (before each epoch, if there are fewer than 200) in
+  `losses-seed-S.npz`, for experiments.mentornet_pretrain.
 
   Args:
     settings: settings of the script.

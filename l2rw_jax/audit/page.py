@@ -76,6 +76,21 @@ def build(
       f"names must have {size} entries and class_names {num_classes}; got {len(names)}"
       f" and {len(class_names)}."
     )
+  for name, given in (("rows", rows), ("duplicate_of", duplicate_of)):
+    if given is not None and np.shape(given) != (size,):
+      raise base.InputError(
+        f"{name} must have shape [{size}], one number for each example; got"
+        f" {np.shape(given)}."
+      )
+  shown = {
+    "pictures": pictures,
+    **{f"columns[{k!r}]": v for k, v in (columns or {}).items()},
+  }
+  for name, entries in shown.items():
+    if len(entries) > size:
+      raise base.InputError(
+        f"{name} has {len(entries)} entries, but there are only {size} examples."
+      )
   if key not in ("path", "index"):
     raise base.InputError(f"key must be 'path' or 'index'; got {key!r}.")
   top_classes, top_shares = _top(issues, num_classes)

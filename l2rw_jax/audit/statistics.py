@@ -1,8 +1,9 @@
 """Statistics of training for every example.
 
 A network fits right labels early and wrong labels late, so its predictions for an
-example during training are evidence about the label. The statistics need no additional
-forward passes: they are sums over the logits that a training step computes anyway.
+example during training are evidence about the label. `update` needs no additional
+forward passes: the statistics are sums over the logits that a training step computes
+anyway.
 
     state = audit.init(num_examples, num_classes)
     state = audit.update(state, batch["index"], logits, batch["label"])  # every step
@@ -185,9 +186,8 @@ def update(
   [1.609   nan 0.105]
   """
   num_examples, num_classes = state.probabilities.total.shape
-  index, labels = (
-    x if isinstance(x, jax.Array) else np.asarray(x) for x in (index, labels)
-  )
+  index, labels = base.host_or_jax_array(index), base.host_or_jax_array(labels)
+  mask = None if mask is None else base.host_or_jax_array(mask)
   logits = jnp.asarray(logits)
   _check(index, logits, labels, weights, scores, mask, num_classes)
   index = base.wide_integers(index, num_examples)

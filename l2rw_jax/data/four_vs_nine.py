@@ -107,7 +107,8 @@ def _draw_digits(
   if min(sizes) < min_size:
     raise base.InputError(
       f"nothing is left to train on: {request}, but the meta and training sets need at"
-      f" least {min_size} of each; raise num_train or lower num_meta or majority"
+      f" least {min_size} of each; raise num_train, lower num_meta, or move majority"
+      " toward 0.5"
     )
   return [rng.permutation(pool)[:size] for pool, size in zip(pools, sizes, strict=True)]
 

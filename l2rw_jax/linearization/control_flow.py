@@ -35,7 +35,7 @@ def channels_last(function: Callable[..., Any]) -> Callable[..., Any]:
     function: any function of pytrees of arrays that can be traced.
 
   Returns:
-    `function` itself unless the default backend is a CPU, and under `jax.disable_jit`.
+    `function` itself if the default backend is not a CPU, or under `jax.disable_jit`.
     Otherwise a function with the same arguments and results.
 
   Example:

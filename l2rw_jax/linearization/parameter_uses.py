@@ -398,7 +398,7 @@ class Plan:
     return Value(self._size - 1, None, kind, aval, axis, error, leaf)
 
   def const(self, value: Value) -> Value:
-    """Adds a place for a value of the outer plan, the same in every iteration."""
+    """Adds a place for a value of the outer plan that is the same in all iterations."""
     if value.place is None:
       return value
     inner = self.place(
@@ -732,7 +732,7 @@ class Plan:
     return {value.place for value in values if value.place is not None}
 
   def perturbations(self) -> list[Any]:
-    """Zeros for each parameter use; `run` reads only those of broadcast uses."""
+    """Zeros for each parameter use, with respect to which losses are differentiated."""
     made: dict[Any, base.Array] = {}
 
     def zeros_of(aval):  # One array for all uses of a type keeps the program small.

@@ -117,9 +117,10 @@ def example_weights(
   """Weights of the examples of a batch, by how much they lower the meta loss.
 
   This function is pure: it works inside `jit`, `vmap`, `pmap`, `shard_map`, and under
-  `jit` with sharded arrays. It costs at most 3 forward passes of each batch. The
-  gradient that the caller computes afterwards costs only 2 more, because it shares a
-  forward pass with the scores; see `linearization.linearize`. With `microbatch_size`,
+  `jit` with sharded arrays. Without `jax.checkpoint`, it costs at most 3 forward
+  passes of each batch. The gradient that the caller computes afterwards costs only 2
+  more, because it shares a forward pass with the scores; see `linearization.linearize`.
+  With `microbatch_size`,
   this function costs 3 passes of the meta batch and 4 of the training batch. The
   gradient then costs 3 more, because nothing is shared.
 
@@ -366,8 +367,8 @@ def l2rw(
     the direction, which has the size of the parameters; otherwise it has no state.
 
   Raises:
-    InputError: `microbatch_size` or `refresh_every` is not positive, or `layers` cannot
-      choose layers.
+    InputError: `microbatch_size` or `refresh_every` is not a positive integer, or
+      `layers` cannot choose layers.
   """
   microbatching.check(microbatch_size)
   meta_network.check_every("l2rw", refresh_every, "refresh_every")

@@ -75,8 +75,13 @@ def to_float(images: Any) -> jax.Array:
 
   Returns:
     Images of the same shape; integers become float32.
+
+  Raises:
+    InputError: the pixels are bools.
   """
   images = jnp.asarray(images)
+  if images.dtype == jnp.bool_:
+    raise base.InputError("pixels must be numbers, not bools: use images.astype(float)")
   if not jnp.issubdtype(images.dtype, jnp.integer):
     return images
   floats = images.astype(jnp.float32)
@@ -130,7 +135,14 @@ def random_flip(images: base.Array, keys: base.Array) -> base.Array:
   Args:
     images: [B, H, W, C].
     keys: one typed key per image, [B].
+
+  Raises:
+    InputError: there is not one key per image.
   """
+  if keys.shape != images.shape[:1]:
+    raise base.InputError(
+      f"keys must have shape [B] = [{images.shape[0]}]; got {keys.shape}"
+    )
   flipped = jax.vmap(jax.random.bernoulli)(keys)
   return jnp.where(flipped[:, None, None, None], images[:, :, ::-1], images)
 
@@ -138,9 +150,23 @@ def random_flip(images: base.Array, keys: base.Array) -> base.Array:
 def normalize(
   images: base.Array, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> base.Array:
-  """(images - mean) / std, per channel; mean = std = 1/2 maps [0, 1] to [-1, 1]."""
+  """(images - mean) / std, per channel; mean = std = 1/2 maps [0, 1] to [-1, 1].
+
+  Args:
+    images: [..., C].
+    mean: C numbers, or one for all channels.
+    std: likewise.
+
+  Raises:
+    InputError: the number of means or deviations is neither 1 nor C.
+  """
 
   def per_channel(values):
+    if len(values) not in (1, images.shape[-1]):
+      raise base.InputError(
+        f"the mean and the deviation of {len(values)} channels do not fit images of"
+        f" {images.shape[-1]} channels: give one number for each channel"
+      )
     return jnp.asarray(values, images.dtype).reshape((1,) * (images.ndim - 1) + (-1,))
 
   return (images - per_channel(mean)) / per_channel(std)
@@ -150,10 +176,13 @@ def standardize(images: base.Array) -> base.Array:
   """Subtracts each image's mean and divides by max(std, 1 / sqrt(number of values)).
 
   Args:
-    images: [B, H, W, C].
+    images: [B, H, W, C]; half precision is processed in float32.
   """
+  dtype = images.dtype
+  images = images.astype(base.accumulator_dtype(dtype))
   axes = tuple(range(1, images.ndim))
   size = math.prod(images.shape[1:])
   mean = images.mean(axes, keepdims=True)
   deviation = images.std(axes, keepdims=True)
-  return (images - mean) / jnp.maximum(deviation, size**-0.5)
+  result = (images - mean) / jnp.maximum(deviation, size**-0.5)
+  return result.astype(dtype) if jnp.issubdtype(dtype, jnp.inexact) else result

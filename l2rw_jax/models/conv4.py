@@ -11,6 +11,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from l2rw_jax import base
 from l2rw_jax.models import activations
 from l2rw_jax.models import pooling
 
@@ -30,8 +31,9 @@ class Conv4(nn.Module):
     num_outputs: logits per image.
     width: number of channels of every layer; 32 and 64 are common.
     pool: whether to halve the size by 2x2 max-pooling (84x84 images: 84, 42, 21, 10, 5;
-      an odd last row or column is dropped). If False, the size is halved by a stride of
-      2, which is four times cheaper (28x28 images: 28, 14, 7, 4, 2).
+      an odd last row or column is dropped, and a side of 1 ends pooling). If False, the
+      size is halved by a stride of 2, which is four times cheaper (28x28 images: 28,
+      14, 7, 4, 2).
 
   References:
     Vinyals et al., "Matching Networks for One Shot Learning", NeurIPS 2016.
@@ -101,6 +103,10 @@ class _Standardize(nn.Module):
     scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
     bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
     scale, bias = scale[None, None, None, :], bias[None, None, None, :]
+    dtype = x.dtype
+    # In float16, squares overflow above 255.
+    x, scale, bias = (a.astype(base.accumulator_dtype(dtype)) for a in (x, scale, bias))
     mean = jnp.mean(x, (0, 1, 2), keepdims=True)
     variance = jnp.mean((x - mean) ** 2, (0, 1, 2), keepdims=True)
-    return (x - mean) * (jax.lax.rsqrt(variance + 1e-5) * scale) + bias
+    result = (x - mean) * (jax.lax.rsqrt(variance + 1e-5) * scale) + bias
+    return result.astype(dtype)

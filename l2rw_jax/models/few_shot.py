@@ -65,7 +65,10 @@ def adapt(
     gradient = jax.grad(lambda p: jnp.mean(losses_fn(p, support)))(params)
     if first_order:
       gradient = jax.lax.stop_gradient(gradient)
-    return jax.tree.map(lambda p, g: p - learning_rate * g, params, gradient)
+    # A NumPy scalar would change the type of parameters in half precision.
+    return jax.tree.map(
+      lambda p, g: (p - learning_rate * g).astype(jnp.result_type(p)), params, gradient
+    )
 
   if num_steps == 1:
     return step(0, params)

@@ -39,7 +39,8 @@ class PreActivationResNet(split.SplitNetwork):
   Attributes:
     num_outputs: number of logits per example.
     blocks: number of units per stage; 5 is ResNet-32, 4 is WRN-28.
-    widths: numbers of features of the three stages, each at least that of the stem.
+    widths: numbers of features of the three stages, in ascending order (equal numbers
+      are allowed), and each at least that of the stem.
     stem: number of features of the first convolution.
     dropout: dropout rate.
     full_first_stage: whether all units of the first stage except the first one begin
@@ -114,7 +115,8 @@ class LeakyWideResNet(split.SplitNetwork):
   Attributes:
     num_outputs: number of logits per example.
     blocks: number of units per stage.
-    widths: numbers of features of the three stages, each at least that of the stem.
+    widths: numbers of features of the three stages, in ascending order (equal numbers
+      are allowed), and each at least that of the stem.
     stem: number of features of the first convolution.
     slope: slope of the leaky ReLU below 0.
     axis_name: mapped axis whose devices share batch statistics.

@@ -130,13 +130,15 @@ def reduce_on_plateau(
   """Scales the updates of `optimizer` by `factor` when the value stops decreasing.
 
   This is PyTorch's ReduceLROnPlateau with one value for each epoch, but it decides one
-  epoch later: a value that is computed before an epoch takes effect after that epoch.
+  epoch later: a value that is computed before an epoch takes effect with the last
+  update of that epoch.
 
   Args:
     optimizer: any optimizer.
     steps_per_epoch: number of updates between two values.
     factor: in (0, 1).
-    patience: number of epochs without a new best value before the scale is reduced.
+    patience: number of successive epochs without a new best value that do not reduce
+      the scale; the next one does.
     min_scale: lower bound of the scale.
     rtol: relative decrease that makes a value the new best one.
   """

@@ -117,6 +117,15 @@ def test_mistakes_are_one_line():
     page.build(issues, _CLASSES, ["a"])
   with pytest.raises(base.InputError, match="key must be 'path' or 'index'"):
     page.build(issues, _CLASSES, _names(5), key="row")
+  for options, message in (
+    ({"rows": np.arange(9)}, r"rows must have shape \[5\].*got \(9,\)"),
+    ({"rows": np.zeros((5, 1))}, r"rows must have shape \[5\]"),
+    ({"duplicate_of": [-1]}, r"duplicate_of must have shape \[5\]"),
+    ({"pictures": [b""] * 6}, "pictures has 6 entries, but there are only 5 examples"),
+    ({"columns": {"a": "123456"}}, r"columns\['a'\] has 6 entries"),
+  ):
+    with pytest.raises(base.InputError, match=message):
+      page.build(issues, _CLASSES, _names(5), **options)
 
 
 def _large():

@@ -76,7 +76,7 @@ def test_class_sizes():
   assert list(sizes) == [4990, 2991, 1793, 1075, 644, 386, 231, 138, 83, 49]
   sizes = long_tail.class_sizes("step", 5000, 10, 100)
   assert list(sizes) == [5000] * 5 + [50] * 5
-  # With an odd number of classes, the smaller half of them has the large size.
+  # With five classes, two have the large size.
   assert list(long_tail.class_sizes("step", 10, 5, 10)) == [10, 10, 1, 1, 1]
 
 

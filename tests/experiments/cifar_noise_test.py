@@ -234,7 +234,7 @@ def test_mistake_is_one_line_and_writes_nothing(mistakes, name):
     ("warpi", ("resnet_32", 58800, (39200, 49000), False, 5e-4, True, 100, 100, 10)),
   ],
 )
-def test_presets_equal_the_released_codes(name, facts):
+def test_presets_match_the_released_code(name, facts):
   preset = script.PRESETS[name]
   result = script.make_optimizer(preset)
   assert facts == (
@@ -289,7 +289,8 @@ def test_warpi_scales_cifar_100_by_its_statistics():
 @pytest.mark.parametrize(
   ("nesterov", "decay_all", "kernel", "bias"),
   [
-    # First steps with momentum 0.9: decay 0.5 of parameter 2 is added to gradient 1.
+    # The first step with momentum 0.9: the gradient is 1, and the weight decay adds 0.5
+    # times the parameter, which is 2.
     (False, True, 2 - 0.1 * 2, 2 - 0.1 * 2),
     (False, False, 2 - 0.1 * 2, 2 - 0.1 * 1),
     (True, True, 2 - 0.1 * 1.9 * 2, 2 - 0.1 * 1.9 * 2),
@@ -323,7 +324,7 @@ def test_lookup_of_published_numbers():
   assert result == (58.64, 0.47)
   result = lookup("mwn_uniform", "cifar10", "mwn_uniform", 0.6, "uniform")
   assert result == (53.12, 3.03)
-  # Two papers mean two things by "Focal".
+  # The two papers use "Focal" for different methods.
   assert lookup("mwn_uniform", "cifar10", "mwn_uniform", 0.4, "focal") == (75.96, 1.31)
   mentornet = lookup("mentornet", "cifar10", "mwn_uniform", 0.4, "focal_weight")
   assert mentornet == (65.0, None)

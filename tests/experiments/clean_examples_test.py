@@ -147,7 +147,13 @@ def test_mistake_is_one_line_and_writes_nothing(mistakes, name):
 
 
 @pytest.mark.parametrize(
-  ("losses", "step"), [((3.0, 1.0, 2.0), 20), ((None, 2.0, 1.0), 30), ((None,) * 3, 10)]
+  ("losses", "step"),
+  [
+    ((3.0, 1.0, 2.0), 20),
+    ((None, 2.0, 1.0), 30),
+    ((-float("inf"), 2.0, 1.0), 30),
+    ((None, float("inf"), None), 10),
+  ],
 )
 def test_early_stopping_keeps_the_lowest_finite_loss(losses, step):
   probes = {

@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+from experiments.lib import launch
+from experiments.lib import registries
+
 _PROGRAM = """
 import ctypes, resource
 from experiments.lib import launch
@@ -21,6 +24,20 @@ for turn in range(4):
   libc.free(block)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
+
+
+@pytest.mark.parametrize(
+  ("error", "line"),
+  [
+    (OSError("plain message"), "error: input/output: plain message"),
+    (TimeoutError("timed out"), "error: input/output: timed out"),
+    (FileNotFoundError(2, "No such file", "a.png"), "error: a.png: No such file"),
+  ],
+)
+def test_errors_of_files_are_one_line(error, line, capsys):
+  with pytest.raises(SystemExit) as ended, launch._one_line_errors(registries.Settings):
+    raise error
+  assert ended.value.code == 2 and capsys.readouterr().err.splitlines()[-1] == line
 
 
 @pytest.mark.slow

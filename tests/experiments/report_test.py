@@ -29,6 +29,11 @@ def test_interval_by_hand():
   assert str(interval) == "20.00 ± 24.84" and f"{interval:.1f}" == "20.0 ± 24.8"
 
 
+def test_interval_of_half_precision_is_computed_in_double_precision():
+  values = [60000.0, 60000.0, 49984.0]  # Their sum is infinite in float16.
+  assert report.interval(np.float16(values)) == report.interval(values)
+
+
 def test_a_single_number_has_no_interval():
   interval = report.interval([2.345])
   assert math.isnan(interval.half_width) and str(interval) == "2.35"

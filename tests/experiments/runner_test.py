@@ -68,6 +68,13 @@ def test_a_mentor_may_be_added_but_not_swapped(tmp_path):
     _prepare(run, [str(tmp_path / "none.json")])
 
 
+def test_two_mentors_of_a_curriculum_are_refused(tmp_path):
+  a, b = (_mentor(tmp_path / f"{seed}.json", "pd", seed) for seed in (1, 2))
+  settings = _Settings(mentor=(a, b))
+  with pytest.raises(base.InputError, match="are both mentors of the curriculum pd"):
+    settings.choose_methods(["uniform"], ["uniform"])
+
+
 def _rounds(text):
   """Whether an f-string rounds numbers, so that two of them may give the same name."""
   values = [v for v in text.values if isinstance(v, ast.FormattedValue)]

@@ -194,7 +194,7 @@ class _Net(nn.Module):
 
 @pytest.mark.promotes("flax keeps running statistics in float32, here next to float64")
 @pytest.mark.usefixtures("x64")
-def test_engines_follow_batch_statistics():
+def test_engines_differentiate_batch_statistics():
   variables = jax.jit(_Net().init)(jax.random.key(0), _x())
   params, labels = variables.pop("params"), np.array([0, 1, 0, 1, 1])
 
@@ -454,7 +454,7 @@ def test_reverse_and_difference_support_a_custom_vjp(engine, tolerance, wrap):
   chex.assert_trees_all_close(actual, expected, rtol=0, atol=tolerance)
 
 
-def test_the_error_for_a_callback_names_the_difference():
+def test_the_error_for_a_callback_suggests_the_engine_difference():
   def losses_fn(params, x):
     return jax.pure_callback(
       lambda z: np.sin(z).astype(np.float32),

@@ -177,3 +177,29 @@ def test_bad_settings_are_refused(options, message):
   with pytest.raises(base.InputError, match=message) as error:
     preprocess(jnp.zeros((2, 8, 9, 3)), keys(2), True)
   assert "\n" not in str(error.value)
+
+
+def test_numbers_for_each_channel_must_fit_the_images():
+  preprocess = augmentation.Preprocess(mean=(0.5, 0.4, 0.3), std=(0.5, 0.5, 0.5))
+  with pytest.raises(
+    base.InputError, match=r"of 3 channels do not fit .* of 1 channels"
+  ):
+    preprocess(jnp.zeros((2, 4, 4, 1)), keys(2), False)
+
+
+def test_flips_need_a_key_for_each_image():
+  with pytest.raises(base.InputError, match=r"keys must have shape \[B\] = \[4\]"):
+    augmentation.random_flip(jnp.zeros((4, 2, 2, 1)), keys(1))
+
+
+def test_bools_are_no_pixels():
+  with pytest.raises(base.InputError, match="pixels must be numbers, not bools"):
+    augmentation.to_float(np.ones((1, 2, 2, 1), bool))
+
+
+def test_half_precision_is_standardized_in_float32():
+  # The variance is infinite in float16.
+  images = jnp.linspace(0, 2000, 48).reshape(1, 4, 4, 3)
+  actual = augmentation.standardize(images.astype(jnp.float16))
+  assert actual.dtype == jnp.float16
+  np.testing.assert_allclose(actual, augmentation.standardize(images), atol=2e-3)

@@ -44,6 +44,18 @@ def test_parameters_of_the_omniglot_network():
 
 
 @pytest.mark.slow
+def test_half_precision_does_not_overflow():
+  # The square of 400 is infinite in float16.
+  x = (400 * np.random.default_rng(0).normal(size=(4, 4, 4, 1))).astype(np.float16)
+  layer = conv4._Standardize()
+  variables = layer.init(jax.random.key(0), x.astype(np.float32))
+  expected = layer.apply(variables, x.astype(np.float32))
+  half = jax.tree.map(lambda v: v.astype(jnp.float16), variables)
+  actual = layer.apply(half, x)
+  assert actual.dtype == jnp.float16
+  np.testing.assert_allclose(actual, expected, atol=2e-3)
+
+
 def test_statistics_are_those_of_the_given_images():
   net = conv4.Conv4(3, width=4)
   rng = np.random.default_rng(1)

@@ -166,6 +166,21 @@ def test_adapt_of_any_pytree():
   assert float(result["a"]) == 0.5 and float(result["b"][0]) == 1.0
 
 
+@pytest.mark.parametrize("rate", [np.float32(0.5), np.float64(0.5), 0.5])
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_adapted_parameters_keep_their_type(rate, num_steps):
+  params, x = jnp.ones((), jnp.bfloat16), jnp.zeros(2, jnp.bfloat16)
+  with jax.numpy_dtype_promotion("standard"):
+    result = few_shot.adapt(
+      lambda p, x: 0.5 * (p - x) ** 2,
+      params,
+      x,
+      learning_rate=rate,
+      num_steps=num_steps,
+    )
+  assert result == 0.5**num_steps and result.dtype == jnp.bfloat16
+
+
 def test_uint8_pixels_are_scaled():
   batch = _batch()
   pixels = np.random.default_rng(0).integers(256, size=batch["image"].shape)

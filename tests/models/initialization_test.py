@@ -23,7 +23,7 @@ def params():
   return _Network().init(jax.random.key(0), jnp.zeros([1, 8, 8, 5]))["params"]
 
 
-def test_layers_are_uniform_between_the_roots_of_the_fan_in(params):
+def test_layers_are_uniform_within_one_over_the_root_of_the_fan_in(params):
   drawn = initialization.pytorch(jax.random.key(1), params)
   chex.assert_trees_all_equal_shapes_and_dtypes(drawn, params)
   for name, fan_in in (("conv", 3 * 3 * 5), ("dense", 8 * 8 * 64)):

@@ -1,4 +1,4 @@
-"""Signals save a checkpoint, and the run continues to the same bytes."""
+"""Signals save a checkpoint, and the continued run writes the same bytes."""
 
 import os
 import signal

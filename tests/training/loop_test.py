@@ -148,7 +148,8 @@ def test_every_method_runs_and_compiles_once(tmp_path, caplog, monkeypatch, name
       tmp_path, _METHODS[name], seeds=(0, 1), num_steps=11, eval_every=1
     )
   assert len(compiled) == 11 and compiled[1]
-  # An epoch has five steps; its first and last steps compile nothing either.
+  # An epoch has five steps. Nothing is compiled after the first step, not even at the
+  # first or last step of an epoch.
   assert compiled[-1][len(compiled[1]) :] == []
   for result in results:
     assert np.isfinite(result.metrics["last"]["loss"])

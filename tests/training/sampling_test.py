@@ -100,7 +100,7 @@ def test_pass_over_the_meta_set_repeats_no_row():
   assert not np.array_equal(*passes)
 
 
-def test_meta_batch_size_may_not_divide_the_set():
+def test_meta_batch_size_need_not_divide_the_set():
   for first in (0, 2, 4):  # A pass over ten rows has two batches of four.
     rows = np.concatenate([_meta(first, 10, 4), _meta(first + 1, 10, 4)])
     assert len(set(rows)) == 8 and set(rows) <= set(range(10))

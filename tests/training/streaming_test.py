@@ -38,7 +38,8 @@ def test_streamed_runs_end_with_the_same_bytes(tmp_path, monkeypatch, method):
   settings |= {"steps_per_call": 1, "checkpoint_every": 4}
   for data in ("resident", "stream"):
     toy_runs.train(tmp_path / data, method, data=data, **settings)
-  # The seventh step is in the second epoch, and three steps after a checkpoint.
+  # Step 7, counted from 0, is not in the first epoch, and is three steps after a
+  # checkpoint.
   with monkeypatch.context() as patch:
     toy_runs.interrupt(patch, at=7)
     with pytest.raises(KeyboardInterrupt):
