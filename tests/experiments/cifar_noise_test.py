@@ -177,16 +177,18 @@ _MISTAKES = {
   "batch": (["--batch_size=161"], "larger than the 160 training examples"),
   "nothing_left": (["--num_validation=180"], "nothing is left to train on"),
   "mentor": (["--methods=mentornet_pd"], "needs a mentor of that curriculum"),
-  "other": (["--workdir={run}", "--momentum=0"], "momentum was"),
+  "other": (["--workdir={begun}", "--momentum=0"], "momentum was"),
 }
 
 
 @pytest.fixture(scope="module")
-def mistakes(run, data_dir, tmp_path_factory):
+def mistakes(data_dir, tmp_path_factory):
   """Outcomes of command lines with mistakes, in one process."""
-  folder = tmp_path_factory.mktemp("mistakes")
+  folder, cwd = (tmp_path_factory.mktemp(name) for name in ("mistakes", "begun"))
+  shared = _shared(data_dir)
+  begun = scripts.begin(_NAME, *shared, "--methods=uniform", cwd=cwd)
   return scripts.run_mistakes(
-    _NAME, _MISTAKES, folder, *_shared(data_dir), kept=run[0], run=run[0]
+    _NAME, _MISTAKES, folder, *shared, kept=begun, begun=begun
   )
 
 

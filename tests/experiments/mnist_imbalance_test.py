@@ -159,18 +159,22 @@ _MISTAKES = {
   "splits": (["--num_seeds=0"], "=0 must lie between 1 and"),
   "positional": (["digits"], "unexpected argument 'digits': flags begin with --."),
   "not_a_folder": (["--workdir={tmp}/file/run"], "/file/run: cannot write (Not a dir"),
-  "other_settings": (["--workdir={run}", "--momentum=0"], "momentum was 0.9, now 0.0"),
+  "other_settings": (
+    ["--workdir={begun}", "--momentum=0"],
+    "momentum was 0.9, now 0.0",
+  ),
   "num_test": (["--num_test=100"], "--num_test has no effect with --dataset=digits"),
 }
 
 
 @pytest.fixture(scope="module")
-def mistakes(run, tmp_path_factory):
+def mistakes(tmp_path_factory):
   """Outcomes of command lines with mistakes, and the parent folder of the workdirs."""
-  folder = tmp_path_factory.mktemp("mistakes")
+  folder, cwd = (tmp_path_factory.mktemp(name) for name in ("mistakes", "begun"))
   (folder / "file").touch()
+  begun = scripts.begin(_NAME, *_SMALL, "--methods=l2rw,uniform", cwd=cwd)
   outcomes = scripts.run_mistakes(
-    _NAME, _MISTAKES, folder, *_SMALL, kept=run[0], tmp=folder, run=run[0]
+    _NAME, _MISTAKES, folder, *_SMALL, kept=begun, tmp=folder, begun=begun
   )
   return outcomes, folder
 

@@ -12,7 +12,11 @@ import sys
 import tempfile
 from typing import Any, NamedTuple
 
+import pytest
+
 from experiments.lib import launch
+from experiments.lib import runner
+from l2rw_jax import base
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 # The compilation cache that the separate processes share.
@@ -76,6 +80,21 @@ def run(name: str, *arguments: Any, cwd: Any = ".") -> Outcome:
     except SystemExit as error:
       status = error.code
   return Outcome(status, printed.getvalue(), complaints.getvalue())
+
+
+def begin(name: str, *arguments: Any, cwd: Any) -> pathlib.Path:
+  """Records the settings of a script in a new folder, without training."""
+
+  def stop(settings, cell, folder):
+    del settings, cell, folder
+    raise base.InputError("stopped before the first step")
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(runner, "train", stop)
+    done = run(name, *arguments, cwd=cwd)
+  assert "stopped before the first step" in done.complaints, done.complaints
+  (folder,) = (pathlib.Path(cwd) / "runs").iterdir()
+  return folder
 
 
 def start_script(name: str, *arguments: Any, cwd: Any = REPOSITORY) -> Outcome:

@@ -52,6 +52,9 @@ def _loss(options, kernel, images):
   return jnp.sum(jnp.tanh(jax.lax.conv_general_dilated(images, kernel, **options)))
 
 
+@pytest.mark.slow(
+  unless=("one_axis-True", "mixed-False", "strides-True", "groups-False")
+)
 @pytest.mark.parametrize("is_batched", [False, True])
 @pytest.mark.parametrize("case", _CASES)
 def test_values_and_derivatives_are_the_same(case, is_batched):

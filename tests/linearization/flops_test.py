@@ -223,7 +223,9 @@ def test_recomputing_the_batch_costs_meta_weight_net_two_forward_passes():
   assert 3 < _method_flops(method, "lenet", _B) / _plain_flops("lenet") <= 3.4
 
 
-@pytest.mark.slow("10-2.45-advisor", "100-3.35-advisor")
+@pytest.mark.slow(
+  "10-2.45-advisor", "100-3.35-advisor", "10-2.45-warpi", "10-2.45-meta_weight_net"
+)
 @pytest.mark.parametrize("method", _NETWORK_METHODS)
 @pytest.mark.parametrize(("num_meta", "limit"), [(_B, 3.35), (_B // 10, 2.45)])
 def test_a_network_in_the_loss_has_the_documented_cost(method, num_meta, limit):
