@@ -32,7 +32,8 @@ from l2rw_jax.io import workdir as workdir_lib
 _FLAGS = (
   *("--methods=l2rw", "--num_seeds=1"),
   *("--num_steps=100", "--checkpoint_every=10"),
-  # Seconds that a process waits for the other if that was killed before both connected.
+  # Seconds that a process waits for the other one if it was killed before the two
+  # connected.
   "--initialization_timeout=30",
 )
 # Seconds after which processes that do not end are killed and reported.

@@ -4,8 +4,9 @@ Papers: LDAM-DRW (Cao et al., NeurIPS 2019): --preset=ldam; Meta-Weight-Net (Shu
   al., NeurIPS 2019), its code for class imbalance: --preset=mwn.
 Command: python -m experiments.cifar_long_tail --data_dir=DIR
   --methods=uniform,ldam_drw; --shape=step, --imbalance=10, --dataset=cifar100;
-  --smoke for a few steps on a CPU. With --preset=ldam, methods that need meta images
-  need --num_meta=10, which takes them from class 0 and from images outside the tail.
+  --smoke for a few steps on a CPU (with cifar100, also --imbalance=10). With
+  --preset=ldam, pass --num_meta=10 to methods that need meta images. They are drawn
+  from images outside the tail; class 0 has none, so it gives up 10 training images.
 Device, time: one GPU; ResNet-32, 19,200 steps per run at imbalance 100 (preset ldam).
 Published (CIFAR-10, exponential 100, test accuracy %): ldam: cross-entropy 70.36,
   LDAM 73.35, LDAM-DRW 77.03. mwn: cross-entropy 70.36, L2RW 74.16, Meta-Weight-Net
