@@ -14,6 +14,7 @@ ignored. M is the number of exemplars, which are the examples of the meta batch,
 is the number of groups.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -42,6 +43,14 @@ def group_means(
     InputError: the shapes do not match, or the group of an example is outside 0 to
       G - 1 (the latter is raised only outside `jit`).
   """
+  means, present = _wide_means(values, groups, num_groups)
+  if jnp.issubdtype(values.dtype, jnp.inexact):
+    means = means.astype(values.dtype)
+  return means, present
+
+
+def _wide_means(values, groups, num_groups):
+  """`group_means`, with means in float32 or wider."""
   _check(values, groups)
   exist = _check_exist(groups, num_groups)
   groups = base.wide_integers(groups, num_groups)
@@ -52,8 +61,6 @@ def group_means(
   dtype = base.accumulator_dtype(values.dtype)
   totals = jnp.where(is_member, values.astype(dtype)[:, None], 0).sum(axis=0)
   means = totals / jnp.maximum(counts, 1).astype(dtype)
-  if jnp.issubdtype(values.dtype, jnp.inexact):
-    means = means.astype(values.dtype)
   return jnp.where(exist, means, jnp.nan), counts > 0
 
 
@@ -74,7 +81,8 @@ def gap(
   """Difference between the mean losses of two groups, reduced over pairs of groups.
 
   Pairs in which a group has no member are ignored. If fewer than two groups have a
-  member, the gap is 0. A pair of groups with equal means adds nothing to the gradient.
+  member, only the term of `mean_coefficient` remains. A pair of groups with equal means
+  adds nothing to the gradient.
 
   Args:
     losses: losses of the exemplars, [M].
@@ -87,7 +95,8 @@ def gap(
     A scalar.
 
   Raises:
-    InputError: `reduction` is unknown, or the groups are invalid, see `group_means`.
+    InputError: `reduction` is unknown, `mean_coefficient` is not finite, or the groups
+      are invalid, see `group_means`.
 
   >>> import jax.numpy as jnp
   >>> losses, groups = jnp.array([1., 3., 5.]), jnp.array([0, 0, 2])
@@ -95,7 +104,9 @@ def gap(
   3.0
   """
   _check_choice("reduction", reduction, ("mean", "max"))
-  means, present = group_means(losses, groups, num_groups)
+  if not math.isfinite(mean_coefficient):
+    raise base.InputError(f"mean_coefficient={mean_coefficient} must be finite.")
+  means, present = _wide_means(losses, groups, num_groups)
   pairs = jnp.triu(present[:, None] & present[None, :], k=1)
   difference = jnp.where(pairs, means[:, None] - means[None, :], 0)
   # The derivative of jnp.abs at 0 is 1 in JAX; that of this product is 0.
@@ -105,7 +116,16 @@ def gap(
   else:
     reduced = gaps.sum() / jnp.maximum(pairs.sum(), 1).astype(gaps.dtype)
   reduced = jnp.where(_check_exist(groups, num_groups), reduced, jnp.nan)
-  return reduced + mean_coefficient * jnp.mean(losses)
+  if mean_coefficient:  # The mean of no losses is NaN.
+    average = jnp.mean(losses.astype(reduced.dtype))
+    reduced = reduced + float(mean_coefficient) * average
+  return _narrowed(reduced, losses)
+
+
+def _narrowed(value, losses):
+  """`value` in the type of the losses, unless they are integers."""
+  is_float = jnp.issubdtype(losses.dtype, jnp.inexact)
+  return value.astype(losses.dtype) if is_float else value
 
 
 def worst(
@@ -130,23 +150,29 @@ def worst(
     A scalar; 0 if no group has a member.
 
   Raises:
-    InputError: `temperature` is negative, or the groups are invalid, see `group_means`.
+    InputError: `temperature` is negative or not finite, or the groups are invalid, see
+      `group_means`.
 
   >>> import jax.numpy as jnp
   >>> print(worst(jnp.array([1., 3., 2.5]), jnp.array([0, 0, 2]), num_groups=3))
   2.5
   """
-  if temperature < 0:
-    raise base.InputError(f"temperature={temperature} must be at least 0.")
-  means, present = group_means(losses, groups, num_groups)
+  if not 0 <= temperature < math.inf:
+    raise base.InputError(f"temperature={temperature} must be at least 0, and finite.")
+  means, present = _wide_means(losses, groups, num_groups)
   any_present = present.any()
   # Absent groups have -inf, unless all are absent: the maximum must be finite.
   masked = jnp.where(present | ~any_present, means, -jnp.inf)
   exist = _check_exist(groups, num_groups)
-  if temperature == 0:
-    return jnp.where(exist, masked.max(), jnp.nan)
-  smooth = temperature * jax.nn.logsumexp(masked / temperature)
-  return jnp.where(exist, jnp.where(any_present, smooth, 0), jnp.nan)
+  if temperature < jnp.finfo(means.dtype).tiny:  # It would be flushed to 0.
+    return _narrowed(jnp.where(exist, masked.max(), jnp.nan), losses)
+  largest = jax.lax.stop_gradient(masked.max())
+  largest = jnp.where(jnp.isfinite(largest), largest, 0)
+  temperature = float(temperature)
+  # Quotients of differences from the maximum do not overflow to infinity.
+  smooth = largest + temperature * jax.nn.logsumexp((masked - largest) / temperature)
+  smooth = jnp.where(exist, jnp.where(any_present, smooth, 0), jnp.nan)
+  return _narrowed(smooth, losses)
 
 
 def soft_tpr(
@@ -176,12 +202,19 @@ def soft_tpr(
     InputError: an argument is invalid, see `gap` and `worst`.
   """
   _check_choice("reduction", reduction, ("mean", "max", "worst"))
-  misses = 1 - probabilities
+  # In half precision, 1 - p would be rounded.
+  misses = 1 - probabilities.astype(base.accumulator_dtype(probabilities.dtype))
   if reduction == "worst":
-    return worst(misses, groups, num_groups, temperature=temperature)
-  return gap(
-    misses, groups, num_groups, reduction=reduction, mean_coefficient=mean_coefficient
-  )
+    value = worst(misses, groups, num_groups, temperature=temperature)
+  else:
+    value = gap(
+      misses,
+      groups,
+      num_groups,
+      reduction=reduction,
+      mean_coefficient=mean_coefficient,
+    )
+  return _narrowed(value, probabilities)
 
 
 def check_groups(groups: Any, num_groups: int, where: str = "the exemplar set") -> None:

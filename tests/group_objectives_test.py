@@ -140,6 +140,48 @@ def test_absent_groups_are_ignored_and_unknown_ones_are_refused(name):
   assert np.isnan(_both(name, groups=unknown)[0])
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_many_groups_in_half_precision_neither_overflow_nor_vanish(dtype):
+  # 400 groups have 79,800 pairs, and the sum over pairs is above 65,504.
+  losses = jnp.asarray(np.random.default_rng(0).uniform(0, 60, 400), dtype)
+  groups = np.arange(400)
+  wide = losses.astype(jnp.float32)
+  actual = go.gap(losses, groups, 400)
+  expected = go.gap(wide, groups, 400)
+  assert actual.dtype == losses.dtype
+  np.testing.assert_allclose(actual, expected, rtol=0.005)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-30, 1e-4, np.float64(1e-2)])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_low_temperature_gives_nearly_the_maximum(temperature, dtype):
+  losses, groups = jnp.asarray([10.0, 30.0, 20.0], dtype), np.arange(3)
+  actual = go.worst(losses, groups, 3, temperature=temperature)
+  assert actual == 30 and actual.dtype == losses.dtype
+
+
+def test_a_large_loss_with_a_low_temperature_is_finite():
+  losses = jnp.array([1e37, 0.0])
+  value, slope = jax.value_and_grad(
+    lambda x: go.worst(x, np.arange(2), 2, temperature=1e-2)
+  )(losses)
+  assert value == jnp.float32(1e37) and slope.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_settings_that_are_not_finite_are_refused(value):
+  losses, groups = jnp.ones(2), np.arange(2)
+  with pytest.raises(base.InputError, match=f"temperature={value} must be at least 0"):
+    go.worst(losses, groups, 2, temperature=value)
+  if value != -1:
+    with pytest.raises(base.InputError, match=f"mean_coefficient={value} must be"):
+      go.gap(losses, groups, 2, mean_coefficient=value)
+
+
+def test_the_gap_of_no_losses_is_zero():
+  assert go.gap(jnp.zeros(0), np.zeros(0, int), 2) == 0
+
+
 def test_vmap_equals_a_loop():
   rng = np.random.default_rng(0)
   losses = rng.exponential(size=(5, 6)).astype(np.float32)

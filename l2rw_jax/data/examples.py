@@ -208,7 +208,8 @@ def from_arrays(
   none = np.zeros(0, np.int64)
   if test is None:
     seen = np.sort(np.random.default_rng(0).permutation(len(whole.label))[:500])
-    parts["test"] = _arrays_examples(read_rows(whole.image, seen), whole.label[seen])
+    drawn = _arrays_examples(read_rows(whole.image, seen), whole.label[seen])
+    parts["test"] = drawn._replace(source_index=seen.astype(np.int32))
   for name in ("meta", "validation"):
     empty = _arrays_examples(whole.image[:0], none.astype(np.int32))
     parts.setdefault(name, empty)
@@ -388,7 +389,7 @@ def check_disjoint(rows: Mapping[str, np.ndarray]) -> None:
 
 
 def check_images(images: Any, what: str) -> None:
-  """Raises InputError unless the images are uint8 or finite floats.
+  """Raises InputError unless the images are uint8 or floats, finite in float32.
 
   Floats are read in blocks, so that a row source may be larger than memory. A row
   source with a `fingerprint` is not read; training stops at a loss that is not finite.
@@ -412,7 +413,9 @@ def check_images(images: Any, what: str) -> None:
     return
   num_bad, first, start = 0, None, 0
   for pixels in blocks(images):
-    bad = np.flatnonzero(~np.isfinite(pixels).reshape(len(pixels), -1).all(axis=1))
+    with np.errstate(over="ignore"):
+      is_finite = np.isfinite(pixels.astype(np.float32, copy=False))
+    bad = np.flatnonzero(~is_finite.reshape(len(pixels), -1).all(axis=1))
     num_bad += len(bad)
     if first is None and len(bad):
       first = start + bad[0]
@@ -532,7 +535,7 @@ def integers(what: str, values: Any) -> np.ndarray:
   fits &= wide == np.where(fits, wide, 0).astype(np.int64)
   if not fits.all():
     raise base.InputError(
-      f"{what} must be integers; {np.sum(~fits)} are not, the first is"
+      f"{what} must be integers of 32 bits; {np.sum(~fits)} are not, the first is"
       f" {wide[~fits].flat[0]}"
     )
   return array.astype(np.int32)
@@ -567,7 +570,10 @@ def check_examples(examples: Examples, where: str) -> Examples:
 
 
 def check_sources(train: sources.Source, test: sources.Source) -> None:
-  """Raises InputError unless two sources are valid and have the same kind of data."""
+  """Raises InputError unless two sources are valid and have the same kind of data.
+
+  Both must have uint8 or floating-point images of the same shape, and the same classes.
+  """
   for source in (train, test):
     what = f"{source.name} {source.split}"
     label_noise.check_labels(f"labels of {what}", source.labels, source.num_classes)
@@ -590,6 +596,14 @@ def check_sources(train: sources.Source, test: sources.Source) -> None:
     raise base.InputError(
       f"train and test do not match: images of shape {one[0]} in {one[1]} classes"
       f" compared with {other[0]} in {other[1]}"
+    )
+  # Networks divide uint8 pixels by 255, but not floats.
+  kinds = [_kind(source.images, source.name)[0] for source in (train, test)]
+  if kinds[0] != kinds[1]:
+    raise base.InputError(
+      f"train and test do not match: the pixels of {train.name} {train.split} are"
+      f" {kinds[0]}, and those of {test.name} {test.split} {kinds[1]}; convert one of"
+      " them"
     )
   names, others = train.class_names, test.class_names
   if names and others and names != others:

@@ -1,8 +1,9 @@
 """Training sets that are unfair to some groups, with fair exemplars.
 
 A training set can have a long tail of classes, an attribute that few images have, or
-both, and also wrong labels. The meta set (the exemplars) and the test set have the same
-number of examples of every group, with true labels.
+both, and also wrong labels. The meta set (the exemplars) has the same number of
+examples of every group. The test set consists of all images of another source. Both
+have true labels.
 
 None of the image data sets used here has a protected attribute, so one is
 constructed: some images are photographically *inverted* (1 - x). There are no
@@ -150,7 +151,9 @@ def _invert(
   source: sources.Source, rows: np.ndarray
 ) -> tuple[sources.Source, np.ndarray]:
   """Inverts some rows; returns the renamed source, and 1 for each inverted row, [N]."""
-  images = np.array(source.images)
+  images = np.array(
+    examples_lib.read_rows(source.images, np.arange(len(source.labels)))
+  )
   brightest = 255 if images.dtype == np.uint8 else 1
   images[rows] = brightest - images[rows]
   inverted = np.zeros(len(images), np.int32)

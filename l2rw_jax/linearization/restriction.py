@@ -50,7 +50,8 @@ def restricted(
     linearize: `linearization.linearize`, or the `linearize` of a `base.Problem`.
     layers: the parameters to use, in one of these forms. A number in (0, 1] is a share
       of the FLOPs of `directional`. It selects the last layers, as many as fit into
-      this share, and needs a model to which the layerwise engine applies. A string
+      this share, and needs a model to which the layerwise engine applies. A layer is
+      the parameters whose paths differ in the last component only. A string
       or a list of strings selects the parameters whose path has such a name among its
       components ("Dense_2", "block_3/qkv"). A function takes a path, such as
       "params/Dense_2/kernel", and returns whether the parameter is used. None selects
@@ -137,7 +138,7 @@ def _named(layers, names):
 
 
 def _last(share, losses_fn, params, batch, has_aux):
-  """Whether each trainable leaf is among the last leaves that fit into the share."""
+  """Whether each trainable leaf is in one of the last layers that fit the share."""
   partition = trainable.Partition(params)
 
   def losses_of(leaves, batch):
@@ -159,18 +160,23 @@ def _last(share, losses_fn, params, batch, has_aux):
       leaf: Any = step.inputs[index].leaf
       costs[leaf] += _flops(step.eqn)
       last_use[leaf] = position
+  # A kernel and its bias are in one layer. The bias alone would cost nearly nothing.
+  layers: dict[str, list[int]] = {}
+  for index, name in enumerate(partition.names):
+    layers.setdefault(name.rpartition("/")[0] or name, []).append(index)
   remaining = share * sum(costs)
   is_used = [False] * len(leaves)
-  order = sorted(range(len(leaves)), key=last_use.__getitem__, reverse=True)
-  for leaf in order:
-    if costs[leaf] > remaining:
+  order = sorted(layers, key=lambda name: -max(last_use[i] for i in layers[name]))
+  for name in order:
+    cost = sum(costs[i] for i in layers[name])
+    if cost > remaining:
       break
-    remaining -= costs[leaf]
-    is_used[leaf] = True
+    remaining -= cost
+    for index in layers[name]:
+      is_used[index] = True
   if not any(is_used):
-    name = partition.names[order[0]]
     raise base.InputError(
-      f"layers={share}: the last parameter, {name}, alone costs more than this share;"
+      f"layers={share}: the last layer, {order[0]}, alone costs more than this share;"
       " raise the share, or name the layers."
     )
   return is_used

@@ -94,19 +94,35 @@ def example_weights(
     axis_name: mapped axis over which the batch is sharded.
 
   Raises:
-    InputError: the normalization is unknown.
+    InputError: the normalization is unknown, or the shapes do not match.
 
   >>> import jax.numpy as jnp
   >>> print(example_weights(lambda k, l: l > k, 1., jnp.array([0., 2., 3., 4.])))
   [0.   0.25 0.25 0.25]
   """
   base.check_losses("losses", losses)
-  values = weight_fn(phi, jax.lax.stop_gradient(losses)).astype(losses.dtype)
-  base.check_vector("weight_fn's result", values)
+  _check(normalization)
+  values = _values(weight_fn, phi, jax.lax.stop_gradient(losses))
   if normalization == "sum":
     return normalization_lib.sum_to_one(values, axis_name)
-  _check(normalization)
-  return values / base.global_size(values.shape[0], axis_name)
+  return _divided(values, base.global_size(values.shape[0], axis_name))
+
+
+def _values(weight_fn, phi, losses):
+  """V [B], of the type of the losses."""
+  values = weight_fn(phi, losses)
+  if jnp.shape(values) != losses.shape:
+    raise base.InputError(
+      f"weight_fn must return one number per loss, shape {losses.shape}; got shape"
+      f" {jnp.shape(values)}."
+    )
+  return jnp.asarray(values).astype(losses.dtype)
+
+
+def _divided(values, size):
+  # In float16, a size above 65504 would be infinite.
+  wide = values.astype(base.accumulator_dtype(values.dtype))
+  return (wide / size).astype(values.dtype)
 
 
 def inner_weights(
@@ -122,13 +138,17 @@ def inner_weights(
   If `detached` is True, these are the weights. Otherwise the weights depend on the
   losses, which adds w'(l) l to each derivative (and, with "sum", terms from all other
   examples). Losses and derivatives are those of the global batch.
+
+  Raises:
+    InputError: the normalization is unknown, or the result of `weight_fn` does not have
+      the shape of the losses.
   """
 
   def weights(losses):
-    values = weight_fn(phi, losses).astype(losses.dtype)
+    values = _values(weight_fn, phi, losses)
     if normalization == "sum":
       return normalization_lib.sum_to_one(values)
-    return values / values.shape[0]
+    return _divided(values, values.shape[0])
 
   _check(normalization)
   if detached:

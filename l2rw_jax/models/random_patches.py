@@ -48,18 +48,28 @@ class RandomPatches:
     """Features of images.
 
     Args:
-      images: uint8 [N, H, W, channels].
+      images: uint8 [N, H, W, channels], with as many channels as those of `fit`.
 
     Returns:
       float32 [N, 2048].
+
+    Raises:
+      InputError: the images have another type or another number of channels, or are too
+        small.
     """
+    _check(images)
+    if images.shape[-1] != self.kernel.shape[2]:
+      raise base.InputError(
+        f"images must have {self.kernel.shape[2]} channels, as those of fit; got"
+        f" {list(images.shape)}."
+      )
     return (_responses(images, self.kernel, self.bias) - self.mean) / self.std
 
 
 def fit(images: np.ndarray, seed: int = 0) -> tuple[RandomPatches, np.ndarray]:
   """Chooses filters from images, without labels, and computes features of the images.
 
-  The features are the positive and the negative parts of the responses to 256 filters,
+  The features are the parts of the responses to 256 filters above 0.5 and below -0.5,
   averaged over four quadrants and standardized.
 
   Args:
@@ -73,13 +83,7 @@ def fit(images: np.ndarray, seed: int = 0) -> tuple[RandomPatches, np.ndarray]:
   Raises:
     InputError: the images have another type, or are too small.
   """
-  if (
-    images.dtype != np.uint8 or images.ndim != 4 or min(images.shape[1:3]) < LEAST_SIDE
-  ):
-    raise base.InputError(
-      f"images must be uint8 [N, H, W, channels] with H and W at least {LEAST_SIDE};"
-      f" got {images.dtype} {list(images.shape)}."
-    )
+  _check(images)
   kernel, bias = _filters(_patches(images, np.random.default_rng(seed)))
   responses = _responses(images, kernel, bias)
   made = RandomPatches(
@@ -88,8 +92,18 @@ def fit(images: np.ndarray, seed: int = 0) -> tuple[RandomPatches, np.ndarray]:
   return made, (responses - made.mean) / made.std
 
 
+def _check(images: np.ndarray) -> None:
+  if (
+    images.dtype != np.uint8 or images.ndim != 4 or min(images.shape[1:3]) < LEAST_SIDE
+  ):
+    raise base.InputError(
+      f"images must be uint8 [N, H, W, channels] with H and W at least {LEAST_SIDE};"
+      f" got {images.dtype} {list(images.shape)}."
+    )
+
+
 def _responses(images: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
-  chunks = [
+  chunks = [np.zeros((0, 8 * kernel.shape[-1]), np.float32)] + [
     np.asarray(_respond(images[start : start + _CHUNK], kernel, bias))
     for start in range(0, len(images), _CHUNK)
   ]

@@ -94,7 +94,8 @@ class Timer:
     )
 
   def start(self) -> None:
-    """Starts or continues the timer."""
+    """Starts or continues the timer, or has no effect if it is running."""
+    self._seconds = self.read()
     self._started = time.perf_counter()
 
   @contextlib.contextmanager

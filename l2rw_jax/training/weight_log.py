@@ -12,8 +12,8 @@ class WeightLog(NamedTuple):
 
   Attributes:
     total: sum of the weights of an example, float64.
-    seen: number of batches that contained the example, int64.
-    rejected: number of batches in which its weight was exactly zero, int64.
+    seen: number of times that the example was in a batch, int64.
+    rejected: number of these times with a weight of exactly zero, int64.
     last: latest weight of the example, float64; NaN if it was never in a batch.
   """
 

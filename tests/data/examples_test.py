@@ -171,6 +171,12 @@ def test_non_finite_pixels_raise(value):
     examples_lib.check_sources(source(), source("test", images=images))
 
 
+def test_numbers_that_are_infinite_in_float32_are_refused():
+  images = np.array([[1.0], [1e300]])
+  with pytest.raises(base.InputError, match="1 of images have NaN or infinite pixels"):
+    examples_lib.check_images(images, "images")
+
+
 def test_valid_images_pass():
   examples_lib.check_images(np.zeros((2, 3), np.float64), "floats")
   examples_lib.check_images(np.zeros((0, 3), np.float32), "nothing")
@@ -187,6 +193,11 @@ def test_valid_images_pass():
     ({"labels": np.zeros(5, np.int32)}, "toy test has 6 images but 5 labels"),
     ({"num_classes": 4}, r"do not match: .* in 3 classes compared with .* in 4"),
     ({"images": np.zeros((6, 3, 3, 1), np.uint8)}, r"\(2, 2, 1\).*\(3, 3, 1\)"),
+    # Networks would divide the pixels of one of the two by 255.
+    (
+      {"images": np.zeros((6, 2, 2, 1), np.float32)},
+      "pixels of toy train are uint8, and those of toy test floating point",
+    ),
   ],
 )
 def test_invalid_or_different_sources_raise(changes, message):
@@ -317,6 +328,8 @@ def test_columns_of_another_length_raise():
 def test_rows_to_keep_may_be_bools():
   x, y = np.arange(20.0)[:, None], np.arange(20) % 2
   splits = examples_lib.from_arrays((x, y))
+  test_rows = splits.test.source_index
+  np.testing.assert_array_equal(splits.test.image, x[test_rows])
   assert not len(examples_lib.keep_train(splits, []).train.label)
   kept = examples_lib.keep_train(splits, np.arange(20) < 3)
   np.testing.assert_array_equal(kept.train.image[:, 0], [0, 1, 2])

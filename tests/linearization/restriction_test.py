@@ -69,6 +69,17 @@ def test_directional_is_that_of_the_chosen_layers(name):
       np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)
 
 
+def test_a_share_never_chooses_a_bias_without_its_kernel():
+  params, x, vector = _problem()
+  # The last two layers cost 40%; a third one would exceed the share.
+  linearize = restriction.restricted(linearization.linearize, 0.59)
+  actual = linearize(_losses, params, x).directional(vector)
+  expected = linearization.linearize(_losses, params, x).directional(
+    _masked(vector, ("layer_3", "layer_4"))
+  )
+  np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_other_engines_compute_the_same():
   params, x, vector = _problem()
@@ -86,8 +97,8 @@ def test_other_engines_compute_the_same():
     ((), "must be a share"),
     ("layer", "no parameter has 'layer' among the components"),
     (lambda path: False, "chooses no parameter"),
-    (1e-3, r"the last parameter, layer_4/bias, alone costs more"),
-    (np.float32(1e-3), r"the last parameter, layer_4/bias, alone costs more"),
+    (1e-3, r"the last layer, layer_4, alone costs more"),
+    (np.float32(1e-3), r"the last layer, layer_4, alone costs more"),
     (np.int64(2), "must be a share"),
   ],
 )

@@ -118,6 +118,27 @@ def test_gradient_equals_the_unrolled_step_and_finite_differences(
     np.testing.assert_allclose(product, slope, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(3, 1), (1,), ()])
+@pytest.mark.parametrize("detached", [True, False])
+def test_weights_of_another_shape_are_refused(shape, detached):
+  losses = jnp.array([1.0, 2.0, 3.0])
+
+  def weight_fn(phi, losses):
+    return jnp.full(shape, phi * losses[0])
+
+  message = r"weight_fn must return one number per loss, shape \(3,\)"
+  with pytest.raises(base.InputError, match=message):
+    meta_weight_net.inner_weights(weight_fn, 1.0, losses, detached=detached)
+  with pytest.raises(base.InputError, match=message):
+    meta_weight_net.example_weights(weight_fn, 1.0, losses)
+
+
+def test_weights_of_many_losses_in_float16_are_not_zero():
+  losses = jnp.ones(70_000, jnp.float16)
+  weights = meta_weight_net.example_weights(lambda phi, values: phi * values, 1, losses)
+  np.testing.assert_allclose(weights, 1 / 70_000, rtol=0.01)
+
+
 def test_closed_form_of_the_paper(x64):
   problem = _problem()
 

@@ -45,3 +45,13 @@ def test_features_are_those_of_a_loop_over_windows():
 def test_images_that_do_not_fit(images):
   with pytest.raises(base.InputError, match=r"images must be uint8 .* at least 10"):
     random_patches.fit(images)
+
+
+def test_features_need_images_like_those_of_fit():
+  images = _images(3)
+  made, _ = random_patches.fit(images)
+  with pytest.raises(base.InputError, match="images must be uint8"):
+    made(images / np.float32(255))
+  with pytest.raises(base.InputError, match="images must have 3 channels"):
+    made(images[..., :1])
+  assert made(images[:0]).shape == (0, 2048)

@@ -103,15 +103,15 @@ class MentorNetwork(nn.Module):
     return carry[0] if self.compat == "official_code" else hidden
 
   def _output(self, hidden):
-    kernel = self.param("output_kernel", _NORMAL, (20, 1))
-    bias = self.param("output_bias", _NORMAL, (1,))
+    kernel = self.param("output_kernel", _NORMAL, (20, 1), jnp.float32)
+    bias = self.param("output_bias", _NORMAL, (1,), jnp.float32)
     if self.compat == "official_code":
       return (hidden @ (kernel + bias[None, :]))[:, 0]
     return (hidden @ kernel + bias[None, :])[:, 0]
 
 
 def _uniform(key, shape):
-  return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
+  return jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +25,18 @@ def _init(compat, history=1, seed=0):
   shape = (3,) if history == 1 else (3, history)
   inputs = (jnp.zeros(shape), jnp.zeros(shape), _LABELS, _EPOCHS)
   return network, jax.jit(network.init)(jax.random.key(seed), *inputs)
+
+
+@pytest.mark.parametrize("compat", mentornet_network.COMPAT)
+def test_parameters_do_not_depend_on_x64(compat):
+  expected = _init(compat)[1]
+  network = mentornet_network.MentorNetwork(compat=compat)
+  with jax.enable_x64(True):
+    inputs = (jnp.zeros(3), jnp.zeros(3), _LABELS, _EPOCHS)
+    logits, actual = jax.jit(network.init_with_output)(jax.random.key(0), *inputs)
+  assert logits.dtype == jnp.float32
+  chex.assert_trees_all_equal_dtypes(actual, expected)
+  chex.assert_trees_all_close(actual, expected, atol=1e-6)
 
 
 def _count(tree):
