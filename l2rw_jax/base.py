@@ -51,7 +51,8 @@ class StaticFloat(float):
 class Fault(enum.IntEnum):
   """The first quantity of a meta step that held a NaN or an infinity.
 
-  The members are in the order of the computation.
+  The members are in the order in which L2RW computes them. The look-ahead of other
+  methods uses the training losses, which therefore come first; see `lookahead_fault`.
   """
 
   NONE = 0
@@ -626,6 +627,22 @@ def first_fault(fault: Array, **is_finite: Array) -> Array:
     code = jnp.where(finite, 0, Fault[name.upper()].value).astype(jnp.int32)
     fault = jnp.where(fault == 0, code, fault)
   return fault
+
+
+def lookahead_fault(
+  direction_fault: Array, *, losses_finite: Array, slopes_finite: Array
+) -> Array:
+  """The first fault of a method whose look-ahead uses the training losses.
+
+  Args:
+    direction_fault: the `Fault` of the meta losses and the direction, int32 scalar.
+    losses_finite: whether the training losses are finite; bool scalar.
+    slopes_finite: whether what is computed from them and from the direction is finite;
+      bool scalar.
+  """
+  fault = first_fault(jnp.zeros((), jnp.int32), training_losses=losses_finite)
+  fault = jnp.where(fault == 0, direction_fault, fault)
+  return first_fault(fault, slopes=slopes_finite)
 
 
 @contextlib.contextmanager

@@ -72,8 +72,8 @@ def changed_loss(
       if not from_epoch:
         return loss(outputs, batch, problem.class_counts)
       is_new = epoch >= from_epoch
-      new = loss(_where_used(is_new, outputs), batch, problem.class_counts)
-      old = problem.loss(_where_used(~is_new, outputs), batch)
+      new = loss(where_used(is_new, outputs), batch, problem.class_counts)
+      old = problem.loss(where_used(~is_new, outputs), batch)
       dtype = base.common_dtype(new, old)
       return jnp.where(is_new, new.astype(dtype), old.astype(dtype))
 
@@ -113,8 +113,8 @@ def changed_loss(
   )
 
 
-def _where_used(is_used, outputs):
-  """`outputs`, to which no derivative is propagated unless `is_used`.
+def where_used(is_used: base.Array, outputs: base.PyTree) -> base.PyTree:
+  """`outputs`, to which no derivative is propagated unless `is_used`, a bool scalar.
 
   The gradient of `jnp.where(is_used, f(x), g(x))` is NaN if that of f is infinite,
   although f is not used, because it is multiplied by 0.

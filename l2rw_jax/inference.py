@@ -33,13 +33,22 @@ def map_batches(
   Returns:
     The results as NumPy arrays, concatenated along their leading axis.
 
+  Raises:
+    InputError: the arrays have different lengths, or there is no example.
+
   >>> examples = {"x": np.arange(5)}
   >>> map_batches(lambda batch: 2 * batch["x"], examples, batch_size=2)
   array([0, 2, 4, 6, 8])
   >>> map_batches(lambda batch: batch["x"].sum(keepdims=True), examples, batch_size=2)
   array([1, 5, 4])
   """
-  size = len(next(iter(examples.values())))
+  sizes = {name: len(x) for name, x in examples.items()}
+  size = next(iter(sizes.values()), 0)
+  if not size or set(sizes.values()) != {size}:
+    raise base.InputError(
+      "the examples of a pass over a data set must be arrays of one length, at least 1;"
+      f" got the lengths {sizes}."
+    )
   starts = range(0, size, batch_size)
 
   def results(starts):

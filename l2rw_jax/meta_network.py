@@ -262,10 +262,10 @@ def checked_meta_gradient(
   Raises:
     FloatingPointError: outside `jit`, if the gradient is not finite.
   """
-  fault = base.first_fault(
+  fault = base.lookahead_fault(
     direction.fault,
-    training_losses=losses_finite,
-    slopes=hypergradient.check_network_gradient(gradient),
+    losses_finite=losses_finite,
+    slopes_finite=hypergradient.check_network_gradient(gradient),
   )
   return MetaGradient(
     gradient, direction.meta_loss, fault == 0, direction.zero_slope, fault, engine

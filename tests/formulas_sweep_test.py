@@ -1165,6 +1165,7 @@ _OTHER_FUNCTIONS = {
   "weighted_update.weighted_gradients": _LOOP,
   "weighted_update.uniform_gradients": _LOOP,
   "changed_loss.check_epoch": _CHECK,
+  "changed_loss.where_used": "tests/changed_loss_test.py and s_model_test.py run it",
   "class_balance.balanced_order": _HOST,
   "class_balance.check_beta": _CHECK,
   "class_balance.check_counts": _CHECK,

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from l2rw_jax import base
 from l2rw_jax import inference
 
 
@@ -42,3 +43,11 @@ def test_a_result_per_batch():
   fun = lambda batch: batch["x"].sum(keepdims=True)  # noqa: E731
   sums = inference.map_batches(fun, {"x": np.arange(5)}, 2)
   np.testing.assert_array_equal(sums, [1, 5, 4])
+
+
+@pytest.mark.parametrize(
+  "examples", [{"y": np.arange(5), "x": np.arange(7)}, {"x": np.arange(0)}, {}]
+)
+def test_examples_have_one_length(examples):
+  with pytest.raises(base.InputError, match="arrays of one length, at least 1"):
+    inference.map_batches(lambda batch: batch["x"], examples, 2)

@@ -150,6 +150,9 @@ def test_a_gradient_that_is_not_finite_is_reported():
   result = run(jnp.ones(1), jnp.array(False))
   assert result.fault == base.Fault.TRAINING_LOSSES and not result.finite
   assert result.engine == "forward"
+  # The look-ahead uses the training losses, so they are named before the meta losses.
+  direction = direction._replace(fault=jnp.int32(base.Fault.META_LOSSES))
+  assert run(jnp.ones(1), jnp.array(False)).fault == base.Fault.TRAINING_LOSSES
 
 
 def test_state_is_made_under_nan_checks():

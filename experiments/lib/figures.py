@@ -204,7 +204,7 @@ def _draw_curves(cell: runner.Cell, folder: pathlib.Path, path: pathlib.Path) ->
   files = sorted((folder / place / "curves" / f"seed-{seeds[0]}").glob("epoch-*.txt"))
   if not files:
     return False
-  with figure(path, figsize=(5, 3.4)) as (_, axes):
+  with figure(path, figsize=(6.2, 3.4), tight=True) as (_, axes):
     for i in sorted({round(i) for i in np.linspace(0, len(files) - 1, 7)}):
       epoch = int(files[i].stem.removeprefix("epoch-"))
       color = _viridis(0.9 * i / max(1, len(files) - 1))
@@ -215,7 +215,7 @@ def _draw_curves(cell: runner.Cell, folder: pathlib.Path, path: pathlib.Path) ->
     axes.set_ylim(0, 1)
     noise = f"{cell.facts['noise']} {cell.facts['fraction']}"
     axes.set_title(f"Meta-Weight-Net's weights, {noise}", fontsize=10)
-    axes.legend(fontsize=8, frameon=False)
+    legend_beside(axes)
   return True
 
 

@@ -29,10 +29,13 @@ class Vectors(NamedTuple):
   """Points that are given by their coordinates; see `vectors`.
 
   Attributes:
-    coordinates: [d, n], so that each coordinate of all points is contiguous in memory.
+    coordinates: coordinates divided by `unit`, [d, n], so that each coordinate of all
+      points is contiguous in memory.
+    unit: a power of two, so that squares neither overflow nor vanish; scalar.
   """
 
   coordinates: base.Array
+  unit: base.Array
 
   @property
   def num_points(self) -> int:
@@ -45,25 +48,31 @@ class Vectors(NamedTuple):
     if self.coordinates.shape[0] > _FEW_COORDINATES:
       squares = jnp.sum(self.coordinates**2, axis=0)
       inner = jnp.dot(selected.T, self.coordinates, precision=EXACT)
-      return _from_inner_products(inner, squares[rows], squares)
+      return self.unit * _from_inner_products(inner, squares[rows], squares)
     pairs = zip(selected, self.coordinates, strict=True)
-    return jnp.sqrt(sum((a[:, None] - b[None, :]) ** 2 for a, b in pairs))
+    squared = jnp.zeros((len(rows), self.num_points), self.coordinates.dtype)
+    for a, b in pairs:
+      squared += (a[:, None] - b[None, :]) ** 2
+    return self.unit * jnp.sqrt(squared)
 
 
 class OuterProducts(NamedTuple):
   """Points u_i v_i^T, which are never formed; see `outer_products`.
 
   Attributes:
-    left: u, [n, C].
-    right: v, [n, d].
-    precision: weights of the squared coordinates, [C, d], or None for 1.
-    squares: squared norms of the points, [n].
+    left: u, [n, C], divided by a power of two.
+    right: v, [n, d], divided by a power of two.
+    precision: weights of the squared coordinates, [C, d], or None for 1, divided by a
+      power of two.
+    squares: squared norms of the points, [n], in units of `unit`^2.
+    unit: the product of the roots of these powers, scalar.
   """
 
   left: base.Array
   right: base.Array
   precision: base.Array | None
   squares: base.Array
+  unit: base.Array
 
   @property
   def num_points(self) -> int:
@@ -81,7 +90,7 @@ class OuterProducts(NamedTuple):
       inner = jnp.einsum(
         "kcd,nd,nc->kn", weighted, self.right, self.left, precision=EXACT
       )
-    return _from_inner_products(inner, self.squares[rows], self.squares)
+    return self.unit * _from_inner_products(inner, self.squares[rows], self.squares)
 
 
 def vectors(points: base.Array) -> Vectors:
@@ -90,8 +99,10 @@ def vectors(points: base.Array) -> Vectors:
   For up to 32 coordinates, squared differences are summed, so that small distances are
   accurate. For more coordinates, the squared distance is |a|^2 + |b|^2 - 2 a.b, which
   takes one matrix product; a result below its rounding error is replaced by 0.
+  Distances from and to points that are not finite are NaN or infinite.
   """
-  return Vectors(_wide(points).T)
+  points, unit = _in_units(_wide(points))
+  return Vectors(points.T, unit)
 
 
 def outer_products(
@@ -112,14 +123,26 @@ def outer_products(
   left, right = _wide(left), _wide(right)
   with base.implicit_promotion():
     dtype = jnp.promote_types(left.dtype, right.dtype)
-  left, right = left.astype(dtype), right.astype(dtype)
+  left, left_unit = _in_units(left.astype(dtype))
+  right, right_unit = _in_units(right.astype(dtype))
+  unit = left_unit * right_unit
   if scale is None:
     squares = jnp.sum(left**2, axis=1) * jnp.sum(right**2, axis=1)
-    return OuterProducts(left, right, None, squares)
-  precision = (1 / _wide(scale) ** 2).astype(dtype)
+    return OuterProducts(left, right, None, squares, unit)
+  inverse, inverse_unit = _in_units((1 / _wide(scale)).astype(dtype))
+  precision = inverse**2
   right_squares = jnp.dot(right**2, precision.T, precision=EXACT)
   squares = jnp.sum(left**2 * right_squares, axis=1)
-  return OuterProducts(left, right, precision, squares)
+  return OuterProducts(left, right, precision, squares, unit * inverse_unit)
+
+
+def _in_units(x):
+  """`x` divided by a power of two, so that its largest entry is about 1; the power."""
+  largest = jnp.max(jnp.abs(x), initial=0)
+  is_usual = (largest > 0) & jnp.isfinite(largest)
+  _, exponent = jnp.frexp(jnp.where(is_usual, largest, 1))
+  unit = jnp.ldexp(jnp.ones((), x.dtype), exponent - 1)
+  return x / unit, unit
 
 
 def _wide(points):
@@ -133,4 +156,5 @@ def _from_inner_products(inner, row_squares, squares):
   total = row_squares[:, None] + squares[None, :]
   squared = total - 2 * inner
   rounding = 16 * jnp.finfo(total.dtype).eps
-  return jnp.sqrt(jnp.where(squared > rounding * total, squared, 0))
+  # A NaN is kept.
+  return jnp.sqrt(jnp.where(squared <= rounding * total, 0, squared))

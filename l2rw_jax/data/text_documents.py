@@ -116,7 +116,7 @@ def corrupted_documents(
       np.concatenate(excerpts or [_excerpts(b"", length + 1)]), size, order, name
     )
   kinds = np.zeros(num_train, np.int32)
-  wrong = corrupt.permutation(num_train)[: int(fraction * num_train)]
+  wrong = corrupt.permutation(num_train)[: round(float(fraction) * num_train)]
   kinds[wrong] = 1 + np.arange(len(wrong)) % (len(KINDS) - 1)
   _corrupt(parts["train"], kinds, texts.english, corrupt)
   clean = {name: np.zeros(len(part), np.int32) for name, part in parts.items()}

@@ -261,6 +261,9 @@ def update_averages(
   beta2: float = 0.999,
 ) -> Averages:
   """m <- b1 m + (1 - b1) g, u <- b2 u + (1 - b2) D^2, t <- t + 1."""
+  # Squares of small numbers vanish in float16.
+  gradients = jnp.asarray(gradients).astype(averages.gradients.dtype)
+  curvature = jnp.asarray(curvature).astype(averages.squares.dtype)
   return Averages(
     beta1 * averages.gradients + (1 - beta1) * gradients,
     beta2 * averages.squares + (1 - beta2) * curvature**2,

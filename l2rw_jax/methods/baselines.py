@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from l2rw_jax import base
 from l2rw_jax import changed_loss
@@ -151,11 +152,12 @@ class Retraining(NamedTuple):
 def classifier_retraining(from_epoch: int, *, restart: bool = True) -> base.Method:
   """Trains a network, then its last layer alone on class-balanced batches (cRT).
 
-  Until `from_epoch` this is `uniform`. The first step of epoch `from_epoch` only resets
-  the last layer to its parameters at the start of the run. All later steps train the
-  last layer on the mean loss of batches from `class_balance.balanced_order`. The
-  parameters of the features do not change, even under momentum and weight decay
-  (`Gradients.fixed`). A step costs as much as in plain training.
+  Until `from_epoch` this is `uniform`. With `restart`, the first step of epoch
+  `from_epoch` only resets the last layer to its parameters at the start of the run. All
+  later steps train the last layer on the mean loss of batches from
+  `class_balance.balanced_order`. The parameters of the features do not change, even
+  under momentum and weight decay (`Gradients.fixed`). A step costs as much as in plain
+  training.
 
   BatchNorm stays in training mode, as in the released code: it uses the statistics of
   the balanced batches, and its running statistics follow them. Unlike in the paper,
@@ -287,13 +289,14 @@ def hard_mining(variant: str = "paper") -> base.Method:
 def hardest(losses: base.Array, majority: base.Array) -> base.Array:
   """Which examples hard mining keeps, bool [B].
 
-  Args:
-    losses: [B].
-    majority: whether each example is in the majority class, bool [B].
+    Args:
+      losses: [B].
+      majority: whether each example is in the majority class, bool [B].
 
-  >>> import jax.numpy as jnp
-  >>> print(hardest(jnp.array([1., 3., 2., 0.]), jnp.array([True, True, True, False])))
-  [False  True False  True]
+    >>> import jax.numpy as jnp
+  import numpy as np
+    >>> print(hardest(jnp.array([1., 3., 2., 0.]), jnp.array([True, True, True,
+    False]))) [False  True False  True]
   """
   base.check_vector("losses", losses)
   num_kept = jnp.maximum(jnp.sum(~majority), 1)
@@ -330,11 +333,13 @@ def fine_tuning(num_steps: int, method: base.Method | None = None) -> base.Metho
     method: the method of the first phase; None is `uniform()`.
 
   Raises:
-    InputError: `num_steps` is less than 1; in training, the first phase is
-      `classifier_retraining`.
+    InputError: `num_steps` is not an integer of at least 1; in training, the first
+      phase is `classifier_retraining`.
   """
-  if num_steps < 1:
-    raise base.InputError(f"fine_tuning: num_steps={num_steps} must be at least 1.")
+  if not (isinstance(num_steps, int | np.integer) and num_steps >= 1):
+    raise base.InputError(
+      f"fine_tuning: num_steps={num_steps} must be at least 1, and an integer."
+    )
   first = method or uniform()
   second = clean_only()
 
@@ -364,7 +369,10 @@ def _same_structure(gradients, problem):
       " phase must not fix some of them, as classifier_retraining does."
     )
   has_meta_step = gradients.fault is not None
+  dtype = base.accumulator_dtype(gradients.losses.dtype)
   return gradients._replace(
+    losses=gradients.losses.astype(dtype),
+    weights=gradients.weights.astype(dtype),
     metrics={},
     scores=None,
     value=_value(gradients, problem),
@@ -377,7 +385,9 @@ def _value(gradients, problem):
   """`Gradients.value`, or its default, the weighted loss of the global batch."""
   value = gradients.value
   if value is None:
-    value = base.psum(jnp.sum(gradients.weights * gradients.losses), problem.axis_name)
+    dtype = base.accumulator_dtype(gradients.losses.dtype)
+    terms = gradients.weights.astype(dtype) * gradients.losses.astype(dtype)
+    value = base.psum(jnp.sum(terms), problem.axis_name)
   return jnp.asarray(value, jnp.float32)
 
 

@@ -200,8 +200,8 @@ def reweigh(
   )
   slopes_finite = base.finite_rows("slopes dF/dw", gradient, axis_name)
   slopes_finite &= base.finite_rows("weights", weights, axis_name)
-  fault = base.first_fault(
-    direction.fault, training_losses=losses_finite, slopes=slopes_finite
+  fault = base.lookahead_fault(
+    direction.fault, losses_finite=losses_finite, slopes_finite=slopes_finite
   )
   return Reweighted(
     weights=weights,

@@ -172,10 +172,10 @@ def linearized_weight_gradient(
   # Do not cast to the weights' type: integers would round the gradient to zero.
   dtype = base.common_dtype(weights, linearized.losses)
   gradient = jax.lax.stop_gradient(gradient).astype(dtype)
-  fault = base.first_fault(
+  fault = base.lookahead_fault(
     direction.fault,
-    training_losses=losses_finite,
-    slopes=base.finite_rows("slopes dV/dw", gradient, axis_name),
+    losses_finite=losses_finite,
+    slopes_finite=base.finite_rows("slopes dV/dw", gradient, axis_name),
   )
   return WeightGradient(
     gradient=gradient,
@@ -272,7 +272,7 @@ def nested_maml(
       "item": (problem.num_examples, num_items),
     }
     return State(
-      jnp.full(shapes[share], initial),
+      jnp.full(shapes[share], float(initial)),
       jnp.zeros(()),
       jnp.array(True),
       jnp.array(False),
@@ -332,13 +332,14 @@ def nested_maml(
       "direction_finite": state.finite.astype(jnp.float32),
       "zero_slope": state.zero_slope.astype(jnp.float32),
     }
-    task_shape = (len(place), -1)
+    task_shape, losses = (len(place), -1), linearized.losses
     return base.Gradients(
       grads,
       jnp.sum(weights.reshape(task_shape), axis=1),
-      jnp.mean(linearized.losses.reshape(task_shape), axis=1),
+      jnp.mean(losses.reshape(task_shape), axis=1),
       linearized.aux,
       metrics,
+      value=base.psum(jnp.sum(weights * losses.astype(weights.dtype)), axis_name),
       fault=state.fault,
       zero_slope=state.zero_slope,
     ), state
@@ -353,7 +354,7 @@ def _scatter(weights, place, gradient, axis_name):
   place, gradient = (
     base.unsharded(base.gather(x, axis_name)) for x in (place, gradient)
   )
-  return jnp.zeros_like(weights).at[place].add(gradient)
+  return jnp.zeros_like(weights).at[place].add(gradient.astype(weights.dtype))
 
 
 def _item_losses_fn(problem, inputs, num_items):

@@ -156,8 +156,10 @@ def s_model(
     size = base.global_size(batch["label"].shape[0], problem.axis_name)
 
     def mean_loss(outputs, logits):
-      through_layer = s_model_loss(losses.logits_of(outputs), batch["label"], logits)
-      values = jnp.where(state.is_active, through_layer, problem.loss(outputs, batch))
+      used = changed_loss.where_used(state.is_active, outputs)
+      through_layer = s_model_loss(losses.logits_of(used), batch["label"], logits)
+      used = changed_loss.where_used(~state.is_active, outputs)
+      values = jnp.where(state.is_active, through_layer, problem.loss(used, batch))
       return values.sum() / size, values
 
     linearized = problem.linearize_batch_outputs(inputs)

@@ -89,8 +89,8 @@ class GPT(split.SplitNetwork):
   def features(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Maps tokens [B, T] to features [B, T, width].
 
-    If `last_only`, the result is the features [B, width] of the last token. Tokens may
-    have any integer type.
+    If `last_only`, the result is the features [B, width] of the last token. Tokens
+    are integers of any type, from 0 to V - 1; the features of others are NaN.
 
     Raises:
       InputError: the tokens are not integers.
@@ -98,7 +98,9 @@ class GPT(split.SplitNetwork):
     del train
     if not jnp.issubdtype(x.dtype, jnp.integer):
       raise base.InputError(f"GPT: tokens must be integers; got {x.dtype}.")
-    h = self.embed(x.astype(jnp.int32))
+    # An embedding would count negative tokens from the end; it gives NaN for V.
+    x = base.wide_integers(x, self.vocabulary)
+    h = self.embed(jnp.where(x < 0, self.vocabulary, x))
     positions = self.param("positions", _start, (1, x.shape[1], self.width))
     h = h + positions.astype(h.dtype)
     # XLA cannot merge the recomputation with the forward pass if they are in two loops.

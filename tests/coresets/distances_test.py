@@ -20,6 +20,39 @@ def test_vectors_have_euclidean_distances(dims):
   assert actual[0, 3] == actual[0, 7] == actual[1, 0] == 0
 
 
+@pytest.mark.parametrize("dims", [3, 40])
+@pytest.mark.parametrize("unit", [2.0**-110, 2.0**90])
+def test_distances_are_exact_multiples_for_any_unit(dims, unit):
+  # The squares are outside the range of float32.
+  points = np.random.default_rng(0).normal(size=(9, dims)).astype(np.float32)
+  rows = jnp.array([3, 0])
+  expected = np.asarray(distances.vectors(points).distances(rows))
+  actual = np.asarray(distances.vectors(points * np.float32(unit)).distances(rows))
+  np.testing.assert_array_equal(actual, expected * np.float32(unit))
+  left, right = points[:, :2], points[:, 2:]
+  expected = distances.outer_products(left, right).distances(rows)
+  scaled = distances.outer_products(left * np.float32(unit), right)
+  actual = np.asarray(scaled.distances(rows))
+  np.testing.assert_array_equal(actual, np.asarray(expected) * np.float32(unit))
+  scale = np.full((2, right.shape[1]), 1 / unit, np.float32)
+  scaled = distances.outer_products(left, right, scale)
+  np.testing.assert_allclose(scaled.distances(rows), actual, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dims", [3, 40])
+def test_points_that_are_not_finite_have_no_distance_of_zero(dims):
+  points = np.zeros((3, dims), np.float32)
+  points[1], points[2] = np.nan, np.inf
+  actual = np.asarray(distances.vectors(points).distances(jnp.array([0])))
+  assert actual[0, 0] == 0 or np.isnan(actual[0, 0])
+  assert not np.isfinite(actual[0, 1:]).any()
+
+
+def test_points_without_coordinates_have_distances_of_zero():
+  actual = distances.vectors(np.zeros((3, 0))).distances(jnp.array([0, 2]))
+  np.testing.assert_array_equal(actual, np.zeros((2, 3)))
+
+
 def test_small_distances_of_few_coordinates_are_accurate():
   points = np.array([[1.0, 2.0], [1.0 + 2.0**-20, 2.0]], np.float32)
   assert distances.vectors(points).distances(jnp.array([0]))[0, 1] == 2.0**-20

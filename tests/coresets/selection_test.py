@@ -83,6 +83,13 @@ def test_outer_products_select_the_same_as_formed_ones():
     np.testing.assert_array_equal(coreset.weights, expected.weights)
 
 
+@pytest.mark.parametrize("unit", [1e-24, 1.0, 1e10])
+def test_the_unit_of_the_proxies_does_not_matter(unit):
+  proxies = np.repeat(np.eye(3, dtype=np.float32), [5, 3, 1], axis=0) * np.float32(unit)
+  coreset = coresets.select(proxies, np.zeros(9, int), 3, features=proxies)
+  assert coreset.rows.tolist() == [0, 5, 8] and coreset.weights.tolist() == [5, 3, 1]
+
+
 @pytest.mark.slow("lazy")
 @pytest.mark.parametrize("greedy", coresets.GREEDY)
 def test_equal_proxies_share_the_weight_of_their_class(greedy):
@@ -152,6 +159,12 @@ def test_budgets_of_narrow_counts():
 def test_budgets_need_counts(counts):
   with pytest.raises(base.InputError, match="counts must be at least 0"):
     coresets.class_budgets(counts, 1)
+
+
+@pytest.mark.parametrize("size", [2.5, 2.0, "2", float("nan")])
+def test_sizes_are_integers(size):
+  with pytest.raises(base.InputError, match="it must be an integer"):
+    coresets.class_budgets([10, 5], size)
 
 
 _EYE, _TWO_CLASSES = np.eye(3), [0, 0, 1]

@@ -65,6 +65,17 @@ def test_averages_match_golden_values():
 _GOLDEN = [(1, 2), (0.736842, 3.162752), (0.095941, 3.109394)]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_averages_of_small_curvatures_in_half_precision_are_not_zero(dtype):
+  curvature = jnp.full((1, 2), 1e-3, dtype)
+  zeros = jnp.zeros((1, 2))
+  averages = adacore.Averages(zeros, zeros, jnp.int32(0))
+  averages = adacore.update_averages(averages, curvature, curvature)
+  gradient, scale = adacore.bias_corrected(averages, epsilon=0.0)
+  np.testing.assert_allclose(gradient, curvature.astype(np.float32), rtol=1e-5)
+  np.testing.assert_allclose(scale, curvature.astype(np.float32), rtol=1e-5)
+
+
 def test_hutchinson_estimates_the_diagonal_of_the_cross_entropy():
   logits = np.log(np.array([[0.7, 0.2, 0.1]], np.float32))
   result = jax.jit(

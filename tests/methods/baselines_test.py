@@ -218,6 +218,14 @@ def test_fine_tuning_switches_exactly(first):
   assert method.needs_meta
 
 
+@pytest.mark.parametrize("num_steps", [0, 2.5, float("nan")])
+def test_the_last_steps_of_fine_tuning_are_an_integer(num_steps):
+  with pytest.raises(
+    base.InputError, match=f"num_steps={num_steps} must be at least 1"
+  ):
+    baselines.fine_tuning(num_steps)
+
+
 def test_fine_tuning_keeps_the_sampling_of_its_first_phase():
   first = baselines.resampling()
   assert baselines.fine_tuning(3, first).sample is first.sample

@@ -324,6 +324,20 @@ def _method(share="task", gamma=_GAMMA, **settings):
   return nested_maml.nested_maml(gamma, _ETA, share, **_SHARES[share], **settings)
 
 
+def test_an_integer_initial_weight_is_not_rounded_later():
+  expected, _ = _once(_method())
+  actual, _ = _step_fn(_method(initial=1))(_start(_method(initial=1)), 0)
+  np.testing.assert_array_equal(actual.weights, expected.weights)
+
+
+def test_the_value_for_the_optimizer_is_the_weighted_loss_of_all_items():
+  method = _method("item")
+  result, state = _once(method)
+  losses = np.asarray(_item_losses(_inputs(*_DATA, 0).params, _inputs(*_DATA, 0).batch))
+  weights = np.asarray(state.weights)[_inputs(*_DATA, 0).batch["index"]]
+  np.testing.assert_allclose(result.value, (weights * losses).mean(), rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_zero_weight_learning_rate_is_maml():
   expected, _ = _once(baselines.uniform())

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from l2rw_jax import base
+from l2rw_jax import changed_loss
 from l2rw_jax import label_transition
 from l2rw_jax import losses
 from l2rw_jax.methods import baselines
@@ -155,6 +156,19 @@ def _step(method, state, num_logits=3):
 def _softmax(layer):
   exponentials = np.exp(layer - np.max(layer, axis=1, keepdims=True))
   return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def test_the_loss_that_is_not_used_has_no_influence():
+  def with_infinite_derivative(outputs, batch, class_counts):
+    del batch, class_counts
+    return jnp.sqrt(jnp.abs(outputs[:, 0] - jax.lax.stop_gradient(outputs[:, 0])))
+
+  method = s_model.s_model()
+  changed = changed_loss.changed_loss(method, with_infinite_derivative)
+  state = method.init(jax.random.key(0), _task(), {})
+  expected, _ = _step(method, state)
+  actual, _ = _step(changed, changed.init(jax.random.key(0), _task(), {}))
+  jax.tree.map(np.testing.assert_array_equal, actual.grads, expected.grads)
 
 
 @pytest.mark.parametrize("num_logits", [1, 3])

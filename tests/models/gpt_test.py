@@ -121,3 +121,12 @@ def test_a_classifier_does_not_scale_tokens_and_floats_are_refused():
   assert not (expected == expected[:1]).all()
   with pytest.raises(base.InputError, match="tokens must be integers; got float32"):
     run({"image": tokens.astype(np.float32)})
+
+
+@pytest.mark.parametrize("token", [-1, 5])
+def test_tokens_that_do_not_exist_give_nan(token):
+  model = gpt.GPT(5, 8, depth=1, num_heads=2)
+  tokens = jnp.array([[0, 1]])
+  logits, variables = model.init_with_output(jax.random.key(0), tokens)
+  assert np.isfinite(logits).all()
+  assert np.isnan(model.apply(variables, tokens.at[0, 1].set(token))).any()

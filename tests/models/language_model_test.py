@@ -24,6 +24,21 @@ def test_the_loss_is_the_mean_over_the_tokens_that_count():
   np.testing.assert_allclose(actual, [expected, 0], rtol=1e-5)
 
 
+def test_bytes_of_255_are_no_padding():
+  logits = jnp.asarray(np.random.default_rng(2).normal(size=(1, 3, 256)), jnp.float32)
+  labels = jnp.array([[255, 255, 1]])
+  expected = _model().loss(logits, {"label": labels})
+  actual = _model().loss(logits, {"label": labels.astype(jnp.uint8)})
+  np.testing.assert_array_equal(actual, expected)
+
+
+def test_long_sequences_in_half_precision_do_not_overflow():
+  logits = jnp.zeros((1, 40_000, _V), jnp.float16)
+  actual = _model().loss(logits, {"label": jnp.zeros((1, 40_000), int)})
+  assert actual.dtype == jnp.float16
+  np.testing.assert_allclose(actual, np.log(_V), rtol=1e-3)
+
+
 def test_another_number_of_tokens_is_refused():
   batch = {"image": np.zeros((2, 3), np.uint8)}
   with pytest.raises(base.InputError, match=r"of 7 classes .* fit data of 256"):
