@@ -362,7 +362,7 @@ def _check(statistics, labels):
       f" {bad[0]}: the logits or losses of the run were NaN or infinite; lower the"
       " learning rate."
     )
-  is_distribution = (p >= 0).all(axis=1) & (abs(p.sum(axis=1) - 1) < 0.01)
+  is_distribution = (p >= 0).all(axis=1) & (abs(p.sum(axis=1) - 1) < 0.05)
   bad = np.flatnonzero(is_seen & ~is_distribution)
   if len(bad):
     raise base.InputError(

@@ -14,7 +14,8 @@ point, or C if no point is selected. Selecting point j increases F by
 
 C does not change the selection: the first gain is n C - sum_i d_ij, which is largest
 for the point with the smallest sum of distances, and afterwards every m_i is a
-distance. Ties go to the lowest index. The n x n matrix is never stored; memory is
+distance. Equal gains, as computed, go to the lowest index; gains that are equal in
+exact arithmetic can differ by rounding. The n x n matrix is never stored; memory is
 proportional to a block of its rows, [block, n].
 
 References:
@@ -84,7 +85,8 @@ def lazy_greedy(
 ) -> Selection:
   """Greedy facility location with lazy evaluation of gains.
 
-  The selection is the same as if every gain were evaluated at every step. Gains never
+  Up to rounding, the selection is the same as if every gain were evaluated at every
+  step. Gains never
   increase from step to step, so that an earlier gain of a point is an upper bound on
   its current gain. Each step re-evaluates the points with the largest bounds, a few at
   a time, until no other point can have a larger gain.

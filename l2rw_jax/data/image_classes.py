@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 
 from l2rw_jax import base
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import image_files
 from l2rw_jax.data import sources
 
@@ -180,7 +181,8 @@ def rotated(source: sources.Source) -> sources.Source:
   way in few-shot learning. Split the classes before you call this function, so that a
   character and its rotations are in the same part.
   """
-  images = [np.rot90(source.images, k, axes=(1, 2)) for k in range(4)]
+  whole = examples_lib.read_rows(source.images, np.arange(len(source.labels)))
+  images = [np.rot90(whole, k, axes=(1, 2)) for k in range(4)]
   labels = [source.labels + k * source.num_classes for k in range(4)]
   names = source.class_names or sources.numbers(source.num_classes)
   new_names = [f"{name} turned {90 * k}" for k in (1, 2, 3) for name in names]

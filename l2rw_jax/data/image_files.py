@@ -40,7 +40,7 @@ def header(path: str | os.PathLike) -> Header:
   try:
     with Image.open(path) as image:
       width, height = image.size
-      if image.getexif().get(0x0112, 1) >= 5:  # It is stored rotated by 90 degrees.
+      if image.getexif().get(0x0112) in (5, 6, 7, 8):  # It is rotated by 90 degrees.
         width, height = height, width
       return Header(height, width, image.mode.partition(";")[0] in _GRAY_MODES)
   # A damaged file can raise nearly any error.

@@ -44,12 +44,12 @@ class MetricWriter:
 
     Args:
       folder: an existing folder.
-      resume_step: the step of the restored checkpoint; later rows are dropped. None
-        drops all rows.
+      resume_step: the step of the restored checkpoint; later rows of the file are
+        dropped. None drops all of them.
       tensorboard: whether to also write TensorBoard events, in `tensorboard/`.
       history: the `history` that the earlier writer had when the checkpoint was saved.
-        If it is given, a file that was damaged since then is repaired. None reads the
-        rows from the file.
+        If it is given, these rows are kept instead of those of the file, so that a
+        file that was damaged since then is repaired. None reads the rows from the file.
 
     Raises:
       InputError: the files cannot be written, or a row other than an incomplete last

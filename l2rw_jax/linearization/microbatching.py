@@ -82,6 +82,7 @@ def microbatched(
   check(microbatch_size)
   if microbatch_size is None:
     return linearize
+  microbatch_size = int(microbatch_size)  # Products in a narrow type would overflow.
 
   def linearize_microbatched(
     losses_fn, params, batch, *, has_aux=False, direction=None, **options

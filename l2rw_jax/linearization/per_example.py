@@ -99,7 +99,8 @@ def norms(
       batch and of aux must have a row per example.
 
   Returns:
-    The norms [B], float32 at least, and an `Info`.
+    The norms [B], float32 at least, and an `Info`. A norm whose square is outside the
+    range of its type is infinite or 0 (in float32, above 1.8e19 and below 1e-19).
 
   Raises:
     InputError: the losses are not floating-point numbers of shape [B], `params` has no
@@ -195,7 +196,7 @@ def clipped_gradient(
     batch: see `norms`.
     max_norm: C, a positive scalar; infinity clips nothing. A gradient whose squares
       overflow its type (in float32, of length 1.8e19 or more) counts as infinitely
-      long and becomes 0.
+      long and becomes 0. One whose squares vanish (below 1e-19) is not clipped.
     has_aux: see `norms`.
     engine: see `norms`.
     microbatch_size: see `norms`.

@@ -56,9 +56,10 @@ def class_proportion(variant: str = "paper") -> base.Method:
 
   Args:
     variant: "paper" computes a weighted average, w_i = N / (C n_y) / B, for the C
-      classes that have examples. "official_code" uses the formula of the released code,
-      w_i = 1 - n_y / N, which is not divided by B; with two classes at 90% and 10% and
-      B = 100, its effective step is 18 times larger.
+      classes that have examples; these weights sum to 1 on average over batches.
+      "official_code" uses the formula of the released code, w_i = 1 - n_y / N, which is
+      not divided by B; with two classes at 90% and 10% and B = 100, its effective step
+      is 18 times larger.
 
   Raises:
     InputError: the variant is unknown.
@@ -289,16 +290,16 @@ def hard_mining(variant: str = "paper") -> base.Method:
 def hardest(losses: base.Array, majority: base.Array) -> base.Array:
   """Which examples hard mining keeps, bool [B].
 
-    Args:
-      losses: [B].
-      majority: whether each example is in the majority class, bool [B].
+  Args:
+    losses: [B].
+    majority: whether each example is in the majority class, bool [B].
 
-    >>> import jax.numpy as jnp
-  import numpy as np
-    >>> print(hardest(jnp.array([1., 3., 2., 0.]), jnp.array([True, True, True,
-    False]))) [False  True False  True]
+  >>> import jax.numpy as jnp
+  >>> print(hardest(jnp.array([1., 3., 2., 0.]), jnp.array([True, True, True, False])))
+  [False  True False  True]
   """
   base.check_vector("losses", losses)
+  majority = majority.astype(bool)
   num_kept = jnp.maximum(jnp.sum(~majority), 1)
   # A NaN loss ranks as the hardest, so that it is kept and noticed.
   hardness = jnp.where(jnp.isnan(losses), jnp.inf, losses)

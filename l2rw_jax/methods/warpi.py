@@ -40,6 +40,7 @@ from typing import Any
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from l2rw_jax import base
@@ -182,11 +183,14 @@ def warpi(
     A `base.Method` that needs a meta batch; its state is a `meta_network.State`.
 
   Raises:
-    InputError: `num_samples` or `every` is less than 1, or (when traced) the classifier
+    InputError: `num_samples` or `every` is not a positive integer, or (when traced) the
+    classifier
       has a single logit.
   """
-  if num_samples < 1:
-    raise base.InputError(f"warpi: num_samples={num_samples} must be at least 1.")
+  if not (isinstance(num_samples, int | np.integer) and num_samples >= 1):
+    raise base.InputError(
+      f"warpi: num_samples={num_samples} must be at least 1, and an integer."
+    )
   meta_network.check_every("warpi", every)
   meta_optimizer = optimizer or optax.adam(3e-4)
 

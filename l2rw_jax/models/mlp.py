@@ -1,6 +1,7 @@
 """Multilayer perceptron."""
 
 from collections.abc import Sequence
+import math
 
 from flax import linen as nn
 import jax
@@ -24,7 +25,7 @@ class MLP(split.SplitNetwork):
   cosine: bool = False
 
   def setup(self) -> None:
-    """The output layer."""
+    """Creates the output layer."""
     self.output = split.output_layer(
       self.num_outputs, self.cosine, name=f"Dense_{len(self.hidden)}"
     )
@@ -38,7 +39,7 @@ class MLP(split.SplitNetwork):
   def features(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Maps [B, ...] to non-negative features [B, hidden[-1]]."""
     del train
-    x = x.reshape(x.shape[0], -1)
+    x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
     for width in self.hidden:
       x = activations.relu(nn.Dense(width)(x))
     return x
