@@ -22,9 +22,9 @@ setting OMP_WAIT_POLICY=passive in the environment fixed it. On a GPU without en
 memory for both frameworks, --peer_only measures PyTorch alone, in another --workdir.
 
 Memory that XLA and PyTorch free is not returned to the operating system, but used again
-(`experiments.lib.launch`). Each
-group is saved when it is finished, and the same command continues an interrupted run on
-the same machine. When all groups are finished, the figures are drawn.
+(`experiments.lib.launch`). Each group is saved when it is finished, and the same
+command continues an interrupted run on the same machine. When all groups are finished,
+the figures are drawn.
 Command: python -m benchmarks.step_time --peer=torch
 Results: results/step_time.
 """

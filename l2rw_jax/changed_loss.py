@@ -35,11 +35,10 @@ def changed_loss(
 
   The gradients of the method, its `Gradients.losses`, its meta loss, and its weights if
   they depend on losses (those of `bare` do not) are computed from the new loss.
-  Evaluation uses the loss of the classifier. The wrapper has no effect on
-  methods that define a loss themselves: `forward_correction`, `s_model` once its
-  layer is active, `ldam_drw` and the baselines that are named after a loss. `warpi`
-  always trains on its rectified cross-entropy; only its meta loss and its reported
-  losses change.
+  Evaluation uses the loss of the classifier. The wrapper has no effect on methods that
+  define a loss themselves: `forward_correction`, `s_model` once its layer is active,
+  `ldam_drw` and the baselines that are named after a loss. `warpi` always trains on its
+  rectified cross-entropy; only its meta loss and its reported losses change.
 
   Wrap a method twice to change the loss twice. The outer loss is used first. This
   example uses LDAM until epoch 160 and then weighted LDAM:

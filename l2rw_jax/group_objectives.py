@@ -104,7 +104,8 @@ def gap(
   3.0
   """
   _check_choice("reduction", reduction, ("mean", "max"))
-  if not math.isfinite(mean_coefficient):
+  is_traced = isinstance(mean_coefficient, jax.core.Tracer)
+  if not is_traced and not math.isfinite(mean_coefficient):
     raise base.InputError(f"mean_coefficient={mean_coefficient} must be finite.")
   means, present = _wide_means(losses, groups, num_groups)
   pairs = jnp.triu(present[:, None] & present[None, :], k=1)
@@ -116,9 +117,9 @@ def gap(
   else:
     reduced = gaps.sum() / jnp.maximum(pairs.sum(), 1).astype(gaps.dtype)
   reduced = jnp.where(_check_exist(groups, num_groups), reduced, jnp.nan)
-  if mean_coefficient:  # The mean of no losses is NaN.
+  if is_traced or mean_coefficient:  # The mean of no losses is NaN.
     average = jnp.mean(losses.astype(reduced.dtype))
-    reduced = reduced + float(mean_coefficient) * average
+    reduced = reduced + jnp.asarray(mean_coefficient, reduced.dtype) * average
   return _narrowed(reduced, losses)
 
 

@@ -178,6 +178,14 @@ def test_settings_that_are_not_finite_are_refused(value):
       go.gap(losses, groups, 2, mean_coefficient=value)
 
 
+def test_the_coefficient_of_the_mean_may_be_traced():
+  losses, groups = jnp.array([1.0, 3.0, 5.0]), np.array([0, 0, 2])
+  value, slope = jax.jit(
+    jax.value_and_grad(lambda c: go.gap(losses, groups, 3, mean_coefficient=c))
+  )(0.5)
+  assert (value, slope) == (4.5, 3.0)
+
+
 def test_the_gap_of_no_losses_is_zero():
   assert go.gap(jnp.zeros(0), np.zeros(0, int), 2) == 0
 

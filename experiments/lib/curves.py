@@ -24,7 +24,7 @@ class Curve(NamedTuple):
   values: np.ndarray
 
   def at(self, seconds: Any) -> Any:
-    """The results after these many seconds of training.
+    """The results after this many seconds of training.
 
     Results are interpolated linearly between evaluations.
 

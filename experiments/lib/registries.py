@@ -180,8 +180,8 @@ class Settings(MemoryFlags, settings_lib.Settings):
   deferred: float | None = flag(
     None,
     "Share of the run after which a method begins to weight or resample the examples,"
-    " rounded down to a whole epoch."
-    " The default is 2/3, and the preset's in a long tail.",
+    " rounded down to a whole epoch. The default is 2/3, and the preset's in a long"
+    " tail.",
     bounds=settings_lib.SHARE,
     methods=_DEFERRED,
   )

@@ -51,8 +51,8 @@ def auroc(weights: dict[str, np.ndarray]) -> float | None:
     weights: columns of a run's `weights.csv`.
 
   Returns:
-    The area under the ROC curve: 0.5 is chance; None if it is undefined or
-    if the numbers differ by less than 1e-9.
+    The area under the ROC curve: 0.5 is chance; None if it is undefined, or if
+    the numbers differ by less than 1e-9.
   """
   return ranking_auroc(-weights["mean_weight"], _is_wrong(weights))
 
@@ -92,8 +92,8 @@ def ranking_auroc(suspicion: np.ndarray, is_wrong: np.ndarray) -> float | None:
     is_wrong: whether each label is wrong, bool [N].
 
   Returns:
-    The area under the ROC curve: 0.5 is chance; None if it is undefined or
-    if the numbers differ by less than 1e-9.
+    The area under the ROC curve: 0.5 is chance; None if it is undefined, or if
+    the numbers differ by less than 1e-9.
   """
   known = np.isfinite(suspicion)
   is_wrong, suspicion = is_wrong[known], suspicion[known]

@@ -64,7 +64,7 @@ class OuterProducts(NamedTuple):
     right: v, [n, d], divided by a power of two.
     precision: weights of the squared coordinates, [C, d], or None for 1, divided by a
       power of two.
-    squares: squared norms of the points, [n], in units of `unit`^2.
+    squares: squared norms of the points, [n], divided by the square of `unit`.
     unit: the product of the roots of these powers, scalar.
   """
 

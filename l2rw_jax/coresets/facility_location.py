@@ -86,10 +86,9 @@ def lazy_greedy(
   """Greedy facility location with lazy evaluation of gains.
 
   Up to rounding, the selection is the same as if every gain were evaluated at every
-  step. Gains never
-  increase from step to step, so that an earlier gain of a point is an upper bound on
-  its current gain. Each step re-evaluates the points with the largest bounds, a few at
-  a time, until no other point can have a larger gain.
+  step. Gains never increase from step to step, so that an earlier gain of a point is an
+  upper bound on its current gain. Each step re-evaluates the points with the largest
+  bounds, a few at a time, until no other point can have a larger gain.
 
   Args:
     points: `distances.vectors` or `distances.outer_products`, all finite.

@@ -9,7 +9,7 @@ row without a label) are skipped and listed with a reason. Changes to the data (
 images, columns that are left out) are described in notes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import csv
 import dataclasses
 import hashlib
@@ -37,6 +37,7 @@ _PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
 # Larger numbers count as missing: they are infinite in float32.
 _LARGEST = float(np.finfo(np.float32).max)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_WHOLE = re.compile(r"[+-]?\d+(\.0*)?")
 # A column with a larger share of values that are not numbers is not numeric.
 _STRAY_SHARE = 0.05
 _MAX_CATEGORIES = 30
@@ -217,6 +218,7 @@ def read(
     raw, is_split = _table(path, column), False
   if not len(raw.labels):
     raise base.InputError(f"{name} has no example that can be used{_first(raw)}")
+  raw = raw._replace(labels=_unified(raw.labels, like))
   chosen = np.arange(len(raw.labels))
   train = chosen
   if split and not is_split:
@@ -524,8 +526,7 @@ def _listed(
       inside = path.relative_to(root).as_posix()
       if inside not in {name for name, _ in skipped}:
         skipped.append((inside, f"it is not in {listing.name}"))
-  files = [folder / f.relative_to(root) for f in files]
-  return files, _without_zeros(labels), skipped
+  return [folder / f.relative_to(root) for f in files], labels, skipped
 
 
 def _exists_within(path: pathlib.Path, root: pathlib.Path) -> bool:
@@ -820,11 +821,9 @@ def _archive_labels(
     labels = np.char.decode(labels, "utf-8", "backslashreplace")
   if labels.dtype.kind == "b":
     labels = labels.astype(np.int64)
-  strings = [str(label).strip() for label in labels.tolist()]
+  strings = np.array([str(label).strip() for label in labels.tolist()], object)
   is_labeled = np.array([s.lower() not in _MISSING for s in strings], bool)
-  result = np.array(strings, object)
-  result[is_labeled] = _without_zeros(result[is_labeled])
-  return result, is_labeled
+  return strings, is_labeled
 
 
 # -- tables ------------------------------------------------------------------
@@ -893,7 +892,7 @@ def _table(path: pathlib.Path, label_column: str | None) -> _Raw:
   cells = cells.reshape(len(kept), len(names))
   return _Raw(
     {name: cells[:, i] for i, name in enumerate(names) if i != at},
-    np.array(_without_zeros(cells[:, at]), object),
+    cells[:, at],
     np.array([f"row {number}" for number in kept], object),
     np.array(kept, np.int64),
     skipped,
@@ -906,12 +905,26 @@ def _missing(label: str) -> str:
   return f"its label {label!r} counts as missing" if label else "it has no label"
 
 
-def _without_zeros(labels: Iterable[str]) -> list[str]:
-  """Removes ".0" from all labels if all are whole numbers, so that "1.0" is "1"."""
-  labels = list(labels)
-  if all(re.fullmatch(r"[+-]?\d+(\.0*)?", label) for label in labels):
-    return [label.partition(".")[0] for label in labels]
-  return labels
+def _unified(labels: np.ndarray, like: Form | None) -> np.ndarray:
+  """Labels in which "1.0" is the same class as "1".
+
+  Without `like`, ".0" is removed if all labels are whole numbers. Otherwise, a label
+  that is not a class of `like` becomes the class that differs only by ".0", if any.
+  """
+  names = [str(label) for label in labels]
+  if like is None:
+    if all(_WHOLE.fullmatch(name) for name in names):
+      names = [_without_zeros(name) for name in names]
+  else:
+    known = set(like.class_names)
+    similar = {_without_zeros(name): name for name in like.class_names}
+    names = [n if n in known else similar.get(_without_zeros(n), n) for n in names]
+  return np.array(names, object)
+
+
+def _without_zeros(label: str) -> str:
+  """ "1" for "1.0" and "1."; other labels are returned unchanged."""
+  return label.partition(".")[0] if _WHOLE.fullmatch(label) else label
 
 
 def _unique(names: Sequence[str]) -> list[str]:

@@ -50,8 +50,9 @@ def restricted(
     linearize: `linearization.linearize`, or the `linearize` of a `base.Problem`.
     layers: the parameters to use, in one of these forms. A number in (0, 1] is a share
       of the FLOPs of `directional`. It selects the last layers, as many as fit into
-      this share, and needs a model to which the layerwise engine applies. A layer is
-      the parameters whose paths differ in the last component only. A string
+      this share, and needs a model to which the layerwise engine applies. A
+      parameter that costs less than half of the one that is used before it, such as a
+      bias, is selected only together with that one. A string
       or a list of strings selects the parameters whose path has such a name among its
       components ("Dense_2", "block_3/qkv"). A function takes a path, such as
       "params/Dense_2/kernel", and returns whether the parameter is used. None selects
@@ -160,23 +161,26 @@ def _last(share, losses_fn, params, batch, has_aux):
       leaf: Any = step.inputs[index].leaf
       costs[leaf] += _flops(step.eqn)
       last_use[leaf] = position
-  # A kernel and its bias are in one layer. The bias alone would cost nearly nothing.
-  layers: dict[str, list[int]] = {}
-  for index, name in enumerate(partition.names):
-    layers.setdefault(name.rpartition("/")[0] or name, []).append(index)
+  order = sorted(range(len(leaves)), key=last_use.__getitem__, reverse=True)
+  # A kernel and its bias form a layer. The bias alone would cost nearly nothing.
+  layers: list[list[int]] = [[]]
+  for index, earlier in zip(order, [*order[1:], None], strict=True):
+    layers[-1].append(index)
+    if earlier is not None and costs[index] >= costs[earlier] / 2:
+      layers.append([])
   remaining = share * sum(costs)
   is_used = [False] * len(leaves)
-  order = sorted(layers, key=lambda name: -max(last_use[i] for i in layers[name]))
-  for name in order:
-    cost = sum(costs[i] for i in layers[name])
+  for layer in layers:
+    cost = sum(costs[index] for index in layer)
     if cost > remaining:
       break
     remaining -= cost
-    for index in layers[name]:
+    for index in layer:
       is_used[index] = True
   if not any(is_used):
+    name = partition.names[max(layers[0], key=costs.__getitem__)]
     raise base.InputError(
-      f"layers={share}: the last layer, {order[0]}, alone costs more than this share;"
+      f"layers={share}: the last layer, of {name}, alone costs more than this share;"
       " raise the share, or name the layers."
     )
   return is_used

@@ -506,9 +506,12 @@ def _check_averages(
 
 
 def check_epochs(where: str, refresh_every: int, warmup_epochs: int = 0) -> None:
-  """Raises InputError unless `refresh_every` >= 1 and `warmup_epochs` >= 0."""
-  if not (refresh_every >= 1 and warmup_epochs >= 0):
+  """Raises InputError unless both are integers, at least 1 and at least 0."""
+  is_integer = all(
+    isinstance(x, int | np.integer) for x in (refresh_every, warmup_epochs)
+  )
+  if not (is_integer and refresh_every >= 1 and warmup_epochs >= 0):
     raise base.InputError(
       f"{where}: refresh_every={refresh_every} must be at least 1, and warmup_epochs="
-      f"{warmup_epochs} at least 0."
+      f"{warmup_epochs} at least 0; both must be integers."
     )

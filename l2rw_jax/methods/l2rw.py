@@ -120,9 +120,8 @@ def example_weights(
   `jit` with sharded arrays. Without `jax.checkpoint`, it costs at most 3 forward
   passes of each batch. The gradient that the caller computes afterwards costs only 2
   more, because it shares a forward pass with the scores; see `linearization.linearize`.
-  With `microbatch_size`,
-  this function costs 3 passes of the meta batch and 4 of the training batch. The
-  gradient then costs 3 more, because nothing is shared.
+  With `microbatch_size`, this function costs 3 passes of the meta batch and 4 of the
+  training batch. The gradient then costs 3 more, because nothing is shared.
 
   Args:
     losses_fn: `(params, batch) -> losses [B]`; from a loss of one example:

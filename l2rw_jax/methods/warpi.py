@@ -184,8 +184,7 @@ def warpi(
 
   Raises:
     InputError: `num_samples` or `every` is not a positive integer, or (when traced) the
-    classifier
-      has a single logit.
+      classifier has a single logit.
   """
   if not (isinstance(num_samples, int | np.integer) and num_samples >= 1):
     raise base.InputError(

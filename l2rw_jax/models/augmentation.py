@@ -139,7 +139,7 @@ def random_flip(images: base.Array, keys: base.Array) -> base.Array:
   Raises:
     InputError: there is not one key per image.
   """
-  if keys.shape != images.shape[:1]:
+  if keys.shape[:1] != images.shape[:1]:
     raise base.InputError(
       f"keys must have shape [B] = [{images.shape[0]}]; got {keys.shape}"
     )
@@ -162,9 +162,9 @@ def normalize(
   """
 
   def per_channel(values):
-    if len(values) not in (1, images.shape[-1]):
+    if np.size(values) not in (1, images.shape[-1]):
       raise base.InputError(
-        f"the mean and the deviation of {len(values)} channels do not fit images of"
+        f"the mean and the deviation of {np.size(values)} channels do not fit images of"
         f" {images.shape[-1]} channels: give one number for each channel"
       )
     return jnp.asarray(values, images.dtype).reshape((1,) * (images.ndim - 1) + (-1,))
@@ -178,6 +178,7 @@ def standardize(images: base.Array) -> base.Array:
   Args:
     images: [B, H, W, C]; half precision is processed in float32.
   """
+  images = jnp.asarray(images)
   dtype = images.dtype
   images = images.astype(base.accumulator_dtype(dtype))
   axes = tuple(range(1, images.ndim))

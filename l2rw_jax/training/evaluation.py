@@ -190,7 +190,7 @@ def shot_thresholds(class_counts: Sequence[int]) -> tuple[int, int]:
   return int(ordered[-third]) - 1, int(ordered[third - 1]) + 1
 
 
-def _shot_groups(counts: np.ndarray, many: int, few: int) -> np.ndarray:
+def _shot_groups(counts: np.ndarray, many: float, few: float) -> np.ndarray:
   return np.where(counts > many, 0, np.where(counts < few, 2, 1))
 
 
@@ -210,13 +210,14 @@ def shot_accuracy(class_counts: Sequence[int], many: int, few: int) -> Evaluator
     InputError: `few` is larger than `many` + 1, so that a class would be both; in the
       evaluator, the test labels are not classes of `class_counts`.
   """
-  many, few = int(many), int(few)  # In uint8, many + 1 could overflow.
-  if few > many + 1:
+  # In uint8, many + 1 could overflow.
+  upper, lower = float(many), float(few)
+  if lower > upper + 1:
     raise base.InputError(
       f"shot_accuracy: few={few} must not be above many={many} plus 1, because a class"
-      f" of {many + 1} examples would be both many-shot and few-shot; lower few."
+      f" of {upper + 1:g} examples would be both many-shot and few-shot; lower few."
     )
-  groups = _shot_groups(np.asarray(class_counts), many, few)
+  groups = _shot_groups(np.asarray(class_counts), upper, lower)
 
   def evaluate(predictions: Predictions) -> dict[str, float]:
     right = predictions.predicted == predictions.labels

@@ -46,8 +46,8 @@ class Stream:
 
     Args:
       num_steps: number of steps.
-      rows: `i -> rows [D, R, 1, b]` of the i-th of these steps; called from
-        several threads.
+      rows: `i -> rows [D, R, 1, b]` of the i-th of these steps; called from several
+        threads.
 
     Raises:
       InputError: grain is not installed.

@@ -395,6 +395,21 @@ def test_whole_numbers_are_the_same_label_with_and_without_a_point(
   assert own_data.read(archive).form.class_names == names
 
 
+@pytest.mark.parametrize(
+  ("labels", "others"), [(["1.0", "1.5", "2.0"], ["1.0", "2"]), (["1", "a"], ["1.0"])]
+)
+def test_labels_without_a_point_fit_those_of_other_data(tmp_path, labels, others):
+  def table(name, labels):
+    rows = [f"{i},{labels[i % len(labels)]}" for i in range(20)]
+    return _table(tmp_path / name, rows, "a,label")
+
+  train = own_data.read(table("train.csv", labels))
+  assert train.form.class_names == tuple(labels)
+  other = own_data.read(table("other.csv", others), like=train.form)
+  expected = {"1": 0, "1.0": 0, "2": 2}
+  assert other.labels.tolist() == [expected[others[i % len(others)]] for i in range(20)]
+
+
 def test_a_label_that_counts_as_missing_is_named(tmp_path):
   rows = [f"{i},{('none', 'cat', 'dog')[i % 3]}" for i in range(12)]
   data = own_data.read(_table(tmp_path / "t.csv", rows, "a,label"))

@@ -80,6 +80,24 @@ def test_a_share_never_chooses_a_bias_without_its_kernel():
   np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
+def test_layers_of_a_share_may_have_one_parent():
+  rng = np.random.default_rng(0)
+  params = {
+    "net": [jnp.asarray(rng.normal(size=(4, 4)), jnp.float32) for _ in range(4)]
+  }
+  x = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
+
+  def losses_fn(params, x):
+    for kernel in params["net"]:
+      x = jnp.tanh(x @ kernel)
+    return x.sum(axis=1)
+
+  actual = restriction.restricted(linearization.linearize, 0.5)(losses_fn, params, x)
+  kept = {"net": [jnp.zeros((4, 4))] * 2 + params["net"][2:]}
+  expected = linearization.linearize(losses_fn, params, x).directional(kept)
+  np.testing.assert_allclose(actual.directional(params), expected, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_other_engines_compute_the_same():
   params, x, vector = _problem()
@@ -97,8 +115,8 @@ def test_other_engines_compute_the_same():
     ((), "must be a share"),
     ("layer", "no parameter has 'layer' among the components"),
     (lambda path: False, "chooses no parameter"),
-    (1e-3, r"the last layer, layer_4, alone costs more"),
-    (np.float32(1e-3), r"the last layer, layer_4, alone costs more"),
+    (1e-3, r"the last layer, of layer_4/kernel, alone costs more"),
+    (np.float32(1e-3), r"the last layer, of layer_4/kernel, alone costs more"),
     (np.int64(2), "must be a share"),
   ],
 )

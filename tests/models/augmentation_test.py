@@ -203,3 +203,11 @@ def test_half_precision_is_standardized_in_float32():
   actual = augmentation.standardize(images.astype(jnp.float16))
   assert actual.dtype == jnp.float16
   np.testing.assert_allclose(actual, augmentation.standardize(images), atol=2e-3)
+
+
+def test_one_number_for_all_channels_may_be_a_scalar():
+  images = jnp.linspace(0, 1, 24).reshape(1, 2, 4, 3)
+  np.testing.assert_array_equal(
+    augmentation.normalize(images, 0.5, 0.5),
+    augmentation.normalize(images, (0.5,), (0.5,)),
+  )

@@ -43,7 +43,6 @@ def test_parameters_of_the_omniglot_network():
   assert total == convolutions + 4 * 3 * 64 + (4 * 64 + 1) * 5
 
 
-@pytest.mark.slow
 def test_half_precision_does_not_overflow():
   # The square of 400 is infinite in float16.
   x = (400 * np.random.default_rng(0).normal(size=(4, 4, 4, 1))).astype(np.float16)
@@ -56,6 +55,7 @@ def test_half_precision_does_not_overflow():
   np.testing.assert_allclose(actual, expected, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_the_given_images():
   net = conv4.Conv4(3, width=4)
   rng = np.random.default_rng(1)

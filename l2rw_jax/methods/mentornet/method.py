@@ -192,7 +192,7 @@ def moving_percentile(
   all_losses = base.unsharded(base.gather(losses, axis_name))
   ordered = jnp.sort(jax.lax.stop_gradient(all_losses).astype(dtype))
   # If the percentile is an integer, the product is exact, and so are ties.
-  nearest = math.ceil((percentile * (ordered.size - 1) - 50) / 100)
+  nearest = math.ceil((float(percentile) * (ordered.size - 1) - 50) / 100)
   # NaN is sorted to the end, so a percentile below 100 would ignore it.
   value = jnp.where(jnp.isnan(ordered[-1]), ordered[-1], ordered[nearest])
   previous = jnp.asarray(previous, dtype)

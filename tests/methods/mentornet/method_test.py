@@ -77,6 +77,9 @@ def test_integer_percentiles_have_exact_ties():
       )
       # round(..., lower at a tie), in integers.
       assert result == -((50 - percentile * (size - 1)) // 100)
+  losses = jnp.arange(1001.0)
+  for percentile in (np.uint8(75), np.int8(75), np.float16(75)):
+    assert mentornet.moving_percentile(0.0, losses, percentile, decay=0) == 750
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.9])
