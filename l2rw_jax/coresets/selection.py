@@ -68,10 +68,12 @@ def class_budgets(
       " above 0."
     )
   present = int((counts > 0).sum())
-  if not (isinstance(size, int | np.integer) and present <= size <= counts.sum()):
+  if not isinstance(size, int | np.integer):
+    raise base.InputError(f"size={size!r} must be an integer.")
+  if not present <= size <= counts.sum():
     raise base.InputError(
       f"cannot choose size={size} of {counts.sum()} examples in {present} classes:"
-      " it must be an integer, at least one for each class and at most all of them."
+      " it must be at least one for each class and at most all of them."
     )
   targets = size * counts / counts.sum()
   if budget == "equal":

@@ -163,7 +163,7 @@ def test_budgets_need_counts(counts):
 
 @pytest.mark.parametrize("size", [2.5, 2.0, "2", float("nan")])
 def test_sizes_are_integers(size):
-  with pytest.raises(base.InputError, match="it must be an integer"):
+  with pytest.raises(base.InputError, match=r"size=.* must be an integer"):
     coresets.class_budgets([10, 5], size)
 
 
