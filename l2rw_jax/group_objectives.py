@@ -170,7 +170,7 @@ def worst(
   largest = jax.lax.stop_gradient(masked.max())
   largest = jnp.where(jnp.isfinite(largest), largest, 0)
   temperature = float(temperature)
-  # Quotients of differences from the maximum do not overflow to infinity.
+  # The differences are at most 0, so that their quotients cannot become +infinity.
   smooth = largest + temperature * jax.nn.logsumexp((masked - largest) / temperature)
   smooth = jnp.where(exist, jnp.where(any_present, smooth, 0), jnp.nan)
   return _narrowed(smooth, losses)

@@ -156,5 +156,5 @@ def _from_inner_products(inner, row_squares, squares):
   total = row_squares[:, None] + squares[None, :]
   squared = total - 2 * inner
   rounding = 16 * jnp.finfo(total.dtype).eps
-  # A NaN is kept.
+  # A comparison with NaN is false, so a NaN remains NaN and does not become 0.
   return jnp.sqrt(jnp.where(squared <= rounding * total, 0, squared))

@@ -151,7 +151,7 @@ def _invert(
   source: sources.Source, rows: np.ndarray
 ) -> tuple[sources.Source, np.ndarray]:
   """Inverts some rows; returns the renamed source, and 1 for each inverted row, [N]."""
-  # This is a copy, also of an array.
+  # `read_rows` copies the images, so that those of the source do not change.
   images = examples_lib.read_rows(source.images, np.arange(len(source.labels)))
   brightest = 255 if images.dtype == np.uint8 else 1
   images[rows] = brightest - images[rows]

@@ -231,7 +231,7 @@ def _check_cosines(problem, params):
     losses.logits_of(problem.head(params, x)) for x in (features, 2 * features)
   )
   largest, change = jnp.max(jnp.abs(logits)), jnp.max(jnp.abs(doubled - logits))
-  # Not equivalent to the opposite comparisons if a number is NaN.
+  # Comparisons with NaN are false, so a NaN is refused, too.
   if not (0 < largest <= 1.01 and change <= 0.01 * largest):
     raise base.InputError(
       "ldam_drw: the network's logits are not cosines; build it with cosine=True"

@@ -36,9 +36,8 @@ def save(
     TypeError, ValueError: `facts` are not JSON values, or a number is NaN or infinite.
       In this case nothing is written.
   """
-  facts = json.loads(
-    json.dumps(facts, allow_nan=False)
-  )  # Keys become strings before the checksum.
+  # Keys become strings before the checksum is computed.
+  facts = json.loads(json.dumps(facts, allow_nan=False))
   flat = jax.tree_util.tree_flatten_with_path(mentor.variables)[0]
   record = {
     "kind": _KIND,
