@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import enum
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -519,6 +520,26 @@ def wide_integers(values: Any, size: int) -> Array:
     return jnp.asarray(np.where(exists, values.astype(np.int32), -1), jnp.int32)
   is_wide = jnp.dtype(values.dtype).itemsize == 8
   return values.astype(jnp.int64 if is_wide else jnp.int32)
+
+
+def check_integer(name: str, value: Any, at_least: int = 1) -> int:
+  """`value` as an int.
+
+  Args:
+    name: the argument and, before it, the function, such as "warpi: num_samples".
+    value: an integer of Python, NumPy or JAX that is not traced.
+    at_least: the smallest allowed value.
+
+  Raises:
+    InputError: `value` is not an integer (booleans and 2.0 are not), or is too small.
+  """
+  try:
+    number = operator.index(value)
+  except TypeError:
+    number = None
+  if number is None or number < at_least or isinstance(value, bool | np.bool_):
+    raise InputError(f"{name}={value} must be an integer of at least {at_least}.")
+  return number
 
 
 def unsharded(x: Array) -> Array:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 import dataclasses
 import functools
-import operator
 from typing import NamedTuple
 
 import jax
@@ -61,7 +60,7 @@ def changed_loss(
   Raises:
     InputError: `from_epoch` is negative or not an integer.
   """
-  from_epoch = check_epoch("changed_loss", from_epoch)
+  from_epoch = base.check_integer("changed_loss: from_epoch", from_epoch, 0)
 
   def init(key, problem, params):
     return State(jnp.zeros((), jnp.int32), method.init(key, problem, params))
@@ -121,24 +120,3 @@ def where_used(is_used: base.Array, outputs: base.PyTree) -> base.PyTree:
   return jax.tree.map(
     lambda x: jnp.where(is_used, x, jax.lax.stop_gradient(x)), outputs
   )
-
-
-def check_epoch(where: str, from_epoch: int) -> int:
-  """`from_epoch` as an int.
-
-  Args:
-    where: the beginning of the message of the error.
-    from_epoch: number of an epoch, counted from 0.
-
-  Raises:
-    InputError: `from_epoch` is negative or not an integer.
-  """
-  try:
-    epoch = operator.index(from_epoch)
-  except TypeError:
-    raise base.InputError(
-      f"{where}: from_epoch={from_epoch} must be an integer, at least 0."
-    ) from None
-  if epoch < 0:
-    raise base.InputError(f"{where}: from_epoch={epoch} must be at least 0.")
-  return epoch

@@ -49,7 +49,7 @@ def map_batches(
       "the examples of a pass over a data set must be arrays of one length, at least 1;"
       f" got the lengths {sizes}."
     )
-  starts = range(0, size, batch_size)
+  starts = range(0, size, base.check_integer("batch_size", batch_size))
 
   def results(starts):
     parts = []

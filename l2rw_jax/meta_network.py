@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from l2rw_jax import base
@@ -141,14 +140,6 @@ def update(
   if every == 1:
     return updated(state)
   return control_flow.cond(step % every == 0, updated, lambda state: state, state)
-
-
-def check_every(method: str, every: int, name: str = "every") -> None:
-  """Raises InputError unless `every`, the argument `name`, is a positive integer."""
-  if not (isinstance(every, int | np.integer) and every >= 1):
-    raise base.InputError(
-      f"{method}: {name}={every} must be at least 1 step, and an integer."
-    )
 
 
 def sgd_lookahead(learning_rate: Schedule, inputs: base.Inputs) -> dict[str, Any]:

@@ -132,17 +132,12 @@ def random_labels(seed: int, num_examples: int, num_classes: int) -> np.ndarray:
     InputError: the seed is negative, there are no examples, or `num_classes` is not an
       integer of at least 2.
   """
-  if seed < 0:
-    raise base.InputError(f"seed={seed} must be at least 0.")
+  seed = base.check_integer("random_labels: seed", seed, 0)
   if num_examples < 1:
     raise base.InputError(
       "the unlabeled set is empty: susceptibility needs images to label at random."
     )
-  if num_classes < 2 or num_classes != int(num_classes):
-    raise base.InputError(
-      f"num_classes={num_classes}: random labels need a whole number of at least 2"
-      " classes."
-    )
+  num_classes = base.check_integer("random_labels: num_classes", num_classes, 2)
   rng = np.random.default_rng([seed, *b"random labels"])
   return rng.integers(num_classes, size=num_examples, dtype=np.int32)
 

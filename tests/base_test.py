@@ -18,6 +18,23 @@ def test_static_str_passes_through_transformations():
   assert returned == "layerwise"
 
 
+def test_integers_of_every_type_are_accepted_and_returned_as_int():
+  for value in (3, np.int8(3), np.uint64(3), np.array(3), jnp.int32(3)):
+    number = base.check_integer("size", value)
+    assert type(number) is int and number == 3
+  assert base.check_integer("step", 0, at_least=0) == 0
+
+
+@pytest.mark.parametrize(
+  "value", [1, -1, 2.0, 2.5, float("nan"), np.float32(2), True, "2", None, np.ones(2)]
+)
+def test_what_is_not_an_integer_of_the_least_size_is_refused(value):
+  with pytest.raises(
+    base.InputError, match=r"classes=.* must be an integer of at least"
+  ):
+    base.check_integer("classes", value, at_least=2)
+
+
 def test_meta_losses_use_other_random_numbers_than_training_losses():
   def preprocess(images, keys, train):
     if not train:

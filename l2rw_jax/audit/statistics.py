@@ -101,11 +101,8 @@ def init(num_examples: int, num_classes: int) -> State:
   Raises:
     InputError: `num_examples` is below 1 or `num_classes` below 2.
   """
-  if num_examples < 1 or num_classes < 2:
-    raise base.InputError(
-      "audit.init needs num_examples of at least 1 and num_classes of at least 2; got"
-      f" {num_examples} and {num_classes}."
-    )
+  num_examples = base.check_integer("audit.init: num_examples", num_examples)
+  num_classes = base.check_integer("audit.init: num_classes", num_classes, 2)
 
   # No two leaves share a buffer, so that a step may donate the state.
   def zeros(dtype, *shape):

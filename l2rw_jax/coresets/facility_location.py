@@ -115,10 +115,8 @@ def lazy_greedy(
   [2 5 3] [89.5 18.5  9. ] [3. 1. 2.]
   """
   capacity, num_points = _check(points, size, capacity, num_points)
-  if block < 1 or candidates < 1:
-    raise base.InputError(
-      f"block={block} and candidates={candidates} must be at least 1."
-    )
+  block = base.check_integer("block", block)
+  candidates = base.check_integer("candidates", candidates)
   return _lazy_greedy(points, size, num_points, bound, capacity, block, candidates)
 
 
@@ -176,10 +174,9 @@ def sample_size(num_points: int, size: int, epsilon: float) -> int:
   >>> sample_size(60000, 6000, 0.01)
   47
   """
-  if size < 1 or not 0 < epsilon < 1:
-    raise base.InputError(
-      f"size={size} must be at least 1, and epsilon={epsilon} between 0 and 1."
-    )
+  size = base.check_integer("size", size)
+  if not 0 < epsilon < 1:
+    raise base.InputError(f"epsilon={epsilon} must lie between 0 and 1.")
   return max(1, math.ceil(num_points / size * math.log(1 / epsilon)))
 
 
@@ -215,8 +212,7 @@ def stochastic_greedy(
     InputError: a size is out of range.
   """
   capacity, num_points = _check(points, size, capacity, num_points)
-  if num_candidates < 1:
-    raise base.InputError(f"num_candidates={num_candidates} must be at least 1.")
+  num_candidates = base.check_integer("num_candidates", num_candidates)
   return _stochastic_greedy(
     key, points, size, num_points, bound, capacity, num_candidates
   )
@@ -254,9 +250,12 @@ def _check(points, size, capacity, num_points):
   num_points = points.num_points if num_points is None else num_points
   if capacity is None:
     capacity = size
+  for name, value in (("size", size), ("capacity", capacity)):
+    if not isinstance(value, jax.core.Tracer):
+      base.check_integer(name, value)
   known = [x for x in (size, capacity) if not isinstance(x, jax.core.Tracer)]
   is_known = not isinstance(num_points, jax.core.Tracer)
-  if is_known and known and max(known[0], 1) > num_points:
+  if is_known and known and known[0] > num_points:
     raise base.InputError(
       f"cannot choose size={size} of {num_points} points; lower size."
     )
@@ -266,8 +265,6 @@ def _check(points, size, capacity, num_points):
     )
   if len(known) == 2 and capacity < size:
     raise base.InputError(f"capacity={capacity} must be at least size={size}.")
-  if any(x < 1 for x in known):
-    raise base.InputError(f"size={size} must be at least 1.")
   return int(capacity), num_points
 
 

@@ -145,10 +145,12 @@ def episodes(
     tasks is random.
   """
   examples_lib.check_sizes(num_meta_tasks=num_meta_tasks)
-  _check_at_least(num_tasks=(num_tasks, 1))
+  base.check_integer("num_tasks", num_tasks)
   _check(train, meta, test, foreign, foreign_share, noise_share)
-  _check_at_least(num_ways=(num_ways, 2), num_shots=(num_shots, 1))
-  _check_at_least(num_queries=(num_queries, 1), num_test_tasks=(num_test_tasks, 1))
+  base.check_integer("num_ways", num_ways, 2)
+  base.check_integer("num_shots", num_shots)
+  base.check_integer("num_queries", num_queries)
+  base.check_integer("num_test_tasks", num_test_tasks)
   num_foreign = round(num_tasks * foreign_share)
   train_rng, meta_rng, test_rng = examples_lib.generators(seed, 3)
   shape = _Shape(num_ways, num_shots, num_queries)
@@ -342,9 +344,3 @@ def _shared_classes(one, other):
   # Without names, classes are known to be the same only if the examples are the same.
   is_same = one.name == other.name and one[1:3] == other[1:3]
   return set(sources.numbers(one.num_classes)) if is_same else set()
-
-
-def _check_at_least(**sizes):
-  for name, (size, least) in sizes.items():
-    if size < least:
-      raise base.InputError(f"{name}={size} must be at least {least}.")

@@ -620,5 +620,4 @@ def check_sources(train: sources.Source, test: sources.Source) -> None:
 def check_sizes(**sizes: int) -> None:
   """Raises InputError if a size is not an integer of at least 0."""
   for name, size in sizes.items():
-    if not isinstance(size, int | np.integer) or size < 0:
-      raise base.InputError(f"{name} must be an integer of at least 0; got {size!r}")
+    base.check_integer(name, size, 0)

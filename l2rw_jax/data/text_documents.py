@@ -95,13 +95,10 @@ def corrupted_documents(
     InputError: a size is negative, `fraction` is not in [0, 1], or there is less text
       than needed.
   """
-  examples_lib.check_sizes(
-    length=length, num_train=num_train, num_meta=num_meta, num_test=num_test
-  )
-  if length < 1 or not 0 <= fraction <= 1:
-    raise base.InputError(
-      f"length={length} must be positive, and fraction={fraction} in [0, 1]."
-    )
+  base.check_integer("length", length)
+  examples_lib.check_sizes(num_train=num_train, num_meta=num_meta, num_test=num_test)
+  if not 0 <= fraction <= 1:
+    raise base.InputError(f"fraction={fraction} must be in [0, 1].")
   choose, order, corrupt = examples_lib.generators(seed, 3)
   files = [texts.files[i] for i in choose.permutation(len(texts.files))]
   parts, start = {}, 0

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from l2rw_jax import base
 from l2rw_jax.linearization import control_flow
@@ -35,15 +34,8 @@ from l2rw_jax.linearization import trainable
 
 def check(microbatch_size: int | None) -> None:
   """Raises InputError unless `microbatch_size` is None or a positive integer."""
-  if microbatch_size is not None and not (
-    isinstance(microbatch_size, (int, np.integer))
-    and not isinstance(microbatch_size, bool)
-    and microbatch_size >= 1
-  ):
-    raise base.InputError(
-      f"microbatch_size={microbatch_size!r}: must be a positive integer, or None for"
-      " the whole batch at once."
-    )
+  if microbatch_size is not None:
+    base.check_integer("microbatch_size", microbatch_size)
 
 
 def microbatched(

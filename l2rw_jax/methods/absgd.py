@@ -40,7 +40,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2rw_jax import base
-from l2rw_jax import changed_loss
 from l2rw_jax import weighted_update
 
 # A number, or a function of the epoch, counted from 0, that is called on the host.
@@ -136,7 +135,7 @@ def two_stage(lam: float, from_epoch: int) -> Callable[[int], float]:
   (inf, -5.0)
   """
   _check_lam(lam)
-  from_epoch = changed_loss.check_epoch("two_stage", from_epoch)
+  from_epoch = base.check_integer("two_stage: from_epoch", from_epoch, 0)
   return lambda epoch: lam if epoch >= from_epoch else math.inf
 
 

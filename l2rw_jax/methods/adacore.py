@@ -101,8 +101,7 @@ def hessian_diagonal(
   Raises:
     InputError: `num_probes` is less than 1.
   """
-  if num_probes < 1:
-    raise base.InputError(f"num_probes={num_probes} must be at least 1.")
+  num_probes = base.check_integer("num_probes", num_probes)
 
   def probe(key):
     estimator = optax.contrib.hutchinson_estimator_diag_hessian(key)
@@ -496,8 +495,7 @@ def check_fraction(where: str, fraction: float) -> None:
 def _check_averages(
   num_probes: int, beta1: float, beta2: float, epsilon: float
 ) -> None:
-  if num_probes < 1:
-    raise base.InputError(f"adacore: num_probes={num_probes} must be at least 1.")
+  base.check_integer("adacore: num_probes", num_probes)
   for name, beta in (("beta1", beta1), ("beta2", beta2)):
     if not 0 <= beta < 1:
       raise base.InputError(f"adacore: {name}={beta} must be in [0, 1).")
@@ -507,11 +505,5 @@ def _check_averages(
 
 def check_epochs(where: str, refresh_every: int, warmup_epochs: int = 0) -> None:
   """Raises InputError unless both are integers, at least 1 and at least 0."""
-  is_integer = all(
-    isinstance(x, int | np.integer) for x in (refresh_every, warmup_epochs)
-  )
-  if not (is_integer and refresh_every >= 1 and warmup_epochs >= 0):
-    raise base.InputError(
-      f"{where}: refresh_every={refresh_every} must be at least 1, and warmup_epochs="
-      f"{warmup_epochs} at least 0; both must be integers."
-    )
+  base.check_integer(f"{where}: refresh_every", refresh_every)
+  base.check_integer(f"{where}: warmup_epochs", warmup_epochs, 0)

@@ -102,7 +102,7 @@ def advisor(
   Raises:
     InputError: `every` is less than 1, or the network cannot be split.
   """
-  meta_network.check_every("advisor", every)
+  every = base.check_integer("advisor: every", every)
   meta_optimizer = optimizer or optax.adam(1e-4)
 
   def init(key, problem, params):

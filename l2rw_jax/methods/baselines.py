@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from l2rw_jax import base
 from l2rw_jax import changed_loss
@@ -98,7 +97,7 @@ def class_balanced(beta: float = 0.9999, from_epoch: int = 0) -> base.Method:
     Cui et al., CVPR 2019; Cao et al., NeurIPS 2019, Algorithm 1.
   """
   class_balance.check_beta(beta)
-  from_epoch = changed_loss.check_epoch("class_balanced", from_epoch)
+  from_epoch = base.check_integer("class_balanced: from_epoch", from_epoch, 0)
 
   def gradients(state, problem, inputs):
     class_balance.check_counts(problem.class_counts, problem.num_classes)
@@ -126,7 +125,7 @@ def resampling(from_epoch: int = 0) -> base.Method:
   Raises:
     InputError: `from_epoch` is negative or not an integer.
   """
-  from_epoch = changed_loss.check_epoch("resampling", from_epoch)
+  from_epoch = base.check_integer("resampling: from_epoch", from_epoch, 0)
 
   def sample(state, problem, train, rng):
     if from_epoch and state < from_epoch:
@@ -183,7 +182,7 @@ def classifier_retraining(from_epoch: int, *, restart: bool = True) -> base.Meth
     Classifier for Long-Tailed Recognition", ICLR 2020 (cRT), and its released
     code.
   """
-  from_epoch = changed_loss.check_epoch("classifier_retraining", from_epoch)
+  from_epoch = base.check_integer("classifier_retraining: from_epoch", from_epoch, 0)
 
   def init(key, problem, params):
     del key
@@ -337,10 +336,7 @@ def fine_tuning(num_steps: int, method: base.Method | None = None) -> base.Metho
     InputError: `num_steps` is not an integer of at least 1; in training, the first
       phase is `classifier_retraining`.
   """
-  if not (isinstance(num_steps, int | np.integer) and num_steps >= 1):
-    raise base.InputError(
-      f"fine_tuning: num_steps={num_steps} must be at least 1, and an integer."
-    )
+  num_steps = base.check_integer("fine_tuning: num_steps", num_steps)
   first = method or uniform()
   second = clean_only()
 

@@ -34,7 +34,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from l2rw_jax import base
@@ -314,12 +313,8 @@ def forml(
   ):
     if not value >= 0:  # Also refuses NaN.
       raise base.InputError(f"forml: {name}={value} must be at least 0.")
-  if num_groups is not None and not (
-    isinstance(num_groups, int | np.integer) and num_groups >= 1
-  ):
-    raise base.InputError(
-      f"forml: num_groups={num_groups} must be at least 1, and an integer."
-    )
+  if num_groups is not None:
+    num_groups = base.check_integer("forml: num_groups", num_groups)
   objective_fn = make_objective(objective, **settings)
 
   def init(key, problem, params):

@@ -35,7 +35,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2rw_jax import base
-from l2rw_jax import changed_loss
 from l2rw_jax import label_transition
 from l2rw_jax import losses
 from l2rw_jax import weighted_update
@@ -70,7 +69,7 @@ def forward_correction(
       shape does not fit the number of classes of the data.
   """
   known = None if transition is None else _checked_transition(transition)
-  first = changed_loss.check_epoch("forward_correction", from_epoch or 0)
+  first = base.check_integer("forward_correction: from_epoch", from_epoch or 0, 0)
   if known is None and first == 0:
     raise base.InputError(
       f"forward_correction: from_epoch={from_epoch} must be at least 1, because T is"

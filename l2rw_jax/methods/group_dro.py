@@ -152,8 +152,8 @@ def group_dro(
   """
   _check_setting("step_size", step_size)
   _check_setting("adjustment", adjustment)
-  if num_groups is not None and num_groups < 1:
-    raise base.InputError(f"group_dro: num_groups={num_groups} must be at least 1.")
+  if num_groups is not None:
+    num_groups = base.check_integer("group_dro: num_groups", num_groups)
 
   def init(rng_key, problem, params):
     del rng_key, params

@@ -55,7 +55,6 @@ import optax
 from l2rw_jax import base
 from l2rw_jax import hypergradient
 from l2rw_jax import linearization
-from l2rw_jax import meta_network
 from l2rw_jax import normalization
 from l2rw_jax.linearization import control_flow
 from l2rw_jax.linearization import microbatching
@@ -370,7 +369,7 @@ def l2rw(
       `layers` cannot choose layers.
   """
   microbatching.check(microbatch_size)
-  meta_network.check_every("l2rw", refresh_every, "refresh_every")
+  refresh_every = base.check_integer("l2rw: refresh_every", refresh_every)
   restriction.check(layers)
 
   def new_direction(problem, inputs):

@@ -181,7 +181,7 @@ def ldam_drw(
       f"ldam_drw: from_epoch={from_epoch} does not fit balance={balance!r}: give the"
       " first epoch of balanced classes, or leave it out with balance='none'."
     )
-  first_epoch = changed_loss.check_epoch("ldam_drw", from_epoch or 0)
+  first_epoch = base.check_integer("ldam_drw: from_epoch", from_epoch or 0, 0)
   if balance == "reweight":
     class_balance.check_beta(beta)
   ldam_loss = loss(max_margin, scale, hinge=hinge)

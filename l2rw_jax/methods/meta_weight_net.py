@@ -437,7 +437,7 @@ def meta_weight_net(
   detached = chosen.detached if detached is None else detached
   _check(normalization)
   meta_optimizer = optimizer or chosen.optimizer
-  meta_network.check_every("meta_weight_net", every)
+  every = base.check_integer("meta_weight_net: every", every)
   _check_memory_options(microbatch_size, recompute)
   net = WeightNet(tuple(hidden))
 

@@ -36,7 +36,6 @@ import optax
 from l2rw_jax import base
 from l2rw_jax import hypergradient
 from l2rw_jax import linearization
-from l2rw_jax import meta_network
 from l2rw_jax.linearization import control_flow
 
 SHARES = ("task", "cluster", "item")
@@ -262,7 +261,7 @@ def nested_maml(
       raise base.InputError(f"nested_maml: {name}={value} must be at least 0.")
   if not initial >= floor:
     raise base.InputError(f"nested_maml: initial={initial} is below floor={floor}.")
-  meta_network.check_every("nested_maml", every)
+  every = base.check_integer("nested_maml: every", every)
 
   def init(key, problem, params):
     del key, params

@@ -126,7 +126,7 @@ def s_model(
   Raises:
     InputError: a setting is out of range.
   """
-  from_epoch = changed_loss.check_epoch("s_model", from_epoch)
+  from_epoch = base.check_integer("s_model: from_epoch", from_epoch, 0)
   if initial not in INITIALS:
     raise base.InputError(
       f"s_model: initial={initial!r}; choose 'identity' or 'confusion'."

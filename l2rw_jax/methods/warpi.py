@@ -40,7 +40,6 @@ from typing import Any
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from l2rw_jax import base
@@ -186,11 +185,8 @@ def warpi(
     InputError: `num_samples` or `every` is not a positive integer, or (when traced) the
       classifier has a single logit.
   """
-  if not (isinstance(num_samples, int | np.integer) and num_samples >= 1):
-    raise base.InputError(
-      f"warpi: num_samples={num_samples} must be at least 1, and an integer."
-    )
-  meta_network.check_every("warpi", every)
+  num_samples = base.check_integer("warpi: num_samples", num_samples)
+  every = base.check_integer("warpi: every", every)
   meta_optimizer = optimizer or optax.adam(3e-4)
 
   def init(key, problem, params):

@@ -246,7 +246,4 @@ def _check_settings(learner: Learner) -> None:
     )
   least_of = {"num_ways": 2, "num_shots": 1, "num_inner_steps": 0, "num_test_steps": 0}
   for name, least in least_of.items():
-    if getattr(learner, name) < least:
-      raise base.InputError(
-        f"{name}={getattr(learner, name)} must be at least {least}."
-      )
+    base.check_integer(name, getattr(learner, name), least)

@@ -105,10 +105,8 @@ def check(
     raise base.InputError(
       f"--device_map={config.device_map} must be {' or '.join(devices.MAPS)}."
     )
-  if config.steps_per_call is not None and config.steps_per_call < 1:
-    raise base.InputError(
-      f"--steps_per_call={config.steps_per_call} must be at least 1."
-    )
+  if config.steps_per_call is not None:
+    base.check_integer("--steps_per_call", config.steps_per_call)
   if config.data not in DATA:
     raise base.InputError(f"--data={config.data}: choose among {', '.join(DATA)}.")
   if not 0 <= config.data_workers <= streaming.MOST_THREADS:

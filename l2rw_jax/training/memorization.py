@@ -46,8 +46,7 @@ def susceptibility(batch_size: int = 128, unlabeled: Any = "train") -> evaluatio
   Raises:
     InputError: `batch_size` is below 1.
   """
-  if batch_size < 1:
-    raise base.InputError(f"batch_size={batch_size} must be at least 1.")
+  batch_size = base.check_integer("susceptibility: batch_size", batch_size)
 
   def probe(snapshot):
     images = unlabeled

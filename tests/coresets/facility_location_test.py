@@ -259,7 +259,7 @@ def test_many_candidates_are_evaluated_in_blocks():
 
 _INVALID = {
   "size=7 of 6 points; lower size": {"size": 7},
-  "size=0 must be at least 1": {"size": 0},
+  "size=0 must be an integer of at least 1": {"size": 0},
   "capacity=2 must be at least size=3": {"size": 3, "capacity": 2},
   "size=8 of 6 points; lower size": {"size": np.int64(8)},
 }
@@ -281,12 +281,12 @@ def test_sizes_out_of_range_are_refused(message):
   [
     ({"size": jnp.array(8), "capacity": 8}, "cannot choose size=8 of 6 points"),
     ({"size": 2, "num_points": 10}, "num_points=10, but there are 6"),
-    ({"size": 2, "block": 0}, "block=0 and candidates=16 must be at least 1"),
+    ({"size": 2, "block": 0}, "block=0 must be an integer of at least 1"),
   ],
 )
 def test_sizes_that_do_not_exist_are_refused(options, message):
   points = distances.vectors(jnp.arange(6.0)[:, None])
   with pytest.raises(base.InputError, match=message):
     facility_location.lazy_greedy(points, **options)
-  with pytest.raises(base.InputError, match="size=0 must be at least 1"):
+  with pytest.raises(base.InputError, match="size=0 must be an integer of at least 1"):
     facility_location.sample_size(10, 0, 0.1)

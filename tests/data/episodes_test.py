@@ -156,12 +156,12 @@ _LARGE = _source("meta", 4, shape=(3, 3, 1))
   ("settings", "message"),
   [
     ({"num_ways": 5}, "tasks of num_ways=5 need as many classes, but meta all has 4"),
-    ({"num_ways": 1}, "num_ways=1 must be at least 2"),
-    ({"num_shots": 0}, "num_shots=0 must be at least 1"),
-    ({"num_queries": 0}, "num_queries=0 must be at least 1"),
+    ({"num_ways": 1}, "num_ways=1 must be an integer of at least 2"),
+    ({"num_shots": 0}, "num_shots=0 must be an integer of at least 1"),
+    ({"num_queries": 0}, "num_queries=0 must be an integer of at least 1"),
     ({"num_queries": 11}, "num_shots . num_queries = 13 images of a class, but a"),
-    ({"num_test_tasks": 0}, "num_test_tasks=0 must be at least 1"),
-    ({"num_tasks": 0}, "num_tasks=0 must be at least 1"),
+    ({"num_test_tasks": 0}, "num_test_tasks=0 must be an integer of at least 1"),
+    ({"num_tasks": 0}, "num_tasks=0 must be an integer of at least 1"),
     ({"foreign_share": 1.0}, r"foreign_share must lie in \[0, 1\); got 1.0"),
     ({"foreign_share": np.nan}, r"foreign_share must lie in \[0, 1\); got nan"),
     ({"foreign_share": 0.5, "foreign": None}, "foreign_share=0.5 needs a foreign"),
@@ -169,7 +169,7 @@ _LARGE = _source("meta", 4, shape=(3, 3, 1))
     ({"num_clusters": 0}, "num_clusters=0 must lie between 1 and the 40 tasks"),
     ({"num_clusters": 41}, "num_clusters=41 must lie between 1 and the 40 tasks"),
     ({"meta": _LARGE}, r"the meta images are uint8 of shape \(3, 3, 1\)"),
-    ({"seed": -1}, "seed must be an integer of at least 0"),
+    ({"seed": -1}, "seed=-1 must be an integer of at least 0"),
   ],
 )
 def test_invalid_arguments_raise_in_one_line(settings, message):

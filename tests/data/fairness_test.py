@@ -135,11 +135,11 @@ def test_digits():
       "class 3 has 50 images in toy train, and 50 exemplars of it",
     ),
     ({"num_exemplars": 25, "groups": "inverted"}, "lower num_exemplars"),
-    ({"num_exemplars": -1}, "num_exemplars must be an integer of at least 0; got -1"),
+    ({"num_exemplars": -1}, "num_exemplars=-1 must be an integer of at least 0"),
     ({"groups": "gender"}, r"groups must be one of \('class', 'inverted'\)"),
     ({"groups": "inverted", "minority_share": 0.0}, "minority_share must lie between"),
     ({"noise_fraction": 1.5}, r"fraction must lie in \[0, 1\]"),
-    ({"seed": -1}, "seed must be an integer of at least 0"),
+    ({"seed": -1}, "seed=-1 must be an integer of at least 0"),
   ],
 )
 def test_invalid_arguments_raise(options, message):

@@ -172,10 +172,10 @@ def test_fingerprint_depends_on_all_arguments():
       {"num_meta_per_class": 50},
       "class 3 has 50 images in toy train, and 50 meta images",
     ),
-    ({"num_meta_per_class": -1}, "num_meta_per_class must be an integer of at least"),
+    ({"num_meta_per_class": -1}, "num_meta_per_class=-1 must be an integer of at"),
     ({"builder": "cui"}, r"builder must be one of \('ldam', 'mwn'\); got 'cui'"),
     ({"shape": "linear"}, r"shape must be one of \('exponential', 'step'\); got"),
-    ({"seed": -1}, "seed must be an integer of at least 0"),
+    ({"seed": -1}, "seed=-1 must be an integer of at least 0"),
   ],
 )
 def test_invalid_arguments_raise(options, message):

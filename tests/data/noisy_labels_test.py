@@ -168,9 +168,9 @@ def test_source_is_not_modified():
     ({"fraction": 40}, r"fraction must lie in \[0, 1\].*got 40"),
     ({"num_meta_per_class": 201}, "class 2 has 200 images in toy train.*needs 201"),
     ({"num_validation": 960}, "nothing is left.* has 1000 images.*takes 40.*=960"),
-    ({"num_validation": -1}, "num_validation must be an integer of at least 0; got -1"),
-    ({"num_meta_per_class": 2.5}, "num_meta_per_class must be an integer"),
-    ({"seed": -1}, "seed must be an integer of at least 0; got -1"),
+    ({"num_validation": -1}, "num_validation=-1 must be an integer of at least 0"),
+    ({"num_meta_per_class": 2.5}, "num_meta_per_class=2.5 must be an integer"),
+    ({"seed": -1}, "seed=-1 must be an integer of at least 0"),
     (
       {"train": TRAIN._replace(labels=TRAIN.labels + 1)},
       "labels of toy train must lie",

@@ -70,9 +70,9 @@ def test_the_seed_decides_everything():
   ("options", "message"),
   [
     ({"num_train": 10_000}, r"text for \d+ train documents, but 10000 are requested"),
-    ({"num_meta": -1}, "num_meta must be an integer of at least 0"),
-    ({"length": 0}, "length=0 must be positive"),
-    ({"fraction": 1.5}, r"fraction=1.5 in \[0, 1\]"),
+    ({"num_meta": -1}, "num_meta=-1 must be an integer of at least 0"),
+    ({"length": 0}, "length=0 must be an integer of at least 1"),
+    ({"fraction": 1.5}, r"fraction=1.5 must be in \[0, 1\]"),
     ({"fraction": 1.0, "num_train": 240}, "documents, but 80 are requested"),
   ],
 )

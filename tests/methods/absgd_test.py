@@ -285,7 +285,7 @@ def _eagerly(**settings):
     (lambda: absgd.absgd(1e-42), "lam=1e-42 must not be 0"),
     (lambda: absgd.absgd(lambda epoch: epoch), "lam=0 must not be 0"),
     (lambda: absgd.two_stage(0, 3), "lam=0 must not be 0"),
-    (lambda: absgd.two_stage(2, -1), "from_epoch=-1 must be at least 0"),
+    (lambda: absgd.two_stage(2, -1), "from_epoch=-1 must be an integer of at least 0"),
     (lambda: absgd.absgd(1.0, gamma=0.0), "gamma=0.0 must be above 0"),
     (lambda: absgd.absgd(1.0, gamma=1.1), "gamma=1.1 must be above 0 and at most 1"),
     (lambda: absgd.absgd(1.0, gamma=math.nan), "gamma=nan"),
@@ -308,7 +308,10 @@ def _eagerly(**settings):
     (lambda: _eagerly(gamma=jnp.array(2.0)), "gamma=2.0 must be above 0 and at most 1"),
     (lambda: _eagerly(alpha=-1.0), "alpha=-1.0 must be a number above 0"),
     (lambda: _eagerly(clip=math.nan), "clip=nan must be a number above 0"),
-    (lambda: _eagerly(uniform_share=-1), "uniform_share=-1 must be at least 0"),
+    (
+      lambda: _eagerly(uniform_share=-1),
+      "uniform_share=-1 must be at least 0",
+    ),
   ],
 )
 def test_settings_out_of_range_are_refused(make, message):

@@ -359,8 +359,8 @@ _MISTAKES = {
   "fraction=0 must be above 0": {"fraction": 0},
   "fraction=1.5 must be above 0 and at most 1": {"fraction": 1.5},
   "fraction=nan": {"fraction": float("nan")},
-  "refresh_every=0 must be at least 1": {"refresh_every": 0},
-  "warmup_epochs=-1 at least 0": {"warmup_epochs": -1},
+  "refresh_every=0 must be an integer of at least 1": {"refresh_every": 0},
+  "warmup_epochs=-1 must be an integer of at least 0": {"warmup_epochs": -1},
   "greedy='fast': choose one of": {"greedy": "fast"},
   "epsilon=1.0 must lie between": {"greedy_epsilon": 1.0},
   "hessian_scope='all'": {"hessian_scope": "all"},
@@ -388,5 +388,7 @@ def test_last_layer_requires_a_network_with_features():
 
 
 def test_the_curvature_needs_a_probe():
-  with pytest.raises(base.InputError, match="num_probes=0 must be at least 1"):
+  with pytest.raises(
+    base.InputError, match="num_probes=0 must be an integer of at least 1"
+  ):
     adacore.hessian_diagonal(jax.random.key(0), jnp.sum, jnp.ones(2), num_probes=0)

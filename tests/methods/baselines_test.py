@@ -221,7 +221,7 @@ def test_fine_tuning_switches_exactly(first):
 @pytest.mark.parametrize("num_steps", [0, 2.5, float("nan")])
 def test_the_last_steps_of_fine_tuning_are_an_integer(num_steps):
   with pytest.raises(
-    base.InputError, match=f"num_steps={num_steps} must be at least 1"
+    base.InputError, match=f"num_steps={num_steps} must be an integer of at least 1"
   ):
     baselines.fine_tuning(num_steps)
 

@@ -378,7 +378,7 @@ def test_exemplars_without_groups_are_refused_except_for_the_mean():
     ),
     ({"weight_learning_rate": float("nan")}, "learning_rate=nan must be at least 0"),
     ({"inner_learning_rate": -1.0}, "inner_learning_rate=-1.0 must be at least 0"),
-    ({"num_groups": 0}, "num_groups=0 must be at least 1, and an integer"),
+    ({"num_groups": 0}, "num_groups=0 must be an integer of at least 1"),
     ({"mean_coefficient": float("nan")}, "mean_coefficient=nan must be finite"),
   ],
 )

@@ -179,7 +179,7 @@ def test_finite_at_extreme_logits(scale):
     ),
     (
       lambda: forward_correction(-1, transition=_T),
-      "from_epoch=-1 must be at least 0",
+      "from_epoch=-1 must be an integer of at least 0",
     ),
     (
       lambda: forward_correction(1, estimator="median"),

@@ -248,7 +248,10 @@ def test_adjustment_favors_small_groups():
     (lambda: group_dro.group_dro(step_size=-1), "step_size=-1 must be at least 0"),
     (lambda: group_dro.group_dro(step_size=np.nan), "step_size=nan must be"),
     (lambda: group_dro.group_dro(adjustment=-1), "adjustment=-1 must be at least 0"),
-    (lambda: group_dro.group_dro(num_groups=0), "num_groups=0 must be at least 1"),
+    (
+      lambda: group_dro.group_dro(num_groups=0),
+      "num_groups=0 must be an integer of at least 1",
+    ),
     (
       lambda: _refreshed(group_dro.group_dro(4)),
       "group 3 has no member in the training set",

@@ -282,7 +282,7 @@ def test_class_counts_of_another_length_are_refused():
     ({"max_margin": np.inf}, "ldam: max_margin=inf must be at least 0, and finite"),
     ({"scale": 0.0}, "ldam: scale=0.0 must be more than 0"),
     ({"beta": 1.0}, "beta=1.0 of the effective number"),
-    ({"from_epoch": -1}, "from_epoch=-1 must be at least 0"),
+    ({"from_epoch": -1}, "from_epoch=-1 must be an integer of at least 0"),
     ({"from_epoch": None}, "from_epoch=None does not fit balance='reweight': give"),
     ({"balance": "none"}, "from_epoch=3 does not fit balance='none'"),
     ({"balance": "both"}, "balance='both'; choose one of reweight, resample, none"),

@@ -210,7 +210,7 @@ def test_integer_losses_are_refused():
   [
     ({"preset": "clothing"}, "preset='clothing'; choose among imbalance, noise"),
     ({"normalization": "max"}, "normalization='max'; choose 'mean' or 'sum'"),
-    ({"every": 0}, "every=0 must be at least 1"),
+    ({"every": 0}, "every=0 must be an integer of at least 1"),
   ],
 )
 def test_bad_settings_are_refused(arguments, message):

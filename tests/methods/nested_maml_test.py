@@ -456,7 +456,7 @@ def test_eight_devices_equal_one(share):
     ({"lookahead_learning_rate": np.nan}, "lookahead_learning_rate=nan must be"),
     ({"clip": -1.0}, "clip=-1.0 must be at least 0"),
     ({"initial": 0.1, "floor": 0.5}, "initial=0.1 is below floor=0.5"),
-    ({"every": 0}, "every=0 must be at least 1 step"),
+    ({"every": 0}, "every=0 must be an integer of at least 1"),
   ],
 )
 def test_bad_settings_are_refused(settings, message):

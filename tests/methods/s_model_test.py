@@ -245,7 +245,10 @@ def test_class_that_is_never_predicted_has_finite_logits():
 @pytest.mark.parametrize(
   ("make", "message"),
   [
-    (lambda: s_model.s_model(from_epoch=-1), "from_epoch=-1 must be at least 0"),
+    (
+      lambda: s_model.s_model(from_epoch=-1),
+      "from_epoch=-1 must be an integer of at least 0",
+    ),
     (lambda: s_model.s_model(initial="random"), "initial='random'; choose 'identity'"),
     (
       lambda: s_model.s_model(initial="confusion"),

@@ -256,10 +256,10 @@ def test_every_step_has_new_draws_except_in_the_ablation():
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    ({"num_samples": 0}, "num_samples=0 must be at least 1"),
-    ({"num_samples": 1.5}, "num_samples=1.5 must be at least 1, and an integer"),
-    ({"every": float("nan")}, "every=nan must be at least 1"),
-    ({"every": -1}, "every=-1 must be at least 1"),
+    ({"num_samples": 0}, "num_samples=0 must be an integer of at least 1"),
+    ({"num_samples": 1.5}, "num_samples=1.5 must be an integer of at least 1"),
+    ({"every": float("nan")}, "every=nan must be an integer of at least 1"),
+    ({"every": -1}, "every=-1 must be an integer of at least 1"),
   ],
 )
 def test_bad_settings_are_refused(arguments, message):

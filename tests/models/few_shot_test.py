@@ -233,8 +233,13 @@ _IMAGES = _batch()["image"]
     ({"network": _Stateful()}, _batch(), 3, "the network has the state batch_stats"),
     ({"inner_learning_rate": -1.0}, _batch(), 3, "inner_learning_rate=-1.0 must be"),
     ({"inner_learning_rate": np.nan}, _batch(), 3, "inner_learning_rate=nan must be"),
-    ({"num_shots": 0}, _batch(), 3, "num_shots=0 must be at least 1"),
-    ({"num_inner_steps": -1}, _batch(), 3, "num_inner_steps=-1 must be at least 0"),
+    ({"num_shots": 0}, _batch(), 3, "num_shots=0 must be an integer of at least 1"),
+    (
+      {"num_inner_steps": -1},
+      _batch(),
+      3,
+      "num_inner_steps=-1 must be an integer of at least 0",
+    ),
   ],
 )
 def test_mismatched_tasks_are_refused(settings, batch, num_classes, message):

@@ -87,7 +87,7 @@ def test_images_of_different_kinds_raise(tmp_path, change, what):
 
 
 def test_less_than_one_step_per_call_raises(tmp_path):
-  with pytest.raises(base.InputError, match="--steps_per_call=0 must be at least"):
+  with pytest.raises(base.InputError, match="--steps_per_call=0 must be an integer"):
     toy_runs.train(tmp_path / "run", _UNIFORM, steps_per_call=0)
   assert not (tmp_path / "run").exists()
 

@@ -102,7 +102,9 @@ def test_unusable_images_raise(options, match):
 
 
 def test_empty_batch_or_several_labels_raise():
-  with pytest.raises(base.InputError, match="batch_size=0 must be at least 1"):
+  with pytest.raises(
+    base.InputError, match="batch_size=0 must be an integer of at least 1"
+  ):
     memorization.susceptibility(0)
   snapshot = _snapshot()
   train = snapshot.splits.train

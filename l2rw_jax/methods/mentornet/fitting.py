@@ -195,9 +195,9 @@ def fit(
     InputError: the network has no embedding for a label, `batch_size` or `restarts` is
       below 1, or every start diverged.
   """
-  for name, value in (("batch_size", batch_size), ("restarts", restarts)):
-    if value < 1:
-      raise base.InputError(f"fit: {name}={value} must be at least 1.")
+  num_steps = base.check_integer("fit: num_steps", num_steps, 0)
+  batch_size = base.check_integer("fit: batch_size", batch_size)
+  restarts = base.check_integer("fit: restarts", restarts)
   if rows.labels.min() < 0 or rows.labels.max() >= network.num_labels:
     raise base.InputError(
       f"labels must lie between 0 and {network.num_labels - 1}; got"

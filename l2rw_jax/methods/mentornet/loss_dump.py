@@ -91,8 +91,10 @@ def record_losses(
   Raises:
     InputError: `every` or `num_examples` is less than 1.
   """
-  if every < 1 or (num_examples is not None and num_examples < 1):
-    raise base.InputError("record_losses: every and num_examples must be at least 1.")
+  every = base.check_integer("record_losses: every", every)
+  batch_size = base.check_integer("record_losses: batch_size", batch_size)
+  if num_examples is not None:
+    num_examples = base.check_integer("record_losses: num_examples", num_examples)
 
   def probe(snapshot, epoch):
     if epoch % every:

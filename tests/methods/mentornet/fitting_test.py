@@ -155,5 +155,7 @@ def test_labels_without_embedding_and_diverged_fits_are_refused():
 @pytest.mark.parametrize("setting", ["restarts", "batch_size"])
 def test_empty_fits_are_refused(setting):
   rows = mentornet_fitting.pd_rows("pd", num_rows=100)
-  with pytest.raises(base.InputError, match=f"fit: {setting}=0 must be at least 1"):
+  with pytest.raises(
+    base.InputError, match=f"fit: {setting}=0 must be an integer of at least 1"
+  ):
     _fit(rows, **{setting: 0})

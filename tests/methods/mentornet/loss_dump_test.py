@@ -35,7 +35,7 @@ def test_missing_and_damaged_records_are_refused(tmp_path):
 
 def test_recording_zero_examples_or_epochs_is_refused():
   for settings in ({"every": 0}, {"num_examples": 0}):
-    with pytest.raises(base.InputError, match="must be at least 1"):
+    with pytest.raises(base.InputError, match="must be an integer of at least 1"):
       loss_dump.record_losses(print, **settings)
 
 
