@@ -591,7 +591,7 @@ def max_abs(tree: PyTree) -> Array:
 
 
 def divide_by_largest(values: Array, largest: Array) -> Array:
-  """`values / largest` for any magnitude of `values`; `values` if `largest` is 0.
+  """`values / largest` for any magnitude of `values`; 0 if all of them are 0.
 
   To divide an array by a broadcast number, XLA multiplies the array by the reciprocal
   of the number. In float32, the reciprocal is flushed to zero for numbers above 8.5e37
@@ -605,10 +605,12 @@ def divide_by_largest(values: Array, largest: Array) -> Array:
   >>> print(divide_by_largest(jnp.array([1.5e38, 3e38]), jnp.array([3e38])))
   [0.5 1. ]
   """
+  dtype = accumulator_dtype(values.dtype)  # The factor 2^64 is infinite in float16.
+  largest = largest.astype(dtype)
   # The factors are powers of two, so that they do not cause rounding.
-  factor = jnp.where(largest > 1, 2.0**-2, 2.0**64).astype(values.dtype)
-  divisor = jnp.where(largest == 0, 1, largest.astype(values.dtype) * factor)
-  return values * factor / divisor
+  factor = jnp.where(largest > 1, 2.0**-2, 2.0**64).astype(dtype)
+  divisor = jnp.where(largest == 0, jnp.ones_like(largest), largest * factor)
+  return (values.astype(dtype) * factor / divisor).astype(values.dtype)
 
 
 def finite_rows(

@@ -9,13 +9,15 @@ is taken with the weighted gradient g(w) = J^T w of a batch (see `linearization`
 
     look-ahead        p' = step(g(w))
     direction         v  = (d step / d g)^T grad M(p')    one cheap vjp, O(params)
-    weight gradient   dM/dw = J v                         for all B weights together
+    weight gradient   dM/dw = J v + l dM/d value          for all B weights together
     network gradient  dM/dphi = (dw/dphi)^T (dM/dw)       if phi parameterizes w
 
-Up to rounding, this equals the derivative of the unrolled step, which is the definition
-(`unrolled_weight_gradient`), at about half the cost. No collective is differentiated:
-the gradient of the meta loss is averaged over devices first, and an objective is
-differentiated with respect to losses that are already gathered.
+Some optimizers (optax's `polyak_sgd`, for instance) also use `value`, the inner loss
+sum_i w_i l_i; for all others, dM/d value is 0. Up to rounding, this equals the
+derivative of the unrolled step, which is the definition (`unrolled_weight_gradient`),
+at about half the cost. No collective is differentiated: the gradient of the meta loss
+is averaged over devices first, and an objective is differentiated with respect to
+losses that are already gathered.
 
 Reference: Ren et al., "Learning to Reweight Examples for Robust Deep Learning"
 (2018), eq. (4)-(7) and appendix A, with any optax optimizer in place of their SGD.
@@ -106,6 +108,8 @@ class Direction(NamedTuple):
     kept: the memory of the activations that are stored for the gradient of the meta
       loss, per meta example, divided by the memory of the parameters; infinite if it is
       unknown.
+    value_slope: dM/d value, the derivative through the inner loss that the optimizer
+      receives, scalar; None stands for 0.
   """
 
   vector: base.PyTree
@@ -115,6 +119,7 @@ class Direction(NamedTuple):
   fault: base.Array
   aux: Any = None
   kept: base.StaticFloat = base.StaticFloat("inf")
+  value_slope: base.Array | None = None
 
 
 def init_optimizer(
@@ -162,7 +167,7 @@ def lookahead_params(
     Parameters, shaped like `params`.
 
   Raises:
-    InputError: the update of the optimizer needs other arguments.
+    InputError: the update of the optimizer needs or accepts other arguments.
   """
   value = jnp.zeros(()) if value is None else value
   try:
@@ -174,6 +179,12 @@ def lookahead_params(
         value=value,
       )
   except TypeError as error:
+    if "unexpected keyword argument 'value'" in str(error):
+      raise base.InputError(
+        "the update of the look-ahead optimizer does not accept value, although it"
+        " should accept additional arguments (sharpness-aware minimization, for"
+        " instance): use another optimizer, such as optax.sgd(...)."
+      ) from error
     missing = re.search(r"missing .*required .*arguments?: (.*)", str(error))
     if missing is None:
       raise
@@ -209,8 +220,8 @@ def direction(
       `has_aux`.
     params: current parameters.
     meta_batch: this device's meta examples.
-    inner_gradient: gradient of the look-ahead step, the same on every device; None
-      means a zero gradient, as in L2RW.
+    inner_gradient: gradient of the look-ahead step, shaped like `params` and the same
+      on every device; None means a zero gradient, as in L2RW.
     optimizer: the look-ahead optimizer. With None, the step subtracts the gradient from
       the parameters, as `optax.sgd(1.0)` does. The backward pass then starts from the
       negative meta loss, so a custom backward rule must be linear in its cotangent.
@@ -233,8 +244,9 @@ def direction(
     A `Direction`, the same on every device.
 
   Raises:
-    InputError: the meta losses do not have shape [M], the meta batch is empty, or the
-      losses cannot be computed in microbatches; `opt_state` is given without
+    InputError: `params` has no trainable leaf, `inner_gradient` is not shaped like it,
+      the meta losses do not have shape [M], the meta batch is empty, or the losses
+      cannot be computed in microbatches; `opt_state` is given without
       `optimizer`; or the update of the optimizer needs arguments other than `params`
       and `value`. Outside `jit`, it is also raised if the optimizer's step ignores the
       gradient.
@@ -250,12 +262,14 @@ def direction(
     )
   if optimizer is not None and opt_state is None:
     opt_state = init_optimizer(optimizer, params)
+  trainable.check(params)
   partition = trainable.Partition(params)
   leaves = partition.leaves(params)
   if inner_gradient is None:
     inner_gradient = trainable.zero_gradients(params)
+  value = jnp.zeros(()) if value is None else jnp.asarray(value)
 
-  def step(gradient_leaves):
+  def step(gradient_leaves, value):
     if optimizer is None:
       pairs = zip(leaves, gradient_leaves, strict=True)
       return [p - g.astype(p.dtype) for p, g in pairs]
@@ -270,7 +284,9 @@ def direction(
       raise base.InputError("meta_batch is empty: a meta loss needs an example.")
     return losses, aux
 
-  lookahead_leaves, step_vjp = jax.vjp(step, partition.leaves(inner_gradient))
+  lookahead_leaves, step_vjp = jax.vjp(
+    step, partition.vector_leaves("inner_gradient", inner_gradient), value
+  )
   lookahead_leaves = base.local(lookahead_leaves, axis_name)
   # Without an optimizer, the direction is the negative gradient. It is computed from
   # the negative loss, because a change of sign of every entry would be one more array
@@ -300,14 +316,14 @@ def direction(
     )
   meta_gradient = base.psum(gradient, axis_name)  # This is `sign` times the gradient.
   vector = [g.astype(x.dtype) for g, x in zip(meta_gradient, leaves, strict=True)]
+  value_slope = None
   if optimizer is not None:
-    (vector,) = step_vjp(vector)
-  state = _state(meta_gradient, vector)
+    vector, value_slope = step_vjp(vector)
+  state = _state(meta_gradient, vector, value_slope)
   fault = _check_finite(losses, loss, state, axis_name)
   zero_slope = _check_slope(state)
-  return Direction(
-    partition.combine_gradient(vector), loss, fault == 0, zero_slope, fault, aux, kept
-  )
+  vector = partition.combine_gradient(vector)
+  return Direction(vector, loss, fault == 0, zero_slope, fault, aux, kept, value_slope)
 
 
 def _meta_loss(objective, losses, axis_name):
@@ -322,9 +338,11 @@ def _meta_loss(objective, losses, axis_name):
   # no collective is transposed. Each device then uses its slice of the gradient.
   def scalar(losses):
     value = objective(losses)
-    if jnp.shape(value) != ():
+    is_number = isinstance(value, float | jax.Array) and jnp.shape(value) == ()
+    if not is_number or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+      got = jax.tree.map(jax.typeof, value)
       raise base.InputError(
-        f"objective must return one number; got shape {jnp.shape(value)}. Reduce the"
+        f"objective must return one floating-point number; got {got}. Reduce the"
         " losses of all examples, for instance by their mean."
       )
     return value
@@ -347,7 +365,7 @@ def _microbatched_meta_gradient(
   )
   if objective is None:  # The weights of a mean are known, so one pass is enough.
     size = base.global_size(microbatching.num_rows(meta_batch), axis_name)
-    # An empty batch raises an error in `losses_fn`.
+    # For an empty batch, `losses_fn` raises an InputError.
     weighted = weighted_gradient(sign / max(size, 1))
     loss, _ = _meta_loss(None, weighted.losses, axis_name)
     return weighted.losses, loss, weighted.gradient, weighted.aux
@@ -423,8 +441,8 @@ def known_vector(direction: Direction) -> base.PyTree | None:
   """The vector along which `weight_gradient` takes the derivative, or None.
 
   It is None if a parameter is float16, because `weight_gradient` then scales the
-  vector. The losses are not known yet: if only they are float16, the vector is scaled
-  too, and the derivative along the vector of this function is unused.
+  vector. If only the losses are float16, which is not known yet, `weight_gradient`
+  scales the vector, too, and a derivative along the unscaled vector is not used.
   """
   types = [x.dtype for x in jax.tree.leaves(direction.vector)]
   return None if any(map(_is_narrow, types)) else direction.vector
@@ -441,12 +459,31 @@ def weight_gradient(
   """
   types = [x.dtype for x in jax.tree.leaves((direction.vector, linearized.losses))]
   dtype = base.accumulator_dtype(linearized.losses.dtype)
-  if not any(map(_is_narrow, types)):
+  if any(map(_is_narrow, types)):
+    vector, length = _unit(direction.vector)
+    slopes = linearized.directional(base.local(vector, axis_name))
+    slopes = slopes.astype(dtype) * length.astype(dtype)
+  else:
     vector = base.local(direction.vector, axis_name)
-    return linearized.directional(vector).astype(dtype)
-  vector, length = _unit(direction.vector)
-  slopes = linearized.directional(base.local(vector, axis_name))
-  return slopes.astype(dtype) * length.astype(dtype)
+    slopes = linearized.directional(vector).astype(dtype)
+  return slopes + through_value(direction, linearized.losses.astype(dtype), axis_name)
+
+
+def through_value(
+  direction: Direction, derivative: base.Array, axis_name: base.AxisName = None
+) -> base.Array:
+  """`derivative` of the inner loss times dM/d value, and 0 if the latter is 0.
+
+  Args:
+    direction: the result of `direction`.
+    derivative: derivative of the inner loss, which may be infinite if it is not used.
+    axis_name: mapped device axis over which `derivative` varies.
+  """
+  if direction.value_slope is None:
+    return jnp.zeros_like(derivative)
+  slope = base.local(direction.value_slope, axis_name).astype(derivative.dtype)
+  is_used = slope != 0  # Also for NaN.
+  return jnp.where(is_used, slope * derivative, jnp.zeros_like(derivative))
 
 
 def _unit(vector):
@@ -480,7 +517,7 @@ def _is_inexact(dtype):
 
 
 def _is_narrow(dtype):
-  """Whether the smallest positive number of a type is larger than that of float32."""
+  """Whether the smallest normal number of a type is larger than that of float32."""
   return _is_inexact(dtype) and jnp.finfo(dtype).tiny > jnp.finfo(jnp.float32).tiny
 
 
@@ -504,10 +541,17 @@ def network_gradient(
     The gradient summed over devices, shaped like `phi`.
 
   Raises:
+    InputError: `weights_fn` does not return one weight for each weight gradient.
     FloatingPointError: outside `jit`, if the weight gradient, the weights or the result
       is not finite.
   """
   weights, weights_vjp = jax.vjp(weights_fn, base.local(phi, axis_name))
+  weight_gradient = jnp.asarray(weight_gradient)
+  if jnp.shape(weights) != weight_gradient.shape:
+    raise base.InputError(
+      f"weights_fn must return one weight for each of {weight_gradient.shape} weight"
+      f" gradients; got shape {jnp.shape(weights)}."
+    )
   base.finite_rows("weight gradients dM/dw", weight_gradient, axis_name)
   base.finite_rows("weights", weights, axis_name, ": check phi and the losses")
   gradient = base.psum(weights_vjp(weight_gradient.astype(weights.dtype))[0], axis_name)
@@ -547,21 +591,35 @@ def unrolled_weight_gradient(
 
   This is the reference for `direction` and `weight_gradient`, which compute the same
   numbers in about half the time. It runs on one device, for weights of any value.
+
+  Raises:
+    InputError: the losses or the weights do not have shape [B], or the meta losses do
+      not have shape [M].
   """
+  partition = trainable.Partition(params)
 
   def meta_loss(weights):
-    def weighted_loss(params):
-      return jnp.sum(weights * losses_fn(params, batch))
+    def weighted_loss(leaves):
+      losses = losses_fn(partition.combine(leaves), batch)
+      base.check_losses("losses_fn's result", losses)
+      if weights.shape != losses.shape:
+        raise base.InputError(
+          f"weights must be one number per loss, {losses.shape}; got {weights.shape}."
+        )
+      return jnp.sum(weights * losses)
 
-    gradient = jax.grad(weighted_loss)(params)
-    stepped = lookahead_params(params, gradient, optimizer, opt_state)
-    return objective(meta_losses_fn(stepped, meta_batch))
+    value, gradient = jax.value_and_grad(weighted_loss)(partition.leaves(params))
+    gradient = partition.combine_gradient(gradient)
+    stepped = lookahead_params(params, gradient, optimizer, opt_state, value)
+    losses = meta_losses_fn(stepped, meta_batch)
+    base.check_losses("meta_losses_fn's result", losses)
+    return objective(losses)
 
-  return jax.grad(meta_loss)(weights)
+  return jax.grad(meta_loss)(jnp.asarray(weights))
 
 
-def _state(gradient, vector) -> base.Array:
-  """The `_State` of lists of arrays, int32 scalar."""
+def _state(gradient, vector, value_slope) -> base.Array:
+  """The `_State` of lists of arrays and of dM/d value, int32 scalar."""
   # Compile time grows with the number of kernels, so all small arrays of a type are
   # checked by one kernel.
   large: list[Any] = []
@@ -576,6 +634,11 @@ def _state(gradient, vector) -> base.Array:
   for pairs in small.values():
     large.append(tuple(jnp.concatenate(arrays) for arrays in zip(*pairs, strict=True)))
   states = [_state_of_array(g, v) for g, v in large]
+  if value_slope is not None:
+    # A slope of 0 or more is no reason to say that the gradient is used.
+    fault = jnp.where(jnp.isnan(value_slope), _State.NAN, _State.INFINITE)
+    is_finite = jnp.isfinite(value_slope)
+    states.append(jnp.where(is_finite, _State.ZERO, fault).astype(jnp.int32))
   # The maximum, as the last element of a sort, for the reason in `base.max_abs`.
   return jnp.sort(jnp.stack(states or [jnp.zeros((), jnp.int32)]))[-1]
 

@@ -42,7 +42,10 @@ def map_batches(
   >>> map_batches(lambda batch: batch["x"].sum(keepdims=True), examples, batch_size=2)
   array([1, 5, 4])
   """
-  sizes = {name: len(x) for name, x in examples.items()}
+  # A scalar array has a length in name only.
+  sizes = {
+    name: len(x) if getattr(x, "shape", True) else None for name, x in examples.items()
+  }
   size = next(iter(sizes.values()), 0)
   if not size or set(sizes.values()) != {size}:
     raise base.InputError(
@@ -56,6 +59,11 @@ def map_batches(
     for start in starts:
       batch = {name: x[start : start + batch_size] for name, x in examples.items()}
       parts.append(jax.device_get(fun(batch)))
+      if any(np.ndim(x) == 0 for x in jax.tree.leaves(parts[-1])):
+        raise base.InputError(
+          "the function of a pass over a data set must return arrays with a leading"
+          " axis, to be concatenated; it returned a scalar."
+        )
     return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
   if not by_process or processes.count() == 1:

@@ -7,6 +7,7 @@ belongs to it, for which the network predicts row i of T. `confusion` counts the
 labels of the examples that are predicted to be of each class.
 """
 
+import fractions
 import functools
 import math
 
@@ -61,7 +62,10 @@ def estimate_transition(
   check_percentile(percentile)
   _check_distributions(probabilities)
   probabilities = base.unsharded(probabilities)
-  rank = math.floor(percentile * (len(probabilities) - 1) / 100)
+  # In floating point, the product of 64.1 and 10 is less than 641.
+  rank = math.floor(
+    fractions.Fraction(str(percentile)) * (len(probabilities) - 1) / 100
+  )
   rows = probabilities[jnp.argsort(probabilities, axis=0)[rank]]
   return rows / rows.sum(axis=1, keepdims=True)
 
@@ -85,15 +89,17 @@ def confusion(
     T [C, C]; a class that is never predicted has the row of the identity matrix.
 
   Raises:
-    InputError: the shapes differ, `predicted` or `labels` are not integers, `smoothing`
-      is negative, or, outside `jit`, an entry is not a class. Under `jit`, such an
-      entry makes T NaN.
+    InputError: the shapes differ, `predicted` or `labels` are not integers,
+      `num_classes` is not a positive integer, `smoothing` is negative or not finite,
+      or, outside `jit`, an entry is not a class. Under `jit`, such an entry makes T
+      NaN.
 
   >>> import jax.numpy as jnp
   >>> print(confusion(jnp.array([0, 0, 0]), jnp.array([0, 0, 1]), 2))
   [[0.625 0.375]
    [0.    1.   ]]
   """
+  num_classes = base.check_integer("confusion: num_classes", num_classes)
   predicted, labels = (base.host_or_jax_array(x) for x in (predicted, labels))
   if predicted.shape != labels.shape or labels.ndim != 1:
     raise base.InputError(
@@ -109,8 +115,8 @@ def confusion(
       f"confusion: row {jnp.argmin(exists)} of predicted or labels is not one of the"
       f" {num_classes} classes; leave such rows out."
     )
-  if smoothing < 0:
-    raise base.InputError(f"smoothing={smoothing} must be at least 0.")
+  if not 0 <= smoothing < math.inf:
+    raise base.InputError(f"smoothing={smoothing} must be a number of at least 0.")
   rows, columns = jnp.argmax(rows, axis=1), jnp.argmax(columns, axis=1)
   counts = jnp.zeros((num_classes, num_classes)).at[rows, columns].add(1)
   counts = counts * jnp.sqrt(jnp.where(exists.all(), 1.0, -1.0))
@@ -135,7 +141,12 @@ def estimate_from_network(
 
   Returns:
     T [C, C].
+
+  Raises:
+    InputError: `estimator` is unknown, or `percentile` is not from 0 to 100.
   """
+  check_estimator(estimator)
+  check_percentile(percentile)
 
   def predict(batch):
     return _log_probabilities(problem.forward, view.params, view.model_state, batch)
@@ -153,6 +164,12 @@ def estimate_from_network(
 def _log_probabilities(forward, params, model_state, batch):
   outputs, _ = forward(params, model_state, batch, jax.random.key(0), False)
   return losses.log_probabilities(losses.logits_of(outputs))
+
+
+def check_estimator(estimator: str) -> None:
+  """Raises InputError if `estimator` is not one of `ESTIMATORS`."""
+  if estimator not in ESTIMATORS:
+    raise base.InputError(f"estimator={estimator!r}: choose one of {ESTIMATORS}.")
 
 
 def check_percentile(percentile: float) -> None:

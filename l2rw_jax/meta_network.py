@@ -228,7 +228,8 @@ def meta_gradient(
   tangent = linearized.jvp(base.local(direction.vector, axis_name))
 
   def inner_derivative(phi):
-    return jax.jvp(lambda z: loss_fn(z, phi), (outputs,), (tangent,))[1]
+    inner, derivative = jax.jvp(lambda z: loss_fn(z, phi), (outputs,), (tangent,))
+    return derivative + hypergradient.through_value(direction, inner, axis_name)
 
   gradient = jax.grad(inner_derivative)(base.local(phi, axis_name))
   return checked_meta_gradient(

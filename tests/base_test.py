@@ -35,6 +35,17 @@ def test_what_is_not_an_integer_of_the_least_size_is_refused(value):
     base.check_integer("classes", value, at_least=2)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("largest", [6e-5, 0.5, 3e4])
+def test_division_by_the_largest_number_in_every_type(dtype, largest):
+  values = jnp.array([largest, -largest / 2, 0], dtype)
+  result = base.divide_by_largest(values, jnp.max(values))
+  assert result.dtype == dtype
+  np.testing.assert_allclose(result.astype(float), [1, -0.5, 0], rtol=1e-2)
+  zeros = jnp.zeros_like(values)
+  np.testing.assert_array_equal(base.divide_by_largest(zeros, zeros[:1]), zeros)
+
+
 def test_meta_losses_use_other_random_numbers_than_training_losses():
   def preprocess(images, keys, train):
     if not train:

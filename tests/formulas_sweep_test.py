@@ -1187,6 +1187,7 @@ _OTHER_FUNCTIONS = {
   "initialization.pytorch": _START,
   "l2rw.meta_direction": _INSIDE,
   "l2rw.weigh": _INSIDE,
+  "label_transition.check_estimator": _CHECK,
   "label_transition.check_percentile": _CHECK,
   "label_transition.estimate_from_network": _LOOP,
   "loop_buffers.allocated_after": _INSIDE,

@@ -446,6 +446,101 @@ def test_a_state_is_initialized_and_needs_its_optimizer():
     direction(opt_state=adam.init(params))
 
 
+@pytest.mark.parametrize("gradient", [np.ones(1), 1.0, np.ones((2, 3))])
+@pytest.mark.parametrize("optimizer", [None, optax.sgd(0.1)])
+def test_an_inner_gradient_of_another_shape_is_refused(gradient, optimizer):
+  with pytest.raises(base.InputError, match="inner_gradient must have the shapes"):
+    hypergradient.direction(
+      lambda p, x: x @ p, np.ones(3), np.ones((4, 3)), gradient, optimizer=optimizer
+    )
+
+
+def test_parameters_that_cannot_be_trained_are_refused():
+  with pytest.raises(base.InputError, match="nothing can be trained"):
+    hypergradient.direction(lambda p, x: x @ p, np.arange(3), np.ones((4, 3)))
+
+
+@pytest.mark.parametrize("shape", [(_B, 1), ()])
+def test_weights_of_another_shape_are_refused(shape):
+  with pytest.raises(base.InputError, match=r"one weight for each of \(5,\) weight"):
+    hypergradient.network_gradient(
+      lambda phi: phi * jnp.ones(shape), jnp.ones(()), np.ones(_B)
+    )
+
+
+@pytest.mark.parametrize(
+  ("reshape", "weights", "message"),
+  [
+    (lambda x: x[:, None], np.ones(4), "must be one number per example"),
+    (jnp.mean, np.ones(4), "must be one number per example"),
+    (lambda x: x, np.ones(1), "weights must be one number per loss"),
+  ],
+)
+def test_the_unrolled_step_refuses_other_shapes(reshape, weights, message):
+  optimizer, params = optax.sgd(0.1), jnp.ones(3)
+  with pytest.raises(base.InputError, match=message):
+    hypergradient.unrolled_weight_gradient(
+      lambda p, x: reshape(x @ p),
+      lambda p, x: x @ p,
+      params,
+      np.ones((4, 3)),
+      np.ones((4, 3)),
+      weights,
+      optimizer=optimizer,
+      opt_state=optimizer.init(params),
+    )
+
+
+@pytest.mark.parametrize("objective", [jnp.argmax, lambda x: (x.sum(), 1)])
+def test_an_objective_that_is_not_a_number_is_refused(objective):
+  with pytest.raises(base.InputError, match="must return one floating-point number"):
+    hypergradient.direction(
+      lambda p, x: x @ p, np.ones(3), np.ones((4, 3)), objective=objective
+    )
+
+
+def test_sharpness_aware_minimization_is_refused():
+  sam = optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1))
+  with pytest.raises(base.InputError, match="does not accept value"):
+    hypergradient.direction(
+      lambda p, x: x @ p, np.ones(3), np.ones((4, 3)), optimizer=sam
+    )
+
+
+@pytest.mark.parametrize("optimizer", [optax.polyak_sgd(1e6), optax.sgd(0.1)])
+def test_the_derivative_includes_the_inner_loss_that_an_optimizer_uses(optimizer):
+  batch, meta_batch = _data()
+  params, weights = _params(), np.array([0.3, 0.1, 0.2, 0.4, 0.05])
+  opt_state = optimizer.init(params)
+  arguments = (_losses_fn, params, batch, meta_batch, weights)
+  linearized = linearization.linearize(_losses_fn, params, batch)
+  direction = hypergradient.direction(
+    _losses_fn,
+    params,
+    meta_batch,
+    linearized.weighted_gradient(weights),
+    optimizer=optimizer,
+    opt_state=opt_state,
+    value=weights @ linearized.losses,
+  )
+
+  def unrolled(weights):
+    value, gradient = jax.value_and_grad(lambda p: weights @ _losses_fn(p, batch))(
+      params
+    )
+    update = optax.with_extra_args_support(optimizer).update
+    updates, _ = update(gradient, opt_state, params, value=value)
+    return _losses_fn(optax.apply_updates(params, updates), meta_batch).mean()
+
+  expected = jax.grad(unrolled)(weights)
+  actual = hypergradient.weight_gradient(linearized, direction)
+  np.testing.assert_allclose(actual, expected, rtol=1e-9)
+  reference = hypergradient.unrolled_weight_gradient(
+    arguments[0], *arguments, optimizer=optimizer, opt_state=opt_state
+  )
+  np.testing.assert_allclose(reference, expected, rtol=1e-9)
+
+
 def test_a_line_search_is_refused():
   with pytest.raises(base.InputError, match=r"also needs .*value_fn.*optax.sgd"):
     jax.eval_shape(functools.partial(_direction, optax.lbfgs()), _targets())

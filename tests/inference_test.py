@@ -39,6 +39,11 @@ def test_results_are_joined_in_order(batch_size, make):
   assert sum(sizes) == 7 and max(sizes) == min(batch_size, 7)
 
 
+def test_a_scalar_result_is_refused():
+  with pytest.raises(base.InputError, match="it returned a scalar"):
+    inference.map_batches(lambda batch: batch["x"].sum(), {"x": np.arange(5)}, 2)
+
+
 def test_a_result_per_batch():
   fun = lambda batch: batch["x"].sum(keepdims=True)  # noqa: E731
   sums = inference.map_batches(fun, {"x": np.arange(5)}, 2)
@@ -46,7 +51,8 @@ def test_a_result_per_batch():
 
 
 @pytest.mark.parametrize(
-  "examples", [{"y": np.arange(5), "x": np.arange(7)}, {"x": np.arange(0)}, {}]
+  "examples",
+  [{"y": np.arange(5), "x": np.arange(7)}, {"x": np.arange(0)}, {}, {"x": np.array(3)}],
 )
 def test_examples_have_one_length(examples):
   with pytest.raises(base.InputError, match="arrays of one length, at least 1"):

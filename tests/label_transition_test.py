@@ -46,6 +46,16 @@ def test_percentile_equals_the_released_estimator(size):
   np.testing.assert_allclose(result, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+  ("percentile", "size", "rank"),
+  [(64.1, 1001, 641), (32.3, 1001, 323), (64.6, 501, 323), (100, 501, 500)],
+)
+def test_the_rank_of_a_percentile_is_exact(percentile, size, rank):
+  p = np.arange(1, size + 1) / (size + 1)
+  matrix = label_transition.estimate_transition(np.stack([p, 1 - p], 1), percentile)
+  np.testing.assert_allclose(matrix[0, 0], p[rank], rtol=1e-6)
+
+
 def test_outliers_above_the_percentile_are_skipped():
   probabilities = np.concatenate([_noisy_posteriors(8), np.eye(3)[[0, 1]]])
   result = _estimate(probabilities, 97.0)
@@ -82,7 +92,21 @@ def test_confusion_counts_the_given_labels_of_each_predicted_class():
       lambda: label_transition.confusion(
         jnp.zeros(3, int), jnp.zeros(3, int), 2, smoothing=-1
       ),
-      "smoothing=-1 must be at least 0",
+      "smoothing=-1 must be a number of at least 0",
+    ),
+    (
+      lambda: label_transition.confusion(
+        jnp.zeros(3, int), jnp.zeros(3, int), 2, smoothing=np.nan
+      ),
+      "smoothing=nan must be a number of at least 0",
+    ),
+    (
+      lambda: label_transition.confusion(jnp.zeros(3, int), jnp.zeros(3, int), 2.0),
+      "num_classes=2.0 must be an integer",
+    ),
+    (
+      lambda: label_transition.estimate_from_network("anchors", None, None),
+      "estimator='anchors': choose one of",
     ),
     # Probabilities in place of classes.
     (

@@ -43,7 +43,7 @@ def _parameters(net, *inputs):
   return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes)
 
 
-def _weight_net(normalization, params, batch, meta_batch, axis_name):
+def _weight_net(normalization, optimizer, params, batch, meta_batch, axis_name):
   phi = _parameters(_NET, jnp.zeros(1))
   return meta_weight_net.network_gradient(
     _NET.apply,
@@ -52,13 +52,14 @@ def _weight_net(normalization, params, batch, meta_batch, axis_name):
     params,
     batch,
     meta_batch,
-    optimizer=optax.sgd(0.3),
+    optimizer=optimizer,
     normalization=normalization,
+    detached=normalization == "mean",
     axis_name=axis_name,
   )
 
 
-def _rectifier(params, batch, meta_batch, axis_name):
+def _rectifier(optimizer, params, batch, meta_batch, axis_name):
   phi = _parameters(_RECTIFIER, jnp.zeros((1, 3)), jnp.zeros(1, jnp.int32))
 
   def loss_fn(logits, phi):
@@ -75,15 +76,18 @@ def _rectifier(params, batch, meta_batch, axis_name):
     _losses_fn,
     params,
     meta_batch,
-    optimizer=optax.sgd(0.3),
+    optimizer=optimizer,
     axis_name=axis_name,
   )
 
 
+_SGD, _POLYAK = optax.sgd(0.3), optax.polyak_sgd(max_learning_rate=1e6)
 _META_GRADIENTS = {
-  "mean": functools.partial(_weight_net, "mean"),
-  "sum": functools.partial(_weight_net, "sum"),
-  "rectifier": _rectifier,
+  "mean": functools.partial(_weight_net, "mean", _SGD),
+  "sum": functools.partial(_weight_net, "sum", _SGD),
+  "sum, polyak": functools.partial(_weight_net, "sum", _POLYAK),
+  "rectifier": functools.partial(_rectifier, _SGD),
+  "rectifier, polyak": functools.partial(_rectifier, _POLYAK),
 }
 
 
@@ -112,6 +116,38 @@ def test_meta_gradients_are_the_same_under_shard_map(check_vma):
   chex.assert_trees_all_close(
     jax.device_get(actual), jax.device_get(expected), rtol=1e-4, atol=1e-7
   )
+
+
+@pytest.mark.parametrize("optimizer", [_SGD, _POLYAK])
+def test_the_gradient_equals_that_of_the_unrolled_step(x64, optimizer):
+  params, batch, meta_batch = jax.tree.map(
+    lambda x: x.astype(float) if x.dtype == np.float32 else x, _problem()
+  )
+
+  def loss_fn(logits, phi):
+    inputs = losses_lib.softmax_cross_entropy(logits, batch["label"])
+    return jnp.mean(jax.nn.sigmoid(phi * inputs) * inputs)
+
+  def unrolled(phi):
+    def inner(params):
+      return loss_fn(batch["x"] @ params["w"], phi)
+
+    value, gradient = jax.value_and_grad(inner)(params)
+    update = optax.with_extra_args_support(optimizer).update
+    updates, _ = update(gradient, optimizer.init(params), params, value=value)
+    return _losses_fn(optax.apply_updates(params, updates), meta_batch).mean()
+
+  phi = jnp.array(0.3)
+  actual = meta_network.meta_gradient(
+    linearization.linearize_outputs(lambda p, b: b["x"] @ p["w"], params, batch),
+    loss_fn,
+    phi,
+    _losses_fn,
+    params,
+    meta_batch,
+    optimizer=optimizer,
+  )
+  np.testing.assert_allclose(actual.gradient, jax.grad(unrolled)(phi), rtol=1e-9)
 
 
 def test_an_update_is_computed_once_in_every_n_steps():

@@ -14,6 +14,8 @@ import jax
 from jax.extend import core as jax_core
 import jax.numpy as jnp
 
+from l2rw_jax.linearization import backward_rules
+
 # The axis of the examples; None for a value that does not depend on examples.
 Axis = int | None
 
@@ -189,7 +191,7 @@ def body_axes(
   carry = slice(loop.num_consts, first_x)
   for check in dict.fromkeys((False, check_rules)):
     before: list[Any] | None = None
-    while before != inputs[carry]:  # Once, if nothing is carried.
+    while before != inputs[carry]:  # This runs once if nothing is carried.
       before = inputs[carry]
       outputs = _propagate_jaxpr(loop.jaxpr, len(loop.closed_consts), inputs, check)
       inputs[carry] = [
@@ -293,21 +295,11 @@ def _checked_by_rule(eqn, axes, output_axes):
 
 
 def _checked_by_backward_rule(eqn, axes, output_axes):
-  """`output_axes`, or errors if the rules of a custom_vjp mix examples."""
-  params = eqn.primitive.get_bind_params(eqn.params)
+  """`output_axes`, or errors if the rules of a custom_vjp mix examples.
 
-  def gradients(values, cotangents):
-    outputs, vjp_fn = jax.vjp(lambda *x: eqn.primitive.bind(*x, **params), *values)
-    return outputs, vjp_fn(cotangents)
-
-  values = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
-  cotangents = [
-    jax.ShapeDtypeStruct(
-      v.aval.shape, v.aval.dtype if _is_inexact(v) else jax.dtypes.float0
-    )
-    for v in eqn.outvars
-  ]
-  rule = jax.make_jaxpr(gradients)(values, cotangents)
+  The errors are the same if the backward rule is not linear, see `backward_rules`.
+  """
+  rule = backward_rules.rule_of(eqn)
   known = [None if isinstance(axis, MixedError) else axis for axis in output_axes]
   # The rule may call the function itself, whose rule must not be checked again.
   rule_axes = _propagate_jaxpr(
@@ -316,13 +308,15 @@ def _checked_by_backward_rule(eqn, axes, output_axes):
   pairs = zip((*output_axes, *axes), rule_axes, strict=True)
   # Outputs that mix examples are not used, nor are gradients with respect to constant
   # inputs.
-  if all(
+  is_apart = all(
     actual is None or actual == expected
     for expected, actual in pairs
     if not isinstance(expected, MixedError) and expected is not None
-  ):
+  )
+  if is_apart and backward_rules.is_linear(rule, len(eqn.outvars)):
     return output_axes
-  what = MixedError(f"{eqn.primitive.name}, whose backward rule mixes examples")
+  fault = "is not linear in its cotangent" if is_apart else "mixes examples"
+  what = MixedError(f"{eqn.primitive.name}, whose backward rule {fault}")
   return [axis if isinstance(axis, MixedError) else what for axis in output_axes]
 
 

@@ -21,6 +21,7 @@ from jax.extend import core as jax_core
 import jax.numpy as jnp
 
 from l2rw_jax import base
+from l2rw_jax.linearization import backward_rules
 from l2rw_jax.linearization import layerwise
 from l2rw_jax.linearization import parameter_uses
 from l2rw_jax.linearization import surrogates
@@ -41,7 +42,9 @@ def linearize(
 ) -> base.Linearized:
   """Linearizes the per-example losses of one batch at `params`.
 
-  All engines except `difference` are exact. The three costs in the table are those of
+  All engines except `difference` are exact. The backward rule of a `jax.custom_vjp`
+  must be linear in its cotangent; a rule that clips gradients, for instance, is not,
+  and is refused. The three costs in the table are those of
   `linearize` itself (recording), of `directional` and of `weighted_gradient`. Their
   unit is a forward pass of the batch, and the first forward pass is not counted.
 
@@ -60,11 +63,12 @@ def linearize(
                            `jax.custom_vjp`, which has no forward mode; its
                            backward rule must be differentiable.
   difference    0, 2, 2    (l(p + h v) - l(p - h v)) / 2h. Works with any kernel;
-                           the error is about 1e-3 of the largest entry in
-                           float32. Arguments of `stop_gradient` are held fixed;
-                           functions whose declared derivative is not the
-                           derivative of their values (straight-through, gradient
-                           reversal) are refused.
+                           the error is about 1e-3 of the largest entry if all
+                           computations are in float32, and some percent if one is
+                           in half precision. Arguments of `stop_gradient` are held
+                           fixed; functions whose declared derivative differs by
+                           more than 10% from the derivative of their values
+                           (straight-through, gradient reversal) are refused.
   auto                     The default: layerwise if the model allows it, else
                            forward. For a `jax.checkpoint` that takes parameters:
                            forward, which is cheaper there, unless the model has
@@ -163,7 +167,7 @@ def _layerwise(losses_fn, params, batch, engine):
     return None
   return base.LinearizedOutputs(
     losses,
-    lambda vector: directional(partition.leaves(vector)),
+    lambda vector: directional(partition.vector_leaves("vector", vector)),
     lambda weights: partition.combine_gradient(weighted_gradient(weights)),
     aux,
     base.StaticStr("layerwise"),
@@ -178,12 +182,12 @@ def _along(losses_fn, params, batch, direction):
   """
   partition = trainable.Partition(params)
   leaves, known = partition.leaves(params), jax.tree.leaves(direction)
+  tangents = partition.vector_leaves("direction", direction)
 
   def losses_and_aux(leaves):
     return losses_fn(partition.combine(leaves), batch)
 
   def losses_and_slopes(leaves):
-    tangents = partition.leaves(direction)
     losses, slopes, aux = jax.jvp(losses_and_aux, (leaves,), (tangents,), has_aux=True)
     return losses, (slopes, aux)
 
@@ -199,7 +203,7 @@ def _along(losses_fn, params, batch, direction):
     given = jax.tree.leaves(vector)
     if len(given) == len(known) and all(map(operator.is_, given, known)):
       return slopes
-    tangents = partition.leaves(vector)
+    tangents = partition.vector_leaves("vector", vector)
     return jax.jvp(losses_and_aux, (leaves,), (tangents,), has_aux=True)[1]
 
   return base.LinearizedOutputs(
@@ -244,7 +248,8 @@ def linearize_outputs(
     A `base.LinearizedOutputs`.
 
   Raises:
-    InputError: the arguments are invalid, see `linearize`; outputs may have any shape.
+    InputError: the arguments are invalid, see `linearize`; outputs may have any shape,
+      but must be floating-point or complex.
 
   Example:
     >>> import jax.numpy as jnp
@@ -255,11 +260,19 @@ def linearize_outputs(
   """
   if engine not in _OUTPUT_ENGINES:
     raise base.InputError(f"engine={engine!r}: choose one of {_OUTPUT_ENGINES}.")
+  trainable.check(params)
   partition = trainable.Partition(params)
 
   def outputs_and_aux(leaves):
     result = outputs_fn(partition.combine(leaves), batch)
-    return base.split_aux("outputs_fn", result, has_aux)
+    outputs, aux = base.split_aux("outputs_fn", result, has_aux)
+    for x in jax.tree.leaves(outputs):
+      if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+        raise base.InputError(
+          f"outputs_fn returned an array of {jnp.result_type(x)}, which has no"
+          " derivative: return it as aux, with has_aux=True."
+        )
+    return outputs, aux
 
   leaves = partition.leaves(params)
   if engine == "forward":
@@ -273,13 +286,23 @@ def linearize_outputs(
   else:
     outputs, vjp_fn, aux = jax.vjp(outputs_and_aux, leaves, has_aux=True)
     if engine == "reverse":
+      name = backward_rules.find_nonlinear(
+        jax.make_jaxpr(outputs_and_aux)(leaves).jaxpr
+      )
+      if name is not None:
+        raise base.InputError(
+          f"no engine fits this model: the backward rule of {name} is not linear in its"
+          " cotangent (it clips gradients, for instance). Clip gradients in the"
+          " optimizer instead."
+        )
       jvp_fn = _double_reverse(vjp_fn, outputs)
     else:
-      jvp_fn = _central_difference(_without_surrogates(outputs_and_aux, leaves), leaves)
+      outputs_of, epsilon = _without_surrogates(outputs_and_aux, leaves)
+      jvp_fn = _central_difference(outputs_of, leaves, epsilon)
 
   return base.LinearizedOutputs(
     outputs,
-    lambda vector: jvp_fn(partition.leaves(vector)),
+    lambda vector: jvp_fn(partition.vector_leaves("vector", vector)),
     lambda cotangent: partition.combine_gradient(vjp_fn(cotangent)[0]),
     aux,
     base.StaticStr(engine),
@@ -295,6 +318,9 @@ def _double_reverse(vjp_fn, outputs):
 
 def _without_surrogates(outputs_and_aux, leaves):
   """The outputs as a function whose finite differences match declared derivatives.
+
+  Returns:
+    The function, and the rounding error of its least precise intermediate result.
 
   Raises:
     InputError: the outputs use a function whose declared derivative is not the
@@ -317,17 +343,31 @@ def _without_surrogates(outputs_and_aux, leaves):
     lambda leaves: jax.tree.leaves(outputs_of(leaves)), leaves
   )
   treedef = jax.tree.structure(shapes)
-  return lambda leaves: jax.tree.unflatten(treedef, flat_outputs_of(leaves))
+  return (
+    lambda leaves: jax.tree.unflatten(treedef, flat_outputs_of(leaves)),
+    _largest_epsilon(closed.jaxpr),
+  )
 
 
-def _central_difference(outputs_of, leaves):
+def _largest_epsilon(jaxpr):
+  """The largest machine epsilon of the types in which a function computes."""
+  values = [*jaxpr.invars, *(x for eqn in jaxpr.eqns for x in eqn.outvars)]
+  types = {x.aval.dtype for x in values if hasattr(x.aval, "dtype")}
+  nested = 0.0
+  for eqn in jaxpr.eqns:
+    for inner in jax_core.jaxprs_in_params(eqn.params):
+      nested = max(nested, _largest_epsilon(getattr(inner, "jaxpr", inner)))
+  epsilons = [float(jnp.finfo(t).eps) for t in types if jnp.issubdtype(t, jnp.inexact)]
+  return max([nested, *epsilons])
+
+
+def _central_difference(outputs_of, leaves, epsilon):
   """Directional derivative from two forward passes.
 
   The sum of the truncation error (h^2) and the rounding error (eps / h) is smallest if
   the relative step is near the cube root of eps. The step is relative to the norm of
   the parameters, because the scale of the direction is arbitrary.
   """
-  epsilon = max((float(jnp.finfo(x.dtype).eps) for x in leaves), default=1.0)
   relative_step = 0.2 * epsilon ** (1 / 3)
   is_double = any(jnp.finfo(x.dtype).bits == 64 for x in leaves)
   dtype = jnp.float64 if is_double else jnp.float32  # The dtype of step sizes.

@@ -157,13 +157,7 @@ class Gradients:
     self._leaves = leaves
     self._slopes = slopes
     self._size = size
-    self._producers = {
-      place: step
-      for step in plan.steps
-      if isinstance(step, parameter_uses.Step)
-      and step.kind == parameter_uses.Kind.PARAMS
-      for place in step.outputs
-    }
+    self._sources, self._producers = plan.sources, plan.producers
     self._uses: list[_Factors | _Formed] = []
     for step, gradients in zip(self._steps, slopes, strict=True):
       for index in step.param_inputs:
@@ -231,20 +225,6 @@ class Gradients:
         if factors is not None:
           candidates[i] = factors
     return candidates
-
-  def _sources(self, place):
-    """The leaves from which a value is computed."""
-    seen, sources, remaining = set(), set(), [place]
-    while remaining:
-      place = remaining.pop()
-      if place is None or place in seen:
-        continue
-      seen.add(place)
-      if place < len(self._leaves):
-        sources.add(place)
-      elif place in self._producers:
-        remaining += [value.place for value in self._producers[place].inputs]
-    return sources
 
   def _is_view(self, place):
     """Whether a value is a leaf, up to operations that keep inner products."""

@@ -77,6 +77,7 @@ def meta_weight_net_plans(batch_size: int) -> list[dict[str, Any]]:
 
 
 def _microbatches(batch_size):
+  batch_size = base.check_integer("batch_size", batch_size)
   counts = [2**i for i in range(1, _MAX_MICROBATCHES.bit_length())]
   return [
     {"microbatch_size": -(-batch_size // count)}

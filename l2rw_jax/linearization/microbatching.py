@@ -17,7 +17,7 @@ sharded over an automatic mesh, the microbatches are parts of the global batch, 
 examples move between devices.
 
 Microbatches are processed in a loop, so compile time does not depend on their number.
-On a CPU, convolutions in this loop are `control_flow.channels_last`.
+On a CPU, `control_flow.channels_last` converts the convolutions in this loop.
 """
 
 from collections.abc import Callable

@@ -78,7 +78,7 @@ def after(first: base.PyTree, then: base.PyTree) -> base.PyTree:
 
   Args:
     first: pytree of arrays; only floating-point and complex ones are waited for.
-    then: pytree of arrays. Typed PRNG keys do not wait.
+    then: pytree of arrays. Typed PRNG keys and numbers of Python do not wait.
 
   Returns:
     A pytree with the values of `then`.
@@ -90,6 +90,8 @@ def after(first: base.PyTree, then: base.PyTree) -> base.PyTree:
   is_ready = zero_after(first) == 0  # Always True.
 
   def wait(x):
+    if not hasattr(x, "dtype"):  # A number of Python is not computed.
+      return x
     if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # Typed PRNG keys.
       return x
     return jnp.where(is_ready, x, jnp.zeros_like(x))

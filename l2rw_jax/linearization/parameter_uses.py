@@ -13,6 +13,7 @@ iteration to the next (counters, keys).
 
 from collections.abc import Callable, Iterable, Sequence
 import enum
+import functools
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -265,8 +266,7 @@ class Loop(NamedTuple):
         self.body.run(kind, inner, perturbations if kind == Kind.DATA else None)
       after = [_array_of(value, inner) for value in self.carry_after]
       results = [_array_of(value, inner) for value in self.results]
-      # Records are not differentiated.
-      records = {place: jax.lax.stop_gradient(inner[place]) for place in recorded}
+      records = {place: inner[place] for place in recorded}
       return after, (results, records)
 
     carry, (results, records) = jax.lax.scan(
@@ -396,6 +396,35 @@ class Plan:
     """Adds a place to the environment and returns its value."""
     self._size += 1
     return Value(self._size - 1, None, kind, aval, axis, error, leaf)
+
+  @functools.cached_property
+  def producers(self) -> dict[int, Step]:
+    """The operation that computes each value that depends on parameters alone.
+
+    Use it only when the plan is complete.
+    """
+    return {
+      place: step
+      for step in self.steps
+      if isinstance(step, Step) and step.kind == Kind.PARAMS
+      for place in step.outputs
+    }
+
+  def sources(self, place: int | None) -> set[int]:
+    """The parameters from which a value that depends on them alone is computed."""
+    seen: set[int] = set()
+    sources: set[int] = set()
+    remaining = [place]
+    while remaining:
+      place = remaining.pop()
+      if place is None or place in seen:
+        continue
+      seen.add(place)
+      if place < len(self._names):
+        sources.add(place)
+      elif place in self.producers:
+        remaining += [value.place for value in self.producers[place].inputs]
+    return sources
 
   def const(self, value: Value) -> Value:
     """Adds a place for a value of the outer plan that is the same in all iterations."""

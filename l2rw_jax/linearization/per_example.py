@@ -16,7 +16,8 @@ with fewer FLOPs is selected for every parameter:
 
 * Dense layers, convolutions (as dense layers of patches) and embeddings (whose
   activations are one-hot) have both forms.
-* Scales, biases and all other operations form g_i, which is small for most of them.
+* For scales, biases and all other operations, g_i is formed; it is small for most of
+  them.
 * If a parameter is used several times (tied weights, an unrolled recurrence), the
   gradients of its uses are added before squaring, so that cross terms are included.
 
@@ -50,7 +51,8 @@ _MIXED = (
   "the loss of an example changes with the other examples of the batch (BatchNorm, or a"
   " dropout mask for a whole batch), so that engine='vmap', which computes examples one"
   " by one, does not apply. Use GroupNorm or LayerNorm, and draw the mask of each"
-  " example from a key in the batch."
+  " example from a key in the batch. Close over an array that all examples share and"
+  " that has as many rows as the batch has examples."
 )
 
 
@@ -493,10 +495,15 @@ def _form(call, leaves, rows, merge):
 
 def _checked(carry, results, losses, alone):
   """Raises InputError if losses change with the batch, or returns NaN under `jit`."""
-  tolerance = float(jnp.finfo(losses.dtype).eps) ** 0.5
-  difference = jnp.abs(losses - alone)
-  # Losses that are NaN cannot be compared.
-  same = jnp.all(~(difference > tolerance * (1 + jnp.abs(losses))))
+  epsilon = float(jnp.finfo(losses.dtype).eps)
+  # Losses that are NaN or infinite cannot be compared.
+  is_finite = jnp.isfinite(losses) & jnp.isfinite(alone)
+  sizes = jnp.maximum(jnp.abs(losses), jnp.abs(alone))
+  largest = jnp.max(jnp.where(is_finite, sizes, jnp.zeros_like(sizes)))
+  # All losses may be small, as those of a good network are. The second term is the
+  # rounding error of a small loss that is the difference of numbers near 100.
+  tolerance = epsilon**0.5 * largest + 100 * epsilon
+  same = jnp.all((jnp.abs(losses - alone) <= tolerance) | ~is_finite)
   if not isinstance(same, jax.core.Tracer):
     if not same:
       raise base.InputError(_MIXED)

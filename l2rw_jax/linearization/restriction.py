@@ -31,8 +31,11 @@ def check(layers: Layers | None) -> None:
   if isinstance(given, numbers.Real):
     is_valid = not isinstance(given, bool) and 0 < float(given) <= 1
   else:
-    names = [given] if isinstance(given, str) else list(given)
-    is_valid = bool(names) and all(isinstance(n, str) and n for n in names)
+    # A generator would be used up here.
+    is_sequence = isinstance(given, str | list | tuple | set | frozenset)
+    names = [given] if isinstance(given, str) else given
+    is_valid = is_sequence and bool(names)
+    is_valid = is_valid and all(isinstance(n, str) and n for n in names)
   if is_valid:
     return
   raise base.InputError(
@@ -158,10 +161,13 @@ def _last(share, losses_fn, params, batch, has_aux):
   costs, last_use = [0] * len(leaves), [-1] * len(leaves)
   for position, step in enumerate(uses):
     for index in step.param_inputs:
-      leaf: Any = step.inputs[index].leaf
-      costs[leaf] += _flops(step.eqn)
-      last_use[leaf] = position
-  order = sorted(range(len(leaves)), key=last_use.__getitem__, reverse=True)
+      # With weight normalization, a kernel is computed from two parameters.
+      sources = plan.sources(step.inputs[index].place)
+      for leaf in sources:
+        last_use[leaf] = position
+      if sources:
+        costs[max(sources, key=lambda leaf: leaves[leaf].size)] += _flops(step.eqn)
+  order = sorted(range(len(leaves)), key=lambda leaf: (-last_use[leaf], costs[leaf]))
   # A kernel and its bias form a layer. The bias alone would cost nearly nothing.
   layers: list[list[int]] = [[]]
   for index, earlier in zip(order, [*order[1:], None], strict=True):

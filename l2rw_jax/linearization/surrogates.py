@@ -40,9 +40,11 @@ def find(jaxpr: Any) -> str | None:
   """
   consistent = set()
   for eqn in _suspects(jaxpr):
-    name = _name(eqn)
+    name = name_of(eqn)
     avals = [v.aval for v in eqn.invars]
-    key = (name, *((x.shape, x.dtype) for x in avals))
+    # Calls of one function with other static arguments have other rules.
+    rules = ((k, id(v)) for k, v in sorted(eqn.params.items()))
+    key = (name, *((x.shape, x.dtype) for x in avals), *rules)
     if key not in consistent and _disagrees(eqn):
       return name
     consistent.add(key)
@@ -125,8 +127,8 @@ def _is_in_jax(source):
   return source.rpartition(" at ")[2].startswith(_JAX_FOLDER)
 
 
-def _name(eqn):
-  """The function outside of JAX, as `name at path:line`."""
+def name_of(eqn: Any) -> str:
+  """The function of an operation outside of JAX, as `name at path:line`."""
   sources = _sources(eqn) or [eqn.primitive.name]
   return next((s for s in sources if not _is_in_jax(s)), sources[0])
 

@@ -75,10 +75,7 @@ def forward_correction(
       f"forward_correction: from_epoch={from_epoch} must be at least 1, because T is"
       " estimated from a trained network; or pass transition."
     )
-  if estimator not in label_transition.ESTIMATORS:
-    raise base.InputError(
-      f"forward_correction: estimator={estimator!r}; choose 'anchor' or 'confusion'."
-    )
+  label_transition.check_estimator(estimator)
   label_transition.check_percentile(percentile)
 
   def init(key, problem, params):

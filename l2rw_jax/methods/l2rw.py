@@ -45,6 +45,7 @@ References:
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -438,7 +439,8 @@ def l2rw(
 
   if refresh_every == 1:
     return base.Method(gradients, needs_meta=True)
-  return base.Method(gradients, _no_direction, needs_meta=True)
+  init = functools.partial(_no_direction, uses_value=optimizer is not None)
+  return base.Method(gradients, init, needs_meta=True)
 
 
 def _stored(direction, params):
@@ -450,7 +452,7 @@ def _stored(direction, params):
   )
 
 
-def _no_direction(key, problem, params):
+def _no_direction(key, problem, params, uses_value):
   """The state before the first step, which replaces it."""
   del key, problem
   return hypergradient.Direction(
@@ -459,4 +461,5 @@ def _no_direction(key, problem, params):
     jnp.array(True),
     jnp.array(False),
     jnp.zeros((), jnp.int32),
+    value_slope=jnp.zeros(()) if uses_value else None,
   )

@@ -295,12 +295,16 @@ class _Lookahead(NamedTuple):
   """The results of the look-ahead step from which the meta gradient is computed.
 
   Attributes:
-    weights_fn: maps phi to the weights of the look-ahead step, for the global batch.
+    weights_fn: maps phi to the coefficients of the per-example gradients in the
+      look-ahead step, for the global batch.
+    remainder_fn: maps phi to the inner loss of the global batch minus the sum of
+      coefficients times losses; None if they are equal.
     direction: the gradient of the meta loss, pulled back through the optimizer step.
     losses_finite: whether the losses of the training batch are finite.
   """
 
   weights_fn: Callable[[base.PyTree], base.Array]
+  remainder_fn: Callable[[base.PyTree], base.Array] | None
   direction: hypergradient.Direction
   losses_finite: Any
 
@@ -326,10 +330,16 @@ def _lookahead(
   )
   losses = base.gather(linearized.losses, axis_name)
 
-  def weights_fn(phi):
+  def weights_fn(phi, detached=detached):
     return inner_weights(
       weight_fn, phi, losses, normalization=normalization, detached=detached
     )
+
+  def loss_fn(phi):
+    return jnp.sum(weights_fn(phi, detached=True) * losses)
+
+  def remainder_fn(phi):
+    return loss_fn(phi) - jnp.sum(weights_fn(phi) * losses)
 
   local_weights = base.local_slice(weights_fn(phi), axis_name)
   direction = hypergradient.direction(
@@ -338,10 +348,12 @@ def _lookahead(
     meta_batch,
     base.summed_gradient(linearized, local_weights, axis_name),
     axis_name=axis_name,
-    value=base.psum(jnp.sum(local_weights * linearized.losses), axis_name),
+    # The inner loss does not depend on whether its weights are differentiated.
+    value=base.pmean(loss_fn(phi), axis_name),
     **options,
   )
-  return _Lookahead(weights_fn, direction, losses_finite)
+  remainder = None if detached else remainder_fn
+  return _Lookahead(weights_fn, remainder, direction, losses_finite)
 
 
 def _meta_gradient(linearized, lookahead, phi, axis_name):
@@ -350,7 +362,7 @@ def _meta_gradient(linearized, lookahead, phi, axis_name):
   `linearized` is the training batch, linearized; with `recompute`, `lookahead` was
   computed from an earlier linearization.
   """
-  weights_fn, direction, losses_finite = lookahead
+  weights_fn, remainder_fn, direction, losses_finite = lookahead
   logging.log_first_n(
     logging.INFO, "Meta-Weight-Net uses engine=%s.", 1, linearized.engine
   )
@@ -358,6 +370,13 @@ def _meta_gradient(linearized, lookahead, phi, axis_name):
   gradient = hypergradient.network_gradient(
     weights_fn, base.local(phi, axis_name), base.gather(weight_gradient, axis_name)
   )
+  if remainder_fn is not None:
+    remainder = jax.grad(remainder_fn)(base.local(phi, axis_name))
+    gradient = jax.tree.map(
+      lambda g, r: g + hypergradient.through_value(direction, r, axis_name),
+      gradient,
+      remainder,
+    )
   # The value is equal on every device; the mean marks it as equal for `shard_map`.
   gradient = base.pmean(gradient, axis_name)
   return meta_network.checked_meta_gradient(

@@ -265,6 +265,21 @@ def test_difference_in_half_precision_has_the_right_sign():
   assert _relative_error(actual.astype(float), expected) < 0.2
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.1), ("float16", 0.02)])
+def test_difference_of_a_network_in_half_precision(dtype, tolerance):
+  def losses_fn(params, x):
+    hidden = jnp.tanh(x.astype(dtype) @ params.astype(dtype))
+    return jnp.sum(hidden, axis=1).astype(jnp.float32) ** 2
+
+  params, vector = jnp.ones((3, 4)) / 2, jnp.linspace(-1, 1, 12).reshape(3, 4)
+  exact, difference = (
+    linearization.linearize(losses_fn, params, _x(np.float32), engine=engine)
+    for engine in ("forward", "difference")
+  )
+  actual, expected = difference.directional(vector), exact.directional(vector)
+  assert _relative_error(actual, expected) < tolerance
+
+
 @pytest.mark.parametrize(("scale", "entry"), [(1024, 100), (2**-12, 2**-14)])
 def test_products_of_a_network_in_float16_neither_overflow_nor_vanish(scale, entry):
   def losses_fn(params, x):
@@ -512,13 +527,61 @@ def test_a_shape_error_inside_the_model_passes_unchanged():
   assert not isinstance(caught.value, base.InputError)
 
 
-def test_a_vector_of_another_structure_raises_the_error_of_jax():
-  linearized = linearization.linearize(
-    lambda p, x: x @ p["custom_vjp"], {"custom_vjp": jnp.ones(3)}, _x()
-  )
-  with pytest.raises(ValueError, match="mismatch") as caught:
-    linearized.directional({"another": jnp.ones(3)})
-  assert not isinstance(caught.value, base.InputError)
+@pytest.mark.parametrize("engine", linearization.ENGINES)
+@pytest.mark.parametrize(
+  ("vector", "message"),
+  [
+    ({"another": np.ones(3)}, "must be a pytree like params"),
+    ({"w": np.ones(1)}, r"it has \(1,\) at w, where params has \(3,\)"),
+    ({"w": 1.0}, r"it has \(\) at w, where params has \(3,\)"),
+  ],
+)
+def test_vectors_that_are_not_like_params_are_refused(engine, vector, message):
+  def linearize(**options):
+    params = {"w": jnp.ones(3)}
+    return linearization.linearize(
+      lambda p, x: x @ p["w"], params, _x(), engine=engine, **options
+    )
+
+  with pytest.raises(base.InputError, match=message):
+    linearize().directional(vector)
+  if engine == "forward":
+    with pytest.raises(base.InputError, match=message):
+      linearize(direction=vector)
+
+
+def test_outputs_without_a_derivative_are_refused():
+  with pytest.raises(base.InputError, match="array of int32, which has no derivative"):
+    linearization.linearize_outputs(lambda p, x: jnp.int32(x @ p), jnp.ones(3), _x())
+  with pytest.raises(base.InputError, match="nothing can be trained"):
+    linearization.linearize_outputs(lambda p, x: x @ p, jnp.arange(3), _x())
+
+
+@jax.custom_vjp
+def _clip_gradient(x):
+  return x
+
+
+_clip_gradient.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -1, 1),))
+
+
+def test_a_backward_rule_that_clips_gradients():
+  x = jnp.array([[1.0, 0], [0, 1], [1, 1], [2, 1]])
+  targets, params = jnp.array([0.0, 4, -3, 1]), jnp.array([1.0, 2])
+  weights = jnp.full(4, 0.25)
+
+  def losses_fn(p, x):
+    return (_clip_gradient(x @ p) - targets) ** 2
+
+  expected = jax.grad(lambda p: weights @ losses_fn(p, x))(params)
+  linearized = linearization.linearize(losses_fn, params, x)
+  np.testing.assert_allclose(linearized.weighted_gradient(weights), expected)
+  with pytest.raises(base.InputError, match="without a forward-mode derivative"):
+    linearized.directional(params)
+  with pytest.raises(base.InputError, match="is not linear in its cotangent"):
+    linearization.linearize(losses_fn, params, x, engine="layerwise")
+  with pytest.raises(base.InputError, match=r"_clip_gradient at .* is not linear"):
+    linearization.linearize(losses_fn, params, x, engine="reverse")
 
 
 _LINEARIZE = {

@@ -11,6 +11,7 @@ import pytest
 from l2rw_jax import base
 from l2rw_jax import linearization
 from l2rw_jax import losses
+from l2rw_jax.linearization import microbatching
 
 _B, _T, _D, _LAYERS = 5, 4, 6, 3
 _FLAX_IN_FLOAT64 = pytest.mark.promotes("flax's layers mix float64 with float32")
@@ -381,3 +382,33 @@ def test_a_backward_rule_that_mixes_examples_is_refused(name, wrap):
   params, x = jnp.ones((2, 4, 4)), jnp.asarray(_array(_B, 4), jnp.float32)
   with pytest.raises(base.InputError, match="custom_vjp_call, whose backward rule"):
     linearization.linearize(losses_fn, params, x, engine="layerwise")
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_results_of_a_loop_can_be_differentiated(size):
+  params, vector, x = _array(3, 3), _array(3, 3, seed=1), _array(4, 3, seed=2)
+  weights = _array(4, seed=3)
+
+  def losses_fn(params, x):
+    h, _ = jax.lax.scan(lambda h, _: (jnp.tanh(h @ params), None), x, length=2)
+    return h.sum(axis=1) ** 2
+
+  linearize = microbatching.microbatched(linearization.linearize, size)
+
+  def slopes(params):
+    return linearize(losses_fn, params, x).directional(vector).sum()
+
+  def norm(params):
+    return (linearize(losses_fn, params, x).weighted_gradient(weights) ** 2).sum()
+
+  def expected_slopes(params):
+    return jax.jvp(lambda p: losses_fn(p, x), (params,), (vector,))[1].sum()
+
+  def expected_norm(params):
+    gradient = jax.grad(lambda p: weights @ losses_fn(p, x))(params)
+    return (gradient**2).sum()
+
+  for actual, expected in ((slopes, expected_slopes), (norm, expected_norm)):
+    np.testing.assert_allclose(
+      jax.grad(actual)(params), jax.grad(expected)(params), rtol=1e-10
+    )

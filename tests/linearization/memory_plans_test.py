@@ -107,6 +107,13 @@ def test_donated_arguments_count_once():
   assert memory_plans.choose(make_step, [x], plans, 8000).num_bytes == 8000
 
 
+@pytest.mark.parametrize("batch_size", [0, -3, 5.0])
+def test_batch_sizes_are_integers(batch_size):
+  for plans in (memory_plans.l2rw_plans, memory_plans.meta_weight_net_plans):
+    with pytest.raises(base.InputError, match=r"batch_size=.* must be an integer"):
+      plans(batch_size)
+
+
 def test_no_plan_fits():
   plans = [{}, {"engine": "forward"}]
   message = r"no plan fits into num_bytes=1000 .*: the smallest, .* needs 0\.\d MiB"

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.0, 3e38])
 def test_after_does_not_change_values(value):
   first = {"x": jnp.array([value, 1.0]), "empty": jnp.zeros(0), "int": jnp.arange(2)}
+  assert ordering.after(first, {"temperature": 2.5}) == {"temperature": 2.5}
   then = {
     "x": jnp.array([-0.0, jnp.nan, -jnp.inf]),
     "half": jnp.ones(2, jnp.bfloat16),

@@ -276,6 +276,9 @@ def test_losses_that_depend_on_other_examples_are_refused():
     per_example.norms(_normalized, params, x)
   with pytest.raises(base.InputError, match=r"does not fit .* engine='vmap'"):
     per_example.norms(_normalized, params, x, engine="layerwise")
+  # Losses that are all small.
+  with pytest.raises(base.InputError, match="changes with the other examples"):
+    per_example.norms(lambda p, x: 1e-4 * jnp.tanh(_normalized(p, x)), params, x)
   gradient, info = jax.jit(
     lambda params, x: per_example.clipped_gradient(_normalized, params, x, 1.0)
   )(params, x)

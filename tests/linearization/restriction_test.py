@@ -98,6 +98,25 @@ def test_layers_of_a_share_may_have_one_parent():
   np.testing.assert_allclose(actual.directional(params), expected, rtol=1e-5)
 
 
+def test_a_share_chooses_both_parameters_of_a_normalized_kernel():
+  rng = np.random.default_rng(0)
+  params = [
+    {"scale": rng.normal(size=4), "vector": rng.normal(size=(4, 4))} for _ in range(2)
+  ]
+
+  def losses_fn(params, x):
+    for layer in params:
+      v = layer["vector"]
+      x = jnp.tanh(x @ (layer["scale"] * v / jnp.linalg.norm(v, axis=0)))
+    return x.sum(axis=1)
+
+  x = rng.normal(size=(6, 4))
+  actual = restriction.restricted(linearization.linearize, 0.5)(losses_fn, params, x)
+  kept = [jax.tree.map(np.zeros_like, params[0]), params[1]]
+  expected = linearization.linearize(losses_fn, params, x).directional(kept)
+  np.testing.assert_allclose(actual.directional(params), expected, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_other_engines_compute_the_same():
   params, x, vector = _problem()
@@ -118,6 +137,8 @@ def test_other_engines_compute_the_same():
     (1e-3, r"the last layer, of layer_4/kernel, alone costs more"),
     (np.float32(1e-3), r"the last layer, of layer_4/kernel, alone costs more"),
     (np.int64(2), "must be a share"),
+    (np.zeros(()), "must be a share"),
+    ((name for name in ("layer_4",)), "must be a share"),
   ],
 )
 def test_wrong_layers_are_reported(layers, reason):

@@ -81,6 +81,21 @@ def test_difference_accepts_consistent_derivatives(name, dtype):
     np.testing.assert_allclose(actual, expected, rtol=1e-2)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _scaled_gradient(x, scale):
+  return x
+
+
+_scaled_gradient.defvjp(lambda x, scale: (x, None), lambda scale, _, g: (scale * g,))
+
+
+def test_every_setting_of_a_function_is_examined():
+  with pytest.raises(base.InputError, match="declared derivative of _scaled_gradient"):
+    _directional(
+      lambda x: _scaled_gradient(_scaled_gradient(x, 1.0), -1.0), "difference"
+    )
+
+
 def _straight_through(x):
   return x + jax.lax.stop_gradient(jnp.round(x) - x)
 
