@@ -129,6 +129,9 @@ def example_weights(
   Returns:
     A `Reweighted`; no gradient flows through its weights.
 
+  Raises:
+    InputError: `meta_batch` is None, or an error of `hypergradient.direction`.
+
   Example:
     >>> import jax.numpy as jnp
     >>> losses_fn = lambda p, b: (b["x"] @ p - b["y"]) ** 2
@@ -174,7 +177,13 @@ def reweigh(
   axis_name: base.AxisName = None,
   has_aux: bool = False,
 ) -> Reweighted:
-  """`example_weights` of a batch that is already linearized at `params`."""
+  """`example_weights` of a batch that is already linearized at `params`.
+
+  Raises:
+    InputError: `meta_batch` is None, or an error of `hypergradient.direction`.
+  """
+  if meta_batch is None:
+    raise base.InputError("meta_batch is None: give the exemplars.")
   base.check_losses("losses_fn's result", linearized.losses)
   losses_finite = base.finite_rows(
     "training losses", linearized.losses, axis_name, ": check batch and params"

@@ -152,8 +152,9 @@ def example_weights(
 
   Raises:
     InputError: the losses do not have shape [B], the model has no forward derivative,
-      or `opt_state` is given without `optimizer`. Outside `jit`, it is also raised if
-      the optimizer's step ignores the gradient (under `jit`, check `.zero_slope`).
+      `opt_state` is given without `optimizer`, or both `meta_batch` and `direction` are
+      None. Outside `jit`, it is also raised if the optimizer's step ignores the
+      gradient (under `jit`, check `.zero_slope`).
     FloatingPointError: outside `jit`, if a loss, the direction or a score is not
       finite (under `jit` check `.finite`).
 
@@ -206,7 +207,15 @@ def meta_direction(
   """The direction v with dM/dw = J v at w = 0.
 
   The arguments are those of `example_weights`. Returns a `hypergradient.Direction`.
+
+  Raises:
+    InputError: `meta_batch` is None, or an error of `hypergradient.direction`.
   """
+  if meta_batch is None:
+    raise base.InputError(
+      "meta_batch is None: give a few trusted examples, or the result of"
+      " l2rw.meta_direction as direction=."
+    )
   return hypergradient.direction(meta_losses_fn, params, meta_batch, **options)
 
 
@@ -272,7 +281,7 @@ def weighted_value_and_grad(
     grads)`, where
     `loss` is sum_i weights_i losses_i over all devices, `info` is an `ExampleWeights`
     (its `.aux` is that of `losses_fn`), and `grads` is the gradient of `loss`, summed
-    over devices.
+    over devices. It raises the errors of `example_weights`.
 
   Example:
     >>> import jax.numpy as jnp

@@ -206,9 +206,10 @@ def network_gradient(
     A `meta_network.MetaGradient`.
 
   Raises:
-    InputError: the losses do not have shape [B], an option is unknown, both
-      `microbatch_size` and `recompute` are given, or the model has no forward
-      derivative; outside `jit` also if the optimizer's step ignores the gradient.
+    InputError: the losses do not have shape [B], an option is unknown, `meta_batch` is
+      None, both `microbatch_size` and `recompute` are given, or the model has no
+      forward derivative; outside `jit` also if the optimizer's step ignores the
+      gradient.
     FloatingPointError: outside `jit`, if a loss, the direction or the gradient is
       not finite.
 
@@ -322,6 +323,8 @@ def _lookahead(
   axis_name=None,
   **options,
 ):
+  if meta_batch is None:
+    raise base.InputError("meta_batch is None: give clean examples.")
   # Every device computes the weights of the global batch, so that "sum" is
   # differentiated without a collective; the network is small enough.
   base.check_losses("losses_fn's result", linearized.losses)

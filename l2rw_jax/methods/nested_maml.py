@@ -118,6 +118,9 @@ def weight_gradient(
     axis_name: mapped axis over which both sets of tasks are sharded.
     has_aux: whether both losses functions return `(losses, aux)`.
 
+  Raises:
+    InputError: `meta_tasks` is None, or an error of `hypergradient.direction`.
+
   Example:
     >>> import jax.numpy as jnp
     >>> losses_fn = lambda p, targets: 0.5 * (p - targets) ** 2
@@ -152,7 +155,13 @@ def linearized_weight_gradient(
   axis_name: base.AxisName = None,
   has_aux: bool = False,
 ) -> WeightGradient:
-  """`weight_gradient` of tasks that are already linearized at `params`."""
+  """`weight_gradient` of tasks that are already linearized at `params`.
+
+  Raises:
+    InputError: `meta_tasks` is None, or an error of `hypergradient.direction`.
+  """
+  if meta_tasks is None:
+    raise base.InputError("meta_tasks is None: give the validation tasks.")
   base.check_losses("losses_fn's result", linearized.losses)
   losses_finite = base.finite_rows(
     "training losses", linearized.losses, axis_name, ": check tasks and params"

@@ -224,6 +224,16 @@ def test_the_objective_must_return_a_scalar():
     _two_groups([1.0, 3.0], lambda losses, groups, num_groups: losses)
 
 
+def test_no_exemplars_are_refused():
+  rates = {"weight_learning_rate": _ETA, "inner_learning_rate": _ALPHA}
+  with pytest.raises(base.InputError, match="meta_batch is None: give the exemplars"):
+    jax.eval_shape(
+      lambda: forml.example_weights(
+        _losses_fn, _params(), _BATCH, None, _WEIGHTS, jnp.mean, **rates
+      )
+    )
+
+
 def test_no_gradient_flows_through_the_weights():
   def total(params):
     result = _update(params, jnp.asarray(_WEIGHTS), _objective("gap"))

@@ -432,6 +432,17 @@ def test_empty_meta_batch_is_refused_under_jit():
     jax.jit(lambda: l2rw.example_weights(_squared_errors, params, batch, clean))()
 
 
+@pytest.mark.parametrize("options", [{}, {"microbatch_size": 2}])
+def test_a_forgotten_direction_is_named(options):
+  params, batch, _ = _regression(4)
+  value_and_grad = l2rw.weighted_value_and_grad(_squared_errors, **options)
+  message = r"meta_batch is None: .* l2rw\.meta_direction as direction="
+  with pytest.raises(base.InputError, match=message):
+    value_and_grad(params, batch, None)
+  with pytest.raises(base.InputError, match=message):
+    l2rw.example_weights(_squared_errors, params, batch, None, **options)
+
+
 def test_params_with_a_function_are_refused_with_advice():
   params = {"w": jnp.ones(3), "activation": jnp.tanh}
   with pytest.raises(base.InputError, match=r"eqx\.partition"):

@@ -360,6 +360,18 @@ def test_a_recomputed_gradient_is_the_same_in_float64(x64, normalization, detach
   assert actual.engine == expected.engine == "layerwise"
 
 
+def test_no_meta_batch_is_refused():
+  def gradient():
+    return meta_weight_net.network_gradient(
+      *(lambda phi, losses: phi * losses, 1.0, lambda params, x: params * x, 1.0),
+      *(jnp.ones(2), None),
+      optimizer=optax.sgd(0.1),
+    )
+
+  with pytest.raises(base.InputError, match="meta_batch is None: give clean examples"):
+    jax.eval_shape(gradient)
+
+
 def test_microbatches_cannot_also_be_recomputed():
   message = "recompute=True and microbatch_size=2: .* leave out recompute"
   with pytest.raises(base.InputError, match=message):

@@ -465,6 +465,15 @@ def test_bad_settings_are_refused(settings, message):
     nested_maml.nested_maml(**given)
 
 
+def test_no_validation_tasks_are_refused():
+  with pytest.raises(base.InputError, match="meta_tasks is None: give the validation"):
+    jax.eval_shape(
+      lambda: nested_maml.weight_gradient(
+        _quadratic(), 0.0, _TRAIN, None, jnp.ones(2), lookahead_learning_rate=_ETA
+      )
+    )
+
+
 def test_mismatched_labels_and_clusters_are_refused():
   with pytest.raises(base.InputError, match=r"num_items=3 needs labels of shape"):
     _once(nested_maml.nested_maml(1.0, 1.0, "item", num_items=3))
