@@ -53,8 +53,8 @@ from l2rw_jax.models import language_model
 from l2rw_jax.models import mlp
 from l2rw_jax.training import evaluation
 
-# Every seventh step is compared. Seven has no factor in common with usual values of
-# --refresh_every, so that gradients of the meta loss of every age are compared.
+# Every seventh step is compared. `run` refuses multiples of seven for --refresh_every,
+# so that gradients of the meta loss of every age are compared.
 _PROBE_EVERY = 7
 
 
@@ -249,7 +249,16 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 
 def run(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
-  """Trains all networks, prints the results and writes them to a folder."""
+  """Trains all networks, prints the results and writes them to a folder.
+
+  Raises:
+    InputError: --refresh_every is a multiple of seven, or a flag of the data is wrong.
+  """
+  if settings.refresh_every % _PROBE_EVERY == 0:
+    raise base.InputError(
+      f"--refresh_every={settings.refresh_every}: give a number that is not a multiple"
+      f" of {_PROBE_EVERY}; scores are compared at every seventh step."
+    )
   path, info = pathlib.Path(workdir) / "results.csv", workdir_lib.run_info()
   info |= {"num_steps": settings.num_steps, "dataset": settings.dataset}
   rows: list[dict[str, Any]] = []

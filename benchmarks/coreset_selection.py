@@ -261,12 +261,31 @@ def _turn(run: Callable[[], Any]) -> Turn:
   return Turn(time.perf_counter() - started, time.process_time() - cpu_started)
 
 
-def measure(settings: Settings) -> runner.Rows:
-  """Returns a row for the epoch and for each selection."""
+def load(settings: Settings) -> examples_lib.Splits:
+  """Loads the data set, all of whose training examples have their true labels.
+
+  Raises:
+    InputError: the selected share of the examples, or of the part of them that the
+      naive selection uses, has fewer examples than there are classes.
+  """
   train, test = settings.load("train"), settings.load("test")
   split = noisy_labels.noisy_labels(
     train, test, builder="uniform_flip", fraction=0.0, num_meta_per_class=0, seed=0
   )
+  for every in (1, settings.part):
+    labels = split.train.label[::every]
+    size, classes = adacore.subset_size(settings.fraction, len(labels)), set(labels)
+    if size < len(classes):
+      raise base.InputError(
+        f"--fraction={settings.fraction:g} with --part={settings.part} selects {size}"
+        f" of {len(labels)} examples in {len(classes)} classes; give a larger fraction"
+        " or a smaller part, so that there is one for each class."
+      )
+  return split
+
+
+def measure(settings: Settings, split: examples_lib.Splits) -> runner.Rows:
+  """Returns a row for the epoch and for each selection."""
   training = Training(split)
   for _ in range(settings.epochs):
     training.epoch()
@@ -346,8 +365,9 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   adacore.check_fraction("--fraction", settings.fraction)
   for epsilon in settings.epsilon:
     coresets.check_greedy("stochastic", epsilon)
+  split = load(settings)  # Raises before anything is written.
   folder = runner.open_folder(settings, TABLE.name, workdir)
-  rows = measure(settings)
+  rows = measure(settings, split)
   draw(rows, folder / "figure.png")
   return runner.report(settings, TABLE, folder, rows)
 

@@ -183,12 +183,20 @@ def make_noisy_data(settings: Settings, name: str, noise: str, seed: int) -> Noi
     The data set with wrong labels.
 
   Raises:
-    InputError: if a name is unknown.
+    InputError: if a name is unknown, or a class has too few examples.
   """
   x, labels, num_classes = load(settings, name)
   kind, _, share = noise.partition(":")
   if noise not in NOISES:
     raise base.InputError(f"--noises={noise}: choose among {', '.join(NOISES)}.")
+  counts = np.bincount(labels, minlength=num_classes).tolist()
+  fewest = min(counts)
+  if fewest <= _TRUSTED:
+    raise base.InputError(
+      f"--num_examples={settings.num_examples}: class {counts.index(fewest)} of {name}"
+      f" has only {fewest} examples, and {_TRUSTED} of each class are trusted; give a"
+      " larger number."
+    )
   rng = np.random.default_rng(seed)
   trusted = np.concatenate(
     [

@@ -33,6 +33,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 import sys
@@ -77,7 +78,8 @@ class Settings(settings_lib.OutputFlags):
   )
   meta_sizes: tuple[str, ...] = flag(
     ("1", "0.1"),
-    "Sizes of the meta batch, relative to --batch_size, separated by commas.",
+    "Sizes of the meta batch, relative to --batch_size, separated by commas. Each is"
+    " rounded to a whole number of examples.",
   )
   batch_size: int | None = flag(
     None,
@@ -115,8 +117,8 @@ class Group(NamedTuple):
 
   Attributes:
     setting: the settings that they share.
-    share: the size of the meta batch divided by the batch size, M / B. None without a
-      meta batch.
+    share: the size of the meta batch divided by the batch size, M / B, before M is
+      rounded. None without a meta batch.
     pairs: the methods and engines of this library, in addition to plain training.
   """
 
@@ -173,12 +175,13 @@ def _groups(settings, name, on_cpu, engines, shares):
     network.cpu_batch_size if on_cpu else network.batch_size
   )
   groups: dict[int | None, Group] = {}
+  share_of: dict[int, float] = {}
   for share in (None, *shares):
-    meta_size = None if share is None else max(1, round(share * size))
     of_share = [m for m in methods if (m in _steps.META_METHODS) == (share is not None)]
     pairs = _steps.pairs(name, [m for m in of_share if m != "plain"], engines)
-    setting = _networks.Setting(name, settings.dtype, size, meta_size)
     if pairs or of_share == ["plain"]:
+      meta_size = None if share is None else _meta_size(name, share, size, share_of)
+      setting = _networks.Setting(name, settings.dtype, size, meta_size)
       groups.setdefault(meta_size, Group(setting, share, pairs))
   if not groups:
     raise base.InputError(
@@ -186,6 +189,23 @@ def _groups(settings, name, on_cpu, engines, shares):
       " BatchNorm mixes examples; add forward or literal."
     )
   return list(groups.values())
+
+
+def _meta_size(name, share, size, share_of):
+  """M for a share of the batch. `share_of` has the shares of the sizes so far."""
+  if share * size < 0.999:  # 1 / 3 may be given as 0.3333.
+    raise base.InputError(
+      f"--meta_sizes={share:g}: this is less than one example of the batch of {name},"
+      f" which has {size}; give at least {math.ceil(1e4 / size) / 1e4:g}."
+    )
+  meta_size = round(share * size)
+  other = share_of.setdefault(meta_size, share)
+  if other != share:
+    raise base.InputError(
+      f"--meta_sizes={other:g},{share:g}: both give a meta batch of {meta_size} for"
+      f" {name}; leave one of them out."
+    )
+  return meta_size
 
 
 def _share(text):

@@ -65,7 +65,11 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   batch_size: int = flag(100)
   num_steps: int = flag(20, "Number of steps in a round.")
   repeats: int = flag(4, "Number of rounds.", bounds=settings_lib.REPEATS)
-  data_workers: int = flag(2, "Number of worker processes.")
+  data_workers: int = flag(
+    2,
+    "Number of worker processes.",
+    bounds=settings_lib.Bounds(1, streaming.MOST_THREADS),
+  )
 
 
 class Generated:

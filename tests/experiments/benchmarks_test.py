@@ -72,13 +72,16 @@ def test_extra_memory_is_what_is_touched():
 
 
 @pytest.mark.parametrize(
-  ("flag", "complaint"),
+  ("flags", "complaint"),
   [
     ("--fraction=0", "--fraction=0 must lie between"),
     ("--epsilon=2", "--epsilon=2 must lie between"),
+    ("--fraction=0.005", "--fraction=0.005 with --part=10 selects 6 of 1297 examples"),
+    ("--fraction=0.02 --part=4", "--part=4 selects 6 of 325 examples in 10 classes"),
   ],
 )
-def test_a_mistake_is_one_line(flag, complaint, tmp_path):
-  done = scripts.run("benchmarks.coreset_selection", flag, cwd=tmp_path)
+def test_a_mistake_is_one_line(flags, complaint, tmp_path):
+  arguments = ["--dataset=digits", *flags.split()]
+  done = scripts.run("benchmarks.coreset_selection", *arguments, cwd=tmp_path)
   scripts.assert_one_line(done, complaint)
   assert not list(tmp_path.iterdir())

@@ -164,6 +164,10 @@ def test_every_method_learns_and_ranks(run):
     (["--num_meta=10"], "--num_meta=10: four fifths of these images are"),
     (["--num_train=5000"], "need 5080 images, but digits has 1297"),
     (["--shares=2"], "--shares=2 must lie between 0 and 1"),
+    (
+      ["--shares=0.5", "--shares=0.3"],
+      "--shares=0.3: soba has step sizes for 0.5, 0.7, 0.9 only",
+    ),
   ],
 )
 def test_a_mistake_is_one_line(arguments, complaint, tmp_path):

@@ -17,6 +17,7 @@ from benchmarks import _networks
 from benchmarks import _step_time_figure
 from benchmarks import _steps
 from benchmarks import _turns
+from benchmarks import step_time
 from l2rw_jax import base
 from l2rw_jax import linearization
 from l2rw_jax.io import workdir
@@ -25,7 +26,7 @@ from l2rw_jax.methods import meta_weight_net
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
 
-_FLAGS = ("--networks=mlp", "--methods=l2rw,absgd", "--batch_size=8", "--repeats=2")
+_FLAGS = ("--networks=mlp", "--methods=l2rw,absgd", "--batch_size=10", "--repeats=2")
 
 
 def _benchmark(*flags, cwd):
@@ -54,14 +55,14 @@ def test_a_row_for_every_method_engine_and_clean_batch(folder):
   engines = [*_steps.ENGINES]
   assert [(r["method"], r["engine"], r["meta_size"]) for r in rows] == [
     *(("plain", None, None), ("absgd", None, None)),
-    *(("l2rw", engine, size) for size in (8, 4) for engine in engines),
+    *(("l2rw", engine, size) for size in (10, 5) for engine in engines),
   ]
   assert len(as_csv) == len(rows) and flags["meta_sizes"] == ["1", "0.5"]
   for row in rows:
     seconds = row["milliseconds"] / 1e3
     assert 0 < row["milliseconds_quartile_1"] <= row["milliseconds"]
     assert row["milliseconds"] <= row["milliseconds_quartile_3"]
-    assert row["examples_per_second"] == pytest.approx(8 / seconds)
+    assert row["examples_per_second"] == pytest.approx(10 / seconds)
     assert row["flops_per_second"] == pytest.approx(row["flops"] / seconds)
     assert row["compile_seconds"] > 0 and row["temporary_bytes"] > 0
     assert row["num_parameters"] == 203_530 and row["cpus"] >= 1
@@ -113,6 +114,29 @@ _MISTAKES = {
     'holds a run with other settings: device_kind was "abacus", now ',
   ),
 }
+
+
+@pytest.mark.parametrize(
+  ("meta_sizes", "message"),
+  [
+    (("1", "0.009"), "--meta_sizes=0.009: this is less than one example of the batch"),
+    (("1", "0.004", "0.001"), "mlp, which has 100; give at least 0.01"),
+    (("0.1", "0.099"), "--meta_sizes=0.1,0.099: both give a meta batch of 10 for mlp"),
+  ],
+)
+def test_a_meta_batch_has_the_size_of_its_share(meta_sizes, message):
+  flags = {"networks": ("mlp",), "methods": ("l2rw",), "meta_sizes": meta_sizes}
+  with pytest.raises(base.InputError, match=message):
+    step_time.plan(step_time.Settings(**flags))
+
+
+def test_rounded_shares_of_a_batch():
+  flags = {"networks": ("mlp",), "methods": ("l2rw",), "batch_size": 3}
+  groups = step_time.plan(step_time.Settings(**flags, meta_sizes=("0.3333", "0.6")))
+  assert [(group.share, group.setting.meta_size) for group in groups] == [
+    (0.3333, 1),
+    (0.6, 2),
+  ]
 
 
 @pytest.fixture(scope="module")
