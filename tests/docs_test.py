@@ -4,10 +4,15 @@ import pathlib
 import re
 
 import chex
+from flax import serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from l2rw_jax import losses
+from l2rw_jax.models import classifier
+from l2rw_jax.models import mlp
 
 pytestmark = pytest.mark.promotes(
   "readers run this code, and optax.adam, with the default promotion of JAX"
@@ -124,6 +129,19 @@ def test_code_of_your_own_training_loop():
   assert np.isfinite(reader["logits"]).all() and reader["logits"].shape == (64, 3)
 
 
+def test_an_empty_sequence_of_the_page_has_loss_0():
+  (source,) = (b for b in code_blocks(DOCS / "training_loop.md") if "def tokens" in b)
+  definitions = source.partition("\nvalue_and_grad = ")[0]
+  reader = {"jnp": jnp, "np": np, "losses": losses, "rng": np.random.default_rng(0)}
+  exec(compile(definitions, "training_loop.md", "exec"), reader)
+  text, losses_fn = reader["text"], jax.jit(reader["sequence_losses"])
+  before = losses_fn(reader["params"], text)
+  is_empty = np.arange(8) == 3
+  masked = {**text, "mask": text["mask"] & ~is_empty[:, None]}
+  values = losses_fn(reader["params"], masked)
+  np.testing.assert_allclose(values, np.where(is_empty, 0, before), rtol=1e-6)
+
+
 def test_code_of_when_weights_do_not_help():
   reader = run(DOCS / "when_weights_do_not_help.md", {})
   assert not reader["info"].finite
@@ -215,6 +233,25 @@ def test_code_of_a_method(page, setup):
         reader["start"].setdefault(own, jax.tree.map(np.asarray, reader[own]))
     exec(compile(step + tail, source, "exec"), reader)
   assert _OUTCOMES[page](reader)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8])
+def test_a_trained_network_gets_the_inputs_of_its_training(
+  dtype, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  rng = np.random.default_rng(0)
+  x = rng.integers(256, size=(5, 4)).astype(dtype)
+  kernel = rng.normal(size=(4, 3)).astype(np.float32)
+  params = {"Dense_0": {"kernel": kernel, "bias": np.ones(3, np.float32)}}
+  folder = tmp_path / "runs" / "arrays" / "seed-0"
+  folder.mkdir(parents=True)
+  stored = {"params": params, "model_state": {}}
+  (folder / "variables.msgpack").write_bytes(serialization.msgpack_serialize(stored))
+  names = {"x_test": x, "model": classifier.Classifier(mlp.MLP(3, ()), 3)}
+  exec(code_blocks(DOCS / "your_own_data.md")[-1], names)
+  expected = x @ kernel / (255 if dtype == np.uint8 else 1) + 1
+  np.testing.assert_allclose(names["logits"], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
