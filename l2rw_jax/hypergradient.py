@@ -635,7 +635,7 @@ def _state(gradient, vector, value_slope) -> base.Array:
     large.append(tuple(jnp.concatenate(arrays) for arrays in zip(*pairs, strict=True)))
   states = [_state_of_array(g, v) for g, v in large]
   if value_slope is not None:
-    # A slope of 0 or more is no reason to say that the gradient is used.
+    # A slope that is not 0 does not show that the gradient is used.
     fault = jnp.where(jnp.isnan(value_slope), _State.NAN, _State.INFINITE)
     is_finite = jnp.isfinite(value_slope)
     states.append(jnp.where(is_finite, _State.ZERO, fault).astype(jnp.int32))
