@@ -29,8 +29,8 @@ class Vectors(NamedTuple):
   """Points that are given by their coordinates; see `vectors`.
 
   Attributes:
-    coordinates: coordinates divided by `unit`, [d, n], so that each coordinate of all
-      points is contiguous in memory.
+    coordinates: coordinates divided by `unit`. The layout is [d, n], so that the values
+      of one coordinate are contiguous in memory.
     unit: a power of two, so that squares neither overflow nor vanish; scalar.
   """
 
@@ -62,10 +62,11 @@ class OuterProducts(NamedTuple):
   Attributes:
     left: u, [n, C], divided by a power of two.
     right: v, [n, d], divided by a power of two.
-    precision: weights of the squared coordinates, [C, d], or None for 1, divided by a
-      power of two.
+    precision: weights of the squared coordinates divided by a power of two, [C, d];
+      None if all weights are 1.
     squares: squared norms of the points, [n], divided by the square of `unit`.
-    unit: the product of the roots of these powers, scalar.
+    unit: the product of the powers of `left` and `right` and of the root of that of
+      `precision`, scalar.
   """
 
   left: base.Array
@@ -93,15 +94,28 @@ class OuterProducts(NamedTuple):
     return self.unit * _from_inner_products(inner, self.squares[rows], self.squares)
 
 
-def vectors(points: base.Array) -> Vectors:
-  """Points [n, d] with the Euclidean distance.
+def vectors(
+  points: base.Array, num_points: int | base.Array | None = None
+) -> Vectors:
+  """Points with the Euclidean distance.
 
   For up to 32 coordinates, squared differences are summed, so that small distances are
   accurate. For more coordinates, the squared distance is |a|^2 + |b|^2 - 2 a.b, which
-  takes one matrix product; a result below its rounding error is replaced by 0.
+  takes one matrix product; a result below its rounding error is replaced by 0. The
+  rounding error grows with the norms, so that a coordinate whose mean is larger than
+  its standard deviation is shifted to the mean 0 first, which changes no distance.
   Distances from and to points that are not finite are NaN or infinite.
+
+  Args:
+    points: real numbers, [n, d].
+    num_points: all points after this number are padding, whose distances have no
+      meaning. None if there is no padding.
   """
   points, unit = _in_units(_wide(points))
+  if points.shape[1] > _FEW_COORDINATES:
+    # The scale can be much smaller after the shift.
+    points, shifted_unit = _in_units(_shifted(points, num_points))
+    unit *= shifted_unit
   return Vectors(points.T, unit)
 
 
@@ -134,6 +148,24 @@ def outer_products(
   right_squares = jnp.dot(right**2, precision.T, precision=EXACT)
   squares = jnp.sum(left**2 * right_squares, axis=1)
   return OuterProducts(left, right, precision, squares, unit * inverse_unit)
+
+
+@jax.jit
+def _shifted(points, num_points):
+  """Points [n, d] without the means that are larger than the standard deviations.
+
+  A few outliers cannot have such a mean, so that the other points are not rounded to
+  the precision of the outliers.
+  """
+  valid = jnp.isfinite(points).all(axis=1)
+  if num_points is not None:
+    valid &= jnp.arange(len(points)) < num_points
+  valid = valid[:, None]
+  count = jnp.maximum(valid.sum(axis=0), 1).astype(points.dtype)
+  mean = jnp.where(valid, points, 0).sum(axis=0) / count
+  deviations = jnp.where(valid, points - mean[None], 0)
+  spread = jnp.sqrt((deviations**2).sum(axis=0) / count)
+  return points - jnp.where(jnp.abs(mean) > spread, mean, 0)[None]
 
 
 def _in_units(x):

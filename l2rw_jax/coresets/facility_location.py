@@ -96,7 +96,8 @@ def lazy_greedy(
       is not None.
     capacity: length of the result, at least `size`; None for `size`. With `capacity`
       and `num_points`, sets of different sizes can share one compiled program.
-    num_points: n; all points after the first n are padding. None for all points.
+    num_points: n; all points after the first n are padding, see `distances.vectors`.
+      None for all points.
     bound: C, which only changes `gains`; None for twice the largest distance from the
       first selected point, an upper bound by the triangle inequality.
     block: number of gains per block in the first two steps, which evaluate all gains.
@@ -106,7 +107,8 @@ def lazy_greedy(
     A `Selection`.
 
   Raises:
-    InputError: a size is out of range.
+    InputError: a size that is not traced is out of range, or `size` is traced and
+      `capacity` is None.
 
   >>> import jax.numpy as jnp
   >>> line = distances.vectors(jnp.array([[0.], [1.], [1.5], [6.], [7.], [20.]]))
@@ -209,7 +211,7 @@ def stochastic_greedy(
     A `Selection`.
 
   Raises:
-    InputError: a size is out of range.
+    InputError: see `lazy_greedy`.
   """
   capacity, num_points = _check(points, size, capacity, num_points)
   num_candidates = base.check_integer("num_candidates", num_candidates)
@@ -248,14 +250,18 @@ def _stochastic_greedy(key, points, size, num_points, bound, capacity, num_candi
 def _check(points, size, capacity, num_points):
   """Checks sizes, as far as they are not traced, and returns (capacity, num_points)."""
   num_points = points.num_points if num_points is None else num_points
+  is_traced = isinstance(size, jax.core.Tracer)
   if capacity is None:
+    if is_traced:
+      raise base.InputError(
+        "capacity=None, but size is traced: pass capacity=, the largest possible size."
+      )
     capacity = size
-  for name, value in (("size", size), ("capacity", capacity)):
-    if not isinstance(value, jax.core.Tracer):
-      base.check_integer(name, value)
-  known = [x for x in (size, capacity) if not isinstance(x, jax.core.Tracer)]
+  if not is_traced:
+    base.check_integer("size", size)
+  capacity = base.check_integer("capacity", capacity)
   is_known = not isinstance(num_points, jax.core.Tracer)
-  if is_known and known and known[0] > num_points:
+  if is_known and not is_traced and size > num_points:
     raise base.InputError(
       f"cannot choose size={size} of {num_points} points; lower size."
     )
@@ -263,9 +269,9 @@ def _check(points, size, capacity, num_points):
     raise base.InputError(
       f"num_points={num_points}, but there are {points.num_points} points."
     )
-  if len(known) == 2 and capacity < size:
+  if not is_traced and capacity < size:
     raise base.InputError(f"capacity={capacity} must be at least size={size}.")
-  return int(capacity), num_points
+  return capacity, num_points
 
 
 def _improvement(nearest: base.Array) -> Callable[[base.Array], base.Array]:

@@ -53,13 +53,20 @@ def class_budgets(
       round up), or "equal" for all classes.
 
   Raises:
-    InputError: `size` is out of range, `budget` is unknown, or a count is negative.
+    InputError: `size` is out of range, `budget` is unknown, or the counts are not
+      integers of at least 0.
 
   >>> print(class_budgets([50, 30, 2], 8), class_budgets([50, 30, 2], 8, "equal"))
   [4 3 1] [3 3 2]
   """
+  given = np.asarray(class_counts)
+  if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+    raise base.InputError(
+      "class_counts must be one integer for each class, [C]; got"
+      f" {given.dtype} of shape {list(given.shape)}."
+    )
   # Products with counts of a narrow type would overflow.
-  counts = np.asarray(class_counts).astype(np.int64)
+  counts = given.astype(np.int64)
   if budget not in BUDGETS:
     raise base.InputError(f"budget={budget!r}: choose one of {BUDGETS}.")
   if (counts < 0).any() or not counts.any():
@@ -125,8 +132,8 @@ def select(
     A `Coreset`; its weights sum to n.
 
   Raises:
-    InputError: an argument is out of range or has a wrong shape, a label is NaN, or a
-      proxy is NaN, infinite, or so large that its square overflows.
+    InputError: an argument is out of range or has a wrong type or shape, a label is
+      NaN, or a proxy is NaN, infinite, or so large that its square overflows.
   """
   check_greedy(greedy, epsilon)
   labels = np.asarray(labels)
@@ -143,6 +150,8 @@ def select(
     )
   if greedy == "stochastic" and key is None:
     raise base.InputError("select: greedy='stochastic' needs key=jax.random.key(seed).")
+  if not (key is None or isinstance(key, jax.Array)):
+    raise base.InputError(f"select: key={key!r} must be jax.random.key(seed).")
   if scale is not None and features is None:
     raise base.InputError("select: scale= requires features=.")
   if np.issubdtype(labels.dtype, np.inexact) and not np.isfinite(labels).all():
@@ -158,12 +167,19 @@ def select(
   if scale is not None:
     scale = _wide("scale", scale)
     shape = (table[0].shape[1], table[1].shape[1])
-    if scale.shape != shape or not (np.isfinite(scale) & (scale != 0)).all():
+    smallest = np.finfo(scale.dtype).tiny  # Smaller numbers have infinite reciprocals.
+    is_divisor = np.isfinite(scale) & (np.abs(scale) >= smallest)
+    if scale.shape != shape or not is_divisor.all():
       raise base.InputError(
-        f"select: scale must be finite numbers other than 0 of shape {shape}; got shape"
-        f" {scale.shape}."
+        f"select: scale must be finite numbers other than 0 of shape {shape}, at least"
+        f" {smallest:.3g} in magnitude; got shape {scale.shape}."
       )
-  classes, counts = np.unique(labels, return_counts=True)
+  try:
+    classes, counts = np.unique(labels, return_counts=True)
+  except TypeError:
+    raise base.InputError(
+      "select: labels must be of one type that can be sorted; give integers or strings."
+    ) from None
   sizes = class_budgets(counts.tolist(), size, budget)
   selections = []
   for place, (c, class_size) in enumerate(zip(classes, sizes.tolist(), strict=True)):
@@ -189,7 +205,7 @@ def _select_class(table, scale, size, greedy, epsilon, key):
   padding = _rounded_up(num_points) - num_points
   table = [np.pad(x, ((0, padding), (0, 0))) for x in table]
   if len(table) == 1:
-    points: Any = distances.vectors(table[0])
+    points: Any = distances.vectors(table[0], num_points)
   else:
     points = distances.outer_products(table[0], table[1], scale)
   options = {"capacity": _rounded_up(size), "num_points": num_points}
@@ -236,7 +252,9 @@ def check_greedy(greedy: str, epsilon: float) -> None:
   # Below this bound, the stochastic algorithm would evaluate more candidates than the
   # exact one.
   if not _SMALLEST_EPSILON <= epsilon < 1:
+    advice = ""
+    if greedy == "stochastic" and epsilon < _SMALLEST_EPSILON:
+      advice = "; use greedy='lazy' instead, which is exact and faster"
     raise base.InputError(
-      f"epsilon={epsilon} must lie between {_SMALLEST_EPSILON:g} and 1; instead of a"
-      " smaller number, use greedy='lazy', which is exact and faster."
+      f"epsilon={epsilon} must lie between {_SMALLEST_EPSILON:g} and 1{advice}."
     )

@@ -58,6 +58,37 @@ def test_small_distances_of_few_coordinates_are_accurate():
   assert distances.vectors(points).distances(jnp.array([0]))[0, 1] == 2.0**-20
 
 
+def _far_points():
+  """Points far from the origin, in coordinates of different spread, and an outlier."""
+  rng = np.random.default_rng(0)
+  offset = 10.0 ** rng.uniform(-3, 6, 40)
+  points = rng.normal(size=(30, 40)) * offset / 1000 + offset
+  points[7] = points[3]
+  points[:, 39] = rng.normal(size=30)
+  points[5, 39] = 100.0
+  return points.astype(np.float32)
+
+
+def test_distances_do_not_depend_on_the_origin():
+  points = _far_points()
+  exact = points.astype(np.float64)
+  expected = np.linalg.norm(exact[:, None] - exact, axis=2)
+  # Neither padding nor points that are not finite have an influence.
+  for value, num_points in ((3e8, 30), (np.nan, 60)):
+    more = np.concatenate([points, np.full((30, 40), value, np.float32)])
+    actual = distances.vectors(more, num_points).distances(jnp.arange(30))
+    actual = np.asarray(actual)[:, :30]
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-3 * expected.max())
+    assert actual[3, 7] == 0 and (np.diag(actual) == 0).all()
+
+
+def test_centered_points_and_outliers_are_not_shifted():
+  points = np.random.default_rng(0).normal(size=(30, 40)).astype(np.float32)
+  points[0] = 1e4  # In every coordinate, the mean is 330.
+  vectors = distances.vectors(points)
+  np.testing.assert_array_equal(vectors.unit * vectors.coordinates.T, points)
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 def test_outer_products_have_the_distances_of_explicit_matrices(scaled):
   rng = np.random.default_rng(0)

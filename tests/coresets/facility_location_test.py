@@ -276,6 +276,15 @@ def test_sizes_out_of_range_are_refused(message):
     )
 
 
+def test_a_traced_size_needs_only_a_capacity():
+  points = distances.vectors(_LINE)
+  expected = facility_location.lazy_greedy(points, 3, capacity=8).rows
+  choose = jax.jit(lambda s: facility_location.lazy_greedy(points, s, capacity=8).rows)
+  np.testing.assert_array_equal(choose(3), expected)
+  with pytest.raises(base.InputError, match="size is traced: pass capacity="):
+    jax.jit(lambda s: facility_location.lazy_greedy(points, s).rows)(3)
+
+
 @pytest.mark.parametrize(
   ("options", "message"),
   [

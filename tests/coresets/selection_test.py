@@ -83,6 +83,19 @@ def test_outer_products_select_the_same_as_formed_ones():
     np.testing.assert_array_equal(coreset.weights, expected.weights)
 
 
+@pytest.mark.parametrize("offset", [300, 3000])
+def test_the_origin_of_the_proxies_does_not_matter(offset):
+  proxies = np.random.default_rng(0).normal(size=(30, 64)) + offset
+  proxies = proxies.astype(np.float32)
+  away = np.linalg.norm(proxies[:, None].astype(float) - proxies, axis=2)
+  rows, nearest = [], np.full(30, away.max())
+  for _ in range(6):  # Each row maximizes the gain, up to the rounding of distances.
+    rows.append(int(np.argmax(np.maximum(nearest - away, 0).sum(axis=1))))
+    nearest = np.minimum(nearest, away[rows[-1]])
+  coreset = coresets.select(proxies, np.zeros(30, int), 6)  # The class is padded to 32.
+  np.testing.assert_array_equal(coreset.rows, sorted(rows))
+
+
 @pytest.mark.parametrize("unit", [1e-24, 1.0, 1e10])
 def test_the_unit_of_the_proxies_does_not_matter(unit):
   proxies = np.repeat(np.eye(3, dtype=np.float32), [5, 3, 1], axis=0) * np.float32(unit)
@@ -108,7 +121,13 @@ def test_equal_proxies_share_the_weight_of_their_class(greedy):
     ({"size": 3}, "size=3 of 60 examples in 4 classes"),
     ({"budget": "fair"}, "budget='fair': choose one of"),
     ({"greedy": "fast"}, "greedy='fast': choose one of"),
-    ({"epsilon": 1.0}, "epsilon=1.0 must lie between"),
+    ({"epsilon": 1.0}, "epsilon=1.0 must lie between 1e-12 and 1.$"),
+    (
+      {"greedy": "stochastic", "epsilon": 1e-13},
+      "epsilon=1e-13 must lie between 1e-12 and 1; use greedy='lazy' instead",
+    ),
+    ({"greedy": "stochastic", "key": 0}, "key=0 must be jax.random.key"),
+    ({"labels": np.array(["a", None] * 30)}, "labels must be of one type"),
     ({"greedy": "stochastic"}, "needs key=jax.random.key"),
     ({"scale": np.ones((4, 1))}, "scale= requires features="),
     ({"labels": _LABELS[:2]}, "pass one label per proxy"),
@@ -161,6 +180,12 @@ def test_budgets_need_counts(counts):
     coresets.class_budgets(counts, 1)
 
 
+@pytest.mark.parametrize("counts", [[2.9, 3.9], [np.nan, 3], [[2, 3], [4, 5]], ["2"]])
+def test_budgets_need_integers(counts):
+  with pytest.raises(base.InputError, match="class_counts must be one integer for"):
+    coresets.class_budgets(counts, 1)
+
+
 @pytest.mark.parametrize("size", [2.5, 2.0, "2", float("nan")])
 def test_sizes_are_integers(size):
   with pytest.raises(base.InputError, match=r"size=.* must be an integer"):
@@ -189,6 +214,11 @@ _EYE, _TWO_CLASSES = np.eye(3), [0, 0, 1]
       (_EYE, _TWO_CLASSES, 2),
       {"features": np.ones((3, 2)), "scale": np.zeros((3, 3))},
       "scale must be finite numbers other than 0",
+    ),
+    (
+      (_EYE, _TWO_CLASSES, 2),
+      {"features": np.ones((3, 2)), "scale": np.where(_EYE, 1.0, 4e-39)},
+      "at least 1.18e-38 in magnitude",
     ),
     ((np.float32([[1e20], [0]]), [0, 0], 1), {}, "too large to be squared"),
     ((_EYE, [0, np.nan, 1], 2), {}, "labels must be finite"),
