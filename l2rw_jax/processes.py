@@ -2,7 +2,8 @@
 
 `jax.distributed.initialize` connects the processes. All of them run the same code and
 call the functions of this file in the same order. A program of one process needs no
-connection, and the functions then exchange nothing.
+connection, except for `client` and `wait_for`, and the other functions then exchange
+nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -58,8 +59,7 @@ def client() -> Any:
   """The client of the coordination service, which has a key-value store.
 
   Raises:
-    InputError: there are several processes, but `jax.distributed.initialize` was not
-      called.
+    InputError: `jax.distributed.initialize` was not called.
   """
   # JAX has no public name for the client; Orbax uses the same private one.
   from jax._src import distributed
@@ -67,8 +67,8 @@ def client() -> Any:
   found = distributed.global_state.client
   if found is None:
     raise base.InputError(
-      f"JAX runs in {count()} processes that are not connected: call"
-      " jax.distributed.initialize() before any other use of JAX."
+      "JAX is not connected to other processes: call jax.distributed.initialize()"
+      " before any other use of JAX."
     )
   return found
 
@@ -107,8 +107,11 @@ def publish_failure(message: str) -> None:
   They raise the reason as an InputError, see `wait_for`.
 
   Args:
-    message: the reason. If several processes publish one, the first is kept.
+    message: the reason. If several processes publish one, the first is kept. If there
+      is only one process, nothing is published.
   """
+  if count() == 1:
+    return
   with contextlib.suppress(jax.errors.JaxRuntimeError):  # There is one already.
     client().key_value_set(_FAILURE, f"process {index()}: {message}")
 

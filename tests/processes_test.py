@@ -19,6 +19,9 @@ def test_one_process_exchanges_nothing():
   arrays = [np.arange(3)]
   assert processes.concatenate(arrays)[0] is arrays[0]
   assert processes.from_first(arrays) is arrays
+  processes.publish_failure("x")
+  with pytest.raises(base.InputError, match="is not connected to other processes"):
+    processes.wait_for("x")
 
 
 def test_bytes_restore_arrays_bit_for_bit():

@@ -7,9 +7,10 @@ import os
 import pathlib
 import re
 import secrets
-from typing import Any
 
 import numpy as np
+
+from l2rw_jax.io import workdir
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ def cached_arrays(
     The arrays by name.
 
   Raises:
-    ValueError: `build` returned an array of Python objects.
+    ValueError: `build` returned an array of Python objects or of a type that is not
+      NumPy's, such as bfloat16.
   """
   path = _path(pathlib.Path(cache_dir), key)
   arrays = _read(path, key)
@@ -68,7 +70,8 @@ def _digest(key: str, arrays: Arrays) -> np.ndarray:
   for name in sorted(arrays):
     array = np.ascontiguousarray(arrays[name])
     digest.update(repr((name, array.dtype.str, array.shape)).encode())
-    digest.update(array.data)
+    # Some types, such as dates, have no buffer.
+    digest.update(array.reshape(-1).view(np.uint8).data)
   return np.frombuffer(digest.digest(), np.uint8)
 
 
@@ -94,12 +97,20 @@ def _read(path: pathlib.Path, key: str) -> Arrays | None:
 
 
 def _write(path: pathlib.Path, key: str, arrays: Arrays) -> None:
+  for name, array in arrays.items():
+    dtype = np.asarray(array).dtype
+    if dtype.hasobject:
+      raise ValueError(f"cannot cache {name}: NumPy would pickle its Python objects.")
+    if dtype.isbuiltin == 2:  # NumPy would store its bytes without the type.
+      raise ValueError(f"cannot cache {name}: {dtype} is not a type of NumPy.")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, {**arrays, _DIGEST: _digest(key, arrays)})
   except OSError as error:
     _log.warning(
-      "cannot write the cache file %s (%s); the next run decodes again", path, error
+      "cannot write the cache file %s (%s); the next run builds the arrays again",
+      path,
+      error,
     )
 
 
@@ -109,13 +120,9 @@ def _replace(path: pathlib.Path, arrays: Arrays) -> None:
   # equal process ids. `tempfile` is not used, because only this user could read its
   # files.
   partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-  named: dict[str, Any] = {name: np.asarray(x) for name, x in arrays.items()}
-  for name, array in named.items():
-    if array.dtype.hasobject:
-      raise ValueError(f"cannot cache {name}: NumPy would pickle its Python objects.")
   try:
     with open(partial, "xb") as file:
-      np.savez(file, **named)
+      workdir.write_arrays(file, arrays)
       file.flush()
       os.fsync(file.fileno())
     os.replace(partial, path)

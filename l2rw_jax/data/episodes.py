@@ -19,6 +19,12 @@ from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import sources
 
 
+# With this offset, 29% of 100 images are 29, although 0.29 * 100 is below 29.
+_ROUNDING = 1e-6
+# KMeans takes only seeds of 32 bits.
+_SEEDS = 2**32
+
+
 class TaskImages:
   """Images of N tasks, [N, ways, k + q, H, W, channels], as a row source."""
 
@@ -178,10 +184,14 @@ def keep_tasks(problem: Episodes, tasks: np.ndarray) -> Episodes:
 
   Args:
     problem: the problem.
-    tasks: numbers of the tasks to keep, all different.
+    tasks: numbers of the tasks to keep, all different; or a bool for each task.
+
+  Raises:
+    InputError: a task does not exist or occurs twice, or `tasks` is neither integers
+      nor one bool for each task.
   """
-  tasks = np.sort(tasks)
   splits, pool = problem
+  tasks = examples_lib.different_rows("tasks", tasks, len(splits.train.label))
   digest = hashlib.sha256(splits.fingerprint.encode() + tasks.astype("<i4").tobytes())
   splits = splits._replace(
     train=_take(splits.train, tasks), fingerprint=digest.hexdigest()[:16]
@@ -249,14 +259,16 @@ def _draw(source, number, shape, rng):
 
 def _noisy(source, share, rng):
   labels = source.labels.copy()
-  chosen = rng.permutation(len(labels))[: int(share * len(labels))]
+  number = math.floor(share * len(labels) + _ROUNDING)
+  chosen = rng.permutation(len(labels))[:number]
   labels[chosen] = rng.integers(source.num_classes, size=len(chosen))
   return source._replace(labels=labels)
 
 
 def _clusters(classes, num_classes, num_clusters, seed):
   """The k-means cluster of each task, from the classes it has, int32 [N]."""
-  if not 1 <= num_clusters <= len(classes):
+  num_clusters = base.check_integer("num_clusters", num_clusters)
+  if num_clusters > len(classes):
     raise base.InputError(
       f"num_clusters={num_clusters} must lie between 1 and the {len(classes)} tasks."
     )
@@ -264,7 +276,7 @@ def _clusters(classes, num_classes, num_clusters, seed):
   np.put_along_axis(descriptors, classes, 1, axis=1)
   from sklearn import cluster
 
-  kmeans = cluster.KMeans(num_clusters, n_init=1, random_state=seed)
+  kmeans = cluster.KMeans(num_clusters, n_init=1, random_state=seed % _SEEDS)
   return kmeans.fit_predict(descriptors).astype(np.int32)
 
 

@@ -261,22 +261,8 @@ def keep_train(splits: Splits, rows: np.ndarray) -> Splits:
     InputError: a row does not exist or occurs twice, or `rows` is neither integers nor
       one bool for each training example.
   """
-  whole, rows = splits.train, np.asarray(rows)
-  size = len(whole.label)
-  if rows.dtype == np.bool_ and rows.shape == (size,):
-    rows = np.flatnonzero(rows)
-  if rows.shape == (0,):
-    rows = rows.astype(np.int64)
-  rows = np.sort(rows)
-  if (
-    not np.issubdtype(rows.dtype, np.integer)
-    or rows.ndim != 1
-    or len(np.unique(rows)) != len(rows)
-    or (rows.size and not 0 <= rows[0] <= rows[-1] < size)
-  ):
-    raise base.InputError(
-      f"rows must be different integers from 0 to {size - 1}, or {size} bools"
-    )
+  whole = splits.train
+  rows = different_rows("rows", rows, len(whole.label))
   is_array = isinstance(whole.image, np.ndarray)
   kept = Examples(
     image=whole.image[rows] if is_array else View(whole.image, rows),
@@ -289,6 +275,35 @@ def keep_train(splits: Splits, rows: np.ndarray) -> Splits:
   digest = hashlib.sha256(splits.fingerprint.encode())
   digest.update(rows.astype("<i4").tobytes())
   return splits._replace(train=kept, fingerprint=digest.hexdigest()[:16])
+
+
+def different_rows(name: str, rows: Any, size: int) -> np.ndarray:
+  """Row numbers in ascending order.
+
+  Args:
+    name: name of the argument.
+    rows: different integers from 0 to `size` - 1, or a bool for each row.
+    size: number of rows that exist.
+
+  Raises:
+    InputError: a row does not exist or occurs twice, or `rows` is neither integers nor
+      one bool for each row.
+  """
+  rows = np.asarray(rows)
+  if rows.dtype == np.bool_ and rows.shape == (size,):
+    rows = np.flatnonzero(rows)
+  if rows.shape == (0,):
+    rows = rows.astype(np.int64)
+  if (
+    not np.issubdtype(rows.dtype, np.integer)
+    or rows.ndim != 1
+    or len(np.unique(rows)) != len(rows)
+    or (rows.size and not 0 <= rows.min() <= rows.max() < size)
+  ):
+    raise base.InputError(
+      f"{name} must be different integers from 0 to {size - 1}, or {size} bools"
+    )
+  return np.sort(rows)
 
 
 def check_trusted(

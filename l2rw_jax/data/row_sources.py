@@ -102,10 +102,15 @@ class _Images:
     return self.shape[0]
 
   def __getitem__(self, rows: Any) -> np.ndarray:
-    is_slice = isinstance(rows, slice)
-    chosen: np.ndarray = np.asarray(
-      range(*rows.indices(len(self))) if is_slice else rows, np.int64
-    )
+    if isinstance(rows, slice):
+      rows = range(*rows.indices(len(self)))
+    chosen = np.asarray(rows)
+    if chosen.dtype == np.bool_ and chosen.shape == (len(self),):
+      chosen = np.flatnonzero(chosen)
+    if not chosen.size:
+      chosen = chosen.astype(np.int64)
+    if not np.issubdtype(chosen.dtype, np.integer):
+      raise IndexError(f"rows must be integers, or {len(self)} bools")
     if chosen.size and not 0 <= chosen.min() <= chosen.max() < len(self):
       raise IndexError(f"rows must lie between 0 and {len(self) - 1}")
     images = np.empty((*chosen.shape, *self.shape[1:]), np.uint8)

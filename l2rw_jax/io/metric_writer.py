@@ -14,6 +14,8 @@ import struct
 import time
 from typing import Any
 
+import numpy as np
+
 from l2rw_jax import base
 from l2rw_jax.io import workdir
 
@@ -88,12 +90,13 @@ class MetricWriter:
       values: metrics by name: Python, NumPy or JAX scalars.
 
     Raises:
-      InputError: the row cannot be written, for instance because the disk is full.
+      InputError: a metric is not one number, or the row cannot be written, for
+        instance because the disk is full.
       ValueError: a metric is named "step".
     """
     if "step" in values:
       raise ValueError('no metric may be named "step", the name of the first column')
-    numbers = {name: float(values[name]) for name in sorted(values)}
+    numbers = {name: _number(name, values[name]) for name in sorted(values)}
     finite = {name: x for name, x in numbers.items() if math.isfinite(x)}
     row = {"step": int(step)} | {name: finite.get(name) for name in numbers}
     line = json.dumps(row)
@@ -128,6 +131,18 @@ class MetricWriter:
     with contextlib.suppress(OSError):
       self._events.close()
     workdir.write_text(self._folder / _CSV, _table(read(self._folder)))
+
+
+def _number(name: str, value: Any) -> float:
+  try:
+    if np.ndim(value) == 0:
+      return float(value)
+  except (TypeError, ValueError):
+    pass
+  raise base.InputError(
+    f"the metric {name!r} must be one number; got {type(value).__name__} of shape"
+    f" {list(np.shape(value))}"
+  )
 
 
 def read(folder: str | os.PathLike) -> list[dict[str, Any]]:

@@ -18,9 +18,11 @@ import socket
 import subprocess
 import tempfile
 import time
-from typing import Any
+from typing import IO, Any
+import zipfile
 
 import jax
+import numpy as np
 
 from l2rw_jax import base
 from l2rw_jax import processes
@@ -80,6 +82,24 @@ def _replace(path: pathlib.Path, content: bytes) -> None:
   except BaseException:
     partial.unlink(missing_ok=True)
     raise
+
+
+def write_arrays(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
+  """Writes an uncompressed `.npz` file, as `np.savez` does, with arrays of any name.
+
+  The names `file` and `allow_pickle` are arguments of `np.savez`.
+
+  Args:
+    file: an open file.
+    arrays: the arrays by name.
+
+  Raises:
+    ValueError: an array contains Python objects.
+  """
+  with zipfile.ZipFile(file, "w") as archive:
+    for name, array in arrays.items():
+      with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+        np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -325,7 +345,8 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
     folder: an existing folder.
 
   Raises:
-    InputError: another process uses the folder, or several processes do not share it.
+    InputError: another process uses the folder, it cannot be written to, or several
+      processes do not share it.
   """
   place = pathlib.Path(folder).resolve()
   lock: int | None = None
@@ -334,8 +355,13 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
     nonlocal lock
     if any(parent in _locks for parent in (place, *place.parents)):
       return
-    lock = _acquire(place)
-    _remove_leftovers(place)
+    try:
+      lock = _acquire(place)
+      _remove_leftovers(place)
+    except OSError as error:
+      raise base.InputError(
+        f"cannot write {folder}: {error.strerror}; choose a folder you may write to"
+      ) from error
 
   try:
     processes.on_first("lock", acquire)

@@ -122,7 +122,7 @@ class Evaluation:
 
     Args:
       metrics: the writer of the results.
-      evaluators: metrics of the test set; one of them computes `accuracy`.
+      evaluators: metrics of the test set; one of them must compute `accuracy`.
       probes: metrics of the runs, such as their accuracy on the training set.
       name: name of the runs in log messages.
     """
@@ -135,17 +135,27 @@ class Evaluation:
       self._measure(run, ())
 
   def __call__(self, run: run_lib.Run) -> None:
-    """Writes the metrics of the evaluators and the probes if an evaluation is due."""
+    """Writes the metrics of the evaluators and the probes if an evaluation is due.
+
+    Raises:
+      InputError: no evaluator computes `accuracy`.
+    """
     if run.config.is_due(run.step, run.config.eval_every):
       run.timer.note(run.step)
-      self._measure(run, self._evaluators)
+      self._measure(run, self._evaluators, needed="test/accuracy")
 
-  def _measure(self, run, evaluators):
-    processes.on_first("evaluation", lambda: self._write(run, evaluators))
+  def _measure(self, run, evaluators, needed=None):
+    processes.on_first("evaluation", lambda: self._write(run, evaluators, needed))
 
-  def _write(self, run, evaluators):
+  def _write(self, run, evaluators, needed):
     for index, seed in enumerate(run.config.seeds):
       values = evaluation.measure(run.snapshot(index), evaluators, self._probes)
+      # `results.write` would miss it, but only after the last step.
+      if needed not in (None, *values):
+        raise base.InputError(
+          f"{self._name}: no evaluator computes accuracy; add evaluation.accuracy to"
+          " the evaluators."
+        )
       if values:
         self._metrics.write(index, run.step, values)
       if "test/accuracy" in values:

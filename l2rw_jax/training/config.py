@@ -13,6 +13,11 @@ from l2rw_jax.training import streaming
 
 # Where training examples are kept, see `Config.data`.
 DATA = ("auto", "resident", "stream")
+# Settings that are at least 1; those in the second line may be None.
+_COUNTS = ("num_steps", "batch_size", "log_every", "eval_every", "checkpoint_every")
+_OPTIONAL_COUNTS = ("meta_batch_size", "num_devices", "steps_per_call")
+# `jax.random.key` ignores the higher bits of a seed.
+_SEED_BITS = 32
 
 
 class Model(Protocol):
@@ -46,9 +51,12 @@ class Config:
     num_steps: number of updates.
     batch_size: B, over all devices.
     meta_batch_size: M, over all devices; the whole meta set if None.
-    seeds: one run is trained for each seed. The seed determines the initialization, the
-      order of the batches and the random numbers of the method.
-    log_every: number of steps between two rows of training metrics.
+    seeds: one run is trained for each seed, from 0 to 2^32 - 1; all are different. The
+      seed determines the initialization, the order of the batches and the random
+      numbers of the method.
+    log_every: number of steps between two rows of training metrics. A row is also
+      written at every evaluation and checkpoint. Each has the means over the steps
+      since the row before it.
     eval_every: number of steps between two evaluations.
     checkpoint_every: number of steps between two checkpoints.
     num_devices: number of devices in all processes. If None, one process uses the
@@ -65,6 +73,9 @@ class Config:
       them in threads. See `read_workers`. It affects only speed.
     device_map: how a step is mapped over the devices, "pmap" or "shard_map". Both run
       the same program.
+
+  Raises:
+    InputError: a number is not an integer or is too small, or two seeds are equal.
   """
 
   num_steps: int
@@ -79,6 +90,28 @@ class Config:
   data: str = "auto"
   data_workers: int = 0
   device_map: str = "pmap"
+
+  def __post_init__(self) -> None:
+    for name in (*_COUNTS, *_OPTIONAL_COUNTS):
+      value = getattr(self, name)
+      if value is not None or name in _COUNTS:
+        self._set(name, base.check_integer(f"--{name}", value))
+    self._set("data_workers", base.check_integer("--data_workers", self.data_workers, 0))
+    # NumPy integers are not JSON.
+    seeds = tuple(base.check_integer("each of the seeds", s, 0) for s in self.seeds)
+    if not seeds or len(set(seeds)) < len(seeds):
+      raise base.InputError(
+        f"seeds={list(seeds)} must be one or more different integers: give each run"
+        " its own seed."
+      )
+    if max(seeds) >> _SEED_BITS:
+      raise base.InputError(
+        f"the seed {max(seeds)} must be smaller than 2^{_SEED_BITS}; choose another one."
+      )
+    self._set("seeds", seeds)
+
+  def _set(self, name, value):
+    object.__setattr__(self, name, value)  # The class is frozen.
 
   @property
   def intervals(self) -> tuple[int, int, int]:
@@ -105,11 +138,9 @@ def check(
     raise base.InputError(
       f"--device_map={config.device_map} must be {' or '.join(devices.MAPS)}."
     )
-  if config.steps_per_call is not None:
-    base.check_integer("--steps_per_call", config.steps_per_call)
   if config.data not in DATA:
     raise base.InputError(f"--data={config.data}: choose among {', '.join(DATA)}.")
-  if not 0 <= config.data_workers <= streaming.MOST_THREADS:
+  if config.data_workers > streaming.MOST_THREADS:
     raise base.InputError(
       f"--data_workers={config.data_workers} must lie between 0 and"
       f" {streaming.MOST_THREADS}, the number of steps whose examples are read ahead."
@@ -119,6 +150,11 @@ def check(
       examples = getattr(split, part)
       _check_labels(examples.label, split.num_classes, f"{part} of seed {seed}")
       examples_lib.check_images(examples.image, f"the {part} images of seed {seed}")
+    if not len(split.test.label):
+      raise base.InputError(
+        f"the test set of seed {seed} is empty: give it the examples that measure the"
+        " accuracy of the run."
+      )
     if config.batch_size > len(split.train.label):
       raise base.InputError(
         f"--batch_size={config.batch_size} is larger than the"
@@ -140,8 +176,12 @@ def as_integers(
 
   Raises:
     InputError: labels, groups or row numbers are not integers, or there is not one for
-      each image.
+      each image; there are not as many splits as seeds.
   """
+  if len(splits) != len(seeds):
+    raise base.InputError(
+      f"there are {len(splits)} splits for {len(seeds)} seeds; give one for each seed."
+    )
   results = []
   for seed, split in zip(seeds, splits, strict=True):
     parts: dict[str, Any] = {
@@ -186,9 +226,7 @@ def _check_meta(config, method, num_meta):
       "this method needs a meta set of clean examples, but the set is empty: raise"
       " --num_meta, or choose --methods that need none."
     )
-  if config.meta_batch_size is not None and (
-    config.meta_batch_size > num_meta or config.meta_batch_size < 1
-  ):
+  if config.meta_batch_size is not None and config.meta_batch_size > num_meta:
     raise base.InputError(
       f"--meta_batch_size={config.meta_batch_size} must lie between 1 and the"
       f" {num_meta} clean examples."

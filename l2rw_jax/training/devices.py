@@ -141,7 +141,8 @@ def spread(steps: Sequence[Any], devices: list[jax.Device]) -> np.ndarray:
   Returns:
     Rows of the D devices of this process, int32 [D, R, K, B / N]. If B is not
     divisible by N (such as ten meta examples on eight devices), every device takes all
-    of them, [D, R, K, B]: the mean over the devices is then that of any one of them.
+    of them, [D, R, K, B]. The mean over the devices then equals the value on each
+    device.
   """
   rows = np.stack(steps, axis=1).astype(np.int32)  # [R, K, B]
   parts = (repeat if rows.shape[-1] % len(devices) else shard)(rows, devices)

@@ -36,6 +36,20 @@ class Predictions(NamedTuple):
   num_classes: int
   groups: np.ndarray | None = None
 
+  def right(self) -> np.ndarray:
+    """Whether each predicted class is the label, bool, of the same shape.
+
+    Raises:
+      InputError: there is not one prediction for each label.
+    """
+    shapes = np.shape(self.predicted), np.shape(self.labels)
+    if shapes[0] != shapes[1]:  # NumPy could compare each with all others.
+      raise base.InputError(
+        f"predictions of shape {list(shapes[0])} do not match labels of shape"
+        f" {list(shapes[1])}; give one label for each prediction."
+      )
+    return self.predicted == self.labels
+
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
@@ -132,16 +146,24 @@ def measure(
 
 
 def accuracy(predictions: Predictions) -> dict[str, float]:
-  """Share of correctly classified examples, and the mean loss."""
-  right = predictions.predicted == predictions.labels
+  """Share of correctly classified examples, and the mean loss.
+
+  Raises:
+    InputError: there is not one prediction for each label.
+  """
+  right = predictions.right()
   # NumPy sums bfloat16 in bfloat16, where adding 1 to 256 changes nothing.
   loss = predictions.losses.mean(dtype=np.float64)
   return {"accuracy": float(right.mean()), "loss": float(loss)}
 
 
 def per_class_accuracy(predictions: Predictions) -> dict[str, float]:
-  """Accuracy of each true class, and their mean (balanced accuracy)."""
-  right = predictions.predicted == predictions.labels
+  """Accuracy of each true class, and their mean (balanced accuracy).
+
+  Raises:
+    InputError: there is not one prediction for each label.
+  """
+  right = predictions.right()
   by_class = {}
   for c in range(predictions.num_classes):
     members = predictions.labels == c
@@ -220,7 +242,7 @@ def shot_accuracy(class_counts: Sequence[int], many: int, few: int) -> Evaluator
   groups = _shot_groups(np.asarray(class_counts), upper, lower)
 
   def evaluate(predictions: Predictions) -> dict[str, float]:
-    right = predictions.predicted == predictions.labels
+    right = predictions.right()
     rates = _rates(right, predictions.labels)
     unknown = sorted(set(rates).difference(range(len(groups))))
     if unknown:
@@ -255,19 +277,21 @@ def equal_opportunity(predictions: Predictions) -> dict[str, float]:
     accuracy_group_G             the accuracy of attribute group G
 
   Classes, groups and cells without examples are ignored. Without any pair the gaps
-  are 0.
+  are 0. If an example has several labels, all of them are in its group.
 
   Raises:
-    InputError: there are no examples.
+    InputError: there are no examples, or there is not one prediction for each label.
   """
   if not len(predictions.labels):
     raise base.InputError("equal_opportunity: there are no examples.")
   labels, groups = predictions.labels, predictions.groups
-  right = predictions.predicted == labels
+  right = predictions.right()
   if groups is None or np.array_equal(groups, labels):
     rates = _rates(right, labels)
     gaps = _gaps(list(rates.values()))
     return {**_gap_summary(gaps), "worst_group_accuracy": min(rates.values())}
+  more_axes = tuple(range(groups.ndim, labels.ndim))
+  groups = np.broadcast_to(np.expand_dims(groups, more_axes), labels.shape)
   cells = [_rates(right[labels == c], groups[labels == c]) for c in np.unique(labels)]
   by_group = _rates(right, groups)
   gaps = [gap for cell in cells for gap in _gaps(list(cell.values()))]

@@ -1,4 +1,4 @@
-"""The identity of a run: everything that its numbers depend on."""
+"""The identity of a run: its settings and its data."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -15,8 +15,9 @@ from l2rw_jax.training import config as config_lib
 
 # Settings that may differ between processes: their hosts may have different CPUs.
 LOCAL = ("data_workers",)
-# These settings are not compared. Seeds are stored elsewhere. Where the data are kept
-# and which processes read them changes no number. The others affect only rounding.
+# These settings are not compared. Seeds are stored elsewhere. The place of the data and
+# the processes that read them do not affect the results. The others affect only
+# rounding.
 EXCLUDED = ("seeds", "num_devices", "steps_per_call", "device_map", "data", *LOCAL)
 _ADVICE = "choose another --workdir, or delete this one."
 

@@ -14,9 +14,10 @@
 The same call continues an interrupted run. If the number of steps per call is the same,
 all files of `seed-S` except TensorBoard's are then byte for byte those of an
 uninterrupted run. Checkpoints and results record what the numbers of the run depend on:
-settings, data and, for an unfinished run, versions and kind of device. A folder that
-contains another run is refused. On SIGINT, SIGTERM and SIGHUP, a checkpoint is saved
-before the run stops.
+settings, data and, for an unfinished run, versions and kind of device. A folder whose run
+has another seed, other data or other settings is refused; the model, the method and the
+optimizer are not compared. On SIGINT, SIGTERM and SIGHUP, a checkpoint is saved before
+the run stops.
 
 Several processes (`jax.distributed`) train one run together: all of them call `train`
 with the same arguments, every process sends its rows of every batch to its devices, and
@@ -71,7 +72,8 @@ def train(
     optimizer: the optimizer of the network.
     splits: the data of each seed, all of the same size.
     folder: the folder of all files. The model, the method and the optimizer must be
-      those with which the folder was created.
+      those with which the folder was created: the results of finished runs are read
+      without training, whatever these arguments are. A log message says so.
     evaluators: metrics of the test set; one of them must compute `accuracy`.
     name: name of the runs in the progress bar and in messages.
     probes: metrics of the runs, measured at the start and at every evaluation.
@@ -83,7 +85,8 @@ def train(
     A `Result` for each seed, read from disk: metrics, weights, trained parameters.
 
   Raises:
-    InputError: the settings do not match the data; losses or gradients became NaN or
+    InputError: the settings do not match the data; no evaluator computes `accuracy`;
+      losses or gradients became NaN or
       infinite (the last good state is in the checkpoint); a file cannot be written;
       `folder` contains a run with other settings, data or versions, or another program
       uses it; several processes disagree on settings or data, or do not share the
@@ -109,9 +112,11 @@ def train(
   )
   # Take one row, because a row source becomes an array only when it is indexed.
   first = {k: x[:1] for k, x in examples_lib.as_batch(splits[0].train).items()}
-  if not processes.on_first(
+  if processes.on_first(
     "finished", lambda: _is_finished(folder, folders, identities)
   ):
+    _log_finished(folder, name)
+  else:
     config_lib.check(config, method, splits)
     test = examples_lib.as_batch(splits[0].test)
     model.check({k: x[:1] for k, x in test.items()}, splits[0].num_classes)
@@ -127,6 +132,8 @@ def train(
       resume_step = run.step if saved else None
       metrics = files.enter_context(callbacks.Metrics(folders, resume_step, saved))
       evaluate = callbacks.Evaluation(metrics, evaluators, probes, name)
+      if not saved:  # A checkpoint of step 0 contains these metrics.
+        evaluate.at_start(run)
       _train(run, metrics, weights, evaluate, checkpoints, name)
       processes.on_first(
         "results",
@@ -155,7 +162,6 @@ def _train(
         weights.add(rows.train, output.weights[:, k])
 
   checkpoints.raise_on_failure(run, metrics, weights, name)
-  evaluate.at_start(run)
   with progress_bar(config.num_steps, run.step, name) as bar:
     run.timer.start()
     with interruption.deferred() as signals, interruption.agreed(signals) as stops:
@@ -212,6 +218,18 @@ def _is_finished(folder, folders, identities):
   for problem in problems:
     logging.warning("%s It will be written again, from the last checkpoint.", problem)
   return not problems
+
+
+def _log_finished(folder, name):
+  # The settings of a prepared folder, which were compared, include the method.
+  is_known = bool(workdir.settings_of(folder))
+  logging.log(
+    logging.INFO if is_known else logging.WARNING,
+    "%s: the results of the finished runs in %s are read; nothing is trained.%s",
+    name,
+    folder,
+    "" if is_known else " The model, the method and the optimizer are not compared.",
+  )
 
 
 def _make(folder):

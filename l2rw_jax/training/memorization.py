@@ -19,6 +19,7 @@ from l2rw_jax.training import evaluation
 from l2rw_jax.training import sampling
 
 _KEY = 0x73757363
+_PARTS = ("train", "meta", "validation", "test")
 
 
 def susceptibility(batch_size: int = 128, unlabeled: Any = "train") -> evaluation.Probe:
@@ -44,9 +45,14 @@ def susceptibility(batch_size: int = 128, unlabeled: Any = "train") -> evaluatio
     several labels.
 
   Raises:
-    InputError: `batch_size` is below 1.
+    InputError: `batch_size` is below 1, or the splits have no part `unlabeled`.
   """
   batch_size = base.check_integer("susceptibility: batch_size", batch_size)
+  if isinstance(unlabeled, str) and unlabeled not in _PARTS:
+    raise base.InputError(
+      f"susceptibility: unlabeled={unlabeled!r} must be an array of images or one of"
+      f" {_PARTS}."
+    )
 
   def probe(snapshot):
     images = unlabeled
@@ -162,7 +168,7 @@ def accuracy(snapshot: evaluation.Snapshot) -> dict[str, float]:
 
   The accuracy on an empty set is left out.
   """
-  right = snapshot.train.predicted == snapshot.train.labels
+  right = snapshot.train.right()
   train = snapshot.splits.train
   is_clean = train.label == train.true_label
   subsets = {

@@ -127,7 +127,7 @@ def _start_worker(content: bytes) -> None:
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
   threading.Thread(target=_end_with_parent, daemon=True).start()
-  # The training process has already logged the messages of the decoder.
+  # Do not repeat the warnings that the training process has already logged.
   logging.disable(logging.WARNING)
   # Workers do not compute, and must not reserve an accelerator.
   jax.config.update("jax_platforms", "cpu")

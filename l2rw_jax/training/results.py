@@ -93,8 +93,7 @@ def write(
   files = [_WEIGHTS, variables.FILE, *metric_writer.FILES]
   if statistics:
     content = io.BytesIO()
-    named: dict[str, Any] = dict(statistics)
-    np.savez(content, **named)
+    workdir.write_arrays(content, {k: _plain(x) for k, x in statistics.items()})
     workdir.write_bytes(folder / _STATISTICS, content.getvalue())
     files.append(_STATISTICS)
   results = {
@@ -194,9 +193,17 @@ def _json(value: float) -> float | None:
   return value if math.isfinite(value) else None
 
 
+def _plain(values: Any) -> np.ndarray:
+  """An array of a type that `.npz` files support: float32 instead of bfloat16."""
+  array = np.asarray(values)
+  return array.astype(np.float32) if array.dtype.isbuiltin == 2 else array
+
+
 def _sha256(tree: base.PyTree) -> str:
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+      leaf = jax.random.key_data(leaf)
     digest.update(jax.tree_util.keystr(path).encode())
     digest.update(np.ascontiguousarray(leaf).tobytes())
   return digest.hexdigest()

@@ -38,7 +38,7 @@ MOST_QUEUED = 2
 
 
 class Output(NamedTuple):
-  """What K steps of R runs report, on the host.
+  """The weights and metrics of K steps of R runs, on the host.
 
   Attributes:
     rows: the rows of the examples of each of the K steps.

@@ -56,8 +56,7 @@ class Stream:
       import grain  # Installed with the experiments; not needed to import the package.
     except ImportError:
       raise base.InputError(
-        "streaming data that do not fit on the devices needs grain: pip install grain,"
-        " or choose --data=resident."
+        "Streaming needs the package grain: pip install grain."
       ) from None
     self.close()
     threads = min(MOST_THREADS, os.cpu_count() or 1)

@@ -51,13 +51,19 @@ class Timer:
       step: number of updates so far; 0 for a new timer.
 
     Returns:
-      The timer. If the file is missing or damaged, the timer starts at 0 with a warning
-      instead of an error, because nothing else in the run depends on it.
+      The timer. If the file is missing, damaged or of another version, the timer starts
+      at 0 with a warning instead of an error, because nothing else in the run depends
+      on it.
     """
     if not step:
       return cls()
     try:
       record = workdir.read_record(path)
+      missing = {"evaluations", "saved", "untimed_steps"} - record.keys()
+      if missing:
+        raise base.InputError(
+          f"{path} has no {min(missing)}: another version wrote it."
+        )
     except base.InputError as error:
       logging.warning("%s The first %d steps count as 0 seconds.", error, step)
       return cls(untimed_steps=step)

@@ -14,6 +14,7 @@ from typing import Any
 
 from flax import serialization
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from l2rw_jax import base
@@ -42,7 +43,8 @@ def read(folder: pathlib.Path) -> tuple[Any, Any]:
 
   Returns:
     Nested dictionaries of NumPy arrays. Other containers become dictionaries whose keys
-    are the names of the fields or the positions of the elements, as strings.
+    are the names of the fields or the positions of the elements, as strings. PRNG keys
+    become their data, unsigned integers.
 
   Raises:
     InputError: the file is missing or damaged.
@@ -66,7 +68,7 @@ def restore(stored: Any, like: base.PyTree) -> base.PyTree:
     like: a pytree with the structure that was written, with arrays or their shapes.
 
   Returns:
-    NumPy arrays in the structure of `like`.
+    NumPy arrays and typed PRNG keys in the structure of `like`.
 
   Raises:
     InputError: the structures or shapes differ.
@@ -76,11 +78,17 @@ def restore(stored: Any, like: base.PyTree) -> base.PyTree:
     value = stored
     for entry in path:
       value = value.get(_key(entry)) if isinstance(value, dict) else None
-    if isinstance(value, dict) or np.shape(value) != np.shape(wanted) or value is None:
+    shape = np.shape(wanted)
+    if _is_key(wanted):
+      shape = jax.eval_shape(jax.random.key_data, wanted).shape
+    if isinstance(value, dict) or np.shape(value) != shape or value is None:
       raise base.InputError(
         f"the stored variables have no {jax.tree_util.keystr(path)} of shape"
         f" {list(np.shape(wanted))}: they are those of another model or method."
       )
+    if _is_key(wanted):
+      key = jnp.empty((), wanted.dtype)  # `wanted` may be only a shape.
+      return jax.random.wrap_key_data(value, impl=jax.random.key_impl(key))
     return value
 
   return jax.tree_util.tree_map_with_path(leaf, like)
@@ -90,9 +98,7 @@ def _nested(tree: base.PyTree) -> Any:
   """A pytree as nested dictionaries of NumPy arrays."""
   made: dict[str, Any] = {}
   for path, value in jax.tree_util.tree_leaves_with_path(tree):
-    if jax.dtypes.issubdtype(getattr(value, "dtype", None), jax.dtypes.prng_key):
-      value = jax.random.key_data(value)
-    value = np.asarray(value)
+    value = np.asarray(jax.random.key_data(value) if _is_key(value) else value)
     if not path:
       return value
     place = made
@@ -100,6 +106,10 @@ def _nested(tree: base.PyTree) -> Any:
       place = place.setdefault(_key(entry), {})
     place[_key(path[-1])] = value
   return made
+
+
+def _is_key(value: Any) -> bool:
+  return jax.dtypes.issubdtype(getattr(value, "dtype", None), jax.dtypes.prng_key)
 
 
 def _key(entry: Any) -> str:

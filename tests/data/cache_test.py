@@ -5,10 +5,12 @@ import subprocess
 import sys
 import textwrap
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from l2rw_jax.data import cache
+from l2rw_jax.io import workdir
 
 KEY = "mnist/3.0.1/train"
 
@@ -62,6 +64,22 @@ def test_file_name_contains_the_key_and_numpy_reads_it(tmp_path):
   assert file.name.startswith("mnist_3.0.1_train-")
   with np.load(file) as stored:
     np.testing.assert_array_equal(stored["labels"], arrays()["labels"])
+
+
+def test_arrays_of_every_name_and_type_are_built_once(tmp_path, caplog):
+  # The first two names are arguments of NumPy's function.
+  content = {
+    "file": np.arange(3),
+    "allow_pickle": np.array([b"x", b""]),
+    "dates": np.array(["2020-01-01"], "datetime64[s]"),
+  }
+  cache.cached_arrays(tmp_path, KEY, lambda: content)
+  stored = cache.cached_arrays(tmp_path, KEY, lambda: {})
+  assert not caplog.records and stored.keys() == content.keys()
+  for name, array in content.items():
+    np.testing.assert_array_equal(stored[name], array, strict=True)
+  with pytest.raises(ValueError, match="cannot cache x: bfloat16 is not a type of Num"):
+    cache.cached_arrays(tmp_path, "b", lambda: {"x": jnp.zeros(2, jnp.bfloat16)})
 
 
 def test_similar_keys_have_different_files(tmp_path):
@@ -142,11 +160,11 @@ def test_folder_that_cannot_be_created_is_a_warning(tmp_path, caplog):
 
 
 def test_full_disk_is_a_warning_and_leaves_no_file(tmp_path, caplog, monkeypatch):
-  def savez(file, **_):
+  def write(file, _):
     file.write(b"half a fi")
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(np, "savez", savez)
+  monkeypatch.setattr(workdir, "write_arrays", write)
   assert_same(cache.cached_arrays(tmp_path, KEY, arrays))
   (record,) = caplog.records
   assert "No space left on device" in record.message

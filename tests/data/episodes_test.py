@@ -149,6 +149,36 @@ def test_some_tasks_can_be_kept():
   assert kept.splits.test is problem.splits.test
 
 
+def test_tasks_are_kept_by_a_mask():
+  problem = _make()
+  is_kept = np.arange(40) < 2
+  for tasks in (is_kept, is_kept.tolist()):
+    kept = episodes.keep_tasks(problem, tasks).splits
+    assert kept.train.source_index.tolist() == [0, 1]
+  assert len(episodes.keep_tasks(problem, []).splits.train.label) == 0
+
+
+@pytest.mark.parametrize("tasks", [[3, 3], [-1], [40], [0.5], [True], [[1]]])
+def test_tasks_that_do_not_exist_are_refused(tasks):
+  with pytest.raises(base.InputError, match="tasks must be different integers from 0 t"):
+    episodes.keep_tasks(_make(), tasks)
+
+
+@pytest.mark.parametrize("share, number", [(0.29, 29), (0.57, 57), (0.575, 57)])
+def test_the_number_of_noisy_labels_is_exact(share, number):
+  # With a million classes, no random label is the true one.
+  source = _SOURCES["train"]._replace(
+    labels=np.full(100, -1, np.int32), num_classes=10**6
+  )
+  labels = episodes._noisy(source, share, np.random.default_rng(0)).labels
+  assert (labels >= 0).sum() == number
+
+
+def test_seeds_may_have_more_than_32_bits():
+  problem = _make(seed=2**32, num_clusters=2)
+  assert set(problem.splits.train.group) == {0, 1}
+
+
 _LARGE = _source("meta", 4, shape=(3, 3, 1))
 
 
@@ -166,7 +196,8 @@ _LARGE = _source("meta", 4, shape=(3, 3, 1))
     ({"foreign_share": np.nan}, r"foreign_share must lie in \[0, 1\); got nan"),
     ({"foreign_share": 0.5, "foreign": None}, "foreign_share=0.5 needs a foreign"),
     ({"noise_share": 1.5}, r"noise_share must lie in \[0, 1\]; got 1.5"),
-    ({"num_clusters": 0}, "num_clusters=0 must lie between 1 and the 40 tasks"),
+    ({"num_clusters": 0}, "num_clusters=0 must be an integer of at least 1"),
+    ({"num_clusters": 2.0}, "num_clusters=2.0 must be an integer of at least 1"),
     ({"num_clusters": 41}, "num_clusters=41 must lie between 1 and the 40 tasks"),
     ({"meta": _LARGE}, r"the meta images are uint8 of shape \(3, 3, 1\)"),
     ({"seed": -1}, "seed=-1 must be an integer of at least 0"),

@@ -37,12 +37,16 @@ def test_image_files_are_those_in_memory(folder):
   assert isinstance(images, row_sources.ImageFiles)
   assert images.shape == expected.features.shape and images.dtype == np.uint8
   assert len(images) == len(expected.features) and images.ndim == 4
-  for rows in (slice(3, 5), np.array([7, 0, 7]), np.array([], int), 2):
+  is_dog = expected.labels == 1
+  for rows in (slice(3, 5), np.array([7, 0, 7]), np.array([], int), [], 2, is_dog):
     np.testing.assert_array_equal(images[rows], expected.features[rows])
   np.testing.assert_array_equal(np.array(images), expected.features)
   np.testing.assert_array_equal(np.stack(list(images)), expected.features)
   for rows in (-1, np.array([0, len(images)])):
     with pytest.raises(IndexError, match="rows must lie between 0 and 15"):
+      images[rows]
+  for rows in (np.array([1.7]), 1.0, is_dog[1:], True):
+    with pytest.raises(IndexError, match="rows must be integers, or 16 bools"):
       images[rows]
   np.testing.assert_array_equal(data.labels, expected.labels)
   assert data.form == expected.form and (data.duplicate_of == -1).all()

@@ -51,6 +51,14 @@ def test_rows_are_valid_json(tmp_path):
   )
 
 
+@pytest.mark.parametrize("value", [np.array([2.0]), "high", None])
+def test_a_metric_that_is_not_a_number_is_named(tmp_path, value):
+  with _open(tmp_path) as writer:
+    with pytest.raises(base.InputError, match="the metric 'y' must be one number"):
+      writer.write(2, {"x": 1, "y": value})
+    assert writer.history == []
+
+
 def test_order_of_the_values_does_not_matter(tmp_path):
   with _open(tmp_path) as writer:
     writer.write(1, {"b": 1, "a": 2})

@@ -261,3 +261,10 @@ def test_another_process_is_locked_out(tmp_path):
 def _enter(folder):
   with workdir.locked(folder):
     pass
+
+
+def test_locks_that_cannot_be_written_are_one_line():
+  # Nobody, not even root, can create files in this folder.
+  with pytest.raises(base.InputError, match="cannot write /proc/self: .*choose") as caught:
+    _enter("/proc/self")
+  assert "\n" not in str(caught.value)

@@ -18,7 +18,8 @@ _L2RW = l2rw.l2rw()
   [
     (_L2RW, {"num_meta": 0}, {}, "needs a meta set of clean.*--num_meta.*--methods"),
     (_L2RW, {}, {"meta_batch_size": 9}, "--meta_batch_size=9.*8 clean examples"),
-    (_L2RW, {}, {"meta_batch_size": 0}, "--meta_batch_size=0.*between 1"),
+    (_L2RW, {}, {"meta_batch_size": 0}, "--meta_batch_size=0 must be an integer"),
+    (_UNIFORM, {}, {"seeds": (0, 1)}, "there are 1 splits for 2 seeds; give one"),
     (_UNIFORM, {"num_train": 7}, {}, "--batch_size=8 is larger than the 7 training"),
     (_UNIFORM, {}, {"num_devices": 9}, "--num_devices=9: this machine has 8 cpu"),
     (
@@ -86,9 +87,46 @@ def test_images_of_different_kinds_raise(tmp_path, change, what):
   assert not (tmp_path / "run").exists()
 
 
-def test_less_than_one_step_per_call_raises(tmp_path):
-  with pytest.raises(base.InputError, match="--steps_per_call=0 must be an integer"):
-    toy_runs.train(tmp_path / "run", _UNIFORM, steps_per_call=0)
+_COUNTS = ("num_steps", "batch_size", "log_every", "eval_every", "checkpoint_every")
+_OPTIONAL_COUNTS = ("meta_batch_size", "num_devices", "steps_per_call")
+
+
+@pytest.mark.parametrize("name", [*_COUNTS, *_OPTIONAL_COUNTS])
+@pytest.mark.parametrize("value", [0, -3, 2.5, 8.0, True, "8"])
+def test_counts_are_positive_integers(name, value):
+  with pytest.raises(base.InputError, match=f"--{name}={value} must be an integer of"):
+    config_lib.Config(**({"num_steps": 7} | {name: value}))
+  config = config_lib.Config(**({"num_steps": 7} | {name: np.int64(8)}))
+  assert type(getattr(config, name)) is int
+
+
+@pytest.mark.parametrize(
+  ("seeds", "message"),
+  [
+    # Both runs would write the same folder.
+    ((0, 0), r"seeds=\[0, 0\] must be one or more different integers"),
+    ((), r"seeds=\[\] must be one or more different integers"),
+    ((-1,), "seeds=-1 must be an integer of at least 0"),
+    ((0.0,), "seeds=0.0 must be an integer of at least 0"),
+    # `jax.random.key` would return the key of seed 1.
+    ((1, 2**32 + 1), r"the seed 4294967297 must be smaller than 2\^32"),
+  ],
+)
+def test_seeds_are_different_integers(seeds, message):
+  with pytest.raises(base.InputError, match=message):
+    config_lib.Config(7, seeds=seeds)
+
+
+def test_seeds_may_be_numpy_integers():
+  config = config_lib.Config(7, seeds=np.arange(3))
+  assert config.seeds == (0, 1, 2) and {type(seed) for seed in config.seeds} == {int}
+
+
+def test_an_empty_test_set_raises(tmp_path):
+  splits = toy_runs.make_splits()
+  splits = splits._replace(test=splits.validation)
+  with pytest.raises(base.InputError, match="the test set of seed 0 is empty"):
+    toy_runs.train(tmp_path / "run", _UNIFORM, [splits])
   assert not (tmp_path / "run").exists()
 
 

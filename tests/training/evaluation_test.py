@@ -30,6 +30,29 @@ def test_accuracy_and_loss():
   assert metrics == {"accuracy": 0.75, "loss": 1.5}
 
 
+@pytest.mark.parametrize(
+  "evaluator",
+  [
+    evaluation.accuracy,
+    evaluation.per_class_accuracy,
+    evaluation.shot_accuracy([2, 2], 5, 1),
+    evaluation.equal_opportunity,
+  ],
+)
+def test_predictions_and_labels_have_the_same_shape(evaluator):
+  # Comparing each prediction with all labels would give 0.625.
+  predictions = _predictions([[0], [1], [1], [1]], [0, 1, 1, 1])
+  with pytest.raises(base.InputError, match=r"predictions of shape \[4\] do not match"):
+    evaluator(predictions)
+
+
+def test_equal_opportunity_of_examples_with_several_labels():
+  labels, predicted = [[0, 1], [0, 1], [0, 1]], [[0, 1], [0, 0], [1, 0]]
+  actual = evaluation.equal_opportunity(_predictions(labels, predicted, 2, [0, 0, 1]))
+  flat = _predictions(np.ravel(labels), np.ravel(predicted), 2, [0, 0, 0, 0, 1, 1])
+  assert actual == evaluation.equal_opportunity(flat)
+
+
 def test_the_mean_of_losses_in_bfloat16_is_accurate():
   # A sum in bfloat16 stops at 256.
   losses = np.asarray(jnp.ones(1000, jnp.bfloat16))

@@ -1,6 +1,8 @@
 """Whole runs of `loop.train`: every method, several devices, resumption."""
 
+import contextlib
 import logging
+import signal
 
 from flax import linen as nn
 import jax
@@ -15,7 +17,12 @@ from l2rw_jax.methods import adacore
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
 from l2rw_jax.models import classifier
+from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import devices
+from l2rw_jax.training import evaluation
+from l2rw_jax.training import interruption
+from l2rw_jax.training import loop
+from l2rw_jax.training import memorization
 from l2rw_jax.training import sampling
 
 
@@ -129,6 +136,51 @@ def test_finished_run_is_not_repeated(tmp_path, monkeypatch):
   for one, other in zip(first, second, strict=True):
     assert one.metrics == other.metrics
     _assert_tables_close(one.weights, other.weights)
+
+
+def test_reading_a_finished_run_of_another_method_is_logged(tmp_path, caplog):
+  caplog.set_level(logging.WARNING, logger="absl")
+  (first,) = toy_runs.train(tmp_path, _METHODS["uniform"], num_steps=1)
+  assert not caplog.messages
+  (second,) = toy_runs.train(tmp_path, _METHODS["l2rw"], num_steps=1)
+  assert second.metrics == first.metrics
+  (message,) = caplog.messages
+  assert f"the results of the finished runs in {tmp_path} are read" in message
+  assert "The model, the method and the optimizer are not compared." in message
+
+
+def test_a_run_without_accuracy_stops_at_the_first_evaluation(tmp_path):
+  config = config_lib.Config(9, batch_size=8, num_devices=1, eval_every=2)
+  with pytest.raises(base.InputError, match="no evaluator computes accuracy; add"):
+    loop.train(
+      config,
+      toy_runs.MODEL,
+      _METHODS["uniform"],
+      toy_runs.OPTIMIZER,
+      [toy_runs.make_splits()],
+      tmp_path,
+      evaluators=(evaluation.equal_opportunity,),
+    )
+  assert [row["step"] for row in toy_runs.rows(tmp_path / "seed-0")] == [2]
+
+
+def test_a_signal_before_the_first_step_does_not_repeat_the_probes(
+  tmp_path, monkeypatch
+):
+  def train():
+    probes = [memorization.accuracy]
+    return toy_runs.train(tmp_path, _METHODS["uniform"], probes=probes, num_steps=3)
+
+  def stopped(_):
+    signal.raise_signal(signal.SIGINT)
+    return contextlib.nullcontext(lambda: True)
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(interruption, "agreed", stopped)
+    train()
+  assert toy_runs.saved(tmp_path)[0] == 0
+  (result,) = train()
+  assert result.metrics["probes"]["step"] == [0, 3]
 
 
 @pytest.mark.slow(unless=("uniform", "l2rw", "class_proportion"))

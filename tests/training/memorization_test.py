@@ -16,6 +16,7 @@ from l2rw_jax.methods import baselines
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
 from l2rw_jax.training import devices
+from l2rw_jax.training import evaluation
 from l2rw_jax.training import memorization
 
 
@@ -36,6 +37,11 @@ def _snapshot(model=toy_runs.MODEL, optimizer=toy_runs.OPTIMIZER, step=5, seed=1
     optimizer=optimizer,
     splits=splits,
   )
+
+
+def test_images_that_do_not_exist_are_refused():
+  with pytest.raises(base.InputError, match="unlabeled='foo' must be an array of imag"):
+    memorization.susceptibility(unlabeled="foo")
 
 
 @pytest.mark.slow
@@ -158,7 +164,7 @@ def test_accuracy_on_clean_and_wrong_labels():
     examples = types.SimpleNamespace(label=label, true_label=true)
     return memorization.accuracy(
       types.SimpleNamespace(
-        train=types.SimpleNamespace(labels=label, predicted=predicted),
+        train=evaluation.Predictions(label, predicted, np.zeros(len(label)), 3),
         splits=types.SimpleNamespace(train=examples),
       )
     )

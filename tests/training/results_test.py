@@ -1,6 +1,10 @@
 """The files of a finished run."""
 
+import dataclasses
+from typing import NamedTuple
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_runs
@@ -55,6 +59,46 @@ def test_hash_depends_on_the_parameters(tmp_path):
   ]
   hashes = [run.metrics["params_sha256"] for run in runs]
   assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_statistics_of_every_name_and_type_come_back(tmp_path):
+  def report(_):
+    values = np.arange(toy_runs.NUM_TRAIN)
+    return {"file": values, "allow_pickle": jnp.asarray(values, jnp.bfloat16)}
+
+  method = _UNIFORM._replace(report=report)
+  (result,) = toy_runs.train(tmp_path, method, num_steps=1)
+  assert result.statistics.keys() == {"file", "allow_pickle"}
+  for column in result.statistics.values():
+    np.testing.assert_array_equal(column, np.arange(toy_runs.NUM_TRAIN))
+
+
+class _KeyedModel(NamedTuple):
+  """The toy model with a PRNG key in its variables."""
+
+  def __hash__(self):
+    return 1
+
+  def check(self, *args):
+    toy_runs.MODEL.check(*args)
+
+  def init(self, key, batch):
+    params, _ = toy_runs.MODEL.init(key, batch)
+    return params, {"key": jax.random.key(5)}
+
+  def problem(self, **settings):
+    problem = toy_runs.MODEL.problem(**settings)
+
+    def forward(params, state, batch, key, train):
+      return problem.forward(params, {}, batch, key, train)[0], state
+
+    return dataclasses.replace(problem, forward=forward, features=None, head=None)
+
+
+def test_a_model_with_a_key_ends_and_is_read_again(tmp_path):
+  for _ in range(2):
+    (result,) = toy_runs.train(tmp_path, _UNIFORM, model=_KeyedModel(), num_steps=1)
+    assert jax.random.key_data(result.model_state["key"]).tolist() == [0, 5]
 
 
 def test_damaged_file_is_named_and_written_again(tmp_path, caplog):

@@ -88,3 +88,10 @@ def test_restore_discards_later_steps(advance, tmp_path):
   assert json.loads(path.read_text())["evaluations"] == [[10, 4.0]]
   assert timer_lib.Timer.restore(path, 0).read() == 0
   assert timer_lib.Timer.restore(tmp_path / "none.json", 5).read() == 0
+
+
+def test_a_record_of_another_version_is_a_warning(tmp_path, caplog):
+  workdir.write_record(tmp_path / "timing.json", {"seconds": 3, "saved": {}})
+  assert timer_lib.Timer.restore(tmp_path / "timing.json", 5).read() == 0
+  (message,) = caplog.messages
+  assert "has no evaluations: another version wrote it" in message

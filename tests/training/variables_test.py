@@ -50,6 +50,9 @@ def test_a_run_of_an_earlier_version_gets_its_parameters(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, again.params, result.params)
 
 
+_KEY = jax.random.key(0)
+
+
 class _Pair(NamedTuple):
   first: jax.Array
   second: list[jax.Array]
@@ -65,6 +68,12 @@ def test_any_pytree_comes_back(tmp_path):
   assert isinstance(back["b"], _Pair)
   jax.tree.map(np.testing.assert_array_equal, back, params)
   assert stored_state["first"].dtype == jnp.bfloat16
+  shapes = jax.eval_shape(lambda: state)
+  restored = variables.restore(stored_state, shapes)
+  assert jax.random.key_data(restored.second[0]).tolist() == [0, 3]
+  more_keys = shapes._replace(second=[jax.eval_shape(lambda: jax.random.split(_KEY))])
+  with pytest.raises(base.InputError, match=r"no \.second\[0\] of shape \[2\]"):
+    variables.restore(stored_state, more_keys)
   wrong = {**params, "a": {"0": np.ones(3)}}
   with pytest.raises(base.InputError, match=r"no \['a'\]\['0'\] of shape \[3\]"):
     variables.restore(stored, wrong)
