@@ -94,9 +94,7 @@ class OuterProducts(NamedTuple):
     return self.unit * _from_inner_products(inner, self.squares[rows], self.squares)
 
 
-def vectors(
-  points: base.Array, num_points: int | base.Array | None = None
-) -> Vectors:
+def vectors(points: base.Array, num_points: int | base.Array | None = None) -> Vectors:
   """Points with the Euclidean distance.
 
   For up to 32 coordinates, squared differences are summed, so that small distances are

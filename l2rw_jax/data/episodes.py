@@ -18,7 +18,6 @@ from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import sources
 
-
 # With this offset, 29% of 100 images are 29, although 0.29 * 100 is below 29.
 _ROUNDING = 1e-6
 # KMeans takes only seeds of 32 bits.

@@ -100,13 +100,13 @@ class OwnData:
     names: the name of each example: its path relative to the folder, or "row 12",
       counted from 0.
     rows: the position of each example in the source, where skipped examples count too,
-      int64 [N].
+      int64 [N]; for images, the position among the files that have a label.
     columns: the raw columns of a table by name, N strings each.
     skipped: the name of each example that cannot be used, and the reason.
     notes: sentences that describe changes to the data.
-    duplicate_of: the row of the first example with exactly the same features, or -1 if
-      there is no such example before this one; int64 [N]. Always -1 if the features
-      were not read into memory.
+    duplicate_of: the index, from 0 to N - 1, of the first example with exactly the same
+      features, or -1 if there is no such example before this one; int64 [N]. Always -1
+      if the features were not read into memory.
     root: the folder of the images; None for archives and tables.
   """
 
@@ -171,12 +171,13 @@ def read(
       DIR/test, the arrays X_test and y_test), they are used. Otherwise, a fixed fifth
       of the examples of each class is the test set. By default, all examples are
       returned, except for the source's test split.
-    labels: for images, a CSV file of path,label. The default is DIR/labels.csv if it
-      exists; otherwise, the folders are the classes.
+    labels: for images, a CSV file of path,label. The default is labels.csv in the
+      folder that is read, if it exists: DIR or, if there are folders DIR/train and
+      DIR/test, one of these. Otherwise, the folders are the classes.
     label_column: for a table, the label column. The default is a column called label,
       labels, class, target or y; if there is none, it is the last column.
-    image_size: for image files, the height and width. The default is the most frequent
-      size, shrunk if a side is longer than 64.
+    image_size: for image files, the height and width. The default is that of `like`
+      or, without it, the most frequent size, shrunk if a side is longer than 64.
     like: the format that the examples must have. By default, the test set must have
       the format of the training set.
     in_memory: for image files, whether to read them into memory. If not, only their
@@ -189,8 +190,8 @@ def read(
 
   Raises:
     InputError: the file or folder does not exist or has an unsupported layout, no
-      example can be used, there are fewer than two classes, or the examples do not have
-      the format `like`.
+      example can be used, there are fewer than two classes, the examples do not have
+      the format `like`, or an argument is for another kind of data.
   """
   kind, _, place = name.partition(":")
   if kind not in KINDS or not place:
@@ -199,6 +200,18 @@ def read(
     )
   if split not in (None, "train", "test"):
     raise base.InputError(f"{name} has the parts train and test; got {split!r}")
+  for argument, value, its_kind in (
+    ("labels", labels, "images"),
+    ("image_size", image_size, "images"),
+    ("label_column", label_column, "csv"),
+  ):
+    if value is not None and kind != its_kind:
+      raise base.InputError(
+        f"{argument}={str(value)!r} is only for data of the kind {its_kind}; leave it"
+        f" out for {name}"
+      )
+  if image_size is not None:
+    image_size = base.check_integer("image_size", image_size)
   if split == "test" and like is None:
     like = read(
       name,
@@ -376,16 +389,18 @@ def duplicates(features: np.ndarray) -> np.ndarray:
     features: the features of N examples, [N, ...].
 
   Returns:
-    For each example, the row of the first example that is exactly equal, or -1 if there
-    is no such example before this one; int64 [N].
+    For each example, the index of the first example that is exactly equal, or -1 if
+    there is no such example before this one; int64 [N]. 0.0 and -0.0 are equal.
 
   >>> duplicates(np.array([[1], [2], [1], [1]])).tolist()
   [-1, -1, 0, 0]
   """
   first: dict[bytes, int] = {}
   duplicate_of = np.full(len(features), -1, np.int64)
-  for row, example in enumerate(np.ascontiguousarray(features)):
-    digest = hashlib.blake2b(example.tobytes(), digest_size=16).digest()
+  zero = np.zeros((), features.dtype)
+  for row, example in enumerate(features):
+    content = np.add(example, zero).tobytes()  # The sum of -0.0 and 0.0 is 0.0.
+    digest = hashlib.blake2b(content, digest_size=16).digest()
     if first.setdefault(digest, row) != row:
       duplicate_of[row] = first[digest]
   return duplicate_of
@@ -395,12 +410,14 @@ def csv_cell(text: str) -> str:
   """Escapes text for a CSV file so that no spreadsheet evaluates it as a formula.
 
   Text that starts with =, +, -, @, a tab or a carriage return and is not a number gets
-  a leading apostrophe, which `read` removes.
+  a leading apostrophe, which `read` removes. Text that would become such text without
+  its leading apostrophes gets one more.
 
-  >>> csv_cell("=A1"), csv_cell("-1.5"), csv_cell("cat")
-  ("'=A1", '-1.5', 'cat')
+  >>> csv_cell("=A1"), csv_cell("-1.5"), csv_cell("cat"), csv_cell("'=A1")
+  ("'=A1", '-1.5', 'cat', "''=A1")
   """
-  is_formula = text[:1] in tuple("=+-@\t\r") and not _NUMBER.fullmatch(text)
+  bare = text.lstrip("'")
+  is_formula = bare[:1] in tuple("=+-@\t\r") and not _NUMBER.fullmatch(bare)
   return f"'{text}" if is_formula else text
 
 
@@ -426,7 +443,7 @@ def _images(
       notes.append(f"Only the images in {folder} were read, not those in ../test.")
   listed = pathlib.Path(labels).expanduser() if labels else folder / "labels.csv"
   if labels or listed.exists():
-    files, given, skipped = _listed(folder, listed)
+    files, given, skipped = _listed(folder, listed, notes)
   else:
     files, given, skipped = _in_classes(folder)
   names = [f.relative_to(folder).as_posix() for f in files]
@@ -481,18 +498,42 @@ def _in_classes(
   return files, labels, skipped
 
 
+def _listed_columns(
+  folder: pathlib.Path, listing: pathlib.Path, first: Sequence[str], notes: list[str]
+) -> tuple[int, int, bool]:
+  """The columns of paths and labels, and whether the first row is a header."""
+  names = [cell.strip() for cell in first]
+  lower = [name.lower() for name in names]
+  paths = [lower.index(c) for c in _PATH_COLUMNS if c in lower]
+  labels = [lower.index(c) for c in _LABEL_COLUMNS if c in lower]
+  # Without a header, a label can have the name of a column, such as y for yes.
+  is_row = bool(names) and _exists_within(folder / names[0], folder.resolve())
+  path_at, label_at, is_header = 0, 1, False
+  if paths and labels:
+    path_at, label_at, is_header = paths[0], labels[0], True
+  elif (paths or labels) and len(names) == 2 and not is_row:
+    path_at = paths[0] if paths else 1 - labels[0]
+    label_at, is_header = 1 - path_at, True
+  elif (paths or labels) and len(names) > 2 and not is_row:
+    raise base.InputError(
+      f"{listing} has the columns {', '.join(names)}; call that of the paths one of"
+      f" {', '.join(_PATH_COLUMNS)}, and that of the labels one of"
+      f" {', '.join(_LABEL_COLUMNS)}"
+    )
+  if len(names) > 2:
+    column = repr(names[label_at]) if is_header else "number 2"
+    notes.append(f"The labels are the column {column} of {listing.name}.")
+  return path_at, label_at, is_header
+
+
 def _listed(
-  folder: pathlib.Path, listing: pathlib.Path
+  folder: pathlib.Path, listing: pathlib.Path, notes: list[str]
 ) -> tuple[list[pathlib.Path], list[str], list[tuple[str, str]]]:
   """The images in a CSV file of path,label, their labels, and the skipped files."""
   rows = _csv_rows(listing)
-  header = [cell.strip().lower() for cell in rows[0]] if rows else []
-  path_at = next((header.index(c) for c in _PATH_COLUMNS if c in header), None)
-  label_at = next((header.index(c) for c in _LABEL_COLUMNS if c in header), None)
-  if path_at is None or label_at is None:
-    path_at, label_at = 0, 1
-  else:
-    rows = rows[1:]
+  first = rows[0] if rows else []
+  path_at, label_at, is_header = _listed_columns(folder, listing, first, notes)
+  rows = rows[1:] if is_header else rows
   files, labels, skipped = [], [], []
   seen, root = set(), folder.resolve()
   for row in rows:
@@ -560,6 +601,12 @@ def _decode(
     size, channels = _image_form(headers, image_size, raw.notes)
   elif len(like.shape) == 3 and like.shape[-1] in (1, 3):
     size, channels = (like.shape[0], like.shape[1]), like.shape[2]
+    # `read` gives both for a test set, whose `like` has this size.
+    if image_size is not None and size != (image_size, image_size):
+      raise base.InputError(
+        f"image_size={image_size}, but the other data have images of {size[1]} x"
+        f" {size[0]} pixels; leave image_size out"
+      )
   else:
     raise base.InputError(
       f"{name} has images, but the other data have examples of shape {list(like.shape)}"
@@ -694,7 +741,8 @@ def _archive_features(
   elif features.ndim == 3:
     features = features[..., None]
   is_whole = features.dtype.kind in "biu" and features.ndim > 2
-  return features if is_whole else features.astype(np.float32, copy=False)
+  with np.errstate(over="ignore"):  # Infinite values count as missing.
+    return features if is_whole else features.astype(np.float32, copy=False)
 
 
 def pixels_of(features: np.ndarray) -> Pixels:
@@ -807,7 +855,8 @@ def _archive_labels(
     )
   if labels.dtype.kind == "f":
     is_labeled = np.isfinite(labels)
-    whole = np.where(is_labeled, labels, 0)
+    # In float16, 2^53 is infinite.
+    whole = np.where(is_labeled, labels, 0).astype(np.float64)
     is_class = (whole == np.round(whole)) & (np.abs(whole) <= 2**53)
     if not is_class.all():
       raise base.InputError(
@@ -1015,9 +1064,9 @@ class Encoder:
     """
     scaler, encoder = self.transforms
     if isinstance(values, dict) != (self.numeric is not None):
-      raise base.InputError(
-        f"{name} must be a table with the columns of the other data"
-      )
+      is_table = self.numeric is not None
+      form = "a table with the columns of" if is_table else "an array [N, D] like"
+      raise base.InputError(f"{name} must be {form} the other data")
     if self.numeric is None:
       numbers = np.asarray(values, np.float64).copy()
       numbers[~(np.abs(numbers) <= _LARGEST)] = np.nan

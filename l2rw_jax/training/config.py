@@ -96,7 +96,9 @@ class Config:
       value = getattr(self, name)
       if value is not None or name in _COUNTS:
         self._set(name, base.check_integer(f"--{name}", value))
-    self._set("data_workers", base.check_integer("--data_workers", self.data_workers, 0))
+    self._set(
+      "data_workers", base.check_integer("--data_workers", self.data_workers, 0)
+    )
     # NumPy integers are not JSON.
     seeds = tuple(base.check_integer("each of the seeds", s, 0) for s in self.seeds)
     if not seeds or len(set(seeds)) < len(seeds):
@@ -106,7 +108,7 @@ class Config:
       )
     if max(seeds) >> _SEED_BITS:
       raise base.InputError(
-        f"the seed {max(seeds)} must be smaller than 2^{_SEED_BITS}; choose another one."
+        f"the seed {max(seeds)} must be below 2^{_SEED_BITS}; choose another one."
       )
     self._set("seeds", seeds)
 

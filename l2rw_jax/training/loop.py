@@ -14,10 +14,10 @@
 The same call continues an interrupted run. If the number of steps per call is the same,
 all files of `seed-S` except TensorBoard's are then byte for byte those of an
 uninterrupted run. Checkpoints and results record what the numbers of the run depend on:
-settings, data and, for an unfinished run, versions and kind of device. A folder whose run
-has another seed, other data or other settings is refused; the model, the method and the
-optimizer are not compared. On SIGINT, SIGTERM and SIGHUP, a checkpoint is saved before
-the run stops.
+settings, data and, for an unfinished run, versions and kind of device. A folder whose
+run has another seed, other data or other settings is refused; the model, the method and
+the optimizer are not compared. On SIGINT, SIGTERM and SIGHUP, a checkpoint is saved
+before the run stops.
 
 Several processes (`jax.distributed`) train one run together: all of them call `train`
 with the same arguments, every process sends its rows of every batch to its devices, and
@@ -86,11 +86,10 @@ def train(
 
   Raises:
     InputError: the settings do not match the data; no evaluator computes `accuracy`;
-      losses or gradients became NaN or
-      infinite (the last good state is in the checkpoint); a file cannot be written;
-      `folder` contains a run with other settings, data or versions, or another program
-      uses it; several processes disagree on settings or data, or do not share the
-      folder.
+      losses or gradients became NaN or infinite (the last good state is in the
+      checkpoint); a file cannot be written; `folder` contains a run with other
+      settings, data or versions, or another program uses it; several processes
+      disagree on settings or data, or do not share the folder.
     KeyboardInterrupt: a signal stopped the run; its checkpoint has been saved.
   """
   folder = pathlib.Path(folder)
@@ -112,9 +111,7 @@ def train(
   )
   # Take one row, because a row source becomes an array only when it is indexed.
   first = {k: x[:1] for k, x in examples_lib.as_batch(splits[0].train).items()}
-  if processes.on_first(
-    "finished", lambda: _is_finished(folder, folders, identities)
-  ):
+  if processes.on_first("finished", lambda: _is_finished(folder, folders, identities)):
     _log_finished(folder, name)
   else:
     config_lib.check(config, method, splits)

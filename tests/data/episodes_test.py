@@ -160,7 +160,9 @@ def test_tasks_are_kept_by_a_mask():
 
 @pytest.mark.parametrize("tasks", [[3, 3], [-1], [40], [0.5], [True], [[1]]])
 def test_tasks_that_do_not_exist_are_refused(tasks):
-  with pytest.raises(base.InputError, match="tasks must be different integers from 0 t"):
+  with pytest.raises(
+    base.InputError, match="tasks must be different integers from 0 t"
+  ):
     episodes.keep_tasks(_make(), tasks)
 
 

@@ -113,6 +113,11 @@ def test_duplicates_are_found(folder):
   ]
 
 
+def test_both_zeros_are_equal():
+  features = np.array([[0.0], [-0.0], [1.0]], np.float32)
+  assert own_data.duplicates(features).tolist() == [-1, 0, -1]
+
+
 def test_a_class_with_one_image(folder):
   _save(folder / "emu" / "only.png", 99)
   data = own_data.read(f"images:{folder}")
@@ -148,6 +153,46 @@ def test_a_list_of_labels(folder, tmp_path):
   )
   data = own_data.read(f"images:{folder}")
   assert data.form.class_names == ("2", "10")  # In numeric order.
+
+
+def _listing(folder, header, cells):
+  rows = [
+    [f"{label}/{i}.png", *cells, label] for label in ("cat", "dog") for i in range(3)
+  ]
+  path = folder.parent / "list.csv"
+  path.write_text("\n".join(",".join(row) for row in [header, *rows] if row) + "\n")
+  return own_data.read(f"images:{folder}", labels=path)
+
+
+@pytest.mark.parametrize(
+  ("header", "cells", "note"),
+  [
+    (["filename", "category"], [], None),
+    (["filename", "split", "label"], ["train"], "'label'"),
+    (["filename", "split", "Class"], ["train"], "'Class'"),
+    ([], [], None),
+  ],
+)
+def test_the_columns_of_a_list(folder, header, cells, note):
+  data = _listing(folder, header, cells)
+  assert data.form.class_names == ("cat", "dog") and len(data.labels) == 6
+  notes = [] if note is None else [f"The labels are the column {note} of list.csv."]
+  assert list(data.notes) == notes
+
+
+def test_a_list_whose_columns_are_not_known(folder):
+  for header in (["filename", "split", "category"], ["name", "split", "label"]):
+    with pytest.raises(base.InputError, match=r"has the columns .*, split, ") as caught:
+      _listing(folder, header, ["train"])
+    assert "that of the labels one of label, labels, class" in str(caught.value)
+  # Without a header, the first row may have the name of a column as its label.
+  path = folder.parent / "list.csv"
+  path.write_text("".join(f"cat/{i}.png,{'yn'[i % 2]}\n" for i in range(6)))
+  data = own_data.read(f"images:{folder}", labels=path)
+  assert data.form.class_names == ("n", "y") and len(data.labels) == 6
+  path.write_text("".join(f"cat/{i}.png,{'yn'[i % 2]},x\n" for i in range(6)))
+  data = own_data.read(f"images:{folder}", labels=path)
+  assert data.notes == ("The labels are the column number 2 of list.csv.",)
 
 
 def test_parts_of_a_folder(folder, tmp_path):
@@ -283,8 +328,7 @@ def test_skipped_images_do_not_change_the_scale(tmp_path):
   images = _LEVELS.astype(float)
   images[3, 0, :2] = np.nan, -9999
   images[5, 1, 1] = -np.finfo(np.float64).max  # Does not fit into float32.
-  with np.errstate(over="ignore"):
-    data = own_data.read(_archive(tmp_path / "a.npz", images))
+  data = own_data.read(_archive(tmp_path / "a.npz", images))
   assert data.features.dtype == np.uint8
   assert [name for name, _ in data.skipped] == ["row 3", "row 5"]
 
@@ -295,6 +339,7 @@ def test_labels_of_every_type(tmp_path):
     (y[:, None], ("0", "1")),
     (y[:, None].astype(float), ("0", "1")),
     (y > 0, ("0", "1")),
+    (y.astype(np.float16), ("0", "1")),
     (np.array([b"\xe9", b"\xe8"])[y], (r"\xe8", r"\xe9")),  # Latin-1, not UTF-8.
   ):
     data = own_data.read(_archive(tmp_path / "a.npz", x, labels))
@@ -479,15 +524,26 @@ def test_trusted_examples_take_the_form_of_the_others(tmp_path):
     own_data.read(_table(tmp_path / "e.csv", ["5,z"], "a,label"), like=data.form)
 
 
+def test_data_of_another_kind_are_refused(tmp_path):
+  table = _table(tmp_path / "t.csv", [f"{i},b,{i % 2}" for i in range(12)])
+  archive = _archive(tmp_path / "a.npz", np.arange(24.0).reshape(12, 2))
+  forms = [own_data.read(name).form for name in (table, archive)]
+  with pytest.raises(base.InputError, match=r"t.csv must be an array \[N, D\] like"):
+    own_data.read(table, like=forms[1])
+  with pytest.raises(base.InputError, match=r"a.npz must be a table with the columns"):
+    own_data.read(archive, like=forms[0])
+
+
 def test_cells_that_would_be_formulas_come_back(tmp_path):
-  for text in ("=1+1", "+x", "-x", "@x", "\tx"):
+  for text in ("=1+1", "+x", "-x", "@x", "\tx", "'=1", "''-x"):
     assert own_data.csv_cell(text) == f"'{text}"
-  for text in ("", "x=1", "-1", "+2.5e3", "'x"):
+  for text in ("", "x=1", "-1", "+2.5e3", "'x", "'-1", "'"):
     assert own_data.csv_cell(text) == text
-  rows = [f"{i},'=b,'{i % 2}" for i in range(4)]
-  data = own_data.read(_table(tmp_path / "t.csv", rows))
-  assert data.form.class_names == ("'0", "'1")
-  assert data.columns["b"] == ["=b"] * 4
+  for text in ("=b", "'=b", "''-b"):
+    rows = [f"{i},{own_data.csv_cell(text)},'{i % 2}" for i in range(4)]
+    data = own_data.read(_table(tmp_path / "t.csv", rows))
+    assert data.form.class_names == ("'0", "'1")
+    assert data.columns["b"] == [text] * 4
 
 
 # -- mistakes ----------------------------------------------------------------
@@ -543,6 +599,34 @@ def test_mistakes_are_one_line(tmp_path):
       own_data.read(name)
   with pytest.raises(base.InputError, match="has the parts train and test"):
     own_data.read("csv:x", "validation")
+
+
+@pytest.mark.parametrize(
+  ("kind", "argument", "message"),
+  [
+    (
+      "csv",
+      {"labels": "list.csv"},
+      "labels='list.csv' is only for data of the kind im",
+    ),
+    ("csv", {"image_size": 8}, "image_size='8' is only for data of the kind images"),
+    ("npz", {"label_column": "y"}, "label_column='y' is only for data of the kind csv"),
+    ("images", {"image_size": 0}, "image_size=0 must be an integer of at least 1"),
+    ("images", {"image_size": 2.5}, "image_size=2.5 must be an integer of at least 1"),
+  ],
+)
+def test_arguments_of_another_kind_are_refused(kind, argument, message):
+  with pytest.raises(base.InputError, match=message):
+    own_data.read(f"{kind}:x", **argument)
+
+
+def test_other_images_have_the_size_of_the_first(folder):
+  like = own_data.read(f"images:{folder}", image_size=8).form
+  for image_size in (None, 8):
+    other = own_data.read(f"images:{folder}", like=like, image_size=image_size)
+    assert other.features.shape == (20, 8, 8, 1)
+  with pytest.raises(base.InputError, match="have images of 8 x 8 pixels; leave image"):
+    own_data.read(f"images:{folder}", like=like, image_size=9)
 
 
 def test_no_test_set_from_three_examples_a_class(tmp_path):

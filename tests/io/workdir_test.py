@@ -265,6 +265,8 @@ def _enter(folder):
 
 def test_locks_that_cannot_be_written_are_one_line():
   # Nobody, not even root, can create files in this folder.
-  with pytest.raises(base.InputError, match="cannot write /proc/self: .*choose") as caught:
+  with pytest.raises(
+    base.InputError, match=r"cannot write /proc/self: .*choose"
+  ) as caught:
     _enter("/proc/self")
   assert "\n" not in str(caught.value)

@@ -109,7 +109,7 @@ def test_counts_are_positive_integers(name, value):
     ((-1,), "seeds=-1 must be an integer of at least 0"),
     ((0.0,), "seeds=0.0 must be an integer of at least 0"),
     # `jax.random.key` would return the key of seed 1.
-    ((1, 2**32 + 1), r"the seed 4294967297 must be smaller than 2\^32"),
+    ((1, 2**32 + 1), r"the seed 4294967297 must be below 2\^32"),
   ],
 )
 def test_seeds_are_different_integers(seeds, message):
