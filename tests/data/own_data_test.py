@@ -324,6 +324,7 @@ def test_test_images_and_files_have_the_scale_of_the_training_images(tmp_path, f
     own_data.read(f"images:{folder}", like=like)
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_skipped_images_do_not_change_the_scale(tmp_path):
   images = _LEVELS.astype(float)
   images[3, 0, :2] = np.nan, -9999
@@ -333,6 +334,7 @@ def test_skipped_images_do_not_change_the_scale(tmp_path):
   assert [name for name, _ in data.skipped] == ["row 3", "row 5"]
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_labels_of_every_type(tmp_path):
   x, y = np.random.default_rng(0).normal(size=(10, 3)), np.arange(10) % 2
   for labels, class_names in (
