@@ -18,12 +18,19 @@ def pytorch(key: base.Array, params: base.PyTree) -> base.PyTree:
   Args:
     key: PRNG key.
     params: parameters of a linen module. A layer is a dictionary with a "kernel"
-      [..., inputs, outputs] and possibly a "bias" [outputs]; the fan-in is the product
-      of all axes of the kernel except the last. All other parameters are kept, for
-      example the scales and biases of normalization layers.
+      [..., *outputs] and possibly a "bias" [*outputs]; the fan-in is the product of the
+      axes of the kernel that the bias does not have. Without a bias, the kernel is that
+      of a dense layer [inputs, outputs] or a convolution [height, width, inputs,
+      outputs]. All other parameters are kept, for example the scales and biases of
+      normalization layers.
 
   Returns:
     New parameters of the same structure, shapes and types, in nested dictionaries.
+
+  Raises:
+    InputError: the fan-in of a layer cannot be inferred from its shapes, for example
+      because layers are stacked (`nn.scan`); use `jax.vmap` over a key and the
+      parameters of each of these layers.
   """
   leaves = traverse_util.flatten_dict(params, keep_empty_nodes=True)
   drawn = {}
@@ -32,7 +39,23 @@ def pytorch(key: base.Array, params: base.PyTree) -> base.PyTree:
     if kernel is None or path[-1] not in ("kernel", "bias"):
       drawn[path] = leaf
       continue
-    bound = max(math.prod(kernel.shape[:-1]), 1) ** -0.5
+    fan_in = _fan_in(path[:-1], kernel, leaves.get((*path[:-1], "bias")))
+    bound = max(fan_in, 1) ** -0.5
     leaf_key = jax.random.fold_in(key, number)
     drawn[path] = jax.random.uniform(leaf_key, leaf.shape, leaf.dtype, -bound, bound)
   return traverse_util.unflatten_dict(drawn)
+
+
+def _fan_in(path, kernel, bias):
+  """Number of inputs of each output of a layer."""
+  num_axes = kernel.ndim - (1 if bias is None else bias.ndim)
+  is_known = (
+    num_axes in (1, 3) if bias is None else kernel.shape[num_axes:] == bias.shape
+  )
+  if not is_known:
+    shape = None if bias is None else bias.shape
+    raise base.InputError(
+      f"the fan-in of layer {'/'.join(path)} is unknown: its kernel has shape"
+      f" {kernel.shape}, its bias {shape}. Map stacked layers with jax.vmap."
+    )
+  return math.prod(kernel.shape[:num_axes])

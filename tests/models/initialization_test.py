@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from l2rw_jax import base
 from l2rw_jax.models import initialization
 
 
@@ -41,6 +42,52 @@ def test_layers_are_uniform_within_one_over_the_root_of_the_fan_in(params):
 def test_parameters_of_other_layers_are_kept(params):
   drawn = initialization.pytorch(jax.random.key(1), params)
   chex.assert_trees_all_equal(drawn["norm"], params["norm"])
+
+
+def _largest(key, shapes):
+  """The largest kernel and bias entry that is drawn for these shapes."""
+  drawn = initialization.pytorch(
+    key, jax.tree.map(jnp.zeros, shapes, is_leaf=_is_shape)
+  )
+  return [float(abs(x).max()) for x in jax.tree.leaves(drawn)]
+
+
+def _is_shape(x):
+  return isinstance(x, tuple)
+
+
+@pytest.mark.parametrize(
+  ("kernel", "bias", "fan_in"),
+  [
+    ((16, 3, 4, 25), (3, 4, 25), 16),  # Queries, keys and values of attention.
+    ((4, 16, 300), (300,), 64),  # Output of attention, or a convolution.
+    ((16, 300), (300,), 16),
+    ((3, 3, 2, 300), (300,), 18),
+  ],
+)
+def test_the_fan_in_does_not_include_axes_of_the_bias(kernel, bias, fan_in):
+  layer = {"layer": {"kernel": kernel, "bias": bias}}
+  found = _largest(jax.random.key(0), layer)
+  np.testing.assert_allclose(found, fan_in**-0.5, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+  "layer",
+  [
+    {"kernel": (4, 16, 300), "bias": (4, 300)},
+    {"kernel": (4, 16, 300)},
+    {"kernel": (2, 3, 3, 16, 300)},
+  ],
+)
+def test_stacked_layers_are_refused_and_can_be_mapped(layer):
+  key = jax.random.key(0)
+  with pytest.raises(base.InputError, match="fan-in of layer blocks/dense is unknown"):
+    _largest(key, {"blocks": {"dense": layer}})
+  stacked = jax.tree.map(jnp.zeros, layer, is_leaf=_is_shape)
+  keys = jax.random.split(key, len(stacked["kernel"]))
+  drawn = jax.vmap(initialization.pytorch)(keys, stacked)
+  bound = np.prod(layer["kernel"][1:-1]) ** -0.5
+  np.testing.assert_allclose(abs(drawn["kernel"]).max(), bound, rtol=0.05)
 
 
 def test_empty_layers_keep_their_place():
