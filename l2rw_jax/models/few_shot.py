@@ -22,6 +22,7 @@ from l2rw_jax import base
 from l2rw_jax import linearization
 from l2rw_jax import losses
 from l2rw_jax.linearization import control_flow
+from l2rw_jax.models import augmentation
 
 # Number of tasks that are adapted in parallel in evaluation; bounds the memory.
 _EVALUATION_BATCH_SIZE = 20
@@ -93,8 +94,8 @@ class Learner(NamedTuple):
     num_inner_steps: number of steps of this gradient descent in training.
     num_test_steps: number of steps of this gradient descent in evaluation.
     first_order: see `adapt`.
-    preprocess: maps images [..., H, W, channels] to the network's input; None scales
-      uint8 pixels to [0, 1] and does not change floats.
+    preprocess: maps images [..., H, W, channels] to the network's input; None is
+      `augmentation.to_float`, which scales uint8 pixels to [0, 1].
   """
 
   network: nn.Module
@@ -225,9 +226,7 @@ class Learner(NamedTuple):
   def _pixels(self, images):
     if self.preprocess is not None:
       return self.preprocess(images)
-    if jnp.issubdtype(images.dtype, jnp.floating):
-      return jnp.asarray(images)
-    return jnp.asarray(images).astype(jnp.float32) / 255
+    return augmentation.to_float(images)
 
 
 def _merge_ways(images):

@@ -162,7 +162,8 @@ def _filters(patches):
   values, vectors = np.linalg.eigh(np.cov((patches - mean).T))
   whiten = (vectors / np.sqrt(np.maximum(values, 0) + _RIDGE)) @ vectors.T
   chosen = ((patches - mean) @ whiten)[:_FILTERS]
-  chosen /= np.linalg.norm(chosen, axis=1, keepdims=True)
+  # The norm is 0 if all images are constant; the filters are then zero.
+  chosen /= np.maximum(np.linalg.norm(chosen, axis=1, keepdims=True), 1e-12)
   kernel = whiten @ chosen.T
   bias = (mean @ kernel).astype(np.float32)
   kernel -= kernel.mean(axis=0)

@@ -200,6 +200,23 @@ def test_uint8_pixels_are_scaled():
     np.testing.assert_allclose(result, expected, rtol=1e-6)
 
 
+def test_pixels_of_other_types_are_those_of_a_classifier():
+  batch, learner = _batch(), _learner()
+
+  def logits(images):
+    tasks = {**batch, "image": images}
+    params, state = learner.init(jax.random.key(0), batch)
+    return learner.forward(params, state, tasks, jax.random.key(0), False)[0]
+
+  with pytest.raises(base.InputError, match="pixels must be numbers, not bools"):
+    jax.eval_shape(logits, batch["image"] > 0)
+  integers = np.asarray(256 * batch["image"]).astype(np.int32)
+  actual, expected = jax.jit(lambda *x: [logits(i) for i in x])(
+    integers, integers.astype(np.float32)
+  )
+  np.testing.assert_array_equal(actual, expected)
+
+
 def test_learner_is_hashable():
   settings = (conv4.Conv4(5), 5, 1)
   assert few_shot.Learner(*settings) == few_shot.Learner(*settings)

@@ -41,6 +41,11 @@ def test_features_are_those_of_a_loop_over_windows():
   assert not np.array_equal(made.kernel, other.kernel)
 
 
+def test_constant_images_have_features_of_zero():
+  _, features = random_patches.fit(np.full((2, 10, 10, 1), 7, np.uint8))
+  np.testing.assert_array_equal(features, np.zeros((2, 2048)))
+
+
 @pytest.mark.parametrize("images", [_images(2, 8), _images(2).astype(np.float32)])
 def test_images_that_do_not_fit(images):
   with pytest.raises(base.InputError, match=r"images must be uint8 .* at least 10"):
