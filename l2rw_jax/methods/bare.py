@@ -50,9 +50,10 @@ def select(
   8 eps mu_c (1e-6 mu_c in float32) prevents rounding from dropping whole classes when
   all probabilities are equal.
 
-  An example whose label is not a class, or whose logits contain a NaN, is not selected.
-  `example_weights` gives NaN for the whole batch in both cases; NaN logits enter
-  the statistics of all examples.
+  An example whose label is not a class, or whose probabilities are NaN (because of a
+  logit that is NaN or, with several logits, infinite), is not selected.
+  `example_weights` gives NaN for the whole batch in both cases; NaN probabilities
+  enter the statistics of all examples.
 
   Args:
     logits: [B, C], or [B, 1] of a binary classifier.
@@ -68,11 +69,7 @@ def select(
   _check(kappa, statistics)
   losses_lib.check_logits(logits, labels)
   base.check_not_empty("logits", logits)
-  # Stop gradients before the collectives; half precision is accumulated in float32.
-  dtype = base.accumulator_dtype(logits.dtype)
-  logits = jax.lax.stop_gradient(logits).astype(dtype)
-  probabilities = jnp.exp(losses_lib.log_probabilities(logits))
-  columns = jnp.clip(probabilities, _MARGIN, 1 - _MARGIN)
+  columns = jnp.clip(_probabilities(logits), _MARGIN, 1 - _MARGIN)
   is_label = losses_lib.label_mask(labels, columns.shape[1])
   at_label = jnp.where(is_label, columns, 0).sum(axis=1)
   if statistics == "own_label":
@@ -85,6 +82,14 @@ def select(
   threshold = jnp.where(defined, (1 - tolerance) * mean + kappa * deviation, jnp.inf)
   of_label = jnp.where(is_label, threshold[None, :], 0).sum(axis=1)
   return is_label.any(axis=1) & (at_label >= of_label)
+
+
+def _probabilities(logits):
+  """Probabilities [B, max(C, 2)], constant under differentiation."""
+  # Stop gradients before the collectives; half precision is accumulated in float32.
+  dtype = base.accumulator_dtype(logits.dtype)
+  logits = jax.lax.stop_gradient(logits).astype(dtype)
+  return jnp.exp(losses_lib.log_probabilities(logits))
 
 
 def _moments(columns, members, ddof, axis_name):
@@ -133,8 +138,8 @@ def example_weights(
     axis_name: mapped device axis over which the batch is split.
 
   Returns:
-    Weights [B], constant under differentiation. All are NaN if a logit is NaN or a
-    label is not a class.
+    Weights [B], constant under differentiation. All are NaN if a probability is
+    NaN (see `select`) or a label is not a class.
 
   >>> import jax.numpy as jnp
   >>> logits = jnp.array([[2., 0, 0], [0, 2, 0], [0, 0, 2], [1, 0, 0], [0, 1, 0]])
@@ -150,7 +155,7 @@ def _equal_weights(kept, logits, labels, dtype, axis_name):
   is_empty = base.psum(kept.sum(), axis_name) == 0
   weights = normalization.sum_to_one((kept | is_empty).astype(dtype), axis_name)
   is_label = losses_lib.label_mask(labels, max(logits.shape[1], 2))
-  bad = jnp.isnan(jax.lax.stop_gradient(logits)).any(axis=1) | ~is_label.any(axis=1)
+  bad = jnp.isnan(_probabilities(logits)).any(axis=1) | ~is_label.any(axis=1)
   any_bad = base.psum(bad.sum(), axis_name) > 0
   return weights * jnp.sqrt(jnp.where(any_bad, -1.0, 1.0)).astype(dtype)
 

@@ -228,7 +228,12 @@ def test_mismatched_shapes_are_refused():
 def test_nan_logits_and_invalid_labels_give_nan_weights():
   logits = jnp.eye(4, 3)
   good = jnp.array([0, 1, 2, 0])
-  assert np.isnan(bare.example_weights(logits.at[1, 0].set(jnp.nan), good)).all()
+  for bad in (jnp.nan, jnp.inf):  # The softmax of an infinite logit is NaN.
+    assert np.isnan(bare.example_weights(logits.at[1, 0].set(bad), good)).all()
+  excluded = bare.example_weights(logits.at[1, 0].set(-jnp.inf), good)
+  assert np.isfinite(excluded).all()
+  single = bare.example_weights(jnp.array([[jnp.inf], [0.0]]), good[:2])
+  assert np.isfinite(single).all()
   for label in (-1, 3):
     assert np.isnan(bare.example_weights(logits, good.at[2].set(label))).all()
 
