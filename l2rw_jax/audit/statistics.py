@@ -208,7 +208,8 @@ def summarize(state: State) -> dict[str, np.ndarray]:
   """The statistics by name, as NumPy arrays of float64.
 
   Args:
-    state: the result of `update`, on any device.
+    state: the result of `update`, on any device. If it comes from `vmap` over R runs,
+      all results have an additional leading axis R.
 
   Returns:
     Arrays [N], with NaN for examples that were never seen:
@@ -233,7 +234,7 @@ def summarize(state: State) -> dict[str, np.ndarray]:
 
   def mean(sum_: Sum, count: np.ndarray) -> np.ndarray:
     values = exact(sum_)
-    shape = (-1,) + (1,) * (values.ndim - 1)
+    shape = count.shape + (1,) * (values.ndim - count.ndim)
     return values / np.where(count > 0, count, np.nan).reshape(shape)
 
   is_seen = arrays.seen > 0

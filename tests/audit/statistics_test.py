@@ -338,7 +338,7 @@ def test_arguments_that_do_not_fit(change, message):
 
 @pytest.mark.parametrize("sizes", [(0, 2), (2, 1)])
 def test_sizes_that_do_not_fit(sizes):
-  with pytest.raises(base.InputError, match="at least 1 and num_classes of at least 2"):
+  with pytest.raises(base.InputError, match="must be an integer of at least"):
     audit.init(*sizes)
 
 
@@ -371,6 +371,20 @@ def test_a_score_that_is_not_finite_affects_only_its_example():
     )
     np.testing.assert_allclose(result["mean_score"][[0, 2]], [0.5, 1.5])
     assert not np.isfinite(result["mean_score"][1])
+
+
+@pytest.mark.parametrize("num_runs", [1, 2])
+def test_summary_of_several_runs_is_that_of_each(num_runs):
+  (batch,) = _batches(1)
+  shifts = np.arange(num_runs, dtype=np.float32)
+  runs = [
+    _update(audit.init(_N, _C), **{**batch, "logits": batch["logits"] * (1 + shift)})
+    for shift in shifts
+  ]
+  together = audit.summarize(jax.tree.map(lambda *x: np.stack(x), *runs))
+  for run, state in enumerate(runs):
+    for name, expected in audit.summarize(state).items():
+      np.testing.assert_array_equal(together[name][run], expected, err_msg=name)
 
 
 def test_an_empty_batch_changes_nothing():
