@@ -91,7 +91,8 @@ def example_weights(
   >>> print(example_weights(jnp.array([1., 3.]), jnp.array([0, 1, 1, 0])))
   [0.125 0.375 0.375 0.125]
   """
-  if not jnp.issubdtype(jnp.result_type(class_weights), jnp.inexact):
+  class_weights = base.host_or_jax_array(class_weights)
+  if not jnp.issubdtype(class_weights.dtype, jnp.inexact):
     # A label that is not a class then gives NaN.
     class_weights = jnp.asarray(class_weights, float)
   return normalization.sum_to_one(base.take(class_weights, labels), axis_name)
@@ -151,7 +152,7 @@ def check_counts(class_counts: base.Array, num_classes: int | None = None) -> No
     class_counts: the counts; their values are not checked.
     num_classes: C, or None for any.
   """
-  shape = jnp.shape(class_counts)
+  shape = np.shape(class_counts)
   if len(shape) != 1 or num_classes not in (None, shape[0]):
     each, size = ("class", "C")
     if num_classes is not None:

@@ -203,6 +203,7 @@ def soft_tpr(
     InputError: an argument is invalid, see `gap` and `worst`.
   """
   _check_choice("reduction", reduction, ("mean", "max", "worst"))
+  base.check_vector("probabilities", probabilities)
   # In half precision, 1 - p would be rounded.
   misses = 1 - probabilities.astype(base.accumulator_dtype(probabilities.dtype))
   if reduction == "worst":

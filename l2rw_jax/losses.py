@@ -4,7 +4,8 @@ These rules hold for every loss of this module, and for every formula of the lib
 that takes logits and labels:
 
 - Shapes are checked when the function is traced. Labels are integers [B]; one-hot
-  labels and labels of shape [B, 1] raise `base.InputError`.
+  labels and labels of shape [B, 1] raise `base.InputError`. Labels, `where`, class
+  counts and transition matrices may be lists; logits are arrays.
 - A single logit per row, [B, 1], is the logit of class 1 of two classes; class 0 has
   logit 0.
 - A label that is not a class (negative, or at least C) gives a NaN loss, and a NaN
@@ -27,6 +28,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from l2rw_jax import base
@@ -105,6 +107,7 @@ def predictions(logits: base.Array) -> base.Array:
   Raises:
     InputError: the logits have fewer than two axes.
   """
+  _check_array("logits", logits)
   if logits.ndim < 2:
     raise base.InputError(f"logits must be [B, C] or [B, ..., C]; got {logits.shape}.")
   if logits.shape[-1] == 1:
@@ -122,6 +125,7 @@ def log_probabilities(logits: base.Array) -> base.Array:
   Raises:
     InputError: the logits do not have two axes.
   """
+  _check_array("logits", logits)
   if logits.ndim != 2:
     raise base.InputError(f"logits must be [B, C]; got {logits.shape}.")
   if logits.shape[1] == 1:
@@ -346,8 +350,8 @@ def forward_corrected(
   log_p, is_label, scale = label_rows(logits, labels, where)
   classes = log_p.shape[1]
   _check(
-    jnp.shape(transition) == (classes, classes),
-    f"forward_corrected: transition has shape {jnp.shape(transition)}; {classes}"
+    np.shape(transition) == (classes, classes),
+    f"forward_corrected: transition has shape {np.shape(transition)}; {classes}"
     f" classes need ({classes}, {classes})",
   )
   transition = jnp.asarray(transition, log_p.dtype)
@@ -452,6 +456,7 @@ def transition_loss(
   Returns:
     Losses [B]. If the sum is 0, the loss is infinite and has no gradient.
   """
+  log_p, is_label, log_t = jnp.asarray(log_p), jnp.asarray(is_label), jnp.asarray(log_t)
   labels = jnp.argmax(is_label, axis=1)
   joint = log_p + base.take(log_t.T, labels)
   is_possible = ~jnp.all(jnp.isneginf(joint), axis=1)
@@ -470,29 +475,39 @@ def check_logits(
   logits: base.Array, labels: base.Array, where: base.Array | None = None
 ) -> None:
   """Raises InputError unless logits are floats [B, C] and labels integers [B]."""
-  shape = jnp.shape(logits)
-  if len(shape) != 2 or shape[1] < 1 or jnp.shape(labels) != shape[:1]:
+  _check_array("logits", logits)
+  labels, shape = base.host_or_jax_array(labels), logits.shape
+  if len(shape) != 2 or shape[1] < 1 or labels.shape != shape[:1]:
     raise base.InputError(
       "logits must be [B, C] and labels must be integers of shape [B]; got logits of"
-      f" shape {shape} and labels of shape {jnp.shape(labels)}."
+      f" shape {shape} and labels of shape {labels.shape}."
     )
-  if not jnp.issubdtype(jnp.result_type(logits), jnp.floating):
+  if not jnp.issubdtype(logits.dtype, jnp.floating):
     raise base.InputError(
-      f"logits must be floating-point numbers; got {jnp.result_type(logits)}, in which"
-      " losses would be rounded. Convert them with logits.astype(jnp.float32)."
+      f"logits must be floating-point numbers; got {logits.dtype}, in which losses"
+      " would be rounded. Convert them with logits.astype(jnp.float32)."
     )
-  dtype = jnp.result_type(labels)
-  if not (jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_):
+  if not (jnp.issubdtype(labels.dtype, jnp.integer) or labels.dtype == jnp.bool_):
     raise base.InputError(
-      f"labels must be integers of shape [B]; got an array of {dtype}. Convert them"
-      " with labels.astype(int)."
+      f"labels must be integers of shape [B]; got an array of {labels.dtype}. Convert"
+      " them with labels.astype(int)."
     )
-  if where is not None and (
-    jnp.shape(where) != shape[:1] or jnp.result_type(where) != jnp.bool_
-  ):
+  if where is None:
+    return
+  where = base.host_or_jax_array(where)
+  if where.shape != shape[:1] or where.dtype != jnp.bool_:
     raise base.InputError(
-      f"where must be bool of shape {shape[:1]}; got {jnp.result_type(where)} of"
-      f" shape {jnp.shape(where)}."
+      f"where must be bool of shape {shape[:1]}; got {where.dtype} of shape"
+      f" {where.shape}."
+    )
+
+
+def _check_array(name, value):
+  """Raises InputError for a list, whose type would be a guess."""
+  if not hasattr(value, "dtype"):
+    raise base.InputError(
+      f"{name} must be an array; got a value of type {type(value).__name__}. Convert it"
+      f" with jnp.asarray({name})."
     )
 
 
@@ -509,10 +524,11 @@ def label_scale(is_label: base.Array, where: base.Array | None = None) -> base.A
   Returns:
     Factors [B] of the default floating-point type.
   """
-  exists = jnp.any(is_label, axis=1)
+  exists = jnp.any(jnp.asarray(is_label), axis=1)
   if where is None:
     # A constant NaN would raise an error under `jax_debug_nans` for every batch.
     return jnp.sqrt(jnp.where(exists, 1.0, -1.0))
+  where = jnp.asarray(where)
   return jnp.where(where, jnp.sqrt(jnp.where(exists | ~where, 1.0, -1.0)), 0.0)
 
 
@@ -536,8 +552,7 @@ def label_rows(
     InputError: the shapes or types do not fit.
   """
   check_logits(logits, labels, where)
-  if where is not None:
-    logits = jnp.where(where[:, None], logits, 0)
+  logits = _where_rows(where, logits)
   log_p = log_probabilities(logits.astype(base.accumulator_dtype(logits.dtype)))
   is_label = label_mask(labels, log_p.shape[1])
   scale = label_scale(is_label, where).astype(log_p.dtype)
@@ -548,11 +563,16 @@ def label_rows(
   return log_p, is_label | (is_impossible & first), scale
 
 
+def _where_rows(where, logits):
+  """The logits [B, C], with zeros for the examples that do not count."""
+  if where is None:
+    return logits
+  return jnp.where(jnp.asarray(where)[:, None], logits, 0)
+
+
 def _safe(logits, labels, where):
   """Logits in float32 or wider, labels that are all valid, and factors of losses."""
-  logits = logits.astype(base.accumulator_dtype(logits.dtype))
-  if where is not None:
-    logits = jnp.where(where[:, None], logits, 0)
+  logits = _where_rows(where, logits.astype(base.accumulator_dtype(logits.dtype)))
   is_label = label_mask(labels, max(logits.shape[1], 2))
   scale = label_scale(is_label, where).astype(logits.dtype)
   return logits, jnp.argmax(is_label, axis=1), scale

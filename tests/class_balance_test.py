@@ -135,3 +135,11 @@ def test_counts_keep_double_precision(x64):
 def test_no_labels_have_no_order():
   order = class_balance.balanced_order(np.zeros(0, int), np.random.default_rng(0))
   assert order.shape == (0,)
+
+
+@pytest.mark.filterwarnings("error")
+def test_counts_and_weights_may_be_lists():
+  counts = class_balance.inverse_frequency([30, 10])
+  np.testing.assert_allclose(counts, [2 / 3, 2], rtol=1e-6)
+  weights = class_balance.example_weights([1, 3], [0, 1, 1, 0])
+  np.testing.assert_allclose(weights, [0.125, 0.375, 0.375, 0.125], rtol=1e-6)

@@ -387,6 +387,46 @@ def test_labels_other_than_0_and_1_give_nan_for_a_single_logit():
   np.testing.assert_array_equal(np.isnan(actual), [True, False, False, True])
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", list(_LOSSES))
+def test_labels_and_where_may_be_lists(name):
+  logits = jnp.array([[1.0, 0.0, 2.0], [3.0, 1.0, 0.0]])
+  labels, where = [2, 1], [True, False]
+  actual = _LOSSES[name](logits, labels, where=where)
+  expected = _LOSSES[name](logits, jnp.array(labels), where=jnp.array(where))
+  np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.filterwarnings("error")
+def test_counts_transitions_and_masks_may_be_lists():
+  logits, labels = jnp.array([[1.0, 0.0, 2.0]]), jnp.array([1])
+  for loss_fn, table in (
+    (losses.forward_corrected, _NOISE),
+    (losses.balanced_softmax, _COUNTS),
+  ):
+    np.testing.assert_array_equal(
+      loss_fn(logits, labels, table.tolist()), loss_fn(logits, labels, table)
+    )
+  np.testing.assert_array_equal(losses.label_scale([[True]], where=[False]), [0])
+  with np.errstate(divide="ignore"):
+    log_t = np.log(np.eye(2))
+  loss = losses.transition_loss([[-1.0, -2.0]], [[False, True]], log_t.tolist())
+  np.testing.assert_array_equal(loss, [2])
+
+
+@pytest.mark.parametrize(
+  "function",
+  [
+    *(functools.partial(loss_fn, labels=[0]) for loss_fn in _LOSSES.values()),
+    losses.predictions,
+    losses.log_probabilities,
+  ],
+)
+def test_a_list_of_logits_is_refused(function):
+  with pytest.raises(base.InputError, match=r"logits must be an array; got .* list"):
+    function([[0.0, 1.0, 2.0]])
+
+
 def test_where_is_checked():
   with pytest.raises(base.InputError, match="where must be bool of shape"):
     losses.focal(jnp.zeros((2, 3)), jnp.zeros(2, int), where=jnp.ones((2, 1), bool))

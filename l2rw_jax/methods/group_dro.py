@@ -70,8 +70,9 @@ def example_weights(
     the groups in the batch. A NaN loss makes all weights NaN.
 
   Raises:
-    InputError: losses and groups do not both have shape [B], or log_q does not have
-      shape [G]; unless traced, a group does not exist or the step size is out of range.
+    InputError: losses and groups do not both have shape [B], log_q does not have shape
+      [G], or adjustments neither have this shape nor are a scalar; unless traced, a
+      group does not exist or the step size is out of range.
 
   >>> import jax.numpy as jnp
   >>> losses, groups = jnp.array([0., 2., 2.]), jnp.array([0, 0, 1])
@@ -79,7 +80,8 @@ def example_weights(
   >>> print(jnp.round(7 * weights), jnp.round(7 * jnp.exp(log_q)))
   [1. 1. 4.] [2. 4. 1.]
   """
-  _check_shapes(losses, groups, log_q)
+  log_q = jnp.asarray(log_q)
+  _check_shapes(losses, groups, log_q, adjustments)
   _check_setting("step_size", step_size)
   dtype = base.accumulator_dtype(log_q.dtype)
   # Stop gradients before the collectives, which must not be differentiated.
@@ -158,7 +160,8 @@ def group_dro(
   def init(rng_key, problem, params):
     del rng_key, params
     size = num_groups or problem.num_classes
-    return State(jnp.full(size, -np.log(size), jnp.float32), jnp.zeros(size))
+    log_q = jnp.full(size, -np.log(size), jnp.float32)
+    return State(log_q, jnp.zeros(size, jnp.float32))
 
   def gradients(state, problem, inputs):
     groups = _groups(inputs.batch, key)
@@ -195,17 +198,21 @@ def group_dro(
   return base.Method(gradients, init=init, refresh=refresh)
 
 
-def _check_shapes(losses, groups, log_q):
+def _check_shapes(losses, groups, log_q, adjustments):
   base.check_losses("losses", losses)
-  if jnp.shape(groups) != losses.shape:
+  if np.shape(groups) != losses.shape:
     raise base.InputError(
       f"group_dro: groups must be one integer per example, shape {losses.shape}; got"
-      f" {jnp.shape(groups)}."
+      f" {np.shape(groups)}."
     )
-  if jnp.ndim(log_q) != 1:
+  if log_q.ndim != 1:
     raise base.InputError(
-      "group_dro: log_q must be one number per group, shape [G]; got"
-      f" {jnp.shape(log_q)}."
+      f"group_dro: log_q must be one number per group, shape [G]; got {log_q.shape}."
+    )
+  if np.shape(adjustments) not in ((), log_q.shape):
+    raise base.InputError(
+      "group_dro: adjustments must be a scalar or one number per group, shape"
+      f" {log_q.shape}; got {np.shape(adjustments)}."
     )
 
 

@@ -14,6 +14,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from l2rw_jax import base
 from l2rw_jax import changed_loss
@@ -97,7 +98,7 @@ def ldam_hinge(
   is_label, wide, class_margins = _checked(cosines, labels, class_margins, where)
   scale = losses.label_scale(is_label, where).astype(wide.dtype)
   if where is not None:
-    wide = jnp.where(where[:, None], wide, 0)
+    wide = jnp.where(jnp.asarray(where)[:, None], wide, 0)
   lowered = jnp.sum(jnp.where(is_label, wide - class_margins, 0), axis=1)
   largest = jnp.max(jnp.where(is_label, -jnp.inf, wide), axis=1)
   return (jax.nn.relu(largest - lowered) * scale).astype(cosines.dtype)
@@ -227,9 +228,10 @@ def _check_cosines(problem, params):
   if problem.head is None:
     return
   features = 1e4 * jax.random.normal(jax.random.key(0), (8, problem.num_features))
-  logits, doubled = (
-    losses.logits_of(problem.head(params, x)) for x in (features, 2 * features)
-  )
+  with base.implicit_promotion():  # The parameters may have another type.
+    logits, doubled = (
+      losses.logits_of(problem.head(params, x)) for x in (features, 2 * features)
+    )
   largest, change = jnp.max(jnp.abs(logits)), jnp.max(jnp.abs(doubled - logits))
   # Comparisons with NaN are false, so a NaN is refused, too.
   if not (0 < largest <= 1.01 and change <= 0.01 * largest):
@@ -258,10 +260,10 @@ def _checked(cosines, labels, class_margins, where):
   """
   losses.check_logits(cosines, labels, where)
   num_classes = cosines.shape[1]
-  if num_classes < 2 or jnp.shape(class_margins) != (num_classes,):
+  if num_classes < 2 or np.shape(class_margins) != (num_classes,):
     raise base.InputError(
       "ldam: cosines must be [B, C] with C at least 2, and margins [C]; got shapes"
-      f" {cosines.shape} and {jnp.shape(class_margins)}."
+      f" {cosines.shape} and {np.shape(class_margins)}."
     )
   is_label = losses.label_mask(labels, num_classes)
   dtype = base.accumulator_dtype(cosines.dtype)

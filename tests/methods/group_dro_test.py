@@ -141,6 +141,18 @@ def test_worst_of_huge_losses_is_identified():
   np.testing.assert_array_equal(weights, [0, 1, 0])
 
 
+@pytest.mark.filterwarnings("error")
+def test_groups_numbers_and_adjustments_may_be_lists():
+  losses, lists = jnp.array([1.0, 2.0, 3.0]), ([0, 1, 1], [0.0, -1.0], [0.5, 0.25])
+
+  def run(groups, log_q, adjustments):
+    return group_dro.example_weights(
+      losses, groups, log_q, 0.5, adjustments=adjustments
+    )
+
+  chex.assert_trees_all_equal(run(*lists), run(*map(jnp.array, lists)))
+
+
 def test_nan_loss_gives_nan_weights():
   weights, log_q = _weights(np.array([1.0, np.nan]), np.arange(2), _uniform(2), 0.1)
   assert np.isnan(weights).all() and np.isnan(log_q).all()
@@ -287,6 +299,20 @@ def test_adjustment_favors_small_groups():
         jnp.ones(2), jnp.zeros(2, int), jnp.zeros((2, 1)), 0.1
       ),
       "log_q must be one number per group",
+    ),
+    (
+      lambda: group_dro.example_weights(
+        jnp.ones(3),
+        jnp.arange(3),
+        jnp.zeros(3),
+        0.1,
+        adjustments=jnp.array([[1.0], [2.0], [3.0]]),
+      ),
+      r"adjustments must be .* shape \(3,\); got \(3, 1\)",
+    ),
+    (
+      lambda: group_dro.example_weights([0.0], [0], [0.0], 0.1),
+      "losses must be an array",
     ),
     (
       lambda: group_dro.example_weights(
