@@ -99,7 +99,7 @@ def hessian_diagonal(
     The diagonal, shaped like `point`.
 
   Raises:
-    InputError: `num_probes` is less than 1.
+    InputError: `num_probes` is not a positive integer.
   """
   num_probes = base.check_integer("num_probes", num_probes)
 
@@ -220,18 +220,19 @@ def _batch_derivatives(
     return loss(padded[:, :width], batch).sum()
 
   # A binary classifier may have one logit; the second one added here has no effect.
-  logits = jnp.pad(logits, ((0, 0), (0, num_outputs - width)))
+  dtype = base.accumulator_dtype(logits.dtype)
+  logits = jnp.pad(logits.astype(dtype), ((0, 0), (0, num_outputs - width)))
   curvature: Any = None
   if scope == "example":
     curvature = hessian_diagonal(key, total_loss, logits, num_probes)
   elif scope == "shared" and features is None:
-    zeros = jnp.zeros(num_outputs)
+    zeros = jnp.zeros(num_outputs, dtype)
     curvature = hessian_diagonal(
       key, lambda b: total_loss(logits + b[None, :]), zeros, num_probes
     )
   elif scope == "shared":
-    inputs = jnp.pad(features, ((0, 0), (0, 1)), constant_values=1)
-    zeros = jnp.zeros((num_outputs, inputs.shape[1]))
+    inputs = jnp.pad(features.astype(dtype), ((0, 0), (0, 1)), constant_values=1)
+    zeros = jnp.zeros((num_outputs, inputs.shape[1]), dtype)
     curvature = hessian_diagonal(
       key, lambda w: total_loss(logits + inputs @ w.T), zeros, num_probes
     )
@@ -287,9 +288,14 @@ def bias_corrected(
     epsilon: added to the curvature.
   """
   num_updates = averages.num_updates.astype(averages.gradients.dtype)
-  gradients = averages.gradients / (1 - beta1**num_updates)
-  mean_square = averages.squares / (1 - beta2**num_updates)
+  gradients = averages.gradients / _one_minus_power(beta1, num_updates)
+  mean_square = averages.squares / _one_minus_power(beta2, num_updates)
   return gradients, jnp.sqrt(mean_square) ** power + epsilon
+
+
+def _one_minus_power(beta, num_updates):
+  """1 - beta^t without cancellation, which leaves nothing of 1 - 0.99999999."""
+  return -jnp.expm1(num_updates * (math.log(beta) if beta else -math.inf))
 
 
 class State(NamedTuple):
@@ -387,7 +393,7 @@ def adacore(
       )
     return State(
       jnp.arange(subset_size(fraction, problem.num_examples), dtype=jnp.int32),
-      jnp.ones(problem.num_examples),
+      jnp.ones(problem.num_examples, jnp.float32),
       jnp.zeros((), jnp.int32),
       averages,
     )
@@ -435,7 +441,7 @@ def random_subset(fraction: float, refresh_every: int | None = 1) -> base.Method
   Args:
     fraction: size of the subset divided by that of the training set, in (0, 1].
     refresh_every: number of passes over the subset from one draw to the next; None
-      keeps the first subset.
+      keeps the first subset, and an epoch then has ceil(1 / fraction) passes.
 
   Raises:
     InputError: a setting is out of range.
@@ -446,7 +452,8 @@ def random_subset(fraction: float, refresh_every: int | None = 1) -> base.Method
   def init(key, problem, params):
     del key, params
     size = subset_size(fraction, problem.num_examples)
-    rows, ones = jnp.arange(size, dtype=jnp.int32), jnp.ones(problem.num_examples)
+    rows = jnp.arange(size, dtype=jnp.int32)
+    ones = jnp.ones(problem.num_examples, jnp.float32)
     return State(rows, ones, jnp.zeros((), jnp.int32), None)
 
   def refresh(state, problem, view):
@@ -458,7 +465,8 @@ def random_subset(fraction: float, refresh_every: int | None = 1) -> base.Method
       num_selections=state.num_selections + 1,
     )
 
-  return _method(init, refresh, refresh_every or math.ceil(1 / fraction))
+  # 1 / (1 / 49) is slightly more than 49.
+  return _method(init, refresh, refresh_every or math.ceil((1 - 1e-9) / fraction))
 
 
 def _method(init, refresh, num_passes):

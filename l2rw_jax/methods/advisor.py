@@ -100,7 +100,7 @@ def advisor(
     its state is a `meta_network.State`.
 
   Raises:
-    InputError: `every` is less than 1, or the network cannot be split.
+    InputError: `every` is not a positive integer, or the network cannot be split.
   """
   every = base.check_integer("advisor: every", every)
   meta_optimizer = optimizer or optax.adam(1e-4)

@@ -232,7 +232,9 @@ def _head_leaves(problem, params):
       " choose another method or split the network."
     )
   features = jax.ShapeDtypeStruct((1, problem.num_features), jnp.result_type(float))
-  closed = jax.make_jaxpr(problem.head)(params, features)
+  # The features of a network may have another type, which does not matter here.
+  with base.implicit_promotion():
+    closed = jax.make_jaxpr(problem.head)(params, features)
   return _is_read(closed.jaxpr)[:-1]
 
 
@@ -274,9 +276,10 @@ def hard_mining(variant: str = "paper") -> base.Method:
     def weights(losses):
       losses = base.gather(losses, problem.axis_name)
       labels = base.gather(inputs.batch["label"], problem.axis_name)
+      labels = base.wide_integers(labels, problem.num_classes)
       kept = hardest(
         losses if variant == "paper" else jnp.zeros_like(losses),
-        labels == majority_class,
+        labels == majority_class.astype(labels.dtype),
       )
       uniform_weights = normalization.sum_to_one(kept.astype(losses.dtype))
       return base.local_slice(uniform_weights, problem.axis_name)

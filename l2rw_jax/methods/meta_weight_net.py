@@ -449,8 +449,8 @@ def meta_weight_net(
     A `base.Method` that needs a meta batch; its state is a `meta_network.State`.
 
   Raises:
-    InputError: the preset or the normalization is unknown, `every` is less than 1, or
-      both `microbatch_size` and `recompute` are given.
+    InputError: the preset or the normalization is unknown, `every` is not a positive
+      integer, or both `microbatch_size` and `recompute` are given.
   """
   if preset not in PRESETS:
     raise base.InputError(f"preset={preset!r}; choose among {', '.join(PRESETS)}.")

@@ -62,6 +62,14 @@ def test_averages_match_golden_values():
   assert off == 1
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.999999, 0.99999999])
+def test_the_bias_correction_of_one_update_is_exact(beta):
+  averages = adacore.Averages(jnp.zeros(()), jnp.zeros(()), jnp.int32(0))
+  averages = adacore.update_averages(averages, 3.0, 2.0, beta, beta)
+  result = adacore.bias_corrected(averages, beta, beta, epsilon=0.0)
+  np.testing.assert_allclose(result, (3, 2), rtol=1e-6)
+
+
 _GOLDEN = [(1, 2), (0.736842, 3.162752), (0.095941, 3.109394)]
 
 
@@ -232,6 +240,28 @@ def test_curvature_of_the_last_layer():
   np.testing.assert_allclose(derivatives.features, features)
 
 
+@pytest.mark.parametrize(
+  ("dtype", "last_layer"), [("float32", False), ("bfloat16", True)]
+)
+def test_loss_derivatives_of_narrow_parameters(dtype, last_layer):
+  # The tests run under strict promotion of types.
+  problem, params, train, view = _setup()
+  params = jax.tree.map(lambda x: x.astype(dtype), params)
+  given = view(0)._replace(
+    params=params, train={**train, "image": train["image"].astype(dtype)}
+  )
+  with jax.enable_x64(dtype == "float32"):
+    result = adacore.loss_derivatives(
+      problem,
+      given,
+      jax.random.key(0),
+      scope="shared",
+      last_layer=last_layer,
+      num_probes=1,
+    )
+  assert result.gradients.dtype == result.curvature.dtype == jnp.float32
+
+
 @pytest.mark.slow
 def test_loss_derivatives_do_not_depend_on_the_batch_size(monkeypatch):
   setup = _setup()
@@ -319,6 +349,14 @@ def test_refresh_keeps_shapes_and_depends_only_on_state_and_view():
     again = _refreshed(method, setup, (1,), halfway)
     chex.assert_trees_all_equal(again, state)
     assert state.num_selections == 2 and state.averages.num_updates == 2
+
+
+@pytest.mark.parametrize("size", [10, 49, 98, 103, 1000])
+def test_a_kept_subset_of_one_example_is_visited_n_times(size):
+  method = adacore.random_subset(1 / size, None)
+  rows, selections = jnp.zeros(1, jnp.int32), jnp.int32(1)
+  state = adacore.State(rows, jnp.ones(size), selections, None)
+  assert len(method.sample(state, None, None, np.random.default_rng(0))) == size
 
 
 def test_random_subset_is_redrawn_or_kept():

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from l2rw_jax import base
 from l2rw_jax.methods import absgd
 from l2rw_jax.methods import adacore
 from l2rw_jax.methods import advisor
@@ -115,7 +116,8 @@ class _Net(nn.Module):
   @nn.compact
   def features(self, x, train=False):
     x = nn.Dense(6, use_bias=False)(x)
-    x = nn.BatchNorm(use_running_average=not train, axis_name=self.axis_name)(x)
+    with jax.numpy_dtype_promotion("standard"):  # For statistics of half precision.
+      x = nn.BatchNorm(use_running_average=not train, axis_name=self.axis_name)(x)
     return nn.tanh(x)
 
   def head(self, features):
@@ -403,3 +405,38 @@ def test_methods_can_be_traced_under_an_explicit_mesh(name):
   with jax.set_mesh(mesh):
     result = jax.eval_shape(first_step, given, jax.random.key(0), *batches)
   assert result.weights.shape == result.losses.shape == (_B,)
+
+
+def _cast(tree, dtype):
+  return jax.tree.map(
+    lambda x: np.zeros(x.shape, dtype if x.dtype == np.float32 else x.dtype), tree
+  )
+
+
+@pytest.mark.parametrize("types", ["float16", "bfloat16", "float32_of_x64"])
+@pytest.mark.parametrize("name", _METHODS)
+def test_states_and_gradients_keep_their_types(name, types):
+  method, problem = _METHODS[name], _task(None)
+  example, key = _data()[0][0], jax.random.key(0)
+  params, model_state = jax.eval_shape(lambda: _model(None).init(key, example))
+  dtype = jnp.dtype(types.removesuffix("_of_x64"))
+  params, batches = _cast((params, _data()[0]), dtype)
+  model_state = _cast(model_state, np.float32)
+
+  def step(state, *batches):
+    given = (params, model_state, _OUTER.init(params), *batches, jnp.int32(0), key)
+    result, state = method.gradients(state, problem, base.Inputs(*given))
+    return state, result.grads
+
+  with jax.enable_x64(types == "float32_of_x64"):
+    state = jax.eval_shape(lambda: method.init(key, problem, params))
+    after, grads = jax.eval_shape(step, state, *batches)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads, params)
+    # The selection of AdaCore is compiled, and LDAM needs cosines; their own tests
+    # cover `refresh`.
+    if name not in ("adacore", "ldam_drw"):
+      rng = np.random.default_rng(0)
+      view = base.EpochView(0, 0, params, model_state, _examples(rng, _N), rng)
+      refreshed = method.refresh(_cast(state, np.float32), problem, view)
+      chex.assert_trees_all_equal_shapes_and_dtypes(refreshed, state)

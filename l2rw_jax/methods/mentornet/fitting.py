@@ -57,13 +57,15 @@ def pd_rows(curriculum: str, *, num_rows: int | None = 100_000, seed: int = 0) -
   """
   if curriculum not in mentornet.CURRICULA:
     names = ", ".join(mentornet.CURRICULA)
-    raise base.InputError(f"--curriculum={curriculum}: choose among {names}.")
+    raise base.InputError(f"pd_rows: curriculum={curriculum!r}: choose among {names}.")
   tenths = np.arange(100) / 10
   axes = (np.concatenate([tenths, np.arange(10.0, 30.0)]), tenths - 5, np.arange(100))
   shape = tuple(len(axis) for axis in axes)
   size = int(np.prod(shape))
-  if num_rows is not None and not 1 < num_rows <= size:
-    raise base.InputError(f"--num_rows={num_rows} must lie between 2 and {size}.")
+  if num_rows is not None:
+    num_rows = base.check_integer("pd_rows: num_rows", num_rows, 2)
+    if num_rows > size:
+      raise base.InputError(f"pd_rows: num_rows={num_rows} must be at most {size}.")
   # The rows are shuffled even if all are kept, because `split` takes test rows from the
   # end.
   rng = np.random.default_rng(seed)
@@ -115,14 +117,14 @@ def dd_rows(
       f" {', '.join(str(x.shape) for x in columns)}."
     )
   if not np.isfinite(losses).all():
-    raise base.InputError("--dump contains losses that are NaN or infinite.")
+    raise base.InputError("dd_rows: losses contain NaN or infinity; record them again.")
   if not ((epochs >= 0) & (epochs <= 99)).all():
-    raise base.InputError("--dump contains epoch percents outside 0 to 99.")
+    raise base.InputError("dd_rows: epochs must be percents from 0 to 99.")
   targets = labels == true_labels
   if targets.all() or not targets.any():
     which = "right" if targets.all() else "wrong"
     raise base.InputError(
-      f"--dump: all its {len(labels)} labels are {which}; record a student on data with"
+      f"dd_rows: all {len(labels)} labels are {which}; record a student on data with"
       " some wrong labels."
     )
   order = np.random.default_rng(seed).permutation(len(losses))
@@ -221,7 +223,7 @@ def fit(
   ]
   variables, losses = zip(*jax.device_get(starts), strict=True)
   if not np.isfinite(losses).any():
-    raise base.InputError("the mentor's fit diverged: lower --learning_rate.")
+    raise base.InputError("the mentor's fit diverged: lower learning_rate.")
   return variables[np.nanargmin(losses)]
 
 

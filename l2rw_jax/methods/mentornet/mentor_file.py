@@ -69,7 +69,8 @@ def load(
   record = read(path)
   fitted_classes = record["num_classes"]
   if num_classes is not None and fitted_classes not in (None, num_classes):
-    raise base.InputError(mentornet.class_mismatch(fitted_classes, num_classes))
+    mismatch = mentornet.class_mismatch(fitted_classes, num_classes)
+    raise base.InputError(f"--mentor={path}: {mismatch}")
   network = mentornet_network.MentorNetwork(record["num_labels"], record["compat"])
   features = np.zeros(1, np.float32), np.zeros(1, np.int32)
   like = jax.eval_shape(

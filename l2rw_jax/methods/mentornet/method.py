@@ -214,19 +214,24 @@ def epoch_percent(step: Any, num_steps: int) -> base.Array:
   """floor(100 step / num_steps), at most 99; int32 [].
 
   Args:
-    step: updates done so far, an integer of any type; may be traced.
+    step: updates done so far, one integer of any type; may be traced.
     num_steps: length of the run, a Python integer.
 
   Raises:
-    InputError: `step` is not an integer.
+    InputError: `step` is not a single integer.
 
   >>> print(epoch_percent(25_000_000, 30_000_000))
   83
   """
-  dtype = jnp.result_type(step)
-  if not jnp.issubdtype(dtype, jnp.integer):
+  step = base.host_or_jax_array(step)
+  if step.shape:
     raise base.InputError(
-      f"epoch_percent: step must be an integer; got {dtype}. Convert it with"
+      f"epoch_percent: step must be one integer; got an array of shape {step.shape}."
+      " Use jax.vmap for several steps."
+    )
+  if not jnp.issubdtype(step.dtype, jnp.integer):
+    raise base.InputError(
+      f"epoch_percent: step must be an integer; got {step.dtype}. Convert it with"
       " step.astype(int)."
     )
   if not isinstance(step, jax.Array):
@@ -234,9 +239,11 @@ def epoch_percent(step: Any, num_steps: int) -> base.Array:
     # computed on the host.
     return jnp.asarray(min(max(100 * int(step) // num_steps, 0), 99), jnp.int32)
   # Compare with the first step of each percent, because 100 * step overflows int32.
+  # Percents that start above the largest number of the type cannot be reached.
+  firsts = (-(-k * num_steps // 100) for k in range(1, 100))
   largest = np.iinfo(step.dtype).max
-  firsts = [min(-(-k * num_steps // 100), largest) for k in range(1, 100)]
-  return jnp.sum(step >= np.array(firsts, step.dtype)).astype(jnp.int32)
+  reachable = np.array([first for first in firsts if first <= largest], step.dtype)
+  return jnp.sum(step >= reachable).astype(jnp.int32)
 
 
 def example_dropout(
@@ -280,7 +287,8 @@ class Preset(NamedTuple):
 
   Attributes:
     percentiles: percentiles for 20%, 40% and 80% noise.
-    burn_in: number of initial epoch percents with weight 1, plus 1; 0 for none.
+    burn_in: v is 1 while the epoch percent is below burn_in - 1; 0 disables the
+      burn-in.
     fixed_epoch_after_burn_in: whether the mentor's epoch percent stops at `burn_in`.
     dropout: schedule of the example dropout.
   """
@@ -370,6 +378,7 @@ def mentornet(
 
   def curriculum(losses, labels, moving, step, problem, key):
     epoch = epoch_percent(step, problem.num_steps)
+    losses = losses.astype(moving.dtype)  # Half precision is computed in float32.
     if fixed_epoch_after_burn_in:
       epoch = jnp.minimum(epoch, burn_in)
     v = weights_fn(losses, losses - moving, labels, epoch)
@@ -394,6 +403,8 @@ def mentornet(
     if weight_decay:
       grads = _add_decay(grads, inputs.params, weight_decay * mean_weight)
     metrics = {"percentile": moving, "mean_weight": mean_weight}
+    # The state keeps its type, also for losses in float64.
+    moving = moving.astype(state.dtype)
     return base.Gradients(grads, weights, losses, linearized.aux, metrics), moving
 
   return base.Method(gradients, init=lambda *_: jnp.zeros((), jnp.float32))
@@ -402,14 +413,21 @@ def mentornet(
 def class_mismatch(num_classes: int, expected: int) -> str:
   """Error message for a mentor that was fitted for another number of classes."""
   return (
-    f"--mentor was fitted for the labels of {num_classes} classes, but the data have"
-    f" {expected}; fit one with experiments.mentornet_pretrain on a dump of these data,"
-    " or without --use_labels for any number of classes."
+    f"the mentor was fitted for the labels of {num_classes} classes, but the data have"
+    f" {expected}: fit one to losses of these data, or without labels for any number of"
+    " classes, see experiments.mentornet_pretrain."
   )
 
 
 def _add_decay(grads, params, decay):
-  return jax.tree.map(lambda g, p: g + decay * p if p.ndim > 1 else g, grads, params)
+  def add(g, p):
+    if p.ndim <= 1:
+      return g
+    # The decay has the type of the losses, which may differ from that of the gradient.
+    dtype = base.accumulator_dtype(p.dtype)
+    return g + (decay.astype(dtype) * p.astype(dtype)).astype(g.dtype)
+
+  return jax.tree.map(add, grads, params)
 
 
 def _check_range(name, value, low, high):

@@ -141,6 +141,16 @@ def test_epoch_percent_of_a_step_that_exceeds_32_bits():
   assert mentornet.epoch_percent(jnp.int32(1_000_000_000), 4_000_000_000) == 25
 
 
+@pytest.mark.parametrize("step", [jnp.int8(127), jnp.uint8(255), jnp.uint8(0)])
+def test_epoch_percent_of_a_step_of_a_narrow_type(step):
+  assert mentornet.epoch_percent(step, 1000) == int(step) // 10
+
+
+def test_epoch_percent_of_several_steps_is_refused():
+  with pytest.raises(base.InputError, match=r"one integer; got .* shape \(99,\)"):
+    mentornet.epoch_percent(jnp.arange(99), 1000)
+
+
 @pytest.mark.parametrize(
   ("name", "percentiles", "burn_in", "fixed", "late_rate"),
   [
@@ -204,7 +214,7 @@ def test_parameters_of_curricula_out_of_range_are_refused(gamma):
 
 @pytest.mark.parametrize("step", [3.0, jnp.float32(3)])
 def test_a_step_that_is_not_an_integer_is_refused(step):
-  with pytest.raises(base.InputError, match="step must be an integer; got float32"):
+  with pytest.raises(base.InputError, match="step must be an integer; got float"):
     mentornet.epoch_percent(step, 10)
 
 
@@ -341,7 +351,9 @@ def test_mentor_for_other_classes_is_refused():
     def __call__(self, losses, differences, labels, epoch):
       raise AssertionError("not asked")
 
-  with pytest.raises(base.InputError, match="--mentor was fitted for the labels of 10"):
+  with pytest.raises(
+    base.InputError, match="the mentor was fitted for the labels of 10"
+  ):
     _step(mentornet.mentornet(Mentor()))
 
 
