@@ -171,7 +171,7 @@ def sample_size(num_points: int, size: int, epsilon: float) -> int:
   """Number of candidates per step of `stochastic_greedy`: ceil(n / r ln(1 / epsilon)).
 
   Raises:
-    InputError: `size` is less than 1, or `epsilon` is not between 0 and 1.
+    InputError: `size` is not a positive integer, or `epsilon` is not between 0 and 1.
 
   >>> sample_size(60000, 6000, 0.01)
   47

@@ -26,7 +26,7 @@ class LeNet(split.SplitNetwork):
   cosine: bool = False
 
   def setup(self) -> None:
-    """The output layer."""
+    """Creates the output layer."""
     self.output = split.output_layer(
       self.num_outputs, self.cosine, kernel_init=_normal, name="Dense_1"
     )

@@ -59,7 +59,7 @@ class PreActivationResNet(split.SplitNetwork):
   dtype: Any = jnp.float32
 
   def setup(self) -> None:
-    """The output layer."""
+    """Creates the output layer."""
     self.output = nn.Dense(
       self.num_outputs,
       kernel_init=nn.initializers.lecun_uniform(),
@@ -132,7 +132,7 @@ class LeakyWideResNet(split.SplitNetwork):
   dtype: Any = jnp.float32
 
   def setup(self) -> None:
-    """The output layer."""
+    """Creates the output layer."""
     self.output = nn.Dense(
       self.num_outputs,
       kernel_init=nn.initializers.lecun_uniform(),

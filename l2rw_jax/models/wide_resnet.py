@@ -44,7 +44,7 @@ class WideResNet(split.SplitNetwork):
   cosine: bool = False
 
   def setup(self) -> None:
-    """The output layer."""
+    """Creates the output layer."""
     self.output = split.output_layer(
       self.num_outputs,
       self.cosine,
