@@ -351,14 +351,18 @@ def _without_surrogates(outputs_and_aux, leaves):
 
 def _largest_epsilon(jaxpr):
   """The largest machine epsilon of the types in which a function computes."""
-  values = [*jaxpr.invars, *(x for eqn in jaxpr.eqns for x in eqn.outvars)]
-  types = {x.aval.dtype for x in values if hasattr(x.aval, "dtype")}
-  nested = 0.0
+  # Constants, such as the epsilon of BatchNorm, do not matter.
+  depends, epsilons = set(jaxpr.invars), [0.0]
   for eqn in jaxpr.eqns:
+    inputs = [v for v in eqn.invars if not isinstance(v, jax_core.Literal)]
+    if depends.isdisjoint(inputs):
+      continue
+    depends.update(eqn.outvars)
     for inner in jax_core.jaxprs_in_params(eqn.params):
-      nested = max(nested, _largest_epsilon(getattr(inner, "jaxpr", inner)))
-  epsilons = [float(jnp.finfo(t).eps) for t in types if jnp.issubdtype(t, jnp.inexact)]
-  return max([nested, *epsilons])
+      epsilons.append(_largest_epsilon(getattr(inner, "jaxpr", inner)))
+  types = {x.aval.dtype for x in depends if hasattr(x.aval, "dtype")}
+  epsilons += [float(jnp.finfo(t).eps) for t in types if jnp.issubdtype(t, jnp.inexact)]
+  return max(epsilons)
 
 
 def _central_difference(outputs_of, leaves, epsilon):

@@ -107,7 +107,8 @@ def test_a_share_chooses_both_parameters_of_a_normalized_kernel():
   def losses_fn(params, x):
     for layer in params:
       v = layer["vector"]
-      x = jnp.tanh(x @ (layer["scale"] * v / jnp.linalg.norm(v, axis=0)))
+      norms = jnp.linalg.norm(v, axis=0, keepdims=True)
+      x = jnp.tanh(x @ (layer["scale"][None] * v / norms))
     return x.sum(axis=1)
 
   x = rng.normal(size=(6, 4))

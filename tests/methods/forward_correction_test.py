@@ -183,7 +183,7 @@ def test_finite_at_extreme_logits(scale):
     ),
     (
       lambda: forward_correction(1, estimator="median"),
-      "estimator='median'; choose 'anchor' or 'confusion'",
+      "estimator='median': choose one of .'anchor', 'confusion'",
     ),
     (
       lambda: forward_correction(1, percentile=101),
