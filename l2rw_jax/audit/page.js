@@ -294,8 +294,11 @@ function drawCounts() {
 // -- export ------------------------------------------------------------------
 function cell(value) {
   let text = String(value);
-  // A spreadsheet would run such a cell as a formula. Numbers are none.
-  if (/^[=+\-@\t\r]/.test(text) && !/^[+-]?[\d.]+(e[+-]?\d+)?$/i.test(text)) text = "'" + text;
+  // A spreadsheet would run such a cell as a formula. Numbers are none. See `csv_cell` in
+  // own_data.py, which reads the file.
+  const bare = text.replace(/^'+/, "");
+  const isNumber = /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i.test(bare);
+  if (/^[=+\-@\t\r]/.test(bare) && !isNumber) text = "'" + text;
   return /[",\r\n]/.test(text) || text !== text.trim() ? '"' + text.replaceAll('"', '""') + '"' : text;
 }
 function corrected() {
