@@ -122,7 +122,7 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
     },
     methods=METHODS,
     side_by_side=1,
-    comparable=network == "resnet_32" and not settings.smoke,
+    comparable=network == "resnet_32",
   )
   return long_tail.run(settings, experiment, workdir)
 

@@ -432,7 +432,8 @@ def make_row(
   """The row of a run in `results.csv`."""
   preset = make_preset(settings)
   numbers: tuple[float | None, float | None] = (None, None)
-  if preset.network == PRESETS[settings.preset].network and not settings.smoke:
+  compared = ("preset", "dataset", "noise", "noise_fraction", "noise_variant")
+  if settings.follows({}, cell.method_name, compared):
     numbers = published_cifar.lookup(
       settings.preset,
       cell.facts["dataset"],

@@ -261,7 +261,7 @@ def make_row(
   """The row of a run in `results.csv`."""
   majority, metrics = cell.facts["majority"], result.metrics
   numbers: tuple[float | None, float | None] = (None, None)
-  if settings.dataset == "mnist":
+  if settings.follows({"dataset": "mnist"}, cell.method_name, ("majority", "protocol")):
     methods = published.MNIST_IMBALANCE
     numbers = methods.get(cell.method_name, {}).get(majority, numbers)
   return {

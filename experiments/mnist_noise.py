@@ -10,7 +10,8 @@ Command: python -m experiments.mnist_noise --data_dir=DIR
   with the settings of the table: --preset=bare --methods=uniform,bare, and --pixels=raw
 Device, time: one CPU core, 2 to 8 minutes per method and noise (MLP, 3 seeds).
 Published (accuracy %, sym 0.5 / 0.7): cross-entropy 74.30 / 61.19, L2RW 90.39 /
-  85.10, Meta-Weight-Net 74.94 / 65.52, BARE 94.38 / 91.61, under --preset=bare.
+  85.10, Meta-Weight-Net 74.94 / 65.52, BARE 94.38 / 91.61; shown only next to runs with
+  --preset=bare --pixels=raw.
 Measured: results/mnist_noise, results/mnist_noise_bare.
 """
 
@@ -199,6 +200,8 @@ class Settings(
     return {**entries, "initialization": self.initial_distribution}
 
 
+# The setting of BARE's table.
+_PROTOCOL = {"dataset": "mnist", "network": "mlp", "preset": "bare", "pixels": "raw"}
 TABLE = table.Layout(
   name="mnist_noise",
   title="MNIST with wrong labels",
@@ -219,6 +222,7 @@ TABLE = table.Layout(
   },
   keys=("noise", "fraction"),
   published=published.MNIST_NOISE_SOURCE,
+  protocol=_PROTOCOL,
 )
 BARE_TABLE = dataclasses.replace(
   TABLE,
@@ -346,7 +350,9 @@ def make_cell(
 def make_row(settings: Settings, cell: runner.Cell, result: Any) -> dict[str, Any]:
   """The row of a run in `results.csv`."""
   numbers: tuple[float | None, float | None] = (None, None)
-  if settings.dataset == "mnist" and settings.network == "mlp":
+  # The initial parameters have a column in the table.
+  compared = ("noise", "noise_fraction", "initialization")
+  if settings.follows(_PROTOCOL, cell.method_name, compared):
     key = (cell.facts["noise"], cell.facts["fraction"])
     numbers = published.MNIST_NOISE.get(key, {}).get(cell.method_name, numbers)
   if settings.trusted_source is None:

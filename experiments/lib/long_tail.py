@@ -123,7 +123,8 @@ class Experiment(NamedTuple):
     facts: entries of every row: data set, network and so on.
     methods: methods that are compared by default.
     side_by_side: number of seeds that are trained side by side by default.
-    comparable: whether published numbers are shown next to these results.
+    comparable: whether published numbers are shown next to results of the unchanged
+      preset.
   """
 
   table: table.Layout
@@ -267,7 +268,8 @@ def _rows(
   counts = _counts(split)
   limits = evaluation.shot_thresholds(counts)
   published = None
-  if experiment.comparable:
+  compared = ("dataset", "preset", "network", "shape", "imbalance")
+  if experiment.comparable and settings.follows({}, cell.method_name, compared):
     published = published_cifar.long_tail(
       experiment.facts["dataset"], cell.method_name, **cell.facts
     )
@@ -368,13 +370,7 @@ def run(
   """Trains the runs that are missing, and prints and writes the comparison."""
   methods = experiment.methods if settings.methods is None else settings.methods
   names = settings.choose_methods(methods, METHODS)
-  preset = _with_flags(settings, experiment.preset)
-  # Published numbers apply only to the unchanged preset. The meta set may differ,
-  # because it depends on the method.
-  is_preset = preset._replace(num_meta=experiment.preset.num_meta) == experiment.preset
-  experiment = experiment._replace(
-    preset=preset, comparable=experiment.comparable and is_preset
-  )
+  experiment = experiment._replace(preset=_with_flags(settings, experiment.preset))
   if not settings.imbalance:
     raise base.InputError("--imbalance= is empty: give a number of at least 1.")
   cells = []

@@ -159,6 +159,12 @@ SHARED: Mapping[str, tuple[str, Bounds | None, str]] = {
 }
 
 
+# These flags select runs, or do not change how a method is trained.
+_SELECTING = frozenset(
+  ("methods", "mentor", "num_seeds", "seeds_at_once", "num_devices", "eval_every")
+)
+
+
 class Flag(NamedTuple):
   """The properties of a flag in addition to its type and default.
 
@@ -338,6 +344,26 @@ class Flags:
     """
     if self.is_given(name) and not is_used:
       raise base.InputError(f"--{name} has no effect {where}: leave it out.")
+
+  def follows(
+    self, protocol: Mapping[str, Any], method: str, but: Collection[str] = ()
+  ) -> bool:
+    """Whether a method is trained under a published protocol.
+
+    Args:
+      protocol: the values that some flags must have. All others must have their
+        defaults, except for those of other methods and those that only select runs.
+      method: name of the method.
+      but: flags that may have any value, because the caller compares them.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(self)}
+    return all(
+      getattr(self, name) == {**defaults, **protocol}[name]
+      for name, details in flags_of(type(self)).items()
+      if details.recorded and details.group != "output"
+      if name not in _SELECTING and name not in but
+      if not details.methods or method in details.methods
+    )
 
   def notes(self, offered: Sequence[str], chosen: Iterable[str]) -> str:
     """A line for each flag that was given for methods that are not run.

@@ -54,8 +54,8 @@ MNIST_IMBALANCE = {
 # epoch and its "±".
 MNIST_NOISE_SOURCE = (
   "Published: Patel and Sastry (2023, BARE), MNIST table, read from a secondary source;"
-  " their ± is a standard deviation; 200 epochs and, in the released code, pixels from"
-  " 0 to 255."
+  " their ± is a standard deviation. Shown only for their 200 epochs (preset bare), and"
+  " the raw pixels of the released code, which has PyTorch's initial parameters."
 )
 MNIST_NOISE = {
   ("bare_symmetric", 0.5): {

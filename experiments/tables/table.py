@@ -53,6 +53,8 @@ class Layout:
       a line.
     published: the source of the published values and the meaning of their "±", or the
       reason why there are none.
+    protocol: the values that some settings have under the published protocol. The
+      published values of other rows are not shown.
     divided_by: settings; each combination of their values has a separate table in the
       README's short form.
   """
@@ -62,6 +64,7 @@ class Layout:
   metrics: tuple[Metric, ...]
   settings: Mapping[str, str]
   published: str
+  protocol: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   keys: tuple[str, ...] = ()
   method: Callable[[Row], str] = operator.itemgetter("method")
   method_heading: str = "method"
@@ -182,19 +185,16 @@ def make(section: Section) -> Table:
     raise base.InputError(f"{section.name}: no rows; run its script again.")
   groups: dict[tuple, list[Row]] = {}
   for row in section.rows:
-    setting = tuple(_setting(section, row, name) for name in layout.settings)
-    groups.setdefault((_method(section, row), *setting), []).append(row)
+    key = tuple(_setting(section, row, name) for name in layout.settings)
+    groups.setdefault((_method(section, row), *key), []).append(row)
   lines = []
   for (method, *values), rows in groups.items():
     _check_seeds(section, method, rows)
-    lines.append(
-      Line(
-        method,
-        dict(zip(layout.settings, values, strict=True)),
-        [_value(section, metric, rows) for metric in layout.metrics],
-        len(rows),
-      )
-    )
+    setting = dict(zip(layout.settings, values, strict=True))
+    numbers = [_value(section, metric, rows) for metric in layout.metrics]
+    if any(setting[name] != value for name, value in layout.protocol.items()):
+      numbers = [number._replace(published=None, spread=None) for number in numbers]
+    lines.append(Line(method, setting, numbers, len(rows)))
   return Table(section.name, layout, lines)
 
 

@@ -215,11 +215,11 @@ def test_the_right_end_of_the_figure_on_mnist(tfds_dir, decoded, tmp_path):
     cwd=tmp_path,
   )
   assert done.status == 0 and done.complaints == "", done.complaints
-  lines = scripts.table(done.printed)[1:]
-  assert [line[3] for line in lines] == ["7.74 ± 1.98"]
+  assert "Published: nothing for these settings." in done.printed
   assert published.MNIST_IMBALANCE["l2rw"][0.995] == (3.62, 0.65)
   (row,), _, flags = scripts.saved_rows(tmp_path / "run")
-  assert (row["batch_size"], row["published_error_percent"]) == (500, 7.74)
+  # Two steps are not the published protocol.
+  assert (row["batch_size"], row["published_error_percent"]) == (500, None)
   settings = script.Settings(protocol="official_code")
   assert script.make_cell(settings, "l2rw", 0.995).config.batch_size == 100
   assert flags["dataset"] == "mnist"

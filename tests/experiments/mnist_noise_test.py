@@ -268,7 +268,8 @@ def test_preset_own_on_mnist(tfds_dir, decoded, tmp_path):
   (row,) = rows
   assert (row["network"], row["preset"], row["num_steps"]) == ("mlp", "own", 2)
   assert (row["name"], row["learning_rate"]) == ("sgd", 1e-3)
-  assert (row["published_percent"], row["published_spread"]) == (95.40, 0.31)
+  # BARE's table has this method and noise, but another preset.
+  assert (row["published_percent"], row["published_spread"]) == (None, None)
 
 
 @pytest.mark.slow

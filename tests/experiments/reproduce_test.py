@@ -1,13 +1,17 @@
 """The queue of published cells: its catalogue, its order, and a rehearsal."""
 
+import importlib
 import signal
+import types
 
 import numpy as np
 import pytest
 import scripts
 
 from experiments import reproduce
+from experiments.lib import long_tail
 from experiments.lib import registries
+from experiments.lib import runner
 from experiments.lib import settings as settings_lib
 from experiments.tables import published
 from experiments.tables import published_cifar
@@ -42,6 +46,76 @@ def test_methods_and_settings_are_those_of_the_scripts(cells):
     reproduce.make_run(settings, cell)  # Raises InputError if a flag has no such value.
     rehearsal = reproduce.make_run(settings.replace(rehearse=True), cell)[1]
     assert type(rehearsal) is type(reproduce.make_run(settings, cell)[1])
+
+
+# Flags that change the training of the last method of a cell's name, and one that does
+# not, because it is for other methods.
+_CHANGED = {
+  "mnist_imbalance-0.995-hard_mining": (
+    [{"num_steps": 2}, {"batch_size": 7}, {"hard_mining_batch": 9}, {"num_train": 99}],
+    {"l2rw_steps": 2},
+  ),
+  "mnist_noise-bare-bare_symmetric-0.5-bare": (
+    [
+      *({"preset": "shared"}, {"pixels": "unit"}, {"num_epochs": 1}, {"plateau": False}),
+      *({"learning_rate": 1.0}, {"network": "lenet"}, {"bare_kappa": 2.0}),
+    ],
+    {"meta_every": 2},
+  ),
+  "cifar_noise-mwn_flip-0.4-l2rw": (
+    [
+      *({"num_steps": 10}, {"learning_rate": 5.0}, {"batch_size": 7}, {"smoke": True}),
+      *({"network": "mlp"}, {"l2rw_refresh_every": 2}, {"num_meta": 1}),
+    ],
+    {"bare_kappa": 2.0},
+  ),
+  "cifar_long_tail-ldam-step-100-ldam": (
+    [{"ldam_margin": 100.0}, {"num_epochs": 1}, {"schedule": "cosine"}],
+    {"focal_gamma": 2.0},
+  ),
+}
+
+
+@pytest.mark.parametrize("name", _CHANGED)
+def test_published_values_are_shown_only_under_their_protocol(cells, name, monkeypatch):
+  cell = cells[name]
+  script = importlib.import_module(cell.module)
+  monkeypatch.setattr(runner, "row", lambda *_, **facts: {"weight_auroc": 0, **facts})
+  monkeypatch.setattr(reproduce.report, "run_fields", lambda _: {})
+  digits = sources.load("digits", "train")
+  monkeypatch.setattr(script.Settings, "load", lambda *_: digits)
+  split = types.SimpleNamespace(
+    train=types.SimpleNamespace(label=digits.labels, true_label=digits.labels),
+    meta=types.SimpleNamespace(label=digits.labels),
+    num_classes=10,
+  )
+  last = {"accuracy": 0.5, "balanced_accuracy": 0.5}
+  run = types.SimpleNamespace(metrics={"last": last})
+  made = types.SimpleNamespace(
+    method_name=cell.method,
+    facts={k: v for k, v in cell.facts.items() if k != "preset"},
+    config=types.SimpleNamespace(batch_size=100),
+    splits=lambda _: [split],
+  )
+
+  def published_value(**changed):
+    settings = script.Settings(**{**cell.settings, **changed})
+    if "long_tail" in name:
+      made.facts = {k: cell.facts[k] for k in ("builder", "shape", "imbalance")}
+      experiment = long_tail.Experiment(
+        *(script.TABLE, digits, digits, None, script.PRESETS["ldam"]),
+        *({"dataset": "cifar10"}, (), 1, True),
+      )
+      (row,) = long_tail._rows(settings, experiment, made, [run])
+    elif "cifar" in name:
+      row = script.make_row(settings, made, split, run)
+    else:
+      row = script.make_row(settings, made, run)
+    return row.get("published_percent", row.get("published_error_percent"))
+
+  changes, other = _CHANGED[name]
+  assert published_value() == published_value(**other, num_seeds=2) == cell.published
+  assert [published_value(**one) for one in changes] == [None] * len(changes)
 
 
 def test_cells_for_a_gpu_have_the_published_values(cells):

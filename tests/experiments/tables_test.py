@@ -16,6 +16,8 @@ from l2rw_jax import base
 
 _NAME = "experiments.tables.__main__"
 _NOISE = {
+  "dataset": "mnist",
+  "pixels": "raw",
   "noise": "n",
   "fraction": 0.5,
   "method": "l2rw",
@@ -47,7 +49,7 @@ def save(folder, rows, **flags):
 @pytest.fixture
 def results(tmp_path):
   """A folder of two experiments, one of them in two parts."""
-  save(tmp_path / "results" / "mnist_noise", _ROWS, preset="mine")
+  save(tmp_path / "results" / "mnist_noise", _ROWS, preset="bare")
   for name, accuracy in (("pd", 0.25), ("dd", 0.75)):
     row = {"curriculum": name, "rows": "test", "accuracy": accuracy, "num_rows": 9}
     folder = tmp_path / "results" / "mentornet_pretrain" / name
@@ -56,9 +58,9 @@ def results(tmp_path):
 
 
 def test_summary_has_measured_and_published_values():
-  text = formats.summary(make("mnist_noise", _ROWS, preset="mine"))
+  text = formats.summary(make("mnist_noise", _ROWS, preset="bare"))
   first, *_, last = text.splitlines()
-  assert first == "mlp, preset mine; mean ± 95% interval."
+  assert first == "mnist, mlp, preset bare, raw pixels; mean ± 95% interval."
   header, *lines = scripts.table(text)
   assert header == [
     *("noise", "fraction", "method"),
@@ -77,9 +79,19 @@ def test_summary_has_measured_and_published_values():
   assert last.startswith("Published: Patel and Sastry (2023, BARE)")
 
 
+@pytest.mark.parametrize("changed", [{"preset": "shared"}, {"pixels": "unit"}])
+def test_values_of_another_protocol_are_not_shown(changed):
+  rows = [{**row, "preset": "bare", **changed} for row in _ROWS]
+  table = make("mnist_noise", rows)
+  assert not table.has_published(0)
+  text = formats.summary(table) + formats.compact(table) + formats.long_form([table])
+  assert "91.39" not in text and "Published: nothing for these settings." in text
+
+
 def test_the_short_form_has_a_column_per_setting():
-  text = formats.compact(make("mnist_noise", _ROWS))
-  assert text.startswith("mlp, n; 1 to 3 seeds; test accuracy %.\n")
+  text = formats.compact(make("mnist_noise", _ROWS, preset="bare"))
+  shared = "mnist, mlp, preset bare, raw pixels, n"
+  assert text.startswith(f"{shared}; 1 to 3 seeds; test accuracy %.\n")
   assert scripts.table(text) == [
     ["method", "fraction 0.5", "fraction 0.7"],
     ["l2rw", "90.00 ± 2.48 (91.39 ± 0.07)", "60.00"],
@@ -180,7 +192,9 @@ def test_long_form_has_a_line_for_each_number(results):
   lines = list(csv.DictReader(io.StringIO(text)))
   assert set(lines[0]) == set(formats.LONG_FORM)
   first, single = lines[0], lines[3]
-  assert first["setting"] == "network=mlp; preset=mine; noise=n; fraction=0.5"
+  assert first["setting"] == (
+    "dataset=mnist; network=mlp; preset=bare; pixels=raw; noise=n; fraction=0.5"
+  )
   names = ("experiment", "method", "metric", "mean", "repeats", "published")
   expected = ["mnist_noise", "l2rw", "test accuracy %", "90", "3", "91.39"]
   assert [first[name] for name in names] == expected
@@ -370,7 +384,7 @@ def test_text_of_a_results_file_is_no_formula_of_a_spreadsheet(start):
 
 def test_text_of_a_results_file_is_no_formula_of_a_figure(tmp_path):
   rows = [{**_NOISE, "accuracy_percent": 1.0, "method": r"$\frac{$ and $x"}]
-  tables.write(tmp_path / "out", [make("mnist_noise", rows)])
+  tables.write(tmp_path / "out", [make("mnist_noise", rows, preset="bare")])
   assert (tmp_path / "out" / "tables.png").stat().st_size > 1000
 
 
