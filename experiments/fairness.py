@@ -189,7 +189,7 @@ TABLE = table.Layout(
     "num_steps": "{:,} steps",
   },
   method=label,
-  published="Published: no number that could be read; the protocol is this project's.",
+  published="Published: no comparable number; the protocol is this project's.",
 )
 
 
@@ -248,7 +248,7 @@ def make_splits(settings: Settings, seeds: Sequence[int]) -> list[examples_lib.S
     imbalance = 1.0 if is_inverted else 10.0 if small else 100.0
   if num_exemplars is None:
     num_exemplars = 5 if small else 10
-  return [
+  splits = [
     fairness.fairness(
       settings.load("train"),
       settings.load("test"),
@@ -261,6 +261,13 @@ def make_splits(settings: Settings, seeds: Sequence[int]) -> list[examples_lib.S
     )
     for seed in seeds
   ]
+  largest = examples_lib.class_counts(splits[0].train, splits[0].num_classes).max()
+  if is_inverted and settings.minority_share * largest < 0.5:
+    raise base.InputError(
+      f"--minority_share={settings.minority_share:g} is less than one image of the"
+      f" {largest} of a class: raise it."
+    )
+  return splits
 
 
 def make_cell(

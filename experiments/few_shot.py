@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import pathlib
 from typing import Any
+import warnings
 
 import numpy as np
 import optax
@@ -38,6 +39,7 @@ from l2rw_jax import base
 from l2rw_jax import weighted_update
 from l2rw_jax.data import episodes
 from l2rw_jax.data import image_classes
+from l2rw_jax.data import own_data
 from l2rw_jax.data import sources
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
@@ -77,7 +79,8 @@ class Settings(settings_lib.Settings):
   ood: str = flag(
     "mnist",
     "Source of the out-of-distribution tasks: none, shuffled (images of --dataset with"
-    " permuted labels), or the name of a data set as for --dataset.",
+    " permuted labels), omniglot, digits, the name of any image set that TFDS has"
+    " prepared in --data_dir, or your own uint8 images: images:DIR or npz:FILE.",
     group="data",
   )
   ood_share: tuple[float, ...] = flag(
@@ -147,9 +150,9 @@ class Settings(settings_lib.Settings):
   )
   num_clusters: int = flag(
     20,
-    "Number of clusters of training tasks.",
+    "Number of clusters of training tasks; fewer if there are fewer different tasks.",
     bounds=settings_lib.Bounds(1, 10**6),
-    group="method",
+    methods=_NESTED,
   )
   weight_learning_rate: float = flag(
     1e4, "Learning rate of the task weights; 0 keeps them constant.", methods=_NESTED
@@ -207,7 +210,7 @@ TABLE = table.Layout(
   metrics=(
     table.Metric("accuracy_percent", "meta-test accuracy %"),
     table.Metric("interval_percent", "interval over tasks, ± %"),
-    table.Metric("own_weight", "weight of own tasks"),
+    table.Metric("own_weight", "weight of in-distribution tasks"),
     table.Metric("foreign_weight", "weight of other tasks"),
     table.Metric("right_weight", "weight of queries with right labels"),
     table.Metric("wrong_weight", "weight of queries with wrong labels"),
@@ -219,7 +222,7 @@ TABLE = table.Layout(
     "num_shots": "{}-shot",
     "evaluate_on": "{} classes",
     "ood": "other tasks from {}",
-    "ood_share": "{:.0%} of them",
+    "ood_share": "{:.0%} of the training tasks",
     "noise_share": "{:.0%} of the images mislabeled",
     "num_clusters": "{} clusters",
     "share": "a weight for each {}",
@@ -254,7 +257,8 @@ def load_classes(
   if dataset == "omniglot":
     whole = image_classes.omniglot(data_dir=data_dir, cache_dir=cache_dir)
   else:
-    whole = sources.load(dataset, "train", data_dir=data_dir, cache_dir=cache_dir)
+    with settings_lib.naming("dataset", dataset):
+      whole = sources.load(dataset, "train", data_dir=data_dir, cache_dir=cache_dir)
   first = [max(1, round(share * whole.num_classes)) for share in _SHARES]
   shares = (*first, whole.num_classes - sum(first))
   return image_classes.split_classes(whole, _CLASSES.get(dataset, shares), seed=0)
@@ -268,8 +272,18 @@ def foreign_source(
     return None
   if settings.ood == "shuffled":
     return image_classes.shuffled(train, seed)
-  source = settings.load(f"train[:{_NUM_FOREIGN}]", settings.ood)
+  if settings.ood == "omniglot":
+    source = image_classes.omniglot(
+      data_dir=settings.data_dir, cache_dir=settings.cache_dir
+    )
+  elif settings.ood == "digits" or own_data.is_own(settings.ood):
+    # These have no slices of splits.
+    source = runner.first_images(settings.load("train", settings.ood), _NUM_FOREIGN)
+  else:
+    source = settings.load(f"train[:{_NUM_FOREIGN}]", settings.ood)
   _, size, _, channels = train.images.shape
+  if source.images.ndim != 4 or source.images.dtype != np.uint8:
+    raise base.InputError(f"--ood={settings.ood} has no uint8 images [N, H, W, C].")
   return source._replace(images=image_classes.resized(source.images, size, channels))
 
 
@@ -280,22 +294,25 @@ def make_problem(settings: Settings, ood_share: float, seed: int) -> episodes.Ep
   )
   if settings.rotations:
     train = image_classes.rotated(train)
-  return episodes.episodes(
-    train,
-    meta,
-    test if settings.evaluate_on == "test" else tuning,
-    num_ways=settings.ways,
-    num_shots=settings.num_shots,
-    num_queries=settings.num_queries,
-    num_tasks=settings.num_tasks,
-    num_meta_tasks=settings.num_meta_tasks,
-    num_test_tasks=settings.num_test_tasks,
-    foreign=foreign_source(settings, train, seed),
-    foreign_share=ood_share,
-    noise_share=settings.noise_share,
-    num_clusters=settings.num_clusters,
-    seed=seed,
-  )
+  with warnings.catch_warnings():
+    # With few classes, there may be fewer different tasks than clusters.
+    warnings.filterwarnings("ignore", "Number of distinct clusters")
+    return episodes.episodes(
+      train,
+      meta,
+      test if settings.evaluate_on == "test" else tuning,
+      num_ways=settings.ways,
+      num_shots=settings.num_shots,
+      num_queries=settings.num_queries,
+      num_tasks=settings.num_tasks,
+      num_meta_tasks=settings.num_meta_tasks,
+      num_test_tasks=settings.num_test_tasks,
+      foreign=foreign_source(settings, train, seed),
+      foreign_share=ood_share,
+      noise_share=settings.noise_share,
+      num_clusters=settings.num_clusters,
+      seed=seed,
+    )
 
 
 def make_learner(settings: Settings) -> few_shot.Learner:
@@ -555,6 +572,8 @@ def _draw_method(
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   """Trains the runs that are missing, and prints and writes the comparison."""
   settings.check_used("ood_share", settings.ood != "none", "with --ood=none")
+  where = f"with --share={settings.share}"
+  settings.check_used("num_clusters", settings.share == "cluster", where)
   names = settings_lib.choose("methods", settings.methods, METHODS)
   methods = {name: make_method(settings, name) for name in names}
   shares = [0.0] if settings.ood == "none" else list(dict.fromkeys(settings.ood_share))

@@ -267,7 +267,9 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
     )
     runner.check_data(config, method, split)
     images = getattr(split, settings.unlabeled).image
-    memorization.check(split, images, settings.batch_size)
+    flags = f"{settings.num_unlabeled}, --batch_size={settings.batch_size}"
+    with settings_lib.naming("num_unlabeled", flags):
+      memorization.check(split, images, settings.batch_size)
     data[fraction] = splits, config, split.num_classes
   cells = []
   for model in models:

@@ -5,7 +5,8 @@ and the methods that use the flag. This module does not read a command line: `la
 does, and tests and notebooks construct settings directly.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -160,9 +161,22 @@ SHARED: Mapping[str, tuple[str, Bounds | None, str]] = {
 
 
 # These flags select runs, or do not change how a method is trained.
-_SELECTING = frozenset(
-  ("methods", "mentor", "num_seeds", "seeds_at_once", "num_devices", "eval_every")
+_SELECTING = (
+  *("methods", "mentor", "num_seeds", "seeds_at_once", "num_devices", "eval_every"),
 )
+
+
+@contextlib.contextmanager
+def naming(flag_name: str, value: Any) -> Iterator[None]:
+  """Adds a flag to errors, and to those about a data set its other kinds of values."""
+  try:
+    yield
+  except base.InputError as error:
+    text = f"--{flag_name}={value}: {error}"
+    if ": unknown data set" in text or ": each part of the data set name" in text:
+      text += "; --data_dir names that folder, and your own data are images:DIR,"
+      text += " npz:FILE or csv:FILE"
+    raise base.InputError(text) from error
 
 
 class Flag(NamedTuple):
@@ -350,15 +364,13 @@ class Flags:
   ) -> bool:
     """Whether a method is trained under a published protocol.
 
-    Args:
-      protocol: the values that some flags must have. All others must have their
-        defaults, except for those of other methods and those that only select runs.
-      method: name of the method.
-      but: flags that may have any value, because the caller compares them.
+    The flags in `protocol` must have these values, and all others their defaults,
+    except for those in `but`, those of other methods and those that only select runs.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(self)}
+    wanted = {field.name: field.default for field in dataclasses.fields(self)}
+    wanted |= protocol
     return all(
-      getattr(self, name) == {**defaults, **protocol}[name]
+      getattr(self, name) == wanted[name]
       for name, details in flags_of(type(self)).items()
       if details.recorded and details.group != "output"
       if name not in _SELECTING and name not in but
@@ -427,9 +439,11 @@ class DataFlags(Flags):
     A user's data are read once per settings object, and other sets once per process.
     """
     name = dataset or typing.cast(Any, self).dataset
-    if own_data.is_own(name):
-      return sources.from_own(name, split, self.read_own(name, split))
-    return _load(name, split, self.data_dir, self.cache_dir, self._in_memory())
+    named = "ood" if getattr(self, "ood", None) == name else "dataset"
+    with naming("datasets" if hasattr(self, "datasets") else named, name):
+      if own_data.is_own(name):
+        return sources.from_own(name, split, self.read_own(name, split))
+      return _load(name, split, self.data_dir, self.cache_dir, self._in_memory())
 
   def read_own(self, name: str, part: str) -> own_data.OwnData:
     """A part of a user's data, such as images:DIR, which is read only once."""
@@ -647,6 +661,7 @@ _FLAG_OF = {
   "num_meta_per_class": "num_meta",
   "foreign_share": "ood_share",
   "fraction": "noise_fraction",
+  "layers": "l2rw_layers",
   "percentile": "mentor_percentile",
   "recompute": "mwn_recompute",
 }
@@ -692,7 +707,8 @@ def in_terms_of_flags(message: str, names: Iterable[str]) -> str:
 
   parts = message.split('"')
   parts[::2] = [
-    re.sub(r"(?<![\w./'-])[a-z]\w*(?![\w./'-])", replaced, part) for part in parts[::2]
+    re.sub(r"(?<![\w./'-])[a-z]\w*(?![\w/'-]|\.\w)", replaced, part)
+    for part in parts[::2]
   ]
   return '"'.join(parts)
 

@@ -62,7 +62,8 @@ class Settings(settings_lib.Settings):
     else:
       names = train.class_names or sources.numbers(train.num_classes)
       form = own_data.Form(names, train.images.shape[1:], pixels=_scale(train.images))
-    data = own_data.read(self.trusted, like=form)
+    with settings_lib.naming("trusted", self.trusted):
+      data = own_data.read(self.trusted, like=form)
     own_data_lib.show_report(self.trusted, data)
     return sources.from_own(self.trusted, "trusted", data)
 

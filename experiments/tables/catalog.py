@@ -170,8 +170,8 @@ def collect(results: pathlib.Path, only: Sequence[str] = ()) -> list[table_lib.T
   unknown = [name for name in files if name not in known]
   if unknown and not only:
     raise base.InputError(
-      f"{results / unknown[0]} has no script with a TABLE of that name: add one, or"
-      " choose others with --only."
+      f"--results={results}: no script has a TABLE named {unknown[0]!r}; remove that"
+      " folder, or choose experiments with --only."
     )
   names = [name for name in known if name in (only or files)]
   if not names:

@@ -63,23 +63,28 @@ def compact(table: table_lib.Table) -> str:
 
 def _compact(table):
   layout, varying = table.layout, table.varying()
-  settings = list(dict.fromkeys(_setting(table, line, varying) for line in table.lines))
+  # The values, not their texts, distinguish settings: texts may be rounded.
+  keys = [tuple(line.setting[name] for name in varying) for line in table.lines]
+  settings = {
+    key: _setting(table, line, varying)
+    for key, line in zip(keys, table.lines, strict=True)
+  }
   shown = table.metrics()
   shared = [_markdown(table.say_constant(but=varying)), _repeats(table)]
   if len(settings) > 1:
-    header, shown = settings, shown[:1]
+    header, shown = list(settings.values()), shown[:1]
     shared += [layout.metrics[i].heading for i in shown]
   else:
     shown = shown[:_MAX_METRICS]
     header = [layout.metrics[i].heading for i in shown]
-  cells: dict[str, dict[tuple[str, int], str]] = {}
-  for line in table.lines:
+  cells: dict[str, dict[tuple[Any, int], str]] = {}
+  for key, line in zip(keys, table.lines, strict=True):
     for i in shown:
       value = line.values[i]
       published = "" if value.published is None else f" ({_published(value)})"
       values = cells.setdefault(_markdown(line.method), {})
-      values[_setting(table, line, varying), i] = _measured(value) + published
-  places = [(setting, i) for setting in settings for i in shown]
+      values[key, i] = _measured(value) + published
+  places = [(key, i) for key in settings for i in shown]
   rows = [[name, *(v.get(p, "") for p in places)] for name, v in cells.items()]
   lines = [[layout.method_heading, *header], *rows]
   if len(settings) > max(1, len(rows)):

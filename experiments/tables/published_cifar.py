@@ -55,7 +55,8 @@ _L2RW_BACKGROUND = {
   },
 }
 
-# The methods of Meta-Weight-Net's tables that this library implements. The paper states
+# The methods of Meta-Weight-Net's tables that this library implements and that have a
+# number at every fraction (S-Model has none at 0.6 of uniform noise). The paper states
 # neither which MentorNet it used nor the gamma of the focal loss (1 in this library).
 # The columns are the noise fractions 0, 0.4 and 0.6.
 _MWN_UNIFORM = {

@@ -121,9 +121,21 @@ def test_held_out_images_are_neither_of_the_test_set_nor_trained_on():
   assert len(np.unique(images, axis=0)) == len(images)
 
 
+def test_flags_of_methods_that_are_not_run_are_noted():
+  settings = script.Settings(fine_tuning_share=0.9, lookahead_learning_rate=7.0)
+  settings = settings.replace(eval_every=1)
+  assert settings.notes([*script.METHODS], ["uniform"]).count("has no effect") == 3
+
+
 _MISTAKES = {
   "method": (["--methods=magic"], "--methods=magic: choose among uniform"),
   "no_data": (["--datasets="], "--datasets= is empty: give one or more values."),
+  "comma": (["--datasets=digits,"], "--datasets= is empty: give one or more values."),
+  "unknown_data": (["--datasets=nmist"], "--datasets=nmist: unknown data set 'nmist'"),
+  "held_out": (
+    ["--evaluate_on=validation", "--num_validation=0"],
+    "--evaluate_on=validation needs --num_validation",
+  ),
   "problem": (["--problems=magic"], "should be one of <symmetric|pair_flip|long_tail>"),
   "divides": (["--num_clean=2"], "--num_clean=2 does not divide the largest, 3:"),
   "many": (["--largest_class=150"], "--largest_class=150 and --num_clean=3 need more"),

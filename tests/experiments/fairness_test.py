@@ -121,6 +121,10 @@ _MISTAKES = {
     ["--groups=inverted", "--minority_share=1"],
     "--minority_share=1 must lie between",
   ),
+  "share_small": (
+    ["--groups=inverted", "--minority_share=0.0005"],
+    "--minority_share=0.0005 is less than one image of the 116 of a class",
+  ),
   "noise": (["--noise_fraction=2"], "=2 must lie between 0 and 1"),
   "no_exemplars": (
     ["--num_exemplars=0"],

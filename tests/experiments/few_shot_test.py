@@ -8,6 +8,8 @@ import pytest
 import scripts
 
 from experiments import few_shot as script
+from l2rw_jax import base
+from l2rw_jax.data import sources
 from l2rw_jax.models import conv4
 
 _NAME = "few_shot"
@@ -72,7 +74,7 @@ def test_the_table(run):
     "method",
     "meta-test accuracy %",
     "interval over tasks, ± %",
-    "weight of own tasks",
+    "weight of in-distribution tasks",
     "weight of other tasks",
     "AUROC of weights",
     "seeds",
@@ -128,7 +130,7 @@ def test_more_shares_are_added_and_items_have_weights(run):
         f"--workdir={folder}",
       ],
       [
-        *_SMALL,
+        *(text for text in _SMALL if "num_clusters" not in text),
         "--ood=none",
         "--noise_share=0.5",
         "--share=item",
@@ -166,6 +168,30 @@ def test_the_network_is_conv4_and_fits_the_tasks(learner_of):
   assert learner.network == conv4.Conv4(5, 8, pool=True)
 
 
+def test_every_kind_of_out_of_distribution_source_can_be_read(tmp_path):
+  images = np.random.default_rng(0).integers(256, size=(20, 5, 5, 3), dtype=np.uint8)
+  labels = np.arange(20) % 2
+  parts = {"X": images, "y": labels, "X_test": images, "y_test": labels}
+  np.savez(tmp_path / "own.npz", **parts)
+  rows = images.reshape(20, -1) + np.float32(0.5)
+  np.savez(tmp_path / "rows.npz", **{**parts, "X": rows, "X_test": rows})
+  train = sources.load("digits", "train")
+  for name, size in (("digits", 1297), (f"npz:{tmp_path}/own.npz", 20)):
+    made = script.foreign_source(script.Settings(ood=name), train, 0)
+    assert made.images.shape == (size, 8, 8, 1)
+  with pytest.raises(base.InputError, match="has no uint8 images"):
+    script.foreign_source(script.Settings(ood=f"npz:{tmp_path}/rows.npz"), train, 0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_fewer_different_tasks_than_clusters_are_no_warning():
+  settings = script.Settings(dataset="digits", ood="none", num_meta_tasks=2)
+  settings = settings.replace(num_tasks=60, num_test_tasks=2)
+  problem = script.make_problem(settings, 0.0, seed=0)
+  # Four training classes have six pairs.
+  assert len(np.unique(problem.splits.train.group)) == 6 < settings.num_clusters
+
+
 _MISTAKES = {
   "unknown_method": (["--methods=reptile"], "--methods=reptile: choose among maml"),
   "no_method": (["--methods="], "--methods= is empty: choose among maml"),
@@ -179,8 +205,13 @@ _MISTAKES = {
   "digits": (["--num_steps=\uff13"], "write it in ASCII"),
   "share_nan": (["--ood_share=nan"], "--ood_share=nan is not a finite number"),
   "noise": (["--noise_share=2"], "=2 must lie between 0 and 1"),
-  "ood": (["--ood=svhn"], "unknown data set 'svhn'; choose digits"),
+  "ood": (["--ood=svhn"], "--ood=svhn: unknown data set 'svhn'; choose digits"),
   "no_data": (["--ood=mnist", "--data_dir={tmp}/none"], "'mnist' does not exist"),
+  "clusters_unused": (
+    ["--share=item"],
+    "--num_clusters has no effect with --share=item",
+  ),
+  "last_word": (["--num_shots=200"], "Lower --num_shots or --num_queries."),
   "no_folder": (["--dataset=mini_imagenet"], "mini_imagenet needs --data_dir="),
   "empty_folder": (
     ["--dataset=mini_imagenet", "--data_dir={tmp}"],

@@ -151,6 +151,7 @@ _MISTAKES = {
   ),
   "no_network": (["--networks="], "one model cannot be compared"),
   "fraction": (["--noise_fraction=1.5"], "fraction"),
+  "few": (["--num_unlabeled=5"], "--num_unlabeled=5, --batch_size="),
   "num_train": (["--num_train=1298"], "--num_train=1298 exceeds the 1297 images"),
   "unlabeled": (
     ["--num_unlabeled=40"],

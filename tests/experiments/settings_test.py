@@ -211,6 +211,8 @@ def test_out_of_memory_names_the_flags_that_decide_it():
     ("--num_meta=2: raise --num_meta", ["num_meta"], "--num_meta=2: raise --num_meta"),
     ("/a/num_meta/b num_meta.txt 'seed=1'", ["num_meta", "seed"], None),
     ("num_steps of a Config", ["width"], None),
+    ("Lower num_ways.", ["num_ways"], "Lower --num_ways."),
+    ("layers=2.0: must", ["l2rw_layers"], "--l2rw_layers=2.0: must"),
     ('run "f(seed=1)" or seed=2', ["seed"], 'run "f(seed=1)" or --seed=2'),
   ],
 )

@@ -100,6 +100,25 @@ def test_the_short_form_has_a_column_per_setting():
   ]
 
 
+def test_settings_that_are_printed_alike_are_not_merged():
+  layout = table_lib.Layout(
+    *("x", "X", (table_lib.Metric("value", "value"),), {"share": "{:.0%}"}),
+    "Published: nothing.",
+  )
+  rows = [
+    {"method": "a", "seed": 0, "share": share, "value": value}
+    for share, value in ((0.101, 10.0), (0.104, 90.0), (0.3, 95.0))
+  ]
+  table = table_lib.make(table_lib.Section("x", layout, rows, {}))
+  lines = scripts.table(formats.compact(table))
+  assert lines == [
+    ["setting", "a"],
+    ["10%", "10.00"],
+    ["10%", "90.00"],
+    ["30%", "95.00"],
+  ]
+
+
 def test_the_short_form_of_one_setting_has_a_column_per_metric():
   row = {"method": "l2rw", "best_accuracy": 0.5, "weight_auroc": None}
   rows = [{**row, "seed": s, "accuracy_percent": a} for s, a in enumerate((40, 60))]
@@ -296,7 +315,7 @@ _MISTAKES = {
   "no_flags": (["--results={tmp}/no_flags"], "cannot be read as results ('flags')"),
   "unknown": (
     ["--results={tmp}/unknown"],
-    "/mine has no script with a TABLE of that name",
+    "/unknown: no script has a TABLE named 'mine'",
   ),
   "only": (["--only=magic"], "--only=magic: choose among digits_noise"),
   "only_absent": (["--only=fairness"], "--only=fairness: no {tmp}/good/fairness/res"),
