@@ -295,11 +295,13 @@ def _decay_steps(settings: Settings, preset: Preset) -> tuple[int, ...]:
   if settings.decay_steps is None:
     share = (settings.num_steps or preset.num_steps) / preset.num_steps
     return tuple(round(step * share) for step in preset.decay_steps)
+  num_steps = settings.num_steps or preset.num_steps
   for text in settings.decay_steps:
-    # A decay after 10**9 updates, the limit of --num_steps, would have no effect.
-    if not (text.isdecimal() and len(text) < 10 and int(text) >= 1):
+    # A decay after the last update would have no effect.
+    if not (text.isdecimal() and len(text) < 10 and 1 <= int(text) < num_steps):
       raise base.InputError(
-        f"--decay_steps={text}: give numbers of updates, such as 40000,60000."
+        f"--decay_steps={text}: give numbers of updates, such as 40000,60000, below"
+        f" --num_steps={num_steps}."
       )
   return tuple(map(int, settings.decay_steps))
 
@@ -459,6 +461,9 @@ def make_row(
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   """Trains the runs that are missing, and prints and writes the comparison."""
   names = settings.choose_methods(settings.methods, METHODS)
+  noise = make_preset(settings).noise
+  has_variants = noise in registries.TWO_VARIANTS
+  settings.check_used("noise_variant", has_variants, f"with --noise={noise}")
   cells = make_cells(settings, names)
   runner.check(settings, cells)
   folder = runner.open_folder(settings, TABLE.name, workdir)

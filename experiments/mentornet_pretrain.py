@@ -76,7 +76,7 @@ class Settings(settings_lib.OutputFlags):
     100_000,
     "Number of rows to draw from the grid on which a mentor is fitted to a predefined"
     " curriculum.",
-    bounds=settings_lib.Bounds(2, 1_200_000),
+    bounds=settings_lib.Bounds(100, 1_200_000),
     group="data",
   )
   num_steps: int = flag(30_000)
@@ -271,6 +271,8 @@ def _draw_recorded(axis, mentor, rows, epoch, shown_percentile):
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   """Fits the mentor if it does not exist, and prints and draws its errors."""
   rows, num_classes = make_rows(settings)
+  if settings.batch_size > len(mentornet_fitting.split(rows)[0].losses):
+    raise base.InputError("--batch_size is larger than the number of rows: lower it.")
   folder = runner.open_folder(settings, TABLE.name, workdir)
   mentor = fit_or_load(settings, rows, num_classes, folder)
   draw(mentor, rows, settings.percentile, folder / "figure.png")

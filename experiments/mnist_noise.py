@@ -179,7 +179,10 @@ class Settings(
   )
   momentum: float | None = flag(None, unset="the preset's")
   lookahead_learning_rate: float | None = flag(
-    None, unset="the preset's", aliases=["look_ahead_rate"]
+    None,
+    unset="the preset's",
+    methods=registries.META_LEARNED,
+    aliases=["look_ahead_rate"],
   )
   dump_losses: bool = flag(False)
 
@@ -379,6 +382,8 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   """Trains the runs that are missing, and prints and writes the comparison."""
   names = settings.choose_methods(settings.methods, METHODS)
   fractions = settings.noise_fraction
+  has_variants = settings.noise in registries.TWO_VARIANTS
+  settings.check_used("noise_variant", has_variants, f"with --noise={settings.noise}")
   cells = []
   for fraction in dict.fromkeys((0.5, 0.7) if fractions is None else fractions):
     splits = functools.partial(make_splits, settings, fraction)

@@ -12,11 +12,11 @@ Time: the value of --minutes. When the time is up, the running cell saves a chec
   and the same command continues from it. A cell that would take longer than the
   remaining time is not started.
 Estimates: the FLOPs of a cell are the FLOPs of a forward pass, which XLA counts, times
-  the numbers of passes, examples, steps and seeds. The estimates assume 60 GFLOP/s on
-  two CPU cores, which convolutions reach in results/step_time. Nothing was measured on
-  a GPU: 20 TFLOP/s and 30 microseconds for each layer and pass are assumptions for an
-  H100. The times of cells that have run in --workdir correct the estimates of the
-  others.
+  the numbers of passes, examples, steps and seeds. The estimates assume 40 GFLOP/s on
+  two CPU cores, as convolutions have in results/step_time (33 to 48). Nothing was
+  measured on a GPU: 20 TFLOP/s and 30 microseconds for each layer and pass are
+  assumptions for an H100. The times of cells that have run in --workdir correct the
+  estimates of the others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +54,7 @@ from l2rw_jax.models import lenet
 _RECORD = "reproduce.json"
 DEVICES = ("cpu", "gpu")
 # Floating-point operations per second, see the module docstring.
-_SPEED = {"cpu": 60e9, "gpu": 20e12}
+_SPEED = {"cpu": 40e9, "gpu": 20e12}
 # Seconds of overhead for each layer and pass, whatever the size of the layer.
 _LAUNCH = {"cpu": 5e-6, "gpu": 30e-6}
 _COMPILE_MINUTES = {"cpu": 0.5, "gpu": 1.5}
@@ -686,30 +686,32 @@ def choose_cells(settings: Settings) -> list[Cell]:
   """The cells that --only selects.
 
   Raises:
-    InputError: it selects no cell.
+    InputError: a part of it selects no cell.
   """
   cells = catalogue()
-  if settings.only:
-    names = {cell.name for cell in cells}
-    whole = names.intersection(settings.only)
-    parts = [part for part in settings.only if part not in names]
-    cells = [c for c in cells if c.name in whole or any(p in c.name for p in parts)]
-  if not cells:
-    raise base.InputError(
-      f"--only={','.join(settings.only)}: no cell has such a name; see --list."
-    )
-  return cells
+  if not settings.is_given("only"):
+    return cells
+  names, chosen = {cell.name for cell in cells}, set()
+  for part in settings.only or ("",):
+    # An empty part, as after a trailing comma, would choose every cell.
+    found = {name for name in names if part in name} if part else set()
+    if not found:
+      raise base.InputError(f"--only={part}: no cell has such a name; see --list.")
+    chosen |= {part} if part in names else found
+  return [cell for cell in cells if cell.name in chosen]
 
 
 def run(settings: Settings, workdir: Any) -> list[Entry]:
   """Runs the queue or prints it, and returns its entries in their final state.
 
   Raises:
-    InputError: JAX does not use the requested device, a script refuses a cell, or at
-      least one cell failed.
+    InputError: --only or --results names nothing, JAX does not use the requested
+      device, a script refuses a cell, or at least one cell failed.
   """
   started = time.monotonic()
   cells = choose_cells(settings)
+  if settings.is_given("results") and not pathlib.Path(settings.results).is_dir():
+    raise base.InputError(f"--results={settings.results} is not a folder: name one.")
   backend = jax.default_backend()
   device = settings.device or (backend if backend in DEVICES else "gpu")
   root = pathlib.Path(workdir)

@@ -122,7 +122,10 @@ class OptimizerConfig:
     return _restarted(self._one_schedule, num_steps, self.tuned_steps)
 
   def _one_schedule(self, num_steps: int) -> optax.Schedule:
-    boundaries = {round(share * num_steps): factor for share, factor in self.drops}
+    boundaries: dict[int, float] = {}
+    for share, factor in self.drops:  # In a short run, drops may be at the same step.
+      step = round(share * num_steps)
+      boundaries[step] = boundaries.get(step, 1.0) * factor
     after = optax.piecewise_constant_schedule(self.learning_rate, boundaries)
     if self.cosine:
       after = optax.cosine_decay_schedule(self.learning_rate, num_steps)

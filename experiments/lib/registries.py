@@ -37,8 +37,10 @@ from l2rw_jax.models import resnet
 from l2rw_jax.models import whitened
 from l2rw_jax.models import wide_resnet
 
+# The kinds of label noise of which there are two variants.
+TWO_VARIANTS = ("uniform_flip", "background_flip", "mwn_flip", "mwn_flip2")
 # Groups of methods that use the same flags, for notes on flags that have no effect.
-_META_LEARNED = ("meta_weight_net", "warpi", "warpi_deterministic", "advisor")
+META_LEARNED = ("meta_weight_net", "warpi", "warpi_deterministic", "advisor")
 _MENTORS = ("mentornet_pd", "mentornet_dd")
 _ABSGD = ("absgd", "absgd_ldam_drw")
 _TRANSITION = ("forward_correction", "s_model_conf")
@@ -83,7 +85,7 @@ class Settings(MemoryFlags, settings_lib.Settings):
     1,
     "Number of steps from one meta step to the next.",
     bounds=settings_lib.STEPS,
-    methods=_META_LEARNED,
+    methods=META_LEARNED,
   )
   l2rw_layers: tuple[str, ...] = flag(
     (),

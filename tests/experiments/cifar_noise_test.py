@@ -169,6 +169,7 @@ _MISTAKES = {
     "choose another builder for cifar100",
   ),
   "decay": (["--decay_steps=40k"], "--decay_steps=40k: give numbers of updates"),
+  "decay_late": (["--decay_steps=2,3"], "--decay_steps=3: give numbers of updates"),
   "decay_digits": (["--decay_steps=\u0664"], "write it in ASCII"),
   "momentum": (["--momentum=2"], "--momentum=2 must lie between 0 and"),
   "no_meta": (["--num_meta=0"], "needs a meta set of clean examples"),

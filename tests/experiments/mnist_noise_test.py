@@ -176,7 +176,10 @@ _MISTAKES = {
   "mentor_preset": (["--mentor_preset=mine"], "should be one of <self_paced|"),
   "mwn_preset": (["--mwn_preset=mine"], "should be one of <imbalance|"),
   "meta_every": (["--meta_every=0"], "=0 must lie between 1 and"),
-  "layers": (["--methods=l2rw", "--l2rw_layers=0"], "must be a share of the cost"),
+  "layers": (
+    ["--methods=l2rw", "--l2rw_layers=0"],
+    "--l2rw_layers=0.0: must be a share",
+  ),
   "refresh": (["--l2rw_refresh_every=0"], "=0 must lie between 1 and"),
   "microbatch": (["--microbatch_size=0"], "=0 must lie between 1 and"),
   "memory": (
@@ -186,6 +189,11 @@ _MISTAKES = {
   "samples": (["--warpi_samples=0"], "=0 must lie between 1 and"),
   "preset": (["--preset=mine"], "should be one of <shared|bare|own>"),
   "network": (["--network=cnn"], "should be one of <mlp|lenet>"),
+  "one_variant": (
+    ["--noise_variant=official_code"],
+    "--noise_variant has no effect with --noise=bare_symmetric",
+  ),
+  "own_data": (["--dataset=/a/b.npz"], "your own data are images:DIR, npz:FILE or"),
   "noise": (["--noise=mine"], "should be one of <uniform_flip|"),
   "variant": (
     ["--variant=mine"],

@@ -17,6 +17,12 @@ def test_drops_multiply_the_rate_at_shares_of_the_run():
   np.testing.assert_allclose(_rates(optimizer, 10), [2.0] * 5 + [0.2] * 5, rtol=1e-6)
 
 
+def test_drops_at_the_same_step_are_multiplied():
+  drops = ((0.79, 0.1), (0.89, 0.5))  # Both are at step 4 of 5.
+  optimizer = optimizers.OptimizerConfig(learning_rate=2.0, drops=drops)
+  np.testing.assert_allclose(_rates(optimizer, 5), [*[2.0] * 4, 0.1], rtol=1e-6)
+
+
 def test_warm_up_rises_in_five_steps():
   optimizer = optimizers.OptimizerConfig(learning_rate=1.0, warmup=0.5)
   expected = [0.2, 0.4, 0.6, 0.8, *[1.0] * 6]

@@ -57,7 +57,12 @@ _CHANGED = {
   ),
   "mnist_noise-bare-bare_symmetric-0.5-bare": (
     [
-      *({"preset": "shared"}, {"pixels": "unit"}, {"num_epochs": 1}, {"plateau": False}),
+      *(
+        {"preset": "shared"},
+        {"pixels": "unit"},
+        {"num_epochs": 1},
+        {"plateau": False},
+      ),
       *({"learning_rate": 1.0}, {"network": "lenet"}, {"bare_kappa": 2.0}),
     ],
     {"meta_every": 2},
@@ -324,6 +329,11 @@ def test_the_list_has_numbers_and_commands(tmp_path):
   ("arguments", "complaint"),
   [
     (["--only=sota"], "--only=sota: no cell has such a name; see --list"),
+    # An empty part is in every name.
+    (["--only=mnist_imbalance-0.9-l2rw,"], "--only=: no cell has such a name"),
+    (["--only="], "--only=: no cell has such a name"),
+    (["--only=step_time,sota"], "--only=sota: no cell has such a name"),
+    (["--list", "--results=nowhere"], "--results=nowhere is not a folder"),
     (["--device=gpu", "--only=step_time"], "--device=gpu: JAX uses a CPU"),
   ],
 )
