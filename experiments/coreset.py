@@ -125,6 +125,11 @@ class Settings(runner.Settings):
   momentum: float = flag(0.0)
   eval_every: int | None = flag(None, unset="150; digits: 50")
 
+  @functools.cached_property
+  def split_of(self) -> Callable[[int], examples_lib.Splits]:
+    """`seed -> splits`; the last are kept, because a user's files may change later."""
+    return functools.lru_cache(maxsize=1)(functools.partial(_make_split, self))
+
   def resolve(self) -> "Settings":
     """The settings with the defaults of the data set."""
     small = self.dataset == "digits"
@@ -175,12 +180,10 @@ class Setting(NamedTuple):
 
 def make_splits(settings: Settings, seeds: Sequence[int]) -> list[examples_lib.Splits]:
   """The splits of some seeds: all data, or a long tail."""
-  return [_make_split(settings, seed) for seed in seeds]
+  # All settings of a seed are run before those of the next seed.
+  return [settings.split_of(seed) for seed in seeds]
 
 
-# The cache holds one split, because all settings of a seed are run before those of the
-# next seed.
-@functools.lru_cache(maxsize=1)
 def _make_split(settings: Settings, seed: int) -> examples_lib.Splits:
   train, test = settings.load("train"), settings.load("test")
   if settings.imbalance == 1:

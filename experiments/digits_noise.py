@@ -207,13 +207,13 @@ def make_audit(
   return Audit(data, train.label != train.true_label, issues)
 
 
-def ranking_columns(found: Audit) -> dict[str, float | None]:
+def ranking_columns(ranking: Audit) -> dict[str, float | None]:
   """Columns of the results that measure how well the ranking detects wrong labels."""
-  number = int(found.is_wrong.sum())
+  number = int(ranking.is_wrong.sum())
   return {
-    "audit_auroc": report.ranking_auroc(found.issues.score, found.hits),
-    "audit_precision": float(found.hits[:number].mean()) if number else None,
-    "audit_estimate": found.issues.num_issues / number if number else None,
+    "audit_auroc": report.ranking_auroc(ranking.issues.score, ranking.hits),
+    "audit_precision": float(ranking.hits[:number].mean()) if number else None,
+    "audit_estimate": ranking.issues.num_issues / number if number else None,
   }
 
 
@@ -221,7 +221,7 @@ def draw(
   settings: Settings,
   rows: runner.Rows,
   weights: list[dict[str, np.ndarray]],
-  found: Audit,
+  ranking: Audit,
   path: pathlib.Path,
 ) -> None:
   """Draws the accuracies, the rejections of L2RW and the most suspicious labels."""
@@ -249,35 +249,35 @@ def draw(
       figures.rejections(right, weights)
     else:
       right.set_axis_off()
-    if found.data.features.ndim == 4:
-      list_axes.set_title(_list_title(found), pad=30, fontsize=11)
-      for place in range(min(_NUM_SHOWN, len(found.issues.index))):
-        _draw_issue(drawn.add_subplot(below[place]), found, place)
+    if ranking.data.features.ndim == 4:
+      list_axes.set_title(_list_title(ranking), pad=30, fontsize=11)
+      for place in range(min(_NUM_SHOWN, len(ranking.issues.index))):
+        _draw_issue(drawn.add_subplot(below[place]), ranking, place)
 
 
-def _list_title(found: Audit) -> str:
-  title = f"The {_NUM_SHOWN} most suspicious of {len(found.is_wrong):,} labels"
-  share = _share_of_wrong(found)
+def _list_title(ranking: Audit) -> str:
+  title = f"The {_NUM_SHOWN} most suspicious of {len(ranking.is_wrong):,} labels"
+  share = _share_of_wrong(ranking)
   return f"{title}; {share}" if share else title
 
 
-def _share_of_wrong(found: Audit) -> str:
+def _share_of_wrong(ranking: Audit) -> str:
   """The share of wrong labels among the first k of the list; k is their number."""
-  number = int(found.is_wrong.sum())
+  number = int(ranking.is_wrong.sum())
   if not number:
     return ""
-  return f"of the first {number}, {found.hits[:number].mean():.0%} are wrong"
+  return f"of the first {number}, {ranking.hits[:number].mean():.0%} are wrong"
 
 
-def _draw_issue(axes: Any, found: Audit, place: int) -> None:
+def _draw_issue(axes: Any, ranking: Audit, place: int) -> None:
   """Draws one picture of the list, with the given and the suggested label."""
-  issues, names = found.issues, found.data.form.class_names
-  image = found.data.features[issues.index[place]]
+  issues, names = ranking.issues, ranking.data.form.class_names
+  image = ranking.data.features[issues.index[place]]
   axes.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray")
   labels = (issues.given[place], issues.suggested[place])
   # Matplotlib would read dollar signs as the beginning of a formula.
   given, suggested = (names[label].replace("$", r"\$") for label in labels)
-  color = "C3" if found.hits[place] else "black"
+  color = "C3" if ranking.hits[place] else "black"
   axes.set_title(f"given {given}\nlooks {suggested}", fontsize=8, color=color)
   axes.set_axis_off()
 
@@ -287,37 +287,37 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   cells = make_cells(settings)
   runner.check(settings, cells)
   folder = runner.open_folder(settings, TABLE.name, workdir)
-  rows, weights, found = [], [], None
+  rows, weights, ranking = [], [], None
   listed = "l2rw" if "l2rw" in settings.methods else settings.methods[0]
   for cell in cells:
     splits = cell.splits(cell.config.seeds)
     results = runner.train(settings, cell, folder)
     for split, result in zip(splits, results, strict=True):
-      ranking = make_audit(settings, split, result)
-      if cell.method_name == listed and found is None:
-        found = ranking
+      made = make_audit(settings, split, result)
+      if cell.method_name == listed and ranking is None:
+        ranking = made
       rows.append(
         {
           "method": cell.method_name,
           "accuracy_percent": 100 * result.metrics["last"]["accuracy"],
           "weight_auroc": report.auroc(result.weights),
           "rejection_auroc": report.rejection_auroc(result.weights),
-          **ranking_columns(ranking),
+          **ranking_columns(made),
           **settings.probe_columns(result.metrics),
           **report.run_fields(result.metrics),
         }
       )
       if cell.method_name == "l2rw":
         weights.append(result.weights)
-  assert found is not None  # There is at least one method with one seed.
-  draw(settings, rows, weights, found, folder / "figure.png")
+  assert ranking is not None  # There is at least one method with one seed.
+  draw(settings, rows, weights, ranking, folder / "figure.png")
   name = pathlib.PurePath(settings.dataset).name
   issue_files.write(
-    folder, found.data, found.issues, name=name, num_pictures=_NUM_PICTURES
+    folder, ranking.data, ranking.issues, name=name, num_pictures=_NUM_PICTURES
   )
   more = f"The labels of the first seed, ranked by the run of {listed}:\n"
-  more += own_data_lib.printable(issue_files.summary(found.data, found.issues))
-  share = _share_of_wrong(found)
+  more += own_data_lib.printable(issue_files.summary(ranking.data, ranking.issues))
+  share = _share_of_wrong(ranking)
   more += f"\nIn this ranking, {share}." if share else ""
   files = ("figure.png", "issues.csv", "issues.html (open it in a browser)")
   return runner.report(settings, TABLE, folder, rows, files, more=more)

@@ -76,7 +76,7 @@ class Settings(settings_lib.Settings):
   dataset: str | None = flag(None)
   split: str | None = flag(
     None,
-    "Split of --dataset, such as test or train[:10000].",
+    "Split of --dataset, such as test or train[:10000]; for digits, train or test.",
     unset="train",
     group="data",
   )
@@ -134,8 +134,8 @@ class Standardize:
   """Standardizes features of any scale and type to mean 0 and deviation 1.
 
   Attributes:
-    mean: mean over the training examples.
-    std: standard deviation over the training examples, not 0.
+    mean: mean over training examples.
+    std: standard deviation over training examples, not 0.
   """
 
   mean: float
@@ -169,16 +169,20 @@ def read_data(settings: Settings) -> own_data.OwnData:
       label_column=settings.label_column,
       image_size=settings.image_size,
     )
-  return issue_files.as_own_data(settings.load(settings.split or "train"))
+  split = settings.split or "train"
+  if name == "digits" and split not in ("train", "test"):
+    raise base.InputError(f"--split={split}: digits has the splits train and test.")
+  return issue_files.as_own_data(settings.load(split))
 
 
 def read_trusted(settings: Settings, data: own_data.OwnData) -> own_data.OwnData | None:
   """The examples of --trusted, in the format of `data`."""
   if settings.trusted is None:
     return None
-  return own_data.read(
-    settings.trusted, label_column=settings.label_column, like=data.form
-  )
+  with settings_lib.naming("trusted", settings.trusted):
+    return own_data.read(
+      settings.trusted, label_column=settings.label_column, like=data.form
+    )
 
 
 def prepare(
@@ -186,8 +190,8 @@ def prepare(
 ) -> tuple[own_data.OwnData, own_data.OwnData | None]:
   """The examples in the form that the network takes: color images become features.
 
-  On 6,000 images of CIFAR-10 with human labels, an MLP on the features had an AUROC of
-  0.82 in 13 seconds, and LeNet 0.77 in 127.
+  On 9,950 images of CIFAR-10 with human labels, the audit of an MLP on the features has
+  an AUROC of 0.82 to 0.83 in 7 to 8 seconds (results/label_issues/cifar10_n).
   """
   shape = data.features.shape
   is_color = len(shape) == 4 and shape[-1] == 3 and data.features.dtype == np.uint8
@@ -265,7 +269,9 @@ def make_model(data: own_data.OwnData) -> classifier.Classifier:
   num_classes = len(data.form.class_names)
   if data.features.ndim != 4:
     return classifier.Classifier(mlp.MLP(num_classes), num_classes)
-  pixels = data.features[:: max(1, len(data.features) // 1000)].astype(np.float64)
+  # The order of the examples may have a period, so they are drawn at random.
+  rows = np.random.default_rng(0).permutation(len(data.features))[:1000]
+  pixels = data.features[np.sort(rows)].astype(np.float64)
   scale = Standardize(float(pixels.mean()), float(pixels.std()) or 1.0)
   return classifier.Classifier(lenet.LeNet(num_classes), num_classes, scale)
 

@@ -60,7 +60,9 @@ class Settings(registries.MemoryFlags, settings_lib.TrainingFlags):
 
   methods: tuple[str, ...] = methods_flag(METHODS, METHODS)
   num_train: int = flag(4000, "Number of training documents.")
-  num_meta: int = flag(64, "Number of clean documents.")
+  num_meta: int = flag(
+    64, "Number of clean documents.", bounds=settings_lib.Bounds(1, 10**8)
+  )
   num_test: int = flag(
     500,
     "Number of clean test documents.",
@@ -295,7 +297,7 @@ def draw(
         )
     # Training on the clean documents alone memorizes them within seconds. Its curve is
     # far above all others.
-    best = min(curve.values.min() for runs in curves.values() for curve in runs)
+    best = min(np.nanmin(curve.values) for runs in curves.values() for curve in runs)
     left.set_ylim(0.95 * best, 2 * best)
     left.set_xlabel("seconds of training")
     left.set_ylabel("bits per byte of clean test documents")
@@ -344,6 +346,9 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
       run_folder = folder / cell.folder.format(first=seed)
       curve = curves_lib.read(run_folder, seed, "loss")
       curve = curve._replace(values=curve.values / math.log(2))  # Nats to bits.
+      if not math.isfinite(curve.values[-1]):
+        where = f"{cell.method_name}, seed {seed}"
+        raise base.InputError(f"{where}: the test loss is not finite at the end.")
       curves[cell.method_name].append(curve)
       values = suspicion(cell.method_name, make_model(settings), split.train, result)
       rows.append(

@@ -29,10 +29,12 @@ def probe(
 
   def measure(snapshot: evaluation.Snapshot) -> dict[str, float]:
     state, clean = snapshot.state, examples_lib.as_batch(snapshot.splits.meta)
-    found = evaluation.predict(snapshot.problem, state.params, state.model_state, clean)
+    problem = snapshot.problem
+    predictions = evaluation.predict(problem, state.params, state.model_state, clean)
     metrics = evaluation.measure(snapshot, evaluators, ())
-    for size in sizes or (len(found.losses),):
-      metrics[f"clean_loss_{size}"] = float(found.losses[:size].mean(dtype=np.float64))
+    for size in sizes or (len(predictions.losses),):
+      losses = predictions.losses[:size]
+      metrics[f"clean_loss_{size}"] = float(losses.mean(dtype=np.float64))
     return metrics
 
   return measure

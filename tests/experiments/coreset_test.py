@@ -36,6 +36,18 @@ def run(tmp_path_factory):
   return cwd / "runs" / _NAME, done.printed
 
 
+def test_a_file_that_has_changed_is_read_again(tmp_path):
+  path = tmp_path / "own.npz"
+  for value in (7, 9):
+    images = np.full((40, 4, 4, 1), value, np.uint8)
+    labels = np.arange(40) % 2
+    np.savez(path, X=images, y=labels, X_test=images, y_test=labels)
+    settings = script.Settings(dataset=f"npz:{path}", fraction=(0.5,)).resolve()
+    (split,) = script.make_splits(settings, (0,))
+    assert (np.asarray(split.train.image) == value).all()
+    assert script.make_splits(settings, (0,))[0] is split
+
+
 def test_the_table(run):
   _, printed = run
   header, *lines = scripts.table(printed)

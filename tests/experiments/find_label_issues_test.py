@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import types
 
 import numpy as np
 from PIL import Image
@@ -170,6 +171,16 @@ def test_folder_of_images_with_trusted_ones(tmp_path, capsys):
   assert content["names"] == [row["path"] for row in rows]
 
 
+def test_pixels_are_standardized_whatever_the_order_of_the_examples():
+  # Of each three images, one is 90; a stride of three would see only zeros.
+  images = np.zeros((3000, 4, 4, 1), np.uint8)
+  images[2::3] = 90
+  data = types.SimpleNamespace(features=images)
+  data.form = types.SimpleNamespace(class_names=("a", "b"))
+  scale = find_label_issues.make_model(data).preprocess
+  np.testing.assert_allclose([scale.mean, scale.std], [30, 42.4], rtol=0.1)
+
+
 _MISTAKES = {
   "nothing": ([], "give exactly one of --images=FOLDER, --npz=FILE, --csv=FILE and"),
   "two": (["--csv={csv}", "--npz=x"], "got --npz and --csv."),
@@ -179,9 +190,9 @@ _MISTAKES = {
   "label_column": (["--npz=x", "--label_column=d"], "--label_column is for --csv"),
   "labels": (["--csv={csv}", "--labels=d"], "--labels is for --images: leave it out."),
   "split": (["--csv={csv}", "--split=test"], "--split is for --dataset: leave it out."),
-  "no_split": (["--dataset=digits", "--split=all"], "digits has the splits train and"),
+  "no_split": (["--dataset=digits", "--split=all"], "--split=all: digits has the"),
   "no_dataset": (["--dataset=mnits"], "unknown data set 'mnits'"),
-  "trusted": (["--csv={csv}", "--trusted=zip:x"], "one of images:DIR, npz:FILE and"),
+  "trusted": (["--csv={csv}", "--trusted=zip:x"], "--trusted=zip:x: the data 'zip:x'"),
   "no_trusted": (["--csv={csv}", "--trusted=csv:none"], "none cannot be read: No such"),
   "epochs": (["--csv={csv}", "--num_epochs=0"], "--num_epochs=0 must lie between 1"),
   "size": (["--images=x", "--image_size=1"], "--image_size=1 must lie between 4 and"),

@@ -1,5 +1,7 @@
 """The language model on corrupted text: rows, recovery of documents, errors."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -26,6 +28,15 @@ _SMALL = {
   "num_seeds": 1,
   "num_devices": 1,
 }
+
+
+def test_a_test_loss_that_is_not_finite_at_the_end_is_one_line(tmp_path, monkeypatch):
+  curve = curves.Curve(np.array([4]), np.array([1.0]), np.array([np.nan]))
+  result = types.SimpleNamespace(metrics={"seed": 0})
+  monkeypatch.setattr(lm_reweight.runner, "train", lambda *_: [result])
+  monkeypatch.setattr(curves, "read", lambda *_: curve)
+  with pytest.raises(base.InputError, match="uniform, seed 0: the test loss is not fi"):
+    lm_reweight.run(lm_reweight.Settings(**_SMALL), tmp_path)
 
 
 @pytest.mark.slow
