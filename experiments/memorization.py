@@ -129,7 +129,7 @@ class Settings(settings_lib.Settings):
 
 TABLE = table.Layout(
   name="memorization",
-  title="Which networks memorize wrong labels, without a clean one",
+  title="Which networks memorize wrong labels, measured without clean labels",
   metrics=(
     table.Metric("accuracy_percent", "clean test accuracy %"),
     table.Metric("susceptibility", "susceptibility", decimals=3),
