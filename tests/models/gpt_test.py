@@ -49,7 +49,7 @@ def test_parameters_match_a_manual_count(options, head):
   assert sum(x.size for x in jax.tree.leaves(_params(**options))) == expected
 
 
-def test_logits_do_not_depend_on_later_tokens():
+def test_logits_depend_on_positions_but_not_on_later_tokens():
   run = jax.jit(lambda tokens: _GPT().apply({"params": _params()}, tokens))
   tokens = _tokens()
   changed = tokens.copy()
@@ -58,6 +58,9 @@ def test_logits_do_not_depend_on_later_tokens():
   assert before.shape == (_B, _T, _V)
   np.testing.assert_allclose(before[:, :3], after[:, :3], rtol=1e-5)
   assert (np.abs(before[:, 3:] - after[:, 3:]).max(axis=(1, 2)) > 1e-3).all()
+  # Attention over equal tokens would return the same value at every position.
+  equal = run(np.zeros_like(tokens))
+  assert (np.abs(np.diff(equal, axis=1)).max(axis=2) > 1e-3).all()
 
 
 @pytest.mark.slow
