@@ -47,14 +47,17 @@ examples that are labeled c*; on a hard example, the network is undecided. This 
 measured by a margin m: for an example labeled c*, m is p[c*] minus the largest other
 probability; for an example with another label g, m is p[c*] - p[g]. An example is sure
 if m is at least 0.4 times the median m of the examples with the same c* that are
-labeled c*.
+labeled c*. A negative median counts as 0. If no example with this c* is labeled c*, the
+median is over all examples that are labeled with their c*.
 
 W[j, g] counts the sure examples off the diagonal. Each row j is divided by the share of
-sure examples among those with c* = j that are labeled j, to make up for the wrong
-labels of examples that are not sure. Even sure examples are confused in both directions
-if classes resemble each other. E(W) is therefore the sum of W minus the part of
-min(W, W^T) that exceeds its median over the pairs; nothing is subtracted for a pair in
-which one entry is more than 2.5 times the other. Then
+sure examples among those with c* = j that are labeled j (among all those that are
+labeled with their c*, if there are none), to make up for the wrong labels of examples
+that are not sure. A share below 1/2, which occurs only if the network has not learned
+the class, counts as 1/2. Even sure examples are confused in both directions if classes
+resemble each other. E(W) is therefore the sum of W minus the part of min(W, W^T) that
+exceeds its median over the pairs; nothing is subtracted for a pair in which one entry
+is more than 2.5 times the other. Then
 
     x = E(W) / number of examples with another label than c*
     o = (1.5 x / (1 - x))^3                                                         (4)
