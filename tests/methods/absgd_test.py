@@ -330,9 +330,9 @@ _COUNTS = jnp.array([30, 10])
 _NET = mlp.MLP(2, (4,))
 
 
-def _task():
+def _task(axis_name=None):
   return classifier.Classifier(_NET, 2).problem(
-    class_counts=_COUNTS, num_examples=40, num_steps=10
+    class_counts=_COUNTS, num_examples=40, num_steps=10, axis_name=axis_name
   )
 
 
@@ -395,14 +395,15 @@ _FOR_NOISE = ("symmetric", "truncated")
 @pytest.mark.parametrize("name", _LOSSES_UNDER_ABSGD)
 def test_step_on_any_loss(name):
   loss, lam = _LOSSES_UNDER_ABSGD[name], -2.0 if name in _FOR_NOISE else 2.0
-  method = changed_loss.changed_loss(absgd.absgd(lam, gamma=0.5), loss)
+  settings = {"gamma": 0.5, "alpha": 0.8, "clip": 0.45}
+  method = changed_loss.changed_loss(absgd.absgd(lam, **settings), loss)
   state, step = _state(method), _step_fn(method)
 
   @jax.jit
   @functools.partial(jax.grad, has_aux=True)
   def reference(params, memory, batch):
     values = _base_losses(params, loss, batch)
-    weights, memory = absgd.example_weights(values, memory, lam, gamma=0.5)
+    weights, memory = absgd.example_weights(values, memory, lam, **settings)
     return weights @ values, (values, weights, memory)
 
   for _ in range(2):
@@ -418,11 +419,31 @@ def test_step_on_any_loss(name):
     chex.assert_trees_all_close(result.grads, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_two_stage_is_uniform_and_then_absgd():
+def _step_on_two_devices(method):
+  """Like `_step_fn`; the weights have shape [2, 3], and the other results are equal."""
+  batch = jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[1:]), _inputs().batch)
+
+  @jax.jit
+  @functools.partial(jax.vmap, in_axes=(None, 0), axis_name="devices")
+  def step(state, batch):
+    inputs = _inputs()._replace(batch=batch)
+    return method.gradients(state, _task("devices"), inputs)
+
+  def run(state):
+    result, new = step(state, batch)
+    same = result._replace(weights=(), losses=()), new
+    jax.tree.map(lambda x: np.testing.assert_array_equal(*x), same)
+    first, state = jax.tree.map(lambda x: x[0], same)
+    return first._replace(weights=result.weights), state
+
+  return run
+
+
+def test_two_stage_is_uniform_and_then_absgd_on_two_devices():
   method = absgd.absgd(absgd.two_stage(-5.0, 3), gamma=0.5, add_uniform=True)
-  state, step = _state(method, epoch=2), _step_fn(method)
+  state, step = _state(method, epoch=2), _step_on_two_devices(method)
   result, after = step(state)
-  np.testing.assert_allclose(result.weights, np.full(6, 1 / 6), rtol=1e-6)
+  np.testing.assert_allclose(result.weights, np.full((2, 3), 1 / 6), rtol=1e-6)
   assert result.metrics["log_normalizer"] == 0
   chex.assert_trees_all_equal(after, state)
   state = method.refresh(after, _task(), types.SimpleNamespace(epoch=3))

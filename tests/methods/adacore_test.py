@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import chex
 import jax
@@ -176,6 +177,26 @@ def test_craig_selects_by_plain_gradients():
   )
   assert state.weights.sum() == pytest.approx(24)
   assert state.averages is None
+
+
+def test_settings_reach_the_selection(monkeypatch):
+  """`coresets/selection_test.py` tests their effects."""
+  setup = _setup()
+  given = {"budget": "equal", "greedy": "stochastic"}
+  calls = []
+
+  def select(*arguments, **settings):
+    calls.append((arguments, settings))
+    return types.SimpleNamespace(rows=np.arange(10, 34), weights=np.ones(24))
+
+  monkeypatch.setattr(coresets, "select", select)
+  _refreshed(adacore.adacore(0.2, curvature=False, **given, greedy_epsilon=0.5), setup)
+  [(arguments, settings)] = calls
+  proxies, labels, size = arguments
+  np.testing.assert_allclose(proxies, _proxies(setup), rtol=1e-5, atol=1e-6)
+  np.testing.assert_array_equal(labels, setup[2]["label"])
+  assert size == 24
+  assert given.items() <= settings.items() and settings["epsilon"] == 0.5
 
 
 @pytest.mark.slow("shared-True")

@@ -73,7 +73,7 @@ def _unrolled(psi, inputs):
 @jax.jit
 def _advised(psi, inputs, learning_rate=_RATE):
   """One step of the method from psi: (meta gradient of psi, gradients, state)."""
-  method = advisor.advisor(learning_rate, hidden=5, optimizer=optax.sgd(1.0))
+  method = advisor.advisor(learning_rate, hidden=5, optimizer=optax.sgd(1.0), every=2)
   state = method.init(jax.random.key(1), _task(), inputs.params)
   result, after = method.gradients(state._replace(params=psi), _task(), inputs)
   return jax.tree.map(jnp.subtract, psi, after.params), result, after
@@ -112,6 +112,15 @@ def test_real_step_uses_the_new_gate_as_a_constant(x64):
   # No gradient flows to the parameters through the advisor's inputs.
   fixed = gradient(inputs.params, after.params, inputs.batch, inputs.params)
   chex.assert_trees_all_close(result.grads, fixed, rtol=1e-9)
+  np.testing.assert_allclose(result.metrics["gate"], result.weights.sum(), rtol=1e-9)
+
+
+def test_advisor_is_updated_every_second_step(x64):
+  psi = _psi()
+  gradient, *_ = _advised(psi, _inputs()._replace(step=jnp.int32(1)))
+  assert not optax.tree.norm(gradient)
+  gradient, *_ = _advised(psi, _inputs()._replace(step=jnp.int32(2)))
+  assert optax.tree.norm(gradient) > 1e-5
 
 
 def test_open_gate_is_uniform_training(x64):

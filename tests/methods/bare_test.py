@@ -173,8 +173,12 @@ def test_vmap_under_jit():
   np.testing.assert_allclose(result[0], result[1][::-1])
 
 
-@pytest.mark.parametrize("size", [1, 6])
-def test_step_uses_the_selected_examples(size):
+@pytest.mark.parametrize(
+  ("size", "settings"),
+  [(1, {}), (6, {"kappa": 0.0}), (6, {"statistics": "own_label"})],
+  ids=["one", "kappa", "statistics"],
+)
+def test_step_uses_the_selected_examples(size, settings):
   model = classifier.Classifier(mlp.MLP(3, (8,)), 3)
   problem = model.problem(class_counts=jnp.ones(3), num_examples=9, num_steps=2)
   rng = np.random.default_rng(0)
@@ -183,22 +187,25 @@ def test_step_uses_the_selected_examples(size):
     "label": np.asarray(_LABELS[:size]),
     "index": np.arange(size),
   }
+  method = bare.bare(**settings)
   one = jax.tree.map(lambda x: x[:1], batch)  # The same program for both sizes.
   params, _ = jax.jit(model.init)(jax.random.key(0), one)
   inputs = base.Inputs(
     params, {}, (), batch, None, jnp.zeros((), int), jax.random.key(1)
   )
-  result, _ = jax.jit(lambda i: bare.bare().gradients((), problem, i))(inputs)
+  result, _ = jax.jit(lambda i: method.gradients((), problem, i))(inputs)
 
   @jax.jit
   @functools.partial(jax.grad, has_aux=True)
   def slope_and_kept(p):
     logits, _ = problem.forward(p, {}, batch, None, False)
     values = losses.softmax_cross_entropy(logits, batch["label"])
-    weights = bare.example_weights(logits, batch["label"])
-    return jnp.sum(weights * values), bare.select(logits, batch["label"])
+    weights = bare.example_weights(logits, batch["label"], **settings)
+    kept = bare.select(logits, batch["label"], **settings)
+    return jnp.sum(weights * values), (weights, kept)
 
-  slope, kept = slope_and_kept(params)
+  slope, (weights, kept) = slope_and_kept(params)
+  np.testing.assert_allclose(result.weights, weights, rtol=1e-6)
   chex.assert_trees_all_close(result.grads, slope, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(result.metrics["kept_share"], kept.mean())
   if size == 1:  # Nothing is selected, so all examples are used.

@@ -200,13 +200,16 @@ def _cosines(params):
 @pytest.mark.slow("True")
 @pytest.mark.parametrize("hinge", [False, True])
 def test_ldam_drw_reweights_from_its_epoch(hinge):
-  method = ldam_drw.ldam_drw(0.5, 30.0, 0.9, 4, hinge=hinge)
+  method = ldam_drw.ldam_drw(0.3, 5.0, 0.9, 4, hinge=hinge)
+  margins = (0.3 / 0.5 * _MARGINS).astype(np.float32)
 
   @jax.jit
   @functools.partial(jax.grad, has_aux=True)
   def slope_and_losses(params, weights):
-    loss_fn = ldam_drw.ldam_hinge if hinge else ldam_drw.ldam
-    values = loss_fn(_cosines(params), _LABELS, _MARGINS.astype(np.float32))
+    if hinge:
+      values = ldam_drw.ldam_hinge(_cosines(params), _LABELS, margins)
+    else:
+      values = ldam_drw.ldam(_cosines(params), _LABELS, margins, scale=5.0)
     return jnp.sum(values * weights), values
 
   for epoch, is_balanced in ((0, False), (3, False), (4, True)):

@@ -395,17 +395,23 @@ def test_weights_per_query_sum_to_the_task_weight():
   )
 
 
-def test_meta_forward_is_used_for_validation_tasks():
-  def doubled(*given):
-    logits, state = _forward(*given)
-    return 2 * logits, state
+def test_meta_forward_is_used_for_validation_tasks_and_weights_have_bounds():
+  scale = np.array([[[2, -2, 1]]], np.float32)  # The gradients have both signs.
 
-  _, state = _once(_method(meta_forward=doubled))
-  meta_losses_fn = functools.partial(_item_losses, scale=2.0)
+  def scaled(*given):
+    logits, state = _forward(*given)
+    return scale * logits, state
+
+  clip, floor = 0.002, 0.95
+  _, state = _once(_method(meta_forward=scaled, clip=clip, floor=floor))
+  meta_losses_fn = functools.partial(_item_losses, scale=scale)
   expected_loss, gradient = _value_and_gradient(
     _losses, _TASKS, meta_losses_fn=meta_losses_fn
   )
-  expected = np.maximum(1 - _GAMMA * gradient, 0)
+  unbounded = 1 - _GAMMA * np.clip(gradient, -clip, clip)
+  expected = np.maximum(unbounded, floor)
+  for bound in (np.abs(gradient) > clip, unbounded < floor):
+    assert bound.any() and not bound.all()
   batch_weights = state.weights[_BATCH["index"]]
   np.testing.assert_allclose(batch_weights, expected, rtol=1e-3, atol=1e-3)
   np.testing.assert_allclose(state.meta_loss, expected_loss, rtol=1e-6)

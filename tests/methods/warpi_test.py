@@ -239,6 +239,35 @@ def test_real_step_uses_the_new_network_and_new_draws():
     assert difference > 1e-4
 
 
+def test_settings_reach_the_meta_step_and_metrics_are_means(monkeypatch):
+  """`meta_network_test.py` and `advisor_test.py` run the meta step left out here."""
+  given = {}
+
+  def iterate(state, problem, inputs, *_, **settings):
+    given.update(settings)
+    return inputs.params, state
+
+  monkeypatch.setattr(meta_network, "iterate", iterate)
+  method = warpi.warpi(0.1, hidden=5, deterministic=True, every=2)
+  run, params, batch, state = _step(method, details=True)
+  result, _ = run(0)
+  assert given["every"] == 2 and given["learning_rate"] == 0.1
+
+  @jax.jit
+  def vectors(params, phi):
+    model = classifier.Classifier(mlp.MLP(_C, (4,)), _C)
+    logits, _ = model.forward(params, {}, batch, jax.random.key(0), True)
+    net = warpi.RectifierNet(_C, hidden=5)
+    return jax.nn.sigmoid(net.apply(phi, logits, batch["label"])[0])
+
+  expected = np.asarray(vectors(params, state.params))
+  of_label = expected[np.arange(_B), batch["label"]]
+  np.testing.assert_allclose(result.weights, of_label / _B, rtol=1e-5)
+  means = expected.mean(), of_label.mean()
+  actual = result.metrics["rectifier"], result.metrics["rectifier_of_label"]
+  np.testing.assert_allclose(actual, means, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_every_step_has_new_draws_except_in_the_ablation():
   run = _step(warpi.warpi(0.1))
