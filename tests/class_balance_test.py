@@ -119,6 +119,16 @@ def test_a_label_that_is_no_class_gives_nan(dtype):
     class_balance.example_weights(class_weights, jnp.array([0.0, 1.0]))
 
 
+def test_weights_sum_to_one_over_all_devices():
+  class_weights, labels = jnp.array([1.0, 3.0]), jnp.array([0, 1, 1, 0])
+  run = jax.vmap(
+    lambda labels: class_balance.example_weights(class_weights, labels, "devices"),
+    axis_name="devices",
+  )
+  actual = jax.jit(run)(labels.reshape(2, 2)).ravel()
+  np.testing.assert_allclose(actual, [0.125, 0.375, 0.375, 0.125])
+
+
 def test_counts_that_exceed_32_bits():
   weights = class_balance.inverse_frequency(np.array([3 * 2**32, 2**32]))
   np.testing.assert_allclose(weights, [2 / 3, 2])

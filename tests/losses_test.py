@@ -142,6 +142,7 @@ _B = 12
 def test_losses_equal_the_formulas_and_gradients_equal_finite_differences():
   rng = np.random.default_rng(0)
   logits = 2 * rng.normal(size=(_B, _CLASSES))
+  logits[0] = [0.5, 0, -20]  # A probability below the smallest one of SCE, 1e-7.
   labels = np.arange(_B) % _CLASSES
   actual, gradients = _run(logits, labels)
   p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)

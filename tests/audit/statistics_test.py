@@ -387,6 +387,14 @@ def test_summary_of_several_runs_is_that_of_each(num_runs):
       np.testing.assert_array_equal(together[name][run], expected, err_msg=name)
 
 
+def test_a_number_much_larger_than_the_sum_does_not_hide_it():
+  state, index = audit.init(2, 2), jnp.arange(2)
+  for margin in (1.0, 1e8, -1e8):  # Without compensation, the sum would be 0.
+    logits = jnp.array([[margin, 0.0], [0.0, 0.0]])
+    state = _update(state, index, logits, jnp.zeros(2, jnp.int32))
+  np.testing.assert_allclose(audit.summarize(state)["mean_margin"], [1 / 3, 0])
+
+
 def test_an_empty_batch_changes_nothing():
   state = audit.init(num_examples=3, num_classes=2)
   empty = jnp.zeros(0, jnp.int32)

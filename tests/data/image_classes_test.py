@@ -88,6 +88,11 @@ def test_shuffled_classes_keep_their_sizes():
   assert shuffled.images is source.images and shuffled.name != source.name
 
 
+def _checkerboard():
+  """Pixels [4, 4] of 0 and 200."""
+  return (np.indices((4, 4)).sum(axis=0) % 2 * 200).astype(np.uint8)
+
+
 def test_resizing():
   gray = np.arange(32, dtype=np.uint8).reshape(2, 4, 4, 1)
   assert image_classes.resized(gray, 4, 1) is gray
@@ -97,7 +102,15 @@ def test_resizing():
   red = np.zeros((1, 4, 4, 3), np.uint8)
   red[..., 0] = 200
   assert image_classes.resized(red, 2, 1).tolist() == [[[[60], [60]], [[60], [60]]]]
-  assert image_classes.resized(np.full((1, 6, 9, 1), 7, np.uint8), 3, 1).max() == 7
+  # Fine patterns become gray, because pixels are averaged.
+  small = image_classes.resized(_checkerboard()[None, ..., None], 2, 1)
+  np.testing.assert_allclose(small, 100, atol=10)
+  # A rectangle is squeezed: there are no margins, and nothing is cut off.
+  stripes = np.repeat(np.array([0, 60, 120, 180], np.uint8), 3)
+  rectangle = np.broadcast_to(stripes[:, None], (1, 4, 12, 1))
+  squeezed = image_classes.resized(rectangle, 4, 1)
+  expected = np.broadcast_to([0, 60, 120, 180], (4, 4))
+  np.testing.assert_allclose(squeezed[0, ..., 0], expected, atol=20)
 
 
 @pytest.fixture
@@ -126,6 +139,9 @@ def test_image_folder(folder):
   ]
   strongest = source.images.mean(axis=(1, 2)).argmax(-1)
   assert strongest.tolist() == [2, 2, 1, 1, 0, 0]  # blue, lime, red
+  Image.fromarray(_checkerboard()).save(folder / "val" / "red" / "0.png")
+  small = image_classes.image_folder(folder, "val", size=2).images
+  np.testing.assert_allclose(small[0], 100, atol=10)
 
 
 def test_unexpected_folders_raise(folder):

@@ -26,8 +26,10 @@ def _snapshot(model=toy_runs.MODEL, optimizer=toy_runs.OPTIMIZER, step=5, seed=1
     jax.random.key(seed), {"image": splits.train.image[:1]}
   )
   problem = model.problem(class_counts=jnp.ones(3), num_examples=40, num_steps=10)
+  # As in the middle of a run, the momentum is not zero.
+  opt_state = jax.tree.map(lambda x: x + 0.5, optimizer.init(params))
   state = types.SimpleNamespace(
-    params=params, model_state=model_state, opt_state=optimizer.init(params)
+    params=params, model_state=model_state, opt_state=opt_state
   )
   return types.SimpleNamespace(
     seed=seed,
@@ -87,6 +89,14 @@ def test_unlabeled_images_may_be_an_array_or_another_part():
   test = memorization.susceptibility(20, unlabeled="test")(snapshot)
   held_out = snapshot.splits.test.image
   assert test == memorization.susceptibility(20, unlabeled=held_out)(snapshot) != drop
+
+
+def test_probe_uses_the_momentum_of_the_run():
+  snapshot = _snapshot()
+  probe = memorization.susceptibility(40)
+  drop = probe(snapshot)["susceptibility_drop"]
+  snapshot.state.opt_state = jax.tree.map(jnp.zeros_like, snapshot.state.opt_state)
+  assert abs(drop - probe(snapshot)["susceptibility_drop"]) > 1e-3
 
 
 @pytest.mark.parametrize(
