@@ -179,10 +179,10 @@ def read_trusted(settings: Settings, data: own_data.OwnData) -> own_data.OwnData
   """The examples of --trusted, in the format of `data`."""
   if settings.trusted is None:
     return None
+  is_table = settings.trusted.startswith("csv:")
+  label_column = settings.label_column if is_table else None
   with settings_lib.naming("trusted", settings.trusted):
-    return own_data.read(
-      settings.trusted, label_column=settings.label_column, like=data.form
-    )
+    return own_data.read(settings.trusted, label_column=label_column, like=data.form)
 
 
 def prepare(

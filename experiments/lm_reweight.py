@@ -348,7 +348,10 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
       curve = curve._replace(values=curve.values / math.log(2))  # Nats to bits.
       if not math.isfinite(curve.values[-1]):
         where = f"{cell.method_name}, seed {seed}"
-        raise base.InputError(f"{where}: the test loss is not finite at the end.")
+        raise base.InputError(
+          f"{where}: the test loss is not finite at the end. Lower --learning_rate and"
+          " choose another --workdir, or leave the method out of --methods."
+        )
       curves[cell.method_name].append(curve)
       values = suspicion(cell.method_name, make_model(settings), split.train, result)
       rows.append(

@@ -537,6 +537,11 @@ def check_integer(name: str, value: Any, at_least: int = 1) -> int:
     number = operator.index(value)
   except TypeError:
     number = None
+  if isinstance(value, jax.core.Tracer):
+    raise InputError(
+      f"{name} is traced, but must be known when the function is traced: pass a Python"
+      " integer, or make it a static argument of jax.jit."
+    )
   if number is None or number < at_least or isinstance(value, bool | np.bool_):
     raise InputError(f"{name}={value} must be an integer of at least {at_least}.")
   return number

@@ -268,6 +268,10 @@ def direction(
   if inner_gradient is None:
     inner_gradient = trainable.zero_gradients(params)
   value = jnp.zeros(()) if value is None else jnp.asarray(value)
+  if value.shape:
+    raise base.InputError(f"value must be one number; got shape {value.shape}.")
+  if not jnp.issubdtype(value.dtype, jnp.inexact):
+    value = value.astype(float)
 
   def step(gradient_leaves, value):
     if optimizer is None:
@@ -285,7 +289,7 @@ def direction(
     return losses, aux
 
   lookahead_leaves, step_vjp = jax.vjp(
-    step, partition.vector_leaves("inner_gradient", inner_gradient), value
+    step, partition.checked_leaves("inner_gradient", inner_gradient), value
   )
   lookahead_leaves = base.local(lookahead_leaves, axis_name)
   # Without an optimizer, the direction is the negative gradient. It is computed from

@@ -35,6 +35,11 @@ def test_what_is_not_an_integer_of_the_least_size_is_refused(value):
     base.check_integer("classes", value, at_least=2)
 
 
+def test_a_traced_integer_is_named_as_traced():
+  with pytest.raises(base.InputError, match="size is traced, but must be known"):
+    jax.jit(lambda size: base.check_integer("size", size))(3)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("largest", [6e-5, 0.5, 3e4])
 def test_division_by_the_largest_number_in_every_type(dtype, largest):

@@ -457,6 +457,34 @@ def test_an_inner_gradient_of_another_shape_is_refused(gradient, optimizer):
     )
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_an_inner_gradient_keeps_its_precision(dtype):
+  params, x = jnp.array([0.5, -0.25]), jnp.array([[1.0, 2.0], [-1.0, 1.0]])
+  gradient = jnp.array([1e5, -3e4], jnp.float32)  # The first is infinite in float16.
+  optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
+
+  def direction(dtype):
+    return hypergradient.direction(
+      lambda p, x: (x.astype(p.dtype) @ p) ** 2,
+      *(params.astype(dtype), x, gradient),
+      optimizer=optimizer,
+    ).vector
+
+  expected = direction("float32")
+  np.testing.assert_allclose(direction(dtype).astype(float), expected, rtol=0.02)
+
+
+def test_the_inner_loss_is_one_number():
+  call = functools.partial(
+    hypergradient.direction,
+    *(lambda p, x: x @ p, np.ones(3), np.ones((4, 3))),
+    optimizer=optax.sgd(0.1),
+  )
+  np.testing.assert_allclose(call(value=2).vector, call(value=2.0).vector)
+  with pytest.raises(base.InputError, match=r"value must be one number; got shape"):
+    call(value=np.ones(1))
+
+
 def test_parameters_that_cannot_be_trained_are_refused():
   with pytest.raises(base.InputError, match="nothing can be trained"):
     hypergradient.direction(lambda p, x: x @ p, np.arange(3), np.ones((4, 3)))

@@ -164,6 +164,13 @@ def make_table(name: str, title: str, published: str, *keys: str) -> table.Layou
   )
 
 
+# The flags that `_with_flags` reads.
+_OVERRIDING = (
+  *("learning_rate", "momentum", "weight_decay", "schedule", "num_epochs"),
+  *("batch_size", "builder", "num_meta", "deferred"),
+)
+
+
 def _with_flags(settings: Settings, preset: Preset) -> Preset:
   """The preset with the flags that override it."""
   given = settings_lib.given_values(
@@ -268,7 +275,8 @@ def _rows(
   counts = _counts(split)
   limits = evaluation.shot_thresholds(counts)
   published = None
-  compared = ("dataset", "preset", "network", "shape", "imbalance")
+  # The meta set may differ, because it depends on the method.
+  compared = ("dataset", "preset", "network", "shape", "imbalance", *_OVERRIDING)
   if experiment.comparable and settings.follows({}, cell.method_name, compared):
     published = published_cifar.long_tail(
       experiment.facts["dataset"], cell.method_name, **cell.facts
@@ -370,7 +378,11 @@ def run(
   """Trains the runs that are missing, and prints and writes the comparison."""
   methods = experiment.methods if settings.methods is None else settings.methods
   names = settings.choose_methods(methods, METHODS)
-  experiment = experiment._replace(preset=_with_flags(settings, experiment.preset))
+  preset = _with_flags(settings, experiment.preset)
+  is_preset = preset._replace(num_meta=experiment.preset.num_meta) == experiment.preset
+  experiment = experiment._replace(
+    preset=preset, comparable=experiment.comparable and is_preset
+  )
   if not settings.imbalance:
     raise base.InputError("--imbalance= is empty: give a number of at least 1.")
   cells = []

@@ -150,7 +150,7 @@ def select(
     )
   if greedy == "stochastic" and key is None:
     raise base.InputError("select: greedy='stochastic' needs key=jax.random.key(seed).")
-  if not (key is None or isinstance(key, jax.Array)):
+  if not (key is None or isinstance(key, jax.Array | np.ndarray)):
     raise base.InputError(f"select: key={key!r} must be jax.random.key(seed).")
   if scale is not None and features is None:
     raise base.InputError("select: scale= requires features=.")

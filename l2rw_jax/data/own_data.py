@@ -395,6 +395,7 @@ def duplicates(features: np.ndarray) -> np.ndarray:
   >>> duplicates(np.array([[1], [2], [1], [1]])).tolist()
   [-1, -1, 0, 0]
   """
+  features = np.asarray(features)
   first: dict[bytes, int] = {}
   duplicate_of = np.full(len(features), -1, np.int64)
   zero = np.zeros((), features.dtype)

@@ -44,8 +44,8 @@ def linearize(
 
   All engines except `difference` are exact. The backward rule of a `jax.custom_vjp`
   must be linear in its cotangent; a rule that clips gradients, for instance, is not,
-  and is refused. The three costs in the table are those of
-  `linearize` itself (recording), of `directional` and of `weighted_gradient`. Their
+  and is refused if `backward_rules` detects it. The three costs in the table are those
+  of `linearize` itself (recording), of `directional` and of `weighted_gradient`. Their
   unit is a forward pass of the batch, and the first forward pass is not counted.
 
   ============  =========  ====================================================
@@ -248,8 +248,8 @@ def linearize_outputs(
     A `base.LinearizedOutputs`.
 
   Raises:
-    InputError: the arguments are invalid, see `linearize`; outputs may have any shape,
-      but must be floating-point or complex.
+    InputError: the arguments are invalid, see `linearize`, or no output is
+      floating-point or complex; outputs may have any shape.
 
   Example:
     >>> import jax.numpy as jnp
@@ -266,12 +266,12 @@ def linearize_outputs(
   def outputs_and_aux(leaves):
     result = outputs_fn(partition.combine(leaves), batch)
     outputs, aux = base.split_aux("outputs_fn", result, has_aux)
-    for x in jax.tree.leaves(outputs):
-      if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
-        raise base.InputError(
-          f"outputs_fn returned an array of {jnp.result_type(x)}, which has no"
-          " derivative: return it as aux, with has_aux=True."
-        )
+    types = [jnp.result_type(x) for x in jax.tree.leaves(outputs)]
+    if not any(jnp.issubdtype(t, jnp.inexact) for t in types):
+      raise base.InputError(
+        "outputs_fn returned no floating-point array (the types are"
+        f" {', '.join(map(str, types)) or 'none'}), so it has no derivative."
+      )
     return outputs, aux
 
   leaves = partition.leaves(params)
@@ -286,14 +286,13 @@ def linearize_outputs(
   else:
     outputs, vjp_fn, aux = jax.vjp(outputs_and_aux, leaves, has_aux=True)
     if engine == "reverse":
-      name = backward_rules.find_nonlinear(
-        jax.make_jaxpr(outputs_and_aux)(leaves).jaxpr
-      )
+      traced = jax.make_jaxpr(lambda leaves: outputs_and_aux(leaves)[0])(leaves)
+      name = backward_rules.find_nonlinear(traced.jaxpr)
       if name is not None:
         raise base.InputError(
-          f"no engine fits this model: the backward rule of {name} is not linear in its"
-          " cotangent (it clips gradients, for instance). Clip gradients in the"
-          " optimizer instead."
+          f"no exact engine fits this model: the backward rule of {name} is not linear"
+          " in its cotangent (it clips gradients, for instance). Clip gradients in the"
+          " optimizer instead, or pass engine='difference' if it fits."
         )
       jvp_fn = _double_reverse(vjp_fn, outputs)
     else:
@@ -349,17 +348,24 @@ def _without_surrogates(outputs_and_aux, leaves):
   )
 
 
-def _largest_epsilon(jaxpr):
-  """The largest machine epsilon of the types in which a function computes."""
-  # Constants, such as the epsilon of BatchNorm, do not matter.
-  depends, epsilons = set(jaxpr.invars), [0.0]
+def _largest_epsilon(jaxpr, flags=None):
+  """The largest machine epsilon of the types in which a function computes.
+
+  Values that depend on no parameter, such as the data, do not matter. `flags` says
+  which inputs do; None means all.
+  """
+  flags = [True] * len(jaxpr.invars) if flags is None else flags
+  depends = {v for v, flag in zip(jaxpr.invars, flags, strict=True) if flag}
+  epsilons = [0.0]
   for eqn in jaxpr.eqns:
-    inputs = [v for v in eqn.invars if not isinstance(v, jax_core.Literal)]
-    if depends.isdisjoint(inputs):
+    given = [not isinstance(v, jax_core.Literal) and v in depends for v in eqn.invars]
+    if not any(given):
       continue
     depends.update(eqn.outvars)
     for inner in jax_core.jaxprs_in_params(eqn.params):
-      epsilons.append(_largest_epsilon(getattr(inner, "jaxpr", inner)))
+      inner = getattr(inner, "jaxpr", inner)
+      is_same = len(inner.invars) == len(given)
+      epsilons.append(_largest_epsilon(inner, given if is_same else None))
   types = {x.aval.dtype for x in depends if hasattr(x.aval, "dtype")}
   epsilons += [float(jnp.finfo(t).eps) for t in types if jnp.issubdtype(t, jnp.inexact)]
   return max(epsilons)

@@ -501,8 +501,8 @@ def _checked(carry, results, losses, alone):
   sizes = jnp.maximum(jnp.abs(losses), jnp.abs(alone))
   largest = jnp.max(jnp.where(is_finite, sizes, jnp.zeros_like(sizes)))
   # All losses may be small, as those of a good network are. The second term is the
-  # rounding error of a small loss that is the difference of numbers near 100.
-  tolerance = epsilon**0.5 * largest + 100 * epsilon
+  # rounding error of a small loss that is the difference of numbers near 200.
+  tolerance = epsilon**0.5 * largest + 200 * epsilon
   same = jnp.all((jnp.abs(losses - alone) <= tolerance) | ~is_finite)
   if not isinstance(same, jax.core.Tracer):
     if not same:

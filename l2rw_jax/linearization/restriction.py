@@ -6,7 +6,7 @@ reduces the cost of `directional` to the share of these layers. Losses and weigh
 gradients are those of the whole network.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 import math
 import numbers
 from typing import Any, TypeAlias
@@ -31,11 +31,10 @@ def check(layers: Layers | None) -> None:
   if isinstance(given, numbers.Real):
     is_valid = not isinstance(given, bool) and 0 < float(given) <= 1
   else:
-    # A generator would be used up here.
-    is_sequence = isinstance(given, str | list | tuple | set | frozenset)
-    names = [given] if isinstance(given, str) else given
-    is_valid = is_sequence and bool(names)
-    is_valid = is_valid and all(isinstance(n, str) and n for n in names)
+    # An iterator would be used up here, and a scalar array is not iterable.
+    is_sized = isinstance(given, Sized) and getattr(given, "shape", None) != ()
+    names = [given] if isinstance(given, str) else list(given) if is_sized else []
+    is_valid = bool(names) and all(isinstance(n, str) and n for n in names)
   if is_valid:
     return
   raise base.InputError(

@@ -47,29 +47,41 @@ class Partition:
     pairs = zip(leaves, self._is_trainable, strict=True)
     return [jnp.asarray(leaf) for leaf, keep in pairs if keep]
 
-  def vector_leaves(self, name: str, vector: base.PyTree) -> list[base.Array]:
-    """The trainable leaves of a vector, in the types of those of `params`.
+  def checked_leaves(self, name: str, vector: base.PyTree) -> list[base.Array]:
+    """The trainable leaves of a vector, in their own types.
 
     Args:
       name: the argument, for error messages.
       vector: pytree shaped like `params`.
 
     Raises:
-      InputError: the structure or a shape is not that of `params`.
+      InputError: the structure or a shape is not that of `params`, or a leaf is complex
+        and the parameter is not.
     """
     try:
       leaves = self.leaves(vector)
     except (TypeError, ValueError) as error:
       raise base.InputError(f"{name} must be a pytree like params: {error}") from error
-    of_params = self.leaves(self._treedef.unflatten(self._leaves))
-    for path, leaf, of_param in zip(self.names, leaves, of_params, strict=True):
+    for path, leaf, of_param in zip(self.names, leaves, self._arrays(), strict=True):
       if leaf.shape != of_param.shape:
         raise base.InputError(
           f"{name} must have the shapes of params; it has {leaf.shape} at"
           f" {path or 'the root'}, where params has {of_param.shape}."
         )
-    pairs = zip(leaves, of_params, strict=True)
+      if jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(of_param):
+        raise base.InputError(
+          f"{name} is complex at {path or 'the root'}, where params is real: pass its"
+          " real part."
+        )
+    return leaves
+
+  def vector_leaves(self, name: str, vector: base.PyTree) -> list[base.Array]:
+    """`checked_leaves` in the types of the parameters."""
+    pairs = zip(self.checked_leaves(name, vector), self._arrays(), strict=True)
     return [leaf.astype(of_param.dtype) for leaf, of_param in pairs]
+
+  def _arrays(self):
+    return self.leaves(self._treedef.unflatten(self._leaves))
 
   def combine(self, leaves: list[Any]) -> base.PyTree:
     """A pytree of trainable leaves and, for the others, the leaves of `params`."""

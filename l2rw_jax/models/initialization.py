@@ -56,6 +56,7 @@ def _fan_in(path, kernel, bias):
     shape = None if bias is None else bias.shape
     raise base.InputError(
       f"the fan-in of layer {'/'.join(path)} is unknown: its kernel has shape"
-      f" {kernel.shape}, its bias {shape}. Map stacked layers with jax.vmap."
+      f" {kernel.shape}, its bias {shape}. Map stacked"
+      " layers with jax.vmap, and give convolutions of 1 or 3 dimensions a bias."
     )
   return math.prod(kernel.shape[:num_axes])

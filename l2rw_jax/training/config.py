@@ -100,7 +100,10 @@ class Config:
       "data_workers", base.check_integer("--data_workers", self.data_workers, 0)
     )
     # NumPy integers are not JSON.
-    seeds = tuple(base.check_integer("each of the seeds", s, 0) for s in self.seeds)
+    given: Any = self.seeds
+    if np.ndim(given) == 0:
+      raise base.InputError(f"seeds={given} must be a sequence, such as (0,).")
+    seeds = tuple(base.check_integer("each of the seeds", s, 0) for s in given)
     if not seeds or len(set(seeds)) < len(seeds):
       raise base.InputError(
         f"seeds={list(seeds)} must be one or more different integers: give each run"

@@ -13,11 +13,13 @@ _LINEAR = {
   "guarded": lambda x, g: jnp.where(g == 0, 0.0, g * x),
   "loop": lambda x, g: jax.lax.fori_loop(0, 3, lambda i, g: g * x, g),
   "inner function": lambda x, g: jax.jit(jnp.multiply)(jnp.exp(x), g),
+  "guard against overflow": lambda x, g: jnp.clip(g, -1e4, 1e4) * x,
 }
 _NONLINEAR = {
   "clipping": lambda x, g: jnp.clip(g, -1, 1),
   "normalization": lambda x, g: g / jnp.maximum(jnp.linalg.norm(g), 1),
   "sign": lambda x, g: jnp.sign(g) * x,
+  "guided backpropagation": lambda x, g: jnp.maximum(g, 0),
   "square": lambda x, g: g * g,
   "inner function": lambda x, g: jax.jit(jnp.tanh)(g),
 }
@@ -42,3 +44,23 @@ def test_linear_rules_are_accepted(name):
 @pytest.mark.parametrize("name", _NONLINEAR)
 def test_nonlinear_rules_are_named(name, dtype):
   assert "<lambda>" in _find(_NONLINEAR[name], dtype)
+
+
+def test_rules_with_side_effects_are_not_run(capfd):
+  def rule(x, g):
+    jax.debug.print("norm {}", jnp.linalg.norm(g))
+    return g * x
+
+  assert _find(rule, np.float32) is None
+  jax.effects_barrier()
+  assert "norm" not in capfd.readouterr().out
+
+
+def test_rules_that_cannot_be_traced_alone_are_accepted():
+  def losses(weights):
+    function = jax.custom_vjp(lambda x: x * weights)
+    function.defvjp(lambda x: (x * weights, None), lambda _, g: (jnp.clip(g, -1, 1),))
+    return function(jnp.ones(3))
+
+  traced = jax.make_jaxpr(losses)(jnp.ones(3)).jaxpr  # It closes over its argument.
+  assert backward_rules.find_nonlinear(traced) is None

@@ -223,6 +223,7 @@ def epoch_percent(step: Any, num_steps: int) -> base.Array:
   >>> print(epoch_percent(25_000_000, 30_000_000))
   83
   """
+  num_steps = base.check_integer("epoch_percent: num_steps", num_steps)
   step = base.host_or_jax_array(step)
   if step.shape:
     raise base.InputError(
