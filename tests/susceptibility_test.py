@@ -218,14 +218,14 @@ def test_random_labels_depend_on_the_seed_and_cover_every_class():
   ("size", "classes", "match"),
   [
     (0, 10, "the unlabeled set is empty"),
-    (5, 1, "num_classes=1: random labels need"),
-    (5, 2.5, r"num_classes=2\.5: random labels need a whole number"),
+    (5, 1, "num_classes=1 must be an integer of at least 2"),
+    (5, 2.5, r"num_classes=2\.5 must be an integer of at least 2"),
   ],
 )
 def test_random_labels_need_examples_and_two_classes(size, classes, match):
   with pytest.raises(base.InputError, match=match):
     susceptibility.random_labels(0, size, classes)
-  with pytest.raises(base.InputError, match="seed=-1 must be at least 0"):
+  with pytest.raises(base.InputError, match="seed=-1 must be an integer of at least 0"):
     susceptibility.random_labels(-1, 5, 2)
 
 

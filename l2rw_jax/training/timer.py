@@ -59,13 +59,16 @@ class Timer:
       return cls()
     try:
       record = workdir.read_record(path)
-      missing = {"evaluations", "saved", "untimed_steps"} - record.keys()
-      if missing:
-        raise base.InputError(
-          f"{path} has no {min(missing)}: another version wrote it."
-        )
     except base.InputError as error:
       logging.warning("%s The first %d steps count as 0 seconds.", error, step)
+      return cls(untimed_steps=step)
+    missing = {"evaluations", "saved", "untimed_steps"} - record.keys()
+    if missing:
+      logging.warning(
+        "%s has no %s: another version wrote it. The first %d steps count as 0"
+        " seconds.",
+        *(path, min(missing), step),
+      )
       return cls(untimed_steps=step)
     earlier = [(at, seconds) for at, seconds in record["evaluations"] if at <= step]
     last = earlier[-1][1] if earlier else 0.0

@@ -220,7 +220,7 @@ def test_weights_before_the_update_must_not_be_negative():
 
 
 def test_the_objective_must_return_a_scalar():
-  with pytest.raises(base.InputError, match="objective must return one number"):
+  with pytest.raises(base.InputError, match="objective must return one floating"):
     _two_groups([1.0, 3.0], lambda losses, groups, num_groups: losses)
 
 

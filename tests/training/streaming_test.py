@@ -130,7 +130,9 @@ def test_an_error_of_the_source_ends_the_run(tmp_path):
 
 def test_grain_is_needed_to_stream(monkeypatch):
   monkeypatch.setitem(sys.modules, "grain", None)
-  with pytest.raises(base.InputError, match="pip install grain, or choose --data=res"):
+  with pytest.raises(
+    base.InputError, match="needs the package grain: pip install grain"
+  ):
     streaming.Stream(lambda rows: rows).start(1, lambda i: np.zeros((1, 1, 1, 1)))
 
 
