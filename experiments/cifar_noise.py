@@ -265,12 +265,6 @@ TABLE = table.Layout(
 )
 
 
-_OVERRIDING = (
-  *("network", "augmentation", "noise", "num_steps", "learning_rate", "momentum"),
-  *("nesterov", "weight_decay", "batch_size", "meta_batch_size", "num_validation"),
-)
-
-
 def make_preset(settings: Settings) -> Preset:
   """The preset, which --smoke makes small, with the flags that override it."""
   preset = PRESETS[settings.preset]
@@ -287,9 +281,11 @@ def make_preset(settings: Settings) -> Preset:
     )
   if settings.noise == "human" or settings.noise_fraction is not None:
     preset = dataclasses.replace(preset, noise_fraction=settings.noise_fraction)
-  given = settings_lib.given_values(
-    **{name: getattr(settings, name) for name in _OVERRIDING}
+  names = (
+    *("network", "augmentation", "noise", "num_steps", "learning_rate", "momentum"),
+    *("nesterov", "weight_decay", "batch_size", "meta_batch_size", "num_validation"),
   )
+  given = settings_lib.given_values(**{name: getattr(settings, name) for name in names})
   given["decay_steps"] = _decay_steps(settings, preset)
   return dataclasses.replace(preset, **given)
 
@@ -438,13 +434,13 @@ def make_row(
   """The row of a run in `results.csv`."""
   preset = make_preset(settings)
   numbers: tuple[float | None, float | None] = (None, None)
-  compared = ("preset", "dataset", "noise_fraction", "noise_variant", "decay_steps")
   published = dataclasses.replace(
     PRESETS[settings.preset], noise=preset.noise, noise_fraction=preset.noise_fraction
   )
-  if preset == published and settings.follows(
-    {}, cell.method_name, (*compared, *_OVERRIDING)
-  ):
+  # `make_preset` does not read --num_meta, whose default depends on the classes.
+  in_preset = {field.name for field in dataclasses.fields(preset)} - {"num_meta"}
+  compared = ("preset", "dataset", "noise_variant", *in_preset)
+  if preset == published and settings.follows({}, cell.method_name, compared):
     numbers = published_cifar.lookup(
       settings.preset,
       cell.facts["dataset"],

@@ -190,6 +190,14 @@ def _with_flags(settings: Settings, preset: Preset) -> Preset:
   )
 
 
+def with_flags(settings: Settings, experiment: Experiment) -> Experiment:
+  """The experiment with the flags; a changed preset is not comparable."""
+  old, new = experiment.preset, _with_flags(settings, experiment.preset)
+  # The meta set may differ, because it depends on the method.
+  is_preset = new._replace(num_meta=old.num_meta) == old
+  return experiment._replace(preset=new, comparable=experiment.comparable and is_preset)
+
+
 def _make_splits(
   settings: Settings, experiment: Experiment, imbalance: float, seeds: Sequence[int]
 ) -> list[examples_lib.Splits]:
@@ -275,7 +283,6 @@ def _rows(
   counts = _counts(split)
   limits = evaluation.shot_thresholds(counts)
   published = None
-  # The meta set may differ, because it depends on the method.
   compared = ("dataset", "preset", "network", "shape", "imbalance", *_OVERRIDING)
   if experiment.comparable and settings.follows({}, cell.method_name, compared):
     published = published_cifar.long_tail(
@@ -378,11 +385,7 @@ def run(
   """Trains the runs that are missing, and prints and writes the comparison."""
   methods = experiment.methods if settings.methods is None else settings.methods
   names = settings.choose_methods(methods, METHODS)
-  preset = _with_flags(settings, experiment.preset)
-  is_preset = preset._replace(num_meta=experiment.preset.num_meta) == experiment.preset
-  experiment = experiment._replace(
-    preset=preset, comparable=experiment.comparable and is_preset
-  )
+  experiment = with_flags(settings, experiment)
   if not settings.imbalance:
     raise base.InputError("--imbalance= is empty: give a number of at least 1.")
   cells = []

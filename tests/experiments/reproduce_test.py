@@ -111,6 +111,7 @@ def test_published_values_are_shown_only_under_their_protocol(cells, name, monke
         *(script.TABLE, digits, digits, None, script.PRESETS["ldam"]),
         *({"dataset": "cifar10"}, (), 1, True),
       )
+      experiment = long_tail.with_flags(settings, experiment)
       (row,) = long_tail._rows(settings, experiment, made, [run])
     elif "cifar" in name:
       row = script.make_row(settings, made, split, run)
