@@ -30,7 +30,6 @@ _NONLINEAR = frozenset(
   }
 )
 # fmt: on
-_INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
 _TOLERANCE, _HALF_TOLERANCE = 1e-2, 0.1
 
 
@@ -111,7 +110,7 @@ def _is_suspect(jaxpr, flags):
   for eqn in jaxpr.eqns:
     inputs = [has(v) for v in eqn.invars]
     outputs = [any(inputs)] * len(eqn.outvars)
-    inner = eqn.params.get(_INLINED.get(eqn.primitive.name, ""))
+    inner = eqn.params.get(surrogates.INLINED.get(eqn.primitive.name, ""))
     if inner is not None:
       is_suspect, outputs = _is_suspect(inner.jaxpr, inputs)
     else:

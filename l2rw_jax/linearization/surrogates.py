@@ -19,7 +19,8 @@ import numpy as np
 
 # With a separator at the end: folders such as `jaxopt` begin with the same letters.
 _JAX_FOLDER = os.path.join(pathlib.Path(jax.__file__).parent, "")
-_INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
+# Calls without a derivative of their own, and the parameter with their body.
+INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
 # The largest relative difference of the two derivatives in single and half precision.
 _TOLERANCE, _HALF_TOLERANCE = 0.1, 0.4
 
@@ -91,7 +92,7 @@ def _suspects(jaxpr: Any) -> Iterator[Any]:
       sources = _sources(eqn)
       if not sources or not all(map(_is_in_jax, sources)):
         yield eqn
-    elif name in _INLINED:
+    elif name in INLINED:
       yield from _suspects(getattr(inside[0], "jaxpr", inside[0]))
     elif inside:
       bodies = [getattr(body, "jaxpr", body) for body in inside]
@@ -142,7 +143,7 @@ def _evaluate(jaxpr, consts, args, stop):
 
   for eqn in jaxpr.eqns:
     values = [read(v) for v in eqn.invars]
-    inner = eqn.params.get(_INLINED.get(eqn.primitive.name, ""))
+    inner = eqn.params.get(INLINED.get(eqn.primitive.name, ""))
     if inner is not None:
       results = _evaluate(inner.jaxpr, inner.consts, values, stop)
     elif eqn.primitive.name == "stop_gradient":

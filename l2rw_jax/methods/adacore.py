@@ -294,7 +294,7 @@ def bias_corrected(
 
 
 def _one_minus_power(beta, num_updates):
-  """1 - beta^t without cancellation, which leaves nothing of 1 - 0.99999999."""
+  """1 - beta^t without cancellation: in float32, 1 - 0.99999999 would be 0."""
   if isinstance(beta, jax.Array):
     return -jnp.expm1(num_updates * jnp.log(beta))
   # The logarithm in float32 would be 0 for 0.99999999.
