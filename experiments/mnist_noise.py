@@ -66,6 +66,7 @@ class Preset:
       of the optimizer. A learning rate for Adam does not suit SGD: at 1e-3, the
       updates of Meta-Weight-Net's weighting network are a hundredth of those in its
       paper, and weight decay dominates them.
+    mwn_preset: Meta-Weight-Net's release, unless --mwn_preset gives another.
     by_method: maps methods to their optimizers, if they differ from `optimizer`.
   """
 
@@ -77,6 +78,7 @@ class Preset:
   num_validation: int = 0
   plateau: bool = False
   initialization: str = "flax"
+  mwn_preset: str = "noise_stable"
   by_method: Mapping[str, optimizers.OptimizerConfig] = dataclasses.field(
     default_factory=dict
   )
@@ -101,9 +103,11 @@ PRESETS = {
   "shared": Preset(30, 100, 100, _ADAM, 0.1),
   "bare": Preset(
     *(200, 128, 128, optimizers.OptimizerConfig("adam", 2e-4)),
+    lookahead_learning_rate=1e-4,
     num_validation=11_000,
     plateau=True,
     initialization="pytorch",
+    mwn_preset="bare",
   ),
   "own": Preset(
     *(30, 100, 100, _ADAM),
@@ -324,6 +328,7 @@ def make_cell(
     lookahead_learning_rate=preset.lookahead_learning_rate if rate is None else rate,
     noise_fraction=fraction,
     num_epochs=num_epochs,
+    mwn_preset=preset.mwn_preset,
   )
   network = registries.SMALL_NETWORKS[settings.network](split.num_classes)
   facts = {

@@ -18,7 +18,10 @@ Options for the differences between the paper and the three released programs:
 * `detached`: V's input is constant in the look-ahead step (both noise releases and the
   published algorithm). In the imbalance release it is not, which adds w'_i(l) l_i to
   the factor w_i of grad l_i.
-* `PRESETS`: the meta optimizer, normalization and `detached` of each release.
+* `PRESETS`: the meta optimizer, normalization and `detached` of each release. "bare"
+  has the meta optimizer and the weighting network of the MNIST experiments in BARE's
+  code (Patel and Sastry, WACV 2023, arXiv:2106.15292); the other options are those of
+  "noise".
 
 The default is the preset "noise_stable": the published algorithm is the detached one,
 and with "mean" the effective step of the classifier does not vary from batch to batch.
@@ -393,11 +396,19 @@ def _known_vector(lookahead, axis_name):
 
 
 class Preset(NamedTuple):
-  """Settings of one released program, see the module docstring."""
+  """Settings of one released program, see the module docstring.
+
+  Attributes:
+    normalization: "mean" or "sum".
+    detached: whether the input of the weighting network is constant.
+    optimizer: optimizer of the weighting network.
+    hidden: widths of the hidden layers of the weighting network.
+  """
 
   normalization: str
   detached: bool
   optimizer: optax.GradientTransformation
+  hidden: tuple[int, ...] = (100,)
 
 
 def _sgd(learning_rate):
@@ -413,6 +424,7 @@ PRESETS = {
   "noise_stable": Preset(
     "mean", True, optax.chain(optax.add_decayed_weights(1e-4), optax.adam(1e-3))
   ),
+  "bare": Preset("sum", True, optax.sgd(1e-3, momentum=0.9), (50, 50)),
 }
 
 
@@ -420,7 +432,7 @@ def meta_weight_net(
   learning_rate: meta_network.Schedule,
   preset: str = "noise_stable",
   *,
-  hidden: Sequence[int] = (100,),
+  hidden: Sequence[int] | None = None,
   normalization: str | None = None,
   detached: bool | None = None,
   optimizer: optax.GradientTransformation | None = None,
@@ -434,7 +446,8 @@ def meta_weight_net(
     learning_rate: learning rate of the look-ahead step; in the paper, it is that of the
       classifier.
     preset: a key of `PRESETS`.
-    hidden: widths of the hidden layers of the weighting network.
+    hidden: widths of the hidden layers of the weighting network; None means those of
+      the preset.
     normalization: "mean" or "sum"; None is that of the preset.
     detached: see the module docstring; None is that of the preset.
     optimizer: optimizer of the weighting network; None is that of the preset.
@@ -461,7 +474,7 @@ def meta_weight_net(
   meta_optimizer = optimizer or chosen.optimizer
   every = base.check_integer("meta_weight_net: every", every)
   _check_memory_options(microbatch_size, recompute)
-  net = WeightNet(tuple(hidden))
+  net = WeightNet(chosen.hidden if hidden is None else tuple(hidden))
 
   def init(key, problem, params):
     del problem, params

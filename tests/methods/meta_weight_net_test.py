@@ -230,9 +230,16 @@ def test_presets_match_the_releases(name):
     "imbalance": ("sum", False),
     "noise": ("sum", True),
     "noise_stable": ("mean", True),
+    "bare": ("sum", True),
   }
   preset = meta_weight_net.PRESETS[name]
   assert preset[:2] == expected[name]
+  method = meta_weight_net.meta_weight_net(0.1, name)
+  kernels = method.init(jax.random.key(0), None, None).params["params"]
+  shapes = [layer["kernel"].shape for layer in kernels.values()]
+  assert shapes == (
+    [(1, 50), (50, 50), (50, 1)] if name == "bare" else [(1, 100), (100, 1)]
+  )
   # Steps on gradients of 1 and then 0 at a parameter of 2.
   phi = jnp.array(2.0)
   update, state = preset.optimizer.update(
@@ -250,6 +257,7 @@ def test_presets_match_the_releases(name):
     "imbalance": -1e-5 * nesterov,
     "noise": -1e-3 * nesterov,
     "noise_stable": -1e-3 * np.array([1, mean / np.sqrt(square)]),
+    "bare": -1e-3 * np.array([1, 0.9]),
   }
   np.testing.assert_allclose([update, second], by_hand[name], rtol=3e-5)
 
