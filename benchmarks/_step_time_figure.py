@@ -158,7 +158,7 @@ def _l2rw(plt, rows):
     for panel, ax in zip(panels, column, strict=True):
       _columns(ax, of_share if panel == "ratio" else of_share + plain, networks, panel)
   axes[0, 0].set_ylabel("time / plain training\nin the same framework")
-  axes[-1, 0].set_ylabel("PyTorch's time / time\n(higher is better)")
+  axes[-1, 0].set_ylabel("time in PyTorch /\ntime in JAX (higher is better)")
   if len(panels) == 1:
     axes[0, 0].set_ylabel("time / plain training")
   handles = dict(zip(*axes[-1, 0].get_legend_handles_labels()[::-1], strict=True))

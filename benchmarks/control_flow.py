@@ -53,12 +53,16 @@ class Settings(settings_lib.OutputFlags):
 def make_gradient(
   losses_fn: base.LossesFn, name: str, is_wrapped: bool
 ) -> Callable[..., base.PyTree]:
-  """`(params, batch, pred) -> gradient`, computed in one of `WAYS`.
+  """Computes the gradient of the mean loss in one of `WAYS`.
 
   Args:
     losses_fn: `(params, batch) -> losses [B]`.
     name: the name of the way.
     is_wrapped: whether the body is wrapped in `control_flow.channels_last`.
+
+  Returns:
+    `(params, batch, pred) -> gradient`. In the way "cond", `pred` is the condition: the
+    gradient is computed if it is true, and `params` is returned if it is false.
   """
   wrap = control_flow.channels_last if is_wrapped else lambda function: function
 

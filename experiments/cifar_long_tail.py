@@ -99,7 +99,7 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
 
   def make_model(cosine: bool) -> classifier.Classifier:
     preprocess = registries.AUGMENTATIONS[settings.preset]
-    made = registries.make_network(
+    module = registries.make_network(
       network,
       train.num_classes,
       train.images,
@@ -107,7 +107,7 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
       axis_name=devices.AXIS_NAME,
       cosine=cosine,
     )
-    return classifier.Classifier(made, train.num_classes, preprocess)
+    return classifier.Classifier(module, train.num_classes, preprocess)
 
   experiment = long_tail.Experiment(
     table=TABLE,

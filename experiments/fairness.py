@@ -289,12 +289,12 @@ def make_cell(
     eval_every=settings.eval_every,
     seeds=settings.seeds,
   )
-  made = NETWORKS[network](num_classes, axis_name=devices.AXIS_NAME)
+  module = NETWORKS[network](num_classes, axis_name=devices.AXIS_NAME)
   return runner.Cell(
     setting.name,
     {},
     config,
-    classifier.Classifier(made, num_classes),
+    classifier.Classifier(module, num_classes),
     method,
     make_optimizer(settings.rate, settings.momentum),
     lambda seeds: [splits[seed] for seed in seeds],

@@ -2,9 +2,9 @@ r"""NestedMAML compared with MAML when some training tasks are out of distributi
 
 Paper: Killamsetty et al., "A Nested Bi-level Optimization Framework for Robust Few
   Shot Learning" (AAAI 2022). The protocol follows the paper, with Omniglot in place of
-  mini-ImageNet: a share of the training tasks comes from another data set, or a share
-  of the training images is mislabeled. Validation tasks have other classes and are
-  clean.
+  mini-ImageNet: a share of the training tasks comes from another data set (foreign
+  tasks), or a share of the training images is mislabeled. Validation tasks have other
+  classes and are clean.
 Command: python -m experiments.few_shot --data_dir=DIR
   mislabeled images: --ood=none --noise_share=0.3 --share=item
   without a download: --dataset=digits --ood=shuffled
@@ -582,10 +582,10 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
     for seed in settings.seeds:
       problem = make_problem(settings, share, seed)
       for name, method in methods.items():
-        own = problem_of(name, problem)
+        method_problem = problem_of(name, problem)
         cells.append(make_cell(settings, name, method, share, seed, problem))
-        pools.append(own.pool)
-        runner.check_data(cells[-1].config, method, own.splits)
+        pools.append(method_problem.pool)
+        runner.check_data(cells[-1].config, method, method_problem.splits)
   folder = runner.open_folder(settings, TABLE.name, workdir)
   rows = []
   for cell, pool in zip(cells, pools, strict=True):

@@ -64,13 +64,13 @@ def client() -> Any:
   # JAX has no public name for the client; Orbax uses the same private one.
   from jax._src import distributed
 
-  found = distributed.global_state.client
-  if found is None:
+  client = distributed.global_state.client
+  if client is None:
     raise base.InputError(
       "JAX is not connected to other processes: call jax.distributed.initialize()"
       " before any other use of JAX."
     )
-  return found
+  return client
 
 
 def wait_for(key: str) -> str:

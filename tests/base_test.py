@@ -28,14 +28,14 @@ def test_integers_of_every_type_are_accepted_and_returned_as_int():
 @pytest.mark.parametrize(
   "value", [1, -1, 2.0, 2.5, float("nan"), np.float32(2), True, "2", None, np.ones(2)]
 )
-def test_what_is_not_an_integer_of_the_least_size_is_refused(value):
+def test_values_that_are_no_integers_of_at_least_two_are_refused(value):
   with pytest.raises(
     base.InputError, match=r"classes=.* must be an integer of at least"
   ):
     base.check_integer("classes", value, at_least=2)
 
 
-def test_a_traced_integer_is_named_as_traced():
+def test_error_says_that_an_integer_is_traced():
   with pytest.raises(base.InputError, match="size is traced, but must be known"):
     jax.jit(lambda size: base.check_integer("size", size))(3)
 
@@ -155,7 +155,7 @@ def test_explicit_sharding_is_followed_and_removed():
     ([1.0, np.nan], np.nan, False),
   ],
 )
-def test_max_abs_and_all_finite_look_at_every_leaf(values, largest, finite):
+def test_max_abs_and_all_finite_use_all_floating_point_leaves(values, largest, finite):
   tree = {"x": jnp.array(values[:1]), "y": jnp.array(values[1:]), "n": jnp.array([9])}
   np.testing.assert_array_equal(base.max_abs(tree), largest)
   assert base.all_finite(tree) == finite
@@ -233,7 +233,7 @@ def test_take_reads_the_row_of_every_integer_type(dtype):
     np.testing.assert_array_equal(jax.jit(base.take)(table, given), index)
 
 
-def test_integers_that_do_not_exist_become_minus_one():
+def test_wide_integers_replaces_out_of_range_integers_by_minus_one():
   np.testing.assert_array_equal(
     base.wide_integers(np.array([0, 255, 2**32, -1, 2**63 - 1]), 256),
     [0, 255, -1, -1, -1],

@@ -20,7 +20,7 @@ from l2rw_jax.models import mlp
 _COUNTS = jnp.array([30, 10])
 
 
-def _task():
+def _problem():
   return classifier.Classifier(mlp.MLP(2, (4,)), 2).problem(
     class_counts=_COUNTS, num_examples=40, num_steps=10
   )
@@ -43,12 +43,12 @@ def _inputs():
 
 
 def _rarity(outputs, batch, class_counts):
-  own = losses.softmax_cross_entropy(outputs, batch["label"])
-  return own * 30 / class_counts[batch["label"]].astype(own.dtype)
+  values = losses.softmax_cross_entropy(outputs, batch["label"])
+  return values * 30 / class_counts[batch["label"]].astype(values.dtype)
 
 
 def _run(method, epoch=0, engine="auto"):
-  problem = _task()
+  problem = _problem()
   linearize = functools.partial(problem.linearize, engine=engine)
   problem = dataclasses.replace(problem, linearize=linearize)
   params, inputs = _inputs()
@@ -91,8 +91,8 @@ def test_the_loss_changes_at_its_epoch(epoch, is_new):
 def test_the_loss_that_is_not_used_has_no_influence(engine):
   def with_infinite_derivative(outputs, batch, class_counts):
     del class_counts
-    own = losses.softmax_cross_entropy(outputs, batch["label"])
-    return jnp.sqrt(jnp.maximum(own - 9, 0))
+    values = losses.softmax_cross_entropy(outputs, batch["label"])
+    return jnp.sqrt(jnp.maximum(values - 9, 0))
 
   method = changed_loss.changed_loss(
     baselines.uniform(), with_infinite_derivative, from_epoch=np.uint8(3)
@@ -124,8 +124,8 @@ def test_wrapping_twice_changes_the_loss_twice():
 def test_sampling_is_the_methods_own():
   changed = changed_loss.changed_loss(baselines.resampling(), _rarity)
   train = {"label": np.array([0] * 9 + [1]), "index": np.arange(10)}
-  state = changed.init(jax.random.key(0), _task(), {})
-  rows = changed.sample(state, _task(), train, np.random.default_rng(0))
+  state = changed.init(jax.random.key(0), _problem(), {})
+  rows = changed.sample(state, _problem(), train, np.random.default_rng(0))
   assert (train["label"][rows] == 1).sum() == 5
   plain = changed_loss.changed_loss(baselines.uniform(), _rarity)
   assert plain.sample is base.permutation

@@ -120,7 +120,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="module", autouse=True)
 def _released_programs():
-  """Frees programs after each file: a process may have only so many memory maps."""
+  """Frees programs after each file: the memory maps of a process are limited."""
   yield
   jax.clear_caches()
 

@@ -15,7 +15,7 @@ from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
 
 pytestmark = pytest.mark.promotes(
-  "readers run this code, and optax.adam, with the default promotion of JAX"
+  "the documentation promises code for JAX's default promotion, which optax.adam needs"
 )
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -48,7 +48,7 @@ def test_readme_is_short():
 
 def test_readme_code_runs():
   keys = jax.random.split(jax.random.key(0), 4)
-  reader = {
+  names = {
     "loss_fn": lambda p, example: (example["x"] @ p - example["y"]) ** 2,
     "params": jnp.ones(3),
     "batch": {
@@ -61,17 +61,17 @@ def test_readme_code_runs():
     },
   }
   drop_in, by_hand = code_blocks(REPOSITORY / "README.md")
-  exec(drop_in, reader)
-  grads, weights = reader["grads"], reader["info"].weights
+  exec(drop_in, names)
+  grads, weights = names["grads"], names["info"].weights
   assert np.isclose(weights.sum(), 1)
 
   @jax.jit  # Without jit, each operation would be compiled separately.
   def results(block_inputs):
-    names = reader | block_inputs
-    exec(by_hand, names)
-    return names["grads"], names["w"].weights
+    all_names = names | block_inputs
+    exec(by_hand, all_names)
+    return all_names["grads"], all_names["w"].weights
 
-  arrays = {key: reader[key] for key in ("params", "batch", "meta_batch")}
+  arrays = {key: names[key] for key in ("params", "batch", "meta_batch")}
   chex.assert_trees_all_close(results(arrays), (grads, weights), rtol=1e-5)
 
 
@@ -114,50 +114,50 @@ def test_every_method_has_a_page_with_its_reference():
 
 
 def test_code_of_the_first_page():
-  reader = run(DOCS / "index.md", {})
-  np.testing.assert_allclose(reader["info"].weights, [1, 0])
+  names = run(DOCS / "index.md", {})
+  np.testing.assert_allclose(names["info"].weights, [1, 0])
 
 
 @pytest.mark.slow
 def test_code_of_your_own_training_loop():
-  reader = run(DOCS / "training_loop.md", {})
+  names = run(DOCS / "training_loop.md", {})
   # Padding has weight 0, and the weights of the real tokens sum to 1.
-  token_weights = np.asarray(reader["token_weights"])
-  assert (token_weights[~reader["text"]["mask"]] == 0).all()
+  token_weights = np.asarray(names["token_weights"])
+  assert (token_weights[~names["text"]["mask"]] == 0).all()
   assert np.isclose(token_weights.sum(), 1, atol=1e-5)
-  assert len(reader["result"].weights["mean_weight"]) == 32
-  assert np.isfinite(reader["logits"]).all() and reader["logits"].shape == (64, 3)
+  assert len(names["result"].weights["mean_weight"]) == 32
+  assert np.isfinite(names["logits"]).all() and names["logits"].shape == (64, 3)
 
 
 def test_an_empty_sequence_of_the_page_has_loss_0():
   (source,) = (b for b in code_blocks(DOCS / "training_loop.md") if "def tokens" in b)
   definitions = source.partition("\nvalue_and_grad = ")[0]
-  reader = {"jnp": jnp, "np": np, "losses": losses, "rng": np.random.default_rng(0)}
-  exec(compile(definitions, "training_loop.md", "exec"), reader)
-  text, losses_fn = reader["text"], jax.jit(reader["sequence_losses"])
-  before = losses_fn(reader["params"], text)
+  names = {"jnp": jnp, "np": np, "losses": losses, "rng": np.random.default_rng(0)}
+  exec(compile(definitions, "training_loop.md", "exec"), names)
+  text, losses_fn = names["text"], jax.jit(names["sequence_losses"])
+  before = losses_fn(names["params"], text)
   is_empty = np.arange(8) == 3
   masked = {**text, "mask": text["mask"] & ~is_empty[:, None]}
-  values = losses_fn(reader["params"], masked)
+  values = losses_fn(names["params"], masked)
   np.testing.assert_allclose(values, np.where(is_empty, 0, before), rtol=1e-6)
 
 
 def test_code_of_when_weights_do_not_help():
-  reader = run(DOCS / "when_weights_do_not_help.md", {})
-  assert not reader["info"].finite
-  fault = reader["l2rw_jax"].base.Fault(int(reader["info"].fault))
+  names = run(DOCS / "when_weights_do_not_help.md", {})
+  assert not names["info"].finite
+  fault = names["l2rw_jax"].base.Fault(int(names["info"].fault))
   assert fault.name == "TRAINING_LOSSES"
 
 
 @pytest.mark.slow
 def test_code_of_speed(capsys):
-  reader = run(DOCS / "speed.md", {})
+  names = run(DOCS / "speed.md", {})
   *speeds, plan = capsys.readouterr().out.splitlines()
-  # Of a small and of a large batch.
+  # The first speed is that of a small batch, the second that of a large one.
   assert len(speeds) == 2 and all(re.fullmatch(r"\d+ GFLOP/s", x) for x in speeds)
-  # The options and the bytes of the step, which fits into the budget of the page.
-  assert plan.startswith("{") and 0 < reader["choice"].num_bytes <= 2**20
-  assert reader["weights"].shape == (256,)
+  # The page prints the options of the chosen step and its bytes, which fit its budget.
+  assert plan.startswith("{") and 0 < names["choice"].num_bytes <= 2**20
+  assert names["weights"].shape == (256,)
 
 
 def test_pages_with_code_are_those_of_the_tests_here():
@@ -196,10 +196,10 @@ _OUTCOMES = {
 }
 
 
-def moved(reader: dict, name: str) -> bool:
+def moved(names: dict, name: str) -> bool:
   """Whether a step of the page has changed parameters."""
-  leaves = jax.tree.leaves(reader[name])
-  before = jax.tree.leaves(reader["start"][name])
+  leaves = jax.tree.leaves(names[name])
+  before = jax.tree.leaves(names["start"][name])
   return any((np.asarray(a) != b).any() for a, b in zip(leaves, before, strict=True))
 
 
@@ -219,24 +219,24 @@ def test_code_of_a_method(page, setup):
   if page == "index":
     assert setup["losses_fn"](setup["params"], setup["batch"]).shape == (8,)
     return
-  reader = dict(setup)
-  reader["start"] = {"params": setup["params"]}
+  names = dict(setup)
+  names["start"] = {"params": setup["params"]}
   blocks = code_blocks(METHODS / f"{page}.md")
   assert blocks
   for number, block in enumerate(blocks):
     # Keep the parameters of the page's network before a step changes them.
     head, step, tail = block.partition("\n\n@jax.jit\n")
     source = f"{page}.md, block {number}"
-    exec(compile(head, source, "exec"), reader)
-    for own in ("phi", "psi"):
-      if own in reader:
-        reader["start"].setdefault(own, jax.tree.map(np.asarray, reader[own]))
-    exec(compile(step + tail, source, "exec"), reader)
-  assert _OUTCOMES[page](reader)
+    exec(compile(head, source, "exec"), names)
+    for key in ("phi", "psi"):
+      if key in names:
+        names["start"].setdefault(key, jax.tree.map(np.asarray, names[key]))
+    exec(compile(step + tail, source, "exec"), names)
+  assert _OUTCOMES[page](names)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8])
-def test_a_trained_network_gets_the_inputs_of_its_training(
+def test_a_loaded_network_preprocesses_its_inputs_as_in_training(
   dtype, tmp_path, monkeypatch
 ):
   monkeypatch.chdir(tmp_path)

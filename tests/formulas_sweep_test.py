@@ -84,7 +84,7 @@ class _Data(NamedTuple):
   whole: dict[str, Any]
 
 
-class _Found(NamedTuple):
+class _Result(NamedTuple):
   """The results of a formula.
 
   Attributes:
@@ -100,14 +100,14 @@ class _Formula(NamedTuple):
   """One use of a public formula.
 
   Attributes:
-    run: `(data, axis_name) -> _Found`.
+    run: `(data, axis_name) -> _Result`.
     refused: the kinds of mesh under which the library raises an InputError by design.
     has_gradient: whether its gradient with respect to its inputs is compared as well.
     communicates: whether it takes an axis name; only such formulas run in `pmap`.
     tolerance: relative tolerance of the comparisons.
   """
 
-  run: Callable[[_Data, Any], _Found]
+  run: Callable[[_Data, Any], _Result]
   refused: tuple[str, ...] = ()
   tolerance: float = 1e-5
   has_gradient: bool = False
@@ -117,17 +117,17 @@ class _Formula(NamedTuple):
 def _each(fn):
   """A formula that treats each example separately: `(batch, whole) -> rows`."""
   return _Formula(
-    lambda data, _: _Found(rows=fn(data.batch, data.whole)), has_gradient=True
+    lambda data, _: _Result(rows=fn(data.batch, data.whole)), has_gradient=True
   )
 
 
 def _all(fn, **options):
   """A formula without an axis name that needs all examples: `(all, whole) -> any`."""
-  return _Formula(lambda data, _: _Found(same=fn(data.all, data.whole)), **options)
+  return _Formula(lambda data, _: _Result(same=fn(data.all, data.whole)), **options)
 
 
 def _spread(fn, **options):
-  """A formula that takes an axis name: `(data, axis_name) -> _Found`."""
+  """A formula that takes an axis name: `(data, axis_name) -> _Result`."""
   return _Formula(fn, communicates=True, **options)
 
 
@@ -258,64 +258,64 @@ def _mentor(compat, num_classes):
 def _linearized(engine, **options):
   def run(data, axis_name):
     params = base.local(data.whole["params"], axis_name)
-    found = linearization.linearize(_losses, params, data.batch, engine=engine)
-    slopes = found.directional(base.local(data.whole["vector"], axis_name))
-    pulled = found.weighted_gradient(data.batch["scores"])
-    return _Found((found.losses, slopes), base.psum(pulled, axis_name))
+    result = linearization.linearize(_losses, params, data.batch, engine=engine)
+    slopes = result.directional(base.local(data.whole["vector"], axis_name))
+    pulled = result.weighted_gradient(data.batch["scores"])
+    return _Result((result.losses, slopes), base.psum(pulled, axis_name))
 
   return _own(run, **options)
 
 
 def _linearized_outputs(data, axis_name):
   params = base.local(data.whole["params"], axis_name)
-  found = linearization.linearize_outputs(_logits, params, data.batch)
-  slopes = found.jvp(base.local(data.whole["vector"], axis_name))
-  pulled = found.vjp(data.batch["cosines"])
-  return _Found((found.outputs, slopes), base.psum(pulled, axis_name))
+  result = linearization.linearize_outputs(_logits, params, data.batch)
+  slopes = result.jvp(base.local(data.whole["vector"], axis_name))
+  pulled = result.vjp(data.batch["cosines"])
+  return _Result((result.outputs, slopes), base.psum(pulled, axis_name))
 
 
 def _norms(data, axis_name):
   params = base.local(data.whole["params"], axis_name)
-  return _Found(per_example.norms(_losses, params, data.batch)[0])
+  return _Result(per_example.norms(_losses, params, data.batch)[0])
 
 
 def _clipped_gradient(data, axis_name):
   gradient, info = per_example.clipped_gradient(
     _losses, data.whole["params"], data.batch, 0.3, axis_name=axis_name
   )
-  return _Found(info.norms, gradient)
+  return _Result(info.norms, gradient)
 
 
 def _restricted(data, axis_name):
   linearize = restriction.restricted(linearization.linearize, ["output", "bias"])
   params = base.local(data.whole["params"], axis_name)
-  found = linearize(_losses, params, data.batch)
-  return _Found(found.directional(base.local(data.whole["vector"], axis_name)))
+  result = linearize(_losses, params, data.batch)
+  return _Result(result.directional(base.local(data.whole["vector"], axis_name)))
 
 
 def _microbatched(data, axis_name):
   linearize = microbatching.microbatched(linearization.linearize, 2)
   params = base.local(data.whole["params"], axis_name)
-  found = linearize(_losses, params, data.batch)
-  slopes = found.directional(base.local(data.whole["vector"], axis_name))
-  pulled = found.weighted_gradient(data.batch["scores"])
-  return _Found((found.losses, slopes), base.psum(pulled, axis_name))
+  result = linearize(_losses, params, data.batch)
+  slopes = result.directional(base.local(data.whole["vector"], axis_name))
+  pulled = result.weighted_gradient(data.batch["scores"])
+  return _Result((result.losses, slopes), base.psum(pulled, axis_name))
 
 
 def _weighted_gradient(data, axis_name):
-  found = microbatching.weighted_gradient(
+  result = microbatching.weighted_gradient(
     _losses,
     base.local(data.whole["params"], axis_name),
     data.batch,
     data.batch["scores"],
     2,
   )
-  return _Found(found.losses, base.psum(found.gradient, axis_name))
+  return _Result(result.losses, base.psum(result.gradient, axis_name))
 
 
 def _direction(data, axis_name):
   params = data.whole["params"]
-  found = hypergradient.direction(
+  result = hypergradient.direction(
     _losses,
     params,
     data.meta,
@@ -324,7 +324,7 @@ def _direction(data, axis_name):
     opt_state=_SGD.init(params),
     axis_name=axis_name,
   )
-  return _Found(same=(found.vector, found.meta_loss))
+  return _Result(same=(result.vector, result.meta_loss))
 
 
 def _weight_gradient(data, axis_name):
@@ -332,18 +332,18 @@ def _weight_gradient(data, axis_name):
   linearized = linearization.linearize(
     _losses, base.local(params, axis_name), data.batch
   )
-  found = l2rw.meta_direction(_losses, params, data.meta, axis_name=axis_name)
-  waiting = hypergradient.batch_after(found, data.batch)
-  scores = hypergradient.weight_gradient(linearized, found, axis_name)
-  weighed = l2rw.weigh(linearized, found, axis_name)
-  return _Found((scores, weighed.weights, waiting))
+  result = l2rw.meta_direction(_losses, params, data.meta, axis_name=axis_name)
+  waiting = hypergradient.batch_after(result, data.batch)
+  scores = hypergradient.weight_gradient(linearized, result, axis_name)
+  weighed = l2rw.weigh(linearized, result, axis_name)
+  return _Result((scores, weighed.weights, waiting))
 
 
 def _weight_network_gradient(data, axis_name):
   def weights(phi):
     return _WEIGHT_NET.apply(phi, data.batch["losses"])
 
-  return _Found(
+  return _Result(
     same=hypergradient.network_gradient(
       weights, data.whole["weight_net"], data.batch["scores"], axis_name=axis_name
     )
@@ -365,22 +365,22 @@ def _unrolled(rows, whole):
 
 
 def _l2rw(data, axis_name, **options):
-  found = l2rw.example_weights(
+  result = l2rw.example_weights(
     _losses, data.whole["params"], data.batch, data.meta, axis_name=axis_name, **options
   )
-  return _Found(
-    (found.weights, found.scores, found.losses), (found.meta_loss, found.finite)
+  return _Result(
+    (result.weights, result.scores, result.losses), (result.meta_loss, result.finite)
   )
 
 
 def _l2rw_step(data, axis_name, **options):
   step = l2rw.weighted_value_and_grad(_losses, axis_name=axis_name, **options)
   (loss, info), grads = step(data.whole["params"], data.batch, data.meta)
-  return _Found(info.weights, (loss, grads, info.meta_loss))
+  return _Result(info.weights, (loss, grads, info.meta_loss))
 
 
-def _lesson(data, axis_name, **options):
-  found = meta_weight_net.network_gradient(
+def _network_gradient(data, axis_name, **options):
+  result = meta_weight_net.network_gradient(
     _WEIGHT_NET.apply,
     data.whole["weight_net"],
     _losses,
@@ -391,12 +391,12 @@ def _lesson(data, axis_name, **options):
     axis_name=axis_name,
     **options,
   )
-  return _Found(same=(found.gradient, found.meta_loss))
+  return _Result(same=(result.gradient, result.meta_loss))
 
 
 def _weigh_by_network(normalization_name):
   def run(data, axis_name):
-    return _Found(
+    return _Result(
       meta_weight_net.example_weights(
         _WEIGHT_NET.apply,
         data.whole["weight_net"],
@@ -421,7 +421,7 @@ def _inner_weights(normalization_name):
   )
 
 
-def _warpi_lesson(data, axis_name):
+def _warpi_meta_gradient(data, axis_name):
   outputs = linearization.linearize_outputs(
     _logits, base.local(data.whole["params"], axis_name), data.batch
   )
@@ -431,7 +431,7 @@ def _warpi_lesson(data, axis_name):
     labels = data.batch["labels"]
     return warpi.inner_loss(_RECTIFIER, phi, logits, labels, noise)[0].sum() / _B
 
-  found = meta_network.meta_gradient(
+  result = meta_network.meta_gradient(
     outputs,
     loss_fn,
     data.whole["rectifier"],
@@ -441,10 +441,10 @@ def _warpi_lesson(data, axis_name):
     optimizer=_SGD,
     axis_name=axis_name,
   )
-  return _Found(same=(found.gradient, found.meta_loss))
+  return _Result(same=(result.gradient, result.meta_loss))
 
 
-def _advisor_lesson(data, axis_name):
+def _advisor_meta_gradient(data, axis_name):
   outputs = linearization.linearize_outputs(
     lambda p, b: (_features(p, b), p),
     base.local(data.whole["params"], axis_name),
@@ -453,12 +453,12 @@ def _advisor_lesson(data, axis_name):
   features, values = outputs.outputs[0], data.batch["losses"]
 
   def loss_fn(both, psi):
-    own, params = both
-    gated = own * advisor.gate(_ADVISOR, psi, features, values)
+    network_features, params = both
+    gated = network_features * advisor.gate(_ADVISOR, psi, features, values)
     logits = _head(params, gated)
     return losses.softmax_cross_entropy(logits, data.batch["labels"]).sum() / _B
 
-  found = meta_network.meta_gradient(
+  result = meta_network.meta_gradient(
     outputs,
     loss_fn,
     data.whole["advisor"],
@@ -468,13 +468,13 @@ def _advisor_lesson(data, axis_name):
     optimizer=_SGD,
     axis_name=axis_name,
   )
-  return _Found(same=(found.gradient, found.meta_loss))
+  return _Result(same=(result.gradient, result.meta_loss))
 
 
 def _forml(data, axis_name, *, objective="worst", **settings):
   chosen = forml.make_objective(objective, **settings)
   groups = base.gather(data.meta["groups"], axis_name)
-  found = forml.example_weights(
+  result = forml.example_weights(
     _losses,
     data.whole["params"],
     data.batch,
@@ -485,11 +485,11 @@ def _forml(data, axis_name, *, objective="worst", **settings):
     inner_learning_rate=0.1,
     axis_name=axis_name,
   )
-  return _Found((found.weights, found.gradient), found.objective)
+  return _Result((result.weights, result.gradient), result.objective)
 
 
 def _nested_maml_weight_gradient(data, axis_name):
-  found = nested_maml.weight_gradient(
+  result = nested_maml.weight_gradient(
     _losses,
     data.whole["params"],
     data.batch,
@@ -499,14 +499,14 @@ def _nested_maml_weight_gradient(data, axis_name):
     axis_name=axis_name,
   )
   weights = nested_maml.update_weights(
-    jnp.ones_like(found.gradient), found.gradient, 0.1, clip=0.5
+    jnp.ones_like(result.gradient), result.gradient, 0.1, clip=0.5
   )
-  return _Found((found.gradient, weights), found.meta_loss)
+  return _Result((result.gradient, weights), result.meta_loss)
 
 
 def _loss_drop(data, axis_name):
   params = data.whole["params"]
-  return _Found(
+  return _Result(
     same=susceptibility.loss_drop(
       _losses,
       params,
@@ -587,11 +587,11 @@ _FORMULAS: dict[str, _Formula] = {
     lambda b, w: losses.logit_adjusted(b["logits"], b["labels"], w["counts"] + 1, 0.5)
   ),
   "normalization.sum_to_one": _spread(
-    lambda d, axis: _Found(normalization.sum_to_one(d.batch["losses"], axis)),
+    lambda d, axis: _Result(normalization.sum_to_one(d.batch["losses"], axis)),
     has_gradient=True,
   ),
   "normalization.rectify": _spread(
-    lambda d, axis: _Found(normalization.rectify(d.batch["scores"], axis)),
+    lambda d, axis: _Result(normalization.rectify(d.batch["scores"], axis)),
     has_gradient=True,
   ),
   "class_balance.inverse_frequency": _all(
@@ -604,14 +604,14 @@ _FORMULAS: dict[str, _Formula] = {
     lambda a, w: class_balance.effective_number(w["counts"], 0.0)
   ),
   "class_balance.deferred_example_weights": _spread(
-    lambda d, axis: _Found(
+    lambda d, axis: _Result(
       class_balance.deferred_example_weights(
         d.whole["counts"], d.batch["labels"], 0.9, jnp.int32(2), 2, axis
       )
     )
   ),
   "class_balance.example_weights": _spread(
-    lambda d, axis: _Found(
+    lambda d, axis: _Result(
       class_balance.example_weights(d.whole["margins"], d.batch["labels"], axis)
     )
   ),
@@ -694,12 +694,12 @@ _FORMULAS: dict[str, _Formula] = {
   "meta_weight_net.example_weights/sum": _weigh_by_network("sum"),
   "meta_weight_net.inner_weights": _inner_weights("mean"),
   "meta_weight_net.inner_weights/sum": _inner_weights("sum"),
-  "meta_weight_net.network_gradient": _spread(_lesson),
+  "meta_weight_net.network_gradient": _spread(_network_gradient),
   "meta_weight_net.network_gradient/recompute": _spread(
-    functools.partial(_lesson, recompute=True)
+    functools.partial(_network_gradient, recompute=True)
   ),
   "meta_weight_net.network_gradient/sum": _spread(
-    functools.partial(_lesson, normalization="sum", detached=False)
+    functools.partial(_network_gradient, normalization="sum", detached=False)
   ),
   "warpi.rectifiers": _each(
     lambda b, w: warpi.rectifiers(
@@ -716,13 +716,13 @@ _FORMULAS: dict[str, _Formula] = {
       _RECTIFIER, w["rectifier"], b["logits"], b["labels"], None
     )[0]
   ),
-  "meta_network.meta_gradient": _spread(_warpi_lesson),
+  "meta_network.meta_gradient": _spread(_warpi_meta_gradient),
   "advisor.gate": _each(
     lambda b, w: advisor.gate(_ADVISOR, w["advisor"], b["features"], b["losses"])
   ),
-  "meta_network.meta_gradient/advisor": _spread(_advisor_lesson),
+  "meta_network.meta_gradient/advisor": _spread(_advisor_meta_gradient),
   "forml.update_weights": _spread(
-    lambda d, axis: _Found(
+    lambda d, axis: _Result(
       forml.update_weights(d.batch["losses"], d.batch["scores"], 0.1, axis)
     )
   ),
@@ -735,14 +735,14 @@ _FORMULAS: dict[str, _Formula] = {
   ),
   "nested_maml.weight_gradient": _spread(_nested_maml_weight_gradient),
   "absgd.example_weights": _spread(
-    lambda d, axis: _Found(
+    lambda d, axis: _Result(
       *absgd.example_weights(
         d.batch["losses"], d.whole["scalar"], 2.0, gamma=0.5, axis_name=axis
       )
     )
   ),
   "absgd.example_weights/first": _spread(
-    lambda d, axis: _Found(
+    lambda d, axis: _Result(
       *absgd.example_weights(
         d.batch["losses"],
         -jnp.inf,
@@ -755,21 +755,21 @@ _FORMULAS: dict[str, _Formula] = {
     )
   ),
   "absgd.example_weights/softmax": _spread(
-    lambda d, axis: _Found(
+    lambda d, axis: _Result(
       *absgd.example_weights(
         d.batch["losses"], -jnp.inf, 1.0, gamma=1.0, axis_name=axis
       )
     )
   ),
   "absgd.example_weights/infinite": _spread(
-    lambda d, axis: _Found(
+    lambda d, axis: _Result(
       *absgd.example_weights(
         d.batch["losses"], d.whole["scalar"], jnp.inf, gamma=0.5, axis_name=axis
       )
     )
   ),
   "group_dro.example_weights": _spread(
-    lambda d, axis: _Found(
+    lambda d, axis: _Result(
       *group_dro.example_weights(
         d.batch["losses"],
         d.batch["groups"],
@@ -791,17 +791,17 @@ _FORMULAS: dict[str, _Formula] = {
     lambda b, w: ldam_drw.loss()(b["cosines"], {"label": b["labels"]}, w["counts"])
   ),
   "bare.select": _spread(
-    lambda d, axis: _Found(
+    lambda d, axis: _Result(
       bare.select(d.batch["logits"], d.batch["labels"], kappa=0.5, axis_name=axis)
     )
   ),
   "bare.example_weights": _spread(
-    lambda d, axis: _Found(
+    lambda d, axis: _Result(
       bare.example_weights(d.batch["logits"], d.batch["labels"], axis_name=axis)
     )
   ),
   "bare.example_weights/own_label": _spread(
-    lambda d, axis: _Found(
+    lambda d, axis: _Result(
       bare.example_weights(
         d.batch["logits"], d.batch["labels"], statistics="own_label", axis_name=axis
       )
@@ -840,7 +840,7 @@ _FORMULAS: dict[str, _Formula] = {
   "mentornet.spcl_linear": _curriculum(mentornet.spcl_linear),
   "mentornet.pd_mixture": _curriculum(mentornet.pd_mixture),
   "mentornet.moving_percentile": _spread(
-    lambda d, axis: _Found(
+    lambda d, axis: _Result(
       same=mentornet.moving_percentile(
         d.whole["scalar"], d.batch["losses"], 75.0, axis_name=axis
       )
@@ -848,7 +848,7 @@ _FORMULAS: dict[str, _Formula] = {
   ),
   "mentornet.epoch_percent": _all(lambda a, w: mentornet.epoch_percent(w["step"], 40)),
   "mentornet.example_dropout": _spread(
-    lambda d, axis: _Found(
+    lambda d, axis: _Result(
       mentornet.example_dropout(d.whole["key"], d.batch["losses"], 0.5, axis_name=axis)
     )
   ),
@@ -874,9 +874,9 @@ _COMMUNICATE = {name: f for name, f in _FORMULAS.items() if f.communicates}
 
 def _total(formula, leaves, treedef):
   """The sum of all floating-point numbers that a formula returns."""
-  found = jax.tree.leaves(formula.run(treedef.unflatten(leaves), None))
+  result = jax.tree.leaves(formula.run(treedef.unflatten(leaves), None))
   return sum(
-    [jnp.sum(x) for x in found if jnp.issubdtype(x.dtype, jnp.inexact)],
+    [jnp.sum(x) for x in result if jnp.issubdtype(x.dtype, jnp.inexact)],
     jnp.zeros(()),
   )
 
@@ -918,7 +918,7 @@ def _table(formulas):
       try:
         results[name] = formula.run(data, axis_name)
       except Exception as error:
-        errors[name], results[name] = error, _Found()
+        errors[name], results[name] = error, _Result()
     return results
 
   return evaluate, errors
@@ -994,7 +994,7 @@ def _mapped(evaluate):
     lambda data: evaluate(data, _AXIS),
     mesh=_mesh(jax.sharding.AxisType.Auto),
     in_specs=(_spec(True, False),),
-    out_specs=dict.fromkeys(_FORMULAS, _Found(jax.P(_AXIS), jax.P())),
+    out_specs=dict.fromkeys(_FORMULAS, _Result(jax.P(_AXIS), jax.P())),
     check_vma=True,
   )
 
@@ -1015,13 +1015,13 @@ def _in_pmap():
 
   data = _data()
   data = data._replace(batch=split(data.batch), meta=split(data.meta))
-  found = jax.pmap(run, _AXIS, in_axes=(_Data(0, 0, None, None),))(data)
+  result = jax.pmap(run, _AXIS, in_axes=(_Data(0, 0, None, None),))(data)
 
-  def joined(found):
-    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found.rows)
-    return found._replace(rows=rows)
+  def joined(result):
+    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), result.rows)
+    return result._replace(rows=rows)
 
-  return {name: joined(value) for name, value in found.items()}, errors
+  return {name: joined(value) for name, value in result.items()}, errors
 
 
 _KINDS = {
@@ -1115,11 +1115,11 @@ def test_gives_the_same_numbers_in_shard_map(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", _COMMUNICATE)
 def test_gives_the_same_numbers_in_pmap(name):
-  found, expected = _result("pmap", name), _result("one", name)
-  _assert_close(name, found.rows, expected.rows)
+  result, expected = _result("pmap", name), _result("one", name)
+  _assert_close(name, result.rows, expected.rows)
   for device in range(_DEVICES):
-    own = jax.tree.map(operator.itemgetter(device), found.same)
-    _assert_close(name, own, expected.same)
+    on_device = jax.tree.map(operator.itemgetter(device), result.same)
+    _assert_close(name, on_device, expected.same)
 
 
 _HOST = "runs on the host, on NumPy arrays and files"

@@ -92,9 +92,9 @@ def _compact(table):
     lines[0][0] = "setting"
   # A heading is empty if its setting has no value, such as M / B in plain training.
   lines[0] = [heading or "-" for heading in lines[0]]
-  made = report.table(lines[0], lines[1:])
+  text = report.table(lines[0], lines[1:])
   above = "; ".join(part for part in shared if part)
-  return f"{above}.\n\n{made}"
+  return f"{above}.\n\n{text}"
 
 
 def long_form(tables: Sequence[table_lib.Table]) -> str:

@@ -237,7 +237,7 @@ def _draw(source, number, shape, rng):
   name = f"{source.name} {source.split[:40]}"
   if source.num_classes < num_ways:
     raise base.InputError(
-      f"tasks of num_ways={num_ways} need as many classes, but {name} has"
+      f"a task needs num_ways = {num_ways} classes, but {name} has"
       f" {source.num_classes}. Lower num_ways."
     )
   members = [np.flatnonzero(source.labels == c) for c in range(source.num_classes)]

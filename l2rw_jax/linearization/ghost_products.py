@@ -14,8 +14,10 @@ Inner products therefore have two forms:
 
 For T positions and vectors of lengths L and R, the FLOPs of the formed product are
 proportional to T L R, and those of the ghost product are proportional to T^2 (L + R).
-`Gradients` adds the gradients of all uses of a parameter and chooses the form with
-fewer FLOPs. The gradients of all other operations (scales, biases, ...) are formed.
+`PerExampleGradients` adds the gradients of all uses of a parameter and chooses the form
+with fewer FLOPs. The gradients of other operations (scales, biases, ...) are formed.
+
+References: see `per_example`.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +47,7 @@ class _Factors(NamedTuple):
 
   The axes of the parameter are split into three tuples: axes along which the products
   are separate (groups of a convolution), axes of the left vectors, and axes of the
-  right vectors.
+  right vectors. Their sizes are G, L and R; T is the number of positions.
 
   Attributes:
     place: the gradients are with respect to the value at this place in the program.
@@ -54,7 +56,7 @@ class _Factors(NamedTuple):
     left: [B, G, T, L], or [B, 1, T] integers that stand for one-hot vectors.
     right: [B, G, T, R].
     form: computes the gradients, [B, *shape of the value]; if it is None, they are
-      computed as products of the vectors.
+      computed as sums of products of the vectors.
   """
 
   place: int
@@ -130,7 +132,7 @@ def uses_of(plan: parameter_uses.Plan) -> list[parameter_uses.Step]:
   return uses
 
 
-class Gradients:
+class PerExampleGradients:
   """The gradients of the losses of a batch, one for each example."""
 
   def __init__(
@@ -145,7 +147,7 @@ class Gradients:
 
     Args:
       plan: the operations of the program.
-      values: values by place.
+      values: the values that the plan computes, by their place in it.
       leaves: the parameters; their places are 0, 1, ...
       slopes: for each parameter use, the gradients of the sum of the losses with
         respect to its differentiable outputs.
@@ -172,7 +174,7 @@ class Gradients:
     return self._total(pairs=True)
 
   def weighted(self, weights: base.Array) -> list[base.Array]:
-    """The sum of w_i g_i over the examples, as a list like the leaves."""
+    """The sum of w_i g_i over the examples, a list like the leaves; weights are [B]."""
     places, cotangents = [], []
     for step, slopes in zip(self._steps, self._slopes, strict=True):
       inputs = [parameter_uses.value_of(value, self._values) for value in step.inputs]
@@ -277,7 +279,10 @@ class Gradients:
     return _Formed(place, _one_by_one(step, apply, parameter, slopes, self._size))
 
   def _untransposed(self, place, name):
-    """The place before casts and transpositions, and the permutation of the axes."""
+    """The place before casts and transpositions, and a permutation of axes.
+
+    Axis a of the value at the given place is axis `permutation[a]` at the returned one.
+    """
     permutation = list(range(jnp.ndim(self._values[place])))
     while place in self._producers:
       step = self._producers[place]
@@ -329,8 +334,8 @@ class Gradients:
       dimensions = producer.eqn.params["broadcast_dimensions"]
       kept = {d for d, size in zip(dimensions, old, strict=True) if size > 1}
       if axis not in kept:  # In this case all rows are the same.
-        summed = [a for a in range(rows.ndim) if a not in kept and a != axis]
-        rows = jnp.moveaxis(rows.sum(summed, keepdims=True), axis, 0)
+        repeated = [a for a in range(rows.ndim) if a not in kept and a != axis]
+        rows = jnp.moveaxis(rows.sum(repeated, keepdims=True), axis, 0)
         source: Any = producer.inputs[0].place
         return _Formed(source, rows.reshape(self._size, *old))
     # Example i has a gradient only in row i.
@@ -600,19 +605,19 @@ def _concatenated(uses):
 def _is_ghost_cheaper(factors, pairs, size):
   """Whether the ghost form takes fewer FLOPs per example than the formed one."""
   ghost, formed = 0, 0
-  per_pair = size if pairs else 1
+  num_pairs = size if pairs else 1  # For each example.
   before = 0  # Number of positions of the dense use, which comes first.
   for use in factors:
     groups, length, left, right = use.sizes()
     if use.is_index:
-      ghost += per_pair * 2 * length**2 * right if pairs else length**2
-      ghost += per_pair * 2 * length * before * right
+      ghost += num_pairs * 2 * length**2 * right if pairs else length**2
+      ghost += num_pairs * 2 * length * before * right
       formed += length * right
     else:
-      ghost += per_pair * 2 * groups * length**2 * (left + right)
+      ghost += num_pairs * 2 * groups * length**2 * (left + right)
       formed += 2 * groups * length * left * right
       before = length
-  formed += per_pair * 2 * math.prod(factors[0].shape)
+  formed += num_pairs * 2 * math.prod(factors[0].shape)
   return ghost < formed
 
 

@@ -13,10 +13,11 @@ never forms a gradient of parameters, and
 
     J^T w = sum over parameter uses of (dq/dp)^T (df/dq)^T (w_i delta_i)
 
-Recording, `directional` and `weighted_gradient` cost one forward pass each, in addition
-to the forward pass that computes the losses. With the engine "forward", these three
-cost 0, 2 and 2 forward passes. No per-example gradient is formed. Operations on
-parameters alone (casts, reshapes, weight normalization) are differentiated as usual.
+The backward pass (called recording), `directional` and `weighted_gradient` cost one
+forward pass each, in addition to the forward pass that computes the losses. With the
+engine "forward", these three cost 0, 2 and 2 forward passes. No per-example gradient is
+formed. Operations on parameters alone (casts, reshapes, weight normalization) are
+differentiated as usual.
 
 The engine works on the jaxpr of the losses, so it supports any framework and any
 sharing of parameters. `batch_axes` checks whether examples are processed independently.
@@ -24,8 +25,9 @@ The gradients delta are taken with respect to perturbations: arrays of zeros tha
 added to the outputs of the uses. In a `jax.lax.scan`, each iteration reads its
 perturbations from a row of the input. It records the values that are needed for the
 derivatives in a row of the output, and `directional` and `weighted_gradient` each loop
-over these rows. The engine does not support a `jax.custom_vjp` that takes parameters
-(its backward rule sums over examples), `while` or `cond`.
+over these rows. The engine does not support a `jax.custom_vjp` that takes parameters,
+because its backward rule sums over examples, nor a `jax.lax.while_loop` or
+`jax.lax.cond` whose inputs depend on parameters.
 
 For a `jax.checkpoint`, only its inputs and the gradients of its outputs are recorded.
 Each pass recomputes the values that it needs: recording, `directional` and
@@ -46,7 +48,7 @@ from l2rw_jax.linearization import ordering
 from l2rw_jax.linearization import parameter_uses
 
 # Largest number of groups of layers whose gradients are computed one after the other.
-_MAX_LINKS = 64
+_MAX_GROUPS = 64
 
 
 def linearize(
@@ -284,13 +286,14 @@ def _weighted_gradient(
   inputs, vjp_fn = jax.vjp(_inputs_of_uses(plan, values), parameters)
   cotangents = []
   uses = plan.parameter_uses()
-  link = ordering.num_bytes(parameters) / _MAX_LINKS
-  waiting, finished = weights, []
+  group_bytes = ordering.num_bytes(parameters) / _MAX_GROUPS
+  # The weights of a group depend on the gradients of the group before it.
+  group_weights, finished = weights, []
   for step, x, g in reversed(list(zip(uses, inputs, gradients, strict=True))):
-    cotangents.append(_COTANGENTS[type(step)](step, x, g, values, waiting))
+    cotangents.append(_COTANGENTS[type(step)](step, x, g, values, group_weights))
     finished.append(cotangents[-1])
-    if in_turn and ordering.num_bytes(finished) >= link:
-      waiting, finished = ordering.after(finished, weights), []
+    if in_turn and ordering.num_bytes(finished) >= group_bytes:
+      group_weights, finished = ordering.after(finished, weights), []
   (result,) = vjp_fn(cotangents[::-1])
   return result
 
@@ -387,7 +390,16 @@ def _barrier(tree):
 
 
 def _consts_and_rows(loop, *lists):
-  """The places of constants and of rows in a loop's body, and values of each."""
+  """The constants and the rows of a loop that are parameters.
+
+  Args:
+    loop: the loop.
+    *lists: lists with an entry for each of these constants, then one for each row.
+
+  Returns:
+    For the constants, their places in the body and their part of each list; the same
+    for the rows.
+  """
   consts = [place for place, value in loop.consts if value.is_parameter]
   rows = [place for place, value in loop.rows if value.is_parameter]
   size = len(consts)

@@ -21,7 +21,7 @@ from l2rw_jax.linearization import parameter_uses
 
 
 def allocated_after(first: base.PyTree, function: Callable[[], Any]) -> Any:
-  """`function()`, whose loops allocate their stacked outputs only after `first`.
+  """`function()`, whose loops allocate their stacked outputs after `first` is computed.
 
   Loops inside other loops, or inside `jax.checkpoint`, `cond` or a function with a
   custom derivative, are not changed. Outside of `jit` and similar transformations,
@@ -86,12 +86,12 @@ def _scan(eqn, inputs, zero):
     i, carry, arrays = state
     results = jax.core.eval_jaxpr(loop.jaxpr, loop.closed_consts, *consts, *carry, *xs)
     carry, rows = results[: loop.num_carry], results[loop.num_carry :]
-    moved = [row for row, keep in zip(rows, is_moved, strict=True) if keep]
+    moved_rows = [row for row, moved in zip(rows, is_moved, strict=True) if moved]
     arrays = [
       jax.lax.dynamic_update_index_in_dim(array, row, i, 0)
-      for array, row in zip(arrays, moved, strict=True)
+      for array, row in zip(arrays, moved_rows, strict=True)
     ]
-    others = [row for row, keep in zip(rows, is_moved, strict=True) if not keep]
+    others = [row for row, moved in zip(rows, is_moved, strict=True) if not moved]
     return (i + (-1 if loop.reverse else 1), carry, arrays), others
 
   (_, carry, arrays), others = jax.lax.scan(

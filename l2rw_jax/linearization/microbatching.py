@@ -12,12 +12,13 @@ training mode normalizes each microbatch separately (an error is raised if the l
 function returns its statistics), and a dropout mask that is drawn for a whole batch is
 the same in every microbatch.
 
-With `axis_name`, the microbatches are parts of each device's batch. If arrays are
-sharded over an automatic mesh, the microbatches are parts of the global batch, so that
-examples move between devices.
+Under `jax.pmap` and `jax.shard_map`, the microbatches are parts of each device's batch.
+If arrays are sharded over an automatic mesh, the microbatches are parts of the global
+batch, so that examples move between devices.
 
 Microbatches are processed in a loop, so compile time does not depend on their number.
-On a CPU, `control_flow.channels_last` converts the convolutions in this loop.
+On a CPU, `control_flow.channels_last` converts the convolutions in this loop to a
+layout in which they are fast.
 """
 
 from collections.abc import Callable
@@ -119,7 +120,8 @@ def microbatched(
   return linearize_microbatched
 
 
-# Part of the messages about losses functions that do not follow their batch.
+# Part of the messages about losses functions that fail or return another number of
+# losses for a microbatch.
 ONE_LOSS_PER_ROW = (
   "It must compute one loss for each row of its batch: pass arrays with a row per"
   " example (such as labels) in the batch, and do not close over them."

@@ -742,9 +742,9 @@ class Plan:
     args = [{place: value.aval for place, value in group} for group in groups]
     closed, shapes = jax.make_jaxpr(loop, return_shape=True)(*args)
     flat = [dict(group)[place] for group in groups for place in sorted(dict(group))]
-    found = self.add(closed.jaxpr, _constants(closed.consts), flat)
+    added = self.add(closed.jaxpr, _constants(closed.consts), flat)
     last, (all_before, collected) = jax.tree.unflatten(
-      jax.tree.structure(shapes), found
+      jax.tree.structure(shapes), added
     )
     places = [_place(before[i]) for i in carried]
     values = dict(zip(results, collected, strict=True))
@@ -762,12 +762,12 @@ class Plan:
 
   def perturbations(self) -> list[Any]:
     """Zeros for each parameter use, with respect to which losses are differentiated."""
-    made: dict[Any, base.Array] = {}
+    by_type: dict[Any, base.Array] = {}
 
     def zeros_of(aval):  # One array for all uses of a type keeps the program small.
-      if aval not in made:
-        made[aval] = zeros(aval)
-      return made[aval]
+      if aval not in by_type:
+        by_type[aval] = zeros(aval)
+      return by_type[aval]
 
     return [step.perturbations(zeros_of) for step in self.parameter_uses()]
 

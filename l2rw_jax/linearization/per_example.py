@@ -262,7 +262,7 @@ class _Recorded(NamedTuple):
 
   losses: base.Array
   aux: Any
-  gradients: ghost_products.Gradients
+  gradients: ghost_products.PerExampleGradients
 
   def squares(self) -> base.Array:
     """Squared norms, [B]."""
@@ -451,7 +451,9 @@ def _layerwise(call, leaves, batch, names):
   ]
   losses, vjp_fn, (values, aux) = jax.vjp(perturbed_losses, zeros, has_aux=True)
   (slopes,) = vjp_fn(jnp.ones_like(losses))
-  gradients = ghost_products.Gradients(plan, values, leaves, slopes, losses.shape[0])
+  gradients = ghost_products.PerExampleGradients(
+    plan, values, leaves, slopes, losses.shape[0]
+  )
   return _Recorded(losses, jax.tree.unflatten(tree, aux), gradients)
 
 

@@ -8,7 +8,7 @@ ascent, then the network by gradient descent on the q-weighted loss.
     w_i  = q_g / n_g                for each of the n_g examples i of g in the batch
 
 Then sum_i w_i l_i = sum_g q_g L_g. With eta = 0 and uniform q, this is the mean of
-the groups' means.
+the groups' means if every group is in the batch.
 
 Groups that are absent from a batch keep their q, except for the division by Z, and
 contribute nothing to the sum: the sum of the weights is the sum of q over the groups in
@@ -137,7 +137,8 @@ def group_dro(
 
   Args:
     num_groups: G; the number of classes if None.
-    step_size: eta, per nat; 0.01 as released.
+    step_size: eta, per unit of loss, at least 0. The default is that of the released
+      code.
     key: the entry of a training batch that contains the groups, such as "label" or
       "group". Warning: the library's data sets without an attribute store the *true*
       class in "group", which a method for wrong labels must not use.
@@ -149,8 +150,8 @@ def group_dro(
     the weights. Before the first epoch it checks the groups of the training set.
 
   Raises:
-    InputError: a setting is out of range; in training, the batch has no `key`, or
-      a group has no member in the training set.
+    InputError: a setting is out of range; in training, the batch has no `key`, or the
+      groups of the training set are not integers 0 .. G - 1 that all occur.
   """
   _check_setting("step_size", step_size)
   _check_setting("adjustment", adjustment)

@@ -86,10 +86,10 @@ def fit(images: np.ndarray, seed: int = 0) -> tuple[RandomPatches, np.ndarray]:
   _check(images)
   kernel, bias = _filters(_patches(images, np.random.default_rng(seed)))
   responses = _responses(images, kernel, bias)
-  made = RandomPatches(
+  extractor = RandomPatches(
     kernel, bias, responses.mean(axis=0), responses.std(axis=0) + np.float32(1e-3)
   )
-  return made, (responses - made.mean) / made.std
+  return extractor, (responses - extractor.mean) / extractor.std
 
 
 def _check(images: np.ndarray) -> None:

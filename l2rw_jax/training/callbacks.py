@@ -224,15 +224,15 @@ class Checkpoints:
 
   def _read(self, like):
     """The latest intact checkpoint, which process 0 selects."""
-    found = []
+    checkpoints = []
 
     def latest():
-      found.append(self._checkpointer.restore_latest(like))
-      return None if found[0] is None else found[0].step
+      checkpoints.append(self._checkpointer.restore_latest(like))
+      return None if checkpoints[0] is None else checkpoints[0].step
 
     step = processes.on_first("restore", latest)
     if processes.is_first():
-      return found[0]
+      return checkpoints[0]
     return None if step is None else self._checkpointer.restore(step, like)
 
   def _check_identity(self, restored, run):

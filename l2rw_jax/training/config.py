@@ -51,9 +51,9 @@ class Config:
     num_steps: number of updates.
     batch_size: B, over all devices.
     meta_batch_size: M, over all devices; the whole meta set if None.
-    seeds: one run is trained for each seed, from 0 to 2^32 - 1; all are different. The
-      seed determines the initialization, the order of the batches and the random
-      numbers of the method.
+    seeds: one run is trained for each of these different integers, which lie between 0
+      and 2^32 - 1. The seed determines the initialization, the order of the batches and
+      the random numbers of the method.
     log_every: number of steps between two rows of training metrics. A row is also
       written at every evaluation and checkpoint. Each has the means over the steps
       since the row before it.
@@ -75,7 +75,8 @@ class Config:
       the same program.
 
   Raises:
-    InputError: a number is not an integer or is too small, or two seeds are equal.
+    InputError: a number is not an integer or is out of range, or `seeds` is not a
+      sequence, is empty, or contains an integer twice.
   """
 
   num_steps: int
@@ -137,7 +138,13 @@ class Config:
 def check(
   config: Config, method: base.Method, splits: Sequence[examples_lib.Splits]
 ) -> None:
-  """Raises InputError unless `loop.train` accepts these arguments."""
+  """Raises InputError unless `loop.train` accepts these arguments.
+
+  Args:
+    config: the settings.
+    method: the method of all runs.
+    splits: the data of each run, from `as_integers`.
+  """
   devices.choose(config.num_devices, config.batch_size)
   if config.device_map not in devices.MAPS:
     raise base.InputError(

@@ -54,8 +54,13 @@ def watched(
     method: the method; its gradients do not change.
     validation: the validation set of each run, by seed.
     weights: weights of the examples in a validation batch, given their logits and
-      labels; uniform if None.
+      labels; uniform if None. They sum to 1 in every forward pass, and the results of
+      the passes are averaged, weighted by their numbers of examples.
     batch_size: number of examples in a forward pass.
+
+  Returns:
+    A method with the state `State`. The value is computed by `refresh`; before the
+    first call of `refresh` it is infinite.
 
   Raises:
     InputError: a validation set is empty.
@@ -127,16 +132,17 @@ def reduce_on_plateau(
   min_scale: float,
   rtol: float = 1e-4,
 ) -> optax.GradientTransformationExtraArgs:
-  """Scales the updates of `optimizer` by `factor` when the value stops decreasing.
+  """Scales the updates of `optimizer` by `factor` when a value stops decreasing.
 
-  This is PyTorch's ReduceLROnPlateau with one value for each epoch, but it decides one
-  epoch later: a value that is computed before an epoch takes effect with the last
-  update of that epoch.
+  The value is the argument `value` of `update`, to which the training step passes
+  `Gradients.value`. This is PyTorch's ReduceLROnPlateau with one value for each epoch,
+  but it decides one epoch later: a value that is computed before an epoch takes effect
+  with the last update of that epoch.
 
   Args:
     optimizer: any optimizer.
     steps_per_epoch: number of updates between two values.
-    factor: in (0, 1).
+    factor: the number in (0, 1) by which the scale is multiplied at each reduction.
     patience: number of successive epochs without a new best value that do not reduce
       the scale; the next one does.
     min_scale: lower bound of the scale.

@@ -96,16 +96,16 @@ def restore(stored: Any, like: base.PyTree) -> base.PyTree:
 
 def _nested(tree: base.PyTree) -> Any:
   """A pytree as nested dictionaries of NumPy arrays."""
-  made: dict[str, Any] = {}
+  result: dict[str, Any] = {}
   for path, value in jax.tree_util.tree_leaves_with_path(tree):
     value = np.asarray(jax.random.key_data(value) if _is_key(value) else value)
     if not path:
       return value
-    place = made
+    place = result
     for entry in path[:-1]:
       place = place.setdefault(_key(entry), {})
     place[_key(path[-1])] = value
-  return made
+  return result
 
 
 def _is_key(value: Any) -> bool:

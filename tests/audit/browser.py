@@ -103,7 +103,7 @@ class Tab:
     ]
     return [url for url in urls if not url.startswith(("file:", "data:", "about:"))]
 
-  def complaints(self) -> list[Any]:
+  def errors(self) -> list[Any]:
     """Uncaught exceptions and logged errors."""
     return [
       e

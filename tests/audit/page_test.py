@@ -183,7 +183,7 @@ def test_hostile_text_is_shown_and_not_run(tab, tmp_path):
   assert tab.run("document.scripts.length") == 2
   assert tab.run("document.querySelector('h1').textContent") == _HOSTILE
   assert tab.run("[...document.images].every((x) => x.naturalWidth === 4)")
-  assert tab.requests() == [] and tab.complaints() == []
+  assert tab.requests() == [] and tab.errors() == []
 
 
 @pytest.mark.browser

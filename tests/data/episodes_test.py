@@ -187,7 +187,7 @@ _LARGE = _source("meta", 4, shape=(3, 3, 1))
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    ({"num_ways": 5}, "tasks of num_ways=5 need as many classes, but meta all has 4"),
+    ({"num_ways": 5}, "a task needs num_ways = 5 classes, but meta all has 4"),
     ({"num_ways": 1}, "num_ways=1 must be an integer of at least 2"),
     ({"num_shots": 0}, "num_shots=0 must be an integer of at least 1"),
     ({"num_queries": 0}, "num_queries=0 must be an integer of at least 1"),

@@ -17,8 +17,8 @@ def run(tmp_path_factory):
     *("--repeats=2", "--part=4", "--epsilon=0.5", "--epochs=1"),
     cwd=cwd,
   )
-  assert done.status == 0 and done.complaints == "", done.complaints
-  return scripts.saved_rows(cwd / "runs" / "coreset_selection")[0], done.printed
+  assert done.status == 0 and done.stderr == "", done.stderr
+  return scripts.saved_rows(cwd / "runs" / "coreset_selection")[0], done.stdout
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_extra_memory_is_what_is_touched():
 
 
 @pytest.mark.parametrize(
-  ("flags", "complaint"),
+  ("flags", "message"),
   [
     ("--fraction=0", "--fraction=0 must lie between"),
     ("--epsilon=2", "--epsilon=2 must lie between"),
@@ -80,8 +80,8 @@ def test_extra_memory_is_what_is_touched():
     ("--fraction=0.02 --part=4", "--part=4 selects 6 of 325 examples in 10 classes"),
   ],
 )
-def test_a_mistake_is_one_line(flags, complaint, tmp_path):
+def test_a_mistake_is_one_line(flags, message, tmp_path):
   arguments = ["--dataset=digits", *flags.split()]
   done = scripts.run("benchmarks.coreset_selection", *arguments, cwd=tmp_path)
-  scripts.assert_one_line(done, complaint)
+  scripts.assert_one_line(done, message)
   assert not list(tmp_path.iterdir())

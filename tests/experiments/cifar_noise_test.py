@@ -88,8 +88,8 @@ def run(data_dir, tmp_path_factory):
   """The folder of a short run, and the text that the run printed."""
   cwd = tmp_path_factory.mktemp(_NAME)
   done = scripts.run(_NAME, *_shared(data_dir), "--methods=uniform", cwd=cwd)
-  assert done.status == 0 and done.complaints == "", done.complaints
-  return cwd / "runs" / _NAME, done.printed
+  assert done.status == 0 and done.stderr == "", done.stderr
+  return cwd / "runs" / _NAME, done.stdout
 
 
 @pytest.mark.slow
@@ -125,7 +125,7 @@ def test_flags_override_the_preset(data_dir, tmp_path):
     for i, flags in enumerate(given)
   ]
   for done in scripts.run_many(_NAME, commands):
-    assert done.status == 0 and done.complaints == "", done
+    assert done.status == 0 and done.stderr == "", done
   (flip,), (overridden,), (human,) = (
     scripts.saved_rows(tmp_path / str(i))[0] for i in range(3)
   )

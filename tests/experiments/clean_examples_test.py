@@ -35,8 +35,8 @@ def run(tmp_path_factory):
   cwd = tmp_path_factory.mktemp(_NAME)
   methods = "early_stopped,uniform,clean_only"
   done = scripts.run(_NAME, *_SMALL, "--num_seeds=2", f"--methods={methods}", cwd=cwd)
-  assert done.status == 0 and done.complaints == "", done.complaints
-  return cwd / "runs" / _NAME, done.printed
+  assert done.status == 0 and done.stderr == "", done.stderr
+  return cwd / "runs" / _NAME, done.stdout
 
 
 def test_rows_of_every_number_of_clean_images(run):

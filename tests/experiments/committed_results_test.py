@@ -177,10 +177,10 @@ def test_on_half_wrong_labels_every_method_beats_uniform_beyond_both_spreads():
   learned = {"l2rw", "meta_weight_net", "mentornet_pd", "warpi", "advisor"}
   assert learned <= set(accuracies)
   for method in learned:
-    own = accuracies[method]
-    assert len(own) >= 3
-    margin = statistics.mean(own) - statistics.mean(uniform)
-    assert margin > statistics.stdev(own) + statistics.stdev(uniform), method
+    values = accuracies[method]
+    assert len(values) >= 3
+    margin = statistics.mean(values) - statistics.mean(uniform)
+    assert margin > statistics.stdev(values) + statistics.stdev(uniform), method
 
 
 def test_susceptibility_follows_memorization_and_finds_methods_without_it():
@@ -188,17 +188,17 @@ def test_susceptibility_follows_memorization_and_finds_methods_without_it():
   for name in ("mnist", "digits"):
     found = rows(f"memorization/{name}")
     for noise in (0.25, 0.5):
-      own = [row for row in found if row["noise_fraction"] == noise]
+      at_noise = [row for row in found if row["noise_fraction"] == noise]
       correlations[name, noise] = susceptibility.rank_correlation(
-        [row["susceptibility"] for row in own],
-        [row["wrong_subset_percent"] for row in own],
+        [row["susceptibility"] for row in at_noise],
+        [row["wrong_subset_percent"] for row in at_noise],
       )
-      for row in own:
+      for row in at_noise:
         key = (name, noise, row["region"])
         accuracies.setdefault(key, []).append(row["accuracy_percent"])
   assert min(correlations.values()) > 0
   assert min(correlations["mnist", noise] for noise in (0.25, 0.5)) > 0.6
-  means = {key: statistics.mean(own) for key, own in accuracies.items()}
+  means = {key: statistics.mean(values) for key, values in accuracies.items()}
   # MNIST with half of the labels replaced is an exception: see results/README.md.
   for name, noise in (("mnist", 0.25), ("digits", 0.25), ("digits", 0.5)):
     chosen = means.pop((name, noise, 1))

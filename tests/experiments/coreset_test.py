@@ -32,8 +32,8 @@ def run(tmp_path_factory):
   """The folder of a short run, and the text that the run printed."""
   cwd = tmp_path_factory.mktemp(_NAME)
   done = scripts.run(_NAME, *_SMALL, cwd=cwd)
-  assert done.status == 0 and done.complaints == "", done.complaints
-  return cwd / "runs" / _NAME, done.printed
+  assert done.status == 0 and done.stderr == "", done.stderr
+  return cwd / "runs" / _NAME, done.stdout
 
 
 def test_a_file_that_has_changed_is_read_again(tmp_path):
@@ -100,10 +100,10 @@ def test_second_call_reads_the_first_and_a_tail_is_cut(run):
       ],
     ],
   )
-  assert again.status == 0 and again.complaints == "", again
-  assert scripts.table(again.printed) == scripts.table(printed)
+  assert again.status == 0 and again.stderr == "", again
+  assert scripts.table(again.stdout) == scripts.table(printed)
   assert (folder / "results.csv").read_bytes() == before
-  assert cut.status == 0 and cut.complaints == "", cut
+  assert cut.status == 0 and cut.stderr == "", cut
   rows, _, _ = scripts.saved_rows(tail)
   assert {row["imbalance"] for row in rows} == {4.0}
   assert rows[0]["num_train"] < 1000

@@ -130,8 +130,8 @@ def run(tmp_path_factory):
   arguments += ["--batch_size=64", "--learning_rate=0.1", "--kept_learning_rate=30"]
   arguments.append(f"--methods={','.join(_COMPARED)}")
   done = scripts.run("benchmarks.data_cleaning", *arguments, cwd=cwd)
-  assert done.status == 0 and done.complaints == "", done.complaints
-  return cwd, arguments, done.printed
+  assert done.status == 0 and done.stderr == "", done.stderr
+  return cwd, arguments, done.stdout
 
 
 def test_every_method_learns_and_ranks(run):
@@ -154,11 +154,11 @@ def test_every_method_learns_and_ranks(run):
   assert by_name["l2rw"]["score_auroc"] is not None
   assert (cwd / "runs" / "data_cleaning" / "figure.png").stat().st_size > 10_000
   again = scripts.run("benchmarks.data_cleaning", *arguments, cwd=cwd)
-  assert again.status == 0 and again.printed == printed  # Nothing was repeated.
+  assert again.status == 0 and again.stdout == printed  # Nothing was repeated.
 
 
 @pytest.mark.parametrize(
-  ("arguments", "complaint"),
+  ("arguments", "message"),
   [
     (["--methods=sobo"], "--methods=sobo: choose among l2rw"),
     (["--num_meta=10"], "--num_meta=10: four fifths of these images are"),
@@ -170,10 +170,10 @@ def test_every_method_learns_and_ranks(run):
     ),
   ],
 )
-def test_a_mistake_is_one_line(arguments, complaint, tmp_path):
+def test_a_mistake_is_one_line(arguments, message, tmp_path):
   small = ["--dataset=digits", "--num_train=320", "--num_meta=80"]
   names = {argument.split("=")[0] for argument in arguments}
   small = [argument for argument in small if argument.split("=")[0] not in names]
   done = scripts.run("benchmarks.data_cleaning", *small, *arguments, cwd=tmp_path)
-  assert done.status == 2 and complaint in done.complaints, done.complaints
+  assert done.status == 2 and message in done.stderr, done.stderr
   assert not (tmp_path / "runs").exists()

@@ -36,8 +36,8 @@ def run(tmp_path_factory):
   cwd = tmp_path_factory.mktemp(_NAME)
   (cwd / "flags.txt").write_text("\n".join([*_SMALL, "--noise_fraction=0.3"]))
   done = scripts.run(_NAME, "--flagfile=flags.txt", "--methods=l2rw,uniform", cwd=cwd)
-  assert done.status == 0 and done.complaints == "", done.complaints
-  return cwd, done.printed
+  assert done.status == 0 and done.stderr == "", done.stderr
+  return cwd, done.stdout
 
 
 def test_table_and_written_files_are_printed(run):
@@ -184,10 +184,10 @@ def test_mistake_in_a_shell_is_one_line(tmp_path):
 
 def test_help_names_every_flag(tmp_path):
   done = scripts.run(_NAME, "--help", cwd=tmp_path)
-  assert done.status == 1 and done.complaints == ""  # absl exits with 1 after --help.
+  assert done.status == 1 and done.stderr == ""  # absl exits with 1 after --help.
   for name in (*_FLAGS, "workdir", "data_dir", "cache_dir"):
-    assert re.search(rf"^  --{name}:", done.printed, re.MULTILINE), name
-  assert done.printed.startswith("L2RW against its baselines")
+    assert re.search(rf"^  --{name}:", done.stdout, re.MULTILINE), name
+  assert done.stdout.startswith("L2RW against its baselines")
 
 
 @pytest.mark.slow
@@ -196,11 +196,11 @@ def test_full_disk_is_one_line_and_the_command_continues(tmp_path):
   module = f"experiments.{_NAME}"
   done = scripts.start("-c", scripts.FULL_DISK, module, 200_000, *flags, cwd=tmp_path)
   scripts.assert_one_line(done, "cannot write the checkpoint of step 4")
-  assert "File too large. Free some space and run the same command" in done.complaints
+  assert "File too large. Free some space and run the same command" in done.stderr
   assert not list(tmp_path.rglob("results.json"))
   done = scripts.run(_NAME, *flags, cwd=tmp_path)
-  assert done.status == 0 and done.complaints == ""
-  assert len(scripts.table(done.printed)) == 2
+  assert done.status == 0 and done.stderr == ""
+  assert len(scripts.table(done.stdout)) == 2
 
 
 def test_run_with_settings_equals_the_command(run, tmp_path):
@@ -222,8 +222,8 @@ def test_divergence_is_one_line_again(tmp_path):
     _NAME, [[*diverging, many], [*diverging, many], [*finished, "--num_steps=1"]]
   )
   scripts.assert_one_line(first, "uniform, seed 0, step 1: ")
-  assert "losses are NaN or infinite; the last good parameters" in first.complaints
+  assert "losses are NaN or infinite; the last good parameters" in first.stderr
   assert again == first
   assert not list((tmp_path / "run").rglob("results.json"))
   # Every loss of the single step was finite, so there is a result, although a bad one.
-  assert short.status == 0 and len(scripts.table(short.printed)) == 2
+  assert short.status == 0 and len(scripts.table(short.stdout)) == 2

@@ -15,8 +15,8 @@ def run(tmp_path_factory):
   cwd = tmp_path_factory.mktemp(_NAME)
   methods = f"--methods={','.join(_SETTINGS)}"
   done = scripts.run(_NAME, *_SMALL, methods, "--condense=50,30", cwd=cwd)
-  assert done.status == 0 and done.complaints == "", done.complaints
-  return cwd / "runs" / _NAME, done.printed
+  assert done.status == 0 and done.stderr == "", done.stderr
+  return cwd / "runs" / _NAME, done.stdout
 
 
 def test_the_table(run):
@@ -97,11 +97,11 @@ def test_a_finished_run_is_not_repeated_and_an_attribute_has_cells(run):
       ],
     ],
   )
-  assert again.status == 0 and again.complaints == "", again
-  assert scripts.table(again.printed) == scripts.table(printed)
+  assert again.status == 0 and again.stderr == "", again
+  assert scripts.table(again.stdout) == scripts.table(printed)
   assert {p: p.stat().st_mtime_ns for p in metrics} == metrics
-  assert inverted.status == 0 and inverted.complaints == "", inverted
-  assert scripts.table(inverted.printed)[0][3] == "worst class and group %"
+  assert inverted.status == 0 and inverted.stderr == "", inverted
+  assert scripts.table(inverted.stdout)[0][3] == "worst class and group %"
   rows, _, _ = scripts.saved_rows(folder.parent / "inverted")
   for row in rows:
     assert row["groups"] == "inverted"

@@ -42,16 +42,16 @@ class _Linear(nn.Module):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def learner_of():
+def make_learner():
   """The original `make_learner`; runs use one whose network compiles faster."""
-  own = script.make_learner
+  original = script.make_learner
 
   def linear(settings):
-    return own(settings)._replace(network=_Linear(settings.ways))
+    return original(settings)._replace(network=_Linear(settings.ways))
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(script, "make_learner", linear)
-    yield own
+    yield original
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,8 @@ def run(tmp_path_factory):
   cwd = tmp_path_factory.mktemp(_NAME)
   methods = f"--methods={','.join(_METHODS)}"
   done = scripts.run(_NAME, *_SMALL, methods, "--ood_share=0.5", cwd=cwd)
-  assert done.status == 0 and done.complaints == "", done.complaints
-  return cwd / "runs" / _NAME, done.printed
+  assert done.status == 0 and done.stderr == "", done.stderr
+  return cwd / "runs" / _NAME, done.stdout
 
 
 def test_the_table(run):
@@ -116,7 +116,7 @@ def test_weights_are_probed_from_the_start(run):
 
 
 @pytest.mark.slow
-def test_more_shares_are_added_and_items_have_weights(run):
+def test_a_run_adds_another_ood_share_and_share_item_weighs_single_images(run):
   folder, _ = run
   kept = scripts.contents(folder / "ood-0.5")
   more, items = scripts.run_many(
@@ -142,12 +142,12 @@ def test_more_shares_are_added_and_items_have_weights(run):
     ],
   )
   for done in (more, items):
-    assert done.status == 0 and done.complaints == "", done
+    assert done.status == 0 and done.stderr == "", done
   now = scripts.contents(folder / "ood-0.5")
   assert {path: now[path] for path in kept} == kept
   rows, _, _ = scripts.saved_rows(folder)
   assert {row["ood_share"] for row in rows} == {0.5, 0.25} and len(rows) == 2 * 4
-  # maml_zeroed knows which tasks are foreign.
+  # maml_zeroed knows which tasks are out of distribution, so its weights separate them.
   aurocs = [r["weight_auroc"] for r in rows if r["method"] == "maml_zeroed"]
   assert aurocs == [1.0] * 4
   rows, _, _ = scripts.saved_rows(folder.parent / "items")
@@ -157,14 +157,14 @@ def test_more_shares_are_added_and_items_have_weights(run):
   assert by_method["l2rw"]["right_weight"] is None
 
 
-def test_the_network_is_conv4_and_fits_the_tasks(learner_of):
+def test_the_network_is_conv4_and_fits_the_tasks(make_learner):
   settings = script.Settings(dataset="digits", ood="shuffled", num_clusters=1)
   settings = settings.replace(num_tasks=6, num_meta_tasks=2, num_test_tasks=2)
-  learner = learner_of(settings)
+  learner = make_learner(settings)
   assert learner.network == conv4.Conv4(2, 32, pool=False)
   train = script.make_problem(settings, 0.5, seed=0).splits.train
   learner.check({"image": train.image, "label": train.label}, 2)
-  learner = learner_of(settings.replace(dataset="mini_imagenet", width=8))
+  learner = make_learner(settings.replace(dataset="mini_imagenet", width=8))
   assert learner.network == conv4.Conv4(5, 8, pool=True)
 
 
@@ -177,25 +177,25 @@ def test_every_kind_of_out_of_distribution_source_can_be_read(tmp_path):
   np.savez(tmp_path / "rows.npz", **{**parts, "X": rows, "X_test": rows})
   train = sources.load("digits", "train")
   for name, size in (("digits", 1297), (f"npz:{tmp_path}/own.npz", 20)):
-    made = script.foreign_source(script.Settings(ood=name), train, 0)
-    assert made.images.shape == (size, 8, 8, 1)
+    source = script.foreign_source(script.Settings(ood=name), train, 0)
+    assert source.images.shape == (size, 8, 8, 1)
   with pytest.raises(base.InputError, match="has no uint8 images"):
     script.foreign_source(script.Settings(ood=f"npz:{tmp_path}/rows.npz"), train, 0)
 
 
 @pytest.mark.filterwarnings("error")
-def test_fewer_different_tasks_than_clusters_are_no_warning():
+def test_fewer_different_tasks_than_clusters_cause_no_warning():
   settings = script.Settings(dataset="digits", ood="none", num_meta_tasks=2)
   settings = settings.replace(num_tasks=60, num_test_tasks=2)
   problem = script.make_problem(settings, 0.0, seed=0)
-  # Four training classes have six pairs.
+  # The four training classes form six pairs, and a task has two classes.
   assert len(np.unique(problem.splits.train.group)) == 6 < settings.num_clusters
 
 
 _MISTAKES = {
   "unknown_method": (["--methods=reptile"], "--methods=reptile: choose among maml"),
   "no_method": (["--methods="], "--methods= is empty: choose among maml"),
-  "ways": (["--num_ways=3"], "num_ways=3 need as many classes, but digits"),
+  "ways": (["--num_ways=3"], "a task needs --num_ways = 3 classes, but digits"),
   "shots": (["--num_shots=200"], "--num_shots + --num_queries = 205 images of a class"),
   "zero_shots": (["--num_shots=0"], "--num_shots=0 must lie between 1 and"),
   "share_one": (["--ood_share=1"], "--ood_share=1 must lie between 0 and 0.999999"),

@@ -55,8 +55,8 @@ def _flags(table, folder, *more):
 def run(table, tmp_path_factory):
   folder = tmp_path_factory.mktemp(_NAME) / "run"
   done = scripts.run(_NAME, *_flags(table, folder))
-  assert done.status == 0 and done.complaints == "", done.complaints
-  return folder, done.printed
+  assert done.status == 0 and done.stderr == "", done.stderr
+  return folder, done.stdout
 
 
 def _rows(folder):
@@ -114,7 +114,7 @@ def test_same_command_reads_the_finished_run(run, table):
   folder, _ = run
   before = scripts.contents(folder)
   done = scripts.run(_NAME, *_flags(table, folder))
-  assert done.status == 0 and done.printed == run[1]
+  assert done.status == 0 and done.stdout == run[1]
   assert scripts.contents(folder) == before
   done = scripts.run(_NAME, *_flags(table, folder, "--num_pictures=3"))
   assert done.status == 0 and len(_content(folder)["columns"]["a"]) == 3
@@ -132,10 +132,10 @@ def test_interrupted_run_continues_to_the_same_list(run, table, tmp_path, monkey
   with monkeypatch.context() as patch:
     patch.setattr(sampling.Sampler, "next", interrupted)
     done = scripts.run(_NAME, *flags)
-  assert done.status == 130 and "rerun the same command to continue" in done.complaints
+  assert done.status == 130 and "rerun the same command to continue" in done.stderr
   assert not (tmp_path / "run" / "issues.csv").exists()
   done = scripts.run(_NAME, *flags)
-  assert done.status == 0 and done.complaints == ""
+  assert done.status == 0 and done.stderr == ""
   assert _rows(tmp_path / "run") == _rows(run[0])
 
 
@@ -215,5 +215,5 @@ def mistakes(run, table, tmp_path_factory):
 def test_mistake_is_one_line_and_writes_nothing(mistakes, name):
   outcome = mistakes[name]
   assert outcome.status == 2
-  (line,) = outcome.complaints.splitlines()
+  (line,) = outcome.stderr.splitlines()
   assert line.startswith("error: ") and _MISTAKES[name][1] in line, line

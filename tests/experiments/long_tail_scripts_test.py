@@ -27,8 +27,8 @@ def run(tmp_path_factory):
   cwd = tmp_path_factory.mktemp(_NAME)
   methods = f"--methods={','.join(_METHODS)}"
   done = scripts.run(_NAME, *_SMALL, "--num_seeds=2", methods, cwd=cwd)
-  assert done.status == 0 and done.complaints == "", done.complaints
-  return cwd / "runs" / _NAME, done.printed
+  assert done.status == 0 and done.stderr == "", done.stderr
+  return cwd / "runs" / _NAME, done.stdout
 
 
 def test_run_writes_rows_and_figures(run):
@@ -80,7 +80,7 @@ def test_more_imbalances_and_another_shape(run):
   assert again.status == 0 and other.status == 0, (again, other)
   after = scripts.contents(folder / "seeds-0-1")
   assert before.items() <= after.items()  # nothing was repeated
-  lines = scripts.table(again.printed)[1:]
+  lines = scripts.table(again.stdout)[1:]
   assert [line[:4] for line in lines] == [
     ["exponential", "10", "2", "uniform"],
     ["exponential", "5", "2", "uniform"],

@@ -24,8 +24,8 @@ def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp(_NAME) / "run"
   noises = ("--noise_fraction=0.5", "--noise_fraction=0")
   done = scripts.run(_NAME, *_SMALL, *noises, f"--workdir={folder}")
-  assert done.status == 0 and done.complaints == "", done.complaints
-  return folder, done.printed
+  assert done.status == 0 and done.stderr == "", done.stderr
+  return folder, done.stdout
 
 
 def test_rows_are_what_the_runs_measured(run):

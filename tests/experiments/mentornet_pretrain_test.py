@@ -136,13 +136,13 @@ def done(dump, tmp_path_factory):
 @pytest.mark.parametrize("name", _RUNS)
 def test_run_writes_rows_and_figures(done, name):
   folder, runs, _ = done
-  assert runs[name].status == 0 and runs[name].complaints == "", runs[name]
-  header, *lines = scripts.table(runs[name].printed)
+  assert runs[name].status == 0 and runs[name].stderr == "", runs[name]
+  header, *lines = scripts.table(runs[name].stdout)
   assert header[:4] == ["rows", "curriculum", "accuracy %", "mean squared error"]
   assert [line[0] for line in lines] == ["train", "test"]
   assert (
     runs[name]
-    .printed.splitlines()[-1]
+    .stdout.splitlines()[-1]
     .endswith(f"{name}/mentor.json, results.json, results.csv, figure.png")
   )
   rows, csv_rows, flags = scripts.saved_rows(folder / name)

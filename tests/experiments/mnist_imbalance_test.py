@@ -47,8 +47,8 @@ def run(tmp_path_factory):
   done = scripts.run(
     _NAME, "--flagfile=flags.txt", "--majority=0.9", "--methods=l2rw,uniform", cwd=cwd
   )
-  assert done.status == 0 and done.complaints == "", done.complaints
-  return cwd / "runs" / _NAME, done.printed
+  assert done.status == 0 and done.stderr == "", done.stderr
+  return cwd / "runs" / _NAME, done.stdout
 
 
 @pytest.mark.slow
@@ -83,8 +83,8 @@ def test_adding_methods_does_not_repeat_runs(run):
   # A method or majority that is given twice is run once.
   methods = "--methods=hard_mining,hard_mining,uniform"
   (done,) = scripts.run_many(_NAME, [[*flags, methods, f"--workdir={folder}"]])
-  assert done.status == 0 and done.complaints == "", done
-  lines = scripts.table(done.printed)[1:]
+  assert done.status == 0 and done.stderr == "", done
+  lines = scripts.table(done.stdout)[1:]
   assert [(line[1], line[-1]) for line in lines] == [
     ("hard_mining", "2"),
     ("uniform", "2"),
@@ -97,7 +97,7 @@ def test_splits_side_by_side_equal_splits_alone(run, tmp_path):
   folder, _ = run
   flags = [*_SMALL, "--majority=0.9", "--methods=l2rw", f"--workdir={tmp_path}"]
   (done,) = scripts.run_many(_NAME, [[*flags, "--seeds_at_once=1"]])
-  assert done.status == 0 and done.complaints == "", done
+  assert done.status == 0 and done.stderr == "", done
   for seed in (0, 1):
     together, alone = (
       [json.loads(line) for line in path.read_text().splitlines()]
@@ -186,17 +186,17 @@ def test_mistake_is_one_line_and_writes_nothing(mistakes, name):
 
 def test_missing_data_error_names_folder_and_remedy(mistakes):
   outcomes, folder = mistakes
-  said = outcomes["no_data"].complaints
+  said = outcomes["no_data"].stderr
   assert f"{folder}/none/mnist" in said
   assert "--data_dir=" in said and "download_and_prepare()" in said
 
 
 def test_helpfull_names_every_flag(tmp_path):
   done = scripts.run(_NAME, "--helpfull", cwd=tmp_path)
-  assert done.status == 1 and done.complaints == ""  # As in every absl program.
+  assert done.status == 1 and done.stderr == ""  # As in every absl program.
   for name in (*_FLAGS, *_UNTOLD):
-    assert re.search(rf"^  --(\[no\])?{name}:", done.printed, re.MULTILINE), name
-  assert "Ren et al." in done.printed
+    assert re.search(rf"^  --(\[no\])?{name}:", done.stdout, re.MULTILINE), name
+  assert "Ren et al." in done.stdout
 
 
 @pytest.mark.slow
@@ -214,8 +214,8 @@ def test_the_right_end_of_the_figure_on_mnist(tfds_dir, decoded, tmp_path):
     *_STEPS,
     cwd=tmp_path,
   )
-  assert done.status == 0 and done.complaints == "", done.complaints
-  assert "Published: nothing for these settings." in done.printed
+  assert done.status == 0 and done.stderr == "", done.stderr
+  assert "Published: nothing for these settings." in done.stdout
   assert published.MNIST_IMBALANCE["l2rw"][0.995] == (3.62, 0.65)
   (row,), _, flags = scripts.saved_rows(tmp_path / "run")
   # Two steps are not the published protocol.

@@ -48,8 +48,8 @@ def run(tmp_path_factory):
     "--dump_losses",
     cwd=cwd,
   )
-  assert done.status == 0 and done.complaints == "", done.complaints
-  return cwd / "runs" / _NAME, done.printed
+  assert done.status == 0 and done.stderr == "", done.stderr
+  return cwd / "runs" / _NAME, done.stdout
 
 
 def test_run_writes_rows_and_figures(run):
@@ -271,7 +271,7 @@ def test_preset_own_on_mnist(tfds_dir, decoded, tmp_path):
     "--num_devices=8",
     cwd=tmp_path,
   )
-  assert done.status == 0 and done.complaints == "", done.complaints
+  assert done.status == 0 and done.stderr == "", done.stderr
   rows, _, _ = scripts.saved_rows(tmp_path / "runs" / _NAME)
   (row,) = rows
   assert (row["network"], row["preset"], row["num_steps"]) == ("mlp", "own", 2)
@@ -295,7 +295,7 @@ def test_lenet_trains_one_seed_at_a_time(tmp_path):
     "--num_devices=1",
     cwd=tmp_path,
   )
-  assert done.status == 0 and done.complaints == "", done.complaints
+  assert done.status == 0 and done.stderr == "", done.stderr
   folder = tmp_path / "runs" / _NAME
   assert [r["seed"] for r in scripts.saved_rows(folder)[0]] == [0, 1]
   assert sorted(p.name for p in folder.glob("seeds-*")) == ["seeds-0-0", "seeds-1-1"]

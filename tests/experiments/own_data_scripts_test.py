@@ -49,18 +49,18 @@ def test_trusted_examples_are_the_meta_set_of_digits_noise(tables, tmp_path):
   flags += [*("--num_steps=2", "--num_seeds=1", "--num_devices=1", "--batch_size=20")]
   flags.append(f"--workdir={tmp_path / 'run'}")
   done = scripts.run("digits_noise", *flags)
-  assert done.status == 0 and done.complaints == "", done.complaints
-  notes = done.printed.splitlines()[:2]
+  assert done.status == 0 and done.stderr == "", done.stderr
+  notes = done.stdout.splitlines()[:2]
   assert notes == [f"{name}: The labels are the column 'kind'." for name in tables]
-  assert "clean images a class" not in done.printed
+  assert "clean images a class" not in done.stdout
   rows, _, recorded = scripts.saved_rows(tmp_path / "run")
   assert (recorded["dataset"], recorded["trusted"]) == tables
   assert "num_meta" not in recorded and len(rows) == 1
   unused = scripts.run("digits_noise", *flags, "--num_meta=5")
   message = "error: --num_meta has no effect with --trusted: leave it out.\n"
-  assert (unused.status, unused.complaints) == (2, message)
+  assert (unused.status, unused.stderr) == (2, message)
   other = scripts.run("digits_noise", *flags, f"--trusted={dataset}")
-  assert other.status == 2 and "trusted was " in other.complaints
+  assert other.status == 2 and "trusted was " in other.stderr
 
 
 def test_trusted_images_have_the_scale_of_a_named_set(tmp_path):
@@ -159,15 +159,15 @@ def test_trusted_examples_are_the_meta_set_of_the_other_scripts(tmp_path):
   labels = np.arange(60) % 3
   np.savez(tmp_path / "images.npz", X=images, y=labels)
   np.savez(tmp_path / "trusted.npz", X=images[:5], y=labels[:5])
-  own = {
+  flags = {
     "dataset": f"npz:{tmp_path / 'images.npz'}",
     "trusted": f"npz:{tmp_path / 'trusted.npz'}",
   }
-  settings = cifar_noise.Settings(preset="mwn_stable", num_validation=0, **own)
+  settings = cifar_noise.Settings(preset="mwn_stable", num_validation=0, **flags)
   preset = cifar_noise.make_preset(settings)
   (noisy,) = cifar_noise.make_splits(settings, preset, (0,))
   # The meta set takes no training images, so the tail is cut from all of them.
-  settings = mnist_long_tail.Settings(imbalance=(2.0,), **own)
+  settings = mnist_long_tail.Settings(imbalance=(2.0,), **flags)
   tail = long_tail.long_tail_splits(
     settings.load("train"),
     settings.load("test"),
@@ -182,7 +182,7 @@ def test_trusted_examples_are_the_meta_set_of_the_other_scripts(tmp_path):
     np.testing.assert_array_equal(split.meta.label, labels[:5])
     np.testing.assert_array_equal(split.meta.image, images[:5])
   with pytest.raises(base.InputError, match="--num_meta has no effect with --trusted"):
-    cifar_noise.make_splits(cifar_noise.Settings(num_meta=2, **own), preset, (0,))
+    cifar_noise.make_splits(cifar_noise.Settings(num_meta=2, **flags), preset, (0,))
 
 
 def test_schedule_replaces_the_drops_of_the_preset():

@@ -316,8 +316,8 @@ def test_time_runs_out_as_if_by_ctrl_c(cells, ctrl_c, monkeypatch, tmp_path, cap
 
 def test_the_list_has_numbers_and_commands(tmp_path):
   done = scripts.run("reproduce", "--list", "--only=ldam-exponential-100", cwd=tmp_path)
-  assert done.status == 0 and done.complaints == "", done.complaints
-  header, *lines = scripts.table(done.printed)
+  assert done.status == 0 and done.stderr == "", done.stderr
+  header, *lines = scripts.table(done.stdout)
   rows = {line[0]: dict(zip(header, line, strict=True)) for line in lines}
   row = rows["cifar_long_tail-ldam-exponential-100-ldam_drw"]
   assert row["published"] == "77.03" and row["state"] == "to do"
@@ -327,7 +327,7 @@ def test_the_list_has_numbers_and_commands(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("arguments", "complaint"),
+  ("arguments", "message"),
   [
     (["--only=sota"], "--only=sota: no cell has such a name; see --list"),
     # An empty part is in every name.
@@ -338,6 +338,6 @@ def test_the_list_has_numbers_and_commands(tmp_path):
     (["--device=gpu", "--only=step_time"], "--device=gpu: JAX uses a CPU"),
   ],
 )
-def test_a_mistake_is_one_line(arguments, complaint, tmp_path):
+def test_a_mistake_is_one_line(arguments, message, tmp_path):
   done = scripts.run("reproduce", *arguments, cwd=tmp_path)
-  assert done.status == 2 and complaint in done.complaints, done.complaints
+  assert done.status == 2 and message in done.stderr, done.stderr

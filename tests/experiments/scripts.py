@@ -32,11 +32,11 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 
 
 class Outcome(NamedTuple):
-  """How a command ended."""
+  """The exit status of a command, and what it wrote."""
 
   status: Any
-  printed: str
-  complaints: str
+  stdout: str
+  stderr: str
 
 
 def start(*arguments: Any, cwd=REPOSITORY, stdin: str | None = None) -> Outcome:
@@ -68,18 +68,18 @@ def run(name: str, *arguments: Any, cwd: Any = ".") -> Outcome:
   """Does what `python -m experiments.NAME` does in a folder, but in this process."""
   module = importlib.import_module(name if "." in name else f"experiments.{name}")
   experiment = module.TABLE.name if hasattr(module, "TABLE") else ""
-  printed, complaints, status = io.StringIO(), io.StringIO(), 0
+  stdout, stderr, status = io.StringIO(), io.StringIO(), 0
   with (
     contextlib.chdir(cwd),
-    contextlib.redirect_stdout(printed),
-    contextlib.redirect_stderr(complaints),
+    contextlib.redirect_stdout(stdout),
+    contextlib.redirect_stderr(stderr),
   ):
     try:
       texts = [str(argument) for argument in arguments]
       launch.execute(module.Settings, module.run, experiment, texts)
     except SystemExit as error:
       status = error.code
-  return Outcome(status, printed.getvalue(), complaints.getvalue())
+  return Outcome(status, stdout.getvalue(), stderr.getvalue())
 
 
 def begin(name: str, *arguments: Any, cwd: Any) -> pathlib.Path:
@@ -92,7 +92,7 @@ def begin(name: str, *arguments: Any, cwd: Any) -> pathlib.Path:
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(runner, "train", stop)
     done = run(name, *arguments, cwd=cwd)
-  assert "stopped before the first step" in done.complaints, done.complaints
+  assert "stopped before the first step" in done.stderr, done.stderr
   (folder,) = (pathlib.Path(cwd) / "runs").iterdir()
   return folder
 
@@ -140,9 +140,9 @@ def run_mistakes(
 def assert_one_line(outcome: Outcome, message: str) -> None:
   """Checks for status 2, nothing printed, and an error of one line with `message`."""
   assert outcome.status == 2, outcome
-  assert outcome.printed == ""
-  assert len(outcome.complaints.splitlines()) == 1, outcome.complaints
-  line = outcome.complaints.rstrip("\n")
+  assert outcome.stdout == ""
+  assert len(outcome.stderr.splitlines()) == 1, outcome.stderr
+  line = outcome.stderr.rstrip("\n")
   assert line.startswith("error: ") and message in line, line
 
 

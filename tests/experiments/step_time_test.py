@@ -31,8 +31,8 @@ _FLAGS = ("--networks=mlp", "--methods=l2rw,absgd", "--batch_size=10", "--repeat
 
 def _benchmark(*flags, cwd):
   done = scripts.start("-m", "benchmarks.step_time", *_FLAGS, *flags, cwd=cwd)
-  assert done.status == 0 and done.complaints == "", done.complaints
-  return done.printed
+  assert done.status == 0 and done.stderr == "", done.stderr
+  return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +40,13 @@ def folder(tmp_path_factory):
   """The folder of a benchmark that ran with one meta batch size, and then with two."""
   cwd = tmp_path_factory.mktemp("benchmark")
   _benchmark("--meta_sizes=1", cwd=cwd)
-  made = cwd / "runs" / "step_time"
-  before = (made / "mlp-1.0.json").read_bytes()
+  folder = cwd / "runs" / "step_time"
+  before = (folder / "mlp-1.0.json").read_bytes()
   printed = _benchmark("--meta_sizes=1,0.5", cwd=cwd)
-  assert (made / "mlp-1.0.json").read_bytes() == before
+  assert (folder / "mlp-1.0.json").read_bytes() == before
   assert "mlp-0.5: 4 implementations" in printed and "mlp-1.0: " not in printed
   assert len(scripts.table(printed)) == 1 + 8
-  return made
+  return folder
 
 
 @pytest.mark.slow
@@ -186,12 +186,12 @@ def test_one_line_says_what_the_peer_lacks(where, message, monkeypatch, tmp_path
   assert not list(tmp_path.iterdir())
 
 
-def test_networks_that_mix_examples_are_not_taken_layer_by_layer():
+def test_networks_that_mix_examples_are_not_timed_layer_by_layer():
   every = list(_steps.METHODS)
   for name, network in _networks.NETWORKS.items():
-    found = _steps.pairs(name, every, _steps.ENGINES)
-    assert len(found) == len(set(found)) == 7 + 6 - 2 * network.mixes_examples
-    assert (("l2rw", "layerwise") in found) != network.mixes_examples
+    pairs = _steps.pairs(name, every, _steps.ENGINES)
+    assert len(pairs) == len(set(pairs)) == 7 + 6 - 2 * network.mixes_examples
+    assert (("l2rw", "layerwise") in pairs) != network.mixes_examples
 
 
 class _Clock:
@@ -203,7 +203,7 @@ class _Clock:
   def perf_counter(self):
     return self.now
 
-  def contestant(self, name, seconds, loss=1.0):
+  def implementation(self, name, seconds, loss=1.0):
     def run(steps):
       self.now += steps * seconds
       self.log.append((name, steps))
@@ -214,25 +214,25 @@ class _Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-  made = _Clock()
-  monkeypatch.setattr(_turns, "time", made)
-  return made
+  clock = _Clock()
+  monkeypatch.setattr(_turns, "time", clock)
+  return clock
 
 
-def test_everyone_takes_a_turn_in_every_round(clock):
+def test_every_implementation_takes_a_turn_in_every_round(clock):
   names = ["a", "b", "c"]
-  found = _turns.take([clock.contestant(n, 0.25) for n in names], 20, 1e9)
+  measurements = _turns.take([clock.implementation(n, 0.25) for n in names], 20, 1e9)
   order = [name for name, _ in clock.log[3:]]
   rounds = list(zip(order[::3], order[1::3], order[2::3], strict=True))
   assert len(rounds) == 20 and all(sorted(r) == names for r in rounds)
   assert len(set(rounds)) > 3  # The order changes.
-  for turns in found:
+  for turns in measurements:
     np.testing.assert_allclose(turns.seconds, [0.25] * 20)
     assert turns.steps == 1
 
 
 def test_short_steps_are_timed_together_after_one_that_is_not(clock):
-  [turns] = _turns.take([clock.contestant("a", 0.004)], 3, 1e9)
+  [turns] = _turns.take([clock.implementation("a", 0.004)], 3, 1e9)
   assert turns.steps == math.ceil(0.03 / 0.004) == 8
   assert clock.log[1:] == [("a", 1), ("a", 8)] * 3
   np.testing.assert_allclose(turns.seconds, [0.004] * 3)
@@ -240,25 +240,25 @@ def test_short_steps_are_timed_together_after_one_that_is_not(clock):
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.1, 5), (6.5, 7), (100, 12)])
 def test_no_round_begins_after_the_time_is_up(clock, seconds, rounds):
-  [turns] = _turns.take([clock.contestant("a", 1.0)], 12, seconds)
+  [turns] = _turns.take([clock.implementation("a", 1.0)], 12, seconds)
   assert len(turns.seconds) == rounds
 
 
 def test_a_loss_that_is_not_finite_is_reported(clock):
   with pytest.raises(FloatingPointError, match=r"a \(jax\): the loss is nan"):
-    _turns.take([clock.contestant("a", 1.0, math.nan)], 3, 1.0)
+    _turns.take([clock.implementation("a", 1.0, math.nan)], 3, 1.0)
 
 
 def test_medians_and_ratios_of_the_same_turn_by_hand():
-  own = _turns.Turns(np.array([0.002, 0.008, 0.009]), 4)
+  turns = _turns.Turns(np.array([0.002, 0.008, 0.009]), 4)
   plain = _turns.Turns(np.array([0.001, 0.002, 0.009]), 1)
-  found = _turns.summary(own, plain, own._replace(seconds=3 * own.seconds))
+  summary = _turns.summary(turns, plain, turns._replace(seconds=3 * turns.seconds))
   expected = {"milliseconds": 8, "ratio": 2, "plain_milliseconds": 2}
   expected |= {"milliseconds_quartile_1": 5, "milliseconds_quartile_3": 8.5}
   expected |= {"ratio_quartile_1": 1.5, "ratio_quartile_3": 3}
   expected |= {"faster_than_torch": 3, "repeats": 3, "steps_per_turn": 4}
-  assert found == pytest.approx(expected)
-  assert _turns.summary(own, plain, None)["faster_than_torch"] is None
+  assert summary == pytest.approx(expected)
+  assert _turns.summary(turns, plain, None)["faster_than_torch"] is None
 
 
 @functools.cache
@@ -282,24 +282,24 @@ def _problem():
 @pytest.mark.slow(unless=("l2rw-forward",))
 @pytest.mark.parametrize("engine", ["forward", "layerwise"])
 @pytest.mark.parametrize(
-  ("literal", "ours"),
+  ("literal", "fast"),
   [
     (_literal.l2rw(), l2rw.l2rw()),
     (_literal.mwn(0.1), meta_weight_net.meta_weight_net(0.1)),
   ],
   ids=["l2rw", "meta_weight_net"],
 )
-def test_the_literal_rivals_compute_the_same(literal, ours, engine):
+def test_the_literal_forms_compute_the_same(literal, fast, engine):
   problem, inputs = _problem()
   linearize = functools.partial(linearization.linearize, engine=engine)
   outcomes = collections.defaultdict(list)
-  for method in (literal, ours):
-    own = dataclasses.replace(problem, linearize=linearize)
-    state = method.init(jax.random.key(2), own, inputs.params)
-    run = jax.jit(lambda s, i, m=method, t=own: m.gradients(s, t, i))
-    found, state = run(state, inputs)
+  for method in (literal, fast):
+    with_engine = dataclasses.replace(problem, linearize=linearize)
+    state = method.init(jax.random.key(2), with_engine, inputs.params)
+    run = jax.jit(lambda s, i, m=method, p=with_engine: m.gradients(s, p, i))
+    result, state = run(state, inputs)
     moved = getattr(state, "params", ())
-    for name, tree in (("grads", found.grads), ("phi", moved), ("w", found.weights)):
+    for name, tree in (("grads", result.grads), ("phi", moved), ("w", result.weights)):
       outcomes[name].append(jax.tree.leaves(tree))
   for name, (first, second) in outcomes.items():
     for x, y in zip(first, second, strict=True):
@@ -323,9 +323,9 @@ def test_operations_of_a_loop_are_not_reported():
   compiled = lowered.compile()
   # The reason: XLA counts the three products of the loop as one.
   assert _steps.costs(lowered, compiled)["flops"] < 3 * 2 * 4**3
-  found = _steps.costs(lowered, compiled, in_loop=True)
-  assert found["flops"] is None and found["bytes_accessed"] is None
-  assert found["temporary_bytes"] >= 0
+  costs = _steps.costs(lowered, compiled, in_loop=True)
+  assert costs["flops"] is None and costs["bytes_accessed"] is None
+  assert costs["temporary_bytes"] >= 0
 
 
 def test_the_peak_is_a_rate():

@@ -248,11 +248,11 @@ def test_the_command_prints_and_writes_the_same_tables(results, readme, tmp_path
   done = scripts.run(
     _NAME, f"--results={results}", f"--out={out}", f"--readme={readme}", cwd=tmp_path
   )
-  assert done.status == 0 and done.complaints == "", done.complaints
+  assert done.status == 0 and done.stderr == "", done.stderr
   loaded = tables.collect(results)
   text = (out / "tables.md").read_text()
-  assert done.printed.startswith(text) and text == tables.markdown(loaded)
-  assert done.printed.endswith(f", {out}/tables.csv, {out}/tables.png\n")
+  assert done.stdout.startswith(text) and text == tables.markdown(loaded)
+  assert done.stdout.endswith(f", {out}/tables.csv, {out}/tables.png\n")
   assert (out / "tables.csv").read_text() == formats.long_form(loaded)
   assert (out / "tables.png").read_bytes().startswith(b"\x89PNG")
   expected = (
@@ -276,10 +276,10 @@ def test_formats_and_only(results):
   one = [f"--results={results}", "--only=mnist_noise"]
   printed = scripts.run_many(_NAME, [[*one, f"--format={f}"] for f in _FORMATS])
   for outcome, start in zip(printed, _FORMATS.values(), strict=True):
-    assert outcome.status == 0 and outcome.complaints == ""
-    assert outcome.printed.startswith(start)
-    assert "mnist_noise" in outcome.printed
-    assert "mentornet_pretrain" not in outcome.printed
+    assert outcome.status == 0 and outcome.stderr == ""
+    assert outcome.stdout.startswith(start)
+    assert "mnist_noise" in outcome.stdout
+    assert "mentornet_pretrain" not in outcome.stdout
 
 
 _BROKEN_ROWS = {

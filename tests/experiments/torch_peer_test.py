@@ -1,4 +1,4 @@
-"""The benchmark's PyTorch steps: the same networks and the same weights as ours."""
+"""The benchmark's PyTorch steps: the same networks and weights as those of l2rw_jax."""
 
 import dataclasses
 import importlib
@@ -30,9 +30,9 @@ def test_as_many_parameters(name):
   image = jax.ShapeDtypeStruct((1, *_networks.NETWORKS[name].shape), jnp.float32)
   params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
   with torch.device("meta"):
-    theirs = peer_networks.NETWORKS[name]()
-  own = sum(p.numel() for p in theirs.parameters())
-  assert own == _steps.num_parameters(params)
+    torch_model = peer_networks.NETWORKS[name]()
+  num_in_torch = sum(p.numel() for p in torch_model.parameters())
+  assert num_in_torch == _steps.num_parameters(params)
 
 
 _KINDS = {
@@ -45,15 +45,15 @@ _PARTS = {"weight": ("kernel", "scale"), "bias": ("bias",)}
 
 
 def _by_order(model):
-  """Maps PyTorch's layer names to ours, which flax numbers by kind of layer."""
+  """Maps PyTorch's layer names to those of flax, which numbers them by kind."""
   counts = dict.fromkeys(_KINDS.values(), 0)
-  found = {}
+  names = {}
   for name, module in model.named_modules():
     if type(module) in _KINDS:
       kind = _KINDS[type(module)]
-      found[name] = (f"{kind}_{counts[kind]}",)
+      names[name] = (f"{kind}_{counts[kind]}",)
       counts[kind] += 1
-  return found
+  return names
 
 
 def _by_name(model):
@@ -64,20 +64,20 @@ def _by_name(model):
 
 
 def _copy(params, model, places):
-  """Copies our parameters into `model`."""
-  for name, theirs in model.named_parameters():
+  """Copies parameters of a flax network into the PyTorch network `model`."""
+  for name, tensor in model.named_parameters():
     *layer, part = name.split(".")
-    ours = params
+    layer_params = params
     for key in places.get(".".join(layer), ()) if layer else ():
-      ours = ours[key]
-    keys = [k for k in _PARTS.get(part, (part,)) if k in ours]
-    value = np.asarray(ours[keys[0]])
-    if keys == ["kernel"] and theirs.ndim == 4:
+      layer_params = layer_params[key]
+    keys = [k for k in _PARTS.get(part, (part,)) if k in layer_params]
+    value = np.asarray(layer_params[keys[0]])
+    if keys == ["kernel"] and tensor.ndim == 4:
       value = value.transpose(3, 2, 0, 1)
     elif keys == ["kernel"]:
-      value = value.reshape(theirs.shape[::-1]).T
+      value = value.reshape(tensor.shape[::-1]).T
     with torch.no_grad():
-      theirs.copy_(torch.tensor(value.reshape(theirs.shape)))
+      tensor.copy_(torch.tensor(value.reshape(tensor.shape)))
 
 
 def _transpose_flattened(params):
@@ -87,9 +87,9 @@ def _transpose_flattened(params):
   return {**params, "Dense_0": {**params["Dense_0"], "kernel": kernel}}
 
 
-def _residual(norm, theirs):
+def _residual(norm, torch_norm):
   model = resnet.ResNet(10, blocks=1, width=8, norm=norm)
-  return model, lambda: peer_networks.ResNet(theirs, blocks=1, width=8)
+  return model, lambda: peer_networks.ResNet(torch_norm, blocks=1, width=8)
 
 
 _PAIRS = {
@@ -109,40 +109,40 @@ _PAIRS = {
 
 
 def _problem(name):
-  """Our losses function, params and batches, and PyTorch's network and batches."""
-  ours, make = _PAIRS[name]
-  model, theirs = classifier.Classifier(ours, 10), make()
+  """Losses function, params and batches in JAX, and network and batches in PyTorch."""
+  module, make = _PAIRS[name]
+  model, torch_model = classifier.Classifier(module, 10), make()
   setting = _networks.Setting(name, "float32", _B, _M)
   batch, meta_batch = setting.batches()
   params, model_state = jax.jit(model.init)(jax.random.key(0), batch)
   named = _transpose_flattened(params) if name == "lenet" else params
-  places = _by_name(theirs) if name == "transformer" else _by_order(theirs)
-  _copy(named, theirs, places)
+  places = _by_name(torch_model) if name == "transformer" else _by_order(torch_model)
+  _copy(named, torch_model, places)
   problem = model.problem(class_counts=jnp.full(10, 10), num_examples=100, num_steps=1)
   losses_fn = problem.losses_fn(model_state, jax.random.key(0))
   where = torch.device("cpu")
   data = peer.batch(batch, where), peer.batch(meta_batch, where)
   return (
     (lambda p, b: losses_fn(p, b)[0], params, batch, meta_batch),
-    (theirs, *data),
+    (torch_model, *data),
   )
 
 
 @pytest.mark.parametrize("name", _PAIRS)
-def test_example_weights_are_ours(name):
-  ours, (model, *data) = _problem(name)
-  found = jax.jit(l2rw.example_weights, static_argnums=0)(*ours)
+def test_example_weights_equal_those_of_l2rw_jax(name):
+  arguments, (model, *data) = _problem(name)
+  expected = jax.jit(l2rw.example_weights, static_argnums=0)(*arguments)
   eager = peer.Eager(model, 0.1)
   losses = peer.losses(model, data[0])
-  np.testing.assert_allclose(losses.detach(), found.losses, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(losses.detach(), expected.losses, rtol=1e-4, atol=1e-4)
   weights = eager.example_weights(*data)
   assert weights.sum() == pytest.approx(1, abs=1e-5)
-  np.testing.assert_allclose(weights, found.weights, atol=1e-4)
+  np.testing.assert_allclose(weights, expected.weights, atol=1e-4)
   assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["mlp", "resnet32_bn", "transformer"])
-def test_the_form_for_the_compiler_is_the_eager_one(name):
+def test_the_form_for_the_compiler_equals_the_eager_form(name):
   _, (model, *data) = _problem(name)
   eager, traced = peer.Eager(model, 0.1), peer.Traced(model, 0.1)
   # Run the form for the compiler without compiling it.
@@ -151,11 +151,11 @@ def test_the_form_for_the_compiler_is_the_eager_one(name):
   np.testing.assert_allclose(traced.example_weights(*data), weights, atol=1e-6)
   traced.weight_net = eager.weight_net
   both = eager.network_gradient(*data), traced.network_gradient(*data)
-  for own, other in zip(*both, strict=True):
-    np.testing.assert_allclose(own, other, rtol=1e-3, atol=1e-7)
+  for actual, expected in zip(*reversed(both), strict=True):
+    np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-7)
 
 
-def test_network_gradient_of_meta_weight_net_is_ours():
+def test_network_gradient_of_meta_weight_net_equals_that_of_l2rw_jax():
   (losses_fn, *rest), (model, *data) = _problem("mlp")
   eager = peer.Eager(model, 0.1)
   first, _, second, _ = eager.weight_net
@@ -176,19 +176,17 @@ def test_network_gradient_of_meta_weight_net_is_ours():
       net.apply, phi, losses_fn, *rest, optimizer=optax.sgd(0.1)
     )
 
-  lesson = meta_gradient_fn(phi, *rest)
-  found = eager.network_gradient(*data)
-  own = lesson.gradient["params"]
-  expected = [own[f"Dense_{i}"][k].T for i in range(2) for k in ("kernel", "bias")]
-  for theirs, ours in zip(found, expected, strict=True):
-    np.testing.assert_allclose(theirs, ours, rtol=1e-3, atol=1e-7)
+  gradient = meta_gradient_fn(phi, *rest).gradient["params"]
+  expected = [gradient[f"Dense_{i}"][k].T for i in range(2) for k in ("kernel", "bias")]
+  for x, y in zip(eager.network_gradient(*data), expected, strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("method", peer.METHODS)
 def test_a_step_moves_the_network_and_the_loss_falls(method):
   torch.manual_seed(0)
   setting = _networks.Setting("mlp", "float32", _B, _M)
-  contestant = peer.implementation(setting, method, 0.1, torch.device("cpu"))
-  losses = [contestant.run(1) for _ in range(30)]
+  implementation = peer.implementation(setting, method, 0.1, torch.device("cpu"))
+  losses = [implementation.run(1) for _ in range(30)]
   assert losses[-1] < losses[0]
-  assert contestant.info["num_parameters"] == 203_530
+  assert implementation.info["num_parameters"] == 203_530

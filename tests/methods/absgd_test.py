@@ -330,7 +330,7 @@ _COUNTS = jnp.array([30, 10])
 _NET = mlp.MLP(2, (4,))
 
 
-def _task(axis_name=None):
+def _problem(axis_name=None):
   return classifier.Classifier(_NET, 2).problem(
     class_counts=_COUNTS, num_examples=40, num_steps=10, axis_name=axis_name
   )
@@ -350,12 +350,12 @@ def _inputs():
 
 
 def _state(method, epoch=0):
-  state = method.init(jax.random.key(2), _task(), _inputs().params)
-  return method.refresh(state, _task(), types.SimpleNamespace(epoch=epoch))
+  state = method.init(jax.random.key(2), _problem(), _inputs().params)
+  return method.refresh(state, _problem(), types.SimpleNamespace(epoch=epoch))
 
 
 def _step_fn(method):
-  step = jax.jit(lambda state, inputs: method.gradients(state, _task(), inputs))
+  step = jax.jit(lambda state, inputs: method.gradients(state, _problem(), inputs))
   return lambda state: step(state, _inputs())
 
 
@@ -427,7 +427,7 @@ def _step_on_two_devices(method):
   @functools.partial(jax.vmap, in_axes=(None, 0), axis_name="devices")
   def step(state, batch):
     inputs = _inputs()._replace(batch=batch)
-    return method.gradients(state, _task("devices"), inputs)
+    return method.gradients(state, _problem("devices"), inputs)
 
   def run(state):
     result, new = step(state, batch)
@@ -446,7 +446,7 @@ def test_two_stage_is_uniform_and_then_absgd_on_two_devices():
   np.testing.assert_allclose(result.weights, np.full((2, 3), 1 / 6), rtol=1e-6)
   assert result.metrics["log_normalizer"] == 0
   chex.assert_trees_all_equal(after, state)
-  state = method.refresh(after, _task(), types.SimpleNamespace(epoch=3))
+  state = method.refresh(after, _problem(), types.SimpleNamespace(epoch=3))
   result, _ = step(state)
   # 1 / gamma from the first step of ABSGD, and 1 from the uniform weights.
   np.testing.assert_allclose(result.metrics["total_weight"], 3, rtol=1e-5)
@@ -456,9 +456,9 @@ def test_normalizer_is_reset_only_when_lambda_changes():
   method = absgd.absgd(lambda epoch: 2.0 if epoch < 2 else 4.0)
   _, state = _step_fn(method)(_state(method))
   assert np.isfinite(state.log_normalizer) and state.lam == 2
-  kept = method.refresh(state, _task(), types.SimpleNamespace(epoch=1))
+  kept = method.refresh(state, _problem(), types.SimpleNamespace(epoch=1))
   chex.assert_trees_all_equal(kept, state)
-  new = method.refresh(kept, _task(), types.SimpleNamespace(epoch=2))
+  new = method.refresh(kept, _problem(), types.SimpleNamespace(epoch=2))
   assert new.log_normalizer == -np.inf and new.lam == 4
   # A checkpoint needs shapes and types that never change.
   chex.assert_trees_all_equal_shapes_and_dtypes(new, state, _state(method))

@@ -427,10 +427,10 @@ _MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("complaint", _MISTAKES)
-def test_settings_out_of_range_are_refused(complaint):
-  with pytest.raises(base.InputError, match=complaint):
-    adacore.adacore(**({"fraction": 0.1} | _MISTAKES[complaint]))
+@pytest.mark.parametrize("message", _MISTAKES)
+def test_settings_out_of_range_are_refused(message):
+  with pytest.raises(base.InputError, match=message):
+    adacore.adacore(**({"fraction": 0.1} | _MISTAKES[message]))
 
 
 def test_last_layer_requires_a_network_with_features():

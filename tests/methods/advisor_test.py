@@ -42,7 +42,7 @@ def _inputs():
   )
 
 
-def _task():
+def _problem():
   return _MODEL.problem(class_counts=jnp.ones(_C), num_examples=_B, num_steps=10)
 
 
@@ -74,8 +74,8 @@ def _unrolled(psi, inputs):
 def _advised(psi, inputs, learning_rate=_RATE):
   """One step of the method from psi: (meta gradient of psi, gradients, state)."""
   method = advisor.advisor(learning_rate, hidden=5, optimizer=optax.sgd(1.0), every=2)
-  state = method.init(jax.random.key(1), _task(), inputs.params)
-  result, after = method.gradients(state._replace(params=psi), _task(), inputs)
+  state = method.init(jax.random.key(1), _problem(), inputs.params)
+  result, after = method.gradients(state._replace(params=psi), _problem(), inputs)
   return jax.tree.map(jnp.subtract, psi, after.params), result, after
 
 
@@ -131,7 +131,7 @@ def test_open_gate_is_uniform_training(x64):
   }
   open_psi["params"]["Dense_2"]["bias"] = jnp.full(_D, 500.0)
   _, result, _ = _advised(open_psi, inputs)
-  plain = jax.jit(lambda i: baselines.uniform().gradients((), _task(), i)[0])(inputs)
+  plain = jax.jit(lambda i: baselines.uniform().gradients((), _problem(), i)[0])(inputs)
   chex.assert_trees_all_close(result.grads, plain.grads, rtol=1e-9)
   np.testing.assert_allclose(result.weights, np.full(_B, 1 / _B))
   np.testing.assert_allclose(result.losses, plain.losses)

@@ -251,7 +251,7 @@ def test_nan_is_reported():
   assert np.isnan(result.weights).any()
 
 
-def _task(axis_name=None):
+def _problem(axis_name=None):
   def forward(params, model_state, batch, key, train):
     del key, train
     logits = jnp.tanh(batch["x"] @ params["w"]) @ params["out"]
@@ -279,9 +279,9 @@ def _inputs(batch, meta_batch=_META):
 def test_weights_are_stored_per_example_in_units_of_the_uniform_weight():
   method = forml.forml(_ETA, "worst", inner_learning_rate=_ALPHA)
   assert method.needs_meta
-  state = method.init(jax.random.key(0), _task(), _params())
+  state = method.init(jax.random.key(0), _problem(), _params())
   np.testing.assert_array_equal(state, np.ones(_N))
-  run = jax.jit(lambda s, b: method.gradients(s, _task(), _inputs(b)))
+  run = jax.jit(lambda s, b: method.gradients(s, _problem(), _inputs(b)))
   result, state = run(state, _BATCH)
   expected = _run(_objective("worst"), np.ones(_B))
   np.testing.assert_allclose(result.weights, expected.weights, rtol=1e-4)
@@ -309,7 +309,7 @@ def test_weights_and_state_do_not_depend_on_the_number_of_devices(num_devices, r
 
   def step(axis_name, state, batch, meta_batch):
     inputs = _inputs(batch, meta_batch)
-    return method.gradients(state, _task(axis_name), inputs)
+    return method.gradients(state, _problem(axis_name), inputs)
 
   expected, expected_state = jax.jit(functools.partial(step, None))(
     jnp.ones(_N), batch, _META
@@ -340,7 +340,7 @@ def test_groups_fn_defines_the_groups():
     inner_learning_rate=_ALPHA,
     groups_fn=lambda batch: batch["label"] // 2,
   )
-  run = jax.jit(lambda s: method.gradients(s, _task(), _inputs(_BATCH)))
+  run = jax.jit(lambda s: method.gradients(s, _problem(), _inputs(_BATCH)))
   result, _ = run(jnp.ones(_N))
   objective = functools.partial(
     group_objectives.worst, groups=jnp.asarray(_META["label"] // 2), num_groups=2
@@ -354,7 +354,7 @@ def test_exemplars_without_groups_are_refused_except_for_the_mean():
 
   def run(name):
     method = forml.forml(objective=name)
-    step = jax.jit(lambda s: method.gradients(s, _task(), _inputs(_BATCH, plain)))
+    step = jax.jit(lambda s: method.gradients(s, _problem(), _inputs(_BATCH, plain)))
     return step(jnp.ones(_N))
 
   for name in ("gap", "worst", "soft_tpr"):

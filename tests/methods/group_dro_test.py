@@ -185,7 +185,7 @@ def test_weights_are_constant_and_support_vmap():
 _NET = mlp.MLP(3, (4,))
 
 
-def _task():
+def _problem():
   return classifier.Classifier(_NET, 3).problem(
     class_counts=jnp.array([4, 2, 3]), num_examples=9, num_steps=10
   )
@@ -206,15 +206,15 @@ def _inputs():
 
 
 def _step(method, state):
-  step = jax.jit(lambda s, inputs: method.gradients(s, _task(), inputs))
+  step = jax.jit(lambda s, inputs: method.gradients(s, _problem(), inputs))
   return step(state, _inputs())
 
 
 def _refreshed(method, epoch=0, **train):
   train = {"label": np.repeat([0, 1, 2], [4, 2, 3]), **train}
-  state = method.init(jax.random.key(2), _task(), _inputs().params)
+  state = method.init(jax.random.key(2), _problem(), _inputs().params)
   view = types.SimpleNamespace(epoch=epoch, train=train)
-  return method.refresh(state, _task(), view)
+  return method.refresh(state, _problem(), view)
 
 
 @pytest.mark.parametrize(("key", "num_groups"), [("label", None), ("group", 2)])
@@ -234,7 +234,7 @@ def test_step_of_the_method(key, num_groups):
   @jax.grad
   def slope(params, weights):
     outputs = _NET.apply({"params": params}, _inputs().batch["image"])
-    return weights @ _task().loss(outputs, _inputs().batch)
+    return weights @ _problem().loss(outputs, _inputs().batch)
 
   expected = slope(_inputs().params, np.float32(weights))
   chex.assert_trees_all_close(result.grads, expected, rtol=1e-4, atol=1e-7)
@@ -250,7 +250,7 @@ def test_adjustment_favors_small_groups():
     np.asarray(result.losses), labels, [1 / 3] * 3, 0.5, state.adjustments
   )
   np.testing.assert_allclose(np.exp(after.log_q), q, rtol=1e-5)
-  kept = method.refresh(after, _task(), types.SimpleNamespace(epoch=1))
+  kept = method.refresh(after, _problem(), types.SimpleNamespace(epoch=1))
   chex.assert_trees_all_equal(kept, after)
 
 

@@ -257,7 +257,7 @@ class _Net(nn.Module):
     return nn.Dense(_CLASSES)(nn.tanh(x))
 
 
-def _task():
+def _problem():
   def forward(params, model_state, batch, key, train):
     del key
     variables = {"params": params, **model_state}
@@ -277,7 +277,7 @@ def _task():
 
 @pytest.mark.slow
 def test_only_the_training_batch_changes_the_running_statistics():
-  problem, key = _task(), jax.random.key(0)
+  problem, key = _problem(), jax.random.key(0)
   variables = jax.jit(_Net().init, static_argnums=2)(key, _BATCH["x"], True)
   params, outer = variables.pop("params"), optax.sgd(0.1, momentum=0.9)
   _, opt_state = outer.update(params, outer.init(params), params)
@@ -308,7 +308,7 @@ def test_a_clean_gradient_and_some_layers_serve_several_steps():
   def forward(params, model_state, batch, key, train):
     return jnp.tanh(batch["x"] @ params["w"]) @ params["out"], model_state
 
-  problem = dataclasses.replace(_task(), forward=forward)
+  problem = dataclasses.replace(_problem(), forward=forward)
   method = l2rw.l2rw(layers="out", refresh_every=2)
   metas = [_examples(seed, _M) for seed in (1, 5, 6)]
   params = [_params(seed) for seed in (2, 3, 4)]

@@ -250,7 +250,7 @@ _VALIDATION = _examples(1, range(8))
 _DATA = _BATCH, _VALIDATION
 
 
-def _task(axis_name=None):
+def _problem(axis_name=None):
   return base.Problem(
     forward=_forward,
     loss=_loss,
@@ -277,11 +277,11 @@ def _inputs(batch, validation, step=0):
 
 
 def _start(method):
-  return jax.jit(lambda: method.init(jax.random.key(2), _task(), _params()))()
+  return jax.jit(lambda: method.init(jax.random.key(2), _problem(), _params()))()
 
 
 def _step_fn(method):
-  return jax.jit(lambda s, step: method.gradients(s, _task(), _inputs(*_DATA, step)))
+  return jax.jit(lambda s, step: method.gradients(s, _problem(), _inputs(*_DATA, step)))
 
 
 @functools.cache  # Tests with the same method share one program.
@@ -438,7 +438,7 @@ def test_eight_devices_equal_one(share):
     for b in (_BATCH, _VALIDATION)
   ]
   step = jax.pmap(
-    lambda s, b, v: method.gradients(s, _task("d"), _inputs(b, v)),
+    lambda s, b, v: method.gradients(s, _problem("d"), _inputs(b, v)),
     "d",
     in_axes=(None, 0, 0),
   )
@@ -486,6 +486,6 @@ def test_mismatched_labels_and_clusters_are_refused():
   method = _method("cluster")
   view = base.EpochView(0, 0, None, {}, {"group": np.array([0, 3])}, None)
   with pytest.raises(base.InputError, match=r"0 to 2; got shape \(2,\) with 0 to 3"):
-    method.refresh("state", _task(), view)
+    method.refresh("state", _problem(), view)
   fine = view._replace(train={"group": np.array([0, 2])})
-  assert method.refresh("state", _task(), fine) == "state"
+  assert method.refresh("state", _problem(), fine) == "state"

@@ -108,7 +108,7 @@ def _net(num_logits):
   return mlp.MLP(num_logits, (4,))
 
 
-def _task(num_logits=3):
+def _problem(num_logits=3):
   classes = max(num_logits, 2)
   return classifier.Classifier(_net(num_logits), classes).problem(
     class_counts=jnp.ones(classes, int), num_examples=40, num_steps=10
@@ -144,11 +144,13 @@ def _view(epoch, num_logits=3):
 
 
 def _begin(method, num_logits=3):
-  return method.init(jax.random.key(2), _task(num_logits), _inputs(num_logits).params)
+  return method.init(
+    jax.random.key(2), _problem(num_logits), _inputs(num_logits).params
+  )
 
 
 def _step(method, state, num_logits=3):
-  problem = _task(num_logits)
+  problem = _problem(num_logits)
   step = jax.jit(lambda state, inputs: method.gradients(state, problem, inputs))
   return step(state, _inputs(num_logits))
 
@@ -165,9 +167,9 @@ def test_the_loss_that_is_not_used_has_no_influence():
 
   method = s_model.s_model()
   changed = changed_loss.changed_loss(method, with_infinite_derivative)
-  state = method.init(jax.random.key(0), _task(), {})
+  state = method.init(jax.random.key(0), _problem(), {})
   expected, _ = _step(method, state)
-  actual, _ = _step(changed, changed.init(jax.random.key(0), _task(), {}))
+  actual, _ = _step(changed, changed.init(jax.random.key(0), _problem(), {}))
   jax.tree.map(np.testing.assert_array_equal, actual.grads, expected.grads)
 
 
@@ -207,12 +209,12 @@ def test_layer_is_inactive_and_constant_before_its_epoch(initial):
   state = _begin(method)
   plain, _ = _step(baselines.uniform(), ())
   for epoch in (0, 1):
-    state = method.refresh(state, _task(), _view(epoch))
+    state = method.refresh(state, _problem(), _view(epoch))
     result, after = _step(method, state)
     assert result.metrics.pop("transition_diagonal") == 1
     chex.assert_trees_all_close(result, plain, rtol=1e-5, atol=1e-7)
     chex.assert_trees_all_equal(after, state)
-  state = method.refresh(after, _task(), _view(2))
+  state = method.refresh(after, _problem(), _view(2))
   expected = s_model.smoothed_identity(3)
   if initial == "confusion":
     view = _view(2)
@@ -226,7 +228,7 @@ def test_layer_is_inactive_and_constant_before_its_epoch(initial):
     result.metrics["transition_diagonal"], np.diag(expected).mean(), rtol=1e-4
   )
   assert np.abs(np.asarray(after.logits) - np.asarray(state.logits)).max() > 0.01
-  kept = method.refresh(after, _task(), _view(3))
+  kept = method.refresh(after, _problem(), _view(3))
   chex.assert_trees_all_equal(kept, after)
 
 
@@ -235,7 +237,7 @@ def test_class_that_is_never_predicted_has_finite_logits():
   view = _view(1)
   zero = jax.tree.map(jnp.zeros_like, view.params)  # Predicts class 0 for all examples.
   view = types.SimpleNamespace(**{**vars(view), "params": zero})
-  state = method.refresh(_begin(method), _task(), view)
+  state = method.refresh(_begin(method), _problem(), view)
   result, after = _step(method, state)
   for leaf in jax.tree.leaves((result.grads, result.losses, after.logits)):
     assert np.isfinite(leaf).all()

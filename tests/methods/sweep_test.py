@@ -40,7 +40,7 @@ _OUTER = optax.sgd(0.3, momentum=0.9)
 
 
 def _selected(method):
-  """`method`, started with a selection's weights, which are all that updates use."""
+  """`method` with other initial weights, as if `refresh` had selected a subset."""
 
   def init(key, problem, params):
     weights = jnp.linspace(0, 2, problem.num_examples)
@@ -98,8 +98,8 @@ _METHODS = {
 }
 
 
-# The methods of `make test`: weights per example, global normalizers, coresets, and
-# meta gradients.
+# `make test` covers only these methods: per-example weights, global normalizers,
+# coresets, and meta gradients. `make test_all` covers all of them.
 _SAMPLE = ("l2rw", "uniform", "adacore", "absgd", "meta_weight_net_imbalance")
 
 
@@ -146,7 +146,7 @@ def _model(axis_name):
   return classifier.Classifier(_Net(axis_name), _CLASSES)
 
 
-def _task(axis_name):
+def _problem(axis_name):
   return _model(axis_name).problem(
     class_counts=jnp.array([24, 8, 8]),
     num_examples=_N,
@@ -162,7 +162,7 @@ def _init(key):
   key = jax.random.fold_in(key, 1)
   return {
     name: step_lib.init_state(
-      params, model_state, method.init(key, _task(None), params), _OUTER
+      params, model_state, method.init(key, _problem(None), params), _OUTER
     )
     for name, method in _METHODS.items()
   }
@@ -192,7 +192,7 @@ def _step_fn(name, axis_name):
       batch,
       meta_batch,
       jax.random.key(7),
-      problem=_task(axis_name),
+      problem=_problem(axis_name),
       method=_METHODS[name]._replace(gradients=gradients),
       optimizer=_OUTER,
     )
@@ -285,7 +285,8 @@ class _Communication(NamedTuple):
     all_reduces: the number of all-reduces. Each sums one or several arrays.
     all_gathers: the number of all-gathers.
     num_bytes: the size of all their results.
-    gradients: how often arrays in the shapes of all parameters are summed.
+    gradients: the number of sums of gradients, that is, of arrays with the shapes of
+      the parameters.
   """
 
   all_reduces: int
@@ -309,8 +310,8 @@ _COMMUNICATION = {
   "hard_mining": _Communication(4, 2, 436, 1),
   "class_balanced_focal": _Communication(5, 0, 344, 1),
   "clean_only": _Communication(4, 0, 392, 1),
-  # Runs side by side compute both phases, each with a gradient of the meta loss. These
-  # gradients have opposite signs, so XLA does not merge their sums.
+  # Runs side by side (`vmap`) compute both phases, each with a gradient of the meta
+  # loss. These gradients have opposite signs, so XLA does not merge their sums.
   "fine_tuning_l2rw": _Communication(10, 0, 1092, 3),
   "l2rw": _Communication(9, 0, 748, 2),
   "ldam_drw": _Communication(5, 0, 344, 1),
@@ -378,10 +379,10 @@ def test_l2rw_adds_one_sum_of_the_size_of_the_parameters():
 
 
 def test_steps_cover_both_phases_of_fine_tuning_and_hard_mining():
-  weighs = [bool(f.weights.any()) for f in _history("fine_tuning_l2rw")[0]]
-  assert weighs == [True, True, False, False]
-  kept = [(f.weights == 0).sum() for f in _history("hard_mining")[0]]
-  assert all(0 < count < _B for count in kept)
+  has_weights = [bool(g.weights.any()) for g in _history("fine_tuning_l2rw")[0]]
+  assert has_weights == [True, True, False, False]
+  num_left_out = [(g.weights == 0).sum() for g in _history("hard_mining")[0]]
+  assert all(0 < count < _B for count in num_left_out)
 
 
 @pytest.mark.parametrize("name", _METHODS)
@@ -398,7 +399,7 @@ def test_methods_can_be_traced_under_an_explicit_mesh(name):
   given = jax.device_put((state.params, state.model_state), same)
 
   def first_step(given, key, batch, meta_batch):
-    state = _METHODS[name].init(key, _task(None), given[0])
+    state = _METHODS[name].init(key, _problem(None), given[0])
     state = step_lib.init_state(*given, state, _OUTER)
     return _step_fn(name, None)(state, batch, meta_batch)[1]
 
@@ -407,36 +408,37 @@ def test_methods_can_be_traced_under_an_explicit_mesh(name):
   assert result.weights.shape == result.losses.shape == (_B,)
 
 
-def _cast(tree, dtype):
+def _zeros(tree, dtype):
+  """Zeros like the arrays of a tree, with `dtype` in the place of float32."""
   return jax.tree.map(
     lambda x: np.zeros(x.shape, dtype if x.dtype == np.float32 else x.dtype), tree
   )
 
 
-@pytest.mark.parametrize("types", ["float16", "bfloat16", "float32_of_x64"])
+@pytest.mark.parametrize("types", ["float16", "bfloat16", "float32_with_x64"])
 @pytest.mark.parametrize("name", _METHODS)
 def test_states_and_gradients_keep_their_types(name, types):
-  method, problem = _METHODS[name], _task(None)
+  method, problem = _METHODS[name], _problem(None)
   example, key = _data()[0][0], jax.random.key(0)
   params, model_state = jax.eval_shape(lambda: _model(None).init(key, example))
-  dtype = jnp.dtype(types.removesuffix("_of_x64"))
-  params, batches = _cast((params, _data()[0]), dtype)
-  model_state = _cast(model_state, np.float32)
+  dtype = jnp.dtype(types.removesuffix("_with_x64"))
+  params, batches = _zeros((params, _data()[0]), dtype)
+  model_state = _zeros(model_state, np.float32)
 
   def step(state, *batches):
     given = (params, model_state, _OUTER.init(params), *batches, jnp.int32(0), key)
     result, state = method.gradients(state, problem, base.Inputs(*given))
     return state, result.grads
 
-  with jax.enable_x64(types == "float32_of_x64"):
+  with jax.enable_x64(types == "float32_with_x64"):
     state = jax.eval_shape(lambda: method.init(key, problem, params))
     after, grads = jax.eval_shape(step, state, *batches)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     chex.assert_trees_all_equal_shapes_and_dtypes(grads, params)
-    # The selection of AdaCore is compiled, and LDAM needs cosines; their own tests
-    # cover `refresh`.
+    # `refresh` of AdaCore takes seconds to compile, and that of LDAM refuses this
+    # network, whose logits are not cosines. The tests of these methods cover it.
     if name not in ("adacore", "ldam_drw"):
       rng = np.random.default_rng(0)
       view = base.EpochView(0, 0, params, model_state, _examples(rng, _N), rng)
-      refreshed = method.refresh(_cast(state, np.float32), problem, view)
+      refreshed = method.refresh(_zeros(state, np.float32), problem, view)
       chex.assert_trees_all_equal_shapes_and_dtypes(refreshed, state)

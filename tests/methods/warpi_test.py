@@ -147,7 +147,7 @@ def _unrolled(phi, params, batch, meta_batch, noise):
   return _meta_losses_fn(ahead, meta_batch).mean()
 
 
-def _lesson(phi, params, batch, meta_batch, noise):
+def _meta_gradient(phi, params, batch, meta_batch, noise):
   def loss_fn(logits, phi):
     return warpi.inner_loss(_NET, phi, logits, batch["label"], noise)[0].mean()
 
@@ -164,7 +164,7 @@ def _lesson(phi, params, batch, meta_batch, noise):
 
 def test_meta_gradient_equals_the_unrolled_step_and_finite_differences(x64):
   phi, *rest = _problem()
-  result = jax.jit(_lesson)(phi, *rest)
+  result = jax.jit(_meta_gradient)(phi, *rest)
   unrolled = jax.jit(jax.value_and_grad(_unrolled))
   value, literal = unrolled(phi, *rest)
   np.testing.assert_allclose(result.meta_loss, value, rtol=1e-12)

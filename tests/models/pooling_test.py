@@ -37,7 +37,7 @@ def test_max_pool_propagates_nan():
     np.testing.assert_array_equal(pooling.max_pool(x, 3, 2), _reference(x, 3, 2))
 
 
-def test_tied_maxima_get_the_whole_gradient():
+def test_gradients_of_tied_maxima_sum_to_that_of_the_output():
   x = jnp.zeros((1, 4, 4, 1))
   gradient = jax.grad(lambda x: pooling.max_pool(x, 2, 2).sum())(x)
   np.testing.assert_array_equal(

@@ -10,7 +10,7 @@ from l2rw_jax.methods import l2rw
 
 
 @pytest.mark.slow
-def test_l2rw_may_only_report_its_scores(tmp_path):
+def test_l2rw_without_reweighting_trains_plainly_and_reports_scores(tmp_path):
   methods = {
     "plain": baselines.uniform(),
     "measured": audit.recording(l2rw.l2rw(reweight=False)),

@@ -48,12 +48,12 @@ def sweep(path, kind, names):
   # Keep only these, because one program initializes all methods of `sweep_test`.
   sweep_test._METHODS = {name: sweep_test._METHODS[name] for name in names}
   chosen = devices.choose(None, sweep_test._B)
-  own = devices.local(chosen)
-  first = chosen.index(own[0])
+  local = devices.local(chosen)
+  first = chosen.index(local[0])
 
   def split(batch):
     parts = jax.tree.map(lambda x: x.reshape(len(chosen), 1, -1, *x.shape[1:]), batch)
-    return jax.tree.map(lambda x: x[first : first + len(own)], parts)
+    return jax.tree.map(lambda x: x[first : first + len(local)], parts)
 
   numbers = {}
   for start in range(0, len(names), _METHODS_IN_A_PROGRAM):

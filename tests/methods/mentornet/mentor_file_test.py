@@ -57,7 +57,7 @@ def test_mentor_without_labels_fits_any_number_of_classes(path):
     mentor_file.load(path, num_classes=num_classes)
 
 
-def _complaint(path, **settings):
+def _error_line(path, **settings):
   with pytest.raises(base.InputError) as error:
     mentor_file.load(path, **settings)
   (line,) = str(error.value).splitlines()
@@ -67,21 +67,21 @@ def _complaint(path, **settings):
 
 def test_another_number_of_classes_is_refused(tmp_path):
   mentor_file.save(tmp_path / "mentor.json", _mentor(num_classes=10), {})
-  assert "labels of 10 classes, but the data have 100" in _complaint(
+  assert "labels of 10 classes, but the data have 100" in _error_line(
     tmp_path / "mentor.json", num_classes=100
   )
 
 
 def test_missing_file_is_refused(tmp_path):
-  assert "cannot read it (No such file" in _complaint(tmp_path / "mentor.json")
-  assert "cannot read it (Is a directory" in _complaint(tmp_path)
+  assert "cannot read it (No such file" in _error_line(tmp_path / "mentor.json")
+  assert "cannot read it (Is a directory" in _error_line(tmp_path)
 
 
 @pytest.mark.parametrize("version", [0, 2, None, "1"])
 def test_another_version_is_refused(path, version):
   record = json.loads(path.read_text())
   path.write_text(json.dumps(record | {"version": version}))
-  line = _complaint(path)
+  line = _error_line(path)
   assert (
     f"has format version {version}, but this program reads version 1: fit another"
     in line
@@ -91,26 +91,26 @@ def test_another_version_is_refused(path, version):
 @pytest.mark.parametrize("content", ["[]", "3", '{"kind": "cake"}', "{}"])
 def test_another_kind_of_file_is_refused(path, content):
   path.write_text(content)
-  assert "is not a mentor; name the mentor.json" in _complaint(path)
+  assert "is not a mentor; name the mentor.json" in _error_line(path)
 
 
 def test_binary_file_is_refused(path):
   path.write_bytes(b"\x89PNG\xff\xfe\x00")
-  assert "is not a mentor" in _complaint(path)
+  assert "is not a mentor" in _error_line(path)
 
 
 def test_truncated_file_is_refused(path):
   text = path.read_text()
   for share in (0.0, 0.01, 0.5, 0.99):
     path.write_text(text[: int(share * len(text))])
-    assert "is damaged" in _complaint(path)
+    assert "is damaged" in _error_line(path)
 
 
 def test_changed_number_is_refused(path):
   record = json.loads(path.read_text())
   record["variables"]["params/output_bias"][0] += 1e-6
   path.write_text(json.dumps(record))
-  assert "is damaged (its checksum differs)" in _complaint(path)
+  assert "is damaged (its checksum differs)" in _error_line(path)
 
 
 def test_missing_folder_is_refused(tmp_path):
@@ -163,9 +163,9 @@ _CRAFTED = {
 @pytest.mark.parametrize("name", _CRAFTED)
 def test_invalid_fields_with_a_correct_checksum_are_refused(path, name):
   _with_checksum(path, _CRAFTED[name])
-  assert "is damaged (" in _complaint(path)
+  assert "is damaged (" in _error_line(path)
 
 
 def test_deep_json_is_refused(path):
   path.write_text("[" * 200_000)
-  assert "is damaged" in _complaint(path)
+  assert "is damaged" in _error_line(path)

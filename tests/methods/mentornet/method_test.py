@@ -230,7 +230,7 @@ _X = np.array([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0], [0.0, 4.0]], np.float32)
 _PARAMS = {"p": np.ones((2, 1), np.float32), "b": np.zeros(1, np.float32)}
 
 
-def _task(num_steps=100):
+def _problem(num_steps=100):
   def forward(params, model_state, batch, key, train):
     del key, train
     return batch["x"] @ params["p"] + params["b"][None], model_state
@@ -252,8 +252,8 @@ def _step(method, step=50, state=None, num_steps=100, seed=0):
   key = jax.random.key(seed)
   inputs = base.Inputs(_PARAMS, {}, (), batch, None, jnp.int32(step), key)
   if state is None:
-    state = method.init(key, _task(), _PARAMS)
-  return method.gradients(state, _task(num_steps), inputs)
+    state = method.init(key, _problem(), _PARAMS)
+  return method.gradients(state, _problem(num_steps), inputs)
 
 
 def test_student_step_matches_hand_computed_values():
