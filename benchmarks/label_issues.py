@@ -159,7 +159,7 @@ def load(settings: Settings, name: str) -> tuple[np.ndarray, np.ndarray, int]:
   return x.astype(np.float32) / 255, labels, source.num_classes
 
 
-def is_fitting(name: str, noise: str) -> bool:
+def is_used(name: str, noise: str) -> bool:
   """Whether a kind of wrong labels is used with a data set."""
   kind = noise.partition(":")[0]
   if name == "cifar10_n" or kind == "human":
@@ -433,7 +433,7 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
     (name, noise, seed)
     for name in settings.datasets
     for noise in settings.noises
-    if is_fitting(name, noise)
+    if is_used(name, noise)
     for seed in range(settings.num_seeds)
   ]
   if not configurations:

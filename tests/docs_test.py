@@ -181,7 +181,9 @@ _OUTCOMES = {
   "advisor": lambda r: moved(r, "psi") and moved(r, "params"),
   "bare": lambda r: np.isclose(r["weights"].sum(), 1) and (r["weights"] == 0).any(),
   "baselines": lambda r: np.isclose(r["weights"].sum(), 1) and r["loss"] > 0,
-  "forml": lambda r: not np.allclose(r["kept"], 1) and np.isclose(r["kept"].sum(), 20),
+  "forml": lambda r: (
+    not np.allclose(r["all_weights"], 1) and np.isclose(r["all_weights"].sum(), 20)
+  ),
   "group_dro": lambda r: np.isclose(r["weights"].sum(), 1, atol=1e-5),
   "l2rw": lambda r: moved(r, "params") and np.isclose(r["weights"].sum(), 1),
   "label_transition": lambda r: np.isfinite(r["loss"]),
@@ -189,7 +191,9 @@ _OUTCOMES = {
   "logit_adjustment": lambda r: r["loss"] > 0 and len(r["predicted"]) == 8,
   "mentornet": lambda r: ((r["v"] >= 0) & (r["v"] <= 1)).all() and r["percentile"] > 0,
   "meta_weight_net": lambda r: moved(r, "phi") and moved(r, "params"),
-  "nested_maml": lambda r: (r["kept"][:5] == 1).all() and (r["kept"] != 1).any(),
+  "nested_maml": lambda r: (
+    (r["all_weights"][:5] == 1).all() and (r["all_weights"] != 1).any()
+  ),
   "robust_losses": lambda r: r["loss"] > 0 and r["method"].needs_meta,
   "susceptibility": lambda r: r["drop"] > 0 and len(r["zeta"]) == 1,
   "warpi": lambda r: moved(r, "phi") and moved(r, "params"),

@@ -314,14 +314,14 @@ def test_an_impossible_label_gives_nan_and_where_excludes_it():
   logits = np.random.default_rng(0).normal(size=(6, _CLASSES)).astype(np.float32)
   labels = np.array([0, -1, _CLASSES, 1, 2, -7])
   exists = np.array([True, False, False, True, True, False])
-  everyone = _all_jitted(logits, labels, np.ones(6, bool))
+  of_all_rows = _all_jitted(logits, labels, np.ones(6, bool))
   logits_with_nan = np.where(exists[:, None], logits, np.nan)
   chosen = _all_jitted(logits_with_nan, labels, exists)
   for name in _LOSSES:
-    assert np.isnan(everyone[name][0][~exists]).all(), name
+    assert np.isnan(of_all_rows[name][0][~exists]).all(), name
     if name != "gce_truncated":  # The truncated loss is constant.
-      assert np.isnan(everyone[name][1][~exists]).all(), name
-    for of_all, of_chosen in zip(everyone[name], chosen[name], strict=True):
+      assert np.isnan(of_all_rows[name][1][~exists]).all(), name
+    for of_all, of_chosen in zip(of_all_rows[name], chosen[name], strict=True):
       assert np.isfinite(of_all[exists]).all(), name
       np.testing.assert_array_equal(of_chosen[~exists], 0, err_msg=name)
       np.testing.assert_array_equal(of_chosen[exists], of_all[exists], err_msg=name)
@@ -379,7 +379,7 @@ def test_an_infinite_single_logit_of_the_right_sign_gives_no_loss_and_no_gradien
   value, vjp = jax.vjp(lambda z: losses.sigmoid_cross_entropy(z, labels), logits)
   np.testing.assert_array_equal(value, [0, 0])
   np.testing.assert_array_equal(vjp(jnp.ones(2))[0], [[0], [0]])
-  # The other losses see logits of two classes.
+  # The other losses convert a single logit to the logits of two classes.
   assert losses.focal(logits[:1], labels[:1]) == 0
 
 
@@ -493,7 +493,7 @@ def test_balanced_softmax_without_examples_of_a_class():
 def test_balanced_softmax_with_impossible_counts():
   logits, labels = np.ones((6, _CLASSES), np.float32), np.array([0, 1, 2, 0, -1, 3])
   counted = np.arange(6) != 3
-  none, negative, two = (
+  none, negative, only_class_2 = (
     _balanced(logits, labels, np.array(counts), counted)
     for counts in ([0, 0, 0], [3, -1, 1], [0, 0, 3])
   )
@@ -501,11 +501,13 @@ def test_balanced_softmax_with_impossible_counts():
     np.testing.assert_array_equal(value, [np.inf] * 3 + [0, np.nan, np.nan])
     assert not gradient[:4].any()
     # Labels that are not classes are replaced by class 0, which also has no examples.
-    np.testing.assert_array_equal(two[name][0], [np.inf, np.inf, 0, 0, np.nan, np.nan])
+    np.testing.assert_array_equal(
+      only_class_2[name][0], [np.inf, np.inf, 0, 0, np.nan, np.nan]
+    )
     assert np.isnan(negative[name][0]).all()
 
 
-def test_balanced_softmax_is_the_cross_entropy_of_the_classes_in_balance():
+def test_balanced_softmax_adjusts_balanced_logits_to_the_training_posterior():
   # Logits log p(x | y) are optimal for balanced classes. With the training counts, the
   # loss must therefore be the cross-entropy of the posterior in the training set.
   likelihood = np.random.default_rng(1).dirichlet(np.ones(6), size=_CLASSES).T

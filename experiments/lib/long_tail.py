@@ -31,7 +31,10 @@ _COLORS = {"many_percent": "C2", "medium_percent": "C1", "few_percent": "C3"}
 
 
 def _preset(text: str) -> str:
-  return f"{text} The default is that of --preset, or of a preset in mnist_long_tail."
+  return (
+    f"{text} The default is that of --preset in cifar_long_tail, and that of PRESET in"
+    " the source code in mnist_long_tail."
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,9 +196,11 @@ def _with_flags(settings: Settings, preset: Preset) -> Preset:
 def with_flags(settings: Settings, experiment: Experiment) -> Experiment:
   """The experiment with the flags; a changed preset is not comparable."""
   old, new = experiment.preset, _with_flags(settings, experiment.preset)
-  # The meta set may differ, because it depends on the method.
-  is_preset = new._replace(num_meta=old.num_meta) == old
-  return experiment._replace(preset=new, comparable=experiment.comparable and is_preset)
+  # With the builder "ldam", the size of the meta set hardly changes the training set.
+  # With "mwn", it determines the sizes of all classes.
+  compared = new._replace(num_meta=old.num_meta) if new.builder == "ldam" else new
+  is_comparable = experiment.comparable and compared == old
+  return experiment._replace(preset=new, comparable=is_comparable)
 
 
 def _make_splits(

@@ -58,10 +58,11 @@ def build(
     pictures: PNG files of the most suspicious examples, in the order of the ranking;
       empty bytes for an example without one.
     columns: texts to show for the most suspicious examples, in the order of the
-      ranking, by name of the column.
-    duplicate_of: for each example, the row of the example of which it is an exact copy,
-      or -1; [N].
-    notes: sentences about the data.
+      ranking, by name of the column. The page has the first 60 columns and the first
+      200 characters of each text.
+    duplicate_of: for each example, the row in the training set of the example of which
+      it is an exact copy, or -1; [N].
+    notes: sentences about the data; after the first 1000, the page only counts them.
 
   Returns:
     HTML, to be stored as UTF-8.

@@ -38,8 +38,8 @@ def class_sizes(
     Sizes, int [C]; the smallest ones may be 0.
 
   Raises:
-    InputError: the shape is unknown, `imbalance` is less than 1, or there are fewer
-      than 2 classes.
+    InputError: the shape is unknown, `imbalance` is less than 1 or not finite, or there
+      are fewer than 2 classes.
 
   References:
     Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR

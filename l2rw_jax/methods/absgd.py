@@ -9,12 +9,13 @@ a batch to weights:
 lambda > 0 gives more weight to large losses (for rare classes), and lambda < 0 to small
 losses (for wrong labels). If lambda is infinite, the weights are uniform,
 p_i = 1 / B. With gamma = alpha = 1, the weights are a softmax, and the step follows the
-gradient of F(w) = lambda log mean_i exp(l_i(w) / lambda), the KL-regularized worst case
-(lambda > 0) or best case (lambda < 0) over all example weights.
+gradient of lambda log mean_i exp(l_i / lambda) with respect to the parameters. This
+objective is the KL-regularized worst case (lambda > 0) or best case (lambda < 0) over
+all example weights.
 
-The weights sum to mean exp(l / lambda) / u. This is 1 / alpha when the losses are
-constant and 1 / (gamma alpha) at the first step (u has no bias correction), so alpha
-divides the learning rate. gamma multiplies the *new* value: with 0.9 the average
+The weights sum to mean exp(l / lambda) / u. This is 1 / (gamma alpha) at the first step
+(u has no bias correction) and approaches 1 / alpha if the losses stay the same, so
+alpha divides the learning rate. gamma multiplies the *new* value: with 0.9 the average
 depends on little more than the last batch. Neither a weight nor the sum of the weights
 exceeds 1 / (gamma alpha).
 
@@ -70,7 +71,8 @@ def example_weights(
     clip: upper bound of p_i, such as 1e4 / B; the released code has none.
     uniform_share: adds uniform_share / B to every p_i after clipping. 1 in the
       released label-noise program, 0 in the others.
-    axis_name: mapped axis over which the batch is sharded.
+    axis_name: mapped axis over which the batch is sharded. In the formulas, B then
+      counts the examples of all devices.
 
   Returns:
     Weights [B], from 0 to 1 / (gamma alpha) plus uniform_share / B, constant under
@@ -78,8 +80,8 @@ def example_weights(
     infinite, which makes them 1 / B.
 
   Raises:
-    InputError: the losses do not have shape [B], or a setting that is not traced is out
-      of range. A traced lambda of 0 gives NaN weights.
+    InputError: the losses do not have shape [B] or are empty, or a setting that is not
+      traced is out of range. A traced lambda of 0 gives NaN weights.
 
   >>> import jax.numpy as jnp
   >>> losses = jnp.log(jnp.array([1., 4., 16.]))
@@ -92,7 +94,7 @@ def example_weights(
   _check_settings(lam, gamma, alpha, clip, uniform_share)
   dtype = base.accumulator_dtype(losses.dtype)
   # Stop gradients before the collectives, which must not be differentiated.
-  scores, memory, lam = (
+  scores, log_u, lam = (
     jax.lax.stop_gradient(jnp.asarray(x, dtype)) for x in (losses, log_normalizer, lam)
   )
   limit = jnp.finfo(dtype).max / 4  # Differences of two scores are then finite.
@@ -104,18 +106,18 @@ def example_weights(
   largest = base.pmax(jnp.max(scores), axis_name)
   scores = scores - largest
   mean = base.psum(jnp.sum(jnp.exp(scores)), axis_name) / size
-  # `kept` is -inf at the first batch and if gamma is 1. Subtracting the two large
+  # `old_part` is -inf at the first batch and if gamma is 1. Subtracting the two large
   # numbers first loses less precision.
-  kept = jnp.log1p(-jnp.asarray(gamma, dtype)) + (memory - largest)
-  relative = jnp.logaddexp(kept, jnp.log(gamma * alpha * mean))
+  old_part = jnp.log1p(-jnp.asarray(gamma, dtype)) + (log_u - largest)
+  relative = jnp.logaddexp(old_part, jnp.log(gamma * alpha * mean))
   weights = jnp.exp(scores - relative - math.log(size))
   if clip is not None:
     weights = jnp.minimum(weights, clip)
   weights = weights + uniform_share / size
   is_uniform = jnp.isinf(lam)
   weights = jnp.where(is_uniform, 1 / size, weights)
-  memory = jnp.where(is_uniform, memory, largest + relative)
-  return weights.astype(losses.dtype), memory
+  log_u = jnp.where(is_uniform, log_u, largest + relative)
+  return weights.astype(losses.dtype), log_u
 
 
 def two_stage(lam: float, from_epoch: int) -> Callable[[int], float]:

@@ -66,7 +66,7 @@ class GPT(split.SplitNetwork):
     self.embed = nn.Embed(
       self.vocabulary,
       self.width,
-      embedding_init=_start,
+      embedding_init=_initializer,
       dtype=self.dtype,
       name="tokens",
     )
@@ -89,11 +89,13 @@ class GPT(split.SplitNetwork):
   def features(self, x: jax.Array, train: bool = False) -> jax.Array:
     """Maps tokens [B, T] to features [B, T, width].
 
-    If `last_only`, the result is the features [B, width] of the last token. Tokens
-    are integers of any type, from 0 to V - 1; the features of others are NaN.
+    If `last_only`, the result is the features [B, width] of the last token. Tokens are
+    integers of any type, from 0 to V - 1. If a sequence has another token, all of its
+    features are NaN. T is the number of tokens with which the network was initialized.
 
     Raises:
       InputError: the tokens are not integers.
+      flax.errors.ScopeParamShapeError: the sequences have another length T.
     """
     del train
     if not jnp.issubdtype(x.dtype, jnp.integer):
@@ -101,7 +103,7 @@ class GPT(split.SplitNetwork):
     # An embedding would count negative tokens from the end; it gives NaN for V.
     x = base.wide_integers(x, self.vocabulary)
     h = self.embed(jnp.where(x < 0, self.vocabulary, x))
-    positions = self.param("positions", _start, (1, x.shape[1], self.width))
+    positions = self.param("positions", _initializer, (1, x.shape[1], self.width))
     h = h + positions.astype(h.dtype)
     # XLA cannot merge the recomputation with the forward pass if they are in two loops.
     prevent_cse = not self.scan or self.unroll > 1
@@ -122,7 +124,7 @@ class GPT(split.SplitNetwork):
     return transformer.norm("norm", self.dtype, h[:, -1] if self.last_only else h)
 
 
-_start = nn.initializers.normal(0.02)
+_initializer = nn.initializers.normal(0.02)
 
 
 class _Layer(nn.Module):

@@ -63,7 +63,7 @@ def test_scripts_that_cannot_use_several_processes_refuse_them(name, monkeypatch
       runner.open_folder(settings, "x", "unused")
 
 
-def test_without_flags_a_process_stays_alone(capsys):
+def test_without_flags_a_process_connects_to_no_other(capsys):
   distributed.connect(digits_noise.Settings())
   with pytest.raises(SystemExit, match=r"^3$"):
     distributed.leave(3, "error: reason.")

@@ -5,6 +5,7 @@ import pytest
 import scripts
 
 from experiments import cifar_long_tail
+from experiments.lib import long_tail
 from experiments.lib import registries
 from experiments.tables import published
 from experiments.tables import published_cifar
@@ -211,6 +212,21 @@ def test_schedules_of_the_papers():
   assert _rates(cifar_long_tail.PRESETS["ldam"]) == pytest.approx(ldam, rel=1e-5)
   mwn = [0.1] * 79 + [0.01] * 10 + [1e-3] * 11
   assert _rates(cifar_long_tail.PRESETS["mwn"]) == pytest.approx(mwn, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("preset", "num_meta", "comparable"),
+  [("ldam", 10, True), ("mwn", 3, False), ("mwn", 10, True)],
+)
+def test_a_meta_set_that_changes_the_class_sizes_is_not_comparable(
+  preset, num_meta, comparable
+):
+  settings = cifar_long_tail.Settings(preset=preset, num_meta=num_meta)
+  experiment = long_tail.Experiment(
+    *(cifar_long_tail.TABLE, None, None, None, cifar_long_tail.PRESETS[preset]),
+    *({"dataset": "cifar10"}, (), 1, True),
+  )
+  assert long_tail.with_flags(settings, experiment).comparable == comparable
 
 
 @pytest.mark.slow

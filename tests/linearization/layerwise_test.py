@@ -93,7 +93,7 @@ def _random(shapes, dtype="float32"):
   )
 
 
-def _three(losses_fn, params, batch, engine, **options):
+def _results(losses_fn, params, batch, engine, **options):
   """Losses, J v, J^T w and aux, from one compiled function."""
   vector, weights = _like(params, 1), jnp.linspace(-1, 2, _B)
 
@@ -151,8 +151,8 @@ def test_layerwise_equals_forward_mode(name, dtype):
   tolerance = 2e-6 if dtype == "float32" else 1e-12
   with jax.enable_x64(dtype == "float64"):
     problem = _network(name, dtype)
-    actual = _three(*problem, "layerwise")
-    expected = _three(*problem, "forward")
+    actual = _results(*problem, "layerwise")
+    expected = _results(*problem, "forward")
     for a, e in zip(actual, expected, strict=True):
       assert a is None or _error(a, e) < tolerance
 
@@ -171,8 +171,8 @@ def test_shared_and_cast_parameters_are_supported():
 
   params = {"v": jnp.asarray(_images(4)[:3].T), "g": jnp.array([0.3, -0.2, 0.5])}
   x = jnp.asarray(_images(4))
-  actual = _three(losses_fn, params, x, "layerwise")
-  expected = _three(losses_fn, params, x, "forward")
+  actual = _results(losses_fn, params, x, "layerwise")
+  expected = _results(losses_fn, params, x, "forward")
   for a, e in zip(actual, expected, strict=True):
     assert a is None or _error(a, e) < 1e-6  # One product is computed in float32.
 
@@ -192,8 +192,8 @@ def test_augmentation_with_a_key_per_example_is_supported():
     logits, _ = model.forward(params, {}, batch, jax.random.key(5), True)
     return model.loss(logits, batch)
 
-  actual = _three(losses_fn, params, batch, "layerwise")
-  expected = _three(losses_fn, params, batch, "forward")
+  actual = _results(losses_fn, params, batch, "layerwise")
+  expected = _results(losses_fn, params, batch, "forward")
   for a, e in zip(actual, expected, strict=True):
     assert a is None or _error(a, e) < 1e-5
 
@@ -205,7 +205,7 @@ def test_aux_is_returned():
 
   x = jnp.asarray(_images(4), jnp.float32)
   params = jnp.ones((4, 2))
-  *_, aux = _three(losses_fn, params, x, "layerwise", has_aux=True)
+  *_, aux = _results(losses_fn, params, x, "layerwise", has_aux=True)
   expected = losses_fn(params, x)[1]
   for name, value in expected.items():
     np.testing.assert_allclose(aux[name], value, rtol=1e-6)
@@ -277,8 +277,8 @@ def test_models_that_mix_examples_are_refused(name):
   with pytest.raises(base.InputError, match="engine='layerwise' does not fit") as error:
     linearization.linearize(losses_fn, params, x, engine="layerwise")
   assert reason in str(error.value) and "\n" not in str(error.value)
-  actual = _three(losses_fn, params, x, "auto")
-  expected = _three(losses_fn, params, x, "forward")
+  actual = _results(losses_fn, params, x, "auto")
+  expected = _results(losses_fn, params, x, "forward")
   for a, e in zip(actual, expected, strict=True):
     assert a is None or _error(a, e) < 1e-6
 
@@ -328,8 +328,8 @@ def _spread(params, x):
 def test_axes_may_be_numpy_integers(losses_fn):
   params = {"kernel": _like(jnp.ones((4, 2)), 4), "factor": jnp.float32(0.7)}
   x = jnp.asarray(_images(4), jnp.float32)
-  actual = _three(losses_fn, params, x, "layerwise")
-  expected = _three(losses_fn, params, x, "forward")
+  actual = _results(losses_fn, params, x, "layerwise")
+  expected = _results(losses_fn, params, x, "forward")
   pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
   for a, e in pairs:
     assert _error(a, e) < 1e-5
@@ -347,8 +347,8 @@ def test_aux_may_mix_examples(compiled):
 
   params, x = jnp.ones((4, 2)), jnp.asarray(_images(4), jnp.float32)
   with contextlib.nullcontext() if compiled else jax.disable_jit():
-    actual = _three(losses_fn, params, x, "layerwise", has_aux=True)
-  expected = _three(losses_fn, params, x, "reverse", has_aux=True)
+    actual = _results(losses_fn, params, x, "layerwise", has_aux=True)
+  expected = _results(losses_fn, params, x, "reverse", has_aux=True)
   pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
   for a, e in pairs:
     np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6)

@@ -239,7 +239,7 @@ def _like(tree, seed=9):
   return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), tree)
 
 
-def _three(losses_fn, params, x, engine):
+def _results(losses_fn, params, x, engine):
   linearized = linearization.linearize(losses_fn, params, x, engine=engine)
   weights = jnp.linspace(-1, 2, _B).astype(linearized.losses.dtype)
   return (
@@ -271,8 +271,8 @@ def test_layerwise_equals_forward_mode(name):
   @jax.jit
   def both(params, x):
     return [
-      _three(losses_fn, params, x, "layerwise"),
-      _three(reference, params, x, "forward"),
+      _results(losses_fn, params, x, "layerwise"),
+      _results(reference, params, x, "forward"),
     ]
 
   for actual, expected in zip(*jax.device_get(both(params, x)), strict=True):
@@ -309,10 +309,10 @@ def test_a_carry_of_parameters_and_of_examples_is_refused(losses_fn):
 
   @jax.jit
   def both(params, x):
-    return [_three(losses_fn, params, x, engine) for engine in ("auto", "forward")]
+    return [_results(losses_fn, params, x, engine) for engine in ("auto", "forward")]
 
   with pytest.raises(base.InputError, match="scan"):
-    _three(losses_fn, params, x, "layerwise")
+    _results(losses_fn, params, x, "layerwise")
   for actual, expected in zip(*jax.device_get(both(params, x)), strict=True):
     assert _error(actual, expected) < 1e-12
 
@@ -331,7 +331,7 @@ def test_recomputed_layers_in_half_precision():
         params, x = jax.tree.map(lambda a: a.astype(dtype), (params, x))
         return network(params, x).astype(jnp.float32)
 
-      return _three(losses_fn, params, x, engine)
+      return _results(losses_fn, params, x, engine)
 
     return (
       three(_recomputed, "bfloat16", "layerwise"),

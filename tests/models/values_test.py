@@ -54,7 +54,7 @@ def _windows(x, size, stride):
 
 
 def _same(x, size, stride, value=0.0):
-  """Pads images as TensorFlow does: an odd number of pixels is larger at the end."""
+  """Pads images as TensorFlow does: an odd pixel of padding is added at the end."""
   total = (-(-x.shape[1] // stride) - 1) * stride + size - x.shape[1]
   both = (total // 2, total - total // 2)
   return np.pad(x, ((0, 0), both, both, (0, 0)), constant_values=value)
@@ -70,7 +70,7 @@ def _average(x):
 
 
 def _layers(variables, epsilon=1e-5):
-  """The layers of a network; each convolution and normalization is the next one."""
+  """Layers with given variables; each call of `conv` or `norm` uses the next layer."""
   params, statistics = variables["params"], variables.get("batch_stats", {})
   used = {"Conv": 0, "BatchNorm": 0}
 
@@ -132,7 +132,7 @@ def test_lenet():
   _assert_equal(model, variables, images, net.dense(x, "Dense_1"))
 
 
-def _shift_for_dropout(monkeypatch, module):
+def _replace_dropout(monkeypatch, module):
   """Replaces dropout by the addition of its rate, which shows where it is applied."""
   monkeypatch.setattr(
     module.dropout_lib, "Dropout", lambda rate, _: lambda x, train: x + rate
@@ -153,11 +153,12 @@ def _units(blocks):
       yield stage, block, width, 2 if stage and not block else 1
 
 
-# The numbers of layers, which `preactivation_resnet_test.py` compares, show the rest.
+# For False, `make test` compares only the number of parameters, in
+# `preactivation_resnet_test.py`.
 @pytest.mark.slow("False")
 @pytest.mark.parametrize("full_first_stage", [False, True])
 def test_preactivation_resnet(monkeypatch, full_first_stage):
-  _shift_for_dropout(monkeypatch, preactivation_resnet)
+  _replace_dropout(monkeypatch, preactivation_resnet)
   images = _images(8)
   model = preactivation_resnet.PreActivationResNet(
     3, 2, _WIDTHS, stem=2, dropout=0.3, full_first_stage=full_first_stage
@@ -197,7 +198,7 @@ def test_leaky_wide_resnet():
 
 
 def test_wide_resnet(monkeypatch):
-  _shift_for_dropout(monkeypatch, wide_resnet)
+  _replace_dropout(monkeypatch, wide_resnet)
   images, model = _images(8), wide_resnet.WideResNet(3, 1, widen=1, dropout=0.3)
   variables = _variables(model, images)
   net = _layers(variables)

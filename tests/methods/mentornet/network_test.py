@@ -72,7 +72,7 @@ def _lstm(params, steps):
 def _reference(variables, compat, losses, differences, labels=_LABELS, epochs=_EPOCHS):
   params = variables["params"]
   frozen = variables.get("frozen", params)["epoch_embedding"]
-  which = 0 if compat == "official_code" else 1
+  which = 0 if compat == "official_code" else 1  # The cell or the hidden state.
   logits = []
   for i in range(3):
     steps = np.stack([np.atleast_1d(losses[i]), np.atleast_1d(differences[i])], axis=-1)
@@ -125,18 +125,18 @@ def test_epoch_is_a_scalar_or_per_example():
 def test_weights_of_extreme_losses_lie_between_0_and_1(compat):
   network, variables = _init(compat)
   mentor = mentornet_network.Mentor("pd", network, variables)
-  # Scaled by 10, so that inf - inf would occur without clipping.
+  # With variables that are ten times as large, inf - inf would occur without clipping.
   large = jax.tree.map(lambda x: np.float32(10) * np.asarray(x), variables)
-  bold = mentornet_network.Mentor("pd", network, large)
-  asks = (jax.jit(mentor), 1), (jax.jit(bold), -1)
+  large_mentor = mentornet_network.Mentor("pd", network, large)
+  cases = (jax.jit(mentor), 1), (jax.jit(large_mentor), -1)
   for loss in (0.0, 1e4, 3.4e38):
     losses = np.full(3, loss, np.float32)
-    for ask, sign in asks:
-      weights = np.asarray(ask(losses, sign * losses, None, 3))
+    for weights_fn, sign in cases:
+      weights = np.asarray(weights_fn(losses, sign * losses, None, 3))
       assert ((weights >= 0) & (weights <= 1)).all()
   # A NaN loss gives a NaN weight.
   nan = np.full(3, np.nan, np.float32)
-  assert np.isnan(asks[0][0](nan, losses, None, 3)).all()
+  assert np.isnan(cases[0][0](nan, losses, None, 3)).all()
 
 
 def test_mentor_without_classes_replaces_labels_by_0():
@@ -145,8 +145,8 @@ def test_mentor_without_classes_replaces_labels_by_0():
   given = (_LOSSES, _DIFFERENCES)
   result = plain(*given, np.array([5, 9, 2]), 40)
   np.testing.assert_array_equal(result, plain(*given, np.zeros(3, int), 40))
-  looking = mentornet_network.Mentor("dd", network, variables, num_classes=2)
-  assert not np.array_equal(looking(*given, _LABELS, 40), result)
+  with_classes = mentornet_network.Mentor("dd", network, variables, num_classes=2)
+  assert not np.array_equal(with_classes(*given, _LABELS, 40), result)
 
 
 def test_a_mentor_is_a_curriculum():
