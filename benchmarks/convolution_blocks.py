@@ -123,9 +123,9 @@ def make_rows(settings: Settings) -> list[dict[str, Any]]:
     size, inputs, outputs = LAYERS[name]
     given = arguments(*LAYERS[name], settings.batch_size)
     default = make_layer(convolution.BLOCK_BYTES, given).num_blocks
-    made = [make_layer(block_bytes, given) for block_bytes in BLOCKS]
+    all_layers = [make_layer(block_bytes, given) for block_bytes in BLOCKS]
     # Several sizes can give the same number of blocks.
-    layers = list({layer.num_blocks: layer for layer in made}.values())
+    layers = list({layer.num_blocks: layer for layer in all_layers}.values())
     for part in layers[0].parts:
       seconds: list[list[float]] = [[] for _ in layers]
       for turn in range(settings.repeats + 1):

@@ -167,7 +167,7 @@ class Settings(runner.Settings):
     return self.load("train").num_classes if self.groups == "class" else 2
 
 
-def label(one: Mapping[str, Any]) -> str:
+def method_label(one: Mapping[str, Any]) -> str:
   """The name of a row's method in the table."""
   if one["kept_percent"] is None:
     return one["method"]
@@ -188,13 +188,19 @@ TABLE = table.Layout(
     "noise_fraction": "{:.0%} of the labels wrong",
     "num_steps": "{:,} steps",
   },
-  method=label,
+  method=method_label,
   published="Published: no comparable number; the protocol is this project's.",
 )
 
 
 class Setting(NamedTuple):
-  """The method and data of one line of the table; `percent` is None for all data."""
+  """The method and data of one line of the table.
+
+  Attributes:
+    method: the method or, with condensation, the method whose weights select images.
+    percent: percentage of the images for uniform training; None for all images.
+    kept: how these images are selected, "top" or "random"; "" for all images.
+  """
 
   method: str
   percent: int | None = None
@@ -317,7 +323,13 @@ def make_optimizer(rate: float, momentum: float) -> optax.GradientTransformation
 def condensations(
   settings: Settings, methods: Sequence[str], size: int
 ) -> list[Setting]:
-  """Checks `--condense` and returns its settings."""
+  """Checks `--condense` and returns its settings.
+
+  Args:
+    settings: the flags of the script.
+    methods: the names in `--methods`.
+    size: number of training images.
+  """
   last = next((m for m in reversed(methods) if m in FORML), "")
   by = settings.condense_by or last
   if settings.condense_by is not None and not settings.condense:
@@ -418,7 +430,7 @@ def _columns(rows: runner.Rows) -> list[str]:
 
 
 def _interval(rows: runner.Rows, name: str, column: str) -> report.Interval:
-  return report.interval([r[column] for r in rows if label(r) == name])
+  return report.interval([r[column] for r in rows if method_label(r) == name])
 
 
 def draw(rows: runner.Rows, path: pathlib.Path) -> None:
@@ -434,7 +446,7 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
 
 
 def _draw_bars(axes: Any, rows: runner.Rows) -> None:
-  columns, names = _columns(rows), list(dict.fromkeys(map(label, rows)))
+  columns, names = _columns(rows), list(dict.fromkeys(map(method_label, rows)))
   width = 0.8 / len(names)
   for i, name in enumerate(names):
     places = np.arange(len(columns)) + (i - (len(names) - 1) / 2) * width
@@ -443,7 +455,7 @@ def _draw_bars(axes: Any, rows: runner.Rows) -> None:
     means = [f.mean for f in intervals]
     axes.bar(places, means, width * 0.9, yerr=errors, capsize=2, label=name)
     for place, column in zip(places, columns, strict=True):
-      values = [r[column] for r in rows if label(r) == name]
+      values = [r[column] for r in rows if method_label(r) == name]
       axes.plot([place] * len(values), values, "k.", markersize=3)
   axes.set_xticks(range(len(columns)), [MEASURES[c][0] for c in columns], fontsize=8)
   axes.set_ylabel("mean and 95% interval; dots: seeds")

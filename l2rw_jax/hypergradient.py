@@ -105,9 +105,9 @@ class Direction(NamedTuple):
       optimizer's step ignores the gradient; bool scalar.
     fault: the first quantity that is not finite, a `base.Fault`; int32 scalar.
     aux: the auxiliary output of the meta losses function, or None.
-    kept: the memory of the activations that are stored for the gradient of the meta
-      loss, per meta example, divided by the memory of the parameters; infinite if it is
-      unknown.
+    activation_share: the memory of the activations that are stored for the gradient of
+      the meta loss, per meta example, divided by the memory of the parameters; infinite
+      if it is unknown.
     value_slope: dM/d value, the derivative through the inner loss that the optimizer
       receives, scalar; None stands for 0.
   """
@@ -118,7 +118,7 @@ class Direction(NamedTuple):
   zero_slope: base.Array
   fault: base.Array
   aux: Any = None
-  kept: base.StaticFloat = base.StaticFloat("inf")
+  activation_share: base.StaticFloat = base.StaticFloat("inf")
   value_slope: base.Array | None = None
 
 
@@ -296,14 +296,14 @@ def direction(
   # the negative loss, because a change of sign of every entry would be one more array
   # of the size of each parameter.
   sign = -1 if optimizer is None else 1
-  kept = base.StaticFloat("inf")
+  activation_share = base.StaticFloat("inf")
   if microbatch_size is None:
     losses, losses_vjp, aux = jax.vjp(
       lambda leaves: meta_losses(leaves, meta_batch), lookahead_leaves, has_aux=True
     )
     loss, cotangent = _meta_loss(objective, losses, axis_name)
     (gradient,) = losses_vjp(sign * cotangent)
-    kept = base.StaticFloat(
+    activation_share = base.StaticFloat(
       ordering.kept_bytes(losses_vjp, (lookahead_leaves, meta_batch))
       / losses.size
       / max(ordering.num_bytes(lookahead_leaves), 1)
@@ -327,7 +327,9 @@ def direction(
   fault = _check_finite(losses, loss, state, axis_name)
   zero_slope = _check_slope(state)
   vector = partition.combine_gradient(vector)
-  return Direction(vector, loss, fault == 0, zero_slope, fault, aux, kept, value_slope)
+  return Direction(
+    vector, loss, fault == 0, zero_slope, fault, aux, activation_share, value_slope
+  )
 
 
 def _meta_loss(objective, losses, axis_name):
@@ -416,7 +418,7 @@ def order_of(direction: Direction, batch: Any) -> base.StaticStr:
     batch: the training batch, whose arrays have a row per example.
   """
   rows = [x.shape[0] for x in jax.tree.leaves(batch) if getattr(x, "shape", ())]
-  is_small = bool(rows) and direction.kept * max(rows) < 1
+  is_small = bool(rows) and direction.activation_share * max(rows) < 1
   return base.StaticStr("layers" if is_small else "batches")
 
 

@@ -1,9 +1,9 @@
 """Communication between the processes of one program, outside of `jit`.
 
 `jax.distributed.initialize` connects the processes. All of them run the same code and
-call the functions of this file in the same order. A program of one process needs no
-connection, except for `client` and `wait_for`, and the other functions then exchange
-nothing.
+call the functions of this file in the same order. If there is only one process, the
+functions need no connection and exchange nothing; only `client` and `wait_for` always
+need a connection.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -64,13 +64,13 @@ def client() -> Any:
   # JAX has no public name for the client; Orbax uses the same private one.
   from jax._src import distributed
 
-  client = distributed.global_state.client
-  if client is None:
+  result = distributed.global_state.client
+  if result is None:
     raise base.InputError(
       "JAX is not connected to other processes: call jax.distributed.initialize()"
       " before any other use of JAX."
     )
-  return client
+  return result
 
 
 def wait_for(key: str) -> str:

@@ -64,8 +64,8 @@ def test_losses_and_gradients_are_those_of_the_new_loss():
   params, inputs = _inputs()
   batch = inputs.batch
   rare = np.where(batch["label"] == 1, np.float32(3), np.float32(1))
-  found = _run(changed_loss.changed_loss(baselines.uniform(), _rarity))
-  np.testing.assert_allclose(found.losses, rare * np.asarray(plain.losses), rtol=1e-6)
+  result = _run(changed_loss.changed_loss(baselines.uniform(), _rarity))
+  np.testing.assert_allclose(result.losses, rare * np.asarray(plain.losses), rtol=1e-6)
 
   @jax.jit
   @jax.grad
@@ -74,7 +74,7 @@ def test_losses_and_gradients_are_those_of_the_new_loss():
     return jnp.mean(rare * losses.softmax_cross_entropy(outputs, batch["label"]))
 
   expected = slope(params)
-  chex.assert_trees_all_close(found.grads, expected, rtol=1e-5)
+  chex.assert_trees_all_close(result.grads, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

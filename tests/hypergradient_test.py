@@ -580,8 +580,8 @@ def test_a_line_search_is_refused():
 def test_a_nan_loss_with_a_finite_gradient_is_reported(microbatch_size):
   def losses_fn(params, targets):
     # Like a gather that fills with NaN: the loss is NaN and its gradient zero.
-    found = _faulty_losses_fn(params, targets)
-    return jnp.where(targets >= 3, jnp.nan, found)
+    faulty_losses = _faulty_losses_fn(params, targets)
+    return jnp.where(targets >= 3, jnp.nan, faulty_losses)
 
   def run(targets):
     return _direction(

@@ -114,9 +114,9 @@ def _all_losses(logits, labels, where):
   """Losses [L, B], and the gradient of the sum of each kind of loss, [L, B, C]."""
 
   def stacked(logits):
-    found = [f(logits, labels, where=where) for f, _ in _LOSSES.values()]
-    assert all(x.dtype == logits.dtype for x in found)
-    return jnp.stack(found)
+    actual = [f(logits, labels, where=where) for f, _ in _LOSSES.values()]
+    assert all(x.dtype == logits.dtype for x in actual)
+    return jnp.stack(actual)
 
   values, pull = jax.vjp(stacked, logits)
   ones = jnp.ones_like(values)
@@ -182,5 +182,5 @@ def test_a_label_that_does_not_fit_32_bits_names_no_class(dtype):
   for x64, label_kind in ((False, np.asarray), (True, np.asarray), (True, jnp.asarray)):
     with jax.enable_x64(x64):
       for function, _ in _LOSSES.values():
-        found = function(jnp.zeros((4, 3)), label_kind(labels))
-        np.testing.assert_array_equal(np.isnan(found), [False, True, True, False])
+        actual = function(jnp.zeros((4, 3)), label_kind(labels))
+        np.testing.assert_array_equal(np.isnan(actual), [False, True, True, False])

@@ -25,14 +25,14 @@ def test_importing_the_functions_imports_nothing_heavy():
     "import l2rw_jax\n"
     f"print([m for m in {HEAVY} if m in set(sys.modules) - before])"
   )
-  found = subprocess.run(
+  result = subprocess.run(
     [sys.executable, "-c", code],
     check=True,
     capture_output=True,
     text=True,
     cwd=REPOSITORY,
   )
-  assert found.stdout.strip() == "[]"
+  assert result.stdout.strip() == "[]"
 
 
 def test_the_wheel_installs_the_library_alone(tmp_path):

@@ -93,7 +93,10 @@ def pictures(data: own_data.OwnData, rows: list[int]) -> Iterator[bytes]:
     if data.root is not None:
       try:
         image = image_files.read(
-          data.root / data.names[row], (_THUMBNAIL, _THUMBNAIL), 3, keep_shape=True
+          data.root / data.names[row],
+          (_THUMBNAIL, _THUMBNAIL),
+          3,
+          keep_aspect_ratio=True,
         )
       except ValueError:  # The file has been removed since it was decoded.
         image = data.features[row]
@@ -109,10 +112,10 @@ def _png(image: np.ndarray) -> bytes:
   if pixels.dtype != np.uint8:
     low, high = float(pixels.min()), float(pixels.max())
     pixels = (255 * (pixels - low) / ((high - low) or 1)).round().astype(np.uint8)
-  made = Image.fromarray(pixels)
-  made.thumbnail((_THUMBNAIL, _THUMBNAIL))
+  thumbnail = Image.fromarray(pixels)
+  thumbnail.thumbnail((_THUMBNAIL, _THUMBNAIL))
   file = io.BytesIO()
-  made.save(file, "PNG", optimize=True)
+  thumbnail.save(file, "PNG", optimize=True)
   return file.getvalue()
 
 

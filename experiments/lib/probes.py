@@ -51,13 +51,13 @@ class Settings(settings_lib.Settings):
 
   def make_probes(self) -> tuple[evaluation.Probe, ...]:
     """The probes that `--probes` names, for `loop.train`."""
-    made = {
+    all_probes = {
       "susceptibility": memorization.susceptibility(
         self.probe_batch_size, self.probe_images
       ),
       "training_accuracy": memorization.accuracy,
     }
-    return tuple(made[name] for name in self._names())
+    return tuple(all_probes[name] for name in self._names())
 
   def check_probes(self, split: examples_lib.Splits) -> None:
     """Raises InputError unless the probes can be measured on these data."""

@@ -45,10 +45,10 @@ def summary(table: table_lib.Table) -> str:
       cells.append(_measured(value))
       cells += [_published(value), _difference(value)] if table.has_published(i) else []
     rows.append([*cells, line.repeats])
-  made = report.table([*header, f"{layout.repeat}s"], rows)
+  result = report.table([*header, f"{layout.repeat}s"], rows)
   shared = [_markdown(table.say_constant(but=columns)), "mean ± 95% interval"]
   above = "; ".join(part for part in shared if part)
-  return "\n\n".join([f"{above}.", made, _sources(table)])
+  return "\n\n".join([f"{above}.", result, _sources(table)])
 
 
 def compact(table: table_lib.Table) -> str:

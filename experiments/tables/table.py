@@ -210,7 +210,7 @@ def _method(section: Section, row: Row) -> str:
 
 
 def _printable(text: str) -> str:
-  """`text` with spaces for line breaks, control characters and lone surrogates."""
+  """`text`, with spaces in place of line breaks, control characters and surrogates."""
   return "".join(c if c.isprintable() else " " for c in text)
 
 

@@ -138,7 +138,7 @@ def _read(path: pathlib.Path, size: int) -> np.ndarray:
 
   try:
     with Image.open(path) as image:
-      small = image_files.of_bytes(image).convert("RGB")
+      small = image_files.to_8_bits(image).convert("RGB")
       small = small.resize((size, size), Image.Resampling.BILINEAR)
       return np.asarray(small, np.uint8)
   # A damaged file can raise nearly any error.

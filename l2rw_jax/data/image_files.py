@@ -49,7 +49,11 @@ def header(path: str | os.PathLike) -> Header:
 
 
 def read(
-  path: str | os.PathLike, size: tuple[int, int], channels: int, *, keep_shape=False
+  path: str | os.PathLike,
+  size: tuple[int, int],
+  channels: int,
+  *,
+  keep_aspect_ratio: bool = False,
 ) -> np.ndarray:
   """Decodes an image file and resizes the image.
 
@@ -58,10 +62,10 @@ def read(
 
   Args:
     path: the file.
-    size: height and width of the result; with `keep_shape`, their upper limits.
+    size: height and width of the result; its limits with `keep_aspect_ratio`.
     channels: 1 (gray) or 3 (RGB).
-    keep_shape: whether to keep the aspect ratio, so that the image just fits into
-      `size`, instead of stretching both sides.
+    keep_aspect_ratio: whether to make the image as large as `size` allows without
+      distorting it, instead of stretching it to exactly this size.
 
   Returns:
     uint8 [height, width, channels].
@@ -77,8 +81,8 @@ def read(
       if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers: convert it to 8 bits")
       upright = ImageOps.exif_transpose(image)
-      small = _opaque(of_bytes(upright)).convert("L" if channels == 1 else "RGB")
-      if keep_shape:
+      small = _opaque(to_8_bits(upright)).convert("L" if channels == 1 else "RGB")
+      if keep_aspect_ratio:
         scale = min(size[0] / small.height, size[1] / small.width)
         size = (
           max(1, round(small.height * scale)),
@@ -91,8 +95,14 @@ def read(
     raise ValueError(_reason(error)) from error
 
 
-def of_bytes(image: Any) -> Any:
-  """Scales 16 bits per pixel to 8; Pillow's `convert` would clip them instead."""
+def to_8_bits(image: Any) -> Any:
+  """Scales an image of 16 bits per pixel to 8; other images are returned unchanged.
+
+  Pillow's `convert` would clip the values instead.
+
+  Args:
+    image: an image of Pillow.
+  """
   from PIL import Image
 
   if image.mode.partition(";")[0] != "I":

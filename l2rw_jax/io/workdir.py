@@ -87,7 +87,8 @@ def _replace(path: pathlib.Path, content: bytes) -> None:
 def write_arrays(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
   """Writes an uncompressed `.npz` file, as `np.savez` does, with arrays of any name.
 
-  The names `file` and `allow_pickle` are arguments of `np.savez`.
+  `np.savez` cannot store arrays named `file` or `allow_pickle`, because these are its
+  arguments.
 
   Args:
     file: an open file.

@@ -376,7 +376,7 @@ def l2rw(
 
   Raises:
     InputError: `microbatch_size` or `refresh_every` is not a positive integer, or
-      `layers` cannot choose layers.
+      `layers` has an unsupported form, see `restriction.restricted`.
   """
   microbatching.check(microbatch_size)
   refresh_every = base.check_integer("l2rw: refresh_every", refresh_every)
@@ -457,7 +457,7 @@ def _stored(direction, params):
   loss = direction.meta_loss.astype(jnp.result_type(float))
   vector = trainable.Partition(params).leaves(direction.vector)
   return direction._replace(
-    vector=vector, meta_loss=loss, aux=None, kept=base.StaticFloat("inf")
+    vector=vector, meta_loss=loss, aux=None, activation_share=base.StaticFloat("inf")
   )
 
 

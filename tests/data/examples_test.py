@@ -260,8 +260,8 @@ def test_sources_of_rows_are_not_read_to_make_splits():
     for data in (images, _File(images)):
       one = source()._replace(images=data, labels=np.arange(8, dtype=np.int32) % 2)
       columns = dict.fromkeys(("labels", "true_labels", "test_labels"), one.labels)
-      made = examples_lib.assemble(one, one, rows, num_classes=2, **columns)
-      splits.append(examples_lib.keep_train(made, np.array([0, 2])))
+      result = examples_lib.assemble(one, one, rows, num_classes=2, **columns)
+      splits.append(examples_lib.keep_train(result, np.array([0, 2])))
     assert data.largest_read == 2  # The meta set.
     assert splits[0].fingerprint == splits[1].fingerprint
     for part in rows:

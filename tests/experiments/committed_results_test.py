@@ -79,11 +79,11 @@ def test_published_values_are_those_of_the_papers(committed):
   for table in committed:
     for line in table.lines:
       for value in line.values:
-        found = (value.published, value.spread)
-        if found != (None, None) or value.metric.published:
+        shown = (value.published, value.spread)
+        if shown != (None, None) or value.metric.published:
           of_paper = PUBLISHED.get(table.name, lambda *_: None)
           expected = of_paper(line.method, line.setting) or (None, None)
-          assert found == expected, (table.name, line.method, line.setting)
+          assert shown == expected, (table.name, line.method, line.setting)
           count += expected != (None, None)
   assert count >= 10
 
@@ -162,33 +162,33 @@ def test_every_row_names_its_origin(path):
   ],
 )
 def test_each_method_was_repeated(name, methods, repeats):
-  found = rows(name)
+  repeated = [row["method"] for row in rows(name)]
   for method in methods:
-    assert sum(row["method"] == method for row in found) >= repeats
+    assert repeated.count(method) >= repeats
 
 
-def test_on_half_wrong_labels_every_method_beats_uniform_beyond_both_spreads():
+def test_on_half_wrong_labels_weighting_methods_beat_uniform_beyond_both_spreads():
   accuracies = {}
   for row in rows("mnist_noise"):
     setting = row["noise"], row["fraction"], row.get("schedule")
     if setting == ("bare_symmetric", 0.5, None):
       accuracies.setdefault(row["method"], []).append(row["accuracy_percent"])
   uniform = accuracies.pop("uniform")
-  learned = {"l2rw", "meta_weight_net", "mentornet_pd", "warpi", "advisor"}
-  assert learned <= set(accuracies)
-  for method in learned:
+  weighting = {"l2rw", "meta_weight_net", "mentornet_pd", "warpi", "advisor"}
+  assert weighting <= set(accuracies)
+  for method in weighting:
     values = accuracies[method]
     assert len(values) >= 3
     margin = statistics.mean(values) - statistics.mean(uniform)
     assert margin > statistics.stdev(values) + statistics.stdev(uniform), method
 
 
-def test_susceptibility_follows_memorization_and_finds_methods_without_it():
+def test_susceptibility_follows_memorization_and_selects_accurate_networks():
   accuracies, correlations = {}, {}
   for name in ("mnist", "digits"):
-    found = rows(f"memorization/{name}")
+    networks = rows(f"memorization/{name}")
     for noise in (0.25, 0.5):
-      at_noise = [row for row in found if row["noise_fraction"] == noise]
+      at_noise = [row for row in networks if row["noise_fraction"] == noise]
       correlations[name, noise] = susceptibility.rank_correlation(
         [row["susceptibility"] for row in at_noise],
         [row["wrong_subset_percent"] for row in at_noise],

@@ -34,7 +34,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     (FileNotFoundError(2, "No such file", "a.png"), "error: a.png: No such file"),
   ],
 )
-def test_errors_of_files_are_one_line(error, line, capsys):
+def test_errors_of_files_have_one_line(error, line, capsys):
   with pytest.raises(SystemExit) as ended, launch._one_line_errors(registries.Settings):
     raise error
   assert ended.value.code == 2 and capsys.readouterr().err.splitlines()[-1] == line

@@ -178,7 +178,7 @@ def test_rematerialized_layers_have_features_last(is_differentiated):
   lowered = jax.jit(loop).lower(_BATCH)
   inside, outside = _convolutions(lowered)
   assert inside == _FEATURES_LAST and not outside
-  if is_differentiated:  # Nothing that the user asked to recompute is stored.
+  if is_differentiated:  # The barrier prevents that recomputed values are stored.
     assert "optimization_barrier" in lowered.as_text()
 
 
@@ -210,7 +210,7 @@ def test_arguments_may_have_names():
 
 
 @pytest.mark.parametrize("cond", [jax.lax.cond, control_flow.cond])
-def test_plain_conditionals_have_other_layouts(cond):
+def test_only_plain_conditionals_have_other_layouts(cond):
   def step(params, batch, pred):
     def gradient(params):
       return jax.grad(lambda p: _losses(p, batch).sum())(params)

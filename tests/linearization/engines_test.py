@@ -70,6 +70,7 @@ def _explicit(losses_fn, params, batch, vector, weights):
 
 
 def _three(losses_fn, params, batch, vector, weights, **options):
+  """Losses, J v and J^T w."""
   linearized = linearization.linearize(losses_fn, params, batch, **options)
   return (
     linearized.losses,
@@ -100,7 +101,7 @@ def test_engines_equal_the_explicit_jacobian(container):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("engine", ["layerwise", "forward", "reverse"])
-def test_a_direction_that_is_known_changes_no_number(engine):
+def test_a_known_direction_does_not_change_the_results(engine):
   params = {"w": np.arange(6.0).reshape(3, 2) / 5, "b": np.float64(0.3)}
   vector, weights = _like(params, 1), np.linspace(-1, 1, _B)
 
@@ -153,8 +154,8 @@ def test_fixed_leaves_have_zero_gradients(engine, wrap):
 
   def losses_fn(params, x):
     shift = jax.random.uniform(params["key"]) + params["mask"].sum().astype(float)
-    found = _losses_fn({k: params[k] for k in ("w", "b")}, x)
-    return found * params["count"].astype(float) + shift
+    values = _losses_fn({k: params[k] for k in ("w", "b")}, x)
+    return values * params["count"].astype(float) + shift
 
   linearize = functools.partial(_three, losses_fn, engine=engine)
   params, vector = trainable | fixed, _like(trainable, 1)
@@ -628,14 +629,14 @@ def test_difference_with_complex_parameters():
   x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2)))
   params = jnp.array([1 + 2j, 0.5 - 1j])
 
-  def three(params, vector, engine):
+  def jvp(params, vector, engine):
     lin = linearization.linearize_outputs(
       lambda p, x: jnp.abs(x.astype(p.dtype) @ p) ** 2, params, x, engine=engine
     )
     return lin.jvp(vector)
 
   vector = jnp.array([0.3 - 1j, 2j])
-  expected = three(params, vector, "forward")
-  np.testing.assert_allclose(three(params, vector, "difference"), expected, rtol=1e-7)
+  expected = jvp(params, vector, "forward")
+  np.testing.assert_allclose(jvp(params, vector, "difference"), expected, rtol=1e-7)
   with pytest.raises(base.InputError, match="engine='layerwise': choose one of"):
     linearization.linearize_outputs(lambda p, x: x, params, x, engine="layerwise")

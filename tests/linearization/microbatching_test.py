@@ -44,8 +44,8 @@ def _examples(seed, size):
 def _params(seed=2):
   rng = np.random.default_rng(seed)
   shapes = {"kernel": (3, 4), "out": (4,)}
-  made = {k: jnp.asarray(rng.normal(size=v)) for k, v in shapes.items()}
-  return {**made, "count": jnp.int32(4)}
+  floats = {k: jnp.asarray(rng.normal(size=v)) for k, v in shapes.items()}
+  return {**floats, "count": jnp.int32(4)}
 
 
 def _losses_fn(params, batch):
@@ -279,8 +279,8 @@ def test_keys_per_example_are_split_with_the_examples():
 
   @jax.jit
   def both(keys):
-    found = linearize(losses_fn, jnp.array(2.0), keys)
-    actual = found.losses, found.directional(jnp.array(1.0))
+    output = linearize(losses_fn, jnp.array(2.0), keys)
+    actual = output.losses, output.directional(jnp.array(1.0))
     return actual, (losses_fn(2.0, keys), losses_fn(1.0, keys))
 
   _close(*both(keys))
@@ -332,8 +332,8 @@ def test_a_nan_in_one_part_of_the_meta_batch_is_reported():
   meta_x = jnp.array([[1.0, 2.0], [2.0, 1.0], [jnp.nan, 1.0]])  # in the second part
   with pytest.raises(FloatingPointError, match=r"1 of 3 meta losses .* in row 2"):
     _small_weights(x, meta_x, 2)
-  found = jax.jit(functools.partial(_small_weights, size=2))(x, meta_x)
-  assert not found.finite and found.fault == base.Fault.META_LOSSES
+  output = jax.jit(functools.partial(_small_weights, size=2))(x, meta_x)
+  assert not output.finite and output.fault == base.Fault.META_LOSSES
 
 
 def test_losses_that_ignore_their_batch_are_refused():

@@ -77,8 +77,8 @@ def test_a_program_is_at_most_five_times_that_of_plain_training():
   def plain(params, x):
     return jax.value_and_grad(lambda params: _network(params, x).mean())(params)
 
-  ours = _lines(l2rw.weighted_value_and_grad(_network, engine="forward"), 20, x, x)
-  assert ours <= 4.6 * _lines(plain, 20, x)
+  actual = _lines(l2rw.weighted_value_and_grad(_network, engine="forward"), 20, x, x)
+  assert actual <= 4.6 * _lines(plain, 20, x)
 
 
 def test_after_explicitly_sharded_arrays():

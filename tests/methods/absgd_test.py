@@ -1,4 +1,4 @@
-"""ABSGD: published numbers, the gradient of its objective, overflow, the loop."""
+"""ABSGD: its formula, the gradient of its objective, overflow, the loop."""
 
 import functools
 import math
@@ -31,7 +31,7 @@ def _weights(losses, log_normalizer, lam, gamma=1.0, alpha=1.0, options=()):
   )
 
 
-def _start(losses, lam, gamma=1.0, alpha=1.0, **options):
+def _first_weights(losses, lam, gamma=1.0, alpha=1.0, **options):
   dtype = jnp.result_type(float)
   return _weights(
     np.asarray(losses, dtype),
@@ -85,11 +85,13 @@ def _start(losses, lam, gamma=1.0, alpha=1.0, **options):
     ),
   ],
 )
-def test_golden_vectors(lam, gamma, alpha, normalizers, weights, totals, values):
-  memory = -jnp.inf
+def test_two_batches_have_precomputed_weights(
+  lam, gamma, alpha, normalizers, weights, totals, values
+):
+  log_u = -jnp.inf
   for step, losses in enumerate((_FIRST, _SECOND)):
-    result, memory = jax.device_get(_weights(losses, memory, lam, gamma, alpha))
-    np.testing.assert_allclose(np.exp(memory), normalizers[step], atol=5e-7)
+    result, log_u = jax.device_get(_weights(losses, log_u, lam, gamma, alpha))
+    np.testing.assert_allclose(np.exp(log_u), normalizers[step], atol=5e-7)
     np.testing.assert_allclose(result, weights[step], atol=5e-7)
     np.testing.assert_allclose(result.sum(), totals[step], atol=5e-7)
     np.testing.assert_allclose(result @ losses, values[step], atol=5e-7)
@@ -119,13 +121,13 @@ _quick = hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
   alpha=st.floats(0.1, 3),
 )
 def test_weights_equal_the_plain_exponentials(batches, lam, gamma, alpha):
-  memory = -jnp.inf
+  log_u = -jnp.inf
   for losses, (weights, u) in zip(
     batches, _published(batches, lam, gamma, alpha), strict=True
   ):
-    result, memory = jax.device_get(_weights(losses, memory, lam, gamma, alpha))
+    result, log_u = jax.device_get(_weights(losses, log_u, lam, gamma, alpha))
     np.testing.assert_allclose(result, weights, rtol=1e-12)
-    np.testing.assert_allclose(memory, np.log(u), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(log_u, np.log(u), rtol=1e-12, atol=1e-12)
     # sum p = mean(e) / u is bounded, because u contains gamma alpha mean(e).
     np.testing.assert_allclose(result.sum(), np.exp(losses / lam).mean() / u, 1e-12)
     assert result.sum() <= (1 + 1e-12) / (gamma * alpha)
@@ -153,7 +155,7 @@ def _slopes(lam, inputs, targets):
 @pytest.mark.usefixtures("x64")
 @_quick
 @hypothesis.given(lam=_LAMBDAS, seed=st.integers(0, 99))
-def test_step_without_memory_is_the_gradient_of_the_objective(lam, seed):
+def test_step_without_an_average_is_the_gradient_of_the_objective(lam, seed):
   rng = np.random.default_rng(seed)
   result, expected = _slopes(lam, rng.normal(size=(5, 3)), rng.normal(size=5))
   np.testing.assert_allclose(result, expected, rtol=1e-10, atol=1e-12)
@@ -162,14 +164,16 @@ def test_step_without_memory_is_the_gradient_of_the_objective(lam, seed):
 @pytest.mark.usefixtures("x64")
 def test_limits_of_lambda():
   for lam in (1e9, -1e9, math.inf, -math.inf):
-    np.testing.assert_allclose(_start(_FIRST, lam)[0], np.full(4, 0.25), atol=1e-8)
-  np.testing.assert_allclose(_start(_FIRST, 1e-3)[0], [0, 0, 0, 1], atol=1e-12)
-  np.testing.assert_allclose(_start(_FIRST, -1e-3)[0], [1, 0, 0, 0], atol=1e-12)
+    np.testing.assert_allclose(
+      _first_weights(_FIRST, lam)[0], np.full(4, 0.25), atol=1e-8
+    )
+  np.testing.assert_allclose(_first_weights(_FIRST, 1e-3)[0], [0, 0, 0, 1], atol=1e-12)
+  np.testing.assert_allclose(_first_weights(_FIRST, -1e-3)[0], [1, 0, 0, 0], atol=1e-12)
   # The objective is about mean + Var / (2 lambda): above the mean for lambda > 0, else
   # below.
   for lam in (300.0, -300.0):
     expansion = _FIRST.mean() + _FIRST.var() / (2 * lam)
-    value = lam * _start(_FIRST, lam)[1]
+    value = lam * _first_weights(_FIRST, lam)[1]
     np.testing.assert_allclose(value, expansion, atol=1e-5)
     assert np.sign(value - _FIRST.mean()) == np.sign(lam)
 
@@ -177,10 +181,10 @@ def test_limits_of_lambda():
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("gamma", "alpha"), [(0.9, 1.0), (0.1, 0.5), (1.0, 2.0)])
 def test_weights_sum_to_one_over_gamma_alpha_then_one_over_alpha(gamma, alpha):
-  memory = -jnp.inf
+  log_u = -jnp.inf
   totals = []
   for _ in range(300):
-    weights, memory = _weights(_FIRST, memory, 2.0, gamma, alpha)
+    weights, log_u = _weights(_FIRST, log_u, 2.0, gamma, alpha)
     totals.append(weights.sum())
   np.testing.assert_allclose(totals[0], 1 / (gamma * alpha), rtol=1e-12)
   np.testing.assert_allclose(totals[-1], 1 / alpha, rtol=1e-10)
@@ -201,31 +205,31 @@ def test_weights_sum_to_one_over_gamma_alpha_then_one_over_alpha(gamma, alpha):
 def test_weights_are_finite_where_the_exponential_overflows(lam, losses):
   losses = np.array(losses, np.float32)
   gamma, alpha = 0.9, 0.5
-  memory = np.float32(-np.inf)
+  log_u = np.float32(-np.inf)
   # The second batch has zero losses, so that the average of the normalizer combines
   # terms of very different sizes.
   for batch in (losses, 0 * losses, losses[::-1], losses):
-    weights, memory = jax.device_get(
-      _weights(batch, memory, np.float32(lam), gamma, alpha)
+    weights, log_u = jax.device_get(
+      _weights(batch, log_u, np.float32(lam), gamma, alpha)
     )
-    assert weights.dtype == memory.dtype == np.float32
-    assert np.isfinite(weights).all() and np.isfinite(memory)
+    assert weights.dtype == log_u.dtype == np.float32
+    assert np.isfinite(weights).all() and np.isfinite(log_u)
     assert (weights >= 0).all() and weights.sum() <= 1.0001 / (gamma * alpha)
 
 
 def test_first_weights_are_correct_for_huge_losses():
   # exp(1e33) dominates: the first example has the whole weight, 1 / (gamma alpha).
-  weights, _ = _start([1e30, 1.0, 0.0], 1e-3, 0.9)
+  weights, _ = _first_weights([1e30, 1.0, 0.0], 1e-3, 0.9)
   np.testing.assert_allclose(weights, [1 / 0.9, 0, 0], rtol=1e-6)
-  weights, _ = _start([1000.0, 999.0, 0.0], 1.0, 0.9)
+  weights, _ = _first_weights([1000.0, 999.0, 0.0], 1.0, 0.9)
   expected = np.array([1, np.exp(-1), 0]) / (1 + np.exp(-1)) / 0.9
   np.testing.assert_allclose(weights, expected, rtol=1e-6)
 
 
 def test_weights_are_constant_and_support_vmap():
-  def total(losses, memory, lam):
-    weights, memory = absgd.example_weights(losses, memory, lam, gamma=1.0)
-    return jnp.sum(weights**2) + jnp.where(jnp.isfinite(memory), memory, 0)
+  def total(losses, log_u, lam):
+    weights, log_u = absgd.example_weights(losses, log_u, lam, gamma=1.0)
+    return jnp.sum(weights**2) + jnp.where(jnp.isfinite(log_u), log_u, 0)
 
   slopes = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
   gradients = slopes(jnp.array(_FIRST), -jnp.inf, 2.0)
@@ -234,43 +238,43 @@ def test_weights_are_constant_and_support_vmap():
   run = jax.vmap(
     lambda lam: absgd.example_weights(jnp.array(_FIRST), -jnp.inf, lam, gamma=1.0)
   )
-  weights, memory = jax.device_get(jax.jit(run)(lams))
+  weights, log_u = jax.device_get(jax.jit(run)(lams))
   for row, lam in enumerate(lams):
-    chex.assert_trees_all_close((weights[row], memory[row]), _start(_FIRST, lam))
-  assert memory[2] == -jnp.inf
+    chex.assert_trees_all_close((weights[row], log_u[row]), _first_weights(_FIRST, lam))
+  assert log_u[2] == -jnp.inf
 
 
 def test_infinite_lambda_gives_uniform_weights_and_keeps_the_normalizer():
   for lam in (jnp.inf, -jnp.inf):
-    weights, memory = _weights(
+    weights, log_u = _weights(
       _FIRST, 1.5, lam, 0.5, 0.5, options=(("clip", 0.1), ("uniform_share", 1.0))
     )
     np.testing.assert_array_equal(weights, np.full(4, 0.25))
-    assert memory == 1.5
+    assert log_u == 1.5
 
 
 def test_clip_and_uniform_share():
-  plain, _ = _start(_FIRST, 2.0, 0.5)
-  clipped, _ = _start(_FIRST, 2.0, 0.5, clip=0.3)
+  plain, _ = _first_weights(_FIRST, 2.0, 0.5)
+  clipped, _ = _first_weights(_FIRST, 2.0, 0.5, clip=0.3)
   np.testing.assert_allclose(clipped, np.minimum(plain, 0.3))
   assert (clipped < plain).any() and (clipped == plain).any()
-  both, _ = _start(_FIRST, 2.0, 0.5, clip=0.3, uniform_share=1.0)
+  both, _ = _first_weights(_FIRST, 2.0, 0.5, clip=0.3, uniform_share=1.0)
   np.testing.assert_allclose(both, clipped + 0.25, rtol=1e-6)
 
 
 def test_nan_loss_gives_nan_weights():
-  weights, memory = _start([1.0, np.nan], 2.0)
-  assert np.isnan(weights).all() and np.isnan(memory)
-  weights, _ = _start([1.0, np.nan], math.inf)
+  weights, log_u = _first_weights([1.0, np.nan], 2.0)
+  assert np.isnan(weights).all() and np.isnan(log_u)
+  weights, _ = _first_weights([1.0, np.nan], math.inf)
   np.testing.assert_array_equal(weights, [0.5, 0.5])
 
 
 def test_half_precision_is_computed_in_float32():
-  weights, memory = absgd.example_weights(
+  weights, log_u = absgd.example_weights(
     jnp.asarray(_FIRST, jnp.bfloat16), -jnp.inf, 2.0, gamma=1.0
   )
-  assert weights.dtype == jnp.bfloat16 and memory.dtype == jnp.float32
-  np.testing.assert_allclose(weights, _start(_FIRST, 2.0)[0], rtol=1e-2)
+  assert weights.dtype == jnp.bfloat16 and log_u.dtype == jnp.float32
+  np.testing.assert_allclose(weights, _first_weights(_FIRST, 2.0)[0], rtol=1e-2)
 
 
 def _eagerly(**settings):
@@ -401,20 +405,20 @@ def test_step_on_any_loss(name):
 
   @jax.jit
   @functools.partial(jax.grad, has_aux=True)
-  def reference(params, memory, batch):
+  def reference(params, log_u, batch):
     values = _base_losses(params, loss, batch)
-    weights, memory = absgd.example_weights(values, memory, lam, **settings)
-    return weights @ values, (values, weights, memory)
+    weights, log_u = absgd.example_weights(values, log_u, lam, **settings)
+    return weights @ values, (values, weights, log_u)
 
   for _ in range(2):
-    memory = state.inner.log_normalizer
+    log_u = state.inner.log_normalizer
     result, state = step(state)
-    expected, (values, weights, memory) = jax.device_get(
-      reference(_inputs().params, memory, _inputs().batch)
+    expected, (values, weights, log_u) = jax.device_get(
+      reference(_inputs().params, log_u, _inputs().batch)
     )
     np.testing.assert_allclose(result.losses, values, rtol=1e-5)
     np.testing.assert_allclose(result.weights, weights, rtol=1e-5)
-    np.testing.assert_allclose(result.metrics["log_normalizer"], memory, rtol=1e-5)
+    np.testing.assert_allclose(result.metrics["log_normalizer"], log_u, rtol=1e-5)
     np.testing.assert_allclose(result.metrics["total_weight"], weights.sum(), 1e-5)
     chex.assert_trees_all_close(result.grads, expected, rtol=1e-4, atol=1e-7)
 

@@ -428,9 +428,9 @@ def _retraining_step(state):
   result = []
 
   def gradients(*given):
-    found, method_state = _RETRAINING.gradients(*given)
-    result.append(found)
-    return found, method_state
+    actual, method_state = _RETRAINING.gradients(*given)
+    result.append(actual)
+    return actual, method_state
 
   state, _ = step_lib.train_step(
     state,
@@ -473,13 +473,13 @@ def test_classifier_retraining_restarts_the_last_layer_and_keeps_the_features():
     state = state._replace(method_state=refreshed)
     for step in range(2):
       before = jax.device_get(state)
-      state, found = _retraining_step(state)
+      state, actual = _retraining_step(state)
       losses_by_hand, grads = _two_layers(before.params)
       if epoch >= 2:
         grads["w"] = np.zeros((4, 5))
-      np.testing.assert_allclose(found.losses, losses_by_hand, rtol=1e-5)
-      np.testing.assert_allclose(found.weights, np.full(6, 1 / 6), rtol=1e-6)
-      chex.assert_trees_all_close(found.grads, grads, rtol=1e-4, atol=1e-6)
+      np.testing.assert_allclose(actual.losses, losses_by_hand, rtol=1e-5)
+      np.testing.assert_allclose(actual.weights, np.full(6, 1 / 6), rtol=1e-6)
+      chex.assert_trees_all_close(actual.grads, grads, rtol=1e-4, atol=1e-6)
       trace = before.opt_state[1][0].trace
       expected = {
         name: x - 0.5 * (grads[name] + 0.1 * x + 0.9 * trace[name])
@@ -509,8 +509,8 @@ def test_classifier_retraining_restarts_only_if_asked_to():
   state = baselines.Retraining(jnp.int32(1), jnp.bool_(False), [])
   for method, expected in ((_RETRAINING, [0, 0, 1, 0]), (further, [0, 0, 0, 0])):
     views = [types.SimpleNamespace(epoch=epoch) for epoch in range(4)]
-    found = [method.refresh(state, _SPLIT, view).restarts for view in views]
-    np.testing.assert_array_equal(found, expected)
+    actual = [method.refresh(state, _SPLIT, view).restarts for view in views]
+    np.testing.assert_array_equal(actual, expected)
 
 
 def test_classifier_retraining_needs_a_separate_last_layer():

@@ -61,8 +61,8 @@ _SETTINGS = {
 
 @functools.cache
 def _objective(setting):
-  made = forml.make_objective(**_SETTINGS[setting])
-  return lambda values: made(values, jnp.arange(_M) % _CLASSES, _CLASSES)
+  objective_fn = forml.make_objective(**_SETTINGS[setting])
+  return lambda values: objective_fn(values, jnp.arange(_M) % _CLASSES, _CLASSES)
 
 
 def _update(params, weights, objective, eta=_ETA, batch=_BATCH, meta_batch=_META):

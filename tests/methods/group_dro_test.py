@@ -60,12 +60,13 @@ def test_without_a_step_groups_of_any_size_count_equally():
   np.testing.assert_allclose(np.vdot(weights, _LOSSES), sum(means) / 4, rtol=1e-6)
 
 
-def test_absent_group_keeps_its_share():
+def test_only_the_normalizer_changes_an_absent_group():
   q = np.array([0.1, 0.2, 0.3, 0.4])
   weights, log_q = _weights(_LOSSES, _GROUPS, np.log(q), 0.1, adjustments=5.0)
   result = np.exp(log_q)
   np.testing.assert_allclose(weights.sum(), 1 - result[2], rtol=1e-6)
-  # Neither the group's loss, which is unknown, nor the adjustment changes its share.
+  # Neither the loss of the absent group, which is unknown, nor its adjustment has an
+  # effect: the shares of the other groups grow relative to its share.
   grown = 0.1 * (np.array([2.0, 3.75, 0.3]) + 5.0)
   present = [0, 1, 3]
   np.testing.assert_allclose(
@@ -232,11 +233,11 @@ def test_step_of_the_method(key, num_groups):
 
   @jax.jit
   @jax.grad
-  def slope(params, weights):
+  def gradient(params, weights):
     outputs = _NET.apply({"params": params}, _inputs().batch["image"])
     return weights @ _problem().loss(outputs, _inputs().batch)
 
-  expected = slope(_inputs().params, np.float32(weights))
+  expected = gradient(_inputs().params, np.float32(weights))
   chex.assert_trees_all_close(result.grads, expected, rtol=1e-4, atol=1e-7)
 
 

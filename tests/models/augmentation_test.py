@@ -48,8 +48,8 @@ def test_bytes_are_divided_by_255_as_numpy_does():
     np.testing.assert_array_equal(function(pixels), expected)
   assert np.any(pixels * np.float32(1 / 255) != expected)
   images = pixels.reshape(1, 16, 16, 1)
-  made = jax.jit(lambda x: augmentation.Preprocess()(x, None, False))(images)
-  np.testing.assert_array_equal(np.ravel(made), expected)
+  output = jax.jit(lambda x: augmentation.Preprocess()(x, None, False))(images)
+  np.testing.assert_array_equal(np.ravel(output), expected)
   labels, floats = np.arange(3), expected.astype(np.float16)
   np.testing.assert_array_equal(augmentation.to_float(labels), np.float32([0, 1, 2]))
   assert augmentation.to_float(floats).dtype == jnp.float16

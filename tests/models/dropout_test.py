@@ -15,7 +15,7 @@ def test_masks_keep_the_mean_and_differ_between_examples():
   result = layer.apply({}, x, True, rngs={"dropout": jax.random.key(0)})
   kept = result > 0
   np.testing.assert_allclose(result[kept], 2 / 0.7, rtol=1e-6)
-  # Four standard deviations of 50,000 coins.
+  # The tolerance is four standard deviations of the mean of 50,000 draws.
   assert np.mean(kept) == pytest.approx(0.7, abs=0.0083)
   assert len({row.tobytes() for row in np.asarray(kept)}) == 50
   np.testing.assert_array_equal(layer.apply({}, x, False), x)

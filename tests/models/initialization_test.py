@@ -67,8 +67,8 @@ def _is_shape(x):
 )
 def test_the_fan_in_does_not_include_axes_of_the_bias(kernel, bias, fan_in):
   layer = {"layer": {"kernel": kernel, "bias": bias}}
-  found = _largest(jax.random.key(0), layer)
-  np.testing.assert_allclose(found, fan_in**-0.5, rtol=0.05)
+  actual = _largest(jax.random.key(0), layer)
+  np.testing.assert_allclose(actual, fan_in**-0.5, rtol=0.05)
 
 
 @pytest.mark.parametrize(
@@ -114,9 +114,12 @@ def test_the_distribution_is_that_of_torch(params):
   torch.manual_seed(0)
   layer = torch.nn.Linear(8 * 8 * 64, 7)
   drawn = initialization.pytorch(jax.random.key(1), params)["dense"]
-  for ours, theirs in ((drawn["kernel"], layer.weight), (drawn["bias"], layer.bias)):
-    theirs = theirs.detach().numpy()
-    np.testing.assert_allclose(abs(theirs).max(), abs(ours).max(), rtol=0.5)
+  for flax_array, torch_array in (
+    (drawn["kernel"], layer.weight),
+    (drawn["bias"], layer.bias),
+  ):
+    torch_array = torch_array.detach().numpy()
+    np.testing.assert_allclose(abs(torch_array).max(), abs(flax_array).max(), rtol=0.5)
   np.testing.assert_allclose(
     layer.weight.detach().numpy().std(), np.std(drawn["kernel"]), rtol=0.03
   )

@@ -18,10 +18,10 @@ _UNIFORM = audit.recording(baselines.uniform())
 _STEPS = {"num_steps": 10, "eval_every": 10, "log_every": 10}
 
 
-def _same(found, expected, rtol=1e-4):
-  assert set(found) == set(expected)
+def _same(actual, expected, rtol=1e-4):
+  assert set(actual) == set(expected)
   for name, values in expected.items():
-    np.testing.assert_allclose(found[name], values, rtol, atol=1e-4, err_msg=name)
+    np.testing.assert_allclose(actual[name], values, rtol, atol=1e-4, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +47,19 @@ def test_recording_changes_nothing_else(recorded, tmp_path):
 def test_statistics_agree_with_what_the_loop_logs(recorded):
   folder, results = recorded
   for seed, result in enumerate(results):
-    found, weights = result.statistics, result.weights
-    np.testing.assert_array_equal(found["seen"], weights["seen"])
-    assert (found["seen"] == 2).all()
-    np.testing.assert_allclose(found["mean_weight"], weights["mean_weight"], 1e-5)
+    actual, weights = result.statistics, result.weights
+    np.testing.assert_array_equal(actual["seen"], weights["seen"])
+    assert (actual["seen"] == 2).all()
+    np.testing.assert_allclose(actual["mean_weight"], weights["mean_weight"], 1e-5)
     share = weights["rejected"] / weights["seen"]
-    np.testing.assert_array_equal(found["zero_weight_share"], share)
+    np.testing.assert_array_equal(actual["zero_weight_share"], share)
     # The mean over all steps; each example was in two of them.
     rows = toy_runs.rows(folder / f"seed-{seed}")
     (row,) = [row for row in rows if "train/loss" in row]
-    np.testing.assert_allclose(found["mean_loss"].mean(), row["train/loss"], 1e-5)
-    assert np.isfinite(found["mean_score"]).all()
+    np.testing.assert_allclose(actual["mean_loss"].mean(), row["train/loss"], 1e-5)
+    assert np.isfinite(actual["mean_score"]).all()
     # A mean of positive parts is at least the positive part of a mean.
-    assert ((found["mean_score"] <= 0) | (found["mean_weight"] > 0)).all()
+    assert ((actual["mean_score"] <= 0) | (actual["mean_weight"] > 0)).all()
   one, other = (result.statistics["mean_loss"] for result in results)
   assert not np.allclose(one, other)
 

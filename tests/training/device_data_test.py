@@ -221,14 +221,14 @@ def test_bytes_give_the_run_of_floats_in_a_quarter_of_the_memory(tmp_path):
   splits = toy_runs.make_splits(num_train=200, num_meta=20, shape=(5, 5, 1))
   parts = ("train", "meta", "test")
   for dtype in (np.uint8, np.float32):
-    made = {}
+    changed_parts = {}
     for part in parts:
       examples = getattr(splits, part)
       pixels = np.clip(60 * examples.image + 128, 0, 255).astype(np.uint8)
       floats = np.divide(pixels, np.float32(255), dtype=np.float32)
       image = pixels if dtype == np.uint8 else floats
-      made[part] = examples._replace(image=image)
-    changed = splits._replace(**made)
+      changed_parts[part] = examples._replace(image=image)
+    changed = splits._replace(**changed_parts)
     (runs[dtype],) = toy_runs.train(
       tmp_path / np.dtype(dtype).name, l2rw.l2rw(), [changed], meta_batch_size=5
     )

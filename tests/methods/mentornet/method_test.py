@@ -75,7 +75,7 @@ def test_integer_percentiles_have_exact_ties():
       result = mentornet.moving_percentile(
         0.0, jnp.arange(float(size)), percentile, decay=0
       )
-      # round(..., lower at a tie), in integers.
+      # The nearest position, and the lower one at a tie, computed in integers.
       assert result == -((50 - percentile * (size - 1)) // 100)
   losses = jnp.arange(1001.0)
   for percentile in (np.uint8(75), np.int8(75), np.float16(75)):
@@ -104,7 +104,7 @@ def test_dropout_keeps_an_exact_number(size, rate):
   weights = jnp.linspace(0.5, 1, size)
   drop = jax.jit(mentornet.example_dropout)
   result = np.asarray(drop(jax.random.key(0), weights, rate))
-  # In whole hundredths, to avoid rounding errors.
+  # The expected number is computed in hundredths, to avoid rounding errors.
   assert np.count_nonzero(result) == size * (100 - round(100 * rate)) // 100
   np.testing.assert_array_equal(result[result > 0], weights[result > 0])
 
@@ -349,7 +349,7 @@ def test_mentor_for_other_classes_is_refused():
     num_classes = 10
 
     def __call__(self, losses, differences, labels, epoch):
-      raise AssertionError("not asked")
+      raise AssertionError("the mentor was called")
 
   with pytest.raises(
     base.InputError, match="the mentor was fitted for the labels of 10"
