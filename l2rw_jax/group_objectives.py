@@ -65,7 +65,11 @@ def _wide_means(values, groups, num_groups):
 
 
 def mean(losses: base.Array) -> base.Array:
-  """Average of the losses [M] of the exemplars, regardless of groups; scalar."""
+  """Average of the losses [M] of the exemplars, regardless of groups; scalar.
+
+  Raises:
+    InputError: the losses do not have shape [M].
+  """
   base.check_vector("losses", losses)
   return jnp.mean(losses)
 
@@ -78,7 +82,7 @@ def gap(
   reduction: str = "mean",
   mean_coefficient: float = 0.0,
 ) -> base.Array:
-  """Difference between the mean losses of two groups, reduced over pairs of groups.
+  """Absolute difference of the mean losses of two groups, reduced over pairs of groups.
 
   Pairs in which a group has no member are ignored. If fewer than two groups have a
   member, only the term of `mean_coefficient` remains. A pair of groups with equal means

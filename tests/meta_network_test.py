@@ -188,7 +188,7 @@ def test_a_gradient_that_is_not_finite_is_reported():
   assert run(jnp.ones(1), jnp.array(False)).fault == base.Fault.TRAINING_LOSSES
 
 
-def test_state_is_made_under_nan_checks():
+def test_state_can_be_made_under_nan_checks():
   with jax.debug_nans(True):
     for make in (meta_network.init, jax.jit(meta_network.init, static_argnums=1)):
       state = make({"w": jnp.ones(2)}, optax.sgd(0.1))

@@ -168,7 +168,10 @@ _SELECTING = (
 
 @contextlib.contextmanager
 def naming(flag_name: str, value: Any) -> Iterator[None]:
-  """Adds a flag to errors, and to those about a data set its other kinds of values."""
+  """Names a flag in the errors of a `with` block.
+
+  If an error is about the name of a data set, the kinds of names are added, too.
+  """
   try:
     yield
   except base.InputError as error:

@@ -590,7 +590,7 @@ def _mistakes(folder):
   }
 
 
-def test_mistakes_are_one_line(tmp_path):
+def test_mistakes_are_errors_of_one_line(tmp_path):
   for name, message in _mistakes(tmp_path).items():
     kind, _, place = name.partition(":")
     with pytest.raises(base.InputError, match=message) as caught:
@@ -646,7 +646,7 @@ def test_own_data_are_a_source_with_a_trusted_meta_set(folder, caplog):
   train, test = (sources.load(name, part) for part in ("train", "test"))
   assert "1 skipped (dog/text.png" in caplog.text
   trusted = sources.from_own(name, "trusted", own_data.read(name))
-  made = noisy_labels.noisy_labels(
+  with_trusted = noisy_labels.noisy_labels(
     train,
     test,
     builder="uniform_flip",
@@ -655,13 +655,13 @@ def test_own_data_are_a_source_with_a_trusted_meta_set(folder, caplog):
     seed=0,
     trusted=trusted,
   )
-  sizes = [len(getattr(made, p).label) for p in ("train", "meta", "test")]
+  sizes = [len(getattr(with_trusted, p).label) for p in ("train", "meta", "test")]
   # The file that cannot be read was assigned to the test part.
-  assert sizes == [17, 20, 3] and made.train.image.dtype == np.uint8
+  assert sizes == [17, 20, 3] and with_trusted.train.image.dtype == np.uint8
   plain = noisy_labels.noisy_labels(
     train, test, builder="uniform_flip", fraction=0.0, num_meta_per_class=0, seed=0
   )
-  assert plain.fingerprint != made.fingerprint
+  assert plain.fingerprint != with_trusted.fingerprint
   with pytest.raises(base.InputError, match="num_meta_per_class=1 must be 0 if"):
     noisy_labels.noisy_labels(
       train,

@@ -41,8 +41,8 @@ def test_the_naive_rival_chooses_the_same():
   rng = np.random.default_rng(0)
   proxies, labels = rng.normal(size=(90, 3)), np.arange(90) % 3
   rows = coreset_selection.naive_greedy(proxies, labels, 21)
-  found = coresets.select(proxies, labels, 21)
-  np.testing.assert_array_equal(rows, found.rows)
+  result = coresets.select(proxies, labels, 21)
+  np.testing.assert_array_equal(rows, result.rows)
   by_hand = sum(
     np.linalg.norm(proxies[i] - proxies[rows[labels[rows] == labels[i]]], axis=1).min()
     for i in range(90)
@@ -80,7 +80,7 @@ def test_extra_memory_is_what_is_touched():
     ("--fraction=0.02 --part=4", "--part=4 selects 6 of 325 examples in 10 classes"),
   ],
 )
-def test_a_mistake_is_one_line(flags, message, tmp_path):
+def test_a_mistake_is_an_error_of_one_line(flags, message, tmp_path):
   arguments = ["--dataset=digits", *flags.split()]
   done = scripts.run("benchmarks.coreset_selection", *arguments, cwd=tmp_path)
   scripts.assert_one_line(done, message)

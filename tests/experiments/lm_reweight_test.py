@@ -30,7 +30,9 @@ _SMALL = {
 }
 
 
-def test_a_test_loss_that_is_not_finite_at_the_end_is_one_line(tmp_path, monkeypatch):
+def test_a_test_loss_that_is_not_finite_at_the_end_is_an_error_of_one_line(
+  tmp_path, monkeypatch
+):
   curve = curves.Curve(np.array([4]), np.array([1.0]), np.array([np.nan]))
   result = types.SimpleNamespace(metrics={"seed": 0})
   monkeypatch.setattr(lm_reweight.runner, "train", lambda *_: [result])

@@ -101,10 +101,10 @@ def _first_step(name, **flags):
 
 @pytest.mark.parametrize("name", ["warpi", "advisor", "forml"])
 def test_other_methods_fit_the_network_and_the_data(name):
-  params, found = jax.eval_shape(_first_step(name), jax.random.key(0))
-  assert jax.tree.structure(found.grads) == jax.tree.structure(params)
-  assert jax.tree.leaves(found.grads) == jax.tree.leaves(params)
-  assert found.weights.shape == (6,)
+  params, result = jax.eval_shape(_first_step(name), jax.random.key(0))
+  assert jax.tree.structure(result.grads) == jax.tree.structure(params)
+  assert jax.tree.leaves(result.grads) == jax.tree.leaves(params)
+  assert result.weights.shape == (6,)
 
 
 @pytest.mark.slow
@@ -249,7 +249,7 @@ def mistakes(run, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", _MISTAKES)
-def test_mistake_is_one_line_and_writes_nothing(mistakes, name):
+def test_mistake_is_an_error_of_one_line_and_writes_nothing(mistakes, name):
   scripts.assert_one_line(mistakes[name], _MISTAKES[name][1])
 
 

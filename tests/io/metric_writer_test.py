@@ -163,7 +163,7 @@ except base.InputError as error:
 """
 
 
-def test_full_disk_is_one_line_and_the_run_can_continue(tmp_path):
+def test_full_disk_is_an_error_of_one_line_and_the_run_can_continue(tmp_path):
   run = subprocess.run(
     [sys.executable, "-c", _FULL_DISK, tmp_path],
     check=True,
@@ -220,7 +220,8 @@ def test_tensorboard_receives_finite_values(tmp_path):
 def test_tensorboard_discards_rows_that_are_written_again(tmp_path):
   with _open(tmp_path, resume_step=5, tensorboard=True) as writer:
     writer.write(6, {"loss": 1.0})
-  start = 1  # SessionLog.START: earlier events of this and later steps are dropped.
+  # With SessionLog.START, TensorBoard drops earlier events of this and of later steps.
+  start = 1
   assert 6 in [step for step, _, status in _events(tmp_path) if status == start]
 
 

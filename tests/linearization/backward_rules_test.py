@@ -62,5 +62,6 @@ def test_rules_that_cannot_be_traced_alone_are_accepted():
     function.defvjp(lambda x: (x * weights, None), lambda _, g: (jnp.clip(g, -1, 1),))
     return function(jnp.ones(3))
 
-  traced = jax.make_jaxpr(losses)(jnp.ones(3)).jaxpr  # It closes over its argument.
+  # The rule refers to `weights`, an argument of the function that contains it.
+  traced = jax.make_jaxpr(losses)(jnp.ones(3)).jaxpr
   assert backward_rules.find_nonlinear(traced) is None
