@@ -27,10 +27,12 @@ from l2rw_jax.methods.mentornet import network as mentornet_network
 from l2rw_jax.models import classifier
 from l2rw_jax.training import step as step_lib
 
-# It is so low that the parameters hardly change and all steps compute similar values.
+# The learning rate is so low that the parameters hardly change, and all steps compute
+# similar values.
 LEARNING_RATE = 1e-3
 ENGINES = ("literal", "forward", "layerwise")
 _NUM_EXAMPLES, _NUM_STEPS = 50_000, 100_000
+# Number of products in one measurement of `matrix_peak`.
 _CHAIN = 5
 
 

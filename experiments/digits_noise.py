@@ -262,7 +262,7 @@ def _list_title(ranking: Audit) -> str:
 
 
 def _share_of_wrong(ranking: Audit) -> str:
-  """The share of wrong labels among the first k of the list; k is their number."""
+  """The share of wrong labels among the first k; k is the number of wrong labels."""
   number = int(ranking.is_wrong.sum())
   if not number:
     return ""
@@ -293,16 +293,16 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
     splits = cell.splits(cell.config.seeds)
     results = runner.train(settings, cell, folder)
     for split, result in zip(splits, results, strict=True):
-      made = make_audit(settings, split, result)
+      audit_ranking = make_audit(settings, split, result)
       if cell.method_name == listed and ranking is None:
-        ranking = made
+        ranking = audit_ranking
       rows.append(
         {
           "method": cell.method_name,
           "accuracy_percent": 100 * result.metrics["last"]["accuracy"],
           "weight_auroc": report.auroc(result.weights),
           "rejection_auroc": report.rejection_auroc(result.weights),
-          **ranking_columns(made),
+          **ranking_columns(audit_ranking),
           **settings.probe_columns(result.metrics),
           **report.run_fields(result.metrics),
         }

@@ -65,7 +65,7 @@ _MENTOR = "results/mentornet_pretrain/pd/mentor.json"
 _LEFT_OUT = ("mentornet_dd",)
 # The method that each paper proposes, whose cells have a higher value than the cells of
 # the baselines.
-_OWN = {
+_PROPOSED = {
   "mnist_imbalance": "l2rw",
   "bare": "bare",
   "l2rw_uniform": "l2rw",
@@ -141,7 +141,7 @@ class Cell(NamedTuple):
     column: column of the rows that is compared with the published number.
     repeats: number of seeds; None is the value of --num_seeds.
     size: the sizes that determine the cost; None if the cell is not a training run.
-    is_own: whether the paper proposes the method.
+    is_proposed: whether the paper proposes the method.
     note: a remark about uncertain parts of the protocol.
   """
 
@@ -156,7 +156,7 @@ class Cell(NamedTuple):
   column: str
   repeats: int | None
   size: "Size | None"
-  is_own: bool
+  is_proposed: bool
   note: str = ""
 
   @property
@@ -189,7 +189,7 @@ class Size(NamedTuple):
   meta_batch_size: int
 
 
-def catalogue() -> list[Cell]:
+def catalog() -> list[Cell]:
   """Every published cell, grouped by paper."""
   return [*_imbalance(), *_bare(), *_cifar_noise(), *_long_tail(), *_step_time()]
 
@@ -210,7 +210,7 @@ def _imbalance() -> Iterator[Cell]:
         "error_percent",
         10,
         Size("mnist_lenet", protocol.num_steps, batch_size, 10),
-        method == _OWN["mnist_imbalance"],
+        method == _PROPOSED["mnist_imbalance"],
       )
 
 
@@ -238,7 +238,7 @@ def _bare() -> Iterator[Cell]:
         "accuracy_percent",
         None,
         Size("mnist_mlp", steps, preset.batch_size, preset.meta_batch_size),
-        method == _OWN["bare"],
+        method == _PROPOSED["bare"],
       )
 
 
@@ -268,7 +268,7 @@ def _cifar_noise() -> Iterator[Cell]:
       "accuracy_percent",
       None,
       Size(preset.network, preset.num_steps, preset.batch_size, preset.meta_batch_size),
-      method == _OWN[name],
+      method == _PROPOSED[name],
       _NOTES.get(name, ""),
     )
 
@@ -308,7 +308,7 @@ def _long_tail() -> Iterator[Cell]:
         preset.batch_size,
         100,
       ),
-      method == _OWN[builder],
+      method == _PROPOSED[builder],
     )
 
 
@@ -538,7 +538,7 @@ def make_entries(
   for cell, state, minutes in zip(cells, states, first, strict=True):
     # A cell that has already taken longer than estimated still needs some time.
     left = max(minutes * correction - state.minutes, minutes * correction / 10)
-    value = 3.0 if cell.is_own else 1.0
+    value = 3.0 if cell.is_proposed else 1.0
     if state.committed >= seeds(settings, cell):
       value /= 10
     left = 0.0 if state.name == "done" else left
@@ -688,7 +688,7 @@ def choose_cells(settings: Settings) -> list[Cell]:
   Raises:
     InputError: a part of it selects no cell.
   """
-  cells = catalogue()
+  cells = catalog()
   if not settings.is_given("only"):
     return cells
   names, chosen = {cell.name for cell in cells}, set()

@@ -92,8 +92,8 @@ def corrupted_documents(
     training document, an index into `KINDS`; `true_label` is the label.
 
   Raises:
-    InputError: a size is negative, `fraction` is not in [0, 1], or there is less text
-      than needed.
+    InputError: `length` is not a positive integer, a size is negative, `fraction` is
+      not in [0, 1], or there is less text than needed.
   """
   base.check_integer("length", length)
   examples_lib.check_sizes(num_train=num_train, num_meta=num_meta, num_test=num_test)

@@ -24,7 +24,7 @@ Layers: TypeAlias = float | str | Sequence[str] | Callable[[str], bool]
 
 
 def check(layers: Layers | None) -> None:
-  """Raises InputError unless `layers` is None or can choose layers."""
+  """Raises InputError unless `layers` is None or has a form that `restricted` takes."""
   if layers is None or callable(layers):
     return
   given: Any = layers

@@ -253,13 +253,13 @@ def test_rows_are_distributions(row):
 def test_what_cleanlab_takes():
   p, given = _problem()
   issues = audit.find_label_issues({"mean_probabilities": p}, given)
-  found = issues.to_cleanlab()
-  np.testing.assert_array_equal(found["labels"], given)
+  result = issues.to_cleanlab()
+  np.testing.assert_array_equal(result["labels"], given)
   is_seen = np.isfinite(p).all(axis=1)
-  np.testing.assert_allclose(found["pred_probs"][is_seen], p[is_seen], rtol=1e-12)
-  np.testing.assert_array_equal(found["pred_probs"][[3, 17]], 0.25)
-  np.testing.assert_allclose(found["pred_probs"].sum(axis=1), 1, rtol=1e-15)
-  quality = found["label_quality"]
+  np.testing.assert_allclose(result["pred_probs"][is_seen], p[is_seen], rtol=1e-12)
+  np.testing.assert_array_equal(result["pred_probs"][[3, 17]], 0.25)
+  np.testing.assert_allclose(result["pred_probs"].sum(axis=1), 1, rtol=1e-15)
+  quality = result["label_quality"]
   assert ((quality > 0) & (quality < 1)).all() and (quality[[3, 17]] == 0.5).all()
   np.testing.assert_array_equal(
     np.argsort(quality[is_seen], kind="stable"),
@@ -270,14 +270,14 @@ def test_what_cleanlab_takes():
 def test_cleanlab_takes_it():
   cleanlab_filter = pytest.importorskip("cleanlab.filter")
   p, given = _problem(size=400)
-  found = audit.find_label_issues({"mean_probabilities": p}, given).to_cleanlab()
+  result = audit.find_label_issues({"mean_probabilities": p}, given).to_cleanlab()
   is_issue = cleanlab_filter.find_label_issues(
-    found["labels"], found["pred_probs"], n_jobs=1
+    result["labels"], result["pred_probs"], n_jobs=1
   )
-  assert found["label_quality"][is_issue].mean() < found["label_quality"].mean()
+  assert result["label_quality"][is_issue].mean() < result["label_quality"].mean()
 
 
-def test_arguments_that_do_not_fit():
+def test_invalid_arguments_are_refused():
   p, given = _problem(unseen=())
   find = audit.find_label_issues
   with pytest.raises(base.InputError, match="no 'mean_probabilities'"):

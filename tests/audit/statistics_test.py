@@ -84,11 +84,11 @@ def _reference(batches):
   }
 
 
-def _assert_same(found, expected, rtol=1e-5):
-  assert set(found) == set(expected)
+def _assert_same(actual, expected, rtol=1e-5):
+  assert set(actual) == set(expected)
   for name, values in expected.items():
-    assert found[name].dtype == np.float64
-    np.testing.assert_allclose(found[name], values, rtol, atol=1e-6, err_msg=name)
+    assert actual[name].dtype == np.float64
+    np.testing.assert_allclose(actual[name], values, rtol, atol=1e-6, err_msg=name)
 
 
 @functools.cache
@@ -100,10 +100,10 @@ def _one_device():
 
 
 def test_definitions():
-  found = audit.summarize(_one_device())
-  _assert_same(found, _reference(_batches()))
-  assert found["forgetting_events"][:7].sum() > 0
-  assert np.isnan(found["mean_loss"][7]) and found["seen"][7] == 0
+  actual = audit.summarize(_one_device())
+  _assert_same(actual, _reference(_batches()))
+  assert actual["forgetting_events"][:7].sum() > 0
+  assert np.isnan(actual["mean_loss"][7]) and actual["seen"][7] == 0
 
 
 def test_a_single_logit_is_that_of_class_one():
@@ -130,15 +130,15 @@ def test_weights_and_scores_are_averaged_over_the_steps_that_have_them():
   state = _update(state, index, logits, labels)
   assert np.isnan(audit.summarize(state)["mean_weight"]).all()
   state = _update(state, index, logits, labels, weights=jnp.array([0.0, 1.0]))
-  found = audit.summarize(state)
-  np.testing.assert_array_equal(found["mean_weight"], [0, 2])
-  np.testing.assert_array_equal(found["zero_weight_share"], [1, 0])
-  assert np.isnan(found["mean_score"]).all()
+  actual = audit.summarize(state)
+  np.testing.assert_array_equal(actual["mean_weight"], [0, 2])
+  np.testing.assert_array_equal(actual["zero_weight_share"], [1, 0])
+  assert np.isnan(actual["mean_score"]).all()
   for scale in (1e-30, 1e30):  # In float32 their squares are zero and infinite.
     scores = scale * jnp.array([3.0, -1.0])
     state = _update(state, index, logits, labels, scores=scores)
-  found = audit.summarize(state)
-  np.testing.assert_allclose(found["mean_score"], [1.5, -0.5], rtol=1e-6)
+  actual = audit.summarize(state)
+  np.testing.assert_allclose(actual["mean_score"], [1.5, -0.5], rtol=1e-6)
 
 
 def test_forgetting_with_several_rows_of_one_example():
@@ -151,9 +151,9 @@ def test_forgetting_with_several_rows_of_one_example():
     *((right, right), (wrong, wrong)),
   ):
     state = _update(state, zeros, jnp.array([first, second]), zeros)
-  found = audit.summarize(state)
-  assert found["forgetting_events"][0] == 2 and found["wrong_predictions"][0] == 5
-  assert found["seen"].tolist() == [10, 0]
+  actual = audit.summarize(state)
+  assert actual["forgetting_events"][0] == 2 and actual["wrong_predictions"][0] == 5
+  assert actual["seen"].tolist() == [10, 0]
 
 
 @pytest.fixture
@@ -242,11 +242,11 @@ def _call(state, batch, axis_name):
 
 @pytest.mark.slow(unless=("explicit",))
 @pytest.mark.parametrize("how", ["pmap", "shard_map", "explicit", "automatic"])
-def test_eight_devices_are_one(how):
-  found = _mapped(how, "devices", _batches(), jax.devices()[:8])
+def test_eight_devices_give_the_state_of_one(how):
+  actual = _mapped(how, "devices", _batches(), jax.devices()[:8])
   expected = _one_device()
   for (path, a), b in zip(
-    jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
   ):
     name = jax.tree_util.keystr(path)
     if np.issubdtype(a.dtype, np.floating):
@@ -266,30 +266,30 @@ def test_padding_may_hold_anything():
   }
   mask = jnp.array([True, False, True, True])
   with jax.debug_nans(True):
-    found = audit.summarize(audit.update(state, logits=logits, mask=mask, **arrays))
-  np.testing.assert_array_equal(found["seen"], [0, 1, 0])
-  np.testing.assert_allclose(found["mean_score"][1], 1)
-  np.testing.assert_allclose(found["mean_margin"][1], 1)
-  np.testing.assert_allclose(found["mean_weight"][1], 1)
+    actual = audit.summarize(audit.update(state, logits=logits, mask=mask, **arrays))
+  np.testing.assert_array_equal(actual["seen"], [0, 1, 0])
+  np.testing.assert_allclose(actual["mean_score"][1], 1)
+  np.testing.assert_allclose(actual["mean_margin"][1], 1)
+  np.testing.assert_allclose(actual["mean_weight"][1], 1)
 
 
-def test_an_impossible_label_is_refused_or_noticed():
+def test_an_impossible_label_is_refused_or_gives_nan():
   state, index = audit.init(2, 2), jnp.arange(2)
   logits, labels = jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([0, 2])
   with pytest.raises(base.InputError, match=r"1 labels .* first is 2 in row 1"):
     audit.update(state, index, logits, labels)
-  found = audit.summarize(_update(state, index, logits, labels))
-  np.testing.assert_array_equal(np.isnan(found["mean_loss"]), [False, True])
-  np.testing.assert_array_equal(np.isnan(found["mean_margin"]), [False, True])
-  assert np.isfinite(found["mean_probabilities"]).all()
+  actual = audit.summarize(_update(state, index, logits, labels))
+  np.testing.assert_array_equal(np.isnan(actual["mean_loss"]), [False, True])
+  np.testing.assert_array_equal(np.isnan(actual["mean_margin"]), [False, True])
+  assert np.isfinite(actual["mean_probabilities"]).all()
 
 
 def test_a_network_that_has_memorized_everything_still_has_probabilities():
   state = audit.init(2, 2)
   logits, index = jnp.array([[200.0, 0.0], [0.0, 200.0]]), jnp.arange(2)
   state = _update(state, index, logits, index)
-  found = audit.summarize(state)
-  np.testing.assert_allclose(found["mean_probabilities"], np.eye(2), atol=1e-6)
+  actual = audit.summarize(state)
+  np.testing.assert_allclose(actual["mean_probabilities"], np.eye(2), atol=1e-6)
 
 
 def test_later_steps_without_a_loss_do_not_hide_early_ones():
@@ -326,7 +326,7 @@ def test_numbers_that_are_not_finite_are_an_error_outside_jit():
     ({"mask": np.zeros(2)}, "mask must be bool"),
   ],
 )
-def test_arguments_that_do_not_fit(change, message):
+def test_invalid_arguments_are_refused(change, message):
   arguments = {
     "index": np.zeros(2, int),
     "logits": np.zeros((2, 2), np.float32),
@@ -337,7 +337,7 @@ def test_arguments_that_do_not_fit(change, message):
 
 
 @pytest.mark.parametrize("sizes", [(0, 2), (2, 1)])
-def test_sizes_that_do_not_fit(sizes):
+def test_invalid_sizes_are_refused(sizes):
   with pytest.raises(base.InputError, match="must be an integer of at least"):
     audit.init(*sizes)
 

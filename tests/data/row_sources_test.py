@@ -29,7 +29,7 @@ def folder(tmp_path, monkeypatch):
   return tmp_path / "set"
 
 
-def test_image_files_are_those_in_memory(folder):
+def test_image_files_give_the_images_in_memory(folder):
   expected, data = (
     own_data.read(f"images:{folder}", "train", in_memory=m) for m in (True, False)
   )
@@ -130,7 +130,7 @@ def test_sets_fit_in_half_of_the_memory(monkeypatch, folder):
   assert isinstance(data.features, row_sources.ImageFiles)
 
 
-def test_threads_may_read_at_a_time(folder):
+def test_threads_may_read_at_the_same_time(folder):
   images = own_data.read(f"images:{folder}", in_memory=False).features
   results = {}
   threads = [

@@ -1,4 +1,4 @@
-"""The queue of published cells: its catalogue, its order, and a rehearsal."""
+"""The queue of published cells: its catalog, its order, and a rehearsal."""
 
 import importlib
 import signal
@@ -21,11 +21,11 @@ from l2rw_jax.data import sources
 
 @pytest.fixture(scope="module")
 def cells():
-  return {cell.name: cell for cell in reproduce.catalogue()}
+  return {cell.name: cell for cell in reproduce.catalog()}
 
 
-def test_every_published_value_that_can_be_run_is_in_the_catalogue(cells):
-  assert len(cells) == len(reproduce.catalogue())  # Every name is unique.
+def test_every_published_value_that_can_be_run_is_in_the_catalog(cells):
+  assert len(cells) == len(reproduce.catalog())  # Every name is unique.
   numbers = [n for m in published.MNIST_IMBALANCE.values() for n in m.values()]
   numbers += [n for m in published.MNIST_NOISE.values() for n in m.values()]
   for preset, noise, fraction, method in published_cifar.noise_cells("cifar10"):
@@ -96,7 +96,7 @@ def test_published_values_are_shown_only_under_their_protocol(cells, name, monke
   )
   last = {"accuracy": 0.5, "balanced_accuracy": 0.5}
   run = types.SimpleNamespace(metrics={"last": last})
-  made = types.SimpleNamespace(
+  runner_cell = types.SimpleNamespace(
     method_name=cell.method,
     facts={k: v for k, v in cell.facts.items() if k != "preset"},
     config=types.SimpleNamespace(batch_size=100),
@@ -106,17 +106,17 @@ def test_published_values_are_shown_only_under_their_protocol(cells, name, monke
   def published_value(**changed):
     settings = script.Settings(**{**cell.settings, **changed})
     if "long_tail" in name:
-      made.facts = {k: cell.facts[k] for k in ("builder", "shape", "imbalance")}
+      runner_cell.facts = {k: cell.facts[k] for k in ("builder", "shape", "imbalance")}
       experiment = long_tail.Experiment(
         *(script.TABLE, digits, digits, None, script.PRESETS["ldam"]),
         *({"dataset": "cifar10"}, (), 1, True),
       )
       experiment = long_tail.with_flags(settings, experiment)
-      (row,) = long_tail._rows(settings, experiment, made, [run])
+      (row,) = long_tail._rows(settings, experiment, runner_cell, [run])
     elif "cifar" in name:
-      row = script.make_row(settings, made, split, run)
+      row = script.make_row(settings, runner_cell, split, run)
     else:
-      row = script.make_row(settings, made, run)
+      row = script.make_row(settings, runner_cell, run)
     return row.get("published_percent", row.get("published_error_percent"))
 
   changes, other = _CHANGED[name]
@@ -133,7 +133,7 @@ def test_cells_for_a_gpu_have_the_published_values(cells):
     "cifar_noise-mentornet-0.4-mentornet_pd": 77.0,
     "mnist_imbalance-0.995-l2rw": 3.62,
   }.items():
-    assert cells[name].published == value and cells[name].is_own
+    assert cells[name].published == value and cells[name].is_proposed
   assert cells["step_time"].module == "benchmarks.step_time"
   wide = cells["step_time-wrn_28_10"].command
   assert wide.endswith("step_time --networks=wrn_28_10 --dtype=bfloat16")
@@ -181,7 +181,7 @@ def _source(split: str, shape: tuple[int, ...], labels: np.ndarray) -> sources.S
 
 
 @pytest.fixture
-def made(monkeypatch):
+def runner_cell(monkeypatch):
   """Random images in place of every data set, with enough 4s and 9s."""
 
   def load(name, split, data_dir, cache_dir, in_memory):
@@ -207,12 +207,12 @@ _KINDS = (
 )
 
 
-def test_a_cell_of_each_kind_is_rehearsed(made, tmp_path):
+def test_a_cell_of_each_kind_is_rehearsed(runner_cell, tmp_path):
   settings = reproduce.Settings(rehearse=True, results=str(tmp_path), only=_KINDS)
   entries = reproduce.run(settings, tmp_path)
   assert {entry.cell.name for entry in entries} == set(_KINDS)
   assert [entry.state.name for entry in entries] == ["done"] * len(_KINDS)
-  kinds = {cell.module for cell in reproduce.catalogue()}
+  kinds = {cell.module for cell in reproduce.catalog()}
   assert {entry.cell.module for entry in entries} == kinds
 
 
@@ -226,11 +226,11 @@ def test_the_queue_orders_by_value_per_minute_and_refuses_what_does_not_fit(
 ):
   names = ("a", "b", "c", "d")
   small = [
-    cells["step_time"]._replace(name=n, is_own=n == "c", module="x", published=3.0)
+    cells["step_time"]._replace(name=n, is_proposed=n == "c", module="x", published=3.0)
     for n in names
   ]
   minutes = dict(zip(names, (4.0, 2.0, 5.0, 50.0), strict=True))
-  monkeypatch.setattr(reproduce, "catalogue", lambda: small)
+  monkeypatch.setattr(reproduce, "catalog", lambda: small)
   monkeypatch.setattr(
     reproduce, "estimated_minutes", lambda settings, cell, device: minutes[cell.name]
   )
@@ -338,6 +338,6 @@ def test_the_list_has_numbers_and_commands(tmp_path):
     (["--device=gpu", "--only=step_time"], "--device=gpu: JAX uses a CPU"),
   ],
 )
-def test_a_mistake_is_one_line(arguments, message, tmp_path):
+def test_a_mistake_is_an_error_of_one_line(arguments, message, tmp_path):
   done = scripts.run("reproduce", *arguments, cwd=tmp_path)
   assert done.status == 2 and message in done.stderr, done.stderr
