@@ -316,6 +316,14 @@ def no_report(state: PyTree) -> dict[str, np.ndarray]:
   return {}
 
 
+def no_record(
+  state: PyTree, problem: Problem, inputs: Inputs, result: Gradients, is_taken: Array
+) -> PyTree:
+  """`Method.record` of a method without statistics of single examples."""
+  del problem, inputs, result, is_taken
+  return state
+
+
 class Method(NamedTuple):
   """The functions of a training method, as the training loop uses them.
 
@@ -330,6 +338,12 @@ class Method(NamedTuple):
     needs_meta: whether `inputs.meta_batch` is required.
     report: `state -> arrays [N, ...] by name`: statistics of the training examples to
       keep when the run is finished; called on the host.
+    record: `(state, problem, inputs, result, is_taken) -> state`, pure and traced: adds
+      the step to arrays of the state that have a row for each training example.
+      `result` is the `Gradients` of the step, `state` is the one after it, and nothing
+      may change unless the bool scalar `is_taken` is True. All other changes of the
+      state are undone if a step is not finite, which takes a pass over the whole
+      arrays in every step, whereas `record` can write single rows.
   """
 
   gradients: Callable[[PyTree, Problem, Inputs], tuple[Gradients, PyTree]]
@@ -340,6 +354,7 @@ class Method(NamedTuple):
   )
   needs_meta: bool = False
   report: Callable[[PyTree], dict[str, np.ndarray]] = no_report
+  record: Callable[[PyTree, Problem, Inputs, Gradients, Array], PyTree] = no_record
 
 
 def summed_gradient(

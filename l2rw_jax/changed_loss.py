@@ -99,6 +99,10 @@ def changed_loss(
   def inner_sample(state, problem, train, rng):
     return method.sample(state.inner, problem, train, rng)
 
+  def record(state, problem, *step):
+    inner = method.record(state.inner, changed(problem, state.epoch), *step)
+    return state._replace(inner=inner)
+
   # The training loop recognizes `base.permutation` and then does not fetch the state.
   is_permutation = method.sample is base.permutation
   sample = base.permutation if is_permutation else inner_sample
@@ -108,6 +112,7 @@ def changed_loss(
     refresh=refresh,
     sample=sample,
     report=lambda state: method.report(state.inner),
+    record=record,
   )
 
 

@@ -5,8 +5,9 @@ example during training are evidence about the label. `update` needs no addition
 forward passes: the statistics are sums over the logits that a training step computes
 anyway.
 
+    update = jax.jit(audit.update, donate_argnums=0)
     state = audit.init(num_examples, num_classes)
-    state = audit.update(state, batch["index"], logits, batch["label"])  # every step
+    state = update(state, batch["index"], logits, batch["label"])  # every step
     stats = audit.summarize(state)
 
 Numerics: every sum is compensated (Neumaier). It is a pair of float32 arrays, the
@@ -143,7 +144,9 @@ def update(
 
   This function is pure: it works inside `jit`, `vmap`, `pmap` and `shard_map`, and on
   arrays that are sharded over a mesh. The state is the same on every device; the rows
-  are those of this device. The cost is proportional to the batch size, not to N.
+  are those of this device. The cost is proportional to the batch size, not to N, if
+  the state is donated (`jax.jit(audit.update, donate_argnums=0)`, or a part of the
+  state that your compiled step donates). Otherwise every call copies the whole state.
 
   If an example occurs in several rows, each row is a presentation. Because all of them
   come from the same parameters, they count as one prediction for forgetting, which is

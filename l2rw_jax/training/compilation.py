@@ -34,7 +34,7 @@ def functions(
 
   Args:
     model: the network and its loss.
-    method: only its `gradients` and `init` are used.
+    method: only its `gradients`, `init` and `record` are used.
     optimizer: the optimizer of the network.
     num_examples: N.
     num_steps: number of steps of the run.

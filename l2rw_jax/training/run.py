@@ -99,7 +99,8 @@ class Run:
     self._class_counts = jnp.asarray(np.stack(counts), jnp.int32)
     init, self._steps = compilation.functions(
       model,
-      base.Method(method.gradients, method.init),  # The only parts that are traced.
+      # The only parts that are traced.
+      base.Method(method.gradients, method.init, record=method.record),
       optimizer,
       self._num_examples,
       config.num_steps,

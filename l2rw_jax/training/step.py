@@ -144,10 +144,13 @@ def train_step(
   )
   size = base.global_size(result.weights.shape[0], problem.axis_name)
   output = StepOutput(metrics, result.weights * size)
-  return _keep_last_good(state, proposed, result, problem), output
+  kept, takes_step = _keep_last_good(state, proposed, result, problem)
+  method_state = method.record(kept.method_state, problem, inputs, result, takes_step)
+  return kept._replace(method_state=method_state), output
 
 
 def _keep_last_good(state, proposed, result, problem):
+  """The state after the step, or before it if it is not finite; whether it counts."""
   # A loop over steps needs constant types: under x64, BatchNorm returns float64
   # statistics for float64 inputs.
   proposed = jax.tree.map(_of_same_type, proposed, state)
@@ -157,13 +160,16 @@ def _keep_last_good(state, proposed, result, problem):
   is_finite = (bad_losses == 0) & base.all_finite(new) & (fault == 0)
   takes_step = is_finite & (state.failure.step < 0)
 
-  kept = jax.tree.map(lambda new, old: jnp.where(takes_step, new, old), proposed, state)
+  def kept_or_new(new, old):
+    return old if new is old else jnp.where(takes_step, new, old)
+
+  kept = jax.tree.map(kept_or_new, proposed, state)
   this = Failure(state.step, bad_losses.astype(jnp.int32), fault)
   is_first = ~is_finite & (state.failure.step < 0)
   failure = jax.tree.map(
     lambda new, old: jnp.where(is_first, new, old), this, state.failure
   )
-  return kept._replace(failure=failure)
+  return kept._replace(failure=failure), takes_step
 
 
 def _of_same_type(new, old):

@@ -91,6 +91,9 @@ def watched(
   def inner_sample(state, problem, train, rng):
     return method.sample(state.inner, problem, train, rng)
 
+  def record(state, *step):
+    return state._replace(inner=method.record(state.inner, *step))
+
   # If the order does not depend on the state, the loop does not wait for the devices.
   is_permutation = method.sample is base.permutation
   return method._replace(
@@ -98,6 +101,8 @@ def watched(
     gradients=gradients,
     refresh=refresh,
     sample=base.permutation if is_permutation else inner_sample,
+    report=lambda state: method.report(state.inner),
+    record=record,
   )
 
 

@@ -2,6 +2,9 @@
 
 import shutil
 
+import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_runs
@@ -12,6 +15,8 @@ from l2rw_jax import changed_loss
 from l2rw_jax.audit import recorded_method
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
+from l2rw_jax.training import step as step_lib
+from l2rw_jax.training import validation
 
 _L2RW = audit.recording(l2rw.l2rw())
 _UNIFORM = audit.recording(baselines.uniform())
@@ -121,3 +126,78 @@ def test_the_order_of_examples_is_that_of_the_wrapped_method():
   recorded = recorded_method.Recorded(audit.init(2, 2), 7)
   assert audit.recording(chooses).sample(recorded, None, None, None) == [7]
   assert audit.recording(baselines.uniform()).sample is base.permutation
+
+
+def _step(method, num_examples):
+  """A training step `(state, batch) -> state`, and its first state."""
+  problem = toy_runs.MODEL.problem(
+    class_counts=jnp.ones(toy_runs.CLASSES, jnp.int32),
+    num_examples=num_examples,
+    num_steps=1,
+  )
+  example = {"image": np.zeros((1, 4), np.float32)}
+  params, model_state = toy_runs.MODEL.init(jax.random.key(0), example)
+  method_state = method.init(jax.random.key(0), problem, params)
+  optimizer = toy_runs.OPTIMIZER
+  state = step_lib.init_state(params, model_state, method_state, optimizer)
+
+  def step(state, batch):
+    return step_lib.train_step(
+      state,
+      batch,
+      None,
+      jax.random.key(0),
+      problem=problem,
+      method=method,
+      optimizer=optimizer,
+    )[0]
+
+  return step, state
+
+
+def _batch(pixel=1.0):
+  return {
+    "image": np.full((2, 4), pixel, np.float32),
+    "label": np.array([0, 1], np.int32),
+    "index": np.array([5, 3], np.int32),
+  }
+
+
+def _wrapped(method):
+  changed = changed_loss.changed_loss(
+    method, lambda outputs, batch, _: toy_runs.MODEL.loss(outputs, batch)
+  )
+  return validation.watched(changed, {})
+
+
+@pytest.mark.parametrize("method", [_UNIFORM, _wrapped(_UNIFORM)])
+def test_a_step_writes_only_the_rows_of_its_batch(method):
+  size = 1009
+  step, state = _step(method, size)
+  closed = jax.make_jaxpr(step)(state, _batch())
+
+  def of_all_examples(jaxpr):
+    """The operations that compute an array with a row for each example."""
+    for eqn in jaxpr.eqns:
+      inner = [x for x in eqn.params.values() if hasattr(x, "jaxpr")]
+      if inner:
+        yield from (name for x in inner for name in of_all_examples(x.jaxpr))
+      elif any(v.aval.shape[:1] == (size,) for v in eqn.outvars):
+        yield eqn.primitive.name
+
+  assert set(of_all_examples(closed.jaxpr)) == {"scatter"}
+
+
+@pytest.mark.parametrize("method", [_UNIFORM, _wrapped(_UNIFORM)])
+def test_a_step_that_is_not_finite_records_nothing(method):
+  step, state = _step(method, 6)
+  step = jax.jit(step)
+  taken = step(state, _batch())
+  np.testing.assert_array_equal(
+    method.report(taken.method_state)["seen"], [0, 0, 0, 1, 0, 1]
+  )
+  failed = step(taken, _batch(np.nan))
+  assert failed.failure.step == 1
+  chex.assert_trees_all_equal(failed.method_state, taken.method_state)
+  later = step(failed, _batch())
+  chex.assert_trees_all_equal(later.method_state, taken.method_state)
