@@ -537,6 +537,25 @@ def wide_integers(values: Any, size: int) -> Array:
   return values.astype(jnp.int64 if is_wide else jnp.int32)
 
 
+def rows_by_class(labels: np.ndarray, classes: np.ndarray) -> list[np.ndarray]:
+  """The rows of each class, from one sort instead of a pass for each class.
+
+  Args:
+    labels: integers, strings or other values that can be sorted, [N].
+    classes: the values to look for, in any order, [C].
+
+  Returns:
+    For each of `classes`, the rows that have this label, ascending.
+
+  >>> rows_by_class(np.array([7, 3, 7]), np.array([3, 5, 7]))
+  [array([1]), array([], dtype=int64), array([0, 2])]
+  """
+  order = np.argsort(labels, kind="stable")
+  ordered = labels[order]
+  starts, ends = (np.searchsorted(ordered, classes, side) for side in ("left", "right"))
+  return [order[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
 def check_integer(name: str, value: Any, at_least: int = 1) -> int:
   """`value` as an int.
 

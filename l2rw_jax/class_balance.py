@@ -210,5 +210,6 @@ def balanced_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   if not len(classes):
     return np.zeros(0, np.int64)
   num_rounds = len(labels) // len(classes)
-  columns = [rng.choice(np.flatnonzero(labels == c), size=num_rounds) for c in classes]
+  groups = base.rows_by_class(np.asarray(labels), classes)
+  columns = [rng.choice(rows, size=num_rounds) for rows in groups]
   return rng.permuted(np.stack(columns, axis=1), axis=1).ravel()

@@ -182,8 +182,9 @@ def select(
     ) from None
   sizes = class_budgets(counts.tolist(), size, budget)
   selections = []
-  for place, (c, class_size) in enumerate(zip(classes, sizes.tolist(), strict=True)):
-    members = np.flatnonzero(labels == c)
+  groups = base.rows_by_class(labels, classes)
+  for place, members in enumerate(groups):
+    c, class_size = classes[place], int(sizes[place])
     # Random draws for a class must not depend on which other classes exist.
     is_id = np.issubdtype(classes.dtype, np.integer) and 0 <= c < 2**32
     class_key = None

@@ -240,7 +240,7 @@ def _draw(source, number, shape, rng):
       f"a task needs num_ways = {num_ways} classes, but {name} has"
       f" {source.num_classes}. Lower num_ways."
     )
-  members = [np.flatnonzero(source.labels == c) for c in range(source.num_classes)]
+  members = base.rows_by_class(source.labels, np.arange(source.num_classes))
   fewest = min(map(len, members))
   if fewest < size:
     raise base.InputError(

@@ -117,8 +117,8 @@ def _per_class(
   source: sources.Source, size: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
   drawn = []
-  for label in range(source.num_classes):
-    pool = np.flatnonzero(source.labels == label)
+  pools = base.rows_by_class(source.labels, np.arange(source.num_classes))
+  for label, pool in enumerate(pools):
     if len(pool) <= size:
       raise base.InputError(
         f"class {label} has {len(pool)} images in {source.name} {source.split}, and"
@@ -135,7 +135,8 @@ def _cut_tail(
   rng: np.random.Generator,
 ) -> list[np.ndarray]:
   left = np.setdiff1d(np.arange(len(source.labels)), meta)
-  pools = [left[source.labels[left] == c] for c in range(source.num_classes)]
+  members = base.rows_by_class(source.labels[left], np.arange(source.num_classes))
+  pools = [left[rows] for rows in members]
   most = min(len(pool) for pool in pools)
   sizes = long_tail.class_sizes("exponential", most, source.num_classes, imbalance)
   long_tail.check_sizes(sizes, imbalance)
@@ -143,7 +144,7 @@ def _cut_tail(
 
 
 def _half_of_each_class(source: sources.Source, rng: np.random.Generator) -> np.ndarray:
-  pools = [np.flatnonzero(source.labels == c) for c in range(source.num_classes)]
+  pools = base.rows_by_class(source.labels, np.arange(source.num_classes))
   return np.concatenate([rng.permutation(p)[: len(p) // 2] for p in pools])
 
 

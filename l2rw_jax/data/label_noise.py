@@ -292,8 +292,8 @@ def resample(
     )
   true = check_labels("labels", labels, len(matrix))
   noisy = true.copy()
-  for label, row in enumerate(matrix):
-    members = np.flatnonzero(true == label)
+  groups = base.rows_by_class(true, np.arange(len(matrix)))
+  for members, row in zip(groups, matrix, strict=True):
     noisy[members] = rng.choice(len(row), size=len(members), p=row / row.sum())
   return noisy
 

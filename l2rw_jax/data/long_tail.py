@@ -138,7 +138,7 @@ def long_tail_splits(
   if builder not in BUILDERS:
     raise base.InputError(f"builder must be one of {BUILDERS}; got {builder!r}")
   (rng,) = examples_lib.generators(seed, 1)
-  pools = [np.flatnonzero(train.labels == c) for c in range(train.num_classes)]
+  pools = base.rows_by_class(train.labels, np.arange(train.num_classes))
   pools = [rng.permutation(pool) for pool in pools]
   _check_meta(train, [len(pool) for pool in pools], num_meta_per_class)
   most = min(len(pool) for pool in pools)

@@ -145,8 +145,8 @@ def _per_class(
 ) -> np.ndarray:
   """Rows of `size` random images of every class, int [C size]."""
   rows = [np.zeros(0, np.int64)]
-  for label in range(source.num_classes):
-    pool = np.flatnonzero(source.labels == label)
+  pools = base.rows_by_class(source.labels, np.arange(source.num_classes))
+  for label, pool in enumerate(pools):
     if len(pool) < size:
       raise base.InputError(
         f"class {label} has {len(pool)} images in {source.name} {source.split};"

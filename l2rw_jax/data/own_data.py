@@ -276,8 +276,8 @@ def _train_and_test(labels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarr
   """Splits the rows of every class 4 to 1; both results are ascending."""
   rng = np.random.default_rng(0)
   test = []
-  for label in np.unique(labels):
-    rows = rng.permutation(np.flatnonzero(labels == label))
+  for members in base.rows_by_class(labels, np.unique(labels)):
+    rows = rng.permutation(members)
     test.append(rows[: len(rows) // _TEST_SHARE])
   held_out = np.sort(np.concatenate(test))
   if not len(held_out):
@@ -508,7 +508,7 @@ def _listed_columns(
   paths = [lower.index(c) for c in _PATH_COLUMNS if c in lower]
   labels = [lower.index(c) for c in _LABEL_COLUMNS if c in lower]
   # Without a header, a label can have the name of a column, such as y for yes.
-  is_row = bool(names) and _exists_within(folder / names[0], folder.resolve())
+  is_row = bool(names) and _file_within(folder / names[0], folder.resolve()) is not None
   path_at, label_at, is_header = 0, 1, False
   if paths and labels:
     path_at, label_at, is_header = paths[0], labels[0], True
@@ -542,19 +542,19 @@ def _listed(
       skipped.append((",".join(row), f"{listing.name} has no path and label for it"))
       continue
     name, label = row[path_at].strip(), row[label_at].strip()
-    path = folder / name
+    path = _file_within(folder / name, root)
     reason = ""
     if label.lower() in _MISSING:
       reason = f"{_missing(label)} in {listing.name}"
-    elif not _exists_within(path, root):
+    elif path is None:
       reason = f"there is no such file in {folder}"
-    elif path.resolve() in seen:
+    elif path in seen:
       reason = f"it is listed twice in {listing.name}; the first label counts"
-    if reason:
+    if reason or path is None:
       skipped.append((name, reason))
       continue
-    seen.add(path.resolve())
-    files.append(root / path.resolve().relative_to(root))
+    seen.add(path)
+    files.append(path)
     labels.append(label)
   if not files:
     raise base.InputError(
@@ -563,20 +563,25 @@ def _listed(
       + (f"; {skipped[0][0]}: {skipped[0][1]}" if skipped else "")
     )
   unlisted = (p for p in _walk(root) if p.suffix.lower() in image_files.SUFFIXES)
+  explained = {name for name, _ in skipped}
   for path in unlisted:
     if path.resolve() not in seen:
       inside = path.relative_to(root).as_posix()
-      if inside not in {name for name, _ in skipped}:
+      if inside not in explained:
         skipped.append((inside, f"it is not in {listing.name}"))
   return [folder / f.relative_to(root) for f in files], labels, skipped
 
 
-def _exists_within(path: pathlib.Path, root: pathlib.Path) -> bool:
-  """Whether a path is a file below `root`; the list of paths may be untrusted."""
+def _file_within(path: pathlib.Path, root: pathlib.Path) -> pathlib.Path | None:
+  """The resolved path of a file below `root`; the list of paths may be untrusted.
+
+  It is None if there is no such file, or if it is not below `root`.
+  """
   try:
-    return path.resolve().is_relative_to(root) and path.is_file()
+    resolved = path.resolve()
+    return resolved if resolved.is_relative_to(root) and resolved.is_file() else None
   except (OSError, ValueError):  # The path is too long or has a null character.
-    return False
+    return None
 
 
 def _decode(
@@ -979,15 +984,18 @@ def _without_zeros(label: str) -> str:
 
 def _unique(names: Sequence[str]) -> list[str]:
   """Makes column names unique and nonempty."""
-  unique: list[str] = []
+  unique: dict[str, None] = {}
+  numbers: dict[str, int] = {}  # The last number that was tried for each name.
   for i, name in enumerate(names):
     name = name or f"column {i}"
-    number, candidate = 1, name
+    number = numbers.get(name, 1)
+    candidate = name if number == 1 else f"{name}.{number}"
     while candidate in unique:
       number += 1
       candidate = f"{name}.{number}"
-    unique.append(candidate)
-  return unique
+    numbers[name] = number
+    unique[candidate] = None
+  return list(unique)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,5 +1,7 @@
 """Users' data: every layout, and everything that can be wrong with it."""
 
+import pathlib
+
 import numpy as np
 from PIL import Image
 import pytest
@@ -672,3 +674,34 @@ def test_own_data_are_a_source_with_a_trusted_meta_set(folder, caplog):
       seed=0,
       trusted=trusted,
     )
+
+
+def test_thousands_of_columns_with_one_name_are_told_apart(tmp_path):
+  # This takes minutes if every new name is compared with all others.
+  number = 2000
+  header = ",".join(["x", "x.3", *["x"] * (number - 2), "label"])
+  rows = [",".join([str(r)] * number + ["ab"[r % 2]]) for r in range(4)]
+  _table(tmp_path / "wide.csv", rows, header)
+  data = own_data.read(f"csv:{tmp_path / 'wide.csv'}")
+  expected = ["x", "x.3", "x.2", *[f"x.{i}" for i in range(4, number + 1)]]
+  assert list(data.columns) == expected
+
+
+def test_each_file_of_a_list_is_resolved_once(tmp_path, monkeypatch):
+  for row in range(20):
+    Image.new("L", (2, 2), row).save(tmp_path / f"{row}.png")
+  # One half is listed; the other half is reported, some with a reason of its own.
+  lines = [f"{row}.png,{'ab'[row % 2]}" for row in range(10)]
+  lines += [f"{row}.png," for row in range(10, 13)]
+  (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+  calls = []
+  resolve = pathlib.Path.resolve
+  monkeypatch.setattr(
+    pathlib.Path, "resolve", lambda path: (calls.append(path), resolve(path))[1]
+  )
+  data = own_data.read(f"images:{tmp_path}")
+  assert sorted(data.names) == sorted(f"{row}.png" for row in range(10))
+  reasons = dict(data.skipped)
+  assert len(reasons) == len(data.skipped) == 10
+  assert sum("no label" in reason for reason in reasons.values()) == 3
+  assert len(calls) < 2 * 20

@@ -409,3 +409,22 @@ def test_examples_from_a_row_source_with_several_labels(tmp_path):
       [splits._replace(train=bad)],
       tmp_path / "bad",
     )
+
+
+def test_gaps_of_thousands_of_classes():
+  # There are 200 million pairs, which do not fit in memory as a list.
+  num_classes = 20_000
+  labels = np.repeat(np.arange(num_classes), 4)
+  right = np.arange(num_classes) % 5  # Of four examples.
+  predicted = np.where(np.arange(4) < right[:, None], labels.reshape(-1, 4), -1)
+  metrics = evaluation.equal_opportunity(_predictions(labels, predicted.ravel()))
+  assert metrics["tpr_gap_max"] == 1 and metrics["worst_group_accuracy"] == 0
+  # The 4, 3, 2 and 1 pairs of different rates differ by 1/4, 1/2, 3/4 and 1.
+  size = num_classes // 5
+  total = size**2 * (4 * 0.25 + 3 * 0.5 + 2 * 0.75 + 1)
+  mean = total / (num_classes * (num_classes - 1) / 2)
+  assert metrics["tpr_gap_mean"] == pytest.approx(mean, rel=1e-12)
+  by_class = evaluation.per_class_accuracy(
+    _predictions(labels, predicted.ravel(), num_classes)
+  )
+  assert by_class["accuracy_class_19999"] == 1 and len(by_class) == num_classes + 1
