@@ -86,6 +86,7 @@ References:
   Pleiss et al., NeurIPS 2020 (the margin during training as evidence).
 """
 
+from collections.abc import Iterator
 import dataclasses
 from typing import Any
 
@@ -100,6 +101,9 @@ _PROBABILITIES = "mean_probabilities"
 # that results/label_issues does not use.
 _CLEAR = 0.8
 _SURE, _EVEN, _ODDS, _POWER = 0.4, 2.5, 1.5, 3
+# Copies of distributions have at most this many numbers: all of them may take half of
+# the memory.
+_BLOCK = 2**20
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,13 +149,13 @@ class LabelIssues:
     order = np.argsort(self.index)
     probabilities = self.statistics[_PROBABILITIES][order]
     is_seen = np.isfinite(self.score[order])
-    uniform = 1 / probabilities.shape[1]
-    probabilities = np.where(is_seen[:, None], probabilities, uniform)
+    probabilities[~is_seen] = 1 / probabilities.shape[1]
+    # Rounding leaves sums of 1 + 1e-7, about which cleanlab would warn.
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
     quality = 1 / (1 + np.exp(np.where(is_seen, self.score[order], 0)))
     return {
       "labels": self.given[order],
-      # Rounding leaves sums of 1 + 1e-7, about which cleanlab would warn.
-      "pred_probs": probabilities / probabilities.sum(axis=1, keepdims=True),
+      "pred_probs": probabilities,
       "label_quality": quality,
     }
 
@@ -187,21 +191,28 @@ def find_label_issues(statistics: Any, labels: Any) -> LabelIssues:
   probabilities = statistics[_PROBABILITIES]
   size, num_classes = probabilities.shape
   is_seen = _is_seen(statistics)
-  p, given = probabilities[is_seen], labels[is_seen]
+  # A mask would copy the distributions even if it selects all of them.
+  chosen = slice(None) if is_seen.all() else is_seen
+  p, given = probabilities[chosen], labels[chosen]
 
   likely, is_clear = _likely_classes(p, given)
   confusion = _count(likely, given, num_classes)
   is_counted = is_clear | (likely == given)
   rates = relative_rates(_count(likely[is_counted], given[is_counted], num_classes))
-  rows = np.arange(len(given))
-  is_given = np.arange(num_classes) == given[:, None]
-  others = np.where(is_given, 0, p * rates[:, given].T)
+  odds = np.empty(len(given))
+  best = np.empty(len(given), np.int64)
+  rates_of_label = np.ascontiguousarray(rates.T)
+  for block in blocks(p):
+    rows, label = np.arange(len(p[block])), given[block]
+    others = p[block] * rates_of_label[label]
+    others[rows, label] = 0
+    odds[block] = (np.linalg.norm(others, axis=1) + 1 / num_classes) / (
+      p[block][rows, label] + 1 / num_classes
+    )
+    others[rows, label] = -1
+    best[block] = others.argmax(axis=1)
   score, suggested = np.full(size, np.nan), labels.copy()
-  score[is_seen] = np.log(
-    (np.linalg.norm(others, axis=1) + 1 / num_classes)
-    / (p[rows, given] + 1 / num_classes)
-  )
-  suggested[is_seen] = np.where(is_given, -1, others).argmax(axis=1)
+  score[is_seen], suggested[is_seen] = np.log(odds), best
 
   order = np.argsort(-score, kind="stable")  # NaN is sorted last.
   num_issues = _number_of_issues(p, given, likely)
@@ -259,23 +270,26 @@ def relative_rates(confusion: Any) -> np.ndarray:
 def _number_of_issues(p, given, likely):
   """The estimated number of wrong labels, equation (4)."""
   num_classes = p.shape[1]
-  is_likely = np.arange(num_classes) == likely[:, None]
   agrees = likely == given
   rows = np.arange(len(given))
-  other = np.where(agrees, np.where(is_likely, -np.inf, p).max(axis=1), p[rows, given])
+  other = p[rows, given]
+  for block in blocks(p):
+    others = p[block].copy()
+    others[np.arange(len(others)), likely[block]] = -np.inf
+    other[block] = np.where(agrees[block], others.max(axis=1), other[block])
   margin = p[rows, likely] - other
+  # These are used if no example shows how sure the network is of a class.
+  least_of_all, share_of_all = _sure_margin(margin[agrees])
   sure = np.zeros((num_classes, num_classes))
-  for c in np.unique(likely):
-    margins = margin[agrees & (likely == c)]
-    if not len(margins):  # No example shows how sure the network is of this class.
-      margins = margin[agrees]
-    least = _SURE * max(np.median(margins), 0) if len(margins) else 0
-    is_sure = (margin >= least) & (likely == c)
-    # If the median is above 0, the share is a half or more. If not, the network has not
-    # learned this class.
-    share = max((margins >= least).mean(), 0.5) if len(margins) else 1
-    counts = np.bincount(given[is_sure & ~agrees], minlength=num_classes)
-    sure[c] = counts / share
+  classes = np.unique(likely)
+  members = base.rows_by_class(likely, classes)
+  for c, rows in zip(classes.tolist(), members, strict=True):
+    margins, agree = margin[rows], agrees[rows]
+    least, share = least_of_all, share_of_all
+    if agree.any():
+      least, share = _sure_margin(margins[agree])
+    labels = given[rows[(margins >= least) & ~agree]]
+    sure[c] = np.bincount(labels, minlength=num_classes) / share
   everything = _count(likely[~agrees], given[~agrees], num_classes)
   number = everything.sum()
   least, most = _without_resemblance(sure), _without_resemblance(everything)
@@ -283,6 +297,22 @@ def _number_of_issues(p, given, likely):
     return int(number)
   odds = (_ODDS * least / (number - least)) ** _POWER
   return round(least + max(most - least, 0) * odds / (1 + odds))
+
+
+def _sure_margin(margins):
+  """The least margin of a sure example, and the share of `margins` that reach it."""
+  if not len(margins):
+    return 0, 1
+  least = _SURE * max(np.median(margins), 0)
+  # If the median is above 0, the share is a half or more. If not, the network has not
+  # learned the class of these examples.
+  return least, max((margins >= least).mean(), 0.5)
+
+
+def blocks(p: np.ndarray) -> Iterator[slice]:
+  """Consecutive rows, whose copies take little memory compared with all rows."""
+  size = max(1, _BLOCK // p.shape[1])
+  return (slice(start, start + size) for start in range(0, len(p), size))
 
 
 def _without_resemblance(counts):
@@ -298,9 +328,13 @@ def _likely_classes(p, given):
   """Each example's most likely class c*, and whether it is clear."""
   # Nothing is known about a class without examples, so no example is assigned to it.
   thresholds = np.full(p.shape[1], np.inf)
-  for c in np.unique(given):
-    thresholds[c] = p[given == c, c].mean()
-  likely = np.argmax(p - thresholds, axis=1)
+  classes = np.unique(given)
+  members = base.rows_by_class(given, classes)
+  for c, rows in zip(classes.tolist(), members, strict=True):
+    thresholds[c] = p[rows, c].mean()
+  likely = np.empty(len(given), np.int64)
+  for block in blocks(p):
+    likely[block] = np.argmax(p[block] - thresholds, axis=1)
   probability = np.take_along_axis(p, likely[:, None], axis=1)[:, 0]
   return likely, probability >= _CLEAR * thresholds[likely]
 
@@ -353,6 +387,8 @@ def _check(statistics, labels):
     )
   labels = labels.astype(np.int64)
   p = statistics[_PROBABILITIES]
+  if not np.issubdtype(p.dtype, np.floating):  # One-hot predictions.
+    p = statistics[_PROBABILITIES] = p.astype(np.float64)
   is_seen = _is_seen(statistics)
   if not is_seen.any():
     raise base.InputError(

@@ -140,16 +140,19 @@ def _top(
   Both have shape [N, 4], or [N, C] if there are fewer classes. The given and the
   suggested class are among the classes.
   """
-  p = np.nan_to_num(issues.statistics["mean_probabilities"])
-  number = min(_NUM_BARS, num_classes)
-  rows = np.arange(len(p))
-  chosen = p.copy()
-  chosen[rows, issues.given] += 3
-  chosen[rows, issues.suggested] += 2
-  top = np.argsort(-chosen, axis=1, kind="stable")[:, :number]
-  order = np.argsort(-np.take_along_axis(p, top, axis=1), axis=1, kind="stable")
-  top = np.take_along_axis(top, order, axis=1)
-  shares = np.take_along_axis(p, top, axis=1)
+  p = issues.statistics["mean_probabilities"]
+  top = np.empty((len(p), min(_NUM_BARS, num_classes)), np.int64)
+  for block in label_issues.blocks(p):
+    chosen = np.nan_to_num(p[block])
+    rows = np.arange(len(chosen))
+    chosen[rows, issues.given[block]] += 3
+    chosen[rows, issues.suggested[block]] += 2
+    for column in top[block].T:  # A sort would also order all other classes.
+      column[:] = chosen.argmax(axis=1)
+      chosen[rows, column] = -np.inf
+  shares = np.nan_to_num(np.take_along_axis(p, top, axis=1))
+  order = np.argsort(-shares, axis=1, kind="stable")
+  top, shares = (np.take_along_axis(x, order, axis=1) for x in (top, shares))
   return top, np.round(1000 * shares).astype(int)
 
 

@@ -233,12 +233,16 @@ def summarize(state: State) -> dict[str, np.ndarray]:
   arrays: Any = jax.tree.map(np.asarray, jax.device_get(state))
 
   def exact(sum_: Sum) -> np.ndarray:
-    return np.asarray(sum_.total, np.float64) + np.asarray(sum_.error, np.float64)
+    # Of the distributions of all examples, only the result is in float64.
+    values = np.array(sum_.total, np.float64)
+    values += sum_.error
+    return values
 
   def mean(sum_: Sum, count: np.ndarray) -> np.ndarray:
     values = exact(sum_)
     shape = count.shape + (1,) * (values.ndim - count.ndim)
-    return values / np.where(count > 0, count, np.nan).reshape(shape)
+    values /= np.where(count > 0, count, np.nan).reshape(shape)
+    return values
 
   is_seen = arrays.seen > 0
   weighted = np.where(arrays.weighted > 0, arrays.weighted, np.nan)

@@ -1,6 +1,7 @@
 """The ranking of label issues: compared with its equations in loops, and on digits."""
 
 import functools
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from l2rw_jax import audit
 from l2rw_jax import base
 from l2rw_jax import losses
 from l2rw_jax.audit import label_issues
+from l2rw_jax.audit import page
 from l2rw_jax.data import label_noise
 from l2rw_jax.data import sources
 from l2rw_jax.models import mlp
@@ -353,3 +355,37 @@ def test_one_run_on_digits_finds_the_wrong_labels(
   # much better if each class is mistaken for one particular other class.
   single = metrics.roc_auc_score(is_wrong, -issues.statistics["mean_margin"])
   assert metrics.roc_auc_score(is_wrong, issues.score) > single + gain
+
+
+def test_memory_for_many_examples_is_that_of_the_result():
+  # The distributions in the order of suspicion are one copy. Before, there were four,
+  # and four more for the page.
+  size, num_classes = 20_000, 100
+  rng = np.random.default_rng(0)
+  labels = rng.integers(num_classes, size=size)
+  p = rng.random((size, num_classes))
+  p /= p.sum(axis=1, keepdims=True)
+  tracemalloc.start()
+  issues = audit.find_label_issues({"mean_probabilities": p}, labels)
+  _, most = tracemalloc.get_traced_memory()
+  assert most < 1.8 * p.nbytes
+  assert sorted(issues.index.tolist()) == list(range(size))
+  tracemalloc.reset_peak()
+  before, _ = tracemalloc.get_traced_memory()
+  names = [str(c) for c in range(num_classes)]
+  page.build(issues, names, [""] * size)
+  _, most = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert most - before < 1.5 * p.nbytes
+
+
+def test_one_hot_integers_are_distributions():
+  p = np.eye(3, dtype=np.int32)[[0, 0, 1, 1, 2, 2, 2]]
+  labels = np.array([0, 0, 1, 1, 2, 2, 0])
+  issues = audit.find_label_issues({"mean_probabilities": p}, labels)
+  expected = audit.find_label_issues({"mean_probabilities": p.astype(float)}, labels)
+  assert issues.index[0] == 6 and issues.suggested[0] == 2
+  np.testing.assert_array_equal(issues.score, expected.score)
+  np.testing.assert_array_equal(
+    issues.to_cleanlab()["pred_probs"], expected.to_cleanlab()["pred_probs"]
+  )
