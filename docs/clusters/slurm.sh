@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Four machines with eight GPUs each, one process for each GPU: JAX gives a process that
-# Slurm starts the GPU of its local number. Submit it from a checkout on a file system
-# that all machines share: sbatch docs/clusters/slurm.sh
+# Four machines with eight GPUs each, one process for each GPU: under Slurm, JAX gives
+# a process the GPU with the local number of the process. Submit it from a checkout on
+# a file system that all machines share: sbatch docs/clusters/slurm.sh
 #SBATCH --job-name=l2rw_jax
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
@@ -9,7 +9,7 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --time=12:00:00
 #SBATCH --output=slurm-%j.log
-# Every process gets SIGTERM ten minutes before the end of the time, and when the job is
+# Every process gets SIGTERM ten minutes before the time limit, and when the job is
 # preempted. It saves a checkpoint then and ends with status 143.
 #SBATCH --signal=TERM@600
 #SBATCH --requeue

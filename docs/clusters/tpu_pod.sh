@@ -4,7 +4,8 @@
 # TPU_NAME=... ZONE=... PROJECT=... bash docs/clusters/tpu_pod.sh
 set -euo pipefail
 
-: "${TPU_NAME:?name of the TPU VM}" "${ZONE:?its zone}" "${PROJECT:?its project}"
+: "${TPU_NAME:?name of the TPU VM}" "${ZONE:?zone of the TPU VM}"
+: "${PROJECT:?project of the TPU VM}"
 shared=${SHARED:-/mnt/shared}
 
 on_all_hosts() {
