@@ -6,7 +6,7 @@ from typing import Any
 
 
 def _on_uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-  """Ends on Ctrl-C like `lib.launch`, even while modules are being imported."""
+  """Ends the process on Ctrl-C as `lib.launch` does, even during imports."""
   if not issubclass(kind, KeyboardInterrupt):
     sys.__excepthook__(kind, error, trace)
     return

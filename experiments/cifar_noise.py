@@ -162,7 +162,8 @@ PRESETS = {
 }
 
 
-def _preset(text: str) -> str:
+def _by_preset(text: str) -> str:
+  """The help text of a flag whose default is the preset's."""
   return f"{text} The default is the preset's."
 
 
@@ -184,7 +185,7 @@ class Settings(
   noise: str | None = flag(None, unset="the preset's", choices=noisy_labels.BUILDERS)
   noise_fraction: float | None = flag(
     None,
-    _preset(
+    _by_preset(
       "Share of wrong labels or, for some values of --noise, a parameter that sets it"
       " (l2rw_jax/data/noisy_labels.py)."
     ),
@@ -199,24 +200,24 @@ class Settings(
   network: str | None = flag(None, unset="the preset's", choices=registries.NETWORKS)
   augmentation: str | None = flag(
     None,
-    _preset("Augmentation and scaling of the images, named after a paper."),
+    _by_preset("Augmentation and scaling of the images, named after a paper."),
     choices=registries.AUGMENTATIONS,
     group="data",
   )
   num_steps: int | None = flag(
     None,
-    _preset("Number of parameter updates; the preset's decays move in proportion."),
+    _by_preset("Number of parameter updates; the preset's decays move in proportion."),
   )
   decay_steps: tuple[str, ...] | None = flag(
     None,
-    _preset(
+    _by_preset(
       "Numbers of updates after each of which the learning rate falls to a tenth,"
       " separated by commas."
     ),
   )
-  learning_rate: float | None = flag(None, _preset("Learning rate of SGD."))
+  learning_rate: float | None = flag(None, _by_preset("Learning rate of SGD."))
   momentum: float | None = flag(None, unset="the preset's")
-  nesterov: bool | None = flag(None, _preset("Use Nesterov's momentum."))
+  nesterov: bool | None = flag(None, _by_preset("Use Nesterov's momentum."))
   weight_decay: float | None = flag(None, unset="the preset's")
   batch_size: int | None = flag(None, unset="the preset's")
   meta_batch_size: int | None = flag(
@@ -405,7 +406,7 @@ def make_cells(settings: Settings, names: Sequence[str]) -> list[runner.Cell]:
     noise_fraction=wrong_share(split) if fraction is None else fraction,
     num_epochs=num_epochs,
   )
-  choice = {name: optimizer.for_method(name, config.num_steps) for name in names}
+  optimizer_of = {name: optimizer.for_method(name, config.num_steps) for name in names}
   return [
     runner.Cell(
       name,
@@ -413,13 +414,13 @@ def make_cells(settings: Settings, names: Sequence[str]) -> list[runner.Cell]:
       config,
       make_classifier(preset, split.num_classes, images),
       registries.make_method(name, settings, problem, num_epochs),
-      chosen,
+      method_optimizer,
       splits,
       "seeds-{first}-{last}/" + runner.folder_name(facts, name),
       settings.seeds_at_once,
       (evaluation.accuracy, evaluation.per_class_accuracy),
     )
-    for name, chosen in choice.items()
+    for name, method_optimizer in optimizer_of.items()
   ]
 
 
@@ -437,10 +438,12 @@ def make_row(
   published = dataclasses.replace(
     PRESETS[settings.preset], noise=preset.noise, noise_fraction=preset.noise_fraction
   )
+  # These flags do not need their defaults: the preset is compared as a whole, `lookup`
+  # compares the data set and the noise, and both variants of the noise are accepted.
   # `make_preset` does not read --num_meta, whose default depends on the classes.
   in_preset = {field.name for field in dataclasses.fields(preset)} - {"num_meta"}
-  compared = ("preset", "dataset", "noise_variant", *in_preset)
-  if preset == published and settings.follows({}, cell.method_name, compared):
+  exempt = ("preset", "dataset", "noise_variant", *in_preset)
+  if preset == published and settings.follows({}, cell.method_name, exempt):
     numbers = published_cifar.lookup(
       settings.preset,
       cell.facts["dataset"],

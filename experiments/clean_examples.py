@@ -75,8 +75,8 @@ _COMPARED = (
   *("uniform", "no_clean_data", "clean_only", "early_stopped", "fine_tuning"),
   "l2rw",
 )
-_WITHOUT_COUNT = ("uniform", "no_clean_data")
-_TRAINED_ONCE = (*_WITHOUT_COUNT, "early_stopped")
+_WITHOUT_CLEAN_DATA = ("uniform", "no_clean_data")
+_TRAINED_ONCE = (*_WITHOUT_CLEAN_DATA, "early_stopped")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,9 +212,16 @@ def make_splits(
 
 @functools.cache  # Cells with the same method share their compiled programs.
 def make_method(
-  name: str, is_noisy: bool, tuned_steps: int, rate: float
+  name: str, is_noisy: bool, tuned_steps: int, lookahead_rate: float
 ) -> base.Method:
-  """The `Method` that is trained for a name of `METHODS`."""
+  """The `Method` that is trained for a name of `METHODS`.
+
+  Args:
+    name: a key of `METHODS`.
+    is_noisy: whether labels are wrong; otherwise the classes are a long tail.
+    tuned_steps: number of steps of fine-tuning.
+    lookahead_rate: learning rate of the look-ahead of Meta-Weight-Net.
+  """
   methods = {
     "uniform": baselines.uniform,
     "early_stopped": baselines.uniform,
@@ -226,7 +233,7 @@ def make_method(
     "l2rw": l2rw.l2rw,
     "l2rw_fine_tuning": lambda: baselines.fine_tuning(tuned_steps, l2rw.l2rw()),
     "meta_weight_net": lambda: meta_weight_net.meta_weight_net(
-      rate, "noise_stable" if is_noisy else "imbalance"
+      lookahead_rate, "noise_stable" if is_noisy else "imbalance"
     ),
   }
   return methods[name]()
@@ -292,7 +299,7 @@ def make_rows(settings: Settings, cell: runner.Cell, result: Any) -> runner.Rows
   }
   if cell.method_name == "clean_only":
     return [{**row, "problem": name} for name in dict.fromkeys(settings.problems)]
-  if cell.method_name in _WITHOUT_COUNT:
+  if cell.method_name in _WITHOUT_CLEAN_DATA:
     return [{**row, "num_clean": 0}]
   if cell.method_name != "early_stopped":
     return [row]
@@ -363,7 +370,7 @@ def _draw_method(ax: Any, method: str, rows: runner.Rows) -> None:
   ]
   means, errors = [i.mean for i in intervals], figures.clipped_errors(intervals)
   style = {"color": f"C{list(METHODS).index(method)}", "label": METHODS[method][0]}
-  if method in _WITHOUT_COUNT:
+  if method in _WITHOUT_CLEAN_DATA:
     ax.axhline(means[0], linestyle="--", **style)
     low, high = means[0] - errors[0, 0], means[0] + errors[1, 0]
     ax.axhspan(low, high, alpha=0.15, color=style["color"], linewidth=0)

@@ -127,7 +127,11 @@ class Settings(runner.Settings):
 
   @functools.cached_property
   def split_of(self) -> Callable[[int], examples_lib.Splits]:
-    """`seed -> splits`; the last are kept, because a user's files may change later."""
+    """`seed -> splits`, with a cache of the last splits.
+
+    The cache belongs to these settings, not to the process, because a user's files may
+    change before other settings read them.
+    """
     return functools.lru_cache(maxsize=1)(functools.partial(_make_split, self))
 
   def resolve(self) -> "Settings":

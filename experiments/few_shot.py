@@ -11,9 +11,9 @@ Command: python -m experiments.few_shot --data_dir=DIR
   mini-ImageNet: --dataset=mini_imagenet --data_dir=FOLDER, where FOLDER contains the
   prepared TFDS data set of --ood, and train, val and test with files CLASS/FILE.jpg
 Device, time: one CPU core, 8 minutes per share (five methods, two seeds), mostly
-  compilation and NestedMAML. Of NestedMAML's weights, the learning rate, the clipping
-  and the number of clusters were chosen with --evaluate_on=tuning --ood=shuffled
-  --ood_share=0.9; nothing else was tuned.
+  compilation and NestedMAML.
+Tuning: --weight_learning_rate, --clip and --num_clusters were chosen with
+  --evaluate_on=tuning --ood=shuffled --ood_share=0.9; nothing else was tuned.
 Published: mini-ImageNet with SVHN or FashionMNIST tasks only; nothing on these data.
 Measured: results/few_shot.
 """

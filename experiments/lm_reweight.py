@@ -205,7 +205,7 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
   )
   splits, model = functools.partial(make_splits, settings), make_model(settings)
   cosine = optimizers.OptimizerConfig("adam", settings.learning_rate, cosine=True)
-  choice = {name: cosine.for_method(name, settings.num_steps) for name in names}
+  optimizer_of = {name: cosine.for_method(name, settings.num_steps) for name in names}
   return [
     runner.Cell(
       name,
@@ -218,7 +218,7 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
       folder=f"{name}/seed-{{first}}",
       side_by_side=1,
     )
-    for name, optimizer in choice.items()
+    for name, optimizer in optimizer_of.items()
   ]
 
 
@@ -320,7 +320,7 @@ def _draw_recovered(right, rows, names):
   right.set_xticks(range(len(names)), [n.replace("_", "\n") for n in names])
   right.set_ylim(0, 100)
   right.set_ylabel("corrupted documents detected (%)")
-  right.set_title("Among the most suspicious, as many as are corrupted", fontsize=10)
+  right.set_title("Among the k most suspicious; k are corrupted", fontsize=10)
   right.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.25))
 
 

@@ -223,7 +223,7 @@ def _make_split(settings: Settings, fraction: float, seed: int) -> examples_lib.
 def make_optimizer(
   rate: float, decay: float, momentum: float, num_steps: int
 ) -> optax.GradientTransformation:
-  """The paper's SGD, as one object at all noise fractions: a step compiles once."""
+  """The paper's SGD, as one object for all noise fractions, to compile a step once."""
   schedule = optax.cosine_decay_schedule(rate, num_steps)
   return optax.chain(
     optax.add_decayed_weights(decay), optax.sgd(schedule, momentum or None)
@@ -267,8 +267,8 @@ def make_cells(settings: Settings) -> list[runner.Cell]:
     )
     runner.check_data(config, method, split)
     images = getattr(split, settings.unlabeled).image
-    flags = f"{settings.num_unlabeled}, --batch_size={settings.batch_size}"
-    with settings_lib.naming("num_unlabeled", flags):
+    values = f"{settings.num_unlabeled}, --batch_size={settings.batch_size}"
+    with settings_lib.naming("num_unlabeled", values):
       memorization.check(split, images, settings.batch_size)
     data[fraction] = splits, config, split.num_classes
   cells = []
@@ -341,7 +341,7 @@ def with_regions(rows: runner.Rows) -> runner.Rows:
     models = of_noise(rows, fraction)
     if len(models) > 1:
       numbers = susceptibility.regions(
-        _column(models, "susceptibility"), _train(models)
+        _column(models, "susceptibility"), _training_accuracies(models)
       )
       regions |= {
         id(row): int(region) for row, region in zip(models, numbers, strict=True)
@@ -349,7 +349,7 @@ def with_regions(rows: runner.Rows) -> runner.Rows:
   return [{"region": regions.get(id(row)), **row} for row in rows]
 
 
-def selection(rows: runner.Rows) -> str:
+def accuracy_by_region(rows: runner.Rows) -> str:
   """A Markdown table of clean test accuracy by region, as in the paper."""
   header = ["noise_fraction", "all models", *(f"region {r}" for r in _REGIONS)]
   lines = []
@@ -392,7 +392,7 @@ def _column(rows: runner.Rows, name: str) -> list[float]:
   return [row[name] for row in rows]
 
 
-def _train(rows: runner.Rows) -> list[float]:
+def _training_accuracies(rows: runner.Rows) -> list[float]:
   return _column(rows, "train_percent")
 
 
@@ -414,7 +414,7 @@ def draw(rows: runner.Rows, path: pathlib.Path) -> None:
 
 
 def _draw_noise(figure: Any, ax: Any, models: runner.Rows) -> None:
-  zeta, accuracy = _column(models, "susceptibility"), _train(models)
+  zeta, accuracy = _column(models, "susceptibility"), _training_accuracies(models)
   colors = _column(models, "accuracy_percent")
   options = {"cmap": "viridis", "edgecolors": "black", "linewidths": 0.4}
   dots = ax.scatter(zeta, accuracy, c=colors, **options)
@@ -498,7 +498,7 @@ def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
   files = ["figure.png"]
   if draw_curves(runs, folder / "curves.png"):
     files.append("curves.png")
-  more = f"{selection(rows)}\n\n{correlations(rows)}"
+  more = f"{accuracy_by_region(rows)}\n\n{correlations(rows)}"
   return runner.report(settings, TABLE, folder, rows, files, more=more)
 
 

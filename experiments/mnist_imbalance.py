@@ -72,7 +72,8 @@ PROTOCOLS = {
 }
 
 
-def _protocol(text: str) -> str:
+def _by_protocol(text: str) -> str:
+  """The help text of a flag whose default is the protocol's."""
   return f"{text} The default is the protocol's."
 
 
@@ -103,11 +104,11 @@ class Settings(runner.Settings):
     None, unset="1 on CPU and all elsewhere", aliases=["splits_at_once"]
   )
   num_steps: int | None = flag(
-    None, _protocol("Number of parameter updates of the baselines.")
+    None, _by_protocol("Number of parameter updates of the baselines.")
   )
   l2rw_steps: int | None = flag(
     None,
-    _protocol("Number of parameter updates of L2RW."),
+    _by_protocol("Number of parameter updates of L2RW."),
     bounds=settings_lib.STEPS,
     methods=["l2rw"],
   )
@@ -116,24 +117,24 @@ class Settings(runner.Settings):
   )
   hard_mining_batch: int | None = flag(
     None,
-    _protocol("Batch size of hard mining."),
+    _by_protocol("Batch size of hard mining."),
     bounds=settings_lib.BATCH,
     methods=["hard_mining"],
   )
   variant: str | None = flag(
     None,
-    _protocol("Variant of the methods proportion and hard_mining."),
+    _by_protocol("Variant of the methods proportion and hard_mining."),
     choices=["paper", "official_code"],
     group="method",
   )
   clean_in_train: bool | None = flag(
     None,
-    _protocol("Let baselines also train on the clean images."),
+    _by_protocol("Let baselines also train on the clean images."),
     group="data",
   )
   num_test: int | None = flag(
     None,
-    _protocol(
+    _by_protocol(
       "Number of balanced test images; 0 for as many as there are, as with digits."
     ),
     bounds=settings_lib.IMAGES,
