@@ -277,7 +277,8 @@ class EpochView(NamedTuple):
     epoch: the epoch about to start, counted from 0.
     params: current parameters (not replicated).
     model_state: current variables (not replicated).
-    train: the whole training set as NumPy arrays, leading axis N.
+    train: the whole training set, leading axis N: NumPy arrays, or a row source for
+      images that are not in memory.
     rng: NumPy generator seeded by (seed, epoch), so that a resumed run draws the same
       numbers.
   """
@@ -475,7 +476,7 @@ def take(table: Array, index: Array) -> Array:
   Args:
     table: a row for each class or group, [C, ...], the same on every device.
     index: integers from 0 to C - 1, of any shape. Other integers give NaN if the
-      table has a floating-point type.
+      table has a floating-point type; in other tables they select some row.
 
   Returns:
     An array of shape `index.shape + table.shape[1:]`.
@@ -565,7 +566,8 @@ def check_integer(name: str, value: Any, at_least: int = 1) -> int:
     at_least: the smallest allowed value.
 
   Raises:
-    InputError: `value` is not an integer (booleans and 2.0 are not), or is too small.
+    InputError: `value` is not an integer (booleans and 2.0 are not), is too small, or
+      is traced.
   """
   try:
     number = operator.index(value)

@@ -87,6 +87,12 @@ def example_weights(
     labels: integer class of each example, [B].
     axis_name: mapped axis over which the batch is sharded.
 
+  Returns:
+    Weights [B]. All are NaN if a label is not a class.
+
+  Raises:
+    InputError: the labels are not integers, or do not have shape [B].
+
   >>> import jax.numpy as jnp
   >>> print(example_weights(jnp.array([1., 3.]), jnp.array([0, 1, 1, 0])))
   [0.125 0.375 0.375 0.125]
@@ -183,8 +189,12 @@ def deferred_example_weights(
     from_epoch: the first epoch of class-balanced weights; 0 ignores `epoch`.
     axis_name: mapped axis over which the batch is sharded.
 
+  Raises:
+    InputError: an argument is invalid, see `effective_number` and `example_weights`.
+
   References:
-    Cao et al., NeurIPS 2019, algorithm 1.
+    Cao, Wei, Gaidon, Arechiga, Ma, "Learning Imbalanced Datasets with
+    Label-Distribution-Aware Margin Loss", NeurIPS 2019, algorithm 1.
   """
   class_weights = effective_number(class_counts, beta)
   if from_epoch:

@@ -40,8 +40,8 @@ def group_means(
     loss is NaN and the mistake is reported.
 
   Raises:
-    InputError: the shapes do not match, or the group of an example is outside 0 to
-      G - 1 (the latter is raised only outside `jit`).
+    InputError: the shapes do not match, the groups are not integers, or the group of an
+      example is outside 0 to G - 1 (the last is raised only outside `jit`).
   """
   means, present = _wide_means(values, groups, num_groups)
   if jnp.issubdtype(values.dtype, jnp.inexact):
@@ -68,7 +68,7 @@ def mean(losses: base.Array) -> base.Array:
   """Average of the losses [M] of the exemplars, regardless of groups; scalar.
 
   Raises:
-    InputError: the losses do not have shape [M].
+    InputError: `losses` does not have shape [M].
   """
   base.check_vector("losses", losses)
   return jnp.mean(losses)
@@ -224,7 +224,7 @@ def soft_tpr(
 
 
 def check_groups(groups: Any, num_groups: int, where: str = "the exemplar set") -> None:
-  """Raises InputError unless all groups are in 0 to G - 1 and each has a member.
+  """Raises InputError unless groups are integers in 0 to G - 1, each with a member.
 
   Call it once, on the host, before training: inside `jit` a group without a member is
   silently ignored, and an unknown group makes the objective NaN.

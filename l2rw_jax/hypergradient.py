@@ -43,18 +43,18 @@ from l2rw_jax.linearization import trainable
 
 
 class _State(enum.IntEnum):
-  """The state of the meta gradient g and the direction v, in ascending precedence.
+  """The state of the meta gradient and the direction, in ascending precedence.
 
   The state of an array is the largest state of its entries, and the state of a pytree
   is the largest state of its arrays.
   """
 
-  ZERO = 0  # g and v are zero.
-  IGNORED = 1  # v is zero, but g is not.
-  USED = 2  # v is not zero.
-  INFINITE = 3  # v is infinite.
-  NAN = 4  # v is NaN.
-  BAD_GRADIENT = 5  # g is NaN or infinite.
+  ZERO = 0  # Both are zero.
+  IGNORED = 1  # The direction is zero, but the meta gradient is not.
+  USED = 2  # The direction is not zero.
+  INFINITE = 3  # The direction is infinite.
+  NAN = 4  # The direction is NaN.
+  BAD_GRADIENT = 5  # The meta gradient is NaN or infinite.
 
 
 # A function from the losses [M] of the global meta batch to the meta loss, a scalar.
@@ -105,7 +105,7 @@ class Direction(NamedTuple):
       optimizer's step ignores the gradient; bool scalar.
     fault: the first quantity that is not finite, a `base.Fault`; int32 scalar.
     aux: the auxiliary output of the meta losses function, or None.
-    activation_share: the memory of the activations that are stored for the gradient of
+    activation_ratio: the memory of the activations that are stored for the gradient of
       the meta loss, per meta example, divided by the memory of the parameters; infinite
       if it is unknown.
     value_slope: dM/d value, the derivative through the inner loss that the optimizer
@@ -118,7 +118,7 @@ class Direction(NamedTuple):
   zero_slope: base.Array
   fault: base.Array
   aux: Any = None
-  activation_share: base.StaticFloat = base.StaticFloat("inf")
+  activation_ratio: base.StaticFloat = base.StaticFloat("inf")
   value_slope: base.Array | None = None
 
 
@@ -167,7 +167,8 @@ def lookahead_params(
     Parameters, shaped like `params`.
 
   Raises:
-    InputError: the update of the optimizer needs or accepts other arguments.
+    InputError: the update of the optimizer needs other arguments, or does not accept
+      `value` although it accepts additional arguments.
   """
   value = jnp.zeros(()) if value is None else value
   try:
@@ -246,10 +247,10 @@ def direction(
   Raises:
     InputError: `params` has no trainable leaf, `inner_gradient` is not shaped like it,
       the meta losses do not have shape [M], the meta batch is empty, or the losses
-      cannot be computed in microbatches; `opt_state` is given without
-      `optimizer`; or the update of the optimizer needs arguments other than `params`
-      and `value`. Outside `jit`, it is also raised if the optimizer's step ignores the
-      gradient.
+      cannot be computed in microbatches; `value` is not one number; `opt_state` is
+      given without `optimizer`; or the update of the optimizer needs arguments other
+      than `params` and `value`. Outside `jit`, it is also raised if the optimizer's
+      step ignores the gradient.
     FloatingPointError: outside `jit`, if a meta loss, the gradient of the meta loss or
       the direction is not finite; the message says which. Under `jit`, check
       `Direction.fault` and `Direction.zero_slope`, or use `checkify.checkify`, which
@@ -296,15 +297,15 @@ def direction(
   # the negative loss, because a change of sign of every entry would be one more array
   # of the size of each parameter.
   sign = -1 if optimizer is None else 1
-  activation_share = base.StaticFloat("inf")
+  ratio = base.StaticFloat("inf")
   if microbatch_size is None:
     losses, losses_vjp, aux = jax.vjp(
       lambda leaves: meta_losses(leaves, meta_batch), lookahead_leaves, has_aux=True
     )
     loss, cotangent = _meta_loss(objective, losses, axis_name)
     (gradient,) = losses_vjp(sign * cotangent)
-    activation_share = base.StaticFloat(
-      ordering.kept_bytes(losses_vjp, (lookahead_leaves, meta_batch))
+    ratio = base.StaticFloat(
+      ordering.residual_bytes(losses_vjp, (lookahead_leaves, meta_batch))
       / losses.size
       / max(ordering.num_bytes(lookahead_leaves), 1)
     )
@@ -327,9 +328,7 @@ def direction(
   fault = _check_finite(losses, loss, state, axis_name)
   zero_slope = _check_slope(state)
   vector = partition.combine_gradient(vector)
-  return Direction(
-    vector, loss, fault == 0, zero_slope, fault, aux, activation_share, value_slope
-  )
+  return Direction(vector, loss, fault == 0, zero_slope, fault, aux, ratio, value_slope)
 
 
 def _meta_loss(objective, losses, axis_name):
@@ -418,7 +417,7 @@ def order_of(direction: Direction, batch: Any) -> base.StaticStr:
     batch: the training batch, whose arrays have a row per example.
   """
   rows = [x.shape[0] for x in jax.tree.leaves(batch) if getattr(x, "shape", ())]
-  is_small = bool(rows) and direction.activation_share * max(rows) < 1
+  is_small = bool(rows) and direction.activation_ratio * max(rows) < 1
   return base.StaticStr("layers" if is_small else "batches")
 
 

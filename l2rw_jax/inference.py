@@ -34,7 +34,8 @@ def map_batches(
     The results as NumPy arrays, concatenated along their leading axis.
 
   Raises:
-    InputError: the arrays have different lengths, or there is no example.
+    InputError: the arrays have different lengths, there is no example, `batch_size` is
+      not a positive integer, or `fun` returns a scalar.
 
   >>> examples = {"x": np.arange(5)}
   >>> map_batches(lambda batch: 2 * batch["x"], examples, batch_size=2)
@@ -42,7 +43,7 @@ def map_batches(
   >>> map_batches(lambda batch: batch["x"].sum(keepdims=True), examples, batch_size=2)
   array([1, 5, 4])
   """
-  # A scalar array has a length in name only.
+  # `len` of a scalar array would raise a TypeError.
   sizes = {
     name: len(x) if getattr(x, "shape", True) else None for name, x in examples.items()
   }

@@ -143,7 +143,8 @@ def estimate_from_network(
     T [C, C].
 
   Raises:
-    InputError: `estimator` is unknown, or `percentile` is not from 0 to 100.
+    InputError: `estimator` is unknown, `percentile` is not from 0 to 100, or, for
+      "confusion", a label is not a class.
   """
   check_estimator(estimator)
   check_percentile(percentile)

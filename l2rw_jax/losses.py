@@ -3,9 +3,10 @@
 These rules hold for every loss of this module, and for every formula of the library
 that takes logits and labels:
 
-- Shapes are checked when the function is traced. Labels are integers [B]; one-hot
-  labels and labels of shape [B, 1] raise `base.InputError`. Labels, `where`, class
-  counts and transition matrices may be lists; logits are arrays.
+- Shapes and types are checked when the function is traced; a mismatch raises
+  `base.InputError`. Logits are floating-point numbers; labels are integers [B], not
+  one-hot and not of shape [B, 1]. Labels, `where`, class counts and transition
+  matrices may be lists; logits are arrays.
 - A single logit per row, [B, 1], is the logit of class 1 of two classes; class 0 has
   logit 0.
 - A label that is not a class (negative, or at least C) gives a NaN loss, and a NaN
@@ -474,7 +475,10 @@ def label_mask(labels: base.Array, num_classes: int) -> base.Array:
 def check_logits(
   logits: base.Array, labels: base.Array, where: base.Array | None = None
 ) -> None:
-  """Raises InputError unless logits are floats [B, C] and labels integers [B]."""
+  """Raises InputError unless logits are floats [B, C] and labels integers [B].
+
+  `where` must be None or bool [B].
+  """
   _check_array("logits", logits)
   labels, shape = base.host_or_jax_array(labels), logits.shape
   if len(shape) != 2 or shape[1] < 1 or labels.shape != shape[:1]:

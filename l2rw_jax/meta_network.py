@@ -203,7 +203,8 @@ def meta_gradient(
     A `MetaGradient`.
 
   Raises:
-    InputError: outside `jit`, if the optimizer's step ignores the gradient.
+    InputError: an argument is invalid, see `hypergradient.direction`; outside `jit`,
+      also if the optimizer's step ignores the gradient.
     FloatingPointError: outside `jit`, if the inner loss, the direction or the
       gradient is not finite.
   """

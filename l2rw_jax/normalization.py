@@ -45,7 +45,9 @@ def sum_to_one(scores: base.Array, axis_name: base.AxisName = None) -> base.Arra
 
 
 def rectify(scores: base.Array, axis_name: base.AxisName = None) -> base.Array:
-  """max(scores, 0), divided by its sum over all devices, [B]; see `sum_to_one`.
+  """max(scores, 0), divided by its sum over all devices, [B].
+
+  Everything else is as in `sum_to_one`, including the errors.
 
   >>> import jax.numpy as jnp
   >>> print(rectify(jnp.array([3., -2., 1.])))

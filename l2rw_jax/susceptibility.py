@@ -33,7 +33,7 @@ from l2rw_jax.linearization import trainable
 
 
 class Drop(NamedTuple):
-  """Mean losses of a randomly labeled batch, in nats, scalars in float32 or wider.
+  """Mean losses of a randomly labeled batch, scalars in float32 or wider.
 
   Attributes:
     before: at the current parameters.

@@ -83,7 +83,7 @@ def is_linear(rule: Any, num_cotangents: int) -> bool:
   because most rules do not, and arrays may be large. Bodies of loops and kernels are
   assumed to be linear, and so are a rule that cannot be evaluated alone, one with side
   effects (such as `jax.debug.print`), and one that adds a constant. Bounds that only
-  prevent an overflow are not reached by the numbers, which are at most about 50.
+  prevent an overflow are not reached by the numbers, which are rarely above 80.
 
   Args:
     rule: the result of `rule_of`.
@@ -101,7 +101,10 @@ def is_linear(rule: Any, num_cotangents: int) -> bool:
 
 
 def _is_suspect(jaxpr, flags):
-  """Whether cotangents enter a nonlinear operation, and which outputs have them."""
+  """Whether cotangents enter a nonlinear operation, and which outputs depend on them.
+
+  `flags` says for each input of the jaxpr whether it depends on cotangents.
+  """
   depends = dict(zip(jaxpr.invars, flags, strict=True))
 
   def has(atom):
@@ -133,7 +136,7 @@ def _is_nonlinear(name, depends):
 
 
 def _agrees(rule, num_fixed):
-  """Whether multiplied cotangents have gradients that are multiplied likewise."""
+  """Whether cotangents times a factor give the gradients times this factor."""
   rng = np.random.default_rng(0)
   avals = rule.in_avals
 
@@ -148,7 +151,7 @@ def _agrees(rule, num_fixed):
   cotangents = [draw(x) for x in avals[num_fixed:]]
   types = [x.dtype for x in cotangents if _is_inexact(x)]
   is_half = any(jnp.finfo(t).bits < 32 for t in types)
-  factor = -(2.0**4)  # The negative sign shows rules such as max(c, 0).
+  factor = -(2.0**4)  # Negative, so that rules such as max(c, 0) are detected.
   scaled = [
     x * jnp.asarray(factor, x.dtype) if _is_inexact(x) else x for x in cotangents
   ]

@@ -189,6 +189,8 @@ def body_axes(
   inputs: list[Any] = [*axes[:first_x]]
   inputs += [None if axis is None else axis - 1 for axis in axes[first_x:]]
   carry = slice(loop.num_consts, first_x)
+  # Derivative rules take long to trace, so they are checked only when the axes of the
+  # carry are known.
   for check in dict.fromkeys((False, check_rules)):
     before: list[Any] | None = None
     while before != inputs[carry]:  # This runs once if nothing is carried.
@@ -492,8 +494,8 @@ def _gather(eqn, axes):
   removed = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
   if indices is not None or not is_whole or operand in removed:
     raise _mixes(eqn)
-  kept = [d for d in range(len(_shape(eqn.invars[0]))) if d not in removed]
-  return numbers.offset_dims[kept.index(operand)]
+  window = [d for d in range(len(_shape(eqn.invars[0]))) if d not in removed]
+  return numbers.offset_dims[window.index(operand)]
 
 
 def _slice(eqn, axes):

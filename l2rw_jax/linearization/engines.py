@@ -7,8 +7,10 @@ vector of per-example losses and J is its Jacobian, these are
     directional(v)        J v       derivative of each example's loss along v
     weighted_gradient(w)  J^T w     gradient of sum_i w_i l_i
 
-`linearize` never stores a per-example gradient. There is an engine for every model; by
-default, the results are exact, and the losses need one forward pass.
+`linearize` stores no per-example gradients, except those of parameters that are
+broadcast over the examples, such as biases, which take no more memory than activations.
+There is an engine for every model; by default, the results are exact, and the losses
+need one forward pass.
 """
 
 from collections.abc import Callable
@@ -62,7 +64,8 @@ def linearize(
   reverse       0, 2, 2    The gradient of `w -> <J^T w, v>`. For models with a
                            `jax.custom_vjp`, which has no forward mode; its
                            backward rule must be differentiable.
-  difference    0, 2, 2    (l(p + h v) - l(p - h v)) / 2h. Works with any kernel;
+  difference    0, 2, 2    (l(p + h v) - l(p - h v)) / 2h. For backward rules that
+                           are not differentiable, such as those of many kernels;
                            the error is about 1e-3 of the largest entry if all
                            computations are in float32, and some percent if one is
                            in half precision. Arguments of `stop_gradient` are held
@@ -490,5 +493,6 @@ def _no_forward_derivative(reason):
   return base.InputError(
     "the model contains an operation without a forward-mode derivative"
     f" ({first_line}). Pass engine='reverse' (exact), or"
-    " engine='difference' (two more forward passes, works with any kernel)."
+    " engine='difference' (two more forward passes; the backward rule need not be"
+    " differentiable)."
   )

@@ -15,19 +15,21 @@ never forms a gradient of parameters, and
 
 The backward pass (called recording), `directional` and `weighted_gradient` cost one
 forward pass each, in addition to the forward pass that computes the losses. With the
-engine "forward", these three cost 0, 2 and 2 forward passes. No per-example gradient is
-formed. Operations on parameters alone (casts, reshapes, weight normalization) are
-differentiated as usual.
+engine "forward", these three cost 0, 2 and 2 forward passes. Per-example gradients are
+formed only of parameters that are broadcast over the examples, such as biases; they
+take no more memory than activations. Operations on parameters alone (casts, reshapes,
+weight normalization) are differentiated as usual.
 
 The engine works on the jaxpr of the losses, so it supports any framework and any
 sharing of parameters. `batch_axes` checks whether examples are processed independently.
 The gradients delta are taken with respect to perturbations: arrays of zeros that are
-added to the outputs of the uses. In a `jax.lax.scan`, each iteration reads its
+added to the outputs of the uses, or to parameters that are broadcast over the examples,
+such as biases. In a `jax.lax.scan`, each iteration reads its
 perturbations from a row of the input. It records the values that are needed for the
 derivatives in a row of the output, and `directional` and `weighted_gradient` each loop
-over these rows. The engine does not support a `jax.custom_vjp` that takes parameters,
-because its backward rule sums over examples, nor a `jax.lax.while_loop` or
-`jax.lax.cond` whose inputs depend on parameters.
+over these rows. The engine does not support a `jax.custom_vjp` with an input that
+depends on parameters alone, because its backward rule sums over examples, nor a
+`jax.lax.while_loop` or `jax.lax.cond` with an input that depends on examples.
 
 For a `jax.checkpoint`, only its inputs and the gradients of its outputs are recorded.
 Each pass recomputes the values that it needs: recording, `directional` and

@@ -17,7 +17,7 @@ import jax
 from l2rw_jax import base
 
 _MIB = 2**20
-# Each plan that does not fit is compiled in vain.
+# Each plan that does not fit costs a compilation, so there are only a few.
 _MAX_MICROBATCHES = 8
 
 
@@ -47,6 +47,9 @@ def l2rw_plans(batch_size: int) -> list[dict[str, Any]]:
   Args:
     batch_size: number of training examples that a device processes in a step.
 
+  Raises:
+    InputError: `batch_size` is not a positive integer.
+
   >>> l2rw_plans(4)
   [{}, {'engine': 'forward'}, {'microbatch_size': 2}, {'microbatch_size': 1}]
   """
@@ -63,6 +66,9 @@ def meta_weight_net_plans(batch_size: int) -> list[dict[str, Any]]:
 
   Args:
     batch_size: number of training examples that a device processes in a step.
+
+  Raises:
+    InputError: `batch_size` is not a positive integer.
 
   >>> for options in meta_weight_net_plans(2):
   ...   print(options)

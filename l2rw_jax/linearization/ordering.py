@@ -39,7 +39,7 @@ def zero_after(first: base.PyTree) -> base.Array:
 
 
 def _first_entry(x):
-  """The first real part in float32; the largest real part of a sharded array."""
+  """The real part of the first entry, or the largest of a sharded array, in float32."""
   x = jax.lax.stop_gradient(x)
   if any(jax.typeof(x).sharding.spec):
     # A sharded axis cannot be sliced, and gathering a large array is expensive. For the
@@ -61,16 +61,16 @@ def num_bytes(tree: base.PyTree) -> int:
   )
 
 
-def kept_bytes(vjp_fn: base.PyTree, known: base.PyTree) -> int:
-  """The memory of the arrays that a backward pass keeps.
+def residual_bytes(vjp_fn: base.PyTree, known: base.PyTree) -> int:
+  """The size in bytes of the arrays that are stored for a backward pass.
 
   Args:
     vjp_fn: the result of `jax.vjp`.
     known: pytree of arrays that are in memory anyway, and are not counted.
   """
-  counted = {id(x) for x in jax.tree.leaves(known)}
-  kept = {id(x): x for x in jax.tree.leaves(vjp_fn) if id(x) not in counted}
-  return num_bytes(list(kept.values()))
+  known_ids = {id(x) for x in jax.tree.leaves(known)}
+  residuals = {id(x): x for x in jax.tree.leaves(vjp_fn) if id(x) not in known_ids}
+  return num_bytes(list(residuals.values()))
 
 
 def after(first: base.PyTree, then: base.PyTree) -> base.PyTree:

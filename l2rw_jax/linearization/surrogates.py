@@ -19,7 +19,7 @@ import numpy as np
 
 # With a separator at the end: folders such as `jaxopt` begin with the same letters.
 _JAX_FOLDER = os.path.join(pathlib.Path(jax.__file__).parent, "")
-# Calls without a derivative of their own, and the parameter with their body.
+# Calls without a custom derivative, and the name of the parameter with their body.
 INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
 # The largest relative difference of the two derivatives in single and half precision.
 _TOLERANCE, _HALF_TOLERANCE = 0.1, 0.4
@@ -129,7 +129,10 @@ def _is_in_jax(source):
 
 
 def name_of(eqn: Any) -> str:
-  """The function of an operation outside of JAX, as `name at path:line`."""
+  """The function that defines an operation, as `name at path:line`.
+
+  If JAX defines the function but not its derivative rule, the rule is named instead.
+  """
   sources = _sources(eqn) or [eqn.primitive.name]
   return next((s for s in sources if not _is_in_jax(s)), sources[0])
 

@@ -103,7 +103,7 @@ class Partition:
 
 
 def check(params: base.PyTree) -> None:
-  """Raises InputError unless a leaf of `params` is trainable.
+  """Raises InputError unless a leaf of `params` is trainable and all are arrays.
 
   Without a trainable leaf, all example weights would silently be zero.
   """

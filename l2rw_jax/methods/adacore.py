@@ -66,7 +66,7 @@ def gradient_proxies(logits: base.Array, labels: base.Array) -> base.Array:
     labels: y, integers [n]. A label that is not a class gives NaN.
 
   Raises:
-    InputError: the shapes do not match.
+    InputError: the shapes or types do not match.
   """
   losses.check_logits(logits, labels)
   is_label = losses.label_mask(labels, max(logits.shape[1], 2))
@@ -369,7 +369,8 @@ def adacore(
     A `base.Method`.
 
   Raises:
-    InputError: a setting is out of range.
+    InputError: a setting is out of range; when training begins, `last_layer` is True,
+      but the network has no features.
   """
   check_fraction("adacore", fraction)
   check_epochs("adacore", refresh_every, warmup_epochs)
@@ -515,6 +516,6 @@ def _check_averages(
 
 
 def check_epochs(where: str, refresh_every: int, warmup_epochs: int = 0) -> None:
-  """Raises InputError unless both are integers, at least 1 and at least 0."""
+  """Raises InputError unless both are integers, the first >= 1 and the second >= 0."""
   base.check_integer(f"{where}: refresh_every", refresh_every)
   base.check_integer(f"{where}: warmup_epochs", warmup_epochs, 0)

@@ -93,7 +93,7 @@ def advisor(
       paper it is the classifier's learning rate.
     hidden: width of the advisor's branches.
     optimizer: optimizer of the advisor; None is Adam at a constant 1e-4, as released.
-    every: number of steps between meta steps; 1 in the paper.
+    every: number of steps from one meta step to the next; 1 in the paper.
 
   Returns:
     A `base.Method` that needs a meta batch and a problem with `features` and `head`;

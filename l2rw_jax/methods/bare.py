@@ -141,6 +141,9 @@ def example_weights(
     Weights [B], constant under differentiation. All are NaN if a probability is
     NaN (see `select`) or a label is not a class.
 
+  Raises:
+    InputError: see `select`.
+
   >>> import jax.numpy as jnp
   >>> logits = jnp.array([[2., 0, 0], [0, 2, 0], [0, 0, 2], [1, 0, 0], [0, 1, 0]])
   >>> weights = example_weights(logits, jnp.array([0, 1, 2, 0, 1]))

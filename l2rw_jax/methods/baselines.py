@@ -296,6 +296,9 @@ def hardest(losses: base.Array, majority: base.Array) -> base.Array:
     losses: [B].
     majority: whether each example is in the majority class, bool [B].
 
+  Raises:
+    InputError: `losses` does not have shape [B].
+
   >>> import jax.numpy as jnp
   >>> print(hardest(jnp.array([1., 3., 2., 0.]), jnp.array([True, True, True, False])))
   [False  True False  True]
@@ -483,8 +486,8 @@ def _with_loss(method, loss_fn):
 def _with_counts_loss(method, loss_fn):
   """Like `_with_loss`, for `(logits, labels, class_counts) -> [B]`."""
   label = jax.ShapeDtypeStruct((1,), jnp.int32)
-  two = jax.ShapeDtypeStruct((2,), jnp.int32)
-  jax.eval_shape(loss_fn, jax.ShapeDtypeStruct((1, 2), jnp.float32), label, two)
+  counts = jax.ShapeDtypeStruct((2,), jnp.int32)
+  jax.eval_shape(loss_fn, jax.ShapeDtypeStruct((1, 2), jnp.float32), label, counts)
 
   def loss(outputs, batch, class_counts):
     return loss_fn(losses_lib.logits_of(outputs), batch["label"], class_counts)

@@ -131,6 +131,8 @@ def example_weights(
 
   Raises:
     InputError: `meta_batch` is None, or an error of `hypergradient.direction`.
+    FloatingPointError: outside `jit`, if a loss, F, a gradient or a weight is not
+      finite, or a weight is negative before the update.
 
   Example:
     >>> import jax.numpy as jnp
@@ -180,7 +182,7 @@ def reweigh(
   """`example_weights` of a batch that is already linearized at `params`.
 
   Raises:
-    InputError: `meta_batch` is None, or an error of `hypergradient.direction`.
+    InputError, FloatingPointError: see `example_weights`.
   """
   if meta_batch is None:
     raise base.InputError("meta_batch is None: give the exemplars.")

@@ -138,7 +138,8 @@ def example_weights(
     axis_name: mapped axis over which both batches are sharded; weights then sum to 1
       over all devices.
     has_aux: whether both losses functions return `(losses, aux)`.
-    engine: see `linearization.linearize`; needed for models with a `jax.custom_vjp`.
+    engine: see `linearization.linearize`; needed for a model with a `jax.custom_vjp` to
+      which the layerwise engine does not apply.
     microbatch_size: number of examples of each batch that are in memory at a time on
       this device, see `microbatching.microbatched`; None is all.
     layers: the parameters from which scores are computed, see `restriction.restricted`;
@@ -224,7 +225,12 @@ def weigh(
   direction: hypergradient.Direction,
   axis_name: base.AxisName = None,
 ) -> ExampleWeights:
-  """`example_weights` of a linearized batch, given the result of `meta_direction`."""
+  """`example_weights` of a linearized batch, given the result of `meta_direction`.
+
+  Raises:
+    InputError: the losses do not have shape [B].
+    FloatingPointError: outside `jit`, if a loss or a score is not finite.
+  """
   base.check_losses("losses_fn's result", linearized.losses)
   losses_finite = base.finite_rows(
     "training losses", linearized.losses, axis_name, ": check batch and params"
@@ -457,7 +463,10 @@ def _stored(direction, params):
   loss = direction.meta_loss.astype(jnp.result_type(float))
   vector = trainable.Partition(params).leaves(direction.vector)
   return direction._replace(
-    vector=vector, meta_loss=loss, aux=None, activation_share=base.StaticFloat("inf")
+    vector=vector,
+    meta_loss=loss,
+    aux=None,
+    activation_ratio=base.StaticFloat("inf"),
   )
 
 

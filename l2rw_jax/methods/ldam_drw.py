@@ -254,7 +254,7 @@ def _check_scale(scale):
 
 
 def _checked(cosines, labels, class_margins, where):
-  """Whether column c is the label of row i, bool [B, C], cosines, margins [1, C].
+  """Checks the shapes; returns `label_mask` [B, C], cosines [B, C], margins [1, C].
 
   The cosines and margins have a type in which their difference is accurate.
   """

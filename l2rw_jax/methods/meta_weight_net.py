@@ -140,7 +140,8 @@ def inner_weights(
 
   If `detached` is True, these are the weights. Otherwise the weights depend on the
   losses, which adds w'(l) l to each derivative (and, with "sum", terms from all other
-  examples). Losses and derivatives are those of the global batch.
+  examples). Losses and derivatives are those of the global batch. The arguments are
+  those of `example_weights`, except `detached`.
 
   Raises:
     InputError: the normalization is unknown, or the result of `weight_fn` does not have
@@ -451,7 +452,7 @@ def meta_weight_net(
     normalization: "mean" or "sum"; None is that of the preset.
     detached: see the module docstring; None is that of the preset.
     optimizer: optimizer of the weighting network; None is that of the preset.
-    every: number of steps between meta steps; 1 in the paper.
+    every: number of steps from one meta step to the next; 1 in the paper.
     microbatch_size: number of examples of each batch that are in memory at a time, see
       `microbatching`.
     recompute: see `network_gradient`; the gradient of the classifier needs no

@@ -120,6 +120,7 @@ def weight_gradient(
 
   Raises:
     InputError: `meta_tasks` is None, or an error of `hypergradient.direction`.
+    FloatingPointError: outside `jit`, if a loss or a gradient is not finite.
 
   Example:
     >>> import jax.numpy as jnp
@@ -158,7 +159,7 @@ def linearized_weight_gradient(
   """`weight_gradient` of tasks that are already linearized at `params`.
 
   Raises:
-    InputError: `meta_tasks` is None, or an error of `hypergradient.direction`.
+    InputError, FloatingPointError: see `weight_gradient`.
   """
   if meta_tasks is None:
     raise base.InputError("meta_tasks is None: give the validation tasks.")
@@ -250,7 +251,7 @@ def nested_maml(
     floor: lower bound of the weights.
     meta_forward: like `base.Problem.forward`, for the validation tasks; the `forward`
       of a learner with `first_order=True` makes this NestedMAML-FO.
-    every: number of steps between updates of the weights; 1 in the paper.
+    every: number of steps from one update of the weights to the next; 1 in the paper.
 
   Returns:
     A `base.Method` whose state is a `State`. It needs a meta batch, the validation

@@ -189,7 +189,7 @@ def s_model(
 
 def _check_smoothing(smoothing):
   if not 0 < smoothing < 1:
-    raise base.InputError(f"smoothing={smoothing} must lie between 0 and 1.")
+    raise base.InputError(f"smoothing={smoothing} must be more than 0 and less than 1.")
 
 
 def _updated(state, gradient, optimizer):

@@ -112,6 +112,9 @@ def rectified_cross_entropy(
     vectors: v, [S, B, C].
     labels: y, [B].
 
+  Raises:
+    InputError: the shapes do not match, or C is 1.
+
   >>> import jax.numpy as jnp
   >>> z, y = jnp.array([[2., -1., .5]]), jnp.array([0])
   >>> print(f"{rectified_cross_entropy(z, jnp.array([[[.9, .5, .2]]]), y)[0]:.4f}")
@@ -171,7 +174,7 @@ def warpi(
     hidden: hidden width of the amortized network.
     optimizer: optimizer of the amortized network; None is Adam at a constant 3e-4, as
       released.
-    every: number of steps between meta steps; 1 in the paper.
+    every: number of steps from one meta step to the next; 1 in the paper.
     noise_fn: `(key, shape, dtype) -> noise`, with one key for the virtual step and
       another for the real step. It may be called several times with the same key, and
       must then return the same noise. The shape is [B, S, C], where B is the global

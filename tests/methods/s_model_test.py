@@ -256,8 +256,8 @@ def test_class_that_is_never_predicted_has_finite_logits():
       lambda: s_model.s_model(initial="confusion"),
       "initial='confusion' needs from_epoch of at least 1",
     ),
-    (lambda: s_model.s_model(smoothing=0), "smoothing=0 must lie between 0 and 1"),
-    (lambda: s_model.s_model(smoothing=1.0), "smoothing=1.0 must lie between 0 and 1"),
+    (lambda: s_model.s_model(smoothing=0), "smoothing=0 must be more than 0"),
+    (lambda: s_model.s_model(smoothing=1.0), "smoothing=1.0 must be more than 0"),
     (
       lambda: s_model.s_model_loss(
         jnp.ones((2, 3)), jnp.zeros(2, int), jnp.ones((2, 2))

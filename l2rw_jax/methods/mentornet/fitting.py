@@ -122,9 +122,9 @@ def dd_rows(
     raise base.InputError("dd_rows: epochs must be percents from 0 to 99.")
   targets = labels == true_labels
   if targets.all() or not targets.any():
-    which = "right" if targets.all() else "wrong"
+    kind = "right" if targets.all() else "wrong"
     raise base.InputError(
-      f"dd_rows: all {len(labels)} labels are {which}; record a student on data with"
+      f"dd_rows: all {len(labels)} labels are {kind}; record a student on data with"
       " some wrong labels."
     )
   order = np.random.default_rng(seed).permutation(len(losses))
@@ -194,8 +194,8 @@ def fit(
     The network's variables as NumPy arrays.
 
   Raises:
-    InputError: the network has no embedding for a label, `batch_size` or `restarts` is
-      below 1, or every start diverged.
+    InputError: the network has no embedding for a label, `num_steps` is negative,
+      `batch_size` or `restarts` is below 1, or every start diverged.
   """
   num_steps = base.check_integer("fit: num_steps", num_steps, 0)
   batch_size = base.check_integer("fit: batch_size", batch_size)

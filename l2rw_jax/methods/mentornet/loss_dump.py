@@ -89,7 +89,7 @@ def record_losses(
     An `evaluation.EpochProbe`, for `loop.train(..., epoch_probes=[...])`.
 
   Raises:
-    InputError: `every` or `num_examples` is not a positive integer.
+    InputError: `every`, `num_examples` or `batch_size` is not a positive integer.
   """
   every = base.check_integer("record_losses: every", every)
   batch_size = base.check_integer("record_losses: batch_size", batch_size)

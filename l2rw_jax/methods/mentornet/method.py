@@ -170,7 +170,7 @@ def moving_percentile(
   Args:
     previous: the previous value, 0 before the first batch.
     losses: this device's losses [B], held constant.
-    percentile: from 0 to 100. The result is the nearest of the sorted losses (the lower
+    percentile: from 0 to 100. It selects the nearest of the sorted losses (the lower
       one at a tie), without interpolation.
     decay: decay rate; 0.5 in the released CIFAR program, which calls a function with a
       default of 0.9.
@@ -218,7 +218,7 @@ def epoch_percent(step: Any, num_steps: int) -> base.Array:
     num_steps: length of the run, a Python integer.
 
   Raises:
-    InputError: `step` is not a single integer.
+    InputError: `step` is not a single integer, or `num_steps` not a positive one.
 
   >>> print(epoch_percent(25_000_000, 30_000_000))
   83
