@@ -97,7 +97,8 @@ class Direction(NamedTuple):
   """The gradient of the meta loss with respect to the inner gradient, dM/dg.
 
   Attributes:
-    vector: v, shaped like `params`; dM/dw = J v for any example weights w.
+    vector: v, shaped like `params`; for any example weights w, dM/dw is J v plus the
+      losses times `value_slope`.
     meta_loss: M at the look-ahead parameters, of the global meta batch, scalar.
     finite: whether the meta losses, the meta loss, its gradient and `vector` are
       finite; bool scalar.

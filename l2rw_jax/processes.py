@@ -124,6 +124,9 @@ def exchange(name: str, value: str) -> list[str]:
   Args:
     name: name of the exchange, the same in every process.
     value: value of this process.
+
+  Raises:
+    InputError: a process published why it ended, see `publish_failure`.
   """
   if count() == 1:
     return [value]

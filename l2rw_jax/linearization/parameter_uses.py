@@ -5,7 +5,8 @@ parameters alone, or depends on examples. A parameter use is an operation with a
 one input of each of the last two kinds. The layerwise engine records the values that
 the derivatives of parameter uses need.
 
-The body of a `jax.lax.scan` over values of examples is a separate plan, see `Loop`.
+The body of a `jax.lax.scan` with an input that depends on examples is a separate plan,
+see `Loop`.
 Computations that do not depend on examples are moved out of the loop if possible:
 operations that are the same in every iteration, and values that are passed from one
 iteration to the next (counters, keys).
@@ -70,7 +71,10 @@ class Value(NamedTuple):
     return self.kind == Kind.PARAMS and _is_inexact(self)
 
 
-_MIXED_CARRY = "scan, whose carry holds parameters and then values of examples"
+_MIXED_CARRY = (
+  "scan, whose carry depends on examples in some iterations and on parameters alone in"
+  " others"
+)
 
 # Returns zeros of a type.
 ZerosOf: TypeAlias = Callable[[Any], base.Array]
@@ -180,7 +184,7 @@ class Step(NamedTuple):
 
 
 class Loop(NamedTuple):
-  """A `jax.lax.scan` over values of examples.
+  """A `jax.lax.scan` with an input that depends on examples.
 
   Attributes:
     body: the operations of one iteration.
@@ -528,7 +532,9 @@ class Plan:
   def _error(self, what, eqn, inputs):
     scope, leaf = str(eqn.source_info.name_stack), _last_leaf(inputs)
     where = [f"in {scope}"] if scope else []
-    where += [f"after parameter {self._names[leaf]}"] if leaf is not None else []
+    if leaf is not None:
+      name = self._names[leaf]  # Empty if the parameters are a single array.
+      where.append(f"after parameter {name}" if name else "after params")
     return NotLayerwiseError(f"{what} ({', '.join(where)})" if where else what)
 
   def _append(self, eqn, inputs, outputs, kind):
@@ -652,8 +658,8 @@ class Plan:
     error = error or after.error
     is_data = Kind.DATA in (kind, after.kind)
     if error is None and is_data and (first.is_parameter or after.is_parameter):
-      # These parameters would enter values of examples without an operation that could
-      # be recorded as their use.
+      # These parameters would become a value that depends on examples without an
+      # operation that could be recorded as their use.
       error = self._error(_MIXED_CARRY, eqn, inputs)
     if error is None and after.kind == Kind.DATA and axis != after.axis:
       error = self._error("scan, which moves the examples' axis", eqn, inputs)

@@ -51,8 +51,8 @@ _MIXED = (
   "the loss of an example changes with the other examples of the batch (BatchNorm, or a"
   " dropout mask for a whole batch), so that engine='vmap', which computes examples one"
   " by one, does not apply. Use GroupNorm or LayerNorm, and draw the mask of each"
-  " example from a key in the batch. Close over an array that all examples share and"
-  " that has as many rows as the batch has examples."
+  " example from a key in the batch. If all examples share an array with as many rows"
+  " as there are examples, close over it instead of passing it in the batch."
 )
 
 

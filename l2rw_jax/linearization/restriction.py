@@ -130,14 +130,19 @@ def _named(layers, names):
       if not any(f"/{layer}/" in name for name in padded):
         raise base.InputError(
           f"layers: no parameter has {layer!r} among the components of its path; the"
-          f" paths are {', '.join(names)}."
+          f" paths are {_listed(names)}."
         )
     is_used = [any(f"/{layer}/" in name for layer in wanted) for name in padded]
   if not any(is_used):
     raise base.InputError(
-      f"layers chooses no parameter; the paths are {', '.join(names)}."
+      f"layers chooses no parameter; the paths are {_listed(names)}."
     )
   return is_used
+
+
+def _listed(names):
+  """Paths for an error message; the path of params itself is empty."""
+  return ", ".join(name or "params (a single array)" for name in names)
 
 
 def _last(share, losses_fn, params, batch, has_aux):
@@ -183,7 +188,7 @@ def _last(share, losses_fn, params, batch, has_aux):
     for index in layer:
       is_used[index] = True
   if not any(is_used):
-    name = partition.names[max(layers[0], key=costs.__getitem__)]
+    name = _listed([partition.names[max(layers[0], key=costs.__getitem__)]])
     raise base.InputError(
       f"layers={share}: the last layer, of {name}, alone costs more than this share;"
       " raise the share, or name the layers."

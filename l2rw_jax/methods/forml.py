@@ -21,7 +21,7 @@ the persistence and normalization of weights, the learning rates and the exempla
 could not be checked. The equations above, all four objectives, the handling of all-zero
 weights and the defaults are choices of this library.
 
-`gap` alone is minimal even if all groups are equally *bad*. By default, the mean loss
+`gap` alone is 0 even if all groups are equally *bad*. By default, the mean loss
 is therefore added to it (`mean_coefficient` is 1).
 
 References:
@@ -121,7 +121,7 @@ def example_weights(
       `lambda losses: group_objectives.worst(losses, groups, num_groups)`.
     weight_learning_rate: eta, see `update_weights`.
     inner_learning_rate: alpha, the learning rate of the look-ahead step of plain SGD.
-    meta_losses_fn: like `losses_fn`, for `meta_batch`, if it differs.
+    meta_losses_fn: like `losses_fn`, for `meta_batch`; None is `losses_fn`.
     axis_name: mapped axis over which both batches are sharded.
     has_aux: whether both losses functions return `(losses, aux)`.
     engine: see `linearization.linearize`.

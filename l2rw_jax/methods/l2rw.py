@@ -134,7 +134,7 @@ def example_weights(
       compute the square root of a squared gradient have no derivative at zero: see
       `Raises`.
     opt_state: state of `optimizer`; None initializes it.
-    meta_losses_fn: like `losses_fn`, for `meta_batch`, if it differs.
+    meta_losses_fn: like `losses_fn`, for `meta_batch`; None is `losses_fn`.
     axis_name: mapped axis over which both batches are sharded; weights then sum to 1
       over all devices.
     has_aux: whether both losses functions return `(losses, aux)`.

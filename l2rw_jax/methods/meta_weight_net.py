@@ -194,7 +194,7 @@ def network_gradient(
     optimizer: the optimizer of the look-ahead step; in the paper, it is `optax.sgd`
       with the classifier's learning rate.
     opt_state: state of `optimizer`; None initializes it.
-    meta_losses_fn: like `losses_fn`, for `meta_batch`, if it differs.
+    meta_losses_fn: like `losses_fn`, for `meta_batch`; None is `losses_fn`.
     normalization: "mean" or "sum".
     detached: whether V's input is constant in the look-ahead step.
     axis_name: mapped axis over which both batches are sharded.

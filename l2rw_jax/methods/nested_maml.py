@@ -113,8 +113,8 @@ def weight_gradient(
     meta_tasks: the validation tasks.
     weights: weights of the losses before the update, [T]; 1 is uniform.
     lookahead_learning_rate: eta of the look-ahead step, which is plain SGD.
-    meta_losses_fn: like `losses_fn`, for `meta_tasks`; with first-order adaptation this
-      is NestedMAML-FO.
+    meta_losses_fn: like `losses_fn`, for `meta_tasks`; None is `losses_fn`. With
+      first-order adaptation this is NestedMAML-FO.
     axis_name: mapped axis over which both sets of tasks are sharded.
     has_aux: whether both losses functions return `(losses, aux)`.
 
@@ -396,12 +396,12 @@ def _check_clusters(groups, num_clusters):
 def _check_share(share, *, num_clusters, num_items):
   if share not in SHARES:
     raise base.InputError(f"nested_maml: share={share!r}: choose one of {SHARES}.")
-  for owner, name, number in (
+  for unit, name, number in (
     ("cluster", "num_clusters", num_clusters),
     ("item", "num_items", num_items),
   ):
-    if (share == owner) != (number is not None and number >= 1):
+    if (share == unit) != (number is not None and number >= 1):
       raise base.InputError(
-        f"nested_maml: share={share!r} with {name}={number}: share={owner!r} requires"
+        f"nested_maml: share={share!r} with {name}={number}: share={unit!r} requires"
         f" a number of at least 1, and other values of share do not accept {name}."
       )

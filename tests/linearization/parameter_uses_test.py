@@ -75,3 +75,10 @@ def test_errors_of_aux_alone_are_kept_as_values():
 def test_losses_that_mix_examples_are_refused(losses_fn, message):
   with pytest.raises(parameter_uses.NotLayerwiseError, match=message):
     _trace(losses_fn)
+
+
+def test_an_error_names_params_if_they_are_a_single_array():
+  with pytest.raises(parameter_uses.NotLayerwiseError, match=r"\(after params\)"):
+    parameter_uses.trace(
+      lambda p, x: (jnp.cumsum(x * p[0]), 0), [jnp.ones(())], jnp.ones(3), [""]
+    )

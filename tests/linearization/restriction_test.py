@@ -148,6 +148,13 @@ def test_wrong_layers_are_reported(layers, reason):
     restriction.restricted(linearization.linearize, layers)(_losses, params, x)
 
 
+@pytest.mark.parametrize("layers", [0.5, "a"])
+def test_errors_name_params_if_they_are_a_single_array(layers):
+  linearize = restriction.restricted(linearization.linearize, layers)
+  with pytest.raises(base.InputError, match=r"params \(a single array\)"):
+    linearize(lambda p, x: x @ p, jnp.ones(2), jnp.eye(2))
+
+
 def test_a_share_needs_the_layerwise_engine():
   params, x, _ = _problem()
 
