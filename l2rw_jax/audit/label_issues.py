@@ -165,8 +165,9 @@ def find_label_issues(statistics: Any, labels: Any) -> LabelIssues:
 
   Args:
     statistics: the `State` of a run, or the result of `summarize`: a dictionary with
-      "mean_probabilities" [N, C] and any other arrays [N], which are only sorted. Rows
-      of NaN are examples that were never seen. Half precision becomes float32.
+      "mean_probabilities" [N, C] and any other arrays [N]. Examples whose "seen" is 0
+      were never seen; without "seen", these are the rows of NaN. All other arrays are
+      only sorted. Half precision becomes float32.
     labels: the given labels, integers [N] from 0 to C - 1.
 
   Returns:
@@ -405,8 +406,8 @@ def _check(statistics, labels):
   bad = np.flatnonzero(is_seen & ~is_distribution)
   if len(bad):
     raise base.InputError(
-      f"{len(bad)} rows of {_PROBABILITIES} are not distributions, with numbers of at"
-      f" least 0 whose sum is 1; the first is at index {bad[0]}: {p[bad[0]].tolist()}."
+      f"{len(bad)} rows of {_PROBABILITIES} are not distributions (numbers of at least"
+      f" 0 whose sum is 1); the first is at index {bad[0]}: {p[bad[0]].tolist()}."
     )
   return statistics, labels
 

@@ -42,9 +42,9 @@ function store() {
 function decide(rows, decision) {
   history.push(rows.map((row) => [row, decisions.get(row)]));
   for (const row of rows) {
-    const made = decision(row);
-    if (made === undefined) decisions.delete(row);
-    else decisions.set(row, made);
+    const decided = decision(row);
+    if (decided === undefined) decisions.delete(row);
+    else decisions.set(row, decided);
   }
   store();
 }
@@ -63,8 +63,8 @@ function isShown(row) {
   if (filter.given !== ANY && data.given[row] !== Number(filter.given)) return false;
   if (filter.suggested !== ANY && data.suggested[row] !== Number(filter.suggested)) return false;
   if (filter.decision !== ANY) {
-    const made = decisions.get(row);
-    if ((made ? made[0] : "open") !== filter.decision) return false;
+    const decided = decisions.get(row);
+    if ((decided ? decided[0] : "open") !== filter.decision) return false;
   }
   return !filter.query || data.names[row].toLowerCase().includes(filter.query);
 }
@@ -97,7 +97,7 @@ function update() {
 // -- one example -------------------------------------------------------------
 function bars(row) {
   const box = make("div", { class: "bars", role: "img" });
-  const said = [];
+  const texts = [];
   const number = data.top_classes.length / size;
   for (let k = row * number; k < (row + 1) * number; k++) {
     const label = data.top_classes[k];
@@ -107,9 +107,9 @@ function bars(row) {
     bar.style.width = 100 * share + "%";
     const name = make("span", { class: kind, textContent: data.classes[label], title: data.classes[label] });
     box.append(name, make("div", { class: "track" }, bar), make("span", { class: "number", textContent: percent(share) }));
-    said.push(data.classes[label] + " " + percent(share));
+    texts.push(data.classes[label] + " " + percent(share));
   }
-  box.setAttribute("aria-label", "Mean predicted probabilities: " + said.join(", "));
+  box.setAttribute("aria-label", "Mean predicted probabilities: " + texts.join(", "));
   return box;
 }
 function fields(row) {
@@ -132,8 +132,8 @@ function facts(row) {
 function card(row) {
   const name = data.names[row], given = data.classes[data.given[row]];
   const target = () => {
-    const made = decisions.get(row);
-    return made && made[0] === "relabel" ? made[1] : data.suggested[row];
+    const decided = decisions.get(row);
+    return decided && decided[0] === "relabel" ? decided[1] : data.suggested[row];
   };
   const top = make("div", { class: "top" });
   if (row < data.pictures.length && data.pictures[row]) {
@@ -163,8 +163,8 @@ function card(row) {
   for (const what of Object.keys(actions)) {
     const button = make("button", { type: "button", textContent: words[what], "data-do": what, "aria-label": words[what] + " " + name });
     button.onclick = () => {
-      const made = decisions.get(row);
-      decide([row], () => (made && made[0] === what ? undefined : actions[what]()));
+      const decided = decisions.get(row);
+      decide([row], () => (decided && decided[0] === what ? undefined : actions[what]()));
       refresh();
     };
     buttons.append(button);
@@ -173,10 +173,10 @@ function card(row) {
   const node = make("article", { class: "card", tabIndex: 0, "aria-label": name + ", given " + given + ", suggested " + data.classes[data.suggested[row]] },
     top, fields(row), bars(row), facts(row), buttons);
   function refresh() {
-    const made = decisions.get(row);
-    node.dataset.decision = made ? made[0] : "";
+    const decided = decisions.get(row);
+    node.dataset.decision = decided ? decided[0] : "";
     for (const button of buttons.querySelectorAll("button")) {
-      button.setAttribute("aria-pressed", String(Boolean(made) && made[0] === button.dataset.do));
+      button.setAttribute("aria-pressed", String(Boolean(decided) && decided[0] === button.dataset.do));
     }
     if (choice.options.length > 1) choice.value = target();
     else options(choice, [[target(), "to " + data.classes[target()]]]);
@@ -263,7 +263,7 @@ function drawMatrix() {
       ...numbers.map((j) => make("td", {}, i === j ? "" : cell(i, j)))));
     table.append(make("tbody", {}, ...rows));
   } else {
-    at("matrixHelp").textContent = `Of ${count(data.classes.length)} classes, the most frequent confusions. Select a number to see its examples.`;
+    at("matrixHelp").textContent = `The most frequent confusions among ${count(data.classes.length)} classes. Select a number to see its examples.`;
     const pairs = [...confused].sort((a, b) => b[1] - a[1]).slice(0, 30);
     for (const [key] of pairs) {
       const given = Math.floor(key / data.classes.length), suggested = key % data.classes.length;
@@ -292,10 +292,10 @@ function drawCounts() {
 }
 
 // -- export ------------------------------------------------------------------
-function cell(value) {
+function csvCell(value) {
   let text = String(value);
-  // A spreadsheet would run such a cell as a formula. Numbers are none. See `csv_cell` in
-  // own_data.py, which reads the file.
+  // A spreadsheet would run text that begins with one of these characters as a formula,
+  // unless it is a number. See `csv_cell` in own_data.py, which reads the file.
   const bare = text.replace(/^'+/, "");
   const isNumber = /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i.test(bare);
   if (/^[=+\-@\t\r]/.test(bare) && !isNumber) text = "'" + text;
@@ -310,7 +310,7 @@ function corrected() {
     const now = what === "relabel" ? label : data.given[row];
     lines.push([data.key === "path" ? data.names[row] : index, data.classes[now], data.classes[data.given[row]], what]);
   }
-  return lines.map((line) => line.map(cell).join(",")).join("\r\n") + "\r\n";
+  return lines.map((line) => line.map(csvCell).join(",")).join("\r\n") + "\r\n";
 }
 at("export").onclick = () => {
   const link = make("a", { download: "corrected_labels.csv" });
@@ -324,7 +324,7 @@ document.title = data.title;
 at("title").textContent = data.title;
 at("lead").append(
   make("b", { textContent: `${count(data.num_issues)} of ${count(size)} labels` }),
-  ` (${percent(data.num_issues / size)}) are estimated to be wrong. While a network was trained once on the given labels, it predicted another class for them. `,
+  ` (${percent(data.num_issues / size)}) are estimated to be wrong, from the predictions of a network while it was trained once on the given labels. `,
   make("span", { class: "given", textContent: "Orange" }), " is the given label, ",
   make("span", { class: "suggested", textContent: "blue" }), " the suggested one; the bars are the mean predicted probabilities.");
 if (data.notes.length) {
@@ -364,8 +364,8 @@ at("undo").onclick = () => {
   store();
   draw();
 };
-// Another window decided, or a busy browser stores only now what was decided before the
-// page was loaded again. Without this the next decision would overwrite it.
+// This happens if another window stores a decision, or if a busy browser stores one only
+// after the page was reloaded. Without this, the next decision here would overwrite it.
 window.addEventListener("storage", (event) => {
   if (event.key !== STORE && event.key !== null) return;
   restore();

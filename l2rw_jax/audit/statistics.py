@@ -12,7 +12,8 @@ anyway.
 
 Numerics: every sum is compensated (Neumaier). It is a pair of float32 arrays, the
 second of which contains the rounding error of the first, so that the millionth step
-counts as much as the first. Counts are int32. A state takes 8 C + 65 bytes per example.
+counts as much as the first step. Counts are int32. A state takes 8 C + 65 bytes per
+example.
 
 In the average of the predicted distributions, the weight of a step is its mean loss.
 Once a network has memorized its training set, it predicts every given label, wrong or
@@ -301,23 +302,23 @@ def _refuse_wrong_labels(labels, counts, num_classes):
 def _updated(state, index, logits, labels, counts, weights, scores, *, axis_name):
   """The new state, and the losses of this device's rows [B]; 0 if not counted."""
   num_examples = len(state.seen)
-  row = _rows(logits, labels, counts)
-  row_losses = row["loss"]
-  row |= {"index": jnp.where(counts, index, num_examples), "counts": counts}
+  rows = _rows(logits, labels, counts)
+  row_losses = rows["loss"]
+  rows |= {"index": jnp.where(counts, index, num_examples), "counts": counts}
   for name, values in (("weight", weights), ("score", scores)):
     if values is not None:
-      row[name] = jnp.where(counts, jnp.asarray(values).astype(jnp.float32), 0)
-  row = {
+      rows[name] = jnp.where(counts, jnp.asarray(values).astype(jnp.float32), 0)
+  rows = {
     name: base.unsharded(base.gather_replicated(x, axis_name))
-    for name, x in row.items()
+    for name, x in rows.items()
   }
-  row["step_weight"] = _step_weight(row["loss"], row["counts"])
-  row["probabilities"] *= row["step_weight"][:, None]
+  rows["step_weight"] = _step_weight(rows["loss"], rows["counts"])
+  rows["probabilities"] *= rows["step_weight"][:, None]
   if weights is not None:
-    row["weight"] *= jnp.sum(row["counts"]).astype(jnp.float32)
+    rows["weight"] *= jnp.sum(rows["counts"]).astype(jnp.float32)
   if scores is not None:
-    row["score"] = _scaled(row["score"], row["counts"])
-  return _add_rows(state, row), row_losses
+    rows["score"] = _scaled(rows["score"], rows["counts"])
+  return _add_rows(state, rows), row_losses
 
 
 def _rows(logits, labels, counts):
@@ -364,21 +365,21 @@ def _scaled(scores, counts):
   return scores / jnp.where(size == 0, 1, size)
 
 
-def _add_rows(state, row):
+def _add_rows(state, rows):
   """`state` with the rows of the global batch, the same on every device."""
   num_examples = len(state.seen)
-  size = len(row["index"])
+  size = len(rows["index"])
   # Rows of the same example are combined, so that each example is written once.
-  order = jnp.argsort(row["index"])
-  ordered = row["index"][order]
+  order = jnp.argsort(rows["index"])
+  ordered = rows["index"][order]
   first = jnp.ones(min(size, 1), jnp.bool_)
   begins = jnp.concatenate([first, ordered[1:] != ordered[:-1]])
-  place = jnp.cumsum(begins.astype(jnp.int32)) - 1
-  target = jnp.full(size, num_examples, jnp.int32).at[place].set(ordered)
+  group = jnp.cumsum(begins.astype(jnp.int32)) - 1
+  target = jnp.full(size, num_examples, jnp.int32).at[group].set(ordered)
 
-  def together(values):
+  def sum_by_example(values):
     values = values[order]
-    return jnp.zeros_like(values).at[place].add(values)
+    return jnp.zeros_like(values).at[group].add(values)
 
   def at(table):
     return table.at[target].get(mode="fill", fill_value=0)
@@ -390,7 +391,7 @@ def _add_rows(state, row):
     return put(table, at(table) + values)
 
   def add_sum(sum_, values):
-    old, values = at(sum_.total), together(values)
+    old, values = at(sum_.total), sum_by_example(values)
     new = old + values
     # This is the part of the smaller number that was lost in the sum by rounding.
     is_larger = jnp.abs(old) >= jnp.abs(values)
@@ -399,8 +400,8 @@ def _add_rows(state, row):
     lost = jnp.where(jnp.isfinite(new), lost, 0)
     return Sum(put(sum_.total, new), add(sum_.error, lost))
 
-  number = together(row["counts"].astype(jnp.int32))
-  wrong = together(row["wrong"].astype(jnp.int32))
+  number = sum_by_example(rows["counts"].astype(jnp.int32))
+  wrong = sum_by_example(rows["wrong"].astype(jnp.int32))
   is_correct = wrong == 0
   state = state._replace(
     seen=add(state.seen, number),
@@ -410,19 +411,19 @@ def _add_rows(state, row):
     ),
     was_correct=put(state.was_correct, is_correct),
     **{
-      name: add_sum(getattr(state, name), row[name])
+      name: add_sum(getattr(state, name), rows[name])
       for name in ("loss", "margin", "step_weight", "probabilities")
     },
   )
-  if "weight" in row:
-    is_zero = (row["weight"] == 0) & row["counts"]
+  if "weight" in rows:
+    is_zero = (rows["weight"] == 0) & rows["counts"]
     state = state._replace(
       weighted=add(state.weighted, number),
-      rejected=add(state.rejected, together(is_zero.astype(jnp.int32))),
-      weight=add_sum(state.weight, row["weight"]),
+      rejected=add(state.rejected, sum_by_example(is_zero.astype(jnp.int32))),
+      weight=add_sum(state.weight, rows["weight"]),
     )
-  if "score" in row:
+  if "score" in rows:
     state = state._replace(
-      scored=add(state.scored, number), score=add_sum(state.score, row["score"])
+      scored=add(state.scored, number), score=add_sum(state.score, rows["score"])
     )
   return state

@@ -29,8 +29,9 @@ class Vectors(NamedTuple):
   """Points that are given by their coordinates; see `vectors`.
 
   Attributes:
-    coordinates: coordinates divided by `unit`. The layout is [d, n], so that the values
-      of one coordinate are contiguous in memory.
+    coordinates: coordinates divided by `unit`, and shifted as described in `vectors`.
+      The layout is [d, n], so that the values of one coordinate are contiguous in
+      memory.
     unit: a power of two, so that squares neither overflow nor vanish; scalar.
   """
 
@@ -65,8 +66,9 @@ class OuterProducts(NamedTuple):
     precision: weights of the squared coordinates divided by a power of two, [C, d];
       None if all weights are 1.
     squares: squared norms of the points, [n], divided by the square of `unit`.
-    unit: the product of the powers of `left` and `right` and of the root of that of
-      `precision`, scalar.
+    unit: the factor from the distances of the divided points to those of the given
+      points, scalar: the product of the powers of two of `left` and `right` and of the
+      square root of the power of two of `precision`.
   """
 
   left: base.Array
@@ -152,7 +154,7 @@ def outer_products(
 def _shifted(points, num_points):
   """Points [n, d] without the means that are larger than the standard deviations.
 
-  A few outliers cannot have such a mean, so that the other points are not rounded to
+  A few outliers cannot cause such a mean, so that the other points are not rounded to
   the precision of the outliers.
   """
   valid = jnp.isfinite(points).all(axis=1)
@@ -167,7 +169,7 @@ def _shifted(points, num_points):
 
 
 def _in_units(x):
-  """`x` divided by a power of two, so that its largest entry is about 1; the power."""
+  """`x` divided by a power of two, so that its largest entry is about 1; that power."""
   largest = jnp.max(jnp.abs(x), initial=0)
   is_usual = (largest > 0) & jnp.isfinite(largest)
   _, exponent = jnp.frexp(jnp.where(is_usual, largest, 1))

@@ -14,9 +14,9 @@ point, or C if no point is selected. Selecting point j increases F by
 
 C does not change the selection: the first gain is n C - sum_i d_ij, which is largest
 for the point with the smallest sum of distances, and afterwards every m_i is a
-distance. Equal gains, as computed, go to the lowest index; gains that are equal in
-exact arithmetic can differ by rounding. The n x n matrix is never stored; memory is
-proportional to a block of its rows, [block, n].
+distance. If several computed gains are largest, the lowest index is selected; gains
+that are equal in exact arithmetic can differ by rounding. The n x n matrix is never
+stored; memory is proportional to a block of its rows, [block, n].
 
 References:
   Nemhauser, Wolsey, Fisher, "An analysis of approximations for maximizing submodular
@@ -107,8 +107,8 @@ def lazy_greedy(
     A `Selection`.
 
   Raises:
-    InputError: a size that is not traced is out of range, or `size` is traced and
-      `capacity` is None.
+    InputError: a size that is not traced is out of range, `size` is traced and
+      `capacity` is None, or `block` or `candidates` is below 1.
 
   >>> import jax.numpy as jnp
   >>> line = distances.vectors(jnp.array([[0.], [1.], [1.5], [6.], [7.], [20.]]))
@@ -211,7 +211,7 @@ def stochastic_greedy(
     A `Selection`.
 
   Raises:
-    InputError: see `lazy_greedy`.
+    InputError: see `lazy_greedy`, or `num_candidates` is below 1.
   """
   capacity, num_points = _check(points, size, capacity, num_points)
   num_candidates = base.check_integer("num_candidates", num_candidates)
@@ -340,8 +340,8 @@ def _select_next(points, state, number, row, gain):
   """The state after the selection of another point."""
   distances = points.distances(row[None])[0]
   is_nearer = distances < state.nearest
-  equal = state.leaders[state.assignment[row]]
-  leader = jnp.where(state.nearest[row] == 0, equal, number)
+  nearest_leader = state.leaders[state.assignment[row]]
+  leader = jnp.where(state.nearest[row] == 0, nearest_leader, number)
   return _State(
     nearest=jnp.where(is_nearer, distances, state.nearest),
     assignment=jnp.where(is_nearer, number, state.assignment),

@@ -1,10 +1,10 @@
 """Selection of a weighted subset of the training set, class by class.
 
 The weighted sum of the gradients of the subset should approximate the sum of all n
-gradients. With proxies q_i for the gradients, the subset of each class minimizes the
-sum, over all examples of the class, of the distance to the nearest selected example
-(see `facility_location`). The weight of a selected example is the number of examples
-that are nearest to it.
+gradients. With proxies q_i for the gradients, a greedy algorithm selects the subset of
+each class so that the sum, over all examples of the class, of the distance to the
+nearest selected example is small (see `facility_location`). The weight of a selected
+example is the number of examples that are nearest to it.
 
 Reference:
   Mirzasoleiman, Bilmes, Leskovec, "Coresets for Data-efficient Training of Machine
@@ -132,8 +132,9 @@ def select(
     A `Coreset`; its weights sum to n.
 
   Raises:
-    InputError: an argument is out of range or has a wrong type or shape, a label is
-      NaN, or a proxy is NaN, infinite, or so large that its square overflows.
+    InputError: an argument is out of range or has a wrong type or shape, a label is not
+      finite, or a proxy or a feature is NaN, infinite, or so large that its square
+      overflows.
   """
   check_greedy(greedy, epsilon)
   labels = np.asarray(labels)
@@ -156,17 +157,17 @@ def select(
     raise base.InputError("select: scale= requires features=.")
   if np.issubdtype(labels.dtype, np.inexact) and not np.isfinite(labels).all():
     raise base.InputError("select: labels must be finite; give integers or strings.")
-  table = [_wide("proxies", proxies)]
+  arrays = [_wide("proxies", proxies)]
   if features is not None:
-    if np.ndim(features) != 2 or len(features) != len(table[0]):
+    if np.ndim(features) != 2 or len(features) != len(arrays[0]):
       raise base.InputError(
-        f"select: features must be [n, d] for n={len(table[0])} proxies; got shape"
+        f"select: features must be [n, d] for n={len(arrays[0])} proxies; got shape"
         f" {np.shape(features)}."
       )
-    table.append(_with_bias(_wide("features", features)))
+    arrays.append(_with_bias(_wide("features", features)))
   if scale is not None:
     scale = _wide("scale", scale)
-    shape = (table[0].shape[1], table[1].shape[1])
+    shape = (arrays[0].shape[1], arrays[1].shape[1])
     smallest = np.finfo(scale.dtype).tiny  # Smaller numbers have infinite reciprocals.
     is_divisor = np.isfinite(scale) & (np.abs(scale) >= smallest)
     if scale.shape != shape or not is_divisor.all():
@@ -191,7 +192,7 @@ def select(
     if key is not None:
       class_key = jax.random.fold_in(key, int(c) if is_id else place)
     selection = _select_class(
-      [x[members] for x in table], scale, class_size, greedy, epsilon, class_key
+      [x[members] for x in arrays], scale, class_size, greedy, epsilon, class_key
     )
     # Results are fetched after the loop, so that all classes run asynchronously.
     selections.append((members, class_size, selection))
@@ -201,14 +202,14 @@ def select(
   return Coreset(rows[order].astype(np.int32), weights[order].astype(np.float32))
 
 
-def _select_class(table, scale, size, greedy, epsilon, key):
-  num_points = len(table[0])
+def _select_class(arrays, scale, size, greedy, epsilon, key):
+  num_points = len(arrays[0])
   padding = _rounded_up(num_points) - num_points
-  table = [np.pad(x, ((0, padding), (0, 0))) for x in table]
-  if len(table) == 1:
-    points: Any = distances.vectors(table[0], num_points)
+  arrays = [np.pad(x, ((0, padding), (0, 0))) for x in arrays]
+  if len(arrays) == 1:
+    points: Any = distances.vectors(arrays[0], num_points)
   else:
-    points = distances.outer_products(table[0], table[1], scale)
+    points = distances.outer_products(arrays[0], arrays[1], scale)
   options = {"capacity": _rounded_up(size), "num_points": num_points}
   if greedy == "lazy":
     return facility_location.lazy_greedy(points, size, **options)
