@@ -226,8 +226,8 @@ def _training_tasks(train, foreign, num_tasks, num_foreign, noise_share, shape, 
 
 def _clean_tasks(source, number, shape, rng):
   rows, classes = _draw(source, number, shape, rng)
-  right = np.zeros(rows.shape, bool)
-  pool = Pool(classes, np.zeros(number, bool), right, shape.num_shots)
+  is_wrong = np.zeros(rows.shape, bool)
+  pool = Pool(classes, np.zeros(number, bool), is_wrong, shape.num_shots)
   return _examples(TaskImages(source.images, rows), pool, np.zeros(number, np.int32))
 
 
@@ -269,7 +269,8 @@ def _clusters(classes, num_classes, num_clusters, seed):
   num_clusters = base.check_integer("num_clusters", num_clusters)
   if num_clusters > len(classes):
     raise base.InputError(
-      f"num_clusters={num_clusters} must lie between 1 and the {len(classes)} tasks."
+      f"num_clusters={num_clusters} must lie between 1 and {len(classes)}, the number"
+      " of tasks."
     )
   descriptors = np.zeros((len(classes), num_classes), np.float32)
   np.put_along_axis(descriptors, classes, 1, axis=1)

@@ -38,7 +38,7 @@ class Examples(NamedTuple):
     index: int32 [N], 0 .. N - 1, the row in this part.
     source_index: int32 [N], the row in the source split, ascending.
     group: int32 [N], the attribute for which training should be fair; None if it is
-      the true class. As with `true_label`, methods may use it only on the meta set.
+      the true class, which, as `true_label`, methods may use only on the meta set.
   """
 
   image: Any
@@ -180,8 +180,8 @@ def from_arrays(
   Raises:
     InputError: a part is not a pair, its features and labels have different lengths,
       its features are neither uint8 nor floating point or have another type or shape
-      than those of `train`, labels are not integers from 0 to C - 1, or there is no
-      training example.
+      than those of `train`, labels are not integers from 0 to C - 1, `num_classes` is
+      not an integer, or there is no training example.
   """
   given = {"train": train, "meta": meta, "validation": validation, "test": test}
   parts = {}
@@ -329,7 +329,7 @@ def with_meta(splits: Splits, source: sources.Source) -> Splits:
 
   Args:
     splits: the splits.
-    source: examples with true labels of the same classes.
+    source: examples in the same classes as those of `splits`, with true labels.
 
   Returns:
     Splits with a new fingerprint.
@@ -557,7 +557,7 @@ def integers(what: str, values: Any) -> np.ndarray:
 
 
 def check_examples(examples: Examples, where: str) -> Examples:
-  """Converts all columns to int32 and checks that all fields have the same length.
+  """Converts labels, indices and groups to int32, and checks the lengths of all fields.
 
   Args:
     examples: examples whose `label`, `true_label`, `index`, `source_index` and `group`

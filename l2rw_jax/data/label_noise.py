@@ -5,9 +5,9 @@ of noise and its variant with every number. N is the number of labels, and C is 
 number of classes.
 
 There are two families. `uniform_flip` and `background_flip` relabel an exact number
-of examples. The other functions make a row-stochastic transition matrix T [C, C], from
-which `resample` draws every label, P(new = j | true = i) = T[i, j]. With these, the
-number of wrong labels varies slightly with the seed.
+of examples. The functions whose names end in `_matrix` make a row-stochastic transition
+matrix T [C, C], from which `resample` draws every label, P(new = j | true = i) =
+T[i, j]. With `resample`, the number of wrong labels varies slightly with the seed.
 """
 
 from collections.abc import Mapping

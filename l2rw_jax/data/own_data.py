@@ -55,8 +55,8 @@ class Pixels(NamedTuple):
   Attributes:
     is_uint8: whether the features are uint8, which networks divide by 255. Otherwise,
       they are float32 and used as they are.
-    factor: the number by which stored numbers are multiplied: 255 for whole numbers
-      that are all 0 or 1 and for pixels that have been divided by 255; otherwise 1.
+    factor: the number by which stored numbers are multiplied: 255 if numbers from 0 to
+      1 (masks, or pixels that have been divided by 255) become uint8; otherwise 1.
     highest: the largest absolute value of the features.
   """
 
@@ -173,7 +173,8 @@ def read(
       returned, except for the source's test split.
     labels: for images, a CSV file of path,label. The default is labels.csv in the
       folder that is read, if it exists: DIR or, if there are folders DIR/train and
-      DIR/test, one of these. Otherwise, the folders are the classes.
+      DIR/test, one of these. Otherwise, the folders are the classes. If `labels` is
+      given, DIR/train and DIR/test are not splits.
     label_column: for a table, the label column. The default is a column called label,
       labels, class, target or y; if there is none, it is the last column.
     image_size: for image files, the height and width. The default is that of `like`
@@ -230,7 +231,7 @@ def read(
     path, column = _table_name(place, label_column)
     raw, is_split = _table(path, column), False
   if not len(raw.labels):
-    raise base.InputError(f"{name} has no example that can be used{_first(raw)}")
+    raise base.InputError(f"{name} has no example that can be used{_skipped(raw)}")
   raw = raw._replace(labels=_unified(raw.labels, like))
   chosen = np.arange(len(raw.labels))
   train = chosen
@@ -265,7 +266,7 @@ def report(data: OwnData) -> list[str]:
   return lines
 
 
-def _first(raw: _Raw) -> str:
+def _skipped(raw: _Raw) -> str:
   if not raw.skipped:
     return ""
   name, reason = raw.skipped[0]
@@ -328,7 +329,7 @@ def _convert(
         examples = examples.take(finite)
     features = _scaled(examples.values, pixels)
   if not len(examples.labels):
-    raise base.InputError(f"{name} has no example that can be used{_first(raw)}")
+    raise base.InputError(f"{name} has no example that can be used{_skipped(raw)}")
   class_names = like.class_names if like else _ordered(np.unique(examples.labels))
   shape = features.shape[1:]
   if like is not None and like.shape != shape:
@@ -593,8 +594,8 @@ def _decode(
   in_memory: bool | None,
 ) -> tuple[_Raw, Any]:
   """Reads the images at a common size, and skips those that cannot be read."""
-  # The headers of all examples, not only of those in `examples`, determine the format,
-  # so that it is the same for both splits.
+  # The headers of all images in `raw`, not only of those in `examples`, determine the
+  # format, so that it is the same for both splits.
   headers = {}
   for example, path in zip(raw.names, raw.values, strict=True):
     try:
@@ -602,12 +603,12 @@ def _decode(
     except ValueError as error:
       raw.skipped.append((str(example), str(error)))
   if not headers:
-    raise base.InputError(f"{name} has no image that can be read{_first(raw)}")
+    raise base.InputError(f"{name} has no image that can be read{_skipped(raw)}")
   if like is None:
     size, channels = _image_form(headers, image_size, raw.notes)
   elif len(like.shape) == 3 and like.shape[-1] in (1, 3):
     size, channels = (like.shape[0], like.shape[1]), like.shape[2]
-    # `read` gives both for a test set, whose `like` has this size.
+    # For a test set, `read` passes `image_size` and a `like` of this size.
     if image_size is not None and size != (image_size, image_size):
       raise base.InputError(
         f"image_size={image_size}, but the other data have images of {size[1]} x"
@@ -1002,10 +1003,11 @@ def _unique(names: Sequence[str]) -> list[str]:
 class Encoder:
   """Converts the rows of a table to standardized numbers and one-hot categories.
 
-  A missing number is replaced by the median of the column, and an additional column
-  indicates that it was missing. Missing categories form one more category. The means,
-  standard deviations, medians and categories are those of the rows that the encoder was
-  fitted to.
+  A missing number is replaced by the median of the column. If the column had missing
+  numbers when the encoder was fitted, an additional column indicates them. Missing
+  categories form one more category. If a column has more than 30 categories, all but
+  the 29 most frequent ones are merged. The means, standard deviations, medians and
+  categories are those of the rows that the encoder was fitted to.
 
   Attributes:
     numeric: the names of the numeric columns; None for an array [N, D].

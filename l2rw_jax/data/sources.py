@@ -55,7 +55,7 @@ _SPARSE = {("emnist", "letters")}
 
 
 class Source(NamedTuple):
-  """One whole split of a data set.
+  """One split of a data set, or a part of a split.
 
   Attributes:
     name: name of the data set, with its configuration if it has any.
@@ -109,7 +109,8 @@ def load(
       the variable is set, and `~/.cache/l2rw_jax` otherwise. Only prepared sets use it.
     in_memory: whether to read the images into memory; None reads prepared sets and
       image files into memory if the images and a copy of them take at most half of the
-      memory. `digits`, archives and tables are always read into memory.
+      memory, or if the files of the prepared set take at most 256 MiB. `digits`,
+      archives and tables are always read into memory.
 
   Returns:
     The split.

@@ -99,8 +99,8 @@ def corrupted_documents(
   examples_lib.check_sizes(num_train=num_train, num_meta=num_meta, num_test=num_test)
   if not 0 <= fraction <= 1:
     raise base.InputError(f"fraction={fraction} must be in [0, 1].")
-  choose, order, corrupt = examples_lib.generators(seed, 3)
-  files = [texts.files[i] for i in choose.permutation(len(texts.files))]
+  file_rng, excerpt_rng, noise_rng = examples_lib.generators(seed, 3)
+  files = [texts.files[i] for i in file_rng.permutation(len(texts.files))]
   parts, start = {}, 0
   for name, size in (("test", num_test), ("meta", num_meta), ("train", num_train)):
     # Each part gets at least eight files; otherwise one file could fill a small part.
@@ -110,12 +110,12 @@ def corrupted_documents(
       excerpts.append(_excerpts(files[start], length + 1))
       start += 1
     parts[name] = _drawn(
-      np.concatenate(excerpts or [_excerpts(b"", length + 1)]), size, order, name
+      np.concatenate(excerpts or [_excerpts(b"", length + 1)]), size, excerpt_rng, name
     )
   kinds = np.zeros(num_train, np.int32)
-  wrong = corrupt.permutation(num_train)[: round(float(fraction) * num_train)]
+  wrong = noise_rng.permutation(num_train)[: round(float(fraction) * num_train)]
   kinds[wrong] = 1 + np.arange(len(wrong)) % (len(KINDS) - 1)
-  _corrupt(parts["train"], kinds, texts.english, corrupt)
+  _corrupt(parts["train"], kinds, texts.english, noise_rng)
   clean = {name: np.zeros(len(part), np.int32) for name, part in parts.items()}
   groups = {**clean, "train": kinds}
   examples = {name: _examples(part, groups[name]) for name, part in parts.items()}
@@ -155,10 +155,10 @@ def _corrupt(
   size = documents.shape[1]
   for row in np.flatnonzero(kinds == KINDS.index("shuffled")):
     documents[row] = rng.permutation(documents[row])
-  foreign = np.flatnonzero(kinds == KINDS.index("english"))
-  documents[foreign] = _drawn(_excerpts(english, size), len(foreign), rng, "English")
-  random = np.flatnonzero(kinds == KINDS.index("random"))
-  documents[random] = rng.integers(VOCABULARY, size=(len(random), size), dtype=np.uint8)
+  rows = np.flatnonzero(kinds == KINDS.index("english"))
+  documents[rows] = _drawn(_excerpts(english, size), len(rows), rng, "English")
+  rows = np.flatnonzero(kinds == KINDS.index("random"))
+  documents[rows] = rng.integers(VOCABULARY, size=(len(rows), size), dtype=np.uint8)
 
 
 def _examples(documents: np.ndarray, kinds: np.ndarray) -> examples_lib.Examples:

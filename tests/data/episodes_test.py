@@ -200,7 +200,7 @@ _LARGE = _source("meta", 4, shape=(3, 3, 1))
     ({"noise_share": 1.5}, r"noise_share must lie in \[0, 1\]; got 1.5"),
     ({"num_clusters": 0}, "num_clusters=0 must be an integer of at least 1"),
     ({"num_clusters": 2.0}, "num_clusters=2.0 must be an integer of at least 1"),
-    ({"num_clusters": 41}, "num_clusters=41 must lie between 1 and the 40 tasks"),
+    ({"num_clusters": 41}, "num_clusters=41 must lie between 1 and 40, the number"),
     ({"meta": _LARGE}, r"the meta images are uint8 of shape \(3, 3, 1\)"),
     ({"seed": -1}, "seed=-1 must be an integer of at least 0"),
   ],
