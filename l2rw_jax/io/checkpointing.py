@@ -132,7 +132,8 @@ class Checkpointer:
       only if their shape is []. NumPy scalars become NumPy arrays.
 
     Raises:
-      InputError: the checkpoint is intact but does not match `like`.
+      InputError: the checkpoint is intact but does not match `like`, or the disk cannot
+        be read.
     """
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:

@@ -105,7 +105,7 @@ def random_crop(
     [B, H, W, C].
 
   Raises:
-    InputError: `padding` is unknown, or `pad` is too large for the images.
+    InputError: `padding` is unknown, or `pad` is negative or too large for the images.
   """
   if padding not in PADDINGS:
     raise base.InputError(

@@ -24,8 +24,8 @@ class Classifier(NamedTuple):
       augments them in training. `keys` [B] has one key per example (None in
       evaluation). The keys are derived from the "index" of the examples, so the result
       does not depend on the number of devices. None scales uint8 pixels to [0, 1] and
-      does not change floats (`augmentation.to_float`). If the module has a true
-      attribute `takes_tokens`, as `gpt.GPT` has, None does not change its inputs.
+      does not change floats (`augmentation.to_float`). If the module has an attribute
+      `takes_tokens` that is True, as `gpt.GPT` has, None does not change its inputs.
     initialize: `(key, params) -> params`, a function that draws the initial parameters
       in place of the module's initializers, such as `initialization.pytorch`.
   """

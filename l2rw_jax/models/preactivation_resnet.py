@@ -29,7 +29,8 @@ class PreActivationResNet(split.SplitNetwork):
   does, because the stem has already activated its input.
 
   Convolutions are initialized from N(0, 2 / (k^2 C_out)) truncated at two standard
-  deviations, and the output layer from U(+-sqrt(3 / d)). Biases start at 0.
+  deviations, and the output layer on d features from U(+-sqrt(3 / d)). Biases start at
+  0.
 
   References:
     Ren et al., "Learning to Reweight Examples for Robust Deep Learning", ICML
@@ -105,8 +106,8 @@ class LeakyWideResNet(split.SplitNetwork):
   and BN, leaky ReLU and global average pooling. In the first unit, the leaky ReLU comes
   before BN, and the shortcut starts after both, as in the released code.
 
-  Convolutions are initialized from N(0, 2 / (k^2 C_out)), and the output layer from
-  U(+-sqrt(3 / d)) with bias 0.
+  Convolutions are initialized from N(0, 2 / (k^2 C_out)), and the output layer on d
+  features from U(+-sqrt(3 / d)) with bias 0.
 
   References:
     Jiang et al., "MentorNet: Learning Data-Driven Curriculum for Very Deep Neural

@@ -122,8 +122,8 @@ def _respond(images: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array
       x, kernel, (_STRIDE,) * 2, "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
-  first = over_windows(images, average)
-  variance = over_windows(images**2, average) - first**2
+  mean = over_windows(images, average)
+  variance = over_windows(images**2, average) - mean**2
   # The filters sum to zero, so that the mean of a window has no effect.
   response = over_windows(images, kernel)
   response /= jnp.sqrt(jnp.maximum(variance, 0) + _LEAST_VARIANCE)

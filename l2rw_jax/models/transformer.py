@@ -75,8 +75,8 @@ class VisionTransformer(split.SplitNetwork):
     sides = (self.patch, self.patch)
     x = nn.Conv(self.width, sides, sides, dtype=self.dtype, name="patches")(x)
     x = x.reshape(x.shape[0], x.shape[1] * x.shape[2], self.width)
-    start = nn.initializers.normal(0.02)
-    positions = self.param("positions", start, (1, x.shape[1], self.width))
+    initializer = nn.initializers.normal(0.02)
+    positions = self.param("positions", initializer, (1, x.shape[1], self.width))
     x = x + positions.astype(x.dtype)
     for i in range(self.depth):
       block = Block(self.num_heads, self.expansion, self.dtype, name=f"block_{i}")

@@ -27,6 +27,8 @@ PATCH = 2
 _NUM_GROUPS = 8
 # The features are divided by this number, so that the first logits are small.
 _LOGIT_DIVISOR = 9.0
+# The first layer leaves one pixel less per side, and three poolings halve the rest.
+_LEAST_SIDE = 2**3 + 1
 # This epsilon is relative to the mean variance of a pixel of a patch.
 _EPSILON = 1e-3
 
@@ -182,10 +184,10 @@ class WhitenedNet(split.SplitNetwork):
     Raises:
       InputError: the images are too small.
     """
-    if min(x.shape[1:3]) < PATCH**3 + 1:
+    if min(x.shape[1:3]) < _LEAST_SIDE:
       raise base.InputError(
         f"images of {x.shape[1]}x{x.shape[2]} pixels are too small for this network:"
-        f" it needs {PATCH**3 + 1} in both directions."
+        f" it needs {_LEAST_SIDE} in both directions."
       )
     conv = functools.partial(
       nn.Conv,

@@ -22,8 +22,8 @@ class WideResNet(split.SplitNetwork):
   after the first BN and ReLU and is a 1x1 convolution. There are 36,479,194 parameters
   with 10 outputs.
 
-  Convolutions are initialized from N(0, 2 / (k^2 C_out)), and the output layer from
-  U(+-1 / sqrt(d)) with bias 0.
+  Convolutions are initialized from N(0, 2 / (k^2 C_out)), and the output layer on d
+  features from U(+-1 / sqrt(d)) with bias 0.
 
   Attributes:
     num_outputs: number of logits per example.

@@ -150,7 +150,7 @@ class Evaluation:
   def _write(self, run, evaluators, needed):
     for index, seed in enumerate(run.config.seeds):
       values = evaluation.measure(run.snapshot(index), evaluators, self._probes)
-      # `results.write` would miss it, but only after the last step.
+      # Without this check, `results.write` would fail, but only after the last step.
       if needed not in (None, *values):
         raise base.InputError(
           f"{self._name}: no evaluator computes accuracy; add evaluation.accuracy to"

@@ -45,8 +45,9 @@ def functions(
   Returns:
     init: `(keys [R], class_counts [R, C], examples [R, 1, ...]) -> TrainState`.
     steps: `(state, train, meta, keys, class_counts) -> (state, outputs)` for arrays
-      `[D, R, ...]` on D devices. It applies `train_step` K times, once for each batch
-      in `train.rows`; the outputs are a `StepOutput` with arrays `[D, R, K, ...]`.
+      `[D, R, ...]`. `train` and `meta` are those of `device_data.Batches`. It applies
+      `train_step` K times, once for each batch in `train.rows`; the outputs are a
+      `StepOutput` with arrays `[D, R, K, ...]`.
   """
 
   def problem(class_counts, axis_name=None):

@@ -110,7 +110,7 @@ class DeviceData:
 
     Args:
       num_steps: number of upcoming steps whose rows are known.
-      ahead: returns a function `i -> rows` of coming step i, see `Sampler.ahead`.
+      ahead: returns a function `i -> rows` of upcoming step i, see `Sampler.ahead`.
     """
     if isinstance(self._train, streaming.Stream) and not self._train.steps_left:
       rows = ahead()

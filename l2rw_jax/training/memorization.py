@@ -18,6 +18,7 @@ from l2rw_jax.training import devices
 from l2rw_jax.training import evaluation
 from l2rw_jax.training import sampling
 
+# Distinguishes the keys of this probe from those of training ("susc" in ASCII).
 _KEY = 0x73757363
 _PARTS = ("train", "meta", "validation", "test")
 

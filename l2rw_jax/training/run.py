@@ -86,6 +86,9 @@ class Run:
       optimizer: the optimizer of the network.
       splits: the data of each seed, all of the same size.
       epoch_probes: functions that are called for each run before each of its epochs.
+
+    Raises:
+      InputError: the devices or the data do not fit the settings.
     """
     self.config, self.method, self.splits = config, method, splits
     self._epoch_probes = epoch_probes
@@ -203,8 +206,8 @@ class Run:
     or the method has `refresh` or `sample`.
 
     Returns:
-      The number of steps: `steps_per_call`, or 1 if fewer steps remain before the
-      host has to log, evaluate or save.
+      The number of steps: `steps_per_call` (or that of a shorter epoch), or 1 if fewer
+      steps remain before the host has to log, evaluate or save.
     """
     self._probe_epochs()
     self._refresh()

@@ -38,7 +38,8 @@ class TrainSampler:
   """Batches of the training set of one run, epoch after epoch.
 
   Sampling can be resumed at any batch. If the last rows of an epoch do not fill a
-  batch, they are left out; the next epoch draws from all rows again.
+  batch, they are left out; the next epoch draws from all rows again. An epoch that has
+  fewer rows than a batch raises InputError.
   """
 
   def __init__(
@@ -116,7 +117,7 @@ class TrainSampler:
 
 
 def meta_rows(seed: int, step: int, num_meta: int, batch_size: int) -> np.ndarray:
-  """Rows of the meta set for one step, [M], without replacement within a pass."""
+  """Rows of the meta set for one step, [M]; none is repeated in a pass over the set."""
   steps_per_pass = num_meta // batch_size
   number, offset = divmod(step, steps_per_pass)
   if steps_per_pass == 1 and batch_size == num_meta:
@@ -127,6 +128,8 @@ def meta_rows(seed: int, step: int, num_meta: int, batch_size: int) -> np.ndarra
 
 class Sampler:
   """Draws the training and meta rows of R runs that are trained side by side.
+
+  An epoch whose rows do not exist, or do not fill a batch, raises InputError.
 
   Attributes:
     runs: the `TrainSampler` of each run.

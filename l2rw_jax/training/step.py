@@ -98,8 +98,8 @@ def train_step(
 ) -> tuple[TrainState, StepOutput]:
   """Takes one update.
 
-  From the first step on whose losses, gradient, parameters or model state are not
-  finite, or that has a fault, only `failure` changes.
+  A step whose losses, gradient, parameters or model state are not finite, or that has a
+  fault, changes only `failure`; all later steps change nothing.
 
   Args:
     state: the state.
