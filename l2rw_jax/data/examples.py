@@ -205,13 +205,12 @@ def from_arrays(
         f"the features of {name} are {kind[0]} of shape {kind[1]}, but those of train"
         f" are {kinds['train'][0]} of shape {kinds['train'][1]}"
       )
-  none = np.zeros(0, np.int64)
   if test is None:
-    seen = np.sort(np.random.default_rng(0).permutation(len(whole.label))[:500])
-    drawn = _arrays_examples(read_rows(whole.image, seen), whole.label[seen])
-    parts["test"] = drawn._replace(source_index=seen.astype(np.int32))
+    rows = np.sort(np.random.default_rng(0).permutation(len(whole.label))[:500])
+    drawn = _arrays_examples(read_rows(whole.image, rows), whole.label[rows])
+    parts["test"] = drawn._replace(source_index=rows.astype(np.int32))
   for name in ("meta", "validation"):
-    empty = _arrays_examples(whole.image[:0], none.astype(np.int32))
+    empty = _arrays_examples(whole.image[:0], np.zeros(0, np.int32))
     parts.setdefault(name, empty)
   if not isinstance(num_classes, int | np.integer | None):
     raise base.InputError(f"num_classes={num_classes} must be an integer")

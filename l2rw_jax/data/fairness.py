@@ -71,8 +71,8 @@ def fairness(
   num_attributes = 1 if groups == "class" else 2
   drawn = _per_class(train, num_attributes * num_exemplars, meta_rng)
   meta = np.concatenate(drawn)
-  kept = _cut_tail(train, meta, imbalance, tail_rng)
-  rows = np.concatenate(kept)
+  rows_of_classes = _draw_tail(train, meta, imbalance, tail_rng)
+  rows = np.concatenate(rows_of_classes)
   labels = train.labels.copy()
   labels[rows] = label_noise.uniform_flip(
     train.labels[rows],
@@ -83,12 +83,13 @@ def fairness(
   group_options: dict[str, Any] = {}
   test_labels, true_labels = test.labels, train.labels
   if groups == "inverted":
-    minority = [max(1, round(minority_share * len(r))) for r in kept]
+    minority = [max(1, round(minority_share * len(r))) for r in rows_of_classes]
     chosen = [
-      group_rng.choice(r, n, replace=False) for r, n in zip(kept, minority, strict=True)
+      group_rng.choice(r, n, replace=False)
+      for r, n in zip(rows_of_classes, minority, strict=True)
     ]
-    half = [r[num_exemplars:] for r in drawn]
-    train, group_options["groups"] = _invert(train, np.concatenate(chosen + half))
+    exemplars = [r[num_exemplars:] for r in drawn]
+    train, group_options["groups"] = _invert(train, np.concatenate(chosen + exemplars))
     test, group_options["test_groups"] = _invert(
       test, _half_of_each_class(test, test_rng)
     )
@@ -128,7 +129,7 @@ def _per_class(
   return drawn
 
 
-def _cut_tail(
+def _draw_tail(
   source: sources.Source,
   meta: np.ndarray,
   imbalance: float,

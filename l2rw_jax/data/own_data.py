@@ -346,7 +346,7 @@ def _convert(
   is_array = isinstance(features, np.ndarray)
   if is_array:
     features = np.ascontiguousarray(features)
-  none = np.full(len(examples.labels), -1, np.int64)
+  no_duplicates = np.full(len(examples.labels), -1, np.int64)
   return OwnData(
     features=features,
     labels=_numbered(name, examples.labels, class_names),
@@ -358,7 +358,7 @@ def _convert(
     else {},
     skipped=tuple(raw.skipped),
     notes=tuple(raw.notes),
-    duplicate_of=duplicates(features) if is_array else none,
+    duplicate_of=duplicates(features) if is_array else no_duplicates,
     root=raw.root,
   )
 
@@ -863,14 +863,14 @@ def _archive_labels(
   if labels.dtype.kind == "f":
     is_labeled = np.isfinite(labels)
     # In float16, 2^53 is infinite.
-    whole = np.where(is_labeled, labels, 0).astype(np.float64)
-    is_class = (whole == np.round(whole)) & (np.abs(whole) <= 2**53)
+    numbers = np.where(is_labeled, labels, 0).astype(np.float64)
+    is_class = (numbers == np.round(numbers)) & (np.abs(numbers) <= 2**53)
     if not is_class.all():
       raise base.InputError(
-        f"{name} in {path} has the value {whole[~is_class][0]}; labels must be classes,"
-        " not measurements"
+        f"{name} in {path} has the value {numbers[~is_class][0]}; labels must be"
+        " classes, not measurements"
       )
-    classes = whole.astype(np.int64).astype(str).astype(object)
+    classes = numbers.astype(np.int64).astype(str).astype(object)
     return np.where(is_labeled, classes, ""), is_labeled
   if labels.dtype.kind == "S":
     # Labels that are not UTF-8 stay different from each other.
