@@ -38,10 +38,10 @@ def recording(method: base.Method) -> base.Method:
   of the number of examples: `record` writes only the rows of the batch. The recorded
   logits are those of the training batch before the step's update, in training mode
   (dropout, batch statistics). They cost at most one forward pass per step, and nothing
-  if XLA merges it with the forward pass of the method. On LeNet, recording adds 0.01%
-  to the FLOPs of plain training, and 15% to those of L2RW with a meta batch of the same
-  size. Weights are also recorded, and so are the scores of methods that report them
-  (L2RW). If there are other wrappers, apply this one last.
+  if XLA merges it with the forward pass of the method. On LeNet, recording adds less
+  than 0.01% to the FLOPs of plain training, and 15% to those of L2RW with a meta batch
+  of the same size. Weights are also recorded, and so are the scores of methods that
+  report them (L2RW). If there are other wrappers, apply this one last.
 
   Args:
     method: a method for a classifier with one label per example.

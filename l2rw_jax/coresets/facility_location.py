@@ -316,7 +316,8 @@ def _all_totals(points, contribution, num_points, block):
 
 
 def _argmax(values: base.Array) -> base.Array:
-  """The lowest index of the maximum; jnp.argmax takes ten times as long on XLA:CPU."""
+  """The lowest index of the maximum."""
+  # On XLA:CPU, `jnp.argmax` takes twice as long for 600,000 values.
   index = jnp.arange(values.size)
   return jnp.min(jnp.where(values == values.max(), index, values.size))
 
