@@ -25,14 +25,14 @@ class Examples(NamedTuple):
   """One part of the data: N examples, possibly none.
 
   Attributes:
-    image: uint8 or float32 [N, ...]. Pixels stay uint8, in a quarter of the memory of
-      float32, until the model scales them (`classifier.Classifier`). The field may also
-      be a row source: any object with `len`, `shape` and `dtype` that returns an array
-      when indexed with a slice or an array of rows. A row source may be indexed from
-      several threads at a time. It may have an attribute `fingerprint`, a string that
-      changes whenever the rows change, such as a checksum of their file. Without this
-      attribute, all rows are read, in blocks, when a run starts or continues, to
-      compute a checksum and, for floats, to search for NaN.
+    image: uint8 or floating point [N, ...]. Pixels stay uint8, in a quarter of the
+      memory of float32, until the model scales them (`classifier.Classifier`). The
+      field may also be a row source: any object with `len`, `shape` and `dtype` that
+      returns an array when indexed with a slice or an array of rows. A row source may
+      be indexed from several threads at a time. It may have an attribute `fingerprint`,
+      a string that changes whenever the rows change, such as a checksum of their file.
+      Without this attribute, all rows are read, in blocks, when a run starts or
+      continues, to compute a checksum and, for floats, to search for NaN.
     label: the labels for training, int32 [N]; [N, Q] if an example has Q labels.
     true_label: the true labels, of the same shape.
     index: int32 [N], 0 .. N - 1, the row in this part.
