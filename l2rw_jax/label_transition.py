@@ -105,11 +105,14 @@ def confusion(
     raise base.InputError(
       f"predicted and labels must be [N]; got {predicted.shape} and {labels.shape}."
     )
+  # One-hot labels, [N, C], could take much more memory than the result.
   rows, columns = (
-    losses.label_mask(base.unsharded(x) if isinstance(x, jax.Array) else x, num_classes)
+    base.wide_integers(
+      base.unsharded(x) if isinstance(x, jax.Array) else x, num_classes
+    )
     for x in (predicted, labels)
   )
-  exists = rows.any(axis=1) & columns.any(axis=1)
+  exists = (rows >= 0) & (rows < num_classes) & (columns >= 0) & (columns < num_classes)
   if not isinstance(exists, jax.core.Tracer) and not exists.all():
     raise base.InputError(
       f"confusion: row {jnp.argmin(exists)} of predicted or labels is not one of the"
@@ -117,8 +120,9 @@ def confusion(
     )
   if not 0 <= smoothing < math.inf:
     raise base.InputError(f"smoothing={smoothing} must be a number of at least 0.")
-  rows, columns = jnp.argmax(rows, axis=1), jnp.argmax(columns, axis=1)
-  counts = jnp.zeros((num_classes, num_classes)).at[rows, columns].add(1)
+  # In float32, a sum of ones stops at 2^24.
+  counts = jnp.zeros((num_classes, num_classes), jnp.int32)
+  counts = counts.at[rows, columns].add(1).astype(float)
   counts = counts * jnp.sqrt(jnp.where(exists.all(), 1.0, -1.0))
   totals = counts.sum(axis=1, keepdims=True)
   shares = (counts + smoothing / num_classes) / jnp.maximum(totals + smoothing, 1)
@@ -152,13 +156,17 @@ def estimate_from_network(
   def predict(batch):
     return _log_probabilities(problem.forward, view.params, view.model_state, batch)
 
-  log_p = jnp.asarray(
-    inference.map_batches(predict, view.train, _BATCH_SIZE, by_process=True)
-  )
+  def predicted_classes(batch):
+    return jnp.argmax(predict(batch), axis=1)
+
   if estimator == "anchor":
+    log_p = inference.map_batches(predict, view.train, _BATCH_SIZE, by_process=True)
     return estimate_transition(jnp.exp(log_p), percentile)
-  labels = jnp.asarray(view.train["label"])
-  return confusion(jnp.argmax(log_p, axis=1), labels, log_p.shape[1])
+  # The distributions of all examples, [N, C], are not needed.
+  predicted = inference.map_batches(
+    predicted_classes, view.train, _BATCH_SIZE, by_process=True
+  )
+  return confusion(predicted, view.train["label"], max(problem.num_classes, 2))
 
 
 @functools.partial(jax.jit, static_argnames="forward")

@@ -138,3 +138,15 @@ def test_labels_out_of_range_are_refused_or_give_nan():
     label_transition.confusion(predicted, labels, 2)
   run = jax.jit(lambda labels: label_transition.confusion(predicted, labels, 2))
   assert np.isnan(run(labels)).all() and np.isfinite(run(predicted)).all()
+
+
+def test_counts_of_more_than_2_to_24_examples_are_exact():
+  # A sum of ones in float32 stops at 2^24. One-hot labels would be large arrays.
+  size = 2**24 + 2**23 + 2**22
+  zeros = jnp.zeros(size, jnp.int8)
+  labels = (jnp.arange(size) >= 2**23).astype(jnp.int8)
+  count = jax.jit(lambda p, y: label_transition.confusion(p, y, 50, smoothing=0.0))
+  compiled = count.lower(zeros, labels).compile()
+  np.testing.assert_allclose(compiled(zeros, labels)[0, :2], [2 / 7, 5 / 7], rtol=1e-6)
+  # Rows and columns as int32 and whether they exist, and no arrays [N, C].
+  assert compiled.memory_analysis().temp_size_in_bytes < 20 * size

@@ -106,9 +106,16 @@ def _copier(devices):
   )
 
 
-def unreplicate(tree: base.PyTree) -> base.PyTree:
-  """The first device's copy of `[D, ...]` leaves, without gathering the rest."""
-  return take(jax.tree.map(lambda x: x.addressable_shards[0].data, tree), 0)
+def unreplicate(tree: base.PyTree, run: int | None = None) -> base.PyTree:
+  """The first device's copy of `[D, ...]` leaves, without gathering the rest.
+
+  Args:
+    tree: arrays [D, ...].
+    run: index of a run. If it is given, the leaves are [D, R, ...], and only this run
+      is copied.
+  """
+  first = jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
+  return take(first, 0) if run is None else _take_of_first(first, run)
 
 
 @jax.jit
@@ -117,6 +124,11 @@ def take(tree: base.PyTree, index: int) -> base.PyTree:
   return jax.tree.map(
     lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree
   )
+
+
+@jax.jit
+def _take_of_first(tree, index):
+  return take(take(tree, 0), index)
 
 
 def shard(rows: np.ndarray, devices: list[jax.Device]) -> np.ndarray:

@@ -145,9 +145,11 @@ def read(
   wrong = damage(folder)
   if wrong:
     raise base.InputError(wrong)
-  table = np.genfromtxt(folder / _WEIGHTS, delimiter=",", names=True)
-  table = np.atleast_1d(table)  # There may be only one training example.
-  weights = {name: table[name] for name in table.dtype.names or ()}
+  with open(folder / _WEIGHTS, encoding="utf-8") as file:
+    names = file.readline().strip().split(",")
+    # `np.genfromtxt` takes six times as long, which is 12 s for a million examples.
+    table = np.loadtxt(file, delimiter=",", ndmin=2)
+  weights = dict(zip(names, table.T.copy(), strict=True))
   metrics, statistics = workdir.read_record(folder / RESULTS), {}
   if _STATISTICS in metrics.get(_FILES, {}):
     with np.load(folder / _STATISTICS, allow_pickle=False) as stored:

@@ -186,7 +186,7 @@ class Run:
       num_examples=self._num_examples,
       num_steps=self.config.num_steps,
     )
-    return devices_lib.take(self.host_state(), run), problem
+    return devices_lib.unreplicate(self.state, run), problem
 
   def _keys(self, purpose: int) -> base.Array:
     keys = [jax.random.key(seed) for seed in self.config.seeds]

@@ -116,14 +116,34 @@ class TrainSampler:
     return self._order
 
 
-def meta_rows(seed: int, step: int, num_meta: int, batch_size: int) -> np.ndarray:
-  """Rows of the meta set for one step, [M]; none is repeated in a pass over the set."""
+def meta_order(seed: int, number: int, num_meta: int) -> np.ndarray:
+  """The order of the meta set in one of the passes over it, [num_meta]."""
+  return generator(seed, "meta", number).permutation(num_meta)
+
+
+def meta_rows(
+  seed: int,
+  step: int,
+  num_meta: int,
+  batch_size: int,
+  order: Callable[[int, int, int], np.ndarray] = meta_order,
+) -> np.ndarray:
+  """Rows of the meta set for one step, [M], without replacement within a pass.
+
+  Args:
+    seed: seed of the run.
+    step: number of updates so far.
+    num_meta: size of the meta set.
+    batch_size: M.
+    order: `meta_order`, or this function with a cache, so that the order of a pass is
+      not drawn again in each of its steps.
+  """
   steps_per_pass = num_meta // batch_size
   number, offset = divmod(step, steps_per_pass)
   if steps_per_pass == 1 and batch_size == num_meta:
     return np.arange(num_meta)
-  order = generator(seed, "meta", number).permutation(num_meta)
-  return order[offset * batch_size : (offset + 1) * batch_size]
+  rows = order(seed, number, num_meta)
+  return rows[offset * batch_size : (offset + 1) * batch_size]
 
 
 class Sampler:
@@ -169,6 +189,8 @@ class Sampler:
     self._seeds = seeds
     self._num_meta = num_meta
     self._meta_batch_size = meta_batch_size or num_meta
+    # Each run keeps the order of its current pass over the meta set.
+    self._meta_orders = [functools.lru_cache(maxsize=1)(meta_order) for _ in seeds]
 
   def positions(self) -> list[Position]:
     """The position of each run."""
@@ -201,7 +223,11 @@ class Sampler:
     if not self._num_meta:
       return Rows(train, None)
     size = (self._num_meta, self._meta_batch_size)
-    return Rows(train, np.stack([meta_rows(s, step, *size) for s in self._seeds]))
+    meta = [
+      meta_rows(seed, step, *size, order)
+      for seed, order in zip(self._seeds, self._meta_orders, strict=True)
+    ]
+    return Rows(train, np.stack(meta))
 
 
 def _check_rows(rows, num_examples):

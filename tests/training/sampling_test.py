@@ -149,3 +149,27 @@ def test_sampler_draws_train_and_meta_rows_of_all_runs():
   rows = resumed.next(3)
   np.testing.assert_array_equal(rows.train[0], steps[3].train[0])
   assert rows.meta is None and resumed.positions() == [sampling.Position(2, 0)]
+
+
+def test_the_order_of_a_pass_over_the_meta_set_is_drawn_once(monkeypatch):
+  drawn = []
+
+  def order(seed, number, num_meta):
+    drawn.append((seed, number))
+    return meta_order(seed, number, num_meta)
+
+  meta_order = sampling.meta_order
+  monkeypatch.setattr(sampling, "meta_order", order)
+  sampler = sampling.Sampler(
+    (0, 1),
+    lambda run, epoch, rng: rng.permutation(10),
+    num_train=10,
+    batch_size=2,
+    num_meta=12,
+    meta_batch_size=4,
+  )
+  rows = [sampler.next(step).meta for step in range(6)]
+  assert drawn == [(0, 0), (1, 0), (0, 1), (1, 1)]
+  for step, row in enumerate(rows):
+    expected = [sampling.meta_rows(seed, step, 12, 4) for seed in (0, 1)]
+    np.testing.assert_array_equal(row, expected)
