@@ -29,7 +29,7 @@ _CHUNK = 250
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RandomPatches:
-  """Pooled responses of images to fixed filters; made by `fit`.
+  """Pooled responses of images to fixed filters; extractor by `fit`.
 
   Attributes:
     kernel: the filters, float32 [6, 6, channels, 256].
@@ -63,7 +63,13 @@ class RandomPatches:
         f"images must have {self.kernel.shape[2]} channels, as those of fit; got"
         f" {list(images.shape)}."
       )
-    return (_responses(images, self.kernel, self.bias) - self.mean) / self.std
+    return self._standardized(_responses(images, self.kernel, self.bias))
+
+  def _standardized(self, responses):
+    """Standardizes responses in place: those of many images take 8 KB for each."""
+    responses -= self.mean
+    responses /= self.std
+    return responses
 
 
 def fit(images: np.ndarray, seed: int = 0) -> tuple[RandomPatches, np.ndarray]:
@@ -86,10 +92,13 @@ def fit(images: np.ndarray, seed: int = 0) -> tuple[RandomPatches, np.ndarray]:
   _check(images)
   kernel, bias = _filters(_patches(images, np.random.default_rng(seed)))
   responses = _responses(images, kernel, bias)
+  # The standard deviation of all columns at once would need a copy of the responses.
+  columns = np.split(responses, range(_FILTERS, responses.shape[1], _FILTERS), axis=1)
+  std = np.concatenate([part.std(axis=0) for part in columns])
   extractor = RandomPatches(
-    kernel, bias, responses.mean(axis=0), responses.std(axis=0) + np.float32(1e-3)
+    kernel, bias, responses.mean(axis=0), std + np.float32(1e-3)
   )
-  return extractor, (responses - extractor.mean) / extractor.std
+  return extractor, extractor._standardized(responses)
 
 
 def _check(images: np.ndarray) -> None:
@@ -103,11 +112,11 @@ def _check(images: np.ndarray) -> None:
 
 
 def _responses(images: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
-  chunks = [np.zeros((0, 8 * kernel.shape[-1]), np.float32)] + [
-    np.asarray(_respond(images[start : start + _CHUNK], kernel, bias))
-    for start in range(0, len(images), _CHUNK)
-  ]
-  return np.concatenate(chunks)
+  responses = np.empty((len(images), 8 * kernel.shape[-1]), np.float32)
+  for start in range(0, len(images), _CHUNK):
+    chunk = images[start : start + _CHUNK]
+    responses[start : start + len(chunk)] = _respond(chunk, kernel, bias)
+  return responses
 
 
 @jax.jit

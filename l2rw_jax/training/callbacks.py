@@ -47,11 +47,12 @@ class Metrics:
       saved: the result of `to_json` at that step.
     """
     histories = saved["metrics"] if saved else [None] * len(folders)
-    # Metrics [R, K] of the steps since the last row, by name.
-    self._window: dict[str, np.ndarray] = {}
+    # Metrics of the steps since the last row, by name: a list of arrays [R, K], which
+    # are joined when they are needed and not in every step.
+    self._window: dict[str, list[np.ndarray]] = {}
     if saved:
       self._window = {
-        name: np.asarray(column["values"]).astype(jnp.dtype(column["dtype"]))
+        name: [np.asarray(column["values"]).astype(jnp.dtype(column["dtype"]))]
         for name, column in saved["window"].items()
       }
     self._writers = []
@@ -79,13 +80,13 @@ class Metrics:
   def add(self, metrics: Mapping[str, np.ndarray]) -> None:
     """Adds the metrics [R, K] of some steps to the next row."""
     for name, values in metrics.items():
-      earlier = [self._window[name]] if name in self._window else []
-      self._window[name] = np.concatenate([*earlier, values], axis=1)
+      self._window.setdefault(name, []).append(values)
 
   def write_means(self, step: int) -> None:
     """Writes a row for each run: the means over the steps since the last row."""
+    columns = self._columns()
     for run, writer in enumerate(self._writers):
-      means = {f"train/{name}": _mean(x[run]) for name, x in self._window.items()}
+      means = {f"train/{name}": _mean(x[run]) for name, x in columns.items()}
       writer.write(step, means)
     self._window = {}
 
@@ -95,7 +96,11 @@ class Metrics:
 
   def last(self, name: str) -> float:
     """The mean of a metric over the runs, in the last step that was added."""
-    return _mean(self._window[name][:, -1])
+    return _mean(self._window[name][-1][:, -1])
+
+  def _columns(self) -> dict[str, np.ndarray]:
+    """The metrics [R, K] of the steps since the last row, by name."""
+    return {name: np.concatenate(x, axis=1) for name, x in self._window.items()}
 
   def to_json(self) -> dict[str, Any]:
     """The rows written so far and the steps since the last row."""
@@ -103,7 +108,7 @@ class Metrics:
       "metrics": [writer.history for writer in self._writers],
       "window": {
         name: {"dtype": str(x.dtype), "values": x.astype(np.float64).tolist()}
-        for name, x in self._window.items()
+        for name, x in self._columns().items()
       },
     }
 

@@ -1,5 +1,7 @@
 """Features from random patches, compared with a loop over windows; invalid images."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -62,3 +64,17 @@ def test_features_need_images_like_those_of_fit():
   with pytest.raises(base.InputError, match="images must have 3 channels"):
     extractor(images[..., :1])
   assert extractor(images[:0]).shape == (0, 2048)
+
+
+def test_features_of_many_images_are_stored_once():
+  extractor, features = random_patches.fit(_images(1000))
+  images = _images(2000)
+  tracemalloc.start()
+  tracemalloc.reset_peak()
+  more = extractor(images)
+  _, most = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert most < 1.2 * more.nbytes
+  np.testing.assert_allclose(features.mean(axis=0), 0, atol=1e-4)
+  responses = features * extractor.std + extractor.mean
+  np.testing.assert_allclose(extractor.std, responses.std(axis=0) + 1e-3, rtol=1e-3)

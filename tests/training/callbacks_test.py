@@ -14,6 +14,7 @@ from l2rw_jax.io import checkpointing
 from l2rw_jax.io import metric_writer
 from l2rw_jax.methods import baselines
 from l2rw_jax.methods import l2rw
+from l2rw_jax.training import callbacks
 from l2rw_jax.training import config as config_lib
 from l2rw_jax.training import loop
 from l2rw_jax.training import sampling
@@ -187,3 +188,30 @@ def test_bfloat16_metrics_are_averaged_in_float32(tmp_path):
   assert [r["train/value"] for r in rows if "train/value" in r] == [
     pytest.approx((256 + 6) / 7, rel=1e-6)
   ]
+
+
+def test_metrics_of_many_steps_are_joined_once(tmp_path, monkeypatch):
+  joined = []
+  concatenate = np.concatenate
+
+  def counting(arrays, **options):
+    result = concatenate(arrays, **options)
+    joined.append(result.size)
+    return result
+
+  monkeypatch.setattr(callbacks.np, "concatenate", counting)
+  with callbacks.Metrics([tmp_path / "0", tmp_path / "1"]) as metrics:
+    for step in range(100):
+      metrics.add({"loss": np.float32([[step], [-step]])})
+    assert metrics.last("loss") == 0
+    saved = metrics.to_json()
+    metrics.write_means(100)
+  assert sum(joined) <= 2 * 200
+  assert saved["window"]["loss"]["values"][1] == [-step for step in range(100)]
+  (row,) = toy_runs.rows(tmp_path / "1")
+  assert row == {"step": 100, "train/loss": -49.5}
+  with callbacks.Metrics([tmp_path / "0", tmp_path / "1"], 0, saved) as metrics:
+    metrics.add({"loss": np.float32([[100], [100]])})
+    metrics.write_means(101)
+  (row,) = toy_runs.rows(tmp_path / "0")
+  assert row == {"step": 101, "train/loss": 50}
