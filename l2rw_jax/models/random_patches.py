@@ -29,7 +29,7 @@ _CHUNK = 250
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RandomPatches:
-  """Pooled responses of images to fixed filters; extractor by `fit`.
+  """Pooled responses of images to fixed filters; made by `fit`.
 
   Attributes:
     kernel: the filters, float32 [6, 6, channels, 256].
