@@ -200,9 +200,11 @@ def make_audit(
 ) -> Audit:
   """Ranks the training labels by the statistics of a run."""
   train = split.train
-  data = issue_files.as_own_data(
-    settings.load("train"), train.source_index, train.label
-  )
+  chosen = (train.source_index, train.label)
+  if own_data.is_own(settings.dataset):
+    data = issue_files.take(settings.read_own(settings.dataset, "train"), *chosen)
+  else:
+    data = issue_files.as_own_data(settings.load("train"), *chosen)
   issues = audit.find_label_issues(result.statistics, train.label)
   return Audit(data, train.label != train.true_label, issues)
 

@@ -1,7 +1,9 @@
 """Writes a ranking of labels to issues.csv and issues.html, and prints a summary."""
 
+import codecs
 from collections.abc import Iterator
 import csv
+import dataclasses
 import io
 import pathlib
 
@@ -42,6 +44,28 @@ def as_own_data(
     columns={},
     skipped=(),
     notes=(),
+    duplicate_of=own_data.duplicates(features),
+  )
+
+
+def take(
+  data: own_data.OwnData, rows: np.ndarray, labels: np.ndarray
+) -> own_data.OwnData:
+  """Some examples of a user's data, with their names and rows in the user's files.
+
+  Args:
+    data: the data.
+    rows: positions in `data`, [N].
+    labels: labels of these examples, [N].
+  """
+  features = data.features[rows]
+  return dataclasses.replace(
+    data,
+    features=features,
+    labels=labels,
+    names=tuple(data.names[row] for row in rows),
+    rows=data.rows[rows],
+    columns={name: [x[row] for row in rows] for name, x in data.columns.items()},
     duplicate_of=own_data.duplicates(features),
   )
 
@@ -139,7 +163,9 @@ def write(
   """
   # A file name may contain bytes that are not UTF-8; they are written unchanged.
   table = csv_text(data, issues, data.names).encode("utf-8", "surrogateescape")
-  workdir_lib.write_bytes(folder / "issues.csv", table)
+  # Without this mark, Excel does not read the file as UTF-8.
+  mark = b"" if table.isascii() else codecs.BOM_UTF8
+  workdir_lib.write_bytes(folder / "issues.csv", mark + table)
   worst = issues.index[:num_pictures].tolist()
   notes = [
     *own_data.report(data),

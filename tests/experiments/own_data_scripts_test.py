@@ -1,6 +1,7 @@
 """Users' data in the scripts: --dataset, and --trusted as the meta set."""
 
 import csv
+import types
 
 import numpy as np
 from PIL import Image
@@ -61,6 +62,24 @@ def test_trusted_examples_are_the_meta_set_of_digits_noise(tables, tmp_path):
   assert (unused.status, unused.stderr) == (2, message)
   other = scripts.run("digits_noise", *flags, f"--trusted={dataset}")
   assert other.status == 2 and "trusted was " in other.stderr
+
+
+def test_the_list_of_digits_noise_has_the_names_of_the_users_files(tmp_path):
+  settings = digits_noise.Settings(
+    dataset=_save_table(tmp_path / "t.csv", 60), **_SMALL
+  )
+  (split,) = digits_noise.make_splits(settings, (0,))
+  p = np.full((len(split.train.label), 3), 1 / 3)
+  result = types.SimpleNamespace(statistics={"mean_probabilities": p})
+  data = digits_noise.make_audit(settings, split, result).data
+  with open(tmp_path / "t.csv", newline="") as file:
+    rows = list(csv.DictReader(file))
+  assert max(data.rows) > len(split.train.label)  # A fifth is the test set.
+  for i, row in enumerate(data.rows):
+    assert data.names[i] == f"row {row}"
+    assert data.columns["a"][i] == rows[row]["a"]
+    assert rows[row]["kind"] == data.form.class_names[split.train.true_label[i]]
+  np.testing.assert_array_equal(data.labels, split.train.label)
 
 
 def test_trusted_images_have_the_scale_of_a_named_set(tmp_path):
