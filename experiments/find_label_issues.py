@@ -128,6 +128,14 @@ class Settings(settings_lib.Settings):
     value = getattr(self, kind)
     return value if kind == "dataset" else f"{kind}:{value}"
 
+  @property
+  def title(self) -> str:
+    """The name of the data set for the title of the page, without its folder."""
+    if self.dataset:
+      return self.dataset
+    place = self.source_name.partition(":")[2]
+    return pathlib.Path(place).expanduser().resolve().name
+
 
 @dataclasses.dataclass(frozen=True)
 class Standardize:
@@ -249,7 +257,12 @@ def train(
   (result,) = loop.train(
     config, make_model(data), method, optimizer, [splits], folder, name=_NAME
   )
-  statistics = {k: x for k, x in result.statistics.items() if _varies(x)}
+  statistics = {
+    name: values
+    for name, values in result.statistics.items()
+    # The ranking needs the probabilities, even if all of them are 1/C.
+    if values.ndim > 1 or _varies(values)
+  }
   return audit.find_label_issues(statistics, data.labels)
 
 
@@ -293,7 +306,7 @@ def run(settings: Settings, workdir: runner.Folder) -> audit.LabelIssues:
     folder,
     data,
     issues,
-    name=pathlib.PurePath(settings.source_name.rpartition(":")[2]).name,
+    name=settings.title,
     num_pictures=settings.num_pictures,
   )
   print(own_data_lib.printable(issue_files.summary(data, issues)))

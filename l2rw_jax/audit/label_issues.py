@@ -19,13 +19,14 @@ same effect, and only large ones are distinguished.
 
 R is estimated from the same distributions. Let t[c] be the mean of p[c] over the
 examples labeled c (the per-class thresholds of confident learning), and let the most
-likely class of an example be c* = argmax over c of p[c] - t[c]. Q[j, g] counts the
-examples with c* = j and the label g. If c* is not the given label, the example is
-counted only if it is clear, p[c*] >= 0.8 t[c*]. Q also counts examples that are only
-hard for the network. But classes that resemble each other (pullovers and coats) are
-confused in both directions about equally often. The part that is common to both
-directions is S[j, g] = min(Q[j, g], Q[g, j]); what exceeds the mean of S over all pairs
-is therefore subtracted. On the diagonal, Z is Q. Off the diagonal,
+likely class of an example be c* = argmax over c of p[c] - t[c]; in a tie, c* is the
+given label if possible. Q[j, g] counts the examples with c* = j and the label g. If c*
+is not the given label, the example is counted only if it is clear, p[c*] >= 0.8 t[c*].
+Q also counts examples that are only hard for the network. But classes that resemble
+each other (pullovers and coats) are confused in both directions about equally often.
+The part that is common to both directions is S[j, g] = min(Q[j, g], Q[g, j]); what
+exceeds the mean of S over all pairs is therefore subtracted. On the diagonal, Z is Q.
+Off the diagonal,
 
     Z[j, g] = Q[j, g] - max(S[j, g] - mean of S, 0)
     M[j, g] = Z[j, :] summed  *  share of Z off the diagonal / (C - 1)              (2)
@@ -168,7 +169,7 @@ def find_label_issues(statistics: Any, labels: Any) -> LabelIssues:
       "mean_probabilities" [N, C] and any other arrays [N]. Examples whose "seen" is 0
       were never seen; without "seen", these are the rows of NaN. All other arrays are
       only sorted. Half precision becomes float32.
-    labels: the given labels, integers [N] from 0 to C - 1.
+    labels: the given labels, integers [N] from 0 to C - 1, also as booleans or floats.
 
   Returns:
     A `LabelIssues`.
@@ -335,7 +336,10 @@ def _likely_classes(p, given):
     thresholds[c] = p[rows, c].mean()
   likely = np.empty(len(given), np.int64)
   for block in blocks(p):
-    likely[block] = np.argmax(p[block] - thresholds, axis=1)
+    excess, labels = p[block] - thresholds, given[block]
+    # A class that is only as likely as the given label does not contradict it.
+    is_tie = excess[np.arange(len(labels)), labels] == excess.max(axis=1)
+    likely[block] = np.where(is_tie, labels, np.argmax(excess, axis=1))
   probability = np.take_along_axis(p, likely[:, None], axis=1)[:, 0]
   return likely, probability >= _CLEAR * thresholds[likely]
 
@@ -373,8 +377,15 @@ def _check(statistics, labels):
       f"labels must have shape [N] and {_PROBABILITIES} [N, C]; got {labels.shape} and"
       f" {shape}."
     )
-  if not np.issubdtype(labels.dtype, np.integer):
-    raise base.InputError(f"labels must be integers; got {labels.dtype}.")
+  # `from_arrays` takes such labels, too.
+  is_whole = labels.dtype.kind in "biu" or (
+    labels.dtype.kind == "f" and bool((labels == np.rint(labels)).all())
+  )
+  if not is_whole:
+    raise base.InputError(
+      f"labels must be integers; got {labels.dtype}: number the classes from 0 to"
+      f" {shape[1] - 1}."
+    )
   for name, x in statistics.items():
     if x.shape[:1] != labels.shape:
       raise base.InputError(
@@ -408,6 +419,7 @@ def _check(statistics, labels):
     raise base.InputError(
       f"{len(bad)} rows of {_PROBABILITIES} are not distributions (numbers of at least"
       f" 0 whose sum is 1); the first is at index {bad[0]}: {p[bad[0]].tolist()}."
+      " If they are logits, apply softmax."
     )
   return statistics, labels
 

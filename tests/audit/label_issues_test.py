@@ -286,8 +286,13 @@ def test_invalid_arguments_are_refused():
     find({}, given)
   with pytest.raises(base.InputError, match=r"labels must have shape \[N\]"):
     find({"mean_probabilities": p}, given[:-1])
-  with pytest.raises(base.InputError, match="labels must be integers"):
-    find({"mean_probabilities": p}, given.astype(float))
+  for labels in (given + 0.5, np.where(given == 0, np.nan, given), given.astype(str)):
+    with pytest.raises(base.InputError, match=r"labels must be integers; .* from 0 "):
+      find({"mean_probabilities": p}, labels)
+  for labels in (given.astype(float), given.tolist(), given.astype(">i2")):
+    found = find({"mean_probabilities": p}, labels)
+    np.testing.assert_array_equal(found.given, given[found.index])
+  assert find({"mean_probabilities": p[:, :2] / p[:, :2].sum(1)[:, None]}, given > 1)
   with pytest.raises(base.InputError, match=r"1 labels .* first is 4 at index 5"):
     find({"mean_probabilities": p}, np.where(np.arange(60) == 5, 4, given))
   with pytest.raises(base.InputError, match="statistic mean_loss has shape"):

@@ -1,7 +1,9 @@
 """The audit of a user's data: the files it writes, resumption, and every mistake."""
 
 import csv
+import dataclasses
 import json
+import pathlib
 import re
 import types
 
@@ -11,6 +13,9 @@ import pytest
 import scripts
 
 from experiments import find_label_issues
+from experiments.lib import issue_files
+from l2rw_jax import audit
+from l2rw_jax.data import own_data
 from l2rw_jax.training import sampling
 
 _NAME = "find_label_issues"
@@ -169,6 +174,45 @@ def test_folder_of_images_with_trusted_ones(tmp_path, capsys):
   content = _content(tmp_path / "run")
   assert content["key"] == "path" and all(content["pictures"])
   assert content["names"] == [row["path"] for row in rows]
+
+
+def test_predictions_that_are_all_equal_are_ranked(monkeypatch, tmp_path):
+  # The network predicts 1/2 for images that are all black, and learns nothing.
+  statistics = {"mean_probabilities": np.full((4, 2), 0.5), "seen": np.ones(4)}
+  result = types.SimpleNamespace(statistics=statistics)
+  monkeypatch.setattr(find_label_issues.loop, "train", lambda *a, **k: [result])
+  np.savez(tmp_path / "a.npz", X=np.zeros((4, 8, 8), np.uint8), y=[0, 0, 1, 1])
+  data = own_data.read(f"npz:{tmp_path / 'a.npz'}")
+  settings = find_label_issues.Settings()
+  issues = find_label_issues.train(settings, None, None, data, None, tmp_path)
+  assert issues.num_issues == 0 and not issues.score.any()
+
+
+def test_files_mark_their_encoding_only_if_it_is_not_ascii(tmp_path):
+  np.savez(tmp_path / "a.npz", X=np.eye(4), y=["a", "a", "é", "é"])
+  data = own_data.read(f"npz:{tmp_path / 'a.npz'}")
+  issues = audit.find_label_issues(
+    {"mean_probabilities": np.eye(2)[data.labels]}, data.labels
+  )
+  issue_files.write(tmp_path, data, issues, name="x", num_pictures=0)
+  content = (tmp_path / "issues.csv").read_bytes()
+  assert content.startswith(b"\xef\xbb\xbfindex,") and "é" in content.decode()
+  form = data.form._replace(class_names=("a", "e"))
+  data = dataclasses.replace(data, form=form)
+  issue_files.write(tmp_path, data, issues, name="x", num_pictures=0)
+  assert (tmp_path / "issues.csv").read_bytes().startswith(b"index,given")
+
+
+@pytest.mark.parametrize(
+  ("flags", "title"),
+  [
+    ({"dataset": "mnist:3.0.1"}, "mnist:3.0.1"),
+    ({"csv": "a:b/t.csv#kind"}, "t.csv#kind"),
+    ({"images": "."}, pathlib.Path.cwd().name),
+  ],
+)
+def test_the_title_is_the_name_of_the_data(flags, title):
+  assert find_label_issues.Settings(**flags).title == title
 
 
 def test_pixels_are_standardized_whatever_the_order_of_the_examples():
