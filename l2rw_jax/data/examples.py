@@ -558,6 +558,9 @@ def integers(what: str, values: Any) -> np.ndarray:
 def check_examples(examples: Examples, where: str) -> Examples:
   """Converts labels, indices and groups to int32, and checks the lengths of all fields.
 
+  An array of images in a byte order or a precision that JAX does not support is
+  converted, too.
+
   Args:
     examples: examples whose `label`, `true_label`, `index`, `source_index` and `group`
       may be lists, booleans or floats without a fractional part.
@@ -572,15 +575,20 @@ def check_examples(examples: Examples, where: str) -> Examples:
     for name in Examples._fields
     if name != "image" and getattr(examples, name) is not None
   }
-  if not hasattr(examples.image, "shape"):
-    check_images(examples.image, f"the images in {where}")
+  image = examples.image
+  if not hasattr(image, "shape"):
+    check_images(image, f"the images in {where}")
   for name, column in columns.items():
-    if not column.ndim or len(column) != len(examples.image):
+    if not column.ndim or len(column) != len(image):
       raise base.InputError(
         f"{name} in {where} has shape {list(column.shape)}, but there are"
-        f" {len(examples.image)} images; give one for each"
+        f" {len(image)} images; give one for each"
       )
-  return examples._replace(**columns)
+  if isinstance(image, np.ndarray) and image.dtype.kind == "f":
+    native = image.dtype.newbyteorder("=")
+    supported = np.dtype(np.float64) if native == np.longdouble else native
+    image = image.astype(supported, copy=False)
+  return examples._replace(image=image, **columns)
 
 
 def check_sources(train: sources.Source, test: sources.Source) -> None:

@@ -1,5 +1,6 @@
 """Splits from sources, their fingerprints, and checks of examples."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -52,6 +53,16 @@ def test_float_images_are_unchanged():
   splits = assemble({"train": np.arange(6), "test": np.arange(6)}, train=train)
   np.testing.assert_array_equal(splits.train.image, train.images.astype(np.float32))
   assert splits.train.image.dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", ">f2", np.longdouble])
+def test_floats_of_every_byte_order_and_precision_are_trained_on(dtype):
+  x = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float16)
+  made = examples_lib.from_arrays((x.astype(dtype), np.arange(6) % 2))
+  for part in (made.train, made.test, made.meta):
+    np.testing.assert_array_equal(jnp.asarray(part.image), x[: len(part.label)])
+  plain = examples_lib.from_arrays((x, np.arange(6) % 2))
+  assert plain.train.image is x
 
 
 def test_class_counts_use_the_training_labels():
