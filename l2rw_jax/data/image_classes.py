@@ -58,6 +58,7 @@ def image_folder(root: str | os.PathLike, split: str, *, size: int) -> sources.S
 
   This is the layout of TFDS's `ImageFolder` and of torchvision: one folder for each
   class, in the order of their names. Images in subfolders belong to the class, too.
+  Hidden files and folders are left out.
   Images (JPEG, PNG or BMP) are converted to RGB with 8 bits per channel and resized
   to `size` by `size`.
 
@@ -111,7 +112,8 @@ def image_folder(root: str | os.PathLike, split: str, *, size: int) -> sources.S
 
 def _listed(folder: pathlib.Path) -> list[pathlib.Path]:
   try:
-    return sorted(folder.iterdir())
+    # Notebooks and file managers put hidden folders and files next to images.
+    return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
   except (FileNotFoundError, NotADirectoryError):
     return []
   except OSError as error:

@@ -144,6 +144,17 @@ def test_image_folder(folder):
   np.testing.assert_allclose(small[0], 100, atol=10)
 
 
+def test_hidden_files_and_folders_are_left_out(folder):
+  (folder / "train" / ".ipynb_checkpoints").mkdir()
+  (folder / "train" / "red" / ".thumbnails").mkdir()
+  for place in (".ipynb_checkpoints", "red/.thumbnails"):
+    Image.new("RGB", (4, 4)).save(folder / "train" / place / "0.png")
+  (folder / "train" / "._red.png").touch()
+  (folder / "train" / "red" / "._0.png").touch()
+  source = image_classes.image_folder(folder, "train", size=4)
+  assert source.class_names == ("blue", "lime", "red") and len(source.labels) == 6
+
+
 def test_unexpected_folders_raise(folder):
   def message(split):
     with pytest.raises(base.InputError) as caught:
