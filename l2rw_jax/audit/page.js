@@ -292,13 +292,15 @@ function drawCounts() {
 }
 
 // -- export ------------------------------------------------------------------
+const MISSING = ["na", "n/a", "nan", "null", "none", "?", "<na>"];
 function csvCell(value) {
   let text = String(value);
-  // A spreadsheet would run text that begins with one of these characters as a formula,
-  // unless it is a number. See `csv_cell` in own_data.py, which reads the file.
+  // A spreadsheet would run such a cell as a formula (numbers are none), or it would be read
+  // as a missing label. See `csv_cell` in own_data.py, which reads the file.
   const bare = text.replace(/^'+/, "");
-  const isNumber = /^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i.test(bare);
-  if (/^[=+\-@\t\r]/.test(bare) && !isNumber) text = "'" + text;
+  const isNumber = /^[+-]?(\p{Nd}+\.?\p{Nd}*|\.\p{Nd}+)(e[+-]?\p{Nd}+)?$/iu.test(bare);
+  const isFormula = /^[=+\-@\t\r]/.test(bare) && !isNumber;
+  if (isFormula || MISSING.includes(bare.toLowerCase())) text = "'" + text;
   return /[",\r\n]/.test(text) || text !== text.trim() ? '"' + text.replaceAll('"', '""') + '"' : text;
 }
 function corrected() {
@@ -310,7 +312,9 @@ function corrected() {
     const now = what === "relabel" ? label : data.given[row];
     lines.push([data.key === "path" ? data.names[row] : index, data.classes[now], data.classes[data.given[row]], what]);
   }
-  return lines.map((line) => line.map(csvCell).join(",")).join("\r\n") + "\r\n";
+  const text = lines.map((line) => line.map(csvCell).join(",")).join("\r\n") + "\r\n";
+  // Without this mark, Excel does not read the file as UTF-8.
+  return /^[\0-\x7f]*$/.test(text) ? text : "\ufeff" + text;
 }
 at("export").onclick = () => {
   const link = make("a", { download: "corrected_labels.csv" });

@@ -7,7 +7,8 @@ import numpy as np
 
 # Formats that Pillow reads without additional software.
 SUFFIXES = frozenset(
-  {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+  {".bmp", ".gif", ".jfif", ".jpeg", ".jpg"}
+  | {".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
 _GRAY_MODES = frozenset({"1", "L", "LA", "La", "I", "F"})
 

@@ -34,6 +34,10 @@ _TEST_SHARE = 5  # One example in five is held out, per class.
 _MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?", "<na>"})
 _LABEL_COLUMNS = ("label", "labels", "class", "target", "y")
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
+# Folders with these names are parts of a data set, not classes.
+_PART_NAMES = frozenset(
+  {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
+)
 # Larger numbers count as missing: they are infinite in float32.
 _LARGEST = float(np.finfo(np.float32).max)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -41,6 +45,8 @@ _WHOLE = re.compile(r"[+-]?\d+(\.0*)?")
 # A column with a larger share of values that are not numbers is not numeric.
 _STRAY_SHARE = 0.05
 _MAX_CATEGORIES = 30
+# In a shorter table, the values of a feature may be consecutive numbers.
+_LEAST_ROWS = 20
 _FEATURE_KEYS = ("x", "images", "image", "features", "data")
 _LABEL_KEYS = ("y", "labels", "label", "target", "targets")
 # Rounding can make pixels that have been divided by 255 slightly larger than 1.
@@ -132,6 +138,7 @@ class _Raw(NamedTuple):
   skipped: list[tuple[str, str]]
   notes: list[str]
   root: pathlib.Path | None = None
+  left_out: tuple[str, ...] = ()  # Columns of a table that are not features.
 
   def take(self, chosen: np.ndarray) -> "_Raw":
     """Returns the examples that `chosen`, row indices or a mask, selects."""
@@ -306,7 +313,10 @@ def _convert(
     if encoder is None:
       if like is not None:
         raise base.InputError(f"{name} has rows, but the other data have images")
-      encoder = Encoder.fit(name, raw.take(train).values, raw.notes)
+      known = raw.take(train).values
+      if isinstance(known, dict):
+        known = {k: column for k, column in known.items() if k not in raw.left_out}
+      encoder = Encoder.fit(name, known, raw.notes)
     features = encoder(name, examples.values)
   elif raw.root is not None:
     pixels = BYTES
@@ -342,6 +352,9 @@ def _convert(
       f"{name} has {len(class_names)} different labels in {len(examples.labels)}"
       f" examples; the first is {class_names[0]!r}. There must be two or more classes,"
       " with two or more examples on average"
+      # The first note of a table says which column has the labels.
+      + (f". {raw.notes[0].rstrip('.')}" if isinstance(raw.values, dict) else "")
+      + _first(raw)
     )
   is_array = isinstance(features, np.ndarray)
   if is_array:
@@ -409,18 +422,23 @@ def duplicates(features: np.ndarray) -> np.ndarray:
 
 
 def csv_cell(text: str) -> str:
-  """Escapes text for a CSV file so that no spreadsheet evaluates it as a formula.
+  """Escapes text for a CSV file so that `read` and spreadsheets take it as text.
 
-  Text that starts with =, +, -, @, a tab or a carriage return and is not a number gets
-  a leading apostrophe, which `read` removes. Text that would become such text without
-  its leading apostrophes gets one more.
+  Text that a spreadsheet would evaluate as a formula (it starts with =, +, -, @, a tab
+  or a carriage return and is not a number) and text that `read` would take for a
+  missing label (such as None, the name of a folder) gets a leading apostrophe, which
+  `read` removes. Text that would become such text without its leading apostrophes gets
+  one more.
 
   >>> csv_cell("=A1"), csv_cell("-1.5"), csv_cell("cat"), csv_cell("'=A1")
   ("'=A1", '-1.5', 'cat', "''=A1")
+  >>> csv_cell("None")
+  "'None"
   """
   bare = text.lstrip("'")
   is_formula = bare[:1] in tuple("=+-@\t\r") and not _NUMBER.fullmatch(bare)
-  return f"'{text}" if is_formula else text
+  is_missing = bool(bare) and bare.lower() in _MISSING
+  return f"'{text}" if is_formula or is_missing else text
 
 
 def _unquoted(text: str) -> str:
@@ -463,13 +481,17 @@ def _images(
 
 def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields the files below a folder, except hidden ones, in a fixed order."""
-  seen = set()
-  for place, folders, files in os.walk(folder, followlinks=True):
-    real = os.path.realpath(place)
-    if real in seen:  # Links may form a cycle.
+
+  def refuse(error: OSError):
+    raise base.InputError(f"{error.filename} cannot be read: {error.strerror}")
+
+  above: dict[str, tuple[str, ...]] = {}
+  for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+    real, parents = os.path.realpath(place), above.get(os.path.dirname(place), ())
+    if real in parents:  # Links may form a cycle.
       folders.clear()
       continue
-    seen.add(real)
+    above[place] = (*parents, real)
     folders[:] = sorted(name for name in folders if not name.startswith("."))
     for name in sorted(files):
       if not name.startswith("."):
@@ -492,6 +514,13 @@ def _in_classes(
     else:
       files.append(path)
       labels.append(inside.parts[0])
+  if files and all(label.lower() in _PART_NAMES for label in labels):
+    parts = sorted(set(labels))
+    raise base.InputError(
+      f"{folder} has the folders {', '.join(parts)}, which are parts of a data set, not"
+      f" classes; give one of them, such as images:{folder / parts[0]}, or call them"
+      " train and test"
+    )
   if not files:
     raise base.InputError(
       f"{folder} contains no images in class folders, {folder}/CLASS/FILE.png;"
@@ -509,7 +538,7 @@ def _listed_columns(
   paths = [lower.index(c) for c in _PATH_COLUMNS if c in lower]
   labels = [lower.index(c) for c in _LABEL_COLUMNS if c in lower]
   # Without a header, a label can have the name of a column, such as y for yes.
-  is_row = bool(names) and _file_within(folder / names[0], folder.resolve()) is not None
+  is_row = bool(names) and _file_within(folder, first[0]) is not None
   path_at, label_at, is_header = 0, 1, False
   if paths and labels:
     path_at, label_at, is_header = paths[0], labels[0], True
@@ -536,53 +565,59 @@ def _listed(
   first = rows[0] if rows else []
   path_at, label_at, is_header = _listed_columns(folder, listing, first, notes)
   rows = rows[1:] if is_header else rows
-  files, labels, skipped = [], [], []
-  seen, root = set(), folder.resolve()
+  files: dict[pathlib.Path, str] = {}
+  skipped = []
   for row in rows:
     if len(row) <= max(path_at, label_at):
       skipped.append((",".join(row), f"{listing.name} has no path and label for it"))
       continue
-    name, label = row[path_at].strip(), row[label_at].strip()
-    path = _file_within(folder / name, root)
+    cell, label = row[path_at], row[label_at].strip()
+    path = _file_within(folder, cell)
     reason = ""
     if label.lower() in _MISSING:
       reason = f"{_missing(label)} in {listing.name}"
     elif path is None:
       reason = f"there is no such file in {folder}"
-    elif path in seen:
+    elif path in files:
       reason = f"it is listed twice in {listing.name}; the first label counts"
-    if reason or path is None:
-      skipped.append((name, reason))
-      continue
-    seen.add(path)
-    files.append(path)
-    labels.append(label)
+    if reason:
+      skipped.append((_unquoted(cell).strip(), reason))
+    elif path is not None:
+      files[path] = _unquoted(label)
   if not files:
     raise base.InputError(
       f"{listing} lists no image in {folder}: each row must be path,label with the path"
       f" of a file below the folder"
       + (f"; {skipped[0][0]}: {skipped[0][1]}" if skipped else "")
     )
-  unlisted = (p for p in _walk(root) if p.suffix.lower() in image_files.SUFFIXES)
-  explained = {name for name, _ in skipped}
-  for path in unlisted:
-    if path.resolve() not in seen:
-      inside = path.relative_to(root).as_posix()
-      if inside not in explained:
+  named = {name for name, _ in skipped}
+  for path in _walk(folder):
+    if path.suffix.lower() in image_files.SUFFIXES and path not in files:
+      inside = path.relative_to(folder).as_posix()
+      if inside not in named:
         skipped.append((inside, f"it is not in {listing.name}"))
-  return [folder / f.relative_to(root) for f in files], labels, skipped
+  return list(files), list(files.values()), skipped
 
 
-def _file_within(path: pathlib.Path, root: pathlib.Path) -> pathlib.Path | None:
-  """The resolved path of a file below `root`; the list of paths may be untrusted.
+def _file_within(folder: pathlib.Path, cell: str) -> pathlib.Path | None:
+  """The file below `folder` that a cell of a list names, or None if there is none.
 
-  It is None if there is no such file, or if it is not below `root`.
+  The list may be untrusted, so no path may lead out of the folder. Links inside of the
+  folder belong to the user and may.
   """
-  try:
-    resolved = path.resolve()
-    return resolved if resolved.is_relative_to(root) and resolved.is_file() else None
-  except (OSError, ValueError):  # The path is too long or has a null character.
-    return None
+  unquoted = _unquoted(cell)
+  for name in (unquoted, unquoted.strip()):
+    try:
+      # Lexically, because the target of a link may be outside of the folder.
+      inside = os.path.relpath(os.path.join(os.path.abspath(folder), name), folder)
+      if os.path.isabs(name) and inside.startswith(os.pardir):
+        inside = os.path.relpath(os.path.realpath(name), os.path.realpath(folder))
+      path = folder / inside
+      if os.pardir not in pathlib.PurePath(inside).parts and path.is_file():
+        return path
+    except (OSError, ValueError):  # It is too long or has a null character.
+      continue
+  return None
 
 
 def _decode(
@@ -736,7 +771,7 @@ def _load_archive(path: pathlib.Path) -> dict[str, np.ndarray]:
 def _archive_features(
   path: pathlib.Path, name: str, features: np.ndarray, notes: list[str]
 ) -> np.ndarray:
-  if features.dtype.kind not in "biuf" or features.ndim < 2:
+  if features.dtype.kind not in "biuf" or 0 in features.shape[1:] or features.ndim < 2:
     raise base.InputError(
       f"{name} in {path} must be numbers, with an axis of examples and one or more axes"
       f" of features; it is {features.dtype} of shape {list(features.shape)}"
@@ -897,7 +932,7 @@ def _table_name(
 
 
 def _csv_rows(path: pathlib.Path) -> list[list[str]]:
-  """The nonempty rows of a CSV file with any of the usual delimiters."""
+  """The nonempty rows of a CSV file, whose cells may be escaped (`csv_cell`)."""
   try:
     text = path.read_text(encoding="utf-8-sig")
   except OSError as error:
@@ -906,9 +941,9 @@ def _csv_rows(path: pathlib.Path) -> list[list[str]]:
     raise base.InputError(f"{path} is not encoded as UTF-8; convert it") from error
   try:
     # `csv.Sniffer` is not reliable if cells contain quotes or text.
-    headers = {d: next(_parsed(text, d), []) for d in ",;\t|"}
+    headers = {d: next(filter(None, _parsed(text, d)), []) for d in ",;\t|"}
     delimiter = max(headers, key=lambda d: len(headers[d]))
-    return [[_unquoted(c) for c in row] for row in _parsed(text, delimiter) if row]
+    return [row for row in _parsed(text, delimiter) if row]
   except csv.Error as error:
     raise base.InputError(f"{path} is not a CSV file: {error}") from error
 
@@ -935,6 +970,14 @@ def _table(path: pathlib.Path, label_column: str | None) -> _Raw:
     raise base.InputError(
       f"{path} has no column {label_column!r}; it has {', '.join(names)}"
     )
+  notes = [f"The labels are the column {names[at]!r}."]
+  numbers = [c for c in map(str.strip, header) if _NUMBER.fullmatch(c)]
+  fractions = [c for c in numbers if not c.isdecimal()]
+  if fractions or len(set(numbers)) < len(numbers):
+    notes.append(
+      f"The first row, with {(fractions or numbers)[0]!r}, was read as the names of the"
+      " columns. If it is an example, add a row of names."
+    )
   kept, skipped = [], []
   for number, row in enumerate(rows):
     if len(row) != len(names):
@@ -944,16 +987,35 @@ def _table(path: pathlib.Path, label_column: str | None) -> _Raw:
       skipped.append((f"row {number}", _missing(row[at].strip())))
     else:
       kept.append(number)
-  cells = np.array([[c.strip() for c in rows[n]] for n in kept], object)
+  cells = np.array([[_unquoted(c.strip()) for c in rows[n]] for n in kept], object)
   cells = cells.reshape(len(kept), len(names))
+  columns = {name: cells[:, i] for i, name in enumerate(names) if i != at}
+  counters = tuple(name for name, x in columns.items() if _counts_rows(x, kept))
+  notes += [
+    f"The column {name!r} numbers the rows and was left out." for name in counters
+  ]
   return _Raw(
-    {name: cells[:, i] for i, name in enumerate(names) if i != at},
+    columns,
     cells[:, at],
     np.array([f"row {number}" for number in kept], object),
     np.array(kept, np.int64),
     skipped,
-    [f"The labels are the column {names[at]!r}."],
+    notes,
+    left_out=counters,
   )
+
+
+def _counts_rows(column: np.ndarray, rows: Sequence[int]) -> bool:
+  """Whether a column numbers the rows, such as the index that pandas writes.
+
+  If the rows are sorted by label, a network learns the labels from such a column,
+  whether they are right or wrong.
+  """
+  if len(rows) < _LEAST_ROWS or not all(
+    re.fullmatch(r"\d{1,18}", cell) for cell in column
+  ):
+    return False
+  return len({int(cell) - row for cell, row in zip(column, rows, strict=True)}) == 1
 
 
 def _missing(label: str) -> str:

@@ -1,5 +1,7 @@
 """Users' data: every layout, and everything that can be wrong with it."""
 
+import csv
+import os
 import pathlib
 
 import numpy as np
@@ -195,6 +197,78 @@ def test_a_list_whose_columns_are_not_known(folder):
   path.write_text("".join(f"cat/{i}.png,{'yn'[i % 2]},x\n" for i in range(6)))
   data = own_data.read(f"images:{folder}", labels=path)
   assert data.notes == ("The labels are the column number 2 of list.csv.",)
+
+
+def test_links_out_of_the_folder_may_be_listed(folder, tmp_path):
+  _save(tmp_path / "store" / "a.png", 250)
+  (folder / "cat" / "linked.png").symlink_to(tmp_path / "store" / "a.png")
+  listing = tmp_path / "list.csv"
+  listing.write_text(
+    f"path,label\ncat/linked.png,cat\n{folder}/cat/0.png,cat\n./dog/0.png,dog\n"
+    "dog//1.png,dog\ndog/../cat/linked.png,dog\ncat/../../store/a.png,dog\n"
+    f"{tmp_path}/store/a.png,dog\ncat\0,dog\n{'x' * 5000}.png,dog\n"
+  )
+  data = own_data.read(f"images:{folder}", labels=listing)
+  assert data.names == ("cat/linked.png", "cat/0.png", "dog/0.png", "dog/1.png")
+  assert data.features[0].max() == 250
+  reasons = dict(data.skipped)
+  assert "listed twice" in reasons["dog/../cat/linked.png"]
+  for name in ("cat/../../store/a.png", f"{tmp_path}/store/a.png", "cat\0"):
+    assert "no such file" in reasons[name]
+
+
+def test_linked_folders_are_classes_and_cycles_end(folder):
+  (folder / "cat" / "up").symlink_to(folder)
+  (folder / "pet").symlink_to(folder / "dog")
+  data = own_data.read(f"images:{folder}")
+  assert data.form.class_names == ("cat", "dog", "pet")
+  assert np.bincount(data.labels).tolist() == [10, 10, 10]
+  assert "10 examples are exact duplicates of others, 10 of" in own_data.report(data)[0]
+
+
+def test_an_exported_list_has_the_files_and_classes_of_the_folder(tmp_path):
+  names = [" lead", "trail ", "None", "NA", "-x", "=1", "01", "1", "日本", 'a,"b"']
+  for i, name in enumerate(names):
+    for j in range(2):
+      _save(tmp_path / "set" / name / f"{j} ü.PNG", 20 * i + j)
+  data = own_data.read(f"images:{tmp_path / 'set'}")
+  assert data.form.class_names == tuple(sorted(names))
+  cells = [
+    (own_data.csv_cell(name), own_data.csv_cell(data.form.class_names[label]))
+    for name, label in zip(data.names, data.labels, strict=True)
+  ]
+  with open(tmp_path / "list.csv", "w", newline="", encoding="utf-8-sig") as file:
+    csv.writer(file).writerows([("path", "label"), *cells])
+  again = own_data.read(f"images:{tmp_path / 'set'}", labels=tmp_path / "list.csv")
+  assert again.names == data.names and again.skipped == ()
+  for one, other in zip(data.labels, again.labels, strict=True):
+    assert data.form.class_names[one].strip() == again.form.class_names[other]
+
+
+@pytest.mark.parametrize("parts", [("train", "val"), ("Training", "Testing")])
+def test_parts_are_not_classes(folder, tmp_path, parts):
+  for part in parts:
+    os.makedirs(tmp_path / "all" / part)
+    (tmp_path / "all" / part / "cat").symlink_to(folder / "cat")
+    (tmp_path / "all" / part / "dog").symlink_to(folder / "dog")
+  with pytest.raises(base.InputError, match=rf"folders {', '.join(sorted(parts))}, wh"):
+    own_data.read(f"images:{tmp_path / 'all'}")
+  assert len(own_data.read(f"images:{tmp_path / 'all' / parts[0]}").labels) == 20
+  (folder / "val").symlink_to(folder / "cat")  # One class may have such a name.
+  assert "val" in own_data.read(f"images:{folder}").form.class_names
+
+
+def test_a_folder_that_cannot_be_read(folder, monkeypatch):
+  original = os.scandir
+
+  def scandir(path):
+    if str(path).endswith("dog"):
+      raise PermissionError(13, "Permission denied", str(path))
+    return original(path)
+
+  monkeypatch.setattr(os, "scandir", scandir)
+  with pytest.raises(base.InputError, match="dog cannot be read: Permission denied"):
+    own_data.read(f"images:{folder}")
 
 
 def test_parts_of_a_folder(folder, tmp_path):
@@ -436,7 +510,7 @@ def test_tables(tmp_path):
 def test_whole_numbers_are_the_same_label_with_and_without_a_point(
   tmp_path, labels, names
 ):
-  rows = [f"{i},{labels[i % len(labels)]}" for i in range(20)]
+  rows = [f"{2 * i},{labels[i % len(labels)]}" for i in range(20)]
   data = own_data.read(_table(tmp_path / "t.csv", rows, "a,label"))
   assert data.form.class_names == names
   strings = [labels[i % len(labels)] for i in range(20)]
@@ -449,7 +523,7 @@ def test_whole_numbers_are_the_same_label_with_and_without_a_point(
 )
 def test_labels_without_a_point_fit_those_of_other_data(tmp_path, labels, others):
   def table(name, labels):
-    rows = [f"{i},{labels[i % len(labels)]}" for i in range(20)]
+    rows = [f"{2 * i},{labels[i % len(labels)]}" for i in range(20)]
     return _table(tmp_path / name, rows, "a,label")
 
   train = own_data.read(table("train.csv", labels))
@@ -472,7 +546,7 @@ def test_numbers_with_a_decimal_comma_are_noted(tmp_path):
 
 
 def test_columns_without_information_are_noted(tmp_path):
-  rows = [f"{i},,7,text {i},{'x' if i else '?!'},{i % 2}" for i in range(70)]
+  rows = [f"{2 * i},,7,text {i},{'x' if i else '?!'},{i % 2}" for i in range(70)]
   name = _table(tmp_path / "t.csv", rows, "n,empty,same,text,x,y")
   data = own_data.read(name)
   # The column x is 'x' in all rows but one.
@@ -482,6 +556,36 @@ def test_columns_without_information_are_noted(tmp_path):
   data = own_data.read(_table(tmp_path / "s.csv", stray, "n,y"))
   assert "1 values of the column 'n', such as 'n/k'" in data.notes[1]
   assert data.features.shape == (40, 2)
+
+
+def test_a_column_that_numbers_the_rows_is_left_out(tmp_path):
+  rows = [f"{i + 1},{i * i % 7},{i // 10}" for i in range(30)]
+  rows[4] = "5,2,"
+  name = _table(tmp_path / "t.csv", rows, ",a,label")
+  data, train = own_data.read(name), own_data.read(name, "train")
+  for part in (data, train):
+    assert part.features.shape[1] == 1
+    assert "The column 'column 0' numbers the rows and was left out." in part.notes
+  assert data.columns["column 0"][:5] == ["1", "2", "3", "4", "6"]
+  name = _table(tmp_path / "t.csv", [*rows, "30,1,2"], "n,a,label")
+  assert own_data.read(name).features.shape == (30, 2)  # One number occurs twice.
+
+
+@pytest.mark.parametrize(
+  ("header", "note"),
+  [("5.1,3.5,setosa", "with '5.1'"), ("0,0,5", "with '0'"), ("0,1,label", None)],
+)
+def test_a_missing_header_is_noted(tmp_path, header, note):
+  rows = [f"{i * i},{i % 3},{i % 2}" for i in range(12)]
+  data = own_data.read(_table(tmp_path / "t.csv", rows, header))
+  assert len(data.labels) == 12 and len(data.notes) == (1 if note is None else 2)
+  if note is not None:
+    assert f"The first row, {note}, was read as the names of" in data.notes[1]
+
+
+def test_a_blank_first_line_does_not_hide_the_delimiter(tmp_path):
+  rows = [f"{i * i};{i % 2}" for i in range(12)]
+  assert own_data.read(_table(tmp_path / "t.csv", rows, "\na;label")).rows[-1] == 11
 
 
 def test_the_column_of_labels(tmp_path):
@@ -494,8 +598,9 @@ def test_the_column_of_labels(tmp_path):
   np.testing.assert_array_equal(again.labels, named.labels)
   with pytest.raises(base.InputError, match="no column 'none'; it has n, class, kind"):
     own_data.read(name, label_column="none")
-  with pytest.raises(base.InputError, match="has 12 different labels in 12 examples"):
+  with pytest.raises(base.InputError, match="has 12 different labels in 12") as caught:
     own_data.read(name, label_column="n")
+  assert str(caught.value).endswith(". The labels are the column 'n'")
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
@@ -539,9 +644,9 @@ def test_data_of_another_kind_are_refused(tmp_path):
 
 
 def test_cells_that_would_be_formulas_come_back(tmp_path):
-  for text in ("=1+1", "+x", "-x", "@x", "\tx", "'=1", "''-x"):
+  for text in ("=1+1", "+x", "-x", "@x", "\tx", "'=1", "''-x", "None", "'na", "?"):
     assert own_data.csv_cell(text) == f"'{text}"
-  for text in ("", "x=1", "-1", "+2.5e3", "'x", "'-1", "'"):
+  for text in ("", "x=1", "-1", "+2.5e3", "'x", "'-1", "'", "nana"):
     assert own_data.csv_cell(text) == text
   for text in ("=b", "'=b", "''-b"):
     rows = [f"{i},{own_data.csv_cell(text)},'{i % 2}" for i in range(4)]
@@ -561,6 +666,7 @@ def _mistakes(folder):
   np.savez(folder / "lengths.npz", X=np.ones((4, 2)), y=np.ones(3))
   np.savez(folder / "values.npz", X=np.ones((4, 2)), y=np.array([0.5, 1, 2, 3]))
   np.savez(folder / "texts.npz", X=np.array([["a"]] * 4), y=np.ones(4))
+  np.savez(folder / "no_pixels.npz", X=np.ones((4, 0, 5)), y=np.ones(4))
   (folder / "bad.npz").write_bytes(b"PK\x03\x04garbage")
   (folder / "latin.csv").write_bytes(b"a,label\n\xff,1\n")
   (folder / "one.csv").write_text("a\n1\n")
@@ -584,6 +690,7 @@ def _mistakes(folder):
     "npz:lengths.npz": "has 4 examples in X but 3 labels in y",
     "npz:values.npz": "has the value 0.5; labels must be classes",
     "npz:texts.npz": "X in .*texts.npz must be numbers",
+    "npz:no_pixels.npz": r"one or more axes of features; it is float64 of shape \[4, 0",
     "csv:none": "cannot be read: No such file",
     "csv:latin.csv": "is not encoded as UTF-8",
     "csv:one.csv": "must have a header and two or more columns",
