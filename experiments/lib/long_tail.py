@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments.lib import figures
 from experiments.lib import optimizers
+from experiments.lib import own_data as own_data_lib
 from experiments.lib import registries
 from experiments.lib import runner
 from experiments.lib import settings as settings_lib
@@ -20,6 +21,7 @@ from experiments.tables import table
 from l2rw_jax import base
 from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import long_tail
+from l2rw_jax.data import own_data
 from l2rw_jax.data import sources
 from l2rw_jax.models import classifier
 from l2rw_jax.training import evaluation
@@ -384,10 +386,25 @@ def _draw_method(ax: Any, place: int, rows: runner.Rows) -> None:
   ax.set_axisbelow(True)
 
 
+def note_on_sizes(train: sources.Source) -> str | None:
+  """A note on a user's data whose classes differ in size, or None for other data."""
+  counts = np.bincount(train.labels, minlength=train.num_classes)
+  if not own_data.is_own(train.name) or counts.max() < 2 * counts.min():
+    return None
+  return (
+    f"The classes of {train.name} have {counts.min()} to {counts.max()} training"
+    " images. The tail is cut from them, and its largest class is not larger than their"
+    " smallest one. To train on the classes as they are, use the library"
+    " (docs/your_own_data.md)."
+  )
+
+
 def run(
   settings: Settings, experiment: Experiment, workdir: runner.Folder
 ) -> runner.Rows:
   """Trains the runs that are missing, and prints and writes the comparison."""
+  if note := note_on_sizes(experiment.train):
+    print(own_data_lib.printable(note))
   methods = experiment.methods if settings.methods is None else settings.methods
   names = settings.choose_methods(methods, METHODS)
   experiment = with_flags(settings, experiment)

@@ -451,8 +451,10 @@ class DataFlags(Flags):
   def read_own(self, name: str, part: str) -> own_data.OwnData:
     """A part of a user's data, such as images:DIR, which is read only once."""
     if (name, part) not in self._own:
+      # The part train is not read again for its format.
+      like = self.read_own(name, "train").form if part == "test" else None
       in_memory = self._in_memory()
-      self._own[name, part] = own_data_lib.read(name, part, in_memory)
+      self._own[name, part] = own_data_lib.read(name, part, in_memory, like)
     return self._own[name, part]
 
   @functools.cached_property

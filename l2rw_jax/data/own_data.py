@@ -1048,15 +1048,13 @@ def _without_zeros(label: str) -> str:
 def _unique(names: Sequence[str]) -> list[str]:
   """Makes column names unique and nonempty."""
   unique: dict[str, None] = {}
-  numbers: dict[str, int] = {}  # The last number that was tried for each name.
+  numbers: dict[str, int] = {}
   for i, name in enumerate(names):
     name = name or f"column {i}"
-    number = numbers.get(name, 1)
-    candidate = name if number == 1 else f"{name}.{number}"
+    candidate = name
     while candidate in unique:
-      number += 1
-      candidate = f"{name}.{number}"
-    numbers[name] = number
+      numbers[name] = numbers.get(name, 1) + 1
+      candidate = f"{name}.{numbers[name]}"
     unique[candidate] = None
   return list(unique)
 

@@ -32,6 +32,18 @@ def run(tmp_path_factory):
   return cwd / "runs" / _NAME, done.stdout
 
 
+@pytest.mark.parametrize(("name", "sizes"), [("npz:a", (9, 3)), ("digits", (9, 3))])
+def test_unequal_classes_of_a_user_are_noted(name, sizes):
+  labels = np.repeat([0, 1], sizes).astype(np.int32)
+  train = sources.Source(name, "own", "train", np.zeros((12, 2)), labels, 2, {})
+  note = long_tail.note_on_sizes(train)
+  if name == "digits":
+    assert note is None
+  else:
+    assert "npz:a have 3 to 9 training images" in note
+    assert long_tail.note_on_sizes(train._replace(labels=np.sort(labels)[4:])) is None
+
+
 def test_run_writes_rows_and_figures(run):
   folder, printed = run
   header, *lines = scripts.table(printed)

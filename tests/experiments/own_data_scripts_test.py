@@ -15,6 +15,7 @@ from experiments import mnist_noise
 from l2rw_jax import base
 from l2rw_jax.data import examples
 from l2rw_jax.data import long_tail
+from l2rw_jax.data import own_data
 from l2rw_jax.data import row_sources
 from l2rw_jax.data import sources
 
@@ -155,10 +156,16 @@ def test_streamed_images_have_the_results_of_those_in_memory(tmp_path, monkeypat
   assert isinstance(data_sets[1], row_sources.ImageFiles)
 
 
-def test_own_data_are_read_once_by_settings_and_again_by_others(tmp_path, capsys):
+def test_own_data_are_read_once_by_settings_and_again_by_others(
+  tmp_path, capsys, monkeypatch
+):
   name = _save_table(tmp_path / "points.csv", 50)
-  settings = digits_noise.Settings(dataset=name)
+  settings, parts, read = digits_noise.Settings(dataset=name), [], own_data.read
+  monkeypatch.setattr(
+    own_data, "read", lambda *a, **k: parts.append(a) or read(*a, **k)
+  )
   train, test = settings.load("train"), settings.load("test")
+  assert parts == [(name, "train"), (name, "test")]
   assert len(train.labels) + len(test.labels) == 50
   _save_table(tmp_path / "points.csv", 80)
   assert settings.load("train").images is train.images
