@@ -272,7 +272,7 @@ def test_your_own_data(tmp_path, monkeypatch):
   names = {}
   for suffix, wrong, size in (("", 15, 150), ("_trusted", 0, 9), ("_test", 0, 60)):
     names["x" + suffix], names["y" + suffix] = points(size, wrong)
-  training, page, rows, loading = code_blocks(DOCS / "your_own_data.md")
+  training, page, corrected, rows, loading = code_blocks(DOCS / "your_own_data.md")
   lines = training.split("\n\n")[1].strip().splitlines()
   assert len(lines) < 10  # The page promises a few lines for arrays.
   exec(training, names)
@@ -281,6 +281,10 @@ def test_your_own_data(tmp_path, monkeypatch):
   assert len(set(issues.index[:15]) & set(range(15))) >= 13
   exec(page, names)
   assert "Label issues" in (tmp_path / "issues.html").read_text()
+  (tmp_path / "corrected_labels.csv").write_text("index,label\n0,b\n7,c\n")
+  exec(corrected, names)
+  np.testing.assert_array_equal(names["x_corrected"], names["x"][[0, 7]])
+  assert names["y_corrected"].tolist() == [1, 2]
   exec(rows, names)
   train, streamed = names["data"].train, names["streamed"].train
   assert not isinstance(streamed.image, np.ndarray)

@@ -446,6 +446,44 @@ def _unquoted(text: str) -> str:
   return text[1:] if text[:1] == "'" and csv_cell(text[1:]) == text else text
 
 
+def corrected_labels(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
+  """Reads the file that the page of label issues exports for tables and arrays.
+
+  For images, pass the file to `read` as `labels`.
+
+  Args:
+    path: a CSV file with the columns index and label.
+
+  Returns:
+    The rows of the examples that were not removed, ascending int64 [n], and the names
+    of their classes, n strings.
+
+  Raises:
+    InputError: the file cannot be read, lacks a column, or has a row that is not a
+      number, has no label, or occurs twice.
+  """
+  path = pathlib.Path(path).expanduser()
+  header, *lines = _csv_rows(path) or [[]]
+  names = [cell.strip() for cell in header]
+  if not {"index", "label"} <= set(names):
+    raise base.InputError(
+      f"{path} has the columns {', '.join(names)}; it must have index and label, as the"
+      " page exports them for tables and arrays"
+    )
+  labels: dict[int, str] = {}
+  for line in lines:
+    cells = dict(zip(names, map(str.strip, line), strict=False))
+    row, label = cells.get("index", ""), cells.get("label", "")
+    if not re.fullmatch(r"[0-9]{1,18}", row) or int(row) in labels or not label:
+      raise base.InputError(
+        f"{path} has the line {','.join(line)[:100]!r}; each line must have a different"
+        " row number and a label"
+      )
+    labels[int(row)] = _unquoted(label)
+  rows = sorted(labels)
+  return np.array(rows, np.int64), np.array([labels[row] for row in rows], object)
+
+
 # -- folders of images -------------------------------------------------------
 
 

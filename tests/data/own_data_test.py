@@ -665,6 +665,26 @@ def test_cells_that_would_be_formulas_come_back(tmp_path):
     assert data.columns["b"] == [text] * 4
 
 
+def test_corrected_labels(tmp_path):
+  path = tmp_path / "corrected.csv"
+  lines = ["index;label;given;decision", "7;'=b;a;relabel", "2;'None;None;", "10;01;1;"]
+  path.write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
+  rows, labels = own_data.corrected_labels(path)
+  assert rows.tolist() == [2, 7, 10] and rows.dtype == np.int64
+  assert labels.tolist() == ["None", "=b", "01"]
+  for text, message in (
+    ("path,label\na,b\n", "has the columns path, label; it must have index and label"),
+    ("index,label\n1,a\n1,b\n", "has the line '1,b'; each line must have a different"),
+    ("index,label\n1.5,a\n", "has the line '1.5,a'"),
+    ("index,label\n1,\n", "has the line '1,'"),
+    ("index,label\n1\n", "has the line '1'"),
+    ("", "it must have index and label"),
+  ):
+    path.write_text(text)
+    with pytest.raises(base.InputError, match=message):
+      own_data.corrected_labels(path)
+
+
 # -- mistakes ----------------------------------------------------------------
 
 
