@@ -103,13 +103,21 @@ def to_8_bits(image: Any) -> Any:
 
   Args:
     image: an image of Pillow.
+
+  Raises:
+    ValueError: a pixel with 32 bits is not between 0 and 65535.
   """
   from PIL import Image
 
   if image.mode.partition(";")[0] != "I":
     return image
-  pixels = np.asarray(image).astype(np.float64) / 257  # 65535 / 255
-  return Image.fromarray(np.round(np.clip(pixels, 0, 255)).astype(np.uint8))
+  pixels = np.asarray(image).astype(np.float64)
+  if pixels.min() < 0 or pixels.max() > 65535:
+    raise ValueError(
+      f"its pixels lie between {pixels.min():.0f} and {pixels.max():.0f}: convert it to"
+      " 8 or 16 bits"
+    )
+  return Image.fromarray(np.round(pixels / 257).astype(np.uint8))  # 65535 / 255
 
 
 def _opaque(image: Any) -> Any:

@@ -56,6 +56,7 @@ def test_what_cannot_be_read_is_listed_and_skipped(folder):
   (folder / ".hidden.png").write_text("x")
   _save(folder / "outside.png", 3)
   _save(folder / "dog" / "float.tif", 0.5, mode="F")
+  _save(folder / "dog" / "int.tif", 65_536, mode="I")
   data = own_data.read(f"images:{folder}")
   reasons = dict(data.skipped)
   assert len(data.labels) == 20
@@ -63,9 +64,10 @@ def test_what_cannot_be_read_is_listed_and_skipped(folder):
   assert reasons.pop("dog/notes.txt") == ".txt is not an image format"
   assert reasons.pop("dog/text.jpg") == reasons.pop("dog/empty.png")
   assert "8 bits" in reasons.pop("dog/float.tif")
+  assert reasons.pop("dog/int.tif").startswith("its pixels lie between 65536 and 65536")
   assert set(reasons) == {"dog/cut.png"}
   (line,) = own_data.report(data)
-  assert line.startswith("6 skipped (") and line.endswith("; ...).")
+  assert line.startswith("7 skipped (") and line.endswith("; ...).")
 
 
 def test_sizes_and_modes_are_made_alike_and_said_once(folder):
