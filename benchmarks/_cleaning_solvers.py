@@ -421,14 +421,14 @@ class Memory(NamedTuple):
   Attributes:
     last: the values, [number of batches, ...].
     mean: mean of the values over examples.
-    before: the last value of the batch that comes next. It is read right after the last
-      write, because XLA:CPU copies an array in every step of a loop that reads it
-      before writing it.
+    of_next: the entry of `last` for the batch of the next step. It is read right after
+      `last` is written, because XLA:CPU copies an array in every step of a loop that
+      reads it before writing it.
   """
 
   last: base.Array
   mean: base.Array
-  before: base.Array
+  of_next: base.Array
 
 
 def _memory(num_batches: int, shape: tuple[int, ...]) -> Memory:
@@ -438,8 +438,11 @@ def _memory(num_batches: int, shape: tuple[int, ...]) -> Memory:
 def _reduced(
   memory: Memory, value: base.Array, batch: Batch, share: float
 ) -> tuple[base.Array, Memory]:
-  """SAGA's estimate from the new value of a batch, and the memory after it."""
-  change = value - memory.before
+  """SAGA's estimate from the new value of a batch, and the new memory.
+
+  `share` is the number of examples of the batch divided by that of all examples.
+  """
+  change = value - memory.of_next
   last = jax.lax.dynamic_update_index_in_dim(memory.last, value, batch.number, 0)
-  before = jax.lax.dynamic_index_in_dim(last, batch.following, keepdims=False)
-  return memory.mean + change, Memory(last, memory.mean + share * change, before)
+  of_next = jax.lax.dynamic_index_in_dim(last, batch.following, keepdims=False)
+  return memory.mean + change, Memory(last, memory.mean + share * change, of_next)

@@ -11,8 +11,8 @@ the same seed, every method starts from the same parameters and uses the same ba
 Nothing was chosen on the test set. Columns:
 
   spearman_median, _10th, _least  Spearman's correlation of the scores of a batch with
-                                  the exact scores at the same parameters, over every
-                                  seventh step of the run
+                                  the exact scores at the same parameters: median, 10th
+                                  percentile and minimum over every seventh step
   accuracy_percent                accuracy on the test images, or on the bytes of the
                                   test documents
   difference                      accuracy minus that of exact weights with the same
@@ -145,8 +145,8 @@ def make_trainer(
 ) -> Callable[..., Any]:
   """Returns `(params, model_state, train, meta, rows [S, B]) -> (params, scores)`.
 
-  `scores` is the pair of the method's and the exact scores, [S, B] each. The exact
-  scores are 0 except at every seventh step.
+  S is the number of steps, and `scores` is the pair of the method's and the exact
+  scores, [S, B] each. The exact scores are 0 except at every seventh step.
   """
 
   def train_fn(params, model_state, train, meta, rows):

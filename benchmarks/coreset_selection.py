@@ -278,8 +278,8 @@ def load(settings: Settings) -> examples_lib.Splits:
     if size < len(classes):
       raise base.InputError(
         f"--fraction={settings.fraction:g} with --part={settings.part} selects {size}"
-        f" of {len(labels)} examples in {len(classes)} classes; give a larger fraction"
-        " or a smaller part, so that there is one for each class."
+        f" of {len(labels)} examples in {len(classes)} classes; raise --fraction or"
+        " lower --part, so that there is one for each class."
       )
   return split
 

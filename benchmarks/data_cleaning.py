@@ -229,12 +229,12 @@ def _steps(solver, sizes, state, first, arrays, numbers, meta_numbers):
   step that follows them.
   """
 
-  def batch(of, number, following, num_examples):
+  def batch(examples, number, following, num_examples):
     start = sizes.start(number, num_examples)
     take = functools.partial(
       jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=sizes.batch_size
     )
-    x, y, is_clean = map(take, of)
+    x, y, is_clean = map(take, examples)
     return solvers_lib.Batch(x, y, start, number, following, is_clean)
 
   def step(state, inputs):

@@ -305,10 +305,10 @@ def make_rows(settings: Settings, cell: runner.Cell, result: Any) -> runner.Rows
     return [row]
   num_classes, rows = settings.load("train", row["dataset"]).num_classes, []
   for count in dict.fromkeys(settings.num_clean):
-    last = early_stopping.kept(result.metrics, count * num_classes)
+    last = early_stopping.at_lowest_loss(result.metrics, count * num_classes)
     accuracy = {"accuracy_percent": 100 * last["accuracy"]}
-    kept = {"num_clean": count, "kept_step": last["kept_step"]}
-    rows.append({**row, **kept, **accuracy})
+    chosen = {"num_clean": count, "kept_step": last["kept_step"]}
+    rows.append({**row, **chosen, **accuracy})
   return rows
 
 

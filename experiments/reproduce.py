@@ -97,8 +97,9 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
   list: bool = flag(False, "Print the catalog and run nothing.", group="output")
   rehearse: bool = flag(
     False,
-    "Run a few steps of every cell, with one seed and a small network, in"
-    " WORKDIR/rehearsal; the full networks are built and checked, but not trained.",
+    "Run a few steps of every cell (an epoch for mnist_noise) with one seed, and with a"
+    " small network on CIFAR-10, in WORKDIR/rehearsal; the full networks are built, but"
+    " not trained.",
   )
   only: tuple[str, ...] = flag(
     (),

@@ -19,7 +19,7 @@ from l2rw_jax.training import results as results_lib
 def probe(
   evaluators: Sequence[evaluation.Evaluator], sizes: Sequence[int] = ()
 ) -> evaluation.Probe:
-  """The probe that records what `kept` needs.
+  """The probe that records what `at_lowest_loss` needs.
 
   Args:
     evaluators: evaluators of the test set.
@@ -40,7 +40,7 @@ def probe(
   return measure
 
 
-def kept(metrics: dict[str, Any], size: int) -> dict[str, Any]:
+def at_lowest_loss(metrics: dict[str, Any], size: int) -> dict[str, Any]:
   """The test metrics at the step with the lowest loss on the meta set.
 
   Args:
@@ -62,8 +62,10 @@ def kept(metrics: dict[str, Any], size: int) -> dict[str, Any]:
   return {**at_best, "kept_step": values["step"][best]}
 
 
-def with_kept(result: results_lib.Result, size: int) -> results_lib.Result:
-  """Replaces the last metrics of a run with those of the step that `kept` selects.
+def with_metrics_at_lowest_loss(
+  result: results_lib.Result, size: int
+) -> results_lib.Result:
+  """Replaces the last metrics of a run with the result of `at_lowest_loss`.
 
   The parameters and their checksum are still those after the last step.
 
@@ -71,5 +73,5 @@ def with_kept(result: results_lib.Result, size: int) -> results_lib.Result:
     result: result of a run with `probe`.
     size: number of examples of the meta set whose loss is used.
   """
-  last = kept(result.metrics, size)
+  last = at_lowest_loss(result.metrics, size)
   return result._replace(metrics={**result.metrics, "last": last})

@@ -16,6 +16,7 @@ from l2rw_jax.data import own_data
 from l2rw_jax.data import sources
 from l2rw_jax.io import workdir as workdir_lib
 
+# Largest height and width of a picture in issues.html, in pixels.
 _THUMBNAIL = 112
 
 

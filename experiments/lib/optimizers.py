@@ -50,7 +50,7 @@ class Settings(settings_lib.Settings):
     return entries
 
   def scheduled(self, optimizer: "OptimizerConfig") -> "OptimizerConfig":
-    """`optimizer` with the schedule of --schedule, but with its own warm-up."""
+    """`optimizer` with the schedule of --schedule; the warm-up stays the same."""
     if self.schedule is None:
       return optimizer
     return dataclasses.replace(
@@ -67,7 +67,7 @@ class OptimizerConfig:
     learning_rate: the highest learning rate.
     momentum: momentum of SGD.
     nesterov: whether the momentum is Nesterov's.
-    weight_decay: factor of the L2 penalty, which is added to the gradient before
+    weight_decay: multiple of the parameters that is added to the gradient before
       momentum.
     drops: pairs of a share of the run and a factor by which the learning rate is then
       multiplied.

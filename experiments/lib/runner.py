@@ -58,7 +58,7 @@ class Cell:
     model: the network and its loss.
     method: the method.
     optimizer: optimizer of the classifier.
-    splits: `seeds -> splits` of each seed.
+    splits: `seeds -> splits`, a function that makes the splits of each seed.
     folder: folder of its runs, inside the experiment's folder. {first} and {last} are
       replaced by the first and the last of the seeds that are trained side by side.
     side_by_side: number of seeds that are trained side by side; None for all.
@@ -196,9 +196,9 @@ def open_folder(
     },
   )
   ignored = {flags[name].key or name for name in settings.EXTENDABLE}
-  kept = {k: v for k, v in settings.record().items() if k not in ignored}
-  kept = {**kept, **facts, "experiment": name}
-  return workdir_lib.prepare(workdir, kept, settings.input_files())
+  compared = {k: v for k, v in settings.record().items() if k not in ignored}
+  compared = {**compared, **facts, "experiment": name}
+  return workdir_lib.prepare(workdir, compared, settings.input_files())
 
 
 def train(settings: Any, cell: Cell, folder: pathlib.Path) -> list[results_lib.Result]:
@@ -272,7 +272,7 @@ def _train_group(
     loss_dump.write_dump(folder / f"losses-seed-{seed}.npz", dump)
   if stops_early:
     sizes = [len(split.meta.label) for split in splits]
-    results = list(map(early_stopping.with_kept, results, sizes))
+    results = list(map(early_stopping.with_metrics_at_lowest_loss, results, sizes))
   return results
 
 

@@ -214,7 +214,7 @@ def markdown(tables: Sequence[table_lib.Table]) -> str:
   parts = [
     "# Every committed result next to its published value",
     f"Mean ± 95% Student-t interval over the runs of a line, at the last step unless"
-    f" its column says otherwise. {_MADE}",
+    f" its column says otherwise. {_WRITTEN_BY}",
   ]
   for table in tables:
     parts += [f"## {_title(table)}", formats.summary(table)]
@@ -225,14 +225,14 @@ def compact(tables: Sequence[table_lib.Table]) -> str:
   """The short form of the tables, for `results/README.md`."""
   parts = [
     f"Mean ± 95% Student-t interval over runs, at the last step; the published value is"
-    f" in parentheses. {_MADE}"
+    f" in parentheses. {_WRITTEN_BY}"
   ]
   for table in tables:
     parts += [f"### {_title(table)}", formats.compact(table)]
   return "\n\n".join(parts) + "\n"
 
 
-_MADE = (
+_WRITTEN_BY = (
   "Written by `python -m experiments.tables --out=results --readme=results/README.md`."
 )
 

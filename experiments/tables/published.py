@@ -1,10 +1,10 @@
 """Published numbers, which the tables show next to the results of this library."""
 
-# Maps a method and the share of the majority class to the test error in % and its "±".
 MNIST_IMBALANCE_SOURCE = (
   "Published: Ren et al. (2018), figure 3, read from the coordinates of the figure;"
   " their ± is the drawn error bar, whose type is not stated."
 )
+# Maps a method and the share of the majority class to the test error in % and its "±".
 MNIST_IMBALANCE = {
   "uniform": {
     0.9: (1.62, 0.21),
@@ -50,13 +50,13 @@ MNIST_IMBALANCE = {
   },
 }
 
-# Maps a builder and noise rate, and a method, to the test accuracy in % after the last
-# epoch and its "±".
 MNIST_NOISE_SOURCE = (
   "Published: Patel and Sastry (2023, BARE), MNIST table, read from a secondary source;"
   " their ± is a standard deviation. Shown only for their 200 epochs (preset bare), and"
   " the raw pixels of the released code, which has PyTorch's initial parameters."
 )
+# Maps a builder and noise rate, and a method, to the test accuracy in % after the last
+# epoch and its "±".
 MNIST_NOISE = {
   ("bare_symmetric", 0.5): {
     "uniform": (74.30, 0.55),

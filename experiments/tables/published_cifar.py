@@ -7,8 +7,8 @@ SOURCE = (
   " et al. 2018). The ± of L2RW is a 95% interval over 5 splits; the meaning of that of"
   " Meta-Weight-Net could not be verified; MentorNet reports none."
 )
-# The test accuracy in %, and its "±" or None.
-Number = tuple[float, float | None]
+# Numbers in the tables of wrong labels are pairs of a test accuracy in % and its "±",
+# which is None if it is not published.
 # Methods are called by their names in this library: bootstrapping_hard and _soft are
 # Reed-Hard and Reed-Soft, and s_model_conf is S-Model+Conf. "Focal" is the focal loss
 # in the tables of Meta-Weight-Net and LDAM, but a curriculum (focal_weight) in the

@@ -173,5 +173,5 @@ def test_early_stopping_keeps_the_lowest_finite_loss(losses, step):
     "clean_loss_5": list(losses),
     "test/accuracy": [0.1, 0.2, 0.3],
   }
-  kept = early_stopping.kept({"probes": probes}, 5)
+  kept = early_stopping.at_lowest_loss({"probes": probes}, 5)
   assert kept == {"accuracy": step / 100, "kept_step": step}
