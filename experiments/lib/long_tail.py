@@ -389,10 +389,11 @@ def _draw_method(ax: Any, place: int, rows: runner.Rows) -> None:
 def note_on_sizes(train: sources.Source) -> str | None:
   """A note on a user's data whose classes differ in size, or None for other data."""
   counts = np.bincount(train.labels, minlength=train.num_classes)
-  if not own_data.is_own(train.name) or counts.max() < 2 * counts.min():
+  smallest, largest = np.min(counts), np.max(counts)
+  if not own_data.is_own(train.name) or largest < 2 * smallest:
     return None
   return (
-    f"The classes of {train.name} have {counts.min()} to {counts.max()} training"
+    f"The classes of {train.name} have {smallest} to {largest} training"
     " images. The tail is cut from them, and its largest class is not larger than their"
     " smallest one. To train on the classes as they are, use the library"
     " (docs/your_own_data.md)."

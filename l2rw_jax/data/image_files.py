@@ -112,10 +112,10 @@ def to_8_bits(image: Any) -> Any:
   if image.mode.partition(";")[0] != "I":
     return image
   pixels = np.asarray(image).astype(np.float64)
-  if pixels.min() < 0 or pixels.max() > 65535:
+  least, most = np.min(pixels), np.max(pixels)
+  if least < 0 or most > 65535:
     raise ValueError(
-      f"its pixels lie between {pixels.min():.0f} and {pixels.max():.0f}: convert it to"
-      " 8 or 16 bits"
+      f"its pixels lie between {least:.0f} and {most:.0f}: convert it to 8 or 16 bits"
     )
   return Image.fromarray(np.round(pixels / 257).astype(np.uint8))  # 65535 / 255
 

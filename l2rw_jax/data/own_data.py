@@ -354,7 +354,7 @@ def _convert(
       " with two or more examples on average"
       # The first note of a table says which column has the labels.
       + (f". {raw.notes[0].rstrip('.')}" if isinstance(raw.values, dict) else "")
-      + _first(raw)
+      + _skipped(raw)
     )
   is_array = isinstance(features, np.ndarray)
   if is_array:
