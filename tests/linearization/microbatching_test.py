@@ -204,8 +204,8 @@ def test_objectives_other_than_the_mean():
 
   run = jax.jit(direction, static_argnums=1)
   actual, expected = (run(_params(), size) for size in (2, None))
-  # With microbatches, fewer activations are kept at a time.
-  assert actual.pop("kept") != expected.pop("kept")
+  # With microbatches, fewer activations are stored at a time.
+  assert actual.pop("activation_ratio") != expected.pop("activation_ratio")
   _close(actual, expected)
 
 
