@@ -246,15 +246,15 @@ def _draw_predefined(axis, mentor, epoch):
   axis.plot([], [], "k--", linewidth=1, label="the curriculum itself")
 
 
-def _draw_recorded(axis, mentor, rows, epoch, shown_percentile):
+def _draw_recorded(axis, mentor, rows, epoch, percentile):
   """Draws the learned curve, and the share of correct labels by loss."""
   at = rows.epochs == epoch
-  percentile = float(np.median(rows.losses - rows.differences))
+  loss_at_percentile = float(np.median(rows.losses - rows.differences))
   top = float(np.quantile(rows.losses, 0.995))
   losses = np.linspace(0, top, 201, dtype=np.float32)
   for label in range(min(mentor.num_classes or 1, 3)):
     labels = np.full(len(losses), label, np.int32)
-    weights = mentor(losses, losses - percentile, labels, epoch)
+    weights = mentor(losses, losses - loss_at_percentile, labels, epoch)
     name = "learned" + (f", label {label}" if mentor.num_classes else "")
     axis.plot(losses, weights, color=f"C{label}", label=name)
   edges = np.linspace(0, top, 21)
@@ -264,8 +264,8 @@ def _draw_recorded(axis, mentor, rows, epoch, shown_percentile):
   centers = (edges[:-1] + edges[1:]) / 2
   name = "share of correct labels"
   axis.plot(centers[present], right[present] / count[present], "k.", label=name)
-  name = f"percentile {shown_percentile:g}"
-  axis.axvline(percentile, color="0.7", linewidth=1, label=name)
+  name = f"percentile {percentile:g}"
+  axis.axvline(loss_at_percentile, color="0.7", linewidth=1, label=name)
 
 
 def run(settings: Settings, workdir: runner.Folder) -> runner.Rows:
