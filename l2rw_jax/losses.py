@@ -357,12 +357,15 @@ def forward_corrected(
   )
   transition = jnp.asarray(transition, log_p.dtype)
   tiny = jnp.finfo(log_p.dtype).tiny
-  is_impossible = jnp.all(transition == 0, axis=0, keepdims=True)
-  transition = jnp.where(is_impossible, tiny, transition)
-  log_t = jnp.where(
-    transition == 0, -jnp.inf, jnp.log(jnp.where(transition == 0, 1, transition))
+  # Only the columns of the labels, [B, C], are needed: all C^2 logarithms would take
+  # longer than the step of a small network.
+  column = base.take(transition.T, jnp.argmax(is_label, axis=1))
+  is_impossible = jnp.all(column == 0, axis=1, keepdims=True)
+  column = jnp.where(is_impossible, tiny, column)
+  log_column = jnp.where(
+    column == 0, -jnp.inf, jnp.log(jnp.where(column == 0, 1, column))
   )
-  loss = transition_loss(log_p, is_label, log_t)
+  loss = _transition_loss(log_p, log_column)
   return (loss * scale).astype(logits.dtype)
 
 
@@ -458,8 +461,12 @@ def transition_loss(
     Losses [B]. If the sum is 0, the loss is infinite and has no gradient.
   """
   log_p, is_label, log_t = jnp.asarray(log_p), jnp.asarray(is_label), jnp.asarray(log_t)
-  labels = jnp.argmax(is_label, axis=1)
-  joint = log_p + base.take(log_t.T, labels)
+  return _transition_loss(log_p, base.take(log_t.T, jnp.argmax(is_label, axis=1)))
+
+
+def _transition_loss(log_p, log_column):
+  """`transition_loss` with the column of log T of each label, [B, C]."""
+  joint = log_p + log_column
   is_possible = ~jnp.all(jnp.isneginf(joint), axis=1)
   safe = jnp.where(is_possible[:, None], joint, 0)
   return jnp.where(is_possible, -jax.nn.logsumexp(safe, axis=1), jnp.inf)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from l2rw_jax import base
 from l2rw_jax import losses
@@ -519,3 +520,18 @@ def test_balanced_softmax_adjusts_balanced_logits_to_the_training_posterior():
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     target = np.eye(_CLASSES)[labels]
     np.testing.assert_allclose(gradient, posterior - target, rtol=1e-4, atol=1e-6)
+
+
+def test_forward_correction_uses_only_the_columns_of_the_labels():
+  num_classes, batch = 500, 4
+  logits = jnp.asarray(np.random.default_rng(0).normal(size=(batch, num_classes)))
+  labels = jnp.array([0, 7, 499, 7])
+  transition = np.random.default_rng(1).dirichlet(np.ones(num_classes), num_classes)
+  grad = jax.jit(jax.grad(lambda z, t: losses.forward_corrected(z, labels, t).sum()))
+  cost = grad.lower(logits, transition).compile().cost_analysis()
+  # There are C^2 = 250,000 logarithms of the whole matrix.
+  assert cost["transcendentals"] < 20 * batch * num_classes
+  p = scipy.special.softmax(np.asarray(logits, np.float64), axis=1)
+  expected = -np.log(np.einsum("bj,jb->b", p, transition[:, np.asarray(labels)]))
+  found = losses.forward_corrected(logits, labels, transition)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -272,6 +272,8 @@ def _clusters(classes, num_classes, num_clusters, seed):
       f"num_clusters={num_clusters} must lie between 1 and {len(classes)}, the number"
       " of tasks."
     )
+  if num_clusters == 1:  # Descriptors of many tasks and classes can be large.
+    return np.zeros(len(classes), np.int32)
   descriptors = np.zeros((len(classes), num_classes), np.float32)
   np.put_along_axis(descriptors, classes, 1, axis=1)
   from sklearn import cluster

@@ -232,3 +232,9 @@ def test_class_in_two_sources_raises():
 def test_there_may_be_no_validation_tasks():
   splits, _ = _make(num_meta_tasks=0)
   assert len(splits.meta.label) == 0 and len(splits.train.label) == 40
+
+
+def test_one_cluster_needs_no_descriptors():
+  # With an entry for each class, the descriptors would not fit in any memory.
+  clusters = episodes._clusters(np.array([[0, 1], [2, 3]]), 10**15, 1, 0)
+  assert clusters.tolist() == [0, 0] and clusters.dtype == np.int32
