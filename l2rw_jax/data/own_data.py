@@ -9,9 +9,11 @@ row without a label) are skipped and listed with a reason. Changes to the data (
 images, columns that are left out) are described in notes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -221,14 +223,17 @@ def read(
   if image_size is not None:
     image_size = base.check_integer("image_size", image_size)
   if split == "test" and like is None:
-    like = read(
+    read_train = functools.partial(
+      read,
       name,
       "train",
       labels=labels,
       label_column=label_column,
       image_size=image_size,
-      in_memory=in_memory,
-    ).form
+    )
+    if kind == "images":
+      like = _image_form_of(read_train, in_memory)
+    like = like or read_train(in_memory=in_memory).form
   path = pathlib.Path(place).expanduser()
   if kind == "images":
     raw, is_split = _images(path, split, labels)
@@ -246,6 +251,25 @@ def read(
     train, test = _train_and_test(raw.labels, name)
     chosen = train if split == "train" else test
   return _convert(name, raw, chosen, train, image_size, like, in_memory)
+
+
+def _image_form_of(
+  read_lazily: Callable[..., OwnData], in_memory: bool | None
+) -> Form | None:
+  """The form of image files from their headers and one image of each class.
+
+  It is None if no image of a class can be read: the form then depends on all images.
+  """
+  data = read_lazily(in_memory=False)
+  if in_memory is False:
+    return data.form
+  unread = set(range(len(data.form.class_names)))
+  for row, label in enumerate(data.labels.tolist()):
+    if label in unread:
+      with contextlib.suppress(base.InputError):
+        data.features[[row]]
+        unread.remove(label)
+  return None if unread else data.form
 
 
 def report(data: OwnData) -> list[str]:

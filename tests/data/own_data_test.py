@@ -10,6 +10,7 @@ from PIL import Image
 import pytest
 
 from l2rw_jax import base
+from l2rw_jax.data import image_files
 from l2rw_jax.data import noisy_labels
 from l2rw_jax.data import own_data
 from l2rw_jax.data import sources
@@ -844,3 +845,33 @@ def test_each_file_of_a_list_is_resolved_once(tmp_path, monkeypatch):
   assert len(reasons) == len(data.skipped) == 10
   assert sum("no label" in reason for reason in reasons.values()) == 3
   assert len(calls) < 2 * 20
+
+
+@pytest.mark.parametrize("in_memory", [True, None])
+def test_a_test_split_reads_one_training_image_of_each_class(
+  folder, monkeypatch, in_memory
+):
+  read = []
+  read_image = image_files.read
+  monkeypatch.setattr(
+    image_files,
+    "read",
+    lambda path, *size: (read.append(path), read_image(path, *size))[1],
+  )
+  train = own_data.read(f"images:{folder}", "train", in_memory=in_memory)
+  assert len(read) == 16
+  test = own_data.read(f"images:{folder}", "test", in_memory=in_memory)
+  assert len(read) == 16 + 2 + 4
+  assert test.form[:2] == train.form[:2] and len(test.labels) == 4
+
+
+def test_a_class_without_a_readable_image_is_no_class_of_the_test_split(folder):
+  for i in range(10):
+    _save(folder / "ant" / f"{i}.png", i)
+    path = folder / "ant" / f"{i}.png"
+    path.write_bytes(path.read_bytes()[:45])  # The header is intact.
+  train = own_data.read(f"images:{folder}", "train")
+  assert train.form.class_names == ("cat", "dog")
+  test = own_data.read(f"images:{folder}", "test")
+  assert test.form.class_names == ("cat", "dog")
+  assert sorted(test.labels.tolist()) == [0, 0, 1, 1]
