@@ -47,7 +47,7 @@ _WHOLE = re.compile(r"[+-]?\d+(\.0*)?")
 # A column with a larger share of values that are not numbers is not numeric.
 _STRAY_SHARE = 0.05
 _MAX_CATEGORIES = 30
-# In a shorter table, the values of a feature may be consecutive numbers.
+# In a shorter table, the values of a feature may number the rows or repeat the labels.
 _LEAST_ROWS = 20
 _FEATURE_KEYS = ("x", "images", "image", "features", "data")
 _LABEL_KEYS = ("y", "labels", "label", "target", "targets")
@@ -340,6 +340,15 @@ def _convert(
       known = raw.take(train).values
       if isinstance(known, dict):
         known = {k: column for k, column in known.items() if k not in raw.left_out}
+        raw.notes.extend(
+          f"The column {k!r} numbers the rows and was left out." for k in raw.left_out
+        )
+        raw.notes.extend(
+          f"The column {k!r} has one value for each label. If it is a copy of them,"
+          " delete it: with it, a network learns wrong labels as easily as right ones."
+          for k in known
+          if _is_copy(raw.values[k], raw.labels)
+        )
       encoder = Encoder.fit(name, known, raw.notes)
     features = encoder(name, examples.values)
   elif raw.root is not None:
@@ -1053,9 +1062,6 @@ def _table(path: pathlib.Path, label_column: str | None) -> _Raw:
   cells = cells.reshape(len(kept), len(names))
   columns = {name: cells[:, i] for i, name in enumerate(names) if i != at}
   counters = tuple(name for name, x in columns.items() if _counts_rows(x, kept))
-  notes += [
-    f"The column {name!r} numbers the rows and was left out." for name in counters
-  ]
   return _Raw(
     columns,
     cells[:, at],
@@ -1065,6 +1071,14 @@ def _table(path: pathlib.Path, label_column: str | None) -> _Raw:
     notes,
     left_out=counters,
   )
+
+
+def _is_copy(column: np.ndarray, labels: np.ndarray) -> bool:
+  """Whether every value of a column belongs to one label, and every label to one."""
+  number = len(set(labels))
+  if len(labels) < _LEAST_ROWS or number < 2 or len(set(column)) != number:
+    return False
+  return len(set(zip(column, labels, strict=True))) == number
 
 
 def _counts_rows(column: np.ndarray, rows: Sequence[int]) -> bool:

@@ -571,8 +571,21 @@ def test_a_column_that_numbers_the_rows_is_left_out(tmp_path):
     assert part.features.shape[1] == 1
     assert "The column 'column 0' numbers the rows and was left out." in part.notes
   assert data.columns["column 0"][:5] == ["1", "2", "3", "4", "6"]
-  name = _table(tmp_path / "t.csv", [*rows, "30,1,2"], "n,a,label")
-  assert own_data.read(name).features.shape == (30, 2)  # One number occurs twice.
+  shuffled = own_data.read(_table(tmp_path / "s.csv", [*rows, "30,1,2"], ",a,label"))
+  assert shuffled.features.shape == (30, 2)  # One number occurs twice.
+  other = own_data.read(name, like=shuffled.form)
+  assert other.features.shape == (29, 2) and len(other.notes) == 1
+
+
+def test_a_copy_of_the_labels_is_noted(tmp_path):
+  rows = [f"{i * i},{10 * (i % 3)},{min(i % 3, 1)},{'abc'[i % 3]}" for i in range(30)]
+  data = own_data.read(_table(tmp_path / "t.csv", rows, "n,copy,half,label"))
+  assert data.features.shape == (30, 3) and len(data.notes) == 2
+  assert data.notes[1].startswith("The column 'copy' has one value for each label.")
+  rows[3] = "9,10,0,a"
+  assert (
+    len(own_data.read(_table(tmp_path / "t.csv", rows, "n,copy,half,label")).notes) == 1
+  )
 
 
 def test_tables_with_many_columns_of_one_name(tmp_path):
