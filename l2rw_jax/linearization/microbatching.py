@@ -229,11 +229,12 @@ def check_unsharded(batch: Any, where: str) -> None:
   """Raises InputError if an array of `batch` is sharded over an explicit mesh.
 
   Args:
-    batch: pytree of arrays.
+    batch: pytree of arrays and other values.
     where: the case in which this is not supported, for the error message.
   """
   for path, x in jax.tree_util.tree_leaves_with_path(batch):
-    if jax.typeof(x).sharding.spec[:1] not in ((), (None,)):
+    is_array = isinstance(x, jax.Array)
+    if is_array and jax.typeof(x).sharding.spec[:1] not in ((), (None,)):
       raise base.InputError(
         f"batch{jax.tree_util.keystr(path)} is spread over devices by its sharding:"
         f" {where}, spread it by shard_map or pmap and pass axis_name."

@@ -14,7 +14,7 @@ from l2rw_jax import base
 
 
 def zero_after(first: base.PyTree) -> base.Array:
-  """A floating-point 0 that depends on all floating-point arrays of `first`.
+  """A 0 in float32 that depends on all floating-point arrays of `first`.
 
   Args:
     first: pytree of arrays; only floating-point and complex ones are used.
@@ -25,7 +25,7 @@ def zero_after(first: base.PyTree) -> base.Array:
     if isinstance(x, jax.Array) and x.size and jnp.issubdtype(x.dtype, jnp.inexact)
   ]
   if not entries:
-    return jnp.zeros(())
+    return jnp.zeros((), jnp.float32)  # The type of the result below, even with x64.
   values = jnp.stack(entries)
   # Compilers do not simplify a product with 0, because it could be NaN. This product is
   # never NaN, because its other factor is finite.

@@ -836,7 +836,8 @@ def trace(
     is_data = jnp.shape(array)[:1] == (size,)
     kind, axis = (Kind.DATA, 0) if is_data else (Kind.CONSTANT, None)
     args.append(plan.place(kind, aval, axis))
-    env[args[-1].place] = array
+    # The derivatives read the types of values, which a number of Python does not have.
+    env[args[-1].place] = array if hasattr(array, "dtype") else jnp.asarray(array)
   consts = [plan.place(Kind.CONSTANT, v.aval) for v in closed.jaxpr.constvars]
   env.update(zip([value.place for value in consts], closed.consts, strict=True))
   outputs = plan.add(closed.jaxpr, consts, args)

@@ -397,6 +397,24 @@ def _coupled(x):
 _coupled.defjvp(lambda x, t: (jnp.sin(x[0]), t[0] - t[0].mean(0, keepdims=True)))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_numbers_of_python_in_a_batch_are_supported(compiled):
+  def losses_fn(params, batch):
+    return batch["scale"] * (batch["x"] @ params).sum(1) ** batch["power"]
+
+  def derivatives(params):
+    batch = {"x": jnp.eye(4), "power": 2, "scale": 0.5, "unused": True}
+    linearized = linearization.linearize(losses_fn, params, batch)
+    assert linearized.engine == "layerwise"
+    weights = jnp.arange(4.0)
+    return linearized.directional(params), linearized.weighted_gradient(weights)
+
+  derivatives = jax.jit(derivatives) if compiled else derivatives
+  along, gradient = derivatives(jnp.ones((4, 2)))
+  np.testing.assert_allclose(along, 4.0)
+  np.testing.assert_allclose(gradient, 2 * np.arange(4.0)[:, None] * np.ones((4, 2)))
+
+
 def test_a_batch_with_other_values_than_arrays_uses_forward_mode():
   def losses_fn(params, batch):
     assert batch["name"] == "training"

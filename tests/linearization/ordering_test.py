@@ -32,6 +32,12 @@ def test_after_does_not_change_values(value):
   assert np.signbit(result["x"][0])  # The sign of -0.0 is kept.
 
 
+def test_the_zero_has_one_type_in_double_precision():
+  with jax.enable_x64(True):
+    for first in (jnp.arange(2), jnp.ones(2)):
+      assert ordering.zero_after(first).dtype == jnp.float32
+
+
 def test_after_under_vmap_and_grad():
   first, then = jnp.array([[1.0], [jnp.nan]]), jnp.array([[2.0, 3.0], [4.0, 5.0]])
   gradient = jax.jit(

@@ -317,6 +317,26 @@ def test_leaves_that_are_held_fixed_and_shared_arrays_are_supported():
     )
 
 
+@pytest.mark.parametrize("engine", ["auto", "vmap"])
+def test_batches_of_integers_and_of_other_values_than_arrays(engine):
+  def losses_fn(kernel, batch):
+    assert batch.get("name", "training") == "training"
+    return (batch["x"].astype(kernel.dtype) @ kernel) ** 2
+
+  batch = {"x": np.array([[1, 0], [0, 2], [3, 4]], np.uint8)}
+  expected = [2.0, 8.0, 70.0]  # 2 (x . 1) |x|
+  with jax.enable_x64(True):
+    kernel = jnp.ones(2)
+    size = 2 if engine == "auto" else None
+    norms = per_example.norms(
+      losses_fn, kernel, batch, engine=engine, microbatch_size=size
+    )[0]
+    np.testing.assert_allclose(norms, expected, rtol=1e-12)
+  batch["name"] = "training"
+  norms = per_example.norms(losses_fn, jnp.ones(2), batch, engine=engine)[0]
+  np.testing.assert_allclose(norms, expected, rtol=1e-6)
+
+
 def test_losses_without_parameters_have_no_gradient():
   def losses_fn(params, x):
     return (x**2).sum(1) + params.sum()
