@@ -12,6 +12,7 @@ import enum
 import operator
 from typing import Any, NamedTuple
 
+from flax import serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +48,13 @@ class StaticFloat(float):
   """A number as a pytree without leaves, like `StaticStr`."""
 
   __slots__ = ()
+
+
+for _static in (StaticStr, StaticFloat):
+  # Without arrays, nothing is stored, and the value is that of the restored object.
+  serialization.register_serialization_state(
+    _static, lambda value: {}, lambda value, state: value
+  )
 
 
 class Fault(enum.IntEnum):

@@ -1,6 +1,7 @@
 """The shared types, checks and collectives."""
 
 import chex
+from flax import serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,15 @@ import pytest
 from l2rw_jax import base
 from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
+
+
+def test_static_values_are_restored_from_bytes():
+  saved = {"order": base.StaticStr("layers"), "kept": base.StaticFloat(0.5)}
+  saved["vector"] = jnp.arange(2.0)
+  target = jax.tree.map(jnp.zeros_like, saved)
+  restored = serialization.from_bytes(target, serialization.to_bytes(saved))
+  assert jax.tree.structure(restored) == jax.tree.structure(saved)
+  np.testing.assert_array_equal(restored["vector"], saved["vector"])
 
 
 def test_static_str_passes_through_transformations():
