@@ -168,9 +168,11 @@ def lookahead_params(
     Parameters, shaped like `params`.
 
   Raises:
-    InputError: the update of the optimizer needs other arguments, or does not accept
-      `value` although it accepts additional arguments.
+    InputError: the update of the optimizer needs other arguments, does not accept
+      `value` although it accepts additional arguments, or takes the gradient of a part
+      of its parameters (`optax.lookahead`).
   """
+  _check_not_lookahead(opt_state)
   value = jnp.zeros(()) if value is None else value
   try:
     with base.implicit_promotion():
@@ -199,6 +201,18 @@ def lookahead_params(
   leaves, updates = partition.leaves(params), partition.leaves(updates)
   with base.implicit_promotion():
     return partition.combine(optax.apply_updates(leaves, updates))
+
+
+def _check_not_lookahead(opt_state):
+  def is_lookahead(x):
+    return isinstance(x, optax.LookaheadState)
+
+  if any(map(is_lookahead, jax.tree.leaves(opt_state, is_leaf=is_lookahead))):
+    raise base.InputError(
+      "optax.lookahead steps pairs of parameters, with a gradient of the fast ones"
+      " alone: take the look-ahead step with its fast optimizer, params.fast and"
+      " opt_state.fast_state."
+    )
 
 
 def direction(
@@ -250,8 +264,8 @@ def direction(
       the meta losses do not have shape [M], the meta batch is empty, or the losses
       cannot be computed in microbatches; `value` is not one number; `opt_state` is
       given without `optimizer`; or the update of the optimizer needs arguments other
-      than `params` and `value`. Outside `jit`, it is also raised if the optimizer's
-      step ignores the gradient.
+      than `params` and `value`, or is that of `optax.lookahead`. Outside `jit`, it is
+      also raised if the optimizer's step ignores the gradient.
     FloatingPointError: outside `jit`, if a meta loss, the gradient of the meta loss or
       the direction is not finite; the message says which. Under `jit`, check
       `Direction.fault` and `Direction.zero_slope`, or use `checkify.checkify`, which

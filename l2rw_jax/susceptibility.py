@@ -82,8 +82,8 @@ def loss_drop(
     A `Drop`, the same on every device. If the step overflows, `finite` is False.
 
   Raises:
-    InputError: the losses are not one floating-point number per example, `params` has
-      no trainable leaf, the result of `losses_fn` does not match `has_aux`, or the
+    InputError: the losses are not one floating-point number per example, the batch is
+      empty, `params` has no trainable leaf, the result of `losses_fn` does not match `has_aux`, or the
       update of the optimizer needs arguments other than `params` and `value`.
     FloatingPointError: outside `jit`, if a loss or the gradient is not finite.
   """
@@ -94,6 +94,7 @@ def loss_drop(
   def mean_loss(leaves):
     returned = losses_fn(partition.combine(leaves), batch)
     losses, _ = base.losses_and_aux("losses_fn", returned, has_aux)
+    base.check_not_empty("losses", losses)
     # In half precision, the difference of two mean losses would be rounded away.
     return jnp.mean(losses.astype(base.accumulator_dtype(losses.dtype))), losses
 

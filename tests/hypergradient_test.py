@@ -576,6 +576,14 @@ def test_a_line_search_is_refused():
     jax.eval_shape(functools.partial(_direction, optax.lbfgs()), _targets())
 
 
+@pytest.mark.parametrize("is_pair", [False, True])
+def test_optax_lookahead_is_refused(is_pair):
+  params, optimizer = jnp.zeros(2), optax.lookahead(optax.sgd(0.1), 2, 0.5)
+  params = optax.LookaheadParams.init_synced(params) if is_pair else params
+  with pytest.raises(base.InputError, match=r"fast optimizer, params\.fast"):
+    hypergradient.lookahead_params(params, params, optimizer, optimizer.init(params))
+
+
 @pytest.mark.parametrize("microbatch_size", [None, 2])
 def test_a_nan_loss_with_a_finite_gradient_is_reported(microbatch_size):
   def losses_fn(params, targets):

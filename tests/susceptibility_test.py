@@ -285,6 +285,18 @@ def test_rank_correlation_depends_on_ranks_only():
   assert susceptibility.rank_correlation([1, 1, 1], [1, 2, 3]) is None
 
 
+def test_an_empty_batch_is_refused():
+  optimizer, params = optax.sgd(0.1), jnp.ones(2)
+  drop = functools.partial(
+    susceptibility.loss_drop,
+    lambda p, x: x @ p,
+    optimizer=optimizer,
+    opt_state=optimizer.init(params),
+  )
+  with pytest.raises(base.InputError, match="losses is empty"):
+    jax.eval_shape(drop, params, jnp.zeros((0, 2)))
+
+
 _COMPARE = [
   susceptibility.regions,
   susceptibility.selected,
