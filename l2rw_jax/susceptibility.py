@@ -83,8 +83,9 @@ def loss_drop(
 
   Raises:
     InputError: the losses are not one floating-point number per example, the batch is
-      empty, `params` has no trainable leaf, the result of `losses_fn` does not match `has_aux`, or the
-      update of the optimizer needs arguments other than `params` and `value`.
+      empty, `params` has no trainable leaf, the result of `losses_fn` does not match
+      `has_aux`, or the update of the optimizer needs arguments other than `params` and
+      `value`.
     FloatingPointError: outside `jit`, if a loss or the gradient is not finite.
   """
 
