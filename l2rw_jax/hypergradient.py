@@ -172,11 +172,52 @@ def lookahead_params(
       `value` although it accepts additional arguments, or takes the gradient of a part
       of its parameters (`optax.lookahead`).
   """
-  _check_not_lookahead(opt_state)
   value = jnp.zeros(()) if value is None else value
+  updates, _ = update(optimizer, gradient, opt_state, params, value, "look-ahead")
+  partition = trainable.Partition(params)
+  leaves, updates = partition.leaves(params), partition.leaves(updates)
+  with base.implicit_promotion():
+    return partition.combine(optax.apply_updates(leaves, updates))
+
+
+def update(
+  optimizer: optax.GradientTransformation,
+  gradient: base.PyTree,
+  opt_state: base.PyTree,
+  params: base.PyTree,
+  value: Any,
+  role: str,
+) -> tuple[base.PyTree, base.PyTree]:
+  """`optimizer.update` with `value`, even if JAX is configured to refuse promotion.
+
+  Args:
+    optimizer: any optimizer whose update needs no arguments but `params` and `value`.
+    gradient: gradient of the loss, shaped like `params`.
+    opt_state: state of the optimizer at `params`.
+    params: parameters before the step.
+    value: the loss, a scalar, which some optimizers use.
+    role: the role of the optimizer, for error messages: such as "look-ahead".
+
+  Returns:
+    The updates and the new state of the optimizer.
+
+  Raises:
+    InputError: the update of the optimizer needs or accepts other arguments, or takes
+      the gradient of a part of its parameters (`optax.lookahead`).
+  """
+
+  def is_pair(x):
+    return isinstance(x, optax.LookaheadState)
+
+  if any(map(is_pair, jax.tree.leaves(opt_state, is_leaf=is_pair))):
+    raise base.InputError(
+      f"the {role} optimizer is optax.lookahead, which steps pairs of parameters with a"
+      " gradient of the fast ones alone: use its fast optimizer, with params.fast and"
+      " opt_state.fast_state."
+    )
   try:
     with base.implicit_promotion():
-      updates, _ = optax.with_extra_args_support(optimizer).update(
+      return optax.with_extra_args_support(optimizer).update(
         trainable.without_keys(gradient),
         opt_state,
         trainable.without_keys(params),
@@ -185,7 +226,7 @@ def lookahead_params(
   except TypeError as error:
     if "unexpected keyword argument 'value'" in str(error):
       raise base.InputError(
-        "the update of the look-ahead optimizer does not accept value, although it"
+        f"the update of the {role} optimizer does not accept value, although it"
         " should accept additional arguments (sharpness-aware minimization, for"
         " instance): use another optimizer, such as optax.sgd(...)."
       ) from error
@@ -193,26 +234,10 @@ def lookahead_params(
     if missing is None:
       raise
     raise base.InputError(
-      "the look-ahead takes one step with a gradient, params and value, but the"
-      f" update of this optimizer also needs {missing[1]} (a line search): use"
-      " another optimizer for the look-ahead, such as optax.sgd(...)."
+      f"the {role} optimizer takes one step with a gradient, params and value, but its"
+      f" update also needs {missing[1]} (a line search): use another optimizer, such as"
+      " optax.sgd(...)."
     ) from error
-  partition = trainable.Partition(params)
-  leaves, updates = partition.leaves(params), partition.leaves(updates)
-  with base.implicit_promotion():
-    return partition.combine(optax.apply_updates(leaves, updates))
-
-
-def _check_not_lookahead(opt_state):
-  def is_lookahead(x):
-    return isinstance(x, optax.LookaheadState)
-
-  if any(map(is_lookahead, jax.tree.leaves(opt_state, is_leaf=is_lookahead))):
-    raise base.InputError(
-      "optax.lookahead steps pairs of parameters, with a gradient of the fast ones"
-      " alone: take the look-ahead step with its fast optimizer, params.fast and"
-      " opt_state.fast_state."
-    )
 
 
 def direction(

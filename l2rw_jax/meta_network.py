@@ -113,25 +113,30 @@ def update(
     state: the state before the step.
     meta_gradient_fn: `phi -> MetaGradient`. The gradient is computed only in steps with
       an update, which saves time, except for several runs under one `vmap`.
-    optimizer: the meta optimizer.
+    optimizer: the meta optimizer, whose `value` is the meta loss.
     step: step of the run, counted from 0; int32 scalar.
     every: number of steps from one update to the next.
 
   Returns:
     The state after the step.
+
+  Raises:
+    InputError: the optimizer needs or accepts other arguments than `params` and
+      `value`, see `hypergradient.update`.
   """
 
   def updated(state):
     meta = meta_gradient_fn(state.params)
+    loss = meta.meta_loss.astype(state.meta_loss.dtype)
+    updates, opt_state = hypergradient.update(
+      optimizer, meta.gradient, state.opt_state, state.params, loss, "meta"
+    )
     with base.implicit_promotion():
-      updates, opt_state = optimizer.update(
-        meta.gradient, state.opt_state, state.params
-      )
       params = optax.apply_updates(state.params, updates)
     return State(
       params,
       opt_state,
-      meta.meta_loss.astype(state.meta_loss.dtype),
+      loss,
       meta.finite,
       meta.zero_slope,
       meta.fault,

@@ -580,7 +580,7 @@ def test_a_line_search_is_refused():
 def test_optax_lookahead_is_refused(is_pair):
   params, optimizer = jnp.zeros(2), optax.lookahead(optax.sgd(0.1), 2, 0.5)
   params = optax.LookaheadParams.init_synced(params) if is_pair else params
-  with pytest.raises(base.InputError, match=r"fast optimizer, params\.fast"):
+  with pytest.raises(base.InputError, match=r"fast optimizer, with params\.fast"):
     hypergradient.lookahead_params(params, params, optimizer, optimizer.init(params))
 
 

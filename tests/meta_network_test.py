@@ -166,6 +166,27 @@ def test_an_update_is_computed_once_in_every_n_steps():
     assert (state.params, state.meta_loss) == (phi, meta_loss)
 
 
+def test_the_value_of_the_meta_optimizer_is_the_meta_loss():
+  def meta_gradient_fn(phi):
+    return meta_network.MetaGradient(
+      phi, 3 * phi, jnp.array(True), jnp.array(False), jnp.zeros((), jnp.int32)
+    )
+
+  # The step of length (3 - 0) / |g|^2 = 3 leads from 1 to 1 - 3 g.
+  optimizer = optax.polyak_sgd(max_learning_rate=10.0)
+  state = meta_network.init(jnp.array(1.0), optimizer)
+  state = meta_network.update(state, meta_gradient_fn, optimizer, jnp.int32(0))
+  np.testing.assert_allclose(state.params, -2.0, rtol=1e-6)
+  optimizer = optax.lookahead(optax.sgd(0.1), 2, 0.5)
+  with pytest.raises(base.InputError, match=r"meta optimizer is optax\.lookahead"):
+    meta_network.update(
+      meta_network.init(jnp.array(1.0), optimizer),
+      meta_gradient_fn,
+      optimizer,
+      jnp.int32(0),
+    )
+
+
 def test_a_gradient_that_is_not_finite_is_reported():
   direction = hypergradient.Direction(
     None, jnp.array(1.0), jnp.array(True), jnp.array(False), jnp.zeros((), jnp.int32)

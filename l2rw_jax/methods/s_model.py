@@ -29,6 +29,7 @@ import optax
 
 from l2rw_jax import base
 from l2rw_jax import changed_loss
+from l2rw_jax import hypergradient
 from l2rw_jax import label_transition
 from l2rw_jax import losses
 
@@ -174,7 +175,8 @@ def s_model(
     metrics = {"transition_diagonal": jnp.where(state.is_active, diagonal, 1)}
     weights = jnp.full_like(values, 1 / size)
     gradients = base.Gradients(grads, weights, values, linearized.aux, metrics)
-    return gradients, _updated(state, layer_gradient, layer_optimizer)
+    loss = base.psum(values.sum() / size, problem.axis_name)
+    return gradients, _updated(state, layer_gradient, layer_optimizer, loss)
 
   def refresh(state, problem, view):
     if from_epoch == 0 or view.epoch != from_epoch:
@@ -192,9 +194,11 @@ def _check_smoothing(smoothing):
     raise base.InputError(f"smoothing={smoothing} must be more than 0 and less than 1.")
 
 
-def _updated(state, gradient, optimizer):
-  with base.implicit_promotion():
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.logits)
+def _updated(state, gradient, optimizer, loss):
+  loss = loss.astype(jnp.result_type(float))
+  updates, opt_state = hypergradient.update(
+    optimizer, gradient, state.opt_state, state.logits, loss, "layer"
+  )
   new = State(optax.apply_updates(state.logits, updates), opt_state, state.is_active)
   # Until the layer is active, neither weight decay nor the optimizer's step count may
   # change the state.

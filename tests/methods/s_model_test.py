@@ -155,6 +155,17 @@ def _step(method, state, num_logits=3):
   return step(state, _inputs(num_logits))
 
 
+def test_the_value_of_the_layers_optimizer_is_the_mean_loss():
+  def update(updates, state, params=None, *, value, **_):
+    del state, params
+    return updates, value
+
+  recorder = optax.GradientTransformationExtraArgs(lambda _: jnp.zeros(()), update)
+  method = s_model.s_model(optimizer=recorder)
+  gradients, state = _step(method, _begin(method))
+  np.testing.assert_allclose(state.opt_state, gradients.losses.mean(), rtol=1e-6)
+
+
 def _softmax(layer):
   exponentials = np.exp(layer - np.max(layer, axis=1, keepdims=True))
   return exponentials / exponentials.sum(axis=1, keepdims=True)
