@@ -193,7 +193,7 @@ def read(
     in_memory: for image files, whether to read them into memory. If not, only their
       headers are read, so that a damaged file is not noticed until it is used. None
       reads the images into memory if they and a copy of them take at most half of the
-      machine's memory.
+      memory (`row_sources.memory`).
 
   Returns:
     The examples.

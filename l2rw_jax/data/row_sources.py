@@ -5,7 +5,8 @@ read from several threads at a time and can be pickled for the workers of
 `training.read_workers`. Their fingerprint covers the content of all files.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import functools
 import hashlib
 import os
@@ -18,7 +19,9 @@ from l2rw_jax import base
 from l2rw_jax.data import cache
 from l2rw_jax.data import image_files
 
-# Share of the machine's memory for the pixels of a set and their copy in splits.
+# The control groups of this process, and the folder of their limits.
+_GROUPS, _LIMITS = pathlib.Path("/proc/self/cgroup"), pathlib.Path("/sys/fs/cgroup")
+# Share of the memory for the pixels of a set and their copy in splits.
 _SHARE = 1 / 2
 _READ_BYTES = 2**20
 
@@ -35,8 +38,37 @@ def fit_in_memory(size: int, shape: Sequence[int]) -> bool:
 
 
 def memory() -> int:
-  """The size of the machine's memory in bytes."""
-  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  """The number of bytes of memory that this process may use.
+
+  It is the size of the machine's memory or the smallest limit of its control groups,
+  which are those of containers and cluster jobs. A process that exceeds such a limit is
+  killed.
+  """
+  physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  return min([physical, *_limits()])
+
+
+def _limits() -> Iterator[int]:
+  """The memory limits of the control groups of this process, in bytes."""
+  try:
+    lines = _GROUPS.read_text().splitlines()
+  except OSError:  # Only Linux has control groups.
+    return
+  for line in lines:
+    _, controllers, place = line.split(":", 2)
+    root, name = _LIMITS, "memory.max"
+    if controllers:  # Version 1 has a tree of groups for each controller.
+      root, name = _LIMITS / "memory", "memory.limit_in_bytes"
+      if "memory" not in controllers.split(","):
+        continue
+    # The limits of the groups around a group apply to it, too.
+    group = root / place.lstrip("/")
+    for folder in (group, *group.parents):
+      # A file has "max" if there is no limit.
+      with contextlib.suppress(OSError, ValueError):
+        yield int((folder / name).read_text())
+      if folder == root:
+        break
 
 
 def hash_of_files(

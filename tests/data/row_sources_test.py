@@ -143,3 +143,32 @@ def test_threads_may_read_at_the_same_time(folder):
     thread.join()
   for i in range(4):
     np.testing.assert_array_equal(results[i], images[i::4])
+
+
+@pytest.mark.parametrize(
+  ("groups", "limits", "expected"),
+  [
+    ("0::/job/step\n", {"job/step/memory.max": "max", "job/memory.max": "5000"}, 5000),
+    ("0::/\n", {"memory.max": "7000\n"}, 7000),
+    # A container sees its own limit at the root, and not the group of its host.
+    ("0::/of/the/host\n", {"memory.max": "7000\n"}, 7000),
+    (
+      "5:cpu:/\n4:hugetlb,memory:/a\n0::/\n",
+      {"memory/a/memory.limit_in_bytes": "3000", "cpu/memory.limit_in_bytes": "1"},
+      3000,
+    ),
+    ("0::/\n", {}, None),
+    (None, {"memory.max": "7000"}, None),
+  ],
+)
+def test_memory_limits_of_containers(tmp_path, monkeypatch, groups, limits, expected):
+  if groups is not None:
+    (tmp_path / "groups").write_text(groups)
+  for name, limit in limits.items():
+    path = tmp_path / "limits" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(limit)
+  monkeypatch.setattr(row_sources, "_GROUPS", tmp_path / "groups")
+  monkeypatch.setattr(row_sources, "_LIMITS", tmp_path / "limits")
+  physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  assert row_sources.memory() == (expected or physical)
