@@ -1,6 +1,6 @@
 """The folder of a run: atomic writes, checksums, locks and provenance."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import errno
 import fcntl
@@ -64,18 +64,31 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
   Raises:
     InputError: the file cannot be written; its old content is kept.
   """
+  write_with(path, lambda file: file.write(content))
+
+
+def write_with(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> None:
+  """Writes a file atomically, as `write_text` does, without its content in memory.
+
+  Args:
+    path: file to create or replace; its folder must exist.
+    write: writes the whole content to the file that it receives.
+
+  Raises:
+    InputError: the file cannot be written; its old content is kept.
+  """
   try:
-    _replace(pathlib.Path(path), content)
+    _replace(pathlib.Path(path), write)
   except OSError as error:
     raise base.InputError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _replace(path: pathlib.Path, content: bytes) -> None:
+def _replace(path: pathlib.Path, write: Callable[[IO[bytes]], Any]) -> None:
   # The process id prevents two runs in one folder from using the same file.
   partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
     with open(partial, "wb") as file:
-      file.write(content)
+      write(file)
       file.flush()
       os.fsync(file.fileno())
     os.replace(partial, path)

@@ -92,9 +92,10 @@ def write(
   rows = metric_writer.read(folder)
   files = [_WEIGHTS, variables.FILE, *metric_writer.FILES]
   if statistics:
-    content = io.BytesIO()
-    workdir.write_arrays(content, {k: _plain(x) for k, x in statistics.items()})
-    workdir.write_bytes(folder / _STATISTICS, content.getvalue())
+    arrays = {k: _plain(x) for k, x in statistics.items()}
+    workdir.write_with(
+      folder / _STATISTICS, lambda file: workdir.write_arrays(file, arrays)
+    )
     files.append(_STATISTICS)
   results = {
     **facts,

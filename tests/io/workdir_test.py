@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 
 import jax
+import numpy as np
 import pytest
 
 from l2rw_jax import base
@@ -270,3 +272,24 @@ def test_locks_that_cannot_be_written_are_errors_of_one_line():
   ) as caught:
     _enter("/proc/self")
   assert "\n" not in str(caught.value)
+
+
+def test_arrays_are_written_without_a_copy_of_all(tmp_path):
+  arrays = {"x": np.arange(2**22, dtype=np.float64), "file": np.zeros(3)}
+  path = tmp_path / "x.npz"
+  tracemalloc.start()
+  workdir.write_with(path, lambda file: workdir.write_arrays(file, arrays))
+  _, most = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert most < 0.7 * arrays["x"].nbytes  # NumPy writes blocks of 16 MiB.
+  with np.load(path) as stored:
+    np.testing.assert_array_equal(stored["x"], arrays["x"])
+
+  def fail(file):
+    file.write(b"x")
+    _no_space()
+
+  before = path.read_bytes()
+  with pytest.raises(base.InputError, match="No space left"):
+    workdir.write_with(path, fail)
+  assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
