@@ -677,7 +677,9 @@ def _file_within(folder: pathlib.Path, cell: str) -> pathlib.Path | None:
   folder belong to the user and may.
   """
   unquoted = _unquoted(cell)
-  for name in (unquoted, unquoted.strip()):
+  stripped = unquoted.strip()
+  # The list may come from Windows.
+  for name in (unquoted, stripped, stripped.replace("\\", "/")):
     try:
       # Lexically, because the target of a link may be outside of the folder.
       inside = os.path.relpath(os.path.join(os.path.abspath(folder), name), folder)
