@@ -178,10 +178,10 @@ def from_arrays(
     Splits whose true labels are the given labels.
 
   Raises:
-    InputError: a part is not a pair, its features and labels have different lengths,
-      its features are neither uint8 nor floating point or have another type or shape
-      than those of `train`, labels are not integers from 0 to C - 1, `num_classes` is
-      not an integer, or there is no training example.
+    InputError: a part is not a pair, or masked, its features and labels have different
+      lengths, its features are neither uint8 nor floating point or have another type or
+      shape than those of `train`, labels are not integers from 0 to C - 1,
+      `num_classes` is not an integer, or there is no training example.
   """
   given = {"train": train, "meta": meta, "validation": validation, "test": test}
   parts = {}
@@ -514,6 +514,15 @@ def read_rows(source: Any, rows: np.ndarray) -> np.ndarray:
     return np.asarray(source[ascending])[places]
 
 
+def _refuse_mask(what: str, values: Any) -> None:
+  """Raises InputError for masked arrays, whose mask NumPy and JAX ignore or refuse."""
+  if isinstance(values, np.ma.MaskedArray):
+    raise base.InputError(
+      f"{what} must not be a masked array; leave out the examples with masked values,"
+      " or fill them (.filled)"
+    )
+
+
 def integers(what: str, values: Any) -> np.ndarray:
   """Converts labels, groups or row numbers to int32 without changing a value.
 
@@ -523,9 +532,10 @@ def integers(what: str, values: Any) -> np.ndarray:
       fractional part.
 
   Raises:
-    InputError: the values have an unsupported type or are ragged lists, or one of them
-      does not fit into int32.
+    InputError: the values have an unsupported type, are masked or are ragged lists, or
+      one of them does not fit into int32.
   """
+  _refuse_mask(what, values)
   try:
     array = np.asarray(values)
     if array.dtype == object:
@@ -567,8 +577,8 @@ def check_examples(examples: Examples, where: str) -> Examples:
     where: name of the examples in the message, such as `train of seed 0`.
 
   Raises:
-    InputError: a column does not contain integers, or its length is not the number of
-      images.
+    InputError: an array is masked, a column does not contain integers, or its length is
+      not the number of images.
   """
   columns = {
     name: integers(f"{name} in {where}", getattr(examples, name))
@@ -576,6 +586,7 @@ def check_examples(examples: Examples, where: str) -> Examples:
     if name != "image" and getattr(examples, name) is not None
   }
   image = examples.image
+  _refuse_mask(f"the images in {where}", image)
   if not hasattr(image, "shape"):
     check_images(image, f"the images in {where}")
   for name, column in columns.items():

@@ -65,6 +65,15 @@ def test_floats_of_every_byte_order_and_precision_are_trained_on(dtype):
   assert plain.train.image is x
 
 
+def test_masked_arrays_are_refused():
+  x, y = np.ones((4, 2), np.float32), np.arange(4) % 2
+  masked = np.ma.array(y, mask=[True, False, False, False])
+  with pytest.raises(base.InputError, match="label in train must not be a masked arr"):
+    examples_lib.from_arrays((x, masked))
+  with pytest.raises(base.InputError, match="images in train must not be a masked arr"):
+    examples_lib.from_arrays((np.ma.array(x), y))
+
+
 def test_class_counts_use_the_training_labels():
   splits = assemble({"train": np.array([0, 1, 3]), "test": np.arange(6)})
   counts = examples_lib.class_counts(splits.train, 3)
