@@ -780,8 +780,41 @@ def _image_form(
 
 def _archive(path: pathlib.Path, split: str | None) -> tuple[_Raw, bool]:
   """Reads a NumPy archive, and returns whether the archive provides this split."""
-  arrays = _load_archive(path)
-  keys = {name.lower(): name for name in arrays}
+  with _opened(path) as stored:
+    names = list(stored.files)
+    pair, has_test = _archive_keys(path, names, split)
+    # The other arrays are not read: they may be large, or Python objects.
+    values = None if pair is None else [stored[key] for key in pair]
+  if pair is None or values is None:
+    return _archive(path, None)[0], False
+  notes = []
+  if split is None and has_test:
+    notes.append(f"The test arrays in {path} were not read.")
+  features = _archive_features(path, pair[0], values[0], notes)
+  labels, is_labeled = _archive_labels(path, pair[1], values[1])
+  if len(labels) != len(features):
+    raise base.InputError(
+      f"{path} has {len(features)} examples in {pair[0]} but {len(labels)} labels in"
+      f" {pair[1]}; give one label to each example"
+    )
+  rows = np.arange(len(labels))
+  examples = np.array([f"row {row}" for row in rows], object)
+  skipped = [
+    (name, _missing(label))
+    for name, label in zip(examples[~is_labeled], labels[~is_labeled], strict=True)
+  ]
+  raw = _Raw(features, labels, examples, rows, skipped, notes)
+  return raw.take(is_labeled), has_test
+
+
+def _archive_keys(
+  path: pathlib.Path, names: Sequence[str], split: str | None
+) -> tuple[tuple[str, str] | None, bool]:
+  """The names of the features and labels of a split, and whether there is a test set.
+
+  The names are None if the split is "test" and there is no test set.
+  """
+  keys = {name.lower(): name for name in names}
 
   def key(stems, suffix):
     return next((keys[s + suffix] for s in stems if s + suffix in keys), None)
@@ -789,35 +822,18 @@ def _archive(path: pathlib.Path, split: str | None) -> tuple[_Raw, bool]:
   suffixes = ("", "_train") if split != "test" else ("_test",)
   pairs = [(key(_FEATURE_KEYS, s), key(_LABEL_KEYS, s)) for s in suffixes]
   pair = next((p for p in pairs if None not in p), None)
-  has_test = key(_FEATURE_KEYS, "_test") and key(_LABEL_KEYS, "_test")
-  if pair is None and split == "test":
-    return _archive(path, None)[0], False
-  if pair is None:
+  has_test = bool(key(_FEATURE_KEYS, "_test") and key(_LABEL_KEYS, "_test"))
+  if pair is None and split != "test":
     raise base.InputError(
       f"{path} must contain the arrays X and y, or images and labels; it contains"
-      f" {', '.join(arrays) or 'nothing'}"
+      f" {', '.join(names) or 'nothing'}"
     )
-  notes = []
-  if split is None and has_test:
-    notes.append(f"The test arrays in {path} were not read.")
-  features = _archive_features(path, pair[0], arrays[pair[0]], notes)
-  labels, is_labeled = _archive_labels(path, pair[1], arrays[pair[1]])
-  if len(labels) != len(features):
-    raise base.InputError(
-      f"{path} has {len(features)} examples in {pair[0]} but {len(labels)} labels in"
-      f" {pair[1]}; give one label to each example"
-    )
-  rows = np.arange(len(labels))
-  names = np.array([f"row {row}" for row in rows], object)
-  skipped = [
-    (name, _missing(label))
-    for name, label in zip(names[~is_labeled], labels[~is_labeled], strict=True)
-  ]
-  raw = _Raw(features, labels, names, rows, skipped, notes)
-  return raw.take(is_labeled), bool(has_test)
+  return pair, has_test
 
 
-def _load_archive(path: pathlib.Path) -> dict[str, np.ndarray]:
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[Any]:
+  """Opens an archive; errors of reading it become errors of one line."""
   try:
     stored = np.load(path, allow_pickle=False)
     if isinstance(stored, np.ndarray):
@@ -825,7 +841,7 @@ def _load_archive(path: pathlib.Path) -> dict[str, np.ndarray]:
         f"{path} contains a single array; save it as np.savez(FILE, X=..., y=...)"
       )
     with stored:
-      return {name: stored[name] for name in stored.files}
+      yield stored
   except base.InputError:
     raise
   except OSError as error:

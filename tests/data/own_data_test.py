@@ -433,6 +433,20 @@ def test_labels_of_every_type(tmp_path):
     own_data.read(_archive(tmp_path / "a.npz", x, np.array([1e19, 2e19])[y]))
 
 
+def test_other_arrays_of_an_archive_are_not_read(tmp_path):
+  x, y = np.arange(24.0).reshape(12, 2), np.arange(12) % 2
+  others = {
+    "info": np.array([{}, None], object),
+    "X_test": x,
+    "y_test": y.astype(object),
+  }
+  np.savez(tmp_path / "a.npz", X=x, y=y, **others)
+  for split in (None, "train"):
+    assert own_data.read(f"npz:{tmp_path / 'a.npz'}", split).labels.tolist() == [*y]
+  with pytest.raises(base.InputError, match="contains Python objects"):
+    own_data.read(f"npz:{tmp_path / 'a.npz'}", "test")
+
+
 def test_archives_with_missing_values(tmp_path):
   x = np.random.default_rng(0).normal(size=(10, 3, 5, 5))
   x[4, 0, 0, 0] = np.nan
