@@ -43,6 +43,7 @@ _PART_NAMES = frozenset(
 # Larger numbers count as missing: they are infinite in float32.
 _LARGEST = float(np.finfo(np.float32).max)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_INFINITY = re.compile(r"[+-]?inf(inity)?", re.IGNORECASE)
 _WHOLE = re.compile(r"[+-]?\d+(\.0*)?")
 # A column with a larger share of values that are not numbers is not numeric.
 _STRAY_SHARE = 0.05
@@ -1275,7 +1276,9 @@ def _kinds_of_columns(
   for name, column in table.items():
     cells = [c for c in column if c.lower() not in _MISSING]
     different = set(cells)
-    strays = [c for c in cells if not _NUMBER.fullmatch(c)]
+    strays = [
+      c for c in cells if not _NUMBER.fullmatch(c) and not _INFINITY.fullmatch(c)
+    ]
     if not cells:
       notes.append(f"The column {name!r} is empty and was left out.")
     elif len(different) == 1 and len(cells) == len(column):
@@ -1294,7 +1297,13 @@ def _kinds_of_columns(
       )
     else:
       categorical.append(name)
-      if sum(c[:1].isdigit() for c in strays) > len(cells) // 2:
+      if len(strays) <= len(cells) // 2:
+        notes.append(
+          f"{len(strays)} of {len(cells)} values of the column {name!r}, such as"
+          f" {strays[0]!r}, are not numbers; it was read as {len(different)}"
+          " categories."
+        )
+      elif sum(c[:1].isdigit() for c in strays) > len(cells) // 2:
         notes.append(
           f"The column {name!r} has texts such as {strays[0]!r}, which are not numbers"
           f" with a decimal point, and was read as {len(different)} categories."

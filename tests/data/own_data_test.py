@@ -629,6 +629,23 @@ def test_a_blank_first_line_does_not_hide_the_delimiter(tmp_path):
   assert own_data.read(_table(tmp_path / "t.csv", rows, "\na;label")).rows[-1] == 11
 
 
+def test_infinities_are_missing_numbers_and_other_texts_are_noted(tmp_path):
+  texts = ["inf", "-Infinity", "+INF"]
+  rows = [
+    f"{texts[i] if i < 3 else i},{'<5' if i % 9 == 0 else i % 9},{i % 2}"
+    for i in range(27)
+  ]
+  data = own_data.read(_table(tmp_path / "t.csv", rows, "a,b,label"))
+  # A number, a mark of three missing numbers, and nine categories.
+  assert data.features.shape == (27, 11)
+  assert data.features[:, 1].argsort(kind="stable")[-3:].tolist() == [0, 1, 2]
+  (_, note) = data.notes
+  assert note == (
+    "3 of 27 values of the column 'b', such as '<5', are not numbers; it was read as 9"
+    " categories."
+  )
+
+
 def test_the_column_of_labels(tmp_path):
   rows = [f"{i},{i % 2},{i % 3}" for i in range(12)]
   name = _table(tmp_path / "t.csv", rows, "n,class,kind")
