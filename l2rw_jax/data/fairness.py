@@ -122,8 +122,9 @@ def _per_class(
   for label, pool in enumerate(pools):
     if len(pool) <= size:
       raise base.InputError(
-        f"class {label} has {len(pool)} images in {source.name} {source.split}, and"
-        f" {size} exemplars of it leave none to train on: lower num_exemplars"
+        f"{sources.class_of(source, label)} has {len(pool)} images in {source.name}"
+        f" {source.split}, and {size} exemplars of it leave none to train on: lower"
+        " num_exemplars"
       )
     drawn.append(rng.choice(pool, size, replace=False))
   return drawn

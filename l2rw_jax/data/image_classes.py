@@ -11,7 +11,7 @@ from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.data import image_files
 from l2rw_jax.data import sources
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp"}
+_SUFFIXES = {".jfif", ".jpg", ".jpeg", ".png", ".bmp"}
 _OTHER_SUFFIXES = {".gif", ".jp2", ".pgm", ".ppm", ".tif", ".tiff", ".webp"}
 
 

@@ -169,7 +169,8 @@ def long_tail_splits(
 
 def _check_meta(source: sources.Source, sizes: list[int], num_meta: int) -> None:
   rarest = int(np.argmin(sizes))
-  where = f"class {rarest} has {sizes[rarest]} images in {source.name} {source.split}"
+  class_ = sources.class_of(source, rarest)
+  where = f"{class_} has {sizes[rarest]} images in {source.name} {source.split}"
   if not sizes[rarest]:
     raise base.InputError(f"{where}: a long tail needs images of every class")
   if sizes[rarest] <= num_meta:

@@ -149,8 +149,8 @@ def _per_class(
   for label, pool in enumerate(pools):
     if len(pool) < size:
       raise base.InputError(
-        f"class {label} has {len(pool)} images in {source.name} {source.split};"
-        f" the meta set needs {size}: lower num_meta_per_class"
+        f"{sources.class_of(source, label)} has {len(pool)} images in {source.name}"
+        f" {source.split}; the meta set needs {size}: lower num_meta_per_class"
       )
     rows.append(rng.choice(pool, size, replace=False))
   return np.concatenate(rows)

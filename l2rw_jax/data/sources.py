@@ -177,6 +177,12 @@ def from_own(name: str, split: str, data: own_data.OwnData) -> Source:
   )
 
 
+def class_of(source: Source, label: int) -> str:
+  """The name of a class in messages, such as "class 3" or "class 'cat'"."""
+  name = str(label) if source.class_names is None else source.class_names[label]
+  return f"class {name}" if name == str(label) else f"class {name!r}"
+
+
 def numbers(num_classes: int) -> tuple[str, ...]:
   """The names of classes that were published without names: 0 to C - 1."""
   return tuple(map(str, range(num_classes)))

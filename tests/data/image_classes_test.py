@@ -144,6 +144,12 @@ def test_image_folder(folder):
   np.testing.assert_allclose(small[0], 100, atol=10)
 
 
+def test_jfif_files_are_images(folder):
+  (folder / "val" / "red" / "0.png").unlink()
+  (folder / "val" / "red" / "1.JPG").rename(folder / "val" / "red" / "1.jfif")
+  assert len(image_classes.image_folder(folder, "val", size=4).labels) == 1
+
+
 def test_hidden_files_and_folders_are_left_out(folder):
   (folder / "train" / ".ipynb_checkpoints").mkdir()
   (folder / "train" / "red" / ".thumbnails").mkdir()
@@ -163,7 +169,7 @@ def test_unexpected_folders_raise(folder):
 
   assert "test has no class folders" in message("test")
   (folder / "val" / "empty").mkdir()
-  assert "empty contains no image (.bmp, .jpeg, .jpg, .png)" in message("val")
+  assert "empty contains no image (.bmp, .jfif, .jpeg, .jpg, .png)" in message("val")
   (folder / "train" / "blue" / "0.png").write_bytes(b"broken")
   assert "0.png cannot be read as an image" in message("train")
 

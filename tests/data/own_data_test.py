@@ -845,9 +845,11 @@ def test_own_data_are_a_source_with_a_trusted_meta_set(folder, caplog):
   sizes = [len(getattr(with_trusted, p).label) for p in ("train", "meta", "test")]
   # The file that cannot be read was assigned to the test part.
   assert sizes == [17, 20, 3] and with_trusted.train.image.dtype == np.uint8
-  plain = noisy_labels.noisy_labels(
-    train, test, builder="uniform_flip", fraction=0.0, num_meta_per_class=0, seed=0
-  )
+  options = {"builder": "uniform_flip", "fraction": 0.0, "seed": 0}
+  plain = noisy_labels.noisy_labels(train, test, num_meta_per_class=0, **options)
+  # The class is called as in the user's folder.
+  with pytest.raises(base.InputError, match="class 'cat' has 8 images in images:"):
+    noisy_labels.noisy_labels(train, test, num_meta_per_class=9, **options)
   assert plain.fingerprint != with_trusted.fingerprint
   with pytest.raises(base.InputError, match="num_meta_per_class=1 must be 0 if"):
     noisy_labels.noisy_labels(
