@@ -181,10 +181,11 @@ def read(
       DIR/test, the arrays X_test and y_test), they are used. Otherwise, a fixed fifth
       of the examples of each class is the test set. By default, all examples are
       returned, except for the source's test split.
-    labels: for images, a CSV file of path,label. The default is labels.csv in the
-      folder that is read, if it exists: DIR or, if there are folders DIR/train and
-      DIR/test, one of these. Otherwise, the folders are the classes. If `labels` is
-      given, DIR/train and DIR/test are not splits.
+    labels: for images, a CSV file of path,label. The paths start in DIR or, if there
+      are folders DIR/train and DIR/test, in DIR or DIR/train; these folders are then
+      not splits. The default is labels.csv in the folder that is read, if it exists:
+      DIR or, if there are folders DIR/train and DIR/test, one of these. Otherwise, the
+      folders are the classes.
     label_column: for a table, the label column. The default is a column called label,
       labels, class, target or y; if there is none, it is the last column.
     image_size: for image files, the height and width. The default is that of `like`
@@ -529,11 +530,14 @@ def _images(
     raise base.InputError(f"{folder} is not a folder of images")
   notes: list[str] = []
   is_split = False
-  if labels is None and all((folder / p).is_dir() for p in ("train", "test")):
-    folder, is_split = folder / (split or "train"), split is not None
-    if split is None:
+  listing = pathlib.Path(labels).expanduser() if labels else None
+  has_parts = all((folder / p).is_dir() for p in ("train", "test"))
+  if has_parts and (listing is None or _is_of_train(folder, listing)):
+    is_split = listing is None and split is not None
+    folder = folder / (split if split and is_split else "train")
+    if not is_split:
       notes.append(f"Only the images in {folder} were read, not those in ../test.")
-  listed = pathlib.Path(labels).expanduser() if labels else folder / "labels.csv"
+  listed = listing or folder / "labels.csv"
   if labels or listed.exists():
     files, given, skipped = _listed(folder, listed, notes)
   else:
@@ -549,6 +553,16 @@ def _images(
     folder,
   )
   return raw, is_split
+
+
+def _is_of_train(folder: pathlib.Path, listing: pathlib.Path) -> bool:
+  """Whether a list, such as an exported one, has paths in folder/train, not folder."""
+  cells = [cell for row in _csv_rows(listing)[:20] for cell in row]
+  in_folder, in_train = (
+    any(_file_within(place, cell) for cell in cells)
+    for place in (folder, folder / "train")
+  )
+  return in_train and not in_folder
 
 
 def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:

@@ -285,6 +285,16 @@ def test_parts_of_a_folder(folder, tmp_path):
   assert test.names == ("dog/t.png",) and test.labels.tolist() == [1]
   whole = own_data.read(name)
   assert len(whole.labels) == 20 and "Only the images in" in whole.notes[0]
+  # The paths of an exported list start in the same folder as those of the page.
+  rows = [f"{path},{path.partition('/')[0]}" for path in whole.names]
+  (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows[:-1]]))
+  again = own_data.read(name, labels=tmp_path / "list.csv")
+  assert again.names == whole.names[:-1] and again.notes == whole.notes
+  assert dict(again.skipped) == {whole.names[-1]: "it is not in list.csv"}
+  rows = [*(f"train/{row}" for row in rows), "test/dog/t.png,dog"]
+  (tmp_path / "list.csv").write_text("\n".join(rows))
+  again = own_data.read(name, labels=tmp_path / "list.csv")
+  assert len(again.names) == 21 and again.names[-1] == "test/dog/t.png"
 
 
 # -- archives ----------------------------------------------------------------
