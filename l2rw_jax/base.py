@@ -591,6 +591,46 @@ def check_integer(name: str, value: Any, at_least: int = 1) -> int:
   return number
 
 
+def setting(value: Any, dtype: Any = None) -> Any:
+  """A setting of a formula, such as a temperature, as a number of Python.
+
+  Numbers of NumPy and JAX would promote the arrays with which they are combined, and
+  under `jit`, comparisons of JAX arrays are traced even if their values are known.
+
+  Args:
+    value: a number of Python, NumPy or JAX, or a traced one. Anything else is returned
+      unchanged.
+    dtype: the type of the result if the value is traced.
+
+  >>> import numpy as np
+  >>> setting(np.float64(0.5)), setting(np.array(2))
+  (0.5, 2)
+  """
+  if isinstance(value, jax.core.Tracer):
+    return value if dtype is None else value.astype(dtype)
+  is_number = isinstance(value, np.generic | np.ndarray | jax.Array)
+  return value.item() if is_number and value.size == 1 else value
+
+
+def is_traced(*values: Any) -> bool:
+  """Whether one of the values is traced, so that it cannot be compared."""
+  return any(isinstance(value, jax.core.Tracer) for value in values)
+
+
+def known_setting(name: str, value: Any) -> Any:
+  """`setting(value)` of a value that determines the program or needs double precision.
+
+  Raises:
+    InputError: the value is traced.
+  """
+  if is_traced(value):
+    raise InputError(
+      f"{name} is traced, but must be known when the function is traced: pass a Python"
+      " number, or make it a static argument of jax.jit."
+    )
+  return setting(value)
+
+
 def unsharded(x: Array) -> Array:
   """`x`, replicated if it is sharded over a mesh with explicit axes.
 

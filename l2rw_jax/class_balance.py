@@ -63,7 +63,7 @@ def effective_number(class_counts: base.Array, beta: float = 0.9999) -> base.Arr
   >>> print(effective_number(jnp.array([30, 10]), beta=0.9))
   [0.8096331 1.190367 ]
   """
-  check_beta(beta)
+  beta = check_beta(beta)
   counts = as_counts(class_counts)
   present = counts != 0
   # `expm1` computes 1 - beta^n without cancellation. A count of 1 in place of 0 avoids
@@ -104,12 +104,18 @@ def example_weights(
   return normalization.sum_to_one(base.take(class_weights, labels), axis_name)
 
 
-def check_beta(beta: float) -> None:
-  """Raises InputError unless `beta` is valid for `effective_number`."""
+def check_beta(beta: float) -> float:
+  """`beta` of `effective_number`, as a number of Python.
+
+  Raises:
+    InputError: it is out of range, or traced: 1 - beta needs double precision.
+  """
+  beta = base.known_setting("beta of the effective number of examples", beta)
   if not 0 <= beta < 1:
     raise base.InputError(
       f"beta={beta} of the effective number of examples must be in [0, 1)."
     )
+  return beta
 
 
 def as_counts(class_counts: base.Array) -> base.Array:

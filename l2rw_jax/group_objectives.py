@@ -108,7 +108,8 @@ def gap(
   3.0
   """
   _check_choice("reduction", reduction, ("mean", "max"))
-  is_traced = isinstance(mean_coefficient, jax.core.Tracer)
+  mean_coefficient = base.setting(mean_coefficient)
+  is_traced = base.is_traced(mean_coefficient)
   if not is_traced and not math.isfinite(mean_coefficient):
     raise base.InputError(f"mean_coefficient={mean_coefficient} must be finite.")
   means, present = _wide_means(losses, groups, num_groups)
@@ -146,10 +147,11 @@ def worst(
     losses: losses of the exemplars, [M].
     groups: groups of the exemplars, [M].
     num_groups: G.
-    temperature: T. 0 selects the maximum; groups that tie share its gradient. T > 0
-      selects the smooth maximum T log sum_g exp(L_g / T), which is at most T log G
-      larger than the maximum. If a group is split into two groups with equal losses,
-      the maximum stays the same, but the smooth maximum grows by up to T log 2.
+    temperature: T, may be traced. 0 selects the maximum; groups that tie share its
+      gradient. T > 0 selects the smooth maximum T log sum_g exp(L_g / T), which is at
+      most T log G larger than the maximum. If a group is split into two groups with
+      equal losses, the maximum stays the same, but the smooth maximum grows by up to
+      T log 2.
 
   Returns:
     A scalar; 0 if no group has a member.
@@ -162,20 +164,26 @@ def worst(
   >>> print(worst(jnp.array([1., 3., 2.5]), jnp.array([0, 0, 2]), num_groups=3))
   2.5
   """
-  if not 0 <= temperature < math.inf:
+  temperature = base.setting(temperature)
+  is_traced = base.is_traced(temperature)
+  if not is_traced and not 0 <= temperature < math.inf:
     raise base.InputError(f"temperature={temperature} must be at least 0, and finite.")
   means, present = _wide_means(losses, groups, num_groups)
   any_present = present.any()
   # Absent groups have -inf, unless all are absent: the maximum must be finite.
   masked = jnp.where(present | ~any_present, means, -jnp.inf)
   exist = _check_exist(groups, num_groups)
-  if temperature < jnp.finfo(means.dtype).tiny:  # It would be flushed to 0.
+  tiny = float(jnp.finfo(means.dtype).tiny)  # Smaller ones would be flushed to 0.
+  if not is_traced and temperature < tiny:
     return _narrowed(jnp.where(exist, masked.max(), jnp.nan), losses)
   largest = jax.lax.stop_gradient(masked.max())
   largest = jnp.where(jnp.isfinite(largest), largest, 0)
-  temperature = float(temperature)
+  given = base.setting(temperature, means.dtype)
+  scale: Any = jnp.where(given < tiny, 1, given) if is_traced else float(given)
   # The differences are at most 0, so that their quotients cannot become +infinity.
-  smooth = largest + temperature * jax.nn.logsumexp((masked - largest) / temperature)
+  smooth = largest + scale * jax.nn.logsumexp((masked - largest) / scale)
+  if is_traced:
+    smooth = jnp.where(given < tiny, masked.max(), smooth)
   smooth = jnp.where(exist, jnp.where(any_present, smooth, 0), jnp.nan)
   return _narrowed(smooth, losses)
 

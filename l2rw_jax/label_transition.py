@@ -59,7 +59,7 @@ def estimate_transition(
     raise base.InputError(
       f"probabilities must be [N, C] with N at least 1; got {probabilities.shape}."
     )
-  check_percentile(percentile)
+  percentile = check_percentile(percentile)
   _check_distributions(probabilities)
   probabilities = base.unsharded(probabilities)
   # In floating point, the product of 64.1 and 10 is less than 641.
@@ -118,7 +118,8 @@ def confusion(
       f"confusion: row {jnp.argmin(exists)} of predicted or labels is not one of the"
       f" {num_classes} classes; leave such rows out."
     )
-  if not 0 <= smoothing < math.inf:
+  smoothing = base.setting(smoothing, jnp.result_type(float))
+  if not base.is_traced(smoothing) and not 0 <= smoothing < math.inf:
     raise base.InputError(f"smoothing={smoothing} must be a number of at least 0.")
   # In float32, a sum of ones stops at 2^24.
   counts = jnp.zeros((num_classes, num_classes), jnp.int32)
@@ -181,10 +182,16 @@ def check_estimator(estimator: str) -> None:
     raise base.InputError(f"estimator={estimator!r}: choose one of {ESTIMATORS}.")
 
 
-def check_percentile(percentile: float) -> None:
-  """Raises InputError if `percentile` is not between 0 and 100."""
+def check_percentile(percentile: float) -> float:
+  """`percentile` as a number of Python.
+
+  Raises:
+    InputError: it is traced, or not between 0 and 100.
+  """
+  percentile = base.known_setting("percentile", percentile)
   if not 0 <= percentile <= 100:
     raise base.InputError(f"percentile={percentile} must lie between 0 and 100.")
+  return percentile
 
 
 def _check_distributions(probabilities):

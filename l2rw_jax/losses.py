@@ -16,6 +16,8 @@ that takes logits and labels:
   gradient of 0, regardless of their labels and logits.
 - Sums over half-precision logits are computed in float32; losses have the type of the
   logits.
+- Settings (`gamma`, `q`, ...) may be traced, for instance by `jax.vmap` over several of
+  them. They are then not checked.
 - Losses and their gradients are finite if the logit of the label is finite, the others
   are finite or -inf (a single logit may be -inf if the label is 0), and differences of
   finite logits are far from the overflow of their type. Exceptions are the losses
@@ -165,15 +167,22 @@ def focal(
     Lin, Goyal, Girshick, He, Dollar, "Focal Loss for Dense Object Detection",
     ICCV 2017, eq. (4).
   """
-  _check(0 <= gamma < math.inf, f"focal: gamma={gamma} must be at least 0, and finite")
+  gamma = base.setting(gamma)
+  _check(
+    base.is_traced(gamma) or 0 <= gamma < math.inf,
+    f"focal: gamma={gamma} must be at least 0, and finite",
+  )
   log_p, is_label, scale = label_rows(logits, labels, where)
+  gamma = base.setting(gamma, log_p.dtype)
   others = jnp.where(is_label, -jnp.inf, log_p)
   # The power (1 - p_y)^gamma is computed from log(1 - p_y), so that neither the power
   # nor its gradient can be 0 / 0. If all other classes have a logit of -inf, 1 - p_y is
   # 0 and has no logarithm.
   is_sure = jnp.all(jnp.isneginf(others), axis=1)
   log_rest = jax.nn.logsumexp(jnp.where(is_sure[:, None], 0, others), axis=1)
-  factor = jnp.where(is_sure, 0.0**gamma, jnp.exp(gamma * log_rest))
+  # 0^gamma, whose derivative with respect to gamma would be NaN.
+  at_zero = jnp.asarray(gamma == 0, log_p.dtype)
+  factor = jnp.where(is_sure, at_zero, jnp.exp(gamma * log_rest))
   return (-factor * _at(log_p, is_label) * scale).astype(logits.dtype)
 
 
@@ -209,12 +218,14 @@ def symmetric_cross_entropy(
     with Noisy Labels", ICCV 2019. The defaults are those of ABSGD (Qi et al., 2023)
     on Clothing1M.
   """
+  alpha, beta = base.setting(alpha), base.setting(beta)
   _check(
-    min(alpha, beta) >= 0 < alpha + beta < math.inf,
+    base.is_traced(alpha, beta) or min(alpha, beta) >= 0 < alpha + beta < math.inf,
     f"symmetric_cross_entropy: alpha={alpha}, beta={beta} must be finite and not"
     " negative, and one must be positive",
   )
   log_p, is_label, scale = label_rows(logits, labels, where)
+  alpha, beta = (base.setting(x, log_p.dtype) for x in (alpha, beta))
   p = jnp.maximum(jnp.exp(log_p), 1e-7)
   elsewhere = jnp.where(is_label, 0, p).sum(axis=1)
   loss = -alpha * _at(log_p, is_label) - beta * math.log(1e-4) * elsewhere
@@ -253,13 +264,21 @@ def generalized_cross_entropy(
     Networks with Noisy Labels", NeurIPS 2018.
   """
   name = "generalized_cross_entropy"
+  q, threshold = base.setting(q), base.setting(threshold)
   # In float32, 1e-40 would become 0.
-  _check(1e-30 <= q <= 1, f"{name}: q={q} must be in (0, 1], at least 1e-30")
+  _check(
+    base.is_traced(q) or 1e-30 <= q <= 1,
+    f"{name}: q={q} must be in (0, 1], at least 1e-30",
+  )
   log_p, is_label, scale = label_rows(logits, labels, where)
+  q, threshold = (base.setting(x, log_p.dtype) for x in (q, threshold))
   log_p = _at(log_p, is_label)
   if threshold is not None:
-    _check(0 < threshold < 1, f"{name}: threshold={threshold} must be in (0, 1)")
-    limit = math.log(threshold)
+    _check(
+      base.is_traced(threshold) or 0 < threshold < 1,
+      f"{name}: threshold={threshold} must be in (0, 1)",
+    )
+    limit = jnp.log(jnp.asarray(threshold, log_p.dtype))
     log_p = jnp.where(log_p <= limit, limit, log_p)
   return (-jnp.expm1(q * log_p) / q * scale).astype(logits.dtype)
 
@@ -293,8 +312,9 @@ def bootstrapping_soft(
     Reed, Lee, Anguelov, Szegedy, Erhan, Rabinovich, "Training Deep Neural Networks
     on Noisy Labels with Bootstrapping", 2014 (arXiv 1412.6596).
   """
-  _check(0 <= beta <= 1, f"bootstrapping_soft: beta={beta} must be in [0, 1]")
+  beta = _share("bootstrapping_soft", beta)
   log_p, is_label, scale = label_rows(logits, labels, where)
+  beta = base.setting(beta, log_p.dtype)
   # A class with a logit of -inf contributes 0 log 0 = 0.
   finite = jnp.where(jnp.isneginf(log_p), 0, log_p)
   entropy = -jnp.sum(jnp.exp(log_p) * finite, axis=1)
@@ -314,8 +334,9 @@ def bootstrapping_hard(
   The one-hot prediction is piecewise constant, so that no gradient flows through it.
   The arguments, the result and the errors are those of `bootstrapping_soft`.
   """
-  _check(0 <= beta <= 1, f"bootstrapping_hard: beta={beta} must be in [0, 1]")
+  beta = _share("bootstrapping_hard", beta)
   log_p, is_label, scale = label_rows(logits, labels, where)
+  beta = base.setting(beta, log_p.dtype)
   predicted = jnp.max(log_p, axis=1)
   loss = -beta * _at(log_p, is_label) - (1 - beta) * predicted
   return (loss * scale).astype(logits.dtype)
@@ -441,8 +462,10 @@ def logit_adjusted(
     Menon, Jayasumana, Rawat, Jain, Veit, Kumar, "Long-tail Learning via Logit
     Adjustment", ICLR 2021 (the logit-adjusted softmax cross-entropy).
   """
+  tau = base.setting(tau)
   _check(
-    0 <= tau < math.inf, f"logit_adjusted: tau={tau} must be at least 0, and finite"
+    base.is_traced(tau) or 0 <= tau < math.inf,
+    f"logit_adjusted: tau={tau} must be at least 0, and finite",
   )
   return _count_adjusted(logits, labels, class_counts, tau, where)
 
@@ -599,6 +622,7 @@ def _count_adjusted(logits, labels, class_counts, tau, where):
     logits = jnp.concatenate([jnp.zeros_like(logits), logits], axis=1)
   counts = class_balance.as_counts(class_counts)
   # The sum of the counts would cancel in the softmax.
+  tau = base.setting(tau, counts.dtype)
   offsets = tau * jnp.log(jnp.where(counts == 0, 1, counts))
   is_absent = (counts == 0) & (tau > 0)
   # Rows whose label is of an absent class keep all logits, so that nothing is
@@ -615,6 +639,15 @@ def _count_adjusted(logits, labels, class_counts, tau, where):
 def _at(values, is_label):
   """The entries [B] of `values` [B, C] at the one-hot labels; 0 for an empty row."""
   return jnp.sum(jnp.where(is_label, values, 0), axis=1)
+
+
+def _share(name, beta):
+  """The setting beta of bootstrapping, which must be in [0, 1] unless it is traced."""
+  beta = base.setting(beta)
+  _check(
+    base.is_traced(beta) or 0 <= beta <= 1, f"{name}: beta={beta} must be in [0, 1]"
+  )
+  return beta
 
 
 def _check(holds, message):

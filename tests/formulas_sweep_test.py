@@ -1262,3 +1262,156 @@ def test_every_public_function_is_in_the_table_or_has_a_reason():
   functions = _public_functions()
   assert functions - uses - set(_OTHER_FUNCTIONS) == set()
   assert set(_OTHER_FUNCTIONS) - functions == set()
+
+
+_LOGITS = np.float32([[1, 0, 2], [0.5, -1, 0], [0, 3, 1], [2, 0.5, -0.5]])
+_LABELS, _GROUPS = np.array([0, 1, 2, 0]), np.array([0, 1, 1, 0])
+_VALUES = np.abs(_LOGITS[:, 0]) + np.float32(0.5)
+
+
+def _with_setting(module, name, setting, *arguments, **others):
+  """`setting -> result` of a function of the library, given NumPy arrays."""
+
+  def function(value):
+    arrays = jax.tree.map(jnp.asarray, arguments)
+    return getattr(module, name)(*arrays, **others, **{setting: value})
+
+  return function
+
+
+# Functions of one setting, and two values of the setting.
+_SETTINGS = {
+  "focal": (_with_setting(losses, "focal", "gamma", _LOGITS, _LABELS), 0.0, 1.5),
+  "symmetric_alpha": (
+    _with_setting(losses, "symmetric_cross_entropy", "alpha", _LOGITS, _LABELS),
+    *(0.5, 0.1),
+  ),
+  "symmetric_beta": (
+    _with_setting(losses, "symmetric_cross_entropy", "beta", _LOGITS, _LABELS),
+    *(0.5, 0.1),
+  ),
+  "generalized_q": (
+    _with_setting(losses, "generalized_cross_entropy", "q", _LOGITS, _LABELS),
+    *(0.7, 0.1),
+  ),
+  "generalized_threshold": (
+    _with_setting(losses, "generalized_cross_entropy", "threshold", _LOGITS, _LABELS),
+    *(0.5, 0.1),
+  ),
+  "bootstrapping_soft": (
+    _with_setting(losses, "bootstrapping_soft", "beta", _LOGITS, _LABELS),
+    *(0.5, 0.9),
+  ),
+  "bootstrapping_hard": (
+    _with_setting(losses, "bootstrapping_hard", "beta", _LOGITS, _LABELS),
+    *(0.5, 0.9),
+  ),
+  "logit_adjusted": (
+    _with_setting(
+      losses, "logit_adjusted", "tau", _LOGITS, _LABELS, np.int32([3, 0, 2])
+    ),
+    *(0.0, 0.7),
+  ),
+  "margins": (
+    _with_setting(ldam_drw, "margins", "max_margin", np.float32([16, 1, 0])),
+    *(0.5, 0.3),
+  ),
+  "ldam": (
+    _with_setting(
+      ldam_drw, "ldam", "scale", np.tanh(_LOGITS), _LABELS, np.float32([0.1, 0, 0.2])
+    ),
+    *(30.0, 3.0),
+  ),
+  "bare": (
+    _with_setting(bare, "example_weights", "kappa", _LOGITS, _LABELS),
+    *(0.0, 0.7),
+  ),
+  **{
+    f"absgd_{name}": (
+      _with_setting(
+        absgd,
+        "example_weights",
+        name,
+        *(_VALUES, np.float32(0)),
+        **{k: v for k, v in {"lam": 2.0, "gamma": 0.7}.items() if k != name},
+      ),
+      *(0.5, 0.1),
+    )
+    for name in ("lam", "gamma", "alpha", "clip", "uniform_share")
+  },
+  "group_dro": (
+    _with_setting(
+      group_dro, "example_weights", "step_size", _VALUES, _GROUPS, np.zeros(2, "f")
+    ),
+    *(0.0, 0.7),
+  ),
+  "worst": (
+    _with_setting(
+      group_objectives, "worst", "temperature", _VALUES, _GROUPS, num_groups=2
+    ),
+    *(0.0, 0.7),
+  ),
+  "gap": (
+    _with_setting(
+      group_objectives, "gap", "mean_coefficient", _VALUES, _GROUPS, num_groups=2
+    ),
+    *(0.0, 0.7),
+  ),
+  "forml": (
+    _with_setting(
+      forml, "update_weights", "weight_learning_rate", _VALUES, _LOGITS[:, 2]
+    ),
+    *(0.0, 0.7),
+  ),
+  "nested_maml": (
+    lambda value: nested_maml.update_weights(
+      jnp.asarray(_VALUES), jnp.asarray(_LOGITS[:, 2]), value, clip=value, floor=value
+    ),
+    *(0.5, 0.7),
+  ),
+  "mentornet_focal": (_with_setting(mentornet, "focal", "gamma", _VALUES), 2.0, 0.5),
+  "mentornet_spcl": (
+    _with_setting(mentornet, "spcl_linear", "gamma", _VALUES, _LOGITS[:, 1]),
+    *(2.0, 0.5),
+  ),
+  "moving_percentile": (
+    _with_setting(
+      mentornet, "moving_percentile", "decay", np.float32(0), _VALUES, percentile=75
+    ),
+    *(0.5, 0.9),
+  ),
+  "clipped_gradient": (
+    lambda value: per_example.clipped_gradient(
+      lambda p, x: (x @ p) ** 2, jnp.ones(3, jnp.float32), jnp.asarray(_LOGITS), value
+    )[0],
+    *(0.5, 1e6),
+  ),
+}
+
+
+@pytest.mark.parametrize("name", _SETTINGS)
+def test_settings_may_be_traced_or_have_any_type(name):
+  function, *values = _SETTINGS[name]
+  constants = [jnp.float32(value) for value in values]
+
+  @jax.jit
+  def results(traced):
+    # Comparisons of the constants are traced, too.
+    by_type = [[function(x) for x in given] for given in (values, constants)]
+    return by_type, jax.vmap(function)(traced)
+
+  (expected, of_constants), rows = results(jnp.float32(values))
+  stacked = jax.tree.map(lambda *x: jnp.stack(x), *expected)
+  chex.assert_trees_all_close(of_constants, expected, rtol=3e-6)
+  chex.assert_trees_all_close(rows, stacked, rtol=3e-6)
+  with jax.enable_x64(True):
+    wide = jax.eval_shape(lambda: function(np.float64(values[0])))
+  chex.assert_trees_all_equal_dtypes(expected[0], of_constants[0], rows, wide)
+
+
+def test_settings_that_need_double_precision_must_be_known():
+  counts = jnp.int32([3, 1])
+  with pytest.raises(base.InputError, match=r"beta of .* is traced, but must be known"):
+    jax.jit(lambda beta: class_balance.effective_number(counts, beta))(0.9)
+  with pytest.raises(base.InputError, match="percentile is traced"):
+    jax.jit(lambda p: mentornet.moving_percentile(0.0, _VALUES, p))(50.0)

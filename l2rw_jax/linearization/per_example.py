@@ -218,11 +218,12 @@ def clipped_gradient(
     >>> print(clipped_gradient(losses_fn, jnp.array([1., 2.]), jnp.eye(2), 2.)[0])
     [1. 1.]
   """
+  max_norm = base.setting(max_norm)
   is_number = isinstance(max_norm, numbers.Real | np.ndarray | jax.Array)
   if (
     not is_number
     or jnp.shape(max_norm)
-    or (not isinstance(max_norm, jax.core.Tracer) and not max_norm > 0)
+    or (not base.is_traced(max_norm) and not max_norm > 0)
   ):
     raise base.InputError(f"max_norm={max_norm!r}: must be a positive number.")
 

@@ -66,7 +66,8 @@ def example_weights(
       when lambda changes, because u is in units of exp(loss / lambda).
     lam: lambda, in units of the loss, not 0; may be traced. If it is infinite, the
       weights are 1 / B regardless of the other options, and u does not change.
-    gamma: share of the new batch in u, in (0, 1].
+    gamma: share of the new batch in u, in (0, 1]; like the following numbers, it may be
+      traced.
     alpha: scale of the new batch in u, above 0; divides the weights.
     clip: upper bound of p_i, such as 1e4 / B; the released code has none.
     uniform_share: adds uniform_share / B to every p_i after clipping. 1 in the
@@ -93,6 +94,9 @@ def example_weights(
   base.check_not_empty("losses", losses)
   _check_settings(lam, gamma, alpha, clip, uniform_share)
   dtype = base.accumulator_dtype(losses.dtype)
+  gamma, alpha, clip, uniform_share = (
+    base.setting(x, dtype) for x in (gamma, alpha, clip, uniform_share)
+  )
   # Stop gradients before the collectives, which must not be differentiated.
   scores, log_u, lam = (
     jax.lax.stop_gradient(jnp.asarray(x, dtype)) for x in (losses, log_normalizer, lam)
@@ -224,24 +228,23 @@ def absgd(
 
 
 def _check_settings(lam, gamma, alpha, clip, uniform_share=0.0):
-  if _is_known(lam):
-    _check_lam(lam)
-  if _is_known(gamma) and not 0 < gamma <= 1:
+  gamma, alpha, clip, uniform_share = (
+    base.setting(x) for x in (gamma, alpha, clip, uniform_share)
+  )
+  _check_lam(lam)
+  if not base.is_traced(gamma) and not 0 < gamma <= 1:
     raise base.InputError(f"absgd: gamma={gamma} must be above 0 and at most 1.")
   for name, value in (("alpha", alpha), ("clip", 1 if clip is None else clip)):
-    if _is_known(value) and not 0 < value < math.inf:
+    if not base.is_traced(value) and not 0 < value < math.inf:
       raise base.InputError(f"absgd: {name}={value} must be a number above 0.")
-  if _is_known(uniform_share) and not 0 <= uniform_share < math.inf:
+  if not base.is_traced(uniform_share) and not 0 <= uniform_share < math.inf:
     raise base.InputError(f"absgd: uniform_share={uniform_share} must be at least 0.")
 
 
-def _is_known(value):
-  return not isinstance(value, jax.core.Tracer)
-
-
 def _check_lam(lam):
+  lam = base.setting(lam)
   # Most devices flush float32 numbers below the smallest normal number to 0.
-  if not abs(lam) >= np.finfo(np.float32).tiny:
+  if not base.is_traced(lam) and not abs(lam) >= np.finfo(np.float32).tiny:
     raise base.InputError(
       f"absgd: lam={lam} must not be 0. Use a positive number for imbalance, a negative"
       " one for wrong labels, and math.inf for the plain mean."

@@ -58,7 +58,8 @@ def select(
   Args:
     logits: [B, C], or [B, 1] of a binary classifier.
     labels: given labels, integers [B].
-    kappa: number of standard deviations above the mean, at least 0, finite.
+    kappa: number of standard deviations above the mean, at least 0, finite; may be
+      traced.
     statistics: "batch_column" or "own_label".
     axis_name: mapped device axis over which the batch is split.
 
@@ -66,7 +67,7 @@ def select(
     InputError: `statistics` is unknown, `kappa` is out of range, or the shapes do not
       match.
   """
-  _check(kappa, statistics)
+  kappa = _checked(kappa, statistics)
   losses_lib.check_logits(logits, labels)
   base.check_not_empty("logits", logits)
   columns = jnp.clip(_probabilities(logits), _MARGIN, 1 - _MARGIN)
@@ -78,6 +79,7 @@ def select(
   else:
     mean, deviation, defined = _moments(columns, jnp.ones_like(columns), 1, axis_name)
   tolerance = _TOLERANCE * jnp.finfo(columns.dtype).eps
+  kappa = base.setting(kappa, columns.dtype)
   # If the deviation is undefined, nothing is selected.
   threshold = jnp.where(defined, (1 - tolerance) * mean + kappa * deviation, jnp.inf)
   of_label = jnp.where(is_label, threshold[None, :], 0).sum(axis=1)
@@ -180,7 +182,7 @@ def bare(kappa: float = 1.0, statistics: str = "batch_column") -> base.Method:
   Raises:
     InputError: a setting is out of range.
   """
-  _check(kappa, statistics)
+  kappa = _checked(kappa, statistics)
 
   def gradients(state, problem, inputs):
     def losses_fn(params, batch):
@@ -210,10 +212,12 @@ def bare(kappa: float = 1.0, statistics: str = "batch_column") -> base.Method:
   return base.Method(gradients)
 
 
-def _check(kappa, statistics):
+def _checked(kappa, statistics):
   if statistics not in STATISTICS:
     raise base.InputError(
       f"statistics={statistics!r}: choose 'batch_column' or 'own_label'."
     )
-  if not 0 <= kappa < math.inf:
+  kappa = base.setting(kappa)
+  if not (base.is_traced(kappa) or 0 <= kappa < math.inf):
     raise base.InputError(f"kappa={kappa} must be at least 0, and finite.")
+  return kappa

@@ -64,7 +64,8 @@ def update_weights(
   >>> print(update_weights(jnp.array([.5, .5]), jnp.array([-.5, 2.]), 0.5))
   [1. 0.]
   """
-  return normalization.rectify(weights - weight_learning_rate * gradient, axis_name)
+  rate = base.setting(weight_learning_rate, gradient.dtype)
+  return normalization.rectify(weights - rate * gradient, axis_name)
 
 
 class Reweighted(NamedTuple):
@@ -322,7 +323,8 @@ def forml(
     ("weight_learning_rate", weight_learning_rate),
     ("inner_learning_rate", inner_learning_rate),
   ):
-    if not value >= 0:  # Also refuses NaN.
+    value = base.setting(value)
+    if not base.is_traced(value) and not value >= 0:  # Also refuses NaN.
       raise base.InputError(f"forml: {name}={value} must be at least 0.")
   if num_groups is not None:
     num_groups = base.check_integer("forml: num_groups", num_groups)

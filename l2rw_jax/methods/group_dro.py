@@ -227,7 +227,8 @@ def _check_members(members):
 
 
 def _check_setting(name, value):
-  if not isinstance(value, jax.core.Tracer) and not 0 <= value < np.inf:
+  value = base.setting(value)
+  if not base.is_traced(value) and not 0 <= value < np.inf:
     raise base.InputError(f"group_dro: {name}={value} must be at least 0, and finite.")
 
 

@@ -32,7 +32,8 @@ def margins(class_counts: base.Array, max_margin: float = 0.5) -> base.Array:
 
   Args:
     class_counts: [C], non-negative.
-    max_margin: at least 0, in units of a cosine; 0.3 for iNaturalist in the paper.
+    max_margin: at least 0, in units of a cosine, may be traced; 0.3 for iNaturalist in
+      the paper.
 
   Returns:
     Margins [C].
@@ -49,6 +50,7 @@ def margins(class_counts: base.Array, max_margin: float = 0.5) -> base.Array:
   counts = class_balance.as_counts(class_counts)
   present = counts != 0
   unscaled = jnp.where(present, jnp.where(present, counts, 1) ** -0.25, 0)
+  max_margin = base.setting(max_margin, unscaled.dtype)
   return unscaled * max_margin / jnp.where(present.any(), unscaled.max(initial=0), 1)
 
 
@@ -66,8 +68,8 @@ def ldam(
     cosines: z [B, C], C at least 2.
     labels: integer class of each example, [B].
     class_margins: [C], see `margins`.
-    scale: multiplies the logits after the margin is subtracted, positive. The paper's
-      formula has no scale; its released code uses 30.
+    scale: multiplies the logits after the margin is subtracted, positive; may be
+      traced. The paper's formula has no scale; its released code uses 30.
     where: which examples count, bool [B]; see `losses`.
 
   Returns:
@@ -79,7 +81,8 @@ def ldam(
   _check_scale(scale)
   is_label, wide, class_margins = _checked(cosines, labels, class_margins, where)
   lowered = wide - jnp.where(is_label, class_margins, 0)
-  values = losses.softmax_cross_entropy(float(scale) * lowered, labels, where=where)
+  scale = base.setting(scale, lowered.dtype)
+  values = losses.softmax_cross_entropy(scale * lowered, labels, where=where)
   return values.astype(cosines.dtype)
 
 
@@ -242,14 +245,16 @@ def _check_cosines(problem, params):
 
 
 def _check_max_margin(max_margin):
-  if not 0 <= max_margin < math.inf:
+  max_margin = base.setting(max_margin)
+  if not base.is_traced(max_margin) and not 0 <= max_margin < math.inf:
     raise base.InputError(
       f"ldam: max_margin={max_margin} must be at least 0, and finite."
     )
 
 
 def _check_scale(scale):
-  if not 0 < scale < math.inf:
+  scale = base.setting(scale)
+  if not base.is_traced(scale) and not 0 < scale < math.inf:
     raise base.InputError(f"ldam: scale={scale} must be more than 0, and finite.")
 
 

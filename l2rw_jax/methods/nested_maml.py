@@ -62,6 +62,9 @@ def update_weights(
   >>> print(update_weights(jnp.array([1., 1.]), jnp.array([-.5, 3.]), 0.5))
   [1.25 0.  ]
   """
+  weight_learning_rate, clip, floor = (
+    base.setting(x, gradient.dtype) for x in (weight_learning_rate, clip, floor)
+  )
   if clip is not None:
     gradient = jnp.clip(gradient, -clip, clip)
   return jnp.maximum(weights - weight_learning_rate * gradient, floor)
@@ -267,9 +270,12 @@ def nested_maml(
     ("lookahead_learning_rate", lookahead_learning_rate),
     ("clip", clip),
   ):
-    if value is not None and not value >= 0:  # Also refuses NaN.
+    value = base.setting(value)
+    is_known = value is not None and not base.is_traced(value)
+    if is_known and not value >= 0:  # Also refuses NaN.
       raise base.InputError(f"nested_maml: {name}={value} must be at least 0.")
-  if not initial >= floor:
+  initial, floor = base.setting(initial), base.setting(floor)
+  if not base.is_traced(initial, floor) and not initial >= floor:
     raise base.InputError(f"nested_maml: initial={initial} is below floor={floor}.")
   every = base.check_integer("nested_maml: every", every)
 
@@ -281,7 +287,7 @@ def nested_maml(
       "item": (problem.num_examples, num_items),
     }
     return State(
-      jnp.full(shapes[share], float(initial)),
+      jnp.full(shapes[share], initial, jnp.result_type(float)),
       jnp.zeros(()),
       jnp.array(True),
       jnp.array(False),

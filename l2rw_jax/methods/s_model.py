@@ -199,7 +199,9 @@ def _updated(state, gradient, optimizer, loss):
   updates, opt_state = hypergradient.update(
     optimizer, gradient, state.opt_state, state.logits, loss, "layer"
   )
-  new = State(optax.apply_updates(state.logits, updates), opt_state, state.is_active)
+  with base.implicit_promotion():
+    logits = optax.apply_updates(state.logits, updates)
+  new = State(logits, opt_state, state.is_active)
   # Until the layer is active, neither weight decay nor the optimizer's step count may
   # change the state.
   return jax.tree.map(lambda a, b: jnp.where(state.is_active, a, b), new, state)

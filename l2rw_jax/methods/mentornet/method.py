@@ -117,7 +117,8 @@ def focal(
     InputError: `gamma` is negative.
   """
   del differences, labels, epoch
-  if not gamma >= 0:
+  gamma = base.setting(gamma, jnp.result_type(losses))
+  if not base.is_traced(gamma) and not gamma >= 0:
     raise base.InputError(f"focal: gamma={gamma} must be at least 0.")
   return (-jnp.expm1(-jnp.maximum(losses, 0))) ** gamma
 
@@ -136,7 +137,8 @@ def spcl_linear(
     InputError: `gamma` is not positive.
   """
   del losses, labels, epoch
-  if not gamma > 0:
+  gamma = base.setting(gamma, jnp.result_type(differences))
+  if not base.is_traced(gamma) and not gamma > 0:
     raise base.InputError(f"spcl_linear: gamma={gamma} must be more than 0.")
   return jnp.clip(1 - differences / gamma, 0, 1)
 
@@ -189,6 +191,7 @@ def moving_percentile(
   _check_range("decay", decay, 0, 1)
   check_percentile(percentile)
   dtype = base.accumulator_dtype(losses.dtype)
+  decay = base.setting(decay, dtype)
   all_losses = base.unsharded(base.gather(losses, axis_name))
   ordered = jnp.sort(jax.lax.stop_gradient(all_losses).astype(dtype))
   # If the percentile is an integer, the product is exact, and so are ties.
@@ -202,6 +205,7 @@ def moving_percentile(
 
 def check_percentile(percentile: float) -> None:
   """Raises InputError for a percentile outside [0, 100], or given as a fraction."""
+  percentile = base.known_setting("percentile", percentile)
   _check_range("percentile", percentile, 0, 100)
   if 0 < percentile < 1:
     raise base.InputError(
@@ -374,6 +378,7 @@ def mentornet(
   check_percentile(percentile)
   _check_range("decay", decay, 0, 1)
   _check_range("burn_in", burn_in, 0, 100)
+  weight_decay = base.setting(weight_decay)
   rates = dropout_rates(dropout)
   num_classes = getattr(weights_fn, "num_classes", None)
 
@@ -401,7 +406,7 @@ def mentornet(
     weights = (v / size).astype(losses.dtype)
     mean_weight = base.psum(jnp.sum(weights), problem.axis_name)
     grads = base.summed_gradient(linearized, weights, problem.axis_name)
-    if weight_decay:
+    if base.is_traced(weight_decay) or weight_decay:
       grads = _add_decay(grads, inputs.params, weight_decay * mean_weight)
     metrics = {"percentile": moving, "mean_weight": mean_weight}
     # The state keeps its type, also for losses in float64.
@@ -432,5 +437,6 @@ def _add_decay(grads, params, decay):
 
 
 def _check_range(name, value, low, high):
-  if not low <= value <= high:
+  value = base.setting(value)
+  if not base.is_traced(value) and not low <= value <= high:
     raise base.InputError(f"{name}={value} must lie between {low} and {high}.")
