@@ -1184,6 +1184,7 @@ _OTHER_FUNCTIONS = {
   "hypergradient.known_vector": _INSIDE,
   "hypergradient.local": _INSIDE,
   "hypergradient.through_value": _INSIDE,
+  "hypergradient.update": _INSIDE,
   "hypergradient.order_of": _CHECK,
   "inference.map_batches": _HOST,
   "initialization.pytorch": _START,
