@@ -77,8 +77,9 @@ def example_weights(
 
   Returns:
     Weights [B], from 0 to 1 / (gamma alpha) plus uniform_share / B, constant under
-    differentiation; log u, scalar. A NaN loss makes all weights NaN, unless lambda is
-    infinite, which makes them 1 / B.
+    differentiation; log u, scalar. A loss that is NaN, or whose exponential is
+    infinite, makes all weights and log u NaN, unless lambda is infinite, which makes
+    the weights 1 / B. To skip such a step, keep the previous log u.
 
   Raises:
     InputError: the losses do not have shape [B] or are empty, or a setting that is not
@@ -105,7 +106,10 @@ def example_weights(
   # The square root is NaN for a traced lambda of 0, and 1 otherwise.
   is_zero = jnp.abs(lam) < jnp.finfo(dtype).tiny
   lam = jnp.where(is_zero, 1, lam) * jnp.sqrt(jnp.where(is_zero, -1.0, 1.0))
+  # u would be infinite, and all later weights 0. A finite loss is only clipped.
+  is_infinite = jnp.isinf(scores) & ((scores > 0) == (lam > 0))
   scores = jnp.clip(scores / lam.astype(dtype), -limit, limit)
+  scores = scores * jnp.sqrt(jnp.where(is_infinite, -1.0, 1.0)).astype(dtype)
   size = base.global_size(losses.shape[0], axis_name)
   largest = base.pmax(jnp.max(scores), axis_name)
   scores = scores - largest

@@ -265,6 +265,11 @@ def test_clip_and_uniform_share():
 def test_nan_loss_gives_nan_weights():
   weights, log_u = _first_weights([1.0, np.nan], 2.0)
   assert np.isnan(weights).all() and np.isnan(log_u)
+  for loss, lam in ((np.inf, 2.0), (-np.inf, -2.0)):
+    weights, log_u = _first_weights([1.0, loss], lam)
+    assert np.isnan(weights).all() and np.isnan(log_u)
+  weights, log_u = _first_weights([1.0, np.inf], -2.0)  # exp(-inf) = 0
+  assert weights[1] == 0 and np.isfinite(log_u)
   weights, _ = _first_weights([1.0, np.nan], math.inf)
   np.testing.assert_array_equal(weights, [0.5, 0.5])
 

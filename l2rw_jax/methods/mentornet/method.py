@@ -173,7 +173,8 @@ def moving_percentile(
     previous: the previous value, 0 before the first batch.
     losses: this device's losses [B], held constant.
     percentile: from 0 to 100. It selects the nearest of the sorted losses (the lower
-      one at a tie), without interpolation.
+      one at a tie), without interpolation. The result is NaN if the selected loss is
+      infinite, or a loss is NaN.
     decay: decay rate; 0.5 in the released CIFAR program, which calls a function with a
       default of 0.9.
     axis_name: mapped axis over which the batch is sharded.
@@ -198,6 +199,8 @@ def moving_percentile(
   nearest = math.ceil((float(percentile) * (ordered.size - 1) - 50) / 100)
   # NaN is sorted to the end, so a percentile below 100 would ignore it.
   value = jnp.where(jnp.isnan(ordered[-1]), ordered[-1], ordered[nearest])
+  # An infinite average would stay infinite, and later losses would all be below it.
+  value = value * jnp.sqrt(jnp.where(jnp.isinf(value), -1.0, 1.0)).astype(dtype)
   previous = jnp.asarray(previous, dtype)
   # The value is equal on every device; the maximum marks it as equal for `shard_map`.
   return decay * previous + (1 - decay) * base.pmax(value, axis_name)

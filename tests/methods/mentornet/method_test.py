@@ -379,6 +379,9 @@ def test_curricula_need_only_the_arguments_they_use():
 def test_nan_loss_gives_a_nan_weight():
   losses = jnp.array([jnp.nan, 1.0, 2.0])
   assert np.isnan(mentornet.moving_percentile(0.0, losses, 50.0))
+  losses_with_infinity = jnp.array([jnp.inf, 1.0, 2.0])
+  assert np.isnan(mentornet.moving_percentile(0.0, losses_with_infinity, 100.0))
+  assert mentornet.moving_percentile(0.0, losses_with_infinity, 50.0) == 1
   for curriculum in (mentornet.self_paced, mentornet.hard):
     result = curriculum(losses, losses - 1.5)
     np.testing.assert_array_equal(np.isnan(result), [True, False, False])
