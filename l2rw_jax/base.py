@@ -506,6 +506,21 @@ def take(table: Array, index: Array) -> Array:
   return table.at[index].get(**options)
 
 
+def entry(batch: Batch, key: str, method: str) -> Any:
+  """The entry of a training batch that a method needs.
+
+  Raises:
+    InputError: the batch does not have it.
+  """
+  if key not in batch:
+    what = "the row of each example in the training set" if key == "index" else key
+    raise InputError(
+      f"{method}: the training batch has no {key!r} ({what}). It has {sorted(batch)}:"
+      " add it."
+    )
+  return batch[key]
+
+
 def host_or_jax_array(values: Any) -> Any:
   """Returns JAX arrays unchanged, and all other values as NumPy arrays.
 

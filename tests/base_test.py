@@ -12,6 +12,12 @@ from l2rw_jax.models import classifier
 from l2rw_jax.models import mlp
 
 
+def test_an_entry_that_a_batch_lacks_is_named():
+  assert base.entry({"index": 3}, "index", "forml") == 3
+  with pytest.raises(base.InputError, match=r"forml: .* no 'index' \(the row of each"):
+    base.entry({"image": 3}, "index", "forml")
+
+
 def test_static_values_are_restored_from_bytes():
   saved = {"order": base.StaticStr("layers"), "kept": base.StaticFloat(0.5)}
   saved["vector"] = jnp.arange(2.0)

@@ -483,7 +483,8 @@ def _method(init, refresh, num_passes):
   def gradients(state, problem, inputs):
     def weights(losses):
       size = base.global_size(losses.shape[0], problem.axis_name)
-      batch_weights = base.take(state.weights, inputs.batch["index"])
+      index = base.entry(inputs.batch, "index", "adacore or random_subset")
+      batch_weights = base.take(state.weights, index)
       return batch_weights.astype(losses.dtype) / size
 
     return weighted_update.weighted_gradients(problem, inputs, weights), state

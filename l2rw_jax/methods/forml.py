@@ -317,7 +317,8 @@ def forml(
     "mean" or `groups_fn` reads something else).
 
   Raises:
-    InputError: a setting is out of range, or the objective does not have it.
+    InputError: a setting is out of range, or the objective does not have it; in
+      training, the batch has no "index".
   """
   for name, value in (
     ("weight_learning_rate", weight_learning_rate),
@@ -338,7 +339,7 @@ def forml(
     axis_name = problem.axis_name
     linearized = problem.linearize_batch(inputs)
     groups = _groups(groups_fn, inputs.meta_batch, objective, axis_name)
-    index = inputs.batch["index"]
+    index = base.entry(inputs.batch, "index", "forml")
     update = reweigh(
       linearized,
       problem.meta_losses_fn(inputs.model_state, inputs.key),

@@ -261,8 +261,9 @@ def nested_maml(
     tasks. With items, the `weights` of its gradients are sums over the items of a task.
 
   Raises:
-    InputError: a setting is out of range or does not apply to `share`; or, when an
-      epoch begins, the cluster of a task is not in 0 to K - 1.
+    InputError: a setting is out of range or does not apply to `share`; when an epoch
+      begins, the cluster of a task is not in 0 to K - 1; or, in training, the batch has
+      no "index" or "group".
   """
   _check_share(share, num_clusters=num_clusters, num_items=num_items)
   for name, value in (
@@ -302,7 +303,8 @@ def nested_maml(
 
   def gradients(state, problem, inputs):
     axis_name = problem.axis_name
-    place = inputs.batch["group" if share == "cluster" else "index"]
+    key = "group" if share == "cluster" else "index"
+    place = base.entry(inputs.batch, key, "nested_maml")
     losses_fn = None
     if share == "item":
       losses_fn = _item_losses_fn(problem, inputs, num_items)

@@ -186,7 +186,7 @@ def warpi(
 
   Raises:
     InputError: `num_samples` or `every` is not a positive integer, or (when traced) the
-      classifier has a single logit.
+      classifier has a single logit, or the labels are not integers of shape [B].
   """
   num_samples = base.check_integer("warpi: num_samples", num_samples)
   every = base.check_integer("warpi: every", every)
@@ -207,6 +207,7 @@ def warpi(
     linearized = problem.linearize_batch_outputs(inputs)
     logits = linearized.outputs
     _check_logits(logits)
+    losses_lib.check_logits(logits, labels)
     size = base.global_size(labels.shape[0], problem.axis_name)
 
     def noise(key):
@@ -242,8 +243,8 @@ def warpi(
       every=every,
     )
     _, vectors = inner_loss(net, state.params, logits, labels, noise(real_key))
-    is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=vectors.dtype)
-    label_factors = (vectors.mean(axis=0) * is_label).sum(axis=-1)
+    is_label = losses_lib.label_mask(labels, logits.shape[-1])
+    label_factors = jnp.where(is_label, vectors.mean(axis=0), 0).sum(axis=-1)
     metrics = {
       **meta_network.metrics(state),
       "rectifier": base.pmean(vectors.mean(), problem.axis_name),

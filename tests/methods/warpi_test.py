@@ -299,3 +299,25 @@ def test_bad_settings_are_refused(arguments, message):
 def test_a_single_logit_is_refused():
   with pytest.raises(base.InputError, match="one logit per class"):
     _step(warpi.warpi(0.1), outputs=1)(0)
+
+
+@pytest.mark.parametrize("labels", [np.array([True, False]), np.eye(2, dtype=int)])
+def test_labels_may_be_booleans_and_other_labels_are_refused(labels):
+  model = classifier.Classifier(mlp.MLP(2, (3,)), 2)
+  batch = {"image": np.ones((2, 3), np.float32), "label": labels}
+  problem = model.problem(class_counts=jnp.ones(2), num_examples=2, num_steps=1)
+  method = warpi.warpi(0.1)
+
+  def weights():
+    params, model_state = model.init(jax.random.key(0), batch)
+    inputs = base.Inputs(
+      params, model_state, (), batch, batch, jnp.int32(0), jax.random.key(1)
+    )
+    state = method.init(jax.random.key(2), problem, params)
+    return method.gradients(state, problem, inputs)[0].weights
+
+  if labels.ndim == 1:
+    assert jax.eval_shape(weights).shape == (2,)
+  else:
+    with pytest.raises(base.InputError, match=r"integers of shape \[B\]"):
+      jax.eval_shape(weights)
