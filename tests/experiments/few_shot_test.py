@@ -217,7 +217,7 @@ _MISTAKES = {
     ["--dataset=mini_imagenet", "--data_dir={tmp}"],
     "train has no class folders",
   ),
-  "clusters": (["--num_clusters=25"], "between 1 and the 24 tasks"),
+  "clusters": (["--num_clusters=25"], "must lie between 1 and 24, the number of tasks"),
   "clip": (["--clip=-1"], "=-1 must lie between"),
   "batch": (["--batch_size=25"], "--batch_size=25 is larger than the 24 training"),
   "batch_of_few": (
