@@ -34,11 +34,15 @@ _LONGEST = (
   "training/kill_test.py",
   "methods/sweep_test.py",
   "methods/meta_weight_net_test.py",
-  "models/few_shot_test.py",
-  "docs_test.py",
-  "experiments/mentornet_pretrain_test.py",
+  "hypergradient_test.py",
   "training/loop_test.py",
-  "experiments/few_shot_test.py",
+  "linearization/engines_test.py",
+  "losses_test.py",
+  "models/few_shot_test.py",
+  "io/checkpointing_test.py",
+  "experiments/reproduce_test.py",
+  "experiments/mentornet_pretrain_test.py",
+  "docs_test.py",
 )
 
 
@@ -50,9 +54,13 @@ def pytest_configure(config):
 
 
 def pytest_addoption(parser):
-  """Adds the flag of `make test_all`."""
+  """Adds the flag of `make test`, `make test_ci` and `make test_all`."""
   parser.addoption(
-    "--runslow", action="store_true", help="Also run the tests marked as slow."
+    "--level",
+    choices=("quick", "ci", "gate", "all"),
+    default="quick",
+    help="quick: the tests that are marked neither as ci nor as slow. ci: only those"
+    " that are marked as ci. gate: both. all: these and the slow ones.",
   )
 
 
@@ -60,9 +68,9 @@ def _parameters(item):
   return item.callspec.id if hasattr(item, "callspec") else None
 
 
-def _is_slow(item):
-  """Whether the marker `slow` applies to the parameters of a test."""
-  marker = item.get_closest_marker("slow")
+def _is_marked(item, name):
+  """Whether the marker `ci` or `slow` applies to the parameters of a test."""
+  marker = item.get_closest_marker(name)
   if marker is None:
     return False
   parameters = _parameters(item)
@@ -71,11 +79,11 @@ def _is_slow(item):
   return parameters not in marker.kwargs.get("unless", ())
 
 
-def _check_markers(items):
-  """Raises an error if the marker `slow` names parameters that a test does not have."""
+def _check_markers(items, name):
+  """Raises an error if a marker names parameters that a test does not have."""
   named, existing = {}, {}
   for item in items:
-    marker = item.get_closest_marker("slow")
+    marker = item.get_closest_marker(name)
     if marker is not None:
       test = item.nodeid.partition("[")[0]
       named[test] = {*marker.args, *marker.kwargs.get("unless", ())}
@@ -83,7 +91,14 @@ def _check_markers(items):
   for test, parameters in named.items():
     if parameters - existing[test]:
       unknown = ", ".join(sorted(parameters - existing[test]))
-      raise pytest.UsageError(f"{test}: slow() names unknown parameters: {unknown}")
+      raise pytest.UsageError(f"{test}: {name}() names unknown parameters: {unknown}")
+
+
+def _is_selected(item, level):
+  """Whether a test runs at a level, see `pytest_addoption`."""
+  if _is_marked(item, "slow"):
+    return level == "all"
+  return level not in ("quick", "ci") or _is_marked(item, "ci") == (level == "ci")
 
 
 def _named(config):
@@ -95,24 +110,26 @@ def _named(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-  """Leaves out slow tests, and puts the longest files first.
+  """Leaves out tests of other levels, and puts the longest files first.
 
-  A slow test runs with --runslow, or if the command names it. See
-  `--no-loadscope-reorder` in the Makefile for the order.
+  A test that the command names runs at every level. See `--no-loadscope-reorder` in the
+  Makefile for the order.
   """
   named = _named(config)
   if not named:
-    _check_markers(items)
+    for marker in ("ci", "slow"):
+      _check_markers(items, marker)
 
   def is_named(item):
     name = item.nodeid.partition("::")[2]
     return any((item.path, x) in named for x in (name, name.partition("[")[0]))
 
-  if not config.getoption("--runslow"):
-    slow = [item for item in items if _is_slow(item) and not is_named(item)]
-    config.hook.pytest_deselected(items=slow)
-    left_out = set(slow)
-    items[:] = [item for item in items if item not in left_out]
+  level = config.getoption("--level")
+  left_out = [x for x in items if not (_is_selected(x, level) or is_named(x))]
+  if left_out:
+    config.hook.pytest_deselected(items=left_out)
+    removed = set(left_out)
+    items[:] = [item for item in items if item not in removed]
   paths = [_REPOSITORY / "tests" / name for name in _LONGEST]
   place = {path: i for i, path in enumerate(paths)}
   items.sort(key=lambda item: place.get(item.path, len(place)))

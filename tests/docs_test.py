@@ -207,6 +207,7 @@ def moved(names: dict, name: str) -> bool:
   return any((np.asarray(a) != b).any() for a, b in zip(leaves, before, strict=True))
 
 
+@pytest.mark.ci(unless=("index", "l2rw"))
 @pytest.mark.slow(
   "mentornet",
   "warpi",

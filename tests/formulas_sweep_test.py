@@ -1067,6 +1067,7 @@ def _errors_of_tracing(kind):
   return errors
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", ["one", "explicit", "shard_map"])
 @pytest.mark.parametrize("name", _FORMULAS)
 def test_can_be_traced(name, kind):
@@ -1390,6 +1391,7 @@ _SETTINGS = {
 }
 
 
+@pytest.mark.ci(unless=("focal", "group_dro", "absgd_gamma"))
 @pytest.mark.parametrize("name", _SETTINGS)
 def test_settings_may_be_traced_or_have_any_type(name):
   function, *values = _SETTINGS[name]

@@ -259,6 +259,7 @@ class _Net(nn.Module):
     return nn.Dense(_CLASSES, param_dtype=float)(nn.tanh(x))
 
 
+@pytest.mark.ci
 @pytest.mark.promotes("flax keeps running statistics in float32, here next to float64")
 def test_weight_gradient_through_batch_statistics():
   batch, meta_batch = _data()
@@ -537,6 +538,7 @@ def test_sharpness_aware_minimization_is_refused():
     )
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("optimizer", [optax.polyak_sgd(1e6), optax.sgd(0.1)])
 def test_the_derivative_includes_the_inner_loss_that_an_optimizer_uses(optimizer):
   batch, meta_batch = _data()

@@ -176,6 +176,7 @@ def test_a_label_for_each_of_several_outputs_is_refused(name):
     function(jnp.zeros((2, 4, 3)), jnp.zeros((2, 4), jnp.int32))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("dtype", ["int64", "uint64"])
 def test_a_label_that_does_not_fit_32_bits_names_no_class(dtype):
   labels = np.array([0, 2**32, 2**32 + 1, 1], dtype)

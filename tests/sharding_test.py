@@ -267,6 +267,14 @@ _MAPS = {
 }
 
 
+@pytest.mark.ci(
+  unless=(
+    "two_layers-8-pmap",
+    "two_layers-8-shard_map",
+    "two_layers-8-jit_sharded",
+    "two_layers-8-jit_explicit",
+  )
+)
 @pytest.mark.slow(
   "batch_norm-2-vmap",
   "batch_norm-2-jit_explicit",
@@ -290,6 +298,7 @@ def test_all_maps_match_one_device(map_name, problem_name, num_devices):
   _assert_close(actual, _expected(problem_name))
 
 
+@pytest.mark.ci
 @pytest.mark.slow("shard_map")
 @pytest.mark.parametrize("map_name", ["shard_map", "jit_sharded", "jit_explicit"])
 def test_layers_in_a_loop_match_one_device(map_name):

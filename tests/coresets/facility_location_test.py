@@ -170,6 +170,7 @@ def test_extreme_scales_give_finite_gains():
     np.testing.assert_array_equal(selection.rows, rows)
 
 
+@pytest.mark.ci
 def test_padding_does_not_change_the_selection_and_sizes_share_a_program():
   points = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
   padded = np.concatenate([points, np.full((14, 4), 1e3, np.float32)])

@@ -42,6 +42,7 @@ def test_omniglot_uses_characters_of_both_splits_once(monkeypatch):
   assert ink.tolist() == [1, 1, 3, 3, 2, 2]
 
 
+@pytest.mark.ci
 @pytest.mark.real_data
 def test_real_omniglot(tfds_dir, decoded):
   source = image_classes.omniglot(data_dir=tfds_dir, cache_dir=decoded)

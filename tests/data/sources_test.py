@@ -447,6 +447,7 @@ def test_other_file_format_raises(data_dir):
   assert_raises("is stored as tfrecord; prepare it again", data_dir)
 
 
+@pytest.mark.ci
 def test_load_uses_no_tensorflow_and_no_network_and_prints_nothing(prepared, tmp_path):
   fake = tmp_path / "tensorflow"
   fake.mkdir()

@@ -39,6 +39,7 @@ def run(tmp_path_factory):
   return cwd / "runs" / _NAME, done.stdout
 
 
+@pytest.mark.ci
 def test_rows_of_every_number_of_clean_images(run):
   folder, printed = run
   rows, _, _ = scripts.saved_rows(folder)

@@ -24,6 +24,7 @@ def _plain(num_arrays):
   return _count(compile_time.plain, num_arrays)
 
 
+@pytest.mark.ci
 @pytest.mark.slow(unless=("layerwise", "meta_weight_net", "example_weights"))
 @pytest.mark.parametrize("name", _LIMITS)
 def test_a_program_is_at_most_a_few_times_that_of_plain_training(name):

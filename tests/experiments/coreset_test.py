@@ -48,6 +48,7 @@ def test_a_file_that_has_changed_is_read_again(tmp_path):
     assert script.make_splits(settings, (0,))[0] is split
 
 
+@pytest.mark.ci
 def test_the_table(run):
   _, printed = run
   header, *lines = scripts.table(printed)

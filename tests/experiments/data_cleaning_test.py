@@ -134,6 +134,7 @@ def run(tmp_path_factory):
   return cwd, arguments, done.stdout
 
 
+@pytest.mark.ci
 def test_every_method_learns_and_ranks(run):
   cwd, arguments, printed = run
   rows = scripts.saved_rows(cwd / "runs" / "data_cleaning")[0]

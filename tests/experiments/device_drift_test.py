@@ -1,10 +1,12 @@
 """The number of devices changes only rounding: the drift in float64 is tiny."""
 
 import jax
+import pytest
 
 from benchmarks import device_drift
 
 
+@pytest.mark.ci
 def test_one_and_eight_devices_agree_in_double_precision():
   with jax.enable_x64(True):
     one, eight = (list(device_drift.run("l2rw", n, 0, 20)) for n in (1, 8))

@@ -176,6 +176,7 @@ def test_mistake_is_an_error_of_one_line_and_writes_nothing(mistakes, name):
   scripts.assert_one_line(mistakes[name], _MISTAKES[name][1])
 
 
+@pytest.mark.ci
 def test_mistake_in_a_shell_is_an_error_of_one_line(tmp_path):
   done = scripts.start_script(_NAME, "--num_metas=3", cwd=tmp_path)
   scripts.assert_one_line(done, "Unknown command line flag 'num_metas'. Did you mean")

@@ -82,6 +82,7 @@ distributed.leave(3, "error: \\udcff reason.")
 """
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_the_last_line_is_printed_with_and_without_the_relay(is_killed):
   done = subprocess.run(

@@ -19,6 +19,7 @@ def run(tmp_path_factory):
   return cwd / "runs" / _NAME, done.stdout
 
 
+@pytest.mark.ci
 def test_the_table(run):
   _, printed = run
   header, *lines = scripts.table(printed)

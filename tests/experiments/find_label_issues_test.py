@@ -125,6 +125,7 @@ def test_same_command_reads_the_finished_run(run, table):
   assert done.status == 0 and len(_content(folder)["columns"]["a"]) == 3
 
 
+@pytest.mark.ci
 def test_interrupted_run_continues_to_the_same_list(run, table, tmp_path, monkeypatch):
   flags = _flags(table, tmp_path / "run", "--checkpoint_every=20")
   original = sampling.Sampler.next

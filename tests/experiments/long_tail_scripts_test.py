@@ -44,6 +44,7 @@ def test_unequal_classes_of_a_user_are_noted(name, sizes):
     assert long_tail.note_on_sizes(train._replace(labels=np.sort(labels)[4:])) is None
 
 
+@pytest.mark.ci
 def test_run_writes_rows_and_figures(run):
   folder, printed = run
   header, *lines = scripts.table(printed)

@@ -28,6 +28,7 @@ def run(tmp_path_factory):
   return folder, done.stdout
 
 
+@pytest.mark.ci
 def test_rows_are_what_the_runs_measured(run):
   folder, _ = run
   rows, csv_rows, flags = scripts.saved_rows(folder)

@@ -133,6 +133,7 @@ def done(dump, tmp_path_factory):
   return folder, dict(zip(_RUNS, runs, strict=True)), mistakes
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", _RUNS)
 def test_run_writes_rows_and_figures(done, name):
   folder, runs, _ = done

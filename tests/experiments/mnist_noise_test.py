@@ -52,6 +52,7 @@ def run(tmp_path_factory):
   return cwd / "runs" / _NAME, done.stdout
 
 
+@pytest.mark.ci
 def test_run_writes_rows_and_figures(run):
   folder, printed = run
   header, *lines = scripts.table(printed)

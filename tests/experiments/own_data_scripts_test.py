@@ -45,6 +45,7 @@ def tables(tmp_path_factory):
   )
 
 
+@pytest.mark.ci
 def test_trusted_examples_are_the_meta_set_of_digits_noise(tables, tmp_path):
   dataset, trusted = tables
   flags = [f"--dataset={dataset}", f"--trusted={trusted}", "--methods=l2rw"]
@@ -107,6 +108,7 @@ def test_all_trusted_examples_are_in_the_splits(tables):
     digits_noise.make_splits(settings.replace(num_meta=4), (0,))
 
 
+@pytest.mark.ci
 def test_images_with_trusted_ones_in_mnist_noise(tmp_path):
   rng = np.random.default_rng(0)
   labels = np.arange(60) % 3

@@ -207,6 +207,7 @@ _KINDS = (
 )
 
 
+@pytest.mark.ci
 def test_a_cell_of_each_kind_is_rehearsed(runner_cell, tmp_path):
   settings = reproduce.Settings(rehearse=True, results=str(tmp_path), only=_KINDS)
   entries = reproduce.run(settings, tmp_path)

@@ -53,6 +53,7 @@ def test_processes_with_other_flags_that_save_memory_are_refused(tmp_path, monke
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.ci
 def test_a_mentor_may_be_added_but_not_swapped(tmp_path):
   a, b = (_mentor(tmp_path / f"{seed}.json", "pd", seed) for seed in (1, 2))
   other = _mentor(tmp_path / "other.json", "dd", 1)

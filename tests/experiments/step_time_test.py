@@ -279,6 +279,7 @@ def _problem():
   return problem, inputs
 
 
+@pytest.mark.ci
 @pytest.mark.slow(unless=("l2rw-forward",))
 @pytest.mark.parametrize("engine", ["forward", "layerwise"])
 @pytest.mark.parametrize(

@@ -281,6 +281,7 @@ _ignore_late_results = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.ci
 @pytest.mark.slow(unless=("_flip",))
 @_ignore_late_results
 @pytest.mark.parametrize("damage", [_truncate, _flip, pathlib.Path.unlink])
@@ -396,6 +397,7 @@ def _run(script, *arguments):
   )
 
 
+@pytest.mark.ci
 @pytest.mark.slow("arrays")
 @pytest.mark.parametrize("name", ["arrays", "2"])
 def test_kill_while_saving_keeps_the_previous_one(tmp_path, caplog, name):
@@ -413,6 +415,7 @@ def test_kill_while_saving_keeps_the_previous_one(tmp_path, caplog, name):
   assert_same(checkpointer.restore_latest(make_state()).state, make_state(2))
 
 
+@pytest.mark.ci
 def test_kill_while_deleting_keeps_the_new_one(tmp_path):
   run = _run(_KILLED, tmp_path, "rmtree", "1", 1)
   assert run.returncode == -signal.SIGKILL, run.stderr
@@ -449,6 +452,7 @@ for limit in map(int, sys.argv[2:]):
 """
 
 
+@pytest.mark.ci
 def test_full_disk_is_an_error_of_one_line_and_keeps_the_previous_one(tmp_path):
   # Writing fails at the record with the first limit, at the arrays with the second.
   limits = (0, 100_000)

@@ -88,6 +88,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("incomplete", ["", '{"step": 8, "lo'])
 def test_files_are_the_same_bytes_after_kill_and_resume(tmp_path, incomplete):
   whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -163,6 +164,7 @@ except base.InputError as error:
 """
 
 
+@pytest.mark.ci
 def test_full_disk_is_an_error_of_one_line_and_the_run_can_continue(tmp_path):
   run = subprocess.run(
     [sys.executable, "-c", _FULL_DISK, tmp_path],

@@ -52,6 +52,7 @@ def _loss(options, kernel, images):
   return jnp.sum(jnp.tanh(jax.lax.conv_general_dilated(images, kernel, **options)))
 
 
+@pytest.mark.ci(unless=("one_axis-True",))
 @pytest.mark.slow(
   unless=("one_axis-True", "mixed-False", "strides-True", "groups-False")
 )

@@ -193,6 +193,7 @@ class _Net(nn.Module):
     return nn.Dense(2, param_dtype=float)(nn.tanh(x))
 
 
+@pytest.mark.ci
 @pytest.mark.promotes("flax keeps running statistics in float32, here next to float64")
 @pytest.mark.usefixtures("x64")
 def test_engines_differentiate_batch_statistics():
@@ -376,6 +377,7 @@ def test_linearize_outputs_supports_any_pytree(x64, engine):
   np.testing.assert_allclose(linearized.aux, aux)
 
 
+@pytest.mark.ci(unless=("float32-auto", "bfloat16-forward"))
 @pytest.mark.slow(
   "bfloat16-microbatched",
   "bfloat16-auto",

@@ -159,6 +159,7 @@ _LIMITS = {
 }
 
 
+@pytest.mark.ci(unless=("1-10-lenet", "1-10-gpt_scan"))
 @pytest.mark.slow("0-100-gpt_scan", "0-100-resnet", "1-10-gpt_scan_remat")
 @pytest.mark.parametrize("name", _LIMITS)
 @pytest.mark.parametrize(("column", "num_meta"), [(0, _B), (1, _B // 10)])
@@ -223,6 +224,7 @@ def test_recomputing_the_batch_costs_meta_weight_net_two_forward_passes():
   assert 3 < _method_flops(method, "lenet", _B) / _plain_flops("lenet") <= 3.4
 
 
+@pytest.mark.ci
 @pytest.mark.slow(
   "10-2.45-advisor", "100-3.35-advisor", "10-2.45-warpi", "10-2.45-meta_weight_net"
 )

@@ -384,6 +384,7 @@ def test_a_backward_rule_that_mixes_examples_is_refused(name, wrap):
     linearization.linearize(losses_fn, params, x, engine="layerwise")
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("size", [None, 2])
 def test_results_of_a_loop_can_be_differentiated(size):

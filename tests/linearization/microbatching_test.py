@@ -126,6 +126,7 @@ def _mwn(params, batch, meta_batch, size, axis_name=None):
   return _without_engine(result)
 
 
+@pytest.mark.ci
 @pytest.mark.slow(unless=("gpu-_mwn",))
 @pytest.mark.usefixtures("loop")
 @pytest.mark.parametrize("run", [_l2rw, _mwn])

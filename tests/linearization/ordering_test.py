@@ -65,6 +65,7 @@ def _lines(step, num_arrays, *data):
   return len(compiled.as_text().splitlines())
 
 
+@pytest.mark.ci
 @pytest.mark.slow(unless=("options3",))
 @pytest.mark.parametrize(
   "options",

@@ -189,6 +189,7 @@ def _choose(is_ghost, *_):
   return is_ghost
 
 
+@pytest.mark.ci(unless=("dense", "tied", "scanned"))
 @pytest.mark.slow(
   "attention",
   "experts",

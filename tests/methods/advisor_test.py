@@ -85,6 +85,7 @@ def _psi():
   return jax.tree.map(lambda x: rng.normal(size=x.shape), psi)
 
 
+@pytest.mark.ci
 def test_meta_gradient_equals_the_unrolled_step_and_finite_differences(x64):
   inputs, psi = _inputs(), _psi()
   gradient, _, after = _advised(psi, inputs)

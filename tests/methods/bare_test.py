@@ -173,6 +173,7 @@ def test_vmap_under_jit():
   np.testing.assert_allclose(result[0], result[1][::-1])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
   ("size", "settings"),
   [(1, {}), (6, {"kappa": 0.0}), (6, {"statistics": "own_label"})],

@@ -202,6 +202,7 @@ def test_clean_only_is_the_gradient_of_the_mean_meta_loss():
   assert method.needs_meta
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("first", [None, l2rw.l2rw()], ids=["uniform", "l2rw"])
 def test_fine_tuning_switches_exactly(first):
   method = baselines.fine_tuning(3, first)

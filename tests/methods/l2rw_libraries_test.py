@@ -159,6 +159,7 @@ _LIBRARIES = {
 }
 
 
+@pytest.mark.ci
 @pytest.mark.slow("haiku", "equinox")
 @pytest.mark.parametrize(
   "name",

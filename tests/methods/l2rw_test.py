@@ -476,6 +476,7 @@ def test_opt_state_without_optimizer_is_refused():
     l2rw.example_weights(_squared_errors, params, batch, clean, opt_state=())
 
 
+@pytest.mark.ci
 @pytest.mark.slow("False-float16")
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("is_mixed", [False, True])

@@ -197,6 +197,7 @@ def _cosines(params):
   return problem.forward(params, {}, inputs.batch, inputs.key, True)[0]
 
 
+@pytest.mark.ci
 @pytest.mark.slow("True")
 @pytest.mark.parametrize("hinge", [False, True])
 def test_ldam_drw_reweights_from_its_epoch(hinge):

@@ -77,6 +77,7 @@ _OPTIMIZERS = {
 }
 
 
+@pytest.mark.ci(unless=("polyak-sum-False",))
 @pytest.mark.slow(unless=("sgd-mean-True", "polyak-sum-False"))
 @pytest.mark.parametrize(
   ("optimizer", "normalization", "detached"),
@@ -187,6 +188,7 @@ def test_weights_match_hand_computed_values():
   np.testing.assert_allclose(inner, [0, 4 / 3, 4], rtol=1e-6)
 
 
+@pytest.mark.ci
 def test_network_has_the_released_size():
   net = meta_weight_net.WeightNet()
   phi = net.init(jax.random.key(0), jnp.zeros(1))
@@ -334,6 +336,7 @@ def test_weights_use_the_updated_network(normalization, detached):
   chex.assert_trees_all_close(result.grads, grads, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.ci
 @pytest.mark.slow(unless=("2-2",))
 @pytest.mark.parametrize(("step", "every"), [(0, 1), (2, 2), (1, 2)])
 def test_a_step_that_recomputes_the_batch_has_the_same_results(step, every):
@@ -451,6 +454,7 @@ def test_network_learns_small_weights_for_large_losses():
   assert small > large + 0.3
 
 
+@pytest.mark.ci
 @pytest.mark.slow(unless=("True-sum",))
 @pytest.mark.parametrize("normalization", ["mean", "sum"])
 @pytest.mark.parametrize("detached", [True, False])

@@ -242,6 +242,7 @@ def _on_eight_devices(name):
   return jax.pmap(step, _AXIS).lower(*arguments).compile()
 
 
+@pytest.mark.ci(unless=("l2rw",))
 @pytest.mark.slow(unless=_SAMPLE)
 @pytest.mark.parametrize("name", _METHODS)
 def test_two_runs_on_eight_devices_equal_single_runs_on_one(name):
@@ -378,6 +379,7 @@ def test_l2rw_adds_one_sum_of_the_size_of_the_parameters():
   assert extra == 4 * (num_params + batch_norm + 6)
 
 
+@pytest.mark.ci
 def test_steps_cover_both_phases_of_fine_tuning_and_hard_mining():
   has_weights = [bool(g.weights.any()) for g in _history("fine_tuning_l2rw")[0]]
   assert has_weights == [True, True, False, False]
@@ -385,6 +387,7 @@ def test_steps_cover_both_phases_of_fine_tuning_and_hard_mining():
   assert all(0 < count < _B for count in num_left_out)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", _METHODS)
 def test_methods_can_be_traced_under_an_explicit_mesh(name):
   # JAX reports sharding errors while tracing; `formulas_sweep_test` compares the values
@@ -415,6 +418,7 @@ def _zeros(tree, dtype):
   )
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("types", ["float16", "bfloat16", "float32_with_x64"])
 @pytest.mark.parametrize("name", _METHODS)
 def test_states_and_gradients_keep_their_types(name, types):

@@ -68,6 +68,7 @@ def test_statistics_are_those_of_the_given_images():
   assert np.abs(alone - logits[:2]).max() > 1e-2
 
 
+@pytest.mark.ci
 @pytest.mark.slow(unless=("1.0",))
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e4])
 def test_images_of_one_color_have_finite_second_derivatives(value):

@@ -242,6 +242,7 @@ class _Net(nn.Module):
     return x.mean(axis=(1, 2))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("engine", ["layerwise", "forward", "reverse"])
 def test_weights_do_not_depend_on_blocks(engine, x64):
   rng = np.random.default_rng(1)

@@ -108,6 +108,7 @@ def test_losses_and_gradients_equal_maml(num_steps, first_order):
     jax.tree.map(close, one, jacobian)
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("x64")
 def test_second_order_gradient_equals_finite_differences():
   batch = _batch(dtype=np.float64)
@@ -131,6 +132,7 @@ def test_second_order_gradient_equals_finite_differences():
   assert abs(product - difference) > 1e-4 * abs(difference)
 
 
+@pytest.mark.ci
 def test_evaluation_uses_its_number_of_steps_for_any_number_of_tasks():
   # More tasks than fit in one evaluation batch, and not a multiple of its size.
   batch = _batch(num_tasks=23)
@@ -181,6 +183,7 @@ def test_adapted_parameters_keep_their_type(rate, num_steps):
   assert result == 0.5**num_steps and result.dtype == jnp.bfloat16
 
 
+@pytest.mark.ci
 def test_uint8_pixels_are_scaled():
   batch = _batch()
   pixels = np.random.default_rng(0).integers(256, size=batch["image"].shape)

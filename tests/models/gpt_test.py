@@ -126,6 +126,7 @@ def test_a_classifier_does_not_scale_tokens_and_floats_are_refused():
     run({"image": tokens.astype(np.float32)})
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("token", [-1, 5])
 def test_tokens_that_do_not_exist_give_nan(token):
   model = gpt.GPT(5, 8, depth=1, num_heads=2)

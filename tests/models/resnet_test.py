@@ -58,6 +58,7 @@ def test_group_norm_has_the_parameters_of_batch_norm_without_statistics():
   assert renamed == batch["params"]
 
 
+@pytest.mark.ci
 def test_group_norm_allows_layerwise_linearization():
   model = resnet.ResNet(3, blocks=1, width=8, norm="group")
   rng = np.random.default_rng(0)

@@ -86,6 +86,7 @@ def test_a_resumed_run_and_eight_devices_have_the_same(recorded, tmp_path, monke
   _same(many.statistics, expected[0].statistics)
 
 
+@pytest.mark.ci
 def test_a_damaged_file_is_made_again(recorded, tmp_path):
   folder, (run, _) = recorded
   copy = shutil.copytree(folder, tmp_path / "run")

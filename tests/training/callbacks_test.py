@@ -58,6 +58,7 @@ def _assert_last_good_params_are_saved(folder, other, method, step):
       np.testing.assert_array_equal(saved[path], array)
 
 
+@pytest.mark.ci(unless=("uniform-100", "l2rw-100"))
 @pytest.mark.parametrize("log_every", [1, 100])  # Detected at once, or at the end.
 @pytest.mark.parametrize("method", [_UNIFORM, _L2RW], ids=["uniform", "l2rw"])
 def test_non_finite_loss_stops_the_run(tmp_path, method, log_every):

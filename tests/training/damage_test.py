@@ -65,6 +65,7 @@ _FILES = {
 }
 
 
+@pytest.mark.ci
 @pytest.mark.slow(unless=("interrupted",))
 @pytest.mark.parametrize("kind", _FILES)
 def test_damaged_files_are_written_again(runs, tmp_path, monkeypatch, kind):

@@ -189,6 +189,7 @@ def _of_file(examples):
   )
 
 
+@pytest.mark.ci
 @pytest.mark.slow(unless=("eight_devices_and_bytes",))
 @pytest.mark.parametrize(
   ("count", "on_devices", "on_host"),

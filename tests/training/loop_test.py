@@ -208,6 +208,7 @@ def test_every_method_runs_and_compiles_once(tmp_path, caplog, monkeypatch, name
     assert result.weights["seen"].sum() == 11 * 8
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("at", [0, 2, 6])  # The first, a middle and the last step.
 def test_interrupted_run_with_batch_statistics_ends_with_the_same_bytes(
   tmp_path, monkeypatch, whole_run, at

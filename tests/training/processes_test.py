@@ -165,6 +165,7 @@ def one_process(tmp_path_factory):
 
 
 # AdaCore selects a subset from results of both processes.
+@pytest.mark.ci
 @pytest.mark.slow("adacore")
 @pytest.mark.parametrize("name", ["l2rw", "adacore"])
 def test_runs_of_two_processes_are_those_of_one(tmp_path, one_process, name):
@@ -249,6 +250,7 @@ _MISTAKES = {
 }
 
 
+@pytest.mark.ci
 def test_mistakes_end_all_processes_with_one_line(tmp_path):
   statuses, errors = _work(2, 2, "mistakes", as_script=True, folder=str(tmp_path))
   assert statuses == [2, 2], errors
@@ -264,6 +266,7 @@ def test_mistakes_end_all_processes_with_one_line(tmp_path):
   assert not (tmp_path / "script").exists()
 
 
+@pytest.mark.ci
 def test_process_that_never_arrives_ends_the_other_with_one_line():
   flags = ("--num_steps=5", "--initialization_timeout=3")
   # Process 0 of one pair, and process 1 of another pair.

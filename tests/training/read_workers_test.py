@@ -49,6 +49,7 @@ class _EndsWorkers(examples.View):
     return super().__getitem__(rows)
 
 
+@pytest.mark.ci
 def test_worker_that_ends_is_an_error_of_one_line(tmp_path):
   images = toy_runs.make_splits().train.image
   splits = _with_source(_EndsWorkers(images, np.arange(len(images))))

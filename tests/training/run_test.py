@@ -100,6 +100,7 @@ def test_refresh_receives_parameters_and_training_set(tmp_path):
 
 
 # Within the second epoch, and at its start.
+@pytest.mark.ci
 @pytest.mark.parametrize(("at", "saved", "epochs"), [(8, 7, [2]), (6, 5, [1, 2])])
 def test_interrupted_epoch_continues_in_the_same_order(
   tmp_path, monkeypatch, at, saved, epochs

@@ -87,6 +87,7 @@ def _train(folder, name, **settings):
   return toy_runs.outcome(folder)
 
 
+@pytest.mark.ci
 @pytest.mark.slow(unless=("l2rw-1",))
 @pytest.mark.parametrize(
   ("name", "num_devices"), [("l2rw", 1), ("l2rw", 8), ("adacore", 8)]

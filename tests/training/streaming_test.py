@@ -25,6 +25,7 @@ def _in_reverse(state, problem, train, rng):
   return np.arange(toy_runs.NUM_TRAIN)[:: rng.integers(-2, 0)]
 
 
+@pytest.mark.ci
 @pytest.mark.slow(unless=("orders_of_the_method",))
 @pytest.mark.parametrize(
   "method",

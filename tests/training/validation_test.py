@@ -105,6 +105,7 @@ def test_value_defaults_to_the_weighted_loss():
   assert abs(value - output.metrics["loss"]) > 1e-3
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("batch_size", [500, 7])
 def test_value_is_the_loss_of_the_validation_set(batch_size):
   held_out = _held_out()

@@ -143,6 +143,7 @@ def test_only_frozen_embeddings_do_not_change():
     assert not np.array_equal(start["params"][name], end["params"][name]), name
 
 
+@pytest.mark.ci
 def test_labels_without_embedding_and_diverged_fits_are_refused():
   rows = mentornet_fitting.pd_rows("pd", num_rows=1000)
   with pytest.raises(base.InputError, match="between 0 and 1; got 2 to 2"):

@@ -27,6 +27,7 @@ def _init(compat, history=1, seed=0):
   return network, jax.jit(network.init)(jax.random.key(seed), *inputs)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("compat", mentornet_network.COMPAT)
 def test_parameters_do_not_depend_on_x64(compat):
   expected = _init(compat)[1]
