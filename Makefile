@@ -19,7 +19,6 @@ CREATED := $(VENV)/.python-$(TAG)
 DEMO := $(VENV)/.demo-$(TAG)
 TEST := $(VENV)/.test-$(TAG)
 DOCS := $(VENV)/.docs-$(TAG)
-LEVEL = quick
 PYTEST = $(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
 # Python compiles what it imports, so pip need not compile every file. setuptools warns
 # of every editable installation.
@@ -39,13 +38,13 @@ install_all: | $(CREATED)
 	@touch $(TEST) $(DOCS)
 
 test: $(TEST)
-	$(PYTEST) --level=$(LEVEL) $(TESTS)
+	$(PYTEST) $(TESTS)
 
-test_ci: LEVEL = ci
-test_ci: test
+test_ci: $(TEST)
+	$(PYTEST) --level=ci $(TESTS)
 
-test_all: LEVEL = all
-test_all: test
+test_all: $(TEST)
+	$(PYTEST) --level=all $(TESTS)
 
 lint: $(TEST)
 	$(BIN)/ruff check .

@@ -57,10 +57,10 @@ def pytest_addoption(parser):
   """Adds the flag of `make test`, `make test_ci` and `make test_all`."""
   parser.addoption(
     "--level",
-    choices=("quick", "ci", "gate", "all"),
+    choices=("quick", "ci", "all"),
     default="quick",
-    help="quick: the tests that are marked neither as ci nor as slow. ci: only those"
-    " that are marked as ci. gate: both. all: these and the slow ones.",
+    help="quick: the tests that are marked neither as ci nor as slow, and in files that"
+    " are named those marked as ci. ci: only those marked as ci. all: all tests.",
   )
 
 
@@ -94,18 +94,20 @@ def _check_markers(items, name):
       raise pytest.UsageError(f"{test}: {name}() names unknown parameters: {unknown}")
 
 
-def _is_selected(item, level):
+def _is_selected(item, level, is_file_named):
   """Whether a test runs at a level, see `pytest_addoption`."""
-  if _is_marked(item, "slow"):
-    return level == "all"
-  return level not in ("quick", "ci") or _is_marked(item, "ci") == (level == "ci")
+  if level == "all":
+    return True
+  is_ci = _is_marked(item, "ci")
+  is_chosen = is_ci if level == "ci" else not is_ci or is_file_named
+  return is_chosen and not _is_marked(item, "slow")
 
 
 def _named(config):
-  """`(path, test)` of each test that the command names individually."""
+  """`(path, test)` of each argument of the command; `test` is "" for a whole file."""
   folder = config.invocation_params.dir
   parts = [argument.partition("::") for argument in config.args]
-  return {((folder / path).resolve(), test) for path, _, test in parts if test}
+  return {((folder / path).resolve(), test) for path, _, test in parts}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -116,7 +118,7 @@ def pytest_collection_modifyitems(config, items):
   Makefile for the order.
   """
   named = _named(config)
-  if not named:
+  if not any(test for _, test in named):
     for marker in ("ci", "slow"):
       _check_markers(items, marker)
 
@@ -125,7 +127,11 @@ def pytest_collection_modifyitems(config, items):
     return any((item.path, x) in named for x in (name, name.partition("[")[0]))
 
   level = config.getoption("--level")
-  left_out = [x for x in items if not (_is_selected(x, level) or is_named(x))]
+  left_out = [
+    item
+    for item in items
+    if not (_is_selected(item, level, (item.path, "") in named) or is_named(item))
+  ]
   if left_out:
     config.hook.pytest_deselected(items=left_out)
     removed = set(left_out)
