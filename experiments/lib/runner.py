@@ -304,8 +304,9 @@ def _record_curves(folder: pathlib.Path) -> evaluation.EpochProbe:
     state = snapshot.state.method_state
     if isinstance(state, validation.State):
       state = state.inner
-    net = meta_weight_net.WeightNet()
-    curve = net.apply(jax.device_get(state.params), LOSS_GRID.astype(np.float32))
+    params = jax.device_get(state.params)
+    net = meta_weight_net.WeightNet.of(params)
+    curve = net.apply(params, LOSS_GRID.astype(np.float32))
     run_folder = folder / "curves" / f"seed-{snapshot.seed}"
     run_folder.mkdir(parents=True, exist_ok=True)
     np.savetxt(run_folder / f"epoch-{epoch:05d}.txt", np.asarray(curve), "%.6g")

@@ -69,6 +69,13 @@ class WeightNet(nn.Module):
 
   hidden: Sequence[int] = (100,)
 
+  @classmethod
+  def of(cls, params: base.PyTree) -> "WeightNet":
+    """The network whose parameters are `params`, such as those of a method's state."""
+    layers = params["params"]
+    kernels = [layers[f"Dense_{i}"]["kernel"] for i in range(len(layers))]
+    return cls(tuple(kernel.shape[1] for kernel in kernels[:-1]))
+
   @nn.compact
   def __call__(self, losses: jax.Array) -> jax.Array:
     """Maps losses [B] to V [B]."""

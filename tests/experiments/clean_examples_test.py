@@ -76,6 +76,7 @@ def test_nothing_is_trained_again_for_what_it_does_not_depend_on():
   ]
 
 
+@pytest.mark.ci
 def test_early_stopping_chooses_by_the_clean_images_alone(run):
   folder, _ = run
   rows, _, _ = scripts.saved_rows(folder)

@@ -58,6 +58,7 @@ def test_the_table(run):
   assert {line[-1] for line in lines} == {"1"}
 
 
+@pytest.mark.ci
 def test_rows_describe_runs_and_curves(run):
   folder, _ = run
   rows, csv_rows, flags = scripts.saved_rows(folder)

@@ -43,6 +43,7 @@ def test_the_table(run):
   assert last == "written: runs/fairness/results.json, results.csv, figure.png"
 
 
+@pytest.mark.ci
 def test_rows_describe_their_runs(run):
   folder, _ = run
   rows, csv_rows, flags = scripts.saved_rows(folder)
@@ -61,6 +62,7 @@ def test_rows_describe_their_runs(run):
   assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.ci
 def test_condensation_keeps_those_with_the_highest_last_weight(run):
   folder, _ = run
 

@@ -89,6 +89,7 @@ def test_the_table(run):
   assert last == "written: runs/few_shot/results.json, results.csv, figure.png"
 
 
+@pytest.mark.ci
 def test_rows_describe_their_runs(run):
   folder, _ = run
   rows, csv_rows, flags = scripts.saved_rows(folder)
@@ -106,6 +107,7 @@ def test_rows_describe_their_runs(run):
   assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.ci
 def test_weights_are_probed_from_the_start(run):
   folder, _ = run
   path = folder / "ood-0.5" / "nested_maml" / "seed-0" / "seed-0" / "results.json"

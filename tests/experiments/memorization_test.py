@@ -60,6 +60,7 @@ def test_rows_are_what_the_runs_measured(run):
   assert len(hashes) == 4
 
 
+@pytest.mark.ci
 def test_each_model_is_in_a_region_of_its_noise(run):
   folder, printed = run
   rows, _, _ = scripts.saved_rows(folder)
@@ -78,6 +79,7 @@ def test_each_model_is_in_a_region_of_its_noise(run):
   assert expected == [(f, f"region {r}", count) for (f, r), count in counts.items()]
 
 
+@pytest.mark.ci
 def test_figures_and_correlations(run):
   folder, printed = run
   for name in ("figure.png", "curves.png"):

@@ -158,11 +158,13 @@ def test_run_writes_rows_and_figures(done, name):
   assert rows[1]["mse"] < rows[1]["mean_target"] * (1 - rows[1]["mean_target"])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", _MISTAKES)
 def test_mistake_is_an_error_of_one_line(done, name):
   scripts.assert_one_line(done[2][name], _MISTAKES[name][1])
 
 
+@pytest.mark.ci
 def test_a_finished_run_is_not_repeated_and_another_dump_is_an_error_of_one_line(
   done, dump
 ):
@@ -206,6 +208,7 @@ def test_student_learns_with_the_loaded_mentor(done, tmp_path, name, preset):
   assert last["train/percentile"] > 0
 
 
+@pytest.mark.ci
 def test_a_mentor_of_other_classes_is_an_error_of_one_line(done):
   path = done[0] / "labels" / "mentor.json"
   with pytest.raises(
@@ -214,6 +217,7 @@ def test_a_mentor_of_other_classes_is_an_error_of_one_line(done):
     mentor_file.load(path, num_classes=2)
 
 
+@pytest.mark.ci
 def test_mentor_of_recorded_losses_separates_right_from_wrong(done, dump):
   mentor = mentor_file.load(done[0] / "dd" / "mentor.json")
   recorded = loss_dump.read_dump(dump)

@@ -44,6 +44,7 @@ def run(tmp_path_factory):
     "--num_seeds=2",
     "--noise_fraction=0.5",
     f"--methods={','.join(_METHODS)}",
+    "--mwn_preset=bare",  # Its weighting network has other widths than the default.
     "--mentor=mentor.json",
     "--dump_losses",
     cwd=cwd,
@@ -128,6 +129,7 @@ def test_flags_that_save_memory_change_the_program_but_no_result(name, flags):
     )
 
 
+@pytest.mark.ci
 def test_early_stopping_takes_the_step_of_the_lowest_loss_on_the_clean_set(run):
   rows, _, _ = scripts.saved_rows(run[0])
   for row in rows[:2]:
@@ -138,6 +140,7 @@ def test_early_stopping_takes_the_step_of_the_lowest_loss_on_the_clean_set(run):
     assert row["accuracy_percent"] == 100 * best["probe/test/accuracy"]
 
 
+@pytest.mark.ci
 def test_losses_are_kept_for_a_mentor(run):
   (path,) = run[0].glob("seeds-*/*-early_stopped/losses-seed-1.npz")
   dump = loss_dump.read_dump(path)

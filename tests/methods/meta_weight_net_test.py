@@ -237,11 +237,13 @@ def test_presets_match_the_releases(name):
   preset = meta_weight_net.PRESETS[name]
   assert preset[:2] == expected[name]
   method = meta_weight_net.meta_weight_net(0.1, name)
-  kernels = method.init(jax.random.key(0), None, None).params["params"]
-  shapes = [layer["kernel"].shape for layer in kernels.values()]
+  phi = method.init(jax.random.key(0), None, None).params
+  shapes = [layer["kernel"].shape for layer in phi["params"].values()]
   assert shapes == (
     [(1, 50), (50, 50), (50, 1)] if name == "bare" else [(1, 100), (100, 1)]
   )
+  net = meta_weight_net.WeightNet.of(phi)
+  assert net.hidden == ((50, 50) if name == "bare" else (100,))
   # Steps on gradients of 1 and then 0 at a parameter of 2.
   phi = jnp.array(2.0)
   update, state = preset.optimizer.update(

@@ -88,6 +88,7 @@ def test_damaged_files_are_written_again(runs, tmp_path, monkeypatch, kind):
     shutil.rmtree(folder)
 
 
+@pytest.mark.ci
 def test_run_without_checkpoints_is_repeated(runs, tmp_path, monkeypatch):
   monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
   folder = pathlib.Path(shutil.copytree(runs["finished"], tmp_path / "run"))
