@@ -19,14 +19,14 @@ same effect, and only large ones are distinguished.
 
 R is estimated from the same distributions. Let t[c] be the mean of p[c] over the
 examples labeled c (the per-class thresholds of confident learning), and let the most
-likely class of an example be c* = argmax over c of p[c] - t[c]; in a tie, c* is the
-given label if possible. Q[j, g] counts the examples with c* = j and the label g. If c*
-is not the given label, the example is counted only if it is clear, p[c*] >= 0.8 t[c*].
-Q also counts examples that are only hard for the network. But classes that resemble
-each other (pullovers and coats) are confused in both directions about equally often.
-The part that is common to both directions is S[j, g] = min(Q[j, g], Q[g, j]); what
-exceeds the mean of S over all pairs is therefore subtracted. On the diagonal, Z is Q.
-Off the diagonal,
+likely class of an example be c* = argmax over c of p[c] - t[c]; in a tie (up to 1e-6),
+c* is the given label if possible. Q[j, g] counts the examples with c* = j and the label
+g. If c* is not the given label, the example is counted only if it is clear,
+p[c*] >= 0.8 t[c*]. Q also counts examples that are only hard for the network. But
+classes that resemble each other (pullovers and coats) are confused in both directions
+about equally often. The part that is common to both directions is
+S[j, g] = min(Q[j, g], Q[g, j]); what exceeds the mean of S over all pairs is therefore
+subtracted. On the diagonal, Z is Q. Off the diagonal,
 
     Z[j, g] = Q[j, g] - max(S[j, g] - mean of S, 0)
     M[j, g] = Z[j, :] summed  *  share of Z off the diagonal / (C - 1)              (2)
@@ -102,6 +102,8 @@ _PROBABILITIES = "mean_probabilities"
 # that results/label_issues does not use.
 _CLEAR = 0.8
 _SURE, _EVEN, _ODDS, _POWER = 0.4, 2.5, 1.5, 3
+# Probabilities that differ by less are equal: means of float32 are not exact.
+_TIE = 1e-6
 # Copies of distributions have at most this many numbers: all of them may take half of
 # the memory.
 _BLOCK = 2**20
@@ -333,12 +335,12 @@ def _likely_classes(p, given):
   classes = np.unique(given)
   members = base.rows_by_class(given, classes)
   for c, rows in zip(classes.tolist(), members, strict=True):
-    thresholds[c] = p[rows, c].mean()
+    thresholds[c] = p[rows, c].mean(dtype=np.float64)
   likely = np.empty(len(given), np.int64)
   for block in blocks(p):
     excess, labels = p[block] - thresholds, given[block]
     # A class that is only as likely as the given label does not contradict it.
-    is_tie = excess[np.arange(len(labels)), labels] == excess.max(axis=1)
+    is_tie = excess[np.arange(len(labels)), labels] >= excess.max(axis=1) - _TIE
     likely[block] = np.where(is_tie, labels, np.argmax(excess, axis=1))
   probability = np.take_along_axis(p, likely[:, None], axis=1)[:, 0]
   return likely, probability >= _CLEAR * thresholds[likely]

@@ -225,6 +225,18 @@ def test_classes_without_examples_and_a_single_class():
   assert one.num_issues == 0 and np.isfinite(one.score).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("num_classes", [3, 10])
+def test_equal_predictions_give_no_issues(dtype, num_classes):
+  # The mean of 1000 numbers 1/C is not exactly 1/C.
+  labels = np.random.default_rng(0).integers(0, num_classes, 1000)
+  p = np.full((1000, num_classes), 1 / num_classes, dtype)
+  issues = audit.find_label_issues({"mean_probabilities": p}, labels)
+  assert issues.num_issues == 0
+  counts = np.bincount(labels, minlength=num_classes)
+  np.testing.assert_array_equal(issues.confusion, np.diag(counts))
+
+
 def test_half_precision_gives_the_same_issues_as_float32():
   # The mean of many probabilities in bfloat16 would be wrong.
   rng = np.random.default_rng(0)
