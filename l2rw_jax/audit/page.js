@@ -300,7 +300,7 @@ function csvCell(value) {
   const bare = text.replace(/^'+/, "");
   const isNumber = /^[+-]?(\p{Nd}+\.?\p{Nd}*|\.\p{Nd}+)(e[+-]?\p{Nd}+)?$/iu.test(bare);
   const isFormula = /^[=+\-@\t\r]/.test(bare) && !isNumber;
-  if (isFormula || MISSING.includes(bare.toLowerCase())) text = "'" + text;
+  if (isFormula || MISSING.includes(bare.trim().toLowerCase())) text = "'" + text;
   return /[",\r\n]/.test(text) || text !== text.trim() ? '"' + text.replaceAll('"', '""') + '"' : text;
 }
 function corrected() {

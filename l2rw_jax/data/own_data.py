@@ -472,7 +472,7 @@ def csv_cell(text: str) -> str:
   """
   bare = text.lstrip("'")
   is_formula = bare[:1] in tuple("=+-@\t\r") and not _NUMBER.fullmatch(bare)
-  is_missing = bool(bare) and bare.lower() in _MISSING
+  is_missing = bare.strip().lower() in _MISSING - {""}
   return f"'{text}" if is_formula or is_missing else text
 
 

@@ -232,7 +232,7 @@ def test_linked_folders_are_classes_and_cycles_end(folder):
 
 
 def test_an_exported_list_has_the_files_and_classes_of_the_folder(tmp_path):
-  names = [" lead", "trail ", "None", "NA", "-x", "=1", "01", "1", "日本", 'a,"b"']
+  names = [" lead", "trail ", "None", "NA ", "-x", "=1", "01", "1", "日本", 'a,"b"']
   for i, name in enumerate(names):
     for j in range(2):
       _save(tmp_path / "set" / name / f"{j} ü.PNG", 20 * i + j)
@@ -714,7 +714,7 @@ def test_data_of_another_kind_are_refused(tmp_path):
 def test_cells_that_would_be_formulas_come_back(tmp_path):
   for text in ("=1+1", "+x", "-x", "@x", "\tx", "'=1", "''-x", "None", "'na", "?"):
     assert own_data.csv_cell(text) == f"'{text}"
-  for text in ("", "x=1", "-1", "+2.5e3", "'x", "'-1", "'", "nana"):
+  for text in ("", " ", "x=1", "-1", "+2.5e3", "'x", "'-1", "'", "nana"):
     assert own_data.csv_cell(text) == text
   for text in ("=b", "'=b", "''-b"):
     rows = [f"{i},{own_data.csv_cell(text)},'{i % 2}" for i in range(4)]
