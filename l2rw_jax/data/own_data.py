@@ -1120,11 +1120,14 @@ def _counts_rows(column: np.ndarray, rows: Sequence[int]) -> bool:
   If the rows are sorted by label, a network learns the labels from such a column,
   whether they are right or wrong.
   """
-  if len(rows) < _LEAST_ROWS or not all(
-    re.fullmatch(r"\d{1,18}", cell) for cell in column
-  ):
+  if len(rows) < _LEAST_ROWS:
     return False
-  return len({int(cell) - row for cell, row in zip(column, rows, strict=True)}) == 1
+  offsets = (
+    int(cell) - row if re.fullmatch(r"\d{1,18}", cell) else None
+    for cell, row in zip(column, rows, strict=True)
+  )
+  first = next(offsets)  # Of most columns, only the first two cells are read.
+  return first is not None and all(offset == first for offset in offsets)
 
 
 def _missing(label: str) -> str:
@@ -1216,7 +1219,8 @@ class Encoder:
     if empty.any():
       notes.append(f"{int(empty.sum())} columns have no number and were left out.")
     if empty.all() and not categorical:
-      raise base.InputError(f"{name} has no column to learn from")
+      reason = f". {notes[-1].rstrip('.')}" if notes else ""
+      raise base.InputError(f"{name} has no column to learn from{reason}")
     scaler = encoder = None
     if not empty.all():
       scaler = pipeline.make_pipeline(
@@ -1330,7 +1334,7 @@ def _numbers(table: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarra
     value = float(cell) if _NUMBER.fullmatch(cell) else np.nan
     return value if abs(value) <= _LARGEST else np.nan
 
-  size = len(next(iter(table.values())))
+  size = max(map(len, table.values()), default=0)
   columns = [[number(cell) for cell in table[name]] for name in names]
   return np.array(columns, np.float64).reshape(len(names), size).T
 

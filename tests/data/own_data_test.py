@@ -602,6 +602,13 @@ def test_a_column_that_numbers_the_rows_is_left_out(tmp_path):
   assert other.features.shape == (29, 2) and len(other.notes) == 1
 
 
+def test_a_table_without_another_column_than_row_numbers_is_refused(tmp_path):
+  name = _table(tmp_path / "t.csv", [f"{i},{i % 2}" for i in range(30)], ",label")
+  reason = "no column to learn from. The column 'column 0' numbers the rows"
+  with pytest.raises(base.InputError, match=reason):
+    own_data.read(name)
+
+
 def test_a_copy_of_the_labels_is_noted(tmp_path):
   rows = [f"{i * i},{10 * (i % 3)},{min(i % 3, 1)},{'abc'[i % 3]}" for i in range(30)]
   data = own_data.read(_table(tmp_path / "t.csv", rows, "n,copy,half,label"))
