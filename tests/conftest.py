@@ -141,6 +141,14 @@ def pytest_collection_modifyitems(config, items):
   items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
+def pytest_terminal_summary(terminalreporter, exitstatus):
+  """Says why a run of no tests, such as of a file of slow ones, is an error."""
+  if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+    terminalreporter.write_line(
+      "error: all tests were left out; `make test_all TESTS=...` also runs slow ones."
+    )
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _released_programs():
   """Frees programs after each file: the memory maps of a process are limited."""
