@@ -278,7 +278,9 @@ def generalized_cross_entropy(
       base.is_traced(threshold) or 0 < threshold < 1,
       f"{name}: threshold={threshold} must be in (0, 1)",
     )
-    limit = jnp.log(jnp.asarray(threshold, log_p.dtype))
+    # In float32, a known threshold of 1e-40 would become 0.
+    is_traced = base.is_traced(threshold)
+    limit = jnp.log(threshold) if is_traced else math.log(threshold)
     log_p = jnp.where(log_p <= limit, limit, log_p)
   return (-jnp.expm1(q * log_p) / q * scale).astype(logits.dtype)
 

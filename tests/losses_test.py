@@ -535,3 +535,9 @@ def test_forward_correction_uses_only_the_columns_of_the_labels():
   expected = -np.log(np.einsum("bj,jb->b", p, transition[:, np.asarray(labels)]))
   found = losses.forward_corrected(logits, labels, transition)
   np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_threshold_that_float32_cannot_hold_truncates():
+  logits, labels = jnp.array([[0.0, 200.0]]), jnp.array([0])
+  loss = losses.generalized_cross_entropy(logits, labels, q=0.01, threshold=1e-40)
+  np.testing.assert_allclose(loss, (1 - 1e-40**0.01) / 0.01, rtol=1e-5)
