@@ -171,7 +171,8 @@ def worst(
   means, present = _wide_means(losses, groups, num_groups)
   any_present = present.any()
   # Absent groups have -inf, unless all are absent: the maximum must be finite.
-  masked = jnp.where(present | ~any_present, means, -jnp.inf)
+  is_used = present | ~any_present
+  masked = jnp.where(is_used, means, -jnp.inf)
   exist = _check_exist(groups, num_groups)
   tiny = float(jnp.finfo(means.dtype).tiny)  # Smaller ones would be flushed to 0.
   if not is_traced and temperature < tiny:
@@ -181,7 +182,10 @@ def worst(
   given = base.setting(temperature, means.dtype)
   scale: Any = jnp.where(given < tiny, 1, given) if is_traced else float(given)
   # The differences are at most 0, so that their quotients cannot become +infinity.
-  smooth = largest + scale * jax.nn.logsumexp((masked - largest) / scale)
+  # The derivative of -infinity / scale would be NaN.
+  quotients = jnp.where(is_used, means - largest, 0) / scale
+  exponents = jnp.where(is_used, quotients, -jnp.inf)
+  smooth = largest + scale * jax.nn.logsumexp(exponents)
   if is_traced:
     smooth = jnp.where(given < tiny, masked.max(), smooth)
   smooth = jnp.where(exist, jnp.where(any_present, smooth, 0), jnp.nan)

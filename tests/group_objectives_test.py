@@ -160,6 +160,14 @@ def test_a_low_temperature_gives_nearly_the_maximum(temperature, dtype):
   assert actual == 30 and actual.dtype == losses.dtype
 
 
+def test_derivative_with_respect_to_the_temperature():
+  losses, groups = jnp.array([1.0, 3.0, 2.5]), jnp.array([0, 0, 2])  # No group 1.
+  slope = jax.grad(lambda t: go.worst(losses, groups, 4, temperature=t))(0.5)
+  # T log sum_g exp(L_g / T) of the means 2 and 2.5: the entropy of the softmax.
+  p = np.exp([4.0, 5.0]) / np.exp([4.0, 5.0]).sum()
+  np.testing.assert_allclose(slope, -(p * np.log(p)).sum(), rtol=1e-5)
+
+
 def test_a_large_loss_with_a_low_temperature_is_finite():
   losses = jnp.array([1e37, 0.0])
   value, slope = jax.value_and_grad(
