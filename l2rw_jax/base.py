@@ -615,14 +615,16 @@ def setting(value: Any, dtype: Any = None) -> Any:
   Args:
     value: a number of Python, NumPy or JAX, or a traced one. Anything else is returned
       unchanged.
-    dtype: the type of the result if the value is traced.
+    dtype: the type of the result if the value is traced. Integer types are ignored,
+      in which 0.5 would become 0.
 
   >>> import numpy as np
   >>> setting(np.float64(0.5)), setting(np.array(2))
   (0.5, 2)
   """
   if isinstance(value, jax.core.Tracer):
-    return value if dtype is None else value.astype(dtype)
+    is_float = dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+    return value.astype(dtype) if is_float else value
   is_number = isinstance(value, np.generic | np.ndarray | jax.Array)
   return value.item() if is_number and value.size == 1 else value
 

@@ -27,6 +27,12 @@ def test_static_values_are_restored_from_bytes():
   np.testing.assert_array_equal(restored["vector"], saved["vector"])
 
 
+def test_traced_settings_are_not_converted_to_integers():
+  for dtype, expected in ((jnp.int32, jnp.float32), (jnp.bfloat16, jnp.bfloat16)):
+    value = jax.jit(lambda x, dtype=dtype: base.setting(x, dtype))(0.5)
+    assert value == 0.5 and value.dtype == expected
+
+
 def test_static_str_passes_through_transformations():
   name = base.StaticStr("layerwise")
   assert name == "layerwise" and jax.tree.leaves(name) == []
