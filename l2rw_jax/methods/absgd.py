@@ -125,7 +125,8 @@ def example_weights(
   is_uniform = jnp.isinf(lam)
   weights = jnp.where(is_uniform, 1 / size, weights)
   log_u = jnp.where(is_uniform, log_u, largest + relative)
-  return weights.astype(losses.dtype), log_u
+  # The settings may be traced, too.
+  return jax.lax.stop_gradient((weights.astype(losses.dtype), log_u))
 
 
 def two_stage(lam: float, from_epoch: int) -> Callable[[int], float]:

@@ -227,12 +227,12 @@ def test_first_weights_are_correct_for_huge_losses():
 
 
 def test_weights_are_constant_and_support_vmap():
-  def total(losses, log_u, lam):
-    weights, log_u = absgd.example_weights(losses, log_u, lam, gamma=1.0)
+  def total(losses, log_u, lam, gamma, alpha):
+    weights, log_u = absgd.example_weights(losses, log_u, lam, gamma=gamma, alpha=alpha)
     return jnp.sum(weights**2) + jnp.where(jnp.isfinite(log_u), log_u, 0)
 
-  slopes = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
-  gradients = slopes(jnp.array(_FIRST), -jnp.inf, 2.0)
+  slopes = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3, 4)))
+  gradients = slopes(jnp.array(_FIRST), -jnp.inf, 2.0, 1.0, 0.5)
   assert not any(np.any(x) for x in gradients)
   lams = np.array([2.0, -2.0, np.inf], np.float32)
   run = jax.vmap(
