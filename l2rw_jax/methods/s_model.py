@@ -175,7 +175,9 @@ def s_model(
     metrics = {"transition_diagonal": jnp.where(state.is_active, diagonal, 1)}
     weights = jnp.full_like(values, 1 / size)
     gradients = base.Gradients(grads, weights, values, linearized.aux, metrics)
-    loss = base.psum(values.sum() / size, problem.axis_name)
+    # In half precision, the sum would overflow and the mean would be rounded.
+    wide = values.astype(base.accumulator_dtype(values.dtype))
+    loss = base.psum(wide.sum() / size, problem.axis_name)
     return gradients, _updated(state, layer_gradient, layer_optimizer, loss)
 
   def refresh(state, problem, view):

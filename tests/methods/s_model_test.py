@@ -162,8 +162,17 @@ def test_the_value_of_the_layers_optimizer_is_the_mean_loss():
 
   recorder = optax.GradientTransformationExtraArgs(lambda _: jnp.zeros(()), update)
   method = s_model.s_model(optimizer=recorder)
-  gradients, state = _step(method, _begin(method))
-  np.testing.assert_allclose(state.opt_state, gradients.losses.mean(), rtol=1e-6)
+  inputs = _inputs()
+  halves = jax.tree.map(np.float16, (inputs.params, inputs.batch["image"]))
+  batch = {**inputs.batch, "image": halves[1]}
+  for given in (inputs, inputs._replace(params=halves[0], batch=batch)):
+    gradients, state = jax.jit(
+      lambda state, given: method.gradients(state, _problem(), given)
+    )(_begin(method), given)
+    # The mean of losses in half precision is not rounded to half precision.
+    mean = gradients.losses.astype(np.float32).mean()
+    np.testing.assert_allclose(state.opt_state, mean, rtol=1e-6)
+  assert gradients.losses.dtype == np.float16
 
 
 def _softmax(layer):
