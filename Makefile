@@ -1,7 +1,7 @@
 # These commands install what they need; they require git, make and Python >= 3.11:
 #   make demo       trains on real data and shows that the library works
-#   make test       runs the tests, or those named by TESTS="FILE ..."
-#   make test_ci    runs the other tests that the gate runs (see BUILD.md)
+#   make test       runs the tests, or those named by TESTS="FILE ..."; with LEVEL=gate,
+#                   it runs all tests of the gate (see BUILD.md)
 #   make test_all   runs all tests, also those marked as slow
 #   make lint       checks style and types
 #   make docs       builds the documentation into docs/_build/html
@@ -19,12 +19,13 @@ CREATED := $(VENV)/.python-$(TAG)
 DEMO := $(VENV)/.demo-$(TAG)
 TEST := $(VENV)/.test-$(TAG)
 DOCS := $(VENV)/.docs-$(TAG)
+LEVEL = quick
 PYTEST = $(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
 # Python compiles what it imports, so pip need not compile every file. setuptools warns
 # of every editable installation.
 INSTALL = PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-compile --editable
 
-.PHONY: demo install install_all test test_ci test_all lint docs clean
+.PHONY: demo install install_all test test_all lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO)
@@ -38,10 +39,7 @@ install_all: | $(CREATED)
 	@touch $(TEST) $(DOCS)
 
 test: $(TEST)
-	$(PYTEST) $(TESTS)
-
-test_ci: $(TEST)
-	$(PYTEST) --level=ci $(TESTS)
+	$(PYTEST) --level=$(LEVEL) $(TESTS)
 
 test_all: $(TEST)
 	$(PYTEST) --level=all $(TESTS)

@@ -54,13 +54,13 @@ def pytest_configure(config):
 
 
 def pytest_addoption(parser):
-  """Adds the flag of `make test`, `make test_ci` and `make test_all`."""
+  """Adds the flag of `make test LEVEL=...` and `make test_all`."""
   parser.addoption(
     "--level",
-    choices=("quick", "ci", "all"),
+    choices=("quick", "gate", "all"),
     default="quick",
-    help="quick: the tests that are marked neither as ci nor as slow, and in files that"
-    " are named those marked as ci. ci: only those marked as ci. all: all tests.",
+    help="quick: the tests that are marked neither as ci nor as slow. gate: also those"
+    " marked as ci. all: all tests.",
   )
 
 
@@ -95,12 +95,11 @@ def _check_markers(items, name):
 
 
 def _is_selected(item, level, is_file_named):
-  """Whether a test runs at a level, see `pytest_addoption`."""
+  """Whether a test runs at a level; a file that is named runs at least at "gate"."""
   if level == "all":
     return True
-  is_ci = _is_marked(item, "ci")
-  is_chosen = is_ci if level == "ci" else not is_ci or is_file_named
-  return is_chosen and not _is_marked(item, "slow")
+  is_left_out = level == "quick" and not is_file_named and _is_marked(item, "ci")
+  return not (is_left_out or _is_marked(item, "slow"))
 
 
 def _named(config):
