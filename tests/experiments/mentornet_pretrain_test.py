@@ -193,6 +193,7 @@ def test_a_finished_run_is_not_repeated_and_another_dump_is_an_error_of_one_line
   }
 
 
+@pytest.mark.ci
 @pytest.mark.slow(unless=("pd-pd",))
 @pytest.mark.parametrize(
   ("name", "preset"), [("pd", "pd"), ("dd", "dd_resnet"), ("labels", "dd_inception")]

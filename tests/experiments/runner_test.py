@@ -69,6 +69,7 @@ def test_a_mentor_may_be_added_but_not_swapped(tmp_path):
     _prepare(run, [str(tmp_path / "none.json")])
 
 
+@pytest.mark.ci
 def test_two_mentors_of_a_curriculum_are_refused(tmp_path):
   a, b = (_mentor(tmp_path / f"{seed}.json", "pd", seed) for seed in (1, 2))
   settings = _Settings(mentor=(a, b))

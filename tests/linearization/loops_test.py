@@ -256,6 +256,7 @@ def _error(actual, expected):
   return max(np.abs(x - y).max() for x, y in pairs) / scale
 
 
+@pytest.mark.ci(unless=("stacked", "recurrent"))
 @pytest.mark.slow("language", "penalized", "nested")
 @pytest.mark.usefixtures("x64")
 @_FLAX_IN_FLOAT64

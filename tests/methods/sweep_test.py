@@ -242,7 +242,7 @@ def _on_eight_devices(name):
   return jax.pmap(step, _AXIS).lower(*arguments).compile()
 
 
-@pytest.mark.ci(unless=("l2rw",))
+@pytest.mark.ci
 @pytest.mark.slow(unless=_SAMPLE)
 @pytest.mark.parametrize("name", _METHODS)
 def test_two_runs_on_eight_devices_equal_single_runs_on_one(name):
@@ -360,6 +360,7 @@ def _communication(name):
   return _Communication(*counts, num_bytes // 2, gradients)
 
 
+@pytest.mark.ci
 @pytest.mark.slow(unless=_SAMPLE)
 @pytest.mark.parametrize("name", _METHODS)
 def test_step_sends_the_documented_number_of_bytes(name):

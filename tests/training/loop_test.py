@@ -98,6 +98,7 @@ class _NormNet(nn.Module):
 _NORM_MODEL = classifier.Classifier(_NormNet(), toy_runs.CLASSES)
 
 
+@pytest.mark.ci
 @pytest.mark.slow(unless=("8",))
 @pytest.mark.parametrize("num_meta", [8, 5])  # Two and eight do not divide five.
 def test_one_two_and_eight_devices_agree(tmp_path, num_meta):

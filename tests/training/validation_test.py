@@ -118,6 +118,7 @@ def test_value_is_the_loss_of_the_validation_set(batch_size):
   np.testing.assert_allclose(value, expected.mean(), rtol=1e-5)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
   ("last_steps", "is_outermost"), [(1, False), (9, False), (9, True)]
 )
