@@ -207,7 +207,7 @@ def moved(names: dict, name: str) -> bool:
   return any((np.asarray(a) != b).any() for a, b in zip(leaves, before, strict=True))
 
 
-@pytest.mark.ci(unless=("index", "l2rw"))
+@pytest.mark.ci(unless=("index",))
 @pytest.mark.slow(
   "mentornet",
   "warpi",

@@ -118,6 +118,7 @@ def test_meta_gradients_are_the_same_under_shard_map(check_vma):
   )
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("optimizer", [_SGD, _POLYAK])
 def test_the_gradient_equals_that_of_the_unrolled_step(x64, optimizer):
   params, batch, meta_batch = jax.tree.map(

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import zipfile
 
+import pytest
+
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 # Computing weights must neither import nor require these packages.
 HEAVY = (
@@ -19,6 +21,7 @@ HEAVY = (
 )
 
 
+@pytest.mark.ci
 def test_importing_the_functions_imports_nothing_heavy():
   code = (
     "import sys, jax, flax.linen, optax; before = set(sys.modules)\n"

@@ -66,6 +66,7 @@ def test_points_on_a_line_by_hand():
   np.testing.assert_array_equal(selection.assignment, [0, 0, 0, 2, 2, 1])
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("dims", "candidates"), [(1, 1), (3, 4), (40, 100)])
 def test_lazy_greedy_equals_brute_force(dims, candidates):

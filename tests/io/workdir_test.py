@@ -227,6 +227,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.ci
 def test_another_process_is_locked_out(tmp_path):
   run = tmp_path / "run"
   holder = subprocess.Popen(

@@ -183,6 +183,7 @@ def _results_of_both_engines():
   return jax.device_get(every(params))
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", _SUPPORTED)
 def test_layerwise_equals_forward_mode_for_each_operation(name):

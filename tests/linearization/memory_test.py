@@ -161,6 +161,7 @@ def test_microbatches_of_a_quarter_need_less_memory(step):
   assert _bytes(step, _network, microbatch_size=_B // 4) < 0.7 * _plain()
 
 
+@pytest.mark.ci
 @pytest.mark.slow("options1")
 @pytest.mark.parametrize("options", [{"microbatch_size": _B}, {"recompute": True}])
 def test_meta_weight_net_recomputes_instead_of_keeping_both_batches(options):

@@ -349,6 +349,7 @@ def test_losses_without_parameters_have_no_gradient():
   )
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", ["lenet", "transformer"])
 def test_flops_are_at_most_one_and_a_half_times_those_of_plain_training(name):
   if name == "lenet":

@@ -80,6 +80,7 @@ def _task_by_task(one_task, params, batch):
 
 # `test_equation_8_with_explicit_hessians_or_without` of NestedMAML tests the gradient
 # through one step.
+@pytest.mark.ci
 @pytest.mark.slow(unless=("2-True",))
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ class _Ended(Exception):
   pass
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_saves_a_checkpoint_at_any_step(tmp_path, monkeypatch, number):
   monkeypatch.setattr(workdir, "_commit", lambda: "unknown")

@@ -127,6 +127,7 @@ def test_one_two_and_eight_devices_agree(tmp_path, num_meta):
     )
 
 
+@pytest.mark.ci
 def test_finished_run_is_not_repeated(tmp_path, monkeypatch):
   method = _METHODS["l2rw"]
   first = toy_runs.train(tmp_path, method, seeds=(0, 1, 2))
@@ -184,6 +185,7 @@ def test_a_signal_before_the_first_step_does_not_repeat_the_probes(
   assert result.metrics["probes"]["step"] == [0, 3]
 
 
+@pytest.mark.ci(unless=("uniform",))
 @pytest.mark.slow(unless=("uniform", "l2rw", "class_proportion"))
 @pytest.mark.parametrize("name", list(_METHODS))
 def test_every_method_runs_and_compiles_once(tmp_path, caplog, monkeypatch, name):

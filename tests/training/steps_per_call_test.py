@@ -218,6 +218,7 @@ def test_timer_includes_steps_but_no_compilation(tmp_path, monkeypatch):
   assert timing["steps"] == 8 and timing["steps_per_call"] == 3
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("most", [1, 3])
 def test_steps_are_sent_without_waiting(tmp_path, monkeypatch, most):
   """The devices wait in their first step until all steps of the run are sent."""

@@ -98,6 +98,7 @@ def test_percentile_of_one_example_and_of_half_precision():
   assert mentornet.moving_percentile(0.0, half, 100).dtype == jnp.float32
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("size", [1, 10, 97, 100, 128])
 @pytest.mark.parametrize("rate", [0.0, 0.05, 0.5, 0.9, 0.95, 1.0])
 def test_dropout_keeps_an_exact_number(size, rate):
