@@ -1177,6 +1177,7 @@ _OTHER_FUNCTIONS = {
   "facility_location.sample_size": _HOST,
   "forml.reweigh": _INSIDE,
   "forml.objective_settings": _HOST,
+  "group_norm.batch_or_group": "makes a layer",
   "group_objectives.check_groups": _CHECK,
   "hypergradient.check_network_gradient": _CHECK,
   "hypergradient.after_direction": _INSIDE,

@@ -1,5 +1,7 @@
-"""Group normalization from two sums per channel."""
+"""Group normalization from two sums per channel, as a choice besides BatchNorm."""
 
+from collections.abc import Callable
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -7,6 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from l2rw_jax import base
+
+NORMS = ("batch", "group")
+_NUM_GROUPS = 8
 
 
 class GroupNorm(nn.Module):
@@ -63,3 +68,35 @@ class GroupNorm(nn.Module):
     groups = channels.reshape(x.shape[0], self.num_groups, -1)
     means = groups.mean(axis=-1, keepdims=True)
     return jnp.broadcast_to(means, groups.shape).reshape(channels.shape)
+
+
+def batch_or_group(
+  norm: str, *, width: int, train: bool, axis_name: str | None, dtype: Any
+) -> Callable[[], nn.Module]:
+  """Returns a constructor of normalization layers for a network for images.
+
+  Args:
+    norm: "batch" or "group", which is a `GroupNorm` with 8 groups.
+    width: the smallest number of channels that is normalized.
+    train: whether BatchNorm uses the statistics of the batch.
+    axis_name: the axis over which BatchNorm averages its statistics, or None.
+    dtype: type of the result.
+
+  Raises:
+    InputError: `norm` is neither, or `width` is not a multiple of 8 for "group".
+  """
+  if norm == "batch":
+    return functools.partial(
+      nn.BatchNorm,
+      use_running_average=not train,
+      momentum=0.9,
+      axis_name=axis_name,
+      dtype=dtype,
+    )
+  if norm not in NORMS:
+    raise base.InputError(f"norm={norm!r}: choose one of {NORMS}.")
+  if width % _NUM_GROUPS:
+    raise base.InputError(
+      f"norm='group' with width={width}: choose a multiple of {_NUM_GROUPS}."
+    )
+  return functools.partial(GroupNorm, num_groups=_NUM_GROUPS, dtype=dtype)

@@ -7,14 +7,11 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from l2rw_jax import base
 from l2rw_jax.models import activations
 from l2rw_jax.models import convolution
 from l2rw_jax.models import group_norm
 from l2rw_jax.models import split
 
-NORMS = ("batch", "group")
-_NUM_GROUPS = 8
 _kaiming = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
@@ -81,7 +78,13 @@ class ResNet(split.SplitNetwork):
       dtype=self.dtype,
       conv_general_dilated=convolution.conv_general_dilated,
     )
-    norm = self._norm(train)
+    norm = group_norm.batch_or_group(
+      self.norm,
+      width=self.width,
+      train=train,
+      axis_name=self.axis_name,
+      dtype=self.dtype,
+    )
     x = activations.relu(norm()(conv(self.width)(x)))
     for stage in range(3):
       for block in range(self.blocks):
@@ -91,26 +94,6 @@ class ResNet(split.SplitNetwork):
         y = norm()(conv(features)(y))
         x = activations.relu(y + _shortcut(x, features, stride))
     return x.mean(axis=(1, 2))
-
-  def _norm(self, train):
-    """Returns a constructor of normalization layers."""
-    if self.norm == "batch":
-      return functools.partial(
-        nn.BatchNorm,
-        use_running_average=not train,
-        momentum=0.9,
-        axis_name=self.axis_name,
-        dtype=self.dtype,
-      )
-    if self.norm not in NORMS:
-      raise base.InputError(f"norm={self.norm!r}: choose one of {NORMS}.")
-    if self.width % _NUM_GROUPS:
-      raise base.InputError(
-        f"norm='group' with width={self.width}: choose a multiple of {_NUM_GROUPS}."
-      )
-    return functools.partial(
-      group_norm.GroupNorm, num_groups=_NUM_GROUPS, dtype=self.dtype
-    )
 
 
 def _shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:

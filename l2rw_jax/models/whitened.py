@@ -22,9 +22,7 @@ from l2rw_jax.models import group_norm
 from l2rw_jax.models import pooling
 from l2rw_jax.models import split
 
-NORMS = ("batch", "group")
 PATCH = 2
-_NUM_GROUPS = 8
 # The features are divided by this number, so that the first logits are small.
 _LOGIT_DIVISOR = 9.0
 # The first layer leaves one pixel less per side, and three poolings halve the rest.
@@ -198,7 +196,13 @@ class WhitenedNet(split.SplitNetwork):
       dtype=self.dtype,
       conv_general_dilated=convolution.conv_general_dilated,
     )
-    norm = self._norm(train)
+    norm = group_norm.batch_or_group(
+      self.norm,
+      width=self.width,
+      train=train,
+      axis_name=self.axis_name,
+      dtype=self.dtype,
+    )
     if self.whitening is None:
       filters = 2 * PATCH * PATCH * x.shape[-1]
       first: nn.Module = nn.Conv(
@@ -211,26 +215,6 @@ class WhitenedNet(split.SplitNetwork):
       x = nn.gelu(norm()(_halve(conv(width)(x))))
       x = nn.gelu(norm()(conv(width)(x)))
     return x.max(axis=(1, 2)) / jnp.asarray(_LOGIT_DIVISOR, x.dtype)
-
-  def _norm(self, train):
-    """Returns a constructor of normalization layers."""
-    if self.norm == "batch":
-      return functools.partial(
-        nn.BatchNorm,
-        use_running_average=not train,
-        momentum=0.9,
-        axis_name=self.axis_name,
-        dtype=self.dtype,
-      )
-    if self.norm not in NORMS:
-      raise base.InputError(f"norm={self.norm!r}: choose one of {NORMS}.")
-    if self.width % _NUM_GROUPS:
-      raise base.InputError(
-        f"norm='group' with width={self.width}: choose a multiple of {_NUM_GROUPS}."
-      )
-    return functools.partial(
-      group_norm.GroupNorm, num_groups=_NUM_GROUPS, dtype=self.dtype
-    )
 
 
 def _halve(x: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import pytest
 from l2rw_jax import base
 from l2rw_jax import linearization
 from l2rw_jax import losses
+from l2rw_jax.models import group_norm
 from l2rw_jax.models import resnet
 
 
@@ -51,7 +52,7 @@ def test_widths_double_twice_for_images_of_any_size(size):
 def test_group_norm_has_the_parameters_of_batch_norm_without_statistics():
   group, batch = (
     _shapes(resnet.ResNet(10, norm=norm), 1, 32, 32, 3)[1]
-    for norm in resnet.NORMS[::-1]
+    for norm in group_norm.NORMS[::-1]
   )
   assert list(group) == ["params"] and set(batch) == {"params", "batch_stats"}
   renamed = {k.replace("Group", "Batch"): v for k, v in group["params"].items()}
