@@ -61,6 +61,8 @@ class Preset:
       training.
     plateau: whether the learning rate falls when the loss of the held-out images stops
       falling.
+    watches_meta: whether methods that learn weights from clean images watch the loss of
+      these instead.
     initialization: one of `INITIALIZATIONS`.
     lookahead_learning_rate: learning rate of the look-ahead SGD step; None means that
       of the optimizer. A learning rate for Adam does not suit SGD: at 1e-3, the
@@ -77,6 +79,7 @@ class Preset:
   lookahead_learning_rate: float | None = None
   num_validation: int = 0
   plateau: bool = False
+  watches_meta: bool = False
   initialization: str = "flax"
   mwn_preset: str = "noise_stable"
   by_method: Mapping[str, optimizers.OptimizerConfig] = dataclasses.field(
@@ -94,7 +97,8 @@ def _sgd(
 # 48,000 training images, whose pixels the released code never scales (--pixels=raw),
 # and PyTorch's initial parameters. The released code has 1,000 validation images
 # instead of 11,000, and its program for BARE (not those for the baselines) has a small
-# LeNet instead of the MLP of the paper.
+# LeNet instead of the MLP of the paper. For L2RW and Meta-Weight-Net, its validation
+# images are the 1,000 clean ones, all of which are used in every step.
 # "own" gives each method the optimizer of the image experiments in its paper, for the
 # same number of epochs.
 _DROPS = ((2 / 3, 0.1), (5 / 6, 0.1))
@@ -102,10 +106,11 @@ _ADAM = optimizers.OptimizerConfig("adam", 1e-3)
 PRESETS = {
   "shared": Preset(30, 100, 100, _ADAM, 0.1),
   "bare": Preset(
-    *(200, 128, 128, optimizers.OptimizerConfig("adam", 2e-4)),
+    *(200, 128, 1000, optimizers.OptimizerConfig("adam", 2e-4)),
     lookahead_learning_rate=1e-4,
     num_validation=11_000,
     plateau=True,
+    watches_meta=True,
     initialization="pytorch",
     mwn_preset="bare",
   ),
@@ -161,8 +166,15 @@ class Settings(
   num_validation: int | None = flag(None, unset="the preset's")
   plateau: bool | None = flag(
     None,
-    "Let the learning rate fall to a tenth when the validation loss stops falling. The"
-    " default is the preset's.",
+    "Let the learning rate fall to a tenth when a loss (--plateau_data) stops falling."
+    " The default is the preset's.",
+  )
+  plateau_data: str | None = flag(
+    None,
+    "Images whose loss --plateau watches: those held out (--num_validation), with the"
+    " label noise, or the clean ones. The default is validation and, with"
+    " --preset=bare, meta for l2rw and the methods that learn a weighting network.",
+    choices=["validation", "meta"],
   )
   pixels: str = flag(
     "unit",
@@ -226,6 +238,7 @@ TABLE = table.Layout(
     "schedule": "{} learning rate",
     "num_steps": "{:,} steps",
     "plateau_steps": "plateau",
+    "plateau_data": "plateau of the {} loss",
   },
   keys=("noise", "fraction"),
   published=published.MNIST_NOISE_SOURCE,
@@ -268,8 +281,13 @@ def make_optimizer(
   preset = PRESETS[settings.preset]
   optimizer = preset.by_method.get(name, preset.optimizer)
   plateau = preset.plateau if settings.plateau is None else settings.plateau
-  if plateau and not len(split.validation.label):
-    raise base.InputError("--plateau needs a validation set: give --num_validation.")
+  learns = name in ("l2rw", *registries.META_LEARNED)
+  watched = "meta" if preset.watches_meta and learns else "validation"
+  watched = settings.plateau_data or watched
+  settings.check_used("plateau_data", plateau, "without --plateau")
+  if plateau and not len(getattr(split, watched).label):
+    flag_name = "num_meta" if watched == "meta" else "num_validation"
+    raise base.InputError(f"--plateau needs a {watched} set: give --{flag_name}.")
   if settings.momentum is not None and optimizer.name != "sgd":
     raise base.InputError(
       f"--momentum={settings.momentum:g} is for SGD, but --preset={settings.preset}"
@@ -279,6 +297,7 @@ def make_optimizer(
     learning_rate=settings.learning_rate,
     momentum=settings.momentum,
     plateau_steps=steps_per_epoch if plateau else None,
+    plateau_data=watched if plateau else None,
   )
   if settings.plateau:
     settings.check_used("schedule", False, "with --plateau")

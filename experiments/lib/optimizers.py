@@ -77,8 +77,10 @@ class OptimizerConfig:
       (in LDAM's code, one stair for each of the first five epochs).
     cosine: whether the learning rate falls to 0 as a cosine instead of by drops.
     plateau_steps: number of updates in an epoch, for a learning rate that falls to a
-      tenth (but not below 1e-5) whenever the validation loss has not fallen for more
-      than 5 epochs, as in BARE's released code. None disables this rule.
+      tenth (but not below 1e-5) whenever the loss of the examples `plateau_data` has
+      not fallen for more than 5 epochs, as in BARE's released code. None disables this
+      rule.
+    plateau_data: "validation" or "meta", the examples whose loss is watched.
     tuned_steps: number of fine-tuning updates at the end of the run, for which the
       schedule starts again; 0 if it does not start again.
   """
@@ -93,6 +95,7 @@ class OptimizerConfig:
   warmup: float = 0.0
   cosine: bool = False
   plateau_steps: int | None = None
+  plateau_data: str = "validation"
   tuned_steps: int = 0
 
   def for_method(self, name: str, num_steps: int) -> "OptimizerConfig":
@@ -104,8 +107,8 @@ class OptimizerConfig:
     `fine_tuning`.
 
     Raises:
-      InputError: the learning rate depends on the validation loss, so that it cannot
-        start again.
+      InputError: the learning rate depends on a loss that is watched, so that it
+        cannot start again.
     """
     if name != "fine_tuning_restarted":
       return self

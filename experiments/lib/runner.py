@@ -236,7 +236,7 @@ def _train_group(
     epoch_probes.append(_record_curves(folder))
   if isinstance(optimizer, optimizers.OptimizerConfig):
     if optimizer.plateau_steps:
-      method = _watch_validation(method, settings, cell, config, splits)
+      method = _watch(optimizer.plateau_data, method, settings, cell, config, splits)
     optimizer = optimizer.optimizer(config.num_steps)
   writer = loss_dump.Writer(folder / "losses")
   dumps = getattr(settings, "dump_losses", False)
@@ -276,22 +276,23 @@ def _train_group(
   return results
 
 
-def _watch_validation(
+def _watch(
+  part: str,
   method: base.Method,
   settings: Any,
   cell: Cell,
   config: config_lib.Config,
   splits: Sequence[examples_lib.Splits],
 ) -> base.Method:
-  """Wraps the method for a learning rate that depends on the validation loss."""
-  held_out = {
-    s: split.validation for s, split in zip(config.seeds, splits, strict=True)
+  """Wraps the method for a learning rate that depends on the loss of a set."""
+  examples = {
+    s: getattr(split, part) for s, split in zip(config.seeds, splits, strict=True)
   }
   # The released code of BARE also selects examples in validation batches.
   selects = cell.method_name == "bare"
   return validation.watched(
     method,
-    held_out,
+    examples,
     weights=settings.bare_weights if selects else None,
     batch_size=config.batch_size if selects else 1000,
   )
@@ -323,6 +324,8 @@ def row(
     optimizer = dataclasses.asdict(cell.optimizer)
     drops = (f"{share:g}:{factor:g}" for share, factor in optimizer["drops"])
     optimizer["drops"] = " ".join(drops)
+    if optimizer["plateau_data"] == "validation":
+      del optimizer["plateau_data"]  # Rows of versions without it have no such column.
   return {
     **facts,
     "method": cell.method_name,
