@@ -64,7 +64,7 @@ def test_selection_is_greedy_in_each_class_and_its_weights_sum_to_n(greedy):
       selected = proxies[coreset.rows[is_member]]
       away = np.linalg.norm(proxies[members, None] - selected, axis=2)
       np.testing.assert_allclose(
-        away.min(axis=1).sum(), expected.distances.sum(), rtol=0.05
+        away.min(axis=1).sum(), expected.distances.sum(), rtol=1e-5
       )
 
 

@@ -120,7 +120,7 @@ _MISTAKES = {
   ),
   "meta_batch": (["--meta_batch_size=101"], "must lie between 1 and the 100 clean"),
   "batch": (["--batch_size=469"], "is larger than the 468 training examples"),
-  "deferred": (["--deferred=1.5"], "--deferred=1.5"),
+  "deferred": (["--deferred=1.5"], "--deferred=1.5 must lie"),
   "never": (
     ["--deferred=1", "--methods=ldam_drw"],
     "--methods=ldam_drw would begin after 2 epochs, and the run ends after 2: lower"
@@ -130,10 +130,10 @@ _MISTAKES = {
     ["--methods=forward_correction"],
     ": lower --transition_epoch or train longer",
   ),
-  "beta": (["--beta=1", "--methods=class_balanced"], "beta"),
-  "beta_of_absgd": (["--beta=1", "--methods=absgd_ldam_drw"], "beta"),
-  "gamma": (["--focal_gamma=-1"], "--focal_gamma=-1"),
-  "margin": (["--ldam_margin=-1"], "--ldam_margin=-1"),
+  "beta": (["--beta=1", "--methods=class_balanced"], "--beta=1 must lie"),
+  "beta_of_absgd": (["--beta=1", "--methods=absgd_ldam_drw"], "--beta=1 must lie"),
+  "gamma": (["--focal_gamma=-1"], "--focal_gamma=-1 must lie"),
+  "margin": (["--ldam_margin=-1"], "--ldam_margin=-1 must lie"),
   "scale": (["--ldam_scale=0", "--methods=ldam"], "--ldam_scale=0 must lie"),
   "lambda": (["--absgd_lambda=0", "--methods=absgd"], "at least 1e-06 away from 0"),
   "absgd_gamma": (["--absgd_gamma=0", "--methods=absgd"], "--absgd_gamma=0 must lie"),
