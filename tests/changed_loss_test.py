@@ -42,7 +42,7 @@ def _inputs():
   return params, inputs
 
 
-def _rarity(outputs, batch, class_counts):
+def _rarity_weighted(outputs, batch, class_counts):
   values = losses.softmax_cross_entropy(outputs, batch["label"])
   return values * 30 / class_counts[batch["label"]].astype(values.dtype)
 
@@ -54,7 +54,7 @@ def _run(method, epoch=0, engine="auto"):
   params, inputs = _inputs()
   state = method.init(jax.random.key(2), problem, params)
   state = method.refresh(state, problem, types.SimpleNamespace(epoch=epoch))
-  return jax.jit(lambda *given: method.gradients(given[0], problem, given[1])[0])(
+  return jax.jit(lambda state, inputs: method.gradients(state, problem, inputs)[0])(
     state, inputs
   )
 
@@ -64,16 +64,16 @@ def test_losses_and_gradients_are_those_of_the_new_loss():
   params, inputs = _inputs()
   batch = inputs.batch
   rare = np.where(batch["label"] == 1, np.float32(3), np.float32(1))
-  result = _run(changed_loss.changed_loss(baselines.uniform(), _rarity))
+  result = _run(changed_loss.changed_loss(baselines.uniform(), _rarity_weighted))
   np.testing.assert_allclose(result.losses, rare * np.asarray(plain.losses), rtol=1e-6)
 
   @jax.jit
   @jax.grad
-  def slope(params):
+  def gradient(params):
     outputs = mlp.MLP(2, (4,)).apply({"params": params}, batch["image"])
     return jnp.mean(rare * losses.softmax_cross_entropy(outputs, batch["label"]))
 
-  expected = slope(params)
+  expected = gradient(params)
   chex.assert_trees_all_close(result.grads, expected, rtol=1e-5)
 
 
@@ -81,8 +81,10 @@ def test_losses_and_gradients_are_those_of_the_new_loss():
   ("epoch", "is_new"), [(0, False), (2, False), (3, True), (9, True)]
 )
 def test_the_loss_changes_at_its_epoch(epoch, is_new):
-  method = changed_loss.changed_loss(baselines.uniform(), _rarity, from_epoch=3)
-  always = changed_loss.changed_loss(baselines.uniform(), _rarity)
+  method = changed_loss.changed_loss(
+    baselines.uniform(), _rarity_weighted, from_epoch=3
+  )
+  always = changed_loss.changed_loss(baselines.uniform(), _rarity_weighted)
   expected = _run(always if is_new else baselines.uniform())
   chex.assert_trees_all_close(_run(method, epoch), expected, rtol=1e-6)
 
@@ -102,10 +104,10 @@ def test_the_loss_that_is_not_used_has_no_influence(engine):
 
 
 def test_losses_may_have_other_types():
-  def narrow(outputs, batch, class_counts):
-    return _rarity(outputs, batch, class_counts).astype(jnp.bfloat16)
+  def in_bfloat16(outputs, batch, class_counts):
+    return _rarity_weighted(outputs, batch, class_counts).astype(jnp.bfloat16)
 
-  method = changed_loss.changed_loss(baselines.uniform(), narrow, from_epoch=3)
+  method = changed_loss.changed_loss(baselines.uniform(), in_bfloat16, from_epoch=3)
   chex.assert_trees_all_close(_run(method), _run(baselines.uniform()), rtol=1e-6)
 
 
@@ -114,24 +116,24 @@ def test_wrapping_twice_changes_the_loss_twice():
     del batch, class_counts
     return jnp.sum(0 * outputs, axis=1)
 
-  inner = changed_loss.changed_loss(baselines.uniform(), _rarity, from_epoch=2)
+  inner = changed_loss.changed_loss(baselines.uniform(), _rarity_weighted, from_epoch=2)
   method = changed_loss.changed_loss(inner, plain_zero)
   assert not np.any(_run(method, epoch=1).losses)
-  always = changed_loss.changed_loss(baselines.uniform(), _rarity)
+  always = changed_loss.changed_loss(baselines.uniform(), _rarity_weighted)
   chex.assert_trees_all_close(_run(method, epoch=2), _run(always), rtol=1e-6)
 
 
-def test_sampling_is_the_methods_own():
-  changed = changed_loss.changed_loss(baselines.resampling(), _rarity)
+def test_sampling_is_that_of_the_wrapped_method():
+  changed = changed_loss.changed_loss(baselines.resampling(), _rarity_weighted)
   train = {"label": np.array([0] * 9 + [1]), "index": np.arange(10)}
   state = changed.init(jax.random.key(0), _problem(), {})
   rows = changed.sample(state, _problem(), train, np.random.default_rng(0))
   assert (train["label"][rows] == 1).sum() == 5
-  plain = changed_loss.changed_loss(baselines.uniform(), _rarity)
+  plain = changed_loss.changed_loss(baselines.uniform(), _rarity_weighted)
   assert plain.sample is base.permutation
 
 
 @pytest.mark.parametrize("epoch", [-1, float("nan"), 1.5])
 def test_an_epoch_is_a_whole_number(epoch):
   with pytest.raises(base.InputError, match=f"from_epoch={epoch} must be"):
-    changed_loss.changed_loss(baselines.uniform(), _rarity, from_epoch=epoch)
+    changed_loss.changed_loss(baselines.uniform(), _rarity_weighted, from_epoch=epoch)

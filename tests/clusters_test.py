@@ -38,9 +38,9 @@ def script_of(path):
 def commands(text):
   """The scripts that a text starts, with their expanded arguments."""
   text = text.replace("\\\n", " ")
-  found = re.findall(r"python -m experiments\.(\w+)([^\n&|]*)", text)
-  assert found
-  for name, arguments in found:
+  matches = re.findall(r"python -m experiments\.(\w+)([^\n&|]*)", text)
+  assert matches
+  for name, arguments in matches:
     expanded = re.sub(r"\$(\w+)", lambda match: VALUES[match[1]], arguments)
     yield name, shlex.split(expanded.rstrip('"'))
 

@@ -143,11 +143,11 @@ _OPTIMIZERS = {
   "injected": optax.inject_hyperparams(optax.sgd)(_SCHEDULE, momentum=0.5),
   "partition": optax.partition(
     {
-      "a": optax.adam(0.1, eps_root=1e-3),
-      "s": optax.sgd(0.3),
-      "z": optax.set_to_zero(),
+      "adam": optax.adam(0.1, eps_root=1e-3),
+      "sgd": optax.sgd(0.3),
+      "fixed": optax.set_to_zero(),
     },
-    {"w1": "a", "b1": "z", "w2": "s"},
+    {"w1": "adam", "b1": "fixed", "w2": "sgd"},
   ),
 }
 
@@ -230,7 +230,7 @@ def test_no_optimizer_is_a_step_of_sgd_with_a_learning_rate_of_one(
 
 def test_ridge_regression_in_closed_form():
   rng = np.random.default_rng(2)
-  x, y, z, t = (rng.normal(size=s) for s in [(_B, 3), _B, (_M, 3), _M])
+  x, y, meta_x, meta_y = (rng.normal(size=s) for s in [(_B, 3), _B, (_M, 3), _M])
   p, weights, rate = rng.normal(size=3), rng.uniform(size=_B), 0.2
 
   def losses_fn(params, batch):
@@ -239,14 +239,15 @@ def test_ridge_regression_in_closed_form():
 
   gradients = x * (x @ p - y)[:, None] + _DECAY * p
   ahead = p - rate * weights @ gradients
-  meta_gradient = z.T @ (z @ ahead - t) / _M + _DECAY * ahead
+  meta_gradient = meta_x.T @ (meta_x @ ahead - meta_y) / _M + _DECAY * ahead
   expected = -rate * gradients @ meta_gradient
   optimizer = optax.sgd(rate)
 
   @jax.jit
   def run(p, weights):
     state = optimizer.init(p)
-    return _weight_gradient(losses_fn, p, (x, y), (z, t), weights, optimizer, state)
+    meta_batch = meta_x, meta_y
+    return _weight_gradient(losses_fn, p, (x, y), meta_batch, weights, optimizer, state)
 
   np.testing.assert_allclose(run(p, weights), expected, rtol=1e-12)
 
@@ -320,11 +321,11 @@ def test_network_gradient_is_the_gradient_of_the_unrolled_meta_loss():
   state = _warm(optimizer, params)
   rng = np.random.default_rng(4)
   phi = {"hidden": rng.normal(size=(1, 3)), "out": rng.normal(size=3)}
-  constants = jax.jit(_losses_fn)(params, batch)
+  loss_values = jax.jit(_losses_fn)(params, batch)
 
   def weights_fn(phi):
     return (
-      jax.nn.sigmoid(jnp.tanh(constants[:, None] @ phi["hidden"]) @ phi["out"]) / _B
+      jax.nn.sigmoid(jnp.tanh(loss_values[:, None] @ phi["hidden"]) @ phi["out"]) / _B
     )
 
   def meta_loss(phi):
@@ -426,7 +427,7 @@ def test_a_step_that_ignores_the_gradient_is_reported(name):
   assert not _direction(optax.sgd(0.1), _targets()).zero_slope
 
 
-def test_an_optimizer_that_uses_a_value_gets_one():
+def test_an_optimizer_that_requires_value_receives_a_default():
   optimizer = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
   result, plain = (_direction(o, _targets()) for o in (optimizer, optax.sgd(0.1)))
   chex.assert_trees_all_close(result.vector, plain.vector)
@@ -437,7 +438,7 @@ def test_a_function_that_makes_an_optimizer_is_refused():
     hypergradient.init_optimizer(optax.sgd, {"w": jnp.zeros(2)})
 
 
-def test_a_state_is_initialized_and_needs_its_optimizer():
+def test_a_missing_opt_state_is_initialized_and_a_given_one_needs_its_optimizer():
   given = _direction(optax.sgd(0.1, momentum=0.9), _targets())
   params, adam = jnp.ones(2), optax.adam(0.1)
   direction = functools.partial(

@@ -148,5 +148,5 @@ def test_counts_of_more_than_2_to_24_examples_are_exact():
   count = jax.jit(lambda p, y: label_transition.confusion(p, y, 50, smoothing=0.0))
   compiled = count.lower(zeros, labels).compile()
   np.testing.assert_allclose(compiled(zeros, labels)[0, :2], [2 / 7, 5 / 7], rtol=1e-6)
-  # Rows and columns as int32 and whether they exist, and no arrays [N, C].
+  # There are int32 arrays of rows and of columns and a mask, but no arrays [N, C].
   assert compiled.memory_analysis().temp_size_in_bytes < 20 * size

@@ -100,7 +100,7 @@ def test_of_many_classes_the_given_and_the_suggested_are_drawn():
     assert (top == label[:, None]).any(axis=1).all()
 
 
-def test_examples_that_were_never_seen_have_no_numbers():
+def test_examples_that_were_never_seen_come_last_and_have_no_score():
   issues = make_issues(6)
   p = issues.statistics["mean_probabilities"][np.argsort(issues.index)].copy()
   p[2] = np.nan
@@ -158,7 +158,7 @@ window.exported
 """
 
 
-# Resolves to the number of decisions: as soon as it is four, or after a minute.
+# The number of decisions, as soon as there are four, or after a minute.
 _WAIT_FOR_FOUR = """
 new Promise((done) => {
   const answer = () => done(decisions.size);
@@ -210,7 +210,7 @@ def test_filters_sorts_and_pages(tab, tmp_path):
   expected = int(((issues.given == 2) & (issues.suggested == 0)).sum())
   assert cards() == expected
   tab.run("at('clear').click()")
-  choose("sort", "+mean_loss")
+  choose("sort", "+mean_loss")  # The largest first.
   order = tab.run("shown.map((row) => data.index[row])")
   losses = issues.statistics["mean_loss"][: issues.num_issues]
   assert order[0] == issues.index[np.argmax(losses)]
@@ -250,6 +250,7 @@ def test_decisions_by_keyboard_are_exported_and_can_be_read_again(tab, tmp_path)
   rows = {row["path"]: row for row in csv.DictReader(io.StringIO(text, newline=""))}
   names = _names(120)
   assert len(rows) == 119 and names[issues.index[1]] not in rows
+  # A leading quote keeps spreadsheets from evaluating a formula.
   assert "'=1+1.png" in rows and "'" + _CLASSES[2] in {
     r["label"] for r in rows.values()
   }
@@ -273,8 +274,8 @@ def test_decisions_by_keyboard_are_exported_and_can_be_read_again(tab, tmp_path)
     assert data.form.class_names[label] == _CLASSES[labels[names.index(name)]]
 
   tab.run("at('undo').click()")
-  kept = "JSON.parse(localStorage.getItem(STORE) || '[]').length"
-  assert tab.run(f"[decisions.size, {kept}]") == [4, 4]
+  num_stored = "JSON.parse(localStorage.getItem(STORE) || '[]').length"
+  assert tab.run(f"[decisions.size, {num_stored}]") == [4, 4]
   # Decisions survive a reload. A busy browser may store them only after the reload; it
   # then sends a storage event.
   tab.reload()
@@ -303,8 +304,8 @@ def test_the_page_fits_the_window(tab, tmp_path, width):
   )
   _open(tab, tmp_path, html, width=width, height=800)
   assert tab.run("document.documentElement.scrollWidth") <= width
-  shown = tab.run("document.querySelector('.card').getBoundingClientRect().width")
-  assert 250 < shown <= width
+  card_width = tab.run("document.querySelector('.card').getBoundingClientRect().width")
+  assert 250 < card_width <= width
 
 
 @pytest.mark.slow

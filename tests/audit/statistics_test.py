@@ -186,7 +186,7 @@ def test_the_millionth_step_counts_as_much_as_the_first(all_optimizations):
     for name, x in exact.items()
   }
   before = once._replace(**large)
-  added = jax.jit(
+  after = jax.jit(
     lambda s: jax.lax.fori_loop(
       0,
       1000,
@@ -197,7 +197,7 @@ def test_the_millionth_step_counts_as_much_as_the_first(all_optimizations):
     )
   )(before)
   for name, x in exact.items():
-    start, end = getattr(before, name), getattr(added, name)
+    start, end = getattr(before, name), getattr(after, name)
     gained = (np.float64(end.total) - np.float64(start.total)) + end.error
     np.testing.assert_allclose(gained, 1000 * x, rtol=1e-5, err_msg=name)
 
@@ -293,10 +293,10 @@ def test_a_network_that_has_memorized_everything_still_has_probabilities():
   np.testing.assert_allclose(actual["mean_probabilities"], np.eye(2), atol=1e-6)
 
 
-def test_later_steps_without_a_loss_do_not_hide_early_ones():
+def test_later_steps_with_losses_near_0_do_not_hide_early_ones():
   state, index = audit.init(2, 2), jnp.arange(2)
-  doubt = jnp.array([[0.0, 1.0], [0.0, 1.0]])  # The first label looks wrong.
-  state = _update(state, index, doubt, index)
+  early_logits = jnp.array([[0.0, 1.0], [0.0, 1.0]])  # The first label looks wrong.
+  state = _update(state, index, early_logits, index)
   early = audit.summarize(state)["mean_probabilities"]
   for _ in range(50):
     state = _update(state, index, jnp.array([[30.0, 0.0], [0.0, 30.0]]), index)
@@ -382,10 +382,10 @@ def test_summary_of_several_runs_is_that_of_each(num_runs):
     _update(audit.init(_N, _C), **{**batch, "logits": batch["logits"] * (1 + shift)})
     for shift in shifts
   ]
-  together = audit.summarize(jax.tree.map(lambda *x: np.stack(x), *runs))
+  of_all_runs = audit.summarize(jax.tree.map(lambda *x: np.stack(x), *runs))
   for run, state in enumerate(runs):
     for name, expected in audit.summarize(state).items():
-      np.testing.assert_array_equal(together[name][run], expected, err_msg=name)
+      np.testing.assert_array_equal(of_all_runs[name][run], expected, err_msg=name)
 
 
 def test_a_number_much_larger_than_the_sum_does_not_hide_it():
@@ -406,8 +406,8 @@ def test_an_empty_batch_changes_nothing():
 def test_a_summary_takes_the_memory_of_its_result():
   state = jax.tree.map(np.asarray, audit.init(10_000, 100))
   tracemalloc.start()
-  found = audit.summarize(state)
-  _, most = tracemalloc.get_traced_memory()
+  summary = audit.summarize(state)
+  _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
-  # Three arrays of distributions in float64 existed at the same time.
-  assert most < 1.3 * found["mean_probabilities"].nbytes
+  # There is room for only one array of distributions in float64.
+  assert peak < 1.3 * summary["mean_probabilities"].nbytes

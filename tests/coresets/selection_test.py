@@ -62,9 +62,9 @@ def test_selection_is_greedy_in_each_class_and_its_weights_sum_to_n(greedy):
       np.testing.assert_array_equal(coreset.weights[is_member], expected.weights[order])
     else:  # With this epsilon, every row is a candidate, so only ties can differ.
       selected = proxies[coreset.rows[is_member]]
-      away = np.linalg.norm(proxies[members, None] - selected, axis=2)
+      pairwise = np.linalg.norm(proxies[members, None] - selected, axis=2)
       np.testing.assert_allclose(
-        away.min(axis=1).sum(), expected.distances.sum(), rtol=1e-5
+        pairwise.min(axis=1).sum(), expected.distances.sum(), rtol=1e-5
       )
 
 
@@ -87,11 +87,11 @@ def test_outer_products_select_the_same_as_formed_ones():
 def test_the_origin_of_the_proxies_does_not_matter(offset):
   proxies = np.random.default_rng(0).normal(size=(30, 64)) + offset
   proxies = proxies.astype(np.float32)
-  away = np.linalg.norm(proxies[:, None].astype(float) - proxies, axis=2)
-  rows, nearest = [], np.full(30, away.max())
+  pairwise = np.linalg.norm(proxies[:, None].astype(float) - proxies, axis=2)
+  rows, nearest = [], np.full(30, pairwise.max())
   for _ in range(6):  # Each row maximizes the gain, up to the rounding of distances.
-    rows.append(int(np.argmax(np.maximum(nearest - away, 0).sum(axis=1))))
-    nearest = np.minimum(nearest, away[rows[-1]])
+    rows.append(int(np.argmax(np.maximum(nearest - pairwise, 0).sum(axis=1))))
+    nearest = np.minimum(nearest, pairwise[rows[-1]])
   coreset = coresets.select(proxies, np.zeros(30, int), 6)  # The class is padded to 32.
   np.testing.assert_array_equal(coreset.rows, sorted(rows))
 
@@ -162,7 +162,7 @@ def test_distances_between_integers_do_not_wrap():
   np.testing.assert_array_equal(one.rows, [1, 3])
 
 
-def test_budgets_of_narrow_counts():
+def test_budgets_of_counts_in_small_types_do_not_overflow():
   for dtype, counts, size in (
     ("int32", [60000, 10000], 50000),
     ("uint8", [200, 100], 60),
@@ -225,7 +225,7 @@ _EYE, _TWO_CLASSES = np.eye(3), [0, 0, 1]
     ((_EYE * 1j, _TWO_CLASSES, 2), {}, "must be real"),
   ],
 )
-def test_wrong_arguments_are_refused(arguments, options, message):
+def test_invalid_arrays_are_refused(arguments, options, message):
   with pytest.raises(base.InputError, match=message):
     coresets.select(*arguments, **options)
 

@@ -86,7 +86,7 @@ def test_a_file_that_becomes_unreadable_is_named(folder):
     images[:]
 
 
-def test_fingerprint_covers_every_byte(folder):
+def test_fingerprint_depends_on_the_content_of_the_files(folder):
   def digest():
     return own_data.read(f"images:{folder}", in_memory=False).features.fingerprint
 
@@ -120,6 +120,7 @@ def test_files_that_have_not_changed_are_read_once(tmp_path, monkeypatch):
 
 
 def test_sets_fit_in_half_of_the_memory(monkeypatch, folder):
+  # Half of the memory has to hold the 20 images of 4x6 bytes and a copy of them.
   monkeypatch.setattr(row_sources, "memory", lambda: 2 * 2 * 20 * 4 * 6)
   assert row_sources.fit_in_memory(20, (4, 6, 1))
   assert not row_sources.fit_in_memory(21, (4, 6, 1))

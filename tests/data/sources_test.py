@@ -108,13 +108,13 @@ def load(data_dir, name="tiny", split="train", cache_dir=None):
 
 
 def test_images_can_be_decoded_when_they_are_used(data_dir, tmp_path, monkeypatch):
-  def stored(cache_dir="cache", split="train[2:]", in_memory=False):
+  def load_slice(cache_dir="cache", split="train[2:]", in_memory=False):
     place = tmp_path / cache_dir
     return sources.load(
       "tiny", split, data_dir=data_dir, cache_dir=place, in_memory=in_memory
     )
 
-  expected, source = stored(in_memory=True), stored()
+  expected, source = load_slice(in_memory=True), load_slice()
   assert not isinstance(source.images, np.ndarray)
   assert source.images.shape == expected.images.shape == (IMAGES - 2, 6, 5, 3)
   np.testing.assert_array_equal(source.images[:], expected.images)
@@ -127,20 +127,20 @@ def test_images_can_be_decoded_when_they_are_used(data_dir, tmp_path, monkeypatc
   )
   assert source[:3] == expected[:3] and source.class_names == expected.class_names
   # The fingerprint depends on the split and on the files.
-  digests = {source.images.fingerprint, stored(split="train").images.fingerprint}
-  assert len(digests) == 2 and stored().images.fingerprint in digests
+  digests = {source.images.fingerprint, load_slice(split="train").images.fingerprint}
+  assert len(digests) == 2 and load_slice().images.fingerprint in digests
   file = next((data_dir / "tiny" / "1.0.0").glob("*train.array_record*"))
   content = bytearray(file.read_bytes())
   content[-1] ^= 1
   file.write_bytes(content)
   os.utime(file, ns=(0, 1))
-  assert stored().images.fingerprint not in digests
+  assert load_slice().images.fingerprint not in digests
   # A small set is read into memory, and a large one if it fits there.
-  assert isinstance(stored(in_memory=None).images, np.ndarray)
+  assert isinstance(load_slice(in_memory=None).images, np.ndarray)
   monkeypatch.setattr(sources, "_SMALL_FILES", 0)
-  assert isinstance(stored(in_memory=None).images, np.ndarray)
+  assert isinstance(load_slice(in_memory=None).images, np.ndarray)
   monkeypatch.setattr(sources.row_sources, "memory", lambda: 1)
-  assert not isinstance(stored(in_memory=None).images, np.ndarray)
+  assert not isinstance(load_slice(in_memory=None).images, np.ndarray)
 
 
 def test_an_image_that_cannot_be_decoded_names_the_set(data_dir, tmp_path):
@@ -253,7 +253,7 @@ def test_latest_version_is_the_default(data_dir):
 def test_different_copies_of_a_version_do_not_share_the_cache(data_dir, tmp_path):
   import tensorflow_datasets as tfds
 
-  whole = load(data_dir, cache_dir=tmp_path / "cache")
+  first = load(data_dir, cache_dir=tmp_path / "cache")
   other = data_dir / "other"
   prepare(
     other,
@@ -264,8 +264,8 @@ def test_different_copies_of_a_version_do_not_share_the_cache(data_dir, tmp_path
     },
     lambda i: {"image": png(i), "label": i % 2},
   )
-  part = load(other, cache_dir=tmp_path / "cache")
-  assert (whole.num_classes, part.num_classes) == (3, 2)
+  second = load(other, cache_dir=tmp_path / "cache")
+  assert (first.num_classes, second.num_classes) == (3, 2)
 
 
 def test_configurations(data_dir):
@@ -508,6 +508,6 @@ def test_real_cifar10_n(tfds_dir: pathlib.Path, tmp_path):
     "worse_label",
   }
   # 40.208% and 9.010% of all 50,000 labels are wrong. The tolerances are four standard
-  # deviations of a share of 2,000.
+  # deviations of the share in 2,000 labels.
   assert abs(np.mean(source.extra["worse_label"] != source.labels) - 0.402) < 0.044
   assert abs(np.mean(source.extra["aggre_label"] != source.labels) - 0.090) < 0.026

@@ -45,8 +45,9 @@ def test_a_third_of_the_corrupted_documents_is_of_each_kind():
   )
   for document in after[kinds == text_documents.KINDS.index("english")]:
     assert document.astype(np.uint8).tobytes() in _TEXTS.english
-  random = after[kinds == text_documents.KINDS.index("random")]
-  assert len(np.unique(random)) > 60
+  random_documents = after[kinds == text_documents.KINDS.index("random")]
+  # Of 81 random bytes, about 70 are different.
+  assert len(np.unique(random_documents)) > 60
 
 
 def test_parts_are_from_different_files_and_excerpts_do_not_repeat():

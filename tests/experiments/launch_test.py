@@ -1,4 +1,4 @@
-"""Whether freed memory stays with the process, measured by page faults."""
+"""Errors of files, and whether freed memory stays with the process."""
 
 import platform
 import subprocess
@@ -12,7 +12,7 @@ from experiments.lib import registries
 _PROGRAM = """
 import ctypes, resource
 from experiments.lib import launch
-if {kept}:
+if {keep}:
   assert launch.keep_freed_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -46,14 +46,15 @@ def test_large_blocks_stay_with_the_process():
   faults = [
     int(
       subprocess.run(
-        [sys.executable, "-c", _PROGRAM.format(kept=kept)],
+        [sys.executable, "-c", _PROGRAM.format(keep=keep)],
         check=True,
         capture_output=True,
         text=True,
       ).stdout
     )
-    for kept in (True, False)
+    for keep in (True, False)
   ]
-  # 64 MiB are 32 huge pages, or 16,384 small ones.
+  # Page faults show whether the memory is new. 64 MiB are 32 huge pages, or 16,384
+  # small ones.
   assert faults[0] < 8
   assert faults[1] >= 32

@@ -32,9 +32,9 @@ def run(tmp_path_factory):
   return cwd / "runs" / _NAME, done.stdout
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("npz:a", (9, 3)), ("digits", (9, 3))])
-def test_unequal_classes_of_a_user_are_noted(name, sizes):
-  labels = np.repeat([0, 1], sizes).astype(np.int32)
+@pytest.mark.parametrize("name", ["npz:a", "digits"])
+def test_unequal_class_sizes_of_user_data_are_noted(name):
+  labels = np.repeat([0, 1], [9, 3]).astype(np.int32)
   train = sources.Source(name, "own", "train", np.zeros((12, 2)), labels, 2, {})
   note = long_tail.note_on_sizes(train)
   if name == "digits":
@@ -59,8 +59,8 @@ def test_run_writes_rows_and_figures(run):
   assert flags["beta"] == 0.9999 and flags["deferred"] == 0.5
   assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
   for row in rows:
-    # The rarest digit has 126 images, 10 of them in the meta set: 116 remain, which
-    # is the size of the first class. The last class has a tenth of it.
+    # The rarest digit has 126 images, 10 of them in the meta set. The first class has
+    # as many as remain, 116, and the last class a tenth of that.
     assert row["class_counts"] == "116 89 69 53 41 32 24 19 14 11"
     assert (row["many_above"], row["few_below"], row["num_meta"]) == (100, 20, 10)
     assert (row["builder"], row["shape"], row["imbalance"]) == (
@@ -161,23 +161,23 @@ def test_mistake_is_an_error_of_one_line_and_writes_nothing(mistakes, name):
 
 
 def test_published_numbers():
-  of = published_cifar.long_tail
-  assert of("cifar10", "uniform", "ldam", "exponential", 100.0) == 70.36
-  assert of("cifar10", "ldam_drw", "ldam", "exponential", 100.0) == 77.03
-  assert of("cifar100", "ldam_drw", "ldam", "step", 10.0) == 59.46
-  assert of("cifar10", "uniform_drw", "ldam", "step", 100.0) == 71.60
-  assert of("cifar10", "l2rw", "mwn", "exponential", 200.0) == 66.51
-  assert of("cifar100", "meta_weight_net", "mwn", "exponential", 1.0) == 70.37
+  value_of = published_cifar.long_tail
+  assert value_of("cifar10", "uniform", "ldam", "exponential", 100.0) == 70.36
+  assert value_of("cifar10", "ldam_drw", "ldam", "exponential", 100.0) == 77.03
+  assert value_of("cifar100", "ldam_drw", "ldam", "step", 10.0) == 59.46
+  assert value_of("cifar10", "uniform_drw", "ldam", "step", 100.0) == 71.60
+  assert value_of("cifar10", "l2rw", "mwn", "exponential", 200.0) == 66.51
+  assert value_of("cifar100", "meta_weight_net", "mwn", "exponential", 1.0) == 70.37
   for absent in (
     ("cifar10", "uniform", "ldam", "exponential", 200.0),
     ("cifar10", "uniform", "mwn", "step", 100.0),
     ("cifar10", "l2rw", "ldam", "exponential", 100.0),
     ("digits", "uniform", "ldam", "exponential", 100.0),
   ):
-    assert of(*absent) is None
+    assert value_of(*absent) is None
 
 
-def _made_up(name, split, **folders):
+def _random_source(name, split, **folders):
   """Random images of CIFAR's shape, few enough for a short test."""
   num_classes = 100 if name == "cifar100" else 10
   size = (1000 if num_classes == 100 else 600) if split == "train" else num_classes
@@ -192,7 +192,7 @@ def cifar(tmp_path_factory):
   folder = tmp_path_factory.mktemp("cifar")
   shared = {"smoke": True, "network": "mlp", "num_seeds": 1, "num_devices": 1}
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sources, "load", _made_up)
+    patch.setattr(sources, "load", _random_source)
     return {
       settings.preset: cifar_long_tail.run(settings, folder / settings.preset)
       for settings in (
@@ -216,7 +216,7 @@ def cifar(tmp_path_factory):
 
 
 def _rates(preset):
-  """Learning rates at the end of every epoch."""
+  """Learning rates at the end of every epoch, with 97 steps in an epoch."""
   rate = preset.optimizer.schedule(preset.num_epochs * 97)
   return [float(rate(97 * epoch + 96)) for epoch in range(preset.num_epochs)]
 

@@ -218,7 +218,7 @@ def test_orbax_logs_nothing(tmp_path, caplog):
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 
-def _two(directory):
+def _save_two(directory):
   """Saves `make_state(1)` and `make_state(2)` as the checkpoints of steps 1 and 2."""
   checkpointer = _open(directory)
   for step in (1, 2):
@@ -229,12 +229,13 @@ def _two(directory):
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
   directory = tmp_path_factory.mktemp("template")
-  _two(directory)
+  _save_two(directory)
   return directory
 
 
 @pytest.fixture
-def two(template, tmp_path):
+def two_steps(template, tmp_path):
+  """A folder with the checkpoints of steps 1 and 2; a test may damage it."""
   return pathlib.Path(shutil.copytree(template, tmp_path / "two"))
 
 
@@ -305,42 +306,42 @@ def test_damage_to_any_file_is_detected(template, tmp_path, caplog, damage):
   assert restored[template / "2" / "record" / "metadata"] == 1
 
 
-def _other_host(two):
-  path = two / "2" / "record" / "metadata"
+def _other_host(two_steps):
+  path = two_steps / "2" / "record" / "metadata"
   text = path.read_text()
   path.write_text(text.replace('"epoch": 2', '"epoch": 3'))
   assert path.read_text() != text
 
 
-def _other_arrays(two):
-  shutil.rmtree(two / "2" / "arrays")
-  shutil.copytree(two / "1" / "arrays", two / "2" / "arrays")
+def _other_arrays(two_steps):
+  shutil.rmtree(two_steps / "2" / "arrays")
+  shutil.copytree(two_steps / "1" / "arrays", two_steps / "2" / "arrays")
 
 
 @pytest.mark.parametrize("tamper", [_other_host, _other_arrays])
-def test_checksum_detects_readable_damage(two, caplog, tamper):
-  tamper(two)
-  assert _open(two).restore_latest(make_state()).step == 1
+def test_checksum_detects_readable_damage(two_steps, caplog, tamper):
+  tamper(two_steps)
+  assert _open(two_steps).restore_latest(make_state()).step == 1
   (warning,) = _warnings(caplog)
   assert "step 2" in warning and "checksum does not match" in warning
 
 
-def test_checkpoint_under_another_step_is_rejected(two, caplog):
-  shutil.copytree(two / "1", two / "3")
-  assert _open(two).restore_latest(make_state()).step == 2
+def test_checkpoint_under_another_step_is_rejected(two_steps, caplog):
+  shutil.copytree(two_steps / "1", two_steps / "3")
+  assert _open(two_steps).restore_latest(make_state()).step == 2
   assert len(_warnings(caplog)) == 1
-  assert _names(two) == ["1", "2"]
+  assert _names(two_steps) == ["1", "2"]
 
 
 @_ignore_late_results
-def test_without_intact_checkpoint_training_starts_over(two, caplog):
-  for path in _files(two):
+def test_without_intact_checkpoint_training_starts_over(two_steps, caplog):
+  for path in _files(two_steps):
     _truncate(path)
-  checkpointer = _open(two)
+  checkpointer = _open(two_steps)
   assert checkpointer.restore_latest(make_state()) is None
   latest, previous = _warnings(caplog)
   assert "step 2" in latest and "step 1" in previous
-  assert _names(two) == []
+  assert _names(two_steps) == []
   checkpointer.save(1, make_state(1), {})
   assert_same(checkpointer.restore_latest(make_state()).state, make_state(1))
 
@@ -353,8 +354,8 @@ def test_without_intact_checkpoint_training_starts_over(two, caplog):
     (MemoryError(), MemoryError),
   ],
 )
-def test_other_read_errors_delete_nothing(two, monkeypatch, error, raised):
-  checkpointer = _open(two)
+def test_other_read_errors_delete_nothing(two_steps, monkeypatch, error, raised):
+  checkpointer = _open(two_steps)
 
   def fail(*args):
     raise error
@@ -362,7 +363,7 @@ def test_other_read_errors_delete_nothing(two, monkeypatch, error, raised):
   monkeypatch.setattr(checkpointing, "_digest", fail)
   with pytest.raises(raised):
     checkpointer.restore_latest(make_state())
-  assert _names(two) == ["1", "2"]
+  assert _names(two_steps) == ["1", "2"]
 
 
 _KILLED = """

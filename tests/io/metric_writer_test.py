@@ -202,7 +202,7 @@ def _events(folder):
   events = []
   for path in sorted((folder / "tensorboard").iterdir()):
     data = path.read_bytes()
-    while data:
+    while data:  # Length, checksum of the length, event, checksum of the event.
       (length,) = struct.unpack("Q", data[:8])
       event = event_pb2.Event.FromString(data[12 : 12 + length])
       values = {value.tag: value.simple_value for value in event.summary.value}

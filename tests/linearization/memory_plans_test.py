@@ -129,7 +129,7 @@ def test_plans_that_do_not_apply_are_left_out():
   doubled.defvjp(lambda x: (doubled(x), None), lambda _, g: (2 * g,))
 
   def make_step(**options):
-    # A custom VJP of parameters supports neither the layerwise nor the forward engine.
+    # Neither the layerwise nor the forward engine supports a custom VJP of parameters.
     return l2rw.weighted_value_and_grad(lambda p, x: (x @ doubled(p)) ** 2, **options)
 
   args = jnp.ones(2), jnp.eye(2), jnp.ones((1, 2))

@@ -28,8 +28,8 @@ _close = functools.partial(chex.assert_trees_all_close, rtol=1e-12, atol=1e-14)
 
 
 @pytest.fixture(params=["cpu", "gpu"])
-def loop(request, monkeypatch):
-  """Unrolled microbatches, as on CPU, or a loop, as elsewhere."""
+def unrolled_or_loop(request, monkeypatch):
+  """Tests unrolled microbatches, as on CPU, and a loop, as on other devices."""
   monkeypatch.setattr(jax, "default_backend", lambda: request.param)
 
 
@@ -57,7 +57,7 @@ def _with_aux(params, batch):
   return _losses_fn(params, batch), {"sums": batch["x"].sum(1), "none": {}}
 
 
-def _three(linearize, **options):
+def _results(linearize, **options):
   """The results of a `Linearized`, compiled."""
   rng = np.random.default_rng(5)
   vector = jax.tree.map(lambda x: rng.normal(size=x.shape), _params())
@@ -77,23 +77,23 @@ def _three(linearize, **options):
 
 
 @functools.cache
-def _three_of_the_whole_batch():
-  return _three(linearization.linearize)
+def _results_of_the_whole_batch():
+  return _results(linearization.linearize)
 
 
 @pytest.mark.slow(unless=("cpu-2", "gpu-5"))
-@pytest.mark.usefixtures("loop")
+@pytest.mark.usefixtures("unrolled_or_loop")
 @pytest.mark.parametrize("size", [1, 2, _B, 100])
 def test_any_microbatch_size_gives_the_numbers_of_the_whole_batch(size):
-  actual = _three(microbatching.microbatched(linearization.linearize, size))
-  _close(actual, _three_of_the_whole_batch())
+  actual = _results(microbatching.microbatched(linearization.linearize, size))
+  _close(actual, _results_of_the_whole_batch())
   assert actual[3]["count"] == 0
 
 
 @pytest.mark.parametrize("engine", ["forward", "layerwise", "reverse"])
 def test_any_engine(engine):
   linearize = microbatching.microbatched(linearization.linearize, 3)
-  _close(_three(linearize, engine=engine), _three_of_the_whole_batch())
+  _close(_results(linearize, engine=engine), _results_of_the_whole_batch())
 
 
 def _without_engine(info):
@@ -128,7 +128,7 @@ def _mwn(params, batch, meta_batch, size, axis_name=None):
 
 @pytest.mark.ci
 @pytest.mark.slow(unless=("gpu-_mwn",))
-@pytest.mark.usefixtures("loop")
+@pytest.mark.usefixtures("unrolled_or_loop")
 @pytest.mark.parametrize("run", [_l2rw, _mwn])
 def test_methods_under_vmap(run):
   data = _examples(0, 4), _examples(1, 4)  # two microbatches of each
@@ -146,18 +146,19 @@ def test_methods_under_vmap(run):
 def test_eight_devices_equal_one(run, check_vma):
   params, batch, meta_batch = _params(), _examples(0, 24), _examples(1, 16)
 
-  def on_one(batch, meta_batch, size, axis_name=None):
+  def results(batch, meta_batch, size, axis_name=None):
     actual = jax.tree.leaves(run(params, batch, meta_batch, size, axis_name))
+    # Results for each example are left out, because they differ between devices.
     return [x for x in actual if x.shape != batch["label"].shape]
 
   mapped = jax.shard_map(
-    functools.partial(on_one, size=2, axis_name="devices"),
+    functools.partial(results, size=2, axis_name="devices"),
     mesh=jax.sharding.Mesh(jax.devices(), ("devices",)),
     in_specs=P("devices"),
     out_specs=P(),
     check_vma=check_vma,
   )
-  expected = jax.jit(lambda *data: on_one(*data, None))(batch, meta_batch)
+  expected = jax.jit(lambda *data: results(*data, None))(batch, meta_batch)
   _close(jax.jit(mapped)(batch, meta_batch), expected)
 
 
@@ -328,9 +329,9 @@ def test_weights_of_another_shape_are_refused():
     actual.weighted_gradient(1.0)
 
 
-def test_a_nan_in_one_part_of_the_meta_batch_is_reported():
+def test_a_nan_in_one_microbatch_of_the_meta_batch_is_reported():
   x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2)))
-  meta_x = jnp.array([[1.0, 2.0], [2.0, 1.0], [jnp.nan, 1.0]])  # in the second part
+  meta_x = jnp.array([[1.0, 2.0], [2.0, 1.0], [jnp.nan, 1.0]])  # in microbatch 2
   with pytest.raises(FloatingPointError, match=r"1 of 3 meta losses .* in row 2"):
     _small_weights(x, meta_x, 2)
   output = jax.jit(functools.partial(_small_weights, size=2))(x, meta_x)

@@ -185,8 +185,8 @@ def _flat(tree):
   return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
 
 
-def _choose(is_ghost, *_):
-  return is_ghost
+def _constant(value, *_):
+  return value
 
 
 @pytest.mark.ci(unless=("dense", "tied", "scanned"))
@@ -216,7 +216,7 @@ def test_results_equal_vmap_of_grad(name, monkeypatch):
     clipped, info = per_example.clipped_gradient(losses_fn, params, batch, 1.0)
     both = []
     for is_ghost in (True, False):
-      choice = functools.partial(_choose, is_ghost)
+      choice = functools.partial(_constant, is_ghost)
       monkeypatch.setattr(ghost_products, "_is_ghost_cheaper", choice)
       norms, _ = per_example.norms(losses_fn, params, batch)
       both.append((norms, per_example.inner_products(losses_fn, params, batch)[0]))

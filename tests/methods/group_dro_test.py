@@ -93,7 +93,7 @@ def test_shard_map_gives_the_same_result(check_vma):
     np.testing.assert_allclose(actual, desired, rtol=1e-6)
 
 
-def test_nonexistent_group_is_refused_or_nan():
+def test_nonexistent_group_is_refused_or_gives_nan():
   groups = np.array([0, 0, 1, -1, 1, 4])
   with pytest.raises(base.InputError, match="the group of row 3 does not exist"):
     group_dro.example_weights(_LOSSES, groups, _uniform(), 0.1)
@@ -143,7 +143,7 @@ def test_worst_of_huge_losses_is_identified():
 
 
 @pytest.mark.filterwarnings("error")
-def test_groups_numbers_and_adjustments_may_be_lists():
+def test_groups_log_q_and_adjustments_may_be_lists():
   losses, lists = jnp.array([1.0, 2.0, 3.0]), ([0, 1, 1], [0.0, -1.0], [0.5, 0.25])
 
   def run(groups, log_q, adjustments):
@@ -251,8 +251,8 @@ def test_adjustment_favors_small_groups():
     np.asarray(result.losses), labels, [1 / 3] * 3, 0.5, state.adjustments
   )
   np.testing.assert_allclose(np.exp(after.log_q), q, rtol=1e-5)
-  kept = method.refresh(after, _problem(), types.SimpleNamespace(epoch=1))
-  chex.assert_trees_all_equal(kept, after)
+  later = method.refresh(after, _problem(), types.SimpleNamespace(epoch=1))
+  chex.assert_trees_all_equal(later, after)
 
 
 @pytest.mark.parametrize(

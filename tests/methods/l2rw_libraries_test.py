@@ -210,14 +210,14 @@ def test_scores_equal_the_unrolled_step(name):
 
 @pytest.mark.slow("equinox")
 @pytest.mark.parametrize("name", ["nnx", "equinox"])
-def test_gradients_are_applied_with_each_library(name):
+def test_gradients_are_applied_to_the_parameters_of_a_module(name):
   case = _LIBRARIES[name]()
   run = jax.jit(l2rw.weighted_value_and_grad(case.losses_fn, has_aux=True))
-  (before, _), grads = run(case.params, _BATCH, _META)
+  (loss, _), grads = run(case.params, _BATCH, _META)
   optimizer = optax.sgd(0.1)
   updates, _ = optimizer.update(grads, optimizer.init(case.params), case.params)
   apply_updates = eqx.apply_updates if name == "equinox" else optax.apply_updates
   params = apply_updates(case.params, updates)
   chex.assert_trees_all_equal_structs(params, case.params)
-  assert np.isfinite(before)
+  assert np.isfinite(loss)
   assert float(optax.tree.norm(grads)) > 0

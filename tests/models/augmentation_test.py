@@ -147,7 +147,7 @@ def test_classifier_augments_differently_at_every_training_step():
 
 @pytest.mark.slow("2")
 @pytest.mark.parametrize("devices", [2, 4])
-def test_augmentation_does_not_depend_on_the_number_of_devices(devices):
+def test_classifier_augments_alike_on_any_number_of_devices(devices):
   model = classifier.Classifier(mlp.MLP(2, hidden=()), 2, preprocess=CIFAR)
   batch = {
     "image": jax.random.uniform(jax.random.key(0), (8, 8, 8, 3)),

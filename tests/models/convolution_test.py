@@ -251,6 +251,7 @@ def test_weights_do_not_depend_on_blocks(engine, x64):
     for size in (5, 3)
   )
   params = _Net(None).init(jax.random.key(0), jnp.asarray(batch["image"]))
+  # The blocks of the first and of the second convolution.
   assert _num_convolutions(_Net(_in_blocks).apply, params, batch["image"]) == 5 + 2
 
   def results(net):

@@ -23,7 +23,7 @@ _UNIFORM = audit.recording(baselines.uniform())
 _STEPS = {"num_steps": 10, "eval_every": 10, "log_every": 10}
 
 
-def _same(actual, expected, rtol=1e-4, atol=1e-4):
+def _assert_close(actual, expected, rtol=1e-4, atol=1e-4):
   assert set(actual) == set(expected)
   for name, values in expected.items():
     np.testing.assert_allclose(actual[name], values, rtol, atol, err_msg=name)
@@ -70,7 +70,9 @@ def test_statistics_agree_with_what_the_loop_logs(recorded):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_and_eight_devices_have_the_same(recorded, tmp_path, monkeypatch):
+def test_a_resumed_run_and_eight_devices_have_the_same_statistics(
+  recorded, tmp_path, monkeypatch
+):
   _, expected = recorded
   settings = {**_STEPS, "checkpoint_every": 3, "seeds": (0, 1)}
   with monkeypatch.context() as patch:
@@ -80,20 +82,20 @@ def test_a_resumed_run_and_eight_devices_have_the_same(recorded, tmp_path, monke
   resumed = toy_runs.train(tmp_path / "a", _L2RW, **settings)
   again = toy_runs.train(tmp_path / "a", _L2RW, **settings)  # Read from the disk.
   for one, other, result in zip(resumed, again, expected, strict=True):
-    _same(one.statistics, result.statistics)
-    _same(other.statistics, one.statistics, rtol=0, atol=0)
+    _assert_close(one.statistics, result.statistics)
+    _assert_close(other.statistics, one.statistics, rtol=0, atol=0)
   (many,) = toy_runs.train(tmp_path / "b", _L2RW, num_devices=8, **_STEPS)
-  _same(many.statistics, expected[0].statistics)
+  _assert_close(many.statistics, expected[0].statistics)
 
 
 @pytest.mark.ci
-def test_a_damaged_file_is_made_again(recorded, tmp_path):
+def test_a_damaged_file_is_written_again(recorded, tmp_path):
   folder, (run, _) = recorded
   copy = shutil.copytree(folder, tmp_path / "run")
   path = copy / "seed-0" / "statistics.npz"
   path.write_bytes(path.read_bytes()[:-10])
   again, _ = toy_runs.train(copy, _L2RW, seeds=(0, 1), **_STEPS)
-  _same(again.statistics, run.statistics, rtol=0, atol=0)
+  _assert_close(again.statistics, run.statistics, rtol=0, atol=0)
 
 
 def test_the_wrong_labels_come_first(tmp_path):
@@ -119,13 +121,13 @@ def test_wrapped_methods_report_too():
   assert wrapped.report(state)["seen"].tolist() == [0, 0]
 
 
-def test_the_order_of_examples_is_that_of_the_wrapped_method():
+def test_sampling_is_that_of_the_wrapped_method():
   def sample(state, problem, train, rng):
     return np.array([state])
 
-  chooses = baselines.uniform()._replace(sample=sample)
+  method = baselines.uniform()._replace(sample=sample)
   recorded = recorded_method.Recorded(audit.init(2, 2), 7)
-  assert audit.recording(chooses).sample(recorded, None, None, None) == [7]
+  assert audit.recording(method).sample(recorded, None, None, None) == [7]
   assert audit.recording(baselines.uniform()).sample is base.permutation
 
 
@@ -193,12 +195,12 @@ def test_a_step_writes_only_the_rows_of_its_batch(method):
 def test_a_step_that_is_not_finite_records_nothing(method):
   step, state = _step(method, 6)
   step = jax.jit(step)
-  taken = step(state, _batch())
+  first = step(state, _batch())
   np.testing.assert_array_equal(
-    method.report(taken.method_state)["seen"], [0, 0, 0, 1, 0, 1]
+    method.report(first.method_state)["seen"], [0, 0, 0, 1, 0, 1]
   )
-  failed = step(taken, _batch(np.nan))
+  failed = step(first, _batch(np.nan))
   assert failed.failure.step == 1
-  chex.assert_trees_all_equal(failed.method_state, taken.method_state)
+  chex.assert_trees_all_equal(failed.method_state, first.method_state)
   later = step(failed, _batch())
-  chex.assert_trees_all_equal(later.method_state, taken.method_state)
+  chex.assert_trees_all_equal(later.method_state, first.method_state)

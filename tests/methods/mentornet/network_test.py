@@ -72,17 +72,18 @@ def _lstm(params, steps):
 
 def _reference(variables, compat, losses, differences, labels=_LABELS, epochs=_EPOCHS):
   params = variables["params"]
-  frozen = variables.get("frozen", params)["epoch_embedding"]
-  which = 0 if compat == "official_code" else 1  # The cell or the hidden state.
+  epoch_embedding = variables.get("frozen", params)["epoch_embedding"]
+  # The features are the cells in the released code, the hidden states in the paper.
+  output = 0 if compat == "official_code" else 1
   logits = []
   for i in range(3):
     steps = np.stack([np.atleast_1d(losses[i]), np.atleast_1d(differences[i])], axis=-1)
     features = np.concatenate(
       [
         params["label_embedding"][labels[i]],
-        frozen[epochs[i]],
-        [_lstm(params["forward"], steps)[which]],
-        [_lstm(params["backward"], steps[::-1])[which]],
+        epoch_embedding[epochs[i]],
+        [_lstm(params["forward"], steps)[output]],
+        [_lstm(params["backward"], steps[::-1])[output]],
       ]
     )
     dense = params["hidden"]
