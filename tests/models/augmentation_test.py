@@ -104,7 +104,8 @@ def test_crop_and_flip_are_independent():
   both = augmentation.Preprocess(pad=1, flip=True)
   result = np.asarray(both(images, keys(3000), True))
   _, row, column, _ = (result == 1).nonzero()
-  # Rows 1 to 3; columns 0 to 2 or, mirrored, 4 to 2. Column 2 is thus twice as likely.
+  # The pixel moves to rows 1 to 3, and to columns 0 to 2 or, mirrored, 4 to 2: column 2
+  # is twice as likely.
   shares = np.array([[1, 1, 2, 1, 1]] * 3) / 18
   counts = np.zeros((5, 5))
   np.add.at(counts, (row, column), 1 / 3000)

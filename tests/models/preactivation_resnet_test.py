@@ -47,7 +47,7 @@ def test_parameters_of_the_released_networks(model, classes, size):
 def test_batch_norm_shifts_but_does_not_scale():
   _, variables = _shapes(preactivation_resnet.resnet_32(10), 2, 32, 32, 3)
   norms = [v for k, v in variables["params"].items() if k.startswith("BatchNorm")]
-  # One per unit in the first stage, two in the others, one each at stem and end.
+  # A unit of the first stage has one, the others two; the stem and the end have one.
   assert len(norms) == 5 + 2 * 10 + 2
   assert all(set(norm) == {"bias"} for norm in norms)
 

@@ -69,7 +69,7 @@ def test_refresh_is_called_before_every_epoch(tmp_path, monkeypatch):
   drawn = _visited(monkeypatch)
   toy = _Toy()
   toy_runs.train(tmp_path, toy.method, seeds=(3, 5), num_steps=_STEPS)
-  # For each epoch, the two runs one after the other.
+  # In each epoch, the two runs are refreshed one after the other.
   assert [view.epoch for view in toy.views] == [0, 0, 1, 1, 2, 2]
   for step in range(_STEPS):
     (rows,) = drawn[step]
