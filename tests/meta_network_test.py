@@ -23,7 +23,8 @@ _NET = meta_weight_net.WeightNet((4,))
 _RECTIFIER = warpi.RectifierNet(3, hidden=4)
 
 
-def _problem():
+def _data():
+  """Parameters, a batch and a meta batch."""
   rng = np.random.default_rng(0)
 
   def examples(size):
@@ -98,7 +99,7 @@ def _meta_gradients(axis_name, *data):
 @pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_meta_gradients_are_the_same_under_shard_map(check_vma):
-  data = _problem()
+  data = _data()
   expected = jax.jit(functools.partial(_meta_gradients, None))(*data)
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), (_AXIS,))
   replicated, sharded = PartitionSpec(), PartitionSpec(_AXIS)
@@ -122,12 +123,12 @@ def test_meta_gradients_are_the_same_under_shard_map(check_vma):
 @pytest.mark.parametrize("optimizer", [_SGD, _POLYAK])
 def test_the_gradient_equals_that_of_the_unrolled_step(x64, optimizer):
   params, batch, meta_batch = jax.tree.map(
-    lambda x: x.astype(float) if x.dtype == np.float32 else x, _problem()
+    lambda x: x.astype(float) if x.dtype == np.float32 else x, _data()
   )
 
   def loss_fn(logits, phi):
-    inputs = losses_lib.softmax_cross_entropy(logits, batch["label"])
-    return jnp.mean(jax.nn.sigmoid(phi * inputs) * inputs)
+    losses = losses_lib.softmax_cross_entropy(logits, batch["label"])
+    return jnp.mean(jax.nn.sigmoid(phi * losses) * losses)
 
   def unrolled(phi):
     def inner(params):
@@ -173,7 +174,7 @@ def test_the_value_of_the_meta_optimizer_is_the_meta_loss():
       phi, 3 * phi, jnp.array(True), jnp.array(False), jnp.zeros((), jnp.int32)
     )
 
-  # The step of length (3 - 0) / |g|^2 = 3 leads from 1 to 1 - 3 g.
+  # The gradient is 1 and the step size is (3 - 0) / 1^2 = 3: 1 - 3 * 1 = -2.
   optimizer = optax.polyak_sgd(max_learning_rate=10.0)
   state = meta_network.init(jnp.array(1.0), optimizer)
   state = meta_network.update(state, meta_gradient_fn, optimizer, jnp.int32(0))
@@ -193,7 +194,7 @@ def test_a_gradient_that_is_not_finite_is_reported():
     None, jnp.array(1.0), jnp.array(True), jnp.array(False), jnp.zeros((), jnp.int32)
   )
 
-  def checked(gradient, losses_finite):
+  def checked(gradient, losses_finite, direction=direction):
     return meta_network.checked_meta_gradient(
       gradient, direction, losses_finite, base.StaticStr("forward")
     )
@@ -207,7 +208,9 @@ def test_a_gradient_that_is_not_finite_is_reported():
   assert result.engine == "forward"
   # The look-ahead uses the training losses, so they are named before the meta losses.
   direction = direction._replace(fault=jnp.int32(base.Fault.META_LOSSES))
-  assert run(jnp.ones(1), jnp.array(False)).fault == base.Fault.TRAINING_LOSSES
+  result = run(jnp.ones(1), jnp.array(False), direction)
+  assert result.fault == base.Fault.TRAINING_LOSSES
+  assert run(jnp.ones(1), jnp.array(True), direction).fault == base.Fault.META_LOSSES
 
 
 def test_state_can_be_made_under_nan_checks():

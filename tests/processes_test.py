@@ -51,6 +51,8 @@ class _Store:
 
 @pytest.fixture
 def second_of_two(monkeypatch):
+  """Makes this the second of two processes; `first` is what the first one publishes."""
+
   def make(first):
     monkeypatch.setattr(processes, "count", lambda: 2)
     monkeypatch.setattr(processes, "index", lambda: 1)
@@ -103,14 +105,16 @@ def test_waiting_ends_with_the_reason_of_a_process_that_failed(second_of_two):
     processes.wait_for("x")
 
 
-def test_other_values_raise_in_one_line(second_of_two):
+def test_different_values_raise_in_one_line(second_of_two):
   second_of_two('{"batch_size": 8, "seed": 1}')
   processes.check_same("the settings", {"seed": 1, "batch_size": 8})
-  with pytest.raises(base.InputError, match="batch_size is 8 in process 0 and 9 in"):
+  message = "batch_size is 8 in process 0 and 9 in"
+  with pytest.raises(base.InputError, match=message) as caught:
     processes.check_same("the settings", {"seed": 1, "batch_size": 9})
+  assert "\n" not in str(caught.value)
 
 
-def test_which_errors_say_that_a_process_is_lost(monkeypatch):
+def test_errors_of_a_lost_process_are_recognized(monkeypatch):
   def lost(text):
     return processes.is_lost(jax.errors.JaxRuntimeError(text))
 

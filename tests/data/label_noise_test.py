@@ -298,9 +298,8 @@ def test_resample_draws_examples_independently():
   np.testing.assert_allclose(pairs, 0.25, atol=0.016)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_resample_accepts_rows_that_are_rounded(dtype):
-  matrix = label_noise.symmetric_matrix(10, 0.4).astype(dtype)
+def test_resample_accepts_rows_that_are_rounded():
+  matrix = label_noise.symmetric_matrix(10, 0.4).astype(np.float32)
   noisy = label_noise.resample(balanced(10, 5), matrix, rng=np.random.default_rng(0))
   exact = label_noise.symmetric_matrix(10, 0.4)
   expected = label_noise.resample(balanced(10, 5), exact, rng=np.random.default_rng(0))

@@ -15,7 +15,7 @@ from benchmarks import data_cleaning
 _SIZES = solvers_lib.Sizes(6, 6, 4, 3, batch_size=6, num_steps=5, regularization=0.2)
 
 
-def _problem():
+def _state_and_batches():
   """A state without zeros, and two batches of six examples."""
   rng = np.random.default_rng(0)
   batches = [
@@ -36,7 +36,7 @@ def _problem():
 
 
 def test_soba_steps_along_the_published_directions():
-  state, (batch, meta_batch) = _problem()
+  state, (batch, meta_batch) = _state_and_batches()
   z, v, logits = (state[name] for name in ("z", "v", "logits"))
 
   def log_likelihood(z, batch):
@@ -75,23 +75,23 @@ def test_soba_steps_along_the_published_directions():
 
 def test_saba_keeps_the_last_value_of_every_batch():
   # Two batches of three examples; the expected directions are those of SAGA.
-  state, (batch, meta_batch) = _problem()
+  state, (batch, meta_batch) = _state_and_batches()
   sizes = _SIZES._replace(batch_size=3)
   solver = solvers_lib.saba(0.1, 1.0)
   first = solver.init(sizes, jax.random.key(0)) | state
 
-  def half(of, number, following):
+  def half(whole, number, following):
     rows = slice(3 * number, 3 * number + 3)
     return solvers_lib.Batch(
-      *(of.x[rows], of.y[rows], jnp.int32(3 * number), jnp.int32(number)),
-      *(jnp.int32(following), of.is_clean[rows]),
+      *(whole.x[rows], whole.y[rows], jnp.int32(3 * number), jnp.int32(number)),
+      *(jnp.int32(following), whole.is_clean[rows]),
     )
 
   @jax.jit
   def run(state):
     states = [state]
     for number, following in ((0, 1), (1, 0), (0, 1)):
-      batches = [half(of, number, following) for of in (batch, meta_batch)]
+      batches = [half(x, number, following) for x in (batch, meta_batch)]
       states.append(solver.step(sizes, dict(states[-1]), jnp.int32(0), *batches))
     return states
 
@@ -176,5 +176,6 @@ def test_a_mistake_is_an_error_of_one_line(arguments, message, tmp_path):
   names = {argument.split("=")[0] for argument in arguments}
   small = [argument for argument in small if argument.split("=")[0] not in names]
   done = scripts.run("benchmarks.data_cleaning", *small, *arguments, cwd=tmp_path)
-  assert done.status == 2 and message in done.stderr, done.stderr
+  (line,) = done.stderr.splitlines()
+  assert done.status == 2 and message in line
   assert not (tmp_path / "runs").exists()

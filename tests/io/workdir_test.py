@@ -204,11 +204,11 @@ def test_inputs_may_be_added_but_not_replaced(tmp_path):
     workdir.prepare(run, {"a": 1}, {"mentor": str(first)})
 
 
-@pytest.mark.parametrize("trace", ["seed-0/results.json", "x/checkpoints/5/data"])
-def test_results_without_settings_are_refused(tmp_path, trace):
+@pytest.mark.parametrize("file", ["seed-0/results.json", "x/checkpoints/5/data"])
+def test_results_without_settings_are_refused(tmp_path, file):
   workdir.prepare(tmp_path, {"a": 1})
-  (tmp_path / trace).parent.mkdir(parents=True)
-  (tmp_path / trace).write_text("")
+  (tmp_path / file).parent.mkdir(parents=True)
+  (tmp_path / file).write_text("")
   workdir.prepare(tmp_path, {"a": 1})
   (tmp_path / "settings.json").unlink()
   with pytest.raises(base.InputError, match=r"settings\.json is missing"):
@@ -286,11 +286,14 @@ def test_arrays_are_written_without_a_copy_of_all(tmp_path):
   with np.load(path) as stored:
     np.testing.assert_array_equal(stored["x"], arrays["x"])
 
+
+def test_a_writer_that_fails_in_the_middle_keeps_the_old_file(tmp_path):
   def fail(file):
     file.write(b"x")
     _no_space()
 
-  before = path.read_bytes()
+  path = tmp_path / "a"
+  path.write_bytes(b"old")
   with pytest.raises(base.InputError, match="No space left"):
     workdir.write_with(path, fail)
-  assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+  assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

@@ -18,7 +18,7 @@ def test_grid_equals_the_released_grid():
   np.testing.assert_allclose(losses, [*tenths, *range(10, 30)], rtol=1e-6)
   differences = np.unique(rows.differences)
   np.testing.assert_allclose(differences, np.arange(-50, 50) / 10, atol=1e-6)
-  assert 0 in differences  # Only the sign of a difference carries information.
+  assert 0 in differences  # The target depends only on the sign of the difference.
   np.testing.assert_array_equal(np.unique(rows.epochs), range(100))
   assert not rows.labels.any()
   np.testing.assert_array_equal(rows.targets, rows.differences <= 0)
@@ -71,16 +71,16 @@ def test_rows_of_recorded_losses(use_labels):
     (3, np.zeros(4), r"must have shape \[N\]; got \(5,\), \(5,\), \(5,\), \(4,\)"),
   ],
 )
-def test_useless_dumps_are_refused(column, value, message):
+def test_invalid_dumps_are_refused(column, value, message):
   given = list(_recorded())
   given[column] = value
   with pytest.raises(base.InputError, match=message):
     mentornet_fitting.dd_rows(*given, percentile=75)
-  with pytest.raises(base.InputError, match="use 75"):
-    mentornet_fitting.dd_rows(*_recorded(), percentile=0.75)
 
 
 def test_bad_names_and_numbers_are_refused():
+  with pytest.raises(base.InputError, match="use 75"):
+    mentornet_fitting.dd_rows(*_recorded(), percentile=0.75)
   with pytest.raises(
     base.InputError, match="curriculum='easy': choose among self_paced"
   ):
@@ -92,7 +92,7 @@ def test_bad_names_and_numbers_are_refused():
     mentornet_fitting.split(mentornet_fitting.pd_rows("pd", num_rows=10), 80)
 
 
-def test_the_loss_depends_on_the_targets():
+def test_binary_targets_have_a_cross_entropy_and_others_a_squared_error():
   logits = np.array([0.0, 2.0, -1e4], np.float32)
   targets = np.array([1.0, 0.0, 1.0], np.float32)
   entropies = mentornet_fitting.imitation_losses(logits, targets, True)
