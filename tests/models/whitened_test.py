@@ -52,7 +52,7 @@ def test_filtered_patches_are_uncorrelated_and_have_unit_variance():
   np.testing.assert_allclose(covariance, np.diag(np.diag(covariance)), atol=1e-6)
   variances = np.linalg.eigvalsh(patches)
   expected = variances / (variances + 1e-3 * variances.mean())
-  np.testing.assert_allclose(np.diag(covariance), expected, rtol=1e-3)
+  np.testing.assert_allclose(np.diag(covariance), expected, rtol=2e-4)
 
 
 def test_the_first_layer_applies_the_filters_and_is_not_trained():
@@ -81,7 +81,7 @@ def test_sizes_for_cifar(width, parameters):
 
 
 @pytest.mark.parametrize("shape", [(9, 9, 1), (28, 28, 1), (32, 32, 3)])
-def test_it_takes_the_image_sets_of_the_scripts(shape):
+def test_the_network_accepts_the_image_sets_of_the_scripts(shape):
   model = whitened.WhitenedNet(4, width=8, cosine=True)
   logits, variables = _shapes(model, 2, *shape)
   assert logits.shape == (2, 4)
@@ -132,7 +132,7 @@ def test_group_norm_allows_layerwise_linearization():
     ({"whitening": ((0.0,) * 8,) * 4}, (32, 32, 3), "filters of 4 numbers"),
   ],
 )
-def test_what_does_not_fit_is_refused(options, shape, message):
+def test_invalid_options_and_images_are_refused(options, shape, message):
   with pytest.raises(base.InputError, match=message):
     _shapes(whitened.WhitenedNet(3, **options), 1, *shape)
 
