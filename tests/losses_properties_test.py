@@ -87,7 +87,7 @@ _LOSSES: dict[str, tuple[Any, Any]] = {
 
 
 class _Kind(NamedTuple):
-  """What a compiled program depends on: shape, types, and whether `where` is given."""
+  """The properties of the inputs that determine the compiled program."""
 
   shape: tuple[int, int]
   dtype: str
@@ -111,17 +111,17 @@ _KINDS = [
 
 @jax.jit
 def _all_losses(logits, labels, where):
-  """Losses [L, B], and the gradient of the sum of each kind of loss, [L, B, C]."""
+  """The L kinds of losses, [L, B], and the gradient of the sum of each, [L, B, C]."""
 
   def stacked(logits):
     actual = [f(logits, labels, where=where) for f, _ in _LOSSES.values()]
     assert all(x.dtype == logits.dtype for x in actual)
     return jnp.stack(actual)
 
-  values, pull = jax.vjp(stacked, logits)
+  values, vjp_fn = jax.vjp(stacked, logits)
   ones = jnp.ones_like(values)
   each = jnp.eye(len(_LOSSES), dtype=values.dtype)[:, :, None]
-  return values, jax.vmap(pull)(each * ones[None])[0]
+  return values, jax.vmap(vjp_fn)(each * ones[None])[0]
 
 
 def _expected(logits, labels):
@@ -146,20 +146,22 @@ def _expected(logits, labels):
 def test_every_loss_is_its_formula(kind, labels, where, scale, seed):
   size, columns = kind.shape
   labels = np.array(labels[:size]).astype(kind.label_dtype)
-  counts = np.array(where[:size], bool) if kind.has_where else np.ones(size, bool)
+  is_counted = np.array(where[:size], bool) if kind.has_where else np.ones(size, bool)
   logits = scale * np.random.default_rng(seed).normal(size=kind.shape)
   logits = logits.astype(jnp.dtype(kind.dtype))
   exists = (labels >= 0) & (labels < max(columns, 2))
-  seen = np.where(counts[:, None], logits, np.nan).astype(logits.dtype)
+  with_nan = np.where(is_counted[:, None], logits, np.nan).astype(logits.dtype)
   with jax.enable_x64(kind.dtype == "float64"):
-    values, slopes = _all_losses(seen, labels, counts if kind.has_where else None)
+    values, slopes = _all_losses(
+      with_nan, labels, is_counted if kind.has_where else None
+    )
   assert values.dtype == slopes.dtype == logits.dtype
   values, slopes = (np.asarray(x, np.float64) for x in (values, slopes))
 
-  is_nan = np.tile(counts & ~exists, (len(_LOSSES), 1))
+  is_nan = np.tile(is_counted & ~exists, (len(_LOSSES), 1))
   np.testing.assert_array_equal(np.isnan(values), is_nan)
-  assert not values[:, ~counts].any() and not slopes[:, ~counts].any()
-  good = counts & exists
+  assert not values[:, ~is_counted].any() and not slopes[:, ~is_counted].any()
+  good = is_counted & exists
   assert np.isfinite(slopes[:, good]).all()
   # Half precision is rounded once, at the end.
   epsilon = float(jnp.finfo(kind.dtype).eps)
@@ -180,8 +182,8 @@ def test_a_label_for_each_of_several_outputs_is_refused(name):
 @pytest.mark.parametrize("dtype", ["int64", "uint64"])
 def test_a_label_that_does_not_fit_32_bits_names_no_class(dtype):
   labels = np.array([0, 2**32, 2**32 + 1, 1], dtype)
-  for x64, label_kind in ((False, np.asarray), (True, np.asarray), (True, jnp.asarray)):
+  for x64, convert in ((False, np.asarray), (True, np.asarray), (True, jnp.asarray)):
     with jax.enable_x64(x64):
       for function, _ in _LOSSES.values():
-        actual = function(jnp.zeros((4, 3)), label_kind(labels))
+        actual = function(jnp.zeros((4, 3)), convert(labels))
         np.testing.assert_array_equal(np.isnan(actual), [False, True, True, False])

@@ -98,12 +98,12 @@ def test_noise_affects_supports_and_queries_and_is_recorded():
     assert by_image.setdefault(image, (label, wrong)) == (label, wrong)
 
 
-def test_draws_depend_on_the_seed_only():
+def test_meta_and_test_tasks_depend_only_on_the_seed():
   one, again, other = _make(seed=1), _make(seed=1), _make(seed=2)
   shared = _make(seed=1, foreign_share=0.5, noise_share=0.2, num_clusters=4)
   assert one.splits.fingerprint == again.splits.fingerprint
-  prints = {p.splits.fingerprint for p in (one, other, shared)}
-  assert len(prints) == 3
+  fingerprints = {p.splits.fingerprint for p in (one, other, shared)}
+  assert len(fingerprints) == 3
   for name in ("meta", "test"):
     images = [getattr(p.splits, name).image[:] for p in (one, again, shared, other)]
     np.testing.assert_array_equal(images[0], images[1])
@@ -111,7 +111,7 @@ def test_draws_depend_on_the_seed_only():
     assert (images[0] != images[3]).any()
 
 
-def test_clusters_hold_tasks_with_common_classes():
+def test_no_cluster_has_both_foreign_and_other_tasks():
   splits, pool = _make(foreign_share=0.5, num_tasks=60, num_clusters=10)
   clusters = splits.train.group
   assert set(clusters) == set(range(10))
@@ -159,9 +159,9 @@ def test_tasks_are_kept_by_a_mask():
 
 
 @pytest.mark.parametrize("tasks", [[3, 3], [-1], [40], [0.5], [True], [[1]]])
-def test_tasks_that_do_not_exist_are_refused(tasks):
+def test_invalid_numbers_of_tasks_to_keep_are_refused(tasks):
   with pytest.raises(
-    base.InputError, match="tasks must be different integers from 0 t"
+    base.InputError, match="tasks must be different integers from 0 to"
   ):
     episodes.keep_tasks(_make(), tasks)
 

@@ -50,7 +50,8 @@ def test_every_committed_run_is_in_a_table(committed):
   assert shown == runs and len(shown) >= 5
 
 
-# (method, setting) -> the value and its "±" in a paper's table.
+# For each table, a function `(method, setting) -> (published value, its "±")`; the
+# result is None if nothing is published.
 PUBLISHED = {
   "mnist_imbalance": lambda method, setting: published.MNIST_IMBALANCE.get(
     method, {}
@@ -199,7 +200,8 @@ def test_susceptibility_follows_memorization_and_selects_accurate_networks():
   assert min(correlations.values()) > 0
   assert min(correlations["mnist", noise] for noise in (0.25, 0.5)) > 0.6
   means = {key: statistics.mean(values) for key, values in accuracies.items()}
-  # MNIST with half of the labels replaced is an exception: see results/README.md.
+  # Region 1 has a low susceptibility and a high training accuracy. MNIST with half of
+  # the labels replaced is an exception: see results/README.md.
   for name, noise in (("mnist", 0.25), ("digits", 0.25), ("digits", 0.5)):
     chosen = means.pop((name, noise, 1))
     others = [mean for key, mean in means.items() if key[:2] == (name, noise)]

@@ -22,7 +22,7 @@ _SILENT = (
 
 def _relayed(*lines):
   output = io.BytesIO()
-  last_words.relay(lines, output, "nobody came.")
+  last_words.relay(lines, output, "never connected.")
   return output.getvalue().decode()
 
 
@@ -31,7 +31,7 @@ def _relayed(*lines):
   [
     ((last_words.CONNECTED, *_LOST), "error: process 0 ended or cannot be reached;"),
     ((last_words.CONNECTED, *_SILENT), "error: process 3 ended or cannot be reached;"),
-    (_LOST, "error: nobody came."),
+    (_LOST, "error: never connected."),
   ],
 )
 def test_report_of_a_lost_process_becomes_one_line(lines, expected):

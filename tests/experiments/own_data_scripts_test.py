@@ -23,7 +23,7 @@ _SMALL = {"num_seeds": 1, "num_devices": 1, "batch_size": 20}
 
 
 def _save_table(path, size, seed=0):
-  """Points around three centers; returns the name of the data set."""
+  """Saves points around three centers; returns the name of the data set."""
   rng = np.random.default_rng(seed)
   labels = rng.integers(3, size=size)
   points = 4 * np.eye(3)[labels] + rng.normal(size=(size, 3))
@@ -66,13 +66,13 @@ def test_trusted_examples_are_the_meta_set_of_digits_noise(tables, tmp_path):
   assert other.status == 2 and "trusted was " in other.stderr
 
 
-def test_the_list_of_digits_noise_has_the_names_of_the_users_files(tmp_path):
+def test_the_list_of_digits_noise_shows_the_rows_of_the_users_table(tmp_path):
   settings = digits_noise.Settings(
     dataset=_save_table(tmp_path / "t.csv", 60), **_SMALL
   )
   (split,) = digits_noise.make_splits(settings, (0,))
-  p = np.full((len(split.train.label), 3), 1 / 3)
-  result = types.SimpleNamespace(statistics={"mean_probabilities": p})
+  probabilities = np.full((len(split.train.label), 3), 1 / 3)
+  result = types.SimpleNamespace(statistics={"mean_probabilities": probabilities})
   data = digits_noise.make_audit(settings, split, result).data
   with open(tmp_path / "t.csv", newline="") as file:
     rows = list(csv.DictReader(file))
@@ -109,7 +109,7 @@ def test_all_trusted_examples_are_in_the_splits(tables):
 
 
 @pytest.mark.ci
-def test_images_with_trusted_ones_in_mnist_noise(tmp_path):
+def test_trusted_images_are_the_meta_set_of_mnist_noise(tmp_path):
   rng = np.random.default_rng(0)
   labels = np.arange(60) % 3
   images = rng.integers(60, size=(60, 9, 9, 1)).astype(np.uint8)
@@ -132,7 +132,7 @@ def test_images_with_trusted_ones_in_mnist_noise(tmp_path):
 
 
 @pytest.mark.slow
-def test_streamed_images_have_the_results_of_those_in_memory(tmp_path, monkeypatch):
+def test_streamed_images_have_the_results_of_images_in_memory(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   rng = np.random.default_rng(0)
   for label in range(3):
@@ -158,16 +158,14 @@ def test_streamed_images_have_the_results_of_those_in_memory(tmp_path, monkeypat
   assert isinstance(data_sets[1], row_sources.ImageFiles)
 
 
-def test_own_data_are_read_once_by_settings_and_again_by_others(
-  tmp_path, capsys, monkeypatch
-):
+def test_each_settings_object_reads_a_users_data_once(tmp_path, capsys, monkeypatch):
   name = _save_table(tmp_path / "points.csv", 50)
-  settings, parts, read = digits_noise.Settings(dataset=name), [], own_data.read
+  settings, calls, read = digits_noise.Settings(dataset=name), [], own_data.read
   monkeypatch.setattr(
-    own_data, "read", lambda *a, **k: parts.append(a) or read(*a, **k)
+    own_data, "read", lambda *a, **k: calls.append(a) or read(*a, **k)
   )
   train, test = settings.load("train"), settings.load("test")
-  assert parts == [(name, "train"), (name, "test")]
+  assert calls == [(name, "train"), (name, "test")]
   assert len(train.labels) + len(test.labels) == 50
   _save_table(tmp_path / "points.csv", 80)
   assert settings.load("train").images is train.images
@@ -176,7 +174,7 @@ def test_own_data_are_read_once_by_settings_and_again_by_others(
   assert len(train.labels) + len(test.labels) == 80
 
 
-def test_digits_are_recorded_as_before_own_data_was_supported():
+def test_without_users_data_the_flags_for_them_are_not_recorded():
   recorded = digits_noise.Settings().record()
   assert recorded["num_meta"] == 5 and not {"trusted", "dataset"} & set(recorded)
 

@@ -131,7 +131,7 @@ _BATCH = {
 
 def _logits(params, images):
   x = images
-  for _ in range(2):  # The second one has a gradient with respect to the images.
+  for _ in range(2):  # The second one has a gradient with respect to its input.
     x = jax.lax.conv_general_dilated(
       x,
       params["kernel"],
@@ -179,7 +179,7 @@ def test_rematerialized_layers_have_features_last(is_differentiated):
   lowered = jax.jit(loop).lower(_BATCH)
   inside, outside = _convolutions(lowered)
   assert inside == _FEATURES_LAST and not outside
-  if is_differentiated:  # The barrier prevents that recomputed values are stored.
+  if is_differentiated:  # The barrier makes XLA recompute values, not store them.
     assert "optimization_barrier" in lowered.as_text()
 
 
@@ -206,12 +206,12 @@ def test_values_can_be_inspected_without_jit():
   assert result == 2
 
 
-def test_arguments_may_have_names():
+def test_keyword_arguments_are_supported():
   assert control_flow.channels_last(lambda a, *, b: a - b)(3.0, b=1.0) == 2
 
 
 @pytest.mark.parametrize("cond", [jax.lax.cond, control_flow.cond])
-def test_only_plain_conditionals_have_other_layouts(cond):
+def test_only_conditionals_of_this_module_have_features_last(cond):
   def step(params, batch, pred):
     def gradient(params):
       return jax.grad(lambda p: _losses(p, batch).sum())(params)

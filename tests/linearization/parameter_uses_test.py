@@ -55,7 +55,7 @@ def test_a_plan_computes_the_losses_and_adds_perturbations():
   np.testing.assert_allclose(perturbed - losses, [1, 5, 9], rtol=1e-5)
 
 
-def test_errors_of_aux_alone_are_kept_as_values():
+def test_an_error_of_aux_alone_is_stored_and_not_raised():
   _, _, (losses, aux), _ = _trace(_losses_fn)
   assert losses.error is None
   assert aux.axis is None and "reduce_sum, which mixes examples" in str(aux.error)

@@ -262,7 +262,7 @@ def test_clip_and_uniform_share():
   np.testing.assert_allclose(both, clipped + 0.25, rtol=1e-6)
 
 
-def test_nan_loss_gives_nan_weights():
+def test_nan_losses_and_infinite_exponentials_give_nan_weights():
   weights, log_u = _first_weights([1.0, np.nan], 2.0)
   assert np.isnan(weights).all() and np.isnan(log_u)
   for loss, lam in ((np.inf, 2.0), (-np.inf, -2.0)):
@@ -282,7 +282,7 @@ def test_half_precision_is_computed_in_float32():
   np.testing.assert_allclose(weights, _first_weights(_FIRST, 2.0)[0], rtol=1e-2)
 
 
-def _eagerly(**settings):
+def _eager_weights(**settings):
   return absgd.example_weights(jnp.ones(2), -jnp.inf, 1.0, **{"gamma": 1.0, **settings})
 
 
@@ -313,12 +313,15 @@ def _eagerly(**settings):
       lambda: absgd.example_weights(jnp.ones(2, int), -jnp.inf, 1.0, gamma=1.0),
       "losses must be floating-point numbers",
     ),
-    (lambda: _eagerly(gamma=0.0), "gamma=0.0 must be above 0 and at most 1"),
-    (lambda: _eagerly(gamma=jnp.array(2.0)), "gamma=2.0 must be above 0 and at most 1"),
-    (lambda: _eagerly(alpha=-1.0), "alpha=-1.0 must be a number above 0"),
-    (lambda: _eagerly(clip=math.nan), "clip=nan must be a number above 0"),
+    (lambda: _eager_weights(gamma=0.0), "gamma=0.0 must be above 0 and at most 1"),
     (
-      lambda: _eagerly(uniform_share=-1),
+      lambda: _eager_weights(gamma=jnp.array(2.0)),
+      "gamma=2.0 must be above 0 and at most 1",
+    ),
+    (lambda: _eager_weights(alpha=-1.0), "alpha=-1.0 must be a number above 0"),
+    (lambda: _eager_weights(clip=math.nan), "clip=nan must be a number above 0"),
+    (
+      lambda: _eager_weights(uniform_share=-1),
       "uniform_share=-1 must be at least 0",
     ),
   ],
@@ -402,7 +405,7 @@ _FOR_NOISE = ("symmetric", "truncated")
 
 @pytest.mark.slow(unless=("cross_entropy", "ldam"))
 @pytest.mark.parametrize("name", _LOSSES_UNDER_ABSGD)
-def test_step_on_any_loss(name):
+def test_step_equals_the_formula_for_any_loss(name):
   loss, lam = _LOSSES_UNDER_ABSGD[name], -2.0 if name in _FOR_NOISE else 2.0
   settings = {"gamma": 0.5, "alpha": 0.8, "clip": 0.45}
   method = changed_loss.changed_loss(absgd.absgd(lam, **settings), loss)
@@ -429,7 +432,7 @@ def test_step_on_any_loss(name):
 
 
 def _step_on_two_devices(method):
-  """Like `_step_fn`; the weights have shape [2, 3], and the other results are equal."""
+  """Like `_step_fn`, with weights [2, 3]; checks that all other results are equal."""
   batch = jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[1:]), _inputs().batch)
 
   @jax.jit

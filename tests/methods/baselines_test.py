@@ -40,7 +40,7 @@ def _forward(params, model_state, batch, key, train):
   return batch["x"] @ params, {"seen": model_state["seen"] + batch["x"].sum()}
 
 
-_TASK = base.Problem(
+_PROBLEM = base.Problem(
   forward=_forward,
   loss=lambda logits, batch: losses.softmax_cross_entropy(logits, batch["label"]),
   linearize=linearization.linearize,
@@ -54,7 +54,7 @@ _TASK = base.Problem(
 
 @jax.jit
 def _losses_of(params, batch):
-  return _TASK.loss(batch["x"] @ params, batch)
+  return _PROBLEM.loss(batch["x"] @ params, batch)
 
 
 @jax.jit
@@ -65,12 +65,12 @@ def _weighted_slope(params, batch, weights):
 
 @functools.cache
 def _gradients_fn(method):
-  return jax.jit(lambda state, inputs: method.gradients(state, _TASK, inputs))
+  return jax.jit(lambda state, inputs: method.gradients(state, _PROBLEM, inputs))
 
 
 def _state(method, epoch):
-  state = method.init(jax.random.key(0), _TASK, _PARAMS)
-  return method.refresh(state, _TASK, types.SimpleNamespace(epoch=epoch))
+  state = method.init(jax.random.key(0), _PROBLEM, _PARAMS)
+  return method.refresh(state, _PROBLEM, types.SimpleNamespace(epoch=epoch))
 
 
 def _run(method, batch=_BATCH, step=0, seed=0, epoch=0):
@@ -204,13 +204,13 @@ def test_clean_only_is_the_gradient_of_the_mean_meta_loss():
 
 @pytest.mark.ci
 @pytest.mark.parametrize("first", [None, l2rw.l2rw()], ids=["uniform", "l2rw"])
-def test_fine_tuning_switches_exactly(first):
+def test_fine_tuning_uses_the_clean_loss_in_exactly_the_last_steps(first):
   method = baselines.fine_tuning(3, first)
   initial = _run(first or baselines.uniform())
-  watched = np.vdot(initial.weights, initial.losses)
+  value = np.vdot(initial.weights, initial.losses)
   # Both phases return the same fields, because they are branches of `lax.cond`.
   healthy = {"fault": jnp.zeros((), jnp.int32), "zero_slope": jnp.array(False)}
-  initial = initial._replace(metrics={}, scores=None, value=watched, **healthy)
+  initial = initial._replace(metrics={}, scores=None, value=value, **healthy)
   clean = _run(baselines.clean_only())._replace(**healthy)
   for step in range(_NUM_STEPS):
     result = _run(method, step=step)
@@ -220,7 +220,7 @@ def test_fine_tuning_switches_exactly(first):
 
 
 @pytest.mark.parametrize("num_steps", [0, 2.5, float("nan")])
-def test_the_last_steps_of_fine_tuning_are_an_integer(num_steps):
+def test_fine_tuning_refuses_an_invalid_number_of_steps(num_steps):
   with pytest.raises(
     base.InputError, match=f"num_steps={num_steps} must be an integer of at least 1"
   ):
@@ -241,14 +241,14 @@ def test_resampling_is_exactly_balanced(num_classes):
   )
   train = {"label": rng.permutation(labels), "index": np.arange(len(labels))}
   sample = baselines.resampling().sample
-  rows = sample((), _TASK, train, np.random.default_rng(1))
+  rows = sample((), _PROBLEM, train, np.random.default_rng(1))
   rounds = train["label"][rows].reshape(-1, num_classes)
   assert len(rounds) == len(labels) // num_classes
   np.testing.assert_array_equal(
     np.sort(rounds, axis=1), np.tile(np.arange(num_classes), (len(rounds), 1))
   )
   assert (rounds != np.arange(num_classes)).any()
-  again = sample((), _TASK, train, np.random.default_rng(1))
+  again = sample((), _PROBLEM, train, np.random.default_rng(1))
   np.testing.assert_array_equal(rows, again)
 
 
@@ -257,7 +257,7 @@ def test_resampling_starts_at_its_epoch(epoch, is_balanced):
   method = baselines.resampling(4)
   labels = np.repeat([0, 1, 2], [160, 30, 10])
   train = {"label": labels, "index": np.arange(200)}
-  rows = method.sample(_state(method, epoch), _TASK, train, np.random.default_rng(0))
+  rows = method.sample(_state(method, epoch), _PROBLEM, train, np.random.default_rng(0))
   drawn = np.bincount(labels[rows], minlength=3)
   if is_balanced:
     np.testing.assert_array_equal(drawn, [66, 66, 66])
@@ -305,7 +305,7 @@ def test_settings_out_of_range_are_refused_immediately(make, message):
   "factory", [baselines.class_balanced, baselines.class_proportion]
 )
 def test_class_counts_of_another_length_are_refused(factory):
-  problem = dataclasses.replace(_TASK, class_counts=np.array([1, 2]))
+  problem = dataclasses.replace(_PROBLEM, class_counts=np.array([1, 2]))
   with pytest.raises(base.InputError, match="each of the 3 classes"):
     factory().gradients((), problem, types.SimpleNamespace(batch=_BATCH))
 
@@ -411,10 +411,10 @@ def _features(params, model_state, batch, key, train):
 
 
 _SPLIT = dataclasses.replace(
-  _TASK,
-  forward=lambda params, *given: (
-    _head(params, _features(params, *given)[0]),
-    given[0],
+  _PROBLEM,
+  forward=lambda params, state, *rest: (
+    _head(params, _features(params, state, *rest)[0]),
+    state,
   ),
   features=_features,
   head=_head,
@@ -426,10 +426,10 @@ _MOMENTUM = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.5, momentum=
 
 @jax.jit
 def _retraining_step(state):
-  result = []
+  result = []  # `train_step` does not return the gradients.
 
-  def gradients(*given):
-    actual, method_state = _RETRAINING.gradients(*given)
+  def gradients(*inputs):
+    actual, method_state = _RETRAINING.gradients(*inputs)
     result.append(actual)
     return actual, method_state
 
@@ -506,9 +506,9 @@ def test_classifier_retraining_balances_the_classes_from_its_epoch():
 
 
 def test_classifier_retraining_restarts_only_if_asked_to():
-  further = baselines.classifier_retraining(2, restart=False)
+  continued = baselines.classifier_retraining(2, restart=False)
   state = baselines.Retraining(jnp.int32(1), jnp.bool_(False), [])
-  for method, expected in ((_RETRAINING, [0, 0, 1, 0]), (further, [0, 0, 0, 0])):
+  for method, expected in ((_RETRAINING, [0, 0, 1, 0]), (continued, [0, 0, 0, 0])):
     views = [types.SimpleNamespace(epoch=epoch) for epoch in range(4)]
     actual = [method.refresh(state, _SPLIT, view).restarts for view in views]
     np.testing.assert_array_equal(actual, expected)
@@ -516,7 +516,7 @@ def test_classifier_retraining_restarts_only_if_asked_to():
 
 def test_classifier_retraining_needs_a_separate_last_layer():
   with pytest.raises(base.InputError, match="it needs a network with methods features"):
-    _RETRAINING.init(jax.random.key(0), _TASK, _PARAMS)
+    _RETRAINING.init(jax.random.key(0), _PROBLEM, _PARAMS)
 
 
 def test_fine_tuning_after_classifier_retraining_is_refused():

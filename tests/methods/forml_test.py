@@ -186,7 +186,7 @@ def test_update_matches_hand_computed_values():
 
 
 @pytest.mark.parametrize("objective", [group_objectives.gap, group_objectives.worst])
-def test_reversed_roles_reverse_the_update(objective):
+def test_exchanged_groups_exchange_the_weights(objective):
   one = _two_groups([1.0, 3.0], objective)
   other = _two_groups([3.0, 1.0], objective)
   assert one.weights[1] > 0.5 > one.weights[0]
@@ -224,7 +224,7 @@ def test_the_objective_must_return_a_scalar():
     _two_groups([1.0, 3.0], lambda losses, groups, num_groups: losses)
 
 
-def test_no_exemplars_are_refused():
+def test_a_missing_meta_batch_is_refused():
   rates = {"weight_learning_rate": _ETA, "inner_learning_rate": _ALPHA}
   with pytest.raises(base.InputError, match="meta_batch is None: give the exemplars"):
     jax.eval_shape(
@@ -301,8 +301,10 @@ def test_weights_are_stored_per_example_in_units_of_the_uniform_weight():
 
 
 @pytest.mark.slow(unless=("4-False",))
-@pytest.mark.parametrize(("num_devices", "repeats"), [(2, True), (4, False)])
-def test_weights_and_state_do_not_depend_on_the_number_of_devices(num_devices, repeats):
+@pytest.mark.parametrize(("num_devices", "is_repeated"), [(2, True), (4, False)])
+def test_weights_and_state_do_not_depend_on_the_number_of_devices(
+  num_devices, is_repeated
+):
   """Exemplars are divided among the devices, or repeated on each of them."""
   batch = _examples(5, 8)
   method = forml.forml(_ETA, "gap", inner_learning_rate=_ALPHA)
@@ -318,9 +320,9 @@ def test_weights_and_state_do_not_depend_on_the_number_of_devices(num_devices, r
     jax.tree.map, lambda x: x.reshape(num_devices, -1, *x.shape[1:])
   )
   mapped = jax.pmap(
-    functools.partial(step, "d"), "d", in_axes=(None, 0, None if repeats else 0)
+    functools.partial(step, "d"), "d", in_axes=(None, 0, None if is_repeated else 0)
   )
-  meta_batch = _META if repeats else share(_META)
+  meta_batch = _META if is_repeated else share(_META)
   result, state = mapped(jnp.ones(_N), share(batch), meta_batch)
   np.testing.assert_allclose(result.weights.ravel(), expected.weights, rtol=1e-4)
   for index in range(num_devices):

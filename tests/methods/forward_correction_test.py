@@ -129,7 +129,7 @@ def test_loss_is_corrected_once_the_matrix_is_estimated(estimator, num_logits):
     expected = confusion(np.argmax(p, axis=1), view.train["label"], p.shape[1])
   assert state.dtype == np.float32
   np.testing.assert_allclose(state, expected, rtol=1e-4)
-  gradients, kept = _step(method, state, problem, inputs)
+  gradients, after = _step(method, state, problem, inputs)
   corrected = dataclasses.replace(
     problem, loss=lambda z, b: losses.forward_corrected(z, b["label"], expected)
   )
@@ -140,7 +140,7 @@ def test_loss_is_corrected_once_the_matrix_is_estimated(estimator, num_logits):
     gradients.metrics["transition_diagonal"], np.diag(expected).mean(), rtol=1e-4
   )
   # The matrix is estimated only once.
-  later = method.refresh(kept, problem, _view(3, num_logits))
+  later = method.refresh(after, problem, _view(3, num_logits))
   np.testing.assert_array_equal(later, state)
 
 
@@ -157,7 +157,7 @@ def test_known_matrix_is_used_from_its_epoch(from_epoch):
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e30])
-def test_finite_at_extreme_logits(scale):
+def test_losses_and_gradients_are_finite_at_extreme_logits(scale):
   method = forward_correction(transition=_T)
   inputs = _inputs()
   inputs = inputs._replace(params={"w": scale * _params()["w"]})

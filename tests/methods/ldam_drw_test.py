@@ -55,6 +55,8 @@ def _literal(z, label, hinge):
 
 
 def _both(cosines, labels, margins):
+  """Losses [B] and the gradients of their sums, by whether the loss is the hinge."""
+
   def values(z):
     return {
       False: ldam_drw.ldam(z, labels, margins),
@@ -112,9 +114,9 @@ def test_losses_in_half_precision_are_rounded_only_at_the_end(hinge, dtype):
   expected, expected_slope = _run_both(wide, labels, _MARGINS)
   assert actual[hinge].dtype == slope[hinge].dtype == half.dtype
   np.testing.assert_array_equal(actual[hinge], expected[hinge].astype(dtype))
-  step = float(jnp.finfo(dtype).eps)
+  eps = float(jnp.finfo(dtype).eps)
   np.testing.assert_allclose(
-    slope[hinge].astype(np.float32), expected_slope[hinge], rtol=2 * step, atol=2 * step
+    slope[hinge].astype(np.float32), expected_slope[hinge], rtol=2 * eps, atol=2 * eps
   )
   losses = ldam_drw.ldam(half, labels, _MARGINS, np.float32(30))
   assert losses.dtype == half.dtype
@@ -161,7 +163,7 @@ _EFFECTIVE = (1 - 0.9**_COUNTS) / (1 - 0.9)
 
 
 @functools.cache
-def _learner(cosine=True, counts=tuple(_COUNTS)):
+def _setup(cosine=True, counts=tuple(_COUNTS)):
   """A learning problem and the inputs of a step."""
   model = classifier.Classifier(mlp.MLP(3, (5,), cosine), 3)
   problem = model.problem(class_counts=np.array(counts), num_examples=98, num_steps=9)
@@ -176,7 +178,7 @@ def _learner(cosine=True, counts=tuple(_COUNTS)):
 
 
 def _refreshed(method, epoch, cosine=True):
-  problem, inputs = _learner(cosine)
+  problem, inputs = _setup(cosine)
   state = method.init(jax.random.key(2), problem, inputs.params)
   view = types.SimpleNamespace(epoch=epoch, params=inputs.params)
   return method.refresh(state, problem, view)
@@ -184,16 +186,16 @@ def _refreshed(method, epoch, cosine=True):
 
 @functools.cache
 def _step_fn(method):
-  problem, _ = _learner()
+  problem, _ = _setup()
   return jax.jit(lambda state, given: method.gradients(state, problem, given)[0])
 
 
 def _step(method, epoch=0):
-  return _step_fn(method)(_refreshed(method, epoch), _learner()[1])
+  return _step_fn(method)(_refreshed(method, epoch), _setup()[1])
 
 
 def _cosines(params):
-  problem, inputs = _learner()
+  problem, inputs = _setup()
   return problem.forward(params, {}, inputs.batch, inputs.key, True)[0]
 
 
@@ -218,7 +220,7 @@ def test_ldam_drw_reweights_from_its_epoch(hinge):
     unnormalized = 1 / _EFFECTIVE[_LABELS] if is_balanced else np.ones(6)
     weights = (unnormalized / unnormalized.sum()).astype(np.float32)
     np.testing.assert_allclose(result.weights, weights, rtol=1e-5)
-    slope, values = slope_and_losses(_learner()[1].params, weights)
+    slope, values = slope_and_losses(_setup()[1].params, weights)
     np.testing.assert_allclose(result.losses, values, rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_close(result.grads, slope, rtol=1e-3, atol=1e-5)
 
@@ -231,7 +233,7 @@ def test_ldam_drs_resamples_from_its_epoch(epoch, drawn):
   labels = np.repeat([0, 1, 2], [80, 16, 1])
   train = {"label": labels, "index": np.arange(97)}
   rng = np.random.default_rng(0)
-  rows = method.sample(_refreshed(method, epoch), _learner()[0], train, rng)
+  rows = method.sample(_refreshed(method, epoch), _setup()[0], train, rng)
   np.testing.assert_array_equal(np.bincount(labels[rows]), drawn)
   assert (np.bincount(rows, minlength=97) == 1).all() == (epoch == 3)
 
@@ -246,7 +248,7 @@ def test_ldam_without_balancing_and_as_a_loss_for_another_method():
 
 
 def test_evaluation_predicts_the_largest_cosine():
-  problem, inputs = _learner()
+  problem, inputs = _setup()
   batch = inputs.batch
   result = evaluation.predict(problem, inputs.params, {}, batch)
   np.testing.assert_array_equal(
@@ -262,9 +264,9 @@ def test_logits_that_are_not_cosines_are_refused_before_the_first_step():
 
 
 @pytest.mark.parametrize("entry", [0, 1e-9, np.nan])
-def test_linear_layers_of_small_or_no_logits_are_refused(entry):
+def test_linear_layers_with_zero_small_or_nan_parameters_are_refused(entry):
   method = ldam_drw.ldam_drw(from_epoch=1)
-  problem, inputs = _learner(cosine=False)
+  problem, inputs = _setup(cosine=False)
   params = jax.tree.map(lambda x: jnp.full_like(x, entry), inputs.params)
   view = types.SimpleNamespace(epoch=0, params=params)
   with pytest.raises(base.InputError, match="not cosines"):
@@ -272,7 +274,7 @@ def test_linear_layers_of_small_or_no_logits_are_refused(entry):
 
 
 def test_class_counts_of_another_length_are_refused():
-  problem, inputs = _learner(counts=(5, 4))
+  problem, inputs = _setup(counts=(5, 4))
   method = ldam_drw.ldam_drw(balance="none")
   state = method.init(jax.random.key(0), problem, inputs.params)
   with pytest.raises(base.InputError, match="each of the 3 classes"):

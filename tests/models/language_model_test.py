@@ -39,14 +39,14 @@ def test_long_sequences_in_half_precision_do_not_overflow():
   np.testing.assert_allclose(actual, np.log(_V), rtol=1e-3)
 
 
-def test_another_number_of_tokens_is_refused():
+def test_another_vocabulary_size_is_refused():
   batch = {"image": np.zeros((2, 3), np.uint8)}
   with pytest.raises(base.InputError, match=r"of 7 classes .* fit data of 256"):
     _model().check(batch, 256)
   _model().check(batch, _V)
 
 
-def test_methods_of_features_are_refused():
+def test_the_problem_has_no_features():
   """Features are per token, but methods that use them need one vector per example."""
   problem = _model().problem(class_counts=jnp.ones(_V), num_examples=2, num_steps=1)
   assert problem.features is None

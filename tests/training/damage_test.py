@@ -98,7 +98,7 @@ def test_run_without_checkpoints_is_repeated(runs, tmp_path, monkeypatch):
   assert toy_runs.outcome(folder) == toy_runs.outcome(runs["finished"])
 
 
-def test_several_processes_raise(tmp_path, monkeypatch):
+def test_several_processes_without_a_connection_raise(tmp_path, monkeypatch):
   monkeypatch.setattr("jax.process_count", lambda: 2)
   with pytest.raises(base.InputError, match="is not connected to other processes"):
     _train(tmp_path)

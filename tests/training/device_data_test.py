@@ -72,7 +72,7 @@ class _Device:
     self.memory_stats = lambda: memory
 
 
-def _kind(monkeypatch, sets, chosen, kind="auto"):
+def _store_name(monkeypatch, sets, chosen, kind="auto"):
   monkeypatch.setattr(device_data, "OnDevices", lambda *_: "OnDevices")
   budget = device_data.budget(chosen)
   store = device_data.store(sets, chosen, budget, kind, reads_ahead=True)
@@ -80,7 +80,7 @@ def _kind(monkeypatch, sets, chosen, kind="auto"):
 
 
 @pytest.mark.parametrize(
-  ("chosen", "kind"),
+  ("chosen", "expected"),
   [
     # Two sets of 24 floats and 12 integers: 288 bytes.
     ([_Device("gpu", {"bytes_limit": 4 * 288})], "OnDevices"),
@@ -92,24 +92,26 @@ def _kind(monkeypatch, sets, chosen, kind="auto"):
     ([_Device("cpu", {"bytes_limit": 1})], "OnDevices"),
   ],
 )
-def test_sets_of_a_quarter_of_the_memory_are_on_the_devices(monkeypatch, chosen, kind):
-  assert _kind(monkeypatch, _SETS, chosen) == kind
+def test_sets_of_a_quarter_of_the_memory_are_on_the_devices(
+  monkeypatch, chosen, expected
+):
+  assert _store_name(monkeypatch, _SETS, chosen) == expected
 
 
 def test_cpu_devices_share_one_memory(monkeypatch):
   monkeypatch.setattr(device_data, "_HOST_BYTES", 2 * 288)
-  assert _kind(monkeypatch, _SETS, [_Device("cpu", None)] * 2) == "OnDevices"
-  assert _kind(monkeypatch, _SETS, [_Device("cpu", None)] * 4) == "Stream"
-  assert _kind(monkeypatch, _SETS, [_Device("tpu", None)] * 4) == "OnDevices"
+  assert _store_name(monkeypatch, _SETS, [_Device("cpu", None)] * 2) == "OnDevices"
+  assert _store_name(monkeypatch, _SETS, [_Device("cpu", None)] * 4) == "Stream"
+  assert _store_name(monkeypatch, _SETS, [_Device("tpu", None)] * 4) == "OnDevices"
 
 
 def test_jax_arrays_are_on_the_devices(monkeypatch):
   sets = [{name: jnp.asarray(x) for name, x in one.items()} for one in _SETS]
-  assert _kind(monkeypatch, sets, devices.choose(1, 8)) == "OnDevices"
+  assert _store_name(monkeypatch, sets, devices.choose(1, 8)) == "OnDevices"
 
 
-@pytest.mark.parametrize(("more", "kept"), [(0, "OnDevices"), (-1, "OnHost")])
-def test_meta_set_uses_the_rest_of_the_budget(tmp_path, monkeypatch, more, kept):
+@pytest.mark.parametrize(("extra", "expected"), [(0, "OnDevices"), (-1, "OnHost")])
+def test_meta_set_uses_the_rest_of_the_budget(tmp_path, monkeypatch, extra, expected):
   stores, original = [], device_data.store
   split = toy_runs.make_splits()
   sizes = [
@@ -122,10 +124,10 @@ def test_meta_set_uses_the_rest_of_the_budget(tmp_path, monkeypatch, more, kept)
     return stores[-1]
 
   monkeypatch.setattr(device_data, "store", store)
-  monkeypatch.setattr(device_data, "_HOST_BYTES", sum(sizes) + more)
+  monkeypatch.setattr(device_data, "_HOST_BYTES", sum(sizes) + extra)
   toy_runs.train(tmp_path, _TUNED, [split], num_steps=2)
-  assert [type(s).__name__ for s in stores] == ["OnDevices", kept]
-  assert [s.num_bytes for s in stores] == [sizes[0], sizes[1] if not more else 0]
+  assert [type(s).__name__ for s in stores] == ["OnDevices", expected]
+  assert [s.num_bytes for s in stores] == [sizes[0], sizes[1] if not extra else 0]
 
 
 def test_rows_of_all_devices_are_read_once():
@@ -150,17 +152,17 @@ def test_row_sources_are_streamed(monkeypatch):
   sets = [{**s, "image": _Rows(s["image"])} for s in _SETS]
   chosen = devices.choose(1, 8)
   for kind in ("auto", "stream"):
-    assert _kind(monkeypatch, sets, chosen, kind) == "Stream"
+    assert _store_name(monkeypatch, sets, chosen, kind) == "Stream"
   with pytest.raises(base.InputError, match=r"--data=resident needs .* row source"):
-    _kind(monkeypatch, sets, chosen, "resident")
+    _store_name(monkeypatch, sets, chosen, "resident")
 
 
-def test_where_the_data_are_can_be_chosen(monkeypatch):
+def test_the_place_of_the_data_can_be_chosen(monkeypatch):
   monkeypatch.setattr(device_data, "_HOST_BYTES", 1)
   chosen = devices.choose(1, 8)
-  assert _kind(monkeypatch, _SETS, chosen, "resident") == "OnDevices"
+  assert _store_name(monkeypatch, _SETS, chosen, "resident") == "OnDevices"
   monkeypatch.setattr(device_data, "_HOST_BYTES", 2**30)
-  assert _kind(monkeypatch, _SETS, chosen, "stream") == "Stream"
+  assert _store_name(monkeypatch, _SETS, chosen, "stream") == "Stream"
 
 
 def _of_bytes(examples, make):
@@ -199,7 +201,7 @@ def _of_file(examples):
   ],
   ids=["one_device_and_a_file", "eight_devices_and_bytes"],
 )
-def test_runs_end_with_the_same_bytes(
+def test_runs_on_data_of_devices_and_host_have_the_same_files(
   tmp_path, monkeypatch, count, on_devices, on_host
 ):
   monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
@@ -217,7 +219,7 @@ def test_runs_end_with_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_bytes_give_the_run_of_floats_in_a_quarter_of_the_memory(tmp_path):
+def test_uint8_images_train_like_floats_in_a_quarter_of_the_memory(tmp_path):
   runs, sizes = {}, {}
   splits = toy_runs.make_splits(num_train=200, num_meta=20, shape=(5, 5, 1))
   parts = ("train", "meta", "test")

@@ -61,7 +61,7 @@ def test_replicate_and_unreplicate_are_inverse(count):
 
 
 @pytest.mark.parametrize("kind", devices.MAPS)
-def test_mapped_step_is_traced_once_for_its_outputs(kind):
+def test_mapped_step_is_not_traced_again_for_its_outputs(kind):
   chosen, traces = _choose(2), []
 
   def step(state, x):
@@ -86,7 +86,7 @@ def test_choose_takes_the_first_devices_or_the_largest_divisor():
 
 
 @pytest.mark.parametrize("count", [0, -1, 9])
-def test_choose_with_too_many_devices_raises(count):
+def test_choose_with_a_number_of_devices_out_of_range_raises(count):
   with pytest.raises(base.InputError, match=f"--num_devices={count}: .* has 8 cpu"):
     devices.choose(count, 72)
 

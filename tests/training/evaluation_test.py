@@ -39,7 +39,7 @@ def test_accuracy_and_loss():
     evaluation.equal_opportunity,
   ],
 )
-def test_predictions_and_labels_have_the_same_shape(evaluator):
+def test_predictions_and_labels_must_have_the_same_shape(evaluator):
   # Comparing each prediction with all labels would give 0.625.
   predictions = _predictions([[0], [1], [1], [1]], [0, 1, 1, 1])
   with pytest.raises(base.InputError, match=r"predictions of shape \[4\] do not match"):
@@ -139,7 +139,7 @@ def test_shot_thresholds_may_have_a_narrow_type():
 
 
 @pytest.mark.parametrize("label", [-1, 3])
-def test_labels_of_shot_accuracy_are_classes(label):
+def test_labels_of_shot_accuracy_must_be_classes(label):
   evaluate = evaluation.shot_accuracy([500, 50, 5], 100, 20)
   message = f"a test label is {label}, but class_counts has the classes 0 to 2"
   with pytest.raises(base.InputError, match=message):
@@ -415,8 +415,8 @@ def test_gaps_of_thousands_of_classes():
   # There are 200 million pairs, which do not fit in memory as a list.
   num_classes = 20_000
   labels = np.repeat(np.arange(num_classes), 4)
-  right = np.arange(num_classes) % 5  # Of four examples.
-  predicted = np.where(np.arange(4) < right[:, None], labels.reshape(-1, 4), -1)
+  num_right = np.arange(num_classes) % 5  # Of four examples in each class.
+  predicted = np.where(np.arange(4) < num_right[:, None], labels.reshape(-1, 4), -1)
   metrics = evaluation.equal_opportunity(_predictions(labels, predicted.ravel()))
   assert metrics["tpr_gap_max"] == 1 and metrics["worst_group_accuracy"] == 0
   # The 4, 3, 2 and 1 pairs of different rates differ by 1/4, 1/2, 3/4 and 1.

@@ -54,7 +54,11 @@ def _finish(started):
 
 
 def _work(count, num_local, task, as_script=False, **arguments):
-  """Runs a task of the worker in `count` processes with `num_local` devices each."""
+  """Runs a task in `count` processes with `num_local` devices each.
+
+  Returns:
+    The exit status and the stderr of each process.
+  """
   address = f"localhost:{_port()}"
   started = [
     _start(
@@ -80,10 +84,10 @@ def _work(count, num_local, task, as_script=False, **arguments):
   return statuses, [stderr for _, stderr in outputs]
 
 
-# Every process compiles, so these are only methods whose weights depend on the whole
-# batch or training set: on a meta gradient, a rank, a mean and a deviation, a moving
-# percentile, a normalizer, stored weights, group losses, or one draw. `sweep_test` runs
-# every method on eight devices of one process.
+# Every process compiles, so these are only `uniform` and methods whose weights depend
+# on the whole batch or training set: on a meta gradient, a rank, a mean and a
+# deviation, a moving percentile, a normalizer, stored weights, group losses, or one
+# draw. `sweep_test` runs every method on eight devices of one process.
 _METHODS = (
   *("l2rw", "hard_mining", "absgd", "adacore"),
   *("uniform", "random", "bare", "meta_weight_net_imbalance", "mentornet"),

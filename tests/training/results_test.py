@@ -95,7 +95,7 @@ class _KeyedModel(NamedTuple):
     return dataclasses.replace(problem, forward=forward, features=None, head=None)
 
 
-def test_a_model_with_a_key_ends_and_is_read_again(tmp_path):
+def test_a_run_with_a_key_in_its_variables_is_read_again(tmp_path):
   for _ in range(2):
     (result,) = toy_runs.train(tmp_path, _UNIFORM, model=_KeyedModel(), num_steps=1)
     assert jax.random.key_data(result.model_state["key"]).tolist() == [0, 5]
