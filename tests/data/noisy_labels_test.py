@@ -86,7 +86,7 @@ def test_sizes_classes_and_share_of_wrong_labels(builder, variant):
 
 @pytest.mark.parametrize("builder", BUILDERS)
 @pytest.mark.parametrize("seed", [0, 1, 2, 7, 12345])
-def test_meta_set_is_disjoint_from_train(builder, seed):
+def test_splits_are_disjoint_and_the_meta_set_is_balanced(builder, seed):
   splits = make_splits(builder=builder, seed=seed)
   parts = [rows(part) for part in splits[:3]]
   assert sum(map(len, parts)) == len(set.union(*parts)) == 1000
@@ -122,7 +122,7 @@ def test_backgrounds_differ_between_seeds():
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
-def test_splits_depend_on_the_seed_only(builder):
+def test_splits_are_determined_by_the_seed(builder):
   one, same, other = (make_splits(builder=builder, seed=seed) for seed in (3, 3, 4))
   assert one.fingerprint == same.fingerprint != other.fingerprint
   np.testing.assert_array_equal(one.train.label, same.train.label)
@@ -249,11 +249,14 @@ def test_bare_class_conditional_confuses_its_pairs(name, pairs):
   matrix = transitions(part)
   confused = {tuple(map(int, p)) for p in np.argwhere(matrix > 0) if p[0] != p[1]}
   assert confused == pairs
+  # Five standard deviations of a share of 4,990 labels.
   np.testing.assert_allclose([matrix[p] for p in pairs], 0.45, atol=0.036)
 
 
-@pytest.mark.parametrize(("builder", "targets"), [("mwn_flip", 1), ("mwn_flip2", 2)])
-def test_flip_targets_by_variant(builder, targets):
+@pytest.mark.parametrize(
+  ("builder", "num_targets"), [("mwn_flip", 1), ("mwn_flip2", 2)]
+)
+def test_flip_targets_by_variant(builder, num_targets):
   def has_transition(seed, variant):
     splits = make_balanced(
       balanced_source(each=400),
@@ -271,7 +274,7 @@ def test_flip_targets_by_variant(builder, targets):
   paper = [has_transition(seed, "paper") for seed in (0, 1)]
   official = [has_transition(seed, "official_code") for seed in (0, 1)]
   for matrix in (*paper, *official):
-    np.testing.assert_array_equal(matrix.sum(1), 1 + targets)
+    np.testing.assert_array_equal(matrix.sum(1), 1 + num_targets)
   assert (paper[0] != paper[1]).any()
   np.testing.assert_array_equal(official[0], official[1])
 
@@ -295,13 +298,14 @@ def test_official_flip_targets_match_the_authors(builder, targets):
   assert [np.flatnonzero(row).tolist() for row in is_target] == targets
 
 
-HUMAN = dict.fromkeys(noisy_labels.ANNOTATIONS.values())
+HUMAN_FIELDS = dict.fromkeys(noisy_labels.ANNOTATIONS.values())
 
 
 def human_source(each=20):
   plain = balanced_source("cifar10_n", each=each)
   extra = {
-    field: (plain.labels + i) % 10 for i, field in enumerate(sorted(HUMAN), start=1)
+    field: (plain.labels + i) % 10
+    for i, field in enumerate(sorted(HUMAN_FIELDS), start=1)
   }
   return plain._replace(extra=extra)
 
@@ -369,7 +373,7 @@ def test_docstring_lists_every_builder():
       "annotation must be one of .*; got 'worse'",
     ),
     (
-      human_source()._replace(extra=dict.fromkeys(HUMAN, np.full(200, -1))),
+      human_source()._replace(extra=dict.fromkeys(HUMAN_FIELDS, np.full(200, -1))),
       {"builder": "human", "fraction": None, "annotation": "worst"},
       "human labels worse_label of cifar10_n train must lie in 0 .. 9",
     ),
