@@ -1,4 +1,4 @@
-"""Flags of benchmarks whose measurement would be wrong or fail in the end."""
+"""Benchmarks refuse flags with which a measurement would be wrong or fail late."""
 
 import pytest
 import scripts

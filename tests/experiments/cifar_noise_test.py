@@ -111,13 +111,13 @@ def test_run_writes_rows_and_figures(run):
 
 @pytest.mark.slow
 def test_flags_override_the_preset(data_dir, tmp_path):
-  overridden = """--network=mlp --preset=warpi --dataset=cifar100 --methods=uniform
+  many_flags = """--network=mlp --preset=warpi --dataset=cifar100 --methods=uniform
     --noise=bare_symmetric --noise_fraction=0.9 --num_steps=6 --decay_steps=2,4
     --learning_rate=0.5 --momentum=0 --nesterov --weight_decay=0.25 --batch_size=10
     --num_meta=0 --num_validation=100 --augmentation=none --dump_losses"""
   given = [
     ["--network=mlp", "--preset=mwn_flip", "--methods=meta_weight_net"],
-    overridden.split(),
+    many_flags.split(),
     ["--network=mlp", "--noise=human", "--annotation=aggre", "--methods=uniform"],
   ]
   commands = [
@@ -160,25 +160,25 @@ _MISTAKES = {
   "network": (["--network=vgg"], "should be one of <resnet_32|"),
   "noise": (["--noise=flip"], "should be one of <uniform_flip|"),
   "no_data": (["--data_dir=nowhere"], "'cifar10' does not exist"),
-  "human_where": (["--noise=human", "--dataset=cifar10"], "needs the data set cifar10"),
-  "human_much": (["--noise=human", "--noise_fraction=0.2"], "human has no fraction"),
+  "human_data": (["--noise=human", "--dataset=cifar10"], "needs the data set cifar10"),
+  "human_share": (["--noise=human", "--noise_fraction=0.2"], "human has no fraction"),
   "not_human": (["--annotation=aggre"], "is for the builder human only"),
-  "fraction": (["--noise_fraction=1.5"], "noise_fraction"),
-  "alike": (
+  "fraction": (["--noise_fraction=1.5"], "--noise_fraction=1.5 must lie between 0"),
+  "class_pairs": (
     ["--noise=bare_class_conditional", "--dataset=cifar100"],
     "choose another builder for cifar100",
   ),
   "decay": (["--decay_steps=40k"], "--decay_steps=40k: give numbers of updates"),
   "decay_late": (["--decay_steps=2,3"], "--decay_steps=3: give numbers of updates"),
-  "decay_digits": (["--decay_steps=\u0664"], "write it in ASCII"),
+  "decay_not_ascii": (["--decay_steps=\u0664"], "write it in ASCII"),
   "momentum": (["--momentum=2"], "--momentum=2 must lie between 0 and"),
   "no_meta": (["--num_meta=0"], "needs a meta set of clean examples"),
-  "much_meta": (["--num_meta=30"], "the meta set needs 30: lower --num_meta"),
+  "large_meta": (["--num_meta=30"], "the meta set needs 30: lower --num_meta"),
   "meta_batch": (["--meta_batch_size=21"], "=21 must lie between 1 and the 20 clean"),
   "batch": (["--batch_size=161"], "larger than the 160 training examples"),
   "nothing_left": (["--num_validation=180"], "nothing is left to train on"),
   "mentor": (["--methods=mentornet_pd"], "needs a mentor of that curriculum"),
-  "other": (["--workdir={begun}", "--momentum=0"], "momentum was"),
+  "other_settings": (["--workdir={begun}", "--momentum=0"], "momentum was"),
 }
 
 
@@ -266,7 +266,7 @@ def test_networks_of_presets_fit_the_data(name, num_classes):
   model.check({"image": jnp.zeros((1, 32, 32, 3))}, num_classes)
 
 
-def test_the_first_layer_of_a_fast_network_is_that_of_the_first_training_images():
+def test_whitening_filters_are_those_of_the_first_training_images():
   images = np.random.default_rng(0).integers(0, 256, (1100, 9, 9, 3), np.uint8)
   preset = script.PRESETS["l2rw_background"]
   preset = dataclasses.replace(preset, network="whitened_half_gn")

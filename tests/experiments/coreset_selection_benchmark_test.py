@@ -37,7 +37,7 @@ def test_every_selection_is_timed_and_compared_with_an_epoch(run):
   assert len(scripts.table(printed)) == 6
 
 
-def test_the_naive_rival_chooses_the_same():
+def test_the_naive_selection_chooses_the_same_rows():
   rng = np.random.default_rng(0)
   proxies, labels = rng.normal(size=(90, 3)), np.arange(90) % 3
   rows = coreset_selection.naive_greedy(proxies, labels, 21)
@@ -53,8 +53,8 @@ def test_the_naive_rival_chooses_the_same():
 
 def test_medians_by_hand():
   epochs = [coreset_selection.Turn(*turn) for turn in ((2, 1), (4, 1), (2, 1))]
-  taken = [coreset_selection.Turn(*turn) for turn in ((1, 1), (4, 2), (9, 3))]
-  assert coreset_selection.summary(taken, epochs) == {
+  turns = [coreset_selection.Turn(*turn) for turn in ((1, 1), (4, 2), (9, 3))]
+  assert coreset_selection.summary(turns, epochs) == {
     "seconds": 4,
     "seconds_least": 1,
     "seconds_most": 9,
@@ -64,7 +64,7 @@ def test_medians_by_hand():
   }
 
 
-def test_extra_memory_is_what_is_touched():
+def test_extra_memory_is_the_size_of_an_array_of_256_mib():
   extra = coreset_selection.extra_mib(lambda: np.ones(2**25).sum())
   if extra is None:
     pytest.skip("this system does not report how much memory a process uses")

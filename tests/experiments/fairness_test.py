@@ -6,14 +6,14 @@ import scripts
 
 _NAME = "fairness"
 _SMALL = ("--dataset=digits", "--num_steps=4", "--num_seeds=2", "--num_devices=1")
-_SETTINGS = ["forml_worst", "uniform", "l2rw"]
+_METHODS = ["forml_worst", "uniform", "l2rw"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   """The folder of a short run, and the text that the run printed."""
   cwd = tmp_path_factory.mktemp(_NAME)
-  methods = f"--methods={','.join(_SETTINGS)}"
+  methods = f"--methods={','.join(_METHODS)}"
   done = scripts.run(_NAME, *_SMALL, methods, "--condense=50,30", cwd=cwd)
   assert done.status == 0 and done.stderr == "", done.stderr
   return cwd / "runs" / _NAME, done.stdout
@@ -32,7 +32,7 @@ def test_the_table(run):
     "seeds",
   ]
   assert [line[0] for line in lines] == [
-    *_SETTINGS,
+    *_METHODS,
     "uniform on top 50% by forml_worst",
     "uniform on random 50%",
     "uniform on top 30% by forml_worst",
@@ -71,6 +71,7 @@ def test_condensation_keeps_those_with_the_highest_last_weight(run):
     return np.genfromtxt(path, delimiter=",", names=True)
 
   whole = weights("forml_worst")
+  # An example that was never in a batch has the initial weight 1.
   last_weight = np.nan_to_num(whole["last_weight"], nan=1)
   by_row = dict(zip(whole["source_index"], last_weight, strict=True))
   assert len(set(by_row.values())) > 50
@@ -87,7 +88,7 @@ def test_condensation_keeps_those_with_the_highest_last_weight(run):
 def test_a_finished_run_is_not_repeated_and_an_attribute_has_cells(run):
   folder, printed = run
   metrics = {p: p.stat().st_mtime_ns for p in folder.rglob("metrics.jsonl")}
-  methods = f"--methods={','.join(_SETTINGS)}"
+  methods = f"--methods={','.join(_METHODS)}"
   again, inverted = scripts.run_many(
     _NAME,
     [

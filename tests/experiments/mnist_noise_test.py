@@ -23,7 +23,7 @@ _SMALL = ("--dataset=digits", "--num_meta=5", "--num_epochs=1", "--num_devices=1
 _METHODS = ["early_stopped", "meta_weight_net", "mentornet_pd"]
 
 
-def _mentor(path, num_classes=None):
+def _save_mentor(path, num_classes=None):
   network = mentornet_network.MentorNetwork(num_classes or 2)
   values = np.zeros(1, np.float32)
   variables = jax.jit(network.init)(
@@ -37,7 +37,7 @@ def _mentor(path, num_classes=None):
 def run(tmp_path_factory):
   """A short run's folder and what it printed."""
   cwd = tmp_path_factory.mktemp(_NAME)
-  _mentor(cwd / "mentor.json")
+  _save_mentor(cwd / "mentor.json")
   done = scripts.run(
     _NAME,
     *_SMALL,
@@ -209,7 +209,7 @@ _MISTAKES = {
   ),
   "other_data": (
     ["--noise=bare_class_conditional"],
-    "bare_class_conditional",
+    "choose another builder for digits",
   ),
   "meta_none": (
     ["--num_meta=0", "--methods=warpi"],
@@ -221,7 +221,7 @@ _MISTAKES = {
   "validation": (["--num_validation=-1"], "=-1 must lie between 0 and"),
   "validation_many": (["--preset=bare"], "num_validation=11000; lower one of them"),
   "pixels": (["--pixels=big"], "should be one of <unit|raw>"),
-  "kappa": (["--methods=bare", "--bare_kappa=-1"], "bare_kappa"),
+  "kappa": (["--methods=bare", "--bare_kappa=-1"], "=-1 must lie between 0 and"),
   "statistics": (["--bare_statistics=mine"], "should be one of <batch_column|"),
   "batch": (["--batch_size=1248"], "is larger than the 1247 training examples"),
   "devices": (["--num_devices=3"], "is not a multiple of --num_devices=3"),
@@ -242,8 +242,8 @@ def mistakes(run, tmp_path_factory):
   """Outcomes of command lines with mistakes."""
   folder = tmp_path_factory.mktemp("mistakes")
   inputs = tmp_path_factory.mktemp("inputs")
-  _mentor(inputs / "mentor.json")
-  _mentor(inputs / "three.json", num_classes=3)
+  _save_mentor(inputs / "mentor.json")
+  _save_mentor(inputs / "three.json", num_classes=3)
   old = json.loads((inputs / "mentor.json").read_text())
   (inputs / "old.json").write_text(json.dumps({**old, "version": 0}))
   shared = (*_SMALL, "--methods=uniform")
