@@ -32,7 +32,7 @@ def train_counts(splits):
 
 
 CIFAR10, CIFAR100 = [5000] * 10, [500] * 100
-# Totals from LDAM; those for the imbalances 20 and 50 are from ABSGD.
+# Totals computed from the formulas in the code of LDAM, and of ABSGD for 20 and 50.
 LDAM_TOTALS = [
   (CIFAR10, "exponential", 100, 12406),
   (CIFAR10, "exponential", 50, 13996),
@@ -47,7 +47,8 @@ LDAM_TOTALS = [
   (CIFAR100, "step", 100, 25250),
   (CIFAR100, "step", 10, 27500),
 ]
-# Totals from the code of Meta-Weight-Net, for each imbalance in FACTORS.
+# Totals computed from the formula in the code of Meta-Weight-Net, for each imbalance in
+# FACTORS.
 FACTORS = [1, 10, 20, 50, 100, 200]
 MWN_TOTALS = [
   (CIFAR10, [49900, 20391, 16989, 13967, 12380, 11177]),

@@ -26,7 +26,7 @@ def test_rows_of_a_layer(tmp_path, monkeypatch):
     assert 0 < quartiles[0] <= two["ratio"] <= quartiles[1]
     # Each of 2 * 8^2 * 64 outputs is a sum of 9 * 64 products.
     flops = 2 * (2 * 8**2 * 64) * (9 * 64)
-    expected = flops / one["milliseconds"] / 1e6
+    expected = flops / one["milliseconds"] / 1e6  # Both columns are rounded.
     np.testing.assert_allclose(one["gflop_per_second"], expected, rtol=0.1, atol=0.1)
   (file,) = tmp_path.iterdir()
   with file.open() as opened:

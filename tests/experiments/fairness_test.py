@@ -85,7 +85,7 @@ def test_condensation_keeps_those_with_the_highest_last_weight(run):
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_not_repeated_and_an_attribute_has_cells(run):
+def test_a_finished_run_is_not_repeated_and_inverted_groups_have_cells(run):
   folder, printed = run
   metrics = {p: p.stat().st_mtime_ns for p in folder.rglob("metrics.jsonl")}
   methods = f"--methods={','.join(_METHODS)}"

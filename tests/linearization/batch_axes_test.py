@@ -37,19 +37,19 @@ def _set_by_row(h):
   return jax.vmap(lambda row, i: row.at[i].set(row[0] ** 2))(h, jnp.arange(_B))
 
 
-_I = jnp.array([0, 2])
+_COLUMNS = jnp.array([0, 2])
 _SUPPORTED = {
   "stack": lambda h: jnp.stack([h, h**2], 0).sum(0),
   "tile": lambda h: jnp.tile(h, (1, 2)),
   "repeat": lambda h: jnp.repeat(h, 2, 1),
   "set": lambda h: h.at[:, 0].set(h[:, 1]),
-  "add": lambda h: h.at[:, _I].add(h[:, :2] ** 2),
-  "multiply": lambda h: h.at[:, _I].multiply(h[:, :2], unique_indices=True),
-  "max": lambda h: h.at[:, _I].max(h[:, 2:]),
+  "add": lambda h: h.at[:, _COLUMNS].add(h[:, :2] ** 2),
+  "multiply": lambda h: h.at[:, _COLUMNS].multiply(h[:, :2], unique_indices=True),
+  "max": lambda h: h.at[:, _COLUMNS].max(h[:, 2:]),
   "set by row": _set_by_row,
   "into zeros": lambda h: jnp.zeros((_B, 6)).at[:, 1:5].set(h),
   "update slice": lambda h: jax.lax.dynamic_update_slice(h, h[:, :1] ** 2, (0, 2)),
-  "take": lambda h: jnp.take(h, _I, 1),
+  "take": lambda h: jnp.take(h, _COLUMNS, 1),
   "take along axis": lambda h: jnp.take_along_axis(h, jnp.argsort(h, 1)[:, :2], 1),
   "fft": lambda h: jnp.abs(jnp.fft.fft(h)) ** 2 + jnp.imag(jnp.fft.fft(h)),
   "cholesky": lambda h: jnp.linalg.cholesky(_matrices(h)).sum(2),
@@ -127,22 +127,22 @@ def test_kernels_of_one_example_at_a_time_are_followed():
   params, x = (rng.normal(size=s).astype(np.float32) for s in ((4, 4), (_B, 4)))
 
   @jax.jit
-  def both(params, x):
-    def three(function, engine):
+  def results(params, x):
+    def derivatives(function, engine):
       lin = linearization.linearize(
         lambda p, x: function(x @ p).sum(1), params, x, engine=engine
       )
       return lin.directional(jnp.cos(params)), lin.weighted_gradient(x[:, 0])
 
     return [
-      three(lambda h: _by_kernel(h, 1), "layerwise"),
-      three(jax.vmap(lambda h: _by_kernel(h[None], 1)[0]), "layerwise"),
-      three(lambda h: h * jnp.sin(h), "forward"),
+      derivatives(lambda h: _by_kernel(h, 1), "layerwise"),
+      derivatives(jax.vmap(lambda h: _by_kernel(h[None], 1)[0]), "layerwise"),
+      derivatives(lambda h: h * jnp.sin(h), "forward"),
     ]
 
-  *actual, expected = both(params, x)
-  for results in actual:
-    for a, e in zip(results, expected, strict=True):
+  *actual, expected = results(params, x)
+  for pair in actual:
+    for a, e in zip(pair, expected, strict=True):
       np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5)
 
 
@@ -167,13 +167,13 @@ def _results_of_both_engines():
     def losses_fn(p, x):
       return (operation(x @ p) * jnp.cos(x @ p[:, :1])).sum(1)
 
-    both = [
+    linearized = [
       linearization.linearize(losses_fn, params, x, engine=engine)
       for engine in ("layerwise", "forward")
     ]
     return [
       (lin.losses, lin.directional(vector), lin.weighted_gradient(weights))
-      for lin in both
+      for lin in linearized
     ]
 
   @jax.jit

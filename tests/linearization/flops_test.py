@@ -149,8 +149,9 @@ def _literal_flops(name, num_meta):
 
 
 # Limits for M = B and for M = B / 10. The costs in forward passes of an example are
-# 5B + 3M with BatchNorm (forward mode) and 4B + 3M for LeNet (layerwise), relative to
-# 3B of plain training; with `jax.checkpoint`, 6B + 4M relative to 4B (forward mode).
+# 5B + 3M with BatchNorm (forward mode) and 4B + 3M for LeNet and GPT (layerwise),
+# relative to 3B of plain training; with `jax.checkpoint`, 6B + 4M relative to 4B
+# (forward mode).
 _LIMITS = {
   "lenet": (2.40, 1.48),
   "resnet": (2.70, 1.80),

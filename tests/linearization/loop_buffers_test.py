@@ -41,12 +41,12 @@ def test_values_are_the_same(wrap):
   x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, _D)), jnp.float32)
   x = x if wrap is jax.vmap else x[0]
 
-  def ours(x):
+  def allocated_late(x):
     return loop_buffers.allocated_after(
       {"nan": x * jnp.nan}, lambda: _rows_of_every_type(x)
     )
 
-  actual, expected = wrap(ours)(x), wrap(_rows_of_every_type)(x)
+  actual, expected = wrap(allocated_late)(x), wrap(_rows_of_every_type)(x)
   for got, wanted in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
     assert got.dtype == wanted.dtype
     np.testing.assert_allclose(

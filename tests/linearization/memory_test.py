@@ -142,7 +142,7 @@ def test_l2rw_holds_no_direction_in_bfloat16(engine):
   assert step < plain + 0.1
 
 
-def _three_lines(losses_fn, params, x, meta):
+def _weights_then_gradient(losses_fn, params, x, meta):
   info = l2rw.example_weights(losses_fn, params, x, meta, engine="forward")
   return jax.grad(lambda params: info.weights @ losses_fn(params, x))(params)
 
@@ -150,7 +150,7 @@ def _three_lines(losses_fn, params, x, meta):
 def test_ordering_costs_no_second_forward_pass():
   ordered, separate = (
     _compiled(step, _network, **options).cost_analysis()["flops"]
-    for step, options in ((_l2rw, {"engine": "forward"}), (_three_lines, {}))
+    for step, options in ((_l2rw, {"engine": "forward"}), (_weights_then_gradient, {}))
   )
   assert separate == pytest.approx(ordered, rel=0.02)
 

@@ -1,4 +1,4 @@
-"""BARE: golden vector, a reference implementation of both statistics, edge cases."""
+"""BARE: precomputed values, a literal form of both statistics, edge cases."""
 
 import functools
 
@@ -27,7 +27,7 @@ _select = jax.jit(bare.select, static_argnames=_STATIC)
 _example_weights = jax.jit(bare.example_weights, static_argnames=_STATIC)
 
 
-def test_golden_vector_of_the_released_code():
+def test_selection_weights_and_loss_equal_precomputed_values():
   kept = _select(_LOGITS, _LABELS)
   np.testing.assert_array_equal(kept, [True, True, True, False, False, False])
   weights = _example_weights(_LOGITS, _LABELS)
@@ -44,12 +44,12 @@ def _literal(logits, labels, kappa, statistics):
   kept = []
   for i, label in enumerate(labels):
     if statistics == "own_label":
-      values, lost = p[labels == label, label], 0
+      values, ddof = p[labels == label, label], 0
     else:
-      values, lost = p[:, label], 1
-    # With one or two examples of a class, one can be on the threshold; rounding would
-    # decide.
-    threshold = values.mean() + kappa * values.std(ddof=lost)
+      values, ddof = p[:, label], 1
+    # With one or two examples of a class, one can be on the threshold. Without the
+    # tolerance, rounding would decide whether it is selected.
+    threshold = values.mean() + kappa * values.std(ddof=ddof)
     kept.append(p[i, label] >= threshold - 1e-15 * values.mean())
   return np.array(kept)
 
@@ -88,16 +88,16 @@ def test_default_statistic_keeps_clean_examples(noise):
       if name == "batch_column":
         assert not kept[~clean].any()
   assert np.mean(recall["batch_column"]) > 0.98
-  if noise < 0.6:  # At most half of a class is selected, but 1 - noise of it is clean.
+  if noise < 0.6:  # At 0.7, the threshold is below the probabilities of clean labels.
     assert np.mean(recall["own_label"]) < 0.6
 
 
-def test_weights_are_equal_among_selected_examples_and_constant():
+def test_weights_are_equal_among_selected_examples_and_not_differentiated():
   weights = _example_weights(_LOGITS, _LABELS, kappa=0.5)
   kept = np.asarray(_select(_LOGITS, _LABELS, kappa=0.5))
   np.testing.assert_allclose(weights, kept / kept.sum(), rtol=1e-6)
-  slope = jax.jit(jax.grad(lambda z: bare.example_weights(z, _LABELS)[0]))(_LOGITS)
-  assert not slope.any()
+  gradient = jax.jit(jax.grad(lambda z: bare.example_weights(z, _LABELS)[0]))(_LOGITS)
+  assert not gradient.any()
 
 
 @pytest.mark.parametrize("kappa", [1.0, 1e9])
@@ -110,7 +110,7 @@ def test_a_selection_of_all_or_none_gives_uniform_weights(kappa):
 
 
 @pytest.mark.parametrize("statistics", bare.STATISTICS)
-def test_equal_posteriors_are_all_selected_on_any_number_of_devices(statistics):
+def test_equal_probabilities_are_all_selected_on_any_number_of_devices(statistics):
   rng = np.random.default_rng(0)
   labels = jnp.asarray(rng.integers(10, size=96))
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("devices",))
@@ -198,16 +198,16 @@ def test_step_uses_the_selected_examples(size, settings):
 
   @jax.jit
   @functools.partial(jax.grad, has_aux=True)
-  def slope_and_kept(p):
+  def gradient_and_kept(p):
     logits, _ = problem.forward(p, {}, batch, None, False)
     values = losses.softmax_cross_entropy(logits, batch["label"])
     weights = bare.example_weights(logits, batch["label"], **settings)
     kept = bare.select(logits, batch["label"], **settings)
     return jnp.sum(weights * values), (weights, kept)
 
-  slope, (weights, kept) = slope_and_kept(params)
+  gradient, (weights, kept) = gradient_and_kept(params)
   np.testing.assert_allclose(result.weights, weights, rtol=1e-6)
-  chex.assert_trees_all_close(result.grads, slope, rtol=1e-5, atol=1e-6)
+  chex.assert_trees_all_close(result.grads, gradient, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(result.metrics["kept_share"], kept.mean())
   if size == 1:  # Nothing is selected, so all examples are used.
     assert result.metrics["kept_share"] == 0 and result.weights == 1

@@ -154,11 +154,11 @@ def test_closed_form_of_the_paper(x64):
     values = _NET.apply(phi, losses)
     inner = jax.tree.map(lambda j: jnp.tensordot(values, j, 1) / _B, per_example)
     ahead = jax.tree.map(lambda p, g: p - _RATE * g, params, inner)
-    slope = jax.grad(lambda p: _losses_fn(p, meta_batch).mean())(ahead)
-    return per_example, slope, jax.jacrev(lambda phi: _NET.apply(phi, losses))(phi)
+    gradient = jax.grad(lambda p: _losses_fn(p, meta_batch).mean())(ahead)
+    return per_example, gradient, jax.jacrev(lambda phi: _NET.apply(phi, losses))(phi)
 
-  per_example, slope, jacobian = jax.device_get(parts(*problem))
-  products = sum(np.tensordot(per_example[name], slope[name], 2) for name in slope)
+  per_example, gradient, jacobian = jax.device_get(parts(*problem))
+  products = sum(np.tensordot(per_example[k], g, 2) for k, g in gradient.items())
   expected = jax.tree.map(
     lambda j: -_RATE / _B * np.tensordot(products, j, 1), jacobian
   )
@@ -244,19 +244,20 @@ def test_presets_match_the_releases(name):
   )
   net = meta_weight_net.WeightNet.of(phi)
   assert net.hidden == ((50, 50) if name == "bare" else (100,))
-  # Steps on gradients of 1 and then 0 at a parameter of 2.
+  # Steps on gradients of 1 and then 0 at a parameter of 2; `first` and `last` are these
+  # gradients with the weight decay.
   phi = jnp.array(2.0)
   update, state = preset.optimizer.update(
     jnp.array(1.0), preset.optimizer.init(phi), phi
   )
   second, _ = preset.optimizer.update(jnp.array(0.0), state, phi)
-  one, other = 1 + 5e-4 * 2, 5e-4 * 2
-  momentum = other + 0.9 * one
-  nesterov = np.array([one + 0.9 * one, other + 0.9 * momentum])
+  first, last = 1 + 5e-4 * 2, 5e-4 * 2
+  momentum = last + 0.9 * first
+  nesterov = np.array([first + 0.9 * first, last + 0.9 * momentum])
   # Adam: the decay term, 1e-4 * 2, is added to the gradient, so it enters both moments.
-  one, other = 1 + 2e-4, 2e-4
-  mean = (0.9 * 0.1 * one + 0.1 * other) / (1 - 0.9**2)
-  square = (0.999 * 1e-3 * one**2 + 1e-3 * other**2) / (1 - 0.999**2)
+  first, last = 1 + 2e-4, 2e-4
+  mean = (0.9 * 0.1 * first + 0.1 * last) / (1 - 0.9**2)
+  square = (0.999 * 1e-3 * first**2 + 1e-3 * last**2) / (1 - 0.999**2)
   by_hand = {
     "imbalance": -1e-5 * nesterov,
     "noise": -1e-3 * nesterov,
@@ -327,8 +328,8 @@ def test_weights_use_the_updated_network(normalization, detached):
       )
       for phi in (old_phi, new_phi)
     )
-    slope = jax.grad(lambda p: jnp.sum(new * losses_fn(p, inputs.batch)))
-    return meta_gradient.gradient, old, new, slope(inputs.params)
+    grads_fn = jax.grad(lambda p: jnp.sum(new * losses_fn(p, inputs.batch)))
+    return meta_gradient.gradient, old, new, grads_fn(inputs.params)
 
   gradient, old, new, grads = jax.device_get(references(before.params, after.params))
   expected = jax.tree.map(lambda p, g: np.asarray(p) - 50 * g, before.params, gradient)
@@ -342,12 +343,12 @@ def test_weights_use_the_updated_network(normalization, detached):
 @pytest.mark.slow(unless=("2-2",))
 @pytest.mark.parametrize(("step", "every"), [(0, 1), (2, 2), (1, 2)])
 def test_a_step_that_recomputes_the_batch_has_the_same_results(step, every):
-  (_, _, state, result, _), (_, before, new_state, new_result, _) = (
+  (_, _, state, result, _), (_, before, recomputed_state, recomputed_result, _) = (
     _factory_step(step, every=every, recompute=recompute) for recompute in (False, True)
   )
-  chex.assert_trees_all_close(new_state, state, rtol=1e-5, atol=1e-6)
-  chex.assert_trees_all_close(new_result, result, rtol=1e-5, atol=1e-6)
-  change = jax.tree.map(jnp.subtract, new_state.params, before.params)
+  chex.assert_trees_all_close(recomputed_state, state, rtol=1e-5, atol=1e-6)
+  chex.assert_trees_all_close(recomputed_result, result, rtol=1e-5, atol=1e-6)
+  change = jax.tree.map(jnp.subtract, recomputed_state.params, before.params)
   assert (max(map(base.max_abs, jax.tree.leaves(change))) > 0) == (step % every == 0)
 
 
@@ -407,13 +408,13 @@ def test_network_is_updated_every_so_many_steps():
       phi, jnp.float32(7), jnp.array(True), jnp.array(False), jnp.int32(0)
     )
 
-  learned = [
+  phis = [
     meta_network.update(
       state, meta_gradient_fn, optax.sgd(0.5), jnp.int32(step), 3
     ).params
     for step in range(5)
   ]
-  assert [float(x) for x in learned] == [0.5, 1, 1, 0.5, 1]
+  assert [float(x) for x in phis] == [0.5, 1, 1, 0.5, 1]
   always = meta_network.update(state, meta_gradient_fn, optax.sgd(0.5), jnp.int32(4))
   assert float(always.params) == 0.5 and float(always.meta_loss) == 7
 
@@ -436,7 +437,7 @@ def test_network_learns_small_weights_for_large_losses():
   optimizer = optax.adam(0.02)
 
   @jax.jit
-  def teach(phi, opt_state):
+  def update(phi, opt_state):
     result = meta_weight_net.network_gradient(
       net.apply,
       phi,
@@ -451,7 +452,7 @@ def test_network_learns_small_weights_for_large_losses():
 
   opt_state = optimizer.init(phi)
   for _ in range(60):
-    phi, opt_state = teach(phi, opt_state)
+    phi, opt_state = update(phi, opt_state)
   small, large = net.apply(phi, jnp.array([0.05, 4.0]))
   assert small > large + 0.3
 
@@ -460,7 +461,7 @@ def test_network_learns_small_weights_for_large_losses():
 @pytest.mark.slow(unless=("True-sum",))
 @pytest.mark.parametrize("normalization", ["mean", "sum"])
 @pytest.mark.parametrize("detached", [True, False])
-def test_a_loss_of_1e30_leaves_the_gradient_of_float64(normalization, detached):
+def test_a_gradient_with_a_loss_of_1e30_equals_that_in_float64(normalization, detached):
   net = meta_weight_net.WeightNet((8,))
   rng = np.random.default_rng(0)
   x, meta = rng.normal(size=(6, 3)), rng.normal(size=(4, 3))

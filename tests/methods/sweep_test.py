@@ -98,8 +98,8 @@ _METHODS = {
 }
 
 
-# `make test` covers only these methods: per-example weights, global normalizers,
-# coresets, and meta gradients. `make test_all` covers all of them.
+# Tests that compile a step of every method are slow except for these methods:
+# per-example weights, global normalizers, coresets, and meta gradients.
 _SAMPLE = ("l2rw", "uniform", "adacore", "absgd", "meta_weight_net_imbalance")
 
 

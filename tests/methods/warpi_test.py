@@ -1,4 +1,4 @@
-"""WarPI: golden vectors, the meta gradient, draws, and the ablation."""
+"""WarPI: precomputed values, the meta gradient, draws, and the ablation."""
 
 import chex
 import jax
@@ -34,11 +34,11 @@ def _rectified_sum(logits, vectors, labels):
     ([0.5, 0.5, 0.5], 0.52797574, [-0.20510117, 0.06580082, 0.13930034]),
   ],
 )
-def test_golden_vectors(x64, vector, loss, gradient):
+def test_loss_and_gradient_equal_precomputed_values(x64, vector, loss, gradient):
   logits, labels = np.array([[2.0, -1.0, 0.5]]), np.array([0])
-  value, slope = _rectified_sum(logits, np.array([[vector]]), labels)
+  value, actual = _rectified_sum(logits, np.array([[vector]]), labels)
   np.testing.assert_allclose(value, loss, rtol=1e-7)
-  np.testing.assert_allclose(slope[0], gradient, rtol=1e-6)
+  np.testing.assert_allclose(actual[0], gradient, rtol=1e-6)
 
 
 def test_limits_of_the_rectifier():
@@ -209,7 +209,7 @@ def _step(method, seed=0, outputs=_C, details=False):
 
 
 def _written_out(phi, params, batch, noise):
-  """The mean rectified loss in `_step`; no gradient flows through the inputs of phi."""
+  """The mean rectified loss in `_step`; the inputs of the network phi are constant."""
   model = classifier.Classifier(mlp.MLP(_C, (4,)), _C)
   logits, _ = model.forward(params, {}, batch, jax.random.key(0), True)
   net = warpi.RectifierNet(_C, hidden=5)
@@ -276,8 +276,8 @@ def test_every_step_has_new_draws_except_in_the_ablation():
   run = _step(warpi.warpi(0.1, deterministic=True))
   (one, state), (other, _) = run(0), run(1)
   chex.assert_trees_all_close(one.grads, other.grads)
-  still = warpi.warpi(0.1, noise_fn=lambda key, shape, dtype: jnp.zeros(shape, dtype))
-  chex.assert_trees_all_close(_step(still)(0)[0].grads, one.grads, rtol=1e-5)
+  fixed = warpi.warpi(0.1, noise_fn=lambda key, shape, dtype: jnp.zeros(shape, dtype))
+  chex.assert_trees_all_close(_step(fixed)(0)[0].grads, one.grads, rtol=1e-5)
   assert ((one.weights > 0) & (one.weights < 1 / _B)).all()
   assert state.finite and np.isfinite(state.meta_loss)
 

@@ -45,7 +45,7 @@ def test_parameters_of_other_layers_are_kept(params):
 
 
 def _largest(key, shapes):
-  """The largest kernel and bias entry that is drawn for these shapes."""
+  """The largest absolute value of each array that is drawn for these shapes."""
   drawn = initialization.pytorch(
     key, jax.tree.map(jnp.zeros, shapes, is_leaf=_is_shape)
   )

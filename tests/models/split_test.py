@@ -1,4 +1,4 @@
-"""The split into features and head, for all networks; cosine heads."""
+"""The split into features and head, cosine heads, and running statistics."""
 
 import chex
 import jax

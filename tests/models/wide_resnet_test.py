@@ -21,7 +21,7 @@ def _size(tree):
 @pytest.mark.parametrize(
   ("model", "classes", "size"),
   [
-    # As counted by PyTorch.
+    # PyTorch counts these numbers of parameters.
     (wide_resnet.WideResNet, 10, 36_479_194),
     (wide_resnet.WideResNet, 100, 36_536_884),
   ],
@@ -61,5 +61,5 @@ def test_initial_kernels_are_those_of_the_released_code():
     return model.init(key, jnp.zeros((1, 8, 8, 3)))["params"]["Conv_27"]["kernel"]
 
   values = init(jax.random.key(0))
-  # The kernel has more than 37,000 values, enough for this tolerance.
+  # The kernel has 3 * 3 * 128 * 128 values, enough for this tolerance.
   assert np.std(values) == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.02)

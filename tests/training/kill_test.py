@@ -185,18 +185,18 @@ def test_killed_at_every_stage_and_with_a_damaged_checkpoint(
   _kill_before_the_first_checkpoint(folder)
   assert _checkpoints(folder) == [] and not results.exists()
 
-  # Killed while it writes the second checkpoint.
+  # The run is killed while it writes the second checkpoint.
   assert _run_until("rename:40", folder, cache) == ""
   assert _checkpoints(folder) == [20]
   partial = [p.name for p in (folder / "l2rw" / "checkpoints").glob("40.*")]
   assert len(partial) == 1  # Written, but not renamed yet.
 
-  # Killed ten steps after that checkpoint.
+  # It is killed ten steps after that checkpoint.
   assert _run_until("step:50", folder, cache) == ""
   assert _checkpoints(folder) == [20, 40]
 
-  # Restarted from the checkpoint before the damaged one, and killed before it writes
-  # the last results of a method.
+  # It continues from the checkpoint before the damaged one, and is killed before it
+  # writes the last results of a method.
   _damage(folder / "l2rw" / "checkpoints" / "40")
   (warning,) = _run_until("write:seed-1/results.json", folder, cache).splitlines()
   assert "checkpoint of step 40" in warning and "is damaged" in warning

@@ -81,7 +81,7 @@ def test_batch_depends_on_seed_and_step():
   assert len(set(drops.values())) == 3
 
 
-def test_unlabeled_images_may_be_an_array_or_another_part():
+def test_unlabeled_images_may_be_an_array_or_another_split():
   snapshot = _snapshot()
   train = snapshot.splits.train.image
   drop = memorization.susceptibility(40, unlabeled=train)(snapshot)
@@ -161,10 +161,10 @@ def test_probe_compiles_once():
   probe = memorization.susceptibility(batch_size=8)
   probe(_snapshot(model))
   snapshot = _snapshot(model, step=6)
-  labels = _snapshot(model, seed=2)
+  other_seed = _snapshot(model, seed=2)
   with jax.no_tracing():
     probe(snapshot)
-    probe(labels)
+    probe(other_seed)
 
 
 def test_accuracy_on_clean_and_wrong_labels():
@@ -189,7 +189,7 @@ def test_accuracy_on_clean_and_wrong_labels():
   assert metrics == {"train_accuracy": 0.6, "train_accuracy_clean": 0.6}
 
 
-def test_zeta_is_the_mean_of_all_drops_but_the_last():
+def test_zeta_is_the_mean_without_drops_after_the_last_step():
   probes = {"step": [0, 4, 8, 10], "susceptibility_drop": [0.25, 0.5, 0.75, 9.0]}
   metrics = {"num_steps": 10, "probes": probes}
   assert memorization.zeta(metrics) == 0.5
@@ -216,6 +216,6 @@ def test_probes_do_not_change_the_run(tmp_path):
     metrics = other.metrics["probes"]
     assert metrics["step"] == [0, 3, 6]
     assert np.isfinite(metrics["susceptibility_drop"]).all()
-    shares = np.array([13 / 40, 27 / 40])
+    shares = np.array([13 / 40, 27 / 40])  # Of wrong and clean labels.
     both = np.array([metrics["train_accuracy_wrong"], metrics["train_accuracy_clean"]])
     np.testing.assert_allclose(shares @ both, metrics["train_accuracy"], rtol=1e-6)

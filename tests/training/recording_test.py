@@ -13,12 +13,12 @@ from l2rw_jax.methods.mentornet import loss_dump
 _UNIFORM, _L2RW = baselines.uniform(), l2rw.l2rw()
 
 
-def _recorded(folder, *, runs="run", method=_UNIFORM, seeds=(0,), **settings):
+def _recorded(folder, *, name="run", method=_UNIFORM, seeds=(0,), **settings):
   """Records the losses of 12 steps, 5 per epoch; returns the `Writer`."""
   writer = loss_dump.Writer(folder / "losses")
   options = {k: settings.pop(k) for k in ("every", "num_examples") if k in settings}
   toy_runs.train(
-    folder / runs,
+    folder / name,
     method,
     epoch_probes=[loss_dump.record_losses(writer, **options)],
     **({"num_steps": 12, "seeds": seeds} | settings),
@@ -89,7 +89,7 @@ def test_runs_side_by_side_are_recorded_separately(tmp_path):
 
 def test_repeating_a_run_records_no_row_twice(tmp_path):
   first = _combine(_recorded(tmp_path))
-  again = _combine(_recorded(tmp_path, runs="again"))
+  again = _combine(_recorded(tmp_path, name="again"))
   for a, b in zip(first, again, strict=True):
     np.testing.assert_array_equal(a, b)
 
@@ -97,7 +97,7 @@ def test_repeating_a_run_records_no_row_twice(tmp_path):
 def test_folder_of_other_losses_raises(tmp_path):
   _recorded(tmp_path)
   with pytest.raises(base.InputError, match="contains the losses of other settings"):
-    _recorded(tmp_path, runs="other", splits=[toy_runs.make_splits(5)])
+    _recorded(tmp_path, name="other", splits=[toy_runs.make_splits(5)])
 
 
 def test_an_interrupted_run_records_the_same_rows(tmp_path):

@@ -58,7 +58,7 @@ class _Pair(NamedTuple):
   second: list[jax.Array]
 
 
-def test_any_pytree_comes_back(tmp_path):
+def test_any_pytree_is_restored(tmp_path):
   params = {"a": {"0": np.ones(2)}, "b": _Pair(np.zeros((2, 3)), [np.int32(4)])}
   state = _Pair(jnp.ones(2, jnp.bfloat16), [jax.random.key(3)])
   variables.write(tmp_path, params, state)

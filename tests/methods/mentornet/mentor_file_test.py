@@ -131,7 +131,7 @@ def _with_checksum(path, change):
 _BIAS = "params/output_bias"
 _CRAFTED = {
   **{
-    name: (lambda r, name=name: r.pop(name))
+    f"missing {name}": (lambda r, name=name: r.pop(name))
     for name in (
       *("curriculum", "compat", "num_labels", "num_classes", "facts", "variables"),
     )
