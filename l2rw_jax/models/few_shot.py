@@ -118,8 +118,8 @@ class Learner(NamedTuple):
       )
     if not num_classes == self.num_ways == image[1]:
       raise base.InputError(
-        f"a learner of {self.num_ways} ways does not fit tasks of {num_classes} ways"
-        f" with images of shape {image}."
+        f"a learner of {self.num_ways} ways does not fit tasks of {image[1]} ways and"
+        f" {num_classes} classes: all three numbers must be equal."
       )
     num_queries = image[2] - self.num_shots
     expected = np.repeat(np.arange(self.num_ways), num_queries)

@@ -52,7 +52,7 @@ def _losses(learner, params, batch, train=True):
 
 
 def _literal(params, images, num_steps, rate, first_order=False):
-  """MAML's loss of one task, image by image."""
+  """MAML's loss of one task, as a literal transcription of its equations."""
   net = _Net()
   support = [(images[w, i], w) for w in range(_WAYS) for i in range(_SHOTS)]
   query = [(images[w, _SHOTS + i], w) for w in range(_WAYS) for i in range(_QUERIES)]
@@ -130,12 +130,13 @@ def test_second_order_gradient_equals_finite_differences():
   difference = (numbers(1e-6)[0] - numbers(-1e-6)[0]) / 2e-6
   _, slope, product = numbers(0.0)
   np.testing.assert_allclose(slope, difference, rtol=1e-7)
+  # The gradient of the first-order approximation is different.
   assert abs(product - difference) > 1e-4 * abs(difference)
 
 
 @pytest.mark.ci
 def test_evaluation_uses_its_number_of_steps_for_any_number_of_tasks():
-  # More tasks than fit in one evaluation batch, and not a multiple of its size.
+  # 23 tasks do not fit in an evaluation batch of 20, and are not a multiple of it.
   batch = _batch(num_tasks=23)
   learner = _learner(num_inner_steps=1, num_test_steps=2)
   params, _ = jax.jit(learner.init)(jax.random.key(1), batch)
@@ -191,12 +192,12 @@ def test_uint8_pixels_are_scaled():
   learner = _learner()
   scaled = {**batch, "image": (pixels / 255).astype(np.float32)}
   raw = {**batch, "image": pixels.astype(np.uint8)}
-  doubled = learner._replace(preprocess=lambda x: jnp.float32(x) / 255)
+  with_preprocess = learner._replace(preprocess=lambda x: jnp.float32(x) / 255)
 
   @jax.jit
   def numbers(scaled, raw):
     params, _ = learner.init(jax.random.key(0), scaled)
-    cases = (learner, scaled), (learner, raw), (doubled, raw)
+    cases = (learner, scaled), (learner, raw), (with_preprocess, raw)
     return [_losses(case, params, batch) for case, batch in cases]
 
   expected, *others = numbers(scaled, raw)
@@ -204,7 +205,7 @@ def test_uint8_pixels_are_scaled():
     np.testing.assert_allclose(result, expected, rtol=1e-6)
 
 
-def test_pixels_of_other_types_are_those_of_a_classifier():
+def test_bools_are_refused_and_int32_pixels_are_not_scaled():
   batch, learner = _batch(), _learner()
 
   def logits(images):
@@ -228,6 +229,8 @@ def test_learner_is_hashable():
 
 
 class _Stateful(nn.Module):
+  """A network with running statistics, with which tasks would share a state."""
+
   @nn.compact
   def __call__(self, x, train=False):
     x = nn.BatchNorm(use_running_average=not train)(x.reshape(len(x), -1))
@@ -244,8 +247,8 @@ _IMAGES = _batch()["image"]
 @pytest.mark.parametrize(
   ("settings", "batch", "num_classes", "message"),
   [
-    ({"num_ways": 4}, _batch(), 4, "a learner of 4 ways does not fit tasks of 4 ways"),
-    ({}, _batch(), 5, "a learner of 3 ways does not fit tasks of 5 ways"),
+    ({"num_ways": 4}, _batch(), 4, "of 4 ways does not fit tasks of 3 ways and 4 cl"),
+    ({}, _batch(), 5, "of 3 ways does not fit tasks of 3 ways and 5 cl"),
     ({"num_shots": 6}, _batch(), 3, "more than num_shots=6 of each way"),
     ({}, _with("image", _IMAGES[:, 0]), 3, "tasks need images"),
     ({}, _with("label", _batch()["label"][:, ::-1]), 3, "the label of a way is its"),
