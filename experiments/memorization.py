@@ -246,7 +246,7 @@ def make_settings(settings: Settings) -> list[Setting]:
   models = list(dict.fromkeys(models))
   if len(models) * settings.num_seeds < 2:
     raise base.InputError(
-      "one model cannot be compared: give more --networks, --learning_rate,"
+      "a comparison needs at least two models: give more --networks, --learning_rate,"
       " --weight_decay or --num_seeds."
     )
   return models

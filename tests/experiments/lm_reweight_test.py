@@ -55,7 +55,7 @@ def test_a_run_writes_its_rows_and_figure(tmp_path):
   assert (tmp_path / "results.csv").exists()
 
 
-def test_a_method_that_ranks_no_documents_has_one_panel(tmp_path):
+def test_the_figure_has_one_panel_if_no_method_ranks_documents(tmp_path):
   curve = curves.Curve(*np.array([[10.0, 20.0], [1.0, 2.0], [5.0, 4.0]]))
   widths = []
   for recovered in (None, 50.0):
@@ -119,7 +119,7 @@ def test_recovered_documents_by_hand():
   [
     ({"width": 20}, "--width=20 must be a multiple of 16"),
     ({"methods": ("sgd",)}, "--methods=sgd: choose among"),
-    ({"corrupted": 1.5}, "--corrupted=1.5"),
+    ({"corrupted": 1.5}, "--corrupted=1.5 must lie between 0 and 1"),
     ({"num_train": 10**8}, "documents, but 100000000 are requested"),
   ],
 )

@@ -1,4 +1,4 @@
-"""The sweep, its numbers against manual computation, and --probes of other scripts."""
+"""The sweep, its numbers by other computations, and --probes of other scripts."""
 
 import json
 import re
@@ -37,27 +37,27 @@ def test_rows_are_what_the_runs_measured(run):
   for row in rows:
     place = f"noise-{row['noise_fraction']}/{row['network']}-rate-0.1-decay-0.0005"
     path = folder / place / f"seed-{row['seed']}" / "results.json"
-    kept = json.loads(path.read_text())
-    probes = kept["probes"]
+    results = json.loads(path.read_text())
+    probes = results["probes"]
     # Before each of two epochs of three steps, and at the end.
-    assert probes["step"] == [0, 3, 6] and kept["num_steps"] == 6
+    assert probes["step"] == [0, 3, 6] and results["num_steps"] == 6
     assert row["susceptibility"] == np.mean(probes["susceptibility_drop"][:2])
-    assert row["accuracy_percent"] == 100 * kept["last"]["accuracy"]
+    assert row["accuracy_percent"] == 100 * results["last"]["accuracy"]
     assert row["train_percent"] == 100 * probes["train_accuracy"][-1]
     wrong = row["wrong_labels_percent"] / 100
     if row["noise_fraction"] == 0:
       assert wrong == 0 and row["wrong_subset_percent"] is None
       assert row["clean_subset_percent"] == row["train_percent"]
     else:
-      # Half of the 150 labels are drawn from all ten classes. A tenth of these stay
-      # right.
+      # Half of the 150 labels are drawn from all ten classes, so that a tenth of this
+      # half stays right.
       assert wrong == pytest.approx(0.45, abs=0.15)
-      both = wrong * row["wrong_subset_percent"]
-      both += (1 - wrong) * row["clean_subset_percent"]
-      assert both == pytest.approx(row["train_percent"], rel=1e-5)
+      mean = wrong * row["wrong_subset_percent"]
+      mean += (1 - wrong) * row["clean_subset_percent"]
+      assert mean == pytest.approx(row["train_percent"], rel=1e-5)
   # Each noise fraction and seed has one training set, the same for all networks.
-  hashes = {(row["noise_fraction"], row["seed"], row["data"]) for row in rows}
-  assert len(hashes) == 4
+  training_sets = {(row["noise_fraction"], row["seed"], row["data"]) for row in rows}
+  assert len(training_sets) == 4
 
 
 @pytest.mark.ci
@@ -74,9 +74,9 @@ def test_each_model_is_in_a_region_of_its_noise(run):
     assert [row["region"] for row in runs] == result.tolist()
   header, *lines = scripts.table(printed.split("Clean test accuracy")[0])
   assert header[:2] == ["noise_fraction", "models of"] and header[-1] == "models"
-  expected = [(float(line[0]), line[1], int(line[-1])) for line in lines]
+  actual = [(float(line[0]), line[1], int(line[-1])) for line in lines]
   counts = {key: keys.count(key) for key in keys}
-  assert expected == [(f, f"region {r}", count) for (f, r), count in counts.items()]
+  assert actual == [(f, f"region {r}", count) for (f, r), count in counts.items()]
 
 
 @pytest.mark.ci
@@ -134,7 +134,7 @@ def test_correlations_by_hand():
   assert scripts.table(text)[1] == ["0.5", "+1.00", "-0.80", "+0.60"]
 
 
-def test_nothing_to_draw(tmp_path):
+def test_a_model_without_curves_is_not_drawn(tmp_path):
   (overflowed,) = _rows()[4:]
   path = tmp_path / "curves.png"
   assert not script.draw_curves([(overflowed, {})], path)
@@ -150,10 +150,10 @@ _MISTAKES = {
   "network_zero": (["--networks=mlp-0"], "--networks=mlp-0: give lenet"),
   "one_model": (
     ["--networks=mlp-4,mlp-4", "--num_seeds=1"],
-    "one model cannot be compared: give more --networks",
+    "a comparison needs at least two models: give more --networks",
   ),
-  "no_network": (["--networks="], "one model cannot be compared"),
-  "fraction": (["--noise_fraction=1.5"], "fraction"),
+  "no_network": (["--networks="], "a comparison needs at least two models"),
+  "fraction": (["--noise_fraction=1.5"], "=1.5 must lie between 0 and 1"),
   "few": (["--num_unlabeled=5"], "--num_unlabeled=5, --batch_size="),
   "num_train": (["--num_train=1298"], "--num_train=1298 exceeds the 1297 images"),
   "unlabeled": (
@@ -183,7 +183,7 @@ def test_mistake_is_an_error_of_one_line_and_writes_nothing(mistakes, name):
 
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory):
-  """The demonstration without probes and with both."""
+  """The folder of two runs of digits_noise: without probes, and with both probes."""
   folder = tmp_path_factory.mktemp("probes")
   done = scripts.run_many(
     "digits_noise",
