@@ -5,8 +5,9 @@ reference), under an explicit and an automatic mesh, in `shard_map`, and in `pma
 (only formulas that take an axis name), always with rank promotion "raise" and strict
 dtype promotion (see `conftest.py`). One compiled function evaluates the whole table,
 so that the sweep costs one compilation for each kind of mesh. Gradients are compared
-under the explicit mesh, where JAX keeps the sharding of every cotangent. `make test`
-only traces the table, which is when JAX reports promotions and wrong shardings.
+under the explicit mesh, where JAX keeps the sharding of every cotangent. All this is
+marked as slow. `make test LEVEL=gate` only traces the table, which is when JAX reports
+promotions and wrong shardings.
 
 Methods for the training loop are tested in `methods/sweep_test.py`.
 """
@@ -131,8 +132,8 @@ def _spread(fn, **options):
   return _Formula(fn, communicates=True, **options)
 
 
-def _own(fn, **options):
-  """Like `_spread`, for a formula without an axis name: `fn` sums over devices."""
+def _local(fn, **options):
+  """A formula that takes no axis name; `fn` itself sums its results over devices."""
   return _Formula(fn, **options)
 
 
@@ -260,18 +261,18 @@ def _linearized(engine, **options):
     params = base.local(data.whole["params"], axis_name)
     result = linearization.linearize(_losses, params, data.batch, engine=engine)
     slopes = result.directional(base.local(data.whole["vector"], axis_name))
-    pulled = result.weighted_gradient(data.batch["scores"])
-    return _Result((result.losses, slopes), base.psum(pulled, axis_name))
+    gradient = result.weighted_gradient(data.batch["scores"])
+    return _Result((result.losses, slopes), base.psum(gradient, axis_name))
 
-  return _own(run, **options)
+  return _local(run, **options)
 
 
 def _linearized_outputs(data, axis_name):
   params = base.local(data.whole["params"], axis_name)
   result = linearization.linearize_outputs(_logits, params, data.batch)
   slopes = result.jvp(base.local(data.whole["vector"], axis_name))
-  pulled = result.vjp(data.batch["cosines"])
-  return _Result((result.outputs, slopes), base.psum(pulled, axis_name))
+  gradient = result.vjp(data.batch["cosines"])
+  return _Result((result.outputs, slopes), base.psum(gradient, axis_name))
 
 
 def _norms(data, axis_name):
@@ -298,8 +299,8 @@ def _microbatched(data, axis_name):
   params = base.local(data.whole["params"], axis_name)
   result = linearize(_losses, params, data.batch)
   slopes = result.directional(base.local(data.whole["vector"], axis_name))
-  pulled = result.weighted_gradient(data.batch["scores"])
-  return _Result((result.losses, slopes), base.psum(pulled, axis_name))
+  gradient = result.weighted_gradient(data.batch["scores"])
+  return _Result((result.losses, slopes), base.psum(gradient, axis_name))
 
 
 def _weighted_gradient(data, axis_name):
@@ -332,11 +333,11 @@ def _weight_gradient(data, axis_name):
   linearized = linearization.linearize(
     _losses, base.local(params, axis_name), data.batch
   )
-  result = l2rw.meta_direction(_losses, params, data.meta, axis_name=axis_name)
-  waiting = hypergradient.batch_after(result, data.batch)
-  scores = hypergradient.weight_gradient(linearized, result, axis_name)
-  weighed = l2rw.weigh(linearized, result, axis_name)
-  return _Result((scores, weighed.weights, waiting))
+  direction = l2rw.meta_direction(_losses, params, data.meta, axis_name=axis_name)
+  later_batch = hypergradient.batch_after(direction, data.batch)
+  scores = hypergradient.weight_gradient(linearized, direction, axis_name)
+  weights = l2rw.weigh(linearized, direction, axis_name).weights
+  return _Result((scores, weights, later_batch))
 
 
 def _weight_network_gradient(data, axis_name):
@@ -533,8 +534,7 @@ def _averages(rows, whole):
   start = adacore.Averages(
     jnp.zeros_like(rows["logits"]), jnp.zeros_like(whole["margins"]), whole["epoch"]
   )
-  averages = adacore.update_averages(start, rows["logits"], whole["margins"])
-  return adacore.bias_corrected(averages)
+  return adacore.update_averages(start, rows["logits"], whole["margins"])
 
 
 def _vectors(rows, whole):
@@ -570,7 +570,7 @@ _FORMULAS: dict[str, _Formula] = {
   "losses.symmetric_cross_entropy": _of_loss(losses.symmetric_cross_entropy),
   "losses.symmetric_cross_entropy/one": _of_one_logit(losses.symmetric_cross_entropy),
   "losses.generalized_cross_entropy": _of_loss(losses.generalized_cross_entropy),
-  "losses.generalized_cross_entropy/cut": _of_loss(
+  "losses.generalized_cross_entropy/truncated": _of_loss(
     lambda z, y: losses.generalized_cross_entropy(z, y, threshold=0.3)
   ),
   "losses.bootstrapping_soft": _of_loss(losses.bootstrapping_soft),
@@ -648,16 +648,16 @@ _FORMULAS: dict[str, _Formula] = {
   "linearization.linearize/reverse": _linearized("reverse"),
   # Difference quotients of float32 losses have larger rounding errors.
   "linearization.linearize/difference": _linearized("difference", tolerance=2e-3),
-  "linearization.linearize_outputs": _own(_linearized_outputs),
-  "per_example.norms": _own(_norms, refused=("explicit",)),
+  "linearization.linearize_outputs": _local(_linearized_outputs),
+  "per_example.norms": _local(_norms, refused=("explicit",)),
   "per_example.inner_products": _all(
     lambda a, w: per_example.inner_products(_losses, w["params"], a)[0],
     refused=("explicit",),
   ),
   "per_example.clipped_gradient": _spread(_clipped_gradient, refused=("explicit",)),
-  "restriction.restricted": _own(_restricted),
-  "microbatching.microbatched": _own(_microbatched, refused=("explicit",)),
-  "microbatching.weighted_gradient": _own(_weighted_gradient, refused=("explicit",)),
+  "restriction.restricted": _local(_restricted),
+  "microbatching.microbatched": _local(_microbatched, refused=("explicit",)),
+  "microbatching.weighted_gradient": _local(_weighted_gradient, refused=("explicit",)),
   "hypergradient.lookahead_params": _all(
     lambda a, w: hypergradient.lookahead_params(
       w["params"], w["vector"], _SGD, _SGD.init(w["params"])
@@ -686,7 +686,7 @@ _FORMULAS: dict[str, _Formula] = {
   "l2rw.example_weights/momentum": _spread(
     functools.partial(_l2rw, optimizer=optax.sgd(0.1, momentum=0.9))
   ),
-  "l2rw.example_weights/parts": _spread(
+  "l2rw.example_weights/microbatched": _spread(
     functools.partial(_l2rw, microbatch_size=2), refused=("explicit",)
   ),
   "l2rw.weighted_value_and_grad": _spread(_l2rw_step),
@@ -823,8 +823,8 @@ _FORMULAS: dict[str, _Formula] = {
   "adacore.gradient_proxies": _each(
     lambda b, w: adacore.gradient_proxies(b["logits"], b["labels"])
   ),
-  "adacore.update_averages": _all(lambda a, w: _averages(a, w)),
-  "adacore.bias_corrected": _all(lambda a, w: _averages(a, w)[1]),
+  "adacore.update_averages": _all(_averages),
+  "adacore.bias_corrected": _all(lambda a, w: adacore.bias_corrected(_averages(a, w))),
   "adacore.hessian_diagonal": _all(
     lambda a, w: adacore.hessian_diagonal(
       w["key"], lambda p: jnp.sum(p**3), w["point"], 2
@@ -882,8 +882,8 @@ def _total(formula, leaves, treedef):
 
 
 @functools.cache
-def _places(name):
-  """Which leaves of the data are floating-point arrays that the formula reads."""
+def _inputs(name):
+  """Indices of the leaves of the data that are floats and that the formula reads."""
   leaves, treedef = jax.tree.flatten(_data())
   total = jax.make_jaxpr(lambda leaves: _total(_FORMULAS[name], leaves, treedef))
   program = total(leaves).jaxpr
@@ -896,16 +896,16 @@ def _places(name):
 
 
 def _gradient(name, data):
-  """The gradient of `_total` with respect to the arrays at `_places`."""
+  """The gradient of `_total` with respect to the arrays at `_inputs`."""
   leaves, treedef = jax.tree.flatten(data)
 
   def total(chosen):
     filled = list(leaves)
-    for i, x in zip(_places(name), chosen, strict=True):
+    for i, x in zip(_inputs(name), chosen, strict=True):
       filled[i] = x
     return _total(_FORMULAS[name], filled, treedef)
 
-  return jax.grad(total)([leaves[i] for i in _places(name)])
+  return jax.grad(total)([leaves[i] for i in _inputs(name)])
 
 
 def _table(formulas):
@@ -1081,7 +1081,7 @@ def test_can_be_traced(name, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", _FORMULAS)
-def test_is_clean_under_the_debug_switches(name):
+def test_is_finite_under_the_debug_switches(name):
   assert jax.config.jax_numpy_rank_promotion == "raise"
   assert jax.config.jax_numpy_dtype_promotion == "strict"
   chex.assert_tree_all_finite(_result("one", name))
@@ -1124,11 +1124,11 @@ def test_gives_the_same_numbers_in_pmap(name):
 
 
 _HOST = "runs on the host, on NumPy arrays and files"
-_CHECK = "looks at settings or shapes"
+_CHECK = "checks settings or shapes"
 _INSIDE = "is a part of other formulas of the table"
 _START = "draws parameters before training"
-_LOOP = "takes a task of the training loop: methods/sweep_test.py"
-# Modules without formulas for the table, by name prefix, each with the reason.
+_LOOP = "takes a problem of the training loop: methods/sweep_test.py"
+# Why the table leaves out the functions of modules, given by the start of their names.
 _OTHER_MODULES = {
   "audit": "tests/audit runs it on every kind of mesh",
   "base": _INSIDE,
@@ -1148,7 +1148,7 @@ _OTHER_MODULES = {
   "processes": "tests/processes_test.py and tests/training/processes_test.py run it",
   "training": _LOOP,
 }
-# Modules that the table calls by another name than the last part of their path.
+# The table calls these modules by another name than the last part of their path.
 _SHORT_NAMES = {
   "linearization.engines": "linearization",
   "coresets.selection": "coresets",
@@ -1273,7 +1273,7 @@ _VALUES = np.abs(_LOGITS[:, 0]) + np.float32(0.5)
 
 
 def _with_setting(module, name, setting, *arguments, **others):
-  """`setting -> result` of a function of the library, given NumPy arrays."""
+  """`module.name` as a function of one setting; its arguments are NumPy arrays."""
 
   def function(value):
     arrays = jax.tree.map(jnp.asarray, arguments)
@@ -1282,7 +1282,7 @@ def _with_setting(module, name, setting, *arguments, **others):
   return function
 
 
-# Functions of one setting, and two values of the setting.
+# For each name, a function of one setting, and two values of the setting.
 _SETTINGS = {
   "focal": (_with_setting(losses, "focal", "gamma", _LOGITS, _LABELS), 0.0, 1.5),
   "symmetric_alpha": (
@@ -1400,8 +1400,8 @@ def test_settings_may_be_traced_or_have_any_type(name):
 
   @jax.jit
   def results(traced):
-    # Comparisons of the constants are traced, too.
-    by_type = [[function(x) for x in given] for given in (values, constants)]
+    # In `jit`, comparisons give tracers even if JAX arrays are constants.
+    by_type = [[function(x) for x in settings] for settings in (values, constants)]
     return by_type, jax.vmap(function)(traced)
 
   (expected, of_constants), rows = results(jnp.float32(values))
@@ -1413,7 +1413,7 @@ def test_settings_may_be_traced_or_have_any_type(name):
   chex.assert_trees_all_equal_dtypes(expected[0], of_constants[0], rows, wide)
 
 
-def test_settings_that_need_double_precision_must_be_known():
+def test_settings_that_need_double_precision_may_not_be_traced():
   counts = jnp.int32([3, 1])
   with pytest.raises(base.InputError, match=r"beta of .* is traced, but must be known"):
     jax.jit(lambda beta: class_balance.effective_number(counts, beta))(0.9)

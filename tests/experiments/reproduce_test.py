@@ -34,22 +34,20 @@ def test_every_published_value_that_can_be_run_is_in_the_catalog(cells):
       numbers.append(number)
   for method, *tail in published_cifar.long_tail_cells("cifar10"):
     numbers.append((published_cifar.long_tail("cifar10", method, *tail), None))
-  given = [(c.published, c.spread) for c in cells.values() if c.published is not None]
-  assert sorted(given, key=str) == sorted(numbers, key=str)
-  assert len(given) > 150
+  listed = [(c.published, c.spread) for c in cells.values() if c.published is not None]
+  assert sorted(listed, key=str) == sorted(numbers, key=str)
+  assert len(listed) > 150
 
 
 def test_methods_and_settings_are_those_of_the_scripts(cells):
-  settings = reproduce.Settings()
   for cell in cells.values():
     assert cell.method in registries.LONG_TAIL or cell.method == "proportion"
-    reproduce.make_run(settings, cell)  # Raises InputError if a flag has no such value.
-    rehearsal = reproduce.make_run(settings.replace(rehearse=True), cell)[1]
-    assert type(rehearsal) is type(reproduce.make_run(settings, cell)[1])
+    for rehearse in (False, True):  # An invalid value of a flag raises InputError.
+      reproduce.make_run(reproduce.Settings(rehearse=rehearse), cell)
 
 
-# Flags that change the training of the last method of a cell's name, and one that does
-# not, because it is for other methods.
+# For each cell, flags that change its training, and a flag of other methods, which does
+# not change it.
 _CHANGED = {
   "mnist_imbalance-0.995-hard_mining": (
     [{"num_steps": 2}, {"batch_size": 7}, {"hard_mining_batch": 9}, {"num_train": 99}],
@@ -124,7 +122,7 @@ def test_published_values_are_shown_only_under_their_protocol(cells, name, monke
   assert [published_value(**one) for one in changes] == [None] * len(changes)
 
 
-def test_cells_for_a_gpu_have_the_published_values(cells):
+def test_proposed_cells_have_the_published_values_and_cells_their_commands(cells):
   for name, value in {
     "cifar_long_tail-ldam-exponential-100-ldam_drw": 77.03,
     "cifar_noise-l2rw_background-0.4-l2rw": 86.73,
@@ -181,8 +179,8 @@ def _source(split: str, shape: tuple[int, ...], labels: np.ndarray) -> sources.S
 
 
 @pytest.fixture
-def runner_cell(monkeypatch):
-  """Random images in place of every data set, with enough 4s and 9s."""
+def random_images(monkeypatch):
+  """Replaces every data set by random images, enough of them of classes 4 and 9."""
 
   def load(name, split, data_dir, cache_dir, in_memory):
     del data_dir, cache_dir, in_memory
@@ -208,7 +206,7 @@ _KINDS = (
 
 
 @pytest.mark.ci
-def test_a_cell_of_each_kind_is_rehearsed(runner_cell, tmp_path):
+def test_a_cell_of_each_kind_is_rehearsed(random_images, tmp_path):
   settings = reproduce.Settings(rehearse=True, results=str(tmp_path), only=_KINDS)
   entries = reproduce.run(settings, tmp_path)
   assert {entry.cell.name for entry in entries} == set(_KINDS)
@@ -239,8 +237,8 @@ def test_the_queue_orders_by_value_per_minute_and_refuses_what_does_not_fit(
   monkeypatch.setattr(reproduce.time, "monotonic", lambda: now[0])
 
   def make_run(settings, cell):
-    def run(its_settings, folder):
-      if cell.name == "b" and not its_settings:
+    def run(has_data, folder):
+      if cell.name == "b" and not has_data:
         raise base.InputError("no data")
       folder.mkdir(parents=True, exist_ok=True)
       rows = [{"method": "l2rw", "dtype": "float32", "ratio": 1.5}]
@@ -249,22 +247,22 @@ def test_the_queue_orders_by_value_per_minute_and_refuses_what_does_not_fit(
       now[0] += speed * 60 * minutes[cell.name]
       return rows
 
-    return run, is_there
+    return run, has_data  # `run` receives it instead of the script's settings.
 
   monkeypatch.setattr(reproduce, "make_run", make_run)
-  is_there, speed = False, 1.0
+  has_data, speed = False, 1.0
   settings = reproduce.Settings(minutes=20.0, device="cpu", results=str(tmp_path))
   with pytest.raises(base.InputError, match="1 of 4 cells failed: b"):
     reproduce.run(settings, tmp_path / "w")
   # Value per minute: c 3 / 5, then b 1 / 2 (fails), a 1 / 4, d 1 / 50 (too long).
   assert done == ["c", "a"]
-  is_there, speed = True, 0.1
+  has_data, speed = True, 0.1
   entries = reproduce.run(settings, tmp_path / "w")
   assert done == ["c", "a", "b"]
   by_name = {entry.cell.name: entry for entry in entries}
   assert by_name["c"].state.measured.mean == 1.5
   assert by_name["d"].state.name == "to do" and by_name["d"].minutes == 50
-  # Two of three took a tenth of their estimates, so that the estimate of d shrinks.
+  # As two of three cells took a tenth of their estimates, the estimate of d shrinks.
   reproduce.workdir_lib.write_record(
     tmp_path / "w" / "a" / "reproduce.json",
     {"minutes": 0.4, "is_done": True, "seeds": 3, "device": "cpu"},
@@ -293,9 +291,11 @@ def ctrl_c():
   signal.signal(signal.SIGINT, before)
 
 
-def test_time_runs_out_as_if_by_ctrl_c(cells, ctrl_c, monkeypatch, tmp_path, capsys):
+def test_the_time_limit_interrupts_as_ctrl_c_does(
+  cells, ctrl_c, monkeypatch, tmp_path, capsys
+):
   def make_run(settings, cell):
-    def run(its_settings, folder):
+    def run(script_settings, folder):
       folder.mkdir(parents=True)
       reproduce.time.sleep(20)
       raise AssertionError("The run was not interrupted.")
@@ -331,7 +331,7 @@ def test_the_list_has_numbers_and_commands(tmp_path):
   ("arguments", "message"),
   [
     (["--only=sota"], "--only=sota: no cell has such a name; see --list"),
-    # An empty part is in every name.
+    # Every name contains the empty part behind the comma.
     (["--only=mnist_imbalance-0.9-l2rw,"], "--only=: no cell has such a name"),
     (["--only="], "--only=: no cell has such a name"),
     (["--only=step_time,sota"], "--only=sota: no cell has such a name"),

@@ -94,7 +94,7 @@ def _random(shapes, dtype="float32"):
 
 
 def _results(losses_fn, params, batch, engine, **options):
-  """Losses, J v, J^T w and aux, from one compiled function."""
+  """Losses, J v, J^T w and aux, from one compiled function; J is their Jacobian."""
   vector, weights = _like(params, 1), jnp.linspace(-1, 2, _B)
 
   @jax.jit
@@ -113,8 +113,8 @@ def _results(losses_fn, params, batch, engine, **options):
 
 
 def _network(name, dtype):
-  net, make = _NETWORKS[name]
-  x = jnp.asarray(make())
+  net, make_inputs = _NETWORKS[name]
+  x = jnp.asarray(make_inputs())
   x = x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
   params = _random(jax.eval_shape(net.init, jax.random.key(0), x), dtype)
 
@@ -201,7 +201,7 @@ def test_augmentation_with_a_key_per_example_is_supported():
 def test_aux_is_returned():
   def losses_fn(params, x):
     logits = x @ params
-    return logits.sum(1), {"logits": logits, "kept": x[:, 0] > 0, "step": jnp.int32(3)}
+    return logits.sum(1), {"logits": logits, "mask": x[:, 0] > 0, "step": jnp.int32(3)}
 
   x = jnp.asarray(_images(4), jnp.float32)
   params = jnp.ones((4, 2))
@@ -211,8 +211,8 @@ def test_aux_is_returned():
     np.testing.assert_allclose(aux[name], value, rtol=1e-6)
 
 
-def _normed(params, x):
-  """Normalization over the batch, as in BatchNorm."""
+def _centered(params, x):
+  """The mean over the batch is subtracted, as in BatchNorm."""
   h = x @ params
   return jnp.sum((h - h.mean(0, keepdims=True)) ** 2, 1)
 
@@ -222,7 +222,7 @@ def _neighbors(params, x):
   return jnp.sum(h - jnp.roll(h, 1, axis=0), 1)
 
 
-def _one_by_one(params, x):
+def _scan_over_examples(params, x):
   def step(carry, row):
     carry = jnp.tanh(carry + row @ params.sum(1))
     return carry, carry
@@ -230,7 +230,7 @@ def _one_by_one(params, x):
   return jax.lax.scan(step, jnp.zeros(()), x)[1]
 
 
-def _transposed(params, x):
+def _scan_with_transposed_carry(params, x):
   def step(carry, _):
     return jnp.sin(carry.T * params.sum()), None
 
@@ -238,7 +238,7 @@ def _transposed(params, x):
   return jax.lax.scan(step, wide, None, 2)[0].sum(1)
 
 
-def _until(params, x):
+def _while(params, x):
   def step(state):
     return state[0] * params.sum(), state[1] + 1
 
@@ -246,7 +246,7 @@ def _until(params, x):
 
 
 _MIXING = {
-  "mean": (_normed, "reduce_sum, which mixes examples"),
+  "mean": (_centered, "reduce_sum, which mixes examples"),
   "roll": (_neighbors, "which mixes examples"),
   "sort": (lambda p, x: jnp.sort(x @ p, axis=0).sum(1), "sort, which mixes"),
   "cumsum": (lambda p, x: jnp.cumsum((x @ p)[:, 0]), "cumsum, which mixes"),
@@ -255,8 +255,8 @@ _MIXING = {
     "dot_general, which mixes",
   ),
   "transpose": (lambda p, x: (x @ p).reshape(2, _B).T.sum(1), "reshape, which"),
-  "scan": (_one_by_one, "scan, which goes through the examples"),
-  "scan, transposed": (_transposed, "scan, which moves the examples"),
+  "scan": (_scan_over_examples, "scan, which goes through the examples"),
+  "scan, transposed": (_scan_with_transposed_carry, "scan, which moves the examples"),
   "cond": (
     lambda p, x: jax.lax.cond(p[0, 0] > 0, lambda h: h, jnp.sin, x @ p).sum(1),
     "cond, which is not known to keep",
@@ -266,7 +266,7 @@ _MIXING = {
     "reshape, which mixes",
   ),
   "rule": (lambda p, x: _coupled(x @ p).sum(1) * 2, "which mixes"),
-  "closure": (lambda p, x: jnp.ones((_B, 4)) @ p.sum(1), "row by row"),
+  "no batch": (lambda p, x: jnp.ones((_B, 4)) @ p.sum(1), "row by row"),
 }
 
 
@@ -303,7 +303,7 @@ def test_the_error_names_the_layer_that_mixes_examples():
     linearization.linearize(losses_fn, variables["params"], x, engine="layerwise")
 
 
-def _of_one(params, example):
+def _loss_of_one(params, example):
   hidden = jnp.tanh(example @ params["kernel"])
   return (jnp.mean(hidden) * params["factor"] - 1) ** 2
 
@@ -317,15 +317,16 @@ def _heads(params, x):
   return (jax.vmap(head, (0, None))(kernels, x).sum(0) ** 2).sum(1)
 
 
-def _spread(params, x):
+def _broadcast(params, x):
   wide = jax.lax.broadcast_in_dim(x[:, 0], (_B, 2), np.array([0]))
   return jnp.sum(jnp.sin(wide * params["kernel"][:1] * params["factor"]), 1)
 
 
 @pytest.mark.parametrize(
-  "losses_fn", [jax.vmap(_of_one, in_axes=(None, 0)), _heads, _spread]
+  "losses_fn", [jax.vmap(_loss_of_one, in_axes=(None, 0)), _heads, _broadcast]
 )
 def test_axes_may_be_numpy_integers(losses_fn):
+  # In the programs of the first two, `jax.vmap` shifts axes with NumPy.
   params = {"kernel": _like(jnp.ones((4, 2)), 4), "factor": jnp.float32(0.7)}
   x = jnp.asarray(_images(4), jnp.float32)
   actual = _results(losses_fn, params, x, "layerwise")
@@ -374,18 +375,18 @@ _times_kernel.defvjp(
 
 
 @pytest.mark.parametrize(
-  "losses_fn",
+  ("losses_fn", "name"),
   [
-    lambda p, x: (_kernel(p.sum()) * x).sum(1),
-    lambda p, x: (x @ jax.jit(_kernel)(p)).sum(1),
-    lambda p, x: _times_kernel(x, p).sum(1),
-    lambda p, x: jax.checkpoint(_times_kernel)(x, p).sum(1),
-    _until,
+    (lambda p, x: (_kernel(p.sum()) * x).sum(1), "custom_vjp"),
+    (lambda p, x: (x @ jax.jit(_kernel)(p)).sum(1), "custom_vjp"),
+    (lambda p, x: _times_kernel(x, p).sum(1), "custom_vjp"),
+    (lambda p, x: jax.checkpoint(_times_kernel)(x, p).sum(1), "custom_vjp"),
+    (_while, "while"),
   ],
 )
-def test_operations_that_take_parameters_are_refused_by_name(losses_fn):
+def test_operations_that_take_parameters_are_refused_by_name(losses_fn, name):
   params, x = jnp.ones((4, 2)), jnp.asarray(_images(4), jnp.float32)
-  with pytest.raises(base.InputError, match=r"custom_vjp|while"):
+  with pytest.raises(base.InputError, match=name):
     linearization.linearize(losses_fn, params, x, engine="layerwise")
 
 
@@ -398,7 +399,7 @@ _coupled.defjvp(lambda x, t: (jnp.sin(x[0]), t[0] - t[0].mean(0, keepdims=True))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_numbers_of_python_in_a_batch_are_supported(compiled):
+def test_python_numbers_in_a_batch_are_supported(compiled):
   def losses_fn(params, batch):
     return batch["scale"] * (batch["x"] @ params).sum(1) ** batch["power"]
 

@@ -27,9 +27,11 @@ def _losses(logits, labels=_LABELS):
   return -log_p[:, 0]
 
 
-@pytest.mark.parametrize("labels", [_LABELS[:, None], np.eye(4)[_LABELS], _LABELS[:1]])
+@pytest.mark.parametrize(
+  "labels", [_LABELS[:, None], np.eye(4, dtype=int)[_LABELS], _LABELS[:1]]
+)
 def test_proxies_refuse_labels_that_would_broadcast(labels):
-  with pytest.raises(base.InputError, match="labels must be"):
+  with pytest.raises(base.InputError, match=r"labels must be integers of shape \[B\]"):
     adacore.gradient_proxies(_LOGITS, labels)
 
 
@@ -37,30 +39,32 @@ def test_proxies_are_the_gradient_in_the_logits():
   expected = jax.jit(jax.grad(lambda z: _losses(z).sum()))(_LOGITS)
   result = adacore.gradient_proxies(_LOGITS, _LABELS)
   np.testing.assert_allclose(result, expected, atol=1e-6)
-  sure = adacore.gradient_proxies(
+  extreme = adacore.gradient_proxies(
     jnp.array([[1e4, 0.0], [0.0, 1e4]]), jnp.zeros(2, int)
   )
-  np.testing.assert_allclose(sure, [[0, 0], [-1, 1]])
+  np.testing.assert_allclose(extreme, [[0, 0], [-1, 1]])
 
 
 def test_proxies_of_a_single_logit_are_the_gradient_in_it():
   logits, labels = jnp.array([[0.5], [-1.0], [2.0]]), jnp.array([1, 0, 2])
-  total = jax.jit(jax.grad(lambda z: losses.sigmoid_cross_entropy(z, labels).sum()))
+  gradient = jax.jit(jax.grad(lambda z: losses.sigmoid_cross_entropy(z, labels).sum()))
   result = adacore.gradient_proxies(logits, labels)
-  np.testing.assert_allclose(result[:2], total(logits)[:2], rtol=1e-6)
+  np.testing.assert_allclose(result[:2], gradient(logits)[:2], rtol=1e-6)
   assert np.isnan(result[2]).all()
 
 
-def test_averages_match_golden_values():
-  # For the curvatures 2, -4, 3 and the gradients 1, 0.5, -1.
+def test_averages_of_three_updates_by_hand():
   averages = adacore.Averages(jnp.zeros(()), jnp.zeros(()), jnp.zeros((), int))
   results = []
   for curvature, gradient in ((2.0, 1.0), (-4.0, 0.5), (3.0, -1.0)):
     averages = adacore.update_averages(averages, jnp.array(gradient), curvature)
     results.append(adacore.bias_corrected(averages, epsilon=0.0))
-  np.testing.assert_allclose(results, np.array(_GOLDEN), rtol=2e-5)
-  _, off = adacore.bias_corrected(averages, power=0.0, epsilon=0.0)
-  assert off == 1
+  # The mean of the gradients with the weights 0.9^i, and the square root of the mean of
+  # the squared curvatures with the weights 0.999^i.
+  expected = [(1, 2), (0.736842, 3.162752), (0.095941, 3.109394)]
+  np.testing.assert_allclose(results, expected, rtol=2e-5)
+  _, scale = adacore.bias_corrected(averages, power=0.0, epsilon=0.0)
+  assert scale == 1
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.9, 0.999999, 0.99999999])
@@ -69,9 +73,6 @@ def test_the_bias_correction_of_one_update_is_exact(beta):
   averages = adacore.update_averages(averages, 3.0, 2.0, beta, beta)
   result = adacore.bias_corrected(averages, beta, beta, epsilon=0.0)
   np.testing.assert_allclose(result, (3, 2), rtol=1e-6)
-
-
-_GOLDEN = [(1, 2), (0.736842, 3.162752), (0.095941, 3.109394)]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -107,12 +108,8 @@ def test_one_probe_is_exact_for_a_diagonal_hessian_of_any_pytree():
   chex.assert_trees_all_close(result, scales)
 
 
-def test_invalid_labels_are_refused_or_give_nan():
-  logits = jnp.zeros((3, 4))
-  for labels in (jnp.zeros((3, 1), int), jnp.zeros((3, 4), int)):
-    with pytest.raises(base.InputError, match=r"integers of shape \[B\]"):
-      adacore.gradient_proxies(logits, labels)
-  result = adacore.gradient_proxies(logits, jnp.array([-1, 0, 4]))
+def test_proxies_of_labels_that_are_no_class_are_nan():
+  result = adacore.gradient_proxies(jnp.zeros((3, 4)), jnp.array([-1, 0, 4]))
   np.testing.assert_array_equal(np.isnan(result).all(axis=1), [True, False, True])
 
 
@@ -208,7 +205,7 @@ def test_adacore_without_curvature_power_is_craig(scope, last_layer):
   craig = adacore.adacore(0.2, curvature=False, last_layer=last_layer)
   # With these betas the bias correction has no rounding error. That matters because, in
   # exact arithmetic, two neighbors have equal gains: rounding decides between them.
-  flat = adacore.adacore(
+  without_power = adacore.adacore(
     0.2,
     hessian_scope=scope,
     beta1=0.5,
@@ -217,7 +214,9 @@ def test_adacore_without_curvature_power_is_craig(scope, last_layer):
     epsilon=0.0,
     last_layer=last_layer,
   )
-  adacore_state, craig_state = (_refreshed(method, setup) for method in (flat, craig))
+  adacore_state, craig_state = (
+    _refreshed(method, setup) for method in (without_power, craig)
+  )
   np.testing.assert_array_equal(adacore_state.rows, craig_state.rows)
   np.testing.assert_array_equal(adacore_state.weights, craig_state.weights)
 
@@ -228,14 +227,13 @@ def test_preconditioner_is_the_curvature_of_the_scope():
   probabilities = proxies + np.eye(_CLASSES)[setup[2]["label"]]
   exact = probabilities * (1 - probabilities)
   state = _refreshed(adacore.adacore(0.2, num_probes=3000), setup)
+  # After one update, the averages are 1 - beta times the squares and the gradients.
   np.testing.assert_allclose(
     np.sqrt(state.averages.squares / 1e-3), exact.mean(axis=0), rtol=0.02
   )
-  result = adacore.adacore(0.2, hessian_scope="example", num_probes=3000)
-  state = _refreshed(result, setup)
-  np.testing.assert_allclose(
-    np.sqrt(state.averages.squares / 1e-3), exact, rtol=0.2, atol=0.01
-  )
+  method = adacore.adacore(0.2, hessian_scope="example", num_probes=3000)
+  state = _refreshed(method, setup)
+  np.testing.assert_allclose(np.sqrt(state.averages.squares / 1e-3), exact, rtol=0.1)
   np.testing.assert_allclose(state.averages.gradients, 0.1 * proxies, rtol=1e-4)
 
 
@@ -257,24 +255,24 @@ def test_curvature_of_the_last_layer():
     last_layer=True,
     num_probes=3000,
   )
-  np.testing.assert_allclose(derivatives.curvature, exact, atol=0.1 * exact.max())
+  np.testing.assert_allclose(derivatives.curvature, exact, rtol=0.1)
   np.testing.assert_allclose(derivatives.features, features)
 
 
 @pytest.mark.parametrize(
   ("dtype", "last_layer"), [("float32", False), ("bfloat16", True)]
 )
-def test_loss_derivatives_of_narrow_parameters(dtype, last_layer):
-  # The tests run under strict promotion of types.
+def test_loss_derivatives_of_narrow_parameters_are_float32(dtype, last_layer):
+  # A mixture of types raises an error, since tests run with strict promotion.
   problem, params, train, view = _setup()
   params = jax.tree.map(lambda x: x.astype(dtype), params)
-  given = view(0)._replace(
+  narrow_view = view(0)._replace(
     params=params, train={**train, "image": train["image"].astype(dtype)}
   )
   with jax.enable_x64(dtype == "float32"):
     result = adacore.loss_derivatives(
       problem,
-      given,
+      narrow_view,
       jax.random.key(0),
       scope="shared",
       last_layer=last_layer,
@@ -287,19 +285,19 @@ def test_loss_derivatives_of_narrow_parameters(dtype, last_layer):
 def test_loss_derivatives_do_not_depend_on_the_batch_size(monkeypatch):
   setup = _setup()
 
-  def derivatives(scope):
+  def derivatives():
     return adacore.loss_derivatives(
       setup[0],
       setup[3](0),
       jax.random.key(0),
-      scope=scope,
+      scope="shared",
       last_layer=True,
       num_probes=2,
     )
 
-  whole = derivatives("shared")
+  whole = derivatives()
   monkeypatch.setattr(adacore, "_BATCH_SIZE", 50)
-  chex.assert_trees_all_close(derivatives("shared"), whole, rtol=1e-4, atol=1e-6)
+  chex.assert_trees_all_close(derivatives(), whole, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -337,9 +335,10 @@ def test_expected_gradient_is_weighted_and_approaches_the_full_gradient():
     weights = np.asarray(state.weights) * np.float32(120 / size)
     return np.linalg.norm(weights @ proxies / 120 - proxies.mean(axis=0))
 
-  everything = _refreshed(adacore.adacore(1.0, curvature=False), setup)
-  assert error(state, 30) < 0.05 and error(everything, 120) < 1e-6
-  whole = gradient(everything, np.arange(120), method)
+  all_rows = _refreshed(adacore.adacore(1.0, curvature=False), setup)
+  # The full gradient has the norm 0.02, and 95% of random subsets an error above 0.03.
+  assert error(state, 30) < 0.01 and error(all_rows, 120) < 1e-6
+  whole = gradient(all_rows, np.arange(120), method)
   chex.assert_trees_all_close(whole, full, atol=1e-6)
 
 
@@ -433,9 +432,12 @@ def test_settings_out_of_range_are_refused(message):
     adacore.adacore(**({"fraction": 0.1} | _MISTAKES[message]))
 
 
-def test_last_layer_requires_a_network_with_features():
+def test_random_subset_refuses_a_fraction_above_1():
   with pytest.raises(base.InputError, match="fraction=2"):
     adacore.random_subset(2.0)
+
+
+def test_last_layer_requires_a_network_with_features():
   setup = _setup(hidden=())
   with pytest.raises(base.InputError, match="needs a network with features"):
     _refreshed(adacore.adacore(0.1, last_layer=True), setup)
