@@ -102,7 +102,7 @@ def _is_selected(item, level, is_file_named):
   return not (is_left_out or _is_marked(item, "slow"))
 
 
-def _named(config):
+def _named_tests(config):
   """`(path, test)` of each argument of the command; `test` is "" for a whole file."""
   folder = config.invocation_params.dir
   parts = [argument.partition("::") for argument in config.args]
@@ -116,7 +116,7 @@ def pytest_collection_modifyitems(config, items):
   A test that the command names runs at every level. See `--no-loadscope-reorder` in the
   Makefile for the order.
   """
-  named = _named(config)
+  named = _named_tests(config)
   if not any(test for _, test in named):
     for marker in ("ci", "slow"):
       _check_markers(items, marker)
@@ -136,12 +136,12 @@ def pytest_collection_modifyitems(config, items):
     removed = set(left_out)
     items[:] = [item for item in items if item not in removed]
   paths = [_REPOSITORY / "tests" / name for name in _LONGEST]
-  place = {path: i for i, path in enumerate(paths)}
-  items.sort(key=lambda item: place.get(item.path, len(place)))
+  order = {path: i for i, path in enumerate(paths)}
+  items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus):
-  """Says why a run of no tests, such as of a file of slow ones, is an error."""
+  """Explains the error if no test is selected, for instance in a file of slow ones."""
   if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
     terminalreporter.write_line(
       "error: all tests were left out; `make test_all TESTS=...` also runs slow ones."

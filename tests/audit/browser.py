@@ -15,7 +15,7 @@ _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def find() -> str:
-  """The path of an installed browser; skips the test if there is none."""
+  """Returns the path of an installed browser; skips the test if there is none."""
   path = next(filter(None, map(shutil.which, _NAMES)), None)
   if path is None:
     pytest.skip(f"no browser is installed: {', '.join(_NAMES)}")
@@ -23,7 +23,7 @@ def find() -> str:
 
 
 class Tab:
-  """A tab of the browser."""
+  """A tab of the browser, with the events since the last `open` or `reload`."""
 
   def __init__(self, commands: Any, answers: Any):
     self._commands, self._answers = commands, answers
@@ -81,7 +81,7 @@ class Tab:
       self.events.append(self._read())
 
   def run(self, script: str) -> Any:
-    """The value of a JavaScript expression; waits for promises."""
+    """Returns the value of a JavaScript expression, after waiting for promises."""
     result = self.call(
       "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
     )
@@ -117,7 +117,7 @@ class Tab:
 
 @contextlib.contextmanager
 def started(profile: pathlib.Path) -> Iterator[Tab]:
-  """A browser with an empty profile, which is closed at the end of the `with` block."""
+  """Starts a browser with the empty folder `profile`; the `with` block closes it."""
   commands_read, commands_write = os.pipe()
   answers_read, answers_write = os.pipe()
   redirected = f'exec "$0" "$@" 3<&{commands_read} 4>&{answers_write}'
@@ -140,7 +140,7 @@ def started(profile: pathlib.Path) -> Iterator[Tab]:
     ):
       tab = Tab(commands, answers)
       yield tab
-      tab._session = None
+      tab._session = None  # This command is for the browser, not for the tab.
       tab.call("Browser.close")
   finally:
     process.kill()

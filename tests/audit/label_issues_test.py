@@ -21,7 +21,10 @@ from l2rw_jax.models import mlp
 
 
 def _problem(size=60, num_classes=4, seed=0, unseen=(3, 17)):
-  """Distributions that favor the true class; a third of the labels are wrong."""
+  """Distributions that favor the true class (NaN in the rows `unseen`), and labels.
+
+  A third of the labels are wrong.
+  """
   rng = np.random.default_rng(seed)
   true = rng.integers(num_classes, size=size)
   p = rng.dirichlet(np.ones(num_classes), size=size)
@@ -94,20 +97,20 @@ def _reference_count(p, given, likely):
         number -= max(common[j, g] - np.median(list(common.values())), 0)
     return number
 
-  everything = {
+  all_counts = {
     (j, g): sum(likely[i] == j and given[i] == g for i in likely) for j, g in pairs
   }
-  sure = {}
+  sure_counts = {}
   for j, g in pairs:
     agreeing = [i for i in likely if likely[i] == given[i]]
     right = [margin(i) for i in agreeing if given[i] == j]
     right = right or [margin(i) for i in agreeing]
-    least = 0.4 * max(np.median(right), 0)
-    share = max(np.mean([m >= least for m in right]), 0.5)
+    threshold = 0.4 * max(np.median(right), 0)
+    share = max(np.mean([m >= threshold for m in right]), 0.5)
     wrong = [i for i in likely if (likely[i], given[i]) == (j, g)]
-    sure[j, g] = sum(margin(i) >= least for i in wrong) / share
-  total = sum(everything.values())
-  least, most = without_resemblance(sure), without_resemblance(everything)
+    sure_counts[j, g] = sum(margin(i) >= threshold for i in wrong) / share
+  total = sum(all_counts.values())
+  least, most = without_resemblance(sure_counts), without_resemblance(all_counts)
   x = least / total
   if x >= 1:
     return total
@@ -115,23 +118,23 @@ def _reference_count(p, given, likely):
   return round(least + max(most - least, 0) * odds / (1 + odds))
 
 
-# In each of these cases, other constants than those of the equations would give other
-# results, or one of the two exceptions to the margins and shares applies.
+# In each case, a changed constant of the equations would change the results, or one of
+# the two exceptions applies: a negative median margin, or a share below 1/2.
 @pytest.mark.parametrize(
-  ("make", "seed"),
+  ("make_problem", "seed"),
   [
     *((_problem, seed) for seed in (3, 6, 9)),
     *((_problem_with_wrong_class, seed) for seed in (1, 8)),
     *((_problem_with_unlearned_class, seed) for seed in (8, 9)),
   ],
 )
-def test_equations(make, seed):
-  p, given = make(seed=seed)
+def test_equations(make_problem, seed):
+  p, given = make_problem(seed=seed)
   issues = audit.find_label_issues({"mean_probabilities": p}, given)
   score, number = _reference(p, given)
   np.testing.assert_allclose(issues.score, score[issues.index], rtol=1e-12)
   assert issues.num_issues == number == issues.is_issue.sum()
-  assert issues.confusion.sum() == 58
+  assert issues.confusion.sum() == 58  # Of 60 examples, two were never seen.
   assert number <= issues.confusion.sum() - np.trace(issues.confusion)
 
 
@@ -167,8 +170,8 @@ def test_names_of_classes_and_order_of_examples_do_not_matter():
   np.testing.assert_array_equal(classes[moved.suggested], issues.suggested)
 
 
-def test_the_direction_of_mistakes_decides_between_equal_doubts():
-  # 40 examples of each class; 10 of class 0 are labeled 1, none of class 2 is.
+def test_the_direction_of_mistakes_decides_between_equal_probabilities():
+  # Of 40 examples of each class, 10 of class 0 are labeled 1, and none of class 2 is.
   true = np.repeat(np.arange(3), 40)
   given = true.copy()
   given[:10] = 1
@@ -177,13 +180,13 @@ def test_the_direction_of_mistakes_decides_between_equal_doubts():
   p[-1], given[-1] = [0.1, 0.45, 0.45], 1  # Equally likely 1 and 2.
   p[-2], given[-2] = [0.45, 0.45, 0.1], 1  # Equally likely 1 and 0.
   issues = audit.find_label_issues({"mean_probabilities": p}, given)
-  place = np.argsort(issues.index)
-  assert issues.score[place[-2]] > issues.score[place[-1]] + 0.3
+  score = issues.score[np.argsort(issues.index)]
+  assert score[-2] > score[-1] + 0.3
   assert set(issues.index[:10]) == set(range(10))
   assert (issues.suggested[:10] == 0).all()
 
 
-def test_rates_of_even_uneven_and_no_counts():
+def test_relative_rates_of_even_directed_and_no_mistakes():
   rng = np.random.default_rng(0)
   even = rng.poisson(8, size=(6, 6))
   np.fill_diagonal(even, 200)
@@ -258,13 +261,13 @@ def test_half_precision_gives_the_same_issues_as_float32():
 
 
 @pytest.mark.parametrize("row", [[0.0, 0.0], [1.2, -0.2], [0.5, 0.6]])
-def test_rows_are_distributions(row):
+def test_rows_that_are_no_distributions_are_refused(row):
   p = np.array([[0.5, 0.5], row])
   with pytest.raises(base.InputError, match=r"not distributions.*at index 1"):
     audit.find_label_issues({"mean_probabilities": p}, np.array([0, 1]))
 
 
-def test_what_cleanlab_takes():
+def test_arrays_for_cleanlab():
   p, given = _problem()
   issues = audit.find_label_issues({"mean_probabilities": p}, given)
   result = issues.to_cleanlab()
@@ -281,7 +284,7 @@ def test_what_cleanlab_takes():
   )
 
 
-def test_cleanlab_takes_it():
+def test_cleanlab_accepts_the_arrays():
   cleanlab_filter = pytest.importorskip("cleanlab.filter")
   p, given = _problem(size=400)
   result = audit.find_label_issues({"mean_probabilities": p}, given).to_cleanlab()
@@ -301,13 +304,6 @@ def test_invalid_arguments_are_refused():
   for labels in (given + 0.5, np.where(given == 0, np.nan, given), given.astype(str)):
     with pytest.raises(base.InputError, match=r"labels must be integers; .* from 0 "):
       find({"mean_probabilities": p}, labels)
-  for labels in (given.astype(float), given.tolist(), given.astype(">i2")):
-    found = find({"mean_probabilities": p}, labels)
-    np.testing.assert_array_equal(found.given, given[found.index])
-  two = {"mean_probabilities": p[:, :2] / p[:, :2].sum(1)[:, None]}
-  np.testing.assert_array_equal(
-    find(two, given > 1).score, find(two, (given > 1).astype(int)).score
-  )
   with pytest.raises(base.InputError, match=r"1 labels .* first is 4 at index 5"):
     find({"mean_probabilities": p}, np.where(np.arange(60) == 5, 4, given))
   with pytest.raises(base.InputError, match="statistic mean_loss has shape"):
@@ -317,6 +313,18 @@ def test_invalid_arguments_are_refused():
   broken = {"mean_probabilities": np.where(p > 0, np.nan, p), "seen": np.ones(60)}
   with pytest.raises(FloatingPointError, match="lower the learning rate"):
     find(broken, given)
+
+
+def test_labels_may_be_whole_floats_lists_and_booleans():
+  p, given = _problem(unseen=())
+  find = audit.find_label_issues
+  for labels in (given.astype(float), given.tolist(), given.astype(">i2")):
+    issues = find({"mean_probabilities": p}, labels)
+    np.testing.assert_array_equal(issues.given, given[issues.index])
+  two_classes = {"mean_probabilities": p[:, :2] / p[:, :2].sum(1)[:, None]}
+  np.testing.assert_array_equal(
+    find(two_classes, given > 1).score, find(two_classes, (given > 1).astype(int)).score
+  )
 
 
 @functools.cache
@@ -378,8 +386,7 @@ def test_one_run_on_digits_finds_the_wrong_labels(
 
 
 def test_memory_for_many_examples_is_that_of_the_result():
-  # The distributions in the order of suspicion are one copy. Before, there were four,
-  # and four more for the page.
+  # The result contains one copy of p, in the order of suspicion; the page needs none.
   size, num_classes = 20_000, 100
   rng = np.random.default_rng(0)
   labels = rng.integers(num_classes, size=size)
@@ -387,16 +394,16 @@ def test_memory_for_many_examples_is_that_of_the_result():
   p /= p.sum(axis=1, keepdims=True)
   tracemalloc.start()
   issues = audit.find_label_issues({"mean_probabilities": p}, labels)
-  _, most = tracemalloc.get_traced_memory()
-  assert most < 1.8 * p.nbytes
+  _, peak = tracemalloc.get_traced_memory()
+  assert peak < 1.8 * p.nbytes
   assert sorted(issues.index.tolist()) == list(range(size))
   tracemalloc.reset_peak()
   before, _ = tracemalloc.get_traced_memory()
   names = [str(c) for c in range(num_classes)]
   page.build(issues, names, [""] * size)
-  _, most = tracemalloc.get_traced_memory()
+  _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
-  assert most - before < 1.5 * p.nbytes
+  assert peak - before < 1.5 * p.nbytes
 
 
 def test_one_hot_integers_are_distributions():

@@ -33,6 +33,8 @@ def assert_same(actual):
 
 
 class Builder:
+  """Returns `arrays()` and counts its calls."""
+
   def __init__(self):
     self.calls = 0
 
@@ -47,6 +49,7 @@ def only_file(folder):
 
 
 def stored_file(folder):
+  """Caches `arrays()` in an empty folder and returns the path of the file."""
   cache.cached_arrays(folder, KEY, arrays)
   return only_file(folder)
 
@@ -66,8 +69,8 @@ def test_file_name_contains_the_key_and_numpy_reads_it(tmp_path):
     np.testing.assert_array_equal(stored["labels"], arrays()["labels"])
 
 
-def test_arrays_of_every_name_and_type_are_built_once(tmp_path, caplog):
-  # The first two names are arguments of NumPy's function.
+def test_unusual_names_and_types_are_stored_and_bfloat16_is_refused(tmp_path, caplog):
+  # `file` and `allow_pickle` are also names of arguments of `np.savez`.
   content = {
     "file": np.arange(3),
     "allow_pickle": np.array([b"x", b""]),

@@ -55,7 +55,7 @@ def test_rows_of_every_number_of_clean_images(run):
   assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_nothing_is_trained_again_for_what_it_does_not_depend_on():
+def test_methods_are_not_trained_again_for_settings_that_have_no_effect():
   cells = script.make_cells(_SETTINGS, tuple(script.METHODS))
   trained = {}
   for cell in cells:
@@ -63,9 +63,12 @@ def test_nothing_is_trained_again_for_what_it_does_not_depend_on():
     trained.setdefault(cell.method_name, []).append(facts)
   once = [(problem, 3) for problem in script.PROBLEMS]
   each = [(problem, count) for problem in script.PROBLEMS for count in (1, 3)]
-  alone = [("symmetric", count) for count in (1, 3)]
-  of = dict.fromkeys(("uniform", "no_clean_data", "early_stopped"), once)
-  assert trained == dict.fromkeys(script.METHODS, each) | of | {"clean_only": alone}
+  clean_only = [("symmetric", count) for count in (1, 3)]
+  assert trained == {
+    **dict.fromkeys(script.METHODS, each),
+    **dict.fromkeys(("uniform", "no_clean_data", "early_stopped"), once),
+    "clean_only": clean_only,
+  }
   # Training on the clean images alone has a row under every problem.
   (cell,) = (c for c in cells if c.folder == "digits-symmetric-3-clean_only")
   fields = {**dict.fromkeys(report.RUN_FIELDS), "last": {"accuracy": 0.5}}
@@ -102,6 +105,7 @@ def test_only_the_clean_set_depends_on_its_size():
     np.testing.assert_array_equal(few.train.label, many.train.label)
     np.testing.assert_array_equal(few.meta.label, np.tile(np.arange(10), 3))
     np.testing.assert_array_equal(few.meta.image[:10], many.meta.image[:10])
+    # Few clean images are repeated up to the number of the largest clean set.
     np.testing.assert_array_equal(few.meta.image[10:20], few.meta.image[:10])
     assert len(np.unique(many.meta.image.reshape(30, -1), axis=0)) == 30
     both = np.concatenate([many.meta.image, few.train.image]).reshape(-1, 64)
@@ -112,7 +116,7 @@ def test_only_the_clean_set_depends_on_its_size():
   assert len(sizes) == 1
 
 
-def test_held_out_images_are_neither_of_the_test_set_nor_trained_on():
+def test_held_out_images_are_neither_in_the_test_set_nor_trained_on():
   settings = _SETTINGS.replace(evaluate_on="validation")
   (tuned,) = script.make_splits(settings, "digits", "symmetric", 3, (0,))
   (final,) = script.make_splits(_SETTINGS, "digits", "symmetric", 3, (0,))
@@ -123,7 +127,7 @@ def test_held_out_images_are_neither_of_the_test_set_nor_trained_on():
   assert len(np.unique(images, axis=0)) == len(images)
 
 
-def test_flags_of_methods_that_are_not_run_are_noted():
+def test_flags_without_effect_on_the_chosen_methods_are_noted():
   settings = script.Settings(fine_tuning_share=0.9, lookahead_learning_rate=7.0)
   settings = settings.replace(eval_every=1)
   assert settings.notes([*script.METHODS], ["uniform"]).count("has no effect") == 3

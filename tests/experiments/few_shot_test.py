@@ -119,9 +119,9 @@ def test_weights_are_probed_from_the_start(run):
 
 
 @pytest.mark.slow
-def test_a_run_adds_another_ood_share_and_share_item_weighs_single_images(run):
+def test_a_run_adds_another_ood_share_and_share_item_weights_single_images(run):
   folder, _ = run
-  kept = scripts.contents(folder / "ood-0.5")
+  before = scripts.contents(folder / "ood-0.5")
   more, items = scripts.run_many(
     _NAME,
     [
@@ -146,8 +146,8 @@ def test_a_run_adds_another_ood_share_and_share_item_weighs_single_images(run):
   )
   for done in (more, items):
     assert done.status == 0 and done.stderr == "", done
-  now = scripts.contents(folder / "ood-0.5")
-  assert {path: now[path] for path in kept} == kept
+  after = scripts.contents(folder / "ood-0.5")
+  assert {path: after[path] for path in before} == before
   rows, _, _ = scripts.saved_rows(folder)
   assert {row["ood_share"] for row in rows} == {0.5, 0.25} and len(rows) == 2 * 4
   # maml_zeroed knows which tasks are out of distribution, so its weights separate them.
@@ -175,11 +175,11 @@ def test_every_kind_of_out_of_distribution_source_can_be_read(tmp_path):
   images = np.random.default_rng(0).integers(256, size=(20, 5, 5, 3), dtype=np.uint8)
   labels = np.arange(20) % 2
   parts = {"X": images, "y": labels, "X_test": images, "y_test": labels}
-  np.savez(tmp_path / "own.npz", **parts)
+  np.savez(tmp_path / "images.npz", **parts)
   rows = images.reshape(20, -1) + np.float32(0.5)
   np.savez(tmp_path / "rows.npz", **{**parts, "X": rows, "X_test": rows})
   train = sources.load("digits", "train")
-  for name, size in (("digits", 1297), (f"npz:{tmp_path}/own.npz", 20)):
+  for name, size in (("digits", 1297), (f"npz:{tmp_path}/images.npz", 20)):
     source = script.foreign_source(script.Settings(ood=name), train, 0)
     assert source.images.shape == (size, 8, 8, 1)
   with pytest.raises(base.InputError, match="has no uint8 images"):
@@ -214,7 +214,7 @@ _MISTAKES = {
     ["--share=item"],
     "--num_clusters has no effect with --share=item",
   ),
-  "last_word": (["--num_shots=200"], "Lower --num_shots or --num_queries."),
+  "shots_advice": (["--num_shots=200"], "Lower --num_shots or --num_queries."),
   "no_folder": (["--dataset=mini_imagenet"], "mini_imagenet needs --data_dir="),
   "empty_folder": (
     ["--dataset=mini_imagenet", "--data_dir={tmp}"],

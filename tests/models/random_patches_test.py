@@ -14,7 +14,7 @@ def _images(size, side=12):
 
 
 def _reference(extractor, image):
-  """Features of one image, a window at a time, before they are standardized."""
+  """Features of one image in float64, before they are standardized."""
   image = image.astype(np.float64) / 255
   kernel = extractor.kernel.reshape(-1, extractor.kernel.shape[-1]).astype(np.float64)
   responses = np.zeros((4, 4, 2 * kernel.shape[1]))
@@ -66,15 +66,15 @@ def test_features_need_images_like_those_of_fit():
   assert extractor(images[:0]).shape == (0, 2048)
 
 
-def test_features_of_many_images_are_stored_once():
+def test_features_of_many_images_are_stored_once_and_standardized():
   extractor, features = random_patches.fit(_images(1000))
   images = _images(2000)
   tracemalloc.start()
   tracemalloc.reset_peak()
   more = extractor(images)
-  _, most = tracemalloc.get_traced_memory()
+  _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
-  assert most < 1.2 * more.nbytes
+  assert peak < 1.2 * more.nbytes
   np.testing.assert_allclose(features.mean(axis=0), 0, atol=1e-4)
   responses = features * extractor.std + extractor.mean
   np.testing.assert_allclose(extractor.std, responses.std(axis=0) + 1e-3, rtol=1e-3)

@@ -29,7 +29,7 @@ def _first_step_of(row, seed=0):
   return int(np.flatnonzero(order == row)[0]) // 8
 
 
-_HUGE = 3e38  # A valid pixel whose loss is not finite.
+_HUGE = 3e38  # A finite pixel; the loss of its image is not finite.
 
 
 def _broken_at(step, seed=0):

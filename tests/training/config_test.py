@@ -71,17 +71,17 @@ def test_splits_of_different_sizes_raise(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("change", "what"),
+  ("change", "message"),
   [
     (lambda image: image[:, :2], r"one image shape.* \(2,\) and \(4,\)"),
     (lambda image: image.astype(np.float16), "one image dtype.* float16 and float32"),
   ],
 )
-def test_images_of_different_kinds_raise(tmp_path, change, what):
+def test_images_of_different_shapes_or_types_raise(tmp_path, change, message):
   splits = [toy_runs.make_splits(seed) for seed in (0, 1)]
   train = splits[1].train._replace(image=change(splits[1].train.image))
   splits[1] = splits[1]._replace(train=train)
-  with pytest.raises(base.InputError, match=what) as error:
+  with pytest.raises(base.InputError, match=message) as error:
     toy_runs.train(tmp_path / "run", _UNIFORM, splits, seeds=(0, 1))
   assert "\n" not in str(error.value)
   assert not (tmp_path / "run").exists()
@@ -130,7 +130,7 @@ def test_an_empty_test_set_raises(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-def test_something_is_due_at_its_intervals_and_at_the_end():
+def test_is_due_at_multiples_of_the_intervals_and_at_the_end():
   config = config_lib.Config(10, log_every=2, eval_every=3, checkpoint_every=4)
   assert config.intervals == (2, 3, 4)
   due = [step for step in range(1, 11) if config.is_due(step, 3, 4)]

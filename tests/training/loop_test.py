@@ -173,12 +173,12 @@ def test_a_signal_before_the_first_step_does_not_repeat_the_probes(
     probes = [memorization.accuracy]
     return toy_runs.train(tmp_path, _METHODS["uniform"], probes=probes, num_steps=3)
 
-  def stopped(_):
+  def interrupted(_):
     signal.raise_signal(signal.SIGINT)
     return contextlib.nullcontext(lambda: True)
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(interruption, "agreed", stopped)
+    patch.setattr(interruption, "agreed", interrupted)
     train()
   assert toy_runs.saved(tmp_path)[0] == 0
   (result,) = train()
@@ -189,7 +189,7 @@ def test_a_signal_before_the_first_step_does_not_repeat_the_probes(
 @pytest.mark.slow(unless=("uniform", "l2rw", "class_proportion"))
 @pytest.mark.parametrize("name", list(_METHODS))
 def test_every_method_runs_and_compiles_once(tmp_path, caplog, monkeypatch, name):
-  compiled = []
+  compiled = []  # The functions that were compiled before each step.
   original = sampling.Sampler.next
 
   def count(self, step):
@@ -212,13 +212,14 @@ def test_every_method_runs_and_compiles_once(tmp_path, caplog, monkeypatch, name
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("at", [0, 2, 6])  # The first, a middle and the last step.
+# The first, a middle and the last step.
+@pytest.mark.parametrize("interrupted_step", [0, 2, 6])
 def test_interrupted_run_with_batch_statistics_ends_with_the_same_bytes(
-  tmp_path, monkeypatch, whole_run, at
+  tmp_path, monkeypatch, whole_run, interrupted_step
 ):
   monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    toy_runs.interrupt(patch, at)
+    toy_runs.interrupt(patch, interrupted_step)
     _train_norm_net(tmp_path)
   _train_norm_net(tmp_path)
   assert toy_runs.outcome(tmp_path) == toy_runs.outcome(whole_run)
@@ -239,6 +240,7 @@ def _train_norm_net(folder):
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
+  """The folder of a run that was not interrupted."""
   folder = tmp_path_factory.mktemp("whole")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(workdir, "_commit", lambda: "unknown")
@@ -247,15 +249,16 @@ def whole_run(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", ["adacore", "random_fixed"])
-def test_interrupted_coreset_run_ends_with_the_same_bytes(tmp_path, monkeypatch, make):
+@pytest.mark.parametrize("name", ["adacore", "random_fixed"])
+def test_interrupted_coreset_run_ends_with_the_same_bytes(tmp_path, monkeypatch, name):
   monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
-  # Two passes over 16 of 40 examples in batches of 8: a selection every four steps.
+  # Two passes over 16 of 40 examples in batches of 8 take four steps, and then the next
+  # selection follows.
   methods = {
     "adacore": adacore.adacore(0.4, 2, greedy="stochastic"),
     "random_fixed": adacore.random_subset(0.4, None),
   }
-  method = methods[make]
+  method = methods[name]
   toy_runs.train(tmp_path / "whole", method, num_steps=11, checkpoint_every=3)
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     toy_runs.interrupt(patch, 5)  # The second selection was before step 4.

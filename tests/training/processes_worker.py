@@ -57,12 +57,12 @@ def sweep(path, kind, names):
 
   numbers = {}
   for start in range(0, len(names), _METHODS_IN_A_PROGRAM):
-    some = names[start : start + _METHODS_IN_A_PROGRAM]
-    initial = {name: sweep_test._initial(name) for name in some}
+    group = names[start : start + _METHODS_IN_A_PROGRAM]
+    initial = {name: sweep_test._initial(name) for name in group}
     state = devices.replicate(
       jax.tree.map(lambda x: np.asarray(x)[None], initial), chosen
     )
-    step = devices.map_step(_steps_of(some), 1, chosen, kind)
+    step = devices.map_step(_steps_of(group), 1, chosen, kind)
     step.lower(state, *map(split, sweep_test._data()[0])).compile()
     processes.exchange("compiled", "")  # As in the training loop.
     for i, batches in enumerate(sweep_test._data()):
@@ -83,7 +83,7 @@ def sweep(path, kind, names):
 
 
 def _steps_of(names):
-  """A step of several methods, as one program."""
+  """A function that takes one step of each of several methods, as one program."""
   import sweep_test
 
   from l2rw_jax.training import devices
@@ -106,10 +106,10 @@ def _steps_of(names):
 
 
 def train(folder, names, signal_at=None, **settings):
-  """Calls `loop.train` for each method; `signal_at` is [process, step, signal]."""
-  # In float64, so that rounding does not explain any difference.
+  """Calls `loop.train` for each method; `signal_at` is [process, step, name]."""
+  # Runs are in float64, so that rounding does not explain any difference.
   jax.config.update("jax_enable_x64", True)
-  # Flax keeps running statistics in float32.
+  # Flax keeps running statistics in float32, and mixes them with float64.
   jax.config.update("jax_numpy_dtype_promotion", "standard")
   from flax import linen as nn
   import toy_runs
@@ -126,12 +126,12 @@ def train(folder, names, signal_at=None, **settings):
     "adacore": adacore.adacore(0.5),
   }
   if signal_at is not None:
-    process, at, number = signal_at
+    process, signal_step, signal_name = signal_at
     original = sampling.Sampler.next
 
     def draw(self, step):
-      if step == at and processes.index() == process:
-        os.kill(os.getpid(), signal.Signals[number])
+      if step == signal_step and processes.index() == process:
+        os.kill(os.getpid(), signal.Signals[signal_name])
       return original(self, step)
 
     sampling.Sampler.next = draw
@@ -187,12 +187,13 @@ def mistakes(folder):
   )
   exists = pathlib.Path.exists
 
-  def exists_elsewhere(path, **options):
+  def exists_on_another_host(path, **options):
+    # As if this host did not see the file that the first process writes.
     return exists(path, **options) and not path.name.startswith(workdir._SHARED)
 
-  def unshared():
+  def unshared_folder():
     if process == 1:
-      pathlib.Path.exists = exists_elsewhere
+      pathlib.Path.exists = exists_on_another_host
     try:
       train()
     finally:
@@ -213,7 +214,7 @@ def mistakes(folder):
     "settings": lambda: train(num_steps=5 + 2 * process),
     "data": lambda: train([toy_runs.make_splits(process)]),
     "flags": flags,
-    "folder": unshared,
+    "folder": unshared_folder,
   }
   messages = {}
   for name, call in calls.items():

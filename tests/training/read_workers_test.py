@@ -25,7 +25,7 @@ def test_worker_processes_read_the_same_examples(tmp_path, monkeypatch):
   monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
   images = toy_runs.make_splits().train.image
   splits = _with_source(examples.View(images, np.arange(len(images))))
-  # Hosts may have different numbers of workers, so `check_same` must not see them.
+  # Hosts may have different numbers of workers, so `check_same` must not compare them.
   compared = []
   monkeypatch.setattr(
     processes, "check_same", lambda what, values: compared.append(dict(values))
@@ -57,11 +57,11 @@ def test_worker_that_ends_is_an_error_of_one_line(tmp_path):
     toy_runs.train(tmp_path, baselines.uniform(), splits, data_workers=1)
 
 
-def test_wrong_workers_raise(tmp_path):
+def test_workers_cannot_receive_locks_and_are_limited_in_number(tmp_path):
   images = toy_runs.make_splits().train.image
   source = examples.View(images, np.arange(len(images)))
   source.lock = threading.Lock()  # It cannot be pickled.
   splits = _with_source(source)
-  for workers, part in ((1, "cannot be sent to other"), (9, "between 0 and 8")):
-    with pytest.raises(base.InputError, match=f"--data_workers={workers}.* {part}"):
+  for workers, message in ((1, "cannot be sent to other"), (9, "between 0 and 8")):
+    with pytest.raises(base.InputError, match=f"--data_workers={workers}.* {message}"):
       toy_runs.train(tmp_path, baselines.uniform(), splits, data_workers=workers)

@@ -121,7 +121,7 @@ def test_weights_are_in_units_of_the_uniform_weight(weights, share):
   assert output.metrics["loss"] == 1.5
 
 
-def _with(**columns):
+def _batch_with(**columns):
   return {**_GOOD, **{k: np.asarray(v, np.float32) for k, v in columns.items()}}
 
 
@@ -136,8 +136,8 @@ _L2RW = l2rw.l2rw()
 _HUGE_STEP = optax.sgd(3e38)
 _NONE = base.Fault.NONE
 _CASES = {
-  "nan_loss": ({"batch": _with(y=[np.nan, 0, 0, np.nan])}, 2, _NONE),
-  "infinite_loss": ({"batch": _with(y=[0, 1e30, 0, 0])}, 1, _NONE),
+  "nan_loss": ({"batch": _batch_with(y=[np.nan, 0, 0, np.nan])}, 2, _NONE),
+  "infinite_loss": ({"batch": _batch_with(y=[0, 1e30, 0, 0])}, 1, _NONE),
   "nan_gradient": ({"method": _NAN_GRADIENT}, 0, _NONE),
   "direction": (
     {"method": _L2RW, "meta": {**_META, "y": _META["y"] + np.nan}},
@@ -147,7 +147,7 @@ _CASES = {
   "loss_and_direction": (
     {
       "method": _L2RW,
-      "batch": _with(y=[np.nan, 0, 0, 0]),
+      "batch": _batch_with(y=[np.nan, 0, 0, 0]),
       "meta": {**_META, "y": _META["y"] + np.nan},
     },
     1,
@@ -179,8 +179,8 @@ def test_non_finite_step_changes_nothing(name):
 def test_no_step_follows_the_first_failure():
   counting = _counting(_UNIFORM)
   state, _ = _step(_state(), method=counting)
-  failed, _ = _step(state, _with(y=[np.nan, np.nan, 0, 0]), method=counting)
-  for batch in (_GOOD, _with(y=[np.nan] * 4), _GOOD):
+  failed, _ = _step(state, _batch_with(y=[np.nan, np.nan, 0, 0]), method=counting)
+  for batch in (_GOOD, _batch_with(y=[np.nan] * 4), _GOOD):
     later, _ = _step(failed, batch, method=counting)
     chex.assert_trees_all_equal(later, failed)
   assert (failed.failure.step, failed.failure.losses) == (1, 2)
@@ -237,7 +237,7 @@ def test_nan_on_one_device_stops_all_devices():
     devices=chosen,
   )
   halves = jax.tree.map(
-    lambda x: x.reshape(2, 2, *x.shape[1:]), _with(y=[np.nan, 0, 0, 0])
+    lambda x: x.reshape(2, 2, *x.shape[1:]), _batch_with(y=[np.nan, 0, 0, 0])
   )
   after, output = step(_state(), halves, None, jax.random.key(0))
   for device in range(2):
@@ -278,8 +278,8 @@ def test_first_failed_run_and_its_explanation():
     np.array([-1, 7, 3, 5]), np.array([0, 2, 0, 0]), np.array([0, 0, 0, 2])
   )
   assert step_lib.first_failed_run(failure) == 2
-  well = failure._replace(step=np.full(4, -1))
-  assert step_lib.first_failed_run(well) is None
+  no_failure = failure._replace(step=np.full(4, -1))
+  assert step_lib.first_failed_run(no_failure) is None
   explain = step_lib.explain_failure
   assert explain(failure, 1, 8)[0] == "2 of 8 losses are NaN or infinite"
   assert explain(failure, 2, 8)[0] == "the update is NaN or infinite"

@@ -59,7 +59,7 @@ def test_restored_timer_continues(advance, tmp_path):
     "saved": {"20": 4, "30": 5},
     "steps_per_call": 2,
   }
-  # The newest checkpoint may be damaged.
+  # If the newest checkpoint is damaged, the run continues from an earlier one.
   assert timer_lib.Timer.restore(path, 20).read() == 4
 
 

@@ -19,7 +19,7 @@ def test_two_steps_of_two_runs_by_hand():
   np.testing.assert_array_equal(log.total, [[2.0, 0.0, 0, 0], [4.0, 0, 1.0, 2.0]])
 
 
-def test_repeated_example_in_a_batch_counts_twice():
+def test_repeated_example_in_a_batch_counts_each_time():
   log = weight_log.WeightLog.empty(1, 2)
   log.add(np.array([[1, 1, 1]]), np.array([[0.0, 3.0, 1.5]]))
   assert log.seen.tolist() == [[0, 3]] and log.rejected.tolist() == [[0, 1]]

@@ -9,11 +9,12 @@ from l2rw_jax.methods.mentornet import loss_dump
 
 
 def _combine(folder):
+  """Reads the records of a run of seed 0 with 40 training examples."""
   labels = np.zeros(40, int)
   return loss_dump.Writer(folder).combine(0, labels, labels, batch_size=8, num_steps=12)
 
 
-def test_missing_and_damaged_records_are_refused(tmp_path):
+def test_unusable_folders_of_records_are_refused(tmp_path):
   with pytest.raises(base.InputError, match="has no recorded losses"):
     _combine(tmp_path)
   (tmp_path / "seed-0").mkdir()
@@ -92,12 +93,15 @@ def test_archives_with_other_columns_are_refused(tmp_path):
   np.savez(tmp_path / "dump.npz", **columns)
   with pytest.raises(base.InputError, match="its columns differ in length"):
     loss_dump.read_dump(tmp_path / "dump.npz")
-  (tmp_path / "none").touch()
+
+
+def test_a_dump_below_a_file_cannot_be_written(tmp_path):
+  (tmp_path / "file").touch()
   with pytest.raises(base.InputError, match="cannot write"):
-    loss_dump.write_dump(tmp_path / "none" / "dump.npz", _dump())
+    loss_dump.write_dump(tmp_path / "file" / "dump.npz", _dump())
 
 
-def _npz(path, **changed):
+def _write_npz(path, **changed):
   np.savez(path, **{**_dump()._asdict(), **changed})
 
 
@@ -120,7 +124,7 @@ def _npz(path, **changed):
   ],
 )
 def test_invalid_columns_are_refused(tmp_path, changed, message):
-  _npz(tmp_path / "dump.npz", **changed)
+  _write_npz(tmp_path / "dump.npz", **changed)
   with pytest.raises(base.InputError, match=message):
     loss_dump.read_dump(tmp_path / "dump.npz")
 
@@ -149,7 +153,7 @@ def test_damaged_archives_are_refused(tmp_path):
 
 
 def test_loss_beyond_float32_is_infinite(tmp_path):
-  _npz(tmp_path / "dump.npz", loss=np.full(20, 1e300))
+  _write_npz(tmp_path / "dump.npz", loss=np.full(20, 1e300))
   assert np.isinf(loss_dump.read_dump(tmp_path / "dump.npz").loss).all()
 
 
@@ -163,7 +167,7 @@ def test_loss_beyond_float32_is_infinite(tmp_path):
     ("epoch-last", {"index": np.array([0]), "loss": np.ones(1)}),
   ],
 )
-def test_invalid_epochs_are_refused(tmp_path, name, columns):
+def test_invalid_files_of_epochs_are_refused(tmp_path, name, columns):
   (tmp_path / "seed-0").mkdir()
   np.savez(tmp_path / "seed-0" / f"{name}.npz", **columns)
   with pytest.raises(base.InputError, match="cannot read it"):
