@@ -194,6 +194,7 @@ def test_relative_rates_of_even_directed_and_no_mistakes():
   directed = np.diag(np.full(4, 60)) + np.roll(np.diag(np.full(4, 30)), 1, axis=1)
   rates = label_issues.relative_rates(directed)
   off = ~np.eye(4, dtype=bool)
+  # Equation (3) with Z = 30, M = 10 and v = 2.9 is (1 + 2.9 * 30) / (1 + 2.9 * 10).
   np.testing.assert_allclose(rates[off][directed[off] > 0], 88 / 30, rtol=1e-12)
   assert (rates[off][directed[off] == 0] < 0.1).all()
   np.testing.assert_array_equal(label_issues.relative_rates(np.diag([5, 0, 7])), 1)

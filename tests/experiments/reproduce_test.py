@@ -160,7 +160,7 @@ def test_flops_are_those_of_the_convolutions_times_the_passes(cells):
   assert reproduce.forward("resnet_32").has_batch_norm
 
 
-def test_the_number_of_images_of_a_tail_is_that_of_the_builder():
+def test_the_number_of_images_of_a_long_tail_is_about_that_of_the_builder():
   from l2rw_jax.data import long_tail
 
   for builder, shape, imbalance in (

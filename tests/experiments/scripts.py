@@ -65,7 +65,10 @@ def start(*arguments: Any, cwd=REPOSITORY, stdin: str | None = None) -> Outcome:
 
 
 def run(name: str, *arguments: Any, cwd: Any = ".") -> Outcome:
-  """Does what `python -m experiments.NAME` does in a folder, but in this process."""
+  """Does what `python -m experiments.NAME` does in a folder, but in this process.
+
+  A name with a dot, such as benchmarks.step_time, is that of the whole module.
+  """
   module = importlib.import_module(name if "." in name else f"experiments.{name}")
   experiment = module.TABLE.name if hasattr(module, "TABLE") else ""
   stdout, stderr, status = io.StringIO(), io.StringIO(), 0
