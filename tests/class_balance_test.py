@@ -16,7 +16,7 @@ _effective_number = jax.jit(class_balance.effective_number, static_argnums=1)
 _CIFAR_10_LT = np.array([5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50])
 
 
-def test_by_hand():
+def test_inverse_frequency_by_hand():
   np.testing.assert_allclose(_inverse_frequency(np.array([30, 10])), [2 / 3, 2])
   np.testing.assert_allclose(_inverse_frequency(np.array([5, 5, 5])), [1, 1, 1])
 
@@ -36,7 +36,7 @@ def test_present_classes_share_the_examples_equally(counts):
   np.testing.assert_allclose(share, expected, rtol=1e-5)
 
 
-def test_effective_number_on_the_long_tails_of_ldam():
+def test_effective_number_on_the_imbalanced_sets_of_ldam():
   weights = [0.0506, 0.0769, 0.1211, 0.195, 0.3188, 0.5246, 0.8683, 1.4426, 2.4092]
   np.testing.assert_allclose(
     _effective_number(_CIFAR_10_LT, 0.9999), [*weights, 3.9927], atol=5e-5
@@ -105,10 +105,10 @@ def test_counts_of_another_shape_are_refused_under_jit():
 
 @pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
 def test_invalid_counts_are_refused_or_give_nan(bad):
-  for weights in (class_balance.inverse_frequency, class_balance.effective_number):
+  for function in (class_balance.inverse_frequency, class_balance.effective_number):
     with pytest.raises(base.InputError, match="the count of class 1 is"):
-      weights(jnp.array([3.0, bad]))
-    assert np.isnan(jax.jit(weights)(jnp.array([3.0, bad]))).all()
+      function(jnp.array([3.0, bad]))
+    assert np.isnan(jax.jit(function)(jnp.array([3.0, bad]))).all()
 
 
 @pytest.mark.parametrize("dtype", [int, float])
@@ -142,14 +142,14 @@ def test_counts_keep_double_precision(x64):
     np.testing.assert_allclose(actual, expected, rtol=1e-14)
 
 
-def test_no_labels_have_no_order():
+def test_the_balanced_order_of_no_labels_is_empty():
   order = class_balance.balanced_order(np.zeros(0, int), np.random.default_rng(0))
   assert order.shape == (0,)
 
 
 @pytest.mark.filterwarnings("error")
 def test_counts_and_weights_may_be_lists():
-  counts = class_balance.inverse_frequency([30, 10])
-  np.testing.assert_allclose(counts, [2 / 3, 2], rtol=1e-6)
+  class_weights = class_balance.inverse_frequency([30, 10])
+  np.testing.assert_allclose(class_weights, [2 / 3, 2], rtol=1e-6)
   weights = class_balance.example_weights([1, 3], [0, 1, 1, 0])
   np.testing.assert_allclose(weights, [0.125, 0.375, 0.375, 0.125], rtol=1e-6)

@@ -56,10 +56,10 @@ def test_float_images_are_unchanged():
 
 
 @pytest.mark.parametrize("dtype", [">f4", ">f8", ">f2", np.longdouble])
-def test_floats_of_every_byte_order_and_precision_are_trained_on(dtype):
+def test_floats_of_every_byte_order_and_precision_are_converted(dtype):
   x = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float16)
-  made = examples_lib.from_arrays((x.astype(dtype), np.arange(6) % 2))
-  for part in (made.train, made.test, made.meta):
+  splits = examples_lib.from_arrays((x.astype(dtype), np.arange(6) % 2))
+  for part in (splits.train, splits.test, splits.meta):
     np.testing.assert_array_equal(jnp.asarray(part.image), x[: len(part.label)])
   plain = examples_lib.from_arrays((x, np.arange(6) % 2))
   assert plain.train.image is x
@@ -133,8 +133,8 @@ def test_keep_train_keeps_rows_and_changes_the_fingerprint():
       np.testing.assert_array_equal(column, original[[0, 3]])
   for part in ("meta", "validation", "test"):
     assert getattr(kept, part) is getattr(splits, part)
-  others = [splits, kept, examples_lib.keep_train(splits, np.array([0, 4]))]
-  assert len({s.fingerprint for s in others}) == 3
+  all_splits = [splits, kept, examples_lib.keep_train(splits, np.array([0, 4]))]
+  assert len({s.fingerprint for s in all_splits}) == 3
   assert (
     examples_lib.keep_train(splits, np.array([0, 3])).fingerprint == kept.fingerprint
   )
@@ -197,12 +197,12 @@ def test_numbers_that_are_infinite_in_float32_are_refused():
     examples_lib.check_images(images, "images")
 
 
-def test_valid_images_pass():
+def test_floating_point_images_pass_and_integers_raise():
   examples_lib.check_images(np.zeros((2, 3), np.float64), "floats")
   examples_lib.check_images(np.zeros((0, 3), np.float32), "nothing")
-  message = "bytes must be uint8 or floating point; got int"
+  message = "integers must be uint8 or floating point; got int"
   with pytest.raises(base.InputError, match=message):
-    examples_lib.check_images(np.zeros((2, 3), np.int64), "bytes")
+    examples_lib.check_images(np.zeros((2, 3), np.int64), "integers")
 
 
 @pytest.mark.parametrize(
@@ -345,11 +345,16 @@ def test_columns_of_another_length_raise():
     examples_lib.check_examples(train._replace(label=train.label[:3]), "it")
 
 
-def test_rows_to_keep_may_be_bools():
+def test_the_default_test_set_consists_of_training_examples():
+  x = np.arange(20.0)[:, None]
+  test = examples_lib.from_arrays((x, np.arange(20) % 2)).test
+  assert len(test.label) == 20
+  np.testing.assert_array_equal(test.image, x[test.source_index])
+
+
+def test_rows_to_keep_are_different_integers_or_bools():
   x, y = np.arange(20.0)[:, None], np.arange(20) % 2
   splits = examples_lib.from_arrays((x, y))
-  test_rows = splits.test.source_index
-  np.testing.assert_array_equal(splits.test.image, x[test_rows])
   assert not len(examples_lib.keep_train(splits, []).train.label)
   kept = examples_lib.keep_train(splits, np.arange(20) < 3)
   np.testing.assert_array_equal(kept.train.image[:, 0], [0, 1, 2])
@@ -389,6 +394,6 @@ def test_the_number_of_classes_is_an_integer():
     examples_lib.from_arrays((np.zeros((2, 2)), np.array([0, 1])), num_classes=3.0)
 
 
-def test_wrong_labels_are_those_of_the_given_part():
+def test_the_part_of_an_invalid_label_is_named():
   with pytest.raises(base.InputError, match="labels of train"):
     examples_lib.from_arrays((np.zeros((2, 2)), np.array([0, -1])))

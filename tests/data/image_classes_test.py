@@ -78,13 +78,14 @@ def test_rotated_classes():
   np.testing.assert_array_equal(
     rotated.images[5, ..., 0], np.rot90(source.images[1, ..., 0], 2)
   )
-  assert rotated.labels[5] == 1 + 2 * 2
+  assert rotated.labels[5] == 1 + 2 * 2  # Class 1 of 2 after two rotations.
 
 
 def test_shuffled_classes_keep_their_sizes():
   source = _source(num_classes=4, per_class=20)
   shuffled = image_classes.shuffled(source, seed=0)
   np.testing.assert_array_equal(np.bincount(shuffled.labels), 20)
+  # By chance, a quarter of the labels do not change.
   assert 0.1 < np.mean(shuffled.labels == source.labels) < 0.45
   assert shuffled.images is source.images and shuffled.name != source.name
 
@@ -184,7 +185,7 @@ def test_16_bit_pixels_are_scaled(tmp_path):
   assert source.images[0, :, :, 0].tolist() == [[0, 1, 128, 255]] * 4
 
 
-def test_all_images_are_read_or_raise(folder):
+def test_an_image_that_cannot_be_read_is_an_error(folder):
   inner = folder / "train" / "red" / "more" / "still"
   inner.mkdir(parents=True)
   Image.new("RGB", (5, 5), "red").save(inner / "x.PNG")
@@ -202,6 +203,7 @@ def test_all_images_are_read_or_raise(folder):
   assert_raises(folder / "train" / "lost.png", "is in no class")
   assert_raises(inner / "y.webp", "has a format that cannot be read")
   valid = (inner / "x.PNG").read_bytes()
+  # Empty, cut off, and with a broken header.
   for content in (b"", valid[:40], valid[:46], valid.replace(b"IHDR", b"IHDX")):
     assert_raises(inner / "y.png", "cannot be read as an image", content)
   (inner / "y.png").symlink_to("nowhere")
@@ -224,7 +226,7 @@ def test_splits_with_other_classes_raise(folder):
   examples_lib.check_sources(train, val._replace(class_names=train.class_names))
 
 
-def test_class_names_are_kept():
+def test_class_names_follow_their_classes():
   source = _source(num_classes=4)
   one, other = image_classes.split_classes(source, (2, 2), seed=0)
   assert sorted(one.class_names + other.class_names) == ["0", "1", "2", "3"]

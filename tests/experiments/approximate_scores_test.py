@@ -37,14 +37,14 @@ def test_scores_are_compared_with_exact_ones_of_the_same_step():
   # The steps in between also trained the parameters.
   change = np.abs(updated["Dense_0"]["kernel"] - params["Dense_0"]["kernel"])
   assert change.max() > 1e-3
-  rows = approximate_scores.correlations(actual[[0, 2]], exact[[0, 2]])
-  assert rows["spearman_least"] == pytest.approx(1)
+  result = approximate_scores.correlations(actual[[0, 2]], exact[[0, 2]])
+  assert result["spearman_least"] == pytest.approx(1)
 
 
 def test_spearman_of_reversed_and_equal_scores():
   exact = np.arange(5.0)
-  rows = approximate_scores.correlations(
+  result = approximate_scores.correlations(
     np.stack([exact, -exact]), np.stack([exact] * 2)
   )
-  assert rows["spearman_median"] == pytest.approx(0)
-  assert rows["spearman_least"] == pytest.approx(-1)
+  assert result["spearman_median"] == pytest.approx(0)
+  assert result["spearman_least"] == pytest.approx(-1)

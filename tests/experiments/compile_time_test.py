@@ -27,7 +27,7 @@ def _plain(num_arrays):
 @pytest.mark.ci
 @pytest.mark.slow(unless=("layerwise", "meta_weight_net", "example_weights"))
 @pytest.mark.parametrize("name", _LIMITS)
-def test_a_program_is_at_most_a_few_times_that_of_plain_training(name):
+def test_a_program_is_at_most_a_few_times_as_large_as_plain_training(name):
   sizes = {n: _count(compile_time.STEPS[name], n) for n in (50, 200)}
   plain = {n: _plain(n) for n in sizes}
   for counts in (sizes, plain):
