@@ -79,6 +79,7 @@ def test_wrong_labels_come_first(run, table):
   folder, printed = run
   rows = _rows(folder)
   assert len(rows) == 150
+  # Row 0 of the file has no label, so that `_points` begins at index 1.
   first = {int(row["index"]) - 1 for row in rows[:_WRONG]}
   assert len(first & set(range(_WRONG))) >= _WRONG - 1
   num_issues = sum(row["is_issue"] == "True" for row in rows)
@@ -177,7 +178,7 @@ def test_folder_of_images_with_trusted_ones(tmp_path, capsys):
   assert content["names"] == [row["path"] for row in rows]
 
 
-def test_predictions_that_are_all_equal_are_ranked(monkeypatch, tmp_path):
+def test_predictions_that_are_all_equal_give_no_issues(monkeypatch, tmp_path):
   # The network predicts 1/2 for images that are all black, and learns nothing.
   statistics = {"mean_probabilities": np.full((4, 2), 0.5), "seen": np.ones(4)}
   result = types.SimpleNamespace(statistics=statistics)
@@ -189,7 +190,7 @@ def test_predictions_that_are_all_equal_are_ranked(monkeypatch, tmp_path):
   assert issues.num_issues == 0 and not issues.score.any()
 
 
-def test_files_mark_their_encoding_only_if_it_is_not_ascii(tmp_path):
+def test_files_have_a_byte_order_mark_only_if_their_text_is_not_ascii(tmp_path):
   np.savez(tmp_path / "a.npz", X=np.eye(4), y=["a", "a", "é", "é"])
   data = own_data.read(f"npz:{tmp_path / 'a.npz'}")
   issues = audit.find_label_issues(
@@ -217,7 +218,7 @@ def test_the_title_is_the_name_of_the_data(flags, title):
 
 
 def test_pixels_are_standardized_whatever_the_order_of_the_examples():
-  # Of each three images, one is 90; a stride of three would see only zeros.
+  # The pixels of every third image are 90; a stride of three would see only zeros.
   images = np.zeros((3000, 4, 4, 1), np.uint8)
   images[2::3] = 90
   data = types.SimpleNamespace(features=images)

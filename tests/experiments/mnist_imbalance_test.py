@@ -36,7 +36,7 @@ _FLAGS = (
   "checkpoint_every",
 )
 # Flags that are not saved with the settings of a folder.
-_UNTOLD = ("workdir", "data", "data_dir", "cache_dir", "steps_per_call", "flagfile")
+_UNSAVED = ("workdir", "data", "data_dir", "cache_dir", "steps_per_call", "flagfile")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_run_writes_rows_and_figures(run):
 @pytest.mark.slow
 def test_adding_methods_does_not_repeat_runs(run):
   folder, _ = run
-  parts = {p: p.stat().st_mtime_ns for p in folder.glob("majority-*/**/*")}
+  times = {p: p.stat().st_mtime_ns for p in folder.glob("majority-*/**/*")}
   flags = [*_SMALL, "--splits_at_once=2", "--majority=0.9", "--majority=0.9"]
   # A method or majority that is given twice is run once.
   methods = "--methods=hard_mining,hard_mining,uniform"
@@ -89,7 +89,7 @@ def test_adding_methods_does_not_repeat_runs(run):
     ("hard_mining", "2"),
     ("uniform", "2"),
   ]
-  assert {p: p.stat().st_mtime_ns for p in parts} == parts
+  assert {p: p.stat().st_mtime_ns for p in times} == times
 
 
 @pytest.mark.slow
@@ -155,7 +155,7 @@ _MISTAKES = {
   "batch": (["--batch_size=132"], "is larger than the 131 training examples"),
   "indivisible": (["--num_devices=3"], "=100 is not a multiple of --num_devices=3"),
   "devices": (["--num_devices=9"], "--num_devices=9: this machine has 8 cpu device(s)"),
-  "dispatch": (["--steps_per_call=0"], "=0 must lie between 1 and"),
+  "steps_per_call": (["--steps_per_call=0"], "=0 must lie between 1 and"),
   "splits": (["--num_seeds=0"], "=0 must lie between 1 and"),
   "positional": (["digits"], "unexpected argument 'digits': flags begin with --."),
   "not_a_folder": (["--workdir={tmp}/file/run"], "/file/run: cannot write (Not a dir"),
@@ -186,22 +186,22 @@ def test_mistake_is_an_error_of_one_line_and_writes_nothing(mistakes, name):
 
 def test_missing_data_error_names_folder_and_remedy(mistakes):
   outcomes, folder = mistakes
-  said = outcomes["no_data"].stderr
-  assert f"{folder}/none/mnist" in said
-  assert "--data_dir=" in said and "download_and_prepare()" in said
+  error = outcomes["no_data"].stderr
+  assert f"{folder}/none/mnist" in error
+  assert "--data_dir=" in error and "download_and_prepare()" in error
 
 
 def test_helpfull_names_every_flag(tmp_path):
   done = scripts.run(_NAME, "--helpfull", cwd=tmp_path)
   assert done.status == 1 and done.stderr == ""  # As in every absl program.
-  for name in (*_FLAGS, *_UNTOLD):
+  for name in (*_FLAGS, *_UNSAVED):
     assert re.search(rf"^  --(\[no\])?{name}:", done.stdout, re.MULTILINE), name
   assert "Ren et al." in done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.real_data
-def test_the_right_end_of_the_figure_on_mnist(tfds_dir, decoded, tmp_path):
+def test_the_largest_majority_of_the_figure_on_mnist(tfds_dir, decoded, tmp_path):
   done = scripts.run(
     _NAME,
     f"--data_dir={tfds_dir}",

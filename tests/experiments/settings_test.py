@@ -36,16 +36,19 @@ _FLAGS = [
   for module in _MODULES
   for name, details in settings_lib.flags_of(module.Settings).items()
 ]
-_NUMERIC = {
-  name: details
+_NUMERIC_FLAGS = [
+  (name, details)
   for module, name, details in _FLAGS
   if settings_lib.kinds_of(module.Settings)[name].type in (int, float)
-}
+]
+# Of the flags of one name in several scripts, the last one.
+_NUMERIC = dict(_NUMERIC_FLAGS)
 
 
 def test_every_numeric_flag_has_bounds_and_a_default_within_them():
   assert len(_MODULES) > 12 and len(_NUMERIC) > 70
-  assert all(details.bounds for details in _NUMERIC.values())
+  for name, details in _NUMERIC_FLAGS:
+    assert details.bounds, name
   for module in _MODULES:
     module.Settings()
 
@@ -217,6 +220,7 @@ def test_out_of_memory_names_the_flags_that_decide_it():
   ],
 )
 def test_messages_name_flags_not_parameters(message, names, expected):
+  # `expected` is None if the message does not change.
   assert settings_lib.in_terms_of_flags(message, names) == (expected or message)
 
 
@@ -243,4 +247,4 @@ def test_help_is_grouped(capsys):
   places = [printed.index(f"\n{title}:\n") for title in titles]
   assert places == sorted(places)
   assert "--preset: <paper|code>: Settings to start from" in printed
-  assert scripts.REPOSITORY.name not in printed
+  assert str(scripts.REPOSITORY) not in printed

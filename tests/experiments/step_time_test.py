@@ -68,16 +68,16 @@ def test_a_row_for_every_method_engine_and_clean_batch(folder):
     assert row["num_parameters"] == 203_530 and row["cpus"] >= 1
     assert {"seed", "data", "commit", "jax", "device_kind"} <= set(row)
     assert row["framework"] == "jax" and row["faster_than_torch"] is None
-  plain, _, *look_ahead = rows
+  plain, _, *l2rw_rows = rows
   assert plain["ratio"] == plain["flops_ratio"] == plain["temporary_bytes_ratio"] == 1
-  literal, forward, layerwise, *fewer = (r["flops_ratio"] for r in look_ahead)
+  literal, forward, layerwise, *half_meta = (r["flops_ratio"] for r in l2rw_rows)
   assert 1.5 < layerwise <= 1.02 * forward < literal < 4
-  many = (literal, forward, layerwise)
-  assert all(x < y for x, y in zip(fewer, many, strict=True))
+  full_meta = (literal, forward, layerwise)
+  assert all(x < y for x, y in zip(half_meta, full_meta, strict=True))
 
 
 @pytest.mark.slow
-def test_pictures_are_of_the_rows(folder, tmp_path):
+def test_only_figures_whose_rows_exist_are_drawn(folder, tmp_path):
   rows, _, _ = scripts.saved_rows(folder)
   for name in ("figure.png", "l2rw.png"):
     assert (folder / name).stat().st_size > 10_000
@@ -177,7 +177,7 @@ def _on_a_tpu(monkeypatch):
     (_on_a_tpu, "JAX computes on a TPU, but PyTorch needs"),
   ],
 )
-def test_one_line_says_what_the_peer_lacks(where, message, monkeypatch, tmp_path):
+def test_a_peer_that_cannot_run_is_an_error(where, message, monkeypatch, tmp_path):
   where(monkeypatch)
   # The benchmark sets this variable; it is removed after the test.
   monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -190,6 +190,7 @@ def test_networks_that_mix_examples_are_not_timed_layer_by_layer():
   every = list(_steps.METHODS)
   for name, network in _networks.NETWORKS.items():
     pairs = _steps.pairs(name, every, _steps.ENGINES)
+    # Seven methods without a choice of engine, and two methods with three engines.
     assert len(pairs) == len(set(pairs)) == 7 + 6 - 2 * network.mixes_examples
     assert (("l2rw", "layerwise") in pairs) != network.mixes_examples
 
@@ -231,7 +232,7 @@ def test_every_implementation_takes_a_turn_in_every_round(clock):
     assert turns.steps == 1
 
 
-def test_short_steps_are_timed_together_after_one_that_is_not(clock):
+def test_short_steps_are_timed_together_after_an_untimed_step(clock):
   [turns] = _turns.take([clock.implementation("a", 0.004)], 3, 1e9)
   assert turns.steps == math.ceil(0.03 / 0.004) == 8
   assert clock.log[1:] == [("a", 1), ("a", 8)] * 3
@@ -299,8 +300,8 @@ def test_the_literal_forms_compute_the_same(literal, fast, engine):
     state = method.init(jax.random.key(2), with_engine, inputs.params)
     run = jax.jit(lambda s, i, m=method, p=with_engine: m.gradients(s, p, i))
     result, state = run(state, inputs)
-    moved = getattr(state, "params", ())
-    for name, tree in (("grads", result.grads), ("phi", moved), ("w", result.weights)):
+    phi = getattr(state, "params", ())
+    for name, tree in (("grads", result.grads), ("phi", phi), ("w", result.weights)):
       outcomes[name].append(jax.tree.leaves(tree))
   for name, (first, second) in outcomes.items():
     for x, y in zip(first, second, strict=True):
@@ -329,5 +330,5 @@ def test_operations_of_a_loop_are_not_reported():
   assert costs["temporary_bytes"] >= 0
 
 
-def test_the_peak_is_a_rate():
+def test_the_matrix_peak_is_in_a_plausible_range():
   assert 1e6 < _steps.matrix_peak("float32", size=64, repeats=2) < 1e16

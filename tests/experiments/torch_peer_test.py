@@ -25,7 +25,7 @@ _B, _M = 6, 3
 
 
 @pytest.mark.parametrize("name", _networks.NETWORKS)
-def test_as_many_parameters(name):
+def test_networks_have_as_many_parameters_as_in_flax(name):
   model = _networks.module(name, "float32")
   image = jax.ShapeDtypeStruct((1, *_networks.NETWORKS[name].shape), jnp.float32)
   params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
@@ -57,6 +57,7 @@ def _by_order(model):
 
 
 def _by_name(model):
+  """Maps PyTorch's layer names to those of flax, for equal names of layers."""
   names = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
   return {
     name: tuple(name.replace("blocks.", "block_").split(".")) for name in names if name
@@ -64,7 +65,10 @@ def _by_name(model):
 
 
 def _copy(params, model, places):
-  """Copies parameters of a flax network into the PyTorch network `model`."""
+  """Copies parameters of a flax network into the PyTorch network `model`.
+
+  `places` has the keys in `params` of each PyTorch layer.
+  """
   for name, tensor in model.named_parameters():
     *layer, part = name.split(".")
     layer_params = params
@@ -183,7 +187,7 @@ def test_network_gradient_of_meta_weight_net_equals_that_of_l2rw_jax():
 
 
 @pytest.mark.parametrize("method", peer.METHODS)
-def test_a_step_moves_the_network_and_the_loss_falls(method):
+def test_training_steps_lower_the_loss(method):
   torch.manual_seed(0)
   setting = _networks.Setting("mlp", "float32", _B, _M)
   implementation = peer.implementation(setting, method, 0.1, torch.device("cpu"))
