@@ -18,7 +18,7 @@ _softmax = jax.jit(losses.softmax_cross_entropy)
 _sigmoid = jax.jit(losses.sigmoid_cross_entropy)
 
 
-def test_by_hand():
+def test_cross_entropy_by_hand():
   logits = jnp.log(jnp.array([[1.0, 3.0], [1.0, 1.0]]))
   np.testing.assert_allclose(
     _softmax(logits, jnp.array([1, 0])), [np.log(4 / 3), np.log(2)], rtol=1e-6
@@ -42,9 +42,9 @@ def test_one_logit_equals_two_logits_of_which_one_is_zero(values, label):
   )
 
 
-@pytest.mark.parametrize("wrong", [0, 1])
-def test_extreme_logits_give_finite_losses_and_gradients(wrong):
-  labels = jnp.array([wrong])
+@pytest.mark.parametrize("label", [0, 1])
+def test_extreme_logits_give_finite_losses_and_gradients(label):
+  labels = jnp.array([label])
   for loss_fn, logits in (
     (_softmax, jnp.array([[1e4, -1e4]])),
     (_sigmoid, jnp.array([[1e4]])),
@@ -479,11 +479,11 @@ def test_balanced_softmax_without_examples_of_a_class():
   logits = np.random.default_rng(0).normal(size=(6, _CLASSES)).astype(np.float32)
   logits[1] = [-1e8, 1e30, -1e8 + 64]
   labels, counts = np.array([0, 2, 0, 1, 1, 3]), np.array([6, 0, 3])
-  counted = np.array([True, True, False, True, False, True])
+  where = np.array([True, True, False, True, False, True])
   z = logits[:, [0, 2]].astype(float)
   shifted = np.exp(z - z.max(axis=1, keepdims=True)) * [6, 3]
   p = (shifted / shifted.sum(axis=1, keepdims=True))[:3]
-  for value, gradient in _balanced(logits, labels, counts, counted).values():
+  for value, gradient in _balanced(logits, labels, counts, where).values():
     expected = [-np.log(p[0, 0]), -np.log(p[1, 1]), 0, np.inf, 0, np.nan]
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(gradient[0], [p[0, 0] - 1, 0, p[0, 1]], rtol=1e-5)
@@ -493,9 +493,9 @@ def test_balanced_softmax_without_examples_of_a_class():
 
 def test_balanced_softmax_with_impossible_counts():
   logits, labels = np.ones((6, _CLASSES), np.float32), np.array([0, 1, 2, 0, -1, 3])
-  counted = np.arange(6) != 3
+  where = np.arange(6) != 3
   none, negative, only_class_2 = (
-    _balanced(logits, labels, np.array(counts), counted)
+    _balanced(logits, labels, np.array(counts), where)
     for counts in ([0, 0, 0], [3, -1, 1], [0, 0, 3])
   )
   for name, (value, gradient) in none.items():
@@ -513,9 +513,9 @@ def test_balanced_softmax_adjusts_balanced_logits_to_the_training_posterior():
   # loss must therefore be the cross-entropy of the posterior in the training set.
   likelihood = np.random.default_rng(1).dirichlet(np.ones(6), size=_CLASSES).T
   posterior = likelihood * _COUNTS / (likelihood @ _COUNTS)[:, None]
-  labels, counted = np.arange(6) % _CLASSES, np.ones(6, bool)
+  labels, where = np.arange(6) % _CLASSES, np.ones(6, bool)
   logits = np.log(likelihood).astype(np.float32)
-  for value, gradient in _balanced(logits, labels, _COUNTS, counted).values():
+  for value, gradient in _balanced(logits, labels, _COUNTS, where).values():
     expected = -np.log(posterior[np.arange(6), labels])
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     target = np.eye(_CLASSES)[labels]
@@ -529,12 +529,12 @@ def test_forward_correction_uses_only_the_columns_of_the_labels():
   transition = np.random.default_rng(1).dirichlet(np.ones(num_classes), num_classes)
   grad = jax.jit(jax.grad(lambda z, t: losses.forward_corrected(z, labels, t).sum()))
   cost = grad.lower(logits, transition).compile().cost_analysis()
-  # There are C^2 = 250,000 logarithms of the whole matrix.
+  # The logarithms of the whole matrix would be C^2 = 250,000.
   assert cost["transcendentals"] < 20 * batch * num_classes
   p = scipy.special.softmax(np.asarray(logits, np.float64), axis=1)
   expected = -np.log(np.einsum("bj,jb->b", p, transition[:, np.asarray(labels)]))
-  found = losses.forward_corrected(logits, labels, transition)
-  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  actual = losses.forward_corrected(logits, labels, transition)
+  np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
 def test_a_threshold_that_float32_cannot_hold_truncates():

@@ -15,7 +15,7 @@ from l2rw_jax import susceptibility
 
 _X = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
 _W = np.array([[0.5, -0.5], [-0.25, 0.25]])
-_RANDOM = np.array([1, 0, 1])
+_RANDOM_LABELS = np.array([1, 0, 1])
 
 
 def _losses_of(params, batch):
@@ -33,7 +33,8 @@ def _numpy_loss_and_gradient(w, x, labels):
 
 
 def _drop(optimizer, opt_state=None, params=_W, losses_fn=_losses_of, **options):
-  batch = {"x": _X, "label": _RANDOM}
+  """The loss before a step on the random labels, the loss after it, and the drop."""
+  batch = {"x": _X, "label": _RANDOM_LABELS}
   state = optimizer.init(params) if opt_state is None else opt_state
   actual = susceptibility.loss_drop(
     losses_fn, params, batch, optimizer=optimizer, opt_state=state, **options
@@ -50,7 +51,7 @@ def test_loss_drop_equals_reference_values(x64, rate, after, drop, first_order):
   del x64
   actual = _drop(optax.sgd(rate))
   np.testing.assert_allclose(actual, [1.087139, after, drop], rtol=2e-6)
-  _, gradient = _numpy_loss_and_gradient(_W, _X, _RANDOM)
+  _, gradient = _numpy_loss_and_gradient(_W, _X, _RANDOM_LABELS)
   np.testing.assert_allclose(rate * (gradient**2).sum(), first_order, rtol=2e-6)
   assert actual[2] == actual[0] - actual[1]
 
@@ -80,7 +81,7 @@ def test_the_drop_of_losses_in_half_precision_is_not_rounded_away():
 
 def test_a_small_step_lowers_the_loss_by_rate_times_squared_gradient(x64):
   del x64
-  _, gradient = _numpy_loss_and_gradient(_W, _X, _RANDOM)
+  _, gradient = _numpy_loss_and_gradient(_W, _X, _RANDOM_LABELS)
   for rate in (1e-4, 1e-6):
     drop = _drop(optax.sgd(rate))[2]
     assert drop == pytest.approx(rate * (gradient**2).sum(), rel=rate)
@@ -97,16 +98,16 @@ def test_the_step_has_the_momentum_schedule_and_decay_of_training(x64):
   w, trace, state = _W, np.zeros_like(_W), optimizer.init(_W)
   params = jnp.array(_W)
   for rate in rates[:2]:
-    _, gradient = _numpy_loss_and_gradient(w, _X, 1 - _RANDOM)
+    _, gradient = _numpy_loss_and_gradient(w, _X, 1 - _RANDOM_LABELS)
     trace = gradient + 0.01 * w + 0.9 * trace
     w = w - rate * trace
-    batch = {"x": _X, "label": 1 - _RANDOM}
+    batch = {"x": _X, "label": 1 - _RANDOM_LABELS}
     gradient = jax.grad(lambda p, b=batch: _losses_of(p, b).mean())(params)
     updates, state = optimizer.update(gradient, state, params)
     params = optax.apply_updates(params, updates)
-  before, gradient = _numpy_loss_and_gradient(w, _X, _RANDOM)
+  before, gradient = _numpy_loss_and_gradient(w, _X, _RANDOM_LABELS)
   stepped = w - 0.1 * (gradient + 0.01 * w + 0.9 * trace)
-  after, _ = _numpy_loss_and_gradient(stepped, _X, _RANDOM)
+  after, _ = _numpy_loss_and_gradient(stepped, _X, _RANDOM_LABELS)
   actual = _drop(optimizer, state, params)
   np.testing.assert_allclose(actual, [before, after, before - after], rtol=1e-9)
   # Momentum toward the other labels cancels more than half of a plain step's drop.
@@ -115,10 +116,10 @@ def test_the_step_has_the_momentum_schedule_and_decay_of_training(x64):
 
 def test_the_value_of_the_optimizer_is_the_loss_before_the_step(x64):
   del x64
-  before, gradient = _numpy_loss_and_gradient(_W, _X, _RANDOM)
+  before, gradient = _numpy_loss_and_gradient(_W, _X, _RANDOM_LABELS)
   # Polyak's step size is the loss divided by the squared norm of the gradient.
   rate = before / (gradient**2).sum()
-  after, _ = _numpy_loss_and_gradient(_W - rate * gradient, _X, _RANDOM)
+  after, _ = _numpy_loss_and_gradient(_W - rate * gradient, _X, _RANDOM_LABELS)
   actual = _drop(optax.polyak_sgd(max_learning_rate=100.0))
   np.testing.assert_allclose(actual[:2], [before, after], rtol=1e-7)
 
@@ -156,7 +157,7 @@ def test_the_row_of_a_loss_that_is_not_finite_is_named():
     )
 
 
-def _bigger(rng, size=16):
+def _random_batch(rng, size=16):
   return {
     "x": rng.normal(size=(size, 2)),
     "label": rng.integers(2, size=size),
@@ -167,22 +168,24 @@ def _bigger(rng, size=16):
 @pytest.mark.parametrize("how", ["pmap", "shard_map"])
 def test_eight_devices_give_the_same_drop_as_one(how):
   optimizer = optax.sgd(0.1, momentum=0.9)
-  batch = _bigger(np.random.default_rng(0))
+  batch = _random_batch(np.random.default_rng(0))
   state = optimizer.init(jnp.array(_W))
   drop = functools.partial(
     susceptibility.loss_drop, _losses_of, optimizer=optimizer, opt_state=state
   )
   expected = drop(jnp.array(_W), batch)
-  over = functools.partial(drop, axis_name="d")
+  sharded_drop = functools.partial(drop, axis_name="d")
   if how == "pmap":
     shards = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), batch)
-    actual = jax.pmap(over, axis_name="d", in_axes=(None, 0))(jnp.array(_W), shards)
+    actual = jax.pmap(sharded_drop, axis_name="d", in_axes=(None, 0))(
+      jnp.array(_W), shards
+    )
     actual = jax.tree.map(lambda x: x[3], actual)
   else:
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec
     mapped = jax.shard_map(
-      over, mesh=mesh, in_specs=(spec(), spec("d")), out_specs=spec()
+      sharded_drop, mesh=mesh, in_specs=(spec(), spec("d")), out_specs=spec()
     )
     actual = jax.jit(mapped)(jnp.array(_W), batch)
   np.testing.assert_allclose(actual, expected, rtol=1e-5)
@@ -193,7 +196,7 @@ def test_vmap_over_models_equals_each_model_alone():
   models = np.random.default_rng(1).normal(size=(3, 2, 2))
 
   def drop(w):
-    batch = {"x": _X, "label": _RANDOM}
+    batch = {"x": _X, "label": _RANDOM_LABELS}
     state = optimizer.init(w)
     return susceptibility.loss_drop(
       _losses_of, w, batch, optimizer=optimizer, opt_state=state

@@ -149,13 +149,14 @@ def _indexed(params, x):
 
 
 def _mapped(params, x):
-  """A loop that carries nothing, over matrices that all read the same examples."""
+  """A loop that carries nothing, over matrices that multiply the same examples."""
   h = x @ params["first"]
   outputs = jax.lax.map(lambda w: jnp.tanh(h @ w), params["layers"]["kernel"])
   return (outputs.sum(0) ** 2).sum(1)
 
 
 def _by_hand(losses_fn):
+  """`losses_fn`, random parameters for the functions above, and inputs [_B, 4]."""
   params = {
     "first": _array(4, _D, seed=1),
     "scale": 1 + _array(_LAYERS, _D, seed=2),
@@ -177,12 +178,12 @@ def _attention(query, key, value):
 def _attention_backward(saved, gradient):
   query, key, value = saved
   probs = jax.nn.softmax(jnp.einsum("btd,bsd->bts", query, key))
-  of_probs = jnp.einsum("btd,bsd->bts", gradient, value)
-  mean = jnp.sum(of_probs * probs, -1, keepdims=True)
-  of_scores = probs * (of_probs - mean)
+  grad_probs = jnp.einsum("btd,bsd->bts", gradient, value)
+  mean = jnp.sum(grad_probs * probs, -1, keepdims=True)
+  grad_scores = probs * (grad_probs - mean)
   return (
-    jnp.einsum("bts,bsd->btd", of_scores, key),
-    jnp.einsum("bts,btd->bsd", of_scores, query),
+    jnp.einsum("bts,bsd->btd", grad_scores, key),
+    jnp.einsum("bts,btd->bsd", grad_scores, query),
     jnp.einsum("bts,btd->bsd", probs, gradient),
   )
 
@@ -327,7 +328,7 @@ def test_recomputed_layers_in_half_precision():
 
   @jax.jit
   def run(params, x):
-    def three(network, dtype, engine):
+    def results(network, dtype, engine):
       def losses_fn(params, x):
         params, x = jax.tree.map(lambda a: a.astype(dtype), (params, x))
         return network(params, x).astype(jnp.float32)
@@ -335,16 +336,16 @@ def test_recomputed_layers_in_half_precision():
       return _results(losses_fn, params, x, engine)
 
     return (
-      three(_recomputed, "bfloat16", "layerwise"),
-      three(plain, "bfloat16", "forward"),
-      three(plain, "float32", "forward"),
+      results(_recomputed, "bfloat16", "layerwise"),
+      results(plain, "bfloat16", "forward"),
+      results(plain, "float32", "forward"),
     )
 
   for actual, other, exact in zip(*jax.device_get(run(params, x)), strict=True):
     assert _error(actual, exact) < 2 * _error(other, exact) < 0.5
 
 
-def test_auto_takes_the_cheapest_engine_that_fits():
+def test_auto_takes_the_cheapest_engine_that_supports_the_model():
   _, params, x = _by_hand(_recomputed)
   params, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (params, x))
 

@@ -15,6 +15,7 @@ from l2rw_jax.methods import baselines
 from l2rw_jax.methods import nested_maml
 from l2rw_jax.models import few_shot
 
+# Learning rates of the adaptation and of the look-ahead step, as in `nested_maml`.
 _ALPHA, _ETA = 0.1, 0.05
 
 
@@ -123,6 +124,10 @@ def _net_params():
 def _literal_equation_8(params, tasks, meta_tasks, weights):
   """-(eta / mn) sum_j grad_phi L_Vj . (g_i - alpha H_j g_i), with explicit Hessians.
 
+  g_i is the gradient of the loss of training task i of m, after adaptation. For
+  validation task j of n, L_Vj is the loss at the adapted parameters phi, and H_j is the
+  Hessian of the support loss.
+
   Returns the value without the Hessians, then the value with them.
   """
   flat, unflatten = jax.flatten_util.ravel_pytree(params)
@@ -223,6 +228,7 @@ def test_weights_are_clipped_and_floored():
 # -- in the loop -------------------------------------------------------------
 
 
+# Numbers of classes, items of a task, tasks in a batch and tasks in the training set.
 _CLASSES, _ITEMS, _TASKS, _N = 3, 4, 8, 12
 # The mean over the labels of each task.
 _loss = few_shot.Learner(None, _CLASSES, 1).loss
@@ -285,7 +291,7 @@ def _step_fn(method):
 
 
 @functools.cache  # Tests with the same method share one program.
-def _once(method):
+def _first_step(method):
   return _step_fn(method)(_start(method), 0)
 
 
@@ -325,14 +331,14 @@ def _method(share="task", gamma=_GAMMA, **settings):
 
 
 def test_an_integer_initial_weight_is_not_rounded_later():
-  expected, _ = _once(_method())
+  expected, _ = _first_step(_method())
   actual, _ = _step_fn(_method(initial=1))(_start(_method(initial=1)), 0)
   np.testing.assert_array_equal(actual.weights, expected.weights)
 
 
 def test_the_value_for_the_optimizer_is_the_weighted_loss_of_all_items():
   method = _method("item")
-  result, state = _once(method)
+  result, state = _first_step(method)
   losses = np.asarray(_item_losses(_inputs(*_DATA, 0).params, _inputs(*_DATA, 0).batch))
   weights = np.asarray(state.weights)[_inputs(*_DATA, 0).batch["index"]]
   np.testing.assert_allclose(result.value, (weights * losses).mean(), rtol=1e-5)
@@ -340,9 +346,9 @@ def test_the_value_for_the_optimizer_is_the_weighted_loss_of_all_items():
 
 @pytest.mark.slow
 def test_zero_weight_learning_rate_is_maml():
-  expected, _ = _once(baselines.uniform())
+  expected, _ = _first_step(baselines.uniform())
   for share in ("cluster", "item"):
-    result, _ = _once(_method(share, gamma=0.0))
+    result, _ = _first_step(_method(share, gamma=0.0))
     np.testing.assert_allclose(result.weights, expected.weights, rtol=1e-6)
     np.testing.assert_allclose(result.losses, expected.losses, rtol=1e-5)
     jax.tree.map(
@@ -353,8 +359,8 @@ def test_zero_weight_learning_rate_is_maml():
 
 
 @pytest.mark.slow
-def test_weights_per_task():
-  result, state = _once(_method())
+def test_task_weights_follow_the_unrolled_gradient():
+  result, state = _first_step(_method())
   _, gradient = _value_and_gradient(_losses, _TASKS)
   assert state.weights.shape == (_N,)
   expected = np.ones(_N)
@@ -365,7 +371,7 @@ def test_weights_per_task():
 
 
 def test_gradients_are_summed_within_clusters():
-  result, state = _once(_method("cluster"))
+  result, state = _first_step(_method("cluster"))
   _, gradient = _value_and_gradient(_losses, _TASKS)
   sums = [gradient[_BATCH["group"] == c].sum() for c in range(3)]
   expected = np.maximum(1 - _GAMMA * np.array(sums), 0)
@@ -374,8 +380,8 @@ def test_gradients_are_summed_within_clusters():
 
 
 @pytest.mark.slow
-def test_weights_per_query_sum_to_the_task_weight():
-  result, state = _once(_method("item", gamma=1000.0))
+def test_item_weights_sum_to_the_task_weight():
+  result, state = _first_step(_method("item", gamma=1000.0))
   _, gradient = _value_and_gradient(_item_losses, _TASKS, _ITEMS)
   assert state.weights.shape == (_N, _ITEMS)
   weights = np.maximum(1 - 1000.0 * gradient, 0)
@@ -403,7 +409,7 @@ def test_meta_forward_is_used_for_validation_tasks_and_weights_have_bounds():
     return scale * logits, state
 
   clip, floor = 0.002, 0.95
-  _, state = _once(_method(meta_forward=scaled, clip=clip, floor=floor))
+  _, state = _first_step(_method(meta_forward=scaled, clip=clip, floor=floor))
   meta_losses_fn = functools.partial(_item_losses, scale=scale)
   expected_loss, gradient = _value_and_gradient(
     _losses, _TASKS, meta_losses_fn=meta_losses_fn
@@ -418,7 +424,7 @@ def test_meta_forward_is_used_for_validation_tasks_and_weights_have_bounds():
   assert state.finite
 
 
-def test_weights_are_updated_every_so_many_steps():
+def test_weights_are_updated_every_second_step():
   method = _method(every=2)
   run = _step_fn(method)
   _, first = run(_start(method), 0)
@@ -432,7 +438,7 @@ def test_weights_are_updated_every_so_many_steps():
 @pytest.mark.parametrize("share", ["cluster", "item"])
 def test_eight_devices_equal_one(share):
   method = _method(share)
-  expected, state = _once(method)
+  expected, state = _first_step(method)
   shards = [
     {k: v.reshape(8, -1, *v.shape[1:]) for k, v in b.items()}
     for b in (_BATCH, _VALIDATION)
@@ -482,7 +488,7 @@ def test_no_validation_tasks_are_refused():
 
 def test_mismatched_labels_and_clusters_are_refused():
   with pytest.raises(base.InputError, match=r"num_items=3 needs labels of shape"):
-    _once(nested_maml.nested_maml(1.0, 1.0, "item", num_items=3))
+    _first_step(nested_maml.nested_maml(1.0, 1.0, "item", num_items=3))
   method = _method("cluster")
   view = base.EpochView(0, 0, None, {}, {"group": np.array([0, 3])}, None)
   with pytest.raises(base.InputError, match=r"0 to 2; got shape \(2,\) with 0 to 3"):

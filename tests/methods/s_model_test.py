@@ -80,7 +80,7 @@ def test_loss_is_finite_for_finite_logits_and_layer(scale, layer_scale, num_logi
   assert (np.asarray(values) >= 0).all()
 
 
-def test_layer_converges_to_the_confusion_of_certain_predictions():
+def test_layer_converges_to_the_confusion_of_confident_predictions():
   rng = np.random.default_rng(3)
   predicted = rng.integers(3, size=400)
   truth = np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.1, 0.6]])
@@ -155,7 +155,7 @@ def _step(method, state, num_logits=3):
   return step(state, _inputs(num_logits))
 
 
-def test_the_value_of_the_layers_optimizer_is_the_mean_loss():
+def test_the_optimizer_of_the_layer_gets_the_mean_loss_as_value():
   def update(updates, state, params=None, *, value, **_):
     del state, params
     return updates, value
@@ -248,8 +248,8 @@ def test_layer_is_inactive_and_constant_before_its_epoch(initial):
     result.metrics["transition_diagonal"], np.diag(expected).mean(), rtol=1e-4
   )
   assert np.abs(np.asarray(after.logits) - np.asarray(state.logits)).max() > 0.01
-  kept = method.refresh(after, _problem(), _view(3))
-  chex.assert_trees_all_equal(kept, after)
+  later = method.refresh(after, _problem(), _view(3))
+  chex.assert_trees_all_equal(later, after)
 
 
 def test_class_that_is_never_predicted_has_finite_logits():

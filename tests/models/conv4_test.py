@@ -22,15 +22,15 @@ def test_convolution_equals_flax(stride, shape):
 
 
 @pytest.mark.parametrize(
-  ("size", "channels", "pool", "last"),
+  ("size", "channels", "pool", "num_positions"),
   [(28, 1, False, 2 * 2), (84, 3, True, 5 * 5), (28, 1, True, 1), (8, 1, True, 1)],
 )
-def test_sizes(size, channels, pool, last):
+def test_sizes(size, channels, pool, num_positions):
   net = conv4.Conv4(5, width=4, pool=pool)
   x = jnp.zeros((2, size, size, channels))
   variables = jax.eval_shape(net.init, jax.random.key(0), x)
   assert list(variables) == ["params"]
-  assert variables["params"]["Dense_0"]["kernel"].shape == (4 * last, 5)
+  assert variables["params"]["Dense_0"]["kernel"].shape == (4 * num_positions, 5)
   logits = jax.eval_shape(net.apply, variables, x)
   assert logits.shape == (2, 5)
 

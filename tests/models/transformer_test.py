@@ -53,8 +53,8 @@ def test_network_equals_numpy():
     x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
     return x * layer["scale"] + layer["bias"]
 
-  cut = images.reshape(2, 2, 4, 3, 4, 3).swapaxes(2, 3).reshape(2, 6, 48)
-  x = cut @ p["patches"]["kernel"].reshape(48, 16) + p["patches"]["bias"]
+  patches = images.reshape(2, 2, 4, 3, 4, 3).swapaxes(2, 3).reshape(2, 6, 48)
+  x = patches @ p["patches"]["kernel"].reshape(48, 16) + p["patches"]["bias"]
   x = x + p["positions"]
   for block in (p["block_0"], p["block_1"]):
     y = norm(x, block["norm_before_attention"])
@@ -107,7 +107,7 @@ def test_half_precision_is_close_to_float32():
   assert traced.dtype == jnp.bfloat16
 
 
-def test_empty_batches_and_double_precision(x64):
+def test_empty_batches_and_double_precision_are_supported(x64):
   images = _images(0, 8, 8, 3).astype(np.float64)
   model = _small(dtype=jnp.float64)
   outputs, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), images)

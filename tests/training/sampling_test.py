@@ -106,7 +106,7 @@ def test_meta_batch_size_need_not_divide_the_set():
     assert len(set(rows)) == 8 and set(rows) <= set(range(10))
 
 
-def test_whole_meta_set_at_every_step():
+def test_the_whole_meta_set_is_used_at_every_step():
   for step in range(3):
     np.testing.assert_array_equal(_meta(step, 7, 7), np.arange(7))
 
@@ -119,7 +119,7 @@ def test_meta_rows_depend_on_step_and_seed_only():
   assert any(rows != later.tolist() for rows in others)
 
 
-def test_meta_batch_of_more_than_half_the_set():
+def test_a_meta_batch_of_more_than_half_the_set_repeats_no_row():
   assert all(len(set(_meta(step, 5, 3))) == 3 for step in range(4))
 
 

@@ -35,11 +35,13 @@ def _no_commit(monkeypatch):
   monkeypatch.setattr(workdir, "_commit", lambda: "unknown")
 
 
-def _lengths(config, most, epoch=None):
+def _lengths(config, most, steps_per_epoch=None):
   step, lengths = 0, []
   while step < config.num_steps:
-    steps = None if epoch is None else (epoch - step % epoch, epoch)
-    lengths.append(steps_per_call.length(config, step, most, steps))
+    epoch = None
+    if steps_per_epoch is not None:
+      epoch = (steps_per_epoch - step % steps_per_epoch, steps_per_epoch)
+    lengths.append(steps_per_call.length(config, step, most, epoch))
     step += lengths[-1]
   assert step == config.num_steps
   return lengths
@@ -61,11 +63,11 @@ def test_calls_end_at_every_interval():
 def test_calls_end_with_the_epoch():
   config = config_lib.Config(20, log_every=20, eval_every=20, checkpoint_every=20)
   assert _lengths(config, 5) == [5] * 4
-  assert _lengths(config, 5, epoch=7) == [5, 1, 1, 5, 1, 1, 5, 1]
-  assert _lengths(config, 20, epoch=8) == [8, 8, 1, 1, 1, 1]
+  assert _lengths(config, 5, steps_per_epoch=7) == [5, 1, 1, 5, 1, 1, 5, 1]
+  assert _lengths(config, 20, steps_per_epoch=8) == [8, 8, 1, 1, 1, 1]
 
 
-def test_most_depends_on_platform_intervals_and_config():
+def test_the_length_of_a_full_call_depends_on_platform_and_config():
   class Accelerator:
     platform = "gpu"
 
@@ -255,7 +257,7 @@ def test_steps_are_sent_without_waiting(tmp_path, monkeypatch, most):
   assert len(waited) == 2 * 9 and all(waited)
 
 
-def test_augmentation_is_traced_once_within_the_step(tmp_path):
+def test_augmentation_is_traced_in_the_step_and_not_again_in_a_second_run(tmp_path):
   calls = []
 
   def preprocess(images, keys, train):
@@ -263,9 +265,9 @@ def test_augmentation_is_traced_once_within_the_step(tmp_path):
     return images
 
   model = toy_runs.MODEL._replace(preprocess=preprocess)
-  toy_runs.train(tmp_path / "short", _METHODS["uniform"], model=model, num_steps=8)
-  short = len(calls)
-  toy_runs.train(tmp_path / "long", _METHODS["uniform"], model=model, num_steps=8)
+  toy_runs.train(tmp_path / "first", _METHODS["uniform"], model=model, num_steps=8)
+  num_first = len(calls)
+  toy_runs.train(tmp_path / "second", _METHODS["uniform"], model=model, num_steps=8)
   in_training = [traced for train, traced in calls if train]
   assert in_training and all(in_training)
-  assert not any(train for train, _ in calls[short:])
+  assert not any(train for train, _ in calls[num_first:])

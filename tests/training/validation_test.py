@@ -63,16 +63,16 @@ def _recording_sgd(values):
   return optax.GradientTransformationExtraArgs(lambda params: (), update)
 
 
-def _examples(examples):
+def _batch(examples):
   return {n: getattr(examples, n) for n in ("image", "label", "index")}
 
 
 def _begin(method):
-  """The problem, the view that `refresh` gets first, and the method's initial state."""
+  """The problem, the first view of the run of seed 7, and the method's first state."""
   problem = toy_runs.MODEL.problem(
     class_counts=jnp.ones(3), num_examples=40, num_steps=9
   )
-  train = _examples(toy_runs.make_splits().train)
+  train = _batch(toy_runs.make_splits().train)
   params, model_state = toy_runs.MODEL.init(jax.random.key(0), train)
   view = base.EpochView(7, 0, params, model_state, train, np.random.default_rng(0))
   return problem, view, method.init(jax.random.key(1), problem, params)
@@ -89,7 +89,7 @@ def _one_step(method):
   _, output = step_lib.train_step(
     state,
     batch,
-    _examples(toy_runs.make_splits().meta),
+    _batch(toy_runs.make_splits().meta),
     jax.random.key(2),
     problem=problem,
     method=method,
