@@ -1,4 +1,4 @@
-"""Class weights, compared with published and hand-computed values and formulas."""
+"""Class weights, compared with formulas and with values computed by hand."""
 
 import hypothesis
 from hypothesis import strategies as st
@@ -129,7 +129,7 @@ def test_weights_sum_to_one_over_all_devices():
   np.testing.assert_allclose(actual, [0.125, 0.375, 0.375, 0.125])
 
 
-def test_counts_that_exceed_32_bits():
+def test_counts_may_exceed_32_bits():
   weights = class_balance.inverse_frequency(np.array([3 * 2**32, 2**32]))
   np.testing.assert_allclose(weights, [2 / 3, 2])
 

@@ -363,7 +363,7 @@ def test_rows_to_keep_are_different_integers_or_bools():
       examples_lib.keep_train(splits, rows)
 
 
-def test_all_parts_have_the_same_features():
+def test_features_of_another_type_or_shape_are_refused():
   x, y = np.zeros((4, 2), np.uint8), np.arange(4) % 2
   for other, message in (
     (np.zeros((4, 2)), "of meta are floating point .* train are uint8"),

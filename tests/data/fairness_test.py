@@ -114,7 +114,7 @@ def test_draws_are_independent_of_noise_and_share():
   np.testing.assert_array_equal(one.test.group, other.test.group)
 
 
-def test_digits():
+def test_class_sizes_of_digits():
   train, test = (sources.load("digits", split) for split in ("train", "test"))
   splits = make(train, test, groups="inverted", imbalance=10.0)
   np.testing.assert_array_equal(

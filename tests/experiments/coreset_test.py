@@ -49,7 +49,7 @@ def test_a_file_that_has_changed_is_read_again(tmp_path):
 
 
 @pytest.mark.ci
-def test_the_table(run):
+def test_the_table_has_a_line_for_each_method(run):
   _, printed = run
   header, *lines = scripts.table(printed)
   assert header[:4] == ["model", "fraction", "method", "test accuracy %"]

@@ -147,7 +147,7 @@ def test_interrupted_run_continues_to_the_same_list(run, table, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_folder_of_images_with_trusted_ones(tmp_path, capsys):
+def test_a_folder_of_images_may_have_trusted_images(tmp_path, capsys):
   rng = np.random.default_rng(0)
   for part, size in (("all", 40), ("trusted", 6)):
     for i in range(size):

@@ -30,7 +30,7 @@ def _prepare(folder, mentor):
   return runner.open_folder(_Settings(mentor=mentor), "noise", folder)
 
 
-def _mentor(path, curriculum, seed):
+def _saved_mentor(path, curriculum, seed):
   network = mentornet_network.MentorNetwork()
   values, labels = np.zeros(1, np.float32), np.zeros(1, int)
   variables = network.init(jax.random.key(seed), values, values, labels, 0)
@@ -55,8 +55,8 @@ def test_processes_with_other_flags_that_save_memory_are_refused(tmp_path, monke
 
 @pytest.mark.ci
 def test_a_mentor_may_be_added_but_not_swapped(tmp_path):
-  a, b = (_mentor(tmp_path / f"{seed}.json", "pd", seed) for seed in (1, 2))
-  other = _mentor(tmp_path / "other.json", "dd", 1)
+  a, b = (_saved_mentor(tmp_path / f"{seed}.json", "pd", seed) for seed in (1, 2))
+  other = _saved_mentor(tmp_path / "other.json", "dd", 1)
   run = tmp_path / "run"
   _prepare(run, [])
   _prepare(run, [a])
@@ -71,7 +71,7 @@ def test_a_mentor_may_be_added_but_not_swapped(tmp_path):
 
 @pytest.mark.ci
 def test_two_mentors_of_a_curriculum_are_refused(tmp_path):
-  a, b = (_mentor(tmp_path / f"{seed}.json", "pd", seed) for seed in (1, 2))
+  a, b = (_saved_mentor(tmp_path / f"{seed}.json", "pd", seed) for seed in (1, 2))
   settings = _Settings(mentor=(a, b))
   with pytest.raises(base.InputError, match="are both mentors of the curriculum pd"):
     settings.choose_methods(["uniform"], ["uniform"])

@@ -151,7 +151,7 @@ def test_old_spellings_work_and_are_not_in_the_help(tmp_path, capsys):
   assert "--network: Network to train. [default: mlp]" in printed
 
 
-def test_what_decides_the_outcome_is_recorded_as_json():
+def test_flags_that_determine_the_results_are_recorded_as_json():
   record = _Settings(noise_fraction=(0.1,), workdir="there").record()
   assert record["noise_fraction"] == [0.1] and record["checkpoint_every"] == 1000
   unrecorded = {"workdir", "data", "data_dir", "cache_dir", "steps_per_call", "given"}
@@ -190,7 +190,7 @@ def test_folders_may_have_any_name():
   assert _parse("--workdir=/\u0663", "--files=\u0663").workdir == "/\u0663"
 
 
-def test_out_of_memory_names_the_flags_that_decide_it():
+def test_out_of_memory_names_the_flags_to_lower():
   xla = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1")
   assert settings_lib.is_out_of_memory(xla)
   assert settings_lib.is_out_of_memory(MemoryError())

@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_row_for_every_method_engine_and_clean_batch(folder):
+def test_there_is_a_row_for_every_method_engine_and_meta_size(folder):
   rows, as_csv, flags = scripts.saved_rows(folder)
   engines = [*_steps.ENGINES]
   assert [(r["method"], r["engine"], r["meta_size"]) for r in rows] == [
@@ -124,13 +124,13 @@ _MISTAKES = {
     (("0.1", "0.099"), "--meta_sizes=0.1,0.099: both give a meta batch of 10 for mlp"),
   ],
 )
-def test_a_meta_batch_has_the_size_of_its_share(meta_sizes, message):
+def test_shares_that_give_no_separate_meta_batch_are_refused(meta_sizes, message):
   flags = {"networks": ("mlp",), "methods": ("l2rw",), "meta_sizes": meta_sizes}
   with pytest.raises(base.InputError, match=message):
     step_time.plan(step_time.Settings(**flags))
 
 
-def test_rounded_shares_of_a_batch():
+def test_shares_of_a_batch_are_rounded():
   flags = {"networks": ("mlp",), "methods": ("l2rw",), "batch_size": 3}
   groups = step_time.plan(step_time.Settings(**flags, meta_sizes=("0.3333", "0.6")))
   assert [(group.share, group.setting.meta_size) for group in groups] == [
@@ -291,7 +291,7 @@ def _problem():
   ],
   ids=["l2rw", "meta_weight_net"],
 )
-def test_the_literal_forms_compute_the_same(literal, fast, engine):
+def test_the_literal_forms_compute_the_same_as_the_library(literal, fast, engine):
   problem, inputs = _problem()
   linearize = functools.partial(linearization.linearize, engine=engine)
   outcomes = collections.defaultdict(list)

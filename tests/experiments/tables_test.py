@@ -272,7 +272,7 @@ def test_without_a_published_value_there_is_no_figure(tmp_path):
 _FORMATS = {"markdown": "# Every", "compact": "Mean ±", "csv": "experiment,setting,"}
 
 
-def test_formats_and_only(results):
+def test_the_flags_format_and_only_choose_what_is_printed(results):
   one = [f"--results={results}", "--only=mnist_noise"]
   printed = scripts.run_many(_NAME, [[*one, f"--format={f}"] for f in _FORMATS])
   for outcome, start in zip(printed, _FORMATS.values(), strict=True):
@@ -373,7 +373,7 @@ def test_mistake_is_an_error_of_one_line_and_writes_nothing(mistakes, name):
   ],
 )
 def test_markers_must_be_there_once_and_in_order(text):
-  with pytest.raises(tables.base.InputError, match="must contain one"):
+  with pytest.raises(base.InputError, match="must contain one"):
     tables.between_markers(text, "new")
 
 

@@ -320,7 +320,7 @@ def test_a_carry_of_parameters_and_of_examples_is_refused(losses_fn):
 
 
 @pytest.mark.slow
-def test_recomputed_layers_in_half_precision():
+def test_recomputed_layers_are_accurate_in_half_precision():
   """Compared with float32, the error is less than twice that of forward mode."""
   _, params, x = _by_hand(_recomputed)
   params, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (params, x))

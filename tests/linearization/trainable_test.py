@@ -33,7 +33,7 @@ def test_partition_and_combine_are_inverse():
     assert combined[name] is params[name]
 
 
-def test_gradients_of_fixed_leaves_are_zeros_of_their_type():
+def test_gradients_of_fixed_leaves_are_zeros():
   params = _params()
   partition = trainable.Partition(params)
   gradient = partition.combine_gradient(partition.leaves(params))

@@ -138,7 +138,7 @@ def _unrolled(losses_fn, params, optimizer, opt_state, meta=None):
 
 
 @pytest.mark.slow
-def test_meta_batch_with_another_loss_and_shape():
+def test_meta_batch_may_have_another_loss_and_shape():
   target = np.random.default_rng(7).normal(size=(_M, 4)).astype(np.float32)
 
   def meta_losses_fn(params, meta_batch):
@@ -210,7 +210,7 @@ def test_vmap_over_seeds_equals_a_loop():
 
 
 @pytest.mark.slow
-def test_vmap_without_jit():
+def test_vmap_works_without_jit():
   _, batch, meta_batch = _hand_case(x=[[1.0, -0.5]], y=[2.0])
   weigh = functools.partial(l2rw.example_weights, _squared)
   info = jax.vmap(weigh, in_axes=(0, None, None))(jnp.zeros((2, 2)), batch, meta_batch)

@@ -493,5 +493,5 @@ def test_mismatched_labels_and_clusters_are_refused():
   view = base.EpochView(0, 0, None, {}, {"group": np.array([0, 3])}, None)
   with pytest.raises(base.InputError, match=r"0 to 2; got shape \(2,\) with 0 to 3"):
     method.refresh("state", _problem(), view)
-  fine = view._replace(train={"group": np.array([0, 2])})
-  assert method.refresh("state", _problem(), fine) == "state"
+  valid = view._replace(train={"group": np.array([0, 2])})
+  assert method.refresh("state", _problem(), valid) == "state"

@@ -211,8 +211,8 @@ def test_step_updates_network_and_layer_on_the_same_loss(num_logits):
   result, after = _step(method, state, num_logits)
   mean, gradients = mean_and_gradients(inputs.params, state.logits)
   chex.assert_trees_all_close(result.grads, gradients[0], rtol=1e-4, atol=1e-7)
-  moved = np.asarray(state.logits) - 0.5 * np.asarray(gradients[1])
-  np.testing.assert_allclose(after.logits, moved, rtol=1e-5)
+  expected = np.asarray(state.logits) - 0.5 * np.asarray(gradients[1])
+  np.testing.assert_allclose(after.logits, expected, rtol=1e-5)
   assert np.abs(gradients[1]).max() > 1e-3
   np.testing.assert_allclose(np.mean(result.losses), mean)
   np.testing.assert_allclose(result.weights, np.full(6, 1 / 6), rtol=1e-6)
