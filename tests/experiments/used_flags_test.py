@@ -45,7 +45,7 @@ _STARTS = [
 @functools.cache
 def _definitions(module_name: str) -> dict[str, list[ast.stmt]]:
   """The statements of a module that define each of its names."""
-  found: dict[str, list[ast.stmt]] = {}
+  definitions: dict[str, list[ast.stmt]] = {}
   for statement in ast.parse(inspect.getsource(_module(module_name))).body:
     targets = getattr(statement, "targets", [getattr(statement, "target", None)])
     names = [
@@ -57,8 +57,8 @@ def _definitions(module_name: str) -> dict[str, list[ast.stmt]]:
     ]
     for name in [getattr(statement, "name", None), *names]:
       if name:
-        found.setdefault(name, []).append(statement)
-  return found
+        definitions.setdefault(name, []).append(statement)
+  return definitions
 
 
 def _module(name: str) -> types.ModuleType:
@@ -83,9 +83,9 @@ def read_flags(script: str) -> set[str]:
         waiting.append((module, child.id))
       elif isinstance(child, ast.Attribute):
         owner = ast.unparse(child.value)
-        found = getattr(_module(module), owner, None)
-        if isinstance(found, types.ModuleType):
-          waiting.append((found.__name__, child.attr))
+        value = getattr(_module(module), owner, None)
+        if isinstance(value, types.ModuleType):
+          waiting.append((value.__name__, child.attr))
         elif owner in receivers:
           add(child.attr)
       elif _is_getattr(child) and ast.unparse(child.args[0]) in receivers:

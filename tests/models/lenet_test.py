@@ -29,6 +29,6 @@ def test_initial_weights_are_truncated_and_biases_zero():
   params = jax.jit(lenet.LeNet(2).init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
   for layer in params["params"].values():
     assert not layer["bias"].any()
-    # Two standard deviations of the normal distribution that is truncated. Its standard
-    # deviation is 0.1 / 0.88, so that it is 0.1 after the truncation.
+    # A normal distribution with the standard deviation 0.1 / 0.88 is truncated at 2 of
+    # these. The standard deviation of the weights is then 0.1.
     assert np.abs(layer["kernel"]).max() < 0.1 * 2 / 0.87
