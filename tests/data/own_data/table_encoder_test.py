@@ -1,0 +1,80 @@
+"""Tables as features: numbers, categories, and missing cells."""
+
+import numpy as np
+import user_files
+
+from l2rw_jax.data import own_data
+
+
+def test_numbers_that_are_infinite_in_float32_are_missing(tmp_path):
+  labels = ["yes", "no"] * 6
+  cells = [str(i) for i in range(12)]
+  tables = []
+  for cell in ("1e300", "NA"):
+    cells[3] = cell
+    rows = [f"{x},red,{label}" for x, label in zip(cells, labels, strict=True)]
+    tables.append(own_data.read(user_files.write_table(tmp_path / f"{cell}.csv", rows)))
+  assert np.isfinite(tables[0].features).all()
+  np.testing.assert_array_equal(tables[0].features, tables[1].features)
+
+
+def test_a_table_with_numbers_categories_and_missing_cells(tmp_path):
+  rows = [
+    f"{i if i != 3 else 'NA'},{'red' if i % 3 else ''},{'yes' if i % 2 else 'no'}"
+    for i in range(12)
+  ]
+  data = own_data.read(
+    user_files.write_table(tmp_path / "t.csv", [*rows, "1,red", "7,red,"])
+  )
+  assert data.form.class_names == ("no", "yes")
+  a = np.array([i for i in range(12) if i != 3])
+  column = np.arange(12.0)
+  column[3] = np.median(a)
+  np.testing.assert_allclose(
+    data.features[:, 0], (column - column.mean()) / column.std(), rtol=1e-5
+  )
+  missing = np.arange(12) == 3
+  np.testing.assert_array_equal(data.features[:, 1] > 0, missing)
+  blank = (np.arange(12) % 3 == 0).astype(np.float32)
+  np.testing.assert_array_equal(data.features[:, 2:], np.stack([blank, 1 - blank], 1))
+  assert dict(data.skipped) == {
+    "row 12": "it has 2 fields, but the header has 3",
+    "row 13": "it has no label",
+  }
+  assert data.columns["a"][:4] == ["0", "1", "2", "NA"]
+
+
+def test_numbers_with_a_decimal_comma_are_noted(tmp_path):
+  rows = [f"{i},5;{i % 2}" for i in range(12)]
+  data = own_data.read(user_files.write_table(tmp_path / "t.csv", rows, "a;label"))
+  assert any("such as '0,5', which are not numbers" in note for note in data.notes)
+
+
+def test_columns_without_information_are_noted(tmp_path):
+  rows = [f"{2 * i},,7,text {i},{'x' if i else '?!'},{i % 2}" for i in range(70)]
+  name = user_files.write_table(tmp_path / "t.csv", rows, "n,empty,same,text,x,y")
+  data = own_data.read(name)
+  # The column x is 'x' in all rows but one.
+  assert data.features.shape == (70, 3)
+  assert [note.split("'")[1] for note in data.notes] == ["y", "empty", "same", "text"]
+  stray = [f"{'n/k' if i == 5 else i},{i % 2}" for i in range(40)]
+  data = own_data.read(user_files.write_table(tmp_path / "s.csv", stray, "n,y"))
+  assert "1 values of the column 'n', such as 'n/k'" in data.notes[1]
+  assert data.features.shape == (40, 2)
+
+
+def test_infinities_are_missing_numbers_and_other_texts_are_noted(tmp_path):
+  texts = ["inf", "-Infinity", "+INF"]
+  rows = [
+    f"{texts[i] if i < 3 else i},{'<5' if i % 9 == 0 else i % 9},{i % 2}"
+    for i in range(27)
+  ]
+  data = own_data.read(user_files.write_table(tmp_path / "t.csv", rows, "a,b,label"))
+  # A number, a mask of its missing values, and nine categories.
+  assert data.features.shape == (27, 11)
+  assert data.features[:, 1].argsort(kind="stable")[-3:].tolist() == [0, 1, 2]
+  (_, note) = data.notes
+  assert note == (
+    "3 of 27 values of the column 'b', such as '<5', are not numbers; it was read as 9"
+    " categories."
+  )
