@@ -13,10 +13,12 @@ import scripts
 
 from experiments import mnist_noise as script
 from l2rw_jax import base
+from l2rw_jax.data import examples as examples_lib
 from l2rw_jax.io import metric_writer
 from l2rw_jax.methods.mentornet import loss_dump
 from l2rw_jax.methods.mentornet import mentor_file
 from l2rw_jax.methods.mentornet import network as mentornet_network
+from l2rw_jax.training import validation
 
 _NAME = "mnist_noise"
 _SMALL = ("--dataset=digits", "--num_meta=5", "--num_epochs=1", "--num_devices=1")
@@ -99,6 +101,65 @@ def _first_step(name, **flags):
     return params, cell.method.gradients(state, problem, inputs)[0]
 
   return gradients
+
+
+def test_methods_that_learn_weights_use_all_clean_images_with_preset_bare():
+  settings = script.Settings(
+    dataset="digits", preset="bare", num_meta=5, num_validation=100, num_devices=1
+  )
+  splits = functools.partial(script.make_splits, settings, 0.5)
+  (split,) = splits((0,))
+  for name, watched in (
+    ("l2rw", "meta"),
+    ("meta_weight_net", "meta"),
+    ("uniform", "validation"),
+    ("early_stopped", "validation"),
+  ):
+    cell = script.make_cell(settings, name, 0.5, splits, split)
+    assert cell.config.meta_batch_size == 50
+    assert cell.optimizer.plateau_steps and cell.optimizer.plateau_data == watched
+
+
+@pytest.mark.parametrize("watched", ["validation", "meta"])
+def test_the_plateau_follows_the_loss_of_the_named_images(watched, tmp_path):
+  settings = script.Settings(
+    dataset="digits",
+    preset="bare",
+    methods=("l2rw",),
+    noise_fraction=(0.5,),
+    num_meta=5,
+    num_validation=100,
+    num_epochs=2,
+    num_seeds=1,
+    num_devices=1,
+    plateau_data=watched,
+  )
+  values = []
+  original = validation.watched
+
+  def recorded(method, examples, **options):
+    method = original(method, examples, **options)
+
+    def refresh(state, problem, view):
+      state = method.refresh(state, problem, view)
+      outputs, _ = problem.forward(
+        view.params, {}, examples_lib.as_batch(examples[0]), jax.random.key(0), False
+      )
+      labels = examples[0].label
+      log_likelihood = jax.nn.log_softmax(outputs)[np.arange(len(labels)), labels]
+      values.append((len(labels), float(state.value), -float(log_likelihood.mean())))
+      return state
+
+    return method._replace(refresh=refresh)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(validation, "watched", recorded)
+    rows = script.run(settings, tmp_path)
+  assert len(values) == 2
+  for size, value, expected in values:
+    assert size == (50 if watched == "meta" else 100)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+  assert rows[0].get("plateau_data", "validation") == watched
 
 
 @pytest.mark.parametrize("name", ["warpi", "advisor", "forml"])
@@ -218,6 +279,11 @@ _MISTAKES = {
   "meta_many": (["--num_meta=500"], "lower --num_meta"),
   "meta_batch": (["--meta_batch_size=51"], "must lie between 1 and the 50 clean"),
   "plateau": (["--plateau"], "--plateau needs a validation set: give --num_validation"),
+  "plateau_meta": (
+    ["--plateau", "--plateau_data=meta", "--num_meta=0"],
+    "--plateau needs a meta set: give --num_meta",
+  ),
+  "plateau_data": (["--plateau_data=meta"], "has no effect without --plateau"),
   "validation": (["--num_validation=-1"], "=-1 must lie between 0 and"),
   "validation_many": (["--preset=bare"], "num_validation=11000; lower one of them"),
   "pixels": (["--pixels=big"], "should be one of <unit|raw>"),
