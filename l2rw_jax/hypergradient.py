@@ -61,9 +61,9 @@ class _State(enum.IntEnum):
 Objective = Callable[[base.Array], base.Array]
 OPTIMIZER_TRAP = (
   "optimizers that divide by the square root of a squared gradient (adam, adamw, lamb,"
-  " adafactor, muon, clip_by_global_norm) have no derivative at a zero gradient, where"
-  " example weights are linearized. Use optimizer=optax.sgd(...), or adam with"
-  " eps_root > 0."
+  " adafactor, muon, clip_by_global_norm) have no derivative where the gradient or one"
+  " of its entries is 0 (in L2RW, all are 0). Use optimizer=optax.sgd(...), or adam"
+  " with eps_root > 0."
 )
 _TRAPPED = (
   "the meta gradient is finite, but its derivative through the look-ahead optimizer's"
@@ -85,8 +85,8 @@ ZERO_SLOPE = (
   "the look-ahead optimizer's step does not change with the gradient, so that all"
   " weights would be zero: its learning rate is 0 at this step (warm-up, or the end of"
   " a schedule), or it accumulates gradients (MultiSteps, apply_every), or it uses the"
-  " signs of gradients only (lion, sign_sgd). Use optimizer=optax.sgd(...) for the"
-  " look-ahead."
+  " signs of gradients only (lion, sign_sgd, the first step of adam). Use"
+  " optimizer=optax.sgd(...) for the look-ahead."
 )
 
 # Arrays with at most this number of entries are joined, to be checked together.
@@ -202,8 +202,7 @@ def update(
     The updates and the new state of the optimizer.
 
   Raises:
-    InputError: the update of the optimizer needs or accepts other arguments, or takes
-      the gradient of a part of its parameters (`optax.lookahead`).
+    InputError: see `lookahead_params`.
   """
 
   def is_pair(x):
@@ -287,10 +286,10 @@ def direction(
   Raises:
     InputError: `params` has no trainable leaf, `inner_gradient` is not shaped like it,
       the meta losses do not have shape [M], the meta batch is empty, or the losses
-      cannot be computed in microbatches; `value` is not one number; `opt_state` is
-      given without `optimizer`; or the update of the optimizer needs arguments other
-      than `params` and `value`, or is that of `optax.lookahead`. Outside `jit`, it is
-      also raised if the optimizer's step ignores the gradient.
+      cannot be computed in microbatches; `value` or the result of `objective` is not
+      one number; `opt_state` is given without `optimizer`; or `init_optimizer` or
+      `lookahead_params` refuses the optimizer. Outside `jit`, it is also raised if the
+      optimizer's step ignores the gradient.
     FloatingPointError: outside `jit`, if a meta loss, the gradient of the meta loss or
       the direction is not finite; the message says which. Under `jit`, check
       `Direction.fault` and `Direction.zero_slope`, or use `checkify.checkify`, which
