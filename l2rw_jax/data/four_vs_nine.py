@@ -48,8 +48,8 @@ def four_vs_nine(
     The splits; the validation set is empty.
 
   Raises:
-    InputError: an argument is out of range, the sources have too few images, or a
-      class has no image left to train on.
+    InputError: an argument is out of range, the sources do not match or have too few
+      images, or a class has no image left to train on.
 
   References:
     Ren et al., "Learning to Reweight Examples for Robust Deep Learning"
@@ -118,6 +118,11 @@ def _balanced_test(
 ) -> np.ndarray:
   pools = [np.flatnonzero(test.labels == digit) for digit in (4, 9)]
   most = min(len(pool) for pool in pools)
+  if not most:
+    raise base.InputError(
+      f"the test set needs fours and nines; {test.name} {test.split} has"
+      f" {len(pools[0])} and {len(pools[1])}. Use another data set"
+    )
   half = most if num_test is None else num_test // 2
   if not 0 < half <= most:
     raise base.InputError(
