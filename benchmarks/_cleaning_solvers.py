@@ -19,9 +19,9 @@ weights w = sigmoid(x) at the same time, with step sizes rho and gamma:
 SOBA estimates the directions from a batch. SABA reduces their variance: like SAGA, it
 keeps the last value of every term for every batch.
 
-The other solvers train z by SGD with the weights of a method of this library. The
-regularization is not part of the example losses, so it does not change the weights
-directly.
+The other solvers train z by SGD: with fixed weights, on the clean examples alone, or
+with the weights of a method of this library. The regularization is not part of the
+example losses, so it does not change the weights directly.
 """
 
 from collections.abc import Callable

@@ -32,7 +32,7 @@ from l2rw_jax.methods.mentornet import mentor_file
 from l2rw_jax.methods.mentornet import network as mentornet_network
 
 _EPOCHS = (5, 50, 95)
-_PERCENTILES_SHOWN = (0.5, 1.5, 3.0)
+_LOSSES_AT_PERCENTILE = (0.5, 1.5, 3.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,9 +238,9 @@ def _draw_predefined(axis, mentor, epoch):
   losses = np.linspace(0, 6, 601, dtype=np.float32)
   labels = np.zeros(len(losses), np.int32)
   wanted = mentornet.CURRICULA[mentor.curriculum]
-  for i, percentile in enumerate(_PERCENTILES_SHOWN):
-    given = (losses, losses - percentile, labels, epoch)
-    name = f"moving percentile {percentile:g}"
+  for i, loss_at_percentile in enumerate(_LOSSES_AT_PERCENTILE):
+    given = (losses, losses - loss_at_percentile, labels, epoch)
+    name = f"percentile at loss {loss_at_percentile:g}"
     axis.plot(losses, mentor(*given), color=f"C{i}", label=f"learned, {name}")
     axis.plot(losses, wanted(*given), "k--", linewidth=1)
   axis.plot([], [], "k--", linewidth=1, label="the curriculum itself")

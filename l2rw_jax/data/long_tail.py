@@ -125,7 +125,8 @@ def long_tail_splits(
     The splits; the validation set is empty.
 
   Raises:
-    InputError: an argument is out of range, or a class has no images left.
+    InputError: an argument is out of range, the sources do not match, or a class has no
+      images left.
 
   References:
     Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin

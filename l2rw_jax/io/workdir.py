@@ -513,7 +513,7 @@ def code_digest() -> str:
 
 
 def made_by() -> dict[str, Any]:
-  """Versions, code and hardware, on which the numbers of a run also depend.
+  """Versions, code and hardware: what a run's numbers depend on besides its settings.
 
   Returns:
     Strings: versions of the packages by their name, a checksum of this package's

@@ -1,4 +1,4 @@
-"""Long tails: the class sizes of the papers, and independent draws."""
+"""Long tails: the class sizes of the papers, and draws independent of these sizes."""
 
 import numpy as np
 import pytest
@@ -127,7 +127,7 @@ def test_ldam_takes_meta_images_from_the_head_only():
   assert set(with_meta.train.source_index) < set(without.train.source_index)
 
 
-def test_draws_are_independent():
+def test_draws_are_independent_of_imbalance_and_shape():
   large, small, step, other = (
     make(CIFAR100, **options)
     for options in (
