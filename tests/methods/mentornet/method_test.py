@@ -331,10 +331,10 @@ def test_dropout_follows_the_schedule_and_the_fixed_epoch():
 def test_curriculum_gets_the_labels_of_the_batch():
   result, _ = _step(
     mentornet.mentornet(
-      functools.partial(mentornet.hard, positive_labels=True), percentile=100
+      functools.partial(mentornet.hard, positive_labels=True), percentile=100, decay=0
     )
-  )  # Moving percentile 2: differences -1, 0, 1, 2; the second and last labels are 1.
-  np.testing.assert_allclose(result.weights, np.array([0, 1, 1, 1]) / 4)
+  )  # Moving percentile 4: differences -3, -2, -1, 0; the second and last labels are 1.
+  np.testing.assert_allclose(result.weights, np.array([0, 1, 0, 1]) / 4)
 
 
 def test_weights_are_not_differentiated():
