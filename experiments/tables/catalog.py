@@ -199,7 +199,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     content = json.loads(path.read_text(encoding="utf-8"))
     rows = content["rows"]
     if not isinstance(content["flags"], dict) or not isinstance(rows, list):
-      raise TypeError("flags and rows have other types")
+      raise TypeError("flags must be an object and rows a list")
     if not all(isinstance(row, dict) for row in rows):
       raise TypeError("a row is not an object")
   except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -258,7 +258,12 @@ def between_markers(text: str, block: str) -> str:
 
 
 def rewrite(readme: pathlib.Path, block: str) -> None:
-  """Puts `block` between the markers of a file."""
+  """Puts `block` between the markers of a file.
+
+  Raises:
+    InputError: the file is not UTF-8 text, or its markers are not those that
+      `between_markers` needs.
+  """
   try:
     text = readme.read_text(encoding="utf-8")
   except UnicodeDecodeError as error:

@@ -81,7 +81,8 @@ def recording(method: base.Method) -> base.Method:
   def inner_sample(state, problem, train, rng):
     return method.sample(state.inner, problem, train, rng)
 
-  # The training loop recognizes these two functions by identity, so pass them through.
+  # The training loop recognizes `base.keep_state` and `base.permutation` by identity,
+  # so they are not wrapped.
   keeps_state = method.refresh is base.keep_state
   permutes = method.sample is base.permutation
   return method._replace(

@@ -74,6 +74,7 @@ def _scan(eqn, inputs, zero):
   loop = batch_axes.scan(eqn)
   first_row = loop.num_consts + loop.num_carry
   avals = [v.aval for v in eqn.outvars[loop.num_carry :]]
+  # PRNG keys cannot be added to `zero`, so their rows remain outputs of the scan.
   is_moved = [not jnp.issubdtype(a.dtype, jax.dtypes.extended) for a in avals]
   consts = inputs[: loop.num_consts]
   start = [

@@ -131,9 +131,11 @@ class WhitenedNet(split.SplitNetwork):
   maximum over the remaining positions and a linear layer come last. For CIFAR-10 there
   are 1,972,514 parameters at width 64, and 497,826 at width 32, with BatchNorm.
 
-  Differences from the speed-run: the head has a bias, and the training recipe is not
-  used (learning rates of 10, a separate learning rate for biases, an average of
-  weights).
+  Differences from the speed-run: whitening centers the patches and has a relative
+  epsilon; BatchNorm has a trained scale, a momentum of 0.9 (not 0.6) and an epsilon of
+  1e-5 (not 1e-12); GELU is the tanh approximation; the head has a bias; and the
+  training recipe is not used (learning rates of 10, a separate learning rate for
+  biases, an average of weights).
 
   Attributes:
     num_outputs: number of logits per example.

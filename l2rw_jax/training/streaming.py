@@ -34,8 +34,8 @@ class Stream:
     """Stores the arguments; `start` starts the threads.
 
     Args:
-      read: reads the examples of steps that take rows [D, R, K, b]; called from several
-        threads at once.
+      read: reads the examples of steps that take rows [D, R, K, b] (devices, runs,
+        steps, examples of a device); called from several threads at once.
     """
     self.steps_left = 0
     self._read = read

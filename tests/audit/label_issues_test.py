@@ -171,7 +171,8 @@ def test_names_of_classes_and_order_of_examples_do_not_matter():
 
 
 def test_the_direction_of_mistakes_decides_between_equal_probabilities():
-  # Of 40 examples of each class, 10 of class 0 are labeled 1, and none of class 2 is.
+  # Of 40 examples of each class, 10 of class 0 are labeled 1, and none of class 2 is,
+  # except for two examples, whose probabilities are set below.
   true = np.repeat(np.arange(3), 40)
   given = true.copy()
   given[:10] = 1

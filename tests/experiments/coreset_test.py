@@ -111,7 +111,7 @@ def test_a_second_call_repeats_the_first_and_imbalance_makes_a_tail(run):
   assert rows[0]["num_train"] < 1000
 
 
-# -- the report alone --------------------------------------------------------
+# -- functions of the script, without training -------------------------------
 
 
 def _curve(seconds, percent):

@@ -122,7 +122,7 @@ def test_published_values_are_shown_only_under_their_protocol(cells, name, monke
   assert [published_value(**one) for one in changes] == [None] * len(changes)
 
 
-def test_proposed_cells_have_the_published_values_and_cells_their_commands(cells):
+def test_cells_have_the_published_values_and_the_commands_of_their_runs(cells):
   for name, value in {
     "cifar_long_tail-ldam-exponential-100-ldam_drw": 77.03,
     "cifar_noise-l2rw_background-0.4-l2rw": 86.73,
@@ -331,7 +331,7 @@ def test_the_list_has_numbers_and_commands(tmp_path):
   ("arguments", "message"),
   [
     (["--only=sota"], "--only=sota: no cell has such a name; see --list"),
-    # Every name contains the empty part behind the comma.
+    # The part after the comma is empty, and would match every name.
     (["--only=mnist_imbalance-0.9-l2rw,"], "--only=: no cell has such a name"),
     (["--only="], "--only=: no cell has such a name"),
     (["--only=step_time,sota"], "--only=sota: no cell has such a name"),

@@ -301,7 +301,7 @@ _BROKEN_ROWS = {
   "no_rows": ([], "mnist_noise: no rows"),
   "rows": (
     7,
-    "results.json cannot be read as results (flags and rows have other types)",
+    "results.json cannot be read as results (flags must be an object and rows a list)",
   ),
   "row": ([7], "results.json cannot be read as results (a row is not an object)"),
 }

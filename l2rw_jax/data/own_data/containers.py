@@ -1,4 +1,4 @@
-"""The examples of a user as they are stored, as they are returned, and their form."""
+"""A user's data set as it is stored and as `read` returns it, and its format."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -142,7 +142,7 @@ def duplicates(features: np.ndarray) -> np.ndarray:
 
 
 def skipped_suffix(raw: Raw) -> str:
-  """The end of an error message: how many examples were skipped, and why the first."""
+  """The end of an error message: the number of skipped examples, and a reason."""
   if not raw.skipped:
     return ""
   name, reason = raw.skipped[0]
