@@ -27,7 +27,7 @@ from experiments.lib.settings import flag
 from l2rw_jax import base
 from l2rw_jax.models import convolution
 
-# (height and width, channels of the images, channels of the outputs): the layers of
+# (height and width, channels of the images, channels of the outputs): some layers of
 # `whitened.WhitenedNet` at widths 32 and 64 and of ResNet-32.
 LAYERS = {
   "whitened_half_1": (31, 24, 32),

@@ -43,7 +43,7 @@ def estimate_transition(
 
   Raises:
     InputError: the shape or the percentile is wrong; outside `jit` also if a row
-      contains a negative number or does not sum to 1.
+      contains a negative number or NaN, or does not sum to 1.
 
   References:
     Patrini et al., "Making Deep Neural Networks Robust to Label Noise: a Loss
@@ -148,8 +148,8 @@ def estimate_from_network(
     T [C, C].
 
   Raises:
-    InputError: `estimator` is unknown, `percentile` is not from 0 to 100, or, for
-      "confusion", a label is not a class.
+    InputError: `estimator` is unknown, `percentile` is not from 0 to 100, for
+      "anchor" a prediction is NaN, or for "confusion" a label is not a class.
   """
   check_estimator(estimator)
   check_percentile(percentile)
@@ -203,5 +203,6 @@ def _check_distributions(probabilities):
   if bad.any():
     raise base.InputError(
       f"probabilities: row {np.argmax(bad)} is not a distribution (its sum is"
-      f" {rows[np.argmax(bad)].sum():g}). Convert logits with jax.nn.softmax first."
+      f" {rows[np.argmax(bad)].sum():g}). Convert logits with jax.nn.softmax first; for"
+      " NaN, check the network."
     )

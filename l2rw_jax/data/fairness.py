@@ -41,8 +41,7 @@ def fairness(
   number divided by `imbalance`. If the groups are "inverted", `minority_share` of the
   training images of every class (rounded, at least one), half of the exemplars and half
   of the test images of every class are inverted. Finally training labels are flipped.
-  The draws are independent: `minority_share` and `noise_fraction` do not affect which
-  images are drawn.
+  `minority_share` and `noise_fraction` do not affect which images are drawn.
 
   Args:
     train: the source of the training set and the exemplars; N images.
@@ -61,8 +60,8 @@ def fairness(
     The splits; the validation set is empty.
 
   Raises:
-    InputError: an argument is out of range, a class has too few images, or no image
-      of a class is left to train on.
+    InputError: an argument is out of range, the sources do not match, a class has too
+      few images, or no image of a class is left to train on.
   """
   examples_lib.check_sources(train, test)
   examples_lib.check_sizes(num_exemplars=num_exemplars)
@@ -120,10 +119,13 @@ def _per_class(
   drawn = []
   pools = base.rows_by_class(source.labels, np.arange(source.num_classes))
   for label, pool in enumerate(pools):
+    class_ = sources.class_of(source, label)
+    where = f"{class_} has {len(pool)} images in {source.name} {source.split}"
+    if not len(pool):
+      raise base.InputError(f"{where}: give a source with images of every class")
     if len(pool) <= size:
       raise base.InputError(
-        f"{sources.class_of(source, label)} has {len(pool)} images in {source.name}"
-        f" {source.split}, and {size} exemplars of it leave none to train on: lower"
+        f"{where}, and {size} exemplars of it leave none to train on: lower"
         " num_exemplars"
       )
     drawn.append(rng.choice(pool, size, replace=False))

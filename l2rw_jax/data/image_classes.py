@@ -73,9 +73,9 @@ def image_folder(root: str | os.PathLike, split: str, *, size: int) -> sources.S
     `episodes.episodes` detects splits that share classes.
 
   Raises:
-    InputError: the folder does not exist or has no classes, a class has no images, an
-      image is outside of the class folders or has another format, or a file cannot be
-      read.
+    InputError: `split` is not a plain name, the folder does not exist or has no
+      classes, a class has no images, an image is outside of the class folders or has
+      another format, or a file cannot be read.
   """
   sources.check_folder_name("the split of an image folder", split)
   folder = pathlib.Path(root).expanduser() / split
@@ -215,7 +215,7 @@ def split_classes(
 
   Args:
     source: the source.
-    sizes: number of classes in each part.
+    sizes: number of classes in each part; other classes are left out.
     seed: decides to which part each class belongs. Use one seed for all repetitions of
       an experiment; otherwise settings are tested on the classes for which they were
       chosen.

@@ -76,8 +76,7 @@ def noisy_labels(
   released programs, in which the training set contains the meta set. Noise is added to
   the training and validation sets separately, with the same background class or
   transition matrix. If the builder flips an exact number of labels, the number is exact
-  in both sets. The draws are independent: the meta set does not depend on `fraction` or
-  `num_validation`.
+  in both sets. The meta set does not depend on `fraction` or `num_validation`.
 
   Args:
     train: the source of the training, meta and validation sets; N images.
@@ -98,8 +97,9 @@ def noisy_labels(
     The splits.
 
   Raises:
-    InputError: an argument is out of range, the builder does not support the data
-      set, a class has too few images, or no image is left to train on.
+    InputError: an argument is out of range, the sources do not match, the builder does
+      not support the data set, a class has too few images, or no image is left to train
+      on.
 
   References:
     Ren et al., "Learning to Reweight Examples for Robust Deep Learning"

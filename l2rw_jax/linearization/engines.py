@@ -9,8 +9,8 @@ vector of per-example losses and J is its Jacobian, these are
 
 `linearize` stores no per-example gradients, except those of parameters that are
 broadcast over the examples, such as biases, which take no more memory than activations.
-There is an engine for every model; by default, the results are exact, and the losses
-need one forward pass.
+There is an engine for nearly every model; by default, the results are exact, and the
+losses need one forward pass.
 """
 
 from collections.abc import Callable

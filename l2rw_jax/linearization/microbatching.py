@@ -59,7 +59,8 @@ def microbatched(
   Raises:
     InputError: `microbatch_size` is neither None nor a positive integer. When the
       returned function is called: an array of the batch or of aux does not have a row
-      per example.
+      per example, an array of the batch is sharded over an explicit mesh, or
+      `losses_fn` does not return one loss per example of a microbatch.
 
   Example:
     >>> import jax.numpy as jnp
@@ -282,7 +283,7 @@ def check_aux(call, params, batch, microbatch_size):
       raise base.InputError(
         f"losses_fn returns aux{jax.tree_util.keystr(path)}, which has no row per"
         " example and cannot be computed in microbatches: leave microbatch_size out, or"
-        " train a model without BatchNorm."
+        " do not return it (statistics of BatchNorm: train a model without it)."
       )
 
 

@@ -6,10 +6,9 @@ one input of each of the last two kinds. The layerwise engine records the values
 the derivatives of parameter uses need.
 
 The body of a `jax.lax.scan` with an input that depends on examples is a separate plan,
-see `Loop`.
-Computations that do not depend on examples are moved out of the loop if possible:
-operations that are the same in every iteration, and values that are passed from one
-iteration to the next (counters, keys).
+see `Loop`. Computations that do not depend on examples are moved out of the loop if
+possible: operations that are the same in every iteration, and values that are passed
+from one iteration to the next (counters, keys).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -220,7 +219,7 @@ class Loop(NamedTuple):
 
   @property
   def is_refused(self) -> bool:
-    """Whether the axes or the derivatives of all outputs are unknown."""
+    """False, because `Plan.run` leaves out only instances of `Step`."""
     return False
 
   @property
@@ -238,7 +237,7 @@ class Loop(NamedTuple):
     return [(p, v) for p, v in inputs if p in needed and not v.is_parameter]
 
   def recorded(self) -> list[int]:
-    """Places of the values that the body computes and that derivatives need."""
+    """Places of the values that derivatives need, except constants and rows."""
     given = {place for place, _ in (*self.consts, *self.rows)}
     return sorted(self.body.needs() - given)
 
@@ -311,7 +310,7 @@ class Recomputed(NamedTuple):
 
   @property
   def is_refused(self) -> bool:
-    """Whether the axes or the derivatives of all outputs are unknown."""
+    """False, because `Plan.run` leaves out only instances of `Step`."""
     return False
 
   @property
@@ -821,7 +820,7 @@ def trace(
     the function, losses first; the tree structure of aux.
 
   Raises:
-    NotLayerwiseError: the function is not known to process examples independently.
+    NotLayerwiseError: see `layerwise.linearize`.
   """
   closed, shapes = jax.make_jaxpr(losses_fn, return_shape=True)(leaves, batch)
   size = shapes[0].shape[0]

@@ -13,6 +13,9 @@ next selection:
     gamma_j = the number of examples of j's class whose nearest chosen example is j;
            these numbers sum to N
 
+Here t is the number of selections, including the current one; b1, b2, k and eps are
+settings of `adacore`.
+
 A batch of B of the chosen examples gets the weights gamma r / (N B), so that the
 expected gradient is sum_{j in S} gamma_j grad l_j / N, an estimate of the mean gradient
 of all N examples. CRAIG's script for deep networks does the same (it scales gamma to
@@ -305,11 +308,13 @@ class State(NamedTuple):
   """State of the methods in this file; arrays of fixed shape.
 
   Attributes:
-    rows: rows of the training set to visit in an epoch, int32 [r].
+    rows: rows of the subset, int32 [r]; not used before the first selection.
     weights: weights of every example, [N], in units in which the uniform weight is 1:
-      gamma r / N in the subset and 0 outside. All 1 before the first selection.
+      gamma r / N in the subset and 0 outside. Before the first selection, and in
+      `random_subset`, all are 1.
     num_selections: number of selections so far, int32 scalar.
-    averages: averages of gradients [N, C] and squared curvature, or None for CRAIG.
+    averages: averages of gradients [N, C] and squared curvature; None for CRAIG and
+      `random_subset`.
   """
 
   rows: base.Array
@@ -370,7 +375,7 @@ def adacore(
 
   Raises:
     InputError: a setting is out of range; when training begins, `last_layer` is True,
-      but the network has no features.
+      but the network has no features; at a selection, see `coresets.select`.
   """
   check_fraction("adacore", fraction)
   check_epochs("adacore", refresh_every, warmup_epochs)

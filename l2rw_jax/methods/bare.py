@@ -41,8 +41,9 @@ def select(
     variance ("batch_column": the released code), or
   - over the examples labeled c, with their number in the denominator ("own_label": the
     paper's formula, as far as it is known to us). By Cantelli's inequality this keeps
-    at most 1 / (1 + kappa^2) of a class, and nothing at all if the network is confident
-    and a few labels are wrong. It is therefore not the default.
+    at most 1 / (1 + kappa^2) of a class whose sigma_c is not 0, and nothing at all if
+    the network is confident and a few labels are wrong. It is therefore not the
+    default.
 
   If no example is selected, `example_weights` gives all examples the same weight.
   In a batch of one example, the standard deviation of "batch_column" is undefined, and
@@ -50,8 +51,8 @@ def select(
   8 eps mu_c (1e-6 mu_c in float32) prevents rounding from dropping whole classes when
   all probabilities are equal.
 
-  An example whose label is not a class, or whose probabilities are NaN (because of a
-  logit that is NaN or, with several logits, infinite), is not selected.
+  An example whose label is not a class, or whose probabilities are NaN (because a
+  logit is NaN or, with several logits, one is +inf or all are -inf), is not selected.
   `example_weights` gives NaN for the whole batch in both cases; NaN probabilities
   enter the statistics of all examples.
 
@@ -64,8 +65,8 @@ def select(
     axis_name: mapped device axis over which the batch is split.
 
   Raises:
-    InputError: `statistics` is unknown, `kappa` is out of range, or the shapes do not
-      match.
+    InputError: `statistics` is unknown, `kappa` is out of range, the shapes or types do
+      not match, or the batch is empty.
   """
   kappa = _checked(kappa, statistics)
   losses_lib.check_logits(logits, labels)
@@ -180,7 +181,7 @@ def bare(kappa: float = 1.0, statistics: str = "batch_column") -> base.Method:
     A `base.Method` without state.
 
   Raises:
-    InputError: a setting is out of range.
+    InputError: `statistics` is unknown, or `kappa` is out of range.
   """
   kappa = _checked(kappa, statistics)
 

@@ -186,7 +186,8 @@ def warpi(
 
   Raises:
     InputError: `num_samples` or `every` is not a positive integer, or (when traced) the
-      classifier has a single logit, or the labels are not integers of shape [B].
+      classifier has a single logit or other outputs, the labels are not integers of
+      shape [B], or `noise_fn` returns another shape.
   """
   num_samples = base.check_integer("warpi: num_samples", num_samples)
   every = base.check_integer("warpi: every", every)

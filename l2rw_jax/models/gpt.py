@@ -19,7 +19,7 @@ class GPT(split.SplitNetwork):
   other examples of the batch.
 
   Attributes:
-    vocabulary: V, number of tokens.
+    vocabulary: V, number of different tokens.
     width: number of features of a token.
     depth: number of blocks.
     num_heads: number of attention heads; must divide `width`.
@@ -94,7 +94,7 @@ class GPT(split.SplitNetwork):
     features are NaN. T is the number of tokens with which the network was initialized.
 
     Raises:
-      InputError: the tokens are not integers.
+      InputError: the tokens are not integers, or `num_heads` does not divide `width`.
       flax.errors.ScopeParamShapeError: the sequences have another length T.
     """
     del train

@@ -65,7 +65,8 @@ class VisionTransformer(split.SplitNetwork):
     """Maps images [B, H, W, C] to features [B, width].
 
     Raises:
-      InputError: `patch` does not divide the height and the width.
+      InputError: `patch` does not divide the height and the width, or `num_heads` does
+        not divide `width`.
     """
     del train
     if x.shape[1] % self.patch or x.shape[2] % self.patch:

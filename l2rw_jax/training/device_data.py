@@ -29,11 +29,11 @@ _HOST_BYTES = 2**30
 
 
 class Part(NamedTuple):
-  """Arrays of examples, and the rows of these arrays that K steps use.
+  """Arrays of examples, and the rows of these arrays that K steps of R runs use.
 
   Attributes:
-    examples: arrays [D, R, n, ...].
-    rows: rows of these arrays, int32 [D, R, K, b].
+    examples: arrays [D, R, n, ...]: n examples for each device of this process and run.
+    rows: rows of these arrays, int32 [D, R, K, b], b for each step.
   """
 
   examples: base.Batch
@@ -111,6 +111,9 @@ class DeviceData:
     Args:
       num_steps: number of upcoming steps whose rows are known.
       ahead: returns a function `i -> rows` of upcoming step i, see `Sampler.ahead`.
+
+    Raises:
+      InputError: the examples are streamed, but grain is not installed.
     """
     if isinstance(self._train, streaming.Stream) and not self._train.steps_left:
       rows = ahead()
@@ -126,7 +129,7 @@ class DeviceData:
       self._workers.close()
 
   def load(self, steps: Sequence[sampling.Rows]) -> Batches:
-    """Returns the examples of some steps, and sends those that are on the host."""
+    """Returns the examples of some steps; reads those that are not on the devices."""
     train = devices_lib.spread([rows.train for rows in steps], self._devices)
     if self._meta is None:
       return Batches(self._train.part(train), None)
@@ -218,7 +221,7 @@ class OnDevices:
     self._examples = devices_lib.replicate(stacked, devices)
 
   def part(self, rows: np.ndarray) -> Part:
-    """Sends only row numbers."""
+    """The examples on the devices; only the row numbers are on the host."""
     return Part(self._examples, rows)
 
 

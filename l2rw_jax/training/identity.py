@@ -15,8 +15,8 @@ from l2rw_jax.training import config as config_lib
 
 # Settings that may differ between processes: their hosts may have different CPUs.
 LOCAL = ("data_workers",)
-# These settings are not compared. Seeds are stored elsewhere. The place of the data and
-# the processes that read them do not affect the results. The others affect only
+# These settings are not compared. Seeds are stored separately. The place of the data
+# and the processes that read them do not affect the results. The others affect only
 # rounding.
 EXCLUDED = ("seeds", "num_devices", "steps_per_call", "device_map", "data", *LOCAL)
 _ADVICE = "choose another --workdir, or delete this one."
@@ -54,7 +54,7 @@ def of_runs(
 
 
 def made_by(num_devices: int) -> dict[str, Any]:
-  """The versions, code and devices with which a run is made."""
+  """The versions, the checksum of the code and the devices with which a run is made."""
   return {**workdir.made_by(), "num_devices": num_devices}
 
 
@@ -102,7 +102,7 @@ def check_made_by(old: Any, new: dict[str, Any], place: pathlib.Path) -> None:
       new["num_devices"],
     )
   old["num_devices"] = new["num_devices"]
-  _refuse(workdir.changes(old, new), place, "a run that was started elsewhere")
+  _refuse(workdir.changes(old, new), place, "a run of other versions, code or hardware")
 
 
 def _refuse(differences: list[str], place: pathlib.Path, what: str) -> None:

@@ -145,3 +145,12 @@ def test_class_sizes_of_digits():
 def test_invalid_arguments_raise(options, message):
   with pytest.raises(base.InputError, match=message):
     make(**options)
+
+
+def test_a_class_without_images_raises():
+  train, test = (
+    source(split)._replace(num_classes=_CLASSES + 1) for split in ("train", "test")
+  )
+  message = "class 4 has 0 images in toy train: give a source with images of every"
+  with pytest.raises(base.InputError, match=message):
+    make(train, test, num_exemplars=0)

@@ -24,11 +24,12 @@ def read_archive(path: pathlib.Path, split: str | None) -> tuple[containers.Raw,
     split: "train", "test" or None, as in `reading.read`.
 
   Returns:
-    The examples that have a label, and whether the archive has this split.
+    The examples that have a label, and whether the archive has a test set. If `split`
+    is "test" and it has none, the examples are those of `split=None`.
 
   Raises:
-    InputError: the file cannot be read, lacks features or labels, or their type or
-      number is not supported.
+    InputError: the file cannot be read, lacks features or labels, their type or shape
+      is not supported, or there is not one label for each example.
   """
   with _opened(path) as stored:
     names = list(stored.files)
@@ -99,7 +100,8 @@ def _opened(path: pathlib.Path) -> Iterator[Any]:
       f"{path} cannot be read: {error.strerror or 'it is not a NumPy archive'}"
     ) from error
   except (ValueError, EOFError, KeyError, zipfile.BadZipFile, SyntaxError) as error:
-    if "allow_pickle" in str(error) or "pickle" in str(error):
+    # NumPy also takes a file that is not an archive for pickled objects.
+    if str(error).startswith("Object arrays"):
       raise base.InputError(
         f"{path} contains Python objects, which are not read because they can run code;"
         " save numbers, or strings with dtype=str"

@@ -46,13 +46,14 @@ class Encoder:
     Args:
       name: the name of the data, for messages.
       values: numbers [N, D], or a table of strings by column name.
-      notes: a list to which notes about omitted columns are appended.
+      notes: a list to which notes are appended: about columns that were left out or
+        have values that are not numbers.
 
     Returns:
       The fitted encoder.
 
     Raises:
-      InputError: no column is usable.
+      InputError: no column is usable, or scikit-learn is not installed.
     """
     impute, pipeline, preprocessing = _sklearn()
     if isinstance(values, dict):
@@ -136,7 +137,7 @@ def _sklearn() -> tuple[Any, Any, Any]:
 def _kinds_of_columns(
   table: Mapping[str, np.ndarray], notes: list[str]
 ) -> tuple[list[str], list[str]]:
-  """The names of numeric and categorical columns; appends notes about the others."""
+  """The names of numeric and categorical columns; appends notes as in `Encoder.fit`."""
   numeric, categorical = [], []
   for name, column in table.items():
     cells = [c for c in column if c.lower() not in csv_files.MISSING]

@@ -180,8 +180,8 @@ def moving_percentile(
     axis_name: mapped axis over which the batch is sharded.
 
   Raises:
-    InputError: losses do not have shape [B], or `percentile` or `decay` is out of
-      range.
+    InputError: losses do not have shape [B] or are empty, `decay` is out of range, or
+      `check_percentile` refuses `percentile`.
 
   >>> import jax.numpy as jnp
   >>> print(moving_percentile(0., jnp.array([4., 1., 3., 2.]), 75.))
@@ -207,7 +207,10 @@ def moving_percentile(
 
 
 def check_percentile(percentile: float) -> None:
-  """Raises InputError for a percentile outside [0, 100], or given as a fraction."""
+  """Raises InputError for a percentile outside [0, 100], in (0, 1), or traced.
+
+  A percentile in (0, 1) is likely a fraction, such as 0.75 in place of 75.
+  """
   percentile = base.known_setting("percentile", percentile)
   _check_range("percentile", percentile, 0, 100)
   if 0 < percentile < 1:
@@ -278,14 +281,16 @@ def dropout_rates(schedule: Schedule) -> np.ndarray:
   """The dropout rate of every epoch percent, float32 [100].
 
   Raises:
-    InputError: a rate is outside [0, 1], or the numbers do not sum to 100.
+    InputError: a rate is outside [0, 1], a number is negative, or the numbers do not
+      sum to 100.
   """
   for rate, _ in schedule:
     _check_range("dropout: rate", rate, 0, 1)
   counts = [count for _, count in schedule]
   if sum(counts) != 100 or min(counts) < 0:
     raise base.InputError(
-      f"dropout: the numbers of epoch percents {counts} must add up to 100."
+      f"dropout: the numbers of epoch percents {counts} must add up to 100, and"
+      " none may be negative."
     )
   return np.repeat(np.array([rate for rate, _ in schedule], np.float32), counts)
 
@@ -297,7 +302,7 @@ class Preset(NamedTuple):
     percentiles: percentiles for 20%, 40% and 80% noise.
     burn_in: v is 1 while the epoch percent is below burn_in - 1; 0 disables the
       burn-in.
-    fixed_epoch_after_burn_in: whether the mentor's epoch percent stops at `burn_in`.
+    fixed_epoch_after_burn_in: whether the epoch percent stops at `burn_in`.
     dropout: schedule of the example dropout.
   """
 

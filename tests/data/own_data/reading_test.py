@@ -94,6 +94,7 @@ def _mistakes(folder):
   np.savez(folder / "texts.npz", X=np.array([["a"]] * 4), y=np.ones(4))
   np.savez(folder / "no_pixels.npz", X=np.ones((4, 0, 5)), y=np.ones(4))
   (folder / "bad.npz").write_bytes(b"PK\x03\x04garbage")
+  (folder / "table.npz").write_text("a,label\n1,2\n")
   (folder / "latin.csv").write_bytes(b"a,label\n\xff,1\n")
   (folder / "one.csv").write_text("a\n1\n")
   (folder / "none.csv").write_text("a,label\n1,\n")
@@ -110,6 +111,7 @@ def _mistakes(folder):
     "images:single": "has 1 different labels in 2 examples",
     "npz:none.npz": "none.npz cannot be read: No such file",
     "npz:bad.npz": "bad.npz is damaged or not a NumPy archive",
+    "npz:table.npz": "table.npz is damaged or not a NumPy archive",
     "npz:one.npy": "contains a single array; save it as np.savez",
     "npz:objects.npz": "contains Python objects, which are not read",
     "npz:keys.npz": "must contain the arrays X and y, or images and labels; it con",

@@ -194,7 +194,7 @@ def test_preset_uses_the_nearest_noise_level():
     ({"decay": 1.5}, "decay=1.5 must lie between 0 and 1"),
     ({"burn_in": -1}, "burn_in=-1 must lie between 0 and 100"),
     ({"dropout": ((0.5, 17),)}, r"epoch percents \[17\] must add up to 100"),
-    ({"dropout": ((0.5, 117), (0.1, -17))}, "must add up to 100"),
+    ({"dropout": ((0.5, 117), (0.1, -17))}, "none may be negative"),
     ({"dropout": ((1.5, 100),)}, "dropout: rate=1.5 must lie"),
     ({"dropout": ()}, "must add up to 100"),
   ],
