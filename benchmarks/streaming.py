@@ -63,7 +63,7 @@ class Settings(settings_lib.DataFlags, settings_lib.OutputFlags):
     tuple(_NETWORKS), "Networks to train.", choices=_NETWORKS
   )
   batch_size: int = flag(100)
-  num_steps: int = flag(20, "Number of steps of each run that a round times.")
+  num_steps: int = flag(20, "Number of timed steps of each run in a round.")
   repeats: int = flag(4, "Number of rounds.", bounds=settings_lib.REPEATS)
   data_workers: int = flag(
     2,
