@@ -94,8 +94,8 @@ def load(
   A prepared set is decoded once and its arrays are cached in `cache_dir`, under a key
   that contains its name, version and split, and a hash of its description files. If a
   set is not read into memory, only its labels are cached, and images are decoded when
-  they are used. Warnings are logged if examples of a user's data are skipped or
-  changed.
+  they are used. The notes of `own_data.report` about a user's data (changes, skipped
+  examples, duplicates) are logged as warnings.
 
   Args:
     name: `digits`; a user's data, `images:DIR`, `npz:FILE` or `csv:FILE`, see
@@ -117,9 +117,11 @@ def load(
 
   Raises:
     InputError: the name or the split is unknown; the name leads out of `data_dir`; the
-      data do not exist; the examples are not uint8 images of one shape with a class
-      label; or the description files are damaged, name classes outside of
-      tensorflow-datasets, or disagree with the examples.
+      data do not exist, are damaged, are not in the `array_record` format or do not fit
+      in memory; the examples are not uint8 images of one shape with a class label; the
+      description files are damaged, name classes that are not features of an image
+      classification set or files in other folders, or disagree with the examples;
+      `digits` is requested without scikit-learn; or `own_data.read` raises it.
   """
   if name == "digits":
     return _digits(split)
@@ -226,7 +228,8 @@ def check_folder_name(what: str, name: str) -> None:
   """
   if name in ("", ".", "..") or re.search(r"[/\\:]", name) or not name.isprintable():
     raise base.InputError(
-      f"{what} must be a plain name, without '..' and path separators; got {name!r}"
+      f"{what} must be a plain name of printable characters without '/', '\\' and"
+      f" ':', and not '.' or '..'; got {name!r}"
     )
 
 
@@ -355,7 +358,7 @@ def _check_descriptions(folder: pathlib.Path) -> None:
         raise base.InputError(_damaged(path, f"{key} is not a string"))
       if re.search(r"[/\\]|\.\.", part.get(key, "")):
         raise base.InputError(
-          f"{path} has the {key} {part[key]!r}, which is outside of its folder; use a"
+          f"{path} has the {key} {part[key]!r}, which may lead out of its folder; use a"
           " data set that you trust"
         )
 
@@ -391,9 +394,9 @@ def _fits_in_memory(folder: pathlib.Path, split: str) -> bool:
   if files <= _SMALL_FILES:
     return True
   with _quiet():
-    builder = _builder(folder)
-    image = builder.info.features["image"]
-    return row_sources.fit_in_memory(len(_open(builder, split)), image.shape)
+    builder, features, _ = _opened(folder)
+    shape = features["image"].shape
+    return row_sources.fit_in_memory(len(_open(builder, split)), shape)
 
 
 def _decode(folder: pathlib.Path, split: str) -> cache.Arrays:
@@ -489,7 +492,7 @@ def _checked(
 
 
 def _check_numbers(folder: pathlib.Path, builder: Any, split: str) -> None:
-  """Raises InputError unless all files have the expected number of examples."""
+  """Raises InputError unless the files of a split have as many examples as listed."""
   from array_record.python import array_record_module
 
   requested = set(re.findall(r"[^\s+\[\]]+", split))
@@ -515,10 +518,10 @@ def _check_classes(
   labels: np.ndarray,
   num_classes: int | None,
 ) -> None:
-  """Raises InputError unless the number of classes matches the labels.
+  """Raises InputError unless the number of classes is the largest label plus 1.
 
-  Classes without examples are accepted if class names are stored, if only a part of the
-  set is read, and for labels other than the true ones.
+  A larger number is accepted if class names are stored, for splits other than `train`,
+  for labels other than the true ones, and for the sets in `_SPARSE`.
   """
   number, num_used = num_classes or 0, int(labels.max(initial=-1)) + 1
   file = folder / f"{name}.labels.txt"
@@ -538,10 +541,11 @@ def _check_classes(
     or names is not None
   )
   if num_used > number or (num_used < number and not is_sparse):
+    advice = f", or list the names of all classes in {file.name}"
     raise base.InputError(
-      f"{folder / _FEATURES} lists {number} classes of {name}, but the labels of"
-      f" {split} have {num_used} (0 to {num_used - 1}); correct numClasses there, or"
-      f" list the names of all classes in {name}.labels.txt"
+      f"{folder / _FEATURES} lists {number} classes of {name}, but the largest label of"
+      f" {split} is {num_used - 1}; correct numClasses there"
+      + (advice if num_used < number else "")
     )
 
 
