@@ -12,6 +12,7 @@ import scripts
       "--refresh_every=14",
       "--refresh_every=14: give a number that is not a multiple of 7;",
     ),
+    ("label_issues", "--methods=audit,foo", "--methods=foo: choose among audit,"),
     ("streaming", "--data_workers=0", "--data_workers=0 must lie between 1 and"),
     (
       "label_issues",
