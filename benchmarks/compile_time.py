@@ -154,8 +154,9 @@ def _measure(step, num_arrays):
   started = time.process_time()
   lowered = lower(step, num_arrays)
   ready = time.process_time()
-  text = lowered.compile().as_text()
+  compiled = lowered.compile()
   done = time.process_time()
+  text = compiled.as_text()
   main_text = text[text.index("ENTRY") :]
   calls = re.findall(r"(?:fusion|dot|reduce|custom-call)\(", main_text)
   return {

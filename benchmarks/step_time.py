@@ -7,9 +7,9 @@ in rounds: in each round, every implementation takes one turn, in random order. 
 results are medians over turns, and ratios are medians of the ratios within a round, so
 that other load on the machine affects all implementations equally. A step computes the
 gradients of the method and an SGD update, with the state donated and the batches on the
-device. The time of compilation is reported separately. Methods without a meta batch
-are timed once, not once for each size of the meta batch. Only l2rw and meta_weight_net
-have engines:
+device. The time of compilation is reported separately. Except for plain training,
+which is timed in every group, methods without a meta batch are timed once, not once for
+each size of the meta batch. Only l2rw and meta_weight_net have engines:
 
   literal     `jax.grad` through the unrolled inner step, then a second pass
   forward     `linearization.linearize` in forward mode
@@ -68,8 +68,9 @@ class Settings(settings_lib.OutputFlags):
   )
   methods: tuple[str, ...] | None = flag(
     None,
-    f"Methods to time: any of {', '.join(_steps.METHODS)}. The default is all; for"
-    " large networks on a CPU, only l2rw and meta_weight_net.",
+    f"Methods to time: any of {', '.join(_steps.METHODS)}. The default is all; on a"
+    " CPU, only l2rw and meta_weight_net for networks other than mlp and lenet. Plain"
+    " training is always timed.",
   )
   engines: tuple[str, ...] = flag(
     tuple(_steps.ENGINES),
@@ -196,7 +197,7 @@ def _meta_size(name, share, size, share_of):
   if share * size < 0.999:  # 1 / 3 may be given as 0.3333.
     raise base.InputError(
       f"--meta_sizes={share:g}: this is less than one example of the batch of {name},"
-      f" which has {size}; give at least {math.ceil(1e4 / size) / 1e4:g}."
+      f" which has {size} examples; give at least {math.ceil(1e4 / size) / 1e4:g}."
     )
   meta_size = round(share * size)
   other = share_of.setdefault(meta_size, share)
@@ -251,7 +252,8 @@ def measure(settings: Settings, group: Group) -> list[dict[str, Any]]:
   Plain training comes first.
 
   Raises:
-    InputError: there is not enough memory for plain training in any framework.
+    InputError: there is not enough memory for plain training in any framework, or
+      PyTorch is requested and cannot be used.
     FloatingPointError: a loss is not finite.
   """
   started = time.perf_counter()

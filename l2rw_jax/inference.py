@@ -34,8 +34,8 @@ def map_batches(
     The results as NumPy arrays, concatenated along their leading axis.
 
   Raises:
-    InputError: the arrays have different lengths, there is no example, `batch_size` is
-      not a positive integer, or `fun` returns a scalar.
+    InputError: the arrays have no or different lengths, there is no example,
+      `batch_size` is not a positive integer, or `fun` returns a scalar.
 
   >>> examples = {"x": np.arange(5)}
   >>> map_batches(lambda batch: 2 * batch["x"], examples, batch_size=2)

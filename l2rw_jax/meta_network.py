@@ -121,8 +121,7 @@ def update(
     The state after the step.
 
   Raises:
-    InputError: the optimizer needs or accepts other arguments than `params` and
-      `value`, see `hypergradient.update`.
+    InputError: the optimizer is not supported, see `hypergradient.update`.
   """
 
   def updated(state):
@@ -210,8 +209,8 @@ def meta_gradient(
   Raises:
     InputError: an argument is invalid, see `hypergradient.direction`; outside `jit`,
       also if the optimizer's step ignores the gradient.
-    FloatingPointError: outside `jit`, if the inner loss, the direction or the
-      gradient is not finite.
+    FloatingPointError: outside `jit`, if the inner loss, a meta loss, the gradient of
+      the meta loss, the direction or dM/dphi is not finite.
   """
   outputs = linearized.outputs
   loss, cotangent = jax.value_and_grad(loss_fn)(outputs, phi)
@@ -282,7 +281,7 @@ def iterate(
   optimizer: optax.GradientTransformation,
   every: int = 1,
 ) -> tuple[base.PyTree, State]:
-  """One iteration: updates phi, then computes the gradient with respect to p.
+  """One iteration: may update phi (see `every`), then computes the gradient for p.
 
   Args:
     state: the state before the step.
@@ -299,6 +298,10 @@ def iterate(
 
   Returns:
     The gradient of the classifier, summed over devices, and the state after the step.
+
+  Raises:
+    InputError: see `meta_gradient` and `update`.
+    FloatingPointError: see `meta_gradient`.
   """
 
   def meta_gradient_fn(phi):

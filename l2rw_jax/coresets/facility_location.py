@@ -50,7 +50,7 @@ class Selection(NamedTuple):
       share the sum of their cluster sizes equally, so that each has at least 1.
     assignment: position in `rows` of the selected point that is nearest to each point,
       the first one if several are equally near, [n]; -1 for padding.
-    distances: distance of each point to the nearest selected point, [n].
+    distances: distance of each point to the nearest selected point, [n]; 0 for padding.
   """
 
   rows: base.Array
@@ -200,7 +200,7 @@ def stochastic_greedy(
 
   Args:
     key: a typed PRNG key.
-    points: `distances.vectors` or `distances.outer_products`.
+    points: see `lazy_greedy`.
     size: see `lazy_greedy`.
     num_candidates: number of candidates at each step.
     capacity: see `lazy_greedy`.

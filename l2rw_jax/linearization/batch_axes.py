@@ -79,14 +79,14 @@ _CALLS = {
 _INLINED = ("jit", "pjit", "closed_call", "core_call")
 
 
-_LOOP = "the operations in its body are not followed"
+_BODY = "the operations in its body are not followed"
 _COLLECTIVE = "it takes values from other devices"
 _STATE = "it reads or writes a reference"
 _RARE = "few networks use it"
 # All other operations of JAX, and the reasons why they are not supported.
 REFUSED = {
-  **dict.fromkeys(("call", "cond", "while"), _LOOP),
-  **dict.fromkeys(("eval_jaxpr", "shard_map"), _LOOP),
+  **dict.fromkeys(("call", "cond", "while"), _BODY),
+  **dict.fromkeys(("eval_jaxpr", "shard_map"), _BODY),
   "custom_linear_solve": "its derivative solves another linear system",
   "custom_lin": "its backward rule is not followed",
   **dict.fromkeys(("all_gather", "all_to_all", "axis_index", "pmax"), _COLLECTIVE),
@@ -297,9 +297,9 @@ def _checked_by_rule(eqn, axes, output_axes):
 
 
 def _checked_by_backward_rule(eqn, axes, output_axes):
-  """`output_axes`, or errors if the rules of a custom_vjp mix examples.
+  """`output_axes`, or errors if the backward rule of a custom_vjp is not supported.
 
-  The errors are the same if the backward rule is not linear, see `backward_rules`.
+  The rule must not mix examples, and must be linear, see `backward_rules`.
   """
   rule = backward_rules.rule_of(eqn)
   known = [None if isinstance(axis, MixedError) else axis for axis in output_axes]

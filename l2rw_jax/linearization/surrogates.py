@@ -55,15 +55,17 @@ def find(jaxpr: Any) -> str | None:
 def hold_stopped(
   function: Callable[..., list[Any]], leaves: list[Any]
 ) -> Callable[[list[Any]], list[Any]]:
-  """`function` with the argument of each `stop_gradient` held at its value at `leaves`.
+  """`function` with the arguments of `stop_gradient` held at their values at `leaves`.
+
+  A `stop_gradient` in a loop or another body is not held; `find` checks those.
 
   Args:
     function: a function from a list of arrays to a list of arrays.
     leaves: its arguments.
 
   Returns:
-    A function of the same arguments, whose finite differences near `leaves` agree with
-    the derivative of `function`.
+    A function of the same arguments. If `find` returns None, its finite differences
+    near `leaves` agree with the derivative of `function`.
   """
   closed = jax.make_jaxpr(function)(leaves)
   if not _has_stop_gradient(closed.jaxpr):

@@ -117,8 +117,11 @@ def check(params: base.PyTree) -> None:
 
 
 def zero_gradient(leaf: Any) -> Any:
-  """The gradient of a leaf that is held fixed: zeros of its shape and dtype."""
-  if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended):  # Typed PRNG keys.
+  """The gradient of a leaf that is held fixed: zeros of its shape and dtype.
+
+  The zeros for typed PRNG keys have the dtype float0.
+  """
+  if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended):
     return np.zeros(jnp.shape(leaf), jax.dtypes.float0)
   return jnp.zeros_like(leaf)
 

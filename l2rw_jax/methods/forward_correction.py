@@ -65,8 +65,8 @@ def forward_correction(
 
   Raises:
     InputError: the estimator is unknown, the epoch or the percentile is out of range,
-      the rows of `transition` are not distributions, or (when training begins) its
-      shape does not fit the number of classes of the data.
+      `transition` is not square or its rows are not distributions, or (when training
+      begins) its shape does not fit the number of classes of the data.
   """
   known = None if transition is None else _checked_transition(transition)
   first = base.check_integer("forward_correction: from_epoch", from_epoch or 0, 0)

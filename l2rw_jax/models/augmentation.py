@@ -161,15 +161,15 @@ def normalize(
     InputError: the number of means or deviations is neither 1 nor C.
   """
 
-  def per_channel(values):
+  def per_channel(name, values):
     if np.size(values) not in (1, images.shape[-1]):
       raise base.InputError(
-        f"the mean and the deviation of {np.size(values)} channels do not fit images of"
-        f" {images.shape[-1]} channels: give one number for each channel"
+        f"{name} has {np.size(values)} numbers, which do not fit images of"
+        f" {images.shape[-1]} channels: give one for each channel, or one for all"
       )
     return jnp.asarray(values, images.dtype).reshape((1,) * (images.ndim - 1) + (-1,))
 
-  return (images - per_channel(mean)) / per_channel(std)
+  return (images - per_channel("mean", mean)) / per_channel("std", std)
 
 
 def standardize(images: base.Array) -> base.Array:

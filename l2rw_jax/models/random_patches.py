@@ -66,7 +66,7 @@ class RandomPatches:
     return self._standardized(_responses(images, self.kernel, self.bias))
 
   def _standardized(self, responses):
-    """Standardizes responses in place: those of many images take 8 KB for each."""
+    """Standardizes responses in place, because they take 8 KB per image."""
     responses -= self.mean
     responses /= self.std
     return responses
@@ -83,11 +83,11 @@ def fit(images: np.ndarray, seed: int = 0) -> tuple[RandomPatches, np.ndarray]:
     seed: seed of the choice of the patches.
 
   Returns:
-    A function that computes the features of any images of this shape, and the features
-    of `images`, float32 [N, 2048].
+    A function that computes the features of any images with as many channels, and the
+    features of `images`, float32 [N, 2048].
 
   Raises:
-    InputError: the images have another type, or are too small.
+    InputError: the images have another type or number of axes, or are too small.
   """
   _check(images)
   kernel, bias = _filters(_patches(images, np.random.default_rng(seed)))

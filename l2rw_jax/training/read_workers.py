@@ -104,6 +104,9 @@ def read_by_workers(
 
   Returns:
     The sets, and their workers (None if the sets contain only arrays).
+
+  Raises:
+    InputError: a source cannot be pickled.
   """
   sources: list[Any] = []
   places = []

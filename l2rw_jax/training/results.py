@@ -30,9 +30,9 @@ class Result(NamedTuple):
   Attributes:
     metrics: the content of `results.json` without its checksum. "identity" contains
       everything that the numbers of the run depend on, and "files" contains the
-      checksums of the other files of the run.
+      checksums of the other files of the run, except those for TensorBoard.
     weights: the columns of `weights.csv`, arrays [N] by name: index,
-      source_index, label, true_label, mean_weight, last_weight (in units of the
+      source_index, label, true_label, mean_weight and last_weight (both in units of the
       uniform weight), seen (number of batches), rejected (number of batches with weight
       0). A high rejected / seen indicates a wrong label, and does so better than a low
       mean_weight. The two columns of labels are missing if examples have several

@@ -1,4 +1,8 @@
-"""The rows of the examples that each step uses; a function of the seed and the step."""
+"""The rows of the examples that each step uses.
+
+All random draws depend only on the seed and on the number of the epoch or of the pass
+over the meta set, so that an interrupted run can be continued exactly.
+"""
 
 from collections.abc import Callable, Sequence
 import functools

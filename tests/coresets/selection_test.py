@@ -134,7 +134,7 @@ def test_equal_proxies_share_the_weight_of_their_class(greedy):
     ({"proxies": np.ones(60)}, r"proxies must be \[n, C\]; got shape \(60,\)"),
     (
       {"proxies": np.where(np.arange(60)[:, None] == 7, np.nan, np.ones((60, 4)))},
-      "too large to be squared; the first is in row 7",
+      "1 rows of proxies are NaN, .* too large to be squared; the first is row 7",
     ),
   ],
 )

@@ -18,7 +18,7 @@ from l2rw_jax.data.own_data import table_encoder
 from l2rw_jax.data.own_data import tables
 
 KINDS = ("images", "npz", "csv")
-_TEST_SHARE = 5  # One example in five is held out, per class.
+_TEST_EVERY = 5  # Every fifth example of a class is held out.
 _WHOLE = re.compile(r"[+-]?\d+(\.0*)?")
 
 
@@ -41,11 +41,11 @@ def read(
   """Reads a user's data.
 
   Args:
-    name: images:DIR, npz:FILE or csv:FILE.
+    name: images:DIR, npz:FILE, csv:FILE or csv:FILE#NAME with the label column NAME.
     split: "train" or "test". If the source has these splits (the folders DIR/train and
       DIR/test, the arrays X_test and y_test), they are used. Otherwise, a fixed fifth
-      of the examples of each class is the test set. By default, all examples are
-      returned, except for the source's test split.
+      of the examples of each class, rounded down, is the test set. By default, all
+      examples are returned, except for the source's test split.
     labels: for images, a CSV file of path,label. The paths start in DIR or, if there
       are folders DIR/train and DIR/test, in DIR or DIR/train; these folders are then
       not splits. The default is labels.csv in the folder that is read, if it exists:
@@ -67,8 +67,9 @@ def read(
 
   Raises:
     InputError: the file or folder does not exist or has an unsupported layout, no
-      example can be used, there are fewer than two classes, the examples do not have
-      the format `like`, or an argument is for another kind of data.
+      example can be used, no test set can be held out, there are fewer than two classes
+      or fewer than two examples per class on average, the examples do not have the
+      format `like`, or an argument is invalid or for another kind of data.
   """
   kind, _, place = name.partition(":")
   if kind not in KINDS or not place:
@@ -127,7 +128,8 @@ def _image_form_of(
 ) -> containers.Form | None:
   """The form of image files from their headers and one image of each class.
 
-  It is None if no image of a class can be read: the form then depends on all images.
+  With `in_memory=False`, the headers are enough. The result is None if there is a class
+  without a readable image: the form then depends on all images.
   """
   data = read_lazily(in_memory=False)
   if in_memory is False:
@@ -147,11 +149,11 @@ def _train_and_test(labels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarr
   test = []
   for members in base.rows_by_class(labels, np.unique(labels)):
     rows = rng.permutation(members)
-    test.append(rows[: len(rows) // _TEST_SHARE])
+    test.append(rows[: len(rows) // _TEST_EVERY])
   held_out = np.sort(np.concatenate(test))
   if not len(held_out):
     raise base.InputError(
-      f"{name} has no class of {_TEST_SHARE} or more examples, so that no test set can"
+      f"{name} has no class of {_TEST_EVERY} or more examples, so that no test set can"
       " be held out; give it more examples, or a separate test set"
     )
   return np.setdiff1d(np.arange(len(labels)), held_out), held_out
@@ -166,14 +168,21 @@ def _convert(
   like: containers.Form | None,
   in_memory: bool | None,
 ) -> containers.OwnData:
-  """Converts examples to the format `like`, or else to the format of rows `train`."""
+  """Converts the examples `chosen` to the format `like`.
+
+  Without `like`, rows `train` determine the format of a table or an array [N, D], and
+  all rows that of images and of other arrays.
+  """
   examples = raw.take(chosen)
   encoder = None if like is None else like.encoder
   pixels = None
   if isinstance(raw.values, dict) or (raw.values.ndim == 2 and raw.root is None):
     if encoder is None:
       if like is not None:
-        raise base.InputError(f"{name} has rows, but the other data have images")
+        raise base.InputError(
+          f"{name} has a list of features for each example, but the other data have"
+          f" examples of shape {list(like.shape)}; give both the same shape"
+        )
       known = raw.take(train).values
       if isinstance(known, dict):
         known = {k: column for k, column in known.items() if k not in raw.left_out}
@@ -253,8 +262,8 @@ def _convert(
 def _unified(labels: np.ndarray, like: containers.Form | None) -> np.ndarray:
   """Labels in which "1.0" is the same class as "1".
 
-  Without `like`, ".0" is removed if all labels are whole numbers. Otherwise, a label
-  that is not a class of `like` becomes the class that differs only by ".0", if any.
+  Without `like`, ".0" is removed if all labels are whole numbers. With `like`, a label
+  that is not one of its classes becomes the class that differs only by ".0", if any.
   """
   names = [str(label) for label in labels]
   if like is None:

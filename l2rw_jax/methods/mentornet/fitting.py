@@ -6,7 +6,7 @@ from the recorded losses of a student (the trained classifier) which labels were
 References:
   Jiang, Zhou, Leung, Li, Fei-Fei, "MentorNet: Learning Data-Driven Curriculum
   for Very Deep Neural Networks on Corrupted Labels", ICML 2018, section 3. The
-  settings are the released code's.
+  settings are the released code's, except for the number of starts, see `fit`.
 """
 
 import functools
@@ -125,7 +125,7 @@ def dd_rows(
     kind = "right" if targets.all() else "wrong"
     raise base.InputError(
       f"dd_rows: all {len(labels)} labels are {kind}; record a student on data with"
-      " some wrong labels."
+      " both right and wrong labels."
     )
   order = np.random.default_rng(seed).permutation(len(losses))
   shown = labels if use_labels else np.zeros_like(labels)

@@ -142,7 +142,7 @@ class Writer:
     """Writes an epoch; an existing file of the same epoch must agree with it.
 
     Raises:
-      InputError: the existing file is from other settings, or writing fails.
+      InputError: the existing file is from other settings or damaged, or writing fails.
     """
     path = self._run_folder(seed) / f"epoch-{epoch:05d}.npz"
     if path.exists():
@@ -258,7 +258,7 @@ def _check_columns(columns):
     if name == "loss":
       continue
     if not np.isfinite(column).all():
-      raise ValueError("a number is missing")
+      raise ValueError(f"a number in its column {name} is missing or infinite")
     least, most = _RANGES[name]
     if ((column < least) | (column > most) | (column != np.floor(column))).any():
       raise ValueError(f"{name} must be whole numbers from {least} to {most}")
