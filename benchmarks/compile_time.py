@@ -11,7 +11,8 @@ the same network:
   operations       operations before optimization (StableHLO); a function that is called
                    several times counts once
   instructions     instructions of the compiled program
-  kernels          kernels and library calls of the compiled program
+  kernels          fusions, products, reductions and library calls of the compiled main
+                   function, without those in the bodies of loops
 
 Command: python -m benchmarks.compile_time
 Results: results/compile_time.

@@ -140,7 +140,7 @@ def load(settings: Settings, name: str) -> tuple[np.ndarray, np.ndarray, int]:
   """Returns the inputs [N, d], labels [N] and number of classes of a data set.
 
   Raises:
-    InputError: if the data set is not one of `EPOCHS`.
+    InputError: if the data set is not one of `EPOCHS` or cannot be read.
   """
   if name not in EPOCHS:
     raise base.InputError(f"--datasets={name}: choose among {', '.join(EPOCHS)}.")
@@ -185,7 +185,8 @@ def make_noisy_data(settings: Settings, name: str, noise: str, seed: int) -> Noi
     The data set with wrong labels.
 
   Raises:
-    InputError: if a name is unknown, or a class has too few examples.
+    InputError: if a name is unknown, the data set cannot be read, or a class has too
+      few examples.
   """
   x, labels, num_classes = load(settings, name)
   kind, _, share = noise.partition(":")

@@ -31,9 +31,10 @@ over these rows. The engine does not support a `jax.custom_vjp` with an input th
 depends on parameters alone, because its backward rule sums over examples, nor a
 `jax.lax.while_loop` or `jax.lax.cond` with an input that depends on examples.
 
-For a `jax.checkpoint`, only its inputs and the gradients of its outputs are recorded.
-Each pass recomputes the values that it needs: recording, `directional` and
-`weighted_gradient` then cost 2, 3 and 3 forward passes instead of one each.
+A `jax.checkpoint` that takes parameters is supported with `recompute`. Only its inputs
+and the gradients of its outputs are recorded, and each pass recomputes the values that
+it needs: recording, `directional` and `weighted_gradient` then cost 2, 3 and 3 forward
+passes instead of one each.
 """
 
 from collections.abc import Callable

@@ -18,10 +18,10 @@ Differences from the released program (github.com/giorgiop/loss-correction):
   network at a fixed epoch.
 - The anchor of the release is the example with the largest p_i strictly below the 97th
   percentile (on CIFAR-100, the largest p_i of all). This is also the anchor of this
-  library, unless examples are tied for it or one lies exactly on the percentile. To
-  skip the largest values, the release sets them to 0 in place, class after class. If
-  the anchor of class i is also among the top 3% of an earlier class j, T_ij of the
-  release is therefore 0.
+  library (with `percentile=100` on CIFAR-100), unless examples are tied for it or one
+  lies exactly on the percentile. To skip the largest values, the release sets them to 0
+  in place, class after class. If the anchor of class i is also among the top 3% of an
+  earlier class j, T_ij of the release is therefore 0.
 
 References:
   Patrini, Rozza, Menon, Nock, Qu, "Making Deep Neural Networks Robust to Label Noise:

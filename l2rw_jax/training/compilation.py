@@ -36,7 +36,7 @@ def functions(
     model: the network and its loss.
     method: only its `gradients`, `init` and `record` are used.
     optimizer: the optimizer of the network.
-    num_examples: N.
+    num_examples: number of training examples of a run.
     num_steps: number of steps of the run.
     num_runs: R.
     devices: the devices that train, those of all processes.
@@ -45,9 +45,10 @@ def functions(
   Returns:
     init: `(keys [R], class_counts [R, C], examples [R, 1, ...]) -> TrainState`.
     steps: `(state, train, meta, keys, class_counts) -> (state, outputs)` for arrays
-      `[D, R, ...]`. `train` and `meta` are those of `device_data.Batches`. It applies
-      `train_step` K times, once for each batch in `train.rows`; the outputs are a
-      `StepOutput` with arrays `[D, R, K, ...]`.
+      `[D, R, ...]` on the D devices of this process. `train` and `meta` are those of
+      `device_data.Batches`. It applies `train_step` K times, once for each of the K
+      batches in `train.rows`; the outputs are a `StepOutput` with arrays
+      `[D, R, K, ...]`.
   """
 
   def problem(class_counts, axis_name=None):

@@ -6,7 +6,7 @@ from the recorded losses of a student (the trained classifier) which labels were
 References:
   Jiang, Zhou, Leung, Li, Fei-Fei, "MentorNet: Learning Data-Driven Curriculum
   for Very Deep Neural Networks on Corrupted Labels", ICML 2018, section 3. The
-  settings are the released code's, except for the number of starts, see `fit`.
+  defaults of `fit` are the released code's, except for the number of starts.
 """
 
 import functools
