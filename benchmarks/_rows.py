@@ -40,8 +40,8 @@ def report(
 
   Args:
     rows: the rows.
-    facts: columns that all rows share. The versions of the software and the number of
-      cores are added to them.
+    facts: columns that all rows share. The code, versions and hardware of
+      `workdir.run_info` and the number of cores are added to them.
     workdir: the folder.
   """
   info = {**workdir_lib.run_info(), "cores": os.cpu_count()}

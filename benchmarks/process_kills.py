@@ -36,7 +36,7 @@ _FLAGS = (
   # connected.
   "--initialization_timeout=30",
 )
-# Seconds after which processes that do not end are killed and reported.
+# Seconds after which processes that do not end are killed, and the benchmark fails.
 _LIMIT = 300.0
 # A run counts as lost after this many starts that failed without a kill.
 _MOST_FAILURES = 5
@@ -72,7 +72,11 @@ def start(folder: pathlib.Path) -> list[subprocess.Popen]:
 
 
 def finish(started: Sequence[subprocess.Popen]) -> list[str]:
-  """Waits for processes and returns their errors; kills them after `_LIMIT`."""
+  """Waits for processes and returns what they print to stderr.
+
+  Raises:
+    subprocess.TimeoutExpired: a process does not end within `_LIMIT`; all are killed.
+  """
   try:
     return [process.communicate(timeout=_LIMIT)[1] for process in started]
   finally:
@@ -127,8 +131,9 @@ def complete(folder: pathlib.Path) -> tuple[int, list[str]]:
   """Starts both processes with the same command until their run finishes.
 
   Returns:
-    The number of starts that failed because of other events, such as a collective that
-    timed out on a busy machine, and what the processes printed at the last start.
+    The number of starts that failed although no process was killed, for instance
+    because a collective timed out on a busy machine, and what the processes printed to
+    stderr at the last start.
   """
   for failures in range(_MOST_FAILURES):
     errors = finish(started := start(folder))

@@ -167,7 +167,7 @@ def _groups(settings, name, on_cpu, engines, shares):
       f"--peer_only: {name} does not exist in PyTorch; choose other --networks."
     )
   is_slow = network.slow_on_cpu and on_cpu
-  default = _steps.LOOKAHEAD_METHODS if is_slow else list(_steps.METHODS)
+  default = _steps.ENGINE_METHODS if is_slow else list(_steps.METHODS)
   given = settings.methods
   methods = settings_lib.choose(
     "methods", default if given is None else given, _steps.METHODS

@@ -90,7 +90,8 @@ def measure(switch: str, layout: str, batch_size: int, repeats: int) -> dict[str
   Returns:
     "seconds" of every step, "flops" of a step, the hash of the "program"; or only
     "error" if the process fails, for instance because XLA does not accept the switch:
-    the first line on stderr that names the switch, or else the last line.
+    the first line on stderr that names the switch, or else the last line, or the exit
+    status if stderr is empty.
   """
   done = subprocess.run(
     [sys.executable, "-c", _CHILD, layout, str(batch_size), str(repeats)],

@@ -83,7 +83,7 @@ class Settings(settings_lib.Settings):
   trusted: str | None = flag(
     None,
     "Examples with labels that you trust, as images:DIR, npz:FILE or csv:FILE. With"
-    " them, the ranking also uses the scores of L2RW.",
+    " them, issues.csv also has the scores of L2RW, which do not change the ranking.",
     group="data",
   )
   image_size: int | None = flag(

@@ -20,8 +20,8 @@ import numpy as np
 Array = jax.Array
 PyTree = Any
 _META_KEY = 0x6D657461
-# A dictionary of arrays with a common leading axis. It always has "index" [B], the
-# row of each example in its data set, in addition to the inputs of the model.
+# A dictionary of arrays with a common leading axis. In the training loop, it also has
+# "index" [B], the row of each example in its data set.
 Batch = dict[str, Any]
 LossesFn = Callable[..., Any]
 # One mapped axis, several of them, such as ("data", "model"), or None outside any
@@ -51,7 +51,7 @@ class StaticFloat(float):
 
 
 for _static in (StaticStr, StaticFloat):
-  # Without arrays, nothing is stored, and the value is that of the restored object.
+  # There are no arrays to store: flax restores into an object, whose value is kept.
   serialization.register_serialization_state(
     _static, lambda value: {}, lambda value, state: value
   )
@@ -850,7 +850,7 @@ def check_losses(name: str, losses: Any) -> None:
   check_vector(name, losses)
   if not jnp.issubdtype(losses.dtype, jnp.floating):
     raise InputError(
-      f"{name} must be floating-point numbers; got {losses.dtype}, which has no"
+      f"{name} must be floating-point numbers; got {losses.dtype}. Integers have no"
       " gradient, so that all weights would be zero. Compute the losses in float32."
     )
 
@@ -873,9 +873,9 @@ def check_vector(name: str, value: Any) -> None:
   if len(value.shape) == 2:
     raise InputError(
       f"{name} must be one number per example, shape [B]; got shape {value.shape}. If"
-      " every token or position is an example, return losses.reshape(-1), [B * T]; if"
-      " every sequence is an example, return losses.mean(axis=1). Do not average over"
-      " the batch."
+      " every token or position is an example, flatten the array with reshape(-1),"
+      " [B * T]; if every sequence is an example, average over axis 1. Do not average"
+      " over the batch."
     )
   if len(value.shape) != 1:
     raise InputError(

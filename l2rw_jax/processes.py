@@ -136,7 +136,11 @@ def exchange(name: str, value: str) -> list[str]:
 
 
 def smallest(name: str, value: int) -> int:
-  """The smallest of the integers that the processes pass."""
+  """The smallest of the integers that the processes pass.
+
+  Raises:
+    InputError: see `exchange`.
+  """
   return min(map(int, exchange(name, str(value))))
 
 
@@ -151,7 +155,8 @@ def on_first(name: str, function: Callable[[], Any]) -> Any:
     The result of `function`, in every process.
 
   Raises:
-    InputError: in every process, if `function` raised it.
+    InputError: in every process, if `function` raised it; or a process published why it
+      ended, see `publish_failure`.
     EndedError: in the other processes, if `function` raised anything else.
   """
   if count() == 1:
@@ -228,7 +233,11 @@ def concatenate(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def join(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-  """Like `concatenate`, for arrays whose numbers of rows differ between processes."""
+  """Like `concatenate`, for arrays whose numbers of rows differ between processes.
+
+  Raises:
+    InputError: see `exchange`.
+  """
   if count() == 1 or not arrays:
     return list(arrays)
   sizes = np.array(

@@ -104,8 +104,8 @@ _CLEAR = 0.8
 _SURE, _EVEN, _ODDS, _POWER = 0.4, 2.5, 1.5, 3
 # Probabilities that differ by less are equal: means of float32 are not exact.
 _TIE = 1e-6
-# Copies of distributions have at most this many numbers: all of them may take half of
-# the memory.
+# Copies of distributions have at most this many numbers, because the distributions of
+# all examples may take half of the memory.
 _BLOCK = 2**20
 
 
@@ -177,8 +177,10 @@ def find_label_issues(statistics: Any, labels: Any) -> LabelIssues:
     A `LabelIssues`.
 
   Raises:
-    InputError: the shapes do not match, a label is not one of the C classes, no example
-      was ever seen, or a distribution has a negative entry or another sum than 1.
+    InputError: "mean_probabilities" is missing, the shapes do not match, there are
+      fewer than two classes, a label is not an integer or not one of the C classes, no
+      example was ever seen, or a distribution has a negative entry or another sum
+      than 1.
     FloatingPointError: a distribution is not finite although its example was seen.
 
   >>> state = statistics_lib.init(num_examples=4, num_classes=2)
@@ -376,8 +378,8 @@ def _check(statistics, labels):
   shape = statistics[_PROBABILITIES].shape
   if len(shape) != 2 or shape[1] < 2 or labels.shape != shape[:1]:
     raise base.InputError(
-      f"labels must have shape [N] and {_PROBABILITIES} [N, C]; got {labels.shape} and"
-      f" {shape}."
+      f"labels must have shape [N], and {_PROBABILITIES} [N, C] with C at least 2; got"
+      f" {labels.shape} and {shape}."
     )
   # `from_arrays` takes such labels, too.
   is_whole = labels.dtype.kind in "biu" or (
@@ -412,8 +414,8 @@ def _check(statistics, labels):
   if len(bad):
     raise FloatingPointError(
       f"{_PROBABILITIES} of {len(bad)} examples are not finite; the first is at index"
-      f" {bad[0]}: the logits or losses of the run were NaN or infinite; lower the"
-      " learning rate."
+      f" {bad[0]}. If they are from a run, its logits or losses were NaN or infinite:"
+      " lower the learning rate."
     )
   is_distribution = (p >= 0).all(axis=1) & (abs(p.sum(axis=1) - 1) < 0.05)
   bad = np.flatnonzero(is_seen & ~is_distribution)

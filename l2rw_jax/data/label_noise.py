@@ -51,7 +51,8 @@ def uniform_flip(
     Noisy labels, int32 [N].
 
   Raises:
-    InputError: an argument is out of range.
+    InputError: an argument is out of range, `labels` are not integers [N], or the
+      variant is unknown.
 
   References:
     Ren et al., "Learning to Reweight Examples for Robust Deep Learning"
@@ -98,7 +99,8 @@ def background_flip(
     Noisy labels, int32 [N].
 
   Raises:
-    InputError: an argument is out of range.
+    InputError: an argument is out of range, `labels` are not integers [N], or the
+      variant is unknown.
 
   References:
     Ren et al., "Learning to Reweight Examples for Robust Deep Learning"
@@ -279,7 +281,8 @@ def resample(
     Noisy labels, int32 [N].
 
   Raises:
-    InputError: labels are out of range, or T is not row-stochastic.
+    InputError: `labels` are not integers [N] or are out of range, or T is not
+      row-stochastic.
   """
   matrix = np.asarray(matrix, np.float64)
   if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:

@@ -176,8 +176,9 @@ class Checkpointer:
     misfit = _misfit(record["leaves"], like)
     if misfit:
       raise base.InputError(
-        f"{self._directory} holds checkpoints of another model or method:"
-        f" {misfit}. Choose another --workdir, or delete this one."
+        f"{self._directory} holds checkpoints of another model or method, or of another"
+        f" number of examples or seeds: {misfit}. Choose another --workdir, or delete"
+        " this one."
       )
     return Restored(step, _unpack(record["leaves"], arrays, like), record["host"])
 

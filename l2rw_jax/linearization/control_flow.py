@@ -29,7 +29,8 @@ def channels_last(function: Callable[..., Any]) -> Callable[..., Any]:
   the convolutions that `function` computes, including those of derivatives and those
   under `jax.checkpoint`, but not those of a derivative of the result. Convolutions in
   loops, conditionals, `jax.shard_map` and functions with a custom derivative inside of
-  `function` are not changed. Numbers change only by rounding.
+  `function` are not changed, nor are those of arrays on a mesh with explicit axes.
+  Numbers change only by rounding.
 
   Args:
     function: any function of pytrees of arrays that can be traced.

@@ -131,7 +131,8 @@ def example_weights(
     A `Reweighted`; no gradient flows through its weights.
 
   Raises:
-    InputError: `meta_batch` is None, or an error of `hypergradient.direction`.
+    InputError: `meta_batch` is None, or an error of `linearization.linearize` or of
+      `hypergradient.direction`.
     FloatingPointError: outside `jit`, if a loss, F, a gradient or a weight is not
       finite, or a weight is negative before the update.
 
@@ -191,9 +192,13 @@ def reweigh(
   losses_finite = base.finite_rows(
     "training losses", linearized.losses, axis_name, ": check batch and params"
   )
-  weights = normalization.sum_to_one(weights, axis_name)
+  given, weights = weights, normalization.sum_to_one(weights, axis_name)
+  # If one of the given weights is invalid, all normalized ones are NaN.
   base.finite_rows(
-    "weights", weights, axis_name, " before the update: none may be negative"
+    "weights",
+    jnp.where(given < 0, jnp.inf, jnp.asarray(given).astype(weights.dtype)),
+    axis_name,
+    " (a negative weight counts as infinite): check the weights before the update",
   )
   direction = hypergradient.direction(
     meta_losses_fn,
@@ -318,7 +323,8 @@ def forml(
 
   Raises:
     InputError: a setting is out of range, or the objective does not have it; in
-      training, the batch has no "index".
+      training, the batch has no "index", or the meta batch has no "group" although
+      `objective` and `groups_fn` need it.
   """
   for name, value in (
     ("weight_learning_rate", weight_learning_rate),

@@ -11,10 +11,11 @@ If no score is positive, all weights are zero (the term delta in the paper). The
 learning rate of the look-ahead step cancels. The weights sum to 1 over the *global*
 batch, so the weighted loss is a sum without another factor 1/B.
 
-The authors' released code differs from the paper in two ways. Instead of computing p',
-it computes inner products of the meta gradient with per-example gradients (the same
-numbers). Its L2 penalty is part of both losses, which changes the scores to s_i =
-<grad l_i, grad M + decay * p>. In this library, weight decay changes the scores only if
+The authors' released code for CIFAR differs from the paper in two ways. Instead of
+computing p', it computes inner products of the meta gradient with per-example gradients
+(the same numbers). Its L2 penalty is part of both losses, which changes the scores to
+s_i = <grad l_i, grad M + decay * p>. Their code for MNIST computes p' with a learning
+rate of 1, without a penalty. In this library, weight decay changes the scores only if
 your losses contain it. `optax.add_decayed_weights` in the look-ahead optimizer changes
 the point at which the gradient of M is computed. Weight decay in the outer optimizer
 alone (the default of this library) has neither effect.
@@ -153,9 +154,10 @@ def example_weights(
 
   Raises:
     InputError: the losses do not have shape [B], the model has no forward derivative,
-      `opt_state` is given without `optimizer`, or both `meta_batch` and `direction` are
-      None. Outside `jit`, it is also raised if the optimizer's step ignores the
-      gradient (under `jit`, check `.zero_slope`).
+      both `meta_batch` and `direction` are None, or another argument is invalid, see
+      `hypergradient.direction`, `linearization.linearize`, `microbatching.microbatched`
+      and `restriction.restricted`. Outside `jit`, it is also raised if the optimizer's
+      step ignores the gradient (under `jit`, check `.zero_slope`).
     FloatingPointError: outside `jit`, if a loss, the direction or a score is not
       finite (under `jit` check `.finite`).
 
@@ -207,7 +209,9 @@ def meta_direction(
 ) -> hypergradient.Direction:
   """The direction v with dM/dw = J v at w = 0.
 
-  The arguments are those of `example_weights`. Returns a `hypergradient.Direction`.
+  The arguments are those of `example_weights`; the options are `optimizer`,
+  `opt_state`, `axis_name`, `has_aux` and `microbatch_size`. Returns a
+  `hypergradient.Direction`.
 
   Raises:
     InputError: `meta_batch` is None, or an error of `hypergradient.direction`.
@@ -275,10 +279,11 @@ def weighted_value_and_grad(
 ) -> Callable[..., tuple[tuple[base.Array, ExampleWeights], base.PyTree]]:
   """Like `jax.value_and_grad` of a mean loss, but weighted by L2RW.
 
-  It replaces `jax.value_and_grad` in a training step. A single forward pass of the
-  batch is used for its losses, its scores and the weighted gradient. This pass starts
-  after the meta batch has been processed, so that the activations of only one batch at
-  a time are in memory, unless the parameters take more memory than the activations (see
+  It replaces `jax.value_and_grad` in a training step. Without `microbatch_size` and
+  `jax.checkpoint`, a single forward pass of the batch is used for its losses, its
+  scores and the weighted gradient. The first pass of the batch starts after the meta
+  batch has been processed, so that the activations of only one batch at a time are in
+  memory, unless the parameters take more memory than the activations (see
   `hypergradient.order_of`; `info.order` is the order that was used). Arguments are
   those of `example_weights`.
 
@@ -288,6 +293,9 @@ def weighted_value_and_grad(
     `loss` is sum_i weights_i losses_i over all devices, `info` is an `ExampleWeights`
     (its `.aux` is that of `losses_fn`), and `grads` is the gradient of `loss`, summed
     over devices. It raises the errors of `example_weights`.
+
+  Raises:
+    InputError: `microbatch_size` or `layers` is invalid.
 
   Example:
     >>> import jax.numpy as jnp

@@ -16,8 +16,8 @@ Options for the differences between the paper and the three released programs:
   w_i = V_i / sum_j V_j over the global batch (imbalance release, first noise
   release), where all weights are zero if the sum is zero.
 * `detached`: V's input is constant in the look-ahead step (both noise releases and the
-  published algorithm). In the imbalance release it is not, which adds w'_i(l) l_i to
-  the factor w_i of grad l_i.
+  published algorithm). In the imbalance release it is not, which adds
+  sum_j (dw_j / dl_i) l_j to the factor w_i of grad l_i.
 * `PRESETS`: the meta optimizer, normalization and `detached` of each release. "bare"
   has the meta optimizer and the weighting network of the MNIST experiments in BARE's
   code (Patel and Sastry, WACV 2023, arXiv:2106.15292); the other options are those of
@@ -104,7 +104,8 @@ def example_weights(
     axis_name: mapped axis over which the batch is sharded.
 
   Raises:
-    InputError: the normalization is unknown, or the shapes do not match.
+    InputError: the normalization is unknown, the losses are not floating-point numbers
+      of shape [B], or the result of `weight_fn` does not have their shape.
 
   >>> import jax.numpy as jnp
   >>> print(example_weights(lambda k, l: l > k, 1., jnp.array([0., 2., 3., 4.])))
@@ -147,8 +148,8 @@ def inner_weights(
 
   If `detached` is True, these are the weights. Otherwise the weights depend on the
   losses, which adds w'(l) l to each derivative (and, with "sum", terms from all other
-  examples). Losses and derivatives are those of the global batch. The arguments are
-  those of `example_weights`, except `detached`.
+  examples). Losses and derivatives are those of the global batch. The arguments other
+  than `detached` are those of `example_weights`.
 
   Raises:
     InputError: the normalization is unknown, or the result of `weight_fn` does not have
@@ -211,16 +212,17 @@ def network_gradient(
       `microbatching`.
     recompute: whether the training batch is processed a second time after the meta
       batch. Then the activations of only one batch at a time are in memory, at the cost
-      of two more forward passes of the training batch.
+      of two more forward passes of the training batch with the layerwise engine, and of
+      one with forward mode.
 
   Returns:
     A `meta_network.MetaGradient`.
 
   Raises:
-    InputError: the losses do not have shape [B], an option is unknown, `meta_batch` is
-      None, both `microbatch_size` and `recompute` are given, or the model has no
-      forward derivative; outside `jit` also if the optimizer's step ignores the
-      gradient.
+    InputError: the losses do not have shape [B], an option is unknown or invalid,
+      `meta_batch` is None, both `microbatch_size` and `recompute` are given, or the
+      model has no forward derivative; outside `jit` also if the optimizer's step
+      ignores the gradient.
     FloatingPointError: outside `jit`, if a loss, the direction or the gradient is
       not finite.
 
@@ -289,6 +291,9 @@ def meta_gradient(
 
   `options` contains `normalization`, `detached`, and the other arguments of
   `hypergradient.direction`.
+
+  Raises:
+    InputError, FloatingPointError: see `network_gradient`.
   """
   lookahead = _lookahead(
     linearized,
@@ -470,8 +475,8 @@ def meta_weight_net(
     A `base.Method` that needs a meta batch; its state is a `meta_network.State`.
 
   Raises:
-    InputError: the preset or the normalization is unknown, `every` is not a positive
-      integer, or both `microbatch_size` and `recompute` are given.
+    InputError: the preset or the normalization is unknown, `every` or `microbatch_size`
+      is not a positive integer, or both `microbatch_size` and `recompute` are given.
   """
   if preset not in PRESETS:
     raise base.InputError(f"preset={preset!r}; choose among {', '.join(PRESETS)}.")

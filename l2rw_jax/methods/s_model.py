@@ -13,8 +13,9 @@ was trained without the layer. This is the simple model of the paper, in which T
 same for all examples.
 
 Differences from the released program: the released program adds noise below 0.01 to the
-initial A, and can add a multiple of the plain cross-entropy to the loss. This module
-does neither.
+smoothed identity's A, and can add a multiple of the plain cross-entropy to the loss.
+This module does neither. To the shares in the confusion matrix, the released program
+adds 1e-8; here, one example is spread evenly over each row of counts.
 
 References:
   Goldberger, Ben-Reuven, "Training Deep Neural-Networks Using a Noise Adaptation
@@ -125,7 +126,8 @@ def s_model(
     after the layer; it logs the mean of T's diagonal.
 
   Raises:
-    InputError: a setting is out of range.
+    InputError: `initial` is unknown, or a setting is out of range; in training,
+      `optimizer` is not supported, see `hypergradient.update`.
   """
   from_epoch = base.check_integer("s_model: from_epoch", from_epoch, 0)
   if initial not in INITIALS:
@@ -141,7 +143,7 @@ def s_model(
   layer_optimizer = optax.adam(1e-3) if optimizer is None else optimizer
 
   def initial_state(transition, is_active):
-    # The floor is that of the released program; entries off the diagonal can be 0.
+    # The row of a class that is never predicted has zeros in the confusion matrix.
     logits = jnp.log(jnp.maximum(transition.astype(jnp.float32), 1e-8))
     with base.implicit_promotion():
       opt_state = layer_optimizer.init(logits)

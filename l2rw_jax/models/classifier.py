@@ -18,7 +18,7 @@ class Classifier(NamedTuple):
   Attributes:
     model: module with `__call__(images, train) -> logits [B, C or 1]`. If it also has
       `num_features`, its output is `head(features(images, train))`, and methods that
-      act on features (`advisor`) can be used.
+      act on features, such as `advisor`, can be used.
     num_classes: C; a model with one output is a binary classifier, C = 2.
     preprocess: `(images, keys, train) -> images`, a function that scales images and
       augments them in training. `keys` [B] has one key per example (None in

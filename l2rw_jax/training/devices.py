@@ -38,8 +38,9 @@ def choose(num_devices: int | None, batch_size: int) -> list[jax.Device]:
     batch_size: B.
 
   Raises:
-    InputError: there are fewer devices than `num_devices`, their number does not divide
-      the batch size, or processes would have different numbers of devices.
+    InputError: there are fewer devices than `num_devices`, the number of devices that
+      would train does not divide the batch size, or processes have or would use
+      different numbers of devices.
   """
   if processes.count() > 1:
     return _choose_of_all(num_devices, batch_size)

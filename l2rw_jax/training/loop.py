@@ -1,4 +1,4 @@
-"""The training loop: any method, any optax optimizer, exact resumption.
+"""The training loop: any method, most optax optimizers, exact resumption.
 
     folder/checkpoints/         the latest two states (orbax)
     folder/timing.json          seconds of training, and steps per call
@@ -14,10 +14,10 @@
 The same call continues an interrupted run. If the number of steps per call is the same,
 all files of `seed-S` except TensorBoard's are then byte for byte those of an
 uninterrupted run. Checkpoints and results record what the numbers of the run depend on:
-settings, data and, for an unfinished run, versions and kind of device. A folder whose
-run has another seed, other data or other settings is refused; the model, the method and
-the optimizer are not compared. On SIGINT, SIGTERM and SIGHUP, a checkpoint is saved
-before the run stops.
+settings, data and, for an unfinished run, versions, source code and kind of device. A
+folder whose run has another seed, other data or other settings is refused; the model,
+the method and the optimizer are not compared. On SIGINT, SIGTERM and SIGHUP, a
+checkpoint is saved before the run stops.
 
 Several processes (`jax.distributed`) train one run together: all of them call `train`
 with the same arguments, every process sends its rows of every batch to its devices, and
@@ -69,7 +69,8 @@ def train(
     config: settings of the runs.
     model: the network and its loss.
     method: the method that computes gradients from batches.
-    optimizer: the optimizer of the network.
+    optimizer: the optimizer of the network, any whose update needs no arguments but
+      `params` and `value` (a line search needs more).
     splits: the data of each seed, all of the same size.
     folder: the folder of all files. The model, the method and the optimizer must be
       those with which the folder was created: the results of finished runs are read
@@ -88,8 +89,9 @@ def train(
     InputError: the settings do not match the data; no evaluator computes `accuracy`;
       losses or gradients became NaN or infinite (the last good state is in the
       checkpoint); a file cannot be written; `folder` contains a run with other
-      settings, data or versions, or another program uses it; several processes
-      disagree on settings or data, or do not share the folder.
+      settings or data, or an unfinished one with other versions, source code or kind of
+      device, or another program uses it; several processes disagree on settings, data
+      or versions, or do not share the folder.
     KeyboardInterrupt: a signal stopped the run; its checkpoint has been saved.
   """
   folder = pathlib.Path(folder)

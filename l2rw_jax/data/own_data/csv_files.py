@@ -47,7 +47,7 @@ def reason_without_label(label: str) -> str:
 
 
 def read_rows(path: pathlib.Path) -> list[list[str]]:
-  """The nonempty rows of a CSV file, whose cells may be escaped (`csv_cell`).
+  """The nonempty rows of a CSV file, with cells as they are stored; see `unquoted`.
 
   Raises an `InputError` if the file cannot be read.
   """

@@ -232,6 +232,8 @@ def decode(
 ) -> tuple[containers.Raw, Any]:
   """Reads images at a common size; those that cannot be read are skipped.
 
+  If the images stay on disk, only their headers are read.
+
   Args:
     name: the name of the data, for messages.
     raw: all examples, as `list_images` returns them; skipped images and notes are
@@ -246,7 +248,8 @@ def decode(
     source.
 
   Raises:
-    InputError: no image can be read, or their size is not that of `like`.
+    InputError: no header can be read, `image_size` is not the size of `like`, or `like`
+      is not the form of images.
   """
   # The headers of all images in `raw`, not only of those in `examples`, determine the
   # format, so that it is the same for both splits.

@@ -124,7 +124,9 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     record = json.loads(text)
   # The parser recurses for every bracket, so a damaged file can cause a RecursionError.
   except (ValueError, RecursionError) as error:
-    raise base.InputError(f"--mentor={path} is damaged: {_REFIT}.") from error
+    raise base.InputError(
+      f"--mentor={path} is damaged or not a mentor, because it is not JSON: {_REFIT}."
+    ) from error
   if not isinstance(record, dict) or record.get("kind") != _KIND:
     raise base.InputError(_not_a_mentor(path))
   if record.get("version") != _VERSION:
