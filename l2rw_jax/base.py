@@ -1,8 +1,9 @@
 """The types that methods and the training loop share, and the package's collectives.
 
-Every docstring uses the same letters for sizes: `B` for the training batch, `M` for
-the meta batch, `C` for the classes, `N` for the training set. The prefix `meta_` marks
-what belongs to the meta set, whose labels are trusted.
+Unless a docstring says otherwise, these letters are sizes: `B` of the training batch,
+`M` of the meta batch, `N` of the training set; `C` is the number of classes. In the
+names of batches and losses, the prefix `meta_` marks those of the meta set, whose
+labels are trusted.
 """
 
 from collections.abc import Callable, Iterator

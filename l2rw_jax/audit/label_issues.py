@@ -306,7 +306,7 @@ def _number_of_issues(p, given, likely):
 
 
 def _sure_margin(margins):
-  """The least margin of a sure example, and the share of `margins` that reach it."""
+  """The least margin of a sure example, and the share of sure ones, at least 1/2."""
   if not len(margins):
     return 0, 1
   least = _SURE * max(np.median(margins), 0)

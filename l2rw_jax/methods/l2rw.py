@@ -146,8 +146,8 @@ def example_weights(
     layers: the parameters from which scores are computed, see `restriction.restricted`;
       None is all. This is an approximation.
     direction: a result of `meta_direction`, at these parameters or, as an
-      approximation, at those of an earlier step. If it is given, `meta_batch` and
-      `optimizer` are not used. None computes it.
+      approximation, at those of an earlier step. If it is given, `meta_batch`,
+      `meta_losses_fn`, `optimizer` and `opt_state` are not used. None computes it.
 
   Returns:
     An `ExampleWeights`; no gradient flows through its weights and scores.

@@ -18,10 +18,11 @@ Options for the differences between the paper and the three released programs:
 * `detached`: V's input is constant in the look-ahead step (both noise releases and the
   published algorithm). In the imbalance release it is not, which adds
   sum_j (dw_j / dl_i) l_j to the factor w_i of grad l_i.
-* `PRESETS`: the meta optimizer, normalization and `detached` of each release. "bare"
-  has the meta optimizer and the weighting network of the MNIST experiments in BARE's
-  code (Patel and Sastry, WACV 2023, arXiv:2106.15292); the other options are those of
-  "noise".
+* `PRESETS`: the meta optimizer, normalization and `detached` of each release:
+  "imbalance", "noise" (the first noise release) and "noise_stable" (the later one).
+  "bare" has the meta optimizer and the weighting network of the MNIST experiments in
+  BARE's code (Patel and Sastry, WACV 2023, arXiv:2106.15292); the other options are
+  those of "noise".
 
 The default is the preset "noise_stable": the published algorithm is the detached one,
 and with "mean" the effective step of the classifier does not vary from batch to batch.
