@@ -114,7 +114,7 @@ def _ways(rows):
 
 
 def _bars(ax, rows, ways):
-  """Draws a bar per implementation and size of the meta batch."""
+  """Draws a horizontal bar per implementation and size of the meta batch."""
   shares = _shares(rows)
   for place, way in enumerate(ways):
     bars = [r for r in rows if (r["method"], r["engine"], r["framework"]) == way]
@@ -156,7 +156,8 @@ def _l2rw(plt, rows):
     of_share = [r for r in l2rw if r["meta_share"] == share]
     column[0].set_title(f"meta batch {share:g} x batch")
     for panel, ax in zip(panels, column, strict=True):
-      _columns(ax, of_share if panel == "ratio" else of_share + plain, networks, panel)
+      drawn = of_share if panel == "ratio" else of_share + plain
+      _vertical_bars(ax, drawn, networks, panel)
   axes[0, 0].set_ylabel("time / plain training\nin the same framework")
   axes[-1, 0].set_ylabel("time in PyTorch /\ntime in JAX (higher is better)")
   if len(panels) == 1:
@@ -168,13 +169,13 @@ def _l2rw(plt, rows):
   return figure
 
 
-def _columns(ax, rows, networks, column):
-  """Draws a bar for each network and engine whose value of `column` is known."""
-  rows = [r for r in rows if r[column]]
+def _vertical_bars(ax, rows, networks, name):
+  """Draws a bar for each network and engine with a known value of the column `name`."""
+  rows = [r for r in rows if r[name]]
   engines = [e for e in _LABELS if any(r["engine"] == e for r in rows)]
   width = 0.8 / max(1, len(engines))
   for i, engine in enumerate(engines):
-    values = {r["network"]: r[column] for r in rows if r["engine"] == engine}
+    values = {r["network"]: r[name] for r in rows if r["engine"] == engine}
     heights = [values.get(network, np.nan) for network in networks]
     places = np.arange(len(networks)) - 0.4 + (i + 0.5) * width
     bars = ax.bar(places, heights, width, color=_COLORS[engine], label=_LABELS[engine])

@@ -156,7 +156,11 @@ class Settings(settings_lib.OutputFlags):
 
 
 def run(settings: Settings, workdir: str | os.PathLike) -> list[dict[str, Any]]:
-  """Runs the benchmark, prints the results and writes them to a folder."""
+  """Runs the benchmark, prints the results and writes them to a folder.
+
+  Raises:
+    InputError: `workdir` exists, or a run that is not interrupted fails.
+  """
   folder, info = pathlib.Path(workdir).absolute(), workdir_lib.run_info()
   if folder.exists():
     raise base.InputError(f"--workdir={workdir} exists: choose a new folder.")

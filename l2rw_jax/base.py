@@ -125,8 +125,8 @@ class Inputs(NamedTuple):
     model_state: variables that are not trained (BatchNorm statistics), possibly `{}`.
     opt_state: state of the outer optimizer.
     batch: this device's share of the training batch, leading axis B.
-    meta_batch: this device's share of the meta batch, leading axis M, or None in a run
-      without a meta set.
+    meta_batch: this device's share of the meta batch, leading axis M, or None for a
+      method that needs none.
     step: number of updates so far, int32 scalar.
     key: a typed PRNG key, the same on every device and new at every step.
   """

@@ -60,6 +60,9 @@ def update_weights(
   Returns:
     Weights [B] whose sum over all devices is 1, or 0.
 
+  Raises:
+    InputError: the result does not have shape [B].
+
   >>> import jax.numpy as jnp
   >>> print(update_weights(jnp.array([.5, .5]), jnp.array([-.5, 2.]), 0.5))
   [1. 0.]

@@ -73,7 +73,7 @@ def s_model_loss(
     Losses [B]; NaN for a label that is not a class.
 
   Raises:
-    InputError: the shapes do not match.
+    InputError: the shapes or types do not match.
   """
   log_p, is_label, scale = losses.label_rows(logits, labels, where)
   size = log_p.shape[1]

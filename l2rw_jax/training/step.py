@@ -150,7 +150,7 @@ def train_step(
 
 
 def _keep_last_good(state, proposed, result, problem):
-  """The state after the step, or before it if it is not finite; whether it counts."""
+  """The new state, or the old one if the step fails; and whether the step is taken."""
   # A loop over steps needs constant types: under x64, BatchNorm returns float64
   # statistics for float64 inputs.
   proposed = jax.tree.map(_of_same_type, proposed, state)

@@ -88,6 +88,9 @@ class Timer:
       path: the file.
       step: number of updates so far.
       facts: additional entries, such as settings that affect the speed.
+
+    Raises:
+      InputError: the file cannot be written.
     """
     self._saved = {**self._saved, str(step): self.read()}
     workdir.write_record(
